@@ -1,0 +1,1 @@
+"""Checkpoints: safetensors files and a JSON manifest, no pickle."""

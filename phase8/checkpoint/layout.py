@@ -1,0 +1,172 @@
+"""Names inside a `checkpoints/` directory, and the renames that make every change of it atomic.
+
+| name | what it is |
+|---|---|
+| `step-0000000100` | a committed checkpoint |
+| `step-0000000100.resaved` | a committed checkpoint of a step that was there already; takes the name above at once, or after an interruption later |
+| `.saving-step-0000000100-<8 hex>` | being written; its writer holds a lock on it for as long as it lives |
+| `.removing-step-0000000100-<8 hex>` | no longer a checkpoint; being deleted |
+
+Everything else is somebody else's and is never touched.
+"""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import os
+import re
+import secrets
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+MANIFEST_NAME = "manifest.json"
+SAVING_PREFIX = ".saving-"
+REMOVING_PREFIX = ".removing-"
+RESAVED_SUFFIX = ".resaved"
+_COMMITTED = re.compile(r"step-(?P<digits>[0-9]{10,18})(?P<resaved>\.resaved)?")
+
+
+def step_directory_name(step: int) -> str:
+    """Name of the checkpoint of a step: sorted as text, steps are in order."""
+    return f"step-{step:010d}"
+
+
+def step_of(directory_name: str) -> int | None:
+    """Step of a committed checkpoint's directory name; None for any other name."""
+    match = _COMMITTED.fullmatch(directory_name)
+    if match is None or step_directory_name(int(match["digits"])) != f"step-{match['digits']}":
+        return None
+    return int(match["digits"])
+
+
+def committed_directories(root: Path) -> list[Path]:
+    """Committed checkpoints, newest first; of two with the same step, the one saved later first."""
+    with os.scandir(root) as entries:
+        names = [entry.name for entry in entries if step_of(entry.name) is not None and entry.is_dir(follow_symlinks=False)]
+    return [root / name for name in sorted(names, key=lambda name: (step_of(name), name.endswith(RESAVED_SUFFIX)), reverse=True)]
+
+
+def sync_directory(directory: Path) -> None:
+    """Makes the names in a directory durable."""
+    descriptor = os.open(directory, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+@contextmanager
+def saving_directory(root: Path, step: int) -> Iterator[Path]:
+    """A locked temporary directory beside the checkpoints; removed at the end unless it was committed.
+
+    The lock (`flock` on the directory itself) is released by the kernel when its process ends, however it ends: that is how
+    `clear_leftovers` knows dead writers, on any process of this machine and without clocks or process ids.
+    """
+    directory, lock = _create_locked(root, step)
+    try:
+        yield directory
+    finally:
+        shutil.rmtree(directory, ignore_errors=True)  # after a commit nothing has this name; what cannot be removed is a leftover
+        os.close(lock)
+
+
+def _create_locked(root: Path, step: int) -> tuple[Path, int]:
+    while True:
+        directory = root / f"{SAVING_PREFIX}{step_directory_name(step)}-{secrets.token_hex(4)}"
+        directory.mkdir()
+        try:
+            lock = _lock(directory, wait=True)
+        except FileNotFoundError:
+            continue  # cleared as a leftover between the two lines above
+        if directory.exists():
+            return directory, lock
+        os.close(lock)
+
+
+def _lock(directory: Path, *, wait: bool) -> int:
+    """A descriptor of the directory that holds its lock where the file system has locks; BlockingIOError if another holds it."""
+    descriptor = os.open(directory, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+    except OSError:
+        if not wait:
+            os.close(descriptor)
+            raise
+        # A file system without locks: nobody can take this directory for a leftover there either.
+    return descriptor
+
+
+def commit(directory: Path, root: Path, step: int) -> Path:
+    """Gives a completely written directory its final name; at no instant is the step without a committed checkpoint.
+
+    A step that is there already (saved again after going back to an older one) is never touched before its replacement is
+    committed under the `.resaved` name.
+    """
+    final = root / step_directory_name(step)
+    finish_replacement(root, step)
+    if not os.path.lexists(final):
+        os.rename(directory, final)
+        sync_directory(root)
+        return final
+    if final.is_symlink() or not final.is_dir():
+        raise NotADirectoryError(errno.ENOTDIR, "in the way of the checkpoint and not a directory", str(final))
+    os.rename(directory, final.with_name(final.name + RESAVED_SUFFIX))
+    sync_directory(root)
+    finish_replacement(root, step)
+    return final
+
+
+def finish_replacement(root: Path, step: int) -> None:
+    """Moves a `.resaved` checkpoint to its step's plain name, in place of the older one."""
+    final = root / step_directory_name(step)
+    resaved = final.with_name(final.name + RESAVED_SUFFIX)
+    if not os.path.lexists(resaved):
+        return
+    if os.path.lexists(final):
+        removed = rename_for_removal(final)
+        os.rename(resaved, final)
+        sync_directory(root)
+        shutil.rmtree(removed, ignore_errors=True)  # no checkpoint any more: what is left of it goes with the leftovers
+    else:
+        os.rename(resaved, final)
+        sync_directory(root)
+
+
+def rename_for_removal(directory: Path) -> Path:
+    """Takes a directory's good name away, so that a removal that is interrupted leaves no half checkpoint under it."""
+    removed = directory.with_name(f"{REMOVING_PREFIX}{directory.name}-{secrets.token_hex(4)}")
+    os.rename(directory, removed)
+    return removed
+
+
+def clear_leftovers(root: Path) -> list[Path]:
+    """Removes what interrupted removals and dead writers left; returns what was removed.
+
+    A `.saving-` directory belongs to a dead writer exactly when its lock can be taken. Where the file system has no locks it is
+    left alone.
+    """
+    with os.scandir(root) as entries:
+        directories = [root / entry.name for entry in entries if entry.is_dir(follow_symlinks=False)]
+    removed = []
+    for directory in sorted(directories):
+        if directory.name.startswith(REMOVING_PREFIX):
+            shutil.rmtree(directory)
+            removed.append(directory)
+        elif directory.name.startswith(SAVING_PREFIX) and _remove_if_writer_is_dead(directory):
+            removed.append(directory)
+    return removed
+
+
+def _remove_if_writer_is_dead(directory: Path) -> bool:
+    try:
+        lock = _lock(directory, wait=False)
+    except OSError:
+        return False  # held by its writer, gone meanwhile, or a file system without locks
+    try:
+        shutil.rmtree(directory)
+    finally:
+        os.close(lock)
+    return True

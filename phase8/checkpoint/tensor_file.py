@@ -1,0 +1,211 @@
+"""One safetensors file, written and read tensor by tensor with checksums on the way.
+
+The files are ordinary safetensors files (the tests read them with the safetensors library). The library itself is not used here
+because it gives and takes whole files: a checkpoint needs the checksum of exactly the bytes that go to disk, the operating
+system's own error when a disk is full, and no second copy of a model in memory.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import stat
+import zlib
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import torch
+from torch import Tensor
+
+from phase8.checkpoint.checksum import CHUNK_BYTES, checksum_of, checksum_of_next, format_crc32, read_into
+from phase8.errors import CheckpointCorruptError
+
+DTYPES = {
+    "BOOL": torch.bool,
+    "U8": torch.uint8,
+    "I8": torch.int8,
+    "F8_E4M3": torch.float8_e4m3fn,
+    "F8_E5M2": torch.float8_e5m2,
+    "F8_E4M3FNUZ": torch.float8_e4m3fnuz,
+    "F8_E5M2FNUZ": torch.float8_e5m2fnuz,
+    "U16": torch.uint16,
+    "I16": torch.int16,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "U32": torch.uint32,
+    "I32": torch.int32,
+    "F32": torch.float32,
+    "U64": torch.uint64,
+    "I64": torch.int64,
+    "F64": torch.float64,
+    "C64": torch.complex64,
+}
+DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
+RESERVED_KEY = "__metadata__"
+_MAX_HEADER_BYTES = 2**30
+
+
+@dataclass(frozen=True)
+class WrittenFile:
+    """What the manifest needs to know of a file just written; `checksums` has one entry per key."""
+
+    size_bytes: int
+    header_checksum: str
+    checksums: dict[str, str]
+
+
+@dataclass(frozen=True)
+class StoredTensor:
+    """An entry of a safetensors header; `begin` counts from the start of the file."""
+
+    dtype: str
+    shape: list[int]
+    begin: int
+    num_bytes: int
+
+
+def write_tensor_file(path: Path, tensors: Mapping[str, Tensor]) -> WrittenFile:
+    """Writes a new safetensors file and waits until it is on the disk.
+
+    Args:
+        path: Must not exist.
+        tensors: On any device and with any strides; copied to the host one at a time. Stored widest dtype first, so that
+            readers that map the file find every tensor aligned.
+
+    Raises:
+        OSError: As the operating system says.
+    """
+    names = sorted(tensors, key=lambda name: -tensors[name].dtype.itemsize)
+    header = _header_bytes({name: tensors[name] for name in names})
+    checksums = {}
+    with open(path, "xb") as file:
+        file.write(header)
+        for name in names:
+            checksums[name] = _write_bytes(file, byte_view(tensors[name].detach().cpu().resolve_conj().resolve_neg().contiguous()))
+        file.flush()
+        os.fsync(file.fileno())
+        return WrittenFile(file.tell(), checksum_of(header), checksums)
+
+
+def _header_bytes(tensors: Mapping[str, Tensor]) -> bytes:
+    entries: dict[str, Any] = {RESERVED_KEY: {"format": "pt"}}
+    end = 0
+    for name, tensor in tensors.items():
+        begin, end = end, end + tensor.numel() * tensor.dtype.itemsize
+        entries[name] = {"dtype": DTYPE_NAMES[tensor.dtype], "shape": list(tensor.shape), "data_offsets": [begin, end]}
+    text = json.dumps(entries, separators=(",", ":")).encode("ascii")
+    text += b" " * (-len(text) % 8)
+    return len(text).to_bytes(8, "little") + text
+
+
+def _write_bytes(file: BinaryIO, data: memoryview) -> str:
+    crc = 0
+    for begin in range(0, len(data), CHUNK_BYTES):
+        chunk = data[begin : begin + CHUNK_BYTES]
+        file.write(chunk)
+        crc = zlib.crc32(chunk, crc)
+    return format_crc32(crc)
+
+
+def byte_view(tensor: Tensor) -> memoryview:
+    """The bytes of a contiguous tensor on the host, without a copy."""
+    return memoryview(tensor.view(-1).view(torch.uint8).numpy())
+
+
+@contextmanager
+def open_for_reading(path: Path) -> Iterator[BinaryIO]:
+    """A regular file of a checkpoint; links, devices and pipes are refused, and every failure names the file.
+
+    Raises:
+        CheckpointCorruptError: It is missing, not a regular file, shorter than it must be, or the disk does not give its bytes.
+    """
+    try:
+        descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK)
+        if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+            os.close(descriptor)
+            raise CheckpointCorruptError(f"{path} is not a regular file; use another checkpoint")
+        with open(descriptor, "rb") as file:
+            yield file
+    except FileNotFoundError as error:
+        raise CheckpointCorruptError(f"{path} is missing; use another checkpoint") from error
+    except EOFError as error:
+        raise CheckpointCorruptError(f"{path} is shorter than its manifest says; use another checkpoint") from error
+    except OSError as error:
+        raise CheckpointCorruptError(f"{path} cannot be read ({error.strerror}); restore access to it or use another checkpoint") from error
+
+
+class TensorFile:
+    """A safetensors file whose header is the one the manifest vouches for.
+
+    Args:
+        path: The file.
+        size_bytes: Its length by the manifest.
+        header_checksum: Checksum of its header by the manifest.
+
+    Raises:
+        CheckpointCorruptError: The file or its header differs, or the header is not a proper one.
+    """
+
+    def __init__(self, path: Path, *, size_bytes: int, header_checksum: str):
+        self.path = path
+        with open_for_reading(path) as file:
+            found_bytes = os.fstat(file.fileno()).st_size
+            if found_bytes != size_bytes:
+                raise CheckpointCorruptError(f"{path} has {found_bytes} bytes, its manifest says {size_bytes}; use another checkpoint")
+            length = file.read(8)
+            header_bytes = int.from_bytes(length, "little")
+            if len(length) < 8 or header_bytes > min(size_bytes - 8, _MAX_HEADER_BYTES):
+                raise CheckpointCorruptError(f"{path} is not a safetensors file; use another checkpoint")
+            header = file.read(header_bytes)
+        if checksum_of(length + header) != header_checksum:
+            raise CheckpointCorruptError(f"{path}: its header does not have the checksum of its manifest; use another checkpoint")
+        self.tensors = _parse_header(header, path, size_bytes=size_bytes)
+
+    def read_into(self, key: str, destination: Tensor) -> str:
+        """Checksum of the bytes that were read to fill a contiguous host tensor of the entry's size."""
+        with open_for_reading(self.path) as file:
+            file.seek(self.tensors[key].begin)
+            return read_into(file, byte_view(destination))
+
+    def checksums(self) -> Iterator[tuple[str, str]]:
+        """(key, checksum) of every entry, in one pass over the file and in constant memory."""
+        with open_for_reading(self.path) as file:
+            for key, stored in sorted(self.tensors.items(), key=lambda item: item[1].begin):
+                file.seek(stored.begin)
+                yield key, checksum_of_next(file, stored.num_bytes)
+
+
+def _parse_header(header: bytes, path: Path, *, size_bytes: int) -> dict[str, StoredTensor]:
+    """Entries of a header whose byte ranges tile the rest of the file."""
+    try:
+        document = json.loads(header)
+        document.pop(RESERVED_KEY, None)
+        data_begin = 8 + len(header)
+        tensors = {
+            key: StoredTensor(entry["dtype"], entry["shape"], data_begin + entry["data_offsets"][0], _range_bytes(entry))
+            for key, entry in document.items()
+        }
+        end = data_begin
+        for stored in sorted(tensors.values(), key=lambda stored: (stored.begin, stored.num_bytes)):
+            if stored.begin != end:
+                raise ValueError("its byte ranges have gaps or overlap")
+            end += stored.num_bytes
+        if end != size_bytes:
+            raise ValueError("its byte ranges do not end with the file")
+    except (ValueError, TypeError, AttributeError, LookupError, RecursionError) as error:
+        raise CheckpointCorruptError(f"{path}: its safetensors header is not valid ({error}); use another checkpoint") from error
+    return tensors
+
+
+def _range_bytes(entry: dict[str, Any]) -> int:
+    begin, end = entry["data_offsets"]
+    sizes = [begin, end, *entry["shape"]]
+    if any(type(size) is not int or size < 0 for size in sizes):
+        raise ValueError("a shape or byte range is not made of non-negative whole numbers")
+    if end - begin != math.prod(entry["shape"]) * DTYPES[entry["dtype"]].itemsize:
+        raise ValueError("a byte range does not have the length of its dtype and shape")
+    return end - begin

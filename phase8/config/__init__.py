@@ -1,0 +1,1 @@
+"""The configurable surface: schema, loading, cross-section rules."""

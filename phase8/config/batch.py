@@ -1,0 +1,50 @@
+"""Batch arithmetic: global batch = micro batch x microbatches x data-parallel ranks, any two given."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from phase8.config.schema import ParallelSection, TrainSection
+from phase8.errors import ConfigError
+
+
+@dataclass(frozen=True)
+class BatchShape:
+    """How many sequences a step has and how they are cut.
+
+    Args:
+        global_batch_size: Sequences per optimizer step, over all ranks.
+        micro_batch_size: Sequences per forward of one rank.
+        num_microbatches: Forwards per step and rank (gradient accumulation steps).
+        data_parallel_size: Ranks that read different sequences.
+    """
+
+    global_batch_size: int
+    micro_batch_size: int
+    num_microbatches: int
+    data_parallel_size: int
+
+
+def batch_shape(train: TrainSection, parallel: ParallelSection, *, data_parallel_size: int) -> BatchShape:
+    """The batch of a config on a number of data-parallel ranks.
+
+    Raises:
+        ConfigError: The sizes disagree or do not divide.
+    """
+    total, micro, count = train.global_batch_size, train.micro_batch_size, parallel.num_microbatches
+    if total % data_parallel_size:
+        raise ConfigError(
+            f"train.global_batch_size {total} is not a multiple of the data-parallel size {data_parallel_size}; "
+            f"use {-(-total // data_parallel_size) * data_parallel_size}, for example."
+        )
+    per_rank = total // data_parallel_size
+    if micro is None:
+        micro = per_rank // (count or 1)
+    if count is None:
+        count = per_rank // micro
+    if micro * count != per_rank or micro == 0:
+        raise ConfigError(
+            f"train.global_batch_size {total} is not train.micro_batch_size {micro} x parallel.num_microbatches {count} x "
+            f"data-parallel size {data_parallel_size}; give any two of them that fit, and leave the third null."
+        )
+    return BatchShape(total, micro, count, data_parallel_size)

@@ -1,0 +1,137 @@
+"""From a YAML file and `--set a.b=c` overrides to a RunConfig, every problem reported at once in one sentence each."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, get_args
+
+import yaml
+from pydantic import ValidationError
+from pydantic.fields import FieldInfo
+
+from phase8.config.describe import describe_type, iterate_keys, section_names, unknown_key
+from phase8.config.schema import RunConfig
+from phase8.errors import ConfigError
+
+
+class _StrictLoader(yaml.SafeLoader):
+    """YAML 1.1 without its two traps: `1e-3` is a number, and a key given twice is an error."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        seen: set[Any] = set()
+        for key_node, _ in node.value:
+            name = self.construct_object(key_node, deep=deep)
+            if name in seen:
+                raise ConfigError(f"{key_node.start_mark.name}:{key_node.start_mark.line + 1}: key {name!r} is given twice; keep one of them.")
+            seen.add(name)
+        return super().construct_mapping(node, deep=deep)
+
+
+_StrictLoader.add_implicit_resolver(
+    "tag:yaml.org,2002:float",
+    re.compile(r"^[-+]?(\d[\d_]*(\.[\d_]*)?[eE][-+]?\d+|\d[\d_]*\.[\d_]*|\.\d[\d_]*([eE][-+]?\d+)?)$"),
+    list("-+0123456789."),
+)
+
+
+def load_config(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
+    """The config of a file with overrides applied.
+
+    Args:
+        path: YAML file with the sections of `schema.py`.
+        overrides: `section.key=value` strings; the value is read as the key's type.
+
+    Raises:
+        ConfigError: All problems of the file and of the overrides, one sentence each.
+    """
+    tree = _read_yaml(Path(path))
+    problems: list[str] = []
+    for override in overrides:
+        try:
+            _apply_override(tree, override)
+        except ConfigError as error:
+            problems += error.problems
+    try:
+        config = RunConfig.model_validate(tree)
+    except ValidationError as error:
+        raise ConfigError(problems + _sentences(error, source=str(path))) from None
+    if problems:
+        raise ConfigError(problems)
+    return config
+
+
+def config_from_mapping(tree: Mapping[str, Any], *, source: str) -> RunConfig:
+    """The config stored as plain JSON, in a checkpoint for example."""
+    try:
+        return RunConfig.model_validate(dict(tree))
+    except ValidationError as error:
+        raise ConfigError(_sentences(error, source=source)) from None
+
+
+def config_to_mapping(config: RunConfig) -> dict[str, Any]:
+    """The config as plain JSON values; `config_from_mapping` is its inverse."""
+    return config.model_dump(mode="json")
+
+
+def _read_yaml(path: Path) -> dict[str, Any]:
+    try:
+        text = path.read_text(encoding="utf-8")
+    except FileNotFoundError:
+        raise ConfigError(f"Config file {path} does not exist; give a YAML file with --config, for example configs/quickstart.yaml.") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"Config file {path} cannot be read ({error}); give a readable UTF-8 YAML file.") from None
+    try:
+        tree = yaml.load(text, Loader=_StrictLoader)
+    except yaml.YAMLError as error:
+        where = f"{path}:{error.problem_mark.line + 1}" if isinstance(error, yaml.MarkedYAMLError) and error.problem_mark else str(path)
+        reason = error.problem if isinstance(error, yaml.MarkedYAMLError) else error
+        raise ConfigError(f"{where}: not valid YAML ({reason}); correct the line.") from None
+    if tree is None:
+        return {}
+    if not isinstance(tree, dict):
+        raise ConfigError(f"Config file {path} holds a {type(tree).__name__}, but a mapping of sections ({section_names()}) is needed.")
+    # `section:` with nothing under it means the section's defaults.
+    return {name: {} if value is None and name in RunConfig.model_fields else value for name, value in tree.items()}
+
+
+def _apply_override(tree: dict[str, Any], override: str) -> None:
+    name, equals, text = override.partition("=")
+    if not equals or not name:
+        raise ConfigError(f"--set {override!r} is not of the form section.key=value, for example train.num_steps=200.")
+    field = dict(iterate_keys()).get(name)
+    if field is None:
+        raise ConfigError(f"--set {override!r}: {unknown_key(name)}")
+    value: Any = text
+    if not _takes_string(field) or text in ("null", "~"):
+        try:
+            value = yaml.load(text, Loader=_StrictLoader)
+        except yaml.YAMLError:
+            value = text
+    *parents, leaf = name.split(".")
+    node = tree
+    for parent in parents:
+        node = node.setdefault(parent, {})
+        if not isinstance(node, dict):
+            raise ConfigError(f"--set {override!r}: {parent!r} in the file holds {node!r}, but a mapping of keys is needed.")
+    node[leaf] = value
+
+
+def _takes_string(field: FieldInfo) -> bool:
+    return str in (field.annotation, *get_args(field.annotation))
+
+
+def _sentences(error: ValidationError, *, source: str) -> list[str]:
+    fields = dict(iterate_keys())
+    sentences = []
+    for problem in error.errors():
+        parts = [str(part) for part in problem["loc"]]
+        name = next((".".join(parts[:n]) for n in range(len(parts), 0, -1) if ".".join(parts[:n]) in fields), ".".join(parts))
+        if problem["type"] == "extra_forbidden":
+            sentences.append(f"{source}: {unknown_key(name)}")
+        elif name in fields:
+            sentences.append(f"{source}: {name} is {problem['input']!r}, but {describe_type(fields[name])} is needed.")
+        else:
+            sentences.append(f"{source}: section {name} holds {problem['input']!r}, but a mapping of keys is needed.")
+    return list(dict.fromkeys(sentences))

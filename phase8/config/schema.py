@@ -1,0 +1,198 @@
+"""The whole configurable surface: frozen models, one per section, one field per YAML key.
+
+A YAML key, the field and the variable in the code carry the same name. `description` is what `launch/pretrain.py --help` prints.
+Rules that involve one field are its type; rules across fields and sections, and keys that are declared but not built yet, are in
+`validate.py`.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field
+
+PositiveInt = Annotated[int, Field(ge=1)]
+NonNegativeInt = Annotated[int, Field(ge=0)]
+PositiveFloat = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+NonNegativeFloat = Annotated[float, Field(ge=0, allow_inf_nan=False)]
+Fraction = Annotated[float, Field(ge=0, le=1)]
+
+
+def key(default: Any, description: str) -> Any:
+    """A documented config key."""
+    return Field(default=default, description=description)
+
+
+class Section(BaseModel):
+    """Base of every section: immutable, unknown keys forbidden, no silent conversion between types."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True, protected_namespaces=())
+
+
+class RunSection(Section):
+    """Where the run lives: everything it writes is under `<output_dir>/<name>`."""
+
+    name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")] = key("run", "name of the run and of its directory")
+    output_dir: str = key("runs", "parent of the run directory")
+
+
+class ModelSection(Section):
+    """The model. Shapes follow docs: H * K = attention width, K = head size."""
+
+    block: Literal["phase8", "transformer"] = key("phase8", "phase8, or the full causal attention baseline")
+    d_model: PositiveInt = key(512, "width D of the residual stream")
+    num_layers: PositiveInt = key(8, "number of blocks")
+    num_heads: PositiveInt = key(8, "number of heads H")
+    head_size: PositiveInt | None = key(None, "size K of a head, even; null: d_model / num_heads")
+    vocab_size: PositiveInt = key(16384, "number of token ids; the tokenizer and the data must stay below it")
+    sequence_length: PositiveInt = key(512, "tokens T of a training sequence")
+    low_rank_rank: NonNegativeInt = key(0, "rank R of the mixer's linears (and of the feed-forward's with ffn: low_rank_swiglu); 0: dense")
+    local_window_size: PositiveInt = key(256, "window W of the local path, in tokens, the token itself included")
+    global_tokens: NonNegativeInt = key(64, "first G tokens of the sequence that every later token sees")
+    score: Literal["lorentz", "dot"] = key("lorentz", "score of the local path: hyperbolic distance or scaled dot product")
+    chain: Literal["both", "decay", "gate", "none"] = key("both", "what the Green chain modulates: the decay, the gate, both, or no chain")
+    convolution_size: PositiveInt | None = key(None, "taps of the causal depthwise convolution on q, k, v; 1: none; null: 4 (phase8), 1 (transformer)")
+    ffn: Literal["swiglu", "low_rank_swiglu", "moe"] = key("swiglu", "feed-forward of the block")
+    ffn_size: PositiveInt | None = key(None, "width F of the feed-forward; null: 8/3 d_model rounded up to a multiple of 64")
+    tie_embeddings: bool = key(False, "use the embedding as the output head")
+    rope_base: PositiveFloat = key(10000.0, "base of the rotary frequencies")
+    norm_eps: PositiveFloat = key(1e-5, "epsilon of every RMS norm")
+    init_std: PositiveFloat = key(0.02, "standard deviation of the initial weights")
+
+    @property
+    def head_width(self) -> int:
+        """Size K of one head."""
+        return self.head_size if self.head_size is not None else self.d_model // self.num_heads
+
+    @property
+    def attention_width(self) -> int:
+        """Width H * K of q, k and v."""
+        return self.num_heads * self.head_width
+
+    @property
+    def feed_forward_width(self) -> int:
+        """Width F of the feed-forward."""
+        return self.ffn_size if self.ffn_size is not None else -(-8 * self.d_model // (3 * 64)) * 64
+
+    @property
+    def convolution_taps(self) -> int:
+        """Taps of the causal convolution on q, k and v."""
+        if self.convolution_size is not None:
+            return self.convolution_size
+        return 4 if self.block == "phase8" else 1
+
+
+class DataSection(Section):
+    """Training text, tokenizer and loader."""
+
+    train: str | None = key(None, ".bin/.idx prefix or blend .yaml; null: the embedded corpus (Python's standard library)")
+    validation: str | None = key(None, "the same for evaluation; null: none (embedded corpus: its fixed held-out split)")
+    tokenizer: str | None = key(None, "sentencepiece .model or Hugging Face tokenizer.json; copied into checkpoints, needed to generate")
+    cache_dir: str = key(".cache/phase8", "where the embedded corpus is tokenised once")
+    reset_at_document_boundaries: bool = key(False, "packed documents do not see each other: state, window and loss stop at the boundary")
+    allow_fingerprint_change: bool = key(False, "resume although the data differ from those of the checkpoint")
+    num_workers: NonNegativeInt = key(0, "loader processes; 0: load in the training process")
+    pin_memory: bool = key(False, "page-locked host memory for faster copies to the GPU")
+    prefetch_factor: PositiveInt = key(2, "microbatches each worker prepares ahead")
+    persistent_workers: bool = key(True, "keep workers alive between evaluations")
+
+
+class ParallelSection(Section):
+    """The rank grid. data_parallel_size is what remains of the world size."""
+
+    tensor_parallel_size: PositiveInt = key(1, "ranks that share each layer's heads and columns")
+    pipeline_parallel_size: PositiveInt = key(1, "stages the layers are divided over")
+    context_parallel_size: PositiveInt = key(1, "ranks that share each sequence")
+    expert_parallel_size: PositiveInt = key(1, "ranks that share the experts; divides data_parallel_size")
+    sequence_parallel: bool = key(True, "shard the sequence between tensor-parallel regions; always on with tensor parallelism")
+    num_microbatches: PositiveInt | None = key(None, "gradient accumulation steps; null: from the batch sizes")
+
+
+class ZeroSection(Section):
+    """Sharding of optimizer, gradients and parameters over data-parallel ranks."""
+
+    stage: Literal[0, 1, 2, 3] = key(0, "0: replicate; 1: shard optimizer; 2: and gradients; 3: and parameters")
+    engine: Literal["fsdp", "deepspeed"] = key("fsdp", "who implements the stages")
+    offload_optimizer: Literal["none", "cpu", "nvme"] = key("none", "where optimizer states live between steps")
+    offload_params: Literal["none", "cpu", "nvme"] = key("none", "where parameters live between uses")
+
+
+class PrecisionSection(Section):
+    """Number formats. Master weights, gradients, reductions, norms and the Green chain are fp32 in every mode."""
+
+    dtype: Literal["bf16", "fp32", "fp8", "int8"] = key("bf16", "format of matmuls and of the residual stream")
+    tf32: bool = key(True, "let fp32 matmuls use tf32 on GPUs that have it")
+
+
+class OptimSection(Section):
+    """Optimizer and learning-rate schedule."""
+
+    name: Literal["adamw", "muon"] = key("adamw", "optimizer")
+    learning_rate: PositiveFloat = key(6e-4, "peak learning rate")
+    min_learning_rate_ratio: Fraction = key(0.1, "final learning rate over the peak")
+    schedule: Literal["cosine", "wsd", "constant"] = key("cosine", "shape after the warmup; wsd: stable, then linear decay")
+    warmup_steps: NonNegativeInt = key(100, "steps of linear warmup")
+    decay_steps: PositiveInt | None = key(None, "steps of the final decay of wsd; null: a tenth of num_steps")
+    betas: Annotated[tuple[Fraction, Fraction], Field(strict=False)] = key((0.9, 0.95), "AdamW betas")
+    eps: PositiveFloat = key(1e-8, "AdamW epsilon")
+    weight_decay: NonNegativeFloat = key(0.1, "decay of matrices; vectors, norms and embeddings have none")
+    gradient_clip_norm: NonNegativeFloat = key(1.0, "largest global gradient norm; 0: no clipping")
+
+
+class CompileSection(Section):
+    """torch.compile of each block."""
+
+    enabled: bool = key(False, "compile the blocks")
+    mode: Literal["default", "reduce-overhead", "max-autotune"] = key("default", "torch.compile mode")
+    fullgraph: bool = key(False, "fail on a graph break instead of splitting the graph")
+
+
+class TrainSection(Section):
+    """Length of the run, batch, seed and what is recomputed."""
+
+    global_batch_size: PositiveInt = key(32, "sequences per optimizer step")
+    micro_batch_size: PositiveInt | None = key(None, "sequences per forward; null: from num_microbatches, else global_batch_size")
+    num_steps: PositiveInt = key(1000, "optimizer steps; sets the length of the schedules")
+    stop_at_step: PositiveInt | None = key(None, "save and stop after this step without changing the schedules")
+    seed: NonNegativeInt = key(1234, "seed of initial weights and data order")
+    deterministic: bool = key(False, "refuse operations without a deterministic implementation")
+    evaluate_every_n_steps: NonNegativeInt = key(100, "steps between evaluations; 0: never")
+    evaluation_sequences: PositiveInt = key(256, "sequences of an evaluation, always the same ones")
+    max_consecutive_nonfinite_steps: PositiveInt = key(10, "stop after so many skipped steps in a row")
+    recompute: Literal["none", "full", "selective"] = key("none", "activations recomputed in backward: no, whole blocks, or the mixer only")
+    recompute_every_n_layers: PositiveInt = key(1, "recompute layers 0, n, 2n, ...")
+    compile: CompileSection = key(CompileSection(), "torch.compile")
+
+
+class CheckpointSection(Section):
+    """When to save and what to keep."""
+
+    every_n_steps: NonNegativeInt = key(500, "steps between saves; 0: only at the end and when interrupted")
+    keep_last: PositiveInt = key(3, "newest checkpoints kept")
+    keep_every_n_steps: PositiveInt | None = key(None, "also keep every checkpoint whose step is a multiple of this")
+
+
+class ObserveSection(Section):
+    """What the run shows and records."""
+
+    log_every_n_steps: PositiveInt = key(10, "steps between printed lines when the output is not a terminal")
+    tensorboard: bool = key(True, "write TensorBoard events")
+    report: bool = key(True, "draw report/loss.png and report/index.html when the run ends")
+    sample_prompt: str | None = key(None, "prompt of a sample printed at the end; null: none")
+    sample_tokens: PositiveInt = key(100, "tokens of that sample")
+    peak_flops: PositiveFloat | None = key(None, "FLOP/s of the device that count as MFU 1; null: known GPUs, else no MFU")
+
+
+class RunConfig(Section):
+    """A complete run."""
+
+    run: RunSection = key(RunSection(), "")
+    model: ModelSection = key(ModelSection(), "")
+    data: DataSection = key(DataSection(), "")
+    parallel: ParallelSection = key(ParallelSection(), "")
+    zero: ZeroSection = key(ZeroSection(), "")
+    precision: PrecisionSection = key(PrecisionSection(), "")
+    optim: OptimSection = key(OptimSection(), "")
+    train: TrainSection = key(TrainSection(), "")
+    checkpoint: CheckpointSection = key(CheckpointSection(), "")
+    observe: ObserveSection = key(ObserveSection(), "")

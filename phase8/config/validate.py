@@ -1,0 +1,116 @@
+"""Rules across keys and sections, and keys that are declared but not built yet. All problems are reported at once."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from phase8.config.batch import batch_shape
+from phase8.config.schema import ModelSection, OptimSection, RunConfig, TrainSection
+from phase8.errors import ConfigError
+from phase8.topology import build_topology
+
+
+def validate(config: RunConfig, *, world_size: int = 1) -> None:
+    """Refuses a config that cannot run on `world_size` processes.
+
+    Raises:
+        ConfigError: All problems, one sentence each.
+    """
+    problems = find_problems(config, world_size=world_size)
+    if problems:
+        raise ConfigError(problems)
+
+
+def find_problems(config: RunConfig, *, world_size: int = 1) -> list[str]:
+    """What is wrong with a config, one sentence each; empty when it can run."""
+    return [
+        *_model(config.model),
+        *_schedule(config.optim, config.train),
+        *_train(config.train, config.model),
+        *_data(config),
+        *_batch(config, world_size),
+        *_not_built_yet(config, world_size),
+    ]
+
+
+def _model(model: ModelSection) -> Iterator[str]:
+    if model.head_size is None and model.d_model % model.num_heads:
+        yield f"model.num_heads {model.num_heads} does not divide model.d_model {model.d_model}; choose a divisor or set model.head_size."
+    elif model.head_width % 2:
+        yield f"the head size {model.head_width} is odd, but rotary positions need an even one; change model.num_heads or set model.head_size."
+    if model.ffn == "low_rank_swiglu" and model.low_rank_rank == 0:
+        yield "model.ffn is low_rank_swiglu, but model.low_rank_rank is 0; set a rank of at least 1 or use ffn: swiglu."
+
+
+def _schedule(optim: OptimSection, train: TrainSection) -> Iterator[str]:
+    if optim.warmup_steps >= train.num_steps and optim.warmup_steps > 0:
+        yield f"optim.warmup_steps {optim.warmup_steps} is not below train.num_steps {train.num_steps}; shorten the warmup."
+    if optim.decay_steps is not None and optim.schedule != "wsd":
+        yield f"optim.decay_steps is {optim.decay_steps}, but optim.schedule is {optim.schedule}; only wsd has decay_steps, leave it null."
+    if optim.decay_steps is not None and optim.warmup_steps + optim.decay_steps > train.num_steps:
+        yield (
+            f"optim.warmup_steps {optim.warmup_steps} + optim.decay_steps {optim.decay_steps} exceed train.num_steps "
+            f"{train.num_steps}; shorten one of them."
+        )
+    if optim.betas[0] == 1 or optim.betas[1] == 1:
+        yield f"optim.betas is {list(optim.betas)}, but each must be below 1."
+
+
+def _train(train: TrainSection, model: ModelSection) -> Iterator[str]:
+    if train.stop_at_step is not None and train.stop_at_step > train.num_steps:
+        yield f"train.stop_at_step {train.stop_at_step} is after train.num_steps {train.num_steps}; leave it null or make it smaller."
+    if train.recompute == "none" and train.recompute_every_n_layers != 1:
+        yield f"train.recompute_every_n_layers is {train.recompute_every_n_layers}, but train.recompute is none; set it to full or selective."
+    if train.recompute_every_n_layers > model.num_layers:
+        yield (
+            f"train.recompute_every_n_layers {train.recompute_every_n_layers} exceeds model.num_layers {model.num_layers}; "
+            "choose a smaller interval."
+        )
+
+
+def _data(config: RunConfig) -> Iterator[str]:
+    data = config.data
+    if data.train is None:
+        for name, value in (("validation", data.validation), ("tokenizer", data.tokenizer)):
+            if value is not None:
+                yield f"data.{name} is {value!r}, but data.train is null and the embedded corpus brings its own; set data.train too."
+    elif config.observe.sample_prompt is not None and data.tokenizer is None:
+        yield "observe.sample_prompt is set, but data.tokenizer is null; give the tokenizer of the data, or leave the prompt null."
+
+
+def _batch(config: RunConfig, world_size: int) -> Iterator[str]:
+    parallel = config.parallel
+    try:
+        topology = build_topology(
+            world_size=world_size,
+            pipeline_parallel_size=parallel.pipeline_parallel_size,
+            context_parallel_size=parallel.context_parallel_size,
+            tensor_parallel_size=parallel.tensor_parallel_size,
+            expert_parallel_size=parallel.expert_parallel_size,
+        )
+        batch_shape(config.train, parallel, data_parallel_size=topology.data_parallel_size)
+    except ConfigError as error:
+        yield from error.problems
+
+
+def _not_built_yet(config: RunConfig, world_size: int) -> Iterator[str]:
+    """Keys whose feature does not exist yet: refused, never ignored."""
+    allowed = {
+        "parallel.tensor_parallel_size": (config.parallel.tensor_parallel_size, (1,)),
+        "parallel.pipeline_parallel_size": (config.parallel.pipeline_parallel_size, (1,)),
+        "parallel.context_parallel_size": (config.parallel.context_parallel_size, (1,)),
+        "parallel.expert_parallel_size": (config.parallel.expert_parallel_size, (1,)),
+        "parallel.sequence_parallel": (config.parallel.sequence_parallel, (True,)),
+        "zero.stage": (config.zero.stage, (0,)),
+        "zero.engine": (config.zero.engine, ("fsdp",)),
+        "zero.offload_optimizer": (config.zero.offload_optimizer, ("none",)),
+        "zero.offload_params": (config.zero.offload_params, ("none",)),
+        "precision.dtype": (config.precision.dtype, ("bf16", "fp32")),
+        "optim.name": (config.optim.name, ("adamw",)),
+        "model.ffn": (config.model.ffn, ("swiglu", "low_rank_swiglu")),
+    }
+    for name, (value, values) in allowed.items():
+        if value not in values:
+            yield f"{name} is {value}, which is not supported yet; use {' or '.join(str(v) for v in values)}."
+    if world_size != 1:
+        yield f"world size {world_size} is not supported yet; start one process without torchrun."

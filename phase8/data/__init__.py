@@ -1,0 +1,1 @@
+"""Data files, tokenizers, blending, the stateless sampler and the loader."""

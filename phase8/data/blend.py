@@ -1,0 +1,143 @@
+"""Blending of several data sets by integer weights: the blend file, and who delivers sample n.
+
+The order within one period of sum(weights) samples follows Tijdeman's rule: among the data sets that are owed at least
+1 / (2K - 2) of a sample, the one with the earliest deadline. At every prefix no data set is then further than 1 - 1 / (2K - 2) samples
+from its share, the best possible bound.
+
+Source: R. Tijdeman, "The chairman assignment problem", Discrete Mathematics 32 (1980).
+"""
+
+from __future__ import annotations
+
+import heapq
+from collections import Counter
+from collections.abc import Sequence
+from math import gcd
+from pathlib import Path
+from typing import Annotated, Any
+
+import numpy as np
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from phase8.data.index_file import Dialect
+from phase8.errors import DataError
+
+MAX_PERIOD = 100_000
+
+
+class BlendSource(BaseModel):
+    """One data set of a blend."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
+
+    path: Annotated[str, Field(min_length=1, description=".bin/.idx prefix, relative to the blend file")]
+    weight: Annotated[int, Field(ge=1, description="share of the samples, in whole numbers")]
+    dialect: Annotated[Dialect | None, Field(description="project that wrote the pair, where its type code is ambiguous")] = None
+
+
+class _BlendFile(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
+
+    sources: Annotated[list[BlendSource], Field(min_length=1)]
+
+
+def read_blend(path: str | Path) -> list[BlendSource]:
+    """The data sets of a blend file, their paths made relative to the working directory.
+
+    Raises:
+        DataError: The file is missing, is not YAML, or holds anything but `sources: [{path, weight, dialect}]`; all problems at once.
+    """
+    path = Path(path)
+    try:
+        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise DataError(f"cannot read the blend {path}: {error.strerror or error}") from error
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise DataError(f"the blend {path} is not YAML: {' '.join(str(error).split())}") from error
+    try:
+        sources = _BlendFile.model_validate(content).sources
+    except ValidationError as error:
+        problems = ", ".join(_problem(detail) for detail in error.errors())
+        raise DataError(f"the blend {path} cannot be used: {problems}; write `sources:` with a list of path and whole-number weight") from None
+    repeated = [name for name, times in Counter(source.path for source in sources).items() if times > 1]
+    if repeated:
+        raise DataError(f"the blend {path} lists {repeated[0]} more than once; keep one entry and add the weights up")
+    return [source.model_copy(update={"path": str(path.parent / source.path)}) for source in sources]
+
+
+class BlendTable:
+    """Who delivers sample n, for every n, in constant time: one period of the order with the count of each data set before it.
+
+    Args:
+        weights: One positive integer per data set; only their ratios matter.
+
+    Attributes:
+        weights: The weights divided by their greatest common divisor: samples of each data set per period.
+        period: Sum of `weights`.
+
+    Raises:
+        DataError: No weight, a weight that is no positive integer, or a period above 100,000.
+    """
+
+    def __init__(self, weights: Sequence[int]):
+        if not weights or any(isinstance(weight, bool) or not isinstance(weight, int) or weight < 1 for weight in weights):
+            raise DataError(f"blend weights {list(weights)} cannot be used; give one whole number of at least 1 per data set")
+        divisor = gcd(*weights)
+        self.weights = tuple(weight // divisor for weight in weights)
+        self.period = sum(self.weights)
+        if self.period > MAX_PERIOD:
+            raise DataError(
+                f"blend weights sum to {self.period} after division by their common divisor {divisor}; at most {MAX_PERIOD} is allowed, so "
+                "round them, for example to parts per thousand"
+            )
+        self._dataset, self._count_before = _tijdeman_period(self.weights)
+
+    def locate(self, n: int) -> tuple[int, int]:
+        """The data set that delivers sample `n`, and the number of that sample within the data set."""
+        periods, position = divmod(n, self.period)
+        dataset = int(self._dataset[position])
+        return dataset, periods * self.weights[dataset] + int(self._count_before[position])
+
+    def counts(self, n: int) -> list[int]:
+        """How many of the first `n` samples each data set delivers."""
+        periods, remainder = divmod(n, self.period)
+        last = np.bincount(self._dataset[:remainder], minlength=len(self.weights))
+        return [periods * weight + int(count) for weight, count in zip(self.weights, last, strict=True)]
+
+
+def _tijdeman_period(weights: tuple[int, ...]) -> tuple[np.ndarray, np.ndarray]:
+    """Data set of each position of a period (int32), and how often it came before (int32).
+
+    A data set of share w / P whose count is c is owed 1 / (2K - 2) of a sample from n = (c + 1 / (2K - 2)) P / w on (its release), and
+    must be chosen by n = (c + 1 - 1 / (2K - 2)) P / w (its deadline), n counted from 1. Releases and deadlines rise with c, so a heap
+    of those to come and a heap of those released find the earliest deadline in O(P log K). Ties go to the first data set.
+    """
+    period, parts = sum(weights), max(1, 2 * len(weights) - 2)
+
+    def release(dataset: int, count: int) -> int:
+        return -(-(count * parts + 1) * period // (weights[dataset] * parts))
+
+    def deadline(dataset: int, count: int) -> int:
+        return ((count + 1) * parts - 1) * period // (weights[dataset] * parts)
+
+    order, counts_before = np.empty(period, np.int32), np.empty(period, np.int32)
+    counts = [0] * len(weights)
+    waiting = [(release(dataset, 0), dataset) for dataset in range(len(weights))]
+    heapq.heapify(waiting)
+    released: list[tuple[int, int]] = []
+    for n in range(1, period + 1):
+        while waiting and waiting[0][0] <= n:
+            _, dataset = heapq.heappop(waiting)
+            heapq.heappush(released, (deadline(dataset, counts[dataset]), dataset))
+        _, dataset = heapq.heappop(released)
+        order[n - 1], counts_before[n - 1] = dataset, counts[dataset]
+        counts[dataset] += 1
+        heapq.heappush(waiting, (release(dataset, counts[dataset]), dataset))
+    return order, counts_before
+
+
+def _problem(detail: Any) -> str:
+    place = ".".join(map(str, detail["loc"])) or "the file"
+    found = "" if isinstance(detail["input"], dict | list) else f" is {detail['input']!r}"
+    return f"{place}{found} ({detail['msg']})"

@@ -1,0 +1,246 @@
+"""Reader and writer of Megatron's `.bin/.idx` token files.
+
+`.bin` is the token ids of all sequences, one after the other, without header or padding; `.idx` (index_file.py) says where each
+sequence and each document begins. The writer renames `.bin` first and `.idx` last, so that an `.idx` implies a complete `.bin`.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import shutil
+from array import array
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from types import TracebackType
+from typing import BinaryIO, Self
+
+import numpy as np
+
+from phase8.data.index_file import DIALECTS, DTYPE_CODES, Dialect, read_index, write_index
+from phase8.errors import DataError, StorageError
+
+MAX_SEQUENCE_TOKENS = 2**31 - 1
+
+
+def best_dtype(vocab_size: int) -> np.dtype:
+    """The token type Megatron's writer picks: uint16 below a vocabulary of 65500, else int32."""
+    return np.dtype("<u2" if vocab_size < 65500 else "<i4")
+
+
+class IndexedWriter:
+    """Context manager that writes one `.bin/.idx` pair, complete or not at all.
+
+    Until the block ends without an exception only temporary files exist, and a pair already under `prefix` stays as it is.
+
+    Args:
+        prefix: Path without `.bin` / `.idx`; missing directories are made.
+        dtype: Integer type of the tokens, from `best_dtype(vocab_size)`.
+
+    Raises:
+        DataError: A type the format has no code for.
+        StorageError: The place cannot be written, or the disk is full.
+    """
+
+    def __init__(self, prefix: str | Path, *, dtype: np.dtype):
+        self.prefix = str(prefix)
+        self.dtype = np.dtype(dtype).newbyteorder("<")
+        if self.dtype not in DTYPE_CODES:
+            allowed = ", ".join(known.name for known in DTYPE_CODES)
+            raise DataError(f"{prefix}: tokens of type {self.dtype.name} have no code in .idx; use one of {allowed}")
+        self._bin_path, self._idx_path = _path(prefix, ".bin"), _path(prefix, ".idx")
+        # The process id keeps two processes that fill the same cache from writing into one file.
+        self._bin_partial = _path(prefix, f".bin.{os.getpid()}.partial")
+        self._idx_partial = _path(prefix, f".idx.{os.getpid()}.partial")
+        self._lengths = array("i")
+        self._document_index = array("q", [0])
+
+    def __enter__(self) -> Self:
+        with storage_errors(self._bin_path):
+            self._bin_path.parent.mkdir(parents=True, exist_ok=True)
+            self._bin: BinaryIO = self._bin_partial.open("wb", buffering=1 << 20)
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        try:
+            if kind is None:
+                with storage_errors(self._bin_path):
+                    self._publish()
+        finally:
+            with suppress(OSError):  # closing flushes, which fails again on a full disk
+                self._bin.close()
+            for partial in (self._bin_partial, self._idx_partial):
+                with suppress(OSError):
+                    partial.unlink(missing_ok=True)
+
+    def add_document(self, *sequences: np.ndarray) -> None:
+        """Appends one document of one or more sequences.
+
+        Args:
+            sequences: One-dimensional integer arrays; a sequence may be empty.
+
+        Raises:
+            DataError: Nothing to add, a shape or type that is not tokens, an id outside the type of the file, or a sequence of more
+                than 2^31 - 1 tokens. Nothing of the document is then written.
+            StorageError: The disk is full.
+        """
+        if not sequences:
+            raise DataError(f"{self.prefix}: document {len(self._document_index) - 1} has no sequence; give at least one")
+        checked = [self._checked(sequence) for sequence in sequences]
+        with storage_errors(self._bin_path):
+            for sequence in checked:
+                self._bin.write(sequence.data)
+        self._lengths.extend(sequence.size for sequence in checked)
+        self._document_index.append(len(self._lengths))
+
+    def append_indexed(self, prefix: str | Path) -> None:
+        """Appends all documents of another pair of the same type, copying bytes in chunks.
+
+        Raises:
+            DataError: The pair is missing, holds another token type, or a mode per sequence (multimodal data).
+            IndexedFormatError: The pair is damaged.
+            StorageError: The disk is full.
+        """
+        other = IndexedDataset(prefix)
+        if other.dtype != self.dtype:
+            raise DataError(f"{prefix} holds {other.dtype.name} tokens and cannot be appended to {self.prefix} of {self.dtype.name}")
+        if other.sequence_modes is not None:
+            raise DataError(f"{prefix} holds a mode per sequence (multimodal data), which would be lost; only text can be appended")
+        with storage_errors(self._bin_path), other.bin_path.open("rb") as source:
+            shutil.copyfileobj(source, self._bin, length=1 << 23)
+        first_sequence = len(self._lengths)
+        self._lengths.frombytes(other.sequence_lengths.astype("=i4").tobytes())
+        self._document_index.frombytes((other.document_index[1:] + first_sequence).astype("=i8").tobytes())
+
+    def _checked(self, sequence: np.ndarray) -> np.ndarray:
+        tokens = np.asarray(sequence)
+        place = f"{self.prefix}: a sequence of document {len(self._document_index) - 1}"
+        if tokens.ndim != 1 or (tokens.size and tokens.dtype.kind not in "iu"):
+            raise DataError(f"{place} has shape {tokens.shape} and type {tokens.dtype}; give one dimension of integers")
+        if tokens.size > MAX_SEQUENCE_TOKENS:
+            raise DataError(f"{place} holds {tokens.size} tokens; the format allows {MAX_SEQUENCE_TOKENS}, so split it")
+        largest = np.iinfo(self.dtype).max
+        if tokens.size and (int(tokens.min()) < 0 or int(tokens.max()) > largest):
+            raise DataError(f"{place} holds ids from {tokens.min()} to {tokens.max()}; {self.dtype.name} allows 0 to {largest}")
+        return np.ascontiguousarray(tokens, dtype=self.dtype)
+
+    def _publish(self) -> None:
+        self._bin.flush()
+        os.fsync(self._bin.fileno())
+        with self._idx_partial.open("wb") as file:
+            write_index(
+                file,
+                dtype=self.dtype,
+                lengths=np.frombuffer(self._lengths, "=i4"),
+                document_index=np.frombuffer(self._document_index, "=i8"),
+            )
+            file.flush()
+            os.fsync(file.fileno())
+        self._idx_path.unlink(missing_ok=True)  # an older .idx must never describe the new .bin
+        self._bin_partial.replace(self._bin_path)
+        self._idx_partial.replace(self._idx_path)
+        directory = os.open(self._idx_path.parent, os.O_RDONLY)
+        try:
+            os.fsync(directory)
+        finally:
+            os.close(directory)
+
+
+class IndexedDataset:
+    """A `.bin/.idx` pair opened for reading: the index in memory, the tokens memory-mapped.
+
+    Pickling keeps the path only, so a loader worker opens (and checks) the files anew.
+
+    Args:
+        prefix: Path without `.bin` / `.idx`.
+        dialect: The project that wrote the pair, needed only where the type of the tokens would be ambiguous.
+
+    Attributes:
+        dtype: Type of the tokens in the file.
+        sequence_lengths: int32 [num_sequences].
+        document_index: int64 [num_documents + 1], the first sequence of each document, then num_sequences.
+        sequence_modes: int8 [num_sequences] of multimodal data, else None.
+
+    Raises:
+        DataError: A file is missing or cannot be read.
+        IndexedFormatError: The files are damaged, foreign, or do not fit each other; the message names the check that failed.
+    """
+
+    def __init__(self, prefix: str | Path, *, dialect: Dialect | None = None):
+        self.prefix = str(prefix)
+        self.dialect = dialect
+        if dialect is not None and dialect not in DIALECTS:
+            raise DataError(f"{prefix}: dialect {dialect!r} is unknown; use one of {', '.join(DIALECTS)}")
+        self.bin_path, self.idx_path = _path(prefix, ".bin"), _path(prefix, ".idx")
+        try:
+            self.bin_bytes = self.bin_path.stat().st_size
+            index = read_index(self.idx_path, bin_bytes=self.bin_bytes, dialect=dialect)
+            mapped = np.memmap(self.bin_path, dtype=index.dtype, mode="r") if self.bin_bytes else np.empty(0, index.dtype)
+        except OSError as error:
+            reason = error.strerror or str(error)
+            raise DataError(f"cannot read {error.filename or prefix}: {reason}; give the path of the pair without .bin / .idx") from error
+        self._tokens = mapped.view(np.ndarray)
+        self.dtype = index.dtype
+        self.sequence_lengths, self.document_index, self.sequence_modes = index.lengths, index.document_index, index.modes
+        self.num_sequences, self.num_documents = index.lengths.size, index.document_index.size - 1
+        self.num_tokens = int(index.token_offsets[-1])
+        self._sequence_starts = index.token_offsets
+        self._document_starts = index.token_offsets[index.document_index[:-1]]
+
+    def __reduce__(self) -> tuple[object, ...]:
+        return _reopen, (self.prefix, self.dialect)
+
+    def sequence(self, i: int) -> np.ndarray:
+        """Tokens of sequence `i`, a read-only view."""
+        if not 0 <= i < self.num_sequences:
+            raise DataError(f"{self.prefix}: sequence {i} was asked for; there are {self.num_sequences}")
+        return self._tokens[self._sequence_starts[i] : self._sequence_starts[i + 1]]
+
+    def document(self, k: int) -> list[np.ndarray]:
+        """The sequences of document `k`."""
+        if not 0 <= k < self.num_documents:
+            raise DataError(f"{self.prefix}: document {k} was asked for; there are {self.num_documents}")
+        return [self.sequence(i) for i in range(int(self.document_index[k]), int(self.document_index[k + 1]))]
+
+    def tokens(self, start: int, count: int) -> np.ndarray:
+        """`count` tokens of the flat stream from `start` on, a read-only view in the type of the file."""
+        self._check_range(start, count)
+        return self._tokens[start : start + count]
+
+    def document_starts(self, start: int, count: int) -> np.ndarray:
+        """Bool [count]: True where a token of the flat stream begins a document."""
+        self._check_range(start, count)
+        first, last = np.searchsorted(self._document_starts, (start, start + count))
+        flags = np.zeros(count, dtype=bool)
+        flags[self._document_starts[first:last] - start] = True
+        return flags
+
+    def fingerprint(self) -> dict[str, object]:
+        """What identifies the data without reading the tokens: hash of `.idx`, size of `.bin`, number of tokens."""
+        with self.idx_path.open("rb") as file:
+            digest = hashlib.file_digest(file, "sha256").hexdigest()
+        return {"idx_sha256": digest, "bin_bytes": self.bin_bytes, "num_tokens": self.num_tokens}
+
+    def _check_range(self, start: int, count: int) -> None:
+        if start < 0 or count < 0 or start + count > self.num_tokens:
+            raise DataError(f"{self.prefix}: tokens {start} to {start + count} were asked for; there are {self.num_tokens}")
+
+
+def _reopen(prefix: str, dialect: Dialect | None) -> IndexedDataset:
+    return IndexedDataset(prefix, dialect=dialect)
+
+
+def _path(prefix: str | Path, suffix: str) -> Path:
+    """`prefix` + `suffix`; not `with_suffix`, which would cut a prefix that holds a dot."""
+    return Path(f"{prefix}{suffix}")
+
+
+@contextmanager
+def storage_errors(path: Path) -> Iterator[None]:
+    """Context manager that turns every `OSError` of writing `path` (no space, no permission) into a `StorageError`."""
+    try:
+        yield
+    except OSError as error:
+        reason = error.strerror or str(error)
+        raise StorageError(f"cannot write {path}: {reason}; free space there or choose a place that can be written") from error

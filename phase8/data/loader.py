@@ -1,0 +1,227 @@
+"""From global sample numbers to microbatches of tokens.
+
+Shapes: B sequences of a microbatch, T = sequence_length. A sample is T + 1 tokens, so that inputs are the first T and targets the
+last T of them. Which tokens sample n holds depends on the data, the seed and n alone; workers only decide who reads it.
+"""
+
+from __future__ import annotations
+
+import signal
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch.utils.data import DataLoader, Dataset
+
+from phase8.config.schema import DataSection
+from phase8.data.blend import BlendSource, BlendTable, read_blend
+from phase8.data.indexed import IndexedDataset
+from phase8.data.sampler import ORDER_VERSION, SampleOrder, count_windows, evenly_spread_windows
+from phase8.errors import DataError, Phase8Error
+
+# A sample: its number in the order of training, or a window of a source named outright.
+Sample = int | tuple[int, int]
+
+
+class SequenceDataset(Dataset):
+    """Training sequences by global sample number.
+
+    Args:
+        sources: The opened data sets, each at least one window long.
+        weights: Blend weight of each source.
+        sequence_length: T.
+        vocab_size: Token ids must stay below it.
+        seed: Of the order.
+    """
+
+    def __init__(
+        self, sources: Sequence[IndexedDataset], *, weights: Sequence[int], sequence_length: int, vocab_size: int, seed: int
+    ):
+        self.sources = tuple(sources)
+        self.sequence_length = sequence_length
+        self.vocab_size = vocab_size
+        num_windows = [count_windows(source.num_tokens, sequence_length) for source in sources]
+        self.order = SampleOrder(seed=seed, num_windows=num_windows, blend=BlendTable(weights))
+
+    def __getitem__(self, sample: Sample) -> dict[str, torch.Tensor]:
+        """One sample.
+
+        Args:
+            sample: Global sample number n, or (source, window) for a window outside the order of training.
+
+        Shape:
+            tokens: int64 [T + 1]; document_starts: bool [T + 1], True where a token begins a document, and at the first token, since
+            a sample begins with a fresh state.
+
+        Raises:
+            DataError: A token id outside the vocabulary.
+        """
+        number, window = sample if isinstance(sample, tuple) else self.order.locate(sample)
+        source, start, count = self.sources[number], window * self.sequence_length, self.sequence_length + 1
+        tokens = source.tokens(start, count)
+        if tokens.max() >= self.vocab_size or tokens.min() < 0:
+            position = int(np.argmax((tokens >= self.vocab_size) | (tokens < 0)))
+            raise DataError(
+                f"{source.bin_path} holds token id {tokens[position]} at position {start + position}, but model.vocab_size is "
+                f"{self.vocab_size}; set it above the largest id, or prepare the data with the tokenizer of this model"
+            )
+        document_starts = source.document_starts(start, count)
+        document_starts[0] = True
+        return {"tokens": torch.from_numpy(tokens.astype(np.int64)), "document_starts": torch.from_numpy(document_starts)}
+
+
+def open_dataset(
+    path: str, *, sequence_length: int, vocab_size: int, seed: int, key: str = "data.train"
+) -> SequenceDataset:
+    """Opens a `.bin/.idx` prefix or a blend `.yaml`.
+
+    Args:
+        path: The prefix or the blend.
+        sequence_length: T, `model.sequence_length`.
+        vocab_size: `model.vocab_size`.
+        seed: Of the order, `train.seed`.
+        key: Config key that named the path, for messages.
+
+    Raises:
+        DataError: A file is missing, a source is empty or shorter than one sample, or the blend is not one.
+        IndexedFormatError: A damaged or foreign pair.
+    """
+    blend = Path(path).suffix in (".yaml", ".yml")
+    entries = read_blend(path) if blend else [BlendSource(path=path, weight=1)]
+    sources = []
+    for entry in entries:
+        if not Path(f"{entry.path}.idx").exists() or not Path(f"{entry.path}.bin").exists():
+            listed = f" (listed in {path})" if blend else ""
+            raise DataError(
+                f"{key}: {entry.path}.bin and {entry.path}.idx{listed} must both exist and do not; give the path of such a pair without its "
+                "ending, or a blend .yaml, or make the pair with tools/prepare_data.py"
+            )
+        source = IndexedDataset(entry.path, dialect=entry.dialect)
+        if source.num_tokens == 0:
+            raise DataError(f"{key}: {entry.path} holds no tokens; prepare it from text that is not empty")
+        if count_windows(source.num_tokens, sequence_length) == 0:
+            raise DataError(
+                f"{key}: {entry.path} holds {source.num_tokens} tokens, fewer than the {sequence_length + 1} of one sample with "
+                f"model.sequence_length {sequence_length}; shorten the sequence or add data"
+            )
+        sources.append(source)
+    weights = [entry.weight for entry in entries]
+    return SequenceDataset(sources, weights=weights, sequence_length=sequence_length, vocab_size=vocab_size, seed=seed)
+
+
+def microbatch_sample_numbers(*, samples_consumed: int, micro_batch_size: int) -> Iterator[list[int]]:
+    """Sample numbers of each microbatch, without end: consecutive numbers from `samples_consumed` on."""
+    first = samples_consumed
+    while True:
+        yield list(range(first, first + micro_batch_size))
+        first += micro_batch_size
+
+
+def evaluation_microbatches(dataset: SequenceDataset, *, num_samples: int, micro_batch_size: int) -> list[list[tuple[int, int]]]:
+    """Windows of each microbatch of an evaluation: the same ones every time, evenly spread over each source, in file order.
+
+    Independent of the seed. A source that has fewer windows than its share gives each of them once, so there may be fewer than
+    `num_samples`; the last microbatch may be smaller.
+    """
+    windows = evenly_spread_windows(num_samples, num_windows=dataset.order.num_windows, blend=dataset.order.blend)
+    return [windows[first : first + micro_batch_size] for first in range(0, len(windows), micro_batch_size)]
+
+
+def build_loader(
+    dataset: SequenceDataset, section: DataSection, *, sample_numbers: Iterable[Sequence[Sample]]
+) -> Iterable[dict[str, torch.Tensor]]:
+    """The microbatches of `sample_numbers`, in that order whatever the workers.
+
+    Draws nothing from torch's global random generator. Iterating again starts `sample_numbers` again if it is a list; an iterator
+    just goes on, without what the workers had already fetched.
+
+    Shape:
+        tokens: int64 [B, T + 1]; document_starts: bool [B, T + 1].
+
+    Raises:
+        DataError: While iterating, as raised by `SequenceDataset`, also from a worker.
+    """
+    return _MicrobatchLoader(dataset, section, sample_numbers)
+
+
+def data_fingerprint(dataset: SequenceDataset) -> dict[str, object]:
+    """What decides, with the seed, which tokens sample n holds; plain JSON values."""
+    weights = dataset.order.blend.weights
+    return {
+        "order_version": ORDER_VERSION,
+        "sequence_length": dataset.sequence_length,
+        "sources": [
+            {"name": Path(source.prefix).name, "weight": weight, **source.fingerprint()}
+            for source, weight in zip(dataset.sources, weights, strict=True)
+        ],
+    }
+
+
+def describe_fingerprint_difference(old: dict, new: dict) -> list[str]:
+    """One sentence per difference between two fingerprints; empty when sample n holds the same tokens. Names may differ."""
+    sentences = [
+        f"{what} was {old[field]} and is {new[field]}"
+        for field, what in (("order_version", "the version of the sample order"), ("sequence_length", "model.sequence_length"))
+        if old[field] != new[field]
+    ]
+    if len(old["sources"]) != len(new["sources"]):
+        return [*sentences, f"the data had {len(old['sources'])} sources and have {len(new['sources'])}"]
+    fields = {
+        "weight": "blend weight", "num_tokens": "number of tokens", "bin_bytes": "size of .bin in bytes", "idx_sha256": "hash of .idx"
+    }
+    for number, (before, after) in enumerate(zip(old["sources"], new["sources"], strict=True)):
+        sentences += [
+            f"source {number} ({before['name']}, now {after['name']}): the {what} was {before[field]} and is {after[field]}"
+            for field, what in fields.items()
+            if before[field] != after[field]
+        ]
+    return sentences
+
+
+class _Microbatches(Dataset):
+    """Microbatches by their list of samples, so that one fetch of a worker is one microbatch.
+
+    An error is returned instead of raised: torch would rewrite its message into a worker's traceback.
+    """
+
+    def __init__(self, dataset: SequenceDataset):
+        self._dataset = dataset
+
+    def __getitem__(self, samples: Sequence[Sample]) -> dict[str, torch.Tensor] | Phase8Error:
+        try:
+            fetched = [self._dataset[sample] for sample in samples]
+        except Phase8Error as error:
+            return error
+        return {name: torch.stack([sample[name] for sample in fetched]) for name in fetched[0]}
+
+
+class _MicrobatchLoader:
+    def __init__(self, dataset: SequenceDataset, section: DataSection, sample_numbers: Iterable[Sequence[Sample]]):
+        workers = section.num_workers > 0
+        self._loader = DataLoader(
+            _Microbatches(dataset),
+            batch_size=None,
+            sampler=sample_numbers,
+            num_workers=section.num_workers,
+            pin_memory=section.pin_memory and torch.cuda.is_available(),
+            prefetch_factor=section.prefetch_factor if workers else None,
+            persistent_workers=section.persistent_workers and workers,
+            worker_init_fn=_leave_signals_to_trainer,
+            generator=torch.Generator(),  # torch seeds its workers from the global generator otherwise, and so shifts it
+        )
+
+    def __iter__(self) -> Iterator[dict[str, torch.Tensor]]:
+        for microbatch in self._loader:
+            if isinstance(microbatch, Phase8Error):
+                raise microbatch
+            yield microbatch
+
+
+def _leave_signals_to_trainer(worker_id: int) -> None:
+    """Lets the trainer finish its step: Ctrl-C and schedulers signal every process of a job, and a dead worker would end it at once.
+
+    Torch itself ends a worker by SIGTERM where it does not stop by itself, so the second one works.
+    """
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, lambda *_: signal.signal(signal.SIGTERM, signal.SIG_DFL))

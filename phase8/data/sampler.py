@@ -1,0 +1,58 @@
+"""The stateless order of training samples: which window of which data set is sample n.
+
+A pure function of the seed, the window counts and the blend weights. Nothing is built and nothing is saved: a run that consumed
+n samples goes on with sample n, whatever the batch layout, the number of loader workers or the length of the run.
+
+A data set of N tokens is cut into (N - 1) // T windows of T + 1 tokens, neighbours sharing one token, so that every token but the
+first is a target once; the rest of less than T tokens is dropped. Each epoch of a data set visits each of its windows exactly once,
+in the order of a permutation of its own.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from phase8.data.blend import BlendTable
+from phase8.data.permutation import permute
+
+# Part of every data fingerprint: raise it with any change of the order.
+ORDER_VERSION = 1
+
+
+def count_windows(num_tokens: int, sequence_length: int) -> int:
+    """Windows of `sequence_length` + 1 tokens, one shared with the next, in a stream of tokens."""
+    return max(0, num_tokens - 1) // sequence_length
+
+
+class SampleOrder:
+    """The mapping from global sample number to (data set, window).
+
+    Args:
+        seed: Of the run; every seed gives its own order.
+        num_windows: Windows of each data set, at least one.
+        blend: Which data set delivers which sample.
+    """
+
+    def __init__(self, *, seed: int, num_windows: Sequence[int], blend: BlendTable):
+        self.seed = seed
+        self.num_windows = tuple(num_windows)
+        self.blend = blend
+
+    def locate(self, n: int) -> tuple[int, int]:
+        """Data set and window of global sample `n`."""
+        dataset, own = self.blend.locate(n)
+        epoch, position = divmod(own, self.num_windows[dataset])
+        return dataset, permute(position, size=self.num_windows[dataset], key=(self.seed, dataset, epoch))
+
+
+def evenly_spread_windows(num_samples: int, *, num_windows: Sequence[int], blend: BlendTable) -> list[tuple[int, int]]:
+    """(data set, window) of an evaluation: always the same ones, evenly spread over each data set, in file order, none twice.
+
+    Each data set gets its share of `num_samples` by the blend, but no more than it has windows.
+    """
+    shares = zip(blend.counts(num_samples), num_windows, strict=True)
+    return [
+        (dataset, i * available // min(share, available))
+        for dataset, (share, available) in enumerate(shares)
+        for i in range(min(share, available))
+    ]

@@ -1,0 +1,139 @@
+"""Crash-safe places to write: files and directories that appear under their final name complete or not at all.
+
+Everything is written under a temporary name beside its destination, fsynced, and renamed. A killed process leaves only names that
+match `*.partial`, which the next one sweeps while it holds the lock of the place.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+import secrets
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from phase8.errors import DataError, StorageError
+
+
+@contextmanager
+def storage_errors(path: Path) -> Iterator[None]:
+    """Turns an `OSError` of the block into one sentence about `path`.
+
+    Raises:
+        StorageError: The place cannot be written, or the disk is full.
+    """
+    try:
+        yield
+    except OSError as error:
+        raise StorageError(f"cannot write {path}: {error.strerror or error}; free space there or choose a place you may write to") from error
+
+
+@contextmanager
+def staged_file(destination: Path) -> Iterator[Path]:
+    """A temporary path that replaces `destination` when the block ends without an exception.
+
+    Raises:
+        StorageError: The place cannot be written, or the disk is full.
+    """
+    partial = _partial_name(destination)
+    with storage_errors(destination):
+        destination.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            yield partial
+            _fsync(partial)
+            partial.replace(destination)
+            _fsync(destination.parent)
+        finally:
+            partial.unlink(missing_ok=True)
+
+
+@contextmanager
+def staged_directory(destination: Path) -> Iterator[Path]:
+    """A temporary directory that replaces `destination` when the block ends without an exception.
+
+    Files written inside must be fsynced by their writers, as those of `staged_file` and `IndexedWriter` are.
+
+    Raises:
+        StorageError: The place cannot be written, or the disk is full.
+    """
+    partial = _partial_name(destination)
+    with storage_errors(destination):
+        partial.mkdir(parents=True)
+        try:
+            yield partial
+            _fsync(partial)
+            if destination.exists():
+                shutil.rmtree(destination)
+            partial.rename(destination)
+            _fsync(destination.parent)
+        finally:
+            shutil.rmtree(partial, ignore_errors=True)
+
+
+def write_json(path: Path, value: object) -> None:
+    """Writes `value` as indented JSON with sorted keys, complete or not at all.
+
+    Raises:
+        StorageError: The place cannot be written, or the disk is full.
+    """
+    with staged_file(path) as partial:
+        partial.write_text(json.dumps(value, indent=1, sort_keys=True) + "\n", encoding="utf-8")
+
+
+def read_json(path: Path) -> object:
+    """The value of a JSON file, or None where there is no such file or it is damaged (its owner then does the work again)."""
+    try:
+        return json.loads(path.read_bytes())
+    except (FileNotFoundError, ValueError):
+        return None
+    except OSError as error:
+        raise DataError(f"cannot read {path}: {error.strerror}; make it readable or remove it") from error
+
+
+@contextmanager
+def exclusive_lock(path: Path, *, wait: bool) -> Iterator[None]:
+    """Sole ownership of `path` among processes; the system gives it back when a process is killed.
+
+    Args:
+        path: The lock file; made where missing and left in place, since removing it would let two processes own it.
+        wait: Wait for the owner to finish; else refuse.
+
+    Raises:
+        DataError: Another process owns it and `wait` is false.
+        StorageError: The place cannot be written.
+    """
+    with storage_errors(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
+    try:
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX if wait else fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise DataError(f"another process is writing {path.parent}; wait until it has finished or choose another place") from error
+        yield
+    finally:
+        os.close(descriptor)
+
+
+def sweep_partial(directory: Path) -> None:
+    """Removes what killed processes left in `directory`; call it only while holding the lock of the place."""
+    for leftover in directory.glob("*.partial"):
+        if leftover.is_dir():
+            shutil.rmtree(leftover, ignore_errors=True)
+        else:
+            leftover.unlink(missing_ok=True)
+
+
+def _partial_name(destination: Path) -> Path:
+    return destination.with_name(f"{destination.name}.{secrets.token_hex(6)}.partial")
+
+
+def _fsync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

@@ -1,0 +1,79 @@
+"""Every error the library raises on purpose.
+
+A message is one sentence: what was found (key and value), what is allowed, and what to do. The doors in `launch/` and `tools/`
+print it without a traceback and exit with the class's `exit_code`.
+
+| exit code | meaning |
+|---|---|
+| 0 | finished, or stopped on request after saving |
+| 1 | a bug: an exception that is none of these |
+| 2 | config or command line |
+| 3 | data or tokenizer |
+| 4 | checkpoint: damaged, missing, or of another config |
+| 5 | storage: a directory that cannot be written, a full disk |
+| 6 | training diverged: too many non-finite steps in a row |
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+
+class Phase8Error(Exception):
+    """Base of all deliberate errors."""
+
+    exit_code = 1
+
+
+class ConfigError(Phase8Error):
+    """One or more problems of a config, reported together.
+
+    Args:
+        problems: One sentence each.
+    """
+
+    exit_code = 2
+
+    def __init__(self, problems: str | Sequence[str]):
+        self.problems = [problems] if isinstance(problems, str) else list(problems)
+        super().__init__("\n".join(self.problems))
+
+
+class TopologyError(ConfigError):
+    """Parallel degrees that do not fit the world size."""
+
+
+class DataError(Phase8Error):
+    """Training data or tokenizer that cannot be used as asked."""
+
+    exit_code = 3
+
+
+class IndexedFormatError(DataError):
+    """A `.bin/.idx` pair that is damaged, truncated or written in another project's dialect."""
+
+
+class CheckpointError(Phase8Error):
+    """A checkpoint that cannot be used."""
+
+    exit_code = 4
+
+
+class CheckpointCorruptError(CheckpointError):
+    """A checkpoint whose files are missing, truncated or altered."""
+
+
+class CheckpointMismatchError(CheckpointError):
+    """A good checkpoint that belongs to another model or other data."""
+
+
+class StorageError(Phase8Error):
+    """A place that cannot be written: no permission, no space."""
+
+    exit_code = 5
+
+
+class DivergenceError(Phase8Error):
+    """Training stopped because the loss or the gradient was not finite too many times in a row."""
+
+    exit_code = 6

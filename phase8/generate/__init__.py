@@ -1,0 +1,1 @@
+"""Text generation by recurrent decoding."""

@@ -1,0 +1,1 @@
+"""Operations of the Phase 8 block."""

@@ -1,0 +1,63 @@
+"""The Green scan as one operator: opaque to the compiler, so that complex numbers never enter a compiled graph, saving g only."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from phase8.kernels.reference import green_scan as reference
+
+
+@torch.library.custom_op("phase8::green_scan", mutates_args=())
+def _forward(
+    potential: Tensor, energy: Tensor, eta: Tensor, hopping: Tensor, starts: Tensor | None, initial_state: Tensor | None
+) -> Tensor:
+    return reference.green_scan(potential, energy, eta, hopping, starts, initial_state)
+
+
+@torch.library.custom_op("phase8::green_scan_backward", mutates_args=())
+def _backward(
+    grad: Tensor, g: Tensor, hopping: Tensor, starts: Tensor | None, initial_state: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    return reference.green_scan_backward(grad, g, hopping, starts, initial_state)
+
+
+@_forward.register_fake
+def _(potential: Tensor, energy: Tensor, eta: Tensor, hopping: Tensor, starts: Tensor | None, initial_state: Tensor | None) -> Tensor:
+    return potential.new_empty((*potential.shape, 2))
+
+
+@_backward.register_fake
+def _(
+    grad: Tensor, g: Tensor, hopping: Tensor, starts: Tensor | None, initial_state: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    heads = hopping.shape
+    return g.new_empty(g.shape[:-1]), g.new_empty(heads), g.new_empty(heads), g.new_empty(heads), g.new_empty((g.shape[0], *g.shape[2:]))
+
+
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    _, _, _, hopping, starts, initial_state = inputs
+    ctx.save_for_backward(output, hopping, starts, initial_state)
+
+
+def _autograd(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    g, hopping, starts, initial_state = ctx.saved_tensors
+    *gradients, dinitial = _backward(grad, g, hopping, starts, initial_state)
+    return *gradients, None, None if initial_state is None else dinitial
+
+
+_forward.register_autograd(_autograd, setup_context=_setup_context)
+
+
+def green_scan(
+    potential: Tensor, energy: Tensor, eta: Tensor, hopping: Tensor, starts: Tensor | None = None, initial_state: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """The causal Green function g and the state to carry on; arguments and shapes as in the reference of the same name.
+
+    Returns:
+        g [B, T, H, 2] and its last token [B, H, 2].
+    """
+    g = _forward(potential, energy, eta, hopping, starts, initial_state)
+    return g, g[:, -1]

@@ -1,0 +1,40 @@
+"""Causal depthwise convolution of a few taps along the sequence: y_t = sum_j w_j x_{t - (taps - 1) + j}.
+
+Shapes: B batch, T tokens, C channels.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+def causal_convolution(
+    x: Tensor, weight: Tensor, starts: Tensor | None = None, initial_state: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """The convolution, and the inputs to carry on.
+
+    Args:
+        x: Input [B, T, C].
+        weight: Taps of each channel, the last one for the token itself [C, taps].
+        starts: True where a token begins a document: earlier tokens count as 0 for it and for what follows [B, T].
+        initial_state: The taps - 1 inputs before the first token [B, taps - 1, C]; None: 0.
+
+    Returns:
+        y [B, T, C] and the last taps - 1 inputs [B, taps - 1, C].
+    """
+    length, taps = x.shape[1], weight.shape[1]
+    weight = weight.to(x.dtype)
+    padded = F.pad(x, (0, 0, taps - 1, 0)) if initial_state is None else torch.cat((initial_state.to(x.dtype), x), dim=1)
+    y = x * weight[:, -1]
+    connected = None
+    for distance in range(1, taps):
+        term = padded[:, taps - 1 - distance :][:, :length] * weight[:, -1 - distance]
+        if starts is not None:
+            # Token t is connected to t - distance while none of t, ..., t - distance + 1 begins a document.
+            begins_between = F.pad(starts[:, : length - distance + 1], (min(distance - 1, length), 0))[:, :length]
+            connected = ~begins_between if connected is None else connected & ~begins_between
+            term = term * connected[..., None]
+        y = y + term
+    return y, padded[:, length:]

@@ -1,0 +1,196 @@
+"""Causal attention to the last W tokens and to the first G tokens of the sequence, scored by distance or by dot product.
+
+The sequence is cut into blocks of queries; each block sees the keys of its own span and of the W - 1 tokens before it, so the cost
+is linear in T. Scores:
+
+- `dot`: q.k / sqrt(K).
+- `lorentz`: q and k are lifted to the hyperboloid q0^2 - |q|^2 = 1 of the Lorentz model; with u = q0 k0 - q.k - 1 >= 0 the score is
+  -beta log(1 + u + sqrt(u (u + 2) + eps)), the smoothed hyperbolic distance arccosh(1 + u) up to a constant that cancels in softmax.
+  q0 - 1 is computed as |q|^2 / (1 + q0), which keeps u exact near coincidence.
+
+Shapes: B batch, T tokens, H heads, K head size, W window, G global tokens, P carried tokens, N query blocks, Q queries of a block.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from phase8.kernels.reference.dtypes import at_least_fp32
+
+ARCCOSH_EPS = 1e-3
+
+
+@dataclass(frozen=True)
+class WindowState:
+    """What later tokens need of earlier ones: a constant number of keys and values, whatever the length.
+
+    Args:
+        keys: Of the last min(W - 1, seen) tokens [B, P, H, K].
+        values: The same tokens [B, P, H, K].
+        global_keys: Of the first min(G, seen) tokens [B, <=G, H, K].
+        global_values: The same tokens.
+        documents: Number of the document of each window token [B, P]; the last token seen so far has number 0, earlier ones less.
+        global_documents: The same for the global tokens [B, <=G].
+        num_seen: Tokens before this point.
+    """
+
+    keys: Tensor
+    values: Tensor
+    global_keys: Tensor
+    global_values: Tensor
+    documents: Tensor
+    global_documents: Tensor
+    num_seen: int
+
+
+def empty_window_state(batch_size: int, num_heads: int, head_size: int, *, like: Tensor) -> WindowState:
+    """The state before the first token."""
+    nothing = like.new_zeros(batch_size, 0, num_heads, head_size)
+    documents = torch.zeros(batch_size, 0, dtype=torch.int32, device=like.device)
+    return WindowState(nothing, nothing, nothing, nothing, documents, documents, 0)
+
+
+def window_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    window: int,
+    global_tokens: int,
+    beta: Tensor | None = None,
+    starts: Tensor | None = None,
+    state: WindowState | None = None,
+) -> tuple[Tensor, WindowState | None]:
+    """Attention of every token to its window and to the global tokens of its document.
+
+    Args:
+        q: Queries [B, T, H, K].
+        k: Keys [B, T, H, K].
+        v: Values [B, T, H, K].
+        window: W, the token itself included.
+        global_tokens: G, counted from the first token of the sequence.
+        beta: Inverse temperature of the `lorentz` score, positive [H]; None: `dot` score.
+        starts: True where a token begins a document, which sees nothing before it [B, T]; None: nowhere.
+        state: What earlier calls carried; None: the sequence begins here and nothing is carried on.
+
+    Returns:
+        y [B, T, H, K] in the dtype of v, and the state to carry on (None without `state`).
+    """
+    carried = empty_window_state(q.shape[0], *q.shape[2:], like=k) if state is None else state
+    documents = None
+    if starts is not None or state is not None:
+        documents = _document_numbers(starts, k)
+    keys, values = torch.cat((carried.keys, k), 1), torch.cat((carried.values, v), 1)
+    room = max(global_tokens - carried.global_keys.shape[1], 0)
+    global_keys = torch.cat((carried.global_keys, k[:, :room]), 1)
+    global_values = torch.cat((carried.global_values, v[:, :room]), 1)
+    key_documents = global_documents = None
+    if documents is not None:
+        key_documents = torch.cat((carried.documents, documents), 1)
+        global_documents = torch.cat((carried.global_documents, documents[:, :room]), 1)
+
+    blocks = _Blocks(q.shape[1], keys.shape[1] - q.shape[1], window)
+    scores = _score(blocks.of_queries(q), blocks.of_keys(keys), beta)
+    visible = blocks.window_mask(q.device)[None]
+    if documents is not None:
+        visible = visible & blocks.same_document(documents, key_documents)
+    scores = scores.masked_fill(~visible[:, :, None], -torch.inf)
+    sources = blocks.of_keys(values)
+    # A global token counts once: through the window while it is near, through the globals afterwards.
+    if global_tokens and carried.num_seen + q.shape[1] > window:
+        far = blocks.global_mask(global_keys.shape[1], carried.num_seen, q.device)[None]
+        if documents is not None:
+            far = far & (blocks.of_queries(documents)[..., None] == global_documents[:, None, None, :])
+        far_scores = _score(blocks.of_queries(q), global_keys[:, None], beta).masked_fill(~far[:, :, None], -torch.inf)
+        scores = torch.cat((scores, far_scores), dim=-1)
+        sources = torch.cat((sources, global_values[:, None].expand(-1, sources.shape[1], -1, -1, -1)), dim=2)
+    y = torch.einsum("bnhqk,bnkhd->bnqhd", scores.softmax(-1).to(v.dtype), sources).flatten(1, 2)[:, : q.shape[1]]
+    if state is None:
+        return y, None
+    newest = documents[:, -1:]
+    keep = slice(max(keys.shape[1] - (window - 1), 0), None)
+    return y, WindowState(
+        keys[:, keep],
+        values[:, keep],
+        global_keys,
+        global_values,
+        key_documents[:, keep] - newest,
+        global_documents - newest,
+        state.num_seen + q.shape[1],
+    )
+
+
+def _score(q: Tensor, k: Tensor, beta: Tensor | None) -> Tensor:
+    """Scores [B, N, H, Q, keys] of queries [B, N, Q, H, K] and keys [B, N or 1, keys, H, K], fp32 or wider."""
+    dot = at_least_fp32(torch.einsum("bnqhd,bnkhd->bnhqk", q, k.expand(-1, q.shape[1], -1, -1, -1)))
+    if beta is None:
+        return dot * q.shape[-1] ** -0.5
+    q_lift, k_lift = _lift(q)[..., None], _lift(k)[..., None, :]
+    u = (q_lift * (1 + k_lift) + (k_lift - dot)).clamp(min=0)
+    root = (u * (u + 2) + ARCCOSH_EPS).sqrt()
+    return -at_least_fp32(beta)[:, None, None] * torch.log(1 + u + root)
+
+
+def _lift(x: Tensor) -> Tensor:
+    """Height above 1 on the hyperboloid, sqrt(1 + |x|^2) - 1, without cancellation: [B, N, tokens, H, K] -> [B, N, H, tokens]."""
+    square = at_least_fp32(x).square().sum(-1).transpose(2, 3)
+    return square / (1 + (1 + square).sqrt())
+
+
+def _document_numbers(starts: Tensor | None, k: Tensor) -> Tensor:
+    """Number of each token's document [B, T]; 0 is the document of the carried tokens, if any."""
+    if starts is None:
+        return torch.zeros(k.shape[:2], dtype=torch.int32, device=k.device)
+    return starts.cumsum(1, dtype=torch.int32)
+
+
+class _Blocks:
+    """Queries in blocks, each with the keys it can see: its own span and up to W - 1 tokens before.
+
+    Args:
+        num_queries: T.
+        num_carried: Keys before the first query.
+        window: W.
+    """
+
+    def __init__(self, num_queries: int, num_carried: int, window: int):
+        self.size = min(window, num_queries)
+        self.num_blocks = -(-num_queries // self.size)
+        self.window = window
+        self.num_carried = num_carried
+        self.left = min(window - 1, num_carried + (self.num_blocks - 1) * self.size)
+        self.padding = self.num_blocks * self.size - num_queries
+
+    def of_queries(self, x: Tensor) -> Tensor:
+        """[B, T, ...] -> [B, N, Q, ...]."""
+        return F.pad(x, (0, 0) * (x.dim() - 2) + (0, self.padding)).unflatten(1, (self.num_blocks, self.size))
+
+    def of_keys(self, x: Tensor) -> Tensor:
+        """[B, P + T, ...] -> [B, N, left + Q, ...]."""
+        x = F.pad(x, (0, 0) * (x.dim() - 2) + (self.left - self.num_carried, self.padding))
+        return x.unfold(1, self.left + self.size, self.size).movedim(-1, 2)
+
+    def window_mask(self, device: torch.device) -> Tensor:
+        """True where a key exists, is not later than the query and inside its window [N, Q, left + Q]."""
+        query, key = self._positions(device)
+        return (key <= query) & (query - key < self.window) & (key >= -self.num_carried)
+
+    def global_mask(self, num_globals: int, num_seen: int, device: torch.device) -> Tensor:
+        """True where a global token has left the window of the query [N, Q, G]."""
+        query, _ = self._positions(device)
+        return torch.arange(num_globals, device=device) <= query + num_seen - self.window
+
+    def same_document(self, query_documents: Tensor, key_documents: Tensor) -> Tensor:
+        """True where key and query belong to one document [B, N, Q, left + Q]."""
+        return self.of_queries(query_documents)[..., None] == self.of_keys(key_documents)[:, :, None, :]
+
+    def _positions(self, device: torch.device) -> tuple[Tensor, Tensor]:
+        """Positions relative to the first query, of queries [N, Q, 1] and of keys [N, 1, left + Q]."""
+        begin = torch.arange(self.num_blocks, device=device)[:, None] * self.size
+        query = begin + torch.arange(self.size, device=device)
+        key = begin - self.left + torch.arange(self.left + self.size, device=device)
+        return query[..., None], key[:, None, :]

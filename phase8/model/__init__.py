@@ -1,0 +1,1 @@
+"""The Phase 8 model and its transformer baseline."""

@@ -1,0 +1,82 @@
+"""Full causal attention of the transformer baseline.
+
+Shapes: B batch, T tokens, D model width, H heads, K head size, P carried tokens.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from phase8.config.schema import ModelSection
+from phase8.model.convolution import ShortConvolution
+from phase8.model.linear import build_linear
+from phase8.model.rotary import rotate
+
+
+@dataclass(frozen=True)
+class AttentionState:
+    """Keys and values of every earlier token: grows with the sequence.
+
+    Args:
+        keys: [B, P, H, K].
+        values: [B, P, H, K].
+        convolution: Inputs the convolution still needs [B, taps - 1, 3 H K].
+    """
+
+    keys: Tensor
+    values: Tensor
+    convolution: Tensor
+
+
+class CausalAttention(nn.Module):
+    """Scaled dot-product attention to every earlier token.
+
+    Args:
+        model: Widths and heads.
+    """
+
+    def __init__(self, model: ModelSection):
+        super().__init__()
+        width, inner, rank = model.d_model, model.attention_width, model.low_rank_rank
+        self.num_heads, self.head_size = model.num_heads, model.head_width
+        self.q, self.k, self.v = (build_linear(width, inner, rank=rank, std=model.init_std) for _ in range(3))
+        self.convolution = ShortConvolution(3 * inner, model.convolution_taps)
+        self.out = build_linear(inner, width, rank=rank, std=model.init_std / math.sqrt(2 * model.num_layers))
+
+    def empty_state(self, batch_size: int, *, dtype: torch.dtype, device: torch.device) -> AttentionState:
+        """The state before the first token."""
+        nothing = torch.zeros(batch_size, 0, self.num_heads, self.head_size, dtype=dtype, device=device)
+        return AttentionState(nothing, nothing, self.convolution.empty_state(batch_size, dtype=dtype, device=device))
+
+    def forward(
+        self, x: Tensor, angles: Tensor, starts: Tensor | None = None, state: AttentionState | None = None
+    ) -> tuple[Tensor, AttentionState | None]:
+        """[B, T, D] -> [B, T, D], and the state to carry on (None without `state`)."""
+        qkv = torch.cat((self.q(x), self.k(x), self.v(x)), dim=-1)
+        qkv, convolution = self.convolution(qkv, starts, None if state is None else state.convolution)
+        q, k, v = (part.unflatten(-1, (self.num_heads, self.head_size)) for part in qkv.chunk(3, dim=-1))
+        q, k = rotate(q, angles), rotate(k, angles)
+        if state is not None:
+            k, v = torch.cat((state.keys, k), 1), torch.cat((state.values, v), 1)
+        q, keys, values = (part.transpose(1, 2) for part in (q, k, v))
+        mask = None
+        if starts is not None or state is not None:
+            mask = _mask(q.shape[2], keys.shape[2], starts, q.device)
+        y = F.scaled_dot_product_attention(q, keys, values, attn_mask=mask, is_causal=mask is None)
+        return self.out(y.transpose(1, 2).flatten(2)), None if state is None else AttentionState(k, v, convolution)
+
+
+def _mask(num_queries: int, num_keys: int, starts: Tensor | None, device: torch.device) -> Tensor:
+    """True where a key is not later than the query and belongs to its document [B or 1, 1, T, P + T]."""
+    query = torch.arange(num_keys - num_queries, num_keys, device=device)
+    visible = (torch.arange(num_keys, device=device) <= query[:, None])[None]
+    if starts is not None:
+        document = starts.cumsum(1)
+        carried = document.new_zeros(document.shape[0], num_keys - num_queries)
+        visible = visible & (document[:, :, None] == torch.cat((carried, document), 1)[:, None, :])
+    return visible[:, None]

@@ -1,0 +1,46 @@
+"""One block: x + mixer(norm(x)), then x + feed_forward(norm(x))."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from phase8.config.schema import ModelSection
+from phase8.model.attention import AttentionState, CausalAttention
+from phase8.model.feed_forward import SwiGLU
+from phase8.model.mixer import MixerState, Phase8Mixer
+from phase8.model.norm import RMSNorm
+
+BlockState = MixerState | AttentionState
+
+
+class Block(nn.Module):
+    """The Phase 8 block, or the transformer's; they differ in the mixer only.
+
+    Args:
+        model: Which block, and its widths.
+        recompute_mixer: Recompute the mixer's activations in backward.
+    """
+
+    def __init__(self, model: ModelSection, *, recompute_mixer: bool = False):
+        super().__init__()
+        self.mixer_norm = RMSNorm(model.d_model, eps=model.norm_eps)
+        self.mixer = Phase8Mixer(model) if model.block == "phase8" else CausalAttention(model)
+        self.feed_forward_norm = RMSNorm(model.d_model, eps=model.norm_eps)
+        self.feed_forward = SwiGLU(model)
+        self.recompute_mixer = recompute_mixer
+
+    def forward(
+        self, x: Tensor, angles: Tensor, starts: Tensor | None = None, state: BlockState | None = None
+    ) -> tuple[Tensor, BlockState | None]:
+        """Residual stream [B, T, D] -> [B, T, D], and the state to carry on (None without `state`)."""
+        if self.recompute_mixer and torch.is_grad_enabled():
+            y, state = checkpoint(self._mix, x, angles, starts, state, use_reentrant=False)
+        else:
+            y, state = self._mix(x, angles, starts, state)
+        x = x + y
+        return x + self.feed_forward(self.feed_forward_norm(x)), state
+
+    def _mix(self, x: Tensor, angles: Tensor, starts: Tensor | None, state: BlockState | None) -> tuple[Tensor, BlockState | None]:
+        return self.mixer(self.mixer_norm(x), angles, starts, state)

@@ -1,0 +1,42 @@
+"""The short causal convolution on q, k and v: lets a head see the last few tokens before any scan."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from phase8.kernels.reference.causal_convolution import causal_convolution
+from phase8.model.parameters import ParameterSpec
+
+
+class ShortConvolution(nn.Module):
+    """A causal depthwise convolution that starts as the identity; with one tap it is the identity and has no parameter.
+
+    Args:
+        num_channels: C.
+        num_taps: Tokens each output sees.
+    """
+
+    def __init__(self, num_channels: int, num_taps: int):
+        super().__init__()
+        self.num_channels, self.num_taps = num_channels, num_taps
+        if num_taps > 1:
+            self.weight = nn.Parameter(torch.empty(num_channels, num_taps))
+
+    def parameter_specs(self) -> dict[str, ParameterSpec]:
+        """The last tap 1, the others 0; not decayed, for decay would pull the identity towards zero."""
+        if self.num_taps == 1:
+            return {}
+        identity = torch.zeros(self.num_channels, self.num_taps)
+        identity[:, -1] = 1
+        return {"weight": ParameterSpec(value=identity)}
+
+    def empty_state(self, batch_size: int, *, dtype: torch.dtype, device: torch.device) -> Tensor:
+        """The state before the first token [B, taps - 1, C]."""
+        return torch.zeros(batch_size, self.num_taps - 1, self.num_channels, dtype=dtype, device=device)
+
+    def forward(self, x: Tensor, starts: Tensor | None, state: Tensor | None) -> tuple[Tensor, Tensor]:
+        """[B, T, C] -> [B, T, C], and the state to carry on."""
+        if self.num_taps == 1:
+            return x, x[:, :0]
+        return causal_convolution(x, self.weight, starts, state)

@@ -1,0 +1,124 @@
+"""The language model: embedding, blocks, final norm, head with its loss."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from phase8.config.schema import ModelSection
+from phase8.kernels.reference.cross_entropy import linear_cross_entropy
+from phase8.model.block import Block, BlockState
+from phase8.model.linear import Linear
+from phase8.model.norm import RMSNorm
+from phase8.model.parameters import ParameterSpec
+from phase8.model.rotary import rotary_angles
+
+
+class Embedding(nn.Module):
+    """One vector per token id.
+
+    Args:
+        vocab_size: V.
+        width: D.
+        std: Standard deviation of the initial vectors.
+        dtype: Dtype of the residual stream that begins here.
+    """
+
+    def __init__(self, vocab_size: int, width: int, *, std: float, dtype: torch.dtype):
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(vocab_size, width))
+        self.std, self.dtype = std, dtype
+
+    def parameter_specs(self) -> dict[str, ParameterSpec]:
+        """Normal values; not decayed: rare tokens would fade between their occurrences."""
+        return {"weight": ParameterSpec(std=self.std)}
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        """[B, T] -> [B, T, D]."""
+        return F.embedding(tokens, self.weight).to(self.dtype)
+
+
+class LanguageModel(nn.Module):
+    """A stack of blocks between an embedding and an output head.
+
+    Args:
+        model: The model section of the config.
+        dtype: Dtype of the residual stream and of the matmuls.
+        recompute: `none`, `full` (whole blocks) or `selective` (the mixer only).
+        recompute_every_n_layers: Recompute layers 0, n, 2n, ...
+    """
+
+    def __init__(self, model: ModelSection, *, dtype: torch.dtype, recompute: str = "none", recompute_every_n_layers: int = 1):
+        super().__init__()
+        self.section = model
+        self.recomputed_layers = frozenset(range(0, model.num_layers, recompute_every_n_layers)) if recompute == "full" else frozenset()
+        selective = range(0, model.num_layers, recompute_every_n_layers) if recompute == "selective" else ()
+        self.embedding = Embedding(model.vocab_size, model.d_model, std=model.init_std, dtype=dtype)
+        self.blocks = nn.ModuleList(Block(model, recompute_mixer=layer in selective) for layer in range(model.num_layers))
+        self.norm = RMSNorm(model.d_model, eps=model.norm_eps)
+        self.head = None if model.tie_embeddings else Linear(model.d_model, model.vocab_size, std=model.init_std)
+
+    @property
+    def head_weight(self) -> nn.Parameter:
+        """Output head [V, D]: its own, or the embedding when tied."""
+        return self.embedding.weight if self.head is None else self.head.weight
+
+    def empty_states(self, batch_size: int) -> list[BlockState]:
+        """The state of every block before the first token."""
+        device = self.embedding.weight.device
+        return [block.mixer.empty_state(batch_size, dtype=self.embedding.dtype, device=device) for block in self.blocks]
+
+    def forward(
+        self, tokens: Tensor, starts: Tensor | None = None, states: Sequence[BlockState] | None = None, first_position: int = 0
+    ) -> tuple[Tensor, list[BlockState] | None]:
+        """Final hidden states of a sequence, or of a piece of one.
+
+        Args:
+            tokens: Token ids [B, T].
+            starts: True where a token begins a document that sees nothing before it [B, T]; None: one document.
+            states: What earlier pieces carried, one per block; None: the sequence begins here and nothing is carried on.
+            first_position: Position of the first token, for a piece of a sequence.
+
+        Returns:
+            Normalised hidden states [B, T, D], and the states to carry on (None without `states`).
+        """
+        x = self.embedding(tokens)
+        angles = rotary_angles(
+            tokens.shape[1], self.section.head_width, base=self.section.rope_base, first_position=first_position, device=x.device
+        )
+        carried = []
+        for layer, block in enumerate(self.blocks):
+            if layer in self.recomputed_layers and torch.is_grad_enabled() and states is None:
+                x, _ = checkpoint(block, x, angles, starts, use_reentrant=False)
+            else:
+                x, state = block(x, angles, starts, None if states is None else states[layer])
+                carried.append(state)
+        return self.norm(x), None if states is None else carried
+
+    def loss_sum(self, tokens: Tensor, targets: Tensor, starts: Tensor | None = None) -> Tensor:
+        """Sum of the cross-entropies of all valid targets, in nats.
+
+        Args:
+            tokens: Token ids [B, T].
+            targets: Token ids to predict, IGNORED_TARGET where there is none [B, T].
+            starts: As in `forward`.
+        """
+        hidden, _ = self(tokens, starts)
+        return linear_cross_entropy(hidden.flatten(0, 1), self.head_weight, targets.flatten())
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """Logits of hidden states, fp32 [..., V]."""
+        return F.linear(hidden, self.head_weight.to(hidden.dtype)).float()
+
+
+def build_model(
+    model: ModelSection, *, dtype: torch.dtype, device: torch.device, recompute: str = "none", recompute_every_n_layers: int = 1
+) -> LanguageModel:
+    """A model with uninitialised parameters on a device (`meta`: shapes only); fill them with `parameters.initialise`."""
+    with torch.device("meta"):
+        built = LanguageModel(model, dtype=dtype, recompute=recompute, recompute_every_n_layers=recompute_every_n_layers)
+    return built if device.type == "meta" else built.to_empty(device=device)

@@ -1,0 +1,40 @@
+"""Root-mean-square normalisation, computed in fp32.
+
+Source: B. Zhang and R. Sennrich, "Root mean square layer normalization" (2019).
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from phase8.kernels.reference.dtypes import at_least_fp32
+from phase8.model.parameters import ParameterSpec
+
+
+class RMSNorm(nn.Module):
+    """x / rms(x) over the last dims, times a learned weight.
+
+    Args:
+        shape: Shape of the weight; the last dim is normalised.
+        eps: Added to the mean square.
+    """
+
+    def __init__(self, *shape: int, eps: float):
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(shape))
+        self.eps = eps
+
+    def parameter_specs(self) -> dict[str, ParameterSpec]:
+        """One, so that the norm begins as the plain one."""
+        return {"weight": ParameterSpec(value=1.0)}
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Normalised `x`, in its dtype."""
+        return (rms_normalise(at_least_fp32(x), self.eps) * self.weight).to(x.dtype)
+
+
+def rms_normalise(x: Tensor, eps: float) -> Tensor:
+    """x / rms(x) over the last dim, without a weight."""
+    return F.rms_norm(x, x.shape[-1:], eps=eps)

@@ -1,0 +1,148 @@
+"""`report/`: the curves of a run as a picture and as one self-contained page."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
+from html import escape
+from pathlib import Path
+from string import Template
+from typing import NamedTuple
+
+import numpy as np
+
+from phase8.observe.atomic_write import replace_file, storage_errors
+from phase8.observe.charts import draw_loss, draw_series, loss_png, render_svg
+from phase8.observe.formatting import format_bytes, format_count, format_ratio, format_seconds
+from phase8.observe.history import History, Series, last_finite, median, smooth
+from phase8.observe.metrics import read_metrics
+
+_PAGE = Path(__file__).with_name("report.html")
+
+
+class Tile(NamedTuple):
+    """A headline figure: its name, its value and a remark."""
+
+    name: str
+    value: str
+    note: str = ""
+    is_warning: bool = False
+
+
+def write_report(
+    directory: Path,
+    *,
+    title: str,
+    facts: Sequence[tuple[str, str]],
+    reference_losses: Mapping[str, float],
+    sample: str | None = None,
+) -> Path:
+    """Draw `report/loss.png` and `report/index.html` of a run from its `metrics.jsonl`.
+
+    Args:
+        directory: The run directory.
+        title: Heading of picture and page.
+        facts: What the run was, as pairs of name and value.
+        reference_losses: Losses to compare with, in nats per token, drawn as dashed lines under their names.
+        sample: Text the model wrote, if any.
+
+    Returns:
+        The page.
+
+    Raises:
+        StorageError: When the metrics cannot be read or the report cannot be written.
+    """
+    history = History.from_records(read_metrics(directory / "metrics.jsonl"))
+    page = Template(_PAGE.read_text(encoding="utf-8")).substitute(
+        title=escape(title),
+        subtitle=escape(_subtitle(history)),
+        tiles="\n".join(_tile_html(tile) for tile in headline(history, reference_losses)),
+        charts="\n".join(_chart_cards(history, reference_losses)),
+        sample="" if sample is None else _card("Sample", f"<pre>{escape(sample)}</pre>"),
+        facts=_card("Run", _facts_table(facts)) if facts else "",
+    )
+    report_directory = directory / "report"
+    with storage_errors(report_directory):
+        report_directory.mkdir(exist_ok=True)
+    replace_file(report_directory / "loss.png", loss_png(history, title=title, reference_losses=reference_losses))
+    replace_file(report_directory / "index.html", page.encode())
+    return report_directory / "index.html"
+
+
+def headline(history: History, reference_losses: Mapping[str, float]) -> list[Tile]:
+    """The figures a reader looks for first; what was not measured is a dash."""
+    total_seconds = float(np.sum(history.step_seconds))
+    waiting = f"{format_ratio(float(np.sum(history.data_wait_seconds)) / total_seconds)} waiting for data" if total_seconds > 0 else ""
+    mfu = median(history.mfu)
+    return [
+        Tile("Training loss", _or_dash(last_finite(smooth(history.loss)), "{:.3f}".format), "nats per token, smoothed"),
+        _validation_tile(history, reference_losses),
+        Tile("Tokens", _or_dash(last_finite(history.tokens), format_count), f"{len(history.steps):,} steps"),
+        Tile("Time in steps", format_seconds(total_seconds), waiting),
+        Tile("Throughput", _or_dash(median(history.tokens_per_second), lambda rate: f"{format_count(rate)} tok/s"), "median"),
+        Tile("MFU", _or_dash(mfu, format_ratio), "median" if mfu is not None else "peak FLOP/s of the device unknown"),
+        Tile("Peak memory", _or_dash(last_finite(history.peak_memory_bytes), format_bytes)),
+        Tile("Skipped steps", f"{history.num_skipped:,}", "loss or gradient not finite", is_warning=history.num_skipped > 0),
+    ]
+
+
+def _validation_tile(history: History, reference_losses: Mapping[str, float]) -> Tile:
+    if not np.isfinite(history.validation_loss).any():
+        return Tile("Best validation loss", "–", "no evaluation")
+    best = int(np.nanargmin(history.validation_loss))
+    loss = float(history.validation_loss[best])
+    note = f"step {int(history.validation_steps[best]):,}"
+    for name, reference in list(reference_losses.items())[:1]:
+        note += f", {abs(reference - loss):.2f} {'below' if loss < reference else 'above'} {name}"
+    return Tile("Best validation loss", f"{loss:.3f}", note)
+
+
+def _or_dash(value: float | None, format_value: Callable[[float], str]) -> str:
+    return "–" if value is None else format_value(value)
+
+
+def _subtitle(history: History) -> str:
+    if not history.steps.size:
+        return "No training step was recorded."
+    return f"Steps {int(history.steps[0]):,} to {int(history.steps[-1]):,}, {format_count(history.tokens[-1])} tokens"
+
+
+def _chart_cards(history: History, reference_losses: Mapping[str, float]) -> Iterator[str]:
+    """The loss over the whole width, in a version for each kind of screen, and the smaller charts in pairs."""
+    draw = partial(draw_loss, history=history, reference_losses=reference_losses)
+    legend = '<span class="key train">train</span>' + '<span class="key validation">validation</span>' * bool(history.validation_loss.size)
+    yield _card(
+        "Loss",
+        f'<figure class="wide-screen">{render_svg(draw, name="loss", width=1000, height=420)}</figure>'
+        f'<figure class="narrow-screen">{render_svg(draw, name="loss-narrow", width=400, height=330)}</figure>',
+        remark=legend,
+    )
+    # A step of no duration waited for nothing.
+    waiting_percent = 100 * history.data_wait_seconds / np.maximum(history.step_seconds, 1e-9)
+    yield _series_card("Throughput", "tokens per second", history.steps, history.tokens_per_second)
+    yield _series_card("Waiting for data", "per cent of the step", history.steps, waiting_percent)
+    yield _series_card("Gradient norm", "before clipping", history.steps, history.grad_norm)
+    yield _series_card("Learning rate", "", history.steps, history.learning_rate, is_noisy=False)
+
+
+def _series_card(heading: str, unit: str, steps: Series, values: Series, *, is_noisy: bool = True) -> str:
+    draw = partial(draw_series, steps=steps, values=values, is_noisy=is_noisy)
+    svg = render_svg(draw, name=heading, width=460, height=240)
+    return _card(heading, f"<figure>{svg}</figure>", remark=f"<span>{unit}</span>", is_wide=False)
+
+
+def _card(heading: str, content: str, *, remark: str = "", is_wide: bool = True) -> str:
+    """A section of the page; content and remark are HTML."""
+    return f'<section class="card{" wide" if is_wide else ""}">\n<h2>{escape(heading)}{remark}</h2>\n{content}\n</section>'
+
+
+def _tile_html(tile: Tile) -> str:
+    return (
+        f'<div class="tile{" warning" if tile.is_warning else ""}"><div class="name">{escape(tile.name)}</div>'
+        f'<div class="value">{escape(tile.value)}</div><div class="note">{escape(tile.note)}</div></div>'
+    )
+
+
+def _facts_table(facts: Sequence[tuple[str, str]]) -> str:
+    rows = "\n".join(f'<tr><th scope="row">{escape(name)}</th><td>{escape(value)}</td></tr>' for name, value in facts)
+    return f"<table>\n{rows}\n</table>"

@@ -1,0 +1,1 @@
+"""Number formats of parameters, computation and reductions."""

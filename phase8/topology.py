@@ -1,0 +1,84 @@
+"""The rank grid: how a world of processes is divided over pipeline, data, context and tensor axes.
+
+Ranks vary fastest along tp, then cp, dp, pp, so that tensor parallelism stays inside a node. Plain values, no torch.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from phase8.errors import TopologyError
+
+AXES = ("pp", "dp", "cp", "tp")
+
+
+@dataclass(frozen=True)
+class Topology:
+    """The degrees of the four axes and what follows from them.
+
+    Args:
+        pipeline_parallel_size: Degree of pp.
+        data_parallel_size: Degree of dp.
+        context_parallel_size: Degree of cp.
+        tensor_parallel_size: Degree of tp.
+    """
+
+    pipeline_parallel_size: int = 1
+    data_parallel_size: int = 1
+    context_parallel_size: int = 1
+    tensor_parallel_size: int = 1
+
+    @property
+    def degrees(self) -> dict[str, int]:
+        """Degree of each axis, slowest varying first."""
+        return dict(
+            zip(AXES, (self.pipeline_parallel_size, self.data_parallel_size, self.context_parallel_size, self.tensor_parallel_size), strict=True)
+        )
+
+    @property
+    def world_size(self) -> int:
+        """Number of ranks."""
+        return self.pipeline_parallel_size * self.data_parallel_size * self.context_parallel_size * self.tensor_parallel_size
+
+    def coordinates(self, rank: int) -> dict[str, int]:
+        """Position of a rank on each axis."""
+        position = {}
+        for axis, degree in reversed(self.degrees.items()):
+            rank, position[axis] = divmod(rank, degree)
+        return {axis: position[axis] for axis in AXES}
+
+    def group(self, rank: int, axis: str) -> list[int]:
+        """Ranks that differ from `rank` along one axis only, in order of that axis."""
+        stride = 1
+        for name, degree in reversed(self.degrees.items()):
+            if name == axis:
+                first = rank - self.coordinates(rank)[axis] * stride
+                return [first + index * stride for index in range(degree)]
+            stride *= degree
+        raise KeyError(axis)
+
+
+def build_topology(
+    *, world_size: int, pipeline_parallel_size: int, context_parallel_size: int, tensor_parallel_size: int, expert_parallel_size: int = 1
+) -> Topology:
+    """The topology of a world, data_parallel_size inferred.
+
+    Raises:
+        TopologyError: The degrees do not divide the world, or expert_parallel_size does not divide data_parallel_size.
+    """
+    model_ranks = pipeline_parallel_size * context_parallel_size * tensor_parallel_size
+    if world_size < 1 or world_size % model_ranks:
+        below, above = world_size // model_ranks * model_ranks, (max(world_size, 0) // model_ranks + 1) * model_ranks
+        nearest = f"{below} or {above}" if below else f"{above}"
+        raise TopologyError(
+            f"world size {world_size} is not a multiple of parallel.tensor_parallel_size {tensor_parallel_size} x "
+            f"parallel.context_parallel_size {context_parallel_size} x parallel.pipeline_parallel_size {pipeline_parallel_size} "
+            f"= {model_ranks}; start {nearest} processes or change the degrees."
+        )
+    data_parallel_size = world_size // model_ranks
+    if data_parallel_size % expert_parallel_size:
+        raise TopologyError(
+            f"parallel.expert_parallel_size {expert_parallel_size} does not divide the data-parallel size {data_parallel_size} "
+            f"(world size {world_size} / {model_ranks}); choose a divisor."
+        )
+    return Topology(pipeline_parallel_size, data_parallel_size, context_parallel_size, tensor_parallel_size)

@@ -1,0 +1,1 @@
+"""The training run: build, step, loop, signals, anomalies."""

@@ -1,0 +1,37 @@
+"""Package metadata of phase8. Tool settings (ruff, pytest, import-linter, mypy) live in pyproject.toml."""
+
+from pathlib import Path
+
+from setuptools import find_packages, setup
+
+setup(
+    name="phase8",
+    version="0.1.0",
+    description="Distributed pretraining of linear-time language models built from the Phase 8 block",
+    long_description=Path(__file__).with_name("README.md").read_text(encoding="utf-8"),
+    long_description_content_type="text/markdown",
+    license="MIT",
+    python_requires=">=3.11",
+    packages=find_packages(include=["phase8", "phase8.*"]),
+    # launch/setup_environment.sh installs torch 2.13.0 before this package, so the range installs nothing more.
+    install_requires=[
+        "torch>=2.11,<2.16",
+        "numpy>=1.26",
+        "pydantic>=2.8,<3",
+        "PyYAML>=6.0",
+        "sentencepiece>=0.2.0",
+        "safetensors>=0.4.5",
+        "rich>=13.7",
+        "tensorboard>=2.17",
+        "matplotlib>=3.8",
+    ],
+    extras_require={
+        "test": ["pytest>=8", "hypothesis>=6.100", "ruff>=0.6", "import-linter>=2.1", "mypy>=1.11", "types-PyYAML", "tokenizers>=0.20"],
+        "tokenizers": ["tokenizers>=0.20"],
+        "deepspeed": ["deepspeed>=0.19"],
+        "mpi": ["mpi4py>=4.0"],
+        "fla": ["fla-core>=0.5"],
+        "liger": ["liger-kernel>=0.8"],
+        "torchao": ["torchao>=0.17"],
+    },
+)

@@ -1,0 +1,95 @@
+import pytest
+import torch
+
+from phase8.kernels.reference.window_attention import ARCCOSH_EPS, empty_window_state, window_attention
+
+SETTINGS = [(8, 0), (8, 3), (1, 2), (16, 20), (5, 5)]
+
+
+def problem(length, *, dtype=torch.float64, batch=2, heads=3, head_size=4):
+    generator = torch.Generator().manual_seed(0)
+    return [torch.randn(batch, length, heads, head_size, generator=generator, dtype=torch.float64).to(dtype) for _ in range(3)]
+
+
+def inverse_temperature(score, dtype=torch.float64, heads=3):
+    return torch.linspace(0.5, 2.0, heads, dtype=dtype) if score == "lorentz" else None
+
+
+def dense(q, k, v, *, window, global_tokens, beta, starts=None):
+    """Every pair of tokens scored by torch.acosh or by the dot product, then masked."""
+    length = q.shape[1]
+    dot = torch.einsum("bqhd,bkhd->bhqk", q, k)
+    if beta is None:
+        scores = dot * q.shape[-1] ** -0.5
+    else:
+        height_q, height_k = ((1 + x.square().sum(-1)).sqrt().transpose(1, 2) for x in (q, k))
+        cosh = height_q[..., None] * height_k[..., None, :] - dot
+        # arccosh smoothed as documented: equal to acosh(s / sqrt(1 - eps)) up to a constant.
+        scores = -beta[:, None, None] * torch.acosh(cosh.clamp(min=1) / (1 - ARCCOSH_EPS) ** 0.5)
+    query, key = torch.arange(length)[:, None], torch.arange(length)[None]
+    visible = (key <= query) & ((query - key < window) | (key < global_tokens))
+    if starts is not None:
+        document = starts.cumsum(1)
+        visible = visible & (document[:, :, None] == document[:, None, :])[:, None]
+    return torch.einsum("bhqk,bkhd->bqhd", scores.masked_fill(~visible, -torch.inf).softmax(-1), v)
+
+
+@pytest.mark.parametrize("score", ["lorentz", "dot"])
+@pytest.mark.parametrize(("window", "global_tokens"), SETTINGS)
+@pytest.mark.parametrize("length", [1, 7, 16, 63])
+@pytest.mark.parametrize("packed", [False, True])
+def test_equals_dense_attention_with_every_gradient(length, window, global_tokens, score, packed):
+    arguments = [x.requires_grad_() for x in problem(length)]
+    beta = inverse_temperature(score)
+    starts = torch.rand(2, length, generator=torch.Generator().manual_seed(1)) < 0.15 if packed else None
+    y, _ = window_attention(*arguments, window=window, global_tokens=global_tokens, beta=beta, starts=starts)
+    expected = dense(*arguments, window=window, global_tokens=global_tokens, beta=beta, starts=starts)
+    torch.testing.assert_close(y, expected)
+    weights = torch.randn_like(y)
+    gradients = [torch.autograd.grad((x * weights).sum(), arguments) for x in (y, expected)]
+    for ours, theirs in zip(*gradients, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-8, atol=1e-9)
+
+
+def test_gradient_of_beta():
+    arguments, beta = problem(12), inverse_temperature("lorentz").requires_grad_()
+    assert torch.autograd.gradcheck(lambda b: window_attention(*arguments, window=4, global_tokens=2, beta=b)[0], (beta,))
+
+
+@pytest.mark.parametrize("score", ["lorentz", "dot"])
+@pytest.mark.parametrize(("window", "global_tokens"), SETTINGS)
+@pytest.mark.parametrize("pieces", [[1] * 40, [3, 30, 7], [25, 15]])
+def test_pieces_with_carried_state_equal_the_whole(pieces, window, global_tokens, score):
+    arguments = problem(40)
+    starts = torch.zeros(2, 40, dtype=torch.bool)
+    starts[0, 0] = starts[0, 21] = starts[1, 2] = True
+    options = {"window": window, "global_tokens": global_tokens, "beta": inverse_temperature(score)}
+    whole, _ = window_attention(*arguments, **options, starts=starts)
+    state, outputs, begin = empty_window_state(2, 3, 4, like=arguments[1]), [], 0
+    for size in pieces:
+        piece = slice(begin, begin + size)
+        y, state = window_attention(*(x[:, piece] for x in arguments), **options, starts=starts[:, piece], state=state)
+        outputs.append(y)
+        begin += size
+    torch.testing.assert_close(torch.cat(outputs, 1), whole)
+    assert state.keys.shape[1] == min(window - 1, 40) and state.global_keys.shape[1] == global_tokens
+
+
+def test_coinciding_query_and_key_have_finite_gradients():
+    q, _, v = problem(20, dtype=torch.float32)
+    q = q.requires_grad_()
+    y, _ = window_attention(q, q, v, window=8, global_tokens=2, beta=inverse_temperature("lorentz", torch.float32))
+    (gradient,) = torch.autograd.grad(y.square().sum(), q)
+    assert gradient.isfinite().all()
+
+
+def test_memory_is_linear_in_the_length():
+    """The largest tensor of the forward grows with T, not with T^2."""
+
+    def largest(length):
+        sizes = []
+        with torch.autograd.graph.saved_tensors_hooks(lambda x: sizes.append(x.numel()) or x, lambda x: x):
+            window_attention(*(x.requires_grad_() for x in problem(length, batch=1, heads=1)), window=8, global_tokens=2)
+        return max(sizes)
+
+    assert largest(512) <= 2.1 * largest(256)
