@@ -27,6 +27,7 @@ FILE_NAME_PATTERN = r"^[A-Za-z0-9_][A-Za-z0-9_.-]{0,199}$"
 TENSOR_NAME_PATTERN = r"^[!-~]{1,1000}$"
 TENSOR_FILE_SUFFIX = ".safetensors"
 MAX_JSON_DEPTH = 100
+MAX_DIMS = 64
 MAX_MANIFEST_BYTES = 2**30
 _TRAILER = re.compile(rb'"checksum": "(?P<checksum>crc32:[0-9a-f]{8})"\n\}\n')
 _TRAILER_BYTES = 31
@@ -34,7 +35,7 @@ _MAX_BYTES = 2**63 - 1
 MAX_STEP = 10**18 - 1  # eighteen digits in a directory name
 
 Size = Annotated[int, Field(ge=0, le=_MAX_BYTES)]
-Shape = Annotated[list[Size], Field(max_length=64)]  # torch's own limit on dims
+Shape = Annotated[list[Size], Field(max_length=MAX_DIMS)]
 Checksum = Annotated[str, Field(pattern=PATTERN)]
 FileName = Annotated[str, Field(pattern=FILE_NAME_PATTERN)]
 TensorName = Annotated[str, Field(pattern=TENSOR_NAME_PATTERN)]
@@ -85,7 +86,7 @@ class Manifest(_Record):
     """Everything `manifest.json` says."""
 
     format: Literal["phase8-checkpoint"]
-    format_version: Literal[1]
+    format_version: Annotated[int, Field(ge=1, le=FORMAT_VERSION)]  # a Literal would take true and 1.0 too
     step: Size
     metadata: dict[str, Any]
     files: dict[FileName, TensorFileEntry]
@@ -102,9 +103,15 @@ class Manifest(_Record):
 
 
 def manifest_bytes(manifest: Manifest) -> bytes:
-    """Content of `manifest.json`."""
-    text = json.dumps(manifest.model_dump(), indent=1, allow_nan=False)
-    body = (text.removesuffix("\n}") + ",\n ").encode("ascii")
+    """Content of `manifest.json`: one line per file, tensor and attachment."""
+    fields = []
+    for name, value in manifest.model_dump().items():
+        if name in ("files", "tensors", "attachments") and value:
+            entries = ",\n".join(f"  {json.dumps(key)}: {json.dumps(entry)}" for key, entry in value.items())
+            fields.append(f' "{name}": {{\n{entries}\n }}')
+        else:
+            fields.append(f' "{name}": {json.dumps(value, allow_nan=False)}')
+    body = ("{\n" + ",\n".join(fields) + ",\n ").encode("ascii")
     return body + f'"checksum": "{checksum_of(body)}"\n}}\n'.encode("ascii")
 
 

@@ -19,6 +19,7 @@ from phase8.checkpoint.manifest import (
     FILE_NAME_PATTERN,
     FORMAT,
     FORMAT_VERSION,
+    MAX_DIMS,
     MAX_STEP,
     TENSOR_FILE_SUFFIX,
     TENSOR_NAME_PATTERN,
@@ -34,7 +35,7 @@ from phase8.checkpoint.tensor_file import DTYPE_NAMES, RESERVED_KEY, write_tenso
 from phase8.errors import CheckpointError, StorageError
 
 DEFAULT_MAX_FILE_BYTES = 4 * 2**30
-_GROUP = re.compile(r"[a-z][a-z0-9_]*")
+_GROUP = re.compile(r"[a-z][a-z0-9_]{0,49}")
 
 
 def save_checkpoint(
@@ -63,8 +64,8 @@ def save_checkpoint(
         CheckpointError: Something in the arguments cannot be stored; nothing was written.
         StorageError: The disk is full, read-only or fails; what was written is removed.
     """
-    _check_savable(step=step, tensors=tensors, metadata=metadata, attachments=attachments)
     with _storage_errors(root, step):
+        _check_savable(step=step, tensors=tensors, metadata=metadata, attachments=attachments)
         if not root.is_dir():
             root.mkdir(parents=True, exist_ok=True)
             sync_directory(root.parent)
@@ -155,7 +156,7 @@ def _check_savable(*, step: int, tensors: Mapping[str, Tensor], metadata: dict[s
     if (problem := json_problem(metadata, "metadata")) is not None:
         raise CheckpointError(f"cannot save the metadata: {problem}")
     for name, source in attachments.items():
-        if not re.match(FILE_NAME_PATTERN, name) or name.endswith(("\n", TENSOR_FILE_SUFFIX)) or name == MANIFEST_NAME:
+        if not re.fullmatch(FILE_NAME_PATTERN, name) or name.endswith(TENSOR_FILE_SUFFIX) or name == MANIFEST_NAME:
             raise CheckpointError(
                 f"{name!r} cannot be the name of an attachment; use letters, digits, '.', '_' and '-', and no name of the checkpoint's own files"
             )
@@ -164,14 +165,14 @@ def _check_savable(*, step: int, tensors: Mapping[str, Tensor], metadata: dict[s
 
 
 def _tensor_problem(name: str, tensor: Tensor) -> str | None:
-    if not re.match(TENSOR_NAME_PATTERN, name) or name.endswith("\n"):
+    if not re.fullmatch(TENSOR_NAME_PATTERN, name):
         return "a name is at most 1000 printable ASCII characters without spaces"
     if not _GROUP.fullmatch(_group(name)) or _key(name) in ("", RESERVED_KEY):
         return "a name is a group of files and a name in it, such as model.head.weight"
     if type(tensor) not in (Tensor, torch.nn.Parameter):
         return f"it is of type {type(tensor).__name__}; only plain tensors are stored, everything else belongs into the metadata as JSON"
-    if tensor.layout != torch.strided or tensor.is_meta:
-        return f"it is a {tensor.layout} tensor on {tensor.device}; only dense tensors with storage are stored"
+    if tensor.layout != torch.strided or tensor.is_meta or tensor.dim() > MAX_DIMS:
+        return f"it is a {tensor.layout} tensor of {tensor.dim()} dims on {tensor.device}; only dense ones of up to {MAX_DIMS} dims are stored"
     if tensor.dtype not in DTYPE_NAMES:
         return f"its dtype {tensor.dtype} is none that safetensors files can hold"
     return None
@@ -182,7 +183,8 @@ def _storage_errors(root: Path, step: int) -> Iterator[None]:
     try:
         yield
     except OSError as error:
+        place = "" if error.filename is None else f": {error.filename}"
         raise StorageError(
-            f"step {step} could not be saved under {root} ({error.strerror}: {error.filename}); "
+            f"step {step} could not be saved under {root} ({error.strerror}{place}); "
             "make room or permission there, or choose another run.output_dir; checkpoints saved before are untouched"
         ) from error

@@ -171,6 +171,13 @@ class TensorFile:
             file.seek(self.tensors[key].begin)
             return read_into(file, byte_view(destination))
 
+    def checksum(self, key: str) -> str:
+        """Checksum of an entry's bytes, in constant memory."""
+        stored = self.tensors[key]
+        with open_for_reading(self.path) as file:
+            file.seek(stored.begin)
+            return checksum_of_next(file, stored.num_bytes)
+
     def checksums(self) -> Iterator[tuple[str, str]]:
         """(key, checksum) of every entry, in one pass over the file and in constant memory."""
         with open_for_reading(self.path) as file:

@@ -6,7 +6,11 @@ last T of them. Which tokens sample n holds depends on the data, the seed and n 
 
 from __future__ import annotations
 
+import multiprocessing
+import os
 import signal
+import sys
+import threading
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
@@ -219,9 +223,17 @@ class _MicrobatchLoader:
 
 
 def _leave_signals_to_trainer(worker_id: int) -> None:
-    """Lets the trainer finish its step: Ctrl-C and schedulers signal every process of a job, and a dead worker would end it at once.
+    """Lets the trainer finish its step: Ctrl-C, and schedulers by SIGTERM, signal every process of a job, and a worker must live on.
 
-    Torch itself ends a worker by SIGTERM where it does not stop by itself, so the second one works.
+    Only the trainer's own SIGTERM, by which Python ends its children at exit, is obeyed.
     """
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, lambda *_: signal.signal(signal.SIGTERM, signal.SIG_DFL))
+    if sys.platform == "linux":  # elsewhere a signal does not tell its sender
+        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+        threading.Thread(target=_end_when_trainer_asks, args=(multiprocessing.parent_process().pid,), daemon=True).start()
+
+
+def _end_when_trainer_asks(trainer: int) -> None:
+    while signal.sigwaitinfo({signal.SIGTERM}).si_pid != trainer:
+        pass
+    os._exit(0)

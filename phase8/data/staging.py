@@ -7,6 +7,7 @@ match `*.partial`, which the next one sweeps while it holds the lock of the plac
 from __future__ import annotations
 
 import fcntl
+import glob
 import json
 import os
 import secrets
@@ -95,32 +96,42 @@ def read_json(path: Path) -> object:
 
 @contextmanager
 def exclusive_lock(path: Path, *, wait: bool) -> Iterator[None]:
-    """Sole ownership of `path` among processes; the system gives it back when a process is killed.
+    """Sole ownership of the lock file `path` among processes; the system gives it back when a process is killed.
 
     Args:
-        path: The lock file; made where missing and left in place, since removing it would let two processes own it.
+        path: The lock file; it exists only while somebody owns it (or after a kill, which does no harm).
         wait: Wait for the owner to finish; else refuse.
 
     Raises:
         DataError: Another process owns it and `wait` is false.
         StorageError: The place cannot be written.
     """
-    with storage_errors(path):
-        path.parent.mkdir(parents=True, exist_ok=True)
-        descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
+    descriptor = _owned_lock_file(path, wait=wait)
     try:
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX if wait else fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            raise DataError(f"another process is writing {path.parent}; wait until it has finished or choose another place") from error
         yield
     finally:
+        path.unlink(missing_ok=True)
         os.close(descriptor)
 
 
-def sweep_partial(directory: Path) -> None:
-    """Removes what killed processes left in `directory`; call it only while holding the lock of the place."""
-    for leftover in directory.glob("*.partial"):
+def _owned_lock_file(path: Path, *, wait: bool) -> int:
+    while True:
+        with storage_errors(path):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
+            try:
+                fcntl.flock(descriptor, fcntl.LOCK_EX if wait else fcntl.LOCK_EX | fcntl.LOCK_NB)
+                if path.exists() and os.path.samestat(os.fstat(descriptor), path.stat()):
+                    return descriptor
+            except BlockingIOError as error:
+                os.close(descriptor)
+                raise DataError(f"another process holds {path}; wait until it has finished or choose another place") from error
+            os.close(descriptor)  # the last owner removed this file while we waited: somebody else may own its successor
+
+
+def sweep_partial(directory: Path, name: str) -> None:
+    """Removes what killed processes left of `name` in `directory`; call it only while holding the lock of the place."""
+    for leftover in directory.glob(f"{glob.escape(name)}*.partial"):
         if leftover.is_dir():
             shutil.rmtree(leftover, ignore_errors=True)
         else:

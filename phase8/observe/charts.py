@@ -84,10 +84,12 @@ def render_svg(draw: Callable[[Axes, Theme], None], *, name: str, width: int, he
         buffer = io.StringIO()
         FigureCanvasSVG(figure).print_svg(buffer, metadata={"Date": None, "Creator": None, "Format": None, "Type": None})
     svg = buffer.getvalue()
-    svg = re.sub(r"<metadata>.*?</metadata>", "", svg[svg.index("<svg") :], flags=re.DOTALL)
+    # matplotlib's style element would speak to the whole page; its rules stand in the page's own.
+    svg = re.sub(r"<metadata>.*?</metadata>|<style.*?</style>", "", svg[svg.index("<svg") :], flags=re.DOTALL)
     svg = re.sub(r'<svg [^>]*viewBox="([^"]*)"[^>]*>', r'<svg viewBox="\1" aria-hidden="true">', svg, count=1)
-    svg = re.sub(r'<g id="[^"]*">', "<g>", svg)
-    svg = re.sub(r"(\.\d\d)\d+", r"\1", svg)  # hundredths of a pixel are enough
+    svg = re.sub(r'<g id="[^"]*"', "<g", svg)
+    # Hundredths of a pixel are enough for a path.
+    svg = re.sub(r' d="[^"]*"', lambda path: re.sub(r"(\.\d\d)\d+", r"\1", path[0]), svg)
     for colour, placeholder in asdict(_CSS).items():
         svg = svg.replace(placeholder, f"var(--chart-{colour})")
     return svg
@@ -114,7 +116,7 @@ def draw_loss(axes: Axes, theme: Theme, history: History, reference_losses: Mapp
     axes.plot(*thin_out(history.tokens, history.loss), color=theme.train, alpha=0.28, linewidth=0.9)
     axes.plot(*thin_out(history.tokens, smoothed), color=theme.train, linewidth=2, label="train", solid_capstyle="round")
     if len(history.tokens) == 1:
-        axes.plot(history.tokens, history.loss, "o", color=theme.train, markersize=5)
+        axes.plot(history.tokens, history.loss, "o", color=theme.train, markersize=5, clip_on=False)
     if history.validation_loss.size:
         axes.plot(
             history.validation_tokens_seen,
@@ -127,7 +129,9 @@ def draw_loss(axes: Axes, theme: Theme, history: History, reference_losses: Mapp
             markeredgewidth=0.8,
             label="validation",
         )
-    low, high = loss_limits(smoothed, history.validation_loss, reference_losses)
+    if not np.isfinite([*history.loss, *history.validation_loss]).any():
+        _draw_absence(axes, theme)
+    low, high = loss_limits(history.loss, history.validation_loss, reference_losses)
     axes.set_ylim(low, high)
     axes.set_xlim(0, max([1.0, *history.tokens[-1:], *history.validation_tokens_seen[-1:]]) * 1.015)
     axes.set_xlabel("training tokens")
@@ -138,33 +142,35 @@ def draw_loss(axes: Axes, theme: Theme, history: History, reference_losses: Mapp
 def draw_series(axes: Axes, theme: Theme, steps: Series, values: Series, *, is_noisy: bool = True) -> None:
     """One figure over the steps; a noisy one faint, with its moving average."""
     if is_noisy:
-        axes.plot(*thin_out(steps, values), color=theme.train, alpha=0.3, linewidth=0.9)
+        axes.plot(*thin_out(steps, values), color=theme.train, alpha=0.25, linewidth=0.8)
     axes.plot(*thin_out(steps, smooth(values) if is_noisy else values), color=theme.train, linewidth=1.8, solid_capstyle="round")
     if len(steps) == 1:
-        axes.plot(steps, values, "o", color=theme.train, markersize=5)
+        axes.plot(steps, values, "o", color=theme.train, markersize=5, clip_on=False)
     finite = values[np.isfinite(values)]
     if finite.size:
         # A single spike must not press the rest to the floor.
         axes.set_ylim(0, max(1.1 * float(np.quantile(finite, 0.99)), 1e-9))
+    else:
+        _draw_absence(axes, theme)
     axes.set_xlim(0, max([1.0, *steps[-1:]]))
     axes.xaxis.set_major_locator(MaxNLocator(6, integer=True))
     axes.set_xlabel("step")
 
 
-def loss_limits(smoothed: Series, validation_loss: Series, reference_losses: Mapping[str, float]) -> tuple[float, float]:
+def loss_limits(loss: Series, validation_loss: Series, reference_losses: Mapping[str, float]) -> tuple[float, float]:
     """Limits of the loss axis: everything but the first plunge from the untrained loss, which would squash the rest.
 
     The references and the validation losses of the second half are always inside.
     """
-    train = smoothed[np.isfinite(smoothed)]
+    smoothed = smooth(loss)[np.isfinite(loss)]
     validation = validation_loss[np.isfinite(validation_loss)]
     inside = [*reference_losses.values(), *validation[len(validation) // 2 :]]
-    if train.size:
-        inside += [float(train.min()), float(np.quantile(train, 0.98))]
+    if smoothed.size:
+        inside += [float(np.nanquantile(loss, 0.001)), float(np.quantile(smoothed, 0.98))]
     if not inside:
         return 0.0, 1.0
     low, high = min(inside), max(inside)
-    margin = max(0.06 * (high - low), 0.05)
+    margin = max(0.06 * (high - low), 0.1)
     return max(0.0, low - margin), high + margin
 
 
@@ -178,6 +184,11 @@ def thin_out(x: Series, y: Series) -> tuple[Series, Series]:
         extremes = {int(finite[np.argmin(y[finite])]), int(finite[np.argmax(y[finite])])} if finite.size else {int(stretch[0])}
         keep.extend(sorted(extremes))
     return x[keep], y[keep]
+
+
+def _draw_absence(axes: Axes, theme: Theme) -> None:
+    axes.text(0.5, 0.3, "no finite value was recorded", transform=axes.transAxes, ha="center", va="center", color=theme.muted)
+    axes.set_ylim(0, 1)
 
 
 def _draw_references(axes: Axes, theme: Theme, reference_losses: Mapping[str, float]) -> None:
@@ -196,5 +207,6 @@ def _draw_references(axes: Axes, theme: Theme, reference_losses: Mapping[str, fl
             verticalalignment="bottom",
             color=theme.muted,
             fontsize=axes.yaxis.label.get_fontsize(),
+            bbox={"facecolor": theme.surface, "edgecolor": "none", "alpha": 0.8, "pad": 1},
         )
         label_floor = label_height + 0.07 * (high - low)

@@ -132,7 +132,7 @@ class Progress:
         metrics = self._last_metrics
         if metrics is None:
             return
-        yield Field("loss", "skipped" if metrics.loss is None else f"{metrics.loss:.4f}", 9, "bold")
+        yield Field("loss", "skipped" if metrics.loss is None else f"{metrics.loss:.4f}", 10, "bold")
         if self._validation_loss is not None:
             yield Field("val", f"{self._validation_loss:.4f}", 6)
         yield Field("", f"{format_count(metrics.tokens_per_second)} tok/s", 7)
@@ -142,7 +142,7 @@ class Progress:
         yield Field("grad", "not finite" if metrics.grad_norm is None else f"{metrics.grad_norm:.2f}", 3)
         yield Field("lr", f"{metrics.learning_rate:.2e}", 2)
         if self._num_skipped > 0:
-            yield Field("skipped", f"{self._num_skipped:,}", 10, "bold yellow")
+            yield Field("skipped", f"{self._num_skipped:,}", 9, "bold yellow")
         num_remaining = self._total_steps - metrics.step
         if num_remaining > 0 and len(self._step_seconds) >= _ETA_MIN_STEPS:
             yield Field("ETA", format_seconds(num_remaining * statistics.median(self._step_seconds)), 8, "cyan")

@@ -77,7 +77,7 @@ def headline(history: History, reference_losses: Mapping[str, float]) -> list[Ti
     return [
         Tile("Training loss", _or_dash(last_finite(smooth(history.loss)), "{:.3f}".format), "nats per token, smoothed"),
         _validation_tile(history, reference_losses),
-        Tile("Tokens", _or_dash(last_finite(history.tokens), format_count), f"{len(history.steps):,} steps"),
+        Tile("Tokens", _or_dash(last_finite(history.tokens), format_count), f"up to step {int(history.steps[-1]):,}" if history.steps.size else ""),
         Tile("Time in steps", format_seconds(total_seconds), waiting),
         Tile("Throughput", _or_dash(median(history.tokens_per_second), lambda rate: f"{format_count(rate)} tok/s"), "median"),
         Tile("MFU", _or_dash(mfu, format_ratio), "median" if mfu is not None else "peak FLOP/s of the device unknown"),
@@ -104,7 +104,7 @@ def _or_dash(value: float | None, format_value: Callable[[float], str]) -> str:
 def _subtitle(history: History) -> str:
     if not history.steps.size:
         return "No training step was recorded."
-    return f"Steps {int(history.steps[0]):,} to {int(history.steps[-1]):,}, {format_count(history.tokens[-1])} tokens"
+    return f"After step {int(history.steps[-1]):,} and {format_count(history.tokens[-1])} tokens"
 
 
 def _chart_cards(history: History, reference_losses: Mapping[str, float]) -> Iterator[str]:
@@ -114,7 +114,7 @@ def _chart_cards(history: History, reference_losses: Mapping[str, float]) -> Ite
     yield _card(
         "Loss",
         f'<figure class="wide-screen">{render_svg(draw, name="loss", width=1000, height=420)}</figure>'
-        f'<figure class="narrow-screen">{render_svg(draw, name="loss-narrow", width=400, height=330)}</figure>',
+        f'<figure class="narrow-screen">{render_svg(draw, name="loss-narrow", width=360, height=300)}</figure>',
         remark=legend,
     )
     # A step of no duration waited for nothing.
@@ -127,7 +127,7 @@ def _chart_cards(history: History, reference_losses: Mapping[str, float]) -> Ite
 
 def _series_card(heading: str, unit: str, steps: Series, values: Series, *, is_noisy: bool = True) -> str:
     draw = partial(draw_series, steps=steps, values=values, is_noisy=is_noisy)
-    svg = render_svg(draw, name=heading, width=460, height=240)
+    svg = render_svg(draw, name=heading, width=420, height=225)
     return _card(heading, f"<figure>{svg}</figure>", remark=f"<span>{unit}</span>", is_wide=False)
 
 

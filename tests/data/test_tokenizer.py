@@ -169,7 +169,7 @@ def test_training_into_a_place_that_cannot_be_written_is_a_storage_error(tmp_pat
 
 @pytest.mark.parametrize("kind", ["exact", "hugging_face"])
 def test_lone_surrogates_are_refused(kind: str, request: pytest.FixtureRequest):
-    with pytest.raises(DataError, match=r"character 1 .*ud800.*surrogate"):
+    with pytest.raises(DataError, match=r"character 1 .*surrogate.*ud800"):
         request.getfixturevalue(kind).encode("a\ud800b")
 
 

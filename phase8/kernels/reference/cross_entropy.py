@@ -16,7 +16,7 @@ from torch import Tensor
 from phase8.kernels.reference.dtypes import at_least_fp32
 
 IGNORED_TARGET = -100
-CHUNK_TOKENS = 4096
+CHUNK_TOKENS = 1024
 
 
 def linear_cross_entropy(hidden: Tensor, weight: Tensor, targets: Tensor, chunk_tokens: int = CHUNK_TOKENS) -> Tensor:
@@ -45,9 +45,10 @@ class _LinearCrossEntropy(torch.autograd.Function):
         for begin in range(0, hidden.shape[0], chunk_tokens):
             rows = slice(begin, begin + chunk_tokens)
             logits = at_least_fp32(hidden[rows] @ head.T)
-            loss += F.cross_entropy(logits, targets[rows], ignore_index=IGNORED_TARGET, reduction="sum")
+            log_probabilities = F.log_softmax(logits, dim=-1)
+            loss += F.nll_loss(log_probabilities, targets[rows], ignore_index=IGNORED_TARGET, reduction="sum")
             if needs_hidden or needs_weight:
-                dlogits = _gradient_of_logits(logits, targets[rows]).to(hidden.dtype)
+                dlogits = _gradient_of_logits(log_probabilities, targets[rows]).to(hidden.dtype)
             if dhidden is not None:
                 torch.mm(dlogits, head, out=dhidden[rows])
             if dweight is not None:
@@ -62,9 +63,9 @@ class _LinearCrossEntropy(torch.autograd.Function):
         return *scaled, None, None, None
 
 
-def _gradient_of_logits(logits: Tensor, targets: Tensor) -> Tensor:
-    """softmax(logits) - onehot(target), 0 for ignored tokens; overwrites `logits`."""
+def _gradient_of_logits(log_probabilities: Tensor, targets: Tensor) -> Tensor:
+    """softmax(logits) - onehot(target), 0 for ignored tokens; overwrites its input."""
     valid = (targets != IGNORED_TARGET)[:, None]
-    torch.softmax(logits, dim=-1, out=logits)
-    logits.scatter_add_(1, targets.clamp(min=0)[:, None], torch.full_like(valid, -1, dtype=logits.dtype))
-    return logits.mul_(valid)
+    gradient = log_probabilities.exp_()
+    gradient.scatter_add_(1, targets.clamp(min=0)[:, None], torch.full_like(valid, -1, dtype=gradient.dtype))
+    return gradient.mul_(valid)

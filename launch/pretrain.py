@@ -1,0 +1,88 @@
+"""Pretrains a model from a config: `python launch/pretrain.py --config configs/quickstart.yaml`.
+
+Exit codes: 0 finished, or stopped by Ctrl-C or SIGTERM after saving; 1 a bug; 2 config or command line; 3 data or tokenizer;
+4 checkpoint; 5 storage; 6 training diverged.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import shlex
+import sys
+from pathlib import Path
+
+from phase8.config.describe import describe_schema
+from phase8.config.load import load_config
+from phase8.errors import ConfigError, Phase8Error
+
+DEFAULT_CONFIG = Path(__file__).resolve().parent.parent / "configs" / "quickstart.yaml"
+
+
+def main() -> int:
+    """Runs the command line and returns the exit code."""
+    arguments = _parser().parse_args()
+    overrides = [override for group in arguments.set for override in group]
+    try:
+        config = load_config(arguments.config, overrides)
+        # Imported late: a mistake in the config is answered before torch is loaded.
+        if arguments.dry_run:
+            _dry_run(config, arguments.world_size)
+        else:
+            _train(config, arguments)
+    except Phase8Error as error:
+        print("\n".join(f"error: {line}" for line in str(error).splitlines()), file=sys.stderr)
+        return error.exit_code
+    return 0
+
+
+def _dry_run(config, world_size: int) -> None:
+    from rich.console import Console
+
+    from phase8.plan.dry_run import dry_run
+
+    dry_run(config, world_size=world_size, console=Console())
+
+
+def _train(config, arguments: argparse.Namespace) -> None:
+    from rich.console import Console
+
+    from phase8.train.build import build_run
+    from phase8.train.device import select_device
+    from phase8.train.loop import train
+
+    world_size = int(os.environ.get("WORLD_SIZE", "1"))  # set by torchrun
+    if world_size != 1:
+        raise ConfigError(f"world size {world_size} is not supported yet; start one process without torchrun.")
+    run = build_run(config, device=select_device(arguments.device), resume=arguments.resume, console=Console())
+    train(run, resume_command=_resume_command())
+
+
+def _resume_command() -> str:
+    """This command line, going on from the newest checkpoint."""
+    words = [Path(sys.executable).name, *sys.argv]
+    if "--resume" in words:
+        position = words.index("--resume")
+        del words[position : position + 2]
+    return shlex.join(word for word in words if not word.startswith("--resume="))
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        description=__doc__,
+        epilog="Config keys, their defaults and [what they take]:\n" + describe_schema(),
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--config", default=DEFAULT_CONFIG, metavar="FILE", help="YAML config (default: configs/quickstart.yaml)")
+    parser.add_argument("--set", nargs="+", action="append", default=[], metavar="a.b=c", help="override config keys")
+    parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto", help="auto: the GPU if there is one")
+    parser.add_argument(
+        "--resume", default="auto", metavar="auto|none|DIR", help="auto: newest good checkpoint of the run; none: start anew; or a checkpoint"
+    )
+    parser.add_argument("--dry-run", action="store_true", help="print topology, parameters, FLOPs, memory and problems, and stop")
+    parser.add_argument("--world-size", type=int, default=1, metavar="N", help="processes that --dry-run plans for")
+    return parser
+
+
+if __name__ == "__main__":
+    sys.exit(main())

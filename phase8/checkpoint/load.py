@@ -1,0 +1,268 @@
+"""Finding and reading checkpoints. Every byte that is used was compared with its checksum first; nothing is ever executed."""
+
+from __future__ import annotations
+
+import os
+import stat
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from phase8.checkpoint.checksum import checksum_of_next
+from phase8.checkpoint.layout import MANIFEST_NAME, committed_directories, step_of
+from phase8.checkpoint.manifest import MAX_MANIFEST_BYTES, Manifest, Slice, TensorEntry, parse_manifest
+from phase8.checkpoint.tensor_file import DTYPES, TensorFile, open_for_reading
+from phase8.errors import CheckpointCorruptError, CheckpointError, CheckpointMismatchError
+
+
+class Checkpoint:
+    """A committed checkpoint whose manifest is intact; tensors are read from its files one by one.
+
+    Args:
+        path: Its directory.
+        manifest: What its files must hold.
+    """
+
+    def __init__(self, path: Path, manifest: Manifest):
+        self.path = path
+        self.manifest = manifest
+        self._slices = manifest.slices_by_file()
+        self._files: dict[str, TensorFile] = {}
+        self._verified: set[str] = set()
+
+    @property
+    def step(self) -> int:
+        """Optimizer steps done when it was saved."""
+        return self.manifest.step
+
+    @property
+    def metadata(self) -> dict[str, Any]:
+        """What was given to `save_checkpoint`."""
+        return self.manifest.metadata
+
+    @property
+    def tensor_names(self) -> list[str]:
+        """Names of all tensors, in the order they were saved in."""
+        return list(self.manifest.tensors)
+
+    def entry(self, name: str) -> TensorEntry:
+        """Dtype, global shape and slices of a tensor.
+
+        Raises:
+            CheckpointMismatchError: There is no such tensor.
+        """
+        if name not in self.manifest.tensors:
+            raise CheckpointMismatchError(f"{self.path} has no tensor {name!r}; tools/inspect_checkpoint.py lists those it has")
+        return self.manifest.tensors[name]
+
+    def read(self, name: str) -> Tensor:
+        """A new tensor on the host, its bytes read once and checked on the way.
+
+        Raises:
+            CheckpointCorruptError: Its bytes are missing or altered.
+            CheckpointMismatchError: There is no such tensor.
+        """
+        entry = self.entry(name)
+        tensor = torch.empty(entry.shape, dtype=DTYPES[entry.dtype])
+        for part in entry.slices:
+            region = tensor[tuple(slice(begin, begin + size) for begin, size in zip(part.offsets, part.shape, strict=True))]
+            block = region if region.is_contiguous() else torch.empty_like(region, memory_format=torch.contiguous_format)
+            self._check_slice(name, part, self._file(part.file).read_into(part.key, block))
+            if block is not region:
+                region.copy_(block)
+        self._verified.add(name)
+        return tensor
+
+    def verify_tensor(self, name: str) -> None:
+        """Checks the bytes of a tensor in constant memory, unless this object has done so before.
+
+        Raises:
+            CheckpointCorruptError: They are missing or altered.
+            CheckpointMismatchError: There is no such tensor.
+        """
+        if name in self._verified:
+            return
+        for part in self.entry(name).slices:
+            self._check_slice(name, part, self._file(part.file).checksum(part.key))
+        self._verified.add(name)
+
+    def verify(self) -> None:
+        """Checks every byte of every file, in constant memory.
+
+        Raises:
+            CheckpointCorruptError: The first file or tensor that is missing or altered.
+        """
+        for file_name, slices in self._slices.items():
+            for key, checksum in self._file(file_name).checksums():
+                name, part = slices[key]
+                self._check_slice(name, part, checksum)
+        for name in self.manifest.attachments:
+            self.attachment(name)
+        self._verified.update(self.manifest.tensors)
+
+    def attachment(self, name: str) -> Path:
+        """Path of an attached file whose bytes were checked.
+
+        Raises:
+            CheckpointCorruptError: It is missing or altered.
+            CheckpointMismatchError: There is no such attachment.
+        """
+        if name not in self.manifest.attachments:
+            known = ", ".join(self.manifest.attachments) or "none"
+            raise CheckpointMismatchError(f"{self.path} has no attachment {name!r} (it has: {known}); use another checkpoint")
+        expected = self.manifest.attachments[name]
+        with open_for_reading(self.path / name) as file:
+            checksum = checksum_of_next(file, expected.size_bytes)
+        if checksum != expected.checksum:
+            raise CheckpointCorruptError(
+                f"{self.path / name} is altered: its checksum is {checksum}, not {expected.checksum}; use another checkpoint"
+            )
+        return self.path / name
+
+    def _check_slice(self, name: str, part: Slice, checksum: str) -> None:
+        if checksum != part.checksum:
+            raise CheckpointCorruptError(
+                f"{self.path / part.file} is altered: tensor {name!r} has checksum {checksum}, not {part.checksum}; use another checkpoint"
+            )
+
+    def _file(self, file_name: str) -> TensorFile:
+        """The opened file; at first use its header is compared with the manifest, key by key."""
+        if file_name not in self._files:
+            expected = self.manifest.files[file_name]
+            path = self.path / file_name
+            file = TensorFile(path, size_bytes=expected.size_bytes, header_checksum=expected.header_checksum)
+            self._check_entries(file, self._slices[file_name])
+            self._files[file_name] = file
+        return self._files[file_name]
+
+    def _check_entries(self, file: TensorFile, slices: dict[str, tuple[str, Slice]]) -> None:
+        if (differing := file.tensors.keys() ^ slices.keys()) != set():
+            raise CheckpointCorruptError(
+                f"{file.path} and its manifest disagree about which entries it has ({_first(differing)}); use another checkpoint"
+            )
+        for key, stored in file.tensors.items():
+            name, part = slices[key]
+            dtype = self.manifest.tensors[name].dtype
+            if (stored.dtype, stored.shape) != (dtype, part.shape):
+                raise CheckpointCorruptError(
+                    f"{file.path}: entry {key!r} is {stored.dtype} {stored.shape}, its manifest says {dtype} {part.shape}; use another checkpoint"
+                )
+
+
+def list_checkpoints(root: Path) -> list[Path]:
+    """Committed checkpoints under `root`, newest first; whether they are intact is not looked at.
+
+    Raises:
+        CheckpointError: `root` is there but cannot be listed.
+    """
+    try:
+        return committed_directories(root)
+    except FileNotFoundError:
+        return []
+    except OSError as error:
+        raise CheckpointError(f"the checkpoints under {root} cannot be listed ({error.strerror}); give a directory you can read") from error
+
+
+def find_checkpoint(path: Path) -> Path:
+    """The checkpoint a user means: `path` itself, or the newest in it when it is a `checkpoints` or a run directory.
+
+    Raises:
+        CheckpointError: There is none.
+    """
+    if os.path.lexists(path / MANIFEST_NAME) or step_of(path.name) is not None:
+        return path
+    for root in (path, path / "checkpoints"):
+        if found := list_checkpoints(root):
+            return found[0]
+    raise CheckpointError(f"there is no checkpoint at {path}; give a step-... directory, or a directory of them, or a run directory")
+
+
+def open_checkpoint(directory: Path) -> Checkpoint:
+    """A checkpoint whose manifest is intact and whose files are all there with the right lengths, and no others.
+
+    The bytes of tensors are checked when they are read, or all at once by `Checkpoint.verify`.
+
+    Raises:
+        CheckpointCorruptError: A file is damaged, missing or does not belong.
+        CheckpointError: There is no such directory, or its format is of a newer version.
+    """
+    if not os.path.isdir(directory):  # unlike Path.is_dir, False when a parent may not be entered
+        raise CheckpointError(f"there is no checkpoint directory {directory}; tools/inspect_checkpoint.py on its parent shows the newest")
+    path = directory / MANIFEST_NAME
+    with open_for_reading(path) as file:
+        data = file.read(MAX_MANIFEST_BYTES + 1)
+    if len(data) > MAX_MANIFEST_BYTES:
+        raise CheckpointCorruptError(f"{path} is longer than the {MAX_MANIFEST_BYTES} bytes a manifest can have; use another checkpoint")
+    manifest = parse_manifest(data, path)
+    if step_of(directory.name) not in (None, manifest.step):
+        raise CheckpointCorruptError(f"{path} is the manifest of step {manifest.step}; use another checkpoint")
+    _check_directory(directory, manifest)
+    return Checkpoint(directory, manifest)
+
+
+def _check_directory(directory: Path, manifest: Manifest) -> None:
+    """Compares names, kinds and lengths of the files with the manifest."""
+    expected = {name: entry.size_bytes for name, entry in (manifest.files | manifest.attachments).items()}
+    try:
+        with os.scandir(directory) as entries:
+            found = {entry.name: entry.stat(follow_symlinks=False) for entry in entries}
+    except OSError as error:
+        raise CheckpointCorruptError(f"{directory} cannot be listed ({error.strerror}); use another checkpoint") from error
+    found.pop(MANIFEST_NAME, None)
+    if missing := expected.keys() - found.keys():
+        raise CheckpointCorruptError(f"{directory} lacks {_first(missing)}; use another checkpoint")
+    if extra := found.keys() - expected.keys():
+        raise CheckpointCorruptError(f"{directory} holds what its manifest does not name ({_first(extra)}); remove it or use another checkpoint")
+    for name, status in found.items():
+        if not stat.S_ISREG(status.st_mode):
+            raise CheckpointCorruptError(f"{directory / name} is not a regular file; use another checkpoint")
+        if status.st_size != expected[name]:
+            raise CheckpointCorruptError(
+                f"{directory / name} has {status.st_size} bytes, its manifest says {expected[name]}; use another checkpoint"
+            )
+
+
+def newest_good_checkpoint(
+    root: Path,
+    *,
+    on_damaged: Callable[[Path, CheckpointError], None],
+    check: Callable[[Checkpoint], None] = Checkpoint.verify,
+) -> Checkpoint | None:
+    """The newest checkpoint under `root` that passes `check`; None if there is none at all.
+
+    Args:
+        root: The `checkpoints` directory of a run.
+        on_damaged: Told of every newer one that was passed over, and why.
+        check: Raises CheckpointError for a damaged one. Reads every byte by default; a caller that will read every tensor anyway
+            passes the function that does, so that bytes are read once, e.g. `lambda c: restore_state(c, model, optimizer)`.
+
+    Raises:
+        CheckpointCorruptError: There are checkpoints and all are damaged.
+        CheckpointMismatchError: `check` found a good one that belongs to another model or other data.
+    """
+    directories = list_checkpoints(root)
+    for directory in directories:
+        try:
+            checkpoint = open_checkpoint(directory)
+            check(checkpoint)
+        except CheckpointMismatchError:
+            raise  # nothing is wrong with the checkpoint: an older one would not fit either
+        except CheckpointError as error:
+            on_damaged(directory, error)
+        else:
+            return checkpoint
+    if directories:
+        raise CheckpointCorruptError(
+            f"all {len(directories)} checkpoints under {root} are damaged (newest: {directories[0].name}); restore one from a copy, or start "
+            "again from the beginning with --resume none"
+        )
+    return None
+
+
+def _first(names: set[str]) -> str:
+    """A few names for a message, free of control characters."""
+    shown = ", ".join(ascii(name) for name in sorted(names)[:3])
+    return shown if len(names) <= 3 else f"{shown} and {len(names) - 3} more"

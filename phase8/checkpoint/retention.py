@@ -1,0 +1,91 @@
+"""Which checkpoints are kept, and the safe removal of the others."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from phase8.checkpoint.layout import clear_leftovers, rename_for_removal, step_directory_name, step_of, sync_directory
+from phase8.checkpoint.load import list_checkpoints, newest_good_checkpoint
+from phase8.errors import CheckpointCorruptError, StorageError
+
+
+def apply_retention(root: Path, *, keep_last: int, keep_every_n_steps: int | None, known_good: Path | None = None) -> list[Path]:
+    """Paths of the checkpoints that were removed; leftovers of dead writers and interrupted removals are cleared too.
+
+    Kept are the `keep_last` newest, those of every n-th step, and in any case one that is good: `known_good`, or the newest that
+    passes a full verification. A directory loses its good name before anything in it is deleted.
+
+    Args:
+        root: The `checkpoints` directory of a run.
+        keep_last: Newest checkpoints kept, at least 1.
+        keep_every_n_steps: Also keep steps that are multiples of this.
+        known_good: A checkpoint that the caller has just saved or read; spares reading one to the end.
+
+    Raises:
+        StorageError: Something cannot be removed.
+    """
+    with _removal_errors(root):
+        directories = list_checkpoints(root)
+        kept = set(directories[:keep_last])
+        if keep_every_n_steps is not None:
+            kept |= {directory for directory in directories if step_of(directory.name) % keep_every_n_steps == 0}
+        removed = [directory for directory in directories if directory not in kept and directory != known_good]
+        if removed and known_good not in directories:
+            removed = _spare_newest_good(root, removed)
+        for directory in removed:
+            shutil.rmtree(rename_for_removal(directory))
+        if root.is_dir():
+            clear_leftovers(root)
+            sync_directory(root)
+    return removed
+
+
+def _spare_newest_good(root: Path, candidates: list[Path]) -> list[Path]:
+    try:
+        good = newest_good_checkpoint(root, on_damaged=lambda path, error: None)  # the next resume is what reports damage
+    except CheckpointCorruptError:
+        return []
+    return [directory for directory in candidates if good is not None and directory != good.path]
+
+
+def set_aside_later_checkpoints(root: Path, *, step: int) -> list[Path]:
+    """New paths of the checkpoints after `step`, renamed so that neither resuming nor retention sees them again.
+
+    For a run that goes back on purpose: without this, the next automatic resume would take the newest checkpoint of the branch
+    that was left. Nothing is deleted: renaming `set-aside-step-0000000200` back brings a checkpoint back.
+
+    Raises:
+        StorageError: A directory cannot be renamed.
+    """
+    moved = []
+    with _removal_errors(root):
+        for directory in list_checkpoints(root):
+            if step_of(directory.name) > step:
+                moved.append(_unused_name(root, step_of(directory.name)))
+                os.rename(directory, moved[-1])
+        if moved:
+            sync_directory(root)
+    return moved
+
+
+def _unused_name(root: Path, step: int) -> Path:
+    base = root / f"set-aside-{step_directory_name(step)}"
+    candidate, number = base, 2
+    while os.path.lexists(candidate):
+        candidate, number = base.with_name(f"{base.name}-{number}"), number + 1
+    return candidate
+
+
+@contextmanager
+def _removal_errors(root: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        place = root if error.filename is None else error.filename
+        raise StorageError(
+            f"old checkpoints under {root} cannot be moved or removed ({error.strerror}: {place}); make it writable or do it by hand"
+        ) from error

@@ -1,0 +1,190 @@
+"""Flat names of everything in a checkpoint, and putting it back.
+
+| name | tensor |
+|---|---|
+| `model.<name>` | parameters and persistent buffers, once each (tied ones under their first name) |
+| `optimizer.<parameter name>.<key>` | the optimizer's state of a parameter: `exp_avg`, `exp_avg_sq`, `step`, ... |
+
+Hyperparameters of the optimizer are not in it: they come from the config and the schedule.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from phase8.checkpoint.load import Checkpoint
+from phase8.checkpoint.tensor_file import DTYPE_NAMES
+from phase8.errors import CheckpointError, CheckpointMismatchError
+
+MODEL_PREFIX = "model."
+OPTIMIZER_PREFIX = "optimizer."
+_MAX_LISTED_DIFFERENCES = 5
+
+
+@dataclass(frozen=True)
+class _Optimized:
+    """A parameter of an optimizer, and the device on which its `step` lives: the host, except for capturable and fused optimizers."""
+
+    parameter: nn.Parameter
+    step_device: torch.device
+
+
+def flat_state(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
+    """The live tensors (not copies) that `save_checkpoint` stores.
+
+    Raises:
+        CheckpointError: Something that is not a tensor, or a parameter of the optimizer that is not in the model.
+    """
+    return _model_tensors(model) | _optimizer_tensors(optimizer, _optimized_parameters(model, optimizer))
+
+
+def restore_state(checkpoint: Checkpoint, model: nn.Module, optimizer: torch.optim.Optimizer | None) -> None:
+    """Puts a checkpoint's tensors into a model and its optimizer; changes nothing when it fails.
+
+    Tensors that exist are overwritten in place (held in memory beside them: one tensor at a time). Optimizer state that does not
+    exist yet is created with the checkpoint's dtype on its parameter's device, `step` where torch's optimizers keep it.
+
+    Args:
+        checkpoint: Where to read.
+        model: Built from the checkpoint's config.
+        optimizer: Over parameters of `model`; None restores the model only.
+
+    Raises:
+        CheckpointMismatchError: Names, shapes or dtypes differ; the first few are listed.
+        CheckpointCorruptError: Bytes of the checkpoint are damaged.
+    """
+    in_place = _model_tensors(model)
+    differences = list(_model_differences(checkpoint, in_place))
+    optimized: dict[str, _Optimized] = {}
+    stored: dict[str, tuple[str, str]] = {}
+    if optimizer is not None:
+        optimized, stored = _optimized_parameters(model, optimizer), _stored_optimizer_state(checkpoint)
+        existing = _optimizer_tensors(optimizer, optimized)
+        differences += _optimizer_differences(checkpoint, stored, existing, optimized)
+        in_place |= {name: tensor for name, tensor in existing.items() if name in stored}
+    if differences:
+        more = len(differences) - _MAX_LISTED_DIFFERENCES
+        listed = "; ".join(differences[:_MAX_LISTED_DIFFERENCES]) + (f"; and {more} more" if more > 0 else "")
+        raise CheckpointMismatchError(f"{checkpoint.path} does not fit this model: {listed}; use the config it was saved with")
+
+    # What can fail comes first: reading what will be new (which is then simply kept), checking what will be overwritten.
+    created = {}
+    for name, (parameter_name, key) in stored.items():
+        if name not in in_place:
+            where = optimized[parameter_name]
+            created[name] = checkpoint.read(name).to(where.step_device if key == "step" else where.parameter.device)
+    for name in in_place:
+        checkpoint.verify_tensor(name)
+    with torch.no_grad():
+        for name, target in in_place.items():
+            target.copy_(checkpoint.read(name))
+    if optimizer is not None:
+        _install_created(optimizer, optimized, stored, created)
+
+
+def _model_tensors(model: nn.Module) -> dict[str, Tensor]:
+    """Parameters and persistent buffers by flat name, each object once."""
+    tensors: dict[str, Tensor] = {}
+    seen: set[int] = set()
+    for name, value in model.state_dict(keep_vars=True).items():
+        _require_tensor(MODEL_PREFIX + name, value)
+        if id(value) not in seen:
+            seen.add(id(value))
+            tensors[MODEL_PREFIX + name] = value
+    return tensors
+
+
+def _optimized_parameters(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, _Optimized]:
+    """The optimizer's parameters by their name in the model, in the model's order."""
+    groups = {id(parameter): group for group in optimizer.param_groups for parameter in group["params"]}
+    result = {}
+    for name, parameter in model.named_parameters():
+        if (group := groups.get(id(parameter))) is not None:
+            step_on_device = group.get("capturable") or group.get("fused")
+            result[name] = _Optimized(parameter, parameter.device if step_on_device else torch.device("cpu"))
+    if len(result) != len(groups):
+        raise CheckpointError(
+            f"the optimizer has {len(groups) - len(result)} parameters that are not in the model; build it from model.named_parameters()"
+        )
+    return result
+
+
+def _optimizer_tensors(optimizer: torch.optim.Optimizer, optimized: dict[str, _Optimized]) -> dict[str, Tensor]:
+    """State of the optimizer by flat name."""
+    tensors = {
+        f"{OPTIMIZER_PREFIX}{name}.{key}": value
+        for name, where in optimized.items()
+        for key, value in optimizer.state.get(where.parameter, {}).items()
+    }
+    for name, value in tensors.items():
+        _require_tensor(name, value)
+    return tensors
+
+
+def _require_tensor(name: str, value: object) -> None:
+    if not isinstance(value, Tensor):
+        raise CheckpointError(
+            f"{name} is of type {type(value).__name__}; a checkpoint's state is made of tensors, everything else belongs into its metadata"
+        )
+
+
+def _stored_optimizer_state(checkpoint: Checkpoint) -> dict[str, tuple[str, str]]:
+    """Flat name -> (parameter name, key) of the optimizer tensors in a checkpoint."""
+    names = [name for name in checkpoint.tensor_names if name.startswith(OPTIMIZER_PREFIX)]
+    parts = {name: name.removeprefix(OPTIMIZER_PREFIX).rpartition(".") for name in names}
+    return {name: (parameter_name, key) for name, (parameter_name, _, key) in parts.items()}
+
+
+def _model_differences(checkpoint: Checkpoint, targets: dict[str, Tensor]) -> Iterator[str]:
+    stored = [name for name in checkpoint.tensor_names if name.startswith(MODEL_PREFIX)]
+    for name in targets.keys() - set(stored):
+        yield f"{name} is not in the checkpoint"
+    for name in stored:
+        if name not in targets:
+            yield f"{name} is not in the model"
+        else:
+            yield from _entry_differences(checkpoint, name, targets[name])
+
+
+def _optimizer_differences(
+    checkpoint: Checkpoint, stored: dict[str, tuple[str, str]], existing: dict[str, Tensor], optimized: dict[str, _Optimized]
+) -> Iterator[str]:
+    for name, (parameter_name, _) in stored.items():
+        if parameter_name not in optimized:
+            yield f"{name} is the state of no parameter here"
+        elif name in existing:
+            yield from _entry_differences(checkpoint, name, existing[name])
+        elif checkpoint.entry(name).shape not in ([], list(optimized[parameter_name].parameter.shape)):
+            yield f"{name} has shape {checkpoint.entry(name).shape}, its parameter {list(optimized[parameter_name].parameter.shape)}"
+    with_state = {parameter_name for parameter_name, _ in stored.values()}
+    for name in existing:
+        if name not in stored and name.removeprefix(OPTIMIZER_PREFIX).rpartition(".")[0] in with_state:
+            yield f"{name} is not in the checkpoint"
+
+
+def _entry_differences(checkpoint: Checkpoint, name: str, target: Tensor) -> Iterator[str]:
+    entry = checkpoint.entry(name)
+    if entry.shape != list(target.shape):
+        yield f"{name} has shape {entry.shape} in the checkpoint and {list(target.shape)} here"
+    elif entry.dtype != DTYPE_NAMES.get(target.dtype):
+        yield f"{name} is {entry.dtype} in the checkpoint and {target.dtype} here"
+
+
+def _install_created(
+    optimizer: torch.optim.Optimizer,
+    optimized: dict[str, _Optimized],
+    stored: dict[str, tuple[str, str]],
+    created: dict[str, Tensor],
+) -> None:
+    """Adds the state that did not exist, and drops that of parameters which had none when the checkpoint was saved."""
+    for name, tensor in created.items():
+        parameter_name, key = stored[name]
+        optimizer.state[optimized[parameter_name].parameter][key] = tensor
+    with_state = {parameter_name for parameter_name, _ in stored.values()}
+    for name, where in optimized.items():
+        if name not in with_state:
+            optimizer.state.pop(where.parameter, None)

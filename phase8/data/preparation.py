@@ -1,0 +1,136 @@
+"""The plain values of a preparation: its options, the paths it writes and its report.
+
+Names follow Megatron: `<output_prefix>_<json_key>_document.{bin,idx}`; with a validation split
+`<output_prefix>_train_<json_key>_document` and `<output_prefix>_validation_<json_key>_document`. A tokenizer trained on the way is
+`<output_prefix>_<json_key>_tokenizer.model`, and `<output_prefix>_<json_key>_prepared.json` records what everything was made from.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from phase8.data.shards import DocumentRules
+from phase8.data.staging import sweep_partial
+
+
+@dataclass(frozen=True, kw_only=True)
+class PrepareOptions:
+    """What to prepare and how.
+
+    Attributes:
+        inputs: Files and directories.
+        output_prefix: Begin of every path that is written.
+        tokenizer: An existing tokenizer file.
+        train_tokenizer: Train one instead.
+        vocab_size: Size of the one to train.
+        tokenizer_sample_bytes: Training text of the tokenizer, taken from all over the inputs (validation documents left out).
+        rules: What becomes of a document.
+        shard_bytes: Input bytes per shard: what is lost at most, per worker, when a run is killed.
+        num_workers: Processes that tokenise.
+    """
+
+    inputs: tuple[Path, ...]
+    output_prefix: Path
+    tokenizer: Path | None = None
+    train_tokenizer: bool = False
+    vocab_size: int | None = None
+    tokenizer_sample_bytes: int = 20_000_000
+    rules: DocumentRules = field(default_factory=DocumentRules)
+    shard_bytes: int = 16 << 20
+    num_workers: int = 1
+
+    def problems(self) -> list[str]:
+        """What is wrong with the options, one sentence each."""
+        limits = {"--tokenizer-sample-bytes": self.tokenizer_sample_bytes, "--shard-bytes": self.shard_bytes, "--workers": self.num_workers}
+        found = [f"{name} is {value}; it must be at least 1" for name, value in limits.items() if value < 1]
+        if (self.tokenizer is None) != self.train_tokenizer:
+            found.append("choose one tokenizer: an existing file with --tokenizer FILE, or --train-tokenizer --vocab-size N")
+        elif self.train_tokenizer != (self.vocab_size is not None):
+            found.append("--vocab-size belongs to --train-tokenizer, which needs it; an existing tokenizer has its own size")
+        if not 0 <= self.rules.validation_fraction < 1:
+            found.append(f"--validation-fraction is {self.rules.validation_fraction}; it must be at least 0 and below 1")
+        if not self.rules.json_key or "/" in self.rules.json_key:
+            found.append(f"--json-key is {self.rules.json_key!r}; it becomes part of file names, so it must not be empty or hold a slash")
+        if not self.inputs:
+            found.append("there is no input; give files or directories")
+        return found
+
+
+@dataclass(frozen=True, kw_only=True)
+class PreparedSplit:
+    """One written `.bin/.idx` pair."""
+
+    prefix: str
+    num_documents: int
+    num_tokens: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class PrepareReport:
+    """What was prepared.
+
+    Attributes:
+        splits: The written pairs by split.
+        tokenizer: The tokenizer file to train with.
+        tokenizer_sha256: Its digest.
+        vocab_size: Its number of ids.
+        dtype: Type of the tokens in the files.
+        text_bytes: UTF-8 bytes of all documents written.
+        num_empty: Documents without a token, which are not written.
+        num_invalid: What was skipped for not being a document.
+        first_invalid: Why the first of these was skipped.
+        num_passed_over: Files of directories that were not read for their suffix.
+        is_reused: Everything was there already, made from the same inputs and options.
+    """
+
+    splits: dict[str, PreparedSplit]
+    tokenizer: str
+    tokenizer_sha256: str
+    vocab_size: int
+    dtype: str
+    text_bytes: int
+    num_empty: int
+    num_invalid: int
+    first_invalid: str | None
+    num_passed_over: int = 0
+    is_reused: bool = False
+
+    @property
+    def num_documents(self) -> int:
+        """Documents of all splits."""
+        return sum(split.num_documents for split in self.splits.values())
+
+    @property
+    def num_tokens(self) -> int:
+        """Tokens of all splits."""
+        return sum(split.num_tokens for split in self.splits.values())
+
+    @property
+    def settings(self) -> list[str]:
+        """The `--set` overrides of a run on this data."""
+        data = [f"data.{name}={split.prefix}" for name, split in self.splits.items()]
+        return [*data, f"data.tokenizer={self.tokenizer}", f"model.vocab_size={self.vocab_size}"]
+
+
+class Layout:
+    """Every path of a preparation."""
+
+    def __init__(self, options: PrepareOptions):
+        self._prefix, self._rules = options.output_prefix, options.rules
+        whole = f"{options.output_prefix}_{options.rules.json_key}"
+        self.work = Path(f"{whole}.preparing")
+        self.lock = Path(f"{whole}.lock")
+        self.record = Path(f"{whole}_prepared.json")
+        self.tokenizer = Path(f"{whole}_tokenizer.model")
+
+    def split(self, name: str) -> Path:
+        """Prefix of a split."""
+        infix = f"_{name}" if self._rules.validation_fraction else ""
+        return Path(f"{self._prefix}{infix}_{self._rules.json_key}_document")
+
+    def sweep(self) -> None:
+        """Removes what a killed run left half-written; the finished shards stay."""
+        sweep_partial(self.work, "")
+        for path in [self.record, self.tokenizer, *map(self.split, self._rules.splits)]:
+            sweep_partial(path.parent, f"{path.name}.")

@@ -1,0 +1,199 @@
+"""Preparation of training data: text and JSON lines in, Megatron `.bin/.idx` out.
+
+The inputs are cut into shards, which processes tokenise independently and commit by a rename; then the shards are appended in order.
+So the output depends only on the inputs and the options, never on the number of processes or on interruptions, and a run that was
+killed goes on with the shards it lacks. Until the end everything lives in `<output_prefix>_<json_key>.preparing/`.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import shutil
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, replace
+from pathlib import Path
+
+import numpy as np
+
+from phase8.data.documents import Source, Span, check_unchanged, cut_shards, find_sources, spread
+from phase8.data.indexed import IndexedDataset, IndexedWriter, best_dtype
+from phase8.data.preparation import Layout, PreparedSplit, PrepareOptions, PrepareReport
+from phase8.data.shard_pool import make_shards
+from phase8.data.shards import DocumentRules, InvalidInputs, Shard, ShardCounts, finished_counts, read_texts
+from phase8.data.staging import exclusive_lock, read_json, staged_directory, staged_file, write_json
+from phase8.data.tokenizer import load_tokenizer, train_sentencepiece
+from phase8.errors import ConfigError, DataError
+
+OnProgress = Callable[[str, int, int], None]
+
+# Raise it when the same inputs and options give other bytes than before.
+FORMAT_VERSION = 1
+_SAMPLE_BYTES_PER_SHARD = 1 << 20
+
+
+def prepare(options: PrepareOptions, *, on_progress: OnProgress | None = None) -> PrepareReport:
+    """Tokenises the inputs; goes on where an earlier run with the same options stopped, and does nothing where one finished.
+
+    Args:
+        options: What to prepare and how.
+        on_progress: Called with stage, amount done and amount in all.
+
+    Raises:
+        ConfigError: Options that cannot be.
+        DataError: Bad or no input, a bad tokenizer, or another process at work on the same output. What was committed stays.
+        StorageError: The output cannot be written.
+    """
+    if problems := options.problems():
+        raise ConfigError(problems)
+    sources, num_passed_over = find_sources(options.inputs)
+    layout = Layout(options)
+    made_from = _made_from(options, sources)
+    with exclusive_lock(layout.lock, wait=False):
+        report = _finished_report(options, layout, made_from)
+        if report is None:
+            layout.sweep()
+            report = _prepare(options, sources, layout, on_progress or _silent)
+            write_json(layout.record, {"made_from": made_from, "report": asdict(report)})
+        shutil.rmtree(layout.work, ignore_errors=True)
+    return replace(report, num_passed_over=num_passed_over)
+
+
+def _silent(stage: str, completed: int, total: int) -> None:
+    pass
+
+
+def _made_from(options: PrepareOptions, sources: list[Source]) -> dict[str, object]:
+    """Everything the output depends on, as JSON."""
+    if options.tokenizer is not None:
+        tokenizer: dict[str, object] = {"sha256": _sha256(options.tokenizer)}
+    else:
+        tokenizer = {"vocab_size": options.vocab_size, "sample_bytes": options.tokenizer_sample_bytes, "shard_bytes": options.shard_bytes}
+    rules, files = asdict(options.rules), [asdict(source) for source in sources]
+    return {"format_version": FORMAT_VERSION, "sources": files, "rules": rules, "tokenizer": tokenizer}
+
+
+def _sha256(path: Path) -> str:
+    try:
+        with path.open("rb") as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()
+    except OSError as error:
+        raise DataError(f"cannot read the tokenizer {path}: {error.strerror}; give a sentencepiece .model or a tokenizer.json") from error
+
+
+def _finished_report(options: PrepareOptions, layout: Layout, made_from: dict[str, object]) -> PrepareReport | None:
+    """The report of an earlier run whose output is still whole; None where there is work to do."""
+    record = read_json(layout.record)
+    if not isinstance(record, dict) or record.get("made_from") != made_from:
+        return None
+    stored, tokenizer = record["report"], str(options.tokenizer or layout.tokenizer)
+    try:
+        splits = {name: _prepared_split(layout.split(name)) for name in options.rules.splits}
+        is_whole = _sha256(Path(tokenizer)) == stored["tokenizer_sha256"]
+    except DataError:
+        return None
+    for name, split in splits.items():
+        is_whole &= (split.num_documents, split.num_tokens) == (stored["splits"][name]["num_documents"], stored["splits"][name]["num_tokens"])
+    return PrepareReport(**stored | {"splits": splits, "tokenizer": tokenizer, "is_reused": True}) if is_whole else None
+
+
+def _prepared_split(prefix: Path) -> PreparedSplit:
+    written = IndexedDataset(prefix)
+    return PreparedSplit(prefix=str(prefix), num_documents=written.num_documents, num_tokens=written.num_tokens)
+
+
+def _prepare(options: PrepareOptions, sources: list[Source], layout: Layout, on_progress: OnProgress) -> PrepareReport:
+    cut = cut_shards(sources, options.shard_bytes)
+    tokenizer_path = options.tokenizer or _trained_tokenizer(options, sources, cut, layout, on_progress)
+    tokenizer, digest = load_tokenizer(tokenizer_path), _sha256(tokenizer_path)
+    dtype = best_dtype(tokenizer.vocab_size)
+    shards = [
+        Shard(directory=layout.work / f"shard-{i:06d}", spans=spans, tokenizer=tokenizer_path, tokenizer_sha256=digest, rules=options.rules)
+        for i, spans in enumerate(cut)
+    ]
+    counts = _tokenise(shards, options.num_workers, on_progress)
+    check_unchanged(sources)
+    _check_splits(counts, options.rules)
+    splits = {name: _merge(shards, name, layout.split(name), dtype, on_progress) for name in options.rules.splits}
+    if options.tokenizer is None:
+        with staged_file(layout.tokenizer) as partial:
+            shutil.copyfile(tokenizer_path, partial)
+    return PrepareReport(
+        splits=splits,
+        tokenizer=str(options.tokenizer or layout.tokenizer),
+        tokenizer_sha256=digest,
+        vocab_size=tokenizer.vocab_size,
+        dtype=dtype.name,
+        text_bytes=sum(found.text_bytes for found in counts),
+        num_empty=sum(found.num_empty for found in counts),
+        num_invalid=sum(found.num_invalid for found in counts),
+        first_invalid=next((found.first_invalid for found in counts if found.first_invalid), None),
+    )
+
+
+def _trained_tokenizer(options: PrepareOptions, sources: list[Source], cut: list[tuple[Span, ...]], layout: Layout, on_progress: OnProgress) -> Path:
+    directory, made_from = layout.work / "tokenizer", _made_from(options, sources)
+    if read_json(directory / "record.json") != made_from:
+        on_progress("training the tokenizer", 0, 1)
+        with staged_directory(directory) as partial:
+            train_sentencepiece(_sample(options, cut), partial / "tokenizer.model", vocab_size=options.vocab_size)
+            write_json(partial / "record.json", made_from)
+        on_progress("training the tokenizer", 1, 1)
+    return directory / "tokenizer.model"
+
+
+def _sample(options: PrepareOptions, cut: list[tuple[Span, ...]]) -> Iterator[str]:
+    """Training documents from shards all over the inputs, an equal share of `tokenizer_sample_bytes` from each."""
+    num_shards = min(len(cut), -(-options.tokenizer_sample_bytes // _SAMPLE_BYTES_PER_SHARD))
+    share_bytes = -(-options.tokenizer_sample_bytes // max(num_shards, 1))
+    on_invalid = InvalidInputs(skip=options.rules.skip_invalid)
+    for spans in spread(cut)[:num_shards]:
+        remaining = share_bytes
+        for text in read_texts(spread(spans), options.rules, on_invalid):
+            if options.rules.split_of(text) == "train":
+                part = text[:remaining]
+                yield part
+                remaining -= len(part.encode())
+            if remaining <= 0:
+                break
+
+
+def _tokenise(shards: list[Shard], num_workers: int, on_progress: OnProgress) -> list[ShardCounts]:
+    """Makes the shards that are not finished yet; what each one found, in order."""
+    counts = {shard.directory: found for shard in shards if (found := finished_counts(shard)) is not None}
+    missing = [shard for shard in shards if shard.directory not in counts]
+    total = sum(shard.num_bytes for shard in shards)
+    completed = total - sum(shard.num_bytes for shard in missing)
+    on_progress("tokenizing", completed, total)
+
+    def on_done(shard: Shard, found: ShardCounts) -> None:
+        nonlocal completed
+        counts[shard.directory] = found
+        completed += shard.num_bytes
+        on_progress("tokenizing", completed, total)
+
+    make_shards(missing, num_workers=num_workers, on_done=on_done)
+    return [counts[shard.directory] for shard in shards]
+
+
+def _check_splits(counts: list[ShardCounts], rules: DocumentRules) -> None:
+    num_documents = {name: sum(found.num_documents[name] for found in counts) for name in rules.splits}
+    total = sum(num_documents.values())
+    if total == 0:
+        skipped = sum(found.num_invalid + found.num_empty for found in counts)
+        raise DataError(f"the inputs hold no document with text ({skipped} were empty or invalid); give other inputs or another --json-key")
+    for name, number in num_documents.items():
+        if number == 0:
+            raise DataError(
+                f"none of the {total} documents fell into the {name} split with --validation-fraction {rules.validation_fraction}; "
+                "give more documents (a text file is one) or another fraction"
+            )
+
+
+def _merge(shards: list[Shard], name: str, prefix: Path, dtype: np.dtype, on_progress: OnProgress) -> PreparedSplit:
+    """Appends a split of all shards, in order, into its final pair."""
+    with IndexedWriter(prefix, dtype=dtype) as writer:
+        for i, shard in enumerate(shards):
+            on_progress(f"writing {name}", i, len(shards))
+            writer.append_indexed(shard.directory / name)
+    on_progress(f"writing {name}", len(shards), len(shards))
+    return _prepared_split(prefix)

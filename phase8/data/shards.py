@@ -1,0 +1,193 @@
+"""One shard of a preparation: a bounded part of the inputs, tokenised by one process and committed by one rename.
+
+A shard directory holds `<split>.bin/.idx` for each split and `record.json`, which says what it was made from. What a shard holds
+depends on nothing but that record, so it does not matter which process makes it, when, or how often.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterable, Iterator
+from contextlib import ExitStack
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import numpy as np
+
+from phase8.data.documents import OnInvalid, Span, read_documents
+from phase8.data.indexed import IndexedDataset, IndexedWriter, best_dtype
+from phase8.data.staging import read_json, staged_directory, write_json
+from phase8.data.tokenizer import Tokenizer, load_tokenizer
+from phase8.errors import DataError
+
+# Longer documents are encoded in pieces that end at a line end, so that a file of gigabytes does not become a list of that many ids.
+_PIECE_CHARACTERS = 1 << 22
+
+
+@dataclass(frozen=True, kw_only=True)
+class DocumentRules:
+    """What becomes of a document; part of every record.
+
+    Attributes:
+        json_key: Where an object of JSON lines holds its text.
+        validation_fraction: Share of the documents held out, chosen by a hash of their text: a text that occurs twice never ends up
+            in both splits, and a document stays in its split when others come or go.
+        append_eod: Put the end-of-document token behind every document.
+        skip_invalid: Count and skip what is not a document, instead of stopping.
+    """
+
+    json_key: str = "text"
+    validation_fraction: float = 0.0
+    append_eod: bool = True
+    skip_invalid: bool = False
+
+    @property
+    def splits(self) -> tuple[str, ...]:
+        """The splits that are written."""
+        return ("train", "validation") if self.validation_fraction else ("train",)
+
+    def split_of(self, text: str) -> str:
+        """The split of a document."""
+        first_bytes = hashlib.sha256(text.encode()).digest()[:8]
+        is_validation = int.from_bytes(first_bytes, "big") < round(self.validation_fraction * 2**64)
+        return "validation" if is_validation else "train"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Shard:
+    """What one shard is made from and where it goes.
+
+    Attributes:
+        directory: Where it is committed.
+        spans: The parts of the inputs, in order.
+        tokenizer: The tokenizer file.
+        tokenizer_sha256: Digest of that file.
+        rules: What becomes of a document.
+    """
+
+    directory: Path
+    spans: tuple[Span, ...]
+    tokenizer: Path
+    tokenizer_sha256: str
+    rules: DocumentRules
+
+    @property
+    def made_from(self) -> dict[str, object]:
+        """Everything the content depends on, as JSON."""
+        spans = [[span.source.path, span.source.size_bytes, span.source.modified_ns, span.start, span.end] for span in self.spans]
+        return {"spans": spans, "tokenizer_sha256": self.tokenizer_sha256, "rules": asdict(self.rules)}
+
+    @property
+    def num_bytes(self) -> int:
+        """Input bytes of the spans."""
+        return sum(span.end - span.start for span in self.spans)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ShardCounts:
+    """What a shard found.
+
+    Attributes:
+        num_documents: Documents written, by split.
+        text_bytes: UTF-8 bytes of the documents written.
+        num_empty: Documents without a token, which are not written.
+        num_invalid: What was skipped for not being a document.
+        first_invalid: Why the first of these was skipped.
+    """
+
+    num_documents: dict[str, int]
+    text_bytes: int
+    num_empty: int
+    num_invalid: int
+    first_invalid: str | None
+
+
+class InvalidInputs:
+    """Receiver of what is not a document: stops at the first one, or counts.
+
+    Args:
+        skip: Count instead of stopping.
+    """
+
+    def __init__(self, *, skip: bool):
+        self._skip = skip
+        self.count = 0
+        self.first: str | None = None
+
+    def __call__(self, error: DataError) -> None:
+        """Receives one of them."""
+        if not self._skip:
+            raise DataError(f"{error} (or pass --skip-invalid to leave such documents out)")
+        self.count += 1
+        self.first = self.first or str(error)
+
+
+def read_texts(spans: Iterable[Span], rules: DocumentRules, on_invalid: OnInvalid) -> Iterator[str]:
+    """The texts of several spans, one after the other."""
+    for span in spans:
+        yield from read_documents(span, json_key=rules.json_key, on_invalid=on_invalid)
+
+
+def finished_counts(shard: Shard) -> ShardCounts | None:
+    """What a committed shard found; None where it is missing, damaged or made from something else."""
+    record = read_json(shard.directory / "record.json")
+    if not isinstance(record, dict) or record.get("made_from") != shard.made_from:
+        return None
+    try:
+        for split in shard.rules.splits:
+            IndexedDataset(shard.directory / split)
+    except DataError:
+        return None
+    return ShardCounts(**record["counts"])
+
+
+def make_shard(shard: Shard) -> ShardCounts:
+    """Tokenises the documents of a shard and commits it.
+
+    Raises:
+        DataError: Something is not a document and `skip_invalid` is off, or an input cannot be read.
+        StorageError: The place cannot be written.
+    """
+    tokenizer = load_tokenizer(shard.tokenizer)
+    rules = shard.rules
+    invalid = InvalidInputs(skip=rules.skip_invalid)
+    dtype, end = best_dtype(tokenizer.vocab_size), [tokenizer.eod_id] if rules.append_eod else []
+    num_documents = dict.fromkeys(rules.splits, 0)
+    text_bytes = num_empty = 0
+    with staged_directory(shard.directory) as directory:
+        with ExitStack() as stack:
+            writers = {split: stack.enter_context(IndexedWriter(directory / split, dtype=dtype)) for split in rules.splits}
+            for text in read_texts(shard.spans, rules, invalid):
+                tokens = encode_document(text, tokenizer)
+                if tokens.size == 0:
+                    num_empty += 1
+                    continue
+                split = rules.split_of(text)
+                writers[split].add_document(np.append(tokens, end).astype(dtype))
+                num_documents[split] += 1
+                text_bytes += len(text.encode())
+        counts = ShardCounts(
+            num_documents=num_documents, text_bytes=text_bytes, num_empty=num_empty, num_invalid=invalid.count, first_invalid=invalid.first
+        )
+        write_json(directory / "record.json", {"made_from": shard.made_from, "counts": asdict(counts)})
+    return counts
+
+
+def encode_document(text: str, tokenizer: Tokenizer) -> np.ndarray:
+    """Token ids of a document; one beyond four million characters is encoded in pieces that end at a line end.
+
+    Shape:
+        [num_tokens], in the type of the token file.
+    """
+    dtype = best_dtype(tokenizer.vocab_size)
+    return np.concatenate([np.empty(0, dtype), *(np.array(tokenizer.encode(piece), dtype) for piece in _pieces(text))])
+
+
+def _pieces(text: str) -> Iterator[str]:
+    start = 0
+    while start < len(text):
+        end = start + _PIECE_CHARACTERS
+        if end < len(text):
+            end = text.rfind("\n", start, end) + 1 or end
+        yield text[start:end]
+        start = end

@@ -1,0 +1,31 @@
+"""Text in, text out: a prompt continued piece by piece as it is written."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from phase8.data.tokenizer import StreamingDecoder, Tokenizer
+from phase8.generate.sample import SamplingOptions, generate_tokens
+from phase8.model.model import LanguageModel
+
+
+def prompt_tokens(tokenizer: Tokenizer, prompt: str, *, after_document_end: bool) -> list[int]:
+    """Token ids that a model reads before it writes.
+
+    Args:
+        tokenizer: Of the model.
+        prompt: May be empty.
+        after_document_end: Begin with the end-of-document token: in training, packed documents follow one.
+    """
+    tokens = tokenizer.encode(prompt)
+    return [tokenizer.eod_id, *tokens] if after_document_end or not tokens else tokens
+
+
+def stream_text(
+    model: LanguageModel, tokenizer: Tokenizer, prompt: list[int], *, max_tokens: int, options: SamplingOptions
+) -> Iterator[str]:
+    """The continuation of a prompt in pieces of text, until the document ends or `max_tokens` are written."""
+    decoder = StreamingDecoder(tokenizer)
+    for token in generate_tokens(model, prompt, max_tokens=max_tokens, options=options, stop_id=tokenizer.eod_id):
+        yield decoder.feed(token)
+    yield decoder.flush()

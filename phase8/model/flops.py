@@ -1,0 +1,53 @@
+"""Floating-point operations of a forward pass per token: the multiply-adds of linear layers, attention and recurrences, two each.
+
+Element-wise work (norms, activations, rotary, the scalar Green chain, softmax) is not counted, as usual. The recurrence is counted
+in its recurrent form, whatever a kernel does: MFU must not reward extra work. A backward pass costs twice a forward.
+"""
+
+from __future__ import annotations
+
+from phase8.config.schema import ModelSection
+
+BACKWARD_OVER_FORWARD = 2
+
+
+def forward_flops_per_token(model: ModelSection) -> dict[str, float]:
+    """FLOPs of each part, averaged over the positions of a training sequence."""
+    layers, width, inner = model.num_layers, model.d_model, model.attention_width
+    rank = model.low_rank_rank
+    parts = {
+        "mixer projections": layers * 4 * _linear(width, inner, rank),
+        "convolution": layers * 2 * 3 * inner * model.convolution_taps if model.convolution_taps > 1 else 0,
+        "attention": layers * 4 * inner * mean_visible_keys(model),
+        "feed-forward": layers * 3 * _linear(width, model.feed_forward_width, rank if model.ffn == "low_rank_swiglu" else 0),
+        "head": _linear(width, model.vocab_size, 0),
+    }
+    if model.block == "phase8":
+        num_scalars = 2 if model.chain == "none" else 3
+        parts["mixer projections"] += layers * _linear(width, num_scalars * model.num_heads, 0)
+        # Update S += w k v^T and read-out S^T q, K^2 multiply-adds each.
+        parts["recurrence"] = layers * 4 * inner * model.head_width
+    return parts
+
+
+def training_flops_per_token(model: ModelSection) -> float:
+    """FLOPs of forward and backward per token; recomputation is not counted (it is model FLOPs, not hardware FLOPs)."""
+    return (1 + BACKWARD_OVER_FORWARD) * sum(forward_flops_per_token(model).values())
+
+
+def mean_visible_keys(model: ModelSection) -> float:
+    """Keys that attention reads, averaged over the positions of a sequence."""
+    length = model.sequence_length
+    if model.block == "transformer":
+        return (length + 1) / 2
+    window, far = model.local_window_size, model.global_tokens
+    near_keys = sum(min(i + 1, window) for i in range(min(length, window))) + max(length - window, 0) * window
+    # Position i sees the globals that have left its window: min(i + 1 - W, G) of them.
+    beyond = max(length - window, 0)
+    ramp = min(beyond, far)
+    far_keys = ramp * (ramp + 1) // 2 + (beyond - ramp) * far
+    return (near_keys + far_keys) / length
+
+
+def _linear(in_features: int, out_features: int, rank: int) -> int:
+    return 2 * (rank * (in_features + out_features) if rank else in_features * out_features)

@@ -1,0 +1,29 @@
+"""AdamW with decay groups.
+
+Source: I. Loshchilov and F. Hutter, "Decoupled weight decay regularization" (2019).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+
+import torch
+from torch import nn
+
+from phase8.config.schema import OptimSection
+
+
+def build_optimizer(model: nn.Module, section: OptimSection, *, decayed_names: Collection[str]) -> torch.optim.Optimizer:
+    """torch's fused AdamW over two groups: parameters with weight decay, and the others.
+
+    Args:
+        model: Its parameters are the fp32 master weights.
+        section: Betas, epsilon, decay. The learning rate is set anew before every step.
+        decayed_names: Parameters that weight decay applies to.
+    """
+    named = dict(model.named_parameters())
+    groups = [
+        {"params": [p for name, p in named.items() if name in decayed_names], "weight_decay": section.weight_decay},
+        {"params": [p for name, p in named.items() if name not in decayed_names], "weight_decay": 0.0},
+    ]
+    return torch.optim.AdamW(groups, lr=section.learning_rate, betas=section.betas, eps=section.eps, fused=True)

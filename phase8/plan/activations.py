@@ -1,0 +1,86 @@
+"""What autograd keeps for backward, counted by tracing one block and the head on fake tensors: exact shapes, no memory, no work."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.func import functional_call
+
+from phase8.config.schema import ModelSection
+from phase8.kernels.reference.cross_entropy import linear_cross_entropy
+from phase8.model.model import build_model
+from phase8.model.rotary import rotary_angles
+
+
+@dataclass(frozen=True)
+class ActivationBytes:
+    """Bytes kept for one microbatch.
+
+    Args:
+        block: By a block that keeps everything.
+        block_without_mixer: By a block whose mixer is recomputed.
+        block_input: By a block that is recomputed whole.
+        head: By final norm and loss, the gradient of the head included.
+    """
+
+    block: int
+    block_without_mixer: int
+    block_input: int
+    head: int
+
+
+def trace_activations(model: ModelSection, *, dtype: torch.dtype, micro_batch_size: int, packed: bool) -> ActivationBytes:
+    """Counts the activations of a model.
+
+    Args:
+        model: Shapes.
+        dtype: Of the residual stream.
+        micro_batch_size: Sequences of a forward.
+        packed: Document boundaries are reset, which adds masks.
+    """
+    one_layer = model.model_copy(update={"num_layers": 1})
+    meta = torch.device("meta")
+    whole, selective = (build_model(one_layer, dtype=dtype, device=meta, recompute=recompute) for recompute in ("none", "selective"))
+    shape = (micro_batch_size, model.sequence_length)
+    with FakeTensorMode():
+        x = torch.empty(*shape, model.d_model, dtype=dtype, requires_grad=True)
+        angles = rotary_angles(
+            model.sequence_length, model.head_width, base=model.rope_base, first_position=0, device=torch.device("cpu")
+        )
+        starts = torch.empty(shape, dtype=torch.bool) if packed else None
+        targets = torch.empty(shape, dtype=torch.int64).flatten()
+        head = torch.empty(model.vocab_size, model.d_model, dtype=dtype, requires_grad=True)
+        return ActivationBytes(
+            block=_saved_bytes(whole.blocks[0], dtype, x, angles, starts),
+            block_without_mixer=_saved_bytes(selective.blocks[0], dtype, x, angles, starts),
+            block_input=x.numel() * x.element_size(),
+            head=_saved_bytes(whole.norm, dtype, x) + _saved_by(lambda: linear_cross_entropy(x.flatten(0, 1), head, targets), {head}),
+        )
+
+
+def _saved_bytes(module: nn.Module, dtype: torch.dtype, *arguments: Tensor | None) -> int:
+    """Bytes that the forward of a module keeps, its weights left out.
+
+    The weights are taken in the compute dtype, so that layers keep the weights themselves: their casts are counted with the weights.
+    """
+    weights = {name: torch.empty(p.shape, dtype=dtype, requires_grad=True) for name, p in module.named_parameters()}
+    return _saved_by(lambda: functional_call(module, weights, arguments), set(weights.values()))
+
+
+def _saved_by(forward: Callable[[], object], weights: set[Tensor]) -> int:
+    """Bytes of the distinct storages that autograd keeps during a forward, `weights` left out."""
+    own = {weight.untyped_storage()._cdata for weight in weights}
+    saved: dict[int, torch.UntypedStorage] = {}
+
+    def remember(x: Tensor) -> Tensor:
+        if x.untyped_storage()._cdata not in own:
+            saved[x.untyped_storage()._cdata] = x.untyped_storage()
+        return x
+
+    with torch.autograd.graph.saved_tensors_hooks(remember, lambda x: x):
+        forward()
+    return sum(storage.nbytes() for storage in saved.values())

@@ -1,0 +1,98 @@
+"""What a config will do and cost, without training: topology, parameters, FLOPs, memory, batch, problems."""
+
+from __future__ import annotations
+
+import torch
+from rich.console import Console
+
+from phase8.config.batch import batch_shape
+from phase8.config.schema import RunConfig
+from phase8.config.validate import find_problems
+from phase8.errors import ConfigError
+from phase8.model.model import LanguageModel, build_model
+from phase8.observe.banner import print_banner
+from phase8.plan.activations import trace_activations
+from phase8.plan.facts import Fact, batch_fact, memory_fact, model_facts
+from phase8.plan.memory import MemoryPlan, peak_activation_bytes, plan_memory
+from phase8.precision.policy import COMPUTE_DTYPES
+from phase8.topology import Topology, build_topology
+
+
+def dry_run(config: RunConfig, *, world_size: int, console: Console) -> None:
+    """Prints what a config would do on `world_size` processes.
+
+    Raises:
+        ConfigError: It could not run; raised after everything that can be said has been printed.
+    """
+    problems = find_problems(config, world_size=world_size)
+    facts: list[Fact] = []
+    # Each part is printed as far as the config allows: a topology that does not fit must not hide the size of the model.
+    for describe in (_topology_facts, _batch_facts, _model_facts):
+        try:
+            facts += describe(config, world_size)
+        except ConfigError as error:
+            problems += [problem for problem in error.problems if problem not in problems]
+    print_banner(f"dry run: {config.run.name}, world size {world_size}", facts, console)
+    if problems:
+        raise ConfigError(problems)
+
+
+def _topology_facts(config: RunConfig, world_size: int) -> list[Fact]:
+    topology = _topology(config, world_size)
+    degrees = " x ".join(f"{axis} {degree}" for axis, degree in topology.degrees.items())
+    last = ", ".join(f"{axis} {position}" for axis, position in topology.coordinates(world_size - 1).items())
+    return [("topology", f"{degrees} = {world_size} ranks; rank 0 is first on every axis, rank {world_size - 1} is {last}")]
+
+
+def _batch_facts(config: RunConfig, world_size: int) -> list[Fact]:
+    shape = batch_shape(config.train, config.parallel, data_parallel_size=_topology(config, world_size).data_parallel_size)
+    steps = config.train.num_steps
+    num_tokens = steps * shape.global_batch_size * config.model.sequence_length
+    return [batch_fact(shape, sequence_length=config.model.sequence_length), ("run", f"{steps:,} steps, {num_tokens:,} tokens")]
+
+
+def _model_facts(config: RunConfig, world_size: int) -> list[Fact]:
+    unusable = [problem for problem in find_problems(config) if problem.startswith(("model.", "the head size", "precision."))]
+    if unusable:
+        raise ConfigError(unusable)
+    num_parameters = count_parameters(shapes_only(config))
+    shape = batch_shape(config.train, config.parallel, data_parallel_size=_topology(config, world_size).data_parallel_size)
+    plan = plan_run_memory(config, num_parameters=num_parameters, micro_batch_size=shape.micro_batch_size)
+    name, memory = memory_fact(plan)
+    return [*model_facts(config.model, num_parameters=num_parameters), (f"{name} per rank", memory)]
+
+
+def _topology(config: RunConfig, world_size: int) -> Topology:
+    return build_topology(
+        world_size=world_size,
+        pipeline_parallel_size=config.parallel.pipeline_parallel_size,
+        context_parallel_size=config.parallel.context_parallel_size,
+        tensor_parallel_size=config.parallel.tensor_parallel_size,
+        expert_parallel_size=config.parallel.expert_parallel_size,
+    )
+
+
+def shapes_only(config: RunConfig) -> LanguageModel:
+    """The model on the meta device: every parameter has its shape and no memory."""
+    return build_model(config.model, dtype=COMPUTE_DTYPES[config.precision.dtype], device=torch.device("meta"))
+
+
+def count_parameters(model: torch.nn.Module) -> int:
+    """Parameters, a shared one counted once."""
+    return sum(parameter.numel() for parameter in model.parameters())
+
+
+def plan_run_memory(config: RunConfig, *, num_parameters: int, micro_batch_size: int) -> MemoryPlan:
+    """The memory of training a config in one process, the activations traced."""
+    dtype = COMPUTE_DTYPES[config.precision.dtype]
+    model, train = config.model, config.train
+    traced = trace_activations(model, dtype=dtype, micro_batch_size=micro_batch_size, packed=config.data.reset_at_document_boundaries)
+    num_recomputed = 0 if train.recompute == "none" else len(range(0, model.num_layers, train.recompute_every_n_layers))
+    activations_bytes = peak_activation_bytes(
+        num_layers=model.num_layers,
+        num_recomputed=num_recomputed,
+        block=traced.block,
+        recomputed_block=traced.block_input if train.recompute == "full" else traced.block_without_mixer,
+        head=traced.head,
+    )
+    return plan_memory(num_parameters=num_parameters, compute_bytes=dtype.itemsize, activations_bytes=activations_bytes)

@@ -1,0 +1,36 @@
+"""The device of this process."""
+
+from __future__ import annotations
+
+import os
+
+import torch
+
+from phase8.errors import ConfigError
+
+
+def select_device(name: str) -> torch.device:
+    """The device that `--device` names; `auto` takes the GPU if there is one.
+
+    Raises:
+        ConfigError: `cuda` without a usable GPU.
+    """
+    if name == "cuda" and not torch.cuda.is_available():
+        raise ConfigError("--device is cuda, but torch finds no usable GPU; use --device cpu, or install a CUDA build of torch and its driver.")
+    if name == "cpu" or not torch.cuda.is_available():
+        return torch.device("cpu")
+    return torch.device("cuda", torch.cuda.current_device())
+
+
+def device_name(device: torch.device) -> str:
+    """The device as its vendor calls it."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    return f"CPU, {torch.get_num_threads()} threads"
+
+
+def require_determinism() -> None:
+    """Makes torch refuse operations without a deterministic implementation; call before the first use of the GPU."""
+    # cuBLAS is deterministic only with a fixed workspace, and reads its size from the environment.
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    torch.use_deterministic_algorithms(True)

@@ -1,0 +1,144 @@
+"""Where a run goes on from: the position in the data, the weights, and what must be the same as before."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from phase8.checkpoint.load import Checkpoint, find_checkpoint, list_checkpoints, newest_good_checkpoint, open_checkpoint
+from phase8.checkpoint.random_state import capture_random_state, restore_random_state
+from phase8.checkpoint.state import restore_state
+from phase8.config.load import config_to_mapping
+from phase8.config.schema import RunConfig
+from phase8.data.loader import describe_fingerprint_difference
+from phase8.errors import CheckpointError, CheckpointMismatchError, ConfigError
+from phase8.train.run_directory import RunDirectory
+
+
+@dataclass
+class Position:
+    """How far a run has come.
+
+    Args:
+        step: Optimizer steps done, skipped ones included.
+        samples_consumed: Sequences read, which is also the number of the next sample.
+        tokens_seen: Tokens read.
+        consecutive_skipped: Skipped steps in a row up to now.
+        total_skipped: Skipped steps so far.
+    """
+
+    step: int = 0
+    samples_consumed: int = 0
+    tokens_seen: int = 0
+    consecutive_skipped: int = 0
+    total_skipped: int = 0
+
+
+def checkpoint_metadata(config: RunConfig, position: Position, *, fingerprint: dict[str, Any], device: torch.device) -> dict[str, Any]:
+    """What a checkpoint holds beside tensors: plain JSON."""
+    return {
+        "config": config_to_mapping(config),
+        "position": asdict(position),
+        "data_fingerprint": fingerprint,
+        "random_state": capture_random_state(device),
+        "torch_version": str(torch.__version__),
+    }
+
+
+def resume_run(
+    choice: str,
+    directory: RunDirectory,
+    *,
+    restore: Callable[[Checkpoint], None],
+    on_message: Callable[[str], None],
+) -> Checkpoint | None:
+    """Restores the checkpoint that `--resume` asks for; None: start from the beginning.
+
+    Args:
+        choice: `auto`, `none`, or a checkpoint directory.
+        directory: Of the run.
+        restore: Checks that a checkpoint belongs to this run and loads it.
+        on_message: Told of damaged checkpoints and of what was moved.
+
+    Raises:
+        CheckpointError: The named one, or every one there is, cannot be used.
+    """
+    if choice == "none":
+        return None
+    if choice == "auto":
+        return newest_good_checkpoint(
+            directory.checkpoints,
+            on_damaged=lambda path, error: on_message(f"checkpoint {path.name} is damaged and passed over: {error}"),
+            check=restore,
+        )
+    checkpoint = open_checkpoint(find_checkpoint(Path(choice)))
+    restore(checkpoint)
+    own = checkpoint.path.resolve()
+    later = [path for path in list_checkpoints(directory.checkpoints) if path.resolve() != own and path.name >= own.name]
+    if later:
+        directory.set_aside_checkpoints(later)
+        on_message(f"{len(later)} later checkpoints were moved to {directory.superseded}")
+    return checkpoint
+
+
+def restore_run(
+    checkpoint: Checkpoint,
+    config: RunConfig,
+    *,
+    fingerprint: dict[str, Any],
+    model: torch.nn.Module,
+    optimizer: torch.optim.Optimizer,
+) -> Position:
+    """Loads weights, optimizer and random state, after checking that config and data continue those of the checkpoint.
+
+    Raises:
+        CheckpointMismatchError: Another model or other data.
+    """
+    metadata = checkpoint.metadata
+    try:
+        saved_config, position = metadata["config"], Position(**metadata["position"])
+        saved_fingerprint, random_state = metadata["data_fingerprint"], metadata["random_state"]
+    except (KeyError, TypeError) as error:
+        raise CheckpointError(f"{checkpoint.path} lacks what a training run records ({error}); give a checkpoint of launch/pretrain.py.") from None
+    _check_model(checkpoint.path, saved_config["model"], config_to_mapping(config)["model"])
+    if not config.data.allow_fingerprint_change:
+        _check_data(checkpoint.path, (saved_config["train"]["seed"], saved_fingerprint), (config.train.seed, fingerprint))
+    restore_state(checkpoint, model, optimizer)
+    restore_random_state(random_state, next(model.parameters()).device)
+    return position
+
+
+def check_stop(config: RunConfig, position: Position) -> int:
+    """The step at which this process stops.
+
+    Raises:
+        ConfigError: The checkpoint is already past it because train.num_steps was lowered.
+    """
+    if position.step > config.train.num_steps:
+        raise ConfigError(
+            f"train.num_steps is {config.train.num_steps}, but the checkpoint is at step {position.step}; "
+            "raise train.num_steps, or start again with --resume none."
+        )
+    return config.train.num_steps if config.train.stop_at_step is None else config.train.stop_at_step
+
+
+def _check_model(path: Path, saved: dict[str, Any], current: dict[str, Any]) -> None:
+    different = [name for name in current if saved.get(name) != current[name]]
+    if different:
+        listed = ", ".join(f"model.{name} was {saved.get(name)} and is {current[name]}" for name in different)
+        raise CheckpointMismatchError(f"{path} is a checkpoint of another model: {listed}; use its config, another run.name, or --resume none.")
+
+
+def _check_data(path: Path, saved: tuple[int, dict[str, Any]], current: tuple[int, dict[str, Any]]) -> None:
+    sentences = describe_fingerprint_difference(saved[1], current[1])
+    if saved[0] != current[0]:
+        sentences.append(f"train.seed was {saved[0]} and is {current[0]}")
+    if sentences:
+        raise CheckpointMismatchError(
+            f"{path} was trained on another order of samples: {'; '.join(sentences)}; restore the data, "
+            "or accept the change with --set data.allow_fingerprint_change=true."
+        )

@@ -1,0 +1,223 @@
+"""Reading inputs: exact texts, every document once however the reading is cut, and errors that name file and line."""
+
+from __future__ import annotations
+
+import gzip
+import json
+import os
+from pathlib import Path
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from phase8.data.documents import Source, Span, check_unchanged, cut_shards, find_sources, read_documents, spread
+from phase8.errors import DataError
+
+
+def stop(error: DataError) -> None:
+    raise error
+
+
+def read_all(*inputs: Path, shard_bytes: int = 1 << 20, json_key: str = "text") -> list[str]:
+    sources, _ = find_sources(inputs)
+    spans = [span for shard in cut_shards(sources, shard_bytes) for span in shard]
+    return [text for span in spans for text in read_documents(span, json_key=json_key, on_invalid=stop)]
+
+
+def read_skipping(path: Path) -> tuple[list[str], list[str]]:
+    """Texts, and the messages about what was skipped."""
+    errors: list[DataError] = []
+    (source,) = find_sources([path])[0]
+    texts = list(read_documents(Span(source, 0, source.size_bytes), json_key="text", on_invalid=errors.append))
+    return texts, [str(error) for error in errors]
+
+
+def write_lines(path: Path, texts: list[str]) -> Path:
+    path.write_text("".join(json.dumps({"id": i, "text": text}) + "\n" for i, text in enumerate(texts)), encoding="utf-8")
+    return path
+
+
+def test_a_text_file_is_one_document_exactly(tmp_path: Path):
+    content = "\t first\r\nsecond\n\n\0 — 😀 no newline at the end"
+    for name in ("plain.txt", "source.py", "no_suffix"):
+        (tmp_path / name).write_bytes(content.encode())
+        assert read_all(tmp_path / name) == [content]
+    (tmp_path / "zipped.txt.gz").write_bytes(gzip.compress(content.encode()))
+    assert read_all(tmp_path / "zipped.txt.gz") == [content]
+
+
+def test_a_byte_order_mark_is_no_text(tmp_path: Path):
+    (tmp_path / "a.txt").write_bytes(b"\xef\xbb\xbfhello")
+    (tmp_path / "a.jsonl").write_bytes(b'\xef\xbb\xbf{"text": "hello"}\n')
+    assert read_all(tmp_path / "a.txt", tmp_path / "a.jsonl") == ["hello", "hello"]
+
+
+def test_json_lines_give_a_document_per_line(tmp_path: Path):
+    texts = ["one\ntwo", "", "😀\u2028", "last"]
+    path = write_lines(tmp_path / "a.jsonl", texts)
+    zipped = tmp_path / "a.jsonl.gz"
+    zipped.write_bytes(gzip.compress(path.read_bytes()))
+    named_json = tmp_path / "a.json"
+    named_json.write_bytes(path.read_bytes().rstrip(b"\n") + b"\n \n\n")
+    assert read_all(path) == read_all(zipped) == read_all(named_json) == texts
+
+
+def test_the_key_of_the_text_can_be_chosen(tmp_path: Path):
+    (tmp_path / "a.jsonl").write_text('{"content": "here", "text": "not here"}')
+    assert read_all(tmp_path / "a.jsonl", json_key="content") == ["here"]
+
+
+@settings(max_examples=60, deadline=None)
+@given(texts=st.lists(st.text(max_size=20), max_size=20), shard_bytes=st.integers(1, 400), ascii_only=st.booleans(), newline_at_end=st.booleans())
+def test_every_line_is_read_once_and_in_order_however_the_file_is_cut(
+    tmp_path_factory: pytest.TempPathFactory, texts: list[str], shard_bytes: int, ascii_only: bool, newline_at_end: bool
+):
+    path = tmp_path_factory.mktemp("cut") / "a.jsonl"
+    content = "\n".join(json.dumps({"text": text}, ensure_ascii=ascii_only) for text in texts) + "\n" * newline_at_end
+    path.write_bytes(content.encode())
+    assert read_all(path, shard_bytes=shard_bytes) == texts
+
+
+@pytest.mark.parametrize("shard_bytes", [1, 7, 30, 1000])
+def test_line_numbers_are_right_in_every_cut(tmp_path: Path, shard_bytes: int):
+    path = tmp_path / "a.jsonl"
+    path.write_text('{"text": "a"}\n\n{"text": "bb"}\n{"text": 5}\n{"text": "c"}\n')
+    with pytest.raises(DataError, match=r"a\.jsonl, line 4: 'text' holds int, not a string"):
+        read_all(path, shard_bytes=shard_bytes)
+
+
+@pytest.mark.parametrize(
+    ("line", "finding"),
+    [
+        (b'{"text": "x"', "not JSON"),
+        (b"plain words", "not JSON"),
+        (b"[" * 100_000, "not JSON"),
+        (b'{"text": "\xff"}', "byte 10 is 0xff, which is not UTF-8"),
+        (b'{"content": "x", "id": 3}', "an object with the keys 'content', 'id', without the key 'text'"),
+        (b"{}", "keys (none), without the key 'text'"),
+        (b'["text"]', "found list, without the key 'text'"),
+        (b'{"text": null}', "'text' holds NoneType, not a string"),
+        (b'{"text": "\\ud800"}', "holds the lone surrogate '\\ud800'"),
+    ],
+)
+def test_bad_lines_are_named_or_skipped(tmp_path: Path, line: bytes, finding: str):
+    path = tmp_path / "a.jsonl"
+    path.write_bytes(b'{"text": "first"}\n' + line + b'\n{"text": "third"}\n')
+    with pytest.raises(DataError) as caught:
+        read_all(path)
+    assert finding in str(caught.value)
+    assert f"{path}, line 2: " in str(caught.value)
+    texts, messages = read_skipping(path)
+    assert texts == ["first", "third"]
+    assert messages == [str(caught.value)]
+
+
+def test_bytes_that_are_not_text_are_named_or_skipped(tmp_path: Path):
+    path = tmp_path / "latin.txt"
+    path.write_bytes(b"caf\xe9")
+    with pytest.raises(DataError, match=r"latin\.txt is not UTF-8 text: byte 3 is 0xe9"):
+        read_all(path)
+    assert read_skipping(path)[0] == []
+    assert len(read_skipping(path)[1]) == 1
+
+
+@pytest.mark.parametrize("name", ["a.jsonl.gz", "a.txt.gz"])
+@pytest.mark.parametrize("damage", ["truncated", "flipped", "not gzip"])
+def test_damaged_gzip_files_are_named_or_skipped(tmp_path: Path, name: str, damage: str):
+    content = gzip.compress(b"".join(b'{"text": "document %d"}\n' % i for i in range(3000)))
+    middle = len(content) // 2
+    damaged = {
+        "truncated": content[:middle],
+        "flipped": content[:middle] + bytes(byte ^ 0xFF for byte in content[middle : middle + 40]) + content[middle + 40 :],
+        "not gzip": b"plain",
+    }[damage]
+    path = tmp_path / name
+    path.write_bytes(damaged)
+    with pytest.raises(DataError, match=rf"{name} is not a whole gzip file|{name}, line \d+"):
+        read_all(path)
+    assert any("is not a whole gzip file" in message for message in read_skipping(path)[1])
+
+
+def test_a_directory_gives_its_text_files_in_order_of_their_path(tmp_path: Path):
+    for name in (
+        "b/z.txt",
+        "b/a.py",
+        "a.md",
+        "B.txt",
+        "c.jsonl",
+        "c.txt.gz",
+        ".hidden.txt",
+        ".git/x.txt",
+        "__pycache__/x.txt",
+        "image.png",
+        "data.json",
+    ):
+        path = tmp_path / name
+        path.parent.mkdir(exist_ok=True)
+        path.write_bytes(b"")
+    sources, num_passed_over = find_sources([tmp_path])
+    found = [str(Path(source.path).relative_to(tmp_path.resolve())) for source in sources]
+    assert found == ["B.txt", "a.md", "b/a.py", "b/z.txt", "c.jsonl", "c.txt.gz"]
+    assert num_passed_over == 2
+
+
+def test_inputs_keep_their_order_and_each_file_is_read_once(tmp_path: Path):
+    for name in "abc":
+        (tmp_path / f"{name}.txt").write_text(name)
+    assert read_all(tmp_path / "c.txt", tmp_path, tmp_path / "a.txt") == ["c", "a", "b"]
+
+
+def test_missing_and_unusable_inputs_are_named(tmp_path: Path):
+    with pytest.raises(DataError, match=r"cannot read the input .*absent\.txt: No such file"):
+        find_sources([tmp_path / "absent.txt"])
+    (tmp_path / "image.png").write_bytes(b"")
+    with pytest.raises(DataError, match=r"holds no text, source code or \.jsonl file"):
+        find_sources([tmp_path])
+    os.mkfifo(tmp_path / "pipe")
+    with pytest.raises(DataError, match="pipe is not a regular file"):
+        find_sources([tmp_path / "pipe"])
+
+
+def test_an_input_that_vanishes_or_changes_is_named(tmp_path: Path):
+    path = tmp_path / "a.txt"
+    path.write_text("before")
+    sources, _ = find_sources([path])
+    check_unchanged(sources)
+    path.write_text("longer than before")
+    with pytest.raises(DataError, match=r"a\.txt was changed while"):
+        check_unchanged(sources)
+    path.unlink()
+    with pytest.raises(DataError, match="cannot read the input"):
+        list(read_documents(Span(sources[0], 0, 6), json_key="text", on_invalid=stop))
+
+
+@given(
+    sizes=st.lists(st.integers(0, 50), max_size=12),
+    kinds=st.lists(st.sampled_from(["a.txt", "a.jsonl", "a.jsonl.gz"]), min_size=12, max_size=12),
+    shard_bytes=st.integers(1, 60),
+)
+def test_shards_cover_every_byte_once_and_stay_small(sizes: list[int], kinds: list[str], shard_bytes: int):
+    sources = [Source(f"{i}/{kind}", size, 0) for i, (size, kind) in enumerate(zip(sizes, kinds, strict=False))]
+    shards = cut_shards(sources, shard_bytes)
+    covered = {source: 0 for source in sources}
+    order = [span.source for shard in shards for span in shard]
+    assert order == sorted(order, key=sources.index)
+    for shard in shards:
+        assert len(shard) == 1 or sum(span.end - span.start for span in shard) <= shard_bytes
+        for span in shard:
+            assert span.start == covered[span.source] < span.end
+            covered[span.source] = span.end
+            if span.source.path.endswith(".jsonl"):
+                assert span.end - span.start <= shard_bytes
+    assert covered == {source: source.size_bytes for source in sources}
+
+
+@given(length=st.integers(0, 300))
+def test_spreading_is_a_fixed_permutation_with_even_beginnings(length: int):
+    order = spread(range(length))
+    assert sorted(order) == list(range(length))
+    assert order == spread(range(length))
+    if length >= 64:
+        quarters = [sum(length * q <= 4 * i < length * (q + 1) for i in order[:16]) for q in range(4)]
+        assert min(quarters) >= 3

@@ -1,0 +1,187 @@
+from __future__ import annotations
+
+import json
+import resource
+import subprocess
+import sys
+
+import pytest
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+from phase8.errors import StorageError
+from phase8.observe.metrics import MetricsWriter, read_metrics
+
+
+def reject_constant(name):
+    raise AssertionError(f"{name} is not JSON")
+
+
+def strict_lines(path):
+    return [json.loads(line, parse_constant=reject_constant) for line in path.read_text().splitlines()]
+
+
+def steps_of(directory):
+    return [record["step"] for record in read_metrics(directory / "metrics.jsonl")]
+
+
+def test_a_step_is_one_strict_json_object_with_every_documented_key(tmp_path, make_step):
+    with MetricsWriter(tmp_path / "runs" / "x", resume_step=0, tensorboard=False) as writer:
+        writer.log_step(make_step(1, loss=8.5, mfu=None))
+    assert strict_lines(tmp_path / "runs" / "x" / "metrics.jsonl") == [
+        {
+            "step": 1,
+            "loss": 8.5,
+            "learning_rate": 3e-4,
+            "grad_norm": 1.25,
+            "tokens": 8192,
+            "tokens_per_second": 48_100.0,
+            "step_seconds": 0.17,
+            "data_wait_seconds": 0.0017,
+            "mfu": None,
+            "peak_memory_bytes": 3 * 2**30,
+            "skipped": False,
+        }
+    ]
+
+
+def test_evaluations_and_events_are_lines_of_their_own(tmp_path):
+    with MetricsWriter(tmp_path, resume_step=0, tensorboard=False) as writer:
+        writer.log_evaluation(5, validation_loss=4.5, validation_tokens=1024)
+        writer.log_event(5, "checkpoint", message="saved", seconds=0.5)
+    assert strict_lines(tmp_path / "metrics.jsonl") == [
+        {"step": 5, "validation_loss": 4.5, "validation_tokens": 1024},
+        {"step": 5, "event": "checkpoint", "message": "saved", "seconds": 0.5},
+    ]
+
+
+def test_what_is_not_finite_is_null(tmp_path, make_step):
+    with MetricsWriter(tmp_path, resume_step=0, tensorboard=False) as writer:
+        writer.log_step(make_step(1, loss=None, grad_norm=float("inf"), skipped=True))
+        writer.log_evaluation(1, validation_loss=float("nan"), validation_tokens=8)
+    step, evaluation = strict_lines(tmp_path / "metrics.jsonl")
+    assert (step["loss"], step["grad_norm"], step["skipped"]) == (None, None, True)
+    assert evaluation["validation_loss"] is None
+
+
+def test_a_killed_process_loses_no_finished_line(tmp_path):
+    program = (
+        "import os, sys, pathlib\n"
+        "from phase8.observe.metrics import MetricsWriter\n"
+        "writer = MetricsWriter(pathlib.Path(sys.argv[1]), resume_step=0, tensorboard=False)\n"
+        "for step in range(1, 8): writer.log_evaluation(step, validation_loss=1.0, validation_tokens=1)\n"
+        "os.kill(os.getpid(), 9)\n"
+    )
+    assert subprocess.run([sys.executable, "-c", program, str(tmp_path)]).returncode == -9
+    assert steps_of(tmp_path) == [1, 2, 3, 4, 5, 6, 7]
+
+
+def test_a_resumed_run_has_each_step_once(tmp_path, make_step):
+    with MetricsWriter(tmp_path, resume_step=0, tensorboard=False) as writer:
+        for step in range(1, 8):
+            writer.log_step(make_step(step))
+            writer.log_event(step, "note")
+    with (tmp_path / "metrics.jsonl").open("a") as file:
+        file.write('{"step": 8, "lo')
+    with MetricsWriter(tmp_path, resume_step=5, tensorboard=False) as writer:
+        for step in (6, 7, 8):
+            writer.log_step(make_step(step))
+    assert steps_of(tmp_path) == [1, 1, 2, 2, 3, 3, 4, 4, 5, 5, 6, 7, 8]
+    assert len(strict_lines(tmp_path / "metrics.jsonl")) == 13
+    assert [entry.name for entry in tmp_path.iterdir()] == ["metrics.jsonl"]
+
+
+def test_a_torn_last_line_within_the_kept_steps_is_dropped(tmp_path, make_step):
+    (tmp_path / "metrics.jsonl").write_text('{"step": 1, "event": "a"}\n{"step": 2, "ev')
+    with MetricsWriter(tmp_path, resume_step=2, tensorboard=False) as writer:
+        writer.log_step(make_step(3))
+    assert steps_of(tmp_path) == [1, 3]
+    assert len(strict_lines(tmp_path / "metrics.jsonl")) == 2
+
+
+def test_a_whole_last_line_without_its_line_break_is_kept(tmp_path, make_step):
+    (tmp_path / "metrics.jsonl").write_text('{"step": 1, "event": "a"}')
+    with MetricsWriter(tmp_path, resume_step=1, tensorboard=False) as writer:
+        writer.log_step(make_step(2))
+    assert steps_of(tmp_path) == [1, 2]
+
+
+def test_a_new_run_starts_an_empty_record(tmp_path, make_step):
+    (tmp_path / "metrics.jsonl").write_text('{"step": 0, "validation_loss": 9.7, "validation_tokens": 8}\n{"step": 1, "event": "a"}\n')
+    MetricsWriter(tmp_path, resume_step=0, tensorboard=False).close()
+    assert steps_of(tmp_path) == []
+
+
+def test_a_crash_while_dropping_lines_keeps_the_old_record(tmp_path, monkeypatch):
+    path = tmp_path / "metrics.jsonl"
+    path.write_text('{"step": 1, "event": "a"}\n{"step": 2, "event": "a"}\n')
+
+    def fail(descriptor):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("os.fsync", fail)
+    with pytest.raises(StorageError, match="No space left"):
+        MetricsWriter(tmp_path, resume_step=1, tensorboard=False)
+    assert steps_of(tmp_path) == [1, 2]
+
+
+@pytest.mark.parametrize("damage", ["{not json}", "[1]", '{"loss": 1.0}', ""])
+def test_damage_before_the_last_line_is_named(tmp_path, damage):
+    path = tmp_path / "metrics.jsonl"
+    path.write_text(f'{{"step": 1, "event": "a"}}\n{damage}\n{{"step": 2, "event": "a"}}\n')
+    with pytest.raises(StorageError, match=r"metrics\.jsonl line 2 is not a JSON object with a step"):
+        read_metrics(path)
+
+
+def test_a_missing_record_is_named(tmp_path):
+    with pytest.raises(StorageError, match=r"cannot read .*metrics\.jsonl: No such file"):
+        read_metrics(tmp_path / "metrics.jsonl")
+
+
+def test_a_full_disk_is_one_sentence_and_leaves_only_whole_lines(tmp_path, make_step):
+    writer = MetricsWriter(tmp_path, resume_step=0, tensorboard=False)
+    writer.log_step(make_step(1))
+    size = (tmp_path / "metrics.jsonl").stat().st_size
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    try:
+        # Room for half a line more: the operating system takes the first half and refuses the second.
+        resource.setrlimit(resource.RLIMIT_FSIZE, (size + size // 2, limits[1]))
+        with pytest.raises(StorageError, match=r"cannot write .*metrics\.jsonl: File too large; free space"):
+            writer.log_step(make_step(2))
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert (tmp_path / "metrics.jsonl").stat().st_size == size
+    writer.log_step(make_step(2))
+    writer.close()
+    assert [line["step"] for line in strict_lines(tmp_path / "metrics.jsonl")] == [1, 2]
+
+
+def test_a_directory_that_cannot_be_made_is_a_storage_error(tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(StorageError, match=r"cannot write .*file/x: Not a directory"):
+        MetricsWriter(tmp_path / "file" / "x", resume_step=0, tensorboard=False)
+
+
+def test_tensorboard_shows_each_step_of_a_resumed_run_once(tmp_path, make_step, make_skipped):
+    with MetricsWriter(tmp_path, resume_step=0, tensorboard=True) as writer:
+        for step in (1, 2, 3, 4):
+            writer.log_step(make_step(step, loss=float(step)))
+    with MetricsWriter(tmp_path, resume_step=2, tensorboard=True) as writer:
+        writer.log_step(make_step(3, loss=30.0, mfu=None))
+        writer.log_step(make_skipped(4))
+        writer.log_evaluation(4, validation_loss=4.5, validation_tokens=8)
+    events = EventAccumulator(str(tmp_path / "tensorboard")).Reload()
+    assert [(event.step, event.value) for event in events.Scalars("loss/train")] == [(1, 1.0), (2, 2.0), (3, 30.0)]
+    assert [(event.step, event.value) for event in events.Scalars("loss/validation")] == [(4, 4.5)]
+    assert [event.step for event in events.Scalars("speed/mfu")] == [1, 2, 4]
+    assert len(steps_of(tmp_path)) == 5
+
+
+def test_without_tensorboard_it_is_not_imported(tmp_path):
+    program = (
+        "import sys, pathlib\n"
+        "from phase8.observe.metrics import MetricsWriter\n"
+        "MetricsWriter(pathlib.Path(sys.argv[1]), resume_step=0, tensorboard=False).close()\n"
+        "sys.exit('tensorboard' in sys.modules)\n"
+    )
+    assert subprocess.run([sys.executable, "-c", program, str(tmp_path)]).returncode == 0
+    assert not (tmp_path / "tensorboard").exists()

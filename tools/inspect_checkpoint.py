@@ -1,0 +1,150 @@
+"""Lists, verifies and compares checkpoints.
+
+    python tools/inspect_checkpoint.py runs/quickstart                          what is in the newest checkpoint of a run
+    python tools/inspect_checkpoint.py DIR --verify                             compare every byte with its checksum
+    python tools/inspect_checkpoint.py DIR --diff OTHER                         max abs difference of every tensor that differs
+
+Exit codes: 0 done (with --diff: no tensor differs), 1 with --diff: some differ, as diff(1) does; 2 command line; 4 damaged or
+missing checkpoint.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from phase8.checkpoint.compare import TensorDifference, compare_checkpoints
+from phase8.checkpoint.load import Checkpoint, find_checkpoint, open_checkpoint
+from phase8.errors import Phase8Error
+
+EXIT_DIFFERENT = 1
+_PLAIN_WIDTH = 160  # of tables that go to a file or a pipe, where there is no window to fit
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Exit code of the door."""
+    options = _parser().parse_args(arguments)
+    try:
+        checkpoint = open_checkpoint(find_checkpoint(options.checkpoint))
+        if options.verify:
+            checkpoint.verify()
+        if options.diff is None:
+            _show_checkpoint(checkpoint, as_json=options.json, verified=options.verify)
+            return 0
+        other = open_checkpoint(find_checkpoint(options.diff))
+        if options.verify:
+            other.verify()
+        return _show_differences(checkpoint, other, as_json=options.json)
+    except Phase8Error as error:
+        print(error, file=sys.stderr)
+        return error.exit_code
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("checkpoint", type=Path, metavar="DIR", help="a checkpoint, a checkpoints directory or a run directory (its newest)")
+    parser.add_argument("--verify", action="store_true", help="compare every byte with its checksum")
+    parser.add_argument("--diff", type=Path, metavar="OTHER", help="compare the tensors with those of another checkpoint")
+    parser.add_argument("--json", action="store_true", help="one JSON object instead of tables")
+    return parser
+
+
+def _show_checkpoint(checkpoint: Checkpoint, *, as_json: bool, verified: bool) -> None:
+    entries = checkpoint.manifest.tensors
+    total_bytes = sum(entry.size_bytes for entry in entries.values())
+    if as_json:
+        tensors = [
+            {"name": name, "dtype": entry.dtype, "shape": entry.shape, "bytes": entry.size_bytes, "num_slices": len(entry.slices)}
+            for name, entry in entries.items()
+        ]
+        summary = {"path": str(checkpoint.path), "step": checkpoint.step, "verified": verified, "total_bytes": total_bytes}
+        print(json.dumps(summary | {"metadata": checkpoint.metadata, "attachments": _attachments(checkpoint), "tensors": tensors}, indent=1))
+        return
+    console = _console()
+    console.print(_summary_table(checkpoint, total_bytes=total_bytes, verified=verified))
+    table = Table("tensor", "dtype", "shape", "bytes", title=f"{len(entries)} tensors", title_justify="left")
+    for column in table.columns[2:]:
+        column.justify = "right"
+    for name, entry in entries.items():
+        table.add_row(Text(name), entry.dtype, " x ".join(map(str, entry.shape)) or "scalar", f"{entry.size_bytes:,}")
+    console.print(table)
+
+
+def _summary_table(checkpoint: Checkpoint, *, total_bytes: int, verified: bool) -> Table:
+    """Step, size and everything in the metadata that fits in a line: single values, and the sections of the config."""
+    table = Table(show_header=False, title=Text(str(checkpoint.path)), title_justify="left")
+    table.add_row("step", f"{checkpoint.step:,}")
+    table.add_row("checksums", "all verified" if verified else "manifest verified; --verify checks every byte")
+    table.add_row("size", f"{total_bytes:,} bytes in {len(checkpoint.manifest.files)} tensor files")
+    table.add_row("attachments", ", ".join(_attachments(checkpoint)) or "none")
+    for key, value in checkpoint.metadata.items():
+        if key == "config" and isinstance(value, dict):
+            for section, content in value.items():
+                table.add_row(Text(_printable(f"config.{section}")), Text(_one_line(content)))
+        elif not isinstance(value, dict | list):
+            table.add_row(Text(_printable(key)), Text(f"{value:,}" if type(value) is int else _printable(str(value))))
+        elif key == "library_versions":
+            table.add_row("library_versions", Text(_one_line(value)))
+    return table
+
+
+def _one_line(content: Any) -> str:
+    if not isinstance(content, dict):
+        return _printable(str(content))
+    return _printable("  ".join(f"{key}={json.dumps(value)}" for key, value in content.items()))
+
+
+def _printable(text: str) -> str:
+    """Text from a file, without the characters that could command a terminal."""
+    return "".join(character if character.isprintable() else ascii(character)[1:-1] for character in text)
+
+
+def _attachments(checkpoint: Checkpoint) -> dict[str, int]:
+    return {name: entry.size_bytes for name, entry in checkpoint.manifest.attachments.items()}
+
+
+def _show_differences(first: Checkpoint, second: Checkpoint, *, as_json: bool) -> int:
+    differences = list(compare_checkpoints(first, second))
+    if as_json:
+        rows = [
+            {"name": row.name, "kind": row.kind, "detail": row.detail, "max_abs_difference": _json_number(row.max_abs_difference)}
+            for row in differences
+        ]
+        print(json.dumps({"first": str(first.path), "second": str(second.path), "differences": rows}, indent=1))
+    elif not differences:
+        print(f"{first.path} and {second.path}: all {len(first.tensor_names)} tensors are equal, bit for bit")
+    else:
+        print(f"{first.path} (first) and {second.path} (second): {len(differences)} tensors differ")
+        _console().print(_difference_table(differences))
+    return EXIT_DIFFERENT if differences else 0
+
+
+def _difference_table(differences: list[TensorDifference]) -> Table:
+    table = Table("tensor", "difference", "max abs difference")
+    for row in differences:
+        largest = "" if row.max_abs_difference is None else f"{row.max_abs_difference:.6g}"
+        table.add_row(Text(row.name), Text(f"{row.kind.replace('_', ' ')} {row.detail}"), largest)
+    return table
+
+
+def _json_number(value: float | None) -> float | str | None:
+    """JSON has no NaN or infinity: they are spelled out."""
+    return value if value is None or math.isfinite(value) else str(value)
+
+
+def _console() -> Console:
+    console = Console(highlight=False)
+    return console if console.is_terminal else Console(highlight=False, width=_PLAIN_WIDTH)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

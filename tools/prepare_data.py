@@ -1,0 +1,138 @@
+"""Prepares training data: text and JSON lines to Megatron `.bin/.idx`.
+
+    python tools/prepare_data.py books/ chats.jsonl.gz --train-tokenizer --vocab-size 16384 --output-prefix data/mine --validation-fraction 0.01
+
+Text and source files are one document each, lines of .jsonl files one document each; both may be gzipped. Of a directory all text,
+source and .jsonl files are read, in order of their path. Run the same command again after an interruption (or a kill -9): it goes on
+with what is missing, and the output is the same, byte for byte, as without it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+import time
+from pathlib import Path
+
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+from phase8.data.preparation import PrepareOptions, PrepareReport
+from phase8.data.prepare import prepare
+from phase8.data.shards import DocumentRules
+from phase8.errors import Phase8Error
+
+EXIT_INTERRUPTED = 130
+SECONDS_BETWEEN_LINES = 5.0
+
+
+def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
+    """The command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("inputs", nargs="*", type=Path, metavar="INPUT", help="text, source, .jsonl or .gz file, or a directory of such files")
+    parser.add_argument("--output-prefix", type=Path, required=True, metavar="P", help="begin of every path that is written")
+    parser.add_argument("--json-key", default="text", metavar="KEY", help="where a JSON line holds its text (default: text)")
+    tokenizer = parser.add_argument_group("tokenizer (one of the two)")
+    tokenizer.add_argument("--tokenizer", type=Path, metavar="FILE", help="existing sentencepiece .model or Hugging Face tokenizer.json")
+    tokenizer.add_argument("--train-tokenizer", action="store_true", help="train a sentencepiece BPE with byte fallback on a sample of the inputs")
+    tokenizer.add_argument("--vocab-size", type=int, metavar="N", help="vocabulary of the tokenizer to train")
+    tokenizer.add_argument("--tokenizer-sample-bytes", type=int, default=20_000_000, metavar="N", help="size of that sample (default: %(default)s)")
+    documents = parser.add_argument_group("documents")
+    documents.add_argument(
+        "--validation-fraction", type=float, default=0.0, metavar="X", help="share held out, chosen by a hash of the text (default: 0, none)"
+    )
+    documents.add_argument(
+        "--append-eod", action=argparse.BooleanOptionalAction, default=True, help="put the end-of-document token behind every document"
+    )
+    documents.add_argument("--skip-invalid", action="store_true", help="count and skip what is not a document instead of stopping")
+    work = parser.add_argument_group("work")
+    work.add_argument(
+        "--workers", type=int, default=os.cpu_count() or 1, metavar="N", help="processes that tokenise (default: one per CPU, %(default)s)"
+    )
+    work.add_argument("--shard-bytes", type=int, default=16 << 20, metavar="N", help="input per unit of work (default: %(default)s)")
+    return parser.parse_args(arguments)
+
+
+class ProgressDisplay:
+    """The progress of each stage on stderr: a bar on a terminal, else a line every few seconds."""
+
+    def __init__(self) -> None:
+        self._console = Console(stderr=True)
+        columns = (TextColumn("{task.description}"), BarColumn(), TextColumn("{task.percentage:3.0f} %"), TimeElapsedColumn(), TimeRemainingColumn())
+        self._progress = Progress(*columns, console=self._console, disable=not self._console.is_terminal)
+        self._tasks: dict[str, object] = {}
+        self._last_line_seconds = 0.0
+
+    def __enter__(self) -> ProgressDisplay:
+        self._progress.start()
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._progress.stop()
+
+    def show(self, stage: str, completed: int, total: int) -> None:
+        """Shows that `completed` of `total` are done."""
+        if self._console.is_terminal:
+            if stage not in self._tasks:
+                self._tasks[stage] = self._progress.add_task(stage)
+            self._progress.update(self._tasks[stage], completed=completed, total=max(total, 1))
+            return
+        now = time.monotonic()
+        if stage not in self._tasks or completed >= total or now - self._last_line_seconds > SECONDS_BETWEEN_LINES:
+            self._tasks[stage] = stage
+            self._last_line_seconds = now
+            self._console.print(f"{stage}: {100 * completed // max(total, 1)} %", highlight=False)
+
+
+def print_report(report: PrepareReport) -> None:
+    """What was written and how to train on it."""
+    if report.is_reused:
+        print("already prepared from the same inputs with the same options; nothing to do")
+    for split in report.splits.values():
+        print(f"{split.prefix}.bin/.idx: {split.num_documents:,} documents, {split.num_tokens:,} tokens")
+    ratio = report.text_bytes / report.num_tokens
+    print(f"in all: {report.num_documents:,} documents, {report.num_tokens:,} tokens of {report.dtype}, {ratio:.2f} bytes per token")
+    if report.num_invalid:
+        print(f"skipped {report.num_invalid:,} invalid documents, the first: {report.first_invalid}")
+    if report.num_empty:
+        print(f"left out {report.num_empty:,} empty documents")
+    if report.num_passed_over:
+        print(f"passed over {report.num_passed_over:,} files of directories that are not text by their suffix")
+    print("train on it with: --set " + " ".join(report.settings))
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Runs the command; its exit code is that of the error, see phase8/errors.py."""
+    parsed = parse_arguments(arguments)
+    options = PrepareOptions(
+        inputs=tuple(parsed.inputs),
+        output_prefix=parsed.output_prefix,
+        tokenizer=parsed.tokenizer,
+        train_tokenizer=parsed.train_tokenizer,
+        vocab_size=parsed.vocab_size,
+        tokenizer_sample_bytes=parsed.tokenizer_sample_bytes,
+        rules=DocumentRules(
+            json_key=parsed.json_key,
+            validation_fraction=parsed.validation_fraction,
+            append_eod=parsed.append_eod,
+            skip_invalid=parsed.skip_invalid,
+        ),
+        shard_bytes=parsed.shard_bytes,
+        num_workers=parsed.workers,
+    )
+    try:
+        with ProgressDisplay() as display:
+            report = prepare(options, on_progress=display.show)
+    except Phase8Error as error:
+        print(error, file=sys.stderr)
+        return error.exit_code
+    except KeyboardInterrupt:
+        print("interrupted; run the same command again to go on", file=sys.stderr)
+        return EXIT_INTERRUPTED
+    print_report(report)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
