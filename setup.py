@@ -13,6 +13,7 @@ setup(
     license="MIT",
     python_requires=">=3.11",
     packages=find_packages(include=["phase8", "phase8.*"]),
+    package_data={"phase8.observe": ["*.html"]},
     # launch/setup_environment.sh installs torch 2.13.0 before this package, so the range installs nothing more.
     install_requires=[
         "torch>=2.11,<2.16",

@@ -24,10 +24,12 @@ def main() -> int:
     arguments = _parser().parse_args()
     overrides = [override for group in arguments.set for override in group]
     try:
+        if arguments.world_size is not None and not arguments.dry_run:
+            raise ConfigError(f"--world-size {arguments.world_size} is for --dry-run: a run has the processes that were started; leave it out.")
         config = load_config(arguments.config, overrides)
         # Imported late: a mistake in the config is answered before torch is loaded.
         if arguments.dry_run:
-            _dry_run(config, arguments.world_size)
+            _dry_run(config, 1 if arguments.world_size is None else arguments.world_size)
         else:
             _train(config, arguments)
     except Phase8Error as error:
@@ -72,6 +74,7 @@ def _parser() -> argparse.ArgumentParser:
         description=__doc__,
         epilog="Config keys, their defaults and [what they take]:\n" + describe_schema(),
         formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,  # `_resume_command` knows the options by their full names
     )
     parser.add_argument("--config", default=DEFAULT_CONFIG, metavar="FILE", help="YAML config (default: configs/quickstart.yaml)")
     parser.add_argument("--set", nargs="+", action="append", default=[], metavar="a.b=c", help="override config keys")
@@ -80,7 +83,7 @@ def _parser() -> argparse.ArgumentParser:
         "--resume", default="auto", metavar="auto|none|DIR", help="auto: newest good checkpoint of the run; none: start anew; or a checkpoint"
     )
     parser.add_argument("--dry-run", action="store_true", help="print topology, parameters, FLOPs, memory and problems, and stop")
-    parser.add_argument("--world-size", type=int, default=1, metavar="N", help="processes that --dry-run plans for")
+    parser.add_argument("--world-size", type=int, metavar="N", help="processes that --dry-run plans for (default: 1)")
     return parser
 
 

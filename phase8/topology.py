@@ -71,7 +71,7 @@ def build_topology(
         below, above = world_size // model_ranks * model_ranks, (max(world_size, 0) // model_ranks + 1) * model_ranks
         nearest = f"{below} or {above}" if below else f"{above}"
         raise TopologyError(
-            f"world size {world_size} is not a multiple of parallel.tensor_parallel_size {tensor_parallel_size} x "
+            f"world size {world_size} is not a positive multiple of parallel.tensor_parallel_size {tensor_parallel_size} x "
             f"parallel.context_parallel_size {context_parallel_size} x parallel.pipeline_parallel_size {pipeline_parallel_size} "
             f"= {model_ranks}; start {nearest} processes or change the degrees."
         )

@@ -18,10 +18,12 @@ from pathlib import Path
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
+from phase8.data.muse import MuseReport, import_muse
 from phase8.data.preparation import PrepareOptions, PrepareReport
 from phase8.data.prepare import prepare
 from phase8.data.shards import DocumentRules
-from phase8.errors import Phase8Error
+from phase8.data.tokenizer import load_tokenizer
+from phase8.errors import ConfigError, Phase8Error
 
 EXIT_INTERRUPTED = 130
 SECONDS_BETWEEN_LINES = 5.0
@@ -33,6 +35,9 @@ def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("inputs", nargs="*", type=Path, metavar="INPUT", help="text, source, .jsonl or .gz file, or a directory of such files")
     parser.add_argument("--output-prefix", type=Path, required=True, metavar="P", help="begin of every path that is written")
     parser.add_argument("--json-key", default="text", metavar="KEY", help="where a JSON line holds its text (default: text)")
+    parser.add_argument(
+        "--import-muse", metavar="PREFIX", help="instead of inputs: convert the MUSE pair PREFIX.bin/.idx (ResNet-BK), made with --tokenizer"
+    )
     tokenizer = parser.add_argument_group("tokenizer (one of the two)")
     tokenizer.add_argument("--tokenizer", type=Path, metavar="FILE", help="existing sentencepiece .model or Hugging Face tokenizer.json")
     tokenizer.add_argument("--train-tokenizer", action="store_true", help="train a sentencepiece BPE with byte fallback on a sample of the inputs")
@@ -94,18 +99,52 @@ def print_report(report: PrepareReport) -> None:
     ratio = report.text_bytes / report.num_tokens
     print(f"in all: {report.num_documents:,} documents, {report.num_tokens:,} tokens of {report.dtype}, {ratio:.2f} bytes per token")
     if report.num_invalid:
-        print(f"skipped {report.num_invalid:,} invalid documents, the first: {report.first_invalid}")
+        print(f"invalid documents skipped: {report.num_invalid:,}, the first: {report.first_invalid}")
     if report.num_empty:
-        print(f"left out {report.num_empty:,} empty documents")
+        print(f"empty documents left out: {report.num_empty:,}")
     if report.num_passed_over:
-        print(f"passed over {report.num_passed_over:,} files of directories that are not text by their suffix")
+        print(f"files of directories passed over, not being text by their suffix: {report.num_passed_over:,}")
     print("train on it with: --set " + " ".join(report.settings))
+
+
+def print_muse_report(report: MuseReport) -> None:
+    """What was imported, what was odd about it, and how to train on it."""
+    print(f"{report.destination}.bin/.idx: {report.num_documents:,} documents, {report.num_tokens:,} tokens of {report.dtype}")
+    print(f"documents that end in the end-of-document token {report.eod_id}: {report.num_documents_ending_in_eod:,}")
+    if report.num_zero_length_documents:
+        print(f"empty documents left out: {report.num_zero_length_documents:,}")
+    if report.num_overlapping_ranges:
+        print(
+            f"documents that overlap earlier ones: {report.num_overlapping_ranges:,}, so {report.num_overlapping_tokens:,} tokens are written twice"
+        )
+    if report.num_uncovered_ranges:
+        print(f"tokens left out for belonging to no document: {report.num_uncovered_tokens:,}, in stretches: {report.num_uncovered_ranges:,}")
+    print(f"log: {report.destination}.import.json")
+    print(f"train on it with: --set data.train={report.destination} data.tokenizer={report.tokenizer} model.vocab_size={report.vocab_size}")
 
 
 def main(arguments: list[str] | None = None) -> int:
     """Runs the command; its exit code is that of the error, see phase8/errors.py."""
     parsed = parse_arguments(arguments)
-    options = PrepareOptions(
+    try:
+        if parsed.import_muse is not None:
+            print_muse_report(import_muse_pair(parsed))
+        else:
+            with ProgressDisplay() as display:
+                report = prepare(options_of(parsed), on_progress=display.show)
+            print_report(report)
+    except Phase8Error as error:
+        print(error, file=sys.stderr)
+        return error.exit_code
+    except KeyboardInterrupt:
+        print("interrupted; run the same command again to go on", file=sys.stderr)
+        return EXIT_INTERRUPTED
+    return 0
+
+
+def options_of(parsed: argparse.Namespace) -> PrepareOptions:
+    """The options of a preparation."""
+    return PrepareOptions(
         inputs=tuple(parsed.inputs),
         output_prefix=parsed.output_prefix,
         tokenizer=parsed.tokenizer,
@@ -121,17 +160,15 @@ def main(arguments: list[str] | None = None) -> int:
         shard_bytes=parsed.shard_bytes,
         num_workers=parsed.workers,
     )
-    try:
-        with ProgressDisplay() as display:
-            report = prepare(options, on_progress=display.show)
-    except Phase8Error as error:
-        print(error, file=sys.stderr)
-        return error.exit_code
-    except KeyboardInterrupt:
-        print("interrupted; run the same command again to go on", file=sys.stderr)
-        return EXIT_INTERRUPTED
-    print_report(report)
-    return 0
+
+
+def import_muse_pair(parsed: argparse.Namespace) -> MuseReport:
+    """Converts a MUSE pair, whose tokens the given tokenizer made."""
+    if parsed.inputs or parsed.train_tokenizer or parsed.tokenizer is None:
+        raise ConfigError("--import-muse takes the place of inputs and needs --tokenizer FILE, the tokenizer that made the data")
+    tokenizer = load_tokenizer(parsed.tokenizer)
+    destination = f"{parsed.output_prefix}_{parsed.json_key}_document"
+    return import_muse(parsed.import_muse, destination, vocab_size=tokenizer.vocab_size, eod_id=tokenizer.eod_id, tokenizer=str(parsed.tokenizer))
 
 
 if __name__ == "__main__":

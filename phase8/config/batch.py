@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from phase8.config.describe import describe_value
 from phase8.config.schema import ParallelSection, TrainSection
 from phase8.errors import ConfigError
 
@@ -32,6 +33,13 @@ def batch_shape(train: TrainSection, parallel: ParallelSection, *, data_parallel
         ConfigError: The sizes disagree or do not divide.
     """
     total, micro, count = train.global_batch_size, train.micro_batch_size, parallel.num_microbatches
+    if total is None:
+        if micro is None or count is None:
+            raise ConfigError(
+                f"train.global_batch_size is null, which needs both train.micro_batch_size {describe_value(micro)} and "
+                f"parallel.num_microbatches {describe_value(count)}; give any two of the three."
+            )
+        total = micro * count * data_parallel_size
     if total % data_parallel_size:
         raise ConfigError(
             f"train.global_batch_size {total} is not a multiple of the data-parallel size {data_parallel_size}; "
@@ -42,9 +50,10 @@ def batch_shape(train: TrainSection, parallel: ParallelSection, *, data_parallel
         micro = per_rank // (count or 1)
     if count is None:
         count = per_rank // micro
-    if micro * count != per_rank or micro == 0:
+    if micro * count != per_rank:
         raise ConfigError(
-            f"train.global_batch_size {total} is not train.micro_batch_size {micro} x parallel.num_microbatches {count} x "
-            f"data-parallel size {data_parallel_size}; give any two of them that fit, and leave the third null."
+            f"train.global_batch_size {total} is not train.micro_batch_size {describe_value(train.micro_batch_size)} x "
+            f"parallel.num_microbatches {describe_value(parallel.num_microbatches)} x data-parallel size {data_parallel_size}; "
+            "give any two of the three and leave the other null."
         )
     return BatchShape(total, micro, count, data_parallel_size)

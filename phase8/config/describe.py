@@ -35,10 +35,15 @@ def describe_schema() -> str:
         assert isinstance(section.annotation, type)
         lines.append(f"\n{section_name}: {section.annotation.__doc__}")
         for name, field in iterate_keys(section.annotation, f"{section_name}."):
-            default = "null" if field.default is None else str(field.default).lower() if isinstance(field.default, bool) else field.default
+            default = field.default if isinstance(field.default, str) else describe_value(field.default)
             lines.append(f"  {name} = {default}    [{describe_type(field)}]")
             lines.append(f"      {field.description}")
     return "\n".join(lines)
+
+
+def describe_value(value: Any) -> str:
+    """A value as YAML spells it."""
+    return "null" if value is None else str(value).lower() if isinstance(value, bool) else repr(value)
 
 
 def section_names() -> str:
@@ -47,11 +52,15 @@ def section_names() -> str:
 
 
 def unknown_key(name: str) -> str:
-    """The sentence about a key that does not exist, with the nearest one that does."""
-    known = [key for key, _ in iterate_keys()]
+    """The sentence about a name that is no key, with the nearest one that is."""
+    keys = [key for key, _ in iterate_keys()]
+    inside = [key for key in keys if key.startswith(f"{name}.")]
+    if inside:
+        return f"{name} is a section; give one of its keys, {inside[0]} for example."
+    known = [*keys, *dict.fromkeys(key.rsplit(".", 1)[0] for key in keys)]
     # The same last word in another section is the likeliest intention, then the nearest spelling.
     near = [key for key in known if key.rsplit(".", 1)[-1] == name.rsplit(".", 1)[-1]]
-    near += difflib.get_close_matches(name, [*known, *RunConfig.model_fields], n=1, cutoff=0.5)
+    near += difflib.get_close_matches(name, [key for key in known if not name.startswith(f"{key}.")], n=1, cutoff=0.5)
     hint = f"did you mean {near[0]}?" if near else f"the sections are {section_names()}."
     return f"unknown key {name}; {hint}"
 
@@ -82,4 +91,6 @@ def _bounds(metadata: Sequence[Any]) -> Iterator[str]:
             case annotated_types.Le(le=bound):
                 yield f"at most {bound}"
             case _ if "pattern" in vars(item):
-                yield "of letters, digits, '.', '_' and '-'"
+                yield "of letters, digits, '.', '_' and '-' that begins with a letter or a digit"
+            case _ if "allow_inf_nan" in vars(item):
+                yield "finite"

@@ -51,7 +51,7 @@ class ModelSection(Section):
     global_tokens: NonNegativeInt = key(64, "first G tokens of the sequence that every later token sees")
     score: Literal["lorentz", "dot"] = key("lorentz", "score of the local path: hyperbolic distance or scaled dot product")
     chain: Literal["both", "decay", "gate", "none"] = key("both", "what the Green chain modulates: the decay, the gate, both, or no chain")
-    convolution_size: PositiveInt | None = key(None, "taps of the causal depthwise convolution on q, k, v; 1: none; null: 4 (phase8), 1 (transformer)")
+    convolution_size: PositiveInt | None = key(None, "taps of the causal convolution on q, k, v; 1: none; null: 4 (phase8), 1 (transformer)")
     ffn: Literal["swiglu", "low_rank_swiglu", "moe"] = key("swiglu", "feed-forward of the block")
     ffn_size: PositiveInt | None = key(None, "width F of the feed-forward; null: 8/3 d_model rounded up to a multiple of 64")
     tie_embeddings: bool = key(False, "use the embedding as the output head")
@@ -111,7 +111,7 @@ class ParallelSection(Section):
 class ZeroSection(Section):
     """Sharding of optimizer, gradients and parameters over data-parallel ranks."""
 
-    stage: Literal[0, 1, 2, 3] = key(0, "0: replicate; 1: shard optimizer; 2: and gradients; 3: and parameters")
+    stage: Annotated[int, Field(ge=0, le=3)] = key(0, "0: replicate; 1: shard optimizer; 2: and gradients; 3: and parameters")
     engine: Literal["fsdp", "deepspeed"] = key("fsdp", "who implements the stages")
     offload_optimizer: Literal["none", "cpu", "nvme"] = key("none", "where optimizer states live between steps")
     offload_params: Literal["none", "cpu", "nvme"] = key("none", "where parameters live between uses")
@@ -138,6 +138,10 @@ class OptimSection(Section):
     weight_decay: NonNegativeFloat = key(0.1, "decay of matrices; vectors, norms and embeddings have none")
     gradient_clip_norm: NonNegativeFloat = key(1.0, "largest global gradient norm; 0: no clipping")
 
+    def final_decay_steps(self, num_steps: int) -> int:
+        """Steps of the final decay of wsd in a schedule of `num_steps`."""
+        return self.decay_steps if self.decay_steps is not None else max(num_steps // 10, 1)
+
 
 class CompileSection(Section):
     """torch.compile of each block."""
@@ -150,7 +154,7 @@ class CompileSection(Section):
 class TrainSection(Section):
     """Length of the run, batch, seed and what is recomputed."""
 
-    global_batch_size: PositiveInt = key(32, "sequences per optimizer step")
+    global_batch_size: PositiveInt | None = key(32, "sequences per optimizer step; null: from the other two and the data-parallel size")
     micro_batch_size: PositiveInt | None = key(None, "sequences per forward; null: from num_microbatches, else global_batch_size")
     num_steps: PositiveInt = key(1000, "optimizer steps; sets the length of the schedules")
     stop_at_step: PositiveInt | None = key(None, "save and stop after this step without changing the schedules")

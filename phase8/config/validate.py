@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from phase8.config.batch import batch_shape
+from phase8.config.describe import describe_value
 from phase8.config.schema import ModelSection, OptimSection, RunConfig, TrainSection
 from phase8.errors import ConfigError
 from phase8.topology import build_topology
@@ -37,23 +38,25 @@ def _model(model: ModelSection) -> Iterator[str]:
     if model.head_size is None and model.d_model % model.num_heads:
         yield f"model.num_heads {model.num_heads} does not divide model.d_model {model.d_model}; choose a divisor or set model.head_size."
     elif model.head_width % 2:
-        yield f"the head size {model.head_width} is odd, but rotary positions need an even one; change model.num_heads or set model.head_size."
+        origin = "" if model.head_size is not None else f" (model.d_model {model.d_model} / model.num_heads {model.num_heads})"
+        yield f"model.head_size {model.head_width}{origin} is odd, but rotary positions need an even one; set an even model.head_size."
     if model.ffn == "low_rank_swiglu" and model.low_rank_rank == 0:
         yield "model.ffn is low_rank_swiglu, but model.low_rank_rank is 0; set a rank of at least 1 or use ffn: swiglu."
 
 
 def _schedule(optim: OptimSection, train: TrainSection) -> Iterator[str]:
+    decay_steps = optim.final_decay_steps(train.num_steps)
     if optim.warmup_steps >= train.num_steps and optim.warmup_steps > 0:
         yield f"optim.warmup_steps {optim.warmup_steps} is not below train.num_steps {train.num_steps}; shorten the warmup."
+    elif optim.schedule == "wsd" and optim.warmup_steps + decay_steps > train.num_steps:
+        yield (
+            f"optim.warmup_steps {optim.warmup_steps} + optim.decay_steps {decay_steps}{' (null)' if optim.decay_steps is None else ''} "
+            f"exceed train.num_steps {train.num_steps}; shorten one of them."
+        )
     if optim.decay_steps is not None and optim.schedule != "wsd":
         yield f"optim.decay_steps is {optim.decay_steps}, but optim.schedule is {optim.schedule}; only wsd has decay_steps, leave it null."
-    if optim.decay_steps is not None and optim.warmup_steps + optim.decay_steps > train.num_steps:
-        yield (
-            f"optim.warmup_steps {optim.warmup_steps} + optim.decay_steps {optim.decay_steps} exceed train.num_steps "
-            f"{train.num_steps}; shorten one of them."
-        )
     if optim.betas[0] == 1 or optim.betas[1] == 1:
-        yield f"optim.betas is {list(optim.betas)}, but each must be below 1."
+        yield f"optim.betas is {list(optim.betas)}, but each must be below 1; use [0.9, 0.95], for example."
 
 
 def _train(train: TrainSection, model: ModelSection) -> Iterator[str]:
@@ -111,6 +114,6 @@ def _not_built_yet(config: RunConfig, world_size: int) -> Iterator[str]:
     }
     for name, (value, values) in allowed.items():
         if value not in values:
-            yield f"{name} is {value}, which is not supported yet; use {' or '.join(str(v) for v in values)}."
+            yield f"{name} is {describe_value(value)}, which is not supported yet; use {' or '.join(map(describe_value, values))}."
     if world_size != 1:
         yield f"world size {world_size} is not supported yet; start one process without torchrun."

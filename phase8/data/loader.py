@@ -13,6 +13,7 @@ import sys
 import threading
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -183,20 +184,28 @@ def describe_fingerprint_difference(old: dict, new: dict) -> list[str]:
     return sentences
 
 
-class _Microbatches(Dataset):
-    """Microbatches by their list of samples, so that one fetch of a worker is one microbatch.
+class _Refusal(NamedTuple):
+    """An error on its way out of a worker.
 
-    An error is returned instead of raised: torch would rewrite its message into a worker's traceback.
+    Torch would rewrite the message of a raised one into a traceback; and an exception object would, as a local of the frame that
+    raises it, keep the loader alive in a reference cycle, whose collection stops workers only after seconds of waiting.
     """
+
+    kind: type[Phase8Error]
+    message: str
+
+
+class _Microbatches(Dataset):
+    """Microbatches by their list of samples, so that one fetch of a worker is one microbatch."""
 
     def __init__(self, dataset: SequenceDataset):
         self._dataset = dataset
 
-    def __getitem__(self, samples: Sequence[Sample]) -> dict[str, torch.Tensor] | Phase8Error:
+    def __getitem__(self, samples: Sequence[Sample]) -> dict[str, torch.Tensor] | _Refusal:
         try:
             fetched = [self._dataset[sample] for sample in samples]
         except Phase8Error as error:
-            return error
+            return _Refusal(type(error), str(error))
         return {name: torch.stack([sample[name] for sample in fetched]) for name in fetched[0]}
 
 
@@ -217,8 +226,8 @@ class _MicrobatchLoader:
 
     def __iter__(self) -> Iterator[dict[str, torch.Tensor]]:
         for microbatch in self._loader:
-            if isinstance(microbatch, Phase8Error):
-                raise microbatch
+            if isinstance(microbatch, _Refusal):
+                raise microbatch.kind(microbatch.message)
             yield microbatch
 
 

@@ -89,18 +89,8 @@ def import_muse(
         raise DataError(f"cannot read {error.filename or source_prefix}: {error.strerror or error}; give the path without .idx") from error
     _check_documents(offsets, lengths, tokens.size, idx_path)
     kept = np.flatnonzero(lengths)
-    largest = min(vocab_size, 2**31) - 1
-    ending_in_eod = 0
     with IndexedWriter(destination_prefix, dtype=best_dtype(vocab_size)) as writer:
-        for number in kept:
-            document = tokens[int(offsets[number]) : int(offsets[number]) + int(lengths[number])]
-            if document.max() > largest:
-                raise DataError(
-                    f"{bin_path}: document {number} holds token id {document.max()}, but with a vocab_size of {vocab_size} at most "
-                    f"{largest} is allowed; give the vocab_size of the tokenizer that made the data"
-                )
-            writer.add_document(document)
-            ending_in_eod += eod_id is not None and int(document[-1]) == eod_id
+        last_tokens = _copy_documents(writer, tokens, np.stack([offsets[kept], lengths[kept]], axis=1), bin_path, vocab_size)
     overlapping, uncovered = _overlaps_and_gaps(offsets[kept].astype(np.int64), lengths[kept].astype(np.int64), tokens.size)
     report = MuseReport(
         source=str(source_prefix),
@@ -113,7 +103,7 @@ def import_muse(
         num_documents=kept.size,
         num_tokens=int(lengths.sum()),
         num_zero_length_documents=lengths.size - kept.size,
-        num_documents_ending_in_eod=None if eod_id is None else ending_in_eod,
+        num_documents_ending_in_eod=None if eod_id is None else last_tokens.count(eod_id),
         num_overlapping_ranges=len(overlapping),
         num_overlapping_tokens=int(np.diff(overlapping).sum()),
         overlapping_ranges=[(int(start), int(end)) for start, end in overlapping[:MAX_LOGGED_RANGES]],
@@ -172,12 +162,28 @@ def _check_documents(offsets: np.ndarray, lengths: np.ndarray, num_tokens: int, 
         raise DataError(f"{path}: document {number} holds {lengths[number]} tokens; Megatron's format allows {MAX_SEQUENCE_TOKENS}")
 
 
+def _copy_documents(writer: IndexedWriter, tokens: np.ndarray, ranges: np.ndarray, bin_path: Path, vocab_size: int) -> list[int]:
+    """Writes each range (offset, length) as a document and returns its last token."""
+    largest_allowed = min(vocab_size, 2**31) - 1
+    last_tokens = []
+    for offset, length in ranges.tolist():
+        document = tokens[offset : offset + length]
+        if document.max() > largest_allowed:
+            raise DataError(
+                f"{bin_path}: the document at token {offset} holds id {document.max()}, but with a vocab_size of {vocab_size} at most "
+                f"{largest_allowed} is allowed; give the vocab_size of the tokenizer that made the data"
+            )
+        writer.add_document(document)
+        last_tokens.append(int(document[-1]))
+    return last_tokens
+
+
 def _overlaps_and_gaps(offsets: np.ndarray, lengths: np.ndarray, num_tokens: int) -> tuple[np.ndarray, np.ndarray]:
     """Ranges (start, end) shared with an earlier document, and ranges of no document; int64 [n, 2] each."""
     order = np.argsort(offsets, kind="stable")
     starts = np.append(offsets[order], num_tokens)
     ends = np.append((offsets + lengths)[order], num_tokens)
-    covered_until = np.concatenate([[0], np.maximum.accumulate(ends[:-1])]) if order.size else np.zeros(1, np.int64)
+    covered_until = np.concatenate([[0], np.maximum.accumulate(ends[:-1])])
     overlapping = np.stack([starts, np.minimum(ends, covered_until)], axis=1)[:-1]
     uncovered = np.stack([covered_until, starts], axis=1)
     return overlapping[overlapping[:, 0] < overlapping[:, 1]], uncovered[uncovered[:, 0] < uncovered[:, 1]]

@@ -142,19 +142,22 @@ def _trained_tokenizer(options: PrepareOptions, sources: list[Source], cut: list
 
 
 def _sample(options: PrepareOptions, cut: list[tuple[Span, ...]]) -> Iterator[str]:
-    """Training documents from shards all over the inputs, an equal share of `tokenizer_sample_bytes` from each."""
-    num_shards = min(len(cut), -(-options.tokenizer_sample_bytes // _SAMPLE_BYTES_PER_SHARD))
-    share_bytes = -(-options.tokenizer_sample_bytes // max(num_shards, 1))
+    """Training documents from shards all over the inputs, `tokenizer_sample_bytes` in all (the last document is cut to fit)."""
+    remaining = options.tokenizer_sample_bytes
+    most_per_shard = max(_SAMPLE_BYTES_PER_SHARD, -(-remaining // max(len(cut), 1)))
     on_invalid = InvalidInputs(skip=options.rules.skip_invalid)
-    for spans in spread(cut)[:num_shards]:
-        remaining = share_bytes
+    for spans in spread(cut):
+        left_in_shard = min(most_per_shard, remaining)
         for text in read_texts(spread(spans), options.rules, on_invalid):
-            if options.rules.split_of(text) == "train":
-                part = text[:remaining]
-                yield part
-                remaining -= len(part.encode())
-            if remaining <= 0:
+            if left_in_shard <= 0:
                 break
+            if options.rules.split_of(text) == "train":
+                part = text[:left_in_shard]
+                yield part
+                left_in_shard -= len(part.encode())
+                remaining -= len(part.encode())
+        if remaining <= 0:
+            return
 
 
 def _tokenise(shards: list[Shard], num_workers: int, on_progress: OnProgress) -> list[ShardCounts]:

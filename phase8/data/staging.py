@@ -16,20 +16,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from phase8.errors import DataError, StorageError
-
-
-@contextmanager
-def storage_errors(path: Path) -> Iterator[None]:
-    """Turns an `OSError` of the block into one sentence about `path`.
-
-    Raises:
-        StorageError: The place cannot be written, or the disk is full.
-    """
-    try:
-        yield
-    except OSError as error:
-        raise StorageError(f"cannot write {path}: {error.strerror or error}; free space there or choose a place you may write to") from error
+from phase8.data.indexed import storage_errors
+from phase8.errors import DataError
 
 
 @contextmanager
@@ -88,7 +76,7 @@ def read_json(path: Path) -> object:
     """The value of a JSON file, or None where there is no such file or it is damaged (its owner then does the work again)."""
     try:
         return json.loads(path.read_bytes())
-    except (FileNotFoundError, ValueError):
+    except (FileNotFoundError, NotADirectoryError, ValueError):
         return None
     except OSError as error:
         raise DataError(f"cannot read {path}: {error.strerror}; make it readable or remove it") from error

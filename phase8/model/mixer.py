@@ -184,7 +184,7 @@ class Phase8Mixer(nn.Module):
         return y, None if window is None else MixerState(convolution, green, memory, window)
 
     def _modulation(self, x: Tensor, starts: Tensor | None, state: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None]:
-        """log alpha [B, T, H], gate [B, T, H] and the state of the chain; fp32 from the scalars on."""
+        """Decay log alpha [B, T, H], gate [B, T, H] and the state of the chain; fp32 from the scalars on."""
         step, gate, *potential = at_least_fp32(self.scalars(x)).unflatten(-1, (self.num_heads, -1)).unbind(-1)
         log_decay, gate = -F.softplus(step + self.decay_bias), gate + self.gate_bias
         if self.chain is not None:

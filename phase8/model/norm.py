@@ -36,5 +36,5 @@ class RMSNorm(nn.Module):
 
 
 def rms_normalise(x: Tensor, eps: float) -> Tensor:
-    """x / rms(x) over the last dim, without a weight."""
+    """Normalises over the last dim, without a weight."""
     return F.rms_norm(x, x.shape[-1:], eps=eps)

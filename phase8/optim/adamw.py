@@ -14,7 +14,7 @@ from phase8.config.schema import OptimSection
 
 
 def build_optimizer(model: nn.Module, section: OptimSection, *, decayed_names: Collection[str]) -> torch.optim.Optimizer:
-    """torch's fused AdamW over two groups: parameters with weight decay, and the others.
+    """The fused AdamW of torch over two groups: parameters with weight decay, and the others.
 
     Args:
         model: Its parameters are the fp32 master weights.

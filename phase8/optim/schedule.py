@@ -22,8 +22,7 @@ def learning_rate(step: int, section: OptimSection, *, num_steps: int) -> float:
     if section.schedule == "constant":
         return peak
     if section.schedule == "wsd":
-        decay_steps = section.decay_steps or max(num_steps // 10, 1)
-        remaining = min((num_steps - step) / decay_steps, 1.0)
+        remaining = min((num_steps - step) / section.final_decay_steps(num_steps), 1.0)
         return peak * (floor + (1 - floor) * remaining)
     progress = (step - section.warmup_steps) / (num_steps - section.warmup_steps)
     return peak * (floor + (1 - floor) * 0.5 * (1 + math.cos(math.pi * progress)))

@@ -18,7 +18,7 @@ from phase8.model.rotary import rotary_angles
 
 @dataclass(frozen=True)
 class ActivationBytes:
-    """Bytes kept for one microbatch.
+    """Bytes kept for one microbatch: activations, and weights cast to the compute dtype.
 
     Args:
         block: By a block that keeps everything.
@@ -53,21 +53,18 @@ def trace_activations(model: ModelSection, *, dtype: torch.dtype, micro_batch_si
         )
         starts = torch.empty(shape, dtype=torch.bool) if packed else None
         targets = torch.empty(shape, dtype=torch.int64).flatten()
-        head = torch.empty(model.vocab_size, model.d_model, dtype=dtype, requires_grad=True)
+        head = torch.empty(model.vocab_size, model.d_model, requires_grad=True)
         return ActivationBytes(
-            block=_saved_bytes(whole.blocks[0], dtype, x, angles, starts),
-            block_without_mixer=_saved_bytes(selective.blocks[0], dtype, x, angles, starts),
+            block=_saved_bytes(whole.blocks[0], x, angles, starts),
+            block_without_mixer=_saved_bytes(selective.blocks[0], x, angles, starts),
             block_input=x.numel() * x.element_size(),
-            head=_saved_bytes(whole.norm, dtype, x) + _saved_by(lambda: linear_cross_entropy(x.flatten(0, 1), head, targets), {head}),
+            head=_saved_bytes(whole.norm, x) + _saved_by(lambda: linear_cross_entropy(x.flatten(0, 1), head, targets), {head}),
         )
 
 
-def _saved_bytes(module: nn.Module, dtype: torch.dtype, *arguments: Tensor | None) -> int:
-    """Bytes that the forward of a module keeps, its weights left out.
-
-    The weights are taken in the compute dtype, so that layers keep the weights themselves: their casts are counted with the weights.
-    """
-    weights = {name: torch.empty(p.shape, dtype=dtype, requires_grad=True) for name, p in module.named_parameters()}
+def _saved_bytes(module: nn.Module, *arguments: Tensor | None) -> int:
+    """Bytes that the forward of a module keeps, its fp32 weights left out."""
+    weights = {name: torch.empty(p.shape, requires_grad=True) for name, p in module.named_parameters()}
     return _saved_by(lambda: functional_call(module, weights, arguments), set(weights.values()))
 
 

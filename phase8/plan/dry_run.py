@@ -27,7 +27,7 @@ def dry_run(config: RunConfig, *, world_size: int, console: Console) -> None:
     problems = find_problems(config, world_size=world_size)
     facts: list[Fact] = []
     # Each part is printed as far as the config allows: a topology that does not fit must not hide the size of the model.
-    for describe in (_topology_facts, _batch_facts, _model_facts):
+    for describe in (_topology_facts, _batch_facts, _model_facts, _memory_facts):
         try:
             facts += describe(config, world_size)
         except ConfigError as error:
@@ -52,14 +52,14 @@ def _batch_facts(config: RunConfig, world_size: int) -> list[Fact]:
 
 
 def _model_facts(config: RunConfig, world_size: int) -> list[Fact]:
-    unusable = [problem for problem in find_problems(config) if problem.startswith(("model.", "the head size", "precision."))]
-    if unusable:
-        raise ConfigError(unusable)
+    return model_facts(config.model, num_parameters=count_parameters(shapes_only(config)))
+
+
+def _memory_facts(config: RunConfig, world_size: int) -> list[Fact]:
     num_parameters = count_parameters(shapes_only(config))
     shape = batch_shape(config.train, config.parallel, data_parallel_size=_topology(config, world_size).data_parallel_size)
-    plan = plan_run_memory(config, num_parameters=num_parameters, micro_batch_size=shape.micro_batch_size)
-    name, memory = memory_fact(plan)
-    return [*model_facts(config.model, num_parameters=num_parameters), (f"{name} per rank", memory)]
+    name, memory = memory_fact(plan_run_memory(config, num_parameters=num_parameters, micro_batch_size=shape.micro_batch_size))
+    return [(f"{name} per rank", memory)]
 
 
 def _topology(config: RunConfig, world_size: int) -> Topology:
@@ -73,7 +73,14 @@ def _topology(config: RunConfig, world_size: int) -> Topology:
 
 
 def shapes_only(config: RunConfig) -> LanguageModel:
-    """The model on the meta device: every parameter has its shape and no memory."""
+    """The model on the meta device: every parameter has its shape and no memory.
+
+    Raises:
+        ConfigError: No model can be built from the config.
+    """
+    unusable = [problem for problem in find_problems(config) if problem.startswith(("model.", "precision."))]
+    if unusable:
+        raise ConfigError(unusable)
     return build_model(config.model, dtype=COMPUTE_DTYPES[config.precision.dtype], device=torch.device("meta"))
 
 
@@ -95,4 +102,4 @@ def plan_run_memory(config: RunConfig, *, num_parameters: int, micro_batch_size:
         recomputed_block=traced.block_input if train.recompute == "full" else traced.block_without_mixer,
         head=traced.head,
     )
-    return plan_memory(num_parameters=num_parameters, compute_bytes=dtype.itemsize, activations_bytes=activations_bytes)
+    return plan_memory(num_parameters=num_parameters, activations_bytes=activations_bytes)

@@ -13,10 +13,10 @@ class MemoryPlan:
     """Bytes of one rank by kind.
 
     Args:
-        weights_bytes: fp32 master weights, and their copies in the compute dtype while a microbatch is under way.
+        weights_bytes: fp32 master weights.
         gradients_bytes: fp32.
         optimizer_bytes: Moments of AdamW, fp32.
-        activations_bytes: Kept for backward, for one microbatch.
+        activations_bytes: Kept for backward, for one microbatch; weights cast to the compute dtype included.
     """
 
     weights_bytes: int
@@ -30,17 +30,15 @@ class MemoryPlan:
         return self.weights_bytes + self.gradients_bytes + self.optimizer_bytes + self.activations_bytes
 
 
-def plan_memory(*, num_parameters: int, compute_bytes: int, activations_bytes: int) -> MemoryPlan:
+def plan_memory(*, num_parameters: int, activations_bytes: int) -> MemoryPlan:
     """The memory of training in one process.
 
     Args:
         num_parameters: Of the model.
-        compute_bytes: Size of an element of the compute dtype.
         activations_bytes: From `peak_activation_bytes`.
     """
-    copies_bytes = compute_bytes if compute_bytes < FP32_BYTES else 0
     return MemoryPlan(
-        weights_bytes=num_parameters * (FP32_BYTES + copies_bytes),
+        weights_bytes=num_parameters * FP32_BYTES,
         gradients_bytes=num_parameters * FP32_BYTES,
         optimizer_bytes=num_parameters * FP32_BYTES * ADAMW_MOMENTS,
         activations_bytes=activations_bytes,

@@ -77,11 +77,12 @@ def build_run(config: RunConfig, *, device: torch.device, resume: str, console: 
     aside = directory.set_aside() if resume == "none" else None
     if aside is not None:
         console.print(f"the earlier run of this name is now {aside}", markup=False, highlight=False)
+    directory.create()
     data = open_run_data(config, on_progress=lambda stage, done, total: _print_stage(console, stage, done, total))
     model = _build_model(config, device)
     optimizer = build_optimizer(model, config.optim, decayed_names=decayed_parameter_names(model))
     position = _go_on(config, directory, data, model, optimizer, resume=resume, console=console)
-    directory.prepare(config)
+    directory.record(config)
     apply_retention(directory.checkpoints, keep_last=config.checkpoint.keep_last, keep_every_n_steps=config.checkpoint.keep_every_n_steps)
     if config.train.compile.enabled:
         for block in model.blocks:

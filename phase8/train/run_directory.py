@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -32,16 +35,27 @@ class RunDirectory:
         """Checkpoints of a continuation that the user left by resuming from an earlier step."""
         return self.path / "superseded"
 
-    def prepare(self, config: RunConfig) -> None:
-        """Creates the directory, proves that it can be written, and records the config in it.
+    def create(self) -> None:
+        """Creates the directory and proves that it can be written, before any work is done.
 
         Raises:
             StorageError: It cannot be written.
         """
-        try:
+        with self._storage_errors():
             self.path.mkdir(parents=True, exist_ok=True)
-            text = yaml.safe_dump(config_to_mapping(config), sort_keys=False, allow_unicode=True)
+            with tempfile.TemporaryFile(dir=self.path):
+                pass
+
+    def record(self, config: RunConfig) -> None:
+        """Writes the config of the run to `config.yaml`."""
+        text = yaml.safe_dump(config_to_mapping(config), sort_keys=False, allow_unicode=True)
+        with self._storage_errors():
             (self.path / "config.yaml").write_text(text, encoding="utf-8")
+
+    @contextmanager
+    def _storage_errors(self) -> Iterator[None]:
+        try:
+            yield
         except OSError as error:
             raise StorageError(
                 f"run directory {self.path} cannot be written ({error.strerror}); set run.output_dir to a place that can."

@@ -16,7 +16,8 @@ def write_sample(model: LanguageModel, tokenizer: Tokenizer, config: RunConfig, 
     observe = config.observe
     prompt = observe.sample_prompt or ""
     tokens = prompt_tokens(tokenizer, prompt, after_document_end=not config.data.reset_at_document_boundaries)
-    drawn = generate_tokens(model, tokens, max_tokens=observe.sample_tokens, options=SamplingOptions(seed=config.train.seed), stop_id=tokenizer.eod_id)
+    options = SamplingOptions(seed=config.train.seed)
+    drawn = generate_tokens(model, tokens, max_tokens=observe.sample_tokens, options=options, stop_id=tokenizer.eod_id)
     text = prompt + tokenizer.decode(list(drawn))
     console.rule("sample")
     console.print(text, markup=False, highlight=False)

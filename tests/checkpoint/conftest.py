@@ -67,6 +67,7 @@ def run_in_fork() -> Callable[[Callable[[], None]], int]:
     def run(function: Callable[[], None]) -> int:
         child = os.fork()
         if child == 0:
+            torch.set_num_threads(1)  # the threads of torch's pool do not exist after a fork: waiting for them would never end
             try:
                 function()
             except BaseException:

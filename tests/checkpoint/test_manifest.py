@@ -152,7 +152,7 @@ def with_ending(body: bytes) -> bytes:
         b"\xff{",
         b'{"a": ' + b"[" * 100_000,
         b'{"a": ' + b'{"a":' * 100_000,
-        b'{"format": "phase8-checkpoint", "format": "phase8-checkpoint", ',
+        json.dumps(document())[:-1].encode() + b', "step": 7, ',
         b'{"step": ' + b"9" * 5000 + b", ",
         json.dumps(document())[:-1].replace("7000", "[" * 101 + "]" * 101).encode() + b", ",
         json.dumps(document())[:-1].replace("7000", "1e999").encode() + b", ",

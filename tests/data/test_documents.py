@@ -123,13 +123,14 @@ def test_bytes_that_are_not_text_are_named_or_skipped(tmp_path: Path):
 
 
 @pytest.mark.parametrize("name", ["a.jsonl.gz", "a.txt.gz"])
-@pytest.mark.parametrize("damage", ["truncated", "flipped", "not gzip"])
+@pytest.mark.parametrize("damage", ["truncated", "flipped", "bad block", "not gzip"])
 def test_damaged_gzip_files_are_named_or_skipped(tmp_path: Path, name: str, damage: str):
     content = gzip.compress(b"".join(b'{"text": "document %d"}\n' % i for i in range(3000)))
     middle = len(content) // 2
     damaged = {
         "truncated": content[:middle],
         "flipped": content[:middle] + bytes(byte ^ 0xFF for byte in content[middle : middle + 40]) + content[middle + 40 :],
+        "bad block": content[:10] + b"\xff" + content[11:],
         "not gzip": b"plain",
     }[damage]
     path = tmp_path / name

@@ -86,26 +86,32 @@ if __name__ == "__main__":
 """
 
 
-def run_and_kill(directory: Path, whom: str) -> subprocess.CompletedProcess[str]:
+def run_and_kill(directory: Path, whom: str) -> tuple[int, str]:
+    """Exit code and error output of a process in which `whom` is killed after the first shard."""
     script = directory / "script.py"
     script.write_text(KILLED_PARENT)
     (directory / "shards").write_bytes(pickle.dumps(make_inputs(directory)))
     command = [sys.executable, str(script), str(directory), whom]
-    return subprocess.run(command, env=os.environ | {"PYTHONPATH": str(ROOT)}, stderr=subprocess.PIPE, text=True)
+    with (directory / "stderr").open("wb") as stderr:  # a pipe would stay open as long as any worker lives
+        exit_code = subprocess.run(command, env=os.environ | {"PYTHONPATH": str(ROOT)}, stderr=stderr).returncode
+    return exit_code, (directory / "stderr").read_text()
 
 
 @pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="reads process states from /proc")
 def test_workers_end_when_their_parent_is_killed(tmp_path: Path):
-    assert run_and_kill(tmp_path, "parent").returncode == -signal.SIGKILL
+    assert run_and_kill(tmp_path, "parent")[0] == -signal.SIGKILL
     workers = [int(word) for word in (tmp_path / "workers").read_text().split()]
     assert len(workers) == 2
     deadline = time.monotonic() + 20
     while any(map(is_alive, workers)) and time.monotonic() < deadline:
         time.sleep(0.01)
-    assert not any(map(is_alive, workers))
+    survivors = [worker for worker in workers if is_alive(worker)]
+    for worker in survivors:
+        os.kill(worker, signal.SIGKILL)
+    assert survivors == []
 
 
 def test_a_killed_worker_is_reported(tmp_path: Path):
-    result = run_and_kill(tmp_path, "worker")
-    assert result.returncode == 1
-    assert "DataError: a worker process was killed" in result.stderr
+    exit_code, stderr = run_and_kill(tmp_path, "worker")
+    assert exit_code == 1
+    assert "DataError: a worker process was killed" in stderr

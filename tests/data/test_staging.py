@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from phase8.data.staging import exclusive_lock, read_json, staged_directory, staged_file, storage_errors, sweep_partial, write_json
+from phase8.data.staging import exclusive_lock, read_json, staged_directory, staged_file, sweep_partial, write_json
 from phase8.errors import DataError, StorageError
 
 ROOT = Path(__file__).parents[2]
@@ -60,8 +60,10 @@ def test_storage_trouble_is_one_sentence(tmp_path: Path):
     for stage in (staged_file, staged_directory):
         with pytest.raises(StorageError, match=r"cannot write .*file.x: .*; free space"), stage(tmp_path / "file" / "x"):
             pass
-    with pytest.raises(StorageError, match="No space left on device"), storage_errors(tmp_path):
-        raise OSError(28, "No space left on device")
+    for stage in (staged_file, staged_directory):
+        with pytest.raises(StorageError, match="No space left on device"), stage(tmp_path / "x"):
+            raise OSError(28, "No space left on device")
+        assert names(tmp_path) == ["file"]
     with pytest.raises(StorageError, match="cannot write"), exclusive_lock(tmp_path / "file" / "x", wait=True):
         pass
 

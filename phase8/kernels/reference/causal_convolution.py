@@ -27,14 +27,13 @@ def causal_convolution(
     length, taps = x.shape[1], weight.shape[1]
     weight = weight.to(x.dtype)
     padded = F.pad(x, (0, 0, taps - 1, 0)) if initial_state is None else torch.cat((initial_state.to(x.dtype), x), dim=1)
+    final_state = padded[:, length:]
+    if starts is None:
+        return F.conv1d(padded.transpose(1, 2), weight[:, None], groups=weight.shape[0]).transpose(1, 2), final_state
     y = x * weight[:, -1]
-    connected = None
+    connected = torch.ones_like(starts)
     for distance in range(1, taps):
-        term = padded[:, taps - 1 - distance :][:, :length] * weight[:, -1 - distance]
-        if starts is not None:
-            # Token t is connected to t - distance while none of t, ..., t - distance + 1 begins a document.
-            begins_between = F.pad(starts[:, : length - distance + 1], (min(distance - 1, length), 0))[:, :length]
-            connected = ~begins_between if connected is None else connected & ~begins_between
-            term = term * connected[..., None]
-        y = y + term
-    return y, padded[:, length:]
+        # Token t is connected to t - distance while none of t, ..., t - distance + 1 begins a document.
+        connected = connected & ~F.pad(starts, (distance - 1, 0))[:, :length]
+        y = y + padded[:, taps - 1 - distance :][:, :length] * weight[:, -1 - distance] * connected[..., None]
+    return y, final_state

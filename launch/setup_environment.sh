@@ -1,0 +1,38 @@
+#!/usr/bin/env bash
+# Makes the project's own environment in .venv, once; does nothing when it is up to date. Called by quickstart.sh and tests/run.sh.
+# Usage: setup_environment.sh [EXTRA], for example `setup_environment.sh test`.
+set -euo pipefail
+
+root="$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)"
+extra="${1:-}"
+venv="$root/.venv"
+package="$root${extra:+[$extra]}"
+
+find_python() {
+    local candidate
+    for candidate in python3 python3.13 python3.12 python3.11 python; do
+        if command -v "$candidate" >/dev/null && "$candidate" -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null; then
+            command -v "$candidate"
+            return
+        fi
+    done
+    echo "error: no Python 3.11 or newer was found on the PATH; install one and run this again." >&2
+    exit 2
+}
+
+# What the environment was made from: any change to it makes it anew.
+stamp="$venv/.made-from-${extra:-base}"
+wanted="$(cat "$root/setup.py" "${BASH_SOURCE[0]}" | cksum)"
+if [ -x "$venv/bin/python" ] && [ "$(cat "$stamp" 2>/dev/null)" = "$wanted" ]; then
+    exit 0
+fi
+
+if [ ! -x "$venv/bin/python" ]; then
+    python="$(find_python)"
+    echo "setting up $venv with $("$python" --version) (once; downloads torch, a few minutes)"
+    "$python" -m venv "$venv" || { echo "error: 'python -m venv' failed; install your system's venv package (python3-venv)." >&2; exit 2; }
+fi
+# torch first: the package's own range then installs nothing more.
+"$venv/bin/python" -m pip install --quiet --disable-pip-version-check "torch==2.13.0"
+"$venv/bin/python" -m pip install --quiet --disable-pip-version-check --editable "$package"
+echo "$wanted" > "$stamp"

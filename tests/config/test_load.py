@@ -1,0 +1,271 @@
+import json
+from pathlib import Path
+
+import pytest
+import yaml
+from pydantic import ValidationError
+
+from phase8.config.describe import describe_type, describe_value, iterate_keys
+from phase8.config.load import config_from_mapping, config_to_mapping, load_config
+from phase8.config.schema import RunConfig
+from phase8.errors import ConfigError
+
+SECTIONS = "run, model, data, parallel, zero, precision, optim, train, checkpoint, observe"
+ALL_KEYS = dict(iterate_keys())
+
+
+def write(directory: Path, content: str | bytes) -> Path:
+    path = directory / "run.yaml"
+    path.write_bytes(content if isinstance(content, bytes) else content.encode())
+    return path
+
+
+def problems_of(path: Path, *overrides: str) -> list[str]:
+    with pytest.raises(ConfigError) as caught:
+        load_config(path, overrides)
+    assert caught.value.exit_code == 2
+    return [problem.replace(str(path), "FILE") for problem in caught.value.problems]
+
+
+def one_key(name: str, value: str) -> str:
+    """YAML that gives one key a value."""
+    *sections, leaf = name.split(".")
+    text = f"{leaf}: {value}"
+    for section in reversed(sections):
+        text = f"{section}: {{{text}}}"
+    return text
+
+
+# Every class of problem, with the whole sentence.
+PROBLEMS = {
+    # unknown keys
+    "misspelt": ("train: {nun_steps: 3}", "FILE: unknown key train.nun_steps; did you mean train.num_steps?"),
+    "misspelt in a nested section": ("train: {compile: {enbled: true}}", "FILE: unknown key train.compile.enbled; did you mean train.compile.enabled?"),
+    "other section": ("model: {learning_rate: 3}", "FILE: unknown key model.learning_rate; did you mean optim.learning_rate?"),
+    "no section": ("d_model: 256", "FILE: unknown key d_model; did you mean model.d_model?"),
+    "nested section outside its own": ("compile: {enabled: true}", "FILE: unknown key compile; did you mean train.compile?"),
+    "misspelt section": ("modle: {d_model: 256}", "FILE: unknown key modle; did you mean model?"),
+    "like nothing": ("zzz: 1", f"FILE: unknown key zzz; the sections are {SECTIONS}."),
+    "a number as key": ("7: 1", f"FILE: unknown key 7; the sections are {SECTIONS}."),
+    # wrong types, one of each
+    "text for whole number": ("train: {num_steps: many}", "FILE: train.num_steps is 'many', but a whole number at least 1 is needed."),
+    "fraction for whole number": ("train: {num_steps: 1.5}", "FILE: train.num_steps is 1.5, but a whole number at least 1 is needed."),
+    "float for whole number": ("train: {num_steps: 1e3}", "FILE: train.num_steps is 1000.0, but a whole number at least 1 is needed."),
+    "bool for whole number": ("zero: {stage: true}", "FILE: zero.stage is true, but a whole number at least 0 and at most 3 is needed."),
+    "text for number": ("optim: {eps: tiny}", "FILE: optim.eps is 'tiny', but a number above 0 and finite is needed."),
+    "number for bool": ("train: {deterministic: 1}", "FILE: train.deterministic is 1, but true or false is needed."),
+    "text for bool": ("train: {deterministic: 'true'}", "FILE: train.deterministic is 'true', but true or false is needed."),
+    "number for text": ("run: {output_dir: 3}", "FILE: run.output_dir is 3, but a text is needed."),
+    "number for text or null": ("data: {train: 3}", "FILE: data.train is 3, but a text or null is needed."),
+    "unknown choice": ("precision: {dtype: fp16}", "FILE: precision.dtype is 'fp16', but one of bf16, fp32, fp8, int8 is needed."),
+    "number for choice": ("precision: {dtype: 16}", "FILE: precision.dtype is 16, but one of bf16, fp32, fp8, int8 is needed."),
+    "mapping for key": ("train: {seed: {a: 1}}", "FILE: train.seed is {'a': 1}, but a whole number at least 0 is needed."),
+    "list for key": ("train: {seed: [1]}", "FILE: train.seed is [1], but a whole number at least 0 is needed."),
+    # out of range
+    "too small": ("train: {num_steps: 0}", "FILE: train.num_steps is 0, but a whole number at least 1 is needed."),
+    "too large": (
+        "optim: {min_learning_rate_ratio: 1.1}",
+        "FILE: optim.min_learning_rate_ratio is 1.1, but a number at least 0 and at most 1 is needed.",
+    ),
+    "not above": ("optim: {learning_rate: 0}", "FILE: optim.learning_rate is 0, but a number above 0 and finite is needed."),
+    "infinite": ("optim: {learning_rate: .inf}", "FILE: optim.learning_rate is inf, but a number above 0 and finite is needed."),
+    "not a number": ("optim: {learning_rate: .nan}", "FILE: optim.learning_rate is nan, but a number above 0 and finite is needed."),
+    "too small or null": ("model: {head_size: 0}", "FILE: model.head_size is 0, but a whole number at least 1 or null is needed."),
+    "pattern": (
+        "run: {name: a/b}",
+        "FILE: run.name is 'a/b', but a text of letters, digits, '.', '_' and '-' that begins with a letter or a digit is needed.",
+    ),
+    # null and lists
+    "null": ("train: {num_steps: null}", "FILE: train.num_steps is null, but a whole number at least 1 is needed."),
+    "null section inside": ("train: {compile: }", "FILE: section train.compile holds null, but a mapping of keys is needed."),
+    "list too long": (
+        "optim: {betas: [0.9, 0.95, 1]}",
+        "FILE: optim.betas is [0.9, 0.95, 1], but a list of 2 values, each a number at least 0 and at most 1 is needed.",
+    ),
+    "two wrong entries of a list": (
+        "optim: {betas: ['0.9', 7]}",
+        "FILE: optim.betas is ['0.9', 7], but a list of 2 values, each a number at least 0 and at most 1 is needed.",
+    ),
+    "no list": ("optim: {betas: 0.9}", "FILE: optim.betas is 0.9, but a list of 2 values, each a number at least 0 and at most 1 is needed."),
+    # sections
+    "section set to a number": ("model: 3", "FILE: section model holds 3, but a mapping of keys is needed."),
+    "section set to a list": ("model: [d_model]", "FILE: section model holds ['d_model'], but a mapping of keys is needed."),
+    "nested section set to a bool": ("train: {compile: true}", "FILE: section train.compile holds true, but a mapping of keys is needed."),
+    # not YAML, or not a mapping
+    "duplicate key": ("model:\n  d_model: 256\n  d_model: 512", "FILE:3: not valid YAML (key 'd_model' is given twice); correct the line."),
+    "duplicate section": ("run: {}\nmodel: {}\nrun: {}", "FILE:3: not valid YAML (key 'run' is given twice); correct the line."),
+    "unclosed": ("run: {}\nmodel: [1\n", "FILE:3: not valid YAML (expected ',' or ']', but got '<stream end>'); correct the line."),
+    "tab": ("run:\n\tname: a", "FILE:2: not valid YAML (found character '\\t' that cannot start any token); correct the line."),
+    "template": ("run:\n  name: {{ name }}", "FILE:2: not valid YAML (found unhashable key); correct the line."),
+    "python object": (
+        "run: !!python/object:os.system {}",
+        "FILE:1: not valid YAML (could not determine a constructor for the tag 'tag:yaml.org,2002:python/object:os.system'); correct the line.",
+    ),
+    "two documents": ("run: {}\n---\nrun: {}", "FILE:2: not valid YAML (but found another document); correct the line."),
+    "control character": (
+        "run: {name: \x00}",
+        'FILE: not valid YAML (unacceptable character #x0000: special characters are not allowed in "<unicode string>", position 12); correct it.',
+    ),
+    "broken number": ("train: {seed: 0b_}", "FILE: not valid YAML (invalid literal for int() with base 2: ''); correct it."),
+    "list": ("- run", f"Config file FILE holds a list, but a mapping of sections ({SECTIONS}) is needed."),
+    "single value": ("quickstart", f"Config file FILE holds a single value, but a mapping of sections ({SECTIONS}) is needed."),
+    "not UTF-8": (
+        b"run: {name: caf\xe9}",
+        "Config file FILE cannot be read ('utf-8' codec can't decode byte 0xe9 in position 15: invalid continuation byte); "
+        "give a readable UTF-8 YAML file.",
+    ),
+}
+
+
+@pytest.mark.parametrize(("content", "sentence"), PROBLEMS.values(), ids=PROBLEMS)
+def test_every_problem_is_one_sentence(tmp_path, content, sentence):
+    assert problems_of(write(tmp_path, content)) == [sentence]
+
+
+@pytest.mark.parametrize("value", ["{a: 1}", "[]", ".nan"])
+@pytest.mark.parametrize("name", ALL_KEYS)
+def test_every_key_refuses_what_is_not_its_type(tmp_path, name, value):
+    shown = describe_value(yaml.safe_load(value))
+    expected = f"FILE: {name} is {shown}, but {describe_type(ALL_KEYS[name])} is needed."
+    assert problems_of(write(tmp_path, one_key(name, value))) == [expected]
+
+
+@pytest.mark.parametrize("name", ALL_KEYS)
+def test_every_key_takes_null_only_where_it_says_so(tmp_path, name):
+    path = write(tmp_path, one_key(name, "null"))
+    if "null" in describe_type(ALL_KEYS[name]):
+        load_config(path)
+    else:
+        assert problems_of(path) == [f"FILE: {name} is null, but {describe_type(ALL_KEYS[name])} is needed."]
+
+
+def test_all_problems_of_file_and_overrides_are_reported_together(tmp_path):
+    path = write(tmp_path, "model: {d_modle: 3, num_heads: 0}\nrun: 3\nprecision: {dtype: fp16, tf32: true}")
+    assert sorted(problems_of(path, "train.num_steps=0", "optim.lr", "trian.seed=1", "precision.tf32=2")) == sorted(
+        [
+            "--set 'optim.lr' is not of the form section.key=value, for example train.num_steps=200.",
+            "--set 'trian.seed=1': unknown key trian.seed; did you mean train.seed?",
+            "--set 'train.num_steps=0': train.num_steps is 0, but a whole number at least 1 is needed.",
+            "--set 'precision.tf32=2': precision.tf32 is 2, but true or false is needed.",
+            "FILE: unknown key model.d_modle; did you mean model.d_model?",
+            "FILE: model.num_heads is 0, but a whole number at least 1 is needed.",
+            "FILE: section run holds 3, but a mapping of keys is needed.",
+            "FILE: precision.dtype is 'fp16', but one of bf16, fp32, fp8, int8 is needed.",
+        ]
+    )
+
+
+def test_a_missing_file_and_a_directory_are_named(tmp_path):
+    missing = tmp_path / "missing.yaml"
+    assert problems_of(missing) == ["Config file FILE does not exist; give a YAML file with --config, for example configs/quickstart.yaml."]
+    (problem,) = problems_of(tmp_path)
+    assert problem.startswith("Config file FILE cannot be read (") and problem.endswith("give a readable UTF-8 YAML file.")
+
+
+@pytest.mark.parametrize("content", ["", "# nothing\n", "run:\nmodel:\n", "{}"])
+def test_an_empty_file_or_section_means_the_defaults(tmp_path, content):
+    assert load_config(write(tmp_path, content)) == RunConfig()
+
+
+@pytest.mark.parametrize(("spelling", "number"), [("1e-3", 1e-3), ("1E-8", 1e-8), ("2.5e2", 250.0), ("3", 3.0), ("+1e3", 1000.0), (".5", 0.5)])
+def test_numbers_may_be_spelt_as_in_python(tmp_path, spelling, number):
+    assert load_config(write(tmp_path, f"optim: {{learning_rate: {spelling}}}")).optim.learning_rate == number
+
+
+def test_a_date_is_a_text(tmp_path):
+    assert load_config(write(tmp_path, "run: {name: 2024-01-31}")).run.name == "2024-01-31"
+
+
+def test_merge_keys_work(tmp_path):
+    assert load_config(write(tmp_path, "train: {<<: {seed: 7, num_steps: 5}, num_steps: 6}")).train.seed == 7
+
+
+OVERRIDES = {
+    "run.name=123": "123",
+    "run.name=1e3": "1e3",
+    "run.name=true": "true",
+    "run.output_dir=a=b": "a=b",
+    "data.train=null": None,
+    "data.train=~": None,
+    "data.train=on": "on",
+    "data.train=data/mine": "data/mine",
+    "observe.sample_prompt=def main(": "def main(",
+    "observe.sample_prompt=[1": "[1",
+    "train.num_steps=200": 200,
+    "train.stop_at_step=null": None,
+    "train.stop_at_step=7": 7,
+    "train.deterministic=true": True,
+    "train.compile.enabled=true": True,
+    "optim.learning_rate=1e-3": 1e-3,
+    "optim.learning_rate=1": 1.0,
+    "optim.betas=[0.9, 0.99]": (0.9, 0.99),
+    "precision.dtype=fp32": "fp32",
+    "zero.stage=1": 1,
+}
+
+
+@pytest.mark.parametrize(("override", "value"), OVERRIDES.items(), ids=OVERRIDES)
+def test_overrides_are_typed_by_the_schema(tmp_path, override, value):
+    found = load_config(write(tmp_path, "train: {num_steps: 5}"), [override])
+    for part in override.partition("=")[0].split("."):
+        found = dict(found)[part]
+    assert found == value and type(found) is type(value)
+
+
+def test_an_override_beats_the_file_and_the_last_one_wins(tmp_path):
+    path = write(tmp_path, "train: {num_steps: wrong, seed: 5}")
+    config = load_config(path, ["train.num_steps=6", "train.num_steps=7"])
+    assert (config.train.num_steps, config.train.seed) == (7, 5)
+
+
+OVERRIDE_PROBLEMS = {
+    "train.num_steps": "is not of the form section.key=value, for example train.num_steps=200.",
+    "=3": "is not of the form section.key=value, for example train.num_steps=200.",
+    "seed=3": ": unknown key seed; did you mean train.seed?",
+    "model=3": ": model is a section; give one of its keys, model.block for example.",
+    "train.compile=true": ": train.compile is a section; give one of its keys, train.compile.enabled for example.",
+    "model.blok=x": ": unknown key model.blok; did you mean model.block?",
+    "zz.z=1": f": unknown key zz.z; the sections are {SECTIONS}.",
+    "train.num_steps=1e3": ": train.num_steps is 1000.0, but a whole number at least 1 is needed.",
+    "train.num_steps=[1": ": train.num_steps is '[1', but a whole number at least 1 is needed.",
+    "train.num_steps=0b_": ": train.num_steps is '0b_', but a whole number at least 1 is needed.",
+    "train.num_steps={a: 1, a: 2}": ": train.num_steps is '{a: 1, a: 2}', but a whole number at least 1 is needed.",
+    "run.name=a b": ": run.name is 'a b', but a text of letters, digits, '.', '_' and '-' that begins with a letter or a digit is needed.",
+}
+
+
+@pytest.mark.parametrize(("override", "sentence"), OVERRIDE_PROBLEMS.items(), ids=OVERRIDE_PROBLEMS)
+def test_every_problem_of_an_override_is_one_sentence(tmp_path, override, sentence):
+    (problem,) = problems_of(write(tmp_path, ""), override)
+    assert problem == f"--set {override!r}" + (sentence if sentence.startswith(":") else f" {sentence}")
+
+
+def test_an_override_inside_a_broken_section_adds_no_second_sentence(tmp_path):
+    assert problems_of(write(tmp_path, "model: 3"), "model.d_model=4") == ["FILE: section model holds 3, but a mapping of keys is needed."]
+
+
+def test_round_trip_through_json_and_yaml(tmp_path):
+    overrides = [override for override in OVERRIDES if "sample_prompt" not in override and "1e3" not in override]
+    config = load_config(write(tmp_path, ""), [*overrides, "observe.sample_prompt=ein Stück: [text", "run.name=2024-01-31"])
+    mapping = config_to_mapping(config)
+    assert config_from_mapping(json.loads(json.dumps(mapping)), source="manifest") == config
+    assert load_config(write(tmp_path, yaml.safe_dump(mapping, allow_unicode=True))) == config
+    assert config_from_mapping(config_to_mapping(RunConfig()), source="manifest") == RunConfig()
+
+
+def test_a_stored_config_with_a_problem_names_its_source():
+    mapping = config_to_mapping(RunConfig())
+    mapping["model"]["d_model"] = "wide"
+    with pytest.raises(ConfigError) as caught:
+        config_from_mapping(mapping, source="manifest.json")
+    assert caught.value.problems == ["manifest.json: model.d_model is 'wide', but a whole number at least 1 is needed."]
+
+
+@pytest.mark.parametrize("name", ALL_KEYS)
+def test_every_key_is_frozen(name):
+    *sections, leaf = name.split(".")
+    section = RunConfig()
+    for part in sections:
+        section = dict(section)[part]
+    with pytest.raises(ValidationError, match="frozen"):
+        setattr(section, leaf, None)

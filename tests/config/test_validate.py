@@ -1,0 +1,158 @@
+from pathlib import Path
+
+import pytest
+
+from phase8.config.load import load_config
+from phase8.config.schema import RunConfig
+from phase8.config.validate import find_problems, validate
+from phase8.errors import ConfigError
+
+SHIPPED = [path for path in sorted((Path(__file__).parents[2] / "configs").glob("*.yaml")) if path.stem != "data_mixing"]
+
+
+def config_with(*overrides: str, directory: Path) -> RunConfig:
+    path = directory / "run.yaml"
+    path.write_text("", encoding="utf-8")
+    return load_config(path, overrides)
+
+
+# Overrides of the defaults, and the one sentence they earn.
+RULES = {
+    "heads": (
+        ["model.num_heads=7"],
+        "model.num_heads 7 does not divide model.d_model 512; choose a divisor or set model.head_size.",
+    ),
+    "odd head": (
+        ["model.d_model=24", "model.num_heads=8"],
+        "model.head_size 3 (model.d_model 24 / model.num_heads 8) is odd, but rotary positions need an even one; set an even model.head_size.",
+    ),
+    "odd head size": (
+        ["model.head_size=33"],
+        "model.head_size 33 is odd, but rotary positions need an even one; set an even model.head_size.",
+    ),
+    "low rank": (
+        ["model.ffn=low_rank_swiglu"],
+        "model.ffn is low_rank_swiglu, but model.low_rank_rank is 0; set a rank of at least 1 or use ffn: swiglu.",
+    ),
+    "warmup": (
+        ["train.num_steps=100"],
+        "optim.warmup_steps 100 is not below train.num_steps 100; shorten the warmup.",
+    ),
+    "decay without wsd": (
+        ["optim.decay_steps=5"],
+        "optim.decay_steps is 5, but optim.schedule is cosine; only wsd has decay_steps, leave it null.",
+    ),
+    "warmup and decay": (
+        ["optim.schedule=wsd", "optim.decay_steps=901"],
+        "optim.warmup_steps 100 + optim.decay_steps 901 exceed train.num_steps 1000; shorten one of them.",
+    ),
+    "warmup and default decay": (
+        ["optim.schedule=wsd", "optim.warmup_steps=950"],
+        "optim.warmup_steps 950 + optim.decay_steps 100 (null) exceed train.num_steps 1000; shorten one of them.",
+    ),
+    "betas": (
+        ["optim.betas=[0.9, 1.0]"],
+        "optim.betas is [0.9, 1.0], but each must be below 1; use [0.9, 0.95], for example.",
+    ),
+    "stop": (
+        ["train.stop_at_step=1001"],
+        "train.stop_at_step 1001 is after train.num_steps 1000; leave it null or make it smaller.",
+    ),
+    "recompute interval without recomputation": (
+        ["train.recompute_every_n_layers=2"],
+        "train.recompute_every_n_layers is 2, but train.recompute is none; set it to full or selective.",
+    ),
+    "recompute interval": (
+        ["train.recompute=full", "train.recompute_every_n_layers=9"],
+        "train.recompute_every_n_layers 9 exceeds model.num_layers 8; choose a smaller interval.",
+    ),
+    "validation without data": (
+        ["data.validation=held_out"],
+        "data.validation is 'held_out', but data.train is null and the embedded corpus brings its own; set data.train too.",
+    ),
+    "tokenizer without data": (
+        ["data.tokenizer=t.model"],
+        "data.tokenizer is 't.model', but data.train is null and the embedded corpus brings its own; set data.train too.",
+    ),
+    "prompt without tokenizer": (
+        ["data.train=mine", "observe.sample_prompt=Once"],
+        "observe.sample_prompt is set, but data.tokenizer is null; give the tokenizer of the data, or leave the prompt null.",
+    ),
+    "batch": (
+        ["train.micro_batch_size=5"],
+        "train.global_batch_size 32 is not train.micro_batch_size 5 x parallel.num_microbatches null x data-parallel size 1; "
+        "give any two of the three and leave the other null.",
+    ),
+    "expert axis": (
+        ["parallel.sequence_parallel=false"],
+        "parallel.sequence_parallel is false, which is not supported yet; use true.",
+    ),
+    "zero": (["zero.stage=1"], "zero.stage is 1, which is not supported yet; use 0."),
+    "deepspeed": (["zero.engine=deepspeed"], "zero.engine is 'deepspeed', which is not supported yet; use 'fsdp'."),
+    "offload optimizer": (["zero.offload_optimizer=cpu"], "zero.offload_optimizer is 'cpu', which is not supported yet; use 'none'."),
+    "offload params": (["zero.offload_params=nvme"], "zero.offload_params is 'nvme', which is not supported yet; use 'none'."),
+    "fp8": (["precision.dtype=fp8"], "precision.dtype is 'fp8', which is not supported yet; use 'bf16' or 'fp32'."),
+    "int8": (["precision.dtype=int8"], "precision.dtype is 'int8', which is not supported yet; use 'bf16' or 'fp32'."),
+    "muon": (["optim.name=muon"], "optim.name is 'muon', which is not supported yet; use 'adamw'."),
+    "moe": (["model.ffn=moe"], "model.ffn is 'moe', which is not supported yet; use 'swiglu' or 'low_rank_swiglu'."),
+}
+
+
+@pytest.mark.parametrize(("overrides", "sentence"), RULES.values(), ids=RULES)
+def test_every_rule_is_one_sentence(tmp_path, overrides, sentence):
+    config = config_with(*overrides, directory=tmp_path)
+    assert find_problems(config) == [sentence]
+    with pytest.raises(ConfigError) as caught:
+        validate(config)
+    assert caught.value.problems == [sentence]
+
+
+ALLOWED = {
+    "head size without division": ["model.num_heads=7", "model.head_size=32"],
+    "low rank": ["model.ffn=low_rank_swiglu", "model.low_rank_rank=4"],
+    "no warmup": ["optim.warmup_steps=0", "train.num_steps=1"],
+    "longest warmup": ["train.num_steps=101"],
+    "wsd from warmup to end": ["optim.schedule=wsd", "optim.decay_steps=900"],
+    "stop at the end": ["train.stop_at_step=1000"],
+    "recompute every layer but the first": ["train.recompute=selective", "train.recompute_every_n_layers=8"],
+    "own data": ["data.train=mine", "data.validation=held_out", "data.tokenizer=t.model", "observe.sample_prompt=Once"],
+    "accumulation": ["train.micro_batch_size=8", "parallel.num_microbatches=4"],
+    "batch from its parts": ["train.global_batch_size=null", "train.micro_batch_size=3", "parallel.num_microbatches=5"],
+}
+
+
+@pytest.mark.parametrize("overrides", ALLOWED.values(), ids=ALLOWED)
+def test_what_lies_just_inside_the_rules_is_allowed(tmp_path, overrides):
+    validate(config_with(*overrides, directory=tmp_path))
+
+
+@pytest.mark.parametrize("axis", ["tensor", "pipeline", "context"])
+def test_parallel_degrees_are_refused_until_built(tmp_path, axis):
+    config = config_with(f"parallel.{axis}_parallel_size=2", directory=tmp_path)
+    assert find_problems(config, world_size=2) == [
+        f"parallel.{axis}_parallel_size is 2, which is not supported yet; use 1.",
+        "world size 2 is not supported yet; start one process without torchrun.",
+    ]
+
+
+def test_expert_parallelism_is_refused_until_built(tmp_path):
+    config = config_with("parallel.expert_parallel_size=2", directory=tmp_path)
+    assert find_problems(config, world_size=2) == [
+        "parallel.expert_parallel_size is 2, which is not supported yet; use 1.",
+        "world size 2 is not supported yet; start one process without torchrun.",
+    ]
+
+
+def test_a_topology_that_does_not_fit_is_reported_with_everything_else(tmp_path):
+    config = config_with("parallel.tensor_parallel_size=3", "model.num_heads=7", "train.stop_at_step=2000", directory=tmp_path)
+    problems = find_problems(config, world_size=8)
+    assert len(problems) == 5
+    for word in ("model.num_heads 7", "train.stop_at_step 2000", "world size 8 is not a positive multiple", "tensor_parallel_size is 3", "world size 8 is not supp"):
+        assert sum(word in problem for problem in problems) == 1
+
+
+@pytest.mark.parametrize("path", SHIPPED, ids=[path.stem for path in SHIPPED])
+def test_every_shipped_config_is_valid_and_named_after_its_file(path):
+    config = load_config(path)
+    validate(config)
+    assert config.run.name == path.stem

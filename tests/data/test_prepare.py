@@ -1,0 +1,360 @@
+"""Preparation: what is written and named, independence of workers and shards, and going on after a kill -9 at any point."""
+
+from __future__ import annotations
+
+import dataclasses
+import gzip
+import json
+import os
+import pickle
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from phase8.data.documents import find_sources
+from phase8.data.indexed import IndexedDataset
+from phase8.data.preparation import PrepareOptions, PrepareReport
+from phase8.data.prepare import prepare
+from phase8.data.shards import DocumentRules
+from phase8.data.staging import exclusive_lock
+from phase8.data.tokenizer import load_tokenizer, train_sentencepiece
+from phase8.errors import ConfigError, DataError, StorageError
+
+ROOT = Path(__file__).parents[2]
+TEXTS = [f"document {i}\n\tholds the number {i * i} — é\n" * (1 + i % 5) for i in range(120)]
+
+
+@pytest.fixture
+def inputs(tmp_path: Path) -> Path:
+    """A directory with text files, JSON lines and gzipped JSON lines that hold TEXTS in order."""
+    directory = tmp_path / "inputs"
+    directory.mkdir()
+    for i, text in enumerate(TEXTS[:20]):
+        (directory / f"a{i:02d}.txt").write_bytes(text.encode())
+    (directory / "b.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in TEXTS[20:90]))
+    (directory / "c.jsonl.gz").write_bytes(gzip.compress("".join(json.dumps({"text": text}) + "\n" for text in TEXTS[90:]).encode()))
+    return directory
+
+
+@pytest.fixture(scope="module")
+def tokenizer_path(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return train_sentencepiece(TEXTS, tmp_path_factory.mktemp("tokenizer") / "t.model", vocab_size=300)
+
+
+def options(inputs: Path, prefix: Path, **changes: object) -> PrepareOptions:
+    """A preparation with a tokenizer of its own, a split and, unless told otherwise, one shard."""
+    defaults = {
+        "train_tokenizer": True,
+        "vocab_size": 300,
+        "rules": DocumentRules(validation_fraction=0.2),
+        "shard_bytes": 1 << 20,
+        "tokenizer_sample_bytes": 20_000,
+    }
+    return PrepareOptions(inputs=(inputs,), output_prefix=prefix, **defaults | changes)
+
+
+def content(directory: Path) -> dict[str, bytes]:
+    """Bytes of everything but the record, which holds paths."""
+    return {path.name: path.read_bytes() for path in directory.iterdir() if not path.name.endswith("_prepared.json")}
+
+
+def stored_texts(prefix: str, tokenizer_path: Path) -> list[str]:
+    dataset, tokenizer = IndexedDataset(prefix), load_tokenizer(tokenizer_path)
+    return [tokenizer.decode(np.concatenate(dataset.document(k))) for k in range(dataset.num_documents)]
+
+
+def test_documents_are_written_in_order_under_megatrons_name(inputs: Path, tmp_path: Path, tokenizer_path: Path):
+    report = prepare(
+        options(inputs, tmp_path / "out" / "mine", tokenizer=tokenizer_path, train_tokenizer=False, vocab_size=None, rules=DocumentRules())
+    )
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == [
+        "mine_text_document.bin",
+        "mine_text_document.idx",
+        "mine_text_prepared.json",
+    ]
+    assert stored_texts(str(tmp_path / "out" / "mine_text_document"), tokenizer_path) == TEXTS
+    assert (report.num_documents, report.dtype, report.vocab_size) == (120, "uint16", 300)
+    assert report.text_bytes == sum(len(text.encode()) for text in TEXTS)
+    assert report.settings == [
+        f"data.train={tmp_path}/out/mine_text_document",
+        f"data.tokenizer={tokenizer_path}",
+        "model.vocab_size=300",
+    ]
+
+
+def test_a_split_and_a_trained_tokenizer_have_names_of_their_own(inputs: Path, tmp_path: Path):
+    report = prepare(options(inputs, tmp_path / "out" / "mine"))
+    names = ["mine_text_prepared.json", "mine_text_tokenizer.model"]
+    names += [f"mine_{split}_text_document.{suffix}" for split in ("train", "validation") for suffix in ("bin", "idx")]
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == sorted(names)
+    tokenizer = tmp_path / "out" / "mine_text_tokenizer.model"
+    train, validation = (stored_texts(report.splits[split].prefix, tokenizer) for split in ("train", "validation"))
+    rules = DocumentRules(validation_fraction=0.2)
+    assert train == [text for text in TEXTS if rules.split_of(text) == "train"]
+    assert validation == [text for text in TEXTS if rules.split_of(text) == "validation"]
+    assert report.splits["train"].num_documents == len(train)
+    assert f"data.validation={tmp_path}/out/mine_validation_text_document" in report.settings
+
+
+def test_the_output_does_not_depend_on_the_number_of_workers(inputs: Path, tmp_path: Path):
+    prepare(options(inputs, tmp_path / "one" / "x", shard_bytes=4000))
+    prepare(options(inputs, tmp_path / "two" / "x", shard_bytes=4000, num_workers=2))
+    assert content(tmp_path / "one") == content(tmp_path / "two")
+
+
+def test_the_output_does_not_depend_on_the_shards(inputs: Path, tmp_path: Path, tokenizer_path: Path):
+    given = {"tokenizer": tokenizer_path, "train_tokenizer": False, "vocab_size": None}
+    prepare(options(inputs, tmp_path / "one" / "x", shard_bytes=2000, **given))
+    prepare(options(inputs, tmp_path / "two" / "x", **given))
+    assert content(tmp_path / "one") == content(tmp_path / "two")
+
+
+def test_the_tokenizer_learns_from_training_documents_all_over_the_inputs(inputs: Path, tmp_path: Path):
+    rules = DocumentRules(validation_fraction=0.2)
+    (inputs / "d.jsonl").write_text(json.dumps({"text": "zebra " * 300}) + "\n")
+    assert rules.split_of("zebra " * 300) == "train"
+    held_out = next(text for text in (f"{i} quokka " * 300 for i in range(100)) if rules.split_of(text) == "validation")
+    (inputs / "e.jsonl").write_text(json.dumps({"text": held_out}) + "\n")
+    prepare(options(inputs, tmp_path / "x", tokenizer_sample_bytes=1 << 20, shard_bytes=2000))
+    tokenizer = load_tokenizer(tmp_path / "x_text_tokenizer.model")
+    assert len(tokenizer.encode(" zebra")) == 1
+    assert len(tokenizer.encode(" quokka")) > 2
+
+
+def test_the_tokenizer_sample_is_bounded(inputs: Path, tmp_path: Path):
+    small = prepare(options(inputs, tmp_path / "small", tokenizer_sample_bytes=400, vocab_size=290))
+    assert small.vocab_size == 290
+    with pytest.raises(DataError, match=r"vocabulary of 400 .* use \d+ to \d+"):
+        prepare(options(inputs, tmp_path / "large", tokenizer_sample_bytes=400, vocab_size=400))
+
+
+def test_a_finished_preparation_is_not_done_again(inputs: Path, tmp_path: Path):
+    first = prepare(options(inputs, tmp_path / "out" / "x"))
+    stages: list[str] = []
+    again = prepare(options(inputs, tmp_path / "out" / "x", num_workers=2), on_progress=lambda stage, *_: stages.append(stage))
+    assert stages == []
+    assert again.is_reused
+    assert dataclasses.replace(again, is_reused=False) == first
+
+
+@pytest.mark.parametrize("change", ["input", "new input", "rules", "tokenizer", "output damaged", "output missing", "tokenizer lost"])
+def test_what_changed_is_prepared_again(inputs: Path, tmp_path: Path, change: str):
+    old = prepare(options(inputs, tmp_path / "out" / "x"))
+    changes: dict[str, object] = {}
+    if change == "input":
+        (inputs / "a00.txt").write_text("something else")
+    elif change == "new input":
+        (inputs / "z.txt").write_text("something new")
+    elif change == "rules":
+        changes = {"rules": DocumentRules(validation_fraction=0.2, append_eod=False)}
+    elif change == "tokenizer":
+        changes = {"vocab_size": 301}
+    elif change == "output damaged":
+        path = tmp_path / "out" / "x_train_text_document.bin"
+        path.write_bytes(path.read_bytes()[:-2])
+    elif change == "output missing":
+        (tmp_path / "out" / "x_validation_text_document.idx").unlink()
+    else:
+        (tmp_path / "out" / "x_text_tokenizer.model").write_bytes(b"")
+    new = prepare(options(inputs, tmp_path / "out" / "x", **changes))
+    assert not new.is_reused
+    prepare(options(inputs, tmp_path / "fresh" / "x", **changes))
+    assert content(tmp_path / "out") == content(tmp_path / "fresh")
+    if change.startswith(("output", "tokenizer lost")):
+        assert dataclasses.replace(new, is_reused=False) == old
+
+
+KILLED_RUN = """
+import os, pickle, signal, sys
+from phase8.data.prepare import prepare
+
+remaining = int(sys.argv[2])
+
+def on_progress(stage, completed, total):
+    global remaining
+    remaining -= 1
+    if remaining < 0:
+        os.kill(os.getpid(), signal.SIGKILL)
+
+if __name__ == "__main__":
+    with open(sys.argv[1], "rb") as file:
+        prepare(pickle.load(file), on_progress=on_progress)
+    print("finished")
+"""
+
+
+def run_killed(tmp_path: Path, prepared: PrepareOptions, num_events: int) -> bool:
+    """Runs a preparation in a process that kills itself at its (num_events + 1)st progress event; whether it was killed."""
+    (tmp_path / "options").write_bytes(pickle.dumps(prepared))
+    (tmp_path / "script.py").write_text(KILLED_RUN)
+    command = [sys.executable, str(tmp_path / "script.py"), str(tmp_path / "options"), str(num_events)]
+    result = subprocess.run(command, env=os.environ | {"PYTHONPATH": str(ROOT)}, capture_output=True, text=True)
+    assert result.returncode == -signal.SIGKILL or "finished" in result.stdout, result.stderr
+    return result.returncode == -signal.SIGKILL
+
+
+@pytest.mark.parametrize("num_workers", [1, 2])
+def test_killed_again_and_again_the_result_is_that_of_an_undisturbed_run(inputs: Path, tmp_path: Path, num_workers: int):
+    prepared = options(inputs, tmp_path / "out" / "x", num_workers=num_workers, shard_bytes=2000)
+    events: list[str] = []
+    prepare(options(inputs, tmp_path / "undisturbed" / "x", shard_bytes=2000), on_progress=lambda stage, *_: events.append(stage))
+    points = [4, 3] if num_workers == 1 else [5]
+    for point in points:
+        assert run_killed(tmp_path, prepared, point)
+        assert not (tmp_path / "out" / "x_text_prepared.json").exists()
+    assert len(list((tmp_path / "out" / "x_text.preparing").glob("shard-*"))) >= 3
+    stages: list[str] = []
+    prepare(prepared, on_progress=lambda stage, *_: stages.append(stage))
+    assert len(stages) < len(events)
+    assert "training the tokenizer" not in stages
+    assert content(tmp_path / "out") == content(tmp_path / "undisturbed")
+
+
+def test_killed_while_publishing_nothing_half_written_is_left(inputs: Path, tmp_path: Path):
+    prepared = options(inputs, tmp_path / "out" / "x", shard_bytes=1 << 20)
+    prepare(dataclasses.replace(prepared, output_prefix=tmp_path / "undisturbed" / "x"))
+    assert run_killed(tmp_path, prepared, 3)
+    # From here on the shards are finished: the events of a run are tokenizing, writing train (twice), writing validation (twice).
+    for point in (1, 3, 4):
+        assert run_killed(tmp_path, prepared, point)
+        assert not (tmp_path / "out" / "x_text_prepared.json").exists()
+        assert (tmp_path / "out" / "x_train_text_document.idx").exists() == (point >= 2)
+        assert any(path.name.endswith(".partial") for path in (tmp_path / "out").iterdir()) == (point in (1, 3))
+    prepare(prepared)
+    assert content(tmp_path / "out") == content(tmp_path / "undisturbed")
+
+
+def test_only_changed_shards_are_made_again_after_a_kill(inputs: Path, tmp_path: Path, tokenizer_path: Path):
+    prepared = options(inputs, tmp_path / "out" / "x", tokenizer=tokenizer_path, train_tokenizer=False, vocab_size=None, shard_bytes=2000)
+    events: list[str] = []
+    prepare(dataclasses.replace(prepared, output_prefix=tmp_path / "y"), on_progress=lambda stage, *_: events.append(stage))
+    num_shards = events.count("tokenizing") - 1
+    assert run_killed(tmp_path, prepared, num_shards)
+    last = sorted((tmp_path / "out" / "x_text.preparing").glob("shard-*"))[-2]
+    made_before = (last / "record.json").stat().st_mtime_ns
+    text = (inputs / "a00.txt").read_text()
+    (inputs / "a00.txt").write_text(text.replace("document", "tnemucod"))
+    stages: list[str] = []
+
+    def on_progress(stage: str, completed: int, total: int) -> None:
+        stages.append(stage)
+        if stage == "tokenizing" and last.exists():
+            assert (last / "record.json").stat().st_mtime_ns == made_before
+
+    report = prepare(prepared, on_progress=on_progress)
+    assert 2 <= stages.count("tokenizing") <= 3
+    both = stored_texts(report.splits["train"].prefix, tokenizer_path) + stored_texts(report.splits["validation"].prefix, tokenizer_path)
+    assert sorted(both) == sorted([TEXTS[0].replace("document", "tnemucod"), *TEXTS[1:]])
+
+
+def test_two_preparations_of_one_output_do_not_mix(inputs: Path, tmp_path: Path):
+    with exclusive_lock(tmp_path / "out" / "x_text.lock", wait=False), pytest.raises(DataError, match="another process holds"):
+        prepare(options(inputs, tmp_path / "out" / "x"))
+    prepare(options(inputs, tmp_path / "out" / "x"))
+
+
+def test_invalid_documents_stop_the_preparation_or_are_counted(inputs: Path, tmp_path: Path):
+    (inputs / "bad.jsonl").write_text('{"text": "fine"}\n{"txet": "wrong"}\n{"text": ""}\n')
+    with pytest.raises(DataError, match=r"bad\.jsonl, line 2: .*without the key 'text'.*--skip-invalid"):
+        prepare(options(inputs, tmp_path / "x"))
+    report = prepare(options(inputs, tmp_path / "x", rules=DocumentRules(validation_fraction=0.2, skip_invalid=True)))
+    assert (report.num_invalid, report.num_empty, report.num_documents) == (1, 1, 121)
+    assert "bad.jsonl, line 2" in str(report.first_invalid)
+
+
+def test_the_first_invalid_document_is_the_first_of_the_inputs_also_after_an_interruption(tmp_path: Path, tokenizer_path: Path):
+    inputs = tmp_path / "inputs"
+    inputs.mkdir()
+    for name in ("a.txt", "b.txt", "c.txt"):
+        (inputs / name).write_text(name * 100)
+    (inputs / "c.txt").write_bytes(b"\xff" * 100)
+    given = {"train_tokenizer": False, "vocab_size": None, "tokenizer": tokenizer_path, "rules": DocumentRules(skip_invalid=True)}
+    prepared = options(inputs, tmp_path / "out" / "x", shard_bytes=100, **given)
+
+    def interrupt(stage: str, completed: int, total: int) -> None:
+        if stage.startswith("writing"):
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        prepare(prepared, on_progress=interrupt)
+    (inputs / "a.txt").write_bytes(b"\xff" * 100)
+    report = prepare(prepared)
+    assert report.num_invalid == 2
+    assert "a.txt" in str(report.first_invalid)
+
+
+@pytest.mark.parametrize("lines", ["", "\n\n", '{"text": ""}\n'])
+def test_an_empty_corpus_is_refused(tmp_path: Path, tokenizer_path: Path, lines: str):
+    path = tmp_path / "a.jsonl"
+    path.write_text(lines)
+    given = {"train_tokenizer": False, "vocab_size": None, "tokenizer": tokenizer_path}
+    with pytest.raises(DataError, match="the inputs hold no document with text"):
+        prepare(options(path, tmp_path / "out" / "x", **given))
+    with pytest.raises(DataError, match="no text to train"):
+        prepare(options(path, tmp_path / "out" / "x"))
+    assert list((tmp_path / "out").glob("*_document.*")) == []
+
+
+def test_a_split_without_a_document_is_refused(tmp_path: Path, tokenizer_path: Path):
+    path = tmp_path / "a.txt"
+    path.write_text("a")
+    given = {"train_tokenizer": False, "vocab_size": None, "tokenizer": tokenizer_path}
+    with pytest.raises(DataError, match=r"none of the 1 documents fell into the validation split with --validation-fraction 0\.2"):
+        prepare(options(path, tmp_path / "x", **given))
+    path.write_text("ab")
+    with pytest.raises(DataError, match="none of the 1 documents fell into the train split"):
+        prepare(options(path, tmp_path / "x", **given | {"rules": DocumentRules(validation_fraction=0.999)}))
+
+
+def test_an_input_that_changes_meanwhile_is_not_published(inputs: Path, tmp_path: Path):
+    def on_progress(stage: str, completed: int, total: int) -> None:
+        if stage == "tokenizing" and completed == total:
+            (inputs / "a00.txt").write_text("changed meanwhile")
+
+    with pytest.raises(DataError, match=r"a00\.txt was changed while"):
+        prepare(options(inputs, tmp_path / "out" / "x"), on_progress=on_progress)
+    assert list((tmp_path / "out").glob("*_document.*")) == []
+
+
+def test_an_output_that_cannot_be_written_is_a_storage_error(inputs: Path, tmp_path: Path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(StorageError, match="cannot write"):
+        prepare(options(inputs, tmp_path / "file" / "x"))
+
+
+@pytest.mark.parametrize(
+    ("changes", "finding"),
+    [
+        ({"train_tokenizer": False, "vocab_size": None}, "choose one tokenizer"),
+        ({"tokenizer": Path("t.model")}, "choose one tokenizer"),
+        ({"vocab_size": None}, "--vocab-size belongs to --train-tokenizer"),
+        ({"tokenizer": Path("t.model"), "train_tokenizer": False}, "--vocab-size belongs to --train-tokenizer"),
+        ({"rules": DocumentRules(validation_fraction=1.0)}, "--validation-fraction is 1.0"),
+        ({"rules": DocumentRules(validation_fraction=float("nan"))}, "--validation-fraction is nan"),
+        ({"rules": DocumentRules(json_key="a/b")}, "--json-key is 'a/b'"),
+        ({"num_workers": 0}, "--workers is 0"),
+        ({"shard_bytes": 0}, "--shard-bytes is 0"),
+        ({"inputs": ()}, "there is no input"),
+    ],
+)
+def test_options_that_cannot_be_are_refused(inputs: Path, tmp_path: Path, changes: dict[str, object], finding: str):
+    with pytest.raises(ConfigError, match=finding):
+        prepare(dataclasses.replace(options(inputs, tmp_path / "x"), **changes))
+
+
+def test_all_problems_of_the_options_are_reported_at_once(inputs: Path, tmp_path: Path):
+    assert len(options(inputs, tmp_path / "x", num_workers=0, shard_bytes=0, vocab_size=None).problems()) == 3
+
+
+def test_the_same_file_under_another_path_gives_the_same_bytes(inputs: Path, tmp_path: Path):
+    first = prepare(options(inputs, tmp_path / "one" / "x"))
+    inputs.rename(tmp_path / "moved")
+    second = prepare(options(tmp_path / "moved", tmp_path / "two" / "x"))
+    assert content(tmp_path / "one") == content(tmp_path / "two")
+    assert first.num_tokens == second.num_tokens
+    assert isinstance(second, PrepareReport)
+    assert len(find_sources([tmp_path / "moved"])[0]) == 22

@@ -1,0 +1,104 @@
+"""The Phase 8 block written again from its definition, in float64: loops over tokens and heads, dense masks, torch.linalg.
+
+It shares no code with phase8.model or phase8.kernels; it reads the parameters of a model by name.
+"""
+
+import math
+
+import torch
+import torch.nn.functional as F
+
+ARCCOSH_EPS = 1e-3
+
+
+def hidden_states(model, tokens):
+    """Final hidden states [B, T, D] of a LanguageModel."""
+    section, p = model.section, {name: value.detach().double() for name, value in model.named_parameters()}
+    out = []
+    for row in tokens:
+        x = p["embedding.weight"][row]
+        for layer in range(section.num_layers):
+            own = {name.removeprefix(f"blocks.{layer}."): value for name, value in p.items() if name.startswith(f"blocks.{layer}.")}
+            x = x + mixer(section, own, rms(x, section.norm_eps) * own["mixer_norm.weight"])
+            y = rms(x, section.norm_eps) * own["feed_forward_norm.weight"]
+            gate, up = (linear(own, f"feed_forward.{name}", y) for name in ("gate", "up"))
+            x = x + linear(own, "feed_forward.down", gate * torch.sigmoid(gate) * up)
+        out.append(rms(x, section.norm_eps) * p["norm.weight"])
+    return torch.stack(out)
+
+
+def mixer(section, p, x):
+    """[T, D] -> [T, D]."""
+    heads, size, length = section.num_heads, section.head_width, len(x)
+    qkv = torch.cat([linear(p, f"mixer.{name}", x) for name in "qkv"], dim=-1)
+    if "mixer.convolution.weight" in p:
+        taps = p["mixer.convolution.weight"]
+        shifted = [torch.cat((torch.zeros_like(qkv[:j]), qkv[: length - j])) for j in range(taps.shape[1])]
+        qkv = sum(shifted[j][:length] * taps[:, -1 - j] for j in range(taps.shape[1]))
+    q, k, v = (part.reshape(length, heads, size) for part in qkv.chunk(3, dim=-1))
+    if section.block == "transformer":
+        return linear(p, "mixer.out", torch.cat([softmax_attention(section, q, k, v, h, None, p) for h in range(heads)], dim=-1))
+    scalars = (x @ p["mixer.scalars.weight"].T).reshape(length, heads, -1)
+    outputs = []
+    for h in range(heads):
+        decay_term, gate_term = chain_terms(p, scalars, h)
+        alpha = torch.exp(-F.softplus(scalars[:, h, 0] + p["mixer.decay_bias"][h]) * torch.exp(decay_term))
+        gate = torch.sigmoid(scalars[:, h, 1] + p["mixer.gate_bias"][h] + gate_term)
+        state, read = torch.zeros(size, size, dtype=x.dtype), []
+        for i in range(length):
+            key, query = rms(k[i, h], section.norm_eps), rms(q[i, h], section.norm_eps)
+            state = alpha[i] * state + (1 - alpha[i]) * torch.outer(key, v[i, h]) / math.sqrt(size)
+            read.append(state.T @ query)
+        y_global = rms(torch.stack(read), section.norm_eps) * p["mixer.global_norm.weight"][h]
+        outputs.append(softmax_attention(section, q, k, v, h, section.local_window_size, p) + gate[:, None] * y_global)
+    return linear(p, "mixer.out", torch.cat(outputs, dim=-1))
+
+
+def chain_terms(p, scalars, h):
+    """Log factor of the decay rate and addition to the gate, from the Green function by matrix inversion."""
+    if "mixer.chain.energy" not in p:
+        return torch.zeros(()), torch.zeros(())
+    potential = 2 * torch.tanh(scalars[:, h, 2] / 2)
+    z = torch.complex(p["mixer.chain.energy"][h], 0.1 + F.softplus(p["mixer.chain.eta_raw"][h]))
+    hopping = F.softplus(p["mixer.chain.hopping_raw"][h]).sqrt()
+    g = []
+    for n in range(1, len(potential) + 1):
+        operator = torch.diag(potential[:n]) + hopping * (torch.ones(n - 1).diag(1) + torch.ones(n - 1).diag(-1)).double()
+        g.append(torch.linalg.inv(z * torch.eye(n) - operator)[-1, -1])
+    g = torch.view_as_real(torch.stack(g))
+    terms = (p.get(f"mixer.chain.{name}") for name in ("decay_mix", "gate_mix"))
+    return tuple(torch.zeros(()) if mix is None else g @ mix[h] for mix in terms)
+
+
+def softmax_attention(section, q, k, v, h, window, p):
+    """One head; a window of W tokens and the first G, or everything before."""
+    length, size = len(q), q.shape[-1]
+    q, k = (rotate(x[:, h], section.rope_base) for x in (q, k))
+    if window is None or section.score == "dot":
+        scores = q @ k.T / math.sqrt(size)
+    else:
+        radius, beta = (F.softplus(p[f"mixer.score.{name}"][h]) for name in ("radius_raw", "beta_raw"))
+        q, k = (radius * rms(x, section.norm_eps) / math.sqrt(size) for x in (q, k))
+        cosh = torch.sqrt(1 + (q * q).sum(-1))[:, None] * torch.sqrt(1 + (k * k).sum(-1)) - q @ k.T
+        scores = -beta * torch.acosh(cosh / math.sqrt(1 - ARCCOSH_EPS))
+    i, j = torch.arange(length)[:, None], torch.arange(length)
+    visible = j <= i if window is None else (j <= i) & ((i - j < window) | (j < section.global_tokens))
+    return scores.masked_fill(~visible, -math.inf).softmax(-1) @ v[:, h]
+
+
+def rotate(x, base):
+    """Pairs (c, c + K/2) as complex numbers, turned."""
+    half = x.shape[-1] // 2
+    frequency = base ** (-torch.arange(half, dtype=torch.float64) / half)
+    turned = torch.complex(x[:, :half], x[:, half:]) * torch.exp(1j * torch.arange(len(x))[:, None] * frequency)
+    return torch.cat((turned.real, turned.imag), dim=-1)
+
+
+def rms(x, eps):
+    return x / torch.sqrt((x * x).mean(-1, keepdim=True) + eps)
+
+
+def linear(p, name, x):
+    if f"{name}.weight" in p:
+        return x @ p[f"{name}.weight"].T
+    return x @ p[f"{name}.down.weight"].T @ p[f"{name}.up.weight"].T

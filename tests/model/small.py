@@ -1,0 +1,74 @@
+"""Small models for tests: every shipped config scaled down, with weights that hide nothing."""
+
+from pathlib import Path
+
+import torch
+
+from phase8.config.load import load_config
+from phase8.config.schema import ModelSection
+from phase8.model.model import LanguageModel, build_model
+from phase8.model.parameters import initialise
+
+CONFIGS = [path for path in sorted((Path(__file__).parents[2] / "configs").glob("*.yaml")) if path.stem != "data_mixing"]
+LENGTH = 29
+
+
+def scaled_down(model: ModelSection, **changes) -> ModelSection:
+    """The same kind of model at a size where float64 on a CPU is instant."""
+    small = {
+        "d_model": 24,
+        "num_layers": 2,
+        "num_heads": 4,
+        "head_size": None,
+        "ffn_size": 40,
+        "vocab_size": 61,
+        "sequence_length": LENGTH,
+        "low_rank_rank": min(model.low_rank_rank, 5),
+        "local_window_size": 6,
+        "global_tokens": min(model.global_tokens, 3),
+    }
+    return model.model_copy(update={**small, **changes})
+
+
+def shipped_sections() -> list:
+    """(name, section) of every shipped config with the default block and with the transformer's."""
+    sections = []
+    for path in CONFIGS:
+        section = load_config(path).model
+        sections += [(f"{path.stem}-{block}", scaled_down(section, block=block)) for block in ("phase8", "transformer")]
+    return sections
+
+
+SHIPPED = shipped_sections()
+VARIANTS = [
+    *SHIPPED,
+    *(
+        (f"score-{score}-chain-{chain}", scaled_down(ModelSection(score=score, chain=chain, convolution_size=taps)))
+        for score, chain, taps in (("dot", "none", 1), ("dot", "decay", 4), ("lorentz", "gate", 4), ("dot", "both", 2))
+    ),
+    ("transformer-convolution", scaled_down(ModelSection(block="transformer", convolution_size=4))),
+    ("low-rank", scaled_down(ModelSection(low_rank_rank=5, ffn="low_rank_swiglu", tie_embeddings=True))),
+]
+VARIANT_IDS = [name for name, _ in VARIANTS]
+VARIANT_SECTIONS = [section for _, section in VARIANTS]
+
+
+def perturbed_model(section: ModelSection, *, dtype: torch.dtype = torch.float64, **options) -> LanguageModel:
+    """A model whose zero-initialised weights have been moved off zero, so that nothing behind them is hidden."""
+    model = build_model(section, dtype=dtype, device=torch.device("cpu"), **options)
+    initialise(model, seed=0)
+    generator = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter += 0.2 * torch.randn(parameter.shape, generator=generator)
+    return model.to(dtype)
+
+
+def random_tokens(batch: int = 2, length: int = LENGTH, vocab_size: int = 61) -> torch.Tensor:
+    return torch.randint(vocab_size, (batch, length), generator=torch.Generator().manual_seed(2))
+
+
+def document_starts(*begins: int, batch: int = 2, length: int = LENGTH) -> torch.Tensor:
+    starts = torch.zeros(batch, length, dtype=torch.bool)
+    starts[:, list(begins)] = True
+    return starts

@@ -1,0 +1,148 @@
+import pytest
+import torch
+from oracle import hidden_states
+from small import LENGTH, VARIANT_IDS, VARIANT_SECTIONS, document_starts, perturbed_model, random_tokens, scaled_down
+
+from phase8.config.schema import ModelSection
+from phase8.kernels.reference.cross_entropy import IGNORED_TARGET
+
+every_variant = pytest.mark.parametrize("section", VARIANT_SECTIONS, ids=VARIANT_IDS)
+both_blocks = pytest.mark.parametrize("block", ["phase8", "transformer"])
+
+
+def next_token_loss(model, tokens, starts=None):
+    return model.loss_sum(tokens[:, :-1], tokens[:, 1:], None if starts is None else starts[:, :-1])
+
+
+@every_variant
+def test_equals_the_independent_oracle(section):
+    model, tokens = perturbed_model(section), random_tokens()
+    hidden, _ = model(tokens)
+    # Angles are fp32 in the model: their rounding is all that may differ.
+    torch.testing.assert_close(hidden, hidden_states(model, tokens), rtol=1e-5, atol=1e-5)
+
+
+@every_variant
+@pytest.mark.parametrize("packed", [False, True])
+def test_every_parameter_gets_a_gradient(section, packed):
+    model = perturbed_model(section)
+    starts = document_starts(0, 11) if packed else None
+    next_token_loss(model, random_tokens(), starts).backward()
+    without = [name for name, p in model.named_parameters() if p.grad is None or not p.grad.abs().max() > 0]
+    assert not without
+
+
+@every_variant
+@pytest.mark.parametrize("packed", [False, True])
+def test_no_position_sees_a_later_token(section, packed):
+    model, tokens = perturbed_model(section), random_tokens()
+    starts = document_starts(0, 11) if packed else None
+    for position in (1, 12, LENGTH - 1):
+        changed = tokens.clone()
+        changed[:, position] = (changed[:, position] + 1) % section.vocab_size
+        before, after = (model(x, starts)[0] for x in (tokens, changed))
+        torch.testing.assert_close(after[:, :position], before[:, :position], rtol=1e-10, atol=1e-10)
+        assert ((after[:, position] - before[:, position]).abs().amax(-1) > 1e-6).all()
+
+
+@every_variant
+def test_no_document_sees_another(section):
+    model, tokens, starts = perturbed_model(section), random_tokens(), document_starts(0, 11, 13)
+    whole, _ = model(tokens, starts)
+    for begin, end in ((0, 11), (11, 13), (13, LENGTH)):
+        changed = (tokens + 1) % section.vocab_size
+        changed[:, begin:end] = tokens[:, begin:end]
+        torch.testing.assert_close(model(changed, starts)[0][:, begin:end], whole[:, begin:end], rtol=1e-10, atol=1e-10)
+
+
+@both_blocks
+def test_without_global_tokens_a_packed_document_equals_the_document_alone(block):
+    model, tokens = perturbed_model(scaled_down(ModelSection(block=block, global_tokens=0))), random_tokens()
+    packed, _ = model(tokens, document_starts(0, 11))
+    # Rotary positions differ by the offset, which relative scores do not see but fp32 angles round.
+    for part in (slice(0, 11), slice(11, LENGTH)):
+        torch.testing.assert_close(packed[:, part], model(tokens[:, part])[0], rtol=1e-5, atol=1e-5)
+
+
+@every_variant
+@pytest.mark.parametrize("pieces", [[1] * LENGTH, [7, 1, 20, 1]], ids=["one by one", "pieces"])
+def test_decoding_equals_the_whole_sequence(section, pieces):
+    model, tokens = perturbed_model(section), random_tokens()
+    whole, _ = model(tokens)
+    states, outputs, position = model.empty_states(2), [], 0
+    for piece in tokens.split(pieces, dim=1):
+        hidden, states = model(piece, states=states, first_position=position)
+        outputs.append(hidden)
+        position += piece.shape[1]
+    torch.testing.assert_close(torch.cat(outputs, 1), whole, rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.parametrize("options", [{"recompute": "full"}, {"recompute": "selective"}, {"recompute": "full", "recompute_every_n_layers": 2}])
+@both_blocks
+def test_recomputation_changes_no_bit(block, options):
+    section, tokens = scaled_down(ModelSection(block=block)), random_tokens()
+    plain, recomputed = perturbed_model(section, dtype=torch.float32), perturbed_model(section, dtype=torch.float32, **options)
+    losses = [next_token_loss(model, tokens) for model in (plain, recomputed)]
+    for loss in losses:
+        loss.backward()
+    assert torch.equal(*losses)
+    for (name, expected), actual in zip(plain.named_parameters(), recomputed.parameters(), strict=True):
+        assert torch.equal(actual.grad, expected.grad), name
+
+
+def test_recomputation_really_drops_activations():
+    def saved_bytes(**options):
+        model, total, seen = perturbed_model(scaled_down(ModelSection()), dtype=torch.float32, **options), [], set()
+
+        def remember(x):
+            if x.untyped_storage().data_ptr() not in seen:
+                seen.add(x.untyped_storage().data_ptr())
+                total.append(x.untyped_storage().nbytes())
+            return x
+
+        with torch.autograd.graph.saved_tensors_hooks(remember, lambda x: x):
+            next_token_loss(model, random_tokens())
+        return sum(total)
+
+    everything = saved_bytes()
+    assert saved_bytes(recompute="full") < saved_bytes(recompute="selective") < 0.6 * everything
+
+
+@both_blocks
+def test_bf16_stays_close_to_fp32(block):
+    section, tokens = scaled_down(ModelSection(block=block)), random_tokens()
+    exact = perturbed_model(section, dtype=torch.float32)
+    rounded = perturbed_model(section, dtype=torch.float32)
+    rounded.embedding.dtype = torch.bfloat16
+    hidden, expected = rounded(tokens)[0], exact(tokens)[0]
+    assert hidden.dtype == torch.bfloat16
+    # eps of bf16 is 2^-8 a rounding; a few dozen roundings in sequence.
+    assert (hidden.float() - expected).norm() < 2**-4 * expected.norm()
+    next_token_loss(rounded, tokens).backward()
+    assert all(p.grad.dtype == torch.float32 for p in rounded.parameters())
+
+
+def test_ignored_targets_do_not_count():
+    model, tokens = perturbed_model(scaled_down(ModelSection())), random_tokens()
+    targets = tokens.roll(-1, 1)
+    ignored = targets.clone()
+    ignored[:, 20:] = IGNORED_TARGET
+    torch.testing.assert_close(model.loss_sum(tokens, ignored), model.loss_sum(tokens[:, :20], targets[:, :20]))
+
+
+def test_tied_embeddings_share_one_parameter():
+    tied, untied = (perturbed_model(scaled_down(ModelSection(tie_embeddings=tie))) for tie in (True, False))
+    assert tied.head_weight is tied.embedding.weight and untied.head_weight is not untied.embedding.weight
+    assert len(list(tied.parameters())) == len(list(untied.parameters())) - 1
+
+
+@pytest.mark.slow
+@both_blocks
+def test_compiles_without_a_graph_break(block):
+    model, tokens = perturbed_model(scaled_down(ModelSection(block=block)), dtype=torch.float32), random_tokens()
+    expected = next_token_loss(model, tokens)
+    for layer in model.blocks:
+        layer.compile(fullgraph=True, backend="aot_eager")
+    loss = next_token_loss(model, tokens)
+    loss.backward()
+    torch.testing.assert_close(loss, expected)

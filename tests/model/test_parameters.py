@@ -1,0 +1,90 @@
+import pytest
+import torch
+from small import VARIANT_IDS, VARIANT_SECTIONS, scaled_down
+from torch import nn
+
+from phase8.config.schema import ModelSection
+from phase8.model.linear import Linear, LowRankLinear
+from phase8.model.model import build_model
+from phase8.model.parameters import ParameterSpec, decayed_parameter_names, initialise, iterate_specs
+
+
+def fresh(section, seed=0):
+    model = build_model(section, dtype=torch.float32, device=torch.device("cpu"))
+    initialise(model, seed=seed)
+    return model
+
+
+@pytest.mark.parametrize("section", VARIANT_SECTIONS, ids=VARIANT_IDS)
+def test_every_parameter_is_declared_and_set(section):
+    model = build_model(section, dtype=torch.float32, device=torch.device("cpu"))
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.fill_(float("nan"))
+    initialise(model, seed=0)
+    assert all(p.isfinite().all() for p in model.parameters())
+    assert {name for name, _, _ in iterate_specs(model)} == {name for name, _ in model.named_parameters()}
+
+
+def test_values_depend_on_seed_and_name_only():
+    shallow, deep = (dict(fresh(scaled_down(ModelSection(), num_layers=n)).named_parameters()) for n in (1, 3))
+    for name in ("embedding.weight", "blocks.0.mixer.q.weight", "blocks.0.feed_forward.gate.weight"):
+        assert torch.equal(shallow[name], deep[name])
+    assert not torch.equal(deep["blocks.0.mixer.q.weight"], deep["blocks.1.mixer.q.weight"])
+    assert not torch.equal(deep["blocks.0.mixer.q.weight"], dict(fresh(scaled_down(ModelSection(), num_layers=3), seed=1).named_parameters())["blocks.0.mixer.q.weight"])
+
+
+def test_golden_first_values():
+    """A change of the initialisation would silently break the comparison of old and new runs."""
+    weight = fresh(scaled_down(ModelSection())).blocks[0].mixer.q.weight
+    torch.testing.assert_close(weight[0, :3], torch.tensor([0.006734195, -0.012459493, -0.063484006]), rtol=0, atol=1e-9)
+
+
+def test_documented_initial_state_of_the_mixer():
+    mixer = fresh(scaled_down(ModelSection())).blocks[0].mixer
+    memory = 1 / nn.functional.softplus(mixer.decay_bias)
+    torch.testing.assert_close(memory[[0, -1]], torch.tensor([2.0, 500.0]), rtol=1e-4, atol=0)
+    torch.testing.assert_close(mixer.chain.energy, torch.linspace(-1.5, 1.5, 4))
+    torch.testing.assert_close(nn.functional.softplus(mixer.chain.hopping_raw), torch.ones(4))
+    assert not mixer.out.weight.any() and not mixer.chain.decay_mix.any() and not mixer.chain.gate_mix.any()
+    assert (mixer.convolution.weight == torch.tensor([0.0, 0, 0, 1])).all()
+
+
+def test_low_rank_product_has_the_dense_variance():
+    pair = LowRankLinear(256, 128, rank=64, std=0.02)
+    initialise(pair, seed=0)
+    product = pair.up.weight @ pair.down.weight
+    assert abs(product.std().item() / 0.02 - 1) < 0.05
+
+
+def test_only_matrices_of_linear_layers_decay():
+    decayed = decayed_parameter_names(fresh(scaled_down(ModelSection())))
+    assert {name for name in decayed if not name.startswith("blocks.1")} == {
+        "head.weight",
+        *(f"blocks.0.mixer.{name}.weight" for name in ("q", "k", "v", "scalars", "out")),
+        *(f"blocks.0.feed_forward.{name}.weight" for name in ("gate", "up", "down")),
+    }
+
+
+def test_an_undeclared_parameter_is_an_error():
+    class Careless(Linear):
+        def __init__(self):
+            super().__init__(2, 2, std=1.0)
+            self.forgotten = nn.Parameter(torch.empty(1))
+
+    with pytest.raises(TypeError, match="forgotten"):
+        initialise(Careless(), seed=0)
+
+
+def test_spec_values_may_be_tensors():
+    class Ramp(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.weight = nn.Parameter(torch.empty(3))
+
+        def parameter_specs(self):
+            return {"weight": ParameterSpec(value=torch.arange(3.0))}
+
+    ramp = Ramp()
+    initialise(ramp, seed=0)
+    assert ramp.weight.tolist() == [0, 1, 2]

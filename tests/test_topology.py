@@ -1,0 +1,94 @@
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from phase8.errors import TopologyError
+from phase8.topology import AXES, Topology, build_topology
+
+TOPOLOGIES = st.builds(Topology, *(st.integers(1, 4) for _ in AXES))
+
+
+def degrees(tensor=1, context=1, pipeline=1, expert=1):
+    return {
+        "tensor_parallel_size": tensor,
+        "context_parallel_size": context,
+        "pipeline_parallel_size": pipeline,
+        "expert_parallel_size": expert,
+    }
+
+
+@given(TOPOLOGIES)
+def test_coordinates_are_a_bijection(topology):
+    positions = [tuple(topology.coordinates(rank).values()) for rank in range(topology.world_size)]
+    assert len(set(positions)) == topology.world_size
+    for position in positions:
+        assert all(0 <= index < degree for index, degree in zip(position, topology.degrees.values(), strict=True))
+
+
+@given(TOPOLOGIES)
+def test_ranks_vary_fastest_along_tp_then_cp_dp_pp(topology):
+    """Sorting ranks by (pp, dp, cp, tp) is the order of the ranks themselves."""
+    assert list(topology.coordinates(0)) == list(AXES) == ["pp", "dp", "cp", "tp"]
+    ranks = range(topology.world_size)
+    assert sorted(ranks, key=lambda rank: tuple(topology.coordinates(rank).values())) == list(ranks)
+
+
+@given(TOPOLOGIES, st.sampled_from(AXES))
+def test_groups_of_an_axis_partition_the_world(topology, axis):
+    groups = {tuple(topology.group(rank, axis)) for rank in range(topology.world_size)}
+    assert sorted(rank for group in groups for rank in group) == list(range(topology.world_size))
+    assert {len(group) for group in groups} == {topology.degrees[axis]}
+
+
+@given(TOPOLOGIES, st.sampled_from(AXES), st.data())
+def test_a_group_holds_the_rank_and_varies_along_its_axis_only(topology, axis, data):
+    rank = data.draw(st.integers(0, topology.world_size - 1))
+    own = topology.coordinates(rank)
+    group = topology.group(rank, axis)
+    assert group[own[axis]] == rank
+    assert [topology.coordinates(member) for member in group] == [{**own, axis: index} for index in range(topology.degrees[axis])]
+
+
+def test_a_worked_example():
+    topology = build_topology(world_size=16, **degrees(tensor=2, context=2, pipeline=2))
+    assert topology.degrees == {"pp": 2, "dp": 2, "cp": 2, "tp": 2}
+    assert topology.coordinates(11) == {"pp": 1, "dp": 0, "cp": 1, "tp": 1}
+    assert [topology.group(11, axis) for axis in AXES] == [[3, 11], [11, 15], [9, 11], [10, 11]]
+
+
+def test_an_unknown_axis_is_a_key_error():
+    with pytest.raises(KeyError):
+        Topology().group(0, "ep")
+
+
+@given(st.integers(1, 4), st.integers(1, 4), st.integers(1, 4), st.integers(1, 4))
+def test_data_parallel_size_is_what_remains(tensor, context, pipeline, data_parallel):
+    world_size = tensor * context * pipeline * data_parallel
+    topology = build_topology(world_size=world_size, **degrees(tensor, context, pipeline))
+    assert topology.data_parallel_size == data_parallel and topology.world_size == world_size
+
+
+@given(st.integers(-2, 40), st.integers(1, 3), st.integers(1, 3), st.integers(1, 3))
+def test_a_misfit_names_the_nearest_sizes_that_fit(world_size, tensor, context, pipeline):
+    model_ranks = tensor * context * pipeline
+    fitting = [size for size in range(1, 100) if size % model_ranks == 0]
+    if world_size in fitting:
+        return
+    with pytest.raises(TopologyError) as caught:
+        build_topology(world_size=world_size, **degrees(tensor, context, pipeline))
+    below, above = [size for size in fitting if size < world_size][-1:], [size for size in fitting if size > world_size][:1]
+    nearest = " or ".join(map(str, below + above))
+    assert caught.value.problems == [
+        f"world size {world_size} is not a positive multiple of parallel.tensor_parallel_size {tensor} x parallel.context_parallel_size {context} x "
+        f"parallel.pipeline_parallel_size {pipeline} = {model_ranks}; start {nearest} processes or change the degrees."
+    ]
+    assert caught.value.exit_code == 2
+
+
+def test_experts_must_divide_the_data_parallel_ranks():
+    assert build_topology(world_size=12, **degrees(tensor=2, expert=3)).data_parallel_size == 6
+    with pytest.raises(TopologyError) as caught:
+        build_topology(world_size=12, **degrees(tensor=2, expert=4))
+    assert caught.value.problems == [
+        "parallel.expert_parallel_size 4 does not divide the data-parallel size 6 (world size 12 / 2); choose a divisor."
+    ]

@@ -1,0 +1,76 @@
+"""What only a GPU can show; skipped without one."""
+
+import pytest
+import torch
+from small import perturbed_model, random_tokens, scaled_down
+from tiny_run import losses, tiny_config
+
+from phase8.config.schema import ModelSection
+from phase8.plan.dry_run import count_parameters, plan_run_memory
+from phase8.train.build import build_run
+from phase8.train.loop import train
+
+pytestmark = pytest.mark.gpu
+
+
+def train_on_gpu(path, *overrides):
+    from rich.console import Console
+
+    run = build_run(tiny_config(path, *overrides), device=torch.device("cuda", 0), resume="auto", console=Console(quiet=True))
+    train(run, resume_command="")
+    return run
+
+
+@pytest.mark.parametrize("block", ["phase8", "transformer"])
+def test_gpu_equals_cpu_in_fp64(block):
+    model, tokens = perturbed_model(scaled_down(ModelSection(block=block))), random_tokens()
+    loss = model.loss_sum(tokens[:, :-1], tokens[:, 1:])
+    loss.backward()
+    expected = {name: p.grad.clone() for name, p in model.named_parameters()}
+    model = model.cuda()
+    model.zero_grad()
+    on_gpu = model.loss_sum(tokens[:, :-1].cuda(), tokens[:, 1:].cuda())
+    on_gpu.backward()
+    torch.testing.assert_close(on_gpu.cpu(), loss)
+    for name, parameter in model.named_parameters():
+        torch.testing.assert_close(parameter.grad.cpu(), expected[name], rtol=1e-6, atol=1e-8)
+
+
+@pytest.mark.parametrize("mode", ["default", "reduce-overhead", "max-autotune"])
+@pytest.mark.parametrize("block", ["phase8", "transformer"])
+def test_compiled_training_follows_the_eager_losses(tiny, block, mode):
+    settings = (f"model.block={block}", "train.micro_batch_size=2", "checkpoint.every_n_steps=0")
+    eager = train_on_gpu(tiny, *settings, "run.name=eager")
+    compiled = train_on_gpu(tiny, *settings, "train.compile.enabled=true", f"train.compile.mode={mode}", "train.compile.fullgraph=true")
+    assert list(losses(compiled).values()) == pytest.approx(list(losses(eager).values()), rel=2e-2)
+
+
+def test_bf16_follows_fp32(tiny):
+    runs = [train_on_gpu(tiny, f"run.name={dtype}", f"precision.dtype={dtype}") for dtype in ("fp32", "bf16")]
+    assert list(losses(runs[1]).values()) == pytest.approx(list(losses(runs[0]).values()), rel=3e-2)
+
+
+@pytest.mark.parametrize("block", ["phase8", "transformer"])
+def test_deterministic_runs_resume_bit_exactly(tiny, block):
+    settings = (f"model.block={block}", "precision.dtype=bf16", "train.deterministic=true", "data.pin_memory=true", "data.num_workers=1")
+    try:
+        whole = train_on_gpu(tiny, *settings, "run.name=whole")
+        train_on_gpu(tiny, *settings, "train.stop_at_step=10")
+        assert losses(train_on_gpu(tiny, *settings)) == losses(whole)
+    finally:
+        torch.use_deterministic_algorithms(False)
+
+
+@pytest.mark.parametrize("recompute", ["none", "full", "selective"])
+@pytest.mark.parametrize("block", ["phase8", "transformer"])
+def test_planned_memory_is_close_to_the_measured_peak(tiny, block, recompute):
+    settings = (
+        f"model.block={block}", "model.d_model=512", "model.num_layers=6", "model.num_heads=8", "model.ffn_size=1408",
+        "model.vocab_size=8192", "model.sequence_length=512", "model.local_window_size=128", "train.global_batch_size=8",
+        "train.micro_batch_size=8", "train.num_steps=4", "optim.warmup_steps=1", "precision.dtype=bf16", f"train.recompute={recompute}",
+        "train.evaluate_every_n_steps=0",
+    )  # fmt: skip
+    run = train_on_gpu(tiny, *settings)
+    plan = plan_run_memory(run.config, num_parameters=count_parameters(run.model), micro_batch_size=8)
+    print(f"{block} {recompute}: planned {plan.total_bytes}, measured {torch.cuda.max_memory_allocated()}")
+    assert plan.total_bytes == pytest.approx(torch.cuda.max_memory_allocated(), rel=0.2)

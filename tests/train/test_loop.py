@@ -1,0 +1,143 @@
+import math
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from tiny_run import losses, prepare, records, train_tiny, write_documents
+
+from phase8.checkpoint.load import list_checkpoints, open_checkpoint
+from phase8.errors import DataError, DivergenceError, StorageError
+from phase8.train import loop
+from phase8.train.loop import train
+
+ROOT = Path(__file__).parents[2]
+KEYS = {"step", "loss", "learning_rate", "grad_norm", "tokens", "tokens_per_second", "step_seconds", "mfu", "peak_memory_bytes"}
+
+
+@pytest.mark.parametrize("block", ["phase8", "transformer"])
+def test_learns_from_context(tiny, block):
+    run = train_tiny(tiny, f"model.block={block}", "train.num_steps=60")
+    last = [losses(run)[step] for step in range(56, 61)]
+    # Tokens are uniform over 61 ids but often repeat: below log(61) a model has learned from context.
+    assert sum(last) / 5 < 0.9 * math.log(61)
+
+
+def test_metrics_have_every_step_once_and_evaluations(tiny):
+    run = train_tiny(tiny)
+    steps = [record for record in records(run) if "loss" in record]
+    assert [record["step"] for record in steps] == list(range(1, 21)) and all(record.keys() >= KEYS for record in steps)
+    assert [record["tokens"] for record in steps] == [step * 4 * 24 for step in range(1, 21)]
+    assert [record["step"] for record in records(run) if "validation_loss" in record] == [10, 20]
+
+
+def test_retention_keeps_the_newest(tiny):
+    run = train_tiny(tiny, "checkpoint.keep_last=2")
+    assert [path.name for path in list_checkpoints(run.directory.checkpoints)] == ["step-0000000020", "step-0000000015"]
+
+
+def poison(run, steps):
+    """Makes the loss of some steps not a number, by spoiling the output of the model."""
+    original = run.model.loss_sum
+
+    def spoiled(*arguments):
+        return original(*arguments) * (math.nan if run.position.step + 1 in steps else 1.0)
+
+    run.model.loss_sum = spoiled
+
+
+def test_a_non_finite_step_is_skipped_and_counted(tiny):
+    run = prepare(tiny, "checkpoint.every_n_steps=0", "train.stop_at_step=6")
+    poison(run, {3, 4})
+    states = {}
+    step = loop.train_step
+
+    def remember(model, *arguments, **options):
+        result = step(model, *arguments, **options)
+        states[run.position.step + 1] = model.embedding.weight.detach().clone()
+        return result
+
+    loop.train_step, restore = remember, step
+    try:
+        train(run, resume_command="")
+    finally:
+        loop.train_step = restore
+    assert torch.equal(states[3], states[2]) and torch.equal(states[4], states[2]) and not torch.equal(states[5], states[4])
+    skipped = [record for record in records(run) if record.get("skipped")]
+    assert [record["step"] for record in skipped] == [3, 4] and all(record["loss"] is None for record in skipped)
+    assert run.position.total_skipped == 2 and run.position.consecutive_skipped == 0
+
+
+def test_too_many_non_finite_steps_stop_the_run_with_all_that_is_needed(tiny):
+    run = prepare(tiny, "train.max_consecutive_nonfinite_steps=3")
+    poison(run, set(range(7, 21)))
+    with pytest.raises(DivergenceError, match=r"step 9: loss nan and gradient norm nan .* 3 times in a row .* samples 32\.\.35"):
+        train(run, resume_command="")
+    newest = open_checkpoint(list_checkpoints(run.directory.checkpoints)[0])
+    assert newest.step == 5 and newest.read("model.embedding.weight").isfinite().all()
+
+
+def full_disk(*_, **__):
+    raise StorageError("no space left on device; free some space")
+
+
+def test_a_full_disk_does_not_stop_training_and_loses_nothing(tiny, monkeypatch):
+    run = prepare(tiny)
+    saves, original = [], loop.save_checkpoint
+
+    def save(root, *, step, **rest):
+        saves.append(step)
+        return full_disk() if step in (10, 15) else original(root, step=step, **rest)
+
+    monkeypatch.setattr(loop, "save_checkpoint", save)
+    train(run, resume_command="")
+    assert saves == [5, 10, 15, 20]
+    assert [path.name[-2:] for path in list_checkpoints(run.directory.checkpoints)] == ["20", "05"]
+    failed = [record["step"] for record in records(run) if record.get("event") == "checkpoint_failed"]
+    assert failed == [10, 15]
+
+
+def test_a_full_disk_at_the_last_save_is_an_error(tiny, monkeypatch):
+    run = prepare(tiny)
+    monkeypatch.setattr(loop, "save_checkpoint", full_disk)
+    with pytest.raises(StorageError):
+        train(run, resume_command="")
+
+
+def test_bad_data_are_one_sentence(tiny, tmp_path):
+    with pytest.raises(DataError, match="data.train.*missing"):
+        prepare(tiny, f"data.train={tmp_path}/missing")
+    with pytest.raises(DataError, match="model.sequence_length 20000"):
+        prepare(tiny, "model.sequence_length=20000")
+    write_documents(tmp_path / "large_ids", num_documents=50, seed=0, vocab_size=5000)
+    with pytest.raises(DataError, match=r"model.vocab_size is 61"):
+        train_tiny(tiny, f"data.train={tmp_path}/large_ids", "run.name=large")
+
+
+def test_unwritable_run_directory_is_one_sentence(tiny, tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(StorageError, match="run.output_dir"):
+        prepare(tiny, f"run.output_dir={tmp_path}/file")
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_stop_signal_finishes_the_step_saves_and_says_how_to_go_on(tiny, number, tmp_path):
+    command = [sys.executable, "launch/pretrain.py", "--config", str(tiny), "--set", "train.num_steps=100000", "data.num_workers=1"]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    with subprocess.Popen(command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+        metrics = tmp_path / "runs" / "tiny" / "metrics.jsonl"
+        deadline = time.monotonic() + 120
+        while not (metrics.exists() and metrics.read_text().count("\n") > 3) and process.poll() is None and time.monotonic() < deadline:
+            time.sleep(0.1)
+        process.send_signal(number)
+        output, errors = process.communicate(timeout=120)
+    assert process.returncode == 0, errors
+    newest = open_checkpoint(list_checkpoints(tmp_path / "runs" / "tiny" / "checkpoints")[0])
+    newest.verify()
+    assert f"{signal.Signals(number).name}: saved at step {newest.step}" in output
+    assert f"launch/pretrain.py --config {tiny} --set train.num_steps=100000" in output
+    assert newest.step == sum('"loss"' in line for line in metrics.read_text().splitlines())

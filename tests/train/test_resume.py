@@ -1,0 +1,129 @@
+import pytest
+import torch
+from tiny_run import assert_same_weights, losses, prepare, records, train_tiny, weights, write_documents
+
+from phase8.errors import CheckpointMismatchError, ConfigError
+
+SETTINGS = {
+    "accumulation": [],
+    "recomputation": ["train.recompute=full"],
+    "workers": ["data.num_workers=2"],
+    "all at once, bf16, packed": [
+        "train.recompute=selective", "data.num_workers=1", "precision.dtype=bf16", "data.reset_at_document_boundaries=true",
+        "train.deterministic=true",
+    ],
+    "transformer": ["model.block=transformer"],
+}  # fmt: skip
+
+
+@pytest.fixture(autouse=True)
+def _determinism_is_global():
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+@pytest.mark.parametrize("settings", SETTINGS.values(), ids=SETTINGS)
+def test_twenty_steps_equal_ten_and_ten_resumed(tiny, settings):
+    whole = train_tiny(tiny, "run.name=whole", *settings)
+    train_tiny(tiny, *settings, "train.stop_at_step=10")
+    resumed = train_tiny(tiny, *settings)
+    assert resumed.position == whole.position
+    assert losses(resumed) == losses(whole) and len(losses(whole)) == 20
+    assert_same_weights(resumed, whole)
+    for name, parameter in whole.model.named_parameters():
+        ours, theirs = resumed.optimizer.state[weights(resumed)[name]], whole.optimizer.state[parameter]
+        assert all(torch.equal(ours[key], theirs[key]) for key in ("exp_avg", "exp_avg_sq", "step")), name
+
+
+def test_two_runs_with_one_seed_are_identical_and_another_seed_is_not(tiny):
+    a, b, c = (train_tiny(tiny, f"run.name={name}", f"train.seed={seed}") for name, seed in (("a", 1), ("b", 1), ("c", 2)))
+    assert losses(a) == losses(b) != losses(c)
+    assert_same_weights(a, b)
+
+
+def test_loss_does_not_depend_on_how_the_batch_is_cut(tiny):
+    packed = "data.reset_at_document_boundaries=true"  # microbatches then have unequal numbers of valid targets
+    runs = [train_tiny(tiny, f"run.name=m{size}", f"train.micro_batch_size={size}", packed) for size in (1, 2, 4)]
+    first = [records(run)[0] for run in runs]
+    for record in first[1:]:
+        assert record["loss"] == pytest.approx(first[0]["loss"], rel=1e-6)
+        assert record["grad_norm"] == pytest.approx(first[0]["grad_norm"], rel=1e-5)
+    # Later steps drift apart as AdamW enlarges the rounding of gradients that are nearly zero.
+    for run in runs[1:]:
+        assert list(losses(run).values()) == pytest.approx(list(losses(runs[0]).values()), rel=2e-2)
+
+
+def test_first_losses_do_not_change_when_the_run_is_extended(tiny):
+    constant = ("optim.schedule=constant", "checkpoint.every_n_steps=0")
+    short, long = (train_tiny(tiny, f"run.name=n{steps}", f"train.num_steps={steps}", *constant) for steps in (8, 16))
+    assert losses(short) == {step: loss for step, loss in losses(long).items() if step <= 8}
+
+
+def test_batch_size_may_change_at_resume_and_samples_go_on(tiny):
+    train_tiny(tiny, "train.stop_at_step=10")
+    run = train_tiny(tiny, "train.global_batch_size=8", "train.micro_batch_size=4", "train.stop_at_step=12")
+    assert run.position.samples_consumed == 10 * 4 + 2 * 8
+
+
+def test_damaged_newest_checkpoint_is_named_and_the_one_before_is_used(tiny, capsys):
+    from rich.console import Console
+
+    whole = train_tiny(tiny, "run.name=whole")
+    run = train_tiny(tiny, "train.stop_at_step=10")
+    file = next((run.directory.checkpoints / "step-0000000010").glob("model-*.safetensors"))
+    content = bytearray(file.read_bytes())
+    content[-5] ^= 1
+    file.write_bytes(content)
+    resumed = prepare(tiny, console=Console(width=500))
+    assert resumed.position.step == 5
+    assert "step-0000000010 is damaged" in capsys.readouterr().out
+    finished = train_tiny(tiny)
+    assert losses(finished) == losses(whole)
+    assert_same_weights(finished, whole)
+
+
+def test_checkpoint_of_another_model_is_refused(tiny):
+    train_tiny(tiny, "train.stop_at_step=5")
+    with pytest.raises(CheckpointMismatchError, match=r"another model: model.num_layers was 2 and is 3"):
+        prepare(tiny, "model.num_layers=3")
+
+
+def test_other_data_are_refused_unless_allowed(tiny, tmp_path):
+    train_tiny(tiny, "train.stop_at_step=5")
+    write_documents(tmp_path / "other", num_documents=200, seed=7)
+    other = f"data.train={tmp_path}/other"
+    with pytest.raises(CheckpointMismatchError, match="another order of samples"):
+        prepare(tiny, other)
+    with pytest.raises(CheckpointMismatchError, match="train.seed was 1234 and is 1"):
+        prepare(tiny, "train.seed=1")
+    assert prepare(tiny, other, "data.allow_fingerprint_change=true").position.step == 5
+
+
+def test_resume_none_keeps_the_earlier_run_under_another_name(tiny):
+    first = train_tiny(tiny, "train.stop_at_step=5")
+    second = train_tiny(tiny, "train.stop_at_step=5", resume="none")
+    assert second.directory.path == first.directory.path
+    aside = first.directory.path.with_name("tiny.1")
+    assert (aside / "checkpoints" / "step-0000000005").is_dir() and losses(second)[1] is not None
+
+
+def test_resume_from_a_named_checkpoint_sets_later_ones_aside(tiny):
+    whole = train_tiny(tiny)
+    expected = losses(whole)
+    back = train_tiny(tiny, "train.stop_at_step=12", resume=str(whole.directory.checkpoints / "step-0000000010"))
+    assert back.position.step == 12
+    assert sorted(path.name for path in whole.directory.superseded.iterdir()) == ["step-0000000015.0", "step-0000000020.0"]
+    assert losses(train_tiny(tiny)) == expected
+
+
+def test_fewer_steps_than_the_checkpoint_is_one_sentence(tiny):
+    train_tiny(tiny, "train.stop_at_step=10")
+    with pytest.raises(ConfigError, match=r"train.num_steps is 8, but the checkpoint is at step 10"):
+        train_tiny(tiny, "train.num_steps=8")
+
+
+def test_a_finished_run_starts_and_ends_at_once(tiny):
+    first = train_tiny(tiny)
+    again = train_tiny(tiny)
+    assert again.position.step == 20
+    assert_same_weights(first, again)
