@@ -68,8 +68,8 @@ def build_topology(
     """
     model_ranks = pipeline_parallel_size * context_parallel_size * tensor_parallel_size
     if world_size < 1 or world_size % model_ranks:
-        below, above = world_size // model_ranks * model_ranks, (max(world_size, 0) // model_ranks + 1) * model_ranks
-        nearest = f"{below} or {above}" if below else f"{above}"
+        below = max(world_size, 0) // model_ranks * model_ranks
+        nearest = f"{below} or {below + model_ranks}" if below else f"{model_ranks}"
         raise TopologyError(
             f"world size {world_size} is not a positive multiple of parallel.tensor_parallel_size {tensor_parallel_size} x "
             f"parallel.context_parallel_size {context_parallel_size} x parallel.pipeline_parallel_size {pipeline_parallel_size} "

@@ -1,10 +1,11 @@
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from phase8.errors import TopologyError
 from phase8.topology import AXES, Topology, build_topology
 
+untimed = settings(deadline=None)
 TOPOLOGIES = st.builds(Topology, *(st.integers(1, 4) for _ in AXES))
 
 
@@ -17,6 +18,7 @@ def degrees(tensor=1, context=1, pipeline=1, expert=1):
     }
 
 
+@untimed
 @given(TOPOLOGIES)
 def test_coordinates_are_a_bijection(topology):
     positions = [tuple(topology.coordinates(rank).values()) for rank in range(topology.world_size)]
@@ -25,6 +27,7 @@ def test_coordinates_are_a_bijection(topology):
         assert all(0 <= index < degree for index, degree in zip(position, topology.degrees.values(), strict=True))
 
 
+@untimed
 @given(TOPOLOGIES)
 def test_ranks_vary_fastest_along_tp_then_cp_dp_pp(topology):
     """Sorting ranks by (pp, dp, cp, tp) is the order of the ranks themselves."""
@@ -33,6 +36,7 @@ def test_ranks_vary_fastest_along_tp_then_cp_dp_pp(topology):
     assert sorted(ranks, key=lambda rank: tuple(topology.coordinates(rank).values())) == list(ranks)
 
 
+@untimed
 @given(TOPOLOGIES, st.sampled_from(AXES))
 def test_groups_of_an_axis_partition_the_world(topology, axis):
     groups = {tuple(topology.group(rank, axis)) for rank in range(topology.world_size)}
@@ -40,6 +44,7 @@ def test_groups_of_an_axis_partition_the_world(topology, axis):
     assert {len(group) for group in groups} == {topology.degrees[axis]}
 
 
+@untimed
 @given(TOPOLOGIES, st.sampled_from(AXES), st.data())
 def test_a_group_holds_the_rank_and_varies_along_its_axis_only(topology, axis, data):
     rank = data.draw(st.integers(0, topology.world_size - 1))
@@ -61,6 +66,7 @@ def test_an_unknown_axis_is_a_key_error():
         Topology().group(0, "ep")
 
 
+@untimed
 @given(st.integers(1, 4), st.integers(1, 4), st.integers(1, 4), st.integers(1, 4))
 def test_data_parallel_size_is_what_remains(tensor, context, pipeline, data_parallel):
     world_size = tensor * context * pipeline * data_parallel
@@ -68,6 +74,7 @@ def test_data_parallel_size_is_what_remains(tensor, context, pipeline, data_para
     assert topology.data_parallel_size == data_parallel and topology.world_size == world_size
 
 
+@untimed
 @given(st.integers(-2, 40), st.integers(1, 3), st.integers(1, 3), st.integers(1, 3))
 def test_a_misfit_names_the_nearest_sizes_that_fit(world_size, tensor, context, pipeline):
     model_ranks = tensor * context * pipeline

@@ -27,6 +27,7 @@ from phase8.checkpoint.load import Checkpoint, find_checkpoint, open_checkpoint
 from phase8.errors import Phase8Error
 
 EXIT_DIFFERENT = 1
+_MAX_SUMMARY_CHARACTERS = 500  # longer metadata, such as the random state, is in --json only
 _PLAIN_WIDTH = 160  # of tables that go to a file or a pipe, where there is no window to fit
 
 
@@ -80,7 +81,7 @@ def _show_checkpoint(checkpoint: Checkpoint, *, as_json: bool, verified: bool) -
 
 
 def _summary_table(checkpoint: Checkpoint, *, total_bytes: int, verified: bool) -> Table:
-    """Step, size and everything in the metadata that fits in a line: single values, and the sections of the config."""
+    """Step, size and whatever of the metadata is short enough to read: position, versions, the sections of the config."""
     table = Table(show_header=False, title=Text(str(checkpoint.path)), title_justify="left")
     table.add_row("step", f"{checkpoint.step:,}")
     table.add_row("checksums", "all verified" if verified else "manifest verified; --verify checks every byte")
@@ -90,17 +91,16 @@ def _summary_table(checkpoint: Checkpoint, *, total_bytes: int, verified: bool) 
         if key == "config" and isinstance(value, dict):
             for section, content in value.items():
                 table.add_row(Text(_printable(f"config.{section}")), Text(_one_line(content)))
-        elif not isinstance(value, dict | list):
-            table.add_row(Text(_printable(key)), Text(f"{value:,}" if type(value) is int else _printable(str(value))))
-        elif key == "library_versions":
-            table.add_row("library_versions", Text(_one_line(value)))
+        elif len(text := _one_line(value)) <= _MAX_SUMMARY_CHARACTERS:
+            table.add_row(Text(_printable(key)), Text(text))
     return table
 
 
 def _one_line(content: Any) -> str:
     if not isinstance(content, dict):
-        return _printable(str(content))
-    return _printable("  ".join(f"{key}={json.dumps(value)}" for key, value in content.items()))
+        return _printable(content if isinstance(content, str) else json.dumps(content))
+    fields = {key: f"({_one_line(value)})" if isinstance(value, dict) else _one_line(value) for key, value in content.items()}
+    return "  ".join(f"{_printable(key)}={text}" for key, text in fields.items())
 
 
 def _printable(text: str) -> str:

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import os
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from phase8.checkpoint.layout import clear_leftovers, rename_for_removal, step_directory_name, step_of, sync_directory
+from phase8.checkpoint.layout import clear_leftovers, rename_for_removal, step_of, sync_directory
 from phase8.checkpoint.load import list_checkpoints, newest_good_checkpoint
 from phase8.errors import CheckpointCorruptError, StorageError
 
@@ -52,34 +51,6 @@ def _spare_newest_good(root: Path, candidates: list[Path]) -> list[Path]:
     return [directory for directory in candidates if good is not None and directory != good.path]
 
 
-def set_aside_later_checkpoints(root: Path, *, step: int) -> list[Path]:
-    """New paths of the checkpoints after `step`, renamed so that neither resuming nor retention sees them again.
-
-    For a run that goes back on purpose: without this, the next automatic resume would take the newest checkpoint of the branch
-    that was left. Nothing is deleted: renaming `set-aside-step-0000000200` back brings a checkpoint back.
-
-    Raises:
-        StorageError: A directory cannot be renamed.
-    """
-    moved = []
-    with _removal_errors(root):
-        for directory in list_checkpoints(root):
-            if step_of(directory.name) > step:
-                moved.append(_unused_name(root, step_of(directory.name)))
-                os.rename(directory, moved[-1])
-        if moved:
-            sync_directory(root)
-    return moved
-
-
-def _unused_name(root: Path, step: int) -> Path:
-    base = root / f"set-aside-{step_directory_name(step)}"
-    candidate, number = base, 2
-    while os.path.lexists(candidate):
-        candidate, number = base.with_name(f"{base.name}-{number}"), number + 1
-    return candidate
-
-
 @contextmanager
 def _removal_errors(root: Path) -> Iterator[None]:
     try:
@@ -87,5 +58,5 @@ def _removal_errors(root: Path) -> Iterator[None]:
     except OSError as error:
         place = root if error.filename is None else error.filename
         raise StorageError(
-            f"old checkpoints under {root} cannot be moved or removed ({error.strerror}: {place}); make it writable or do it by hand"
+            f"old checkpoints under {root} cannot be removed ({error.strerror}: {place}); make it writable or remove them by hand"
         ) from error

@@ -6,9 +6,10 @@ import multiprocessing
 import os
 import signal
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
+from contextlib import contextmanager
 
 from phase8.data.shards import Shard, ShardCounts, make_shard
 from phase8.errors import DataError
@@ -32,7 +33,8 @@ def make_shards(shards: Sequence[Shard], *, num_workers: int, on_done: Callable[
         return
     context = multiprocessing.get_context("spawn")  # fork would copy the threads of whatever was imported
     with ProcessPoolExecutor(min(num_workers, len(shards)), mp_context=context, initializer=_begin_worker) as pool:
-        futures = {pool.submit(make_shard, shard): shard for shard in shards}
+        with _sigint_blocked():  # the workers start here and inherit it
+            futures = {pool.submit(make_shard, shard): shard for shard in shards}
         try:
             for future in as_completed(futures):
                 on_done(futures[future], future.result())
@@ -44,8 +46,17 @@ def make_shards(shards: Sequence[Shard], *, num_workers: int, on_done: Callable[
             pool.shutdown(cancel_futures=True)
 
 
+@contextmanager
+def _sigint_blocked() -> Iterator[None]:
+    """Ctrl-C reaches every process of the terminal, but what it means is for the parent to decide."""
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
 def _begin_worker() -> None:
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole terminal; the parent decides
     threading.Thread(target=_exit_with_parent, daemon=True).start()
 
 

@@ -109,8 +109,10 @@ def _owned_lock_file(path: Path, *, wait: bool) -> int:
             descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
             try:
                 fcntl.flock(descriptor, fcntl.LOCK_EX if wait else fcntl.LOCK_EX | fcntl.LOCK_NB)
-                if path.exists() and os.path.samestat(os.fstat(descriptor), path.stat()):
+                if os.path.samestat(os.fstat(descriptor), path.stat()):
                     return descriptor
+            except FileNotFoundError:
+                pass
             except BlockingIOError as error:
                 os.close(descriptor)
                 raise DataError(f"another process holds {path}; wait until it has finished or choose another place") from error

@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from phase8.checkpoint.load import list_checkpoints, newest_good_checkpoint
-from phase8.checkpoint.retention import apply_retention, set_aside_later_checkpoints
+from phase8.checkpoint.load import list_checkpoints
+from phase8.checkpoint.retention import apply_retention
 from phase8.errors import StorageError
 
 
@@ -103,19 +103,6 @@ def test_failing_to_remove_is_one_sentence(root: Path, monkeypatch: pytest.Monke
         raise PermissionError(13, "Permission denied", str(source))
 
     monkeypatch.setattr(os, "rename", rename)
-    with pytest.raises(StorageError, match=r"cannot be moved or removed \(Permission denied: .*step-0000000010"):
+    with pytest.raises(StorageError, match=r"cannot be removed \(Permission denied: .*step-0000000010"):
         apply_retention(root, keep_last=4, keep_every_n_steps=None)
     assert len(steps(root)) == 5
-
-
-def test_later_checkpoints_are_set_aside_and_come_back_by_their_name(root: Path, save_sample):
-    moved = set_aside_later_checkpoints(root, step=30)
-    assert sorted(path.name for path in moved) == ["set-aside-step-0000000040", "set-aside-step-0000000050"]
-    assert steps(root) == [30, 20, 10]
-    save_sample(root, 40)
-    assert [path.name for path in set_aside_later_checkpoints(root, step=30)] == ["set-aside-step-0000000040-2"]
-    apply_retention(root, keep_last=1, keep_every_n_steps=None)
-    assert steps(root) == [30] and all(path.is_dir() for path in moved)
-    os.rename(root / "set-aside-step-0000000050", root / "step-0000000050")
-    assert newest_good_checkpoint(root, on_damaged=pytest.fail).step == 50
-    assert set_aside_later_checkpoints(root, step=50) == []

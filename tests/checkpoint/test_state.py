@@ -40,7 +40,7 @@ def build(seed: int, width: int = 4, dtype: torch.dtype = torch.float32) -> tupl
     model = Model(width, dtype)
     decayed = [parameter for parameter in model.parameters() if parameter.dim() > 1]
     others = [parameter for parameter in model.parameters() if parameter.dim() <= 1]
-    return model, torch.optim.AdamW([{"params": decayed}, {"params": others, "weight_decay": 0.0}], lr=1e-2)
+    return model, torch.optim.AdamW([{"params": decayed}, {"params": others, "weight_decay": 0.0}], lr=1e-2, fused=True)
 
 
 def train(model: nn.Module, optimizer: torch.optim.Optimizer, *, seed: int) -> None:

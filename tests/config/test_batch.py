@@ -1,11 +1,12 @@
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from phase8.config.batch import batch_shape
 from phase8.config.schema import ParallelSection, TrainSection
 from phase8.errors import ConfigError
 
+untimed = settings(deadline=None)
 SIZES = st.integers(1, 12)
 
 
@@ -14,6 +15,7 @@ def shape_of(total, micro, count, *, ranks=1):
     return batch_shape(train, ParallelSection(num_microbatches=count), data_parallel_size=ranks)
 
 
+@untimed
 @given(micro=SIZES, count=SIZES, ranks=SIZES, missing=st.sampled_from(["total", "micro", "count", "nothing"]))
 def test_any_two_sizes_give_the_third(micro, count, ranks, missing):
     given_sizes = {"total": micro * count * ranks, "micro": micro, "count": count}
@@ -23,6 +25,7 @@ def test_any_two_sizes_give_the_third(micro, count, ranks, missing):
     assert shape.data_parallel_size == ranks
 
 
+@untimed
 @given(total=st.integers(1, 60), micro=st.none() | SIZES, count=st.none() | SIZES, ranks=SIZES)
 def test_sizes_fit_or_are_refused(total, micro, count, ranks):
     fits = total % ((micro or 1) * (count or 1) * ranks) == 0 and (micro is None or count is None or micro * count * ranks == total)

@@ -52,7 +52,7 @@ def test_values_as_yaml_spells_them(value, words):
     ("name", "nearest"),
     [
         ("optim.lr_schedule", "optim.schedule"),
-        ("train.batch_size", "train.global_batch_size"),
+        ("train.global_batch", "train.global_batch_size"),
         ("parallel.tensor_model_parallel_size", "parallel.tensor_parallel_size"),
         ("train.learning_rate", "optim.learning_rate"),
         ("optim.num_steps", "train.num_steps"),

@@ -40,7 +40,10 @@ def one_key(name: str, value: str) -> str:
 PROBLEMS = {
     # unknown keys
     "misspelt": ("train: {nun_steps: 3}", "FILE: unknown key train.nun_steps; did you mean train.num_steps?"),
-    "misspelt in a nested section": ("train: {compile: {enbled: true}}", "FILE: unknown key train.compile.enbled; did you mean train.compile.enabled?"),
+    "misspelt in a nested section": (
+        "train: {compile: {enbled: true}}",
+        "FILE: unknown key train.compile.enbled; did you mean train.compile.enabled?",
+    ),
     "other section": ("model: {learning_rate: 3}", "FILE: unknown key model.learning_rate; did you mean optim.learning_rate?"),
     "no section": ("d_model: 256", "FILE: unknown key d_model; did you mean model.d_model?"),
     "nested section outside its own": ("compile: {enabled: true}", "FILE: unknown key compile; did you mean train.compile?"),

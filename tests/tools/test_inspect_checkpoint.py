@@ -37,11 +37,11 @@ def run_directory(tmp_path: Path) -> Path:
                 "optimizer.norm.weight.step": torch.tensor(5.0),
             },
             metadata={
-                "config": {"model": {"d_model": 4, "block": "phase8"}, "train": {"seed": 1}},
-                "tokens": step * 12_345,
-                "random_state": {"torch": "AAAA"},
+                "config": {"model": {"d_model": 4, "block": "phase8"}, "train": {"seed": 1, "compile": {"enabled": False}}},
+                "position": {"step": step, "tokens_seen": step * 12_345},
+                "random_state": {"torch": "QkFE" * 1000},
                 "title": "[red]\x1b[2J",
-                "library_versions": {"torch": "2.13.0"},
+                "torch_version": "2.13.0",
             },
             attachments={"tokenizer.model": tokenizer},
         )
@@ -63,12 +63,13 @@ def test_the_newest_of_a_run_is_listed_with_config_and_tensors(door, run_directo
         return found
 
     line_with("step", " 200 ")
-    line_with("tokens", "2,469,000")
-    line_with("config.model", 'd_model=4  block="phase8"')
-    line_with("config.train", "seed=1")
+    line_with("position", "step=200  tokens_seen=2469000")
+    line_with("config.model", "d_model=4  block=phase8")
+    line_with("config.train", "seed=1  compile=(enabled=false)")
     line_with("size", "140 bytes in 2 tensor files")
     line_with("attachments", "tokenizer.model")
-    line_with("library_versions", 'torch="2.13.0"')
+    line_with("torch_version", "2.13.0")
+    assert not [line for line in lines if "QkFE" in line]
     line_with("model.embedding.weight", "F32", "8 x 4", "128")
     line_with("model.norm.weight", "BF16", " 4 ", " 8 ")
     line_with("optimizer.norm.weight.step", "F32", "scalar", " 4 ")
@@ -97,7 +98,7 @@ def test_json_is_one_object_with_everything(door, run_directory: Path, capsys: p
     assert door.main([str(run_directory / "checkpoints"), "--json", "--verify"]) == 0
     content = json.loads(capsys.readouterr().out)
     assert (content["step"], content["verified"], content["total_bytes"]) == (200, True, 140)
-    assert content["metadata"]["tokens"] == 2_469_000 and content["attachments"] == {"tokenizer.model": 5}
+    assert content["metadata"]["position"]["tokens_seen"] == 2_469_000 and content["attachments"] == {"tokenizer.model": 5}
     assert content["tensors"][1] == {"name": "model.norm.weight", "dtype": "BF16", "shape": [4], "bytes": 8, "num_slices": 1}
 
 

@@ -1,0 +1,143 @@
+import importlib.util
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from phase8.config.describe import iterate_keys
+
+ROOT = Path(__file__).parents[2]
+DOOR = ROOT / "launch" / "pretrain.py"
+MAX_DRY_RUN_BYTES = 800 * 2**20  # torch alone takes some 300 MB; the weights of 10B parameters would take 40 GB
+
+
+def start(*arguments: str, directory: Path) -> subprocess.Popen:
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    command = [sys.executable, str(DOOR), *arguments]
+    return subprocess.Popen(command, cwd=directory, env=environment, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+
+
+def run(*arguments: str, directory: Path) -> tuple[int, str, str]:
+    process = start(*arguments, directory=directory)
+    output, errors = process.communicate(timeout=120)
+    return process.returncode, output, errors
+
+
+@pytest.fixture
+def door():
+    specification = importlib.util.spec_from_file_location("door_pretrain", DOOR)
+    module = importlib.util.module_from_spec(specification)
+    specification.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture
+def call(door, monkeypatch, capsys, tmp_path):
+    """The command in this process: exit code, output and errors."""
+
+    def call(*arguments: str) -> tuple[int, str, str]:
+        monkeypatch.chdir(tmp_path)
+        monkeypatch.setattr(sys, "argv", [str(DOOR), *arguments])
+        code = door.main()
+        return code, *capsys.readouterr()
+
+    return call
+
+
+def test_every_problem_is_one_line_and_nothing_is_written(tmp_path):
+    config = tmp_path / "mine.yaml"
+    config.write_text("model: {d_modle: 3, num_heads: many}\n", encoding="utf-8")
+    code, output, errors = run("--config", "mine.yaml", "--set", "train.num_steps=0", "seed=1", directory=tmp_path)
+    assert (code, output) == (2, "")
+    assert sorted(errors.splitlines()) == [
+        "error: --set 'seed=1': unknown key seed; did you mean train.seed?",
+        "error: --set 'train.num_steps=0': train.num_steps is 0, but a whole number at least 1 is needed.",
+        "error: mine.yaml: model.num_heads is 'many', but a whole number at least 1 is needed.",
+        "error: mine.yaml: unknown key model.d_modle; did you mean model.d_model?",
+    ]
+    assert list(tmp_path.iterdir()) == [config]
+
+
+def test_an_unknown_option_exits_with_2(tmp_path):
+    code, output, errors = run("--confg", "mine.yaml", directory=tmp_path)
+    assert (code, output) == (2, "")
+    assert "unrecognized arguments: --confg mine.yaml" in errors and "Traceback" not in errors
+
+
+def test_help_lists_every_key(tmp_path):
+    code, output, errors = run("--help", directory=tmp_path)
+    assert (code, errors) == (0, "")
+    assert [name for name, _ in iterate_keys() if f"  {name} = " not in output] == []
+    assert all(option in output for option in ("--config", "--set", "--device", "--resume", "--dry-run", "--world-size"))
+
+
+def test_the_10b_config_is_planned_without_allocating_it(tmp_path):
+    process = start("--config", str(ROOT / "configs" / "phase8_10b_ultra.yaml"), "--dry-run", directory=tmp_path)
+    output, errors = process.stdout.read(), process.stderr.read()
+    _, status, usage = os.wait4(process.pid, 0)
+    process.returncode = os.waitstatus_to_exitcode(status)
+    assert (process.returncode, errors) == (0, "")
+    lines = {line.split("  ")[1]: line for line in output.splitlines()[1:]}
+    assert list(lines) == ["topology", "batch", "run", "model", "parameters", "FLOPs/token", "planned memory per rank"]
+    assert "10.1B" in lines["parameters"] and "GiB: weights" in lines["planned memory per rank"]
+    unit = 1 if sys.platform == "darwin" else 1024
+    assert usage.ru_maxrss * unit < MAX_DRY_RUN_BYTES
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_dry_run_for_eight_processes_says_what_is_wrong(call, tmp_path):
+    code, output, errors = call("--dry-run", "--world-size", "8")
+    assert code == 2
+    assert output.startswith("dry run: quickstart, world size 8\n") and "pp 1 x dp 8 x cp 1 x tp 1 = 8 ranks" in output
+    assert errors == "error: world size 8 is not supported yet; start one process without torchrun.\n"
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_rules_across_keys_are_checked_before_anything_is_written(call, tmp_path):
+    code, output, errors = call("--device", "cpu", "--set", "model.num_heads=5", "--set", "zero.stage=3", "train.stop_at_step=9999")
+    assert (code, output) == (2, "")
+    assert errors.splitlines() == [
+        "error: model.num_heads 5 does not divide model.d_model 192; choose a divisor or set model.head_size.",
+        "error: train.stop_at_step 9999 is after train.num_steps 300; leave it null or make it smaller.",
+        "error: zero.stage is 3, which is not supported yet; use 0.",
+    ]
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_missing_config_file(call):
+    code, _, errors = call("--config", "missing.yaml")
+    assert code == 2
+    assert errors == "error: Config file missing.yaml does not exist; give a YAML file with --config, for example configs/quickstart.yaml.\n"
+
+
+def test_a_world_size_without_dry_run_is_refused(call):
+    code, _, errors = call("--world-size", "8")
+    assert (code, errors) == (2, "error: --world-size 8 is for --dry-run: a run has the processes that were started; leave it out.\n")
+
+
+def test_torchrun_with_several_processes_is_refused(call, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    assert call()[::2] == (2, "error: world size 2 is not supported yet; start one process without torchrun.\n")
+
+
+@pytest.mark.parametrize("arguments", [["--dry"], ["--dev", "cpu", "--dry-run"]])
+def test_options_are_not_abbreviated(call, arguments):
+    with pytest.raises(SystemExit) as caught:
+        call(*arguments)
+    assert caught.value.code == 2
+
+
+@pytest.mark.parametrize(
+    ("arguments", "command"),
+    [
+        (["--config", "a.yaml"], "--config a.yaml"),
+        (["--resume", "none", "--config", "a.yaml"], "--config a.yaml"),
+        (["--config", "a.yaml", "--resume=runs/x/checkpoints/step-0000000010"], "--config a.yaml"),
+        (["--set", "observe.sample_prompt=def main(", "run.name=x"], "--set 'observe.sample_prompt=def main(' run.name=x"),
+    ],
+)
+def test_the_resume_command_goes_on_from_the_newest_checkpoint(door, monkeypatch, arguments, command):
+    monkeypatch.setattr(sys, "argv", ["launch/pretrain.py", *arguments])
+    assert door._resume_command() == f"{Path(sys.executable).name} launch/pretrain.py {command}"

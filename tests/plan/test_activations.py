@@ -1,0 +1,70 @@
+import pytest
+import torch
+
+from phase8.config.schema import ModelSection
+from phase8.model.model import build_model
+from phase8.model.parameters import initialise
+from phase8.plan.activations import trace_activations
+
+NUM_LAYERS = 3
+SHAPE = {
+    "d_model": 64,
+    "num_layers": NUM_LAYERS,
+    "num_heads": 4,
+    "vocab_size": 256,
+    "sequence_length": 128,
+    "local_window_size": 32,
+    "global_tokens": 8,
+}
+RECOMPUTE = [("none", 1), ("full", 1), ("full", 2), ("selective", 1), ("selective", 2)]
+
+
+def saved_bytes(section, *, dtype, micro_batch_size, packed, recompute, every):
+    """What autograd really keeps of a forward of the whole model: distinct storages, parameters left out."""
+    model = build_model(section, dtype=dtype, device=torch.device("cpu"), recompute=recompute, recompute_every_n_layers=every)
+    initialise(model, seed=0)
+    parameters = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
+    storages = {}
+
+    def remember(x):
+        storage = x.untyped_storage()
+        if storage.data_ptr() not in parameters:
+            storages[storage.data_ptr()] = storage
+        return x
+
+    tokens = torch.zeros(micro_batch_size, section.sequence_length, dtype=torch.int64)
+    starts = torch.zeros_like(tokens, dtype=torch.bool) if packed else None
+    with torch.autograd.graph.saved_tensors_hooks(remember, lambda x: x):
+        loss = model.loss_sum(tokens, tokens, starts)
+    kept = sum(storage.nbytes() for storage in storages.values())
+    assert loss.requires_grad
+    return kept
+
+
+def planned_bytes(section, *, dtype, micro_batch_size, packed, recompute, every):
+    traced = trace_activations(section, dtype=dtype, micro_batch_size=micro_batch_size, packed=packed)
+    recomputed = {"none": traced.block, "full": traced.block_input, "selective": traced.block_without_mixer}[recompute]
+    num_recomputed = len(range(0, NUM_LAYERS, every))
+    return (NUM_LAYERS - num_recomputed) * traced.block + num_recomputed * recomputed + traced.head
+
+
+@pytest.mark.parametrize(("recompute", "every"), RECOMPUTE)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+@pytest.mark.parametrize("block", ["phase8", "transformer"])
+def test_traced_bytes_equal_what_autograd_keeps(block, dtype, recompute, every):
+    section = ModelSection(**SHAPE, block=block)
+    case = {"dtype": dtype, "micro_batch_size": 2, "packed": recompute == "none", "recompute": recompute, "every": every}
+    assert planned_bytes(section, **case) == pytest.approx(saved_bytes(section, **case), rel=0.03)
+
+
+@pytest.mark.parametrize("changes", [{"low_rank_rank": 8, "ffn": "low_rank_swiglu", "tie_embeddings": True}, {"score": "dot", "chain": "none"}])
+def test_other_shapes_and_odd_lengths(changes):
+    section = ModelSection(**{**SHAPE, "sequence_length": 117, **changes})
+    case = {"dtype": torch.bfloat16, "micro_batch_size": 3, "packed": True, "recompute": "none", "every": 1}
+    assert planned_bytes(section, **case) == pytest.approx(saved_bytes(section, **case), rel=0.03)
+
+
+def test_recomputation_keeps_less():
+    traced = trace_activations(ModelSection(**SHAPE), dtype=torch.float32, micro_batch_size=2, packed=False)
+    assert traced.block > 2 * traced.block_without_mixer > 2 * traced.block_input
+    assert traced.block_input == 2 * 128 * 64 * 4

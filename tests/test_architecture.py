@@ -1,0 +1,162 @@
+"""The shape of the code, checked: what docs and ADRs promise about every file."""
+
+import ast
+import importlib.util
+import os
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from importlinter.cli import lint_imports
+
+ROOT = Path(__file__).parents[1]
+LIBRARY = sorted((ROOT / "phase8").rglob("*.py"))
+DOORS = sorted([*(ROOT / "launch").glob("*.py"), *(ROOT / "tools").rglob("*.py")])
+TREES = {path: ast.parse(path.read_text(encoding="utf-8")) for path in [*LIBRARY, *DOORS]}
+KERNELS = {path.stem: path for path in LIBRARY if path.parent.name == "kernels" and path.stem != "__init__"}
+REFERENCES = {path.stem: path for path in LIBRARY if path.parent.name == "reference" and path.stem != "__init__"}
+DTYPE_RULE = "dtypes"  # in reference/, but no operation: tested through every operation that obeys it
+
+MAX_FILE_LINES = 350
+MAX_FUNCTION_LINES = 60
+MAX_KERNEL_LINES = 120
+PICKLERS = {"pickle", "_pickle", "cPickle", "cloudpickle", "dill", "joblib", "marshal", "shelve"}
+TORCH_PICKLERS = {"load", "save"}
+MAY_CATCH_EXCEPTION = {"phase8/data/tokenizer.py"}  # the tokenizers package raises nothing narrower
+VAGUE_NAMES = {"utils", "util", "helpers", "common", "misc", "manager"}
+
+
+def relative(path: Path) -> str:
+    return path.relative_to(ROOT).as_posix()
+
+
+def places(found: Iterator[tuple[Path, ast.AST]]) -> list[str]:
+    return [f"{relative(path)}:{node.lineno}" for path, node in found]
+
+
+def nodes(kind: type | tuple[type, ...], paths=TREES) -> Iterator[tuple[Path, ast.AST]]:
+    """Every node of a kind, with its file."""
+    return ((path, node) for path in paths for node in ast.walk(TREES[path]) if isinstance(node, kind))
+
+
+def is_below(path: Path, *folders: str) -> bool:
+    return any(path.is_relative_to(ROOT / folder) for folder in folders)
+
+
+def called_name(call: ast.Call) -> str:
+    return ast.unparse(call.func)
+
+
+def imported_modules(node: ast.Import | ast.ImportFrom) -> list[str]:
+    return [alias.name for alias in node.names] if isinstance(node, ast.Import) else [node.module or ""]
+
+
+def public_functions(path: Path) -> dict[str, list[str]]:
+    """Parameter names of every public function of a module."""
+    functions = (node for node in TREES[path].body if isinstance(node, ast.FunctionDef) and not node.name.startswith("_"))
+    return {f.name: [a.arg for a in (*f.args.posonlyargs, *f.args.args, *f.args.kwonlyargs)] for f in functions}
+
+
+def test_import_contracts_hold(monkeypatch, capsys):
+    monkeypatch.chdir(ROOT)
+    assert lint_imports(config_filename=str(ROOT / "pyproject.toml"), no_cache=True) == 0, capsys.readouterr().out
+
+
+@pytest.mark.parametrize("name", KERNELS)
+def test_every_kernel_has_a_reference_of_the_same_signature_and_a_test(name):
+    assert name in REFERENCES, f"phase8/kernels/reference/{name}.py is missing"
+    ours, specification = public_functions(KERNELS[name]), public_functions(REFERENCES[name])
+    assert ours and {f: specification.get(f) for f in ours} == ours
+    assert (ROOT / f"tests/kernels/test_{name}.py").exists()
+
+
+@pytest.mark.parametrize("name", sorted(REFERENCES.keys() - {DTYPE_RULE}))
+def test_every_reference_operation_has_a_test_that_calls_it(name):
+    functions = public_functions(REFERENCES[name])
+    assert functions
+    test = ROOT / f"tests/kernels/test_{name}.py"
+    names = {node.id for node in ast.walk(ast.parse(test.read_text(encoding="utf-8"))) if isinstance(node, ast.Name)}
+    called_by_kernel = {n.attr for _, n in nodes(ast.Attribute, [KERNELS[name]])} if name in KERNELS else set()
+    assert functions.keys() <= names | called_by_kernel
+
+
+def test_every_module_begins_with_a_docstring():
+    assert [relative(path) for path, tree in TREES.items() if not ast.get_docstring(tree)] == []
+
+
+def test_packages_hold_a_docstring_only():
+    packages = {path.parent for path in LIBRARY}
+    assert [relative(package) for package in packages if not (package / "__init__.py").exists()] == []
+    assert [relative(path) for path in LIBRARY if path.name == "__init__.py" and len(TREES[path].body) != 1] == []
+
+
+def test_files_and_functions_are_small():
+    long_files = [relative(path) for path in LIBRARY if len(path.read_text(encoding="utf-8").splitlines()) > MAX_FILE_LINES]
+    functions = nodes((ast.FunctionDef, ast.AsyncFunctionDef))
+    allowed = {path: MAX_KERNEL_LINES if is_below(path, "phase8/kernels") else MAX_FUNCTION_LINES for path in TREES}
+    long_functions = places((path, f) for path, f in functions if f.end_lineno - f.lineno >= allowed[path])
+    assert (long_files, long_functions) == ([], [])
+
+
+def test_names_say_what_a_file_does():
+    assert [relative(path) for path in TREES if VAGUE_NAMES & {path.stem, path.parent.name}] == []
+
+
+def test_only_doors_and_observe_print():
+    quiet = [path for path in LIBRARY if not is_below(path, "phase8/observe")]
+    assert places((path, call) for path, call in nodes(ast.Call, quiet) if called_name(call) == "print") == []
+
+
+def test_only_the_launcher_and_the_device_read_the_environment():
+    quiet = [path for path in TREES if not is_below(path, "launch", "phase8/train/device.py")]
+    by_attribute = (pair for pair in nodes(ast.Attribute, quiet) if ast.unparse(pair[1]) in ("os.environ", "os.environb", "os.getenv", "os.putenv"))
+    by_import = (pair for pair in nodes(ast.ImportFrom, quiet) if pair[1].module == "os" and {"environ", "getenv"} & {a.name for a in pair[1].names})
+    assert places(by_attribute) + places(by_import) == []
+
+
+def test_no_attribute_is_read_with_a_default():
+    calls = nodes(ast.Call)
+    assert places((path, call) for path, call in calls if called_name(call) == "getattr" and len(call.args) > 2) == []
+
+
+def test_nothing_unpickles():
+    imports = (pair for pair in nodes((ast.Import, ast.ImportFrom)) if any(m.split(".")[0] in PICKLERS for m in imported_modules(pair[1])))
+    torch_calls = (pair for pair in nodes(ast.Call) if called_name(pair[1]) in {f"torch.{name}" for name in TORCH_PICKLERS})
+    numpy_calls = (pair for pair in nodes(ast.keyword) if pair[1].arg == "allow_pickle" and ast.unparse(pair[1].value) != "False")
+    assert places(imports) + places(torch_calls) + places(numpy_calls) == []
+
+
+def test_no_error_is_swallowed_by_a_broad_except():
+    def is_broad(handler: ast.ExceptHandler) -> bool:
+        caught = [] if handler.type is None else [ast.unparse(node) for node in ast.walk(handler.type) if isinstance(node, ast.expr)]
+        return handler.type is None or bool({"Exception", "BaseException"} & set(caught))
+
+    broad = [(path, handler) for path, handler in nodes(ast.ExceptHandler) if is_broad(handler)]
+    assert places(pair for pair in broad if relative(pair[0]) not in MAY_CATCH_EXCEPTION) == []
+    assert all(handler.type is not None and isinstance(handler.body[-1], ast.Raise) for _, handler in broad)
+
+
+def test_the_whole_config_is_named_only_where_everything_meets():
+    """Below train, functions receive their own section; the dry run answers for a whole config and is the one exception."""
+    allowed = ("phase8/config", "phase8/train", "phase8/plan/dry_run.py", "launch", "tools")
+    below = [path for path in TREES if not is_below(path, *allowed)]
+    assert places((path, node) for path, node in nodes(ast.alias, below) if node.name == "RunConfig") == []
+
+
+def test_doors_are_imported_by_nothing():
+    doors = {"launch", "tools", *(path.stem for path in DOORS)} - {"__init__"}
+    imports = nodes((ast.Import, ast.ImportFrom))
+    assert places((path, node) for path, node in imports if any(m.split(".")[0] in doors for m in imported_modules(node))) == []
+
+
+@pytest.mark.parametrize("path", DOORS, ids=relative)
+def test_doors_have_a_main_and_no_side_effects_when_imported(path, monkeypatch, capsys, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", [str(path), "--no-such-option"])
+    environment = dict(os.environ)
+    specification = importlib.util.spec_from_file_location(f"door_{path.stem}", path)
+    module = importlib.util.module_from_spec(specification)
+    specification.loader.exec_module(module)
+    assert callable(module.main)
+    assert capsys.readouterr() == ("", "") and not list(tmp_path.iterdir()) and dict(os.environ) == environment
