@@ -20,8 +20,9 @@ import numpy as np
 
 from phase8.data.documents import spread
 from phase8.data.indexed import IndexedDataset, IndexedWriter, best_dtype
-from phase8.data.staging import exclusive_lock, read_json, staged_directory, sweep_partial, write_json
+from phase8.data.staging import exclusive_lock, read_json, sweep_partial, write_json
 from phase8.data.tokenizer import Tokenizer, load_tokenizer, train_sentencepiece
+from phase8.durable import staged_directory
 from phase8.errors import DataError, IndexedFormatError
 
 OnProgress = Callable[[str, int, int], None]
@@ -30,7 +31,8 @@ OnProgress = Callable[[str, int, int], None]
 CORPUS_VERSION = 1
 VALIDATION_RATIO = 0.05
 TOKENIZER_SAMPLE_BYTES = 8_000_000
-_SKIPPED_DIRECTORIES = {"site-packages", "dist-packages", "__pycache__"}
+# pydoc_data is one file of generated prose, large enough to distort whichever split it falls into.
+_SKIPPED_DIRECTORIES = {"site-packages", "dist-packages", "__pycache__", "pydoc_data"}
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -10,8 +10,7 @@ import hashlib
 import os
 import shutil
 from array import array
-from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
 from typing import BinaryIO, Self
@@ -19,7 +18,8 @@ from typing import BinaryIO, Self
 import numpy as np
 
 from phase8.data.index_file import DIALECTS, DTYPE_CODES, Dialect, read_index, write_index
-from phase8.errors import DataError, StorageError
+from phase8.durable import storage_errors
+from phase8.errors import DataError
 
 MAX_SEQUENCE_TOKENS = 2**31 - 1
 
@@ -234,13 +234,3 @@ def _reopen(prefix: str, dialect: Dialect | None) -> IndexedDataset:
 def _path(prefix: str | Path, suffix: str) -> Path:
     """`prefix` + `suffix`; not `with_suffix`, which would cut a prefix that holds a dot."""
     return Path(f"{prefix}{suffix}")
-
-
-@contextmanager
-def storage_errors(path: Path) -> Iterator[None]:
-    """Context manager that turns every `OSError` of writing `path` (no space, no permission) into a `StorageError`."""
-    try:
-        yield
-    except OSError as error:
-        reason = error.strerror or str(error)
-        raise StorageError(f"cannot write {path}: {reason}; free space there or choose a place that can be written") from error

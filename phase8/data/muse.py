@@ -17,7 +17,8 @@ from typing import Literal
 import numpy as np
 
 from phase8.data.index_file import MAGIC as MEGATRON_MAGIC
-from phase8.data.indexed import MAX_SEQUENCE_TOKENS, IndexedWriter, best_dtype, storage_errors
+from phase8.data.indexed import MAX_SEQUENCE_TOKENS, IndexedWriter, best_dtype
+from phase8.durable import storage_errors
 from phase8.errors import DataError, IndexedFormatError
 
 MAGIC = b"MUSE"

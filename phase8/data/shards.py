@@ -16,8 +16,9 @@ import numpy as np
 
 from phase8.data.documents import OnInvalid, Span, read_documents
 from phase8.data.indexed import IndexedDataset, IndexedWriter, best_dtype
-from phase8.data.staging import read_json, staged_directory, write_json
+from phase8.data.staging import read_json, write_json
 from phase8.data.tokenizer import Tokenizer, load_tokenizer
+from phase8.durable import staged_directory
 from phase8.errors import DataError
 
 # Longer documents are encoded in pieces that end at a line end, so that a file of gigabytes does not become a list of that many ids.

@@ -1,7 +1,6 @@
-"""Crash-safe places to write: files and directories that appear under their final name complete or not at all.
+"""Records and locks of work that is done once: JSON that is complete or absent, and sole ownership of a place.
 
-Everything is written under a temporary name beside its destination, fsynced, and renamed. A killed process leaves only names that
-match `*.partial`, which the next one sweeps while it holds the lock of the place.
+A killed process leaves only names that match `*.partial`, which the next one sweeps while it holds the lock of the place.
 """
 
 from __future__ import annotations
@@ -10,56 +9,13 @@ import fcntl
 import glob
 import json
 import os
-import secrets
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from phase8.data.indexed import storage_errors
+from phase8.durable import staged_file, storage_errors
 from phase8.errors import DataError
-
-
-@contextmanager
-def staged_file(destination: Path) -> Iterator[Path]:
-    """A temporary path that replaces `destination` when the block ends without an exception.
-
-    Raises:
-        StorageError: The place cannot be written, or the disk is full.
-    """
-    partial = _partial_name(destination)
-    with storage_errors(destination):
-        destination.parent.mkdir(parents=True, exist_ok=True)
-        try:
-            yield partial
-            _fsync(partial)
-            partial.replace(destination)
-            _fsync(destination.parent)
-        finally:
-            partial.unlink(missing_ok=True)
-
-
-@contextmanager
-def staged_directory(destination: Path) -> Iterator[Path]:
-    """A temporary directory that replaces `destination` when the block ends without an exception.
-
-    Files written inside must be fsynced by their writers, as those of `staged_file` and `IndexedWriter` are.
-
-    Raises:
-        StorageError: The place cannot be written, or the disk is full.
-    """
-    partial = _partial_name(destination)
-    with storage_errors(destination):
-        partial.mkdir(parents=True)
-        try:
-            yield partial
-            _fsync(partial)
-            if destination.exists():
-                shutil.rmtree(destination)
-            partial.rename(destination)
-            _fsync(destination.parent)
-        finally:
-            shutil.rmtree(partial, ignore_errors=True)
 
 
 def write_json(path: Path, value: object) -> None:
@@ -126,15 +82,3 @@ def sweep_partial(directory: Path, name: str) -> None:
             shutil.rmtree(leftover, ignore_errors=True)
         else:
             leftover.unlink(missing_ok=True)
-
-
-def _partial_name(destination: Path) -> Path:
-    return destination.with_name(f"{destination.name}.{secrets.token_hex(6)}.partial")
-
-
-def _fsync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

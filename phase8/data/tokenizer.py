@@ -17,7 +17,7 @@ from typing import Literal
 
 import sentencepiece
 
-from phase8.data.staging import staged_file
+from phase8.durable import staged_file
 from phase8.errors import DataError
 
 END_OF_DOCUMENT = "<|endoftext|>"

@@ -45,7 +45,7 @@ class SamplingOptions:
 
 
 def generate_tokens(
-    model: LanguageModel, prompt: Sequence[int], *, max_tokens: int, options: SamplingOptions, stop_id: int | None = None
+    model: LanguageModel, prompt: Sequence[int], *, max_tokens: int, options: SamplingOptions, num_ids: int, stop_id: int | None = None
 ) -> Iterator[int]:
     """Token ids that continue a prompt, one at a time.
 
@@ -54,6 +54,7 @@ def generate_tokens(
         prompt: At least one token id.
         max_tokens: Tokens drawn at most.
         options: How they are drawn.
+        num_ids: Only ids below it are drawn: a model's vocabulary may be padded beyond its tokenizer's.
         stop_id: Ends the text; not yielded.
     """
     device = model.embedding.weight.device
@@ -61,7 +62,7 @@ def generate_tokens(
     decoder = Decoder(model)
     logits = decoder.feed(torch.tensor([list(prompt)], device=device))
     for _ in range(max_tokens):
-        token = draw_token(logits[0], options, generator)
+        token = draw_token(logits[0, :num_ids], options, generator)
         if token == stop_id:
             return
         yield token

@@ -26,6 +26,9 @@ def stream_text(
 ) -> Iterator[str]:
     """The continuation of a prompt in pieces of text, until the document ends or `max_tokens` are written."""
     decoder = StreamingDecoder(tokenizer)
-    for token in generate_tokens(model, prompt, max_tokens=max_tokens, options=options, stop_id=tokenizer.eod_id):
+    drawn = generate_tokens(
+        model, prompt, max_tokens=max_tokens, options=options, num_ids=tokenizer.vocab_size, stop_id=tokenizer.eod_id
+    )
+    for token in drawn:
         yield decoder.feed(token)
     yield decoder.flush()

@@ -20,8 +20,8 @@ from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
+from phase8.durable import replace_file, storage_errors
 from phase8.errors import StorageError
-from phase8.observe.atomic_write import replace_file, storage_errors
 
 if TYPE_CHECKING:
     from torch.utils.tensorboard import SummaryWriter

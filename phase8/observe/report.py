@@ -11,7 +11,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from phase8.observe.atomic_write import replace_file, storage_errors
+from phase8.durable import replace_file, storage_errors
 from phase8.observe.charts import draw_loss, draw_series, loss_png, render_svg
 from phase8.observe.formatting import format_bytes, format_count, format_ratio, format_seconds
 from phase8.observe.history import History, Series, last_finite, median, smooth

@@ -8,7 +8,6 @@ import torch
 from rich.console import Console
 
 from phase8.checkpoint.load import Checkpoint
-from phase8.checkpoint.retention import apply_retention
 from phase8.config.batch import BatchShape, batch_shape
 from phase8.config.schema import RunConfig
 from phase8.config.validate import validate
@@ -56,6 +55,12 @@ class Run:
     peak_flops: float | None
     console: Console
 
+    @property
+    def uses_cuda_graphs(self) -> bool:
+        """The compiled blocks replay CUDA graphs."""
+        compiled = self.config.train.compile
+        return compiled.enabled and compiled.mode != "default" and self.device.type == "cuda"
+
 
 def build_run(config: RunConfig, *, device: torch.device, resume: str, console: Console) -> Run:
     """Opens the data, makes the model, goes on from a checkpoint if asked, and prints the banner.
@@ -83,7 +88,6 @@ def build_run(config: RunConfig, *, device: torch.device, resume: str, console: 
     optimizer = build_optimizer(model, config.optim, decayed_names=decayed_parameter_names(model))
     position = _go_on(config, directory, data, model, optimizer, resume=resume, console=console)
     directory.record(config)
-    apply_retention(directory.checkpoints, keep_last=config.checkpoint.keep_last, keep_every_n_steps=config.checkpoint.keep_every_n_steps)
     if config.train.compile.enabled:
         for block in model.blocks:
             block.compile(mode=config.train.compile.mode, fullgraph=config.train.compile.fullgraph)

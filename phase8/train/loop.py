@@ -6,6 +6,8 @@ import itertools
 import time
 from collections.abc import Iterator
 
+import torch
+
 from phase8.checkpoint.retention import apply_retention
 from phase8.checkpoint.save import save_checkpoint
 from phase8.checkpoint.state import flat_state
@@ -97,6 +99,9 @@ class Trainer:
         self.flops_per_token = training_flops_per_token(config.model)
         self.last_saved_step = position.step if position.step else None
         self.last_evaluated_step: int | None = None
+        if run.uses_cuda_graphs:
+            for parameter in run.model.parameters():
+                parameter.grad = torch.zeros_like(parameter)
         reset_peak_memory(run.device)
 
     def train_until(self, stop_step: int, stop: StopRequest) -> None:
@@ -143,6 +148,13 @@ class Trainer:
                 metadata=checkpoint_metadata(config, position, fingerprint=run.data.fingerprint, device=run.device),
                 attachments={} if tokenizer is None else {f"tokenizer{tokenizer.path.suffix}": tokenizer.path},
             )
+        except StorageError as error:
+            if must_succeed:
+                raise
+            self._report_storage("checkpoint_failed", error)
+            return
+        self.last_saved_step = position.step
+        try:
             apply_retention(
                 run.directory.checkpoints,
                 keep_last=config.checkpoint.keep_last,
@@ -150,12 +162,13 @@ class Trainer:
                 known_good=saved,
             )
         except StorageError as error:
-            if must_succeed:
-                raise
-            self.progress.message(f"checkpoint of step {position.step} failed, training goes on: {error}")
-            self.metrics.log_event(position.step, "checkpoint_failed", reason=str(error))
-            return
-        self.last_saved_step = position.step
+            self._report_storage("retention_failed", error)
+
+    def _report_storage(self, event: str, error: StorageError) -> None:
+        """Training goes on, and the older checkpoints stay."""
+        step = self.run.position.step
+        self.progress.message(f"step {step}: {event.replace('_', ' ')}, training goes on: {error}")
+        self.metrics.log_event(step, event, reason=str(error))
 
     def _take_step(self, microbatches: Iterator[Microbatch]) -> None:
         run, config, position = self.run, self.run.config, self.run.position
@@ -164,7 +177,14 @@ class Trainer:
         data_wait_seconds = time.perf_counter() - begin
         step = position.step + 1
         rate = learning_rate(step, config.optim, num_steps=config.train.num_steps)
-        result = train_step(run.model, run.optimizer, batch, learning_rate=rate, gradient_clip_norm=config.optim.gradient_clip_norm)
+        result = train_step(
+            run.model,
+            run.optimizer,
+            batch,
+            learning_rate=rate,
+            gradient_clip_norm=config.optim.gradient_clip_norm,
+            keep_gradient_buffers=run.uses_cuda_graphs,
+        )
         step_seconds = time.perf_counter() - begin
 
         tokens = run.shape.global_batch_size * config.model.sequence_length

@@ -107,6 +107,8 @@ def restore_run(
     _check_model(checkpoint.path, saved_config["model"], config_to_mapping(config)["model"])
     if not config.data.allow_fingerprint_change:
         _check_data(checkpoint.path, (saved_config["train"]["seed"], saved_fingerprint), (config.train.seed, fingerprint))
+    for name in checkpoint.manifest.attachments:
+        checkpoint.attachment(name)  # a damaged tokenizer is found now, not when somebody generates
     restore_state(checkpoint, model, optimizer)
     restore_random_state(random_state, next(model.parameters()).device)
     return position

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -12,7 +10,7 @@ import yaml
 
 from phase8.config.load import config_to_mapping
 from phase8.config.schema import RunConfig, RunSection
-from phase8.errors import StorageError
+from phase8.durable import replace_file, storage_errors
 
 
 @dataclass(frozen=True)
@@ -41,7 +39,7 @@ class RunDirectory:
         Raises:
             StorageError: It cannot be written.
         """
-        with self._storage_errors():
+        with storage_errors(self.path):
             self.path.mkdir(parents=True, exist_ok=True)
             with tempfile.TemporaryFile(dir=self.path):
                 pass
@@ -49,17 +47,7 @@ class RunDirectory:
     def record(self, config: RunConfig) -> None:
         """Writes the config of the run to `config.yaml`."""
         text = yaml.safe_dump(config_to_mapping(config), sort_keys=False, allow_unicode=True)
-        with self._storage_errors():
-            (self.path / "config.yaml").write_text(text, encoding="utf-8")
-
-    @contextmanager
-    def _storage_errors(self) -> Iterator[None]:
-        try:
-            yield
-        except OSError as error:
-            raise StorageError(
-                f"run directory {self.path} cannot be written ({error.strerror}); set run.output_dir to a place that can."
-            ) from error
+        replace_file(self.path / "config.yaml", text.encode())
 
     def set_aside(self) -> Path | None:
         """Renames an earlier run of the same name to `<name>.1`, `.2`, ... so that a new one loses nothing; None if there is none."""
@@ -68,10 +56,8 @@ class RunDirectory:
         number = 1
         while (aside := self.path.with_name(f"{self.path.name}.{number}")).exists():
             number += 1
-        try:
+        with storage_errors(aside):
             self.path.rename(aside)
-        except OSError as error:
-            raise StorageError(f"{self.path} cannot be renamed to {aside} ({error.strerror}); choose another run.name.") from error
         return aside
 
     def set_aside_checkpoints(self, steps: list[Path]) -> None:
@@ -80,11 +66,9 @@ class RunDirectory:
             number = 0
             while (aside := self.superseded / f"{step.name}.{number}").exists():
                 number += 1
-            try:
+            with storage_errors(aside):
                 self.superseded.mkdir(exist_ok=True)
                 step.rename(aside)
-            except OSError as error:
-                raise StorageError(f"{step} cannot be moved to {aside} ({error.strerror}); make {self.path} writable.") from error
 
 
 def run_directory(section: RunSection) -> RunDirectory:

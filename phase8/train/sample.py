@@ -6,8 +6,8 @@ from rich.console import Console
 
 from phase8.config.schema import RunConfig
 from phase8.data.tokenizer import Tokenizer
-from phase8.generate.sample import SamplingOptions, generate_tokens
-from phase8.generate.text import prompt_tokens
+from phase8.generate.sample import SamplingOptions
+from phase8.generate.text import prompt_tokens, stream_text
 from phase8.model.model import LanguageModel
 
 
@@ -17,8 +17,7 @@ def write_sample(model: LanguageModel, tokenizer: Tokenizer, config: RunConfig, 
     prompt = observe.sample_prompt or ""
     tokens = prompt_tokens(tokenizer, prompt, after_document_end=not config.data.reset_at_document_boundaries)
     options = SamplingOptions(seed=config.train.seed)
-    drawn = generate_tokens(model, tokens, max_tokens=observe.sample_tokens, options=options, stop_id=tokenizer.eod_id)
-    text = prompt + tokenizer.decode(list(drawn))
+    text = prompt + "".join(stream_text(model, tokenizer, tokens, max_tokens=observe.sample_tokens, options=options))
     console.rule("sample")
     console.print(text, markup=False, highlight=False)
     console.rule()

@@ -11,7 +11,8 @@ from pathlib import Path
 
 import pytest
 
-from phase8.data.staging import exclusive_lock, read_json, staged_directory, staged_file, sweep_partial, write_json
+from phase8.data.staging import exclusive_lock, read_json, sweep_partial, write_json
+from phase8.durable import staged_directory, staged_file
 from phase8.errors import DataError, StorageError
 
 ROOT = Path(__file__).parents[2]
@@ -130,7 +131,7 @@ def test_owners_exclude_each_other_although_the_lock_file_is_removed(tmp_path: P
 
 def test_a_killed_owner_gives_the_lock_back(tmp_path: Path):
     code = (
-        "import os, signal; from pathlib import Path; from phase8.data.staging import exclusive_lock, staged_directory\n"
+        "import os, signal; from pathlib import Path; from phase8.data.staging import exclusive_lock; from phase8.durable import staged_directory\n"
         f"directory = Path({str(tmp_path)!r})\n"
         "with exclusive_lock(directory / 'lock', wait=False), staged_directory(directory / 'work'):\n"
         "    os.kill(os.getpid(), signal.SIGKILL)\n"

@@ -1,3 +1,5 @@
+import itertools
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -40,5 +42,5 @@ def test_packed_documents_equal_separate_ones(begins):
     starts = torch.zeros(2, 12, dtype=torch.bool)
     starts[:, begins] = True
     bounds = sorted({0, *begins, 12})
-    separate = [causal_convolution(x[:, a:b], weight)[0] for a, b in zip(bounds, bounds[1:], strict=False)]
+    separate = [causal_convolution(x[:, a:b], weight)[0] for a, b in itertools.pairwise(bounds)]
     torch.testing.assert_close(causal_convolution(x, weight, starts)[0], torch.cat(separate, 1))

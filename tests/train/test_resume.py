@@ -92,9 +92,9 @@ def test_other_data_are_refused_unless_allowed(tiny, tmp_path):
     train_tiny(tiny, "train.stop_at_step=5")
     write_documents(tmp_path / "other", num_documents=200, seed=7)
     other = f"data.train={tmp_path}/other"
-    with pytest.raises(CheckpointMismatchError, match="another order of samples"):
+    with pytest.raises(CheckpointMismatchError, match=r"another order of samples"):
         prepare(tiny, other)
-    with pytest.raises(CheckpointMismatchError, match="train.seed was 1234 and is 1"):
+    with pytest.raises(CheckpointMismatchError, match=r"train.seed was 1234 and is 1"):
         prepare(tiny, "train.seed=1")
     assert prepare(tiny, other, "data.allow_fingerprint_change=true").position.step == 5
 

@@ -4,8 +4,8 @@ import os
 
 import pytest
 
+from phase8.durable import replace_file
 from phase8.errors import StorageError
-from phase8.observe.atomic_write import replace_file
 
 
 def test_the_file_is_replaced_whole_and_nothing_is_left_beside_it(tmp_path):

@@ -1,0 +1,96 @@
+"""Writing that survives crashes: what has its final name is complete, and what the disk refuses is one sentence.
+
+Everything is written under a temporary name beside its destination, fsynced, and renamed. A killed process leaves only names that
+match `*.partial`.
+"""
+
+from __future__ import annotations
+
+import os
+import secrets
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from phase8.errors import StorageError
+
+
+@contextmanager
+def storage_errors(path: Path) -> Iterator[None]:
+    """A block in which the operating system's refusals to write name the path and the remedy.
+
+    Raises:
+        StorageError: Instead of any `OSError`.
+    """
+    try:
+        yield
+    except OSError as error:
+        reason = error.strerror or str(error)
+        raise StorageError(f"cannot write {path}: {reason}; free space there, allow writing, or choose another place") from error
+
+
+@contextmanager
+def staged_file(destination: Path) -> Iterator[Path]:
+    """A temporary path that replaces `destination` when the block ends without an exception.
+
+    Raises:
+        StorageError: The place cannot be written, or the disk is full; an old file is kept.
+    """
+    partial = partial_name(destination)
+    with storage_errors(destination):
+        destination.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            yield partial
+            fsync_path(partial)
+            partial.replace(destination)
+            fsync_path(destination.parent)
+        finally:
+            partial.unlink(missing_ok=True)
+
+
+@contextmanager
+def staged_directory(destination: Path) -> Iterator[Path]:
+    """A temporary directory that replaces `destination` when the block ends without an exception.
+
+    Files written inside must be fsynced by their writers, as those of `staged_file` are.
+
+    Raises:
+        StorageError: The place cannot be written, or the disk is full.
+    """
+    partial = partial_name(destination)
+    with storage_errors(destination):
+        partial.mkdir(parents=True)
+        try:
+            yield partial
+            fsync_path(partial)
+            if destination.exists():
+                shutil.rmtree(destination)
+            partial.rename(destination)
+            fsync_path(destination.parent)
+        finally:
+            shutil.rmtree(partial, ignore_errors=True)
+
+
+def replace_file(destination: Path, content: bytes) -> None:
+    """Writes a file whole: a crash leaves the old content or the new, never a mixture.
+
+    Raises:
+        StorageError: As `staged_file`.
+    """
+    with staged_file(destination) as partial:
+        partial.write_bytes(content)
+
+
+def partial_name(destination: Path) -> Path:
+    """A fresh temporary name beside `destination`."""
+    return destination.with_name(f"{destination.name}.{secrets.token_hex(6)}.partial")
+
+
+def fsync_path(path: Path) -> None:
+    """Makes a file, or the names in a directory, durable."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
