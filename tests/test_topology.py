@@ -55,10 +55,13 @@ def test_a_group_holds_the_rank_and_varies_along_its_axis_only(topology, axis, d
 
 
 def test_a_worked_example():
-    topology = build_topology(world_size=16, **degrees(tensor=2, context=2, pipeline=2))
-    assert topology.degrees == {"pp": 2, "dp": 2, "cp": 2, "tp": 2}
-    assert topology.coordinates(11) == {"pp": 1, "dp": 0, "cp": 1, "tp": 1}
-    assert [topology.group(11, axis) for axis in AXES] == [[3, 11], [11, 15], [9, 11], [10, 11]]
+    topology = build_topology(world_size=120, **degrees(tensor=2, context=3, pipeline=5))
+    assert topology.degrees == {"pp": 5, "dp": 4, "cp": 3, "tp": 2}
+    assert topology.coordinates(47) == {"pp": 1, "dp": 3, "cp": 2, "tp": 1}
+    assert topology.group(47, "tp") == [46, 47]
+    assert topology.group(47, "cp") == [43, 45, 47]
+    assert topology.group(47, "dp") == [29, 35, 41, 47]
+    assert topology.group(47, "pp") == [23, 47, 71, 95, 119]
 
 
 def test_an_unknown_axis_is_a_key_error():
