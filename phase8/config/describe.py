@@ -73,6 +73,8 @@ def _describe(annotation: Any, metadata: Sequence[Any]) -> str:
         return _describe(arguments[0], [*arguments[1:], *metadata])
     if origin is Literal:
         return "one of " + ", ".join(str(value) for value in arguments)
+    if origin is tuple and arguments[1:] == (...,):
+        return "a list of {" + ", ".join(arguments[0].model_fields) + "}"
     if origin is tuple:
         return f"a list of {len(arguments)} values, each {_describe(arguments[0], [])}"
     words = {int: "a whole number", float: "a number", bool: "true or false", str: "a text"}

@@ -138,13 +138,13 @@ def _sentences(error: ValidationError, tree: Mapping[str, Any], *, source: str, 
     for problem in error.errors():
         parts = [str(part) for part in problem["loc"]]
         name = next((".".join(parts[:n]) for n in range(len(parts), 0, -1) if ".".join(parts[:n]) in fields), ".".join(parts))
-        if problem["type"] in ("extra_forbidden", "invalid_key"):
-            sentences.append(f"{source}: {unknown_key(name)}")
-        elif name in fields:
+        if name in fields:
             # The whole value: of a list, pydantic names the one entry that is wrong.
             value = functools.reduce(operator.getitem, name.split("."), tree)
             sentence = f"{name} is {describe_value(value)}, but {describe_type(fields[name])} is needed."
             sentences.append(f"{overridden.get(name, source)}: {sentence}")
+        elif problem["type"] in ("extra_forbidden", "invalid_key"):
+            sentences.append(f"{source}: {unknown_key(name)}")
         else:
             sentences.append(f"{source}: section {name} holds {describe_value(problem['input'])}, but a mapping of keys is needed.")
     return list(dict.fromkeys(sentences))

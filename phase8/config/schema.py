@@ -15,6 +15,8 @@ PositiveInt = Annotated[int, Field(ge=1)]
 NonNegativeInt = Annotated[int, Field(ge=0)]
 PositiveFloat = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 NonNegativeFloat = Annotated[float, Field(ge=0, allow_inf_nan=False)]
+# Projects whose .idx files share one layout and differ in their type codes.
+Dialect = Literal["megatron", "deepspeed", "gpt-neox", "nanotron"]
 Fraction = Annotated[float, Field(ge=0, le=1)]
 
 
@@ -82,11 +84,22 @@ class ModelSection(Section):
         return 4 if self.block == "phase8" else 1
 
 
+class DataSource(Section):
+    """One data set of a blend."""
+
+    path: Annotated[str, Field(min_length=1)] = Field(description=".bin/.idx prefix")
+    weight: PositiveInt = Field(description="share of the samples; only the ratios matter")
+    dialect: Dialect | None = key(None, "project that wrote the pair, where its type code is ambiguous")
+
+
+Blend = Annotated[tuple[DataSource, ...], Field(min_length=1, strict=False)]
+
+
 class DataSection(Section):
     """Training text, tokenizer and loader."""
 
-    train: str | None = key(None, ".bin/.idx prefix or blend .yaml; null: the embedded corpus (Python's standard library)")
-    validation: str | None = key(None, "the same for evaluation; null: none (embedded corpus: its fixed held-out split)")
+    train: str | Blend | None = key(None, ".bin/.idx prefix, or a blend of several; null: the embedded corpus (Python's standard library)")
+    validation: str | Blend | None = key(None, "the same for evaluation; null: none (embedded corpus: its fixed held-out split)")
     tokenizer: str | None = key(None, "sentencepiece .model or Hugging Face tokenizer.json; copied into checkpoints, needed to generate")
     cache_dir: str = key(".cache/phase8", "where the embedded corpus is tokenised once")
     reset_at_document_boundaries: bool = key(False, "packed documents do not see each other: state, window and loss stop at the boundary")

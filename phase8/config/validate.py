@@ -6,7 +6,7 @@ from collections.abc import Iterator
 
 from phase8.config.batch import batch_shape
 from phase8.config.describe import describe_value
-from phase8.config.schema import ModelSection, OptimSection, RunConfig, TrainSection
+from phase8.config.schema import DataSection, ModelSection, OptimSection, RunConfig, TrainSection
 from phase8.errors import ConfigError
 from phase8.topology import build_topology
 
@@ -77,8 +77,16 @@ def _data(config: RunConfig) -> Iterator[str]:
         for name, value in (("validation", data.validation), ("tokenizer", data.tokenizer)):
             if value is not None:
                 yield f"data.{name} is {value!r}, but data.train is null and the embedded corpus brings its own; set data.train too."
-    elif config.observe.sample_prompt is not None and data.tokenizer is None:
+    yield from _repeated_sources(data)
+    if data.train is not None and config.observe.sample_prompt is not None and data.tokenizer is None:
         yield "observe.sample_prompt is set, but data.tokenizer is null; give the tokenizer of the data, or leave the prompt null."
+
+
+def _repeated_sources(data: DataSection) -> Iterator[str]:
+    for name, sources in (("train", data.train), ("validation", data.validation)):
+        paths = [] if sources is None or isinstance(sources, str) else [source.path for source in sources]
+        for path in sorted({path for path in paths if paths.count(path) > 1}):
+            yield f"data.{name} lists {path} more than once; keep one entry and add the weights up."
 
 
 def _batch(config: RunConfig, world_size: int) -> Iterator[str]:

@@ -1,4 +1,4 @@
-"""Blending of several data sets by integer weights: the blend file, and who delivers sample n.
+"""Blending of several data sets by integer weights: who delivers sample n.
 
 The order within one period of sum(weights) samples follows Tijdeman's rule: among the data sets that are owed at least
 1 / (2K - 2) of a sample, the one with the earliest deadline. At every prefix no data set is then further than 1 - 1 / (2K - 2) samples
@@ -10,60 +10,14 @@ Source: R. Tijdeman, "The chairman assignment problem", Discrete Mathematics 32 
 from __future__ import annotations
 
 import heapq
-from collections import Counter
 from collections.abc import Sequence
 from math import gcd
-from pathlib import Path
-from typing import Annotated, Any
 
 import numpy as np
-import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from phase8.data.index_file import Dialect
 from phase8.errors import DataError
 
 MAX_PERIOD = 100_000
-
-
-class BlendSource(BaseModel):
-    """One data set of a blend."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
-
-    path: Annotated[str, Field(min_length=1, description=".bin/.idx prefix, relative to the blend file")]
-    weight: Annotated[int, Field(ge=1, description="share of the samples, in whole numbers")]
-    dialect: Annotated[Dialect | None, Field(description="project that wrote the pair, where its type code is ambiguous")] = None
-
-
-class _BlendFile(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
-
-    sources: Annotated[list[BlendSource], Field(min_length=1)]
-
-
-def read_blend(path: str | Path) -> list[BlendSource]:
-    """The data sets of a blend file, their paths made relative to the working directory.
-
-    Raises:
-        DataError: The file is missing, is not YAML, or holds anything but `sources: [{path, weight, dialect}]`; all problems at once.
-    """
-    path = Path(path)
-    try:
-        content = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise DataError(f"cannot read the blend {path}: {error.strerror or error}") from error
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise DataError(f"the blend {path} is not YAML: {' '.join(str(error).split())}") from error
-    try:
-        sources = _BlendFile.model_validate(content).sources
-    except ValidationError as error:
-        problems = ", ".join(_problem(detail) for detail in error.errors())
-        raise DataError(f"the blend {path} cannot be used: {problems}; write `sources:` with a list of path and whole-number weight") from None
-    repeated = [name for name, times in Counter(source.path for source in sources).items() if times > 1]
-    if repeated:
-        raise DataError(f"the blend {path} lists {repeated[0]} more than once; keep one entry and add the weights up")
-    return [source.model_copy(update={"path": str(path.parent / source.path)}) for source in sources]
 
 
 class BlendTable:
@@ -135,9 +89,3 @@ def _tijdeman_period(weights: tuple[int, ...]) -> tuple[np.ndarray, np.ndarray]:
         counts[dataset] += 1
         heapq.heappush(waiting, (release(dataset, counts[dataset]), dataset))
     return order, counts_before
-
-
-def _problem(detail: Any) -> str:
-    place = ".".join(map(str, detail["loc"])) or "the file"
-    found = "" if isinstance(detail["input"], dict | list) else f" is {detail['input']!r}"
-    return f"{place}{found} ({detail['msg']})"

@@ -23,13 +23,12 @@ from __future__ import annotations
 import os
 import struct
 from pathlib import Path
-from typing import BinaryIO, Literal, NamedTuple
+from typing import BinaryIO, NamedTuple
 
 import numpy as np
 
+from phase8.config.schema import Dialect
 from phase8.errors import IndexedFormatError
-
-Dialect = Literal["megatron", "deepspeed", "gpt-neox", "nanotron"]
 
 MAGIC = b"MMIDIDX\0\0"
 VERSION = 1

@@ -17,7 +17,8 @@ from typing import BinaryIO, Self
 
 import numpy as np
 
-from phase8.data.index_file import DIALECTS, DTYPE_CODES, Dialect, read_index, write_index
+from phase8.config.schema import Dialect
+from phase8.data.index_file import DIALECTS, DTYPE_CODES, read_index, write_index
 from phase8.durable import storage_errors
 from phase8.errors import DataError
 

@@ -19,8 +19,8 @@ import numpy as np
 import torch
 from torch.utils.data import DataLoader, Dataset
 
-from phase8.config.schema import DataSection
-from phase8.data.blend import BlendSource, BlendTable, read_blend
+from phase8.config.schema import DataSection, DataSource
+from phase8.data.blend import BlendTable
 from phase8.data.indexed import IndexedDataset
 from phase8.data.sampler import ORDER_VERSION, SampleOrder, count_windows, evenly_spread_windows
 from phase8.errors import DataError, Phase8Error
@@ -77,30 +77,28 @@ class SequenceDataset(Dataset):
 
 
 def open_dataset(
-    path: str, *, sequence_length: int, vocab_size: int, seed: int, key: str = "data.train"
+    data: str | Sequence[DataSource], *, sequence_length: int, vocab_size: int, seed: int, key: str = "data.train"
 ) -> SequenceDataset:
-    """Opens a `.bin/.idx` prefix or a blend `.yaml`.
+    """Opens a `.bin/.idx` prefix, or the sources of a blend.
 
     Args:
-        path: The prefix or the blend.
+        data: The prefix or the blend.
         sequence_length: T, `model.sequence_length`.
         vocab_size: `model.vocab_size`.
         seed: Of the order, `train.seed`.
-        key: Config key that named the path, for messages.
+        key: Config key that named the data, for messages.
 
     Raises:
-        DataError: A file is missing, a source is empty or shorter than one sample, or the blend is not one.
+        DataError: A file is missing, or a source is empty or shorter than one sample.
         IndexedFormatError: A damaged or foreign pair.
     """
-    blend = Path(path).suffix in (".yaml", ".yml")
-    entries = read_blend(path) if blend else [BlendSource(path=path, weight=1)]
+    entries = [DataSource(path=data, weight=1)] if isinstance(data, str) else data
     sources = []
     for entry in entries:
         if not Path(f"{entry.path}.idx").exists() or not Path(f"{entry.path}.bin").exists():
-            listed = f" (listed in {path})" if blend else ""
             raise DataError(
-                f"{key}: {entry.path}.bin and {entry.path}.idx{listed} must both exist and do not; give the path of such a pair without its "
-                "ending, or a blend .yaml, or make the pair with tools/prepare_data.py"
+                f"{key}: {entry.path}.bin and {entry.path}.idx must both exist and do not; give the path of such a pair without its "
+                "ending, or make the pair with tools/prepare_data.py"
             )
         source = IndexedDataset(entry.path, dialect=entry.dialect)
         if source.num_tokens == 0:

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from phase8.config.schema import RunConfig
+from phase8.config.schema import DataSource, RunConfig
 from phase8.data.corpus import prepare_embedded_corpus
 from phase8.data.loader import SequenceDataset, data_fingerprint, open_dataset
 from phase8.data.tokenizer import Tokenizer, load_tokenizer
@@ -59,14 +59,19 @@ def open_run_data(config: RunConfig, *, on_progress: Callable[[str, int, int], N
     return RunData(sequences, held_out, tokenizer, references, _describe(config, sequences))
 
 
-def _open(config: RunConfig, path: str, *, key: str) -> SequenceDataset:
+def _open(config: RunConfig, data: str | Sequence[DataSource], *, key: str) -> SequenceDataset:
     model = config.model
-    return open_dataset(path, sequence_length=model.sequence_length, vocab_size=model.vocab_size, seed=config.train.seed, key=key)
+    return open_dataset(data, sequence_length=model.sequence_length, vocab_size=model.vocab_size, seed=config.train.seed, key=key)
 
 
 def _describe(config: RunConfig, sequences: SequenceDataset) -> str:
     num_tokens = sum(source.num_tokens for source in sequences.sources)
     num_documents = sum(source.num_documents for source in sequences.sources)
-    name = "Python standard library (embedded)" if config.data.train is None else config.data.train
-    epochs = config.train.num_steps * config.train.global_batch_size * config.model.sequence_length / num_tokens
-    return f"{name}: {num_tokens:,} tokens, {num_documents:,} documents, {epochs:.2g} epochs in the run"
+    if config.data.train is None:
+        name = "Python standard library (embedded)"
+    else:
+        name = ", ".join(
+            f"{source.prefix} ({weight} of {sum(sequences.order.blend.weights)})"
+            for source, weight in zip(sequences.sources, sequences.order.blend.weights, strict=True)
+        )
+    return f"{name}: {num_tokens:,} tokens, {num_documents:,} documents"

@@ -59,7 +59,7 @@ PROBLEMS = {
     "number for bool": ("train: {deterministic: 1}", "FILE: train.deterministic is 1, but true or false is needed."),
     "text for bool": ("train: {deterministic: 'true'}", "FILE: train.deterministic is 'true', but true or false is needed."),
     "number for text": ("run: {output_dir: 3}", "FILE: run.output_dir is 3, but a text is needed."),
-    "number for text or null": ("data: {train: 3}", "FILE: data.train is 3, but a text or null is needed."),
+    "number for text or null": ("data: {tokenizer: 3}", "FILE: data.tokenizer is 3, but a text or null is needed."),
     "unknown choice": ("precision: {dtype: fp16}", "FILE: precision.dtype is 'fp16', but one of bf16, fp32, fp8, int8 is needed."),
     "number for choice": ("precision: {dtype: 16}", "FILE: precision.dtype is 16, but one of bf16, fp32, fp8, int8 is needed."),
     "mapping for key": ("train: {seed: {a: 1}}", "FILE: train.seed is {'a': 1}, but a whole number at least 0 is needed."),
@@ -272,3 +272,25 @@ def test_every_key_is_frozen(name):
         section = dict(section)[part]
     with pytest.raises(ValidationError, match="frozen"):
         setattr(section, leaf, None)
+
+
+def test_a_blend_is_a_list_of_sources(tmp_path):
+    path = tmp_path / "mix.yaml"
+    path.write_text("data: {train: [{path: a/web, weight: 3}, {path: /data/books, weight: 1, dialect: deepspeed}]}")
+    web, books = load_config(path).data.train
+    assert (web.path, web.weight, web.dialect) == ("a/web", 3, None)
+    assert (books.path, books.weight, books.dialect) == ("/data/books", 1, "deepspeed")
+
+
+@pytest.mark.parametrize(
+    "sources",
+    ["[{path: a, weight: 0.7}]", "[{path: a, weight: '7'}]", "[{path: a, weight: true}]", "[{path: a, weight: 0}]", "[{path: a}]",
+     "[{path: '', weight: 1}]", "[{path: a, weight: 1, wieght: 2}]", "[{path: a, weight: 1, dialect: fairseq}]", "[]", "[a, b]"],
+)  # fmt: skip
+def test_anything_else_in_a_blend_is_one_sentence(tmp_path, sources):
+    path = tmp_path / "mix.yaml"
+    path.write_text(f"data: {{train: {sources}}}")
+    with pytest.raises(ConfigError) as caught:
+        load_config(path)
+    [problem] = caught.value.problems
+    assert "data.train is [" in problem and "but a text or a list of {path, weight, dialect} or null is needed." in problem

@@ -7,7 +7,7 @@ from phase8.config.schema import RunConfig
 from phase8.config.validate import find_problems, validate
 from phase8.errors import ConfigError
 
-SHIPPED = [path for path in sorted((Path(__file__).parents[2] / "configs").glob("*.yaml")) if path.stem != "data_mixing"]
+SHIPPED = sorted((Path(__file__).parents[2] / "configs").glob("*.yaml"))
 
 
 def config_with(*overrides: str, directory: Path) -> RunConfig:

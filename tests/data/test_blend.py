@@ -1,17 +1,14 @@
-"""Blends: the file, and never a whole sample from the target ratio."""
+"""Blends: never a whole sample from the target ratio."""
 
 from __future__ import annotations
 
 import random
-from pathlib import Path
 
 import numpy as np
 import pytest
 
-from phase8.data.blend import BlendTable, read_blend
+from phase8.data.blend import BlendTable
 from phase8.errors import DataError
-
-CONFIGS = Path(__file__).parents[2] / "configs"
 
 
 def weights_to_try() -> list[list[int]]:
@@ -75,57 +72,3 @@ def test_period_is_bounded():
     assert BlendTable([10**12, 3 * 10**12]).period == 4
     with pytest.raises(DataError, match=r"sum to 100001 .* at most 100000 is allowed"):
         BlendTable([100_000, 1])
-
-
-def test_blend_file_gives_paths_beside_itself(tmp_path):
-    file = tmp_path / "mix" / "blend.yaml"
-    file.parent.mkdir()
-    file.write_text("sources:\n  - {path: a/web, weight: 3}\n  - {path: /data/books, weight: 1, dialect: deepspeed}\n")
-    web, books = read_blend(file)
-    assert (web.path, web.weight, web.dialect) == (str(tmp_path / "mix" / "a" / "web"), 3, None)
-    assert (books.path, books.weight, books.dialect) == ("/data/books", 1, "deepspeed")
-
-
-def test_shipped_example_is_a_blend():
-    sources = read_blend(CONFIGS / "data_mixing.yaml")
-    assert [source.weight for source in sources] == [70, 20, 10]
-    assert BlendTable([source.weight for source in sources]).period == 10
-
-
-@pytest.mark.parametrize(
-    ("text", "message"),
-    [
-        ("sources: [{path: a, weight: 0.7}]", "sources.0.weight is 0.7"),
-        ("sources: [{path: a, weight: '7'}]", "sources.0.weight is '7'"),
-        ("sources: [{path: a, weight: true}]", "sources.0.weight is True"),
-        ("sources: [{path: a, weight: 0}]", "sources.0.weight is 0"),
-        ("sources: [{path: a}]", "sources.0.weight (Field required)"),
-        ("sources: [{path: '', weight: 1}]", "sources.0.path is ''"),
-        ("sources: [{path: a, weight: 1, wieght: 2}]", "sources.0.wieght is 2"),
-        ("sources: [{path: a, weight: 1, dialect: fairseq}]", "sources.0.dialect is 'fairseq'"),
-        ("sources: []", "sources (List should have at least 1 item"),
-        ("sorces: [{path: a, weight: 1}]", "sorces"),
-        ("- a\n- b", "the file"),
-        ("", "the file"),
-        ("sources: [", "is not YAML"),
-        ("sources: [{path: a, weight: 1}, {path: b, weight: 1}, {path: a, weight: 2}]", "lists a more than once"),
-    ],
-)
-def test_anything_else_is_refused_in_one_line(tmp_path, text, message):
-    file = tmp_path / "blend.yaml"
-    file.write_text(text)
-    with pytest.raises(DataError) as caught:
-        read_blend(file)
-    assert message in str(caught.value) and "blend.yaml" in str(caught.value) and "\n" not in str(caught.value)
-
-
-def test_all_problems_come_at_once(tmp_path):
-    (tmp_path / "b.yaml").write_text("sources: [{path: a, weight: 0.7}, {weight: -1}]")
-    with pytest.raises(DataError) as caught:
-        read_blend(tmp_path / "b.yaml")
-    assert all(part in str(caught.value) for part in ("sources.0.weight", "sources.1.path", "sources.1.weight"))
-
-
-def test_missing_file_is_named(tmp_path):
-    with pytest.raises(DataError, match=r"cannot read the blend .*absent.yaml: No such file"):
-        read_blend(tmp_path / "absent.yaml")

@@ -9,7 +9,7 @@ from phase8.config.schema import ModelSection
 from phase8.model.model import LanguageModel, build_model
 from phase8.model.parameters import initialise
 
-CONFIGS = [path for path in sorted((Path(__file__).parents[2] / "configs").glob("*.yaml")) if path.stem != "data_mixing"]
+CONFIGS = sorted((Path(__file__).parents[2] / "configs").glob("*.yaml"))
 LENGTH = 29
 
 

@@ -13,7 +13,7 @@ from phase8.model.model import build_model
 from phase8.model.parameters import initialise
 from phase8.plan.dry_run import count_parameters, dry_run, plan_run_memory, shapes_only
 
-SHIPPED = [path for path in sorted((Path(__file__).parents[2] / "configs").glob("*.yaml")) if path.stem != "data_mixing"]
+SHIPPED = sorted((Path(__file__).parents[2] / "configs").glob("*.yaml"))
 SMALL = """
 run: {name: small}
 model: {d_model: 32, num_layers: 3, num_heads: 2, vocab_size: 64, sequence_length: 48, local_window_size: 16, global_tokens: 4}
