@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import is_dataclass
+
 import torch
 from torch import Tensor
 
@@ -44,6 +46,7 @@ class Decoder:
 
 
 def _size_bytes(state: object) -> int:
+    """Bytes of the tensors in a state, which is a dataclass of tensors, numbers and further states."""
     if isinstance(state, Tensor):
         return state.numel() * state.element_size()
-    return sum(_size_bytes(part) for part in vars(state).values()) if hasattr(state, "__dict__") else 0
+    return sum(_size_bytes(part) for part in vars(state).values()) if is_dataclass(state) else 0

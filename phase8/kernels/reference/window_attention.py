@@ -1,6 +1,6 @@
 """Causal attention to the last W tokens and to the first G tokens of the sequence, scored by distance or by dot product.
 
-The sequence is cut into blocks of queries; each block sees the keys of its own span and of the W - 1 tokens before it, so the cost
+The sequence is cut into blocks of queries; each block sees the keys of its own span and of the block before it, so the cost
 is linear in T. Scores:
 
 - `dot`: q.k / sqrt(K).
@@ -81,34 +81,29 @@ def window_attention(
         y [B, T, H, K] in the dtype of v, and the state to carry on (None without `state`).
     """
     carried = empty_window_state(q.shape[0], *q.shape[2:], like=k) if state is None else state
-    documents = None
+    num_queries, num_new_globals = q.shape[1], max(global_tokens - carried.global_keys.shape[1], 0)
+    keys, values = torch.cat((carried.keys, k), 1), torch.cat((carried.values, v), 1)
+    global_keys = torch.cat((carried.global_keys, k[:, :num_new_globals]), 1)
+    global_values = torch.cat((carried.global_values, v[:, :num_new_globals]), 1)
+    blocks = _Blocks(num_queries, keys.shape[1] - num_queries, window)
+    visible = blocks.window_mask(q.device)
+    sources, targets = blocks.of_keys(keys), blocks.of_keys(values)
+    # A global token counts once: through the window while it is near, through the globals afterwards.
+    with_globals = global_tokens > 0 and carried.num_seen + num_queries > window
+    if with_globals:
+        visible = torch.cat((visible, blocks.global_mask(global_keys.shape[1], carried.num_seen, q.device)), -1)
+        sources, targets = blocks.append(sources, global_keys), blocks.append(targets, global_values)
+    visible = visible[None]
     if starts is not None or state is not None:
         documents = _document_numbers(starts, k)
-    keys, values = torch.cat((carried.keys, k), 1), torch.cat((carried.values, v), 1)
-    room = max(global_tokens - carried.global_keys.shape[1], 0)
-    global_keys = torch.cat((carried.global_keys, k[:, :room]), 1)
-    global_values = torch.cat((carried.global_values, v[:, :room]), 1)
-    key_documents = global_documents = None
-    if documents is not None:
         key_documents = torch.cat((carried.documents, documents), 1)
-        global_documents = torch.cat((carried.global_documents, documents[:, :room]), 1)
+        global_documents = torch.cat((carried.global_documents, documents[:, :num_new_globals]), 1)
+        seen = blocks.of_keys(key_documents)
+        seen = blocks.append(seen, global_documents) if with_globals else seen
+        visible = visible & (blocks.of_queries(documents)[..., None] == seen[:, :, None, :])
 
-    blocks = _Blocks(q.shape[1], keys.shape[1] - q.shape[1], window)
-    scores = _score(blocks.of_queries(q), blocks.of_keys(keys), beta)
-    visible = blocks.window_mask(q.device)[None]
-    if documents is not None:
-        visible = visible & blocks.same_document(documents, key_documents)
-    scores = scores.masked_fill(~visible[:, :, None], -torch.inf)
-    sources = blocks.of_keys(values)
-    # A global token counts once: through the window while it is near, through the globals afterwards.
-    if global_tokens and carried.num_seen + q.shape[1] > window:
-        far = blocks.global_mask(global_keys.shape[1], carried.num_seen, q.device)[None]
-        if documents is not None:
-            far = far & (blocks.of_queries(documents)[..., None] == global_documents[:, None, None, :])
-        far_scores = _score(blocks.of_queries(q), global_keys[:, None], beta).masked_fill(~far[:, :, None], -torch.inf)
-        scores = torch.cat((scores, far_scores), dim=-1)
-        sources = torch.cat((sources, global_values[:, None].expand(-1, sources.shape[1], -1, -1, -1)), dim=2)
-    y = torch.einsum("bnhqk,bnkhd->bnqhd", scores.softmax(-1).to(v.dtype), sources).flatten(1, 2)[:, : q.shape[1]]
+    scores = _score(blocks.of_queries(q), sources, beta).masked_fill(~visible[:, :, None], -torch.inf)
+    y = torch.einsum("bnhqk,bnkhd->bnqhd", scores.softmax(-1).to(v.dtype), targets).flatten(1, 2)[:, :num_queries]
     if state is None:
         return y, None
     newest = documents[:, -1:]
@@ -120,13 +115,13 @@ def window_attention(
         global_values,
         key_documents[:, keep] - newest,
         global_documents - newest,
-        state.num_seen + q.shape[1],
+        state.num_seen + num_queries,
     )
 
 
 def _score(q: Tensor, k: Tensor, beta: Tensor | None) -> Tensor:
-    """Scores [B, N, H, Q, keys] of queries [B, N, Q, H, K] and keys [B, N or 1, keys, H, K], fp32 or wider."""
-    dot = at_least_fp32(torch.einsum("bnqhd,bnkhd->bnhqk", q, k.expand(-1, q.shape[1], -1, -1, -1)))
+    """Scores [B, N, H, Q, keys] of queries [B, N, Q, H, K] and keys [B, N, keys, H, K], fp32 or wider."""
+    dot = at_least_fp32(torch.einsum("bnqhd,bnkhd->bnhqk", q, k))
     if beta is None:
         return dot * q.shape[-1] ** -0.5
     q_lift, k_lift = _lift(q)[..., None], _lift(k)[..., None, :]
@@ -149,11 +144,11 @@ def _document_numbers(starts: Tensor | None, k: Tensor) -> Tensor:
 
 
 class _Blocks:
-    """Queries in blocks, each with the keys it can see: its own span and up to W - 1 tokens before.
+    """Queries in blocks of up to W, each with the keys it can see: its own span and the block before.
 
     Args:
         num_queries: T.
-        num_carried: Keys before the first query.
+        num_carried: Keys before the first query, at most W - 1.
         window: W.
     """
 
@@ -162,7 +157,8 @@ class _Blocks:
         self.num_blocks = -(-num_queries // self.size)
         self.window = window
         self.num_carried = num_carried
-        self.left = min(window - 1, num_carried + (self.num_blocks - 1) * self.size)
+        # One block sees the carried keys; of several, which are W long, each sees the one before it.
+        self.left = num_carried if self.num_blocks == 1 else self.size
         self.padding = self.num_blocks * self.size - num_queries
 
     def of_queries(self, x: Tensor) -> Tensor:
@@ -172,7 +168,14 @@ class _Blocks:
     def of_keys(self, x: Tensor) -> Tensor:
         """[B, P + T, ...] -> [B, N, left + Q, ...]."""
         x = F.pad(x, (0, 0) * (x.dim() - 2) + (self.left - self.num_carried, self.padding))
-        return x.unfold(1, self.left + self.size, self.size).movedim(-1, 2)
+        if self.num_blocks == 1:
+            return x[:, None]
+        spans = x.unflatten(1, (self.num_blocks + 1, self.size))
+        return torch.cat((spans[:, :-1], spans[:, 1:]), dim=2)
+
+    def append(self, x: Tensor, shared: Tensor) -> Tensor:
+        """`x` [B, N, keys, ...] followed by `shared` [B, G, ...] in every block."""
+        return torch.cat((x, shared[:, None].expand(-1, self.num_blocks, *shared.shape[1:])), dim=2)
 
     def window_mask(self, device: torch.device) -> Tensor:
         """True where a key exists, is not later than the query and inside its window [N, Q, left + Q]."""
@@ -183,10 +186,6 @@ class _Blocks:
         """True where a global token has left the window of the query [N, Q, G]."""
         query, _ = self._positions(device)
         return torch.arange(num_globals, device=device) <= query + num_seen - self.window
-
-    def same_document(self, query_documents: Tensor, key_documents: Tensor) -> Tensor:
-        """True where key and query belong to one document [B, N, Q, left + Q]."""
-        return self.of_queries(query_documents)[..., None] == self.of_keys(key_documents)[:, :, None, :]
 
     def _positions(self, device: torch.device) -> tuple[Tensor, Tensor]:
         """Positions relative to the first query, of queries [N, Q, 1] and of keys [N, 1, left + Q]."""

@@ -1,0 +1,36 @@
+import pytest
+import torch
+from small import VARIANT_IDS, VARIANT_SECTIONS, perturbed_model, random_tokens, scaled_down
+
+from phase8.config.schema import ModelSection
+from phase8.generate.decode import Decoder
+
+
+@pytest.mark.parametrize("section", VARIANT_SECTIONS, ids=VARIANT_IDS)
+@pytest.mark.parametrize("prompt_tokens", [1, 8])
+def test_decoding_one_by_one_gives_the_logits_of_the_whole(section, prompt_tokens):
+    model, tokens = perturbed_model(section), random_tokens(batch=1)
+    with torch.inference_mode():
+        expected = model.logits(model(tokens)[0])
+    decoder = Decoder(model)
+    logits = [decoder.feed(tokens[:, :prompt_tokens])]
+    logits += [decoder.feed(tokens[:, i : i + 1]) for i in range(prompt_tokens, tokens.shape[1])]
+    torch.testing.assert_close(torch.stack(logits, 1), expected[:, prompt_tokens - 1 :], rtol=1e-5, atol=1e-5)
+
+
+def test_memory_is_constant_at_any_length():
+    section = scaled_down(ModelSection())
+    decoder, sizes = Decoder(perturbed_model(section)), []
+    for token in random_tokens(batch=1, length=60).split(1, dim=1):
+        decoder.feed(token)
+        sizes.append(decoder.state_bytes)
+    full = section.local_window_size - 1 + section.global_tokens
+    assert len(set(sizes[full:])) == 1 and sizes[0] < sizes[full]
+
+
+def test_memory_of_the_baseline_grows():
+    decoder, sizes = Decoder(perturbed_model(scaled_down(ModelSection(block="transformer")))), []
+    for token in random_tokens(batch=1, length=20).split(1, dim=1):
+        decoder.feed(token)
+        sizes.append(decoder.state_bytes)
+    assert sizes == sorted(set(sizes))

@@ -1,0 +1,37 @@
+"""The README says only what is there."""
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+COMMANDS = [line.split(" #")[0].strip() for block in re.findall(r"```bash\n(.*?)```", README, re.S) for line in block.splitlines()]
+
+
+@pytest.mark.parametrize("target", sorted(set(re.findall(r"\]\(([^)]+)\)", README))))
+def test_every_link_leads_to_a_file(target):
+    assert (ROOT / target).exists()
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_every_command_names_a_door_and_options_that_exist(command):
+    words = command.split()
+    if words[0] == "source":
+        return
+    script = ROOT / (words[1] if words[0] == "python" else words[0])
+    assert script.is_file()
+    if words[0] == "python":
+        environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+        shown = subprocess.run([sys.executable, script, "--help"], cwd=ROOT, env=environment, capture_output=True, text=True, check=True)
+        assert all(word in shown.stdout for word in words if word.startswith("--"))
+    else:
+        assert os.access(script, os.X_OK)
+
+
+def test_fits_one_screen():
+    assert len(README.splitlines()) <= 60
