@@ -14,6 +14,7 @@ Shapes: B batch, T tokens, H heads, K head size, W window, G global tokens, P ca
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -125,9 +126,24 @@ def _score(q: Tensor, k: Tensor, beta: Tensor | None) -> Tensor:
     if beta is None:
         return dot * q.shape[-1] ** -0.5
     q_lift, k_lift = _lift(q)[..., None], _lift(k)[..., None, :]
-    u = (q_lift * (1 + k_lift) + (k_lift - dot)).clamp(min=0)
-    root = (u * (u + 2) + ARCCOSH_EPS).sqrt()
-    return -at_least_fp32(beta)[:, None, None] * torch.log(1 + u + root)
+    u = q_lift * (1 + k_lift) + (k_lift - dot)
+    return -at_least_fp32(beta)[:, None, None] * _SmoothArccosh.apply(u)
+
+
+class _SmoothArccosh(torch.autograd.Function):
+    """log(1 + u + sqrt(u (u + 2) + eps)), whose slope is exactly the reciprocal of the root: one tensor is kept for backward."""
+
+    @staticmethod
+    def forward(ctx: Any, u: Tensor) -> Tensor:
+        u = u.clamp(min=0)  # below 0 by rounding only, so backward does not cut the gradient there
+        root = (u * (u + 2) + ARCCOSH_EPS).sqrt()
+        ctx.save_for_backward(root)
+        return torch.log(1 + u + root)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Tensor:
+        (root,) = ctx.saved_tensors
+        return grad / root
 
 
 def _lift(x: Tensor) -> Tensor:
