@@ -1,7 +1,7 @@
 """Pretrains a model from a config: `python launch/pretrain.py --config configs/quickstart.yaml`.
 
 Exit codes: 0 finished, or stopped by Ctrl-C or SIGTERM after saving; 1 a bug; 2 config or command line; 3 data or tokenizer;
-4 checkpoint; 5 storage; 6 training diverged.
+4 checkpoint; 5 storage; 6 training diverged; 130 interrupted before there was anything to save, or by a second Ctrl-C.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from pathlib import Path
 
 from phase8.config.describe import describe_schema
 from phase8.config.load import load_config
-from phase8.errors import ConfigError, Phase8Error
+from phase8.errors import ConfigError, Phase8Error, describe_error
 
 DEFAULT_CONFIG = Path(__file__).resolve().parent.parent / "configs" / "quickstart.yaml"
 
@@ -33,8 +33,14 @@ def main() -> int:
         else:
             _train(config, arguments)
     except Phase8Error as error:
-        print("\n".join(f"error: {line}" for line in str(error).splitlines()), file=sys.stderr)
+        print(describe_error(error), file=sys.stderr)
         return error.exit_code
+    except KeyboardInterrupt:
+        print("interrupted: nothing was saved since the last checkpoint", file=sys.stderr)
+        return 130
+    except BrokenPipeError:  # whoever read the output has gone; what was trained is saved
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
     return 0
 
 
@@ -53,8 +59,8 @@ def _train(config, arguments: argparse.Namespace) -> None:
     from phase8.train.device import select_device
     from phase8.train.loop import train
 
-    world_size = int(os.environ.get("WORLD_SIZE", "1"))  # set by torchrun
-    if world_size != 1:
+    world_size = os.environ.get("WORLD_SIZE", "1")  # set by torchrun
+    if world_size not in ("", "1"):
         raise ConfigError(f"world size {world_size} is not supported yet; start one process without torchrun.")
     run = build_run(config, device=select_device(arguments.device), resume=arguments.resume, console=Console())
     train(run, resume_command=_resume_command())
@@ -62,7 +68,7 @@ def _train(config, arguments: argparse.Namespace) -> None:
 
 def _resume_command() -> str:
     """This command line, going on from the newest checkpoint."""
-    words = [Path(sys.executable).name, *sys.argv]
+    words = [sys.executable, *sys.argv]
     if "--resume" in words:
         position = words.index("--resume")
         del words[position : position + 2]

@@ -27,7 +27,8 @@ if [ -x "$venv/bin/python" ] && [ "$(cat "$stamp" 2>/dev/null)" = "$wanted" ]; t
     exit 0
 fi
 
-if [ ! -x "$venv/bin/python" ]; then
+if ! "$venv/bin/python" -m pip --version >/dev/null 2>&1; then
+    rm -rf "$venv"  # an earlier attempt may have been interrupted
     python="$(find_python)"
     echo "setting up $venv with $("$python" --version) (once; downloads torch, a few minutes)"
     "$python" -m venv "$venv" || { echo "error: 'python -m venv' failed; install your system's venv package (python3-venv)." >&2; exit 2; }

@@ -12,6 +12,9 @@ print it without a traceback and exit with the class's `exit_code`.
 | 4 | checkpoint: damaged, missing, or of another config |
 | 5 | storage: a directory that cannot be written, a full disk |
 | 6 | training diverged: too many non-finite steps in a row |
+| 130 | interrupted before there was anything to save, or by a second Ctrl-C |
+
+(`tools/inspect_checkpoint.py --diff` exits with 1 when the checkpoints differ, as diff does.)
 """
 
 from __future__ import annotations
@@ -77,3 +80,8 @@ class DivergenceError(Phase8Error):
     """Training stopped because the loss or the gradient was not finite too many times in a row."""
 
     exit_code = 6
+
+
+def describe_error(error: Phase8Error) -> str:
+    """What a door prints to stderr: a line for each problem."""
+    return "\n".join(f"error: {line}" for line in str(error).splitlines())

@@ -12,7 +12,7 @@ import sys
 from dataclasses import asdict
 from pathlib import Path
 
-from phase8.errors import ConfigError, Phase8Error
+from phase8.errors import ConfigError, Phase8Error, describe_error
 
 CONFIGS = Path(__file__).resolve().parent.parent / "configs"
 
@@ -23,7 +23,7 @@ def main() -> int:
     try:
         _benchmark(arguments)
     except Phase8Error as error:
-        print(f"error: {error}", file=sys.stderr)
+        print(describe_error(error), file=sys.stderr)
         return error.exit_code
     return 0
 

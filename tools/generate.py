@@ -6,10 +6,11 @@ Decoding is recurrent: memory and time per token are constant at any length. Exi
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 from pathlib import Path
 
-from phase8.errors import ConfigError, Phase8Error
+from phase8.errors import ConfigError, Phase8Error, describe_error
 
 
 def main() -> int:
@@ -18,10 +19,13 @@ def main() -> int:
     try:
         _generate(arguments)
     except Phase8Error as error:
-        print(f"error: {error}", file=sys.stderr)
+        print(describe_error(error), file=sys.stderr)
         return error.exit_code
     except KeyboardInterrupt:
         print()
+        return 130
+    except BrokenPipeError:  # whoever read the output has gone
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     return 0
 
 
@@ -37,6 +41,12 @@ def _generate(arguments: argparse.Namespace) -> None:
     options = SamplingOptions(arguments.temperature, arguments.top_k, arguments.top_p, arguments.seed)
     model, data, checkpoint = restore_model(Path(arguments.checkpoint), device=select_device(arguments.device))
     tokenizer = load_tokenizer(arguments.tokenizer) if arguments.tokenizer else restore_tokenizer(checkpoint)
+    if tokenizer.vocab_size > model.section.vocab_size:
+        raise ConfigError(
+            f"--tokenizer {arguments.tokenizer} has {tokenizer.vocab_size} ids, but the model has {model.section.vocab_size}; "
+            "give the tokenizer it was trained with."
+        )
+    sys.stdout.reconfigure(errors="replace")  # the model may write what the terminal cannot show
     prompt = prompt_tokens(tokenizer, arguments.prompt, after_document_end=not data.reset_at_document_boundaries)
     print(arguments.prompt, end="", flush=True)
     for piece in stream_text(model, tokenizer, prompt, max_tokens=arguments.max_tokens, options=options):

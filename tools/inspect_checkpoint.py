@@ -24,7 +24,7 @@ from rich.text import Text
 
 from phase8.checkpoint.compare import TensorDifference, compare_checkpoints
 from phase8.checkpoint.load import Checkpoint, find_checkpoint, open_checkpoint
-from phase8.errors import Phase8Error
+from phase8.errors import Phase8Error, describe_error
 
 EXIT_DIFFERENT = 1
 _MAX_SUMMARY_CHARACTERS = 500  # longer metadata, such as the random state, is in --json only
@@ -46,7 +46,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             other.verify()
         return _show_differences(checkpoint, other, as_json=options.json)
     except Phase8Error as error:
-        print(error, file=sys.stderr)
+        print(describe_error(error), file=sys.stderr)
         return error.exit_code
 
 

@@ -23,7 +23,7 @@ from phase8.data.preparation import PrepareOptions, PrepareReport
 from phase8.data.prepare import prepare
 from phase8.data.shards import DocumentRules
 from phase8.data.tokenizer import load_tokenizer
-from phase8.errors import ConfigError, Phase8Error
+from phase8.errors import ConfigError, Phase8Error, describe_error
 
 EXIT_INTERRUPTED = 130
 SECONDS_BETWEEN_LINES = 5.0
@@ -134,7 +134,7 @@ def main(arguments: list[str] | None = None) -> int:
                 report = prepare(options_of(parsed), on_progress=display.show)
             print_report(report)
     except Phase8Error as error:
-        print(error, file=sys.stderr)
+        print(describe_error(error), file=sys.stderr)
         return error.exit_code
     except KeyboardInterrupt:
         print("interrupted; run the same command again to go on", file=sys.stderr)

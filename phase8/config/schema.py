@@ -104,10 +104,10 @@ class DataSection(Section):
     cache_dir: str = key(".cache/phase8", "where the embedded corpus is tokenised once")
     reset_at_document_boundaries: bool = key(False, "packed documents do not see each other: state, window and loss stop at the boundary")
     allow_fingerprint_change: bool = key(False, "resume although the data differ from those of the checkpoint")
-    num_workers: NonNegativeInt = key(0, "loader processes; 0: load in the training process")
-    pin_memory: bool = key(False, "page-locked host memory for faster copies to the GPU")
+    num_workers: NonNegativeInt = key(0, "loader processes; 0: load in the training process, where the next two keys have no effect")
     prefetch_factor: PositiveInt = key(2, "microbatches each worker prepares ahead")
-    persistent_workers: bool = key(True, "keep workers alive between evaluations")
+    persistent_workers: bool = key(True, "keep the workers of evaluations alive between them")
+    pin_memory: bool = key(False, "page-locked host memory for faster copies to the GPU; no effect on the CPU")
 
 
 class ParallelSection(Section):
@@ -171,7 +171,7 @@ class TrainSection(Section):
     micro_batch_size: PositiveInt | None = key(None, "sequences per forward; null: from num_microbatches, else global_batch_size")
     num_steps: PositiveInt = key(1000, "optimizer steps; sets the length of the schedules")
     stop_at_step: PositiveInt | None = key(None, "save and stop after this step without changing the schedules")
-    seed: NonNegativeInt = key(1234, "seed of initial weights and data order")
+    seed: Annotated[int, Field(ge=0, le=2**63 - 1)] = key(1234, "seed of initial weights and data order")
     deterministic: bool = key(False, "refuse operations without a deterministic implementation")
     evaluate_every_n_steps: NonNegativeInt = key(100, "steps between evaluations; 0: never")
     evaluation_sequences: PositiveInt = key(256, "sequences of an evaluation, always the same ones")

@@ -180,6 +180,7 @@ def _build(directory: Path, documents: list[_Document], *, vocab_size: int, on_p
 
     tokenizer = load_tokenizer(directory / "tokenizer.model")
     counts, num_done = {}, 0
+    on_progress("tokenizing", 0, len(documents))
     for name, texts in splits.items():
         counts[name] = np.zeros(vocab_size, dtype=np.int64)
         with IndexedWriter(directory / name, dtype=best_dtype(vocab_size)) as writer:

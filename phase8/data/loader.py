@@ -223,7 +223,14 @@ class _MicrobatchLoader:
         )
 
     def __iter__(self) -> Iterator[dict[str, torch.Tensor]]:
-        for microbatch in self._loader:
+        microbatches = iter(self._loader)
+        while True:
+            try:
+                microbatch = next(microbatches)
+            except StopIteration:
+                return
+            except RuntimeError as error:  # torch's word for a worker that was killed
+                raise DataError(f"a loader worker died ({str(error).splitlines()[0]}); check memory and data.num_workers") from error
             if isinstance(microbatch, _Refusal):
                 raise microbatch.kind(microbatch.message)
             yield microbatch

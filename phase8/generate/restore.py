@@ -10,7 +10,7 @@ import torch
 from phase8.checkpoint.load import Checkpoint, find_checkpoint, open_checkpoint
 from phase8.checkpoint.state import restore_state
 from phase8.config.load import config_from_mapping
-from phase8.config.schema import DataSection, ModelSection, PrecisionSection
+from phase8.config.schema import DataSection
 from phase8.data.tokenizer import Tokenizer, load_tokenizer
 from phase8.errors import CheckpointError
 from phase8.model.model import LanguageModel, build_model
@@ -32,7 +32,7 @@ def restore_model(directory: Path, *, device: torch.device) -> tuple[LanguageMod
     if not isinstance(saved, dict):
         raise CheckpointError(f"{checkpoint.path} holds no config; give a checkpoint written by launch/pretrain.py.")
     config = config_from_mapping(saved, source=str(checkpoint.path))
-    model = _build(config.model, config.precision, device)
+    model = build_model(config.model, dtype=compute_dtype(config.precision), device=device)
     restore_state(checkpoint, model, None)
     return model, config.data, checkpoint
 
@@ -47,7 +47,3 @@ def restore_tokenizer(checkpoint: Checkpoint) -> Tokenizer:
     if not names:
         raise CheckpointError(f"{checkpoint.path} holds no tokenizer; train with data.tokenizer set, or give one with --tokenizer.")
     return load_tokenizer(checkpoint.attachment(names[0]))
-
-
-def _build(model: ModelSection, precision: PrecisionSection, device: torch.device) -> LanguageModel:
-    return build_model(model, dtype=compute_dtype(precision), device=device)

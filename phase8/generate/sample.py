@@ -38,6 +38,8 @@ class SamplingOptions:
             problems.append(f"temperature is {self.temperature}, but a number of at least 0 is needed.")
         if self.top_k < 0:
             problems.append(f"top_k is {self.top_k}, but a whole number of at least 0 is needed; 0 keeps every token.")
+        if not 0 <= self.seed < 2**63:
+            problems.append(f"seed is {self.seed}, but a whole number from 0 to {2**63 - 1} is needed.")
         if not 0 < self.top_p <= 1:
             problems.append(f"top_p is {self.top_p}, but a number above 0 and at most 1 is needed; 1 keeps every token.")
         if problems:
@@ -61,19 +63,22 @@ def generate_tokens(
     generator = torch.Generator().manual_seed(options.seed)
     decoder = Decoder(model)
     logits = decoder.feed(torch.tensor([list(prompt)], device=device))
-    for _ in range(max_tokens):
+    for remaining in reversed(range(max_tokens)):
         token = draw_token(logits[0, :num_ids], options, generator)
         if token == stop_id:
             return
         yield token
-        logits = decoder.feed(torch.tensor([[token]], device=device))
+        if remaining:
+            logits = decoder.feed(torch.tensor([[token]], device=device))
 
 
 def draw_token(logits: Tensor, options: SamplingOptions, generator: torch.Generator) -> int:
     """One token id from logits [V]; drawn on the CPU, so that a seed means the same on every device."""
     if options.temperature == 0:
         return int(logits.argmax())
-    kept = _keep_likely(logits.float().cpu() / options.temperature, options)
+    logits = logits.float().cpu()
+    # Relative to the largest, so that a tiny temperature cannot overflow.
+    kept = _keep_likely((logits - logits.max()) / options.temperature, options)
     return int(torch.multinomial(kept.softmax(-1), 1, generator=generator))
 
 

@@ -154,10 +154,9 @@ class Phase8Mixer(nn.Module):
     def empty_state(self, batch_size: int, *, dtype: torch.dtype, device: torch.device) -> MixerState:
         """The state before the first token."""
         convolution = self.convolution.empty_state(batch_size, dtype=dtype, device=device)
-        green = None if self.chain is None else torch.zeros(batch_size, self.num_heads, 2, device=device)
-        memory = torch.zeros(batch_size, self.num_heads, self.head_size, self.head_size, device=device)
-        if dtype == torch.float64:
-            green, memory = None if green is None else green.double(), memory.double()
+        wide = torch.promote_types(dtype, torch.float32)
+        green = None if self.chain is None else torch.zeros(batch_size, self.num_heads, 2, dtype=wide, device=device)
+        memory = torch.zeros(batch_size, self.num_heads, self.head_size, self.head_size, dtype=wide, device=device)
         return MixerState(convolution, green, memory, empty_window_state(batch_size, self.num_heads, self.head_size, like=convolution))
 
     def forward(
@@ -185,7 +184,7 @@ class Phase8Mixer(nn.Module):
 
     def _modulation(self, x: Tensor, starts: Tensor | None, state: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None]:
         """Decay log alpha [B, T, H], gate [B, T, H] and the state of the chain; fp32 from the scalars on."""
-        step, gate, *potential = at_least_fp32(self.scalars(x)).unflatten(-1, (self.num_heads, -1)).unbind(-1)
+        step, gate, *potential = self.scalars(at_least_fp32(x)).unflatten(-1, (self.num_heads, -1)).unbind(-1)
         log_decay, gate = -F.softplus(step + self.decay_bias), gate + self.gate_bias
         if self.chain is not None:
             state, decay_factor, gate_term = self.chain(potential[0], starts, state)

@@ -55,8 +55,9 @@ class LanguageModel(nn.Module):
     def __init__(self, model: ModelSection, *, dtype: torch.dtype, recompute: str = "none", recompute_every_n_layers: int = 1):
         super().__init__()
         self.section = model
-        self.recomputed_layers = frozenset(range(0, model.num_layers, recompute_every_n_layers)) if recompute == "full" else frozenset()
-        selective = range(0, model.num_layers, recompute_every_n_layers) if recompute == "selective" else ()
+        recomputed = range(0, model.num_layers, recompute_every_n_layers)
+        self.recomputed_layers = recomputed if recompute == "full" else range(0)
+        selective = recomputed if recompute == "selective" else range(0)
         self.embedding = Embedding(model.vocab_size, model.d_model, std=model.init_std, dtype=dtype)
         self.blocks = nn.ModuleList(Block(model, recompute_mixer=layer in selective) for layer in range(model.num_layers))
         self.norm = RMSNorm(model.d_model, eps=model.norm_eps)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from pathlib import Path
+from typing import IO
 
 import torch
 from rich.console import Console
@@ -33,10 +35,13 @@ class Run:
         config: Its config, validated.
         device: Where the model lives.
         directory: Where it writes.
+        lock: Held while this process may write there.
         data: What it trains on.
+        tokenizer_file: Copy of the tokenizer that goes into checkpoints; None: the data have none.
         model: With its weights.
         optimizer: With its state.
         position: How far it has come.
+        saved_step: Step of the newest checkpoint in `directory`; None: there is none.
         shape: The batch.
         facts: What banner and report say.
         peak_flops: FLOP/s that count as MFU 1; None: unknown.
@@ -46,10 +51,13 @@ class Run:
     config: RunConfig
     device: torch.device
     directory: RunDirectory
+    lock: IO[str]
     data: RunData
+    tokenizer_file: Path | None
     model: LanguageModel
     optimizer: torch.optim.Optimizer
     position: Position
+    saved_step: int | None
     shape: BatchShape
     facts: list[tuple[str, str]]
     peak_flops: float | None
@@ -79,15 +87,14 @@ def build_run(config: RunConfig, *, device: torch.device, resume: str, console: 
         require_determinism()
     set_matmul_precision(config.precision)
     directory = run_directory(config.run)
-    aside = directory.set_aside() if resume == "none" else None
-    if aside is not None:
-        console.print(f"the earlier run of this name is now {aside}", markup=False, highlight=False)
-    directory.create()
-    data = open_run_data(config, on_progress=lambda stage, done, total: _print_stage(console, stage, done, total))
+    lock = directory.lock()
+    data = open_run_data(config, on_progress=lambda stage, done, total: _print_stage(console, stage, done))
     model = _build_model(config, device)
     optimizer = build_optimizer(model, config.optim, decayed_names=decayed_parameter_names(model))
-    position = _go_on(config, directory, data, model, optimizer, resume=resume, console=console)
+    position, saved_step = _go_on(config, directory, data, model, optimizer, resume=resume, console=console)
+    directory.create()
     directory.record(config)
+    tokenizer_file = None if data.tokenizer is None else directory.keep_tokenizer(data.tokenizer.path)
     if config.train.compile.enabled:
         for block in model.blocks:
             block.compile(mode=config.train.compile.mode, fullgraph=config.train.compile.fullgraph)
@@ -95,7 +102,22 @@ def build_run(config: RunConfig, *, device: torch.device, resume: str, console: 
     facts = run_facts(config, device=device, shape=shape, num_parameters=count_parameters(model))
     facts.append(("data", data.description))
     print_banner(f"phase8 pretraining: {config.run.name}", [*facts, ("run directory", str(directory.path))], console)
-    return Run(config, device, directory, data, model, optimizer, position, shape, facts, _peak(config, device), console)
+    return Run(
+        config=config,
+        device=device,
+        directory=directory,
+        lock=lock,
+        data=data,
+        tokenizer_file=tokenizer_file,
+        model=model,
+        optimizer=optimizer,
+        position=position,
+        saved_step=saved_step,
+        shape=shape,
+        facts=facts,
+        peak_flops=_peak(config, device),
+        console=console,
+    )
 
 
 def _build_model(config: RunConfig, device: torch.device) -> LanguageModel:
@@ -119,7 +141,8 @@ def _go_on(
     *,
     resume: str,
     console: Console,
-) -> Position:
+) -> tuple[Position, int | None]:
+    """The position to go on from, and the step of its checkpoint if that is one of this run."""
     position = Position()
 
     def restore(checkpoint: Checkpoint) -> None:
@@ -130,9 +153,10 @@ def _go_on(
         console.print(text, markup=False, highlight=False, soft_wrap=True)
 
     checkpoint = resume_run(resume, directory, restore=restore, on_message=say)
-    if checkpoint is not None:
-        say(f"resumed from {checkpoint.path} (step {position.step}, {position.tokens_seen:,} tokens seen)")
-    return position
+    if checkpoint is None:
+        return position, None
+    say(f"resumed from {checkpoint.path} (step {position.step}, {position.tokens_seen:,} tokens seen)")
+    return position, position.step if directory.owns(checkpoint.path) else None
 
 
 def _peak(config: RunConfig, device: torch.device) -> float | None:
@@ -142,6 +166,6 @@ def _peak(config: RunConfig, device: torch.device) -> float | None:
     return peak_flops(torch.cuda.get_device_name(device), dtype)
 
 
-def _print_stage(console: Console, stage: str, done: int, total: int) -> None:
+def _print_stage(console: Console, stage: str, done: int) -> None:
     if done == 0:
         console.print(f"{stage} (once) ...", markup=False, highlight=False)

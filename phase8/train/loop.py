@@ -3,61 +3,56 @@
 from __future__ import annotations
 
 import itertools
+import math
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import torch
+from torch import Tensor
 
 from phase8.checkpoint.retention import apply_retention
 from phase8.checkpoint.save import save_checkpoint
 from phase8.checkpoint.state import flat_state
 from phase8.data.loader import build_loader, evaluation_microbatches, microbatch_sample_numbers
-from phase8.errors import StorageError
+from phase8.errors import DivergenceError, Phase8Error, StorageError
 from phase8.model.flops import training_flops_per_token
 from phase8.observe.memory import peak_memory_bytes, reset_peak_memory
 from phase8.observe.metrics import MetricsWriter, StepMetrics
 from phase8.observe.progress import Progress
 from phase8.observe.report import write_report
 from phase8.optim.schedule import learning_rate
-from phase8.train.anomaly import NonFiniteGuard
+from phase8.train.anomaly import count_skipped
 from phase8.train.build import Run
 from phase8.train.resume import check_stop, checkpoint_metadata
 from phase8.train.sample import write_sample
 from phase8.train.signals import StopRequest
-from phase8.train.step import Microbatch, evaluate, split_sample, train_step
+from phase8.train.step import Microbatch, StepResult, evaluate, split_sample, train_step
 
 
 def train(run: Run, *, resume_command: str) -> None:
     """Trains until the last step, until `train.stop_at_step`, or until a stop signal, and saves.
 
     Args:
-        run: From `build_run`.
-        resume_command: Printed when the run stops early.
+        run: From `build_run`; its lock is released at the end.
+        resume_command: Printed when a signal stopped the run.
 
     Raises:
         DivergenceError: Too many non-finite steps in a row.
-        StorageError: The last checkpoint or the metrics cannot be written.
+        DataError: The data cannot be read; the steps so far are saved.
+        StorageError: The last checkpoint cannot be written.
     """
-    stop_step = check_stop(run.config, run.position)
-    if run.position.step >= stop_step:
-        run.console.print(
-            f"{run.directory.path} has already reached step {run.position.step}; raise train.num_steps or train.stop_at_step to go on, "
-            "or start again with --resume none (the old run is kept under another name).",
-            markup=False, highlight=False, soft_wrap=True,
-        )
-        return
-    metrics = MetricsWriter(run.directory.path, resume_step=run.position.step, tensorboard=run.config.observe.tensorboard)
-    progress = Progress(
-        total_steps=stop_step, start_step=run.position.step, log_every_n_steps=run.config.observe.log_every_n_steps, console=run.console
-    )
-    with metrics, StopRequest() as stop:
-        with progress:
-            trainer = Trainer(run, metrics, progress)
-            trainer.train_until(stop_step, stop)
-            trainer.save(must_succeed=True)
-        if stop.received is not None:
-            run.console.print(
-                f"{stop.received}: saved at step {run.position.step}; go on with:\n  {resume_command}", markup=False, highlight=False, soft_wrap=True
+    with run.lock:
+        stop_step = check_stop(run.config, run.position)
+        if run.position.step < stop_step:
+            stopped_by = _train_until(run, stop_step)
+            if stopped_by is not None and run.position.step < stop_step:
+                _say(run, f"{stopped_by}: saved at step {run.position.step}; go on with:\n  {resume_command}")
+                return
+        elif not run.config.observe.report or (run.directory.path / "report" / "index.html").exists():
+            _say(
+                run,
+                f"{run.directory.path} has already reached step {run.position.step}; raise train.num_steps or train.stop_at_step to go on, "
+                "or start again with --resume none (the old run is kept under another name).",
             )
             return
         finish(run)
@@ -76,7 +71,32 @@ def finish(run: Run) -> None:
             reference_losses=run.data.reference_losses,
             sample=sample,
         )
-        run.console.print(f"report: {page}", markup=False, highlight=False, soft_wrap=True)
+        _say(run, f"report: {page}")
+
+
+def _train_until(run: Run, stop_step: int) -> str | None:
+    """Takes the steps and saves; returns the signal that stopped them, if one did."""
+    config = run.config
+    metrics = MetricsWriter(run.directory.path, resume_step=run.position.step, tensorboard=config.observe.tensorboard)
+    progress = Progress(
+        total_steps=stop_step, start_step=run.position.step, log_every_n_steps=config.observe.log_every_n_steps, console=run.console
+    )
+    with metrics, StopRequest() as stop, progress:
+        trainer = Trainer(run, metrics, progress)
+        try:
+            trainer.train_until(stop_step, stop)
+        except (Phase8Error, OSError) as error:
+            # Between steps the weights are good: unreadable data or a closed terminal must not cost them. After divergence the
+            # checkpoint before it is the one to go on from.
+            if not isinstance(error, DivergenceError):
+                trainer.save(must_succeed=False)
+            raise
+        trainer.save(must_succeed=True)
+    return stop.received
+
+
+def _say(run: Run, text: str) -> None:
+    run.console.print(text, markup=False, highlight=False, soft_wrap=True)
 
 
 class Trainer:
@@ -90,15 +110,10 @@ class Trainer:
 
     def __init__(self, run: Run, metrics: MetricsWriter, progress: Progress):
         self.run, self.metrics, self.progress = run, metrics, progress
-        position, config = run.position, run.config
-        self.guard = NonFiniteGuard(
-            max_consecutive=config.train.max_consecutive_nonfinite_steps,
-            consecutive=position.consecutive_skipped,
-            total=position.total_skipped,
-        )
-        self.flops_per_token = training_flops_per_token(config.model)
-        self.last_saved_step = position.step if position.step else None
-        self.last_evaluated_step: int | None = None
+        self.flops_per_token = training_flops_per_token(run.config.model)
+        self.saved_step = run.saved_step
+        self.metrics_failed = False
+        self.evaluation_samples = self._evaluation_samples()
         if run.uses_cuda_graphs:
             for parameter in run.model.parameters():
                 parameter.grad = torch.zeros_like(parameter)
@@ -110,25 +125,23 @@ class Trainer:
         microbatches = self._microbatches()
         while position.step < stop_step and stop.received is None:
             self._take_step(microbatches)
-            if _is_due(position.step, config.train.evaluate_every_n_steps) or position.step == stop_step:
+            is_last = position.step == stop_step
+            if stop.received is not None and not is_last:
+                return  # somebody waits for this process to end: what is due otherwise is done after resuming
+            if is_last or _is_due(position.step, config.train.evaluate_every_n_steps):
                 self.evaluate()
-            if _is_due(position.step, config.checkpoint.every_n_steps) and position.step < stop_step and stop.received is None:
+            if not is_last and _is_due(position.step, config.checkpoint.every_n_steps):
                 self.save(must_succeed=False)
 
     def evaluate(self) -> None:
         """Measures the loss on the held-out sequences, if there are any."""
-        data, config, step = self.run.data, self.run.config, self.run.position.step
-        if data.validation is None or config.train.evaluate_every_n_steps == 0 or self.last_evaluated_step == step:
+        step = self.run.position.step
+        if self.evaluation_samples is None:
             return
-        windows = evaluation_microbatches(
-            data.validation, num_samples=config.train.evaluation_sequences, micro_batch_size=self.run.shape.micro_batch_size
-        )
-        in_process = config.data.model_copy(update={"num_workers": 0})
-        samples = build_loader(data.validation, in_process, sample_numbers=windows)
-        loss, num_tokens = evaluate(self.run.model, [self._split(sample) for sample in samples])
-        self.metrics.log_evaluation(step, validation_loss=loss, validation_tokens=num_tokens)
+        microbatches = (self._split(sample) for sample in self.evaluation_samples)
+        loss, num_tokens = evaluate(self.run.model, microbatches, cuda_graphs=self.run.uses_cuda_graphs)
+        self._record(lambda: self.metrics.log_evaluation(step, validation_loss=loss, validation_tokens=num_tokens))
         self.progress.evaluation(step, loss)
-        self.last_evaluated_step = step
 
     def save(self, *, must_succeed: bool) -> None:
         """Writes a checkpoint of the current step and applies the retention policy.
@@ -137,23 +150,22 @@ class Trainer:
             must_succeed: Raise when the disk refuses; otherwise say so and train on, the older checkpoints stay.
         """
         run, config, position = self.run, self.run.config, self.run.position
-        if self.last_saved_step == position.step:
+        if self.saved_step == position.step:
             return
-        tokenizer = run.data.tokenizer
         try:
             saved = save_checkpoint(
                 run.directory.checkpoints,
                 step=position.step,
                 tensors=flat_state(run.model, run.optimizer),
                 metadata=checkpoint_metadata(config, position, fingerprint=run.data.fingerprint, device=run.device),
-                attachments={} if tokenizer is None else {f"tokenizer{tokenizer.path.suffix}": tokenizer.path},
+                attachments={} if run.tokenizer_file is None else {run.tokenizer_file.name: run.tokenizer_file},
             )
         except StorageError as error:
             if must_succeed:
                 raise
-            self._report_storage("checkpoint_failed", error)
+            self._report_failure("checkpoint failed", error)
             return
-        self.last_saved_step = position.step
+        self.saved_step = position.step
         try:
             apply_retention(
                 run.directory.checkpoints,
@@ -162,52 +174,65 @@ class Trainer:
                 known_good=saved,
             )
         except StorageError as error:
-            self._report_storage("retention_failed", error)
-
-    def _report_storage(self, event: str, error: StorageError) -> None:
-        """Training goes on, and the older checkpoints stay."""
-        step = self.run.position.step
-        self.progress.message(f"step {step}: {event.replace('_', ' ')}, training goes on: {error}")
-        self.metrics.log_event(step, event, reason=str(error))
+            self._report_failure("retention failed", error)
 
     def _take_step(self, microbatches: Iterator[Microbatch]) -> None:
         run, config, position = self.run, self.run.config, self.run.position
         begin = time.perf_counter()
         batch = list(itertools.islice(microbatches, run.shape.num_microbatches))
         data_wait_seconds = time.perf_counter() - begin
-        step = position.step + 1
-        rate = learning_rate(step, config.optim, num_steps=config.train.num_steps)
+        rate = learning_rate(position.step + 1, config.optim, num_steps=config.train.num_steps)
         result = train_step(
             run.model,
             run.optimizer,
             batch,
             learning_rate=rate,
             gradient_clip_norm=config.optim.gradient_clip_norm,
-            keep_gradient_buffers=run.uses_cuda_graphs,
+            cuda_graphs=run.uses_cuda_graphs,
         )
         step_seconds = time.perf_counter() - begin
+        sample_numbers = range(position.samples_consumed, position.samples_consumed + run.shape.global_batch_size)
+        position.step += 1
+        position.samples_consumed += run.shape.global_batch_size
+        position.tokens_seen += run.shape.global_batch_size * config.model.sequence_length
+        record = self._step_metrics(result, rate, step_seconds=step_seconds, data_wait_seconds=data_wait_seconds)
+        self._record(lambda: self.metrics.log_step(record))
+        self.progress.step(record)
+        count_skipped(
+            position, result, max_consecutive=config.train.max_consecutive_nonfinite_steps, sample_numbers=sample_numbers
+        )
 
-        tokens = run.shape.global_batch_size * config.model.sequence_length
-        first_sample = position.samples_consumed
-        position.step, position.samples_consumed = step, first_sample + run.shape.global_batch_size
-        position.tokens_seen += tokens
-        record = StepMetrics(
-            step=step,
-            loss=None if result.skipped else result.loss,
+    def _step_metrics(self, result: StepResult, rate: float, *, step_seconds: float, data_wait_seconds: float) -> StepMetrics:
+        run = self.run
+        tokens_per_second = run.shape.global_batch_size * run.config.model.sequence_length / step_seconds
+        return StepMetrics(
+            step=run.position.step,
+            loss=result.loss if math.isfinite(result.loss) else None,
             learning_rate=rate,
-            grad_norm=None if result.skipped else result.grad_norm,
-            tokens=position.tokens_seen,
-            tokens_per_second=tokens / step_seconds,
+            grad_norm=result.grad_norm if math.isfinite(result.grad_norm) else None,
+            tokens=run.position.tokens_seen,
+            tokens_per_second=tokens_per_second,
             step_seconds=step_seconds,
             data_wait_seconds=data_wait_seconds,
-            mfu=None if run.peak_flops is None else self.flops_per_token * tokens / step_seconds / run.peak_flops,
+            mfu=None if run.peak_flops is None else self.flops_per_token * tokens_per_second / run.peak_flops,
             peak_memory_bytes=peak_memory_bytes(run.device),
             skipped=result.skipped,
         )
-        self.metrics.log_step(record)
-        self.progress.step(record)
-        self.guard.observe(result, step=step, sample_numbers=range(first_sample, position.samples_consumed))
-        position.consecutive_skipped, position.total_skipped = self.guard.consecutive, self.guard.total
+
+    def _record(self, write: Callable[[], None]) -> None:
+        """Writes metrics; a full disk is said once and does not end the run."""
+        try:
+            write()
+        except StorageError as error:
+            if not self.metrics_failed:
+                self.progress.message(f"step {self.run.position.step}: metrics are lost, training goes on: {error}")
+            self.metrics_failed = True
+
+    def _report_failure(self, event: str, error: StorageError) -> None:
+        """Says that something could not be stored; training goes on, and the older checkpoints stay."""
+        step = self.run.position.step
+        self.progress.message(f"step {step}: {event}, training goes on: {error}")
+        self._record(lambda: self.metrics.log_event(step, event.replace(" ", "_"), reason=str(error)))
 
     def _microbatches(self) -> Iterator[Microbatch]:
         numbers = microbatch_sample_numbers(
@@ -216,7 +241,17 @@ class Trainer:
         for sample in build_loader(self.run.data.train, self.run.config.data, sample_numbers=numbers):
             yield self._split(sample)
 
-    def _split(self, sample: dict) -> Microbatch:
+    def _evaluation_samples(self):
+        """Loader of the held-out sequences, the same ones in every evaluation; None: there are none, or they are not asked for."""
+        run, train = self.run, self.run.config.train
+        if run.data.validation is None or train.evaluate_every_n_steps == 0:
+            return None
+        windows = evaluation_microbatches(
+            run.data.validation, num_samples=train.evaluation_sequences, micro_batch_size=run.shape.micro_batch_size
+        )
+        return build_loader(run.data.validation, run.config.data, sample_numbers=windows)
+
+    def _split(self, sample: dict[str, Tensor]) -> Microbatch:
         return split_sample(sample, reset_at_document_boundaries=self.run.config.data.reset_at_document_boundaries)
 
 

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 
+from phase8.checkpoint.layout import step_of
 from phase8.checkpoint.load import Checkpoint, find_checkpoint, list_checkpoints, newest_good_checkpoint, open_checkpoint
 from phase8.checkpoint.random_state import capture_random_state, restore_random_state
 from phase8.checkpoint.state import restore_state
@@ -68,6 +69,9 @@ def resume_run(
         CheckpointError: The named one, or every one there is, cannot be used.
     """
     if choice == "none":
+        aside = directory.set_aside()
+        if aside is not None:
+            on_message(f"the earlier run of this name is now {aside}")
         return None
     if choice == "auto":
         return newest_good_checkpoint(
@@ -77,8 +81,16 @@ def resume_run(
         )
     checkpoint = open_checkpoint(find_checkpoint(Path(choice)))
     restore(checkpoint)
-    own = checkpoint.path.resolve()
-    later = [path for path in list_checkpoints(directory.checkpoints) if path.resolve() != own and path.name >= own.name]
+    if not directory.owns(checkpoint.path):
+        aside = directory.set_aside()
+        if aside is not None:
+            on_message(f"the earlier run of this name is now {aside}")
+        return checkpoint
+    later = [
+        path
+        for path in list_checkpoints(directory.checkpoints)
+        if (step_of(path.name) or 0) >= checkpoint.step and path.resolve() != checkpoint.path.resolve()
+    ]
     if later:
         directory.set_aside_checkpoints(later)
         on_message(f"{len(later)} later checkpoints were moved to {directory.superseded}")

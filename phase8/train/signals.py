@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import signal
 from types import FrameType, TracebackType
 
@@ -30,3 +31,5 @@ class StopRequest:
         if self.received is not None and number == signal.SIGINT:
             raise KeyboardInterrupt
         self.received = signal.Signals(number).name
+        # Straight to the terminal: a handler must not wait for a lock that the interrupted code holds.
+        os.write(2, f"\n{self.received}: stopping after this step (Ctrl-C again: at once, unsaved)\n".encode())

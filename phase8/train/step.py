@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -68,7 +68,7 @@ def train_step(
     *,
     learning_rate: float,
     gradient_clip_norm: float,
-    keep_gradient_buffers: bool = False,
+    cuda_graphs: bool = False,
 ) -> StepResult:
     """Updates the weights once.
 
@@ -80,14 +80,15 @@ def train_step(
         microbatches: On the host or on the device.
         learning_rate: For this step.
         gradient_clip_norm: Largest global norm; 0: no clipping.
-        keep_gradient_buffers: Zero the gradients instead of freeing them. CUDA graphs need it: a gradient that lived in the memory of
-            a graph would be overwritten by the next microbatch.
+        cuda_graphs: The blocks replay CUDA graphs. Then gradients are zeroed instead of freed: one that lived in the memory of a
+            graph would be overwritten by the next microbatch.
     """
     device = model.embedding.weight.device
     num_valid = max(sum(microbatch.num_valid for microbatch in microbatches), 1)
     total = torch.zeros((), device=device)
     for microbatch in microbatches:
-        torch.compiler.cudagraph_mark_step_begin()
+        if cuda_graphs:
+            torch.compiler.cudagraph_mark_step_begin()
         batch = microbatch.to(device)
         loss = model.loss_sum(batch.tokens, batch.targets, batch.starts) / num_valid
         loss.backward()
@@ -99,17 +100,18 @@ def train_step(
         for group in optimizer.param_groups:
             group["lr"] = learning_rate
         optimizer.step()
-    optimizer.zero_grad(set_to_none=not keep_gradient_buffers)
+    optimizer.zero_grad(set_to_none=not cuda_graphs)
     return StepResult(loss_value, norm_value, skipped)
 
 
 @torch.no_grad()
-def evaluate(model: LanguageModel, microbatches: Sequence[Microbatch]) -> tuple[float, int]:
+def evaluate(model: LanguageModel, microbatches: Iterable[Microbatch], *, cuda_graphs: bool = False) -> tuple[float, int]:
     """Mean loss in nats per valid target, and the number of those targets."""
     device = model.embedding.weight.device
     total, num_valid = torch.zeros((), dtype=torch.float64, device=device), 0
     for microbatch in microbatches:
-        torch.compiler.cudagraph_mark_step_begin()
+        if cuda_graphs:
+            torch.compiler.cudagraph_mark_step_begin()
         batch = microbatch.to(device)
         total += model.loss_sum(batch.tokens, batch.targets, batch.starts)
         num_valid += batch.num_valid

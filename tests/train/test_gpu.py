@@ -39,16 +39,42 @@ def test_gpu_equals_cpu_in_fp64(block):
         torch.testing.assert_close(parameter.grad.cpu(), expected[name], rtol=1e-4, atol=1e-4)
 
 
-@pytest.mark.parametrize(
-    ("block", "mode"), [*itertools.product(("phase8", "transformer"), ("default", "reduce-overhead")), ("transformer", "max-autotune")]
-)
-def test_compiled_training_follows_the_eager_losses(tiny, block, mode):
-    settings = (f"model.block={block}", "train.micro_batch_size=2", "checkpoint.every_n_steps=0")
+MODES = [*itertools.product(("phase8", "transformer"), ("default", "reduce-overhead")), ("transformer", "max-autotune")]
+
+
+@pytest.fixture(autouse=True)
+def _forget_compiled_code():
+    yield
+    torch._dynamo.reset()
+
+
+@pytest.mark.parametrize(("block", "mode"), MODES)
+def test_compiled_blocks_have_the_eager_gradients(block, mode):
+    """Over two microbatches, so that a gradient kept in the memory of a CUDA graph would be overwritten."""
+
+    def gradients(compiled):
+        model = perturbed_model(scaled_down(ModelSection(block=block)), dtype=torch.float32).cuda()
+        for layer in model.blocks if compiled else ():
+            layer.compile(mode=mode, fullgraph=True)
+        for parameter in model.parameters():
+            parameter.grad = torch.zeros_like(parameter)
+        for tokens in random_tokens(batch=4).cuda().split(2):
+            torch.compiler.cudagraph_mark_step_begin()
+            model.loss_sum(tokens[:, :-1], tokens[:, 1:]).backward()
+        return {name: parameter.grad for name, parameter in model.named_parameters()}
+
+    expected = gradients(compiled=False)
+    for name, gradient in gradients(compiled=True).items():
+        assert (gradient - expected[name]).norm() <= 1e-3 * expected[name].norm(), name
+
+
+@pytest.mark.parametrize(("block", "mode"), MODES)
+def test_compiled_training_runs_and_follows_the_eager_losses(tiny, block, mode):
+    settings = (f"model.block={block}", "checkpoint.every_n_steps=0", "train.num_steps=8")
     eager = train_on_gpu(tiny, *settings, "run.name=eager")
     compiled = train_on_gpu(tiny, *settings, "train.compile.enabled=true", f"train.compile.mode={mode}", "train.compile.fullgraph=true")
-    # Losses agree to rounding until AdamW enlarges it: the runs are equal, the tiny model is chaotic.
-    for steps, tolerance in ((5, 1e-3), (20, 1e-1)):
-        assert list(losses(compiled).values())[:steps] == pytest.approx(list(losses(eager).values())[:steps], rel=tolerance)
+    # Rounding differs, and AdamW enlarges it where gradients are nearly zero.
+    assert list(losses(compiled).values()) == pytest.approx(list(losses(eager).values()), rel=2e-2)
 
 
 def test_bf16_follows_fp32(tiny):

@@ -59,7 +59,8 @@ class _LinearCrossEntropy(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         dhidden, dweight = ctx.saved_tensors
-        scaled = (None if x is None else x * grad.to(x.dtype) for x in (dhidden, dweight))
+        # `grad` holds 1 / number of tokens: rounded to bf16 it would scale every gradient below the head.
+        scaled = (None if x is None else (at_least_fp32(x) * grad).to(x.dtype) for x in (dhidden, dweight))
         return *scaled, None, None, None
 
 

@@ -122,7 +122,8 @@ def window_attention(
 
 def _score(q: Tensor, k: Tensor, beta: Tensor | None) -> Tensor:
     """Scores [B, N, H, Q, keys] of queries [B, N, Q, H, K] and keys [B, N, keys, H, K], fp32 or wider."""
-    dot = at_least_fp32(torch.einsum("bnqhd,bnkhd->bnhqk", q, k))
+    # Products of bf16 values are exact in fp32; rounding their sum to bf16 would move a distance near 0 by tenths.
+    dot = torch.einsum("bnqhd,bnkhd->bnhqk", at_least_fp32(q), at_least_fp32(k))
     if beta is None:
         return dot * q.shape[-1] ** -0.5
     q_lift, k_lift = _lift(q)[..., None], _lift(k)[..., None, :]
