@@ -88,7 +88,7 @@ def test_the_10b_config_is_planned_without_allocating_it(tmp_path):
 
 
 def test_a_dry_run_for_eight_processes_says_what_is_wrong(call, tmp_path):
-    code, output, errors = call("--dry-run", "--world-size", "8")
+    code, output, errors = call("--dry-run", "--world-size", "8", "--set", "train.global_batch_size=8")
     assert code == 2
     assert output.startswith("dry run: quickstart, world size 8\n") and "pp 1 x dp 8 x cp 1 x tp 1 = 8 ranks" in output
     assert errors == "error: world size 8 is not supported yet; start one process without torchrun.\n"
