@@ -14,14 +14,18 @@ from phase8.kernels.reference import green_scan as reference
 def _forward(
     potential: Tensor, energy: Tensor, eta: Tensor, hopping: Tensor, starts: Tensor | None, initial_state: Tensor | None
 ) -> Tensor:
-    return reference.green_scan(potential, energy, eta, hopping, starts, initial_state)
+    # Contiguous, whatever the strides of the potential: that is what the fake promises to the compiler.
+    return reference.green_scan(potential, energy, eta, hopping, starts, initial_state).contiguous()
 
 
 @torch.library.custom_op("phase8::green_scan_backward", mutates_args=())
 def _backward(
     grad: Tensor, g: Tensor, hopping: Tensor, starts: Tensor | None, initial_state: Tensor | None
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    return reference.green_scan_backward(grad, g, hopping, starts, initial_state)
+    dpotential, denergy, deta, dhopping, dinitial = reference.green_scan_backward(grad, g, hopping, starts, initial_state)
+    # clone: an operator may not return two views of one tensor.
+    layout = torch.contiguous_format
+    return dpotential.clone(memory_format=layout), denergy, deta, dhopping, dinitial.clone(memory_format=layout)
 
 
 @_forward.register_fake

@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from phase8.kernels.green_scan import _forward, green_scan
+from phase8.kernels.green_scan import _backward, _forward, green_scan
 
 LENGTHS = [1, 2, 63, 257]
 
@@ -104,3 +104,18 @@ def test_opcheck(with_state):
     arguments = [x.requires_grad_() for x in problem(6)]
     starts = torch.zeros(2, 6, dtype=torch.bool) if with_state else None
     torch.library.opcheck(_forward, (*arguments, starts, initial_state().requires_grad_() if with_state else None))
+
+
+@pytest.mark.parametrize("transposed", [False, True])
+@pytest.mark.parametrize("with_state", [True, False])
+def test_opcheck_of_the_backward(with_state, transposed):
+    """Also that a compiled graph calls it to the same result, whatever the strides."""
+    potential, energy, eta, hopping = problem(6)
+    starts = torch.zeros(2, 6, dtype=torch.bool) if with_state else None
+    state = initial_state() if with_state else None
+    if transposed:
+        potential = potential.transpose(1, 2).contiguous().transpose(1, 2)
+    g = _forward(potential, energy, eta, hopping, starts, state)
+    grad = torch.randn(2, 3, 6, 2, dtype=torch.float64).transpose(1, 2) if transposed else torch.randn_like(g)
+    torch.library.opcheck(_backward, (grad, g, hopping, starts, state))
+    torch.library.opcheck(_forward, (potential, energy, eta, hopping, starts, state))

@@ -58,15 +58,15 @@ def green_scan_backward(
     dg, g = torch.view_as_complex(grad.contiguous()), torch.view_as_complex(g.contiguous())
     coupling = _coupling(hopping, starts, g.real)
     g0 = torch.zeros_like(g[:, 0]) if initial_state is None else torch.view_as_complex(initial_state.contiguous())
-    square = (g * g).conj()
+    # conj_physical: compiled graphs may call this below the dispatch key that resolves a lazy conj(), which would then be lost.
+    square = torch.conj_physical(g * g)
     next_coupling = torch.cat((coupling[:, 1:], torch.zeros_like(coupling[:, :1])), dim=1)
     p = linear_scan((square * next_coupling).flip(1), (square * dg).flip(1)).flip(1)
     previous = torch.cat((g0[:, None], g[:, :-1]), dim=1)
     connected = 1.0 if starts is None else (~starts)[..., None]
-    dhopping = ((previous.conj() * p).real * connected).sum((0, 1))
-    dinitial = torch.view_as_real((coupling[:, 0] * p[:, 0]).contiguous())
-    # .clone(): an operator may not return a view of another output.
-    return p.real.clone(), -p.real.sum((0, 1)), -p.imag.sum((0, 1)), dhopping, dinitial.clone()
+    dhopping = ((torch.conj_physical(previous) * p).real * connected).sum((0, 1))
+    dinitial = torch.view_as_real(coupling[:, 0] * p[:, 0])
+    return p.real, -p.real.sum((0, 1)), -p.imag.sum((0, 1)), dhopping, dinitial
 
 
 def _coupling(hopping: Tensor, starts: Tensor | None, like: Tensor) -> Tensor:
