@@ -223,7 +223,7 @@ class _MicrobatchLoader:
         )
 
     def __iter__(self) -> Iterator[dict[str, torch.Tensor]]:
-        microbatches = iter(self._loader)
+        microbatches = _without_child_signals(self._loader)
         while True:
             try:
                 microbatch = next(microbatches)
@@ -234,6 +234,17 @@ class _MicrobatchLoader:
             if isinstance(microbatch, _Refusal):
                 raise microbatch.kind(microbatch.message)
             yield microbatch
+
+
+def _without_child_signals(loader: DataLoader) -> Iterator:
+    """Iterates without torch's SIGCHLD handler: it would raise in the middle of a step. `next` finds a dead worker by itself."""
+    if threading.current_thread() is not threading.main_thread():
+        return iter(loader)
+    handler = signal.getsignal(signal.SIGCHLD)
+    try:
+        return iter(loader)
+    finally:
+        signal.signal(signal.SIGCHLD, handler)
 
 
 def _leave_signals_to_trainer(worker_id: int) -> None:

@@ -95,8 +95,11 @@ class LanguageModel(nn.Module):
         for layer, block in enumerate(self.blocks):
             if layer in self.recomputed_layers and torch.is_grad_enabled() and states is None:
                 x, _ = checkpoint(block, x, angles, starts, use_reentrant=False)
+            elif states is None:
+                x, _ = block(x, angles, starts)
             else:
-                x, state = block(x, angles, starts, None if states is None else states[layer])
+                # forward, not the call: a compiled block would be compiled again for every length of its state.
+                x, state = block.forward(x, angles, starts, states[layer])
                 carried.append(state)
         return self.norm(x), None if states is None else carried
 

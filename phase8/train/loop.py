@@ -43,7 +43,7 @@ def train(run: Run, *, resume_command: str) -> None:
     """
     with run.lock:
         stop_step = check_stop(run.config, run.position)
-        if run.position.step < stop_step:
+        if run.position.step < stop_step or run.saved_step != run.position.step:  # what was resumed from elsewhere is saved here
             stopped_by = _train_until(run, stop_step)
             if stopped_by is not None and run.position.step < stop_step:
                 _say(run, f"{stopped_by}: saved at step {run.position.step}; go on with:\n  {resume_command}")

@@ -103,7 +103,14 @@ def window_attention(
         seen = blocks.append(seen, global_documents) if with_globals else seen
         visible = visible & (blocks.of_queries(documents)[..., None] == seen[:, :, None, :])
 
-    scores = _score(blocks.of_queries(q), sources, beta).masked_fill(~visible[:, :, None], -torch.inf)
+    scores = torch.einsum("bnqhd,bnkhd->bnhqk", at_least_fp32(blocks.of_queries(q)), at_least_fp32(sources))
+    if beta is None:
+        scores = scores * q.shape[-1] ** -0.5
+    else:
+        heights = blocks.of_keys(_height(keys))
+        heights = blocks.append(heights, _height(global_keys)) if with_globals else heights
+        scores = _lorentz_score(scores, blocks.of_queries(_height(q)), heights, beta)
+    scores = scores.masked_fill(~visible[:, :, None], -torch.inf)
     y = torch.einsum("bnhqk,bnkhd->bnqhd", scores.softmax(-1).to(v.dtype), targets).flatten(1, 2)[:, :num_queries]
     if state is None:
         return y, None
@@ -120,14 +127,16 @@ def window_attention(
     )
 
 
-def _score(q: Tensor, k: Tensor, beta: Tensor | None) -> Tensor:
-    """Scores [B, N, H, Q, keys] of queries [B, N, Q, H, K] and keys [B, N, keys, H, K], fp32 or wider."""
-    # Products of bf16 values are exact in fp32; rounding their sum to bf16 would move a distance near 0 by tenths.
-    dot = torch.einsum("bnqhd,bnkhd->bnhqk", at_least_fp32(q), at_least_fp32(k))
-    if beta is None:
-        return dot * q.shape[-1] ** -0.5
-    q_lift, k_lift = _lift(q)[..., None], _lift(k)[..., None, :]
-    u = q_lift * (1 + k_lift) + (k_lift - dot)
+def _height(x: Tensor) -> Tensor:
+    """Height above 1 on the hyperboloid, sqrt(1 + |x|^2) - 1, without cancellation: [B, T, H, K] -> [B, T, H]."""
+    square = at_least_fp32(x).square().sum(-1)
+    return square / (1 + (1 + square).sqrt())
+
+
+def _lorentz_score(dot: Tensor, q_height: Tensor, k_height: Tensor, beta: Tensor) -> Tensor:
+    """Scores from dot products [B, N, H, Q, keys] and heights [B, N, Q, H] and [B, N, keys, H]."""
+    q_height, k_height = q_height.transpose(2, 3)[..., None], k_height.transpose(2, 3)[..., None, :]
+    u = q_height * (1 + k_height) + (k_height - dot)
     return -at_least_fp32(beta)[:, None, None] * _SmoothArccosh.apply(u)
 
 

@@ -1,0 +1,428 @@
+"""Every promise of the config and of the loop reaches the run: each test trains for a few steps and looks at what came of it."""
+
+import io
+import math
+import multiprocessing
+import os
+import random
+import re
+import shutil
+import signal
+import subprocess
+import sys
+from multiprocessing.connection import wait
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from rich.console import Console
+from tiny_run import losses, prepare, records, tiny_config, train_tiny, weights, write_documents
+
+from phase8.checkpoint.load import list_checkpoints, open_checkpoint
+from phase8.data.indexed import IndexedWriter
+from phase8.data.tokenizer import train_sentencepiece
+from phase8.errors import ConfigError, DataError, DivergenceError, StorageError
+from phase8.model.parameters import decayed_parameter_names
+from phase8.observe.metrics import MetricsWriter
+from phase8.optim.schedule import learning_rate
+from phase8.train import loop
+from phase8.train.build import build_run
+from phase8.train.loop import train
+from phase8.train.signals import StopRequest
+
+ROOT = Path(__file__).parents[2]
+PROMPT = "def <ma"
+NO_CHECKPOINTS = "checkpoint.every_n_steps=0"
+
+
+@pytest.fixture(autouse=True)
+def _torch_settings_are_global():
+    precision = torch.get_float32_matmul_precision()
+    yield
+    torch.set_float32_matmul_precision(precision)
+    torch.use_deterministic_algorithms(False)
+
+
+@pytest.fixture
+def console():
+    """A console that remembers what was printed."""
+    return Console(file=io.StringIO(), width=500)
+
+
+@pytest.fixture(scope="module")
+def tokenizer(tmp_path_factory):
+    return train_sentencepiece(["def main(): pass\n"] * 50, tmp_path_factory.mktemp("tokenizer") / "small.model", vocab_size=280)
+
+
+@pytest.fixture
+def before_step(monkeypatch):
+    """Registers what is to happen at the beginning of a step, after its data were read."""
+
+    def register(run, step, action):
+        original = loop.train_step
+
+        def train_step(*arguments, **options):
+            if run.position.step + 1 == step:
+                action()
+            return original(*arguments, **options)
+
+        monkeypatch.setattr(loop, "train_step", train_step)
+
+    return register
+
+
+@pytest.fixture
+def stopped_before_the_first_step(monkeypatch):
+    class EarlyStop(StopRequest):
+        def __enter__(self):
+            super().__enter__()
+            os.kill(os.getpid(), signal.SIGTERM)
+            return self
+
+    monkeypatch.setattr(loop, "StopRequest", EarlyStop)
+
+
+def checkpoint_steps(run):
+    return [open_checkpoint(path).step for path in list_checkpoints(run.directory.checkpoints)]
+
+
+def held_out_loss(run, dataset):
+    """Mean loss on the windows of an evaluation of four sequences, from the logits."""
+    count = dataset.order.num_windows[0]
+    tokens = torch.stack([dataset[0, i * count // 4]["tokens"] for i in range(4)])
+    with torch.no_grad():
+        logits = run.model.logits(run.model(tokens[:, :-1])[0])
+    return F.cross_entropy(logits.flatten(0, 1), tokens[:, 1:].flatten()).item()
+
+
+def test_the_end_prints_a_sample_and_draws_the_report(tiny, tokenizer, console, tmp_path):
+    original = shutil.copy(tokenizer, tmp_path / "mine.model")
+    settings = [f"data.tokenizer={original}", "model.vocab_size=300", "observe.report=true", "observe.sample_tokens=8", "train.num_steps=5"]
+    run = prepare(tiny, *settings, f"observe.sample_prompt={PROMPT}", console=console)
+    (tmp_path / "mine.model").unlink()
+    train(run, resume_command="")
+    output = console.file.getvalue()
+    sample = re.search(r"─ sample ─+\n(.+?)\n─+\n", output, re.DOTALL).group(1)
+    page = (run.directory.path / "report" / "index.html").read_text()
+    assert sample.startswith(PROMPT) and len(sample) > len(PROMPT)
+    assert "<pre>def &lt;ma" in page and "planned memory" in page
+    assert (run.directory.path / "report" / "loss.png").read_bytes().startswith(b"\x89PNG")
+    assert f"report: {run.directory.path / 'report' / 'index.html'}" in output
+    attached = open_checkpoint(list_checkpoints(run.directory.checkpoints)[0]).attachment("tokenizer.model")
+    assert attached.read_bytes() == tokenizer.read_bytes()
+
+
+def test_a_stop_signal_in_the_last_step_still_draws_the_report(tiny, console, before_step):
+    run = prepare(tiny, "train.stop_at_step=2", "observe.report=true", console=console)
+    before_step(run, 2, lambda: os.kill(os.getpid(), signal.SIGTERM))
+    train(run, resume_command="resume with this")
+    assert (run.directory.path / "report" / "index.html").exists() and checkpoint_steps(run) == [2]
+    assert "resume with this" not in console.file.getvalue()
+
+
+def test_a_finished_run_without_a_report_draws_it_when_started_again(tiny, console):
+    finished = train_tiny(tiny, "train.num_steps=5")
+    page = finished.directory.path / "report" / "index.html"
+    assert not page.exists()
+    train_tiny(tiny, "train.num_steps=5", "observe.report=true")
+    assert page.exists()
+    page.write_text("kept")
+    train(prepare(tiny, "train.num_steps=5", "observe.report=true", console=console), resume_command="")
+    assert page.read_text() == "kept" and "has already reached step 5" in console.file.getvalue()
+
+
+def test_a_stop_signal_says_that_it_stops_after_this_step_and_how_to_go_on(tiny, console, before_step, capfd):
+    run = prepare(tiny, console=console)
+    before_step(run, 2, lambda: os.kill(os.getpid(), signal.SIGINT))
+    train(run, resume_command="resume with this")
+    assert "SIGINT: stopping after this step" in capfd.readouterr().err
+    assert "SIGINT: saved at step 2; go on with:\n  resume with this" in console.file.getvalue()
+    assert checkpoint_steps(run) == [2] and signal.getsignal(signal.SIGINT) is signal.default_int_handler
+
+
+@pytest.mark.parametrize("enabled", [True, False])
+def test_tensorboard_events_are_written_when_on(tiny, enabled):
+    run = train_tiny(tiny, "train.stop_at_step=1", f"observe.tensorboard={str(enabled).lower()}")
+    assert len(list(run.directory.path.rglob("events.out.tfevents*"))) == enabled
+
+
+def test_the_banner_names_what_runs_on_what_and_why(tiny, console):
+    run = prepare(tiny, "train.compile.enabled=false", "train.recompute=full", console=console)
+    lines = {line[2:].split("  ")[0]: line for line in console.file.getvalue().splitlines() if line.startswith("  ")}
+    num_parameters = sum(parameter.numel() for parameter in run.model.parameters())
+    num_tokens = sum(source.num_tokens for source in run.data.train.sources)
+    assert "plain torch reference (lorentz window" in lines["attention"] and "CPU" in lines["device"]
+    assert f"({num_parameters:,})" in lines["parameters"] and f"{num_tokens:,} tokens, 200 documents" in lines["data"]
+    for kind in ("weights", "gradients", "optimizer", "activations"):
+        assert f"{kind} " in lines["planned memory"]
+    assert "full" in lines["recomputation"] and lines["torch.compile"].endswith("off") and str(run.directory.path) in lines["run directory"]
+
+
+def test_mfu_is_a_ratio_of_the_given_peak_and_null_without_one(tiny):
+    known, unknown = (
+        train_tiny(tiny, f"run.name={name}", "train.stop_at_step=1", *settings)
+        for name, settings in (("known", ["observe.peak_flops=1e9"]), ("unknown", []))
+    )
+    record = records(known)[0]
+    assert record["mfu"] == pytest.approx(record["tokens_per_second"] * loop.training_flops_per_token(known.config.model) / 1e9)
+    assert records(unknown)[0]["mfu"] is None
+
+
+@pytest.mark.parametrize("limit", [0.0, 1e-2])
+def test_the_first_update_is_that_of_the_clipped_gradient(tiny, limit):
+    settings = ["optim.eps=1.0", "optim.weight_decay=0", "optim.warmup_steps=0", "optim.schedule=constant", "train.stop_at_step=1"]
+    run = prepare(tiny, *settings, f"optim.gradient_clip_norm={limit}")
+    before = {name: value.detach().clone() for name, value in weights(run).items()}
+    tokens = torch.stack([run.data.train[number]["tokens"] for number in range(4)])
+    (run.model.loss_sum(tokens[:, :-1], tokens[:, 1:]) / (4 * 24)).backward()
+    gradients = {name: parameter.grad.clone() for name, parameter in run.model.named_parameters()}
+    run.optimizer.zero_grad()
+    norm = math.sqrt(sum(gradient.square().sum().item() for gradient in gradients.values()))
+    train(run, resume_command="")
+    assert norm > 0.1 and records(run)[0]["grad_norm"] == pytest.approx(norm, rel=1e-4)
+    scale = limit / norm if limit else 1.0
+    for name, gradient in gradients.items():
+        clipped = gradient * scale
+        # The first step of AdamW: its moments are the gradient and its square.
+        expected = before[name] - 1e-2 * clipped / (clipped.abs() + 1.0)
+        change = (weights(run)[name] - before[name]).norm()
+        assert (weights(run)[name] - expected).norm() <= 1e-2 * change + 1e-6, name
+
+
+def test_every_step_uses_and_records_the_learning_rate_of_the_schedule(tiny):
+    run = prepare(tiny, "train.num_steps=7", NO_CHECKPOINTS)
+    used = []
+    run.optimizer.register_step_pre_hook(lambda optimizer, *_: used.append([group["lr"] for group in optimizer.param_groups]))
+    train(run, resume_command="")
+    expected = [learning_rate(step, run.config.optim, num_steps=7) for step in range(1, 8)]
+    assert used == [[rate, rate] for rate in expected] and len(set(expected)) > 4
+    assert [record["learning_rate"] for record in records(run) if "loss" in record] == expected
+
+
+def test_weight_decay_applies_to_the_matrices_alone(tiny):
+    run = prepare(tiny, "optim.weight_decay=0.25", "optim.betas=[0.8, 0.7]")
+    names = {parameter: name for name, parameter in run.model.named_parameters()}
+    groups = {group["weight_decay"]: {names[p] for p in group["params"]} for group in run.optimizer.param_groups}
+    assert groups == {0.25: decayed_parameter_names(run.model), 0.0: set(names.values()) - decayed_parameter_names(run.model)}
+    assert "head.weight" in groups[0.25] and {"embedding.weight", "norm.weight"} <= groups[0.0]
+    assert all(group["betas"] == (0.8, 0.7) for group in run.optimizer.param_groups)
+
+
+@pytest.mark.parametrize("enabled", [True, False])
+def test_compile_compiles_every_block_as_asked(tiny, monkeypatch, enabled):
+    compiled = []
+    monkeypatch.setattr(torch.nn.Module, "compile", lambda module, **options: compiled.append((module, options)))
+    run = prepare(tiny, f"train.compile.enabled={str(enabled).lower()}", "train.compile.mode=max-autotune", "train.compile.fullgraph=true")
+    options = {"mode": "max-autotune", "fullgraph": True}
+    assert compiled == ([(block, options) for block in run.model.blocks] if enabled else [])
+
+
+@pytest.mark.parametrize(
+    ("settings", "blocks", "mixers"),
+    [
+        ([], [], []),
+        (["train.recompute=full"], [0, 1, 2], []),
+        (["train.recompute=selective"], [], [0, 1, 2]),
+        (["train.recompute=full", "train.recompute_every_n_layers=2"], [0, 2], []),
+    ],
+)
+def test_recomputation_reaches_the_model(tiny, settings, blocks, mixers):
+    model = prepare(tiny, "model.num_layers=3", *settings).model
+    assert list(model.recomputed_layers) == blocks
+    assert [layer for layer, block in enumerate(model.blocks) if block.recompute_mixer] == mixers
+
+
+def test_determinism_and_tf32_are_set(tiny):
+    prepare(tiny, "precision.tf32=true")
+    assert torch.get_float32_matmul_precision() == "high" and not torch.are_deterministic_algorithms_enabled()
+    prepare(tiny, "precision.tf32=false", "train.deterministic=true")
+    assert torch.get_float32_matmul_precision() == "highest" and torch.are_deterministic_algorithms_enabled()
+
+
+def test_evaluation_is_of_the_validation_data_at_the_last_step_too(tiny):
+    run = train_tiny(tiny, "train.num_steps=5", "train.evaluate_every_n_steps=3", NO_CHECKPOINTS)
+    evaluations = [record for record in records(run) if "validation_loss" in record]
+    assert [(record["step"], record["validation_tokens"]) for record in evaluations] == [(3, 96), (5, 96)]
+    assert evaluations[1]["validation_loss"] == pytest.approx(held_out_loss(run, run.data.validation), rel=1e-5)
+    assert abs(evaluations[1]["validation_loss"] - held_out_loss(run, run.data.train)) > 1e-4
+
+
+def test_the_same_weights_have_the_same_validation_loss(tiny):
+    frozen = ("optim.learning_rate=1e-30", "train.evaluate_every_n_steps=1", "train.stop_at_step=3", NO_CHECKPOINTS)
+    found = [record["validation_loss"] for record in records(train_tiny(tiny, *frozen)) if "validation_loss" in record]
+    assert len(found) == 3 and len(set(found)) == 1
+
+
+def test_every_nth_checkpoint_is_kept(tiny):
+    run = train_tiny(tiny, "train.num_steps=7", "checkpoint.every_n_steps=2", "checkpoint.keep_last=1", "checkpoint.keep_every_n_steps=4")
+    assert checkpoint_steps(run) == [7, 4]
+
+
+def poison(run):
+    original = run.model.loss_sum
+    run.model.loss_sum = lambda *arguments: original(*arguments) * math.nan
+
+
+def test_skipped_steps_are_counted_across_a_resume(tiny):
+    settings = ("train.max_consecutive_nonfinite_steps=3", NO_CHECKPOINTS)
+    run = prepare(tiny, "train.stop_at_step=2", *settings)
+    poison(run)
+    train(run, resume_command="")
+    resumed = prepare(tiny, *settings)
+    assert (resumed.position.consecutive_skipped, resumed.position.total_skipped) == (2, 2)
+    poison(resumed)
+    with pytest.raises(DivergenceError, match=r"step 3: .* 3 times in a row"):
+        train(resumed, resume_command="")
+
+
+def draws():
+    return random.random(), np.random.random(), torch.rand(()).item()
+
+
+def seed_everything(seed):
+    random.seed(seed)
+    np.random.seed(seed)
+    torch.manual_seed(seed)
+
+
+def test_the_random_state_goes_on_after_a_resume(tiny):
+    seed_everything(5)
+    train_tiny(tiny, "train.stop_at_step=2")
+    expected = draws()
+    seed_everything(6)
+    prepare(tiny)
+    assert draws() == expected
+
+
+def test_a_damaged_tokenizer_in_a_checkpoint_is_found_on_resume(tiny, tokenizer, console):
+    settings = (f"data.tokenizer={tokenizer}", "model.vocab_size=300", "train.stop_at_step=10")
+    run = train_tiny(tiny, *settings)
+    attached = run.directory.checkpoints / "step-0000000010" / "tokenizer.model"
+    attached.write_bytes(attached.read_bytes()[:-1] + b"\xff")
+    assert prepare(tiny, *settings, console=console).position.step == 5
+    assert "step-0000000010 is damaged and passed over" in console.file.getvalue()
+
+
+def full_disk(*_, **__):
+    raise StorageError("no space left on device; free some space")
+
+
+def test_metrics_and_checkpoints_on_a_full_disk_do_not_stop_training(tiny, console, monkeypatch):
+    run = prepare(tiny, console=console)
+    for name in ("log_step", "log_evaluation", "log_event"):
+        monkeypatch.setattr(MetricsWriter, name, full_disk)
+    original = loop.save_checkpoint
+    monkeypatch.setattr(loop, "save_checkpoint", lambda root, *, step, **rest: (original if step == 20 else full_disk)(root, step=step, **rest))
+    train(run, resume_command="")
+    output = console.file.getvalue()
+    assert checkpoint_steps(run) == [20] and losses(run) == {}
+    assert output.count("metrics are lost, training goes on") == 1 and output.count("checkpoint failed, training goes on") == 3
+
+
+def test_a_bad_token_in_the_middle_costs_no_finished_step(tiny, tmp_path):
+    write_documents(tmp_path / "good", num_documents=40, seed=0)
+    probe = prepare(tiny, f"data.train={tmp_path}/good", "run.name=probe")
+    source, window = probe.data.train.order.locate(3 * 4 + 1)
+    tokens = probe.data.train.sources[source].tokens(0, probe.data.train.sources[source].num_tokens).copy()
+    tokens[window * 24 + 5] = 61
+    with IndexedWriter(tmp_path / "bad", dtype=np.dtype(np.uint16)) as writer:
+        writer.add_document(tokens)
+    with pytest.raises(DataError, match=r"bad.bin holds token id 61 .* model.vocab_size is 61"):
+        train_tiny(tiny, f"data.train={tmp_path}/bad", NO_CHECKPOINTS)
+    resumed = prepare(tiny, f"data.train={tmp_path}/bad")
+    assert resumed.position.step == resumed.saved_step == 3
+
+
+def test_a_killed_loader_worker_is_one_sentence_and_costs_no_finished_step(tiny, before_step):
+    run = prepare(tiny, "data.num_workers=1", "train.evaluate_every_n_steps=0", NO_CHECKPOINTS)
+
+    def kill_workers():
+        for child in multiprocessing.active_children():
+            child.kill()
+            wait([child.sentinel])  # not join: that would take the death away from torch, which looks for it
+
+    before_step(run, 3, kill_workers)
+    with pytest.raises(DataError, match=r"^a loader worker died \([^\n]*\); check memory and data.num_workers$"):
+        train(run, resume_command="")
+    assert run.position.step >= 3 and checkpoint_steps(run) == [run.position.step]
+
+
+def test_resuming_from_another_run_sets_the_own_one_aside_and_saves_at_once(tiny, stopped_before_the_first_step, monkeypatch):
+    with monkeypatch.context() as usual:
+        usual.setattr(loop, "StopRequest", StopRequest)
+        other = train_tiny(tiny, "run.name=other", "train.stop_at_step=10")
+        own = train_tiny(tiny, "train.stop_at_step=5")
+    assert checkpoint_steps(own) == [5]
+    run = train_tiny(tiny, resume=str(other.directory.path))
+    assert run.position.step == 10 and checkpoint_steps(run) == [10] and checkpoint_steps(other) == [10, 5]
+    aside = own.directory.path.with_name("tiny.1")
+    assert [path.name for path in list_checkpoints(aside / "checkpoints")] == ["step-0000000005"] and (aside / "metrics.jsonl").exists()
+    assert prepare(tiny).position.step == 10
+
+
+def test_a_copied_checkpoint_of_another_name_is_neither_later_nor_moved(tiny):
+    run = train_tiny(tiny, "train.stop_at_step=10")
+    shutil.copytree(run.directory.checkpoints / "step-0000000010", run.directory.checkpoints / "zz")
+    assert prepare(tiny, resume=str(run.directory.checkpoints / "step-0000000005")).position.step == 5
+    assert sorted(path.name for path in run.directory.checkpoints.iterdir()) == ["step-0000000005", "zz"]
+    assert prepare(tiny, resume=str(run.directory.checkpoints / "zz")).position.step == 10
+    # Steps before the resumed one stay.
+    assert sorted(path.name for path in run.directory.checkpoints.iterdir()) == ["step-0000000005", "zz"]
+
+
+def test_resuming_a_finished_other_run_saves_it_here(tiny):
+    other = train_tiny(tiny, "run.name=other", "train.num_steps=5")
+    run = train_tiny(tiny, "train.num_steps=5", "observe.report=true", resume=str(other.directory.path))
+    assert checkpoint_steps(run) == [5] and (run.directory.path / "report" / "index.html").exists()
+    assert prepare(tiny, "train.num_steps=5").position.step == 5
+
+
+def test_a_copied_checkpoint_is_saved_under_its_own_name(tiny, stopped_before_the_first_step, monkeypatch):
+    with monkeypatch.context() as usual:
+        usual.setattr(loop, "StopRequest", StopRequest)
+        run = train_tiny(tiny, "train.stop_at_step=10")
+    (run.directory.checkpoints / "step-0000000010").rename(run.directory.checkpoints / "zz")
+    assert checkpoint_steps(train_tiny(tiny, resume=str(run.directory.checkpoints / "zz"))) == [10, 5]
+
+
+CLAIM = """
+import sys
+from multiprocessing.connection import wait
+from pathlib import Path
+from phase8.errors import StorageError
+from phase8.train.run_directory import RunDirectory
+try:
+    RunDirectory(Path(sys.argv[1])).lock()
+except StorageError as error:
+    print(error)
+"""
+
+
+def claim_elsewhere(run):
+    """What another process is told that wants to train in the directory of a run."""
+    command = [sys.executable, "-c", CLAIM, str(run.directory.path)]
+    return subprocess.run(command, cwd=ROOT, env={**os.environ, "PYTHONPATH": str(ROOT)}, capture_output=True, text=True, check=True).stdout
+
+
+def test_a_run_belongs_to_one_process_until_it_ends(tiny):
+    run = prepare(tiny, "train.stop_at_step=1")
+    expected = f"another process is training in {run.directory.path}; wait until it has finished or choose another run.name.\n"
+    assert claim_elsewhere(run) == expected
+    train(run, resume_command="")
+    assert claim_elsewhere(run) == ""
+
+
+def test_what_the_compiler_gets_wrong_on_a_gpu_is_refused(tiny):
+    config = tiny_config(tiny, "train.compile.enabled=true")
+    with pytest.raises(ConfigError, match=r"model.score lorentz and model.global_tokens 3.*use model.score=dot"):
+        build_run(config, device=torch.device("cuda", 0), resume="auto", console=Console(quiet=True))
+
+
+def test_generation_does_not_run_the_compiled_blocks(tiny):
+    """They would be compiled again for every length of the carried state."""
+    run = prepare(tiny)
+    for block in run.model.blocks:
+        block.compile(backend=lambda *_: pytest.fail("compiled"))
+    run.model(torch.zeros(1, 3, dtype=torch.int64), states=run.model.empty_states(1))
