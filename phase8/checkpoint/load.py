@@ -160,7 +160,7 @@ def list_checkpoints(root: Path) -> list[Path]:
     """
     try:
         return committed_directories(root)
-    except (FileNotFoundError, NotADirectoryError):
+    except FileNotFoundError:
         return []
     except OSError as error:
         raise CheckpointError(f"the checkpoints under {root} cannot be listed ({error.strerror}); give a directory you can read") from error

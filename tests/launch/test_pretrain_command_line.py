@@ -100,7 +100,7 @@ def test_rules_across_keys_are_checked_before_anything_is_written(call, tmp_path
     assert (code, output) == (2, "")
     assert errors.splitlines() == [
         "error: model.num_heads 5 does not divide model.d_model 192; choose a divisor or set model.head_size.",
-        "error: train.stop_at_step 9999 is after train.num_steps 300; leave it null or make it smaller.",
+        "error: train.stop_at_step 9999 is after train.num_steps 900; leave it null or make it smaller.",
         "error: zero.stage is 3, which is not supported yet; use 0.",
     ]
     assert list(tmp_path.iterdir()) == []
@@ -140,4 +140,4 @@ def test_options_are_not_abbreviated(call, arguments):
 )
 def test_the_resume_command_goes_on_from_the_newest_checkpoint(door, monkeypatch, arguments, command):
     monkeypatch.setattr(sys, "argv", ["launch/pretrain.py", *arguments])
-    assert door._resume_command() == f"{Path(sys.executable).name} launch/pretrain.py {command}"
+    assert door._resume_command() == f"{sys.executable} launch/pretrain.py {command}"

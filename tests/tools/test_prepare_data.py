@@ -115,7 +115,7 @@ def test_an_output_that_cannot_be_written_has_its_own_exit_code(tokenizer_path: 
     (tmp_path / "file").write_text("")
     result = run(__file__, "--tokenizer", tokenizer_path, "--output-prefix", tmp_path / "file" / "x")
     assert result.returncode == 5
-    assert result.stderr.startswith("cannot write ")
+    assert result.stderr.startswith("error: cannot write ")
 
 
 def test_help_names_every_option_and_how_to_go_on():
