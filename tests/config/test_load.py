@@ -62,7 +62,7 @@ PROBLEMS = {
     "number for text or null": ("data: {tokenizer: 3}", "FILE: data.tokenizer is 3, but a text or null is needed."),
     "unknown choice": ("precision: {dtype: fp16}", "FILE: precision.dtype is 'fp16', but one of bf16, fp32, fp8, int8 is needed."),
     "number for choice": ("precision: {dtype: 16}", "FILE: precision.dtype is 16, but one of bf16, fp32, fp8, int8 is needed."),
-    "mapping for key": ("train: {seed: {a: 1}}", "FILE: train.seed is {'a': 1}, but a whole number at least 0 and at most 9223372036854775807 is needed."),
+    "mapping for key": ("train: {num_steps: {a: 1}}", "FILE: train.num_steps is {'a': 1}, but a whole number at least 1 is needed."),
     "list for key": ("train: {seed: [1]}", "FILE: train.seed is [1], but a whole number at least 0 and at most 9223372036854775807 is needed."),
     # out of range
     "too small": ("train: {num_steps: 0}", "FILE: train.num_steps is 0, but a whole number at least 1 is needed."),
