@@ -11,6 +11,21 @@ torch.set_num_threads(1)
 for directory in ("model", "train"):
     sys.path.insert(0, str(Path(__file__).parent / directory))
 
+import tiny_run  # noqa: E402
+
+
+@pytest.fixture(scope="session")
+def _tiny_data(tmp_path_factory):
+    return tiny_run.write_config(tmp_path_factory.mktemp("tiny"))
+
+
+@pytest.fixture
+def tiny(_tiny_data, tmp_path):
+    """Config file of a tiny run whose output goes to a directory of this test; the data are shared."""
+    path = tmp_path / "tiny.yaml"
+    path.write_text(_tiny_data.read_text().replace(f"{_tiny_data.parent}/runs", f"{tmp_path}/runs"))
+    return path
+
 
 def pytest_collection_modifyitems(items):
     if not torch.cuda.is_available():

@@ -22,6 +22,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from phase8.durable import fsync_path
+
 MANIFEST_NAME = "manifest.json"
 SAVING_PREFIX = ".saving-"
 REMOVING_PREFIX = ".removing-"
@@ -47,15 +49,6 @@ def committed_directories(root: Path) -> list[Path]:
     with os.scandir(root) as entries:
         names = [entry.name for entry in entries if step_of(entry.name) is not None and entry.is_dir(follow_symlinks=False)]
     return [root / name for name in sorted(names, key=lambda name: (step_of(name), name.endswith(RESAVED_SUFFIX)), reverse=True)]
-
-
-def sync_directory(directory: Path) -> None:
-    """Makes the names in a directory durable."""
-    descriptor = os.open(directory, os.O_RDONLY | os.O_DIRECTORY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 @contextmanager
@@ -109,12 +102,12 @@ def commit(directory: Path, root: Path, step: int) -> Path:
     finish_replacement(root, step)
     if not os.path.lexists(final):
         os.rename(directory, final)
-        sync_directory(root)
+        fsync_path(root)
         return final
     if final.is_symlink() or not final.is_dir():
         raise NotADirectoryError(errno.ENOTDIR, "in the way of the checkpoint and not a directory", str(final))
     os.rename(directory, final.with_name(final.name + RESAVED_SUFFIX))
-    sync_directory(root)
+    fsync_path(root)
     finish_replacement(root, step)
     return final
 
@@ -128,11 +121,11 @@ def finish_replacement(root: Path, step: int) -> None:
     if os.path.lexists(final):
         removed = rename_for_removal(final)
         os.rename(resaved, final)
-        sync_directory(root)
+        fsync_path(root)
         shutil.rmtree(removed, ignore_errors=True)  # no checkpoint any more: what is left of it goes with the leftovers
     else:
         os.rename(resaved, final)
-        sync_directory(root)
+        fsync_path(root)
 
 
 def rename_for_removal(directory: Path) -> Path:

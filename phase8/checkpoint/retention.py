@@ -7,8 +7,9 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from phase8.checkpoint.layout import clear_leftovers, rename_for_removal, step_of, sync_directory
+from phase8.checkpoint.layout import clear_leftovers, rename_for_removal, step_of
 from phase8.checkpoint.load import list_checkpoints, newest_good_checkpoint
+from phase8.durable import fsync_path
 from phase8.errors import CheckpointCorruptError, StorageError
 
 
@@ -39,7 +40,7 @@ def apply_retention(root: Path, *, keep_last: int, keep_every_n_steps: int | Non
             shutil.rmtree(rename_for_removal(directory))
         if root.is_dir():
             clear_leftovers(root)
-            sync_directory(root)
+            fsync_path(root)
     return removed
 
 

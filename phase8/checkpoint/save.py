@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from phase8.checkpoint.checksum import CHUNK_BYTES, format_crc32
-from phase8.checkpoint.layout import MANIFEST_NAME, commit, saving_directory, sync_directory
+from phase8.checkpoint.layout import MANIFEST_NAME, commit, saving_directory
 from phase8.checkpoint.manifest import (
     FILE_NAME_PATTERN,
     FORMAT,
@@ -32,6 +32,7 @@ from phase8.checkpoint.manifest import (
     manifest_bytes,
 )
 from phase8.checkpoint.tensor_file import DTYPE_NAMES, RESERVED_KEY, write_tensor_file
+from phase8.durable import fsync_path
 from phase8.errors import CheckpointError, StorageError
 
 DEFAULT_MAX_FILE_BYTES = 4 * 2**30
@@ -68,7 +69,7 @@ def save_checkpoint(
         _check_savable(step=step, tensors=tensors, metadata=metadata, attachments=attachments)
         if not root.is_dir():
             root.mkdir(parents=True, exist_ok=True)
-            sync_directory(root.parent)
+            fsync_path(root.parent)
         with saving_directory(root, step) as directory:
             files, entries = _write_tensors(directory, tensors, max_file_bytes)
             manifest = Manifest(
@@ -81,7 +82,7 @@ def save_checkpoint(
                 attachments={name: _copy_attachment(source, directory / name) for name, source in attachments.items()},
             )
             _write_durably(directory / MANIFEST_NAME, [manifest_bytes(manifest)])
-            sync_directory(directory)
+            fsync_path(directory)
             return commit(directory, root, step)
 
 

@@ -19,7 +19,7 @@ import numpy as np
 
 from phase8.config.schema import Dialect
 from phase8.data.index_file import DIALECTS, DTYPE_CODES, read_index, write_index
-from phase8.durable import storage_errors
+from phase8.durable import fsync_path, storage_errors
 from phase8.errors import DataError
 
 MAX_SEQUENCE_TOKENS = 2**31 - 1
@@ -141,11 +141,7 @@ class IndexedWriter:
         self._idx_path.unlink(missing_ok=True)  # an older .idx must never describe the new .bin
         self._bin_partial.replace(self._bin_path)
         self._idx_partial.replace(self._idx_path)
-        directory = os.open(self._idx_path.parent, os.O_RDONLY)
-        try:
-            os.fsync(directory)
-        finally:
-            os.close(directory)
+        fsync_path(self._idx_path.parent)
 
 
 class IndexedDataset:

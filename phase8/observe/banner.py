@@ -28,6 +28,11 @@ def print_banner(title: str, facts: Sequence[tuple[str, str]], console: Console)
             console.out(f"  {name if number == 0 else '':<{width}}  {line}".rstrip(), highlight=False)
 
 
+def print_line(text: str, console: Console) -> None:
+    """Print text as it is: brackets are no markup, and a long line, a command to copy for example, is not broken."""
+    console.print(text, markup=False, highlight=False, soft_wrap=True)
+
+
 def _panel(title: str, facts: Sequence[tuple[str, str]]) -> Panel:
     grid = Table.grid(padding=(0, 2))
     grid.add_column(style="cyan", no_wrap=True)

@@ -11,6 +11,7 @@ from rich.console import Console
 
 from phase8.config.schema import RunConfig
 from phase8.observe.metrics import read_metrics
+from phase8.plan.dry_run import count_parameters
 from phase8.train.build import build_run
 from phase8.train.device import device_name
 from phase8.train.loop import train
@@ -75,7 +76,7 @@ def measure_throughput(config: RunConfig, *, device: torch.device, num_steps: in
         device=device_name(device),
         torch_version=str(torch.__version__),
         block=config.model.block,
-        num_parameters=sum(parameter.numel() for parameter in run.model.parameters()),
+        num_parameters=count_parameters(run.model),
         num_steps=len(records),
         tokens_per_second=statistics.median(record["tokens_per_second"] for record in records),
         step_seconds=statistics.median(record["step_seconds"] for record in records),

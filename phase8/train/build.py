@@ -17,7 +17,7 @@ from phase8.config.validate import validate
 from phase8.errors import ConfigError
 from phase8.model.model import LanguageModel, build_model
 from phase8.model.parameters import decayed_parameter_names, initialise
-from phase8.observe.banner import print_banner
+from phase8.observe.banner import print_banner, print_line
 from phase8.observe.devices import peak_flops
 from phase8.optim.adamw import build_optimizer
 from phase8.plan.dry_run import count_parameters
@@ -164,7 +164,7 @@ def _go_on(
         position = restore_run(checkpoint, config, fingerprint=data.fingerprint, model=model, optimizer=optimizer)
 
     def say(text: str) -> None:
-        console.print(text, markup=False, highlight=False, soft_wrap=True)
+        print_line(text, console)
 
     checkpoint = resume_run(resume, directory, restore=restore, on_message=say)
     if checkpoint is None:
@@ -183,4 +183,4 @@ def _peak(config: RunConfig, device: torch.device) -> float | None:
 
 def _print_stage(console: Console, stage: str, done: int) -> None:
     if done == 0:
-        console.print(f"{stage} (once) ...", markup=False, highlight=False)
+        print_line(f"{stage} (once) ...", console)

@@ -22,6 +22,7 @@ class RunData:
         validation: Held-out sequences; None: no evaluation.
         tokenizer: None when the config names none.
         reference_losses: Losses to compare with, by name, in nats per token.
+        fingerprint: What decides, with the seed, which tokens a sample holds; hashed once, for every checkpoint records it.
         description: For the banner.
     """
 
@@ -29,12 +30,8 @@ class RunData:
     validation: SequenceDataset | None
     tokenizer: Tokenizer | None
     reference_losses: dict[str, float]
+    fingerprint: dict[str, object]
     description: str
-
-    @property
-    def fingerprint(self) -> dict[str, object]:
-        """What decides, with the seed, which tokens a sample holds."""
-        return data_fingerprint(self.train)
 
 
 def open_run_data(config: RunConfig, *, on_progress: Callable[[str, int, int], None]) -> RunData:
@@ -56,7 +53,7 @@ def open_run_data(config: RunConfig, *, on_progress: Callable[[str, int, int], N
         )
     sequences = _open(config, train, key="data.train")
     held_out = None if validation is None else _open(config, validation, key="data.validation")
-    return RunData(sequences, held_out, tokenizer, references, _describe(config, sequences))
+    return RunData(sequences, held_out, tokenizer, references, data_fingerprint(sequences), _describe(config, sequences))
 
 
 def _open(config: RunConfig, data: str | Sequence[DataSource], *, key: str) -> SequenceDataset:

@@ -16,6 +16,7 @@ from phase8.checkpoint.state import flat_state
 from phase8.data.loader import build_loader, evaluation_microbatches, microbatch_sample_numbers
 from phase8.errors import DivergenceError, Phase8Error, StorageError
 from phase8.model.flops import training_flops_per_token
+from phase8.observe.banner import print_line
 from phase8.observe.memory import peak_memory_bytes, reset_peak_memory
 from phase8.observe.metrics import MetricsWriter, StepMetrics
 from phase8.observe.progress import Progress
@@ -46,13 +47,13 @@ def train(run: Run, *, resume_command: str) -> None:
         if run.position.step < stop_step or run.saved_step != run.position.step:  # what was resumed from elsewhere is saved here
             stopped_by = _train_until(run, stop_step)
             if stopped_by is not None and run.position.step < stop_step:
-                _say(run, f"{stopped_by}: saved at step {run.position.step}; go on with:\n  {resume_command}")
+                print_line(f"{stopped_by}: saved at step {run.position.step}; go on with:\n  {resume_command}", run.console)
                 return
         elif not run.config.observe.report or (run.directory.path / "report" / "index.html").exists():
-            _say(
-                run,
+            print_line(
                 f"{run.directory.path} has already reached step {run.position.step}; raise train.num_steps or train.stop_at_step to go on, "
                 "or start again with --resume none (the old run is kept under another name).",
+                run.console,
             )
             return
         finish(run)
@@ -71,7 +72,7 @@ def finish(run: Run) -> None:
             reference_losses=run.data.reference_losses,
             sample=sample,
         )
-        _say(run, f"report: {page}")
+        print_line(f"report: {page}", run.console)
 
 
 def _train_until(run: Run, stop_step: int) -> str | None:
@@ -93,10 +94,6 @@ def _train_until(run: Run, stop_step: int) -> str | None:
             raise
         trainer.save(must_succeed=True)
     return stop.received
-
-
-def _say(run: Run, text: str) -> None:
-    run.console.print(text, markup=False, highlight=False, soft_wrap=True)
 
 
 class Trainer:

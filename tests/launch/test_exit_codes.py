@@ -8,7 +8,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from tiny_run import write_config
 
 from phase8.data.loader import SequenceDataset
 from phase8.train import build
@@ -16,20 +15,8 @@ from phase8.train import build
 DOOR = Path(__file__).parents[2] / "launch" / "pretrain.py"
 
 
-@pytest.fixture(scope="module")
-def data(tmp_path_factory):
-    return write_config(tmp_path_factory.mktemp("tiny"))
-
-
 @pytest.fixture
-def config(data, tmp_path):
-    path = tmp_path / "tiny.yaml"
-    path.write_text(data.read_text().replace(f"{data.parent}/runs", f"{tmp_path}/runs"))
-    return path
-
-
-@pytest.fixture
-def call(config, monkeypatch, capfd):
+def call(tiny, monkeypatch, capfd):
     """The command with a tiny config in this process: exit code, output and errors."""
     precision = torch.get_float32_matmul_precision()
     specification = importlib.util.spec_from_file_location("door_pretrain_exit", DOOR)
@@ -38,7 +25,7 @@ def call(config, monkeypatch, capfd):
 
     def call(*overrides, options=()):
         settings = ["--set", "train.num_steps=3", "optim.warmup_steps=1", "train.evaluate_every_n_steps=0", *overrides]
-        monkeypatch.setattr(sys, "argv", [str(DOOR), "--config", str(config), "--device", "cpu", *options, *settings])
+        monkeypatch.setattr(sys, "argv", [str(DOOR), "--config", str(tiny), "--device", "cpu", *options, *settings])
         code = door.main()
         return code, *capfd.readouterr()
 
