@@ -27,7 +27,16 @@ setup(
         "matplotlib>=3.8",
     ],
     extras_require={
-        "test": ["pytest>=8", "hypothesis>=6.100", "ruff>=0.6", "import-linter>=2.1", "mypy>=1.11", "types-PyYAML", "tokenizers>=0.20"],
+        "test": [
+            "pytest>=8",
+            "hypothesis>=6.100",
+            "ruff>=0.6",
+            "import-linter>=2.1",
+            "mypy>=1.11",
+            "types-PyYAML",
+            "tokenizers>=0.20",
+            "triton>=3.7.1; sys_platform == 'linux'",
+        ],
         "tokenizers": ["tokenizers>=0.20"],
         "deepspeed": ["deepspeed>=0.19"],
         "mpi": ["mpi4py>=4.0"],

@@ -12,9 +12,11 @@ from importlinter.cli import lint_imports
 
 ROOT = Path(__file__).parents[1]
 LIBRARY = sorted((ROOT / "phase8").rglob("*.py"))
-DOORS = sorted([*(ROOT / "launch").glob("*.py"), *(ROOT / "tools").rglob("*.py")])
-TREES = {path: ast.parse(path.read_text(encoding="utf-8")) for path in [*LIBRARY, *DOORS]}
-KERNELS = {path.stem: path for path in LIBRARY if path.parent.name == "kernels" and path.stem != "__init__"}
+SHARED_BY_BENCHMARKS = ROOT / "tools/bench/measure.py"  # no door: what the doors beside it have in common
+DOORS = sorted({*(ROOT / "launch").glob("*.py"), *(ROOT / "tools").rglob("*.py")} - {SHARED_BY_BENCHMARKS})
+TREES = {path: ast.parse(path.read_text(encoding="utf-8")) for path in [*LIBRARY, *DOORS, SHARED_BY_BENCHMARKS]}
+NO_KERNELS = {"backends", "toolchain"}  # in kernels/, but no operations: they decide which implementation of an operation runs
+KERNELS = {path.stem: path for path in LIBRARY if path.parent.name == "kernels" and path.stem not in {"__init__", *NO_KERNELS}}
 REFERENCES = {path.stem: path for path in LIBRARY if path.parent.name == "reference" and path.stem != "__init__"}
 DTYPE_RULE = "dtypes"  # in reference/, but no operation: tested through every operation that obeys it
 
@@ -64,11 +66,40 @@ def test_import_contracts_hold(monkeypatch, capsys):
 
 
 @pytest.mark.parametrize("name", KERNELS)
-def test_every_kernel_has_a_reference_of_the_same_signature_and_a_test(name):
-    assert name in REFERENCES, f"phase8/kernels/reference/{name}.py is missing"
+def test_every_kernel_lives_in_its_five_places_with_the_signature_of_its_reference(name):
+    others = [f"phase8/kernels/reference/{name}.py", f"phase8/kernels/gpu/{name}.py", f"tests/kernels/test_{name}.py", f"tools/bench/{name}.py"]
+    assert [place for place in others if not (ROOT / place).exists()] == []
     ours, specification = public_functions(KERNELS[name]), public_functions(REFERENCES[name])
     assert ours and {f: specification.get(f) for f in ours} == ours
-    assert (ROOT / f"tests/kernels/test_{name}.py").exists()
+
+
+def test_what_decides_about_kernels_has_tests():
+    assert [name for name in sorted(NO_KERNELS) if not (ROOT / f"tests/kernels/test_{name}.py").exists()] == []
+
+
+def test_only_gpu_kernels_and_the_toolchain_import_triton():
+    others = [path for path in TREES if not is_below(path, "phase8/kernels/gpu", "phase8/kernels/toolchain.py")]
+    imports = nodes((ast.Import, ast.ImportFrom), others)
+    assert places((path, node) for path, node in imports if any(m.split(".")[0] == "triton" for m in imported_modules(node))) == []
+
+
+def test_gpu_kernels_are_imported_inside_functions_only():
+    """A CPU installation of torch has no Triton, and a GPU run has chosen its assembler before the first kernel is there."""
+
+    def names_gpu(node: ast.Import | ast.ImportFrom) -> bool:
+        modules = [f"{module}." for module in imported_modules(node)]
+        if isinstance(node, ast.ImportFrom):
+            modules += [f"{node.module}.{alias.name}." for alias in node.names]
+        return any(module.startswith("phase8.kernels.gpu.") for module in modules)
+
+    at_the_top = (
+        (path, node)
+        for path, tree in TREES.items()
+        if not is_below(path, "phase8/kernels/gpu")
+        for node in tree.body
+        if isinstance(node, (ast.Import, ast.ImportFrom)) and names_gpu(node)
+    )
+    assert places(at_the_top) == []
 
 
 @pytest.mark.parametrize("name", sorted(REFERENCES.keys() - {DTYPE_RULE}))
@@ -108,8 +139,8 @@ def test_only_doors_and_observe_print():
     assert places((path, call) for path, call in nodes(ast.Call, quiet) if called_name(call) == "print") == []
 
 
-def test_only_the_launcher_and_the_device_read_the_environment():
-    quiet = [path for path in TREES if not is_below(path, "launch", "phase8/train/device.py")]
+def test_only_the_launcher_the_device_and_the_toolchain_touch_the_environment():
+    quiet = [path for path in TREES if not is_below(path, "launch", "phase8/train/device.py", "phase8/kernels/toolchain.py")]
     by_attribute = (pair for pair in nodes(ast.Attribute, quiet) if ast.unparse(pair[1]) in ("os.environ", "os.environb", "os.getenv", "os.putenv"))
     by_import = (pair for pair in nodes(ast.ImportFrom, quiet) if pair[1].module == "os" and {"environ", "getenv"} & {a.name for a in pair[1].names})
     assert places(by_attribute) + places(by_import) == []
@@ -153,6 +184,7 @@ def test_doors_are_imported_by_nothing():
 @pytest.mark.parametrize("path", DOORS, ids=relative)
 def test_doors_have_a_main_and_no_side_effects_when_imported(path, monkeypatch, capsys, tmp_path):
     monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(path.parent)  # as when it is run
     monkeypatch.setattr(sys, "argv", [str(path), "--no-such-option"])
     environment = dict(os.environ)
     specification = importlib.util.spec_from_file_location(f"door_{path.stem}", path)

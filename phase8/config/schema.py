@@ -178,6 +178,9 @@ class TrainSection(Section):
     max_consecutive_nonfinite_steps: PositiveInt = key(10, "stop after so many skipped steps in a row")
     recompute: Literal["none", "full", "selective"] = key("none", "activations recomputed in backward: no, whole blocks, or the mixer only")
     recompute_every_n_layers: PositiveInt = key(1, "recompute layers 0, n, 2n, ...")
+    kernels: Literal["auto", "reference"] = key(
+        "auto", "Triton kernels where GPU and toolchain allow, or the plain torch references everywhere"
+    )
     compile: CompileSection = key(CompileSection(), "torch.compile")
 
 

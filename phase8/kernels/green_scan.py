@@ -7,25 +7,37 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from phase8.kernels.backends import uses_triton
 from phase8.kernels.reference import green_scan as reference
+
+
+def _takes_triton(x: Tensor) -> bool:
+    return uses_triton(x) and x.dtype == torch.float32 and x.numel() > 0
 
 
 @torch.library.custom_op("phase8::green_scan", mutates_args=())
 def _forward(
     potential: Tensor, energy: Tensor, eta: Tensor, hopping: Tensor, starts: Tensor | None, initial_state: Tensor | None
 ) -> Tensor:
+    if _takes_triton(potential):
+        from phase8.kernels.gpu import green_scan as gpu
+
+        return gpu.green_scan(potential, energy, eta, hopping, starts, initial_state)
     # Contiguous, whatever the strides of the potential: that is what the fake promises to the compiler.
     return reference.green_scan(potential, energy, eta, hopping, starts, initial_state).contiguous()
 
 
 @torch.library.custom_op("phase8::green_scan_backward", mutates_args=())
-def _backward(
-    grad: Tensor, g: Tensor, hopping: Tensor, starts: Tensor | None, initial_state: Tensor | None
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+def _backward(grad: Tensor, g: Tensor, hopping: Tensor, starts: Tensor | None, initial_state: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of potential [B, T, H], of energy, eta and hopping [3, H], and of initial_state [B, H, 2]."""
+    if _takes_triton(g):
+        from phase8.kernels.gpu import green_scan_backward as gpu
+
+        return gpu.green_scan_backward(grad, g, hopping, starts, initial_state)
     dpotential, denergy, deta, dhopping, dinitial = reference.green_scan_backward(grad, g, hopping, starts, initial_state)
     # clone: an operator may not return two views of one tensor.
     layout = torch.contiguous_format
-    return dpotential.clone(memory_format=layout), denergy, deta, dhopping, dinitial.clone(memory_format=layout)
+    return dpotential.clone(memory_format=layout), torch.stack((denergy, deta, dhopping)), dinitial.clone(memory_format=layout)
 
 
 @_forward.register_fake
@@ -34,11 +46,8 @@ def _(potential: Tensor, energy: Tensor, eta: Tensor, hopping: Tensor, starts: T
 
 
 @_backward.register_fake
-def _(
-    grad: Tensor, g: Tensor, hopping: Tensor, starts: Tensor | None, initial_state: Tensor | None
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    heads = hopping.shape
-    return g.new_empty(g.shape[:-1]), g.new_empty(heads), g.new_empty(heads), g.new_empty(heads), g.new_empty((g.shape[0], *g.shape[2:]))
+def _(grad: Tensor, g: Tensor, hopping: Tensor, starts: Tensor | None, initial_state: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+    return g.new_empty(g.shape[:-1]), g.new_empty((3, *hopping.shape)), g.new_empty((g.shape[0], *g.shape[2:]))
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
@@ -48,8 +57,8 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
 
 def _autograd(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     g, hopping, starts, initial_state = ctx.saved_tensors
-    *gradients, dinitial = _backward(grad, g, hopping, starts, initial_state)
-    return *gradients, None, None if initial_state is None else dinitial
+    dpotential, dscalars, dinitial = _backward(grad, g, hopping, starts, initial_state)
+    return dpotential, *dscalars.unbind(0), None, None if initial_state is None else dinitial
 
 
 _forward.register_autograd(_autograd, setup_context=_setup_context)

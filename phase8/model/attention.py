@@ -13,9 +13,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from phase8.config.schema import ModelSection
+from phase8.kernels.reference.rotary import rotate
 from phase8.model.convolution import ShortConvolution
-from phase8.model.linear import build_linear
-from phase8.model.rotary import rotate
+from phase8.model.linear import build_linear, joint_linear
 
 
 @dataclass(frozen=True)
@@ -57,7 +57,7 @@ class CausalAttention(nn.Module):
         self, x: Tensor, angles: Tensor, starts: Tensor | None = None, state: AttentionState | None = None
     ) -> tuple[Tensor, AttentionState | None]:
         """[B, T, D] -> [B, T, D], and the state to carry on (None without `state`)."""
-        qkv = torch.cat((self.q(x), self.k(x), self.v(x)), dim=-1)
+        qkv = joint_linear(x, self.q, self.k, self.v)
         qkv, convolution = self.convolution(qkv, starts, None if state is None else state.convolution)
         q, k, v = (part.unflatten(-1, (self.num_heads, self.head_size)) for part in qkv.chunk(3, dim=-1))
         q, k = rotate(q, angles), rotate(k, angles)

@@ -35,6 +35,11 @@ class ShortConvolution(nn.Module):
         """The state before the first token [B, taps - 1, C]."""
         return torch.zeros(batch_size, self.num_taps - 1, self.num_channels, dtype=dtype, device=device)
 
+    @property
+    def taps(self) -> Tensor | None:
+        """Taps of each channel [C, taps]; None with one tap."""
+        return None if self.num_taps == 1 else self.weight
+
     def forward(self, x: Tensor, starts: Tensor | None, state: Tensor | None) -> tuple[Tensor, Tensor]:
         """[B, T, C] -> [B, T, C], and the state to carry on."""
         if self.num_taps == 1:

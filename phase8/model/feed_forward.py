@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from phase8.config.schema import ModelSection
-from phase8.model.linear import build_linear
+from phase8.model.linear import build_linear, joint_linear
 
 
 class SwiGLU(nn.Module):
@@ -32,4 +32,5 @@ class SwiGLU(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """[B, T, D] -> [B, T, D]."""
-        return self.down(F.silu(self.gate(x)) * self.up(x))
+        gate, up = joint_linear(x, self.gate, self.up).chunk(2, dim=-1)
+        return self.down(F.silu(gate) * up)

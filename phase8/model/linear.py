@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from phase8.kernels.reference.dtypes import at_least_fp32
 from phase8.model.parameters import ParameterSpec
 
 
@@ -38,6 +40,31 @@ class Linear(nn.Module):
         return f"{self.weight.shape[1]} -> {self.weight.shape[0]}"
 
 
+class WideLinear(Linear):
+    """y = x W^T in fp32 whatever the dtype of x: what it feeds is too sensitive to be rounded to that dtype."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[..., in_features] -> fp32 or wider [..., out_features]."""
+        if x.device.type == "cpu" or x.element_size() > 2:
+            return F.linear(at_least_fp32(x), self.weight)
+        return _WideProduct.apply(x.flatten(0, -2), self.weight.to(x.dtype)).unflatten(0, x.shape[:-1])
+
+
+class _WideProduct(torch.autograd.Function):
+    """x W^T of half-precision matrices in fp32: matrix units accumulate in fp32 anyway, and x need not be widened in memory first."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor) -> Tensor:
+        ctx.save_for_backward(x, weight)
+        return torch.mm(x, weight.T, out_dtype=torch.float32)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor]:
+        x, weight = ctx.saved_tensors
+        grad = grad.to(x.dtype)
+        return grad @ weight, grad.T @ x
+
+
 class LowRankLinear(nn.Module):
     """y = up(down(x)): a weight of rank R as the product of two thin ones.
 
@@ -59,6 +86,22 @@ class LowRankLinear(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """[..., in_features] -> [..., out_features]."""
         return self.up(self.down(x))
+
+
+def joint_linear(x: Tensor, *layers: Linear | LowRankLinear) -> Tensor:
+    """The outputs of several layers of the same input, concatenated: one matrix product instead of one each.
+
+    Args:
+        x: Their input [..., in_features].
+        layers: All dense, or all low-rank.
+
+    Returns:
+        [..., sum of their out_features].
+    """
+    if isinstance(layers[0], LowRankLinear):
+        bottlenecks = joint_linear(x, *(layer.down for layer in layers)).chunk(len(layers), dim=-1)
+        return torch.cat([layer.up(bottleneck) for layer, bottleneck in zip(layers, bottlenecks, strict=True)], dim=-1)
+    return F.linear(x, torch.cat([layer.weight.to(x.dtype) for layer in layers]))
 
 
 def build_linear(in_features: int, out_features: int, *, rank: int, std: float) -> Linear | LowRankLinear:

@@ -13,15 +13,15 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from phase8.config.schema import ModelSection
+from phase8.kernels.gated_linear_attention import gated_linear_attention
 from phase8.kernels.green_scan import green_scan
-from phase8.kernels.reference.dtypes import at_least_fp32
-from phase8.kernels.reference.gated_linear_attention import gated_linear_attention
-from phase8.kernels.reference.window_attention import WindowState, empty_window_state, window_attention
+from phase8.kernels.mixer_inputs import mixer_inputs
+from phase8.kernels.reference.window_state import WindowState, empty_window_state
+from phase8.kernels.window_attention import window_attention
 from phase8.model.convolution import ShortConvolution
-from phase8.model.linear import Linear, build_linear
-from phase8.model.norm import RMSNorm, rms_normalise
+from phase8.model.linear import WideLinear, build_linear, joint_linear
+from phase8.model.norm import RMSNorm
 from phase8.model.parameters import ParameterSpec
-from phase8.model.rotary import rotate
 
 ETA_MIN = 0.1
 INITIAL_ETA = 0.5
@@ -95,14 +95,12 @@ class LorentzScore(nn.Module):
 
     Args:
         num_heads: H.
-        eps: Of the normalisation.
     """
 
-    def __init__(self, num_heads: int, *, eps: float):
+    def __init__(self, num_heads: int):
         super().__init__()
         self.radius_raw = nn.Parameter(torch.empty(num_heads))
         self.beta_raw = nn.Parameter(torch.empty(num_heads))
-        self.eps = eps
 
     def parameter_specs(self) -> dict[str, ParameterSpec]:
         """Radius and temperature whose scores span about as much as those of normalised dot products."""
@@ -116,10 +114,10 @@ class LorentzScore(nn.Module):
         """Inverse temperature [H]."""
         return F.softplus(self.beta_raw)
 
-    def forward(self, x: Tensor) -> Tensor:
-        """Queries or keys [B, T, H, K] at length `radius`."""
-        radius = F.softplus(self.radius_raw)[:, None] * x.shape[-1] ** -0.5
-        return (rms_normalise(at_least_fp32(x), self.eps) * radius).to(x.dtype)
+    @property
+    def radius(self) -> Tensor:
+        """Distance of every query and key from the origin [H]."""
+        return F.softplus(self.radius_raw)
 
 
 class Phase8Mixer(nn.Module):
@@ -138,8 +136,8 @@ class Phase8Mixer(nn.Module):
         self.convolution = ShortConvolution(3 * inner, model.convolution_taps)
         self.chain = GreenChain(model.num_heads, model.chain) if model.chain != "none" else None
         # Per head and token: decay step, gate and, with the chain, its potential. Head-major, so that heads shard as rows.
-        self.scalars = Linear(width, model.num_heads * (3 if self.chain is not None else 2), std=model.init_std)
-        self.score = LorentzScore(model.num_heads, eps=model.norm_eps) if model.score == "lorentz" else None
+        self.scalars = WideLinear(width, model.num_heads * (3 if self.chain is not None else 2), std=model.init_std)
+        self.score = LorentzScore(model.num_heads) if model.score == "lorentz" else None
         self.decay_bias = nn.Parameter(torch.empty(model.num_heads))
         self.gate_bias = nn.Parameter(torch.empty(model.num_heads))
         self.global_norm = RMSNorm(model.num_heads, model.head_width, eps=model.norm_eps)
@@ -173,39 +171,41 @@ class Phase8Mixer(nn.Module):
         Returns:
             What is added to the residual stream [B, T, D], and the state to carry on (None without `state`).
         """
-        qkv = torch.cat((self.q(x), self.k(x), self.v(x)), dim=-1)
-        qkv, convolution = self.convolution(qkv, starts, None if state is None else state.convolution)
-        q, k, v = (part.unflatten(-1, (self.num_heads, self.head_size)) for part in qkv.chunk(3, dim=-1))
+        inputs, convolution = mixer_inputs(
+            joint_linear(x, self.q, self.k, self.v).unflatten(-1, (3, self.num_heads, self.head_size)),
+            self.convolution.taps,
+            angles,
+            None if self.score is None else self.score.radius,
+            eps=self.eps,
+            starts=starts,
+            initial_state=None if state is None else state.convolution,
+        )
         log_decay, gate, green = self._modulation(x, starts, None if state is None else state.green)
-        y_global, memory = self._global_path(q, k, v, log_decay, starts, None if state is None else state.memory)
-        y_local, window = self._local_path(rotate(q, angles), rotate(k, angles), v, starts, None if state is None else state.window)
+        memory = None if state is None else state.memory
+        y_global, memory = gated_linear_attention(inputs.global_q, inputs.global_k, inputs.v, log_decay, starts, memory)
+        y_global = self.global_norm(y_global)
+        y_local, window = window_attention(
+            inputs.local_q,
+            inputs.local_k,
+            inputs.v,
+            window=self.window,
+            global_tokens=self.global_tokens,
+            beta=None if self.score is None else self.score.beta,
+            starts=starts,
+            state=None if state is None else state.window,
+        )
         y = self.out((y_local + gate[..., None].to(y_global.dtype) * y_global).flatten(2))
         return y, None if window is None else MixerState(convolution, green, memory, window)
 
     def _modulation(self, x: Tensor, starts: Tensor | None, state: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None]:
         """Decay log alpha [B, T, H], gate [B, T, H] and the state of the chain; fp32 from the scalars on."""
-        step, gate, *potential = self.scalars(at_least_fp32(x)).unflatten(-1, (self.num_heads, -1)).unbind(-1)
+        step, gate, *potential = self.scalars(x).unflatten(-1, (self.num_heads, -1)).unbind(-1)
         log_decay, gate = -F.softplus(step + self.decay_bias), gate + self.gate_bias
         if self.chain is not None:
             state, decay_factor, gate_term = self.chain(potential[0], starts, state)
             log_decay = log_decay if decay_factor is None else log_decay * torch.exp(decay_factor)
             gate = gate if gate_term is None else gate + gate_term
         return log_decay, torch.sigmoid(gate), state
-
-    def _global_path(
-        self, q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor, starts: Tensor | None, state: Tensor | None
-    ) -> tuple[Tensor, Tensor]:
-        q, k = rms_normalise(q, self.eps), rms_normalise(k, self.eps)
-        y, memory = gated_linear_attention(q, k, v, log_decay, starts, state)
-        return self.global_norm(y), memory
-
-    def _local_path(
-        self, q: Tensor, k: Tensor, v: Tensor, starts: Tensor | None, state: WindowState | None
-    ) -> tuple[Tensor, WindowState | None]:
-        beta = None
-        if self.score is not None:
-            q, k, beta = self.score(q), self.score(k), self.score.beta
-        return window_attention(q, k, v, window=self.window, global_tokens=self.global_tokens, beta=beta, starts=starts, state=state)
 
 
 def _inverse_softplus(x: float) -> float:

@@ -10,12 +10,12 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from phase8.config.schema import ModelSection
-from phase8.kernels.reference.cross_entropy import linear_cross_entropy
+from phase8.kernels.cross_entropy import linear_cross_entropy
+from phase8.kernels.reference.rotary import rotary_angles
 from phase8.model.block import Block, BlockState
 from phase8.model.linear import Linear
 from phase8.model.norm import RMSNorm
 from phase8.model.parameters import ParameterSpec
-from phase8.model.rotary import rotary_angles
 
 
 class Embedding(nn.Module):

@@ -1,4 +1,4 @@
-"""Clipping by the global gradient norm."""
+"""Clipping by the global gradient norm, without a pass of its own over the gradients."""
 
 from __future__ import annotations
 
@@ -7,19 +7,32 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor, nn
 
+EPS = 1e-6  # as in torch.nn.utils.clip_grad_norm_
 
-def clip_gradients(parameters: Iterable[nn.Parameter], *, max_norm: float) -> Tensor:
-    """Scales all gradients in place so that their global norm is at most `max_norm`.
+
+def gradient_norm(parameters: Iterable[nn.Parameter]) -> Tensor:
+    """The global norm of all gradients, a scalar on the device; parameters without a gradient do not count."""
+    return torch.nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
+
+
+def clipping_divisor(norm: Tensor, *, max_norm: float) -> Tensor:
+    """What gradients of global norm `norm` are divided by so that it is at most `max_norm` (0: no limit), fp32 on the device."""
+    if max_norm == 0:
+        return torch.ones_like(norm, dtype=torch.float32)
+    return ((norm.float() + EPS) / max_norm).clamp(min=1.0)
+
+
+def step_clipped(optimizer: torch.optim.Optimizer, norm: Tensor, *, max_norm: float, finite: Tensor) -> None:
+    """Takes an optimizer step with clipped gradients, or none; neither reads anything back from the device.
+
+    Torch's fused optimizers divide gradients and skip steps themselves, as its gradient scaler asks them to.
 
     Args:
-        parameters: Those with a gradient count.
-        max_norm: Largest norm; 0: measure only.
-
-    Returns:
-        The norm before clipping, a scalar on the device.
+        optimizer: A fused one.
+        norm: From `gradient_norm`.
+        max_norm: Largest global norm; 0: no clipping.
+        finite: False: leave weights and optimizer state alone (a scalar on the device).
     """
-    with_gradient = [p for p in parameters if p.grad is not None]
-    norm = torch.nn.utils.get_total_norm([p.grad for p in with_gradient])
-    if max_norm > 0:
-        torch.nn.utils.clip_grads_with_norm_(with_gradient, max_norm, norm)
-    return norm
+    optimizer.grad_scale = clipping_divisor(norm, max_norm=max_norm)
+    optimizer.found_inf = (~finite).float()
+    optimizer.step()

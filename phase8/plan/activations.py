@@ -1,8 +1,9 @@
-"""What autograd keeps for backward, counted by tracing one block and the head on fake tensors: exact shapes, no memory, no work."""
+"""What autograd keeps for backward, counted by tracing one block and the head on fake or meta tensors: exact shapes, no memory, no work."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import dataclass
 
 import torch
@@ -11,9 +12,9 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.func import functional_call
 
 from phase8.config.schema import ModelSection
-from phase8.kernels.reference.cross_entropy import linear_cross_entropy
+from phase8.kernels.cross_entropy import linear_cross_entropy
+from phase8.kernels.reference.rotary import rotary_angles
 from phase8.model.model import build_model
-from phase8.model.rotary import rotary_angles
 
 
 @dataclass(frozen=True)
@@ -33,7 +34,9 @@ class ActivationBytes:
     head: int
 
 
-def trace_activations(model: ModelSection, *, dtype: torch.dtype, micro_batch_size: int, packed: bool) -> ActivationBytes:
+def trace_activations(
+    model: ModelSection, *, dtype: torch.dtype, micro_batch_size: int, packed: bool, device_type: str
+) -> ActivationBytes:
     """Counts the activations of a model.
 
     Args:
@@ -41,15 +44,20 @@ def trace_activations(model: ModelSection, *, dtype: torch.dtype, micro_batch_si
         dtype: Of the residual stream.
         micro_batch_size: Sequences of a forward.
         packed: Document boundaries are reset, which adds masks.
+        device_type: Where the model will run: on a GPU the operators keep less than autograd does on a CPU.
     """
     one_layer = model.model_copy(update={"num_layers": 1})
     meta = torch.device("meta")
     whole, selective = (build_model(one_layer, dtype=dtype, device=meta, recompute=recompute) for recompute in ("none", "selective"))
     shape = (micro_batch_size, model.sequence_length)
-    with FakeTensorMode():
+    # Meta tensors go through the operators as on a GPU. Torch's own attention takes its plain form there, but on fake CPU tensors
+    # keeps what it keeps on a GPU. (Fake GPU tensors cannot be sliced by a CPU build of torch.)
+    on_meta = device_type == "cuda" and model.block == "phase8"
+    device = meta if on_meta else torch.device("cpu")
+    with nullcontext() if on_meta else FakeTensorMode(), device:
         x = torch.empty(*shape, model.d_model, dtype=dtype, requires_grad=True)
         angles = rotary_angles(
-            model.sequence_length, model.head_width, base=model.rope_base, first_position=0, device=torch.device("cpu")
+            model.sequence_length, model.head_width, base=model.rope_base, first_position=0, device=device
         )
         starts = torch.empty(shape, dtype=torch.bool) if packed else None
         targets = torch.empty(shape, dtype=torch.int64).flatten()

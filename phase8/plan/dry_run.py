@@ -58,7 +58,7 @@ def _model_facts(config: RunConfig, world_size: int) -> list[Fact]:
 def _memory_facts(config: RunConfig, world_size: int) -> list[Fact]:
     num_parameters = count_parameters(shapes_only(config))
     shape = batch_shape(config.train, config.parallel, data_parallel_size=_topology(config, world_size).data_parallel_size)
-    name, memory = memory_fact(plan_run_memory(config, num_parameters=num_parameters, micro_batch_size=shape.micro_batch_size))
+    name, memory = memory_fact(plan_run_memory(config, num_parameters=num_parameters, micro_batch_size=shape.micro_batch_size, device_type="cuda"))
     return [(f"{name} per rank", memory)]
 
 
@@ -89,11 +89,12 @@ def count_parameters(model: torch.nn.Module) -> int:
     return sum(parameter.numel() for parameter in model.parameters())
 
 
-def plan_run_memory(config: RunConfig, *, num_parameters: int, micro_batch_size: int) -> MemoryPlan:
-    """The memory of training a config in one process, the activations traced."""
+def plan_run_memory(config: RunConfig, *, num_parameters: int, micro_batch_size: int, device_type: str) -> MemoryPlan:
+    """The memory of training a config in one process on a `cpu` or `cuda` device, the activations traced."""
     dtype = COMPUTE_DTYPES[config.precision.dtype]
     model, train = config.model, config.train
-    traced = trace_activations(model, dtype=dtype, micro_batch_size=micro_batch_size, packed=config.data.reset_at_document_boundaries)
+    packed = config.data.reset_at_document_boundaries
+    traced = trace_activations(model, dtype=dtype, micro_batch_size=micro_batch_size, packed=packed, device_type=device_type)
     num_recomputed = 0 if train.recompute == "none" else len(range(0, model.num_layers, train.recompute_every_n_layers))
     activations_bytes = peak_activation_bytes(
         num_layers=model.num_layers,

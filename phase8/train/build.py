@@ -14,7 +14,7 @@ from phase8.checkpoint.load import Checkpoint
 from phase8.config.batch import BatchShape, batch_shape
 from phase8.config.schema import RunConfig
 from phase8.config.validate import validate
-from phase8.errors import ConfigError
+from phase8.kernels.backends import select_kernels
 from phase8.model.model import LanguageModel, build_model
 from phase8.model.parameters import decayed_parameter_names, initialise
 from phase8.observe.banner import print_banner, print_line
@@ -85,10 +85,10 @@ def build_run(config: RunConfig, *, device: torch.device, resume: str, console: 
         Phase8Error: Whatever keeps the run from starting.
     """
     validate(config)
-    _refuse_miscompiled(config, device)
     if config.train.deterministic:
         require_determinism()
     set_matmul_precision(config.precision)
+    select_kernels(config.train.kernels, device)
     directory = run_directory(config.run)
     lock = directory.lock()
     data = open_run_data(config, on_progress=lambda stage, done, total: _print_stage(console, stage, done))
@@ -121,17 +121,6 @@ def build_run(config: RunConfig, *, device: torch.device, resume: str, console: 
         peak_flops=_peak(config, device),
         console=console,
     )
-
-
-def _refuse_miscompiled(config: RunConfig, device: torch.device) -> None:
-    """Refuses what torch's compiler was measured to get wrong, docs/decisions/0008."""
-    model = config.model
-    beyond_window = model.global_tokens > 0 and model.sequence_length > model.local_window_size
-    if device.type == "cuda" and config.train.compile.enabled and model.block == "phase8" and model.score == "lorentz" and beyond_window:
-        raise ConfigError(
-            f"train.compile.enabled is true with model.score lorentz and model.global_tokens {model.global_tokens}, which torch's compiler "
-            "turns into wrong numbers on a GPU; use model.score=dot, model.global_tokens=0 or train.compile.enabled=false."
-        )
 
 
 def _build_model(config: RunConfig, device: torch.device) -> LanguageModel:

@@ -6,8 +6,10 @@ import torch
 
 from phase8.config.batch import BatchShape
 from phase8.config.schema import RunConfig
+from phase8.kernels.backends import MAX_HEAD_SIZE, apex_hint, attention_backend, kernel_backend
 from phase8.plan.dry_run import plan_run_memory
 from phase8.plan.facts import Fact, batch_fact, memory_fact, model_facts
+from phase8.precision.policy import compute_dtype
 from phase8.train.device import device_name
 
 
@@ -19,18 +21,30 @@ def run_facts(config: RunConfig, *, device: torch.device, shape: BatchShape, num
         ("device", f"{device_name(device)}, torch {torch.__version__}"),
         ("precision", f"{config.precision.dtype} matmuls, fp32 master weights" + (", tf32 allowed" if config.precision.tf32 else "")),
         *model_facts(config.model, num_parameters=num_parameters),
-        ("attention", attention_backend(config)),
+        *implementation_facts(config, device=device),
         batch_fact(shape, sequence_length=config.model.sequence_length),
         ("steps", f"{config.train.num_steps:,}, {config.optim.schedule} schedule, {config.optim.warmup_steps} warmup"),
         ("recomputation", config.train.recompute + every),
         ("torch.compile", f"{compiled.mode}{', fullgraph' if compiled.fullgraph else ''}" if compiled.enabled else "off"),
-        memory_fact(plan_run_memory(config, num_parameters=num_parameters, micro_batch_size=shape.micro_batch_size)),
+        memory_fact(
+            plan_run_memory(
+                config, num_parameters=num_parameters, micro_batch_size=shape.micro_batch_size, device_type=device.type
+            )
+        ),
     ]
 
 
-def attention_backend(config: RunConfig) -> str:
-    """Which implementation runs the mixer, and why."""
-    if config.model.block == "transformer":
-        masked = ", with a document mask" if config.data.reset_at_document_boundaries else ""
-        return f"torch scaled_dot_product_attention (full causal attention{masked})"
-    return f"plain torch reference ({config.model.score} window, gated linear recurrence): no faster kernel exists yet"
+def implementation_facts(config: RunConfig, *, device: torch.device) -> list[Fact]:
+    """Which implementation runs mixer, loss and optimizer, and why."""
+    model, backend, hint = config.model, kernel_backend(device), apex_hint()
+    implementation = "Triton" if backend.name == "triton" else "plain torch references"
+    if model.block == "transformer":
+        packed = config.data.reset_at_document_boundaries
+        attention = attention_backend(device, dtype=compute_dtype(config.precision), masked=packed)
+        mixer = f"full causal attention{', with a document mask' if packed else ''}: {attention.name} ({attention.reason})"
+    elif backend.name == "triton" and model.head_width > MAX_HEAD_SIZE:
+        mixer = f"plain torch references, Green chain in Triton ({model.score} window): head size {model.head_width} is above {MAX_HEAD_SIZE}"
+    else:
+        mixer = f"{implementation} ({model.score} window, gated linear recurrence): {backend.reason}"
+    facts = [("mixer", mixer), ("loss", f"{implementation}: {backend.reason}")]
+    return facts if hint is None else [*facts, ("optimizer", f"torch's fused AdamW; {hint}")]

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from phase8.kernels.reference.cross_entropy import IGNORED_TARGET
 from phase8.model.model import LanguageModel
-from phase8.optim.clip import clip_gradients
+from phase8.optim.clip import gradient_norm, step_clipped
 
 
 @dataclass(frozen=True)
@@ -93,15 +93,13 @@ def train_step(
         loss = model.loss_sum(batch.tokens, batch.targets, batch.starts) / num_valid
         loss.backward()
         total += loss.detach()
-    norm = clip_gradients(model.parameters(), max_norm=gradient_clip_norm)
-    loss_value, norm_value = torch.stack((total, norm.to(total.dtype))).tolist()  # the only synchronisation of the step
-    skipped = not (math.isfinite(loss_value) and math.isfinite(norm_value))
-    if not skipped:
-        for group in optimizer.param_groups:
-            group["lr"] = learning_rate
-        optimizer.step()
+    norm = gradient_norm(model.parameters())
+    for group in optimizer.param_groups:
+        group["lr"] = learning_rate
+    step_clipped(optimizer, norm, max_norm=gradient_clip_norm, finite=total.isfinite() & norm.isfinite())
     optimizer.zero_grad(set_to_none=not cuda_graphs)
-    return StepResult(loss_value, norm_value, skipped)
+    loss_value, norm_value = torch.stack((total, norm.to(total.dtype))).tolist()  # the only synchronisation of the step
+    return StepResult(loss_value, norm_value, skipped=not (math.isfinite(loss_value) and math.isfinite(norm_value)))
 
 
 @torch.no_grad()

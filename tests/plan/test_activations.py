@@ -42,7 +42,7 @@ def saved_bytes(section, *, dtype, micro_batch_size, packed, recompute, every):
 
 
 def planned_bytes(section, *, dtype, micro_batch_size, packed, recompute, every):
-    traced = trace_activations(section, dtype=dtype, micro_batch_size=micro_batch_size, packed=packed)
+    traced = trace_activations(section, dtype=dtype, micro_batch_size=micro_batch_size, packed=packed, device_type="cpu")
     recomputed = {"none": traced.block, "full": traced.block_input, "selective": traced.block_without_mixer}[recompute]
     num_recomputed = len(range(0, NUM_LAYERS, every))
     return (NUM_LAYERS - num_recomputed) * traced.block + num_recomputed * recomputed + traced.head
@@ -65,6 +65,6 @@ def test_other_shapes_and_odd_lengths(changes):
 
 
 def test_recomputation_keeps_less():
-    traced = trace_activations(ModelSection(**SHAPE), dtype=torch.float32, micro_batch_size=2, packed=False)
+    traced = trace_activations(ModelSection(**SHAPE), dtype=torch.float32, micro_batch_size=2, packed=False, device_type="cpu")
     assert traced.block > 2 * traced.block_without_mixer > 2 * traced.block_input
     assert traced.block_input == 2 * 128 * 64 * 4

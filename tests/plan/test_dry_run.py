@@ -115,7 +115,7 @@ def test_every_shipped_config_dry_runs(path):
 
 def test_memory_follows_the_config(small):
     def plan(*overrides, micro_batch_size=2):
-        return plan_run_memory(small(*overrides), num_parameters=100, micro_batch_size=micro_batch_size)
+        return plan_run_memory(small(*overrides), num_parameters=100, micro_batch_size=micro_batch_size, device_type="cpu")
 
     base = plan("precision.dtype=fp32")
     assert (base.weights_bytes, base.gradients_bytes, base.optimizer_bytes) == (400, 400, 800)
@@ -136,9 +136,9 @@ def test_memory_follows_the_config(small):
 def test_planned_activations_of_full_recomputation(small):
     """Three block inputs and, while one block is recomputed, the rest of what it keeps."""
     config = small("precision.dtype=fp32", "train.recompute=full")
-    without = plan_run_memory(small("precision.dtype=fp32"), num_parameters=0, micro_batch_size=2).activations_bytes
+    without = plan_run_memory(small("precision.dtype=fp32"), num_parameters=0, micro_batch_size=2, device_type="cpu").activations_bytes
     twice = small("precision.dtype=fp32", "model.num_layers=6")
-    block = (plan_run_memory(twice, num_parameters=0, micro_batch_size=2).activations_bytes - without) // 3
+    block = (plan_run_memory(twice, num_parameters=0, micro_batch_size=2, device_type="cpu").activations_bytes - without) // 3
     block_input = 2 * 48 * 32 * 4
-    found = plan_run_memory(config, num_parameters=0, micro_batch_size=2).activations_bytes
+    found = plan_run_memory(config, num_parameters=0, micro_batch_size=2, device_type="cpu").activations_bytes
     assert found == 3 * block_input + (block - block_input)

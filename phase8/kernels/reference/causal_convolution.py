@@ -28,12 +28,16 @@ def causal_convolution(
     weight = weight.to(x.dtype)
     padded = F.pad(x, (0, 0, taps - 1, 0)) if initial_state is None else torch.cat((initial_state.to(x.dtype), x), dim=1)
     final_state = padded[:, length:]
-    if starts is None:
+    if starts is None and x.device.type == "cpu":
         return F.conv1d(padded.transpose(1, 2), weight[:, None], groups=weight.shape[0]).transpose(1, 2), final_state
+    # As shifted products, which a compiler fuses with what surrounds them; a convolution would stand alone and want another layout.
     y = x * weight[:, -1]
-    connected = torch.ones_like(starts)
+    connected = None if starts is None else torch.ones_like(starts)
     for distance in range(1, taps):
-        # Token t is connected to t - distance while none of t, ..., t - distance + 1 begins a document.
-        connected = connected & ~F.pad(starts, (distance - 1, 0))[:, :length]
-        y = y + padded[:, taps - 1 - distance :][:, :length] * weight[:, -1 - distance] * connected[..., None]
+        term = padded[:, taps - 1 - distance :][:, :length] * weight[:, -1 - distance]
+        if connected is not None:
+            # Token t is connected to t - distance while none of t, ..., t - distance + 1 begins a document.
+            connected = connected & ~F.pad(starts, (distance - 1, 0))[:, :length]
+            term = term * connected[..., None]
+        y = y + term
     return y, final_state

@@ -1,13 +1,9 @@
-"""Output head and cross-entropy in one: the logits of a microbatch never exist whole.
-
-The gradient is formed chunk by chunk while the logits of the chunk are there, so nothing is recomputed in backward.
+"""Output head and cross-entropy in one, in chunks of rows: the logits of a microbatch never exist whole.
 
 Shapes: N tokens, D model width, V vocabulary.
 """
 
 from __future__ import annotations
-
-from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -19,49 +15,67 @@ IGNORED_TARGET = -100
 CHUNK_TOKENS = 1024
 
 
-def linear_cross_entropy(hidden: Tensor, weight: Tensor, targets: Tensor, chunk_tokens: int = CHUNK_TOKENS) -> Tensor:
+def linear_cross_entropy(hidden: Tensor, weight: Tensor, targets: Tensor, chunk_tokens: int | None = None) -> Tensor:
     """Sum over tokens of -log softmax(hidden @ weight^T)[target], in nats.
 
     Args:
         hidden: Final hidden states [N, D].
         weight: Output head [V, D]; cast to the dtype of `hidden` for the matmuls, its gradient accumulates in its own dtype.
-        targets: Token ids, IGNORED_TARGET where there is nothing to predict [N].
-        chunk_tokens: Tokens whose logits exist at the same time.
+        targets: Token ids below V, IGNORED_TARGET where there is nothing to predict [N].
+        chunk_tokens: Tokens whose logits exist at the same time; None: the implementation chooses.
 
     Returns:
         Scalar, fp32 or wider.
     """
-    return _LinearCrossEntropy.apply(hidden, weight, targets, chunk_tokens, torch.is_grad_enabled())
+    loss = at_least_fp32(hidden.new_zeros(()))
+    head = weight.to(hidden.dtype)
+    for rows in _chunks(hidden.shape[0], chunk_tokens):
+        logits = at_least_fp32(hidden[rows] @ head.T)
+        loss = loss + F.cross_entropy(logits, targets[rows], ignore_index=IGNORED_TARGET, reduction="sum")
+    return loss
 
 
-class _LinearCrossEntropy(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, hidden: Tensor, weight: Tensor, targets: Tensor, chunk_tokens: int, grad_enabled: bool) -> Tensor:
-        needs_hidden, needs_weight = (grad_enabled and needed for needed in ctx.needs_input_grad[:2])
-        head = weight.to(hidden.dtype)
-        dhidden = torch.empty_like(hidden) if needs_hidden else None
-        dweight = torch.zeros_like(weight) if needs_weight else None
-        loss = at_least_fp32(hidden.new_zeros(()))
-        for begin in range(0, hidden.shape[0], chunk_tokens):
-            rows = slice(begin, begin + chunk_tokens)
-            logits = at_least_fp32(hidden[rows] @ head.T)
-            log_probabilities = F.log_softmax(logits, dim=-1)
-            loss += F.nll_loss(log_probabilities, targets[rows], ignore_index=IGNORED_TARGET, reduction="sum")
-            if needs_hidden or needs_weight:
-                dlogits = _gradient_of_logits(log_probabilities, targets[rows]).to(hidden.dtype)
-            if dhidden is not None:
-                torch.mm(dlogits, head, out=dhidden[rows])
-            if dweight is not None:
-                dweight += dlogits.T @ hidden[rows]
-        ctx.save_for_backward(dhidden, dweight)
-        return loss
+def linear_cross_entropy_gradients(
+    hidden: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    chunk_tokens: int | None = None,
+    *,
+    needs_dhidden: bool = True,
+    needs_dweight: bool = True,
+) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """The loss with its gradients, formed while the logits of a chunk are there, so that nothing is recomputed in backward.
 
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        dhidden, dweight = ctx.saved_tensors
-        # `grad` holds 1 / number of tokens: rounded to bf16 it would scale every gradient below the head.
-        scaled = (None if x is None else (at_least_fp32(x) * grad).to(x.dtype) for x in (dhidden, dweight))
-        return *scaled, None, None, None
+    Args:
+        hidden: As above.
+        weight: As above.
+        targets: As above.
+        chunk_tokens: As above.
+        needs_dhidden: Form the gradient of `hidden`.
+        needs_dweight: Form the gradient of `weight`.
+
+    Returns:
+        The loss, its gradients of `hidden` [N, D] and `weight` [V, D] (None where not needed).
+    """
+    head = weight.to(hidden.dtype)
+    dhidden = hidden.new_empty(hidden.shape) if needs_dhidden else None
+    dweight = weight.new_zeros(weight.shape) if needs_dweight else None
+    loss = at_least_fp32(hidden.new_zeros(()))
+    for rows in _chunks(hidden.shape[0], chunk_tokens):
+        logits = at_least_fp32(hidden[rows] @ head.T)
+        log_probabilities = F.log_softmax(logits, dim=-1)
+        loss += F.nll_loss(log_probabilities, targets[rows], ignore_index=IGNORED_TARGET, reduction="sum")
+        dlogits = _gradient_of_logits(log_probabilities, targets[rows]).to(hidden.dtype)
+        if dhidden is not None:
+            torch.mm(dlogits, head, out=dhidden[rows])
+        if dweight is not None:
+            dweight += dlogits.T @ hidden[rows]
+    return loss, dhidden, dweight
+
+
+def _chunks(num_tokens: int, chunk_tokens: int | None) -> list[slice]:
+    step = CHUNK_TOKENS if chunk_tokens is None else chunk_tokens
+    return [slice(begin, begin + step) for begin in range(0, num_tokens, step)]
 
 
 def _gradient_of_logits(log_probabilities: Tensor, targets: Tensor) -> Tensor:

@@ -6,14 +6,16 @@ is linear in T. Scores:
 - `dot`: q.k / sqrt(K).
 - `lorentz`: q and k are lifted to the hyperboloid q0^2 - |q|^2 = 1 of the Lorentz model; with u = q0 k0 - q.k - 1 >= 0 the score is
   -beta log(1 + u + sqrt(u (u + 2) + eps)), the smoothed hyperbolic distance arccosh(1 + u) up to a constant that cancels in softmax.
-  q0 - 1 is computed as |q|^2 / (1 + q0), which keeps u exact near coincidence.
+  The height q0 - 1 is computed as |q|^2 / (1 + q0), which keeps u exact near coincidence.
 
-Shapes: B batch, T tokens, H heads, K head size, W window, G global tokens, P carried tokens, N query blocks, Q queries of a block.
+Backward recomputes the scores from q, k and the logarithm of their sum, so nothing of size T x W is kept.
+
+Shapes: B batch, T tokens, H heads, K head size, W window, G global tokens, P carried tokens, N query blocks, Q queries of a block,
+J keys that a block sees (left + Q of the window, then the globals).
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -21,38 +23,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from phase8.kernels.reference.dtypes import at_least_fp32
+from phase8.kernels.reference.window_state import VisibleKeys, WindowState, visible_keys
 
 ARCCOSH_EPS = 1e-3
-
-
-@dataclass(frozen=True)
-class WindowState:
-    """What later tokens need of earlier ones: a constant number of keys and values, whatever the length.
-
-    Args:
-        keys: Of the last min(W - 1, seen) tokens [B, P, H, K].
-        values: The same tokens [B, P, H, K].
-        global_keys: Of the first min(G, seen) tokens [B, <=G, H, K].
-        global_values: The same tokens.
-        documents: Number of the document of each window token [B, P]; the last token seen so far has number 0, earlier ones less.
-        global_documents: The same for the global tokens [B, <=G].
-        num_seen: Tokens before this point.
-    """
-
-    keys: Tensor
-    values: Tensor
-    global_keys: Tensor
-    global_values: Tensor
-    documents: Tensor
-    global_documents: Tensor
-    num_seen: int
-
-
-def empty_window_state(batch_size: int, num_heads: int, head_size: int, *, like: Tensor) -> WindowState:
-    """The state before the first token."""
-    nothing = like.new_zeros(batch_size, 0, num_heads, head_size)
-    documents = torch.zeros(batch_size, 0, dtype=torch.int32, device=like.device)
-    return WindowState(nothing, nothing, nothing, nothing, documents, documents, 0)
 
 
 def window_attention(
@@ -81,141 +54,186 @@ def window_attention(
     Returns:
         y [B, T, H, K] in the dtype of v, and the state to carry on (None without `state`).
     """
-    carried = empty_window_state(q.shape[0], *q.shape[2:], like=k) if state is None else state
-    num_queries, num_new_globals = q.shape[1], max(global_tokens - carried.global_keys.shape[1], 0)
-    keys, values = torch.cat((carried.keys, k), 1), torch.cat((carried.values, v), 1)
-    global_keys = torch.cat((carried.global_keys, k[:, :num_new_globals]), 1)
-    global_values = torch.cat((carried.global_values, v[:, :num_new_globals]), 1)
-    blocks = _Blocks(num_queries, keys.shape[1] - num_queries, window)
-    visible = blocks.window_mask(q.device)
-    sources, targets = blocks.of_keys(keys), blocks.of_keys(values)
-    # A global token counts once: through the window while it is near, through the globals afterwards.
-    with_globals = global_tokens > 0 and carried.num_seen + num_queries > window
-    if with_globals:
-        visible = torch.cat((visible, blocks.global_mask(global_keys.shape[1], carried.num_seen, q.device)), -1)
-        sources, targets = blocks.append(sources, global_keys), blocks.append(targets, global_values)
-    visible = visible[None]
-    if starts is not None or state is not None:
-        documents = _document_numbers(starts, k)
-        key_documents = torch.cat((carried.documents, documents), 1)
-        global_documents = torch.cat((carried.global_documents, documents[:, :num_new_globals]), 1)
-        seen = blocks.of_keys(key_documents)
-        seen = blocks.append(seen, global_documents) if with_globals else seen
-        visible = visible & (blocks.of_queries(documents)[..., None] == seen[:, :, None, :])
-
-    scores = torch.einsum("bnqhd,bnkhd->bnhqk", at_least_fp32(blocks.of_queries(q)), at_least_fp32(sources))
-    if beta is None:
-        scores = scores * q.shape[-1] ** -0.5
-    else:
-        heights = blocks.of_keys(_height(keys))
-        heights = blocks.append(heights, _height(global_keys)) if with_globals else heights
-        scores = _lorentz_score(scores, blocks.of_queries(_height(q)), heights, beta)
-    scores = scores.masked_fill(~visible[:, :, None], -torch.inf)
-    y = torch.einsum("bnhqk,bnkhd->bnqhd", scores.softmax(-1).to(v.dtype), targets).flatten(1, 2)[:, :num_queries]
-    if state is None:
-        return y, None
-    newest = documents[:, -1:]
-    keep = slice(max(keys.shape[1] - (window - 1), 0), None)
-    return y, WindowState(
-        keys[:, keep],
-        values[:, keep],
-        global_keys,
-        global_values,
-        key_documents[:, keep] - newest,
-        global_documents - newest,
-        state.num_seen + num_queries,
-    )
+    seen = visible_keys(k, v, global_tokens=global_tokens, starts=starts, state=state)
+    y, _, _ = _attend(_Blocks(q.shape[1], seen, window), q, beta)
+    return y, None if state is None else seen.carried(window, q.shape[1])
 
 
-def _height(x: Tensor) -> Tensor:
-    """Height above 1 on the hyperboloid, sqrt(1 + |x|^2) - 1, without cancellation: [B, T, H, K] -> [B, T, H]."""
-    square = at_least_fp32(x).square().sum(-1)
-    return square / (1 + (1 + square).sqrt())
+def attend(q: Tensor, seen: VisibleKeys, beta: Tensor | None, window: int) -> tuple[Tensor, Tensor]:
+    """Attention to the keys that can be seen.
+
+    Returns:
+        y [B, T, H, K] in the dtype of the values, and the logarithm of the sum of exp(score), fp32 or wider [B, T, H].
+    """
+    blocks = _Blocks(q.shape[1], seen, window)
+    y, scores, weights = _attend(blocks, q, beta)
+    log_sum = scores.amax(-1) - weights.amax(-1).log()
+    return y, blocks.to_queries(log_sum.transpose(2, 3))
 
 
-def _lorentz_score(dot: Tensor, q_height: Tensor, k_height: Tensor, beta: Tensor) -> Tensor:
-    """Scores from dot products [B, N, H, Q, keys] and heights [B, N, Q, H] and [B, N, keys, H]."""
-    q_height, k_height = q_height.transpose(2, 3)[..., None], k_height.transpose(2, 3)[..., None, :]
-    u = q_height * (1 + k_height) + (k_height - dot)
-    return -at_least_fp32(beta)[:, None, None] * _SmoothArccosh.apply(u)
+def _attend(blocks: _Blocks, q: Tensor, beta: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+    """Output [B, T, H, K], and the masked scores and their softmax [B, N, H, Q, J]."""
+    seen = blocks.seen
+    keys = blocks.of_keys(at_least_fp32(seen.keys), at_least_fp32(seen.global_keys))
+    scores = _Scores(blocks.of_queries(at_least_fp32(q)), keys, beta).values.masked_fill_(~blocks.visible(), -torch.inf)
+    weights = scores.softmax(-1)
+    y = torch.einsum("bnhqj,bnjhk->bnqhk", weights.to(seen.values.dtype), blocks.of_keys(seen.values, seen.global_values))
+    return blocks.to_queries(y), scores, weights
+
+
+def attend_backward(
+    dy: Tensor, y: Tensor, log_sum: Tensor, q: Tensor, seen: VisibleKeys, beta: Tensor | None, window: int
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Gradients of q, keys, values, global keys and global values in their dtypes, and of beta (0 without).
+
+    Args:
+        dy: Gradient of y [B, T, H, K].
+        y: What `attend` returned.
+        log_sum: What `attend` returned.
+        q: As for `attend`.
+        seen: As for `attend`.
+        beta: As for `attend`.
+        window: As for `attend`.
+    """
+    blocks = _Blocks(q.shape[1], seen, window)
+    keys = blocks.of_keys(at_least_fp32(seen.keys), at_least_fp32(seen.global_keys))
+    values = blocks.of_keys(at_least_fp32(seen.values), at_least_fp32(seen.global_values))
+    scores = _Scores(blocks.of_queries(at_least_fp32(q)), keys, beta)
+    # The softmax again: log_sum serves implementations that never hold a whole row of scores.
+    weights = scores.values.masked_fill_(~blocks.visible(), -torch.inf).softmax(-1)
+    wide_dy = blocks.of_queries(at_least_fp32(dy))
+    dvalues = torch.einsum("bnhqj,bnqhk->bnjhk", weights, wide_dy)
+    delta = blocks.of_queries((at_least_fp32(dy) * y).sum(-1)).transpose(2, 3)[..., None]
+    dscores = torch.einsum("bnqhk,bnjhk->bnhqj", wide_dy, values).sub_(delta).mul_(weights)
+    dqueries, dkeys, dbeta = scores.backward(dscores)
+    dwindow_keys, dglobal_keys = blocks.to_keys(dkeys)
+    dwindow_values, dglobal_values = blocks.to_keys(dvalues)
+    gradients = (blocks.to_queries(dqueries), dwindow_keys, dwindow_values, dglobal_keys, dglobal_values)
+    dtypes = (q.dtype, seen.keys.dtype, seen.values.dtype, seen.keys.dtype, seen.values.dtype)
+    return *(gradient.to(dtype) for gradient, dtype in zip(gradients, dtypes, strict=True)), dbeta
+
+
+class _Scores:
+    """Scores of every query with the keys of its block, `values` [B, N, H, Q, J], and their gradient.
+
+    Args:
+        queries: fp32 or wider [B, N, Q, H, K].
+        keys: [B, N, J, H, K].
+        beta: As for `attend`.
+    """
+
+    def __init__(self, queries: Tensor, keys: Tensor, beta: Tensor | None):
+        self.queries, self.keys, self.beta = queries, keys, beta
+        dot = torch.einsum("bnqhk,bnjhk->bnhqj", queries, keys)
+        if beta is None:
+            self.values = dot * queries.shape[-1] ** -0.5
+            return
+        query_height, key_height = _height(queries).transpose(2, 3)[..., None], _height(keys).transpose(2, 3)[..., None, :]
+        self.distance, self.root = _SmoothArccosh.apply(query_height * (1 + key_height) + (key_height - dot))
+        self.values = self.distance * -at_least_fp32(beta)[:, None, None]
+
+    def backward(self, dscores: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Gradients of queries, keys and beta; the slope of the distance is exactly 1 / root."""
+        if self.beta is None:
+            ddot = dscores * self.queries.shape[-1] ** -0.5
+            return *self._backward_of_dot(ddot), dscores.new_zeros(self.queries.shape[3])
+        dbeta = -torch.einsum("bnhqj,bnhqj->h", dscores, self.distance).to(self.beta.dtype)
+        ddot = dscores.mul_(at_least_fp32(self.beta)[:, None, None]).div_(self.root)
+        dqueries, dkeys = self._backward_of_dot(ddot)
+        query_time, key_time = 1 + _height(self.queries), 1 + _height(self.keys)
+        dqueries -= self.queries * (torch.einsum("bnhqj,bnjh->bnqh", ddot, key_time) / query_time)[..., None]
+        dkeys -= self.keys * (torch.einsum("bnhqj,bnqh->bnjh", ddot, query_time) / key_time)[..., None]
+        return dqueries, dkeys, dbeta
+
+    def _backward_of_dot(self, ddot: Tensor) -> tuple[Tensor, Tensor]:
+        return torch.einsum("bnhqj,bnjhk->bnqhk", ddot, self.keys), torch.einsum("bnhqj,bnqhk->bnjhk", ddot, self.queries)
 
 
 class _SmoothArccosh(torch.autograd.Function):
-    """log(1 + u + sqrt(u (u + 2) + eps)), whose slope is exactly the reciprocal of the root: one tensor is kept for backward."""
+    """log(1 + u + sqrt(u (u + 2) + eps)) and that root, whose reciprocal is exactly the slope: autograd keeps one tensor."""
 
     @staticmethod
-    def forward(ctx: Any, u: Tensor) -> Tensor:
+    def forward(ctx: Any, u: Tensor) -> tuple[Tensor, Tensor]:
         u = u.clamp(min=0)  # below 0 by rounding only, so backward does not cut the gradient there
         root = (u * (u + 2) + ARCCOSH_EPS).sqrt()
         ctx.save_for_backward(root)
-        return torch.log(1 + u + root)
+        ctx.mark_non_differentiable(root)
+        return torch.log(1 + u + root), root
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> Tensor:
+    def backward(ctx: Any, grad: Tensor, _: Tensor) -> Tensor:
         (root,) = ctx.saved_tensors
         return grad / root
 
 
-def _lift(x: Tensor) -> Tensor:
-    """Height above 1 on the hyperboloid, sqrt(1 + |x|^2) - 1, without cancellation: [B, N, tokens, H, K] -> [B, N, H, tokens]."""
-    square = at_least_fp32(x).square().sum(-1).transpose(2, 3)
+def _height(x: Tensor) -> Tensor:
+    """Height above 1 on the hyperboloid, sqrt(1 + |x|^2) - 1, without cancellation: [..., K] -> [...]."""
+    square = x.square().sum(-1)
     return square / (1 + (1 + square).sqrt())
 
 
-def _document_numbers(starts: Tensor | None, k: Tensor) -> Tensor:
-    """Number of each token's document [B, T]; 0 is the document of the carried tokens, if any."""
-    if starts is None:
-        return torch.zeros(k.shape[:2], dtype=torch.int32, device=k.device)
-    return starts.cumsum(1, dtype=torch.int32)
-
-
 class _Blocks:
-    """Queries in blocks of up to W, each with the keys it can see: its own span and the block before.
+    """Queries in blocks of up to W, each with the keys it can see: its own span, the block before, and the globals.
 
     Args:
         num_queries: T.
-        num_carried: Keys before the first query, at most W - 1.
+        seen: The keys; globals take part only when some query is beyond its window.
         window: W.
     """
 
-    def __init__(self, num_queries: int, num_carried: int, window: int):
+    def __init__(self, num_queries: int, seen: VisibleKeys, window: int):
+        self.num_queries, self.window, self.seen = num_queries, window, seen
         self.size = min(window, num_queries)
         self.num_blocks = -(-num_queries // self.size)
-        self.window = window
-        self.num_carried = num_carried
+        self.num_carried = seen.keys.shape[1] - num_queries
         # One block sees the carried keys; of several, which are W long, each sees the one before it.
-        self.left = num_carried if self.num_blocks == 1 else self.size
+        self.left = self.num_carried if self.num_blocks == 1 else self.size
         self.padding = self.num_blocks * self.size - num_queries
+        self.num_globals = seen.global_keys.shape[1] if seen.num_seen + num_queries > window else 0
 
-    def of_queries(self, x: Tensor) -> Tensor:
+    def of_queries(self, x: Tensor, fill: float = 0.0) -> Tensor:
         """[B, T, ...] -> [B, N, Q, ...]."""
-        return F.pad(x, (0, 0) * (x.dim() - 2) + (0, self.padding)).unflatten(1, (self.num_blocks, self.size))
+        return F.pad(x, (0, 0) * (x.dim() - 2) + (0, self.padding), value=fill).unflatten(1, (self.num_blocks, self.size))
 
-    def of_keys(self, x: Tensor) -> Tensor:
-        """[B, P + T, ...] -> [B, N, left + Q, ...]."""
-        x = F.pad(x, (0, 0) * (x.dim() - 2) + (self.left - self.num_carried, self.padding))
+    def to_queries(self, x: Tensor) -> Tensor:
+        """[B, N, Q, ...] -> [B, T, ...]."""
+        return x.flatten(1, 2)[:, : self.num_queries]
+
+    def of_keys(self, window: Tensor, shared: Tensor) -> Tensor:
+        """[B, P + T, ...] and [B, G, ...] -> [B, N, J, ...]."""
+        window = F.pad(window, (0, 0) * (window.dim() - 2) + (self.left - self.num_carried, self.padding))
         if self.num_blocks == 1:
-            return x[:, None]
-        spans = x.unflatten(1, (self.num_blocks + 1, self.size))
-        return torch.cat((spans[:, :-1], spans[:, 1:]), dim=2)
+            parts = [window[:, None]]
+        else:
+            spans = window.unflatten(1, (self.num_blocks + 1, self.size))
+            parts = [spans[:, :-1], spans[:, 1:]]
+        if self.num_globals:
+            parts.append(shared[:, None].expand(-1, self.num_blocks, *shared.shape[1:]))
+        return torch.cat(parts, dim=2)
 
-    def append(self, x: Tensor, shared: Tensor) -> Tensor:
-        """`x` [B, N, keys, ...] followed by `shared` [B, G, ...] in every block."""
-        return torch.cat((x, shared[:, None].expand(-1, self.num_blocks, *shared.shape[1:])), dim=2)
+    def to_keys(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """The adjoint of `of_keys`: [B, N, J, ...] -> sums [B, P + T, ...] and [B, G, ...]."""
+        window, shared = x[:, :, : self.left + self.size], x[:, :, self.left + self.size :].sum(1)
+        if self.num_blocks > 1:
+            spans = F.pad(window[:, :, self.size :], (0, 0) * (x.dim() - 2) + (1, 0))
+            spans[:, :-1] += window[:, :, : self.size]
+            window = spans
+        window = window.flatten(1, 2)[:, self.left - self.num_carried :][:, : self.num_carried + self.num_queries]
+        return window, shared if self.num_globals else torch.zeros_like(self.seen.global_keys, dtype=x.dtype)
 
-    def window_mask(self, device: torch.device) -> Tensor:
-        """True where a key exists, is not later than the query and inside its window [N, Q, left + Q]."""
-        query, key = self._positions(device)
-        return (key <= query) & (query - key < self.window) & (key >= -self.num_carried)
-
-    def global_mask(self, num_globals: int, num_seen: int, device: torch.device) -> Tensor:
-        """True where a global token has left the window of the query [N, Q, G]."""
-        query, _ = self._positions(device)
-        return torch.arange(num_globals, device=device) <= query + num_seen - self.window
-
-    def _positions(self, device: torch.device) -> tuple[Tensor, Tensor]:
-        """Positions relative to the first query, of queries [N, Q, 1] and of keys [N, 1, left + Q]."""
+    def visible(self) -> Tensor:
+        """Whether a query sees a key, [1 or B, N, 1, Q, J]: a key of its document and window, or a global one that has left its window."""
+        device = self.seen.keys.device
         begin = torch.arange(self.num_blocks, device=device)[:, None] * self.size
-        query = begin + torch.arange(self.size, device=device)
-        key = begin - self.left + torch.arange(self.left + self.size, device=device)
-        return query[..., None], key[:, None, :]
+        query = (begin + torch.arange(self.size, device=device))[..., None]
+        key = (begin - self.left + torch.arange(self.left + self.size, device=device))[:, None, :]
+        visible = (key <= query) & (query - key < self.window) & (key >= -self.num_carried)
+        if self.num_globals:
+            # A global token counts once: through the window while it is near, through the globals afterwards.
+            shared = torch.arange(self.num_globals, device=device) <= query + self.seen.num_seen - self.window
+            visible = torch.cat((visible, shared), -1)
+        visible = visible[None]
+        if self.seen.documents is not None:
+            queries = self.of_queries(self.seen.documents[:, self.num_carried :])
+            visible = visible & (queries[..., None] == self.of_keys(self.seen.documents, self.seen.global_documents)[:, :, None])
+        return visible[:, :, None]

@@ -1,0 +1,181 @@
+"""Which implementation of each operation runs where, and why: the one place that decides.
+
+The choice belongs to the process, not to a model: `select_kernels` makes it, once, when a run is built; without it, it is `auto`.
+"""
+
+from __future__ import annotations
+
+import functools
+from dataclasses import dataclass
+from importlib.machinery import PathFinder
+from importlib.metadata import PackageNotFoundError, version
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+
+from phase8.kernels.toolchain import prepare_toolchain
+
+OLDEST_CAPABILITY = (8, 0)  # Ampere: bf16 and tf32 in the matrix units
+MAX_HEAD_SIZE = 256  # of the Triton kernels; wider heads go to the references
+HALF_PRECISIONS = (torch.bfloat16, torch.float16)
+
+
+@dataclass(frozen=True)
+class Backend:
+    """One implementation and why it was chosen.
+
+    Args:
+        name: `triton` or `reference` for the project's own operations; for attention, what computes it.
+        reason: For the banner.
+    """
+
+    name: str
+    reason: str
+
+
+SDPA = "torch scaled_dot_product_attention"
+_NOT_NVIDIA = "the Triton kernels are written for NVIDIA GPUs"
+
+
+@dataclass
+class _Selection:
+    """What `select_kernels` was told and found.
+
+    The one mutable value of the module (ADR 9): autograd and compiled graphs call an operator with tensors only, nothing else can tell it.
+    """
+
+    wanted: Literal["auto", "reference"] = "auto"
+    attention: Backend = Backend(SDPA, "nothing else was asked for")
+
+
+_selection = _Selection()
+
+
+def select_kernels(wanted: Literal["auto", "reference"], device: torch.device) -> None:
+    """Decides for this process, before anything is compiled for the GPU.
+
+    Args:
+        wanted: `auto`: the fastest implementation that device and installation allow; `reference`: plain torch.
+        device: Where the model lives.
+    """
+    _selection.wanted = wanted
+    kernel_backend(device)
+    _selection.attention = _select_attention(wanted, device)
+
+
+def uses_triton(x: Tensor) -> bool:
+    """Whether the Triton kernels run on this tensor, as far as its device decides; dtypes and shapes are up to the operator."""
+    return x.is_cuda and kernel_backend(x.device).name == "triton"
+
+
+def kernel_backend(device: torch.device) -> Backend:
+    """The implementation of the project's own operations."""
+    if device.type != "cuda":
+        return Backend("reference", "the Triton kernels need a GPU")
+    # Looked at whatever is wanted: it also readies the assembler, which what torch.compile generates needs as much.
+    found = _gpu_backend(device)
+    return Backend("reference", f"train.kernels is reference ({found.reason})") if _selection.wanted == "reference" else found
+
+
+@functools.cache
+def _gpu_backend(device: torch.device) -> Backend:
+    if torch.version.hip is not None:
+        return Backend("reference", _NOT_NVIDIA)
+    capability = torch.cuda.get_device_capability(device)
+    if capability < OLDEST_CAPABILITY:
+        return Backend("reference", f"compute capability {capability[0]}.{capability[1]} is below {OLDEST_CAPABILITY[0]}.{OLDEST_CAPABILITY[1]}")
+    toolchain = prepare_toolchain(capability)
+    return Backend("triton" if toolchain.usable else "reference", toolchain.reason)
+
+
+def attention_backend(device: torch.device, *, dtype: torch.dtype, masked: bool) -> Backend:
+    """What computes full causal attention, and windows of plain dot products, where torch's scaled_dot_product_attention is called.
+
+    Args:
+        device: Where the model lives.
+        dtype: Of queries, keys and values.
+        masked: A mask is passed, because documents do not see each other.
+    """
+    if device.type != "cuda":
+        return Backend(SDPA, "flash-attn needs a GPU")
+    if masked:
+        return Backend(SDPA, "flash-attn takes no document mask")
+    if dtype not in HALF_PRECISIONS:
+        return Backend(SDPA, "flash-attn takes bf16 and fp16 only")
+    return _selection.attention
+
+
+def _select_attention(wanted: str, device: torch.device) -> Backend:
+    """Makes torch's scaled_dot_product_attention run flash-attn 3 or 4, which torch does not contain, where one is installed."""
+    _use_flash_attention(None)
+    if wanted == "reference" or device.type != "cuda":
+        return Backend(SDPA, "train.kernels is reference" if wanted == "reference" else "flash-attn needs a GPU")
+    packages = installed_flash_attention()
+    generation = choose_flash_attention(torch.cuda.get_device_capability(device), packages)
+    if generation is not None:
+        name = f"flash-attn {packages[generation]}"
+        try:
+            _use_flash_attention(f"FA{generation}")
+        except (ImportError, RuntimeError) as error:
+            return Backend(SDPA, f"{name} is installed but cannot be loaded ({error})")
+        return Backend(f"{name} through {SDPA}", "installed")
+    if 2 in packages:
+        return Backend(SDPA, f"it contains the kernels of the installed flash-attn {packages[2]}")
+    return Backend(SDPA, "no newer flash-attn that fits this GPU and this torch is installed")
+
+
+def choose_flash_attention(capability: tuple[int, int], packages: dict[int, str]) -> int | None:
+    """The generation of flash-attn that torch does not contain and that is best for a GPU; None: there is none.
+
+    Args:
+        capability: Compute capability of the GPU.
+        packages: Version of each installed generation that this torch can run.
+    """
+    fitting = {9: (3, 4), 10: (4,)}.get(capability[0], ())
+    return next((generation for generation in fitting if generation in packages), None)
+
+
+def installed_flash_attention() -> dict[int, str]:
+    """Version of each installed generation of flash-attn, 3 and 4 only if this torch knows them; nothing is imported."""
+    packages = {}
+    known = nn.attention.list_flash_attention_impls() if "list_flash_attention_impls" in vars(nn.attention) else []
+    if find_spec("flash_attn_interface") is not None and "FA3" in known:
+        packages[3] = _version("flash_attn_3") or "3"
+    if (found := _version("flash-attn-4")) is not None and "FA4" in known:
+        packages[4] = found
+    if (found := _version("flash-attn")) is not None:
+        packages[2] = found
+    return packages
+
+
+def _use_flash_attention(implementation: str | None) -> None:
+    """Registers FA3 or FA4 behind torch's flash attention, in front of cuDNN's, which torch would prefer; None: undoes that."""
+    if "activate_flash_attention_impl" not in vars(nn.attention):
+        return
+    if implementation is not None:
+        nn.attention.activate_flash_attention_impl(implementation)
+        torch.backends.cuda.enable_cudnn_sdp(False)
+    elif nn.attention.current_flash_attention_impl() is not None:
+        nn.attention.restore_flash_attention_impl()
+        torch.backends.cuda.enable_cudnn_sdp(True)
+
+
+def apex_hint() -> str | None:
+    """What to know about an installed package called apex, which is never used; None: there is none. Nothing is imported."""
+    spec = PathFinder.find_spec("apex")
+    if spec is None:
+        return None
+    is_from_nvidia = any((Path(folder) / "optimizers").is_dir() for folder in spec.submodule_search_locations or ())
+    if is_from_nvidia:
+        return "NVIDIA apex is installed and not used: torch's fused AdamW updates a whole group in one kernel as well"
+    return "the installed package apex is not NVIDIA's, which only its source repository offers, and is ignored"
+
+
+def _version(distribution: str) -> str | None:
+    try:
+        return version(distribution)
+    except PackageNotFoundError:
+        return None

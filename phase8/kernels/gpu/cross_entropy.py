@@ -1,0 +1,180 @@
+"""Output head and cross-entropy on a GPU: cuBLAS for the three products of a chunk, one kernel for everything between them.
+
+The kernel reads the logits of a row twice, for log-sum-exp and loss and then for the gradient, which replaces them.
+
+Shapes: N tokens, R rows (tokens of a chunk), D model width, V vocabulary, L leading dimension of the logits, V rounded up.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from phase8.kernels.gpu.fast_math import exp2, has_fast_math, log2
+from phase8.kernels.reference.cross_entropy import IGNORED_TARGET
+
+SCRATCH_BYTES = 1_500_000_000
+SCRATCH_SHARE = 16  # of the memory of a small device, one part in so many
+MIN_CHUNK_TOKENS = 512
+HEAD_ALIGNMENT = 64  # rows of the cast head: whole 128-byte lines of bf16 logits
+VECTOR_BYTES = 16  # the widest load of a thread
+LOWEST = -3.0e38  # a running maximum before any logit: finite, for -inf - -inf is NaN
+
+
+def linear_cross_entropy_gradients(
+    hidden: Tensor, weight: Tensor, targets: Tensor, chunk_tokens: int | None = None, *, needs_dhidden: bool = True, needs_dweight: bool = True
+) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """The loss and its gradients, as the reference of the same name; `weight` has the dtype of `hidden` or is fp32, and N > 0."""
+    (num_tokens, width), vocabulary = hidden.shape, weight.shape[0]
+    hidden, targets = hidden.contiguous(), targets.contiguous()
+    head = cast_head(weight, hidden.dtype)
+    if chunk_tokens is None:
+        scratch_bytes = _scratch_bytes(hidden.device)
+        chunk_tokens = choose_chunk_tokens(num_tokens, vocabulary, width, element_bytes=hidden.element_size(), scratch_bytes=scratch_bytes)
+    logits_of_chunk = hidden.new_empty(min(chunk_tokens, num_tokens), head.shape[0])
+    losses = hidden.new_empty(num_tokens, dtype=torch.float32)
+    dhidden = torch.empty_like(hidden) if needs_dhidden else None
+    dweight = weight.new_empty(weight.shape) if needs_dweight else None
+    for begin in range(0, num_tokens, chunk_tokens):
+        rows = slice(begin, begin + chunk_tokens)
+        logits = logits_of_chunk[: hidden[rows].shape[0]]
+        torch.mm(hidden[rows], head.T, out=logits)
+        losses_of_rows(logits, targets[rows], losses[rows], vocabulary=vocabulary, writes_gradient=needs_dhidden or needs_dweight)
+        if dhidden is not None:
+            torch.mm(logits, head, out=dhidden[rows])
+        if dweight is not None:
+            _add_product(dweight, logits[:, :vocabulary].T, hidden[rows], is_first=begin == 0)
+    return losses.sum(), dhidden, dweight
+
+
+def choose_chunk_tokens(num_tokens: int, vocabulary: int, width: int, *, element_bytes: int, scratch_bytes: int) -> int:
+    """Rows whose logits exist at the same time.
+
+    - As many as fit beside the cast head. Each chunk passes over the whole gradient of the head: 8 V D bytes against 6 R V D FLOP, which
+      on an H100 (3 TB/s, 700 TFLOP/s) are 31 % of the time of the matmuls at R = 1024, 15 % at 2048, 8 % at 4096, unless overlapped.
+    - All tokens, or else a power of two: the tiles of dhidden [R, D] then fill the multiprocessors in nearly whole waves (2048 x 2048 are
+      128 tiles of 128 x 256 for 132 of them, 3072 x 2048 are 192).
+    - At least `MIN_CHUNK_TOKENS`: with fewer the matmuls are no longer bound by arithmetic, whatever the memory.
+
+    Args:
+        num_tokens: N.
+        vocabulary: V.
+        width: D.
+        element_bytes: Of logits and cast head.
+        scratch_bytes: For both.
+    """
+    leading = triton.cdiv(vocabulary, HEAD_ALIGNMENT) * HEAD_ALIGNMENT
+    fitting = max(scratch_bytes // (leading * element_bytes) - width, MIN_CHUNK_TOKENS)  # the head is as large as the logits of D rows
+    return num_tokens if fitting >= num_tokens else 1 << (fitting.bit_length() - 1)
+
+
+def cast_head(weight: Tensor, dtype: torch.dtype) -> Tensor:
+    """The head in the dtype of the matmuls [L, D], its rows padded with zeros: an odd leading dimension would cost them their alignment."""
+    vocabulary, width = weight.shape
+    padding = -vocabulary % HEAD_ALIGNMENT
+    if not padding:
+        return weight.to(dtype).contiguous()
+    head = weight.new_empty(vocabulary + padding, width, dtype=dtype)
+    head[:vocabulary] = weight
+    head[vocabulary:] = 0
+    return head
+
+
+def losses_of_rows(
+    logits: Tensor, targets: Tensor, losses: Tensor, *, vocabulary: int, writes_gradient: bool, block: int | None = None
+) -> None:
+    """Writes the loss of every row into `losses` [R] and, if asked, the gradient of the logits over the logits [R, L].
+
+    Ignored rows have loss and gradient 0, padding columns gradient 0, whatever the logits are. A target out of range has the loss NaN.
+
+    Args:
+        logits: Contiguous [R, L]; 16 divides L.
+        targets: [R].
+        losses: fp32 [R].
+        vocabulary: Columns that count.
+        writes_gradient: Overwrite the logits.
+        block: Columns a program reads at once, a power of two; None: by size.
+    """
+    num_rows, leading = logits.shape
+    if block is None:
+        # Two vectors for each of 1024 threads hide the latency of memory; rows of one program at a time also stay in the L2 cache (132
+        # rows of 256 kB) until the second pass. Shorter rows: 512 threads, so that two programs share a multiprocessor.
+        block = min(triton.next_power_of_2(leading), 16384 if leading > 65536 else 8192)
+    vector = VECTOR_BYTES // logits.element_size()
+    loss_kernel[(num_rows,)](
+        logits, targets, losses, leading, vocabulary,
+        IGNORED=IGNORED_TARGET, LOWEST=LOWEST, LOG2E=1 / math.log(2),
+        WRITES_GRADIENT=writes_gradient, PADDED=leading != vocabulary, FAST=has_fast_math(), BLOCK=block, VECTOR=vector,
+        num_warps=max(1, min(32, block // (32 * 2 * vector))),
+    )  # fmt: skip
+
+
+@triton.jit
+def loss_kernel(
+    logits, targets, losses, leading, vocabulary,
+    IGNORED: tl.constexpr, LOWEST: tl.constexpr, LOG2E: tl.constexpr,
+    WRITES_GRADIENT: tl.constexpr, PADDED: tl.constexpr, FAST: tl.constexpr, BLOCK: tl.constexpr, VECTOR: tl.constexpr,
+):  # fmt: skip
+    """One row of logits [L]: its loss, and its gradient in place."""
+    row = tl.program_id(0)
+    logits += row.to(tl.int64) * leading
+    # Each thread owns vectors of a row. Loads and stores are cut at the leading dimension, which whole vectors divide, and padding columns
+    # are masked in registers.
+    columns = tl.arange(0, BLOCK // VECTOR)[:, None] * VECTOR + tl.arange(0, VECTOR)[None, :]
+    target = tl.load(targets + row)
+    if target == IGNORED:
+        tl.store(losses + row, 0.0)
+        if WRITES_GRADIENT:
+            for begin in range(0, leading, BLOCK):
+                tl.store(logits + begin + columns, tl.zeros([BLOCK // VECTOR, VECTOR], tl.float32), mask=begin + columns < leading)
+        return
+    is_known = (target >= 0) & (target < vocabulary)
+    target_logit = tl.load(logits + target, mask=is_known, other=float("nan")).to(tl.float32)
+
+    # In base 2, relative to m = the rounded logarithm of the largest term; the products with LOG2E stay exact up to their subtraction from
+    # m, so nothing is lost where logits are large. Maximum and sum of a vector stay with its thread: one rescaling a vector, no exchange.
+    m = tl.full([BLOCK // VECTOR], LOWEST, tl.float32)
+    total = tl.zeros([BLOCK // VECTOR], tl.float32)
+    for begin in range(0, leading, BLOCK):
+        mask = begin + columns < leading
+        x = tl.load(logits + begin + columns, mask=mask, other=float("-inf"), eviction_policy="evict_last").to(tl.float32)
+        if PADDED:
+            x = tl.where(begin + columns < vocabulary, x, float("-inf"))
+        new_m = tl.maximum(m, tl.max(x, axis=1) * LOG2E)
+        total = total * exp2(m - new_m, FAST) + tl.sum(exp2(tl.fma(x, LOG2E, -new_m[:, None]), FAST), axis=1)
+        m = new_m
+    highest = tl.max(m, axis=0)
+    partition = tl.sum(total * exp2(m - highest, FAST), axis=0)
+    tl.store(losses + row, (tl.fma(target_logit, -LOG2E, highest) + log2(partition, FAST)) / LOG2E)
+
+    if WRITES_GRADIENT:
+        normaliser = 1.0 / partition
+        for begin in range(0, leading, BLOCK):
+            mask = begin + columns < leading
+            x = tl.load(logits + begin + columns, mask=mask, other=0.0, eviction_policy="evict_first").to(tl.float32)
+            probabilities = exp2(tl.fma(x, LOG2E, -highest), FAST) * normaliser
+            if PADDED:
+                probabilities = tl.where(begin + columns < vocabulary, probabilities, 0.0)
+            tl.store(logits + begin + columns, probabilities, mask=mask)
+        # The target's own column last, once for the row instead of a comparison for every element; the barrier orders the two stores.
+        tl.debug_barrier()
+        tl.store(logits + target, exp2(tl.fma(target_logit, LOG2E, -highest), FAST) * normaliser - 1.0, mask=is_known)
+
+
+def _add_product(total: Tensor, left: Tensor, right: Tensor, *, is_first: bool) -> None:
+    """Adds left @ right to `total`, accumulated in its dtype; the first product overwrites it."""
+    beta = 0 if is_first else 1
+    if total.dtype == left.dtype:
+        torch.addmm(total, left, right, beta=beta, out=total)
+    else:
+        torch.addmm(total, left, right, out_dtype=total.dtype, beta=beta, out=total)
+
+
+def _scratch_bytes(device: torch.device) -> int:
+    if device.type != "cuda":
+        return SCRATCH_BYTES
+    return min(SCRATCH_BYTES, torch.cuda.get_device_properties(device).total_memory // SCRATCH_SHARE)

@@ -1,0 +1,46 @@
+"""Approximate functions as single instructions of the special-function unit, and what stands for them off NVIDIA hardware.
+
+Triton's own `log2` is a polynomial of some twenty instructions, which doubles an attention loop. FAST picks the instruction;
+the interpreter and other hardware, which know no PTX, take the plain function.
+"""
+
+import torch
+import triton
+import triton.language as tl
+
+
+def has_fast_math() -> bool:
+    """Whether kernels may use PTX instructions: on NVIDIA hardware, and not in the interpreter."""
+    return torch.version.hip is None and not triton.knobs.runtime.interpret
+
+
+def dot_precision() -> str:
+    """How matrix products of fp32 inputs are computed: as the process allows fp32 matmuls elsewhere."""
+    return "ieee" if torch.get_float32_matmul_precision() == "highest" else "tf32"
+
+
+@triton.jit
+def exp2(x, FAST: tl.constexpr):
+    """Two to the power of x."""
+    if FAST:
+        return tl.inline_asm_elementwise("ex2.approx.ftz.f32 $0, $1;", "=f,f", [x], dtype=tl.float32, is_pure=True, pack=1)
+    else:
+        return tl.exp2(x)
+
+
+@triton.jit
+def log2(x, FAST: tl.constexpr):
+    """Logarithm to base 2."""
+    if FAST:
+        return tl.inline_asm_elementwise("lg2.approx.ftz.f32 $0, $1;", "=f,f", [x], dtype=tl.float32, is_pure=True, pack=1)
+    else:
+        return tl.log2(x)
+
+
+@triton.jit
+def rsqrt(x, FAST: tl.constexpr):
+    """Reciprocal of the square root."""
+    if FAST:
+        return tl.inline_asm_elementwise("rsqrt.approx.ftz.f32 $0, $1;", "=f,f", [x], dtype=tl.float32, is_pure=True, pack=1)
+    else:
+        return 1.0 / tl.sqrt(x)

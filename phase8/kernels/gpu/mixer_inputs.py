@@ -1,0 +1,114 @@
+"""What the two paths of the mixer read, in Triton, forward: one program per tile of tokens and head.
+
+A head is held as two halves, the channels i and i + K/2 that a rotation mixes. The taps of the convolution are loads at shifted rows,
+which the cache serves.
+
+Shapes: B batch, T tokens, H heads, K head size; 3: queries, keys, values.
+"""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+NUM_WARPS = 8
+
+
+def tile_tokens() -> int:
+    """Tokens of a tile: the weights, which every tile reads, are then a quarter of what it reads."""
+    return 8 if triton.knobs.runtime.interpret else 32
+
+
+def by_tap(weight: Tensor | None) -> Tensor | None:
+    """Taps as the kernels read them, whole vectors of neighbouring channels: [C, taps] -> [taps, C]."""
+    return None if weight is None else weight.t().contiguous()
+
+
+def prepare(
+    qkv: Tensor, weight: Tensor | None, angles: Tensor, radius: Tensor | None, starts: Tensor | None, eps: float
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """What the reference `mixer_inputs` computes from the beginning of a sequence."""
+    qkv = qkv.contiguous()
+    batch, length, _, num_heads, head_size = qkv.shape
+    outputs = tuple(torch.empty(batch, length, num_heads, head_size, dtype=qkv.dtype, device=qkv.device) for _ in range(5))
+    tokens = tile_tokens()
+    _prepare_kernel[(triton.cdiv(length, tokens), num_heads, batch)](
+        qkv, by_tap(weight), angles.cos(), angles.sin(), radius, starts, *outputs, length, eps,
+        **constants(qkv, weight, radius, starts), BLOCK_T=tokens, num_warps=NUM_WARPS,
+    )  # fmt: skip
+    return outputs
+
+
+def constants(qkv: Tensor, weight: Tensor | None, radius: Tensor | None, starts: Tensor | None) -> dict[str, object]:
+    """Compile-time constants of the kernels of this operation."""
+    _, _, _, num_heads, head_size = qkv.shape
+    return {
+        "NUM_HEADS": num_heads,
+        "HEAD_SIZE": head_size,
+        "BLOCK_HALF": triton.next_power_of_2(head_size // 2),
+        "TAPS": 1 if weight is None else weight.shape[1],
+        "CONVOLUTION": weight is not None,
+        "RADIUS": radius is not None,
+        "DOCUMENTS": starts is not None,
+    }
+
+
+@triton.jit
+def convolved_half(
+    x, weight, starts, token, channel, inside_channel, length,
+    ROW: tl.constexpr, TAPS: tl.constexpr, CONVOLUTION: tl.constexpr, DOCUMENTS: tl.constexpr,
+):  # fmt: skip
+    """The convolution of some channels at some tokens, fp32 [tokens, channels]; `x` points at the first token."""
+    mask = (token < length)[:, None] & inside_channel[None, :]
+    offsets = tl.cast(token, tl.int64)[:, None] * ROW + channel[None, :]
+    values = tl.load(x + offsets, mask=mask, other=0.0).to(tl.float32)
+    if CONVOLUTION:
+        values *= tl.load(weight + (TAPS - 1) * ROW + channel, mask=inside_channel, other=0.0).to(tl.float32)[None, :]
+        connected = token < length
+        for distance in tl.static_range(1, TAPS):
+            # Token t is connected to t - distance while none of t, ..., t - distance + 1 begins a document.
+            connected = connected & (token >= distance)
+            if DOCUMENTS:
+                connected = connected & (tl.load(starts + token - (distance - 1), mask=connected, other=1) == 0)
+            tap = tl.load(weight + (TAPS - 1 - distance) * ROW + channel, mask=inside_channel, other=0.0).to(tl.float32)
+            earlier = tl.load(x + offsets - distance * ROW, mask=connected[:, None] & inside_channel[None, :], other=0.0)
+            values += earlier.to(tl.float32) * tap[None, :]
+    return values
+
+
+@triton.jit
+def _prepare_kernel(
+    qkv, weight, cosines, sines, radius, starts, local_q, local_k, global_q, global_k, v, length, eps,
+    NUM_HEADS: tl.constexpr, HEAD_SIZE: tl.constexpr, BLOCK_HALF: tl.constexpr, TAPS: tl.constexpr,
+    CONVOLUTION: tl.constexpr, RADIUS: tl.constexpr, DOCUMENTS: tl.constexpr, BLOCK_T: tl.constexpr,
+):  # fmt: skip
+    head, batch = tl.program_id(1), tl.cast(tl.program_id(2), tl.int64)
+    token = tl.program_id(0) * BLOCK_T + tl.arange(0, BLOCK_T)
+    half = tl.arange(0, BLOCK_HALF)
+    HALF: tl.constexpr = HEAD_SIZE // 2
+    WIDTH: tl.constexpr = NUM_HEADS * HEAD_SIZE
+    inside = half < HALF
+    mask = (token < length)[:, None] & inside[None, :]
+    x = qkv + batch * length * (3 * WIDTH)
+    starts = starts + batch * length if DOCUMENTS else qkv
+    cosine = tl.load(cosines + token[:, None] * HALF + half[None, :], mask=mask, other=0.0)
+    sine = tl.load(sines + token[:, None] * HALF + half[None, :], mask=mask, other=0.0)
+    out = (batch * length + token)[:, None] * WIDTH + (head * HEAD_SIZE + half)[None, :]
+    for part in tl.static_range(3):
+        channel = part * WIDTH + head * HEAD_SIZE + half
+        low = convolved_half(x, weight, starts, token, channel, inside, length, 3 * WIDTH, TAPS, CONVOLUTION, DOCUMENTS)
+        high = convolved_half(x, weight, starts, token, channel + HALF, inside, length, 3 * WIDTH, TAPS, CONVOLUTION, DOCUMENTS)
+        if part == 2:
+            tl.store(v + out, low.to(v.dtype.element_ty), mask=mask)
+            tl.store(v + out + HALF, high.to(v.dtype.element_ty), mask=mask)
+        else:
+            reciprocal = 1.0 / tl.sqrt((tl.sum(low * low, 1) + tl.sum(high * high, 1)) / HEAD_SIZE + eps)
+            normal_low, normal_high = low * reciprocal[:, None], high * reciprocal[:, None]
+            to_global, to_local = (global_q, local_q) if part == 0 else (global_k, local_k)
+            tl.store(to_global + out, normal_low.to(v.dtype.element_ty), mask=mask)
+            tl.store(to_global + out + HALF, normal_high.to(v.dtype.element_ty), mask=mask)
+            if RADIUS:
+                scale = tl.load(radius + head).to(tl.float32) * (1.0 / tl.sqrt(HEAD_SIZE * 1.0))
+                low, high = normal_low * scale, normal_high * scale
+            tl.store(to_local + out, (low * cosine - high * sine).to(v.dtype.element_ty), mask=mask)
+            tl.store(to_local + out + HALF, (low * sine + high * cosine).to(v.dtype.element_ty), mask=mask)

@@ -1,0 +1,87 @@
+"""What the two paths of the mixer read, as one operator: each projection is read once, each input written once."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from phase8.kernels.backends import uses_triton
+from phase8.kernels.reference import mixer_inputs as reference
+from phase8.kernels.reference.mixer_inputs import MixerInputs
+
+
+@torch.library.custom_op("phase8::mixer_inputs", mutates_args=())
+def _forward(
+    qkv: Tensor, weight: Tensor | None, angles: Tensor, radius: Tensor | None, starts: Tensor | None, eps: float
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    if uses_triton(qkv) and qkv.dtype != torch.float64:
+        from phase8.kernels.gpu.mixer_inputs import prepare
+
+        return prepare(qkv, weight, angles, radius, starts, eps)
+    inputs, _ = reference.mixer_inputs(qkv, weight, angles, radius, eps=eps, starts=starts)
+    return tuple(x.clone(memory_format=torch.contiguous_format) for x in inputs)
+
+
+@torch.library.custom_op("phase8::mixer_inputs_backward", mutates_args=())
+def _backward(
+    gradients: list[Tensor],
+    qkv: Tensor,
+    weight: Tensor | None,
+    angles: Tensor,
+    radius: Tensor | None,
+    starts: Tensor | None,
+    eps: float,
+) -> list[Tensor]:
+    if uses_triton(qkv) and qkv.dtype != torch.float64:
+        from phase8.kernels.gpu.mixer_inputs_backward import prepare_backward
+
+        return prepare_backward(gradients, qkv, weight, angles, radius, starts, eps)
+    found = reference.mixer_inputs_backward(MixerInputs(*gradients), qkv, weight, angles, radius, eps=eps, starts=starts)
+    return [x.contiguous() for x in found if x is not None]
+
+
+@_forward.register_fake
+def _(qkv: Tensor, *rest: Any) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    shape = (*qkv.shape[:2], *qkv.shape[3:])
+    return tuple(qkv.new_empty(shape) for _ in MixerInputs._fields)
+
+
+@_backward.register_fake
+def _(gradients: list[Tensor], qkv: Tensor, weight: Tensor | None, angles: Tensor, radius: Tensor | None, *rest: Any) -> list[Tensor]:
+    return [x.new_empty(x.shape) for x in (qkv, weight, radius) if x is not None]
+
+
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    *tensors, ctx.eps = inputs
+    ctx.save_for_backward(*tensors)
+
+
+def _autograd(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
+    qkv, weight, angles, radius, starts = ctx.saved_tensors
+    found = iter(_backward(list(gradients), qkv, weight, angles, radius, starts, ctx.eps))
+    dqkv = next(found)
+    dweight = None if weight is None else next(found)
+    return dqkv, dweight, None, None if radius is None else next(found), None, None
+
+
+_forward.register_autograd(_autograd, setup_context=_setup_context)
+
+
+def mixer_inputs(
+    qkv: Tensor,
+    weight: Tensor | None,
+    angles: Tensor,
+    radius: Tensor | None,
+    *,
+    eps: float,
+    starts: Tensor | None = None,
+    initial_state: Tensor | None = None,
+) -> tuple[MixerInputs, Tensor]:
+    """Convolution, rotation and normalisation; arguments and results as in the reference of the same name."""
+    if qkv.device.type == "cpu" or initial_state is not None:
+        # Decoding carries a state; on a CPU autograd keeps what backward would compute again.
+        return reference.mixer_inputs(qkv, weight, angles, radius, eps=eps, starts=starts, initial_state=initial_state)
+    num_carried = 0 if weight is None else weight.shape[1] - 1
+    return MixerInputs(*_forward(qkv, weight, angles, radius, starts, eps)), qkv.flatten(2)[:, qkv.shape[1] - num_carried :]

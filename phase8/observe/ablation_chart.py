@@ -1,0 +1,109 @@
+"""The picture of an ablation: held-out loss against tokens, and how far each variant is from the one all are compared with."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Mapping
+
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+from matplotlib.layout_engine import ConstrainedLayoutEngine
+from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter
+
+from phase8.observe.charts import LIGHT, style_axes
+from phase8.observe.formatting import format_count
+from phase8.observe.history import Series
+
+# Okabe and Ito's colours, which most colour-blind people tell apart, without the yellow that is too pale for a line on white.
+_COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9")
+_DASHES = ("-", (0, (5, 2)), (0, (1.5, 1.5)))
+_REFERENCE_STYLE = {"color": LIGHT.ink, "linestyle": "-"}
+# The plunge before this share of the tokens would squash everything after it.
+_SHOWN_FROM_SHARE = 0.2
+
+Curve = Mapping[int, float | None]  # tokens seen -> loss; None: not finite
+
+
+def validation_png(curves: Mapping[str, Mapping[int, Curve]], *, reference: str) -> bytes:
+    """The chart: of each variant the mean over its seeds, in a band from the smallest to the largest.
+
+    Args:
+        curves: By variant and seed.
+        reference: The variant that the lower half is relative to, seed by seed; without its curves there is no lower half.
+    """
+    others = {name: seeds for name, seeds in curves.items() if name != reference}
+    styles = {name: {"color": _COLOURS[i % len(_COLOURS)], "linestyle": _DASHES[i // len(_COLOURS) % len(_DASHES)]} for i, name in enumerate(others)}
+    styles[reference] = _REFERENCE_STYLE
+    losses = {name: _aligned(seeds) for name, seeds in curves.items()}
+    relative = {name: _relative(seeds, curves[reference]) for name, seeds in others.items()} if reference in curves else {}
+    relative = {name: values for name, values in relative.items() if values[0].size}
+
+    num_panels = 2 if relative else 1
+    figure = Figure(figsize=(11, 4.5 * num_panels), dpi=150, layout=ConstrainedLayoutEngine(w_pad=0.15, h_pad=0.15), facecolor=LIGHT.surface)
+    panels = figure.subplots(num_panels, 1, sharex=True, squeeze=False)[:, 0]
+    _draw(panels[0], losses, styles)
+    panels[0].set_ylabel("held-out loss, nats per token")
+    if relative:
+        panels[1].axhline(0, color=LIGHT.ink, linewidth=1.2)
+        _draw(panels[1], relative, styles)
+        panels[1].set_ylabel(f"difference to {reference}, %")
+    panels[-1].set_xlabel("training tokens")
+    _add_legend(figure, panels[0], losses)
+    buffer = io.BytesIO()
+    FigureCanvasAgg(figure).print_png(buffer)
+    return buffer.getvalue()
+
+
+def _aligned(seeds: Mapping[int, Curve]) -> tuple[Series, Series]:
+    """Tokens [N] at which every seed was evaluated, and the losses [S, N]; a missing loss is NaN."""
+    tokens = sorted(set.intersection(*(set(curve) for curve in seeds.values()))) if seeds else []
+    return np.array(tokens, dtype=np.float64), np.array([[curve[n] for n in tokens] for curve in seeds.values()], dtype=np.float64)
+
+
+def _relative(seeds: Mapping[int, Curve], reference: Mapping[int, Curve]) -> tuple[Series, Series]:
+    """The losses of the seeds that both have, in per cent above the reference's, as `_aligned`."""
+    common = seeds.keys() & reference.keys()
+    grid = set.intersection(*(seeds[seed].keys() & reference[seed].keys() for seed in common)) if common else set()
+    tokens, losses = _aligned({seed: {n: seeds[seed][n] for n in grid} for seed in sorted(common)})
+    _, expected = _aligned({seed: {n: reference[seed][n] for n in grid} for seed in sorted(common)})
+    return tokens, 100 * (losses / expected - 1)
+
+
+def _draw(axes: Axes, lines: Mapping[str, tuple[Series, Series]], styles: Mapping[str, Mapping[str, object]]) -> None:
+    style_axes(axes, LIGHT, font_size=11)
+    for name, (tokens, values) in lines.items():
+        style, mean = styles[name], values.mean(0)
+        axes.plot(tokens, mean, label=name, linewidth=1.8, marker="o", markersize=2.5, **style)
+        if len(values) > 1:
+            axes.fill_between(tokens, values.min(0), values.max(0), color=style["color"], alpha=0.15, linewidth=0)
+    _limit(axes, lines)
+
+
+def _limit(axes: Axes, lines: Mapping[str, tuple[Series, Series]]) -> None:
+    """A logarithmic axis of tokens; on the other one everything from `_SHOWN_FROM_SHARE` on has room."""
+    last = max(tokens[-1] for tokens, _ in lines.values())
+    first = min(tokens[0] for tokens, _ in lines.values())
+    axes.set_xscale("log")
+    axes.set_xlim(max(first / 1.03, 0.5 * _SHOWN_FROM_SHARE * last), last * 1.03)
+    axes.xaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
+    axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: format_count(value)))
+    axes.xaxis.set_minor_formatter(NullFormatter())
+    axes.tick_params(which="minor", length=0)
+    axes.yaxis.set_major_locator(MaxNLocator(8, steps=[1, 2, 2.5, 5, 10]))
+    shown = np.concatenate([values[:, tokens >= _SHOWN_FROM_SHARE * last].ravel() for tokens, values in lines.values()])
+    finite = shown[np.isfinite(shown)]
+    if finite.size:
+        margin = max(0.05 * (finite.max() - finite.min()), 1e-3)
+        axes.set_ylim(finite.min() - margin, finite.max() + margin)
+
+
+def _add_legend(figure: Figure, axes: Axes, losses: Mapping[str, tuple[Series, Series]]) -> None:
+    """The names beside the panels, the lowest last loss first, each with that loss."""
+    last = {name: values.mean(0)[-1] for name, (_, values) in losses.items()}
+    handles = dict(zip(*reversed(axes.get_legend_handles_labels()), strict=True))
+    names = sorted(handles, key=lambda name: (not np.isfinite(last[name]), last[name]))
+    labels = [f"{last[name]:.3f}  {name}" if np.isfinite(last[name]) else f"not finite  {name}" for name in names]
+    look = {"loc": "outside right upper", "frameon": False, "labelcolor": LIGHT.ink, "fontsize": 10.5, "handlelength": 3.5}
+    figure.legend([handles[name] for name in names], labels, **look)

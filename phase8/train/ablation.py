@@ -1,0 +1,256 @@
+"""Ablations of quality: what is trained, and whether it may be compared.
+
+Every variant is trained with every seed, each as an ordinary run. The seed gives the initial weights and the order of the data, so of one
+seed all variants see the same tokens in the same order. A variant is a few config keys; everything else is the same for all of them.
+"""
+
+from __future__ import annotations
+
+import difflib
+import hashlib
+import json
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from phase8.config.describe import describe_value
+from phase8.config.load import config_to_mapping, load_config
+from phase8.config.schema import RunConfig
+from phase8.config.validate import validate
+from phase8.data.loader import data_fingerprint, describe_fingerprint_difference
+from phase8.data.staging import read_json, write_json
+from phase8.errors import ConfigError, DataError
+from phase8.plan.dry_run import count_parameters, shapes_only
+from phase8.train.datasets import RunData
+
+REFERENCE = "transformer+conv"
+SIZE_TOLERANCE = 0.01
+# What a variant may not change: another length or vocabulary is another task.
+SAME_FOR_ALL = ("model.sequence_length", "model.vocab_size")
+# Where a run lies, what it shows, how long it lasts this time and how its data are read decide nothing about the weights. The data
+# themselves are compared by their fingerprint.
+_UNCOMPARED_SECTIONS = ("run", "data", "checkpoint", "observe")
+_UNCOMPARED_KEYS = ("train.seed", "train.stop_at_step")
+_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9.+-]*")  # no underscore: it stands for + in the names of runs
+
+Settings = tuple[str, ...]  # `section.key=value`, as --set takes them
+
+
+def _transformer(*, taps: int) -> Settings:
+    return ("model.block=transformer", f"model.convolution_size={taps}")
+
+
+def _phase8(score: str, *, chain: str) -> Settings:
+    return ("model.block=phase8", "model.convolution_size=4", f"model.score={score}", f"model.chain={chain}")
+
+
+# Each row names every key it is about, so that a change of a default changes no variant.
+VARIANTS: Mapping[str, Settings] = {
+    "transformer": _transformer(taps=1),
+    "transformer+conv": _transformer(taps=4),
+    "window+global": _phase8("dot", chain="none"),
+    "window+global+decay": _phase8("dot", chain="decay"),
+    "window+global+gate": _phase8("dot", chain="gate"),
+    "window+global+chain": _phase8("dot", chain="both"),
+    "lorentz+global": _phase8("lorentz", chain="none"),
+    "lorentz+global+decay": _phase8("lorentz", chain="decay"),
+    "lorentz+global+gate": _phase8("lorentz", chain="gate"),
+    "lorentz+global+chain": _phase8("lorentz", chain="both"),
+}
+
+
+@dataclass(frozen=True)
+class PlannedRun:
+    """One variant with one seed.
+
+    Args:
+        variant: Its name.
+        seed: Of weights and data order.
+        settings: All overrides that make its config from the file.
+        config: The config.
+    """
+
+    variant: str
+    seed: int
+    settings: Settings
+    config: RunConfig
+
+    @property
+    def name(self) -> str:
+        """Name of the run and of its directory."""
+        return self.config.run.name
+
+    @property
+    def directory(self) -> Path:
+        """Its run directory."""
+        return Path(self.config.run.output_dir) / self.name
+
+
+@dataclass(frozen=True)
+class Study:
+    """What all runs in one output directory share, and their variants; `study.json` there.
+
+    Args:
+        config: Every key that decides about the weights, before those of the variants.
+        data: Fingerprints of the training and of the held-out data.
+        variants: Settings of every variant by name, those of earlier commands included.
+    """
+
+    config: dict[str, Any]
+    data: dict[str, dict[str, Any]]
+    variants: dict[str, Settings]
+
+    @property
+    def digest(self) -> str:
+        """Hash of config and data: equal for two ablations that may be compared."""
+        sources = {split: fingerprint["sources"] for split, fingerprint in self.data.items()}
+        data = {split: [{**source, "name": None} for source in found] for split, found in sources.items()}  # a copy may have another name
+        return hashlib.sha256(json.dumps([self.config, data], sort_keys=True).encode()).hexdigest()[:16]
+
+
+def choose_variants(names: Sequence[str], definitions: Sequence[Sequence[str]]) -> dict[str, Settings]:
+    """The settings of the named variants.
+
+    Args:
+        names: From `VARIANTS` or from the definitions, each once.
+        definitions: New variants: name, the variant it begins as, and what it changes about the model or the optimizer.
+
+    Raises:
+        ConfigError: A name is unknown, given twice, or defined in a way that cannot be compared.
+    """
+    known = dict(VARIANTS)
+    for name, *rest in definitions:
+        known[name] = _defined(name, rest, known)
+    repeated = [name for name in dict.fromkeys(names) if names.count(name) > 1]
+    if repeated:
+        raise ConfigError(f"variant {repeated[0]} is named {names.count(repeated[0])} times; name each once.")
+    return {name: _known_settings(name, known) for name in names}
+
+
+def plan_runs(
+    config_path: Path, settings: Sequence[str], variants: Mapping[str, Settings], seeds: Sequence[int], *, output: Path
+) -> list[PlannedRun]:
+    """All runs, all variants of a seed before the next seed.
+
+    Raises:
+        ConfigError: The config of a run is not valid.
+    """
+    runs = []
+    for seed in seeds:
+        for variant, changes in variants.items():
+            name = f"{variant.replace('+', '_')}-seed{seed}"
+            own = (*settings, *changes, f"train.seed={seed}", f"run.name={name}", f"run.output_dir={output / 'runs'}")
+            config = load_config(config_path, own)
+            validate(config)
+            runs.append(PlannedRun(variant, seed, own, config))
+    return runs
+
+
+def count_variant_parameters(config_path: Path, settings: Sequence[str], variants: Mapping[str, Settings]) -> dict[str, int]:
+    """Parameters of each variant, without making any."""
+    return {name: count_parameters(shapes_only(load_config(config_path, [*settings, *changes]))) for name, changes in variants.items()}
+
+
+def check_sizes(num_parameters: Mapping[str, int]) -> None:
+    """Refuses variants whose sizes differ: a larger model is better for being larger.
+
+    Raises:
+        ConfigError: A variant is further than `SIZE_TOLERANCE` from `REFERENCE` or, without it, from the first.
+    """
+    base = REFERENCE if REFERENCE in num_parameters else next(iter(num_parameters))
+    least, most = (round(num_parameters[base] * (1 + sign * SIZE_TOLERANCE)) for sign in (-1, 1))
+    outside = [f"{name} has {count:,}" for name, count in num_parameters.items() if not least <= count <= most]
+    if outside:
+        raise ConfigError(
+            f"variants differ in their number of parameters: {', '.join(outside)}, but {least:,} to {most:,} are allowed, {SIZE_TOLERANCE:.0%} "
+            f"around {base}; change a width, or compare them all the same with --any-size."
+        )
+
+
+def current_study(config: RunConfig, data: RunData, variants: Mapping[str, Settings]) -> Study:
+    """What the runs of this command share.
+
+    Raises:
+        ConfigError: Nothing would be measured on held-out data.
+    """
+    if data.validation is None or config.train.evaluate_every_n_steps == 0:
+        key, value = ("data.validation", "null") if data.validation is None else ("train.evaluate_every_n_steps", "0")
+        raise ConfigError(f"{key} is {value}, but an ablation compares losses on held-out data; set it.")
+    fingerprints = {"train": data_fingerprint(data.train), "validation": data_fingerprint(data.validation)}
+    return Study(_compared_keys(config), fingerprints, dict(variants))
+
+
+def joined_study(study: Study, output: Path) -> Study:
+    """The study together with what earlier commands left in its output directory.
+
+    Raises:
+        ConfigError: The directory holds runs of another config or with other variants of the same name.
+        DataError: It holds runs on other data.
+    """
+    path = output / "study.json"
+    if not path.exists():
+        return study
+    tree = read_json(path)
+    if not isinstance(tree, dict) or tree.keys() != asdict(study).keys():
+        raise ConfigError(f"{path} is not the record of an ablation; choose another --output.")
+    earlier = {name: tuple(settings) for name, settings in tree["variants"].items()}
+    different = [
+        f"{key} was {describe_value(tree['config'].get(key))} and is {describe_value(study.config.get(key))}"
+        for key in {**tree["config"], **study.config}
+        if tree["config"].get(key) != study.config.get(key)
+    ]
+    different += [
+        f"{name} was {' '.join(earlier[name])} and is {' '.join(settings)}"
+        for name, settings in study.variants.items()
+        if earlier.get(name, settings) != settings
+    ]
+    if different:
+        raise ConfigError(f"{output} holds an ablation of another config: {'; '.join(different)}; choose another --output.")
+    for split, fingerprint in study.data.items():
+        sentences = describe_fingerprint_difference(tree["data"][split], fingerprint)
+        if sentences:
+            raise DataError(f"{output} holds an ablation on other data.{split}: {'; '.join(sentences)}; restore them or choose another --output.")
+    return Study(study.config, study.data, {**earlier, **study.variants})
+
+
+def record_study(study: Study, output: Path) -> None:
+    """Writes `study.json`."""
+    write_json(output / "study.json", asdict(study))
+
+
+def _compared_keys(config: RunConfig) -> dict[str, Any]:
+    """Every key that decides about the weights, by its dotted name; the variants set theirs themselves."""
+    tree = config_to_mapping(config)
+    keys = _flat({name: section for name, section in tree.items() if name not in _UNCOMPARED_SECTIONS})
+    keys["data.reset_at_document_boundaries"] = config.data.reset_at_document_boundaries
+    own = {setting.partition("=")[0] for settings in VARIANTS.values() for setting in settings}
+    return {name: value for name, value in keys.items() if name not in _UNCOMPARED_KEYS and name not in own}
+
+
+def _flat(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for name, value in tree.items():
+        flat |= _flat(value, f"{prefix}{name}.") if isinstance(value, dict) else {f"{prefix}{name}": value}
+    return flat
+
+
+def _defined(name: str, rest: Sequence[str], known: Mapping[str, Settings]) -> Settings:
+    if _NAME.fullmatch(name) is None or name in known:
+        raise ConfigError(f"--define {name}: a new name is needed, of letters, digits, '.', '+' and '-' that begins with a letter or a digit.")
+    if len(rest) < 2:
+        raise ConfigError(f"--define {name} needs the variant it begins as and what it changes, for example window+global optim.learning_rate=2e-3.")
+    base, *changes = rest
+    for change in changes:
+        key = change.partition("=")[0]
+        if not key.startswith(("model.", "optim.")) or key in SAME_FOR_ALL:
+            raise ConfigError(f"--define {name}: {change} is not about the model or the optimizer alone; give it to all variants with --set.")
+    return (*_known_settings(base, known), *changes)
+
+
+def _known_settings(name: str, known: Mapping[str, Settings]) -> Settings:
+    if name not in known:
+        (nearest,) = difflib.get_close_matches(name, known, n=1, cutoff=0)
+        raise ConfigError(f"unknown variant {name}; did you mean {nearest}? There are {', '.join(known)}.")
+    return known[name]

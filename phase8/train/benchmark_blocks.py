@@ -1,0 +1,98 @@
+"""The Phase 8 block beside the transformer baseline, on one machine in one run: at one length, and over lengths."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from phase8.config.schema import RunConfig
+from phase8.train.benchmark import Measurement, measure_alone, with_settings
+from phase8.train.benchmark_data import on_random_tokens
+
+BLOCKS = ("phase8", "transformer")
+RECOMPUTE = ("none", "selective", "full")
+
+
+@dataclass(frozen=True)
+class LengthSpeed:
+    """Both blocks at one length.
+
+    Args:
+        sequence_length: T.
+        batch_size: Sequences of a step, one microbatch.
+        blocks: By block.
+    """
+
+    sequence_length: int
+    batch_size: int
+    blocks: Mapping[str, Measurement]
+
+
+def compare_blocks(
+    config: RunConfig, *, device: torch.device, num_steps: int, profile_directory: Path | None = None
+) -> Iterator[tuple[str, Measurement]]:
+    """Trains the two blocks one after the other, each when it is asked for; all other keys are the same.
+
+    Args:
+        config: What to train.
+        device: Where.
+        num_steps: Measured steps.
+        profile_directory: Where to write each block's kernels; None: nowhere.
+    """
+    with on_random_tokens(config) as config:
+        for block in BLOCKS:
+            profile_to = None if profile_directory is None else profile_directory / f"{block}.txt"
+            changed = with_settings(config, {"model.block": block})
+            yield block, measure_alone(changed, device=device, num_steps=num_steps, profile_to=profile_to)
+
+
+def sweep_lengths(
+    config: RunConfig, lengths: Sequence[int], *, tokens_per_step: int, device: torch.device, num_steps: int
+) -> Iterator[LengthSpeed]:
+    """Trains both blocks at each length, shortest first, each length when it is asked for.
+
+    A step is one microbatch of `tokens_per_step` tokens, or one sequence where that is longer. Where memory runs out, more is recomputed:
+    from `train.recompute` on to `selective` and `full`, and a longer sequence starts where a shorter one ended.
+
+    Args:
+        config: What to train at each length.
+        lengths: T of each row.
+        tokens_per_step: Tokens that a step holds at least.
+        device: Where.
+        num_steps: Measured steps of each length and block.
+    """
+    recompute = dict.fromkeys(BLOCKS, config.train.recompute)
+    for length in sorted(lengths):
+        batch_size = max(tokens_per_step // length, 1)
+        shape = {
+            "model.sequence_length": length,
+            "train.global_batch_size": batch_size,
+            "train.micro_batch_size": batch_size,
+            "parallel.num_microbatches": None,
+        }
+        blocks = {}
+        with on_random_tokens(with_settings(config, shape)) as shaped:
+            for block in BLOCKS:
+                of_block = with_settings(shaped, {"model.block": block})
+                blocks[block], recompute[block] = _with_enough_recomputed(of_block, recompute[block], device=device, num_steps=num_steps)
+        yield LengthSpeed(length, batch_size, blocks)
+
+
+def speed_ratio(blocks: Mapping[str, Measurement]) -> float | None:
+    """Speed of the Phase 8 block over the transformer's; None: one of them was not measured."""
+    ours, theirs = (blocks[block].throughput for block in BLOCKS)
+    return None if ours is None or theirs is None else ours.tokens_per_second / theirs.tokens_per_second
+
+
+def _with_enough_recomputed(config: RunConfig, recompute: str, *, device: torch.device, num_steps: int) -> tuple[Measurement, str]:
+    """The speed with as little recomputation as fits, from `recompute` on, and how much that was."""
+    for level in RECOMPUTE[RECOMPUTE.index(recompute) :]:
+        every = config.train.recompute_every_n_layers if level == config.train.recompute else 1
+        settings = {"train.recompute": level, "train.recompute_every_n_layers": every}
+        measurement = measure_alone(with_settings(config, settings), device=device, num_steps=num_steps)
+        if measurement.throughput is not None:
+            break
+    return measurement, level

@@ -1,0 +1,85 @@
+"""Which kernels the time of a step goes to, as a table of text."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch.autograd import DeviceType
+from torch.profiler import ProfilerActivity, profile
+
+from phase8.durable import storage_errors
+
+MAX_ROWS = 60
+MAX_NAME_CHARACTERS = 120
+
+
+@dataclass(frozen=True)
+class KernelTime:
+    """One kernel of a GPU, or one operator of torch on the CPU.
+
+    Args:
+        name: As the profiler calls it.
+        seconds_per_step: Time in it, that in operators it calls left out.
+        calls_per_step: How often it ran.
+    """
+
+    name: str
+    seconds_per_step: float
+    calls_per_step: float
+
+
+def profile_steps(take_steps: Callable[[], None], *, device: torch.device, num_steps: int) -> list[KernelTime]:
+    """The kernels of some steps, the longest first.
+
+    Args:
+        take_steps: Trains for `num_steps` steps.
+        device: Where.
+        num_steps: What the times are divided by.
+    """
+    on_gpu = device.type == "cuda"
+    if on_gpu:
+        torch.cuda.synchronize(device)  # the optimizer of the step before
+    with profile(activities=[ProfilerActivity.CUDA if on_gpu else ProfilerActivity.CPU]) as profiler:
+        take_steps()
+        if on_gpu:
+            torch.cuda.synchronize(device)
+    rows = []
+    for event in profiler.key_averages():
+        if on_gpu and event.device_type == DeviceType.CUDA and not event.is_user_annotation:
+            rows.append(KernelTime(event.key, event.self_device_time_total / 1e6 / num_steps, event.count / num_steps))
+        elif not on_gpu:
+            rows.append(KernelTime(event.key, event.self_cpu_time_total / 1e6 / num_steps, event.count / num_steps))
+    return sorted(rows, key=lambda row: -row.seconds_per_step)
+
+
+def write_profile(path: Path, rows: Sequence[KernelTime], *, title: str, step_seconds: float) -> None:
+    """Writes the table.
+
+    Args:
+        path: The file; its directory is made.
+        rows: From `profile_steps`.
+        title: First line.
+        step_seconds: Duration of a step measured without the profiler.
+
+    Raises:
+        StorageError: The place cannot be written.
+    """
+    busy = sum(row.seconds_per_step for row in rows)
+    lines = [
+        title,
+        f"{1e3 * busy:.2f} ms in kernels per step of {1e3 * step_seconds:.2f} ms without the profiler ({100 * busy / step_seconds:.0f} %)",
+        "",
+        f"{'share':>7} {'ms/step':>9} {'calls/step':>10}  name",
+    ]
+    for row in rows[:MAX_ROWS]:
+        share = 100 * row.seconds_per_step / busy if busy else 0.0
+        lines.append(f"{share:5.1f} % {1e3 * row.seconds_per_step:9.3f} {row.calls_per_step:10.1f}  {row.name[:MAX_NAME_CHARACTERS]}")
+    if len(rows) > MAX_ROWS:
+        rest = sum(row.seconds_per_step for row in rows[MAX_ROWS:])
+        lines.append(f"{100 * rest / busy:5.1f} % {1e3 * rest:9.3f} {'':10}  ({len(rows) - MAX_ROWS} more)")
+    with storage_errors(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text("\n".join(lines) + "\n", encoding="utf-8")

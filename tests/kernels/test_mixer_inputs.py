@@ -1,0 +1,77 @@
+import pytest
+import torch
+
+from phase8.kernels import mixer_inputs as kernel
+from phase8.kernels.reference.mixer_inputs import MixerInputs, mixer_inputs, mixer_inputs_backward
+from phase8.kernels.reference.rotary import rotary_angles
+
+# length, heads, head size, taps (0: no convolution), radius given, documents
+CASES = [(21, 2, 8, 4, True, False), (17, 3, 12, 4, False, True), (1, 1, 4, 3, True, False), (5, 2, 16, 1, True, True), (9, 1, 6, 0, False, False)]
+EPS = 1e-5
+
+
+def problem(case, batch=2):
+    """Arguments of the forward up to `radius`, `starts`, and gradients of the five results; fp64."""
+    length, heads, head_size, taps, with_radius, packed = case
+    generator = torch.Generator().manual_seed(0)
+
+    def draw(*shape):
+        return torch.randn(*shape, generator=generator, dtype=torch.float64)
+
+    qkv = draw(batch, length, 3, heads, head_size).requires_grad_()
+    weight = draw(3 * heads * head_size, taps).requires_grad_() if taps else None
+    radius = (1 + draw(heads).abs()).requires_grad_() if with_radius else None
+    angles = rotary_angles(length, head_size, base=1e4, first_position=0, device=torch.device("cpu"))
+    starts = torch.rand(batch, length, generator=generator) < 0.2 if packed else None
+    return (qkv, weight, angles, radius), starts, [draw(batch, length, heads, head_size) for _ in MixerInputs._fields]
+
+
+def detached(arguments):
+    return [None if x is None else x.detach() for x in arguments]
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_lengths_and_angles_are_those_of_the_definition(case):
+    """In complex numbers: a rotation multiplies channel i + i' K/2 by e^(i angle)."""
+    (qkv, weight, angles, radius), starts, _ = problem((*case[:3], 0, *case[4:]))
+    inputs, _ = mixer_inputs(qkv, weight, angles, radius, eps=0.0, starts=starts)
+    for part, local, shared in ((0, inputs.local_q, inputs.global_q), (1, inputs.local_k, inputs.global_k)):
+        x = qkv[:, :, part]
+        torch.testing.assert_close(shared, x * case[2] ** 0.5 / x.norm(dim=-1, keepdim=True))
+        turned = torch.complex(*x.chunk(2, dim=-1)) * torch.polar(torch.ones_like(angles), angles)[:, None]
+        turned = torch.cat((turned.real, turned.imag), dim=-1)
+        if radius is not None:
+            turned = turned / turned.norm(dim=-1, keepdim=True) * radius[:, None]
+        torch.testing.assert_close(local, turned, rtol=1e-6, atol=1e-6)  # angles are fp32
+    assert torch.equal(inputs.v, qkv[:, :, 2])
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_backward_is_that_of_autograd(case):
+    arguments, starts, gradients = problem(case)
+    inputs, _ = mixer_inputs(*arguments, eps=EPS, starts=starts)
+    expected = torch.autograd.grad(inputs, [x for x in arguments if x is not None and x.requires_grad], gradients)
+    found = mixer_inputs_backward(MixerInputs(*gradients), *detached(arguments), eps=EPS, starts=starts)
+    for ours, theirs in zip([x for x in found if x is not None], expected, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-6)  # angles are fp32, so a turn back is not quite the inverse
+
+
+@pytest.mark.parametrize("pieces", [[1] * 12, [2, 1, 9], [5, 7]])
+def test_pieces_with_carried_state_equal_the_whole(pieces):
+    (qkv, weight, angles, radius), _, _ = problem((12, 2, 8, 4, True, False))
+    state, outputs, begin = torch.zeros(2, 3, 48, dtype=torch.float64), [], 0
+    for size in pieces:
+        piece = slice(begin, begin + size)
+        inputs, state = kernel.mixer_inputs(qkv[:, piece], weight, angles[piece], radius, eps=EPS, initial_state=state)
+        outputs.append(inputs)
+        begin += size
+    whole, _ = kernel.mixer_inputs(qkv, weight, angles, radius, eps=EPS)
+    for ours, theirs in zip(map(torch.cat, zip(*outputs, strict=True), [1] * 5), whole, strict=True):
+        torch.testing.assert_close(ours, theirs)
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_opcheck(case):
+    arguments, starts, gradients = problem(case)
+    torch.library.opcheck(kernel._forward, (*arguments, starts, EPS))
+    torch.library.opcheck(kernel._backward, (gradients, *detached(arguments), starts, EPS))

@@ -1,0 +1,94 @@
+"""The Triton kernels: on a GPU on real shapes, without one in the interpreter on small ones, and their machine code."""
+
+import pytest
+import torch
+from offline import OfflineKernel, compile_offline
+
+from phase8.kernels.reference.mixer_inputs import MixerInputs, mixer_inputs, mixer_inputs_backward
+from phase8.kernels.reference.rotary import rotary_angles
+
+# batch, length, heads, head size, taps (0: no convolution), radius given, documents
+SMALL = [
+    (2, 21, 2, 8, 4, True, False), (2, 17, 3, 12, 4, False, True), (1, 1, 1, 4, 3, True, False), (1, 5, 2, 16, 1, True, True),
+    (2, 9, 1, 6, 0, False, False), (1, 2, 2, 8, 4, True, True),
+]  # fmt: skip
+LARGE = [(2, 2048, 8, 128, 4, True, True), (1, 1537, 16, 64, 4, False, False), (3, 257, 6, 96, 3, True, False), (2, 63, 4, 256, 4, False, True)]
+EPS = 1e-5
+TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 1e-2}
+
+
+@pytest.fixture(autouse=True)
+def poisoned(monkeypatch):
+    """Memory that a kernel does not write shows as NaN."""
+    pytest.importorskip("triton")
+    for name in ("empty", "empty_like"):
+        make = getattr(torch, name)
+        for module in ("mixer_inputs", "mixer_inputs_backward"):
+            monkeypatch.setattr(f"phase8.kernels.gpu.{module}.torch.{name}", lambda *a, make=make, **k: make(*a, **k).fill_(float("nan")))
+
+
+def check(case, device, dtype):
+    from phase8.kernels.gpu.mixer_inputs import prepare
+    from phase8.kernels.gpu.mixer_inputs_backward import prepare_backward
+
+    batch, length, heads, head_size, taps, with_radius, packed = case
+    generator = torch.Generator().manual_seed(0)
+
+    def draw(*shape, dtype=dtype):
+        return torch.randn(*shape, generator=generator, dtype=torch.float64).to(dtype).double()
+
+    qkv, gradients = draw(batch, length, 3, heads, head_size), [draw(batch, length, heads, head_size) for _ in MixerInputs._fields]
+    weight = draw(3 * heads * head_size, taps, dtype=torch.float32) if taps else None
+    radius = 1 + draw(heads, dtype=torch.float32).abs() if with_radius else None
+    angles = rotary_angles(length, head_size, base=1e4, first_position=0, device=torch.device("cpu"))
+    starts = torch.rand(batch, length, generator=generator) < 0.1 if packed else None
+    expected = [*mixer_inputs(qkv, weight, angles, radius, eps=EPS, starts=starts)[0]]
+    backward = mixer_inputs_backward(MixerInputs(*gradients), qkv, weight, angles, radius, eps=EPS, starts=starts)
+    expected += [x for x in backward if x is not None]
+
+    def moved(x, dtype):
+        return None if x is None else x.to(device, dtype)
+
+    arguments = (moved(qkv, dtype), *(moved(x, torch.float32) for x in (weight, angles, radius)), moved(starts, torch.bool))
+    found = [*prepare(*arguments, EPS), *prepare_backward([moved(x, dtype) for x in gradients], *arguments, EPS)]
+    for index, (ours, theirs) in enumerate(zip(found, expected, strict=True)):
+        error = (ours.double().cpu() - theirs).norm() / (theirs.norm() + 1e-6)
+        assert error <= TOLERANCE[dtype], f"result {index}: {error:.1e}"
+
+
+@pytest.mark.parametrize("case", SMALL)
+def test_small_shapes_equal_the_reference(case, kernel_device):
+    check(case, kernel_device, torch.float32)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", TOLERANCE)
+@pytest.mark.parametrize("case", LARGE)
+def test_real_shapes_equal_the_reference(case, dtype, kernel_device):
+    check(case, kernel_device, dtype)
+
+
+@pytest.fixture(scope="module")
+def compiled():
+    pytest.importorskip("triton")
+    shape = {"NUM_HEADS": 16, "HEAD_SIZE": 128, "BLOCK_HALF": 64, "TAPS": 4, "CONVOLUTION": True, "RADIUS": True, "DOCUMENTS": False, "BLOCK_T": 32}
+    common = {"qkv": "*bf16", "weight": "*fp32", "cosines": "*fp32", "sines": "*fp32", "radius": "*fp32", "starts": None, "length": 4096, "eps": 1e-5}
+    results = dict.fromkeys(("local_q", "local_k", "global_q", "global_k", "v"), "*bf16")
+    gradients = dict.fromkeys(("dlocal_q", "dlocal_k", "dglobal_q", "dglobal_k", "dq", "dk"), "*bf16") | {"dradius_parts": "*fp32"}
+    convolution = {"qkv": "*bf16", "weight": "*fp32", "starts": None, "dq": "*bf16", "dk": "*bf16", "dv": "*bf16", "dqkv": "*bf16"}
+    convolution |= {"dweight_parts": "*fp32", "length": 4096, "WIDTH": 2048, "TAPS": 4, "CONVOLUTION": True, "DOCUMENTS": False}
+    convolution |= {"PIECE": 512, "BLOCK_T": 16, "BLOCK_C": 128}
+    return compile_offline(
+        {
+            "forward": OfflineKernel("phase8.kernels.gpu.mixer_inputs:_prepare_kernel", common | results | shape, num_warps=8),
+            "normalisation": OfflineKernel("phase8.kernels.gpu.mixer_inputs_backward:_normalisation_kernel", common | gradients | shape, num_warps=8),
+            "convolution": OfflineKernel("phase8.kernels.gpu.mixer_inputs_backward:_convolution_kernel", convolution, num_warps=8),
+        }
+    )
+
+
+def test_machine_code_has_no_spills_and_loads_whole_vectors(compiled):
+    for code in compiled.values():
+        code.check(max_registers=160)  # twelve warps on a multiprocessor at least
+        # Few single loads: weights and tensors come in vectors.
+        assert code.count("LDG.E.128") > code.count("LDG.E") - code.count("LDG.E.128")

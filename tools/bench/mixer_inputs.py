@@ -1,0 +1,70 @@
+"""Times what prepares the inputs of both paths of the mixer, forward and backward, against the compiler on the reference.
+
+    python tools/bench/mixer_inputs.py
+    python tools/bench/mixer_inputs.py --shape 4 4096 16 128
+
+Floor: the projections read once and the five results written once; in backward, also the five gradients read, the gradients of the
+convolved queries and keys written and read again, and the projections read a second time.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Callable, Iterator
+from functools import partial
+
+import torch
+from measure import Case, benchmark, parser, require_close
+from torch import Tensor
+
+from phase8.kernels.mixer_inputs import mixer_inputs
+from phase8.kernels.reference import mixer_inputs as reference
+from phase8.kernels.reference.rotary import rotary_angles
+
+TAPS, EPS = 4, 1e-5
+TOLERANCE = 0.05  # of the largest value: the reference rounds the convolution to bf16
+
+
+def main() -> int:
+    """Runs the command line and returns the exit code."""
+    options = parser(__doc__)
+    options.add_argument("--shape", nargs=4, type=int, default=[4, 4096, 16, 128], metavar=("B", "T", "H", "K"), help="(default: 4 4096 16 128)")
+    return benchmark("mixer_inputs", options.parse_args(), _cases)
+
+
+def _cases(arguments: argparse.Namespace, device: torch.device) -> Iterator[Case]:
+    batch, length, heads, head_size = arguments.shape
+    generator = torch.Generator(device).manual_seed(0)
+    qkv = torch.randn(batch, length, 3, heads, head_size, device=device, generator=generator).bfloat16().requires_grad_()
+    weight = torch.randn(3 * heads * head_size, TAPS, device=device, generator=generator).requires_grad_()
+    angles = rotary_angles(length, head_size, base=1e4, first_position=0, device=device)
+    part_bytes = qkv.numel() * qkv.element_size() // 3
+    for radius in (torch.full((heads,), 4.0, device=device, requires_grad=True), None):
+        inputs = [x for x in (qkv, weight, radius) if x is not None]
+        ours = partial(_results, mixer_inputs, qkv, weight, angles, radius)
+        compiled = partial(_results, torch.compile(reference.mixer_inputs, dynamic=False), qkv, weight, angles, radius)
+        for found, expected in zip(_both(inputs, ours), _both(inputs, compiled), strict=True):
+            require_close("mixer_inputs", found, expected, tolerance=TOLERANCE)
+        score = "dot" if radius is None else "lorentz"
+        for label, run, parts in (("forward", _forward, 3 + 5), ("forward+backward", partial(_both, inputs), 8 + 3 + 5 + 2 + 2 + 3 + 3)):
+            for name, function in (("phase8", ours), ("compiled reference", compiled)):
+                yield Case(f"{score}, {label}", name, partial(run, function), num_bytes=parts * part_bytes)
+
+
+def _results(function: Callable[..., tuple[reference.MixerInputs, Tensor]], *arguments: Tensor | None) -> reference.MixerInputs:
+    return function(*arguments, eps=EPS)[0]
+
+
+def _forward(function: Callable[[], reference.MixerInputs]) -> reference.MixerInputs:
+    with torch.no_grad():
+        return function()
+
+
+def _both(inputs: list[Tensor], function: Callable[[], reference.MixerInputs]) -> tuple[Tensor, ...]:
+    results = function()
+    return torch.autograd.grad(results, inputs, [torch.ones_like(x) for x in results])
+
+
+if __name__ == "__main__":
+    sys.exit(main())
