@@ -15,7 +15,7 @@ SHAPES = pytest.mark.parametrize(("batch", "length", "heads"), [*SMALL, *ON_A_GP
 
 
 def problem(batch, length, heads, variant):
-    """Arguments of the forward, and a gradient of g, in fp64."""
+    """Arguments of the forward, and a gradient of g: fp32 values in fp64, since g enlarges a rounding of its arguments up to 1/eta^2 times."""
     generator = torch.Generator().manual_seed(0)
     potential = 1.5 * torch.randn(batch, length, heads, generator=generator, dtype=torch.float64)
     energy = torch.linspace(-1.5, 1.5, heads, dtype=torch.float64)
@@ -26,7 +26,8 @@ def problem(batch, length, heads, variant):
         state = torch.randn(batch, heads, 2, generator=generator, dtype=torch.float64)
         state[..., 1] = -state[..., 1].abs()
     grad = torch.randn(batch, length, heads, 2, generator=generator, dtype=torch.float64)
-    return (potential, energy, eta, hopping, starts, state), grad
+    arguments = (potential, energy, eta, hopping, starts, state)
+    return [x if x is None or x.dtype == torch.bool else x.float().double() for x in arguments], grad
 
 
 def to(device, *tensors):
