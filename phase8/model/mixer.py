@@ -29,6 +29,7 @@ POTENTIAL_MAX = 2.0
 MEMORY_TOKENS = (2.0, 500.0)
 INITIAL_RADIUS = 4.0
 INITIAL_BETA = 2.0
+SMALLEST_WEIGHT_BITS = 120.0
 
 
 @dataclass(frozen=True)
@@ -111,8 +112,8 @@ class LorentzScore(nn.Module):
 
     @property
     def beta(self) -> Tensor:
-        """Inverse temperature [H]."""
-        return F.softplus(self.beta_raw)
+        """Inverse temperature [H], low enough that the weight of the farthest key, (2 + 4 radius^2)^-beta, is a normal fp32 number."""
+        return torch.minimum(F.softplus(self.beta_raw), SMALLEST_WEIGHT_BITS / torch.log2(2 + 4 * self.radius.square()))
 
     @property
     def radius(self) -> Tensor:

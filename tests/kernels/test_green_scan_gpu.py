@@ -43,7 +43,8 @@ def test_g_is_that_of_the_fp64_reference(batch, length, heads, variant, kernel_d
     arguments, _ = problem(batch, length, heads, variant)
     g = green_scan(*to(kernel_device, *arguments)).cpu().double()
     assert g.shape == (batch, length, heads, 2)
-    assert (g - reference.green_scan(*arguments)).abs().max() < 1e-5
+    # A rounding is enlarged by |g|^2 <= 1/eta^2, and a step has four of them.
+    assert (g - reference.green_scan(*arguments)).abs().max() < 4 * 2**-24 / arguments[2].min() ** 2
 
 
 @SHAPES

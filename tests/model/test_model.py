@@ -5,6 +5,7 @@ from small import LENGTH, VARIANT_IDS, VARIANT_SECTIONS, document_starts, pertur
 
 from phase8.config.schema import ModelSection
 from phase8.kernels.reference.cross_entropy import IGNORED_TARGET
+from phase8.model.mixer import LorentzScore
 
 every_variant = pytest.mark.parametrize("section", VARIANT_SECTIONS, ids=VARIANT_IDS)
 both_blocks = pytest.mark.parametrize("block", ["phase8", "transformer"])
@@ -146,3 +147,14 @@ def test_compiles_without_a_graph_break(block):
     loss = next_token_loss(model, tokens)
     loss.backward()
     torch.testing.assert_close(loss, expected)
+
+
+def test_a_score_that_has_become_too_sharp_keeps_weights_above_underflow():
+    """Kernels without a running maximum divide by the sum of the weights."""
+    score = LorentzScore(4)
+    with torch.no_grad():
+        score.radius_raw.copy_(torch.tensor([4.0, 30.0, 1000.0, 4.0]))
+        score.beta_raw.copy_(torch.tensor([2.0, 40.0, 40.0, 500.0]))
+        farthest = (2 + 4 * score.radius.double() ** 2) ** -score.beta.double()
+    assert (farthest > torch.finfo(torch.float32).tiny).all()
+    torch.testing.assert_close(score.beta[0], torch.nn.functional.softplus(torch.tensor(2.0)))
