@@ -56,9 +56,7 @@ def trace_activations(
     device = meta if on_meta else torch.device("cpu")
     with nullcontext() if on_meta else FakeTensorMode(), device:
         x = torch.empty(*shape, model.d_model, dtype=dtype, requires_grad=True)
-        angles = rotary_angles(
-            model.sequence_length, model.head_width, base=model.rope_base, first_position=0, device=device
-        )
+        angles = rotary_angles(model.sequence_length, model.head_width, base=model.rope_base, first_position=0, device=device)
         starts = torch.empty(shape, dtype=torch.bool) if packed else None
         targets = torch.empty(shape, dtype=torch.int64).flatten()
         head = torch.empty(model.vocab_size, model.d_model, requires_grad=True)
