@@ -60,7 +60,7 @@ def _ablate(arguments: argparse.Namespace) -> int:
     from phase8.train.ablation_results import write_results
     from phase8.train.ablation_runs import Machine, RunProcesses, read_records, record_path
     from phase8.train.datasets import open_run_data
-    from phase8.train.device import device_name, select_device
+    from phase8.train.device import device_name, select_device, visible_gpus
 
     output, device = Path(arguments.output), select_device(arguments.device)
     variants = choose_variants(arguments.variants, arguments.define)
@@ -76,7 +76,8 @@ def _ablate(arguments: argparse.Namespace) -> int:
     waiting = [run for run in runs if not record_path(run, output).exists()]
     _say(f"{len(runs)} runs, {len(runs) - len(waiting)} of them finished earlier")
 
-    machine = Machine(_command(arguments), device=device_name(device), jobs=arguments.jobs)
+    gpus = visible_gpus() if device.type == "cuda" else []
+    machine = Machine(_command(arguments), device=device_name(device), jobs=arguments.jobs, gpus=gpus)
     processes = RunProcesses(machine, output, num_parameters=num_parameters, on_message=_say)
     processes.train(waiting, on_record=lambda: write_results(study, read_records(output), output))
     records = read_records(output)
@@ -120,7 +121,7 @@ def _parser() -> argparse.ArgumentParser:
         help="NAME BASE a.b=c ...: a new variant, BASE with other keys of the model or the optimizer",
     )
     parser.add_argument("--seeds", nargs="+", type=int, default=[1], metavar="N", help="seeds of weights and data order (default: 1)")
-    parser.add_argument("--jobs", type=int, default=1, metavar="N", help="runs side by side on the device (default: 1)")
+    parser.add_argument("--jobs", type=int, default=1, metavar="N", help="runs side by side on each GPU, or on the CPU (default: 1)")
     parser.add_argument("--output", required=True, metavar="DIR", help="where everything is written")
     parser.add_argument("--set", nargs="+", action="append", default=[], metavar="a.b=c", help="override config keys of all runs")
     parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto", help="auto: the GPU if there is one")

@@ -52,6 +52,7 @@ class ModelSection(Section):
     local_window_size: PositiveInt = key(256, "window W of the local path, in tokens, the token itself included")
     global_tokens: NonNegativeInt = key(64, "first G tokens of the sequence that every later token sees")
     score: Literal["lorentz", "dot"] = key("lorentz", "score of the local path: hyperbolic distance or scaled dot product")
+    global_path: bool = key(True, "the gated linear recurrence beside the window; false: the window alone, without gate and chain")
     chain: Literal["both", "decay", "gate", "none"] = key("both", "what the Green chain modulates: the decay, the gate, both, or no chain")
     convolution_size: PositiveInt | None = key(None, "taps of the causal convolution on q, k, v; 1: none; null: 4 (phase8), 1 (transformer)")
     ffn: Literal["swiglu", "low_rank_swiglu", "moe"] = key("swiglu", "feed-forward of the block")

@@ -22,7 +22,7 @@ def forward_flops_per_token(model: ModelSection) -> dict[str, float]:
         "feed-forward": layers * 3 * _linear(width, model.feed_forward_width, rank if model.ffn == "low_rank_swiglu" else 0),
         "head": _linear(width, model.vocab_size, 0),
     }
-    if model.block == "phase8":
+    if model.block == "phase8" and model.global_path:
         num_scalars = 2 if model.chain == "none" else 3
         parts["mixer projections"] += layers * _linear(width, num_scalars * model.num_heads, 0)
         # Update S += w k v^T and read-out S^T q, K^2 multiply-adds each.

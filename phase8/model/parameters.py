@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Protocol, runtime_checkable
@@ -63,3 +64,8 @@ def initialise(model: nn.Module, *, seed: int) -> None:
 def decayed_parameter_names(model: nn.Module) -> set[str]:
     """Names of the parameters that weight decay applies to."""
     return {name for name, _, spec in iterate_specs(model) if spec.decay}
+
+
+def inverse_softplus(x: float) -> float:
+    """The y with softplus(y) = x."""
+    return math.log(math.expm1(x))

@@ -42,18 +42,21 @@ def _transformer(*, taps: int) -> Settings:
     return ("model.block=transformer", f"model.convolution_size={taps}")
 
 
-def _phase8(score: str, *, chain: str) -> Settings:
-    return ("model.block=phase8", "model.convolution_size=4", f"model.score={score}", f"model.chain={chain}")
+def _phase8(score: str, *, chain: str, global_path: bool = True) -> Settings:
+    parts = (f"model.score={score}", f"model.global_path={str(global_path).lower()}", f"model.chain={chain}")
+    return ("model.block=phase8", "model.convolution_size=4", *parts)
 
 
 # Each row names every key it is about, so that a change of a default changes no variant.
 VARIANTS: Mapping[str, Settings] = {
     "transformer": _transformer(taps=1),
     "transformer+conv": _transformer(taps=4),
+    "window": _phase8("dot", chain="none", global_path=False),
     "window+global": _phase8("dot", chain="none"),
     "window+global+decay": _phase8("dot", chain="decay"),
     "window+global+gate": _phase8("dot", chain="gate"),
     "window+global+chain": _phase8("dot", chain="both"),
+    "lorentz": _phase8("lorentz", chain="none", global_path=False),
     "lorentz+global": _phase8("lorentz", chain="none"),
     "lorentz+global+decay": _phase8("lorentz", chain="decay"),
     "lorentz+global+gate": _phase8("lorentz", chain="gate"),

@@ -1,4 +1,4 @@
-"""The runs of an ablation as processes, several side by side on one device, which a small model does not fill.
+"""The runs of an ablation as processes, on all GPUs of the machine and several side by side on each, which a small model does not fill.
 
 A run that crashed, was stopped or killed goes on from its checkpoint when it is started again. A run that has reached its last step
 leaves a record, by which alone it counts as finished: its directory may then be deleted.
@@ -6,6 +6,7 @@ leaves a record, by which alone it counts as finished: its directory may then be
 
 from __future__ import annotations
 
+import os
 import shlex
 import signal
 import subprocess
@@ -45,7 +46,7 @@ class Record:
         skipped_steps: Steps left out because loss or gradient was not finite.
         device: Where it was trained to its end.
         torch_version: With which torch.
-        jobs: Runs that could be side by side on the device.
+        jobs: Runs that could be side by side on that device.
         curve: Tokens seen and validation loss, of every evaluation.
     """
 
@@ -70,12 +71,19 @@ class Machine:
     Args:
         command: The words that start a run, given its overrides.
         device: Name of the device.
-        jobs: Runs side by side.
+        jobs: Runs side by side on each device.
+        gpus: What CUDA_VISIBLE_DEVICES says for a run on each GPU; empty: the one device there is needs no choice.
     """
 
     command: Callable[[Sequence[str]], list[str]]
     device: str
     jobs: int
+    gpus: Sequence[str] = ()
+
+    @property
+    def max_running(self) -> int:
+        """Runs side by side on all devices."""
+        return self.jobs * max(len(self.gpus), 1)
 
 
 @dataclass(frozen=True)
@@ -83,6 +91,7 @@ class _Started:
     run: PlannedRun
     process: subprocess.Popen
     log: Path
+    gpu: str | None
 
 
 def read_records(output: Path) -> list[Record]:
@@ -135,7 +144,7 @@ class RunProcesses:
                         waiting.clear()
                         for started in self._running:
                             started.process.terminate()
-                    while waiting and len(self._running) < self.machine.jobs:
+                    while waiting and len(self._running) < self.machine.max_running:
                         self._start(waiting.popleft())
                     for started in [started for started in self._running if started.process.poll() is not None]:
                         self._running.remove(started)
@@ -151,16 +160,23 @@ class RunProcesses:
                     started.process.wait()
 
     def _start(self, run: PlannedRun) -> None:
-        command, log = self.machine.command(run.settings), self.output / "logs" / f"{run.name}.log"
+        command, log, gpu = self.machine.command(run.settings), self.output / "logs" / f"{run.name}.log", self._least_busy_gpu()
+        environment = None if gpu is None else {**os.environ, "CUDA_VISIBLE_DEVICES": gpu}
         with storage_errors(log):
             log.parent.mkdir(parents=True, exist_ok=True)
             with log.open("ab") as file:
                 file.write(f"$ {shlex.join(command)}\n".encode())
                 file.flush()
                 # In a session of its own: Ctrl-C reaches this process alone, which asks each run once.
-                process = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=file, stderr=subprocess.STDOUT, start_new_session=True)
-                self._running.append(_Started(run, process, log))
-        self.on_message(f"{run.name}: started, log in {log}")
+                process = subprocess.Popen(
+                    command, stdin=subprocess.DEVNULL, stdout=file, stderr=subprocess.STDOUT, start_new_session=True, env=environment
+                )
+                self._running.append(_Started(run, process, log, gpu))
+        self.on_message(f"{run.name}: started{'' if gpu is None else f' on GPU {gpu}'}, log in {log}")
+
+    def _least_busy_gpu(self) -> str | None:
+        busy = [started.gpu for started in self._running]
+        return min(self.machine.gpus, key=busy.count, default=None)
 
     def _settle(self, started: _Started, *, is_stopping: bool) -> bool:
         """Says how a process ended; whether its run left a record."""

@@ -29,6 +29,13 @@ def device_name(device: torch.device) -> str:
     return f"CPU, {torch.get_num_threads()} threads"
 
 
+def visible_gpus() -> list[str]:
+    """The GPUs of this process, as CUDA_VISIBLE_DEVICES names them to another."""
+    given = os.environ.get("CUDA_VISIBLE_DEVICES")
+    names = [name.strip() for name in given.split(",")] if given is not None else list(map(str, range(torch.cuda.device_count())))
+    return names[: torch.cuda.device_count()]
+
+
 def require_determinism() -> None:
     """Makes torch refuse operations without a deterministic implementation; call before the first use of the GPU."""
     # cuBLAS is deterministic only with a fixed workspace, and reads its size from the environment.

@@ -38,35 +38,37 @@ def mixer(section, p, x):
     q, k, v = (part.reshape(length, heads, size) for part in qkv.chunk(3, dim=-1))
     if section.block == "transformer":
         return linear(p, "mixer.out", torch.cat([softmax_attention(section, q, k, v, h, None, p) for h in range(heads)], dim=-1))
-    scalars = (x @ p["mixer.scalars.weight"].T).reshape(length, heads, -1)
+    if not section.global_path:
+        return linear(p, "mixer.out", torch.cat([softmax_attention(section, q, k, v, h, section.local_window_size, p) for h in range(heads)], dim=-1))
+    scalars = (x @ p["mixer.global_path.scalars.weight"].T).reshape(length, heads, -1)
     outputs = []
     for h in range(heads):
         decay_term, gate_term = chain_terms(p, scalars, h)
-        alpha = torch.exp(-F.softplus(scalars[:, h, 0] + p["mixer.decay_bias"][h]) * torch.exp(decay_term))
-        gate = torch.sigmoid(scalars[:, h, 1] + p["mixer.gate_bias"][h] + gate_term)
+        alpha = torch.exp(-F.softplus(scalars[:, h, 0] + p["mixer.global_path.decay_bias"][h]) * torch.exp(decay_term))
+        gate = torch.sigmoid(scalars[:, h, 1] + p["mixer.global_path.gate_bias"][h] + gate_term)
         state, read = torch.zeros(size, size, dtype=x.dtype), []
         for i in range(length):
             key, query = rms(k[i, h], section.norm_eps), rms(q[i, h], section.norm_eps)
             state = alpha[i] * state + (1 - alpha[i]) * torch.outer(key, v[i, h]) / math.sqrt(size)
             read.append(state.T @ query)
-        y_global = rms(torch.stack(read), section.norm_eps) * p["mixer.global_norm.weight"][h]
+        y_global = rms(torch.stack(read), section.norm_eps) * p["mixer.global_path.norm.weight"][h]
         outputs.append(softmax_attention(section, q, k, v, h, section.local_window_size, p) + gate[:, None] * y_global)
     return linear(p, "mixer.out", torch.cat(outputs, dim=-1))
 
 
 def chain_terms(p, scalars, h):
     """Log factor of the decay rate and addition to the gate, from the Green function by matrix inversion."""
-    if "mixer.chain.energy" not in p:
+    if "mixer.global_path.chain.energy" not in p:
         return torch.zeros(()), torch.zeros(())
     potential = 2 * torch.tanh(scalars[:, h, 2] / 2)
-    z = torch.complex(p["mixer.chain.energy"][h], 0.1 + F.softplus(p["mixer.chain.eta_raw"][h]))
-    hopping = F.softplus(p["mixer.chain.hopping_raw"][h]).sqrt()
+    z = torch.complex(p["mixer.global_path.chain.energy"][h], 0.1 + F.softplus(p["mixer.global_path.chain.eta_raw"][h]))
+    hopping = F.softplus(p["mixer.global_path.chain.hopping_raw"][h]).sqrt()
     g = []
     for n in range(1, len(potential) + 1):
         operator = torch.diag(potential[:n]) + hopping * (torch.ones(n - 1).diag(1) + torch.ones(n - 1).diag(-1)).double()
         g.append(torch.linalg.inv(z * torch.eye(n) - operator)[-1, -1])
     g = torch.view_as_real(torch.stack(g))
-    terms = (p.get(f"mixer.chain.{name}") for name in ("decay_mix", "gate_mix"))
+    terms = (p.get(f"mixer.global_path.chain.{name}") for name in ("decay_mix", "gate_mix"))
     return tuple(torch.zeros(()) if mix is None else g @ mix[h] for mix in terms)
 
 

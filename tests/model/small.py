@@ -46,6 +46,7 @@ VARIANTS = [
         (f"score-{score}-chain-{chain}", scaled_down(ModelSection(score=score, chain=chain, convolution_size=taps)))
         for score, chain, taps in (("dot", "none", 1), ("dot", "decay", 4), ("lorentz", "gate", 4), ("dot", "both", 2))
     ),
+    *((f"window-{score}", scaled_down(ModelSection(score=score, chain="none", global_path=False))) for score in ("dot", "lorentz")),
     ("transformer-convolution", scaled_down(ModelSection(block="transformer", convolution_size=4))),
     ("low-rank", scaled_down(ModelSection(low_rank_rank=5, ffn="low_rank_swiglu", tie_embeddings=True))),
 ]

@@ -17,6 +17,7 @@ VARIANTS = {
     "tied": {"tie_embeddings": True},
     "own widths": {"head_size": 10, "ffn_size": 17},
     "no chain": {"chain": "none"},
+    "window alone": {"chain": "none", "global_path": False},
 }
 LINEAR_PARTS = ("mixer projections", "feed-forward", "head")
 

@@ -43,11 +43,12 @@ def test_golden_first_values():
 
 def test_documented_initial_state_of_the_mixer():
     mixer = fresh(scaled_down(ModelSection())).blocks[0].mixer
-    memory = 1 / nn.functional.softplus(mixer.decay_bias)
+    path = mixer.global_path
+    memory = 1 / nn.functional.softplus(path.decay_bias)
     torch.testing.assert_close(memory[[0, -1]], torch.tensor([2.0, 500.0]), rtol=1e-4, atol=0)
-    torch.testing.assert_close(mixer.chain.energy, torch.linspace(-1.5, 1.5, 4))
-    torch.testing.assert_close(nn.functional.softplus(mixer.chain.hopping_raw), torch.ones(4))
-    assert not mixer.out.weight.any() and not mixer.chain.decay_mix.any() and not mixer.chain.gate_mix.any()
+    torch.testing.assert_close(path.chain.energy, torch.linspace(-1.5, 1.5, 4))
+    torch.testing.assert_close(nn.functional.softplus(path.chain.hopping_raw), torch.ones(4))
+    assert not mixer.out.weight.any() and not path.chain.decay_mix.any() and not path.chain.gate_mix.any()
     assert (mixer.convolution.weight == torch.tensor([0.0, 0, 0, 1])).all()
 
 
@@ -62,7 +63,7 @@ def test_only_matrices_of_linear_layers_decay():
     decayed = decayed_parameter_names(fresh(scaled_down(ModelSection())))
     assert {name for name in decayed if not name.startswith("blocks.1")} == {
         "head.weight",
-        *(f"blocks.0.mixer.{name}.weight" for name in ("q", "k", "v", "scalars", "out")),
+        *(f"blocks.0.mixer.{name}.weight" for name in ("q", "k", "v", "global_path.scalars", "out")),
         *(f"blocks.0.feed_forward.{name}.weight" for name in ("gate", "up", "down")),
     }
 

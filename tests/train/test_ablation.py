@@ -44,6 +44,7 @@ directory.mkdir(parents=True, exist_ok=True)
 asked = []
 signal.signal(signal.SIGTERM, lambda *_: asked.append(1))
 (directory / "pid").write_text(str(os.getpid()))
+(plan / (settings["run.name"] + ".gpu")).write_text(os.environ.get("CUDA_VISIBLE_DEVICES", "as it was"))
 assert os.getsid(0) == os.getpid()  # the terminal's Ctrl-C must not reach it
 
 def reach(step):
@@ -93,17 +94,17 @@ def stub(tiny, tmp_path):
 
     class Stub:
         def __init__(self):
-            self.runs, self.output, self.messages, self.recorded = runs, output, messages, recorded
+            self.runs, self.output, self.plans, self.messages, self.recorded = runs, output, plans, messages, recorded
 
         def behave(self, **behaviours):
             for run in runs:
                 (plans / run.name).write_text(behaviours.get(run.name.replace("-", "_"), "finish"))
 
-        def train(self, waiting=runs, *, jobs=1, on_message=messages.append):
+        def train(self, waiting=runs, *, jobs=1, gpus=(), on_message=messages.append):
             def command(settings):
                 return [sys.executable, "-I", "-S", "-c", STUB, str(plans), *settings]
 
-            machine = Machine(command, device="the device", jobs=jobs)
+            machine = Machine(command, device="the device", jobs=jobs, gpus=gpus)
             processes = RunProcesses(machine, output, num_parameters={"transformer": 70, "window+global": 71}, on_message=on_message)
             processes.train(waiting, on_record=lambda: recorded.append(len(read_records(output))))
             return processes
@@ -282,6 +283,16 @@ def test_runs_are_side_by_side_but_no_more_than_asked_for(stub):
 
     stub.train(jobs=2, on_message=count)
     assert stub.finished() == names and max(alive) == 2
+
+
+def test_runs_spread_over_the_gpus(stub):
+    names = [run.name for run in stub.runs]
+    stub.behave(**{name.replace("-", "_"): f"together with {other}.here" for name, other in zip(names, reversed(names), strict=True)})
+    stub.train(jobs=2, gpus=["3", "GPU-a1"])
+    assert stub.finished() == names
+    places = {name: (stub.plans / f"{name}.gpu").read_text() for name in names}
+    assert sorted(places.values()) == ["3", "3", "GPU-a1", "GPU-a1"]
+    assert f"{names[0]}: started on GPU 3, log in {stub.output / 'logs' / names[0]}.log" in stub.messages
 
 
 def test_what_crashes_or_is_killed_is_reported_and_the_others_go_on(stub):

@@ -1,0 +1,138 @@
+"""The global path of the mixer: gated linear attention over the whole past, and the Green chain that modulates decay and gate.
+
+Every part is local to a head. Shapes: B batch, T tokens, D model width, H heads, K head size.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from phase8.config.schema import ModelSection
+from phase8.kernels.gated_linear_attention import gated_linear_attention
+from phase8.kernels.green_scan import green_scan
+from phase8.kernels.mixer_inputs import MixerInputs
+from phase8.model.linear import WideLinear
+from phase8.model.norm import RMSNorm
+from phase8.model.parameters import ParameterSpec, inverse_softplus
+
+ETA_MIN = 0.1
+INITIAL_ETA = 0.5
+POTENTIAL_MAX = 2.0
+MEMORY_TOKENS = (2.0, 500.0)
+
+
+@dataclass(frozen=True)
+class GlobalState:
+    """What the global path carries from token to token, fp32.
+
+    Args:
+        memory: State of the recurrence [B, H, K, K].
+        green: The Green function of the last token [B, H, 2]; None without the chain.
+    """
+
+    memory: Tensor
+    green: Tensor | None
+
+
+class GreenChain(nn.Module):
+    """A short nonlinear filter of a scalar potential per head, and how it modulates decay and gate.
+
+    Args:
+        num_heads: H.
+        modulates: `decay`, `gate` or `both`.
+    """
+
+    def __init__(self, num_heads: int, modulates: str):
+        super().__init__()
+        self.energy = nn.Parameter(torch.empty(num_heads))
+        self.eta_raw = nn.Parameter(torch.empty(num_heads))
+        self.hopping_raw = nn.Parameter(torch.empty(num_heads))
+        self.decay_mix = nn.Parameter(torch.empty(num_heads, 2)) if modulates in ("decay", "both") else None
+        self.gate_mix = nn.Parameter(torch.empty(num_heads, 2)) if modulates in ("gate", "both") else None
+
+    def parameter_specs(self) -> dict[str, ParameterSpec]:
+        """Energies spread over the band, unit hopping, and mixing weights of zero: at first the chain changes nothing."""
+        specs = {
+            "energy": ParameterSpec(value=torch.linspace(-1.5, 1.5, len(self.energy))),
+            "eta_raw": ParameterSpec(value=inverse_softplus(INITIAL_ETA - ETA_MIN)),
+            "hopping_raw": ParameterSpec(value=inverse_softplus(1.0)),
+        }
+        for name, parameter in (("decay_mix", self.decay_mix), ("gate_mix", self.gate_mix)):
+            if parameter is not None:
+                specs[name] = ParameterSpec()
+        return specs
+
+    def forward(self, u: Tensor, starts: Tensor | None, state: Tensor | None) -> tuple[Tensor, Tensor | None, Tensor | None]:
+        """The chain over raw potentials u, fp32 [B, T, H].
+
+        Returns:
+            The state to carry on [B, H, 2], log of the factor on the decay rate [B, T, H], term added to the gate [B, T, H]; the last
+            two None where the chain does not modulate.
+        """
+        potential = POTENTIAL_MAX * torch.tanh(u / POTENTIAL_MAX)
+        eta = ETA_MIN + F.softplus(self.eta_raw)
+        g, state = green_scan(potential, self.energy, eta, F.softplus(self.hopping_raw), starts, state)
+        decay, gate = (None if mix is None else (g * mix).sum(-1) for mix in (self.decay_mix, self.gate_mix))
+        return state, decay, gate
+
+
+class GlobalPath(nn.Module):
+    """gate * norm(gated linear attention), per head.
+
+    Args:
+        model: Widths, heads and chain.
+    """
+
+    def __init__(self, model: ModelSection):
+        super().__init__()
+        self.num_heads, self.head_size = model.num_heads, model.head_width
+        self.chain = GreenChain(model.num_heads, model.chain) if model.chain != "none" else None
+        # Per head and token: decay step, gate and, with the chain, its potential. Head-major, so that heads shard as rows.
+        self.scalars = WideLinear(model.d_model, model.num_heads * (2 if self.chain is None else 3), std=model.init_std)
+        self.decay_bias = nn.Parameter(torch.empty(model.num_heads))
+        self.gate_bias = nn.Parameter(torch.empty(model.num_heads))
+        self.norm = RMSNorm(model.num_heads, model.head_width, eps=model.norm_eps)
+
+    def parameter_specs(self) -> dict[str, ParameterSpec]:
+        """Memories spread over the heads on a logarithmic scale; a gate half open."""
+        short, long = MEMORY_TOKENS
+        memory = torch.logspace(math.log10(short), math.log10(long), self.num_heads, dtype=torch.float64)
+        return {"decay_bias": ParameterSpec(value=torch.log(torch.expm1(1 / memory)).float()), "gate_bias": ParameterSpec()}
+
+    def empty_state(self, batch_size: int, *, dtype: torch.dtype, device: torch.device) -> GlobalState:
+        """The state before the first token, fp32 or wider."""
+        wide = {"dtype": torch.promote_types(dtype, torch.float32), "device": device}
+        green = None if self.chain is None else torch.zeros(batch_size, self.num_heads, 2, **wide)
+        return GlobalState(torch.zeros(batch_size, self.num_heads, self.head_size, self.head_size, **wide), green)
+
+    def forward(
+        self, x: Tensor, inputs: MixerInputs, starts: Tensor | None, state: GlobalState | None
+    ) -> tuple[Tensor, GlobalState | None]:
+        """What the path adds to the local one, [B, T, H, K], and the state to carry on (None without `state`).
+
+        Args:
+            x: Normalised residual stream [B, T, D].
+            inputs: Queries, keys and values.
+            starts: True where a token begins a document [B, T]; None: nowhere.
+            state: What earlier pieces of the sequence carried; None: it begins here and nothing is carried on.
+        """
+        log_decay, gate, green = self._modulation(x, starts, None if state is None else state.green)
+        memory = None if state is None else state.memory
+        y, memory = gated_linear_attention(inputs.global_q, inputs.global_k, inputs.v, log_decay, starts, memory)
+        y = self.norm(y)
+        return gate[..., None].to(y.dtype) * y, None if state is None else GlobalState(memory, green)
+
+    def _modulation(self, x: Tensor, starts: Tensor | None, state: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None]:
+        """Decay log alpha [B, T, H], gate [B, T, H] and the state of the chain; fp32 from the scalars on."""
+        step, gate, *potential = self.scalars(x).unflatten(-1, (self.num_heads, -1)).unbind(-1)
+        log_decay, gate = -F.softplus(step + self.decay_bias), gate + self.gate_bias
+        if self.chain is not None:
+            state, decay_factor, gate_term = self.chain(potential[0], starts, state)
+            log_decay = log_decay if decay_factor is None else log_decay * torch.exp(decay_factor)
+            gate = gate if gate_term is None else gate + gate_term
+        return log_decay, torch.sigmoid(gate), state
