@@ -74,7 +74,8 @@ def _describe(annotation: Any, metadata: Sequence[Any]) -> str:
     if origin is Literal:
         return "one of " + ", ".join(str(value) for value in arguments)
     if origin is tuple and arguments[1:] == (...,):
-        return "a list of {" + ", ".join(arguments[0].model_fields) + "}"
+        fields = getattr(arguments[0], "model_fields", None)
+        return f"a list of values, each {_describe(arguments[0], [])}" if fields is None else "a list of {" + ", ".join(fields) + "}"
     if origin is tuple:
         return f"a list of {len(arguments)} values, each {_describe(arguments[0], [])}"
     words = {int: "a whole number", float: "a number", bool: "true or false", str: "a text"}

@@ -38,6 +38,9 @@ class RunSection(Section):
     output_dir: str = key("runs", "parent of the run directory")
 
 
+Windows = Annotated[tuple[PositiveInt, ...], Field(min_length=1, strict=False)]
+
+
 class ModelSection(Section):
     """The model. Shapes follow docs: H * K = attention width, K = head size."""
 
@@ -49,11 +52,16 @@ class ModelSection(Section):
     vocab_size: PositiveInt = key(16384, "number of token ids; the tokenizer and the data must stay below it")
     sequence_length: PositiveInt = key(512, "tokens T of a training sequence")
     low_rank_rank: NonNegativeInt = key(0, "rank R of the mixer's linears (and of the feed-forward's with ffn: low_rank_swiglu); 0: dense")
-    local_window_size: PositiveInt = key(256, "window W of the local path, in tokens, the token itself included")
+    local_window_size: PositiveInt | Windows = key(
+        256, "window W of the local path, in tokens, the token itself included; a list is repeated over the layers"
+    )
     global_tokens: NonNegativeInt = key(64, "first G tokens of the sequence that every later token sees")
     score: Literal["lorentz", "dot"] = key("lorentz", "score of the local path: hyperbolic distance or scaled dot product")
     global_path: bool = key(True, "the gated linear recurrence beside the window; false: the window alone, without gate and chain")
     chain: Literal["both", "decay", "gate", "none"] = key("both", "what the Green chain modulates: the decay, the gate, both, or no chain")
+    memory_tokens: Annotated[tuple[PositiveFloat, PositiveFloat], Field(strict=False)] = key(
+        (2.0, 500.0), "memory of the global path at initialisation, in tokens: of the first head and of the last, those between on a logarithmic scale"
+    )
     convolution_size: PositiveInt | None = key(None, "taps of the causal convolution on q, k, v; 1: none; null: 4 (phase8), 1 (transformer)")
     ffn: Literal["swiglu", "low_rank_swiglu", "moe"] = key("swiglu", "feed-forward of the block")
     ffn_size: PositiveInt | None = key(None, "width F of the feed-forward; null: 8/3 d_model rounded up to a multiple of 64")
@@ -71,6 +79,12 @@ class ModelSection(Section):
     def attention_width(self) -> int:
         """Width H * K of q, k and v."""
         return self.num_heads * self.head_width
+
+    @property
+    def window_sizes(self) -> tuple[int, ...]:
+        """Window of the local path in each layer."""
+        pattern = self.local_window_size if isinstance(self.local_window_size, tuple) else (self.local_window_size,)
+        return tuple(pattern[layer % len(pattern)] for layer in range(self.num_layers))
 
     @property
     def feed_forward_width(self) -> int:

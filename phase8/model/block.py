@@ -20,13 +20,14 @@ class Block(nn.Module):
 
     Args:
         model: Which block, and its widths.
+        layer: Which layer of the model it is.
         recompute_mixer: Recompute the mixer's activations in backward.
     """
 
-    def __init__(self, model: ModelSection, *, recompute_mixer: bool = False):
+    def __init__(self, model: ModelSection, layer: int, *, recompute_mixer: bool = False):
         super().__init__()
         self.mixer_norm = RMSNorm(model.d_model, eps=model.norm_eps)
-        self.mixer = Phase8Mixer(model) if model.block == "phase8" else CausalAttention(model)
+        self.mixer = Phase8Mixer(model, window=model.window_sizes[layer]) if model.block == "phase8" else CausalAttention(model)
         self.feed_forward_norm = RMSNorm(model.d_model, eps=model.norm_eps)
         self.feed_forward = SwiGLU(model)
         self.recompute_mixer = recompute_mixer

@@ -18,7 +18,7 @@ def forward_flops_per_token(model: ModelSection) -> dict[str, float]:
     parts = {
         "mixer projections": layers * 4 * _linear(width, inner, rank),
         "convolution": layers * 2 * 3 * inner * model.convolution_taps if model.convolution_taps > 1 else 0,
-        "attention": layers * 4 * inner * mean_visible_keys(model),
+        "attention": 4 * inner * sum(mean_visible_keys(model, window) for window in model.window_sizes),
         "feed-forward": layers * 3 * _linear(width, model.feed_forward_width, rank if model.ffn == "low_rank_swiglu" else 0),
         "head": _linear(width, model.vocab_size, 0),
     }
@@ -35,12 +35,12 @@ def training_flops_per_token(model: ModelSection) -> float:
     return (1 + BACKWARD_OVER_FORWARD) * sum(forward_flops_per_token(model).values())
 
 
-def mean_visible_keys(model: ModelSection) -> float:
-    """Keys that attention reads, averaged over the positions of a sequence."""
+def mean_visible_keys(model: ModelSection, window: int) -> float:
+    """Keys that attention reads in a layer of this window, averaged over the positions of a sequence."""
     length = model.sequence_length
     if model.block == "transformer":
         return (length + 1) / 2
-    window, far = model.local_window_size, model.global_tokens
+    far = model.global_tokens
     near_keys = sum(min(i + 1, window) for i in range(min(length, window))) + max(length - window, 0) * window
     # Position i sees the globals that have left its window: min(i + 1 - W, G) of them.
     beyond = max(length - window, 0)

@@ -23,7 +23,6 @@ from phase8.model.parameters import ParameterSpec, inverse_softplus
 ETA_MIN = 0.1
 INITIAL_ETA = 0.5
 POTENTIAL_MAX = 2.0
-MEMORY_TOKENS = (2.0, 500.0)
 
 
 @dataclass(frozen=True)
@@ -90,7 +89,7 @@ class GlobalPath(nn.Module):
 
     def __init__(self, model: ModelSection):
         super().__init__()
-        self.num_heads, self.head_size = model.num_heads, model.head_width
+        self.num_heads, self.head_size, self.memory_tokens = model.num_heads, model.head_width, model.memory_tokens
         self.chain = GreenChain(model.num_heads, model.chain) if model.chain != "none" else None
         # Per head and token: decay step, gate and, with the chain, its potential. Head-major, so that heads shard as rows.
         self.scalars = WideLinear(model.d_model, model.num_heads * (2 if self.chain is None else 3), std=model.init_std)
@@ -100,8 +99,8 @@ class GlobalPath(nn.Module):
 
     def parameter_specs(self) -> dict[str, ParameterSpec]:
         """Memories spread over the heads on a logarithmic scale; a gate half open."""
-        short, long = MEMORY_TOKENS
-        memory = torch.logspace(math.log10(short), math.log10(long), self.num_heads, dtype=torch.float64)
+        first, last = map(math.log10, self.memory_tokens)
+        memory = torch.logspace(first, last, self.num_heads, dtype=torch.float64)
         return {"decay_bias": ParameterSpec(value=torch.log(torch.expm1(1 / memory)).float()), "gate_bias": ParameterSpec()}
 
     def empty_state(self, batch_size: int, *, dtype: torch.dtype, device: torch.device) -> GlobalState:

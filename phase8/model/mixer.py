@@ -74,14 +74,15 @@ class Phase8Mixer(nn.Module):
     """Local path + gate * global path, or the local path alone.
 
     Args:
-        model: Widths, heads, window, score, global path and chain.
+        model: Widths, heads, score, global path and chain.
+        window: Tokens W that the local path sees, the token itself included.
     """
 
-    def __init__(self, model: ModelSection):
+    def __init__(self, model: ModelSection, *, window: int):
         super().__init__()
         width, inner, rank = model.d_model, model.attention_width, model.low_rank_rank
         self.num_heads, self.head_size = model.num_heads, model.head_width
-        self.window, self.global_tokens, self.eps = model.local_window_size, model.global_tokens, model.norm_eps
+        self.window, self.global_tokens, self.eps = window, model.global_tokens, model.norm_eps
         self.q, self.k, self.v = (build_linear(width, inner, rank=rank, std=model.init_std) for _ in range(3))
         self.convolution = ShortConvolution(3 * inner, model.convolution_taps)
         self.score = LorentzScore(model.num_heads) if model.score == "lorentz" else None

@@ -59,7 +59,7 @@ class LanguageModel(nn.Module):
         self.recomputed_layers = recomputed if recompute == "full" else range(0)
         selective = recomputed if recompute == "selective" else range(0)
         self.embedding = Embedding(model.vocab_size, model.d_model, std=model.init_std, dtype=dtype)
-        self.blocks = nn.ModuleList(Block(model, recompute_mixer=layer in selective) for layer in range(model.num_layers))
+        self.blocks = nn.ModuleList(Block(model, layer, recompute_mixer=layer in selective) for layer in range(model.num_layers))
         self.norm = RMSNorm(model.d_model, eps=model.norm_eps)
         self.head = None if model.tie_embeddings else Linear(model.d_model, model.vocab_size, std=model.init_std)
 

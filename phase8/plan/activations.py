@@ -46,7 +46,7 @@ def trace_activations(
         packed: Document boundaries are reset, which adds masks.
         device_type: Where the model will run: on a GPU the operators keep less than autograd does on a CPU.
     """
-    one_layer = model.model_copy(update={"num_layers": 1})
+    one_layer = model.model_copy(update={"num_layers": 1, "local_window_size": max(model.window_sizes)})
     meta = torch.device("meta")
     whole, selective = (build_model(one_layer, dtype=dtype, device=meta, recompute=recompute) for recompute in ("none", "selective"))
     shape = (micro_batch_size, model.sequence_length)

@@ -19,7 +19,7 @@ def hidden_states(model, tokens):
         x = p["embedding.weight"][row]
         for layer in range(section.num_layers):
             own = {name.removeprefix(f"blocks.{layer}."): value for name, value in p.items() if name.startswith(f"blocks.{layer}.")}
-            x = x + mixer(section, own, rms(x, section.norm_eps) * own["mixer_norm.weight"])
+            x = x + mixer(section, layer, own, rms(x, section.norm_eps) * own["mixer_norm.weight"])
             y = rms(x, section.norm_eps) * own["feed_forward_norm.weight"]
             gate, up = (linear(own, f"feed_forward.{name}", y) for name in ("gate", "up"))
             x = x + linear(own, "feed_forward.down", gate * torch.sigmoid(gate) * up)
@@ -27,8 +27,10 @@ def hidden_states(model, tokens):
     return torch.stack(out)
 
 
-def mixer(section, p, x):
+def mixer(section, layer, p, x):
     """[T, D] -> [T, D]."""
+    pattern = section.local_window_size if isinstance(section.local_window_size, tuple) else [section.local_window_size]
+    window = pattern[layer % len(pattern)]
     heads, size, length = section.num_heads, section.head_width, len(x)
     qkv = torch.cat([linear(p, f"mixer.{name}", x) for name in "qkv"], dim=-1)
     if "mixer.convolution.weight" in p:
@@ -39,7 +41,7 @@ def mixer(section, p, x):
     if section.block == "transformer":
         return linear(p, "mixer.out", torch.cat([softmax_attention(section, q, k, v, h, None, p) for h in range(heads)], dim=-1))
     if not section.global_path:
-        return linear(p, "mixer.out", torch.cat([softmax_attention(section, q, k, v, h, section.local_window_size, p) for h in range(heads)], dim=-1))
+        return linear(p, "mixer.out", torch.cat([softmax_attention(section, q, k, v, h, window, p) for h in range(heads)], dim=-1))
     scalars = (x @ p["mixer.global_path.scalars.weight"].T).reshape(length, heads, -1)
     outputs = []
     for h in range(heads):
@@ -52,7 +54,7 @@ def mixer(section, p, x):
             state = alpha[i] * state + (1 - alpha[i]) * torch.outer(key, v[i, h]) / math.sqrt(size)
             read.append(state.T @ query)
         y_global = rms(torch.stack(read), section.norm_eps) * p["mixer.global_path.norm.weight"][h]
-        outputs.append(softmax_attention(section, q, k, v, h, section.local_window_size, p) + gate[:, None] * y_global)
+        outputs.append(softmax_attention(section, q, k, v, h, window, p) + gate[:, None] * y_global)
     return linear(p, "mixer.out", torch.cat(outputs, dim=-1))
 
 

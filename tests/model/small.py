@@ -47,6 +47,7 @@ VARIANTS = [
         for score, chain, taps in (("dot", "none", 1), ("dot", "decay", 4), ("lorentz", "gate", 4), ("dot", "both", 2))
     ),
     *((f"window-{score}", scaled_down(ModelSection(score=score, chain="none", global_path=False))) for score in ("dot", "lorentz")),
+    ("windows", scaled_down(ModelSection(), num_layers=3, local_window_size=(3, 9), memory_tokens=(4.0, 90.0))),
     ("transformer-convolution", scaled_down(ModelSection(block="transformer", convolution_size=4))),
     ("low-rank", scaled_down(ModelSection(low_rank_rank=5, ffn="low_rank_swiglu", tie_embeddings=True))),
 ]

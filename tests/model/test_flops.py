@@ -47,8 +47,8 @@ def visible_keys_by_mask(length, window, global_tokens):
 def test_mean_visible_keys_equals_a_count_over_masks(length):
     for window, global_tokens in itertools.product([1, 2, 5, 16, 40], [0, 1, 4, 16, 50]):
         section = ModelSection(sequence_length=length, local_window_size=window, global_tokens=global_tokens)
-        assert mean_visible_keys(section) == visible_keys_by_mask(length, window, global_tokens), (window, global_tokens)
-    assert mean_visible_keys(ModelSection(block="transformer", sequence_length=length)) == visible_keys_by_mask(length, length, 0)
+        assert mean_visible_keys(section, window) == visible_keys_by_mask(length, window, global_tokens), (window, global_tokens)
+    assert mean_visible_keys(ModelSection(block="transformer", sequence_length=length), 256) == visible_keys_by_mask(length, length, 0)
 
 
 @pytest.mark.parametrize("block", ["phase8", "transformer"])
@@ -59,7 +59,7 @@ def test_attention_is_the_visible_share_of_both_products_over_all_pairs(block):
     with FlopCounterMode(display=False) as counter:
         (q @ q.transpose(2, 3)) @ q
     all_pairs = section.num_layers * counter.get_total_flops() / length
-    assert forward_flops_per_token(section)["attention"] == pytest.approx(all_pairs * mean_visible_keys(section) / length)
+    assert forward_flops_per_token(section)["attention"] == pytest.approx(all_pairs * mean_visible_keys(section, 8) / length)
 
 
 def test_a_worked_example():
