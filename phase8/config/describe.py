@@ -74,8 +74,9 @@ def _describe(annotation: Any, metadata: Sequence[Any]) -> str:
     if origin is Literal:
         return "one of " + ", ".join(str(value) for value in arguments)
     if origin is tuple and arguments[1:] == (...,):
-        fields = getattr(arguments[0], "model_fields", None)
-        return f"a list of values, each {_describe(arguments[0], [])}" if fields is None else "a list of {" + ", ".join(fields) + "}"
+        (kind, _) = arguments
+        is_section = isinstance(kind, type) and issubclass(kind, Section)
+        return "a list of " + ("{" + ", ".join(kind.model_fields) + "}" if is_section else f"values, each {_describe(kind, [])}")
     if origin is tuple:
         return f"a list of {len(arguments)} values, each {_describe(arguments[0], [])}"
     words = {int: "a whole number", float: "a number", bool: "true or false", str: "a text"}

@@ -53,14 +53,14 @@ class ModelSection(Section):
     sequence_length: PositiveInt = key(512, "tokens T of a training sequence")
     low_rank_rank: NonNegativeInt = key(0, "rank R of the mixer's linears (and of the feed-forward's with ffn: low_rank_swiglu); 0: dense")
     local_window_size: PositiveInt | Windows = key(
-        256, "window W of the local path, in tokens, the token itself included; a list is repeated over the layers"
+        (128, 128, 128, 1024), "window W of the local path, in tokens, the token itself included; a list is repeated over the layers"
     )
-    global_tokens: NonNegativeInt = key(64, "first G tokens of the sequence that every later token sees")
-    score: Literal["lorentz", "dot"] = key("lorentz", "score of the local path: hyperbolic distance or scaled dot product")
+    global_tokens: NonNegativeInt = key(0, "first G tokens of the sequence that every later token sees")
+    score: Literal["lorentz", "dot"] = key("dot", "score of the local path: hyperbolic distance or scaled dot product")
     global_path: bool = key(True, "the gated linear recurrence beside the window; false: the window alone, without gate and chain")
-    chain: Literal["both", "decay", "gate", "none"] = key("both", "what the Green chain modulates: the decay, the gate, both, or no chain")
+    chain: Literal["both", "decay", "gate", "none"] = key("none", "what the Green chain modulates: the decay, the gate, both, or no chain")
     memory_tokens: Annotated[tuple[PositiveFloat, PositiveFloat], Field(strict=False)] = key(
-        (2.0, 500.0), "memory of the global path at initialisation, in tokens: of the first head and of the last, those between on a logarithmic scale"
+        (2.0, 500.0), "tokens that the first and the last head of the global path remember at initialisation; on a logarithmic scale between"
     )
     convolution_size: PositiveInt | None = key(None, "taps of the causal convolution on q, k, v; 1: none; null: 4 (phase8), 1 (transformer)")
     ffn: Literal["swiglu", "low_rank_swiglu", "moe"] = key("swiglu", "feed-forward of the block")

@@ -6,7 +6,6 @@ leaves a record, by which alone it counts as finished: its directory may then be
 
 from __future__ import annotations
 
-import os
 import shlex
 import signal
 import subprocess
@@ -25,6 +24,7 @@ from phase8.errors import StorageError
 from phase8.observe.history import History, last_finite, median
 from phase8.observe.metrics import read_metrics
 from phase8.train.ablation import PlannedRun
+from phase8.train.device import environment_with_gpu
 from phase8.train.signals import StopRequest
 
 POLL_SECONDS = 0.1
@@ -161,7 +161,6 @@ class RunProcesses:
 
     def _start(self, run: PlannedRun) -> None:
         command, log, gpu = self.machine.command(run.settings), self.output / "logs" / f"{run.name}.log", self._least_busy_gpu()
-        environment = None if gpu is None else {**os.environ, "CUDA_VISIBLE_DEVICES": gpu}
         with storage_errors(log):
             log.parent.mkdir(parents=True, exist_ok=True)
             with log.open("ab") as file:
@@ -169,7 +168,7 @@ class RunProcesses:
                 file.flush()
                 # In a session of its own: Ctrl-C reaches this process alone, which asks each run once.
                 process = subprocess.Popen(
-                    command, stdin=subprocess.DEVNULL, stdout=file, stderr=subprocess.STDOUT, start_new_session=True, env=environment
+                    command, stdin=subprocess.DEVNULL, stdout=file, stderr=subprocess.STDOUT, start_new_session=True, env=environment_with_gpu(gpu)
                 )
                 self._running.append(_Started(run, process, log, gpu))
         self.on_message(f"{run.name}: started{'' if gpu is None else f' on GPU {gpu}'}, log in {log}")

@@ -36,6 +36,11 @@ def visible_gpus() -> list[str]:
     return names[: torch.cuda.device_count()]
 
 
+def environment_with_gpu(name: str | None) -> dict[str, str]:
+    """The environment of a process that is to see one GPU of `visible_gpus` alone; None: all that this process sees."""
+    return {**os.environ, **({} if name is None else {"CUDA_VISIBLE_DEVICES": name})}
+
+
 def require_determinism() -> None:
     """Makes torch refuse operations without a deterministic implementation; call before the first use of the GPU."""
     # cuBLAS is deterministic only with a fixed workspace, and reads its size from the environment.

@@ -19,12 +19,12 @@ def test_decoding_one_by_one_gives_the_logits_of_the_whole(section, prompt_token
 
 
 def test_memory_is_constant_at_any_length():
-    section = scaled_down(ModelSection())
+    section = scaled_down(ModelSection(global_tokens=3))
     decoder, sizes = Decoder(perturbed_model(section)), []
     for token in random_tokens(batch=1, length=60).split(1, dim=1):
         decoder.feed(token)
         sizes.append(decoder.state_bytes)
-    full = section.local_window_size - 1 + section.global_tokens
+    full = max(section.window_sizes) - 1 + section.global_tokens
     assert len(set(sizes[full:])) == 1 and sizes[0] < sizes[full]
 
 

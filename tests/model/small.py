@@ -24,7 +24,7 @@ def scaled_down(model: ModelSection, **changes) -> ModelSection:
         "vocab_size": 61,
         "sequence_length": LENGTH,
         "low_rank_rank": min(model.low_rank_rank, 5),
-        "local_window_size": 6,
+        "local_window_size": 6 if isinstance(model.local_window_size, int) else (6, 14),
         "global_tokens": min(model.global_tokens, 3),
     }
     return model.model_copy(update={**small, **changes})
@@ -43,11 +43,11 @@ SHIPPED = shipped_sections()
 VARIANTS = [
     *SHIPPED,
     *(
-        (f"score-{score}-chain-{chain}", scaled_down(ModelSection(score=score, chain=chain, convolution_size=taps)))
-        for score, chain, taps in (("dot", "none", 1), ("dot", "decay", 4), ("lorentz", "gate", 4), ("dot", "both", 2))
+        (f"score-{score}-chain-{chain}", scaled_down(ModelSection(score=score, chain=chain, convolution_size=taps, global_tokens=3)))
+        for score, chain, taps in (("dot", "none", 1), ("dot", "decay", 4), ("lorentz", "gate", 4), ("lorentz", "both", 4), ("dot", "both", 2))
     ),
-    *((f"window-{score}", scaled_down(ModelSection(score=score, chain="none", global_path=False))) for score in ("dot", "lorentz")),
-    ("windows", scaled_down(ModelSection(), num_layers=3, local_window_size=(3, 9), memory_tokens=(4.0, 90.0))),
+    *((f"window-{score}", scaled_down(ModelSection(score=score, global_path=False, global_tokens=3))) for score in ("dot", "lorentz")),
+    ("windows", scaled_down(ModelSection(), num_layers=3, local_window_size=(3, 9), global_tokens=2, memory_tokens=(4.0, 90.0))),
     ("transformer-convolution", scaled_down(ModelSection(block="transformer", convolution_size=4))),
     ("low-rank", scaled_down(ModelSection(low_rank_rank=5, ffn="low_rank_swiglu", tie_embeddings=True))),
 ]

@@ -68,7 +68,7 @@ def test_a_worked_example():
     )
     # Keys of tokens 0..3: 1, 2, 3 (window 2 + global), 3: 9 / 4 on average.
     assert forward_flops_per_token(section) == {
-        "mixer projections": 2 * (4 * 2 * 8 * 8 + 2 * 8 * 3 * 2),
+        "mixer projections": 2 * (4 * 2 * 8 * 8 + 2 * 8 * 2 * 2),
         "convolution": 2 * 2 * 3 * 8 * 4,
         "attention": 2 * 2 * 2 * 8 * 9 / 4,
         "feed-forward": 2 * 3 * 2 * 8 * 12,

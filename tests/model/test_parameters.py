@@ -42,10 +42,11 @@ def test_golden_first_values():
 
 
 def test_documented_initial_state_of_the_mixer():
-    mixer = fresh(scaled_down(ModelSection())).blocks[0].mixer
+    mixer = fresh(scaled_down(ModelSection(chain="both"))).blocks[0].mixer
     path = mixer.global_path
     memory = 1 / nn.functional.softplus(path.decay_bias)
     torch.testing.assert_close(memory[[0, -1]], torch.tensor([2.0, 500.0]), rtol=1e-4, atol=0)
+    torch.testing.assert_close(path.gate_bias, torch.full((4,), -3.0))
     torch.testing.assert_close(path.chain.energy, torch.linspace(-1.5, 1.5, 4))
     torch.testing.assert_close(nn.functional.softplus(path.chain.hopping_raw), torch.ones(4))
     assert not mixer.out.weight.any() and not path.chain.decay_mix.any() and not path.chain.gate_mix.any()
