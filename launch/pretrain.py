@@ -26,12 +26,10 @@ def main() -> int:
     try:
         if arguments.world_size is not None and not arguments.dry_run:
             raise ConfigError(f"--world-size {arguments.world_size} is for --dry-run: a run has the processes that were started; leave it out.")
-        config = load_config(arguments.config, overrides)
-        # Imported late: a mistake in the config is answered before torch is loaded.
         if arguments.dry_run:
-            _dry_run(config, 1 if arguments.world_size is None else arguments.world_size)
+            _dry_run(load_config(arguments.config, overrides), 1 if arguments.world_size is None else arguments.world_size)
         else:
-            _train(config, arguments)
+            _train(arguments, overrides)
     except Phase8Error as error:
         print(describe_error(error), file=sys.stderr)
         return error.exit_code
@@ -52,18 +50,29 @@ def _dry_run(config, world_size: int) -> None:
     dry_run(config, world_size=world_size, console=Console())
 
 
-def _train(config, arguments: argparse.Namespace) -> None:
+def _train(arguments: argparse.Namespace, overrides: list[str]) -> None:
+    config = load_config(arguments.config, overrides)
+    # Imported late: a mistake in the config is answered before torch is loaded.
     from rich.console import Console
 
+    from phase8.config.validate import validate
+    from phase8.distributed.bootstrap import world_from_environment
+    from phase8.distributed.ending import one_voice
+    from phase8.distributed.watch import Limits, running
     from phase8.train.build import build_run
     from phase8.train.device import select_device
     from phase8.train.loop import train
+    from phase8.train.run_directory import run_directory
 
-    world_size = os.environ.get("WORLD_SIZE", "1")  # set by torchrun
-    if world_size not in ("", "1"):
-        raise ConfigError(f"world size {world_size} is not supported yet; start one process without torchrun.")
-    run = build_run(config, device=select_device(arguments.device), resume=arguments.resume, console=Console())
-    train(run, resume_command=_resume_command())
+    world = world_from_environment(os.environ)
+    with one_voice(world):
+        validate(config, world_size=world.world_size)
+        device = select_device(arguments.device, local_rank=world.local_rank)
+    limits = Limits(timeout_seconds=config.parallel.timeout_seconds)
+    with running(world, device_type=device.type, limits=limits, hang_directory=run_directory(config.run).path / "hang") as watch:
+        console = Console(quiet=world.rank != 0)
+        run = build_run(config, device=device, resume=arguments.resume, console=console, world_size=world.world_size)
+        train(run, resume_command=_resume_command(), report=lambda step, doing: watch.report(step=step, doing=doing))
 
 
 def _resume_command() -> str:

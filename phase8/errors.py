@@ -12,6 +12,7 @@ print it without a traceback and exit with the class's `exit_code`.
 | 4 | checkpoint: damaged, missing, or of another config |
 | 5 | storage: a directory that cannot be written, a full disk |
 | 6 | training diverged: too many non-finite steps in a row |
+| 7 | communication: a rank that hangs, is lost, or cannot be reached |
 | 130 | interrupted before there was anything to save, or by a second Ctrl-C |
 
 (`tools/inspect_checkpoint.py --diff` exits with 1 when the checkpoints differ, as diff does.)
@@ -80,6 +81,12 @@ class DivergenceError(Phase8Error):
     """Training stopped because the loss or the gradient was not finite too many times in a row."""
 
     exit_code = 6
+
+
+class CommunicationError(Phase8Error):
+    """Processes that cannot work together: one hangs, is lost, or cannot be reached."""
+
+    exit_code = 7
 
 
 def describe_error(error: Phase8Error) -> str:

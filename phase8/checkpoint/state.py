@@ -10,14 +10,16 @@ Hyperparameters of the optimizer are not in it: they come from the config and th
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 from phase8.checkpoint.load import Checkpoint
 from phase8.checkpoint.tensor_file import DTYPE_NAMES
+from phase8.distributed.placement import own_slice, placed_like
 from phase8.errors import CheckpointError, CheckpointMismatchError
 
 MODEL_PREFIX = "model."
@@ -27,22 +29,38 @@ _MAX_LISTED_DIFFERENCES = 5
 
 @dataclass(frozen=True)
 class _Optimized:
-    """A parameter of an optimizer, and the device on which its `step` lives: the host, except for capturable and fused optimizers."""
+    """A parameter of an optimizer: of the model, what this rank's optimizer updates of it, and the device on which its `step` lives.
 
-    parameter: nn.Parameter
+    That is the host, except for capturable and fused optimizers.
+    """
+
+    whole: nn.Parameter
+    part: nn.Parameter
     step_device: torch.device
 
 
-def flat_state(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
-    """The live tensors (not copies) that `save_checkpoint` stores.
+def flat_state(
+    model: nn.Module, optimizer: torch.optim.Optimizer, parts: Mapping[str, nn.Parameter] | None = None
+) -> dict[str, Tensor]:
+    """The live tensors (not copies) of a run; those that are divided over ranks as DTensors.
+
+    Args:
+        model: Its parameters may be divided.
+        optimizer: Over the parameters or over this rank's parts of them.
+        parts: Those parts by the name of their parameter; None: the optimizer updates the parameters themselves.
 
     Raises:
         CheckpointError: Something that is not a tensor, or a parameter of the optimizer that is not in the model.
     """
-    return _model_tensors(model) | _optimizer_tensors(optimizer, _optimized_parameters(model, optimizer))
+    return _model_tensors(model) | _optimizer_tensors(optimizer, _optimized_parameters(model, optimizer, parts))
 
 
-def restore_state(checkpoint: Checkpoint, model: nn.Module, optimizer: torch.optim.Optimizer | None) -> None:
+def restore_state(
+    checkpoint: Checkpoint,
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer | None,
+    parts: Mapping[str, nn.Parameter] | None = None,
+) -> None:
     """Puts a checkpoint's tensors into a model and its optimizer; changes nothing when it fails.
 
     Tensors that exist are overwritten in place (held in memory beside them: one tensor at a time). Optimizer state that does not
@@ -52,6 +70,7 @@ def restore_state(checkpoint: Checkpoint, model: nn.Module, optimizer: torch.opt
         checkpoint: Where to read.
         model: Built from the checkpoint's config.
         optimizer: Over parameters of `model`; None restores the model only.
+        parts: As in `flat_state`.
 
     Raises:
         CheckpointMismatchError: Names, shapes or dtypes differ; the first few are listed.
@@ -62,7 +81,7 @@ def restore_state(checkpoint: Checkpoint, model: nn.Module, optimizer: torch.opt
     optimized: dict[str, _Optimized] = {}
     stored: dict[str, tuple[str, str]] = {}
     if optimizer is not None:
-        optimized, stored = _optimized_parameters(model, optimizer), _stored_optimizer_state(checkpoint)
+        optimized, stored = _optimized_parameters(model, optimizer, parts), _stored_optimizer_state(checkpoint)
         existing = _optimizer_tensors(optimizer, optimized)
         differences += _optimizer_differences(checkpoint, stored, existing, optimized)
         in_place |= {name: tensor for name, tensor in existing.items() if name in stored}
@@ -76,12 +95,16 @@ def restore_state(checkpoint: Checkpoint, model: nn.Module, optimizer: torch.opt
     for name, (parameter_name, key) in stored.items():
         if name not in in_place:
             where = optimized[parameter_name]
-            created[name] = checkpoint.read(name).to(where.step_device if key == "step" else where.parameter.device)
+            value = checkpoint.read(name)
+            is_divided = value.shape == where.whole.shape and value.dim() > 0
+            own = own_slice(value, where.whole).clone() if is_divided else value
+            created[name] = own.to(where.step_device if key == "step" else where.part.device)
     for name in in_place:
         checkpoint.verify_tensor(name)
     with torch.no_grad():
         for name, target in in_place.items():
-            target.copy_(checkpoint.read(name))
+            own = target.to_local() if isinstance(target, DTensor) else target
+            own.copy_(own_slice(checkpoint.read(name), target))
     if optimizer is not None:
         _install_created(optimizer, optimized, stored, created)
 
@@ -98,14 +121,17 @@ def _model_tensors(model: nn.Module) -> dict[str, Tensor]:
     return tensors
 
 
-def _optimized_parameters(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, _Optimized]:
+def _optimized_parameters(
+    model: nn.Module, optimizer: torch.optim.Optimizer, parts: Mapping[str, nn.Parameter] | None
+) -> dict[str, _Optimized]:
     """The optimizer's parameters by their name in the model, in the model's order."""
     groups = {id(parameter): group for group in optimizer.param_groups for parameter in group["params"]}
     result = {}
     for name, parameter in model.named_parameters():
-        if (group := groups.get(id(parameter))) is not None:
+        part = parameter if parts is None else parts[name]
+        if (group := groups.get(id(part))) is not None:
             step_on_device = group.get("capturable") or group.get("fused")
-            result[name] = _Optimized(parameter, parameter.device if step_on_device else torch.device("cpu"))
+            result[name] = _Optimized(parameter, part, part.device if step_on_device else torch.device("cpu"))
     if len(result) != len(groups):
         raise CheckpointError(
             f"the optimizer has {len(groups) - len(result)} parameters that are not in the model; build it from model.named_parameters()"
@@ -116,13 +142,14 @@ def _optimized_parameters(model: nn.Module, optimizer: torch.optim.Optimizer) ->
 def _optimizer_tensors(optimizer: torch.optim.Optimizer, optimized: dict[str, _Optimized]) -> dict[str, Tensor]:
     """State of the optimizer by flat name."""
     tensors = {
-        f"{OPTIMIZER_PREFIX}{name}.{key}": value
-        for name, where in optimized.items()
-        for key, value in optimizer.state.get(where.parameter, {}).items()
+        (name, key): value for name, where in optimized.items() for key, value in optimizer.state.get(where.part, {}).items()
     }
-    for name, value in tensors.items():
-        _require_tensor(name, value)
-    return tensors
+    for (name, key), value in tensors.items():
+        _require_tensor(f"{OPTIMIZER_PREFIX}{name}.{key}", value)
+    return {
+        f"{OPTIMIZER_PREFIX}{name}.{key}": placed_like(value, optimized[name].whole) if value.shape == optimized[name].part.shape else value
+        for (name, key), value in tensors.items()
+    }
 
 
 def _require_tensor(name: str, value: object) -> None:
@@ -158,8 +185,8 @@ def _optimizer_differences(
             yield f"{name} is the state of no parameter here"
         elif name in existing:
             yield from _entry_differences(checkpoint, name, existing[name])
-        elif checkpoint.entry(name).shape not in ([], list(optimized[parameter_name].parameter.shape)):
-            yield f"{name} has shape {checkpoint.entry(name).shape}, its parameter {list(optimized[parameter_name].parameter.shape)}"
+        elif checkpoint.entry(name).shape not in ([], list(optimized[parameter_name].whole.shape)):
+            yield f"{name} has shape {checkpoint.entry(name).shape}, its parameter {list(optimized[parameter_name].whole.shape)}"
     with_state = {parameter_name for parameter_name, _ in stored.values()}
     for name in existing:
         if name not in stored and name.removeprefix(OPTIMIZER_PREFIX).rpartition(".")[0] in with_state:
@@ -183,8 +210,8 @@ def _install_created(
     """Adds the state that did not exist, and drops that of parameters which had none when the checkpoint was saved."""
     for name, tensor in created.items():
         parameter_name, key = stored[name]
-        optimizer.state[optimized[parameter_name].parameter][key] = tensor
+        optimizer.state[optimized[parameter_name].part][key] = tensor
     with_state = {parameter_name for parameter_name, _ in stored.values()}
     for name, where in optimized.items():
         if name not in with_state:
-            optimizer.state.pop(where.parameter, None)
+            optimizer.state.pop(where.part, None)

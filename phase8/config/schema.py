@@ -134,6 +134,7 @@ class ParallelSection(Section):
     expert_parallel_size: PositiveInt = key(1, "ranks that share the experts; divides data_parallel_size")
     sequence_parallel: bool = key(True, "shard the sequence between tensor-parallel regions; always on with tensor parallelism")
     num_microbatches: PositiveInt | None = key(None, "gradient accumulation steps; null: from the batch sizes")
+    timeout_seconds: PositiveFloat = key(600.0, "how long ranks may take to meet, or stay at one place, before the run ends and names who hangs")
 
 
 class ZeroSection(Section):
@@ -141,6 +142,7 @@ class ZeroSection(Section):
 
     stage: Annotated[int, Field(ge=0, le=3)] = key(0, "0: replicate; 1: shard optimizer; 2: and gradients; 3: and parameters")
     engine: Literal["fsdp", "deepspeed"] = key("fsdp", "who implements the stages")
+    shard_size: PositiveInt | None = key(None, "data-parallel ranks that share one copy, a node's for example; null: all of them (stage 0: 1)")
     offload_optimizer: Literal["none", "cpu", "nvme"] = key("none", "where optimizer states live between steps")
     offload_params: Literal["none", "cpu", "nvme"] = key("none", "where parameters live between uses")
 

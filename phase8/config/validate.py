@@ -29,8 +29,10 @@ def find_problems(config: RunConfig, *, world_size: int = 1) -> list[str]:
         *_schedule(config.optim, config.train),
         *_train(config.train, config.model),
         *_data(config),
+        *_tensor_parallel(config.model, config.parallel.tensor_parallel_size),
+        *_zero(config, world_size),
         *_batch(config, world_size),
-        *_not_built_yet(config, world_size),
+        *_not_built_yet(config),
     ]
 
 
@@ -91,6 +93,35 @@ def _repeated_sources(data: DataSection) -> Iterator[str]:
             yield f"data.{name} lists {path} more than once; keep one entry and add the weights up."
 
 
+def _tensor_parallel(model: ModelSection, num_ranks: int) -> Iterator[str]:
+    """What the ranks of tensor parallelism divide among them must divide; the vocabulary need not, but every rank needs some of it."""
+    sizes = {
+        "model.num_heads": model.num_heads,
+        "model.sequence_length": model.sequence_length,
+        "model.ffn_size" + (" (null)" if model.ffn_size is None else ""): model.feed_forward_width,
+    }
+    for name, size in sizes.items():
+        if size % num_ranks:
+            yield f"parallel.tensor_parallel_size {num_ranks} does not divide {name} {size}; change one of them."
+    if -(-model.vocab_size // num_ranks) * (num_ranks - 1) >= model.vocab_size:
+        yield f"parallel.tensor_parallel_size {num_ranks} leaves ranks without any token id of model.vocab_size {model.vocab_size}; use fewer."
+
+
+def _zero(config: RunConfig, world_size: int) -> Iterator[str]:
+    zero, parallel = config.zero, config.parallel
+    model_ranks = parallel.tensor_parallel_size * parallel.pipeline_parallel_size * parallel.context_parallel_size
+    data_parallel_size = max(world_size // model_ranks, 1)
+    if zero.shard_size is not None and zero.stage == 0:
+        yield f"zero.shard_size is {zero.shard_size}, but zero.stage is 0 and shards nothing; leave it null or choose a stage."
+    elif zero.shard_size is not None and data_parallel_size % zero.shard_size:
+        yield f"zero.shard_size {zero.shard_size} does not divide the data-parallel size {data_parallel_size}; choose a divisor."
+    if zero.offload_params == "cpu" and (zero.stage != 3 or zero.offload_optimizer != "cpu"):
+        yield (
+            f"zero.offload_params is cpu, which needs zero.stage 3 and zero.offload_optimizer cpu, but they are {zero.stage} and "
+            f"{zero.offload_optimizer}; set them, or set offload_params to none."
+        )
+
+
 def _batch(config: RunConfig, world_size: int) -> Iterator[str]:
     parallel = config.parallel
     try:
@@ -106,18 +137,16 @@ def _batch(config: RunConfig, world_size: int) -> Iterator[str]:
         yield from error.problems
 
 
-def _not_built_yet(config: RunConfig, world_size: int) -> Iterator[str]:
+def _not_built_yet(config: RunConfig) -> Iterator[str]:
     """Keys whose feature does not exist yet: refused, never ignored."""
     allowed = {
-        "parallel.tensor_parallel_size": (config.parallel.tensor_parallel_size, (1,)),
         "parallel.pipeline_parallel_size": (config.parallel.pipeline_parallel_size, (1,)),
         "parallel.context_parallel_size": (config.parallel.context_parallel_size, (1,)),
         "parallel.expert_parallel_size": (config.parallel.expert_parallel_size, (1,)),
         "parallel.sequence_parallel": (config.parallel.sequence_parallel, (True,)),
-        "zero.stage": (config.zero.stage, (0,)),
         "zero.engine": (config.zero.engine, ("fsdp",)),
-        "zero.offload_optimizer": (config.zero.offload_optimizer, ("none",)),
-        "zero.offload_params": (config.zero.offload_params, ("none",)),
+        "zero.offload_optimizer": (config.zero.offload_optimizer, ("none", "cpu")),
+        "zero.offload_params": (config.zero.offload_params, ("none", "cpu")),
         "precision.dtype": (config.precision.dtype, ("bf16", "fp32")),
         "optim.name": (config.optim.name, ("adamw",)),
         "model.ffn": (config.model.ffn, ("swiglu", "low_rank_swiglu")),
@@ -125,5 +154,3 @@ def _not_built_yet(config: RunConfig, world_size: int) -> Iterator[str]:
     for name, (value, values) in allowed.items():
         if value not in values:
             yield f"{name} is {describe_value(value)}, which is not supported yet; use {' or '.join(map(describe_value, values))}."
-    if world_size != 1:
-        yield f"world size {world_size} is not supported yet; start one process without torchrun."

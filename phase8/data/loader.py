@@ -113,12 +113,19 @@ def open_dataset(
     return SequenceDataset(sources, weights=weights, sequence_length=sequence_length, vocab_size=vocab_size, seed=seed)
 
 
-def microbatch_sample_numbers(*, samples_consumed: int, micro_batch_size: int) -> Iterator[list[int]]:
-    """Sample numbers of each microbatch, without end: consecutive numbers from `samples_consumed` on."""
-    first = samples_consumed
+def microbatch_sample_numbers(*, samples_consumed: int, micro_batch_size: int, index: int = 0, num_readers: int = 1) -> Iterator[list[int]]:
+    """Sample numbers of each microbatch of one reader, without end: from `samples_consumed` on, readers take microbatches in turn.
+
+    Args:
+        samples_consumed: Of all readers so far.
+        micro_batch_size: Samples of a microbatch.
+        index: Which data-parallel rank reads.
+        num_readers: How many there are.
+    """
+    first = samples_consumed + index * micro_batch_size
     while True:
         yield list(range(first, first + micro_batch_size))
-        first += micro_batch_size
+        first += num_readers * micro_batch_size
 
 
 def evaluation_microbatches(dataset: SequenceDataset, *, num_samples: int, micro_batch_size: int) -> list[list[tuple[int, int]]]:

@@ -13,9 +13,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from phase8.config.schema import ModelSection
+from phase8.distributed.collectives import Axis
 from phase8.kernels.reference.rotary import rotate
 from phase8.model.convolution import ShortConvolution
-from phase8.model.linear import build_linear, joint_linear
+from phase8.tensor_parallel.linear import column_linear, gather_input, joint_linear, row_linear
 
 
 @dataclass(frozen=True)
@@ -38,15 +39,16 @@ class CausalAttention(nn.Module):
 
     Args:
         model: Widths and heads.
+        axis: Of tensor parallelism, whose ranks divide the heads.
     """
 
-    def __init__(self, model: ModelSection):
+    def __init__(self, model: ModelSection, *, axis: Axis):
         super().__init__()
         width, inner, rank = model.d_model, model.attention_width, model.low_rank_rank
-        self.num_heads, self.head_size = model.num_heads, model.head_width
-        self.q, self.k, self.v = (build_linear(width, inner, rank=rank, std=model.init_std) for _ in range(3))
-        self.convolution = ShortConvolution(3 * inner, model.convolution_taps)
-        self.out = build_linear(inner, width, rank=rank, std=model.init_std / math.sqrt(2 * model.num_layers))
+        self.axis, self.num_heads, self.head_size = axis, model.num_heads // axis.size, model.head_width
+        self.q, self.k, self.v = (column_linear(width, inner, rank=rank, std=model.init_std) for _ in range(3))
+        self.convolution = ShortConvolution(inner, model.convolution_taps, num_ranks=axis.size)
+        self.out = row_linear(inner, width, rank=rank, std=model.init_std / math.sqrt(2 * model.num_layers), axis=axis)
 
     def empty_state(self, batch_size: int, *, dtype: torch.dtype, device: torch.device) -> AttentionState:
         """The state before the first token."""
@@ -56,8 +58,9 @@ class CausalAttention(nn.Module):
     def forward(
         self, x: Tensor, angles: Tensor, starts: Tensor | None = None, state: AttentionState | None = None
     ) -> tuple[Tensor, AttentionState | None]:
-        """[B, T, D] -> [B, T, D], and the state to carry on (None without `state`)."""
-        qkv = joint_linear(x, self.q, self.k, self.v)
+        """[B, T, D] -> [B, T, D], and the state to carry on (None without `state`); with several ranks, own tokens [n, D] -> [n, D]."""
+        qkv = joint_linear(gather_input(x, self.q, self.axis), self.q, self.k, self.v, axis=self.axis)
+        qkv = qkv.reshape(-1, len(angles), qkv.shape[-1])
         qkv, convolution = self.convolution(qkv, starts, None if state is None else state.convolution)
         q, k, v = (part.unflatten(-1, (self.num_heads, self.head_size)) for part in qkv.chunk(3, dim=-1))
         q, k = rotate(q, angles), rotate(k, angles)

@@ -7,6 +7,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from phase8.config.schema import ModelSection
+from phase8.distributed.collectives import Axis
 from phase8.model.attention import AttentionState, CausalAttention
 from phase8.model.feed_forward import SwiGLU
 from phase8.model.mixer import MixerState, Phase8Mixer
@@ -21,21 +22,22 @@ class Block(nn.Module):
     Args:
         model: Which block, and its widths.
         layer: Which layer of the model it is.
+        axis: Of tensor parallelism.
         recompute_mixer: Recompute the mixer's activations in backward.
     """
 
-    def __init__(self, model: ModelSection, layer: int, *, recompute_mixer: bool = False):
+    def __init__(self, model: ModelSection, layer: int, *, axis: Axis, recompute_mixer: bool = False):
         super().__init__()
         self.mixer_norm = RMSNorm(model.d_model, eps=model.norm_eps)
-        self.mixer = Phase8Mixer(model, window=model.window_sizes[layer]) if model.block == "phase8" else CausalAttention(model)
+        self.mixer = Phase8Mixer(model, window=model.window_sizes[layer], axis=axis) if model.block == "phase8" else CausalAttention(model, axis=axis)
         self.feed_forward_norm = RMSNorm(model.d_model, eps=model.norm_eps)
-        self.feed_forward = SwiGLU(model)
+        self.feed_forward = SwiGLU(model, axis=axis)
         self.recompute_mixer = recompute_mixer
 
     def forward(
         self, x: Tensor, angles: Tensor, starts: Tensor | None = None, state: BlockState | None = None
     ) -> tuple[Tensor, BlockState | None]:
-        """Residual stream [B, T, D] -> [B, T, D], and the state to carry on (None without `state`)."""
+        """Residual stream [B, T, D] after the block, with several ranks its own tokens [n, D]; and the state to carry on (None without `state`)."""
         if self.recompute_mixer and torch.is_grad_enabled():
             y, state = checkpoint(self._mix, x, angles, starts, state, use_reentrant=False)
         else:

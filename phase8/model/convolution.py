@@ -6,42 +6,43 @@ import torch
 from torch import Tensor, nn
 
 from phase8.kernels.reference.causal_convolution import causal_convolution
-from phase8.model.parameters import ParameterSpec
+from phase8.tensor_parallel.parameters import ParameterSpec, local
 
 
 class ShortConvolution(nn.Module):
     """A causal depthwise convolution that starts as the identity; with one tap it is the identity and has no parameter.
 
     Args:
-        num_channels: C.
+        num_channels: Channels of q, of k and of v, of all tensor-parallel ranks together.
         num_taps: Tokens each output sees.
+        num_ranks: Tensor-parallel ranks, which divide the channels.
     """
 
-    def __init__(self, num_channels: int, num_taps: int):
+    def __init__(self, num_channels: int, num_taps: int, *, num_ranks: int):
         super().__init__()
-        self.num_channels, self.num_taps = num_channels, num_taps
+        self.num_channels, self.num_taps, self.num_ranks = num_channels, num_taps, num_ranks
         if num_taps > 1:
-            self.weight = nn.Parameter(torch.empty(num_channels, num_taps))
+            self.weight = nn.Parameter(torch.empty(3, num_channels, num_taps))
 
     def parameter_specs(self) -> dict[str, ParameterSpec]:
         """The last tap 1, the others 0; not decayed, for decay would pull the identity towards zero."""
         if self.num_taps == 1:
             return {}
-        identity = torch.zeros(self.num_channels, self.num_taps)
-        identity[:, -1] = 1
-        return {"weight": ParameterSpec(value=identity)}
+        identity = torch.zeros(3, self.num_channels, self.num_taps)
+        identity[..., -1] = 1
+        return {"weight": ParameterSpec(value=identity, shard_dim=1)}
 
     def empty_state(self, batch_size: int, *, dtype: torch.dtype, device: torch.device) -> Tensor:
         """The state before the first token [B, taps - 1, C]."""
-        return torch.zeros(batch_size, self.num_taps - 1, self.num_channels, dtype=dtype, device=device)
+        return torch.zeros(batch_size, self.num_taps - 1, 3 * self.num_channels // self.num_ranks, dtype=dtype, device=device)
 
     @property
     def taps(self) -> Tensor | None:
-        """Taps of each channel [C, taps]; None with one tap."""
-        return None if self.num_taps == 1 else self.weight
+        """Taps of each channel of this rank, C of them [C, taps]; None with one tap."""
+        return None if self.num_taps == 1 else local(self.weight).flatten(0, 1)
 
     def forward(self, x: Tensor, starts: Tensor | None, state: Tensor | None) -> tuple[Tensor, Tensor]:
         """[B, T, C] -> [B, T, C], and the state to carry on."""
-        if self.num_taps == 1:
+        if self.taps is None:
             return x, x[:, :0]
-        return causal_convolution(x, self.weight, starts, state)
+        return causal_convolution(x, self.taps, starts, state)

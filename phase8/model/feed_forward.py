@@ -11,7 +11,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from phase8.config.schema import ModelSection
-from phase8.model.linear import build_linear, joint_linear
+from phase8.distributed.collectives import Axis
+from phase8.tensor_parallel.linear import column_linear, gather_input, joint_linear, row_linear
 
 
 class SwiGLU(nn.Module):
@@ -19,18 +20,20 @@ class SwiGLU(nn.Module):
 
     Args:
         model: Widths, `ffn` and rank.
+        axis: Of tensor parallelism.
     """
 
-    def __init__(self, model: ModelSection):
+    def __init__(self, model: ModelSection, *, axis: Axis):
         super().__init__()
+        self.axis = axis
         width, inner = model.d_model, model.feed_forward_width
         rank = model.low_rank_rank if model.ffn == "low_rank_swiglu" else 0
-        self.gate = build_linear(width, inner, rank=rank, std=model.init_std)
-        self.up = build_linear(width, inner, rank=rank, std=model.init_std)
+        self.gate = column_linear(width, inner, rank=rank, std=model.init_std)
+        self.up = column_linear(width, inner, rank=rank, std=model.init_std)
         # Two residual branches a layer: their sum keeps its variance when each is scaled so.
-        self.down = build_linear(inner, width, rank=rank, std=model.init_std / math.sqrt(2 * model.num_layers))
+        self.down = row_linear(inner, width, rank=rank, std=model.init_std / math.sqrt(2 * model.num_layers), axis=axis)
 
     def forward(self, x: Tensor) -> Tensor:
-        """[B, T, D] -> [B, T, D]."""
-        gate, up = joint_linear(x, self.gate, self.up).chunk(2, dim=-1)
+        """[B, T, D] -> [B, T, D]; with several ranks, own tokens [n, D] -> [n, D]."""
+        gate, up = joint_linear(gather_input(x, self.gate, self.axis), self.gate, self.up, axis=self.axis).chunk(2, dim=-1)
         return self.down(F.silu(gate) * up)

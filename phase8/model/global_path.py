@@ -13,12 +13,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from phase8.config.schema import ModelSection
+from phase8.distributed.collectives import Axis, gather_tokens
 from phase8.kernels.gated_linear_attention import gated_linear_attention
 from phase8.kernels.green_scan import green_scan
 from phase8.kernels.mixer_inputs import MixerInputs
-from phase8.model.linear import WideLinear
 from phase8.model.norm import RMSNorm
-from phase8.model.parameters import ParameterSpec, inverse_softplus
+from phase8.tensor_parallel.linear import WideLinear
+from phase8.tensor_parallel.parameters import ParameterSpec, inverse_softplus, local
 
 ETA_MIN = 0.1
 INITIAL_ETA = 0.5
@@ -59,13 +60,13 @@ class GreenChain(nn.Module):
     def parameter_specs(self) -> dict[str, ParameterSpec]:
         """Energies spread over the band, unit hopping, and mixing weights of zero: at first the chain changes nothing."""
         specs = {
-            "energy": ParameterSpec(value=torch.linspace(-1.5, 1.5, len(self.energy))),
-            "eta_raw": ParameterSpec(value=inverse_softplus(INITIAL_ETA - ETA_MIN)),
-            "hopping_raw": ParameterSpec(value=inverse_softplus(1.0)),
+            "energy": ParameterSpec(value=torch.linspace(-1.5, 1.5, len(self.energy)), shard_dim=0),
+            "eta_raw": ParameterSpec(value=inverse_softplus(INITIAL_ETA - ETA_MIN), shard_dim=0),
+            "hopping_raw": ParameterSpec(value=inverse_softplus(1.0), shard_dim=0),
         }
         for name, parameter in (("decay_mix", self.decay_mix), ("gate_mix", self.gate_mix)):
             if parameter is not None:
-                specs[name] = ParameterSpec()
+                specs[name] = ParameterSpec(shard_dim=0)
         return specs
 
     def forward(self, u: Tensor, starts: Tensor | None, state: Tensor | None) -> tuple[Tensor, Tensor | None, Tensor | None]:
@@ -76,9 +77,9 @@ class GreenChain(nn.Module):
             two None where the chain does not modulate.
         """
         potential = POTENTIAL_MAX * torch.tanh(u / POTENTIAL_MAX)
-        eta = ETA_MIN + F.softplus(self.eta_raw)
-        g, state = green_scan(potential, self.energy, eta, F.softplus(self.hopping_raw), starts, state)
-        decay, gate = (None if mix is None else (g * mix).sum(-1) for mix in (self.decay_mix, self.gate_mix))
+        eta = ETA_MIN + F.softplus(local(self.eta_raw))
+        g, state = green_scan(potential, local(self.energy), eta, F.softplus(local(self.hopping_raw)), starts, state)
+        decay, gate = (None if mix is None else (g * local(mix)).sum(-1) for mix in (self.decay_mix, self.gate_mix))
         return state, decay, gate
 
 
@@ -87,24 +88,29 @@ class GlobalPath(nn.Module):
 
     Args:
         model: Widths, heads and chain.
+        axis: Of tensor parallelism, whose ranks divide the heads.
     """
 
-    def __init__(self, model: ModelSection):
+    def __init__(self, model: ModelSection, *, axis: Axis):
         super().__init__()
-        self.num_heads, self.head_size, self.memory_tokens = model.num_heads, model.head_width, model.memory_tokens
+        self.axis = axis
+        self.num_heads, self.head_size, self.memory_tokens = model.num_heads // axis.size, model.head_width, model.memory_tokens
         self.chain = GreenChain(model.num_heads, model.chain) if model.chain != "none" else None
         # Per head and token: decay step, gate and, with the chain, its potential. Head-major, so that heads shard as rows.
-        self.scalars = WideLinear(model.d_model, model.num_heads * (2 if self.chain is None else 3), std=model.init_std)
+        num_scalars = model.num_heads * (2 if self.chain is None else 3)
+        # Low-rank layers do not gather the tokens: then each rank computes all heads of its own tokens, and the results are gathered.
+        self.gathers_scalars = axis.size > 1 and model.low_rank_rank > 0
+        self.scalars = WideLinear(model.d_model, num_scalars, std=model.init_std, shard_dim=None if self.gathers_scalars else 0)
         self.decay_bias = nn.Parameter(torch.empty(model.num_heads))
         self.gate_bias = nn.Parameter(torch.empty(model.num_heads))
-        self.norm = RMSNorm(model.num_heads, model.head_width, eps=model.norm_eps)
+        self.norm = RMSNorm(model.num_heads, model.head_width, eps=model.norm_eps, shard_dim=0)
 
     def parameter_specs(self) -> dict[str, ParameterSpec]:
         """Memories spread over the heads on a logarithmic scale; a gate nearly closed."""
         first, last = map(math.log10, self.memory_tokens)
-        memory = torch.logspace(first, last, self.num_heads, dtype=torch.float64)
+        memory = torch.logspace(first, last, len(self.decay_bias), dtype=torch.float64)
         decay_bias = torch.log(torch.expm1(1 / memory)).float()
-        return {"decay_bias": ParameterSpec(value=decay_bias), "gate_bias": ParameterSpec(value=INITIAL_GATE)}
+        return {"decay_bias": ParameterSpec(value=decay_bias, shard_dim=0), "gate_bias": ParameterSpec(value=INITIAL_GATE, shard_dim=0)}
 
     def empty_state(self, batch_size: int, *, dtype: torch.dtype, device: torch.device) -> GlobalState:
         """The state before the first token, fp32 or wider."""
@@ -118,21 +124,25 @@ class GlobalPath(nn.Module):
         """What the path adds to the local one, [B, T, H, K], and the state to carry on (None without `state`).
 
         Args:
-            x: Normalised residual stream [B, T, D].
+            x: From `gather_input`: normalised residual stream [B, T, D] of all tokens, or [n, D] of the own ones.
             inputs: Queries, keys and values.
             starts: True where a token begins a document [B, T]; None: nowhere.
             state: What earlier pieces of the sequence carried; None: it begins here and nothing is carried on.
         """
-        log_decay, gate, green = self._modulation(x, starts, None if state is None else state.green)
+        scalars = self.scalars(x)
+        if self.gathers_scalars:
+            scalars = gather_tokens(scalars, self.axis).chunk(self.axis.size, dim=-1)[self.axis.index]
+        scalars = scalars.reshape(*inputs.v.shape[:3], -1)
+        log_decay, gate, green = self._modulation(scalars, starts, None if state is None else state.green)
         memory = None if state is None else state.memory
         y, memory = gated_linear_attention(inputs.global_q, inputs.global_k, inputs.v, log_decay, starts, memory)
         y = self.norm(y)
         return gate[..., None].to(y.dtype) * y, None if state is None else GlobalState(memory, green)
 
-    def _modulation(self, x: Tensor, starts: Tensor | None, state: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None]:
+    def _modulation(self, scalars: Tensor, starts: Tensor | None, state: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None]:
         """Decay log alpha [B, T, H], gate [B, T, H] and the state of the chain; fp32 from the scalars on."""
-        step, gate, *potential = self.scalars(x).unflatten(-1, (self.num_heads, -1)).unbind(-1)
-        log_decay, gate = -F.softplus(step + self.decay_bias), gate + self.gate_bias
+        step, gate, *potential = scalars.unbind(-1)
+        log_decay, gate = -F.softplus(step + local(self.decay_bias)), gate + local(self.gate_bias)
         if self.chain is not None:
             state, decay_factor, gate_term = self.chain(potential[0], starts, state)
             log_decay = log_decay if decay_factor is None else log_decay * torch.exp(decay_factor)

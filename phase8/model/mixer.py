@@ -12,13 +12,14 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from phase8.config.schema import ModelSection
+from phase8.distributed.collectives import Axis
 from phase8.kernels.mixer_inputs import mixer_inputs
 from phase8.kernels.reference.window_state import WindowState, empty_window_state
 from phase8.kernels.window_attention import window_attention
 from phase8.model.convolution import ShortConvolution
 from phase8.model.global_path import GlobalPath, GlobalState
-from phase8.model.linear import build_linear, joint_linear
-from phase8.model.parameters import ParameterSpec, inverse_softplus
+from phase8.tensor_parallel.linear import column_linear, gather_input, joint_linear, row_linear
+from phase8.tensor_parallel.parameters import ParameterSpec, inverse_softplus, local
 
 INITIAL_RADIUS = 4.0
 INITIAL_BETA = 2.0
@@ -55,19 +56,19 @@ class LorentzScore(nn.Module):
     def parameter_specs(self) -> dict[str, ParameterSpec]:
         """Radius and temperature whose scores span about as much as those of normalised dot products."""
         return {
-            "radius_raw": ParameterSpec(value=inverse_softplus(INITIAL_RADIUS)),
-            "beta_raw": ParameterSpec(value=inverse_softplus(INITIAL_BETA)),
+            "radius_raw": ParameterSpec(value=inverse_softplus(INITIAL_RADIUS), shard_dim=0),
+            "beta_raw": ParameterSpec(value=inverse_softplus(INITIAL_BETA), shard_dim=0),
         }
 
     @property
     def beta(self) -> Tensor:
         """Inverse temperature [H], low enough that the weight of the farthest key, (2 + 4 radius^2)^-beta, is a normal fp32 number."""
-        return torch.minimum(F.softplus(self.beta_raw), SMALLEST_WEIGHT_BITS / torch.log2(2 + 4 * self.radius.square()))
+        return torch.minimum(F.softplus(local(self.beta_raw)), SMALLEST_WEIGHT_BITS / torch.log2(2 + 4 * self.radius.square()))
 
     @property
     def radius(self) -> Tensor:
         """Distance of every query and key from the origin [H]."""
-        return F.softplus(self.radius_raw)
+        return F.softplus(local(self.radius_raw))
 
 
 class Phase8Mixer(nn.Module):
@@ -76,18 +77,19 @@ class Phase8Mixer(nn.Module):
     Args:
         model: Widths, heads, score, global path and chain.
         window: Tokens W that the local path sees, the token itself included.
+        axis: Of tensor parallelism, whose ranks divide the heads.
     """
 
-    def __init__(self, model: ModelSection, *, window: int):
+    def __init__(self, model: ModelSection, *, window: int, axis: Axis):
         super().__init__()
         width, inner, rank = model.d_model, model.attention_width, model.low_rank_rank
-        self.num_heads, self.head_size = model.num_heads, model.head_width
+        self.axis, self.num_heads, self.head_size = axis, model.num_heads // axis.size, model.head_width
         self.window, self.global_tokens, self.eps = window, model.global_tokens, model.norm_eps
-        self.q, self.k, self.v = (build_linear(width, inner, rank=rank, std=model.init_std) for _ in range(3))
-        self.convolution = ShortConvolution(3 * inner, model.convolution_taps)
+        self.q, self.k, self.v = (column_linear(width, inner, rank=rank, std=model.init_std) for _ in range(3))
+        self.convolution = ShortConvolution(inner, model.convolution_taps, num_ranks=axis.size)
         self.score = LorentzScore(model.num_heads) if model.score == "lorentz" else None
-        self.global_path = GlobalPath(model) if model.global_path else None
-        self.out = build_linear(inner, width, rank=rank, std=0.0)
+        self.global_path = GlobalPath(model, axis=axis) if model.global_path else None
+        self.out = row_linear(inner, width, rank=rank, std=0.0, axis=axis)
 
     def empty_state(self, batch_size: int, *, dtype: torch.dtype, device: torch.device) -> MixerState:
         """The state before the first token."""
@@ -102,16 +104,18 @@ class Phase8Mixer(nn.Module):
         """The mixer over a sequence or a piece of one.
 
         Args:
-            x: Normalised residual stream [B, T, D].
+            x: Normalised residual stream [B, T, D]; with several ranks, the own tokens of it [n, D].
             angles: Rotary angles of its positions [T, K/2].
             starts: True where a token begins a document [B, T]; None: nowhere.
             state: What earlier pieces carried; None: the sequence begins here and nothing is carried on.
 
         Returns:
-            What is added to the residual stream [B, T, D], and the state to carry on (None without `state`).
+            What is added to the residual stream, in the shape of x, and the state to carry on (None without `state`).
         """
+        x = gather_input(x, self.q, self.axis)
+        qkv = joint_linear(x, self.q, self.k, self.v, axis=self.axis)
         inputs, convolution = mixer_inputs(
-            joint_linear(x, self.q, self.k, self.v).unflatten(-1, (3, self.num_heads, self.head_size)),
+            qkv.reshape(-1, len(angles), 3, self.num_heads, self.head_size),
             self.convolution.taps,
             angles,
             None if self.score is None else self.score.radius,

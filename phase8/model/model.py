@@ -10,36 +10,15 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from phase8.config.schema import ModelSection
-from phase8.kernels.cross_entropy import linear_cross_entropy
+from phase8.distributed.collectives import ALONE, Axis, gather_tokens
 from phase8.kernels.reference.rotary import rotary_angles
 from phase8.model.block import Block, BlockState
-from phase8.model.linear import Linear
 from phase8.model.norm import RMSNorm
-from phase8.model.parameters import ParameterSpec
-
-
-class Embedding(nn.Module):
-    """One vector per token id.
-
-    Args:
-        vocab_size: V.
-        width: D.
-        std: Standard deviation of the initial vectors.
-        dtype: Dtype of the residual stream that begins here.
-    """
-
-    def __init__(self, vocab_size: int, width: int, *, std: float, dtype: torch.dtype):
-        super().__init__()
-        self.weight = nn.Parameter(torch.empty(vocab_size, width))
-        self.std, self.dtype = std, dtype
-
-    def parameter_specs(self) -> dict[str, ParameterSpec]:
-        """Normal values; not decayed: rare tokens would fade between their occurrences."""
-        return {"weight": ParameterSpec(std=self.std)}
-
-    def forward(self, tokens: Tensor) -> Tensor:
-        """[B, T] -> [B, T, D]."""
-        return F.embedding(tokens, self.weight).to(self.dtype)
+from phase8.model.parameters import materialise
+from phase8.tensor_parallel.cross_entropy import parallel_cross_entropy
+from phase8.tensor_parallel.embedding import VocabularyParallelEmbedding, first_id
+from phase8.tensor_parallel.linear import ColumnParallelLinear
+from phase8.tensor_parallel.parameters import local
 
 
 class LanguageModel(nn.Module):
@@ -50,18 +29,21 @@ class LanguageModel(nn.Module):
         dtype: Dtype of the residual stream and of the matmuls.
         recompute: `none`, `full` (whole blocks) or `selective` (the mixer only).
         recompute_every_n_layers: Recompute layers 0, n, 2n, ...
+        axis: Of tensor parallelism.
     """
 
-    def __init__(self, model: ModelSection, *, dtype: torch.dtype, recompute: str = "none", recompute_every_n_layers: int = 1):
+    def __init__(
+        self, model: ModelSection, *, dtype: torch.dtype, recompute: str = "none", recompute_every_n_layers: int = 1, axis: Axis = ALONE
+    ):
         super().__init__()
-        self.section = model
+        self.section, self.axis = model, axis
         recomputed = range(0, model.num_layers, recompute_every_n_layers)
         self.recomputed_layers = recomputed if recompute == "full" else range(0)
         selective = recomputed if recompute == "selective" else range(0)
-        self.embedding = Embedding(model.vocab_size, model.d_model, std=model.init_std, dtype=dtype)
-        self.blocks = nn.ModuleList(Block(model, layer, recompute_mixer=layer in selective) for layer in range(model.num_layers))
+        self.embedding = VocabularyParallelEmbedding(model.vocab_size, model.d_model, std=model.init_std, dtype=dtype, axis=axis)
+        self.blocks = nn.ModuleList(Block(model, layer, axis=axis, recompute_mixer=layer in selective) for layer in range(model.num_layers))
         self.norm = RMSNorm(model.d_model, eps=model.norm_eps)
-        self.head = None if model.tie_embeddings else Linear(model.d_model, model.vocab_size, std=model.init_std)
+        self.head = None if model.tie_embeddings else ColumnParallelLinear(model.d_model, model.vocab_size, std=model.init_std)
 
     @property
     def head_weight(self) -> nn.Parameter:
@@ -85,7 +67,8 @@ class LanguageModel(nn.Module):
             first_position: Position of the first token, for a piece of a sequence.
 
         Returns:
-            Normalised hidden states [B, T, D], and the states to carry on (None without `states`).
+            Normalised hidden states [B, T, D], with several tensor-parallel ranks of the own tokens [n, D]; and the states to carry on
+            (None without `states`).
         """
         x = self.embedding(tokens)
         angles = rotary_angles(
@@ -104,7 +87,7 @@ class LanguageModel(nn.Module):
         return self.norm(x), None if states is None else carried
 
     def loss_sum(self, tokens: Tensor, targets: Tensor, starts: Tensor | None = None) -> Tensor:
-        """Sum of the cross-entropies of all valid targets, in nats.
+        """Sum of the cross-entropies of all valid targets in nats, the same on every tensor-parallel rank.
 
         Args:
             tokens: Token ids [B, T].
@@ -112,7 +95,9 @@ class LanguageModel(nn.Module):
             starts: As in `forward`.
         """
         hidden, _ = self(tokens, starts)
-        return linear_cross_entropy(hidden.flatten(0, 1), self.head_weight, targets.flatten())
+        hidden = gather_tokens(hidden.flatten(0, -2), self.axis)
+        first = first_id(self.section.vocab_size, self.axis)
+        return parallel_cross_entropy(hidden, local(self.head_weight), targets.flatten(), first_id=first, axis=self.axis)
 
     def logits(self, hidden: Tensor) -> Tensor:
         """Logits of hidden states, fp32 [..., V]."""
@@ -120,9 +105,17 @@ class LanguageModel(nn.Module):
 
 
 def build_model(
-    model: ModelSection, *, dtype: torch.dtype, device: torch.device, recompute: str = "none", recompute_every_n_layers: int = 1
+    model: ModelSection,
+    *,
+    dtype: torch.dtype,
+    device: torch.device,
+    recompute: str = "none",
+    recompute_every_n_layers: int = 1,
+    axis: Axis = ALONE,
 ) -> LanguageModel:
     """A model with uninitialised parameters on a device (`meta`: shapes only); fill them with `parameters.initialise`."""
     with torch.device("meta"):
-        built = LanguageModel(model, dtype=dtype, recompute=recompute, recompute_every_n_layers=recompute_every_n_layers)
-    return built if device.type == "meta" else built.to_empty(device=device)
+        built = LanguageModel(model, dtype=dtype, recompute=recompute, recompute_every_n_layers=recompute_every_n_layers, axis=axis)
+    if device.type != "meta":
+        materialise(built, device=device, axis=axis)
+    return built

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from phase8.kernels.reference.dtypes import at_least_fp32
-from phase8.model.parameters import ParameterSpec
+from phase8.tensor_parallel.parameters import ParameterSpec, local
 
 
 class RMSNorm(nn.Module):
@@ -19,20 +19,21 @@ class RMSNorm(nn.Module):
     Args:
         shape: Shape of the weight; the last dim is normalised.
         eps: Added to the mean square.
+        shard_dim: Dim of the weight that tensor-parallel ranks divide; None: each has it whole.
     """
 
-    def __init__(self, *shape: int, eps: float):
+    def __init__(self, *shape: int, eps: float, shard_dim: int | None = None):
         super().__init__()
         self.weight = nn.Parameter(torch.empty(shape))
-        self.eps = eps
+        self.eps, self.shard_dim = eps, shard_dim
 
     def parameter_specs(self) -> dict[str, ParameterSpec]:
         """One, so that the norm begins as the plain one."""
-        return {"weight": ParameterSpec(value=1.0)}
+        return {"weight": ParameterSpec(value=1.0, shard_dim=self.shard_dim)}
 
     def forward(self, x: Tensor) -> Tensor:
         """Normalised `x`, in its dtype."""
-        return (rms_normalise(at_least_fp32(x), self.eps) * self.weight).to(x.dtype)
+        return (rms_normalise(at_least_fp32(x), self.eps) * local(self.weight)).to(x.dtype)
 
 
 def rms_normalise(x: Tensor, eps: float) -> Tensor:

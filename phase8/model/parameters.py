@@ -1,30 +1,17 @@
-"""What every parameter starts from and whether weight decay applies to it, declared by the module that owns it."""
+"""What every parameter starts from, whether weight decay applies to it and how ranks divide it: declared by the module that owns it."""
 
 from __future__ import annotations
 
 import hashlib
-import math
 from collections.abc import Iterator
-from dataclasses import dataclass
 from typing import Protocol, runtime_checkable
 
 import torch
-from torch import Tensor, nn
+from torch import nn
+from torch.distributed.tensor import DTensor
 
-
-@dataclass(frozen=True)
-class ParameterSpec:
-    """Initial value of a parameter and its decay group.
-
-    Args:
-        std: Standard deviation of normal random values; 0: no random values.
-        value: What the random values are added to; a number or a tensor of the parameter's shape.
-        decay: Weight decay applies. True for the matrices of linear layers.
-    """
-
-    std: float = 0.0
-    value: float | Tensor = 0.0
-    decay: bool = False
+from phase8.distributed.collectives import ALONE, Axis
+from phase8.tensor_parallel.parameters import ParameterSpec, divided, own_part
 
 
 @runtime_checkable
@@ -49,23 +36,37 @@ def iterate_specs(model: nn.Module) -> Iterator[tuple[str, nn.Parameter, Paramet
                 yield f"{prefix}.{name}" if prefix else name, parameter, specs[name]
 
 
+def materialise(model: nn.Module, *, device: torch.device, axis: Axis) -> None:
+    """Gives every parameter of a model on the meta device uninitialised memory for this rank's part of it.
+
+    Args:
+        model: A shared parameter stays shared.
+        device: Where.
+        axis: Of tensor parallelism.
+    """
+    made: dict[nn.Parameter, nn.Parameter] = {}
+    for module in model.modules():
+        specs = module.parameter_specs() if isinstance(module, OwnsParameters) else {}
+        for name, parameter in list(module.named_parameters(recurse=False)):
+            if parameter not in made:
+                made[parameter] = divided(parameter, specs[name], axis, device=device)
+            setattr(module, name, made[parameter])
+
+
 @torch.no_grad()
-def initialise(model: nn.Module, *, seed: int) -> None:
-    """Fills every parameter from a seed derived from its global name, so that every topology starts from the same weights."""
+def initialise(model: nn.Module, *, seed: int, axis: Axis = ALONE) -> None:
+    """Fills every parameter from a seed derived from its global name and shape, so that every topology starts from the same weights."""
     for name, parameter, spec in iterate_specs(model):
         value = torch.as_tensor(spec.value, dtype=torch.float32).expand(parameter.shape)
         if spec.std:
             digest = hashlib.sha256(f"{seed}:{name}".encode()).digest()
             generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "little") >> 1)
             value = value + spec.std * torch.randn(parameter.shape, generator=generator, dtype=torch.float32)
-        parameter.copy_(value)
+        target = parameter.to_local() if isinstance(parameter, DTensor) else parameter
+        target.copy_(own_part(value, spec, axis))
 
 
 def decayed_parameter_names(model: nn.Module) -> set[str]:
     """Names of the parameters that weight decay applies to."""
     return {name for name, _, spec in iterate_specs(model) if spec.decay}
 
-
-def inverse_softplus(x: float) -> float:
-    """The y with softplus(y) = x."""
-    return math.log(math.expm1(x))

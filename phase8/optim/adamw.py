@@ -5,7 +5,7 @@ Source: I. Loshchilov and F. Hutter, "Decoupled weight decay regularization" (20
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 
 import torch
 from torch import nn
@@ -13,17 +13,16 @@ from torch import nn
 from phase8.config.schema import OptimSection
 
 
-def build_optimizer(model: nn.Module, section: OptimSection, *, decayed_names: Collection[str]) -> torch.optim.Optimizer:
+def build_optimizer(parameters: Mapping[str, nn.Parameter], section: OptimSection, *, decayed_names: Collection[str]) -> torch.optim.Optimizer:
     """The fused AdamW of torch over two groups: parameters with weight decay, and the others.
 
     Args:
-        model: Its parameters are the fp32 master weights.
+        parameters: The fp32 master weights by name, or this rank's parts of them.
         section: Betas, epsilon, decay. The learning rate is set anew before every step.
         decayed_names: Parameters that weight decay applies to.
     """
-    named = dict(model.named_parameters())
     groups = [
-        {"params": [p for name, p in named.items() if name in decayed_names], "weight_decay": section.weight_decay},
-        {"params": [p for name, p in named.items() if name not in decayed_names], "weight_decay": 0.0},
+        {"params": [p for name, p in parameters.items() if name in decayed_names], "weight_decay": section.weight_decay},
+        {"params": [p for name, p in parameters.items() if name not in decayed_names], "weight_decay": 0.0},
     ]
     return torch.optim.AdamW(groups, lr=section.learning_rate, betas=section.betas, eps=section.eps, fused=True)

@@ -33,6 +33,7 @@ def step_clipped(optimizer: torch.optim.Optimizer, norm: Tensor, *, max_norm: fl
         max_norm: Largest global norm; 0: no clipping.
         finite: False: leave weights and optimizer state alone (a scalar on the device).
     """
-    optimizer.grad_scale = clipping_divisor(norm, max_norm=max_norm)
-    optimizer.found_inf = (~finite).float()
+    device = optimizer.param_groups[0]["params"][0].device  # the host's when offloaded
+    optimizer.grad_scale = clipping_divisor(norm, max_norm=max_norm).to(device)
+    optimizer.found_inf = (~finite).float().to(device)
     optimizer.step()

@@ -13,9 +13,12 @@ from phase8.model.model import LanguageModel, build_model
 from phase8.observe.banner import print_banner
 from phase8.plan.activations import trace_activations
 from phase8.plan.facts import Fact, batch_fact, memory_fact, model_facts
-from phase8.plan.memory import MemoryPlan, peak_activation_bytes, plan_memory
+from phase8.plan.memory import Division, MemoryPlan, peak_activation_bytes, plan_memory
 from phase8.precision.policy import COMPUTE_DTYPES
 from phase8.topology import Topology, build_topology
+from phase8.zero.fsdp import shard_size
+
+ONE_PROCESS = Topology()
 
 
 def dry_run(config: RunConfig, *, world_size: int, console: Console) -> None:
@@ -56,9 +59,13 @@ def _model_facts(config: RunConfig, world_size: int) -> list[Fact]:
 
 
 def _memory_facts(config: RunConfig, world_size: int) -> list[Fact]:
-    num_parameters = count_parameters(shapes_only(config))
-    shape = batch_shape(config.train, config.parallel, data_parallel_size=_topology(config, world_size).data_parallel_size)
-    name, memory = memory_fact(plan_run_memory(config, num_parameters=num_parameters, micro_batch_size=shape.micro_batch_size, device_type="cuda"))
+    num_parameters, topology = count_parameters(shapes_only(config)), _topology(config, world_size)
+    shape = batch_shape(config.train, config.parallel, data_parallel_size=topology.data_parallel_size)
+    name, memory = memory_fact(
+        plan_run_memory(
+            config, num_parameters=num_parameters, micro_batch_size=shape.micro_batch_size, device_type="cuda", topology=topology
+        )
+    )
     return [(f"{name} per rank", memory)]
 
 
@@ -89,8 +96,10 @@ def count_parameters(model: torch.nn.Module) -> int:
     return sum(parameter.numel() for parameter in model.parameters())
 
 
-def plan_run_memory(config: RunConfig, *, num_parameters: int, micro_batch_size: int, device_type: str) -> MemoryPlan:
-    """The memory of training a config in one process on a `cpu` or `cuda` device, the activations traced."""
+def plan_run_memory(
+    config: RunConfig, *, num_parameters: int, micro_batch_size: int, device_type: str, topology: Topology = ONE_PROCESS
+) -> MemoryPlan:
+    """The memory of a rank that trains a config on a `cpu` or `cuda` device, the activations traced."""
     dtype = COMPUTE_DTYPES[config.precision.dtype]
     model, train = config.model, config.train
     packed = config.data.reset_at_document_boundaries
@@ -103,4 +112,14 @@ def plan_run_memory(config: RunConfig, *, num_parameters: int, micro_batch_size:
         recomputed_block=traced.block_input if train.recompute == "full" else traced.block_without_mixer,
         head=traced.head,
     )
-    return plan_memory(num_parameters=num_parameters, activations_bytes=activations_bytes)
+    zero = config.zero
+    division = Division(
+        num_tensor_ranks=topology.tensor_parallel_size,
+        num_shard_ranks=shard_size(zero, data_parallel_size=topology.data_parallel_size),
+        zero_stage=zero.stage,
+        offload_optimizer=zero.offload_optimizer != "none",
+        offload_params=zero.offload_params != "none",
+    )
+    return plan_memory(
+        num_parameters=num_parameters, num_layers=model.num_layers, activations_bytes=activations_bytes, division=division
+    )

@@ -30,18 +30,48 @@ class MemoryPlan:
         return self.weights_bytes + self.gradients_bytes + self.optimizer_bytes + self.activations_bytes
 
 
-def plan_memory(*, num_parameters: int, activations_bytes: int) -> MemoryPlan:
-    """The memory of training in one process.
+@dataclass(frozen=True)
+class Division:
+    """Among how many ranks what is divided.
 
     Args:
-        num_parameters: Of the model.
-        activations_bytes: From `peak_activation_bytes`.
+        num_tensor_ranks: Tensor-parallel ranks: parameters and activations.
+        num_shard_ranks: Data-parallel ranks that divide the optimizer, and from ZeRO stage 2 on the gradients, in stage 3 the parameters.
+        zero_stage: 0 to 3.
+        offload_optimizer: Optimizer states lie in host memory.
+        offload_params: Parameters and gradients, too.
     """
+
+    num_tensor_ranks: int = 1
+    num_shard_ranks: int = 1
+    zero_stage: int = 0
+    offload_optimizer: bool = False
+    offload_params: bool = False
+
+
+def plan_memory(*, num_parameters: int, num_layers: int, activations_bytes: int, division: Division) -> MemoryPlan:
+    """The device memory of a rank that trains.
+
+    Args:
+        num_parameters: Of the model. The few that tensor-parallel ranks have whole are counted as divided.
+        num_layers: Of the model; stage 3 holds two of them gathered, the one that computes and the one that comes.
+        activations_bytes: From `peak_activation_bytes`, of one process.
+        division: Over the ranks.
+    """
+    whole = -(-num_parameters // division.num_tensor_ranks) * FP32_BYTES
+    part = -(-whole // division.num_shard_ranks)
+    two_layers = min(2 * whole // num_layers, whole)
+    on_device = 0 if division.offload_params else part
+    weights, gradients = part, whole
+    if division.zero_stage == 3:
+        weights, gradients = on_device + two_layers, on_device + two_layers // 2
+    elif division.num_shard_ranks > 1:
+        weights, gradients = part + whole, part + two_layers // 2 if division.zero_stage == 2 else whole
     return MemoryPlan(
-        weights_bytes=num_parameters * FP32_BYTES,
-        gradients_bytes=num_parameters * FP32_BYTES,
-        optimizer_bytes=num_parameters * FP32_BYTES * ADAMW_MOMENTS,
-        activations_bytes=activations_bytes,
+        weights_bytes=weights,
+        gradients_bytes=gradients,
+        optimizer_bytes=0 if division.offload_optimizer else part * ADAMW_MOMENTS,
+        activations_bytes=-(-activations_bytes // division.num_tensor_ranks),
     )
 
 

@@ -22,11 +22,11 @@ from rich.console import Console
 from phase8.config.load import config_from_mapping, config_to_mapping
 from phase8.config.schema import RunConfig
 from phase8.model.flops import training_flops_per_token
-from phase8.model.linear import Linear
 from phase8.model.model import LanguageModel
 from phase8.observe.metrics import MetricsWriter, StepMetrics
 from phase8.observe.progress import Progress
 from phase8.plan.dry_run import count_parameters
+from phase8.tensor_parallel.linear import Linear
 from phase8.train.benchmark_profile import profile_steps, write_profile
 from phase8.train.build import Run, build_run
 from phase8.train.device import device_name
@@ -137,8 +137,8 @@ def measure_throughput(config: RunConfig, *, device: torch.device, num_steps: in
         total_steps = run.config.train.num_steps
         progress = Progress(total_steps=total_steps, start_step=0, log_every_n_steps=total_steps, console=run.console)
         with run.lock, StepClock(run.directory.path) as clock, progress:
-            trainer = Trainer(run, clock, progress)
-            _wake(run.model)
+            trainer = Trainer(run, clock, progress, lambda step, doing: None)
+            _wake(run.learner.model)
             gradients = _watch_gradients(run)
             clock.begin()
             trainer.train_until(WARMUP_STEPS + num_steps, StopRequest())
@@ -237,10 +237,10 @@ def _watch_gradients(run: Run) -> dict[str, float]:
     def measure(*_: object) -> None:
         if run.position.step != WARMUP_STEPS - 1:
             return
-        for name, linears in _mixer_linears(run.model).items():
+        for name, linears in _mixer_linears(run.learner.model).items():
             norms[name] = torch.nn.utils.get_total_norm([linear.weight.grad for linear in linears]).item()
 
-    run.optimizer.register_step_pre_hook(measure)
+    run.learner.optimizer.register_step_pre_hook(measure)
     return norms
 
 
@@ -254,7 +254,7 @@ def _figures(run: Run, clock: StepClock, *, gradients: dict[str, float]) -> Thro
         device_type=run.device.type,
         torch_version=str(torch.__version__),
         block=run.config.model.block,
-        num_parameters=count_parameters(run.model),
+        num_parameters=count_parameters(run.learner.model),
         sequence_length=run.config.model.sequence_length,
         batch_size=run.shape.global_batch_size,
         recompute=run.config.train.recompute,

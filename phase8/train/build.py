@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import IO
 
 import torch
+import torch.distributed as dist
 from rich.console import Console
 
 from phase8.checkpoint.layout import step_of
@@ -14,19 +15,21 @@ from phase8.checkpoint.load import Checkpoint
 from phase8.config.batch import BatchShape, batch_shape
 from phase8.config.schema import RunConfig
 from phase8.config.validate import validate
+from phase8.distributed.collectives import broadcast_text
+from phase8.distributed.mesh import Mesh, build_mesh
 from phase8.kernels.backends import select_kernels
-from phase8.model.model import LanguageModel, build_model
-from phase8.model.parameters import decayed_parameter_names, initialise
 from phase8.observe.banner import print_banner, print_line
 from phase8.observe.devices import peak_flops
-from phase8.optim.adamw import build_optimizer
 from phase8.plan.dry_run import count_parameters
 from phase8.precision.policy import compute_dtype, set_matmul_precision
+from phase8.topology import build_topology
 from phase8.train.datasets import RunData, open_run_data
 from phase8.train.device import require_determinism
 from phase8.train.facts import run_facts
-from phase8.train.resume import Position, restore_run, resume_run
+from phase8.train.learner import Learner, build_learner
+from phase8.train.resume import Position, open_for_resume, restore_run, resume_run
 from phase8.train.run_directory import RunDirectory, run_directory
+from phase8.zero.fsdp import shard_size
 
 
 @dataclass
@@ -37,11 +40,10 @@ class Run:
         config: Its config, validated.
         device: Where the model lives.
         directory: Where it writes.
-        lock: Held while this process may write there.
+        lock: Held while this process may write there; None: another rank writes.
         data: What it trains on.
         tokenizer_file: Copy of the tokenizer that goes into checkpoints; None: the data have none.
-        model: With its weights.
-        optimizer: With its state.
+        learner: Model and optimizer.
         position: How far it has come.
         saved_step: Step of the newest checkpoint in `directory`; None: there is none.
         shape: The batch.
@@ -53,11 +55,10 @@ class Run:
     config: RunConfig
     device: torch.device
     directory: RunDirectory
-    lock: IO[str]
+    lock: IO[str] | None
     data: RunData
     tokenizer_file: Path | None
-    model: LanguageModel
-    optimizer: torch.optim.Optimizer
+    learner: Learner
     position: Position
     saved_step: int | None
     shape: BatchShape
@@ -66,43 +67,52 @@ class Run:
     console: Console
 
     @property
+    def is_main(self) -> bool:
+        """This rank writes and prints."""
+        return self.learner.mesh.rank == 0
+
+    @property
     def uses_cuda_graphs(self) -> bool:
         """The compiled blocks replay CUDA graphs."""
         compiled = self.config.train.compile
         return compiled.enabled and compiled.mode != "default" and self.device.type == "cuda"
 
 
-def build_run(config: RunConfig, *, device: torch.device, resume: str, console: Console) -> Run:
+def build_run(config: RunConfig, *, device: torch.device, resume: str, console: Console, world_size: int = 1) -> Run:
     """Opens the data, makes the model, goes on from a checkpoint if asked, and prints the banner.
 
     Args:
         config: Any config; it is validated here.
         device: From `select_device`.
         resume: `auto`, `none`, or a checkpoint directory.
-        console: Where to print.
+        console: Where to print; a quiet one on all ranks but the first.
+        world_size: Processes of the run; of several, the process group exists.
 
     Raises:
         Phase8Error: Whatever keeps the run from starting.
     """
-    validate(config)
+    validate(config, world_size=world_size)
     if config.train.deterministic:
         require_determinism()
     set_matmul_precision(config.precision)
     select_kernels(config.train.kernels, device)
+    mesh = _build_mesh(config, device, world_size)
+    is_main = mesh.rank == 0
     directory = run_directory(config.run)
-    lock = directory.lock()
-    data = open_run_data(config, on_progress=lambda stage, done, total: _print_stage(console, stage, done))
-    model = _build_model(config, device)
-    optimizer = build_optimizer(model, config.optim, decayed_names=decayed_parameter_names(model))
-    position, saved_step = _go_on(config, directory, data, model, optimizer, resume=resume, console=console)
-    directory.create()
-    directory.record(config)
-    tokenizer_file = None if data.tokenizer is None else directory.keep_tokenizer(data.tokenizer.path)
+    lock = directory.lock() if is_main else None
+    data = _open_data(config, console, is_main=is_main)
+    learner = build_learner(config, mesh=mesh, device=device, dtype=compute_dtype(config.precision))
+    position, saved_step = _go_on(config, directory, data, learner, resume=resume, console=console)
+    tokenizer_file = None
+    if is_main:
+        directory.create()
+        directory.record(config)
+        tokenizer_file = None if data.tokenizer is None else directory.keep_tokenizer(data.tokenizer.path)
     if config.train.compile.enabled:
-        for block in model.blocks:
+        for block in learner.model.blocks:
             block.compile(mode=config.train.compile.mode, fullgraph=config.train.compile.fullgraph)
-    shape = batch_shape(config.train, config.parallel, data_parallel_size=1)
-    facts = run_facts(config, device=device, shape=shape, num_parameters=count_parameters(model))
+    shape = batch_shape(config.train, config.parallel, data_parallel_size=mesh.topology.data_parallel_size)
+    facts = run_facts(config, device=device, shape=shape, num_parameters=count_parameters(learner.model), topology=mesh.topology)
     facts.append(("data", data.description))
     print_banner(f"phase8 pretraining: {config.run.name}", [*facts, ("run directory", str(directory.path))], console)
     return Run(
@@ -112,8 +122,7 @@ def build_run(config: RunConfig, *, device: torch.device, resume: str, console: 
         lock=lock,
         data=data,
         tokenizer_file=tokenizer_file,
-        model=model,
-        optimizer=optimizer,
+        learner=learner,
         position=position,
         saved_step=saved_step,
         shape=shape,
@@ -123,41 +132,53 @@ def build_run(config: RunConfig, *, device: torch.device, resume: str, console: 
     )
 
 
-def _build_model(config: RunConfig, device: torch.device) -> LanguageModel:
-    model = build_model(
-        config.model,
-        dtype=compute_dtype(config.precision),
-        device=device,
-        recompute=config.train.recompute,
-        recompute_every_n_layers=config.train.recompute_every_n_layers,
+def _build_mesh(config: RunConfig, device: torch.device, world_size: int) -> Mesh:
+    parallel = config.parallel
+    topology = build_topology(
+        world_size=world_size,
+        pipeline_parallel_size=parallel.pipeline_parallel_size,
+        context_parallel_size=parallel.context_parallel_size,
+        tensor_parallel_size=parallel.tensor_parallel_size,
+        expert_parallel_size=parallel.expert_parallel_size,
     )
-    initialise(model, seed=config.train.seed)
-    return model
+    if world_size == 1 and config.zero.offload_params != "none" and not dist.is_initialized():  # FSDP wants a group, if only of one
+        dist.init_process_group("gloo" if device.type == "cpu" else "cpu:gloo,cuda:nccl", store=dist.HashStore(), rank=0, world_size=1)
+    return build_mesh(
+        topology, device_type=device.type, shard_size=shard_size(config.zero, data_parallel_size=topology.data_parallel_size)
+    )
+
+
+def _open_data(config: RunConfig, console: Console, *, is_main: bool) -> RunData:
+    """The data; what has to be prepared once is prepared by the first rank, while the others wait."""
+
+    def open_them() -> RunData:
+        return open_run_data(config, on_progress=lambda stage, done, total: _print_stage(console, stage, done))
+
+    data = open_them() if is_main else None
+    broadcast_text("prepared")
+    return open_them() if data is None else data
 
 
 def _go_on(
-    config: RunConfig,
-    directory: RunDirectory,
-    data: RunData,
-    model: LanguageModel,
-    optimizer: torch.optim.Optimizer,
-    *,
-    resume: str,
-    console: Console,
+    config: RunConfig, directory: RunDirectory, data: RunData, learner: Learner, *, resume: str, console: Console
 ) -> tuple[Position, int | None]:
-    """The position to go on from, and the step of its checkpoint if that is one of this run."""
+    """The position to go on from, and the step of its checkpoint if that is one of this run. The first rank chooses the checkpoint."""
     position = Position()
 
     def restore(checkpoint: Checkpoint) -> None:
         nonlocal position
-        position = restore_run(checkpoint, config, fingerprint=data.fingerprint, model=model, optimizer=optimizer)
+        position = restore_run(checkpoint, config, fingerprint=data.fingerprint, learner=learner)
 
     def say(text: str) -> None:
         print_line(text, console)
 
-    checkpoint = resume_run(resume, directory, restore=restore, on_message=say)
-    if checkpoint is None:
+    checkpoint = resume_run(resume, directory, restore=restore, on_message=say) if learner.mesh.rank == 0 else None
+    chosen = broadcast_text(None if checkpoint is None else str(checkpoint.path))
+    if chosen is None:
         return position, None
+    if checkpoint is None:
+        checkpoint = open_for_resume(chosen)
+        restore(checkpoint)
     say(f"resumed from {checkpoint.path} (step {position.step}, {position.tokens_seen:,} tokens seen)")
     is_own = directory.owns(checkpoint.path) and step_of(checkpoint.path.name) is not None  # a copy of another name is not resumed by itself
     return position, position.step if is_own else None

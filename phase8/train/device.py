@@ -9,8 +9,8 @@ import torch
 from phase8.errors import ConfigError
 
 
-def select_device(name: str) -> torch.device:
-    """The device that `--device` names; `auto` takes the GPU if there is one.
+def select_device(name: str, *, local_rank: int = 0) -> torch.device:
+    """The device that `--device` names; `auto` takes the GPU if there is one. Of several processes of a host each takes its own GPU.
 
     Raises:
         ConfigError: `cuda` without a usable GPU.
@@ -19,6 +19,8 @@ def select_device(name: str) -> torch.device:
         raise ConfigError("--device is cuda, but torch finds no usable GPU; use --device cpu, or install a CUDA build of torch and its driver.")
     if name == "cpu" or not torch.cuda.is_available():
         return torch.device("cpu")
+    if local_rank < torch.cuda.device_count():  # too many processes are refused when they meet
+        torch.cuda.set_device(local_rank)
     return torch.device("cuda", torch.cuda.current_device())
 
 

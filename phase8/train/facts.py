@@ -5,19 +5,22 @@ from __future__ import annotations
 import torch
 
 from phase8.config.batch import BatchShape
-from phase8.config.schema import RunConfig
+from phase8.config.schema import RunConfig, ZeroSection
 from phase8.kernels.backends import MAX_HEAD_SIZE, apex_hint, attention_backend, kernel_backend
 from phase8.plan.dry_run import plan_run_memory
 from phase8.plan.facts import Fact, batch_fact, memory_fact, model_facts
 from phase8.precision.policy import compute_dtype
+from phase8.topology import Topology
 from phase8.train.device import device_name
 
 
-def run_facts(config: RunConfig, *, device: torch.device, shape: BatchShape, num_parameters: int) -> list[Fact]:
+def run_facts(config: RunConfig, *, device: torch.device, shape: BatchShape, num_parameters: int, topology: Topology) -> list[Fact]:
     """Everything but the data."""
     compiled = config.train.compile
     every = f" every {config.train.recompute_every_n_layers} layers" if config.train.recompute_every_n_layers > 1 else ""
+    ranks = [("topology", describe_topology(topology, config.zero))] if topology.world_size > 1 else []
     return [
+        *ranks,
         ("device", f"{device_name(device)}, torch {torch.__version__}"),
         ("precision", f"{config.precision.dtype} matmuls, fp32 master weights" + (", tf32 allowed" if config.precision.tf32 else "")),
         *model_facts(config.model, num_parameters=num_parameters),
@@ -28,10 +31,21 @@ def run_facts(config: RunConfig, *, device: torch.device, shape: BatchShape, num
         ("torch.compile", f"{compiled.mode}{', fullgraph' if compiled.fullgraph else ''}" if compiled.enabled else "off"),
         memory_fact(
             plan_run_memory(
-                config, num_parameters=num_parameters, micro_batch_size=shape.micro_batch_size, device_type=device.type
+                config,
+                num_parameters=num_parameters,
+                micro_batch_size=shape.micro_batch_size,
+                device_type=device.type,
+                topology=topology,
             )
         ),
     ]
+
+
+def describe_topology(topology: Topology, zero: ZeroSection) -> str:
+    """Degrees of the axes, and how data-parallel ranks divide the model."""
+    degrees = " x ".join(f"{axis} {degree}" for axis, degree in topology.degrees.items() if degree > 1)
+    offloaded = [what for what, where in (("optimizer", zero.offload_optimizer), ("parameters", zero.offload_params)) if where != "none"]
+    return f"{degrees}, ZeRO stage {zero.stage}" + (f", {' and '.join(offloaded)} offloaded" if offloaded else "")
 
 
 def implementation_facts(config: RunConfig, *, device: torch.device) -> list[Fact]:

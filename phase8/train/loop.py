@@ -6,6 +6,7 @@ import itertools
 import math
 import time
 from collections.abc import Callable, Iterator
+from contextlib import nullcontext
 
 import torch
 from torch import Tensor
@@ -14,6 +15,7 @@ from phase8.checkpoint.retention import apply_retention
 from phase8.checkpoint.save import save_checkpoint
 from phase8.checkpoint.state import flat_state
 from phase8.data.loader import build_loader, evaluation_microbatches, microbatch_sample_numbers
+from phase8.distributed.placement import gathered
 from phase8.errors import DivergenceError, Phase8Error, StorageError
 from phase8.model.flops import training_flops_per_token
 from phase8.observe.banner import print_line
@@ -24,28 +26,30 @@ from phase8.observe.report import write_report
 from phase8.optim.schedule import learning_rate
 from phase8.train.anomaly import count_skipped
 from phase8.train.build import Run
+from phase8.train.learner import whole_model
 from phase8.train.resume import check_stop, checkpoint_metadata
 from phase8.train.sample import write_sample
 from phase8.train.signals import StopRequest
 from phase8.train.step import Microbatch, StepResult, evaluate, split_sample, train_step
 
 
-def train(run: Run, *, resume_command: str) -> None:
+def train(run: Run, *, resume_command: str, report: Callable[[int, str], None] = lambda step, doing: None) -> None:
     """Trains until the last step, until `train.stop_at_step`, or until a stop signal, and saves.
 
     Args:
         run: From `build_run`; its lock is released at the end.
         resume_command: Printed when a signal stopped the run.
+        report: Told what this rank does from now on, and in which step.
 
     Raises:
         DivergenceError: Too many non-finite steps in a row.
         DataError: The data cannot be read; the steps so far are saved.
         StorageError: The last checkpoint cannot be written.
     """
-    with run.lock:
+    with run.lock or nullcontext():
         stop_step = check_stop(run.config, run.position)
         if run.position.step < stop_step or run.saved_step != run.position.step:  # what was resumed from elsewhere is saved here
-            stopped_by = _train_until(run, stop_step)
+            stopped_by = _train_until(run, stop_step, report)
             if stopped_by is not None and run.position.step < stop_step:
                 print_line(f"{stopped_by}: saved at step {run.position.step}; go on with:\n  {resume_command}", run.console)
                 return
@@ -63,8 +67,9 @@ def finish(run: Run) -> None:
     """Prints a sample and draws the report."""
     sample = None
     if run.config.observe.sample_prompt is not None and run.data.tokenizer is not None:
-        sample = write_sample(run.model, run.data.tokenizer, run.config, run.console)
-    if run.config.observe.report:
+        model = whole_model(run.learner, run.config)
+        sample = None if model is None else write_sample(model, run.data.tokenizer, run.config, run.console)
+    if run.config.observe.report and run.is_main:
         page = write_report(
             run.directory.path,
             title=f"phase8: {run.config.run.name}",
@@ -75,15 +80,17 @@ def finish(run: Run) -> None:
         print_line(f"report: {page}", run.console)
 
 
-def _train_until(run: Run, stop_step: int) -> str | None:
+def _train_until(run: Run, stop_step: int, report: Callable[[int, str], None]) -> str | None:
     """Takes the steps and saves; returns the signal that stopped them, if one did."""
     config = run.config
-    metrics = MetricsWriter(run.directory.path, resume_step=run.position.step, tensorboard=config.observe.tensorboard)
+    metrics = (
+        MetricsWriter(run.directory.path, resume_step=run.position.step, tensorboard=config.observe.tensorboard) if run.is_main else None
+    )
     progress = Progress(
         total_steps=stop_step, start_step=run.position.step, log_every_n_steps=config.observe.log_every_n_steps, console=run.console
     )
-    with metrics, StopRequest() as stop, progress:
-        trainer = Trainer(run, metrics, progress)
+    with metrics or nullcontext(), StopRequest() as stop, progress:
+        trainer = Trainer(run, metrics, progress, report)
         try:
             trainer.train_until(stop_step, stop)
         except (Phase8Error, OSError) as error:
@@ -101,29 +108,39 @@ class Trainer:
 
     Args:
         run: Weights, optimizer, data and position.
-        metrics: Where every step is recorded.
+        metrics: Where every step is recorded; None: another rank does.
         progress: Where it is shown.
+        report: As for `train`.
     """
 
-    def __init__(self, run: Run, metrics: MetricsWriter, progress: Progress):
-        self.run, self.metrics, self.progress = run, metrics, progress
+    def __init__(self, run: Run, metrics: MetricsWriter | None, progress: Progress, report: Callable[[int, str], None]):
+        self.run, self.metrics, self.progress, self.report = run, metrics, progress, report
         self.flops_per_token = training_flops_per_token(run.config.model)
         self.saved_step = run.saved_step
         self.metrics_failed = False
+        self.num_own_evaluations = 0
         self.evaluation_samples = self._evaluation_samples()
         if run.uses_cuda_graphs:
-            for parameter in run.model.parameters():
+            for parameter in run.learner.model.parameters():
                 parameter.grad = torch.zeros_like(parameter)
         reset_peak_memory(run.device)
+
+    @property
+    def is_alone(self) -> bool:
+        """This process is the whole run."""
+        return self.run.learner.mesh.device_mesh is None
 
     def train_until(self, stop_step: int, stop: StopRequest) -> None:
         """Takes steps; evaluates and saves between them."""
         config, position = self.run.config, self.run.position
         microbatches = self._microbatches()
-        while position.step < stop_step and stop.received is None:
-            self._take_step(microbatches)
+        asked_to_stop = stop.received is not None and self.is_alone
+        while position.step < stop_step and not asked_to_stop:
+            result = self._take_step(microbatches, stop=stop.received is not None)
             is_last = position.step == stop_step
-            if stop.received is not None and not is_last:
+            # Several ranks stop after the same step: that in which all have learnt of the signal.
+            asked_to_stop = stop.received is not None if self.is_alone else result.stop
+            if asked_to_stop and not is_last:
                 return  # somebody waits for this process to end: what is due otherwise is done after resuming
             if is_last or _is_due(position.step, config.train.evaluate_every_n_steps):
                 self.evaluate()
@@ -135,9 +152,9 @@ class Trainer:
         step = self.run.position.step
         if self.evaluation_samples is None:
             return
-        microbatches = (self._split(sample) for sample in self.evaluation_samples)
-        loss, num_tokens = evaluate(self.run.model, microbatches, cuda_graphs=self.run.uses_cuda_graphs)
-        self._record(lambda: self.metrics.log_evaluation(step, validation_loss=loss, validation_tokens=num_tokens))
+        self.report(step, "evaluation")
+        loss, num_tokens = evaluate(self.run.learner, self._evaluation_microbatches(), cuda_graphs=self.run.uses_cuda_graphs)
+        self._record(lambda metrics: metrics.log_evaluation(step, validation_loss=loss, validation_tokens=num_tokens))
         self.progress.evaluation(step, loss)
 
     def save(self, *, must_succeed: bool) -> None:
@@ -149,11 +166,16 @@ class Trainer:
         run, config, position = self.run, self.run.config, self.run.position
         if self.saved_step == position.step:
             return
+        self.report(position.step, "gathering the checkpoint")
+        tensors = gathered(flat_state(run.learner.model, run.learner.optimizer, run.learner.shards.parts), keep=run.is_main)
+        if not run.is_main:
+            self.saved_step = position.step
+            return
         try:
             saved = save_checkpoint(
                 run.directory.checkpoints,
                 step=position.step,
-                tensors=flat_state(run.model, run.optimizer),
+                tensors=tensors,
                 metadata=checkpoint_metadata(config, position, fingerprint=run.data.fingerprint, device=run.device),
                 attachments={} if run.tokenizer_file is None else {run.tokenizer_file.name: run.tokenizer_file},
             )
@@ -173,19 +195,21 @@ class Trainer:
         except StorageError as error:
             self._report_failure("retention failed", error)
 
-    def _take_step(self, microbatches: Iterator[Microbatch]) -> None:
+    def _take_step(self, microbatches: Iterator[Microbatch], *, stop: bool) -> StepResult:
         run, config, position = self.run, self.run.config, self.run.position
         begin = time.perf_counter()
+        self.report(position.step + 1, "reading data")
         batch = list(itertools.islice(microbatches, run.shape.num_microbatches))
         data_wait_seconds = time.perf_counter() - begin
         rate = learning_rate(position.step + 1, config.optim, num_steps=config.train.num_steps)
+        self.report(position.step + 1, "training")
         result = train_step(
-            run.model,
-            run.optimizer,
+            run.learner,
             batch,
             learning_rate=rate,
             gradient_clip_norm=config.optim.gradient_clip_norm,
             cuda_graphs=run.uses_cuda_graphs,
+            stop=stop,
         )
         step_seconds = time.perf_counter() - begin
         sample_numbers = range(position.samples_consumed, position.samples_consumed + run.shape.global_batch_size)
@@ -193,11 +217,12 @@ class Trainer:
         position.samples_consumed += run.shape.global_batch_size
         position.tokens_seen += run.shape.global_batch_size * config.model.sequence_length
         record = self._step_metrics(result, rate, step_seconds=step_seconds, data_wait_seconds=data_wait_seconds)
-        self._record(lambda: self.metrics.log_step(record))
+        self._record(lambda metrics: metrics.log_step(record))
         self.progress.step(record)
         count_skipped(
             position, result, max_consecutive=config.train.max_consecutive_nonfinite_steps, sample_numbers=sample_numbers
         )
+        return result
 
     def _step_metrics(self, result: StepResult, rate: float, *, step_seconds: float, data_wait_seconds: float) -> StepMetrics:
         run = self.run
@@ -216,10 +241,12 @@ class Trainer:
             skipped=result.skipped,
         )
 
-    def _record(self, write: Callable[[], None]) -> None:
+    def _record(self, write: Callable[[MetricsWriter], None]) -> None:
         """Writes metrics; a full disk is said once and does not end the run."""
+        if self.metrics is None:
+            return
         try:
-            write()
+            write(self.metrics)
         except StorageError as error:
             if not self.metrics_failed:
                 self.progress.message(f"step {self.run.position.step}: metrics are lost, training goes on: {error}")
@@ -229,24 +256,35 @@ class Trainer:
         """Says that something could not be stored; training goes on, and the older checkpoints stay."""
         step = self.run.position.step
         self.progress.message(f"step {step}: {event}, training goes on: {error}")
-        self._record(lambda: self.metrics.log_event(step, event.replace(" ", "_"), reason=str(error)))
+        self._record(lambda metrics: metrics.log_event(step, event.replace(" ", "_"), reason=str(error)))
 
     def _microbatches(self) -> Iterator[Microbatch]:
         numbers = microbatch_sample_numbers(
-            samples_consumed=self.run.position.samples_consumed, micro_batch_size=self.run.shape.micro_batch_size
+            samples_consumed=self.run.position.samples_consumed,
+            micro_batch_size=self.run.shape.micro_batch_size,
+            index=self.run.learner.mesh.data_parallel_index,
+            num_readers=self.run.shape.data_parallel_size,
         )
         for sample in build_loader(self.run.data.train, self.run.config.data, sample_numbers=numbers):
             yield self._split(sample)
 
     def _evaluation_samples(self):
-        """Loader of the held-out sequences, the same ones in every evaluation; None: there are none, or they are not asked for."""
+        """Loader of the held-out sequences of this rank, the same ones in every evaluation; None: there are none, or they are not asked for."""
         run, train = self.run, self.run.config.train
         if run.data.validation is None or train.evaluate_every_n_steps == 0:
             return None
         windows = evaluation_microbatches(
             run.data.validation, num_samples=train.evaluation_sequences, micro_batch_size=run.shape.micro_batch_size
         )
-        return build_loader(run.data.validation, run.config.data, sample_numbers=windows)
+        own = windows[run.learner.mesh.data_parallel_index :: run.shape.data_parallel_size]
+        self.num_own_evaluations, num_rounds = len(own), -(-len(windows) // run.shape.data_parallel_size)
+        return build_loader(run.data.validation, run.config.data, sample_numbers=own + windows[-1:] * (num_rounds - len(own)))
+
+    def _evaluation_microbatches(self) -> Iterator[Microbatch]:
+        """This rank's; at the end, where others still have one, some whose targets do not count, for every rank takes part in every forward."""
+        for index, sample in enumerate(self.evaluation_samples):
+            microbatch = self._split(sample)
+            yield microbatch if index < self.num_own_evaluations else microbatch.without_targets()
 
     def _split(self, sample: dict[str, Tensor]) -> Microbatch:
         return split_sample(sample, reset_at_document_boundaries=self.run.config.data.reset_at_document_boundaries)

@@ -17,6 +17,7 @@ from phase8.config.load import config_to_mapping
 from phase8.config.schema import RunConfig
 from phase8.data.loader import describe_fingerprint_difference
 from phase8.errors import CheckpointError, CheckpointMismatchError, ConfigError
+from phase8.train.learner import Learner
 from phase8.train.run_directory import RunDirectory
 
 
@@ -97,13 +98,17 @@ def resume_run(
     return checkpoint
 
 
+def open_for_resume(path: str) -> Checkpoint:
+    """A checkpoint that another rank has chosen."""
+    return open_checkpoint(Path(path))
+
+
 def restore_run(
     checkpoint: Checkpoint,
     config: RunConfig,
     *,
     fingerprint: dict[str, Any],
-    model: torch.nn.Module,
-    optimizer: torch.optim.Optimizer,
+    learner: Learner,
 ) -> Position:
     """Loads weights, optimizer and random state, after checking that config and data continue those of the checkpoint.
 
@@ -121,8 +126,9 @@ def restore_run(
         _check_data(checkpoint.path, (saved_config["train"]["seed"], saved_fingerprint), (config.train.seed, fingerprint))
     for name in checkpoint.manifest.attachments:
         checkpoint.attachment(name)  # a damaged tokenizer is found now, not when somebody generates
-    restore_state(checkpoint, model, optimizer)
-    restore_random_state(random_state, next(model.parameters()).device)
+    restore_state(checkpoint, learner.model, learner.optimizer, learner.shards.parts)
+    learner.shards.read_again()
+    restore_random_state(random_state, learner.device)
     return position
 
 

@@ -9,9 +9,12 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from phase8.distributed.collectives import sum_over
+from phase8.distributed.mesh import Mesh
 from phase8.kernels.reference.cross_entropy import IGNORED_TARGET
-from phase8.model.model import LanguageModel
-from phase8.optim.clip import gradient_norm, step_clipped
+from phase8.optim.clip import step_clipped
+from phase8.train.learner import Learner
+from phase8.zero.fsdp import sum_gradients_after
 
 
 @dataclass(frozen=True)
@@ -36,19 +39,26 @@ class Microbatch:
         return Microbatch(tokens, targets, starts, self.num_valid)
 
 
+    def without_targets(self) -> Microbatch:
+        """The same with nothing to predict."""
+        return Microbatch(self.tokens, torch.full_like(self.targets, IGNORED_TARGET), self.starts, 0)
+
+
 @dataclass(frozen=True)
 class StepResult:
     """What a step measured.
 
     Args:
-        loss: Mean loss in nats per valid target, over all microbatches.
+        loss: Mean loss in nats per valid target, over all microbatches of all ranks.
         grad_norm: Global gradient norm before clipping.
         skipped: Loss or norm was not finite and the weights were left alone.
+        stop: Some rank was asked to stop.
     """
 
     loss: float
     grad_norm: float
     skipped: bool
+    stop: bool = False
 
 
 def split_sample(sample: dict[str, Tensor], *, reset_at_document_boundaries: bool) -> Microbatch:
@@ -62,55 +72,70 @@ def split_sample(sample: dict[str, Tensor], *, reset_at_document_boundaries: boo
 
 
 def train_step(
-    model: LanguageModel,
-    optimizer: torch.optim.Optimizer,
+    learner: Learner,
     microbatches: Sequence[Microbatch],
     *,
     learning_rate: float,
     gradient_clip_norm: float,
     cuda_graphs: bool = False,
+    stop: bool = False,
 ) -> StepResult:
     """Updates the weights once.
 
-    The loss is a mean over the valid targets of all microbatches, so it does not depend on how the batch is cut.
+    The loss is a mean over the valid targets of all microbatches of all ranks, so it does not depend on how the batch is cut.
 
     Args:
-        model: Its gradients must be empty; they are emptied again.
-        optimizer: Left alone when loss or gradient norm is not finite.
-        microbatches: On the host or on the device.
+        learner: The gradients of its model must be empty; they are emptied again. Its optimizer is left alone when loss or gradient norm
+            is not finite.
+        microbatches: Of this rank, on the host or on the device.
         learning_rate: For this step.
         gradient_clip_norm: Largest global norm; 0: no clipping.
         cuda_graphs: The blocks replay CUDA graphs. Then gradients are zeroed instead of freed: one that lived in the memory of a
             graph would be overwritten by the next microbatch.
+        stop: This rank was asked to stop; all ranks learn it with the loss.
     """
-    device = model.embedding.weight.device
-    num_valid = max(sum(microbatch.num_valid for microbatch in microbatches), 1)
+    model, optimizer, shards, mesh, device = learner.model, learner.optimizer, learner.shards, learner.mesh, learner.device
+    num_valid = _over_data_ranks(torch.tensor(sum(m.num_valid for m in microbatches), dtype=torch.float64, device=device), mesh).clamp(min=1)
     total = torch.zeros((), device=device)
-    for microbatch in microbatches:
+    for index, microbatch in enumerate(microbatches):
         if cuda_graphs:
             torch.compiler.cudagraph_mark_step_begin()
+        sum_gradients_after(model, learner.zero, is_last=index == len(microbatches) - 1)
         batch = microbatch.to(device)
-        loss = model.loss_sum(batch.tokens, batch.targets, batch.starts) / num_valid
+        loss = model.loss_sum(batch.tokens, batch.targets, batch.starts)
+        loss = loss / num_valid.to(loss.dtype)
         loss.backward()
         total += loss.detach()
-    norm = gradient_norm(model.parameters())
+    shards.take_gradients()
+    norm = shards.gradient_norm()
+    total = _over_data_ranks(total, mesh)
+    asked = torch.full_like(total, float(stop))
+    for axis in (mesh.replicate, mesh.shard, mesh.tp, mesh.pp):
+        asked = sum_over(asked, axis)
     for group in optimizer.param_groups:
         group["lr"] = learning_rate
-    step_clipped(optimizer, norm, max_norm=gradient_clip_norm, finite=total.isfinite() & norm.isfinite())
-    optimizer.zero_grad(set_to_none=not cuda_graphs)
-    loss_value, norm_value = torch.stack((total, norm.to(total.dtype))).tolist()  # the only synchronisation of the step
-    return StepResult(loss_value, norm_value, skipped=not (math.isfinite(loss_value) and math.isfinite(norm_value)))
+    step_clipped(optimizer, norm, max_norm=gradient_clip_norm, finite=total.isfinite() & norm.isfinite().to(device))
+    shards.write_back()
+    shards.drop_gradients(set_to_none=not cuda_graphs)
+    # The only synchronisation of the step.
+    loss_value, norm_value, asked_value = torch.stack((total, norm.to(total), asked)).tolist()
+    return StepResult(loss_value, norm_value, skipped=not (math.isfinite(loss_value) and math.isfinite(norm_value)), stop=asked_value > 0)
 
 
 @torch.no_grad()
-def evaluate(model: LanguageModel, microbatches: Iterable[Microbatch], *, cuda_graphs: bool = False) -> tuple[float, int]:
-    """Mean loss in nats per valid target, and the number of those targets."""
-    device = model.embedding.weight.device
-    total, num_valid = torch.zeros((), dtype=torch.float64, device=device), 0
+def evaluate(learner: Learner, microbatches: Iterable[Microbatch], *, cuda_graphs: bool = False) -> tuple[float, int]:
+    """Mean loss in nats per valid target, and the number of those targets, over all ranks. Every rank brings as many microbatches."""
+    device = learner.device
+    sums = torch.zeros(2, dtype=torch.float64, device=device)
     for microbatch in microbatches:
         if cuda_graphs:
             torch.compiler.cudagraph_mark_step_begin()
         batch = microbatch.to(device)
-        total += model.loss_sum(batch.tokens, batch.targets, batch.starts)
-        num_valid += batch.num_valid
-    return total.item() / max(num_valid, 1), num_valid
+        sums[0] += learner.model.loss_sum(batch.tokens, batch.targets, batch.starts)
+        sums[1] += batch.num_valid
+    loss, num_valid = _over_data_ranks(sums, learner.mesh).tolist()
+    return loss / max(num_valid, 1), int(num_valid)
+
+
+def _over_data_ranks(x: Tensor, mesh: Mesh) -> Tensor:
+    return sum_over(sum_over(x, mesh.replicate), mesh.shard)

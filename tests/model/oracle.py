@@ -34,7 +34,7 @@ def mixer(section, layer, p, x):
     heads, size, length = section.num_heads, section.head_width, len(x)
     qkv = torch.cat([linear(p, f"mixer.{name}", x) for name in "qkv"], dim=-1)
     if "mixer.convolution.weight" in p:
-        taps = p["mixer.convolution.weight"]
+        taps = p["mixer.convolution.weight"].flatten(0, 1)
         shifted = [torch.cat((torch.zeros_like(qkv[:j]), qkv[: length - j])) for j in range(taps.shape[1])]
         qkv = sum(shifted[j][:length] * taps[:, -1 - j] for j in range(taps.shape[1]))
     q, k, v = (part.reshape(length, heads, size) for part in qkv.chunk(3, dim=-1))

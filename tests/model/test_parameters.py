@@ -4,9 +4,10 @@ from small import VARIANT_IDS, VARIANT_SECTIONS, scaled_down
 from torch import nn
 
 from phase8.config.schema import ModelSection
-from phase8.model.linear import Linear, LowRankLinear
 from phase8.model.model import build_model
-from phase8.model.parameters import ParameterSpec, decayed_parameter_names, initialise, iterate_specs
+from phase8.model.parameters import decayed_parameter_names, initialise, iterate_specs
+from phase8.tensor_parallel.linear import Linear, LowRankColumn
+from phase8.tensor_parallel.parameters import ParameterSpec
 
 
 def fresh(section, seed=0):
@@ -54,7 +55,7 @@ def test_documented_initial_state_of_the_mixer():
 
 
 def test_low_rank_product_has_the_dense_variance():
-    pair = LowRankLinear(256, 128, rank=64, std=0.02)
+    pair = LowRankColumn(256, 128, rank=64, std=0.02)
     initialise(pair, seed=0)
     product = pair.up.weight @ pair.down.weight
     assert abs(product.std().item() / 0.02 - 1) < 0.05

@@ -29,7 +29,7 @@ def test_equals_the_algorithm_of_the_paper_in_fp64():
     model = nn.Linear(5, 3)
     start = {name: p.detach().double() for name, p in model.named_parameters()}
     gradients = {name: [torch.randn(p.shape) for _ in RATES] for name, p in model.named_parameters()}
-    optimizer = build_optimizer(model, SECTION, decayed_names={"weight"})
+    optimizer = build_optimizer(dict(model.named_parameters()), SECTION, decayed_names={"weight"})
     for step, rate in enumerate(RATES):
         for group in optimizer.param_groups:
             group["lr"] = rate
@@ -47,7 +47,7 @@ def test_matrices_of_linear_layers_decay_and_nothing_else(block, tie_embeddings)
     section = ModelSection(block=block, d_model=16, num_layers=2, num_heads=2, vocab_size=32, low_rank_rank=3, tie_embeddings=tie_embeddings)
     model = build_model(section, dtype=torch.float32, device=torch.device("cpu"))
     initialise(model, seed=0)
-    optimizer = build_optimizer(model, SECTION, decayed_names=decayed_parameter_names(model))
+    optimizer = build_optimizer(dict(model.named_parameters()), SECTION, decayed_names=decayed_parameter_names(model))
     names = {p: name for name, p in model.named_parameters()}
     decayed, others = ([names[p] for p in group["params"]] for group in optimizer.param_groups)
     assert [group["weight_decay"] for group in optimizer.param_groups] == [0.2, 0.0]
@@ -58,6 +58,6 @@ def test_matrices_of_linear_layers_decay_and_nothing_else(block, tie_embeddings)
 
 
 def test_the_section_reaches_the_optimizer():
-    optimizer = build_optimizer(nn.Linear(2, 2), SECTION, decayed_names=())
+    optimizer = build_optimizer(dict(nn.Linear(2, 2).named_parameters()), SECTION, decayed_names=())
     for group in optimizer.param_groups:
         assert (group["lr"], group["betas"], group["eps"], group["fused"]) == (0.3, (0.8, 0.9), 1e-6, True)

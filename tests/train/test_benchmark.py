@@ -12,8 +12,8 @@ from tiny_run import tiny_config
 
 from phase8.data.loader import SequenceDataset
 from phase8.errors import ConfigError, DivergenceError
-from phase8.model.linear import joint_linear
 from phase8.observe.metrics import MetricsWriter
+from phase8.tensor_parallel.linear import joint_linear
 from phase8.train import benchmark, loop
 from phase8.train.benchmark import WARMUP_STEPS, measure_alone, measure_throughput, with_settings
 from phase8.train.step import StepResult
@@ -81,8 +81,8 @@ def test_a_wrong_backward_of_the_mixer_shows_in_its_gradients(tiny, monkeypatch,
     config = tiny_config(tiny, f"model.block={block}", "optim.gradient_clip_norm=1e-3")
     right = measure_throughput(config, device=CPU, num_steps=1).gradients
 
-    def doubled(x, *layers):
-        y = joint_linear(x, *layers)
+    def doubled(x, *layers, axis):
+        y = joint_linear(x, *layers, axis=axis)
         return 2 * y - y.detach()
 
     for module in ("mixer", "attention"):
@@ -123,7 +123,7 @@ def test_too_little_memory_is_a_finding_and_the_model_is_given_back(tiny, monkey
 
     def build_run(*arguments, **options):
         run = original(*arguments, **options)
-        models.append(weakref.ref(run.model))
+        models.append(weakref.ref(run.learner.model))
         return run
 
     def run_out(trainer, stop_step, stop):

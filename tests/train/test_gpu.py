@@ -103,6 +103,6 @@ def test_planned_memory_is_close_to_the_measured_peak(tiny, block, recompute):
         "train.evaluate_every_n_steps=0",
     )  # fmt: skip
     run = train_on_gpu(tiny, *settings)
-    plan = plan_run_memory(run.config, num_parameters=count_parameters(run.model), micro_batch_size=8, device_type="cuda")
+    plan = plan_run_memory(run.config, num_parameters=count_parameters(run.learner.model), micro_batch_size=8, device_type="cuda")
     print(f"{block} {recompute}: planned {plan.total_bytes}, measured {torch.cuda.max_memory_allocated()}")
     assert plan.total_bytes == pytest.approx(torch.cuda.max_memory_allocated(), rel=0.2)

@@ -42,12 +42,12 @@ def test_retention_keeps_the_newest(tiny):
 
 def poison(run, steps):
     """Makes the loss of some steps not a number, by spoiling the output of the model."""
-    original = run.model.loss_sum
+    original = run.learner.model.loss_sum
 
     def spoiled(*arguments):
         return original(*arguments) * (math.nan if run.position.step + 1 in steps else 1.0)
 
-    run.model.loss_sum = spoiled
+    run.learner.model.loss_sum = spoiled
 
 
 def test_a_non_finite_step_is_skipped_and_counted(tiny):
@@ -56,9 +56,9 @@ def test_a_non_finite_step_is_skipped_and_counted(tiny):
     states = {}
     step = loop.train_step
 
-    def remember(model, *arguments, **options):
-        result = step(model, *arguments, **options)
-        states[run.position.step + 1] = model.embedding.weight.detach().clone()
+    def remember(learner, *arguments, **options):
+        result = step(learner, *arguments, **options)
+        states[run.position.step + 1] = learner.model.embedding.weight.detach().clone()
         return result
 
     loop.train_step, restore = remember, step

@@ -4,12 +4,17 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from phase8.config.schema import ModelSection
+from phase8.config.schema import ModelSection, ZeroSection
+from phase8.distributed.collectives import ALONE
+from phase8.distributed.mesh import build_mesh
 from phase8.errors import DivergenceError
 from phase8.kernels.reference.cross_entropy import IGNORED_TARGET
 from phase8.model.model import build_model
 from phase8.model.parameters import initialise
+from phase8.optim.shards import Shards
+from phase8.topology import Topology
 from phase8.train.anomaly import count_skipped
+from phase8.train.learner import Learner
 from phase8.train.resume import Position
 from phase8.train.step import StepResult, evaluate, split_sample, train_step
 
@@ -23,6 +28,12 @@ def model():
     model = build_model(SECTION, dtype=torch.float32, device=torch.device("cpu"))
     initialise(model, seed=1)
     return model
+
+
+def alone(model, optimizer):
+    """A learner of one process."""
+    mesh = build_mesh(Topology(), device_type="cpu", shard_size=1)
+    return Learner(model, Shards(model, tensor_axis=ALONE, other_axes=()), optimizer, mesh, ZeroSection(), torch.device("cpu"))
 
 
 def sample(*, batch_size=2, seed=0, starts=()):
@@ -82,7 +93,7 @@ def test_a_step_follows_the_clipped_mean_gradient_over_all_valid_targets(model, 
     norm = math.sqrt(sum(gradient.square().sum().item() for gradient in expected.values()))
     scale = limit / norm if 0 < limit < norm else 1.0
     optimizer = torch.optim.SGD(model.parameters(), lr=123.0, fused=True)
-    result = train_step(model, optimizer, batches, learning_rate=0.5 / scale, gradient_clip_norm=limit)
+    result = train_step(alone(model, optimizer), batches, learning_rate=0.5 / scale, gradient_clip_norm=limit)
     assert (result.loss, result.grad_norm, result.skipped) == (pytest.approx(loss, rel=1e-5), pytest.approx(norm, rel=1e-3), False)
     assert [group["lr"] for group in optimizer.param_groups] == [0.5 / scale]
     for name, value in model.named_parameters():
@@ -99,7 +110,7 @@ def test_a_step_that_is_not_finite_leaves_weights_and_optimizer_alone(model, spo
         original = model.loss_sum
         model.loss_sum = lambda *arguments: original(*arguments) * math.nan
     before = snapshot(model)
-    result = train_step(model, optimizer, split(sample()), learning_rate=0.1, gradient_clip_norm=1.0)
+    result = train_step(alone(model, optimizer), split(sample()), learning_rate=0.1, gradient_clip_norm=1.0)
     assert result.skipped and math.isfinite(result.loss) == (spoil == "gradient") and not math.isfinite(result.grad_norm)
     assert all(torch.equal(value, before[name]) and value.grad is None for name, value in model.named_parameters())
     assert not any(value.any() for entry in optimizer.state.values() for value in entry.values())
@@ -108,7 +119,7 @@ def test_a_step_that_is_not_finite_leaves_weights_and_optimizer_alone(model, spo
 def test_a_step_without_any_valid_target_changes_nothing_by_gradient(model):
     (batch,) = split(sample(starts=[(row, column) for row in (0, 1) for column in range(1, 9)]), reset=True)
     before = snapshot(model)
-    result = train_step(model, torch.optim.SGD(model.parameters(), fused=True), [batch], learning_rate=1.0, gradient_clip_norm=1.0)
+    result = train_step(alone(model, torch.optim.SGD(model.parameters(), fused=True)), [batch], learning_rate=1.0, gradient_clip_norm=1.0)
     assert batch.num_valid == 0 and (result.loss, result.grad_norm, result.skipped) == (0.0, 0.0, False)
     assert all(torch.equal(value, before[name]) for name, value in model.named_parameters())
 
@@ -116,9 +127,9 @@ def test_a_step_without_any_valid_target_changes_nothing_by_gradient(model):
 def test_evaluation_is_the_mean_over_valid_targets_and_changes_nothing(model):
     batches = split(sample(starts=[(0, 2), (1, 3), (1, 5)]), sample(batch_size=1, seed=1), reset=True)
     before = snapshot(model)
-    loss, num_targets = evaluate(model, iter(batches))
+    loss, num_targets = evaluate(alone(model, None), iter(batches))
     assert num_targets == 13 + 8 and loss == pytest.approx(mean_loss(model, batches).item(), rel=1e-5)
-    assert evaluate(model, batches) == (loss, num_targets)
+    assert evaluate(alone(model, None), batches) == (loss, num_targets)
     assert all(torch.equal(value, before[name]) and value.grad is None for name, value in model.named_parameters())
 
 

@@ -69,7 +69,7 @@ def records(run: Run) -> list[dict]:
 
 
 def weights(run: Run) -> dict[str, torch.Tensor]:
-    return dict(run.model.named_parameters())
+    return dict(run.learner.model.named_parameters())
 
 
 def assert_same_weights(a: Run, b: Run) -> None:

@@ -1,0 +1,129 @@
+"""Which process this is: started by torchrun, by mpirun, or alone.
+
+torchrun tells every process its place and where the store is. mpirun tells the place only; address and port are broadcast from rank 0
+through mpi4py, and MPI is finalised again: the collectives are those of torch. A process that nobody placed is a world of its own.
+"""
+
+from __future__ import annotations
+
+import importlib
+import socket
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Literal
+
+from phase8.errors import ConfigError
+
+PLACE = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE")
+STORE = ("MASTER_ADDR", "MASTER_PORT")
+# (rank, size) as Open MPI and the launchers that speak PMI (MPICH, Intel MPI, Cray) name them.
+MPI_PLACES = (("OMPI_COMM_WORLD_RANK", "OMPI_COMM_WORLD_SIZE"), ("PMI_RANK", "PMI_SIZE"))
+
+
+@dataclass(frozen=True)
+class World:
+    """The place of this process among all processes of the run.
+
+    Args:
+        rank: Number of this process, from 0.
+        local_rank: Number of this process on its host, from 0.
+        world_size: Number of processes.
+        local_world_size: Number of processes on this host.
+        launcher: Who started them; `environment`: somebody who sets the variables of torchrun.
+        address: Host and port of the store through which they meet; None: there is one process and no process group.
+        hosts_store: This process opens the store. Under torchrun its agent does, so that the store outlives every rank.
+    """
+
+    rank: int = 0
+    local_rank: int = 0
+    world_size: int = 1
+    local_world_size: int = 1
+    launcher: Literal["single", "torchrun", "environment", "mpirun"] = "single"
+    address: tuple[str, int] | None = None
+    hosts_store: bool = False
+
+
+def world_from_environment(environment: Mapping[str, str]) -> World:
+    """The place that the launcher wrote into the environment.
+
+    Args:
+        environment: Variables of this process. An empty one counts as not set.
+
+    Raises:
+        ConfigError: Variables are missing or contradict each other, or mpirun was used without mpi4py.
+    """
+    found = {name: value for name, value in environment.items() if value != ""}
+    if any(name in found for name in PLACE):
+        return _world_of_torchrun(found)
+    for rank, size in MPI_PLACES:
+        if rank in found or size in found:
+            return _world_of_mpirun(found, rank, size)
+    return World()
+
+
+def _world_of_torchrun(found: Mapping[str, str]) -> World:
+    missing = [name for name in (*PLACE, *STORE) if name not in found]
+    if missing:
+        present = [name for name in PLACE if name in found]
+        raise ConfigError(
+            f"{', '.join(present)} {'is' if len(present) == 1 else 'are'} set, but {', '.join(missing)} {'is' if len(missing) == 1 else 'are'} not; "
+            "start the processes with torchrun, which sets them all, or unset all of them to run one process."
+        )
+    rank, local_rank, world_size, local_world_size = (_number(found, name) for name in PLACE)
+    port = _number(found, "MASTER_PORT")
+    if not (local_rank < local_world_size <= world_size and local_rank <= rank < world_size and 0 < port < 2**16):
+        raise ConfigError(
+            f"{', '.join(f'{name}={found[name]}' for name in (*PLACE, 'MASTER_PORT'))} contradict each other: "
+            "LOCAL_RANK < LOCAL_WORLD_SIZE <= WORLD_SIZE, LOCAL_RANK <= RANK < WORLD_SIZE and a port from 1 to 65535 are needed; "
+            "let torchrun set them."
+        )
+    return World(
+        rank=rank,
+        local_rank=local_rank,
+        world_size=world_size,
+        local_world_size=local_world_size,
+        launcher="torchrun" if "TORCHELASTIC_RUN_ID" in found else "environment",
+        address=(found["MASTER_ADDR"], port),
+        hosts_store=rank == 0 and found.get("TORCHELASTIC_USE_AGENT_STORE") != "True",
+    )
+
+
+def _world_of_mpirun(found: Mapping[str, str], rank_name: str, size_name: str) -> World:
+    missing = [name for name in (rank_name, size_name) if name not in found]
+    if missing:
+        raise ConfigError(f"one of {rank_name} and {size_name} is set, but {missing[0]} is not; start the processes with mpirun or torchrun.")
+    rank, size = _number(found, rank_name), _number(found, size_name)
+    if rank >= size:
+        raise ConfigError(f"{rank_name}={rank} and {size_name}={size} contradict each other: the rank must be below the size; let mpirun set them.")
+    if size == 1:
+        return World()  # some clusters set the variables of PMI for every process
+    try:
+        mpi = importlib.import_module("mpi4py.MPI")
+    except ImportError:
+        raise ConfigError(
+            f"mpirun started {size} processes, but mpi4py, through which they find each other, cannot be imported; "
+            "install the extra phase8[mpi], or start them with torchrun."
+        ) from None
+    communicator = mpi.COMM_WORLD
+    if (communicator.rank, communicator.size) != (rank, size):
+        raise ConfigError(
+            f"{rank_name}={rank} and {size_name}={size}, but mpi4py says rank {communicator.rank} of {communicator.size}: it was built for another "
+            "MPI than this mpirun; rebuild mpi4py with this MPI, or start the processes with torchrun."
+        )
+    local = communicator.Split_type(mpi.COMM_TYPE_SHARED)
+    local_rank, local_world_size = local.rank, local.size
+    address = communicator.bcast((found.get("MASTER_ADDR", socket.gethostname()), _free_port()) if rank == 0 else None)
+    mpi.Finalize()
+    return World(rank, local_rank, size, local_world_size, "mpirun", tuple(address), hosts_store=rank == 0)
+
+
+def _number(found: Mapping[str, str], name: str) -> int:
+    if not (found[name].isascii() and found[name].isdigit()):
+        raise ConfigError(f"{name} is {found[name]!r}, but a whole number is needed; let the launcher set it.")
+    return int(found[name])
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("", 0))
+        return probe.getsockname()[1]

@@ -1,0 +1,132 @@
+"""Collectives over one axis of the mesh, each with the collective that is its dual in backward. On an axis of one rank all are the identity.
+
+| forward | backward |
+|---|---|
+| `gather_tokens`: all-gather | reduce-scatter |
+| `scatter_tokens`: reduce-scatter | all-gather |
+
+Tokens are the first dim, in the order of the ranks. Nothing is reduced in place: the input of a layer stays what it was.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.distributed.device_mesh import DeviceMesh
+
+
+@dataclass(frozen=True)
+class Axis:
+    """One axis of the rank grid as a rank sees it.
+
+    Args:
+        mesh: The ranks along it; None: this rank alone.
+    """
+
+    mesh: DeviceMesh | None = None
+
+    @property
+    def size(self) -> int:
+        """Number of ranks."""
+        return 1 if self.mesh is None else self.mesh.size()
+
+    @property
+    def index(self) -> int:
+        """Position of this rank."""
+        return 0 if self.mesh is None else self.mesh.get_local_rank()
+
+    @property
+    def group(self) -> dist.ProcessGroup:
+        """Process group of an axis of several ranks."""
+        assert self.mesh is not None
+        return self.mesh.get_group()
+
+
+ALONE = Axis()
+
+
+def gather_tokens(x: Tensor, axis: Axis) -> Tensor:
+    """The tokens of all ranks: [N / size, ...] -> [N, ...]. Backward sums what the ranks say of each token and scatters it."""
+    return x if axis.size == 1 else _GatherTokens.apply(x, axis)
+
+
+def scatter_tokens(x: Tensor, axis: Axis) -> Tensor:
+    """The sum over the ranks of their contributions, cut by tokens: [..., F] of N tokens -> [N / size, F]. Backward gathers."""
+    return x if axis.size == 1 else _ScatterTokens.apply(x.flatten(0, -2), axis)
+
+
+def own_tokens(x: Tensor, axis: Axis) -> Tensor:
+    """The tokens of this rank, of a tensor that every rank has whole and that needs no gradient."""
+    return x if axis.size == 1 else x.chunk(axis.size)[axis.index]
+
+
+@torch.no_grad()
+def sum_over(x: Tensor, axis: Axis) -> Tensor:
+    """The sum over the ranks; not differentiable."""
+    return _all_reduce(x, axis, dist.ReduceOp.SUM)
+
+
+@torch.no_grad()
+def maximum_over(x: Tensor, axis: Axis) -> Tensor:
+    """The maximum over the ranks; not differentiable."""
+    return _all_reduce(x, axis, dist.ReduceOp.MAX)
+
+
+def broadcast_text(text: str | None) -> str | None:
+    """What rank 0 of the world says, on every rank; None travels too."""
+    if not dist.is_initialized():
+        return text
+    data = torch.frombuffer(bytearray(text.encode()), dtype=torch.uint8) if text else torch.empty(0, dtype=torch.uint8)
+    size = torch.tensor(-1 if text is None else len(data))
+    dist.broadcast(size, src=0)
+    if size < 0:
+        return None
+    data = data if dist.get_rank() == 0 else torch.empty(int(size), dtype=torch.uint8)
+    dist.broadcast(data, src=0)
+    return bytes(data.tolist()).decode()
+
+
+class _GatherTokens(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, axis: Axis) -> Tensor:
+        ctx.axis = axis
+        return _all_gather(x, axis)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        return _reduce_scatter(grad, ctx.axis), None
+
+
+class _ScatterTokens(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, axis: Axis) -> Tensor:
+        ctx.axis = axis
+        return _reduce_scatter(x, axis)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        return _all_gather(grad, ctx.axis), None
+
+
+def _all_gather(x: Tensor, axis: Axis) -> Tensor:
+    gathered = x.new_empty(axis.size * x.shape[0], *x.shape[1:])
+    dist.all_gather_into_tensor(gathered, x.contiguous(), group=axis.group)
+    return gathered
+
+
+def _reduce_scatter(x: Tensor, axis: Axis) -> Tensor:
+    own = x.new_empty(x.shape[0] // axis.size, *x.shape[1:])
+    dist.reduce_scatter_tensor(own, x.contiguous(), group=axis.group)
+    return own
+
+
+def _all_reduce(x: Tensor, axis: Axis, operation: dist.ReduceOp) -> Tensor:
+    if axis.size == 1:
+        return x
+    reduced = x.clone()
+    dist.all_reduce(reduced, op=operation, group=axis.group)
+    return reduced

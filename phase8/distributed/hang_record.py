@@ -1,0 +1,30 @@
+"""What a rank leaves behind for whoever looks into a hang: where its Python code is, and its last collectives."""
+
+from __future__ import annotations
+
+import sys
+import threading
+import traceback
+from pathlib import Path
+
+import torch
+
+
+def write_hang_record(directory: Path, *, rank: int, device_type: str) -> None:
+    """Writes `rank-N.stack.txt` and `rank-N.collectives.json` for rank N.
+
+    The collectives come from the flight recorder of torch, which keeps as many as TORCH_FR_BUFFER_SIZE said when the process group was
+    made. It is the JSON form: the other one is a pickle.
+
+    Args:
+        directory: Made if it is not there.
+        rank: Of this process.
+        device_type: `cuda`: the collectives of NCCL, else those of gloo.
+    """
+    directory.mkdir(parents=True, exist_ok=True)
+    frames = sys._current_frames()
+    main = threading.main_thread().ident
+    (directory / f"rank-{rank}.stack.txt").write_text("".join(traceback.format_stack(frames[main])), encoding="utf-8")
+    recorder = torch._C._distributed_c10d
+    collectives = recorder._dump_nccl_trace_json() if device_type == "cuda" else recorder._dump_fr_trace_json()
+    (directory / f"rank-{rank}.collectives.json").write_bytes(collectives)

@@ -1,0 +1,99 @@
+"""The parts of a model's parameters that the optimizer of this rank updates, as plain tensors: every update is element by element.
+
+A parameter of one process is updated itself. Of a DTensor the optimizer sees this rank's part, which shares its memory, or, offloaded, a
+copy in host memory that is written back after each step.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+
+from phase8.distributed.collectives import Axis, sum_over
+from phase8.optim.clip import gradient_norm
+
+
+class Shards:
+    """This rank's parts by the name of their parameter.
+
+    Args:
+        model: After it has been divided over the ranks.
+        tensor_axis: Ranks that divide some parameters and have others whole.
+        other_axes: Further ranks that hold different parts, each of all parameters.
+        offload: Keep what the optimizer updates, and with it its state, in host memory.
+    """
+
+    def __init__(self, model: nn.Module, *, tensor_axis: Axis, other_axes: Sequence[Axis], offload: bool = False):
+        self.tensor_axis, self.other_axes, self.offload = tensor_axis, other_axes, offload
+        self.whole: dict[str, nn.Parameter] = dict(model.named_parameters())
+        self.parts: dict[str, nn.Parameter] = {name: self._part(parameter) for name, parameter in self.whole.items()}
+
+    def take_gradients(self) -> None:
+        """Gives each part its gradient, fully summed."""
+        for name, parameter in self.whole.items():
+            part, gradient = self.parts[name], parameter.grad
+            if part is parameter:
+                continue
+            if isinstance(gradient, DTensor):
+                if gradient.placements != parameter.placements:  # a summand of each tensor-parallel rank
+                    gradient = gradient.redistribute(placements=parameter.placements)
+                gradient = gradient.to_local()
+            part.grad = None if gradient is None else gradient.to(part.device)
+
+    def drop_gradients(self, *, set_to_none: bool) -> None:
+        """Frees all gradients, or fills them with zeros."""
+        for name, parameter in self.whole.items():
+            if self.parts[name] is not parameter:
+                self.parts[name].grad = None
+            if parameter.grad is not None and not set_to_none:
+                parameter.grad.zero_()
+            elif set_to_none:
+                parameter.grad = None
+
+    def gradient_norm(self) -> Tensor:
+        """The norm of the gradient of the whole model, the same on every rank; a scalar where the gradients are."""
+        axes = [axis for axis in (self.tensor_axis, *self.other_axes) if axis.size > 1]
+        if not axes:
+            return gradient_norm(self.parts.values())
+        divided = {name for name, parameter in self.whole.items() if not self._is_whole_on_tensor_axis(parameter)}
+        squares = gradient_norm(part for name, part in self.parts.items() if name in divided).square()
+        repeated = gradient_norm(part for name, part in self.parts.items() if name not in divided).square()
+        squares = squares + repeated / self.tensor_axis.size
+        for axis in axes:
+            squares = sum_over(squares.to(self._device), axis)
+        return squares.sqrt()
+
+    @torch.no_grad()
+    def write_back(self) -> None:
+        """Copies updated parts from host memory to where the model computes, if they are offloaded."""
+        if self.offload:
+            for name, parameter in self.whole.items():
+                _own(parameter).copy_(self.parts[name])
+
+    @torch.no_grad()
+    def read_again(self) -> None:
+        """Copies the parameters to where they are offloaded, after they got other values."""
+        if self.offload:
+            for name, parameter in self.whole.items():
+                self.parts[name].copy_(_own(parameter))
+
+    @property
+    def _device(self) -> torch.device:
+        """Where collectives want their tensors."""
+        return next(iter(self.whole.values())).device
+
+    def _part(self, parameter: nn.Parameter) -> nn.Parameter:
+        if self.offload:
+            return nn.Parameter(_own(parameter).detach().to("cpu", copy=True))
+        return nn.Parameter(_own(parameter).detach()) if isinstance(parameter, DTensor) else parameter
+
+    def _is_whole_on_tensor_axis(self, parameter: nn.Parameter) -> bool:
+        return self.tensor_axis.size > 1 and isinstance(parameter, DTensor) and parameter.placements[-1].is_replicate()
+
+
+def _own(parameter: Tensor) -> Tensor:
+    """This rank's part of a parameter, sharing its memory."""
+    return parameter.to_local() if isinstance(parameter, DTensor) else parameter

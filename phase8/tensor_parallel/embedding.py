@@ -1,0 +1,49 @@
+"""The token embedding, its vocabulary divided over the ranks.
+
+Shapes: B batch, T tokens, N = B T, n own tokens, D model width, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from phase8.distributed.collectives import Axis, scatter_tokens
+from phase8.tensor_parallel.parameters import ParameterSpec, local
+
+
+class VocabularyParallelEmbedding(nn.Module):
+    """One vector per token id; a rank holds those of its share of the ids.
+
+    Args:
+        vocab_size: V; a share is V / ranks ids rounded up, the last ones may be smaller.
+        width: D.
+        std: Standard deviation of the initial vectors.
+        dtype: Dtype of the residual stream that begins here.
+        axis: Of tensor parallelism.
+    """
+
+    def __init__(self, vocab_size: int, width: int, *, std: float, dtype: torch.dtype, axis: Axis):
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(vocab_size, width))
+        self.std, self.dtype, self.axis = std, dtype, axis
+
+    def parameter_specs(self) -> dict[str, ParameterSpec]:
+        """Normal values; not decayed: rare tokens would fade between their occurrences."""
+        return {"weight": ParameterSpec(std=self.std, shard_dim=0)}
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        """[B, T] -> [B, T, D] on one rank, else the own tokens [n, D]."""
+        weight = local(self.weight)
+        if self.axis.size == 1:
+            return F.embedding(tokens, weight).to(self.dtype)
+        own = tokens - first_id(self.weight.shape[0], self.axis)
+        is_here = (own >= 0) & (own < weight.shape[0])
+        found = F.embedding(own.where(is_here, 0), weight).to(self.dtype)
+        return scatter_tokens(found.where(is_here[..., None], 0), self.axis)
+
+
+def first_id(vocab_size: int, axis: Axis) -> int:
+    """The first token id of this rank's share."""
+    return -(-vocab_size // axis.size) * axis.index

@@ -1,0 +1,193 @@
+"""Linear layers divided over the ranks of a tensor-parallel axis; fp32 master weights, cast to the dtype of the input.
+
+Between two divided layers the ranks hold different tokens; inside, all tokens and different features. n own tokens, N = n * ranks tokens.
+
+| layer | weight of a rank | x | y | forward | backward |
+|---|---|---|---|---|---|
+| column | rows [F / ranks, D] | [n, D] | [N, F / ranks] | all-gather x, multiply | multiply, reduce-scatter dx |
+| row | columns [D, F / ranks] | [N, F / ranks] | [n, D] | multiply, reduce-scatter y | all-gather dy, multiply |
+| low-rank column | down whole, up by rows | [n, D] | [N, F / ranks] | down, all-gather the bottleneck, up | the same in reverse |
+| low-rank row | down by columns, up whole | [N, F / ranks] | [n, D] | down, reduce-scatter the bottleneck, up | the same in reverse |
+
+Source: M. Shoeybi et al., "Megatron-LM" (2019); V. Korthikanti et al., "Reducing activation recomputation" (2022). The pairs exchange a
+bottleneck of R numbers a token instead of D, and no rank repeats another's work.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from phase8.distributed.collectives import Axis, gather_tokens, scatter_tokens
+from phase8.kernels.reference.dtypes import at_least_fp32
+from phase8.tensor_parallel.parameters import ParameterSpec, local
+
+
+class Linear(nn.Module):
+    """y = x W^T without bias, token by token.
+
+    Args:
+        in_features: Width of x.
+        out_features: Width of y.
+        std: Standard deviation of the initial weights; 0: zero.
+        shard_dim: Dim of the weight that ranks divide; None: each has it whole.
+    """
+
+    def __init__(self, in_features: int, out_features: int, *, std: float, shard_dim: int | None = None):
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(out_features, in_features))
+        self.std, self.shard_dim = std, shard_dim
+
+    def parameter_specs(self) -> dict[str, ParameterSpec]:
+        """Normal values; decayed."""
+        return {"weight": ParameterSpec(std=self.std, decay=True, shard_dim=self.shard_dim)}
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[..., in_features] -> [..., out_features of this rank]."""
+        return F.linear(x, local(self.weight).to(x.dtype))
+
+    def extra_repr(self) -> str:
+        """Shapes for `print(model)`, of all ranks together."""
+        return f"{self.weight.shape[1]} -> {self.weight.shape[0]}"
+
+
+class ColumnParallelLinear(Linear):
+    """y = x W^T with the rows of W, the columns of y, divided over the ranks; x holds all tokens.
+
+    Args:
+        in_features: Width of x.
+        out_features: Width of y, of all ranks together.
+        std: Standard deviation of the initial weights.
+    """
+
+    def __init__(self, in_features: int, out_features: int, *, std: float):
+        super().__init__(in_features, out_features, std=std, shard_dim=0)
+
+
+class RowParallelLinear(Linear):
+    """y = x W^T with the columns of W divided over the ranks like those of x; y holds the own tokens.
+
+    Args:
+        in_features: Width of x, of all ranks together.
+        out_features: Width of y.
+        std: Standard deviation of the initial weights.
+        axis: Of tensor parallelism.
+    """
+
+    def __init__(self, in_features: int, out_features: int, *, std: float, axis: Axis):
+        super().__init__(in_features, out_features, std=std, shard_dim=1)
+        self.axis = axis
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[..., in_features of this rank], all tokens -> [..., out_features], own tokens."""
+        return scatter_tokens(super().forward(x), self.axis)
+
+
+class LowRankColumn(nn.Module):
+    """y = up(down(x)): a column-parallel weight of rank R as the product of two thin ones.
+
+    The standard deviations are chosen so that the product has the variance of a dense weight of standard deviation `std`, and the
+    bottleneck of an input of unit variance has unit variance.
+
+    Args:
+        in_features: Width of x.
+        out_features: Width of y, of all ranks together.
+        rank: Width R of the bottleneck.
+        std: Standard deviation of the entries of the product; 0: `up` starts at zero.
+    """
+
+    def __init__(self, in_features: int, out_features: int, *, rank: int, std: float):
+        super().__init__()
+        self.down = Linear(in_features, rank, std=1 / math.sqrt(in_features))
+        self.up = ColumnParallelLinear(rank, out_features, std=std * math.sqrt(in_features / rank))
+
+
+class LowRankRow(nn.Module):
+    """The same product as a row-parallel layer, reduced at the bottleneck.
+
+    Args:
+        in_features: Width of x, of all ranks together.
+        out_features: Width of y.
+        rank: Width R of the bottleneck.
+        std: Standard deviation of the entries of the product; 0: `up` starts at zero.
+        axis: Of tensor parallelism.
+    """
+
+    def __init__(self, in_features: int, out_features: int, *, rank: int, std: float, axis: Axis):
+        super().__init__()
+        self.down = RowParallelLinear(in_features, rank, std=1 / math.sqrt(in_features), axis=axis)
+        self.up = Linear(rank, out_features, std=std * math.sqrt(in_features / rank))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[..., in_features of this rank], all tokens -> [..., out_features], own tokens."""
+        return self.up(self.down(x))
+
+
+class WideLinear(Linear):
+    """y = x W^T in fp32 whatever the dtype of x: what it feeds is too sensitive to be rounded to that dtype."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[..., in_features] -> fp32 or wider [..., out_features of this rank]."""
+        weight = local(self.weight)
+        if x.device.type == "cpu" or x.element_size() > 2:
+            return F.linear(at_least_fp32(x), weight)
+        return _WideProduct.apply(x.flatten(0, -2), weight.to(x.dtype)).unflatten(0, x.shape[:-1])
+
+
+class _WideProduct(torch.autograd.Function):
+    """x W^T of half-precision matrices in fp32: matrix units accumulate in fp32 anyway, and x need not be widened in memory first."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor) -> Tensor:
+        ctx.save_for_backward(x, weight)
+        return torch.mm(x, weight.T, out_dtype=torch.float32)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor]:
+        x, weight = ctx.saved_tensors
+        grad = grad.to(x.dtype)
+        return grad @ weight, grad.T @ x
+
+
+def column_linear(in_features: int, out_features: int, *, rank: int, std: float) -> ColumnParallelLinear | LowRankColumn:
+    """A dense column-parallel layer, or the low-rank pair when `rank` is not 0; `joint_linear` runs it."""
+    if rank:
+        return LowRankColumn(in_features, out_features, rank=rank, std=std)
+    return ColumnParallelLinear(in_features, out_features, std=std)
+
+
+def row_linear(in_features: int, out_features: int, *, rank: int, std: float, axis: Axis) -> RowParallelLinear | LowRankRow:
+    """A dense row-parallel layer, or the low-rank pair when `rank` is not 0."""
+    if rank:
+        return LowRankRow(in_features, out_features, rank=rank, std=std, axis=axis)
+    return RowParallelLinear(in_features, out_features, std=std, axis=axis)
+
+
+def gather_input(x: Tensor, layer: ColumnParallelLinear | LowRankColumn, axis: Axis) -> Tensor:
+    """What column-parallel layers read, gathered once for all of them: all tokens, or the own ones where bottlenecks are gathered instead."""
+    return x if isinstance(layer, LowRankColumn) else gather_tokens(x, axis)
+
+
+def joint_linear(x: Tensor, *layers: ColumnParallelLinear | LowRankColumn, axis: Axis) -> Tensor:
+    """The outputs of several column-parallel layers of the same input, concatenated: one matrix product instead of one each.
+
+    Args:
+        x: From `gather_input` [..., in_features].
+        layers: All dense, or all low-rank.
+        axis: Of tensor parallelism.
+
+    Returns:
+        [..., sum of their out_features of this rank], all tokens.
+    """
+    if isinstance(layers[0], LowRankColumn):
+        bottlenecks = gather_tokens(_joint_product(x, *(layer.down for layer in layers)), axis).chunk(len(layers), dim=-1)
+        return torch.cat([layer.up(bottleneck) for layer, bottleneck in zip(layers, bottlenecks, strict=True)], dim=-1)
+    return _joint_product(x, *layers)
+
+
+def _joint_product(x: Tensor, *layers: Linear) -> Tensor:
+    return F.linear(x, torch.cat([local(layer.weight).to(x.dtype) for layer in layers]))

@@ -1,0 +1,61 @@
+"""ZeRO by torch's FSDP2: which rank holds which part of what between uses. The stage is a policy, not a code path.
+
+| stage | parameters between uses | gradients while accumulating | optimizer |
+|---|---|---|---|
+| 0 | whole | whole, summed once a step | whole |
+| 1 | gathered from the first forward of a step to its last backward | whole, summed once a step | sharded |
+| 2 | as in 1 | sharded: summed after every microbatch | sharded |
+| 3 | sharded, gathered for each use | sharded | sharded |
+
+Stage 0 is a shard group of one rank: nothing is divided, gradients are summed over the replicas. Gradients are sums, not means: losses
+are divided by the global number of targets.
+"""
+
+from __future__ import annotations
+
+from torch import nn
+from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, OffloadPolicy, fully_shard
+
+from phase8.config.schema import ZeroSection
+from phase8.distributed.mesh import Mesh
+
+
+def shard_size(zero: ZeroSection, *, data_parallel_size: int) -> int:
+    """Data-parallel ranks that divide the model among them."""
+    if zero.stage == 0:
+        return 1
+    return data_parallel_size if zero.shard_size is None else zero.shard_size
+
+
+def shard_block(block: nn.Module, zero: ZeroSection, mesh: Mesh) -> None:
+    """Divides one block, whose parameters have their values: what another rank holds is freed."""
+    if _is_divided(zero, mesh):
+        fully_shard(block, mesh=mesh.data_mesh, reshard_after_forward=zero.stage == 3, offload_policy=_offload(zero, mesh))
+
+
+def shard_model(model: nn.Module, zero: ZeroSection, mesh: Mesh) -> None:
+    """Divides what is in no block, after all blocks; embedding and head stay gathered from forward to backward, being used at both ends."""
+    if not _is_divided(zero, mesh):
+        return
+    fully_shard(model, mesh=mesh.data_mesh, reshard_after_forward=False, offload_policy=_offload(zero, mesh))
+    for module in model.modules():
+        if isinstance(module, FSDPModule):
+            module.set_gradient_divide_factor(1.0)
+            module.set_force_sum_reduction_for_comms(True)  # gloo has no other, and a factor of one needs no other
+
+
+def sum_gradients_after(model: nn.Module, zero: ZeroSection, *, is_last: bool) -> None:
+    """Whether the backward of the coming microbatch sums gradients over the ranks: always from stage 2 on, else for the last one only."""
+    if isinstance(model, FSDPModule):
+        model.set_requires_gradient_sync(is_last or zero.stage >= 2)
+
+
+def _is_divided(zero: ZeroSection, mesh: Mesh) -> bool:
+    return mesh.device_mesh is not None and (mesh.topology.data_parallel_size > 1 or zero.offload_params != "none")
+
+
+def _offload(zero: ZeroSection, mesh: Mesh) -> OffloadPolicy:
+    if zero.offload_params == "none":
+        return OffloadPolicy()
+    assert mesh.device_mesh is not None
+    return CPUOffloadPolicy(pin_memory=mesh.device_mesh.device_type == "cuda")

@@ -1,0 +1,16 @@
+import sys
+from pathlib import Path
+
+import pytest
+
+sys.path.insert(0, str(Path(__file__).parent))
+
+from pool import Pool
+
+
+@pytest.fixture(scope="session")
+def pool():
+    """Workers for distributed jobs, shared by all tests: `pool.run(function, *arguments, world_size=4)`."""
+    workers = Pool()
+    yield workers
+    workers.close()

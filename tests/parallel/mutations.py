@@ -1,0 +1,175 @@
+"""Mistakes that corrupt without an error, each put into the running code for the time of a job: parity has to notice every one."""
+
+from contextlib import contextmanager
+
+import torch
+import torch.distributed as dist
+from torch.distributed.tensor import Replicate
+
+from phase8.distributed import collectives
+from phase8.model import convolution, global_path, mixer, norm
+from phase8.optim import shards
+from phase8.tensor_parallel import cross_entropy, embedding, linear
+from phase8.train import step
+from phase8.zero import fsdp
+
+READERS = (convolution, global_path, mixer, norm, embedding, linear)
+
+
+@contextmanager
+def replaced(*places, by):
+    """Attributes of modules or classes replaced for a while; `by` makes the new one from the old one."""
+    old = [(owner, name, vars(owner)[name]) for owner, name in places]
+    for owner, name, value in old:
+        setattr(owner, name, by(value))
+    try:
+        yield
+    finally:
+        for owner, name, value in old:
+            setattr(owner, name, value)
+
+
+def no_reduction_in_scatter():
+    """A row-parallel layer keeps its own contribution."""
+    return replaced((collectives, "_reduce_scatter"), by=lambda old: lambda x, axis: x.chunk(axis.size)[axis.index].contiguous())
+
+
+def swapped_neighbours():
+    """Gathered tokens come in another order of ranks."""
+    return replaced((collectives, "_all_gather"), by=lambda old: lambda x, axis: torch.cat(old(x, axis).chunk(axis.size)[::-1]))
+
+
+def sum_is_local():
+    """No number is summed over ranks: counts of targets, norms, normalisers of the softmax."""
+    return replaced(*((module, "sum_over") for module in (step, shards, cross_entropy)), by=lambda old: lambda x, axis: x)
+
+
+def local_count_of_targets():
+    """Each rank divides by its own number of targets."""
+    return replaced((step, "_over_data_ranks"), by=lambda old: lambda x, mesh: x if x.dtype == torch.float64 and x.dim() == 0 else old(x, mesh))
+
+
+def norm_counts_replicas_twice():
+    """Parameters that every tensor-parallel rank has whole count once for each of them."""
+    return replaced((shards.Shards, "_is_whole_on_tensor_axis"), by=lambda old: lambda self, parameter: False)
+
+
+def norm_of_one_shard():
+    """The gradient norm is that of this rank's parts."""
+    return replaced((shards, "sum_over"), by=lambda old: lambda x, axis: x)
+
+
+def plain_to_local():
+    """A replicated parameter is read without saying that its gradient is a summand."""
+    def careless(old):
+        return lambda parameter: parameter.to_local() if hasattr(parameter, "to_local") else parameter
+
+    return replaced(*((module, "local") for module in READERS if "local" in vars(module)), by=careless)
+
+
+def average_over_data_ranks():
+    """Gradients are means over the replicas, as FSDP has it by default."""
+    def averaging(old):
+        def shard(model, zero, mesh):
+            old(model, zero, mesh)
+            for module in model.modules():
+                if isinstance(module, fsdp.FSDPModule):
+                    module.set_gradient_divide_factor(float(mesh.topology.data_parallel_size))
+                    module.set_force_sum_reduction_for_comms(False)
+
+        return shard
+
+    from phase8.train import learner
+
+    return replaced((learner, "shard_model"), by=averaging)
+
+
+def never_synchronised():
+    """Gradients of data-parallel ranks are never summed."""
+    def off(old):
+        def sum_gradients_after(model, zero, *, is_last):
+            if isinstance(model, fsdp.FSDPModule):
+                model.set_requires_gradient_sync(is_last and False)
+
+        return sum_gradients_after
+
+    return replaced((step, "sum_gradients_after"), by=off)
+
+
+def same_data_everywhere():
+    """Every data-parallel rank reads the sequences of the first."""
+    from phase8.distributed.mesh import Mesh
+
+    return replaced((Mesh, "data_parallel_index"), by=lambda old: property(lambda self: 0))
+
+
+def another_ranks_part():
+    """Initial weights: a rank takes the part of its neighbour."""
+    from phase8.model import parameters
+
+    def shifted(old):
+        def own_part(value, spec, axis):
+            parts = [value] if spec.shard_dim is None or axis.size == 1 else value.chunk(axis.size, spec.shard_dim)
+            return parts[(axis.index + 1) % len(parts)] if len({part.shape for part in parts}) == 1 else old(value, spec, axis)
+
+        return own_part
+
+    return replaced((parameters, "own_part"), by=shifted)
+
+
+def largest_logit_is_local():
+    """The softmax of each rank is shifted by its own largest logit."""
+    return replaced((cross_entropy, "maximum_over"), by=lambda old: lambda x, axis: x)
+
+
+def gradient_stays_a_summand():
+    """Gradients of replicated parameters are not summed over tensor-parallel ranks."""
+    def careless(old):
+        def take(self):
+            for parameter in self.whole.values():
+                gradient = parameter.grad
+                if gradient is not None and hasattr(gradient, "placements") and gradient.placements != parameter.placements:
+                    local = gradient.to_local()
+                    parameter.grad = type(gradient).from_local(local, gradient.device_mesh, [Replicate()], run_check=False)
+            old(self)
+
+        return take
+
+    return replaced((shards.Shards, "take_gradients"), by=careless)
+
+
+def embedding_of_one_rank():
+    """The embedding is not summed over the vocabulary's ranks."""
+    return replaced((embedding, "scatter_tokens"), by=lambda old: lambda x, axis: x.flatten(0, -2).chunk(axis.size)[axis.index])
+
+
+def first_id_of_the_first():
+    """Every rank takes its share of the vocabulary for the first one."""
+    from phase8.model import model
+
+    return replaced((embedding, "first_id"), (model, "first_id"), by=lambda old: lambda vocab_size, axis: 0)
+
+
+def extra_all_reduce():
+    """Gradients of replicated parameters are summed once more over the tensor-parallel ranks."""
+    def doubled(old):
+        def take(self):
+            old(self)
+            for name, whole in self.whole.items():
+                if whole.placements[-1].is_replicate():
+                    dist.all_reduce(self.parts[name].grad, group=self.tensor_axis.group)
+
+        return take
+
+    return replaced((shards.Shards, "take_gradients"), by=doubled)
+
+
+# name -> what to apply; and the settings on which it must show.
+MUTATIONS = {
+    function.__name__: function
+    for function in (
+        no_reduction_in_scatter, swapped_neighbours, sum_is_local, local_count_of_targets, norm_counts_replicas_twice, norm_of_one_shard,
+        plain_to_local, average_over_data_ranks, never_synchronised, same_data_everywhere, another_ranks_part, largest_logit_is_local,
+        gradient_stays_a_summand, embedding_of_one_rank, first_id_of_the_first, extra_all_reduce,
+    )
+}  # fmt: skip

@@ -1,0 +1,180 @@
+"""Worker processes that stay: a distributed test costs milliseconds instead of the seconds that starting processes and torch takes.
+
+A job is a top-level function of a test file. It runs on the first `world_size` workers, which form the default process group (gloo) of
+exactly that size, made for the job and destroyed after it: the code under test sees what it would see under torchrun. Whatever goes
+wrong, the workers are thrown away, and the next job starts new ones.
+"""
+
+import importlib
+import importlib.util
+import multiprocessing
+import multiprocessing.connection
+import os
+import pickle
+import sys
+import time
+import traceback
+from datetime import timedelta
+from pathlib import Path
+
+MAX_WORLD_SIZE = 8
+
+
+class RankError(Exception):
+    """A rank that died, did not answer in time, or raised something that cannot be sent."""
+
+
+class Pool:
+    """Workers, started by the first job that needs them.
+
+    Args:
+        max_world_size: As many workers as there will be.
+    """
+
+    def __init__(self, max_world_size=MAX_WORLD_SIZE):
+        self.max_world_size = max_world_size
+        self._workers, self._store, self._num_jobs = [], None, 0
+
+    def run(self, function, *arguments, world_size, timeout_seconds=120.0):
+        """What each rank returns, in order of the ranks.
+
+        Args:
+            function: Of the top level of a file.
+            arguments: The same for every rank.
+            world_size: Number of ranks.
+            timeout_seconds: For the whole job, and for every collective in it.
+
+        Raises:
+            Exception: What a rank has raised, with a note that gives the rank and its traceback.
+            RankError: A rank died or took too long.
+        """
+        if not 1 <= world_size <= self.max_world_size:
+            raise ValueError(f"world_size is {world_size}, but the pool has 1 to {self.max_world_size} workers.")
+        self._start(world_size)
+        self._num_jobs += 1
+        job = (self._num_jobs, world_size, timeout_seconds, function.__module__, function.__code__.co_filename, function.__qualname__)
+        for _, connection in self._workers[:world_size]:
+            connection.send((job, pickle.dumps(arguments)))
+        completed = False
+        try:
+            results = self._collect(world_size, time.monotonic() + timeout_seconds)
+            completed = True
+        finally:
+            if not completed:
+                self.close()
+        return results
+
+    def close(self):
+        """Ends the workers, whatever they do."""
+        for process, connection in self._workers:
+            process.kill()
+            connection.close()
+        for process, _ in self._workers:
+            process.join()
+        self._workers, self._store = [], None
+
+    @property
+    def processes(self):
+        """Ids of the workers."""
+        return [process.pid for process, _ in self._workers]
+
+    def _start(self, world_size):
+        import torch.distributed as dist
+
+        if any(not process.is_alive() for process, _ in self._workers):
+            self.close()
+        if self._store is None:
+            self._store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+        context = multiprocessing.get_context("spawn")
+        for rank in range(len(self._workers), world_size):
+            ours, theirs = context.Pipe()
+            process = context.Process(target=work, args=(rank, self._store.port, theirs), name=f"rank {rank}", daemon=True)
+            process.start()
+            theirs.close()
+            self._workers.append((process, ours))
+
+    def _collect(self, world_size, deadline):
+        results, waiting = [None] * world_size, {connection: rank for rank, (_, connection) in enumerate(self._workers[:world_size])}
+        while waiting:
+            ready = multiprocessing.connection.wait(list(waiting), max(0.0, deadline - time.monotonic()))
+            if not ready:
+                raise RankError(f"ranks {sorted(waiting.values())} have not ended within the time-out.")
+            for connection in ready:
+                rank = waiting.pop(connection)
+                results[rank] = self._receive(rank, connection)
+        return results
+
+    def _receive(self, rank, connection):
+        try:
+            succeeded, payload, trace = connection.recv()
+        except EOFError:
+            process = self._workers[rank][0]
+            process.join()
+            raise RankError(f"rank {rank} died with exit code {process.exitcode}.") from None
+        if succeeded:
+            return pickle.loads(payload)
+        error = _unpickled_error(payload)
+        if error is None:
+            raise RankError(f"rank {rank} raised:\n{trace}")
+        error.add_note(f"on rank {rank}:\n{trace}")
+        raise error
+
+
+def work(rank, port, connection):
+    """What a worker does all its life."""
+    os.environ["OMP_NUM_THREADS"] = "1"  # before torch is there
+    import torch
+    import torch.distributed as dist
+
+    torch.set_num_threads(1)
+    store = dist.TCPStore("127.0.0.1", port, is_master=False)
+    while True:
+        try:
+            (number, world_size, timeout_seconds, *function), arguments = connection.recv()
+        except EOFError:  # the tests have ended
+            return
+        torch.manual_seed(0)
+        torch.set_default_dtype(torch.float32)
+        timeout = timedelta(seconds=timeout_seconds)
+        try:
+            dist.init_process_group("gloo", store=dist.PrefixStore(f"job {number}", store), rank=rank, world_size=world_size, timeout=timeout)
+            payload = pickle.dumps(_load(*function)(*pickle.loads(arguments)))
+            dist.barrier()  # nobody closes a connection that another still reads from
+            dist.destroy_process_group()
+            _forget_meshes()
+        except BaseException as error:
+            connection.send((False, _pickled_error(error), traceback.format_exc()))
+        else:
+            connection.send((True, payload, None))
+
+
+def _load(module, file, name):
+    """A function of a test file, which pytest has imported under a name that means nothing here, or of a package."""
+    if module not in sys.modules and Path(file).is_relative_to(Path(__file__).parents[1]):
+        specification = importlib.util.spec_from_file_location(module, file)
+        sys.modules[module] = importlib.util.module_from_spec(specification)
+        specification.loader.exec_module(sys.modules[module])
+    return getattr(importlib.import_module(module), name)
+
+
+def _forget_meshes():
+    """DTensor remembers what it decided for a mesh, and takes the mesh of the next job, with other process groups, for the same."""
+    if "torch.distributed.tensor" in sys.modules:
+        from torch.distributed.tensor.debug import _clear_sharding_prop_cache
+
+        _clear_sharding_prop_cache()
+
+
+def _pickled_error(error):
+    try:
+        return pickle.dumps(error)
+    except (pickle.PicklingError, TypeError, AttributeError):
+        return None
+
+
+def _unpickled_error(payload):
+    """The error, or None if it cannot be made again from what was sent."""
+    try:
+        return None if payload is None else pickle.loads(payload)
+    except (pickle.UnpicklingError, TypeError, AttributeError, ImportError):
+        return None

@@ -1,0 +1,126 @@
+"""Whatever the degrees, the numbers are those of one process: losses, gradient norms and weights of several steps, in float64."""
+
+import functools
+import itertools
+
+import pytest
+import torch
+from mutations import MUTATIONS
+from pool import RankError
+from training import train_steps
+
+TOLERANCE = 1e-9  # float64, after several AdamW steps; what differs is the order of sums
+BLOCKS = {
+    "default": (),
+    "whole": ("model.score=lorentz", "model.chain=both", "model.global_tokens=2"),
+    "window": ("model.global_path=false",),
+    "transformer": ("model.block=transformer", "model.convolution_size=4"),
+    "low-rank": ("model.low_rank_rank=5", "model.ffn=low_rank_swiglu", "model.chain=both"),
+    "tied": ("model.tie_embeddings=true",),
+}
+OFFLOADED = ("zero.stage=3", "zero.offload_optimizer=cpu", "zero.offload_params=cpu")
+
+
+def ranks(*, tp=1, dp=1, stage=0, more=()):
+    return tp * dp, (f"parallel.tensor_parallel_size={tp}", f"zero.stage={stage}", *more)
+
+
+QUICK = {
+    "tp2": ("whole", ranks(tp=2)),
+    "tp4": ("low-rank", ranks(tp=4)),
+    "tp2 low-rank": ("low-rank", ranks(tp=2)),
+    "tp2 transformer": ("transformer", ranks(tp=2)),
+    "tp2 tied": ("tied", ranks(tp=2)),
+    "dp2": ("default", ranks(dp=2)),
+    "dp4 zero 1": ("default", ranks(dp=4, stage=1)),
+    "dp2 zero 3": ("default", ranks(dp=2, stage=3)),
+    "dp2 zero 2": ("tied", ranks(dp=2, stage=2)),
+    "dp4 zero 3": ("low-rank", ranks(dp=4, stage=3)),
+    "dp4 zero 3 in pairs": ("whole", ranks(dp=4, stage=3, more=("zero.shard_size=2",))),
+    "dp2 zero 1, optimizer offloaded": ("default", ranks(dp=2, stage=1, more=("zero.offload_optimizer=cpu",))),
+    "dp2 zero 3 offloaded": ("default", ranks(dp=2, more=OFFLOADED)),
+    "tp2 dp2 zero 2": ("default", ranks(tp=2, dp=2, stage=2)),
+    "tp2 dp2 zero 0": ("whole", ranks(tp=2, dp=2)),
+    "tp2 dp2 zero 3, accumulation": ("default", ranks(tp=2, dp=2, stage=3, more=("train.micro_batch_size=1",))),
+    "tp2 dp2 zero 2, recomputation": ("transformer", ranks(tp=2, dp=2, stage=2, more=("train.recompute=full",))),
+    "tp2 dp2 zero 1, selective": ("low-rank", ranks(tp=2, dp=2, stage=1, more=("train.recompute=selective",))),
+}
+FULL = [
+    (block, ranks(tp=tp, dp=dp, stage=stage, more=more))
+    for block in BLOCKS
+    for tp, dp in itertools.product((1, 2, 4), (1, 2, 4, 8))
+    if 1 < tp * dp <= 8
+    for stage in (range(4) if dp > 1 else (0,))
+    for more in ((), ("train.micro_batch_size=1",))
+    if dp < 8 or not more or stage in (0, 3)
+]
+
+
+@functools.cache
+def one_process(block, num_steps, settings=()):
+    return train_steps((*BLOCKS[block], *settings), num_steps)
+
+
+def largest_difference(found, expected):
+    """Over losses, norms and weights, relative to the largest value of each; and what differs most."""
+    (steps, weights), (expected_steps, expected_weights) = found, expected
+    assert weights.keys() == expected_weights.keys() and len(steps) == len(expected_steps)
+    differences = {
+        f"{name} of step {number}": abs(ours / theirs - 1)
+        for number, (step, expected_step) in enumerate(zip(steps, expected_steps, strict=True))
+        for name, ours, theirs in zip(("loss", "gradient norm"), step, expected_step, strict=True)
+    }
+    differences |= {
+        name: ((weights[name] - value).abs().max() / value.abs().max()).item() for name, value in expected_weights.items()
+    }
+    return max(((difference if difference == difference else float("inf")), name) for name, difference in differences.items())
+
+
+def difference_to_one_process(pool, block, world_size, settings, *, num_steps, mutation=None):
+    found = pool.run(train_steps, (*BLOCKS[block], *settings), num_steps, world_size, mutation, world_size=world_size)
+    assert mutation or all(steps == found[0][0] for steps, _ in found)  # every rank reports the same
+    return largest_difference(found[0], one_process(block, num_steps))
+
+
+@pytest.mark.parametrize("name", QUICK)
+def test_equals_one_process(pool, name):
+    block, (world_size, settings) = QUICK[name]
+    difference, where = difference_to_one_process(pool, block, world_size, settings, num_steps=4)
+    assert difference < TOLERANCE, where
+
+
+@pytest.mark.full
+@pytest.mark.parametrize(("block", "case"), FULL, ids=[f"{block}-{'-'.join((str(n), *s))}" for block, (n, s) in FULL])
+def test_twenty_steps_equal_one_process(pool, block, case):
+    world_size, settings = case
+    difference, where = difference_to_one_process(pool, block, world_size, settings, num_steps=20)
+    assert difference < 100 * TOLERANCE, where
+
+
+# Where a mistake shows: tensor parallelism, data parallelism, or both.
+SHOWS_ON = {
+    "tensor": ("low-rank", ranks(tp=2)),
+    "data": ("default", ranks(dp=2, stage=3)),
+    "both": ("default", ranks(tp=2, dp=2, stage=2)),
+}
+PLACE = {
+    "no_reduction_in_scatter": "tensor", "swapped_neighbours": "tensor", "sum_is_local": "both", "local_count_of_targets": "data",
+    "norm_counts_replicas_twice": "both", "norm_of_one_shard": "data", "plain_to_local": "both", "average_over_data_ranks": "data",
+    "never_synchronised": "data", "same_data_everywhere": "data", "another_ranks_part": "tensor", "largest_logit_is_local": "tensor",
+    "gradient_stays_a_summand": "tensor", "embedding_of_one_rank": "tensor", "first_id_of_the_first": "tensor", "extra_all_reduce": "both",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("mutation", MUTATIONS)
+def test_a_mistake_is_noticed(pool, mutation):
+    block, (world_size, settings) = SHOWS_ON[PLACE[mutation]]
+    try:
+        difference, _ = difference_to_one_process(pool, block, world_size, settings, num_steps=2, mutation=mutation)
+    except (RuntimeError, RankError):
+        return  # an error is noticed, too
+    assert difference > 1e-6
+
+
+def test_one_process_is_trained_at_all():
+    steps, weights = one_process("default", 4)
+    assert steps[-1][0] != steps[0][0] and all(torch.isfinite(value).all() for value in weights.values())

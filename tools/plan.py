@@ -1,0 +1,147 @@
+"""Plans a run before it is started.
+
+  schedule   a pipeline schedule as a timeline: when each stage computes and waits, the bubble, the activations it holds
+
+    python tools/plan.py schedule --stages 4 --microbatches 16 --schedule interleaved --chunks 2 --output timeline.png
+
+The costs are those of one microbatch in a whole stage, in any unit; with chunks each has its share. In the text -12 is the forward and =12
+the backward of microbatch 12, a letter behind it names the chunk, blank is idle. With --json one JSON object is printed and the text goes
+to stderr. Exit codes: 0 done; 2 a schedule that does not exist or numbers that do not suit it; 5 the picture cannot be written.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import shutil
+import sys
+from collections.abc import Callable, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from phase8.durable import replace_file
+from phase8.errors import ConfigError, Phase8Error, describe_error
+from phase8.observe.formatting import format_ratio
+from phase8.observe.schedule_text import Box, timeline_text
+from phase8.pipeline_parallel.lowering import lower
+from phase8.pipeline_parallel.schedules import SCHEDULES, Schedule, bubble_ratio, build_schedule, peak_activations
+from phase8.pipeline_parallel.simulate import Simulation, simulate, uniform_costs
+
+
+def main() -> int:
+    """Runs the command line and returns the exit code."""
+    arguments = _parser().parse_args()
+    try:
+        result = arguments.run(arguments, partial(print, file=sys.stderr if arguments.json else sys.stdout, flush=True))
+        if arguments.json:
+            print(json.dumps(result))
+    except Phase8Error as error:
+        print(describe_error(error), file=sys.stderr)
+        return error.exit_code
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        return 130
+    except BrokenPipeError:  # whoever read the output has gone
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
+    return 0
+
+
+def _schedule(arguments: argparse.Namespace, show: Callable[[str], None]) -> dict[str, Any]:
+    _check_schedule_options(arguments)
+    sizes = {"num_stages": arguments.stages, "num_microbatches": arguments.microbatches, "num_chunks": arguments.chunks}
+    costs = {"forward": arguments.forward_cost, "backward": arguments.backward_cost, "communication": arguments.communication_cost}
+    schedule = build_schedule(arguments.schedule, **sizes)
+    programs = lower(schedule, receives_ahead=arguments.receives_ahead)
+    simulation = simulate(schedule, programs, uniform_costs(num_stages=arguments.stages, num_chunks=arguments.chunks, **costs))
+    boxes = _boxes(simulation)
+    formula = bubble_ratio(arguments.schedule, **sizes)
+    peaks = [peak_activations(arguments.schedule, stage, **sizes) for stage in range(arguments.stages)]
+
+    title = f"{arguments.schedule}, {_size_line(schedule)}"
+    bubble = f"bubble {format_ratio(simulation.bubble_ratio)} (by the formula {format_ratio(formula)})"
+    numbers = f"{', '.join(f'{name} {cost:g}' for name, cost in costs.items())}; makespan {simulation.makespan:g}, {bubble}"
+    show(f"{title}\n{numbers}\n\n{timeline_text(boxes, width=shutil.get_terminal_size((160, 24)).columns)}\n")
+    for line in _stage_lines(simulation, peaks, arguments.chunks):
+        show(line)
+    if arguments.output is not None:
+        # Imported late: the text needs no matplotlib.
+        from phase8.observe.schedule_chart import schedule_png
+
+        peaks_found = enumerate(simulation.peak_activations)
+        notes = [f"idle {format_ratio(simulation.idle_ratio(stage))}\n{_count(peak, 'activation')}" for stage, peak in peaks_found]
+        replace_file(arguments.output, schedule_png(boxes, title=title, subtitle=numbers, notes=notes))
+        show(f"\npicture: {arguments.output}")
+    return {
+        "schedule": arguments.schedule,
+        **sizes,
+        "costs": costs,
+        "makespan": simulation.makespan,
+        "bubble_ratio": simulation.bubble_ratio,
+        "bubble_ratio_by_formula": formula,
+        "peak_activations": list(simulation.peak_activations),
+        "peak_activations_by_formula": peaks,
+        "timeline": [box._asdict() for box in boxes],
+    }
+
+
+def _boxes(simulation: Simulation) -> list[Box]:
+    return [
+        Box(stage, interval.start, interval.end, interval.action.kind.value, interval.action.microbatch, interval.action.chunk)
+        for stage, timeline in enumerate(simulation.timelines)
+        for interval in timeline
+    ]
+
+
+def _size_line(schedule: Schedule) -> str:
+    chunks = f" of {schedule.num_chunks} chunks" if schedule.num_chunks > 1 else ""
+    return f"{_count(schedule.num_stages, 'stage')}{chunks}, {_count(schedule.num_microbatches, 'microbatch', 'microbatches')}"
+
+
+def _count(number: int, one: str, many: str | None = None) -> str:
+    return f"{number} {one if number == 1 else many or one + 's'}"
+
+
+def _stage_lines(simulation: Simulation, peaks: Sequence[int], num_chunks: int) -> list[str]:
+    """A table of the stages: what is idle and what is held."""
+    unit = "microbatches" if num_chunks == 1 else f"microbatches of a chunk, 1/{num_chunks} of the stage's layers"
+    lines = [f"stage   idle     peak activations   by the formula   (in {unit})"]
+    for stage, (peak, formula) in enumerate(zip(simulation.peak_activations, peaks, strict=True)):
+        lines.append(f"{stage:>5}   {format_ratio(simulation.idle_ratio(stage)):>6}   {peak:>16}   {formula:>14}")
+    return lines
+
+
+def _check_schedule_options(arguments: argparse.Namespace) -> None:
+    """Refuses what is no count or cost, each in the user's words."""
+    for name in ("stages", "microbatches", "chunks"):
+        if vars(arguments)[name] < 1:
+            raise ConfigError(f"--{name} is {vars(arguments)[name]}, but at least 1 is needed.")
+    if arguments.receives_ahead < 0:
+        raise ConfigError(f"--receives-ahead is {arguments.receives_ahead}, but it must be 0 or more.")
+    if arguments.output is not None and arguments.output.suffix.lower() != ".png":
+        raise ConfigError(f"--output is {arguments.output}, but the picture is a PNG; give it a name that ends in .png.")
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    commands = parser.add_subparsers(dest="command", required=True, metavar="schedule")
+    text = "a pipeline schedule as a timeline, with its bubble and its activations"
+    schedule = commands.add_parser("schedule", help=text, description=text)
+    schedule.set_defaults(run=_schedule)
+    schedule.add_argument("--schedule", default="1f1b", metavar="NAME", help=f"{', '.join(SCHEDULES)} (1f1b)")
+    schedule.add_argument("--stages", type=int, required=True, metavar="P", help="parallel.pipeline_parallel_size")
+    schedule.add_argument("--microbatches", type=int, required=True, metavar="M", help="parallel.num_microbatches")
+    schedule.add_argument("--chunks", type=int, default=1, metavar="V", help="parallel.pipeline_chunks, of each stage (1)")
+    schedule.add_argument("--forward-cost", type=float, default=1.0, metavar="COST", help="of one microbatch in a whole stage (1)")
+    schedule.add_argument("--backward-cost", type=float, default=2.0, metavar="COST", help="likewise (2)")
+    schedule.add_argument("--communication-cost", type=float, default=0.0, metavar="COST", help="from the start of a transfer to its arrival (0)")
+    schedule.add_argument("--receives-ahead", type=int, default=0, metavar="N", help="post a receive N actions before it is waited for (0)")
+    schedule.add_argument("--output", type=Path, metavar="FILE.png", help="draw the timeline as a picture too")
+    schedule.add_argument("--json", action="store_true", help="print one JSON object; the text goes to stderr")
+    return parser
+
+
+if __name__ == "__main__":
+    sys.exit(main())
