@@ -89,7 +89,7 @@ def meet(store: dist.Store, world: World, *, timeout_seconds: float) -> str:
     """
     deadline = time.monotonic() + timeout_seconds
     if world.rank == 0:
-        attempt = "same"
+        attempt = secrets.token_hex(8)
         missing = _welcome(store, attempt, world.world_size, deadline)
         if missing:
             raise _incomplete(world, missing, timeout_seconds)
