@@ -1,7 +1,8 @@
 """Pretrains a model from a config: `python launch/pretrain.py --config configs/quickstart.yaml`.
 
 Exit codes: 0 finished, or stopped by Ctrl-C or SIGTERM after saving; 1 a bug; 2 config or command line; 3 data or tokenizer;
-4 checkpoint; 5 storage; 6 training diverged; 130 interrupted before there was anything to save, or by a second Ctrl-C.
+4 checkpoint; 5 storage; 6 training diverged; 7 a rank hangs, is lost or cannot be reached; 130 interrupted before there was anything to
+save, or by a second Ctrl-C. Under torchrun, which itself exits with 1, the code of the rank that failed first is in its summary.
 """
 
 from __future__ import annotations
@@ -64,6 +65,7 @@ def _train(arguments: argparse.Namespace, overrides: list[str]) -> None:
     from phase8.train.loop import train
     from phase8.train.run_directory import run_directory
 
+    os.environ.setdefault("TORCH_FR_BUFFER_SIZE", "2000")  # collectives of NCCL that a hang record shows
     world = world_from_environment(os.environ)
     with one_voice(world):
         validate(config, world_size=world.world_size)

@@ -95,8 +95,8 @@ def _train_until(run: Run, stop_step: int, report: Callable[[int, str], None]) -
             trainer.train_until(stop_step, stop)
         except (Phase8Error, OSError) as error:
             # Between steps the weights are good: unreadable data or a closed terminal must not cost them. After divergence the
-            # checkpoint before it is the one to go on from.
-            if not isinstance(error, DivergenceError):
+            # checkpoint before it is the one to go on from. Of several ranks the others may be fine, and would wait for ever.
+            if trainer.is_alone and not isinstance(error, DivergenceError):
                 trainer.save(must_succeed=False)
             raise
         trainer.save(must_succeed=True)

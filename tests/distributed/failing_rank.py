@@ -44,10 +44,12 @@ def main() -> int:
                 value = torch.ones(3)
                 for step in range(1, 4):
                     watch.report(step=step, doing="forward of microbatch 0")
-                    if (step, world.rank) == (2, who):
+                    if (step, world.rank) == (2, who) and how != "late":
                         misbehave(how)
                     watch.report(step=step, doing="reduction of gradients")
                     dist.all_reduce(value)
+                if (how, who) == ("late", world.rank):
+                    misbehave("error")
                 print(f"rank {world.rank}: {value.sum().item():g}", flush=True)
     except Phase8Error as error:
         print(describe_error(error), file=sys.stderr)

@@ -42,6 +42,12 @@ def test_rank_0_tells_its_own_message_only(tmp_path):
     assert said == ["rank 0: error: shard 7 of the corpus is truncated; copy it again."]
 
 
+def test_ranks_that_have_finished_wait_for_the_others_and_fail_with_them(tmp_path):
+    _, output, errors = launched.torchrun(SCRIPT, "late", 0, tmp_path, 30.0)
+    assert output.count(": 81") == 2 and errors.count("exitcode  : 3") == 3, errors
+    assert launched.own_lines(errors) == ["rank 0: error: shard 7 of the corpus is truncated; copy it again."]
+
+
 def test_a_bug_shows_one_traceback(tmp_path):
     code, _, said, root_cause = fail("bug", rank=2, directory=tmp_path)
     assert (code, root_cause) == (1, (2, 1))

@@ -107,7 +107,8 @@ def test_a_model_that_cannot_be_built_hides_nothing_else(small, override, beginn
 
 @pytest.mark.parametrize("path", SHIPPED, ids=[path.stem for path in SHIPPED])
 def test_every_shipped_config_dry_runs(path):
-    facts, problems = facts_and_problems(load_config(path))
+    config = load_config(path)
+    facts, problems = facts_and_problems(config, world_size=config.parallel.tensor_parallel_size)
     assert problems == [] and len(facts) == 7
 
 
