@@ -10,6 +10,7 @@ Tokens are the first dim, in the order of the ranks. Nothing is reduced in place
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,6 +18,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
+
+# The operators behind torch's functional collectives: torch.compile traces them, and their results are waited for explicitly.
+_OPS = torch.ops._c10d_functional
 
 
 @dataclass(frozen=True)
@@ -112,16 +116,26 @@ class _ScatterTokens(torch.autograd.Function):
         return _all_gather(grad, ctx.axis), None
 
 
+def start_gather(x: Tensor, axis: Axis) -> Callable[[], Tensor]:
+    """Begins to gather the tokens of all ranks [N, ...]; what it returns waits for them. Not differentiable."""
+    return _when_done(_OPS.all_gather_into_tensor(x.contiguous(), axis.size, axis.group.group_name))
+
+
+def start_scatter(x: Tensor, axis: Axis) -> Callable[[], Tensor]:
+    """Begins to sum over the ranks and to scatter by tokens [N / size, ...]; what it returns waits. Not differentiable."""
+    return _when_done(_OPS.reduce_scatter_tensor(x.contiguous(), "sum", axis.size, axis.group.group_name))
+
+
+def _when_done(pending: Tensor) -> Callable[[], Tensor]:
+    return lambda: _OPS.wait_tensor(pending)
+
+
 def _all_gather(x: Tensor, axis: Axis) -> Tensor:
-    gathered = x.new_empty(axis.size * x.shape[0], *x.shape[1:])
-    dist.all_gather_into_tensor(gathered, x.contiguous(), group=axis.group)
-    return gathered
+    return start_gather(x, axis)()
 
 
 def _reduce_scatter(x: Tensor, axis: Axis) -> Tensor:
-    own = x.new_empty(x.shape[0] // axis.size, *x.shape[1:])
-    dist.reduce_scatter_tensor(own, x.contiguous(), group=axis.group)
-    return own
+    return start_scatter(x, axis)()
 
 
 def _all_reduce(x: Tensor, axis: Axis, operation: dist.ReduceOp) -> Tensor:

@@ -16,7 +16,7 @@ from phase8.config.schema import ModelSection
 from phase8.distributed.collectives import Axis
 from phase8.kernels.reference.rotary import rotate
 from phase8.model.convolution import ShortConvolution
-from phase8.tensor_parallel.linear import column_linear, gather_input, joint_linear, row_linear
+from phase8.tensor_parallel.linear import column_linear, joint_linear, row_linear
 
 
 @dataclass(frozen=True)
@@ -59,7 +59,7 @@ class CausalAttention(nn.Module):
         self, x: Tensor, angles: Tensor, starts: Tensor | None = None, state: AttentionState | None = None
     ) -> tuple[Tensor, AttentionState | None]:
         """[B, T, D] -> [B, T, D], and the state to carry on (None without `state`); with several ranks, own tokens [n, D] -> [n, D]."""
-        qkv = joint_linear(gather_input(x, self.q, self.axis), self.q, self.k, self.v, axis=self.axis)
+        qkv = joint_linear(x, self.q, self.k, self.v, axis=self.axis)
         qkv = qkv.reshape(-1, len(angles), qkv.shape[-1])
         qkv, convolution = self.convolution(qkv, starts, None if state is None else state.convolution)
         q, k, v = (part.unflatten(-1, (self.num_heads, self.head_size)) for part in qkv.chunk(3, dim=-1))

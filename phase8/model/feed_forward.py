@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from phase8.config.schema import ModelSection
 from phase8.distributed.collectives import Axis
-from phase8.tensor_parallel.linear import column_linear, gather_input, joint_linear, row_linear
+from phase8.tensor_parallel.linear import column_linear, joint_linear, row_linear
 
 
 class SwiGLU(nn.Module):
@@ -35,5 +35,5 @@ class SwiGLU(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """[B, T, D] -> [B, T, D]; with several ranks, own tokens [n, D] -> [n, D]."""
-        gate, up = joint_linear(gather_input(x, self.gate, self.axis), self.gate, self.up, axis=self.axis).chunk(2, dim=-1)
+        gate, up = joint_linear(x, self.gate, self.up, axis=self.axis).chunk(2, dim=-1)
         return self.down(F.silu(gate) * up)

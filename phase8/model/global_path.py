@@ -98,9 +98,7 @@ class GlobalPath(nn.Module):
         self.chain = GreenChain(model.num_heads, model.chain) if model.chain != "none" else None
         # Per head and token: decay step, gate and, with the chain, its potential. Head-major, so that heads shard as rows.
         num_scalars = model.num_heads * (2 if self.chain is None else 3)
-        # Low-rank layers do not gather the tokens: then each rank computes all heads of its own tokens, and the results are gathered.
-        self.gathers_scalars = axis.size > 1 and model.low_rank_rank > 0
-        self.scalars = WideLinear(model.d_model, num_scalars, std=model.init_std, shard_dim=None if self.gathers_scalars else 0)
+        self.scalars = WideLinear(model.d_model, num_scalars, std=model.init_std)
         self.decay_bias = nn.Parameter(torch.empty(model.num_heads))
         self.gate_bias = nn.Parameter(torch.empty(model.num_heads))
         self.norm = RMSNorm(model.num_heads, model.head_width, eps=model.norm_eps, shard_dim=0)
@@ -124,14 +122,13 @@ class GlobalPath(nn.Module):
         """What the path adds to the local one, [B, T, H, K], and the state to carry on (None without `state`).
 
         Args:
-            x: From `gather_input`: normalised residual stream [B, T, D] of all tokens, or [n, D] of the own ones.
+            x: Normalised residual stream [B, T, D]; with several ranks, the own tokens of it [n, D].
             inputs: Queries, keys and values.
             starts: True where a token begins a document [B, T]; None: nowhere.
             state: What earlier pieces of the sequence carried; None: it begins here and nothing is carried on.
         """
-        scalars = self.scalars(x)
-        if self.gathers_scalars:
-            scalars = gather_tokens(scalars, self.axis).chunk(self.axis.size, dim=-1)[self.axis.index]
+        # Each rank computes the few scalars of all heads for its own tokens, and takes its heads of all tokens.
+        scalars = gather_tokens(self.scalars(x), self.axis).chunk(self.axis.size, dim=-1)[self.axis.index]
         scalars = scalars.reshape(*inputs.v.shape[:3], -1)
         log_decay, gate, green = self._modulation(scalars, starts, None if state is None else state.green)
         memory = None if state is None else state.memory

@@ -18,7 +18,7 @@ from phase8.kernels.reference.window_state import WindowState, empty_window_stat
 from phase8.kernels.window_attention import window_attention
 from phase8.model.convolution import ShortConvolution
 from phase8.model.global_path import GlobalPath, GlobalState
-from phase8.tensor_parallel.linear import column_linear, gather_input, joint_linear, row_linear
+from phase8.tensor_parallel.linear import column_linear, joint_linear, row_linear
 from phase8.tensor_parallel.parameters import ParameterSpec, inverse_softplus, local
 
 INITIAL_RADIUS = 4.0
@@ -112,7 +112,6 @@ class Phase8Mixer(nn.Module):
         Returns:
             What is added to the residual stream, in the shape of x, and the state to carry on (None without `state`).
         """
-        x = gather_input(x, self.q, self.axis)
         qkv = joint_linear(x, self.q, self.k, self.v, axis=self.axis)
         inputs, convolution = mixer_inputs(
             qkv.reshape(-1, len(angles), 3, self.num_heads, self.head_size),

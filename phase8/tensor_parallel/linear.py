@@ -4,7 +4,7 @@ Between two divided layers the ranks hold different tokens; inside, all tokens a
 
 | layer | weight of a rank | x | y | forward | backward |
 |---|---|---|---|---|---|
-| column | rows [F / ranks, D] | [n, D] | [N, F / ranks] | all-gather x, multiply | multiply, reduce-scatter dx |
+| column | rows [F / ranks, D] | [n, D] | [N, F / ranks] | all-gather x, multiply | all-gather x again, multiply, reduce-scatter dx |
 | row | columns [D, F / ranks] | [N, F / ranks] | [n, D] | multiply, reduce-scatter y | all-gather dy, multiply |
 | low-rank column | down whole, up by rows | [n, D] | [N, F / ranks] | down, all-gather the bottleneck, up | the same in reverse |
 | low-rank row | down by columns, up whole | [N, F / ranks] | [n, D] | down, reduce-scatter the bottleneck, up | the same in reverse |
@@ -22,7 +22,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from phase8.distributed.collectives import Axis, gather_tokens, scatter_tokens
+from phase8.distributed.collectives import Axis, gather_tokens, scatter_tokens, start_gather, start_scatter
 from phase8.kernels.reference.dtypes import at_least_fp32
 from phase8.tensor_parallel.parameters import ParameterSpec, local
 
@@ -56,7 +56,7 @@ class Linear(nn.Module):
 
 
 class ColumnParallelLinear(Linear):
-    """y = x W^T with the rows of W, the columns of y, divided over the ranks; x holds all tokens.
+    """y = x W^T with the rows of W, the columns of y, divided over the ranks; x holds all tokens. `joint_linear` gathers them.
 
     Args:
         in_features: Width of x.
@@ -167,16 +167,11 @@ def row_linear(in_features: int, out_features: int, *, rank: int, std: float, ax
     return RowParallelLinear(in_features, out_features, std=std, axis=axis)
 
 
-def gather_input(x: Tensor, layer: ColumnParallelLinear | LowRankColumn, axis: Axis) -> Tensor:
-    """What column-parallel layers read, gathered once for all of them: all tokens, or the own ones where bottlenecks are gathered instead."""
-    return x if isinstance(layer, LowRankColumn) else gather_tokens(x, axis)
-
-
 def joint_linear(x: Tensor, *layers: ColumnParallelLinear | LowRankColumn, axis: Axis) -> Tensor:
-    """The outputs of several column-parallel layers of the same input, concatenated: one matrix product instead of one each.
+    """The outputs of several column-parallel layers of the same input, concatenated: one gather and one matrix product for all.
 
     Args:
-        x: From `gather_input` [..., in_features].
+        x: Their input [..., in_features]; with several ranks, the own tokens of it.
         layers: All dense, or all low-rank.
         axis: Of tensor parallelism.
 
@@ -184,10 +179,33 @@ def joint_linear(x: Tensor, *layers: ColumnParallelLinear | LowRankColumn, axis:
         [..., sum of their out_features of this rank], all tokens.
     """
     if isinstance(layers[0], LowRankColumn):
-        bottlenecks = gather_tokens(_joint_product(x, *(layer.down for layer in layers)), axis).chunk(len(layers), dim=-1)
+        downs = _joint_weight(x.dtype, *(layer.down for layer in layers))
+        bottlenecks = gather_tokens(F.linear(x, downs), axis).chunk(len(layers), dim=-1)
         return torch.cat([layer.up(bottleneck) for layer, bottleneck in zip(layers, bottlenecks, strict=True)], dim=-1)
-    return _joint_product(x, *layers)
+    weight = _joint_weight(x.dtype, *layers)
+    return F.linear(x, weight) if axis.size == 1 else _GatheredProduct.apply(x, weight, axis)
 
 
-def _joint_product(x: Tensor, *layers: Linear) -> Tensor:
-    return F.linear(x, torch.cat([local(layer.weight).to(x.dtype) for layer in layers]))
+def _joint_weight(dtype: torch.dtype, *layers: Linear) -> Tensor:
+    return torch.cat([local(layer.weight).to(dtype) for layer in layers])
+
+
+class _GatheredProduct(torch.autograd.Function):
+    """gather_tokens(x) W^T that keeps the own tokens for backward and gathers again, while it computes the gradient of x.
+
+    That gradient is then summed and scattered while the gradient of W is computed.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, axis: Axis) -> Tensor:
+        ctx.save_for_backward(x, weight)
+        ctx.axis = axis
+        return F.linear(start_gather(x, axis)(), weight)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None]:
+        x, weight = ctx.saved_tensors
+        gathered = start_gather(x, ctx.axis)
+        scattered = start_scatter(grad @ weight, ctx.axis)
+        dweight = grad.T @ gathered()
+        return scattered(), dweight, None

@@ -31,12 +31,14 @@ def replaced(*places, by):
 
 def no_reduction_in_scatter():
     """A row-parallel layer keeps its own contribution."""
-    return replaced((collectives, "_reduce_scatter"), by=lambda old: lambda x, axis: x.chunk(axis.size)[axis.index].contiguous())
+    own = lambda old: lambda x, axis: lambda: x.chunk(axis.size)[axis.index].contiguous()  # noqa: E731
+    return replaced((collectives, "start_scatter"), (linear, "start_scatter"), by=own)
 
 
 def swapped_neighbours():
     """Gathered tokens come in another order of ranks."""
-    return replaced((collectives, "_all_gather"), by=lambda old: lambda x, axis: torch.cat(old(x, axis).chunk(axis.size)[::-1]))
+    swapped = lambda old: lambda x, axis: lambda: torch.cat(old(x, axis)().chunk(axis.size)[::-1])  # noqa: E731
+    return replaced((collectives, "start_gather"), (linear, "start_gather"), by=swapped)
 
 
 def sum_is_local():

@@ -9,7 +9,7 @@ from mutations import MUTATIONS
 from phase8.config.load import load_config
 from phase8.config.validate import validate
 from phase8.distributed.mesh import build_mesh
-from phase8.distributed.placement import gathered
+from phase8.distributed.placement import gathered, own_slice
 from phase8.topology import build_topology
 from phase8.train.learner import build_learner
 from phase8.train.step import split_sample, train_step
@@ -44,7 +44,7 @@ def _train_steps(settings, num_steps, world_size):
         size = shard_size(config.zero, data_parallel_size=topology.data_parallel_size)
         mesh = build_mesh(topology, device_type="cpu", shard_size=size)
         learner = build_learner(config, mesh=mesh, device=CPU, dtype=torch.float64)
-        _perturb(learner)
+        perturb(learner)
         results = [_step(learner, config, step) for step in range(num_steps)]
         state = {name: parameter.detach() for name, parameter in learner.model.named_parameters()}
         weights = gathered(state, keep=mesh.rank == 0)
@@ -69,10 +69,8 @@ def _step(learner, config, step):
 
 
 @torch.no_grad()
-def _perturb(learner):
+def perturb(learner):
     """Moves every parameter off its initial value, by a function of its place that every topology computes alike: zeros hide errors."""
-    from phase8.distributed.placement import own_slice
-
     for number, (name, part) in enumerate(learner.shards.parts.items()):
         whole = learner.shards.whole[name]
         noise = 0.1 * torch.randn(whole.shape, generator=torch.Generator().manual_seed(number))

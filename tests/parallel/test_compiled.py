@@ -1,0 +1,46 @@
+"""torch.compile of divided blocks: without a graph break, collectives included, and with the gradients of the eager ones."""
+
+import os
+
+import pytest
+import torch
+from training import perturb
+
+from phase8.config.load import load_config
+from phase8.distributed.mesh import build_mesh
+from phase8.distributed.placement import gathered
+from phase8.topology import Topology
+from phase8.train.learner import build_learner
+from phase8.zero.fsdp import shard_size
+
+SETTINGS = (
+    "model.d_model=32", "model.num_layers=1", "model.num_heads=4", "model.vocab_size=64", "model.sequence_length=32", "model.ffn_size=64",
+    "model.local_window_size=8",
+)  # fmt: skip
+
+
+def gradients_of_both(tensor_ranks, stage):
+    """Largest difference between compiled and eager gradients, over the largest gradient of each parameter, and both losses."""
+    config = load_config(os.devnull, [*SETTINGS, f"zero.stage={stage}"])
+    topology = Topology(1, 2 // tensor_ranks, 1, tensor_ranks)
+    mesh = build_mesh(topology, device_type="cpu", shard_size=shard_size(config.zero, data_parallel_size=topology.data_parallel_size))
+    learner = build_learner(config, mesh=mesh, device=torch.device("cpu"), dtype=torch.float32)
+    perturb(learner)
+    tokens = torch.randint(64, (2, 33), generator=torch.Generator().manual_seed(0))
+    results = []
+    for compiled in (False, True):
+        if compiled:
+            for block in learner.model.blocks:
+                block.compile(fullgraph=True)
+        loss = learner.model.loss_sum(tokens[:, :-1], tokens[:, 1:])
+        loss.backward()
+        results.append((loss.item(), gathered({name: p.grad for name, p in learner.model.named_parameters()}, keep=True)))
+        learner.shards.drop_gradients(set_to_none=True)
+    (eager_loss, eager), (loss, found) = results
+    return max(((found[name] - grad).abs().max() / grad.abs().max()).item() for name, grad in eager.items()), loss, eager_loss
+
+
+@pytest.mark.parametrize(("tensor_ranks", "stage"), [(2, 0), (1, 3)])
+def test_compiled_blocks_have_the_gradients_of_eager_ones(pool, tensor_ranks, stage):
+    difference, loss, eager_loss = pool.run(gradients_of_both, tensor_ranks, stage, world_size=2, timeout_seconds=300)[0]
+    assert difference < 1e-4 and loss == pytest.approx(eager_loss, rel=1e-6)
