@@ -27,7 +27,7 @@ def find_problems(config: RunConfig, *, world_size: int = 1) -> list[str]:
     return [
         *_model(config.model),
         *_schedule(config.optim, config.train),
-        *_train(config.train, config.model),
+        *_train(config.train, config.model, world_size),
         *_data(config),
         *_tensor_parallel(config.model, config.parallel.tensor_parallel_size),
         *_zero(config, world_size),
@@ -63,9 +63,14 @@ def _schedule(optim: OptimSection, train: TrainSection) -> Iterator[str]:
         yield f"optim.betas is {list(optim.betas)}, but each must be below 1; use [0.9, 0.95], for example."
 
 
-def _train(train: TrainSection, model: ModelSection) -> Iterator[str]:
+def _train(train: TrainSection, model: ModelSection, world_size: int) -> Iterator[str]:
     if train.stop_at_step is not None and train.stop_at_step > train.num_steps:
         yield f"train.stop_at_step {train.stop_at_step} is after train.num_steps {train.num_steps}; leave it null or make it smaller."
+    if train.compile.enabled and train.compile.mode != "default" and world_size > 1:
+        yield (
+            f"train.compile.mode is {train.compile.mode} with {world_size} processes, but its CUDA graphs cannot hold the collectives between "
+            "them; use default."
+        )
     if train.recompute == "none" and train.recompute_every_n_layers != 1:
         yield f"train.recompute_every_n_layers is {train.recompute_every_n_layers}, but train.recompute is none; set it to full or selective."
     if train.recompute_every_n_layers > model.num_layers:

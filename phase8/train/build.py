@@ -48,7 +48,7 @@ class Run:
         saved_step: Step of the newest checkpoint in `directory`; None: there is none.
         shape: The batch.
         facts: What banner and report say.
-        peak_flops: FLOP/s that count as MFU 1; None: unknown.
+        peak_flops: FLOP/s of one rank that count as MFU 1; None: unknown.
         console: Where it prints.
     """
 

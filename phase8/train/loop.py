@@ -15,6 +15,7 @@ from phase8.checkpoint.retention import apply_retention
 from phase8.checkpoint.save import save_checkpoint
 from phase8.checkpoint.state import flat_state
 from phase8.data.loader import build_loader, evaluation_microbatches, microbatch_sample_numbers
+from phase8.distributed.collectives import broadcast_text
 from phase8.distributed.placement import gathered
 from phase8.errors import DivergenceError, Phase8Error, StorageError
 from phase8.model.flops import training_flops_per_token
@@ -53,7 +54,7 @@ def train(run: Run, *, resume_command: str, report: Callable[[int, str], None] =
             if stopped_by is not None and run.position.step < stop_step:
                 print_line(f"{stopped_by}: saved at step {run.position.step}; go on with:\n  {resume_command}", run.console)
                 return
-        elif not run.config.observe.report or (run.directory.path / "report" / "index.html").exists():
+        elif _is_complete(run):
             print_line(
                 f"{run.directory.path} has already reached step {run.position.step}; raise train.num_steps or train.stop_at_step to go on, "
                 "or start again with --resume none (the old run is kept under another name).",
@@ -61,6 +62,12 @@ def train(run: Run, *, resume_command: str, report: Callable[[int, str], None] =
             )
             return
         finish(run)
+
+
+def _is_complete(run: Run) -> bool:
+    """Nothing is left to do, not even the report; the first rank looks, for all have to agree."""
+    is_complete = not run.config.observe.report or (run.directory.path / "report" / "index.html").exists()
+    return broadcast_text("complete" if is_complete else None) is not None
 
 
 def finish(run: Run) -> None:
@@ -118,6 +125,7 @@ class Trainer:
         self.flops_per_token = training_flops_per_token(run.config.model)
         self.saved_step = run.saved_step
         self.metrics_failed = False
+        self.num_ranks = run.learner.mesh.topology.world_size
         self.num_own_evaluations = 0
         self.evaluation_samples = self._evaluation_samples()
         if run.uses_cuda_graphs:
@@ -236,7 +244,7 @@ class Trainer:
             tokens_per_second=tokens_per_second,
             step_seconds=step_seconds,
             data_wait_seconds=data_wait_seconds,
-            mfu=None if run.peak_flops is None else self.flops_per_token * tokens_per_second / run.peak_flops,
+            mfu=None if run.peak_flops is None else self.flops_per_token * tokens_per_second / (run.peak_flops * self.num_ranks),
             peak_memory_bytes=peak_memory_bytes(run.device),
             skipped=result.skipped,
         )

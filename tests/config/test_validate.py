@@ -172,6 +172,13 @@ def test_what_tensor_parallel_ranks_cannot_divide_is_refused(tmp_path, num_ranks
     assert find_problems(config_with(override, directory=tmp_path)) == []
 
 
+def test_cuda_graphs_are_for_one_process(tmp_path):
+    config = config_with("train.compile.enabled=true", "train.compile.mode=reduce-overhead", "train.global_batch_size=8", directory=tmp_path)
+    assert find_problems(config) == []
+    (problem,) = find_problems(config, world_size=2)
+    assert problem.startswith("train.compile.mode is reduce-overhead with 2 processes") and problem.endswith("use default.")
+
+
 def test_zero_is_allowed_on_the_ranks_there_are(tmp_path):
     config = config_with("zero.stage=3", "zero.shard_size=2", "train.global_batch_size=8", directory=tmp_path)
     assert find_problems(config, world_size=4) == []
