@@ -9,7 +9,9 @@ from mutations import MUTATIONS
 from pool import RankError
 from training import train_steps
 
-TOLERANCE = 1e-9  # float64, after several AdamW steps; what differs is the order of sums
+TOLERANCE = 1e-9  # float64, after four AdamW steps; what differs is the order of sums
+# After twenty at this learning rate: the steps of a recurrence amplify a difference tenfold in four, those of the transformer do not at all.
+LONG_TOLERANCE = 1e-5
 BLOCKS = {
     "default": (),
     "whole": ("model.score=lorentz", "model.chain=both", "model.global_tokens=2"),
@@ -94,7 +96,7 @@ def test_equals_one_process(pool, name):
 def test_twenty_steps_equal_one_process(pool, block, case):
     world_size, settings = case
     difference, where = difference_to_one_process(pool, block, world_size, settings, num_steps=20)
-    assert difference < 100 * TOLERANCE, where
+    assert difference < LONG_TOLERANCE, where
 
 
 # Where a mistake shows: tensor parallelism, data parallelism, or both.
