@@ -1,0 +1,226 @@
+"""Runs a stage's program for one step. It knows neither schedules nor models: instructions come in order, chunks are called by number.
+
+    N  tokens of this rank in a microbatch        D  width of the residual stream
+
+    forward    waits for the input [N, D], calls the chunk, keeps (input, output) until the backward
+    backward   waits for the gradient of the output, runs autograd from output to input, drops both, passes the gradient of the input on
+
+A chunk never sees another chunk's graph: what comes in is a leaf. So a stage holds the activations that its schedule says, no more, and
+recomputation inside a chunk is the chunk's own affair. A stage that is alone hands over from chunk to chunk in place.
+
+Whatever the schedule, the result is the same to the last bit: the gradients of a chunk accumulate in the order of the microbatches, and
+losses are added in this order.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from phase8.distributed.channels import Channels, MessageForm, Route
+from phase8.errors import CommunicationError, ConfigError
+from phase8.pipeline_parallel.lowering import Compute, Payload, Program, Receive, Send, matching_receive
+from phase8.pipeline_parallel.schedules import Kind, virtual_stage
+
+
+class Forward(Protocol):
+    """The model as the engine sees it."""
+
+    def __call__(self, chunk: int, microbatch: int, x: Tensor | None, /) -> Tensor:
+        """The output of a chunk [N, D]; of the last virtual stage the loss, a scalar, divided by the global number of targets.
+
+        Args:
+            chunk: Of this stage.
+            microbatch: Which one.
+            x: The output of the previous virtual stage [N, D]; None for the first.
+        """
+
+
+OnAction = Callable[[Kind, int, int], None]
+_Key = tuple[int, int]  # microbatch, chunk
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where a stage stands.
+
+    Args:
+        stage: Its number.
+        num_stages: P.
+        num_chunks: V, chunks per stage.
+    """
+
+    stage: int
+    num_stages: int
+    num_chunks: int = 1
+
+    def is_first(self, chunk: int) -> bool:
+        """Whether the model begins with a chunk."""
+        return virtual_stage(self.stage, chunk, num_stages=self.num_stages) == 0
+
+    def is_last(self, chunk: int) -> bool:
+        """Whether the model ends with a chunk."""
+        return virtual_stage(self.stage, chunk, num_stages=self.num_stages) == self.num_stages * self.num_chunks - 1
+
+
+class Engine:
+    """A program with the channels it runs over; an engine for training and one for evaluation may share them.
+
+    Args:
+        program: Of this stage, with backwards or, for evaluation, without.
+        place: Of this stage.
+        channels: Opened for `channels_of` all programs; those of a single stage are empty.
+
+    Raises:
+        ConfigError: The backwards of a chunk are not in the order of the microbatches, or are split.
+    """
+
+    def __init__(self, program: Program, place: Place, channels: Channels):
+        self.program, self.place, self.channels = program, place, channels
+        actions = [instruction.action for instruction in program if isinstance(instruction, Compute)]
+        self._backwards: dict[int, list[int]] = {}  # microbatches of each chunk
+        for action in actions:
+            if action.kind in (Kind.BACKWARD_INPUT, Kind.BACKWARD_WEIGHT):
+                raise ConfigError(f"the schedule has a {action.kind} action, but the engine runs whole backwards only; choose another schedule.")
+            if action.kind is Kind.BACKWARD:
+                self._backwards.setdefault(action.chunk, []).append(action.microbatch)
+        for chunk, microbatches in self._backwards.items():
+            if microbatches != sorted(microbatches):
+                raise ConfigError(
+                    f"stage {place.stage} runs the backwards of its chunk {chunk} in the order {microbatches}, but gradients are only "
+                    "reproducible in the order of the microbatches; correct the schedule."
+                )
+        self.num_microbatches = 1 + max(action.microbatch for action in actions)
+
+    @property
+    def trains(self) -> bool:
+        """Whether the program has backwards; one without runs without gradients."""
+        return bool(self._backwards)
+
+    def is_last_backward(self, kind: Kind, microbatch: int, chunk: int) -> bool:
+        """Whether an action completes the gradients of a chunk; takes what `on_action` is given."""
+        return kind is Kind.BACKWARD and microbatch == self._backwards[chunk][-1]
+
+    def run(self, forward: Forward, form: MessageForm, *, on_action: OnAction | None = None) -> Tensor | None:
+        """Runs the program: gradients are added to those of the chunks' parameters.
+
+        Args:
+            forward: Calls a chunk.
+            form: Of the messages, with the shape of each microbatch.
+            on_action: Called before each computation with its kind, microbatch and chunk.
+
+        Returns:
+            The sum of the losses, without graph, on the stage with the last chunk; None on the others.
+
+        Raises:
+            CommunicationError: Stages were given different microbatches, or a chunk returns something else than the form says.
+        """
+        if len(form.shapes) != self.num_microbatches:
+            raise CommunicationError(
+                f"the pipeline is given the shapes of {len(form.shapes)} microbatches, but its program has {self.num_microbatches}; "
+                "build the program for as many as there are."
+            )
+        place = self.place
+        name = "training" if self.trains else "evaluation"
+        self.channels.agree(form, f"{name} with {place.num_stages} stages of {place.num_chunks} chunks")
+        run = _Run(self, forward, form)
+        with torch.set_grad_enabled(self.trains):
+            for instruction in self.program:
+                if isinstance(instruction, Receive):
+                    run.receive(instruction)
+                elif isinstance(instruction, Send):
+                    run.send(instruction)
+                else:
+                    action = instruction.action
+                    if on_action is not None:
+                        on_action(action.kind, action.microbatch, action.chunk)
+                    (run.forward if action.kind is Kind.FORWARD else run.backward)(action.microbatch, action.chunk)
+        self.channels.flush()
+        return run.loss()
+
+    def is_kept(self, microbatch: int, chunk: int) -> bool:
+        """Whether a forward has a backward, for which it leaves its graph."""
+        return microbatch in self._backwards.get(chunk, ())
+
+
+class _Run:
+    """What a stage holds in the course of one step."""
+
+    def __init__(self, engine: Engine, forward: Forward, form: MessageForm):
+        self._engine, self._place, self._channels = engine, engine.place, engine.channels
+        self._call, self._form = forward, form
+        self._held: dict[_Key, tuple[Tensor | None, Tensor]] = {}  # from forward to backward: input and output
+        self._coming: dict[tuple[Payload, _Key], Callable[[], Tensor]] = {}  # from posted to consumed
+        self._going: dict[tuple[Payload, _Key], Tensor] = {}  # from computed to sent
+        self._losses: dict[int, Tensor] = {}
+
+    def receive(self, receive: Receive) -> None:
+        """Posts a receive."""
+        route = Route(receive.peer, self._place.stage, receive.payload)
+        message = self._channels.receive(route, self._form, receive.microbatch)
+        self._coming[receive.payload, (receive.microbatch, receive.chunk)] = message
+
+    def send(self, send: Send) -> None:
+        """Starts a send."""
+        message = self._going.pop((send.payload, (send.microbatch, send.chunk)))
+        self._channels.send(Route(self._place.stage, send.peer, send.payload), message)
+
+    def forward(self, microbatch: int, chunk: int) -> None:
+        """Calls a chunk."""
+        key, x = (microbatch, chunk), None
+        if not self._place.is_first(chunk):
+            x = self._take(Payload.ACTIVATION, key)
+            if self._engine.is_kept(*key):
+                x.requires_grad_()
+        output = self._call(chunk, microbatch, x)
+        if self._engine.is_kept(*key):
+            self._held[key] = (x, output)
+        if self._place.is_last(chunk):
+            self._check(output.dim() == 0, output, key, "a loss, which is a scalar")
+            self._losses[microbatch] = output.detach()
+        else:
+            self._check(self._form.fits(output, microbatch), output, key, f"{self._form.dtype} of shape {self._form.shapes[microbatch]}")
+            self._pass_on(Payload.ACTIVATION, key, output.detach())
+
+    def backward(self, microbatch: int, chunk: int) -> None:
+        """From the output to the parameters and the input of a chunk."""
+        key = (microbatch, chunk)
+        gradient = None if self._place.is_last(chunk) else self._take(Payload.GRADIENT, key)
+        x, output = self._held.pop(key)
+        torch.autograd.backward(output, gradient)
+        if x is None:
+            return
+        if x.grad is None:
+            raise CommunicationError(
+                f"chunk {chunk} of pipeline stage {self._place.stage} does not use its input, so the stage before gets no gradient; "
+                "correct the model."
+            )
+        self._pass_on(Payload.GRADIENT, key, x.grad)
+
+    def loss(self) -> Tensor | None:
+        """The sum of the losses, None if they are elsewhere."""
+        in_order = [self._losses[microbatch] for microbatch in sorted(self._losses)]
+        return sum(in_order[1:], in_order[0]) if in_order else None
+
+    def _take(self, payload: Payload, key: _Key) -> Tensor:
+        """Waits for a message."""
+        return self._coming.pop((payload, key))()
+
+    def _pass_on(self, payload: Payload, key: _Key, message: Tensor) -> None:
+        """Leaves a result to the send that follows, or where there is but one stage to the chunk that consumes it."""
+        if self._place.num_stages > 1:
+            self._going[payload, key] = message
+            return
+        consumer = matching_receive(Send(payload, *key, peer=0), 0, num_stages=1)
+        self._coming[payload, (consumer.microbatch, consumer.chunk)] = lambda: message
+
+    def _check(self, fits: bool, output: Tensor, key: _Key, expected: str) -> None:
+        if not fits:
+            raise CommunicationError(
+                f"chunk {key[1]} of pipeline stage {self._place.stage} returns {output.dtype} of shape {tuple(output.shape)} for microbatch "
+                f"{key[0]}, but it must return {expected}; give the pipeline the shape that its chunks keep."
+            )
