@@ -63,11 +63,6 @@ def scatter_tokens(x: Tensor, axis: Axis) -> Tensor:
     return x if axis.size == 1 else _ScatterTokens.apply(x.flatten(0, -2), axis)
 
 
-def own_tokens(x: Tensor, axis: Axis) -> Tensor:
-    """The tokens of this rank, of a tensor that every rank has whole and that needs no gradient."""
-    return x if axis.size == 1 else x.chunk(axis.size)[axis.index]
-
-
 @torch.no_grad()
 def sum_over(x: Tensor, axis: Axis) -> Tensor:
     """The sum over the ranks; not differentiable."""

@@ -95,15 +95,14 @@ def train_step(
         stop: This rank was asked to stop; all ranks learn it with the loss.
     """
     model, optimizer, shards, mesh, device = learner.model, learner.optimizer, learner.shards, learner.mesh, learner.device
-    num_valid = _over_data_ranks(torch.tensor(sum(m.num_valid for m in microbatches), dtype=torch.float64, device=device), mesh).clamp(min=1)
+    num_valid = _count_targets(microbatches, learner)
     total = torch.zeros((), device=device)
     for index, microbatch in enumerate(microbatches):
         if cuda_graphs:
             torch.compiler.cudagraph_mark_step_begin()
         sum_gradients_after(model, learner.zero, is_last=index == len(microbatches) - 1)
         batch = microbatch.to(device)
-        loss = model.loss_sum(batch.tokens, batch.targets, batch.starts)
-        loss = loss / num_valid.to(loss.dtype)
+        loss = model.loss_sum(batch.tokens, batch.targets, batch.starts) / num_valid
         loss.backward()
         total += loss.detach()
     shards.take_gradients()
@@ -135,6 +134,14 @@ def evaluate(learner: Learner, microbatches: Iterable[Microbatch], *, cuda_graph
         sums[1] += batch.num_valid
     loss, num_valid = _over_data_ranks(sums, learner.mesh).tolist()
     return loss / max(num_valid, 1), int(num_valid)
+
+
+def _count_targets(microbatches: Sequence[Microbatch], learner: Learner) -> int | Tensor:
+    """Valid targets of all data-parallel ranks, at least one; of several ranks as a scalar on the device."""
+    own = sum(microbatch.num_valid for microbatch in microbatches)
+    if learner.mesh.topology.data_parallel_size == 1:
+        return max(own, 1)
+    return _over_data_ranks(torch.tensor(own, dtype=torch.float64, device=learner.device), learner.mesh).clamp(min=1)
 
 
 def _over_data_ranks(x: Tensor, mesh: Mesh) -> Tensor:
