@@ -1,4 +1,4 @@
-"""Batch arithmetic: global batch = micro batch x microbatches x data-parallel ranks, any two given."""
+"""The rank grid of a config, and batch arithmetic: global batch = micro batch x microbatches x data-parallel ranks, any two given."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from phase8.config.describe import describe_value
 from phase8.config.schema import ParallelSection, TrainSection
 from phase8.errors import ConfigError
+from phase8.topology import Topology, build_topology
 
 
 @dataclass(frozen=True)
@@ -24,6 +25,21 @@ class BatchShape:
     micro_batch_size: int
     num_microbatches: int
     data_parallel_size: int
+
+
+def run_topology(parallel: ParallelSection, *, world_size: int) -> Topology:
+    """The rank grid of a config on a number of processes.
+
+    Raises:
+        TopologyError: The degrees do not fit.
+    """
+    return build_topology(
+        world_size=world_size,
+        pipeline_parallel_size=parallel.pipeline_parallel_size,
+        context_parallel_size=parallel.context_parallel_size,
+        tensor_parallel_size=parallel.tensor_parallel_size,
+        expert_parallel_size=parallel.expert_parallel_size,
+    )
 
 
 def batch_shape(train: TrainSection, parallel: ParallelSection, *, data_parallel_size: int) -> BatchShape:

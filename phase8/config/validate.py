@@ -4,11 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from phase8.config.batch import batch_shape
+from phase8.config.batch import batch_shape, run_topology
 from phase8.config.describe import describe_value
 from phase8.config.schema import DataSection, ModelSection, OptimSection, RunConfig, TrainSection
 from phase8.errors import ConfigError
-from phase8.topology import build_topology
 
 
 def validate(config: RunConfig, *, world_size: int = 1) -> None:
@@ -128,16 +127,9 @@ def _zero(config: RunConfig, world_size: int) -> Iterator[str]:
 
 
 def _batch(config: RunConfig, world_size: int) -> Iterator[str]:
-    parallel = config.parallel
     try:
-        topology = build_topology(
-            world_size=world_size,
-            pipeline_parallel_size=parallel.pipeline_parallel_size,
-            context_parallel_size=parallel.context_parallel_size,
-            tensor_parallel_size=parallel.tensor_parallel_size,
-            expert_parallel_size=parallel.expert_parallel_size,
-        )
-        batch_shape(config.train, parallel, data_parallel_size=topology.data_parallel_size)
+        topology = run_topology(config.parallel, world_size=world_size)
+        batch_shape(config.train, config.parallel, data_parallel_size=topology.data_parallel_size)
     except ConfigError as error:
         yield from error.problems
 

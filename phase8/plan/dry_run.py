@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from rich.console import Console
 
-from phase8.config.batch import batch_shape
+from phase8.config.batch import batch_shape, run_topology
 from phase8.config.schema import RunConfig
 from phase8.config.validate import find_problems
 from phase8.errors import ConfigError
@@ -15,7 +15,7 @@ from phase8.plan.activations import trace_activations
 from phase8.plan.facts import Fact, batch_fact, memory_fact, model_facts
 from phase8.plan.memory import Division, MemoryPlan, peak_activation_bytes, plan_memory
 from phase8.precision.policy import COMPUTE_DTYPES
-from phase8.topology import Topology, build_topology
+from phase8.topology import Topology
 from phase8.zero.fsdp import shard_size
 
 ONE_PROCESS = Topology()
@@ -41,14 +41,14 @@ def dry_run(config: RunConfig, *, world_size: int, console: Console) -> None:
 
 
 def _topology_facts(config: RunConfig, world_size: int) -> list[Fact]:
-    topology = _topology(config, world_size)
+    topology = run_topology(config.parallel, world_size=world_size)
     degrees = " x ".join(f"{axis} {degree}" for axis, degree in topology.degrees.items())
     last = ", ".join(f"{axis} {position}" for axis, position in topology.coordinates(world_size - 1).items())
     return [("topology", f"{degrees} = {world_size} ranks; rank 0 is first on every axis, rank {world_size - 1} is {last}")]
 
 
 def _batch_facts(config: RunConfig, world_size: int) -> list[Fact]:
-    shape = batch_shape(config.train, config.parallel, data_parallel_size=_topology(config, world_size).data_parallel_size)
+    shape = batch_shape(config.train, config.parallel, data_parallel_size=run_topology(config.parallel, world_size=world_size).data_parallel_size)
     steps = config.train.num_steps
     num_tokens = steps * shape.global_batch_size * config.model.sequence_length
     return [batch_fact(shape, sequence_length=config.model.sequence_length), ("run", f"{steps:,} steps, {num_tokens:,} tokens")]
@@ -59,7 +59,7 @@ def _model_facts(config: RunConfig, world_size: int) -> list[Fact]:
 
 
 def _memory_facts(config: RunConfig, world_size: int) -> list[Fact]:
-    num_parameters, topology = count_parameters(shapes_only(config)), _topology(config, world_size)
+    num_parameters, topology = count_parameters(shapes_only(config)), run_topology(config.parallel, world_size=world_size)
     shape = batch_shape(config.train, config.parallel, data_parallel_size=topology.data_parallel_size)
     name, memory = memory_fact(
         plan_run_memory(
@@ -67,16 +67,6 @@ def _memory_facts(config: RunConfig, world_size: int) -> list[Fact]:
         )
     )
     return [(f"{name} per rank", memory)]
-
-
-def _topology(config: RunConfig, world_size: int) -> Topology:
-    return build_topology(
-        world_size=world_size,
-        pipeline_parallel_size=config.parallel.pipeline_parallel_size,
-        context_parallel_size=config.parallel.context_parallel_size,
-        tensor_parallel_size=config.parallel.tensor_parallel_size,
-        expert_parallel_size=config.parallel.expert_parallel_size,
-    )
 
 
 def shapes_only(config: RunConfig) -> LanguageModel:

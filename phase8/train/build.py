@@ -11,8 +11,8 @@ import torch.distributed as dist
 from rich.console import Console
 
 from phase8.checkpoint.layout import step_of
-from phase8.checkpoint.load import Checkpoint
-from phase8.config.batch import BatchShape, batch_shape
+from phase8.checkpoint.load import Checkpoint, open_checkpoint
+from phase8.config.batch import BatchShape, batch_shape, run_topology
 from phase8.config.schema import RunConfig
 from phase8.config.validate import validate
 from phase8.distributed.collectives import broadcast_text
@@ -22,12 +22,11 @@ from phase8.observe.banner import print_banner, print_line
 from phase8.observe.devices import peak_flops
 from phase8.plan.dry_run import count_parameters
 from phase8.precision.policy import compute_dtype, set_matmul_precision
-from phase8.topology import build_topology
 from phase8.train.datasets import RunData, open_run_data
 from phase8.train.device import require_determinism
 from phase8.train.facts import run_facts
 from phase8.train.learner import Learner, build_learner
-from phase8.train.resume import Position, open_for_resume, restore_run, resume_run
+from phase8.train.resume import Position, restore_run, resume_run
 from phase8.train.run_directory import RunDirectory, run_directory
 from phase8.zero.fsdp import shard_size
 
@@ -133,14 +132,7 @@ def build_run(config: RunConfig, *, device: torch.device, resume: str, console: 
 
 
 def _build_mesh(config: RunConfig, device: torch.device, world_size: int) -> Mesh:
-    parallel = config.parallel
-    topology = build_topology(
-        world_size=world_size,
-        pipeline_parallel_size=parallel.pipeline_parallel_size,
-        context_parallel_size=parallel.context_parallel_size,
-        tensor_parallel_size=parallel.tensor_parallel_size,
-        expert_parallel_size=parallel.expert_parallel_size,
-    )
+    topology = run_topology(config.parallel, world_size=world_size)
     if world_size == 1 and config.zero.offload_params != "none" and not dist.is_initialized():  # FSDP wants a group, if only of one
         dist.init_process_group("gloo" if device.type == "cpu" else "cpu:gloo,cuda:nccl", store=dist.HashStore(), rank=0, world_size=1)
     return build_mesh(
@@ -177,7 +169,7 @@ def _go_on(
     if chosen is None:
         return position, None
     if checkpoint is None:
-        checkpoint = open_for_resume(chosen)
+        checkpoint = open_checkpoint(Path(chosen))
         restore(checkpoint)
     say(f"resumed from {checkpoint.path} (step {position.step}, {position.tokens_seen:,} tokens seen)")
     is_own = directory.owns(checkpoint.path) and step_of(checkpoint.path.name) is not None  # a copy of another name is not resumed by itself

@@ -98,11 +98,6 @@ def resume_run(
     return checkpoint
 
 
-def open_for_resume(path: str) -> Checkpoint:
-    """A checkpoint that another rank has chosen."""
-    return open_checkpoint(Path(path))
-
-
 def restore_run(
     checkpoint: Checkpoint,
     config: RunConfig,

@@ -6,11 +6,11 @@ from contextlib import nullcontext
 import torch
 from mutations import MUTATIONS
 
+from phase8.config.batch import run_topology
 from phase8.config.load import load_config
 from phase8.config.validate import validate
 from phase8.distributed.mesh import build_mesh
 from phase8.distributed.placement import gathered, own_slice
-from phase8.topology import build_topology
 from phase8.train.learner import build_learner
 from phase8.train.step import split_sample, train_step
 from phase8.zero.fsdp import shard_size
@@ -34,13 +34,7 @@ def _train_steps(settings, num_steps, world_size):
     try:
         config = load_config(os.devnull, [*MODEL, f"train.global_batch_size={GLOBAL_BATCH}", *settings])
         validate(config, world_size=world_size)
-        parallel = config.parallel
-        topology = build_topology(
-            world_size=world_size,
-            pipeline_parallel_size=1,
-            context_parallel_size=1,
-            tensor_parallel_size=parallel.tensor_parallel_size,
-        )
+        topology = run_topology(config.parallel, world_size=world_size)
         size = shard_size(config.zero, data_parallel_size=topology.data_parallel_size)
         mesh = build_mesh(topology, device_type="cpu", shard_size=size)
         learner = build_learner(config, mesh=mesh, device=CPU, dtype=torch.float64)
