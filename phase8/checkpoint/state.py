@@ -60,6 +60,8 @@ def restore_state(
     model: nn.Module,
     optimizer: torch.optim.Optimizer | None,
     parts: Mapping[str, nn.Parameter] | None = None,
+    *,
+    is_part: bool = False,
 ) -> None:
     """Puts a checkpoint's tensors into a model and its optimizer; changes nothing when it fails.
 
@@ -71,17 +73,19 @@ def restore_state(
         model: Built from the checkpoint's config.
         optimizer: Over parameters of `model`; None restores the model only.
         parts: As in `flat_state`.
+        is_part: The model is one of several pipeline stages: what the checkpoint holds besides belongs to the others.
 
     Raises:
         CheckpointMismatchError: Names, shapes or dtypes differ; the first few are listed.
         CheckpointCorruptError: Bytes of the checkpoint are damaged.
     """
     in_place = _model_tensors(model)
-    differences = list(_model_differences(checkpoint, in_place))
+    differences = list(_model_differences(checkpoint, in_place, is_part=is_part))
     optimized: dict[str, _Optimized] = {}
     stored: dict[str, tuple[str, str]] = {}
     if optimizer is not None:
         optimized, stored = _optimized_parameters(model, optimizer, parts), _stored_optimizer_state(checkpoint)
+        stored = {name: owner for name, owner in stored.items() if not is_part or owner[0] in optimized}
         existing = _optimizer_tensors(optimizer, optimized)
         differences += _optimizer_differences(checkpoint, stored, existing, optimized)
         in_place |= {name: tensor for name, tensor in existing.items() if name in stored}
@@ -166,15 +170,15 @@ def _stored_optimizer_state(checkpoint: Checkpoint) -> dict[str, tuple[str, str]
     return {name: (parameter_name, key) for name, (parameter_name, _, key) in parts.items()}
 
 
-def _model_differences(checkpoint: Checkpoint, targets: dict[str, Tensor]) -> Iterator[str]:
+def _model_differences(checkpoint: Checkpoint, targets: dict[str, Tensor], *, is_part: bool) -> Iterator[str]:
     stored = [name for name in checkpoint.tensor_names if name.startswith(MODEL_PREFIX)]
     for name in targets.keys() - set(stored):
         yield f"{name} is not in the checkpoint"
     for name in stored:
-        if name not in targets:
-            yield f"{name} is not in the model"
-        else:
+        if name in targets:
             yield from _entry_differences(checkpoint, name, targets[name])
+        elif not is_part:
+            yield f"{name} is not in the model"
 
 
 def _optimizer_differences(

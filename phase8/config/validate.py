@@ -6,6 +6,7 @@ from collections.abc import Iterator
 
 from phase8.config.batch import batch_shape, run_topology
 from phase8.config.describe import describe_value
+from phase8.config.pipeline import pipeline_of, pipeline_problems
 from phase8.config.schema import DataSection, ModelSection, OptimSection, RunConfig, TrainSection
 from phase8.errors import ConfigError
 
@@ -30,7 +31,7 @@ def find_problems(config: RunConfig, *, world_size: int = 1) -> list[str]:
         *_data(config),
         *_tensor_parallel(config.model, config.parallel.tensor_parallel_size),
         *_zero(config, world_size),
-        *_batch(config, world_size),
+        *_batch_and_pipeline(config, world_size),
         *_not_built_yet(config),
     ]
 
@@ -126,18 +127,19 @@ def _zero(config: RunConfig, world_size: int) -> Iterator[str]:
         )
 
 
-def _batch(config: RunConfig, world_size: int) -> Iterator[str]:
+def _batch_and_pipeline(config: RunConfig, world_size: int) -> Iterator[str]:
+    num_microbatches = None
     try:
         topology = run_topology(config.parallel, world_size=world_size)
-        batch_shape(config.train, config.parallel, data_parallel_size=topology.data_parallel_size)
+        num_microbatches = batch_shape(config.train, config.parallel, data_parallel_size=topology.data_parallel_size).num_microbatches
     except ConfigError as error:
         yield from error.problems
+    yield from pipeline_problems(pipeline_of(config.parallel), num_layers=config.model.num_layers, num_microbatches=num_microbatches)
 
 
 def _not_built_yet(config: RunConfig) -> Iterator[str]:
     """Keys whose feature does not exist yet: refused, never ignored."""
     allowed = {
-        "parallel.pipeline_parallel_size": (config.parallel.pipeline_parallel_size, (1,)),
         "parallel.context_parallel_size": (config.parallel.context_parallel_size, (1,)),
         "parallel.expert_parallel_size": (config.parallel.expert_parallel_size, (1,)),
         "parallel.sequence_parallel": (config.parallel.sequence_parallel, (True,)),

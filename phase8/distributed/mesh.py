@@ -50,6 +50,16 @@ class Mesh:
         return None if self.device_mesh is None else self.device_mesh["replicate", "shard"]
 
 
+def first_and_last_stage(mesh: Mesh) -> dist.ProcessGroup | None:
+    """The two ranks at the ends of this rank's pipeline; on the stages between them None. All ranks must call it at the same time."""
+    assert mesh.device_mesh is not None  # several stages are several ranks
+    own = None
+    for ranks in mesh.device_mesh.mesh.flatten(1).T.tolist():
+        group = dist.new_group([ranks[0], ranks[-1]])
+        own = group if mesh.rank in (ranks[0], ranks[-1]) else own
+    return own
+
+
 def build_mesh(topology: Topology, *, device_type: str, shard_size: int) -> Mesh:
     """The mesh of a topology; of one process alone, without a process group.
 

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
+
+from phase8.distributed.mesh import Mesh
 
 
 def placed_like(part: Tensor, whole: Tensor) -> Tensor:
@@ -42,3 +45,30 @@ def gathered(tensors: dict[str, Tensor], *, keep: bool) -> dict[str, Tensor]:
         if keep:
             whole[name] = tensor
     return whole
+
+
+@torch.no_grad()
+def collected(tensors: dict[str, Tensor], mesh: Mesh) -> dict[str, Tensor]:
+    """Whole tensors of all pipeline stages on the first rank, nothing on the others; a collective of all ranks.
+
+    Args:
+        tensors: The same names on every rank of a stage. What several stages have comes from the first of them.
+        mesh: The ranks.
+    """
+    is_leader = mesh.replicate.index == mesh.shard.index == mesh.tp.index == 0  # of its stage
+    own = gathered(tensors, keep=is_leader)
+    if mesh.pp.size == 1 or not is_leader:
+        return own
+    forms: list[dict[str, tuple[torch.Size, torch.dtype]]] = [{} for _ in range(mesh.pp.size)]
+    dist.all_gather_object(forms, {name: (tensor.shape, tensor.dtype) for name, tensor in own.items()}, group=mesh.pp.group)
+    leaders = dist.get_process_group_ranks(mesh.pp.group)
+    for stage in range(1, mesh.pp.size):
+        for name, (shape, dtype) in forms[stage].items():
+            if any(name in earlier for earlier in forms[:stage]):
+                continue
+            if mesh.pp.index == 0:
+                own[name] = torch.empty(shape, dtype=dtype)
+                dist.recv(own[name], leaders[stage], group=mesh.pp.group)
+            elif mesh.pp.index == stage:
+                dist.send(own[name].cpu().contiguous(), leaders[0], group=mesh.pp.group)
+    return own if mesh.pp.index == 0 else {}

@@ -35,6 +35,14 @@ def training_flops_per_token(model: ModelSection) -> float:
     return (1 + BACKWARD_OVER_FORWARD) * sum(forward_flops_per_token(model).values())
 
 
+def layer_flops_per_token(model: ModelSection) -> list[float]:
+    """Forward FLOPs of each layer, which differ by their windows."""
+    parts = forward_flops_per_token(model)
+    attention = [4 * model.attention_width * mean_visible_keys(model, window) for window in model.window_sizes]
+    others = (sum(parts.values()) - parts["attention"] - parts["head"]) / model.num_layers
+    return [others + own for own in attention]
+
+
 def mean_visible_keys(model: ModelSection, window: int) -> float:
     """Keys that attention reads in a layer of this window, averaged over the positions of a sequence."""
     length = model.sequence_length

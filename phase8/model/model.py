@@ -22,7 +22,9 @@ from phase8.tensor_parallel.parameters import local
 
 
 class LanguageModel(nn.Module):
-    """A stack of blocks between an embedding and an output head.
+    """A stack of blocks between an embedding and an output head, or a chunk of one: consecutive layers, named as in the whole.
+
+    The first chunk begins with the embedding, the last one ends with final norm and head, and holds the embedding, too, when it is tied.
 
     Args:
         model: The model section of the config.
@@ -30,33 +32,54 @@ class LanguageModel(nn.Module):
         recompute: `none`, `full` (whole blocks) or `selective` (the mixer only).
         recompute_every_n_layers: Recompute layers 0, n, 2n, ...
         axis: Of tensor parallelism.
+        layers: Of the chunk; None: all.
     """
 
     def __init__(
-        self, model: ModelSection, *, dtype: torch.dtype, recompute: str = "none", recompute_every_n_layers: int = 1, axis: Axis = ALONE
+        self,
+        model: ModelSection,
+        *,
+        dtype: torch.dtype,
+        recompute: str = "none",
+        recompute_every_n_layers: int = 1,
+        axis: Axis = ALONE,
+        layers: range | None = None,
     ):
         super().__init__()
-        self.section, self.axis = model, axis
+        layers = range(model.num_layers) if layers is None else layers
+        self.section, self.axis, self.dtype = model, axis, dtype
+        self.begins, self.ends = layers.start == 0, layers.stop == model.num_layers
         recomputed = range(0, model.num_layers, recompute_every_n_layers)
         self.recomputed_layers = recomputed if recompute == "full" else range(0)
         selective = recomputed if recompute == "selective" else range(0)
-        self.embedding = VocabularyParallelEmbedding(model.vocab_size, model.d_model, std=model.init_std, dtype=dtype, axis=axis)
-        self.blocks = nn.ModuleList(Block(model, layer, axis=axis, recompute_mixer=layer in selective) for layer in range(model.num_layers))
-        self.norm = RMSNorm(model.d_model, eps=model.norm_eps)
-        self.head = None if model.tie_embeddings else ColumnParallelLinear(model.d_model, model.vocab_size, std=model.init_std)
+        self.embedding = (
+            VocabularyParallelEmbedding(model.vocab_size, model.d_model, std=model.init_std, dtype=dtype, axis=axis)
+            if self.begins or (self.ends and model.tie_embeddings)
+            else None
+        )
+        self.blocks = nn.ModuleDict({str(layer): Block(model, layer, axis=axis, recompute_mixer=layer in selective) for layer in layers})
+        self.norm = RMSNorm(model.d_model, eps=model.norm_eps) if self.ends else None
+        self.head = ColumnParallelLinear(model.d_model, model.vocab_size, std=model.init_std) if self.ends and not model.tie_embeddings else None
 
     @property
     def head_weight(self) -> nn.Parameter:
         """Output head [V, D]: its own, or the embedding when tied."""
-        return self.embedding.weight if self.head is None else self.head.weight
+        owner = self.embedding if self.head is None else self.head
+        assert owner is not None  # a chunk that does not end the model has no head
+        return owner.weight
 
     def empty_states(self, batch_size: int) -> list[BlockState]:
         """The state of every block before the first token."""
-        device = self.embedding.weight.device
-        return [block.mixer.empty_state(batch_size, dtype=self.embedding.dtype, device=device) for block in self.blocks]
+        device = self.head_weight.device
+        return [block.mixer.empty_state(batch_size, dtype=self.dtype, device=device) for block in self.blocks.values()]
 
     def forward(
-        self, tokens: Tensor, starts: Tensor | None = None, states: Sequence[BlockState] | None = None, first_position: int = 0
+        self,
+        tokens: Tensor,
+        starts: Tensor | None = None,
+        states: Sequence[BlockState] | None = None,
+        first_position: int = 0,
+        x: Tensor | None = None,
     ) -> tuple[Tensor, list[BlockState] | None]:
         """Final hidden states of a sequence, or of a piece of one.
 
@@ -65,36 +88,39 @@ class LanguageModel(nn.Module):
             starts: True where a token begins a document that sees nothing before it [B, T]; None: one document.
             states: What earlier pieces carried, one per block; None: the sequence begins here and nothing is carried on.
             first_position: Position of the first token, for a piece of a sequence.
+            x: What the chunk before returned; None: this is the first one.
 
         Returns:
-            Normalised hidden states [B, T, D], with several tensor-parallel ranks of the own tokens [n, D]; and the states to carry on
-            (None without `states`).
+            Normalised hidden states [B, T, D], with several tensor-parallel ranks of the own tokens [n, D] (before the norm where other
+            chunks follow); and the states to carry on (None without `states`).
         """
-        x = self.embedding(tokens)
+        if self.begins:
+            x = self.embedding(tokens)
         angles = rotary_angles(
-            tokens.shape[1], self.section.head_width, base=self.section.rope_base, first_position=first_position, device=x.device
+            tokens.shape[1], self.section.head_width, base=self.section.rope_base, first_position=first_position, device=tokens.device
         )
         carried = []
-        for layer, block in enumerate(self.blocks):
-            if layer in self.recomputed_layers and torch.is_grad_enabled() and states is None:
+        for place, (layer, block) in enumerate(self.blocks.items()):
+            if int(layer) in self.recomputed_layers and torch.is_grad_enabled() and states is None:
                 x, _ = checkpoint(block, x, angles, starts, use_reentrant=False)
             elif states is None:
                 x, _ = block(x, angles, starts)
             else:
                 # forward, not the call: a compiled block would be compiled again for every length of its state.
-                x, state = block.forward(x, angles, starts, states[layer])
+                x, state = block.forward(x, angles, starts, states[place])
                 carried.append(state)
-        return self.norm(x), None if states is None else carried
+        return x if self.norm is None else self.norm(x), None if states is None else carried
 
-    def loss_sum(self, tokens: Tensor, targets: Tensor, starts: Tensor | None = None) -> Tensor:
+    def loss_sum(self, tokens: Tensor, targets: Tensor, starts: Tensor | None = None, x: Tensor | None = None) -> Tensor:
         """Sum of the cross-entropies of all valid targets in nats, the same on every tensor-parallel rank.
 
         Args:
             tokens: Token ids [B, T].
             targets: Token ids to predict, IGNORED_TARGET where there is none [B, T].
             starts: As in `forward`.
+            x: As in `forward`.
         """
-        hidden, _ = self(tokens, starts)
+        hidden, _ = self(tokens, starts, x=x)
         hidden = gather_tokens(hidden.flatten(0, -2), self.axis)
         first = first_id(self.section.vocab_size, self.axis)
         return parallel_cross_entropy(hidden, local(self.head_weight), targets.flatten(), first_id=first, axis=self.axis)
@@ -112,10 +138,13 @@ def build_model(
     recompute: str = "none",
     recompute_every_n_layers: int = 1,
     axis: Axis = ALONE,
+    layers: range | None = None,
 ) -> LanguageModel:
-    """A model with uninitialised parameters on a device (`meta`: shapes only); fill them with `parameters.initialise`."""
+    """A model or a chunk of one, with uninitialised parameters on a device (`meta`: shapes only); fill them with `parameters.initialise`."""
     with torch.device("meta"):
-        built = LanguageModel(model, dtype=dtype, recompute=recompute, recompute_every_n_layers=recompute_every_n_layers, axis=axis)
+        built = LanguageModel(
+            model, dtype=dtype, recompute=recompute, recompute_every_n_layers=recompute_every_n_layers, axis=axis, layers=layers
+        )
     if device.type != "meta":
         materialise(built, device=device, axis=axis)
     return built

@@ -6,7 +6,7 @@ copy in host memory that is written back after each step.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -24,10 +24,13 @@ class Shards:
         tensor_axis: Ranks that divide some parameters and have others whole.
         other_axes: Further ranks that hold different parts, each of all parameters.
         offload: Keep what the optimizer updates, and with it its state, in host memory.
+        copies: Names of parameters that are counted in the gradient norm by another rank.
     """
 
-    def __init__(self, model: nn.Module, *, tensor_axis: Axis, other_axes: Sequence[Axis], offload: bool = False):
-        self.tensor_axis, self.other_axes, self.offload = tensor_axis, other_axes, offload
+    def __init__(
+        self, model: nn.Module, *, tensor_axis: Axis, other_axes: Sequence[Axis], offload: bool = False, copies: Collection[str] = ()
+    ):
+        self.tensor_axis, self.other_axes, self.offload, self.copies = tensor_axis, other_axes, offload, copies
         self.whole: dict[str, nn.Parameter] = dict(model.named_parameters())
         self.parts: dict[str, nn.Parameter] = {name: self._part(parameter) for name, parameter in self.whole.items()}
 
@@ -58,9 +61,10 @@ class Shards:
         axes = [axis for axis in (self.tensor_axis, *self.other_axes) if axis.size > 1]
         if not axes:
             return gradient_norm(self.parts.values())
-        divided = {name for name, parameter in self.whole.items() if not self._is_whole_on_tensor_axis(parameter)}
-        squares = gradient_norm(part for name, part in self.parts.items() if name in divided).square()
-        repeated = gradient_norm(part for name, part in self.parts.items() if name not in divided).square()
+        counted = {name: part for name, part in self.parts.items() if name not in self.copies}
+        divided = {name for name in counted if not self._is_whole_on_tensor_axis(self.whole[name])}
+        squares = gradient_norm(part for name, part in counted.items() if name in divided).square()
+        repeated = gradient_norm(part for name, part in counted.items() if name not in divided).square()
         squares = squares + repeated / self.tensor_axis.size
         for axis in axes:
             squares = sum_over(squares.to(self._device), axis)

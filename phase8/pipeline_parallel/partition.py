@@ -19,6 +19,7 @@ from collections.abc import Sequence
 from fractions import Fraction
 from itertools import accumulate
 
+from phase8.config.pipeline import too_few_layers
 from phase8.errors import ConfigError
 
 
@@ -38,11 +39,8 @@ def partition_layers(
         ConfigError: There are fewer layers than virtual stages, or a cost is negative or not finite.
     """
     num_layers, num_parts = len(layer_costs), num_stages * num_chunks
-    if num_layers < num_parts:
-        raise ConfigError(
-            f"model.num_layers {num_layers} is below parallel.pipeline_parallel_size {num_stages} x parallel.pipeline_chunks {num_chunks} "
-            f"= {num_parts}; every chunk needs a layer: use at least {num_parts} layers, or fewer stages or chunks."
-        )
+    if problem := too_few_layers(num_layers, num_stages, num_chunks):
+        raise ConfigError(problem)
     costs = _as_integers([embedding_cost, *layer_costs, head_cost])
     parts = _Parts(list(accumulate(costs[1:-1], initial=0)), costs[0], costs[-1], num_parts)
     ends = parts.best_ends(parts.smallest_maximum())

@@ -37,6 +37,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
 
+from phase8.config.pipeline import needs_chunks_and_groups, needs_one_chunk
 from phase8.errors import ConfigError
 
 
@@ -212,39 +213,21 @@ def _bubble_ratio(P: int, M: int, V: int) -> float:
     return (P - 1) / (V * M + P - 1)
 
 
-def _needs_one_chunk(P: int, M: int, V: int) -> str | None:
-    if V == 1:
-        return None
-    return f"parallel.pipeline_chunks is {V}, but only the interleaved schedule has several chunks; set it to 1, or choose interleaved."
-
-
-def _needs_chunks_and_groups(P: int, M: int, V: int) -> str | None:
-    if V < 2:
-        return f"parallel.pipeline_chunks is {V}, but the interleaved schedule needs at least 2; set it to 2 or more, or choose 1f1b."
-    if M % P:
-        nearest = f"{M // P * P} or {(M // P + 1) * P}" if M > P else f"{P}"
-        return (
-            f"parallel.num_microbatches {M} is not a multiple of parallel.pipeline_parallel_size {P}, as the interleaved schedule needs; "
-            f"use {nearest} microbatches, or choose 1f1b."
-        )
-    return None
-
-
 SCHEDULES: dict[str, Rules] = {
     "gpipe": Rules(
-        requirement=_needs_one_chunk,
+        requirement=needs_one_chunk,
         bubble_ratio=_bubble_ratio,
         peak_activations=lambda stage, P, M, V: M,
         actions=gpipe,
     ),
     "1f1b": Rules(
-        requirement=_needs_one_chunk,
+        requirement=needs_one_chunk,
         bubble_ratio=_bubble_ratio,
         peak_activations=lambda stage, P, M, V: min(M, P - stage),
         actions=one_f_one_b,
     ),
     "interleaved": Rules(
-        requirement=_needs_chunks_and_groups,
+        requirement=needs_chunks_and_groups,
         bubble_ratio=_bubble_ratio,
         # The warm-up and the forward that follows it.
         peak_activations=lambda stage, P, M, V: min(V * M, 2 * (P - 1 - stage) + (V - 1) * P + 1),

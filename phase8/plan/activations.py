@@ -61,8 +61,8 @@ def trace_activations(
         targets = torch.empty(shape, dtype=torch.int64).flatten()
         head = torch.empty(model.vocab_size, model.d_model, requires_grad=True)
         return ActivationBytes(
-            block=_saved_bytes(whole.blocks[0], x, angles, starts),
-            block_without_mixer=_saved_bytes(selective.blocks[0], x, angles, starts),
+            block=_saved_bytes(whole.blocks["0"], x, angles, starts),
+            block_without_mixer=_saved_bytes(selective.blocks["0"], x, angles, starts),
             block_input=x.numel() * x.element_size(),
             head=_saved_bytes(whole.norm, x) + _saved_by(lambda: linear_cross_entropy(x.flatten(0, 1), head, targets), {head}),
         )

@@ -211,8 +211,8 @@ def _undisturbed(config: RunConfig, output_dir: str, num_steps: int) -> RunConfi
 
 def _mixer_linears(model: LanguageModel) -> dict[str, list[Linear]]:
     """The linear layers of the mixers: those of one name in all blocks."""
-    names = [name for name, module in model.blocks[0].mixer.named_modules() if isinstance(module, Linear)]
-    return {name: [block.mixer.get_submodule(name) for block in model.blocks] for name in names}
+    names = [name for name, module in model.blocks["0"].mixer.named_modules() if isinstance(module, Linear)]
+    return {name: [block.mixer.get_submodule(name) for block in model.blocks.values()] for name in names}
 
 
 def _wake(model: LanguageModel) -> None:

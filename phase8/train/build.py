@@ -20,7 +20,7 @@ from phase8.distributed.mesh import Mesh, build_mesh
 from phase8.kernels.backends import select_kernels
 from phase8.observe.banner import print_banner, print_line
 from phase8.observe.devices import peak_flops
-from phase8.plan.dry_run import count_parameters
+from phase8.plan.dry_run import count_parameters, shapes_only
 from phase8.precision.policy import compute_dtype, set_matmul_precision
 from phase8.train.datasets import RunData, open_run_data
 from phase8.train.device import require_determinism
@@ -108,10 +108,10 @@ def build_run(config: RunConfig, *, device: torch.device, resume: str, console: 
         directory.record(config)
         tokenizer_file = None if data.tokenizer is None else directory.keep_tokenizer(data.tokenizer.path)
     if config.train.compile.enabled:
-        for block in learner.model.blocks:
+        for block in (block for chunk in learner.stage.chunks for block in chunk.blocks.values()):
             block.compile(mode=config.train.compile.mode, fullgraph=config.train.compile.fullgraph)
     shape = batch_shape(config.train, config.parallel, data_parallel_size=mesh.topology.data_parallel_size)
-    facts = run_facts(config, device=device, shape=shape, num_parameters=count_parameters(learner.model), topology=mesh.topology)
+    facts = run_facts(config, device=device, shape=shape, num_parameters=count_parameters(shapes_only(config)), topology=mesh.topology)
     facts.append(("data", data.description))
     print_banner(f"phase8 pretraining: {config.run.name}", [*facts, ("run directory", str(directory.path))], console)
     return Run(

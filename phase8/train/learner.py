@@ -7,14 +7,17 @@ from dataclasses import dataclass
 import torch
 from torch.distributed.fsdp import FSDPModule, register_fsdp_forward_method
 
-from phase8.config.schema import RunConfig, ZeroSection
+from phase8.config.pipeline import pipeline_of
+from phase8.config.schema import RunConfig
 from phase8.distributed.mesh import Mesh
-from phase8.distributed.placement import gathered
+from phase8.distributed.placement import collected
 from phase8.model.model import LanguageModel, build_model
 from phase8.model.parameters import decayed_parameter_names, initialise
 from phase8.optim.adamw import build_optimizer
 from phase8.optim.shards import Shards
+from phase8.plan.stages import chunk_layers
 from phase8.precision.policy import compute_dtype
+from phase8.train.stage import Stage
 from phase8.zero.fsdp import shard_block, shard_model
 
 
@@ -23,60 +26,81 @@ class Learner:
     """What takes the steps.
 
     Args:
-        model: This rank's part of it.
+        stage: This rank's part of the model.
         shards: What the optimizer of this rank updates.
         optimizer: Over the shards.
-        mesh: The ranks it is divided over.
-        zero: How data-parallel ranks divide it.
-        device: Where the model computes; offloaded parameters lie elsewhere between uses.
     """
 
-    model: LanguageModel
+    stage: Stage
     shards: Shards
     optimizer: torch.optim.Optimizer
-    mesh: Mesh
-    zero: ZeroSection
-    device: torch.device
+
+    @property
+    def mesh(self) -> Mesh:
+        """The ranks it is divided over."""
+        return self.stage.mesh
+
+    @property
+    def device(self) -> torch.device:
+        """Where the model computes; offloaded parameters lie elsewhere between uses."""
+        return self.stage.device
+
+    @property
+    def model(self) -> LanguageModel:
+        """This rank's part of the model, where it is a single chunk."""
+        (model,) = self.stage.chunks
+        return model
 
 
 def build_learner(config: RunConfig, *, mesh: Mesh, device: torch.device, dtype: torch.dtype) -> Learner:
     """The model of a config with its first weights, divided over the ranks, and its optimizer.
 
     Args:
-        config: Model, optimizer, recomputation and ZeRO.
+        config: Model, optimizer, recomputation, pipeline and ZeRO.
         mesh: The ranks.
         device: Where the model computes.
         dtype: Of the residual stream.
     """
-    model = build_model(
+    pipeline = pipeline_of(config.parallel)
+    chunks = [
+        _build_chunk(config, layers, mesh=mesh, device=device, dtype=dtype) for layers in chunk_layers(config.model, pipeline, mesh.pp.index)
+    ]
+    decayed_names = set().union(*(decayed_parameter_names(chunk) for chunk in chunks))
+    for chunk in chunks:
+        for block in chunk.blocks.values():
+            shard_block(block, config.zero, mesh)
+        shard_model(chunk, config.zero, mesh)
+        if isinstance(chunk, FSDPModule):
+            register_fsdp_forward_method(chunk, "loss_sum")
+    stage = Stage(chunks, pipeline, mesh, zero=config.zero, device=device)
+    # Parameters that are in host memory themselves have their parts there already.
+    offload = config.zero.offload_optimizer == "cpu" and config.zero.offload_params == "none"
+    shards = Shards(stage.module, tensor_axis=mesh.tp, other_axes=(mesh.shard, mesh.pp), offload=offload, copies=stage.copies)
+    optimizer = build_optimizer(shards.parts, config.optim, decayed_names=decayed_names)
+    return Learner(stage, shards, optimizer)
+
+
+def _build_chunk(config: RunConfig, layers: range, *, mesh: Mesh, device: torch.device, dtype: torch.dtype) -> LanguageModel:
+    """Some layers of the model with their first weights."""
+    chunk = build_model(
         config.model,
         dtype=dtype,
         device=device,
         recompute=config.train.recompute,
         recompute_every_n_layers=config.train.recompute_every_n_layers,
         axis=mesh.tp,
+        layers=layers,
     )
-    initialise(model, seed=config.train.seed, axis=mesh.tp)
-    decayed_names = decayed_parameter_names(model)
-    for block in model.blocks:
-        shard_block(block, config.zero, mesh)
-    shard_model(model, config.zero, mesh)
-    if isinstance(model, FSDPModule):
-        register_fsdp_forward_method(model, "loss_sum")
-    # Parameters that are in host memory themselves have their parts there already.
-    offload = config.zero.offload_optimizer == "cpu" and config.zero.offload_params == "none"
-    shards = Shards(model, tensor_axis=mesh.tp, other_axes=(mesh.shard, mesh.pp), offload=offload)
-    optimizer = build_optimizer(shards.parts, config.optim, decayed_names=decayed_names)
-    return Learner(model, shards, optimizer, mesh, config.zero, device)
+    initialise(chunk, seed=config.train.seed, axis=mesh.tp)
+    return chunk
 
 
 def whole_model(learner: Learner, config: RunConfig) -> LanguageModel | None:
     """The model in one piece, on the first rank; None on the others, which help to gather it."""
     if learner.mesh.device_mesh is None:
         return learner.model
-    is_main = learner.mesh.rank == 0
-    parameters = gathered(dict(learner.model.named_parameters()), keep=is_main)
-    if not is_main:
+    parameters = collected(dict(learner.stage.module.named_parameters()), learner.mesh)
+    if learner.mesh.rank != 0:
         return None
     model = build_model(config.model, dtype=compute_dtype(config.precision), device=learner.device)
     with torch.no_grad():

@@ -16,7 +16,7 @@ from phase8.checkpoint.save import save_checkpoint
 from phase8.checkpoint.state import flat_state
 from phase8.data.loader import build_loader, evaluation_microbatches, microbatch_sample_numbers
 from phase8.distributed.collectives import broadcast_text
-from phase8.distributed.placement import gathered
+from phase8.distributed.placement import collected
 from phase8.errors import DivergenceError, Phase8Error, StorageError
 from phase8.model.flops import training_flops_per_token
 from phase8.observe.banner import print_line
@@ -28,10 +28,11 @@ from phase8.optim.schedule import learning_rate
 from phase8.train.anomaly import count_skipped
 from phase8.train.build import Run
 from phase8.train.learner import whole_model
+from phase8.train.microbatch import Microbatch, split_sample
 from phase8.train.resume import check_stop, checkpoint_metadata
 from phase8.train.sample import write_sample
 from phase8.train.signals import StopRequest
-from phase8.train.step import Microbatch, StepResult, evaluate, split_sample, train_step
+from phase8.train.step import StepResult, evaluate, train_step
 
 
 def train(run: Run, *, resume_command: str, report: Callable[[int, str], None] = lambda step, doing: None) -> None:
@@ -129,7 +130,7 @@ class Trainer:
         self.num_own_evaluations = 0
         self.evaluation_samples = self._evaluation_samples()
         if run.uses_cuda_graphs:
-            for parameter in run.learner.model.parameters():
+            for parameter in run.learner.stage.module.parameters():
                 parameter.grad = torch.zeros_like(parameter)
         reset_peak_memory(run.device)
 
@@ -175,7 +176,7 @@ class Trainer:
         if self.saved_step == position.step:
             return
         self.report(position.step, "gathering the checkpoint")
-        tensors = gathered(flat_state(run.learner.model, run.learner.optimizer, run.learner.shards.parts), keep=run.is_main)
+        tensors = collected(flat_state(run.learner.stage.module, run.learner.optimizer, run.learner.shards.parts), run.learner.mesh)
         if not run.is_main:
             self.saved_step = position.step
             return
@@ -218,6 +219,7 @@ class Trainer:
             gradient_clip_norm=config.optim.gradient_clip_norm,
             cuda_graphs=run.uses_cuda_graphs,
             stop=stop,
+            report=lambda doing: self.report(position.step + 1, doing),
         )
         step_seconds = time.perf_counter() - begin
         sample_numbers = range(position.samples_consumed, position.samples_consumed + run.shape.global_batch_size)

@@ -121,7 +121,8 @@ def restore_run(
         _check_data(checkpoint.path, (saved_config["train"]["seed"], saved_fingerprint), (config.train.seed, fingerprint))
     for name in checkpoint.manifest.attachments:
         checkpoint.attachment(name)  # a damaged tokenizer is found now, not when somebody generates
-    restore_state(checkpoint, learner.model, learner.optimizer, learner.shards.parts)
+    is_part = learner.mesh.pp.size > 1
+    restore_state(checkpoint, learner.stage.module, learner.optimizer, learner.shards.parts, is_part=is_part)
     learner.shards.read_again()
     restore_random_state(random_state, learner.device)
     return position

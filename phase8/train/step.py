@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -11,37 +11,9 @@ from torch import Tensor
 
 from phase8.distributed.collectives import sum_over
 from phase8.distributed.mesh import Mesh
-from phase8.kernels.reference.cross_entropy import IGNORED_TARGET
 from phase8.optim.clip import step_clipped
 from phase8.train.learner import Learner
-from phase8.zero.fsdp import sum_gradients_after
-
-
-@dataclass(frozen=True)
-class Microbatch:
-    """Inputs and targets of one forward.
-
-    Args:
-        tokens: Inputs [B, T].
-        targets: The tokens that follow, IGNORED_TARGET where nothing is to be predicted [B, T].
-        starts: True where a document begins that sees nothing before it [B, T]; None: boundaries are not reset.
-        num_valid: Number of targets that count.
-    """
-
-    tokens: Tensor
-    targets: Tensor
-    starts: Tensor | None
-    num_valid: int
-
-    def to(self, device: torch.device) -> Microbatch:
-        """The same on a device."""
-        tokens, targets, starts = (None if x is None else x.to(device, non_blocking=True) for x in (self.tokens, self.targets, self.starts))
-        return Microbatch(tokens, targets, starts, self.num_valid)
-
-
-    def without_targets(self) -> Microbatch:
-        """The same with nothing to predict."""
-        return Microbatch(self.tokens, torch.full_like(self.targets, IGNORED_TARGET), self.starts, 0)
+from phase8.train.microbatch import Microbatch
 
 
 @dataclass(frozen=True)
@@ -61,16 +33,6 @@ class StepResult:
     stop: bool = False
 
 
-def split_sample(sample: dict[str, Tensor], *, reset_at_document_boundaries: bool) -> Microbatch:
-    """Inputs and targets of T + 1 tokens; with resets, the first token of a document is not predicted from another document."""
-    tokens, targets = sample["tokens"][:, :-1], sample["tokens"][:, 1:]
-    if not reset_at_document_boundaries:
-        return Microbatch(tokens, targets, None, targets.numel())
-    starts = sample["document_starts"]
-    targets = targets.masked_fill(starts[:, 1:], IGNORED_TARGET)
-    return Microbatch(tokens, targets, starts[:, :-1], int((targets != IGNORED_TARGET).sum()))
-
-
 def train_step(
     learner: Learner,
     microbatches: Sequence[Microbatch],
@@ -79,6 +41,7 @@ def train_step(
     gradient_clip_norm: float,
     cuda_graphs: bool = False,
     stop: bool = False,
+    report: Callable[[str], None] | None = None,
 ) -> StepResult:
     """Updates the weights once.
 
@@ -93,21 +56,13 @@ def train_step(
         cuda_graphs: The blocks replay CUDA graphs. Then gradients are zeroed instead of freed: one that lived in the memory of a
             graph would be overwritten by the next microbatch.
         stop: This rank was asked to stop; all ranks learn it with the loss.
+        report: Told of every forward and backward.
     """
-    model, optimizer, shards, mesh, device = learner.model, learner.optimizer, learner.shards, learner.mesh, learner.device
-    num_valid = _count_targets(microbatches, learner)
-    total = torch.zeros((), device=device)
-    for index, microbatch in enumerate(microbatches):
-        if cuda_graphs:
-            torch.compiler.cudagraph_mark_step_begin()
-        sum_gradients_after(model, learner.zero, is_last=index == len(microbatches) - 1)
-        batch = microbatch.to(device)
-        loss = model.loss_sum(batch.tokens, batch.targets, batch.starts) / num_valid
-        loss.backward()
-        total += loss.detach()
+    optimizer, shards, mesh, device = learner.optimizer, learner.shards, learner.mesh, learner.device
+    total = learner.stage.train(microbatches, _count_targets(microbatches, learner), cuda_graphs=cuda_graphs, report=report)
     shards.take_gradients()
     norm = shards.gradient_norm()
-    total = _over_data_ranks(total, mesh)
+    total = _over_data_ranks(sum_over(total, mesh.pp), mesh)
     asked = torch.full_like(total, float(stop))
     for axis in (mesh.replicate, mesh.shard, mesh.tp, mesh.pp):
         asked = sum_over(asked, axis)
@@ -124,14 +79,9 @@ def train_step(
 @torch.no_grad()
 def evaluate(learner: Learner, microbatches: Iterable[Microbatch], *, cuda_graphs: bool = False) -> tuple[float, int]:
     """Mean loss in nats per valid target, and the number of those targets, over all ranks. Every rank brings as many microbatches."""
-    device = learner.device
-    sums = torch.zeros(2, dtype=torch.float64, device=device)
-    for microbatch in microbatches:
-        if cuda_graphs:
-            torch.compiler.cudagraph_mark_step_begin()
-        batch = microbatch.to(device)
-        sums[0] += learner.model.loss_sum(batch.tokens, batch.targets, batch.starts)
-        sums[1] += batch.num_valid
+    batches = list(microbatches)
+    loss_sum = sum_over(learner.stage.loss_sum(batches, cuda_graphs=cuda_graphs), learner.mesh.pp)
+    sums = torch.stack((loss_sum, loss_sum.new_tensor(sum(batch.num_valid for batch in batches))))
     loss, num_valid = _over_data_ranks(sums, learner.mesh).tolist()
     return loss / max(num_valid, 1), int(num_valid)
 

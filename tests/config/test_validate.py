@@ -142,10 +142,33 @@ def test_what_lies_just_inside_the_rules_is_allowed(tmp_path, overrides):
     validate(config_with(*overrides, directory=tmp_path))
 
 
-@pytest.mark.parametrize("axis", ["pipeline", "context"])
-def test_parallel_degrees_are_refused_until_built(tmp_path, axis):
-    config = config_with(f"parallel.{axis}_parallel_size=2", directory=tmp_path)
-    assert find_problems(config, world_size=2) == [f"parallel.{axis}_parallel_size is 2, which is not supported yet; use 1."]
+def test_parallel_degrees_are_refused_until_built(tmp_path):
+    config = config_with("parallel.context_parallel_size=2", directory=tmp_path)
+    assert find_problems(config, world_size=2) == ["parallel.context_parallel_size is 2, which is not supported yet; use 1."]
+
+
+@pytest.mark.parametrize(
+    ("settings", "words"),
+    [
+        (["parallel.pipeline_parallel_size=4"], ["model.num_layers 3", "at least 4 layers"]),
+        (["parallel.pipeline_schedule=interleaved"], ["parallel.pipeline_chunks is 1", "at least 2"]),
+        (["parallel.pipeline_chunks=2", "model.num_layers=4"], ["parallel.pipeline_chunks is 2", "only the interleaved"]),
+        (
+            ["parallel.pipeline_schedule=interleaved", "parallel.pipeline_chunks=2", "model.num_layers=4", "train.micro_batch_size=4"],
+            ["parallel.num_microbatches 1", "not a multiple of parallel.pipeline_parallel_size 2"],
+        ),
+    ],
+)
+def test_a_pipeline_must_suit_layers_and_batch(tmp_path, settings, words):
+    common = ["parallel.pipeline_parallel_size=2", "model.num_layers=3", "train.global_batch_size=4"]
+    config = config_with(*common, *settings, directory=tmp_path)
+    (problem,) = find_problems(config, world_size=config.parallel.pipeline_parallel_size)
+    assert all(word in problem for word in words)
+
+
+def test_one_rank_runs_the_config_of_a_pipeline(tmp_path):
+    config = config_with("parallel.pipeline_schedule=interleaved", "parallel.pipeline_chunks=99", directory=tmp_path)
+    assert find_problems(config) == []
 
 
 def test_expert_parallelism_is_refused_until_built(tmp_path):

@@ -142,7 +142,7 @@ def test_tied_embeddings_share_one_parameter():
 def test_compiles_without_a_graph_break(block):
     model, tokens = perturbed_model(scaled_down(ModelSection(block=block)), dtype=torch.float32), random_tokens()
     expected = next_token_loss(model, tokens)
-    for layer in model.blocks:
+    for layer in model.blocks.values():
         layer.compile(fullgraph=True, backend="aot_eager")
     loss = next_token_loss(model, tokens)
     loss.backward()

@@ -32,18 +32,18 @@ def test_values_depend_on_seed_and_name_only():
     for name in ("embedding.weight", "blocks.0.mixer.q.weight", "blocks.0.feed_forward.gate.weight"):
         assert torch.equal(shallow[name], deep[name])
     assert not torch.equal(deep["blocks.0.mixer.q.weight"], deep["blocks.1.mixer.q.weight"])
-    other_seed = fresh(scaled_down(ModelSection()), seed=1).blocks[0].mixer.q.weight
+    other_seed = fresh(scaled_down(ModelSection()), seed=1).blocks["0"].mixer.q.weight
     assert not torch.equal(deep["blocks.0.mixer.q.weight"], other_seed)
 
 
 def test_golden_first_values():
     """A change of the initialisation would silently break the comparison of old and new runs."""
-    weight = fresh(scaled_down(ModelSection())).blocks[0].mixer.q.weight
+    weight = fresh(scaled_down(ModelSection())).blocks["0"].mixer.q.weight
     torch.testing.assert_close(weight[0, :3], torch.tensor([0.006734195, -0.012459493, -0.063484006]), rtol=0, atol=1e-9)
 
 
 def test_documented_initial_state_of_the_mixer():
-    mixer = fresh(scaled_down(ModelSection(chain="both"))).blocks[0].mixer
+    mixer = fresh(scaled_down(ModelSection(chain="both"))).blocks["0"].mixer
     path = mixer.global_path
     memory = 1 / nn.functional.softplus(path.decay_bias)
     torch.testing.assert_close(memory[[0, -1]], torch.tensor([2.0, 500.0]), rtol=1e-4, atol=0)

@@ -9,8 +9,10 @@ from torch.distributed.tensor import Replicate
 from phase8.distributed import collectives
 from phase8.model import convolution, global_path, mixer, norm
 from phase8.optim import shards
+from phase8.pipeline_parallel import engine
+from phase8.pipeline_parallel.lowering import Payload
 from phase8.tensor_parallel import cross_entropy, embedding, linear
-from phase8.train import step
+from phase8.train import stage, step
 from phase8.zero import fsdp
 
 READERS = (convolution, global_path, mixer, norm, embedding, linear)
@@ -95,7 +97,7 @@ def never_synchronised():
 
         return sum_gradients_after
 
-    return replaced((step, "sum_gradients_after"), by=off)
+    return replaced((stage, "sum_gradients_after"), by=off)
 
 
 def same_data_everywhere():
@@ -166,6 +168,36 @@ def extra_all_reduce():
     return replaced((shards.Shards, "take_gradients"), by=doubled)
 
 
+def copies_not_summed():
+    """The embedding of the first stage and its copy on the last get their own gradients only."""
+    return replaced((stage.Stage, "_sum_gradients_of_copies"), by=lambda old: lambda self: None)
+
+
+def copies_counted_twice():
+    """A copy of the embedding counts in the gradient norm."""
+    return replaced((stage.Stage, "copies"), by=lambda old: property(lambda self: frozenset()))
+
+
+def gradient_of_another_microbatch():
+    """A stage goes backward with the gradient that came before, from the second microbatch on."""
+    def late(old):
+        def take(self, payload, key):
+            message = old(self, payload, key)
+            if payload is not Payload.GRADIENT:
+                return message
+            earlier, self.earlier = vars(self).get("earlier", message), message
+            return earlier
+
+        return take
+
+    return replaced((engine._Run, "_take"), by=late)
+
+
+def synchronised_too_early():
+    """Gradients are summed over the data-parallel ranks after the first microbatch instead of the last."""
+    return replaced((engine.Engine, "is_last_backward"), by=lambda old: lambda self, kind, microbatch, chunk: microbatch == 0)
+
+
 # name -> what to apply; and the settings on which it must show.
 MUTATIONS = {
     function.__name__: function
@@ -173,5 +205,6 @@ MUTATIONS = {
         no_reduction_in_scatter, swapped_neighbours, sum_is_local, local_count_of_targets, norm_counts_replicas_twice, norm_of_one_shard,
         plain_to_local, average_over_data_ranks, never_synchronised, same_data_everywhere, another_ranks_part, largest_logit_is_local,
         gradient_stays_a_summand, embedding_of_one_rank, first_id_of_the_first, extra_all_reduce,
+        copies_not_summed, copies_counted_twice, gradient_of_another_microbatch, synchronised_too_early,
     )
 }  # fmt: skip

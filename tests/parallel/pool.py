@@ -1,8 +1,8 @@
 """Worker processes that stay: a distributed test costs milliseconds instead of the seconds that starting processes and torch takes.
 
-A job is a top-level function of a test file. It runs on the first `world_size` workers, which form the default process group (gloo) of
-exactly that size, made for the job and destroyed after it: the code under test sees what it would see under torchrun. Whatever goes
-wrong, the workers are thrown away, and the next job starts new ones.
+A job is a top-level function of a test file. It runs on the first `world_size` workers, which form the default process group of exactly
+that size, made for the job and destroyed after it: the code under test sees what it would see under torchrun. With NCCL each worker has the
+GPU of its rank. Whatever goes wrong, the workers are thrown away, and the next job starts new ones.
 """
 
 import importlib
@@ -18,6 +18,8 @@ from datetime import timedelta
 from pathlib import Path
 
 MAX_WORLD_SIZE = 8
+GLOO = "gloo"
+NCCL = "cpu:gloo,cuda:nccl"  # as in training: tensors on the host go through gloo
 
 
 class RankError(Exception):
@@ -35,7 +37,7 @@ class Pool:
         self.max_world_size = max_world_size
         self._workers, self._store, self._num_jobs = [], None, 0
 
-    def run(self, function, *arguments, world_size, timeout_seconds=120.0):
+    def run(self, function, *arguments, world_size, timeout_seconds=120.0, backend=GLOO):
         """What each rank returns, in order of the ranks.
 
         Args:
@@ -43,6 +45,7 @@ class Pool:
             arguments: The same for every rank.
             world_size: Number of ranks.
             timeout_seconds: For the whole job, and for every collective in it.
+            backend: GLOO or NCCL.
 
         Raises:
             Exception: What a rank has raised, with a note that gives the rank and its traceback.
@@ -52,7 +55,7 @@ class Pool:
             raise ValueError(f"world_size is {world_size}, but the pool has 1 to {self.max_world_size} workers.")
         self._start(world_size)
         self._num_jobs += 1
-        job = (self._num_jobs, world_size, timeout_seconds, function.__module__, function.__code__.co_filename, function.__qualname__)
+        job = (self._num_jobs, world_size, timeout_seconds, backend, function.__module__, function.__code__.co_filename, function.__qualname__)
         for _, connection in self._workers[:world_size]:
             connection.send((job, pickle.dumps(arguments)))
         completed = False
@@ -130,14 +133,16 @@ def work(rank, port, connection):
     store = dist.TCPStore("127.0.0.1", port, is_master=False)
     while True:
         try:
-            (number, world_size, timeout_seconds, *function), arguments = connection.recv()
+            (number, world_size, timeout_seconds, backend, *function), arguments = connection.recv()
         except EOFError:  # the tests have ended
             return
         torch.manual_seed(0)
         torch.set_default_dtype(torch.float32)
         timeout = timedelta(seconds=timeout_seconds)
         try:
-            dist.init_process_group("gloo", store=dist.PrefixStore(f"job {number}", store), rank=rank, world_size=world_size, timeout=timeout)
+            if backend == NCCL:
+                torch.cuda.set_device(rank)  # before the group exists, or all barriers meet on the first GPU
+            dist.init_process_group(backend, store=dist.PrefixStore(f"job {number}", store), rank=rank, world_size=world_size, timeout=timeout)
             payload = pickle.dumps(_load(*function)(*pickle.loads(arguments)))
             dist.barrier()  # nobody closes a connection that another still reads from
             dist.destroy_process_group()

@@ -30,7 +30,7 @@ def gradients_of_both(tensor_ranks, stage):
     results = []
     for compiled in (False, True):
         if compiled:
-            for block in learner.model.blocks:
+            for block in learner.model.blocks.values():
                 block.compile(fullgraph=True)
         loss = learner.model.loss_sum(tokens[:, :-1], tokens[:, 1:])
         loss.backward()

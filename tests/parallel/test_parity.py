@@ -19,15 +19,32 @@ BLOCKS = {
     "transformer": ("model.block=transformer", "model.convolution_size=4"),
     "low-rank": ("model.low_rank_rank=5", "model.ffn=low_rank_swiglu", "model.chain=both"),
     "tied": ("model.tie_embeddings=true",),
+    "deep": ("model.num_layers=5",),
+    "deep-tied": ("model.num_layers=4", "model.tie_embeddings=true"),
 }
 OFFLOADED = ("zero.stage=3", "zero.offload_optimizer=cpu", "zero.offload_params=cpu")
 
 
-def ranks(*, tp=1, dp=1, stage=0, more=()):
-    return tp * dp, (f"parallel.tensor_parallel_size={tp}", f"zero.stage={stage}", *more)
+def ranks(*, tp=1, pp=1, dp=1, stage=0, more=()):
+    return tp * pp * dp, (f"parallel.tensor_parallel_size={tp}", f"parallel.pipeline_parallel_size={pp}", f"zero.stage={stage}", *more)
 
 
+GPIPE, INTERLEAVED = "parallel.pipeline_schedule=gpipe", ("parallel.pipeline_schedule=interleaved", "parallel.pipeline_chunks=2", "train.micro_batch_size=2")
 QUICK = {
+    "pp2": ("default", ranks(pp=2)),
+    "pp2 gpipe": ("whole", ranks(pp=2, more=(GPIPE,))),
+    "pp2 tied, short microbatches": ("tied", ranks(pp=2, more=("train.micro_batch_size=1",))),
+    "pp4 of as many layers": ("deep", ranks(pp=4)),
+    "pp2 interleaved": ("deep", ranks(pp=2, more=INTERLEAVED)),
+    "pp2 interleaved tied": ("deep-tied", ranks(pp=2, more=INTERLEAVED)),
+    "pp2 dp2 zero 0": ("default", ranks(pp=2, dp=2)),
+    "pp2 dp2 zero 1": ("tied", ranks(pp=2, dp=2, stage=1)),
+    "pp2 dp2 zero 2": ("low-rank", ranks(pp=2, dp=2, stage=2)),
+    "pp2 dp2 zero 3 interleaved": ("deep-tied", ranks(pp=2, dp=2, stage=3, more=(*INTERLEAVED, "train.recompute=full"))),
+    "tp2 pp2": ("transformer", ranks(tp=2, pp=2)),
+    "tp2 pp2 interleaved, selective": ("deep-tied", ranks(tp=2, pp=2, more=(*INTERLEAVED, "train.recompute=selective"))),
+    "tp2 pp2 dp2 zero 3": ("low-rank", ranks(tp=2, pp=2, dp=2, stage=3)),
+    "pp2 dp2 zero 3 offloaded": ("tied", ranks(pp=2, dp=2, more=OFFLOADED)),
     "tp2": ("whole", ranks(tp=2)),
     "tp4": ("low-rank", ranks(tp=4)),
     "tp2 low-rank": ("low-rank", ranks(tp=2)),
@@ -104,12 +121,15 @@ SHOWS_ON = {
     "tensor": ("low-rank", ranks(tp=2)),
     "data": ("default", ranks(dp=2, stage=3)),
     "both": ("default", ranks(tp=2, dp=2, stage=2)),
+    "stages": ("tied", ranks(pp=2, more=("train.micro_batch_size=2",))),
+    "stages and data": ("tied", ranks(pp=2, dp=2, more=("train.micro_batch_size=2",))),
 }
 PLACE = {
     "no_reduction_in_scatter": "tensor", "swapped_neighbours": "tensor", "sum_is_local": "both", "local_count_of_targets": "data",
     "norm_counts_replicas_twice": "both", "norm_of_one_shard": "data", "plain_to_local": "both", "average_over_data_ranks": "data",
     "never_synchronised": "data", "same_data_everywhere": "data", "another_ranks_part": "tensor", "largest_logit_is_local": "tensor",
-    "gradient_stays_a_summand": "tensor", "embedding_of_one_rank": "tensor", "first_id_of_the_first": "tensor", "extra_all_reduce": "both",
+    "gradient_stays_a_summand": "tensor", "embedding_of_one_rank": "tensor", "first_id_of_the_first": "tensor", "extra_all_reduce": "both", "copies_not_summed": "stages", "copies_counted_twice": "stages",
+    "gradient_of_another_microbatch": "stages", "synchronised_too_early": "stages and data",
 }  # fmt: skip
 
 

@@ -54,7 +54,7 @@ def test_compiled_blocks_have_the_eager_gradients(block, mode):
 
     def gradients(compiled):
         model = perturbed_model(scaled_down(ModelSection(block=block)), dtype=torch.float32).cuda()
-        for layer in model.blocks if compiled else ():
+        for layer in model.blocks.values() if compiled else ():
             layer.compile(mode=mode, fullgraph=True)
         for parameter in model.parameters():
             parameter.grad = torch.zeros_like(parameter)

@@ -4,7 +4,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from phase8.config.schema import ModelSection, ZeroSection
+from phase8.config.pipeline import pipeline_of
+from phase8.config.schema import ModelSection, ParallelSection, ZeroSection
 from phase8.distributed.collectives import ALONE
 from phase8.distributed.mesh import build_mesh
 from phase8.errors import DivergenceError
@@ -15,8 +16,10 @@ from phase8.optim.shards import Shards
 from phase8.topology import Topology
 from phase8.train.anomaly import count_skipped
 from phase8.train.learner import Learner
+from phase8.train.microbatch import split_sample
 from phase8.train.resume import Position
-from phase8.train.step import StepResult, evaluate, split_sample, train_step
+from phase8.train.stage import Stage
+from phase8.train.step import StepResult, evaluate, train_step
 
 SECTION = ModelSection(
     d_model=16, num_layers=1, num_heads=2, vocab_size=31, sequence_length=8, local_window_size=3, global_tokens=2, ffn_size=24
@@ -33,7 +36,8 @@ def model():
 def alone(model, optimizer):
     """A learner of one process."""
     mesh = build_mesh(Topology(), device_type="cpu", shard_size=1)
-    return Learner(model, Shards(model, tensor_axis=ALONE, other_axes=()), optimizer, mesh, ZeroSection(), torch.device("cpu"))
+    stage = Stage([model], pipeline_of(ParallelSection()), mesh, zero=ZeroSection(), device=torch.device("cpu"))
+    return Learner(stage, Shards(model, tensor_axis=ALONE, other_axes=()), optimizer)
 
 
 def sample(*, batch_size=2, seed=0, starts=()):

@@ -217,7 +217,7 @@ def test_compile_compiles_every_block_as_asked(tiny, monkeypatch, enabled):
     monkeypatch.setattr(torch.nn.Module, "compile", lambda module, **options: compiled.append((module, options)))
     run = prepare(tiny, f"train.compile.enabled={str(enabled).lower()}", "train.compile.mode=max-autotune", "train.compile.fullgraph=true")
     options = {"mode": "max-autotune", "fullgraph": True}
-    assert compiled == ([(block, options) for block in run.learner.model.blocks] if enabled else [])
+    assert compiled == ([(block, options) for block in run.learner.model.blocks.values()] if enabled else [])
 
 
 @pytest.mark.parametrize(
@@ -232,7 +232,7 @@ def test_compile_compiles_every_block_as_asked(tiny, monkeypatch, enabled):
 def test_recomputation_reaches_the_model(tiny, settings, blocks, mixers):
     model = prepare(tiny, "model.num_layers=3", *settings).learner.model
     assert list(model.recomputed_layers) == blocks
-    assert [layer for layer, block in enumerate(model.blocks) if block.recompute_mixer] == mixers
+    assert [layer for layer, block in enumerate(model.blocks.values()) if block.recompute_mixer] == mixers
 
 
 def test_determinism_and_tf32_are_set(tiny):
@@ -418,6 +418,6 @@ def test_a_run_belongs_to_one_process_until_it_ends(tiny):
 def test_generation_does_not_run_the_compiled_blocks(tiny):
     """They would be compiled again for every length of the carried state."""
     run = prepare(tiny)
-    for block in run.learner.model.blocks:
+    for block in run.learner.model.blocks.values():
         block.compile(backend=lambda *_: pytest.fail("compiled"))
     run.learner.model(torch.zeros(1, 3, dtype=torch.int64), states=run.learner.model.empty_states(1))

@@ -1,0 +1,162 @@
+"""A rank's stage of the pipeline: its chunks of the model, and how the microbatches of a step go through them.
+
+One process is a pipeline of one stage. When the embedding is tied to the head, first and last stage hold a copy each: both start alike,
+get the sum of both gradients, and so stay alike.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+
+from phase8.config.pipeline import Pipeline
+from phase8.config.schema import ZeroSection
+from phase8.distributed.channels import MessageForm, Route, open_channels
+from phase8.distributed.mesh import Mesh, first_and_last_stage
+from phase8.model.model import LanguageModel
+from phase8.pipeline_parallel.engine import Engine, Place
+from phase8.pipeline_parallel.lowering import channels_of, lower
+from phase8.pipeline_parallel.schedules import Kind, build_forward_only, build_schedule
+from phase8.train.microbatch import Microbatch
+from phase8.zero.fsdp import sum_gradients_after
+
+EMBEDDING = "embedding.weight"
+# A message travels while the action before the one that needs it is computed.
+_RECEIVES_AHEAD = 1
+
+
+class Stage:
+    """The chunks of one rank and the engines that run them.
+
+    Args:
+        chunks: In the order of the model, divided over the data-parallel ranks.
+        pipeline: The numbers of the pipeline.
+        mesh: The ranks; all of them make their stages at the same time.
+        zero: How data-parallel ranks divide the chunks.
+        device: Where the chunks compute.
+    """
+
+    def __init__(self, chunks: Sequence[LanguageModel], pipeline: Pipeline, mesh: Mesh, *, zero: ZeroSection, device: torch.device):
+        self.chunks, self.pipeline, self.mesh, self.zero, self.device = tuple(chunks), pipeline, mesh, zero, device
+        self.module = joined(chunks)
+        self._place = Place(mesh.pp.index, pipeline.num_stages, pipeline.num_chunks)
+        name, P, V = pipeline
+        programs = lower(build_schedule(name, num_stages=P, num_microbatches=P, num_chunks=V))
+        self._channels = open_channels([Route(*channel) for channel in channels_of(programs)], mesh)
+        self._engines: dict[tuple[int, bool], Engine] = {}
+        is_tied = P > 1 and chunks[0].section.tie_embeddings
+        self._holders_of_embedding = first_and_last_stage(mesh) if is_tied else None
+
+    @property
+    def copies(self) -> frozenset[str]:
+        """Parameters that another stage has, too, and counts."""
+        is_last = self._place.stage == self._place.num_stages - 1
+        return frozenset({EMBEDDING} if self._holders_of_embedding is not None and is_last else ())
+
+    def train(
+        self,
+        microbatches: Sequence[Microbatch],
+        num_targets: int | Tensor,
+        *,
+        cuda_graphs: bool = False,
+        report: Callable[[str], None] | None = None,
+    ) -> Tensor:
+        """Adds the gradients of the mean loss to those of the parameters.
+
+        Args:
+            microbatches: Of this rank's pipeline, the same on all of its stages.
+            num_targets: What the sum of the losses is divided by.
+            cuda_graphs: The blocks replay CUDA graphs.
+            report: Told of every forward and backward.
+
+        Returns:
+            This pipeline's share of the mean loss where the model ends, zero on other stages.
+        """
+        engine = self._engine(len(microbatches), trains=True)
+
+        def forward(chunk: int, number: int, x: Tensor | None) -> Tensor:
+            output = self._call(chunk, microbatches[number], x)
+            return output / num_targets if self._place.is_last(chunk) else output
+
+        def before(kind: Kind, number: int, chunk: int) -> None:
+            if report is not None:
+                report(f"{kind} of microbatch {number}" + (f" in chunk {chunk}" if len(self.chunks) > 1 else ""))
+            if kind is Kind.BACKWARD:
+                sum_gradients_after(self.chunks[chunk], self.zero, is_last=engine.is_last_backward(kind, number, chunk))
+            elif cuda_graphs:
+                torch.compiler.cudagraph_mark_step_begin()
+
+        loss = engine.run(forward, self._form(microbatches), on_action=before)
+        self._sum_gradients_of_copies()
+        return torch.zeros((), device=self.device) if loss is None else loss
+
+    def loss_sum(self, microbatches: Sequence[Microbatch], *, cuda_graphs: bool = False) -> Tensor:
+        """The sum of the losses of all targets in float64 where the model ends, zero on other stages; without gradients."""
+
+        def forward(chunk: int, number: int, x: Tensor | None) -> Tensor:
+            output = self._call(chunk, microbatches[number], x)
+            return output.double() if self._place.is_last(chunk) else output
+
+        def before(kind: Kind, number: int, chunk: int) -> None:
+            if cuda_graphs:
+                torch.compiler.cudagraph_mark_step_begin()
+
+        loss = self._engine(len(microbatches), trains=False).run(forward, self._form(microbatches), on_action=before)
+        return torch.zeros((), device=self.device, dtype=torch.float64) if loss is None else loss
+
+    def _call(self, chunk: int, microbatch: Microbatch, x: Tensor | None) -> Tensor:
+        """The sum of the losses of the last chunk, the residual stream of any other."""
+        batch, model = microbatch.to(self.device), self.chunks[chunk]
+        if self._place.is_last(chunk):
+            return model.loss_sum(batch.tokens, batch.targets, batch.starts, x)
+        return model(batch.tokens, batch.starts, x=x)[0]
+
+    def _engine(self, num_microbatches: int, *, trains: bool) -> Engine:
+        """Made once for each number of microbatches."""
+        key = (num_microbatches, trains)
+        if key not in self._engines:
+            name, P, V = self.pipeline
+            sizes = {"num_stages": P, "num_microbatches": num_microbatches, "num_chunks": V}
+            schedule = build_schedule(name, **sizes) if trains else build_forward_only(**sizes)
+            program = lower(schedule, receives_ahead=_RECEIVES_AHEAD)[self._place.stage]
+            self._engines[key] = Engine(program, self._place, self._channels)
+        return self._engines[key]
+
+    def _form(self, microbatches: Sequence[Microbatch]) -> MessageForm:
+        """Of the residual stream between chunks: [B, T, D], with several tensor-parallel ranks [n, D] of the own tokens."""
+        model = self.chunks[0]
+        width, num_ranks = model.section.d_model, self.mesh.tp.size
+        shapes = tuple(
+            (*each.tokens.shape, width) if num_ranks == 1 else (each.tokens.numel() // num_ranks, width) for each in microbatches
+        )
+        return MessageForm(shapes, model.dtype, self.device)
+
+    @torch.no_grad()
+    def _sum_gradients_of_copies(self) -> None:
+        """Gives the embedding of the first stage and that of the last the sum of their gradients."""
+        is_holder = self._place.stage in (0, self._place.num_stages - 1)
+        if self._holders_of_embedding is None or not is_holder:
+            return
+        gradient = dict(self.module.named_parameters())[EMBEDDING].grad
+        assert gradient is not None  # both uses of the embedding have a gradient for all of it
+        own = gradient.to_local() if isinstance(gradient, DTensor) else gradient
+        dist.all_reduce(own, group=self._holders_of_embedding)
+
+
+def joined(chunks: Sequence[LanguageModel]) -> nn.Module:
+    """A module that holds all parameters of the chunks of a stage under their names in the whole model; of a single chunk, the chunk."""
+    if len(chunks) == 1:
+        return chunks[0]
+    whole, blocks = nn.Module(), nn.ModuleDict()
+    for chunk in chunks:
+        for name, child in chunk.named_children():
+            if name == "blocks":
+                blocks.update(chunk.blocks.items())
+            else:
+                whole.add_module(name, child)
+    whole.add_module("blocks", blocks)
+    return whole
