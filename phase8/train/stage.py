@@ -92,7 +92,7 @@ class Stage:
 
         loss = engine.run(forward, self._form(microbatches), on_action=before)
         self._sum_gradients_of_copies()
-        return torch.zeros((), device=self.device) if loss is None else loss
+        return self._or_zero(loss, torch.get_default_dtype())
 
     def loss_sum(self, microbatches: Sequence[Microbatch], *, cuda_graphs: bool = False) -> Tensor:
         """The sum of the losses of all targets in float64 where the model ends, zero on other stages; without gradients."""
@@ -106,7 +106,11 @@ class Stage:
                 torch.compiler.cudagraph_mark_step_begin()
 
         loss = self._engine(len(microbatches), trains=False).run(forward, self._form(microbatches), on_action=before)
-        return torch.zeros((), device=self.device, dtype=torch.float64) if loss is None else loss
+        return self._or_zero(loss, torch.float64)
+
+    def _or_zero(self, loss: Tensor | None, dtype: torch.dtype) -> Tensor:
+        """The loss, and zero where there is none, of one dtype on all stages: they are about to be added."""
+        return torch.zeros((), device=self.device, dtype=dtype) if loss is None else loss.to(dtype)
 
     def _call(self, chunk: int, microbatch: Microbatch, x: Tensor | None) -> Tensor:
         """The sum of the losses of the last chunk, the residual stream of any other."""

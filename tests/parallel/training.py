@@ -48,6 +48,14 @@ def train_steps(settings, num_steps, world_size=1, mutation=None, *, device_type
 
 
 def _train_steps(config, num_steps, world_size, device_type, dtype):
+    learner = new_learner(config, world_size, device_type=device_type, dtype=dtype)
+    results = [take_step(learner, config, step) for step in range(num_steps)]
+    weights = collected({name: parameter.detach() for name, parameter in learner.stage.module.named_parameters()}, learner.mesh)
+    return [(result.loss, result.grad_norm) for result in results], {name: value.to("cpu", copy=True) for name, value in weights.items()}
+
+
+def new_learner(config, world_size, *, device_type, dtype):
+    """A learner whose parameters have none of their initial values."""
     device = torch.device(device_type, torch.cuda.current_device()) if device_type == "cuda" else torch.device(device_type)
     set_matmul_precision(config.precision)
     select_kernels(config.train.kernels, device)
@@ -56,12 +64,16 @@ def _train_steps(config, num_steps, world_size, device_type, dtype):
     mesh = build_mesh(topology, device_type=device_type, shard_size=size)
     learner = build_learner(config, mesh=mesh, device=device, dtype=dtype)
     perturb(learner)
-    results = [_step(learner, config, step) for step in range(num_steps)]
-    weights = collected({name: parameter.detach() for name, parameter in learner.stage.module.named_parameters()}, mesh)
-    return [(result.loss, result.grad_norm) for result in results], {name: value.to("cpu", copy=True) for name, value in weights.items()}
+    return learner
 
 
-def _step(learner, config, step):
+def take_step(learner, config, step):
+    """One optimizer step on the sequences of that number."""
+    microbatches = microbatches_of(learner, config, step)
+    return train_step(learner, microbatches, learning_rate=config.optim.learning_rate, gradient_clip_norm=config.optim.gradient_clip_norm)
+
+
+def microbatches_of(learner, config, step):
     """Packed documents of unequal numbers, ten in the last sequence, so that microbatches differ in how many targets count."""
     generator = torch.Generator().manual_seed(step)
     length, micro, batch = config.model.sequence_length + 1, config.train.micro_batch_size or 2, config.train.global_batch_size
@@ -69,11 +81,10 @@ def _step(learner, config, step):
     starts = torch.rand(batch, length, generator=generator) < torch.linspace(0.0, 10 / length, batch)[:, None]
     starts[:, 0] = True
     index, readers = learner.mesh.data_parallel_index, learner.mesh.topology.data_parallel_size
-    microbatches = [
+    return [
         split_sample({"tokens": tokens[first : first + micro], "document_starts": starts[first : first + micro]}, reset_at_document_boundaries=True)
         for first in range(index * micro, batch, readers * micro)
     ]
-    return train_step(learner, microbatches, learning_rate=config.optim.learning_rate, gradient_clip_norm=config.optim.gradient_clip_norm)
 
 
 @torch.no_grad()
