@@ -5,7 +5,8 @@ from __future__ import annotations
 import torch
 
 from phase8.config.batch import BatchShape
-from phase8.config.schema import RunConfig, ZeroSection
+from phase8.config.pipeline import pipeline_of
+from phase8.config.schema import RunConfig
 from phase8.kernels.backends import MAX_HEAD_SIZE, apex_hint, attention_backend, kernel_backend
 from phase8.plan.dry_run import plan_run_memory
 from phase8.plan.facts import Fact, batch_fact, memory_fact, model_facts
@@ -18,7 +19,7 @@ def run_facts(config: RunConfig, *, device: torch.device, shape: BatchShape, num
     """Everything but the data."""
     compiled = config.train.compile
     every = f" every {config.train.recompute_every_n_layers} layers" if config.train.recompute_every_n_layers > 1 else ""
-    ranks = [("topology", describe_topology(topology, config.zero))] if topology.world_size > 1 else []
+    ranks = [("topology", describe_topology(config, topology))] if topology.world_size > 1 else []
     return [
         *ranks,
         ("device", f"{device_name(device)}, torch {torch.__version__}"),
@@ -41,11 +42,20 @@ def run_facts(config: RunConfig, *, device: torch.device, shape: BatchShape, num
     ]
 
 
-def describe_topology(topology: Topology, zero: ZeroSection) -> str:
-    """Degrees of the axes, and how data-parallel ranks divide the model."""
+def describe_topology(config: RunConfig, topology: Topology) -> str:
+    """Degrees of the axes, the pipeline's schedule, and how data-parallel ranks divide the model."""
+    zero, (schedule, num_stages, num_chunks) = config.zero, pipeline_of(config.parallel)
     degrees = " x ".join(f"{axis} {degree}" for axis, degree in topology.degrees.items() if degree > 1)
+    chunks = f" of {num_chunks} chunks" if num_chunks > 1 else ""
     offloaded = [what for what, where in (("optimizer", zero.offload_optimizer), ("parameters", zero.offload_params)) if where != "none"]
-    return f"{degrees}, ZeRO stage {zero.stage}" + (f", {' and '.join(offloaded)} offloaded" if offloaded else "")
+    return ", ".join(
+        [
+            degrees,
+            *([f"{schedule} schedule{chunks}"] if num_stages > 1 else []),
+            f"ZeRO stage {zero.stage}",
+            *([f"{' and '.join(offloaded)} offloaded"] if offloaded else []),
+        ]
+    )
 
 
 def implementation_facts(config: RunConfig, *, device: torch.device) -> list[Fact]:

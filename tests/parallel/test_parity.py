@@ -64,14 +64,36 @@ QUICK = {
     "tp2 dp2 zero 2, recomputation": ("transformer", ranks(tp=2, dp=2, stage=2, more=("train.recompute=full",))),
     "tp2 dp2 zero 1, selective": ("low-rank", ranks(tp=2, dp=2, stage=1, more=("train.recompute=selective",))),
 }
+ACCUMULATION = ("train.micro_batch_size=1",)
+SCHEDULES = {
+    "gpipe": (GPIPE, *ACCUMULATION),
+    "1f1b": ACCUMULATION,
+    "interleaved": (*INTERLEAVED, *ACCUMULATION),
+}
+
+
+def degrees(*, with_stages):
+    """Every (tp, pp, dp) of two to eight ranks."""
+    sizes = itertools.product((1, 2, 4), (2, 4) if with_stages else (1,), (1, 2, 4) if with_stages else (1, 2, 4, 8))
+    return [(tp, pp, dp) for tp, pp, dp in sizes if 1 < tp * pp * dp <= 8]
+
+
 FULL = [
     (block, ranks(tp=tp, dp=dp, stage=stage, more=more))
     for block in BLOCKS
-    for tp, dp in itertools.product((1, 2, 4), (1, 2, 4, 8))
-    if 1 < tp * dp <= 8
+    if not block.startswith("deep")
+    for tp, _, dp in degrees(with_stages=False)
     for stage in (range(4) if dp > 1 else (0,))
-    for more in ((), ("train.micro_batch_size=1",))
+    for more in ((), ACCUMULATION)
     if dp < 8 or more  # eight ranks have one sequence each
+] + [
+    (block, ranks(tp=tp, pp=pp, dp=dp, stage=stage, more=(*SCHEDULES[schedule], f"model.num_layers={max(layers, 2)}")))
+    for block in BLOCKS
+    if not block.startswith("deep")
+    for tp, pp, dp in degrees(with_stages=True)
+    for number, stage in enumerate(range(4) if dp > 1 else (0,))
+    for schedule in (SCHEDULES if tp == dp == 1 else [["1f1b", "interleaved"][number % 2]])  # alone each schedule, else in turn
+    for layers in [pp * (2 if schedule == "interleaved" else 1)]
 ]
 
 
@@ -96,9 +118,10 @@ def largest_difference(found, expected):
 
 
 def difference_to_one_process(pool, block, world_size, settings, *, num_steps, mutation=None):
+    depth = tuple(setting for setting in settings if setting.startswith("model.num_layers"))
     found = pool.run(train_steps, (*BLOCKS[block], *settings), num_steps, world_size, mutation, world_size=world_size)
     assert mutation or all(steps == found[0][0] for steps, _ in found)  # every rank reports the same
-    return largest_difference(found[0], one_process(block, num_steps))
+    return largest_difference(found[0], one_process(block, num_steps, depth))
 
 
 @pytest.mark.parametrize("name", QUICK)
