@@ -29,7 +29,8 @@ def ranks(*, tp=1, pp=1, dp=1, stage=0, more=()):
     return tp * pp * dp, (f"parallel.tensor_parallel_size={tp}", f"parallel.pipeline_parallel_size={pp}", f"zero.stage={stage}", *more)
 
 
-GPIPE, INTERLEAVED = "parallel.pipeline_schedule=gpipe", ("parallel.pipeline_schedule=interleaved", "parallel.pipeline_chunks=2", "train.micro_batch_size=2")
+GPIPE = "parallel.pipeline_schedule=gpipe"
+INTERLEAVED = ("parallel.pipeline_schedule=interleaved", "parallel.pipeline_chunks=2", "train.micro_batch_size=2")
 QUICK = {
     "pp2": ("default", ranks(pp=2)),
     "pp2 gpipe": ("whole", ranks(pp=2, more=(GPIPE,))),
@@ -151,8 +152,8 @@ PLACE = {
     "no_reduction_in_scatter": "tensor", "swapped_neighbours": "tensor", "sum_is_local": "both", "local_count_of_targets": "data",
     "norm_counts_replicas_twice": "both", "norm_of_one_shard": "data", "plain_to_local": "both", "average_over_data_ranks": "data",
     "never_synchronised": "data", "same_data_everywhere": "data", "another_ranks_part": "tensor", "largest_logit_is_local": "tensor",
-    "gradient_stays_a_summand": "tensor", "embedding_of_one_rank": "tensor", "first_id_of_the_first": "tensor", "extra_all_reduce": "both", "copies_not_summed": "stages",
-    "copies_counted_twice": "stages", "gradient_of_another_microbatch": "stages", "synchronised_too_early": "stages and data",
+    "gradient_stays_a_summand": "tensor", "embedding_of_one_rank": "tensor", "first_id_of_the_first": "tensor", "extra_all_reduce": "both",
+    "copies_not_summed": "stages", "copies_counted_twice": "stages", "gradient_of_another_microbatch": "stages", "synchronised_too_early": "stages and data",
 }  # fmt: skip
 
 
