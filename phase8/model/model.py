@@ -120,7 +120,8 @@ class LanguageModel(nn.Module):
             starts: As in `forward`.
             x: As in `forward`.
         """
-        hidden, _ = self(tokens, starts, x=x)
+        # forward, not the call: FSDP's hooks surround this method already, and would free embedding and head between the two.
+        hidden, _ = self.forward(tokens, starts, x=x)
         hidden = gather_tokens(hidden.flatten(0, -2), self.axis)
         first = first_id(self.section.vocab_size, self.axis)
         return parallel_cross_entropy(hidden, local(self.head_weight), targets.flatten(), first_id=first, axis=self.axis)

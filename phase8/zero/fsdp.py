@@ -45,9 +45,15 @@ def shard_model(model: nn.Module, zero: ZeroSection, mesh: Mesh) -> None:
 
 
 def sum_gradients_after(model: nn.Module, zero: ZeroSection, *, is_last: bool) -> None:
-    """Whether the backward of the coming microbatch sums gradients over the ranks: always from stage 2 on, else for the last one only."""
+    """What the backward of the coming microbatch communicates: nothing that can wait for that of the last one.
+
+    From stage 2 on, gradients are summed over the shard group every time, for they are kept divided; over the replicas once. Below stage 3
+    parameters stay gathered.
+    """
     if isinstance(model, FSDPModule):
         model.set_requires_gradient_sync(is_last or zero.stage >= 2)
+        model.set_requires_all_reduce(is_last)
+        model.set_reshard_after_backward(is_last or zero.stage == 3)
 
 
 def _is_divided(zero: ZeroSection, mesh: Mesh) -> bool:
