@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from phase8.checkpoint.boxes import Box, common_part, overlap, whole_box
 from phase8.checkpoint.checksum import checksum_of_next
 from phase8.checkpoint.layout import MANIFEST_NAME, committed_directories, step_of
 from phase8.checkpoint.manifest import MAX_MANIFEST_BYTES, Manifest, Slice, TensorEntry, parse_manifest
@@ -31,7 +32,7 @@ class Checkpoint:
         self.manifest = manifest
         self._slices = manifest.slices_by_file()
         self._files: dict[str, TensorFile] = {}
-        self._verified: set[str] = set()
+        self._verified: set[tuple[str, str]] = set()  # file and key
 
     @property
     def step(self) -> int:
@@ -65,29 +66,37 @@ class Checkpoint:
             CheckpointCorruptError: Its bytes are missing or altered.
             CheckpointMismatchError: There is no such tensor.
         """
-        entry = self.entry(name)
-        tensor = torch.empty(entry.shape, dtype=DTYPES[entry.dtype])
-        for part in entry.slices:
-            region = tensor[tuple(slice(begin, begin + size) for begin, size in zip(part.offsets, part.shape, strict=True))]
-            block = region if region.is_contiguous() else torch.empty_like(region, memory_format=torch.contiguous_format)
+        return self.read_box(name, whole_box(self.entry(name).shape))
+
+    def read_box(self, name: str, box: Box) -> Tensor:
+        """A box of a tensor as a new tensor on the host. The slices that overlap it are read, whole, for only so they can be checked.
+
+        Raises:
+            CheckpointCorruptError: Their bytes are missing or altered.
+            CheckpointMismatchError: There is no such tensor.
+        """
+        dtype = DTYPES[self.entry(name).dtype]
+        tensor = torch.empty(box.shape, dtype=dtype)
+        for part in self._slices_in(name, box):
+            here, there = common_part(box, part)
+            region = tensor[here]
+            fits = list(region.shape) == part.shape and region.is_contiguous()
+            block = region if fits else torch.empty(part.shape, dtype=dtype)
             self._check_slice(name, part, self._file(part.file).read_into(part.key, block))
-            if block is not region:
-                region.copy_(block)
-        self._verified.add(name)
+            if not fits:
+                region.copy_(block[there])
         return tensor
 
-    def verify_tensor(self, name: str) -> None:
-        """Checks the bytes of a tensor in constant memory, unless this object has done so before.
+    def verify_box(self, name: str, box: Box) -> None:
+        """Checks the bytes that `read_box` would read, in constant memory, unless this object has read or checked them before.
 
         Raises:
             CheckpointCorruptError: They are missing or altered.
             CheckpointMismatchError: There is no such tensor.
         """
-        if name in self._verified:
-            return
-        for part in self.entry(name).slices:
-            self._check_slice(name, part, self._file(part.file).checksum(part.key))
-        self._verified.add(name)
+        for part in self._slices_in(name, box):
+            if (part.file, part.key) not in self._verified:
+                self._check_slice(name, part, self._file(part.file).checksum(part.key))
 
     def verify(self) -> None:
         """Checks every byte of every file, in constant memory.
@@ -101,7 +110,6 @@ class Checkpoint:
                 self._check_slice(name, part, checksum)
         for name in self.manifest.attachments:
             self.attachment(name)
-        self._verified.update(self.manifest.tensors)
 
     def attachment(self, name: str) -> Path:
         """Path of an attached file whose bytes were checked.
@@ -127,6 +135,11 @@ class Checkpoint:
             raise CheckpointCorruptError(
                 f"{self.path / part.file} is altered: tensor {name!r} has checksum {checksum}, not {part.checksum}; use another checkpoint"
             )
+        self._verified.add((part.file, part.key))
+
+    def _slices_in(self, name: str, box: Box) -> list[Slice]:
+        """The slices that hold elements of a box."""
+        return [part for part in self.entry(name).slices if overlap(box, part)]
 
     def _file(self, file_name: str) -> TensorFile:
         """The opened file; at first use its header is compared with the manifest, key by key."""

@@ -15,8 +15,8 @@ from typing import Annotated, Any, Literal, NoReturn
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
+from phase8.checkpoint.boxes import coverage_problem
 from phase8.checkpoint.checksum import PATTERN, checksum_of
-from phase8.checkpoint.coverage import coverage_problem
 from phase8.checkpoint.layout import MANIFEST_NAME
 from phase8.checkpoint.tensor_file import DTYPES
 from phase8.errors import CheckpointCorruptError, CheckpointError
@@ -141,7 +141,7 @@ def parse_manifest(data: bytes, path: Path) -> Manifest:
         _refuse(path, f"{_shown('.'.join(str(part) for part in first['loc']))} is {_shown(first['input'])}: {first['msg']}")
     if (problem := json_problem(manifest.metadata, "metadata")) is not None:
         _refuse(path, problem)
-    if (problem := _consistency_problem(manifest)) is not None:
+    if (problem := consistency_problem(manifest)) is not None:
         _refuse(path, problem)
     return manifest
 
@@ -194,7 +194,7 @@ def json_problem(value: Any, where: str) -> str | None:
     return None
 
 
-def _consistency_problem(manifest: Manifest) -> str | None:
+def consistency_problem(manifest: Manifest) -> str | None:
     """The first rule that spans several entries and is broken, or None."""
     for name in manifest.files:
         if not name.endswith(TENSOR_FILE_SUFFIX):

@@ -2,38 +2,25 @@
 
 from __future__ import annotations
 
-import os
 import re
-import zlib
-from collections.abc import Iterable, Iterator, Mapping
+import warnings
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
 from torch import Tensor
+from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.tensor import DTensor
 
-from phase8.checkpoint.checksum import CHUNK_BYTES, format_crc32
-from phase8.checkpoint.layout import MANIFEST_NAME, commit, saving_directory
-from phase8.checkpoint.manifest import (
-    FILE_NAME_PATTERN,
-    FORMAT,
-    FORMAT_VERSION,
-    MAX_DIMS,
-    MAX_STEP,
-    TENSOR_FILE_SUFFIX,
-    TENSOR_NAME_PATTERN,
-    AttachmentEntry,
-    Manifest,
-    Slice,
-    TensorEntry,
-    TensorFileEntry,
-    json_problem,
-    manifest_bytes,
-)
-from phase8.checkpoint.tensor_file import DTYPE_NAMES, RESERVED_KEY, write_tensor_file
-from phase8.durable import fsync_path
-from phase8.errors import CheckpointError, StorageError
+from phase8.checkpoint.layout import MANIFEST_NAME, step_directory_name
+from phase8.checkpoint.manifest import FILE_NAME_PATTERN, MAX_DIMS, MAX_STEP, TENSOR_FILE_SUFFIX, TENSOR_NAME_PATTERN, json_problem
+from phase8.checkpoint.tensor_file import DTYPE_NAMES, RESERVED_KEY
+from phase8.checkpoint.writer import CheckpointWriter, group_of, key_of
+from phase8.errors import CheckpointError, Phase8Error, StorageError
 
 DEFAULT_MAX_FILE_BYTES = 4 * 2**30
 _GROUP = re.compile(r"[a-z][a-z0-9_]{0,49}")
@@ -47,102 +34,58 @@ def save_checkpoint(
     metadata: dict[str, Any],
     attachments: Mapping[str, Path],
     max_file_bytes: int = DEFAULT_MAX_FILE_BYTES,
+    group: dist.ProcessGroup | None = None,
 ) -> Path:
     """The directory of a checkpoint that is complete and on the disk when this returns.
 
     At every instant, a crash of the machine included, the directory under `root` holds every checkpoint it held before and no
     part of a new one under a checkpoint's name. A step that is there already is replaced only after its successor is committed.
+    Of several processes all must call it, and all learn of a failure on any of them.
 
     Args:
-        root: The `checkpoints` directory of a run; created if missing.
+        root: The `checkpoints` directory of a run, the same for all ranks; created if missing.
         step: Optimizer steps done.
-        tensors: Named `<group>.<name>`, e.g. `model.head.weight`; each group is stored in its own files `<group>-00000.safetensors`.
-        metadata: Exactly JSON: null, booleans, finite numbers, strings, lists, dicts with string keys.
-        attachments: File name in the checkpoint -> file to copy.
+        tensors: Named `<group>.<name>`, e.g. `model.head.weight`; each group is stored in its own files. What this rank has: its parts
+            of DTensors, whole tensors (of which one rank's are stored), and not what only other ranks have.
+        metadata: Exactly JSON: null, booleans, finite numbers, strings, lists, dicts with string keys. The first rank's is stored.
+        attachments: File name in the checkpoint -> file to copy; those of the first rank.
         max_file_bytes: A new file is begun when the tensors of one would exceed this.
+        group: The ranks, with a CPU backend; None: all of them, or the only one.
 
     Raises:
         CheckpointError: Something in the arguments cannot be stored; nothing was written.
         StorageError: The disk is full, read-only or fails; what was written is removed.
     """
-    with _storage_errors(root, step):
-        _check_savable(step=step, tensors=tensors, metadata=metadata, attachments=attachments)
-        if not root.is_dir():
-            root.mkdir(parents=True, exist_ok=True)
-            fsync_path(root.parent)
-        with saving_directory(root, step) as directory:
-            files, entries = _write_tensors(directory, tensors, max_file_bytes)
-            manifest = Manifest(
-                format=FORMAT,
-                format_version=FORMAT_VERSION,
-                step=step,
-                metadata=metadata,
-                files=files,
-                tensors=entries,
-                attachments={name: _copy_attachment(source, directory / name) for name, source in attachments.items()},
-            )
-            _write_durably(directory / MANIFEST_NAME, [manifest_bytes(manifest)])
-            fsync_path(directory)
-            return commit(directory, root, step)
+    writer = CheckpointWriter(root, step=step, metadata=metadata, attachments=attachments, max_file_bytes=max_file_bytes)
+    with _storage_errors(root, step), writer, warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="torch.distributed is disabled")  # one process needs no group
+        try:
+            dcp.save(dict(tensors), storage_writer=writer, planner=_Planner(writer), process_group=group, no_dist=not dist.is_initialized())
+        except CheckpointException as error:
+            raise _first_failure(error) from None
+    return root / step_directory_name(step)
 
 
-def _write_tensors(
-    directory: Path, tensors: Mapping[str, Tensor], max_file_bytes: int
-) -> tuple[dict[str, TensorFileEntry], dict[str, TensorEntry]]:
-    files, entries = {}, {}
-    for file_name, names in _plan_files(tensors, max_file_bytes).items():
-        written = write_tensor_file(directory / file_name, {_key(name): tensors[name] for name in names})
-        files[file_name] = TensorFileEntry(size_bytes=written.size_bytes, header_checksum=written.header_checksum)
-        for name in names:
-            shape = list(tensors[name].shape)
-            part = Slice(file=file_name, key=_key(name), offsets=[0] * len(shape), shape=shape, checksum=written.checksums[_key(name)])
-            entries[name] = TensorEntry(dtype=DTYPE_NAMES[tensors[name].dtype], shape=shape, slices=[part])
-    return files, entries
+class _Planner(dcp.DefaultSavePlanner):
+    """torch's planner, which refuses on every rank what cannot be stored on one."""
+
+    def __init__(self, writer: CheckpointWriter):
+        super().__init__(flatten_state_dict=False, flatten_sharded_tensors=False)
+        self._writer = writer
+
+    def create_local_plan(self) -> dcp.SavePlan:
+        writer = self._writer
+        _check_savable(step=writer.step, tensors=self.state_dict, metadata=writer.metadata, attachments=writer.attachments)
+        return super().create_local_plan()
 
 
-def _plan_files(tensors: Mapping[str, Tensor], max_file_bytes: int) -> dict[str, list[str]]:
-    """File name -> names of its tensors: groups apart, in the given order, files cut before they exceed the limit."""
-    groups: dict[str, list[list[str]]] = {}
-    size_bytes = 0
-    for name, tensor in sorted(tensors.items(), key=lambda item: _group(item[0])):
-        files = groups.setdefault(_group(name), [])
-        if not files or size_bytes + tensor.nbytes > max_file_bytes:
-            files.append([])
-            size_bytes = 0
-        files[-1].append(name)
-        size_bytes += tensor.nbytes
-    return {f"{group}-{index:05d}{TENSOR_FILE_SUFFIX}": names for group, files in groups.items() for index, names in enumerate(files)}
-
-
-def _group(name: str) -> str:
-    return name.partition(".")[0]
-
-
-def _key(name: str) -> str:
-    """Entry of the safetensors file: without the group, so that a model file alone is a plain state dict."""
-    return name.partition(".")[2]
-
-
-def _copy_attachment(source: Path, destination: Path) -> AttachmentEntry:
-    crc, size_bytes = 0, 0
-
-    def chunks() -> Iterator[bytes]:
-        nonlocal crc, size_bytes
-        with open(source, "rb") as file:
-            while chunk := file.read(CHUNK_BYTES):
-                crc, size_bytes = zlib.crc32(chunk, crc), size_bytes + len(chunk)
-                yield chunk
-
-    _write_durably(destination, chunks())
-    return AttachmentEntry(size_bytes=size_bytes, checksum=format_crc32(crc))
-
-
-def _write_durably(path: Path, chunks: Iterable[bytes]) -> None:
-    with open(path, "xb") as file:
-        for chunk in chunks:
-            file.write(chunk)
-        file.flush()
-        os.fsync(file.fileno())
+def _first_failure(error: CheckpointException) -> BaseException:
+    """What the first rank that failed raised."""
+    rank = min(error.failures)
+    failure = error.failures[rank][0]
+    if dist.is_initialized() and isinstance(failure, Phase8Error | OSError):
+        failure.add_note(f"on rank {rank}")
+    return failure
 
 
 def _check_savable(*, step: int, tensors: Mapping[str, Tensor], metadata: dict[str, Any], attachments: Mapping[str, Path]) -> None:
@@ -168,8 +111,10 @@ def _check_savable(*, step: int, tensors: Mapping[str, Tensor], metadata: dict[s
 def _tensor_problem(name: str, tensor: Tensor) -> str | None:
     if not re.fullmatch(TENSOR_NAME_PATTERN, name):
         return "a name is at most 1000 printable ASCII characters without spaces"
-    if not _GROUP.fullmatch(_group(name)) or _key(name) in ("", RESERVED_KEY):
+    if not _GROUP.fullmatch(group_of(name)) or key_of(name) in ("", RESERVED_KEY):
         return "a name is a group of files and a name in it, such as model.head.weight"
+    if isinstance(tensor, DTensor):
+        tensor = tensor.to_local()
     if type(tensor) not in (Tensor, torch.nn.Parameter):
         return f"it is of type {type(tensor).__name__}; only plain tensors are stored, everything else belongs into the metadata as JSON"
     if tensor.layout != torch.strided or tensor.is_meta or tensor.dim() > MAX_DIMS:

@@ -17,9 +17,10 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
+from phase8.checkpoint.boxes import Region
 from phase8.checkpoint.load import Checkpoint
 from phase8.checkpoint.tensor_file import DTYPE_NAMES
-from phase8.distributed.placement import own_slice, placed_like
+from phase8.distributed.placement import own_box, placed_like
 from phase8.errors import CheckpointError, CheckpointMismatchError
 
 MODEL_PREFIX = "model."
@@ -99,16 +100,15 @@ def restore_state(
     for name, (parameter_name, key) in stored.items():
         if name not in in_place:
             where = optimized[parameter_name]
-            value = checkpoint.read(name)
-            is_divided = value.shape == where.whole.shape and value.dim() > 0
-            own = own_slice(value, where.whole).clone() if is_divided else value
-            created[name] = own.to(where.step_device if key == "step" else where.part.device)
-    for name in in_place:
-        checkpoint.verify_tensor(name)
+            is_divided = checkpoint.entry(name).shape == list(where.whole.shape)
+            value = checkpoint.read_box(name, Region(*own_box(where.whole))) if is_divided else checkpoint.read(name)
+            created[name] = value.to(where.step_device if key == "step" else where.part.device)
+    for name, target in in_place.items():
+        checkpoint.verify_box(name, Region(*own_box(target)))
     with torch.no_grad():
         for name, target in in_place.items():
             own = target.to_local() if isinstance(target, DTensor) else target
-            own.copy_(own_slice(checkpoint.read(name), target))
+            own.copy_(checkpoint.read_box(name, Region(*own_box(target))))
     if optimizer is not None:
         _install_created(optimizer, optimized, stored, created)
 

@@ -89,6 +89,15 @@ def broadcast_text(text: str | None) -> str | None:
     return bytes(data.tolist()).decode()
 
 
+def gather_texts(text: str | None) -> list[str | None]:
+    """What every rank of the world says, in order, on every rank."""
+    if not dist.is_initialized():
+        return [text]
+    texts: list[str | None] = [None] * dist.get_world_size()
+    dist.all_gather_object(texts, text)
+    return texts
+
+
 class _GatherTokens(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, axis: Axis) -> Tensor:

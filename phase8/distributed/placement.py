@@ -18,13 +18,18 @@ def placed_like(part: Tensor, whole: Tensor) -> Tensor:
     return DTensor.from_local(part, whole.device_mesh, whole.placements, run_check=False, shape=whole.shape, stride=whole.stride())
 
 
+def own_box(whole: Tensor) -> tuple[list[int], list[int]]:
+    """Offsets and shape of what this rank holds of a tensor."""
+    if not isinstance(whole, DTensor):
+        return [0] * whole.dim(), list(whole.shape)
+    shape, offsets = compute_local_shape_and_global_offset(whole.shape, whole.device_mesh, whole.placements)
+    return [min(offset, size) for offset, size in zip(offsets, whole.shape, strict=True)], list(shape)
+
+
 def own_slice(value: Tensor, whole: Tensor) -> Tensor:
     """Of a tensor of the shape of `whole`, what this rank holds of `whole`."""
-    if not isinstance(whole, DTensor):
-        return value
-    shape, offsets = compute_local_shape_and_global_offset(whole.shape, whole.device_mesh, whole.placements)
-    for dim, (length, offset) in enumerate(zip(shape, offsets, strict=True)):
-        value = value.narrow(dim, min(offset, value.shape[dim]), length)
+    for dim, (offset, length) in enumerate(zip(*own_box(whole), strict=True)):
+        value = value.narrow(dim, offset, length)
     return value
 
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import IO
 
@@ -15,8 +17,9 @@ from phase8.checkpoint.load import Checkpoint, open_checkpoint
 from phase8.config.batch import BatchShape, batch_shape, run_topology
 from phase8.config.schema import RunConfig
 from phase8.config.validate import validate
-from phase8.distributed.collectives import broadcast_text
+from phase8.distributed.collectives import broadcast_text, gather_texts
 from phase8.distributed.mesh import Mesh, build_mesh
+from phase8.errors import CheckpointCorruptError, CheckpointError
 from phase8.kernels.backends import select_kernels
 from phase8.observe.banner import print_banner, print_line
 from phase8.observe.devices import peak_flops
@@ -47,6 +50,7 @@ class Run:
         saved_step: Step of the newest checkpoint in `directory`; None: there is none.
         shape: The batch.
         facts: What banner and report say.
+        host_group: All ranks, for what they say to each other from host memory; None: there is one.
         peak_flops: FLOP/s of one rank that count as MFU 1; None: unknown.
         console: Where it prints.
     """
@@ -62,6 +66,7 @@ class Run:
     saved_step: int | None
     shape: BatchShape
     facts: list[tuple[str, str]]
+    host_group: dist.ProcessGroup | None
     peak_flops: float | None
     console: Console
 
@@ -126,6 +131,7 @@ def build_run(config: RunConfig, *, device: torch.device, resume: str, console: 
         saved_step=saved_step,
         shape=shape,
         facts=facts,
+        host_group=None if mesh.device_mesh is None else dist.new_group(backend="gloo"),
         peak_flops=_peak(config, device),
         console=console,
     )
@@ -164,16 +170,50 @@ def _go_on(
     def say(text: str) -> None:
         print_line(text, console)
 
-    checkpoint = resume_run(resume, directory, restore=restore, on_message=say) if learner.mesh.rank == 0 else None
-    chosen = broadcast_text(None if checkpoint is None else str(checkpoint.path))
-    if chosen is None:
-        return position, None
+    if learner.mesh.rank == 0:
+        checkpoint = resume_run(resume, directory, restore=partial(_lead, restore), on_message=say)
+        broadcast_text(None)
+    else:
+        checkpoint = _follow(restore)
     if checkpoint is None:
-        checkpoint = open_checkpoint(Path(chosen))
-        restore(checkpoint)
+        return position, None
     say(f"resumed from {checkpoint.path} (step {position.step}, {position.tokens_seen:,} tokens seen)")
     is_own = directory.owns(checkpoint.path) and step_of(checkpoint.path.name) is not None  # a copy of another name is not resumed by itself
     return position, position.step if is_own else None
+
+
+def _lead(restore: Callable[[Checkpoint], None], checkpoint: Checkpoint) -> None:
+    """Restores a checkpoint on all ranks, of which each reads its own parts.
+
+    Raises:
+        CheckpointError: Some rank cannot use it.
+    """
+    broadcast_text(str(checkpoint.path))
+    failure: CheckpointError | None = None
+    try:
+        restore(checkpoint)
+    except CheckpointError as error:
+        failure = error
+    others = gather_texts(None if failure is None else str(failure))[1:]
+    if failure is not None:
+        raise failure
+    for rank, problem in enumerate(others, start=1):
+        if problem is not None:
+            raise CheckpointCorruptError(f"{problem} (seen by rank {rank})")
+
+
+def _follow(restore: Callable[[Checkpoint], None]) -> Checkpoint | None:
+    """Restores on this rank what the first rank leads through; returns the last, which all could use."""
+    checkpoint = None
+    while (path := broadcast_text(None)) is not None:
+        problem = None
+        try:
+            checkpoint = open_checkpoint(Path(path))
+            restore(checkpoint)
+        except CheckpointError as error:
+            problem = str(error)
+        gather_texts(problem)
+    return checkpoint
 
 
 def _peak(config: RunConfig, device: torch.device) -> float | None:

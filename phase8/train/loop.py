@@ -16,7 +16,6 @@ from phase8.checkpoint.save import save_checkpoint
 from phase8.checkpoint.state import flat_state
 from phase8.data.loader import build_loader, evaluation_microbatches, microbatch_sample_numbers
 from phase8.distributed.collectives import broadcast_text
-from phase8.distributed.placement import collected
 from phase8.errors import DivergenceError, Phase8Error, StorageError
 from phase8.model.flops import training_flops_per_token
 from phase8.observe.banner import print_line
@@ -175,25 +174,24 @@ class Trainer:
         run, config, position = self.run, self.run.config, self.run.position
         if self.saved_step == position.step:
             return
-        self.report(position.step, "gathering the checkpoint")
-        tensors = collected(flat_state(run.learner.stage.module, run.learner.optimizer, run.learner.shards.parts), run.learner.mesh)
-        if not run.is_main:
-            self.saved_step = position.step
-            return
+        self.report(position.step, "saving a checkpoint")
         try:
             saved = save_checkpoint(
                 run.directory.checkpoints,
                 step=position.step,
-                tensors=tensors,
+                tensors=flat_state(run.learner.stage.module, run.learner.optimizer, run.learner.shards.parts),
                 metadata=checkpoint_metadata(config, position, fingerprint=run.data.fingerprint, device=run.device),
                 attachments={} if run.tokenizer_file is None else {run.tokenizer_file.name: run.tokenizer_file},
+                group=run.host_group,
             )
-        except StorageError as error:
+        except StorageError as error:  # raised on every rank
             if must_succeed:
                 raise
             self._report_failure("checkpoint failed", error)
             return
         self.saved_step = position.step
+        if not run.is_main:
+            return
         try:
             apply_retention(
                 run.directory.checkpoints,

@@ -153,7 +153,8 @@ PLACE = {
     "norm_counts_replicas_twice": "both", "norm_of_one_shard": "data", "plain_to_local": "both", "average_over_data_ranks": "data",
     "never_synchronised": "data", "same_data_everywhere": "data", "another_ranks_part": "tensor", "largest_logit_is_local": "tensor",
     "gradient_stays_a_summand": "tensor", "embedding_of_one_rank": "tensor", "first_id_of_the_first": "tensor", "extra_all_reduce": "both",
-    "copies_not_summed": "stages", "copies_counted_twice": "stages", "gradient_of_another_microbatch": "stages", "synchronised_too_early": "stages and data",
+    "copies_not_summed": "stages", "copies_counted_twice": "stages", "gradient_of_another_microbatch": "stages",
+    "synchronised_too_early": "stages and data",
 }  # fmt: skip
 
 

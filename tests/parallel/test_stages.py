@@ -1,4 +1,4 @@
-"""What pipeline stages do besides training: checkpoints, evaluation, changing lengths, compiled blocks."""
+"""What pipeline stages do besides training: evaluation, changing lengths, compiled blocks."""
 
 import os
 
@@ -7,13 +7,9 @@ import torch
 from test_parity import BLOCKS, INTERLEAVED, ranks
 from training import MODEL, microbatches_of, new_learner, take_step
 
-from phase8.checkpoint.load import open_checkpoint
-from phase8.checkpoint.save import save_checkpoint
-from phase8.checkpoint.state import flat_state, restore_state
 from phase8.config.load import load_config
 from phase8.config.pipeline import Pipeline
 from phase8.config.schema import ModelSection
-from phase8.distributed.placement import collected
 from phase8.kernels.reference.cross_entropy import IGNORED_TARGET
 from phase8.model.model import build_model
 from phase8.plan.stages import chunk_layers
@@ -23,7 +19,6 @@ from phase8.train.step import evaluate, train_step
 
 BLOCK = BLOCKS["deep-tied"]
 TOPOLOGIES = {
-    "one": ranks(),
     "pp2 interleaved": ranks(pp=2, more=INTERLEAVED),
     "pp2 dp2 zero 3": ranks(pp=2, dp=2, stage=3),
     "tp2 pp2": ranks(tp=2, pp=2),
@@ -33,44 +28,6 @@ TOPOLOGIES = {
 def start(settings, world_size):
     config = load_config(os.devnull, [*MODEL, *BLOCK, *settings])
     return config, new_learner(config, world_size, device_type="cpu", dtype=torch.float32)
-
-
-def tensors_of(learner):
-    return collected(flat_state(learner.stage.module, learner.optimizer, learner.shards.parts), learner.mesh)
-
-
-def train_and_save(settings, world_size, directory):
-    config, learner = start(settings, world_size)
-    for step in range(2):
-        take_step(learner, config, step)
-    tensors = tensors_of(learner)
-    if learner.mesh.rank == 0:
-        save_checkpoint(directory, step=2, tensors=tensors, metadata={}, attachments={})
-
-
-def load_and_go_on(settings, world_size, path):
-    """What was loaded, and the loss of the next step."""
-    config, learner = start(settings, world_size)
-    is_part = learner.mesh.pp.size > 1
-    restore_state(open_checkpoint(path), learner.stage.module, learner.optimizer, learner.shards.parts, is_part=is_part)
-    learner.shards.read_again()
-    loaded = {name: tensor.clone() for name, tensor in tensors_of(learner).items()}
-    return loaded, take_step(learner, config, 2).loss
-
-
-@pytest.mark.parametrize("saved", ["one", "pp2 interleaved", "pp2 dp2 zero 3"])
-@pytest.mark.parametrize("loaded", TOPOLOGIES)
-def test_checkpoints_go_on_with_other_stages(pool, tmp_path, saved, loaded):
-    world_size, settings = TOPOLOGIES[saved]
-    pool.run(train_and_save, settings, world_size, tmp_path, world_size=world_size)
-    (path,) = tmp_path.iterdir()
-    checkpoint = open_checkpoint(path)
-    world_size, settings = TOPOLOGIES[loaded]
-    (tensors, loss), *_ = pool.run(load_and_go_on, settings, world_size, path, world_size=world_size)
-    (_, loss_of_one), *_ = pool.run(load_and_go_on, (), 1, path, world_size=1)
-    assert tensors.keys() == set(checkpoint.tensor_names) and any(name.endswith("exp_avg_sq") for name in tensors)
-    assert all(torch.equal(tensor, checkpoint.read(name)) for name, tensor in tensors.items())
-    assert loss == pytest.approx(loss_of_one, rel=1e-5)
 
 
 def shortened(batch, length):

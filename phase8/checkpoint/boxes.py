@@ -1,9 +1,10 @@
-"""Proof that boxes tile a tensor: every element lies in exactly one slice."""
+"""Boxes of a tensor: what two have in common, and the proof that some tile it, so that every element lies in exactly one."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Protocol
 
 
@@ -12,6 +13,30 @@ class Box(Protocol):
 
     offsets: list[int]
     shape: list[int]
+
+
+@dataclass(frozen=True)
+class Region:
+    """A box on its own."""
+
+    offsets: list[int]
+    shape: list[int]
+
+
+def whole_box(shape: Sequence[int]) -> Region:
+    """All of a tensor."""
+    return Region([0] * len(shape), list(shape))
+
+
+def common_part(a: Box, b: Box) -> tuple[tuple[slice, ...], tuple[slice, ...]]:
+    """Where the elements that two overlapping boxes share lie in a tensor that holds the first box, and in one that holds the second."""
+    begins = [max(pair) for pair in zip(a.offsets, b.offsets, strict=True)]
+    ends = [min(x + m, y + n) for x, m, y, n in zip(a.offsets, a.shape, b.offsets, b.shape, strict=True)]
+
+    def seen_from(box: Box) -> tuple[slice, ...]:
+        return tuple(slice(begin - offset, end - offset) for begin, end, offset in zip(begins, ends, box.offsets, strict=True))
+
+    return seen_from(a), seen_from(b)
 
 
 def coverage_problem(shape: Sequence[int], boxes: Sequence[Box]) -> str | None:
@@ -45,14 +70,15 @@ def _first_overlap(boxes: Sequence[Box]) -> tuple[Box, Box] | None:
     for box in sorted(solid, key=lambda box: box.offsets[dim]):
         active = [other for other in active if other.offsets[dim] + other.shape[dim] > box.offsets[dim]]
         for other in active:
-            if _overlap(box, other):
+            if overlap(box, other):
                 return other, box
         active.append(box)
     return None
 
 
-def _overlap(a: Box, b: Box) -> bool:
+def overlap(a: Box, b: Box) -> bool:
+    """Whether two boxes share an element."""
     return all(
-        a_begin < b_begin + b_size and b_begin < a_begin + a_size
+        max(a_begin, b_begin) < min(a_begin + a_size, b_begin + b_size)
         for a_begin, a_size, b_begin, b_size in zip(a.offsets, a.shape, b.offsets, b.shape, strict=True)
     )

@@ -1,12 +1,14 @@
 from __future__ import annotations
 
 import itertools
+import math
 from types import SimpleNamespace
 
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from phase8.checkpoint.coverage import coverage_problem
+from phase8.checkpoint.boxes import Region, common_part, coverage_problem, overlap
 
 
 def box(offsets: list[int], shape: list[int]) -> SimpleNamespace:
@@ -49,3 +51,27 @@ def test_agrees_with_counting_every_element(data: st.DataObject):
         for index in itertools.product(*(range(o, o + s) for o, s in zip(b.offsets, b.shape, strict=True))):
             counts[index] += 1
     assert (coverage_problem(shape, boxes) is None) == all(count == 1 for count in counts.values())
+
+
+@st.composite
+def two_boxes(draw: st.DrawFn) -> tuple[list[int], Region, Region]:
+    shape = draw(st.lists(st.integers(1, 5), min_size=0, max_size=3))
+
+    def box() -> Region:
+        ranges = [sorted(draw(st.lists(st.integers(0, size), min_size=2, max_size=2))) for size in shape]
+        return Region([begin for begin, _ in ranges], [end - begin for begin, end in ranges])
+
+    return shape, box(), box()
+
+
+@given(two_boxes())
+@settings(max_examples=300, deadline=None)
+def test_the_common_part_is_what_both_boxes_hold(boxes: tuple[list[int], Region, Region]):
+    shape, a, b = boxes
+    numbers = torch.arange(math.prod(shape)).reshape(shape)
+    cut = [numbers[tuple(slice(o, o + n) for o, n in zip(box.offsets, box.shape, strict=True))] for box in (a, b)]
+    shared = set(cut[0].flatten().tolist()) & set(cut[1].flatten().tolist())
+    assert overlap(a, b) == bool(shared)
+    if shared:
+        here, there = common_part(a, b)
+        assert torch.equal(cut[0][here], cut[1][there]) and set(cut[0][here].flatten().tolist()) == shared

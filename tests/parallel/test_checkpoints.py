@@ -1,0 +1,195 @@
+"""Checkpoints written by all ranks, each its parts, and read by any others: weights and optimizer bit for bit, training goes on as before."""
+
+import itertools
+import os
+import shutil
+
+import pytest
+import safetensors.torch
+import torch
+from test_parity import BLOCKS, INTERLEAVED, OFFLOADED, ranks
+from training import MODEL, new_learner, take_step
+
+from phase8.checkpoint.load import open_checkpoint
+from phase8.checkpoint.save import save_checkpoint
+from phase8.checkpoint.state import flat_state, restore_state
+from phase8.config.load import load_config
+from phase8.distributed.placement import collected
+from phase8.errors import CheckpointCorruptError, StorageError
+
+BLOCK = (*BLOCKS["deep-tied"], "model.low_rank_rank=5", "model.num_layers=4")
+TOPOLOGIES = {
+    "one": ranks(),
+    "pp2 interleaved": ranks(pp=2, more=INTERLEAVED),
+    "dp4 zero 1": ranks(dp=4, stage=1),
+    "tp2": ranks(tp=2),
+    "tp2 dp2 zero 3": ranks(tp=2, dp=2, stage=3),
+    "pp2 dp2 zero 0": ranks(pp=2, dp=2),
+    "dp4 zero 3 in pairs": ranks(dp=4, stage=3, more=("zero.shard_size=2",)),
+    "dp2 zero 3 offloaded": ranks(dp=2, more=OFFLOADED),
+    "tp2 pp2 dp2 zero 2": ranks(tp=2, pp=2, dp=2, stage=2),
+    "tp4 pp2": ranks(tp=4, pp=2),
+    "dp2 zero 2, optimizer offloaded": ranks(dp=2, stage=2, more=("zero.offload_optimizer=cpu",)),
+}
+RING = list(zip(TOPOLOGIES, [*list(TOPOLOGIES)[1:], "one"], strict=True))
+
+
+def start(settings, world_size):
+    config = load_config(os.devnull, [*MODEL, *BLOCK, *settings])
+    return config, new_learner(config, world_size, device_type="cpu", dtype=torch.float32)
+
+
+def state_of(learner):
+    return flat_state(learner.stage.module, learner.optimizer, learner.shards.parts)
+
+
+def restore(learner, path):
+    restore_state(
+        open_checkpoint(path), learner.stage.module, learner.optimizer, learner.shards.parts, is_part=learner.mesh.pp.size > 1
+    )
+    learner.shards.read_again()
+
+
+def save(learner, root, *, step, **options):
+    return save_checkpoint(root, step=step, tensors=state_of(learner), metadata={}, attachments={}, **options)
+
+
+def train_and_save(settings, world_size, root):
+    """Two steps and a save; then what was saved, and the loss of the next step."""
+    config, learner = start(settings, world_size)
+    for step in range(2):
+        take_step(learner, config, step)
+    save(learner, root, step=2)
+    saved = {name: tensor.clone() for name, tensor in collected(state_of(learner), learner.mesh).items()}
+    return saved, take_step(learner, config, 2).loss
+
+
+def load_and_save(settings, world_size, path, root):
+    _, learner = start(settings, world_size)
+    restore(learner, path)
+    save(learner, root, step=2)
+
+
+def load_and_go_on(settings, world_size, path):
+    config, learner = start(settings, world_size)
+    restore(learner, path)
+    return take_step(learner, config, 2).loss
+
+
+def there_and_back(pool, here, there, directory):
+    """Saved here, loaded and saved there, loaded here again: what differs from the first, and the losses of the next step."""
+    (saved, loss), *_ = pool.run(train_and_save, *TOPOLOGIES[here][::-1], directory / "a", world_size=TOPOLOGIES[here][0])
+    first = directory / "a" / "step-0000000002"
+    pool.run(load_and_save, *TOPOLOGIES[there][::-1], first, directory / "b", world_size=TOPOLOGIES[there][0])
+    second = directory / "b" / "step-0000000002"
+    resumed, *_ = pool.run(load_and_go_on, *TOPOLOGIES[here][::-1], second, world_size=TOPOLOGIES[here][0])
+    checkpoint = open_checkpoint(second)
+    checkpoint.verify()
+    assert set(checkpoint.tensor_names) == saved.keys() and any(name.endswith("exp_avg_sq") for name in saved)
+    return [name for name, tensor in saved.items() if not torch.equal(checkpoint.read(name), tensor)], loss, resumed
+
+
+@pytest.mark.parametrize(("here", "there"), RING)
+def test_there_and_back_is_bit_equal(pool, tmp_path, here, there):
+    different, loss, resumed = there_and_back(pool, here, there, tmp_path)
+    assert not different and resumed == loss
+
+
+@pytest.mark.full
+@pytest.mark.parametrize(("here", "there"), [pair for pair in itertools.permutations(TOPOLOGIES, 2) if pair not in RING])
+def test_every_way_there_and_back_is_bit_equal(pool, tmp_path, here, there):
+    different, loss, resumed = there_and_back(pool, here, there, tmp_path)
+    assert not different and resumed == loss
+
+
+def test_the_next_loss_is_that_of_one_process(pool, tmp_path):
+    pool.run(train_and_save, *TOPOLOGIES["tp2 pp2 dp2 zero 2"][::-1], tmp_path, world_size=8)
+    losses = [
+        pool.run(load_and_go_on, *TOPOLOGIES[name][::-1], tmp_path / "step-0000000002", world_size=TOPOLOGIES[name][0])[0]
+        for name in ("one", "tp4 pp2", "dp4 zero 3 in pairs")
+    ]
+    assert losses[1:] == pytest.approx([losses[0]] * 2, rel=1e-6)
+
+
+def test_every_element_is_written_once_and_by_several_ranks(pool, tmp_path):
+    world_size, settings = TOPOLOGIES["tp2 dp2 zero 3"]
+    pool.run(train_and_save, settings, world_size, tmp_path, world_size=world_size)
+    path = tmp_path / "step-0000000002"
+    manifest = open_checkpoint(path).manifest
+    num_bytes = sum(entry.size_bytes for entry in manifest.tensors.values())
+    headers = sum(8 + int.from_bytes((path / name).read_bytes()[:8], "little") for name in manifest.files)
+    sizes = {name: entry.size_bytes for name, entry in manifest.files.items()}
+    assert sum(sizes.values()) == num_bytes + headers
+    by_rank = [sum(size for name, size in sizes.items() if f"rank{rank:05d}" in name) for rank in range(4)]
+    assert min(by_rank) > 0.2 * sum(by_rank)
+    # A part has its offsets in its name, and any reader of safetensors finds it.
+    entry = next(entry for entry in manifest.tensors.values() if len(entry.slices) > 1)
+    part = entry.slices[-1]
+    found = safetensors.torch.load_file(path / part.file)[part.key]
+    assert part.key.endswith("@" + ",".join(map(str, part.offsets))) and list(found.shape) == part.shape
+
+
+def load_damaged(settings, world_size, path):
+    """What this rank says, and whether its part of the model is as it was."""
+    _, learner = start(settings, world_size)
+    before = {name: part.detach().clone() for name, part in learner.shards.parts.items()}
+    found = None
+    try:
+        restore(learner, path)
+    except CheckpointCorruptError as error:
+        found = str(error)
+    return found, not learner.optimizer.state and all(torch.equal(learner.shards.parts[name], part) for name, part in before.items())
+
+
+def test_a_damaged_part_is_refused_by_the_ranks_that_need_it(pool, tmp_path):
+    world_size, settings = TOPOLOGIES["dp4 zero 1"]
+    pool.run(train_and_save, settings, world_size, tmp_path, world_size=world_size)
+    path = tmp_path / "step-0000000002"
+    file = next(path.glob("model-rank00002-*.safetensors"))
+    data = bytearray(file.read_bytes())
+    data[-1] ^= 1
+    file.write_bytes(data)
+    found = pool.run(load_damaged, settings, world_size, path, world_size=world_size)
+    assert any(error is not None and f"{file.name} is altered" in error for error, _ in found)
+    assert all(unchanged for (error, unchanged) in found if error is not None)
+
+
+def save_where_one_rank_cannot(settings, world_size, root):
+    """The second rank's disk is full."""
+    from phase8.checkpoint import writer
+
+    _, learner = start(settings, world_size)
+    write = writer.write_tensor_file
+
+    def full(path, tensors):
+        if learner.mesh.rank == 1:
+            raise OSError(28, "No space left on device", str(path))
+        return write(path, tensors)
+
+    writer.write_tensor_file = full
+    try:
+        save(learner, root, step=1)
+    except StorageError as error:
+        return str(error)
+    finally:
+        writer.write_tensor_file = write
+    return None
+
+
+def test_a_full_disk_of_one_rank_is_told_to_all_and_leaves_nothing(pool, tmp_path):
+    world_size, settings = TOPOLOGIES["dp4 zero 1"]
+    found = pool.run(save_where_one_rank_cannot, settings, world_size, tmp_path, world_size=world_size)
+    assert all(error is not None and "No space left on device" in error for error in found)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_missing_file_of_a_rank_is_refused(pool, tmp_path):
+    world_size, settings = TOPOLOGIES["tp2"]
+    pool.run(train_and_save, settings, world_size, tmp_path / "whole", world_size=world_size)
+    for file in sorted((tmp_path / "whole" / "step-0000000002").iterdir()):
+        copy = tmp_path / "copy" / "step-0000000002"
+        shutil.copytree(tmp_path / "whole" / "step-0000000002", copy)
+        (copy / file.name).unlink()
+        with pytest.raises(CheckpointCorruptError):
+            open_checkpoint(copy)
+        shutil.rmtree(copy)
