@@ -4,9 +4,10 @@
   speed        what each technique adds: eager fp32 -> + loader -> + bf16 -> + compile -> + kernels -> + CUDA graphs
   model        a config with the Phase 8 block and with the transformer's: tok/s, MFU, memory, parameters side by side
   scaling      tok/s of both blocks against the length of the sequence
+  parallel     layouts of several ranks on the GPUs of this host: tok/s per GPU relative to one, memory beside the plan
 
 All but quickstart train on random tokens, written to a temporary directory and read through the real loader. Figures are medians after
-3 steps of warm-up, in which compilation and the recording of CUDA graphs fall. In the ladder, fp32 products may use tf32 (as
+3 steps of warm-up (parallel: 2), in which compilation and the recording of CUDA graphs fall. In the ladder, fp32 products may use tf32 (as
 precision.tf32 says); `gradients` says how far those of a rung are from those of the rung before, which is rounding or a fault. Compare
 ratios, not absolute times, on a machine that does other work. Exit codes as in launch/pretrain.py; with --json one JSON object is
 printed and the table goes to stderr.
@@ -19,14 +20,22 @@ import json
 import os
 import sys
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 from phase8.config.load import config_to_mapping, load_config
 from phase8.errors import ConfigError, Phase8Error, describe_error
 
-CONFIGS = Path(__file__).resolve().parent.parent / "configs"
+ROOT = Path(__file__).resolve().parent.parent
+CONFIGS = ROOT / "configs"
+AT_LEAST_ONE = (
+    "iterations", "d_model", "n_layers", "n_seq", "batch_size", "vocab_size", "num_heads", "tokens_per_step", "sequence_lengths",
+    "sequences_per_rank", "timeout",
+)  # fmt: skip
+LAYOUTS = ("one", "tp2", "dp2-zero0", "dp2-zero2", "dp2-zero3", "pp2-gpipe", "pp2-1f1b", "pp2-interleaved")
 RESEARCH_SHAPE = {"d_model": 512, "n_layers": 8, "n_seq": 512, "low_rank_rank": 16, "vocab_size": 50257}
 RESEARCH_REFERENCE = (
     "published reference (the research code's own figures for this shape, another machine and model, not measured here): "
@@ -130,6 +139,31 @@ def _scaling(arguments: argparse.Namespace, show: Callable[[str], None]) -> dict
     return {**_machine(device), "config": config_to_mapping(config), "lengths": rows}
 
 
+def _parallel(arguments: argparse.Namespace, show: Callable[[str], None]) -> dict:
+    config = load_config(arguments.config, _overrides(arguments))
+    import torch
+
+    from phase8.train.benchmark_layouts import parse_layout
+    from phase8.train.benchmark_parallel import Host, measure_layouts, torchrun
+    from phase8.train.benchmark_parallel_table import LAYOUTS_HEADER, device_lines, host_lines, layout_line
+
+    layouts, rows = [parse_layout(name) for name in arguments.layouts], []
+    # Counted, not used: a context of this process would take memory of the first GPU.
+    num_devices = None if arguments.device == "cpu" or not torch.cuda.is_available() else torch.cuda.device_count()
+    if arguments.device == "cuda" and num_devices is None:
+        raise ConfigError("--device is cuda, but torch finds no usable GPU; use --device cpu, or install a CUDA build of torch and its driver.")
+    host = Host(torchrun(ROOT / "launch" / "benchmark_rank.py"), "cpu" if num_devices is None else "cuda", num_devices, arguments.timeout)
+    show(f"{config.model.block}: {_model_line(config)}\n{_settings_line(config)}\n{LAYOUTS_HEADER}")
+    with nullcontext(arguments.logs) if arguments.logs is not None else TemporaryDirectory() as logs:
+        options = {"sequences_per_rank": arguments.sequences_per_rank, "num_steps": arguments.iterations, "host": host, "logs": Path(logs)}
+        for row in measure_layouts(config, layouts, **options):
+            show(layout_line(row))
+            rows.append(row)
+    for line in (*host_lines(rows), *device_lines(rows)):
+        show(line)
+    return {"config": config_to_mapping(config), "layouts": [asdict(row) for row in rows]}
+
+
 def _shape_settings(arguments: argparse.Namespace) -> list[str]:
     """The shape of `speed` as overrides: heads of 64, and with a rank everything but embedding and head low rank, as the research code has it."""
     num_heads = arguments.num_heads or max(arguments.d_model // 64, 1)
@@ -156,7 +190,7 @@ def _require_flash_attn2(device) -> None:
 
 def _check_at_least_one(arguments: argparse.Namespace) -> None:
     """Refuses counts and sizes below one, each in the user's words."""
-    for name in ("iterations", "d_model", "n_layers", "n_seq", "batch_size", "vocab_size", "num_heads", "tokens_per_step", "sequence_lengths"):
+    for name in AT_LEAST_ONE:
         given = vars(arguments).get(name)
         for value in given if isinstance(given, list) else [given]:
             if value is not None and value < 1:
@@ -166,10 +200,15 @@ def _check_at_least_one(arguments: argparse.Namespace) -> None:
 def _shape_line(config) -> str:
     from phase8.config.batch import batch_shape
 
-    model, shape = config.model, batch_shape(config.train, config.parallel, data_parallel_size=1)
+    shape = batch_shape(config.train, config.parallel, data_parallel_size=1)
+    return f"{_model_line(config)}, batch {shape.micro_batch_size} x {shape.num_microbatches}"
+
+
+def _model_line(config) -> str:
+    model = config.model
     return (
         f"d {model.d_model}, {model.num_layers} layers, {model.num_heads} heads of {model.head_width}, T {model.sequence_length}, "
-        f"rank {model.low_rank_rank}, vocabulary {model.vocab_size}, batch {shape.micro_batch_size} x {shape.num_microbatches}"
+        f"rank {model.low_rank_rank}, vocabulary {model.vocab_size}"
     )
 
 
@@ -199,7 +238,7 @@ def _machine(device) -> dict[str, str]:
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    commands = parser.add_subparsers(dest="command", required=True, metavar="quickstart|speed|model|scaling")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="quickstart|speed|model|scaling|parallel")
     common = argparse.ArgumentParser(add_help=False)
     common.add_argument("--set", nargs="+", action="append", default=[], metavar="a.b=c", help="override config keys")
     common.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto", help="auto: the GPU if there is one")
@@ -207,7 +246,7 @@ def _parser() -> argparse.ArgumentParser:
 
     def command(name: str, run: Callable, text: str, *, iterations: int) -> argparse.ArgumentParser:
         added = commands.add_parser(name, parents=[common], help=text, description=text)
-        added.add_argument("--iterations", type=int, default=iterations, metavar="N", help=f"measured steps, after 3 of warm-up ({iterations})")
+        added.add_argument("--iterations", type=int, default=iterations, metavar="N", help=f"measured steps, after those of warm-up ({iterations})")
         added.set_defaults(run=run)
         return added
 
@@ -226,7 +265,22 @@ def _parser() -> argparse.ArgumentParser:
         metavar="N",
         help="the batch is N / T sequences, at least one (16384); where memory runs out, more is recomputed than train.recompute says",
     )
+    _add_parallel(command("parallel", _parallel, "layouts of several ranks on the GPUs of this host", iterations=8))
     return parser
+
+
+def _add_parallel(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--config", required=True, metavar="FILE", help="YAML config; degrees and ZeRO are those of each layout")
+    parser.add_argument(
+        "--layouts",
+        nargs="+",
+        default=LAYOUTS,
+        metavar="NAME",
+        help="parts joined by -: one, tpN, ppN, dpN; gpipe, 1f1b, interleaved, chunksN; zeroN, shardN, offload; microN (all of two GPUs)",
+    )
+    parser.add_argument("--sequences-per-rank", type=int, default=8, metavar="N", help="sequences of a step for each rank (8)")
+    parser.add_argument("--timeout", type=float, default=240.0, metavar="SECONDS", help="for each layout, its start included (240)")
+    parser.add_argument("--logs", type=Path, metavar="DIR", help="keep what the processes print and leave; a new directory")
 
 
 def _add_shape(parser: argparse.ArgumentParser) -> None:

@@ -1,12 +1,19 @@
 """Plans a run before it is started.
 
   schedule   a pipeline schedule as a timeline: when each stage computes and waits, the bubble, the activations it holds
+  check      a config on any number of GPUs: builds the first rank of each pipeline stage without memory, and says what it holds
 
     python tools/plan.py schedule --stages 4 --microbatches 16 --schedule interleaved --chunks 2 --output timeline.png
+    python tools/plan.py check --config configs/phase8_7b_3d.yaml --world-size 1024
 
-The costs are those of one microbatch in a whole stage, in any unit; with chunks each has its share. In the text -12 is the forward and =12
-the backward of microbatch 12, a letter behind it names the chunk, blank is idle. With --json one JSON object is printed and the text goes
-to stderr. Exit codes: 0 done; 2 a schedule that does not exist or numbers that do not suit it; 5 the picture cannot be written.
+The costs of a schedule are those of one microbatch in a whole stage, in any unit; with chunks each has its share. In the text -12 is the
+forward and =12 the backward of microbatch 12, a letter behind it names the chunk, blank is idle.
+
+A check builds what the run would build, on a process group that only pretends to be there, and compares it with the plan; the parameters
+are those that a rank keeps between steps, the memory is the planned peak of its GPU.
+
+With --json one JSON object is printed and the text goes to stderr. Exit codes: 0 done; 1 a rank holds something else than planned; 2 a
+schedule that does not exist, numbers that do not suit it, or a config that cannot run; 5 the picture cannot be written.
 """
 
 from __future__ import annotations
@@ -19,15 +26,18 @@ import sys
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from phase8.durable import replace_file
 from phase8.errors import ConfigError, Phase8Error, describe_error
-from phase8.observe.formatting import format_ratio
+from phase8.observe.formatting import format_bytes, format_ratio
 from phase8.observe.schedule_text import Box, timeline_text
 from phase8.pipeline_parallel.lowering import lower
 from phase8.pipeline_parallel.schedules import SCHEDULES, Schedule, bubble_ratio, build_schedule, peak_activations
 from phase8.pipeline_parallel.simulate import Simulation, simulate, uniform_costs
+
+if TYPE_CHECKING:
+    from phase8.plan.rank_memory import StageMemory
 
 
 def main() -> int:
@@ -87,6 +97,56 @@ def _schedule(arguments: argparse.Namespace, show: Callable[[str], None]) -> dic
     }
 
 
+def _check(arguments: argparse.Namespace, show: Callable[[str], None]) -> dict[str, Any]:
+    # Imported late: schedules need no torch.
+    from phase8.config.load import load_config
+    from phase8.plan.facts import layers_in_words
+    from phase8.train.check import check_stages
+
+    config = load_config(arguments.config, [override for group in arguments.set for override in group])
+    stages = check_stages(config, world_size=arguments.world_size)
+    show(f"{config.run.name}, world size {arguments.world_size}: the first rank of each pipeline stage, as built and as planned\n")
+    head = ("stage", "layers", "parameters", *(name.removesuffix("_bytes") for name in _memory(stages[0])))
+    rows = [
+        (str(each.stage), layers_in_words(each.layers), f"{each.num_parameters:,}", *map(format_bytes, _memory(each).values())) for each in stages
+    ]
+    for line in _table([head, *rows]):
+        show(line)
+    return {
+        "run": config.run.name,
+        "world_size": arguments.world_size,
+        "stages": [
+            {
+                "stage": each.stage,
+                "rank": each.stage * arguments.world_size // len(stages),
+                "layers": [[layers.start, layers.stop] for layers in each.layers],
+                "parameters": each.num_parameters,
+                **_memory(each),
+            }
+            for each in stages
+        ],
+    }
+
+
+def _memory(stage: StageMemory) -> dict[str, int]:
+    """Bytes by kind, on the device, in all, and on the host."""
+    plan = stage.memory
+    return {
+        "weights_bytes": plan.weights_bytes,
+        "gradients_bytes": plan.gradients_bytes,
+        "optimizer_bytes": plan.optimizer_bytes,
+        "activations_bytes": plan.activations_bytes,
+        "total_bytes": plan.total_bytes,
+        "host_bytes": plan.host_bytes,
+    }
+
+
+def _table(rows: Sequence[Sequence[str]]) -> list[str]:
+    """Columns, each as wide as it must be, aligned to the right."""
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    return ["   ".join(cell.rjust(width) for cell, width in zip(row, widths, strict=True)) for row in rows]
+
+
 def _boxes(simulation: Simulation) -> list[Box]:
     return [
         Box(stage, interval.start, interval.end, interval.action.kind.value, interval.action.microbatch, interval.action.chunk)
@@ -126,7 +186,23 @@ def _check_schedule_options(arguments: argparse.Namespace) -> None:
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    commands = parser.add_subparsers(dest="command", required=True, metavar="schedule")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="schedule|check")
+    _add_schedule(commands)
+    _add_check(commands)
+    return parser
+
+
+def _add_check(commands: Any) -> None:
+    text = "a config on any number of GPUs: what the first rank of each pipeline stage holds"
+    check = commands.add_parser("check", help=text, description=text)
+    check.set_defaults(run=_check)
+    check.add_argument("--config", required=True, metavar="FILE", help="YAML config")
+    check.add_argument("--set", nargs="+", action="append", default=[], metavar="a.b=c", help="override config keys")
+    check.add_argument("--world-size", type=int, default=1, metavar="N", help="processes of the run, one per GPU (1)")
+    check.add_argument("--json", action="store_true", help="print one JSON object; the text goes to stderr")
+
+
+def _add_schedule(commands: Any) -> None:
     text = "a pipeline schedule as a timeline, with its bubble and its activations"
     schedule = commands.add_parser("schedule", help=text, description=text)
     schedule.set_defaults(run=_schedule)
@@ -140,7 +216,6 @@ def _parser() -> argparse.ArgumentParser:
     schedule.add_argument("--receives-ahead", type=int, default=0, metavar="N", help="post a receive N actions before it is waited for (0)")
     schedule.add_argument("--output", type=Path, metavar="FILE.png", help="draw the timeline as a picture too")
     schedule.add_argument("--json", action="store_true", help="print one JSON object; the text goes to stderr")
-    return parser
 
 
 if __name__ == "__main__":

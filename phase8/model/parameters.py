@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from typing import Protocol, runtime_checkable
 
 import torch
@@ -53,17 +54,25 @@ def materialise(model: nn.Module, *, device: torch.device, axis: Axis) -> None:
             setattr(module, name, made[parameter])
 
 
-@torch.no_grad()
 def initialise(model: nn.Module, *, seed: int, axis: Axis = ALONE) -> None:
-    """Fills every parameter from a seed derived from its global name and shape, so that every topology starts from the same weights."""
-    for name, parameter, spec in iterate_specs(model):
+    """Fills every parameter from a seed derived from its global name and shape, so that every topology starts from the same weights.
+
+    Random numbers come one by one, so parameters are filled side by side, in as many threads as torch computes with.
+    """
+
+    @torch.no_grad()
+    def fill(name: str, parameter: nn.Parameter, spec: ParameterSpec) -> None:
         value = torch.as_tensor(spec.value, dtype=torch.float32).expand(parameter.shape)
         if spec.std:
             digest = hashlib.sha256(f"{seed}:{name}".encode()).digest()
             generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "little") >> 1)
-            value = value + spec.std * torch.randn(parameter.shape, generator=generator, dtype=torch.float32)
+            value = value + torch.randn(parameter.shape, generator=generator, dtype=torch.float32).mul_(spec.std)
         target = parameter.to_local() if isinstance(parameter, DTensor) else parameter
         target.copy_(own_part(value, spec, axis))
+
+    with ThreadPoolExecutor(max_workers=torch.get_num_threads()) as threads:
+        for done in [threads.submit(fill, *parameter) for parameter in iterate_specs(model)]:
+            done.result()
 
 
 def decayed_parameter_names(model: nn.Module) -> set[str]:

@@ -19,7 +19,7 @@ from phase8.model.model import build_model
 
 @dataclass(frozen=True)
 class ActivationBytes:
-    """Bytes kept for one microbatch: activations, and weights cast to the compute dtype.
+    """Bytes kept for one microbatch by one tensor-parallel rank: activations, and weights cast to the compute dtype.
 
     Args:
         block: By a block that keeps everything.
@@ -35,16 +35,20 @@ class ActivationBytes:
 
 
 def trace_activations(
-    model: ModelSection, *, dtype: torch.dtype, micro_batch_size: int, packed: bool, device_type: str
+    model: ModelSection, *, dtype: torch.dtype, micro_batch_size: int, packed: bool, device_type: str, num_tensor_ranks: int = 1
 ) -> ActivationBytes:
-    """Counts the activations of a model.
+    """Counts the activations of a model with one window size.
+
+    Ranks divide what a block keeps evenly: heads, features, or the tokens of the residual stream. Of low-rank pairs each keeps the
+    bottlenecks and their few weights whole, which is not counted.
 
     Args:
-        model: Shapes.
+        model: Shapes; of several window sizes, the largest is counted.
         dtype: Of the residual stream.
         micro_batch_size: Sequences of a forward.
         packed: Document boundaries are reset, which adds masks.
         device_type: Where the model will run: on a GPU the operators keep less than autograd does on a CPU.
+        num_tensor_ranks: Tensor-parallel ranks.
     """
     one_layer = model.model_copy(update={"num_layers": 1, "local_window_size": max(model.window_sizes)})
     meta = torch.device("meta")
@@ -59,12 +63,15 @@ def trace_activations(
         angles = rotary_angles(model.sequence_length, model.head_width, base=model.rope_base, first_position=0, device=device)
         starts = torch.empty(shape, dtype=torch.bool) if packed else None
         targets = torch.empty(shape, dtype=torch.int64).flatten()
-        head = torch.empty(model.vocab_size, model.d_model, requires_grad=True)
+        head = torch.empty(-(-model.vocab_size // num_tensor_ranks), model.d_model, requires_grad=True)
+        norm = _saved_bytes(whole.norm, x)
+        # Every rank has the gradient of the hidden states of all tokens, from its own share of the vocabulary.
+        loss = _saved_by(lambda: linear_cross_entropy(x.flatten(0, 1), head, targets), {head})
         return ActivationBytes(
-            block=_saved_bytes(whole.blocks["0"], x, angles, starts),
-            block_without_mixer=_saved_bytes(selective.blocks["0"], x, angles, starts),
-            block_input=x.numel() * x.element_size(),
-            head=_saved_bytes(whole.norm, x) + _saved_by(lambda: linear_cross_entropy(x.flatten(0, 1), head, targets), {head}),
+            block=_saved_bytes(whole.blocks["0"], x, angles, starts) // num_tensor_ranks,
+            block_without_mixer=_saved_bytes(selective.blocks["0"], x, angles, starts) // num_tensor_ranks,
+            block_input=x.numel() * x.element_size() // num_tensor_ranks,
+            head=norm // num_tensor_ranks + loss,
         )
 
 

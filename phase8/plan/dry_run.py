@@ -6,19 +6,20 @@ import torch
 from rich.console import Console
 
 from phase8.config.batch import batch_shape, run_topology
+from phase8.config.pipeline import pipeline_of
 from phase8.config.schema import RunConfig
 from phase8.config.validate import find_problems
 from phase8.errors import ConfigError
+from phase8.kernels.reference.cross_entropy import CHUNK_TOKENS
 from phase8.model.model import LanguageModel, build_model
 from phase8.observe.banner import print_banner
-from phase8.plan.activations import trace_activations
-from phase8.plan.facts import Fact, batch_fact, memory_fact, model_facts
-from phase8.plan.memory import Division, MemoryPlan, peak_activation_bytes, plan_memory
+from phase8.plan.chunks import chunk_parameters
+from phase8.plan.communication import Collectives, Grid, Step, step_communication
+from phase8.plan.facts import Fact, batch_fact, communication_fact, memory_facts, model_facts
+from phase8.plan.rank_memory import StageMemory, Workload, plan_each_stage
+from phase8.plan.stages import chunk_layers
 from phase8.precision.policy import COMPUTE_DTYPES
-from phase8.topology import Topology
 from phase8.zero.fsdp import shard_size
-
-ONE_PROCESS = Topology()
 
 
 def dry_run(config: RunConfig, *, world_size: int, console: Console) -> None:
@@ -30,7 +31,7 @@ def dry_run(config: RunConfig, *, world_size: int, console: Console) -> None:
     problems = find_problems(config, world_size=world_size)
     facts: list[Fact] = []
     # Each part is printed as far as the config allows: a topology that does not fit must not hide the size of the model.
-    for describe in (_topology_facts, _batch_facts, _model_facts, _memory_facts):
+    for describe in (_topology_facts, _batch_facts, _model_facts, _memory_facts, _communication_facts):
         try:
             facts += describe(config, world_size)
         except ConfigError as error:
@@ -59,14 +60,18 @@ def _model_facts(config: RunConfig, world_size: int) -> list[Fact]:
 
 
 def _memory_facts(config: RunConfig, world_size: int) -> list[Fact]:
-    num_parameters, topology = count_parameters(shapes_only(config)), run_topology(config.parallel, world_size=world_size)
-    shape = batch_shape(config.train, config.parallel, data_parallel_size=topology.data_parallel_size)
-    name, memory = memory_fact(
-        plan_run_memory(
-            config, num_parameters=num_parameters, micro_batch_size=shape.micro_batch_size, device_type="cuda", topology=topology
-        )
-    )
-    return [(f"{name} per rank", memory)]
+    shapes_only(config)  # a model that can be built
+    return memory_facts(plan_stages(config, world_size=world_size, device_type="cuda"))
+
+
+def _communication_facts(config: RunConfig, world_size: int) -> list[Fact]:
+    """Of the stage that sends most; on the others and on ranks with smaller parts it is less."""
+    if world_size == 1:
+        return []
+    num_stages = config.parallel.pipeline_parallel_size
+    ranks = range(0, world_size, max(world_size // num_stages, 1))
+    plans = [plan_run_communication(config, world_size=world_size, rank=rank) for rank in ranks]
+    return [communication_fact(*max(plans, key=lambda plan: sum(each.sent_bytes(plan[1].size(each.axis)) for each in plan[0])))]
 
 
 def shapes_only(config: RunConfig) -> LanguageModel:
@@ -86,30 +91,65 @@ def count_parameters(model: torch.nn.Module) -> int:
     return sum(parameter.numel() for parameter in model.parameters())
 
 
-def plan_run_memory(
-    config: RunConfig, *, num_parameters: int, micro_batch_size: int, device_type: str, topology: Topology = ONE_PROCESS
-) -> MemoryPlan:
-    """The memory of a rank that trains a config on a `cpu` or `cuda` device, the activations traced."""
-    dtype = COMPUTE_DTYPES[config.precision.dtype]
-    model, train = config.model, config.train
-    packed = config.data.reset_at_document_boundaries
-    traced = trace_activations(model, dtype=dtype, micro_batch_size=micro_batch_size, packed=packed, device_type=device_type)
-    num_recomputed = 0 if train.recompute == "none" else len(range(0, model.num_layers, train.recompute_every_n_layers))
-    activations_bytes = peak_activation_bytes(
-        num_layers=model.num_layers,
-        num_recomputed=num_recomputed,
-        block=traced.block,
-        recomputed_block=traced.block_input if train.recompute == "full" else traced.block_without_mixer,
-        head=traced.head,
+def plan_stages(config: RunConfig, *, world_size: int, device_type: str) -> tuple[StageMemory, ...]:
+    """The memory of each pipeline stage.
+
+    Args:
+        config: One from which a model can be built.
+        world_size: Ranks.
+        device_type: `cuda` or `cpu`.
+
+    Raises:
+        ConfigError: Ranks, stages or batch do not fit.
+    """
+    topology = run_topology(config.parallel, world_size=world_size)
+    return plan_each_stage(
+        Workload(
+            model=config.model,
+            train=config.train,
+            zero=config.zero,
+            pipeline=pipeline_of(config.parallel),
+            topology=topology,
+            shape=batch_shape(config.train, config.parallel, data_parallel_size=topology.data_parallel_size),
+            dtype=COMPUTE_DTYPES[config.precision.dtype],
+            packed=config.data.reset_at_document_boundaries,
+            device_type=device_type,
+        )
     )
-    zero = config.zero
-    division = Division(
-        num_tensor_ranks=topology.tensor_parallel_size,
-        num_shard_ranks=shard_size(zero, data_parallel_size=topology.data_parallel_size),
-        zero_stage=zero.stage,
-        offload_optimizer=zero.offload_optimizer != "none",
-        offload_params=zero.offload_params != "none",
+
+
+def plan_run_communication(config: RunConfig, *, world_size: int, rank: int) -> tuple[tuple[Collectives, ...], Grid]:
+    """What a rank communicates in a step, and its place.
+
+    Raises:
+        ConfigError: The config could not run on as many ranks.
+    """
+    matter = ("model.", "precision.", "parallel.", "zero.", "train.", "world size")
+    unusable = [problem for problem in find_problems(config, world_size=world_size) if problem.startswith(matter)]
+    if unusable:
+        raise ConfigError(unusable)
+    topology, pipeline, train = run_topology(config.parallel, world_size=world_size), pipeline_of(config.parallel), config.train
+    place = topology.coordinates(rank)
+    num_shards = shard_size(config.zero, data_parallel_size=topology.data_parallel_size)
+    grid = Grid(
+        pipeline=topology.pipeline_parallel_size,
+        replicate=topology.data_parallel_size // num_shards,
+        shard=num_shards,
+        tensor=topology.tensor_parallel_size,
+        stage=place["pp"],
+        shard_index=place["dp"] % num_shards,
+        tensor_index=place["tp"],
     )
-    return plan_memory(
-        num_parameters=num_parameters, num_layers=model.num_layers, activations_bytes=activations_bytes, division=division
+    shape = batch_shape(train, config.parallel, data_parallel_size=topology.data_parallel_size)
+    step = Step(
+        num_microbatches=shape.num_microbatches,
+        micro_batch_size=shape.micro_batch_size,
+        compute_bytes=COMPUTE_DTYPES[config.precision.dtype].itemsize,
+        loss_chunk_tokens=CHUNK_TOKENS,
+        recompute=train.recompute,
+        recompute_every_n_layers=train.recompute_every_n_layers,
+        zero_stage=config.zero.stage,
+        offload_params=config.zero.offload_params != "none",
     )
+    chunks = [chunk_parameters(config.model, layers) for layers in chunk_layers(config.model, pipeline, grid.stage)]
+    return step_communication(config.model, chunks, step=step, grid=grid), grid

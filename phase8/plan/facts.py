@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from phase8.config.batch import BatchShape
 from phase8.config.schema import ModelSection
 from phase8.model.flops import forward_flops_per_token, training_flops_per_token
 from phase8.observe.formatting import format_bytes, format_count, format_flops
+from phase8.plan.communication import AxisName, Collectives, Grid, Operation
 from phase8.plan.memory import MemoryPlan
+from phase8.plan.rank_memory import StageMemory, fullest
 
 Fact = tuple[str, str]
 
@@ -31,7 +35,30 @@ def memory_fact(plan: MemoryPlan) -> Fact:
         ("activations", plan.activations_bytes),
     )
     listed = ", ".join(f"{name} {format_bytes(num_bytes)}" for name, num_bytes in kinds)
-    return "planned memory", f"{format_bytes(plan.total_bytes)}: {listed}"
+    host = f"; on the host {format_bytes(plan.host_bytes)}" if plan.host_bytes else ""
+    return "planned memory", f"{format_bytes(plan.total_bytes)}: {listed}{host}"
+
+
+def memory_facts(stages: Sequence[StageMemory]) -> list[Fact]:
+    """Planned memory of the fullest stage, and of several stages a line each."""
+    name, memory = memory_fact(fullest(stages).memory)
+    where = f" (stage {fullest(stages).stage})" if len(stages) > 1 else ""
+    facts = [(f"{name} per rank{where}", memory)]
+    if len(stages) > 1:
+        facts += [
+            (
+                f"stage {each.stage}",
+                f"layers {layers_in_words(each.layers)}, {format_count(each.num_parameters)} parameters of a rank, "
+                f"{format_bytes(each.memory.total_bytes)}",
+            )
+            for each in stages
+        ]
+    return facts
+
+
+def layers_in_words(layers: Sequence[range]) -> str:
+    """Of each chunk the first and the last: `0-7, 16-23`."""
+    return ", ".join(f"{each.start}-{each.stop - 1}" if len(each) > 1 else str(each.start) for each in layers)
 
 
 def batch_fact(shape: BatchShape, *, sequence_length: int) -> Fact:
@@ -40,3 +67,24 @@ def batch_fact(shape: BatchShape, *, sequence_length: int) -> Fact:
         f"{shape.global_batch_size} sequences of {sequence_length} = {shape.global_batch_size * sequence_length:,} tokens a step: "
         f"micro batch {shape.micro_batch_size} x {shape.num_microbatches} microbatches x {shape.data_parallel_size} data-parallel ranks"
     )
+
+
+def communication_fact(table: Sequence[Collectives], grid: Grid) -> Fact:
+    """What a rank communicates in a step, axis by axis.
+
+    Args:
+        table: From `step_communication`.
+        grid: The ranks.
+    """
+    listed = []
+    for axis in AxisName:
+        own = [each for each in table if each.axis is axis]
+        count = sum(each.count for each in own)
+        sent = sum(each.sent_bytes(grid.size(axis)) for each in own)
+        messages = sum(each.count for each in own if each.operation in (Operation.SEND, Operation.RECEIVE))
+        kinds = [f"{number} {name}" for number, name in ((count - messages, "collectives"), (messages, "messages")) if number]
+        if own:
+            total = format_bytes(sum(each.num_bytes for each in own))
+            listed.append(f"{axis} {' and '.join(kinds)} of {total}, {format_bytes(sent)} leave the rank")
+    where = f" (stage {grid.stage})" if grid.pipeline > 1 else ""
+    return "communication per step and rank" + where, "; ".join(listed)

@@ -1,8 +1,27 @@
-"""Memory of one rank by kind. Pure arithmetic, no torch."""
+"""Memory of one rank by kind. Pure arithmetic, no torch.
+
+What the stages of ZeRO keep on the device, beside the activations, in numbers of 4 bytes. W is what the rank computes with, P its part of
+it, R what lies in no block, B the largest block; in host memory instead where it is offloaded:
+
+| | one rank, not divided | stages 0 and 1 | stage 2 | stage 3 |
+|---|---|---|---|---|
+| parameters between steps | W | P | P | P |
+| parameters gathered in a step | | W | W | R and two blocks |
+| gradients | W | W and a copy of B or R on its way, or P and those on their way | P and those on their way | as stage 2 |
+| optimizer | 2 W | 2 P | 2 P | 2 P |
+
+In stage 0 P is as large as W: FSDP computes with a copy even where nothing is divided. Gradients of stages 0 and 1 stay whole from one
+microbatch to the next; with a single one they leave as soon as they are complete. On their way are those of R, which are complete only at
+the end, and of B twice: what backward computes, and the copy of the block before that is being summed.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
+
+from phase8.pipeline_parallel.schedules import Action, Kind
 
 FP32_BYTES = 4
 ADAMW_MOMENTS = 2
@@ -16,75 +35,123 @@ class MemoryPlan:
         weights_bytes: fp32 master weights.
         gradients_bytes: fp32.
         optimizer_bytes: Moments of AdamW, fp32.
-        activations_bytes: Kept for backward, for one microbatch; weights cast to the compute dtype included.
+        activations_bytes: Kept for backward, weights cast to the compute dtype and messages between stages included.
+        host_bytes: Of parameters, gradients and optimizer that are offloaded to host memory.
     """
 
     weights_bytes: int
     gradients_bytes: int
     optimizer_bytes: int
     activations_bytes: int
+    host_bytes: int = 0
 
     @property
     def total_bytes(self) -> int:
-        """All kinds together: the planned peak."""
+        """All kinds on the device together: the planned peak."""
         return self.weights_bytes + self.gradients_bytes + self.optimizer_bytes + self.activations_bytes
 
 
 @dataclass(frozen=True)
 class Division:
-    """Among how many ranks what is divided.
+    """How data-parallel ranks divide what one of them computes with.
 
     Args:
-        num_tensor_ranks: Tensor-parallel ranks: parameters and activations.
-        num_shard_ranks: Data-parallel ranks that divide the optimizer, and from ZeRO stage 2 on the gradients, in stage 3 the parameters.
+        is_divided: FSDP holds the parameters: several data-parallel ranks, or offloaded parameters.
         zero_stage: 0 to 3.
+        accumulates: A step has several microbatches.
         offload_optimizer: Optimizer states lie in host memory.
         offload_params: Parameters and gradients, too.
+        pins_memory: Offloaded parameters and gradients lie in page-locked memory, which is allocated in powers of two.
     """
 
-    num_tensor_ranks: int = 1
-    num_shard_ranks: int = 1
+    is_divided: bool = False
     zero_stage: int = 0
+    accumulates: bool = True
     offload_optimizer: bool = False
     offload_params: bool = False
+    pins_memory: bool = False
 
 
-def plan_memory(*, num_parameters: int, num_layers: int, activations_bytes: int, division: Division) -> MemoryPlan:
-    """The device memory of a rank that trains.
+class Held(NamedTuple):
+    """Numbers of parameters of one rank that are gathered together: those of a block, or of a chunk in no block.
 
     Args:
-        num_parameters: Of the model. The few that tensor-parallel ranks have whole are counted as divided.
-        num_layers: Of the model; stage 3 holds two of them gathered, the one that computes and the one that comes.
-        activations_bytes: From `peak_activation_bytes`, of one process.
-        division: Over the ranks.
+        whole: Of each parameter, what the rank computes with: all of it, or a tensor-parallel rank's share.
+        part: Of each, what the rank keeps between steps.
     """
-    whole = -(-num_parameters // division.num_tensor_ranks) * FP32_BYTES
-    part = -(-whole // division.num_shard_ranks)
-    two_layers = min(2 * whole // num_layers, whole)
-    on_device = 0 if division.offload_params else part
-    weights, gradients = part, whole
-    if division.zero_stage == 3:
-        weights, gradients = on_device + two_layers, on_device + two_layers // 2
-    elif division.num_shard_ranks > 1:
-        weights, gradients = part + whole, part + two_layers // 2 if division.zero_stage == 2 else whole
+
+    whole: tuple[int, ...]
+    part: tuple[int, ...]
+
+
+class ChunkActivations(NamedTuple):
+    """What a chunk of the model keeps of one microbatch, in bytes.
+
+    Args:
+        kept: By its layers, from forward to backward.
+        head: By final norm and loss, from forward to the beginning of backward.
+        repeated: By a recomputed layer while it is recomputed in backward, besides.
+    """
+
+    kept: int
+    head: int = 0
+    repeated: int = 0
+
+
+def plan_memory(blocks: Sequence[Held], rests: Sequence[Held], *, activations_bytes: int, division: Division) -> MemoryPlan:
+    """The memory of a rank that trains.
+
+    Args:
+        blocks: Parameters of its blocks.
+        rests: Parameters of each of its chunks in no block.
+        activations_bytes: From `peak_activation_bytes`, with whatever lies beside them.
+        division: Over data-parallel ranks.
+    """
+    held = [*blocks, *rests]
+    whole, part = sum(sum(each.whole) for each in held), sum(sum(each.part) for each in held)
+    largest = sorted(sum(each.whole) for each in blocks)
+    rest = sum(sum(each.whole) for each in rests)
+    largest_rest = max((sum(each.whole) for each in rests), default=0)
+    weights, gradients = whole, whole
+    if division.is_divided:
+        on_device = 0 if division.offload_params else part
+        weights = on_device + (rest + sum(largest[-2:]) if division.zero_stage == 3 else whole)
+        if division.zero_stage < 2 and division.accumulates:
+            gradients = whole + max(largest[-1], largest_rest)
+        else:
+            gradients = on_device + rest + max(2 * largest[-1], largest_rest)
     return MemoryPlan(
-        weights_bytes=weights,
-        gradients_bytes=gradients,
-        optimizer_bytes=0 if division.offload_optimizer else part * ADAMW_MOMENTS,
-        activations_bytes=-(-activations_bytes // division.num_tensor_ranks),
+        weights_bytes=weights * FP32_BYTES,
+        gradients_bytes=gradients * FP32_BYTES,
+        optimizer_bytes=0 if division.offload_optimizer else part * FP32_BYTES * ADAMW_MOMENTS,
+        activations_bytes=activations_bytes,
+        host_bytes=_host_bytes(held, division) if division.offload_optimizer else 0,
     )
 
 
-def peak_activation_bytes(*, num_layers: int, num_recomputed: int, block: int, recomputed_block: int, head: int) -> int:
+def _host_bytes(held: Sequence[Held], division: Division) -> int:
+    """Parameters, gradients and moments."""
+    parts = [number * FP32_BYTES for each in held for number in each.part]
+    is_pinned = division.offload_params and division.pins_memory
+    kept = sum(1 << max(num_bytes - 1, 0).bit_length() for num_bytes in parts) if is_pinned else sum(parts)
+    return 2 * kept + ADAMW_MOMENTS * sum(parts)
+
+
+def peak_activation_bytes(actions: Sequence[Action], chunks: Sequence[ChunkActivations]) -> int:
     """Activations at the moment when most exist.
 
     Args:
-        num_layers: Blocks in all.
-        num_recomputed: Blocks that keep only part of their activations.
-        block: Bytes that a block keeps.
-        recomputed_block: Bytes that a recomputed block keeps.
-        head: Bytes kept by final norm and loss.
+        actions: Of the rank's stage, in order.
+        chunks: Of the stage.
     """
-    kept = (num_layers - num_recomputed) * block + num_recomputed * recomputed_block
-    # Either the head's activations exist, or, in backward, those of the one block that is being recomputed.
-    return kept + max(head, block - recomputed_block if num_recomputed else 0)
+    held = peak = 0
+    for action in actions:
+        chunk = chunks[action.chunk]
+        if action.kind is Kind.FORWARD:
+            held += chunk.kept + chunk.head
+            peak = max(peak, held)
+        elif action.kind is Kind.BACKWARD:
+            # The head's are gone when the first layer is recomputed.
+            peak = max(peak, held - chunk.head + chunk.repeated)
+            held -= chunk.kept + chunk.head
+    return peak

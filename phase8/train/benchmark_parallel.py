@@ -1,4 +1,4 @@
-"""Training speed of layouts of several ranks, each started by torchrun in turn, on the GPUs of this host.
+"""Training speed of layouts of several ranks, each started by itself, one after the other, on the GPUs of this host.
 
 What is compared is work per GPU: every rank has the same number of tokens per step, in microbatches of the same size. The reference of a
 layout is the first single rank that was measured before it with that microbatch size and nothing offloaded.
@@ -13,8 +13,8 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from phase8.config.batch import BatchShape, batch_shape, run_topology
@@ -24,7 +24,8 @@ from phase8.config.validate import validate
 from phase8.data.staging import read_json, write_json
 from phase8.durable import storage_errors
 from phase8.errors import ConfigError, StorageError
-from phase8.plan.dry_run import count_parameters, plan_run_memory, shapes_only
+from phase8.plan.dry_run import plan_stages
+from phase8.plan.rank_memory import fullest
 from phase8.train.benchmark import with_settings
 from phase8.train.benchmark_data import on_random_tokens
 from phase8.train.benchmark_layouts import Layout, layout_config, throughput_ceiling
@@ -32,7 +33,6 @@ from phase8.train.benchmark_rank import RankFigures
 
 # Earlier than the layout's own time-out, so that the ranks still can say which of them hangs, and where.
 STALL_SHARE = 0.7
-FP32_BYTES_PER_OFFLOADED_PARAMETER = 16  # weight, gradient and two moments
 _FIRST_ERROR = re.compile(r"^(?:\[rank\d+\]: ?)?(?:rank \d+: ?)?(?:error: (.+)|((?:\w+\.)*\w*(?:Error|Exception|Exit)\b.*))$", re.MULTILINE)
 
 
@@ -41,13 +41,13 @@ class Host:
     """Where layouts are measured and how.
 
     Args:
-        rank_program: What torchrun starts, `launch/benchmark_rank.py`.
+        command: The words that start so many ranks of `launch/benchmark_rank.py`, its options left out.
         device_type: `cpu` or `cuda`.
         num_devices: GPUs; of a CPU, as many as anybody asks for (None).
         timeout_seconds: For each layout, its start included.
     """
 
-    rank_program: Path
+    command: Callable[[int], list[str]]
     device_type: str
     num_devices: int | None
     timeout_seconds: float
@@ -64,7 +64,7 @@ class Ranks:
         data_wait_ratio: The largest.
         build_seconds: The largest.
         warmup_seconds: The largest.
-        peak_memory_bytes: Of the device, of the largest rank.
+        peak_memory_bytes: Of the device, of the largest rank; None: a CPU.
         peak_resident_bytes: Of the processes, of the largest.
         host_bytes: That all together took of the host's memory; None: not known.
         facts: What the banner said.
@@ -76,7 +76,7 @@ class Ranks:
     data_wait_ratio: float
     build_seconds: float
     warmup_seconds: float
-    peak_memory_bytes: int
+    peak_memory_bytes: int | None
     peak_resident_bytes: int
     host_bytes: int | None
     facts: dict[str, str]
@@ -95,8 +95,8 @@ class LayoutSpeed:
         tokens_per_second_per_rank: The same over the ranks.
         relative: That over the reference's; None: there is none.
         ceiling: What the bubble of a pipeline leaves of it; None: there is no pipeline.
-        planned_bytes: Of the device of a rank; None: the planner does not know pipelines.
-        planned_host_bytes: In the memory of the host, over all ranks; 0: nothing is offloaded.
+        planned_bytes: Of the device of the fullest rank.
+        planned_host_bytes: What all ranks offload; 0: nothing.
         seconds: Duration of the whole measurement, the start of the processes included.
     """
 
@@ -108,7 +108,7 @@ class LayoutSpeed:
     tokens_per_second_per_rank: float | None = None
     relative: float | None = None
     ceiling: float | None = None
-    planned_bytes: int | None = None
+    planned_bytes: int = 0
     planned_host_bytes: int = 0
     seconds: float = 0.0
 
@@ -143,31 +143,22 @@ def measure_layouts(
             topology = run_topology(changed.parallel, world_size=layout.world_size)
             shape = batch_shape(changed.train, changed.parallel, data_parallel_size=topology.data_parallel_size)
             found = _measure(changed, layout, num_steps=num_steps, host=host, directory=logs / f"{number}-{layout.name}")
-            row = _row(changed, layout, shape, found, references, device_type=host.device_type, seconds=time.monotonic() - begin)
-            if row.tokens_per_second_per_rank is not None and layout.world_size == 1 and changed.zero.offload_optimizer == "none":
-                references.setdefault(shape.micro_batch_size, row.tokens_per_second_per_rank)
-            yield row
+            row = _row(changed, layout, shape, found, references, device_type=host.device_type)
+            yield replace(row, seconds=time.monotonic() - begin)
 
 
-def planned_device_bytes(config: RunConfig, *, world_size: int, device_type: str) -> int | None:
-    """Memory of a rank's device by the planner; None for a pipeline, whose stages it does not know."""
-    topology = run_topology(config.parallel, world_size=world_size)
-    if topology.pipeline_parallel_size > 1:
-        return None
-    shape = batch_shape(config.train, config.parallel, data_parallel_size=topology.data_parallel_size)
-    num_parameters = count_parameters(shapes_only(config))
-    return plan_run_memory(
-        config, num_parameters=num_parameters, micro_batch_size=shape.micro_batch_size, device_type=device_type, topology=topology
-    ).total_bytes
+def torchrun(program: Path) -> Callable[[int], list[str]]:
+    """The words by which torchrun starts so many ranks of a program on this host."""
+    # Without an address the ranks would meet under the name of the host, which not every host can look up.
+    options = ["--standalone", "--local-addr=127.0.0.1"]
+    return lambda num_ranks: [sys.executable, "-m", "torch.distributed.run", *options, f"--nproc_per_node={num_ranks}", str(program)]
 
 
-def planned_host_bytes(config: RunConfig, *, world_size: int) -> int:
-    """What offloading keeps in the memory of the host, over all ranks: everything the optimizer updates, divided from stage 1 on."""
-    if config.zero.offload_optimizer == "none":
-        return 0
-    topology = run_topology(config.parallel, world_size=world_size)
-    shards = 1 if config.zero.stage == 0 else (config.zero.shard_size or topology.data_parallel_size)
-    return count_parameters(shapes_only(config)) * FP32_BYTES_PER_OFFLOADED_PARAMETER * topology.data_parallel_size // shards
+def planned_bytes(config: RunConfig, *, world_size: int, device_type: str) -> tuple[int, int]:
+    """By the planner: the device memory of the fullest rank, and what all ranks offload to the memory of the host."""
+    stages = plan_stages(config, world_size=world_size, device_type=device_type)
+    on_host = sum(stage.memory.host_bytes for stage in stages) * (world_size // len(stages))
+    return fullest(stages).memory.total_bytes, on_host
 
 
 def first_error(log: str) -> str:
@@ -185,16 +176,18 @@ def _check_devices(layout: Layout, host: Host) -> None:
 
 
 def _row(
-    config: RunConfig, layout: Layout, shape: BatchShape, found: Ranks | str, references: dict[int, float], *, device_type: str, seconds: float
+    config: RunConfig, layout: Layout, shape: BatchShape, found: Ranks | str, references: dict[int, float], *, device_type: str
 ) -> LayoutSpeed:
+    """What was found beside what was planned; a single rank becomes the reference of its microbatch size, if it is the first."""
     ceiling = throughput_ceiling(config, num_microbatches=shape.num_microbatches)
-    planned = planned_device_bytes(config, world_size=layout.world_size, device_type=device_type)
-    on_host = planned_host_bytes(config, world_size=layout.world_size)
-    known = {"ceiling": ceiling, "planned_bytes": planned, "planned_host_bytes": on_host, "seconds": seconds}
+    on_device, on_host = planned_bytes(config, world_size=layout.world_size, device_type=device_type)
+    known = {"ceiling": ceiling, "planned_bytes": on_device, "planned_host_bytes": on_host}
     if isinstance(found, str):
         return LayoutSpeed(layout, shape, None, found, **known)
     speed = shape.global_batch_size * config.model.sequence_length / found.step_seconds
     per_rank = speed / layout.world_size
+    if layout.world_size == 1 and config.zero.offload_optimizer == "none":
+        references.setdefault(shape.micro_batch_size, per_rank)
     reference = references.get(shape.micro_batch_size)
     relative = None if reference is None else per_rank / reference
     return LayoutSpeed(layout, shape, found, None, speed, per_rank, relative, **known)
@@ -206,9 +199,8 @@ def _measure(config: RunConfig, layout: Layout, *, num_steps: int, host: Host, d
     with storage_errors(directory):
         directory.mkdir(parents=True)
     write_json(directory / "config.json", config_to_mapping(timed))
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={layout.world_size}", str(host.rank_program)]
     options = {"config": directory / "config.json", "directory": directory, "iterations": num_steps, "device": host.device_type}
-    command += [word for name, value in options.items() for word in (f"--{name}", str(value))]
+    command = [*host.command(layout.world_size), *(word for name, value in options.items() for word in (f"--{name}", str(value)))]
     log = directory / "log.txt"
     with storage_errors(log), log.open("wb") as file:
         # In a session of its own: Ctrl-C reaches this process alone, which then ends the ranks.
@@ -251,7 +243,7 @@ def _together(ranks: Sequence[RankFigures]) -> Ranks:
         data_wait_ratio=max(rank.data_wait_ratio for rank in ranks),
         build_seconds=max(rank.build_seconds for rank in ranks),
         warmup_seconds=max(rank.warmup_seconds for rank in ranks),
-        peak_memory_bytes=max(rank.peak_memory_bytes for rank in ranks),
+        peak_memory_bytes=None if first.peak_memory_bytes is None else max(rank.peak_memory_bytes for rank in ranks),
         peak_resident_bytes=max(rank.peak_resident_bytes for rank in ranks),
         host_bytes=first.host_bytes,
         facts=first.facts,

@@ -9,8 +9,8 @@ from phase8.train.benchmark_parallel import LayoutSpeed
 
 NOTHING = "-"
 LAYOUTS_HEADER = (
-    f"{'layout':24} {'ranks':>5} {'batch':>6} {'micro':>8} {'tok/s':>10} {'per rank':>10} {'relative':>9} {'ceiling':>8} {'step':>9} "
-    f"{'peak memory':>12} {'planned':>10} {'build':>8} {'in all':>8}"
+    f"{'layout':24} {'ranks':>5} {'batch':>6} {'micro':>8} {'tok/s':>10} {'per rank':>10} {'relative':>9} {'ceiling':>8} {'of it':>7} "
+    f"{'step':>9} {'peak memory':>12} {'planned':>10} {'in all':>10}"
 )
 
 
@@ -20,11 +20,12 @@ def layout_line(row: LayoutSpeed) -> str:
     if shape is None or found is None:
         return f"{row.layout.name:24} {row.layout.world_size:5} {row.reason}"
     micro = f"{shape.micro_batch_size} x {shape.num_microbatches}"
+    of_ceiling = None if row.relative is None or row.ceiling is None else row.relative / row.ceiling
     return (
         f"{row.layout.name:24} {row.layout.world_size:5} {shape.global_batch_size:6} {micro:>8} {row.tokens_per_second:10,.0f} "
-        f"{row.tokens_per_second_per_rank:10,.0f} {_share(row.relative):>9} {_share(row.ceiling):>8} {format_seconds(found.step_seconds):>9} "
-        f"{format_bytes(found.peak_memory_bytes):>12} {_bytes(row.planned_bytes):>10} {format_seconds(found.build_seconds):>8} "
-        f"{format_seconds(row.seconds):>8}"
+        f"{row.tokens_per_second_per_rank:10,.0f} {_share(row.relative):>9} {_share(row.ceiling):>8} {_share(of_ceiling):>7} "
+        f"{format_seconds(found.step_seconds):>9} {_bytes(found.peak_memory_bytes):>12} {format_bytes(row.planned_bytes):>10} "
+        f"{format_seconds(row.seconds):>10}"
     )
 
 

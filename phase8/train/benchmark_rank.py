@@ -38,7 +38,7 @@ class RankFigures:
         data_wait_ratio: Share of it spent waiting for data.
         build_seconds: Until the model had its first weights and everything else was ready.
         warmup_seconds: Duration of the steps before the measured ones.
-        peak_memory_bytes: Of the device; on a CPU of the process.
+        peak_memory_bytes: Of the device while it trained; None: a CPU.
         peak_resident_bytes: Largest resident set of the process. Whether page-locked memory is in it is up to the driver.
         host_bytes: Memory of the host in use after the steps, less that before the model was built; None: not known here.
         facts: What the banner of the run said.
@@ -51,7 +51,7 @@ class RankFigures:
     data_wait_ratio: float
     build_seconds: float
     warmup_seconds: float
-    peak_memory_bytes: int
+    peak_memory_bytes: int | None
     peak_resident_bytes: int
     host_bytes: int | None
     facts: dict[str, str]
@@ -92,7 +92,7 @@ def measure_rank(
         data_wait_ratio=statistics.median(step.data_wait_seconds / duration for step, duration in zip(steps, seconds, strict=True)),
         build_seconds=build_seconds,
         warmup_seconds=sum(clock.durations[:WARMUP_STEPS]),
-        peak_memory_bytes=peak_memory_bytes(device),
+        peak_memory_bytes=peak_memory_bytes(device) if device.type == "cuda" else None,
         peak_resident_bytes=peak_memory_bytes(torch.device("cpu")),
         host_bytes=None if used_before is None or used_after is None else used_after - used_before,
         facts=dict(run.facts),

@@ -8,8 +8,9 @@ from phase8.config.batch import BatchShape
 from phase8.config.pipeline import pipeline_of
 from phase8.config.schema import RunConfig
 from phase8.kernels.backends import MAX_HEAD_SIZE, apex_hint, attention_backend, kernel_backend
-from phase8.plan.dry_run import plan_run_memory
+from phase8.plan.dry_run import plan_stages
 from phase8.plan.facts import Fact, batch_fact, memory_fact, model_facts
+from phase8.plan.rank_memory import fullest
 from phase8.precision.policy import compute_dtype
 from phase8.topology import Topology
 from phase8.train.device import device_name
@@ -30,15 +31,7 @@ def run_facts(config: RunConfig, *, device: torch.device, shape: BatchShape, num
         ("steps", f"{config.train.num_steps:,}, {config.optim.schedule} schedule, {config.optim.warmup_steps} warmup"),
         ("recomputation", config.train.recompute + every),
         ("torch.compile", f"{compiled.mode}{', fullgraph' if compiled.fullgraph else ''}" if compiled.enabled else "off"),
-        memory_fact(
-            plan_run_memory(
-                config,
-                num_parameters=num_parameters,
-                micro_batch_size=shape.micro_batch_size,
-                device_type=device.type,
-                topology=topology,
-            )
-        ),
+        memory_fact(fullest(plan_stages(config, world_size=topology.world_size, device_type=device.type)).memory),
     ]
 
 

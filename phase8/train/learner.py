@@ -12,7 +12,7 @@ from phase8.config.schema import RunConfig
 from phase8.distributed.mesh import Mesh
 from phase8.distributed.placement import collected
 from phase8.model.model import LanguageModel, build_model
-from phase8.model.parameters import decayed_parameter_names, initialise
+from phase8.model.parameters import decayed_parameter_names, initialise, materialise
 from phase8.optim.adamw import build_optimizer
 from phase8.optim.shards import Shards
 from phase8.plan.stages import chunk_layers
@@ -61,23 +61,27 @@ def build_learner(config: RunConfig, *, mesh: Mesh, device: torch.device, dtype:
         device: Where the model computes.
         dtype: Of the residual stream.
     """
-    pipeline = pipeline_of(config.parallel)
-    chunks = [
-        _build_chunk(config, layers, mesh=mesh, device=device, dtype=dtype) for layers in chunk_layers(config.model, pipeline, mesh.pp.index)
-    ]
+    chunks = build_chunks(config, mesh=mesh, device=device, dtype=dtype)
     decayed_names = set().union(*(decayed_parameter_names(chunk) for chunk in chunks))
+    stage = Stage(chunks, pipeline_of(config.parallel), mesh, zero=config.zero, device=device)
+    # Parameters that are in host memory themselves have their parts there already.
+    offload = config.zero.offload_optimizer == "cpu" and config.zero.offload_params == "none"
+    shards = Shards(stage.module, tensor_axis=mesh.tp, other_axes=(mesh.shard, mesh.pp), offload=offload, copies=stage.copies)
+    optimizer = build_optimizer(shards.parts, config.optim, decayed_names=decayed_names)
+    return Learner(stage, shards, optimizer)
+
+
+def build_chunks(config: RunConfig, *, mesh: Mesh, device: torch.device, dtype: torch.dtype) -> list[LanguageModel]:
+    """The chunks of this rank's stage with their first weights, divided over the ranks; arguments as above (`meta`: shapes only)."""
+    layers_of_chunks = chunk_layers(config.model, pipeline_of(config.parallel), mesh.pp.index)
+    chunks = [_build_chunk(config, layers, mesh=mesh, device=device, dtype=dtype) for layers in layers_of_chunks]
     for chunk in chunks:
         for block in chunk.blocks.values():
             shard_block(block, config.zero, mesh)
         shard_model(chunk, config.zero, mesh)
         if isinstance(chunk, FSDPModule):
             register_fsdp_forward_method(chunk, "loss_sum")
-    stage = Stage(chunks, pipeline, mesh, zero=config.zero, device=device)
-    # Parameters that are in host memory themselves have their parts there already.
-    offload = config.zero.offload_optimizer == "cpu" and config.zero.offload_params == "none"
-    shards = Shards(stage.module, tensor_axis=mesh.tp, other_axes=(mesh.shard, mesh.pp), offload=offload, copies=stage.copies)
-    optimizer = build_optimizer(shards.parts, config.optim, decayed_names=decayed_names)
-    return Learner(stage, shards, optimizer)
+    return chunks
 
 
 def _build_chunk(config: RunConfig, layers: range, *, mesh: Mesh, device: torch.device, dtype: torch.dtype) -> LanguageModel:
@@ -91,7 +95,10 @@ def _build_chunk(config: RunConfig, layers: range, *, mesh: Mesh, device: torch.
         axis=mesh.tp,
         layers=layers,
     )
-    initialise(chunk, seed=config.train.seed, axis=mesh.tp)
+    if device.type == "meta":
+        materialise(chunk, device=device, axis=mesh.tp)
+    else:
+        initialise(chunk, seed=config.train.seed, axis=mesh.tp)
     return chunk
 
 

@@ -7,7 +7,8 @@
 | 2 | as in 1 | sharded: summed after every microbatch | sharded |
 | 3 | sharded, gathered for each use | sharded | sharded |
 
-Stage 0 is a shard group of one rank: nothing is divided, gradients are summed over the replicas. Gradients are sums, not means: losses
+Stage 0 is a shard group of one rank: nothing is divided, gradients are summed over the replicas; FSDP computes with a copy of the parameters
+even so. Gradients are sums, not means: losses
 are divided by the global number of targets.
 """
 

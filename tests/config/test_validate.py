@@ -222,5 +222,6 @@ def test_a_topology_that_does_not_fit_is_reported_with_everything_else(tmp_path)
 @pytest.mark.parametrize("path", SHIPPED, ids=[path.stem for path in SHIPPED])
 def test_every_shipped_config_is_valid_and_named_after_its_file(path):
     config = load_config(path)
-    validate(config, world_size=config.parallel.tensor_parallel_size)
+    parallel = config.parallel
+    validate(config, world_size=parallel.tensor_parallel_size * parallel.pipeline_parallel_size * (config.zero.shard_size or 1))
     assert config.run.name == path.stem

@@ -68,3 +68,11 @@ def test_recomputation_keeps_less():
     traced = trace_activations(ModelSection(**SHAPE), dtype=torch.float32, micro_batch_size=2, packed=False, device_type="cpu")
     assert traced.block > 2 * traced.block_without_mixer > 2 * traced.block_input
     assert traced.block_input == 2 * 128 * 64 * 4
+
+
+def test_tensor_parallel_ranks_divide_all_but_the_gradient_of_the_final_hidden_states():
+    case = {"dtype": torch.float32, "micro_batch_size": 2, "packed": False, "device_type": "cpu"}
+    whole, part = (trace_activations(ModelSection(**SHAPE), **case, num_tensor_ranks=ranks) for ranks in (1, 4))
+    assert (part.block, part.block_without_mixer, part.block_input) == (whole.block // 4, whole.block_without_mixer // 4, whole.block_input // 4)
+    hidden, head = 2 * 128 * 64 * 4, 256 * 64 * 4
+    assert part.head == (whole.head - hidden - head) // 4 + hidden + head // 4

@@ -11,7 +11,8 @@ from phase8.config.schema import RunConfig
 from phase8.errors import ConfigError
 from phase8.model.model import build_model
 from phase8.model.parameters import initialise
-from phase8.plan.dry_run import count_parameters, dry_run, plan_run_memory, shapes_only
+from phase8.plan.dry_run import count_parameters, dry_run, plan_run_communication, plan_stages, shapes_only
+from phase8.plan.facts import communication_fact, memory_facts
 
 SHIPPED = sorted((Path(__file__).parents[2] / "configs").glob("*.yaml"))
 SMALL = """
@@ -108,18 +109,63 @@ def test_a_model_that_cannot_be_built_hides_nothing_else(small, override, beginn
 @pytest.mark.parametrize("path", SHIPPED, ids=[path.stem for path in SHIPPED])
 def test_every_shipped_config_dry_runs(path):
     config = load_config(path)
-    facts, problems = facts_and_problems(config, world_size=config.parallel.tensor_parallel_size)
-    assert problems == [] and len(facts) == 7
+    num_stages = config.parallel.pipeline_parallel_size
+    world_size = config.parallel.tensor_parallel_size * num_stages * (config.zero.shard_size or 1)
+    facts, problems = facts_and_problems(config, world_size=world_size)
+    assert problems == [] and len(facts) == 7 + (world_size > 1) + (num_stages if num_stages > 1 else 0)
+
+
+def test_communication_of_several_ranks(small):
+    facts, problems = facts_and_problems(small("zero.stage=2", "train.micro_batch_size=3"), world_size=8)
+    assert problems == []
+    table, grid = plan_run_communication(small("zero.stage=2", "train.micro_batch_size=3"), world_size=8, rank=0)
+    # Blocks and the rest once; sums of four groups; four scalars.
+    assert facts["communication per step and rank"] == communication_fact(table, grid)[1]
+    assert facts["communication per step and rank"].startswith("shard 12 collectives of ")
+    assert sum(each.count for each in table) == (3 + 1) + 4 + 4
+
+
+def test_communication_of_the_stage_that_sends_most(small):
+    """The last one has head and loss, and the most layers only if they are even."""
+    config = small("parallel.pipeline_parallel_size=2", "parallel.tensor_parallel_size=2", "model.vocab_size=640")
+    facts, _ = facts_and_problems(config, world_size=4)
+    tables = [plan_run_communication(config, world_size=4, rank=rank) for rank in range(4)]
+    sent = [sum(each.sent_bytes(2) for each in table) for table, _ in tables]
+    most = max(0, 2, key=lambda rank: sent[rank])
+    assert sent[0] != sent[2]
+    name, fact = communication_fact(*tables[most])
+    assert name == f"communication per step and rank (stage {most // 2})" and facts[name] == fact
+    assert re.search(r"pp 3 collectives and \d+ messages of ", fact) and "; tp " in fact
+
+
+def test_every_place_of_a_rank_reaches_its_plan(small):
+    config = small(
+        "parallel.tensor_parallel_size=2", "zero.stage=1", "zero.shard_size=2", "model.tie_embeddings=true", "parallel.pipeline_parallel_size=2",
+        "precision.dtype=fp32", "train.recompute=selective",
+    )  # fmt: skip
+    grids = [plan_run_communication(config, world_size=16, rank=rank)[1] for rank in range(16)]
+    assert {(grid.pipeline, grid.replicate, grid.shard, grid.tensor) for grid in grids} == {(2, 2, 2, 2)}
+    places = [(grid.stage, grid.shard_index, grid.tensor_index) for grid in grids]
+    assert places == [(stage, shard, tensor) for stage in range(2) for _ in range(2) for shard in range(2) for tensor in range(2)]
+
+
+def test_communication_is_planned_for_configs_that_can_run_only(small):
+    with pytest.raises(ConfigError, match=r"does not divide model\.num_heads"):
+        plan_run_communication(small("parallel.tensor_parallel_size=3"), world_size=3, rank=0)
+    facts, problems = facts_and_problems(small("data.tokenizer=some.model", "train.micro_batch_size=3"), world_size=2)
+    assert "communication per step and rank" in facts and len(problems) == 1
 
 
 def test_memory_follows_the_config(small):
-    def plan(*overrides, micro_batch_size=2):
-        return plan_run_memory(small(*overrides), num_parameters=100, micro_batch_size=micro_batch_size, device_type="cpu")
+    def plan(*overrides):
+        (stage,) = plan_stages(small(*overrides), world_size=1, device_type="cpu")
+        return stage.memory
 
     base = plan("precision.dtype=fp32")
-    assert (base.weights_bytes, base.gradients_bytes, base.optimizer_bytes) == (400, 400, 800)
+    size = count_parameters(shapes_only(small()))
+    assert (base.weights_bytes, base.gradients_bytes, base.optimizer_bytes) == (4 * size, 4 * size, 8 * size)
     activations = {
-        "larger batch": plan("precision.dtype=fp32", micro_batch_size=4),
+        "larger batch": plan("precision.dtype=fp32", "train.micro_batch_size=4"),
         "packed": plan("precision.dtype=fp32", "data.reset_at_document_boundaries=true"),
         "base": base,
         "selective": plan("precision.dtype=fp32", "train.recompute=selective"),
@@ -132,12 +178,18 @@ def test_memory_follows_the_config(small):
     assert activations["full"].activations_bytes < every_second.activations_bytes < base.activations_bytes
 
 
-def test_planned_activations_of_full_recomputation(small):
-    """Three block inputs and, while one block is recomputed, the rest of what it keeps."""
-    config = small("precision.dtype=fp32", "train.recompute=full")
-    without = plan_run_memory(small("precision.dtype=fp32"), num_parameters=0, micro_batch_size=2, device_type="cpu").activations_bytes
-    twice = small("precision.dtype=fp32", "model.num_layers=6")
-    block = (plan_run_memory(twice, num_parameters=0, micro_batch_size=2, device_type="cpu").activations_bytes - without) // 3
-    block_input = 2 * 48 * 32 * 4
-    found = plan_run_memory(config, num_parameters=0, micro_batch_size=2, device_type="cpu").activations_bytes
-    assert found == 3 * block_input + (block - block_input)
+def test_stages_of_a_pipeline_are_listed(small):
+    settings = ("parallel.pipeline_parallel_size=2", "model.vocab_size=640", "train.micro_batch_size=3")
+    facts, problems = facts_and_problems(small(*settings), world_size=4)
+    stages = plan_stages(small(*settings), world_size=4, device_type="cuda")
+    assert problems == []
+    assert [(name, fact) for name, fact in memory_facts(stages) if facts[name] != fact] == []
+    assert re.fullmatch(r"layers 0-\d, [\d.]+k parameters of a rank, [\d.]+ [KM]iB", facts["stage 0"])
+    totals = [stage.memory.total_bytes for stage in stages]
+    assert f"planned memory per rank (stage {totals.index(max(totals))})" in facts and totals[0] != totals[1]
+
+
+def test_memory_needs_a_model_and_ranks_that_fit(small):
+    facts, problems = facts_and_problems(small("parallel.pipeline_parallel_size=4", "train.micro_batch_size=1"), world_size=4)
+    assert not [name for name in facts if name.startswith(("planned memory", "stage"))]
+    assert len(problems) == 1 and problems[0].startswith("model.num_layers 3 is below parallel.pipeline_parallel_size 4")

@@ -1,39 +1,92 @@
 import pytest
 
-from phase8.plan.memory import Division, MemoryPlan, peak_activation_bytes, plan_memory
+from phase8.pipeline_parallel.schedules import build_schedule
+from phase8.plan.memory import ChunkActivations, Division, Held, MemoryPlan, peak_activation_bytes, plan_memory
+
+# Two blocks of 100 and 60 numbers and 50 in no block, a quarter of which each rank keeps.
+BLOCKS = [Held((60, 40), (15, 10)), Held((60,), (15,))]
+RESTS = [Held((30, 20), (8, 5)), Held((), ())]
+WHOLE, PART, REST = 210, 53, 50
+
+
+def plan(division, blocks=BLOCKS, rests=RESTS):
+    return plan_memory(blocks, rests, activations_bytes=77, division=division)
 
 
 def test_weights_gradients_and_both_moments_are_fp32():
-    plan = plan_memory(num_parameters=1000, num_layers=10, activations_bytes=77, division=Division())
-    assert plan == MemoryPlan(weights_bytes=4000, gradients_bytes=4000, optimizer_bytes=8000, activations_bytes=77)
-    assert plan.total_bytes == 16077
-
-
-# 1000 parameters in ten layers over 2 x 4 ranks: 2000 bytes a tensor-parallel rank, 500 a shard, 400 two layers.
-@pytest.mark.parametrize(
-    ("division", "weights", "gradients", "optimizer"),
-    [
-        (Division(2), 2000, 2000, 4000),
-        (Division(2, 4, 1), 500 + 2000, 2000, 1000),
-        (Division(2, 4, 2), 500 + 2000, 500 + 200, 1000),
-        (Division(2, 4, 3), 500 + 400, 500 + 200, 1000),
-        (Division(2, 4, 3, offload_optimizer=True), 500 + 400, 500 + 200, 0),
-        (Division(2, 4, 3, offload_optimizer=True, offload_params=True), 400, 200, 0),
-    ],
-)
-def test_ranks_divide_what_the_stage_says(division, weights, gradients, optimizer):
-    plan = plan_memory(num_parameters=1000, num_layers=10, activations_bytes=77, division=division)
-    assert plan == MemoryPlan(weights_bytes=weights, gradients_bytes=gradients, optimizer_bytes=optimizer, activations_bytes=39)
+    undivided = [Held(each.whole, each.whole) for each in (*BLOCKS, *RESTS)]
+    found = plan(Division(), undivided[:2], undivided[2:])
+    assert found == MemoryPlan(weights_bytes=840, gradients_bytes=840, optimizer_bytes=1680, activations_bytes=77, host_bytes=0)
+    assert found.total_bytes == 840 + 840 + 1680 + 77
 
 
 @pytest.mark.parametrize(
-    ("num_recomputed", "head", "expected"),
+    ("stage", "accumulates", "weights", "gradients"),
     [
-        (0, 7, 5 * 100 + 7),
-        (5, 7, 5 * 10 + 90),  # the block that is recomputed in backward outweighs the head
-        (5, 200, 5 * 10 + 200),
-        (3, 7, 2 * 100 + 3 * 10 + 90),
+        (1, True, PART + WHOLE, WHOLE + 100),  # whole until the last microbatch, and the copy of a block that is summed
+        (1, False, PART + WHOLE, PART + REST + 2 * 100),
+        (2, True, PART + WHOLE, PART + REST + 2 * 100),
+        (3, True, PART + REST + 160, PART + REST + 2 * 100),
+        (3, False, PART + REST + 160, PART + REST + 2 * 100),
     ],
 )
-def test_peak_is_what_all_blocks_keep_and_the_larger_of_head_and_recomputed_block(num_recomputed, head, expected):
-    assert peak_activation_bytes(num_layers=5, num_recomputed=num_recomputed, block=100, recomputed_block=10, head=head) == expected
+def test_ranks_divide_what_the_stage_says(stage, accumulates, weights, gradients):
+    found = plan(Division(is_divided=True, zero_stage=stage, accumulates=accumulates))
+    assert found == MemoryPlan(4 * weights, 4 * gradients, optimizer_bytes=8 * PART, activations_bytes=77)
+
+
+def test_stage_0_computes_with_a_copy():
+    undivided = [Held(each.whole, each.whole) for each in (*BLOCKS, *RESTS)]
+    found = plan(Division(is_divided=True), undivided[:2], undivided[2:])
+    assert found == MemoryPlan(2 * 840, 840 + 400, 1680, 77)
+
+
+def test_an_embedding_larger_than_the_blocks_is_what_is_on_its_way():
+    rests = [Held((500,), (125,))]
+    assert plan(Division(is_divided=True, zero_stage=1), rests=rests).gradients_bytes == 4 * (160 + 500 + 500)
+    assert plan(Division(is_divided=True, zero_stage=2), rests=rests).gradients_bytes == 4 * (40 + 125 + 500 + 500)
+
+
+def test_three_blocks_of_stage_3_are_gathered_two_at_a_time():
+    blocks = [Held((100,), (25,)), Held((60,), (15,)), Held((80,), (20,))]
+    assert plan(Division(is_divided=True, zero_stage=3), blocks).weights_bytes == 4 * (60 + 13 + 50 + 180)
+
+
+def test_what_is_offloaded_lies_on_the_host():
+    """Parameters, gradients and two moments: 16 bytes a parameter; page-locked memory comes in powers of two."""
+    optimizer = plan(Division(is_divided=True, zero_stage=2, offload_optimizer=True, pins_memory=True))
+    assert (optimizer.weights_bytes, optimizer.optimizer_bytes, optimizer.host_bytes) == (4 * (PART + WHOLE), 0, 16 * PART)
+    both = Division(is_divided=True, zero_stage=3, offload_optimizer=True, offload_params=True)
+    assert plan(both) == MemoryPlan(4 * (REST + 160), 4 * (REST + 200), 0, 77, host_bytes=16 * PART)
+    pinned = plan(Division(is_divided=True, zero_stage=3, offload_optimizer=True, offload_params=True, pins_memory=True))
+    assert pinned.host_bytes == 2 * (64 + 64 + 64 + 32 + 32) + 8 * PART  # of 60, 40, 60, 32 and 20 bytes
+
+
+ONE = build_schedule("1f1b", num_stages=1, num_microbatches=3).actions[0]
+
+
+@pytest.mark.parametrize(
+    ("chunk", "expected"),
+    [
+        (ChunkActivations(500, head=7), 507),
+        (ChunkActivations(50, head=7, repeated=90), 140),  # the block that is recomputed in backward outweighs the head
+        (ChunkActivations(50, head=200, repeated=90), 250),
+    ],
+)
+def test_peak_is_what_all_blocks_keep_and_the_larger_of_head_and_recomputed_block(chunk, expected):
+    assert peak_activation_bytes(ONE, [chunk]) == expected
+
+
+def test_stages_hold_as_many_microbatches_as_their_schedule_says():
+    chunk = ChunkActivations(100, head=10, repeated=30)
+    gpipe = build_schedule("gpipe", num_stages=2, num_microbatches=5)
+    assert peak_activation_bytes(gpipe.actions[1], [chunk]) == 5 * 110 - 10 + 30
+    early = build_schedule("1f1b", num_stages=4, num_microbatches=8)
+    assert [peak_activation_bytes(actions, [ChunkActivations(100)]) for actions in early.actions] == [400, 300, 200, 100]
+
+
+def test_chunks_of_a_stage_weigh_differently():
+    """Stage 0 of two holds five: microbatches 0, 1 in both chunks and 2 in the first."""
+    actions = build_schedule("interleaved", num_stages=2, num_microbatches=4, num_chunks=2).actions[0]
+    assert peak_activation_bytes(actions, [ChunkActivations(1), ChunkActivations(100)]) == 2 * 100 + 3
+    assert peak_activation_bytes(actions, [ChunkActivations(100), ChunkActivations(1)]) >= 3 * 100 + 2

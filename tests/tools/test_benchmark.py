@@ -9,9 +9,11 @@ import pytest
 import torch
 
 from phase8.kernels import backends
-from phase8.train import benchmark, benchmark_ladder
+from phase8.train import benchmark, benchmark_ladder, benchmark_parallel
+from phase8.train.benchmark_parallel import LayoutSpeed
 
 DOOR = Path(__file__).parents[2] / "tools" / "benchmark.py"
+QUICKSTART = Path(__file__).parents[2] / "configs" / "quickstart.yaml"
 SHAPE = {"d-model": 32, "n-layers": 1, "n-seq": 16, "batch-size": 2, "low-rank-rank": 4, "vocab-size": 128, "iterations": 1}
 SPEED = ["speed", "--no-use-compile", *(word for name, value in SHAPE.items() for word in (f"--{name}", value))]
 SMALL = ["--set", "model.num_layers=1", "model.sequence_length=8", "train.micro_batch_size=4"]
@@ -153,6 +155,29 @@ def test_quickstart_prints_every_figure(door):
     assert result["block"] == "transformer" and result["num_steps"] == 1 and result["sequence_length"] == 24
 
 
+def test_layouts_as_a_table_and_as_json(door, tiny, tmp_path, monkeypatch):
+    asked = {}
+
+    def measure_layouts(config, layouts, **options):
+        asked.update(options, sequence_length=config.model.sequence_length, names=[layout.name for layout in layouts])
+        assert options["logs"].is_dir() or options["logs"] == tmp_path / "logs"
+        for layout in layouts:
+            yield LayoutSpeed(layout, None, None, "not today")
+
+    monkeypatch.setattr(benchmark_parallel, "measure_layouts", measure_layouts)
+    code, output, table = door("parallel", "--config", tiny, "--json", "--layouts", "one", "pp2-1f1b", "--set", "model.sequence_length=48")
+    host = asked["host"]
+    assert (code, asked["names"], asked["sequence_length"], asked["sequences_per_rank"], asked["num_steps"]) == (0, ["one", "pp2-1f1b"], 48, 8, 8)
+    assert (host.device_type, host.num_devices, host.timeout_seconds) == ("cpu", None, 240.0)
+    assert Path(host.command(2)[-1]).is_file() and "--nproc_per_node=2" in host.command(2)
+    assert "T 48" in table and [line.split()[0] for line in table.splitlines() if "not today" in line] == ["one", "pp2-1f1b"]
+    result = json.loads(output)
+    assert [row["layout"]["world_size"] for row in result["layouts"]] == [1, 2] and result["config"]["model"]["sequence_length"] == 48
+    door("parallel", "--config", tiny, "--logs", tmp_path / "logs", "--sequences-per-rank", 2, "--timeout", 7, "--iterations", 3)
+    assert (asked["logs"], asked["sequences_per_rank"], asked["num_steps"], asked["host"].timeout_seconds) == (tmp_path / "logs", 2, 3, 7.0)
+    assert asked["names"][0] == "one" and {"tp2", "dp2-zero3", "pp2-interleaved"} <= set(asked["names"])
+
+
 @pytest.mark.parametrize(
     ("words", "text"),
     [
@@ -166,6 +191,10 @@ def test_quickstart_prints_every_figure(door):
         (["model", "--config", "absent.yaml"], "absent.yaml does not exist"),
         (["scaling", "--sequence-lengths", 8, 0], "--sequence-lengths is 0"),
         (["scaling", "--tokens-per-step", 0], "--tokens-per-step is 0"),
+        (["parallel", "--config", "absent.yaml"], "absent.yaml does not exist"),
+        (["parallel", "--config", QUICKSTART, "--layouts", "one", "tp2-warp9"], "layout 'tp2-warp9' has the part 'warp9'"),
+        (["parallel", "--config", QUICKSTART, "--sequences-per-rank", 0], "--sequences-per-rank is 0"),
+        (["parallel", "--config", QUICKSTART, "--timeout", 0], "--timeout is 0"),
     ],
 )
 def test_2_for_what_cannot_be_measured_in_one_sentence(door, monkeypatch, words, text):
@@ -190,11 +219,12 @@ def test_130_when_interrupted(door, monkeypatch):
     assert (code, output, errors) == (130, "", "interrupted\n")
 
 
-@pytest.mark.parametrize("command", ["quickstart", "speed", "model", "scaling"])
+@pytest.mark.parametrize("command", ["quickstart", "speed", "model", "scaling", "parallel"])
 def test_every_command_explains_its_options(door, capfd, command):
     with pytest.raises(SystemExit) as exit_of_parser:
         door(command, "--help")
     shown = capfd.readouterr().out
     assert exit_of_parser.value.code == 0
     options = {"speed": ["--n-seq", "--no-use-compile", "--use-flash-attn2"], "model": ["--profile"], "scaling": ["--tokens-per-step"]}
+    options["parallel"] = ["--layouts", "--sequences-per-rank", "--timeout", "--logs"]
     assert all(option in shown for option in ["--iterations", "--set", "--device", "--json", *options.get(command, [])])

@@ -8,7 +8,7 @@ from small import perturbed_model, random_tokens, scaled_down
 from tiny_run import losses, tiny_config
 
 from phase8.config.schema import ModelSection
-from phase8.plan.dry_run import count_parameters, plan_run_memory
+from phase8.plan.dry_run import plan_stages
 from phase8.train.build import build_run
 from phase8.train.loop import train
 
@@ -103,6 +103,7 @@ def test_planned_memory_is_close_to_the_measured_peak(tiny, block, recompute):
         "train.evaluate_every_n_steps=0",
     )  # fmt: skip
     run = train_on_gpu(tiny, *settings)
-    plan = plan_run_memory(run.config, num_parameters=count_parameters(run.learner.model), micro_batch_size=8, device_type="cuda")
+    (stage,) = plan_stages(run.config, world_size=1, device_type="cuda")
+    plan = stage.memory
     print(f"{block} {recompute}: planned {plan.total_bytes}, measured {torch.cuda.max_memory_allocated()}")
     assert plan.total_bytes == pytest.approx(torch.cuda.max_memory_allocated(), rel=0.2)

@@ -25,7 +25,7 @@ from phase8.observe.formatting import format_bytes
 
 ROOT = Path(__file__).resolve().parents[2]
 WARMUP_RUNS = 5
-HEAD_START_CYCLES = 1_000_000  # of an idle GPU, so that everything is enqueued before its first kernel starts
+HEAD_START_CYCLES = 10_000_000  # of an idle GPU, so that everything is enqueued before its first kernel starts: some 5 ms
 FLUSH_BYTES = 256 * 1024**2  # more than any L2 cache
 COPY_BYTES = 2 * 1024**3
 MATMUL_SIZE = 8192

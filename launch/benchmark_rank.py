@@ -1,0 +1,66 @@
+"""One rank of `tools/benchmark.py parallel`, which has torchrun start it; it leaves its figures in a file.
+
+Exit codes as in launch/pretrain.py.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from dataclasses import asdict
+from pathlib import Path
+
+from phase8.config.load import load_config
+from phase8.errors import Phase8Error, describe_error
+
+
+def main() -> int:
+    """Runs the command line and returns the exit code."""
+    arguments = _parser().parse_args()
+    try:
+        _measure(arguments)
+    except Phase8Error as error:
+        print(describe_error(error), file=sys.stderr)
+        return error.exit_code
+    return 0
+
+
+def _measure(arguments: argparse.Namespace) -> None:
+    config = load_config(arguments.config)
+    # Imported late, as in launch/pretrain.py.
+    from phase8.data.staging import write_json
+    from phase8.distributed.bootstrap import world_from_environment
+    from phase8.distributed.watch import Limits, running
+    from phase8.train.benchmark_rank import measure_rank
+    from phase8.train.device import select_device
+
+    os.environ.setdefault("TORCH_FR_BUFFER_SIZE", "2000")
+    world = world_from_environment(os.environ)
+    directory: Path = arguments.directory
+    (directory / f"{world.rank}.pid").write_text(str(os.getpid()))
+    device = select_device(arguments.device, local_rank=world.local_rank)
+    limits = Limits(timeout_seconds=config.parallel.timeout_seconds)
+    with running(world, device_type=device.type, limits=limits, hang_directory=directory / "hang") as watch:
+        figures = measure_rank(
+            config,
+            world=world,
+            device=device,
+            num_steps=arguments.iterations,
+            directory=directory,
+            report=lambda step, doing: watch.report(step=step, doing=doing),
+        )
+        write_json(directory / f"{world.rank}.json", asdict(figures))
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--config", required=True, metavar="FILE", help="what to train, the layout included")
+    parser.add_argument("--directory", required=True, type=Path, metavar="DIR", help="where all ranks write")
+    parser.add_argument("--iterations", required=True, type=int, metavar="N", help="measured steps")
+    parser.add_argument("--device", choices=("cpu", "cuda"), required=True)
+    return parser
+
+
+if __name__ == "__main__":
+    sys.exit(main())

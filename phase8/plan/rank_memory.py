@@ -1,0 +1,174 @@
+"""The planned memory of each pipeline stage: of its first rank, which has the largest part where parts differ."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+
+from phase8.config.batch import BatchShape
+from phase8.config.pipeline import Pipeline
+from phase8.config.schema import ModelSection, TrainSection, ZeroSection
+from phase8.pipeline_parallel.schedules import Action, build_schedule
+from phase8.plan.activations import ActivationBytes, trace_activations
+from phase8.plan.chunks import chunk_parameters
+from phase8.plan.communication import Chunk, Parameter, messages_of_stage
+from phase8.plan.memory import ChunkActivations, Division, Held, MemoryPlan, peak_activation_bytes, plan_memory
+from phase8.plan.stages import chunk_layers
+from phase8.topology import Topology
+from phase8.zero.fsdp import shard_size
+
+# Of each message between stages: the one at work, and the next that comes or the last that has not left.
+_COPIES_OF_MESSAGE = 2
+
+
+@dataclass(frozen=True)
+class StageMemory:
+    """A pipeline stage and its first rank.
+
+    Args:
+        stage: Which.
+        layers: Of each of its chunks.
+        num_parameters: Of the model, that this rank keeps between steps.
+        memory: Of this rank.
+    """
+
+    stage: int
+    layers: tuple[range, ...]
+    num_parameters: int
+    memory: MemoryPlan
+
+
+@dataclass(frozen=True)
+class Workload:
+    """What is trained on which ranks.
+
+    Args:
+        model: Shapes.
+        train: What is recomputed.
+        zero: How data-parallel ranks divide the model.
+        pipeline: Its numbers.
+        topology: The ranks.
+        shape: The batch.
+        dtype: Of the residual stream.
+        packed: Document boundaries are reset.
+        device_type: `cuda`, or `cpu`, where operators keep more for backward.
+    """
+
+    model: ModelSection
+    train: TrainSection
+    zero: ZeroSection
+    pipeline: Pipeline
+    topology: Topology
+    shape: BatchShape
+    dtype: torch.dtype
+    packed: bool
+    device_type: str
+
+
+def plan_each_stage(work: Workload) -> tuple[StageMemory, ...]:
+    """The stages in order.
+
+    Raises:
+        ConfigError: There are too few layers, or the microbatches do not suit the schedule.
+    """
+    name, P, V = work.pipeline
+    schedule = build_schedule(name, num_stages=P, num_microbatches=work.shape.num_microbatches, num_chunks=V)
+    traced, division = _trace_windows(work), _division(work)
+    stages = []
+    for stage in range(P):
+        chunks = [chunk_parameters(work.model, layers) for layers in chunk_layers(work.model, work.pipeline, stage)]
+        blocks = [_held(block, work) for chunk in chunks for block in chunk.blocks]
+        rests = [_held(chunk.rest, work) for chunk in chunks]
+        activations_bytes = _activations(work, chunks, traced, actions=schedule.actions[stage], stage=stage)
+        stages.append(
+            StageMemory(
+                stage=stage,
+                layers=tuple(chunk.layers for chunk in chunks),
+                num_parameters=sum(sum(each.part) for each in (*blocks, *rests)),
+                memory=plan_memory(blocks, rests, activations_bytes=activations_bytes, division=division),
+            )
+        )
+    return tuple(stages)
+
+
+def fullest(stages: Sequence[StageMemory]) -> StageMemory:
+    """The stage whose rank needs most memory on its device."""
+    return max(stages, key=lambda each: each.memory.total_bytes)
+
+
+def _division(work: Workload) -> Division:
+    zero = work.zero
+    return Division(
+        is_divided=work.topology.data_parallel_size > 1 or zero.offload_params != "none",
+        zero_stage=zero.stage,
+        accumulates=work.shape.num_microbatches > 1,
+        offload_optimizer=zero.offload_optimizer != "none",
+        offload_params=zero.offload_params != "none",
+        pins_memory=work.device_type == "cuda",
+    )
+
+
+def _held(parameters: Sequence[Parameter], work: Workload) -> Held:
+    num_tensor_ranks = work.topology.tensor_parallel_size
+    num_shards = shard_size(work.zero, data_parallel_size=work.topology.data_parallel_size)
+    whole = tuple(_numbers(parameter, num_tensor_ranks, 1) for parameter in parameters)
+    return Held(whole, tuple(_numbers(parameter, num_tensor_ranks, num_shards) for parameter in parameters))
+
+
+def _numbers(parameter: Parameter, num_tensor_ranks: int, num_shards: int) -> int:
+    """What the first rank has: tensor parallelism divides the dim that the parameter says, then data-parallel ranks the first."""
+    shape = list(parameter.shape)
+    if parameter.shard_dim is not None:
+        shape[parameter.shard_dim] = -(-shape[parameter.shard_dim] // num_tensor_ranks)
+    return -(-shape[0] // num_shards) * math.prod(shape[1:])
+
+
+def _trace_windows(work: Workload) -> dict[int, ActivationBytes]:
+    """Activations of a layer by its window: plain torch keeps the scores of the window, kernels do not."""
+    return {
+        window: trace_activations(
+            work.model.model_copy(update={"local_window_size": window}),
+            dtype=work.dtype,
+            micro_batch_size=work.shape.micro_batch_size,
+            packed=work.packed,
+            device_type=work.device_type,
+            num_tensor_ranks=work.topology.tensor_parallel_size,
+        )
+        for window in set(work.model.window_sizes)
+    }
+
+
+def _activations(work: Workload, chunks: Sequence[Chunk], traced: Mapping[int, ActivationBytes], *, actions: Sequence[Action], stage: int) -> int:
+    """The most that a stage holds, messages included.
+
+    Args:
+        work: What is recomputed.
+        chunks: Of the stage.
+        traced: By window.
+        actions: Of the stage.
+        stage: Which it is.
+    """
+    message_bytes = next(iter(traced.values())).block_input
+    sides = sum(number > 0 for number in messages_of_stage(num_stages=work.pipeline.num_stages, num_chunks=len(chunks), stage=stage))
+    # Behind its chunks activations leave and gradients come, before them the reverse.
+    messages = 2 * sides * _COPIES_OF_MESSAGE * message_bytes
+    return peak_activation_bytes(actions, [_chunk_activations(work, chunk, traced) for chunk in chunks]) + messages
+
+
+def _chunk_activations(work: Workload, chunk: Chunk, traced: Mapping[int, ActivationBytes]) -> ChunkActivations:
+    train, model = work.train, work.model
+    recomputed = range(0, model.num_layers, train.recompute_every_n_layers) if train.recompute != "none" else range(0)
+    kept, repeated = 0, 0
+    for layer in chunk.layers:
+        found = traced[model.window_sizes[layer]]
+        rest = found.block_input if train.recompute == "full" else found.block_without_mixer
+        kept += rest if layer in recomputed else found.block
+        repeated = max(repeated, found.block - rest if layer in recomputed else 0)
+    any_layer = traced[model.window_sizes[0]]
+    if chunk.layers.stop == model.num_layers:
+        return ChunkActivations(kept, any_layer.head, repeated)
+    # The residual stream that leaves the chunk is where backward begins, so it stays, too.
+    return ChunkActivations(kept + any_layer.block_input, repeated=repeated)

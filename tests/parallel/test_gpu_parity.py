@@ -1,0 +1,175 @@
+"""On GPUs over NCCL the numbers are those of one process on one GPU: with fp32 weights in bf16, as in training, and in float32.
+
+Everything is compared with one process that runs the same kernels in the same dtype. In float32, without tf32, only the order of sums
+differs, and a wrong collective cannot hide. In bf16 what ranks add up was rounded before: the two runs may differ by as much as rounding
+itself costs one process, which is measured beside them (bf16 against float32, and two microbatch sizes).
+"""
+
+import functools
+import math
+from typing import NamedTuple
+
+import pytest
+import torch
+from pool import GLOO, NCCL, RankError
+from test_parity import BLOCKS, INTERLEAVED, OFFLOADED, ranks
+from training import train_steps
+
+NUM_STEPS = 3
+# Heads of 64, sequences of several tiles of the kernels, a vocabulary that does not divide, layers for two stages of two chunks.
+MODEL = (
+    "model.d_model=128", "model.num_layers=4", "model.num_heads=4", "model.head_size=64", "model.vocab_size=509", "model.sequence_length=256",
+    "model.ffn_size=256", "model.local_window_size=[32,96]", "train.global_batch_size=8", "train.seed=3", "precision.tf32=false",
+    # An epsilon of the size of the gradients: without it AdamW makes a full step of every gradient that is nothing but rounding.
+    "optim.learning_rate=1e-3", "optim.eps=1e-3", "optim.gradient_clip_norm=1.0", "train.micro_batch_size=2",
+)  # fmt: skip
+DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
+CASES = {
+    "tp2": ("default", ranks(tp=2)),
+    "tp2 whole": ("whole", ranks(tp=2)),
+    "dp2": ("default", ranks(dp=2)),
+    "dp2 zero 2": ("default", ranks(dp=2, stage=2)),
+    "dp2 zero 3": ("default", ranks(dp=2, stage=3)),
+    "dp2 zero 3 offloaded": ("default", ranks(dp=2, more=OFFLOADED)),
+    "pp2 1f1b": ("default", ranks(pp=2)),
+    "pp2 interleaved": ("default", ranks(pp=2, more=INTERLEAVED)),
+    "tp4": ("default", ranks(tp=4)),
+    "tp2 dp2": ("default", ranks(tp=2, dp=2)),
+    "tp2 pp2": ("default", ranks(tp=2, pp=2)),
+    "dp4 zero 3 in pairs": ("default", ranks(dp=4, stage=3, more=("zero.shard_size=2",))),
+}
+MISTAKES = {"never_synchronised": "dp2 zero 3", "same_data_everywhere": "dp2", "no_reduction_in_scatter": "tp2"}
+
+
+class Difference(NamedTuple):
+    """Of two runs, relative.
+
+    Args:
+        steps: Largest of a loss or a gradient norm.
+        way: Of the way that all weights together went from the initial ones.
+        weight: The same of the weight that differs most.
+        where: Its name.
+    """
+
+    steps: float
+    way: float
+    weight: float
+    where: str
+
+    def within(self, tolerance):
+        """Every part is below the one of the tolerance; no number is not."""
+        return all(found < allowed for found, allowed in zip(self[:3], tolerance, strict=True))
+
+
+# (steps, way, weight). On an H200, in bf16: one process against itself in float32 (8e-3, 0.09, 0.85: a scalar of a head is the worst weight), with
+# another microbatch (7e-3, 0.03, 0.08); in float32 with another microbatch (3e-7, 6e-6, 6e-5).
+TOLERANCE = {"bf16": (2e-2, 0.15, 1.2), "fp32": (1e-4, 1e-4, 1e-3)}
+
+
+def train_on(device_type, dtype, settings, num_steps=NUM_STEPS, world_size=1, mutation=None):
+    """A job: losses and gradient norms, and the final weights."""
+    settings = (*settings, f"precision.dtype={dtype}")
+    return train_steps(settings, num_steps, world_size, mutation, device_type=device_type, dtype=DTYPES[dtype], model=MODEL)
+
+
+@functools.cache
+def one_process(device_type, dtype, block, settings=(), num_steps=NUM_STEPS):
+    return train_on(device_type, dtype, (*BLOCKS[block], *settings), num_steps)
+
+
+def difference(found, expected, initial):
+    (steps, weights), (expected_steps, expected_weights), (_, initial_weights) = found, expected, initial
+    assert weights.keys() == expected_weights.keys() and len(steps) == len(expected_steps)
+    of_steps = [abs(ours / theirs - 1) for pair in zip(steps, expected_steps, strict=True) for ours, theirs in zip(*pair, strict=True)]
+    errors = {name: (weights[name] - value).norm().item() for name, value in expected_weights.items()}
+    ways = {name: (value - initial_weights[name]).norm().item() for name, value in expected_weights.items()}
+    assert all(ways.values())  # every weight is trained
+    weight, where = max((_finite(errors[name] / way), name) for name, way in ways.items())
+    return Difference(max(map(_finite, of_steps)), _finite(math.hypot(*errors.values()) / math.hypot(*ways.values())), weight, where)
+
+
+def _finite(value):
+    """Infinity for what is not a number, which no comparison notices."""
+    return math.inf if math.isnan(value) else value
+
+
+def difference_to_one_process(pool, device_type, dtype, case, mutation=None):
+    block, (world_size, settings) = case
+    arguments = (device_type, dtype, (*BLOCKS[block], *settings), NUM_STEPS, world_size, mutation)
+    found = pool.run(train_on, *arguments, world_size=world_size, backend=NCCL if device_type == "cuda" else GLOO, timeout_seconds=240)
+    assert mutation or all(steps == found[0][0] for steps, _ in found)  # every rank reports the same
+    return difference(found[0], one_process(device_type, dtype, block), one_process(device_type, dtype, block, (), 0))
+
+
+def require_gpus(number):
+    if torch.cuda.device_count() < number:
+        pytest.skip(f"needs {number} GPUs, and this host has {torch.cuda.device_count()}")
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_equals_one_gpu(pool, dtype, name):
+    require_gpus(CASES[name][1][0])
+    found = difference_to_one_process(pool, "cuda", dtype, CASES[name])
+    print(f"{name}, {dtype}: {found}")
+    assert found.within(TOLERANCE[dtype]), found
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("mutation", MISTAKES)
+def test_bf16_does_not_hide_a_mistake(pool, mutation):
+    require_gpus(2)
+    assert not survives(pool, "cuda", mutation)
+
+
+def survives(pool, device_type, mutation):
+    """Whether parity in bf16 lets a mistake pass; an error is noticed, too."""
+    try:
+        found = difference_to_one_process(pool, device_type, "bf16", CASES[MISTAKES[mutation]], mutation)
+    except (RuntimeError, RankError):
+        return False
+    print(f"{mutation}: {found}")
+    return found.within(TOLERANCE["bf16"])
+
+
+@pytest.mark.parametrize(
+    ("device_type", "block"),
+    [("cpu", "default"), *(pytest.param("cuda", block, marks=pytest.mark.gpu) for block in ("default", "whole"))],
+)
+def test_the_tolerance_is_what_rounding_costs_one_process(device_type, block):
+    """What no mistake made is within it: the rounding of bf16 as a whole, and the order of sums over other microbatches."""
+    initial = one_process(device_type, "bf16", block, (), 0)
+    exact, rounded = (one_process(device_type, dtype, block) for dtype in ("fp32", "bf16"))
+    other_sums = {dtype: one_process(device_type, dtype, block, ("train.micro_batch_size=1",)) for dtype in DTYPES}
+    costs = {
+        "bf16 against fp32": ("bf16", difference(rounded, exact, initial)),
+        "bf16, another microbatch": ("bf16", difference(other_sums["bf16"], rounded, initial)),
+        "fp32, another microbatch": ("fp32", difference(other_sums["fp32"], exact, initial)),
+    }
+    for what, (dtype, found) in costs.items():
+        print(f"{block}, {device_type}, {what}: {found}")
+        assert found.within(TOLERANCE[dtype]), what
+
+
+def test_a_number_that_is_none_is_within_nothing():
+    run = ([(1.0, 2.0)], {"a": torch.ones(2), "b": torch.tensor([3.0])})
+    start = ([], {"a": torch.zeros(2), "b": torch.zeros(1)})
+    assert difference(run, run, start)[:3] == (0, 0, 0)
+    other = ([(1.0, 2.2)], {"a": torch.ones(2), "b": torch.tensor([3.3])})
+    found = difference(other, run, start)
+    assert found[:3] == pytest.approx((0.1, 0.3 / 11**0.5, 0.1)) and found.where == "b" and found.within((0.2, 0.1, 0.2))
+    assert not any(found.within(tolerance) for tolerance in ((0.05, 1, 1), (1, 0.05, 1), (1, 1, 0.05)))
+    lost = ([(math.nan, 2.0)], {"a": torch.tensor([1.0, math.nan]), "b": torch.tensor([3.0])})
+    assert difference(lost, run, start) == (math.inf, math.inf, math.inf, "a")
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_two_ranks_on_the_cpu_are_within_it(pool, dtype):
+    """This comparison itself, where there is no GPU."""
+    found = difference_to_one_process(pool, "cpu", dtype, CASES["tp2"])
+    assert found.within(TOLERANCE[dtype]), found
+
+
+def test_a_mistake_on_the_cpu_is_not(pool):
+    assert not survives(pool, "cpu", "never_synchronised")

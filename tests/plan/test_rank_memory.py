@@ -1,0 +1,117 @@
+"""The plan of each stage from a config; that ranks really hold so much is tested in tests/parallel/test_rank_memory.py."""
+
+import os
+
+import pytest
+import torch
+
+from phase8.config.load import load_config
+from phase8.plan.activations import trace_activations
+from phase8.plan.dry_run import count_parameters, plan_stages, shapes_only
+from phase8.plan.rank_memory import fullest
+
+SMALL = (
+    "model.d_model=32", "model.num_layers=4", "model.num_heads=4", "model.vocab_size=66", "model.sequence_length=48", "model.ffn_size=64",
+    "model.local_window_size=[8,16]", "train.global_batch_size=8", "train.micro_batch_size=1", "precision.dtype=fp32",
+)  # fmt: skip
+PP2 = "parallel.pipeline_parallel_size=2"
+INTERLEAVED = (PP2, "parallel.pipeline_schedule=interleaved", "parallel.pipeline_chunks=2")
+
+
+def config_of(*settings):
+    return load_config(os.devnull, [*SMALL, *settings])
+
+
+def stages_of(*settings, world_size=1):
+    return plan_stages(config_of(*settings), world_size=world_size, device_type="cpu")
+
+
+def traced(window, **changes):
+    section = config_of().model.model_copy(update={"local_window_size": window})
+    arguments = {"dtype": torch.float32, "micro_batch_size": 1, "packed": False, "device_type": "cpu"}
+    return trace_activations(section, **{**arguments, **changes})
+
+
+def test_one_process_holds_the_model():
+    (stage,) = stages_of()
+    assert (stage.stage, stage.layers) == (0, (range(4),))
+    assert stage.num_parameters == count_parameters(shapes_only(config_of()))
+    assert (stage.memory.weights_bytes, stage.memory.optimizer_bytes) == (4 * stage.num_parameters, 8 * stage.num_parameters)
+
+
+def test_layers_keep_what_their_windows_ask_for():
+    """Layers 0 and 2 have windows of 8, layers 1 and 3 of 16."""
+    small, large = traced(8), traced(16)
+    assert small.block < large.block
+    (stage,) = stages_of()
+    assert stage.memory.activations_bytes == 2 * small.block + 2 * large.block + small.head
+    (full,) = stages_of("train.recompute=full", "train.recompute_every_n_layers=3")  # layers 0 and 3
+    repeated = large.block - large.block_input
+    assert full.memory.activations_bytes == 2 * small.block_input + large.block + small.block + max(repeated, small.head)
+
+
+def test_stages_hold_their_layers_and_the_ends_of_the_model():
+    first, last = stages_of(PP2, world_size=2)
+    assert (first.layers, last.layers) == ((range(2),), (range(2, 4),))
+    embedding = 66 * 32
+    assert first.num_parameters + last.num_parameters == count_parameters(shapes_only(config_of()))
+    assert first.num_parameters - last.num_parameters == -32  # embedding and head are alike; the last one has the norm
+    tied_first, tied_last = stages_of(PP2, "model.tie_embeddings=true", world_size=2)
+    assert (tied_first.num_parameters, tied_last.num_parameters) == (first.num_parameters, last.num_parameters)
+    whole = count_parameters(shapes_only(config_of("model.tie_embeddings=true")))
+    assert tied_first.num_parameters + tied_last.num_parameters == whole + embedding
+
+
+def test_the_first_stage_holds_two_microbatches_and_messages():
+    first, last = stages_of(PP2, world_size=2)
+    small, large = traced(8), traced(16)
+    layers, stream = small.block + large.block, small.block_input
+    assert first.memory.activations_bytes == 2 * (layers + stream) + 4 * stream
+    assert last.memory.activations_bytes == layers + small.head + 4 * stream
+    assert fullest((first, last)) is first
+    gpipe = stages_of(PP2, "parallel.pipeline_schedule=gpipe", world_size=2)
+    assert gpipe[1].memory.activations_bytes == 8 * (layers + small.head) + 4 * stream
+    assert fullest(gpipe) is gpipe[1]
+
+
+def test_interleaved_stages_hold_chunks():
+    first, last = stages_of(*INTERLEAVED, world_size=2)
+    assert (first.layers, last.layers) == ((range(1), range(2, 3)), (range(1, 2), range(3, 4)))
+    small, large = traced(8), traced(16)
+    stream = small.block_input
+    # Both ends of the first stage's chunks but one lead to another stage; five of its chunks are held.
+    assert first.memory.activations_bytes == 5 * (small.block + stream) + 8 * stream
+    # Three of the last stage, with the loss of one microbatch.
+    assert last.memory.activations_bytes == 2 * (large.block + stream) + large.block + large.head + 8 * stream
+
+
+@pytest.mark.parametrize("setting", ["model.low_rank_rank=0", "model.low_rank_rank=4"])
+def test_tensor_parallel_ranks_divide_what_can_be_divided(setting):
+    (whole,), (half,) = stages_of(setting), stages_of(setting, "parallel.tensor_parallel_size=2", world_size=2)
+    low_rank = "=4" in setting
+    # Norms and the scalars of the global path, and of low-rank pairs the matrices beside the bottleneck.
+    of_a_layer = 2 * 32 + 2 * 4 * 32 + (4 * 4 * 32 if low_rank else 0)
+    replicated = 4 * of_a_layer + 32
+    assert half.num_parameters == (whole.num_parameters + replicated) // 2
+
+
+def test_data_ranks_divide_parameters_as_zero_says():
+    size = count_parameters(shapes_only(config_of()))  # dims that the ranks do not divide are rounded up
+    for stage, shard in (("0", None), ("1", 4), ("3", 4)):
+        (found,) = stages_of(f"zero.stage={stage}", world_size=4)
+        assert found.num_parameters == size if shard is None else size / 4 <= found.num_parameters < size / 4 + 400
+    (pairs,) = stages_of("zero.stage=1", "zero.shard_size=2", world_size=4)
+    assert size / 2 <= pairs.num_parameters < size / 2 + 400
+
+
+def test_offloading_reaches_the_plan():
+    (kept,) = stages_of("zero.stage=3", world_size=2)
+    offloads = ("zero.stage=3", "zero.offload_optimizer=cpu", "zero.offload_params=cpu")
+    (offloaded,) = stages_of(*offloads, world_size=2)
+    assert offloaded.num_parameters == kept.num_parameters and offloaded.memory.optimizer_bytes == 0
+    assert kept.memory.weights_bytes - offloaded.memory.weights_bytes == 4 * kept.num_parameters
+    assert (kept.memory.host_bytes, offloaded.memory.host_bytes) == (0, 16 * kept.num_parameters)
+    (alone,) = stages_of(*offloads)  # FSDP holds the parameters of one process, too
+    assert alone.memory.weights_bytes < 4 * alone.num_parameters
+    (pinned,) = plan_stages(config_of(*offloads), world_size=1, device_type="cuda")
+    assert pinned.memory.host_bytes > alone.memory.host_bytes == 16 * alone.num_parameters
