@@ -12,7 +12,7 @@ import math
 import os
 import stat
 import zlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -68,13 +68,15 @@ class StoredTensor:
     num_bytes: int
 
 
-def write_tensor_file(path: Path, tensors: Mapping[str, Tensor]) -> WrittenFile:
+def write_tensor_file(path: Path, tensors: Mapping[str, Tensor], *, read: Callable[[str], Tensor] | None = None) -> WrittenFile:
     """Writes a new safetensors file and waits until it is on the disk.
 
     Args:
         path: Must not exist.
         tensors: On any device and with any strides; copied to the host one at a time. Stored widest dtype first, so that
             readers that map the file find every tensor aligned.
+        read: Gives the tensor of a name when its turn has come, of the dtype and shape in `tensors`, which may then be on the meta device:
+            only one is in memory at a time. None: those of `tensors` themselves.
 
     Raises:
         OSError: As the operating system says.
@@ -85,7 +87,9 @@ def write_tensor_file(path: Path, tensors: Mapping[str, Tensor]) -> WrittenFile:
     with open(path, "xb") as file:
         file.write(header)
         for name in names:
-            checksums[name] = _write_bytes(file, byte_view(tensors[name].detach().cpu().resolve_conj().resolve_neg().contiguous()))
+            tensor = tensors[name] if read is None else read(name)
+            checksums[name] = _write_bytes(file, byte_view(tensor.detach().cpu().resolve_conj().resolve_neg().contiguous()))
+            del tensor  # before the next one is read
         file.flush()
         os.fsync(file.fileno())
         return WrittenFile(file.tell(), checksum_of(header), checksums)

@@ -11,9 +11,6 @@ from contextlib import nullcontext
 import torch
 from torch import Tensor
 
-from phase8.checkpoint.retention import apply_retention
-from phase8.checkpoint.save import save_checkpoint
-from phase8.checkpoint.state import flat_state
 from phase8.data.loader import build_loader, evaluation_microbatches, microbatch_sample_numbers
 from phase8.distributed.collectives import broadcast_text
 from phase8.errors import DivergenceError, Phase8Error, StorageError
@@ -28,8 +25,9 @@ from phase8.train.anomaly import count_skipped
 from phase8.train.build import Run
 from phase8.train.learner import whole_model
 from phase8.train.microbatch import Microbatch, split_sample
-from phase8.train.resume import check_stop, checkpoint_metadata
+from phase8.train.resume import check_stop
 from phase8.train.sample import write_sample
+from phase8.train.saver import Saver
 from phase8.train.signals import StopRequest
 from phase8.train.step import StepResult, evaluate, train_step
 
@@ -106,7 +104,10 @@ def _train_until(run: Run, stop_step: int, report: Callable[[int, str], None]) -
             if trainer.is_alone and not isinstance(error, DivergenceError):
                 trainer.save(must_succeed=False)
             raise
-        trainer.save(must_succeed=True)
+        else:
+            trainer.save(must_succeed=True)
+        finally:
+            trainer.saver.close()
     return stop.received
 
 
@@ -123,8 +124,8 @@ class Trainer:
     def __init__(self, run: Run, metrics: MetricsWriter | None, progress: Progress, report: Callable[[int, str], None]):
         self.run, self.metrics, self.progress, self.report = run, metrics, progress, report
         self.flops_per_token = training_flops_per_token(run.config.model)
-        self.saved_step = run.saved_step
         self.metrics_failed = False
+        self.saver = Saver(run, record=self._record, say=progress.message)
         self.num_ranks = run.learner.mesh.topology.world_size
         self.num_own_evaluations = 0
         self.evaluation_samples = self._evaluation_samples()
@@ -145,6 +146,7 @@ class Trainer:
         asked_to_stop = stop.received is not None and self.is_alone
         while position.step < stop_step and not asked_to_stop:
             result = self._take_step(microbatches, stop=stop.received is not None)
+            self.saver.hear()
             is_last = position.step == stop_step
             # Several ranks stop after the same step: that in which all have learnt of the signal.
             asked_to_stop = stop.received is not None if self.is_alone else result.stop
@@ -166,41 +168,9 @@ class Trainer:
         self.progress.evaluation(step, loss)
 
     def save(self, *, must_succeed: bool) -> None:
-        """Writes a checkpoint of the current step and applies the retention policy.
-
-        Args:
-            must_succeed: Raise when the disk refuses; otherwise say so and train on, the older checkpoints stay.
-        """
-        run, config, position = self.run, self.run.config, self.run.position
-        if self.saved_step == position.step:
-            return
-        self.report(position.step, "saving a checkpoint")
-        try:
-            saved = save_checkpoint(
-                run.directory.checkpoints,
-                step=position.step,
-                tensors=flat_state(run.learner.stage.module, run.learner.optimizer, run.learner.shards.parts),
-                metadata=checkpoint_metadata(config, position, fingerprint=run.data.fingerprint, device=run.device),
-                attachments={} if run.tokenizer_file is None else {run.tokenizer_file.name: run.tokenizer_file},
-                group=run.host_group,
-            )
-        except StorageError as error:  # raised on every rank
-            if must_succeed:
-                raise
-            self._report_failure("checkpoint failed", error)
-            return
-        self.saved_step = position.step
-        if not run.is_main:
-            return
-        try:
-            apply_retention(
-                run.directory.checkpoints,
-                keep_last=config.checkpoint.keep_last,
-                keep_every_n_steps=config.checkpoint.keep_every_n_steps,
-                known_good=saved,
-            )
-        except StorageError as error:
-            self._report_failure("retention failed", error)
+        """Saves the current step; arguments and errors as in `Saver.save`."""
+        self.report(self.run.position.step, "saving a checkpoint")
+        self.saver.save(must_succeed=must_succeed)
 
     def _take_step(self, microbatches: Iterator[Microbatch], *, stop: bool) -> StepResult:
         run, config, position = self.run, self.run.config, self.run.position
@@ -259,12 +229,6 @@ class Trainer:
             if not self.metrics_failed:
                 self.progress.message(f"step {self.run.position.step}: metrics are lost, training goes on: {error}")
             self.metrics_failed = True
-
-    def _report_failure(self, event: str, error: StorageError) -> None:
-        """Says that something could not be stored; training goes on, and the older checkpoints stay."""
-        step = self.run.position.step
-        self.progress.message(f"step {step}: {event}, training goes on: {error}")
-        self._record(lambda metrics: metrics.log_event(step, event.replace(" ", "_"), reason=str(error)))
 
     def _microbatches(self) -> Iterator[Microbatch]:
         numbers = microbatch_sample_numbers(

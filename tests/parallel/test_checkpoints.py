@@ -7,9 +7,11 @@ import shutil
 import pytest
 import safetensors.torch
 import torch
+import torch.distributed as dist
 from test_parity import BLOCKS, INTERLEAVED, OFFLOADED, ranks
 from training import MODEL, new_learner, take_step
 
+from phase8.checkpoint.background import BackgroundSaver
 from phase8.checkpoint.load import open_checkpoint
 from phase8.checkpoint.save import save_checkpoint
 from phase8.checkpoint.state import flat_state, restore_state
@@ -127,6 +129,30 @@ def test_every_element_is_written_once_and_by_several_ranks(pool, tmp_path):
     part = entry.slices[-1]
     found = safetensors.torch.load_file(path / part.file)[part.key]
     assert part.key.endswith("@" + ",".join(map(str, part.offsets))) and list(found.shape) == part.shape
+
+
+def save_aside(settings, world_size, root):
+    """Saves step 2 on a thread of each rank while the ranks train on; what there was when it began."""
+    config, learner = start(settings, world_size)
+    group, background = dist.new_group(backend="gloo"), BackgroundSaver(torch.device("cpu"))
+    for step in range(2):
+        take_step(learner, config, step)
+    expected = {name: tensor.clone() for name, tensor in collected(state_of(learner), learner.mesh).items()}
+    background.start(state_of(learner), lambda copies: save_checkpoint(root, step=2, tensors=copies, metadata={}, attachments={}, group=group))
+    for step in range(2, 4):
+        take_step(learner, config, step)
+    background.finished(wait=True)
+    background.close()
+    return expected
+
+
+@pytest.mark.parametrize("name", ["dp4 zero 3 in pairs", "pp2 interleaved", "dp2 zero 3 offloaded"])
+def test_ranks_save_aside_while_they_train(pool, tmp_path, name):
+    world_size, settings = TOPOLOGIES[name]
+    expected, *_ = pool.run(save_aside, settings, world_size, tmp_path, world_size=world_size)
+    checkpoint = open_checkpoint(tmp_path / "step-0000000002")
+    assert set(checkpoint.tensor_names) == expected.keys()
+    assert all(torch.equal(checkpoint.read(name), tensor) for name, tensor in expected.items())
 
 
 def load_damaged(settings, world_size, path):

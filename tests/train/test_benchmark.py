@@ -14,7 +14,7 @@ from phase8.data.loader import SequenceDataset
 from phase8.errors import ConfigError, DivergenceError
 from phase8.observe.metrics import MetricsWriter
 from phase8.tensor_parallel.linear import joint_linear
-from phase8.train import benchmark, loop
+from phase8.train import benchmark, loop, saver
 from phase8.train.benchmark import WARMUP_STEPS, measure_alone, measure_throughput, with_settings
 from phase8.train.step import StepResult
 
@@ -40,8 +40,8 @@ def test_figures_are_medians_of_the_measured_steps(tiny, clocks, monkeypatch):
         tiny, "train.evaluate_every_n_steps=1", "checkpoint.every_n_steps=1", "train.stop_at_step=2", "observe.peak_flops=1e9",
         "observe.report=true", "observe.tensorboard=true", "optim.schedule=wsd", "optim.decay_steps=2",
     )  # fmt: skip
-    for name in ("save_checkpoint", "evaluate", "write_report"):
-        monkeypatch.setattr(loop, name, lambda *_, **__: pytest.fail("interrupted"))
+    for module, name in ((saver, "save_checkpoint"), (loop, "evaluate"), (loop, "write_report")):
+        monkeypatch.setattr(module, name, lambda *_, **__: pytest.fail("interrupted"))
     found = measure_throughput(config, device=CPU, num_steps=5)
     (clock,) = clocks
     assert [step.step for step in clock.steps] == list(range(1, WARMUP_STEPS + 6))

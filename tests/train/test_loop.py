@@ -12,7 +12,7 @@ from tiny_run import losses, prepare, records, train_tiny, write_documents
 
 from phase8.checkpoint.load import list_checkpoints, open_checkpoint
 from phase8.errors import DataError, DivergenceError, StorageError
-from phase8.train import loop
+from phase8.train import loop, saver
 from phase8.train.loop import train
 
 ROOT = Path(__file__).parents[2]
@@ -87,13 +87,13 @@ def full_disk(*_, **__):
 
 def test_a_full_disk_does_not_stop_training_and_loses_nothing(tiny, monkeypatch):
     run = prepare(tiny)
-    saves, original = [], loop.save_checkpoint
+    saves, original = [], saver.save_checkpoint
 
     def save(root, *, step, **rest):
         saves.append(step)
         return full_disk() if step in (10, 15) else original(root, step=step, **rest)
 
-    monkeypatch.setattr(loop, "save_checkpoint", save)
+    monkeypatch.setattr(saver, "save_checkpoint", save)
     train(run, resume_command="")
     assert saves == [5, 10, 15, 20]
     assert [path.name[-2:] for path in list_checkpoints(run.directory.checkpoints)] == ["20", "05"]
@@ -103,7 +103,7 @@ def test_a_full_disk_does_not_stop_training_and_loses_nothing(tiny, monkeypatch)
 
 def test_a_full_disk_at_the_last_save_is_an_error(tiny, monkeypatch):
     run = prepare(tiny)
-    monkeypatch.setattr(loop, "save_checkpoint", full_disk)
+    monkeypatch.setattr(saver, "save_checkpoint", full_disk)
     with pytest.raises(StorageError):
         train(run, resume_command="")
 

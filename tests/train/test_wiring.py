@@ -27,7 +27,7 @@ from phase8.errors import DataError, DivergenceError, StorageError
 from phase8.model.parameters import decayed_parameter_names
 from phase8.observe.metrics import MetricsWriter
 from phase8.optim.schedule import learning_rate
-from phase8.train import loop
+from phase8.train import loop, saver
 from phase8.train.loop import train
 from phase8.train.signals import StopRequest
 
@@ -314,8 +314,8 @@ def test_metrics_and_checkpoints_on_a_full_disk_do_not_stop_training(tiny, conso
     run = prepare(tiny, console=console)
     for name in ("log_step", "log_evaluation", "log_event"):
         monkeypatch.setattr(MetricsWriter, name, full_disk)
-    original = loop.save_checkpoint
-    monkeypatch.setattr(loop, "save_checkpoint", lambda root, *, step, **rest: (original if step == 20 else full_disk)(root, step=step, **rest))
+    original = saver.save_checkpoint
+    monkeypatch.setattr(saver, "save_checkpoint", lambda root, *, step, **rest: (original if step == 20 else full_disk)(root, step=step, **rest))
     train(run, resume_command="")
     output = console.file.getvalue()
     assert checkpoint_steps(run) == [20] and losses(run) == {}

@@ -1,0 +1,131 @@
+"""Checkpoints written aside while training goes on."""
+
+import threading
+import time
+
+import pytest
+import torch
+from tiny_run import losses, prepare, records, weights
+
+from phase8.checkpoint.background import BackgroundSaver
+from phase8.checkpoint.load import list_checkpoints, open_checkpoint
+from phase8.errors import StorageError
+from phase8.train import saver
+from phase8.train.loop import train
+
+ASIDE = "checkpoint.asynchronous=true"
+EACH = ("checkpoint.every_n_steps=5", "checkpoint.keep_last=10")
+
+
+def saved_tensors(run):
+    checkpoints = [open_checkpoint(path) for path in list_checkpoints(run.directory.checkpoints)]
+    return {checkpoint.step: {name: checkpoint.read(name) for name in checkpoint.tensor_names} for checkpoint in checkpoints}
+
+
+def test_what_is_saved_aside_is_what_was_there_when_it_began(tiny, monkeypatch):
+    plain = prepare(tiny, *EACH, "run.name=plain")
+    train(plain, resume_command="")
+    original, threads = saver.save_checkpoint, []
+
+    def slow(root, **rest):
+        threads.append(threading.current_thread() is threading.main_thread())
+        time.sleep(0.2)  # several steps of this run
+        return original(root, **rest)
+
+    monkeypatch.setattr(saver, "save_checkpoint", slow)
+    aside = prepare(tiny, *EACH, ASIDE, "run.name=aside")
+    train(aside, resume_command="")
+    expected, found = saved_tensors(plain), saved_tensors(aside)
+    assert losses(aside) == losses(plain) and found.keys() == expected.keys() == {5, 10, 15, 20}
+    assert all(torch.equal(found[step][name], tensor) for step, tensors in expected.items() for name, tensor in tensors.items())
+    assert threads == [False, False, False, True]  # the last one is awaited
+
+
+def test_a_run_goes_on_from_what_was_saved_aside(tiny):
+    whole = prepare(tiny, *EACH, "run.name=whole")
+    train(whole, resume_command="")
+    train(prepare(tiny, *EACH, ASIDE, "run.name=cut", "train.stop_at_step=12"), resume_command="")
+    resumed = prepare(tiny, *EACH, ASIDE, "run.name=cut")
+    train(resumed, resume_command="")
+    assert resumed.position.step == 20 and losses(resumed) == losses(whole)
+    assert all(torch.equal(parameter, weights(resumed)[name]) for name, parameter in weights(whole).items())
+
+
+def test_never_two_at_once(tiny, monkeypatch):
+    original, busy, most = saver.save_checkpoint, [], []
+
+    def slow(root, **rest):
+        busy.append(rest["step"])
+        most.append(len(busy))
+        time.sleep(0.3)
+        busy.remove(rest["step"])
+        return original(root, **rest)
+
+    monkeypatch.setattr(saver, "save_checkpoint", slow)
+    run = prepare(tiny, ASIDE, "checkpoint.every_n_steps=1", "train.stop_at_step=4")
+    train(run, resume_command="")
+    assert most == [1] * 4
+    events = [record for record in records(run) if record.get("event") == "checkpoint"]
+    assert [event["checkpoint_step"] for event in events] == [1, 2, 3, 4]
+    assert events[0]["checkpoint_stall_seconds"] < 0.3 < events[-1]["checkpoint_stall_seconds"]  # the first waits for its copy only
+
+
+def test_a_failure_aside_is_reported_and_the_older_ones_stay(tiny, monkeypatch):
+    original = saver.save_checkpoint
+
+    def save(root, *, step, **rest):
+        if step == 10:
+            raise StorageError("no space left on device; free some space")
+        return original(root, step=step, **rest)
+
+    monkeypatch.setattr(saver, "save_checkpoint", save)
+    run = prepare(tiny, *EACH, ASIDE)
+    train(run, resume_command="")
+    assert saved_tensors(run).keys() == {5, 15, 20}
+    (failed,) = [record for record in records(run) if record.get("event") == "checkpoint_failed"]
+    assert 10 <= failed["step"] <= 15 and "no space left" in failed["reason"]
+
+
+def test_a_step_whose_save_failed_aside_is_saved_again_at_the_end(tiny, monkeypatch):
+    original, tried = saver.save_checkpoint, []
+
+    def save(root, *, step, **rest):
+        tried.append(step)
+        if len(tried) == 1:
+            raise StorageError("no space left on device; free some space")
+        return original(root, step=step, **rest)
+
+    monkeypatch.setattr(saver, "save_checkpoint", save)
+    run = prepare(tiny, ASIDE, "train.stop_at_step=3", "checkpoint.every_n_steps=2")
+    train(run, resume_command="")
+    assert tried == [2, 3] and saved_tensors(run).keys() == {3}
+
+
+def test_copies_do_not_follow_their_tensors():
+    background, tensor, seen = BackgroundSaver(torch.device("cpu")), torch.zeros(1000), []
+    release = threading.Event()
+
+    def save(copies):
+        release.wait()
+        seen.append(copies["model.w"].clone())
+
+    background.start({"model.w": tensor}, save)
+    assert background.is_busy and background.finished(wait=False) is None
+    tensor.fill_(1)
+    release.set()
+    background.finished(wait=True)
+    assert not background.is_busy and torch.equal(seen[0], torch.zeros(1000))
+    background.close()
+
+
+def test_what_fails_aside_is_raised_once():
+    background = BackgroundSaver(torch.device("cpu"))
+
+    def save(copies):
+        raise StorageError("no space left on device; free some space")
+
+    background.start({"model.w": torch.zeros(1)}, save)
+    with pytest.raises(StorageError, match="no space"):
+        background.finished(wait=True)
+    assert background.finished(wait=True) is None
+    background.close()
