@@ -108,7 +108,7 @@ def test_5_the_disk_is_full_at_the_last_save(call, monkeypatch):
     def full(*_, **__):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("phase8.checkpoint.save.saving_directory", full)
+    monkeypatch.setattr("phase8.checkpoint.writer.saving_directory", full)
     assert_one_error(call(), 5, "No space left on device")
 
 

@@ -1,0 +1,157 @@
+"""Rewrites a checkpoint for other ranks, or merges its weights into one file.
+
+    python tools/reshard_checkpoint.py SRC DST --tensor-parallel-size 8 --pipeline-parallel-size 4 --shards 16
+    python tools/reshard_checkpoint.py SRC DST --format consolidated --dtype bf16
+
+Any checkpoint loads on any ranks as it is: this makes loading read less, each rank of the layout finding its parts in files of its own. What
+several ranks hold is stored once, with the first of them. The schedule of the checkpoint's config says how many chunks a stage has.
+
+consolidated: DST has model.safetensors (plain names, no optimizer), config.json and the tokenizer.
+
+SRC is never touched. DST is there when everything was written, read back and compared with SRC. After an interruption (or a kill -9) the
+same command goes on: files that were complete are checked and kept, in a hidden directory beside DST.
+
+Exit codes: 0 done; 2 command line, or a layout the model cannot have; 4 damaged or missing SRC, or a DST that cannot be used;
+5 DST cannot be written; 130 interrupted.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from rich.console import Console
+from rich.progress import BarColumn, DownloadColumn, Progress, TaskID, TextColumn, TimeRemainingColumn, TransferSpeedColumn
+
+from phase8.errors import CheckpointError, ConfigError, Phase8Error, describe_error
+
+if TYPE_CHECKING:
+    from phase8.checkpoint.load import Checkpoint
+
+EXIT_INTERRUPTED = 130
+SECONDS_BETWEEN_LINES = 5.0
+LAYOUT = ("tensor_parallel_size", "pipeline_parallel_size", "shards")
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Exit code of the door."""
+    options = _parser().parse_args(arguments)
+    try:
+        _check_options(options)
+        print(_rewrite(options))
+    except Phase8Error as error:
+        print(describe_error(error), file=sys.stderr)
+        return error.exit_code
+    except KeyboardInterrupt:
+        print("interrupted; run the same command again to go on", file=sys.stderr)
+        return EXIT_INTERRUPTED
+    return 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("source", type=Path, metavar="SRC", help="a checkpoint, a checkpoints directory or a run directory (its newest)")
+    parser.add_argument("destination", type=Path, metavar="DST", help="the directory to write; must not exist")
+    parser.add_argument("--format", choices=("phase8", "consolidated", "hf"), default="phase8", help="of DST (default: %(default)s)")
+    parser.add_argument("--dtype", choices=("bf16", "fp32"), help="convert the weights; of --format consolidated only")
+    layout = parser.add_argument_group("the ranks to write for (each 1 by default)")
+    layout.add_argument("--tensor-parallel-size", type=int, metavar="T", help="ranks that divide each layer")
+    layout.add_argument("--pipeline-parallel-size", type=int, metavar="P", help="stages")
+    layout.add_argument("--shards", type=int, metavar="N", help="data-parallel ranks that divide the model among them (zero.stage 1 to 3)")
+    return parser
+
+
+def _check_options(options: argparse.Namespace) -> None:
+    given = {f"--{name.replace('_', '-')}": value for name in LAYOUT if (value := vars(options)[name]) is not None}
+    if options.format == "hf":
+        raise ConfigError("--format hf is not supported yet; use --format consolidated, whose model.safetensors any reader of safetensors opens.")
+    if options.format == "consolidated" and given:
+        raise ConfigError(f"{next(iter(given))} is for --format phase8, but --format is consolidated, which is one file for any ranks; leave it out.")
+    if options.format == "phase8" and options.dtype is not None:
+        raise ConfigError(
+            f"--dtype is {options.dtype}, but --format is phase8, from which training goes on bit for bit; leave it out, or choose consolidated."
+        )
+    for name, value in given.items():
+        if value < 1:
+            raise ConfigError(f"{name} is {value}, but must be at least 1.")
+
+
+def _rewrite(options: argparse.Namespace) -> str:
+    """Does it; a line that says what is there now."""
+    # Imported late: --help and a wrong command line need no torch.
+    import torch
+
+    from phase8.checkpoint.load import find_checkpoint, open_checkpoint
+    from phase8.checkpoint.reshard import consolidate
+
+    source = open_checkpoint(find_checkpoint(options.source))
+    with ProgressDisplay() as display:
+        if options.format == "phase8":
+            copy = _reshard(source, options, display)
+            return f"{copy.path}: step {copy.step}, {len(copy.tensor_names)} tensors in {len(copy.manifest.files)} files, equal to {source.path}"
+        dtype = {None: None, "bf16": torch.bfloat16, "fp32": torch.float32}[options.dtype]
+        path = consolidate(source, options.destination, dtype=dtype, on_progress=display.show)
+    return f"{path}: {path.stat().st_size:,} bytes, the weights of {source.path}"
+
+
+def _reshard(source: Checkpoint, options: argparse.Namespace, display: ProgressDisplay) -> Checkpoint:
+    from phase8.checkpoint.reshard import reshard
+    from phase8.config.load import config_from_mapping
+    from phase8.config.pipeline import pipeline_of
+    from phase8.config.schema import RunConfig
+    from phase8.config.validate import validate
+    from phase8.plan.stage_parameters import stage_parameters
+    from phase8.topology import Topology
+
+    saved = source.metadata.get("config")
+    if not isinstance(saved, dict):
+        raise CheckpointError(f"{source.path} holds no config; give a checkpoint written by launch/pretrain.py.")
+    config = config_from_mapping(saved, source=str(source.path))
+    T, P, N = (vars(options)[name] or 1 for name in LAYOUT)
+    parallel = config.parallel.model_copy(update={"tensor_parallel_size": T, "pipeline_parallel_size": P, "num_microbatches": None})
+    batch = RunConfig().train.model_copy(update={"global_batch_size": P, "micro_batch_size": 1})  # one that suits every schedule
+    validate(RunConfig(model=config.model, parallel=parallel, train=batch), world_size=T * P)
+    return reshard(
+        source,
+        options.destination,
+        stages=stage_parameters(config.model, pipeline_of(parallel)),
+        topology=Topology(pipeline_parallel_size=P, data_parallel_size=N, tensor_parallel_size=T),
+        on_progress=display.show,
+    )
+
+
+class ProgressDisplay:
+    """Bytes written and verified on stderr: a bar on a terminal, else a line every few seconds."""
+
+    def __init__(self) -> None:
+        self._console = Console(stderr=True)
+        columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn())
+        self._progress = Progress(*columns, console=self._console, disable=not self._console.is_terminal)
+        self._tasks: dict[str, TaskID] = {}
+        self._last_line_seconds = 0.0
+
+    def __enter__(self) -> ProgressDisplay:
+        self._progress.start()
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._progress.stop()
+
+    def show(self, stage: str, completed: int, total: int) -> None:
+        """Shows that `completed` of `total` bytes are done."""
+        is_new = stage not in self._tasks
+        if is_new:
+            self._tasks[stage] = self._progress.add_task(stage)
+        self._progress.update(self._tasks[stage], completed=completed, total=max(total, 1))
+        now = time.monotonic()
+        if not self._console.is_terminal and (is_new or completed >= total or now - self._last_line_seconds > SECONDS_BETWEEN_LINES):
+            self._last_line_seconds = now
+            self._console.print(f"{stage}: {100 * completed // max(total, 1)} %", highlight=False)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
