@@ -32,6 +32,7 @@ class World:
         launcher: Who started them; `environment`: somebody who sets the variables of torchrun.
         address: Host and port of the store through which they meet; None: there is one process and no process group.
         hosts_store: This process opens the store. Under torchrun its agent does, so that the store outlives every rank.
+        error_file: Where torchrun looks for the last words of a rank that failed, to show them at the end of its account; None: nobody looks.
     """
 
     rank: int = 0
@@ -41,6 +42,7 @@ class World:
     launcher: Literal["single", "torchrun", "environment", "mpirun"] = "single"
     address: tuple[str, int] | None = None
     hosts_store: bool = False
+    error_file: str | None = None
 
 
 def world_from_environment(environment: Mapping[str, str]) -> World:
@@ -85,6 +87,7 @@ def _world_of_torchrun(found: Mapping[str, str]) -> World:
         launcher="torchrun" if "TORCHELASTIC_RUN_ID" in found else "environment",
         address=(found["MASTER_ADDR"], port),
         hosts_store=rank == 0 and found.get("TORCHELASTIC_USE_AGENT_STORE") != "True",
+        error_file=found.get("TORCHELASTIC_ERROR_FILE"),
     )
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 import re
 import sys
@@ -11,6 +12,7 @@ import time
 import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import NoReturn
 
 import torch.distributed as dist
@@ -19,16 +21,20 @@ from phase8.distributed.bootstrap import World
 from phase8.errors import Phase8Error, describe_error
 
 FLUSH_SECONDS = 1.0
-STILL_SECONDS = 5.0
+STILL_SECONDS = 20.0  # ranks that read Python's files from a busy file system come seconds apart
 _BACKEND_ERROR = re.compile(r"gloo|nccl|pair closure", re.IGNORECASE)  # gloo raises plain RuntimeErrors
 
 
 @contextmanager
-def one_voice(world: World) -> Iterator[None]:
+def one_voice(world: World, *, still_seconds: float = STILL_SECONDS) -> Iterator[None]:
     """An error that every rank finds is told by the first rank of each host.
 
     For what is done before `watch.running`, when the ranks cannot talk to each other yet. The other ranks of a host keep still until
     the launcher, which has seen the first one fail, ends them. If it does not, the error is theirs alone, and they tell it.
+
+    Args:
+        world: The place of this rank.
+        still_seconds: How long they keep still.
     """
     completed = False
     try:
@@ -37,7 +43,7 @@ def one_voice(world: World) -> Iterator[None]:
     finally:
         if not completed and world.local_rank != 0:
             error = sys.exception()
-            time.sleep(STILL_SECONDS)
+            time.sleep(still_seconds)
             tell(own_message(error, rank=world.rank))
             raise SystemExit(exit_code_of(error)) from None
 
@@ -73,17 +79,27 @@ def summary(error: BaseException) -> str:
         return first_line(error)
     if isinstance(error, SystemExit):
         return f"ended with exit code {exit_code_of(error)}"
-    return traceback.format_exception_only(error)[-1].strip()
+    name, line = type(error).__name__, first_line(error)
+    return name if line == name else f"{name}: {line}"
 
 
 def first_line(error: BaseException) -> str:
     """The first line of a message, or the name of an error that has none."""
-    return (str(error) or type(error).__name__).splitlines()[0]
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
 
 
 def tell(text: str) -> None:
     """Writes to stderr past the buffers, whose locks another thread may hold for ever."""
     os.write(sys.stderr.fileno(), text.encode())
+
+
+def leave_word(error_file: str | None, message: str) -> None:
+    """Writes what torchrun shows at the end of its account, below the exit codes of all ranks; None: there is no torchrun."""
+    if error_file is None:
+        return
+    word = {"message": {"message": message, "extraInfo": {"py_callstack": message.rstrip(), "timestamp": str(int(time.time()))}}}
+    with contextlib.suppress(OSError):  # a full disk must not hide what was told already
+        Path(error_file).write_text(json.dumps(word), encoding="utf-8")
 
 
 def leave(exit_code: int) -> NoReturn:

@@ -14,8 +14,8 @@ second and reads what the others have left there; the other sees to it that the 
 | SIGTERM | a failure, after which the launcher sends it too, is left the time to be told; then the rank exits with 143 |
 
 The training loop has its own handler of SIGTERM, which lets the step finish and saves. A rank that ends because of another one leaves
-by `os._exit`: its main thread may sit in a collective for ever. torchrun itself exits with 1 whatever its ranks did; the code of the
-first rank that failed is in its summary, which is why that rank leaves first.
+by `os._exit`: its main thread may sit in a collective for ever. torchrun itself exits with 1 whatever its ranks did; its account of
+them ends with the code and the message of the first rank that failed, which is why that rank leaves first.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ from typing import NoReturn
 import torch.distributed as dist
 
 from phase8.distributed.bootstrap import World
-from phase8.distributed.ending import exit_code_of, first_line, is_echo, leave, own_message, summary, tell, within
+from phase8.distributed.ending import exit_code_of, first_line, is_echo, leave, leave_word, own_message, summary, tell, within
 from phase8.distributed.failure import Beat, Failure, Position, find_stall
 from phase8.distributed.hang_record import write_hang_record
 from phase8.distributed.neighbour import neighbours_of
@@ -180,7 +180,9 @@ class Watch:
         if not is_first:
             time.sleep(PATIENCE_SECONDS)  # the watch ends this process with the code of the first
             leave(failure.exit_code)
-        tell(own_message(error, rank=self.world.rank))
+        message = own_message(error, rank=self.world.rank)
+        tell(message)
+        leave_word(self.world.error_file, message)
         with contextlib.suppress(dist.DistError):
             self._wait_until(lambda: self._store.add(ACKNOWLEDGED, 0) >= self.world.world_size - 1)
             self._store.set(LEFT, "")

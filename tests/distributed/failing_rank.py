@@ -17,7 +17,7 @@ from phase8.errors import DataError, Phase8Error, describe_error
 ALL = -1
 
 
-def misbehave(how):
+def misbehave(how, begun):
     """Late enough for the place of this rank to be known to the others."""
     if how == "fine":
         return
@@ -29,15 +29,16 @@ def misbehave(how):
     if how == "kill":
         os.kill(os.getpid(), signal.SIGKILL)
     if how == "hang":
+        begun.touch()
         time.sleep(3600)
 
 
 def main() -> int:
     how, who, hang_directory = sys.argv[1], int(sys.argv[2]), Path(sys.argv[3])
-    limits = Limits(timeout_seconds=float(sys.argv[4]), heartbeat_seconds=3.0, tick_seconds=0.2)
+    limits = Limits(timeout_seconds=float(sys.argv[4]), heartbeat_seconds=5.0, tick_seconds=0.2)
     world = world_from_environment(os.environ)
     try:
-        with one_voice(world):
+        with one_voice(world, still_seconds=5.0):
             if how == "before" and who in (world.rank, ALL):
                 raise DataError("the corpus is missing; prepare it.")
             with running(world, limits=limits, hang_directory=hang_directory) as watch:
@@ -45,11 +46,11 @@ def main() -> int:
                 for step in range(1, 4):
                     watch.report(step=step, doing="forward of microbatch 0")
                     if (step, world.rank) == (2, who) and how != "late":
-                        misbehave(how)
+                        misbehave(how, hang_directory.with_suffix(".begun"))
                     watch.report(step=step, doing="reduction of gradients")
                     dist.all_reduce(value)
                 if (how, who) == ("late", world.rank):
-                    misbehave("error")
+                    misbehave("error", hang_directory.with_suffix(".begun"))
                 print(f"rank {world.rank}: {value.sum().item():g}", flush=True)
     except Phase8Error as error:
         print(describe_error(error), file=sys.stderr)

@@ -24,8 +24,9 @@ def test_a_process_that_nobody_placed_is_alone(environment):
 
 
 def test_torchrun_names_the_place_and_its_agent_has_the_store():
-    found = world_from_environment(variables(TORCHELASTIC_RUN_ID="x", TORCHELASTIC_USE_AGENT_STORE="True"))
-    assert found == World(5, 1, 8, 4, "torchrun", ("first", 29500), hosts_store=False)
+    of_torchrun = {"TORCHELASTIC_RUN_ID": "x", "TORCHELASTIC_USE_AGENT_STORE": "True", "TORCHELASTIC_ERROR_FILE": "/logs/1/error.json"}
+    found = world_from_environment(variables(**of_torchrun))
+    assert found == World(5, 1, 8, 4, "torchrun", ("first", 29500), hosts_store=False, error_file="/logs/1/error.json")
 
 
 @pytest.mark.parametrize(("rank", "hosts_store"), [("0", True), ("4", False)])

@@ -9,9 +9,10 @@ from dataclasses import replace
 import pytest
 import torch.distributed as dist
 from launched import free_port
+from torch.distributed.elastic.multiprocessing.errors import ProcessFailure
 
 from phase8.distributed.bootstrap import World
-from phase8.distributed.ending import exit_code_of, is_echo, own_message, summary
+from phase8.distributed.ending import exit_code_of, is_echo, leave_word, own_message, summary
 from phase8.distributed.failure import Beat, Failure, Position, describe_ranks, find_stall
 from phase8.distributed.neighbour import Neighbour, neighbours_of
 from phase8.distributed.watch import Limits, running
@@ -142,10 +143,20 @@ def test_a_rank_that_has_finished_may_go(ended_process):
         (SystemExit(), 0, "ended with exit code 0"),
         (SystemExit("no"), 1, "ended with exit code 1"),
         (ZeroDivisionError("division by zero"), 1, "ZeroDivisionError: division by zero"),
+        (RuntimeError("\nno compiler\n\nSet this for more\n"), 1, "RuntimeError: no compiler"),
+        (AssertionError(), 1, "AssertionError"),
     ],
 )
 def test_codes_and_summaries_of_errors(error, code, line):
     assert (exit_code_of(error), summary(error)) == (code, line)
+
+
+def test_a_word_for_the_launcher_is_left_where_it_can_be(tmp_path):
+    leave_word(None, "nobody reads it")
+    leave_word(str(tmp_path / "missing" / "error.json"), "nobody can read it")
+    leave_word(str(tmp_path / "error.json"), "rank 1: error: a is 1.\n")
+    failure = ProcessFailure(local_rank=1, pid=1, exitcode=3, error_file=str(tmp_path / "error.json"))
+    assert failure.message["extraInfo"]["py_callstack"] == "rank 1: error: a is 1." and abs(failure.timestamp - time.time()) < 60
 
 
 def test_every_problem_of_a_config_is_told_with_the_rank():

@@ -1,4 +1,4 @@
-"""What the processes of test_two_nodes.py run: they meet, sum their ranks, and say so."""
+"""What the processes of mpirun run in test_two_nodes.py: they meet, sum their ranks, and say so."""
 
 import os
 import sys

@@ -1,8 +1,9 @@
-"""torchrun over two hosts, for real: two network namespaces with a cable between them. And mpirun on this one."""
+"""Training over two hosts, for real: two network namespaces with a cable between them. And under mpirun on this one."""
 
 import contextlib
 import importlib.util
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -10,8 +11,8 @@ import uuid
 from pathlib import Path
 
 import pytest
+from launched import ROOT, code_of_first_failure, own_lines
 
-ROOT = Path(__file__).parents[2]
 SCRIPT = Path(__file__).with_name("meeting.py")
 ADDRESSES = ("10.88.0.1", "10.88.0.2")
 PORT = 29400  # in a namespace of its own: nobody else has it
@@ -51,48 +52,60 @@ def two_hosts():
         yield names
 
 
-def environment(**variables):
-    return {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", **variables}
+@pytest.fixture
+def launch_on_both(two_hosts, launch):
+    """Starts torchrun with two ranks on each host; the first has the rendezvous."""
+
+    def launch_on_both(*arguments):
+        started = []
+        for number, (host, address) in enumerate(zip(two_hosts, ADDRESSES, strict=True)):
+            options = ["--nnodes=2", "--nproc_per_node=2", "--rdzv-id=two-nodes", "--rdzv-backend=c10d", f"--local-addr={address}"]
+            options += [f"--rdzv-endpoint={ADDRESSES[0]}:{PORT}", f"--rdzv-conf=is_host={number == 0}"]
+            command = ["ip", "netns", "exec", host, sys.executable, "-m", "torch.distributed.run", *options, *arguments]
+            started.append(launch(command, GLOO_SOCKET_IFNAME="cable"))
+        return started
+
+    return launch_on_both
 
 
-def start_on(hosts, number, *arguments, num_processes=2):
-    """torchrun on one of two hosts; the first has the rendezvous."""
-    options = ["--nnodes=2", f"--nproc_per_node={num_processes}", "--rdzv-id=two-nodes", "--rdzv-backend=c10d"]
-    options += [f"--rdzv-endpoint={ADDRESSES[0]}:{PORT}", f"--rdzv-conf=is_host={number == 0}", f"--local-addr={ADDRESSES[number]}"]
-    command = ["ip", "netns", "exec", hosts[number], sys.executable, "-m", "torch.distributed.run", *options, *map(str, arguments)]
-    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
-    return subprocess.Popen(command, cwd=ROOT, env=environment(GLOO_SOCKET_IFNAME="cable"), text=True, **pipes)
-
-
-def ends_of(processes, *, timeout_seconds=120):
-    """Exit code, stdout and stderr of each; what takes too long is stopped, with its ranks."""
-    ends = []
-    for process in processes:
-        try:
-            output, errors = process.communicate(timeout=timeout_seconds)
-        except subprocess.TimeoutExpired:
-            for each in processes:
-                each.terminate()  # torchrun ends its ranks then
-            output, errors = process.communicate()
-        ends.append((process.returncode, output, errors))
-    return ends
-
-
-def test_four_ranks_on_two_hosts_meet(two_hosts):
-    ends = ends_of([start_on(two_hosts, number, SCRIPT) for number in range(2)])
+@pytest.mark.parametrize(
+    ("name", "settings"),
+    [
+        ("hosts", ("parallel.tensor_parallel_size=2", "zero.stage=3")),
+        pytest.param("hosts_as_stages", ("parallel.tensor_parallel_size=2", "parallel.pipeline_parallel_size=2"), marks=pytest.mark.full),
+    ],
+)
+def test_four_ranks_on_two_hosts_train_as_one_process(training, alone, launch_on_both, name, settings):
+    started = launch_on_both(*training.door(name, *settings, "parallel.num_microbatches=2", "train.stop_at_step=3"))
+    ends = [each.end() for each in started]
     assert [code for code, _, _ in ends] == [0, 0], ends
-    said = [sorted(line for line in output.splitlines() if line.startswith("torchrun")) for _, output, _ in ends]
-    hosts = [[f"torchrun {rank}/4 {rank % 2}/2 sum 6" for rank in ranks] for ranks in ((0, 1), (2, 3))]
-    assert said in (hosts, hosts[::-1]), ends  # who comes first has the first ranks
+    assert sum("ZeRO stage" in output for _, output, _ in ends) == 1, ends  # the banner, of rank 0
+    training.assert_same(name, alone, num_steps=3)
 
 
-def test_a_rank_killed_on_one_host_is_named_on_the_other(two_hosts, tmp_path):
+def test_a_rank_killed_on_one_host_is_named_on_the_other(launch_on_both, tmp_path):
     failing = ROOT / "tests" / "distributed" / "failing_rank.py"
-    ends = ends_of([start_on(two_hosts, number, failing, "kill", 3, tmp_path, 30) for number in range(2)])
+    ends = [each.end() for each in launch_on_both(failing, "kill", 3, tmp_path, 30)]
     assert [code for code, _, _ in ends] == [1, 1], ends
     told = [line for _, _, errors in ends for line in errors.splitlines() if line.startswith(("error: ", "rank "))]
     assert len(told) == 1 and told[0].startswith("error: rank 3 is lost: its process "), told
     assert "exitcode  : -9" in ends[0][2] + ends[1][2] and "exitcode  : 7" in ends[0][2] + ends[1][2]
+
+
+@pytest.mark.full
+def test_a_cable_that_is_cut_in_the_middle_of_training_ends_both_hosts(training, alone, two_hosts, launch_on_both):
+    started = launch_on_both(*training.door("cut", "zero.stage=3", "train.stop_at_step=20"))
+    first, second = started
+    first.wait_until(lambda: len(training.figures("cut")) >= 4)
+    ip("-n", two_hosts[1], "link", "set", "cable", "down")
+    code, _, errors = first.end()
+    (lost,) = own_lines(errors)
+    assert (code, code_of_first_failure(errors)[1]) == (1, 7)
+    assert re.match(r"error: rank [0-3] is lost: nothing was heard from it for 30 s; it was last at step \d+, ", lost), lost
+    second.wait_until(lambda: not any(second.processes(LOCAL_RANK=rank) for rank in range(2)))
+    # torchrun, without a rank left, asks its store for minutes; Slurm ends it with the step (--kill-on-bad-exit).
+    (gone,) = own_lines(second.kill()[1])
+    assert re.match(rf"rank [0-3]: error: the store at {ADDRESSES[0]}:\d+ is gone \(", gone), gone
 
 
 def test_the_hosts_are_joined_by_the_cable_only(two_hosts):
@@ -102,16 +115,35 @@ def test_the_hosts_are_joined_by_the_cable_only(two_hosts):
 
 
 @pytest.fixture
-def mpirun():
-    """The command, for two processes of this host."""
+def mpirun(launch):
+    """Starts Python on several ranks of this host; exit code, stdout and stderr."""
     if shutil.which("mpirun") is None:
         pytest.skip("needs mpirun (Debian: apt-get install openmpi-bin)")
     if importlib.util.find_spec("mpi4py") is None:
         pytest.skip("needs mpi4py: the extra phase8[mpi]")
-    return ["mpirun", "--allow-run-as-root", "--oversubscribe", "-np", "2", sys.executable]
+
+    def mpirun(*arguments, num_ranks):
+        command = ["mpirun", "--allow-run-as-root", "--oversubscribe", "-np", num_ranks, sys.executable, *arguments]
+        return launch(command).end()
+
+    return mpirun
 
 
-def test_mpirun_on_one_host(mpirun):
-    process = subprocess.run([*mpirun, str(SCRIPT)], cwd=ROOT, env=environment(), capture_output=True, text=True, timeout=120, check=False)
-    said = sorted(line for line in process.stdout.splitlines() if line.startswith("mpirun"))
-    assert (process.returncode, said) == (0, ["mpirun 0/2 0/2 sum 1", "mpirun 1/2 1/2 sum 1"]), process
+def test_mpirun_gives_every_rank_its_place(mpirun):
+    code, output, errors = mpirun(SCRIPT, num_ranks=2)
+    said = sorted(line for line in output.splitlines() if line.startswith("mpirun"))
+    assert (code, said) == (0, ["mpirun 0/2 0/2 sum 1", "mpirun 1/2 1/2 sum 1"]), errors
+
+
+@pytest.mark.parametrize(
+    ("num_ranks", "settings"),
+    [
+        (2, ("zero.stage=2",)),
+        pytest.param(4, ("parallel.tensor_parallel_size=2", "zero.stage=3"), marks=pytest.mark.full),
+    ],
+)
+def test_ranks_of_mpirun_train_as_one_process(training, alone, mpirun, num_ranks, settings):
+    name = f"mpirun_{num_ranks}"
+    code, output, errors = mpirun(*training.door(name, *settings, "train.stop_at_step=3"), num_ranks=num_ranks)
+    assert code == 0 and output.count("ZeRO stage") == 1, errors  # the banner, of rank 0
+    training.assert_same(name, alone, num_steps=3)

@@ -1,0 +1,154 @@
+"""Training that fails on one rank, or is stopped: one message, the documented code, nothing left behind, and the run goes on."""
+
+import os
+import re
+import signal
+
+import pytest
+from launched import code_of_first_failure, free_port, own_lines, run
+
+from phase8.config.load import load_config
+from phase8.data.loader import open_dataset
+
+NEVER_FITS = {
+    "a world size that does not fit": (
+        ("parallel.tensor_parallel_size=4",),
+        ["world size 2 is not a positive multiple of parallel.tensor_parallel_size 4 x parallel.context_parallel_size 1 x "
+         "parallel.pipeline_parallel_size 1 = 4; start 4 processes or change the degrees."],
+    ),
+    "uneven heads": (
+        ("parallel.tensor_parallel_size=2", "model.num_heads=3"),
+        ["parallel.tensor_parallel_size 2 does not divide model.num_heads 3; change one of them."],
+    ),
+    "too few layers for the stages": (
+        ("parallel.pipeline_parallel_size=2", "model.num_layers=1", "parallel.num_microbatches=4"),
+        ["model.num_layers 1 is below parallel.pipeline_parallel_size 2 x parallel.pipeline_chunks 1 = 2; every chunk needs a layer: use at "
+         "least 2 layers, or fewer stages or chunks."],
+    ),
+}  # fmt: skip
+
+
+def test_all_that_is_wrong_with_a_config_is_told_once(training):
+    settings = ("parallel.tensor_parallel_size=4", "model.num_heads=6")
+    code, output, errors = run(training.torchrun("wrong", *settings, num_ranks=2))
+    assert (code, code_of_first_failure(errors)[1], training.figures("wrong")) == (1, 2, []) and "Traceback" not in output
+    assert own_lines(errors) == [
+        "error: parallel.tensor_parallel_size 4 does not divide model.num_heads 6; change one of them.",
+        *(f"error: {sentence}" for sentence in NEVER_FITS["a world size that does not fit"][1]),
+    ]
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("case", NEVER_FITS)
+def test_what_never_fits_is_one_sentence(training, case):
+    settings, sentences = NEVER_FITS[case]
+    code, _, errors = run(training.torchrun("wrong", *settings, num_ranks=2))
+    assert (code, code_of_first_failure(errors)[1], training.figures("wrong")) == (1, 2, [])
+    assert own_lines(errors) == [f"error: {sentence}" for sentence in sentences]
+
+
+def test_a_rendezvous_that_never_completes_is_one_sentence(training):
+    place = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free_port()}
+    code, _, errors = run(training.plain("nobody", "parallel.timeout_seconds=1"), **place)
+    assert code == 7 and own_lines(errors) == [
+        "error: rank 1 of 2 did not come within 1 s; start all 2 processes, and look at the output of those for an earlier error."
+    ]
+
+
+@pytest.mark.full
+def test_torchrun_itself_says_that_the_other_host_never_came(training):
+    options = ["--nnodes=2", "--rdzv-backend=c10d", f"--rdzv-endpoint=127.0.0.1:{free_port()}", "--rdzv-conf=join_timeout=2"]
+    command = [word for word in training.torchrun("nobody", num_ranks=2, options=options) if word != "--standalone"]
+    code, _, errors = run(command)
+    assert code == 1 and errors.splitlines()[-1].endswith("RendezvousTimeoutError")
+
+
+def spoil_sample(training, number):
+    """Writes a token that is outside the vocabulary into one sample of a copy of the data; returns its prefix."""
+    prefix = training.directory / "spoilt"
+    for ending in (".idx", ".bin"):
+        prefix.with_suffix(ending).write_bytes((training.directory / "train").with_suffix(ending).read_bytes())
+    config = load_config(training.config, [])
+    length = config.model.sequence_length
+    dataset = open_dataset(str(prefix), sequence_length=length, vocab_size=config.model.vocab_size, seed=config.train.seed)
+    _, window = dataset.order.locate(number)
+    with prefix.with_suffix(".bin").open("r+b") as file:
+        file.seek(2 * (window * length + length // 2))  # the ends of a window belong to its neighbours too
+        file.write((61).to_bytes(2, "little"))
+    return prefix
+
+
+def test_a_rank_that_reads_bad_data_in_the_middle_of_training_stops_all(training):
+    prefix = spoil_sample(training, 4 * 4 + 2)  # of step 5; each of two ranks reads two samples of a step
+    code, _, errors = run(training.torchrun("spoilt", f"data.train={prefix}", num_ranks=2))
+    assert (code, code_of_first_failure(errors)) == (1, (1, 3)), errors
+    told, stopped = own_lines(errors)
+    assert re.fullmatch(rf"rank 1: error: {re.escape(str(prefix))}\.bin holds token id 61 at position \d+, but model\.vocab_size is 61; .*", told)
+    assert stopped == told.replace("rank 1: error:", "error: stopped because rank 1 failed:")
+    assert len(training.figures("spoilt")) == 4 and training.saved_steps("spoilt") == [3]
+
+
+@pytest.mark.full
+def test_a_bug_in_the_middle_of_a_step_shows_one_traceback_and_torchrun_ends_with_it(training, tmp_path):
+    """Without a compiler, every rank fails in its first forward; one of them is first."""
+    variables = {"CXX": "/no/such/compiler", "TORCHINDUCTOR_CACHE_DIR": str(tmp_path)}
+    settings = ("parallel.tensor_parallel_size=2", "train.compile.enabled=true")
+    code, _, errors = run(training.torchrun("no_compiler", *settings, num_ranks=2), **variables)
+    (rank, exit_code), said = code_of_first_failure(errors), own_lines(errors)
+    assert (code, exit_code) == (1, 1) and said[0] == f"rank {rank}: Traceback (most recent call last):"
+    assert sum("Traceback" in line for line in said) == 1 and any("in train_step" in line for line in said)
+    stopped = [line for line in said if line.startswith("error: ")]
+    assert [line.count("InvalidCxxCompiler") for line in stopped] == [1] * rank, said  # rank 0 says why it stops, unless it failed itself
+    last = errors[errors.index("Root Cause") :]
+    assert f"rank {rank}: Traceback (most recent call last):" in last and "/no/such/compiler" in last
+
+
+@pytest.mark.parametrize(
+    ("name", "settings"),
+    [
+        ("killed", ("zero.stage=3",)),
+        pytest.param("killed_in_two", ("parallel.tensor_parallel_size=2",), marks=pytest.mark.full),
+    ],
+)
+def test_a_rank_killed_in_the_middle_of_training_ends_all_and_the_last_checkpoint_goes_on(training, alone, launch, name, settings):
+    launched = launch(training.torchrun(name, *settings, num_ranks=2))
+    launched.wait_until(lambda: len(training.figures(name)) >= 4)
+    (rank,) = launched.processes(RANK="1")
+    os.kill(rank, signal.SIGKILL)
+    code, _, errors = launched.end()
+    assert (code, code_of_first_failure(errors)) == (1, (1, -signal.SIGKILL)) and "exitcode  : 7" in errors
+    print(own_lines(errors))
+    (line,) = own_lines(errors)
+    assert re.match(rf"error: rank 1 is lost: its process {rank} has ended without a word; it was last at step \d+, \w+", line), line
+    assert training.in_this_process(name, "train.stop_at_step=9") >= 3
+    training.assert_same(name, alone, num_steps=9)
+
+
+def interrupt(launched):
+    """What a terminal does on Ctrl-C; ranks are in sessions of their own."""
+    os.killpg(launched.process.pid, signal.SIGINT)
+
+
+def terminate_rank_1(launched):
+    """What a scheduler does that signals the ranks of one host."""
+    (rank,) = launched.processes(RANK="1")
+    os.kill(rank, signal.SIGTERM)
+
+
+@pytest.mark.parametrize(
+    ("name", "stop", "expected_code"),
+    [
+        ("interrupted", interrupt, 1),  # torchrun exits with 1 and a traceback of its own after Ctrl-C
+        pytest.param("terminated", terminate_rank_1, 0, marks=pytest.mark.full),
+    ],
+)
+def test_training_that_is_stopped_saves_on_all_ranks_and_goes_on_as_if_undisturbed(training, alone, launch, name, stop, expected_code):
+    launched = launch(training.torchrun(name, "parallel.tensor_parallel_size=2", num_ranks=2))
+    launched.wait_until(lambda: len(training.figures(name)) >= 2)
+    stop(launched)
+    code, output, errors = launched.end()
+    assert code == expected_code and "error: " not in errors and "SIGKILL" not in errors, errors
+    (step,) = re.findall(r"saved at step (\d+); go on with:", output)
+    assert len(training.figures(name)) == int(step) == training.saved_steps(name)[-1] < 24
+    assert training.in_this_process(name) == int(step)
+    training.assert_same(name, alone, num_steps=24)
