@@ -97,7 +97,7 @@ def _train_until(run: Run, stop_step: int, report: Callable[[int, str], None]) -
     with metrics or nullcontext(), StopRequest() as stop, progress:
         trainer = Trainer(run, metrics, progress, report)
         try:
-            trainer.train_until(stop_step, stop)
+            asked_to_stop = trainer.train_until(stop_step, stop)
         except (Phase8Error, OSError) as error:
             # Between steps the weights are good: unreadable data or a closed terminal must not cost them. After divergence the
             # checkpoint before it is the one to go on from. Of several ranks the others may be fine, and would wait for ever.
@@ -108,7 +108,7 @@ def _train_until(run: Run, stop_step: int, report: Callable[[int, str], None]) -
             trainer.save(must_succeed=True)
         finally:
             trainer.saver.close()
-    return stop.received
+    return (stop.received or "another rank was asked to stop") if asked_to_stop else None
 
 
 class Trainer:
@@ -139,8 +139,8 @@ class Trainer:
         """This process is the whole run."""
         return self.run.learner.mesh.device_mesh is None
 
-    def train_until(self, stop_step: int, stop: StopRequest) -> None:
-        """Takes steps; evaluates and saves between them."""
+    def train_until(self, stop_step: int, stop: StopRequest) -> bool:
+        """Takes steps; evaluates and saves between them. Returns whether this rank or another was asked to stop."""
         config, position = self.run.config, self.run.position
         microbatches = self._microbatches()
         asked_to_stop = stop.received is not None and self.is_alone
@@ -151,11 +151,12 @@ class Trainer:
             # Several ranks stop after the same step: that in which all have learnt of the signal.
             asked_to_stop = stop.received is not None if self.is_alone else result.stop
             if asked_to_stop and not is_last:
-                return  # somebody waits for this process to end: what is due otherwise is done after resuming
+                return True  # somebody waits for this process to end: what is due otherwise is done after resuming
             if is_last or _is_due(position.step, config.train.evaluate_every_n_steps):
                 self.evaluate()
             if not is_last and _is_due(position.step, config.checkpoint.every_n_steps):
                 self.save(must_succeed=False)
+        return asked_to_stop
 
     def evaluate(self) -> None:
         """Measures the loss on the held-out sequences, if there are any."""

@@ -15,6 +15,8 @@ import pytest
 
 ROOT = Path(__file__).parents[2]
 TRACEBACK = "Traceback (most recent call last):"  # of torchrun; those of ranks begin with their number
+# torchrun asks the ranks that are left to stop, and one of them may say that it will before it ends.
+ASKED_TO_STOP = "SIGTERM: stopping after this step"
 LOG_LINE = re.compile(r"(\[rank\d+\]:)?\[?[WE]\d{4} |frame #|Exception raised from |<omitting |\[Gloo\]")
 LONG = 240.0  # a test that takes so long hangs, however busy the machine is
 MARK = "PHASE8_TEST_RUN"
@@ -111,7 +113,7 @@ def own_lines(errors):
     """What the processes themselves have said, without the log lines of torch and torchrun's account at the end."""
     lines = errors.splitlines()
     end = lines.index(TRACEBACK) if TRACEBACK in lines else len(lines)
-    return [line for line in lines[:end] if line and not LOG_LINE.match(line)]
+    return [line for line in lines[:end] if line and not LOG_LINE.match(line) and not line.startswith(ASKED_TO_STOP)]
 
 
 def free_port():

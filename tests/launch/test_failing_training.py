@@ -82,9 +82,9 @@ def test_a_rank_that_reads_bad_data_in_the_middle_of_training_stops_all(training
     prefix = spoil_sample(training, 4 * 4 + 2)  # of step 5; each of two ranks reads two samples of a step
     code, _, errors = run(training.torchrun("spoilt", f"data.train={prefix}", num_ranks=2))
     assert (code, code_of_first_failure(errors)) == (1, (1, 3)), errors
-    told, stopped = own_lines(errors)
-    assert re.fullmatch(rf"rank 1: error: {re.escape(str(prefix))}\.bin holds token id 61 at position \d+, but model\.vocab_size is 61; .*", told)
-    assert stopped == told.replace("rank 1: error:", "error: stopped because rank 1 failed:")
+    first, stopped = own_lines(errors)
+    assert re.fullmatch(rf"rank 1: error: {re.escape(str(prefix))}\.bin holds token id 61 at position \d+, but model\.vocab_size is 61; .*", first)
+    assert stopped == first.replace("rank 1: error:", "error: stopped because rank 1 failed:")
     assert len(training.figures("spoilt")) == 4 and training.saved_steps("spoilt") == [3]
 
 
@@ -117,7 +117,6 @@ def test_a_rank_killed_in_the_middle_of_training_ends_all_and_the_last_checkpoin
     os.kill(rank, signal.SIGKILL)
     code, _, errors = launched.end()
     assert (code, code_of_first_failure(errors)) == (1, (1, -signal.SIGKILL)) and "exitcode  : 7" in errors
-    print(own_lines(errors))
     (line,) = own_lines(errors)
     assert re.match(rf"error: rank 1 is lost: its process {rank} has ended without a word; it was last at step \d+, \w+", line), line
     assert training.in_this_process(name, "train.stop_at_step=9") >= 3
