@@ -133,8 +133,8 @@ def measure_throughput(config: RunConfig, *, device: torch.device, num_steps: in
         DivergenceError: A loss or a gradient was not finite: the speed of such a run means nothing.
     """
     with tempfile.TemporaryDirectory() as output_dir:
-        run = build_run(_undisturbed(config, output_dir, num_steps), device=device, resume="none", console=_silence())
-        total_steps = run.config.train.num_steps
+        total_steps = WARMUP_STEPS + num_steps + PROFILED_STEPS
+        run = build_run(undisturbed(config, output_dir, num_steps=total_steps), device=device, resume="none", console=silence())
         progress = Progress(total_steps=total_steps, start_step=0, log_every_n_steps=total_steps, console=run.console)
         with run.lock, StepClock(run.directory.path) as clock, progress:
             trainer = Trainer(run, clock, progress, lambda step, doing: None)
@@ -188,7 +188,7 @@ def _measure_or_run_out(config: RunConfig, *, device: torch.device, num_steps: i
         return Measurement(None, "out of memory")
 
 
-def _undisturbed(config: RunConfig, output_dir: str, num_steps: int) -> RunConfig:
+def undisturbed(config: RunConfig, output_dir: str, *, num_steps: int) -> RunConfig:
     """The same training without anything between its steps, at a learning rate that needs no warm-up."""
     settings = {
         "run.output_dir": output_dir,
@@ -197,7 +197,7 @@ def _undisturbed(config: RunConfig, output_dir: str, num_steps: int) -> RunConfi
         "optim.warmup_steps": 0,
         "optim.decay_steps": None,
         "optim.gradient_clip_norm": 1e9 if config.optim.gradient_clip_norm else 0.0,  # the same work, gradients as they are
-        "train.num_steps": WARMUP_STEPS + num_steps + PROFILED_STEPS,
+        "train.num_steps": num_steps,
         "train.stop_at_step": None,
         "train.evaluate_every_n_steps": 0,
         "train.max_consecutive_nonfinite_steps": 1,
@@ -271,6 +271,6 @@ def _figures(run: Run, clock: StepClock, *, gradients: dict[str, float]) -> Thro
     )
 
 
-def _silence() -> Console:
+def silence() -> Console:
     """A console that shows nothing and, not being a terminal, costs the same everywhere."""
     return Console(quiet=True, force_terminal=False)

@@ -10,13 +10,12 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from rich.console import Console
 
 from phase8.config.schema import RunConfig
 from phase8.distributed.bootstrap import World
 from phase8.observe.memory import peak_memory_bytes
 from phase8.observe.progress import Progress
-from phase8.train.benchmark import StepClock, with_settings
+from phase8.train.benchmark import StepClock, silence, undisturbed
 from phase8.train.build import build_run
 from phase8.train.device import device_name
 from phase8.train.loop import Trainer
@@ -74,11 +73,10 @@ def measure_rank(
         DivergenceError: A loss or a gradient was not finite: the speed of such a run means nothing.
     """
     used_before, begin = host_used_bytes(), time.perf_counter()
-    config = _undisturbed(config, directory, num_steps=WARMUP_STEPS + num_steps)
-    silence = Console(quiet=True, force_terminal=False)
-    run = build_run(config, device=device, resume="none", console=silence, world_size=world.world_size)
+    config = undisturbed(config, str(directory), num_steps=WARMUP_STEPS + num_steps)
+    run = build_run(config, device=device, resume="none", console=silence(), world_size=world.world_size)
     build_seconds = time.perf_counter() - begin
-    progress = Progress(total_steps=config.train.num_steps, start_step=0, log_every_n_steps=config.train.num_steps, console=silence)
+    progress = Progress(total_steps=config.train.num_steps, start_step=0, log_every_n_steps=config.train.num_steps, console=run.console)
     with run.lock or nullcontext(), StepClock(directory / f"rank-{world.rank}") as clock, progress:
         trainer = Trainer(run, clock, progress, report)
         clock.begin()
@@ -105,20 +103,3 @@ def host_used_bytes() -> int | None:
         return None
     kibibytes = {name: int(rest.split()[0]) for name, _, rest in (line.partition(":") for line in MEMORY_OF_HOST.read_text().splitlines())}
     return 1024 * (kibibytes["MemTotal"] - kibibytes["MemAvailable"])
-
-
-def _undisturbed(config: RunConfig, directory: Path, *, num_steps: int) -> RunConfig:
-    """The same training without anything between its steps, at a learning rate that needs no warm-up."""
-    settings = {
-        "run.output_dir": str(directory),
-        "optim.learning_rate": 1e-5,
-        "optim.schedule": "constant",
-        "optim.warmup_steps": 0,
-        "optim.decay_steps": None,
-        "train.num_steps": num_steps,
-        "train.stop_at_step": None,
-        "train.evaluate_every_n_steps": 0,
-        "train.max_consecutive_nonfinite_steps": 1,
-        "checkpoint.every_n_steps": 0,
-    }
-    return with_settings(config, settings)
