@@ -12,11 +12,9 @@ from __future__ import annotations
 import argparse
 import os
 import sys
-import time
 from pathlib import Path
 
-from rich.console import Console
-from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from phase8.data.muse import MuseReport, import_muse
 from phase8.data.preparation import PrepareOptions, PrepareReport
@@ -24,9 +22,9 @@ from phase8.data.prepare import prepare
 from phase8.data.shards import DocumentRules
 from phase8.data.tokenizer import load_tokenizer
 from phase8.errors import ConfigError, Phase8Error, describe_error
+from phase8.observe.stage_progress import ProgressDisplay
 
 EXIT_INTERRUPTED = 130
-SECONDS_BETWEEN_LINES = 5.0
 
 
 def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
@@ -57,37 +55,6 @@ def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
     )
     work.add_argument("--shard-bytes", type=int, default=16 << 20, metavar="N", help="input per unit of work (default: %(default)s)")
     return parser.parse_args(arguments)
-
-
-class ProgressDisplay:
-    """The progress of each stage on stderr: a bar on a terminal, else a line every few seconds."""
-
-    def __init__(self) -> None:
-        self._console = Console(stderr=True)
-        columns = (TextColumn("{task.description}"), BarColumn(), TextColumn("{task.percentage:3.0f} %"), TimeElapsedColumn(), TimeRemainingColumn())
-        self._progress = Progress(*columns, console=self._console, disable=not self._console.is_terminal)
-        self._tasks: dict[str, object] = {}
-        self._last_line_seconds = 0.0
-
-    def __enter__(self) -> ProgressDisplay:
-        self._progress.start()
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        self._progress.stop()
-
-    def show(self, stage: str, completed: int, total: int) -> None:
-        """Shows that `completed` of `total` are done."""
-        if self._console.is_terminal:
-            if stage not in self._tasks:
-                self._tasks[stage] = self._progress.add_task(stage)
-            self._progress.update(self._tasks[stage], completed=completed, total=max(total, 1))
-            return
-        now = time.monotonic()
-        if stage not in self._tasks or completed >= total or now - self._last_line_seconds > SECONDS_BETWEEN_LINES:
-            self._tasks[stage] = stage
-            self._last_line_seconds = now
-            self._console.print(f"{stage}: {100 * completed // max(total, 1)} %", highlight=False)
 
 
 def print_report(report: PrepareReport) -> None:
@@ -130,7 +97,7 @@ def main(arguments: list[str] | None = None) -> int:
         if parsed.import_muse is not None:
             print_muse_report(import_muse_pair(parsed))
         else:
-            with ProgressDisplay() as display:
+            with ProgressDisplay(TextColumn("{task.percentage:3.0f} %"), TimeElapsedColumn(), TimeRemainingColumn()) as display:
                 report = prepare(options_of(parsed), on_progress=display.show)
             print_report(report)
     except Phase8Error as error:

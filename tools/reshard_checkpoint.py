@@ -19,21 +19,19 @@ from __future__ import annotations
 
 import argparse
 import sys
-import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from rich.console import Console
-from rich.progress import BarColumn, DownloadColumn, Progress, TaskID, TextColumn, TimeRemainingColumn, TransferSpeedColumn
+from rich.progress import DownloadColumn, TimeRemainingColumn, TransferSpeedColumn
 
 from phase8.errors import CheckpointError, ConfigError, Phase8Error, describe_error
+from phase8.observe.stage_progress import ProgressDisplay
 
 if TYPE_CHECKING:
     from phase8.checkpoint.load import Checkpoint
 
 EXIT_INTERRUPTED = 130
-SECONDS_BETWEEN_LINES = 5.0
 LAYOUT = ("tensor_parallel_size", "pipeline_parallel_size", "shards")
 
 
@@ -89,7 +87,7 @@ def _rewrite(options: argparse.Namespace) -> str:
     from phase8.checkpoint.reshard import consolidate
 
     source = open_checkpoint(find_checkpoint(options.source))
-    with ProgressDisplay() as display:
+    with ProgressDisplay(DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn()) as display:
         if options.format == "phase8":
             copy = _reshard(source, options, display)
             return f"{copy.path}: step {copy.step}, {len(copy.tensor_names)} tensors in {len(copy.manifest.files)} files, equal to {source.path}"
@@ -122,35 +120,6 @@ def _reshard(source: Checkpoint, options: argparse.Namespace, display: ProgressD
         topology=Topology(pipeline_parallel_size=P, data_parallel_size=N, tensor_parallel_size=T),
         on_progress=display.show,
     )
-
-
-class ProgressDisplay:
-    """Bytes written and verified on stderr: a bar on a terminal, else a line every few seconds."""
-
-    def __init__(self) -> None:
-        self._console = Console(stderr=True)
-        columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn())
-        self._progress = Progress(*columns, console=self._console, disable=not self._console.is_terminal)
-        self._tasks: dict[str, TaskID] = {}
-        self._last_line_seconds = 0.0
-
-    def __enter__(self) -> ProgressDisplay:
-        self._progress.start()
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        self._progress.stop()
-
-    def show(self, stage: str, completed: int, total: int) -> None:
-        """Shows that `completed` of `total` bytes are done."""
-        is_new = stage not in self._tasks
-        if is_new:
-            self._tasks[stage] = self._progress.add_task(stage)
-        self._progress.update(self._tasks[stage], completed=completed, total=max(total, 1))
-        now = time.monotonic()
-        if not self._console.is_terminal and (is_new or completed >= total or now - self._last_line_seconds > SECONDS_BETWEEN_LINES):
-            self._last_line_seconds = now
-            self._console.print(f"{stage}: {100 * completed // max(total, 1)} %", highlight=False)
 
 
 if __name__ == "__main__":
