@@ -7,7 +7,7 @@
   parallel     layouts of several ranks on the GPUs of this host: tok/s per GPU relative to one, memory beside the plan
 
 All but quickstart train on random tokens, written to a temporary directory and read through the real loader. Figures are medians after
-3 steps of warm-up (parallel: 2), in which compilation and the recording of CUDA graphs fall. In the ladder, fp32 products may use tf32 (as
+3 steps of warm-up (parallel: 2), in which compilation and the recording of the CUDA graph fall. In the ladder, fp32 products may use tf32 (as
 precision.tf32 says); `gradients` says how far those of a rung are from those of the rung before, which is rounding or a fault. Compare
 ratios, not absolute times, on a machine that does other work. Exit codes as in launch/pretrain.py; with --json one JSON object is
 printed and the table goes to stderr.
@@ -292,7 +292,7 @@ def _add_shape(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--num-heads", type=int, help="heads (d-model / 64)")
     parser.add_argument("--vocab-size", type=int, default=50257, help="token ids (50257)")
     parser.add_argument(
-        "--use-compile", action=argparse.BooleanOptionalAction, default=True, help="climb the rungs of torch.compile and CUDA graphs too"
+        "--use-compile", action=argparse.BooleanOptionalAction, default=True, help="climb the rung of torch.compile too"
     )
     parser.add_argument(
         "--use-flash-attn2", action="store_true", help="also climb with the transformer of this shape, whose attention flash-attn 2 computes"

@@ -179,7 +179,7 @@ class CompileSection(Section):
     """torch.compile of each block."""
 
     enabled: bool = key(False, "compile the blocks")
-    mode: Literal["default", "reduce-overhead", "max-autotune"] = key("default", "torch.compile mode")
+    mode: Literal["default", "max-autotune"] = key("default", "torch.compile mode; CUDA graphs: train.cuda_graphs")
     fullgraph: bool = key(False, "fail on a graph break instead of splitting the graph")
 
 
@@ -201,6 +201,7 @@ class TrainSection(Section):
         "auto", "Triton kernels where GPU and toolchain allow, or the plain torch references everywhere"
     )
     compile: CompileSection = key(CompileSection(), "torch.compile")
+    cuda_graphs: bool = key(False, "one process on a GPU replays the whole step as one CUDA graph; ignored on a CPU")
 
 
 class CheckpointSection(Section):

@@ -28,6 +28,7 @@ def find_problems(config: RunConfig, *, world_size: int = 1) -> list[str]:
         *_model(config.model),
         *_schedule(config.optim, config.train),
         *_train(config.train, config.model, world_size),
+        *_cuda_graphs(config, world_size),
         *_data(config),
         *_tensor_parallel(config.model, config.parallel.tensor_parallel_size),
         *_zero(config, world_size),
@@ -66,17 +67,24 @@ def _schedule(optim: OptimSection, train: TrainSection) -> Iterator[str]:
 def _train(train: TrainSection, model: ModelSection, world_size: int) -> Iterator[str]:
     if train.stop_at_step is not None and train.stop_at_step > train.num_steps:
         yield f"train.stop_at_step {train.stop_at_step} is after train.num_steps {train.num_steps}; leave it null or make it smaller."
-    if train.compile.enabled and train.compile.mode != "default" and world_size > 1:
-        yield (
-            f"train.compile.mode is {train.compile.mode} with {world_size} processes, but its CUDA graphs cannot hold the collectives between "
-            "them; use default."
-        )
     if train.recompute == "none" and train.recompute_every_n_layers != 1:
         yield f"train.recompute_every_n_layers is {train.recompute_every_n_layers}, but train.recompute is none; set it to full or selective."
     if train.recompute_every_n_layers > model.num_layers:
         yield (
             f"train.recompute_every_n_layers {train.recompute_every_n_layers} exceeds model.num_layers {model.num_layers}; "
             "choose a smaller interval."
+        )
+
+
+def _cuda_graphs(config: RunConfig, world_size: int) -> Iterator[str]:
+    if not config.train.cuda_graphs:
+        return
+    if world_size > 1:
+        yield f"train.cuda_graphs is true with {world_size} processes, but a CUDA graph cannot hold what they send each other; set it to false."
+    if config.zero.offload_optimizer != "none":
+        yield (
+            f"train.cuda_graphs is true, but zero.offload_optimizer is {config.zero.offload_optimizer}, which no graph of the GPU can hold; "
+            "set one of them back."
         )
 
 

@@ -39,7 +39,7 @@ class Block(nn.Module):
     ) -> tuple[Tensor, BlockState | None]:
         """Residual stream [B, T, D] after the block, with several ranks its own tokens [n, D]; and the state to carry on (None without `state`)."""
         if self.recompute_mixer and torch.is_grad_enabled():
-            y, state = checkpoint(self._mix, x, angles, starts, state, use_reentrant=False)
+            y, state = checkpoint(self._mix, x, angles, starts, state, use_reentrant=False, preserve_rng_state=False)  # nothing is random
         else:
             y, state = self._mix(x, angles, starts, state)
         x = x + y

@@ -102,7 +102,7 @@ class LanguageModel(nn.Module):
         carried = []
         for place, (layer, block) in enumerate(self.blocks.items()):
             if int(layer) in self.recomputed_layers and torch.is_grad_enabled() and states is None:
-                x, _ = checkpoint(block, x, angles, starts, use_reentrant=False)
+                x, _ = checkpoint(block, x, angles, starts, use_reentrant=False, preserve_rng_state=False)
             elif states is None:
                 x, _ = block(x, angles, starts)
             else:

@@ -46,15 +46,10 @@ class Shards:
                 gradient = gradient.to_local()
             part.grad = None if gradient is None else gradient.to(part.device)
 
-    def drop_gradients(self, *, set_to_none: bool) -> None:
-        """Frees all gradients, or fills them with zeros."""
-        for name, parameter in self.whole.items():
-            if self.parts[name] is not parameter:
-                self.parts[name].grad = None
-            if parameter.grad is not None and not set_to_none:
-                parameter.grad.zero_()
-            elif set_to_none:
-                parameter.grad = None
+    def drop_gradients(self) -> None:
+        """Frees all gradients."""
+        for parameter in (*self.whole.values(), *self.parts.values()):
+            parameter.grad = None
 
     def gradient_norm(self) -> Tensor:
         """The norm of the gradient of the whole model, the same on every rank; a scalar where the gradients are."""

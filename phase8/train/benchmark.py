@@ -18,6 +18,7 @@ from pathlib import Path
 
 import torch
 from rich.console import Console
+from torch import Tensor
 
 from phase8.config.load import config_from_mapping, config_to_mapping
 from phase8.config.schema import RunConfig
@@ -33,7 +34,7 @@ from phase8.train.device import device_name
 from phase8.train.loop import Trainer
 from phase8.train.signals import StopRequest
 
-WARMUP_STEPS = 3  # compilation and the recording of CUDA graphs are in them
+WARMUP_STEPS = 3  # compilation and the recording of the CUDA graph are in them
 PROFILED_STEPS = 3
 
 
@@ -139,8 +140,10 @@ def measure_throughput(config: RunConfig, *, device: torch.device, num_steps: in
         with run.lock, StepClock(run.directory.path) as clock, progress:
             trainer = Trainer(run, clock, progress, lambda step, doing: None)
             _wake(run.learner.model)
-            gradients = _watch_gradients(run)
+            norms = _watch_gradients(run)
             clock.begin()
+            trainer.train_until(WARMUP_STEPS, StopRequest())
+            gradients = {name: norm.item() for name, norm in norms.items()}
             trainer.train_until(WARMUP_STEPS + num_steps, StopRequest())
             found = _figures(run, clock, gradients=gradients)
             if profile_to is not None:
@@ -227,18 +230,18 @@ def _wake(model: LanguageModel) -> None:
                 linear.weight.normal_(std=model.section.init_std, generator=generator)
 
 
-def _watch_gradients(run: Run) -> dict[str, float]:
+def _watch_gradients(run: Run) -> dict[str, Tensor]:
     """A mapping that the last step of the warm-up fills: the norm of the gradient of each linear of the mixers, over all layers.
 
-    In that step CUDA graphs are replayed already.
+    That step is the one of which a CUDA graph is recorded; then later steps fill it, too.
     """
-    norms: dict[str, float] = {}
+    norms: dict[str, Tensor] = {}
 
     def measure(*_: object) -> None:
         if run.position.step != WARMUP_STEPS - 1:
             return
         for name, linears in _mixer_linears(run.learner.model).items():
-            norms[name] = torch.nn.utils.get_total_norm([linear.weight.grad for linear in linears]).item()
+            norms[name] = torch.nn.utils.get_total_norm([linear.weight.grad for linear in linears])
 
     run.learner.optimizer.register_step_pre_hook(measure)
     return norms

@@ -33,6 +33,9 @@ from phase8.train.resume import Position, restore_run, resume_run
 from phase8.train.run_directory import RunDirectory, run_directory
 from phase8.zero.fsdp import shard_size
 
+# By the name in the config: what torch.compile calls a mode that leaves CUDA graphs to train.cuda_graphs.
+COMPILE_MODES = {"default": "default", "max-autotune": "max-autotune-no-cudagraphs"}
+
 
 @dataclass
 class Run:
@@ -77,9 +80,8 @@ class Run:
 
     @property
     def uses_cuda_graphs(self) -> bool:
-        """The compiled blocks replay CUDA graphs."""
-        compiled = self.config.train.compile
-        return compiled.enabled and compiled.mode != "default" and self.device.type == "cuda"
+        """Steps are replayed as one CUDA graph."""
+        return self.config.train.cuda_graphs and self.device.type == "cuda"
 
 
 def build_run(config: RunConfig, *, device: torch.device, resume: str, console: Console, world_size: int = 1) -> Run:
@@ -114,7 +116,7 @@ def build_run(config: RunConfig, *, device: torch.device, resume: str, console: 
         tokenizer_file = None if data.tokenizer is None else directory.keep_tokenizer(data.tokenizer.path)
     if config.train.compile.enabled:
         for block in (block for chunk in learner.stage.chunks for block in chunk.blocks.values()):
-            block.compile(mode=config.train.compile.mode, fullgraph=config.train.compile.fullgraph)
+            block.compile(mode=COMPILE_MODES[config.train.compile.mode], fullgraph=config.train.compile.fullgraph)
     shape = batch_shape(config.train, config.parallel, data_parallel_size=mesh.topology.data_parallel_size)
     facts = run_facts(config, device=device, shape=shape, num_parameters=count_parameters(shapes_only(config)), topology=mesh.topology)
     facts.append(("data", data.description))

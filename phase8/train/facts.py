@@ -31,6 +31,7 @@ def run_facts(config: RunConfig, *, device: torch.device, shape: BatchShape, num
         ("steps", f"{config.train.num_steps:,}, {config.optim.schedule} schedule, {config.optim.warmup_steps} warmup"),
         ("recomputation", config.train.recompute + every),
         ("torch.compile", f"{compiled.mode}{', fullgraph' if compiled.fullgraph else ''}" if compiled.enabled else "off"),
+        *([("CUDA graphs", "the whole step" if device.type == "cuda" else "off: no GPU")] if config.train.cuda_graphs else []),
         memory_fact(fullest(plan_stages(config, world_size=topology.world_size, device_type=device.type)).memory),
     ]
 

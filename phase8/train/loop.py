@@ -7,8 +7,8 @@ import math
 import time
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext
+from functools import partial
 
-import torch
 from torch import Tensor
 
 from phase8.data.loader import build_loader, evaluation_microbatches, microbatch_sample_numbers
@@ -23,6 +23,7 @@ from phase8.observe.report import write_report
 from phase8.optim.schedule import learning_rate
 from phase8.train.anomaly import count_skipped
 from phase8.train.build import Run
+from phase8.train.captured_step import CapturedStep
 from phase8.train.learner import whole_model
 from phase8.train.microbatch import Microbatch, split_sample
 from phase8.train.resume import check_stop
@@ -129,9 +130,7 @@ class Trainer:
         self.num_ranks = run.learner.mesh.topology.world_size
         self.num_own_evaluations = 0
         self.evaluation_samples = self._evaluation_samples()
-        if run.uses_cuda_graphs:
-            for parameter in run.learner.stage.module.parameters():
-                parameter.grad = torch.zeros_like(parameter)
+        self.take_step = CapturedStep(run.learner) if run.uses_cuda_graphs else partial(train_step, run.learner)
         reset_peak_memory(run.device)
 
     @property
@@ -164,7 +163,7 @@ class Trainer:
         if self.evaluation_samples is None:
             return
         self.report(step, "evaluation")
-        loss, num_tokens = evaluate(self.run.learner, self._evaluation_microbatches(), cuda_graphs=self.run.uses_cuda_graphs)
+        loss, num_tokens = evaluate(self.run.learner, self._evaluation_microbatches())
         self._record(lambda metrics: metrics.log_evaluation(step, validation_loss=loss, validation_tokens=num_tokens))
         self.progress.evaluation(step, loss)
 
@@ -181,12 +180,10 @@ class Trainer:
         data_wait_seconds = time.perf_counter() - begin
         rate = learning_rate(position.step + 1, config.optim, num_steps=config.train.num_steps)
         self.report(position.step + 1, "training")
-        result = train_step(
-            run.learner,
+        result = self.take_step(
             batch,
             learning_rate=rate,
             gradient_clip_norm=config.optim.gradient_clip_norm,
-            cuda_graphs=run.uses_cuda_graphs,
             stop=stop,
             report=lambda doing: self.report(position.step + 1, doing),
         )

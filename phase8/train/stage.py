@@ -62,7 +62,6 @@ class Stage:
         microbatches: Sequence[Microbatch],
         num_targets: int | Tensor,
         *,
-        cuda_graphs: bool = False,
         report: Callable[[str], None] | None = None,
     ) -> Tensor:
         """Adds the gradients of the mean loss to those of the parameters.
@@ -70,7 +69,6 @@ class Stage:
         Args:
             microbatches: Of this rank's pipeline, the same on all of its stages.
             num_targets: What the sum of the losses is divided by.
-            cuda_graphs: The blocks replay CUDA graphs.
             report: Told of every forward and backward.
 
         Returns:
@@ -87,25 +85,19 @@ class Stage:
                 report(f"{kind} of microbatch {number}" + (f" in chunk {chunk}" if len(self.chunks) > 1 else ""))
             if kind is Kind.BACKWARD:
                 sum_gradients_after(self.chunks[chunk], self.zero, is_last=engine.is_last_backward(kind, number, chunk))
-            elif cuda_graphs:
-                torch.compiler.cudagraph_mark_step_begin()
 
         loss = engine.run(forward, self._form(microbatches), on_action=before)
         self._sum_gradients_of_copies()
         return self._or_zero(loss, torch.get_default_dtype())
 
-    def loss_sum(self, microbatches: Sequence[Microbatch], *, cuda_graphs: bool = False) -> Tensor:
+    def loss_sum(self, microbatches: Sequence[Microbatch]) -> Tensor:
         """The sum of the losses of all targets in float64 where the model ends, zero on other stages; without gradients."""
 
         def forward(chunk: int, number: int, x: Tensor | None) -> Tensor:
             output = self._call(chunk, microbatches[number], x)
             return output.double() if self._place.is_last(chunk) else output
 
-        def before(kind: Kind, number: int, chunk: int) -> None:
-            if cuda_graphs:
-                torch.compiler.cudagraph_mark_step_begin()
-
-        loss = self._engine(len(microbatches), trains=False).run(forward, self._form(microbatches), on_action=before)
+        loss = self._engine(len(microbatches), trains=False).run(forward, self._form(microbatches))
         return self._or_zero(loss, torch.float64)
 
     def _or_zero(self, loss: Tensor | None, dtype: torch.dtype) -> Tensor:

@@ -39,7 +39,6 @@ def train_step(
     *,
     learning_rate: float,
     gradient_clip_norm: float,
-    cuda_graphs: bool = False,
     stop: bool = False,
     report: Callable[[str], None] | None = None,
 ) -> StepResult:
@@ -53,34 +52,57 @@ def train_step(
         microbatches: Of this rank, on the host or on the device.
         learning_rate: For this step.
         gradient_clip_norm: Largest global norm; 0: no clipping.
-        cuda_graphs: The blocks replay CUDA graphs. Then gradients are zeroed instead of freed: one that lived in the memory of a
-            graph would be overwritten by the next microbatch.
         stop: This rank was asked to stop; all ranks learn it with the loss.
         report: Told of every forward and backward.
     """
+    for group in learner.optimizer.param_groups:
+        group["lr"] = learning_rate
+    num_targets = _count_targets(microbatches, learner)
+    # The only synchronisation of the step.
+    return step_result(update(learner, microbatches, num_targets, gradient_clip_norm=gradient_clip_norm, stop=stop, report=report).tolist())
+
+
+def update(
+    learner: Learner,
+    microbatches: Sequence[Microbatch],
+    num_targets: int | Tensor,
+    *,
+    gradient_clip_norm: float,
+    stop: bool = False,
+    report: Callable[[str], None] | None = None,
+) -> Tensor:
+    """The part of a step that the device does, without waiting for it.
+
+    Arguments as for `train_step`; `num_targets` is what the sum of the losses is divided by. The optimizer knows its learning rate.
+
+    Returns:
+        Loss, gradient norm and the number of ranks that were asked to stop, for `step_result`.
+    """
     optimizer, shards, mesh, device = learner.optimizer, learner.shards, learner.mesh, learner.device
-    total = learner.stage.train(microbatches, _count_targets(microbatches, learner), cuda_graphs=cuda_graphs, report=report)
+    total = learner.stage.train(microbatches, num_targets, report=report)
     shards.take_gradients()
     norm = shards.gradient_norm()
     total = _over_data_ranks(sum_over(total, mesh.pp), mesh)
     asked = torch.full_like(total, float(stop))
     for axis in (mesh.replicate, mesh.shard, mesh.tp, mesh.pp):
         asked = sum_over(asked, axis)
-    for group in optimizer.param_groups:
-        group["lr"] = learning_rate
     step_clipped(optimizer, norm, max_norm=gradient_clip_norm, finite=total.isfinite() & norm.isfinite().to(device))
     shards.write_back()
-    shards.drop_gradients(set_to_none=not cuda_graphs)
-    # The only synchronisation of the step.
-    loss_value, norm_value, asked_value = torch.stack((total, norm.to(total), asked)).tolist()
-    return StepResult(loss_value, norm_value, skipped=not (math.isfinite(loss_value) and math.isfinite(norm_value)), stop=asked_value > 0)
+    shards.drop_gradients()
+    return torch.stack((total, norm.to(total), asked))
+
+
+def step_result(measured: Sequence[float]) -> StepResult:
+    """What the three numbers of `update` say."""
+    loss, norm, asked = measured
+    return StepResult(loss, norm, skipped=not (math.isfinite(loss) and math.isfinite(norm)), stop=asked > 0)
 
 
 @torch.no_grad()
-def evaluate(learner: Learner, microbatches: Iterable[Microbatch], *, cuda_graphs: bool = False) -> tuple[float, int]:
+def evaluate(learner: Learner, microbatches: Iterable[Microbatch]) -> tuple[float, int]:
     """Mean loss in nats per valid target, and the number of those targets, over all ranks. Every rank brings as many microbatches."""
     batches = list(microbatches)
-    loss_sum = sum_over(learner.stage.loss_sum(batches, cuda_graphs=cuda_graphs), learner.mesh.pp)
+    loss_sum = sum_over(learner.stage.loss_sum(batches), learner.mesh.pp)
     sums = torch.stack((loss_sum, loss_sum.new_tensor(sum(batch.num_valid for batch in batches))))
     loss, num_valid = _over_data_ranks(sums, learner.mesh).tolist()
     return loss / max(num_valid, 1), int(num_valid)

@@ -196,10 +196,12 @@ def test_what_tensor_parallel_ranks_cannot_divide_is_refused(tmp_path, num_ranks
 
 
 def test_cuda_graphs_are_for_one_process(tmp_path):
-    config = config_with("train.compile.enabled=true", "train.compile.mode=reduce-overhead", "train.global_batch_size=8", directory=tmp_path)
+    config = config_with("train.cuda_graphs=true", "train.global_batch_size=8", directory=tmp_path)
     assert find_problems(config) == []
     (problem,) = find_problems(config, world_size=2)
-    assert problem.startswith("train.compile.mode is reduce-overhead with 2 processes") and problem.endswith("use default.")
+    assert problem.startswith("train.cuda_graphs is true with 2 processes") and problem.endswith("set it to false.")
+    (problem,) = find_problems(config_with("train.cuda_graphs=true", "zero.offload_optimizer=cpu", directory=tmp_path))
+    assert problem.startswith("train.cuda_graphs is true, but zero.offload_optimizer is cpu")
 
 
 def test_zero_is_allowed_on_the_ranks_there_are(tmp_path):

@@ -49,21 +49,23 @@ def switched_on(config):
         config.precision.dtype,
         compiled.mode if compiled.enabled else None,
         config.train.kernels,
+        config.train.cuda_graphs,
     )
 
 
 def test_every_rung_adds_its_keys_to_those_below(tiny, machine):
     # What the ladder decides itself is asked for from the start.
-    config = tiny_config(tiny, "precision.dtype=bf16", "train.compile.enabled=true", "data.pin_memory=true", "train.compile.mode=max-autotune")
+    decided = ("precision.dtype=bf16", "train.compile.enabled=true", "data.pin_memory=true", "train.cuda_graphs=true")
+    config = tiny_config(tiny, *decided, "train.compile.mode=max-autotune")
     steps = list(climb(config, device=GPU, num_steps=3))
     assert [step.name for step in steps] == NAMES and reasons(steps) == {}
     assert [switched_on(config) for config in machine.configs] == [
-        (False, False, "fp32", None, "reference"),
-        (True, True, "fp32", None, "reference"),
-        (True, True, "bf16", None, "reference"),
-        (True, True, "bf16", "default", "reference"),
-        (True, True, "bf16", "default", "auto"),
-        (True, True, "bf16", "reduce-overhead", "auto"),
+        (False, False, "fp32", None, "reference", False),
+        (True, True, "fp32", None, "reference", False),
+        (True, True, "bf16", None, "reference", False),
+        (True, True, "bf16", "default", "reference", False),
+        (True, True, "bf16", "default", "auto", False),
+        (True, True, "bf16", "default", "auto", True),
     ]
     assert len({config.data.train for config in machine.configs}) == 1 and all(c.model == config.model for c in machine.configs)
     assert [step.gain for step in steps] == [None, 2.0, 1.5, pytest.approx(4 / 3), 1.25, 1.2] and total_gain(steps) == 6.0
@@ -78,16 +80,15 @@ def test_without_compilation_the_kernels_are_still_measured(tiny, machine):
     steps = list(climb(tiny_config(tiny), device=GPU, num_steps=3, use_compile=False))
     assert reasons(steps) == {
         "+ compile": "not available: switched off by --no-use-compile",
-        "+ CUDA graphs": "not available: CUDA graphs replay compiled blocks, and none were compiled",
     }
-    assert switched_on(machine.configs[-1]) == (True, True, "bf16", None, "auto") and len(machine.configs) == 4
+    assert switched_on(machine.configs[-1]) == (True, True, "bf16", None, "auto", True) and len(machine.configs) == 5
 
 
 def test_a_refused_toolchain_is_no_rung(tiny, machine):
     machine.backend = Backend("reference", "ptxas 12.8 miscompiles")
     steps = list(climb(tiny_config(tiny), device=GPU, num_steps=3))
     assert reasons(steps) == {"+ kernels": "not available: ptxas 12.8 miscompiles"}
-    assert switched_on(machine.configs[-1]) == (True, True, "bf16", "reduce-overhead", "reference")
+    assert switched_on(machine.configs[-1]) == (True, True, "bf16", "default", "reference", True)
 
 
 @pytest.mark.parametrize(
@@ -111,7 +112,7 @@ def test_gradients_are_held_against_those_of_the_rung_before(tiny, machine):
     machine.answers[4] = Measurement(None, "out of memory")
     machine.answers[5] = measured(tiny_config(tiny), gradients={"q": 3.0, "v": 4.0})
     steps = list(climb(tiny_config(tiny), device=GPU, num_steps=3))
-    expected = [None, 0.0, 0.5 / 5.0, None, 0.5 / math.hypot(3.0, 3.5), None]  # no graphs: nothing was compiled
+    expected = [None, 0.0, 0.5 / 5.0, None, 0.5 / math.hypot(3.0, 3.5), 0.0]
     assert [step.deviation for step in steps] == [None if value is None else pytest.approx(value) for value in expected]
 
 
@@ -125,11 +126,11 @@ def test_what_the_first_rung_refuses_is_the_user_s_to_correct(tiny, machine, err
 def test_the_keys_of_the_first_rung_hold_although_it_does_not_fit(tiny, machine):
     machine.answers[1] = Measurement(None, "out of memory")
     steps = list(climb(tiny_config(tiny, "precision.dtype=bf16"), device=GPU, num_steps=3))
-    assert switched_on(machine.configs[1]) == (True, True, "fp32", None, "reference") and steps[1].gain is None and steps[2].gain == 1.5
+    assert switched_on(machine.configs[1]) == (True, True, "fp32", None, "reference", False) and steps[1].gain is None and steps[2].gain == 1.5
 
 
 def test_nothing_measured_has_no_gain(tiny, machine):
-    machine.answers |= {number: Measurement(None, "out of memory") for number in range(1, 6)}
+    machine.answers |= {number: Measurement(None, "out of memory") for number in range(1, 7)}
     steps = list(climb(tiny_config(tiny), device=GPU, num_steps=3))
     assert len(reasons(steps)) == 6 and total_gain(steps) is None and {(step.gain, step.deviation) for step in steps} == {(None, None)}
 

@@ -1,7 +1,5 @@
 """What only a GPU can show; skipped without one."""
 
-import itertools
-
 import pytest
 import torch
 from small import perturbed_model, random_tokens, scaled_down
@@ -9,7 +7,7 @@ from tiny_run import losses, tiny_config
 
 from phase8.config.schema import ModelSection
 from phase8.plan.dry_run import plan_stages
-from phase8.train.build import build_run
+from phase8.train.build import COMPILE_MODES, build_run
 from phase8.train.loop import train
 
 pytestmark = pytest.mark.gpu
@@ -39,7 +37,7 @@ def test_gpu_equals_cpu_in_fp64(block):
         torch.testing.assert_close(parameter.grad.cpu(), expected[name], rtol=1e-4, atol=1e-4)
 
 
-MODES = [*itertools.product(("phase8", "transformer"), ("default", "reduce-overhead")), ("transformer", "max-autotune")]
+MODES = [("phase8", "default"), ("transformer", "default"), ("transformer", "max-autotune")]
 
 
 @pytest.fixture(autouse=True)
@@ -50,17 +48,12 @@ def _forget_compiled_code():
 
 @pytest.mark.parametrize(("block", "mode"), MODES)
 def test_compiled_blocks_have_the_eager_gradients(block, mode):
-    """Over two microbatches, so that a gradient kept in the memory of a CUDA graph would be overwritten."""
-
     def gradients(compiled):
         model = perturbed_model(scaled_down(ModelSection(block=block)), dtype=torch.float32).cuda()
         for layer in model.blocks.values() if compiled else ():
-            layer.compile(mode=mode, fullgraph=True)
-        for parameter in model.parameters():
-            parameter.grad = torch.zeros_like(parameter)
-        for tokens in random_tokens(batch=4).cuda().split(2):
-            torch.compiler.cudagraph_mark_step_begin()
-            model.loss_sum(tokens[:, :-1], tokens[:, 1:]).backward()
+            layer.compile(mode=COMPILE_MODES[mode], fullgraph=True)
+        tokens = random_tokens(batch=4).cuda()
+        model.loss_sum(tokens[:, :-1], tokens[:, 1:]).backward()
         return {name: parameter.grad for name, parameter in model.named_parameters()}
 
     expected = gradients(compiled=False)
@@ -75,6 +68,28 @@ def test_compiled_training_runs_and_follows_the_eager_losses(tiny, block, mode):
     compiled = train_on_gpu(tiny, *settings, "train.compile.enabled=true", f"train.compile.mode={mode}", "train.compile.fullgraph=true")
     # Rounding differs, and AdamW enlarges it where gradients are nearly zero.
     assert list(losses(compiled).values()) == pytest.approx(list(losses(eager).values()), rel=2e-2)
+
+
+RECORDED = {
+    "eager": (),
+    "two microbatches": ("train.micro_batch_size=1",),
+    "documents": ("data.reset_at_document_boundaries=true",),
+    "compiled": ("train.compile.enabled=true", "train.compile.fullgraph=true"),
+    "recomputed": ("train.compile.enabled=true", "train.recompute=full", "data.pin_memory=true", "data.num_workers=1"),
+    "mixer recomputed": ("train.recompute=selective",),
+    "transformer": ("model.block=transformer", "train.compile.enabled=true"),
+}
+
+
+@pytest.mark.parametrize("name", RECORDED)
+def test_a_recorded_step_is_the_launched_one(tiny, name):
+    """With evaluations in between, and gone on with from a checkpoint."""
+    settings = (*RECORDED[name], "train.global_batch_size=2", "precision.dtype=bf16", "train.num_steps=12", "train.evaluate_every_n_steps=4")
+    expected = losses(train_on_gpu(tiny, *settings, "run.name=launched"))
+    train_on_gpu(tiny, *settings, "train.cuda_graphs=true", "train.stop_at_step=7")
+    found = losses(train_on_gpu(tiny, *settings, "train.cuda_graphs=true"))
+    # The learning rate is in fp32 there, and sums of gradients are in an order of their own where kernels add atomically.
+    assert len(found) == 12 and list(found.values()) == pytest.approx(list(expected.values()), rel=2e-3)
 
 
 def test_bf16_follows_fp32(tiny):

@@ -216,7 +216,7 @@ def test_compile_compiles_every_block_as_asked(tiny, monkeypatch, enabled):
     compiled = []
     monkeypatch.setattr(torch.nn.Module, "compile", lambda module, **options: compiled.append((module, options)))
     run = prepare(tiny, f"train.compile.enabled={str(enabled).lower()}", "train.compile.mode=max-autotune", "train.compile.fullgraph=true")
-    options = {"mode": "max-autotune", "fullgraph": True}
+    options = {"mode": "max-autotune-no-cudagraphs", "fullgraph": True}  # graphs are train.cuda_graphs
     assert compiled == ([(block, options) for block in run.learner.model.blocks.values()] if enabled else [])
 
 

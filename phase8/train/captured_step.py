@@ -1,0 +1,91 @@
+"""The whole optimizer step as one CUDA graph: forward, backward, clipping and optimizer in a single launch.
+
+A small model is bound by the thousands of launches of a step from Python. Recorded once, they are replayed by the device, from inputs that
+are copied to where the recording has read them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from phase8.train.learner import Learner
+from phase8.train.microbatch import Microbatch
+from phase8.train.step import StepResult, step_result, train_step, update
+
+# Steps taken without a graph: compilation, the choice of kernels and the first state of the optimizer cannot be recorded.
+EAGER_STEPS = 2
+
+
+@dataclass(frozen=True)
+class _Inputs:
+    """Where the graph reads what is new in a step, on the device.
+
+    Args:
+        microbatches: Their tensors.
+        num_targets: Valid targets of the step.
+        learning_rate: Of the step.
+    """
+
+    microbatches: tuple[Microbatch, ...]
+    num_targets: Tensor
+    learning_rate: Tensor
+
+    def fill(self, microbatches: Sequence[Microbatch], learning_rate: float) -> None:
+        """Copies the inputs of a step; its end waits for the copies, which read page-locked memory."""
+        for to, batch in zip(self.microbatches, microbatches, strict=True):
+            for static, new in ((to.tokens, batch.tokens), (to.targets, batch.targets), (to.starts, batch.starts)):
+                if static is not None and new is not None:
+                    static.copy_(new, non_blocking=True)
+        self.num_targets.fill_(max(sum(batch.num_valid for batch in microbatches), 1))
+        self.learning_rate.fill_(learning_rate)
+
+
+class CapturedStep:
+    """`train_step` of one process on a GPU, whose batches all have the same shape.
+
+    Args:
+        learner: Its optimizer belongs to the graph once there is one.
+    """
+
+    def __init__(self, learner: Learner):
+        self._learner, self._num_eager_steps = learner, 0
+        self._graph: torch.cuda.CUDAGraph | None = None
+
+    def __call__(
+        self,
+        microbatches: Sequence[Microbatch],
+        *,
+        learning_rate: float,
+        gradient_clip_norm: float,
+        stop: bool = False,
+        report: Callable[[str], None] | None = None,
+    ) -> StepResult:
+        """Takes a step; arguments as for `train_step`, those that are no numbers of the batch as in the recorded step."""
+        if self._num_eager_steps < EAGER_STEPS:
+            self._num_eager_steps += 1
+            return train_step(
+                self._learner, microbatches, learning_rate=learning_rate, gradient_clip_norm=gradient_clip_norm, stop=stop, report=report
+            )
+        if self._graph is None:
+            self._graph = self._record(microbatches, gradient_clip_norm=gradient_clip_norm)
+        if report is not None:
+            report("the recorded step")
+        self._inputs.fill(microbatches, learning_rate)
+        self._graph.replay()
+        return step_result(self._measured.tolist())
+
+    def _record(self, microbatches: Sequence[Microbatch], *, gradient_clip_norm: float) -> torch.cuda.CUDAGraph:
+        """Records a step of this shape, without taking it."""
+        device, graph = self._learner.device, torch.cuda.CUDAGraph()
+        static = tuple(batch.to(device) for batch in microbatches)
+        self._inputs = _Inputs(static, torch.ones((), device=device), torch.zeros((), device=device))
+        for group in self._learner.optimizer.param_groups:
+            group.update(lr=self._inputs.learning_rate, capturable=True)
+        # Threads that page-lock the next batches may go on meanwhile.
+        with torch.cuda.graph(graph, capture_error_mode="thread_local"):
+            self._measured = update(self._learner, static, self._inputs.num_targets, gradient_clip_norm=gradient_clip_norm)
+        return graph
