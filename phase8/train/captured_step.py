@@ -14,7 +14,7 @@ from torch import Tensor
 
 from phase8.train.learner import Learner
 from phase8.train.microbatch import Microbatch
-from phase8.train.step import StepResult, step_result, train_step, update
+from phase8.train.step import StepResult, count_targets, step_result, train_step, update
 
 # Steps taken without a graph: compilation, the choice of kernels and the first state of the optimizer cannot be recorded.
 EAGER_STEPS = 2
@@ -26,22 +26,25 @@ class _Inputs:
 
     Args:
         microbatches: Their tensors.
-        num_targets: Valid targets of the step.
+        num_targets: Valid targets of the step on this rank.
         learning_rate: Of the step.
+        stop: 1: this rank was asked to stop.
     """
 
     microbatches: tuple[Microbatch, ...]
     num_targets: Tensor
     learning_rate: Tensor
+    stop: Tensor
 
-    def fill(self, microbatches: Sequence[Microbatch], learning_rate: float) -> None:
+    def fill(self, microbatches: Sequence[Microbatch], learning_rate: float, *, stop: bool) -> None:
         """Copies the inputs of a step; its end waits for the copies, which read page-locked memory."""
         for to, batch in zip(self.microbatches, microbatches, strict=True):
             for static, new in ((to.tokens, batch.tokens), (to.targets, batch.targets), (to.starts, batch.starts)):
                 if static is not None and new is not None:
                     static.copy_(new, non_blocking=True)
-        self.num_targets.fill_(max(sum(batch.num_valid for batch in microbatches), 1))
+        self.num_targets.fill_(count_targets(microbatches))
         self.learning_rate.fill_(learning_rate)
+        self.stop.fill_(stop)
 
 
 class CapturedStep:
@@ -74,7 +77,7 @@ class CapturedStep:
             self._graph = self._record(microbatches, gradient_clip_norm=gradient_clip_norm)
         if report is not None:
             report("the recorded step")
-        self._inputs.fill(microbatches, learning_rate)
+        self._inputs.fill(microbatches, learning_rate, stop=stop)
         self._graph.replay()
         return step_result(self._measured.tolist())
 
@@ -82,10 +85,11 @@ class CapturedStep:
         """Records a step of this shape, without taking it."""
         device, graph = self._learner.device, torch.cuda.CUDAGraph()
         static = tuple(batch.to(device) for batch in microbatches)
-        self._inputs = _Inputs(static, torch.ones((), device=device), torch.zeros((), device=device))
+        num_targets = torch.zeros((), dtype=torch.float64, device=device)
+        self._inputs = inputs = _Inputs(static, num_targets, torch.zeros((), device=device), torch.zeros((), device=device))
         for group in self._learner.optimizer.param_groups:
-            group.update(lr=self._inputs.learning_rate, capturable=True)
+            group.update(lr=inputs.learning_rate, capturable=True)
         # Threads that page-lock the next batches may go on meanwhile.
         with torch.cuda.graph(graph, capture_error_mode="thread_local"):
-            self._measured = update(self._learner, static, self._inputs.num_targets, gradient_clip_norm=gradient_clip_norm)
+            self._measured = update(self._learner, static, num_targets, gradient_clip_norm=gradient_clip_norm, stop=inputs.stop)
         return graph

@@ -57,9 +57,8 @@ def train_step(
     """
     for group in learner.optimizer.param_groups:
         group["lr"] = learning_rate
-    num_targets = _count_targets(microbatches, learner)
-    # The only synchronisation of the step.
-    return step_result(update(learner, microbatches, num_targets, gradient_clip_norm=gradient_clip_norm, stop=stop, report=report).tolist())
+    measured = update(learner, microbatches, count_targets(microbatches), gradient_clip_norm=gradient_clip_norm, stop=stop, report=report)
+    return step_result(measured.tolist())  # the only synchronisation of the step
 
 
 def update(
@@ -68,22 +67,23 @@ def update(
     num_targets: int | Tensor,
     *,
     gradient_clip_norm: float,
-    stop: bool = False,
+    stop: bool | Tensor = False,
     report: Callable[[str], None] | None = None,
 ) -> Tensor:
     """The part of a step that the device does, without waiting for it.
 
-    Arguments as for `train_step`; `num_targets` is what the sum of the losses is divided by. The optimizer knows its learning rate.
+    Arguments as for `train_step`; `num_targets` is what `count_targets` says. Numbers that another step of the same recording changes are
+    scalars on the device. The optimizer knows its learning rate.
 
     Returns:
         Loss, gradient norm and the number of ranks that were asked to stop, for `step_result`.
     """
     optimizer, shards, mesh, device = learner.optimizer, learner.shards, learner.mesh, learner.device
-    total = learner.stage.train(microbatches, num_targets, report=report)
+    total = learner.stage.train(microbatches, _over_all_ranks(num_targets, learner), report=report)
     shards.take_gradients()
     norm = shards.gradient_norm()
     total = _over_data_ranks(sum_over(total, mesh.pp), mesh)
-    asked = torch.full_like(total, float(stop))
+    asked = stop.to(total) if isinstance(stop, Tensor) else torch.full_like(total, float(stop))
     for axis in (mesh.replicate, mesh.shard, mesh.tp, mesh.pp):
         asked = sum_over(asked, axis)
     step_clipped(optimizer, norm, max_norm=gradient_clip_norm, finite=total.isfinite() & norm.isfinite().to(device))
@@ -108,12 +108,18 @@ def evaluate(learner: Learner, microbatches: Iterable[Microbatch]) -> tuple[floa
     return loss / max(num_valid, 1), int(num_valid)
 
 
-def _count_targets(microbatches: Sequence[Microbatch], learner: Learner) -> int | Tensor:
-    """Valid targets of all data-parallel ranks, at least one; of several ranks as a scalar on the device."""
-    own = sum(microbatch.num_valid for microbatch in microbatches)
-    if learner.mesh.topology.data_parallel_size == 1:
-        return max(own, 1)
-    return _over_data_ranks(torch.tensor(own, dtype=torch.float64, device=learner.device), learner.mesh).clamp(min=1)
+def count_targets(microbatches: Sequence[Microbatch]) -> int:
+    """Valid targets of a step on this rank."""
+    return sum(microbatch.num_valid for microbatch in microbatches)
+
+
+def _over_all_ranks(num_targets: int | Tensor, learner: Learner) -> int | Tensor:
+    """The sum over the data-parallel ranks, at least one; of several ranks as a scalar on the device."""
+    if isinstance(num_targets, int):
+        if learner.mesh.topology.data_parallel_size == 1:
+            return max(num_targets, 1)
+        num_targets = torch.tensor(num_targets, dtype=torch.float64, device=learner.device)
+    return _over_data_ranks(num_targets, learner.mesh).clamp(min=1)
 
 
 def _over_data_ranks(x: Tensor, mesh: Mesh) -> Tensor:
