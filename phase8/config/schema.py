@@ -183,6 +183,18 @@ class CompileSection(Section):
     fullgraph: bool = key(False, "fail on a graph break instead of splitting the graph")
 
 
+class AnomalySection(Section):
+    """What happens when loss or gradient is not finite, or the loss spikes. The update is left out in any case."""
+
+    policy: Literal["skip", "rollback", "stop"] = key(
+        "skip", "go on with the next samples; go back to the newest checkpoint and leave out the samples since; end the run"
+    )
+    spike_deviations: PositiveFloat | None = key(
+        None, "a loss so many standard deviations above the median of the last 64 is a spike; null: only what is not finite counts"
+    )
+    max_consecutive: PositiveInt = key(10, "stop after so many such steps in a row, or rollbacks to the same checkpoint")
+
+
 class TrainSection(Section):
     """Length of the run, batch, seed and what is recomputed."""
 
@@ -194,12 +206,12 @@ class TrainSection(Section):
     deterministic: bool = key(False, "refuse operations without a deterministic implementation")
     evaluate_every_n_steps: NonNegativeInt = key(100, "steps between evaluations; 0: never")
     evaluation_sequences: PositiveInt = key(256, "sequences of an evaluation, always the same ones")
-    max_consecutive_nonfinite_steps: PositiveInt = key(10, "stop after so many skipped steps in a row")
     recompute: Literal["none", "full", "selective"] = key("none", "activations recomputed in backward: no, whole blocks, or the mixer only")
     recompute_every_n_layers: PositiveInt = key(1, "recompute layers 0, n, 2n, ...")
     kernels: Literal["auto", "reference"] = key(
         "auto", "Triton kernels where GPU and toolchain allow, or the plain torch references everywhere"
     )
+    anomaly: AnomalySection = key(AnomalySection(), "steps whose loss or gradient must not count")
     compile: CompileSection = key(CompileSection(), "torch.compile")
     cuda_graphs: bool = key(False, "one process on a GPU replays the whole step as one CUDA graph; ignored on a CPU")
 

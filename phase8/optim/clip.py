@@ -22,7 +22,7 @@ def clipping_divisor(norm: Tensor, *, max_norm: float) -> Tensor:
     return ((norm.float() + EPS) / max_norm).clamp(min=1.0)
 
 
-def step_clipped(optimizer: torch.optim.Optimizer, norm: Tensor, *, max_norm: float, finite: Tensor) -> None:
+def step_clipped(optimizer: torch.optim.Optimizer, norm: Tensor, *, max_norm: float, counts: Tensor) -> None:
     """Takes an optimizer step with clipped gradients, or none; neither reads anything back from the device.
 
     Torch's fused optimizers divide gradients and skip steps themselves, as its gradient scaler asks them to.
@@ -31,9 +31,9 @@ def step_clipped(optimizer: torch.optim.Optimizer, norm: Tensor, *, max_norm: fl
         optimizer: A fused one.
         norm: From `gradient_norm`.
         max_norm: Largest global norm; 0: no clipping.
-        finite: False: leave weights and optimizer state alone (a scalar on the device).
+        counts: False: leave weights and optimizer state alone (a scalar on the device).
     """
     device = optimizer.param_groups[0]["params"][0].device  # the host's when offloaded
     optimizer.grad_scale = clipping_divisor(norm, max_norm=max_norm).to(device)
-    optimizer.found_inf = (~finite).float().to(device)
+    optimizer.found_inf = (~counts).float().to(device)
     optimizer.step()

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import IO
 
@@ -13,13 +11,12 @@ import torch.distributed as dist
 from rich.console import Console
 
 from phase8.checkpoint.layout import step_of
-from phase8.checkpoint.load import Checkpoint, open_checkpoint
+from phase8.checkpoint.load import Checkpoint
 from phase8.config.batch import BatchShape, batch_shape, run_topology
 from phase8.config.schema import RunConfig
 from phase8.config.validate import validate
-from phase8.distributed.collectives import broadcast_text, gather_texts
+from phase8.distributed.collectives import broadcast_text
 from phase8.distributed.mesh import Mesh, build_mesh
-from phase8.errors import CheckpointCorruptError, CheckpointError
 from phase8.kernels.backends import select_kernels
 from phase8.observe.banner import print_banner, print_line
 from phase8.observe.devices import peak_flops
@@ -29,6 +26,7 @@ from phase8.train.datasets import RunData, open_run_data
 from phase8.train.device import require_determinism
 from phase8.train.facts import run_facts
 from phase8.train.learner import Learner, build_learner
+from phase8.train.restore import restore_together
 from phase8.train.resume import Position, restore_run, resume_run
 from phase8.train.run_directory import RunDirectory, run_directory
 from phase8.zero.fsdp import shard_size
@@ -172,50 +170,14 @@ def _go_on(
     def say(text: str) -> None:
         print_line(text, console)
 
-    if learner.mesh.rank == 0:
-        checkpoint = resume_run(resume, directory, restore=partial(_lead, restore), on_message=say)
-        broadcast_text(None)
-    else:
-        checkpoint = _follow(restore)
+    checkpoint = restore_together(
+        lambda restore_all: resume_run(resume, directory, restore=restore_all, on_message=say), restore, is_first=learner.mesh.rank == 0
+    )
     if checkpoint is None:
         return position, None
     say(f"resumed from {checkpoint.path} (step {position.step}, {position.tokens_seen:,} tokens seen)")
     is_own = directory.owns(checkpoint.path) and step_of(checkpoint.path.name) is not None  # a copy of another name is not resumed by itself
     return position, position.step if is_own else None
-
-
-def _lead(restore: Callable[[Checkpoint], None], checkpoint: Checkpoint) -> None:
-    """Restores a checkpoint on all ranks, of which each reads its own parts.
-
-    Raises:
-        CheckpointError: Some rank cannot use it.
-    """
-    broadcast_text(str(checkpoint.path))
-    failure: CheckpointError | None = None
-    try:
-        restore(checkpoint)
-    except CheckpointError as error:
-        failure = error
-    others = gather_texts(None if failure is None else str(failure))[1:]
-    if failure is not None:
-        raise failure
-    for rank, problem in enumerate(others, start=1):
-        if problem is not None:
-            raise CheckpointCorruptError(f"{problem} (seen by rank {rank})")
-
-
-def _follow(restore: Callable[[Checkpoint], None]) -> Checkpoint | None:
-    """Restores on this rank what the first rank leads through; returns the last, which all could use."""
-    checkpoint = None
-    while (path := broadcast_text(None)) is not None:
-        problem = None
-        try:
-            checkpoint = open_checkpoint(Path(path))
-            restore(checkpoint)
-        except CheckpointError as error:
-            problem = str(error)
-        gather_texts(problem)
-    return checkpoint
 
 
 def _peak(config: RunConfig, device: torch.device) -> float | None:

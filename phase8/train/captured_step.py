@@ -6,6 +6,7 @@ are copied to where the recording has read them.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -14,7 +15,7 @@ from torch import Tensor
 
 from phase8.train.learner import Learner
 from phase8.train.microbatch import Microbatch
-from phase8.train.step import StepResult, count_targets, step_result, train_step, update
+from phase8.train.step import StepNumbers, StepResult, count_targets, step_result, train_step, update
 
 # Steps taken without a graph: compilation, the choice of kernels and the first state of the optimizer cannot be recorded.
 EAGER_STEPS = 2
@@ -26,25 +27,24 @@ class _Inputs:
 
     Args:
         microbatches: Their tensors.
-        num_targets: Valid targets of the step on this rank.
-        learning_rate: Of the step.
-        stop: 1: this rank was asked to stop.
+        numbers: Scalars.
+        learning_rate: A scalar.
     """
 
     microbatches: tuple[Microbatch, ...]
-    num_targets: Tensor
+    numbers: StepNumbers
     learning_rate: Tensor
-    stop: Tensor
 
-    def fill(self, microbatches: Sequence[Microbatch], learning_rate: float, *, stop: bool) -> None:
+    def fill(self, microbatches: Sequence[Microbatch], numbers: StepNumbers, learning_rate: float) -> None:
         """Copies the inputs of a step; its end waits for the copies, which read page-locked memory."""
         for to, batch in zip(self.microbatches, microbatches, strict=True):
             for static, new in ((to.tokens, batch.tokens), (to.targets, batch.targets), (to.starts, batch.starts)):
                 if static is not None and new is not None:
                     static.copy_(new, non_blocking=True)
-        self.num_targets.fill_(count_targets(microbatches))
+        self.numbers.num_targets.fill_(numbers.num_targets)
+        self.numbers.largest_loss.fill_(numbers.largest_loss)
+        self.numbers.stop.fill_(numbers.stop)
         self.learning_rate.fill_(learning_rate)
-        self.stop.fill_(stop)
 
 
 class CapturedStep:
@@ -64,6 +64,7 @@ class CapturedStep:
         *,
         learning_rate: float,
         gradient_clip_norm: float,
+        largest_loss: float = math.inf,
         stop: bool = False,
         report: Callable[[str], None] | None = None,
     ) -> StepResult:
@@ -71,13 +72,19 @@ class CapturedStep:
         if self._num_eager_steps < EAGER_STEPS:
             self._num_eager_steps += 1
             return train_step(
-                self._learner, microbatches, learning_rate=learning_rate, gradient_clip_norm=gradient_clip_norm, stop=stop, report=report
+                self._learner,
+                microbatches,
+                learning_rate=learning_rate,
+                gradient_clip_norm=gradient_clip_norm,
+                largest_loss=largest_loss,
+                stop=stop,
+                report=report,
             )
         if self._graph is None:
             self._graph = self._record(microbatches, gradient_clip_norm=gradient_clip_norm)
         if report is not None:
             report("the recorded step")
-        self._inputs.fill(microbatches, learning_rate, stop=stop)
+        self._inputs.fill(microbatches, StepNumbers(count_targets(microbatches), largest_loss, stop), learning_rate)
         self._graph.replay()
         return step_result(self._measured.tolist())
 
@@ -85,11 +92,11 @@ class CapturedStep:
         """Records a step of this shape, without taking it."""
         device, graph = self._learner.device, torch.cuda.CUDAGraph()
         static = tuple(batch.to(device) for batch in microbatches)
-        num_targets = torch.zeros((), dtype=torch.float64, device=device)
-        self._inputs = inputs = _Inputs(static, num_targets, torch.zeros((), device=device), torch.zeros((), device=device))
+        numbers = StepNumbers(*(torch.zeros((), dtype=torch.float64, device=device) for _ in range(3)))
+        self._inputs = _Inputs(static, numbers, learning_rate=torch.zeros((), device=device))
         for group in self._learner.optimizer.param_groups:
-            group.update(lr=inputs.learning_rate, capturable=True)
+            group.update(lr=self._inputs.learning_rate, capturable=True)
         # Threads that page-lock the next batches may go on meanwhile.
         with torch.cuda.graph(graph, capture_error_mode="thread_local"):
-            self._measured = update(self._learner, static, num_targets, gradient_clip_norm=gradient_clip_norm, stop=inputs.stop)
+            self._measured = update(self._learner, static, numbers, gradient_clip_norm=gradient_clip_norm)
         return graph

@@ -21,12 +21,13 @@ from phase8.observe.metrics import MetricsWriter, StepMetrics
 from phase8.observe.progress import Progress
 from phase8.observe.report import write_report
 from phase8.optim.schedule import learning_rate
-from phase8.train.anomaly import count_skipped
+from phase8.train.anomaly import RollbackAsked, largest_loss, take_note
 from phase8.train.build import Run
 from phase8.train.captured_step import CapturedStep
 from phase8.train.learner import whole_model
 from phase8.train.microbatch import Microbatch, split_sample
 from phase8.train.resume import check_stop
+from phase8.train.rollback import roll_back
 from phase8.train.sample import write_sample
 from phase8.train.saver import Saver
 from phase8.train.signals import StopRequest
@@ -49,7 +50,7 @@ def train(run: Run, *, resume_command: str, report: Callable[[int, str], None] =
     with run.lock or nullcontext():
         stop_step = check_stop(run.config, run.position)
         if run.position.step < stop_step or run.saved_step != run.position.step:  # what was resumed from elsewhere is saved here
-            stopped_by = _train_until(run, stop_step, report)
+            stopped_by = _train_with_rollbacks(run, stop_step, report)
             if stopped_by is not None and run.position.step < stop_step:
                 print_line(f"{stopped_by}: saved at step {run.position.step}; go on with:\n  {resume_command}", run.console)
                 return
@@ -86,8 +87,19 @@ def finish(run: Run) -> None:
         print_line(f"report: {page}", run.console)
 
 
-def _train_until(run: Run, stop_step: int, report: Callable[[int, str], None]) -> str | None:
-    """Takes the steps and saves; returns the signal that stopped them, if one did."""
+def _train_with_rollbacks(run: Run, stop_step: int, report: Callable[[int, str], None]) -> str | None:
+    """Takes the steps and saves, again from the newest checkpoint after an anomaly; returns the signal that stopped them, if one did."""
+    rollback: dict[str, str | int] | None = None
+    while True:
+        try:
+            return _train_until(run, stop_step, report, rollback=rollback)
+        except RollbackAsked as asked:
+            report(run.position.step, "rolling back")
+            rollback = roll_back(run, asked.anomaly)
+
+
+def _train_until(run: Run, stop_step: int, report: Callable[[int, str], None], *, rollback: dict[str, str | int] | None) -> str | None:
+    """Takes the steps and saves; returns the signal that stopped them, if one did. The record says of a rollback that led here."""
     config = run.config
     metrics = (
         MetricsWriter(run.directory.path, resume_step=run.position.step, tensorboard=config.observe.tensorboard) if run.is_main else None
@@ -97,6 +109,8 @@ def _train_until(run: Run, stop_step: int, report: Callable[[int, str], None]) -
     )
     with metrics or nullcontext(), StopRequest() as stop, progress:
         trainer = Trainer(run, metrics, progress, report)
+        if rollback is not None:
+            trainer.record_event("rollback", **rollback)
         try:
             asked_to_stop = trainer.train_until(stop_step, stop)
         except (Phase8Error, OSError) as error:
@@ -180,24 +194,26 @@ class Trainer:
         data_wait_seconds = time.perf_counter() - begin
         rate = learning_rate(position.step + 1, config.optim, num_steps=config.train.num_steps)
         self.report(position.step + 1, "training")
+        loss_limit = largest_loss(position.recent_losses, config.train.anomaly)
         result = self.take_step(
             batch,
             learning_rate=rate,
             gradient_clip_norm=config.optim.gradient_clip_norm,
+            largest_loss=loss_limit,
             stop=stop,
             report=lambda doing: self.report(position.step + 1, doing),
         )
         step_seconds = time.perf_counter() - begin
-        sample_numbers = range(position.samples_consumed, position.samples_consumed + run.shape.global_batch_size)
+        samples = range(position.samples_consumed, position.samples_consumed + run.shape.global_batch_size)
         position.step += 1
         position.samples_consumed += run.shape.global_batch_size
         position.tokens_seen += run.shape.global_batch_size * config.model.sequence_length
         record = self._step_metrics(result, rate, step_seconds=step_seconds, data_wait_seconds=data_wait_seconds)
         self._record(lambda metrics: metrics.log_step(record))
         self.progress.step(record)
-        count_skipped(
-            position, result, max_consecutive=config.train.max_consecutive_nonfinite_steps, sample_numbers=sample_numbers
-        )
+        anomaly = take_note(position, result, config.train.anomaly, largest_loss=loss_limit, samples=samples)
+        if anomaly is not None:
+            self.record_event("skipped", message=str(anomaly))
         return result
 
     def _step_metrics(self, result: StepResult, rate: float, *, step_seconds: float, data_wait_seconds: float) -> StepMetrics:
@@ -216,6 +232,10 @@ class Trainer:
             peak_memory_bytes=peak_memory_bytes(run.device),
             skipped=result.skipped,
         )
+
+    def record_event(self, event: str, **fields: str | int) -> None:
+        """Records something that happened after the current step."""
+        self._record(lambda metrics: metrics.log_event(self.run.position.step, event, **fields))
 
     def _record(self, write: Callable[[MetricsWriter], None]) -> None:
         """Writes metrics; a full disk is said once and does not end the run."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +31,9 @@ class Position:
         tokens_seen: Tokens read.
         consecutive_skipped: Skipped steps in a row up to now.
         total_skipped: Skipped steps so far.
+        recent_losses: The last ones that counted, where spikes are looked for.
+        rolled_back_to: Step of the checkpoint that the last rollback went to; None: there was none.
+        rollbacks_in_a_row: Rollbacks to that checkpoint.
     """
 
     step: int = 0
@@ -38,6 +41,9 @@ class Position:
     tokens_seen: int = 0
     consecutive_skipped: int = 0
     total_skipped: int = 0
+    recent_losses: list[float] = field(default_factory=list)
+    rolled_back_to: int | None = None
+    rollbacks_in_a_row: int = 0
 
 
 def checkpoint_metadata(config: RunConfig, position: Position, *, fingerprint: dict[str, Any], device: torch.device) -> dict[str, Any]:

@@ -23,7 +23,7 @@ class StepResult:
     Args:
         loss: Mean loss in nats per valid target, over all microbatches of all ranks.
         grad_norm: Global gradient norm before clipping.
-        skipped: Loss or norm was not finite and the weights were left alone.
+        skipped: Loss or norm was not finite, or the loss too large, and the weights were left alone.
         stop: Some rank was asked to stop.
     """
 
@@ -39,6 +39,7 @@ def train_step(
     *,
     learning_rate: float,
     gradient_clip_norm: float,
+    largest_loss: float = math.inf,
     stop: bool = False,
     report: Callable[[str], None] | None = None,
 ) -> StepResult:
@@ -48,54 +49,68 @@ def train_step(
 
     Args:
         learner: The gradients of its model must be empty; they are emptied again. Its optimizer is left alone when loss or gradient norm
-            is not finite.
+            is not finite, or the loss too large.
         microbatches: Of this rank, on the host or on the device.
         learning_rate: For this step.
         gradient_clip_norm: Largest global norm; 0: no clipping.
+        largest_loss: That may change the weights.
         stop: This rank was asked to stop; all ranks learn it with the loss.
         report: Told of every forward and backward.
     """
     for group in learner.optimizer.param_groups:
         group["lr"] = learning_rate
-    measured = update(learner, microbatches, count_targets(microbatches), gradient_clip_norm=gradient_clip_norm, stop=stop, report=report)
+    numbers = StepNumbers(count_targets(microbatches), largest_loss, stop)
+    measured = update(learner, microbatches, numbers, gradient_clip_norm=gradient_clip_norm, report=report)
     return step_result(measured.tolist())  # the only synchronisation of the step
+
+
+@dataclass(frozen=True)
+class StepNumbers:
+    """The numbers of a step; scalars on the device where a recorded step reads them anew each time.
+
+    Args:
+        num_targets: Of this rank, from `count_targets`.
+        largest_loss: That may change the weights.
+        stop: This rank was asked to stop.
+    """
+
+    num_targets: int | Tensor
+    largest_loss: float | Tensor
+    stop: bool | Tensor
 
 
 def update(
     learner: Learner,
     microbatches: Sequence[Microbatch],
-    num_targets: int | Tensor,
+    numbers: StepNumbers,
     *,
     gradient_clip_norm: float,
-    stop: bool | Tensor = False,
     report: Callable[[str], None] | None = None,
 ) -> Tensor:
-    """The part of a step that the device does, without waiting for it.
-
-    Arguments as for `train_step`; `num_targets` is what `count_targets` says. Numbers that another step of the same recording changes are
-    scalars on the device. The optimizer knows its learning rate.
+    """The part of a step that the device does, without waiting for it; arguments as for `train_step`. The optimizer knows its learning rate.
 
     Returns:
-        Loss, gradient norm and the number of ranks that were asked to stop, for `step_result`.
+        Loss, gradient norm, the number of ranks that were asked to stop, and whether the weights were changed, for `step_result`.
     """
     optimizer, shards, mesh, device = learner.optimizer, learner.shards, learner.mesh, learner.device
-    total = learner.stage.train(microbatches, _over_all_ranks(num_targets, learner), report=report)
+    total = learner.stage.train(microbatches, _over_all_ranks(numbers.num_targets, learner), report=report)
     shards.take_gradients()
     norm = shards.gradient_norm()
     total = _over_data_ranks(sum_over(total, mesh.pp), mesh)
-    asked = stop.to(total) if isinstance(stop, Tensor) else torch.full_like(total, float(stop))
+    asked = numbers.stop.to(total) if isinstance(numbers.stop, Tensor) else torch.full_like(total, float(numbers.stop))
     for axis in (mesh.replicate, mesh.shard, mesh.tp, mesh.pp):
         asked = sum_over(asked, axis)
-    step_clipped(optimizer, norm, max_norm=gradient_clip_norm, finite=total.isfinite() & norm.isfinite().to(device))
+    counts = total.isfinite() & norm.isfinite().to(device) & (total <= numbers.largest_loss)
+    step_clipped(optimizer, norm, max_norm=gradient_clip_norm, counts=counts)
     shards.write_back()
     shards.drop_gradients()
-    return torch.stack((total, norm.to(total), asked))
+    return torch.stack((total, norm.to(total), asked, counts.to(total)))
 
 
 def step_result(measured: Sequence[float]) -> StepResult:
-    """What the three numbers of `update` say."""
-    loss, norm, asked = measured
-    return StepResult(loss, norm, skipped=not (math.isfinite(loss) and math.isfinite(norm)), stop=asked > 0)
+    """What the four numbers of `update` say."""
+    loss, norm, asked, counts = measured
+    return StepResult(loss, norm, skipped=counts == 0, stop=asked > 0)
 
 
 @torch.no_grad()

@@ -113,8 +113,8 @@ def test_5_the_disk_is_full_at_the_last_save(call, monkeypatch):
 
 
 def test_6_diverged(call):
-    result = call("optim.learning_rate=1e30", "optim.warmup_steps=0", "train.num_steps=9", "train.max_consecutive_nonfinite_steps=2")
-    assert_one_error(result, 6, "2 times in a row")
+    result = call("optim.learning_rate=1e30", "optim.warmup_steps=0", "train.num_steps=9", "train.anomaly.max_consecutive=2")
+    assert_one_error(result, 6, "the last of 2 in a row")
 
 
 def interrupt():

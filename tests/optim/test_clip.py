@@ -35,7 +35,7 @@ def test_a_step_equals_one_with_gradients_clipped_by_torch(max_norm):
     for parameters, optimizer in ((ours, adamw(ours)), (theirs, adamw(theirs))):
         for _ in range(3):
             if parameters is ours:
-                step_clipped(optimizer, gradient_norm(ours), max_norm=max_norm, finite=torch.tensor(True))
+                step_clipped(optimizer, gradient_norm(ours), max_norm=max_norm, counts=torch.tensor(True))
             else:
                 nn.utils.clip_grad_norm_(theirs, max_norm)
                 optimizer.step()
@@ -52,12 +52,12 @@ def test_divisor(norm, max_norm, divisor):
 def test_a_step_that_is_not_finite_leaves_weights_and_state_alone():
     parameters = parameters_with_gradients()
     optimizer = adamw(parameters)
-    step_clipped(optimizer, gradient_norm(parameters), max_norm=1.0, finite=torch.tensor(True))
+    step_clipped(optimizer, gradient_norm(parameters), max_norm=1.0, counts=torch.tensor(True))
     weights, before = [p.detach().clone() for p in parameters], state(optimizer)
     parameters[0].grad[0, 0] = torch.nan
     norm = gradient_norm(parameters)
     assert norm.isnan()
-    step_clipped(optimizer, norm, max_norm=1.0, finite=norm.isfinite())
+    step_clipped(optimizer, norm, max_norm=1.0, counts=norm.isfinite())
     assert all(torch.equal(a, b) for a, b in zip(weights, parameters, strict=True))
     assert all(key == name and torch.equal(a, b) for (key, a), (name, b) in zip(before, state(optimizer), strict=True))
 

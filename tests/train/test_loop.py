@@ -73,9 +73,9 @@ def test_a_non_finite_step_is_skipped_and_counted(tiny):
 
 
 def test_too_many_non_finite_steps_stop_the_run_with_all_that_is_needed(tiny):
-    run = prepare(tiny, "train.max_consecutive_nonfinite_steps=3")
+    run = prepare(tiny, "train.anomaly.max_consecutive=3")
     poison(run, set(range(7, 21)))
-    with pytest.raises(DivergenceError, match=r"step 9: loss nan and gradient norm nan .* 3 times in a row .* samples 32\.\.35"):
+    with pytest.raises(DivergenceError, match=r"step 9: loss nan and gradient norm nan .* samples 32\.\.35, the last of 3 in a row"):
         train(run, resume_command="")
     newest = open_checkpoint(list_checkpoints(run.directory.checkpoints)[0])
     assert newest.step == 5 and newest.read("model.embedding.weight").isfinite().all()

@@ -8,18 +8,15 @@ from phase8.config.pipeline import pipeline_of
 from phase8.config.schema import ModelSection, ParallelSection, ZeroSection
 from phase8.distributed.collectives import ALONE
 from phase8.distributed.mesh import build_mesh
-from phase8.errors import DivergenceError
 from phase8.kernels.reference.cross_entropy import IGNORED_TARGET
 from phase8.model.model import build_model
 from phase8.model.parameters import initialise
 from phase8.optim.shards import Shards
 from phase8.topology import Topology
-from phase8.train.anomaly import count_skipped
 from phase8.train.learner import Learner
 from phase8.train.microbatch import split_sample
-from phase8.train.resume import Position
 from phase8.train.stage import Stage
-from phase8.train.step import StepResult, evaluate, train_step
+from phase8.train.step import evaluate, train_step
 
 SECTION = ModelSection(
     d_model=16, num_layers=1, num_heads=2, vocab_size=31, sequence_length=8, local_window_size=3, global_tokens=2, ffn_size=24
@@ -135,28 +132,3 @@ def test_evaluation_is_the_mean_over_valid_targets_and_changes_nothing(model):
     assert num_targets == 13 + 8 and loss == pytest.approx(mean_loss(model, batches).item(), rel=1e-5)
     assert evaluate(alone(model, None), batches) == (loss, num_targets)
     assert all(torch.equal(value, before[name]) and value.grad is None for name, value in model.named_parameters())
-
-
-GOOD, BAD = StepResult(1.0, 1.0, skipped=False), StepResult(math.nan, math.inf, skipped=True)
-
-
-def count(position, result, limit=3):
-    position.step += 1
-    count_skipped(position, result, max_consecutive=limit, sample_numbers=range(8, 12))
-
-
-def test_a_good_step_ends_a_row_of_skipped_ones():
-    position = Position()
-    for result in (BAD, BAD, GOOD, BAD, BAD):
-        count(position, result)
-    assert (position.consecutive_skipped, position.total_skipped) == (2, 4)
-
-
-def test_the_limit_of_skipped_steps_in_a_row_names_step_loss_norm_and_samples():
-    position = Position(step=40)
-    count(position, BAD)
-    count(position, BAD)
-    with pytest.raises(DivergenceError, match=r"^step 43: loss nan and gradient norm inf were not finite 3 times in a row .* 8\.\.11;"):
-        count(position, BAD)
-    with pytest.raises(DivergenceError, match=r"1 times in a row"):
-        count(Position(), BAD, limit=1)

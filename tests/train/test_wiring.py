@@ -267,14 +267,14 @@ def poison(run):
 
 
 def test_skipped_steps_are_counted_across_a_resume(tiny):
-    settings = ("train.max_consecutive_nonfinite_steps=3", NO_CHECKPOINTS)
+    settings = ("train.anomaly.max_consecutive=3", NO_CHECKPOINTS)
     run = prepare(tiny, "train.stop_at_step=2", *settings)
     poison(run)
     train(run, resume_command="")
     resumed = prepare(tiny, *settings)
     assert (resumed.position.consecutive_skipped, resumed.position.total_skipped) == (2, 2)
     poison(resumed)
-    with pytest.raises(DivergenceError, match=r"step 3: .* 3 times in a row"):
+    with pytest.raises(DivergenceError, match=r"step 3: .* 3 in a row"):
         train(resumed, resume_command="")
 
 
