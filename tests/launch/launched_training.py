@@ -63,6 +63,10 @@ class LaunchedTraining:
         """Of every evaluation so far."""
         return [record["validation_loss"] for record in self._records(name) if "validation_loss" in record]
 
+    def events(self, name, kind):
+        """Records of what happened between steps."""
+        return [record for record in self._records(name) if record.get("event") == kind]
+
     def saved_steps(self, name):
         """Steps of the checkpoints, in order."""
         return sorted(step_of(path.name) for path in list_checkpoints(self.directory / "runs" / name / "checkpoints"))

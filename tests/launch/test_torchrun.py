@@ -25,3 +25,17 @@ def test_two_ranks_go_on_from_the_checkpoint_of_one(training, alone):
     code, output, errors = run(training.torchrun("handed_over", *settings, num_ranks=2))
     assert code == 0 and "resumed from" in output, errors
     training.assert_same("handed_over", alone, num_steps=6)
+
+
+def test_two_ranks_roll_back_as_one_does(training):
+    # Weights hardly move, so the losses are noise, of which every tenth or so counts as a spike.
+    settings = ("optim.learning_rate=1e-5", "train.anomaly.spike_deviations=1.4", "train.anomaly.policy=rollback")
+    training.in_this_process("back_alone", *settings)
+    code, _, errors = run(training.torchrun("back_together", *settings, "zero.stage=3", num_ranks=2))
+    assert code == 0, errors
+    expected = training.events("back_alone", "rollback")
+    assert len(expected) > 3 and len({event["step"] for event in expected}) > 1
+    kept = ("step", "from_step", "first_sample_left_out", "last_sample_left_out")
+    found = training.events("back_together", "rollback")
+    assert [[event[key] for key in kept] for event in found] == [[event[key] for key in kept] for event in expected]
+    training.assert_same("back_together", "back_alone", num_steps=24)
