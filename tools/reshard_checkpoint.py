@@ -2,11 +2,13 @@
 
     python tools/reshard_checkpoint.py SRC DST --tensor-parallel-size 8 --pipeline-parallel-size 4 --shards 16
     python tools/reshard_checkpoint.py SRC DST --format consolidated --dtype bf16
+    python tools/reshard_checkpoint.py SRC DST --format hf --dtype bf16
 
 Any checkpoint loads on any ranks as it is: this makes loading read less, each rank of the layout finding its parts in files of its own. What
 several ranks hold is stored once, with the first of them. The schedule of the checkpoint's config says how many chunks a stage has.
 
 consolidated: DST has model.safetensors (plain names, no optimizer), config.json and the tokenizer.
+hf: the same for LlamaForCausalLM of Hugging Face's transformers; for model.block transformer without convolution and low rank, which is a Llama.
 
 SRC is never touched. DST is there when everything was written, read back and compared with SRC. After an interruption (or a kill -9) the
 same command goes on: files that were complete are checked and kept, in a hidden directory beside DST.
@@ -30,6 +32,8 @@ from phase8.observe.stage_progress import ProgressDisplay
 
 if TYPE_CHECKING:
     from phase8.checkpoint.load import Checkpoint
+    from phase8.checkpoint.reshard import ConsolidatedForm
+    from phase8.config.schema import RunConfig
 
 EXIT_INTERRUPTED = 130
 LAYOUT = ("tensor_parallel_size", "pipeline_parallel_size", "shards")
@@ -55,7 +59,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("source", type=Path, metavar="SRC", help="a checkpoint, a checkpoints directory or a run directory (its newest)")
     parser.add_argument("destination", type=Path, metavar="DST", help="the directory to write; must not exist")
     parser.add_argument("--format", choices=("phase8", "consolidated", "hf"), default="phase8", help="of DST (default: %(default)s)")
-    parser.add_argument("--dtype", choices=("bf16", "fp32"), help="convert the weights; of --format consolidated only")
+    parser.add_argument("--dtype", choices=("bf16", "fp32"), help="convert the weights; not with --format phase8")
     layout = parser.add_argument_group("the ranks to write for (each 1 by default)")
     layout.add_argument("--tensor-parallel-size", type=int, metavar="T", help="ranks that divide each layer")
     layout.add_argument("--pipeline-parallel-size", type=int, metavar="P", help="stages")
@@ -65,10 +69,8 @@ def _parser() -> argparse.ArgumentParser:
 
 def _check_options(options: argparse.Namespace) -> None:
     given = {f"--{name.replace('_', '-')}": value for name in LAYOUT if (value := vars(options)[name]) is not None}
-    if options.format == "hf":
-        raise ConfigError("--format hf is not supported yet; use --format consolidated, whose model.safetensors any reader of safetensors opens.")
-    if options.format == "consolidated" and given:
-        raise ConfigError(f"{next(iter(given))} is for --format phase8, but --format is consolidated, which is one file for any ranks; leave it out.")
+    if options.format != "phase8" and given:
+        raise ConfigError(f"{next(iter(given))} is for --format phase8, but --format {options.format} is one file for any ranks; leave it out.")
     if options.format == "phase8" and options.dtype is not None:
         raise ConfigError(
             f"--dtype is {options.dtype}, but --format is phase8, from which training goes on bit for bit; leave it out, or choose consolidated."
@@ -87,28 +89,48 @@ def _rewrite(options: argparse.Namespace) -> str:
     from phase8.checkpoint.reshard import consolidate
 
     source = open_checkpoint(find_checkpoint(options.source))
+    config = _config_of(source)
     with ProgressDisplay(DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn()) as display:
         if options.format == "phase8":
-            copy = _reshard(source, options, display)
+            copy = _reshard(source, config, options, display)
             return f"{copy.path}: step {copy.step}, {len(copy.tensor_names)} tensors in {len(copy.manifest.files)} files, equal to {source.path}"
         dtype = {None: None, "bf16": torch.bfloat16, "fp32": torch.float32}[options.dtype]
-        path = consolidate(source, options.destination, dtype=dtype, on_progress=display.show)
+        form = _consolidated_form(source, config, options)
+        path = consolidate(source, options.destination, form=form, dtype=dtype, on_progress=display.show)
     return f"{path}: {path.stat().st_size:,} bytes, the weights of {source.path}"
 
 
-def _reshard(source: Checkpoint, options: argparse.Namespace, display: ProgressDisplay) -> Checkpoint:
-    from phase8.checkpoint.reshard import reshard
+def _config_of(source: Checkpoint) -> RunConfig:
     from phase8.config.load import config_from_mapping
+
+    saved = source.metadata.get("config")
+    if not isinstance(saved, dict):
+        raise CheckpointError(f"{source.path} holds no config; give a checkpoint written by launch/pretrain.py.")
+    return config_from_mapping(saved, source=str(source.path))
+
+
+def _consolidated_form(source: Checkpoint, config: RunConfig, options: argparse.Namespace) -> ConsolidatedForm:
+    from phase8.checkpoint.llama import llama_config, llama_name, reasons_against
+    from phase8.checkpoint.reshard import ConsolidatedForm
+
+    if options.format == "consolidated":
+        return ConsolidatedForm(source.metadata["config"])
+    reasons = list(reasons_against(config.model))
+    if reasons:
+        raise ConfigError(
+            f"--format hf is for what transformers calls Llama, but {source.path} has {' and '.join(reasons)}; use --format consolidated."
+        )
+    return ConsolidatedForm(llama_config(config.model, dtype="bfloat16" if options.dtype == "bf16" else "float32"), llama_name)
+
+
+def _reshard(source: Checkpoint, config: RunConfig, options: argparse.Namespace, display: ProgressDisplay) -> Checkpoint:
+    from phase8.checkpoint.reshard import reshard
     from phase8.config.pipeline import pipeline_of
     from phase8.config.schema import RunConfig
     from phase8.config.validate import validate
     from phase8.plan.stage_parameters import stage_parameters
     from phase8.topology import Topology
 
-    saved = source.metadata.get("config")
-    if not isinstance(saved, dict):
-        raise CheckpointError(f"{source.path} holds no config; give a checkpoint written by launch/pretrain.py.")
-    config = config_from_mapping(saved, source=str(source.path))
     T, P, N = (vars(options)[name] or 1 for name in LAYOUT)
     parallel = config.parallel.model_copy(update={"tensor_parallel_size": T, "pipeline_parallel_size": P, "num_microbatches": None})
     batch = RunConfig().train.model_copy(update={"global_batch_size": P, "micro_batch_size": 1})  # one that suits every schedule

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -23,6 +24,19 @@ from phase8.topology import Topology
 
 CONSOLIDATED_FILE = "model.safetensors"
 CONFIG_FILE = "config.json"
+
+
+@dataclass(frozen=True)
+class ConsolidatedForm:
+    """How weights in one file are called and described.
+
+    Args:
+        config: JSON for config.json.
+        rename: From the name of a parameter to that in the file.
+    """
+
+    config: Mapping[str, object]
+    rename: Callable[[str], str] = str
 
 
 def reshard(
@@ -59,30 +73,33 @@ def reshard(
     return open_checkpoint(destination)
 
 
-def consolidate(source: Checkpoint, destination: Path, *, dtype: torch.dtype | None, on_progress: OnProgress) -> Path:
-    """The weights in one safetensors file under their plain names, beside the run's config and the attachments; returns that file.
+def consolidate(
+    source: Checkpoint, destination: Path, *, form: ConsolidatedForm, dtype: torch.dtype | None, on_progress: OnProgress
+) -> Path:
+    """The weights in one safetensors file, beside a config and the attachments; returns that file.
 
     Args:
         source: Not touched.
         destination: A directory that must not exist.
+        form: Names of the weights, and the config.
         dtype: To convert floating-point tensors to; None: as they are.
         on_progress: Told of bytes written and verified.
 
     Raises:
-        CheckpointError: The original is damaged or has no weights or config, or the destination cannot be used.
+        CheckpointError: The original is damaged or has no weights, or the destination cannot be used.
         StorageError: The destination cannot be written.
     """
     names = [name for name in source.tensor_names if name.startswith(MODEL_PREFIX)]
-    if not names or "config" not in source.metadata:
-        raise CheckpointError(f"{source.path} holds no {'config' if names else 'weights'}; give a checkpoint of launch/pretrain.py")
+    if not names:
+        raise CheckpointError(f"{source.path} holds no weights; give a checkpoint of launch/pretrain.py")
     if (taken := {CONSOLIDATED_FILE, CONFIG_FILE} & source.manifest.attachments.keys()) != set():
         raise CheckpointError(f"{source.path} has an attachment {min(taken)}, the name of a file to be written; choose --format phase8")
-    entries = {key_of(name): Entry(name, whole_box(source.entry(name).shape), _target_dtype(source, name, dtype)) for name in names}
+    entries = {form.rename(key_of(name)): Entry(name, whole_box(source.entry(name).shape), _target_dtype(source, name, dtype)) for name in names}
     file = PlannedFile(CONSOLIDATED_FILE, entries)
     with rewriting(source, destination, [file]) as rewrite:
         written = rewrite.write(on_progress)
         _add_attachments(source, rewrite)
-        rewrite.add(CONFIG_FILE, iter([json.dumps(source.metadata["config"], indent=1).encode() + b"\n"]))
+        rewrite.add(CONFIG_FILE, iter([json.dumps(form.config, indent=1).encode() + b"\n"]))
         rewrite.compare(written, on_progress)
         rewrite.commit()
     return destination / CONSOLIDATED_FILE

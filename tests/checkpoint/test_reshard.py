@@ -11,7 +11,7 @@ from phase8.checkpoint.boxes import Region, coverage_problem
 from phase8.checkpoint.compare import compare_checkpoints
 from phase8.checkpoint.load import open_checkpoint
 from phase8.checkpoint.parts import Division, TensorForm, parts_by_rank
-from phase8.checkpoint.reshard import consolidate, reshard
+from phase8.checkpoint.reshard import ConsolidatedForm, consolidate, reshard
 from phase8.checkpoint.rewrite import WORK_PREFIX
 from phase8.checkpoint.save import save_checkpoint
 from phase8.errors import CheckpointCorruptError, CheckpointError, CheckpointMismatchError, StorageError
@@ -186,13 +186,13 @@ def test_a_tensor_of_no_parameter_or_of_another_shape_is_refused(source, tmp_pat
 @pytest.mark.parametrize("dtype", [None, torch.bfloat16])
 def test_consolidated_weights_are_read_by_the_safetensors_library(source, tmp_path, dtype):
     divided = run(source, tmp_path / "divided")
-    path = consolidate(divided, tmp_path / "one", dtype=dtype, on_progress=quiet)
+    path = consolidate(divided, tmp_path / "one", form=ConsolidatedForm({"d_model": 4}), dtype=dtype, on_progress=quiet)
     found = safetensors.torch.load_file(path)
     assert found.keys() == (FIRST | LAST).keys()
     for name, tensor in found.items():
         expected = source.read(f"model.{name}")
         assert torch.equal(tensor, expected if dtype is None else expected.to(dtype)) and tensor.dtype == (dtype or expected.dtype)
-    assert json.loads((tmp_path / "one" / "config.json").read_text()) == {"model": {"d_model": 4}}
+    assert json.loads((tmp_path / "one" / "config.json").read_text()) == {"d_model": 4}
     assert sorted(path.name for path in (tmp_path / "one").iterdir()) == ["config.json", "model.safetensors", "tokenizer.model"]
 
 
@@ -201,7 +201,7 @@ import sys
 from pathlib import Path
 from phase8.checkpoint.load import open_checkpoint
 from phase8.checkpoint.parts import Division
-from phase8.checkpoint.reshard import consolidate, reshard
+from phase8.checkpoint.reshard import ConsolidatedForm, consolidate, reshard
 from phase8.topology import Topology
 
 root = Path(sys.argv[1])
@@ -220,7 +220,7 @@ small = ({"w": Division([4, 4], 1)},)
 reshard(open_checkpoint(root / "small/step-0000000001"), root / "warm", stages=small, topology=divided, on_progress=quiet)
 measured(lambda: reshard(open_checkpoint(root / "step-0000000001"), root / "a", stages=stages, topology=divided, on_progress=quiet))
 measured(lambda: reshard(open_checkpoint(root / "a"), root / "b", stages=stages, topology=Topology(), on_progress=quiet))
-measured(lambda: consolidate(open_checkpoint(root / "a"), root / "c", dtype=None, on_progress=quiet))
+measured(lambda: consolidate(open_checkpoint(root / "a"), root / "c", form=ConsolidatedForm({}), dtype=None, on_progress=quiet))
 """
 
 

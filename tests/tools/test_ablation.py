@@ -1,12 +1,12 @@
 """The door of the ablation: real runs as processes, what it prints and writes, and what it refuses."""
 
-import importlib.util
 import json
 import sys
 from pathlib import Path
 
 import pytest
 import torch
+from doors import load_door
 from rich.console import Console
 
 from phase8.observe.metrics import read_metrics
@@ -24,9 +24,7 @@ SHORT = ["train.num_steps=6", "train.evaluate_every_n_steps=3"]
 @pytest.fixture
 def door(tiny, tmp_path, monkeypatch, capfd):
     """The command in this process, on a tiny config: exit code, output and errors. Its runs are processes."""
-    specification = importlib.util.spec_from_file_location("door_ablation", DOOR)
-    module = importlib.util.module_from_spec(specification)
-    specification.loader.exec_module(module)
+    module = load_door("ablation")
     monkeypatch.setenv("PYTHONPATH", str(ROOT))
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
 

@@ -1,12 +1,12 @@
 """The door of the benchmarks: what it prints, as text and as JSON, and what it refuses."""
 
-import importlib.util
 import json
 import sys
 from pathlib import Path
 
 import pytest
 import torch
+from doors import load_door
 
 from phase8.kernels import backends
 from phase8.train import benchmark, benchmark_ladder, benchmark_parallel
@@ -24,9 +24,7 @@ RUNGS = ["eager fp32", "+ loader", "+ bf16", "+ compile", "+ kernels", "+ CUDA g
 def door(tiny, monkeypatch, capfd):
     """The command in this process, its quickstart a tiny one: exit code, output and errors."""
     precision = torch.get_float32_matmul_precision()
-    specification = importlib.util.spec_from_file_location("door_benchmark", DOOR)
-    module = importlib.util.module_from_spec(specification)
-    specification.loader.exec_module(module)
+    module = load_door("benchmark")
     configs = tiny.parent / "configs"
     configs.mkdir()
     (configs / "quickstart.yaml").write_text(tiny.read_text())

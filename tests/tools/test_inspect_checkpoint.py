@@ -1,6 +1,5 @@
 from __future__ import annotations
 
-import importlib.util
 import json
 import subprocess
 import sys
@@ -8,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from doors import load_door
 
 from phase8.checkpoint.save import save_checkpoint
 
@@ -16,10 +16,7 @@ DOOR = Path(__file__).parents[2] / "tools" / "inspect_checkpoint.py"
 
 @pytest.fixture(scope="module")
 def door():
-    specification = importlib.util.spec_from_file_location("inspect_checkpoint", DOOR)
-    module = importlib.util.module_from_spec(specification)
-    specification.loader.exec_module(module)
-    return module
+    return load_door("inspect_checkpoint")
 
 
 @pytest.fixture

@@ -1,12 +1,12 @@
 """The door of the planner: the timeline as text, picture and JSON, and what it refuses."""
 
-import importlib.util
 import json
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+from doors import load_door
 from matplotlib.image import imread
 
 DOOR = Path(__file__).parents[2] / "tools" / "plan.py"
@@ -17,9 +17,7 @@ SMALL = ["schedule", "--stages", 2, "--microbatches", 3]
 @pytest.fixture
 def door(monkeypatch, capfd):
     """The command in this process: exit code, output and errors."""
-    specification = importlib.util.spec_from_file_location("door_plan", DOOR)
-    module = importlib.util.module_from_spec(specification)
-    specification.loader.exec_module(module)
+    module = load_door("plan")
     monkeypatch.setenv("COLUMNS", "100")
 
     def call(*words):

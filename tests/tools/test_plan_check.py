@@ -1,6 +1,5 @@
 """`tools/plan.py check`: each stage is built and compared with its plan, on more ranks than there could be."""
 
-import importlib.util
 import json
 import sys
 from dataclasses import replace
@@ -8,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch.distributed as dist
+from doors import load_door
 
 from phase8.config.load import load_config
 from phase8.plan.dry_run import plan_stages
@@ -26,9 +26,7 @@ KINDS = ("weights_bytes", "gradients_bytes", "optimizer_bytes", "activations_byt
 @pytest.fixture
 def door(monkeypatch, capfd):
     """The command in this process: exit code, output and errors."""
-    specification = importlib.util.spec_from_file_location("door_plan", DOOR)
-    module = importlib.util.module_from_spec(specification)
-    specification.loader.exec_module(module)
+    module = load_door("plan")
 
     def call(*words):
         monkeypatch.setattr(sys, "argv", [str(DOOR), "check", *map(str, words)])

@@ -1,12 +1,12 @@
 from __future__ import annotations
 
-import importlib.util
 import os
 from pathlib import Path
 
 import pytest
 import safetensors.torch
 import torch
+from doors import load_door
 
 from phase8.checkpoint.compare import compare_checkpoints
 from phase8.checkpoint.load import open_checkpoint
@@ -14,17 +14,13 @@ from phase8.checkpoint.save import save_checkpoint
 from phase8.config.load import config_to_mapping, load_config
 from phase8.model.model import build_model
 
-DOOR = Path(__file__).parents[2] / "tools" / "reshard_checkpoint.py"
 MODEL = ("model.d_model=24", "model.num_layers=4", "model.num_heads=4", "model.vocab_size=61", "model.sequence_length=24", "model.ffn_size=40",
          "model.local_window_size=[5,12]", "parallel.pipeline_schedule=interleaved", "parallel.pipeline_chunks=2")  # fmt: skip
 
 
 @pytest.fixture(scope="module")
 def door():
-    specification = importlib.util.spec_from_file_location("reshard_checkpoint", DOOR)
-    module = importlib.util.module_from_spec(specification)
-    specification.loader.exec_module(module)
-    return module
+    return load_door("reshard_checkpoint")
 
 
 @pytest.fixture
@@ -65,7 +61,8 @@ def test_consolidated(door, source: Path, tmp_path: Path):
 @pytest.mark.parametrize(
     ("options", "exit_code", "sentence"),
     [
-        (["--format", "hf"], 2, "--format hf is not supported yet"),
+        (["--format", "hf"], 2, "has model.block phase8 and a convolution of 4 taps (model.convolution_size); use --format consolidated"),
+        (["--format", "hf", "--shards", "2"], 2, "--shards is for --format phase8"),
         (["--dtype", "bf16"], 2, "goes on bit for bit"),
         (["--format", "consolidated", "--shards", "2"], 2, "--shards is for --format phase8"),
         (["--shards", "0"], 2, "--shards is 0"),

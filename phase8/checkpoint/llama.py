@@ -1,0 +1,74 @@
+"""The transformer baseline under the names of `transformers`' LlamaForCausalLM: the same computation, so its loaders read our weights.
+
+Source: the parameters and config.json of transformers' Llama (4.x and 5.x).
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+
+from phase8.config.schema import ModelSection
+
+_IN_A_LAYER = {
+    "mixer_norm": "input_layernorm",
+    "mixer.q": "self_attn.q_proj",
+    "mixer.k": "self_attn.k_proj",
+    "mixer.v": "self_attn.v_proj",
+    "mixer.out": "self_attn.o_proj",
+    "feed_forward_norm": "post_attention_layernorm",
+    "feed_forward.gate": "mlp.gate_proj",
+    "feed_forward.up": "mlp.up_proj",
+    "feed_forward.down": "mlp.down_proj",
+}
+_OUTSIDE = {"embedding": "model.embed_tokens", "norm": "model.norm", "head": "lm_head"}
+_LAYER = re.compile(r"blocks\.(\d+)\.(.+)")
+
+
+def reasons_against(model: ModelSection) -> Iterator[str]:
+    """What a model has that Llama has not, one key and value each; none: it is a Llama."""
+    if model.block != "transformer":
+        yield f"model.block {model.block}"
+    if model.convolution_taps > 1:
+        yield f"a convolution of {model.convolution_taps} taps (model.convolution_size)"
+    if model.low_rank_rank or model.ffn != "swiglu":
+        yield f"model.low_rank_rank {model.low_rank_rank} with model.ffn {model.ffn}"
+
+
+def llama_name(name: str) -> str:
+    """What Llama calls a parameter of the model."""
+    owner = name.removesuffix(".weight")
+    if (found := _LAYER.fullmatch(owner)) is not None:
+        return f"model.layers.{found[1]}.{_IN_A_LAYER[found[2]]}.weight"
+    return f"{_OUTSIDE[owner]}.weight"
+
+
+def llama_config(model: ModelSection, *, dtype: str) -> dict[str, object]:
+    """Its config.json.
+
+    Args:
+        model: A Llama by `reasons_against`.
+        dtype: Of the weights, as torch names it.
+    """
+    return {
+        "architectures": ["LlamaForCausalLM"],
+        "model_type": "llama",
+        "vocab_size": model.vocab_size,
+        "hidden_size": model.d_model,
+        "intermediate_size": model.feed_forward_width,
+        "num_hidden_layers": model.num_layers,
+        "num_attention_heads": model.num_heads,
+        "num_key_value_heads": model.num_heads,
+        "head_dim": model.head_width,
+        "hidden_act": "silu",
+        "max_position_embeddings": model.sequence_length,
+        "rms_norm_eps": model.norm_eps,
+        "rope_theta": model.rope_base,
+        "rope_parameters": {"rope_type": "default", "rope_theta": model.rope_base},
+        "attention_bias": False,
+        "mlp_bias": False,
+        "tie_word_embeddings": model.tie_embeddings,
+        "torch_dtype": dtype,
+        "bos_token_id": None,
+        "eos_token_id": None,
+    }
