@@ -13,6 +13,7 @@ print it without a traceback and exit with the class's `exit_code`.
 | 5 | storage: a directory that cannot be written, a full disk |
 | 6 | training diverged: too many non-finite steps in a row |
 | 7 | communication: a rank that hangs, is lost, or cannot be reached |
+| 8 | silent corruption: ranks whose copies of a weight differ |
 | 130 | interrupted before there was anything to save, or by a second Ctrl-C |
 
 (`tools/inspect_checkpoint.py --diff` exits with 1 when the checkpoints differ, as diff does.)
@@ -87,6 +88,12 @@ class CommunicationError(Phase8Error):
     """Processes that cannot work together: one hangs, is lost, or cannot be reached."""
 
     exit_code = 7
+
+
+class CorruptionError(Phase8Error):
+    """Copies of a weight, or of its optimizer state, that must be the same on several ranks and are not: memory or a link has lied."""
+
+    exit_code = 8
 
 
 def describe_error(error: Phase8Error) -> str:

@@ -211,6 +211,7 @@ class TrainSection(Section):
     kernels: Literal["auto", "reference"] = key(
         "auto", "Triton kernels where GPU and toolchain allow, or the plain torch references everywhere"
     )
+    check_replicas_every_n_steps: NonNegativeInt = key(1000, "steps between comparisons of what several ranks hold alike; 0: never")
     anomaly: AnomalySection = key(AnomalySection(), "steps whose loss or gradient must not count")
     compile: CompileSection = key(CompileSection(), "torch.compile")
     cuda_graphs: bool = key(False, "one process on a GPU replays the whole step as one CUDA graph; ignored on a CPU")
@@ -229,6 +230,7 @@ class ObserveSection(Section):
     """What the run shows and records."""
 
     log_every_n_steps: PositiveInt = key(10, "steps between printed lines when the output is not a terminal")
+    stragglers_every_n_steps: NonNegativeInt = key(100, "steps between looks for the slowest of several ranks; 0: never")
     tensorboard: bool = key(True, "write TensorBoard events")
     report: bool = key(True, "draw report/loss.png and report/index.html when the run ends")
     sample_prompt: str | None = key(None, "prompt of a sample printed at the end; null: none")

@@ -10,6 +10,7 @@ import importlib
 import socket
 from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Literal
 
 from phase8.errors import ConfigError
@@ -43,6 +44,17 @@ class World:
     address: tuple[str, int] | None = None
     hosts_store: bool = False
     error_file: str | None = None
+
+    @property
+    def agent(self) -> str | None:
+        """A name that the agent of torchrun on this host keeps over all its restarts, and no other agent ever has; None: there is no agent.
+
+        It is that of the directory in which an agent keeps the logs of its attempts: `<run id>_<random>/attempt_N/<local rank>/error.json`.
+        """
+        if self.launcher != "torchrun" or self.error_file is None:
+            return None
+        logs = Path(self.error_file).parents
+        return logs[2].name if len(logs) > 3 and logs[1].name.startswith("attempt_") else None
 
 
 def world_from_environment(environment: Mapping[str, str]) -> World:

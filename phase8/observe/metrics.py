@@ -110,7 +110,7 @@ class MetricsWriter:
         self._write({"step": step, "validation_loss": validation_loss, "validation_tokens": validation_tokens})
 
     def log_event(self, step: int, event: str, /, **fields: str | int | float | bool | None) -> None:
-        """Record something that happened after a step: a checkpoint, a resume, a skipped step.
+        """Record something that happened after a step: a checkpoint, a resume, a skipped step, who held the others up.
 
         Args:
             step: The last finished step.

@@ -31,8 +31,8 @@ from phase8.tensor_parallel.linear import Linear
 from phase8.train.benchmark_profile import profile_steps, write_profile
 from phase8.train.build import Run, build_run
 from phase8.train.device import device_name
-from phase8.train.loop import Trainer
 from phase8.train.signals import StopRequest
+from phase8.train.trainer import Trainer
 
 WARMUP_STEPS = 3  # compilation and the recording of the CUDA graph are in them
 PROFILED_STEPS = 3

@@ -18,8 +18,8 @@ from phase8.observe.progress import Progress
 from phase8.train.benchmark import StepClock, silence, undisturbed
 from phase8.train.build import build_run
 from phase8.train.device import device_name
-from phase8.train.loop import Trainer
 from phase8.train.signals import StopRequest
+from phase8.train.trainer import Trainer
 
 WARMUP_STEPS = 2  # compilation is in the first; the second has everything that the later ones have
 MEMORY_OF_HOST = Path("/proc/meminfo")

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from phase8 import errors
 from phase8.data.loader import SequenceDataset
 from phase8.train import build
 
@@ -37,6 +38,15 @@ def assert_one_error(result, code, text):
     assert result[0] == code, result
     assert result[2].startswith("error: ") and text in result[2] and result[2].count("\n") == 1, result[2]
     assert "Traceback" not in result[1] + result[2]
+
+
+def test_every_code_of_an_error_is_documented_once():
+    kinds = [kind for kind in vars(errors).values() if isinstance(kind, type) and issubclass(kind, errors.Phase8Error)]
+    table = [line.split(" | ")[0].removeprefix("| ") for line in errors.__doc__.splitlines() if line.startswith("| ")][1:]
+    codes = {str(kind.exit_code) for kind in kinds}
+    assert len(set(table)) == len(table) and codes | {"0", "130"} == set(table)
+    words = " ".join(DOOR.read_text().split('"""')[1].partition("Exit codes: ")[2].split())
+    assert all(words.startswith(f"{code} ") or f"; {code} " in words for code in table)
 
 
 def test_0_finished(call, tmp_path):

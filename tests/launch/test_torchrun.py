@@ -29,7 +29,8 @@ def test_two_ranks_go_on_from_the_checkpoint_of_one(training, alone):
 
 def test_two_ranks_roll_back_as_one_does(training):
     # Weights hardly move, so the losses are noise, of which every tenth or so counts as a spike.
-    settings = ("optim.learning_rate=1e-5", "train.anomaly.spike_deviations=1.4", "train.anomaly.policy=rollback")
+    settings = ("optim.learning_rate=1e-5", "train.anomaly.spike_deviations=1.4", "train.anomaly.policy=rollback",
+                "observe.stragglers_every_n_steps=5", "train.check_replicas_every_n_steps=1")  # fmt: skip
     training.in_this_process("back_alone", *settings)
     code, _, errors = run(training.torchrun("back_together", *settings, "zero.stage=3", num_ranks=2))
     assert code == 0, errors
@@ -39,3 +40,6 @@ def test_two_ranks_roll_back_as_one_does(training):
     found = training.events("back_together", "rollback")
     assert [[event[key] for key in kept] for event in found] == [[event[key] for key in kept] for event in expected]
     training.assert_same("back_together", "back_alone", num_steps=24)
+    probes = training.events("back_together", "stragglers")
+    assert [probe["step"] for probe in probes] == [5, 10, 15, 20] and all(probe["slowest_rank"] in (0, 1) for probe in probes)
+    assert not training.events("back_alone", "stragglers")

@@ -12,7 +12,7 @@ from tiny_run import prepare, records, train_tiny, weights
 from phase8.checkpoint.load import list_checkpoints, open_checkpoint
 from phase8.config.schema import AnomalySection
 from phase8.errors import DivergenceError
-from phase8.train import loop
+from phase8.train import trainer
 from phase8.train.anomaly import MIN_SPIKE_HISTORY, SPIKE_WINDOW, RollbackAsked, largest_loss, take_note
 from phase8.train.loop import train
 from phase8.train.resume import Position
@@ -97,13 +97,13 @@ def spoil(run, sample, *, factor):
 @pytest.fixture
 def taken(monkeypatch):
     """Number and first sample of every step that is taken."""
-    steps, take_note = [], loop.take_note
+    steps, take_note = [], trainer.take_note
 
     def remember(position, result, section, *, largest_loss, samples):
         steps.append((position.step, samples[0]))
         return take_note(position, result, section, largest_loss=largest_loss, samples=samples)
 
-    monkeypatch.setattr(loop, "take_note", remember)
+    monkeypatch.setattr(trainer, "take_note", remember)
     return steps
 
 

@@ -14,7 +14,7 @@ from phase8.data.loader import SequenceDataset
 from phase8.errors import ConfigError, DivergenceError
 from phase8.observe.metrics import MetricsWriter
 from phase8.tensor_parallel.linear import joint_linear
-from phase8.train import benchmark, loop, saver
+from phase8.train import benchmark, loop, saver, trainer
 from phase8.train.benchmark import WARMUP_STEPS, measure_alone, measure_throughput, with_settings
 from phase8.train.step import StepResult
 
@@ -40,7 +40,7 @@ def test_figures_are_medians_of_the_measured_steps(tiny, clocks, monkeypatch):
         tiny, "train.evaluate_every_n_steps=1", "checkpoint.every_n_steps=1", "train.stop_at_step=2", "observe.peak_flops=1e9",
         "observe.report=true", "observe.tensorboard=true", "optim.schedule=wsd", "optim.decay_steps=2",
     )  # fmt: skip
-    for module, name in ((saver, "save_checkpoint"), (loop, "evaluate"), (loop, "write_report")):
+    for module, name in ((saver, "save_checkpoint"), (trainer, "evaluate"), (loop, "write_report")):
         monkeypatch.setattr(module, name, lambda *_, **__: pytest.fail("interrupted"))
     found = measure_throughput(config, device=CPU, num_steps=5)
     (clock,) = clocks
@@ -113,7 +113,7 @@ def test_slow_data_raise_the_share_of_waiting(tiny, monkeypatch):
 
 
 def test_a_run_that_is_not_finite_is_not_timed(tiny, monkeypatch):
-    monkeypatch.setattr(loop, "train_step", lambda *_, **__: StepResult(float("nan"), 1.0, skipped=True))
+    monkeypatch.setattr(trainer, "train_step", lambda *_, **__: StepResult(float("nan"), 1.0, skipped=True))
     with pytest.raises(DivergenceError, match="step 1: loss nan"):
         measure_throughput(tiny_config(tiny), device=CPU, num_steps=1)
 

@@ -12,7 +12,7 @@ from tiny_run import losses, prepare, records, train_tiny, write_documents
 
 from phase8.checkpoint.load import list_checkpoints, open_checkpoint
 from phase8.errors import DataError, DivergenceError, StorageError
-from phase8.train import loop, saver
+from phase8.train import saver, trainer
 from phase8.train.loop import train
 
 ROOT = Path(__file__).parents[2]
@@ -54,18 +54,18 @@ def test_a_non_finite_step_is_skipped_and_counted(tiny):
     run = prepare(tiny, "checkpoint.every_n_steps=0", "train.stop_at_step=6")
     poison(run, {3, 4})
     states = {}
-    step = loop.train_step
+    step = trainer.train_step
 
     def remember(learner, *arguments, **options):
         result = step(learner, *arguments, **options)
         states[run.position.step + 1] = learner.model.embedding.weight.detach().clone()
         return result
 
-    loop.train_step, restore = remember, step
+    trainer.train_step, restore = remember, step
     try:
         train(run, resume_command="")
     finally:
-        loop.train_step = restore
+        trainer.train_step = restore
     assert torch.equal(states[3], states[2]) and torch.equal(states[4], states[2]) and not torch.equal(states[5], states[4])
     skipped = [record for record in records(run) if record.get("skipped")]
     assert [record["step"] for record in skipped] == [3, 4] and all(record["loss"] is None for record in skipped)

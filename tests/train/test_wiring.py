@@ -23,11 +23,11 @@ from tiny_run import losses, prepare, records, train_tiny, weights, write_docume
 from phase8.checkpoint.load import list_checkpoints, open_checkpoint
 from phase8.data.indexed import IndexedWriter
 from phase8.data.tokenizer import train_sentencepiece
-from phase8.errors import DataError, DivergenceError, StorageError
+from phase8.errors import CorruptionError, DataError, DivergenceError, StorageError
 from phase8.model.parameters import decayed_parameter_names
 from phase8.observe.metrics import MetricsWriter
 from phase8.optim.schedule import learning_rate
-from phase8.train import loop, saver
+from phase8.train import loop, saver, trainer
 from phase8.train.loop import train
 from phase8.train.signals import StopRequest
 
@@ -60,14 +60,14 @@ def before_step(monkeypatch):
     """Registers what is to happen at the beginning of a step, after its data were read."""
 
     def register(run, step, action):
-        original = loop.train_step
+        original = trainer.train_step
 
         def train_step(*arguments, **options):
             if run.position.step + 1 == step:
                 action()
             return original(*arguments, **options)
 
-        monkeypatch.setattr(loop, "train_step", train_step)
+        monkeypatch.setattr(trainer, "train_step", train_step)
 
     return register
 
@@ -167,7 +167,7 @@ def test_mfu_is_a_ratio_of_the_given_peak_and_null_without_one(tiny):
         for name, settings in (("known", ["observe.peak_flops=1e9"]), ("unknown", []))
     )
     record = records(known)[0]
-    assert record["mfu"] == pytest.approx(record["tokens_per_second"] * loop.training_flops_per_token(known.config.model) / 1e9)
+    assert record["mfu"] == pytest.approx(record["tokens_per_second"] * trainer.training_flops_per_token(known.config.model) / 1e9)
     assert records(unknown)[0]["mfu"] is None
 
 
@@ -276,6 +276,21 @@ def test_skipped_steps_are_counted_across_a_resume(tiny):
     poison(resumed)
     with pytest.raises(DivergenceError, match=r"step 3: .* 3 in a row"):
         train(resumed, resume_command="")
+
+
+def test_copies_are_compared_before_they_are_evaluated_or_saved(tiny, monkeypatch):
+    seen = []
+
+    def check(learner, *, step):
+        seen.append(step)
+        if step == 10:
+            raise CorruptionError("step 10: norm.weight on rank 1 differs.")
+
+    monkeypatch.setattr(trainer, "check_replicas", check)
+    run = prepare(tiny, "train.check_replicas_every_n_steps=2")
+    with pytest.raises(CorruptionError):
+        train(run, resume_command="")
+    assert seen == [2, 4, 5, 6, 8, 10] and not any("validation_loss" in record for record in records(run))
 
 
 def draws():

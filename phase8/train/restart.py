@@ -1,0 +1,66 @@
+"""What `--resume` means when torchrun starts a run again: the run goes on from what it has saved itself, whatever was asked at first.
+
+An agent of torchrun keeps its name over all its restarts, and a group that starts again shares at least one agent with the group before.
+So a run records the agents that have trained it, beside its checkpoints, where no later launch and no earlier run can be mistaken for it.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Collection
+from pathlib import Path
+
+from phase8.checkpoint.load import list_checkpoints
+from phase8.durable import replace_file, storage_errors
+from phase8.errors import StorageError
+from phase8.train.run_directory import RunDirectory
+
+
+def resume_after_restart(asked: str, directory: RunDirectory, *, agents: Collection[str]) -> str:
+    """The choice for `resume_run`.
+
+    Args:
+        asked: `--resume`: `auto`, `none`, or a checkpoint directory.
+        directory: Of the run.
+        agents: Names of the agents that have started this group.
+
+    Raises:
+        StorageError: The record of agents cannot be read.
+    """
+    if asked == "auto" or set(agents).isdisjoint(_recorded(directory)):
+        return asked
+    # Killed before it had saved anything, a run that began with another one's checkpoint begins with it again.
+    return "auto" if asked == "none" or list_checkpoints(directory.checkpoints) else asked
+
+
+def record_agents(directory: RunDirectory, *, agents: Collection[str]) -> None:
+    """Adds to the agents that have trained this run.
+
+    Args:
+        directory: Of the run, which exists.
+        agents: As for `resume_after_restart`.
+
+    Raises:
+        StorageError: The record cannot be read or written.
+    """
+    known = _recorded(directory)
+    if not known.issuperset(agents):
+        replace_file(_record(directory), json.dumps(sorted(known.union(agents))).encode())
+
+
+def _record(directory: RunDirectory) -> Path:
+    return directory.path / "launchers.json"
+
+
+def _recorded(directory: RunDirectory) -> set[str]:
+    path = _record(directory)
+    with storage_errors(path):
+        try:
+            names = json.loads(path.read_bytes())
+        except FileNotFoundError:
+            return set()
+        except ValueError:
+            names = None
+    if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
+        raise StorageError(f"{path} is not the list of names that a run records; delete it, and start the run again with --resume auto.")
+    return set(names)
