@@ -1,0 +1,42 @@
+"""kill -9 at random moments: there is always a good newest checkpoint, and the run ends as if nothing had happened, bit for bit."""
+
+import json
+import secrets
+
+import pytest
+from chaos_reshard import KIND
+from chaos_training import SAVES, VICTIMS, Kind
+from inject_faults import KINDS, inject, summarise
+
+SHORT = [*(Kind(victims, saves) for victims, saves in zip(VICTIMS, SAVES, strict=True)), KIND]
+
+
+@pytest.fixture
+def injected(tmp_path):
+    """Injects faults, prints seed and summary, and returns the records of faults and of finished runs."""
+
+    def injected(**settings):
+        seed = secrets.randbelow(2**32)
+        print(f"seed {seed}")
+        records = []
+        with (tmp_path / "chaos.jsonl").open("w") as file:
+            for record in inject(tmp_path, seed=seed, **settings):
+                records.append(record)
+                print(json.dumps(record), file=file, flush=True)
+        print(summarise(records))
+        return ([record for record in records if record["record"] == what] for what in ("fault", "run"))
+
+    return injected
+
+
+@pytest.mark.slow
+def test_training_and_the_reshard_tool_survive_three_kills_of_each_kind(injected):
+    faults, runs = injected(num_faults=9, kinds=SHORT, topologies=("data-2-zero-3",))
+    assert len(faults) == sum(run["faults"] for run in runs) == 9
+
+
+@pytest.mark.full
+def test_training_and_the_reshard_tool_survive_fifty_kills(injected):
+    faults, runs = injected(num_faults=50)
+    assert len(faults) == sum(run["faults"] for run in runs) == 50
+    assert {run["kind"] for run in runs} == set(map(str, KINDS))
