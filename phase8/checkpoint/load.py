@@ -13,9 +13,11 @@ from torch import Tensor
 
 from phase8.checkpoint.boxes import Box, common_part, overlap, whole_box
 from phase8.checkpoint.checksum import checksum_of_next
+from phase8.checkpoint.earlier import in_present_form
 from phase8.checkpoint.layout import MANIFEST_NAME, committed_directories, step_of
 from phase8.checkpoint.manifest import MAX_MANIFEST_BYTES, Manifest, Slice, TensorEntry, parse_manifest
 from phase8.checkpoint.tensor_file import DTYPES, TensorFile, open_for_reading
+from phase8.checkpoint.untrusted import shown, shown_name
 from phase8.errors import CheckpointCorruptError, CheckpointError, CheckpointMismatchError
 
 
@@ -30,6 +32,7 @@ class Checkpoint:
     def __init__(self, path: Path, manifest: Manifest):
         self.path = path
         self.manifest = manifest
+        self._entries = in_present_form(manifest.tensors)
         self._slices = manifest.slices_by_file()
         self._files: dict[str, TensorFile] = {}
         self._verified: set[tuple[str, str]] = set()  # file and key
@@ -46,8 +49,8 @@ class Checkpoint:
 
     @property
     def tensor_names(self) -> list[str]:
-        """Names of all tensors, in the order they were saved in."""
-        return list(self.manifest.tensors)
+        """Names of all tensors, those of today where the revision that saved them had others; in the order they were saved in."""
+        return list(self._entries)
 
     def entry(self, name: str) -> TensorEntry:
         """Dtype, global shape and slices of a tensor.
@@ -55,9 +58,9 @@ class Checkpoint:
         Raises:
             CheckpointMismatchError: There is no such tensor.
         """
-        if name not in self.manifest.tensors:
+        if name not in self._entries:
             raise CheckpointMismatchError(f"{self.path} has no tensor {name!r}; tools/inspect_checkpoint.py lists those it has")
-        return self.manifest.tensors[name]
+        return self._entries[name]
 
     def read(self, name: str) -> Tensor:
         """A new tensor on the host, its bytes read once and checked on the way.
@@ -76,13 +79,15 @@ class Checkpoint:
             CheckpointMismatchError: There is no such tensor.
         """
         dtype = DTYPES[self.entry(name).dtype]
+        # First of all the headers: only what they hold as well is of a size that memory may be taken for.
+        parts = [(part, self._file(part.file)) for part in self._slices_in(name, box)]
         tensor = torch.empty(box.shape, dtype=dtype)
-        for part in self._slices_in(name, box):
+        for part, file in parts:
             here, there = common_part(box, part)
             region = tensor[here]
             fits = list(region.shape) == part.shape and region.is_contiguous()
             block = region if fits else torch.empty(part.shape, dtype=dtype)
-            self._check_slice(name, part, self._file(part.file).read_into(part.key, block))
+            self._check_slice(name, part, file.read_into(part.key, block))
             if not fits:
                 region.copy_(block[there])
         return tensor
@@ -160,9 +165,8 @@ class Checkpoint:
             name, part = slices[key]
             dtype = self.manifest.tensors[name].dtype
             if (stored.dtype, stored.shape) != (dtype, part.shape):
-                raise CheckpointCorruptError(
-                    f"{file.path}: entry {key!r} is {stored.dtype} {stored.shape}, its manifest says {dtype} {part.shape}; use another checkpoint"
-                )
+                found = f"{stored.dtype} {shown(stored.shape)}"
+                raise CheckpointCorruptError(f"{file.path}: entry {key!r} is {found}, its manifest says {dtype} {part.shape}; use another checkpoint")
 
 
 def list_checkpoints(root: Path) -> list[Path]:
@@ -206,9 +210,10 @@ def open_checkpoint(directory: Path) -> Checkpoint:
         raise CheckpointError(f"there is no checkpoint directory {directory}; tools/inspect_checkpoint.py on its parent shows the newest")
     path = directory / MANIFEST_NAME
     with open_for_reading(path) as file:
-        data = file.read(MAX_MANIFEST_BYTES + 1)
-    if len(data) > MAX_MANIFEST_BYTES:
-        raise CheckpointCorruptError(f"{path} is longer than the {MAX_MANIFEST_BYTES} bytes a manifest can have; use another checkpoint")
+        num_bytes = os.fstat(file.fileno()).st_size
+        if num_bytes > MAX_MANIFEST_BYTES:
+            raise CheckpointCorruptError(f"{path} is longer than the {MAX_MANIFEST_BYTES} bytes a manifest can have; use another checkpoint")
+        data = file.read(num_bytes)  # a larger number would be allocated before anything is read
     manifest = parse_manifest(data, path)
     if step_of(directory.name) not in (None, manifest.step):
         raise CheckpointCorruptError(f"{path} is the manifest of step {manifest.step}; use another checkpoint")
@@ -277,5 +282,5 @@ def newest_good_checkpoint(
 
 def _first(names: set[str]) -> str:
     """A few names for a message, free of control characters."""
-    shown = ", ".join(ascii(name) for name in sorted(names)[:3])
-    return shown if len(names) <= 3 else f"{shown} and {len(names) - 3} more"
+    first = ", ".join(shown_name(name) for name in sorted(names)[:3])
+    return first if len(names) <= 3 else f"{first} and {len(names) - 3} more"

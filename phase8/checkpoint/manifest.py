@@ -9,7 +9,6 @@ from __future__ import annotations
 import json
 import math
 import re
-import reprlib
 from pathlib import Path
 from typing import Annotated, Any, Literal, NoReturn
 
@@ -19,6 +18,7 @@ from phase8.checkpoint.boxes import coverage_problem
 from phase8.checkpoint.checksum import PATTERN, checksum_of
 from phase8.checkpoint.layout import MANIFEST_NAME
 from phase8.checkpoint.tensor_file import DTYPES
+from phase8.checkpoint.untrusted import shortened, shown, strict_json
 from phase8.errors import CheckpointCorruptError, CheckpointError
 
 FORMAT = "phase8-checkpoint"
@@ -34,6 +34,7 @@ _TRAILER_BYTES = 31
 _MAX_BYTES = 2**63 - 1
 MAX_STEP = 10**18 - 1  # eighteen digits in a directory name
 
+_Place = tuple[Any, str | int]  # of the holder, or None; and the name in it
 Size = Annotated[int, Field(ge=0, le=_MAX_BYTES)]
 Shape = Annotated[list[Size], Field(max_length=MAX_DIMS)]
 Checksum = Annotated[str, Field(pattern=PATTERN)]
@@ -128,7 +129,7 @@ def parse_manifest(data: bytes, path: Path) -> Manifest:
     """
     document = _parse_json(data, path)
     if document.get("format") != FORMAT:
-        _refuse(path, f"format is {_shown(document.get('format'))}, a checkpoint has {FORMAT!r}")
+        _refuse(path, f"format is {shown(document.get('format'))}, a checkpoint has {FORMAT!r}")
     version = document.get("format_version")
     if type(version) is int and version > FORMAT_VERSION:
         raise CheckpointError(
@@ -138,7 +139,7 @@ def parse_manifest(data: bytes, path: Path) -> Manifest:
         manifest = Manifest.model_validate(document)
     except ValidationError as error:
         first = error.errors(include_url=False, include_context=False)[0]
-        _refuse(path, f"{_shown('.'.join(str(part) for part in first['loc']))} is {_shown(first['input'])}: {first['msg']}")
+        _refuse(path, f"{shown('.'.join(str(part) for part in first['loc']))} is {shown(first['input'])}: {first['msg']}")
     if (problem := json_problem(manifest.metadata, "metadata")) is not None:
         _refuse(path, problem)
     if (problem := consistency_problem(manifest)) is not None:
@@ -154,8 +155,8 @@ def _parse_json(data: bytes, path: Path) -> dict[str, Any]:
     if (found := checksum_of(body)) != match["checksum"].decode():
         _refuse(path, f"its bytes have checksum {found}, not {match['checksum'].decode()} as written at its end")
     try:
-        document = json.loads(data, object_pairs_hook=_object_without_duplicates)
-    except (ValueError, RecursionError) as error:  # ValueError: bad JSON, bad UTF-8, a repeated key, an absurdly long number
+        document = strict_json(data, encoding="ascii")
+    except ValueError as error:
         _refuse(path, f"it is not valid JSON ({error})")
     if not isinstance(document, dict):
         _refuse(path, "it is not a JSON object")
@@ -163,35 +164,39 @@ def _parse_json(data: bytes, path: Path) -> dict[str, Any]:
     return document
 
 
-def _object_without_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    result = dict(pairs)
-    if len(result) != len(pairs):
-        raise ValueError("an object has the same key twice")
-    return result
-
-
 def json_problem(value: Any, where: str) -> str | None:
     """Why `value` is not exactly a JSON value (it would come back as another one, or not at all), or None.
 
     Tuples, numpy scalars and subclasses are refused rather than turned into something else.
     """
-    stack = [(value, where, 0)]
+    # A place is what holds it and its name there: written out for every value, they would take far more memory than the values.
+    stack: list[tuple[Any, _Place, int]] = [(value, (None, where), 0)]
     while stack:
-        item, path, depth = stack.pop()
+        item, place, depth = stack.pop()
         if depth > MAX_JSON_DEPTH:
-            return f"{path[:100]}... is nested deeper than {MAX_JSON_DEPTH} levels"
+            return f"{_path(place)} is nested deeper than {MAX_JSON_DEPTH} levels"
         if type(item) is float and not math.isfinite(item):
-            return f"{path} is {item}, which JSON cannot hold; store null or a finite number"
+            return f"{_path(place)} is {item}, which JSON cannot hold; store null or a finite number"
         if type(item) is dict:
             for key, child in item.items():
                 if type(key) is not str:
-                    return f"{path} has the key {key!r}, of type {type(key).__name__}; keys of JSON objects are strings"
-                stack.append((child, f"{path}.{key}", depth + 1))
+                    return f"{_path(place)} has the key {key!r}, of type {type(key).__name__}; keys of JSON objects are strings"
+                stack.append((child, (place, key), depth + 1))
         elif type(item) is list:
-            stack.extend((child, f"{path}[{index}]", depth + 1) for index, child in enumerate(item))
+            stack.extend((child, (place, index), depth + 1) for index, child in enumerate(item))
         elif item is not None and type(item) not in (bool, int, float, str):
-            return f"{path} is of type {type(item).__name__}; only null, booleans, numbers, strings, lists and dicts of these are stored"
+            return f"{_path(place)} is of type {type(item).__name__}; only null, booleans, numbers, strings, lists and dicts of these are stored"
     return None
+
+
+def _path(place: _Place) -> str:
+    """Such as `metadata.a[0]`."""
+    parts = []
+    holder, name = place
+    while holder is not None:
+        parts.append(f"[{name}]" if type(name) is int else f".{shortened(str(name))}")
+        holder, name = holder
+    return shortened(str(name) + "".join(reversed(parts)))
 
 
 def consistency_problem(manifest: Manifest) -> str | None:
@@ -220,16 +225,11 @@ def consistency_problem(manifest: Manifest) -> str | None:
 def _tensor_problem(entry: TensorEntry) -> str | None:
     dtype = DTYPES.get(entry.dtype)
     if dtype is None:
-        return f"dtype {_shown(entry.dtype)} is none of {', '.join(DTYPES)}"
+        return f"dtype {shown(entry.dtype)} is none of {', '.join(DTYPES)}"
     # Zero-sized dims count as one: torch computes strides, which must not overflow, from the others.
     if math.prod(max(1, size) for size in entry.shape) * dtype.itemsize > _MAX_BYTES:
         return f"shape {entry.shape} is beyond every memory"
     return coverage_problem(entry.shape, entry.slices)
-
-
-def _shown(value: Any) -> str:
-    """A value from an untrusted file, short and free of control characters."""
-    return reprlib.repr(value).encode("ascii", "backslashreplace").decode()
 
 
 def _refuse(path: Path, problem: str) -> NoReturn:

@@ -30,6 +30,7 @@ from phase8.checkpoint.checksum import format_crc32, read_chunks
 from phase8.checkpoint.load import Checkpoint
 from phase8.checkpoint.manifest import manifest_bytes
 from phase8.checkpoint.tensor_file import DTYPE_NAMES, TensorFile, WrittenFile, byte_view, open_for_reading, write_tensor_file
+from phase8.checkpoint.untrusted import strict_json
 from phase8.durable import fsync_path, replace_file, storage_errors
 from phase8.errors import CheckpointCorruptError, CheckpointError, StorageError
 
@@ -78,12 +79,14 @@ def rewriting(source: Checkpoint, destination: Path, files: Sequence[PlannedFile
     with storage_errors(destination), _locked(work, destination):
         job = _job(source, files)
         mark = work / "job"
-        if not (mark.is_file() and mark.read_text() == job):
-            for content in work.iterdir():
-                shutil.rmtree(content) if content.is_dir() else content.unlink()
+        places = [work / name for name in ("written", "content")]
+        is_begun = mark.is_file() and mark.read_bytes() == job.encode() and all(place.is_dir() for place in places)
+        if not is_begun or any(path.is_symlink() for path in (mark, *places)):  # a link would lead what is written elsewhere
+            for found in work.iterdir():
+                shutil.rmtree(found) if found.is_dir() and not found.is_symlink() else found.unlink()
             replace_file(mark, job.encode())
-        for name in ("written", "content"):
-            (work / name).mkdir(exist_ok=True)
+        for place in places:
+            place.mkdir(exist_ok=True)
         yield Rewrite(source, destination, files, work)
 
 
@@ -156,7 +159,8 @@ class Rewrite:
 
     def add(self, name: str, chunks: Iterator[bytes]) -> None:
         """Writes a file that holds no tensors, whatever is there of it."""
-        with open(self.content / name, "wb") as file:
+        (self.content / name).unlink(missing_ok=True)
+        with open(self.content / name, "xb") as file:
             file.writelines(chunks)
             file.flush()
             os.fsync(file.fileno())
@@ -194,8 +198,9 @@ class Rewrite:
         shutil.rmtree(self._work, ignore_errors=True)
 
     def _remove_unfinished(self) -> None:
+        names = {file.name for file in self._files}
         for path in self.content.iterdir():
-            if not self._record(path.name).exists():
+            if path.name not in names or not self._record(path.name).exists():
                 path.unlink()
 
     def _record(self, name: str) -> Path:
@@ -221,11 +226,13 @@ class Rewrite:
     def _finished(self, file: PlannedFile) -> WrittenFile | None:
         """What an earlier call recorded of a file, if every byte is still so."""
         try:
-            written = WrittenFile(**json.loads(self._record(file.name).read_bytes()))
+            with open_for_reading(self._record(file.name)) as record:
+                written = WrittenFile(**strict_json(record.read(), encoding="utf-8"))
             stored = self._open(written, file.name)
-            if dict(stored.checksums()) == written.checksums and written.checksums.keys() == file.entries.keys():
+            is_whole = type(written.size_bytes) is int and dict(stored.checksums()) == written.checksums
+            if is_whole and written.checksums.keys() == file.entries.keys():
                 return written
-        except (FileNotFoundError, ValueError, TypeError, StorageError, CheckpointCorruptError):
+        except (ValueError, TypeError, StorageError, CheckpointCorruptError):
             pass  # written again
         self._record(file.name).unlink(missing_ok=True)
         return None

@@ -21,7 +21,7 @@ from phase8.checkpoint.boxes import Region
 from phase8.checkpoint.load import Checkpoint
 from phase8.checkpoint.tensor_file import DTYPE_NAMES
 from phase8.distributed.placement import own_box, placed_like
-from phase8.errors import CheckpointError, CheckpointMismatchError
+from phase8.errors import CheckpointCorruptError, CheckpointError, CheckpointMismatchError
 
 MODEL_PREFIX = "model."
 OPTIMIZER_PREFIX = "optimizer."
@@ -78,7 +78,7 @@ def restore_state(
 
     Raises:
         CheckpointMismatchError: Names, shapes or dtypes differ; the first few are listed.
-        CheckpointCorruptError: Bytes of the checkpoint are damaged.
+        CheckpointCorruptError: Bytes of the checkpoint are damaged, or it has only a part of a parameter's optimizer state.
     """
     in_place = _model_tensors(model)
     differences = list(_model_differences(checkpoint, in_place, is_part=is_part))
@@ -87,6 +87,7 @@ def restore_state(
     if optimizer is not None:
         optimized, stored = _optimized_parameters(model, optimizer, parts), _stored_optimizer_state(checkpoint)
         stored = {name: owner for name, owner in stored.items() if not is_part or owner[0] in optimized}
+        _check_whole(checkpoint, stored)
         existing = _optimizer_tensors(optimizer, optimized)
         differences += _optimizer_differences(checkpoint, stored, existing, optimized)
         in_place |= {name: tensor for name, tensor in existing.items() if name in stored}
@@ -170,6 +171,19 @@ def _stored_optimizer_state(checkpoint: Checkpoint) -> dict[str, tuple[str, str]
     return {name: (parameter_name, key) for name, (parameter_name, _, key) in parts.items()}
 
 
+def _check_whole(checkpoint: Checkpoint, stored: dict[str, tuple[str, str]]) -> None:
+    """A parameter has all of its optimizer's state or none: the step after one that is left out would fail, or go on from zeros.
+
+    Raises:
+        CheckpointCorruptError: A part of it is missing.
+    """
+    keys = sorted({key for _, key in stored.values()})
+    for parameter_name in dict.fromkeys(parameter_name for parameter_name, _ in stored.values()):
+        for name in (f"{OPTIMIZER_PREFIX}{parameter_name}.{key}" for key in keys):
+            if name not in stored:
+                raise CheckpointCorruptError(f"{checkpoint.path} lacks {name}, which it has of other parameters; use another checkpoint")
+
+
 def _model_differences(checkpoint: Checkpoint, targets: dict[str, Tensor], *, is_part: bool) -> Iterator[str]:
     stored = [name for name in checkpoint.tensor_names if name.startswith(MODEL_PREFIX)]
     for name in targets.keys() - set(stored):
@@ -195,6 +209,9 @@ def _optimizer_differences(
     for name in existing:
         if name not in stored and name.removeprefix(OPTIMIZER_PREFIX).rpartition(".")[0] in with_state:
             yield f"{name} is not in the checkpoint"
+    for name in checkpoint.tensor_names:
+        if not name.startswith((MODEL_PREFIX, OPTIMIZER_PREFIX)):
+            yield f"{name} is neither of the model nor of the optimizer"
 
 
 def _entry_differences(checkpoint: Checkpoint, name: str, target: Tensor) -> Iterator[str]:

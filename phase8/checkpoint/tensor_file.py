@@ -22,6 +22,7 @@ import torch
 from torch import Tensor
 
 from phase8.checkpoint.checksum import CHUNK_BYTES, checksum_of, checksum_of_next, format_crc32, read_into
+from phase8.checkpoint.untrusted import shown, strict_json
 from phase8.errors import CheckpointCorruptError
 
 DTYPES = {
@@ -193,7 +194,7 @@ class TensorFile:
 def _parse_header(header: bytes, path: Path, *, size_bytes: int) -> dict[str, StoredTensor]:
     """Entries of a header whose byte ranges tile the rest of the file."""
     try:
-        document = json.loads(header)
+        document = strict_json(header, encoding="utf-8")
         document.pop(RESERVED_KEY, None)
         data_begin = 8 + len(header)
         tensors = {
@@ -207,7 +208,7 @@ def _parse_header(header: bytes, path: Path, *, size_bytes: int) -> dict[str, St
             end += stored.num_bytes
         if end != size_bytes:
             raise ValueError("its byte ranges do not end with the file")
-    except (ValueError, TypeError, AttributeError, LookupError, RecursionError) as error:
+    except (ValueError, TypeError, AttributeError, LookupError) as error:
         raise CheckpointCorruptError(f"{path}: its safetensors header is not valid ({error}); use another checkpoint") from error
     return tensors
 
@@ -217,6 +218,8 @@ def _range_bytes(entry: dict[str, Any]) -> int:
     sizes = [begin, end, *entry["shape"]]
     if any(type(size) is not int or size < 0 for size in sizes):
         raise ValueError("a shape or byte range is not made of non-negative whole numbers")
+    if entry["dtype"] not in DTYPES:
+        raise ValueError(f"dtype {shown(entry['dtype'])} is none of {', '.join(DTYPES)}")
     if end - begin != math.prod(entry["shape"]) * DTYPES[entry["dtype"]].itemsize:
         raise ValueError("a byte range does not have the length of its dtype and shape")
     return end - begin

@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import os
 import shutil
+import stat
 from array import array
 from contextlib import suppress
 from pathlib import Path
@@ -169,9 +170,11 @@ class IndexedDataset:
         self.dialect = dialect
         if dialect is not None and dialect not in DIALECTS:
             raise DataError(f"{prefix}: dialect {dialect!r} is unknown; use one of {', '.join(DIALECTS)}")
+        if "\0" in self.prefix:
+            raise DataError(f"the data path {self.prefix!r} holds a null byte; give the path of the pair without .bin / .idx")
         self.bin_path, self.idx_path = _path(prefix, ".bin"), _path(prefix, ".idx")
         try:
-            self.bin_bytes = self.bin_path.stat().st_size
+            self.bin_bytes, _ = _size_of_file(self.bin_path), _size_of_file(self.idx_path)
             index = read_index(self.idx_path, bin_bytes=self.bin_bytes, dialect=dialect)
             mapped = np.memmap(self.bin_path, dtype=index.dtype, mode="r") if self.bin_bytes else np.empty(0, index.dtype)
         except OSError as error:
@@ -226,6 +229,14 @@ class IndexedDataset:
 
 def _reopen(prefix: str, dialect: Dialect | None) -> IndexedDataset:
     return IndexedDataset(prefix, dialect=dialect)
+
+
+def _size_of_file(path: Path) -> int:
+    """Bytes of a regular file; opening a pipe would wait for a writer."""
+    status = path.stat()
+    if not stat.S_ISREG(status.st_mode):
+        raise DataError(f"{path} is not a regular file; give the path of the pair without .bin / .idx")
+    return status.st_size
 
 
 def _path(prefix: str | Path, suffix: str) -> Path:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Iterable, Iterator
 from contextlib import ExitStack
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 
 import numpy as np
@@ -135,11 +135,19 @@ def finished_counts(shard: Shard) -> ShardCounts | None:
     if not isinstance(record, dict) or record.get("made_from") != shard.made_from:
         return None
     try:
-        for split in shard.rules.splits:
-            IndexedDataset(shard.directory / split)
+        num_documents = {split: IndexedDataset(shard.directory / split).num_documents for split in shard.rules.splits}
     except DataError:
         return None
-    return ShardCounts(**record["counts"])
+    return _stored_counts(record.get("counts"), num_documents)
+
+
+def _stored_counts(values: object, num_documents: dict[str, int]) -> ShardCounts | None:
+    """The counts of a record; None where it holds something else, or other numbers of documents than the files."""
+    if not isinstance(values, dict) or values.keys() != {field.name for field in fields(ShardCounts)}:
+        return None
+    numbers, reason = [values[name] for name in ("text_bytes", "num_empty", "num_invalid")], values["first_invalid"]
+    is_whole = all(type(number) is int and number >= 0 for number in numbers) and (reason is None or isinstance(reason, str))
+    return ShardCounts(**values) if is_whole and values["num_documents"] == num_documents else None
 
 
 def make_shard(shard: Shard) -> ShardCounts:
