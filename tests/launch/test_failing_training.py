@@ -135,18 +135,19 @@ def terminate_rank_1(launched):
 
 
 @pytest.mark.parametrize(
-    ("name", "stop", "expected_code"),
+    ("name", "stop", "codes"),
     [
-        ("interrupted", interrupt, 1),  # torchrun exits with 1 and a traceback of its own after Ctrl-C
-        pytest.param("terminated", terminate_rank_1, 0, marks=pytest.mark.full),
+        # torchrun exits with 1 and a traceback of its own after Ctrl-C; on a busy machine its threads sometimes abort it then.
+        ("interrupted", interrupt, (1, -signal.SIGABRT)),
+        pytest.param("terminated", terminate_rank_1, (0,), marks=pytest.mark.full),
     ],
 )
-def test_training_that_is_stopped_saves_on_all_ranks_and_goes_on_as_if_undisturbed(training, alone, launch, name, stop, expected_code):
+def test_training_that_is_stopped_saves_on_all_ranks_and_goes_on_as_if_undisturbed(training, alone, launch, name, stop, codes):
     launched = launch(training.torchrun(name, "parallel.tensor_parallel_size=2", num_ranks=2))
     launched.wait_until(lambda: len(training.figures(name)) >= 2)
     stop(launched)
     code, output, errors = launched.end()
-    assert code == expected_code and "error: " not in errors and "SIGKILL" not in errors, errors
+    assert code in codes and "error: " not in errors and "SIGKILL" not in errors, errors
     (step,) = re.findall(r"saved at step (\d+); go on with:", output)
     assert len(training.figures(name)) == int(step) == training.saved_steps(name)[-1] < 24
     assert training.in_this_process(name) == int(step)
