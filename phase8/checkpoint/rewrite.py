@@ -80,8 +80,9 @@ def rewriting(source: Checkpoint, destination: Path, files: Sequence[PlannedFile
         job = _job(source, files)
         mark = work / "job"
         places = [work / name for name in ("written", "content")]
-        is_begun = mark.is_file() and mark.read_bytes() == job.encode() and all(place.is_dir() for place in places)
-        if not is_begun or any(path.is_symlink() for path in (mark, *places)):  # a link would lead what is written elsewhere
+        is_ours = mark.is_file() and all(place.is_dir() for place in places)
+        is_linked = any(path.is_symlink() for path in (mark, *places))  # would lead what is read and written elsewhere
+        if is_linked or not is_ours or mark.read_bytes() != job.encode():
             for found in work.iterdir():
                 shutil.rmtree(found) if found.is_dir() and not found.is_symlink() else found.unlink()
             replace_file(mark, job.encode())

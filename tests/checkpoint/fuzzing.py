@@ -96,19 +96,23 @@ class Watch:
         if event.startswith(CHANGING):
             paths = [argument for argument in arguments if isinstance(argument, str | bytes | os.PathLike)]
             return all(_is_below(path, self._writable) for path in paths)
-        if event == "open" and arguments[2] & WRITING:
-            return _is_below(arguments[0], self._writable)
-        return _is_below(arguments[0], readable) if event == "open" or event in LISTING else not event.startswith(EXECUTING)
+        if event == "open":
+            roots = self._writable if arguments[2] & WRITING else readable
+            return _is_below(arguments[0], roots, follows=not arguments[2] & os.O_NOFOLLOW)
+        return _is_below(arguments[0], readable) if event in LISTING else not event.startswith(EXECUTING)
 
 
-def _is_below(path: object, roots: tuple[str, ...]) -> bool:
-    """Whether a path lies in a root; a descriptor was a path when it was opened, and a removed tree goes name by name from its descriptor."""
+def _is_below(path: object, roots: tuple[str, ...], *, follows: bool = False) -> bool:
+    """Whether a path, or what it links to, lies in a root.
+
+    A descriptor was a path when it was opened, and a removed tree goes name by name from its descriptor.
+    """
     if isinstance(path, int):
         return True
     parent, name = os.path.split(os.fsdecode(path))
     if not parent:
         return name not in ("", ".", "..")
-    real = os.path.join(os.path.realpath(parent), name)
+    real = os.path.realpath(os.fsdecode(path)) if follows else os.path.join(os.path.realpath(parent), name)
     return any(real == root or real.startswith(root + os.sep) for root in roots)
 
 

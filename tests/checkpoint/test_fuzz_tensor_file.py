@@ -98,6 +98,16 @@ def _fuzz_headers(root: Path, watch: Watch, *, num_inputs: int, derandomize: boo
     tally.check("headers of a tensor file", at_least=num_inputs, among={"loaded", "CheckpointCorruptError"})
 
 
+def _shifted(original: bytes, shifts: list[tuple[str, int]]) -> bytes:
+    """A file of which entries claim other bytes, as many as before."""
+    end = 8 + int.from_bytes(original[:8], "little")
+    header = json.loads(original[8:end])
+    for key, distance in shifts:
+        header[key]["data_offsets"] = [offset + distance for offset in header[key]["data_offsets"]]
+    text = json.dumps(header).encode()
+    return len(text).to_bytes(8, "little") + text + original[end:]
+
+
 def _fuzz_bytes(root: Path, watch: Watch, *, num_inputs: int, derandomize: bool) -> None:
     """A tensor file on its own, with a right checksum of whatever its header is; its entries are those that its bytes say."""
     path, tally = root.parent / "alone.safetensors", Tally()
@@ -105,8 +115,11 @@ def _fuzz_bytes(root: Path, watch: Watch, *, num_inputs: int, derandomize: bool)
     path.unlink(missing_ok=True)
     write_tensor_file(path, tensors)
     original = path.read_bytes()
+    shift = st.tuples(st.sampled_from("abcd"), st.integers(-5, 5) | st.sampled_from([-24, 24]))
+    shifted = st.lists(shift, min_size=1, max_size=2).map(lambda shifts: _shifted(original, shifts))
+    lengths = st.sampled_from([None] * 20 + [number for number in NUMBERS if type(number) is int and number >= 0])
 
-    @given(content=mutated_bytes(original), claimed=st.none() | st.sampled_from([n for n in NUMBERS if type(n) is int and n >= 0]))
+    @given(content=st.one_of(mutated_bytes(original), mutated_bytes(original), shifted), claimed=lengths)
     def check(content: bytes, claimed: int | None) -> None:
         path.write_bytes(content)
         header_bytes = min(int.from_bytes(content[:8], "little"), len(content))
@@ -126,7 +139,8 @@ def _fuzz_bytes(root: Path, watch: Watch, *, num_inputs: int, derandomize: bool)
         data = content[8 + header_bytes :]
         ranges = {key: entry["data_offsets"] for key, entry in entries.items()}
         assert {key: bits(tensor) for key, tensor in found.items()} == {key: data[begin:end] for key, (begin, end) in ranges.items()}
-        assert sum(end - begin for begin, end in ranges.values()) == len(data)
+        ends = [0, *(end for _, end in sorted(ranges.values()))]
+        assert [begin for begin, _ in sorted(ranges.values())] == ends[:-1] and ends[-1] == len(data)
 
     fuzz(check, num_inputs=num_inputs, derandomize=derandomize)()
     tally.check("bytes of a tensor file", at_least=num_inputs, among={"loaded", "CheckpointCorruptError"})

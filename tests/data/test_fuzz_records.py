@@ -81,3 +81,31 @@ def test_records_of_shards(shard: Shard) -> None:
 @pytest.mark.full
 def test_many_records_of_shards(shard: Shard) -> None:
     _fuzz(shard, Watch(), num_inputs=10_000, derandomize=False)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"num_documents": {"train": 60, "validation": 0}},
+        {"num_documents": None},
+        {"text_bytes": "many"},
+        {"num_empty": -1},
+        {"num_invalid": True},
+        {"first_invalid": 1},
+        {"more": 1},
+    ],
+    ids=str,
+)
+def test_counts_of_another_form_are_not_used(change: dict[str, object], shard: Shard) -> None:
+    """They were taken as they came: the next arithmetic with them failed, or told wrong numbers."""
+    path = shard.directory / "record.json"
+    original = path.read_bytes()
+    record = json.loads(original)
+    try:
+        path.write_text(json.dumps(record | {"counts": record["counts"] | change}))
+        assert finished_counts(shard) is None
+        path.write_text(json.dumps({"made_from": record["made_from"]}))
+        assert finished_counts(shard) is None
+    finally:
+        path.write_bytes(original)
+    assert finished_counts(shard) is not None
