@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
@@ -23,23 +26,29 @@ class Block(nn.Module):
         model: Which block, and its widths.
         layer: Which layer of the model it is.
         axis: Of tensor parallelism.
-        recompute_mixer: Recompute the mixer's activations in backward.
+        recompute: Activations recomputed in backward: `none`, `full` (all) or `selective` (the mixer's).
     """
 
-    def __init__(self, model: ModelSection, layer: int, *, axis: Axis, recompute_mixer: bool = False):
+    def __init__(self, model: ModelSection, layer: int, *, axis: Axis, recompute: str = "none"):
         super().__init__()
         self.mixer_norm = RMSNorm(model.d_model, eps=model.norm_eps)
         self.mixer = Phase8Mixer(model, window=model.window_sizes[layer], axis=axis) if model.block == "phase8" else CausalAttention(model, axis=axis)
         self.feed_forward_norm = RMSNorm(model.d_model, eps=model.norm_eps)
         self.feed_forward = SwiGLU(model, axis=axis)
-        self.recompute_mixer = recompute_mixer
+        self.recompute = recompute
 
     def forward(
         self, x: Tensor, angles: Tensor, starts: Tensor | None = None, state: BlockState | None = None
     ) -> tuple[Tensor, BlockState | None]:
         """Residual stream [B, T, D] after the block, with several ranks its own tokens [n, D]; and the state to carry on (None without `state`)."""
-        if self.recompute_mixer and torch.is_grad_enabled():
-            y, state = checkpoint(self._mix, x, angles, starts, state, use_reentrant=False, preserve_rng_state=False)  # nothing is random
+        # Recomputed in here, where torch.compile sees what backward does not need again: the last matrix product.
+        if self.recompute == "full" and torch.is_grad_enabled():
+            return _recomputed(self._forward, x, angles, starts, state)
+        return self._forward(x, angles, starts, state)
+
+    def _forward(self, x: Tensor, angles: Tensor, starts: Tensor | None, state: BlockState | None) -> tuple[Tensor, BlockState | None]:
+        if self.recompute == "selective" and torch.is_grad_enabled():
+            y, state = _recomputed(self._mix, x, angles, starts, state)
         else:
             y, state = self._mix(x, angles, starts, state)
         x = x + y
@@ -47,3 +56,7 @@ class Block(nn.Module):
 
     def _mix(self, x: Tensor, angles: Tensor, starts: Tensor | None, state: BlockState | None) -> tuple[Tensor, BlockState | None]:
         return self.mixer(self.mixer_norm(x), angles, starts, state)
+
+
+def _recomputed(function: Callable[..., Any], *arguments: object) -> Any:
+    return checkpoint(function, *arguments, use_reentrant=False, preserve_rng_state=False)  # nothing is random

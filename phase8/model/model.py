@@ -7,7 +7,6 @@ from collections.abc import Sequence
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
 from phase8.config.schema import ModelSection
 from phase8.distributed.collectives import ALONE, Axis, gather_tokens
@@ -50,14 +49,14 @@ class LanguageModel(nn.Module):
         self.section, self.axis, self.dtype = model, axis, dtype
         self.begins, self.ends = layers.start == 0, layers.stop == model.num_layers
         recomputed = range(0, model.num_layers, recompute_every_n_layers)
-        self.recomputed_layers = recomputed if recompute == "full" else range(0)
-        selective = recomputed if recompute == "selective" else range(0)
         self.embedding = (
             VocabularyParallelEmbedding(model.vocab_size, model.d_model, std=model.init_std, dtype=dtype, axis=axis)
             if self.begins or (self.ends and model.tie_embeddings)
             else None
         )
-        self.blocks = nn.ModuleDict({str(layer): Block(model, layer, axis=axis, recompute_mixer=layer in selective) for layer in layers})
+        self.blocks = nn.ModuleDict(
+            {str(layer): Block(model, layer, axis=axis, recompute=recompute if layer in recomputed else "none") for layer in layers}
+        )
         self.norm = RMSNorm(model.d_model, eps=model.norm_eps) if self.ends else None
         self.head = ColumnParallelLinear(model.d_model, model.vocab_size, std=model.init_std) if self.ends and not model.tie_embeddings else None
 
@@ -100,10 +99,8 @@ class LanguageModel(nn.Module):
             tokens.shape[1], self.section.head_width, base=self.section.rope_base, first_position=first_position, device=tokens.device
         )
         carried = []
-        for place, (layer, block) in enumerate(self.blocks.items()):
-            if int(layer) in self.recomputed_layers and torch.is_grad_enabled() and states is None:
-                x, _ = checkpoint(block, x, angles, starts, use_reentrant=False, preserve_rng_state=False)
-            elif states is None:
+        for place, block in enumerate(self.blocks.values()):
+            if states is None:
                 x, _ = block(x, angles, starts)
             else:
                 # forward, not the call: a compiled block would be compiled again for every length of its state.

@@ -221,18 +221,17 @@ def test_compile_compiles_every_block_as_asked(tiny, monkeypatch, enabled):
 
 
 @pytest.mark.parametrize(
-    ("settings", "blocks", "mixers"),
+    ("settings", "expected"),
     [
-        ([], [], []),
-        (["train.recompute=full"], [0, 1, 2], []),
-        (["train.recompute=selective"], [], [0, 1, 2]),
-        (["train.recompute=full", "train.recompute_every_n_layers=2"], [0, 2], []),
+        ([], ["none", "none", "none"]),
+        (["train.recompute=full"], ["full", "full", "full"]),
+        (["train.recompute=selective"], ["selective", "selective", "selective"]),
+        (["train.recompute=full", "train.recompute_every_n_layers=2"], ["full", "none", "full"]),
     ],
 )
-def test_recomputation_reaches_the_model(tiny, settings, blocks, mixers):
+def test_recomputation_reaches_the_model(tiny, settings, expected):
     model = prepare(tiny, "model.num_layers=3", *settings).learner.model
-    assert list(model.recomputed_layers) == blocks
-    assert [layer for layer, block in enumerate(model.blocks.values()) if block.recompute_mixer] == mixers
+    assert [block.recompute for block in model.blocks.values()] == expected
 
 
 def test_determinism_and_tf32_are_set(tiny):
