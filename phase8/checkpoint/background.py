@@ -7,13 +7,14 @@ themselves over a group of their own; a collective of theirs on a group that tra
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 
 import torch
 from torch import Tensor
-from torch.distributed.checkpoint.staging import DefaultStager, StagingOptions
+
+from phase8.checkpoint.host_copies import HostCopies
 
 Save = Callable[[dict[str, Tensor]], Path]
 
@@ -22,19 +23,24 @@ class BackgroundSaver:
     """Copies tensors and saves the copies.
 
     Args:
-        device: Where the tensors live; those of a GPU are copied into page-locked memory, which is kept for the next save.
+        device: Where the tensors live.
     """
 
     def __init__(self, device: torch.device):
-        on_gpu = device.type == "cuda"
-        options = StagingOptions(use_pinned_memory=on_gpu, use_shared_memory=False, use_async_staging=False, use_non_blocking_copy=on_gpu)
-        self._stager, self._thread = DefaultStager(options), ThreadPoolExecutor(max_workers=1, thread_name_prefix="phase8-save")
+        # Every thread has a current GPU of its own, at first the first one: page-locking memory would take space on it.
+        choose = (torch.cuda.set_device, (device,)) if device.type == "cuda" else (None, ())
+        self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="phase8-save", initializer=choose[0], initargs=choose[1])
+        self._copies = HostCopies(device)
         self._saving: Future[Path] | None = None
 
     @property
     def is_busy(self) -> bool:
         """A save has begun whose end nobody has heard of."""
         return self._saving is not None
+
+    def prepare(self, sizes: Sequence[int]) -> None:
+        """Takes memory for tensors of so many bytes, aside; otherwise the first save takes it."""
+        self._thread.submit(self._copies.reserve, sizes)
 
     def start(self, tensors: dict[str, Tensor], save: Save) -> float:
         """Begins to save; the tensors may change as soon as this returns.
@@ -48,7 +54,7 @@ class BackgroundSaver:
         """
         assert self._saving is None  # the end of the last one was not awaited
         begin = time.perf_counter()
-        copies = self._stager.stage(dict(tensors))
+        copies = self._thread.submit(self._copies.copy, tensors).result()  # on the thread: behind `prepare`
         self._saving = self._thread.submit(save, copies)
         return time.perf_counter() - begin
 
@@ -67,6 +73,5 @@ class BackgroundSaver:
         return saving.result()
 
     def close(self) -> None:
-        """Waits for what is under way and gives the memory back."""
+        """Waits for what is under way."""
         self._thread.shutdown(wait=True)
-        self._stager.close()

@@ -206,7 +206,12 @@ class TrainSection(Section):
     deterministic: bool = key(False, "refuse operations without a deterministic implementation")
     evaluate_every_n_steps: NonNegativeInt = key(100, "steps between evaluations; 0: never")
     evaluation_sequences: PositiveInt = key(256, "sequences of an evaluation, always the same ones")
-    recompute: Literal["none", "full", "selective"] = key("none", "activations recomputed in backward: no, whole blocks, or the mixer only")
+    recompute: Literal["none", "full", "selective", "budget"] = key(
+        "none", "activations recomputed in backward: no, whole blocks, the mixer only, or what torch.compile chooses"
+    )
+    activation_memory_budget: Annotated[float, Field(ge=0, le=1)] = key(
+        0.5, "recompute budget: share of their activations that blocks may keep; 0: their inputs only"
+    )
     recompute_every_n_layers: PositiveInt = key(1, "recompute layers 0, n, 2n, ...")
     kernels: Literal["auto", "reference"] = key(
         "auto", "Triton kernels where GPU and toolchain allow, or the plain torch references everywhere"
@@ -215,6 +220,12 @@ class TrainSection(Section):
     anomaly: AnomalySection = key(AnomalySection(), "steps whose loss or gradient must not count")
     compile: CompileSection = key(CompileSection(), "torch.compile")
     cuda_graphs: bool = key(False, "one process on a GPU replays the whole step as one CUDA graph; ignored on a CPU")
+
+    @property
+    def recomputation(self) -> str:
+        """What is recomputed, in words."""
+        budget = f" {self.activation_memory_budget:g}" if self.recompute == "budget" else ""
+        return self.recompute + budget + (f" every {self.recompute_every_n_layers} layers" if self.recompute_every_n_layers > 1 else "")
 
 
 class CheckpointSection(Section):

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from phase8.config.batch import batch_shape, run_topology
 from phase8.config.describe import describe_value
 from phase8.config.pipeline import pipeline_of, pipeline_problems
-from phase8.config.schema import DataSection, ModelSection, OptimSection, RunConfig, TrainSection
+from phase8.config.schema import DataSection, ModelSection, OptimSection, ParallelSection, RunConfig, TrainSection
 from phase8.errors import ConfigError
 
 
@@ -29,6 +29,7 @@ def find_problems(config: RunConfig, *, world_size: int = 1) -> list[str]:
         *_schedule(config.optim, config.train),
         *_train(config.train, config.model, world_size),
         *_cuda_graphs(config, world_size),
+        *_budget(config.train, config.parallel),
         *_data(config),
         *_tensor_parallel(config.model, config.parallel.tensor_parallel_size),
         *_zero(config, world_size),
@@ -104,6 +105,23 @@ def _repeated_sources(data: DataSection) -> Iterator[str]:
         paths = [] if sources is None or isinstance(sources, str) else [source.path for source in sources]
         for path in sorted({path for path in paths if paths.count(path) > 1}):
             yield f"data.{name} lists {path} more than once; keep one entry and add the weights up."
+
+
+def _budget(train: TrainSection, parallel: ParallelSection) -> Iterator[str]:
+    if train.recompute != "budget":
+        return
+    if not train.compile.enabled:
+        yield "train.recompute is budget, but train.compile.enabled is false and nobody chooses; set it to true, or recompute to selective."
+    if train.recompute_every_n_layers != 1:
+        yield (
+            f"train.recompute_every_n_layers is {train.recompute_every_n_layers}, but train.recompute is budget, which all layers share; "
+            "set it to 1."
+        )
+    if parallel.tensor_parallel_size > 1:
+        yield (
+            f"train.recompute is budget with parallel.tensor_parallel_size {parallel.tensor_parallel_size}, but torch.compile cannot weigh "
+            "what holds a process group; set recompute to selective or full."
+        )
 
 
 def _tensor_parallel(model: ModelSection, num_ranks: int) -> Iterator[str]:

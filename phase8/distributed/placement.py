@@ -12,10 +12,13 @@ from phase8.distributed.mesh import Mesh
 
 
 def placed_like(part: Tensor, whole: Tensor) -> Tensor:
-    """This rank's part of something shaped and divided like `whole`, as a DTensor; a plain `whole` has no parts."""
+    """This rank's part of something shaped and divided like `whole`, as a DTensor that shares its memory; a plain `whole` has no parts.
+
+    The part may be in host memory while the ranks compute on GPUs, where `DTensor.from_local` would copy it.
+    """
     if not isinstance(whole, DTensor):
         return part
-    return DTensor.from_local(part, whole.device_mesh, whole.placements, run_check=False, shape=whole.shape, stride=whole.stride())
+    return DTensor(part, whole._spec, requires_grad=False)
 
 
 def own_box(whole: Tensor) -> tuple[list[int], list[int]]:

@@ -26,7 +26,7 @@ class Block(nn.Module):
         model: Which block, and its widths.
         layer: Which layer of the model it is.
         axis: Of tensor parallelism.
-        recompute: Activations recomputed in backward: `none`, `full` (all) or `selective` (the mixer's).
+        recompute: Activations recomputed in backward: `full` (all) or `selective` (the mixer's); otherwise none by the block itself.
     """
 
     def __init__(self, model: ModelSection, layer: int, *, axis: Axis, recompute: str = "none"):

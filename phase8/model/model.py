@@ -28,7 +28,7 @@ class LanguageModel(nn.Module):
     Args:
         model: The model section of the config.
         dtype: Dtype of the residual stream and of the matmuls.
-        recompute: `none`, `full` (whole blocks) or `selective` (the mixer only).
+        recompute: `none`, `full` (whole blocks) or `selective` (the mixer only); `budget` is for torch.compile.
         recompute_every_n_layers: Recompute layers 0, n, 2n, ...
         axis: Of tensor parallelism.
         layers: Of the chunk; None: all.

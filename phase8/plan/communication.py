@@ -119,7 +119,7 @@ class Step:
         micro_batch_size: Sequences of a microbatch.
         compute_bytes: Of a number of the residual stream.
         loss_chunk_tokens: Rows of logits that the loss has at a time.
-        recompute: `none`, `full` or `selective`.
+        recompute: `none`, `full`, `selective` or (one tensor-parallel rank only) `budget`.
         recompute_every_n_layers: Recompute layers 0, n, 2n, ...
         zero_stage: 0 to 3.
         offload_params: Parameters lie in host memory, so that FSDP sums gradients even where there is one data-parallel rank.
@@ -243,7 +243,7 @@ def _activations(model: ModelSection, chunk: Chunk, step: Step) -> Iterator[Coll
     mixer = _half_block(model.d_model, step, num_columns=3, rank=model.low_rank_rank, num_scalars=num_scalars)
     feed_forward = _half_block(model.d_model, step, num_columns=2, rank=model.low_rank_rank if model.ffn == "low_rank_swiglu" else 0)
     recomputed = range(0, model.num_layers, step.recompute_every_n_layers)
-    repeated = {"none": [], "selective": mixer.repeated, "full": mixer.forward + feed_forward.repeated}[step.recompute]
+    repeated = {"none": [], "budget": [], "selective": mixer.repeated, "full": mixer.forward + feed_forward.repeated}[step.recompute]
     stream = [(operation, model.d_model * step.compute_bytes) for operation in (Operation.ALL_GATHER, Operation.REDUCE_SCATTER)]
     exchanges: _Exchanges = stream * ((chunk.layers.start == 0) + _ends(chunk, model))
     for layer in chunk.layers:

@@ -158,13 +158,19 @@ def _activations(work: Workload, chunks: Sequence[Chunk], traced: Mapping[int, A
     return peak_activation_bytes(actions, [_chunk_activations(work, chunk, traced) for chunk in chunks]) + messages
 
 
+def _kept_when_recomputed(block: ActivationBytes, train: TrainSection) -> int:
+    if train.recompute == "budget":
+        return block.block_input + int(train.activation_memory_budget * (block.block - block.block_input))
+    return block.block_input if train.recompute == "full" else block.block_without_mixer
+
+
 def _chunk_activations(work: Workload, chunk: Chunk, traced: Mapping[int, ActivationBytes]) -> ChunkActivations:
     train, model = work.train, work.model
     recomputed = range(0, model.num_layers, train.recompute_every_n_layers) if train.recompute != "none" else range(0)
     kept, repeated = 0, 0
     for layer in chunk.layers:
         found = traced[model.window_sizes[layer]]
-        rest = found.block_input if train.recompute == "full" else found.block_without_mixer
+        rest = _kept_when_recomputed(found, train)
         kept += rest if layer in recomputed else found.block
         repeated = max(repeated, found.block - rest if layer in recomputed else 0)
     any_layer = traced[model.window_sizes[0]]

@@ -261,7 +261,7 @@ def _figures(run: Run, clock: StepClock, *, gradients: dict[str, float]) -> Thro
         num_parameters=count_parameters(run.learner.model),
         sequence_length=run.config.model.sequence_length,
         batch_size=run.shape.global_batch_size,
-        recompute=run.config.train.recompute,
+        recompute=run.config.train.recomputation,
         num_steps=len(steps),
         tokens_per_second=tokens_per_second,
         step_seconds=seconds,

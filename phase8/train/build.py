@@ -9,11 +9,12 @@ from typing import IO
 import torch
 import torch.distributed as dist
 from rich.console import Console
+from torch._functorch import config as functorch_config
 
 from phase8.checkpoint.layout import step_of
 from phase8.checkpoint.load import Checkpoint
 from phase8.config.batch import BatchShape, batch_shape, run_topology
-from phase8.config.schema import RunConfig
+from phase8.config.schema import RunConfig, TrainSection
 from phase8.config.validate import validate
 from phase8.distributed.collectives import broadcast_text
 from phase8.distributed.mesh import Mesh, build_mesh
@@ -113,8 +114,7 @@ def build_run(config: RunConfig, *, device: torch.device, resume: str, console: 
         directory.record(config)
         tokenizer_file = None if data.tokenizer is None else directory.keep_tokenizer(data.tokenizer.path)
     if config.train.compile.enabled:
-        for block in (block for chunk in learner.stage.chunks for block in chunk.blocks.values()):
-            block.compile(mode=COMPILE_MODES[config.train.compile.mode], fullgraph=config.train.compile.fullgraph)
+        _compile_blocks(learner, config.train)
     shape = batch_shape(config.train, config.parallel, data_parallel_size=mesh.topology.data_parallel_size)
     facts = run_facts(config, device=device, shape=shape, num_parameters=count_parameters(shapes_only(config)), topology=mesh.topology)
     facts.append(("data", data.description))
@@ -135,6 +135,13 @@ def build_run(config: RunConfig, *, device: torch.device, resume: str, console: 
         peak_flops=_peak(config, device),
         console=console,
     )
+
+
+def _compile_blocks(learner: Learner, train: TrainSection) -> None:
+    """Has every block compiled when it is called first; the budget is a setting of the whole process."""
+    functorch_config.activation_memory_budget = train.activation_memory_budget if train.recompute == "budget" else 1.0
+    for block in (block for chunk in learner.stage.chunks for block in chunk.blocks.values()):
+        block.compile(mode=COMPILE_MODES[train.compile.mode], fullgraph=train.compile.fullgraph)
 
 
 def _build_mesh(config: RunConfig, device: torch.device, world_size: int) -> Mesh:

@@ -19,7 +19,6 @@ from phase8.train.device import device_name
 def run_facts(config: RunConfig, *, device: torch.device, shape: BatchShape, num_parameters: int, topology: Topology) -> list[Fact]:
     """Everything but the data."""
     compiled = config.train.compile
-    every = f" every {config.train.recompute_every_n_layers} layers" if config.train.recompute_every_n_layers > 1 else ""
     ranks = [("topology", describe_topology(config, topology))] if topology.world_size > 1 else []
     return [
         *ranks,
@@ -29,7 +28,7 @@ def run_facts(config: RunConfig, *, device: torch.device, shape: BatchShape, num
         *implementation_facts(config, device=device),
         batch_fact(shape, sequence_length=config.model.sequence_length),
         ("steps", f"{config.train.num_steps:,}, {config.optim.schedule} schedule, {config.optim.warmup_steps} warmup"),
-        ("recomputation", config.train.recompute + every),
+        ("recomputation", config.train.recomputation),
         ("torch.compile", f"{compiled.mode}{', fullgraph' if compiled.fullgraph else ''}" if compiled.enabled else "off"),
         *([("CUDA graphs", "the whole step" if device.type == "cuda" else "off: no GPU")] if config.train.cuda_graphs else []),
         memory_fact(fullest(plan_stages(config, world_size=topology.world_size, device_type=device.type)).memory),

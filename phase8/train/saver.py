@@ -16,6 +16,8 @@ from phase8.observe.metrics import MetricsWriter
 from phase8.train.build import Run
 from phase8.train.resume import checkpoint_metadata
 
+_MOMENTS = 2  # of a weight that AdamW keeps
+
 
 class Saver:
     """Saves a run, aside if the config says so.
@@ -31,6 +33,9 @@ class Saver:
         self.saved_step = run.saved_step
         self._background = BackgroundSaver(run.device) if run.config.checkpoint.asynchronous else None
         self._step_under_way, self._stall_seconds = 0, 0.0
+        if self._background is not None:
+            parts = [part.nbytes for part in run.learner.shards.parts.values()]
+            self._background.prepare([*parts, *(size for size in parts for _ in range(_MOMENTS))])
 
     def save(self, *, must_succeed: bool) -> None:
         """Writes a checkpoint of the current step and applies the retention policy; may return while it is being written.

@@ -70,6 +70,14 @@ RULES = {
         ["train.recompute=full", "train.recompute_every_n_layers=9"],
         "train.recompute_every_n_layers 9 exceeds model.num_layers 8; choose a smaller interval.",
     ),
+    "budget without torch.compile": (
+        ["train.recompute=budget"],
+        "train.recompute is budget, but train.compile.enabled is false and nobody chooses; set it to true, or recompute to selective.",
+    ),
+    "budget of some layers": (
+        ["train.recompute=budget", "train.compile.enabled=true", "train.recompute_every_n_layers=2"],
+        "train.recompute_every_n_layers is 2, but train.recompute is budget, which all layers share; set it to 1.",
+    ),
     "validation without data": (
         ["data.validation=held_out"],
         "data.validation is 'held_out', but data.train is null and the embedded corpus brings its own; set data.train too.",
@@ -131,6 +139,7 @@ ALLOWED = {
     "wsd from warmup to end": ["optim.schedule=wsd", "optim.decay_steps=900"],
     "stop at the end": ["train.stop_at_step=1000"],
     "recompute every layer but the first": ["train.recompute=selective", "train.recompute_every_n_layers=8"],
+    "budget": ["train.recompute=budget", "train.compile.enabled=true", "train.activation_memory_budget=0"],
     "own data": ["data.train=mine", "data.validation=held_out", "data.tokenizer=t.model", "observe.sample_prompt=Once"],
     "accumulation": ["train.micro_batch_size=8", "parallel.num_microbatches=4"],
     "batch from its parts": ["train.global_batch_size=null", "train.micro_batch_size=3", "parallel.num_microbatches=5"],

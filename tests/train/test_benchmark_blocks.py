@@ -72,6 +72,22 @@ def test_more_is_recomputed_only_where_memory_runs_out(tiny, memory):
     assert [row.blocks["transformer"].throughput.recompute for row in rows] == ["none", "full", "full"]
 
 
+@pytest.mark.parametrize(
+    ("settings", "expected"),
+    [
+        ([], ["none", "budget 0.35", "budget 0.1", "full"]),
+        (["train.recompute=budget"], ["budget 0.5", "budget 0.35", "budget 0.1", "full"]),
+        (["train.recompute=budget", "train.activation_memory_budget=0.2"], ["budget 0.2", "budget 0.1", "full"]),
+        (["train.recompute=selective", "train.recompute_every_n_layers=2"], ["selective every 2 layers", "full"]),
+        (["train.recompute=full"], ["full"]),
+    ],
+)
+def test_compiled_blocks_are_given_budgets_before_all_is_recomputed(tiny, memory, settings, expected):
+    memory.fits = lambda c: c.model.block == "transformer"
+    sweep(tiny_config(tiny, "train.compile.enabled=true", *settings), 32)
+    assert [config.train.recomputation for config in memory.tried if config.model.block == "phase8"] == expected
+
+
 def test_a_length_that_never_fits_is_reported(tiny, memory):
     memory.fits = lambda c: c.model.block == "phase8"
     (row,) = sweep(tiny_config(tiny, "train.recompute=selective", "train.recompute_every_n_layers=2"), 32)

@@ -110,6 +110,26 @@ def test_deterministic_runs_resume_bit_exactly(tiny, block):
         torch.use_deterministic_algorithms(False)
 
 
+@pytest.mark.parametrize("block", ["phase8", "transformer"])
+def test_a_budget_of_activations_is_kept_and_changes_no_gradient(tiny, block):
+    settings = (
+        f"model.block={block}", "model.d_model=512", "model.num_layers=4", "model.num_heads=8", "model.ffn_size=1408", "model.vocab_size=512",
+        "model.sequence_length=1024", "model.local_window_size=128", "train.global_batch_size=8", "train.micro_batch_size=8",
+        "train.num_steps=3", "optim.warmup_steps=1", "precision.dtype=bf16", "train.evaluate_every_n_steps=0", "train.compile.enabled=true",
+    )  # fmt: skip
+    peaks, found = [], []
+    for more in (["train.recompute=none"], *(["train.recompute=budget", f"train.activation_memory_budget={budget}"] for budget in (0.4, 0))):
+        torch._dynamo.reset()
+        gc.collect()
+        before = torch.cuda.memory_allocated()
+        found.append(losses(train_on_gpu(tiny, *settings, *more, f"run.name={len(peaks)}")))
+        peaks.append(torch.cuda.max_memory_allocated() - before)
+    print(f"{block}: peaks {peaks}, losses {found}")
+    assert peaks[0] > 1.2 * peaks[1] > 1.2 * peaks[2]
+    for run in found[1:]:
+        assert run == pytest.approx(found[0], rel=2e-3)
+
+
 @pytest.mark.parametrize("recompute", ["none", "full", "selective"])
 @pytest.mark.parametrize("block", ["phase8", "transformer"])
 def test_planned_memory_is_close_to_the_measured_peak(tiny, block, recompute):

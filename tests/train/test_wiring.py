@@ -19,6 +19,7 @@ import torch
 import torch.nn.functional as F
 from rich.console import Console
 from tiny_run import losses, prepare, records, train_tiny, weights, write_documents
+from torch._functorch import config as functorch_config
 
 from phase8.checkpoint.load import list_checkpoints, open_checkpoint
 from phase8.data.indexed import IndexedWriter
@@ -232,6 +233,14 @@ def test_compile_compiles_every_block_as_asked(tiny, monkeypatch, enabled):
 def test_recomputation_reaches_the_model(tiny, settings, expected):
     model = prepare(tiny, "model.num_layers=3", *settings).learner.model
     assert [block.recompute for block in model.blocks.values()] == expected
+
+
+@pytest.mark.parametrize(("recompute", "budget"), [("budget", 0.3), ("full", 1.0), ("none", 1.0)])
+def test_the_compiler_is_told_its_budget(tiny, monkeypatch, recompute, budget):
+    monkeypatch.setattr(torch.nn.Module, "compile", lambda module, **options: None)
+    with functorch_config.patch(activation_memory_budget=0.9):
+        prepare(tiny, "train.compile.enabled=true", f"train.recompute={recompute}", "train.activation_memory_budget=0.3")
+        assert functorch_config.activation_memory_budget == budget
 
 
 def test_determinism_and_tf32_are_set(tiny):

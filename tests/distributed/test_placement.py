@@ -1,0 +1,26 @@
+import pytest
+import torch
+import torch.distributed as dist
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.tensor import DTensor, Shard
+from torch.distributed.tensor._dtensor_spec import DTensorSpec, TensorMeta
+
+from phase8.distributed.placement import own_box, placed_like
+
+
+@pytest.fixture
+def ranks_on_gpus():
+    """A mesh of two GPUs as one process sees it that has none."""
+    dist.init_process_group("fake", rank=1, world_size=2, store=dist.HashStore())
+    yield DeviceMesh("cuda", torch.arange(2), _init_backend=False)
+    dist.destroy_process_group()
+
+
+def test_an_offloaded_part_stays_in_host_memory(ranks_on_gpus):
+    meta = TensorMeta(torch.Size([6, 3]), (3, 1), torch.float32)
+    whole = DTensor(torch.zeros(3, 3), DTensorSpec(ranks_on_gpus, (Shard(0),), tensor_meta=meta), requires_grad=False)
+    part = torch.ones(3, 3)
+    placed = placed_like(part, whole)
+    assert placed.shape == (6, 3) and own_box(placed) == ([3, 0], [3, 3])
+    placed.to_local().fill_(2)
+    assert part.sum() == 18  # one memory: what is restored into it reaches the optimizer
