@@ -134,6 +134,9 @@ class ParallelSection(Section):
     pipeline_chunks: PositiveInt = key(1, "pieces of the model per stage, for the interleaved schedule")
     context_parallel_size: PositiveInt = key(1, "ranks that share each sequence")
     expert_parallel_size: PositiveInt = key(1, "ranks that share the experts; divides data_parallel_size")
+    async_tensor_parallel: bool = key(
+        False, "compiled blocks exchange tokens piece by piece beside the products that need them; GPUs of one NVLink domain"
+    )
     sequence_parallel: bool = key(True, "shard the sequence between tensor-parallel regions; always on with tensor parallelism")
     num_microbatches: PositiveInt | None = key(None, "gradient accumulation steps; null: from the batch sizes")
     timeout_seconds: PositiveFloat = key(600.0, "how long ranks may take to meet, or stay at one place, before the run ends and names who hangs")

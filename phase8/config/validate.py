@@ -30,6 +30,7 @@ def find_problems(config: RunConfig, *, world_size: int = 1) -> list[str]:
         *_train(config.train, config.model, world_size),
         *_cuda_graphs(config, world_size),
         *_budget(config.train, config.parallel),
+        *_async_tensor_parallel(config.train, config.parallel),
         *_data(config),
         *_tensor_parallel(config.model, config.parallel.tensor_parallel_size),
         *_zero(config, world_size),
@@ -105,6 +106,18 @@ def _repeated_sources(data: DataSection) -> Iterator[str]:
         paths = [] if sources is None or isinstance(sources, str) else [source.path for source in sources]
         for path in sorted({path for path in paths if paths.count(path) > 1}):
             yield f"data.{name} lists {path} more than once; keep one entry and add the weights up."
+
+
+def _async_tensor_parallel(train: TrainSection, parallel: ParallelSection) -> Iterator[str]:
+    if not parallel.async_tensor_parallel:
+        return
+    if parallel.tensor_parallel_size == 1:
+        yield (
+            "parallel.async_tensor_parallel is true, but parallel.tensor_parallel_size is 1 and no tokens are exchanged; "
+            "set it to false or the size to at least 2."
+        )
+    if not train.compile.enabled:
+        yield "parallel.async_tensor_parallel is true, but train.compile.enabled is false, and torch.compile does it; set one of them back."
 
 
 def _budget(train: TrainSection, parallel: ParallelSection) -> Iterator[str]:

@@ -25,13 +25,14 @@ from phase8.errors import ConfigError
 from phase8.pipeline_parallel.schedules import SCHEDULES, bubble_ratio
 from phase8.train.benchmark import with_settings
 
-ONE, OFFLOAD = "one", "offload"
+ONE, OFFLOAD, ASYNC = "one", "offload", "async"
 DEGREES = {"tp": "parallel.tensor_parallel_size", "pp": "parallel.pipeline_parallel_size", "dp": None}
 NUMBERS = {"zero": "zero.stage", "shard": "zero.shard_size", "chunks": "parallel.pipeline_chunks", "micro": "train.micro_batch_size"}
 _PART_WITH_NUMBER = re.compile(rf"({'|'.join((*DEGREES, *NUMBERS))})(\d+)")
 _RESET = {
     "parallel.tensor_parallel_size": 1,
     "parallel.pipeline_parallel_size": 1,
+    "parallel.async_tensor_parallel": False,
     "parallel.pipeline_schedule": ParallelSection().pipeline_schedule,
     "parallel.pipeline_chunks": 1,
     "parallel.context_parallel_size": 1,
@@ -119,6 +120,7 @@ def _read_part(part: str, *, layout: str) -> tuple[str, dict[str, object]]:
     """What kind of part it is, and the keys it sets."""
     simple: dict[str, tuple[str, dict[str, object]]] = {
         ONE: (ONE, {}),
+        ASYNC: (ASYNC, {"parallel.async_tensor_parallel": True}),
         OFFLOAD: (OFFLOAD, {"zero.offload_optimizer": "cpu"}),
         **{schedule: ("a schedule", {"parallel.pipeline_schedule": schedule}) for schedule in SCHEDULES},
     }

@@ -9,12 +9,11 @@ from typing import IO
 import torch
 import torch.distributed as dist
 from rich.console import Console
-from torch._functorch import config as functorch_config
 
 from phase8.checkpoint.layout import step_of
 from phase8.checkpoint.load import Checkpoint
 from phase8.config.batch import BatchShape, batch_shape, run_topology
-from phase8.config.schema import RunConfig, TrainSection
+from phase8.config.schema import RunConfig
 from phase8.config.validate import validate
 from phase8.distributed.collectives import broadcast_text
 from phase8.distributed.mesh import Mesh, build_mesh
@@ -23,6 +22,7 @@ from phase8.observe.banner import print_banner, print_line
 from phase8.observe.devices import peak_flops
 from phase8.plan.dry_run import count_parameters, shapes_only
 from phase8.precision.policy import compute_dtype, set_matmul_precision
+from phase8.train.compilation import compile_blocks
 from phase8.train.datasets import RunData, open_run_data
 from phase8.train.device import require_determinism
 from phase8.train.facts import run_facts
@@ -31,9 +31,6 @@ from phase8.train.restore import restore_together
 from phase8.train.resume import Position, restore_run, resume_run
 from phase8.train.run_directory import RunDirectory, run_directory
 from phase8.zero.fsdp import shard_size
-
-# By the name in the config: what torch.compile calls a mode that leaves CUDA graphs to train.cuda_graphs.
-COMPILE_MODES = {"default": "default", "max-autotune": "max-autotune-no-cudagraphs"}
 
 
 @dataclass
@@ -113,8 +110,7 @@ def build_run(config: RunConfig, *, device: torch.device, resume: str, console: 
         directory.create()
         directory.record(config)
         tokenizer_file = None if data.tokenizer is None else directory.keep_tokenizer(data.tokenizer.path)
-    if config.train.compile.enabled:
-        _compile_blocks(learner, config.train)
+    compile_blocks(learner, config)
     shape = batch_shape(config.train, config.parallel, data_parallel_size=mesh.topology.data_parallel_size)
     facts = run_facts(config, device=device, shape=shape, num_parameters=count_parameters(shapes_only(config)), topology=mesh.topology)
     facts.append(("data", data.description))
@@ -135,13 +131,6 @@ def build_run(config: RunConfig, *, device: torch.device, resume: str, console: 
         peak_flops=_peak(config, device),
         console=console,
     )
-
-
-def _compile_blocks(learner: Learner, train: TrainSection) -> None:
-    """Has every block compiled when it is called first; the budget is a setting of the whole process."""
-    functorch_config.activation_memory_budget = train.activation_memory_budget if train.recompute == "budget" else 1.0
-    for block in (block for chunk in learner.stage.chunks for block in chunk.blocks.values()):
-        block.compile(mode=COMPILE_MODES[train.compile.mode], fullgraph=train.compile.fullgraph)
 
 
 def _build_mesh(config: RunConfig, device: torch.device, world_size: int) -> Mesh:

@@ -74,6 +74,11 @@ RULES = {
         ["train.recompute=budget"],
         "train.recompute is budget, but train.compile.enabled is false and nobody chooses; set it to true, or recompute to selective.",
     ),
+    "exchange beside products of one rank": (
+        ["parallel.async_tensor_parallel=true", "train.compile.enabled=true"],
+        "parallel.async_tensor_parallel is true, but parallel.tensor_parallel_size is 1 and no tokens are exchanged; "
+        "set it to false or the size to at least 2.",
+    ),
     "budget of some layers": (
         ["train.recompute=budget", "train.compile.enabled=true", "train.recompute_every_n_layers=2"],
         "train.recompute_every_n_layers is 2, but train.recompute is budget, which all layers share; set it to 1.",
@@ -149,6 +154,25 @@ ALLOWED = {
 @pytest.mark.parametrize("overrides", ALLOWED.values(), ids=ALLOWED)
 def test_what_lies_just_inside_the_rules_is_allowed(tmp_path, overrides):
     validate(config_with(*overrides, directory=tmp_path))
+
+
+@pytest.mark.parametrize(
+    ("settings", "sentence"),
+    [
+        (
+            ["parallel.async_tensor_parallel=true"],
+            "parallel.async_tensor_parallel is true, but train.compile.enabled is false, and torch.compile does it; set one of them back.",
+        ),
+        (
+            ["train.recompute=budget", "train.compile.enabled=true"],
+            "train.recompute is budget with parallel.tensor_parallel_size 2, but torch.compile cannot weigh what holds a process group; "
+            "set recompute to selective or full.",
+        ),
+    ],
+)
+def test_what_does_not_go_with_tensor_parallelism(tmp_path, settings, sentence):
+    config = config_with("parallel.tensor_parallel_size=2", *settings, directory=tmp_path)
+    assert find_problems(config, world_size=2) == [sentence]
 
 
 def test_parallel_degrees_are_refused_until_built(tmp_path):

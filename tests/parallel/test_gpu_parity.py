@@ -24,6 +24,7 @@ MODEL = (
     "optim.learning_rate=1e-3", "optim.eps=1e-3", "optim.gradient_clip_norm=1.0", "train.micro_batch_size=2",
 )  # fmt: skip
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
+COMPILED = ("train.compile.enabled=true", "train.compile.fullgraph=true")
 CASES = {
     "tp2": ("default", ranks(tp=2)),
     "tp2 whole": ("whole", ranks(tp=2)),
@@ -33,6 +34,8 @@ CASES = {
     "dp2 zero 3 offloaded": ("default", ranks(dp=2, more=OFFLOADED)),
     "pp2 1f1b": ("default", ranks(pp=2)),
     "pp2 interleaved": ("default", ranks(pp=2, more=INTERLEAVED)),
+    "tp2 compiled": ("default", ranks(tp=2, more=COMPILED)),
+    "tp2 asynchronous": ("default", ranks(tp=2, more=(*COMPILED, "parallel.async_tensor_parallel=true"))),
     "tp4": ("default", ranks(tp=4)),
     "tp2 dp2": ("default", ranks(tp=2, dp=2)),
     "tp2 pp2": ("default", ranks(tp=2, pp=2)),

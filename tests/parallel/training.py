@@ -14,6 +14,7 @@ from phase8.distributed.mesh import build_mesh
 from phase8.distributed.placement import collected, own_slice
 from phase8.kernels.backends import select_kernels
 from phase8.precision.policy import set_matmul_precision
+from phase8.train.compilation import compile_blocks
 from phase8.train.learner import build_learner
 from phase8.train.microbatch import split_sample
 from phase8.train.step import train_step
@@ -49,6 +50,7 @@ def train_steps(settings, num_steps, world_size=1, mutation=None, *, device_type
 
 def _train_steps(config, num_steps, world_size, device_type, dtype):
     learner = new_learner(config, world_size, device_type=device_type, dtype=dtype)
+    compile_blocks(learner, config)
     results = [take_step(learner, config, step) for step in range(num_steps)]
     weights = collected({name: parameter.detach() for name, parameter in learner.stage.module.named_parameters()}, learner.mesh)
     return [(result.loss, result.grad_norm) for result in results], {name: value.to("cpu", copy=True) for name, value in weights.items()}

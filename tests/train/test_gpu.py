@@ -9,7 +9,8 @@ from tiny_run import losses, tiny_config
 
 from phase8.config.schema import ModelSection
 from phase8.plan.dry_run import plan_stages
-from phase8.train.build import COMPILE_MODES, build_run
+from phase8.train.build import build_run
+from phase8.train.compilation import COMPILE_MODES
 from phase8.train.loop import train
 
 pytestmark = pytest.mark.gpu
