@@ -36,19 +36,21 @@ class Block(nn.Module):
         self.feed_forward_norm = RMSNorm(model.d_model, eps=model.norm_eps)
         self.feed_forward = SwiGLU(model, axis=axis)
         self.recompute = recompute
+        # A block recomputes itself where it can: torch.compile then sees what backward does not need again, the last matrix product.
+        # Torch 2.11 would keep what an autograd.Function in there returns, and tensor-parallel layers are such functions.
+        self.is_recomputed_inside, self.is_recomputed_outside = (recompute == "full" and (axis.size == 1) is inside for inside in (True, False))
 
     def forward(
         self, x: Tensor, angles: Tensor, starts: Tensor | None = None, state: BlockState | None = None
     ) -> tuple[Tensor, BlockState | None]:
         """Residual stream [B, T, D] after the block, with several ranks its own tokens [n, D]; and the state to carry on (None without `state`)."""
-        # Recomputed in here, where torch.compile sees what backward does not need again: the last matrix product.
-        if self.recompute == "full" and torch.is_grad_enabled():
-            return _recomputed(self._forward, x, angles, starts, state)
+        if self.is_recomputed_inside and torch.is_grad_enabled():
+            return recomputed(self._forward, x, angles, starts, state)
         return self._forward(x, angles, starts, state)
 
     def _forward(self, x: Tensor, angles: Tensor, starts: Tensor | None, state: BlockState | None) -> tuple[Tensor, BlockState | None]:
         if self.recompute == "selective" and torch.is_grad_enabled():
-            y, state = _recomputed(self._mix, x, angles, starts, state)
+            y, state = recomputed(self._mix, x, angles, starts, state)
         else:
             y, state = self._mix(x, angles, starts, state)
         x = x + y
@@ -58,5 +60,6 @@ class Block(nn.Module):
         return self.mixer(self.mixer_norm(x), angles, starts, state)
 
 
-def _recomputed(function: Callable[..., Any], *arguments: object) -> Any:
+def recomputed(function: Callable[..., Any], *arguments: object) -> Any:
+    """What the function returns, which backward computes again."""
     return checkpoint(function, *arguments, use_reentrant=False, preserve_rng_state=False)  # nothing is random

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from phase8.config.schema import ModelSection
 from phase8.distributed.collectives import ALONE, Axis, gather_tokens
 from phase8.kernels.reference.rotary import rotary_angles
-from phase8.model.block import Block, BlockState
+from phase8.model.block import Block, BlockState, recomputed
 from phase8.model.norm import RMSNorm
 from phase8.model.parameters import materialise
 from phase8.tensor_parallel.cross_entropy import parallel_cross_entropy
@@ -100,7 +100,9 @@ class LanguageModel(nn.Module):
         )
         carried = []
         for place, block in enumerate(self.blocks.values()):
-            if states is None:
+            if states is None and block.is_recomputed_outside and torch.is_grad_enabled():
+                x, _ = recomputed(block, x, angles, starts)
+            elif states is None:
                 x, _ = block(x, angles, starts)
             else:
                 # forward, not the call: a compiled block would be compiled again for every length of its state.

@@ -25,6 +25,7 @@ a receive those of the message; `Collectives.sent_bytes` says what leaves the ra
 | all | targets, loss, stop, norm: all-reduces of scalars | once a step | 8, 4, 4, 4 |
 
 Recomputation repeats what the forward exchanges, except a dense row at the very end: autograd then has all it needs, and stops.
+(A compiled block that is recomputed whole does not stop there.)
 """
 
 from __future__ import annotations
