@@ -13,6 +13,7 @@ from phase8.checkpoint.layout import step_of
 from phase8.checkpoint.load import Checkpoint, find_checkpoint, list_checkpoints, newest_good_checkpoint, open_checkpoint
 from phase8.checkpoint.random_state import capture_random_state, restore_random_state
 from phase8.checkpoint.state import restore_state
+from phase8.config.batch import batch_shape
 from phase8.config.load import config_to_mapping
 from phase8.config.schema import RunConfig
 from phase8.data.loader import describe_fingerprint_difference
@@ -46,11 +47,14 @@ class Position:
     rollbacks_in_a_row: int = 0
 
 
-def checkpoint_metadata(config: RunConfig, position: Position, *, fingerprint: dict[str, Any], device: torch.device) -> dict[str, Any]:
+def checkpoint_metadata(
+    config: RunConfig, position: Position, *, global_batch_size: int, fingerprint: dict[str, Any], device: torch.device
+) -> dict[str, Any]:
     """What a checkpoint holds beside tensors: plain JSON."""
     return {
         "config": config_to_mapping(config),
         "position": asdict(position),
+        "global_batch_size": global_batch_size,
         "data_fingerprint": fingerprint,
         "random_state": capture_random_state(device),
         "torch_version": str(torch.__version__),
@@ -114,7 +118,7 @@ def restore_run(
     """Loads weights, optimizer and random state, after checking that config and data continue those of the checkpoint.
 
     Raises:
-        CheckpointMismatchError: Another model or other data.
+        CheckpointMismatchError: Another model, other data, or a batch that another number of ranks would change unasked.
     """
     metadata = checkpoint.metadata
     try:
@@ -123,6 +127,7 @@ def restore_run(
     except (KeyError, TypeError) as error:
         raise CheckpointError(f"{checkpoint.path} lacks what a training run records ({error}); give a checkpoint of launch/pretrain.py.") from None
     _check_model(checkpoint.path, saved_config["model"], config_to_mapping(config)["model"])
+    _check_batch(checkpoint.path, metadata.get("global_batch_size"), config, learner.mesh.topology.data_parallel_size)
     if not config.data.allow_fingerprint_change:
         _check_data(checkpoint.path, (saved_config["train"]["seed"], saved_fingerprint), (config.train.seed, fingerprint))
     for name in checkpoint.manifest.attachments:
@@ -153,6 +158,16 @@ def _check_model(path: Path, saved: dict[str, Any], current: dict[str, Any]) -> 
     if different:
         listed = ", ".join(f"model.{name} was {saved.get(name)} and is {current[name]}" for name in different)
         raise CheckpointMismatchError(f"{path} is a checkpoint of another model: {listed}; use its config, another run.name, or --resume none.")
+
+
+def _check_batch(path: Path, saved: int | None, config: RunConfig, data_parallel_size: int) -> None:
+    """Refuses a batch that nobody has chosen; checkpoints of earlier releases do not say theirs."""
+    current = batch_shape(config.train, config.parallel, data_parallel_size=data_parallel_size).global_batch_size
+    if config.train.global_batch_size is None and saved not in (None, current):
+        raise CheckpointMismatchError(
+            f"{path} was trained with {saved} sequences a step, but train.global_batch_size is null, and {data_parallel_size} data-parallel "
+            f"ranks would make it {current}; set it to {saved} to go on as before, or to {current} to accept the change."
+        )
 
 
 def _check_data(path: Path, saved: tuple[int, dict[str, Any]], current: tuple[int, dict[str, Any]]) -> None:

@@ -56,7 +56,13 @@ class Saver:
             save_checkpoint,
             run.directory.checkpoints,
             step=step,
-            metadata=checkpoint_metadata(run.config, run.position, fingerprint=run.data.fingerprint, device=run.device),
+            metadata=checkpoint_metadata(
+                run.config,
+                run.position,
+                global_batch_size=run.shape.global_batch_size,
+                fingerprint=run.data.fingerprint,
+                device=run.device,
+            ),
             attachments={} if run.tokenizer_file is None else {run.tokenizer_file.name: run.tokenizer_file},
             group=run.host_group,
         )

@@ -3,13 +3,16 @@
 import os
 import re
 import signal
+import sys
+from pathlib import Path
 
 import pytest
-from launched import code_of_first_failure, free_port, own_lines, run
+from launched import code_of_first_failure, free_port, own_lines, run, torchrun_command
 
 from phase8.config.load import load_config
 from phase8.data.loader import open_dataset
 
+FLIPPED_BIT = Path(__file__).with_name("flipped_bit.py")
 NEVER_FITS = {
     "a world size that does not fit": (
         ("parallel.tensor_parallel_size=4",),
@@ -61,6 +64,15 @@ def test_torchrun_itself_says_that_the_other_host_never_came(training):
     command = [word for word in training.torchrun("nobody", num_ranks=2, options=options) if word != "--standalone"]
     code, _, errors = run(command)
     assert code == 1 and errors.splitlines()[-1].endswith("RendezvousTimeoutError")
+
+
+@pytest.mark.full
+def test_a_flipped_bit_ends_training_before_it_is_saved(training):
+    command = torchrun_command(str(FLIPPED_BIT), *training.door("flipped", "observe.stragglers_every_n_steps=0")[1:], num_processes=2)
+    code, _, errors = run(command, PYTHONPATH=os.pathsep.join(path for path in (str(FLIPPED_BIT.parent), *sys.path) if path))
+    assert (code, code_of_first_failure(errors)[1]) == (1, 8)
+    assert "step 6: embedding.weight should be the same on ranks 0 and 1, but is not" in errors
+    assert training.saved_steps("flipped") == [3]
 
 
 def spoil_sample(training, number):

@@ -115,7 +115,7 @@ def test_deterministic_runs_resume_bit_exactly(tiny, block):
 def test_a_budget_of_activations_is_kept_and_changes_no_gradient(tiny, block):
     settings = (
         f"model.block={block}", "model.d_model=512", "model.num_layers=4", "model.num_heads=8", "model.ffn_size=1408", "model.vocab_size=512",
-        "model.sequence_length=1024", "model.local_window_size=128", "train.global_batch_size=8", "train.micro_batch_size=8",
+        "model.sequence_length=512", "model.local_window_size=128", "train.global_batch_size=16", "train.micro_batch_size=16",
         "train.num_steps=3", "optim.warmup_steps=1", "precision.dtype=bf16", "train.evaluate_every_n_steps=0", "train.compile.enabled=true",
     )  # fmt: skip
     peaks, found = [], []

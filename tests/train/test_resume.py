@@ -88,6 +88,18 @@ def test_checkpoint_of_another_model_is_refused(tiny):
         prepare(tiny, "model.num_layers=3")
 
 
+def test_a_batch_that_follows_from_the_ranks_does_not_change_by_itself(tiny):
+    parts = ("train.global_batch_size=null", "train.micro_batch_size=2")
+    train_tiny(tiny, *parts, "parallel.num_microbatches=3", "train.stop_at_step=3")
+    assert prepare(tiny, *parts, "parallel.num_microbatches=3").position.samples_consumed == 18
+    fewer = "parallel.num_microbatches=2"  # as if a third of the ranks were gone
+    with pytest.raises(CheckpointMismatchError, match=r"was trained with 6 sequences a step, but .* null, and 1 .* 4; set it to 6 .* or to 4 "):
+        prepare(tiny, *parts, fewer)
+    for chosen, microbatches in ((6, 3), (4, 2)):
+        run = prepare(tiny, f"train.global_batch_size={chosen}", "train.micro_batch_size=2", "parallel.num_microbatches=null")
+        assert (run.position.step, run.shape.num_microbatches) == (3, microbatches)
+
+
 def test_other_data_are_refused_unless_allowed(tiny, tmp_path):
     train_tiny(tiny, "train.stop_at_step=5")
     write_documents(tmp_path / "other", num_documents=200, seed=7)

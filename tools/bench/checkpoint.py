@@ -1,0 +1,162 @@
+"""Times a save and a load of weights and AdamW state by several ranks, against torch's FileSystemWriter and dd on the same disk.
+
+    torchrun --standalone --nproc_per_node=4 tools/bench/checkpoint.py --directory DIR
+
+The ranks divide phase8_1b by ZeRO 3 on the CPU; nothing is trained, the moments are random. Rounds alternate between the three. Every save ends
+on the disk (fsync); dd writes and reads one file per rank, all at once. Before each load the page cache is dropped, which needs root; without,
+a load says what memory gives. A load of ours begins as a run does: with weights and without moments; FileSystemReader overwrites both.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import shutil
+import subprocess
+import sys
+import time
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
+
+from phase8.checkpoint.layout import step_directory_name
+from phase8.checkpoint.load import open_checkpoint
+from phase8.checkpoint.save import save_checkpoint
+from phase8.checkpoint.state import flat_state, restore_state
+from phase8.config.load import load_config
+from phase8.distributed.mesh import build_mesh
+from phase8.errors import ConfigError, Phase8Error, describe_error
+from phase8.observe.formatting import format_bytes
+from phase8.topology import Topology
+from phase8.train.learner import Learner, build_learner
+
+ROOT = Path(__file__).resolve().parents[2]
+DROP_CACHES = Path("/proc/sys/vm/drop_caches")
+DD_BLOCK_BYTES = 16 * 2**20
+
+
+def main() -> int:
+    """Runs the command line and returns the exit code."""
+    arguments = _parser().parse_args()
+    try:
+        if not dist.is_torchelastic_launched():
+            raise ConfigError("a save by several ranks needs several; start tools/bench/checkpoint.py with torchrun --standalone --nproc_per_node=4.")
+        _run(arguments)
+    except Phase8Error as error:
+        print(describe_error(error), file=sys.stderr)
+        return error.exit_code
+    return 0
+
+
+def _run(arguments: argparse.Namespace) -> None:
+    warnings.filterwarnings("ignore", category=FutureWarning)
+    dist.init_process_group("gloo")
+    rank, size = dist.get_rank(), dist.get_world_size()
+    config = load_config(ROOT / "configs" / "phase8_1b.yaml", ["zero.stage=3", *arguments.overrides])
+    mesh = build_mesh(Topology(1, size, 1, 1), device_type="cpu", shard_size=size)
+    learner = build_learner(config, mesh=mesh, device=torch.device("cpu"), dtype=torch.bfloat16)
+    _invent_moments(learner)
+    num_bytes = _sum(sum(_own(tensor).nbytes for tensor in _state(learner).values()))
+    _say(f"{format_bytes(num_bytes)} in {len(_state(learner))} tensors, {size} ranks, {os.cpu_count()} cores, torch {torch.__version__}")
+    _say(f"{'round':>5} {'what':<18} {'save':>8} {'GB/s':>6} {'load':>8} {'GB/s':>6}")
+    directory: Path = arguments.directory
+    for number in range(arguments.rounds):
+        for name, (save, load) in _contestants(learner, directory, num_bytes=num_bytes, rank=rank).items():
+            saved = _seconds(save)
+            is_cold = _drop_caches()
+            loaded = _seconds(load)
+            speeds = [f"{seconds:6.2f} s {num_bytes / seconds / 1e9:6.2f}" for seconds in (saved, loaded)]
+            _say(f"{number:5} {name:<18} {' '.join(speeds)}" + ("" if is_cold else " warm"))
+            dist.barrier()
+            if rank == 0:
+                shutil.rmtree(directory / name)
+            dist.barrier()
+    dist.destroy_process_group()
+
+
+def _contestants(learner: Learner, directory: Path, *, num_bytes: int, rank: int) -> dict[str, tuple[Callable[[], object], Callable[[], object]]]:
+    """Save and load of each, collectives of all ranks."""
+    ours, theirs, dd = (directory / name for name in ("phase8", "FileSystemWriter", "dd"))
+
+    def load_ours() -> None:
+        learner.optimizer.state.clear()
+        restore_state(open_checkpoint(ours / step_directory_name(1)), learner.stage.module, learner.optimizer, learner.shards.parts)
+
+    file, count = dd / str(rank), num_bytes // dist.get_world_size() // DD_BLOCK_BYTES
+    options = [f"bs={DD_BLOCK_BYTES}", "status=none"]
+
+    def write_file() -> None:
+        dd.mkdir(parents=True, exist_ok=True)
+        subprocess.run(["dd", "if=/dev/zero", f"of={file}", f"count={count}", "conv=fsync", *options], check=True)
+
+    return {
+        "dd": (write_file, lambda: subprocess.run(["dd", f"if={file}", "of=/dev/null", *options], check=True)),
+        "FileSystemWriter": (
+            lambda: dcp.save(_state(learner), storage_writer=dcp.FileSystemWriter(theirs, sync_files=True)),
+            lambda: dcp.load(_state(learner), storage_reader=dcp.FileSystemReader(theirs)),
+        ),
+        "phase8": (lambda: save_checkpoint(ours, step=1, tensors=_state(learner), metadata={}, attachments={}), load_ours),
+    }
+
+
+def _invent_moments(learner: Learner) -> None:
+    generator = torch.Generator().manual_seed(dist.get_rank())
+    for part in learner.shards.parts.values():
+        moments = {name: torch.empty_like(part).uniform_(generator=generator) for name in ("exp_avg", "exp_avg_sq")}
+        learner.optimizer.state[part] = {"step": torch.tensor(1.0), **moments}
+
+
+def _state(learner: Learner) -> dict[str, torch.Tensor]:
+    return flat_state(learner.stage.module, learner.optimizer, learner.shards.parts)
+
+
+def _own(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor.to_local() if isinstance(tensor, dist.tensor.DTensor) else tensor
+
+
+def _sum(number: int) -> int:
+    total = torch.tensor(number)
+    dist.all_reduce(total)
+    return int(total)
+
+
+def _seconds(work: Callable[[], object]) -> float:
+    """Until all ranks have done it."""
+    dist.barrier()
+    begin = time.perf_counter()
+    work()
+    dist.barrier()
+    return time.perf_counter() - begin
+
+
+def _drop_caches() -> bool:
+    """Whether what was written has to come from the disk again."""
+    os.sync()
+    dist.barrier()
+    if not os.access(DROP_CACHES, os.W_OK):
+        return False
+    if dist.get_rank() == 0:
+        DROP_CACHES.write_text("3")
+    dist.barrier()
+    return True
+
+
+def _say(line: str) -> None:
+    if dist.get_rank() == 0:
+        print(line, flush=True)
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--directory", required=True, type=Path, metavar="DIR", help="on the disk to measure; three directories are made in it")
+    parser.add_argument("--rounds", type=int, default=3, metavar="N", help="of all three (3)")
+    parser.add_argument("--set", dest="overrides", nargs="+", default=[], metavar="KEY=VALUE", help="other sizes, as in launch/pretrain.py")
+    return parser
+
+
+if __name__ == "__main__":
+    sys.exit(main())
