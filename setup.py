@@ -25,6 +25,7 @@ setup(
         "rich>=13.7",
         "tensorboard>=2.17",
         "matplotlib>=3.8",
+        "zlib-ng>=0.5",
     ],
     extras_require={
         "test": [

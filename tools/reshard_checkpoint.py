@@ -1,8 +1,9 @@
-"""Rewrites a checkpoint for other ranks, or merges its weights into one file.
+"""Rewrites a checkpoint for other ranks, merges its weights into one file, or imports a Llama of Hugging Face's transformers.
 
     python tools/reshard_checkpoint.py SRC DST --tensor-parallel-size 8 --pipeline-parallel-size 4 --shards 16
     python tools/reshard_checkpoint.py SRC DST --format consolidated --dtype bf16
     python tools/reshard_checkpoint.py SRC DST --format hf --dtype bf16
+    python tools/reshard_checkpoint.py LLAMA DST
 
 Any checkpoint loads on any ranks as it is: this makes loading read less, each rank of the layout finding its parts in files of its own. What
 several ranks hold is stored once, with the first of them. The schedule of the checkpoint's config says how many chunks a stage has.
@@ -10,11 +11,15 @@ several ranks hold is stored once, with the first of them. The schedule of the c
 consolidated: DST has model.safetensors (plain names, no optimizer), config.json and the tokenizer.
 hf: the same for LlamaForCausalLM of Hugging Face's transformers; for model.block transformer without convolution and low rank, which is a Llama.
 
+SRC may be in that form, too: config.json with model_type llama, and model.safetensors, or model.safetensors.index.json with its files. DST is
+then a checkpoint of step 0 of the transformer baseline, weights in fp32, no optimizer: to sample from, and to train from with --resume DST
+and --set data.allow_fingerprint_change=true. Whatever the baseline cannot compute is refused. Links in SRC are not followed.
+
 SRC is never touched. DST is there when everything was written, read back and compared with SRC. After an interruption (or a kill -9) the
 same command goes on: files that were complete are checked and kept, in a hidden directory beside DST.
 
-Exit codes: 0 done; 2 command line, or a layout the model cannot have; 4 damaged or missing SRC, or a DST that cannot be used;
-5 DST cannot be written; 130 interrupted.
+Exit codes: 0 done; 2 command line, or a layout the model cannot have; 4 damaged or missing SRC, one of a Llama that the baseline is not, or a
+DST that cannot be used; 5 DST cannot be written; 130 interrupted.
 """
 
 from __future__ import annotations
@@ -23,7 +28,7 @@ import argparse
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from rich.progress import DownloadColumn, TimeRemainingColumn, TransferSpeedColumn
 
@@ -31,9 +36,11 @@ from phase8.errors import CheckpointError, ConfigError, Phase8Error, describe_er
 from phase8.observe.stage_progress import ProgressDisplay
 
 if TYPE_CHECKING:
+    import torch
+
     from phase8.checkpoint.load import Checkpoint
     from phase8.checkpoint.reshard import ConsolidatedForm
-    from phase8.config.schema import RunConfig
+    from phase8.config.schema import ParallelSection, RunConfig
 
 EXIT_INTERRUPTED = 130
 LAYOUT = ("tensor_parallel_size", "pipeline_parallel_size", "shards")
@@ -56,7 +63,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("source", type=Path, metavar="SRC", help="a checkpoint, a checkpoints directory or a run directory (its newest)")
+    parser.add_argument("source", type=Path, metavar="SRC", help="a checkpoint, a directory or run of them (its newest), or a Llama")
     parser.add_argument("destination", type=Path, metavar="DST", help="the directory to write; must not exist")
     parser.add_argument("--format", choices=("phase8", "consolidated", "hf"), default="phase8", help="of DST (default: %(default)s)")
     parser.add_argument("--dtype", choices=("bf16", "fp32"), help="convert the weights; not with --format phase8")
@@ -85,19 +92,64 @@ def _rewrite(options: argparse.Namespace) -> str:
     # Imported late: --help and a wrong command line need no torch.
     import torch
 
+    from phase8.checkpoint.llama_source import is_llama_directory
     from phase8.checkpoint.load import find_checkpoint, open_checkpoint
     from phase8.checkpoint.reshard import consolidate
 
-    source = open_checkpoint(find_checkpoint(options.source))
-    config = _config_of(source)
     with ProgressDisplay(DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn()) as display:
+        if is_import := is_llama_directory(options.source):
+            source, config = _open_llama(options, display)
+        else:
+            source = open_checkpoint(find_checkpoint(options.source))
+            config = _config_of(source)
         if options.format == "phase8":
-            copy = _reshard(source, config, options, display)
+            copy = _reshard(source, config, options, display, dtype=torch.float32 if is_import else None)  # master weights are fp32
             return f"{copy.path}: step {copy.step}, {len(copy.tensor_names)} tensors in {len(copy.manifest.files)} files, equal to {source.path}"
         dtype = {None: None, "bf16": torch.bfloat16, "fp32": torch.float32}[options.dtype]
         form = _consolidated_form(source, config, options)
         path = consolidate(source, options.destination, form=form, dtype=dtype, on_progress=display.show)
     return f"{path}: {path.stat().st_size:,} bytes, the weights of {source.path}"
+
+
+def _open_llama(options: argparse.Namespace, display: ProgressDisplay) -> tuple[Checkpoint, RunConfig]:
+    """A directory of transformers as a checkpoint, and its config. What can be refused is refused before its weights are read."""
+    from phase8.checkpoint.llama_source import open_llama
+    from phase8.checkpoint.rewrite import check_destination
+    from phase8.config.schema import PrecisionSection, RunConfig
+
+    llama = open_llama(options.source)
+    if options.format == "hf":
+        raise ConfigError(f"--format is hf, but {llama.path} is in that form already; leave it out to import it.")
+    config = RunConfig(model=llama.model, precision=PrecisionSection(dtype="bf16" if llama.is_bf16 else "fp32"))
+    _parallel(config, options)
+    check_destination(llama.path, options.destination)
+    return llama.as_checkpoint(_metadata_of_beginning(config), on_progress=display.show), config
+
+
+def _metadata_of_beginning(config: RunConfig) -> dict[str, Any]:
+    """What a run would record that has not seen any data yet, except its batch, which nobody has chosen."""
+    import random
+    from dataclasses import asdict
+
+    import numpy as np
+    import torch
+
+    from phase8.checkpoint.random_state import capture_random_state
+    from phase8.config.load import config_to_mapping
+    from phase8.data.sampler import ORDER_VERSION
+    from phase8.train.resume import Position
+
+    # The same in every call, so that the next one takes up the work of an interrupted one.
+    random.seed(config.train.seed)
+    np.random.seed(config.train.seed % 2**32)
+    torch.manual_seed(config.train.seed)
+    return {
+        "config": config_to_mapping(config),
+        "position": asdict(Position()),
+        "data_fingerprint": {"order_version": ORDER_VERSION, "sequence_length": config.model.sequence_length, "sources": []},
+        "random_state": capture_random_state(torch.device("cpu")),
+        "torch_version": str(torch.__version__),
+    }
 
 
 def _config_of(source: Checkpoint) -> RunConfig:
@@ -123,25 +175,38 @@ def _consolidated_form(source: Checkpoint, config: RunConfig, options: argparse.
     return ConsolidatedForm(llama_config(config.model, dtype="bfloat16" if options.dtype == "bf16" else "float32"), llama_name)
 
 
-def _reshard(source: Checkpoint, config: RunConfig, options: argparse.Namespace, display: ProgressDisplay) -> Checkpoint:
+def _reshard(
+    source: Checkpoint, config: RunConfig, options: argparse.Namespace, display: ProgressDisplay, *, dtype: torch.dtype | None
+) -> Checkpoint:
     from phase8.checkpoint.reshard import reshard
     from phase8.config.pipeline import pipeline_of
-    from phase8.config.schema import RunConfig
-    from phase8.config.validate import validate
     from phase8.plan.stage_parameters import stage_parameters
     from phase8.topology import Topology
 
-    T, P, N = (vars(options)[name] or 1 for name in LAYOUT)
+    parallel = _parallel(config, options)
+    topology = Topology(
+        pipeline_parallel_size=parallel.pipeline_parallel_size,
+        data_parallel_size=options.shards or 1,
+        tensor_parallel_size=parallel.tensor_parallel_size,
+    )
+    stages = stage_parameters(config.model, pipeline_of(parallel))
+    return reshard(source, options.destination, stages=stages, topology=topology, dtype=dtype, on_progress=display.show)
+
+
+def _parallel(config: RunConfig, options: argparse.Namespace) -> ParallelSection:
+    """The ranks to write for.
+
+    Raises:
+        ConfigError: The model cannot have them.
+    """
+    from phase8.config.schema import RunConfig
+    from phase8.config.validate import validate
+
+    T, P = options.tensor_parallel_size or 1, options.pipeline_parallel_size or 1
     parallel = config.parallel.model_copy(update={"tensor_parallel_size": T, "pipeline_parallel_size": P, "num_microbatches": None})
     batch = RunConfig().train.model_copy(update={"global_batch_size": P, "micro_batch_size": 1})  # one that suits every schedule
     validate(RunConfig(model=config.model, parallel=parallel, train=batch), world_size=T * P)
-    return reshard(
-        source,
-        options.destination,
-        stages=stage_parameters(config.model, pipeline_of(parallel)),
-        topology=Topology(pipeline_parallel_size=P, data_parallel_size=N, tensor_parallel_size=T),
-        on_progress=display.show,
-    )
+    return parallel
 
 
 if __name__ == "__main__":

@@ -1,6 +1,8 @@
 """The transformer baseline under the names of `transformers`' LlamaForCausalLM: the same computation, so its loaders read our weights.
 
 Source: the parameters and config.json of transformers' Llama (4.x and 5.x).
+
+Shapes: V vocabulary, D model width, N heads times head size, F width of the feed-forward.
 """
 
 from __future__ import annotations
@@ -43,6 +45,33 @@ def llama_name(name: str) -> str:
     return f"{_OUTSIDE[owner]}.weight"
 
 
+def llama_tensors(model: ModelSection) -> Iterator[tuple[str, list[int]]]:
+    """Name in the model and shape of every parameter, one by one: a number of layers that nobody has checked costs nothing.
+
+    Args:
+        model: A Llama by `reasons_against`.
+    """
+    D, N, F, V = model.d_model, model.attention_width, model.feed_forward_width, model.vocab_size
+    shapes = {
+        "mixer_norm": [D],
+        "mixer.q": [N, D],
+        "mixer.k": [N, D],
+        "mixer.v": [N, D],
+        "mixer.out": [D, N],
+        "feed_forward_norm": [D],
+        "feed_forward.gate": [F, D],
+        "feed_forward.up": [F, D],
+        "feed_forward.down": [D, F],
+    }
+    yield "embedding.weight", [V, D]
+    for layer in range(model.num_layers):
+        for name, shape in shapes.items():
+            yield f"blocks.{layer}.{name}.weight", shape
+    yield "norm.weight", [D]
+    if not model.tie_embeddings:
+        yield "head.weight", [V, D]
+
+
 def llama_config(model: ModelSection, *, dtype: str) -> dict[str, object]:
     """Its config.json.
 
@@ -61,6 +90,7 @@ def llama_config(model: ModelSection, *, dtype: str) -> dict[str, object]:
         "num_key_value_heads": model.num_heads,
         "head_dim": model.head_width,
         "hidden_act": "silu",
+        "initializer_range": model.init_std,
         "max_position_embeddings": model.sequence_length,
         "rms_norm_eps": model.norm_eps,
         "rope_theta": model.rope_base,

@@ -17,7 +17,7 @@ from phase8.checkpoint.manifest import TENSOR_FILE_SUFFIX, Manifest, Slice, Tens
 from phase8.checkpoint.parts import Division, TensorForm, parts_by_rank
 from phase8.checkpoint.rewrite import Entry, OnProgress, PlannedFile, Rewrite, rewriting
 from phase8.checkpoint.state import MODEL_PREFIX, OPTIMIZER_PREFIX
-from phase8.checkpoint.tensor_file import DTYPES, WrittenFile, open_for_reading
+from phase8.checkpoint.tensor_file import DTYPE_NAMES, DTYPES, WrittenFile, open_for_reading
 from phase8.checkpoint.writer import group_of, key_of
 from phase8.errors import CheckpointError, CheckpointMismatchError
 from phase8.topology import Topology
@@ -40,7 +40,13 @@ class ConsolidatedForm:
 
 
 def reshard(
-    source: Checkpoint, destination: Path, *, stages: Sequence[Mapping[str, Division]], topology: Topology, on_progress: OnProgress
+    source: Checkpoint,
+    destination: Path,
+    *,
+    stages: Sequence[Mapping[str, Division]],
+    topology: Topology,
+    dtype: torch.dtype | None = None,
+    on_progress: OnProgress,
 ) -> Checkpoint:
     """A checkpoint with the same content, step and metadata, of one file per rank and group of tensors.
 
@@ -51,6 +57,7 @@ def reshard(
         destination: Must not exist.
         stages: The parameters of each pipeline stage of the layout.
         topology: The layout; its data-parallel ranks are the shards.
+        dtype: To convert floating-point tensors to, for weights of another program; None: as they are.
         on_progress: Told of bytes written and verified.
 
     Raises:
@@ -60,7 +67,8 @@ def reshard(
     if step_of(destination.name) not in (None, source.step):
         raise CheckpointError(f"DST {destination.name} has the name of another step's checkpoint; SRC is of step {source.step}")
     forms = {name: _form(source, name, stages) for name in source.tensor_names}
-    files = _files_of_ranks(source, parts_by_rank(forms, stages, topology), topology.world_size)
+    dtypes = {name: _target_dtype(source, name, dtype) for name in forms}
+    files = _files_of_ranks(parts_by_rank(forms, stages, topology), dtypes, whole=forms, num_ranks=topology.world_size)
     with rewriting(source, destination, files) as rewrite:
         written = rewrite.write(on_progress)
         _add_attachments(source, rewrite)
@@ -122,35 +130,35 @@ def _form(source: Checkpoint, name: str, stages: Sequence[Mapping[str, Division]
     return TensorForm(parameter, shape)
 
 
-def _files_of_ranks(source: Checkpoint, parts: Mapping[int, Mapping[str, Region]], num_ranks: int) -> list[PlannedFile]:
+def _files_of_ranks(
+    parts: Mapping[int, Mapping[str, Region]], dtypes: Mapping[str, torch.dtype], *, whole: Mapping[str, TensorForm], num_ranks: int
+) -> list[PlannedFile]:
     files = []
     for rank, own in parts.items():
         prefix = f"rank{rank:05d}-" if num_ranks > 1 else ""
         for group in dict.fromkeys(map(group_of, own)):
             entries = {
-                _key(name, part, source): Entry(name, part, DTYPES[source.entry(name).dtype])
-                for name, part in own.items()
-                if group_of(name) == group
+                _key(name, part, whole[name].shape): Entry(name, part, dtypes[name]) for name, part in own.items() if group_of(name) == group
             }
             files.append(PlannedFile(f"{group}-{prefix}00000{TENSOR_FILE_SUFFIX}", entries))
     return files
 
 
-def _key(name: str, part: Region, source: Checkpoint) -> str:
+def _key(name: str, part: Region, shape: Sequence[int]) -> str:
     """As ranks that save name their parts."""
-    is_whole = part.shape == source.entry(name).shape
-    return key_of(name) + ("" if is_whole else f"@{','.join(map(str, part.offsets))}")
+    return key_of(name) + ("" if part.shape == shape else f"@{','.join(map(str, part.offsets))}")
 
 
 def _manifest(source: Checkpoint, files: Sequence[PlannedFile], written: Mapping[str, WrittenFile]) -> Manifest:
     slices: dict[str, list[Slice]] = {name: [] for name in source.tensor_names}
+    dtypes = {entry.tensor: DTYPE_NAMES[entry.dtype] for file in files for entry in file.entries.values()}
     for file in files:
         for key, entry in file.entries.items():
             checksum = written[file.name].checksums[key]
             place = Slice(file=file.name, key=key, offsets=entry.part.offsets, shape=entry.part.shape, checksum=checksum)
             slices[entry.tensor].append(place)
     entries = {
-        name: TensorEntry(dtype=source.entry(name).dtype, shape=source.entry(name).shape, slices=sorted(found, key=lambda part: part.offsets))
+        name: TensorEntry(dtype=dtypes[name], shape=source.entry(name).shape, slices=sorted(found, key=lambda part: part.offsets))
         for name, found in slices.items()
     }
     sizes = {name: TensorFileEntry(size_bytes=file.size_bytes, header_checksum=file.header_checksum) for name, file in sorted(written.items())}

@@ -16,7 +16,6 @@ import hashlib
 import json
 import os
 import shutil
-import zlib
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
@@ -26,7 +25,7 @@ import torch
 from torch import Tensor
 
 from phase8.checkpoint.boxes import Region
-from phase8.checkpoint.checksum import format_crc32, read_chunks
+from phase8.checkpoint.checksum import crc32, format_crc32, read_chunks
 from phase8.checkpoint.load import Checkpoint
 from phase8.checkpoint.manifest import manifest_bytes
 from phase8.checkpoint.tensor_file import DTYPE_NAMES, TensorFile, WrittenFile, byte_view, open_for_reading, write_tensor_file
@@ -74,7 +73,7 @@ def rewriting(source: Checkpoint, destination: Path, files: Sequence[PlannedFile
         CheckpointError: The destination exists, or lies in the original.
         StorageError: Another call is writing it, or the place cannot be written.
     """
-    _check_destination(source.path, destination)
+    check_destination(source.path, destination)
     work = destination.with_name(WORK_PREFIX + destination.name)
     with storage_errors(destination), _locked(work, destination):
         job = _job(source, files)
@@ -91,7 +90,12 @@ def rewriting(source: Checkpoint, destination: Path, files: Sequence[PlannedFile
         yield Rewrite(source, destination, files, work)
 
 
-def _check_destination(source: Path, destination: Path) -> None:
+def check_destination(source: Path, destination: Path) -> None:
+    """Refuses a place that no rewritten checkpoint can have.
+
+    Raises:
+        CheckpointError: It exists, or lies in the original.
+    """
     origin, target = source.resolve(), destination.resolve()
     if target == origin:
         raise CheckpointError(f"SRC and DST are both {origin}; give another DST, for a checkpoint is never rewritten in place")
@@ -193,7 +197,7 @@ class Rewrite:
     def commit(self) -> None:
         """Gives the files the destination's name; nothing was under it before."""
         fsync_path(self.content)
-        _check_destination(self._source.path, self._destination)
+        check_destination(self._source.path, self._destination)
         self.content.rename(self._destination)
         fsync_path(self._destination.parent)
         shutil.rmtree(self._work, ignore_errors=True)
@@ -252,7 +256,7 @@ def _is_stored(file: TensorFile, key: str, expected: Tensor, checksum: str) -> b
     with open_for_reading(file.path) as stream:
         stream.seek(file.tensors[key].begin)
         for chunk in read_chunks(stream, file.tensors[key].num_bytes):
-            crc = zlib.crc32(chunk, crc)
+            crc = crc32(chunk, crc)
             equal = equal and torch.equal(torch.frombuffer(chunk, dtype=torch.uint8), data[begin : begin + len(chunk)])
             begin += len(chunk)
     return equal and begin == len(data) and format_crc32(crc) == checksum

@@ -11,7 +11,6 @@ import json
 import math
 import os
 import stat
-import zlib
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -21,7 +20,7 @@ from typing import Any, BinaryIO
 import torch
 from torch import Tensor
 
-from phase8.checkpoint.checksum import CHUNK_BYTES, checksum_of, checksum_of_next, format_crc32, read_into
+from phase8.checkpoint.checksum import CHUNK_BYTES, checksum_of, checksum_of_next, crc32, format_crc32, read_into
 from phase8.checkpoint.untrusted import shown, strict_json
 from phase8.errors import CheckpointCorruptError
 
@@ -112,7 +111,7 @@ def _write_bytes(file: BinaryIO, data: memoryview) -> str:
     for begin in range(0, len(data), CHUNK_BYTES):
         chunk = data[begin : begin + CHUNK_BYTES]
         file.write(chunk)
-        crc = zlib.crc32(chunk, crc)
+        crc = crc32(chunk, crc)
     return format_crc32(crc)
 
 

@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import math
 import os
-import zlib
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
@@ -27,7 +26,7 @@ from torch.distributed.checkpoint.planner import SavePlan, SavePlanner, WriteIte
 from torch.distributed.checkpoint.storage import StorageWriter, WriteResult
 from torch.futures import Future
 
-from phase8.checkpoint.checksum import CHUNK_BYTES, format_crc32
+from phase8.checkpoint.checksum import CHUNK_BYTES, crc32, format_crc32
 from phase8.checkpoint.layout import MANIFEST_NAME, commit, saving_directory
 from phase8.checkpoint.manifest import (
     FORMAT,
@@ -215,7 +214,7 @@ def _copy_attachment(source: Path, destination: Path) -> AttachmentEntry:
         nonlocal crc, size_bytes
         with open(source, "rb") as file:
             while chunk := file.read(CHUNK_BYTES):
-                crc, size_bytes = zlib.crc32(chunk, crc), size_bytes + len(chunk)
+                crc, size_bytes = crc32(chunk, crc), size_bytes + len(chunk)
                 yield chunk
 
     _write_durably(destination, chunks())

@@ -38,7 +38,8 @@ class Block(nn.Module):
         self.recompute = recompute
         # A block recomputes itself where it can: torch.compile then sees what backward does not need again, the last matrix product.
         # Torch 2.11 would keep what an autograd.Function in there returns, and tensor-parallel layers are such functions.
-        self.is_recomputed_inside, self.is_recomputed_outside = (recompute == "full" and (axis.size == 1) is inside for inside in (True, False))
+        self.is_recomputed_inside = recompute == "full" and axis.size == 1
+        self.is_recomputed_outside = recompute == "full" and axis.size > 1
 
     def forward(
         self, x: Tensor, angles: Tensor, starts: Tensor | None = None, state: BlockState | None = None

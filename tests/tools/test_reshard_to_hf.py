@@ -43,6 +43,7 @@ def test_every_weight_is_there_under_its_name(tmp_path, settings):
     assert ("lm_head.weight" in found) != ("model.tie_embeddings=true" in settings)
     config = json.loads((tmp_path / "hf" / "config.json").read_text())
     assert (config["architectures"], config["head_dim"], config["rope_theta"]) == (["LlamaForCausalLM"], 10 if settings else 8, 500.0)
+    assert config["initializer_range"] == 0.02
 
 
 @pytest.mark.parametrize("settings", [(), ("model.tie_embeddings=true", "model.head_size=10")])

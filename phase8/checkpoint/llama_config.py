@@ -1,0 +1,127 @@
+"""Reading a Llama's config.json: the model section of the transformer baseline that computes the same, or a refusal by key and value.
+
+What is not read changes nothing: transformers' LlamaForCausalLM (4.x and 5.x) does not compute with it either.
+"""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Any, NoReturn
+
+from phase8.checkpoint.untrusted import shown, shown_name
+from phase8.config.schema import ModelSection
+from phase8.errors import CheckpointMismatchError
+
+MODEL_TYPE = "llama"
+_MOST = 2**63 - 1
+_DEFAULT_NORM_EPS, _DEFAULT_ROPE_BASE = 1e-6, 10000.0  # of transformers' LlamaConfig
+# What the baseline computes with; a key may be absent.
+_ALLOWED: dict[str, tuple[Any, ...]] = {
+    "architectures": (["LlamaForCausalLM"], None),
+    "hidden_act": ("silu", "swish"),
+    "attention_bias": (False,),
+    "mlp_bias": (False,),
+    "attention_dropout": (0,),
+    "is_causal": (True,),
+    "partial_rotary_factor": (1, None),
+    "quantization_config": (None,),
+    "auto_map": (None,),
+}
+_ALLOWED_IN_ROPE: dict[str, tuple[Any, ...]] = {"rope_type": ("default",), "type": ("default",), "partial_rotary_factor": (1, None)}
+_ROPE_SECTIONS = ("rope_scaling", "rope_parameters")  # of 4.x and of 5.x
+
+
+def model_section_of(config: dict[str, Any], path: Path) -> ModelSection:
+    """The baseline that is this Llama; what its config says by default is left at the default.
+
+    Args:
+        config: The content of config.json.
+        path: Where it came from, for errors.
+
+    Raises:
+        CheckpointMismatchError: A key whose value the baseline cannot have, or that is needed and missing.
+    """
+    if config.get("model_type") != MODEL_TYPE:
+        _refuse(path, f"model_type is {shown(config.get('model_type'))}, but only {MODEL_TYPE!r} can be imported")
+    for key, allowed in _ALLOWED.items():
+        _check(config, key, allowed, path)
+    tie = config.get("tie_word_embeddings", False)
+    if type(tie) is not bool:
+        _refuse(path, f"tie_word_embeddings is {shown(tie)}, but true or false is needed")
+    width, num_heads = _whole(config, "hidden_size", path), _whole(config, "num_attention_heads", path)
+    if config.get("num_key_value_heads") not in (None, num_heads):
+        found = f"num_key_value_heads is {shown(config['num_key_value_heads'])} and num_attention_heads {shown(num_heads)}"
+        _refuse(path, f"{found}, but the transformer baseline has no grouped-query attention and needs as many of both")
+    model = ModelSection(
+        block="transformer",
+        d_model=width,
+        num_layers=_whole(config, "num_hidden_layers", path),
+        num_heads=num_heads,
+        head_size=_head_size(config, width, num_heads, path),
+        vocab_size=_whole(config, "vocab_size", path),
+        sequence_length=_whole(config, "max_position_embeddings", path),
+        ffn_size=_whole(config, "intermediate_size", path),
+        tie_embeddings=tie,
+        rope_base=_rope_base(config, path),
+        norm_eps=_positive(config, "rms_norm_eps", path, default=_DEFAULT_NORM_EPS),
+        init_std=_positive(config, "initializer_range", path, default=ModelSection().init_std),
+    )
+    by_default = model.model_copy(update={"ffn_size": None})
+    return by_default if by_default.feed_forward_width == model.ffn_size else model
+
+
+def _head_size(config: dict[str, Any], width: int, num_heads: int, path: Path) -> int | None:
+    """None where the heads share the width evenly, as they do by default."""
+    if config.get("head_dim") is None and width % num_heads:
+        _refuse(path, f"num_attention_heads {shown(num_heads)} does not divide hidden_size {shown(width)}, and there is no head_dim")
+    size = width // num_heads if config.get("head_dim") is None else _whole(config, "head_dim", path)
+    if size % 2:
+        _refuse(path, f"head_dim is {shown(size)}, but rotary positions need an even one")
+    return None if size * num_heads == width else size
+
+
+def _rope_base(config: dict[str, Any], path: Path) -> float:
+    """The base of the frequencies, which may be given in three places."""
+    places = {"rope_theta": config}
+    for section in _ROPE_SECTIONS:
+        rope = config.get(section)
+        if rope is None:
+            continue
+        if not isinstance(rope, dict):
+            _refuse(path, f"{section} is {shown(rope)}, but an object or null is needed")
+        for key, value in rope.items():
+            if key != "rope_theta" and value not in _ALLOWED_IN_ROPE.get(key, ()):
+                _refuse(path, f"{section}.{shown_name(key)} is {shown(value)}, but the transformer baseline does not scale rotary positions")
+        places[f"{section}.rope_theta"] = rope
+    bases = {
+        place: _positive(holder, "rope_theta", path, shown_as=place)
+        for place, holder in places.items()
+        if holder.get("rope_theta") is not None
+    }
+    if len(set(bases.values())) > 1:
+        _refuse(path, f"{' and '.join(f'{place} {base}' for place, base in bases.items())} contradict each other")
+    return next(iter(bases.values()), _DEFAULT_ROPE_BASE)
+
+
+def _check(config: dict[str, Any], key: str, allowed: tuple[Any, ...], path: Path) -> None:
+    if key in config and config[key] not in allowed:
+        _refuse(path, f"{key} is {shown(config[key])}, but the transformer baseline needs {shown(allowed[0])}")
+
+
+def _whole(config: dict[str, Any], key: str, path: Path) -> int:
+    value = config.get(key)
+    if type(value) is not int or not 1 <= value <= _MOST:
+        _refuse(path, f"{key} is {shown(value) if key in config else 'missing'}, but a whole number of at least 1 is needed")
+    return value
+
+
+def _positive(holder: dict[str, Any], key: str, path: Path, *, default: float | None = None, shown_as: str | None = None) -> float:
+    value = holder.get(key, default)
+    if not isinstance(value, int | float) or isinstance(value, bool) or not 0 < value <= sys.float_info.max:
+        _refuse(path, f"{shown_as or key} is {shown(value)}, but a finite number above 0 is needed")
+    return float(value)
+
+
+def _refuse(path: Path, problem: str) -> NoReturn:
+    raise CheckpointMismatchError(f"{path}: {problem}; import another model")
