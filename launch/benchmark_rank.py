@@ -33,13 +33,14 @@ def _measure(arguments: argparse.Namespace) -> None:
     from phase8.distributed.bootstrap import world_from_environment
     from phase8.distributed.watch import Limits, running
     from phase8.train.benchmark_rank import measure_rank
-    from phase8.train.device import select_device
+    from phase8.train.device import select_device, share_cores
 
     os.environ.setdefault("TORCH_FR_BUFFER_SIZE", "2000")
     world = world_from_environment(os.environ)
     directory: Path = arguments.directory
     (directory / f"{world.rank}.pid").write_text(str(os.getpid()))
     device = select_device(arguments.device, local_rank=world.local_rank)
+    share_cores(config.zero, world, device)
     limits = Limits(timeout_seconds=config.parallel.timeout_seconds)
     with running(world, device_type=device.type, limits=limits, hang_directory=directory / "hang") as watch:
         figures = measure_rank(

@@ -63,7 +63,7 @@ def _train(arguments: argparse.Namespace, overrides: list[str]) -> None:
     from phase8.distributed.ending import one_voice
     from phase8.distributed.watch import Limits, running
     from phase8.train.build import build_run
-    from phase8.train.device import select_device
+    from phase8.train.device import select_device, share_cores
     from phase8.train.loop import train
     from phase8.train.restart import record_agents, resume_after_restart
     from phase8.train.run_directory import run_directory
@@ -73,6 +73,7 @@ def _train(arguments: argparse.Namespace, overrides: list[str]) -> None:
     with one_voice(world):
         validate(config, world_size=world.world_size)
         device = select_device(arguments.device, local_rank=world.local_rank)
+        share_cores(config.zero, world, device)
     limits = Limits(timeout_seconds=config.parallel.timeout_seconds)
     directory = run_directory(config.run)
     with running(world, device_type=device.type, limits=limits, hang_directory=directory.path / "hang") as watch:

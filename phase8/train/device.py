@@ -6,6 +6,8 @@ import os
 
 import torch
 
+from phase8.config.schema import ZeroSection
+from phase8.distributed.bootstrap import World
 from phase8.errors import ConfigError
 
 
@@ -22,6 +24,16 @@ def select_device(name: str, *, local_rank: int = 0) -> torch.device:
     if local_rank < torch.cuda.device_count():  # too many processes are refused when they meet
         torch.cuda.set_device(local_rank)
     return torch.device("cuda", torch.cuda.current_device())
+
+
+def share_cores(zero: ZeroSection, world: World, device: torch.device) -> None:
+    """Gives a rank on a GPU its share of the host's cores when its optimizer computes there.
+
+    torchrun sets OMP_NUM_THREADS to 1 unless somebody has chosen a number: right for ranks that launch kernels, not for AdamW on the host.
+    """
+    is_left_to_torchrun = world.launcher == "torchrun" and os.environ.get("OMP_NUM_THREADS") == "1"
+    if device.type == "cuda" and zero.offload_optimizer != "none" and is_left_to_torchrun:
+        torch.set_num_threads(max(len(os.sched_getaffinity(0)) // world.local_world_size, 1))
 
 
 def device_name(device: torch.device) -> str:
