@@ -85,6 +85,13 @@ def _train_with_rollbacks(run: Run, stop_step: int, report: Callable[[int, str],
             rollback = roll_back(run, asked.anomaly)
 
 
+def _stop_request(run: Run) -> StopRequest:
+    """Of several ranks the first speaks; a launcher makes SIGTERM of a second Ctrl-C."""
+    if run.learner.mesh.device_mesh is None:
+        return StopRequest()
+    return StopRequest("all ranks stop after this step" if run.is_main else None)
+
+
 def _train_until(run: Run, stop_step: int, report: Callable[[int, str], None], *, rollback: dict[str, str | int] | None) -> str | None:
     """Takes the steps and saves; returns the signal that stopped them, if one did. The record says of a rollback that led here."""
     config = run.config
@@ -94,7 +101,7 @@ def _train_until(run: Run, stop_step: int, report: Callable[[int, str], None], *
     progress = Progress(
         total_steps=stop_step, start_step=run.position.step, log_every_n_steps=config.observe.log_every_n_steps, console=run.console
     )
-    with metrics or nullcontext(), StopRequest() as stop, progress:
+    with metrics or nullcontext(), _stop_request(run) as stop, progress:
         trainer = Trainer(run, metrics, progress, report)
         if rollback is not None:
             trainer.record_event("rollback", **rollback)

@@ -13,9 +13,13 @@ class StopRequest:
     """A context in which stop signals are remembered instead of ending the process.
 
     `received` names the signal, or is None.
+
+    Args:
+        notice: What is said when a signal comes; None: another rank says it.
     """
 
-    def __init__(self):
+    def __init__(self, notice: str | None = "stopping after this step (Ctrl-C again: at once, unsaved)"):
+        self._notice = notice
         self.received: str | None = None
         self._previous: dict[int, object] = {}
 
@@ -32,4 +36,5 @@ class StopRequest:
             raise KeyboardInterrupt
         self.received = signal.Signals(number).name
         # Straight to the terminal: a handler must not wait for a lock that the interrupted code holds.
-        os.write(2, f"\n{self.received}: stopping after this step (Ctrl-C again: at once, unsaved)\n".encode())
+        if self._notice is not None:
+            os.write(2, f"\n{self.received}: {self._notice}\n".encode())

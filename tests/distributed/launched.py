@@ -16,7 +16,7 @@ import pytest
 ROOT = Path(__file__).parents[2]
 TRACEBACK = "Traceback (most recent call last):"  # of torchrun; those of ranks begin with their number
 # torchrun asks the ranks that are left to stop, and one of them may say that it will before it ends.
-ASKED_TO_STOP = "SIGTERM: stopping after this step"
+ASKED_TO_STOP = "SIGTERM: all ranks stop after this step"
 LOG_LINE = re.compile(r"(\[rank\d+\]:)?\[?[WE]\d{4} |frame #|Exception raised from |<omitting |\[Gloo\]")
 LONG = 240.0  # a test that takes so long hangs, however busy the machine is
 MARK = "PHASE8_TEST_RUN"
