@@ -5,7 +5,6 @@ from __future__ import annotations
 import warnings
 
 from torch._functorch import config as functorch_config
-from torch._inductor import config as inductor_config
 from torch.distributed._symmetric_memory import enable_symm_mem_for_group
 
 from phase8.config.schema import RunConfig
@@ -25,6 +24,8 @@ def compile_blocks(learner: Learner, config: RunConfig) -> None:
     train, mesh = config.train, learner.mesh
     if not train.compile.enabled:
         return
+    from torch._inductor import config as inductor_config  # here: it brings Triton along, which few runs need
+
     functorch_config.activation_memory_budget = train.activation_memory_budget if train.recompute == "budget" else 1.0
     is_asynchronous = config.parallel.async_tensor_parallel and learner.device.type == "cuda"
     inductor_config._micro_pipeline_tp = is_asynchronous
