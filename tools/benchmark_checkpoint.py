@@ -1,6 +1,6 @@
 """Times a save and a load of weights and AdamW state by several ranks, against torch's FileSystemWriter and dd on the same disk.
 
-    torchrun --standalone --nproc_per_node=4 tools/bench/checkpoint.py --directory DIR
+    torchrun --standalone --nproc_per_node=4 tools/benchmark_checkpoint.py --directory DIR
 
 The ranks divide phase8_1b by ZeRO 3 on the CPU; nothing is trained, the moments are random. Rounds alternate between the three. Every save ends
 on the disk (fsync); dd writes and reads one file per rank, all at once. Before each load the page cache is dropped, which needs root; without,
@@ -34,7 +34,7 @@ from phase8.observe.formatting import format_bytes
 from phase8.topology import Topology
 from phase8.train.learner import Learner, build_learner
 
-ROOT = Path(__file__).resolve().parents[2]
+ROOT = Path(__file__).resolve().parent.parent
 DROP_CACHES = Path("/proc/sys/vm/drop_caches")
 DD_BLOCK_BYTES = 16 * 2**20
 
@@ -44,7 +44,7 @@ def main() -> int:
     arguments = _parser().parse_args()
     try:
         if not dist.is_torchelastic_launched():
-            raise ConfigError("a save by several ranks needs several; start tools/bench/checkpoint.py with torchrun --standalone --nproc_per_node=4.")
+            raise ConfigError("one process is not several; start tools/benchmark_checkpoint.py with torchrun --standalone --nproc_per_node=4.")
         _run(arguments)
     except Phase8Error as error:
         print(describe_error(error), file=sys.stderr)
