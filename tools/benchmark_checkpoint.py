@@ -29,6 +29,7 @@ from phase8.checkpoint.save import save_checkpoint
 from phase8.checkpoint.state import flat_state, restore_state
 from phase8.config.load import load_config
 from phase8.distributed.mesh import build_mesh
+from phase8.distributed.placement import held_part
 from phase8.errors import ConfigError, Phase8Error, describe_error
 from phase8.observe.formatting import format_bytes
 from phase8.topology import Topology
@@ -60,7 +61,7 @@ def _run(arguments: argparse.Namespace) -> None:
     mesh = build_mesh(Topology(1, size, 1, 1), device_type="cpu", shard_size=size)
     learner = build_learner(config, mesh=mesh, device=torch.device("cpu"), dtype=torch.bfloat16)
     _invent_moments(learner)
-    num_bytes = _sum(sum(_own(tensor).nbytes for tensor in _state(learner).values()))
+    num_bytes = _sum(sum(held_part(tensor).nbytes for tensor in _state(learner).values()))
     _say(f"{format_bytes(num_bytes)} in {len(_state(learner))} tensors, {size} ranks, {os.cpu_count()} cores, torch {torch.__version__}")
     _say(f"{'round':>5} {'what':<18} {'save':>8} {'GB/s':>6} {'load':>8} {'GB/s':>6}")
     directory: Path = arguments.directory
@@ -112,10 +113,6 @@ def _invent_moments(learner: Learner) -> None:
 
 def _state(learner: Learner) -> dict[str, torch.Tensor]:
     return flat_state(learner.stage.module, learner.optimizer, learner.shards.parts)
-
-
-def _own(tensor: torch.Tensor) -> torch.Tensor:
-    return tensor.to_local() if isinstance(tensor, dist.tensor.DTensor) else tensor
 
 
 def _sum(number: int) -> int:

@@ -129,27 +129,19 @@ def _open_llama(options: argparse.Namespace, display: ProgressDisplay) -> tuple[
 def _metadata_of_beginning(config: RunConfig) -> dict[str, Any]:
     """What a run would record that has not seen any data yet, except its batch, which nobody has chosen."""
     import random
-    from dataclasses import asdict
 
     import numpy as np
     import torch
 
-    from phase8.checkpoint.random_state import capture_random_state
-    from phase8.config.load import config_to_mapping
     from phase8.data.sampler import ORDER_VERSION
-    from phase8.train.resume import Position
+    from phase8.train.resume import Position, checkpoint_metadata
 
     # The same in every call, so that the next one takes up the work of an interrupted one.
     random.seed(config.train.seed)
     np.random.seed(config.train.seed % 2**32)
     torch.manual_seed(config.train.seed)
-    return {
-        "config": config_to_mapping(config),
-        "position": asdict(Position()),
-        "data_fingerprint": {"order_version": ORDER_VERSION, "sequence_length": config.model.sequence_length, "sources": []},
-        "random_state": capture_random_state(torch.device("cpu")),
-        "torch_version": str(torch.__version__),
-    }
+    fingerprint = {"order_version": ORDER_VERSION, "sequence_length": config.model.sequence_length, "sources": []}
+    return checkpoint_metadata(config, Position(), global_batch_size=None, fingerprint=fingerprint, device=torch.device("cpu"))
 
 
 def _config_of(source: Checkpoint) -> RunConfig:

@@ -6,9 +6,8 @@ from collections.abc import Iterable, Mapping
 
 import torch
 from torch import Tensor
-from torch.distributed.tensor import DTensor
 
-from phase8.distributed.placement import placed_like
+from phase8.distributed.placement import held_part, placed_like
 
 # Torch rounds page-locked memory up to a power of two, so tensors share slabs of such a size.
 SLAB_BYTES = 2**30
@@ -34,7 +33,7 @@ class HostCopies:
     @torch.no_grad()
     def copy(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """The tensors of this rank, of DTensors its parts, as they are now; good until the next call."""
-        own = {name: tensor.to_local() if isinstance(tensor, DTensor) else tensor.detach() for name, tensor in tensors.items()}
+        own = {name: held_part(tensor).detach() for name, tensor in tensors.items()}
         places = self._places(part.nbytes for part in own.values())
         copies = {}
         for (name, part), place in zip(own.items(), places, strict=True):

@@ -14,12 +14,12 @@ import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch import Tensor
 from torch.distributed.checkpoint.api import CheckpointException
-from torch.distributed.tensor import DTensor
 
 from phase8.checkpoint.layout import MANIFEST_NAME, step_directory_name
 from phase8.checkpoint.manifest import FILE_NAME_PATTERN, MAX_DIMS, MAX_STEP, TENSOR_FILE_SUFFIX, TENSOR_NAME_PATTERN, json_problem
 from phase8.checkpoint.tensor_file import DTYPE_NAMES, RESERVED_KEY
 from phase8.checkpoint.writer import CheckpointWriter, group_of, key_of
+from phase8.distributed.placement import held_part
 from phase8.errors import CheckpointError, Phase8Error, StorageError
 
 DEFAULT_MAX_FILE_BYTES = 4 * 2**30
@@ -113,8 +113,7 @@ def _tensor_problem(name: str, tensor: Tensor) -> str | None:
         return "a name is at most 1000 printable ASCII characters without spaces"
     if not _GROUP.fullmatch(group_of(name)) or key_of(name) in ("", RESERVED_KEY):
         return "a name is a group of files and a name in it, such as model.head.weight"
-    if isinstance(tensor, DTensor):
-        tensor = tensor.to_local()
+    tensor = held_part(tensor)
     if type(tensor) not in (Tensor, torch.nn.Parameter):
         return f"it is of type {type(tensor).__name__}; only plain tensors are stored, everything else belongs into the metadata as JSON"
     if tensor.layout != torch.strided or tensor.is_meta or tensor.dim() > MAX_DIMS:

@@ -15,12 +15,11 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
 
 from phase8.checkpoint.boxes import Region
 from phase8.checkpoint.load import Checkpoint
 from phase8.checkpoint.tensor_file import DTYPE_NAMES
-from phase8.distributed.placement import own_box, placed_like
+from phase8.distributed.placement import held_part, own_box, placed_like
 from phase8.errors import CheckpointCorruptError, CheckpointError, CheckpointMismatchError
 
 MODEL_PREFIX = "model."
@@ -108,8 +107,7 @@ def restore_state(
         checkpoint.verify_box(name, Region(*own_box(target)))
     with torch.no_grad():
         for name, target in in_place.items():
-            own = target.to_local() if isinstance(target, DTensor) else target
-            own.copy_(checkpoint.read_box(name, Region(*own_box(target))))
+            held_part(target).copy_(checkpoint.read_box(name, Region(*own_box(target))))
     if optimizer is not None:
         _install_created(optimizer, optimized, stored, created)
 

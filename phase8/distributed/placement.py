@@ -21,6 +21,11 @@ def placed_like(part: Tensor, whole: Tensor) -> Tensor:
     return DTensor(part, whole._spec, requires_grad=False)
 
 
+def held_part(whole: Tensor) -> Tensor:
+    """What this rank holds of a tensor, sharing its memory; a plain one is held whole."""
+    return whole.to_local() if isinstance(whole, DTensor) else whole
+
+
 def own_box(whole: Tensor) -> tuple[list[int], list[int]]:
     """Offsets and shape of what this rank holds of a tensor."""
     if not isinstance(whole, DTensor):

@@ -9,9 +9,9 @@ from typing import Protocol, runtime_checkable
 
 import torch
 from torch import nn
-from torch.distributed.tensor import DTensor
 
 from phase8.distributed.collectives import ALONE, Axis
+from phase8.distributed.placement import held_part
 from phase8.tensor_parallel.parameters import ParameterSpec, divided, own_part
 
 
@@ -67,7 +67,7 @@ def initialise(model: nn.Module, *, seed: int, axis: Axis = ALONE) -> None:
             digest = hashlib.sha256(f"{seed}:{name}".encode()).digest()
             generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "little") >> 1)
             value = value + torch.randn(parameter.shape, generator=generator, dtype=torch.float32).mul_(spec.std)
-        target = parameter.to_local() if isinstance(parameter, DTensor) else parameter
+        target = held_part(parameter)
         target.copy_(own_part(value, spec, axis))
 
     with ThreadPoolExecutor(max_workers=torch.get_num_threads()) as threads:

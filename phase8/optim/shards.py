@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from phase8.distributed.collectives import Axis, sum_over
+from phase8.distributed.placement import held_part
 from phase8.optim.clip import gradient_norm
 
 
@@ -70,14 +71,14 @@ class Shards:
         """Copies updated parts from host memory to where the model computes, if they are offloaded."""
         if self.offload:
             for name, parameter in self.whole.items():
-                _own(parameter).copy_(self.parts[name])
+                held_part(parameter).copy_(self.parts[name])
 
     @torch.no_grad()
     def read_again(self) -> None:
         """Copies the parameters to where they are offloaded, after they got other values."""
         if self.offload:
             for name, parameter in self.whole.items():
-                self.parts[name].copy_(_own(parameter))
+                self.parts[name].copy_(held_part(parameter))
 
     @property
     def _device(self) -> torch.device:
@@ -86,13 +87,8 @@ class Shards:
 
     def _part(self, parameter: nn.Parameter) -> nn.Parameter:
         if self.offload:
-            return nn.Parameter(_own(parameter).detach().to("cpu", copy=True))
-        return nn.Parameter(_own(parameter).detach()) if isinstance(parameter, DTensor) else parameter
+            return nn.Parameter(held_part(parameter).detach().to("cpu", copy=True))
+        return nn.Parameter(held_part(parameter).detach()) if isinstance(parameter, DTensor) else parameter
 
     def _is_whole_on_tensor_axis(self, parameter: nn.Parameter) -> bool:
         return self.tensor_axis.size > 1 and isinstance(parameter, DTensor) and parameter.placements[-1].is_replicate()
-
-
-def _own(parameter: Tensor) -> Tensor:
-    """This rank's part of a parameter, sharing its memory."""
-    return parameter.to_local() if isinstance(parameter, DTensor) else parameter

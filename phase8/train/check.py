@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import torch
 import torch.distributed as dist
-from torch.distributed.tensor import DTensor
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from phase8.config.batch import run_topology
 from phase8.config.schema import RunConfig
 from phase8.config.validate import validate
 from phase8.distributed.mesh import build_mesh
+from phase8.distributed.placement import held_part
 from phase8.errors import Phase8Error
 from phase8.plan.dry_run import plan_stages
 from phase8.plan.rank_memory import StageMemory
@@ -55,4 +55,4 @@ def _count_built(config: RunConfig, *, world_size: int, rank: int) -> int:
         parameters = [parameter for chunk in chunks for parameter in chunk.parameters()]
     finally:
         dist.destroy_process_group()
-    return sum((each.to_local() if isinstance(each, DTensor) else each).numel() for each in parameters)
+    return sum(held_part(each).numel() for each in parameters)

@@ -27,7 +27,7 @@ from torch.distributed.tensor import DTensor
 
 from phase8.distributed.collectives import Axis
 from phase8.distributed.mesh import Mesh
-from phase8.distributed.placement import own_box
+from phase8.distributed.placement import held_part, own_box
 from phase8.errors import CorruptionError
 from phase8.train.learner import Learner
 from phase8.train.stage import EMBEDDING
@@ -207,7 +207,7 @@ def _held(learner: Learner, names: set[str]) -> Iterator[tuple[Item, Tensor]]:
     for name, parameter in shards.whole.items():
         if name not in names:
             continue
-        yield Item(name, WEIGHT), parameter.to_local() if isinstance(parameter, DTensor) else parameter
+        yield Item(name, WEIGHT), held_part(parameter)
         if shards.offload:
             yield Item(name, HOST_COPY), shards.parts[name]
         for key, value in learner.optimizer.state.get(shards.parts[name], {}).items():

@@ -48,9 +48,9 @@ class Position:
 
 
 def checkpoint_metadata(
-    config: RunConfig, position: Position, *, global_batch_size: int, fingerprint: dict[str, Any], device: torch.device
+    config: RunConfig, position: Position, *, global_batch_size: int | None, fingerprint: dict[str, Any], device: torch.device
 ) -> dict[str, Any]:
-    """What a checkpoint holds beside tensors: plain JSON."""
+    """What a checkpoint holds beside tensors: plain JSON. A batch of None: nobody has chosen one yet."""
     return {
         "config": config_to_mapping(config),
         "position": asdict(position),
@@ -161,7 +161,7 @@ def _check_model(path: Path, saved: dict[str, Any], current: dict[str, Any]) -> 
 
 
 def _check_batch(path: Path, saved: int | None, config: RunConfig, data_parallel_size: int) -> None:
-    """Refuses a batch that nobody has chosen; checkpoints of earlier releases do not say theirs."""
+    """Refuses a batch that nobody has chosen; imported checkpoints have none, those of earlier releases do not say theirs."""
     current = batch_shape(config.train, config.parallel, data_parallel_size=data_parallel_size).global_batch_size
     if config.train.global_batch_size is None and saved not in (None, current):
         raise CheckpointMismatchError(

@@ -11,12 +11,12 @@ from collections.abc import Callable, Sequence
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
 
 from phase8.config.pipeline import Pipeline
 from phase8.config.schema import ZeroSection
 from phase8.distributed.channels import MessageForm, Route, open_channels
 from phase8.distributed.mesh import Mesh, first_and_last_stage
+from phase8.distributed.placement import held_part
 from phase8.model.model import LanguageModel
 from phase8.pipeline_parallel.engine import Engine, Place
 from phase8.pipeline_parallel.lowering import channels_of, lower
@@ -139,8 +139,7 @@ class Stage:
             return
         gradient = dict(self.module.named_parameters())[EMBEDDING].grad
         assert gradient is not None  # both uses of the embedding have a gradient for all of it
-        own = gradient.to_local() if isinstance(gradient, DTensor) else gradient
-        dist.all_reduce(own, group=self._holders_of_embedding)
+        dist.all_reduce(held_part(gradient), group=self._holders_of_embedding)
 
 
 def joined(chunks: Sequence[LanguageModel]) -> nn.Module:
