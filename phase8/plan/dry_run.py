@@ -10,7 +10,6 @@ from phase8.config.pipeline import pipeline_of
 from phase8.config.schema import RunConfig
 from phase8.config.validate import find_problems
 from phase8.errors import ConfigError
-from phase8.kernels.reference.cross_entropy import CHUNK_TOKENS
 from phase8.model.model import LanguageModel, build_model
 from phase8.observe.banner import print_banner
 from phase8.plan.chunks import chunk_parameters
@@ -19,6 +18,7 @@ from phase8.plan.facts import Fact, batch_fact, communication_fact, memory_facts
 from phase8.plan.rank_memory import StageMemory, Workload, plan_each_stage
 from phase8.plan.stages import chunk_layers
 from phase8.precision.policy import COMPUTE_DTYPES
+from phase8.tensor_parallel.cross_entropy import chunk_tokens
 from phase8.zero.fsdp import shard_size
 
 
@@ -145,7 +145,7 @@ def plan_run_communication(config: RunConfig, *, world_size: int, rank: int) -> 
         num_microbatches=shape.num_microbatches,
         micro_batch_size=shape.micro_batch_size,
         compute_bytes=COMPUTE_DTYPES[config.precision.dtype].itemsize,
-        loss_chunk_tokens=CHUNK_TOKENS,
+        loss_chunk_tokens=chunk_tokens(topology.tensor_parallel_size),
         recompute=train.recompute,
         recompute_every_n_layers=train.recompute_every_n_layers,
         zero_stage=config.zero.stage,

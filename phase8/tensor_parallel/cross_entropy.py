@@ -1,9 +1,9 @@
 """Head and cross-entropy with the vocabulary divided over the ranks: no rank sees the logits of another's ids.
 
-Of each row chunk three numbers a token cross the axis: the largest logit, the sum of exponentials and the logit of the target. The
-gradients are formed while the logits are there, as `kernels.cross_entropy` does in one process.
+Of each chunk of rows three numbers a token cross the axis: the largest term, the sum of terms and the logit of the target. The gradients are
+formed while the logits are there, as in one process.
 
-Shapes: N tokens, D model width, V vocabulary of this rank.
+Shapes: N tokens, R rows (tokens of a chunk), D model width, V vocabulary of this rank.
 """
 
 from __future__ import annotations
@@ -17,7 +17,8 @@ from torch.autograd.function import once_differentiable
 from phase8.distributed.collectives import Axis, maximum_over, sum_over
 from phase8.kernels.cross_entropy import linear_cross_entropy
 from phase8.kernels.reference.cross_entropy import CHUNK_TOKENS, IGNORED_TARGET
-from phase8.kernels.reference.dtypes import at_least_fp32
+from phase8.kernels.reference.vocabulary_shard import ELSEWHERE
+from phase8.kernels.vocabulary_shard import shard_cross_entropy_gradients
 
 
 def parallel_cross_entropy(hidden: Tensor, weight: Tensor, targets: Tensor, *, first_id: int, axis: Axis) -> Tensor:
@@ -38,21 +39,22 @@ def parallel_cross_entropy(hidden: Tensor, weight: Tensor, targets: Tensor, *, f
     return _ParallelCrossEntropy.apply(hidden, weight, targets, first_id, axis)
 
 
+def chunk_tokens(num_ranks: int) -> int:
+    """Rows whose logits a rank has at a time: as many numbers as the reference of one process has."""
+    return CHUNK_TOKENS * num_ranks
+
+
 class _ParallelCrossEntropy(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, hidden: Tensor, weight: Tensor, targets: Tensor, first_id: int, axis: Axis) -> Tensor:
-        needs_gradient = any(ctx.needs_input_grad[:2])
-        head = weight.to(hidden.dtype)
-        dhidden, dweight = (torch.zeros_like(x) if needs_gradient else None for x in (hidden, weight))
-        loss = at_least_fp32(hidden.new_zeros(()))
-        for begin in range(0, len(hidden), CHUNK_TOKENS):
-            rows = slice(begin, begin + CHUNK_TOKENS)
-            chunk_loss, dlogits = _chunk(at_least_fp32(hidden[rows] @ head.T), targets[rows], first_id, axis)
-            loss += chunk_loss
-            if dhidden is not None and dweight is not None:
-                dlogits = dlogits.to(hidden.dtype)
-                torch.mm(dlogits, head, out=dhidden[rows])
-                dweight += dlogits.T @ hidden[rows]
+        loss, dhidden, dweight = shard_cross_entropy_gradients(
+            hidden,
+            weight,
+            _own_columns(targets, first_id, weight.shape[0]),
+            lambda statistics: _of_all_ranks(statistics, axis),
+            chunk_tokens=chunk_tokens(axis.size),
+            needs_gradients=any(ctx.needs_input_grad[:2]),
+        )
         ctx.save_for_backward(dhidden, dweight)
         return loss
 
@@ -64,17 +66,15 @@ class _ParallelCrossEntropy(torch.autograd.Function):
         return (dhidden * grad.reshape(1)).to(dhidden.dtype), (dweight * grad.reshape(1)).to(dweight.dtype), None, None, None
 
 
-def _chunk(logits: Tensor, targets: Tensor, first_id: int, axis: Axis) -> tuple[Tensor, Tensor]:
-    """Loss of a chunk of rows, and its gradient of this rank's logits."""
-    valid = targets != IGNORED_TARGET
+def _own_columns(targets: Tensor, first_id: int, num_ids: int) -> Tensor:
+    """The targets as rows of this rank's part of the head."""
     own = targets - first_id
-    is_here = valid & (own >= 0) & (own < logits.shape[1])
-    largest = maximum_over(logits.amax(1), axis)
-    exponentials = (logits - largest[:, None]).exp_()
-    place = own.where(is_here, 0)[:, None]
-    here = logits.gather(1, place).squeeze(1).where(is_here, 0)
-    total, target_logit = sum_over(torch.stack((exponentials.sum(1), here)), axis)
-    losses = (total.log() + largest - target_logit).where(valid, 0)
-    gradient = exponentials.div_(total[:, None])
-    gradient.scatter_add_(1, place, -is_here[:, None].to(gradient.dtype))
-    return losses.sum(), gradient.mul_(valid[:, None])
+    own = own.where((own >= 0) & (own < num_ids), ELSEWHERE)
+    return own.where(targets != IGNORED_TARGET, IGNORED_TARGET)
+
+
+def _of_all_ranks(statistics: Tensor, axis: Axis) -> Tensor:
+    """The statistics of rows over the whole vocabulary [3, R] from those of this rank's part."""
+    highest = maximum_over(statistics[0], axis)
+    total = statistics[1] * (statistics[0] - highest).exp2()
+    return torch.stack((highest, *sum_over(torch.stack((total, statistics[2])), axis)))

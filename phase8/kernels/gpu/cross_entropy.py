@@ -47,7 +47,7 @@ def linear_cross_entropy_gradients(
         if dhidden is not None:
             torch.mm(logits, head, out=dhidden[rows])
         if dweight is not None:
-            _add_product(dweight, logits[:, :vocabulary].T, hidden[rows], is_first=begin == 0)
+            add_product(dweight, logits[:, :vocabulary].T, hidden[rows], is_first=begin == 0)
     return losses.sum(), dhidden, dweight
 
 
@@ -100,17 +100,25 @@ def losses_of_rows(
         block: Columns a program reads at once, a power of two; None: by size.
     """
     num_rows, leading = logits.shape
+    loss_kernel[(num_rows,)](
+        logits, targets, losses, leading, vocabulary,
+        WRITES_GRADIENT=writes_gradient, **row_constants(logits, vocabulary, block),
+    )  # fmt: skip
+
+
+def row_constants(logits: Tensor, vocabulary: int, block: int | None = None) -> dict[str, object]:
+    """Compile-time constants and launch options of kernels that read a row of logits; arguments as above."""
+    leading = logits.shape[1]
     if block is None:
         # Two vectors for each of 1024 threads hide the latency of memory; rows of one program at a time also stay in the L2 cache (132
         # rows of 256 kB) until the second pass. Shorter rows: 512 threads, so that two programs share a multiprocessor.
         block = min(triton.next_power_of_2(leading), 16384 if leading > 65536 else 8192)
     vector = VECTOR_BYTES // logits.element_size()
-    loss_kernel[(num_rows,)](
-        logits, targets, losses, leading, vocabulary,
-        IGNORED=IGNORED_TARGET, LOWEST=LOWEST, LOG2E=1 / math.log(2),
-        WRITES_GRADIENT=writes_gradient, PADDED=leading != vocabulary, FAST=has_fast_math(), BLOCK=block, VECTOR=vector,
-        num_warps=max(1, min(32, block // (32 * 2 * vector))),
-    )  # fmt: skip
+    return {
+        "IGNORED": IGNORED_TARGET, "LOWEST": LOWEST, "LOG2E": 1 / math.log(2),
+        "PADDED": leading != vocabulary, "FAST": has_fast_math(), "BLOCK": block, "VECTOR": vector,
+        "num_warps": max(1, min(32, block // (32 * 2 * vector))),
+    }  # fmt: skip
 
 
 @triton.jit
@@ -129,12 +137,23 @@ def loss_kernel(
     if target == IGNORED:
         tl.store(losses + row, 0.0)
         if WRITES_GRADIENT:
-            for begin in range(0, leading, BLOCK):
-                tl.store(logits + begin + columns, tl.zeros([BLOCK // VECTOR, VECTOR], tl.float32), mask=begin + columns < leading)
+            write_zeros_over_row(logits, columns, leading, BLOCK, VECTOR)
         return
     is_known = (target >= 0) & (target < vocabulary)
     target_logit = tl.load(logits + target, mask=is_known, other=float("nan")).to(tl.float32)
 
+    highest, partition = partition_of_row(logits, columns, leading, vocabulary, LOWEST, LOG2E, PADDED, FAST, BLOCK, VECTOR)
+    tl.store(losses + row, (tl.fma(target_logit, -LOG2E, highest) + log2(partition, FAST)) / LOG2E)
+    if WRITES_GRADIENT:
+        write_gradient_of_row(logits, columns, leading, vocabulary, target, target_logit, is_known, highest, partition, LOG2E, PADDED, FAST, BLOCK)
+
+
+@triton.jit
+def partition_of_row(
+    logits, columns, leading, vocabulary,
+    LOWEST: tl.constexpr, LOG2E: tl.constexpr, PADDED: tl.constexpr, FAST: tl.constexpr, BLOCK: tl.constexpr, VECTOR: tl.constexpr,
+):  # fmt: skip
+    """The logarithm, base 2, of the largest term of a row, rounded, and the sum of all terms relative to it."""
     # In base 2, relative to m = the rounded logarithm of the largest term; the products with LOG2E stay exact up to their subtraction from
     # m, so nothing is lost where logits are large. Maximum and sum of a vector stay with its thread: one rescaling a vector, no exchange.
     m = tl.full([BLOCK // VECTOR], LOWEST, tl.float32)
@@ -148,24 +167,36 @@ def loss_kernel(
         total = total * exp2(m - new_m, FAST) + tl.sum(exp2(tl.fma(x, LOG2E, -new_m[:, None]), FAST), axis=1)
         m = new_m
     highest = tl.max(m, axis=0)
-    partition = tl.sum(total * exp2(m - highest, FAST), axis=0)
-    tl.store(losses + row, (tl.fma(target_logit, -LOG2E, highest) + log2(partition, FAST)) / LOG2E)
-
-    if WRITES_GRADIENT:
-        normaliser = 1.0 / partition
-        for begin in range(0, leading, BLOCK):
-            mask = begin + columns < leading
-            x = tl.load(logits + begin + columns, mask=mask, other=0.0, eviction_policy="evict_first").to(tl.float32)
-            probabilities = exp2(tl.fma(x, LOG2E, -highest), FAST) * normaliser
-            if PADDED:
-                probabilities = tl.where(begin + columns < vocabulary, probabilities, 0.0)
-            tl.store(logits + begin + columns, probabilities, mask=mask)
-        # The target's own column last, once for the row instead of a comparison for every element; the barrier orders the two stores.
-        tl.debug_barrier()
-        tl.store(logits + target, exp2(tl.fma(target_logit, LOG2E, -highest), FAST) * normaliser - 1.0, mask=is_known)
+    return highest, tl.sum(total * exp2(m - highest, FAST), axis=0)
 
 
-def _add_product(total: Tensor, left: Tensor, right: Tensor, *, is_first: bool) -> None:
+@triton.jit
+def write_gradient_of_row(
+    logits, columns, leading, vocabulary, target, target_logit, has_target, highest, partition,
+    LOG2E: tl.constexpr, PADDED: tl.constexpr, FAST: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """Replaces the logits of a row by the gradient of its loss."""
+    normaliser = 1.0 / partition
+    for begin in range(0, leading, BLOCK):
+        mask = begin + columns < leading
+        x = tl.load(logits + begin + columns, mask=mask, other=0.0, eviction_policy="evict_first").to(tl.float32)
+        probabilities = exp2(tl.fma(x, LOG2E, -highest), FAST) * normaliser
+        if PADDED:
+            probabilities = tl.where(begin + columns < vocabulary, probabilities, 0.0)
+        tl.store(logits + begin + columns, probabilities, mask=mask)
+    # The target's own column last, once for the row instead of a comparison for every element; the barrier orders the two stores.
+    tl.debug_barrier()
+    tl.store(logits + target, exp2(tl.fma(target_logit, LOG2E, -highest), FAST) * normaliser - 1.0, mask=has_target)
+
+
+@triton.jit
+def write_zeros_over_row(logits, columns, leading, BLOCK: tl.constexpr, VECTOR: tl.constexpr):
+    """The gradient of a row that does not count."""
+    for begin in range(0, leading, BLOCK):
+        tl.store(logits + begin + columns, tl.zeros([BLOCK // VECTOR, VECTOR], tl.float32), mask=begin + columns < leading)
+
+
+def add_product(total: Tensor, left: Tensor, right: Tensor, *, is_first: bool) -> None:
     """Adds left @ right to `total`, accumulated in its dtype; the first product overwrites it."""
     beta = 0 if is_first else 1
     if total.dtype == left.dtype:
