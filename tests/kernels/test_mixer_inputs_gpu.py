@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from offline import OfflineKernel, compile_offline
+from offline import OfflineKernel, compile_offline, count
 
 from phase8.kernels.reference.mixer_inputs import MixerInputs, mixer_inputs, mixer_inputs_backward
 from phase8.kernels.reference.rotary import rotary_angles
@@ -10,7 +10,7 @@ from phase8.kernels.reference.rotary import rotary_angles
 # batch, length, heads, head size, taps (0: no convolution), radius given, documents
 SMALL = [
     (2, 21, 2, 8, 4, True, False), (2, 17, 3, 12, 4, False, True), (1, 1, 1, 4, 3, True, False), (1, 5, 2, 16, 1, True, True),
-    (2, 9, 1, 6, 0, False, False), (1, 2, 2, 8, 4, True, True),
+    (2, 9, 1, 6, 0, False, False), (1, 2, 2, 8, 4, True, True), (2, 12, 4, 4, 4, True, True), (1, 16, 2, 4, 3, False, False),
 ]  # fmt: skip
 LARGE = [(2, 2048, 8, 128, 4, True, True), (1, 1537, 16, 64, 4, False, False), (3, 257, 6, 96, 3, True, False), (2, 63, 4, 256, 4, False, True)]
 EPS = 1e-5
@@ -54,6 +54,7 @@ def check(case, device, dtype):
     for index, (ours, theirs) in enumerate(zip(found, expected, strict=True)):
         error = (ours.double().cpu() - theirs).norm() / (theirs.norm() + 1e-6)
         assert error <= TOLERANCE[dtype], f"result {index}: {error:.1e}"
+        assert ours.is_contiguous(), f"result {index}"  # as compiled code, which has seen the reference only, takes for granted
 
 
 @pytest.mark.parametrize("case", SMALL)
@@ -71,24 +72,33 @@ def test_real_shapes_equal_the_reference(case, dtype, kernel_device):
 @pytest.fixture(scope="module")
 def compiled():
     pytest.importorskip("triton")
-    shape = {"NUM_HEADS": 16, "HEAD_SIZE": 128, "BLOCK_HALF": 64, "TAPS": 4, "CONVOLUTION": True, "RADIUS": True, "DOCUMENTS": False, "BLOCK_T": 32}
+    shape = {"NUM_HEADS": 16, "HEAD_SIZE": 128, "BLOCK_HALF": 64, "TAPS": 4, "CONVOLUTION": True, "RADIUS": True, "DOCUMENTS": False}
     common = {"qkv": "*bf16", "weight": "*fp32", "cosines": "*fp32", "sines": "*fp32", "radius": "*fp32", "starts": None, "length": 4096, "eps": 1e-5}
-    results = dict.fromkeys(("local_q", "local_k", "global_q", "global_k", "v"), "*bf16")
-    gradients = dict.fromkeys(("dlocal_q", "dlocal_k", "dglobal_q", "dglobal_k", "dq", "dk"), "*bf16") | {"dradius_parts": "*fp32"}
-    convolution = {"qkv": "*bf16", "weight": "*fp32", "starts": None, "dq": "*bf16", "dk": "*bf16", "dv": "*bf16", "dqkv": "*bf16"}
-    convolution |= {"dweight_parts": "*fp32", "length": 4096, "WIDTH": 2048, "TAPS": 4, "CONVOLUTION": True, "DOCUMENTS": False}
-    convolution |= {"PIECE": 512, "BLOCK_T": 16, "BLOCK_C": 128}
+    results = dict.fromkeys(("local_q", "local_k", "global_q", "global_k", "v"), "*bf16") | {"BLOCK_T": 32}
+    gradients = dict.fromkeys(("dlocal_q", "dlocal_k", "dglobal_q", "dglobal_k", "dv", "dqkv"), "*bf16")
+    gradients |= {"dtaps_parts": "*fp32", "dradius_parts": "*fp32", "HEADS": 1, "PIECE": 128, "TOKENS": 4, "STAGES": 3}
+    backward = "phase8.kernels.gpu.mixer_inputs_backward:_backward_kernel"
     return compile_offline(
         {
             "forward": OfflineKernel("phase8.kernels.gpu.mixer_inputs:_prepare_kernel", common | results | shape, num_warps=8),
-            "normalisation": OfflineKernel("phase8.kernels.gpu.mixer_inputs_backward:_normalisation_kernel", common | gradients | shape, num_warps=8),
-            "convolution": OfflineKernel("phase8.kernels.gpu.mixer_inputs_backward:_convolution_kernel", convolution, num_warps=8),
+            "backward": OfflineKernel(backward, common | gradients | shape, num_warps=1),
+            "backward, dot": OfflineKernel(backward, common | gradients | shape | {"radius": None, "RADIUS": False}, num_warps=1),
+            "backward, documents": OfflineKernel(backward, common | gradients | shape | {"starts": "*i1", "DOCUMENTS": True}, num_warps=1),
         }
     )
 
 
-def test_machine_code_has_no_spills_and_loads_whole_vectors(compiled):
-    for code in compiled.values():
-        code.check(max_registers=160)  # twelve warps on a multiprocessor at least
-        # Few single loads: weights and tensors come in vectors.
-        assert code.count("LDG.E.128") > code.count("LDG.E") - code.count("LDG.E.128")
+def test_machine_code_of_forward_has_no_spills_and_loads_whole_vectors(compiled):
+    code = compiled["forward"]
+    code.check(max_registers=160)  # twelve warps on a multiprocessor at least
+    # Few single loads: weights and tensors come in vectors.
+    assert code.count("LDG.E.128") > code.count("LDG.E") - code.count("LDG.E.128")
+
+
+@pytest.mark.parametrize("name", ["backward", "backward, dot", "backward, documents"])
+def test_machine_code_of_backward_has_no_spills_and_reads_and_writes_everything_once(compiled, name):
+    # Sixteen warps on a multiprocessor; of bf16 no single channel, so that a warp reads and writes whole lines.
+    compiled[name].check(max_registers=128, lacks=("LDG.E.U16", "STG.E.U16"))
+    for loop, tensors in zip(compiled[name].loops, (4, 2), strict=True):  # q or k with two gradients and the angles, v with one
+        assert count(loop, "LDGSTS.E") == 4 * 2 * tensors  # of four tokens, both halves
+        assert count(loop, "STG.E") == 4 * 2

@@ -1,19 +1,28 @@
-"""What the two paths of the mixer read, in Triton, backward: first through normalisation and rotation, then through the convolution.
+"""What the two paths of the mixer read, in Triton, backward: one kernel, which reads and writes everything once.
 
-The first kernel computes the convolved queries and keys again. The second walks over a piece of the sequence for a block of channels and
-adds up its share of the gradient of the taps, so there are no atomics.
+A program walks over a piece of the sequence, token by token, for some heads of the queries, of the keys or of the values. What a token
+shares with its neighbours stays in registers: the convolution looks back at the last projections, and the gradient of a projection is
+added up while the walk passes the tokens that took from it. The gradients of the taps are sums of the walk, so nothing is reduced over
+tokens and there are no atomics. Behind the end of its piece a program computes taps - 1 tokens more, for what they took from the piece.
 
-Shapes: B batch, T tokens, H heads, K head size; 3: queries, keys, values.
+A head is held as two halves, the channels i and i + K/2 that a rotation mixes, and up to a size of 128 by one warp.
+
+Shapes: B batch, T tokens, H heads, K head size; 3: queries, keys, values; of a program: N heads, channels [N, K/2] of either half.
 """
+
+import math
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from phase8.kernels.gpu.mixer_inputs import NUM_WARPS, by_tap, constants, convolved_half, tile_tokens
+from phase8.kernels.gpu.mixer_inputs import by_tap, constants
 
-PIECE_TOKENS = 512
+NUM_WARPS = 1
+TOKENS_AT_A_TIME = 4  # as many as taps at least: only then Triton overlaps the loads of the next ones with the work
+PIECE_TOKENS = 128
+STAGES = 3
 
 
 def prepare_backward(
@@ -21,127 +30,229 @@ def prepare_backward(
 ) -> list[Tensor]:
     """Gradients of qkv, and of weight and radius where there are such."""
     qkv = qkv.contiguous()
-    dlocal_q, dlocal_k, dglobal_q, dglobal_k, dv = (gradient.contiguous() for gradient in gradients)
-    batch, length, _, num_heads, head_size = qkv.shape
-    dqkv = torch.empty_like(qkv)
-    dq, dk = (torch.empty_like(dv) for _ in range(2))
-    tokens = tile_tokens()
-    num_tiles = triton.cdiv(length, tokens)
-    dradius_parts = torch.empty(batch, num_tiles, num_heads, dtype=torch.float32, device=qkv.device)
-    taps_first = by_tap(weight)
+    batch, length, _, num_heads, _ = qkv.shape
     shared = constants(qkv, weight, radius, starts)
-    _normalisation_kernel[(num_tiles, num_heads, batch)](
-        qkv, taps_first, angles.cos(), angles.sin(), radius, starts, dlocal_q, dlocal_k, dglobal_q, dglobal_k, dq, dk, dradius_parts,
-        length, eps, **shared, BLOCK_T=tokens, num_warps=NUM_WARPS,
-    )  # fmt: skip
-    width, taps = num_heads * head_size, shared["TAPS"]
-    channels = min(triton.next_power_of_2(width), 16 if triton.knobs.runtime.interpret else 128)
-    num_blocks, num_pieces = triton.cdiv(width, channels), triton.cdiv(length, PIECE_TOKENS)
-    dweight_parts = torch.empty(batch, num_pieces, 3 * width, taps, dtype=torch.float32, device=qkv.device)
-    _convolution_kernel[(3 * num_blocks, num_pieces, batch)](
-        qkv, taps_first, starts, dq, dk, dv, dqkv, dweight_parts, length,
-        WIDTH=width, TAPS=taps, CONVOLUTION=weight is not None, DOCUMENTS=starts is not None,
-        PIECE=PIECE_TOKENS, BLOCK_T=min(tokens, 16), BLOCK_C=channels, num_warps=NUM_WARPS,
+    heads, num_warps = _heads_of_a_program(num_heads, shared["BLOCK_HALF"])
+    piece = 8 if triton.knobs.runtime.interpret else PIECE_TOKENS
+    num_pieces = triton.cdiv(length, piece)
+    dqkv = torch.empty_like(qkv)
+    dtaps_parts = torch.empty(batch, num_pieces, shared["TAPS"], qkv[0, 0].numel(), dtype=torch.float32, device=qkv.device)
+    dradius_parts = torch.empty(batch, num_pieces, 2, num_heads, dtype=torch.float32, device=qkv.device)
+    _backward_kernel[(3 * (num_heads // heads), num_pieces, batch)](
+        qkv, by_tap(weight), angles.cos(), angles.sin(), radius, starts, *(gradient.contiguous() for gradient in gradients),
+        dqkv, dtaps_parts, dradius_parts, length, eps,
+        **shared, HEADS=heads, PIECE=piece, TOKENS=math.gcd(length, TOKENS_AT_A_TIME), STAGES=STAGES, num_warps=num_warps,
     )  # fmt: skip
     found = [dqkv]
     if weight is not None:
-        found.append(dweight_parts.sum((0, 1)).to(weight.dtype))
+        found.append(dtaps_parts.sum((0, 1)).t().contiguous().to(weight.dtype))
     if radius is not None:
-        found.append(dradius_parts.sum((0, 1)).to(radius.dtype))
+        found.append(dradius_parts.sum((0, 1, 2)).to(radius.dtype))
     return found
 
 
+def _heads_of_a_program(num_heads: int, block_half: int) -> tuple[int, int]:
+    """Heads, a divisor of all of them, and warps, such that a thread holds two channels of each half, whatever the head size."""
+    heads = math.gcd(num_heads, max(1, NUM_WARPS * 64 // block_half))
+    return heads, max(1, heads * block_half // 64)
+
+
 @triton.jit
-def _normalisation_kernel(
-    qkv, weight, cosines, sines, radius, starts, dlocal_q, dlocal_k, dglobal_q, dglobal_k, dq, dk, dradius_parts, length, eps,
+def _backward_kernel(
+    qkv, weight, cosines, sines, radius, starts, dlocal_q, dlocal_k, dglobal_q, dglobal_k, dv, dqkv, dtaps_parts, dradius_parts, length, eps,
     NUM_HEADS: tl.constexpr, HEAD_SIZE: tl.constexpr, BLOCK_HALF: tl.constexpr, TAPS: tl.constexpr,
-    CONVOLUTION: tl.constexpr, RADIUS: tl.constexpr, DOCUMENTS: tl.constexpr, BLOCK_T: tl.constexpr,
+    CONVOLUTION: tl.constexpr, RADIUS: tl.constexpr, DOCUMENTS: tl.constexpr, HEADS: tl.constexpr,
+    PIECE: tl.constexpr, TOKENS: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
-    head, batch = tl.program_id(1), tl.cast(tl.program_id(2), tl.int64)
-    token = tl.program_id(0) * BLOCK_T + tl.arange(0, BLOCK_T)
-    half = tl.arange(0, BLOCK_HALF)
+    part = tl.program_id(0) // (NUM_HEADS // HEADS)
+    if part < 2:
+        dlocal, dglobal = dlocal_q, dglobal_q
+        if part == 1:
+            dlocal, dglobal = dlocal_k, dglobal_k
+        _walk(
+            qkv, weight, cosines, sines, radius, starts, dlocal, dglobal, dqkv, dtaps_parts, dradius_parts, part, length, eps,
+            NUM_HEADS, HEAD_SIZE, BLOCK_HALF, TAPS, CONVOLUTION, True, RADIUS, DOCUMENTS, HEADS, PIECE, TOKENS, STAGES,
+        )  # fmt: skip
+    else:
+        _walk(
+            qkv, weight, cosines, sines, radius, starts, dv, dv, dqkv, dtaps_parts, dradius_parts, part, length, eps,
+            NUM_HEADS, HEAD_SIZE, BLOCK_HALF, TAPS, CONVOLUTION, False, False, DOCUMENTS, HEADS, PIECE, TOKENS, STAGES,
+        )  # fmt: skip
+
+
+@triton.jit
+def _walk(
+    qkv, weight, cosines, sines, radius, starts, dlocal, dglobal, dqkv, dtaps_parts, dradius_parts, part, length, eps,
+    NUM_HEADS: tl.constexpr, HEAD_SIZE: tl.constexpr, BLOCK_HALF: tl.constexpr, TAPS: tl.constexpr, CONVOLUTION: tl.constexpr,
+    NORMALISED: tl.constexpr, RADIUS: tl.constexpr, DOCUMENTS: tl.constexpr, HEADS: tl.constexpr,
+    PIECE: tl.constexpr, TOKENS: tl.constexpr, STAGES: tl.constexpr,
+):  # fmt: skip
+    """A piece of the sequence of some heads, which are normalised and turned or are values."""
     HALF: tl.constexpr = HEAD_SIZE // 2
     WIDTH: tl.constexpr = NUM_HEADS * HEAD_SIZE
+    batch, begin = tl.cast(tl.program_id(2), tl.int64), tl.program_id(1) * PIECE
+    end = tl.minimum(begin + PIECE, length)
+    head = (tl.program_id(0) % (NUM_HEADS // HEADS) * HEADS + tl.arange(0, HEADS))[:, None]
+    half = tl.broadcast_to(tl.arange(0, BLOCK_HALF)[None, :], [HEADS, BLOCK_HALF])
     inside = half < HALF
-    mask = (token < length)[:, None] & inside[None, :]
-    x = qkv + batch * length * (3 * WIDTH)
-    starts = starts + batch * length if DOCUMENTS else qkv
-    cosine = tl.load(cosines + token[:, None] * HALF + half[None, :], mask=mask, other=0.0)
-    sine = tl.load(sines + token[:, None] * HALF + half[None, :], mask=mask, other=0.0)
-    rows = (batch * length + token)[:, None] * WIDTH + (head * HEAD_SIZE + half)[None, :]
-    dradius = tl.zeros([BLOCK_T], tl.float32)
-    for part in tl.static_range(2):
-        channel = part * WIDTH + head * HEAD_SIZE + half
-        low = convolved_half(x, weight, starts, token, channel, inside, length, 3 * WIDTH, TAPS, CONVOLUTION, DOCUMENTS)
-        high = convolved_half(x, weight, starts, token, channel + HALF, inside, length, 3 * WIDTH, TAPS, CONVOLUTION, DOCUMENTS)
-        reciprocal = 1.0 / tl.sqrt((tl.sum(low * low, 1) + tl.sum(high * high, 1)) / HEAD_SIZE + eps)[:, None]
-        low, high = low * reciprocal, high * reciprocal
-        dlocal, dglobal, dx = (dlocal_q, dglobal_q, dq) if part == 0 else (dlocal_k, dglobal_k, dk)
-        dlow = tl.load(dlocal + rows, mask=mask, other=0.0).to(tl.float32)
-        dhigh = tl.load(dlocal + rows + HALF, mask=mask, other=0.0).to(tl.float32)
-        dnormal_low = tl.load(dglobal + rows, mask=mask, other=0.0).to(tl.float32)
-        dnormal_high = tl.load(dglobal + rows + HALF, mask=mask, other=0.0).to(tl.float32)
-        # The adjoint of a rotation turns back.
-        dlow, dhigh = dlow * cosine + dhigh * sine, dhigh * cosine - dlow * sine
-        if RADIUS:
-            root = 1.0 / tl.sqrt(HEAD_SIZE * 1.0)
-            dradius += tl.sum(low * dlow + high * dhigh, 1) * root
-            scale = tl.load(radius + head).to(tl.float32) * root
-            dnormal_low, dnormal_high = dnormal_low + dlow * scale, dnormal_high + dhigh * scale
-        mean = (tl.sum(low * dnormal_low + high * dnormal_high, 1) / HEAD_SIZE)[:, None]
-        dnormal_low, dnormal_high = (dnormal_low - low * mean) * reciprocal, (dnormal_high - high * mean) * reciprocal
-        if not RADIUS:
-            dnormal_low, dnormal_high = dnormal_low + dlow, dnormal_high + dhigh
-        tl.store(dx + rows, dnormal_low.to(dx.dtype.element_ty), mask=mask)
-        tl.store(dx + rows + HALF, dnormal_high.to(dx.dtype.element_ty), mask=mask)
-    tl.store(dradius_parts + (batch * tl.num_programs(0) + tl.program_id(0)) * NUM_HEADS + head, tl.sum(dradius, 0))
+    column = head * HEAD_SIZE + half
+    channel = part * WIDTH + column
+    first_row = batch * length
+    x, dx = qkv + first_row * (3 * WIDTH) + channel, dqkv + first_row * (3 * WIDTH) + channel
+    dlocal, dglobal = dlocal + first_row * WIDTH + column, dglobal + first_row * WIDTH + column
+    starts = starts + first_row if DOCUMENTS else x
+    root: tl.constexpr = HEAD_SIZE**-0.5
+    scale = tl.load(radius + head).to(tl.float32) * root if RADIUS else root
+    taps_low = _taps(weight + channel, inside, 3 * WIDTH, TAPS) if CONVOLUTION else (1.0,)
+    taps_high = _taps(weight + channel + HALF, inside, 3 * WIDTH, TAPS) if CONVOLUTION else (1.0,)
+    zero = tl.zeros([HEADS, BLOCK_HALF], tl.float32)
+    nothing = (zero,) * TAPS
+    # What the first tokens look back at. Age: how many tokens ago their document began, or more.
+    seen_low, seen_high, age = nothing, nothing, 0
+    for distance in tl.static_range(TAPS - 1, 0, -1):
+        token = tl.cast(begin - distance, tl.int64)
+        if DOCUMENTS:
+            age = tl.where(tl.load(starts + token, mask=token >= 0, other=1) == 0, age + 1, 0)
+        low, high = _halves(x + token * (3 * WIDTH), inside & (token >= 0), HALF)
+        seen_low, seen_high = _shifted(low, seen_low, age, TAPS, False), _shifted(high, seen_high, age, TAPS, False)
+    state = (seen_low, seen_high, nothing, nothing, nothing, nothing, zero, age)
+    for first in tl.range(begin, end, TOKENS, num_stages=STAGES):
+        state = _advance(
+            state, taps_low, taps_high, x, dlocal, dglobal, cosines + half, sines + half, starts, dx, inside, scale, first, begin, length, eps,
+            WIDTH, HEAD_SIZE, TAPS, NORMALISED, RADIUS, DOCUMENTS, TOKENS, False,
+        )  # fmt: skip
+    if TAPS > 1:
+        state = _advance(
+            state, taps_low, taps_high, x, dlocal, dglobal, cosines + half, sines + half, starts, dx, inside, scale, end, begin, length, eps,
+            WIDTH, HEAD_SIZE, TAPS, NORMALISED, RADIUS, DOCUMENTS, TAPS - 1, True,
+        )  # fmt: skip
+    piece = batch * tl.num_programs(1) + tl.program_id(1)
+    if CONVOLUTION:
+        for distance in tl.static_range(TAPS):
+            parts = dtaps_parts + (piece * TAPS + (TAPS - 1 - distance)) * (3 * WIDTH) + channel
+            tl.store(parts, state[4][distance], mask=inside)
+            tl.store(parts + HALF, state[5][distance], mask=inside)
+    if RADIUS:
+        tl.store(dradius_parts + (piece * 2 + part) * NUM_HEADS + head, tl.sum(state[6], 1, keep_dims=True) * root)
 
 
 @triton.jit
-def _convolution_kernel(
-    qkv, weight, starts, dq, dk, dv, dqkv, dweight_parts, length,
-    WIDTH: tl.constexpr, TAPS: tl.constexpr, CONVOLUTION: tl.constexpr, DOCUMENTS: tl.constexpr,
-    PIECE: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_C: tl.constexpr,
+def _advance(
+    state, taps_low, taps_high, x, dlocal, dglobal, cosines, sines, starts, dx, inside, scale, first, begin, length, eps,
+    WIDTH: tl.constexpr, HEAD_SIZE: tl.constexpr, TAPS: tl.constexpr, NORMALISED: tl.constexpr, RADIUS: tl.constexpr,
+    DOCUMENTS: tl.constexpr, TOKENS: tl.constexpr, BEHIND: tl.constexpr,
 ):  # fmt: skip
-    num_blocks: tl.constexpr = (WIDTH + BLOCK_C - 1) // BLOCK_C
-    part, batch = tl.program_id(0) // num_blocks, tl.cast(tl.program_id(2), tl.int64)
-    column = tl.program_id(0) % num_blocks * BLOCK_C + tl.arange(0, BLOCK_C)
-    inside = column < WIDTH
-    channel = part * WIDTH + column
-    if part == 0:
-        dy = dq + batch * length * WIDTH
-    elif part == 1:
-        dy = dk + batch * length * WIDTH
-    else:
-        dy = dv + batch * length * WIDTH
-    x, dx = qkv + batch * length * (3 * WIDTH), dqkv + batch * length * (3 * WIDTH)
-    starts = starts + batch * length if DOCUMENTS else qkv
-    # One sum per tap, added up over tokens only at the end: a reduction inside the loop would cost more than everything else.
-    dweights = (tl.zeros([BLOCK_T, BLOCK_C], tl.float32),) * TAPS
-    begin = tl.program_id(1) * PIECE
-    for first in range(begin, tl.minimum(begin + PIECE, length), BLOCK_T):
-        token = first + tl.arange(0, BLOCK_T)
-        mask = (token < length)[:, None] & inside[None, :]
-        offsets = tl.cast(token, tl.int64)[:, None] * WIDTH + column[None, :]
-        own = tl.cast(token, tl.int64)[:, None] * (3 * WIDTH) + channel[None, :]
-        term = tl.load(dy + offsets, mask=mask, other=0.0).to(tl.float32)
-        if CONVOLUTION:
-            values = tl.load(x + own, mask=mask, other=0.0).to(tl.float32)
-            updated = (dweights[0] + term * values,)
-            gradient = term * tl.load(weight + (TAPS - 1) * (3 * WIDTH) + channel, mask=inside, other=0.0).to(tl.float32)[None, :]
-            connected = token < length
-            for distance in tl.static_range(1, TAPS):
-                # What token t + distance took from token t.
-                connected = connected & (token + distance < length)
-                if DOCUMENTS:
-                    connected = connected & (tl.load(starts + token + distance, mask=connected, other=1) == 0)
-                term = tl.load(dy + offsets + distance * WIDTH, mask=connected[:, None] & inside[None, :], other=0.0).to(tl.float32)
-                updated += (dweights[distance] + term * values,)
-                tap = tl.load(weight + (TAPS - 1 - distance) * (3 * WIDTH) + channel, mask=inside, other=0.0).to(tl.float32)
-                gradient += term * tap[None, :]
-            term, dweights = gradient, updated
-        tl.store(dx + own, term.to(dx.dtype.element_ty), mask=mask)
-    if CONVOLUTION:
-        parts = dweight_parts + ((batch * tl.num_programs(1) + tl.program_id(1)) * (3 * WIDTH) + channel) * TAPS
-        for distance in tl.static_range(TAPS):
-            tl.store(parts + (TAPS - 1 - distance), tl.sum(dweights[distance], 0), mask=inside)
+    """Some tokens on, in the piece or behind its end, where nothing is counted, since the next piece counts it."""
+    HALF: tl.constexpr = HEAD_SIZE // 2
+    seen_low, seen_high, sums_low, sums_high, dtaps_low, dtaps_high, dradius, age = state
+    # All loads come before the first store, which none of them could pass.
+    values, dlocals, dglobals = (), (), ()
+    for index in tl.static_range(TOKENS):
+        token = tl.cast(first + index, tl.int64)
+        there = inside & (token < length) if BEHIND else inside
+        values += (_halves(x + token * (3 * WIDTH), there, HALF),)
+        dlocals += (_halves(dlocal + token * WIDTH, there, HALF),)
+        if NORMALISED:
+            dglobals += (_halves(dglobal + token * WIDTH, there, HALF),)
+    finished = ()
+    for index in tl.static_range(TOKENS):
+        token = tl.cast(first + index, tl.int64)
+        there = inside & (token < length) if BEHIND else inside
+        if DOCUMENTS:
+            begins = tl.load(starts + token, mask=token < length, other=1) if BEHIND else tl.load(starts + token)
+            age = tl.where(begins == 0, age + 1, 0)
+        seen_low = _shifted(values[index][0], seen_low, age, TAPS, DOCUMENTS)
+        seen_high = _shifted(values[index][1], seen_high, age, TAPS, DOCUMENTS)
+        dlow, dhigh = dlocals[index]
+        if NORMALISED:
+            cosine = tl.load(cosines + token * HALF, mask=there, other=0.0)
+            sine = tl.load(sines + token * HALF, mask=there, other=0.0)
+            # The adjoint of a rotation turns back.
+            dlow, dhigh = dlow * cosine + dhigh * sine, dhigh * cosine - dlow * sine
+            dlow, dhigh, dscale = _before_normalisation(
+                _convolved(seen_low, taps_low, TAPS), _convolved(seen_high, taps_high, TAPS), dlow, dhigh, *dglobals[index],
+                scale, eps, HEAD_SIZE, RADIUS,
+            )  # fmt: skip
+        if BEHIND:
+            dlow, dhigh = tl.where(there, dlow, 0.0), tl.where(there, dhigh, 0.0)
+        else:
+            dtaps_low, dtaps_high = _counted(dtaps_low, dlow, seen_low, TAPS), _counted(dtaps_high, dhigh, seen_high, TAPS)
+            if RADIUS:
+                dradius += dscale
+        sums_low = _spread(sums_low, dlow, taps_low, age, TAPS, DOCUMENTS)
+        sums_high = _spread(sums_high, dhigh, taps_high, age, TAPS, DOCUMENTS)
+        finished += ((sums_low[TAPS - 1].to(dx.dtype.element_ty), sums_high[TAPS - 1].to(dx.dtype.element_ty)),)
+    for index in tl.static_range(TOKENS):
+        token = first + index - (TAPS - 1)  # the last one that takes part in it has passed
+        row = dx + tl.cast(token, tl.int64) * (3 * WIDTH)
+        tl.store(row, finished[index][0], mask=inside & (token >= begin))
+        tl.store(row + HALF, finished[index][1], mask=inside & (token >= begin))
+    return (seen_low, seen_high, sums_low, sums_high, dtaps_low, dtaps_high, dradius, age)
+
+
+@triton.jit
+def _before_normalisation(low, high, dlow, dhigh, dnormal_low, dnormal_high, scale, eps, HEAD_SIZE: tl.constexpr, RADIUS: tl.constexpr):
+    """Gradients before normalisation, of those turned back and those of the global path; what the radius gets of each channel."""
+    reciprocal = tl.rsqrt(tl.sum(low * low + high * high, 1, keep_dims=True) / HEAD_SIZE + eps)
+    dscale = reciprocal * (low * dlow + high * dhigh)
+    if RADIUS:
+        dnormal_low, dnormal_high = dnormal_low + dlow * scale, dnormal_high + dhigh * scale
+    # Both sums over the channels are independent of each other, so that neither waits for the other.
+    mean = tl.sum(low * dnormal_low + high * dnormal_high, 1, keep_dims=True) * (reciprocal * reciprocal / HEAD_SIZE)
+    dnormal_low, dnormal_high = (dnormal_low - low * mean) * reciprocal, (dnormal_high - high * mean) * reciprocal
+    if not RADIUS:
+        dnormal_low, dnormal_high = dnormal_low + dlow, dnormal_high + dhigh
+    return dnormal_low, dnormal_high, dscale
+
+
+@triton.jit
+def _halves(pointers, inside, HALF: tl.constexpr):
+    """Both halves of the heads, fp32."""
+    low, high = tl.load(pointers, mask=inside, other=0.0), tl.load(pointers + HALF, mask=inside, other=0.0)
+    return low.to(tl.float32), high.to(tl.float32)
+
+
+@triton.jit
+def _taps(weight, inside, ROW: tl.constexpr, TAPS: tl.constexpr):
+    """The taps of a half by distance, that of the token itself first."""
+    taps = ()
+    for distance in tl.static_range(TAPS):
+        taps += (tl.load(weight + (TAPS - 1 - distance) * ROW, mask=inside, other=0.0).to(tl.float32),)
+    return taps
+
+
+@triton.jit
+def _shifted(newest, seen, age, TAPS: tl.constexpr, DOCUMENTS: tl.constexpr):
+    """The projections that a token sees, by distance; none before its document."""
+    now = (newest,)
+    for distance in tl.static_range(1, TAPS):
+        now += (tl.where(age >= distance, seen[distance - 1], 0.0) if DOCUMENTS else seen[distance - 1],)
+    return now
+
+
+@triton.jit
+def _convolved(seen, taps, TAPS: tl.constexpr):
+    """The convolution at one token."""
+    total = seen[0] * taps[0]
+    for distance in tl.static_range(1, TAPS):
+        total += seen[distance] * taps[distance]
+    return total
+
+
+@triton.jit
+def _counted(dtaps, gradient, seen, TAPS: tl.constexpr):
+    """Gradients of the taps with one token more."""
+    now = ()
+    for distance in tl.static_range(TAPS):
+        now += (dtaps[distance] + gradient * seen[distance],)
+    return now
+
+
+@triton.jit
+def _spread(sums, gradient, taps, age, TAPS: tl.constexpr, DOCUMENTS: tl.constexpr):
+    """Gradients of the projections that a token sees, by distance, with what it took from them; the last one is finished."""
+    now = (gradient * taps[0],)
+    for distance in tl.static_range(1, TAPS):
+        term = gradient * taps[distance]
+        now += (sums[distance - 1] + (tl.where(age >= distance, term, 0.0) if DOCUMENTS else term),)
+    return now
