@@ -114,6 +114,7 @@ def plan_stages(config: RunConfig, *, world_size: int, device_type: str) -> tupl
             dtype=COMPUTE_DTYPES[config.precision.dtype],
             packed=config.data.reset_at_document_boundaries,
             device_type=device_type,
+            saves_aside=config.checkpoint.asynchronous,
         )
     )
 

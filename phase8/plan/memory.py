@@ -36,7 +36,7 @@ class MemoryPlan:
         gradients_bytes: fp32.
         optimizer_bytes: Moments of AdamW, fp32.
         activations_bytes: Kept for backward, weights cast to the compute dtype and messages between stages included.
-        host_bytes: Of parameters, gradients and optimizer that are offloaded to host memory.
+        host_bytes: Of parameters, gradients and optimizer that are offloaded to host memory, and of the copies that are saved aside.
     """
 
     weights_bytes: int
@@ -62,6 +62,7 @@ class Division:
         offload_optimizer: Optimizer states lie in host memory.
         offload_params: Parameters and gradients, too.
         pins_memory: Offloaded parameters and gradients lie in page-locked memory, which is allocated in powers of two.
+        copies_state: Weights and optimizer are copied to host memory, from which they are saved while training goes on.
     """
 
     is_divided: bool = False
@@ -70,6 +71,7 @@ class Division:
     offload_optimizer: bool = False
     offload_params: bool = False
     pins_memory: bool = False
+    copies_state: bool = False
 
 
 class Held(NamedTuple):
@@ -125,16 +127,19 @@ def plan_memory(blocks: Sequence[Held], rests: Sequence[Held], *, activations_by
         gradients_bytes=gradients * FP32_BYTES,
         optimizer_bytes=0 if division.offload_optimizer else part * FP32_BYTES * ADAMW_MOMENTS,
         activations_bytes=activations_bytes,
-        host_bytes=_host_bytes(held, division) if division.offload_optimizer else 0,
+        host_bytes=_host_bytes(held, division),
     )
 
 
 def _host_bytes(held: Sequence[Held], division: Division) -> int:
-    """Parameters, gradients and moments."""
+    """Offloaded parameters, gradients and moments; copies of parameters and moments."""
     parts = [number * FP32_BYTES for each in held for number in each.part]
+    copies = (1 + ADAMW_MOMENTS) * sum(parts) if division.copies_state else 0
+    if not division.offload_optimizer:
+        return copies
     is_pinned = division.offload_params and division.pins_memory
     kept = sum(1 << max(num_bytes - 1, 0).bit_length() for num_bytes in parts) if is_pinned else sum(parts)
-    return 2 * kept + ADAMW_MOMENTS * sum(parts)
+    return copies + 2 * kept + ADAMW_MOMENTS * sum(parts)
 
 
 def peak_activation_bytes(actions: Sequence[Action], chunks: Sequence[ChunkActivations]) -> int:

@@ -55,6 +55,7 @@ class Workload:
         dtype: Of the residual stream.
         packed: Document boundaries are reset.
         device_type: `cuda`, or `cpu`, where operators keep more for backward.
+        saves_aside: Checkpoints are written from copies while training goes on.
     """
 
     model: ModelSection
@@ -66,6 +67,7 @@ class Workload:
     dtype: torch.dtype
     packed: bool
     device_type: str
+    saves_aside: bool = False
 
 
 def plan_each_stage(work: Workload) -> tuple[StageMemory, ...]:
@@ -108,6 +110,7 @@ def _division(work: Workload) -> Division:
         offload_optimizer=zero.offload_optimizer != "none",
         offload_params=zero.offload_params != "none",
         pins_memory=work.device_type == "cuda",
+        copies_state=work.saves_aside,
     )
 
 

@@ -206,6 +206,7 @@ def undisturbed(config: RunConfig, output_dir: str, *, num_steps: int) -> RunCon
         "train.anomaly.policy": "stop",
         "train.anomaly.spike_deviations": None,
         "checkpoint.every_n_steps": 0,
+        "checkpoint.asynchronous": False,
         "observe.tensorboard": False,
         "observe.report": False,
         "observe.sample_prompt": None,

@@ -62,6 +62,13 @@ def test_what_is_offloaded_lies_on_the_host():
     assert pinned.host_bytes == 2 * (64 + 64 + 64 + 32 + 32) + 8 * PART  # of 60, 40, 60, 32 and 20 bytes
 
 
+def test_copies_that_are_saved_aside_lie_on_the_host_too():
+    undivided = [Held(each.whole, each.whole) for each in (*BLOCKS, *RESTS)]
+    assert plan(Division(copies_state=True), undivided[:2], undivided[2:]).host_bytes == 12 * WHOLE
+    assert plan(Division(is_divided=True, zero_stage=2, copies_state=True)).host_bytes == 12 * PART
+    assert plan(Division(is_divided=True, zero_stage=2, offload_optimizer=True, copies_state=True)).host_bytes == (16 + 12) * PART
+
+
 ONE = build_schedule("1f1b", num_stages=1, num_microbatches=3).actions[0]
 
 

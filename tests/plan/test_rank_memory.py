@@ -115,3 +115,9 @@ def test_offloading_reaches_the_plan():
     assert alone.memory.weights_bytes < 4 * alone.num_parameters
     (pinned,) = plan_stages(config_of(*offloads), world_size=1, device_type="cuda")
     assert pinned.memory.host_bytes > alone.memory.host_bytes == 16 * alone.num_parameters
+
+
+def test_copies_of_asynchronous_saves_reach_the_plan():
+    for settings, world_size in (((), 1), (("zero.stage=3",), 2)):
+        (stage,) = stages_of(*settings, "checkpoint.asynchronous=true", world_size=world_size)
+        assert stage.memory.host_bytes == 12 * stage.num_parameters
