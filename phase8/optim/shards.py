@@ -37,15 +37,11 @@ class Shards:
 
     def take_gradients(self) -> None:
         """Gives each part its gradient, fully summed."""
+        sums = self._sums_of_summands()
         for name, parameter in self.whole.items():
-            part, gradient = self.parts[name], parameter.grad
-            if part is parameter:
-                continue
-            if isinstance(gradient, DTensor):
-                if gradient.placements != parameter.placements:  # a summand of each tensor-parallel rank
-                    gradient = gradient.redistribute(placements=parameter.placements)
-                gradient = gradient.to_local()
-            part.grad = None if gradient is None else gradient.to(part.device)
+            part, gradient = self.parts[name], sums.get(name, parameter.grad)
+            if part is not parameter:
+                part.grad = None if gradient is None else held_part(gradient).to(part.device)
 
     def drop_gradients(self) -> None:
         """Frees all gradients."""
@@ -79,6 +75,16 @@ class Shards:
         if self.offload:
             for name, parameter in self.whole.items():
                 self.parts[name].copy_(held_part(parameter))
+
+    def _sums_of_summands(self) -> dict[str, Tensor]:
+        """Gradients of which each tensor-parallel rank has a summand, summed; all of them travel together."""
+        gradients = {name: parameter.grad for name, parameter in self.whole.items() if isinstance(parameter.grad, DTensor)}
+        summands = {name: held_part(grad) for name, grad in gradients.items() if grad.placements != self.whole[name].placements}
+        if not summands:
+            return {}
+        total = sum_over(torch.cat([each.flatten() for each in summands.values()]), self.tensor_axis)
+        parts = total.split([each.numel() for each in summands.values()])
+        return {name: part.view_as(each) for (name, each), part in zip(summands.items(), parts, strict=True)}
 
     @property
     def _device(self) -> torch.device:

@@ -14,7 +14,8 @@ a receive those of the message; `Collectives.sent_bytes` says what leaves the ra
 | tp | scalars of the global path: gather; in backward scatter | 2 a layer | N S C |
 | tp | embedding: scatter; in backward gather. Final hidden states: the reverse | 2, 2 | N D c |
 | tp | loss: all-reduces of the largest logit, and of normaliser and the target's logit | 2 each chunk of rows | N C, 2 N C in all |
-| tp | gradient of a parameter that every rank has whole: all-reduce | 1, with ZeRO 0 and 1 once a step | 4 a number |
+| tp | gradients of parameters that every rank has whole, together: all-reduce | once a step | 4 a number |
+| tp | with several data-parallel ranks each of them: all-reduce | 1, with ZeRO 0 and 1 once a step | 4 a number |
 | shard | parameters of a block: gather | 2 with ZeRO 3, below once a step | 4 a number, padded |
 | shard | parameters in no block, together: gather | 1 with ZeRO 3, below once a step | 4 a number, padded |
 | shard | their gradients: reduce-scatter | 1, with ZeRO 0 and 1 once a step | 4 a number, padded |
@@ -168,8 +169,9 @@ def step_communication(model: ModelSection, chunks: Sequence[Chunk], *, step: St
         grid: The ranks.
     """
     found = [*_scalars(grid), *_messages(model, step, grid, num_chunks=len(chunks)), *_copies_of_embedding(model, grid)]
+    found += _whole_gradients(chunks, step, grid)
     for chunk in chunks:
-        found += [*_activations(model, chunk, step), *_whole_gradients(chunk, step, grid), *_parameters(chunk, step, grid)]
+        found += [*_activations(model, chunk, step), *_parameters(chunk, step, grid)]
     table: dict[tuple[AxisName, Operation], Collectives] = {}
     for each in found:
         key = (each.axis, each.operation)
@@ -259,13 +261,19 @@ def _activations(model: ModelSection, chunk: Chunk, step: Step) -> Iterator[Coll
         yield Collectives(AxisName.TENSOR, Operation.ALL_REDUCE, count, num_bytes)
 
 
-def _whole_gradients(chunk: Chunk, step: Step, grid: Grid) -> Iterator[Collectives]:
-    """Gradients of parameters that tensor-parallel ranks have whole: each rank has a summand. FSDP sums them before it divides them."""
-    is_divided = grid.replicate * grid.shard > 1 or step.offload_params
-    count = step.num_microbatches if is_divided and step.zero_stage >= 2 else 1
-    for shape, shard_dim in (parameter for group in (*chunk.blocks, chunk.rest) for parameter in group):
-        if shard_dim is None:
-            yield Collectives(AxisName.TENSOR, Operation.ALL_REDUCE, count, count * math.prod(shape) * FP32_BYTES)
+def _whole_gradients(chunks: Sequence[Chunk], step: Step, grid: Grid) -> Iterator[Collectives]:
+    """Gradients of parameters that tensor-parallel ranks have whole: each rank has a summand. FSDP sums them one by one before it divides them."""
+    sizes = [
+        math.prod(shape) * FP32_BYTES
+        for chunk in chunks
+        for shape, shard_dim in (parameter for group in (*chunk.blocks, chunk.rest) for parameter in group)
+        if shard_dim is None
+    ]
+    if grid.replicate * grid.shard > 1 or step.offload_params:
+        repeats = step.num_microbatches if step.zero_stage >= 2 else 1
+        yield Collectives(AxisName.TENSOR, Operation.ALL_REDUCE, repeats * len(sizes), repeats * sum(sizes))
+    elif sizes:
+        yield Collectives(AxisName.TENSOR, Operation.ALL_REDUCE, 1, sum(sizes))
 
 
 def _parameters(chunk: Chunk, step: Step, grid: Grid) -> Iterator[Collectives]:
