@@ -27,7 +27,15 @@ def tiny(_tiny_data, tmp_path):
     return path
 
 
-def pytest_collection_modifyitems(items):
+# Their tests start processes that take all cores and wait for each other: never two of them at a time.
+OF_SEVERAL_PROCESSES = ("chaos", "distributed", "launch", "parallel")
+
+
+def pytest_collection_modifyitems(config, items):
+    if config.pluginmanager.hasplugin("xdist"):
+        for item in items:
+            directory, file = item.path.parent.name, str(item.path)
+            item.add_marker(pytest.mark.xdist_group("several processes" if directory in OF_SEVERAL_PROCESSES else file))
     if not torch.cuda.is_available():
         for item in items:
             if "gpu" in item.keywords:

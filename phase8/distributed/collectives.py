@@ -5,7 +5,7 @@
 | `gather_tokens`: all-gather | reduce-scatter |
 | `scatter_tokens`: reduce-scatter | all-gather |
 
-Tokens are the first dim, in the order of the ranks. Nothing is reduced in place: the input of a layer stays what it was.
+Tokens are the first dim, in the order of the ranks. Nothing but by `add_up_over` is reduced in place: the input of a layer stays what it was.
 """
 
 from __future__ import annotations
@@ -67,6 +67,12 @@ def scatter_tokens(x: Tensor, axis: Axis) -> Tensor:
 def sum_over(x: Tensor, axis: Axis) -> Tensor:
     """The sum over the ranks; not differentiable."""
     return _all_reduce(x, axis, dist.ReduceOp.SUM)
+
+
+@torch.no_grad()
+def add_up_over(x: Tensor, axis: Axis) -> None:
+    """Replaces x by the sum over several ranks, without the memory of a copy; not differentiable."""
+    dist.all_reduce(x, group=axis.group)
 
 
 @torch.no_grad()

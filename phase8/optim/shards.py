@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
-from phase8.distributed.collectives import Axis, sum_over
+from phase8.distributed.collectives import Axis, add_up_over, sum_over
 from phase8.distributed.placement import held_part
 from phase8.optim.clip import gradient_norm
 
@@ -82,7 +82,8 @@ class Shards:
         summands = {name: held_part(grad) for name, grad in gradients.items() if grad.placements != self.whole[name].placements}
         if not summands:
             return {}
-        total = sum_over(torch.cat([each.flatten() for each in summands.values()]), self.tensor_axis)
+        total = torch.cat([each.flatten() for each in summands.values()])
+        add_up_over(total, self.tensor_axis)
         parts = total.split([each.numel() for each in summands.values()])
         return {name: part.view_as(each) for (name, each), part in zip(summands.items(), parts, strict=True)}
 

@@ -27,11 +27,11 @@ MODEL = (
 
 
 class LiveBytes(TorchDispatchMode):
-    """The memory of all tensors that operators have made, now and at its peak."""
+    """The memory of all tensors that operators have made, now and at its peak; counted where it may be higher than ever."""
 
     def __init__(self):
         super().__init__()
-        self._storages, self.peak = {}, 0
+        self._storages, self._sizes, self._at_most, self.peak = {}, {}, 0, 0
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         if any(issubclass(kind, DTensor) for kind in types):
@@ -42,14 +42,20 @@ class LiveBytes(TorchDispatchMode):
                 storage = tensor.untyped_storage()
                 if storage._cdata not in self._storages or self._storages[storage._cdata].expired():
                     self._storages[storage._cdata] = StorageWeakRef(storage)
-        self.peak = max(self.peak, self.now())
+                    self._sizes[storage._cdata] = storage.nbytes()
+                    self._at_most += storage.nbytes()
+        if self._at_most > self.peak:
+            self.peak = max(self.peak, self.now())
         return result
 
     def now(self):
-        """Of the tensors that are still there; FSDP empties some without freeing them."""
+        """Of the tensors that are still there; FSDP empties some without freeing them, and fills them again."""
         self._storages = {key: reference for key, reference in self._storages.items() if not reference.expired()}
-        alive = [torch.UntypedStorage._new_with_weak_ptr(reference.cdata) for reference in self._storages.values()]
-        return sum(storage.nbytes() for storage in alive if storage is not None)
+        alive = {key: torch.UntypedStorage._new_with_weak_ptr(reference.cdata) for key, reference in self._storages.items()}
+        sizes = {key: storage.nbytes() for key, storage in alive.items() if storage is not None}
+        self._sizes = {key: max(size, self._sizes[key]) for key, size in sizes.items()}
+        self._at_most = sum(self._sizes.values())
+        return sum(sizes.values())
 
 
 def held(settings, world_size):

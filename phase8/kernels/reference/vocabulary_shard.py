@@ -59,7 +59,7 @@ def row_statistics(logits: Tensor, columns: Tensor) -> Tensor:
     """What the other processes must know of logits [R, V]: [3, R], as above."""
     powers = logits * LOG2E
     highest = powers.amax(1)
-    total = (powers - highest[:, None]).exp2().sum(1)
+    total = powers.sub_(highest[:, None]).exp2_().sum(1)
     target = logits.gather(1, columns.clamp(min=0)[:, None]).squeeze(1).where(columns >= 0, 0)
     return torch.stack((highest, total, target))
 
@@ -71,8 +71,8 @@ def sum_of_losses(whole: Tensor, columns: Tensor) -> Tensor:
 
 
 def row_gradients(logits: Tensor, columns: Tensor, whole: Tensor) -> Tensor:
-    """The gradient of the loss of each row with respect to its logits here [R, V], 0 for rows that do not count."""
+    """The gradient of the loss of each row with respect to its logits here [R, V], 0 for rows that do not count; overwrites the logits."""
     highest, total, _ = whole
-    gradient = (logits * LOG2E - highest[:, None]).exp2_().div_(total[:, None])
+    gradient = logits.mul_(LOG2E).sub_(highest[:, None]).exp2_().div_(total[:, None])
     gradient.scatter_add_(1, columns.clamp(min=0)[:, None], -(columns >= 0)[:, None].to(gradient.dtype))
     return gradient.masked_fill_((columns == IGNORED_TARGET)[:, None], 0)
