@@ -31,6 +31,7 @@ def tiny(_tiny_data, tmp_path):
 OF_SEVERAL_PROCESSES = ("chaos", "distributed", "launch", "parallel")
 
 
+@pytest.hookimpl(tryfirst=True)  # before xdist reads the groups
 def pytest_collection_modifyitems(config, items):
     if config.pluginmanager.hasplugin("xdist"):
         for item in items:
