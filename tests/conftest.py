@@ -31,12 +31,20 @@ def tiny(_tiny_data, tmp_path):
 OF_SEVERAL_PROCESSES = ("chaos", "distributed", "launch", "parallel")
 
 
-@pytest.hookimpl(tryfirst=True)  # before xdist reads the groups
-def pytest_collection_modifyitems(config, items):
-    if config.pluginmanager.hasplugin("xdist"):
-        for item in items:
-            directory, file = item.path.parent.name, str(item.path)
-            item.add_marker(pytest.mark.xdist_group("several processes" if directory in OF_SEVERAL_PROCESSES else file))
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config, log):
+    """Under xdist a file goes to one worker, and all tests of several processes to the same one."""
+    from xdist.scheduler import LoadScopeScheduling
+
+    class ByFile(LoadScopeScheduling):
+        def _split_scope(self, nodeid):
+            file = nodeid.split("::")[0]
+            return "several processes" if Path(file).parent.name in OF_SEVERAL_PROCESSES else file
+
+    return ByFile(config, log)
+
+
+def pytest_collection_modifyitems(items):
     if not torch.cuda.is_available():
         for item in items:
             if "gpu" in item.keywords:
