@@ -104,6 +104,7 @@ class Saver:
         if not run.is_main:
             return
         stall = self._stall_seconds
+        self._say(f"step {step:,}  saved; training stood still for {stall:.2f} s")
         self._record(
             lambda metrics: metrics.log_event(run.position.step, "checkpoint", checkpoint_step=step, checkpoint_stall_seconds=stall)
         )

@@ -1,10 +1,12 @@
 """Checkpoints written aside while training goes on."""
 
+import re
 import threading
 import time
 
 import pytest
 import torch
+from rich.console import Console
 from tiny_run import losses, prepare, records, weights
 
 from phase8.checkpoint.background import BackgroundSaver
@@ -49,6 +51,13 @@ def test_a_run_goes_on_from_what_was_saved_aside(tiny):
     train(resumed, resume_command="")
     assert resumed.position.step == 20 and losses(resumed) == losses(whole)
     assert all(torch.equal(parameter, weights(resumed)[name]) for name, parameter in weights(whole).items())
+
+
+def test_every_save_says_how_long_training_stood_still(tiny, capsys):
+    for name, settings in (("aside", (ASIDE,)), ("plain", ())):
+        train(prepare(tiny, *EACH, *settings, f"run.name={name}", "train.stop_at_step=10", console=Console(width=500)), resume_command="")
+        said = re.findall(r"^step (\d+)  saved; training stood still for \d+\.\d\d s$", capsys.readouterr().out, re.MULTILINE)
+        assert said == ["5", "10"], name
 
 
 def test_never_two_at_once(tiny, monkeypatch):
