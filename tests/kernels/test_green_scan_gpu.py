@@ -154,7 +154,7 @@ SCHEDULED = [(8, 4096, 32), (1, 131072, 32), (16, 512, 8), (1, 1, 8), (4, 2048, 
 def compiled_mode(monkeypatch):
     """As on a GPU: schedules are not those of the interpreter."""
     pytest.importorskip("triton")
-    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    monkeypatch.setattr("triton.knobs.runtime.interpret", False)
 
 
 @pytest.mark.parametrize("shape", SCHEDULED)
@@ -193,7 +193,7 @@ def compiled():
         return OfflineKernel(f"phase8.kernels.gpu.{name}_kernel", {**arguments, **sizes, "length": length}, num_warps=schedule.num_warps)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.delenv("TRITON_INTERPRET", raising=False)
+        patch.setattr("triton.knobs.runtime.interpret", False)
         plain, packed = (forward_schedule(8, 4096, 32, packed=packed) for packed in (False, True))
         backward = backward_schedule(8, 4096, 32)
         odd = forward_schedule(8, 4099, 32, packed=False), backward_schedule(8, 4099, 32)
