@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 from offline import OfflineKernel, compile_offline
-from test_vocabulary_shard import in_shards, problem
+from test_vocabulary_shard import columns_of, in_shards, problem
 
 from phase8.kernels import vocabulary_shard as operator
 from phase8.kernels.reference import vocabulary_shard as reference
@@ -66,8 +66,7 @@ def test_one_shard_after_the_other_equals_the_reference(kernel_device, sizes, ch
     whole = torch.stack((powers.amax(1), (powers - powers.amax(1, keepdim=True)).exp2().sum(1), target_logits)).float()
     losses, dhidden, dweight, first = [], 0, [], 0
     for size in sizes:
-        own = targets - first
-        columns = own.where((own >= 0) & (own < size), ELSEWHERE).where(targets != IGNORED_TARGET, IGNORED_TARGET)
+        columns = columns_of(targets, first, size)
         chunks = iter(whole.split(chunk_tokens, 1))
         part = gpu.shard_cross_entropy_gradients(
             hidden, weight[first : first + size], columns, lambda _, chunks=chunks: next(chunks), chunk_tokens=chunk_tokens, needs_gradients=True

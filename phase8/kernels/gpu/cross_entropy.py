@@ -128,11 +128,7 @@ def loss_kernel(
     WRITES_GRADIENT: tl.constexpr, PADDED: tl.constexpr, FAST: tl.constexpr, BLOCK: tl.constexpr, VECTOR: tl.constexpr,
 ):  # fmt: skip
     """One row of logits [L]: its loss, and its gradient in place."""
-    row = tl.program_id(0)
-    logits += row.to(tl.int64) * leading
-    # Each thread owns vectors of a row. Loads and stores are cut at the leading dimension, which whole vectors divide, and padding columns
-    # are masked in registers.
-    columns = tl.arange(0, BLOCK // VECTOR)[:, None] * VECTOR + tl.arange(0, VECTOR)[None, :]
+    row, logits, columns = row_and_columns(logits, leading, BLOCK, VECTOR)
     target = tl.load(targets + row)
     if target == IGNORED:
         tl.store(losses + row, 0.0)
@@ -146,6 +142,16 @@ def loss_kernel(
     tl.store(losses + row, (tl.fma(target_logit, -LOG2E, highest) + log2(partition, FAST)) / LOG2E)
     if WRITES_GRADIENT:
         write_gradient_of_row(logits, columns, leading, vocabulary, target, target_logit, is_known, highest, partition, LOG2E, PADDED, FAST, BLOCK)
+
+
+@triton.jit
+def row_and_columns(logits, leading, BLOCK: tl.constexpr, VECTOR: tl.constexpr):
+    """The row of this program, its logits, and the columns of a block."""
+    row = tl.program_id(0)
+    # Each thread owns vectors of a row. Loads and stores are cut at the leading dimension, which whole vectors divide, and padding columns
+    # are masked in registers.
+    columns = tl.arange(0, BLOCK // VECTOR)[:, None] * VECTOR + tl.arange(0, VECTOR)[None, :]
+    return row, logits + row.to(tl.int64) * leading, columns
 
 
 @triton.jit

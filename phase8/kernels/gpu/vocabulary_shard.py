@@ -16,6 +16,7 @@ from phase8.kernels.gpu.cross_entropy import (
     add_product,
     cast_head,
     partition_of_row,
+    row_and_columns,
     row_constants,
     write_gradient_of_row,
     write_zeros_over_row,
@@ -58,14 +59,6 @@ def write_row_gradients(logits: Tensor, columns: Tensor, whole: Tensor, *, vocab
     num_rows, leading = logits.shape
     constants = row_constants(logits, vocabulary, block)
     gradient_kernel[(num_rows,)](logits, columns, whole.contiguous(), num_rows, leading, vocabulary, **constants)
-
-
-@triton.jit
-def row_and_columns(logits, leading, BLOCK: tl.constexpr, VECTOR: tl.constexpr):
-    """The row of this program, its logits, and the columns of a block: each thread owns vectors of them."""
-    row = tl.program_id(0)
-    places = tl.arange(0, BLOCK // VECTOR)[:, None] * VECTOR + tl.arange(0, VECTOR)[None, :]
-    return row, logits + row.to(tl.int64) * leading, places
 
 
 @triton.jit
