@@ -33,13 +33,18 @@ OF_SEVERAL_PROCESSES = ("chaos", "distributed", "launch", "parallel")
 
 @pytest.hookimpl(optionalhook=True)
 def pytest_xdist_make_scheduler(config, log):
-    """Under xdist a file goes to one worker, and all tests of several processes to the same one."""
+    """Under xdist a file goes to one worker, and all tests of several processes to the same one.
+
+    With a GPU every other test goes by itself: those of one file compile for minutes.
+    """
     from xdist.scheduler import LoadScopeScheduling
 
     class ByFile(LoadScopeScheduling):
         def _split_scope(self, nodeid):
             file = nodeid.split("::")[0]
-            return "several processes" if Path(file).parent.name in OF_SEVERAL_PROCESSES else file
+            if Path(file).parent.name in OF_SEVERAL_PROCESSES:
+                return "several processes"
+            return nodeid if torch.cuda.is_available() else file
 
     return ByFile(config, log)
 

@@ -222,7 +222,7 @@ class TrainSection(Section):
     check_replicas_every_n_steps: NonNegativeInt = key(1000, "steps between comparisons of what several ranks hold alike; 0: never")
     anomaly: AnomalySection = key(AnomalySection(), "steps whose loss or gradient must not count")
     compile: CompileSection = key(CompileSection(), "torch.compile")
-    cuda_graphs: bool = key(False, "one process on a GPU replays the whole step as one CUDA graph; ignored on a CPU")
+    cuda_graphs: bool = key(False, "every rank replays its whole step as one CUDA graph; no pipeline, no offloading; ignored on a CPU")
 
     @property
     def recomputation(self) -> str:

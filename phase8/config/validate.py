@@ -28,7 +28,7 @@ def find_problems(config: RunConfig, *, world_size: int = 1) -> list[str]:
         *_model(config.model),
         *_schedule(config.optim, config.train),
         *_train(config.train, config.model, world_size),
-        *_cuda_graphs(config, world_size),
+        *_cuda_graphs(config),
         *_budget(config.train, config.parallel),
         *_async_tensor_parallel(config.train, config.parallel),
         *_data(config),
@@ -78,11 +78,15 @@ def _train(train: TrainSection, model: ModelSection, world_size: int) -> Iterato
         )
 
 
-def _cuda_graphs(config: RunConfig, world_size: int) -> Iterator[str]:
+def _cuda_graphs(config: RunConfig) -> Iterator[str]:
     if not config.train.cuda_graphs:
         return
-    if world_size > 1:
-        yield f"train.cuda_graphs is true with {world_size} processes, but a CUDA graph cannot hold what they send each other; set it to false."
+    num_stages = config.parallel.pipeline_parallel_size
+    if num_stages > 1:
+        yield (
+            f"train.cuda_graphs is true, but parallel.pipeline_parallel_size is {num_stages}, and no graph can hold what the stages of a "
+            "pipeline agree about before each step; set it to false."
+        )
     if config.zero.offload_optimizer != "none":
         yield (
             f"train.cuda_graphs is true, but zero.offload_optimizer is {config.zero.offload_optimizer}, which no graph of the GPU can hold; "

@@ -13,6 +13,7 @@ import statistics
 import tempfile
 import time
 from collections.abc import Mapping
+from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -137,8 +138,12 @@ def measure_throughput(config: RunConfig, *, device: torch.device, num_steps: in
         total_steps = WARMUP_STEPS + num_steps + PROFILED_STEPS
         run = build_run(undisturbed(config, output_dir, num_steps=total_steps), device=device, resume="none", console=silence())
         progress = Progress(total_steps=total_steps, start_step=0, log_every_n_steps=total_steps, console=run.console)
-        with run.lock, StepClock(run.directory.path) as clock, progress:
-            trainer = Trainer(run, clock, progress, lambda step, doing: None)
+        with (
+            run.lock,
+            StepClock(run.directory.path) as clock,
+            progress,
+            closing(Trainer(run, clock, progress, lambda step, doing: None)) as trainer,
+        ):
             _wake(run.learner.model)
             norms = _watch_gradients(run)
             clock.begin()

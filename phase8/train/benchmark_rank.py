@@ -5,7 +5,7 @@ from __future__ import annotations
 import statistics
 import time
 from collections.abc import Callable
-from contextlib import nullcontext
+from contextlib import closing, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -15,13 +15,12 @@ from phase8.config.schema import RunConfig
 from phase8.distributed.bootstrap import World
 from phase8.observe.memory import peak_memory_bytes
 from phase8.observe.progress import Progress
-from phase8.train.benchmark import StepClock, silence, undisturbed
+from phase8.train.benchmark import WARMUP_STEPS, StepClock, silence, undisturbed
 from phase8.train.build import build_run
 from phase8.train.device import device_name
 from phase8.train.signals import StopRequest
 from phase8.train.trainer import Trainer
 
-WARMUP_STEPS = 2  # compilation is in the first; the second has everything that the later ones have
 MEMORY_OF_HOST = Path("/proc/meminfo")
 
 
@@ -77,8 +76,12 @@ def measure_rank(
     run = build_run(config, device=device, resume="none", console=silence(), world_size=world.world_size)
     build_seconds = time.perf_counter() - begin
     progress = Progress(total_steps=config.train.num_steps, start_step=0, log_every_n_steps=config.train.num_steps, console=run.console)
-    with run.lock or nullcontext(), StepClock(directory / f"rank-{world.rank}") as clock, progress:
-        trainer = Trainer(run, clock, progress, report)
+    with (
+        run.lock or nullcontext(),
+        StepClock(directory / f"rank-{world.rank}") as clock,
+        progress,
+        closing(Trainer(run, clock, progress, report)) as trainer,
+    ):
         clock.begin()
         trainer.train_until(config.train.num_steps, StopRequest())
     used_after, seconds, steps = host_used_bytes(), clock.durations[WARMUP_STEPS:], clock.steps[WARMUP_STEPS:]

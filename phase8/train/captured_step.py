@@ -48,7 +48,7 @@ class _Inputs:
 
 
 class CapturedStep:
-    """`train_step` of one process on a GPU, whose batches all have the same shape.
+    """`train_step` on a GPU, whose batches all have the same shape. Of several ranks, every one records its part, collectives included.
 
     Args:
         learner: Its optimizer belongs to the graph once there is one.
@@ -87,6 +87,12 @@ class CapturedStep:
         self._inputs.fill(microbatches, StepNumbers(count_targets(microbatches), largest_loss, stop), learning_rate)
         self._graph.replay()
         return step_result(self._measured.tolist())
+
+    def close(self) -> None:
+        """Frees the graph. NCCL waits for that when a communicator ends whose collectives are in it."""
+        if self._graph is not None:
+            self._graph.reset()
+            self._graph = None
 
     def _record(self, microbatches: Sequence[Microbatch], *, gradient_clip_norm: float) -> torch.cuda.CUDAGraph:
         """Records a step of this shape, without taking it."""

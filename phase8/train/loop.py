@@ -116,5 +116,5 @@ def _train_until(run: Run, stop_step: int, report: Callable[[int, str], None], *
         else:
             trainer.save(must_succeed=True)
         finally:
-            trainer.saver.close()
+            trainer.close()
     return (stop.received or "another rank was asked to stop") if asked_to_stop else None

@@ -54,6 +54,12 @@ class Trainer:
         self.take_step = CapturedStep(run.learner) if run.uses_cuda_graphs else partial(train_step, run.learner)
         reset_peak_memory(run.device)
 
+    def close(self) -> None:
+        """Ends what goes on aside: waits for the saves, frees a recorded step."""
+        self.saver.close()
+        if isinstance(self.take_step, CapturedStep):
+            self.take_step.close()
+
     @property
     def is_alone(self) -> bool:
         """This process is the whole run."""

@@ -228,11 +228,13 @@ def test_what_tensor_parallel_ranks_cannot_divide_is_refused(tmp_path, num_ranks
     assert find_problems(config_with(override, directory=tmp_path)) == []
 
 
-def test_cuda_graphs_are_for_one_process(tmp_path):
-    config = config_with("train.cuda_graphs=true", "train.global_batch_size=8", directory=tmp_path)
-    assert find_problems(config) == []
-    (problem,) = find_problems(config, world_size=2)
-    assert problem.startswith("train.cuda_graphs is true with 2 processes") and problem.endswith("set it to false.")
+def test_cuda_graphs_hold_no_pipeline_and_no_offloading(tmp_path):
+    settings = ("train.cuda_graphs=true", "train.global_batch_size=8")
+    config = config_with(*settings, directory=tmp_path)
+    assert find_problems(config) == [] and find_problems(config, world_size=2) == []
+    assert find_problems(config_with(*settings, "parallel.tensor_parallel_size=2", directory=tmp_path), world_size=4) == []
+    (problem,) = find_problems(config_with(*settings, "parallel.pipeline_parallel_size=2", directory=tmp_path), world_size=2)
+    assert problem.startswith("train.cuda_graphs is true, but parallel.pipeline_parallel_size is 2") and problem.endswith("set it to false.")
     (problem,) = find_problems(config_with("train.cuda_graphs=true", "zero.offload_optimizer=cpu", directory=tmp_path))
     assert problem.startswith("train.cuda_graphs is true, but zero.offload_optimizer is cpu")
 

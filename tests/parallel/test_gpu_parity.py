@@ -15,7 +15,7 @@ from pool import GLOO, NCCL, RankError
 from test_parity import BLOCKS, INTERLEAVED, OFFLOADED, ranks
 from training import train_steps
 
-NUM_STEPS = 3
+NUM_STEPS = 3  # a recorded step is the third
 # Heads of 64, sequences of several tiles of the kernels, a vocabulary that does not divide, layers for two stages of two chunks.
 MODEL = (
     "model.d_model=128", "model.num_layers=4", "model.num_heads=4", "model.head_size=64", "model.vocab_size=509", "model.sequence_length=256",
@@ -25,6 +25,8 @@ MODEL = (
 )  # fmt: skip
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 COMPILED = ("train.compile.enabled=true", "train.compile.fullgraph=true")
+ASYNCHRONOUS = (*COMPILED, "parallel.async_tensor_parallel=true")
+RECORDED = "train.cuda_graphs=true"
 CASES = {
     "tp2": ("default", ranks(tp=2)),
     "tp2 whole": ("whole", ranks(tp=2)),
@@ -35,9 +37,14 @@ CASES = {
     "pp2 1f1b": ("default", ranks(pp=2)),
     "pp2 interleaved": ("default", ranks(pp=2, more=INTERLEAVED)),
     "tp2 compiled": ("default", ranks(tp=2, more=COMPILED)),
-    "tp2 asynchronous": ("default", ranks(tp=2, more=(*COMPILED, "parallel.async_tensor_parallel=true"))),
+    "tp2 asynchronous": ("default", ranks(tp=2, more=ASYNCHRONOUS)),
+    "tp2 recorded": ("default", ranks(tp=2, more=(RECORDED,))),
+    "tp2 asynchronous, recorded": ("default", ranks(tp=2, more=(*ASYNCHRONOUS, RECORDED))),
+    "dp2 recorded": ("default", ranks(dp=2, more=(RECORDED,))),
+    "dp2 zero 3 compiled, recorded": ("default", ranks(dp=2, stage=3, more=(*COMPILED, RECORDED))),
     "tp4": ("default", ranks(tp=4)),
     "tp2 dp2": ("default", ranks(tp=2, dp=2)),
+    "tp2 dp2 recorded": ("default", ranks(tp=2, dp=2, more=(RECORDED,))),
     "tp2 pp2": ("default", ranks(tp=2, pp=2)),
     "dp4 zero 3 in pairs": ("default", ranks(dp=4, stage=3, more=("zero.shard_size=2",))),
 }
@@ -65,8 +72,9 @@ class Difference(NamedTuple):
 
 
 # (steps, way, weight). On an H200, in bf16: one process against itself in float32 (8e-3, 0.09, 0.85: a scalar of a head is the worst weight), with
-# another microbatch (7e-3, 0.03, 0.08); in float32 with another microbatch (3e-7, 6e-6, 6e-5).
-TOLERANCE = {"bf16": (2e-2, 0.15, 1.2), "fp32": (1e-4, 1e-4, 1e-3)}
+# another microbatch (7e-3, 0.03, 0.08); in float32 with another microbatch (3e-7, 6e-6, 6e-5). Two runs that both round differ from each other
+# by more than one from float32.
+TOLERANCE = {"bf16": (2e-2, 0.15, 2.5), "fp32": (1e-4, 1e-4, 1e-3)}
 
 
 def train_on(device_type, dtype, settings, num_steps=NUM_STEPS, world_size=1, mutation=None):

@@ -1,8 +1,9 @@
 """A few steps of training on any topology, as a job of the pool and in one process: what parity compares."""
 
+import functools
 import os
 import zlib
-from contextlib import nullcontext
+from contextlib import closing, nullcontext
 
 import torch
 from mutations import MUTATIONS
@@ -14,6 +15,7 @@ from phase8.distributed.mesh import build_mesh
 from phase8.distributed.placement import collected, own_slice
 from phase8.kernels.backends import select_kernels
 from phase8.precision.policy import set_matmul_precision
+from phase8.train.captured_step import CapturedStep
 from phase8.train.compilation import compile_blocks
 from phase8.train.learner import build_learner
 from phase8.train.microbatch import split_sample
@@ -51,7 +53,11 @@ def train_steps(settings, num_steps, world_size=1, mutation=None, *, device_type
 def _train_steps(config, num_steps, world_size, device_type, dtype):
     learner = new_learner(config, world_size, device_type=device_type, dtype=dtype)
     compile_blocks(learner, config)
-    results = [take_step(learner, config, step) for step in range(num_steps)]
+    if config.train.cuda_graphs:
+        with closing(CapturedStep(learner)) as recorded:
+            results = [take_step(learner, config, step, how=recorded) for step in range(num_steps)]
+    else:
+        results = [take_step(learner, config, step) for step in range(num_steps)]
     weights = collected({name: parameter.detach() for name, parameter in learner.stage.module.named_parameters()}, learner.mesh)
     return [(result.loss, result.grad_norm) for result in results], {name: value.to("cpu", copy=True) for name, value in weights.items()}
 
@@ -69,10 +75,10 @@ def new_learner(config, world_size, *, device_type, dtype):
     return learner
 
 
-def take_step(learner, config, step):
-    """One optimizer step on the sequences of that number."""
-    microbatches = microbatches_of(learner, config, step)
-    return train_step(learner, microbatches, learning_rate=config.optim.learning_rate, gradient_clip_norm=config.optim.gradient_clip_norm)
+def take_step(learner, config, step, how=None):
+    """One optimizer step on the sequences of that number, by `train_step` or something else."""
+    microbatches, how = microbatches_of(learner, config, step), how or functools.partial(train_step, learner)
+    return how(microbatches, learning_rate=config.optim.learning_rate, gradient_clip_norm=config.optim.gradient_clip_norm)
 
 
 def microbatches_of(learner, config, step):

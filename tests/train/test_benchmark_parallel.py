@@ -11,6 +11,7 @@ from tiny_run import tiny_config
 from phase8.config.batch import batch_shape, run_topology
 from phase8.errors import ConfigError
 from phase8.plan.dry_run import count_parameters, plan_stages, shapes_only
+from phase8.train.benchmark import WARMUP_STEPS
 from phase8.train.benchmark_layouts import layout_config, parse_layout, throughput_ceiling
 from phase8.train.benchmark_parallel import Host, first_error, measure_layouts, planned_bytes, torchrun
 from phase8.train.benchmark_parallel_table import LAYOUTS_HEADER, device_lines, host_lines, layout_line
@@ -163,7 +164,7 @@ def test_layouts_are_measured_by_training_them_under_torchrun(tiny, tmp_path):
     assert alone.relative == 1 and two.relative == two.tokens_per_second_per_rank / alone.tokens_per_second_per_rank
     assert "dp 2, ZeRO stage 3, optimizer and parameters offloaded" in two.found.facts["topology"] and two.planned_host_bytes > 0
     steps = (tmp_path / "logs" / "2-dp2-zero3-offload" / "rank-1" / "metrics.jsonl").read_text().splitlines()
-    assert len(steps) == 4 and not list((tmp_path / "logs").rglob("*.safetensors"))
+    assert len(steps) == WARMUP_STEPS + 2 and not list((tmp_path / "logs").rglob("*.safetensors"))
 
     lines = [layout_line(row).split() for row in rows]
     assert len(LAYOUTS_HEADER.split()) == 17 and lines[0][:2] == ["tp3", "3"]

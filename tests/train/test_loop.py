@@ -12,7 +12,8 @@ from tiny_run import losses, prepare, records, train_tiny, write_documents
 
 from phase8.checkpoint.load import list_checkpoints, open_checkpoint
 from phase8.errors import DataError, DivergenceError, StorageError
-from phase8.train import saver, trainer
+from phase8.train import captured_step, saver, trainer
+from phase8.train.build import Run
 from phase8.train.loop import train
 
 ROOT = Path(__file__).parents[2]
@@ -38,6 +39,30 @@ def test_metrics_have_every_step_once_and_evaluations(tiny):
 def test_retention_keeps_the_newest(tiny):
     run = train_tiny(tiny, "checkpoint.keep_last=2")
     assert [path.name for path in list_checkpoints(run.directory.checkpoints)] == ["step-0000000020", "step-0000000015"]
+
+
+@pytest.mark.parametrize("ending", ["complete", "failed"])
+def test_a_recorded_step_is_freed_when_the_run_ends(tiny, monkeypatch, ending):
+    """Communicators would wait for it for ever."""
+    closed = []
+
+    class Recorded(captured_step.CapturedStep):
+        def close(self):
+            closed.append(self)
+            super().close()
+
+    monkeypatch.setattr(Run, "uses_cuda_graphs", True)
+    monkeypatch.setattr(captured_step, "EAGER_STEPS", 1000)  # there is nothing to record with
+    monkeypatch.setattr(trainer, "CapturedStep", Recorded)
+    run = prepare(tiny, "train.num_steps=3", "optim.warmup_steps=1")
+    if ending == "failed":
+        poison(run, {2})
+        monkeypatch.setattr(trainer, "take_note", lambda *arguments, **options: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            train(run, resume_command="")
+    else:
+        train(run, resume_command="")
+    assert len(closed) == 1 and run.position.step == {"complete": 3, "failed": 1}[ending]
 
 
 def poison(run, steps):
