@@ -71,8 +71,14 @@ class Checkpoint:
         """
         return self.read_box(name, whole_box(self.entry(name).shape))
 
-    def read_box(self, name: str, box: Box) -> Tensor:
-        """A box of a tensor as a new tensor on the host. The slices that overlap it are read, whole, for only so they can be checked.
+    def read_box(self, name: str, box: Box, *, into: Tensor | None = None, for_the_last_time: bool = False) -> Tensor:
+        """A box of a tensor on the host. The slices that overlap it are read, whole, for only so they can be checked.
+
+        Args:
+            name: The tensor.
+            box: Of its elements.
+            into: A contiguous tensor on the host of the box's shape and the stored dtype, to be overwritten; None: a new one.
+            for_the_last_time: Nobody on this host will read the box again soon.
 
         Raises:
             CheckpointCorruptError: Their bytes are missing or altered.
@@ -81,13 +87,13 @@ class Checkpoint:
         dtype = DTYPES[self.entry(name).dtype]
         # First of all the headers: only what they hold as well is of a size that memory may be taken for.
         parts = [(part, self._file(part.file)) for part in self._slices_in(name, box)]
-        tensor = torch.empty(box.shape, dtype=dtype)
+        tensor = torch.empty(box.shape, dtype=dtype) if into is None else into
         for part, file in parts:
             here, there = common_part(box, part)
             region = tensor[here]
             fits = list(region.shape) == part.shape and region.is_contiguous()
             block = region if fits else torch.empty(part.shape, dtype=dtype)
-            self._check_slice(name, part, file.read_into(part.key, block))
+            self._check_slice(name, part, file.read_into(part.key, block, for_the_last_time=for_the_last_time and fits))
             if not fits:
                 region.copy_(block[there])
         return tensor

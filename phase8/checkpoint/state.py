@@ -18,8 +18,8 @@ from torch import Tensor, nn
 
 from phase8.checkpoint.boxes import Region
 from phase8.checkpoint.load import Checkpoint
-from phase8.checkpoint.tensor_file import DTYPE_NAMES
-from phase8.distributed.placement import held_part, own_box, placed_like
+from phase8.checkpoint.tensor_file import DTYPE_NAMES, DTYPES
+from phase8.distributed.placement import held_part, is_held_once, own_box, placed_like
 from phase8.errors import CheckpointCorruptError, CheckpointError, CheckpointMismatchError
 
 MODEL_PREFIX = "model."
@@ -101,15 +101,25 @@ def restore_state(
         if name not in in_place:
             where = optimized[parameter_name]
             is_divided = checkpoint.entry(name).shape == list(where.whole.shape)
-            value = checkpoint.read_box(name, Region(*own_box(where.whole))) if is_divided else checkpoint.read(name)
+            box, once = Region(*own_box(where.whole)), is_held_once(where.whole)
+            value = checkpoint.read_box(name, box, for_the_last_time=once) if is_divided else checkpoint.read(name)
             created[name] = value.to(where.step_device if key == "step" else where.part.device)
     for name, target in in_place.items():
         checkpoint.verify_box(name, Region(*own_box(target)))
     with torch.no_grad():
         for name, target in in_place.items():
-            held_part(target).copy_(checkpoint.read_box(name, Region(*own_box(target))))
+            _overwrite(target, checkpoint, name)
     if optimizer is not None:
         _install_created(optimizer, optimized, stored, created)
+
+
+def _overwrite(target: Tensor, checkpoint: Checkpoint, name: str) -> None:
+    """Puts what this rank holds of a stored tensor where it belongs, without another copy where bytes can be read to that place."""
+    part, box, once = held_part(target), Region(*own_box(target)), is_held_once(target)
+    if part.device.type == "cpu" and part.is_contiguous() and part.dtype == DTYPES[checkpoint.entry(name).dtype]:
+        checkpoint.read_box(name, box, into=part, for_the_last_time=once)
+    else:
+        part.copy_(checkpoint.read_box(name, box, for_the_last_time=once))
 
 
 def _model_tensors(model: nn.Module) -> dict[str, Tensor]:

@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 
 from phase8.checkpoint.checksum import CHUNK_BYTES, checksum_of, checksum_of_next, crc32, format_crc32, read_into
+from phase8.checkpoint.new_file import NewFile
 from phase8.checkpoint.untrusted import shown, strict_json
 from phase8.errors import CheckpointCorruptError
 
@@ -47,6 +48,7 @@ DTYPES = {
 DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
 RESERVED_KEY = "__metadata__"
 _MAX_HEADER_BYTES = 2**30
+_CAN_FORGET = hasattr(os, "posix_fadvise")
 
 
 @dataclass(frozen=True)
@@ -84,15 +86,13 @@ def write_tensor_file(path: Path, tensors: Mapping[str, Tensor], *, read: Callab
     names = sorted(tensors, key=lambda name: -tensors[name].dtype.itemsize)
     header = _header_bytes({name: tensors[name] for name in names})
     checksums = {}
-    with open(path, "xb") as file:
+    with NewFile(path) as file:
         file.write(header)
         for name in names:
             tensor = tensors[name] if read is None else read(name)
             checksums[name] = _write_bytes(file, byte_view(tensor.detach().cpu().resolve_conj().resolve_neg().contiguous()))
             del tensor  # before the next one is read
-        file.flush()
-        os.fsync(file.fileno())
-        return WrittenFile(file.tell(), checksum_of(header), checksums)
+    return WrittenFile(file.size_bytes, checksum_of(header), checksums)
 
 
 def _header_bytes(tensors: Mapping[str, Tensor]) -> bytes:
@@ -106,7 +106,7 @@ def _header_bytes(tensors: Mapping[str, Tensor]) -> bytes:
     return len(text).to_bytes(8, "little") + text
 
 
-def _write_bytes(file: BinaryIO, data: memoryview) -> str:
+def _write_bytes(file: NewFile, data: memoryview) -> str:
     crc = 0
     for begin in range(0, len(data), CHUNK_BYTES):
         chunk = data[begin : begin + CHUNK_BYTES]
@@ -169,11 +169,21 @@ class TensorFile:
             raise CheckpointCorruptError(f"{path}: its header does not have the checksum of its manifest; use another checkpoint")
         self.tensors = _parse_header(header, path, size_bytes=size_bytes)
 
-    def read_into(self, key: str, destination: Tensor) -> str:
-        """Checksum of the bytes that were read to fill a contiguous host tensor of the entry's size."""
+    def read_into(self, key: str, destination: Tensor, *, for_the_last_time: bool = False) -> str:
+        """Checksum of the bytes that were read to fill a contiguous host tensor of the entry's size.
+
+        Args:
+            key: The entry.
+            destination: Where its bytes go.
+            for_the_last_time: The page cache may forget them: whole checkpoints there crowd out the run that reads them.
+        """
+        stored = self.tensors[key]
         with open_for_reading(self.path) as file:
-            file.seek(self.tensors[key].begin)
-            return read_into(file, byte_view(destination))
+            file.seek(stored.begin)
+            checksum = read_into(file, byte_view(destination))
+            if for_the_last_time and _CAN_FORGET:
+                os.posix_fadvise(file.fileno(), stored.begin, stored.num_bytes, os.POSIX_FADV_DONTNEED)
+        return checksum
 
     def checksum(self, key: str) -> str:
         """Checksum of an entry's bytes, in constant memory."""

@@ -26,6 +26,13 @@ def held_part(whole: Tensor) -> Tensor:
     return whole.to_local() if isinstance(whole, DTensor) else whole
 
 
+def is_held_once(whole: Tensor) -> bool:
+    """No other rank holds what this one holds of a tensor; False where that is not known."""
+    if not isinstance(whole, DTensor):
+        return not dist.is_initialized() or dist.get_world_size() == 1
+    return not any(placement.is_replicate() and size > 1 for placement, size in zip(whole.placements, whole.device_mesh.shape, strict=True))
+
+
 def own_box(whole: Tensor) -> tuple[list[int], list[int]]:
     """Offsets and shape of what this rank holds of a tensor."""
     if not isinstance(whole, DTensor):

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import copy
+import os
 from collections.abc import Callable
 from pathlib import Path
 
@@ -8,6 +9,7 @@ import pytest
 import torch
 from torch import nn
 
+from phase8.checkpoint import state
 from phase8.checkpoint.load import Checkpoint, newest_good_checkpoint, open_checkpoint
 from phase8.checkpoint.save import save_checkpoint
 from phase8.checkpoint.state import flat_state, restore_state
@@ -247,3 +249,49 @@ def test_loading_as_the_check_of_the_newest_reads_new_tensors_once(saved, tmp_pa
     # Two moments read once; the weights, which are overwritten in place, checked and then read.
     assert 4 * model_bytes <= read_bytes < 4.2 * model_bytes
     assert_same(snapshot(model, optimizer), snapshot(resumed, resumed_optimizer))
+
+
+@pytest.mark.skipif(not hasattr(os, "posix_fadvise"), reason="this system cannot forget")
+@pytest.mark.parametrize("is_held_once", [True, False])
+def test_what_no_other_rank_reads_is_forgotten_by_the_page_cache_once_it_was_read(saved, monkeypatch: pytest.MonkeyPatch, is_held_once: bool):
+    forgotten, real_read = [], Checkpoint.read_box
+
+    def read_box(checkpoint: Checkpoint, name: str, *arguments: object, **options: object) -> torch.Tensor:
+        assert name not in [other for other, _ in forgotten]
+        reading.append(name)
+        tensor = real_read(checkpoint, name, *arguments, **options)
+        reading.remove(name)
+        return tensor
+
+    reading: list[str] = []
+    monkeypatch.setattr(Checkpoint, "read_box", read_box)
+    monkeypatch.setattr(os, "posix_fadvise", lambda descriptor, begin, length, advice: forgotten.append((reading[-1], length)))
+    monkeypatch.setattr(state, "is_held_once", lambda tensor: is_held_once)
+    model, optimizer = build(seed=1)
+    train(model, optimizer, seed=1)
+    checkpoint = saved(model, optimizer)
+    resumed, resumed_optimizer = build(seed=2)
+    restore_state(checkpoint, resumed, resumed_optimizer)
+    assert_same(snapshot(model, optimizer), snapshot(resumed, resumed_optimizer))
+    steps = {name for name in flat_state(model, optimizer) if name.endswith(".step")}  # a few bytes, which all ranks read
+    weights_and_moments = {name: tensor.nbytes for name, tensor in flat_state(model, optimizer).items() if name not in steps}
+    assert {name: length for name, length in forgotten if name not in steps} == (weights_and_moments if is_held_once else {})
+
+
+def test_weights_are_read_to_where_they_belong(saved, monkeypatch: pytest.MonkeyPatch):
+    """New memory costs more than the copy; a place that does not take the bytes as they are gets a copy all the same."""
+    places, real_read = {}, Checkpoint.read_box
+
+    def read_box(checkpoint: Checkpoint, name: str, box: object, *, into: torch.Tensor | None = None, **options: object) -> torch.Tensor:
+        places[name] = None if into is None else into.data_ptr()
+        return real_read(checkpoint, name, box, into=into, **options)
+
+    monkeypatch.setattr(Checkpoint, "read_box", read_box)
+    model, optimizer = build(seed=1)
+    checkpoint = saved(model, optimizer)
+    resumed, resumed_optimizer = build(seed=2)
+    resumed.layers[0].weight.data = resumed.layers[0].weight.data.t()
+    restore_state(checkpoint, resumed, resumed_optimizer)
+    assert_same(snapshot(model, optimizer), snapshot(resumed, resumed_optimizer))
+    for name, parameter in resumed.named_parameters():
+        assert places[f"model.{name}"] == (None if name == "layers.0.weight" else parameter.data_ptr())

@@ -2,10 +2,10 @@ import pytest
 import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.tensor import DTensor, Shard
+from torch.distributed.tensor import DTensor, Replicate, Shard
 from torch.distributed.tensor._dtensor_spec import DTensorSpec, TensorMeta
 
-from phase8.distributed.placement import own_box, placed_like
+from phase8.distributed.placement import is_held_once, own_box, placed_like
 
 
 @pytest.fixture
@@ -24,3 +24,19 @@ def test_an_offloaded_part_stays_in_host_memory(ranks_on_gpus):
     assert placed.shape == (6, 3) and own_box(placed) == ([3, 0], [3, 3])
     placed.to_local().fill_(2)
     assert part.sum() == 18  # one memory: what is restored into it reaches the optimizer
+
+
+def test_what_no_other_rank_holds(ranks_on_gpus):
+    meta = TensorMeta(torch.Size([6, 3]), (3, 1), torch.float32)
+
+    def placed(mesh, *placements):
+        return DTensor(torch.zeros(3, 3), DTensorSpec(mesh, placements, tensor_meta=meta), requires_grad=False)
+
+    alone_in_pairs = DeviceMesh("cuda", torch.arange(2)[None], _init_backend=False)
+    assert is_held_once(placed(ranks_on_gpus, Shard(0))) and is_held_once(placed(alone_in_pairs, Replicate(), Shard(0)))
+    assert not is_held_once(placed(ranks_on_gpus, Replicate())) and not is_held_once(placed(alone_in_pairs, Shard(0), Replicate()))
+    assert not is_held_once(torch.zeros(3))  # of two ranks
+
+
+def test_one_process_holds_everything():
+    assert is_held_once(torch.zeros(3))
