@@ -121,8 +121,9 @@ def largest_difference(found, expected):
 
 
 def difference_to_one_process(pool, block, world_size, settings, *, num_steps, mutation=None):
+    seconds = max(120.0, 30.0 * num_steps)  # eight ranks may have two cores, and other work beside them
     same = tuple(setting for setting in settings if setting.startswith(("model.", "optim.")))
-    found = pool.run(train_steps, (*BLOCKS[block], *settings), num_steps, world_size, mutation, world_size=world_size)
+    found = pool.run(train_steps, (*BLOCKS[block], *settings), num_steps, world_size, mutation, world_size=world_size, timeout_seconds=seconds)
     assert mutation or all(steps == found[0][0] for steps, _ in found)  # every rank reports the same
     return largest_difference(found[0], one_process(block, num_steps, same))
 
