@@ -6,7 +6,7 @@
         content/                what becomes the destination
 
 Memory: a part, and the slice of the original that it is cut from; later a whole tensor, and one of its slices or parts. Both are at most
-twice the largest tensor.
+twice the largest tensor; two buffers of the file that is written come on top.
 """
 
 from __future__ import annotations
