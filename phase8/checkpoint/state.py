@@ -101,8 +101,7 @@ def restore_state(
         if name not in in_place:
             where = optimized[parameter_name]
             is_divided = checkpoint.entry(name).shape == list(where.whole.shape)
-            box, once = Region(*own_box(where.whole)), is_held_once(where.whole)
-            value = checkpoint.read_box(name, box, for_the_last_time=once) if is_divided else checkpoint.read(name)
+            value = _read_own(checkpoint, name, where.whole) if is_divided else checkpoint.read(name)
             created[name] = value.to(where.step_device if key == "step" else where.part.device)
     for name, target in in_place.items():
         checkpoint.verify_box(name, Region(*own_box(target)))
@@ -115,11 +114,16 @@ def restore_state(
 
 def _overwrite(target: Tensor, checkpoint: Checkpoint, name: str) -> None:
     """Puts what this rank holds of a stored tensor where it belongs, without another copy where bytes can be read to that place."""
-    part, box, once = held_part(target), Region(*own_box(target)), is_held_once(target)
+    part = held_part(target)
     if part.device.type == "cpu" and part.is_contiguous() and part.dtype == DTYPES[checkpoint.entry(name).dtype]:
-        checkpoint.read_box(name, box, into=part, for_the_last_time=once)
+        _read_own(checkpoint, name, target, into=part)
     else:
-        part.copy_(checkpoint.read_box(name, box, for_the_last_time=once))
+        part.copy_(_read_own(checkpoint, name, target))
+
+
+def _read_own(checkpoint: Checkpoint, name: str, whole: Tensor, *, into: Tensor | None = None) -> Tensor:
+    """What this rank holds of a stored tensor that is divided like `whole`; `into` as in `Checkpoint.read_box`."""
+    return checkpoint.read_box(name, Region(*own_box(whole)), into=into, for_the_last_time=is_held_once(whole))
 
 
 def _model_tensors(model: nn.Module) -> dict[str, Tensor]:

@@ -53,11 +53,8 @@ def train_steps(settings, num_steps, world_size=1, mutation=None, *, device_type
 def _train_steps(config, num_steps, world_size, device_type, dtype):
     learner = new_learner(config, world_size, device_type=device_type, dtype=dtype)
     compile_blocks(learner, config)
-    if config.train.cuda_graphs:
-        with closing(CapturedStep(learner)) as recorded:
-            results = [take_step(learner, config, step, how=recorded) for step in range(num_steps)]
-    else:
-        results = [take_step(learner, config, step) for step in range(num_steps)]
+    with closing(CapturedStep(learner)) if config.train.cuda_graphs else nullcontext() as recorded:
+        results = [take_step(learner, config, step, how=recorded) for step in range(num_steps)]
     weights = collected({name: parameter.detach() for name, parameter in learner.stage.module.named_parameters()}, learner.mesh)
     return [(result.loss, result.grad_norm) for result in results], {name: value.to("cpu", copy=True) for name, value in weights.items()}
 
