@@ -5,6 +5,7 @@ that size, made for the job and destroyed after it: the code under test sees wha
 GPU of its rank. Whatever goes wrong, the workers are thrown away, and the next job starts new ones.
 """
 
+import gc
 import importlib
 import importlib.util
 import multiprocessing
@@ -147,6 +148,7 @@ def work(rank, port, connection):
             dist.barrier()  # nobody closes a connection that another still reads from
             dist.destroy_process_group()
             _forget_meshes()
+            gc.collect()  # FSDP leaves cycles that hold process groups, and each of those has threads
         except BaseException as error:
             connection.send((False, _pickled_error(error), traceback.format_exc()))
         else:
