@@ -135,7 +135,7 @@ class ParallelSection(Section):
     context_parallel_size: PositiveInt = key(1, "ranks that share each sequence")
     expert_parallel_size: PositiveInt = key(1, "ranks that share the experts; divides data_parallel_size")
     async_tensor_parallel: bool = key(
-        False, "compiled blocks exchange tokens piece by piece beside the products that need them; GPUs of one NVLink domain"
+        False, "tokens are exchanged beside the products that need or make them; GPUs of one NVLink domain, no effect on a CPU"
     )
     sequence_parallel: bool = key(True, "shard the sequence between tensor-parallel regions; always on with tensor parallelism")
     num_microbatches: PositiveInt | None = key(None, "gradient accumulation steps; null: from the batch sizes")
@@ -150,6 +150,9 @@ class ZeroSection(Section):
     shard_size: PositiveInt | None = key(None, "data-parallel ranks that share one copy, a node's for example; null: all of them (stage 0: 1)")
     offload_optimizer: Literal["none", "cpu", "nvme"] = key("none", "where optimizer states live between steps")
     offload_params: Literal["none", "cpu", "nvme"] = key("none", "where parameters live between uses")
+    copy_engine_gather: bool = key(
+        False, "blocks are gathered by copy engines, beside all processors of the GPU; GPUs of one NVLink domain share, no effect on a CPU"
+    )
 
 
 class PrecisionSection(Section):

@@ -30,7 +30,7 @@ def find_problems(config: RunConfig, *, world_size: int = 1) -> list[str]:
         *_train(config.train, config.model, world_size),
         *_cuda_graphs(config),
         *_budget(config.train, config.parallel),
-        *_async_tensor_parallel(config.train, config.parallel),
+        *_async_tensor_parallel(config.parallel),
         *_data(config),
         *_tensor_parallel(config.model, config.parallel.tensor_parallel_size),
         *_zero(config, world_size),
@@ -112,16 +112,12 @@ def _repeated_sources(data: DataSection) -> Iterator[str]:
             yield f"data.{name} lists {path} more than once; keep one entry and add the weights up."
 
 
-def _async_tensor_parallel(train: TrainSection, parallel: ParallelSection) -> Iterator[str]:
-    if not parallel.async_tensor_parallel:
-        return
-    if parallel.tensor_parallel_size == 1:
+def _async_tensor_parallel(parallel: ParallelSection) -> Iterator[str]:
+    if parallel.async_tensor_parallel and parallel.tensor_parallel_size == 1:
         yield (
             "parallel.async_tensor_parallel is true, but parallel.tensor_parallel_size is 1 and no tokens are exchanged; "
             "set it to false or the size to at least 2."
         )
-    if not train.compile.enabled:
-        yield "parallel.async_tensor_parallel is true, but train.compile.enabled is false, and torch.compile does it; set one of them back."
 
 
 def _budget(train: TrainSection, parallel: ParallelSection) -> Iterator[str]:
@@ -163,6 +159,10 @@ def _zero(config: RunConfig, world_size: int) -> Iterator[str]:
         yield f"zero.shard_size is {zero.shard_size}, but zero.stage is 0 and shards nothing; leave it null or choose a stage."
     elif zero.shard_size is not None and data_parallel_size % zero.shard_size:
         yield f"zero.shard_size {zero.shard_size} does not divide the data-parallel size {data_parallel_size}; choose a divisor."
+    if zero.copy_engine_gather and zero.stage == 0:
+        yield "zero.copy_engine_gather is true, but zero.stage is 0 and nothing is gathered; set it to false or choose a stage."
+    elif zero.copy_engine_gather and zero.offload_params != "none":
+        yield f"zero.copy_engine_gather is true, but zero.offload_params is {zero.offload_params}, which no GPU shares; set one of them back."
     if zero.offload_params == "cpu" and (zero.stage != 3 or zero.offload_optimizer != "cpu"):
         yield (
             f"zero.offload_params is cpu, which needs zero.stage 3 and zero.offload_optimizer cpu, but they are {zero.stage} and "

@@ -29,9 +29,11 @@ class Axis:
 
     Args:
         mesh: The ranks along it; None: this rank alone.
+        has_peer_memory: Layers exchange tokens through memory of the other ranks (`peer_memory.py`), not by collectives.
     """
 
     mesh: DeviceMesh | None = None
+    has_peer_memory: bool = False
 
     @property
     def size(self) -> int:
@@ -56,6 +58,14 @@ ALONE = Axis()
 def gather_tokens(x: Tensor, axis: Axis) -> Tensor:
     """The tokens of all ranks: [N / size, ...] -> [N, ...]. Backward sums what the ranks say of each token and scatters it."""
     return x if axis.size == 1 else _GatherTokens.apply(x, axis)
+
+
+def begin_to_gather(x: Tensor, axis: Axis) -> Callable[[], Tensor]:
+    """`gather_tokens` with other work before its end: what it returns waits for the tokens."""
+    if axis.size == 1:
+        return lambda: x
+    pending = _BeginToGather.apply(x, axis)
+    return lambda: _Await.apply(pending)
 
 
 def scatter_tokens(x: Tensor, axis: Axis) -> Tensor:
@@ -115,6 +125,25 @@ class _GatherTokens(torch.autograd.Function):
         return _reduce_scatter(grad, ctx.axis), None
 
 
+class _BeginToGather(_GatherTokens):
+    """Returns what is not there yet; `_Await` has to come between it and its users."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, axis: Axis) -> Tensor:
+        ctx.axis = axis
+        return _begin_to_gather(x, axis)
+
+
+class _Await(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, pending: Tensor) -> Tensor:
+        return _OPS.wait_tensor(pending)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Tensor:
+        return grad
+
+
 class _ScatterTokens(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, axis: Axis) -> Tensor:
@@ -128,12 +157,16 @@ class _ScatterTokens(torch.autograd.Function):
 
 def start_gather(x: Tensor, axis: Axis) -> Callable[[], Tensor]:
     """Begins to gather the tokens of all ranks [N, ...]; what it returns waits for them. Not differentiable."""
-    return _when_done(_OPS.all_gather_into_tensor(x.contiguous(), axis.size, axis.group.group_name))
+    return _when_done(_begin_to_gather(x, axis))
 
 
 def start_scatter(x: Tensor, axis: Axis) -> Callable[[], Tensor]:
     """Begins to sum over the ranks and to scatter by tokens [N / size, ...]; what it returns waits. Not differentiable."""
     return _when_done(_OPS.reduce_scatter_tensor(x.contiguous(), "sum", axis.size, axis.group.group_name))
+
+
+def _begin_to_gather(x: Tensor, axis: Axis) -> Tensor:
+    return _OPS.all_gather_into_tensor(x.contiguous(), axis.size, axis.group.group_name)
 
 
 def _when_done(pending: Tensor) -> Callable[[], Tensor]:

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 from phase8.distributed.collectives import ALONE, Axis
+from phase8.distributed.peer_memory import peer_memory
 from phase8.topology import Topology
 
 # dp is two axes: ranks of one `shard` group divide parameters and optimizer among them, those along `replicate` hold the same.
@@ -60,13 +61,17 @@ def first_and_last_stage(mesh: Mesh) -> dist.ProcessGroup | None:
     return own
 
 
-def build_mesh(topology: Topology, *, device_type: str, shard_size: int) -> Mesh:
+def build_mesh(topology: Topology, *, device_type: str, shard_size: int, async_tensor_parallel: bool = False) -> Mesh:
     """The mesh of a topology; of one process alone, without a process group.
 
     Args:
         topology: Its world size is that of the process group.
         device_type: `cpu` or `cuda`.
         shard_size: Data-parallel ranks that divide parameters and optimizer among them; divides the data-parallel size.
+        async_tensor_parallel: Tensor-parallel GPUs exchange tokens through each other's memory.
+
+    Raises:
+        ConfigError: They should, but do not reach it.
     """
     if topology.world_size == 1 and not dist.is_initialized():
         return Mesh(topology, None, ALONE, ALONE, ALONE, ALONE)
@@ -74,4 +79,8 @@ def build_mesh(topology: Topology, *, device_type: str, shard_size: int) -> Mesh
     shape = (topology.pipeline_parallel_size, replicas, shard_size, topology.context_parallel_size, topology.tensor_parallel_size)
     device_mesh = init_device_mesh(device_type, shape, mesh_dim_names=_DIM_NAMES)
     axes = {name: Axis(device_mesh[name]) if size > 1 else ALONE for name, size in zip(_DIM_NAMES, shape, strict=True)}
-    return Mesh(topology, device_mesh, axes["pp"], axes["replicate"], axes["shard"], axes["tp"])
+    tp = axes["tp"]
+    if async_tensor_parallel and device_type == "cuda" and tp.size > 1:
+        peer_memory(tp.group.group_name)
+        tp = replace(tp, has_peer_memory=True)
+    return Mesh(topology, device_mesh, axes["pp"], axes["replicate"], axes["shard"], tp)

@@ -6,6 +6,7 @@ Every part is local to a head. Shapes: B batch, T tokens, D model width, H heads
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -13,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from phase8.config.schema import ModelSection
-from phase8.distributed.collectives import Axis, gather_tokens
+from phase8.distributed.collectives import Axis, begin_to_gather
 from phase8.kernels.gated_linear_attention import gated_linear_attention
 from phase8.kernels.green_scan import green_scan
 from phase8.kernels.mixer_inputs import MixerInputs
@@ -116,20 +117,26 @@ class GlobalPath(nn.Module):
         green = None if self.chain is None else torch.zeros(batch_size, self.num_heads, 2, **wide)
         return GlobalState(torch.zeros(batch_size, self.num_heads, self.head_size, self.head_size, **wide), green)
 
+    def begin(self, x: Tensor) -> Callable[[], Tensor]:
+        """Begins with the few scalars of every head and token, of x as in the mixer; what it returns waits for them.
+
+        Each rank computes those of all heads for its own tokens, and gets those of all tokens.
+        """
+        return begin_to_gather(self.scalars(x), self.axis)
+
     def forward(
-        self, x: Tensor, inputs: MixerInputs, starts: Tensor | None, state: GlobalState | None
+        self, scalars: Tensor, inputs: MixerInputs, starts: Tensor | None, state: GlobalState | None
     ) -> tuple[Tensor, GlobalState | None]:
         """What the path adds to the local one, [B, T, H, K], and the state to carry on (None without `state`).
 
         Args:
-            x: Normalised residual stream [B, T, D]; with several ranks, the own tokens of it [n, D].
+            scalars: Of all heads and tokens, from `begin`.
             inputs: Queries, keys and values.
             starts: True where a token begins a document [B, T]; None: nowhere.
             state: What earlier pieces of the sequence carried; None: it begins here and nothing is carried on.
         """
-        # Each rank computes the few scalars of all heads for its own tokens, and takes its heads of all tokens.
-        scalars = gather_tokens(self.scalars(x), self.axis).chunk(self.axis.size, dim=-1)[self.axis.index]
-        scalars = scalars.reshape(*inputs.v.shape[:3], -1)
+        own_heads = scalars.chunk(self.axis.size, dim=-1)[self.axis.index]
+        scalars = own_heads.reshape(*inputs.v.shape[:3], -1)
         log_decay, gate, green = self._modulation(scalars, starts, None if state is None else state.green)
         memory = None if state is None else state.memory
         y, memory = gated_linear_attention(inputs.global_q, inputs.global_k, inputs.v, log_decay, starts, memory)

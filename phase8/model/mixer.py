@@ -112,6 +112,7 @@ class Phase8Mixer(nn.Module):
         Returns:
             What is added to the residual stream, in the shape of x, and the state to carry on (None without `state`).
         """
+        scalars = None if self.global_path is None else self.global_path.begin(x)
         qkv = joint_linear(x, self.q, self.k, self.v, axis=self.axis)
         inputs, convolution = mixer_inputs(
             qkv.reshape(-1, len(angles), 3, self.num_heads, self.head_size),
@@ -133,7 +134,7 @@ class Phase8Mixer(nn.Module):
             state=None if state is None else state.window,
         )
         global_state = None
-        if self.global_path is not None:
-            y_global, global_state = self.global_path(x, inputs, starts, None if state is None else state.global_path)
+        if self.global_path is not None and scalars is not None:
+            y_global, global_state = self.global_path(scalars(), inputs, starts, None if state is None else state.global_path)
             y = y + y_global
         return self.out(y.flatten(2)), None if window is None else MixerState(convolution, window, global_state)

@@ -115,6 +115,7 @@ def plan_stages(config: RunConfig, *, world_size: int, device_type: str) -> tupl
             packed=config.data.reset_at_document_boundaries,
             device_type=device_type,
             saves_aside=config.checkpoint.asynchronous,
+            async_tensor_parallel=config.parallel.async_tensor_parallel,
         )
     )
 

@@ -11,6 +11,7 @@ import torch
 from phase8.config.batch import BatchShape
 from phase8.config.pipeline import Pipeline
 from phase8.config.schema import ModelSection, TrainSection, ZeroSection
+from phase8.distributed.peer_memory import ROUNDS, ROUNDS_IN_PLACE
 from phase8.pipeline_parallel.schedules import Action, build_schedule
 from phase8.plan.activations import ActivationBytes, trace_activations
 from phase8.plan.chunks import chunk_parameters
@@ -20,6 +21,7 @@ from phase8.plan.stages import chunk_layers
 from phase8.topology import Topology
 from phase8.zero.fsdp import shard_size
 
+_WEIGHT_BYTES = 4
 # Of each message between stages: the one at work, and the next that comes or the last that has not left.
 _COPIES_OF_MESSAGE = 2
 
@@ -56,6 +58,7 @@ class Workload:
         packed: Document boundaries are reset.
         device_type: `cuda`, or `cpu`, where operators keep more for backward.
         saves_aside: Checkpoints are written from copies while training goes on.
+        async_tensor_parallel: Tensor-parallel GPUs exchange tokens through each other's memory.
     """
 
     model: ModelSection
@@ -68,6 +71,7 @@ class Workload:
     packed: bool
     device_type: str
     saves_aside: bool = False
+    async_tensor_parallel: bool = False
 
 
 def plan_each_stage(work: Workload) -> tuple[StageMemory, ...]:
@@ -84,7 +88,7 @@ def plan_each_stage(work: Workload) -> tuple[StageMemory, ...]:
         chunks = [chunk_parameters(work.model, layers) for layers in chunk_layers(work.model, work.pipeline, stage)]
         blocks = [_held(block, work) for chunk in chunks for block in chunk.blocks]
         rests = [_held(chunk.rest, work) for chunk in chunks]
-        activations_bytes = _activations(work, chunks, traced, actions=schedule.actions[stage], stage=stage)
+        activations_bytes = _activations(work, chunks, traced, actions=schedule.actions[stage], stage=stage) + _peer_memory(work, blocks, traced)
         stages.append(
             StageMemory(
                 stage=stage,
@@ -159,6 +163,17 @@ def _activations(work: Workload, chunks: Sequence[Chunk], traced: Mapping[int, A
     # Behind its chunks activations leave and gradients come, before them the reverse.
     messages = 2 * sides * _COPIES_OF_MESSAGE * message_bytes
     return peak_activation_bytes(actions, [_chunk_activations(work, chunk, traced) for chunk in chunks]) + messages
+
+
+def _peer_memory(work: Workload, blocks: Sequence[Held], traced: Mapping[int, ActivationBytes]) -> int:
+    """Places that other GPUs fill: with the tokens of every tensor-parallel rank and what it adds to sums, and with the parts of a block."""
+    places = 0
+    if work.device_type == "cuda" and work.async_tensor_parallel:
+        own_tokens = next(iter(traced.values())).block_input
+        places += 2 * ROUNDS * work.topology.tensor_parallel_size * own_tokens
+    if work.device_type == "cuda" and work.zero.copy_engine_gather:
+        places += ROUNDS_IN_PLACE * _WEIGHT_BYTES * max(sum(block.whole) for block in blocks)
+    return places
 
 
 def _kept_when_recomputed(block: ActivationBytes, train: TrainSection) -> int:

@@ -24,6 +24,7 @@ from torch import Tensor, nn
 
 from phase8.distributed.collectives import Axis, gather_tokens, scatter_tokens, start_gather, start_scatter
 from phase8.kernels.reference.dtypes import at_least_fp32
+from phase8.tensor_parallel.overlapped import gathered_product, scattered_product
 from phase8.tensor_parallel.parameters import ParameterSpec, local
 
 
@@ -84,6 +85,8 @@ class RowParallelLinear(Linear):
 
     def forward(self, x: Tensor) -> Tensor:
         """[..., in_features of this rank], all tokens -> [..., out_features], own tokens."""
+        if self.axis.has_peer_memory:
+            return scattered_product(x.flatten(0, -2), local(self.weight).to(x.dtype), self.axis)
         return scatter_tokens(super().forward(x), self.axis)
 
 
@@ -183,7 +186,9 @@ def joint_linear(x: Tensor, *layers: ColumnParallelLinear | LowRankColumn, axis:
         bottlenecks = gather_tokens(F.linear(x, downs), axis).chunk(len(layers), dim=-1)
         return torch.cat([layer.up(bottleneck) for layer, bottleneck in zip(layers, bottlenecks, strict=True)], dim=-1)
     weight = _joint_weight(x.dtype, *layers)
-    return F.linear(x, weight) if axis.size == 1 else _GatheredProduct.apply(x, weight, axis)
+    if axis.size == 1:
+        return F.linear(x, weight)
+    return gathered_product(x, weight, axis) if axis.has_peer_memory else _GatheredProduct.apply(x, weight, axis)
 
 
 def _joint_weight(dtype: torch.dtype, *layers: Linear) -> Tensor:

@@ -8,6 +8,9 @@
 | `chunks4` | chunks per stage |
 | `zero3`, `shard2` | ZeRO stage, and how many ranks share one copy |
 | `offload` | the optimizer in host memory; with `zero3` parameters and gradients too |
+| `async` | tensor-parallel ranks exchange tokens beside their products |
+| `copy` | blocks are gathered by copy engines |
+| `graph` | the step is one CUDA graph |
 | `micro4` | sequences per forward |
 
 Degrees, schedule and ZeRO that a layout does not name are the defaults, whatever the config says.
@@ -25,7 +28,7 @@ from phase8.errors import ConfigError
 from phase8.pipeline_parallel.schedules import SCHEDULES, bubble_ratio
 from phase8.train.benchmark import with_settings
 
-ONE, OFFLOAD, ASYNC = "one", "offload", "async"
+ONE, OFFLOAD, ASYNC, COPY, GRAPH = "one", "offload", "async", "copy", "graph"
 DEGREES = {"tp": "parallel.tensor_parallel_size", "pp": "parallel.pipeline_parallel_size", "dp": None}
 NUMBERS = {"zero": "zero.stage", "shard": "zero.shard_size", "chunks": "parallel.pipeline_chunks", "micro": "train.micro_batch_size"}
 _PART_WITH_NUMBER = re.compile(rf"({'|'.join((*DEGREES, *NUMBERS))})(\d+)")
@@ -121,6 +124,8 @@ def _read_part(part: str, *, layout: str) -> tuple[str, dict[str, object]]:
     simple: dict[str, tuple[str, dict[str, object]]] = {
         ONE: (ONE, {}),
         ASYNC: (ASYNC, {"parallel.async_tensor_parallel": True}),
+        COPY: (COPY, {"zero.copy_engine_gather": True}),
+        GRAPH: (GRAPH, {"train.cuda_graphs": True}),
         OFFLOAD: (OFFLOAD, {"zero.offload_optimizer": "cpu"}),
         **{schedule: ("a schedule", {"parallel.pipeline_schedule": schedule}) for schedule in SCHEDULES},
     }

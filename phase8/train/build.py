@@ -138,7 +138,10 @@ def _build_mesh(config: RunConfig, device: torch.device, world_size: int) -> Mes
     if world_size == 1 and config.zero.offload_params != "none" and not dist.is_initialized():  # FSDP wants a group, if only of one
         dist.init_process_group("gloo" if device.type == "cpu" else "cpu:gloo,cuda:nccl", store=dist.HashStore(), rank=0, world_size=1)
     return build_mesh(
-        topology, device_type=device.type, shard_size=shard_size(config.zero, data_parallel_size=topology.data_parallel_size)
+        topology,
+        device_type=device.type,
+        shard_size=shard_size(config.zero, data_parallel_size=topology.data_parallel_size),
+        async_tensor_parallel=config.parallel.async_tensor_parallel,
     )
 
 

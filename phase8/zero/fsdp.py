@@ -19,6 +19,7 @@ from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, OffloadPolicy, 
 
 from phase8.config.schema import ZeroSection
 from phase8.distributed.mesh import Mesh
+from phase8.zero.copy_engine_gather import CopyEngineGather
 
 
 def shard_size(zero: ZeroSection, *, data_parallel_size: int) -> int:
@@ -31,7 +32,9 @@ def shard_size(zero: ZeroSection, *, data_parallel_size: int) -> int:
 def shard_block(block: nn.Module, zero: ZeroSection, mesh: Mesh) -> None:
     """Divides one block, whose parameters have their values: what another rank holds is freed."""
     if _is_divided(zero, mesh):
-        fully_shard(block, mesh=mesh.data_mesh, reshard_after_forward=zero.stage == 3, offload_policy=_offload(zero, mesh))
+        divided = fully_shard(block, mesh=mesh.data_mesh, reshard_after_forward=zero.stage == 3, offload_policy=_offload(zero, mesh))
+        if zero.copy_engine_gather and mesh.shard.mesh is not None and mesh.shard.mesh.device_type == "cuda":
+            divided.set_custom_all_gather(CopyEngineGather(mesh.shard.group))
 
 
 def shard_model(model: nn.Module, zero: ZeroSection, mesh: Mesh) -> None:

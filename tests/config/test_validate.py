@@ -75,7 +75,7 @@ RULES = {
         "train.recompute is budget, but train.compile.enabled is false and nobody chooses; set it to true, or recompute to selective.",
     ),
     "exchange beside products of one rank": (
-        ["parallel.async_tensor_parallel=true", "train.compile.enabled=true"],
+        ["parallel.async_tensor_parallel=true"],
         "parallel.async_tensor_parallel is true, but parallel.tensor_parallel_size is 1 and no tokens are exchanged; "
         "set it to false or the size to at least 2.",
     ),
@@ -119,6 +119,14 @@ RULES = {
     ),
     "deepspeed": (["zero.engine=deepspeed"], "zero.engine is 'deepspeed', which is not supported yet; use 'fsdp'."),
     "offload optimizer": (["zero.offload_optimizer=nvme"], "zero.offload_optimizer is 'nvme', which is not supported yet; use 'none' or 'cpu'."),
+    "gather of nothing": (
+        ["zero.copy_engine_gather=true"],
+        "zero.copy_engine_gather is true, but zero.stage is 0 and nothing is gathered; set it to false or choose a stage.",
+    ),
+    "gather of what lies on the host": (
+        ["zero.copy_engine_gather=true", "zero.stage=3", "zero.offload_optimizer=cpu", "zero.offload_params=cpu"],
+        "zero.copy_engine_gather is true, but zero.offload_params is cpu, which no GPU shares; set one of them back.",
+    ),
     "offload params": (["zero.offload_params=nvme"], "zero.offload_params is 'nvme', which is not supported yet; use 'none' or 'cpu'."),
     "fp8": (["precision.dtype=fp8"], "precision.dtype is 'fp8', which is not supported yet; use 'bf16' or 'fp32'."),
     "int8": (["precision.dtype=int8"], "precision.dtype is 'int8', which is not supported yet; use 'bf16' or 'fp32'."),
@@ -159,10 +167,6 @@ def test_what_lies_just_inside_the_rules_is_allowed(tmp_path, overrides):
 @pytest.mark.parametrize(
     ("settings", "sentence"),
     [
-        (
-            ["parallel.async_tensor_parallel=true"],
-            "parallel.async_tensor_parallel is true, but train.compile.enabled is false, and torch.compile does it; set one of them back.",
-        ),
         (
             ["train.recompute=budget", "train.compile.enabled=true"],
             "train.recompute is budget with parallel.tensor_parallel_size 2, but torch.compile cannot weigh what holds a process group; "

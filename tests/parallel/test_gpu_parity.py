@@ -40,6 +40,8 @@ CASES = {
     "tp2 asynchronous": ("default", ranks(tp=2, more=ASYNCHRONOUS)),
     "tp2 recorded": ("default", ranks(tp=2, more=(RECORDED,))),
     "tp2 asynchronous, recorded": ("default", ranks(tp=2, more=(*ASYNCHRONOUS, RECORDED))),
+    "dp2 zero 3 gathered by copies": ("default", ranks(dp=2, stage=3, more=("zero.copy_engine_gather=true",))),
+    "dp2 zero 3 gathered by copies, recorded": ("default", ranks(dp=2, stage=3, more=("zero.copy_engine_gather=true", *COMPILED, RECORDED))),
     "dp2 recorded": ("default", ranks(dp=2, more=(RECORDED,))),
     "dp2 zero 3 compiled, recorded": ("default", ranks(dp=2, stage=3, more=(*COMPILED, RECORDED))),
     "tp4": ("default", ranks(tp=4)),

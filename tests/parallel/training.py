@@ -66,7 +66,7 @@ def new_learner(config, world_size, *, device_type, dtype):
     select_kernels(config.train.kernels, device)
     topology = run_topology(config.parallel, world_size=world_size)
     size = shard_size(config.zero, data_parallel_size=topology.data_parallel_size)
-    mesh = build_mesh(topology, device_type=device_type, shard_size=size)
+    mesh = build_mesh(topology, device_type=device_type, shard_size=size, async_tensor_parallel=config.parallel.async_tensor_parallel)
     learner = build_learner(config, mesh=mesh, device=device, dtype=dtype)
     perturb(learner)
     return learner

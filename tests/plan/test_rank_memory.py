@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from phase8.config.load import load_config
+from phase8.distributed.peer_memory import ROUNDS, ROUNDS_IN_PLACE
 from phase8.plan.activations import trace_activations
 from phase8.plan.dry_run import count_parameters, plan_stages, shapes_only
 from phase8.plan.rank_memory import fullest
@@ -121,3 +122,17 @@ def test_copies_of_asynchronous_saves_reach_the_plan():
     for settings, world_size in (((), 1), (("zero.stage=3",), 2)):
         (stage,) = stages_of(*settings, "checkpoint.asynchronous=true", world_size=world_size)
         assert stage.memory.host_bytes == 12 * stage.num_parameters
+
+
+def test_memory_that_other_gpus_fill_reaches_the_plan():
+    def peak(*settings, device_type="cuda"):
+        (stage,) = plan_stages(config_of(*settings), world_size=2, device_type=device_type)
+        return stage.memory.total_bytes
+
+    tensor_parallel, asynchronous = "parallel.tensor_parallel_size=2", "parallel.async_tensor_parallel=true"
+    tokens = 48 * 32 * 4
+    assert peak(tensor_parallel, asynchronous) - peak(tensor_parallel) == 2 * ROUNDS * tokens
+    block = sum(parameter.numel() for parameter in shapes_only(config_of()).blocks["0"].parameters())
+    assert peak("zero.stage=3", "zero.copy_engine_gather=true") - peak("zero.stage=3") == ROUNDS_IN_PLACE * 4 * block
+    for settings in ((tensor_parallel, asynchronous), ("zero.stage=3", "zero.copy_engine_gather=true")):
+        assert peak(*settings, device_type="cpu") == peak(settings[0], device_type="cpu")

@@ -67,7 +67,7 @@ def test_the_parts_of_a_name_are_config_keys(name, world_size, settings):
 @pytest.mark.parametrize(
     ("name", "sentence"),
     [
-        ("tp2-zero", "layout 'tp2-zero' has the part 'zero', but the parts are one, async, offload, gpipe, "),
+        ("tp2-zero", "layout 'tp2-zero' has the part 'zero', but the parts are one, async, copy, graph, offload, gpipe, "),
         ("tp0", "layout 'tp0' has the part 'tp0'"),
         ("xtp2", "layout 'xtp2' has the part 'xtp2'"),
         ("", "layout '' has the part ''"),
