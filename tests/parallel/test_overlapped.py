@@ -157,9 +157,9 @@ def train_through_peers(settings, num_steps, world_size):
         return training.train_steps(settings, num_steps, world_size)
 
 
-@pytest.mark.parametrize("block", ["default", "low-rank", "transformer"])
-def test_training_equals_one_process(pool, block):
-    world_size, settings = ranks(tp=2, more=("train.recompute=selective",))
+@pytest.mark.parametrize(("block", "recompute"), [("default", "selective"), ("low-rank", "full"), ("transformer", "none")])
+def test_training_equals_one_process(pool, block, recompute):
+    world_size, settings = ranks(tp=2, more=(f"train.recompute={recompute}",))
     settings = (*BLOCKS[block], *settings)
     steps, weights = pool.run(train_through_peers, settings, 2, world_size, world_size=world_size, backend=GLOO, timeout_seconds=120)[0]
     expected_steps, expected = training.train_steps(settings_of_one(settings), 2)
