@@ -145,10 +145,10 @@ def work(rank, port, connection):
                 torch.cuda.set_device(rank)  # before the group exists, or all barriers meet on the first GPU
             dist.init_process_group(backend, store=dist.PrefixStore(f"job {number}", store), rank=rank, world_size=world_size, timeout=timeout)
             payload = pickle.dumps(_load(*function)(*pickle.loads(arguments)))
+            gc.collect()  # FSDP leaves cycles that hold process groups, and each of those has threads
             dist.barrier()  # nobody closes a connection that another still reads from
             dist.destroy_process_group()
             _forget_meshes()
-            gc.collect()  # FSDP leaves cycles that hold process groups, and each of those has threads
         except BaseException as error:
             connection.send((False, _pickled_error(error), traceback.format_exc()))
         else:
