@@ -16,12 +16,11 @@ from phase8.pipeline_parallel.schedules import Action, build_schedule
 from phase8.plan.activations import ActivationBytes, trace_activations
 from phase8.plan.chunks import chunk_parameters
 from phase8.plan.communication import Chunk, Parameter, messages_of_stage
-from phase8.plan.memory import ChunkActivations, Division, Held, MemoryPlan, peak_activation_bytes, plan_memory
+from phase8.plan.memory import FP32_BYTES, ChunkActivations, Division, Held, MemoryPlan, peak_activation_bytes, plan_memory
 from phase8.plan.stages import chunk_layers
 from phase8.topology import Topology
 from phase8.zero.fsdp import shard_size
 
-_WEIGHT_BYTES = 4
 # Of each message between stages: the one at work, and the next that comes or the last that has not left.
 _COPIES_OF_MESSAGE = 2
 
@@ -172,7 +171,7 @@ def _peer_memory(work: Workload, blocks: Sequence[Held], traced: Mapping[int, Ac
         own_tokens = next(iter(traced.values())).block_input
         places += 2 * ROUNDS * work.topology.tensor_parallel_size * own_tokens
     if work.device_type == "cuda" and work.zero.copy_engine_gather:
-        places += ROUNDS_IN_PLACE * _WEIGHT_BYTES * max(sum(block.whole) for block in blocks)
+        places += ROUNDS_IN_PLACE * FP32_BYTES * max(sum(block.whole) for block in blocks)
     return places
 
 

@@ -232,7 +232,7 @@ def _replayed(axis, device):
     """The same numbers again and again, from inputs that change between the replays."""
     torch.manual_seed(axis.index)
     x, column, row = (torch.randn(shape, device=device) for shape in ((64, 32), (48, 32), (32, 48)))
-    take = functools.partial(lambda: overlapped.scattered_product(overlapped.gathered_product(x, column, axis), row, axis))
+    take = lambda: overlapped.scattered_product(overlapped.gathered_product(x, column, axis), row, axis)  # noqa: E731
     take()
     torch.cuda.synchronize()
     graph = torch.cuda.CUDAGraph()
