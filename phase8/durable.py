@@ -6,9 +6,11 @@ match `*.partial`.
 
 from __future__ import annotations
 
+import errno
 import os
 import secrets
 import shutil
+import stat
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -80,6 +82,21 @@ def replace_file(destination: Path, content: bytes) -> None:
     """
     with staged_file(destination) as partial:
         partial.write_bytes(content)
+
+
+def open_lock_file(path: Path) -> int:
+    """A descriptor of a lock file, which is made where it is missing and whose content is never touched.
+
+    Its name is known in advance, so another user of a shared directory may have put a link or a pipe there: neither is followed or waited for.
+
+    Raises:
+        OSError: It cannot be opened, or is no regular file.
+    """
+    descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC, 0o666)
+    if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+        os.close(descriptor)
+        raise OSError(errno.EINVAL, "in the way of a lock and not a regular file", str(path))
+    return descriptor
 
 
 def partial_name(destination: Path) -> Path:

@@ -1,0 +1,35 @@
+"""Paths as users write them: `~` and variables of the environment stand for what the shell would put there."""
+
+from __future__ import annotations
+
+import os
+import re
+
+from phase8.errors import ConfigError
+
+_VARIABLE = re.compile(r"\$(?:\{([^}]*)\}|([A-Za-z_][A-Za-z0-9_]*))")
+_IDENTIFIER = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
+
+
+def expand_path(text: str) -> str:
+    """A path with a leading `~` or `~user`, `$VAR` and `${VAR}` replaced. A shell does this for bare words only, and never inside a YAML file.
+
+    Raises:
+        ConfigError: A variable that is not set, or a user that does not exist.
+    """
+    expanded = _VARIABLE.sub(lambda match: _value(match, text), text)
+    if not expanded.startswith("~"):
+        return expanded
+    home = os.path.expanduser(expanded)
+    if home.startswith("~"):
+        raise ConfigError(f"the path {text!r} begins with {expanded.split('/')[0]}, but there is no such user; write ./~... for a name with a ~.")
+    return home
+
+
+def _value(match: re.Match[str], text: str) -> str:
+    name = match[2] if match[1] is None else match[1]
+    if not _IDENTIFIER.fullmatch(name):
+        raise ConfigError(f"the path {text!r} holds {match[0]}, which names no variable; write ${{NAME}}.")
+    if not os.environ.get(name):
+        raise ConfigError(f"the path {text!r} uses the variable {name}, which is not set; set it, or write the path out.")
+    return os.environ[name]
