@@ -37,10 +37,13 @@ setup(
             "mypy>=1.11",
             "types-PyYAML",
             "tokenizers>=0.20",
+            "pyarrow>=15",
+            "zstandard>=0.22",
             # The release that torch 2.13 brings on a GPU machine: tests look at the machine code it makes.
             "triton>=3.7.1,<3.8; sys_platform == 'linux'",
         ],
         "tokenizers": ["tokenizers>=0.20"],
+        "data": ["pyarrow>=15", "zstandard>=0.22"],
         "deepspeed": ["deepspeed>=0.19"],
         "mpi": ["mpi4py>=4.0"],
         "fla": ["fla-core>=0.5"],
