@@ -156,16 +156,16 @@ def test_global_random_state_is_untouched(prefix, num_workers):
 @pytest.mark.parametrize("num_workers", [0, 1])
 def test_evaluation_is_the_same_every_time_and_spread_over_the_data(prefix, num_workers):
     dataset = opened(prefix)
-    microbatches = evaluation_microbatches(dataset, num_samples=10, micro_batch_size=4)
+    (microbatches,) = evaluation_microbatches(dataset, num_samples=10, micro_batch_size=4)
     assert [len(microbatch) for microbatch in microbatches] == [4, 4, 2]
-    assert microbatches == evaluation_microbatches(opened(prefix, seed=99), num_samples=10, micro_batch_size=4)
+    assert [microbatches] == evaluation_microbatches(opened(prefix, seed=99), num_samples=10, micro_batch_size=4)
     loader = build_loader(dataset, DataSection(num_workers=num_workers), sample_numbers=microbatches)
     for _ in range(2):
         assert torch.cat([microbatch["tokens"] for microbatch in loader])[:, 0].tolist() == [40 * i for i in range(10)]
 
 
 def test_evaluation_of_little_data_takes_each_window_once(prefix):
-    microbatches = evaluation_microbatches(opened(prefix), num_samples=1000, micro_batch_size=8)
+    (microbatches,) = evaluation_microbatches(opened(prefix), num_samples=1000, micro_batch_size=8)
     assert [window for microbatch in microbatches for _, window in microbatch] == list(range(50))
 
 
