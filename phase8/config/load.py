@@ -96,7 +96,8 @@ def _text_of(path: Path) -> str:
     except FileNotFoundError:
         raise ConfigError(f"Config file {path} does not exist; give a YAML file with --config, for example configs/quickstart.yaml.") from None
     except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError(f"Config file {path} cannot be read ({error}); give a readable UTF-8 YAML file.") from None
+        reason = os.strerror(error.errno) if isinstance(error, OSError) and error.errno else error
+        raise ConfigError(f"Config file {path} cannot be read ({reason}); give a readable UTF-8 YAML file.") from None
 
 
 def _place_and_problem(error: yaml.YAMLError) -> tuple[int | None, str]:

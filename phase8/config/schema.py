@@ -25,6 +25,7 @@ from phase8.config.values import (
     RankCount,
     Seconds,
     SequenceCount,
+    TapCount,
     Text,
     TokenCount,
     Width,
@@ -76,7 +77,7 @@ class ModelSection(Section):
     memory_tokens: Annotated[tuple[PositiveFloat, PositiveFloat], Field(strict=False)] = key(
         (2.0, 500.0), "tokens that the first and the last head of the global path remember at initialisation; on a logarithmic scale between"
     )
-    convolution_size: Width | None = key(None, "taps of the causal convolution on q, k, v; 1: none; null: 4 (phase8), 1 (transformer)")
+    convolution_size: TapCount | None = key(None, "taps of the causal convolution on q, k, v; 1: none; null: 4 (phase8), 1 (transformer)")
     ffn: Literal["swiglu", "low_rank_swiglu", "moe"] = key("swiglu", "feed-forward of the block")
     ffn_size: Width | None = key(None, "width F of the feed-forward; null: 8/3 d_model rounded up to a multiple of 64")
     tie_embeddings: bool = key(False, "use the embedding as the output head")

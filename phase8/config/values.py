@@ -77,6 +77,7 @@ Fraction = Annotated[float, Field(ge=0, le=1)]
 
 Width = Annotated[PositiveInt, at_most(2**24)]
 OptionalWidth = Annotated[NonNegativeInt, at_most(2**24)]
+TapCount = Annotated[PositiveInt, at_most(4096)]
 LayerCount = Annotated[PositiveInt, at_most(10_000)]
 TokenCount = Annotated[PositiveInt, at_most(2**31 - 1)]
 SequenceCount = Annotated[PositiveInt, at_most(2**31 - 1)]

@@ -358,3 +358,15 @@ def test_texts_come_back_as_they_were_given(tmp_path, name):
     if name not in ("true", "null"):
         assert load_config(write(tmp_path, f"data: {{train: {name}}}")).data.train == name
     assert load_config(write(tmp_path, f"data: {{train: '{name}'}}")).data.train == name
+
+
+ABSURD = ["model.num_layers=1000000000", "model.d_model=1099511627776", "train.global_batch_size=1000000000000", "model.vocab_size=1000000000000",
+          "parallel.timeout_seconds=1e300", "data.num_workers=100000", "optim.warmup_steps=9999999999999999", "model.convolution_size=1000000",
+          "model.local_window_size=[128, 9999999999999]", "data.train=[{path: a, weight: 1e13}]"]  # fmt: skip
+
+
+@pytest.mark.parametrize("override", ABSURD)
+def test_numbers_that_no_run_can_use_are_refused(tmp_path, override):
+    (problem,) = problems_of(write(tmp_path, ""), override)
+    assert problem.startswith(f"--set {override!r}: {override.partition('=')[0]}: ")
+    assert problem.endswith(", the most that is allowed; check the number of its digits.")
