@@ -20,7 +20,7 @@ import torch
 from torch.utils.data import DataLoader, Dataset
 
 from phase8.config.schema import DataSection, DataSource
-from phase8.data.blend import BlendTable
+from phase8.data.blend import BlendTable, integer_weights
 from phase8.data.indexed import IndexedDataset
 from phase8.data.sampler import ORDER_VERSION, SampleOrder, count_windows, evenly_spread_windows
 from phase8.errors import DataError, Phase8Error
@@ -109,7 +109,7 @@ def open_dataset(
                 f"model.sequence_length {sequence_length}; shorten the sequence or add data"
             )
         sources.append(source)
-    weights = [entry.weight for entry in entries]
+    weights = integer_weights([entry.weight for entry in entries])
     return SequenceDataset(sources, weights=weights, sequence_length=sequence_length, vocab_size=vocab_size, seed=seed)
 
 

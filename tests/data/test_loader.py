@@ -43,7 +43,7 @@ def write(prefix: Path, lengths: list[int], *, first_token: int = 0, dtype: str 
     return str(prefix)
 
 
-def sources(directory: Path, **weights: int) -> list[DataSource]:
+def sources(directory: Path, **weights: float) -> list[DataSource]:
     return [DataSource(path=str(directory / name), weight=weight) for name, weight in weights.items()]
 
 
@@ -96,6 +96,12 @@ def test_blend_delivers_each_source_by_its_weight(blend):
     from_code = [int(dataset[n]["tokens"][0]) >= 1000 for n in range(80)]
     assert [sum(from_code[: 4 * i]) for i in range(21)] == list(range(21))
     assert dataset.order.num_windows == (50, 11)
+
+
+def test_decimal_weights_are_the_blend_of_the_whole_numbers_of_their_ratios(blend):
+    decimal = opened([source.model_copy(update={"weight": source.weight / 4}) for source in blend])
+    assert [source.weight / 4 for source in blend] == [0.75, 0.25]
+    assert data_fingerprint(decimal) == data_fingerprint(opened(blend))
 
 
 @pytest.mark.parametrize("micro_batch_size", [1, 3, 4, 16])
