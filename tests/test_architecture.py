@@ -15,7 +15,7 @@ LIBRARY = sorted((ROOT / "phase8").rglob("*.py"))
 SHARED_BY_BENCHMARKS = ROOT / "tools/bench/measure.py"  # no door: what the doors beside it have in common
 DOORS = sorted({*(ROOT / "launch").glob("*.py"), *(ROOT / "tools").rglob("*.py")} - {SHARED_BY_BENCHMARKS})
 TREES = {path: ast.parse(path.read_text(encoding="utf-8")) for path in [*LIBRARY, *DOORS, SHARED_BY_BENCHMARKS]}
-NO_KERNELS = {"backends", "toolchain"}  # in kernels/, but no operations: they decide which implementation of an operation runs
+NO_KERNELS = {"backends", "loss_chunks", "toolchain"}  # in kernels/, but no operations: they decide which implementation runs, and how
 KERNELS = {path.stem: path for path in LIBRARY if path.parent.name == "kernels" and path.stem not in {"__init__", *NO_KERNELS}}
 REFERENCES = {path.stem: path for path in LIBRARY if path.parent.name == "reference" and path.stem != "__init__"}
 DTYPE_RULE = "dtypes"  # in reference/, but no operation: tested through every operation that obeys it

@@ -1,20 +1,25 @@
-"""What autograd keeps for backward, counted by tracing one block and the head on fake or meta tensors: exact shapes, no memory, no work."""
+"""What autograd keeps for backward, counted by tracing one block and the head on fake or meta tensors: exact shapes, no memory, no work.
+
+A compiled block keeps what the partitioner of torch.compile chooses. That choice is made from the graph alone, before any code is
+generated, so tracing through it (backend `aot_eager_decomp_partition`) gives the same tensors without a GPU or a compiler.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass
+from functools import lru_cache
 
 import torch
 from torch import Tensor, nn
+from torch._functorch import config as functorch_config
 from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.func import functional_call
 
 from phase8.config.schema import ModelSection
 from phase8.kernels.cross_entropy import linear_cross_entropy
 from phase8.kernels.reference.rotary import rotary_angles
-from phase8.model.model import build_model
+from phase8.model.model import LanguageModel
 
 
 @dataclass(frozen=True)
@@ -24,18 +29,39 @@ class ActivationBytes:
     Args:
         block: By a block that keeps everything.
         block_without_mixer: By a block whose mixer is recomputed.
+        block_within_budget: By a compiled block that may keep a share only.
         block_input: By a block that is recomputed whole.
         head: By final norm and loss, the gradient of the head included.
     """
 
     block: int
     block_without_mixer: int
+    block_within_budget: int
     block_input: int
     head: int
 
 
+@dataclass(frozen=True)
+class Compilation:
+    """How torch.compile treats the blocks.
+
+    Args:
+        budget: Share of the activations that a block may keep under `train.recompute: budget`; None: no budget is set.
+    """
+
+    budget: float | None = None
+
+
+@lru_cache(maxsize=256)
 def trace_activations(
-    model: ModelSection, *, dtype: torch.dtype, micro_batch_size: int, packed: bool, device_type: str, num_tensor_ranks: int = 1
+    model: ModelSection,
+    *,
+    dtype: torch.dtype,
+    micro_batch_size: int,
+    packed: bool,
+    device_type: str,
+    num_tensor_ranks: int = 1,
+    compilation: Compilation | None = None,
 ) -> ActivationBytes:
     """Counts the activations of a model with one window size.
 
@@ -49,27 +75,34 @@ def trace_activations(
         packed: Document boundaries are reset, which adds masks.
         device_type: Where the model will run: on a GPU the operators keep less than autograd does on a CPU.
         num_tensor_ranks: Tensor-parallel ranks.
+        compilation: The blocks are compiled; None: they are not.
     """
     one_layer = model.model_copy(update={"num_layers": 1, "local_window_size": max(model.window_sizes)})
-    meta = torch.device("meta")
-    whole, selective = (build_model(one_layer, dtype=dtype, device=meta, recompute=recompute) for recompute in ("none", "selective"))
+    saved_by_block = _saved_bytes if compilation is None else _saved_bytes_compiled
     shape = (micro_batch_size, model.sequence_length)
     # Meta tensors go through the operators as on a GPU. Torch's own attention takes its plain form there, but on fake CPU tensors
     # keeps what it keeps on a GPU. (Fake GPU tensors cannot be sliced by a CPU build of torch.)
     on_meta = device_type == "cuda" and model.block == "phase8"
-    device = meta if on_meta else torch.device("cpu")
-    with nullcontext() if on_meta else FakeTensorMode(), device:
-        x = torch.empty(*shape, model.d_model, dtype=dtype, requires_grad=True)
+    device = torch.device("meta" if on_meta else "cpu")
+    with nullcontext() if on_meta else FakeTensorMode():
+        with device:
+            whole, selective = (LanguageModel(one_layer, dtype=dtype, recompute=recompute) for recompute in ("none", "selective"))
+        x = torch.empty(*shape, model.d_model, dtype=dtype, device=device, requires_grad=True)
         angles = rotary_angles(model.sequence_length, model.head_width, base=model.rope_base, first_position=0, device=device)
-        starts = torch.empty(shape, dtype=torch.bool) if packed else None
-        targets = torch.empty(shape, dtype=torch.int64).flatten()
-        head = torch.empty(-(-model.vocab_size // num_tensor_ranks), model.d_model, requires_grad=True)
+        starts = torch.empty(shape, dtype=torch.bool, device=device) if packed else None
+        targets = torch.empty(shape, dtype=torch.int64, device=device).flatten()
+        head = torch.empty(-(-model.vocab_size // num_tensor_ranks), model.d_model, device=device, requires_grad=True)
         norm = _saved_bytes(whole.norm, x)
         # Every rank has the gradient of the hidden states of all tokens, from its own share of the vocabulary.
         loss = _saved_by(lambda: linear_cross_entropy(x.flatten(0, 1), head, targets), {head})
+        block = saved_by_block(whole.blocks["0"], x, angles, starts)
+        budgeted = block
+        if compilation is not None and compilation.budget is not None:
+            budgeted = _saved_bytes_compiled(whole.blocks["0"], x, angles, starts, budget=compilation.budget)
         return ActivationBytes(
-            block=_saved_bytes(whole.blocks["0"], x, angles, starts) // num_tensor_ranks,
-            block_without_mixer=_saved_bytes(selective.blocks["0"], x, angles, starts) // num_tensor_ranks,
+            block=block // num_tensor_ranks,
+            block_without_mixer=saved_by_block(selective.blocks["0"], x, angles, starts) // num_tensor_ranks,
+            block_within_budget=budgeted // num_tensor_ranks,
             block_input=x.numel() * x.element_size() // num_tensor_ranks,
             head=norm // num_tensor_ranks + loss,
         )
@@ -77,8 +110,17 @@ def trace_activations(
 
 def _saved_bytes(module: nn.Module, *arguments: Tensor | None) -> int:
     """Bytes that the forward of a module keeps, its fp32 weights left out."""
-    weights = {name: torch.empty(p.shape, requires_grad=True) for name, p in module.named_parameters()}
-    return _saved_by(lambda: functional_call(module, weights, arguments), set(weights.values()))
+    return _saved_by(lambda: module(*arguments), set(module.parameters()))
+
+
+def _saved_bytes_compiled(module: nn.Module, *arguments: Tensor | None, budget: float = 1.0) -> int:
+    """The same of a module that torch.compile partitions; what it has traced before is forgotten, for every size is a new shape to it."""
+    torch.compiler.reset()
+    try:
+        with functorch_config.patch(activation_memory_budget=budget):
+            return _saved_bytes(torch.compile(module, backend="aot_eager_decomp_partition", fullgraph=True), *arguments)
+    finally:
+        torch.compiler.reset()
 
 
 def _saved_by(forward: Callable[[], object], weights: set[Tensor]) -> int:

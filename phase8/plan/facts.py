@@ -33,8 +33,9 @@ def memory_fact(plan: MemoryPlan) -> Fact:
         ("gradients", plan.gradients_bytes),
         ("optimizer", plan.optimizer_bytes),
         ("activations", plan.activations_bytes),
+        ("libraries", plan.libraries_bytes),
     )
-    listed = ", ".join(f"{name} {format_bytes(num_bytes)}" for name, num_bytes in kinds)
+    listed = ", ".join(f"{name} {format_bytes(num_bytes)}" for name, num_bytes in kinds if num_bytes or name != "libraries")
     host = f"; on the host {format_bytes(plan.host_bytes)}" if plan.host_bytes else ""
     return "planned memory", f"{format_bytes(plan.total_bytes)}: {listed}{host}"
 

@@ -36,6 +36,7 @@ class MemoryPlan:
         gradients_bytes: fp32.
         optimizer_bytes: Moments of AdamW, fp32.
         activations_bytes: Kept for backward, weights cast to the compute dtype and messages between stages included.
+        libraries_bytes: Workspaces of the libraries that multiply matrices.
         host_bytes: Of parameters, gradients and optimizer that are offloaded to host memory, and of the copies that are saved aside.
     """
 
@@ -44,11 +45,12 @@ class MemoryPlan:
     optimizer_bytes: int
     activations_bytes: int
     host_bytes: int = 0
+    libraries_bytes: int = 0
 
     @property
     def total_bytes(self) -> int:
         """All kinds on the device together: the planned peak."""
-        return self.weights_bytes + self.gradients_bytes + self.optimizer_bytes + self.activations_bytes
+        return self.weights_bytes + self.gradients_bytes + self.optimizer_bytes + self.activations_bytes + self.libraries_bytes
 
 
 @dataclass(frozen=True)
@@ -93,14 +95,18 @@ class ChunkActivations(NamedTuple):
         kept: By its layers, from forward to backward.
         head: By final norm and loss, from forward to the beginning of backward.
         repeated: By a recomputed layer while it is recomputed in backward, besides.
+        scratch: By the loss while it is computed, besides.
     """
 
     kept: int
     head: int = 0
     repeated: int = 0
+    scratch: int = 0
 
 
-def plan_memory(blocks: Sequence[Held], rests: Sequence[Held], *, activations_bytes: int, division: Division) -> MemoryPlan:
+def plan_memory(
+    blocks: Sequence[Held], rests: Sequence[Held], *, activations_bytes: int, division: Division, libraries_bytes: int = 0
+) -> MemoryPlan:
     """The memory of a rank that trains.
 
     Args:
@@ -108,6 +114,7 @@ def plan_memory(blocks: Sequence[Held], rests: Sequence[Held], *, activations_by
         rests: Parameters of each of its chunks in no block.
         activations_bytes: From `peak_activation_bytes`, with whatever lies beside them.
         division: Over data-parallel ranks.
+        libraries_bytes: Workspaces.
     """
     held = [*blocks, *rests]
     whole, part = sum(sum(each.whole) for each in held), sum(sum(each.part) for each in held)
@@ -122,12 +129,16 @@ def plan_memory(blocks: Sequence[Held], rests: Sequence[Held], *, activations_by
             gradients = whole + max(largest[-1], largest_rest)
         else:
             gradients = on_device + rest + max(2 * largest[-1], largest_rest)
+    elif not division.accumulates:
+        # The gradients of a single microbatch take the place of its activations, layer by layer, and begin with those of one block.
+        gradients = max(whole - activations_bytes // FP32_BYTES, largest[-1] if largest else 0)
     return MemoryPlan(
         weights_bytes=weights * FP32_BYTES,
         gradients_bytes=gradients * FP32_BYTES,
         optimizer_bytes=0 if division.offload_optimizer else part * FP32_BYTES * ADAMW_MOMENTS,
         activations_bytes=activations_bytes,
         host_bytes=_host_bytes(held, division),
+        libraries_bytes=libraries_bytes,
     )
 
 
@@ -154,7 +165,7 @@ def peak_activation_bytes(actions: Sequence[Action], chunks: Sequence[ChunkActiv
         chunk = chunks[action.chunk]
         if action.kind is Kind.FORWARD:
             held += chunk.kept + chunk.head
-            peak = max(peak, held)
+            peak = max(peak, held + chunk.scratch)
         elif action.kind is Kind.BACKWARD:
             # The head's are gone when the first layer is recomputed.
             peak = max(peak, held - chunk.head + chunk.repeated)

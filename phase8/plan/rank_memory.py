@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 
@@ -12,8 +13,9 @@ from phase8.config.batch import BatchShape
 from phase8.config.pipeline import Pipeline
 from phase8.config.schema import ModelSection, TrainSection, ZeroSection
 from phase8.distributed.peer_memory import ROUNDS, ROUNDS_IN_PLACE
+from phase8.kernels.loss_chunks import scratch_bytes
 from phase8.pipeline_parallel.schedules import Action, build_schedule
-from phase8.plan.activations import ActivationBytes, trace_activations
+from phase8.plan.activations import ActivationBytes, Compilation, trace_activations
 from phase8.plan.chunks import chunk_parameters
 from phase8.plan.communication import Chunk, Parameter, messages_of_stage
 from phase8.plan.memory import FP32_BYTES, ChunkActivations, Division, Held, MemoryPlan, peak_activation_bytes, plan_memory
@@ -23,6 +25,10 @@ from phase8.zero.fsdp import shard_size
 
 # Of each message between stages: the one at work, and the next that comes or the last that has not left.
 _COPIES_OF_MESSAGE = 2
+# A microbatch of one sequence is a special case to the compiler.
+_TRACED_SIZES = (2, 4)
+# Workspaces of cuBLAS for the stream of training and for that of a recording, and of cuBLASLt, measured on an H100.
+LIBRARIES_BYTES = 128 << 20
 
 
 @dataclass(frozen=True)
@@ -58,6 +64,7 @@ class Workload:
         device_type: `cuda`, or `cpu`, where operators keep more for backward.
         saves_aside: Checkpoints are written from copies while training goes on.
         async_tensor_parallel: Tensor-parallel GPUs exchange tokens through each other's memory.
+        device_bytes: Memory of the device, by which the loss chooses how many logits exist at once; None: a large one.
     """
 
     model: ModelSection
@@ -71,6 +78,7 @@ class Workload:
     device_type: str
     saves_aside: bool = False
     async_tensor_parallel: bool = False
+    device_bytes: int | None = None
 
 
 def plan_each_stage(work: Workload) -> tuple[StageMemory, ...]:
@@ -93,7 +101,13 @@ def plan_each_stage(work: Workload) -> tuple[StageMemory, ...]:
                 stage=stage,
                 layers=tuple(chunk.layers for chunk in chunks),
                 num_parameters=sum(sum(each.part) for each in (*blocks, *rests)),
-                memory=plan_memory(blocks, rests, activations_bytes=activations_bytes, division=division),
+                memory=plan_memory(
+                    blocks,
+                    rests,
+                    activations_bytes=activations_bytes,
+                    division=division,
+                    libraries_bytes=LIBRARIES_BYTES if work.device_type == "cuda" else 0,
+                ),
             )
         )
     return tuple(stages)
@@ -134,17 +148,31 @@ def _numbers(parameter: Parameter, num_tensor_ranks: int, num_shards: int) -> in
 
 def _trace_windows(work: Workload) -> dict[int, ActivationBytes]:
     """Activations of a layer by its window: plain torch keeps the scores of the window, kernels do not."""
-    return {
-        window: trace_activations(
-            work.model.model_copy(update={"local_window_size": window}),
-            dtype=work.dtype,
-            micro_batch_size=work.shape.micro_batch_size,
-            packed=work.packed,
-            device_type=work.device_type,
-            num_tensor_ranks=work.topology.tensor_parallel_size,
-        )
-        for window in set(work.model.window_sizes)
-    }
+    windows = set(work.model.window_sizes)
+    if work.device_type == "cuda":
+        return dict.fromkeys(windows, _trace(work, max(windows)))
+    return {window: _trace(work, window) for window in windows}
+
+
+def _trace(work: Workload, window: int) -> ActivationBytes:
+    """Activations of a layer of one window. Those of compiled layers are traced for two sizes of a microbatch, and grow evenly between and beyond."""
+    train, size = work.train, work.shape.micro_batch_size
+    trace = partial(
+        trace_activations,
+        work.model.model_copy(update={"local_window_size": window}),
+        dtype=work.dtype,
+        packed=work.packed,
+        device_type=work.device_type,
+        num_tensor_ranks=work.topology.tensor_parallel_size,
+    )
+    if not train.compile.enabled or work.device_type != "cuda":
+        return trace(micro_batch_size=size)
+    compilation = Compilation(train.activation_memory_budget if train.recompute == "budget" else None)
+    small, large = (trace(micro_batch_size=traced, compilation=compilation) for traced in _TRACED_SIZES)
+    share = (size - _TRACED_SIZES[0]) / (_TRACED_SIZES[1] - _TRACED_SIZES[0])
+    return ActivationBytes(
+        *(round(before + share * (after - before)) for before, after in zip(vars(small).values(), vars(large).values(), strict=True))
+    )
 
 
 def _activations(work: Workload, chunks: Sequence[Chunk], traced: Mapping[int, ActivationBytes], *, actions: Sequence[Action], stage: int) -> int:
@@ -177,8 +205,29 @@ def _peer_memory(work: Workload, blocks: Sequence[Held], traced: Mapping[int, Ac
 
 def _kept_when_recomputed(block: ActivationBytes, train: TrainSection) -> int:
     if train.recompute == "budget":
-        return block.block_input + int(train.activation_memory_budget * (block.block - block.block_input))
+        return block.block_within_budget
     return block.block_input if train.recompute == "full" else block.block_without_mixer
+
+
+def _gradients_in_a_block(work: Workload) -> int:
+    """Gradients of gate, up and the stream while all that a recomputed block keeps is there: nothing else that backward makes is as large."""
+    if work.device_type != "cuda":
+        return 0
+    width = 2 * work.model.feed_forward_width + work.model.d_model
+    return work.shape.micro_batch_size * work.model.sequence_length * width * work.dtype.itemsize // work.topology.tensor_parallel_size
+
+
+def _loss_scratch(work: Workload) -> int:
+    """Logits of a chunk and the cast head; on several tensor-parallel ranks, as on a CPU, the chunks are short and not counted."""
+    if work.device_type != "cuda" or work.topology.tensor_parallel_size > 1:
+        return 0
+    return scratch_bytes(
+        work.shape.micro_batch_size * work.model.sequence_length,
+        work.model.vocab_size,
+        work.model.d_model,
+        element_bytes=work.dtype.itemsize,
+        device_bytes=work.device_bytes,
+    )
 
 
 def _chunk_activations(work: Workload, chunk: Chunk, traced: Mapping[int, ActivationBytes]) -> ChunkActivations:
@@ -189,9 +238,9 @@ def _chunk_activations(work: Workload, chunk: Chunk, traced: Mapping[int, Activa
         found = traced[model.window_sizes[layer]]
         rest = _kept_when_recomputed(found, train)
         kept += rest if layer in recomputed else found.block
-        repeated = max(repeated, found.block - rest if layer in recomputed else 0)
+        repeated = max(repeated, found.block - rest + _gradients_in_a_block(work) if layer in recomputed else 0)
     any_layer = traced[model.window_sizes[0]]
     if chunk.layers.stop == model.num_layers:
-        return ChunkActivations(kept, any_layer.head, repeated)
+        return ChunkActivations(kept, any_layer.head, repeated, _loss_scratch(work))
     # The residual stream that leaves the chunk is where backward begins, so it stays, too.
     return ChunkActivations(kept + any_layer.block_input, repeated=repeated)

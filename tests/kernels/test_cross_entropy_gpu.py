@@ -160,26 +160,6 @@ def test_the_operator_runs_the_kernel(kernel_device, monkeypatch):
     torch.library.opcheck(operator._forward, (hidden, weight, targets, 4, True, True))
 
 
-@pytest.mark.parametrize(
-    ("num_tokens", "vocabulary", "width", "element_bytes", "scratch_bytes", "expected"),
-    [
-        (32768, 131072, 2048, 2, 1_500_000_000, 2048),  # of 1.5 GB, 0.54 are the cast head and 0.54 the logits
-        (32768, 131072, 2048, 2, 2_000_000_000, 4096),
-        (16384, 32000, 2048, 2, 1_500_000_000, 16384),  # all tokens, in one pass over the gradient of the head
-        (8192, 50257, 512, 2, 1_500_000_000, 8192),
-        (5000, 131072, 2048, 4, 1_500_000_000, 512),  # fp32: beside the head there is room for fewer than the least
-        (300, 131072, 2048, 4, 1_500_000_000, 300),
-        (4096, 32000, 1024, 2, 500_000_000, 4096),
-        (8192, 32000, 1024, 2, 500_000_000, 4096),  # a device of 8 GB
-        (1, 5, 4, 2, 0, 1),
-    ],
-)
-def test_length_of_a_chunk(kernel_device, num_tokens, vocabulary, width, element_bytes, scratch_bytes, expected):
-    from phase8.kernels.gpu.cross_entropy import choose_chunk_tokens
-
-    assert choose_chunk_tokens(num_tokens, vocabulary, width, element_bytes=element_bytes, scratch_bytes=scratch_bytes) == expected
-
-
 def test_the_cast_head_is_aligned_and_padded_with_zeros(kernel_device):
     from phase8.kernels.gpu.cross_entropy import cast_head
 

@@ -2,9 +2,10 @@ import pytest
 import torch
 
 from phase8.config.schema import ModelSection
+from phase8.kernels.reference.rotary import rotary_angles
 from phase8.model.model import build_model
 from phase8.model.parameters import initialise
-from phase8.plan.activations import trace_activations
+from phase8.plan.activations import Compilation, trace_activations
 
 NUM_LAYERS = 3
 SHAPE = {
@@ -76,3 +77,43 @@ def test_tensor_parallel_ranks_divide_all_but_the_gradient_of_the_final_hidden_s
     assert (part.block, part.block_without_mixer, part.block_input) == (whole.block // 4, whole.block_without_mixer // 4, whole.block_input // 4)
     hidden, head = 2 * 128 * 64 * 4, 256 * 64 * 4
     assert part.head == (whole.head - hidden - head) // 4 + hidden + head // 4
+
+
+def compiled_bytes(section, *, micro_batch_size, recompute="none"):
+    """What autograd really keeps of a compiled block of real tensors, its weights left out."""
+    torch.compiler.reset()
+    model = build_model(section, dtype=torch.bfloat16, device=torch.device("cpu"), recompute=recompute)
+    initialise(model, seed=0)
+    weights = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
+    x = torch.randn(micro_batch_size, section.sequence_length, section.d_model, dtype=torch.bfloat16, requires_grad=True)
+    angles = rotary_angles(section.sequence_length, section.head_width, base=section.rope_base, first_position=0, device=x.device)
+    storages = {}
+
+    def remember(x):
+        if x.untyped_storage().data_ptr() not in weights:
+            storages[x.untyped_storage().data_ptr()] = x.untyped_storage()
+        return x
+
+    block = torch.compile(model.blocks["0"], backend="aot_eager_decomp_partition", fullgraph=True)
+    with torch.autograd.graph.saved_tensors_hooks(remember, lambda x: x):
+        block(x, angles, None)
+    torch.compiler.reset()
+    return sum(storage.nbytes() for storage in storages.values())
+
+
+@pytest.mark.parametrize("block", ["phase8", "transformer"])
+def test_traced_bytes_of_a_compiled_block_equal_what_it_keeps(block):
+    section = ModelSection(**SHAPE, block=block)
+    case = {"dtype": torch.bfloat16, "micro_batch_size": 2, "packed": False, "device_type": "cpu"}
+    compiled, eager = trace_activations(section, **case, compilation=Compilation()), trace_activations(section, **case)
+    assert compiled.block == pytest.approx(compiled_bytes(section, micro_batch_size=2), rel=0.03)
+    assert compiled.block_without_mixer == pytest.approx(compiled_bytes(section, micro_batch_size=2, recompute="selective"), rel=0.03)
+    assert compiled.block < eager.block and compiled.block_input == eager.block_input
+
+
+def test_a_budget_keeps_less_and_nothing_without_the_compiler():
+    case = {"dtype": torch.bfloat16, "micro_batch_size": 2, "packed": False, "device_type": "cuda"}
+    budgeted = trace_activations(ModelSection(**SHAPE), **case, compilation=Compilation(budget=0.3))
+    assert budgeted.block_input < budgeted.block_within_budget < 0.8 * budgeted.block
+    eager = trace_activations(ModelSection(**SHAPE), **case)
+    assert eager.block_within_budget == eager.block

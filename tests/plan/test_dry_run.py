@@ -50,8 +50,8 @@ def test_everything_is_printed(small):
     assert facts["model"] == "phase8, 3 layers, width 32, 2 heads of 16, dense"
     assert re.fullmatch(r"[\d.]+k \([\d,]+\)", facts["parameters"])
     assert re.fullmatch(r"[\d.]+ kFLOP training, [\d.]+ kFLOP forward", facts["FLOPs/token"])
-    kinds = "weights|gradients|optimizer|activations"
-    assert re.fullmatch(rf"[\d.]+ MiB:(,? ({kinds}) [\d.]+ [KM]iB){{4}}", facts["planned memory per rank"])
+    kinds = "weights|gradients|optimizer|activations|libraries"
+    assert re.fullmatch(rf"[\d.]+ MiB:(,? ({kinds}) [\d.]+ [KM]iB){{5}}", facts["planned memory per rank"])
     assert list(facts) == ["topology", "batch", "run", "model", "parameters", "FLOPs/token", "planned memory per rank"]
 
 

@@ -20,6 +20,20 @@ def test_weights_gradients_and_both_moments_are_fp32():
     assert found.total_bytes == 840 + 840 + 1680 + 77
 
 
+def test_gradients_of_a_single_microbatch_take_the_place_of_activations():
+    undivided = [Held(each.whole, each.whole) for each in (*BLOCKS, *RESTS)]
+    single = Division(accumulates=False)
+    few = plan_memory(undivided[:2], undivided[2:], activations_bytes=100, division=single)
+    assert few.gradients_bytes + 100 == 4 * WHOLE
+    many = plan_memory(undivided[:2], undivided[2:], activations_bytes=4000, division=single)
+    assert many.gradients_bytes == 4 * 100  # of the block whose backward comes first
+
+
+def test_libraries_count():
+    with_libraries = plan_memory(BLOCKS, RESTS, activations_bytes=77, division=Division(), libraries_bytes=9)
+    assert with_libraries.total_bytes == plan(Division()).total_bytes + 9
+
+
 @pytest.mark.parametrize(
     ("stage", "accumulates", "weights", "gradients"),
     [
@@ -78,6 +92,7 @@ ONE = build_schedule("1f1b", num_stages=1, num_microbatches=3).actions[0]
         (ChunkActivations(500, head=7), 507),
         (ChunkActivations(50, head=7, repeated=90), 140),  # the block that is recomputed in backward outweighs the head
         (ChunkActivations(50, head=200, repeated=90), 250),
+        (ChunkActivations(50, head=7, repeated=90, scratch=100), 157),  # while the loss is computed
     ],
 )
 def test_peak_is_what_all_blocks_keep_and_the_larger_of_head_and_recomputed_block(chunk, expected):

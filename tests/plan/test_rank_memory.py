@@ -124,6 +124,30 @@ def test_copies_of_asynchronous_saves_reach_the_plan():
         assert stage.memory.host_bytes == 12 * stage.num_parameters
 
 
+def on_gpu(*settings):
+    (stage,) = plan_stages(config_of(*settings), world_size=1, device_type="cuda")
+    return stage.memory
+
+
+def test_compiled_blocks_are_planned_as_the_compiler_partitions_them():
+    eager, compiled = on_gpu("train.compile.enabled=false"), on_gpu("train.compile.enabled=true")
+    assert compiled.activations_bytes < eager.activations_bytes
+    budgeted = on_gpu("train.compile.enabled=true", "train.recompute=budget", "train.activation_memory_budget=0.2")
+    assert budgeted.activations_bytes < compiled.activations_bytes
+    assert on_gpu("train.compile.enabled=true", "train.recompute=full").activations_bytes < budgeted.activations_bytes
+
+
+def test_compiled_activations_grow_evenly_with_the_microbatch():
+    sizes = [on_gpu("train.compile.enabled=true", f"train.micro_batch_size={size}", "model.vocab_size=64").activations_bytes for size in (1, 2, 4)]
+    assert sizes[2] - sizes[1] == pytest.approx(2 * (sizes[1] - sizes[0]), rel=1e-6)
+
+
+def test_the_loss_needs_logits_of_a_chunk_and_the_cast_head():
+    few, many = (on_gpu(f"model.vocab_size={size}", "train.compile.enabled=false").activations_bytes for size in (64, 6400))
+    hidden_and_head = (6400 - 64) * 32 * 4  # the gradient of the head
+    assert many - few == hidden_and_head + (48 + 32) * (6400 - 64) * 4
+
+
 def test_memory_that_other_gpus_fill_reaches_the_plan():
     def peak(*settings, device_type="cuda"):
         (stage,) = plan_stages(config_of(*settings), world_size=2, device_type=device_type)

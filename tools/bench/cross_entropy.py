@@ -80,9 +80,10 @@ def _whole_cases(hidden: Tensor, weight: Tensor, targets: Tensor, chunk_lengths:
 
 
 def _kernel_cases(vocabulary: int, device: torch.device) -> Iterator[Case]:
-    from phase8.kernels.gpu.cross_entropy import HEAD_ALIGNMENT, losses_of_rows
+    from phase8.kernels.gpu.cross_entropy import losses_of_rows
+    from phase8.kernels.loss_chunks import leading_dimension
 
-    leading = math.ceil(vocabulary / HEAD_ALIGNMENT) * HEAD_ALIGNMENT
+    leading = leading_dimension(vocabulary)
     logits = torch.randn(KERNEL_ROWS, leading, dtype=torch.bfloat16, device=device)
     targets, losses = torch.zeros(KERNEL_ROWS, dtype=torch.int64, device=device), torch.empty(KERNEL_ROWS, device=device)
     run = partial(losses_of_rows, logits, targets, losses, vocabulary=vocabulary)

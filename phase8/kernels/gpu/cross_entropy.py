@@ -15,12 +15,9 @@ import triton.language as tl
 from torch import Tensor
 
 from phase8.kernels.gpu.fast_math import exp2, has_fast_math, log2
+from phase8.kernels.loss_chunks import HEAD_ALIGNMENT, choose_chunk_tokens, scratch_limit
 from phase8.kernels.reference.cross_entropy import IGNORED_TARGET
 
-SCRATCH_BYTES = 1_500_000_000
-SCRATCH_SHARE = 16  # of the memory of a small device, one part in so many
-MIN_CHUNK_TOKENS = 512
-HEAD_ALIGNMENT = 64  # rows of the cast head: whole 128-byte lines of bf16 logits
 VECTOR_BYTES = 16  # the widest load of a thread
 LOWEST = -3.0e38  # a running maximum before any logit: finite, for -inf - -inf is NaN
 
@@ -33,8 +30,8 @@ def linear_cross_entropy_gradients(
     hidden, targets = hidden.contiguous(), targets.contiguous()
     head = cast_head(weight, hidden.dtype)
     if chunk_tokens is None:
-        scratch_bytes = _scratch_bytes(hidden.device)
-        chunk_tokens = choose_chunk_tokens(num_tokens, vocabulary, width, element_bytes=hidden.element_size(), scratch_bytes=scratch_bytes)
+        limit = scratch_limit(_device_bytes(hidden.device))
+        chunk_tokens = choose_chunk_tokens(num_tokens, vocabulary, width, element_bytes=hidden.element_size(), scratch_bytes=limit)
     logits_of_chunk = hidden.new_empty(min(chunk_tokens, num_tokens), head.shape[0])
     losses = hidden.new_empty(num_tokens, dtype=torch.float32)
     dhidden = torch.empty_like(hidden) if needs_dhidden else None
@@ -49,27 +46,6 @@ def linear_cross_entropy_gradients(
         if dweight is not None:
             add_product(dweight, logits[:, :vocabulary].T, hidden[rows], is_first=begin == 0)
     return losses.sum(), dhidden, dweight
-
-
-def choose_chunk_tokens(num_tokens: int, vocabulary: int, width: int, *, element_bytes: int, scratch_bytes: int) -> int:
-    """Rows whose logits exist at the same time.
-
-    - As many as fit beside the cast head. Each chunk passes over the whole gradient of the head: 8 V D bytes against 6 R V D FLOP, which
-      on an H100 (3 TB/s, 700 TFLOP/s) are 31 % of the time of the matmuls at R = 1024, 15 % at 2048, 8 % at 4096, unless overlapped.
-    - All tokens, or else a power of two: the tiles of dhidden [R, D] then fill the multiprocessors in nearly whole waves (2048 x 2048 are
-      128 tiles of 128 x 256 for 132 of them, 3072 x 2048 are 192).
-    - At least `MIN_CHUNK_TOKENS`: with fewer the matmuls are no longer bound by arithmetic, whatever the memory.
-
-    Args:
-        num_tokens: N.
-        vocabulary: V.
-        width: D.
-        element_bytes: Of logits and cast head.
-        scratch_bytes: For both.
-    """
-    leading = triton.cdiv(vocabulary, HEAD_ALIGNMENT) * HEAD_ALIGNMENT
-    fitting = max(scratch_bytes // (leading * element_bytes) - width, MIN_CHUNK_TOKENS)  # the head is as large as the logits of D rows
-    return num_tokens if fitting >= num_tokens else 1 << (fitting.bit_length() - 1)
 
 
 def cast_head(weight: Tensor, dtype: torch.dtype) -> Tensor:
@@ -211,7 +187,5 @@ def add_product(total: Tensor, left: Tensor, right: Tensor, *, is_first: bool) -
         torch.addmm(total, left, right, out_dtype=total.dtype, beta=beta, out=total)
 
 
-def _scratch_bytes(device: torch.device) -> int:
-    if device.type != "cuda":
-        return SCRATCH_BYTES
-    return min(SCRATCH_BYTES, torch.cuda.get_device_properties(device).total_memory // SCRATCH_SHARE)
+def _device_bytes(device: torch.device) -> int | None:
+    return torch.cuda.get_device_properties(device).total_memory if device.type == "cuda" else None

@@ -1,0 +1,122 @@
+"""A few training steps of a config on random tokens: how long they take, and how much memory of the device they need."""
+
+from __future__ import annotations
+
+import gc
+import statistics
+import time
+from collections.abc import Callable, Sequence
+from contextlib import closing, nullcontext
+from dataclasses import dataclass
+
+import torch
+
+from phase8.config.batch import batch_shape
+from phase8.config.schema import RunConfig
+from phase8.distributed.mesh import Mesh
+from phase8.observe.memory import peak_memory_bytes, reset_peak_memory
+from phase8.precision.policy import compute_dtype
+from phase8.train.captured_step import EAGER_STEPS, CapturedStep
+from phase8.train.compilation import compile_blocks
+from phase8.train.learner import build_learner
+from phase8.train.microbatch import Microbatch
+from phase8.train.step import train_step
+
+# A step of many microbatches is extrapolated from one of one and one of so many.
+MOST_MICROBATCHES = 3
+MEASURED_STEPS = 3
+
+
+@dataclass(frozen=True)
+class Trial:
+    """What a trial measured.
+
+    Args:
+        step_seconds: Duration of a step of all microbatches; of more than MOST_MICROBATCHES, extrapolated.
+        tokens_per_second: Of all ranks.
+        peak_bytes: Of this rank's tensors on the device at once.
+        reserved_bytes: What the allocator has taken from the device for them.
+        seconds: Duration of the trial.
+    """
+
+    step_seconds: float
+    tokens_per_second: float
+    peak_bytes: int
+    reserved_bytes: int
+    seconds: float
+
+
+def run_trial(config: RunConfig, *, mesh: Mesh, device: torch.device) -> Trial | None:
+    """Trains for a few steps as a run would, without data, record or checkpoints; None: the memory of the device does not suffice.
+
+    What the trial has allocated and compiled is given back.
+
+    Args:
+        config: Every setting is explicit.
+        mesh: The ranks, which all try.
+        device: Of this rank.
+    """
+    begin = time.perf_counter()
+    trial = _try(config, mesh, device, begin)
+    # Only here has the frame that holds model and optimizer ended, also after running out of memory.
+    torch.compiler.reset()
+    gc.collect()
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+    return trial
+
+
+def _try(config: RunConfig, mesh: Mesh, device: torch.device, begin: float) -> Trial | None:
+    shape = batch_shape(config.train, config.parallel, data_parallel_size=mesh.topology.data_parallel_size)
+    reset_peak_memory(device)
+    try:
+        learner = build_learner(config, mesh=mesh, device=device, dtype=compute_dtype(config.precision))
+        compile_blocks(learner, config)
+        microbatch = _random_microbatch(config, shape.micro_batch_size, device)
+
+        def step_seconds(num_microbatches: int) -> float:
+            recorded = CapturedStep(learner) if config.train.cuda_graphs and device.type == "cuda" else None
+            with closing(recorded) if recorded is not None else nullcontext():
+                return _median_step_seconds(
+                    lambda batch: (recorded or _plain(learner))(batch, learning_rate=1e-9, gradient_clip_norm=1.0),
+                    [microbatch] * num_microbatches,
+                    device,
+                )
+
+        fewest = 1 if mesh.pp.size == 1 else shape.num_microbatches
+        most = min(shape.num_microbatches, max(MOST_MICROBATCHES, fewest))
+        seconds = step_seconds(most)
+        if shape.num_microbatches > most:
+            one = step_seconds(fewest)
+            seconds = one + (shape.num_microbatches - fewest) * (seconds - one) / (most - fewest)
+    except torch.OutOfMemoryError:
+        return None
+    tokens = shape.global_batch_size * config.model.sequence_length
+    reserved = torch.cuda.max_memory_reserved(device) if device.type == "cuda" else 0
+    return Trial(seconds, tokens / seconds, peak_memory_bytes(device), reserved, time.perf_counter() - begin)
+
+
+def _plain(learner) -> Callable:
+    return lambda batch, **settings: train_step(learner, batch, **settings)
+
+
+def _random_microbatch(config: RunConfig, batch_size: int, device: torch.device) -> Microbatch:
+    size = (batch_size, config.model.sequence_length)
+    generator = torch.Generator().manual_seed(0)
+    tokens, targets = (torch.randint(config.model.vocab_size, size, generator=generator) for _ in range(2))
+    starts = None
+    if config.data.reset_at_document_boundaries:
+        starts = torch.zeros(size, dtype=torch.bool)
+        starts[:, 0] = True
+    return Microbatch(tokens, targets, starts, tokens.numel()).to(device)
+
+
+def _median_step_seconds(take_step: Callable, batch: Sequence[Microbatch], device: torch.device) -> float:
+    for _ in range(EAGER_STEPS + 1):  # compilation, the choice of kernels, the recording
+        take_step(batch)
+    durations = []
+    for _ in range(MEASURED_STEPS):
+        begin = time.perf_counter()
+        take_step(batch)  # ends with the loss on the host
+        durations.append(time.perf_counter() - begin)
+    return statistics.median(durations)
