@@ -21,7 +21,8 @@ from phase8.data.preparation import PrepareOptions, PrepareReport
 from phase8.data.prepare import prepare
 from phase8.data.shards import DocumentRules
 from phase8.data.staging import exclusive_lock
-from phase8.data.tokenizer import load_tokenizer, train_sentencepiece
+from phase8.data.tokenizer import load_tokenizer
+from phase8.data.tokenizer_training import train_sentencepiece
 from phase8.errors import ConfigError, DataError, StorageError
 
 ROOT = Path(__file__).parents[2]

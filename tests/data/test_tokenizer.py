@@ -13,15 +13,10 @@ import tokenizers
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from phase8.data.tokenizer import (
-    END_OF_DOCUMENT,
-    HuggingFaceTokenizer,
-    SentencePieceTokenizer,
-    StreamingDecoder,
-    Tokenizer,
-    load_tokenizer,
-    train_sentencepiece,
-)
+from phase8.data.end_of_document import END_OF_DOCUMENT
+from phase8.data.streaming_decoder import StreamingDecoder
+from phase8.data.tokenizer import HuggingFaceTokenizer, SentencePieceTokenizer, Tokenizer, load_tokenizer
+from phase8.data.tokenizer_training import train_sentencepiece
 from phase8.errors import DataError, StorageError
 
 SOURCE = Path(textwrap.__file__).read_text(encoding="utf-8")
@@ -271,7 +266,7 @@ def test_a_truncated_model_is_refused_or_whole_never_a_crash(tmp_path: Path, exa
 def test_missing_tokenizer_and_directory_are_named(tmp_path: Path):
     with pytest.raises(DataError, match=r"cannot read the tokenizer .*absent.model: No such file"):
         load_tokenizer(tmp_path / "absent.model")
-    with pytest.raises(DataError, match=r"cannot read the tokenizer .*directory"):
+    with pytest.raises(DataError, match=r"cannot read the tokenizer .*: it is a directory"):
         load_tokenizer(tmp_path)
 
 

@@ -16,7 +16,8 @@ import numpy as np
 import pytest
 
 from phase8.data.indexed import IndexedDataset
-from phase8.data.tokenizer import load_tokenizer, train_sentencepiece
+from phase8.data.tokenizer import load_tokenizer
+from phase8.data.tokenizer_training import train_sentencepiece
 
 ROOT = Path(__file__).parents[2]
 TEXTS = [f"document {i}\n\tholds the number {i * i} — é\n" for i in range(80)]
