@@ -117,17 +117,9 @@ class LostTextCounter:
 
 
 def dropped_characters(tokenizer: Tokenizer, characters: str) -> list[str]:
-    """Those of some characters that leave no trace in the ids, between letters or alone (white space alone separates words)."""
+    """Those of some characters that leave no trace in the ids."""
     try:
         kept = set(tokenizer.decode(tokenizer.encode(characters)))
-        bare = tokenizer.encode("xx")
-        suspects = [character for character in characters if character not in kept]
-        return [character for character in suspects if _is_dropped(tokenizer, character, bare)]
+        return [character for character in characters if character not in kept and tokenizer.drops(character)]
     except DataError:  # a tokenizer that refuses what it does not know drops nothing
         return []
-
-
-def _is_dropped(tokenizer: Tokenizer, character: str, bare: list[int]) -> bool:
-    if tokenizer.unknown_id not in bare and tokenizer.encode(f"x{character}x") == bare:
-        return True
-    return not character.isspace() and not tokenizer.encode(character)

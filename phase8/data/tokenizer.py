@@ -73,6 +73,11 @@ class Tokenizer(ABC):
                     return part
         return None
 
+    def drops(self, character: str, *, without_eod: bool = False) -> bool:
+        """Whether a character leaves no trace in the ids, between letters or alone (white space alone separates words)."""
+        between, bare, alone = (self._encode(text, without_eod=without_eod) for text in (f"x{character}x", "xx", character))
+        return (between == bare and self.unknown_id not in bare) or not (alone or character.isspace())
+
     def _encode_around_eod(self, text: str) -> list[int]:
         """Ids of a text that gives the end-of-document token, by the same model without its piece."""
         if self.eod_id == self.unknown_id:
@@ -80,8 +85,9 @@ class Tokenizer(ABC):
         ids = self._encode(text, without_eod=True)
         if self.eod_id in ids:
             raise self._no_other_way("the token has other pieces too")
-        if self._num_lost(text, without_eod=True) > self._num_lost(text, without_eod=False):
-            raise self._no_other_way("its vocabulary cannot spell the piece")
+        for part in {part for token_id, part in self._parts(text, without_eod=False) if token_id == self.eod_id}:
+            if self.unknown_id in self._encode(part, without_eod=True) or any(self.drops(character, without_eod=True) for character in part):
+                raise self._no_other_way("its vocabulary cannot spell the piece")
         return ids
 
     def _no_other_way(self, reason: object) -> DataError:
@@ -97,10 +103,6 @@ class Tokenizer(ABC):
     @abstractmethod
     def _parts(self, text: str, *, without_eod: bool) -> list[tuple[int, str]]:
         """The same ids, each with the text that it stands for."""
-
-    @abstractmethod
-    def _num_lost(self, text: str, *, without_eod: bool) -> int:
-        """Characters of `text` that no token but the unknown one stands for."""
 
     @abstractmethod
     def _decode(self, ids: list[int]) -> str: ...
@@ -151,9 +153,6 @@ class SentencePieceTokenizer(Tokenizer):
         # The piece of an unknown token is the text itself.
         return list(zip(processor.encode(text), processor.encode(text, out_type=str), strict=True))
 
-    def _num_lost(self, text: str, *, without_eod: bool) -> int:
-        return sum(len(part) for token_id, part in self._parts(text, without_eod=without_eod) if token_id == self.unknown_id)
-
     def _decode(self, ids: list[int]) -> str:
         return self._processor.decode(ids)
 
@@ -199,13 +198,6 @@ class HuggingFaceTokenizer(Tokenizer):
     def _parts(self, text: str, *, without_eod: bool) -> list[tuple[int, str]]:
         encoding = self._encoding(text, without_eod=without_eod)
         return [(token_id, text[start:end]) for token_id, (start, end) in zip(encoding.ids, encoding.offsets, strict=True)]
-
-    def _num_lost(self, text: str, *, without_eod: bool) -> int:
-        encoding, is_kept = self._encoding(text, without_eod=without_eod), bytearray(len(text))
-        for token_id, (start, end) in zip(encoding.ids, encoding.offsets, strict=True):
-            if token_id != self.unknown_id:
-                is_kept[start:end] = b"\1" * (end - start)
-        return is_kept.count(0)
 
     def _encoding(self, text: str, *, without_eod: bool) -> Any:
         tokenizer = self._without_eod if without_eod else self._tokenizer
