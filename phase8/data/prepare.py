@@ -18,7 +18,7 @@ import numpy as np
 
 from phase8.data.documents import Source, Span, check_unchanged, cut_shards, find_sources, spread
 from phase8.data.indexed import IndexedDataset, IndexedWriter, best_dtype
-from phase8.data.lost_text import LostText
+from phase8.data.lost_text import stored_lost_text
 from phase8.data.preparation import Layout, PreparedSplit, PrepareOptions, PrepareReport
 from phase8.data.shard_pool import make_shards
 from phase8.data.shards import DocumentRules, InvalidInputs, Shard, ShardCounts, finished_counts, read_texts
@@ -83,6 +83,9 @@ def _finished_report(options: PrepareOptions, layout: Layout, made_from: dict[st
     if not isinstance(record, dict) or record.get("made_from") != made_from:
         return None
     stored, tokenizer = record["report"], str(options.tokenizer or layout.tokenizer)
+    lost = stored_lost_text(stored.get("lost"))
+    if lost is None:
+        return None
     try:
         splits = {name: _prepared_split(layout.split(name)) for name in options.rules.splits}
         is_whole = tokenizer_digest(Path(tokenizer)) == stored["tokenizer_sha256"]
@@ -90,7 +93,6 @@ def _finished_report(options: PrepareOptions, layout: Layout, made_from: dict[st
         return None
     for name, split in splits.items():
         is_whole &= (split.num_documents, split.num_tokens) == (stored["splits"][name]["num_documents"], stored["splits"][name]["num_tokens"])
-    lost = LostText(**stored["lost"])
     return PrepareReport(**stored | {"splits": splits, "lost": lost, "tokenizer": tokenizer, "is_reused": True}) if is_whole else None
 
 

@@ -93,7 +93,7 @@ class Tokenizer(ABC):
     def _no_other_way(self, reason: object) -> DataError:
         return DataError(
             f"text that gives the end-of-document token {self.eod_token!r} cannot be encoded another way by the tokenizer {self.path} ({reason}); "
-            "remove it from the text, or name another piece with --eod-token (data.eod_token in a config)"
+            "remove it from the text, or name another piece with --eod-token or data.eod_token"
         )
 
     @abstractmethod
