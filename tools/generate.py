@@ -45,11 +45,11 @@ def _generate(arguments: argparse.Namespace) -> None:
         tokenizer = restore_tokenizer(checkpoint, vocab_size=vocab_size, eod_token=eod_token)
     else:
         tokenizer = load_tokenizer(arguments.tokenizer, eod_token=eod_token)
-    if tokenizer.vocab_size > vocab_size:
-        raise ConfigError(
-            f"--tokenizer {arguments.tokenizer} has {tokenizer.vocab_size} ids, but the model has {vocab_size}; "
-            "give the tokenizer it was trained with."
-        )
+        if tokenizer.vocab_size > vocab_size:
+            raise ConfigError(
+                f"--tokenizer {arguments.tokenizer} has {tokenizer.vocab_size} ids, but the model has {vocab_size}; "
+                "give the tokenizer it was trained with."
+            )
     sys.stdout.reconfigure(errors="replace")  # the model may write what the terminal cannot show
     prompt = prompt_tokens(tokenizer, arguments.prompt, after_document_end=not data.reset_at_document_boundaries)
     print(arguments.prompt, end="", flush=True)
