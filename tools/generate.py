@@ -40,12 +40,16 @@ def _generate(arguments: argparse.Namespace) -> None:
         raise ConfigError(f"--max-tokens is {arguments.max_tokens}, but at least 1 is needed.")
     options = SamplingOptions(arguments.temperature, arguments.top_k, arguments.top_p, arguments.seed)
     model, data, checkpoint = restore_model(arguments.checkpoint, device=select_device(arguments.device))
-    tokenizer = load_tokenizer(arguments.tokenizer) if arguments.tokenizer else restore_tokenizer(checkpoint)
-    if tokenizer.vocab_size > model.section.vocab_size:
-        raise ConfigError(
-            f"--tokenizer {arguments.tokenizer} has {tokenizer.vocab_size} ids, but the model has {model.section.vocab_size}; "
-            "give the tokenizer it was trained with."
-        )
+    vocab_size, eod_token = model.section.vocab_size, arguments.eod_token or data.eod_token
+    if arguments.tokenizer is None:
+        tokenizer = restore_tokenizer(checkpoint, vocab_size=vocab_size, eod_token=eod_token)
+    else:
+        tokenizer = load_tokenizer(arguments.tokenizer, eod_token=eod_token)
+        if tokenizer.vocab_size > vocab_size:
+            raise ConfigError(
+                f"--tokenizer {arguments.tokenizer} has {tokenizer.vocab_size} ids, but the model has {vocab_size}; "
+                "give the tokenizer it was trained with."
+            )
     sys.stdout.reconfigure(errors="replace")  # the model may write what the terminal cannot show
     prompt = prompt_tokens(tokenizer, arguments.prompt, after_document_end=not data.reset_at_document_boundaries)
     print(arguments.prompt, end="", flush=True)
@@ -64,6 +68,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--top-p", type=float, default=0.95, metavar="P", help="only the likeliest tokens that together have probability P")
     parser.add_argument("--seed", type=int, default=0, help="of the drawing")
     parser.add_argument("--tokenizer", type=path_argument, metavar="FILE", help="instead of the one in the checkpoint")
+    parser.add_argument("--eod-token", metavar="NAME", help="piece between documents (default: data.eod_token, else the tokenizer's own)")
     parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
     return parser
 

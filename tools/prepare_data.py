@@ -11,11 +11,13 @@ from __future__ import annotations
 
 import argparse
 import os
+import shlex
 import sys
 
 from rich.progress import TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from phase8.config.arguments import path_argument
+from phase8.data.lost_text import LostText
 from phase8.data.muse import MuseReport, import_muse
 from phase8.data.preparation import PrepareOptions, PrepareReport
 from phase8.data.prepare import prepare
@@ -44,6 +46,9 @@ def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
     tokenizer.add_argument("--train-tokenizer", action="store_true", help="train a sentencepiece BPE with byte fallback on a sample of the inputs")
     tokenizer.add_argument("--vocab-size", type=int, metavar="N", help="vocabulary of the tokenizer to train")
     tokenizer.add_argument("--tokenizer-sample-bytes", type=int, default=20_000_000, metavar="N", help="size of that sample (default: %(default)s)")
+    tokenizer.add_argument(
+        "--eod-token", metavar="NAME", help="piece of --tokenizer between documents, where it names none itself or several (default: its own)"
+    )
     documents = parser.add_argument_group("documents")
     documents.add_argument(
         "--validation-fraction", type=float, default=0.0, metavar="X", help="share held out, chosen by a hash of the text (default: 0, none)"
@@ -72,12 +77,27 @@ def print_report(report: PrepareReport) -> None:
         print(f"invalid documents skipped: {report.num_invalid:,}, the first: {report.first_invalid}")
     if report.num_empty:
         print(f"empty documents left out: {report.num_empty:,}")
+    print_lost(report.lost)
     if report.num_passed_over:
         print(f"files of directories passed over, not being text by their suffix: {report.num_passed_over:,}")
-    print("train on it with: --set " + " ".join(report.settings))
+    print("train on it with: --set " + shlex.join(report.settings))
 
 
-def print_muse_report(report: MuseReport) -> None:
+def print_lost(lost: LostText) -> None:
+    """What of the text the tokens do not hold."""
+    if lost.num_unknown:
+        print(
+            f"unknown tokens: {lost.num_unknown:,} in {lost.num_documents_with_unknown:,} documents, "
+            f"for text without a token of its own, the first: {lost.first_unknown}"
+        )
+    if lost.num_dropped:
+        print(
+            f"characters that the tokenizer drops: {lost.num_dropped:,} in {lost.num_documents_with_dropped:,} documents, "
+            f"the first: {lost.first_dropped}"
+        )
+
+
+def print_muse_report(report: MuseReport, eod_token: str | None) -> None:
     """What was imported, what was odd about it, and how to train on it."""
     print(f"{report.destination}.bin/.idx: {report.num_documents:,} documents, {report.num_tokens:,} tokens of {report.dtype}")
     print(f"documents that end in the end-of-document token {report.eod_id}: {report.num_documents_ending_in_eod:,}")
@@ -90,7 +110,9 @@ def print_muse_report(report: MuseReport) -> None:
     if report.num_uncovered_ranges:
         print(f"tokens left out for belonging to no document: {report.num_uncovered_tokens:,}, in stretches: {report.num_uncovered_ranges:,}")
     print(f"log: {report.destination}.import.json")
-    print(f"train on it with: --set data.train={report.destination} data.tokenizer={report.tokenizer} model.vocab_size={report.vocab_size}")
+    named = [] if eod_token is None else [f"data.eod_token={eod_token}"]
+    settings = [f"data.train={report.destination}", f"data.tokenizer={report.tokenizer}", *named, f"model.vocab_size={report.vocab_size}"]
+    print("train on it with: --set " + shlex.join(settings))
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -98,7 +120,7 @@ def main(arguments: list[str] | None = None) -> int:
     parsed = parse_arguments(arguments)
     try:
         if parsed.import_muse is not None:
-            print_muse_report(import_muse_pair(parsed))
+            print_muse_report(import_muse_pair(parsed), parsed.eod_token)
         else:
             with ProgressDisplay(TextColumn("{task.percentage:3.0f} %"), TimeElapsedColumn(), TimeRemainingColumn()) as display:
                 report = prepare(options_of(parsed), on_progress=display.show)
@@ -125,6 +147,7 @@ def options_of(parsed: argparse.Namespace) -> PrepareOptions:
             json_key=parsed.json_key,
             validation_fraction=parsed.validation_fraction,
             append_eod=parsed.append_eod,
+            eod_token=parsed.eod_token,
             skip_invalid=parsed.skip_invalid,
         ),
         shard_bytes=parsed.shard_bytes,
@@ -136,7 +159,7 @@ def import_muse_pair(parsed: argparse.Namespace) -> MuseReport:
     """Converts a MUSE pair, whose tokens the given tokenizer made."""
     if parsed.inputs or parsed.train_tokenizer or parsed.tokenizer is None:
         raise ConfigError("--import-muse takes the place of inputs and needs --tokenizer FILE, the tokenizer that made the data")
-    tokenizer = load_tokenizer(parsed.tokenizer)
+    tokenizer = load_tokenizer(parsed.tokenizer, eod_token=parsed.eod_token)
     destination = f"{parsed.output_prefix}_{parsed.json_key}_document"
     return import_muse(parsed.import_muse, destination, vocab_size=tokenizer.vocab_size, eod_id=tokenizer.eod_id, tokenizer=str(parsed.tokenizer))
 

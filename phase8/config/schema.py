@@ -131,6 +131,7 @@ class DataSection(Section):
     train: PathText | Blend | None = key(None, ".bin/.idx prefix, or a blend of several; null: the embedded corpus (Python's standard library)")
     validation: PathText | Blend | None = key(None, "the same for evaluation; null: none (embedded corpus: its fixed held-out split)")
     tokenizer: PathText | None = key(None, "sentencepiece .model or Hugging Face tokenizer.json; copied into checkpoints, needed to generate")
+    eod_token: Text | None = key(None, "piece of the tokenizer between documents; null: the one it names itself")
     cache_dir: PathText = key(".cache/phase8", "where the embedded corpus is tokenised once")
     reset_at_document_boundaries: bool = key(False, "packed documents do not see each other: state, window and loss stop at the boundary")
     allow_fingerprint_change: bool = key(False, "resume although the data differ from those of the checkpoint")

@@ -7,7 +7,8 @@ killed goes on with the shards it lacks. Until the end everything lives in `<out
 
 from __future__ import annotations
 
-import hashlib
+import functools
+import operator
 import shutil
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, replace
@@ -17,18 +18,21 @@ import numpy as np
 
 from phase8.data.documents import Source, Span, check_unchanged, cut_shards, find_sources, spread
 from phase8.data.indexed import IndexedDataset, IndexedWriter, best_dtype
+from phase8.data.lost_text import stored_lost_text
 from phase8.data.preparation import Layout, PreparedSplit, PrepareOptions, PrepareReport
 from phase8.data.shard_pool import make_shards
 from phase8.data.shards import DocumentRules, InvalidInputs, Shard, ShardCounts, finished_counts, read_texts
 from phase8.data.staging import exclusive_lock, read_json, write_json
-from phase8.data.tokenizer import load_tokenizer, train_sentencepiece
+from phase8.data.tokenizer import load_tokenizer
+from phase8.data.tokenizer_file import tokenizer_digest
+from phase8.data.tokenizer_training import train_sentencepiece
 from phase8.durable import staged_directory, staged_file
 from phase8.errors import ConfigError, DataError
 
 OnProgress = Callable[[str, int, int], None]
 
-# Raise it when the same inputs and options give other bytes than before.
-FORMAT_VERSION = 1
+# Raise it when the same inputs and options give other bytes, or another report, than before.
+FORMAT_VERSION = 2
 _SAMPLE_BYTES_PER_SHARD = 1 << 20
 
 
@@ -66,19 +70,11 @@ def _silent(stage: str, completed: int, total: int) -> None:
 def _made_from(options: PrepareOptions, sources: list[Source]) -> dict[str, object]:
     """Everything the output depends on, as JSON."""
     if options.tokenizer is not None:
-        tokenizer: dict[str, object] = {"sha256": _sha256(options.tokenizer)}
+        tokenizer: dict[str, object] = {"sha256": tokenizer_digest(options.tokenizer)}
     else:
         tokenizer = {"vocab_size": options.vocab_size, "sample_bytes": options.tokenizer_sample_bytes, "shard_bytes": options.shard_bytes}
     rules, files = asdict(options.rules), [asdict(source) for source in sources]
     return {"format_version": FORMAT_VERSION, "sources": files, "rules": rules, "tokenizer": tokenizer}
-
-
-def _sha256(path: Path) -> str:
-    try:
-        with path.open("rb") as file:
-            return hashlib.file_digest(file, "sha256").hexdigest()
-    except OSError as error:
-        raise DataError(f"cannot read the tokenizer {path}: {error.strerror}; give a sentencepiece .model or a tokenizer.json") from error
 
 
 def _finished_report(options: PrepareOptions, layout: Layout, made_from: dict[str, object]) -> PrepareReport | None:
@@ -87,14 +83,17 @@ def _finished_report(options: PrepareOptions, layout: Layout, made_from: dict[st
     if not isinstance(record, dict) or record.get("made_from") != made_from:
         return None
     stored, tokenizer = record["report"], str(options.tokenizer or layout.tokenizer)
+    lost = stored_lost_text(stored.get("lost"))
+    if lost is None:
+        return None
     try:
         splits = {name: _prepared_split(layout.split(name)) for name in options.rules.splits}
-        is_whole = _sha256(Path(tokenizer)) == stored["tokenizer_sha256"]
+        is_whole = tokenizer_digest(Path(tokenizer)) == stored["tokenizer_sha256"]
     except DataError:
         return None
     for name, split in splits.items():
         is_whole &= (split.num_documents, split.num_tokens) == (stored["splits"][name]["num_documents"], stored["splits"][name]["num_tokens"])
-    return PrepareReport(**stored | {"splits": splits, "tokenizer": tokenizer, "is_reused": True}) if is_whole else None
+    return PrepareReport(**stored | {"splits": splits, "lost": lost, "tokenizer": tokenizer, "is_reused": True}) if is_whole else None
 
 
 def _prepared_split(prefix: Path) -> PreparedSplit:
@@ -105,7 +104,7 @@ def _prepared_split(prefix: Path) -> PreparedSplit:
 def _prepare(options: PrepareOptions, sources: list[Source], layout: Layout, on_progress: OnProgress) -> PrepareReport:
     cut = cut_shards(sources, options.shard_bytes)
     tokenizer_path = options.tokenizer or _trained_tokenizer(options, sources, cut, layout, on_progress)
-    tokenizer, digest = load_tokenizer(tokenizer_path), _sha256(tokenizer_path)
+    tokenizer, digest = load_tokenizer(tokenizer_path, eod_token=options.rules.eod_token), tokenizer_digest(tokenizer_path)
     dtype = best_dtype(tokenizer.vocab_size)
     shards = [
         Shard(directory=layout.work / f"shard-{i:06d}", spans=spans, tokenizer=tokenizer_path, tokenizer_sha256=digest, rules=options.rules)
@@ -128,6 +127,8 @@ def _prepare(options: PrepareOptions, sources: list[Source], layout: Layout, on_
         num_empty=sum(found.num_empty for found in counts),
         num_invalid=sum(found.num_invalid for found in counts),
         first_invalid=next((found.first_invalid for found in counts if found.first_invalid), None),
+        lost=functools.reduce(operator.add, (found.lost for found in counts)),
+        eod_token=options.rules.eod_token,
     )
 
 

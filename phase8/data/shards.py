@@ -16,6 +16,7 @@ import numpy as np
 
 from phase8.data.documents import OnInvalid, Span, read_documents
 from phase8.data.indexed import IndexedDataset, IndexedWriter, best_dtype
+from phase8.data.lost_text import LostText, LostTextCounter, stored_lost_text
 from phase8.data.staging import read_json, write_json
 from phase8.data.tokenizer import Tokenizer, load_tokenizer
 from phase8.durable import staged_directory
@@ -34,12 +35,14 @@ class DocumentRules:
         validation_fraction: Share of the documents held out, chosen by a hash of their text: a text that occurs twice never ends up
             in both splits, and a document stays in its split when others come or go.
         append_eod: Put the end-of-document token behind every document.
+        eod_token: The piece that is this token; None: the tokenizer's own.
         skip_invalid: Count and skip what is not a document, instead of stopping.
     """
 
     json_key: str = "text"
     validation_fraction: float = 0.0
     append_eod: bool = True
+    eod_token: str | None = None
     skip_invalid: bool = False
 
     @property
@@ -94,6 +97,7 @@ class ShardCounts:
         num_empty: Documents without a token, which are not written.
         num_invalid: What was skipped for not being a document.
         first_invalid: Why the first of these was skipped.
+        lost: Text that the tokenizer could not keep.
     """
 
     num_documents: dict[str, int]
@@ -101,6 +105,7 @@ class ShardCounts:
     num_empty: int
     num_invalid: int
     first_invalid: str | None
+    lost: LostText
 
 
 class InvalidInputs:
@@ -146,8 +151,11 @@ def _stored_counts(values: object, num_documents: dict[str, int]) -> ShardCounts
     if not isinstance(values, dict) or values.keys() != {field.name for field in fields(ShardCounts)}:
         return None
     numbers, reason = [values[name] for name in ("text_bytes", "num_empty", "num_invalid")], values["first_invalid"]
+    lost = stored_lost_text(values["lost"])
     is_whole = all(type(number) is int and number >= 0 for number in numbers) and (reason is None or isinstance(reason, str))
-    return ShardCounts(**values) if is_whole and values["num_documents"] == num_documents else None
+    if lost is None or not is_whole or values["num_documents"] != num_documents:
+        return None
+    return ShardCounts(**values | {"lost": lost})
 
 
 def make_shard(shard: Shard) -> ShardCounts:
@@ -157,9 +165,9 @@ def make_shard(shard: Shard) -> ShardCounts:
         DataError: Something is not a document and `skip_invalid` is off, or an input cannot be read.
         StorageError: The place cannot be written.
     """
-    tokenizer = load_tokenizer(shard.tokenizer)
     rules = shard.rules
-    invalid = InvalidInputs(skip=rules.skip_invalid)
+    tokenizer = load_tokenizer(shard.tokenizer, eod_token=rules.eod_token)
+    invalid, lost = InvalidInputs(skip=rules.skip_invalid), LostTextCounter(tokenizer)
     dtype, end = best_dtype(tokenizer.vocab_size), [tokenizer.eod_id] if rules.append_eod else []
     num_documents = dict.fromkeys(rules.splits, 0)
     text_bytes = num_empty = 0
@@ -167,7 +175,12 @@ def make_shard(shard: Shard) -> ShardCounts:
         with ExitStack() as stack:
             writers = {split: stack.enter_context(IndexedWriter(directory / split, dtype=dtype)) for split in rules.splits}
             for text in read_texts(shard.spans, rules, invalid):
-                tokens = encode_document(text, tokenizer)
+                try:
+                    tokens = encode_document(text, tokenizer)
+                except DataError as error:
+                    invalid(error)
+                    continue
+                lost.add(_pieces(text), tokens)
                 if tokens.size == 0:
                     num_empty += 1
                     continue
@@ -176,7 +189,12 @@ def make_shard(shard: Shard) -> ShardCounts:
                 num_documents[split] += 1
                 text_bytes += len(text.encode())
         counts = ShardCounts(
-            num_documents=num_documents, text_bytes=text_bytes, num_empty=num_empty, num_invalid=invalid.count, first_invalid=invalid.first
+            num_documents=num_documents,
+            text_bytes=text_bytes,
+            num_empty=num_empty,
+            num_invalid=invalid.count,
+            first_invalid=invalid.first,
+            lost=lost.total,
         )
         write_json(directory / "record.json", {"made_from": shard.made_from, "counts": asdict(counts)})
     return counts

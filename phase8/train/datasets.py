@@ -45,7 +45,7 @@ def open_run_data(config: RunConfig, *, on_progress: Callable[[str, int, int], N
         corpus = prepare_embedded_corpus(config.data.cache_dir, vocab_size=config.model.vocab_size, on_progress=on_progress)
         train, validation, tokenizer_path = str(corpus.train_prefix), str(corpus.validation_prefix), corpus.tokenizer_path
         references = {"unigram entropy": corpus.unigram_entropy_nats}
-    tokenizer = None if tokenizer_path is None else load_tokenizer(Path(tokenizer_path))
+    tokenizer = None if tokenizer_path is None else load_tokenizer(Path(tokenizer_path), eod_token=config.data.eod_token)
     if tokenizer is not None and tokenizer.vocab_size > config.model.vocab_size:
         raise DataError(
             f"tokenizer {tokenizer_path} has {tokenizer.vocab_size} ids, but model.vocab_size is {config.model.vocab_size}; "

@@ -14,14 +14,18 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from tokenizers import Tokenizer as Library
+from tokenizers import models, pre_tokenizers
 
 from phase8.data.documents import find_sources
 from phase8.data.indexed import IndexedDataset
+from phase8.data.lost_text import LostText
 from phase8.data.preparation import PrepareOptions, PrepareReport
 from phase8.data.prepare import prepare
 from phase8.data.shards import DocumentRules
 from phase8.data.staging import exclusive_lock
-from phase8.data.tokenizer import load_tokenizer, train_sentencepiece
+from phase8.data.tokenizer import load_tokenizer
+from phase8.data.tokenizer_training import train_sentencepiece
 from phase8.errors import ConfigError, DataError, StorageError
 
 ROOT = Path(__file__).parents[2]
@@ -287,6 +291,62 @@ def test_the_first_invalid_document_is_the_first_of_the_inputs_also_after_an_int
     assert "a.txt" in str(report.first_invalid)
 
 
+def in_words(path: Path) -> Path:
+    """A tokenizer of a few words, one of which ends documents; it spells nothing."""
+    library = Library(models.WordLevel({"[UNK]": 0, "fox": 1, "dog": 2, "</s>": 3, "<end>": 4}, unk_token="[UNK]"))
+    library.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    library.save(str(path))
+    return path
+
+
+def of_words(tmp_path: Path, *documents: str, **rules: object) -> PrepareOptions:
+    path = tmp_path / "words.jsonl"
+    path.write_text("".join(json.dumps({"text": text}) + "\n" for text in documents))
+    given = {"tokenizer": in_words(tmp_path / "tokenizer.json"), "train_tokenizer": False, "vocab_size": None, "rules": DocumentRules(**rules)}
+    return options(path, tmp_path / "out" / "x", shard_bytes=40, **given)
+
+
+def test_text_that_the_tokenizer_loses_is_reported_also_when_nothing_is_to_do(tmp_path: Path):
+    prepared = of_words(tmp_path, "fox dog", "fox hen", "dog hen hen", "fox")
+    report = prepare(prepared)
+    expected = LostText(num_unknown=3, num_documents_with_unknown=2, first_unknown="'hen' in a document that begins with 'fox hen'")
+    assert report.lost == expected
+    again = prepare(prepared)
+    assert again.is_reused and again.lost == expected
+
+
+@pytest.mark.parametrize("earlier", ["of format 1", "without the losses"])
+def test_a_record_without_losses_is_not_a_finished_preparation(tmp_path: Path, earlier: str):
+    prepared = of_words(tmp_path, "fox dog")
+    prepare(prepared)
+    path = tmp_path / "out" / "x_text_prepared.json"
+    record = json.loads(path.read_text())
+    del record["report"]["lost"]
+    if earlier == "of format 1":
+        record["made_from"]["format_version"] = 1
+        del record["made_from"]["rules"]["eod_token"]
+    path.write_text(json.dumps(record))
+    assert not prepare(prepared).is_reused
+    assert prepare(prepared).is_reused
+
+
+def test_a_document_that_only_an_end_of_document_can_encode_is_refused_or_skipped(tmp_path: Path):
+    documents = ["fox", "fox </s> dog", "dog"]
+    with pytest.raises(DataError, match=r"'</s>' cannot be encoded another way .* \(or pass --skip-invalid"):
+        prepare(of_words(tmp_path, *documents))
+    report = prepare(of_words(tmp_path, *documents, skip_invalid=True))
+    assert (report.num_documents, report.num_invalid) == (2, 1)
+    assert "'</s>' cannot be encoded another way" in str(report.first_invalid)
+
+
+def test_a_named_end_of_document_is_written_and_passed_on(tmp_path: Path):
+    report = prepare(of_words(tmp_path, "fox dog", "fox </s>", eod_token="<end>"))
+    dataset = IndexedDataset(tmp_path / "out" / "x_text_document")
+    assert [np.concatenate(dataset.document(k)).tolist() for k in range(2)] == [[1, 2, 4], [1, 3, 4]]
+    assert "data.eod_token=<end>" in report.settings
+    assert not prepare(of_words(tmp_path, "fox dog", "fox <end>", eod_token="</s>")).is_reused
+
+
 @pytest.mark.parametrize("lines", ["", "\n\n", '{"text": ""}\n'])
 def test_an_empty_corpus_is_refused(tmp_path: Path, tokenizer_path: Path, lines: str):
     path = tmp_path / "a.jsonl"
@@ -336,6 +396,7 @@ def test_an_output_that_cannot_be_written_is_a_storage_error(inputs: Path, tmp_p
         ({"rules": DocumentRules(validation_fraction=1.0)}, "--validation-fraction is 1.0"),
         ({"rules": DocumentRules(validation_fraction=float("nan"))}, "--validation-fraction is nan"),
         ({"rules": DocumentRules(json_key="a/b")}, "--json-key is 'a/b'"),
+        ({"rules": DocumentRules(eod_token="</s>")}, "--eod-token belongs to --tokenizer"),
         ({"num_workers": 0}, "--workers is 0"),
         ({"shard_bytes": 0}, "--shard-bytes is 0"),
         ({"inputs": ()}, "there is no input"),

@@ -15,7 +15,7 @@ import pytest
 from phase8.data.documents import cut_shards, find_sources
 from phase8.data.shard_pool import make_shards
 from phase8.data.shards import DocumentRules, Shard, ShardCounts
-from phase8.data.tokenizer import train_sentencepiece
+from phase8.data.tokenizer_training import train_sentencepiece
 from phase8.errors import DataError
 
 ROOT = Path(__file__).parents[2]

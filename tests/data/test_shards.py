@@ -12,7 +12,8 @@ from phase8.data import shards
 from phase8.data.documents import cut_shards, find_sources
 from phase8.data.indexed import IndexedDataset
 from phase8.data.shards import DocumentRules, InvalidInputs, Shard, encode_document, finished_counts, make_shard
-from phase8.data.tokenizer import Tokenizer, load_tokenizer, train_sentencepiece
+from phase8.data.tokenizer import Tokenizer, load_tokenizer
+from phase8.data.tokenizer_training import train_sentencepiece
 from phase8.errors import DataError
 
 TEXTS = [f"document {i}\n\tholds the number {i * i} — é\n" for i in range(60)]

@@ -23,7 +23,7 @@ from torch._functorch import config as functorch_config
 
 from phase8.checkpoint.load import list_checkpoints, open_checkpoint
 from phase8.data.indexed import IndexedWriter
-from phase8.data.tokenizer import train_sentencepiece
+from phase8.data.tokenizer_training import train_sentencepiece
 from phase8.errors import CorruptionError, DataError, DivergenceError, StorageError
 from phase8.model.parameters import decayed_parameter_names
 from phase8.observe.metrics import MetricsWriter
