@@ -54,11 +54,14 @@ def spread(items: Sequence[T]) -> list[T]:
 
 def is_whole(source: Source, on_invalid: OnInvalid) -> bool:
     """Whether a compressed file can be read to its end; else `on_invalid` is told. Checksums stand behind what they are of."""
-    with _opened(source, on_invalid) as (file, _):
-        while source.is_compressed and file.read(_CHECKED_BYTES):
-            pass
-        return True
-    return False
+    try:
+        with _opened(source) as (file, _):
+            while source.is_compressed and file.read(_CHECKED_BYTES):
+                pass
+    except DamagedStreamError as error:
+        on_invalid(DataError(str(error)))
+        return False
+    return True
 
 
 def read_documents(span: Span, *, json_key: str, on_invalid: OnInvalid, document_separator: str | None = None) -> Iterator[Document]:
@@ -78,19 +81,22 @@ def read_documents(span: Span, *, json_key: str, on_invalid: OnInvalid, document
     if source.is_parquet:
         yield from read_parquet(span, column=json_key, on_invalid=on_invalid)
         return
-    with _opened(source, on_invalid) as (file, stored):
-        if source.is_json_lines:
-            yield from read_json_lines(file, stored, span, json_key=json_key, on_invalid=on_invalid)
-        elif document_separator is not None:
-            yield from _between_separators(file, stored, span, document_separator.encode(), on_invalid)
-        else:
-            text = _text(file.read().removeprefix(BYTE_ORDER_MARK), source.path, on_invalid)
-            if text is not None:
-                yield Document(text, source.size_bytes)
+    try:
+        with _opened(source) as (file, stored):
+            if source.is_json_lines:
+                yield from read_json_lines(file, stored, span, json_key=json_key, on_invalid=on_invalid)
+            elif document_separator is not None:
+                yield from _between_separators(file, stored, span, document_separator.encode(), on_invalid)
+            else:
+                text = _text(file.read().removeprefix(BYTE_ORDER_MARK), source.path, on_invalid)
+                if text is not None:
+                    yield Document(text, source.size_bytes)
+    except DamagedStreamError as error:
+        on_invalid(DataError(str(error)))
 
 
 @contextmanager
-def _opened(source: Source, on_invalid: OnInvalid) -> Iterator[tuple[BinaryIO, BinaryIO]]:
+def _opened(source: Source) -> Iterator[tuple[BinaryIO, BinaryIO]]:
     """The content of a source, and the file whose position tells how much of the source is read."""
     try:
         if source.is_compressed:
@@ -99,8 +105,6 @@ def _opened(source: Source, on_invalid: OnInvalid) -> Iterator[tuple[BinaryIO, B
         else:
             with open(source.path, "rb") as file:
                 yield file, file
-    except DamagedStreamError as error:
-        on_invalid(DataError(str(error)))
     except OSError as error:
         raise DataError(f"cannot read the input {source.path}: {error.strerror or error}; it was there a moment ago") from error
 

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 
+from phase8.data import shard_pool
 from phase8.data.documents import cut_shards
 from phase8.data.shard_pool import make_shards
 from phase8.data.shards import DocumentRules, Shard, ShardCounts
@@ -48,6 +49,17 @@ def test_workers_make_the_same_shards_and_report_each(tmp_path: Path):
     assert alone == together
     assert len(alone) == len(shards)
     assert content == {path: path.read_bytes() for path in (tmp_path / "work").rglob("*.*")}
+
+
+@pytest.mark.parametrize("num_workers", [1, 2])
+def test_progress_in_bytes_goes_on_inside_shards_and_ends_at_all_of_them(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, num_workers: int):
+    shards = make_inputs(tmp_path)
+    monkeypatch.setattr(shard_pool, "SECONDS_BETWEEN_REPORTS", 0.0)
+    seen: list[int] = []
+    make_shards(shards, num_workers=num_workers, on_done=lambda *_: None, on_bytes=seen.append)
+    assert seen == sorted(seen)
+    assert seen[-1] == sum(shard.num_bytes for shard in shards)
+    assert len(seen) > len(shards)
 
 
 def test_the_error_of_a_worker_arrives_and_stops_the_others(tmp_path: Path):

@@ -74,7 +74,7 @@ def test_links_to_nothing_are_counted_below_directories_and_refused_by_name(tmp_
         find_sources([tmp_path / "gone.txt"])
     with pytest.raises(DataError, match=r"below\.txt: .*directory is a symbolic link to /no/such/directory, which does not exist; "):
         find_sources([tmp_path / "directory" / "below.txt"])
-    with pytest.raises(DataError, match="too many levels of symbolic links|Too many levels"):
+    with pytest.raises(DataError, match="Too many levels of symbolic links"):
         find_sources([tmp_path / "itself.txt"])
 
 
