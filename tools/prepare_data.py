@@ -17,16 +17,15 @@ from pathlib import Path
 
 from rich.progress import TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
+from phase8.data.input_files import describe_suffixes
 from phase8.data.muse import MuseReport, import_muse
 from phase8.data.preparation import PrepareOptions, PrepareReport
 from phase8.data.prepare import TOKENIZING, prepare
 from phase8.data.raw_tokens import RawReport, import_raw
 from phase8.data.shards import DocumentRules
-from phase8.data.sources import describe_suffixes
 from phase8.data.tokenizer import Tokenizer, load_tokenizer
 from phase8.errors import ConfigError, Phase8Error, describe_error
 from phase8.observe.stage_progress import ProgressDisplay
-from phase8.paths import expand_path
 
 EXIT_INTERRUPTED = 130
 
@@ -35,22 +34,22 @@ def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
     """The command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("inputs", nargs="*", type=Path, metavar="INPUT", help="text, source, .jsonl or .parquet file, .gz or .zst, or a directory")
-    parser.add_argument("--output-prefix", type=expanded, required=True, metavar="P", help="begin of every path that is written")
+    parser.add_argument("--output-prefix", type=Path, required=True, metavar="P", help="begin of every path that is written")
     parser.add_argument("--json-key", default="text", metavar="KEY", help="where a JSON line or a Parquet row holds its text (default: text)")
     foreign = parser.add_argument_group("data that are tokens already, instead of inputs")
     foreign.add_argument(
-        "--import-muse", type=expanded, metavar="PREFIX", help="convert the MUSE pair PREFIX.bin/.idx (ResNet-BK), made with --tokenizer"
+        "--import-muse", type=Path, metavar="PREFIX", help="convert the MUSE pair PREFIX.bin/.idx (ResNet-BK), made with --tokenizer"
     )
     foreign.add_argument(
         "--import-raw",
-        type=expanded,
+        type=Path,
         metavar="FILE",
         help="convert a file of raw tokens: nanoGPT's and llm.c's .bin, datatrove's .ds (with .ds.index); --tokenizer checks their ids",
     )
     foreign.add_argument("--dtype", choices=["uint16", "uint32"], help="type of these tokens, where no header or index says it")
     foreign.add_argument("--eod-id", type=int, metavar="N", help="the token that ends a document among them (default: that of --tokenizer)")
     tokenizer = parser.add_argument_group("tokenizer (one of the two)")
-    tokenizer.add_argument("--tokenizer", type=expanded, metavar="FILE", help="existing sentencepiece .model or Hugging Face tokenizer.json")
+    tokenizer.add_argument("--tokenizer", type=Path, metavar="FILE", help="existing sentencepiece .model or Hugging Face tokenizer.json")
     tokenizer.add_argument("--train-tokenizer", action="store_true", help="train a sentencepiece BPE with byte fallback on a sample of the inputs")
     tokenizer.add_argument("--vocab-size", type=int, metavar="N", help="vocabulary of the tokenizer to train")
     tokenizer.add_argument("--tokenizer-sample-bytes", type=int, default=20_000_000, metavar="N", help="size of that sample (default: %(default)s)")
@@ -71,11 +70,6 @@ def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
     )
     work.add_argument("--shard-bytes", type=int, default=16 << 20, metavar="N", help="input per unit of work (default: %(default)s)")
     return parser.parse_args(arguments)
-
-
-def expanded(text: str) -> Path:
-    """A path of an option: no shell expands the `~` of `--option=~/path`."""
-    return Path(expand_path(text))
 
 
 def print_report(report: PrepareReport) -> None:
@@ -129,8 +123,9 @@ def print_raw_report(report: RawReport, tokenizer: Tokenizer | None) -> None:
 
 def main(arguments: list[str] | None = None) -> int:
     """Runs the command; its exit code is that of the error, see phase8/errors.py."""
+    parsed = parse_arguments(arguments)
     try:
-        run(parse_arguments(arguments))
+        run(parsed)
     except Phase8Error as error:
         print(describe_error(error), file=sys.stderr)
         return error.exit_code

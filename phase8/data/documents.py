@@ -15,9 +15,9 @@ from contextlib import contextmanager
 from typing import BinaryIO, TypeVar
 
 from phase8.data.compression import DamagedStreamError, decompressed
+from phase8.data.input_files import Document, OnInvalid, Source, Span
 from phase8.data.json_lines import read_json_lines
 from phase8.data.parquet import read_parquet
-from phase8.data.sources import Document, OnInvalid, Source, Span
 from phase8.data.utf8 import BYTE_ORDER_MARK
 from phase8.errors import DataError
 

@@ -7,7 +7,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 from typing import Any, BinaryIO
 
-from phase8.data.sources import Document, OnInvalid, Span
+from phase8.data.input_files import Document, OnInvalid, Span
 from phase8.data.utf8 import BYTE_ORDER_MARK, encoded_pieces
 from phase8.errors import DataError
 

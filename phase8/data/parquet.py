@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
+from phase8.data.input_files import Document, OnInvalid, Span
 from phase8.data.optional_packages import import_for, import_parquet
-from phase8.data.sources import Document, OnInvalid, Span
 from phase8.errors import DataError
 
 _ROWS_AT_ONCE = 64  # texts may be long: only these are in memory, beside the pages that hold them

@@ -17,10 +17,10 @@ import numpy as np
 
 from phase8.data.documents import cut_shards, spread
 from phase8.data.indexed import IndexedDataset, IndexedWriter, best_dtype
+from phase8.data.input_files import Source, Span, check_unchanged, find_sources
 from phase8.data.preparation import Layout, PreparedSplit, PrepareOptions, PrepareReport
 from phase8.data.shard_pool import make_shards
 from phase8.data.shards import DocumentRules, InvalidInputs, Shard, ShardCounts, finished_counts, read_texts
-from phase8.data.sources import Source, Span, check_unchanged, find_sources
 from phase8.data.staging import exclusive_lock, read_json, write_json
 from phase8.data.tokenizer import load_tokenizer, train_sentencepiece
 from phase8.durable import staged_directory, staged_file

@@ -20,7 +20,7 @@ from typing import Literal
 import numpy as np
 
 from phase8.data.indexed import MAX_SEQUENCE_TOKENS, IndexedWriter
-from phase8.data.sources import Source, check_unchanged, find_source
+from phase8.data.input_files import Source, check_unchanged, find_source
 from phase8.data.staging import write_json
 from phase8.errors import DataError
 

@@ -16,7 +16,7 @@ import numpy as np
 
 from phase8.data.documents import is_whole, read_documents
 from phase8.data.indexed import IndexedDataset, IndexedWriter, best_dtype
-from phase8.data.sources import Document, OnInvalid, Span
+from phase8.data.input_files import Document, OnInvalid, Span
 from phase8.data.staging import read_json, write_json
 from phase8.data.tokenizer import Tokenizer, load_tokenizer
 from phase8.data.utf8 import encoded_pieces, num_encoded_bytes

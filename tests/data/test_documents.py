@@ -13,8 +13,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from phase8.data.documents import cut_shards, read_documents, spread
+from phase8.data.input_files import Source, Span, check_unchanged, find_sources
 from phase8.data.shards import DocumentRules, InvalidInputs, read_texts
-from phase8.data.sources import Source, Span, check_unchanged, find_sources
 from phase8.errors import DataError
 
 

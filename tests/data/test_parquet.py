@@ -9,7 +9,7 @@ import pyarrow.parquet
 import pytest
 
 from phase8.data.documents import cut_shards, read_documents
-from phase8.data.sources import find_source
+from phase8.data.input_files import find_source
 from phase8.errors import DataError
 
 TEXTS = [f"document {i}\n\t — 😀 {'x' * (i % 50)}" for i in range(1000)]

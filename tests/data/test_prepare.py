@@ -19,10 +19,10 @@ import pytest
 import zstandard
 
 from phase8.data.indexed import IndexedDataset
+from phase8.data.input_files import find_sources
 from phase8.data.preparation import PrepareOptions, PrepareReport
 from phase8.data.prepare import prepare
 from phase8.data.shards import DocumentRules
-from phase8.data.sources import find_sources
 from phase8.data.staging import exclusive_lock
 from phase8.data.tokenizer import load_tokenizer, train_sentencepiece
 from phase8.errors import ConfigError, DataError, StorageError

@@ -14,9 +14,9 @@ import pytest
 
 from phase8.data import shard_pool
 from phase8.data.documents import cut_shards
+from phase8.data.input_files import find_sources
 from phase8.data.shard_pool import make_shards
 from phase8.data.shards import DocumentRules, Shard, ShardCounts
-from phase8.data.sources import find_sources
 from phase8.data.tokenizer import train_sentencepiece
 from phase8.errors import DataError
 

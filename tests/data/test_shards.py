@@ -14,8 +14,8 @@ import pytest
 from phase8.data import shards
 from phase8.data.documents import cut_shards
 from phase8.data.indexed import IndexedDataset
+from phase8.data.input_files import find_sources
 from phase8.data.shards import DocumentRules, InvalidInputs, Shard, encode_document, finished_counts, make_shard
-from phase8.data.sources import find_sources
 from phase8.data.tokenizer import Tokenizer, load_tokenizer, train_sentencepiece
 from phase8.errors import DataError
 

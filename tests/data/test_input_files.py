@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from phase8.data import content
-from phase8.data.sources import check_unchanged, describe_suffixes, find_source, find_sources
+from phase8.data.input_files import check_unchanged, describe_suffixes, find_source, find_sources
 from phase8.errors import DataError
 
 
