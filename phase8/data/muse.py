@@ -20,6 +20,7 @@ from phase8.data.index_file import MAGIC as MEGATRON_MAGIC
 from phase8.data.indexed import MAX_SEQUENCE_TOKENS, IndexedWriter, best_dtype
 from phase8.durable import storage_errors
 from phase8.errors import DataError, IndexedFormatError
+from phase8.paths import why_unreadable
 
 MAGIC = b"MUSE"
 HEADER_BYTES = 8
@@ -87,7 +88,8 @@ def import_muse(
         layout, offsets, lengths = _read_documents(idx_path)
         tokens = _map_tokens(bin_path)
     except OSError as error:
-        raise DataError(f"cannot read {error.filename or source_prefix}: {error.strerror or error}; give the path without .idx") from error
+        place = error.filename or source_prefix
+        raise DataError(f"cannot read {place}: {why_unreadable(Path(place), error)}; give the path without .idx") from error
     _check_documents(offsets, lengths, tokens.size, idx_path)
     kept = np.flatnonzero(lengths)
     with IndexedWriter(destination_prefix, dtype=best_dtype(vocab_size)) as writer:

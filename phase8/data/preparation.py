@@ -55,6 +55,9 @@ class PrepareOptions:
             found.append(f"--validation-fraction is {self.rules.validation_fraction}; it must be at least 0 and below 1")
         if not self.rules.json_key or "/" in self.rules.json_key:
             found.append(f"--json-key is {self.rules.json_key!r}; it becomes part of file names, so it must not be empty or hold a slash")
+        separator = self.rules.document_separator
+        if separator is not None and (not separator.strip() or separator != separator.strip() or len(separator.splitlines()) > 1):
+            found.append(f"--document-separator is {separator!r}; it must be what one line holds, with something in it and no space around it")
         if not self.inputs:
             found.append("there is no input; give files or directories")
         return found
@@ -85,7 +88,8 @@ class PrepareReport:
         first_invalid: Why the first of these was skipped.
         lost: Text that the tokenizer could not keep.
         eod_token: The piece between documents, where the user named one.
-        num_passed_over: Files of directories that were not read for their suffix.
+        num_passed_over: Files of directories that were not read for their suffix, by suffix.
+        dangling_links: Symbolic links in directories that lead to nothing.
         is_reused: Everything was there already, made from the same inputs and options.
     """
 
@@ -100,7 +104,8 @@ class PrepareReport:
     first_invalid: str | None
     lost: LostText
     eod_token: str | None
-    num_passed_over: int = 0
+    num_passed_over: dict[str, int] = field(default_factory=dict)
+    dangling_links: list[str] = field(default_factory=list)
     is_reused: bool = False
 
     @property

@@ -16,8 +16,9 @@ from pathlib import Path
 
 import numpy as np
 
-from phase8.data.documents import Source, Span, check_unchanged, cut_shards, find_sources, spread
+from phase8.data.documents import cut_shards, spread
 from phase8.data.indexed import IndexedDataset, IndexedWriter, best_dtype
+from phase8.data.input_files import Source, Span, check_unchanged, find_sources
 from phase8.data.lost_text import stored_lost_text
 from phase8.data.preparation import Layout, PreparedSplit, PrepareOptions, PrepareReport
 from phase8.data.shard_pool import make_shards
@@ -31,8 +32,9 @@ from phase8.errors import ConfigError, DataError
 
 OnProgress = Callable[[str, int, int], None]
 
-# Raise it when the same inputs and options give other bytes, or another report, than before.
+# Raise it when the same inputs and options give other bytes or another record than before.
 FORMAT_VERSION = 2
+TOKENIZING = "tokenizing"
 _SAMPLE_BYTES_PER_SHARD = 1 << 20
 
 
@@ -41,7 +43,7 @@ def prepare(options: PrepareOptions, *, on_progress: OnProgress | None = None) -
 
     Args:
         options: What to prepare and how.
-        on_progress: Called with stage, amount done and amount in all.
+        on_progress: Called with stage, amount done and amount in all; while `TOKENIZING` these are bytes of the inputs.
 
     Raises:
         ConfigError: Options that cannot be.
@@ -50,7 +52,7 @@ def prepare(options: PrepareOptions, *, on_progress: OnProgress | None = None) -
     """
     if problems := options.problems():
         raise ConfigError(problems)
-    sources, num_passed_over = find_sources(options.inputs)
+    sources, left_out = find_sources(options.inputs)
     layout = Layout(options)
     made_from = _made_from(options, sources)
     with exclusive_lock(layout.lock, wait=False):
@@ -60,7 +62,7 @@ def prepare(options: PrepareOptions, *, on_progress: OnProgress | None = None) -
             report = _prepare(options, sources, layout, on_progress or _silent)
             write_json(layout.record, {"made_from": made_from, "report": asdict(report)})
         shutil.rmtree(layout.work, ignore_errors=True)
-    return replace(report, num_passed_over=num_passed_over)
+    return replace(report, num_passed_over=dict(left_out.num_by_suffix), dangling_links=left_out.dangling_links)
 
 
 def _silent(stage: str, completed: int, total: int) -> None:
@@ -102,7 +104,7 @@ def _prepared_split(prefix: Path) -> PreparedSplit:
 
 
 def _prepare(options: PrepareOptions, sources: list[Source], layout: Layout, on_progress: OnProgress) -> PrepareReport:
-    cut = cut_shards(sources, options.shard_bytes)
+    cut = cut_shards(sources, options.shard_bytes, document_separator=options.rules.document_separator)
     tokenizer_path = options.tokenizer or _trained_tokenizer(options, sources, cut, layout, on_progress)
     tokenizer, digest = load_tokenizer(tokenizer_path, eod_token=options.rules.eod_token), tokenizer_digest(tokenizer_path)
     dtype = best_dtype(tokenizer.vocab_size)
@@ -150,7 +152,7 @@ def _sample(options: PrepareOptions, cut: list[tuple[Span, ...]]) -> Iterator[st
     on_invalid = InvalidInputs(skip=options.rules.skip_invalid)
     for spans in spread(cut):
         left_in_shard = min(most_per_shard, remaining)
-        for text in read_texts(spread(spans), options.rules, on_invalid):
+        for text, _ in read_texts(spread(spans), options.rules, on_invalid):
             if left_in_shard <= 0:
                 break
             if options.rules.split_of(text) == "train":
@@ -168,15 +170,14 @@ def _tokenise(shards: list[Shard], num_workers: int, on_progress: OnProgress) ->
     missing = [shard for shard in shards if shard.directory not in counts]
     total = sum(shard.num_bytes for shard in shards)
     completed = total - sum(shard.num_bytes for shard in missing)
-    on_progress("tokenizing", completed, total)
+    on_progress(TOKENIZING, completed, total)
 
-    def on_done(shard: Shard, found: ShardCounts) -> None:
-        nonlocal completed
-        counts[shard.directory] = found
-        completed += shard.num_bytes
-        on_progress("tokenizing", completed, total)
+    def on_bytes(count: int) -> None:
+        # A line that is longer than its shard counts twice, since the shards behind it count too: the end is when all are there.
+        is_done = len(counts) == len(shards)
+        on_progress(TOKENIZING, total if is_done else min(completed + count, total - 1), total)
 
-    make_shards(missing, num_workers=num_workers, on_done=on_done)
+    make_shards(missing, num_workers=num_workers, on_done=lambda shard, found: counts.update({shard.directory: found}), on_bytes=on_bytes)
     return [counts[shard.directory] for shard in shards]
 
 

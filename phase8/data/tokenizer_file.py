@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from phase8.errors import DataError
+from phase8.paths import why_unreadable
 
 # The largest published tokenizers are about 40 MB.
 MAX_BYTES = 1 << 29
@@ -29,8 +30,10 @@ def read_tokenizer_file(path: Path) -> bytes:
         if found.st_size > MAX_BYTES:
             raise DataError(f"the tokenizer {path} has {found.st_size:,} bytes, but none has more than {MAX_BYTES:,}; {remedy}")
         return path.read_bytes()
-    except (OSError, ValueError) as error:  # ValueError: a NUL in the path
-        raise DataError(f"cannot read the tokenizer {path}: {error.strerror if isinstance(error, OSError) else error}; {remedy}") from error
+    except OSError as error:
+        raise DataError(f"cannot read the tokenizer {path}: {why_unreadable(path, error)}; {remedy}") from error
+    except ValueError as error:  # a NUL in the path
+        raise DataError(f"cannot read the tokenizer {path}: {error}; {remedy}") from error
 
 
 def tokenizer_digest(path: Path) -> str:

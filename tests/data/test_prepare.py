@@ -13,12 +13,15 @@ import sys
 from pathlib import Path
 
 import numpy as np
+import pyarrow
+import pyarrow.parquet
 import pytest
+import zstandard
 from tokenizers import Tokenizer as Library
 from tokenizers import models, pre_tokenizers
 
-from phase8.data.documents import find_sources
 from phase8.data.indexed import IndexedDataset
+from phase8.data.input_files import find_sources
 from phase8.data.lost_text import LostText
 from phase8.data.preparation import PrepareOptions, PrepareReport
 from phase8.data.prepare import prepare
@@ -110,6 +113,23 @@ def test_the_output_does_not_depend_on_the_number_of_workers(inputs: Path, tmp_p
     assert content(tmp_path / "one") == content(tmp_path / "two")
 
 
+@pytest.mark.parametrize("form", ["parquet", "separated text", "zst"])
+def test_the_output_depends_on_no_cut_of_any_format(inputs: Path, tmp_path: Path, tokenizer_path: Path, form: str):
+    rules = DocumentRules(document_separator="<|endoftext|>" if form == "separated text" else None)
+    path = tmp_path / {"parquet": "a.parquet", "separated text": "a.txt", "zst": "a.jsonl.zst"}[form]
+    if form == "parquet":
+        pyarrow.parquet.write_table(pyarrow.table({"text": TEXTS}), path, row_group_size=10)
+    elif form == "zst":
+        path.write_bytes(zstandard.compress("".join(json.dumps({"text": text}) + "\n" for text in TEXTS).encode()))
+    else:
+        path.write_bytes("<|endoftext|>\n".join(TEXTS).encode())
+    given = {"tokenizer": tokenizer_path, "train_tokenizer": False, "vocab_size": None, "rules": rules}
+    prepare(options(path, tmp_path / "one" / "x", **given))
+    prepare(options(path, tmp_path / "two" / "x", shard_bytes=700, num_workers=2 if form == "parquet" else 1, **given))
+    assert content(tmp_path / "one") == content(tmp_path / "two")
+    assert stored_texts(str(tmp_path / "one" / "x_text_document"), tokenizer_path) == TEXTS
+
+
 def test_the_output_does_not_depend_on_the_shards(inputs: Path, tmp_path: Path, tokenizer_path: Path):
     given = {"tokenizer": tokenizer_path, "train_tokenizer": False, "vocab_size": None}
     prepare(options(inputs, tmp_path / "one" / "x", shard_bytes=2000, **given))
@@ -145,12 +165,21 @@ def test_a_finished_preparation_is_not_done_again(inputs: Path, tmp_path: Path):
     assert dataclasses.replace(again, is_reused=False) == first
 
 
-@pytest.mark.parametrize("change", ["input", "new input", "rules", "tokenizer", "output damaged", "output missing", "tokenizer lost"])
+@pytest.mark.parametrize(
+    "change",
+    ["input", "input of equal size and time", "new input", "rules", "tokenizer", "output damaged", "output missing", "tokenizer lost"],
+)
 def test_what_changed_is_prepared_again(inputs: Path, tmp_path: Path, change: str):
     old = prepare(options(inputs, tmp_path / "out" / "x"))
     changes: dict[str, object] = {}
     if change == "input":
         (inputs / "a00.txt").write_text("something else")
+    elif change == "input of equal size and time":
+        path = inputs / "b.jsonl"
+        before = path.stat()
+        path.write_text(path.read_text().replace("number 400", "number 007"))
+        os.utime(path, ns=(before.st_atime_ns, before.st_mtime_ns))
+        assert (path.stat().st_size, path.stat().st_mtime_ns) == (before.st_size, before.st_mtime_ns)
     elif change == "new input":
         (inputs / "z.txt").write_text("something new")
     elif change == "rules":
@@ -399,6 +428,9 @@ def test_an_output_that_cannot_be_written_is_a_storage_error(inputs: Path, tmp_p
         ({"rules": DocumentRules(eod_token="</s>")}, "--eod-token belongs to --tokenizer"),
         ({"num_workers": 0}, "--workers is 0"),
         ({"shard_bytes": 0}, "--shard-bytes is 0"),
+        ({"rules": DocumentRules(document_separator="")}, "--document-separator is ''; it must be what one line holds"),
+        ({"rules": DocumentRules(document_separator="a\nb")}, "--document-separator is 'a"),
+        ({"rules": DocumentRules(document_separator=" a")}, "--document-separator is ' a'"),
         ({"inputs": ()}, "there is no input"),
     ],
 )

@@ -63,7 +63,7 @@ def test_a_whole_preparation_from_the_command_line(inputs: Path, tmp_path: Path)
         f"{prefix}_train_content_document.bin/.idx: {train.num_documents} documents, {train.num_tokens:,} tokens",
         f"{prefix}_validation_content_document.bin/.idx: {validation.num_documents} documents, {validation.num_tokens:,} tokens",
         f"in all: 81 documents, {num_tokens:,} tokens of uint16, {num_bytes / num_tokens:.2f} bytes per token",
-        "files of directories passed over, not being text by their suffix: 1",
+        "files of directories passed over, not being text by their suffix: 1 (.png: 1)",
         f"train on it with: --set data.train={prefix}_train_content_document data.validation={prefix}_validation_content_document "
         f"data.tokenizer={prefix}_content_tokenizer.model model.vocab_size=290",
     ]
@@ -158,6 +158,10 @@ def test_help_names_every_option_and_how_to_go_on():
         "--workers",
         "--shard-bytes",
         "--import-muse",
+        "--import-raw",
+        "--dtype",
+        "--eod-id",
+        "--document-separator",
         "Run the same command again",
     ]:
         assert option in result.stdout
