@@ -119,6 +119,8 @@ class DataSection(Section):
     cache_dir: str = key(".cache/phase8", "where the embedded corpus is tokenised once")
     reset_at_document_boundaries: bool = key(False, "packed documents do not see each other: state, window and loss stop at the boundary")
     allow_fingerprint_change: bool = key(False, "resume although the data differ from those of the checkpoint")
+    split: str | None = key(None, "shares of the documents of data.train for training, validation and neither, as 969,30,1; null: all for training")
+    ignore_sequence_modes: bool = key(False, "train on pairs with a mode per sequence (multimodal data) as plain text")
     num_workers: NonNegativeInt = key(0, "loader processes; 0: load in the training process, where the next two keys have no effect")
     prefetch_factor: PositiveInt = key(2, "microbatches each worker prepares ahead")
     persistent_workers: bool = key(True, "keep the workers of evaluations alive between them")
