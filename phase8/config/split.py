@@ -10,6 +10,7 @@ from phase8.config.schema import DataSection
 from phase8.errors import ConfigError
 
 _NUMBER = re.compile(r"\d{1,15}(\.\d{1,15})?", re.ASCII)
+_SHOWN_CHARACTERS = 60
 
 Share = tuple[Fraction, Fraction]
 
@@ -22,7 +23,8 @@ def split_shares(text: str) -> tuple[Share, Share]:
     """
     numbers = [number.strip() for number in text.split(",")]
     if len(numbers) != 3 or not all(_NUMBER.fullmatch(number) for number in numbers):
-        raise ConfigError(f"data.split is {text!r}; it must be three numbers from 0 on, the shares of training, validation and neither: 969,30,1.")
+        shown = text if len(text) <= _SHOWN_CHARACTERS else f"{text[:_SHOWN_CHARACTERS]}..."
+        raise ConfigError(f"data.split is {shown!r}; it must be three numbers from 0 on, the shares of training, validation and neither: 969,30,1.")
     train, validation, rest = map(Fraction, numbers)
     if train == 0:
         raise ConfigError(f"data.split is {text!r}, which leaves nothing to train on; its first number must be above 0.")

@@ -29,7 +29,7 @@ OTHER_TEXTS = ["", "969,30", "9,0,1,2", "a,b,c", "-1,1,1", "nan,1,1", "inf,1,1",
 @pytest.mark.parametrize("text", OTHER_TEXTS)
 def test_other_texts_are_refused(text):
     (problem,) = problems(train="x", split=text)
-    assert "must be three numbers from 0 on, the shares of training, validation and neither: 969,30,1." in problem
+    assert len(problem) < 200 and "must be three numbers from 0 on, the shares of training, validation and neither: 969,30,1." in problem
 
 
 def test_what_a_split_does_not_go_with():
