@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from bisect import bisect_right
 from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from fractions import Fraction
 from itertools import accumulate
 from pathlib import Path
@@ -74,7 +75,9 @@ class TokenStream:
         """What decides about the tokens of the stream; a stream of several pairs has it for each under `files`."""
         if len(self._parts) == 1:
             return self._parts[0].fingerprint()
-        return {"files": [{"name": Path(part.pair.prefix).name, **part.fingerprint()} for part in self._parts]}
+        with ThreadPoolExecutor() as threads:  # hashing releases the interpreter lock, and there may be a thousand files
+            found = list(threads.map(_Part.fingerprint, self._parts))
+        return {"files": [{"name": Path(part.pair.prefix).name, **each} for part, each in zip(self._parts, found, strict=True)]}
 
     def _pieces(self, start: int, count: int) -> Iterator[tuple[_Part, int, int]]:
         """The parts that tokens of the stream lie in, with the first token and the number of tokens in the pair."""

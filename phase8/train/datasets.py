@@ -64,13 +64,14 @@ def open_run_data(config: RunConfig, *, on_progress: Callable[[str, int, int], N
     held_out = None if validation is None else _open(config, validation, key="data.validation")
     if held_out is not None:
         _check_apart(sequences, held_out)
+    if config.data.split is not None:
+        sequences, held_out = _split(sequences, config.data.split)
+    fingerprint = data_fingerprint(sequences)
     if check_ids:
         pairs = {pair.prefix: pair for dataset in (sequences, held_out) if dataset for source in dataset.sources for pair in source.pairs}
         for pair in pairs.values():
             check_token_ids(pair, vocab_size=config.model.vocab_size, cache_dir=Path(config.data.cache_dir), on_progress=on_progress)
-    if config.data.split is not None:
-        sequences, held_out = _split(sequences, config.data.split)
-    return RunData(sequences, held_out, tokenizer, references, data_fingerprint(sequences), _describe(config, sequences))
+    return RunData(sequences, held_out, tokenizer, references, fingerprint, _describe(config, sequences))
 
 
 def _open(config: RunConfig, data: str | Sequence[DataSource], *, key: str) -> SequenceDataset:

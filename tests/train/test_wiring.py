@@ -18,7 +18,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from rich.console import Console
-from tiny_run import losses, prepare, records, train_tiny, weights, with_blend, write_documents
+from tiny_run import losses, prepare, records, tiny_config, train_tiny, weights, with_blend, write_documents
 from torch._functorch import config as functorch_config
 
 from phase8.checkpoint.load import list_checkpoints, open_checkpoint
@@ -30,6 +30,7 @@ from phase8.model.parameters import decayed_parameter_names
 from phase8.observe.metrics import MetricsWriter
 from phase8.optim.schedule import learning_rate
 from phase8.train import loop, saver, trainer
+from phase8.train.datasets import open_run_data
 from phase8.train.loop import train
 from phase8.train.signals import StopRequest
 
@@ -358,6 +359,9 @@ def test_a_token_outside_the_vocabulary_is_found_before_the_first_step(tiny, tmp
         with pytest.raises(DataError, match=r"bad.bin holds token id 61 at position 2400, but model.vocab_size is 61"):
             prepare(tiny, f"{setting}={tmp_path}/bad")
     assert prepare(tiny, f"data.train={tmp_path}/bad", "model.vocab_size=62").position.step == 0
+    config = tiny_config(tiny, f"data.train={tmp_path}/bad", f"data.cache_dir={tmp_path}/unused")
+    open_run_data(config, on_progress=lambda *_: None, check_ids=False)  # as every rank but the first opens them
+    assert not (tmp_path / "unused").exists()
 
 
 @pytest.mark.parametrize("data", ["train", "many_*", "blend"])
