@@ -16,7 +16,7 @@ from phase8.checkpoint.state import restore_state
 from phase8.config.batch import batch_shape
 from phase8.config.load import config_to_mapping
 from phase8.config.schema import RunConfig
-from phase8.data.loader import describe_fingerprint_difference
+from phase8.data.fingerprint import describe_fingerprint_difference
 from phase8.errors import CheckpointError, CheckpointMismatchError, ConfigError
 from phase8.train.learner import Learner
 from phase8.train.run_directory import RunDirectory

@@ -81,6 +81,7 @@ def test_documents_are_written_in_order_under_megatrons_name(inputs: Path, tmp_p
     assert sorted(path.name for path in (tmp_path / "out").iterdir()) == [
         "mine_text_document.bin",
         "mine_text_document.idx",
+        "mine_text_document.meta.json",
         "mine_text_prepared.json",
     ]
     assert stored_texts(str(tmp_path / "out" / "mine_text_document"), tokenizer_path) == TEXTS
@@ -96,7 +97,7 @@ def test_documents_are_written_in_order_under_megatrons_name(inputs: Path, tmp_p
 def test_a_split_and_a_trained_tokenizer_have_names_of_their_own(inputs: Path, tmp_path: Path):
     report = prepare(options(inputs, tmp_path / "out" / "mine"))
     names = ["mine_text_prepared.json", "mine_text_tokenizer.model"]
-    names += [f"mine_{split}_text_document.{suffix}" for split in ("train", "validation") for suffix in ("bin", "idx")]
+    names += [f"mine_{split}_text_document.{suffix}" for split in ("train", "validation") for suffix in ("bin", "idx", "meta.json")]
     assert sorted(path.name for path in (tmp_path / "out").iterdir()) == sorted(names)
     tokenizer = tmp_path / "out" / "mine_text_tokenizer.model"
     train, validation = (stored_texts(report.splits[split].prefix, tokenizer) for split in ("train", "validation"))
