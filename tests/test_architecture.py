@@ -139,6 +139,15 @@ def test_only_doors_and_observe_print():
     assert places((path, call) for path, call in nodes(ast.Call, quiet) if called_name(call) == "print") == []
 
 
+def test_streams_that_outlive_their_reader_are_made_in_one_place():
+    """A console of rich's own exits when a pipe breaks, and a door that handles its errors by itself knows some of them."""
+    consoles = ((path, call) for path, call in nodes(ast.Call) if called_name(call).split(".")[-1] == "Console")
+    assert [place for place in places(consoles) if not place.startswith("phase8/terminal.py:")] == []
+    mains = [(path, f) for path, f in nodes(ast.FunctionDef, DOORS) if f.name == "main"]
+    assert len(mains) == len(DOORS)
+    assert places((path, f) for path, f in mains if not ast.unparse(f.body[-1]).startswith("return run_door(") or len(f.body) > 8) == []
+
+
 def test_only_the_launcher_the_device_the_toolchain_and_paths_touch_the_environment():
     allowed = ("launch", "phase8/train/device.py", "phase8/kernels/toolchain.py", "phase8/paths.py")
     quiet = [path for path in TREES if not is_below(path, *allowed)]

@@ -21,10 +21,9 @@ from phase8.data.preparation import PrepareOptions, PrepareReport
 from phase8.data.prepare import prepare
 from phase8.data.shards import DocumentRules
 from phase8.data.tokenizer import load_tokenizer
-from phase8.errors import ConfigError, Phase8Error, describe_error
+from phase8.errors import ConfigError
 from phase8.observe.stage_progress import ProgressDisplay
-
-EXIT_INTERRUPTED = 130
+from phase8.terminal import run_door
 
 
 def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
@@ -92,20 +91,17 @@ def print_muse_report(report: MuseReport) -> None:
 
 def main(arguments: list[str] | None = None) -> int:
     """Runs the command; its exit code is that of the error, see phase8/errors.py."""
+    return run_door(lambda: _run(arguments), interrupted="interrupted; run the same command again to go on")
+
+
+def _run(arguments: list[str] | None) -> int:
     parsed = parse_arguments(arguments)
-    try:
-        if parsed.import_muse is not None:
-            print_muse_report(import_muse_pair(parsed))
-        else:
-            with ProgressDisplay(TextColumn("{task.percentage:3.0f} %"), TimeElapsedColumn(), TimeRemainingColumn()) as display:
-                report = prepare(options_of(parsed), on_progress=display.show)
-            print_report(report)
-    except Phase8Error as error:
-        print(describe_error(error), file=sys.stderr)
-        return error.exit_code
-    except KeyboardInterrupt:
-        print("interrupted; run the same command again to go on", file=sys.stderr)
-        return EXIT_INTERRUPTED
+    if parsed.import_muse is not None:
+        print_muse_report(import_muse_pair(parsed))
+    else:
+        with ProgressDisplay(TextColumn("{task.percentage:3.0f} %"), TimeElapsedColumn(), TimeRemainingColumn()) as display:
+            report = prepare(options_of(parsed), on_progress=display.show)
+        print_report(report)
     return 0
 
 

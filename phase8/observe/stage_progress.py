@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import time
 
-from rich.console import Console
 from rich.progress import BarColumn, Progress, ProgressColumn, TaskID, TextColumn
+
+from phase8.terminal import make_console
 
 SECONDS_BETWEEN_LINES = 5.0
 
@@ -18,7 +19,7 @@ class ProgressDisplay:
     """
 
     def __init__(self, *columns: ProgressColumn) -> None:
-        self._console = Console(stderr=True)
+        self._console = make_console(stderr=True)
         name = TextColumn("{task.description}")
         self._progress = Progress(name, BarColumn(), *columns, console=self._console, disable=not self._console.is_terminal)
         self._tasks: dict[str, TaskID] = {}
