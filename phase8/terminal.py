@@ -81,13 +81,18 @@ class LastingStream:
                 raise ReaderGoneError("whoever read the output has gone")
             raise StorageError(f"cannot write {self._name}: {reason}; free space there, or send the output elsewhere") from error
         if self._name:
-            tell(f"{self._name} is lost ({reason}); going on without it\n")
+            warn(f"{self._name} is lost ({reason}); going on without it")
 
 
 def tell(text: str) -> None:
     """Writes to stderr past its buffers, whose locks another thread or the interrupted code may hold, and never fails."""
     with suppress(OSError):
         os.write(2, text.encode(errors=ESCAPED))
+
+
+def warn(sentence: str) -> None:
+    """Tells a sentence, for want of a better place."""
+    tell(f"{sentence}\n")
 
 
 def lasting(stream: TextIO | None, name: str = "") -> LastingStream:

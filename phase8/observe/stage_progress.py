@@ -6,7 +6,8 @@ import time
 
 from rich.progress import BarColumn, Progress, ProgressColumn, TaskID, TextColumn
 
-from phase8.terminal import make_console
+from phase8.closing import Tolerated
+from phase8.terminal import make_console, warn
 
 SECONDS_BETWEEN_LINES = 5.0
 
@@ -30,7 +31,8 @@ class ProgressDisplay:
         return self
 
     def __exit__(self, *error: object) -> None:
-        self._progress.stop()
+        with Tolerated("the last line of progress is lost", warn):
+            self._progress.stop()
 
     def show(self, stage: str, completed: int, total: int) -> None:
         """Shows that `completed` of `total` are done."""
