@@ -26,6 +26,10 @@ MAX_KERNEL_LINES = 120
 PICKLERS = {"pickle", "_pickle", "cPickle", "cloudpickle", "dill", "joblib", "marshal", "shelve"}
 TORCH_PICKLERS = {"load", "save"}
 MAY_CATCH_EXCEPTION = {"phase8/data/tokenizer.py"}  # the tokenizers package raises nothing narrower
+MAY_TOLERATE = {  # any error, said in a sentence: at the end of work that is done, and of an extra of it
+    "phase8/closing.py", "phase8/distributed/rendezvous.py", "phase8/observe/metrics.py", "phase8/observe/progress.py",
+    "phase8/observe/stage_progress.py", "phase8/train/loop.py", "phase8/train/trainer.py",
+}  # fmt: skip
 VAGUE_NAMES = {"utils", "util", "helpers", "common", "misc", "manager"}
 
 
@@ -176,6 +180,11 @@ def test_no_error_is_swallowed_by_a_broad_except():
     broad = [(path, handler) for path, handler in nodes(ast.ExceptHandler) if is_broad(handler)]
     assert places(pair for pair in broad if relative(pair[0]) not in MAY_CATCH_EXCEPTION) == []
     assert all(handler.type is not None and isinstance(handler.body[-1], ast.Raise) for _, handler in broad)
+
+
+def test_errors_are_tolerated_at_ends_only():
+    tolerating = {relative(path) for path, call in nodes(ast.Call) if called_name(call) == "Tolerated"}
+    assert tolerating <= MAY_TOLERATE
 
 
 def test_the_whole_config_is_named_only_where_everything_meets():
