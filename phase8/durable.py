@@ -12,7 +12,8 @@ import secrets
 import shutil
 import stat
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from io import FileIO
 from pathlib import Path
 
 from phase8.errors import StorageError
@@ -48,7 +49,8 @@ def staged_file(destination: Path) -> Iterator[Path]:
             partial.replace(destination)
             fsync_path(destination.parent)
         finally:
-            partial.unlink(missing_ok=True)
+            with suppress(OSError):  # what keeps it from being written may keep it from being removed
+                partial.unlink(missing_ok=True)
 
 
 @contextmanager
@@ -82,6 +84,22 @@ def replace_file(destination: Path, content: bytes) -> None:
     """
     with staged_file(destination) as partial:
         partial.write_bytes(content)
+
+
+def append_whole(file: FileIO, record: bytes) -> None:
+    """Appends a record to an unbuffered file or, when the disk is full in the middle of it, none of it.
+
+    Raises:
+        OSError: The system refuses to write.
+    """
+    start = file.tell()
+    written = 0
+    try:
+        while written < len(record):
+            written += file.write(record[written:])
+    except OSError:
+        file.truncate(file.seek(start))
+        raise
 
 
 def open_lock_file(path: Path) -> int:

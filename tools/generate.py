@@ -1,31 +1,28 @@
 """Writes text with a trained model: `python tools/generate.py --checkpoint runs/quickstart --prompt "def main"`.
 
-Decoding is recurrent: memory and time per token are constant at any length. Exit codes as in launch/pretrain.py.
+Decoding is recurrent: memory and time per token are constant at any length. Exit codes as in launch/pretrain.py; 141 whoever read the text
+has gone.
 """
 
 from __future__ import annotations
 
 import argparse
-import os
 import sys
 
 from phase8.config.arguments import path_argument
-from phase8.errors import ConfigError, Phase8Error, describe_error
+from phase8.errors import ConfigError
+from phase8.terminal import output_is_the_product, run_door
 
 
 def main() -> int:
     """Runs the command line and returns the exit code."""
+    return run_door(_run, interrupted="")
+
+
+def _run() -> int:
     arguments = _parser().parse_args()
-    try:
+    with output_is_the_product():
         _generate(arguments)
-    except Phase8Error as error:
-        print(describe_error(error), file=sys.stderr)
-        return error.exit_code
-    except KeyboardInterrupt:
-        print()
-        return 130
-    except BrokenPipeError:  # whoever read the output has gone
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     return 0
 
 
@@ -50,7 +47,6 @@ def _generate(arguments: argparse.Namespace) -> None:
                 f"--tokenizer {arguments.tokenizer} has {tokenizer.vocab_size} ids, but the model has {vocab_size}; "
                 "give the tokenizer it was trained with."
             )
-    sys.stdout.reconfigure(errors="replace")  # the model may write what the terminal cannot show
     prompt = prompt_tokens(tokenizer, arguments.prompt, after_document_end=not data.reset_at_document_boundaries)
     print(arguments.prompt, end="", flush=True)
     for piece in stream_text(model, tokenizer, prompt, max_tokens=arguments.max_tokens, options=options):

@@ -5,7 +5,7 @@
     python tools/inspect_checkpoint.py DIR --diff OTHER                         max abs difference of every tensor that differs
 
 Exit codes: 0 done (with --diff: no tensor differs), 1 with --diff: some differ, as diff(1) does; 2 command line; 4 damaged or
-missing checkpoint.
+missing checkpoint; 141 whoever read the output has gone.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from rich.text import Text
 from phase8.checkpoint.compare import TensorDifference, compare_checkpoints
 from phase8.checkpoint.load import Checkpoint, find_checkpoint, open_checkpoint
 from phase8.config.arguments import path_argument
-from phase8.errors import Phase8Error, describe_error
+from phase8.terminal import make_console, output_is_the_product, run_door
 
 EXIT_DIFFERENT = 1
 _MAX_SUMMARY_CHARACTERS = 500  # longer metadata, such as the random state, is in --json only
@@ -33,8 +33,12 @@ _PLAIN_WIDTH = 160  # of tables that go to a file or a pipe, where there is no w
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Exit code of the door."""
+    return run_door(lambda: _inspect(arguments))
+
+
+def _inspect(arguments: Sequence[str] | None) -> int:
     options = _parser().parse_args(arguments)
-    try:
+    with output_is_the_product():
         checkpoint = open_checkpoint(find_checkpoint(options.checkpoint))
         if options.verify:
             checkpoint.verify()
@@ -45,9 +49,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if options.verify:
             other.verify()
         return _show_differences(checkpoint, other, as_json=options.json)
-    except Phase8Error as error:
-        print(describe_error(error), file=sys.stderr)
-        return error.exit_code
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -142,8 +143,8 @@ def _json_number(value: float | None) -> float | str | None:
 
 
 def _console() -> Console:
-    console = Console(highlight=False)
-    return console if console.is_terminal else Console(highlight=False, width=_PLAIN_WIDTH)
+    console = make_console(highlight=False)
+    return console if console.is_terminal else make_console(highlight=False, width=_PLAIN_WIDTH)
 
 
 if __name__ == "__main__":

@@ -26,10 +26,9 @@ from phase8.data.prepare import TOKENIZING, prepare
 from phase8.data.raw_tokens import RawReport, import_raw
 from phase8.data.shards import DocumentRules
 from phase8.data.tokenizer import Tokenizer, load_tokenizer
-from phase8.errors import ConfigError, Phase8Error, describe_error
+from phase8.errors import ConfigError
 from phase8.observe.stage_progress import ProgressDisplay
-
-EXIT_INTERRUPTED = 130
+from phase8.terminal import run_door
 
 
 def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
@@ -146,20 +145,12 @@ def print_raw_report(report: RawReport, tokenizer: Tokenizer | None) -> None:
 
 def main(arguments: list[str] | None = None) -> int:
     """Runs the command; its exit code is that of the error, see phase8/errors.py."""
-    parsed = parse_arguments(arguments)
-    try:
-        run(parsed)
-    except Phase8Error as error:
-        print(describe_error(error), file=sys.stderr)
-        return error.exit_code
-    except KeyboardInterrupt:
-        print("interrupted; run the same command again to go on", file=sys.stderr)
-        return EXIT_INTERRUPTED
-    return 0
+    return run_door(lambda: _run(arguments), interrupted="interrupted; run the same command again to go on")
 
 
-def run(parsed: argparse.Namespace) -> None:
+def _run(arguments: list[str] | None) -> int:
     """Prepares or imports, and reports."""
+    parsed = parse_arguments(arguments)
     check_import(parsed)
     if parsed.import_muse is not None:
         print_muse_report(import_muse_pair(parsed), parsed.eod_token)
@@ -168,6 +159,7 @@ def run(parsed: argparse.Namespace) -> None:
         print_raw_report(import_raw_file(parsed, tokenizer), tokenizer)
     else:
         print_report(prepare_inputs(parsed))
+    return 0
 
 
 def progress_display() -> ProgressDisplay:

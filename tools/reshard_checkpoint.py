@@ -32,8 +32,9 @@ from typing import TYPE_CHECKING, Any
 from rich.progress import DownloadColumn, TimeRemainingColumn, TransferSpeedColumn
 
 from phase8.config.arguments import path_argument
-from phase8.errors import CheckpointError, ConfigError, Phase8Error, describe_error
+from phase8.errors import CheckpointError, ConfigError
 from phase8.observe.stage_progress import ProgressDisplay
+from phase8.terminal import run_door
 
 if TYPE_CHECKING:
     import torch
@@ -42,22 +43,18 @@ if TYPE_CHECKING:
     from phase8.checkpoint.reshard import ConsolidatedForm
     from phase8.config.schema import ParallelSection, RunConfig
 
-EXIT_INTERRUPTED = 130
 LAYOUT = ("tensor_parallel_size", "pipeline_parallel_size", "shards")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Exit code of the door."""
+    return run_door(lambda: _run(arguments), interrupted="interrupted; run the same command again to go on")
+
+
+def _run(arguments: Sequence[str] | None) -> int:
     options = _parser().parse_args(arguments)
-    try:
-        _check_options(options)
-        print(_rewrite(options))
-    except Phase8Error as error:
-        print(describe_error(error), file=sys.stderr)
-        return error.exit_code
-    except KeyboardInterrupt:
-        print("interrupted; run the same command again to go on", file=sys.stderr)
-        return EXIT_INTERRUPTED
+    _check_options(options)
+    print(_rewrite(options))
     return 0
 
 

@@ -11,7 +11,7 @@ import json
 import os
 import shutil
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from phase8.durable import staged_file, storage_errors
@@ -54,7 +54,8 @@ def exclusive_lock(path: Path, *, wait: bool) -> Iterator[None]:
     try:
         yield
     finally:
-        path.unlink(missing_ok=True)
+        with suppress(OSError):  # what is done under the lock is done
+            path.unlink(missing_ok=True)
         os.close(descriptor)
 
 

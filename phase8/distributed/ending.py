@@ -19,6 +19,7 @@ import torch.distributed as dist
 
 from phase8.distributed.bootstrap import World
 from phase8.errors import Phase8Error, describe_error
+from phase8.terminal import tell
 
 FLUSH_SECONDS = 1.0
 STILL_SECONDS = 20.0  # ranks that read Python's files from a busy file system come seconds apart
@@ -86,11 +87,6 @@ def summary(error: BaseException) -> str:
 def first_line(error: BaseException) -> str:
     """The first line of a message, or the name of an error that has none."""
     return (str(error).strip() or type(error).__name__).splitlines()[0]
-
-
-def tell(text: str) -> None:
-    """Writes to stderr past the buffers, whose locks another thread may hold for ever."""
-    os.write(sys.stderr.fileno(), text.encode())
 
 
 def leave_word(error_file: str | None, message: str) -> None:

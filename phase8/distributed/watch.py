@@ -35,12 +35,13 @@ from typing import NoReturn
 import torch.distributed as dist
 
 from phase8.distributed.bootstrap import World
-from phase8.distributed.ending import exit_code_of, first_line, is_echo, leave, leave_word, own_message, summary, tell, within
+from phase8.distributed.ending import exit_code_of, first_line, is_echo, leave, leave_word, own_message, summary, within
 from phase8.distributed.failure import Beat, Failure, Position, find_stall
 from phase8.distributed.hang_record import write_hang_record
 from phase8.distributed.neighbour import neighbours_of
 from phase8.distributed.rendezvous import connect, process_group
 from phase8.errors import CommunicationError
+from phase8.terminal import tell
 
 FAILURE, ACKNOWLEDGED, LEFT, FINISHED, EVERYONE_FINISHED = "failure", "acknowledged", "left", "finished", "everyone_finished"
 # torchrun looks at its processes ten times a second: the first that failed is gone for this long before the others follow.

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import time
 
-from rich.console import Console
 from rich.progress import BarColumn, Progress, ProgressColumn, TaskID, TextColumn
+
+from phase8.closing import Tolerated
+from phase8.terminal import make_console, warn
 
 SECONDS_BETWEEN_LINES = 5.0
 
@@ -18,7 +20,7 @@ class ProgressDisplay:
     """
 
     def __init__(self, *columns: ProgressColumn) -> None:
-        self._console = Console(stderr=True)
+        self._console = make_console(stderr=True)
         name = TextColumn("{task.description}")
         self._progress = Progress(name, BarColumn(), *columns, console=self._console, disable=not self._console.is_terminal)
         self._tasks: dict[str, TaskID] = {}
@@ -29,7 +31,8 @@ class ProgressDisplay:
         return self
 
     def __exit__(self, *error: object) -> None:
-        self._progress.stop()
+        with Tolerated("the last line of progress is lost", warn):
+            self._progress.stop()
 
     def show(self, stage: str, completed: int, total: int, *, in_bytes: bool = False) -> None:
         """Shows that `completed` of `total` are done; where these are bytes, also how many. Columns find that as `task.fields[amount]`."""

@@ -74,6 +74,10 @@ class Run:
         """This rank writes and prints."""
         return self.learner.mesh.rank == 0
 
+    def say(self, text: str) -> None:
+        """Prints a line."""
+        print_line(text, self.console)
+
     @property
     def uses_cuda_graphs(self) -> bool:
         """Steps are replayed as one CUDA graph."""

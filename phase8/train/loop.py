@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from contextlib import nullcontext
 
+from phase8.closing import Tolerated
 from phase8.distributed.collectives import broadcast_text
 from phase8.errors import CorruptionError, DivergenceError, Phase8Error
 from phase8.observe.banner import print_line
@@ -59,20 +60,24 @@ def _is_complete(run: Run) -> bool:
 
 
 def finish(run: Run) -> None:
-    """Prints a sample and draws the report."""
+    """Prints a sample and draws the report; the run is saved, so neither decides how it ends."""
     sample = None
     if run.config.observe.sample_prompt is not None and run.data.tokenizer is not None:
         model = whole_model(run.learner, run.config)
-        sample = None if model is None else write_sample(model, run.data.tokenizer, run.config, run.console)
+        if model is not None:
+            with Tolerated("no sample, but the run is saved", run.say):
+                sample = write_sample(model, run.data.tokenizer, run.config, run.console)
     if run.config.observe.report and run.is_main:
-        page = write_report(
-            run.directory.path,
-            title=f"phase8: {run.config.run.name}",
-            facts=run.facts,
-            reference_losses=run.data.reference_losses,
-            sample=sample,
-        )
-        print_line(f"report: {page}", run.console)
+        with Tolerated("no report, but the run is saved", run.say):
+            page = write_report(
+                run.directory.path,
+                title=f"phase8: {run.config.run.name}",
+                facts=run.facts,
+                reference_losses=run.data.reference_losses,
+                sample=sample,
+                say=run.say,
+            )
+            run.say(f"report: {page}")
 
 
 def _train_with_rollbacks(run: Run, stop_step: int, report: Callable[[int, str], None]) -> str | None:
@@ -96,9 +101,9 @@ def _stop_request(run: Run) -> StopRequest:
 def _train_until(run: Run, stop_step: int, report: Callable[[int, str], None], *, rollback: dict[str, str | int] | None) -> str | None:
     """Takes the steps and saves; returns the signal that stopped them, if one did. The record says of a rollback that led here."""
     config = run.config
-    metrics = (
-        MetricsWriter(run.directory.path, resume_step=run.position.step, tensorboard=config.observe.tensorboard) if run.is_main else None
-    )
+    metrics = None
+    if run.is_main:
+        metrics = MetricsWriter(run.directory.path, resume_step=run.position.step, tensorboard=config.observe.tensorboard, say=run.say)
     progress = Progress(
         total_steps=stop_step, start_step=run.position.step, log_every_n_steps=config.observe.log_every_n_steps, console=run.console
     )
@@ -117,7 +122,8 @@ def _train_until(run: Run, stop_step: int, report: Callable[[int, str], None], *
             # Between steps the weights are good: unreadable data or a closed terminal must not cost them. After divergence the
             # checkpoint before it is the one to go on from. Of several ranks the others may be fine, and would wait for ever.
             if trainer.is_alone and not isinstance(error, (CorruptionError, DivergenceError)):
-                trainer.save(must_succeed=False)
+                with Tolerated("the steps since the last checkpoint are not saved", progress.message):
+                    trainer.save(must_succeed=False)
             raise
         else:
             trainer.save(must_succeed=True)

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-import os
 import signal
 from types import FrameType, TracebackType
+
+from phase8.terminal import tell
 
 STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
@@ -37,4 +38,4 @@ class StopRequest:
         self.received = signal.Signals(number).name
         # Straight to the terminal: a handler must not wait for a lock that the interrupted code holds.
         if self._notice is not None:
-            os.write(2, f"\n{self.received}: {self._notice}\n".encode())
+            tell(f"\n{self.received}: {self._notice}\n")
