@@ -43,7 +43,7 @@ def model_section_of(config: dict[str, Any], path: Path) -> ModelSection:
         CheckpointMismatchError: A key whose value the baseline cannot have, or that is needed and missing.
     """
     if config.get("model_type") != MODEL_TYPE:
-        _refuse(path, f"model_type is {shown(config.get('model_type'))}, but only {MODEL_TYPE!r} can be imported")
+        _refuse(path, f"model_type is {shown(config.get('model_type'))}, but only {MODEL_TYPE!r} can be read")
     for key, allowed in _ALLOWED.items():
         _check(config, key, allowed, path)
     tie = config.get("tie_word_embeddings", False)
@@ -124,4 +124,4 @@ def _positive(holder: dict[str, Any], key: str, path: Path, *, default: float | 
 
 
 def _refuse(path: Path, problem: str) -> NoReturn:
-    raise CheckpointMismatchError(f"{path}: {problem}; import another model")
+    raise CheckpointMismatchError(f"{path}: {problem}; use another model")

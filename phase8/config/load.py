@@ -15,7 +15,7 @@ from pydantic.fields import FieldInfo
 
 from phase8.config.describe import describe_type, describe_value, iterate_keys, section_names, unknown_key
 from phase8.config.schema import RunConfig
-from phase8.errors import ConfigError
+from phase8.errors import CheckpointError, ConfigError
 
 
 class _StrictLoader(yaml.SafeLoader):
@@ -74,6 +74,21 @@ def config_from_mapping(tree: Mapping[str, Any], *, source: str) -> RunConfig:
         return RunConfig.model_validate(dict(tree))
     except ValidationError as error:
         raise ConfigError(_sentences(error, tree, source=source, overridden={})) from None
+
+
+def stored_config(metadata: Mapping[str, Any], *, source: Path) -> RunConfig:
+    """The config that a checkpoint holds in its metadata.
+
+    Raises:
+        CheckpointError: It holds none, or one that no run of this revision can have.
+    """
+    saved = metadata.get("config")
+    if not isinstance(saved, dict):
+        raise CheckpointError(f"{source} holds no config; give a checkpoint written by launch/pretrain.py.")
+    try:
+        return config_from_mapping(saved, source=str(source))
+    except ConfigError as error:
+        raise CheckpointError(" ".join(error.problems)) from None
 
 
 def config_to_mapping(config: RunConfig) -> dict[str, Any]:

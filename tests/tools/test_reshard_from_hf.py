@@ -219,7 +219,7 @@ NESTED = "[" * 100_000
         ({"head_dim": 5}, "head_dim is 5, but rotary positions need an even one"),
         ({"head_dim": 8}, "'model.layers.0.self_attn.q_proj.weight' has shape [24, 24], by config.json it has [32, 24]"),
         ({"vocab_size": 2**62}, "'model.embed_tokens.weight' has shape [61, 24], by config.json it has [4611686018427387904, 24]"),
-        ({"tie_word_embeddings": True}, "holds 'lm_head.weight', for which"),
+        ({"tie_word_embeddings": True}, "'lm_head.weight' differs from 'model.embed_tokens.weight', but tie_word_embeddings"),
         ({"tie_word_embeddings": 1}, "tie_word_embeddings is 1, but true or false"),
         ({"id2label": [[[]]] * 3, "x": float("nan")}, "config.json.x is nan, which JSON cannot hold"),
     ],
@@ -315,8 +315,8 @@ HEAD = torch.zeros(61, 24)
         (without(INDEX), "holds no model.safetensors and no model.safetensors.index.json; save the weights as safetensors"),
         (pickled, "but pytorch_model.bin, a pickle, which may run code and is never read"),
         (with_both, "holds model.safetensors and model.safetensors.index.json"),
-        (without(SECOND), f"is '{SECOND}', which is not in SRC"),
-        (other_index("lm_head.weight", "../outside.safetensors"), "is '../outside.safetensors', which is not the name of a safetensors file in SRC"),
+        (without(SECOND), f"is '{SECOND}', which is not there"),
+        (other_index("lm_head.weight", "../outside.safetensors"), "is '../outside.safetensors', which is not the name of a safetensors file there"),
         (other_index("lm_head.weight", "/dev/zero"), "is '/dev/zero', which is not the name"),
         (other_index("lm_head.weight", "config.json"), "is 'config.json', which is not the name"),
         (other_index("lm_head.weight", [1]), "weight_map.'lm_head.weight' is [1], which is not the name"),
@@ -330,7 +330,7 @@ HEAD = torch.zeros(61, 24)
         (cut_short, "its byte ranges do not end with the file"),
         (claim_a_long_header, f"{FIRST} is not a safetensors file"),
         (with_a_pipe, f"{FIRST} is not a regular file"),
-        (moved_behind_a_link(FIRST), f"{FIRST} is a link, which may lead outside of SRC and is not followed"),
+        (moved_behind_a_link(FIRST), f"{FIRST} is a link, which may lead elsewhere and is not followed"),
         (moved_behind_a_link(INDEX), "index.json is a link"),
         (moved_behind_a_link("config.json"), "config.json is a link"),
         (with_a_linked_tokenizer, "tokenizer.json is a link"),
@@ -372,7 +372,7 @@ def test_whatever_its_files_say_nothing_else_is_touched(tmp_path):
     source = write_llama(tmp_path / "llama", is_sharded=True)
     originals = {path.name: path.read_bytes() for path in source.iterdir()}
     safetensors.torch.save_file(llama_weights(), tmp_path / "outside.safetensors")
-    original = open_llama(source).as_checkpoint({}, on_progress=lambda *_: None)
+    original = open_llama(source).with_checksums({}, on_progress=lambda *_: None)
     expected = {name: original.read(name) for name in original.tensor_names}
     watch, tally = Watch(), Tally()
 
@@ -386,7 +386,7 @@ def test_whatever_its_files_say_nothing_else_is_touched(tmp_path):
         (source / name).write_bytes(content)
         try:
             with watch.over(source):
-                checkpoint = open_llama(source).as_checkpoint({}, on_progress=lambda *_: None)
+                checkpoint = open_llama(source).with_checksums({}, on_progress=lambda *_: None)
                 checkpoint.verify()
         except Phase8Error as error:
             tally.refused(error)
