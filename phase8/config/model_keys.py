@@ -8,6 +8,8 @@ from phase8.config.schema import ModelSection
 
 # They set the first values of weights and nothing else: what they are does not matter to weights that are read.
 FIRST_VALUES = frozenset({"memory_tokens", "init_std"})
+# They change what is computed with weights, but neither their number nor their shapes.
+WITHOUT_SHAPE = FIRST_VALUES | {"sequence_length", "rope_base", "norm_eps", "local_window_size", "global_tokens"}
 _OF_WINDOW = frozenset({"local_window_size", "global_tokens", "score", "global_path"})
 _OF_GLOBAL_PATH = frozenset({"chain", "memory_tokens"})
 

@@ -139,6 +139,66 @@ def test_bf16_weights_become_the_fp32_master_weights_of_a_bf16_model(tmp_path, i
     assert {path.name: path.read_bytes() for path in source.iterdir()} == before
 
 
+def frequencies(base: float = 500.0) -> torch.Tensor:
+    """As Llama computes them for heads of size 6."""
+    return 1.0 / (base ** (torch.arange(0, 6, 2).float() / 6))
+
+
+def add_to(source: Path, **tensors: torch.Tensor) -> None:
+    """Further tensors in the single file, under names with `__` for a dot."""
+    weights = safetensors.torch.load_file(source / "model.safetensors")
+    weights |= {name.replace("__", "."): tensor for name, tensor in tensors.items()}
+    safetensors.torch.save_file(weights, source / "model.safetensors")
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_tensors_that_repeat_what_is_known_are_left_out(tmp_path, dtype):
+    source = write_llama(tmp_path / "llama", dtype=dtype, tie_word_embeddings=True)
+    stored = {f"model__layers__{layer}__self_attn__rotary_emb__inv_freq": frequencies().to(dtype) for layer in range(2)}
+    add_to(source, lm_head__weight=llama_weights(dtype)["model.embed_tokens.weight"], model__rotary_emb__inv_freq=frequencies(), **stored)
+    copy = imported(source)
+    assert len(copy.tensor_names) == 20 and copy.metadata["config"]["model"]["tie_embeddings"]
+    assert torch.equal(copy.read("model.embedding.weight"), llama_weights(dtype)["model.embed_tokens.weight"].float())
+
+
+OTHER_HEAD = llama_weights()["model.embed_tokens.weight"].clone()
+OTHER_HEAD[-1, -1] *= -1
+
+
+@pytest.mark.parametrize(
+    ("tensors", "sentence"),
+    [
+        ({"model__layers__1__self_attn__rotary_emb__inv_freq": frequencies(10000.0)}, "does not hold the 3 rotary frequencies of base 500 (rope_theta"),
+        ({"model__layers__1__self_attn__rotary_emb__inv_freq": frequencies(501.0).bfloat16() * 1.05}, "does not hold the 3 rotary frequencies"),
+        ({"model__layers__1__self_attn__rotary_emb__inv_freq": frequencies()[:2].clone()}, "does not hold the 3 rotary frequencies"),
+        ({"model__layers__1__self_attn__rotary_emb__inv_freq": frequencies().double()}, "does not hold the 3 rotary frequencies"),
+        ({"model__layers__2__self_attn__rotary_emb__inv_freq": frequencies()}, "has no place"),
+        ({"model__layers__1__self_attn__rotary_emb__cos_cached": frequencies()}, "has no place"),
+        ({"lm_head__weight": OTHER_HEAD}, "'lm_head.weight' differs from 'model.embed_tokens.weight', but tie_word_embeddings"),
+        ({"lm_head__weight": llama_weights()["model.embed_tokens.weight"].bfloat16()}, "'lm_head.weight' differs from"),
+    ],
+)
+def test_tensors_that_contradict_what_is_known_are_refused(tmp_path, capsys, tensors, sentence):
+    source = write_llama(tmp_path / "llama", tie_word_embeddings=True)
+    add_to(source, lm_head__weight=llama_weights()["model.embed_tokens.weight"])
+    add_to(source, **tensors)
+    assert run(source, tmp_path / "d") == 4
+    error = capsys.readouterr().err
+    assert sentence in error and error.count("\n") == 1 and os.listdir(tmp_path) == ["llama"]
+
+
+@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
+def test_consolidated_weights_are_imported_too(tmp_path, dtype):
+    _, path = trained(tmp_path, "model.tie_embeddings=true")
+    assert run(path, tmp_path / "one", "--format", "consolidated", "--dtype", dtype) == 0
+    copy = imported(tmp_path / "one", "--shards", 2)
+    source = open_checkpoint(path)
+    expected = {name: source.read(name).to(torch.bfloat16).float() if dtype == "bf16" else source.read(name) for name in source.tensor_names}
+    assert all(torch.equal(copy.read(name), value) for name, value in expected.items()) and copy.tensor_names == source.tensor_names
+    assert copy.step == 0 and copy.metadata["config"] == source.metadata["config"]
+    assert run(tmp_path / "one", tmp_path / "hf", "--format", "hf") == 0  # through our names to those of transformers
+
+
 @pytest.mark.parametrize(("options", "dtype"), [((), torch.bfloat16), (("--dtype", "fp32"), torch.float32)])
 def test_it_can_be_consolidated_under_our_names(tmp_path, options, dtype):
     source = write_llama(tmp_path / "llama", dtype=torch.bfloat16, is_sharded=True)
