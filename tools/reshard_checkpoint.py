@@ -66,7 +66,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("source", type=Path, metavar="SRC", help="a checkpoint, a directory or run of them (its newest), consolidated weights, or a Llama")
+    parser.add_argument("source", type=Path, metavar="SRC", help="a checkpoint, a run (its newest one), consolidated weights, or a Llama")
     parser.add_argument("destination", type=Path, metavar="DST", help="the directory to write; must not exist")
     parser.add_argument("--format", choices=("phase8", "consolidated", "hf"), default="phase8", help="of DST (default: %(default)s)")
     parser.add_argument("--dtype", choices=("bf16", "fp32"), help="convert the weights; not with --format phase8")

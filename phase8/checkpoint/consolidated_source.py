@@ -1,8 +1,10 @@
 """Weights that `tools/reshard_checkpoint.py --format consolidated` wrote, opened as if they were a checkpoint.
 
-    config.json                     the config of the run
-    model.safetensors               the weights under their names in the model
-    tokenizer.*                     becomes the attachment
+| file | content |
+|---|---|
+| `config.json` | the config of the run |
+| `model.safetensors` | the weights under their names in the model |
+| `tokenizer.*` | becomes the attachment |
 """
 
 from __future__ import annotations
@@ -12,7 +14,7 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from phase8.checkpoint.layout import WEIGHTS_CONFIG_NAME, WEIGHTS_NAME
+from phase8.checkpoint.layout import WEIGHTS_NAME
 from phase8.checkpoint.untrusted import shown_name
 from phase8.checkpoint.weight_files import STORED_DTYPES, WeightFiles, open_tensor_file, regular, weights_of
 from phase8.errors import CheckpointCorruptError, CheckpointMismatchError
@@ -47,5 +49,5 @@ def open_consolidated(directory: Path, config: dict[str, Any]) -> WeightFiles:
         return weights_of(directory, {WEIGHTS_NAME: opened}, places, config=config, tokenizer=tokenizer, form="consolidated")
     except ValidationError:
         raise CheckpointCorruptError(
-            f"{path} holds a name or a shape that no tensor of a model has, or {WEIGHTS_CONFIG_NAME} one of a tokenizer; consolidate the checkpoint again"
+            f"{path} holds a name or a shape that no tensor of a model has; consolidate the checkpoint again"
         ) from None

@@ -1,9 +1,9 @@
 """What a Llama's files may store although its config or another tensor says it already: read once, compared, and left there.
 
-| tensor | written by | what it must be |
-|---|---|---|
-| `model.layers.<n>.self_attn.rotary_emb.inv_freq`, `model.rotary_emb.inv_freq` | transformers up to 4.31, converters | the rotary frequencies of `rope_theta`, to rounding |
-| `lm_head.weight` with `tie_word_embeddings` | converters, training scripts | `model.embed_tokens.weight`, bit for bit |
+| tensor | what it must be |
+|---|---|
+| `model.layers.<n>.self_attn.rotary_emb.inv_freq`, `model.rotary_emb.inv_freq` | the rotary frequencies of `rope_theta`, to rounding |
+| `lm_head.weight` with `tie_word_embeddings` | `model.embed_tokens.weight`, bit for bit |
 """
 
 from __future__ import annotations

@@ -1,9 +1,11 @@
 """A Llama as Hugging Face's transformers saves it, opened as if it were a checkpoint of ours.
 
-    config.json                                         what it computes
-    model.safetensors                                   its weights; or
-    model.safetensors.index.json, *.safetensors         which of several files has which of them
-    tokenizer.json or tokenizer.model                   becomes the attachment
+| file | content |
+|---|---|
+| `config.json` | what it computes |
+| `model.safetensors`, or | its weights |
+| `model.safetensors.index.json` and `*.safetensors` | which of several files has which of them |
+| `tokenizer.json` or `tokenizer.model` | becomes the attachment |
 """
 
 from __future__ import annotations
@@ -70,7 +72,9 @@ def _places(directory: Path, model: ModelSection, found: Mapping[str, OpenedFile
                 f"{path}: {key!r} has shape {shown(stored.shape)}, by {WEIGHTS_CONFIG_NAME} it has {shown(shape)}; use another copy"
             )
         if stored.dtype not in STORED_DTYPES:
-            raise CheckpointMismatchError(f"{path}: {key!r} has dtype {stored.dtype}, but weights are {', '.join(STORED_DTYPES)}; convert them before")
+            raise CheckpointMismatchError(
+                f"{path}: {key!r} has dtype {stored.dtype}, but weights are {', '.join(STORED_DTYPES)}; convert them before"
+            )
         result[name] = path.name, key
     for key in sorted(found.keys() - {key for _, key in result.values()}):
         require_repeat(key, found, model)

@@ -15,7 +15,7 @@ from phase8.config.model_keys import FIRST_VALUES, model_differences
 from phase8.config.schema import ModelSection, RunConfig
 from phase8.data.content import content_digest
 from phase8.data.tokenizer import Tokenizer
-from phase8.errors import CheckpointMismatchError
+from phase8.errors import CheckpointError, CheckpointMismatchError
 from phase8.plan.dry_run import shapes_only
 from phase8.train.learner import Learner
 from phase8.train.restore import Restore, restore_together
@@ -72,8 +72,11 @@ def initialise_run(
         if resume != "none" and (resume != "auto" or list_checkpoints(directory.checkpoints)):
             say("checkpoint.initialise_from is left alone: the run goes on from a checkpoint")
             return None
-        checkpoint = open_model(Path(source))
-        restore_all(checkpoint)
+        try:
+            checkpoint = open_model(Path(source))
+            restore_all(checkpoint)
+        except CheckpointError as error:
+            raise type(error)(f"checkpoint.initialise_from: {error}") from None
         return checkpoint
 
     differences: list[str] = []

@@ -125,7 +125,12 @@ def test_the_model_alone_can_be_restored(saved):
 
 @pytest.mark.parametrize(
     ("stored", "here", "fits"),
-    [(torch.bfloat16, torch.float32, True), (torch.float16, torch.float32, True), (torch.float32, torch.bfloat16, False), (torch.float16, torch.bfloat16, False)],
+    [
+        (torch.bfloat16, torch.float32, True),
+        (torch.float16, torch.float32, True),
+        (torch.float32, torch.bfloat16, False),
+        (torch.float16, torch.bfloat16, False),
+    ],
 )
 def test_weights_are_widened_where_asked_and_never_rounded(stored: torch.dtype, here: torch.dtype, fits: bool, saved):
     model, optimizer = build(0, dtype=stored)

@@ -161,6 +161,7 @@ def test_tensors_that_repeat_what_is_known_are_left_out(tmp_path, dtype):
     assert torch.equal(copy.read("model.embedding.weight"), llama_weights(dtype)["model.embed_tokens.weight"].float())
 
 
+LAYER_1 = "model__layers__1__self_attn__rotary_emb__inv_freq"
 OTHER_HEAD = llama_weights()["model.embed_tokens.weight"].clone()
 OTHER_HEAD[-1, -1] *= -1
 
@@ -168,10 +169,10 @@ OTHER_HEAD[-1, -1] *= -1
 @pytest.mark.parametrize(
     ("tensors", "sentence"),
     [
-        ({"model__layers__1__self_attn__rotary_emb__inv_freq": frequencies(10000.0)}, "does not hold the 3 rotary frequencies of base 500 (rope_theta"),
-        ({"model__layers__1__self_attn__rotary_emb__inv_freq": frequencies(501.0).bfloat16() * 1.05}, "does not hold the 3 rotary frequencies"),
-        ({"model__layers__1__self_attn__rotary_emb__inv_freq": frequencies()[:2].clone()}, "does not hold the 3 rotary frequencies"),
-        ({"model__layers__1__self_attn__rotary_emb__inv_freq": frequencies().double()}, "does not hold the 3 rotary frequencies"),
+        ({LAYER_1: frequencies(10000.0)}, "does not hold the 3 rotary frequencies of base 500 (rope_theta"),
+        ({LAYER_1: frequencies(501.0).bfloat16() * 1.05}, "does not hold the 3 rotary frequencies"),
+        ({LAYER_1: frequencies()[:2].clone()}, "does not hold the 3 rotary frequencies"),
+        ({LAYER_1: frequencies().double()}, "does not hold the 3 rotary frequencies"),
         ({"model__layers__2__self_attn__rotary_emb__inv_freq": frequencies()}, "has no place"),
         ({"model__layers__1__self_attn__rotary_emb__cos_cached": frequencies()}, "has no place"),
         ({"lm_head__weight": OTHER_HEAD}, "'lm_head.weight' differs from 'model.embed_tokens.weight', but tie_word_embeddings"),
