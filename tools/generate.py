@@ -8,8 +8,8 @@ from __future__ import annotations
 import argparse
 import os
 import sys
-from pathlib import Path
 
+from phase8.config.arguments import path_argument
 from phase8.errors import ConfigError, Phase8Error, describe_error
 
 
@@ -39,7 +39,7 @@ def _generate(arguments: argparse.Namespace) -> None:
     if arguments.max_tokens < 1:
         raise ConfigError(f"--max-tokens is {arguments.max_tokens}, but at least 1 is needed.")
     options = SamplingOptions(arguments.temperature, arguments.top_k, arguments.top_p, arguments.seed)
-    model, data, checkpoint = restore_model(Path(arguments.checkpoint), device=select_device(arguments.device))
+    model, data, checkpoint = restore_model(arguments.checkpoint, device=select_device(arguments.device))
     tokenizer = load_tokenizer(arguments.tokenizer) if arguments.tokenizer else restore_tokenizer(checkpoint)
     if tokenizer.vocab_size > model.section.vocab_size:
         raise ConfigError(
@@ -57,7 +57,11 @@ def _generate(arguments: argparse.Namespace) -> None:
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument(
-        "--checkpoint", required=True, metavar="DIR", help="a checkpoint, a run (its newest one), consolidated weights, or a Hugging Face Llama"
+        "--checkpoint",
+        required=True,
+        type=path_argument,
+        metavar="DIR",
+        help="a checkpoint, a run (its newest one), consolidated weights, or a Hugging Face Llama",
     )
     parser.add_argument("--prompt", default="", help="text to continue")
     parser.add_argument("--max-tokens", type=int, default=200, metavar="N", help="tokens written at most")
@@ -65,7 +69,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--top-k", type=int, default=0, metavar="K", help="only the K likeliest tokens; 0: all")
     parser.add_argument("--top-p", type=float, default=0.95, metavar="P", help="only the likeliest tokens that together have probability P")
     parser.add_argument("--seed", type=int, default=0, help="of the drawing")
-    parser.add_argument("--tokenizer", metavar="FILE", help="instead of the one in the checkpoint")
+    parser.add_argument("--tokenizer", type=path_argument, metavar="FILE", help="instead of the one in the checkpoint")
     parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
     return parser
 

@@ -12,10 +12,10 @@ from __future__ import annotations
 import argparse
 import os
 import sys
-from pathlib import Path
 
 from rich.progress import TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
+from phase8.config.arguments import path_argument
 from phase8.data.muse import MuseReport, import_muse
 from phase8.data.preparation import PrepareOptions, PrepareReport
 from phase8.data.prepare import prepare
@@ -30,14 +30,17 @@ EXIT_INTERRUPTED = 130
 def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
     """The command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("inputs", nargs="*", type=Path, metavar="INPUT", help="text, source, .jsonl or .gz file, or a directory of such files")
-    parser.add_argument("--output-prefix", type=Path, required=True, metavar="P", help="begin of every path that is written")
+    parser.add_argument("inputs", nargs="*", type=path_argument, metavar="INPUT", help="text, source, .jsonl or .gz file, or a directory of them")
+    parser.add_argument("--output-prefix", type=path_argument, required=True, metavar="P", help="begin of every path that is written")
     parser.add_argument("--json-key", default="text", metavar="KEY", help="where a JSON line holds its text (default: text)")
     parser.add_argument(
-        "--import-muse", metavar="PREFIX", help="instead of inputs: convert the MUSE pair PREFIX.bin/.idx (ResNet-BK), made with --tokenizer"
+        "--import-muse",
+        type=path_argument,
+        metavar="PREFIX",
+        help="instead of inputs: convert the MUSE pair PREFIX.bin/.idx (ResNet-BK), made with --tokenizer",
     )
     tokenizer = parser.add_argument_group("tokenizer (one of the two)")
-    tokenizer.add_argument("--tokenizer", type=Path, metavar="FILE", help="existing sentencepiece .model or Hugging Face tokenizer.json")
+    tokenizer.add_argument("--tokenizer", type=path_argument, metavar="FILE", help="existing sentencepiece .model or Hugging Face tokenizer.json")
     tokenizer.add_argument("--train-tokenizer", action="store_true", help="train a sentencepiece BPE with byte fallback on a sample of the inputs")
     tokenizer.add_argument("--vocab-size", type=int, metavar="N", help="vocabulary of the tokenizer to train")
     tokenizer.add_argument("--tokenizer-sample-bytes", type=int, default=20_000_000, metavar="N", help="size of that sample (default: %(default)s)")

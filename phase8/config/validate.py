@@ -99,7 +99,7 @@ def _data(config: RunConfig) -> Iterator[str]:
     if data.train is None:
         for name, value in (("validation", data.validation), ("tokenizer", data.tokenizer)):
             if value is not None:
-                yield f"data.{name} is {value!r}, but data.train is null and the embedded corpus brings its own; set data.train too."
+                yield f"data.{name} is {describe_value(value)}, but data.train is null and the embedded corpus brings its own; set data.train too."
     yield from _repeated_sources(data)
     if data.train is not None and config.observe.sample_prompt is not None and data.tokenizer is None:
         yield "observe.sample_prompt is set, but data.tokenizer is null; give the tokenizer of the data, or leave the prompt null."

@@ -20,7 +20,7 @@ import torch
 from torch.utils.data import DataLoader, Dataset
 
 from phase8.config.schema import DataSection, DataSource
-from phase8.data.blend import BlendTable
+from phase8.data.blend import BlendTable, integer_weights
 from phase8.data.indexed import IndexedDataset
 from phase8.data.sampler import ORDER_VERSION, SampleOrder, count_windows, evenly_spread_windows
 from phase8.errors import DataError, Phase8Error
@@ -109,7 +109,7 @@ def open_dataset(
                 f"model.sequence_length {sequence_length}; shorten the sequence or add data"
             )
         sources.append(source)
-    weights = [entry.weight for entry in entries]
+    weights = integer_weights([entry.weight for entry in entries])
     return SequenceDataset(sources, weights=weights, sequence_length=sequence_length, vocab_size=vocab_size, seed=seed)
 
 
@@ -128,14 +128,15 @@ def microbatch_sample_numbers(*, samples_consumed: int, micro_batch_size: int, i
         first += num_readers * micro_batch_size
 
 
-def evaluation_microbatches(dataset: SequenceDataset, *, num_samples: int, micro_batch_size: int) -> list[list[tuple[int, int]]]:
-    """Windows of each microbatch of an evaluation: the same ones every time, evenly spread over each source, in file order.
+def evaluation_microbatches(dataset: SequenceDataset, *, num_samples: int, micro_batch_size: int) -> list[list[list[tuple[int, int]]]]:
+    """Windows of each microbatch of an evaluation, by source: the same ones every time, evenly spread over the source, in file order.
 
-    Independent of the seed. A source that has fewer windows than its share gives each of them once, so there may be fewer than
-    `num_samples`; the last microbatch may be smaller.
+    Independent of the seed. A source that has fewer windows than its share of `num_samples` gives each of them once, one whose share
+    is none gives one; the last microbatch of a source may be smaller.
     """
     windows = evenly_spread_windows(num_samples, num_windows=dataset.order.num_windows, blend=dataset.order.blend)
-    return [windows[first : first + micro_batch_size] for first in range(0, len(windows), micro_batch_size)]
+    by_source = [[window for window in windows if window[0] == source] for source in range(len(dataset.sources))]
+    return [[own[first : first + micro_batch_size] for first in range(0, len(own), micro_batch_size)] for own in by_source]
 
 
 def build_loader(

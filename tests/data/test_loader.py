@@ -43,7 +43,7 @@ def write(prefix: Path, lengths: list[int], *, first_token: int = 0, dtype: str 
     return str(prefix)
 
 
-def sources(directory: Path, **weights: int) -> list[DataSource]:
+def sources(directory: Path, **weights: float) -> list[DataSource]:
     return [DataSource(path=str(directory / name), weight=weight) for name, weight in weights.items()]
 
 
@@ -96,6 +96,12 @@ def test_blend_delivers_each_source_by_its_weight(blend):
     from_code = [int(dataset[n]["tokens"][0]) >= 1000 for n in range(80)]
     assert [sum(from_code[: 4 * i]) for i in range(21)] == list(range(21))
     assert dataset.order.num_windows == (50, 11)
+
+
+def test_decimal_weights_are_the_blend_of_the_whole_numbers_of_their_ratios(blend):
+    decimal = opened([source.model_copy(update={"weight": source.weight / 4}) for source in blend])
+    assert [source.weight / 4 for source in blend] == [0.75, 0.25]
+    assert data_fingerprint(decimal) == data_fingerprint(opened(blend))
 
 
 @pytest.mark.parametrize("micro_batch_size", [1, 3, 4, 16])
@@ -156,16 +162,16 @@ def test_global_random_state_is_untouched(prefix, num_workers):
 @pytest.mark.parametrize("num_workers", [0, 1])
 def test_evaluation_is_the_same_every_time_and_spread_over_the_data(prefix, num_workers):
     dataset = opened(prefix)
-    microbatches = evaluation_microbatches(dataset, num_samples=10, micro_batch_size=4)
+    (microbatches,) = evaluation_microbatches(dataset, num_samples=10, micro_batch_size=4)
     assert [len(microbatch) for microbatch in microbatches] == [4, 4, 2]
-    assert microbatches == evaluation_microbatches(opened(prefix, seed=99), num_samples=10, micro_batch_size=4)
+    assert [microbatches] == evaluation_microbatches(opened(prefix, seed=99), num_samples=10, micro_batch_size=4)
     loader = build_loader(dataset, DataSection(num_workers=num_workers), sample_numbers=microbatches)
     for _ in range(2):
         assert torch.cat([microbatch["tokens"] for microbatch in loader])[:, 0].tolist() == [40 * i for i in range(10)]
 
 
 def test_evaluation_of_little_data_takes_each_window_once(prefix):
-    microbatches = evaluation_microbatches(opened(prefix), num_samples=1000, micro_batch_size=8)
+    (microbatches,) = evaluation_microbatches(opened(prefix), num_samples=1000, micro_batch_size=8)
     assert [window for microbatch in microbatches for _, window in microbatch] == list(range(50))
 
 
