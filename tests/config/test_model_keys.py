@@ -46,7 +46,7 @@ def test_the_keys_in_effect_are_those_that_the_model_reads(settings):
         ({}, {"global_path": False, "chain": "both"}, {"global_path": (True, False)}),
         ({"block": "transformer"}, {"block": "transformer", "local_window_size": 3, "score": "lorentz", "memory_tokens": (1.0, 2.0)}, {}),
         ({"block": "transformer"}, {"convolution_size": 1}, {"block": ("transformer", "phase8")}),
-        ({"num_layers": 10**9}, {}, {"num_layers": (10**9, 2)}),
+        ({"num_layers": 10_000}, {}, {"num_layers": (10_000, 2)}),
     ],
 )
 def test_models_differ_by_what_both_read_and_not_by_how_it_is_written(was, now, different):
