@@ -56,7 +56,13 @@ def _generate(arguments: argparse.Namespace) -> None:
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--checkpoint", required=True, type=path_argument, metavar="DIR", help="a checkpoint, or a run directory (its newest)")
+    parser.add_argument(
+        "--checkpoint",
+        required=True,
+        type=path_argument,
+        metavar="DIR",
+        help="a checkpoint, a run (its newest one), consolidated weights, or a Hugging Face Llama",
+    )
     parser.add_argument("--prompt", default="", help="text to continue")
     parser.add_argument("--max-tokens", type=int, default=200, metavar="N", help="tokens written at most")
     parser.add_argument("--temperature", type=float, default=0.8, help="0: always the likeliest token")

@@ -14,7 +14,7 @@ from torch import Tensor
 from phase8.checkpoint.boxes import Box, common_part, overlap, whole_box
 from phase8.checkpoint.checksum import checksum_of_next
 from phase8.checkpoint.earlier import in_present_form
-from phase8.checkpoint.layout import MANIFEST_NAME, committed_directories, step_of
+from phase8.checkpoint.layout import MANIFEST_NAME, committed_directories, holds_weights_only, step_of
 from phase8.checkpoint.manifest import MAX_MANIFEST_BYTES, Manifest, Slice, TensorEntry, parse_manifest
 from phase8.checkpoint.tensor_file import DTYPES, TensorFile, open_for_reading
 from phase8.checkpoint.untrusted import shown, shown_name
@@ -195,11 +195,17 @@ def find_checkpoint(path: Path) -> Path:
     Raises:
         CheckpointError: There is none.
     """
-    if os.path.lexists(path / MANIFEST_NAME) or step_of(path.name) is not None:
+    is_checkpoint = os.path.lexists(path / MANIFEST_NAME) or (step_of(path.name) is not None and not holds_weights_only(path))
+    if is_checkpoint:
         return path
     for root in (path, path / "checkpoints"):
         if found := list_checkpoints(root):
             return found[0]
+    if holds_weights_only(path):
+        raise CheckpointError(
+            f"{path} holds weights alone (consolidated, or a model of Hugging Face's form), no optimizer and no position in the data; begin a new "
+            f"run with them by --set checkpoint.initialise_from={path}, or make a checkpoint of them with tools/reshard_checkpoint.py SRC DST"
+        )
     raise CheckpointError(f"there is no checkpoint at {path}; give a step-... directory, or a directory of them, or a run directory")
 
 

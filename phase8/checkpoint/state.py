@@ -62,6 +62,7 @@ def restore_state(
     parts: Mapping[str, nn.Parameter] | None = None,
     *,
     is_part: bool = False,
+    widen: bool = False,
 ) -> None:
     """Puts a checkpoint's tensors into a model and its optimizer; changes nothing when it fails.
 
@@ -74,13 +75,14 @@ def restore_state(
         optimizer: Over parameters of `model`; None restores the model only.
         parts: As in `flat_state`.
         is_part: The model is one of several pipeline stages: what the checkpoint holds besides belongs to the others.
+        widen: Weights may be stored in a narrower floating-point dtype, every number of which the model's dtype has.
 
     Raises:
         CheckpointMismatchError: Names, shapes or dtypes differ; the first few are listed.
         CheckpointCorruptError: Bytes of the checkpoint are damaged, or it has only a part of a parameter's optimizer state.
     """
     in_place = _model_tensors(model)
-    differences = list(_model_differences(checkpoint, in_place, is_part=is_part))
+    differences = list(_model_differences(checkpoint, in_place, is_part=is_part, widen=widen))
     optimized: dict[str, _Optimized] = {}
     stored: dict[str, tuple[str, str]] = {}
     if optimizer is not None:
@@ -90,10 +92,7 @@ def restore_state(
         existing = _optimizer_tensors(optimizer, optimized)
         differences += _optimizer_differences(checkpoint, stored, existing, optimized)
         in_place |= {name: tensor for name, tensor in existing.items() if name in stored}
-    if differences:
-        more = len(differences) - _MAX_LISTED_DIFFERENCES
-        listed = "; ".join(differences[:_MAX_LISTED_DIFFERENCES]) + (f"; and {more} more" if more > 0 else "")
-        raise CheckpointMismatchError(f"{checkpoint.path} does not fit this model: {listed}; use the config it was saved with")
+    _require_none(differences, checkpoint)
 
     # What can fail comes first: reading what will be new (which is then simply kept), checking what will be overwritten.
     created = {}
@@ -110,6 +109,27 @@ def restore_state(
             _overwrite(target, checkpoint, name)
     if optimizer is not None:
         _install_created(optimizer, optimized, stored, created)
+
+
+def require_fit(checkpoint: Checkpoint, model: nn.Module, *, widen: bool = False) -> None:
+    """Refuses a checkpoint that has not exactly the weights of a model; nothing but the manifest is read.
+
+    Args:
+        checkpoint: Its optimizer is not looked at.
+        model: Whole; may be on the meta device.
+        widen: As in `restore_state`.
+
+    Raises:
+        CheckpointMismatchError: Names, shapes or dtypes differ; the first few are listed.
+    """
+    _require_none(list(_model_differences(checkpoint, _model_tensors(model), is_part=False, widen=widen)), checkpoint)
+
+
+def _require_none(differences: list[str], checkpoint: Checkpoint) -> None:
+    if differences:
+        more = len(differences) - _MAX_LISTED_DIFFERENCES
+        listed = "; ".join(differences[:_MAX_LISTED_DIFFERENCES]) + (f"; and {more} more" if more > 0 else "")
+        raise CheckpointMismatchError(f"{checkpoint.path} does not fit this model: {listed}; use the config it was saved with")
 
 
 def _overwrite(target: Tensor, checkpoint: Checkpoint, name: str) -> None:
@@ -196,13 +216,14 @@ def _check_whole(checkpoint: Checkpoint, stored: dict[str, tuple[str, str]]) -> 
                 raise CheckpointCorruptError(f"{checkpoint.path} lacks {name}, which it has of other parameters; use another checkpoint")
 
 
-def _model_differences(checkpoint: Checkpoint, targets: dict[str, Tensor], *, is_part: bool) -> Iterator[str]:
+def _model_differences(checkpoint: Checkpoint, targets: dict[str, Tensor], *, is_part: bool, widen: bool) -> Iterator[str]:
     stored = [name for name in checkpoint.tensor_names if name.startswith(MODEL_PREFIX)]
-    for name in targets.keys() - set(stored):
+    present = set(stored)
+    for name in (name for name in targets if name not in present):
         yield f"{name} is not in the checkpoint"
     for name in stored:
         if name in targets:
-            yield from _entry_differences(checkpoint, name, targets[name])
+            yield from _entry_differences(checkpoint, name, targets[name], widen=widen)
         elif not is_part:
             yield f"{name} is not in the model"
 
@@ -226,12 +247,18 @@ def _optimizer_differences(
             yield f"{name} is neither of the model nor of the optimizer"
 
 
-def _entry_differences(checkpoint: Checkpoint, name: str, target: Tensor) -> Iterator[str]:
+def _entry_differences(checkpoint: Checkpoint, name: str, target: Tensor, *, widen: bool = False) -> Iterator[str]:
     entry = checkpoint.entry(name)
     if entry.shape != list(target.shape):
         yield f"{name} has shape {entry.shape} in the checkpoint and {list(target.shape)} here"
-    elif entry.dtype != DTYPE_NAMES.get(target.dtype):
+    elif entry.dtype != DTYPE_NAMES.get(target.dtype) and not (widen and _is_widened(DTYPES[entry.dtype], target.dtype)):
         yield f"{name} is {entry.dtype} in the checkpoint and {target.dtype} here"
+
+
+def _is_widened(stored: torch.dtype, to: torch.dtype) -> bool:
+    """Whether a floating-point dtype has every number of another, narrower one; those of eight bits come with scales and are no weights."""
+    widths = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+    return stored in widths and to in widths and torch.promote_types(stored, to) == to
 
 
 def _install_created(

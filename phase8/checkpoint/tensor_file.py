@@ -20,7 +20,7 @@ from typing import Any, BinaryIO
 import torch
 from torch import Tensor
 
-from phase8.checkpoint.checksum import CHUNK_BYTES, checksum_of, checksum_of_next, crc32, format_crc32, read_into
+from phase8.checkpoint.checksum import CHUNK_BYTES, checksum_of, checksum_of_next, crc32, format_crc32, read_chunks, read_into
 from phase8.checkpoint.new_file import NewFile
 from phase8.checkpoint.untrusted import shown, strict_json
 from phase8.errors import CheckpointCorruptError
@@ -184,6 +184,13 @@ class TensorFile:
             if for_the_last_time and _CAN_FORGET:
                 os.posix_fadvise(file.fileno(), stored.begin, stored.num_bytes, os.POSIX_FADV_DONTNEED)
         return checksum
+
+    def chunks(self, key: str) -> Iterator[memoryview]:
+        """An entry's bytes in pieces; a piece is valid until the next one is asked for."""
+        stored = self.tensors[key]
+        with open_for_reading(self.path) as file:
+            file.seek(stored.begin)
+            yield from read_chunks(file, stored.num_bytes)
 
     def checksum(self, key: str) -> str:
         """Checksum of an entry's bytes, in constant memory."""

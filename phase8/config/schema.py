@@ -253,12 +253,15 @@ class TrainSection(Section):
 
 
 class CheckpointSection(Section):
-    """When to save and what to keep."""
+    """When to save, what to keep, and where the first weights come from."""
 
     every_n_steps: NonNegativeInt = key(500, "steps between saves; 0: only at the end and when interrupted")
     asynchronous: bool = key(False, "train on while a copy in host memory is written; the last save of a run is awaited")
     keep_last: PositiveInt = key(3, "newest checkpoints kept")
     keep_every_n_steps: PositiveInt | None = key(None, "also keep every checkpoint whose step is a multiple of this")
+    initialise_from: PathText | None = key(
+        None, "first weights of a new run: a checkpoint, a run, consolidated weights or a Hugging Face Llama; null: random ones from the seed"
+    )
 
 
 class ObserveSection(Section):

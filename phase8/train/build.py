@@ -26,6 +26,7 @@ from phase8.train.compilation import compile_blocks
 from phase8.train.datasets import RunData, open_run_data
 from phase8.train.device import require_determinism
 from phase8.train.facts import run_facts
+from phase8.train.initialise import Origin, initialise_run
 from phase8.train.learner import Learner, build_learner
 from phase8.train.restore import restore_together
 from phase8.train.resume import Position, restore_run, resume_run
@@ -47,6 +48,7 @@ class Run:
         learner: Model and optimizer.
         position: How far it has come.
         saved_step: Step of the newest checkpoint in `directory`; None: there is none.
+        origin: Where the weights of a run that begins here came from; None: from the seed, or it goes on from a checkpoint.
         shape: The batch.
         facts: What banner and report say.
         host_group: All ranks, for what they say to each other from host memory; None: there is one.
@@ -63,6 +65,7 @@ class Run:
     learner: Learner
     position: Position
     saved_step: int | None
+    origin: Origin | None
     shape: BatchShape
     facts: list[tuple[str, str]]
     host_group: dist.ProcessGroup | None
@@ -108,6 +111,7 @@ def build_run(config: RunConfig, *, device: torch.device, resume: str, console: 
     lock = directory.lock() if is_main else None
     data = _open_data(config, console, is_main=is_main)
     learner = build_learner(config, mesh=mesh, device=device, dtype=compute_dtype(config.precision))
+    origin = initialise_run(config, learner, data.tokenizer, directory=directory, resume=resume, say=lambda text: print_line(text, console))
     position, saved_step = _go_on(config, directory, data, learner, resume=resume, console=console)
     tokenizer_file = None
     if is_main:
@@ -118,6 +122,8 @@ def build_run(config: RunConfig, *, device: torch.device, resume: str, console: 
     shape = batch_shape(config.train, config.parallel, data_parallel_size=mesh.topology.data_parallel_size)
     facts = run_facts(config, device=device, shape=shape, num_parameters=count_parameters(shapes_only(config)), topology=mesh.topology)
     facts.append(("data", data.description))
+    if origin is not None:
+        facts.append(("first weights", str(origin)))
     print_banner(f"phase8 pretraining: {config.run.name}", [*facts, ("run directory", str(directory.path))], console)
     return Run(
         config=config,
@@ -129,6 +135,7 @@ def build_run(config: RunConfig, *, device: torch.device, resume: str, console: 
         learner=learner,
         position=position,
         saved_step=saved_step,
+        origin=origin,
         shape=shape,
         facts=facts,
         host_group=None if mesh.device_mesh is None else dist.new_group(backend="gloo"),

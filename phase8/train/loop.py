@@ -109,6 +109,8 @@ def _train_until(run: Run, stop_step: int, report: Callable[[int, str], None], *
     )
     with metrics or nullcontext(), _stop_request(run) as stop, progress:
         trainer = Trainer(run, metrics, progress, report)
+        if run.origin is not None and run.position.step == 0:
+            trainer.record_event("initialised", **run.origin.fields)
         if rollback is not None:
             trainer.record_event("rollback", **rollback)
         try:

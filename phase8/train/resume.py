@@ -14,8 +14,9 @@ from phase8.checkpoint.load import Checkpoint, find_checkpoint, list_checkpoints
 from phase8.checkpoint.random_state import capture_random_state, restore_random_state
 from phase8.checkpoint.state import restore_state
 from phase8.config.batch import batch_shape
-from phase8.config.load import config_to_mapping
-from phase8.config.schema import RunConfig
+from phase8.config.load import config_to_mapping, stored_config
+from phase8.config.model_keys import WITHOUT_SHAPE, keys_in_effect, model_differences
+from phase8.config.schema import ModelSection, RunConfig
 from phase8.data.fingerprint import describe_fingerprint_difference
 from phase8.errors import CheckpointError, CheckpointMismatchError, ConfigError
 from phase8.train.learner import Learner
@@ -126,7 +127,7 @@ def restore_run(
         saved_fingerprint, random_state = metadata["data_fingerprint"], metadata["random_state"]
     except (KeyError, TypeError) as error:
         raise CheckpointError(f"{checkpoint.path} lacks what a training run records ({error}); give a checkpoint of launch/pretrain.py.") from None
-    _check_model(checkpoint.path, saved_config["model"], config_to_mapping(config)["model"])
+    _check_model(checkpoint, config.model)
     _check_batch(checkpoint.path, metadata.get("global_batch_size"), config, learner.mesh.topology.data_parallel_size)
     if not config.data.allow_fingerprint_change:
         _check_data(checkpoint.path, (saved_config["train"]["seed"], saved_fingerprint), (config.train.seed, fingerprint))
@@ -153,11 +154,17 @@ def check_stop(config: RunConfig, position: Position) -> int:
     return config.train.num_steps if config.train.stop_at_step is None else config.train.stop_at_step
 
 
-def _check_model(path: Path, saved: dict[str, Any], current: dict[str, Any]) -> None:
-    different = [name for name in current if saved.get(name) != current[name]]
+def _check_model(checkpoint: Checkpoint, model: ModelSection) -> None:
+    """Refuses another model, by the keys that its block reads; a key that the checkpoint does not say is another one too."""
+    saved = stored_config(checkpoint.metadata, source=checkpoint.path).model
+    different = {name: (None, value) for name, value in keys_in_effect(model).items() if name not in saved.model_fields_set}
+    different |= model_differences(saved, model)
     if different:
-        listed = ", ".join(f"model.{name} was {saved.get(name)} and is {current[name]}" for name in different)
-        raise CheckpointMismatchError(f"{path} is a checkpoint of another model: {listed}; use its config, another run.name, or --resume none.")
+        listed = ", ".join(f"model.{name} was {was} and is {now}" for name, (was, now) in different.items())
+        remedy = ", or begin a new run with its weights by checkpoint.initialise_from" if different.keys() <= WITHOUT_SHAPE else ""
+        raise CheckpointMismatchError(
+            f"{checkpoint.path} is a checkpoint of another model: {listed}; use its config, another run.name, or --resume none{remedy}."
+        )
 
 
 def _check_batch(path: Path, saved: int | None, config: RunConfig, data_parallel_size: int) -> None:

@@ -3,8 +3,10 @@ import pytest
 import torch
 from tiny_run import assert_same_weights, losses, prepare, records, tiny_config, train_tiny, weights, with_blend, write_documents
 
+from phase8.checkpoint.load import open_checkpoint
+from phase8.checkpoint.reshard import ConsolidatedForm, consolidate
 from phase8.data.indexed import IndexedWriter
-from phase8.errors import CheckpointMismatchError, ConfigError, DataError
+from phase8.errors import CheckpointError, CheckpointMismatchError, ConfigError, DataError
 
 SETTINGS = {
     "accumulation": [],
@@ -88,6 +90,26 @@ def test_checkpoint_of_another_model_is_refused(tiny):
     train_tiny(tiny, "train.stop_at_step=5")
     with pytest.raises(CheckpointMismatchError, match=r"another model: model.num_layers was 2 and is 3"):
         prepare(tiny, "model.num_layers=3")
+
+
+def test_keys_that_the_block_does_not_read_and_other_spellings_are_no_other_model(tiny):
+    of_phase8 = ("model.local_window_size=9", "model.score=dot", "model.chain=none", "model.global_path=false", "model.memory_tokens=[1.0,2.0]")
+    train_tiny(tiny, "model.block=transformer", "train.stop_at_step=5")
+    assert prepare(tiny, "model.block=transformer", *of_phase8, "model.global_tokens=0").position.step == 5
+    train_tiny(tiny, "run.name=block", "train.stop_at_step=5")
+    assert prepare(tiny, "run.name=block", "model.head_size=6", "model.local_window_size=[6,6]", "model.convolution_size=4").position.step == 5
+    with pytest.raises(CheckpointMismatchError, match=r"model.local_window_size was 6 and is \[6, 9\]; .* by checkpoint.initialise_from\.$"):
+        prepare(tiny, "run.name=block", "model.local_window_size=[6,9]")
+
+
+def test_weights_without_a_past_are_named_and_the_ways_to_use_them(tiny):
+    run = train_tiny(tiny, "train.stop_at_step=5")
+    weights_only = run.directory.path.with_name("weights")
+    form = ConsolidatedForm({"model": {}})
+    checkpoint = open_checkpoint(run.directory.checkpoints / "step-0000000005")
+    consolidate(checkpoint, weights_only, form=form, dtype=None, on_progress=lambda *_: None)
+    with pytest.raises(CheckpointError, match=r"holds weights alone .* checkpoint.initialise_from=.* tools/reshard_checkpoint.py"):
+        prepare(tiny, resume=str(weights_only))
 
 
 def test_a_batch_that_follows_from_the_ranks_does_not_change_by_itself(tiny):
