@@ -18,7 +18,7 @@ from phase8.checkpoint.boxes import coverage_problem
 from phase8.checkpoint.checksum import PATTERN, checksum_of
 from phase8.checkpoint.layout import MANIFEST_NAME
 from phase8.checkpoint.tensor_file import DTYPES
-from phase8.checkpoint.untrusted import shortened, shown, strict_json
+from phase8.checkpoint.untrusted import printable, shortened, shown, strict_json
 from phase8.errors import CheckpointCorruptError, CheckpointError
 
 FORMAT = "phase8-checkpoint"
@@ -233,4 +233,4 @@ def _tensor_problem(entry: TensorEntry) -> str | None:
 
 
 def _refuse(path: Path, problem: str) -> NoReturn:
-    raise CheckpointCorruptError(f"{path} cannot be used: {problem if problem.isprintable() else ascii(problem)}; use another checkpoint")
+    raise CheckpointCorruptError(f"{path} cannot be used: {printable(problem)}; use another checkpoint")

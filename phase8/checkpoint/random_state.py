@@ -5,15 +5,24 @@ from __future__ import annotations
 import base64
 import binascii
 import random
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 
-from phase8.checkpoint.untrusted import shortened, shown
+from phase8.checkpoint.untrusted import printable, shortened, shown
 from phase8.errors import CheckpointCorruptError, CheckpointMismatchError
 
 _NUMPY_WORDS = 624
+
+
+class _States(NamedTuple):
+    """What the generators take; `cuda` None: the run had no such device."""
+
+    python: tuple[Any, ...]
+    numpy: tuple[Any, ...]
+    torch: bytes
+    cuda: bytes | None
 
 
 def capture_random_state(device: torch.device) -> dict[str, Any]:
@@ -40,7 +49,7 @@ def capture_random_state(device: torch.device) -> dict[str, Any]:
 
 
 def restore_random_state(state: dict[str, Any], device: torch.device) -> None:
-    """Sets the generators to what `capture_random_state` returned.
+    """Sets the generators to what `capture_random_state` returned, all of them or none.
 
     A CUDA state is used on a CUDA device only; a CUDA device whose state is not in `state` keeps its own.
 
@@ -48,21 +57,43 @@ def restore_random_state(state: dict[str, Any], device: torch.device) -> None:
         CheckpointCorruptError: `state` does not have the form of a captured one.
         CheckpointMismatchError: torch's generators have another size in this version of torch.
     """
+    states = check_random_state(state)
+    torch_state = _generator_state(states.torch, torch.get_rng_state().numel())
+    uses_cuda = device.type == "cuda" and states.cuda is not None
+    cuda_state = _generator_state(states.cuda, torch.cuda.get_rng_state(device).numel()) if uses_cuda else None
+    random.setstate(states.python)
+    np.random.set_state(states.numpy)
+    torch.set_rng_state(torch_state)
+    if cuda_state is not None:
+        torch.cuda.set_rng_state(cuda_state, device)
+
+
+def check_random_state(state: dict[str, Any]) -> _States:
+    """The states that `capture_random_state` returned, each accepted by a generator of its kind that nobody draws from.
+
+    Raises:
+        CheckpointCorruptError: `state` does not have the form of a captured one.
+    """
     try:
         python, numpy_state = state["python"], state["numpy"]
         _check_numbers(python, numpy_state)
         python_words = tuple(np.frombuffer(_decode(python["words"]), dtype="<u4").tolist())
         numpy_words = np.frombuffer(_decode(numpy_state["words"]), dtype="<u4")
-        torch_bytes = _decode(state["torch"])
-        cuda_bytes = _decode(state["cuda"]) if device.type == "cuda" and "cuda" in state else None
-        random.setstate((python["version"], python_words, python["gauss_next"]))
-        np.random.set_state(("MT19937", numpy_words, numpy_state["position"], numpy_state["has_gauss"], numpy_state["gauss"]))
-        torch.set_rng_state(_generator_state(torch_bytes, torch.get_rng_state().numel()))
-        if cuda_bytes is not None:
-            torch.cuda.set_rng_state(_generator_state(cuda_bytes, torch.cuda.get_rng_state(device).numel()), device)
-    except (KeyError, TypeError, ValueError, RuntimeError, binascii.Error) as error:  # RuntimeError: torch does not accept the bytes
-        reason = shortened(str(error))
+        states = _States(
+            python=(python["version"], python_words, python["gauss_next"]),
+            numpy=("MT19937", numpy_words, numpy_state["position"], numpy_state["has_gauss"], numpy_state["gauss"]),
+            torch=_decode(state["torch"]),
+            cuda=_decode(state["cuda"]) if "cuda" in state else None,
+        )
+        random.Random(0).setstate(states.python)
+        np.random.RandomState(0).set_state(states.numpy)
+        generator = torch.Generator()
+        if len(states.torch) == generator.get_state().numel():  # of another version of torch: nothing can be said
+            generator.set_state(torch.frombuffer(bytearray(states.torch), dtype=torch.uint8))
+    except (KeyError, TypeError, ValueError, RuntimeError, OverflowError, binascii.Error) as error:  # RuntimeError: torch does not accept the bytes
+        reason = printable(shortened(str(error)))
         raise CheckpointCorruptError(f"the random state in the checkpoint's metadata is not valid ({reason}); use another checkpoint") from error
+    return states
 
 
 def _check_numbers(python: dict[str, Any], numpy_state: dict[str, Any]) -> None:

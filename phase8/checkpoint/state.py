@@ -90,10 +90,7 @@ def restore_state(
         existing = _optimizer_tensors(optimizer, optimized)
         differences += _optimizer_differences(checkpoint, stored, existing, optimized)
         in_place |= {name: tensor for name, tensor in existing.items() if name in stored}
-    if differences:
-        more = len(differences) - _MAX_LISTED_DIFFERENCES
-        listed = "; ".join(differences[:_MAX_LISTED_DIFFERENCES]) + (f"; and {more} more" if more > 0 else "")
-        raise CheckpointMismatchError(f"{checkpoint.path} does not fit this model: {listed}; use the config it was saved with")
+    _refuse_differences(checkpoint, differences)
 
     # What can fail comes first: reading what will be new (which is then simply kept), checking what will be overwritten.
     created = {}
@@ -110,6 +107,22 @@ def restore_state(
             _overwrite(target, checkpoint, name)
     if optimizer is not None:
         _install_created(optimizer, optimized, stored, created)
+
+
+def check_model(checkpoint: Checkpoint, model: nn.Module) -> None:
+    """Compares names, shapes and dtypes with those of a whole model, which may be on the meta device.
+
+    Raises:
+        CheckpointMismatchError: Some differ; the first few are listed.
+    """
+    _refuse_differences(checkpoint, list(_model_differences(checkpoint, _model_tensors(model), is_part=False)))
+
+
+def _refuse_differences(checkpoint: Checkpoint, differences: list[str]) -> None:
+    if differences:
+        more = len(differences) - _MAX_LISTED_DIFFERENCES
+        listed = "; ".join(differences[:_MAX_LISTED_DIFFERENCES]) + (f"; and {more} more" if more > 0 else "")
+        raise CheckpointMismatchError(f"{checkpoint.path} does not fit this model: {listed}; use the config it was saved with")
 
 
 def _overwrite(target: Tensor, checkpoint: Checkpoint, name: str) -> None:

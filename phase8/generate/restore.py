@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
 import torch
 
 from phase8.checkpoint.load import Checkpoint, find_checkpoint, open_checkpoint
-from phase8.checkpoint.state import restore_state
-from phase8.config.load import config_from_mapping
+from phase8.checkpoint.run_metadata import run_metadata
+from phase8.checkpoint.state import check_model, restore_state
 from phase8.config.schema import DataSection
 from phase8.data.tokenizer import Tokenizer, load_tokenizer
 from phase8.errors import CheckpointError
@@ -28,13 +27,12 @@ def restore_model(directory: Path, *, device: torch.device) -> tuple[LanguageMod
         CheckpointError: It is damaged, missing, or not of a training run.
     """
     checkpoint = open_checkpoint(find_checkpoint(directory))
-    saved: Any = checkpoint.metadata.get("config")
-    if not isinstance(saved, dict):
-        raise CheckpointError(f"{checkpoint.path} holds no config; give a checkpoint written by launch/pretrain.py.")
-    config = config_from_mapping(saved, source=str(checkpoint.path))
-    model = build_model(config.model, dtype=compute_dtype(config.precision), device=device)
+    metadata = run_metadata(checkpoint)
+    dtype = compute_dtype(metadata.precision)
+    check_model(checkpoint, build_model(metadata.model, dtype=dtype, device=torch.device("meta")))  # before memory is taken
+    model = build_model(metadata.model, dtype=dtype, device=device)
     restore_state(checkpoint, model, None)
-    return model, config.data, checkpoint
+    return model, metadata.data, checkpoint
 
 
 def restore_tokenizer(checkpoint: Checkpoint) -> Tokenizer:

@@ -12,12 +12,13 @@ import torch
 from phase8.checkpoint.layout import step_of
 from phase8.checkpoint.load import Checkpoint, find_checkpoint, list_checkpoints, newest_good_checkpoint, open_checkpoint
 from phase8.checkpoint.random_state import capture_random_state, restore_random_state
+from phase8.checkpoint.run_metadata import OF_A_RUN, run_metadata
 from phase8.checkpoint.state import restore_state
 from phase8.config.batch import batch_shape
 from phase8.config.load import config_to_mapping
 from phase8.config.schema import RunConfig
 from phase8.data.loader import describe_fingerprint_difference
-from phase8.errors import CheckpointError, CheckpointMismatchError, ConfigError
+from phase8.errors import CheckpointMismatchError, ConfigError
 from phase8.train.learner import Learner
 from phase8.train.run_directory import RunDirectory
 
@@ -120,14 +121,11 @@ def restore_run(
     Raises:
         CheckpointMismatchError: Another model, other data, or a batch that another number of ranks would change unasked.
     """
-    metadata = checkpoint.metadata
-    try:
-        saved_config, position = metadata["config"], Position(**metadata["position"])
-        saved_fingerprint, random_state = metadata["data_fingerprint"], metadata["random_state"]
-    except (KeyError, TypeError) as error:
-        raise CheckpointError(f"{checkpoint.path} lacks what a training run records ({error}); give a checkpoint of launch/pretrain.py.") from None
+    metadata = run_metadata(checkpoint, needed=OF_A_RUN)
+    saved_config, saved_fingerprint, random_state = metadata.config, metadata.data_fingerprint, metadata.random_state
+    position = Position(**metadata.position.model_dump())
     _check_model(checkpoint.path, saved_config["model"], config_to_mapping(config)["model"])
-    _check_batch(checkpoint.path, metadata.get("global_batch_size"), config, learner.mesh.topology.data_parallel_size)
+    _check_batch(checkpoint.path, metadata.global_batch_size, config, learner.mesh.topology.data_parallel_size)
     if not config.data.allow_fingerprint_change:
         _check_data(checkpoint.path, (saved_config["train"]["seed"], saved_fingerprint), (config.train.seed, fingerprint))
     for name in checkpoint.manifest.attachments:
