@@ -32,7 +32,7 @@ from typing import TYPE_CHECKING, Any
 
 from rich.progress import DownloadColumn, TimeRemainingColumn, TransferSpeedColumn
 
-from phase8.errors import CheckpointError, ConfigError, Phase8Error, describe_error
+from phase8.errors import ConfigError, Phase8Error, describe_error
 from phase8.observe.stage_progress import ProgressDisplay
 
 if TYPE_CHECKING:
@@ -145,20 +145,26 @@ def _metadata_of_beginning(config: RunConfig) -> dict[str, Any]:
 
 
 def _config_of(source: Checkpoint) -> RunConfig:
-    from phase8.config.load import config_from_mapping
+    """The config of a checkpoint, whose weights are those of its model."""
+    import torch
 
-    saved = source.metadata.get("config")
-    if not isinstance(saved, dict):
-        raise CheckpointError(f"{source.path} holds no config; give a checkpoint written by launch/pretrain.py.")
-    return config_from_mapping(saved, source=str(source.path))
+    from phase8.checkpoint.run_metadata import run_metadata
+    from phase8.checkpoint.state import check_model
+    from phase8.config.load import config_from_mapping
+    from phase8.model.model import build_model
+
+    config = config_from_mapping(run_metadata(source).config, source=str(source.path))
+    check_model(source, build_model(config.model, dtype=torch.float32, device=torch.device("meta")))
+    return config
 
 
 def _consolidated_form(source: Checkpoint, config: RunConfig, options: argparse.Namespace) -> ConsolidatedForm:
     from phase8.checkpoint.llama import llama_config, llama_name, reasons_against
     from phase8.checkpoint.reshard import ConsolidatedForm
+    from phase8.config.load import config_to_mapping
 
     if options.format == "consolidated":
-        return ConsolidatedForm(source.metadata["config"])
+        return ConsolidatedForm(config_to_mapping(config))
     reasons = list(reasons_against(config.model))
     if reasons:
         raise ConfigError(
@@ -191,11 +197,14 @@ def _parallel(config: RunConfig, options: argparse.Namespace) -> ParallelSection
     Raises:
         ConfigError: The model cannot have them.
     """
-    from phase8.config.schema import RunConfig
+    from phase8.config.schema import ParallelSection, RunConfig
     from phase8.config.validate import validate
 
     T, P = options.tensor_parallel_size or 1, options.pipeline_parallel_size or 1
-    parallel = config.parallel.model_copy(update={"tensor_parallel_size": T, "pipeline_parallel_size": P, "num_microbatches": None})
+    stored = config.parallel  # of other ranks: only how their layers were cut matters here
+    parallel = ParallelSection(
+        tensor_parallel_size=T, pipeline_parallel_size=P, pipeline_schedule=stored.pipeline_schedule, pipeline_chunks=stored.pipeline_chunks
+    )
     batch = RunConfig().train.model_copy(update={"global_batch_size": P, "micro_batch_size": 1})  # one that suits every schedule
     validate(RunConfig(model=config.model, parallel=parallel, train=batch), world_size=T * P)
     return parallel

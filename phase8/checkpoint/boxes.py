@@ -51,11 +51,10 @@ def coverage_problem(shape: Sequence[int], boxes: Sequence[Box]) -> str | None:
     Time grows as their number: how often each element is held follows from the corners of the boxes alone.
     """
     for box in boxes:
-        place = f"a slice at {shown(box.offsets)} of shape {shown(box.shape)}"
-        if len(box.offsets) != len(shape) or len(box.shape) != len(shape):
-            return f"{place} has another number of dims than the tensor's shape {shown(list(shape))}"
-        if any(offset + size > limit for offset, size, limit in zip(box.offsets, box.shape, shape, strict=True)):
-            return f"{place} reaches outside the tensor's shape {shown(list(shape))}"
+        has_dims = len(box.offsets) == len(box.shape) == len(shape)
+        if not has_dims or any(offset + size > limit for offset, size, limit in zip(box.offsets, box.shape, shape, strict=True)):
+            problem = "reaches outside" if has_dims else "has another number of dims than"
+            return f"a slice at {shown(box.offsets)} of shape {shown(box.shape)} {problem} the tensor's shape {shown(list(shape))}"
     if math.prod(shape) == 0:
         return None
     # What every box spans in full is the same for all.

@@ -57,23 +57,26 @@ def restore_random_state(state: dict[str, Any], device: torch.device) -> None:
         CheckpointCorruptError: `state` does not have the form of a captured one.
         CheckpointMismatchError: torch's generators have another size in this version of torch.
     """
-    states = check_random_state(state)
-    torch_state = _generator_state(states.torch, torch.get_rng_state().numel())
-    uses_cuda = device.type == "cuda" and states.cuda is not None
-    cuda_state = _generator_state(states.cuda, torch.cuda.get_rng_state(device).numel()) if uses_cuda else None
+    states = check_random_state(state, device)
     random.setstate(states.python)
     np.random.set_state(states.numpy)
-    torch.set_rng_state(torch_state)
-    if cuda_state is not None:
-        torch.cuda.set_rng_state(cuda_state, device)
+    torch.set_rng_state(_as_tensor(states.torch))
+    if device.type == "cuda" and states.cuda is not None:
+        torch.cuda.set_rng_state(_as_tensor(states.cuda), device)
 
 
-def check_random_state(state: dict[str, Any]) -> _States:
+def check_random_state(state: dict[str, Any], device: torch.device | None = None) -> _States:
     """The states that `capture_random_state` returned, each accepted by a generator of its kind that nobody draws from.
+
+    Args:
+        state: May be anything.
+        device: Where it will be restored; None: nowhere, so that it may be of another version of torch.
 
     Raises:
         CheckpointCorruptError: `state` does not have the form of a captured one.
+        CheckpointMismatchError: torch's generators have another size in this version of torch.
     """
+    own_bytes = torch.Generator().get_state().numel()
     try:
         python, numpy_state = state["python"], state["numpy"]
         _check_numbers(python, numpy_state)
@@ -87,12 +90,15 @@ def check_random_state(state: dict[str, Any]) -> _States:
         )
         random.Random(0).setstate(states.python)
         np.random.RandomState(0).set_state(states.numpy)
-        generator = torch.Generator()
-        if len(states.torch) == generator.get_state().numel():  # of another version of torch: nothing can be said
-            generator.set_state(torch.frombuffer(bytearray(states.torch), dtype=torch.uint8))
+        if len(states.torch) == own_bytes:
+            torch.Generator().set_state(_as_tensor(states.torch))
     except (KeyError, TypeError, ValueError, RuntimeError, OverflowError, binascii.Error) as error:  # RuntimeError: torch does not accept the bytes
         reason = printable(shortened(str(error)))
         raise CheckpointCorruptError(f"the random state in the checkpoint's metadata is not valid ({reason}); use another checkpoint") from error
+    if device is not None:
+        _check_size(states.torch, own_bytes)
+        if device.type == "cuda" and states.cuda is not None:
+            _check_size(states.cuda, torch.cuda.get_rng_state(device).numel())
     return states
 
 
@@ -107,12 +113,15 @@ def _check_numbers(python: dict[str, Any], numpy_state: dict[str, Any]) -> None:
         raise ValueError("a stored normal number is no number")
 
 
-def _generator_state(data: bytes, expected_bytes: int) -> torch.Tensor:
+def _check_size(data: bytes, expected_bytes: int) -> None:
     if len(data) != expected_bytes:
         raise CheckpointMismatchError(
             f"the checkpoint's random state of torch has {len(data)} bytes and this torch's has {expected_bytes}; "
             "resume with the version of torch it was saved with"
         )
+
+
+def _as_tensor(data: bytes) -> torch.Tensor:
     return torch.frombuffer(bytearray(data), dtype=torch.uint8)
 
 

@@ -28,6 +28,7 @@ from phase8.config.describe import iterate_keys
 from phase8.config.load import config_from_mapping, config_to_mapping
 from phase8.config.schema import DataSection, ModelSection, PrecisionSection
 from phase8.errors import CheckpointCorruptError, CheckpointError, ConfigError
+from phase8.precision.policy import COMPUTE_DTYPES
 
 OF_A_MODEL = ("config",)
 OF_A_RUN = ("config", "position", "data_fingerprint", "random_state")
@@ -139,6 +140,8 @@ def run_metadata(checkpoint: Checkpoint, *, needed: Sequence[str] = OF_A_MODEL) 
         config = config_from_mapping(_known_keys(found["config"]), source="config")
     except ConfigError as error:
         _refuse(path, error.problems[0].removesuffix("."))
+    if config.precision.dtype not in COMPUTE_DTYPES:
+        _refuse(path, f"config: precision.dtype is {config.precision.dtype}, but this release computes in {' or '.join(COMPUTE_DTYPES)}")
     try:
         metadata = _Metadata.model_validate(found)
     except ValidationError as error:
@@ -152,7 +155,10 @@ def run_metadata(checkpoint: Checkpoint, *, needed: Sequence[str] = OF_A_MODEL) 
     if (problem := sizes_problem(config.model, shapes)) is not None:
         _refuse(path, f"its config does not fit its tensors: {problem}")
     if metadata.random_state is not None:
-        check_random_state(metadata.random_state)
+        try:
+            check_random_state(metadata.random_state)
+        except CheckpointCorruptError as error:
+            raise CheckpointCorruptError(f"{path}: {error}") from error
     return RunMetadata(
         config=config_to_mapping(config),
         model=config.model,

@@ -11,7 +11,7 @@ import torch
 
 from phase8.checkpoint.layout import step_of
 from phase8.checkpoint.load import Checkpoint, find_checkpoint, list_checkpoints, newest_good_checkpoint, open_checkpoint
-from phase8.checkpoint.random_state import capture_random_state, restore_random_state
+from phase8.checkpoint.random_state import capture_random_state, check_random_state, restore_random_state
 from phase8.checkpoint.run_metadata import OF_A_RUN, run_metadata
 from phase8.checkpoint.state import restore_state
 from phase8.config.batch import batch_shape
@@ -130,6 +130,7 @@ def restore_run(
         _check_data(checkpoint.path, (saved_config["train"]["seed"], saved_fingerprint), (config.train.seed, fingerprint))
     for name in checkpoint.manifest.attachments:
         checkpoint.attachment(name)  # a damaged tokenizer is found now, not when somebody generates
+    check_random_state(random_state, learner.device)  # what cannot be restored is found before anything is changed
     is_part = learner.mesh.pp.size > 1
     restore_state(checkpoint, learner.stage.module, learner.optimizer, learner.shards.parts, is_part=is_part)
     learner.shards.read_again()
