@@ -146,7 +146,10 @@ def run_metadata(checkpoint: Checkpoint, *, needed: Sequence[str] = OF_A_MODEL) 
         metadata = _Metadata.model_validate(found)
     except ValidationError as error:
         first = error.errors(include_url=False, include_context=False)[0]
-        _refuse(path, f"{'.'.join(str(part) for part in first['loc'])} is {shown(first['input'])}: {first['msg']}")
+        *places, name = map(str, first["loc"])
+        if first["type"] == "missing":
+            _refuse(path, f"{'.'.join(places)} lacks {name}")
+        _refuse(path, f"{'.'.join([*places, name])} is {shown(first['input'])}: {first['msg']}")
     if metadata.position is not None and (problem := _position_problem(metadata.position, checkpoint.step)) is not None:
         _refuse(path, problem)
     shapes = {
