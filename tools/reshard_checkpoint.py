@@ -95,11 +95,10 @@ def _rewrite(options: argparse.Namespace) -> str:
     from phase8.checkpoint.model_source import open_model
     from phase8.checkpoint.reshard import consolidate
     from phase8.checkpoint.weight_files import WeightFiles
-    from phase8.config.load import stored_config
 
     with ProgressDisplay(DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn()) as display:
         source = open_model(options.source)
-        config = stored_config(source.metadata, source=source.path)
+        config = _config_of(source)
         if is_import := isinstance(source, WeightFiles):
             source = _checked(source, config, options, display)
         if options.format == "phase8":
@@ -140,12 +139,27 @@ def _metadata_of_beginning(config: RunConfig) -> dict[str, Any]:
     return checkpoint_metadata(config, Position(), global_batch_size=None, fingerprint=fingerprint, device=torch.device("cpu"))
 
 
+def _config_of(source: Checkpoint) -> RunConfig:
+    """The config of a checkpoint, whose weights are those of its model."""
+    import torch
+
+    from phase8.checkpoint.run_metadata import run_metadata
+    from phase8.checkpoint.state import require_fit
+    from phase8.config.load import config_from_mapping
+    from phase8.model.model import build_model
+
+    config = config_from_mapping(run_metadata(source).config, source=str(source.path))
+    require_fit(source, build_model(config.model, dtype=torch.float32, device=torch.device("meta")), widen=True)
+    return config
+
+
 def _consolidated_form(source: Checkpoint, config: RunConfig, options: argparse.Namespace) -> ConsolidatedForm:
     from phase8.checkpoint.llama import llama_config, llama_name, reasons_against
     from phase8.checkpoint.reshard import ConsolidatedForm
+    from phase8.config.load import config_to_mapping
 
     if options.format == "consolidated":
-        return ConsolidatedForm(source.metadata["config"])
+        return ConsolidatedForm(config_to_mapping(config))
     reasons = list(reasons_against(config.model))
     if reasons:
         raise ConfigError(
@@ -178,11 +192,14 @@ def _parallel(config: RunConfig, options: argparse.Namespace) -> ParallelSection
     Raises:
         ConfigError: The model cannot have them.
     """
-    from phase8.config.schema import RunConfig
+    from phase8.config.schema import ParallelSection, RunConfig
     from phase8.config.validate import validate
 
     T, P = options.tensor_parallel_size or 1, options.pipeline_parallel_size or 1
-    parallel = config.parallel.model_copy(update={"tensor_parallel_size": T, "pipeline_parallel_size": P, "num_microbatches": None})
+    stored = config.parallel  # of other ranks: only how their layers were cut matters here
+    parallel = ParallelSection(
+        tensor_parallel_size=T, pipeline_parallel_size=P, pipeline_schedule=stored.pipeline_schedule, pipeline_chunks=stored.pipeline_chunks
+    )
     batch = RunConfig().train.model_copy(update={"global_batch_size": P, "micro_batch_size": 1})  # one that suits every schedule
     validate(RunConfig(model=config.model, parallel=parallel, train=batch), world_size=T * P)
     return parallel

@@ -103,7 +103,7 @@ def _tensor_files(directory: Path) -> Mapping[str, set[str] | None]:
     result: dict[str, set[str]] = {}
     for key, name in names.items():
         is_name = isinstance(name, str) and re.fullmatch(FILE_NAME_PATTERN, name) is not None and name.endswith(TENSOR_FILE_SUFFIX)
-        if not is_name or not os.path.lexists(directory / name):
+        if not is_name or (name not in result and not os.path.lexists(directory / name)):
             found = shown_name(name) if isinstance(name, str) else shown(name)
             what = "not there" if is_name else "not the name of a safetensors file there"
             raise CheckpointCorruptError(f"{path}: weight_map.{shown_name(key)} is {found}, which is {what}; use another copy")

@@ -18,6 +18,7 @@ from phase8.checkpoint.parts import Division, TensorForm, parts_by_rank
 from phase8.checkpoint.rewrite import Entry, OnProgress, PlannedFile, Rewrite, rewriting
 from phase8.checkpoint.state import MODEL_PREFIX, OPTIMIZER_PREFIX
 from phase8.checkpoint.tensor_file import DTYPE_NAMES, DTYPES, WrittenFile, open_for_reading
+from phase8.checkpoint.untrusted import shortened, shown
 from phase8.checkpoint.writer import group_of, key_of
 from phase8.errors import CheckpointError, CheckpointMismatchError
 from phase8.topology import Topology
@@ -121,9 +122,12 @@ def _form(source: Checkpoint, name: str, stages: Sequence[Mapping[str, Division]
     parameter = name.removeprefix(MODEL_PREFIX) if is_parameter else name.removeprefix(OPTIMIZER_PREFIX).rpartition(".")[0]
     division = next((parameters[parameter] for parameters in stages if parameter in parameters), None)
     if division is None or group_of(name) + "." not in (MODEL_PREFIX, OPTIMIZER_PREFIX):
-        raise CheckpointMismatchError(f"{source.path}: {name} belongs to no parameter of the model its config describes; use another checkpoint")
+        raise CheckpointMismatchError(
+            f"{source.path}: {shortened(name)} belongs to no parameter of the model its config describes; use another checkpoint"
+        )
     if is_parameter and division.shape != shape:
-        raise CheckpointMismatchError(f"{source.path}: {name} has shape {shape}, by its config it has {division.shape}; use another checkpoint")
+        by_config = f"by its config it has {division.shape}"
+        raise CheckpointMismatchError(f"{source.path}: {name} has shape {shown(shape)}, {by_config}; use another checkpoint")
     return TensorForm(parameter, shape)
 
 

@@ -16,8 +16,8 @@ from torch import Tensor
 from torch.distributed.checkpoint.api import CheckpointException
 
 from phase8.checkpoint.layout import MANIFEST_NAME, step_directory_name
-from phase8.checkpoint.manifest import FILE_NAME_PATTERN, MAX_DIMS, MAX_STEP, TENSOR_FILE_SUFFIX, TENSOR_NAME_PATTERN, json_problem
-from phase8.checkpoint.tensor_file import DTYPE_NAMES, RESERVED_KEY
+from phase8.checkpoint.manifest import FILE_NAME_PATTERN, MAX_STEP, TENSOR_FILE_SUFFIX, TENSOR_NAME_PATTERN, json_problem
+from phase8.checkpoint.tensor_file import DTYPE_NAMES, MAX_DIMS, RESERVED_KEY
 from phase8.checkpoint.writer import CheckpointWriter, group_of, key_of
 from phase8.distributed.placement import held_part
 from phase8.errors import CheckpointError, Phase8Error, StorageError

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from phase8.checkpoint.boxes import Region
 from phase8.checkpoint.load import Checkpoint
 from phase8.checkpoint.tensor_file import DTYPE_NAMES, DTYPES
+from phase8.checkpoint.untrusted import shortened, shown
 from phase8.distributed.placement import held_part, is_held_once, own_box, placed_like
 from phase8.errors import CheckpointCorruptError, CheckpointError, CheckpointMismatchError
 
@@ -213,19 +214,19 @@ def _check_whole(checkpoint: Checkpoint, stored: dict[str, tuple[str, str]]) -> 
     for parameter_name in dict.fromkeys(parameter_name for parameter_name, _ in stored.values()):
         for name in (f"{OPTIMIZER_PREFIX}{parameter_name}.{key}" for key in keys):
             if name not in stored:
-                raise CheckpointCorruptError(f"{checkpoint.path} lacks {name}, which it has of other parameters; use another checkpoint")
+                raise CheckpointCorruptError(f"{checkpoint.path} lacks {shortened(name)}, which it has of other parameters; use another checkpoint")
 
 
 def _model_differences(checkpoint: Checkpoint, targets: dict[str, Tensor], *, is_part: bool, widen: bool) -> Iterator[str]:
     stored = [name for name in checkpoint.tensor_names if name.startswith(MODEL_PREFIX)]
     present = set(stored)
     for name in (name for name in targets if name not in present):
-        yield f"{name} is not in the checkpoint"
+        yield f"{shortened(name)} is not in the checkpoint"
     for name in stored:
         if name in targets:
             yield from _entry_differences(checkpoint, name, targets[name], widen=widen)
         elif not is_part:
-            yield f"{name} is not in the model"
+            yield f"{shortened(name)} is not in the model"
 
 
 def _optimizer_differences(
@@ -233,24 +234,24 @@ def _optimizer_differences(
 ) -> Iterator[str]:
     for name, (parameter_name, _) in stored.items():
         if parameter_name not in optimized:
-            yield f"{name} is the state of no parameter here"
+            yield f"{shortened(name)} is the state of no parameter here"
         elif name in existing:
             yield from _entry_differences(checkpoint, name, existing[name])
         elif checkpoint.entry(name).shape not in ([], list(optimized[parameter_name].whole.shape)):
-            yield f"{name} has shape {checkpoint.entry(name).shape}, its parameter {list(optimized[parameter_name].whole.shape)}"
+            yield f"{name} has shape {shown(checkpoint.entry(name).shape)}, its parameter {list(optimized[parameter_name].whole.shape)}"
     with_state = {parameter_name for parameter_name, _ in stored.values()}
     for name in existing:
         if name not in stored and name.removeprefix(OPTIMIZER_PREFIX).rpartition(".")[0] in with_state:
             yield f"{name} is not in the checkpoint"
     for name in checkpoint.tensor_names:
         if not name.startswith((MODEL_PREFIX, OPTIMIZER_PREFIX)):
-            yield f"{name} is neither of the model nor of the optimizer"
+            yield f"{shortened(name)} is neither of the model nor of the optimizer"
 
 
 def _entry_differences(checkpoint: Checkpoint, name: str, target: Tensor, *, widen: bool = False) -> Iterator[str]:
     entry = checkpoint.entry(name)
     if entry.shape != list(target.shape):
-        yield f"{name} has shape {entry.shape} in the checkpoint and {list(target.shape)} here"
+        yield f"{name} has shape {shown(entry.shape)} in the checkpoint and {list(target.shape)} here"
     elif entry.dtype != DTYPE_NAMES.get(target.dtype) and not (widen and _is_widened(DTYPES[entry.dtype], target.dtype)):
         yield f"{name} is {entry.dtype} in the checkpoint and {target.dtype} here"
 

@@ -47,6 +47,7 @@ DTYPES = {
 }
 DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
 RESERVED_KEY = "__metadata__"
+MAX_DIMS = 64
 _MAX_HEADER_BYTES = 2**30
 _CAN_FORGET = hasattr(os, "posix_fadvise")
 
@@ -231,6 +232,8 @@ def _parse_header(header: bytes, path: Path, *, size_bytes: int) -> dict[str, St
 
 def _range_bytes(entry: dict[str, Any]) -> int:
     begin, end = entry["data_offsets"]
+    if len(entry["shape"]) > MAX_DIMS:
+        raise ValueError(f"a shape has {len(entry['shape'])} dims, but at most {MAX_DIMS} are stored")
     sizes = [begin, end, *entry["shape"]]
     if any(type(size) is not int or size < 0 for size in sizes):
         raise ValueError("a shape or byte range is not made of non-negative whole numbers")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import os
 import stat
 from collections.abc import Mapping, Sequence
@@ -18,7 +17,7 @@ from phase8.config.schema import RunConfig
 from phase8.config.sentences import problem_sentences
 from phase8.config.values import EXPAND_PATHS
 from phase8.config.yaml_text import read_yaml
-from phase8.errors import CheckpointError, CheckpointMismatchError, ConfigError
+from phase8.errors import ConfigError
 
 MAX_FILE_BYTES = 1 << 20
 
@@ -58,38 +57,6 @@ def config_from_mapping(tree: Mapping[str, Any], *, source: str) -> RunConfig:
         return RunConfig.model_validate(dict(tree))
     except ValidationError as error:
         raise ConfigError(problem_sentences(error, tree, source=source, overridden={})) from None
-
-
-def stored_config(metadata: Mapping[str, Any], *, source: Path) -> RunConfig:
-    """The config that a checkpoint holds in its metadata. Keys of other revisions are left out, but for those that say what the model is.
-
-    Raises:
-        CheckpointError: It holds none.
-        CheckpointMismatchError: It holds one that no run of this revision can have.
-    """
-    saved = metadata.get("config")
-    if not isinstance(saved, dict):
-        raise CheckpointError(f"{source} holds no config; give a checkpoint written by launch/pretrain.py.")
-    try:
-        return config_from_mapping(_without_foreign_keys(saved), source=str(source))
-    except ConfigError as error:
-        raise CheckpointMismatchError(" ".join(error.problems)) from None
-
-
-def _without_foreign_keys(tree: dict[str, Any]) -> dict[str, Any]:
-    try:
-        RunConfig.model_validate(tree)
-    except ValidationError as error:
-        tree = copy.deepcopy(tree)
-        for problem in error.errors():
-            if problem["type"] == "extra_forbidden" and problem["loc"][0] != "model":
-                *parents, leaf = problem["loc"]
-                holder: Any = tree
-                for parent in parents:
-                    holder = holder.get(parent) if isinstance(holder, dict) else None
-                if isinstance(holder, dict):
-                    holder.pop(leaf, None)
-    return tree
 
 
 def config_to_mapping(config: RunConfig) -> dict[str, Any]:

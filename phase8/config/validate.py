@@ -26,7 +26,7 @@ def validate(config: RunConfig, *, world_size: int = 1) -> None:
 def find_problems(config: RunConfig, *, world_size: int = 1) -> list[str]:
     """What is wrong with a config, one sentence each; empty when it can run."""
     return [
-        *_model(config.model),
+        *model_problems(config.model),
         *_schedule(config.optim, config.train),
         *_train(config.train, config.model, world_size),
         *_cuda_graphs(config),
@@ -40,7 +40,8 @@ def find_problems(config: RunConfig, *, world_size: int = 1) -> list[str]:
     ]
 
 
-def _model(model: ModelSection) -> Iterator[str]:
+def model_problems(model: ModelSection) -> Iterator[str]:
+    """What is wrong with a model wherever it runs, one sentence each."""
     if model.head_size is None and model.d_model % model.num_heads:
         yield f"model.num_heads {model.num_heads} does not divide model.d_model {model.d_model}; choose a divisor or set model.head_size."
     elif model.head_width % 2:

@@ -8,8 +8,8 @@ import torch
 
 from phase8.checkpoint.load import Checkpoint
 from phase8.checkpoint.model_source import open_model, tokenizer_of
-from phase8.checkpoint.state import restore_state
-from phase8.config.load import stored_config
+from phase8.checkpoint.run_metadata import run_metadata
+from phase8.checkpoint.state import require_fit, restore_state
 from phase8.config.schema import DataSection
 from phase8.data.tokenizer import Tokenizer, load_tokenizer
 from phase8.errors import CheckpointError
@@ -28,10 +28,12 @@ def restore_model(directory: Path, *, device: torch.device) -> tuple[LanguageMod
         CheckpointError: It is damaged, missing, or not of a training run.
     """
     checkpoint = open_model(directory)
-    config = stored_config(checkpoint.metadata, source=checkpoint.path)
-    model = build_model(config.model, dtype=compute_dtype(config.precision), device=device)
+    metadata = run_metadata(checkpoint)
+    dtype = compute_dtype(metadata.precision)
+    require_fit(checkpoint, build_model(metadata.model, dtype=dtype, device=torch.device("meta")), widen=True)  # before memory is taken
+    model = build_model(metadata.model, dtype=dtype, device=device)
     restore_state(checkpoint, model, None, widen=True)
-    return model, config.data, checkpoint
+    return model, metadata.data, checkpoint
 
 
 def restore_tokenizer(checkpoint: Checkpoint, *, vocab_size: int, eod_token: str | None) -> Tokenizer:

@@ -8,9 +8,9 @@ from pathlib import Path
 
 from phase8.checkpoint.load import Checkpoint, list_checkpoints
 from phase8.checkpoint.model_source import open_model, tokenizer_of
+from phase8.checkpoint.run_metadata import run_metadata
 from phase8.checkpoint.state import require_fit, restore_state
 from phase8.checkpoint.weight_files import WeightFiles
-from phase8.config.load import stored_config
 from phase8.config.model_keys import FIRST_VALUES, model_differences
 from phase8.config.schema import ModelSection, RunConfig
 from phase8.data.content import content_digest
@@ -109,7 +109,7 @@ def _check_fit(checkpoint: Checkpoint, config: RunConfig) -> None:
 
 
 def _model_of(checkpoint: Checkpoint) -> ModelSection:
-    return stored_config(checkpoint.metadata, source=checkpoint.path).model
+    return run_metadata(checkpoint).model
 
 
 def _model_sentences(was: ModelSection, now: ModelSection) -> Iterator[str]:

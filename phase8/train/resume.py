@@ -11,14 +11,15 @@ import torch
 
 from phase8.checkpoint.layout import step_of
 from phase8.checkpoint.load import Checkpoint, find_checkpoint, list_checkpoints, newest_good_checkpoint, open_checkpoint
-from phase8.checkpoint.random_state import capture_random_state, restore_random_state
+from phase8.checkpoint.random_state import capture_random_state, check_random_state, restore_random_state
+from phase8.checkpoint.run_metadata import OF_A_RUN, run_metadata
 from phase8.checkpoint.state import restore_state
 from phase8.config.batch import batch_shape
-from phase8.config.load import config_to_mapping, stored_config
-from phase8.config.model_keys import WITHOUT_SHAPE, keys_in_effect, model_differences
+from phase8.config.load import config_to_mapping
+from phase8.config.model_keys import WITHOUT_SHAPE, model_differences
 from phase8.config.schema import ModelSection, RunConfig
 from phase8.data.fingerprint import describe_fingerprint_difference
-from phase8.errors import CheckpointError, CheckpointMismatchError, ConfigError
+from phase8.errors import CheckpointMismatchError, ConfigError
 from phase8.train.learner import Learner
 from phase8.train.run_directory import RunDirectory
 
@@ -121,18 +122,16 @@ def restore_run(
     Raises:
         CheckpointMismatchError: Another model, other data, or a batch that another number of ranks would change unasked.
     """
-    metadata = checkpoint.metadata
-    try:
-        saved_config, position = metadata["config"], Position(**metadata["position"])
-        saved_fingerprint, random_state = metadata["data_fingerprint"], metadata["random_state"]
-    except (KeyError, TypeError) as error:
-        raise CheckpointError(f"{checkpoint.path} lacks what a training run records ({error}); give a checkpoint of launch/pretrain.py.") from None
-    _check_model(checkpoint, config.model)
-    _check_batch(checkpoint.path, metadata.get("global_batch_size"), config, learner.mesh.topology.data_parallel_size)
+    metadata = run_metadata(checkpoint, needed=OF_A_RUN)
+    saved_config, saved_fingerprint, random_state = metadata.config, metadata.data_fingerprint, metadata.random_state
+    position = Position(**metadata.position.model_dump())
+    _check_model(checkpoint.path, metadata.model, config.model)
+    _check_batch(checkpoint.path, metadata.global_batch_size, config, learner.mesh.topology.data_parallel_size)
     if not config.data.allow_fingerprint_change:
         _check_data(checkpoint.path, (saved_config["train"]["seed"], saved_fingerprint), (config.train.seed, fingerprint))
     for name in checkpoint.manifest.attachments:
         checkpoint.attachment(name)  # a damaged tokenizer is found now, not when somebody generates
+    check_random_state(random_state, learner.device)  # what cannot be restored is found before anything is changed
     is_part = learner.mesh.pp.size > 1
     restore_state(checkpoint, learner.stage.module, learner.optimizer, learner.shards.parts, is_part=is_part)
     learner.shards.read_again()
@@ -154,16 +153,14 @@ def check_stop(config: RunConfig, position: Position) -> int:
     return config.train.num_steps if config.train.stop_at_step is None else config.train.stop_at_step
 
 
-def _check_model(checkpoint: Checkpoint, model: ModelSection) -> None:
-    """Refuses another model, by the keys that its block reads; a key that the checkpoint does not say is another one too."""
-    saved = stored_config(checkpoint.metadata, source=checkpoint.path).model
-    different = {name: (None, value) for name, value in keys_in_effect(model).items() if name not in saved.model_fields_set}
-    different |= model_differences(saved, model)
+def _check_model(path: Path, saved: ModelSection, current: ModelSection) -> None:
+    """Refuses another model, by the keys that its block reads."""
+    different = model_differences(saved, current)
     if different:
         listed = ", ".join(f"model.{name} was {was} and is {now}" for name, (was, now) in different.items())
         remedy = ", or begin a new run with its weights by checkpoint.initialise_from" if different.keys() <= WITHOUT_SHAPE else ""
         raise CheckpointMismatchError(
-            f"{checkpoint.path} is a checkpoint of another model: {listed}; use its config, another run.name, or --resume none{remedy}."
+            f"{path} is a checkpoint of another model: {listed}; use its config, another run.name, or --resume none{remedy}."
         )
 
 
