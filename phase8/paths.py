@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+from pathlib import Path
 
 from phase8.errors import ConfigError
 
@@ -24,6 +25,11 @@ def expand_path(text: str) -> str:
     if home.startswith("~"):
         raise ConfigError(f"the path {text!r} begins with {expanded.split('/')[0]}, but there is no such user; write ./~... for a name with a ~.")
     return home
+
+
+def real_path(path: Path) -> Path:
+    """Where a path leads when every symbolic link is followed: the one identity of a file or directory, there or yet to come."""
+    return Path(os.path.realpath(path))  # of a loop of links, which Path.resolve raises for, opening says what is wrong
 
 
 def _value(match: re.Match[str], text: str) -> str:

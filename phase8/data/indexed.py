@@ -20,7 +20,7 @@ import numpy as np
 
 from phase8.config.schema import Dialect
 from phase8.data.index_file import DIALECTS, DTYPE_CODES, read_index, write_index
-from phase8.durable import fsync_path, storage_errors
+from phase8.durable import fsync_path, partial_name, storage_errors
 from phase8.errors import DataError
 
 MAX_SEQUENCE_TOKENS = 2**31 - 1
@@ -52,16 +52,15 @@ class IndexedWriter:
             allowed = ", ".join(known.name for known in DTYPE_CODES)
             raise DataError(f"{prefix}: tokens of type {self.dtype.name} have no code in .idx; use one of {allowed}")
         self._bin_path, self._idx_path = _path(prefix, ".bin"), _path(prefix, ".idx")
-        # The process id keeps two processes that fill the same cache from writing into one file.
-        self._bin_partial = _path(prefix, f".bin.{os.getpid()}.partial")
-        self._idx_partial = _path(prefix, f".idx.{os.getpid()}.partial")
+        # Names of their own keep two processes that fill the same cache from writing into one file.
+        self._bin_partial, self._idx_partial = partial_name(self._bin_path), partial_name(self._idx_path)
         self._lengths = array("i")
         self._document_index = array("q", [0])
 
     def __enter__(self) -> Self:
         with storage_errors(self._bin_path):
             self._bin_path.parent.mkdir(parents=True, exist_ok=True)
-            self._bin: BinaryIO = self._bin_partial.open("wb", buffering=1 << 20)
+            self._bin: BinaryIO = self._bin_partial.open("xb", buffering=1 << 20)
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
@@ -130,7 +129,7 @@ class IndexedWriter:
     def _publish(self) -> None:
         self._bin.flush()
         os.fsync(self._bin.fileno())
-        with self._idx_partial.open("wb") as file:
+        with self._idx_partial.open("xb") as file:
             write_index(
                 file,
                 dtype=self.dtype,

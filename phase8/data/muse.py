@@ -18,7 +18,7 @@ import numpy as np
 
 from phase8.data.index_file import MAGIC as MEGATRON_MAGIC
 from phase8.data.indexed import MAX_SEQUENCE_TOKENS, IndexedWriter, best_dtype
-from phase8.durable import storage_errors
+from phase8.durable import replace_file
 from phase8.errors import DataError, IndexedFormatError
 
 MAGIC = b"MUSE"
@@ -191,7 +191,4 @@ def _overlaps_and_gaps(offsets: np.ndarray, lengths: np.ndarray, num_tokens: int
 
 
 def _write_log(path: Path, report: MuseReport) -> None:
-    partial = path.with_name(f"{path.name}.{os.getpid()}.partial")
-    with storage_errors(path):
-        partial.write_text(json.dumps(asdict(report), indent=2) + "\n", encoding="utf-8")
-        partial.replace(path)
+    replace_file(path, (json.dumps(asdict(report), indent=2) + "\n").encode())

@@ -20,7 +20,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
-from phase8.durable import replace_file, storage_errors
+from phase8.durable import open_for_appending, replace_file, storage_errors
 from phase8.errors import StorageError
 
 if TYPE_CHECKING:
@@ -92,7 +92,7 @@ class MetricsWriter:
         _drop_later_lines(self._path, resume_step)
         with storage_errors(self._path):
             # Unbuffered: nothing is left behind that a failed write could hold back until close.
-            self._file = FileIO(self._path, "ab")
+            self._file = FileIO(open_for_appending(self._path), "ab")
         self._tensorboard = _open_tensorboard(directory / "tensorboard", resume_step) if tensorboard else None
 
     def log_step(self, metrics: StepMetrics) -> None:

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO
 
 import torch
 import torch.distributed as dist
@@ -41,7 +41,7 @@ class Run:
         config: Its config, validated.
         device: Where the model lives.
         directory: Where it writes.
-        lock: Held while this process may write there; None: another rank writes.
+        lock: Ends the claim of this process to write there; another rank may have it.
         data: What it trains on.
         tokenizer_file: Copy of the tokenizer that goes into checkpoints; None: the data have none.
         learner: Model and optimizer.
@@ -57,7 +57,7 @@ class Run:
     config: RunConfig
     device: torch.device
     directory: RunDirectory
-    lock: IO[str] | None
+    lock: ExitStack
     data: RunData
     tokenizer_file: Path | None
     learner: Learner
@@ -101,7 +101,9 @@ def build_run(config: RunConfig, *, device: torch.device, resume: str, console: 
     mesh = _build_mesh(config, device, world_size)
     is_main = mesh.rank == 0
     directory = run_directory(config.run)
-    lock = directory.lock() if is_main else None
+    lock = ExitStack()
+    if is_main:
+        lock.enter_context(directory.lock())
     data = _open_data(config, console, is_main=is_main)
     learner = build_learner(config, mesh=mesh, device=device, dtype=compute_dtype(config.precision))
     position, saved_step = _go_on(config, directory, data, learner, resume=resume, console=console)

@@ -34,7 +34,7 @@ def train(run: Run, *, resume_command: str, report: Callable[[int, str], None] =
         DataError: The data cannot be read; the steps so far are saved.
         StorageError: The last checkpoint cannot be written.
     """
-    with run.lock or nullcontext():
+    with run.lock:
         stop_step = check_stop(run.config, run.position)
         if run.position.step < stop_step or run.saved_step != run.position.step:  # what was resumed from elsewhere is saved here
             stopped_by = _train_with_rollbacks(run, stop_step, report)

@@ -418,7 +418,8 @@ from pathlib import Path
 from phase8.errors import StorageError
 from phase8.train.run_directory import RunDirectory
 try:
-    RunDirectory(Path(sys.argv[1])).lock()
+    with RunDirectory(Path(sys.argv[1])).lock():
+        pass
 except StorageError as error:
     print(error)
 """
