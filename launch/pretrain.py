@@ -65,7 +65,7 @@ def _train(arguments: argparse.Namespace, overrides: list[str]) -> None:
     from phase8.train.build import build_run
     from phase8.train.device import select_device, share_cores
     from phase8.train.loop import train
-    from phase8.train.restart import record_agents, resume_after_restart
+    from phase8.train.restart import resume_after_restart
     from phase8.train.run_directory import run_directory
 
     os.environ.setdefault("TORCH_FR_BUFFER_SIZE", "2000")  # collectives of NCCL that a hang record shows
@@ -80,9 +80,7 @@ def _train(arguments: argparse.Namespace, overrides: list[str]) -> None:
         console = Console(quiet=world.rank != 0)
         agents = {agent for agent in gather_texts(world.agent) if agent is not None}
         resume = resume_after_restart(arguments.resume, directory, agents=agents)
-        run = build_run(config, device=device, resume=resume, console=console, world_size=world.world_size)
-        if run.is_main:
-            record_agents(directory, agents=agents)
+        run = build_run(config, device=device, resume=resume, console=console, world_size=world.world_size, agents=agents)
         train(run, resume_command=_resume_command(), report=lambda step, doing: watch.report(step=step, doing=doing))
 
 

@@ -14,7 +14,6 @@ from phase8.observe.report import write_report
 from phase8.train.anomaly import RollbackAsked
 from phase8.train.build import Run
 from phase8.train.learner import whole_model
-from phase8.train.resume import check_stop
 from phase8.train.rollback import roll_back
 from phase8.train.sample import write_sample
 from phase8.train.signals import StopRequest
@@ -35,13 +34,12 @@ def train(run: Run, *, resume_command: str, report: Callable[[int, str], None] =
         StorageError: The last checkpoint cannot be written.
     """
     with run.lock:
-        stop_step = check_stop(run.config, run.position)
-        if run.position.step < stop_step or run.saved_step != run.position.step:  # what was resumed from elsewhere is saved here
-            stopped_by = _train_with_rollbacks(run, stop_step, report)
-            if stopped_by is not None and run.position.step < stop_step:
+        if not run.is_complete:  # what was resumed from elsewhere is saved here
+            stopped_by = _train_with_rollbacks(run, run.stop_step, report)
+            if stopped_by is not None and run.position.step < run.stop_step:
                 print_line(f"{stopped_by}: saved at step {run.position.step}; go on with:\n  {resume_command}", run.console)
                 return
-        elif _is_complete(run):
+        elif _is_reported(run):
             print_line(
                 f"{run.directory.path} has already reached step {run.position.step}; raise train.num_steps or train.stop_at_step to go on, "
                 "or start again with --resume none (the old run is kept under another name).",
@@ -51,10 +49,10 @@ def train(run: Run, *, resume_command: str, report: Callable[[int, str], None] =
         finish(run)
 
 
-def _is_complete(run: Run) -> bool:
+def _is_reported(run: Run) -> bool:
     """Nothing is left to do, not even the report; the first rank looks, for all have to agree."""
-    is_complete = not run.config.observe.report or (run.directory.path / "report" / "index.html").exists()
-    return broadcast_text("complete" if is_complete else None) is not None
+    is_reported = not run.config.observe.report or (run.directory.path / "report" / "index.html").exists()
+    return broadcast_text("reported" if is_reported else None) is not None
 
 
 def finish(run: Run) -> None:
@@ -105,6 +103,9 @@ def _train_until(run: Run, stop_step: int, report: Callable[[int, str], None], *
         trainer = Trainer(run, metrics, progress, report)
         if rollback is not None:
             trainer.record_event("rollback", **rollback)
+        else:
+            for change in run.changed_keys:
+                trainer.record_event("config_changed", **change.record)
         try:
             asked_to_stop = trainer.train_until(stop_step, stop)
         except (Phase8Error, OSError) as error:

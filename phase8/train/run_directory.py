@@ -5,7 +5,7 @@ from __future__ import annotations
 import fcntl
 import os
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -38,6 +38,11 @@ class RunDirectory:
     def superseded(self) -> Path:
         """Checkpoints of a continuation that the user left by resuming from an earlier step."""
         return self.path / "superseded"
+
+    @property
+    def metrics(self) -> Path:
+        """The record of its steps."""
+        return self.path / "metrics.jsonl"
 
     def owns(self, checkpoint: Path) -> bool:
         """Whether a checkpoint is one of this run."""
@@ -88,8 +93,12 @@ class RunDirectory:
                     ) from None
                 os.close(descriptor)  # its last owner removed it after it was opened here
 
+    def exists(self) -> bool:
+        """Whether a run of this name has left anything."""
+        return self.path.exists()
+
     def create(self) -> None:
-        """Creates the directory and proves that it can be written, before any step is taken.
+        """Creates the directory.
 
         Raises:
             StorageError: It cannot be written.
@@ -97,14 +106,10 @@ class RunDirectory:
         for directory in (self.path, self.checkpoints):
             with storage_errors(directory):
                 real_path(directory).mkdir(parents=True, exist_ok=True)
-                with tempfile.TemporaryFile(dir=directory):
-                    pass
 
-    def keep_tokenizer(self, tokenizer: Path) -> Path:
-        """A copy of the tokenizer that the run attaches to its checkpoints, whatever becomes of the original."""
-        kept = self.path / f"tokenizer{tokenizer.suffix}"
-        replace_file(kept, tokenizer.read_bytes())
-        return kept
+    def keep(self, name: str, content: bytes) -> None:
+        """Writes a copy of what the run attaches to its checkpoints, for people and tools that look for it here."""
+        replace_file(self.path / name, content)
 
     def record(self, config: RunConfig) -> None:
         """Writes the config of the run to `config.yaml`."""
@@ -123,11 +128,11 @@ class RunDirectory:
             place.rename(aside)
             return aside
 
-    def set_aside_checkpoints(self, steps: list[Path]) -> None:
+    def set_aside_checkpoints(self, steps: Iterable[Path]) -> None:
         """Moves checkpoints out of the way of `--resume auto` without deleting them."""
         for step in steps:
             number = 0
-            while (aside := self.superseded / f"{step.name}.{number}").exists():
+            while os.path.lexists(aside := self.superseded / f"{step.name}.{number}"):
                 number += 1
             with storage_errors(aside):
                 self.superseded.mkdir(exist_ok=True)
@@ -137,3 +142,17 @@ class RunDirectory:
 def run_directory(section: RunSection) -> RunDirectory:
     """The directory of a run."""
     return RunDirectory(Path(section.output_dir) / section.name)
+
+
+def check_writable(*directories: Path) -> None:
+    """Proves that directories can be written, those that are missing in the nearest one that is there; leaves nothing.
+
+    Raises:
+        StorageError: One cannot.
+    """
+    for directory in directories:
+        nearest = real_path(directory)
+        while not os.path.lexists(nearest):
+            nearest = nearest.parent
+        with storage_errors(directory), tempfile.TemporaryFile(dir=nearest):
+            pass

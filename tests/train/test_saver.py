@@ -118,7 +118,7 @@ def test_copies_do_not_follow_their_tensors():
         release.wait()
         seen.append(copies["model.w"].clone())
 
-    background.start({"model.w": tensor}, save)
+    background.start(background.copy({"model.w": tensor}), save)
     assert background.is_busy and background.finished(wait=False) is None
     tensor.fill_(1)
     release.set()
@@ -133,7 +133,7 @@ def test_what_fails_aside_is_raised_once():
     def save(copies):
         raise StorageError("no space left on device; free some space")
 
-    background.start({"model.w": torch.zeros(1)}, save)
+    background.start(background.copy({"model.w": torch.zeros(1)}), save)
     with pytest.raises(StorageError, match="no space"):
         background.finished(wait=True)
     assert background.finished(wait=True) is None
