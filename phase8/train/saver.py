@@ -167,6 +167,6 @@ def _one_kind_of_failure() -> Iterator[None]:
     try:
         yield
     except Exception as error:
-        if is_echo(error):
+        if isinstance(error, SaveFailure) or is_echo(error):
             raise
         raise SaveFailure(summary(error)) from error
