@@ -1,9 +1,9 @@
 """Pretrains a model from a config: `python launch/pretrain.py --config configs/quickstart.yaml`.
 
-Exit codes: 0 finished, or stopped by Ctrl-C or SIGTERM after saving; 1 a bug; 2 config or command line; 3 data or tokenizer;
-4 checkpoint; 5 storage; 6 training diverged; 7 a rank hangs, is lost or cannot be reached; 8 copies of a weight differ between ranks;
-130 interrupted before there was anything to save, or by a second Ctrl-C. Under torchrun, which itself exits with 1, the code of the rank
-that failed first is in its summary.
+Exit codes: 0 finished, or stopped by Ctrl-C, SIGTERM, SIGHUP or SIGUSR1 after saving; 1 a bug; 2 config or command line;
+3 data or tokenizer; 4 checkpoint; 5 storage; 6 training diverged; 7 a rank hangs, is lost or cannot be reached; 8 copies of a weight differ
+between ranks; 130 interrupted before there was anything to save, or by a second Ctrl-C. Under torchrun, which itself exits with 1, the code
+of the rank that failed first is in its summary.
 """
 
 from __future__ import annotations
