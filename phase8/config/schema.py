@@ -118,7 +118,7 @@ class DataSection(Section):
     tokenizer: str | None = key(None, "sentencepiece .model or Hugging Face tokenizer.json; copied into checkpoints, needed to generate")
     cache_dir: str = key(".cache/phase8", "where the embedded corpus is tokenised once")
     reset_at_document_boundaries: bool = key(False, "packed documents do not see each other: state, window and loss stop at the boundary")
-    allow_fingerprint_change: bool = key(False, "resume although the data differ from those of the checkpoint")
+    allow_fingerprint_change: bool = key(False, "resume although data, their order or the tokenizer are not those of the checkpoint")
     num_workers: NonNegativeInt = key(0, "loader processes; 0: load in the training process, where the next two keys have no effect")
     prefetch_factor: PositiveInt = key(2, "microbatches each worker prepares ahead")
     persistent_workers: bool = key(True, "keep the workers of evaluations alive between them")
