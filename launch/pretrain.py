@@ -14,6 +14,7 @@ import shlex
 import sys
 from pathlib import Path
 
+from phase8.config.arguments import path_argument, resume_argument
 from phase8.config.describe import describe_schema
 from phase8.config.load import load_config
 from phase8.errors import ConfigError, Phase8Error, describe_error
@@ -100,11 +101,15 @@ def _parser() -> argparse.ArgumentParser:
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,  # `_resume_command` knows the options by their full names
     )
-    parser.add_argument("--config", default=DEFAULT_CONFIG, metavar="FILE", help="YAML config (default: configs/quickstart.yaml)")
+    parser.add_argument("--config", type=path_argument, default=DEFAULT_CONFIG, metavar="FILE", help="YAML config (configs/quickstart.yaml)")
     parser.add_argument("--set", nargs="+", action="append", default=[], metavar="a.b=c", help="override config keys")
     parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto", help="auto: the GPU if there is one")
     parser.add_argument(
-        "--resume", default="auto", metavar="auto|none|DIR", help="auto: newest good checkpoint of the run; none: start anew; or a checkpoint"
+        "--resume",
+        type=resume_argument,
+        default="auto",
+        metavar="auto|none|DIR",
+        help="auto: newest good checkpoint of the run; none: start anew; or a checkpoint",
     )
     parser.add_argument("--dry-run", action="store_true", help="print topology, parameters, FLOPs, memory and problems, and stop")
     parser.add_argument("--world-size", type=int, metavar="N", help="processes that --dry-run plans for (default: 1)")

@@ -39,3 +39,12 @@ def _value(match: re.Match[str], text: str) -> str:
     if not os.environ.get(name):
         raise ConfigError(f"the path {text!r} uses the variable {name}, which is not set; set it, or write the path out.")
     return os.environ[name]
+
+
+def why_unreadable(path: Path, error: OSError) -> str:
+    """What a sentence says after "cannot read PATH: "; a symbolic link that leads nowhere is called one, where the system says "no such file"."""
+    if isinstance(error, FileNotFoundError):
+        for place in (path, *path.parents):
+            if place.is_symlink() and not place.exists():
+                return f"{'it' if place == path else place} is a symbolic link to {os.readlink(place)}, which does not exist"
+    return error.strerror or str(error)

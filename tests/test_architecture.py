@@ -29,7 +29,7 @@ TORCH_PICKLERS = {"load", "save"}
 MAY_CATCH_EXCEPTION = {"phase8/data/tokenizer.py", "phase8/train/saver.py"}
 # Into fresh names and directories of their own, into what a launcher or a user has named.
 MAY_OPEN_TO_WRITE = {
-    "phase8/durable.py", "phase8/data/staging.py", "phase8/data/tokenizer.py", "phase8/distributed/ending.py",
+    "phase8/durable.py", "phase8/data/staging.py", "phase8/data/tokenizer_training.py", "phase8/distributed/ending.py",
     "phase8/train/ablation_runs.py", "phase8/train/benchmark_parallel.py", "phase8/train/benchmark_profile.py",
 }  # fmt: skip
 VAGUE_NAMES = {"utils", "util", "helpers", "common", "misc", "manager"}

@@ -20,6 +20,7 @@ import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
+from phase8.config.arguments import path_argument
 from phase8.config.load import load_config
 from phase8.errors import ConfigError, Phase8Error, describe_error
 
@@ -62,7 +63,7 @@ def _ablate(arguments: argparse.Namespace) -> int:
     from phase8.train.datasets import open_run_data
     from phase8.train.device import device_name, select_device, visible_gpus
 
-    output, device = Path(arguments.output), select_device(arguments.device)
+    output, device = arguments.output, select_device(arguments.device)
     variants = choose_variants(arguments.variants, arguments.define)
     runs = plan_runs(arguments.config, settings, variants, arguments.seeds, output=output)
     data = open_run_data(config, on_progress=lambda stage, done, total: None if done else _say(f"{stage} (once) ..."))
@@ -110,7 +111,7 @@ def _say(text: str) -> None:
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--config", type=Path, default=ROOT / "configs" / "ablation_30m.yaml", metavar="FILE", help="what all runs share")
+    parser.add_argument("--config", type=path_argument, default=ROOT / "configs" / "ablation_30m.yaml", metavar="FILE", help="what all runs share")
     parser.add_argument("--variants", nargs="+", required=True, metavar="NAME", help="what to compare; an unknown name lists those there are")
     parser.add_argument(
         "--define",
@@ -122,7 +123,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--seeds", nargs="+", type=int, default=[1], metavar="N", help="seeds of weights and data order (default: 1)")
     parser.add_argument("--jobs", type=int, default=1, metavar="N", help="runs side by side on each GPU, or on the CPU (default: 1)")
-    parser.add_argument("--output", required=True, metavar="DIR", help="where everything is written")
+    parser.add_argument("--output", required=True, type=path_argument, metavar="DIR", help="where everything is written")
     parser.add_argument("--set", nargs="+", action="append", default=[], metavar="a.b=c", help="override config keys of all runs")
     parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto", help="auto: the GPU if there is one")
     parser.add_argument("--any-size", action="store_true", help="compare variants whose numbers of parameters differ by more than 1 %%")

@@ -26,6 +26,7 @@ from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
+from phase8.config.arguments import path_argument
 from phase8.config.load import config_to_mapping, load_config
 from phase8.errors import ConfigError, Phase8Error, describe_error
 
@@ -253,10 +254,12 @@ def _parser() -> argparse.ArgumentParser:
     command("quickstart", _quickstart, "training as configs/quickstart.yaml does it", iterations=30)
     _add_shape(command("speed", _speed, "what each technique adds on top of those before it, and all of them together", iterations=20))
     model = command("model", _model, "a config with both blocks, side by side", iterations=20)
-    model.add_argument("--config", required=True, metavar="FILE", help="YAML config; model.block is set to each block in turn")
-    model.add_argument("--profile", type=Path, metavar="DIR", help="write each block's kernels and their times to DIR/<block>.txt")
+    model.add_argument("--config", required=True, type=path_argument, metavar="FILE", help="YAML config; model.block is set to each block in turn")
+    model.add_argument("--profile", type=path_argument, metavar="DIR", help="write each block's kernels and their times to DIR/<block>.txt")
     scaling = command("scaling", _scaling, "tok/s of both blocks against the length of the sequence", iterations=10)
-    scaling.add_argument("--config", default=CONFIGS / "phase8_1b.yaml", metavar="FILE", help="YAML config (configs/phase8_1b.yaml)")
+    scaling.add_argument(
+        "--config", type=path_argument, default=CONFIGS / "phase8_1b.yaml", metavar="FILE", help="YAML config (configs/phase8_1b.yaml)"
+    )
     scaling.add_argument("--sequence-lengths", type=int, nargs="+", default=[4096, 16384, 65536, 131072], metavar="T", help="lengths to measure")
     scaling.add_argument(
         "--tokens-per-step",
@@ -270,7 +273,7 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _add_parallel(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--config", required=True, metavar="FILE", help="YAML config; degrees and ZeRO are those of each layout")
+    parser.add_argument("--config", required=True, type=path_argument, metavar="FILE", help="YAML config; degrees and ZeRO are those of each layout")
     parser.add_argument(
         "--layouts",
         nargs="+",
@@ -280,7 +283,7 @@ def _add_parallel(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--sequences-per-rank", type=int, default=8, metavar="N", help="sequences of a step for each rank (8)")
     parser.add_argument("--timeout", type=float, default=240.0, metavar="SECONDS", help="for each layout, its start included (240)")
-    parser.add_argument("--logs", type=Path, metavar="DIR", help="keep what the processes print and leave; a new directory")
+    parser.add_argument("--logs", type=path_argument, metavar="DIR", help="keep what the processes print and leave; a new directory")
 
 
 def _add_shape(parser: argparse.ArgumentParser) -> None:

@@ -27,6 +27,7 @@ from phase8.checkpoint.layout import step_directory_name
 from phase8.checkpoint.load import open_checkpoint
 from phase8.checkpoint.save import save_checkpoint
 from phase8.checkpoint.state import flat_state, restore_state
+from phase8.config.arguments import path_argument
 from phase8.config.load import load_config
 from phase8.distributed.mesh import build_mesh
 from phase8.distributed.placement import held_part
@@ -149,7 +150,7 @@ def _say(line: str) -> None:
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--directory", required=True, type=Path, metavar="DIR", help="on the disk to measure; three directories are made in it")
+    parser.add_argument("--directory", required=True, type=path_argument, metavar="DIR", help="on the disk to measure; it gets three directories")
     parser.add_argument("--rounds", type=int, default=3, metavar="N", help="of all three (3)")
     parser.add_argument("--set", dest="overrides", nargs="+", default=[], metavar="KEY=VALUE", help="other sizes, as in launch/pretrain.py")
     return parser

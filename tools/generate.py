@@ -8,8 +8,8 @@ from __future__ import annotations
 import argparse
 import os
 import sys
-from pathlib import Path
 
+from phase8.config.arguments import path_argument
 from phase8.errors import ConfigError, Phase8Error, describe_error
 
 
@@ -39,13 +39,17 @@ def _generate(arguments: argparse.Namespace) -> None:
     if arguments.max_tokens < 1:
         raise ConfigError(f"--max-tokens is {arguments.max_tokens}, but at least 1 is needed.")
     options = SamplingOptions(arguments.temperature, arguments.top_k, arguments.top_p, arguments.seed)
-    model, data, checkpoint = restore_model(Path(arguments.checkpoint), device=select_device(arguments.device))
-    tokenizer = load_tokenizer(arguments.tokenizer) if arguments.tokenizer else restore_tokenizer(checkpoint)
-    if tokenizer.vocab_size > model.section.vocab_size:
-        raise ConfigError(
-            f"--tokenizer {arguments.tokenizer} has {tokenizer.vocab_size} ids, but the model has {model.section.vocab_size}; "
-            "give the tokenizer it was trained with."
-        )
+    model, data, checkpoint = restore_model(arguments.checkpoint, device=select_device(arguments.device))
+    vocab_size, eod_token = model.section.vocab_size, arguments.eod_token or data.eod_token
+    if arguments.tokenizer is None:
+        tokenizer = restore_tokenizer(checkpoint, vocab_size=vocab_size, eod_token=eod_token)
+    else:
+        tokenizer = load_tokenizer(arguments.tokenizer, eod_token=eod_token)
+        if tokenizer.vocab_size > vocab_size:
+            raise ConfigError(
+                f"--tokenizer {arguments.tokenizer} has {tokenizer.vocab_size} ids, but the model has {vocab_size}; "
+                "give the tokenizer it was trained with."
+            )
     sys.stdout.reconfigure(errors="replace")  # the model may write what the terminal cannot show
     prompt = prompt_tokens(tokenizer, arguments.prompt, after_document_end=not data.reset_at_document_boundaries)
     print(arguments.prompt, end="", flush=True)
@@ -56,14 +60,15 @@ def _generate(arguments: argparse.Namespace) -> None:
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--checkpoint", required=True, metavar="DIR", help="a checkpoint, or a run directory (its newest checkpoint)")
+    parser.add_argument("--checkpoint", required=True, type=path_argument, metavar="DIR", help="a checkpoint, or a run directory (its newest)")
     parser.add_argument("--prompt", default="", help="text to continue")
     parser.add_argument("--max-tokens", type=int, default=200, metavar="N", help="tokens written at most")
     parser.add_argument("--temperature", type=float, default=0.8, help="0: always the likeliest token")
     parser.add_argument("--top-k", type=int, default=0, metavar="K", help="only the K likeliest tokens; 0: all")
     parser.add_argument("--top-p", type=float, default=0.95, metavar="P", help="only the likeliest tokens that together have probability P")
     parser.add_argument("--seed", type=int, default=0, help="of the drawing")
-    parser.add_argument("--tokenizer", metavar="FILE", help="instead of the one in the checkpoint")
+    parser.add_argument("--tokenizer", type=path_argument, metavar="FILE", help="instead of the one in the checkpoint")
+    parser.add_argument("--eod-token", metavar="NAME", help="piece between documents (default: data.eod_token, else the tokenizer's own)")
     parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
     return parser
 

@@ -15,7 +15,6 @@ import json
 import math
 import sys
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 from rich.console import Console
@@ -24,6 +23,7 @@ from rich.text import Text
 
 from phase8.checkpoint.compare import TensorDifference, compare_checkpoints
 from phase8.checkpoint.load import Checkpoint, find_checkpoint, open_checkpoint
+from phase8.config.arguments import path_argument
 from phase8.errors import Phase8Error, describe_error
 
 EXIT_DIFFERENT = 1
@@ -52,9 +52,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("checkpoint", type=Path, metavar="DIR", help="a checkpoint, a checkpoints directory or a run directory (its newest)")
+    parser.add_argument("checkpoint", type=path_argument, metavar="DIR", help="a checkpoint, a checkpoints directory or a run directory (its newest)")
     parser.add_argument("--verify", action="store_true", help="compare every byte with its checksum")
-    parser.add_argument("--diff", type=Path, metavar="OTHER", help="compare the tensors with those of another checkpoint")
+    parser.add_argument("--diff", type=path_argument, metavar="OTHER", help="compare the tensors with those of another checkpoint")
     parser.add_argument("--json", action="store_true", help="one JSON object instead of tables")
     return parser
 

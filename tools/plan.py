@@ -25,9 +25,9 @@ import shutil
 import sys
 from collections.abc import Callable, Sequence
 from functools import partial
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from phase8.config.arguments import path_argument
 from phase8.durable import replace_file
 from phase8.errors import ConfigError, Phase8Error, describe_error
 from phase8.observe.formatting import format_bytes, format_ratio
@@ -196,7 +196,7 @@ def _add_check(commands: Any) -> None:
     text = "a config on any number of GPUs: what the first rank of each pipeline stage holds"
     check = commands.add_parser("check", help=text, description=text)
     check.set_defaults(run=_check)
-    check.add_argument("--config", required=True, metavar="FILE", help="YAML config")
+    check.add_argument("--config", required=True, type=path_argument, metavar="FILE", help="YAML config")
     check.add_argument("--set", nargs="+", action="append", default=[], metavar="a.b=c", help="override config keys")
     check.add_argument("--world-size", type=int, default=1, metavar="N", help="processes of the run, one per GPU (1)")
     check.add_argument("--json", action="store_true", help="print one JSON object; the text goes to stderr")
@@ -214,7 +214,7 @@ def _add_schedule(commands: Any) -> None:
     schedule.add_argument("--backward-cost", type=float, default=2.0, metavar="COST", help="likewise (2)")
     schedule.add_argument("--communication-cost", type=float, default=0.0, metavar="COST", help="from the start of a transfer to its arrival (0)")
     schedule.add_argument("--receives-ahead", type=int, default=0, metavar="N", help="post a receive N actions before it is waited for (0)")
-    schedule.add_argument("--output", type=Path, metavar="FILE.png", help="draw the timeline as a picture too")
+    schedule.add_argument("--output", type=path_argument, metavar="FILE.png", help="draw the timeline as a picture too")
     schedule.add_argument("--json", action="store_true", help="print one JSON object; the text goes to stderr")
 
 

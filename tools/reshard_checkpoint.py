@@ -27,11 +27,11 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rich.progress import DownloadColumn, TimeRemainingColumn, TransferSpeedColumn
 
+from phase8.config.arguments import path_argument
 from phase8.errors import CheckpointError, ConfigError, Phase8Error, describe_error
 from phase8.observe.stage_progress import ProgressDisplay
 
@@ -63,8 +63,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("source", type=Path, metavar="SRC", help="a checkpoint, a directory or run of them (its newest), or a Llama")
-    parser.add_argument("destination", type=Path, metavar="DST", help="the directory to write; must not exist")
+    parser.add_argument("source", type=path_argument, metavar="SRC", help="a checkpoint, a directory or run of them (its newest), or a Llama")
+    parser.add_argument("destination", type=path_argument, metavar="DST", help="the directory to write; must not exist")
     parser.add_argument("--format", choices=("phase8", "consolidated", "hf"), default="phase8", help="of DST (default: %(default)s)")
     parser.add_argument("--dtype", choices=("bf16", "fp32"), help="convert the weights; not with --format phase8")
     layout = parser.add_argument_group("the ranks to write for (each 1 by default)")

@@ -3,15 +3,68 @@
 from __future__ import annotations
 
 import difflib
+import reprlib
 import types
 from collections.abc import Iterator, Sequence
 from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
 import annotated_types
-from pydantic import BaseModel
+from pydantic import AfterValidator, BaseModel, BeforeValidator
 from pydantic.fields import FieldInfo
 
 from phase8.config.schema import RunConfig, Section
+from phase8.config.values import AS_PATH
+
+_MAX_SHOWN = 400
+_shown = reprlib.Repr()
+_shown.maxlevel = 4
+_shown.maxlist = _shown.maxtuple = _shown.maxdict = 10
+_shown.maxstring = _shown.maxother = 200
+
+# What other projects (Megatron-LM, Hugging Face, nanoGPT, torchtitan) call a key, where the spelling alone would not lead to it.
+FOREIGN_NAMES = {
+    "data.num_workers": "dataloader_num_workers workers",
+    "data.tokenizer": "tokenizer_model tokenizer_path vocab_file",
+    "data.train": "data_path train_data train_data_path dataset dataset_path data_dir",
+    "data.validation": "valid_data_path val_data validation_data eval_dataset",
+    "checkpoint.every_n_steps": "save_interval save_steps save_every",
+    "checkpoint.keep_last": "save_total_limit",
+    "model.d_model": "n_embd hidden_size dim d_embed embed_dim",
+    "model.ffn_size": "intermediate_size ffn_hidden_size d_ff hidden_dim",
+    "model.head_size": "head_dim kv_channels d_head",
+    "model.init_std": "initializer_range init_method_std",
+    "model.local_window_size": "sliding_window window_size window",
+    "model.norm_eps": "rms_norm_eps layernorm_epsilon norm_epsilon",
+    "model.num_heads": "n_head n_heads nhead num_attention_heads",
+    "model.num_layers": "n_layer n_layers num_hidden_layers depth",
+    "model.rope_base": "rope_theta rotary_base",
+    "model.sequence_length": "seq_len seq_length context_length block_size max_seq_len max_seq_length max_position_embeddings n_ctx n_positions",
+    "model.tie_embeddings": "tie_word_embeddings",
+    "observe.log_every_n_steps": "log_interval logging_steps log_every",
+    "optim.betas": "beta1 beta2 adam_beta1 adam_beta2",
+    "optim.eps": "adam_eps adam_epsilon epsilon",
+    "optim.gradient_clip_norm": "grad_clip clip_grad max_grad_norm max_norm gradient_clipping gradient_clip_val",
+    "optim.learning_rate": "lr max_lr peak_lr",
+    "optim.min_learning_rate_ratio": "min_lr min_lr_ratio",
+    "optim.name": "optimizer optim_name",
+    "optim.schedule": "lr_scheduler lr_scheduler_type lr_decay_style",
+    "optim.warmup_steps": "warmup warmup_iters lr_warmup_iters num_warmup_steps lr_warmup_steps",
+    "optim.weight_decay": "wd",
+    "parallel.context_parallel_size": "cp cp_size",
+    "parallel.expert_parallel_size": "ep ep_size expert_model_parallel_size",
+    "parallel.num_microbatches": "gradient_accumulation_steps grad_accum accumulation_steps accumulate_grad_batches",
+    "parallel.pipeline_parallel_size": "pp pp_size pipeline_model_parallel_size",
+    "parallel.tensor_parallel_size": "tp tp_size tensor_model_parallel_size",
+    "run.output_dir": "out_dir save save_dir output_directory",
+    "train.compile.enabled": "torch_compile use_compile",
+    "train.evaluate_every_n_steps": "eval_interval eval_steps eval_every",
+    "train.evaluation_sequences": "eval_iters",
+    "train.global_batch_size": "bs batch_size train_batch_size",
+    "train.micro_batch_size": "mbs per_device_train_batch_size device_batch_size",
+    "train.num_steps": "max_steps max_iters train_iters train_steps total_steps iterations steps num_train_steps",
+    "train.recompute": "activation_checkpointing gradient_checkpointing recompute_granularity",
+    "zero.stage": "zero_stage zero_optimization",
+}
 
 
 def iterate_keys(section: type[BaseModel] = RunConfig, prefix: str = "") -> Iterator[tuple[str, FieldInfo]]:
@@ -42,8 +95,30 @@ def describe_schema() -> str:
 
 
 def describe_value(value: Any) -> str:
-    """A value as YAML spells it."""
-    return "null" if value is None else str(value).lower() if isinstance(value, bool) else repr(value)
+    """A value as YAML spells it; of a long one beginning and end."""
+    return "null" if value is None else str(value).lower() if isinstance(value, bool) else shortened(_shown.repr(value))
+
+
+def shortened(text: str) -> str:
+    """Beginning and end of a text that is very long."""
+    return text if len(text) <= _MAX_SHOWN else f"{text[: _MAX_SHOWN // 2]}...{text[-_MAX_SHOWN // 2 :]}"
+
+
+def alternatives(annotation: Any) -> Iterator[Any]:
+    """The types of which a value must have one, without what else is asked of it."""
+    if get_origin(annotation) in (types.UnionType, Union):
+        for part in get_args(annotation):
+            yield from alternatives(part)
+    elif get_origin(annotation) is Annotated:
+        yield from alternatives(get_args(annotation)[0])
+    else:
+        yield annotation
+
+
+def entry_section(field: FieldInfo) -> type[Section] | None:
+    """The section that each entry of a key's list is, if it takes such a list."""
+    lists = (get_args(kind)[0] for kind in alternatives(field.annotation) if get_origin(kind) is tuple)
+    return next((kind for kind in lists if isinstance(kind, type) and issubclass(kind, Section)), None)
 
 
 def section_names() -> str:
@@ -58,17 +133,21 @@ def unknown_key(name: str) -> str:
     if inside:
         return f"{name} is a section; give one of its keys, {inside[0]} for example."
     known = [*keys, *dict.fromkeys(key.rsplit(".", 1)[0] for key in keys)]
-    # The same last word in another section is the likeliest intention, then the nearest spelling.
-    near = [key for key in known if key.rsplit(".", 1)[-1] == name.rsplit(".", 1)[-1]]
+    # The same last word in another section is the likeliest intention, then another project's name, then the nearest spelling.
+    leaf = name.rsplit(".", 1)[-1]
+    near = [key for key in known if key.rsplit(".", 1)[-1] == leaf]
+    near += [key for key, foreign in FOREIGN_NAMES.items() if leaf.lower().replace("-", "_") in foreign.split()]
     near += difflib.get_close_matches(name, [key for key in known if not name.startswith(f"{key}.")], n=1, cutoff=0.5)
     hint = f"did you mean {near[0]}?" if near else f"the sections are {section_names()}."
-    return f"unknown key {name}; {hint}"
+    return f"unknown key {shortened(name)}; {hint}"
 
 
 def _describe(annotation: Any, metadata: Sequence[Any]) -> str:
     origin, arguments = get_origin(annotation), get_args(annotation)
     if origin in (types.UnionType, Union):
-        return " or ".join("null" if part is types.NoneType else _describe(part, metadata) for part in arguments)
+        # A key that takes both kinds of numbers takes a number.
+        parts = [part for part in arguments if part is not int or float not in arguments]
+        return " or ".join("null" if part is types.NoneType else _describe(part, metadata) for part in parts)
     if origin is Annotated:
         return _describe(arguments[0], [*arguments[1:], *metadata])
     if origin is Literal:
@@ -79,7 +158,7 @@ def _describe(annotation: Any, metadata: Sequence[Any]) -> str:
         return "a list of " + ("{" + ", ".join(kind.model_fields) + "}" if is_section else f"values, each {_describe(kind, [])}")
     if origin is tuple:
         return f"a list of {len(arguments)} values, each {_describe(arguments[0], [])}"
-    words = {int: "a whole number", float: "a number", bool: "true or false", str: "a text"}
+    words = {int: "a whole number", float: "a number", bool: "true or false", str: "a path" if AS_PATH in metadata else "a text"}
     return " ".join([words[annotation], " and ".join(_bounds(metadata))]).strip()
 
 
@@ -88,6 +167,8 @@ def _bounds(metadata: Sequence[Any]) -> Iterator[str]:
         match item:
             case FieldInfo():
                 yield from _bounds(item.metadata)
+            case BeforeValidator() | AfterValidator():  # they have a sentence of their own
+                pass
             case annotated_types.Ge(ge=bound):
                 yield f"at least {bound}"
             case annotated_types.Gt(gt=bound):

@@ -2,43 +2,24 @@
 
 from __future__ import annotations
 
-import functools
-import operator
-import re
+import os
+import stat
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any
 
 import yaml
 from pydantic import ValidationError
 from pydantic.fields import FieldInfo
 
-from phase8.config.describe import describe_type, describe_value, iterate_keys, section_names, unknown_key
+from phase8.config.describe import alternatives, describe_value, entry_section, iterate_keys, section_names, shortened, unknown_key
 from phase8.config.schema import RunConfig
+from phase8.config.sentences import problem_sentences
+from phase8.config.values import EXPAND_PATHS
+from phase8.config.yaml_text import read_yaml
 from phase8.errors import ConfigError
 
-
-class _StrictLoader(yaml.SafeLoader):
-    """YAML 1.1 without three of its traps: `1e-3` is a number, a date is a text, and a key given twice is an error."""
-
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        seen: set[str] = set()
-        for key_node in (key_node for key_node, _ in node.value if isinstance(key_node, yaml.ScalarNode)):
-            if key_node.value in seen:
-                raise yaml.constructor.ConstructorError(None, None, f"key {key_node.value!r} is given twice", key_node.start_mark)
-            seen.add(key_node.value)
-        return super().construct_mapping(node, deep=deep)
-
-
-_StrictLoader.yaml_implicit_resolvers = {
-    first: [(tag, pattern) for tag, pattern in resolvers if tag != "tag:yaml.org,2002:timestamp"]
-    for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
-}
-_StrictLoader.add_implicit_resolver(
-    "tag:yaml.org,2002:float",
-    re.compile(r"^[-+]?(\d[\d_]*(\.[\d_]*)?[eE][-+]?\d+|\d[\d_]*\.[\d_]*|\.\d[\d_]*([eE][-+]?\d+)?)$"),
-    list("-+0123456789."),
-)
+MAX_FILE_BYTES = 1 << 20
 
 
 def load_config(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
@@ -48,21 +29,23 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
         path: YAML file with the sections of `schema.py`.
         overrides: `section.key=value` strings; the value is read as the key's type.
 
+    Paths are expanded, see `phase8/paths.py`.
+
     Raises:
         ConfigError: All problems of the file and of the overrides, one sentence each.
     """
-    tree = _read_yaml(Path(path))
+    tree = _read_file(Path(path))
     problems: list[str] = []
     overridden: dict[str, str] = {}
     for override in overrides:
         try:
-            overridden[_apply_override(tree, override)] = f"--set {override!r}"
+            overridden[_apply_override(tree, override)] = f"--set {describe_value(override)}"
         except ConfigError as error:
             problems += error.problems
     try:
-        config = RunConfig.model_validate(tree)
+        config = RunConfig.model_validate(tree, context=EXPAND_PATHS)
     except ValidationError as error:
-        raise ConfigError(problems + _sentences(error, tree, source=str(path), overridden=overridden)) from None
+        raise ConfigError(problems + problem_sentences(error, tree, source=str(path), overridden=overridden)) from None
     if problems:
         raise ConfigError(problems)
     return config
@@ -73,7 +56,7 @@ def config_from_mapping(tree: Mapping[str, Any], *, source: str) -> RunConfig:
     try:
         return RunConfig.model_validate(dict(tree))
     except ValidationError as error:
-        raise ConfigError(_sentences(error, tree, source=source, overridden={})) from None
+        raise ConfigError(problem_sentences(error, tree, source=source, overridden={})) from None
 
 
 def config_to_mapping(config: RunConfig) -> dict[str, Any]:
@@ -81,20 +64,15 @@ def config_to_mapping(config: RunConfig) -> dict[str, Any]:
     return config.model_dump(mode="json")
 
 
-def _read_yaml(path: Path) -> dict[str, Any]:
+def _read_file(path: Path) -> dict[str, Any]:
+    """The sections of a config file."""
+    text = _text_of(path)
     try:
-        text = path.read_text(encoding="utf-8")
-    except FileNotFoundError:
-        raise ConfigError(f"Config file {path} does not exist; give a YAML file with --config, for example configs/quickstart.yaml.") from None
-    except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError(f"Config file {path} cannot be read ({error}); give a readable UTF-8 YAML file.") from None
-    try:
-        tree = yaml.load(text, Loader=_StrictLoader)
-    except yaml.MarkedYAMLError as error:
-        where = f"{path}:{error.problem_mark.line + 1}" if error.problem_mark else str(path)
-        raise ConfigError(f"{where}: not valid YAML ({error.problem}); correct the line.") from None
-    except (yaml.YAMLError, ValueError) as error:  # a character or a number that YAML cannot read
-        raise ConfigError(f"{path}: not valid YAML ({' '.join(str(error).split())}); correct it.") from None
+        tree = read_yaml(text)
+    except yaml.YAMLError as error:
+        line, problem = _place_and_problem(error)
+        where, remedy = (path, "correct it") if line is None else (f"{path}:{line}", "correct the line")
+        raise ConfigError(f"{where}: not valid YAML ({problem}); {remedy}.") from None
     if tree is None:
         return {}
     if not isinstance(tree, dict):
@@ -104,20 +82,43 @@ def _read_yaml(path: Path) -> dict[str, Any]:
     return {name: {} if value is None and name in RunConfig.model_fields else value for name, value in tree.items()}
 
 
+def _text_of(path: Path) -> str:
+    """What a file holds. A pipe is refused: it may never end, and several ranks would each get a part of it."""
+    try:
+        with open(os.open(path, os.O_RDONLY | os.O_NONBLOCK), "rb") as file:
+            if stat.S_ISFIFO(os.fstat(file.fileno()).st_mode):
+                raise ConfigError(f"Config file {path} is a pipe, which only one process can read; write the YAML to a file and give that.")
+            os.set_blocking(file.fileno(), True)
+            data = file.read(MAX_FILE_BYTES + 1)
+        if len(data) > MAX_FILE_BYTES:
+            raise ConfigError(f"Config file {path} holds more than {MAX_FILE_BYTES} bytes, which no config does; give the YAML file of a config.")
+        return data.decode()
+    except FileNotFoundError:
+        raise ConfigError(f"Config file {path} does not exist; give a YAML file with --config, for example configs/quickstart.yaml.") from None
+    except (OSError, UnicodeDecodeError) as error:
+        reason = os.strerror(error.errno) if isinstance(error, OSError) and error.errno else error
+        raise ConfigError(f"Config file {path} cannot be read ({reason}); give a readable UTF-8 YAML file.") from None
+
+
+def _place_and_problem(error: yaml.YAMLError) -> tuple[int | None, str]:
+    """The line, if it is known, and what is wrong there."""
+    if isinstance(error, yaml.MarkedYAMLError):
+        return error.problem_mark.line + 1 if error.problem_mark else None, shortened(str(error.problem))
+    return None, shortened(" ".join(str(error).split()))
+
+
 def _apply_override(tree: dict[str, Any], override: str) -> str:
     """Sets the key that an override names, and returns its name."""
     name, equals, text = override.partition("=")
     if not equals or not name:
-        raise ConfigError(f"--set {override!r} is not of the form section.key=value, for example train.num_steps=200.")
+        raise ConfigError(f"--set {describe_value(override)} is not of the form section.key=value, for example train.num_steps=200.")
     field = dict(iterate_keys()).get(name)
     if field is None:
-        raise ConfigError(f"--set {override!r}: {unknown_key(name)}")
-    value: Any = text
-    if not _takes_string(field) or text in ("null", "~"):
-        try:
-            value = yaml.load(text, Loader=_StrictLoader)
-        except (yaml.YAMLError, ValueError):
-            value = text
+        raise ConfigError(f"--set {describe_value(override)}: {unknown_key(name)}")
+    try:
+        value = _override_value(field, text)
+    except yaml.YAMLError as error:
+        raise ConfigError(f"--set {describe_value(override)}: not valid YAML ({_place_and_problem(error)[1]}); correct the list.") from None
     *parents, leaf = name.split(".")
     node = tree
     for parent in parents:
@@ -128,23 +129,12 @@ def _apply_override(tree: dict[str, Any], override: str) -> str:
     return name
 
 
-def _takes_string(field: FieldInfo) -> bool:
-    return str in (field.annotation, *get_args(field.annotation))
-
-
-def _sentences(error: ValidationError, tree: Mapping[str, Any], *, source: str, overridden: Mapping[str, str]) -> list[str]:
-    fields = dict(iterate_keys())
-    sentences = []
-    for problem in error.errors():
-        parts = [str(part) for part in problem["loc"]]
-        name = next((".".join(parts[:n]) for n in range(len(parts), 0, -1) if ".".join(parts[:n]) in fields), ".".join(parts))
-        if name in fields:
-            # The whole value: of a list, pydantic names the one entry that is wrong.
-            value = functools.reduce(operator.getitem, name.split("."), tree)
-            sentence = f"{name} is {describe_value(value)}, but {describe_type(fields[name])} is needed."
-            sentences.append(f"{overridden.get(name, source)}: {sentence}")
-        elif problem["type"] in ("extra_forbidden", "invalid_key"):
-            sentences.append(f"{source}: {unknown_key(name)}")
-        else:
-            sentences.append(f"{source}: section {name} holds {describe_value(problem['input'])}, but a mapping of keys is needed.")
-    return list(dict.fromkeys(sentences))
+def _override_value(field: FieldInfo, text: str) -> Any:
+    """The value of an override: a text as it is for a key that takes one, else YAML, or the text if it is none."""
+    if str in alternatives(field.annotation) and text not in ("null", "~"):
+        is_list = entry_section(field) is not None and text.startswith("[")
+        return read_yaml(text) if is_list else text
+    try:
+        return read_yaml(text)
+    except yaml.YAMLError:
+        return text

@@ -1,8 +1,8 @@
 """The whole configurable surface: frozen models, one per section, one field per YAML key.
 
 A YAML key, the field and the variable in the code carry the same name. `description` is what `launch/pretrain.py --help` prints.
-Rules that involve one field are its type; rules across fields and sections, and keys that are declared but not built yet, are in
-`validate.py`.
+Rules that involve one field are its type, see `values.py`; rules across fields and sections, and keys that are declared but not built
+yet, are in `validate.py`.
 """
 
 from __future__ import annotations
@@ -11,13 +11,28 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
-PositiveInt = Annotated[int, Field(ge=1)]
-NonNegativeInt = Annotated[int, Field(ge=0)]
-PositiveFloat = Annotated[float, Field(gt=0, allow_inf_nan=False)]
-NonNegativeFloat = Annotated[float, Field(ge=0, allow_inf_nan=False)]
+from phase8.config.values import (
+    Fraction,
+    LayerCount,
+    NonNegativeFloat,
+    NonNegativeInt,
+    OptionalWidth,
+    PathText,
+    PositiveFloat,
+    PositiveInt,
+    PositiveNumber,
+    ProcessCount,
+    RankCount,
+    Seconds,
+    SequenceCount,
+    TapCount,
+    Text,
+    TokenCount,
+    Width,
+)
+
 # Projects whose .idx files share one layout and differ in their type codes.
 Dialect = Literal["megatron", "deepspeed", "gpt-neox", "nanotron"]
-Fraction = Annotated[float, Field(ge=0, le=1)]
 
 
 def key(default: Any, description: str) -> Any:
@@ -34,8 +49,8 @@ class Section(BaseModel):
 class RunSection(Section):
     """Where the run lives: everything it writes is under `<output_dir>/<name>`."""
 
-    name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")] = key("run", "name of the run and of its directory")
-    output_dir: str = key("runs", "parent of the run directory")
+    name: Annotated[Text, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")] = key("run", "name of the run and of its directory")
+    output_dir: PathText = key("runs", "parent of the run directory")
 
 
 Windows = Annotated[tuple[PositiveInt, ...], Field(min_length=1, strict=False)]
@@ -45,13 +60,13 @@ class ModelSection(Section):
     """The model. Shapes follow docs: H * K = attention width, K = head size."""
 
     block: Literal["phase8", "transformer"] = key("phase8", "phase8, or the full causal attention baseline")
-    d_model: PositiveInt = key(512, "width D of the residual stream")
-    num_layers: PositiveInt = key(8, "number of blocks")
-    num_heads: PositiveInt = key(8, "number of heads H")
-    head_size: PositiveInt | None = key(None, "size K of a head, even; null: d_model / num_heads")
-    vocab_size: PositiveInt = key(16384, "number of token ids; the tokenizer and the data must stay below it")
-    sequence_length: PositiveInt = key(512, "tokens T of a training sequence")
-    low_rank_rank: NonNegativeInt = key(0, "rank R of the mixer's linears (and of the feed-forward's with ffn: low_rank_swiglu); 0: dense")
+    d_model: Width = key(512, "width D of the residual stream")
+    num_layers: LayerCount = key(8, "number of blocks")
+    num_heads: Width = key(8, "number of heads H")
+    head_size: Width | None = key(None, "size K of a head, even; null: d_model / num_heads")
+    vocab_size: TokenCount = key(16384, "number of token ids; the tokenizer and the data must stay below it")
+    sequence_length: TokenCount = key(512, "tokens T of a training sequence")
+    low_rank_rank: OptionalWidth = key(0, "rank R of the mixer's linears (and of the feed-forward's with ffn: low_rank_swiglu); 0: dense")
     local_window_size: PositiveInt | Windows = key(
         (128, 128, 128, 1024), "window W of the local path, in tokens, the token itself included; a list is repeated over the layers"
     )
@@ -62,9 +77,9 @@ class ModelSection(Section):
     memory_tokens: Annotated[tuple[PositiveFloat, PositiveFloat], Field(strict=False)] = key(
         (2.0, 500.0), "tokens that the first and the last head of the global path remember at initialisation; on a logarithmic scale between"
     )
-    convolution_size: PositiveInt | None = key(None, "taps of the causal convolution on q, k, v; 1: none; null: 4 (phase8), 1 (transformer)")
+    convolution_size: TapCount | None = key(None, "taps of the causal convolution on q, k, v; 1: none; null: 4 (phase8), 1 (transformer)")
     ffn: Literal["swiglu", "low_rank_swiglu", "moe"] = key("swiglu", "feed-forward of the block")
-    ffn_size: PositiveInt | None = key(None, "width F of the feed-forward; null: 8/3 d_model rounded up to a multiple of 64")
+    ffn_size: Width | None = key(None, "width F of the feed-forward; null: 8/3 d_model rounded up to a multiple of 64")
     tie_embeddings: bool = key(False, "use the embedding as the output head")
     rope_base: PositiveFloat = key(10000.0, "base of the rotary frequencies")
     norm_eps: PositiveFloat = key(1e-5, "epsilon of every RMS norm")
@@ -102,8 +117,8 @@ class ModelSection(Section):
 class DataSource(Section):
     """One data set of a blend."""
 
-    path: Annotated[str, Field(min_length=1)] = Field(description=".bin/.idx prefix")
-    weight: PositiveInt = Field(description="share of the samples; only the ratios matter")
+    path: PathText = Field(description=".bin/.idx prefix")
+    weight: PositiveNumber = Field(description="share of the samples; only the ratios matter")
     dialect: Dialect | None = key(None, "project that wrote the pair, where its type code is ambiguous")
 
 
@@ -113,13 +128,16 @@ Blend = Annotated[tuple[DataSource, ...], Field(min_length=1, strict=False)]
 class DataSection(Section):
     """Training text, tokenizer and loader."""
 
-    train: str | Blend | None = key(None, ".bin/.idx prefix, or a blend of several; null: the embedded corpus (Python's standard library)")
-    validation: str | Blend | None = key(None, "the same for evaluation; null: none (embedded corpus: its fixed held-out split)")
-    tokenizer: str | None = key(None, "sentencepiece .model or Hugging Face tokenizer.json; copied into checkpoints, needed to generate")
-    cache_dir: str = key(".cache/phase8", "where the embedded corpus is tokenised once")
+    train: PathText | Blend | None = key(None, ".bin/.idx prefix or pattern, or a blend of several; null: the embedded corpus (Python's library)")
+    validation: PathText | Blend | None = key(None, "the same for evaluation; null: none (embedded corpus: its fixed held-out split)")
+    tokenizer: PathText | None = key(None, "sentencepiece .model or Hugging Face tokenizer.json; copied into checkpoints, needed to generate")
+    eod_token: Text | None = key(None, "piece of the tokenizer between documents; null: the one it names itself")
+    cache_dir: PathText = key(".cache/phase8", "where the embedded corpus and the ids of other projects' data are kept")
     reset_at_document_boundaries: bool = key(False, "packed documents do not see each other: state, window and loss stop at the boundary")
     allow_fingerprint_change: bool = key(False, "resume although data, their order or the tokenizer are not those of the checkpoint")
-    num_workers: NonNegativeInt = key(0, "loader processes; 0: load in the training process, where the next two keys have no effect")
+    num_workers: ProcessCount = key(0, "loader processes; 0: load in the training process, where the next two keys have no effect")
+    split: Text | None = key(None, "shares of the documents of data.train for training, validation and neither, as 969,30,1; null: all for training")
+    ignore_sequence_modes: bool = key(False, "train on pairs with a mode per sequence (multimodal data) as plain text")
     prefetch_factor: PositiveInt = key(2, "microbatches each worker prepares ahead")
     persistent_workers: bool = key(True, "keep the workers of evaluations alive between them")
     pin_memory: bool = key(False, "page-locked host memory for faster copies to the GPU; no effect on the CPU")
@@ -128,18 +146,18 @@ class DataSection(Section):
 class ParallelSection(Section):
     """The rank grid. data_parallel_size is what remains of the world size."""
 
-    tensor_parallel_size: PositiveInt = key(1, "ranks that share each layer's heads and columns")
-    pipeline_parallel_size: PositiveInt = key(1, "stages the layers are divided over")
+    tensor_parallel_size: RankCount = key(1, "ranks that share each layer's heads and columns")
+    pipeline_parallel_size: RankCount = key(1, "stages the layers are divided over")
     pipeline_schedule: Literal["gpipe", "1f1b", "interleaved"] = key("1f1b", "order of forwards and backwards; interleaved needs chunks")
-    pipeline_chunks: PositiveInt = key(1, "pieces of the model per stage, for the interleaved schedule")
-    context_parallel_size: PositiveInt = key(1, "ranks that share each sequence")
-    expert_parallel_size: PositiveInt = key(1, "ranks that share the experts; divides data_parallel_size")
+    pipeline_chunks: LayerCount = key(1, "pieces of the model per stage, for the interleaved schedule")
+    context_parallel_size: RankCount = key(1, "ranks that share each sequence")
+    expert_parallel_size: RankCount = key(1, "ranks that share the experts; divides data_parallel_size")
     async_tensor_parallel: bool = key(
         False, "tokens are exchanged beside the products that need or make them; GPUs of one NVLink domain, no effect on a CPU"
     )
     sequence_parallel: bool = key(True, "shard the sequence between tensor-parallel regions; always on with tensor parallelism")
-    num_microbatches: PositiveInt | None = key(None, "gradient accumulation steps; null: from the batch sizes")
-    timeout_seconds: PositiveFloat = key(600.0, "how long ranks may take to meet, or stay at one place, before the run ends and names who hangs")
+    num_microbatches: SequenceCount | None = key(None, "gradient accumulation steps; null: from the batch sizes")
+    timeout_seconds: Seconds = key(600.0, "how long ranks may take to meet, or stay at one place, before the run ends and names who hangs")
 
 
 class ZeroSection(Section):
@@ -204,14 +222,14 @@ class AnomalySection(Section):
 class TrainSection(Section):
     """Length of the run, batch, seed and what is recomputed."""
 
-    global_batch_size: PositiveInt | None = key(32, "sequences per optimizer step; null: from the other two and the data-parallel size")
-    micro_batch_size: PositiveInt | None = key(None, "sequences per forward; null: from num_microbatches, else global_batch_size")
+    global_batch_size: SequenceCount | None = key(32, "sequences per optimizer step; null: from the other two and the data-parallel size")
+    micro_batch_size: SequenceCount | None = key(None, "sequences per forward; null: from num_microbatches, else global_batch_size")
     num_steps: PositiveInt = key(1000, "optimizer steps; sets the length of the schedules")
     stop_at_step: PositiveInt | None = key(None, "save and stop after this step without changing the schedules")
     seed: Annotated[int, Field(ge=0, le=2**63 - 1)] = key(1234, "seed of initial weights and data order")
     deterministic: bool = key(False, "refuse operations without a deterministic implementation")
     evaluate_every_n_steps: NonNegativeInt = key(100, "steps between evaluations; 0: never")
-    evaluation_sequences: PositiveInt = key(256, "sequences of an evaluation, always the same ones")
+    evaluation_sequences: SequenceCount = key(256, "sequences of an evaluation, always the same ones")
     recompute: Literal["none", "full", "selective", "budget"] = key(
         "none", "activations recomputed in backward: no, whole blocks, the mixer only, or what torch.compile chooses"
     )
@@ -250,8 +268,8 @@ class ObserveSection(Section):
     stragglers_every_n_steps: NonNegativeInt = key(100, "steps between looks for the slowest of several ranks; 0: never")
     tensorboard: bool = key(True, "write TensorBoard events")
     report: bool = key(True, "draw report/loss.png and report/index.html when the run ends")
-    sample_prompt: str | None = key(None, "prompt of a sample printed at the end; null: none")
-    sample_tokens: PositiveInt = key(100, "tokens of that sample")
+    sample_prompt: Text | None = key(None, "prompt of a sample printed at the end; null: none")
+    sample_tokens: TokenCount = key(100, "tokens of that sample")
     peak_flops: PositiveFloat | None = key(None, "FLOP/s of the device that count as MFU 1; null: known GPUs, else no MFU")
 
 

@@ -11,7 +11,8 @@ from __future__ import annotations
 
 import heapq
 from collections.abc import Sequence
-from math import gcd
+from fractions import Fraction
+from math import gcd, inf, lcm
 
 import numpy as np
 
@@ -58,6 +59,22 @@ class BlendTable:
         periods, remainder = divmod(n, self.period)
         last = np.bincount(self._dataset[:remainder], minlength=len(self.weights))
         return [periods * weight + int(count) for weight, count in zip(self.weights, last, strict=True)]
+
+
+def integer_weights(weights: Sequence[int | float]) -> list[int]:
+    """Weights in the smallest whole numbers of the same ratios, those of decimal numbers as they are written: 0.3 and 0.7 are 3 and 7.
+
+    Raises:
+        DataError: A weight that is no positive finite number.
+    """
+    if any(isinstance(weight, bool) or not isinstance(weight, (int, float)) or not 0 < weight < inf for weight in weights):
+        raise DataError(f"blend weights {list(weights)} cannot be used; give one number above 0 per data set")
+    # 0.3 is no binary number; its shortest spelling is what was meant.
+    exact = [Fraction(repr(weight)) for weight in weights]
+    scale = lcm(*(weight.denominator for weight in exact))
+    whole = [int(weight * scale) for weight in exact]
+    divisor = gcd(*whole)
+    return [weight // divisor for weight in whole]
 
 
 def _tijdeman_period(weights: tuple[int, ...]) -> tuple[np.ndarray, np.ndarray]:

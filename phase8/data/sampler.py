@@ -48,11 +48,11 @@ class SampleOrder:
 def evenly_spread_windows(num_samples: int, *, num_windows: Sequence[int], blend: BlendTable) -> list[tuple[int, int]]:
     """(data set, window) of an evaluation: always the same ones, evenly spread over each data set, in file order, none twice.
 
-    Each data set gets its share of `num_samples` by the blend, but no more than it has windows.
+    Each data set gets its share of `num_samples` by the blend, but at least one window and no more than it has.
     """
-    shares = zip(blend.counts(num_samples), num_windows, strict=True)
+    shares = [min(max(share, 1), available) for share, available in zip(blend.counts(num_samples), num_windows, strict=True)]
     return [
-        (dataset, i * available // min(share, available))
-        for dataset, (share, available) in enumerate(shares)
-        for i in range(min(share, available))
+        (dataset, i * available // share)
+        for dataset, (share, available) in enumerate(zip(shares, num_windows, strict=True))
+        for i in range(share)
     ]

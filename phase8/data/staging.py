@@ -32,7 +32,7 @@ def read_json(path: Path) -> object:
     """The value of a JSON file, or None where there is no such file or it is damaged (its owner then does the work again)."""
     try:
         return json.loads(path.read_bytes())
-    except (FileNotFoundError, NotADirectoryError, ValueError):
+    except (FileNotFoundError, NotADirectoryError, ValueError, RecursionError):
         return None
     except OSError as error:
         raise DataError(f"cannot read {path}: {error.strerror}; make it readable or remove it") from error

@@ -37,13 +37,25 @@ def restore_model(directory: Path, *, device: torch.device) -> tuple[LanguageMod
     return model, config.data, checkpoint
 
 
-def restore_tokenizer(checkpoint: Checkpoint) -> Tokenizer:
+def restore_tokenizer(checkpoint: Checkpoint, *, vocab_size: int, eod_token: str | None) -> Tokenizer:
     """The tokenizer stored in a checkpoint.
 
+    Args:
+        checkpoint: The checkpoint.
+        vocab_size: Ids of its model.
+        eod_token: The piece between documents; None: the tokenizer's own.
+
     Raises:
-        CheckpointError: There is none.
+        CheckpointError: There is none, or it has more ids than the model.
+        DataError: It cannot be used.
     """
     names = [name for name in checkpoint.manifest.attachments if name.startswith("tokenizer.")]
     if not names:
         raise CheckpointError(f"{checkpoint.path} holds no tokenizer; train with data.tokenizer set, or give one with --tokenizer.")
-    return load_tokenizer(checkpoint.attachment(names[0]))
+    tokenizer = load_tokenizer(checkpoint.attachment(names[0]), eod_token=eod_token)
+    if tokenizer.vocab_size > vocab_size:
+        raise CheckpointError(
+            f"the tokenizer stored in {checkpoint.path} has {tokenizer.vocab_size} ids, but its model has {vocab_size}; "
+            "give the tokenizer it was trained with, with --tokenizer."
+        )
+    return tokenizer

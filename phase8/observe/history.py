@@ -33,6 +33,7 @@ class History:
         validation_steps: Steps after which the model was evaluated.
         validation_tokens_seen: Training tokens seen by then.
         validation_loss: Loss of each evaluation.
+        last_validation_sources: Loss (NaN where it is not finite) and number of sequences of each source of a blend in the last evaluation.
     """
 
     steps: Series
@@ -49,6 +50,7 @@ class History:
     validation_steps: Series
     validation_tokens_seen: Series
     validation_loss: Series
+    last_validation_sources: Mapping[str, tuple[float, int]]
 
     @classmethod
     def from_records(cls, records: Sequence[Mapping[str, Any]]) -> History:
@@ -73,6 +75,10 @@ class History:
             # An evaluation knows its step only; before the first step no token was seen.
             validation_tokens_seen=np.interp(validation_steps, np.append(0.0, steps), np.append(0.0, tokens)),
             validation_loss=_column(evaluations, "validation_loss"),
+            last_validation_sources={
+                name: (np.nan if source["loss"] is None else source["loss"], source["sequences"])
+                for name, source in (evaluations[-1].get("validation_sources", {}) if evaluations else {}).items()
+            },
         )
 
 

@@ -3,7 +3,7 @@
 | line | keys |
 |---|---|
 | step | the fields of `StepMetrics` |
-| evaluation | `step`, `validation_loss`, `validation_tokens` |
+| evaluation | `step`, `validation_loss`, `validation_tokens`, `validation_sequences`; of a blend `validation_sources` (see `log_evaluation`) |
 | event | `step`, `event` and the event's own fields |
 
 A loss or norm that is not finite is written as null, because JSON has no NaN.
@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from io import FileIO
 from pathlib import Path
@@ -70,6 +70,25 @@ class StepMetrics:
     skipped: bool
 
 
+@dataclass(frozen=True, kw_only=True)
+class SourceLoss:
+    """What an evaluation measured on one source.
+
+    Args:
+        name: Of the source.
+        weight: Of the source in the blend.
+        loss: Mean loss in nats per token.
+        num_tokens: Tokens it is the mean of.
+        num_sequences: Sequences that they are in.
+    """
+
+    name: str
+    weight: int
+    loss: float
+    num_tokens: int
+    num_sequences: int
+
+
 class MetricsWriter:
     """The open `metrics.jsonl` of a run.
 
@@ -99,15 +118,23 @@ class MetricsWriter:
         """Record a training step."""
         self._write(asdict(metrics))
 
-    def log_evaluation(self, step: int, *, validation_loss: float, validation_tokens: int) -> None:
+    def log_evaluation(self, step: int, *, validation_loss: float, validation_tokens: int, sources: Sequence[SourceLoss] = ()) -> None:
         """Record an evaluation made after a step.
 
         Args:
             step: The step whose weights were evaluated.
             validation_loss: Mean loss in nats per token.
-            validation_tokens: Tokens it is the mean of.
+            validation_tokens: Tokens that were predicted.
+            sources: What each source contributed; of several, the record maps the name of each to its loss and number of sequences.
         """
-        self._write({"step": step, "validation_loss": validation_loss, "validation_tokens": validation_tokens})
+        record: dict[str, Any] = {"step": step, "validation_loss": validation_loss, "validation_tokens": validation_tokens}
+        if sources:
+            record["validation_sequences"] = sum(source.num_sequences for source in sources)
+        if len(sources) > 1:
+            record["validation_sources"] = {
+                source.name: {"loss": _finite(source.loss), "sequences": source.num_sequences} for source in sources
+            }
+        self._write(record)
 
     def log_event(self, step: int, event: str, /, **fields: str | int | float | bool | None) -> None:
         """Record something that happened after a step: a checkpoint, a resume, a skipped step, who held the others up.
@@ -133,7 +160,7 @@ class MetricsWriter:
         self.close()
 
     def _write(self, record: Mapping[str, Any]) -> None:
-        finite = {key: None if isinstance(value, float) and not math.isfinite(value) else value for key, value in record.items()}
+        finite = {key: _finite(value) for key, value in record.items()}
         with storage_errors(self._path):
             _append(self._file, json.dumps(finite, allow_nan=False).encode() + b"\n")
         if self._tensorboard is not None:
@@ -141,6 +168,14 @@ class MetricsWriter:
                 for key, tag in _TENSORBOARD_TAGS.items():
                     if finite.get(key) is not None:
                         self._tensorboard.add_scalar(tag, finite[key], finite["step"])
+                for name, source in finite.get("validation_sources", {}).items():
+                    if source["loss"] is not None:
+                        self._tensorboard.add_scalar(f"loss/validation/{name}", source["loss"], finite["step"])
+
+
+def _finite(value: Any) -> Any:
+    """None for a number that JSON cannot hold."""
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:

@@ -21,7 +21,7 @@ from rich.table import Table
 from rich.text import Text
 
 from phase8.observe.formatting import format_bytes, format_count, format_ratio, format_seconds
-from phase8.observe.metrics import StepMetrics
+from phase8.observe.metrics import SourceLoss, StepMetrics
 
 _ETA_WINDOW_STEPS = 101
 _ETA_MIN_STEPS = 3
@@ -104,10 +104,11 @@ class Progress:
         elif is_first or metrics.step % self._log_every_n_steps == 0 or metrics.step == self._total_steps:
             self._print_plain(metrics)
 
-    def evaluation(self, step: int, validation_loss: float) -> None:
-        """Show an evaluation, on a line that stays."""
+    def evaluation(self, step: int, validation_loss: float, sources: Sequence[SourceLoss] = ()) -> None:
+        """Show an evaluation, on a line that stays; of a blend each source, and how many sequences its loss is from."""
         self._validation_loss = validation_loss
-        self.message(f"step {step:,}  validation loss {validation_loss:.4f}")
+        each = [f"{source.name} {source.loss:.4f} ({source.num_sequences:,} sequences)" for source in sources if len(sources) > 1]
+        self.message("  ".join([f"step {step:,}  validation loss {validation_loss:.4f}", *each]))
 
     def message(self, text: str) -> None:
         """Print text above the live line, or as a line of the log."""

@@ -59,7 +59,7 @@ def write_report(
         tiles="\n".join(_tile_html(tile) for tile in headline(history, reference_losses)),
         charts="\n".join(_chart_cards(history, reference_losses)),
         sample="" if sample is None else _card("Sample", f"<pre>{escape(sample)}</pre>"),
-        facts=_card("Run", _facts_table(facts)) if facts else "",
+        facts=_sources_card(history) + (_card("Run", _facts_table(facts)) if facts else ""),
     )
     report_directory = directory / "report"
     with storage_errors(report_directory):
@@ -134,6 +134,13 @@ def _series_card(heading: str, unit: str, steps: Series, values: Series, *, is_n
 def _card(heading: str, content: str, *, remark: str = "", is_wide: bool = True) -> str:
     """A section of the page; content and remark are HTML."""
     return f'<section class="card{" wide" if is_wide else ""}">\n<h2>{escape(heading)}{remark}</h2>\n{content}\n</section>'
+
+
+def _sources_card(history: History) -> str:
+    """The last evaluation by source; nothing where there is one source."""
+    sources = history.last_validation_sources
+    rows = [(name, f"{loss:.4f} on {num_sequences:,} sequences") for name, (loss, num_sequences) in sources.items()]
+    return _card("Validation loss by source", _facts_table(rows), remark="<span>last evaluation</span>") if rows else ""
 
 
 def _tile_html(tile: Tile) -> str:

@@ -31,13 +31,14 @@ class ProgressDisplay:
     def __exit__(self, *error: object) -> None:
         self._progress.stop()
 
-    def show(self, stage: str, completed: int, total: int) -> None:
-        """Shows that `completed` of `total` are done."""
+    def show(self, stage: str, completed: int, total: int, *, in_bytes: bool = False) -> None:
+        """Shows that `completed` of `total` are done; where these are bytes, also how many. Columns find that as `task.fields[amount]`."""
         is_new = stage not in self._tasks
         if is_new:
-            self._tasks[stage] = self._progress.add_task(stage)
-        self._progress.update(self._tasks[stage], completed=completed, total=max(total, 1))
+            self._tasks[stage] = self._progress.add_task(stage, amount="")
+        amount = f"{completed / 1e6:,.1f} of {total / 1e6:,.1f} MB" if in_bytes else ""
+        self._progress.update(self._tasks[stage], completed=completed, total=max(total, 1), amount=amount)
         now = time.monotonic()
         if not self._console.is_terminal and (is_new or completed >= total or now - self._last_line_seconds > SECONDS_BETWEEN_LINES):
             self._last_line_seconds = now
-            self._console.print(f"{stage}: {100 * completed // max(total, 1)} %", highlight=False)
+            self._console.print(f"{stage}: {100 * completed // max(total, 1)} %" + (f" ({amount})" if amount else ""), highlight=False)

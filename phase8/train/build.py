@@ -179,7 +179,7 @@ def _open_data(config: RunConfig, console: Console, *, is_main: bool) -> RunData
     """The data; what has to be prepared once is prepared by the first rank, while the others wait."""
 
     def open_them() -> RunData:
-        return open_run_data(config, on_progress=lambda stage, done, total: _print_stage(console, stage, done))
+        return open_run_data(config, on_progress=lambda stage, done, total: _print_stage(console, stage, done), check_ids=is_main)
 
     data = open_them() if is_main else None
     broadcast_text("prepared")

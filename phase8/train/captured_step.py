@@ -44,6 +44,7 @@ class _Inputs:
         self.numbers.num_targets.fill_(numbers.num_targets)
         self.numbers.largest_loss.fill_(numbers.largest_loss)
         self.numbers.stop.fill_(numbers.stop)
+        self.numbers.unreadable.fill_(numbers.unreadable)
         self.learning_rate.fill_(learning_rate)
 
 
@@ -66,6 +67,7 @@ class CapturedStep:
         gradient_clip_norm: float,
         largest_loss: float = math.inf,
         stop: bool = False,
+        unreadable: bool = False,
         report: Callable[[str], None] | None = None,
     ) -> StepResult:
         """Takes a step; arguments as for `train_step`, those that are no numbers of the batch as in the recorded step."""
@@ -78,13 +80,14 @@ class CapturedStep:
                 gradient_clip_norm=gradient_clip_norm,
                 largest_loss=largest_loss,
                 stop=stop,
+                unreadable=unreadable,
                 report=report,
             )
         if self._graph is None:
             self._graph = self._record(microbatches, gradient_clip_norm=gradient_clip_norm)
         if report is not None:
             report("the recorded step")
-        self._inputs.fill(microbatches, StepNumbers(count_targets(microbatches), largest_loss, stop), learning_rate)
+        self._inputs.fill(microbatches, StepNumbers(count_targets(microbatches), largest_loss, stop, unreadable), learning_rate)
         self._graph.replay()
         return step_result(self._measured.tolist())
 
@@ -98,7 +101,7 @@ class CapturedStep:
         """Records a step of this shape, without taking it."""
         device, graph = self._learner.device, torch.cuda.CUDAGraph()
         static = tuple(batch.to(device) for batch in microbatches)
-        numbers = StepNumbers(*(torch.zeros((), dtype=torch.float64, device=device) for _ in range(3)))
+        numbers = StepNumbers(*(torch.zeros((), dtype=torch.float64, device=device) for _ in range(4)))
         self._inputs = _Inputs(static, numbers, learning_rate=torch.zeros((), device=device))
         for group in self._learner.optimizer.param_groups:
             group.update(lr=self._inputs.learning_rate, capturable=True)

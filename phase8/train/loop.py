@@ -18,6 +18,7 @@ from phase8.train.rollback import roll_back
 from phase8.train.sample import write_sample
 from phase8.train.signals import StopRequest
 from phase8.train.trainer import Trainer
+from phase8.train.unreadable import UnreadableData
 
 
 def train(run: Run, *, resume_command: str, report: Callable[[int, str], None] = lambda step, doing: None) -> None:
@@ -108,6 +109,11 @@ def _train_until(run: Run, stop_step: int, report: Callable[[int, str], None], *
                 trainer.record_event("config_changed", **change.record)
         try:
             asked_to_stop = trainer.train_until(stop_step, stop)
+        except UnreadableData as unreadable:
+            trainer.save(must_succeed=False)
+            trainer.saver.hear(wait=True)
+            report(run.position.step, "waiting for a rank that cannot read its data")
+            unreadable.end()
         except (Phase8Error, OSError) as error:
             # Between steps the weights are good: unreadable data or a closed terminal must not cost them. After divergence the
             # checkpoint before it is the one to go on from. Of several ranks the others may be fine, and would wait for ever.

@@ -36,6 +36,16 @@ class Microbatch:
         return Microbatch(self.tokens, torch.full_like(self.targets, IGNORED_TARGET), self.starts, 0)
 
 
+def stand_in(batch_size: int, sequence_length: int, *, reset_at_document_boundaries: bool) -> Microbatch:
+    """A microbatch of the usual shape with nothing to predict, for a rank that has none and takes part all the same."""
+    tokens = torch.zeros(batch_size, sequence_length, dtype=torch.int64)
+    starts = None
+    if reset_at_document_boundaries:
+        starts = torch.zeros(tokens.shape, dtype=torch.bool)
+        starts[:, 0] = True
+    return Microbatch(tokens, torch.full_like(tokens, IGNORED_TARGET), starts, 0)
+
+
 def split_sample(sample: dict[str, Tensor], *, reset_at_document_boundaries: bool) -> Microbatch:
     """Inputs and targets of T + 1 tokens; with resets, the first token of a document is not predicted from another document."""
     tokens, targets = sample["tokens"][:, :-1], sample["tokens"][:, 1:]

@@ -16,7 +16,7 @@ from phase8.config.batch import batch_shape
 from phase8.config.describe import describe_value
 from phase8.config.load import config_to_mapping
 from phase8.config.schema import RunConfig
-from phase8.data.loader import describe_fingerprint_difference
+from phase8.data.fingerprint import describe_fingerprint_difference
 from phase8.errors import CheckpointError, CheckpointMismatchError, ConfigError
 from phase8.train.learner import Learner
 
@@ -145,14 +145,12 @@ def _check_batch(path: Path, saved: int | None, config: RunConfig, data_parallel
 
 
 def _changed_for_data(saved: dict[str, Any], config: RunConfig) -> list[str]:
-    """A sentence for each key that decides with the data what a step is trained on."""
-    keys = (
+    """A sentence for each key that decides with data and tokenizer what a step is trained on."""
+    data = config.data
+    keys = (  # a revision that did not know a key did what the default does
         ("train.seed", saved["train"]["seed"], config.train.seed),
-        (
-            "data.reset_at_document_boundaries",
-            saved["data"].get("reset_at_document_boundaries", False),  # before there was such a key
-            config.data.reset_at_document_boundaries,
-        ),
+        ("data.reset_at_document_boundaries", saved["data"].get("reset_at_document_boundaries", False), data.reset_at_document_boundaries),
+        ("data.eod_token", saved["data"].get("eod_token"), data.eod_token),
     )
     return [f"{name} was {describe_value(old)} and is {describe_value(new)}" for name, old, new in keys if old != new]
 

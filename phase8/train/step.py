@@ -25,12 +25,14 @@ class StepResult:
         grad_norm: Global gradient norm before clipping.
         skipped: Loss or norm was not finite, or the loss too large, and the weights were left alone.
         stop: Some rank was asked to stop.
+        unreadable: Some rank could not read its data, and the weights were left alone.
     """
 
     loss: float
     grad_norm: float
     skipped: bool
     stop: bool = False
+    unreadable: bool = False
 
 
 def train_step(
@@ -41,6 +43,7 @@ def train_step(
     gradient_clip_norm: float,
     largest_loss: float = math.inf,
     stop: bool = False,
+    unreadable: bool = False,
     report: Callable[[str], None] | None = None,
 ) -> StepResult:
     """Updates the weights once.
@@ -55,11 +58,12 @@ def train_step(
         gradient_clip_norm: Largest global norm; 0: no clipping.
         largest_loss: That may change the weights.
         stop: This rank was asked to stop; all ranks learn it with the loss.
+        unreadable: This rank could not read its data and brings a stand-in; all ranks learn it with the loss and keep their weights.
         report: Told of every forward and backward.
     """
     for group in learner.optimizer.param_groups:
         group["lr"] = learning_rate
-    numbers = StepNumbers(count_targets(microbatches), largest_loss, stop)
+    numbers = StepNumbers(count_targets(microbatches), largest_loss, stop, unreadable)
     measured = update(learner, microbatches, numbers, gradient_clip_norm=gradient_clip_norm, report=report)
     return step_result(measured.tolist())  # the only synchronisation of the step
 
@@ -72,11 +76,13 @@ class StepNumbers:
         num_targets: Of this rank, from `count_targets`.
         largest_loss: That may change the weights.
         stop: This rank was asked to stop.
+        unreadable: This rank could not read its data.
     """
 
     num_targets: int | Tensor
     largest_loss: float | Tensor
     stop: bool | Tensor
+    unreadable: bool | Tensor
 
 
 def update(
@@ -90,27 +96,28 @@ def update(
     """The part of a step that the device does, without waiting for it; arguments as for `train_step`. The optimizer knows its learning rate.
 
     Returns:
-        Loss, gradient norm, the number of ranks that were asked to stop, and whether the weights were changed, for `step_result`.
+        Loss, gradient norm, the numbers of ranks that were asked to stop and that could not read, and whether the weights were changed,
+        for `step_result`.
     """
     optimizer, shards, mesh, device = learner.optimizer, learner.shards, learner.mesh, learner.device
     total = learner.stage.train(microbatches, _over_all_ranks(numbers.num_targets, learner), report=report)
     shards.take_gradients()
     norm = shards.gradient_norm()
     total = _over_data_ranks(sum_over(total, mesh.pp), mesh)
-    asked = numbers.stop.to(total) if isinstance(numbers.stop, Tensor) else torch.full_like(total, float(numbers.stop))
+    told = torch.stack([flag.to(total) if isinstance(flag, Tensor) else torch.full_like(total, flag) for flag in (numbers.stop, numbers.unreadable)])
     for axis in (mesh.replicate, mesh.shard, mesh.tp, mesh.pp):
-        asked = sum_over(asked, axis)
-    counts = total.isfinite() & norm.isfinite().to(device) & (total <= numbers.largest_loss)
+        told = sum_over(told, axis)
+    counts = total.isfinite() & norm.isfinite().to(device) & (total <= numbers.largest_loss) & (told[1] == 0)
     step_clipped(optimizer, norm, max_norm=gradient_clip_norm, counts=counts)
     shards.write_back()
     shards.drop_gradients()
-    return torch.stack((total, norm.to(total), asked, counts.to(total)))
+    return torch.stack((total, norm.to(total), *told, counts.to(total)))
 
 
 def step_result(measured: Sequence[float]) -> StepResult:
-    """What the four numbers of `update` say."""
-    loss, norm, asked, counts = measured
-    return StepResult(loss, norm, skipped=counts == 0, stop=asked > 0)
+    """What the numbers of `update` say."""
+    loss, norm, num_stopped, num_unreadable, counts = measured
+    return StepResult(loss, norm, skipped=counts == 0, stop=num_stopped > 0, unreadable=num_unreadable > 0)
 
 
 @torch.no_grad()

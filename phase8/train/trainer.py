@@ -11,8 +11,8 @@ from functools import partial
 
 from torch import Tensor
 
-from phase8.data.loader import build_loader, evaluation_microbatches, microbatch_sample_numbers
-from phase8.errors import StorageError
+from phase8.data.loader import build_loader, microbatch_sample_numbers
+from phase8.errors import DataError, StorageError
 from phase8.model.flops import training_flops_per_token
 from phase8.observe.memory import peak_memory_bytes, reset_peak_memory
 from phase8.observe.metrics import MetricsWriter, StepMetrics
@@ -21,12 +21,14 @@ from phase8.optim.schedule import learning_rate
 from phase8.train.anomaly import largest_loss, take_note
 from phase8.train.build import Run
 from phase8.train.captured_step import CapturedStep
-from phase8.train.microbatch import Microbatch, split_sample
+from phase8.train.evaluation import HeldOutData
+from phase8.train.microbatch import Microbatch, split_sample, stand_in
 from phase8.train.replicas import check_replicas
 from phase8.train.saver import Saver
 from phase8.train.signals import StopRequest
-from phase8.train.step import StepResult, evaluate, train_step
+from phase8.train.step import StepResult, train_step
 from phase8.train.stragglers import probe_ranks
+from phase8.train.unreadable import UnreadableData
 
 # A rank that needs so many times as long as others is named where people look.
 WORTH_A_MESSAGE = 1.1
@@ -49,8 +51,8 @@ class Trainer:
         self.compared_step = 0
         self.saver = Saver(run, record=self._record, say=progress.message)
         self.num_ranks = run.learner.mesh.topology.world_size
-        self.num_own_evaluations = 0
-        self.evaluation_samples = self._evaluation_samples()
+        is_evaluated = run.data.validation is not None and run.config.train.evaluate_every_n_steps > 0
+        self.held_out = HeldOutData(run) if is_evaluated else None
         self.take_step = CapturedStep(run.learner) if run.uses_cuda_graphs else partial(train_step, run.learner)
         reset_peak_memory(run.device)
 
@@ -109,12 +111,16 @@ class Trainer:
     def evaluate(self) -> None:
         """Measures the loss on the held-out sequences, if there are any."""
         step = self.run.position.step
-        if self.evaluation_samples is None:
+        if self.held_out is None:
             return
         self.report(step, "evaluation")
-        loss, num_tokens = evaluate(self.run.learner, self._evaluation_microbatches())
-        self._record(lambda metrics: metrics.log_evaluation(step, validation_loss=loss, validation_tokens=num_tokens))
-        self.progress.evaluation(step, loss)
+        found = self.held_out.evaluate()
+        self._record(
+            lambda metrics: metrics.log_evaluation(
+                step, validation_loss=found.loss, validation_tokens=found.num_tokens, sources=found.sources
+            )
+        )
+        self.progress.evaluation(step, found.loss, found.sources)
 
     def save(self, *, must_succeed: bool) -> None:
         """Saves the current step, but no copies that differ; arguments and errors as in `Saver.save`."""
@@ -127,7 +133,7 @@ class Trainer:
         run, config, position = self.run, self.run.config, self.run.position
         begin = time.perf_counter()
         self.report(position.step + 1, "reading data")
-        batch = list(itertools.islice(microbatches, run.shape.num_microbatches))
+        batch, unreadable = self._read(microbatches)
         data_wait_seconds = time.perf_counter() - begin
         rate = learning_rate(position.step + 1, config.optim, num_steps=config.train.num_steps)
         self.report(position.step + 1, "training")
@@ -138,8 +144,11 @@ class Trainer:
             gradient_clip_norm=config.optim.gradient_clip_norm,
             largest_loss=loss_limit,
             stop=stop,
+            unreadable=unreadable is not None,
             report=lambda doing: self.report(position.step + 1, doing),
         )
+        if result.unreadable:
+            raise UnreadableData(unreadable)
         step_seconds = time.perf_counter() - begin
         samples = range(position.samples_consumed, position.samples_consumed + run.shape.global_batch_size)
         position.step += 1
@@ -152,6 +161,22 @@ class Trainer:
         if anomaly is not None:
             self.record_event("skipped", message=str(anomaly))
         return result
+
+    def _read(self, microbatches: Iterator[Microbatch]) -> tuple[list[Microbatch], DataError | None]:
+        """The microbatches of a step; stand-ins and the reason where they cannot be read and other ranks would wait for this one.
+
+        Raises:
+            DataError: They cannot be read, and no other rank waits.
+        """
+        run = self.run
+        try:
+            return list(itertools.islice(microbatches, run.shape.num_microbatches)), None
+        except DataError as error:
+            if self.is_alone:
+                raise
+            size = (run.shape.micro_batch_size, run.config.model.sequence_length)
+            batch = stand_in(*size, reset_at_document_boundaries=run.config.data.reset_at_document_boundaries)
+            return [batch] * run.shape.num_microbatches, error
 
     def _step_metrics(self, result: StepResult, rate: float, *, step_seconds: float, data_wait_seconds: float) -> StepMetrics:
         run = self.run
@@ -194,24 +219,6 @@ class Trainer:
         )
         for sample in build_loader(self.run.data.train, self.run.config.data, sample_numbers=numbers):
             yield self._split(sample)
-
-    def _evaluation_samples(self):
-        """Loader of the held-out sequences of this rank, the same ones in every evaluation; None: there are none, or they are not asked for."""
-        run, train = self.run, self.run.config.train
-        if run.data.validation is None or train.evaluate_every_n_steps == 0:
-            return None
-        windows = evaluation_microbatches(
-            run.data.validation, num_samples=train.evaluation_sequences, micro_batch_size=run.shape.micro_batch_size
-        )
-        own = windows[run.learner.mesh.data_parallel_index :: run.shape.data_parallel_size]
-        self.num_own_evaluations, num_rounds = len(own), -(-len(windows) // run.shape.data_parallel_size)
-        return build_loader(run.data.validation, run.config.data, sample_numbers=own + windows[-1:] * (num_rounds - len(own)))
-
-    def _evaluation_microbatches(self) -> Iterator[Microbatch]:
-        """This rank's; at the end, where others still have one, some whose targets do not count, for every rank takes part in every forward."""
-        for index, sample in enumerate(self.evaluation_samples):
-            microbatch = self._split(sample)
-            yield microbatch if index < self.num_own_evaluations else microbatch.without_targets()
 
     def _split(self, sample: dict[str, Tensor]) -> Microbatch:
         return split_sample(sample, reset_at_document_boundaries=self.run.config.data.reset_at_document_boundaries)

@@ -1,12 +1,14 @@
 import pytest
 
-from phase8.config.describe import describe_schema, describe_type, describe_value, iterate_keys, unknown_key
+from phase8.config.describe import FOREIGN_NAMES, describe_schema, describe_type, describe_value, iterate_keys, unknown_key
 from phase8.config.schema import RunConfig
 
 TYPES = {
     "run.name": "a text of letters, digits, '.', '_' and '-' that begins with a letter or a digit",
-    "run.output_dir": "a text",
-    "data.tokenizer": "a text or null",
+    "run.output_dir": "a path",
+    "data.tokenizer": "a path or null",
+    "data.train": "a path or a list of {path, weight, dialect} or null",
+    "observe.sample_prompt": "a text or null",
     "model.block": "one of phase8, transformer",
     "model.d_model": "a whole number at least 1",
     "model.head_size": "a whole number at least 1 or null",
@@ -58,7 +60,24 @@ def test_values_as_yaml_spells_them(value, words):
         ("optim.num_steps", "train.num_steps"),
         ("model.n_layers", "model.num_layers"),
         ("Model.d_model", "model.d_model"),
+        ("optim.lr", "optim.learning_rate"),
+        ("lr", "optim.learning_rate"),
+        ("train.batch-size", "train.global_batch_size"),
+        ("train.n_embd", "model.d_model"),
     ],
 )
 def test_the_nearest_key_is_proposed(name, nearest):
     assert unknown_key(name) == f"unknown key {name}; did you mean {nearest}?"
+
+
+def test_names_of_other_projects_lead_to_one_key_each():
+    keys = [key for key, _ in iterate_keys()]
+    names = [name for foreign in FOREIGN_NAMES.values() for name in foreign.split()]
+    assert FOREIGN_NAMES.keys() <= set(keys)
+    assert len(set(names)) == len(names) and not set(names) & {key.rsplit(".", 1)[-1] for key in keys}
+
+
+def test_long_values_and_names_are_shortened():
+    deep = [[[[[["x" * 1000] * 1000] * 1000] * 1000] * 1000] * 1000] * 1000
+    for text in (describe_value(deep), describe_value("x" * 10**6), describe_value({i: deep for i in range(100)}), unknown_key("x" * 10**6)):
+        assert len(text) < 600 and "..." in text

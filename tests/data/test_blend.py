@@ -7,7 +7,7 @@ import random
 import numpy as np
 import pytest
 
-from phase8.data.blend import BlendTable
+from phase8.data.blend import BlendTable, integer_weights
 from phase8.errors import DataError
 
 
@@ -72,3 +72,32 @@ def test_period_is_bounded():
     assert BlendTable([10**12, 3 * 10**12]).period == 4
     with pytest.raises(DataError, match=r"sum to 100001 .* at most 100000 is allowed"):
         BlendTable([100_000, 1])
+
+
+DECIMAL_WEIGHTS = {
+    (0.3, 0.7): [3, 7],
+    (3, 7): [3, 7],
+    (30, 70.0): [3, 7],
+    (0.1, 0.2, 0.7): [1, 2, 7],
+    (1e-3, 1): [1, 1000],
+    (0.333, 0.333, 0.334): [333, 333, 334],
+    (2.5, 1): [5, 2],
+    (0.3,): [1],
+    (5e-324, 1e-323): [1, 2],
+}
+
+
+@pytest.mark.parametrize(("weights", "whole"), DECIMAL_WEIGHTS.items(), ids=str)
+def test_decimal_weights_are_exact_as_they_are_written(weights, whole):
+    assert integer_weights(weights) == whole
+
+
+@pytest.mark.parametrize("weights", [[0.0], [1, -0.5], [float("nan")], [float("inf"), 1], [True, 2.0], ["1"]])
+def test_weights_that_are_no_positive_numbers_are_refused(weights):
+    with pytest.raises(DataError, match="one number above 0"):
+        integer_weights(weights)
+
+
+def test_decimal_weights_of_too_many_digits_are_refused_by_their_period():
+    with pytest.raises(DataError, match=r"sum to 1000000 .* round them, for example to parts per thousand"):
+        BlendTable(integer_weights([0.333333, 0.666667]))

@@ -79,5 +79,9 @@ def test_evaluation_windows_are_evenly_spread_and_in_file_order():
     assert {after - before for before, after in pairwise(windows)} == {50}
 
 
+def test_every_source_of_an_evaluation_has_a_window_however_small_its_weight():
+    assert evenly_spread_windows(4, num_windows=(50, 50), blend=BlendTable([1000, 1])) == [(0, 0), (0, 12), (0, 25), (0, 37), (1, 0)]
+
+
 def test_evaluation_of_more_than_there_is_takes_each_window_once():
     assert evenly_spread_windows(100, num_windows=(3,), blend=BlendTable([1])) == [(0, 0), (0, 1), (0, 2)]

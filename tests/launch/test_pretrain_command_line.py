@@ -125,6 +125,31 @@ def test_half_of_what_torchrun_sets_is_refused(call, monkeypatch):
     assert code == 2 and errors.startswith("error: WORLD_SIZE is set, but RANK, LOCAL_RANK, LOCAL_WORLD_SIZE, MASTER_ADDR, MASTER_PORT are not;")
 
 
+def test_a_home_is_expanded_and_an_undefined_variable_refused(call, monkeypatch, tmp_path):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.delenv("UNSET_HERE", raising=False)
+    (tmp_path / "mine.yaml").write_text("run: {name: mine}")
+    code, output, errors = call("--config=~/mine.yaml", "--dry-run", "--set", "data.train=~/none")
+    assert (code, errors) == (0, "") and output.startswith("dry run: mine,")
+    code, _, errors = call("--set", "run.output_dir=$UNSET_HERE/runs", "data.train=[{path: ~/a, weight: 1}, {path: b}]")
+    assert code == 2 and errors.splitlines() == [
+        "error: --set 'run.output_dir=$UNSET_HERE/runs': run.output_dir: the path '$UNSET_HERE/runs' uses the variable UNSET_HERE, which is "
+        "not set; set it, or write the path out.",
+        "error: --set 'data.train=[{path: ~/a, weight: 1}, {path: b}]': data.train: entry 2 is {'path': 'b'}, which has no weight; give every "
+        "entry its path and weight.",
+    ]
+    assert [path.name for path in tmp_path.iterdir()] == ["mine.yaml"]
+
+
+@pytest.mark.parametrize("option", ["--config", "--resume"])
+def test_an_option_with_an_undefined_variable_is_named(call, monkeypatch, capsys, option):
+    monkeypatch.delenv("UNSET_HERE", raising=False)
+    with pytest.raises(SystemExit) as caught:
+        call(option, "${UNSET_HERE}/x")
+    assert caught.value.code == 2
+    assert f"error: argument {option}: the path '${{UNSET_HERE}}/x' uses the variable UNSET_HERE, which is not set;" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("arguments", [["--dry"], ["--dev", "cpu", "--dry-run"]])
 def test_options_are_not_abbreviated(call, arguments):
     with pytest.raises(SystemExit) as caught:

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import math
 import re
 import subprocess
 import sys
@@ -12,7 +13,7 @@ from matplotlib.image import imread
 
 from phase8.errors import StorageError
 from phase8.observe.history import History
-from phase8.observe.metrics import MetricsWriter, read_metrics
+from phase8.observe.metrics import MetricsWriter, SourceLoss, read_metrics
 from phase8.observe.report import headline, write_report
 
 FACTS = [("device", "CPU <2 cores>"), ("batch", "16 × 512")]
@@ -133,6 +134,15 @@ def test_evaluations_alone_make_a_page(tmp_path):
         writer.log_evaluation(0, validation_loss=9.5, validation_tokens=8)
     page, _ = report(tmp_path)
     assert "step 0, 2.79 above unigram entropy" in page.text
+
+
+def test_the_sources_of_the_last_evaluation_are_listed(tmp_path):
+    few, many = (SourceLoss(name=name, weight=1, loss=loss, num_tokens=64, num_sequences=1) for name, loss in (("few", 6.25), ("many", math.inf)))
+    with MetricsWriter(tmp_path, resume_step=0, tensorboard=False) as writer:
+        writer.log_evaluation(1, validation_loss=9.0, validation_tokens=128, sources=[many, few])
+        writer.log_evaluation(2, validation_loss=8.0, validation_tokens=128, sources=[few, many])
+    page, _ = report(tmp_path)
+    assert "Validation loss by source" in page.text and "6.2500 on 1 sequences" in page.text and "nan on 1 sequences" in page.text
 
 
 def test_a_failed_write_keeps_the_old_report(trained, monkeypatch):

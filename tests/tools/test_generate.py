@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 from tiny_run import train_tiny, write_config
 
-from phase8.data.tokenizer import train_sentencepiece
+from phase8.data.tokenizer_training import train_sentencepiece
 
 ROOT = Path(__file__).parents[2]
 

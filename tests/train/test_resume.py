@@ -1,8 +1,10 @@
+import numpy as np
 import pytest
 import torch
-from tiny_run import assert_same_weights, losses, prepare, records, train_tiny, weights, write_documents
+from tiny_run import assert_same_weights, losses, prepare, records, tiny_config, train_tiny, weights, with_blend, write_documents
 
-from phase8.errors import CheckpointMismatchError, ConfigError
+from phase8.data.indexed import IndexedWriter
+from phase8.errors import CheckpointMismatchError, ConfigError, DataError
 
 SETTINGS = {
     "accumulation": [],
@@ -109,6 +111,42 @@ def test_other_data_are_refused_unless_allowed(tiny, tmp_path):
     with pytest.raises(CheckpointMismatchError, match=r"train.seed was 1234 and is 1"):
         prepare(tiny, "train.seed=1")
     assert prepare(tiny, other, "data.allow_fingerprint_change=true").position.step == 5
+
+
+def test_other_data_of_the_same_shape_are_refused(tiny, tmp_path):
+    for seed in (1, 2):
+        with IndexedWriter(tmp_path / f"same_{seed}", dtype=np.dtype(np.uint16)) as writer:
+            for _ in range(40):
+                writer.add_document(np.random.default_rng(seed).integers(0, 61, 64))
+    one, two = tmp_path / "same_1", tmp_path / "same_2"
+    cases = {
+        "swapped": (tiny, [f"data.train={one}"], tiny, [f"data.train={two}"], r"source 0 \(same_1, now same_2\): the hash of .bin was"),
+        "blend": (with_blend(tiny, one, two), [], with_blend(tiny, two, one), [], "in another order: it was same_1, same_2 and is same_2, same_1"),
+        "pattern": (tiny, [f"data.train={tmp_path}/same_*"], tiny, [f"data.train={one}"], "the number of its pairs was 2 and is 1"),
+    }
+    for name, (old_config, old, new_config, new, sentence) in cases.items():
+        train_tiny(old_config, f"run.name={name}", "train.stop_at_step=1", *old)
+        with pytest.raises(CheckpointMismatchError, match=sentence):
+            prepare(new_config, f"run.name={name}", *new)
+        assert prepare(old_config, f"run.name={name}", *old).position.step == 1
+
+
+def test_a_split_is_trained_on_and_resumed_by_its_own_parts_only(tiny):
+    settings = ["data.validation=null", "train.stop_at_step=1"]
+    run = train_tiny(tiny, *settings, "data.split=90,9,1")
+    assert [part.sources[0].num_documents for part in (run.data.train, run.data.validation)] == [180, 18]
+    assert prepare(tiny, *settings, "data.split=900,90,10").position.step == 1
+    with pytest.raises(CheckpointMismatchError, match=r"the documents of data.split were 0 to 180 and are 0 to 160"):
+        prepare(tiny, *settings, "data.split=80,19,1")
+    with pytest.raises(CheckpointMismatchError, match=r"the documents of data.split were 0 to 180 and are all"):
+        prepare(tiny, *settings)
+    with pytest.raises(DataError, match=r"data.split leaves 0 documents of .*train with 0 tokens for validation"):
+        prepare(tiny, *settings, "data.split=999,0.1,1")
+
+
+def test_training_and_validation_data_are_kept_apart_by_patterns(tiny):
+    with pytest.raises(DataError, match=r"data.train and data.validation both hold .*validation, on one side because a pattern matches it"):
+        prepare(tiny, f"data.train={tiny_config(tiny).data.validation[:-10]}*")
 
 
 def test_resume_none_keeps_the_earlier_run_under_another_name(tiny):

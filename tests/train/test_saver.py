@@ -13,7 +13,7 @@ from tiny_run import losses, prepare, records, weights
 
 from phase8.checkpoint.background import BackgroundSaver
 from phase8.checkpoint.load import list_checkpoints, open_checkpoint
-from phase8.data.tokenizer import train_sentencepiece
+from phase8.data.tokenizer_training import train_sentencepiece
 from phase8.errors import CheckpointError, StorageError
 from phase8.train import saver, trainer
 from phase8.train.loop import train

@@ -11,7 +11,7 @@ from tiny_run import records, tiny_config, train_tiny, write_documents
 
 from phase8.checkpoint.load import list_checkpoints, open_checkpoint
 from phase8.config.load import config_from_mapping, config_to_mapping
-from phase8.data.tokenizer import train_sentencepiece
+from phase8.data.tokenizer_training import train_sentencepiece
 from phase8.errors import CheckpointCorruptError, CheckpointError, CheckpointMismatchError, CommunicationError, ConfigError, DataError, StorageError
 from phase8.train import build
 from phase8.train.build import build_run
@@ -88,6 +88,7 @@ REFUSED = {
         ["data.tokenizer={trained}/second.model"], "auto", CheckpointMismatchError,
         r"its tokenizer is .*/step-0000000010/tokenizer.model, and data.tokenizer is of other content; .* data.allow_fingerprint_change=true",
     ),
+    "another end of documents": (["data.eod_token=<|endoftext|>"], "auto", CheckpointMismatchError, "data.eod_token was null and is"),
     "another batch": (NO_BATCH, "auto", CheckpointMismatchError, "was trained with 4 sequences a step"),
     "fewer steps": (["train.num_steps=4"], "auto", ConfigError, "train.num_steps is 4, but the checkpoint is at step 10"),
     "an earlier stop": (["train.stop_at_step=4"], "auto", ConfigError, "train.stop_at_step is 4, but the checkpoint is at step 10"),

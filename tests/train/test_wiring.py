@@ -19,17 +19,19 @@ import pytest
 import torch
 import torch.nn.functional as F
 from rich.console import Console
-from tiny_run import losses, prepare, records, train_tiny, weights, write_documents
+from tiny_run import losses, prepare, records, tiny_config, train_tiny, weights, with_blend, write_documents
 from torch._functorch import config as functorch_config
 
 from phase8.checkpoint.load import list_checkpoints, open_checkpoint
 from phase8.data.indexed import IndexedWriter
-from phase8.data.tokenizer import train_sentencepiece
+from phase8.data.pair_record import record_path
+from phase8.data.tokenizer_training import train_sentencepiece
 from phase8.errors import CorruptionError, DataError, DivergenceError, StorageError
 from phase8.model.parameters import decayed_parameter_names
 from phase8.observe.metrics import MetricsWriter
 from phase8.optim.schedule import learning_rate
 from phase8.train import loop, saver, trainer
+from phase8.train.datasets import open_run_data
 from phase8.train.loop import train
 from phase8.train.signals import StopRequest
 
@@ -373,18 +375,46 @@ def test_metrics_and_checkpoints_on_a_full_disk_do_not_stop_training(tiny, conso
     assert output.count("metrics are lost, training goes on") == 1 and output.count("checkpoint failed, training goes on") == 3
 
 
-def test_a_bad_token_in_the_middle_costs_no_finished_step(tiny, tmp_path):
-    write_documents(tmp_path / "good", num_documents=40, seed=0)
-    probe = prepare(tiny, f"data.train={tmp_path}/good", "run.name=probe")
-    source, window = probe.data.train.order.locate(3 * 4 + 1)
-    tokens = probe.data.train.sources[source].tokens(0, probe.data.train.sources[source].num_tokens).copy()
-    tokens[window * 24 + 5] = 61
+@pytest.mark.parametrize("foreign", [False, True])
+def test_a_token_outside_the_vocabulary_is_found_before_the_first_step(tiny, tmp_path, foreign, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    write_documents(tmp_path / "bad", num_documents=40, seed=0)
     with IndexedWriter(tmp_path / "bad", dtype=np.dtype(np.uint16)) as writer:
-        writer.add_document(tokens)
-    with pytest.raises(DataError, match=r"bad.bin holds token id 61 .* model.vocab_size is 61"):
-        train_tiny(tiny, f"data.train={tmp_path}/bad", NO_CHECKPOINTS)
-    resumed = prepare(tiny, f"data.train={tmp_path}/bad")
-    assert resumed.position.step == resumed.saved_step == 3
+        writer.add_document(np.array([*range(60)] * 40 + [61]))
+    if foreign:
+        record_path(tmp_path / "bad").unlink()
+    for setting in ("data.train", "data.validation"):
+        with pytest.raises(DataError, match=r"bad.bin holds token id 61 at position 2400, but model.vocab_size is 61"):
+            prepare(tiny, f"{setting}={tmp_path}/bad")
+    assert prepare(tiny, f"data.train={tmp_path}/bad", "model.vocab_size=62").position.step == 0
+    config = tiny_config(tiny, f"data.train={tmp_path}/bad", f"data.cache_dir={tmp_path}/unused")
+    open_run_data(config, on_progress=lambda *_: None, check_ids=False)  # as every rank but the first opens them
+    assert not (tmp_path / "unused").exists()
+
+
+@pytest.mark.parametrize("data", ["train", "many_*", "blend"])
+@pytest.mark.parametrize("num_workers", [0, 1])
+def test_data_that_shrink_are_named_and_cost_no_finished_step(tiny, tmp_path, before_step, num_workers, data):
+    for seed, name in enumerate(("train", "many_0", "many_1")):
+        write_documents(tmp_path / name, num_documents=200, seed=seed)
+    settings = [f"data.num_workers={num_workers}", "data.prefetch_factor=1", NO_CHECKPOINTS]
+    if data == "blend":
+        run = prepare(with_blend(tiny, tmp_path / "train", tmp_path / "many_0"), *settings)
+    else:
+        run = prepare(tiny, f"data.train={tmp_path}/{data}", *settings)
+
+    def shrink():
+        for path in tmp_path.glob("*.bin"):
+            os.truncate(path, 5)
+
+    before_step(run, 3, shrink)
+    kind = message = None
+    try:
+        train(run, resume_command="")
+    except Exception as error:  # kept as text: pytest's record of an exception is a cycle that keeps the workers running
+        kind, message = type(error), str(error)
+    assert kind is DataError and re.search(r"(train|many_[01])\.bin is shorter than when it was opened", message)
+    assert kind.exit_code == 3 and run.position.step >= 3 and checkpoint_steps(run) == [run.position.step]
 
 
 def test_a_killed_loader_worker_is_one_sentence_and_costs_no_finished_step(tiny, before_step):

@@ -1,0 +1,94 @@
+"""The loss on held-out sequences: of each source by itself, and of all of them as the blend weighs them."""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from phase8.data.loader import build_loader, evaluation_microbatches
+from phase8.observe.metrics import SourceLoss
+from phase8.train.build import Run
+from phase8.train.microbatch import Microbatch, split_sample
+from phase8.train.step import evaluate
+from phase8.train.unreadable import read_together
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """What an evaluation measured.
+
+    Args:
+        loss: Mean of the sources' losses, weighted by the blend, in nats per token.
+        num_tokens: Tokens that were predicted, over all sources.
+        sources: Each source.
+    """
+
+    loss: float
+    num_tokens: int
+    sources: tuple[SourceLoss, ...]
+
+
+class HeldOutData:
+    """The held-out sequences of a rank, the same ones in every evaluation.
+
+    The sources are evaluated one after the other: what a small source lacks of its share then changes the precision of its loss,
+    not its weight.
+
+    Args:
+        run: Its validation data exist.
+    """
+
+    def __init__(self, run: Run):
+        self._run = run
+        shape, dataset = run.shape, run.data.validation
+        microbatches = evaluation_microbatches(
+            dataset, num_samples=run.config.train.evaluation_sequences, micro_batch_size=shape.micro_batch_size
+        )
+        self._names = source_names([source.prefix for source in dataset.sources])
+        self._num_sequences = [sum(map(len, of_source)) for of_source in microbatches]
+        # Every rank takes part in every forward: where others still have a microbatch, it repeats one that does not count.
+        own = [of_source[run.learner.mesh.data_parallel_index :: shape.data_parallel_size] for of_source in microbatches]
+        self._num_own, self._num_rounds = [len(each) for each in own], [-(-len(each) // shape.data_parallel_size) for each in microbatches]
+        padded = [
+            mine + every[-1:] * (num_rounds - len(mine)) for mine, every, num_rounds in zip(own, microbatches, self._num_rounds, strict=True)
+        ]
+        self._loader = build_loader(dataset, run.config.data, sample_numbers=list(itertools.chain.from_iterable(padded)))
+
+    def evaluate(self) -> Evaluation:
+        """Measures the losses of the present weights; every rank takes part.
+
+        Raises:
+            DataError: The data cannot be read.
+            UnreadableData: The same, on some of several ranks.
+        """
+        blend = self._run.data.validation.order.blend
+        batches = read_together(lambda: list(self._microbatches()))
+        sources, first = [], 0
+        for name, weight, num_sequences, num_rounds in zip(self._names, blend.weights, self._num_sequences, self._num_rounds, strict=True):
+            loss, num_tokens = evaluate(self._run.learner, batches[first : first + num_rounds])
+            sources.append(SourceLoss(name=name, weight=weight, loss=loss, num_tokens=num_tokens, num_sequences=num_sequences))
+            first += num_rounds
+        return Evaluation(weighted_loss(sources), sum(source.num_tokens for source in sources), tuple(sources))
+
+    def _microbatches(self) -> Iterator[Microbatch]:
+        samples = iter(self._loader)
+        for num_own, num_rounds in zip(self._num_own, self._num_rounds, strict=True):
+            for index, sample in enumerate(itertools.islice(samples, num_rounds)):
+                microbatch = split_sample(sample, reset_at_document_boundaries=self._run.config.data.reset_at_document_boundaries)
+                yield microbatch if index < num_own else microbatch.without_targets()
+
+
+def weighted_loss(sources: Sequence[SourceLoss]) -> float:
+    """The mean of the sources' losses, weighted by the blend; a source of which no token was predicted has none."""
+    counted = [source for source in sources if source.num_tokens]
+    total = sum(source.weight for source in counted)
+    return math.fsum(source.weight * source.loss for source in counted) / total if counted else 0.0
+
+
+def source_names(prefixes: Sequence[str]) -> list[str]:
+    """The last part of each path where that tells them apart, else the paths."""
+    names = [Path(prefix).name for prefix in prefixes]
+    return names if len(set(names)) == len(names) else list(prefixes)
