@@ -105,15 +105,30 @@ def append_whole(file: FileIO, record: bytes) -> None:
 def open_lock_file(path: Path) -> int:
     """A descriptor of a lock file, which is made where it is missing and whose content is never touched.
 
-    Its name is known in advance, so another user of a shared directory may have put a link or a pipe there: neither is followed or waited for.
-
     Raises:
         OSError: It cannot be opened, or is no regular file.
     """
-    descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC, 0o666)
+    return _open_known_name(path, os.O_RDWR)
+
+
+def open_for_appending(path: Path) -> int:
+    """A descriptor of a record that grows line by line, which is made where it is missing.
+
+    Raises:
+        OSError: As `open_lock_file`.
+    """
+    return _open_known_name(path, os.O_WRONLY | os.O_APPEND)
+
+
+def _open_known_name(path: Path, access: int) -> int:
+    """Opens a file whose name is known in advance, and where another user of a shared directory may have put a link or a pipe.
+
+    Neither is followed or waited for.
+    """
+    descriptor = os.open(path, access | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC, 0o666)
     if not stat.S_ISREG(os.fstat(descriptor).st_mode):
         os.close(descriptor)
-        raise OSError(errno.EINVAL, "in the way of a lock and not a regular file", str(path))
+        raise OSError(errno.EINVAL, "in the way and not a regular file", str(path))
     return descriptor
 
 

@@ -27,6 +27,11 @@ def expand_path(text: str) -> str:
     return home
 
 
+def real_path(path: Path) -> Path:
+    """Where a path leads when every symbolic link is followed: the one identity of a file or directory, there or yet to come."""
+    return Path(os.path.realpath(path))  # of a loop of links, which Path.resolve raises for, opening says what is wrong
+
+
 def _value(match: re.Match[str], text: str) -> str:
     name = match[2] if match[1] is None else match[1]
     if not _IDENTIFIER.fullmatch(name):

@@ -242,11 +242,13 @@ def _without_child_signals(loader: DataLoader) -> Iterator:
 
 
 def _leave_signals_to_trainer(worker_id: int) -> None:
-    """Lets the trainer finish its step: Ctrl-C, and schedulers by SIGTERM, signal every process of a job, and a worker must live on.
+    """Lets the trainer finish its step: a worker lives on when every process of a job is signalled.
 
-    Only the trainer's own SIGTERM, by which Python ends its children at exit, is obeyed.
+    Ctrl-C does that, a terminal that closes (SIGHUP), and schedulers (SIGTERM, SIGUSR1). Only the trainer's own SIGTERM, by which Python ends
+    its children at exit, is obeyed.
     """
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    for number in (signal.SIGINT, signal.SIGHUP, signal.SIGUSR1):
+        signal.signal(number, signal.SIG_IGN)
     if sys.platform == "linux":  # elsewhere a signal does not tell its sender
         signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
         threading.Thread(target=_end_when_trainer_asks, args=(multiprocessing.parent_process().pid,), daemon=True).start()

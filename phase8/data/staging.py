@@ -14,7 +14,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from phase8.durable import staged_file, storage_errors
+from phase8.durable import open_lock_file, staged_file, storage_errors
 from phase8.errors import DataError
 
 
@@ -63,7 +63,7 @@ def _owned_lock_file(path: Path, *, wait: bool) -> int:
     while True:
         with storage_errors(path):
             path.parent.mkdir(parents=True, exist_ok=True)
-            descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
+            descriptor = open_lock_file(path)
             try:
                 fcntl.flock(descriptor, fcntl.LOCK_EX if wait else fcntl.LOCK_EX | fcntl.LOCK_NB)
                 if os.path.samestat(os.fstat(descriptor), path.stat()):

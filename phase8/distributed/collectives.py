@@ -105,12 +105,12 @@ def broadcast_text(text: str | None) -> str | None:
     return bytes(data.tolist()).decode(errors="surrogatepass")  # a path need not be UTF-8
 
 
-def gather_texts(text: str | None) -> list[str | None]:
-    """What every rank of the world says, in order, on every rank."""
+def gather_texts(text: str | None, group: dist.ProcessGroup | None = None) -> list[str | None]:
+    """What every rank of the world says, in order, on every rank; over a group of all ranks if one is given."""
     if not dist.is_initialized():
         return [text]
     texts: list[str | None] = [None] * dist.get_world_size()
-    dist.all_gather_object(texts, text)
+    dist.all_gather_object(texts, text, group=group)
     return texts
 
 

@@ -22,7 +22,7 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from phase8.closing import Tolerated
-from phase8.durable import append_whole, replace_file, storage_errors
+from phase8.durable import append_whole, open_for_appending, replace_file, storage_errors
 from phase8.errors import StorageError
 from phase8.terminal import warn
 
@@ -123,7 +123,7 @@ class MetricsWriter:
         _drop_later_lines(self._path, resume_step, say)
         with storage_errors(self._path):
             # Unbuffered: nothing is left behind that a failed write could hold back until close.
-            self._file = FileIO(self._path, "ab")
+            self._file = FileIO(open_for_appending(self._path), "ab")
         self._events: EventFile | None = None
         if tensorboard:
             with Tolerated("TensorBoard gets no events of this run", say):

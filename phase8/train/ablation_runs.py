@@ -19,7 +19,7 @@ from typing import Any
 import torch
 
 from phase8.data.staging import read_json, write_json
-from phase8.durable import storage_errors
+from phase8.durable import open_for_appending, storage_errors
 from phase8.errors import StorageError
 from phase8.observe.history import History, last_finite, median
 from phase8.observe.metrics import read_metrics
@@ -164,7 +164,7 @@ class RunProcesses:
         command, log, gpu = self.machine.command(run.settings), self.output / "logs" / f"{run.name}.log", self._least_busy_gpu()
         with storage_errors(log):
             log.parent.mkdir(parents=True, exist_ok=True)
-            with log.open("ab") as file:
+            with open(open_for_appending(log), "ab") as file:
                 file.write(f"$ {shlex.join(command)}\n".encode(errors=ESCAPED))
                 file.flush()
                 # In a session of its own: Ctrl-C reaches this process alone, which asks each run once.

@@ -198,7 +198,7 @@ class Trainer:
             skipped=result.skipped,
         )
 
-    def record_event(self, event: str, **fields: str | int | float) -> None:
+    def record_event(self, event: str, **fields: str | int | float | None) -> None:
         """Records something that happened after the current step."""
         self._record(lambda metrics: metrics.log_event(self.run.position.step, event, **fields))
 

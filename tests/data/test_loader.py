@@ -267,7 +267,7 @@ def test_moved_data_are_the_same_data(tmp_path, prefix):
 
 @pytest.mark.skipif(sys.platform != "linux", reason="elsewhere a signal does not tell its sender")
 def test_signals_to_the_whole_job_leave_the_workers_alive(prefix):
-    """Ctrl-C and a scheduler's SIGTERM reach every process; the trainer must still get the batches of the step it is in."""
+    """Ctrl-C, the end of a terminal and what schedulers send reach every process; the trainer must still get the batches of the step it is in."""
     expected = consumed(opened(prefix), 24)
     before = multiprocessing.active_children()
     numbers = microbatch_sample_numbers(samples_consumed=0, micro_batch_size=4)
@@ -275,7 +275,7 @@ def test_signals_to_the_whole_job_leave_the_workers_alive(prefix):
     received = next(batches)["tokens"].tolist() + next(batches)["tokens"].tolist()  # both workers are past their start
     workers = [str(process.pid) for process in multiprocessing.active_children() if process not in before]
     assert len(workers) == 2
-    for name in ("TERM", "INT", "TERM"):
+    for name in ("TERM", "INT", "TERM", "HUP", "USR1"):
         subprocess.run(["kill", f"-{name}", *workers], check=True)
     for _ in range(4):
         received += next(batches)["tokens"].tolist()

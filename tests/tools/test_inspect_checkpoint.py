@@ -40,7 +40,7 @@ def run_directory(tmp_path: Path) -> Path:
                 "title": "[red]\x1b[2J",
                 "torch_version": "2.13.0",
             },
-            attachments={"tokenizer.model": tokenizer},
+            attachments={"tokenizer.model": tokenizer.read_bytes()},
         )
     return tmp_path / "run"
 

@@ -92,7 +92,8 @@ def test_there_and_back_is_bit_equal(tmp_path, settings, options):
     tokenizer = tmp_path / "tokenizer.model"
     tokenizer.write_bytes(b"words")
     tensors = {name: source.read(name) for name in source.tensor_names}
-    path = save_checkpoint(tmp_path / "with", step=7, tensors=tensors, metadata=source.metadata, attachments={"tokenizer.model": tokenizer})
+    attachments = {"tokenizer.model": tokenizer.read_bytes()}
+    path = save_checkpoint(tmp_path / "with", step=7, tensors=tensors, metadata=source.metadata, attachments=attachments)
     assert run(path, tmp_path / "hf", "--format", "hf") == 0
     copy = imported(tmp_path / "hf", *options)
     assert not list(compare_checkpoints(source, copy)) and copy.step == 0

@@ -1,5 +1,6 @@
 """Every promise of the config and of the loop reaches the run: each test trains for a few steps and looks at what came of it."""
 
+import errno
 import io
 import math
 import multiprocessing
@@ -135,13 +136,40 @@ def test_a_finished_run_without_a_report_draws_it_when_started_again(tiny, conso
     assert page.read_text() == "kept" and "has already reached step 5" in console.file.getvalue()
 
 
-def test_a_stop_signal_says_that_it_stops_after_this_step_and_how_to_go_on(tiny, console, before_step, capfd):
-    run = prepare(tiny, console=console)
-    before_step(run, 2, lambda: os.kill(os.getpid(), signal.SIGINT))
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1])
+def test_a_stop_signal_says_that_it_stops_after_this_step_and_how_to_go_on(tiny, console, before_step, capfd, number):
+    run, before = prepare(tiny, console=console), signal.getsignal(number)
+    before_step(run, 2, lambda: os.kill(os.getpid(), number))
     train(run, resume_command="resume with this")
-    assert "SIGINT: stopping after this step" in capfd.readouterr().err
-    assert "SIGINT: saved at step 2; go on with:\n  resume with this" in console.file.getvalue()
-    assert checkpoint_steps(run) == [2] and signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    name = signal.Signals(number).name
+    assert f"{name}: stopping after this step" in capfd.readouterr().err
+    assert f"{name}: saved at step 2; go on with:\n  resume with this" in console.file.getvalue()
+    assert checkpoint_steps(run) == [2] and signal.getsignal(number) is before
+
+
+@pytest.mark.parametrize("number", [signal.SIGHUP, signal.SIGUSR1])
+def test_a_signal_that_a_run_was_started_to_ignore_does_not_stop_it(tiny, before_step, number):
+    """As nohup does."""
+    before = signal.signal(number, signal.SIG_IGN)
+    try:
+        run = prepare(tiny, "train.stop_at_step=4")
+        before_step(run, 2, lambda: os.kill(os.getpid(), number))
+        train(run, resume_command="")
+    finally:
+        signal.signal(number, before)
+    assert run.position.step == 4
+
+
+def test_a_stop_signal_is_heeded_when_nobody_can_be_told(monkeypatch):
+    """The terminal that has closed is also where the notice would go."""
+
+    def gone(descriptor, text):
+        raise OSError(errno.EIO, "Input/output error")
+
+    monkeypatch.setattr(os, "write", gone)
+    with StopRequest() as stop:
+        os.kill(os.getpid(), signal.SIGHUP)
+    assert stop.received == "SIGHUP"
 
 
 @pytest.mark.parametrize("enabled", [True, False])
@@ -448,7 +476,8 @@ from pathlib import Path
 from phase8.errors import StorageError
 from phase8.train.run_directory import RunDirectory
 try:
-    RunDirectory(Path(sys.argv[1])).lock()
+    with RunDirectory(Path(sys.argv[1])).lock():
+        pass
 except StorageError as error:
     print(error)
 """
