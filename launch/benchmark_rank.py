@@ -12,21 +12,16 @@ from dataclasses import asdict
 from pathlib import Path
 
 from phase8.config.load import load_config
-from phase8.errors import Phase8Error, describe_error
+from phase8.terminal import run_door
 
 
 def main() -> int:
     """Runs the command line and returns the exit code."""
+    return run_door(_measure)
+
+
+def _measure() -> int:
     arguments = _parser().parse_args()
-    try:
-        _measure(arguments)
-    except Phase8Error as error:
-        print(describe_error(error), file=sys.stderr)
-        return error.exit_code
-    return 0
-
-
-def _measure(arguments: argparse.Namespace) -> None:
     config = load_config(arguments.config)
     # Imported late, as in launch/pretrain.py.
     from phase8.data.staging import write_json
@@ -52,6 +47,7 @@ def _measure(arguments: argparse.Namespace) -> None:
             report=lambda step, doing: watch.report(step=step, doing=doing),
         )
         write_json(directory / f"{world.rank}.json", asdict(figures))
+    return 0
 
 
 def _parser() -> argparse.ArgumentParser:

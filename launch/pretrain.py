@@ -1,9 +1,10 @@
 """Pretrains a model from a config: `python launch/pretrain.py --config configs/quickstart.yaml`.
 
-Exit codes: 0 finished, or stopped by Ctrl-C or SIGTERM after saving; 1 a bug; 2 config or command line; 3 data or tokenizer;
-4 checkpoint; 5 storage; 6 training diverged; 7 a rank hangs, is lost or cannot be reached; 8 copies of a weight differ between ranks;
-130 interrupted before there was anything to save, or by a second Ctrl-C. Under torchrun, which itself exits with 1, the code of the rank
-that failed first is in its summary.
+Exit codes: 0 finished, or stopped by Ctrl-C, SIGTERM, SIGHUP or SIGUSR1 after saving; 1 a bug; 2 config or command line;
+3 data or tokenizer; 4 checkpoint; 5 storage; 6 training diverged; 7 a rank hangs, is lost or cannot be reached; 8 copies of a weight differ
+between ranks; 130 interrupted before there was anything to save, or by a second Ctrl-C; 141 --dry-run alone: whoever read the output has
+gone (training goes on without its output). Under torchrun, which itself exits with 1, the code of the rank that failed first is in its
+summary.
 """
 
 from __future__ import annotations
@@ -17,47 +18,39 @@ from pathlib import Path
 from phase8.config.arguments import path_argument, resume_argument
 from phase8.config.describe import describe_schema
 from phase8.config.load import load_config
-from phase8.errors import ConfigError, Phase8Error, describe_error
+from phase8.errors import ConfigError
+from phase8.terminal import make_console, output_is_the_product, run_door
 
 DEFAULT_CONFIG = Path(__file__).resolve().parent.parent / "configs" / "quickstart.yaml"
 
 
 def main() -> int:
     """Runs the command line and returns the exit code."""
+    return run_door(_run, interrupted="interrupted: nothing was saved since the last checkpoint")
+
+
+def _run() -> int:
     arguments = _parser().parse_args()
     overrides = [override for group in arguments.set for override in group]
-    try:
-        if arguments.world_size is not None and not arguments.dry_run:
-            raise ConfigError(f"--world-size {arguments.world_size} is for --dry-run: a run has the processes that were started; leave it out.")
-        if arguments.dry_run:
-            _dry_run(load_config(arguments.config, overrides), 1 if arguments.world_size is None else arguments.world_size)
-        else:
-            _train(arguments, overrides)
-    except Phase8Error as error:
-        print(describe_error(error), file=sys.stderr)
-        return error.exit_code
-    except KeyboardInterrupt:
-        print("interrupted: nothing was saved since the last checkpoint", file=sys.stderr)
-        return 130
-    except BrokenPipeError:  # whoever read the output has gone; what was trained is saved
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 1
+    if arguments.world_size is not None and not arguments.dry_run:
+        raise ConfigError(f"--world-size {arguments.world_size} is for --dry-run: a run has the processes that were started; leave it out.")
+    if arguments.dry_run:
+        _dry_run(load_config(arguments.config, overrides), 1 if arguments.world_size is None else arguments.world_size)
+    else:
+        _train(arguments, overrides)
     return 0
 
 
 def _dry_run(config, world_size: int) -> None:
-    from rich.console import Console
-
     from phase8.plan.dry_run import dry_run
 
-    dry_run(config, world_size=world_size, console=Console())
+    with output_is_the_product():
+        dry_run(config, world_size=world_size, console=make_console())
 
 
 def _train(arguments: argparse.Namespace, overrides: list[str]) -> None:
     config = load_config(arguments.config, overrides)
     # Imported late: a mistake in the config is answered before torch is loaded.
-    from rich.console import Console
-
     from phase8.config.validate import validate
     from phase8.distributed.bootstrap import world_from_environment
     from phase8.distributed.collectives import gather_texts
@@ -66,7 +59,7 @@ def _train(arguments: argparse.Namespace, overrides: list[str]) -> None:
     from phase8.train.build import build_run
     from phase8.train.device import select_device, share_cores
     from phase8.train.loop import train
-    from phase8.train.restart import record_agents, resume_after_restart
+    from phase8.train.restart import resume_after_restart
     from phase8.train.run_directory import run_directory
 
     os.environ.setdefault("TORCH_FR_BUFFER_SIZE", "2000")  # collectives of NCCL that a hang record shows
@@ -78,12 +71,10 @@ def _train(arguments: argparse.Namespace, overrides: list[str]) -> None:
     limits = Limits(timeout_seconds=config.parallel.timeout_seconds)
     directory = run_directory(config.run)
     with running(world, device_type=device.type, limits=limits, hang_directory=directory.path / "hang") as watch:
-        console = Console(quiet=world.rank != 0)
+        console = make_console(quiet=world.rank != 0)
         agents = {agent for agent in gather_texts(world.agent) if agent is not None}
         resume = resume_after_restart(arguments.resume, directory, agents=agents)
-        run = build_run(config, device=device, resume=resume, console=console, world_size=world.world_size)
-        if run.is_main:
-            record_agents(directory, agents=agents)
+        run = build_run(config, device=device, resume=resume, console=console, world_size=world.world_size, agents=agents)
         train(run, resume_command=_resume_command(), report=lambda step, doing: watch.report(step=step, doing=doing))
 
 

@@ -12,7 +12,8 @@ import secrets
 import shutil
 import stat
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from io import FileIO
 from pathlib import Path
 
 from phase8.errors import StorageError
@@ -48,7 +49,8 @@ def staged_file(destination: Path) -> Iterator[Path]:
             partial.replace(destination)
             fsync_path(destination.parent)
         finally:
-            partial.unlink(missing_ok=True)
+            with suppress(OSError):  # what keeps it from being written may keep it from being removed
+                partial.unlink(missing_ok=True)
 
 
 @contextmanager
@@ -84,18 +86,49 @@ def replace_file(destination: Path, content: bytes) -> None:
         partial.write_bytes(content)
 
 
+def append_whole(file: FileIO, record: bytes) -> None:
+    """Appends a record to an unbuffered file or, when the disk is full in the middle of it, none of it.
+
+    Raises:
+        OSError: The system refuses to write.
+    """
+    start = file.tell()
+    written = 0
+    try:
+        while written < len(record):
+            written += file.write(record[written:])
+    except OSError:
+        file.truncate(file.seek(start))
+        raise
+
+
 def open_lock_file(path: Path) -> int:
     """A descriptor of a lock file, which is made where it is missing and whose content is never touched.
-
-    Its name is known in advance, so another user of a shared directory may have put a link or a pipe there: neither is followed or waited for.
 
     Raises:
         OSError: It cannot be opened, or is no regular file.
     """
-    descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC, 0o666)
+    return _open_known_name(path, os.O_RDWR)
+
+
+def open_for_appending(path: Path) -> int:
+    """A descriptor of a record that grows line by line, which is made where it is missing.
+
+    Raises:
+        OSError: As `open_lock_file`.
+    """
+    return _open_known_name(path, os.O_WRONLY | os.O_APPEND)
+
+
+def _open_known_name(path: Path, access: int) -> int:
+    """Opens a file whose name is known in advance, and where another user of a shared directory may have put a link or a pipe.
+
+    Neither is followed or waited for.
+    """
+    descriptor = os.open(path, access | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC, 0o666)
     if not stat.S_ISREG(os.fstat(descriptor).st_mode):
         os.close(descriptor)
-        raise OSError(errno.EINVAL, "in the way of a lock and not a regular file", str(path))
+        raise OSError(errno.EINVAL, "in the way and not a regular file", str(path))
     return descriptor
 
 

@@ -15,6 +15,7 @@ print it without a traceback and exit with the class's `exit_code`.
 | 7 | communication: a rank that hangs, is lost, or cannot be reached |
 | 8 | silent corruption: ranks whose copies of a weight differ |
 | 130 | interrupted before there was anything to save, or by a second Ctrl-C |
+| 141 | whoever read the output has gone, and printing it was all there was to do |
 
 (`tools/inspect_checkpoint.py --diff` exits with 1 when the checkpoints differ, as diff does.)
 """
@@ -94,6 +95,12 @@ class CorruptionError(Phase8Error):
     """Copies of a weight, or of its optimizer state, that must be the same on several ranks and are not: memory or a link has lied."""
 
     exit_code = 8
+
+
+class ReaderGoneError(Phase8Error):
+    """Nobody reads what a tool was asked to print; the exit code is that of other programs then, which SIGPIPE ends."""
+
+    exit_code = 141
 
 
 def describe_error(error: Phase8Error) -> str:

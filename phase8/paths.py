@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+from pathlib import Path
 
 from phase8.errors import ConfigError
 
@@ -26,6 +27,11 @@ def expand_path(text: str) -> str:
     return home
 
 
+def real_path(path: Path) -> Path:
+    """Where a path leads when every symbolic link is followed: the one identity of a file or directory, there or yet to come."""
+    return Path(os.path.realpath(path))  # of a loop of links, which Path.resolve raises for, opening says what is wrong
+
+
 def _value(match: re.Match[str], text: str) -> str:
     name = match[2] if match[1] is None else match[1]
     if not _IDENTIFIER.fullmatch(name):
@@ -33,3 +39,12 @@ def _value(match: re.Match[str], text: str) -> str:
     if not os.environ.get(name):
         raise ConfigError(f"the path {text!r} uses the variable {name}, which is not set; set it, or write the path out.")
     return os.environ[name]
+
+
+def why_unreadable(path: Path, error: OSError) -> str:
+    """What a sentence says after "cannot read PATH: "; a symbolic link that leads nowhere is called one, where the system says "no such file"."""
+    if isinstance(error, FileNotFoundError):
+        for place in (path, *path.parents):
+            if place.is_symlink() and not place.exists():
+                return f"{'it' if place == path else place} is a symbolic link to {os.readlink(place)}, which does not exist"
+    return error.strerror or str(error)

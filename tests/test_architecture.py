@@ -25,7 +25,17 @@ MAX_FUNCTION_LINES = 60
 MAX_KERNEL_LINES = 120
 PICKLERS = {"pickle", "_pickle", "cPickle", "cloudpickle", "dill", "joblib", "marshal", "shelve"}
 TORCH_PICKLERS = {"load", "save"}
-MAY_CATCH_EXCEPTION = {"phase8/data/tokenizer.py"}  # the tokenizers package raises nothing narrower
+# The tokenizers package raises nothing narrower; nothing that goes wrong in a periodic save may end training.
+MAY_CATCH_EXCEPTION = {"phase8/data/tokenizer.py", "phase8/train/saver.py"}
+MAY_TOLERATE = {  # any error, said in a sentence: at the end of work that is done, and of an extra of it
+    "phase8/closing.py", "phase8/distributed/rendezvous.py", "phase8/observe/metrics.py", "phase8/observe/progress.py",
+    "phase8/observe/stage_progress.py", "phase8/train/loop.py", "phase8/train/trainer.py",
+}  # fmt: skip
+# Into fresh names and directories of their own, into what a launcher or a user has named.
+MAY_OPEN_TO_WRITE = {
+    "phase8/durable.py", "phase8/terminal.py", "phase8/data/staging.py", "phase8/data/tokenizer_training.py", "phase8/distributed/ending.py",
+    "phase8/train/ablation_runs.py", "phase8/train/benchmark_parallel.py", "phase8/train/benchmark_profile.py",
+}  # fmt: skip
 VAGUE_NAMES = {"utils", "util", "helpers", "common", "misc", "manager"}
 
 
@@ -139,6 +149,15 @@ def test_only_doors_and_observe_print():
     assert places((path, call) for path, call in nodes(ast.Call, quiet) if called_name(call) == "print") == []
 
 
+def test_streams_that_outlive_their_reader_are_made_in_one_place():
+    """A console of rich's own exits when a pipe breaks, and a door that handles its errors by itself knows some of them."""
+    consoles = ((path, call) for path, call in nodes(ast.Call) if called_name(call).split(".")[-1] == "Console")
+    assert [place for place in places(consoles) if not place.startswith("phase8/terminal.py:")] == []
+    mains = [(path, f) for path, f in nodes(ast.FunctionDef, DOORS) if f.name == "main"]
+    assert len(mains) == len(DOORS)
+    assert places((path, f) for path, f in mains if not ast.unparse(f.body[-1]).startswith("return run_door(") or len(f.body) > 8) == []
+
+
 def test_only_the_launcher_the_device_the_toolchain_and_paths_touch_the_environment():
     allowed = ("launch", "phase8/train/device.py", "phase8/kernels/toolchain.py", "phase8/paths.py")
     quiet = [path for path in TREES if not is_below(path, *allowed)]
@@ -159,6 +178,17 @@ def test_nothing_unpickles():
     assert places(imports) + places(torch_calls) + places(numpy_calls) == []
 
 
+def test_no_file_of_a_known_name_is_opened_to_be_written():
+    """Another user of a shared directory may have put a link there: `durable` replaces, appends and locks without following it."""
+
+    def is_writing(call: ast.Call) -> bool:
+        name, texts = called_name(call).rpartition(".")[2], {argument.value for argument in call.args if isinstance(argument, ast.Constant)}
+        return name in ("write_text", "write_bytes", "touch") or (name == "open" and bool(texts & {"w", "wb", "a", "ab"}))
+
+    calls = nodes(ast.Call, LIBRARY)
+    assert places((path, call) for path, call in calls if is_writing(call) and relative(path) not in MAY_OPEN_TO_WRITE) == []
+
+
 def test_no_error_is_swallowed_by_a_broad_except():
     def is_broad(handler: ast.ExceptHandler) -> bool:
         caught = [] if handler.type is None else [ast.unparse(node) for node in ast.walk(handler.type) if isinstance(node, ast.expr)]
@@ -167,6 +197,11 @@ def test_no_error_is_swallowed_by_a_broad_except():
     broad = [(path, handler) for path, handler in nodes(ast.ExceptHandler) if is_broad(handler)]
     assert places(pair for pair in broad if relative(pair[0]) not in MAY_CATCH_EXCEPTION) == []
     assert all(handler.type is not None and isinstance(handler.body[-1], ast.Raise) for _, handler in broad)
+
+
+def test_errors_are_tolerated_at_ends_only():
+    tolerating = {relative(path) for path, call in nodes(ast.Call) if called_name(call) == "Tolerated"}
+    assert tolerating <= MAY_TOLERATE
 
 
 def test_the_whole_config_is_named_only_where_everything_meets():

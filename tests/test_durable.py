@@ -1,10 +1,12 @@
 from __future__ import annotations
 
 import os
+from contextlib import suppress
 
 import pytest
 
-from phase8.durable import replace_file
+from phase8.data.staging import exclusive_lock
+from phase8.durable import open_for_appending, replace_file
 from phase8.errors import StorageError
 
 
@@ -28,3 +30,31 @@ def test_a_crash_before_the_rename_leaves_the_old_file(tmp_path, monkeypatch):
         replace_file(path, b"new")
     assert path.read_bytes() == b"old"
     assert [entry.name for entry in tmp_path.iterdir()] == ["page.html"]
+
+
+def lock(path):
+    with exclusive_lock(path, wait=False):
+        pass
+
+
+def append(path):
+    os.close(open_for_appending(path))
+
+
+WRITERS = {"lock": lock, "appended record": append, "replaced file": lambda path: replace_file(path, b"new")}
+
+
+@pytest.mark.parametrize("write", WRITERS.values(), ids=WRITERS)
+@pytest.mark.parametrize("obstacle", ["link", "dangling link", "pipe"])
+def test_what_is_in_the_way_under_a_known_name_is_neither_followed_nor_waited_for(write, obstacle, tmp_path):
+    target, path = tmp_path / "elsewhere" / "precious", tmp_path / "known"
+    target.parent.mkdir()
+    if obstacle == "pipe":
+        os.mkfifo(path)
+    else:
+        path.symlink_to(target)
+    if obstacle == "link":
+        target.write_text("content")
+    with suppress(OSError, StorageError):
+        write(path)
+    assert [entry.read_text() for entry in target.parent.iterdir()] == ["content"] * (obstacle == "link")

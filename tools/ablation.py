@@ -15,36 +15,25 @@ Exit codes: 0 all runs are finished; that of the first run that failed (1 if a s
 from __future__ import annotations
 
 import argparse
-import os
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from phase8.config.arguments import path_argument
 from phase8.config.load import load_config
-from phase8.errors import ConfigError, Phase8Error, describe_error
+from phase8.errors import ConfigError
+from phase8.terminal import EXIT_INTERRUPTED, run_door
 
 ROOT = Path(__file__).resolve().parent.parent
-EXIT_INTERRUPTED = 130
 
 
 def main() -> int:
     """Runs the command line and returns the exit code."""
+    return run_door(_ablate, interrupted="interrupted; run the same command again to go on")
+
+
+def _ablate() -> int:
     arguments = _parser().parse_args()
-    try:
-        return _ablate(arguments)
-    except Phase8Error as error:
-        print(describe_error(error), file=sys.stderr)
-        return error.exit_code
-    except KeyboardInterrupt:
-        print("interrupted; run the same command again to go on", file=sys.stderr)
-        return EXIT_INTERRUPTED
-    except BrokenPipeError:  # whoever read the output has gone; the results are written
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 1
-
-
-def _ablate(arguments: argparse.Namespace) -> int:
     settings = [setting for group in arguments.set for setting in group]
     config = load_config(arguments.config, settings)
     _check_numbers(arguments)

@@ -9,8 +9,8 @@
 All but quickstart train on random tokens, written to a temporary directory and read through the real loader. Figures are medians after
 3 steps of warm-up (parallel: 2), in which compilation and the recording of the CUDA graph fall. In the ladder, fp32 products may use tf32 (as
 precision.tf32 says); `gradients` says how far those of a rung are from those of the rung before, which is rounding or a fault. Compare
-ratios, not absolute times, on a machine that does other work. Exit codes as in launch/pretrain.py; with --json one JSON object is
-printed and the table goes to stderr.
+ratios, not absolute times, on a machine that does other work. With --json one JSON object is printed and the table goes to stderr. Exit
+codes as in launch/pretrain.py; 141 whoever read the output has gone.
 """
 
 from __future__ import annotations
@@ -28,7 +28,8 @@ from tempfile import TemporaryDirectory
 
 from phase8.config.arguments import path_argument
 from phase8.config.load import config_to_mapping, load_config
-from phase8.errors import ConfigError, Phase8Error, describe_error
+from phase8.errors import ConfigError
+from phase8.terminal import output_is_the_product, run_door
 
 ROOT = Path(__file__).resolve().parent.parent
 CONFIGS = ROOT / "configs"
@@ -46,21 +47,16 @@ RESEARCH_REFERENCE = (
 
 def main() -> int:
     """Runs the command line and returns the exit code."""
+    return run_door(_run)
+
+
+def _run() -> int:
     arguments = _parser().parse_args()
-    try:
+    with output_is_the_product():
         _check_at_least_one(arguments)
         result = arguments.run(arguments, partial(print, file=sys.stderr if arguments.json else sys.stdout, flush=True))
         if arguments.json:
             print(json.dumps(result))
-    except Phase8Error as error:
-        print(describe_error(error), file=sys.stderr)
-        return error.exit_code
-    except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
-        return 130
-    except BrokenPipeError:  # whoever read the output has gone
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 1
     return 0
 
 

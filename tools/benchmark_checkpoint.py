@@ -31,8 +31,9 @@ from phase8.config.arguments import path_argument
 from phase8.config.load import load_config
 from phase8.distributed.mesh import build_mesh
 from phase8.distributed.placement import held_part
-from phase8.errors import ConfigError, Phase8Error, describe_error
+from phase8.errors import ConfigError
 from phase8.observe.formatting import format_bytes
+from phase8.terminal import run_door
 from phase8.topology import Topology
 from phase8.train.learner import Learner, build_learner
 
@@ -43,18 +44,13 @@ DD_BLOCK_BYTES = 16 * 2**20
 
 def main() -> int:
     """Runs the command line and returns the exit code."""
+    return run_door(_run)
+
+
+def _run() -> int:
     arguments = _parser().parse_args()
-    try:
-        if not dist.is_torchelastic_launched():
-            raise ConfigError("one process is not several; start tools/benchmark_checkpoint.py with torchrun --standalone --nproc_per_node=4.")
-        _run(arguments)
-    except Phase8Error as error:
-        print(describe_error(error), file=sys.stderr)
-        return error.exit_code
-    return 0
-
-
-def _run(arguments: argparse.Namespace) -> None:
+    if not dist.is_torchelastic_launched():
+        raise ConfigError("one process is not several; start tools/benchmark_checkpoint.py with torchrun --standalone --nproc_per_node=4.")
     warnings.filterwarnings("ignore", category=FutureWarning)
     dist.init_process_group("gloo")
     rank, size = dist.get_rank(), dist.get_world_size()
@@ -78,6 +74,7 @@ def _run(arguments: argparse.Namespace) -> None:
                 shutil.rmtree(directory / name)
             dist.barrier()
     dist.destroy_process_group()
+    return 0
 
 
 def _contestants(learner: Learner, directory: Path, *, num_bytes: int, rank: int) -> dict[str, tuple[Callable[[], object], Callable[[], object]]]:

@@ -1,31 +1,28 @@
 """Writes text with a trained model: `python tools/generate.py --checkpoint runs/quickstart --prompt "def main"`.
 
-Decoding is recurrent: memory and time per token are constant at any length. Exit codes as in launch/pretrain.py.
+Decoding is recurrent: memory and time per token are constant at any length. Exit codes as in launch/pretrain.py; 141 whoever read the text
+has gone.
 """
 
 from __future__ import annotations
 
 import argparse
-import os
 import sys
 
 from phase8.config.arguments import path_argument
-from phase8.errors import ConfigError, Phase8Error, describe_error
+from phase8.errors import ConfigError
+from phase8.terminal import output_is_the_product, run_door
 
 
 def main() -> int:
     """Runs the command line and returns the exit code."""
+    return run_door(_run, interrupted="")
+
+
+def _run() -> int:
     arguments = _parser().parse_args()
-    try:
+    with output_is_the_product():
         _generate(arguments)
-    except Phase8Error as error:
-        print(describe_error(error), file=sys.stderr)
-        return error.exit_code
-    except KeyboardInterrupt:
-        print()
-        return 130
-    except BrokenPipeError:  # whoever read the output has gone
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     return 0
 
 
@@ -40,13 +37,16 @@ def _generate(arguments: argparse.Namespace) -> None:
         raise ConfigError(f"--max-tokens is {arguments.max_tokens}, but at least 1 is needed.")
     options = SamplingOptions(arguments.temperature, arguments.top_k, arguments.top_p, arguments.seed)
     model, data, checkpoint = restore_model(arguments.checkpoint, device=select_device(arguments.device))
-    tokenizer = load_tokenizer(arguments.tokenizer) if arguments.tokenizer else restore_tokenizer(checkpoint)
-    if tokenizer.vocab_size > model.section.vocab_size:
-        raise ConfigError(
-            f"--tokenizer {arguments.tokenizer} has {tokenizer.vocab_size} ids, but the model has {model.section.vocab_size}; "
-            "give the tokenizer it was trained with."
-        )
-    sys.stdout.reconfigure(errors="replace")  # the model may write what the terminal cannot show
+    vocab_size, eod_token = model.section.vocab_size, arguments.eod_token or data.eod_token
+    if arguments.tokenizer is None:
+        tokenizer = restore_tokenizer(checkpoint, vocab_size=vocab_size, eod_token=eod_token)
+    else:
+        tokenizer = load_tokenizer(arguments.tokenizer, eod_token=eod_token)
+        if tokenizer.vocab_size > vocab_size:
+            raise ConfigError(
+                f"--tokenizer {arguments.tokenizer} has {tokenizer.vocab_size} ids, but the model has {vocab_size}; "
+                "give the tokenizer it was trained with."
+            )
     prompt = prompt_tokens(tokenizer, arguments.prompt, after_document_end=not data.reset_at_document_boundaries)
     print(arguments.prompt, end="", flush=True)
     for piece in stream_text(model, tokenizer, prompt, max_tokens=arguments.max_tokens, options=options):
@@ -56,7 +56,13 @@ def _generate(arguments: argparse.Namespace) -> None:
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--checkpoint", required=True, type=path_argument, metavar="DIR", help="a checkpoint, or a run directory (its newest)")
+    parser.add_argument(
+        "--checkpoint",
+        required=True,
+        type=path_argument,
+        metavar="DIR",
+        help="a checkpoint, a run (its newest one), consolidated weights, or a Hugging Face Llama",
+    )
     parser.add_argument("--prompt", default="", help="text to continue")
     parser.add_argument("--max-tokens", type=int, default=200, metavar="N", help="tokens written at most")
     parser.add_argument("--temperature", type=float, default=0.8, help="0: always the likeliest token")
@@ -64,6 +70,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--top-p", type=float, default=0.95, metavar="P", help="only the likeliest tokens that together have probability P")
     parser.add_argument("--seed", type=int, default=0, help="of the drawing")
     parser.add_argument("--tokenizer", type=path_argument, metavar="FILE", help="instead of the one in the checkpoint")
+    parser.add_argument("--eod-token", metavar="NAME", help="piece between documents (default: data.eod_token, else the tokenizer's own)")
     parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
     return parser
 

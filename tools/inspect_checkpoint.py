@@ -5,7 +5,7 @@
     python tools/inspect_checkpoint.py DIR --diff OTHER                         max abs difference of every tensor that differs
 
 Exit codes: 0 done (with --diff: no tensor differs), 1 with --diff: some differ, as diff(1) does; 2 command line; 4 damaged or
-missing checkpoint.
+missing checkpoint; 141 whoever read the output has gone.
 """
 
 from __future__ import annotations
@@ -23,18 +23,26 @@ from rich.text import Text
 
 from phase8.checkpoint.compare import TensorDifference, compare_checkpoints
 from phase8.checkpoint.load import Checkpoint, find_checkpoint, open_checkpoint
+from phase8.checkpoint.run_metadata import run_metadata
+from phase8.checkpoint.untrusted import shortened
 from phase8.config.arguments import path_argument
-from phase8.errors import Phase8Error, describe_error
+from phase8.errors import CheckpointError
+from phase8.terminal import make_console, output_is_the_product, run_door
 
 EXIT_DIFFERENT = 1
-_MAX_SUMMARY_CHARACTERS = 500  # longer metadata, such as the random state, is in --json only
+_MAX_SUMMARY_CHARACTERS = 2000  # longer metadata, such as the random state, is in --json only
+_MAX_SUMMARY_ROWS = 100
 _PLAIN_WIDTH = 160  # of tables that go to a file or a pipe, where there is no window to fit
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Exit code of the door."""
+    return run_door(lambda: _inspect(arguments))
+
+
+def _inspect(arguments: Sequence[str] | None) -> int:
     options = _parser().parse_args(arguments)
-    try:
+    with output_is_the_product():
         checkpoint = open_checkpoint(find_checkpoint(options.checkpoint))
         if options.verify:
             checkpoint.verify()
@@ -45,9 +53,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if options.verify:
             other.verify()
         return _show_differences(checkpoint, other, as_json=options.json)
-    except Phase8Error as error:
-        print(describe_error(error), file=sys.stderr)
-        return error.exit_code
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -68,7 +73,8 @@ def _show_checkpoint(checkpoint: Checkpoint, *, as_json: bool, verified: bool) -
             for name, entry in entries.items()
         ]
         summary = {"path": str(checkpoint.path), "step": checkpoint.step, "verified": verified, "total_bytes": total_bytes}
-        print(json.dumps(summary | {"metadata": checkpoint.metadata, "attachments": _attachments(checkpoint), "tensors": tensors}, indent=1))
+        summary |= {"problem": _problem(checkpoint), "metadata": checkpoint.metadata}
+        print(json.dumps(summary | {"attachments": _attachments(checkpoint), "tensors": tensors}, indent=1))
         return
     console = _console()
     console.print(_summary_table(checkpoint, total_bytes=total_bytes, verified=verified))
@@ -86,14 +92,29 @@ def _summary_table(checkpoint: Checkpoint, *, total_bytes: int, verified: bool) 
     table.add_row("step", f"{checkpoint.step:,}")
     table.add_row("checksums", "all verified" if verified else "manifest verified; --verify checks every byte")
     table.add_row("size", f"{total_bytes:,} bytes in {len(checkpoint.manifest.files)} tensor files")
-    table.add_row("attachments", ", ".join(_attachments(checkpoint)) or "none")
-    for key, value in checkpoint.metadata.items():
-        if key == "config" and isinstance(value, dict):
-            for section, content in value.items():
-                table.add_row(Text(_printable(f"config.{section}")), Text(_one_line(content)))
-        elif len(text := _one_line(value)) <= _MAX_SUMMARY_CHARACTERS:
-            table.add_row(Text(_printable(key)), Text(text))
+    table.add_row("attachments", shortened(", ".join(_attachments(checkpoint))) or "none")
+    if (problem := _problem(checkpoint)) is not None:
+        table.add_row("problem", Text(_printable(problem)))
+    metadata = checkpoint.metadata
+    config = metadata["config"] if isinstance(metadata.get("config"), dict) else {}
+    rows = [(f"config.{section}", content) for section, content in config.items()] + [item for item in metadata.items() if item[1] is not config]
+    for key, value in rows[:_MAX_SUMMARY_ROWS]:
+        if len(text := _one_line(value)) <= _MAX_SUMMARY_CHARACTERS:
+            table.add_row(Text(_printable(shortened(key))), Text(text))
+    if len(rows) > _MAX_SUMMARY_ROWS:
+        table.add_row("...", f"{len(rows) - _MAX_SUMMARY_ROWS} more, which --json shows")
     return table
+
+
+def _problem(checkpoint: Checkpoint) -> str | None:
+    """Why nothing can go on from the metadata, if they are those of a training run at all."""
+    if checkpoint.metadata.get("config") is None:
+        return None
+    try:
+        run_metadata(checkpoint)
+    except CheckpointError as error:
+        return str(error)
+    return None
 
 
 def _one_line(content: Any) -> str:
@@ -142,8 +163,8 @@ def _json_number(value: float | None) -> float | str | None:
 
 
 def _console() -> Console:
-    console = Console(highlight=False)
-    return console if console.is_terminal else Console(highlight=False, width=_PLAIN_WIDTH)
+    console = make_console(highlight=False)
+    return console if console.is_terminal else make_console(highlight=False, width=_PLAIN_WIDTH)
 
 
 if __name__ == "__main__":

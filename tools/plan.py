@@ -13,14 +13,14 @@ A check builds what the run would build, on a process group that only pretends t
 are those that a rank keeps between steps, the memory is the planned peak of its GPU.
 
 With --json one JSON object is printed and the text goes to stderr. Exit codes: 0 done; 1 a rank holds something else than planned; 2 a
-schedule that does not exist, numbers that do not suit it, or a config that cannot run; 5 the picture cannot be written.
+schedule that does not exist, numbers that do not suit it, or a config that cannot run; 5 the picture or the output cannot be written; 141
+whoever read the output has gone.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-import os
 import shutil
 import sys
 from collections.abc import Callable, Sequence
@@ -29,12 +29,13 @@ from typing import TYPE_CHECKING, Any
 
 from phase8.config.arguments import path_argument
 from phase8.durable import replace_file
-from phase8.errors import ConfigError, Phase8Error, describe_error
+from phase8.errors import ConfigError
 from phase8.observe.formatting import format_bytes, format_ratio
 from phase8.observe.schedule_text import Box, timeline_text
 from phase8.pipeline_parallel.lowering import lower
 from phase8.pipeline_parallel.schedules import SCHEDULES, Schedule, bubble_ratio, build_schedule, peak_activations
 from phase8.pipeline_parallel.simulate import Simulation, simulate, uniform_costs
+from phase8.terminal import output_is_the_product, run_door
 
 if TYPE_CHECKING:
     from phase8.plan.rank_memory import StageMemory
@@ -42,20 +43,15 @@ if TYPE_CHECKING:
 
 def main() -> int:
     """Runs the command line and returns the exit code."""
+    return run_door(_run)
+
+
+def _run() -> int:
     arguments = _parser().parse_args()
-    try:
+    with output_is_the_product():
         result = arguments.run(arguments, partial(print, file=sys.stderr if arguments.json else sys.stdout, flush=True))
         if arguments.json:
             print(json.dumps(result))
-    except Phase8Error as error:
-        print(describe_error(error), file=sys.stderr)
-        return error.exit_code
-    except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
-        return 130
-    except BrokenPipeError:  # whoever read the output has gone
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 1
     return 0
 
 

@@ -1,8 +1,9 @@
-"""Rewrites a checkpoint for other ranks, merges its weights into one file, or imports a Llama of Hugging Face's transformers.
+"""Rewrites a checkpoint for other ranks, merges its weights into one file, or imports such a file, or a Llama of Hugging Face's transformers.
 
     python tools/reshard_checkpoint.py SRC DST --tensor-parallel-size 8 --pipeline-parallel-size 4 --shards 16
     python tools/reshard_checkpoint.py SRC DST --format consolidated --dtype bf16
     python tools/reshard_checkpoint.py SRC DST --format hf --dtype bf16
+    python tools/reshard_checkpoint.py CONSOLIDATED DST
     python tools/reshard_checkpoint.py LLAMA DST
 
 Any checkpoint loads on any ranks as it is: this makes loading read less, each rank of the layout finding its parts in files of its own. What
@@ -11,9 +12,10 @@ several ranks hold is stored once, with the first of them. The schedule of the c
 consolidated: DST has model.safetensors (plain names, no optimizer), config.json and the tokenizer.
 hf: the same for LlamaForCausalLM of Hugging Face's transformers; for model.block transformer without convolution and low rank, which is a Llama.
 
-SRC may be in that form, too: config.json with model_type llama, and model.safetensors, or model.safetensors.index.json with its files. DST is
-then a checkpoint of step 0 of the transformer baseline, weights in fp32, no optimizer: to sample from, and to train from with --resume DST
-and --set data.allow_fingerprint_change=true. Whatever the baseline cannot compute is refused. Links in SRC are not followed.
+SRC may be in either form, too: what --format consolidated wrote; or config.json with model_type llama, and model.safetensors, or
+model.safetensors.index.json with its files. DST is then a checkpoint of step 0 (of a Llama: of the transformer baseline), weights in fp32, no
+optimizer: to train from with --resume DST and --set data.allow_fingerprint_change=true. tools/generate.py and checkpoint.initialise_from need no
+import. Whatever the baseline cannot compute is refused. Links in SRC are not followed.
 
 SRC is never touched. DST is there when everything was written, read back and compared with SRC. After an interruption (or a kill -9) the
 same command goes on: files that were complete are checked and kept, in a hidden directory beside DST.
@@ -32,38 +34,36 @@ from typing import TYPE_CHECKING, Any
 from rich.progress import DownloadColumn, TimeRemainingColumn, TransferSpeedColumn
 
 from phase8.config.arguments import path_argument
-from phase8.errors import CheckpointError, ConfigError, Phase8Error, describe_error
+from phase8.errors import ConfigError
 from phase8.observe.stage_progress import ProgressDisplay
+from phase8.terminal import run_door
 
 if TYPE_CHECKING:
     import torch
 
     from phase8.checkpoint.load import Checkpoint
     from phase8.checkpoint.reshard import ConsolidatedForm
+    from phase8.checkpoint.weight_files import WeightFiles
     from phase8.config.schema import ParallelSection, RunConfig
 
-EXIT_INTERRUPTED = 130
 LAYOUT = ("tensor_parallel_size", "pipeline_parallel_size", "shards")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Exit code of the door."""
+    return run_door(lambda: _run(arguments), interrupted="interrupted; run the same command again to go on")
+
+
+def _run(arguments: Sequence[str] | None) -> int:
     options = _parser().parse_args(arguments)
-    try:
-        _check_options(options)
-        print(_rewrite(options))
-    except Phase8Error as error:
-        print(describe_error(error), file=sys.stderr)
-        return error.exit_code
-    except KeyboardInterrupt:
-        print("interrupted; run the same command again to go on", file=sys.stderr)
-        return EXIT_INTERRUPTED
+    _check_options(options)
+    print(_rewrite(options))
     return 0
 
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("source", type=path_argument, metavar="SRC", help="a checkpoint, a directory or run of them (its newest), or a Llama")
+    parser.add_argument("source", type=path_argument, metavar="SRC", help="a checkpoint, a run (its newest one), consolidated weights, or a Llama")
     parser.add_argument("destination", type=path_argument, metavar="DST", help="the directory to write; must not exist")
     parser.add_argument("--format", choices=("phase8", "consolidated", "hf"), default="phase8", help="of DST (default: %(default)s)")
     parser.add_argument("--dtype", choices=("bf16", "fp32"), help="convert the weights; not with --format phase8")
@@ -92,16 +92,15 @@ def _rewrite(options: argparse.Namespace) -> str:
     # Imported late: --help and a wrong command line need no torch.
     import torch
 
-    from phase8.checkpoint.llama_source import is_llama_directory
-    from phase8.checkpoint.load import find_checkpoint, open_checkpoint
+    from phase8.checkpoint.model_source import open_model
     from phase8.checkpoint.reshard import consolidate
+    from phase8.checkpoint.weight_files import WeightFiles
 
     with ProgressDisplay(DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn()) as display:
-        if is_import := is_llama_directory(options.source):
-            source, config = _open_llama(options, display)
-        else:
-            source = open_checkpoint(find_checkpoint(options.source))
-            config = _config_of(source)
+        source = open_model(options.source)
+        config = _config_of(source)
+        if is_import := isinstance(source, WeightFiles):
+            source = _checked(source, config, options, display)
         if options.format == "phase8":
             copy = _reshard(source, config, options, display, dtype=torch.float32 if is_import else None)  # master weights are fp32
             return f"{copy.path}: step {copy.step}, {len(copy.tensor_names)} tensors in {len(copy.manifest.files)} files, equal to {source.path}"
@@ -111,19 +110,15 @@ def _rewrite(options: argparse.Namespace) -> str:
     return f"{path}: {path.stat().st_size:,} bytes, the weights of {source.path}"
 
 
-def _open_llama(options: argparse.Namespace, display: ProgressDisplay) -> tuple[Checkpoint, RunConfig]:
-    """A directory of transformers as a checkpoint, and its config. What can be refused is refused before its weights are read."""
-    from phase8.checkpoint.llama_source import open_llama
+def _checked(source: WeightFiles, config: RunConfig, options: argparse.Namespace, display: ProgressDisplay) -> Checkpoint:
+    """Weights without a manifest as a checkpoint. What can be refused is refused before they are read."""
     from phase8.checkpoint.rewrite import check_destination
-    from phase8.config.schema import PrecisionSection, RunConfig
 
-    llama = open_llama(options.source)
-    if options.format == "hf":
-        raise ConfigError(f"--format is hf, but {llama.path} is in that form already; leave it out to import it.")
-    config = RunConfig(model=llama.model, precision=PrecisionSection(dtype="bf16" if llama.is_bf16 else "fp32"))
+    if options.format == source.form == "hf":
+        raise ConfigError(f"--format is hf, but {source.path} is in that form already; leave it out to import it.")
     _parallel(config, options)
-    check_destination(llama.path, options.destination)
-    return llama.as_checkpoint(_metadata_of_beginning(config), on_progress=display.show), config
+    check_destination(source.path, options.destination)
+    return source.with_checksums(_metadata_of_beginning(config), on_progress=display.show)
 
 
 def _metadata_of_beginning(config: RunConfig) -> dict[str, Any]:
@@ -145,20 +140,26 @@ def _metadata_of_beginning(config: RunConfig) -> dict[str, Any]:
 
 
 def _config_of(source: Checkpoint) -> RunConfig:
-    from phase8.config.load import config_from_mapping
+    """The config of a checkpoint, whose weights are those of its model."""
+    import torch
 
-    saved = source.metadata.get("config")
-    if not isinstance(saved, dict):
-        raise CheckpointError(f"{source.path} holds no config; give a checkpoint written by launch/pretrain.py.")
-    return config_from_mapping(saved, source=str(source.path))
+    from phase8.checkpoint.run_metadata import run_metadata
+    from phase8.checkpoint.state import require_fit
+    from phase8.config.load import config_from_mapping
+    from phase8.model.model import build_model
+
+    config = config_from_mapping(run_metadata(source).config, source=str(source.path))
+    require_fit(source, build_model(config.model, dtype=torch.float32, device=torch.device("meta")), widen=True)
+    return config
 
 
 def _consolidated_form(source: Checkpoint, config: RunConfig, options: argparse.Namespace) -> ConsolidatedForm:
     from phase8.checkpoint.llama import llama_config, llama_name, reasons_against
     from phase8.checkpoint.reshard import ConsolidatedForm
+    from phase8.config.load import config_to_mapping
 
     if options.format == "consolidated":
-        return ConsolidatedForm(source.metadata["config"])
+        return ConsolidatedForm(config_to_mapping(config))
     reasons = list(reasons_against(config.model))
     if reasons:
         raise ConfigError(
@@ -191,11 +192,14 @@ def _parallel(config: RunConfig, options: argparse.Namespace) -> ParallelSection
     Raises:
         ConfigError: The model cannot have them.
     """
-    from phase8.config.schema import RunConfig
+    from phase8.config.schema import ParallelSection, RunConfig
     from phase8.config.validate import validate
 
     T, P = options.tensor_parallel_size or 1, options.pipeline_parallel_size or 1
-    parallel = config.parallel.model_copy(update={"tensor_parallel_size": T, "pipeline_parallel_size": P, "num_microbatches": None})
+    stored = config.parallel  # of other ranks: only how their layers were cut matters here
+    parallel = ParallelSection(
+        tensor_parallel_size=T, pipeline_parallel_size=P, pipeline_schedule=stored.pipeline_schedule, pipeline_chunks=stored.pipeline_chunks
+    )
     batch = RunConfig().train.model_copy(update={"global_batch_size": P, "micro_batch_size": 1})  # one that suits every schedule
     validate(RunConfig(model=config.model, parallel=parallel, train=batch), world_size=T * P)
     return parallel

@@ -6,8 +6,7 @@ themselves over a group of their own; a collective of theirs on a group that tra
 
 from __future__ import annotations
 
-import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 
@@ -42,21 +41,23 @@ class BackgroundSaver:
         """Takes memory for tensors of so many bytes, aside; otherwise the first save takes it."""
         self._thread.submit(self._copies.reserve, sizes)
 
-    def start(self, tensors: dict[str, Tensor], save: Save) -> float:
-        """Begins to save; the tensors may change as soon as this returns.
+    def copy(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Copies of live tensors in host memory; the tensors may change as soon as this returns.
+
+        Raises:
+            MemoryError, RuntimeError: There is too little memory.
+        """
+        return self._thread.submit(self._copies.copy, tensors).result()  # on the thread: behind `prepare`
+
+    def start(self, copies: dict[str, Tensor], save: Save) -> None:
+        """Begins to save.
 
         Args:
-            tensors: Live ones.
+            copies: From `copy`.
             save: Writes its argument, on the thread.
-
-        Returns:
-            Seconds that the caller was held up.
         """
         assert self._saving is None  # the end of the last one was not awaited
-        begin = time.perf_counter()
-        copies = self._thread.submit(self._copies.copy, tensors).result()  # on the thread: behind `prepare`
         self._saving = self._thread.submit(save, copies)
-        return time.perf_counter() - begin
 
     def finished(self, *, wait: bool) -> Path | None:
         """The checkpoint that has been saved since the last call.
@@ -65,7 +66,7 @@ class BackgroundSaver:
             wait: Until the save under way has ended; else None while it goes on.
 
         Raises:
-            StorageError: It could not be saved.
+            Exception: What ended the save before it was complete.
         """
         if self._saving is None or not (wait or self._saving.done()):
             return None

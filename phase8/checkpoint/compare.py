@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from phase8.checkpoint.load import Checkpoint
+from phase8.checkpoint.untrusted import shown
 
 _CHUNK_ELEMENTS = 2**20  # a chunk of float64 differences stays small beside the tensors themselves
 
@@ -49,7 +50,7 @@ def compare_checkpoints(first: Checkpoint, second: Checkpoint) -> Iterator[Tenso
 def _difference(name: str, first: Checkpoint, second: Checkpoint) -> TensorDifference | None:
     a, b = first.entry(name), second.entry(name)
     if a.shape != b.shape:
-        return TensorDifference(name, "shape", f"{a.shape} and {b.shape}", None)
+        return TensorDifference(name, "shape", f"{shown(a.shape)} and {shown(b.shape)}", None)
     left, right = first.read(name), second.read(name)
     if a.dtype != b.dtype:
         return TensorDifference(name, "dtype", f"{a.dtype} and {b.dtype}", max_abs_difference(left, right))

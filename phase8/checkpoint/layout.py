@@ -25,6 +25,8 @@ from pathlib import Path
 from phase8.durable import fsync_path
 
 MANIFEST_NAME = "manifest.json"
+WEIGHTS_CONFIG_NAME = "config.json"  # beside weights without a manifest: consolidated, or of Hugging Face's form
+WEIGHTS_NAME = "model.safetensors"
 SAVING_PREFIX = ".saving-"
 REMOVING_PREFIX = ".removing-"
 RESAVED_SUFFIX = ".resaved"
@@ -42,6 +44,11 @@ def step_of(directory_name: str) -> int | None:
     if match is None or step_directory_name(int(match["digits"])) != f"step-{match['digits']}":
         return None
     return int(match["digits"])
+
+
+def holds_weights_only(directory: Path) -> bool:
+    """Whether a directory is in a form that says what weights are by a config, rather than what everything is by a manifest."""
+    return not os.path.lexists(directory / MANIFEST_NAME) and os.path.lexists(directory / WEIGHTS_CONFIG_NAME)
 
 
 def committed_directories(root: Path) -> list[Path]:

@@ -9,6 +9,8 @@ import sys
 from pathlib import Path
 from typing import Any, NoReturn
 
+from pydantic import ValidationError
+
 from phase8.checkpoint.untrusted import shown, shown_name
 from phase8.config.schema import ModelSection
 from phase8.errors import CheckpointMismatchError
@@ -16,6 +18,13 @@ from phase8.errors import CheckpointMismatchError
 MODEL_TYPE = "llama"
 _MOST = 2**63 - 1
 _DEFAULT_NORM_EPS, _DEFAULT_ROPE_BASE = 1e-6, 10000.0  # of transformers' LlamaConfig
+_SIZES = {
+    "d_model": "hidden_size",
+    "num_layers": "num_hidden_layers",
+    "vocab_size": "vocab_size",
+    "sequence_length": "max_position_embeddings",
+    "ffn_size": "intermediate_size",
+}
 # What the baseline computes with; a key may be absent.
 _ALLOWED: dict[str, tuple[Any, ...]] = {
     "architectures": (["LlamaForCausalLM"], None),
@@ -43,7 +52,7 @@ def model_section_of(config: dict[str, Any], path: Path) -> ModelSection:
         CheckpointMismatchError: A key whose value the baseline cannot have, or that is needed and missing.
     """
     if config.get("model_type") != MODEL_TYPE:
-        _refuse(path, f"model_type is {shown(config.get('model_type'))}, but only {MODEL_TYPE!r} can be imported")
+        _refuse(path, f"model_type is {shown(config.get('model_type'))}, but only {MODEL_TYPE!r} can be read")
     for key, allowed in _ALLOWED.items():
         _check(config, key, allowed, path)
     tie = config.get("tie_word_embeddings", False)
@@ -53,20 +62,22 @@ def model_section_of(config: dict[str, Any], path: Path) -> ModelSection:
     if config.get("num_key_value_heads") not in (None, num_heads):
         found = f"num_key_value_heads is {shown(config['num_key_value_heads'])} and num_attention_heads {shown(num_heads)}"
         _refuse(path, f"{found}, but the transformer baseline has no grouped-query attention and needs as many of both")
-    model = ModelSection(
-        block="transformer",
-        d_model=width,
-        num_layers=_whole(config, "num_hidden_layers", path),
-        num_heads=num_heads,
-        head_size=_head_size(config, width, num_heads, path),
-        vocab_size=_whole(config, "vocab_size", path),
-        sequence_length=_whole(config, "max_position_embeddings", path),
-        ffn_size=_whole(config, "intermediate_size", path),
-        tie_embeddings=tie,
-        rope_base=_rope_base(config, path),
-        norm_eps=_positive(config, "rms_norm_eps", path, default=_DEFAULT_NORM_EPS),
-        init_std=_positive(config, "initializer_range", path, default=ModelSection().init_std),
-    )
+    sizes = {ours: _whole(config, theirs, path) for ours, theirs in _SIZES.items()}
+    try:
+        model = ModelSection(
+            block="transformer",
+            **sizes,
+            num_heads=num_heads,
+            head_size=_head_size(config, width, num_heads, path),
+            tie_embeddings=tie,
+            rope_base=_rope_base(config, path),
+            norm_eps=_positive(config, "rms_norm_eps", path, default=_DEFAULT_NORM_EPS),
+            init_std=_positive(config, "initializer_range", path, default=ModelSection().init_std),
+        )
+    except ValidationError as error:  # all is of the right type by now
+        problem = error.errors()[0]
+        ours = str(problem["loc"][0])
+        _refuse(path, f"{_SIZES.get(ours, ours)} is {shown(problem['input'])}, more than a model can have here")
     by_default = model.model_copy(update={"ffn_size": None})
     return by_default if by_default.feed_forward_width == model.ffn_size else model
 
@@ -124,4 +135,4 @@ def _positive(holder: dict[str, Any], key: str, path: Path, *, default: float | 
 
 
 def _refuse(path: Path, problem: str) -> NoReturn:
-    raise CheckpointMismatchError(f"{path}: {problem}; import another model")
+    raise CheckpointMismatchError(f"{path}: {problem}; use another model")

@@ -14,10 +14,10 @@ from torch import Tensor
 from phase8.checkpoint.boxes import Box, common_part, overlap, whole_box
 from phase8.checkpoint.checksum import checksum_of_next
 from phase8.checkpoint.earlier import in_present_form
-from phase8.checkpoint.layout import MANIFEST_NAME, committed_directories, step_of
+from phase8.checkpoint.layout import MANIFEST_NAME, committed_directories, holds_weights_only, step_of
 from phase8.checkpoint.manifest import MAX_MANIFEST_BYTES, Manifest, Slice, TensorEntry, parse_manifest
 from phase8.checkpoint.tensor_file import DTYPES, TensorFile, open_for_reading
-from phase8.checkpoint.untrusted import shown, shown_name
+from phase8.checkpoint.untrusted import shortened, shown, shown_name
 from phase8.errors import CheckpointCorruptError, CheckpointError, CheckpointMismatchError
 
 
@@ -59,7 +59,7 @@ class Checkpoint:
             CheckpointMismatchError: There is no such tensor.
         """
         if name not in self._entries:
-            raise CheckpointMismatchError(f"{self.path} has no tensor {name!r}; tools/inspect_checkpoint.py lists those it has")
+            raise CheckpointMismatchError(f"{self.path} has no tensor {shown_name(name)}; tools/inspect_checkpoint.py lists those it has")
         return self._entries[name]
 
     def read(self, name: str) -> Tensor:
@@ -130,8 +130,8 @@ class Checkpoint:
             CheckpointMismatchError: There is no such attachment.
         """
         if name not in self.manifest.attachments:
-            known = ", ".join(self.manifest.attachments) or "none"
-            raise CheckpointMismatchError(f"{self.path} has no attachment {name!r} (it has: {known}); use another checkpoint")
+            known = shortened(", ".join(self.manifest.attachments)) or "none"
+            raise CheckpointMismatchError(f"{self.path} has no attachment {shown_name(name)} (it has: {known}); use another checkpoint")
         expected = self.manifest.attachments[name]
         with open_for_reading(self.path / name) as file:
             checksum = checksum_of_next(file, expected.size_bytes)
@@ -144,7 +144,7 @@ class Checkpoint:
     def _check_slice(self, name: str, part: Slice, checksum: str) -> None:
         if checksum != part.checksum:
             raise CheckpointCorruptError(
-                f"{self.path / part.file} is altered: tensor {name!r} has checksum {checksum}, not {part.checksum}; use another checkpoint"
+                f"{self.path / part.file} is altered: tensor {shown_name(name)} has checksum {checksum}, not {part.checksum}; use another checkpoint"
             )
         self._verified.add((part.file, part.key))
 
@@ -172,7 +172,10 @@ class Checkpoint:
             dtype = self.manifest.tensors[name].dtype
             if (stored.dtype, stored.shape) != (dtype, part.shape):
                 found = f"{stored.dtype} {shown(stored.shape)}"
-                raise CheckpointCorruptError(f"{file.path}: entry {key!r} is {found}, its manifest says {dtype} {part.shape}; use another checkpoint")
+                expected = f"{dtype} {shown(part.shape)}"
+                raise CheckpointCorruptError(
+                    f"{file.path}: entry {shown_name(key)} is {found}, its manifest says {expected}; use another checkpoint"
+                )
 
 
 def list_checkpoints(root: Path) -> list[Path]:
@@ -195,11 +198,17 @@ def find_checkpoint(path: Path) -> Path:
     Raises:
         CheckpointError: There is none.
     """
-    if os.path.lexists(path / MANIFEST_NAME) or step_of(path.name) is not None:
+    is_checkpoint = os.path.lexists(path / MANIFEST_NAME) or (step_of(path.name) is not None and not holds_weights_only(path))
+    if is_checkpoint:
         return path
     for root in (path, path / "checkpoints"):
         if found := list_checkpoints(root):
             return found[0]
+    if holds_weights_only(path):
+        raise CheckpointError(
+            f"{path} holds weights alone (consolidated, or a model of Hugging Face's form), no optimizer and no position in the data; begin a new "
+            f"run with them by --set checkpoint.initialise_from={path}, or make a checkpoint of them with tools/reshard_checkpoint.py SRC DST"
+        )
     raise CheckpointError(f"there is no checkpoint at {path}; give a step-... directory, or a directory of them, or a run directory")
 
 

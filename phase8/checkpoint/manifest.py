@@ -17,8 +17,8 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from phase8.checkpoint.boxes import coverage_problem
 from phase8.checkpoint.checksum import PATTERN, checksum_of
 from phase8.checkpoint.layout import MANIFEST_NAME
-from phase8.checkpoint.tensor_file import DTYPES
-from phase8.checkpoint.untrusted import shortened, shown, strict_json
+from phase8.checkpoint.tensor_file import DTYPES, MAX_DIMS
+from phase8.checkpoint.untrusted import printable, shortened, shown, shown_name, strict_json
 from phase8.errors import CheckpointCorruptError, CheckpointError
 
 FORMAT = "phase8-checkpoint"
@@ -27,7 +27,6 @@ FILE_NAME_PATTERN = r"^[A-Za-z0-9_][A-Za-z0-9_.-]{0,199}$"
 TENSOR_NAME_PATTERN = r"^[!-~]{1,1000}$"
 TENSOR_FILE_SUFFIX = ".safetensors"
 MAX_JSON_DEPTH = 100
-MAX_DIMS = 64
 MAX_MANIFEST_BYTES = 2**30
 _TRAILER = re.compile(rb'"checksum": "(?P<checksum>crc32:[0-9a-f]{8})"\n\}\n')
 _TRAILER_BYTES = 31
@@ -208,18 +207,22 @@ def consistency_problem(manifest: Manifest) -> str | None:
         if name.endswith(TENSOR_FILE_SUFFIX) or name == MANIFEST_NAME:
             return f"the attachment {name!r} has a name that belongs to another kind of file"
     places = set()
+    used = dict.fromkeys(manifest.files, 0)
     for name, entry in manifest.tensors.items():
         if (problem := _tensor_problem(entry)) is not None:
-            return f"tensor {name!r}: {problem}"
+            return f"tensor {shown_name(name)}: {problem}"
         for part in entry.slices:
             if part.file not in manifest.files:
-                return f"tensor {name!r} lies in {part.file!r}, which is not among the files"
+                return f"tensor {shown_name(name)} lies in {part.file!r}, which is not among the files"
             if (part.file, part.key) in places:
-                return f"two slices lie in entry {part.key!r} of {part.file!r}"
+                return f"two slices lie in entry {shown_name(part.key)} of {part.file!r}"
             places.add((part.file, part.key))
-    used = {file for file, _ in places}
-    unused = [name for name in manifest.files if name not in used]
-    return f"no tensor lies in the file {unused[0]!r}" if unused else None
+            used[part.file] += math.prod(part.shape) * DTYPES[entry.dtype].itemsize
+    files = {file for file, _ in places}
+    if unused := [name for name in manifest.files if name not in files]:
+        return f"no tensor lies in the file {unused[0]!r}"
+    small = next((name for name, file in manifest.files.items() if used[name] > file.size_bytes), None)
+    return None if small is None else f"the file {small!r} has {manifest.files[small].size_bytes} bytes, but its tensors have {used[small]}"
 
 
 def _tensor_problem(entry: TensorEntry) -> str | None:
@@ -228,9 +231,9 @@ def _tensor_problem(entry: TensorEntry) -> str | None:
         return f"dtype {shown(entry.dtype)} is none of {', '.join(DTYPES)}"
     # Zero-sized dims count as one: torch computes strides, which must not overflow, from the others.
     if math.prod(max(1, size) for size in entry.shape) * dtype.itemsize > _MAX_BYTES:
-        return f"shape {entry.shape} is beyond every memory"
+        return f"shape {shown(entry.shape)} is beyond every memory"
     return coverage_problem(entry.shape, entry.slices)
 
 
 def _refuse(path: Path, problem: str) -> NoReturn:
-    raise CheckpointCorruptError(f"{path} cannot be used: {problem if problem.isprintable() else ascii(problem)}; use another checkpoint")
+    raise CheckpointCorruptError(f"{path} cannot be used: {printable(problem)}; use another checkpoint")

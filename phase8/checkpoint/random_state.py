@@ -5,15 +5,24 @@ from __future__ import annotations
 import base64
 import binascii
 import random
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 
-from phase8.checkpoint.untrusted import shortened, shown
+from phase8.checkpoint.untrusted import printable, shortened, shown
 from phase8.errors import CheckpointCorruptError, CheckpointMismatchError
 
 _NUMPY_WORDS = 624
+
+
+class _States(NamedTuple):
+    """What the generators take; `cuda` None: the run had no such device."""
+
+    python: tuple[Any, ...]
+    numpy: tuple[Any, ...]
+    torch: bytes
+    cuda: bytes | None
 
 
 def capture_random_state(device: torch.device) -> dict[str, Any]:
@@ -40,7 +49,7 @@ def capture_random_state(device: torch.device) -> dict[str, Any]:
 
 
 def restore_random_state(state: dict[str, Any], device: torch.device) -> None:
-    """Sets the generators to what `capture_random_state` returned.
+    """Sets the generators to what `capture_random_state` returned, all of them or none.
 
     A CUDA state is used on a CUDA device only; a CUDA device whose state is not in `state` keeps its own.
 
@@ -48,21 +57,49 @@ def restore_random_state(state: dict[str, Any], device: torch.device) -> None:
         CheckpointCorruptError: `state` does not have the form of a captured one.
         CheckpointMismatchError: torch's generators have another size in this version of torch.
     """
+    states = check_random_state(state, device)
+    random.setstate(states.python)
+    np.random.set_state(states.numpy)
+    torch.set_rng_state(_as_tensor(states.torch))
+    if device.type == "cuda" and states.cuda is not None:
+        torch.cuda.set_rng_state(_as_tensor(states.cuda), device)
+
+
+def check_random_state(state: dict[str, Any], device: torch.device | None = None) -> _States:
+    """The states that `capture_random_state` returned, each accepted by a generator of its kind that nobody draws from.
+
+    Args:
+        state: May be anything.
+        device: Where it will be restored; None: nowhere, so that it may be of another version of torch.
+
+    Raises:
+        CheckpointCorruptError: `state` does not have the form of a captured one.
+        CheckpointMismatchError: torch's generators have another size in this version of torch.
+    """
+    own_bytes = torch.Generator().get_state().numel()
     try:
         python, numpy_state = state["python"], state["numpy"]
         _check_numbers(python, numpy_state)
         python_words = tuple(np.frombuffer(_decode(python["words"]), dtype="<u4").tolist())
         numpy_words = np.frombuffer(_decode(numpy_state["words"]), dtype="<u4")
-        torch_bytes = _decode(state["torch"])
-        cuda_bytes = _decode(state["cuda"]) if device.type == "cuda" and "cuda" in state else None
-        random.setstate((python["version"], python_words, python["gauss_next"]))
-        np.random.set_state(("MT19937", numpy_words, numpy_state["position"], numpy_state["has_gauss"], numpy_state["gauss"]))
-        torch.set_rng_state(_generator_state(torch_bytes, torch.get_rng_state().numel()))
-        if cuda_bytes is not None:
-            torch.cuda.set_rng_state(_generator_state(cuda_bytes, torch.cuda.get_rng_state(device).numel()), device)
-    except (KeyError, TypeError, ValueError, RuntimeError, binascii.Error) as error:  # RuntimeError: torch does not accept the bytes
-        reason = shortened(str(error))
+        states = _States(
+            python=(python["version"], python_words, python["gauss_next"]),
+            numpy=("MT19937", numpy_words, numpy_state["position"], numpy_state["has_gauss"], numpy_state["gauss"]),
+            torch=_decode(state["torch"]),
+            cuda=_decode(state["cuda"]) if "cuda" in state else None,
+        )
+        random.Random(0).setstate(states.python)
+        np.random.RandomState(0).set_state(states.numpy)
+        if len(states.torch) == own_bytes:
+            torch.Generator().set_state(_as_tensor(states.torch))
+    except (KeyError, TypeError, ValueError, RuntimeError, OverflowError, binascii.Error) as error:  # RuntimeError: torch does not accept the bytes
+        reason = printable(shortened(str(error)))
         raise CheckpointCorruptError(f"the random state in the checkpoint's metadata is not valid ({reason}); use another checkpoint") from error
+    if device is not None:
+        _check_size(states.torch, own_bytes)
+        if device.type == "cuda" and states.cuda is not None:
+            _check_size(states.cuda, torch.cuda.get_rng_state(device).numel())
+    return states
 
 
 def _check_numbers(python: dict[str, Any], numpy_state: dict[str, Any]) -> None:
@@ -76,12 +113,15 @@ def _check_numbers(python: dict[str, Any], numpy_state: dict[str, Any]) -> None:
         raise ValueError("a stored normal number is no number")
 
 
-def _generator_state(data: bytes, expected_bytes: int) -> torch.Tensor:
+def _check_size(data: bytes, expected_bytes: int) -> None:
     if len(data) != expected_bytes:
         raise CheckpointMismatchError(
             f"the checkpoint's random state of torch has {len(data)} bytes and this torch's has {expected_bytes}; "
             "resume with the version of torch it was saved with"
         )
+
+
+def _as_tensor(data: bytes) -> torch.Tensor:
     return torch.frombuffer(bytearray(data), dtype=torch.uint8)
 
 

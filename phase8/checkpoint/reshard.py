@@ -11,19 +11,17 @@ import torch
 
 from phase8.checkpoint.boxes import Region, whole_box
 from phase8.checkpoint.checksum import read_chunks
-from phase8.checkpoint.layout import MANIFEST_NAME, step_of
+from phase8.checkpoint.layout import MANIFEST_NAME, WEIGHTS_CONFIG_NAME, WEIGHTS_NAME, step_of
 from phase8.checkpoint.load import Checkpoint, open_checkpoint
 from phase8.checkpoint.manifest import TENSOR_FILE_SUFFIX, Manifest, Slice, TensorEntry, TensorFileEntry, manifest_bytes
 from phase8.checkpoint.parts import Division, TensorForm, parts_by_rank
 from phase8.checkpoint.rewrite import Entry, OnProgress, PlannedFile, Rewrite, rewriting
 from phase8.checkpoint.state import MODEL_PREFIX, OPTIMIZER_PREFIX
 from phase8.checkpoint.tensor_file import DTYPE_NAMES, DTYPES, WrittenFile, open_for_reading
+from phase8.checkpoint.untrusted import shortened, shown
 from phase8.checkpoint.writer import group_of, key_of
 from phase8.errors import CheckpointError, CheckpointMismatchError
 from phase8.topology import Topology
-
-CONSOLIDATED_FILE = "model.safetensors"
-CONFIG_FILE = "config.json"
 
 
 @dataclass(frozen=True)
@@ -100,17 +98,17 @@ def consolidate(
     names = [name for name in source.tensor_names if name.startswith(MODEL_PREFIX)]
     if not names:
         raise CheckpointError(f"{source.path} holds no weights; give a checkpoint of launch/pretrain.py")
-    if (taken := {CONSOLIDATED_FILE, CONFIG_FILE} & source.manifest.attachments.keys()) != set():
+    if (taken := {WEIGHTS_NAME, WEIGHTS_CONFIG_NAME} & source.manifest.attachments.keys()) != set():
         raise CheckpointError(f"{source.path} has an attachment {min(taken)}, the name of a file to be written; choose --format phase8")
     entries = {form.rename(key_of(name)): Entry(name, whole_box(source.entry(name).shape), _target_dtype(source, name, dtype)) for name in names}
-    file = PlannedFile(CONSOLIDATED_FILE, entries)
+    file = PlannedFile(WEIGHTS_NAME, entries)
     with rewriting(source, destination, [file]) as rewrite:
         written = rewrite.write(on_progress)
         _add_attachments(source, rewrite)
-        rewrite.add(CONFIG_FILE, iter([json.dumps(form.config, indent=1).encode() + b"\n"]))
+        rewrite.add(WEIGHTS_CONFIG_NAME, iter([json.dumps(form.config, indent=1).encode() + b"\n"]))
         rewrite.compare(written, on_progress)
         rewrite.commit()
-    return destination / CONSOLIDATED_FILE
+    return destination / WEIGHTS_NAME
 
 
 def _form(source: Checkpoint, name: str, stages: Sequence[Mapping[str, Division]]) -> TensorForm:
@@ -124,9 +122,12 @@ def _form(source: Checkpoint, name: str, stages: Sequence[Mapping[str, Division]
     parameter = name.removeprefix(MODEL_PREFIX) if is_parameter else name.removeprefix(OPTIMIZER_PREFIX).rpartition(".")[0]
     division = next((parameters[parameter] for parameters in stages if parameter in parameters), None)
     if division is None or group_of(name) + "." not in (MODEL_PREFIX, OPTIMIZER_PREFIX):
-        raise CheckpointMismatchError(f"{source.path}: {name} belongs to no parameter of the model its config describes; use another checkpoint")
+        raise CheckpointMismatchError(
+            f"{source.path}: {shortened(name)} belongs to no parameter of the model its config describes; use another checkpoint"
+        )
     if is_parameter and division.shape != shape:
-        raise CheckpointMismatchError(f"{source.path}: {name} has shape {shape}, by its config it has {division.shape}; use another checkpoint")
+        by_config = f"by its config it has {division.shape}"
+        raise CheckpointMismatchError(f"{source.path}: {name} has shape {shown(shape)}, {by_config}; use another checkpoint")
     return TensorForm(parameter, shape)
 
 

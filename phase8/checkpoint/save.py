@@ -16,8 +16,8 @@ from torch import Tensor
 from torch.distributed.checkpoint.api import CheckpointException
 
 from phase8.checkpoint.layout import MANIFEST_NAME, step_directory_name
-from phase8.checkpoint.manifest import FILE_NAME_PATTERN, MAX_DIMS, MAX_STEP, TENSOR_FILE_SUFFIX, TENSOR_NAME_PATTERN, json_problem
-from phase8.checkpoint.tensor_file import DTYPE_NAMES, RESERVED_KEY
+from phase8.checkpoint.manifest import FILE_NAME_PATTERN, MAX_STEP, TENSOR_FILE_SUFFIX, TENSOR_NAME_PATTERN, json_problem
+from phase8.checkpoint.tensor_file import DTYPE_NAMES, MAX_DIMS, RESERVED_KEY
 from phase8.checkpoint.writer import CheckpointWriter, group_of, key_of
 from phase8.distributed.placement import held_part
 from phase8.errors import CheckpointError, Phase8Error, StorageError
@@ -32,7 +32,7 @@ def save_checkpoint(
     step: int,
     tensors: Mapping[str, Tensor],
     metadata: dict[str, Any],
-    attachments: Mapping[str, Path],
+    attachments: Mapping[str, bytes],
     max_file_bytes: int = DEFAULT_MAX_FILE_BYTES,
     group: dist.ProcessGroup | None = None,
 ) -> Path:
@@ -48,7 +48,7 @@ def save_checkpoint(
         tensors: Named `<group>.<name>`, e.g. `model.head.weight`; each group is stored in its own files. What this rank has: its parts
             of DTensors, whole tensors (of which one rank's are stored), and not what only other ranks have.
         metadata: Exactly JSON: null, booleans, finite numbers, strings, lists, dicts with string keys. The first rank's is stored.
-        attachments: File name in the checkpoint -> file to copy; those of the first rank.
+        attachments: File name in the checkpoint -> its content; those of the first rank. A save reads no file that could be gone by then.
         max_file_bytes: A new file is begun when the tensors of one would exceed this.
         group: The ranks, with a CPU backend; None: all of them, or the only one.
 
@@ -88,7 +88,7 @@ def _first_failure(error: CheckpointException) -> BaseException:
     return failure
 
 
-def _check_savable(*, step: int, tensors: Mapping[str, Tensor], metadata: dict[str, Any], attachments: Mapping[str, Path]) -> None:
+def _check_savable(*, step: int, tensors: Mapping[str, Tensor], metadata: dict[str, Any], attachments: Mapping[str, bytes]) -> None:
     """Refuses, before anything is written, what would not come back as it was."""
     if type(step) is not int or not 0 <= step <= MAX_STEP:
         raise CheckpointError(f"a checkpoint's step is a whole number from 0 to {MAX_STEP}, not {step!r}")
@@ -99,13 +99,13 @@ def _check_savable(*, step: int, tensors: Mapping[str, Tensor], metadata: dict[s
         raise CheckpointError(f"metadata is of type {type(metadata).__name__}; it must be a dict of JSON values")
     if (problem := json_problem(metadata, "metadata")) is not None:
         raise CheckpointError(f"cannot save the metadata: {problem}")
-    for name, source in attachments.items():
+    for name, content in attachments.items():
         if not re.fullmatch(FILE_NAME_PATTERN, name) or name.endswith(TENSOR_FILE_SUFFIX) or name == MANIFEST_NAME:
             raise CheckpointError(
                 f"{name!r} cannot be the name of an attachment; use letters, digits, '.', '_' and '-', and no name of the checkpoint's own files"
             )
-        if not source.is_file():
-            raise CheckpointError(f"the attachment {name!r} cannot be copied from {source}: there is no such file")
+        if not isinstance(content, bytes):
+            raise CheckpointError(f"the content of the attachment {name!r} is of type {type(content).__name__}; give its bytes")
 
 
 def _tensor_problem(name: str, tensor: Tensor) -> str | None:

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from phase8.checkpoint.boxes import Region
 from phase8.checkpoint.load import Checkpoint
 from phase8.checkpoint.tensor_file import DTYPE_NAMES, DTYPES
+from phase8.checkpoint.untrusted import shortened, shown
 from phase8.distributed.placement import held_part, is_held_once, own_box, placed_like
 from phase8.errors import CheckpointCorruptError, CheckpointError, CheckpointMismatchError
 
@@ -62,6 +63,7 @@ def restore_state(
     parts: Mapping[str, nn.Parameter] | None = None,
     *,
     is_part: bool = False,
+    widen: bool = False,
 ) -> None:
     """Puts a checkpoint's tensors into a model and its optimizer; changes nothing when it fails.
 
@@ -74,13 +76,14 @@ def restore_state(
         optimizer: Over parameters of `model`; None restores the model only.
         parts: As in `flat_state`.
         is_part: The model is one of several pipeline stages: what the checkpoint holds besides belongs to the others.
+        widen: Weights may be stored in a narrower floating-point dtype, every number of which the model's dtype has.
 
     Raises:
         CheckpointMismatchError: Names, shapes or dtypes differ; the first few are listed.
         CheckpointCorruptError: Bytes of the checkpoint are damaged, or it has only a part of a parameter's optimizer state.
     """
     in_place = _model_tensors(model)
-    differences = list(_model_differences(checkpoint, in_place, is_part=is_part))
+    differences = list(_model_differences(checkpoint, in_place, is_part=is_part, widen=widen))
     optimized: dict[str, _Optimized] = {}
     stored: dict[str, tuple[str, str]] = {}
     if optimizer is not None:
@@ -90,10 +93,7 @@ def restore_state(
         existing = _optimizer_tensors(optimizer, optimized)
         differences += _optimizer_differences(checkpoint, stored, existing, optimized)
         in_place |= {name: tensor for name, tensor in existing.items() if name in stored}
-    if differences:
-        more = len(differences) - _MAX_LISTED_DIFFERENCES
-        listed = "; ".join(differences[:_MAX_LISTED_DIFFERENCES]) + (f"; and {more} more" if more > 0 else "")
-        raise CheckpointMismatchError(f"{checkpoint.path} does not fit this model: {listed}; use the config it was saved with")
+    _require_none(differences, checkpoint)
 
     # What can fail comes first: reading what will be new (which is then simply kept), checking what will be overwritten.
     created = {}
@@ -110,6 +110,27 @@ def restore_state(
             _overwrite(target, checkpoint, name)
     if optimizer is not None:
         _install_created(optimizer, optimized, stored, created)
+
+
+def require_fit(checkpoint: Checkpoint, model: nn.Module, *, widen: bool = False) -> None:
+    """Refuses a checkpoint that has not exactly the weights of a model; nothing but the manifest is read.
+
+    Args:
+        checkpoint: Its optimizer is not looked at.
+        model: Whole; may be on the meta device.
+        widen: As in `restore_state`.
+
+    Raises:
+        CheckpointMismatchError: Names, shapes or dtypes differ; the first few are listed.
+    """
+    _require_none(list(_model_differences(checkpoint, _model_tensors(model), is_part=False, widen=widen)), checkpoint)
+
+
+def _require_none(differences: list[str], checkpoint: Checkpoint) -> None:
+    if differences:
+        more = len(differences) - _MAX_LISTED_DIFFERENCES
+        listed = "; ".join(differences[:_MAX_LISTED_DIFFERENCES]) + (f"; and {more} more" if more > 0 else "")
+        raise CheckpointMismatchError(f"{checkpoint.path} does not fit this model: {listed}; use the config it was saved with")
 
 
 def _overwrite(target: Tensor, checkpoint: Checkpoint, name: str) -> None:
@@ -193,18 +214,19 @@ def _check_whole(checkpoint: Checkpoint, stored: dict[str, tuple[str, str]]) -> 
     for parameter_name in dict.fromkeys(parameter_name for parameter_name, _ in stored.values()):
         for name in (f"{OPTIMIZER_PREFIX}{parameter_name}.{key}" for key in keys):
             if name not in stored:
-                raise CheckpointCorruptError(f"{checkpoint.path} lacks {name}, which it has of other parameters; use another checkpoint")
+                raise CheckpointCorruptError(f"{checkpoint.path} lacks {shortened(name)}, which it has of other parameters; use another checkpoint")
 
 
-def _model_differences(checkpoint: Checkpoint, targets: dict[str, Tensor], *, is_part: bool) -> Iterator[str]:
+def _model_differences(checkpoint: Checkpoint, targets: dict[str, Tensor], *, is_part: bool, widen: bool) -> Iterator[str]:
     stored = [name for name in checkpoint.tensor_names if name.startswith(MODEL_PREFIX)]
-    for name in targets.keys() - set(stored):
-        yield f"{name} is not in the checkpoint"
+    present = set(stored)
+    for name in (name for name in targets if name not in present):
+        yield f"{shortened(name)} is not in the checkpoint"
     for name in stored:
         if name in targets:
-            yield from _entry_differences(checkpoint, name, targets[name])
+            yield from _entry_differences(checkpoint, name, targets[name], widen=widen)
         elif not is_part:
-            yield f"{name} is not in the model"
+            yield f"{shortened(name)} is not in the model"
 
 
 def _optimizer_differences(
@@ -212,26 +234,32 @@ def _optimizer_differences(
 ) -> Iterator[str]:
     for name, (parameter_name, _) in stored.items():
         if parameter_name not in optimized:
-            yield f"{name} is the state of no parameter here"
+            yield f"{shortened(name)} is the state of no parameter here"
         elif name in existing:
             yield from _entry_differences(checkpoint, name, existing[name])
         elif checkpoint.entry(name).shape not in ([], list(optimized[parameter_name].whole.shape)):
-            yield f"{name} has shape {checkpoint.entry(name).shape}, its parameter {list(optimized[parameter_name].whole.shape)}"
+            yield f"{name} has shape {shown(checkpoint.entry(name).shape)}, its parameter {list(optimized[parameter_name].whole.shape)}"
     with_state = {parameter_name for parameter_name, _ in stored.values()}
     for name in existing:
         if name not in stored and name.removeprefix(OPTIMIZER_PREFIX).rpartition(".")[0] in with_state:
             yield f"{name} is not in the checkpoint"
     for name in checkpoint.tensor_names:
         if not name.startswith((MODEL_PREFIX, OPTIMIZER_PREFIX)):
-            yield f"{name} is neither of the model nor of the optimizer"
+            yield f"{shortened(name)} is neither of the model nor of the optimizer"
 
 
-def _entry_differences(checkpoint: Checkpoint, name: str, target: Tensor) -> Iterator[str]:
+def _entry_differences(checkpoint: Checkpoint, name: str, target: Tensor, *, widen: bool = False) -> Iterator[str]:
     entry = checkpoint.entry(name)
     if entry.shape != list(target.shape):
-        yield f"{name} has shape {entry.shape} in the checkpoint and {list(target.shape)} here"
-    elif entry.dtype != DTYPE_NAMES.get(target.dtype):
+        yield f"{name} has shape {shown(entry.shape)} in the checkpoint and {list(target.shape)} here"
+    elif entry.dtype != DTYPE_NAMES.get(target.dtype) and not (widen and _is_widened(DTYPES[entry.dtype], target.dtype)):
         yield f"{name} is {entry.dtype} in the checkpoint and {target.dtype} here"
+
+
+def _is_widened(stored: torch.dtype, to: torch.dtype) -> bool:
+    """Whether a floating-point dtype has every number of another, narrower one; those of eight bits come with scales and are no weights."""
+    widths = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+    return stored in widths and to in widths and torch.promote_types(stored, to) == to
 
 
 def _install_created(

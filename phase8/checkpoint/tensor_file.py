@@ -20,7 +20,7 @@ from typing import Any, BinaryIO
 import torch
 from torch import Tensor
 
-from phase8.checkpoint.checksum import CHUNK_BYTES, checksum_of, checksum_of_next, crc32, format_crc32, read_into
+from phase8.checkpoint.checksum import CHUNK_BYTES, checksum_of, checksum_of_next, crc32, format_crc32, read_chunks, read_into
 from phase8.checkpoint.new_file import NewFile
 from phase8.checkpoint.untrusted import shown, strict_json
 from phase8.errors import CheckpointCorruptError
@@ -47,6 +47,7 @@ DTYPES = {
 }
 DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
 RESERVED_KEY = "__metadata__"
+MAX_DIMS = 64
 _MAX_HEADER_BYTES = 2**30
 _CAN_FORGET = hasattr(os, "posix_fadvise")
 
@@ -185,6 +186,13 @@ class TensorFile:
                 os.posix_fadvise(file.fileno(), stored.begin, stored.num_bytes, os.POSIX_FADV_DONTNEED)
         return checksum
 
+    def chunks(self, key: str) -> Iterator[memoryview]:
+        """An entry's bytes in pieces; a piece is valid until the next one is asked for."""
+        stored = self.tensors[key]
+        with open_for_reading(self.path) as file:
+            file.seek(stored.begin)
+            yield from read_chunks(file, stored.num_bytes)
+
     def checksum(self, key: str) -> str:
         """Checksum of an entry's bytes, in constant memory."""
         stored = self.tensors[key]
@@ -224,6 +232,8 @@ def _parse_header(header: bytes, path: Path, *, size_bytes: int) -> dict[str, St
 
 def _range_bytes(entry: dict[str, Any]) -> int:
     begin, end = entry["data_offsets"]
+    if len(entry["shape"]) > MAX_DIMS:
+        raise ValueError(f"a shape has {len(entry['shape'])} dims, but at most {MAX_DIMS} are stored")
     sizes = [begin, end, *entry["shape"]]
     if any(type(size) is not int or size < 0 for size in sizes):
         raise ValueError("a shape or byte range is not made of non-negative whole numbers")

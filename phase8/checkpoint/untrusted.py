@@ -41,3 +41,8 @@ def shown_name(name: str) -> str:
 def shortened(text: str) -> str:
     """Beginning and end of a text that is very long."""
     return text if len(text) <= _MAX_SHOWN else f"{text[: _MAX_SHOWN // 2]}...{text[-_MAX_SHOWN // 2 :]}"
+
+
+def printable(text: str) -> str:
+    """A text whose control characters are spelled out."""
+    return text if text.isprintable() else ascii(text)

@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -26,7 +26,7 @@ from torch.distributed.checkpoint.planner import SavePlan, SavePlanner, WriteIte
 from torch.distributed.checkpoint.storage import StorageWriter, WriteResult
 from torch.futures import Future
 
-from phase8.checkpoint.checksum import CHUNK_BYTES, crc32, format_crc32
+from phase8.checkpoint.checksum import crc32, format_crc32
 from phase8.checkpoint.layout import MANIFEST_NAME, commit, saving_directory
 from phase8.checkpoint.manifest import (
     FORMAT,
@@ -73,11 +73,11 @@ class CheckpointWriter(StorageWriter):
         root: The `checkpoints` directory of a run; created if missing.
         step: Optimizer steps done.
         metadata: JSON; the coordinator's counts.
-        attachments: File name in the checkpoint -> file to copy; the coordinator's count.
+        attachments: File name in the checkpoint -> its content; the coordinator's count.
         max_file_bytes: A new file is begun when the tensors of one would exceed this.
     """
 
-    def __init__(self, root: Path, *, step: int, metadata: dict[str, Any], attachments: Mapping[str, Path], max_file_bytes: int):
+    def __init__(self, root: Path, *, step: int, metadata: dict[str, Any], attachments: Mapping[str, bytes], max_file_bytes: int):
         self.root, self.step, self.metadata, self.attachments, self.max_file_bytes = root, step, metadata, attachments, max_file_bytes
         self._open = ExitStack()
         self._directory: Path | None = None
@@ -142,11 +142,11 @@ class CheckpointWriter(StorageWriter):
             metadata=self.metadata,
             files=dict(sorted(files.items())),
             tensors={name: _entry(stored, slices[name]) for name, stored in metadata.state_dict_metadata.items()},
-            attachments={name: _copy_attachment(source, self._directory / name) for name, source in self.attachments.items()},
+            attachments={name: _attach(content, self._directory / name) for name, content in self.attachments.items()},
         )
         if (problem := consistency_problem(manifest)) is not None:
             raise CheckpointError(f"the parts that the ranks hold are not the whole: {problem}; nothing was saved")
-        _write_durably(self._directory / MANIFEST_NAME, [manifest_bytes(manifest)])
+        _write_durably(self._directory / MANIFEST_NAME, manifest_bytes(manifest))
         fsync_path(self._directory)
         commit(self._directory, self.root, self.step)
 
@@ -207,23 +207,13 @@ def _num_bytes(item: WriteItem) -> int:
     return _num_elements(_box(item)[1]) * item.tensor_data.properties.dtype.itemsize
 
 
-def _copy_attachment(source: Path, destination: Path) -> AttachmentEntry:
-    crc, size_bytes = 0, 0
-
-    def chunks() -> Iterator[bytes]:
-        nonlocal crc, size_bytes
-        with open(source, "rb") as file:
-            while chunk := file.read(CHUNK_BYTES):
-                crc, size_bytes = crc32(chunk, crc), size_bytes + len(chunk)
-                yield chunk
-
-    _write_durably(destination, chunks())
-    return AttachmentEntry(size_bytes=size_bytes, checksum=format_crc32(crc))
+def _attach(content: bytes, path: Path) -> AttachmentEntry:
+    _write_durably(path, content)
+    return AttachmentEntry(size_bytes=len(content), checksum=format_crc32(crc32(content)))
 
 
-def _write_durably(path: Path, chunks: Iterable[bytes]) -> None:
+def _write_durably(path: Path, content: bytes) -> None:
     with open(path, "xb") as file:
-        for chunk in chunks:
-            file.write(chunk)
+        file.write(content)
         file.flush()
         os.fsync(file.fileno())

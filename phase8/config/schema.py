@@ -128,13 +128,16 @@ Blend = Annotated[tuple[DataSource, ...], Field(min_length=1, strict=False)]
 class DataSection(Section):
     """Training text, tokenizer and loader."""
 
-    train: PathText | Blend | None = key(None, ".bin/.idx prefix, or a blend of several; null: the embedded corpus (Python's standard library)")
+    train: PathText | Blend | None = key(None, ".bin/.idx prefix or pattern, or a blend of several; null: the embedded corpus (Python's library)")
     validation: PathText | Blend | None = key(None, "the same for evaluation; null: none (embedded corpus: its fixed held-out split)")
     tokenizer: PathText | None = key(None, "sentencepiece .model or Hugging Face tokenizer.json; copied into checkpoints, needed to generate")
-    cache_dir: PathText = key(".cache/phase8", "where the embedded corpus is tokenised once")
+    eod_token: Text | None = key(None, "piece of the tokenizer between documents; null: the one it names itself")
+    cache_dir: PathText = key(".cache/phase8", "where the embedded corpus and the ids of other projects' data are kept")
     reset_at_document_boundaries: bool = key(False, "packed documents do not see each other: state, window and loss stop at the boundary")
-    allow_fingerprint_change: bool = key(False, "resume although the data differ from those of the checkpoint")
+    allow_fingerprint_change: bool = key(False, "resume although data, their order or the tokenizer are not those of the checkpoint")
     num_workers: ProcessCount = key(0, "loader processes; 0: load in the training process, where the next two keys have no effect")
+    split: Text | None = key(None, "shares of the documents of data.train for training, validation and neither, as 969,30,1; null: all for training")
+    ignore_sequence_modes: bool = key(False, "train on pairs with a mode per sequence (multimodal data) as plain text")
     prefetch_factor: PositiveInt = key(2, "microbatches each worker prepares ahead")
     persistent_workers: bool = key(True, "keep the workers of evaluations alive between them")
     pin_memory: bool = key(False, "page-locked host memory for faster copies to the GPU; no effect on the CPU")
@@ -250,12 +253,15 @@ class TrainSection(Section):
 
 
 class CheckpointSection(Section):
-    """When to save and what to keep."""
+    """When to save, what to keep, and where the first weights come from."""
 
     every_n_steps: NonNegativeInt = key(500, "steps between saves; 0: only at the end and when interrupted")
     asynchronous: bool = key(False, "train on while a copy in host memory is written; the last save of a run is awaited")
     keep_last: PositiveInt = key(3, "newest checkpoints kept")
     keep_every_n_steps: PositiveInt | None = key(None, "also keep every checkpoint whose step is a multiple of this")
+    initialise_from: PathText | None = key(
+        None, "first weights of a new run: a checkpoint, a run, consolidated weights or a Hugging Face Llama; null: random ones from the seed"
+    )
 
 
 class ObserveSection(Section):

@@ -8,6 +8,7 @@ from phase8.config.batch import batch_shape, run_topology
 from phase8.config.describe import describe_value
 from phase8.config.pipeline import pipeline_of, pipeline_problems
 from phase8.config.schema import DataSection, ModelSection, OptimSection, ParallelSection, RunConfig, TrainSection
+from phase8.config.split import split_problems
 from phase8.errors import ConfigError
 
 
@@ -25,7 +26,7 @@ def validate(config: RunConfig, *, world_size: int = 1) -> None:
 def find_problems(config: RunConfig, *, world_size: int = 1) -> list[str]:
     """What is wrong with a config, one sentence each; empty when it can run."""
     return [
-        *_model(config.model),
+        *model_problems(config.model),
         *_schedule(config.optim, config.train),
         *_train(config.train, config.model, world_size),
         *_cuda_graphs(config),
@@ -39,7 +40,8 @@ def find_problems(config: RunConfig, *, world_size: int = 1) -> list[str]:
     ]
 
 
-def _model(model: ModelSection) -> Iterator[str]:
+def model_problems(model: ModelSection) -> Iterator[str]:
+    """What is wrong with a model wherever it runs, one sentence each."""
     if model.head_size is None and model.d_model % model.num_heads:
         yield f"model.num_heads {model.num_heads} does not divide model.d_model {model.d_model}; choose a divisor or set model.head_size."
     elif model.head_width % 2:
@@ -97,10 +99,13 @@ def _cuda_graphs(config: RunConfig) -> Iterator[str]:
 def _data(config: RunConfig) -> Iterator[str]:
     data = config.data
     if data.train is None:
-        for name, value in (("validation", data.validation), ("tokenizer", data.tokenizer)):
+        for name, value in (("validation", data.validation), ("tokenizer", data.tokenizer), ("eod_token", data.eod_token)):
             if value is not None:
                 yield f"data.{name} is {describe_value(value)}, but data.train is null and the embedded corpus brings its own; set data.train too."
+    elif data.eod_token is not None and data.tokenizer is None:
+        yield f"data.eod_token is {describe_value(data.eod_token)}, but data.tokenizer is null; give the tokenizer with this piece, or leave it null."
     yield from _repeated_sources(data)
+    yield from split_problems(data)
     if data.train is not None and config.observe.sample_prompt is not None and data.tokenizer is None:
         yield "observe.sample_prompt is set, but data.tokenizer is null; give the tokenizer of the data, or leave the prompt null."
 

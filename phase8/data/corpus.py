@@ -21,7 +21,8 @@ import numpy as np
 from phase8.data.documents import spread
 from phase8.data.indexed import IndexedDataset, IndexedWriter, best_dtype
 from phase8.data.staging import exclusive_lock, read_json, sweep_partial, write_json
-from phase8.data.tokenizer import Tokenizer, load_tokenizer, train_sentencepiece
+from phase8.data.tokenizer import Tokenizer, load_tokenizer
+from phase8.data.tokenizer_training import train_sentencepiece
 from phase8.durable import staged_directory
 from phase8.errors import DataError, IndexedFormatError
 

@@ -28,6 +28,7 @@ from typing import BinaryIO, NamedTuple
 import numpy as np
 
 from phase8.config.schema import Dialect
+from phase8.data.token_file import open_regular_file
 from phase8.errors import IndexedFormatError
 
 MAGIC = b"MMIDIDX\0\0"
@@ -76,9 +77,10 @@ def read_index(path: Path, *, bin_bytes: int, dialect: Dialect | None) -> Index:
         dialect: The project that wrote the file; None accepts every type that only one project can have meant.
 
     Raises:
+        DataError: It is no regular file.
         IndexedFormatError: Any check that fails, by name.
     """
-    with path.open("rb") as file:
+    with os.fdopen(open_regular_file(path), "rb") as file:
         num_sequences, index_length, code, has_modes = _read_header(file, path)
 
         def read(dtype: str, count: int) -> np.ndarray:

@@ -1,17 +1,19 @@
 """Reader and writer of Megatron's `.bin/.idx` token files.
 
 `.bin` is the token ids of all sequences, one after the other, without header or padding; `.idx` (index_file.py) says where each
-sequence and each document begins. The writer renames `.bin` first and `.idx` last, so that an `.idx` implies a complete `.bin`.
+sequence and each document begins. The writer renames `.bin` first and `.idx` last, so that an `.idx` implies a complete `.bin`; between
+the two comes what it knows about the tokens (pair_record.py), which other writers do not leave.
 """
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import os
-import shutil
-import stat
 from array import array
+from collections.abc import Callable
 from contextlib import suppress
+from functools import cached_property
 from pathlib import Path
 from types import TracebackType
 from typing import BinaryIO, Self
@@ -19,11 +21,15 @@ from typing import BinaryIO, Self
 import numpy as np
 
 from phase8.config.schema import Dialect
+from phase8.data.content import content_digest
 from phase8.data.index_file import DIALECTS, DTYPE_CODES, read_index, write_index
-from phase8.durable import fsync_path, storage_errors
+from phase8.data.pair_record import PairRecord, TokenTally, read_record, record_path
+from phase8.data.token_file import TokenFile
+from phase8.durable import fsync_path, partial_name, storage_errors
 from phase8.errors import DataError
 
 MAX_SEQUENCE_TOKENS = 2**31 - 1
+_COPIED_TOKENS = 1 << 21
 
 
 def best_dtype(vocab_size: int) -> np.dtype:
@@ -51,17 +57,16 @@ class IndexedWriter:
         if self.dtype not in DTYPE_CODES:
             allowed = ", ".join(known.name for known in DTYPE_CODES)
             raise DataError(f"{prefix}: tokens of type {self.dtype.name} have no code in .idx; use one of {allowed}")
-        self._bin_path, self._idx_path = _path(prefix, ".bin"), _path(prefix, ".idx")
-        # The process id keeps two processes that fill the same cache from writing into one file.
-        self._bin_partial = _path(prefix, f".bin.{os.getpid()}.partial")
-        self._idx_partial = _path(prefix, f".idx.{os.getpid()}.partial")
+        self._bin_path, self._idx_path, self._record_path = _path(prefix, ".bin"), _path(prefix, ".idx"), record_path(prefix)
+        self._bin_partial, self._idx_partial, self._record_partial = map(partial_name, (self._bin_path, self._idx_path, self._record_path))
+        self._tally = TokenTally()
         self._lengths = array("i")
         self._document_index = array("q", [0])
 
     def __enter__(self) -> Self:
         with storage_errors(self._bin_path):
             self._bin_path.parent.mkdir(parents=True, exist_ok=True)
-            self._bin: BinaryIO = self._bin_partial.open("wb", buffering=1 << 20)
+            self._bin: BinaryIO = self._bin_partial.open("xb", buffering=1 << 20)
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
@@ -72,7 +77,7 @@ class IndexedWriter:
         finally:
             with suppress(OSError):  # closing flushes, which fails again on a full disk
                 self._bin.close()
-            for partial in (self._bin_partial, self._idx_partial):
+            for partial in (self._bin_partial, self._idx_partial, self._record_partial):
                 with suppress(OSError):
                     partial.unlink(missing_ok=True)
 
@@ -90,9 +95,8 @@ class IndexedWriter:
         if not sequences:
             raise DataError(f"{self.prefix}: document {len(self._document_index) - 1} has no sequence; give at least one")
         checked = [self._checked(sequence) for sequence in sequences]
-        with storage_errors(self._bin_path):
-            for sequence in checked:
-                self._bin.write(sequence.data)
+        for sequence in checked:
+            self._write(sequence)
         self._lengths.extend(sequence.size for sequence in checked)
         self._document_index.append(len(self._lengths))
 
@@ -109,11 +113,16 @@ class IndexedWriter:
             raise DataError(f"{prefix} holds {other.dtype.name} tokens and cannot be appended to {self.prefix} of {self.dtype.name}")
         if other.sequence_modes is not None:
             raise DataError(f"{prefix} holds a mode per sequence (multimodal data), which would be lost; only text can be appended")
-        with storage_errors(self._bin_path), other.bin_path.open("rb") as source:
-            shutil.copyfileobj(source, self._bin, length=1 << 23)
+        for start in range(0, other.num_tokens, _COPIED_TOKENS):
+            self._write(other.tokens(start, min(_COPIED_TOKENS, other.num_tokens - start)))
         first_sequence = len(self._lengths)
         self._lengths.frombytes(other.sequence_lengths.astype("=i4").tobytes())
         self._document_index.frombytes((other.document_index[1:] + first_sequence).astype("=i8").tobytes())
+
+    def _write(self, tokens: np.ndarray) -> None:
+        with storage_errors(self._bin_path):
+            self._bin.write(tokens.data)
+        self._tally.add(tokens)
 
     def _checked(self, sequence: np.ndarray) -> np.ndarray:
         tokens = np.asarray(sequence)
@@ -130,23 +139,27 @@ class IndexedWriter:
     def _publish(self) -> None:
         self._bin.flush()
         os.fsync(self._bin.fileno())
-        with self._idx_partial.open("wb") as file:
-            write_index(
-                file,
-                dtype=self.dtype,
-                lengths=np.frombuffer(self._lengths, "=i4"),
-                document_index=np.frombuffer(self._document_index, "=i8"),
-            )
-            file.flush()
-            os.fsync(file.fileno())
-        self._idx_path.unlink(missing_ok=True)  # an older .idx must never describe the new .bin
+        lengths, document_index = np.frombuffer(self._lengths, "=i4"), np.frombuffer(self._document_index, "=i8")
+        _write_durably(self._idx_partial, lambda file: write_index(file, dtype=self.dtype, lengths=lengths, document_index=document_index))
+        record = self._tally.record(content_digest(self._bin_partial))
+        _write_durably(self._record_partial, lambda file: file.write(record.to_json()))
+        for older in (self._idx_path, self._record_path):  # which must never describe the new .bin
+            older.unlink(missing_ok=True)
         self._bin_partial.replace(self._bin_path)
+        self._record_partial.replace(self._record_path)
         self._idx_partial.replace(self._idx_path)
         fsync_path(self._idx_path.parent)
 
 
+def _write_durably(path: Path, write: Callable[[BinaryIO], object]) -> None:
+    with path.open("xb") as file:
+        write(file)
+        file.flush()
+        os.fsync(file.fileno())
+
+
 class IndexedDataset:
-    """A `.bin/.idx` pair opened for reading: the index in memory, the tokens memory-mapped.
+    """A `.bin/.idx` pair opened for reading: the index in memory, the tokens in the open file.
 
     Pickling keeps the path only, so a loader worker opens (and checks) the files anew.
 
@@ -174,13 +187,12 @@ class IndexedDataset:
             raise DataError(f"the data path {self.prefix!r} holds a null byte; give the path of the pair without .bin / .idx")
         self.bin_path, self.idx_path = _path(prefix, ".bin"), _path(prefix, ".idx")
         try:
-            self.bin_bytes, _ = _size_of_file(self.bin_path), _size_of_file(self.idx_path)
+            self._file = TokenFile(self.bin_path)
+            self.bin_bytes = self._file.num_bytes
             index = read_index(self.idx_path, bin_bytes=self.bin_bytes, dialect=dialect)
-            mapped = np.memmap(self.bin_path, dtype=index.dtype, mode="r") if self.bin_bytes else np.empty(0, index.dtype)
         except OSError as error:
-            reason = error.strerror or str(error)
-            raise DataError(f"cannot read {error.filename or prefix}: {reason}; give the path of the pair without .bin / .idx") from error
-        self._tokens = mapped.view(np.ndarray)
+            remedy = "raise ulimit -n, or give fewer pairs" if error.errno == errno.EMFILE else "give the path of the pair without .bin / .idx"
+            raise DataError(f"cannot read {error.filename or prefix}: {error.strerror or error}; {remedy}") from error
         self.dtype = index.dtype
         self.sequence_lengths, self.document_index, self.sequence_modes = index.lengths, index.document_index, index.modes
         self.num_sequences, self.num_documents = index.lengths.size, index.document_index.size - 1
@@ -192,10 +204,10 @@ class IndexedDataset:
         return _reopen, (self.prefix, self.dialect)
 
     def sequence(self, i: int) -> np.ndarray:
-        """Tokens of sequence `i`, a read-only view."""
+        """Tokens of sequence `i`, read-only."""
         if not 0 <= i < self.num_sequences:
             raise DataError(f"{self.prefix}: sequence {i} was asked for; there are {self.num_sequences}")
-        return self._tokens[self._sequence_starts[i] : self._sequence_starts[i + 1]]
+        return self.tokens(self._sequence_starts[i], self.sequence_lengths[i])
 
     def document(self, k: int) -> list[np.ndarray]:
         """The sequences of document `k`."""
@@ -204,9 +216,13 @@ class IndexedDataset:
         return [self.sequence(i) for i in range(int(self.document_index[k]), int(self.document_index[k + 1]))]
 
     def tokens(self, start: int, count: int) -> np.ndarray:
-        """`count` tokens of the flat stream from `start` on, a read-only view in the type of the file."""
+        """`count` tokens of the flat stream from `start` on, read-only and in the type of the file.
+
+        Raises:
+            DataError: The file has become shorter, or cannot be read.
+        """
         self._check_range(start, count)
-        return self._tokens[start : start + count]
+        return self._file.read(start, count, self.dtype)
 
     def document_starts(self, start: int, count: int) -> np.ndarray:
         """Bool [count]: True where a token of the flat stream begins a document."""
@@ -216,11 +232,30 @@ class IndexedDataset:
         flags[self._document_starts[first:last] - start] = True
         return flags
 
-    def fingerprint(self) -> dict[str, object]:
-        """What identifies the data without reading the tokens: hash of `.idx`, size of `.bin`, number of tokens."""
+    def token_range(self, first_document: int, end_document: int) -> tuple[int, int]:
+        """First token of a range of documents, and the token after its last."""
+        first, end = self._sequence_starts[self.document_index[[first_document, end_document]]]
+        return int(first), int(end)
+
+    @cached_property
+    def content(self) -> str:
+        """Digest of `.bin`, from all or part of it."""
+        return content_digest(self.bin_path)
+
+    @cached_property
+    def record(self) -> PairRecord | None:
+        """What the writer of the pair left about this `.bin`; None: nothing."""
+        return read_record(self.prefix, bin_bytes=self.bin_bytes, content=self.content)
+
+    @cached_property
+    def _idx_sha256(self) -> str:
         with self.idx_path.open("rb") as file:
-            digest = hashlib.file_digest(file, "sha256").hexdigest()
-        return {"idx_sha256": digest, "bin_bytes": self.bin_bytes, "num_tokens": self.num_tokens}
+            return hashlib.file_digest(file, "sha256").hexdigest()
+
+    def fingerprint(self) -> dict[str, object]:
+        """What identifies the data without reading all tokens, and the hash of all tokens where their writer has left it."""
+        whole = {} if self.record is None else {"bin_sha256": self.record.bin_sha256}
+        return {"idx_sha256": self._idx_sha256, "bin_bytes": self.bin_bytes, "num_tokens": self.num_tokens, "content": self.content, **whole}
 
     def _check_range(self, start: int, count: int) -> None:
         if start < 0 or count < 0 or start + count > self.num_tokens:
@@ -229,14 +264,6 @@ class IndexedDataset:
 
 def _reopen(prefix: str, dialect: Dialect | None) -> IndexedDataset:
     return IndexedDataset(prefix, dialect=dialect)
-
-
-def _size_of_file(path: Path) -> int:
-    """Bytes of a regular file; opening a pipe would wait for a writer."""
-    status = path.stat()
-    if not stat.S_ISREG(status.st_mode):
-        raise DataError(f"{path} is not a regular file; give the path of the pair without .bin / .idx")
-    return status.st_size
 
 
 def _path(prefix: str | Path, suffix: str) -> Path:

@@ -12,7 +12,7 @@ import signal
 import sys
 import threading
 from collections.abc import Iterable, Iterator, Sequence
-from pathlib import Path
+from fractions import Fraction
 from typing import NamedTuple
 
 import numpy as np
@@ -21,8 +21,10 @@ from torch.utils.data import DataLoader, Dataset
 
 from phase8.config.schema import DataSection, DataSource
 from phase8.data.blend import BlendTable, integer_weights
-from phase8.data.indexed import IndexedDataset
-from phase8.data.sampler import ORDER_VERSION, SampleOrder, count_windows, evenly_spread_windows
+from phase8.data.sampler import SampleOrder, count_windows, evenly_spread_windows
+from phase8.data.sources import open_sources
+from phase8.data.streams import TokenStream
+from phase8.data.token_ids import first_outside, outside_vocabulary
 from phase8.errors import DataError, Phase8Error
 
 # A sample: its number in the order of training, or a window of a source named outright.
@@ -41,7 +43,7 @@ class SequenceDataset(Dataset):
     """
 
     def __init__(
-        self, sources: Sequence[IndexedDataset], *, weights: Sequence[int], sequence_length: int, vocab_size: int, seed: int
+        self, sources: Sequence[TokenStream], *, weights: Sequence[int], sequence_length: int, vocab_size: int, seed: int
     ):
         self.sources = tuple(sources)
         self.sequence_length = sequence_length
@@ -60,55 +62,73 @@ class SequenceDataset(Dataset):
             a sample begins with a fresh state.
 
         Raises:
-            DataError: A token id outside the vocabulary.
+            DataError: A token id outside the vocabulary, or a file that has become shorter or cannot be read.
         """
         number, window = sample if isinstance(sample, tuple) else self.order.locate(sample)
         source, start, count = self.sources[number], window * self.sequence_length, self.sequence_length + 1
         tokens = source.tokens(start, count)
-        if tokens.max() >= self.vocab_size or tokens.min() < 0:
-            position = int(np.argmax((tokens >= self.vocab_size) | (tokens < 0)))
-            raise DataError(
-                f"{source.bin_path} holds token id {tokens[position]} at position {start + position}, but model.vocab_size is "
-                f"{self.vocab_size}; set it above the largest id, or prepare the data with the tokenizer of this model"
-            )
+        if (position := first_outside(tokens, self.vocab_size)) is not None:
+            raise outside_vocabulary(*source.place(start + position), int(tokens[position]), self.vocab_size)
         document_starts = source.document_starts(start, count)
         document_starts[0] = True
         return {"tokens": torch.from_numpy(tokens.astype(np.int64)), "document_starts": torch.from_numpy(document_starts)}
 
+    def part(self, share: tuple[Fraction, Fraction], *, name: str) -> SequenceDataset:
+        """The sequences of a share of the documents of every pair.
+
+        Args:
+            share: From, to, as shares of the number of documents.
+            name: What the part is for, for messages.
+
+        Raises:
+            DataError: It is shorter than one sample.
+        """
+        sources = [source.part(share) for source in self.sources]
+        for source in sources:
+            if count_windows(source.num_tokens, self.sequence_length) == 0:
+                raise DataError(
+                    f"data.split leaves {source.num_documents} documents of {source.prefix} with {source.num_tokens} tokens for {name}, fewer "
+                    f"than the {self.sequence_length + 1} of one sample with model.sequence_length {self.sequence_length}; make that share larger"
+                )
+        weights = self.order.blend.weights
+        return SequenceDataset(
+            sources, weights=weights, sequence_length=self.sequence_length, vocab_size=self.vocab_size, seed=self.order.seed
+        )
+
 
 def open_dataset(
-    data: str | Sequence[DataSource], *, sequence_length: int, vocab_size: int, seed: int, key: str = "data.train"
+    data: str | Sequence[DataSource],
+    *,
+    sequence_length: int,
+    vocab_size: int,
+    seed: int,
+    key: str = "data.train",
+    ignore_sequence_modes: bool = False,
 ) -> SequenceDataset:
-    """Opens a `.bin/.idx` prefix, or the sources of a blend.
+    """Opens a `.bin/.idx` prefix, all pairs that a pattern matches, or the sources of a blend.
 
     Args:
-        data: The prefix or the blend.
+        data: The prefix, the pattern or the blend.
         sequence_length: T, `model.sequence_length`.
         vocab_size: `model.vocab_size`.
         seed: Of the order, `train.seed`.
         key: Config key that named the data, for messages.
+        ignore_sequence_modes: Take multimodal pairs as plain text.
 
     Raises:
         DataError: A file is missing, or a source is empty or shorter than one sample.
         IndexedFormatError: A damaged or foreign pair.
     """
     entries = [DataSource(path=data, weight=1)] if isinstance(data, str) else data
-    sources = []
-    for entry in entries:
-        if not Path(f"{entry.path}.idx").exists() or not Path(f"{entry.path}.bin").exists():
-            raise DataError(
-                f"{key}: {entry.path}.bin and {entry.path}.idx must both exist and do not; give the path of such a pair without its "
-                "ending, or make the pair with tools/prepare_data.py"
-            )
-        source = IndexedDataset(entry.path, dialect=entry.dialect)
+    sources = open_sources(entries, key=key, ignore_sequence_modes=ignore_sequence_modes)
+    for source in sources:
         if source.num_tokens == 0:
-            raise DataError(f"{key}: {entry.path} holds no tokens; prepare it from text that is not empty")
+            raise DataError(f"{key}: {source.prefix} holds no tokens; prepare it from text that is not empty")
         if count_windows(source.num_tokens, sequence_length) == 0:
             raise DataError(
-                f"{key}: {entry.path} holds {source.num_tokens} tokens, fewer than the {sequence_length + 1} of one sample with "
+                f"{key}: {source.prefix} holds {source.num_tokens} tokens, fewer than the {sequence_length + 1} of one sample with "
                 f"model.sequence_length {sequence_length}; shorten the sequence or add data"
             )
-        sources.append(source)
     weights = integer_weights([entry.weight for entry in entries])
     return SequenceDataset(sources, weights=weights, sequence_length=sequence_length, vocab_size=vocab_size, seed=seed)
 
@@ -154,40 +174,6 @@ def build_loader(
         DataError: While iterating, as raised by `SequenceDataset`, also from a worker.
     """
     return _MicrobatchLoader(dataset, section, sample_numbers)
-
-
-def data_fingerprint(dataset: SequenceDataset) -> dict[str, object]:
-    """What decides, with the seed, which tokens sample n holds; plain JSON values."""
-    weights = dataset.order.blend.weights
-    return {
-        "order_version": ORDER_VERSION,
-        "sequence_length": dataset.sequence_length,
-        "sources": [
-            {"name": Path(source.prefix).name, "weight": weight, **source.fingerprint()}
-            for source, weight in zip(dataset.sources, weights, strict=True)
-        ],
-    }
-
-
-def describe_fingerprint_difference(old: dict, new: dict) -> list[str]:
-    """One sentence per difference between two fingerprints; empty when sample n holds the same tokens. Names may differ."""
-    sentences = [
-        f"{what} was {old[field]} and is {new[field]}"
-        for field, what in (("order_version", "the version of the sample order"), ("sequence_length", "model.sequence_length"))
-        if old[field] != new[field]
-    ]
-    if len(old["sources"]) != len(new["sources"]):
-        return [*sentences, f"the data had {len(old['sources'])} sources and have {len(new['sources'])}"]
-    fields = {
-        "weight": "blend weight", "num_tokens": "number of tokens", "bin_bytes": "size of .bin in bytes", "idx_sha256": "hash of .idx"
-    }
-    for number, (before, after) in enumerate(zip(old["sources"], new["sources"], strict=True)):
-        sentences += [
-            f"source {number} ({before['name']}, now {after['name']}): the {what} was {before[field]} and is {after[field]}"
-            for field, what in fields.items()
-            if before[field] != after[field]
-        ]
-    return sentences
 
 
 class _Refusal(NamedTuple):
@@ -256,11 +242,13 @@ def _without_child_signals(loader: DataLoader) -> Iterator:
 
 
 def _leave_signals_to_trainer(worker_id: int) -> None:
-    """Lets the trainer finish its step: Ctrl-C, and schedulers by SIGTERM, signal every process of a job, and a worker must live on.
+    """Lets the trainer finish its step: a worker lives on when every process of a job is signalled.
 
-    Only the trainer's own SIGTERM, by which Python ends its children at exit, is obeyed.
+    Ctrl-C does that, a terminal that closes (SIGHUP), and schedulers (SIGTERM, SIGUSR1). Only the trainer's own SIGTERM, by which Python ends
+    its children at exit, is obeyed.
     """
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    for number in (signal.SIGINT, signal.SIGHUP, signal.SIGUSR1):
+        signal.signal(number, signal.SIG_IGN)
     if sys.platform == "linux":  # elsewhere a signal does not tell its sender
         signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
         threading.Thread(target=_end_when_trainer_asks, args=(multiprocessing.parent_process().pid,), daemon=True).start()

@@ -18,11 +18,14 @@ import numpy as np
 
 from phase8.data.index_file import MAGIC as MEGATRON_MAGIC
 from phase8.data.indexed import MAX_SEQUENCE_TOKENS, IndexedWriter, best_dtype
-from phase8.durable import storage_errors
+from phase8.data.token_file import TokenFile
+from phase8.durable import replace_file
 from phase8.errors import DataError, IndexedFormatError
+from phase8.paths import why_unreadable
 
 MAGIC = b"MUSE"
 HEADER_BYTES = 8
+TOKEN_TYPE = np.dtype("<u4")
 MAX_LOGGED_RANGES = 100
 
 
@@ -85,14 +88,16 @@ def import_muse(
     bin_path, idx_path = Path(f"{source_prefix}.bin"), Path(f"{source_prefix}.idx")
     try:
         layout, offsets, lengths = _read_documents(idx_path)
-        tokens = _map_tokens(bin_path)
+        tokens = _open_tokens(bin_path)
     except OSError as error:
-        raise DataError(f"cannot read {error.filename or source_prefix}: {error.strerror or error}; give the path without .idx") from error
-    _check_documents(offsets, lengths, tokens.size, idx_path)
+        place = error.filename or source_prefix
+        raise DataError(f"cannot read {place}: {why_unreadable(Path(place), error)}; give the path without .idx") from error
+    num_tokens = tokens.num_bytes // TOKEN_TYPE.itemsize
+    _check_documents(offsets, lengths, num_tokens, idx_path)
     kept = np.flatnonzero(lengths)
     with IndexedWriter(destination_prefix, dtype=best_dtype(vocab_size)) as writer:
-        last_tokens = _copy_documents(writer, tokens, np.stack([offsets[kept], lengths[kept]], axis=1), bin_path, vocab_size)
-    overlapping, uncovered = _overlaps_and_gaps(offsets[kept].astype(np.int64), lengths[kept].astype(np.int64), tokens.size)
+        last_tokens = _copy_documents(writer, tokens, np.stack([offsets[kept], lengths[kept]], axis=1), vocab_size)
+    overlapping, uncovered = _overlaps_and_gaps(offsets[kept].astype(np.int64), lengths[kept].astype(np.int64), num_tokens)
     report = MuseReport(
         source=str(source_prefix),
         destination=str(destination_prefix),
@@ -141,11 +146,11 @@ def _read_documents(path: Path) -> tuple[Literal["pairs", "counted"], np.ndarray
     return "counted", numbers[1::2], numbers[2::2]
 
 
-def _map_tokens(path: Path) -> np.ndarray:
-    size = path.stat().st_size
-    if size % 4:
-        raise IndexedFormatError(f"{path} is damaged: {size} bytes are no whole number of u32 tokens; copy the pair again")
-    return np.memmap(path, "<u4", mode="r").view(np.ndarray) if size else np.empty(0, "<u4")
+def _open_tokens(path: Path) -> TokenFile:
+    tokens = TokenFile(path)
+    if tokens.num_bytes % TOKEN_TYPE.itemsize:
+        raise IndexedFormatError(f"{path} is damaged: {tokens.num_bytes} bytes are no whole number of u32 tokens; copy the pair again")
+    return tokens
 
 
 def _check_documents(offsets: np.ndarray, lengths: np.ndarray, num_tokens: int, path: Path) -> None:
@@ -163,15 +168,15 @@ def _check_documents(offsets: np.ndarray, lengths: np.ndarray, num_tokens: int, 
         raise DataError(f"{path}: document {number} holds {lengths[number]} tokens; Megatron's format allows {MAX_SEQUENCE_TOKENS}")
 
 
-def _copy_documents(writer: IndexedWriter, tokens: np.ndarray, ranges: np.ndarray, bin_path: Path, vocab_size: int) -> list[int]:
+def _copy_documents(writer: IndexedWriter, tokens: TokenFile, ranges: np.ndarray, vocab_size: int) -> list[int]:
     """Writes each range (offset, length) as a document and returns its last token."""
     largest_allowed = min(vocab_size, 2**31) - 1
     last_tokens = []
     for offset, length in ranges.tolist():
-        document = tokens[offset : offset + length]
+        document = tokens.read(offset, length, TOKEN_TYPE)
         if document.max() > largest_allowed:
             raise DataError(
-                f"{bin_path}: the document at token {offset} holds id {document.max()}, but with a vocab_size of {vocab_size} at most "
+                f"{tokens.path}: the document at token {offset} holds id {document.max()}, but with a vocab_size of {vocab_size} at most "
                 f"{largest_allowed} is allowed; give the vocab_size of the tokenizer that made the data"
             )
         writer.add_document(document)
@@ -191,7 +196,4 @@ def _overlaps_and_gaps(offsets: np.ndarray, lengths: np.ndarray, num_tokens: int
 
 
 def _write_log(path: Path, report: MuseReport) -> None:
-    partial = path.with_name(f"{path.name}.{os.getpid()}.partial")
-    with storage_errors(path):
-        partial.write_text(json.dumps(asdict(report), indent=2) + "\n", encoding="utf-8")
-        partial.replace(path)
+    replace_file(path, json.dumps(asdict(report), indent=2).encode() + b"\n")

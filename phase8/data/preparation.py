@@ -10,6 +10,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from phase8.data.lost_text import LostText
 from phase8.data.shards import DocumentRules
 from phase8.data.staging import sweep_partial
 
@@ -48,10 +49,15 @@ class PrepareOptions:
             found.append("choose one tokenizer: an existing file with --tokenizer FILE, or --train-tokenizer --vocab-size N")
         elif self.train_tokenizer != (self.vocab_size is not None):
             found.append("--vocab-size belongs to --train-tokenizer, which needs it; an existing tokenizer has its own size")
+        if self.train_tokenizer and self.rules.eod_token is not None:
+            found.append("--eod-token belongs to --tokenizer; the one that --train-tokenizer makes has an end-of-document token of its own")
         if not 0 <= self.rules.validation_fraction < 1:
             found.append(f"--validation-fraction is {self.rules.validation_fraction}; it must be at least 0 and below 1")
         if not self.rules.json_key or "/" in self.rules.json_key:
             found.append(f"--json-key is {self.rules.json_key!r}; it becomes part of file names, so it must not be empty or hold a slash")
+        separator = self.rules.document_separator
+        if separator is not None and (not separator.strip() or separator != separator.strip() or len(separator.splitlines()) > 1):
+            found.append(f"--document-separator is {separator!r}; it must be what one line holds, with something in it and no space around it")
         if not self.inputs:
             found.append("there is no input; give files or directories")
         return found
@@ -80,7 +86,10 @@ class PrepareReport:
         num_empty: Documents without a token, which are not written.
         num_invalid: What was skipped for not being a document.
         first_invalid: Why the first of these was skipped.
-        num_passed_over: Files of directories that were not read for their suffix.
+        lost: Text that the tokenizer could not keep.
+        eod_token: The piece between documents, where the user named one.
+        num_passed_over: Files of directories that were not read for their suffix, by suffix.
+        dangling_links: Symbolic links in directories that lead to nothing.
         is_reused: Everything was there already, made from the same inputs and options.
     """
 
@@ -93,7 +102,10 @@ class PrepareReport:
     num_empty: int
     num_invalid: int
     first_invalid: str | None
-    num_passed_over: int = 0
+    lost: LostText
+    eod_token: str | None
+    num_passed_over: dict[str, int] = field(default_factory=dict)
+    dangling_links: list[str] = field(default_factory=list)
     is_reused: bool = False
 
     @property
@@ -110,7 +122,8 @@ class PrepareReport:
     def settings(self) -> list[str]:
         """The `--set` overrides of a run on this data."""
         data = [f"data.{name}={split.prefix}" for name, split in self.splits.items()]
-        return [*data, f"data.tokenizer={self.tokenizer}", f"model.vocab_size={self.vocab_size}"]
+        eod_token = [] if self.eod_token is None else [f"data.eod_token={self.eod_token}"]
+        return [*data, f"data.tokenizer={self.tokenizer}", *eod_token, f"model.vocab_size={self.vocab_size}"]
 
 
 class Layout:

@@ -7,7 +7,8 @@ killed goes on with the shards it lacks. Until the end everything lives in `<out
 
 from __future__ import annotations
 
-import hashlib
+import functools
+import operator
 import shutil
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, replace
@@ -15,20 +16,25 @@ from pathlib import Path
 
 import numpy as np
 
-from phase8.data.documents import Source, Span, check_unchanged, cut_shards, find_sources, spread
+from phase8.data.documents import cut_shards, spread
 from phase8.data.indexed import IndexedDataset, IndexedWriter, best_dtype
+from phase8.data.input_files import Source, Span, check_unchanged, find_sources
+from phase8.data.lost_text import stored_lost_text
 from phase8.data.preparation import Layout, PreparedSplit, PrepareOptions, PrepareReport
 from phase8.data.shard_pool import make_shards
 from phase8.data.shards import DocumentRules, InvalidInputs, Shard, ShardCounts, finished_counts, read_texts
 from phase8.data.staging import exclusive_lock, read_json, write_json
-from phase8.data.tokenizer import load_tokenizer, train_sentencepiece
+from phase8.data.tokenizer import load_tokenizer
+from phase8.data.tokenizer_file import tokenizer_digest
+from phase8.data.tokenizer_training import train_sentencepiece
 from phase8.durable import staged_directory, staged_file
 from phase8.errors import ConfigError, DataError
 
 OnProgress = Callable[[str, int, int], None]
 
-# Raise it when the same inputs and options give other bytes than before.
-FORMAT_VERSION = 1
+# Raise it when the same inputs and options give other bytes or another record than before.
+FORMAT_VERSION = 2
+TOKENIZING = "tokenizing"
 _SAMPLE_BYTES_PER_SHARD = 1 << 20
 
 
@@ -37,7 +43,7 @@ def prepare(options: PrepareOptions, *, on_progress: OnProgress | None = None) -
 
     Args:
         options: What to prepare and how.
-        on_progress: Called with stage, amount done and amount in all.
+        on_progress: Called with stage, amount done and amount in all; while `TOKENIZING` these are bytes of the inputs.
 
     Raises:
         ConfigError: Options that cannot be.
@@ -46,7 +52,7 @@ def prepare(options: PrepareOptions, *, on_progress: OnProgress | None = None) -
     """
     if problems := options.problems():
         raise ConfigError(problems)
-    sources, num_passed_over = find_sources(options.inputs)
+    sources, left_out = find_sources(options.inputs)
     layout = Layout(options)
     made_from = _made_from(options, sources)
     with exclusive_lock(layout.lock, wait=False):
@@ -56,7 +62,7 @@ def prepare(options: PrepareOptions, *, on_progress: OnProgress | None = None) -
             report = _prepare(options, sources, layout, on_progress or _silent)
             write_json(layout.record, {"made_from": made_from, "report": asdict(report)})
         shutil.rmtree(layout.work, ignore_errors=True)
-    return replace(report, num_passed_over=num_passed_over)
+    return replace(report, num_passed_over=dict(left_out.num_by_suffix), dangling_links=left_out.dangling_links)
 
 
 def _silent(stage: str, completed: int, total: int) -> None:
@@ -66,19 +72,11 @@ def _silent(stage: str, completed: int, total: int) -> None:
 def _made_from(options: PrepareOptions, sources: list[Source]) -> dict[str, object]:
     """Everything the output depends on, as JSON."""
     if options.tokenizer is not None:
-        tokenizer: dict[str, object] = {"sha256": _sha256(options.tokenizer)}
+        tokenizer: dict[str, object] = {"sha256": tokenizer_digest(options.tokenizer)}
     else:
         tokenizer = {"vocab_size": options.vocab_size, "sample_bytes": options.tokenizer_sample_bytes, "shard_bytes": options.shard_bytes}
     rules, files = asdict(options.rules), [asdict(source) for source in sources]
     return {"format_version": FORMAT_VERSION, "sources": files, "rules": rules, "tokenizer": tokenizer}
-
-
-def _sha256(path: Path) -> str:
-    try:
-        with path.open("rb") as file:
-            return hashlib.file_digest(file, "sha256").hexdigest()
-    except OSError as error:
-        raise DataError(f"cannot read the tokenizer {path}: {error.strerror}; give a sentencepiece .model or a tokenizer.json") from error
 
 
 def _finished_report(options: PrepareOptions, layout: Layout, made_from: dict[str, object]) -> PrepareReport | None:
@@ -87,14 +85,17 @@ def _finished_report(options: PrepareOptions, layout: Layout, made_from: dict[st
     if not isinstance(record, dict) or record.get("made_from") != made_from:
         return None
     stored, tokenizer = record["report"], str(options.tokenizer or layout.tokenizer)
+    lost = stored_lost_text(stored.get("lost"))
+    if lost is None:
+        return None
     try:
         splits = {name: _prepared_split(layout.split(name)) for name in options.rules.splits}
-        is_whole = _sha256(Path(tokenizer)) == stored["tokenizer_sha256"]
+        is_whole = tokenizer_digest(Path(tokenizer)) == stored["tokenizer_sha256"]
     except DataError:
         return None
     for name, split in splits.items():
         is_whole &= (split.num_documents, split.num_tokens) == (stored["splits"][name]["num_documents"], stored["splits"][name]["num_tokens"])
-    return PrepareReport(**stored | {"splits": splits, "tokenizer": tokenizer, "is_reused": True}) if is_whole else None
+    return PrepareReport(**stored | {"splits": splits, "lost": lost, "tokenizer": tokenizer, "is_reused": True}) if is_whole else None
 
 
 def _prepared_split(prefix: Path) -> PreparedSplit:
@@ -103,9 +104,9 @@ def _prepared_split(prefix: Path) -> PreparedSplit:
 
 
 def _prepare(options: PrepareOptions, sources: list[Source], layout: Layout, on_progress: OnProgress) -> PrepareReport:
-    cut = cut_shards(sources, options.shard_bytes)
+    cut = cut_shards(sources, options.shard_bytes, document_separator=options.rules.document_separator)
     tokenizer_path = options.tokenizer or _trained_tokenizer(options, sources, cut, layout, on_progress)
-    tokenizer, digest = load_tokenizer(tokenizer_path), _sha256(tokenizer_path)
+    tokenizer, digest = load_tokenizer(tokenizer_path, eod_token=options.rules.eod_token), tokenizer_digest(tokenizer_path)
     dtype = best_dtype(tokenizer.vocab_size)
     shards = [
         Shard(directory=layout.work / f"shard-{i:06d}", spans=spans, tokenizer=tokenizer_path, tokenizer_sha256=digest, rules=options.rules)
@@ -128,6 +129,8 @@ def _prepare(options: PrepareOptions, sources: list[Source], layout: Layout, on_
         num_empty=sum(found.num_empty for found in counts),
         num_invalid=sum(found.num_invalid for found in counts),
         first_invalid=next((found.first_invalid for found in counts if found.first_invalid), None),
+        lost=functools.reduce(operator.add, (found.lost for found in counts)),
+        eod_token=options.rules.eod_token,
     )
 
 
@@ -149,7 +152,7 @@ def _sample(options: PrepareOptions, cut: list[tuple[Span, ...]]) -> Iterator[st
     on_invalid = InvalidInputs(skip=options.rules.skip_invalid)
     for spans in spread(cut):
         left_in_shard = min(most_per_shard, remaining)
-        for text in read_texts(spread(spans), options.rules, on_invalid):
+        for text, _ in read_texts(spread(spans), options.rules, on_invalid):
             if left_in_shard <= 0:
                 break
             if options.rules.split_of(text) == "train":
@@ -167,15 +170,14 @@ def _tokenise(shards: list[Shard], num_workers: int, on_progress: OnProgress) ->
     missing = [shard for shard in shards if shard.directory not in counts]
     total = sum(shard.num_bytes for shard in shards)
     completed = total - sum(shard.num_bytes for shard in missing)
-    on_progress("tokenizing", completed, total)
+    on_progress(TOKENIZING, completed, total)
 
-    def on_done(shard: Shard, found: ShardCounts) -> None:
-        nonlocal completed
-        counts[shard.directory] = found
-        completed += shard.num_bytes
-        on_progress("tokenizing", completed, total)
+    def on_bytes(count: int) -> None:
+        # A line that is longer than its shard counts twice, since the shards behind it count too: the end is when all are there.
+        is_done = len(counts) == len(shards)
+        on_progress(TOKENIZING, total if is_done else min(completed + count, total - 1), total)
 
-    make_shards(missing, num_workers=num_workers, on_done=on_done)
+    make_shards(missing, num_workers=num_workers, on_done=lambda shard, found: counts.update({shard.directory: found}), on_bytes=on_bytes)
     return [counts[shard.directory] for shard in shards]
 
 

@@ -6,44 +6,81 @@ import multiprocessing
 import os
 import signal
 import threading
+import time
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
+from functools import partial
+from typing import ClassVar
 
-from phase8.data.shards import Shard, ShardCounts, make_shard
+import numpy as np
+
+from phase8.data.shards import OnBytes, Shard, ShardCounts, ignore_progress, make_shard
 from phase8.errors import DataError
 
+SECONDS_BETWEEN_REPORTS = 1.0
 
-def make_shards(shards: Sequence[Shard], *, num_workers: int, on_done: Callable[[Shard, ShardCounts], None]) -> None:
+OnDone = Callable[[Shard, ShardCounts], None]
+
+
+def make_shards(shards: Sequence[Shard], *, num_workers: int, on_done: OnDone, on_bytes: OnBytes = ignore_progress) -> None:
     """Makes all shards; with one worker in this process, else in `num_workers` new ones.
 
     Args:
         shards: What to make.
         num_workers: Processes at work at once.
         on_done: Called in this process after each shard, in the order in which they finish.
+        on_bytes: Called in this process with the input bytes tokenised so far: after each shard, and every second while one takes longer.
 
     Raises:
         DataError: A shard has a bad input, or a worker was killed. What was committed stays.
         StorageError: The place cannot be written.
     """
     if min(num_workers, len(shards)) <= 1:
-        for shard in shards:
-            on_done(shard, make_shard(shard))
+        _make_shards_here(shards, on_done, on_bytes)
         return
     context = multiprocessing.get_context("spawn")  # fork would copy the threads of whatever was imported
-    with ProcessPoolExecutor(min(num_workers, len(shards)), mp_context=context, initializer=_begin_worker) as pool:
+    bytes_done = context.RawArray("q", len(shards))  # each shard has one writer, and a late value does no harm
+    counted = np.frombuffer(bytes_done, np.int64)
+    with ProcessPoolExecutor(min(num_workers, len(shards)), context, _begin_worker, (bytes_done,)) as pool:
         with _sigint_blocked():  # the workers start here and inherit it
-            futures = {pool.submit(make_shard, shard): shard for shard in shards}
+            futures = {pool.submit(_make_shard_in_worker, i, shard): i for i, shard in enumerate(shards)}
+        running = set(futures)
         try:
-            for future in as_completed(futures):
-                on_done(futures[future], future.result())
+            while running:
+                finished, running = wait(running, SECONDS_BETWEEN_REPORTS, FIRST_COMPLETED)
+                for future in finished:
+                    i = futures[future]
+                    on_done(shards[i], future.result())
+                    counted[i] = max(counted[i], shards[i].num_bytes)
+                    on_bytes(int(counted.sum()))
+                if not finished:
+                    on_bytes(int(counted.sum()))
         except BrokenProcessPool as error:
             raise DataError(
                 "a worker process was killed, perhaps for lack of memory; run again to go on with what is left, with fewer --workers"
             ) from error
         finally:
             pool.shutdown(cancel_futures=True)
+
+
+def _make_shards_here(shards: Sequence[Shard], on_done: OnDone, on_bytes: OnBytes) -> None:
+    bytes_before, bytes_of_shard, reported_seconds = 0, 0, time.monotonic()
+
+    def on_bytes_of_shard(count: int) -> None:
+        nonlocal bytes_of_shard, reported_seconds
+        bytes_of_shard = count
+        if time.monotonic() - reported_seconds > SECONDS_BETWEEN_REPORTS:
+            reported_seconds = time.monotonic()
+            on_bytes(bytes_before + count)
+
+    for shard in shards:
+        on_done(shard, make_shard(shard, on_bytes=on_bytes_of_shard))
+        bytes_before += max(bytes_of_shard, shard.num_bytes)
+        bytes_of_shard = 0
+        reported_seconds = time.monotonic()
+        on_bytes(bytes_before)
 
 
 @contextmanager
@@ -56,8 +93,19 @@ def _sigint_blocked() -> Iterator[None]:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
-def _begin_worker() -> None:
+class _Worker:
+    """What a worker process was given when it began: shared memory cannot be sent with a shard."""
+
+    bytes_done: ClassVar[Sequence[int]]
+
+
+def _begin_worker(bytes_done: Sequence[int]) -> None:
+    _Worker.bytes_done = bytes_done
     threading.Thread(target=_exit_with_parent, daemon=True).start()
+
+
+def _make_shard_in_worker(i: int, shard: Shard) -> ShardCounts:
+    return make_shard(shard, on_bytes=partial(_Worker.bytes_done.__setitem__, i))
 
 
 def _exit_with_parent() -> None:

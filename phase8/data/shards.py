@@ -7,17 +7,20 @@ depends on nothing but that record, so it does not matter which process makes it
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, astuple, dataclass, fields
 from pathlib import Path
 
 import numpy as np
 
-from phase8.data.documents import OnInvalid, Span, read_documents
+from phase8.data.documents import is_whole, read_documents
 from phase8.data.indexed import IndexedDataset, IndexedWriter, best_dtype
+from phase8.data.input_files import Document, OnInvalid, Span
+from phase8.data.lost_text import LostText, LostTextCounter, stored_lost_text
 from phase8.data.staging import read_json, write_json
 from phase8.data.tokenizer import Tokenizer, load_tokenizer
+from phase8.data.utf8 import encoded_pieces, num_encoded_bytes
 from phase8.durable import staged_directory
 from phase8.errors import DataError
 
@@ -25,21 +28,32 @@ from phase8.errors import DataError
 _PIECE_CHARACTERS = 1 << 22
 
 
+OnBytes = Callable[[int], None]
+
+
+def ignore_progress(_: float) -> None:
+    """What is done with progress that nobody asked for."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class DocumentRules:
     """What becomes of a document; part of every record.
 
     Attributes:
-        json_key: Where an object of JSON lines holds its text.
+        json_key: Where an object of JSON lines holds its text; the column of Parquet.
+        document_separator: The content of the lines between the documents of a text file; None where a file is one document.
         validation_fraction: Share of the documents held out, chosen by a hash of their text: a text that occurs twice never ends up
             in both splits, and a document stays in its split when others come or go.
         append_eod: Put the end-of-document token behind every document.
+        eod_token: The piece that is this token; None: the tokenizer's own.
         skip_invalid: Count and skip what is not a document, instead of stopping.
     """
 
     json_key: str = "text"
+    document_separator: str | None = None
     validation_fraction: float = 0.0
     append_eod: bool = True
+    eod_token: str | None = None
     skip_invalid: bool = False
 
     @property
@@ -49,8 +63,10 @@ class DocumentRules:
 
     def split_of(self, text: str) -> str:
         """The split of a document."""
-        first_bytes = hashlib.sha256(text.encode()).digest()[:8]
-        is_validation = int.from_bytes(first_bytes, "big") < round(self.validation_fraction * 2**64)
+        digest = hashlib.sha256()
+        for piece in encoded_pieces(text):
+            digest.update(piece)
+        is_validation = int.from_bytes(digest.digest()[:8], "big") < round(self.validation_fraction * 2**64)
         return "validation" if is_validation else "train"
 
 
@@ -75,7 +91,7 @@ class Shard:
     @property
     def made_from(self) -> dict[str, object]:
         """Everything the content depends on, as JSON."""
-        spans = [[span.source.path, span.source.size_bytes, span.source.modified_ns, span.start, span.end] for span in self.spans]
+        spans = [[*astuple(span.source), span.start, span.end] for span in self.spans]
         return {"spans": spans, "tokenizer_sha256": self.tokenizer_sha256, "rules": asdict(self.rules)}
 
     @property
@@ -94,6 +110,7 @@ class ShardCounts:
         num_empty: Documents without a token, which are not written.
         num_invalid: What was skipped for not being a document.
         first_invalid: Why the first of these was skipped.
+        lost: Text that the tokenizer could not keep.
     """
 
     num_documents: dict[str, int]
@@ -101,6 +118,7 @@ class ShardCounts:
     num_empty: int
     num_invalid: int
     first_invalid: str | None
+    lost: LostText
 
 
 class InvalidInputs:
@@ -123,10 +141,12 @@ class InvalidInputs:
         self.first = self.first or str(error)
 
 
-def read_texts(spans: Iterable[Span], rules: DocumentRules, on_invalid: OnInvalid) -> Iterator[str]:
+def read_texts(spans: Iterable[Span], rules: DocumentRules, on_invalid: OnInvalid) -> Iterator[Document]:
     """The texts of several spans, one after the other."""
     for span in spans:
-        yield from read_documents(span, json_key=rules.json_key, on_invalid=on_invalid)
+        # Where damaged files are skipped, none of their texts may be written before the damage is found.
+        if not rules.skip_invalid or is_whole(span.source, on_invalid):
+            yield from read_documents(span, json_key=rules.json_key, document_separator=rules.document_separator, on_invalid=on_invalid)
 
 
 def finished_counts(shard: Shard) -> ShardCounts | None:
@@ -146,50 +166,88 @@ def _stored_counts(values: object, num_documents: dict[str, int]) -> ShardCounts
     if not isinstance(values, dict) or values.keys() != {field.name for field in fields(ShardCounts)}:
         return None
     numbers, reason = [values[name] for name in ("text_bytes", "num_empty", "num_invalid")], values["first_invalid"]
+    lost = stored_lost_text(values["lost"])
     is_whole = all(type(number) is int and number >= 0 for number in numbers) and (reason is None or isinstance(reason, str))
-    return ShardCounts(**values) if is_whole and values["num_documents"] == num_documents else None
+    if lost is None or not is_whole or values["num_documents"] != num_documents:
+        return None
+    return ShardCounts(**values | {"lost": lost})
 
 
-def make_shard(shard: Shard) -> ShardCounts:
+def make_shard(shard: Shard, *, on_bytes: OnBytes = ignore_progress) -> ShardCounts:
     """Tokenises the documents of a shard and commits it.
+
+    Args:
+        shard: What to make.
+        on_bytes: Called often with the input bytes that were tokenised so far.
 
     Raises:
         DataError: Something is not a document and `skip_invalid` is off, or an input cannot be read.
         StorageError: The place cannot be written.
     """
-    tokenizer = load_tokenizer(shard.tokenizer)
     rules = shard.rules
-    invalid = InvalidInputs(skip=rules.skip_invalid)
-    dtype, end = best_dtype(tokenizer.vocab_size), [tokenizer.eod_id] if rules.append_eod else []
+    tokenizer = load_tokenizer(shard.tokenizer, eod_token=rules.eod_token)
+    invalid, lost = InvalidInputs(skip=rules.skip_invalid), LostTextCounter(tokenizer)
+    dtype = best_dtype(tokenizer.vocab_size)
+    end = np.array([tokenizer.eod_id] if rules.append_eod else [], dtype)
     num_documents = dict.fromkeys(rules.splits, 0)
-    text_bytes = num_empty = 0
+    text_bytes = num_empty = bytes_done = 0
     with staged_directory(shard.directory) as directory:
         with ExitStack() as stack:
             writers = {split: stack.enter_context(IndexedWriter(directory / split, dtype=dtype)) for split in rules.splits}
-            for text in read_texts(shard.spans, rules, invalid):
-                tokens = encode_document(text, tokenizer)
-                if tokens.size == 0:
+            for text, source_bytes in read_texts(shard.spans, rules, invalid):
+                on_part = _part_of_document(on_bytes, bytes_done, source_bytes)
+                bytes_done += source_bytes
+                try:
+                    tokens = encode_document(text, tokenizer, end=end, on_part=on_part)
+                except DataError as error:
+                    invalid(error)
+                    continue
+                lost.add(_pieces(text), tokens[: tokens.size - end.size])
+                if tokens.size == end.size:
                     num_empty += 1
                     continue
                 split = rules.split_of(text)
-                writers[split].add_document(np.append(tokens, end).astype(dtype))
+                writers[split].add_document(tokens)
                 num_documents[split] += 1
-                text_bytes += len(text.encode())
+                text_bytes += num_encoded_bytes(text)
+                del text, tokens  # else they would still be there while the next document is read
         counts = ShardCounts(
-            num_documents=num_documents, text_bytes=text_bytes, num_empty=num_empty, num_invalid=invalid.count, first_invalid=invalid.first
+            num_documents=num_documents,
+            text_bytes=text_bytes,
+            num_empty=num_empty,
+            num_invalid=invalid.count,
+            first_invalid=invalid.first,
+            lost=lost.total,
         )
         write_json(directory / "record.json", {"made_from": shard.made_from, "counts": asdict(counts)})
     return counts
 
 
-def encode_document(text: str, tokenizer: Tokenizer) -> np.ndarray:
+def _part_of_document(on_bytes: OnBytes, bytes_before: int, source_bytes: int) -> Callable[[float], None]:
+    return lambda part: on_bytes(bytes_before + int(part * source_bytes))
+
+
+def encode_document(
+    text: str, tokenizer: Tokenizer, *, end: np.ndarray | None = None, on_part: Callable[[float], None] = ignore_progress
+) -> np.ndarray:
     """Token ids of a document; one beyond four million characters is encoded in pieces that end at a line end.
+
+    Args:
+        text: The document.
+        tokenizer: What encodes it.
+        end: Ids that are put behind its own.
+        on_part: Called after each piece with the part of the document that is encoded, up to 1.
 
     Shape:
         [num_tokens], in the type of the token file.
     """
     dtype = best_dtype(tokenizer.vocab_size)
-    return np.concatenate([np.empty(0, dtype), *(np.array(tokenizer.encode(piece), dtype) for piece in _pieces(text))])
+    encoded, num_characters = [np.empty(0, dtype)], 0
+    for piece in _pieces(text):
+        encoded.append(np.array(tokenizer.encode(piece), dtype))
+        num_characters += len(piece)
+        on_part(num_characters / len(text))
+    return np.concatenate(encoded if end is None else [*encoded, end])
 
 
 def _pieces(text: str) -> Iterator[str]:

@@ -11,10 +11,10 @@ import json
 import os
 import shutil
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from phase8.durable import staged_file, storage_errors
+from phase8.durable import open_lock_file, staged_file, storage_errors
 from phase8.errors import DataError
 
 
@@ -32,7 +32,7 @@ def read_json(path: Path) -> object:
     """The value of a JSON file, or None where there is no such file or it is damaged (its owner then does the work again)."""
     try:
         return json.loads(path.read_bytes())
-    except (FileNotFoundError, NotADirectoryError, ValueError):
+    except (FileNotFoundError, NotADirectoryError, ValueError, RecursionError):
         return None
     except OSError as error:
         raise DataError(f"cannot read {path}: {error.strerror}; make it readable or remove it") from error
@@ -54,7 +54,8 @@ def exclusive_lock(path: Path, *, wait: bool) -> Iterator[None]:
     try:
         yield
     finally:
-        path.unlink(missing_ok=True)
+        with suppress(OSError):  # what is done under the lock is done
+            path.unlink(missing_ok=True)
         os.close(descriptor)
 
 
@@ -62,7 +63,7 @@ def _owned_lock_file(path: Path, *, wait: bool) -> int:
     while True:
         with storage_errors(path):
             path.parent.mkdir(parents=True, exist_ok=True)
-            descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
+            descriptor = open_lock_file(path)
             try:
                 fcntl.flock(descriptor, fcntl.LOCK_EX if wait else fcntl.LOCK_EX | fcntl.LOCK_NB)
                 if os.path.samestat(os.fstat(descriptor), path.stat()):

@@ -1,36 +1,28 @@
 """Tokenizers: text to token ids and back, from a sentencepiece model or a Hugging Face `tokenizer.json`.
 
-Models trained here are exact: `decode(encode(text)) == text` for every text that UTF-8 can hold, NUL, tabs, runs of spaces and
-sentencepiece's own space mark U+2581 included. Only lone surrogates, which UTF-8 cannot hold, are refused. A model made elsewhere
-normalises text as its makers chose.
+Models trained here (`tokenizer_training.py`) are exact: `decode(encode(text)) == text` for every text that UTF-8 can hold, NUL, tabs,
+runs of spaces and sentencepiece's own space mark U+2581 included. Only lone surrogates, which UTF-8 cannot hold, are refused. A model
+made elsewhere gives the ids that its makers' library gives, and normalises text as they chose.
 """
 
 from __future__ import annotations
 
-import io
 import json
-import re
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Mapping, Sequence
+from functools import cached_property
 from pathlib import Path
-from typing import Literal
+from typing import Any
 
 import sentencepiece
 
-from phase8.durable import staged_file
+from phase8.data.end_of_document import KNOWN_PIECES, choose_end_of_document, hugging_face_without, sentencepiece_without
+from phase8.data.tokenizer_file import parse_tokenizer_json, read_tokenizer_file
 from phase8.errors import DataError
 
-END_OF_DOCUMENT = "<|endoftext|>"
-
-# What the makers of common models call the token between documents, in the order in which they are looked for.
-_KNOWN_END_OF_DOCUMENT = (END_OF_DOCUMENT, "<|end_of_text|>", "</s>", "<eos>", "[EOS]", "<｜end▁of▁sentence｜>")
 _SPACE_MARK = "\u2581"
-# The trainer drops sentences with NUL or U+2585 (its mark of unknown characters) and takes U+2581 for a space.
-_NOT_TRAINABLE = re.compile("[\0\u2581\u2585]+")
-_TRAINING_SENTENCE_CHARACTERS = 1 << 20
-_TOO_FEW = 4  # below 256 bytes in any case, and enough for the trainer to say so itself
-_SMALLEST_VOCABULARY = re.compile(r"smaller than required_chars\. \d+ vs (\d+)")
-_LARGEST_VOCABULARY = re.compile(r"set it to a value <= (\d+)")
+# What makes a Hugging Face model give other ids for the same text at every call.
+_RANDOMNESS = ("dropout", "alpha", "nbest_size")
 
 
 class Tokenizer(ABC):
@@ -39,22 +31,27 @@ class Tokenizer(ABC):
     Args:
         path: The file it was read from.
         vocab_size: Every id is below it.
-        eod_id: The token between documents; `encode` never gives it, whatever the text says.
+        eod_id: The token between documents; `encode` never gives it, whatever the text says and the library below does.
+        eod_token: Its piece.
+        unknown_id: The token of text that has no other; None: there is none.
     """
 
-    def __init__(self, path: Path, *, vocab_size: int, eod_id: int):
+    def __init__(self, path: Path, *, vocab_size: int, eod_id: int, eod_token: str, unknown_id: int | None):
         self.path = path
         self.vocab_size = vocab_size
         self.eod_id = eod_id
+        self.eod_token = eod_token
+        self.unknown_id = unknown_id
 
     def encode(self, text: str) -> list[int]:
         """Token ids of `text`, without an end-of-document token. Safe to call from several threads.
 
         Raises:
-            DataError: The text holds a lone surrogate.
+            DataError: The text holds a lone surrogate, or something that the tokenizer can only encode as an end of a document.
         """
-        _check_utf8(text)
-        return self._encode(text)
+        check_unicode(text)
+        ids = self._encode(text, without_eod=False)
+        return ids if self.eod_id not in ids else self._encode_around_eod(text)
 
     def decode(self, ids: Sequence[int]) -> str:
         """Text of token ids; special tokens give none, bytes that are not UTF-8 give U+FFFD.
@@ -66,10 +63,46 @@ class Tokenizer(ABC):
         for i in ids:
             if not 0 <= i < self.vocab_size:
                 raise DataError(f"token id {i} is outside the vocabulary of {self.path}, which has ids 0 to {self.vocab_size - 1}")
-        return self._decode(ids)
+        return self._decode([i for i in ids if i != self.eod_id])
+
+    def first_unknown(self, text: str) -> str | None:
+        """The first part of `text` that becomes the unknown token; None where there is none."""
+        for without_eod in (False, True):
+            for token_id, part in self._parts(text, without_eod=without_eod):
+                if token_id == self.unknown_id:
+                    return part
+        return None
+
+    def drops(self, character: str, *, without_eod: bool = False) -> bool:
+        """Whether a character leaves no trace in the ids, between letters or alone (white space alone separates words)."""
+        between, bare, alone = (self._encode(text, without_eod=without_eod) for text in (f"x{character}x", "xx", character))
+        return (between == bare and self.unknown_id not in bare) or not (alone or character.isspace())
+
+    def _encode_around_eod(self, text: str) -> list[int]:
+        """Ids of a text that gives the end-of-document token, by the same model without its piece."""
+        if self.eod_id == self.unknown_id:
+            raise self._no_other_way("it is also what unknown text becomes")
+        ids = self._encode(text, without_eod=True)
+        if self.eod_id in ids:
+            raise self._no_other_way("the token has other pieces too")
+        for part in {part for token_id, part in self._parts(text, without_eod=False) if token_id == self.eod_id}:
+            if self.unknown_id in self._encode(part, without_eod=True) or any(self.drops(character, without_eod=True) for character in part):
+                raise self._no_other_way("its vocabulary cannot spell the piece")
+        return ids
+
+    def _no_other_way(self, reason: object) -> DataError:
+        return DataError(
+            f"text that gives the end-of-document token {self.eod_token!r} cannot be encoded another way by the tokenizer {self.path} ({reason}); "
+            "remove it from the text, or name another piece with --eod-token or data.eod_token"
+        )
 
     @abstractmethod
-    def _encode(self, text: str) -> list[int]: ...
+    def _encode(self, text: str, *, without_eod: bool) -> list[int]:
+        """Ids that the library gives, with or without the end-of-document piece in its vocabulary."""
+
+    @abstractmethod
+    def _parts(self, text: str, *, without_eod: bool) -> list[tuple[int, str]]:
+        """The same ids, each with the text that it stands for."""
 
     @abstractmethod
     def _decode(self, ids: list[int]) -> str: ...
@@ -81,216 +114,132 @@ class SentencePieceTokenizer(Tokenizer):
     Args:
         path: The `.model` file.
         model: Its bytes.
+        eod_token: The piece between documents; None: the model's own.
 
     Raises:
         DataError: Not a sentencepiece model, or one without an end-of-document token.
     """
 
-    def __init__(self, path: Path, model: bytes):
+    def __init__(self, path: Path, model: bytes, *, eod_token: str | None = None):
         self._processor = _sentencepiece_processor(path, model)
         eod_id = self._processor.eos_id()
-        if eod_id < 0:
-            ids = {piece: self._processor.piece_to_id(piece) for piece in _KNOWN_END_OF_DOCUMENT}
-            eod_id = _end_of_document({piece: i for piece, i in ids.items() if self._processor.id_to_piece(i) == piece}, path)
-        super().__init__(path, vocab_size=self._processor.vocab_size(), eod_id=eod_id)
+        if eod_id < 0 or eod_token is not None:
+            pieces = KNOWN_PIECES if eod_token is None else (eod_token,)
+            ids = {piece: self._processor.piece_to_id(piece) for piece in pieces}
+            ids = {piece: i for piece, i in ids.items() if self._processor.id_to_piece(i) == piece}  # others have the id of <unk>
+            control = {piece for piece, i in ids.items() if self._processor.is_control(i)}
+            eod_id = choose_end_of_document(ids, path, named=eod_token, own_words=[control])
+        size, eod_token = self._processor.vocab_size(), self._processor.id_to_piece(eod_id)
+        super().__init__(path, vocab_size=size, eod_id=eod_id, eod_token=eod_token, unknown_id=self._processor.unk_id())
         self._space_mark_ids = [self._processor.piece_to_id(f"<0x{byte:02X}>") for byte in _SPACE_MARK.encode()]
         has_bytes = all(self._processor.is_byte(i) for i in self._space_mark_ids)
-        adds_prefix = self._processor.encode("a", out_type=str) != self._processor.encode("a ", out_type=str)[:1]
+        adds_space = any(_SPACE_MARK in piece for piece in self._processor.encode("a", out_type=str))
         # A model that rewrites spaces anyway is left as its makers use it.
-        keeps_spaces = not adds_prefix and self._processor.decode(self._processor.encode("  a  ")) == "  a  "
+        keeps_spaces = not adds_space and self._processor.decode(self._processor.encode("  a  ")) == "  a  "
         self._spell_space_mark = has_bytes and keeps_spaces
 
-    def _encode(self, text: str) -> list[int]:
+    def _encode(self, text: str, *, without_eod: bool) -> list[int]:
+        processor = self._without_eod if without_eod else self._processor
         if _SPACE_MARK not in text or not self._spell_space_mark:
-            return self._processor.encode(text)
+            return processor.encode(text)
         # As a character of the text U+2581 would come back as a space; spelled in bytes it comes back as itself.
         ids: list[int] = []
         for i, part in enumerate(text.split(_SPACE_MARK)):
-            ids += (self._space_mark_ids if i else []) + self._processor.encode(part)
+            ids += (self._space_mark_ids if i else []) + processor.encode(part)
         return ids
+
+    def _parts(self, text: str, *, without_eod: bool) -> list[tuple[int, str]]:
+        processor = self._without_eod if without_eod else self._processor
+        # The piece of an unknown token is the text itself.
+        return list(zip(processor.encode(text), processor.encode(text, out_type=str), strict=True))
 
     def _decode(self, ids: list[int]) -> str:
         return self._processor.decode(ids)
 
+    @cached_property
+    def _without_eod(self) -> sentencepiece.SentencePieceProcessor:
+        try:
+            model = sentencepiece_without(self._processor.serialized_model_proto(), self.eod_id)
+            return sentencepiece.SentencePieceProcessor(model_proto=model)
+        except (ValueError, IndexError, RuntimeError) as error:
+            raise self._no_other_way(error) from error
+
 
 class HuggingFaceTokenizer(Tokenizer):
-    """A `tokenizer.json` of the Hugging Face `tokenizers` package, without its truncation, padding and special tokens.
+    """A `tokenizer.json` of the Hugging Face `tokenizers` package, without its truncation, padding, dropout and special tokens.
 
     Args:
         path: The file.
-        content: Its text.
+        content: Its bytes.
+        eod_token: The piece between documents; None: the tokenizer's own.
 
     Raises:
         DataError: The package is not installed, the file is not such a tokenizer, or it has no known end-of-document token.
     """
 
-    def __init__(self, path: Path, content: str):
+    def __init__(self, path: Path, content: bytes, *, eod_token: str | None = None):
+        parsed = parse_tokenizer_json(content, path)
         try:
-            import tokenizers
+            self._tokenizer = _hugging_face_tokenizer(_without_randomness(parsed) or content.decode())
+            added = self._tokenizer.encode("").tokens  # by the post-processor
         except ImportError as error:
             raise DataError(f"{path} is a Hugging Face tokenizer, which needs the package tokenizers: pip install 'phase8[tokenizers]'") from error
-        try:
-            self._tokenizer = tokenizers.Tokenizer.from_str(content)
         except Exception as error:  # the package raises nothing narrower
             raise DataError(f"{path} is JSON but not a Hugging Face tokenizer ({error}); give a tokenizer.json or a sentencepiece .model") from error
-        self._tokenizer.no_truncation()
-        self._tokenizer.no_padding()
-        self._tokenizer.encode_special_tokens = True  # "<|endoftext|>" inside a document is text, not the end of it
         ids = self._tokenizer.get_vocab(with_added_tokens=True)
-        super().__init__(path, vocab_size=max(ids.values(), default=-1) + 1, eod_id=_end_of_document(ids, path))
+        special = {token.content for token in self._tokenizer.get_added_tokens_decoder().values() if token.special}
+        eod_id = choose_end_of_document(ids, path, named=eod_token, own_words=[special, set(added)])
+        size, eod_token = max(ids.values()) + 1, self._tokenizer.id_to_token(eod_id)
+        super().__init__(path, vocab_size=size, eod_id=eod_id, eod_token=eod_token, unknown_id=_unknown_id(parsed["model"], ids))
 
-    def _encode(self, text: str) -> list[int]:
-        return self._tokenizer.encode(text, add_special_tokens=False).ids
+    def _encode(self, text: str, *, without_eod: bool) -> list[int]:
+        return self._encoding(text, without_eod=without_eod).ids
+
+    def _parts(self, text: str, *, without_eod: bool) -> list[tuple[int, str]]:
+        encoding = self._encoding(text, without_eod=without_eod)
+        return [(token_id, text[start:end]) for token_id, (start, end) in zip(encoding.ids, encoding.offsets, strict=True)]
+
+    def _encoding(self, text: str, *, without_eod: bool) -> Any:
+        tokenizer = self._without_eod if without_eod else self._tokenizer
+        try:
+            return tokenizer.encode(text, add_special_tokens=False)
+        except Exception as error:  # the package raises nothing narrower
+            raise DataError(f"the tokenizer {self.path} cannot encode a text that begins with {text[:40]!r} ({error}); leave it out") from error
 
     def _decode(self, ids: list[int]) -> str:
         return self._tokenizer.decode(ids, skip_special_tokens=True)
 
-
-class StreamingDecoder:
-    """Text of token ids as they come, never a piece of a character.
-
-    Whatever the ids, all pieces and the flush together are `decode` of all ids.
-
-    Args:
-        tokenizer: The tokenizer of the ids.
-    """
-
-    def __init__(self, tokenizer: Tokenizer):
-        self._tokenizer = tokenizer
-        # The last ids already shown stay as context, spaces alone being none: some decoders drop the spaces a text begins with.
-        self._ids: list[int] = []
-        self._num_shown = 0
-
-    def feed(self, token_id: int) -> str:
-        """The text that `token_id` completes; empty while a character is incomplete."""
-        self._ids.append(token_id)
-        text = self._new_text()
-        if not text or text.endswith("\ufffd"):
-            return ""
-        if self._tokenizer.decode(self._ids[self._num_shown :]).strip():
-            self._ids = self._ids[self._num_shown :]
-        self._num_shown = len(self._ids)
-        return text
-
-    def flush(self) -> str:
-        """The rest: an incomplete character as U+FFFD. The decoder can then be used for another text."""
-        text = self._new_text()
-        self._ids, self._num_shown = [], 0
-        return text
-
-    def _new_text(self) -> str:
-        return self._tokenizer.decode(self._ids)[len(self._tokenizer.decode(self._ids[: self._num_shown])) :]
+    @cached_property
+    def _without_eod(self) -> Any:
+        try:
+            return _hugging_face_tokenizer(hugging_face_without(json.loads(self._tokenizer.to_str()), self.eod_token))
+        except Exception as error:  # the package raises nothing narrower
+            raise self._no_other_way(error) from error
 
 
-def load_tokenizer(path: str | Path) -> Tokenizer:
+def load_tokenizer(path: str | Path, *, eod_token: str | None = None) -> Tokenizer:
     """Reads a sentencepiece `.model` or a Hugging Face `tokenizer.json`, told apart by content.
 
+    Args:
+        path: The file.
+        eod_token: The piece between documents; None: the one that the tokenizer itself names.
+
     Raises:
-        DataError: The file is missing or unreadable, is neither, has no end-of-document token, or needs a package not installed.
+        DataError: The file is missing or unreadable, is neither, has no such end-of-document token, or needs a package not installed.
     """
     path = Path(path)
-    try:
-        content = path.read_bytes()
-    except OSError as error:
-        raise DataError(f"cannot read the tokenizer {path}: {error.strerror}; give a sentencepiece .model or a tokenizer.json") from error
-    if not content.lstrip().startswith(b"{"):
-        return SentencePieceTokenizer(path, content)
-    try:
-        text = content.decode("utf-8")
-        json.loads(text)
-    except ValueError as error:
-        raise DataError(f"{path} begins like JSON but is not ({error}); give a whole tokenizer.json or a sentencepiece .model") from error
-    return HuggingFaceTokenizer(path, text)
+    content = read_tokenizer_file(path)
+    if content.lstrip().startswith(b"{"):
+        return HuggingFaceTokenizer(path, content, eod_token=eod_token)
+    return SentencePieceTokenizer(path, content, eod_token=eod_token)
 
 
-def train_sentencepiece(
-    texts: Iterable[str],
-    destination: str | Path,
-    *,
-    vocab_size: int,
-    model_type: Literal["bpe", "unigram"] = "bpe",
-    character_coverage: float = 0.9995,
-) -> Path:
-    """Trains an exact sentencepiece model and writes it, complete or not at all; the same texts give the same bytes.
-
-    Text is not normalised, so newlines, tabs and runs of spaces stay as they are; characters outside the vocabulary are spelled in
-    bytes. Ids: 0 unknown (never given), 1 end of document, 2 tab, then 256 bytes and what was learned.
-
-    Args:
-        texts: Documents to learn from.
-        destination: The `.model` file.
-        vocab_size: Number of ids, exactly.
-        model_type: Algorithm.
-        character_coverage: Share of the characters of `texts` that are tokens of their own.
+def check_unicode(text: str) -> None:
+    """Refuses what UTF-8 cannot hold.
 
     Raises:
-        DataError: No text, a lone surrogate, or a vocabulary size this text cannot give; the message tells the allowed range.
-        StorageError: The place cannot be written.
+        DataError: The text holds a lone surrogate.
     """
-    sentences = list(_training_sentences(texts))
-    if not sentences:
-        raise DataError(f"there is no text to train the tokenizer {destination} on; give documents that are not empty")
-
-    def train(size: int) -> bytes | str:
-        return _train(sentences, vocab_size=size, model_type=model_type, character_coverage=character_coverage)
-
-    model = train(max(vocab_size, _TOO_FEW))
-    if isinstance(model, str):
-        smallest, largest = _first_number(_SMALLEST_VOCABULARY, train(_TOO_FEW)), _first_number(_LARGEST_VOCABULARY, train(1 << 24))
-        raise DataError(f"a vocabulary of {vocab_size} (model.vocab_size, --vocab-size) cannot be trained on this text; use {smallest} to {largest}")
-    destination = Path(destination)
-    with staged_file(destination) as partial:
-        partial.write_bytes(model)
-    return destination
-
-
-def _train(sentences: list[str], *, vocab_size: int, model_type: str, character_coverage: float) -> bytes | str:
-    """The model, or the trainer's message when the vocabulary size does not fit the text."""
-    buffer = io.BytesIO()
-    try:
-        sentencepiece.SentencePieceTrainer.train(
-            sentence_iterator=iter(sentences),
-            model_writer=buffer,
-            vocab_size=vocab_size,
-            model_type=model_type,
-            character_coverage=character_coverage,
-            byte_fallback=True,
-            normalization_rule_name="identity",
-            add_dummy_prefix=False,
-            remove_extra_whitespaces=False,
-            allow_whitespace_only_pieces=True,
-            split_digits=True,
-            user_defined_symbols=["\t"],  # the trainer uses the tab as a separator and would never learn it
-            unk_id=0,
-            eos_id=1,
-            bos_id=-1,
-            pad_id=-1,
-            eos_piece=END_OF_DOCUMENT,
-            max_sentence_length=8 * _TRAINING_SENTENCE_CHARACTERS,
-            num_threads=1,  # recorded in the model, so another number would be other bytes
-            minloglevel=2,
-        )
-    except RuntimeError as error:
-        if not (_SMALLEST_VOCABULARY.search(str(error)) or _LARGEST_VOCABULARY.search(str(error))):
-            raise
-        return str(error)
-    return buffer.getvalue()
-
-
-def _training_sentences(texts: Iterable[str]) -> Iterator[str]:
-    for text in texts:
-        _check_utf8(text)
-        for part in _NOT_TRAINABLE.split(text):
-            for start in range(0, len(part), _TRAINING_SENTENCE_CHARACTERS):
-                yield part[start : start + _TRAINING_SENTENCE_CHARACTERS]
-
-
-def _first_number(pattern: re.Pattern[str], message: bytes | str) -> str:
-    found = pattern.search(message) if isinstance(message, str) else None
-    return found.group(1) if found else "?"
-
-
-def _check_utf8(text: str) -> None:
     try:
         text.encode("utf-8")
     except UnicodeEncodeError as error:
@@ -309,9 +258,22 @@ def _sentencepiece_processor(path: Path, model: bytes) -> sentencepiece.Sentence
     return processor
 
 
-def _end_of_document(ids: dict[str, int], path: Path) -> int:
-    """The first known end-of-document token."""
-    for piece in _KNOWN_END_OF_DOCUMENT:
-        if piece in ids:
-            return ids[piece]
-    raise DataError(f"the tokenizer {path} has no end-of-document token; it needs one of {', '.join(_KNOWN_END_OF_DOCUMENT)}")
+def _hugging_face_tokenizer(content: str) -> Any:
+    import tokenizers
+
+    tokenizer = tokenizers.Tokenizer.from_str(content)
+    tokenizer.no_truncation()
+    tokenizer.no_padding()
+    tokenizer.encode_special_tokens = True  # "<|endoftext|>" inside a document is text, not the end of it
+    return tokenizer
+
+
+def _without_randomness(parsed: dict[str, Any]) -> str | None:
+    """The text of a `tokenizer.json` whose model gives other ids at every call, without what makes it do so; None for all others."""
+    random = {key: None for key in _RANDOMNESS if parsed["model"].get(key) is not None}
+    return json.dumps(parsed | {"model": parsed["model"] | random}) if random else None
+
+
+def _unknown_id(model: Mapping[str, Any], ids: Mapping[str, int]) -> int | None:
+    """The id of the unknown token: Unigram models store it, the others its piece."""
+    return model["unk_id"] if "unk_id" in model else ids.get(model.get("unk_token") or "")

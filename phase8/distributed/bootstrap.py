@@ -1,7 +1,8 @@
 """Which process this is: started by torchrun, by mpirun, or alone.
 
 torchrun tells every process its place and where the store is. mpirun tells the place only; address and port are broadcast from rank 0
-through mpi4py, and MPI is finalised again: the collectives are those of torch. A process that nobody placed is a world of its own.
+through mpi4py, and MPI is finalised again: the collectives are those of torch. A process that nobody placed is a world of its own, unless
+srun has started several of it.
 """
 
 from __future__ import annotations
@@ -71,7 +72,10 @@ def world_from_environment(environment: Mapping[str, str]) -> World:
         return _world_of_torchrun(found)
     for rank, size in MPI_PLACES:
         if rank in found or size in found:
-            return _world_of_mpirun(found, rank, size)
+            world = _world_of_mpirun(found, rank, size)
+            if world.world_size > 1:
+                return world
+    _refuse_tasks_of_srun(found)
     return World()
 
 
@@ -130,6 +134,23 @@ def _world_of_mpirun(found: Mapping[str, str], rank_name: str, size_name: str) -
     address = communicator.bcast((found.get("MASTER_ADDR", socket.gethostname()), _free_port()) if rank == 0 else None)
     mpi.Finalize()
     return World(rank, local_rank, size, local_world_size, "mpirun", tuple(address), hosts_store=rank == 0)
+
+
+def _refuse_tasks_of_srun(found: Mapping[str, str]) -> None:
+    """Refuses a process that srun has started several times: each would train alone, in one directory.
+
+    The variables of the step count, not those of the job: a batch script, and a shell on an allocation, are one process whatever the
+    number of tasks that was asked for. So is the shell of `srun --pty`.
+
+    Raises:
+        ConfigError: There are several tasks, and no launcher has given them their places.
+    """
+    num_tasks = found.get("SLURM_STEP_NUM_TASKS", "1")
+    if "SLURM_PROCID" in found and "SLURM_PTY_PORT" not in found and num_tasks.isdecimal() and int(num_tasks) > 1:
+        raise ConfigError(
+            f"srun started {num_tasks} tasks (SLURM_STEP_NUM_TASKS) of which this is number {found['SLURM_PROCID']}, but nothing tells them how to "
+            "find each other; use torchrun: let srun start one torchrun per node, as launch/slurm.sbatch does, or pass --ntasks=1 for one process."
+        )
 
 
 def _number(found: Mapping[str, str], name: str) -> int:

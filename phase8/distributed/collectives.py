@@ -95,22 +95,22 @@ def broadcast_text(text: str | None) -> str | None:
     """What rank 0 of the world says, on every rank; None travels too."""
     if not dist.is_initialized():
         return text
-    data = torch.frombuffer(bytearray(text.encode()), dtype=torch.uint8) if text else torch.empty(0, dtype=torch.uint8)
+    data = torch.frombuffer(bytearray(text.encode(errors="surrogatepass")), dtype=torch.uint8) if text else torch.empty(0, dtype=torch.uint8)
     size = torch.tensor(-1 if text is None else len(data))
     dist.broadcast(size, src=0)
     if size < 0:
         return None
     data = data if dist.get_rank() == 0 else torch.empty(int(size), dtype=torch.uint8)
     dist.broadcast(data, src=0)
-    return bytes(data.tolist()).decode()
+    return bytes(data.tolist()).decode(errors="surrogatepass")  # a path need not be UTF-8
 
 
-def gather_texts(text: str | None) -> list[str | None]:
-    """What every rank of the world says, in order, on every rank."""
+def gather_texts(text: str | None, group: dist.ProcessGroup | None = None) -> list[str | None]:
+    """What every rank of the world says, in order, on every rank; over a group of all ranks if one is given."""
     if not dist.is_initialized():
         return [text]
     texts: list[str | None] = [None] * dist.get_world_size()
-    dist.all_gather_object(texts, text)
+    dist.all_gather_object(texts, text, group=group)
     return texts
 
 

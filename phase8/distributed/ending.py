@@ -6,6 +6,7 @@ import contextlib
 import json
 import os
 import re
+import signal
 import sys
 import threading
 import time
@@ -19,7 +20,10 @@ import torch.distributed as dist
 
 from phase8.distributed.bootstrap import World
 from phase8.errors import Phase8Error, describe_error
+from phase8.terminal import tell
 
+# What asks a process to end: schedulers and launchers, a terminal that closes, and Slurm ahead of the time limit (`--signal=USR1`).
+END_SIGNALS = (signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1)
 FLUSH_SECONDS = 1.0
 STILL_SECONDS = 20.0  # ranks that read Python's files from a busy file system come seconds apart
 _BACKEND_ERROR = re.compile(r"gloo|nccl|pair closure", re.IGNORECASE)  # gloo raises plain RuntimeErrors
@@ -46,6 +50,11 @@ def one_voice(world: World, *, still_seconds: float = STILL_SECONDS) -> Iterator
             time.sleep(still_seconds)
             tell(own_message(error, rank=world.rank))
             raise SystemExit(exit_code_of(error)) from None
+
+
+def heeded_end_signals() -> tuple[signal.Signals, ...]:
+    """Those of `END_SIGNALS` that count: what whoever started this process has it ignore, as nohup does with SIGHUP, stays ignored."""
+    return tuple(number for number in END_SIGNALS if number == signal.SIGTERM or signal.getsignal(number) is not signal.SIG_IGN)
 
 
 def exit_code_of(error: BaseException) -> int:
@@ -86,11 +95,6 @@ def summary(error: BaseException) -> str:
 def first_line(error: BaseException) -> str:
     """The first line of a message, or the name of an error that has none."""
     return (str(error).strip() or type(error).__name__).splitlines()[0]
-
-
-def tell(text: str) -> None:
-    """Writes to stderr past the buffers, whose locks another thread may hold for ever."""
-    os.write(sys.stderr.fileno(), text.encode())
 
 
 def leave_word(error_file: str | None, message: str) -> None:

@@ -9,6 +9,9 @@ from pathlib import Path
 
 import torch
 
+from phase8.durable import replace_file
+from phase8.terminal import ESCAPED
+
 
 def write_hang_record(directory: Path, *, rank: int, device_type: str) -> None:
     """Writes `rank-N.stack.txt` and `rank-N.collectives.json` for rank N.
@@ -24,7 +27,7 @@ def write_hang_record(directory: Path, *, rank: int, device_type: str) -> None:
     directory.mkdir(parents=True, exist_ok=True)
     frames = sys._current_frames()
     main = threading.main_thread().ident
-    (directory / f"rank-{rank}.stack.txt").write_text("".join(traceback.format_stack(frames[main])), encoding="utf-8")
+    replace_file(directory / f"rank-{rank}.stack.txt", "".join(traceback.format_stack(frames[main])).encode(errors=ESCAPED))
     recorder = torch._C._distributed_c10d
     collectives = recorder._dump_nccl_trace_json() if device_type == "cuda" else recorder._dump_fr_trace_json()
-    (directory / f"rank-{rank}.collectives.json").write_bytes(collectives)
+    replace_file(directory / f"rank-{rank}.collectives.json", collectives)

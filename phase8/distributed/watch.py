@@ -11,9 +11,9 @@ second and reads what the others have left there; the other sees to it that the 
 | a collective breaks | gloo raises where a peer is gone: an echo, so the rank waits for the record of what really happened |
 | nobody moves for the time-out | rank 0 reads where everybody is and names who is behind; every rank leaves a hang record; all exit with 7 |
 | the store is gone | with it the host of rank 0: one rank of each host says so; all exit with 7 |
-| SIGTERM | a failure, after which the launcher sends it too, is left the time to be told; then the rank exits with 143 |
+| SIGTERM, SIGHUP, SIGUSR1 | a failure, after which the launcher signals too, is left the time to be told; then the rank exits with 128 + number |
 
-The training loop has its own handler of SIGTERM, which lets the step finish and saves. A rank that ends because of another one leaves
+The training loop has its own handlers of these signals, which let the step finish and save. A rank that ends because of another one leaves
 by `os._exit`: its main thread may sit in a collective for ever. torchrun itself exits with 1 whatever its ranks did; its account of
 them ends with the code and the message of the first rank that failed, which is why that rank leaves first.
 """
@@ -35,12 +35,23 @@ from typing import NoReturn
 import torch.distributed as dist
 
 from phase8.distributed.bootstrap import World
-from phase8.distributed.ending import exit_code_of, first_line, is_echo, leave, leave_word, own_message, summary, tell, within
+from phase8.distributed.ending import (
+    exit_code_of,
+    first_line,
+    heeded_end_signals,
+    is_echo,
+    leave,
+    leave_word,
+    own_message,
+    summary,
+    within,
+)
 from phase8.distributed.failure import Beat, Failure, Position, find_stall
 from phase8.distributed.hang_record import write_hang_record
 from phase8.distributed.neighbour import neighbours_of
 from phase8.distributed.rendezvous import connect, process_group
 from phase8.errors import CommunicationError
+from phase8.terminal import tell
 
 FAILURE, ACKNOWLEDGED, LEFT, FINISHED, EVERYONE_FINISHED = "failure", "acknowledged", "left", "finished", "everyone_finished"
 # torchrun looks at its processes ten times a second: the first that failed is gone for this long before the others follow.
@@ -118,7 +129,7 @@ class Watch:
         self._neighbours = neighbours_of(world)
         self._done = threading.Event()
         self._threads = [threading.Thread(target=work, name=f"phase8{work.__name__}", daemon=True) for work in (self._watch, self._guard)]
-        self._handler: object = None
+        self._handlers: dict[signal.Signals, object] = {}  # that were there before
 
     def report(self, *, step: int, doing: str) -> None:
         """Says what this rank does from now on; costs next to nothing, the thread passes it on.
@@ -134,7 +145,7 @@ class Watch:
         for thread in self._threads:
             thread.start()
         if threading.current_thread() is threading.main_thread():
-            self._handler = signal.signal(signal.SIGTERM, self._on_terminate)
+            self._handlers = {number: signal.signal(number, self._on_terminate) for number in heeded_end_signals()}
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
@@ -144,8 +155,8 @@ class Watch:
         self._done.set()
         for thread in self._threads:
             thread.join(PATIENCE_SECONDS)
-        if self._handler is not None:
-            signal.signal(signal.SIGTERM, self._handler)
+        for number, handler in self._handlers.items():
+            signal.signal(number, handler)
 
     def _move_to(self, position: Position) -> None:
         self._position, self._moved_at = position, time.monotonic()
@@ -163,8 +174,8 @@ class Watch:
 
     def _fail(self, error: BaseException) -> NoReturn:
         """Tells what this rank has found, unless another was first, and ends the process."""
-        if self._handler is not None:
-            for number in (signal.SIGTERM, signal.SIGINT):  # it ends already
+        if self._handlers:
+            for number in (*self._handlers, signal.SIGINT):  # it ends already
                 signal.signal(number, signal.SIG_IGN)
         if is_echo(error):
             time.sleep(self.limits.heartbeat_seconds + 3 * self.limits.tick_seconds)  # the watch ends this process once it knows why

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from phase8.errors import ConfigError
+from phase8.errors import CheckpointError, ConfigError
 from phase8.generate.decode import Decoder
 from phase8.model.model import LanguageModel
 
@@ -73,10 +73,16 @@ def generate_tokens(
 
 
 def draw_token(logits: Tensor, options: SamplingOptions, generator: torch.Generator) -> int:
-    """One token id from logits [V]; drawn on the CPU, so that a seed means the same on every device."""
+    """One token id from logits [V]; drawn on the CPU, so that a seed means the same on every device.
+
+    Raises:
+        CheckpointError: Some are not finite: the weights may be any numbers.
+    """
+    logits = logits.float().cpu()
+    if not logits.isfinite().all():
+        raise CheckpointError("the model computes logits that are not finite, so its weights are damaged or diverged; use an earlier checkpoint")
     if options.temperature == 0:
         return int(logits.argmax())
-    logits = logits.float().cpu()
     # Relative to the largest, so that a tiny temperature cannot overflow.
     kept = _keep_likely((logits - logits.max()) / options.temperature, options)
     return int(torch.multinomial(kept.softmax(-1), 1, generator=generator))

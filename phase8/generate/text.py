@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from phase8.data.tokenizer import StreamingDecoder, Tokenizer
+from phase8.data.streaming_decoder import StreamingDecoder
+from phase8.data.tokenizer import Tokenizer
 from phase8.generate.sample import SamplingOptions, generate_tokens
 from phase8.model.model import LanguageModel
 

@@ -55,8 +55,9 @@ class History:
     @classmethod
     def from_records(cls, records: Sequence[Mapping[str, Any]]) -> History:
         """Sort the lines of a metrics file into arrays."""
-        training = [record for record in records if "loss" in record]
-        evaluations = [record for record in records if "validation_loss" in record]
+        figures = [record for record in records if "event" not in record]
+        training = [record for record in figures if "loss" in record]
+        evaluations = [record for record in figures if "validation_loss" in record]
         steps, tokens = _column(training, "step"), _column(training, "tokens")
         validation_steps = _column(evaluations, "step")
         return cls(

@@ -6,25 +6,28 @@
 | evaluation | `step`, `validation_loss`, `validation_tokens`, `validation_sequences`; of a blend `validation_sources` (see `log_evaluation`) |
 | event | `step`, `event` and the event's own fields |
 
-A loss or norm that is not finite is written as null, because JSON has no NaN.
+A loss or norm that is not finite is written as null, because JSON has no NaN. A line that is none of these was written by something else:
+it stays where it is, is named, and is left out of figures and report.
 """
 
 from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, fields
 from io import FileIO
 from pathlib import Path
 from types import TracebackType
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
-from phase8.durable import replace_file, storage_errors
+from phase8.closing import Tolerated
+from phase8.durable import append_whole, open_for_appending, replace_file, storage_errors
 from phase8.errors import StorageError
+from phase8.terminal import warn
 
 if TYPE_CHECKING:
-    from torch.utils.tensorboard import SummaryWriter
+    from phase8.observe.event_file import EventFile
 
 _TENSORBOARD_TAGS = {
     "loss": "loss/train",
@@ -37,6 +40,9 @@ _TENSORBOARD_TAGS = {
     "mfu": "speed/mfu",
     "peak_memory_bytes": "memory/peak_bytes",
 }
+_LARGEST_COUNT = 2**63
+_LARGEST_NUMBER = 1e300  # arrays hold it
+_MAX_LINES_NAMED = 5
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -89,30 +95,39 @@ class SourceLoss:
     num_sequences: int
 
 
+_STEP_KEYS = frozenset(field.name for field in fields(StepMetrics))
+_NULLABLE = frozenset({"loss", "grad_norm", "mfu"})
+
+
 class MetricsWriter:
     """The open `metrics.jsonl` of a run.
 
     Every line reaches the operating system at once, so a kill loses at most the line being written. Opening first drops what a
-    resumed run is going to write again, so each step appears once.
+    resumed run is going to write again, so each step appears once. TensorBoard is an extra: what is wrong with it is said once.
 
     Args:
         directory: The run directory, created when missing.
         resume_step: Last step of the checkpoint the run goes on from; 0 starts an empty record.
         tensorboard: Also write TensorBoard events under `<directory>/tensorboard`.
+        say: Shows a sentence.
 
     Raises:
-        StorageError: When the directory cannot be written, or an existing record is damaged before its last line.
+        StorageError: When the directory cannot be written.
     """
 
-    def __init__(self, directory: Path, *, resume_step: int, tensorboard: bool):
+    def __init__(self, directory: Path, *, resume_step: int, tensorboard: bool, say: Callable[[str], None] = warn):
+        self._say, self._events_failed = say, False
         self._path = directory / "metrics.jsonl"
         with storage_errors(directory):
             directory.mkdir(parents=True, exist_ok=True)
-        _drop_later_lines(self._path, resume_step)
+        _drop_later_lines(self._path, resume_step, say)
         with storage_errors(self._path):
             # Unbuffered: nothing is left behind that a failed write could hold back until close.
-            self._file = FileIO(self._path, "ab")
-        self._tensorboard = _open_tensorboard(directory / "tensorboard", resume_step) if tensorboard else None
+            self._file = FileIO(open_for_appending(self._path), "ab")
+        self._events: EventFile | None = None
+        if tensorboard:
+            with Tolerated("TensorBoard gets no events of this run", say):
+                self._events = _open_events(directory / "tensorboard", resume_step)
 
     def log_step(self, metrics: StepMetrics) -> None:
         """Record a training step."""
@@ -147,11 +162,11 @@ class MetricsWriter:
         self._write({"step": step, "event": event, **fields})
 
     def close(self) -> None:
-        """Close the record and flush the TensorBoard events."""
-        self._file.close()
-        if self._tensorboard is not None:
-            with storage_errors(self._path.with_name("tensorboard")):
-                self._tensorboard.close()
+        """Close the record and the TensorBoard events; what fails now is said, for every line has been written before."""
+        for file in (self._file, self._events):
+            if file is not None:
+                with Tolerated(f"{self._path.parent} may lack the last metrics", self._say):
+                    file.close()
 
     def __enter__(self) -> MetricsWriter:
         return self
@@ -162,15 +177,19 @@ class MetricsWriter:
     def _write(self, record: Mapping[str, Any]) -> None:
         finite = {key: _finite(value) for key, value in record.items()}
         with storage_errors(self._path):
-            _append(self._file, json.dumps(finite, allow_nan=False).encode() + b"\n")
-        if self._tensorboard is not None:
-            with storage_errors(self._path.with_name("tensorboard")):
-                for key, tag in _TENSORBOARD_TAGS.items():
-                    if finite.get(key) is not None:
-                        self._tensorboard.add_scalar(tag, finite[key], finite["step"])
-                for name, source in finite.get("validation_sources", {}).items():
-                    if source["loss"] is not None:
-                        self._tensorboard.add_scalar(f"loss/validation/{name}", source["loss"], finite["step"])
+            append_whole(self._file, json.dumps(finite, allow_nan=False).encode() + b"\n")
+        scalars = {tag: finite[key] for key, tag in _TENSORBOARD_TAGS.items() if finite.get(key) is not None}
+        for name, source in finite.get("validation_sources", {}).items():
+            if source["loss"] is not None:
+                scalars[f"loss/validation/{name}"] = source["loss"]
+        if self._events is None or not scalars:
+            return
+        try:
+            self._events.add_scalars(finite["step"], scalars)
+        except OSError as error:
+            if not self._events_failed:
+                self._say(f"step {finite['step']}: TensorBoard events are lost, training goes on: {error.strerror or error}")
+            self._events_failed = True
 
 
 def _finite(value: Any) -> Any:
@@ -178,65 +197,121 @@ def _finite(value: Any) -> Any:
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
-def read_metrics(path: Path) -> list[dict[str, Any]]:
+def read_metrics(path: Path, *, say: Callable[[str], None] | None = None) -> list[dict[str, Any]]:
     """All records of a `metrics.jsonl`, in the order written; a last line torn by a kill is left out.
 
+    Args:
+        path: The file.
+        say: Shows a sentence about lines that are no records.
+
     Raises:
-        StorageError: When the file cannot be read, or is damaged before its last line.
+        StorageError: When the file cannot be read.
     """
-    return [record for _, record in _parse_lines(path)]
+    lines = _parse_lines(path)
+    if say is not None:
+        _name_foreign_lines(path, lines, say)
+    return [line.record for line in lines if line.record is not None]
 
 
-def _parse_lines(path: Path) -> Iterator[tuple[bytes, dict[str, Any]]]:
-    """Each line with the record it holds."""
+class _Line(NamedTuple):
+    """A line of the file.
+
+    Args:
+        number: From 1.
+        content: Its bytes, without the line break.
+        record: What it says; None: it is not of this record.
+    """
+
+    number: int
+    content: bytes
+    record: dict[str, Any] | None
+
+
+def _parse_lines(path: Path) -> list[_Line]:
     try:
-        lines = path.read_bytes().split(b"\n")
+        content = path.read_bytes()
     except OSError as error:
         raise StorageError(f"cannot read {path}: {error.strerror}; it must be the metrics.jsonl of a run") from error
-    if lines[-1] == b"":
-        lines.pop()
-    for number, line in enumerate(lines, start=1):
-        record = _parse_record(line)
-        if record is not None:
-            yield line, record
-        elif number < len(lines):
-            raise StorageError(f"{path} line {number} is not a JSON object with a step; delete that line, or move the file away")
+    *whole, last = content.split(b"\n")
+    lines = [_Line(number, line, _parse_record(line)) for number, line in enumerate(whole, start=1)]
+    if (record := _parse_record(last)) is not None or not _is_torn(last):
+        lines.append(_Line(len(lines) + 1, last, record))
+    return lines
+
+
+def _is_torn(line: bytes) -> bool:
+    """Whether a last line without a line break may be the begin of one of ours (or is nothing)."""
+    begin = b'{"step": '
+    return line.startswith(begin) or begin.startswith(line)
 
 
 def _parse_record(line: bytes) -> dict[str, Any] | None:
     try:
-        record = json.loads(line)
-    except ValueError:
+        record = json.loads(line, parse_constant=_refuse_constant)
+    except (ValueError, RecursionError):
         return None
-    return record if isinstance(record, dict) and isinstance(record.get("step"), int) else None
+    return record if isinstance(record, dict) and _is_ours(record) else None
 
 
-def _drop_later_lines(path: Path, resume_step: int) -> None:
-    """Keep the lines up to a step; those after it were written by a run that ended before its next checkpoint."""
+def _refuse_constant(name: str) -> None:
+    raise ValueError(f"{name} is not JSON")
+
+
+def _is_ours(record: Mapping[str, Any]) -> bool:
+    """Whether an object has the keys of a line of this record, with values that can be drawn."""
+    step = record.get("step")
+    if type(step) is not int or not 0 <= step < _LARGEST_COUNT:
+        return False
+    if "event" in record:
+        return isinstance(record["event"], str)
+    if "validation_loss" in record:
+        numbers = _is_number(record["validation_loss"], nullable=True) and _is_number(record.get("validation_tokens"))
+        return numbers and _are_sources(record.get("validation_sources", {}))
+    numbers = _STEP_KEYS - {"skipped"}
+    return (
+        record.keys() >= _STEP_KEYS
+        and isinstance(record["skipped"], bool)
+        and all(_is_number(record[key], nullable=key in _NULLABLE) for key in numbers)
+    )
+
+
+def _are_sources(value: object) -> bool:
+    """Whether a value maps names of sources to their losses and numbers of sequences."""
+    return isinstance(value, dict) and all(
+        isinstance(source, dict) and _is_number(source.get("loss", ""), nullable=True) and _is_number(source.get("sequences"))
+        for source in value.values()
+    )
+
+
+def _is_number(value: object, *, nullable: bool = False) -> bool:
+    if value is None:
+        return nullable
+    return isinstance(value, int | float) and not isinstance(value, bool) and -_LARGEST_NUMBER < value < _LARGEST_NUMBER
+
+
+def _name_foreign_lines(path: Path, lines: Sequence[_Line], say: Callable[[str], None]) -> None:
+    numbers = [line.number for line in lines if line.record is None]
+    if not numbers:
+        return
+    named = ", ".join(map(str, numbers[:_MAX_LINES_NAMED]))
+    more = f" and {len(numbers) - _MAX_LINES_NAMED:,} more" if len(numbers) > _MAX_LINES_NAMED else ""
+    what = f"line {named} is no record of this run; it stays" if len(numbers) == 1 else f"lines {named}{more} are no records of this run; they stay"
+    say(f"{path}: {what} there, and figures and report go without")
+
+
+def _drop_later_lines(path: Path, resume_step: int, say: Callable[[str], None]) -> None:
+    """Keep the lines up to a step, and what is not ours; those after it were written by a run that ended before its next checkpoint."""
     if not path.exists():
         return
-    kept = b""
-    if resume_step > 0:
-        kept = b"".join(line + b"\n" for line, record in _parse_lines(path) if record["step"] <= resume_step)
-    replace_file(path, kept)
+    lines = _parse_lines(path)
+    _name_foreign_lines(path, lines, say)
+    last_step = resume_step if resume_step > 0 else -1  # a run that begins anew records the evaluation of step 0 anew
+    kept = [line.content for line in lines if line.record is None or line.record["step"] <= last_step]
+    replace_file(path, b"".join(line + b"\n" for line in kept))
 
 
-def _append(file: FileIO, line: bytes) -> None:
-    """Write one whole line or, when the disk is full in the middle of it, none of it."""
-    start = file.tell()
-    written = 0
-    try:
-        while written < len(line):
-            written += file.write(line[written:])
-    except OSError:
-        file.truncate(start)
-        raise
-
-
-def _open_tensorboard(directory: Path, resume_step: int) -> SummaryWriter:
+def _open_events(directory: Path, resume_step: int) -> EventFile:
     # Imported here: it costs seconds of start-up that a run without TensorBoard does not owe.
-    from torch.utils.tensorboard import SummaryWriter
+    from phase8.observe.event_file import EventFile
 
-    with storage_errors(directory):
-        # Events from purge_step on, left by an earlier run, are hidden from the curves.
-        return SummaryWriter(log_dir=str(directory), purge_step=resume_step + 1 if resume_step > 0 else 0, flush_secs=10)
+    return EventFile(directory, first_step=resume_step + 1 if resume_step > 0 else 0)

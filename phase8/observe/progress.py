@@ -20,8 +20,10 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
+from phase8.closing import Tolerated
 from phase8.observe.formatting import format_bytes, format_count, format_ratio, format_seconds
 from phase8.observe.metrics import SourceLoss, StepMetrics
+from phase8.terminal import warn
 
 _ETA_WINDOW_STEPS = 101
 _ETA_MIN_STEPS = 3
@@ -86,11 +88,12 @@ class Progress:
         return self
 
     def __exit__(self, exception_type: type[BaseException] | None, exception: BaseException | None, traceback: TracebackType | None) -> None:
-        if self._live is not None:
-            self._live.update(self._status_line(), refresh=True)
-            self._live.stop()
-        elif self._last_metrics is not None and self._printed_step != self._last_metrics.step:
-            self._print_plain(self._last_metrics)
+        with Tolerated("the last line of progress is lost", warn):
+            if self._live is not None:
+                self._live.update(self._status_line(), refresh=True)
+                self._live.stop()
+            elif self._last_metrics is not None and self._printed_step != self._last_metrics.step:
+                self._print_plain(self._last_metrics)
 
     def step(self, metrics: StepMetrics) -> None:
         """Show a finished step."""

@@ -16,6 +16,7 @@ from phase8.observe.charts import draw_loss, draw_series, loss_png, render_svg
 from phase8.observe.formatting import format_bytes, format_count, format_ratio, format_seconds
 from phase8.observe.history import History, Series, last_finite, median, smooth
 from phase8.observe.metrics import read_metrics
+from phase8.terminal import ESCAPED
 
 _PAGE = Path(__file__).with_name("report.html")
 
@@ -36,6 +37,7 @@ def write_report(
     facts: Sequence[tuple[str, str]],
     reference_losses: Mapping[str, float],
     sample: str | None = None,
+    say: Callable[[str], None] | None = None,
 ) -> Path:
     """Draw `report/loss.png` and `report/index.html` of a run from its `metrics.jsonl`.
 
@@ -45,6 +47,7 @@ def write_report(
         facts: What the run was, as pairs of name and value.
         reference_losses: Losses to compare with, in nats per token, drawn as dashed lines under their names.
         sample: Text the model wrote, if any.
+        say: Shows a sentence about lines of the metrics that are no records.
 
     Returns:
         The page.
@@ -52,7 +55,7 @@ def write_report(
     Raises:
         StorageError: When the metrics cannot be read or the report cannot be written.
     """
-    history = History.from_records(read_metrics(directory / "metrics.jsonl"))
+    history = History.from_records(read_metrics(directory / "metrics.jsonl", say=say))
     page = Template(_PAGE.read_text(encoding="utf-8")).substitute(
         title=escape(title),
         subtitle=escape(_subtitle(history)),
@@ -65,7 +68,7 @@ def write_report(
     with storage_errors(report_directory):
         report_directory.mkdir(exist_ok=True)
     replace_file(report_directory / "loss.png", loss_png(history, title=title, reference_losses=reference_losses))
-    replace_file(report_directory / "index.html", page.encode())
+    replace_file(report_directory / "index.html", page.encode(errors=ESCAPED))
     return report_directory / "index.html"
 
 

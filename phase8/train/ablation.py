@@ -19,7 +19,7 @@ from phase8.config.describe import describe_value
 from phase8.config.load import config_to_mapping, load_config
 from phase8.config.schema import RunConfig
 from phase8.config.validate import validate
-from phase8.data.loader import data_fingerprint, describe_fingerprint_difference
+from phase8.data.fingerprint import content_of, data_fingerprint, describe_fingerprint_difference
 from phase8.data.staging import read_json, write_json
 from phase8.errors import ConfigError, DataError
 from phase8.plan.dry_run import count_parameters, shapes_only
@@ -108,8 +108,7 @@ class Study:
     @property
     def digest(self) -> str:
         """Hash of config and data: equal for two ablations that may be compared."""
-        sources = {split: fingerprint["sources"] for split, fingerprint in self.data.items()}
-        data = {split: [{**source, "name": None} for source in found] for split, found in sources.items()}  # a copy may have another name
+        data = {split: [content_of(source) for source in fingerprint["sources"]] for split, fingerprint in self.data.items()}
         return hashlib.sha256(json.dumps([self.config, data], sort_keys=True).encode()).hexdigest()[:16]
 
 

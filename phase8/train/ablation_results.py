@@ -15,6 +15,7 @@ from typing import Any
 from phase8.data.staging import write_json
 from phase8.durable import replace_file
 from phase8.observe.ablation_chart import validation_png
+from phase8.terminal import ESCAPED
 from phase8.train.ablation import REFERENCE, Study
 from phase8.train.ablation_runs import Record
 
@@ -61,7 +62,7 @@ def write_results(study: Study, records: Sequence[Record], output: Path) -> str:
     runs = {name: found for name, found in by_variant.items() if found}
     summaries = summarise(runs)
     table = table_text(study, runs, summaries)
-    replace_file(output / "table.md", table.encode())
+    replace_file(output / "table.md", table.encode(errors=ESCAPED))
     write_json(output / "results.json", _tree(study, runs, summaries))
     curves = {name: {record.seed: dict(record.curve) for record in found} for name, found in runs.items()}
     replace_file(output / "curves.png", validation_png(curves, reference=REFERENCE))

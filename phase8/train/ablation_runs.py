@@ -19,10 +19,11 @@ from typing import Any
 import torch
 
 from phase8.data.staging import read_json, write_json
-from phase8.durable import storage_errors
+from phase8.durable import open_for_appending, storage_errors
 from phase8.errors import StorageError
 from phase8.observe.history import History, last_finite, median
 from phase8.observe.metrics import read_metrics
+from phase8.terminal import ESCAPED
 from phase8.train.ablation import PlannedRun
 from phase8.train.device import environment_with_gpu
 from phase8.train.signals import StopRequest
@@ -163,8 +164,8 @@ class RunProcesses:
         command, log, gpu = self.machine.command(run.settings), self.output / "logs" / f"{run.name}.log", self._least_busy_gpu()
         with storage_errors(log):
             log.parent.mkdir(parents=True, exist_ok=True)
-            with log.open("ab") as file:
-                file.write(f"$ {shlex.join(command)}\n".encode())
+            with open(open_for_appending(log), "ab") as file:
+                file.write(f"$ {shlex.join(command)}\n".encode(errors=ESCAPED))
                 file.flush()
                 # In a session of its own: Ctrl-C reaches this process alone, which asks each run once.
                 process = subprocess.Popen(
@@ -197,7 +198,7 @@ class RunProcesses:
 
     def _record(self, run: PlannedRun) -> Record | None:
         """What a run measured; None when it has not reached its last step."""
-        evaluations, history = _metrics(run)
+        evaluations, history = _metrics(run, say=self.on_message)
         if not evaluations or evaluations[-1]["step"] != run.config.train.num_steps:
             return None
         seen = history.validation_tokens_seen.astype(int).tolist()
@@ -224,10 +225,10 @@ def _read_record(path: Path) -> Record:
     return Record(**tree)
 
 
-def _metrics(run: PlannedRun) -> tuple[list[dict[str, Any]], History]:
+def _metrics(run: PlannedRun, *, say: Callable[[str], None] | None = None) -> tuple[list[dict[str, Any]], History]:
     """The evaluations of a run, and all of its record; nothing when it has not begun."""
     path = run.directory / "metrics.jsonl"
-    records = read_metrics(path) if path.exists() else []
+    records = read_metrics(path, say=say) if path.exists() else []
     return [record for record in records if "validation_loss" in record], History.from_records(records)
 
 

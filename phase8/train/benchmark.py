@@ -29,6 +29,7 @@ from phase8.observe.metrics import MetricsWriter, StepMetrics
 from phase8.observe.progress import Progress
 from phase8.plan.dry_run import count_parameters
 from phase8.tensor_parallel.linear import Linear
+from phase8.terminal import make_console
 from phase8.train.benchmark_profile import profile_steps, write_profile
 from phase8.train.build import Run, build_run
 from phase8.train.device import device_name
@@ -283,4 +284,4 @@ def _figures(run: Run, clock: StepClock, *, gradients: dict[str, float]) -> Thro
 
 def silence() -> Console:
     """A console that shows nothing and, not being a terminal, costs the same everywhere."""
-    return Console(quiet=True, force_terminal=False)
+    return make_console(quiet=True, force_terminal=False)

@@ -11,6 +11,7 @@ from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile
 
 from phase8.durable import storage_errors
+from phase8.terminal import ESCAPED
 
 MAX_ROWS = 60
 MAX_NAME_CHARACTERS = 120
@@ -82,4 +83,4 @@ def write_profile(path: Path, rows: Sequence[KernelTime], *, title: str, step_se
         lines.append(f"{100 * rest / busy:5.1f} % {1e3 * rest:9.3f} {'':10}  ({len(rows) - MAX_ROWS} more)")
     with storage_errors(path):
         path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text("\n".join(lines) + "\n", encoding="utf-8")
+        path.write_text("\n".join(lines) + "\n", encoding="utf-8", errors=ESCAPED)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import statistics
 import time
 from collections.abc import Callable
-from contextlib import closing, nullcontext
+from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -77,7 +77,7 @@ def measure_rank(
     build_seconds = time.perf_counter() - begin
     progress = Progress(total_steps=config.train.num_steps, start_step=0, log_every_n_steps=config.train.num_steps, console=run.console)
     with (
-        run.lock or nullcontext(),
+        run.lock,
         StepClock(directory / f"rank-{world.rank}") as clock,
         progress,
         closing(Trainer(run, clock, progress, report)) as trainer,

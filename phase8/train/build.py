@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Collection
+from contextlib import ExitStack
 from dataclasses import dataclass
-from pathlib import Path
-from typing import IO
 
 import torch
 import torch.distributed as dist
@@ -15,21 +15,25 @@ from phase8.checkpoint.load import Checkpoint
 from phase8.config.batch import BatchShape, batch_shape, run_topology
 from phase8.config.schema import RunConfig
 from phase8.config.validate import validate
-from phase8.distributed.collectives import broadcast_text
+from phase8.distributed.collectives import broadcast_text, gather_texts
 from phase8.distributed.mesh import Mesh, build_mesh
+from phase8.errors import DataError
 from phase8.kernels.backends import select_kernels
 from phase8.observe.banner import print_banner, print_line
 from phase8.observe.devices import peak_flops
 from phase8.plan.dry_run import count_parameters, shapes_only
 from phase8.precision.policy import compute_dtype, set_matmul_precision
+from phase8.train.changed_keys import ChangedKey, changed_keys
 from phase8.train.compilation import compile_blocks
 from phase8.train.datasets import RunData, open_run_data
 from phase8.train.device import require_determinism
 from phase8.train.facts import run_facts
+from phase8.train.initialise import Origin, initialise_run
 from phase8.train.learner import Learner, build_learner
 from phase8.train.restore import restore_together
-from phase8.train.resume import Position, restore_run, resume_run
+from phase8.train.resume import Position, attached_to, check_stop, restore_run
 from phase8.train.run_directory import RunDirectory, run_directory
+from phase8.train.start import Choice, check_place, choose, make_way
 from phase8.zero.fsdp import shard_size
 
 
@@ -41,12 +45,15 @@ class Run:
         config: Its config, validated.
         device: Where the model lives.
         directory: Where it writes.
-        lock: Held while this process may write there; None: another rank writes.
+        lock: Ends the claim of this process to write there; another rank may have it.
         data: What it trains on.
-        tokenizer_file: Copy of the tokenizer that goes into checkpoints; None: the data have none.
+        attachments: Content of what goes into checkpoints beside the state, by file name: the tokenizer, if the data have one.
         learner: Model and optimizer.
         position: How far it has come.
         saved_step: Step of the newest checkpoint in `directory`; None: there is none.
+        origin: Where the weights of a run that begins here came from; None: from the seed, or it goes on from a checkpoint.
+        changed_keys: What is not as it was when the checkpoint was saved that the run goes on from.
+        stop_step: The last step that this process takes.
         shape: The batch.
         facts: What banner and report say.
         host_group: All ranks, for what they say to each other from host memory; None: there is one.
@@ -57,12 +64,15 @@ class Run:
     config: RunConfig
     device: torch.device
     directory: RunDirectory
-    lock: IO[str] | None
+    lock: ExitStack
     data: RunData
-    tokenizer_file: Path | None
+    attachments: dict[str, bytes]
     learner: Learner
     position: Position
     saved_step: int | None
+    origin: Origin | None
+    changed_keys: list[ChangedKey]
+    stop_step: int
     shape: BatchShape
     facts: list[tuple[str, str]]
     host_group: dist.ProcessGroup | None
@@ -74,14 +84,27 @@ class Run:
         """This rank writes and prints."""
         return self.learner.mesh.rank == 0
 
+    def say(self, text: str) -> None:
+        """Prints a line."""
+        print_line(text, self.console)
+
+    @property
+    def is_complete(self) -> bool:
+        """No step is left to take, and the last one is saved."""
+        return self.position.step >= self.stop_step and self.saved_step == self.position.step
+
     @property
     def uses_cuda_graphs(self) -> bool:
         """Steps are replayed as one CUDA graph."""
         return self.config.train.cuda_graphs and self.device.type == "cuda"
 
 
-def build_run(config: RunConfig, *, device: torch.device, resume: str, console: Console, world_size: int = 1) -> Run:
+def build_run(
+    config: RunConfig, *, device: torch.device, resume: str, console: Console, world_size: int = 1, agents: Collection[str] = ()
+) -> Run:
     """Opens the data, makes the model, goes on from a checkpoint if asked, and prints the banner.
+
+    A start that is refused, on whatever rank and for whatever reason, leaves the run directory as it was.
 
     Args:
         config: Any config; it is validated here.
@@ -89,6 +112,7 @@ def build_run(config: RunConfig, *, device: torch.device, resume: str, console: 
         resume: `auto`, `none`, or a checkpoint directory.
         console: Where to print; a quiet one on all ranks but the first.
         world_size: Processes of the run; of several, the process group exists.
+        agents: Those of torchrun that have started this group.
 
     Raises:
         Phase8Error: Whatever keeps the run from starting.
@@ -99,38 +123,56 @@ def build_run(config: RunConfig, *, device: torch.device, resume: str, console: 
     set_matmul_precision(config.precision)
     select_kernels(config.train.kernels, device)
     mesh = _build_mesh(config, device, world_size)
-    is_main = mesh.rank == 0
     directory = run_directory(config.run)
-    lock = directory.lock() if is_main else None
-    data = _open_data(config, console, is_main=is_main)
+    with ExitStack() as lock:
+        if mesh.rank == 0:
+            lock.enter_context(directory.lock())
+        run, choice = _decide(config, mesh, directory, device=device, resume=resume, console=console)
+        if run.is_main:
+            check_place(choice, directory, agents=agents)
+        gather_texts(None)  # no rank has refused: from here on the disk may change
+        if run.is_main and (choice.moves or not run.is_complete):
+            make_way(choice, directory, config, attachments=run.attachments, agents=agents, on_message=lambda text: print_line(text, console))
+        run.lock = lock.pop_all()
+    print_banner(f"phase8 pretraining: {config.run.name}", [*run.facts, ("run directory", str(directory.path))], console)
+    return run
+
+
+def _decide(
+    config: RunConfig, mesh: Mesh, directory: RunDirectory, *, device: torch.device, resume: str, console: Console
+) -> tuple[Run, Choice]:
+    """The run as it is going to be, and what has to make way for it. Nothing is written into the run directory."""
+    data = _open_data(config, console, is_main=mesh.rank == 0)
     learner = build_learner(config, mesh=mesh, device=device, dtype=compute_dtype(config.precision))
-    position, saved_step = _go_on(config, directory, data, learner, resume=resume, console=console)
-    tokenizer_file = None
-    if is_main:
-        directory.create()
-        directory.record(config)
-        tokenizer_file = None if data.tokenizer is None else directory.keep_tokenizer(data.tokenizer.path)
-    compile_blocks(learner, config)
+    origin = initialise_run(config, learner, data.tokenizer, directory=directory, resume=resume, say=lambda text: print_line(text, console))
     shape = batch_shape(config.train, config.parallel, data_parallel_size=mesh.topology.data_parallel_size)
     facts = run_facts(config, device=device, shape=shape, num_parameters=count_parameters(shapes_only(config)), topology=mesh.topology)
     facts.append(("data", data.description))
-    print_banner(f"phase8 pretraining: {config.run.name}", [*facts, ("run directory", str(directory.path))], console)
-    return Run(
+    if origin is not None:
+        facts.append(("first weights", str(origin)))
+    run = Run(
         config=config,
         device=device,
         directory=directory,
-        lock=lock,
+        lock=ExitStack(),
         data=data,
-        tokenizer_file=tokenizer_file,
+        attachments=_attachments(data),
         learner=learner,
-        position=position,
-        saved_step=saved_step,
+        position=Position(),
+        saved_step=None,
+        origin=origin,
+        changed_keys=[],
+        stop_step=0,
         shape=shape,
         facts=facts,
         host_group=None if mesh.device_mesh is None else dist.new_group(backend="gloo"),
         peak_flops=_peak(config, device),
         console=console,
     )
+    choice = _go_on(run, resume)
+    run.stop_step = check_stop(config, run.position)
+    compile_blocks(learner, config)
+    return run, choice
 
 
 def _build_mesh(config: RunConfig, device: torch.device, world_size: int) -> Mesh:
@@ -149,34 +191,50 @@ def _open_data(config: RunConfig, console: Console, *, is_main: bool) -> RunData
     """The data; what has to be prepared once is prepared by the first rank, while the others wait."""
 
     def open_them() -> RunData:
-        return open_run_data(config, on_progress=lambda stage, done, total: _print_stage(console, stage, done))
+        return open_run_data(config, on_progress=lambda stage, done, total: _print_stage(console, stage, done), check_ids=is_main)
 
     data = open_them() if is_main else None
     broadcast_text("prepared")
     return open_them() if data is None else data
 
 
-def _go_on(
-    config: RunConfig, directory: RunDirectory, data: RunData, learner: Learner, *, resume: str, console: Console
-) -> tuple[Position, int | None]:
-    """The position to go on from, and the step of its checkpoint if that is one of this run. The first rank chooses the checkpoint."""
-    position = Position()
+def _attachments(data: RunData) -> dict[str, bytes]:
+    """What checkpoints of these data carry, read once: what becomes of the file is of no matter to a save."""
+    if data.tokenizer is None:
+        return {}
+    path = data.tokenizer.path
+    try:
+        return {f"tokenizer{path.suffix}": path.read_bytes()}
+    except OSError as error:
+        raise DataError(f"cannot read the tokenizer {path}: {error.strerror}; make it readable") from error
+
+
+def _go_on(run: Run, resume: str) -> Choice:
+    """Puts the run where `--resume` says; the first rank chooses the checkpoint, and its choice is the one that counts."""
+    choice = Choice()
 
     def restore(checkpoint: Checkpoint) -> None:
-        nonlocal position
-        position = restore_run(checkpoint, config, fingerprint=data.fingerprint, learner=learner)
+        run.position = restore_run(
+            checkpoint, run.config, fingerprint=run.data.fingerprint, attachments=run.attachments, learner=run.learner
+        )
 
-    def say(text: str) -> None:
-        print_line(text, console)
+    def choose_here(restore_all: Callable[[Checkpoint], None]) -> Checkpoint | None:
+        nonlocal choice
+        choice = choose(resume, run.directory, restore=restore_all, on_message=run.say)
+        return choice.checkpoint
 
-    checkpoint = restore_together(
-        lambda restore_all: resume_run(resume, directory, restore=restore_all, on_message=say), restore, is_first=learner.mesh.rank == 0
-    )
+    checkpoint = restore_together(choose_here, restore, is_first=run.is_main)
     if checkpoint is None:
-        return position, None
-    say(f"resumed from {checkpoint.path} (step {position.step}, {position.tokens_seen:,} tokens seen)")
-    is_own = directory.owns(checkpoint.path) and step_of(checkpoint.path.name) is not None  # a copy of another name is not resumed by itself
-    return position, position.step if is_own else None
+        return choice
+    if run.data.tokenizer is None:
+        run.attachments = attached_to(checkpoint)  # its tokenizer stays with the run
+    is_own = run.directory.owns(checkpoint.path) and step_of(checkpoint.path.name) is not None  # a copy of another name is not resumed by itself
+    run.saved_step = run.position.step if is_own else None
+    run.changed_keys = changed_keys(checkpoint.metadata["config"], run.config)
+    run.say(f"resumed from {checkpoint.path} (step {run.position.step}, {run.position.tokens_seen:,} tokens seen)")
+    for change in run.changed_keys:
+        run.say(f"  {change}")
+    return choice
 
 
 def _peak(config: RunConfig, device: torch.device) -> float | None:

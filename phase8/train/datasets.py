@@ -7,8 +7,12 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from phase8.config.schema import DataSource, RunConfig
+from phase8.config.split import split_shares
 from phase8.data.corpus import prepare_embedded_corpus
-from phase8.data.loader import SequenceDataset, data_fingerprint, open_dataset
+from phase8.data.fingerprint import data_fingerprint
+from phase8.data.loader import SequenceDataset, open_dataset
+from phase8.data.sources import pairs_by_pattern_in_both
+from phase8.data.token_ids import check_token_ids
 from phase8.data.tokenizer import Tokenizer, load_tokenizer
 from phase8.errors import DataError
 
@@ -34,18 +38,23 @@ class RunData:
     description: str
 
 
-def open_run_data(config: RunConfig, *, on_progress: Callable[[str, int, int], None]) -> RunData:
+def open_run_data(config: RunConfig, *, on_progress: Callable[[str, int, int], None], check_ids: bool = True) -> RunData:
     """Opens the data of a config; prepares the embedded corpus on first use.
 
+    Args:
+        config: A valid one.
+        on_progress: Called with stage, amount done and amount in all.
+        check_ids: Make sure that all token ids are inside the vocabulary, which may take reading them all; one rank of a run is enough.
+
     Raises:
-        DataError: A file is missing, damaged, too short, or does not fit the model's vocabulary.
+        DataError: A file is missing, damaged, too short, or does not fit the model's vocabulary; a pattern mixes training and validation.
     """
     train, validation, tokenizer_path, references = config.data.train, config.data.validation, config.data.tokenizer, {}
     if train is None:
         corpus = prepare_embedded_corpus(config.data.cache_dir, vocab_size=config.model.vocab_size, on_progress=on_progress)
         train, validation, tokenizer_path = str(corpus.train_prefix), str(corpus.validation_prefix), corpus.tokenizer_path
         references = {"unigram entropy": corpus.unigram_entropy_nats}
-    tokenizer = None if tokenizer_path is None else load_tokenizer(Path(tokenizer_path))
+    tokenizer = None if tokenizer_path is None else load_tokenizer(Path(tokenizer_path), eod_token=config.data.eod_token)
     if tokenizer is not None and tokenizer.vocab_size > config.model.vocab_size:
         raise DataError(
             f"tokenizer {tokenizer_path} has {tokenizer.vocab_size} ids, but model.vocab_size is {config.model.vocab_size}; "
@@ -53,12 +62,44 @@ def open_run_data(config: RunConfig, *, on_progress: Callable[[str, int, int], N
         )
     sequences = _open(config, train, key="data.train")
     held_out = None if validation is None else _open(config, validation, key="data.validation")
-    return RunData(sequences, held_out, tokenizer, references, data_fingerprint(sequences), _describe(config, sequences))
+    if held_out is not None:
+        _check_apart(sequences, held_out)
+    if config.data.split is not None:
+        sequences, held_out = _split(sequences, config.data.split)
+    fingerprint = data_fingerprint(sequences)
+    if check_ids:
+        pairs = {pair.prefix: pair for dataset in (sequences, held_out) if dataset for source in dataset.sources for pair in source.pairs}
+        for pair in pairs.values():
+            check_token_ids(pair, vocab_size=config.model.vocab_size, cache_dir=Path(config.data.cache_dir), on_progress=on_progress)
+    return RunData(sequences, held_out, tokenizer, references, fingerprint, _describe(config, sequences))
 
 
 def _open(config: RunConfig, data: str | Sequence[DataSource], *, key: str) -> SequenceDataset:
     model = config.model
-    return open_dataset(data, sequence_length=model.sequence_length, vocab_size=model.vocab_size, seed=config.train.seed, key=key)
+    return open_dataset(
+        data,
+        sequence_length=model.sequence_length,
+        vocab_size=model.vocab_size,
+        seed=config.train.seed,
+        key=key,
+        ignore_sequence_modes=config.data.ignore_sequence_modes,
+    )
+
+
+def _check_apart(train: SequenceDataset, validation: SequenceDataset) -> None:
+    both = pairs_by_pattern_in_both(train.sources, validation.sources)
+    if both:
+        raise DataError(
+            f"data.train and data.validation both hold {both[0]}, on one side because a pattern matches it; narrow the pattern, for the loss on "
+            "data that were trained on says nothing"
+        )
+
+
+def _split(dataset: SequenceDataset, text: str) -> tuple[SequenceDataset, SequenceDataset | None]:
+    """Training and validation part; no validation where its share is 0."""
+    train, validation = split_shares(text)
+    held_out = None if validation[0] == validation[1] else dataset.part(validation, name="validation")
+    return dataset.part(train, name="training"), held_out
 
 
 def _describe(config: RunConfig, sequences: SequenceDataset) -> str:
@@ -68,7 +109,7 @@ def _describe(config: RunConfig, sequences: SequenceDataset) -> str:
         name = "Python standard library (embedded)"
     else:
         name = ", ".join(
-            f"{source.prefix} ({weight} of {sum(sequences.order.blend.weights)})"
+            f"{source.prefix} ({weight} of {sum(sequences.order.blend.weights)}{f', {len(source.pairs)} pairs' if len(source.pairs) > 1 else ''})"
             for source, weight in zip(sequences.sources, sequences.order.blend.weights, strict=True)
         )
     return f"{name}: {num_tokens:,} tokens, {num_documents:,} documents"

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from contextlib import nullcontext
 
+from phase8.closing import Tolerated
 from phase8.distributed.collectives import broadcast_text
 from phase8.errors import CorruptionError, DivergenceError, Phase8Error
 from phase8.observe.banner import print_line
@@ -14,12 +15,14 @@ from phase8.observe.report import write_report
 from phase8.train.anomaly import RollbackAsked
 from phase8.train.build import Run
 from phase8.train.learner import whole_model
-from phase8.train.resume import check_stop
 from phase8.train.rollback import roll_back
 from phase8.train.sample import write_sample
 from phase8.train.signals import StopRequest
 from phase8.train.trainer import Trainer
 from phase8.train.unreadable import UnreadableData
+
+
+_UNSAVED = "the steps since the last checkpoint are not saved"
 
 
 def train(run: Run, *, resume_command: str, report: Callable[[int, str], None] = lambda step, doing: None) -> None:
@@ -35,14 +38,13 @@ def train(run: Run, *, resume_command: str, report: Callable[[int, str], None] =
         DataError: The data cannot be read; the steps so far are saved.
         StorageError: The last checkpoint cannot be written.
     """
-    with run.lock or nullcontext():
-        stop_step = check_stop(run.config, run.position)
-        if run.position.step < stop_step or run.saved_step != run.position.step:  # what was resumed from elsewhere is saved here
-            stopped_by = _train_with_rollbacks(run, stop_step, report)
-            if stopped_by is not None and run.position.step < stop_step:
+    with run.lock:
+        if not run.is_complete:  # what was resumed from elsewhere is saved here
+            stopped_by = _train_with_rollbacks(run, run.stop_step, report)
+            if stopped_by is not None and run.position.step < run.stop_step:
                 print_line(f"{stopped_by}: saved at step {run.position.step}; go on with:\n  {resume_command}", run.console)
                 return
-        elif _is_complete(run):
+        elif _is_reported(run):
             print_line(
                 f"{run.directory.path} has already reached step {run.position.step}; raise train.num_steps or train.stop_at_step to go on, "
                 "or start again with --resume none (the old run is kept under another name).",
@@ -52,27 +54,31 @@ def train(run: Run, *, resume_command: str, report: Callable[[int, str], None] =
         finish(run)
 
 
-def _is_complete(run: Run) -> bool:
+def _is_reported(run: Run) -> bool:
     """Nothing is left to do, not even the report; the first rank looks, for all have to agree."""
-    is_complete = not run.config.observe.report or (run.directory.path / "report" / "index.html").exists()
-    return broadcast_text("complete" if is_complete else None) is not None
+    is_reported = not run.config.observe.report or (run.directory.path / "report" / "index.html").exists()
+    return broadcast_text("reported" if is_reported else None) is not None
 
 
 def finish(run: Run) -> None:
-    """Prints a sample and draws the report."""
+    """Prints a sample and draws the report; the run is saved, so neither decides how it ends."""
     sample = None
     if run.config.observe.sample_prompt is not None and run.data.tokenizer is not None:
         model = whole_model(run.learner, run.config)
-        sample = None if model is None else write_sample(model, run.data.tokenizer, run.config, run.console)
+        if model is not None:
+            with Tolerated("no sample, but the run is saved", run.say):
+                sample = write_sample(model, run.data.tokenizer, run.config, run.console)
     if run.config.observe.report and run.is_main:
-        page = write_report(
-            run.directory.path,
-            title=f"phase8: {run.config.run.name}",
-            facts=run.facts,
-            reference_losses=run.data.reference_losses,
-            sample=sample,
-        )
-        print_line(f"report: {page}", run.console)
+        with Tolerated("no report, but the run is saved", run.say):
+            page = write_report(
+                run.directory.path,
+                title=f"phase8: {run.config.run.name}",
+                facts=run.facts,
+                reference_losses=run.data.reference_losses,
+                sample=sample,
+                say=run.say,
+            )
+            run.say(f"report: {page}")
 
 
 def _train_with_rollbacks(run: Run, stop_step: int, report: Callable[[int, str], None]) -> str | None:
@@ -96,28 +102,34 @@ def _stop_request(run: Run) -> StopRequest:
 def _train_until(run: Run, stop_step: int, report: Callable[[int, str], None], *, rollback: dict[str, str | int] | None) -> str | None:
     """Takes the steps and saves; returns the signal that stopped them, if one did. The record says of a rollback that led here."""
     config = run.config
-    metrics = (
-        MetricsWriter(run.directory.path, resume_step=run.position.step, tensorboard=config.observe.tensorboard) if run.is_main else None
-    )
+    metrics = None
+    if run.is_main:
+        metrics = MetricsWriter(run.directory.path, resume_step=run.position.step, tensorboard=config.observe.tensorboard, say=run.say)
     progress = Progress(
         total_steps=stop_step, start_step=run.position.step, log_every_n_steps=config.observe.log_every_n_steps, console=run.console
     )
     with metrics or nullcontext(), _stop_request(run) as stop, progress:
         trainer = Trainer(run, metrics, progress, report)
+        if run.origin is not None and run.position.step == 0:
+            trainer.record_event("initialised", **run.origin.fields)
         if rollback is not None:
             trainer.record_event("rollback", **rollback)
+        else:
+            for change in run.changed_keys:
+                trainer.record_event("config_changed", **change.record)
         try:
             asked_to_stop = trainer.train_until(stop_step, stop)
         except UnreadableData as unreadable:
-            trainer.save(must_succeed=False)
-            trainer.saver.hear(wait=True)
+            with Tolerated(_UNSAVED, progress.message):
+                trainer.save(must_succeed=True)
             report(run.position.step, "waiting for a rank that cannot read its data")
             unreadable.end()
         except (Phase8Error, OSError) as error:
             # Between steps the weights are good: unreadable data or a closed terminal must not cost them. After divergence the
             # checkpoint before it is the one to go on from. Of several ranks the others may be fine, and would wait for ever.
             if trainer.is_alone and not isinstance(error, (CorruptionError, DivergenceError)):
-                trainer.save(must_succeed=False)
+                with Tolerated(_UNSAVED, progress.message):
+                    trainer.save(must_succeed=True)
             raise
         else:
             trainer.save(must_succeed=True)

@@ -27,7 +27,7 @@ def resume_after_restart(asked: str, directory: RunDirectory, *, agents: Collect
     Raises:
         StorageError: The record of agents cannot be read.
     """
-    if asked == "auto" or set(agents).isdisjoint(_recorded(directory)):
+    if asked == "auto" or set(agents).isdisjoint(recorded_agents(directory)):
         return asked
     # Killed before it had saved anything, a run that began with another one's checkpoint begins with it again.
     return "auto" if asked == "none" or list_checkpoints(directory.checkpoints) else asked
@@ -43,16 +43,17 @@ def record_agents(directory: RunDirectory, *, agents: Collection[str]) -> None:
     Raises:
         StorageError: The record cannot be read or written.
     """
-    known = _recorded(directory)
+    known = recorded_agents(directory) if agents else set()
     if not known.issuperset(agents):
         replace_file(_record(directory), json.dumps(sorted(known.union(agents))).encode())
 
 
-def _record(directory: RunDirectory) -> Path:
-    return directory.path / "launchers.json"
+def recorded_agents(directory: RunDirectory) -> set[str]:
+    """Names of the agents that have trained a run.
 
-
-def _recorded(directory: RunDirectory) -> set[str]:
+    Raises:
+        StorageError: The record cannot be read.
+    """
     path = _record(directory)
     with storage_errors(path):
         try:
@@ -64,3 +65,7 @@ def _recorded(directory: RunDirectory) -> set[str]:
     if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
         raise StorageError(f"{path} is not the list of names that a run records; delete it, and start the run again with --resume auto.")
     return set(names)
+
+
+def _record(directory: RunDirectory) -> Path:
+    return directory.path / "launchers.json"

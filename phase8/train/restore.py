@@ -13,7 +13,13 @@ from phase8.errors import CheckpointCorruptError, CheckpointError
 Restore = Callable[[Checkpoint], None]
 
 
-def restore_together(choose: Callable[[Restore], Checkpoint | None], restore: Restore, *, is_first: bool) -> Checkpoint | None:
+def restore_together(
+    choose: Callable[[Restore], Checkpoint | None],
+    restore: Restore,
+    *,
+    is_first: bool,
+    open_at: Callable[[Path], Checkpoint] = open_checkpoint,
+) -> Checkpoint | None:
     """The checkpoint that all ranks have restored; None: there is none.
 
     Args:
@@ -21,12 +27,13 @@ def restore_together(choose: Callable[[Restore], Checkpoint | None], restore: Re
             CheckpointError when some rank cannot, and returns the one that it settles for.
         restore: Loads this rank's parts of a checkpoint.
         is_first: This is the first rank.
+        open_at: Opens on the other ranks what the first one has chosen.
 
     Raises:
         CheckpointError: As `choose` says.
     """
     if not is_first:
-        return _follow(restore)
+        return _follow(restore, open_at)
     checkpoint = choose(partial(_lead, restore))
     broadcast_text(None)
     return checkpoint
@@ -52,13 +59,13 @@ def _lead(restore: Restore, checkpoint: Checkpoint) -> None:
             raise CheckpointCorruptError(f"{problem} (seen by rank {rank})")
 
 
-def _follow(restore: Restore) -> Checkpoint | None:
+def _follow(restore: Restore, open_at: Callable[[Path], Checkpoint]) -> Checkpoint | None:
     """Restores on this rank what the first rank leads through; returns the last, which all could use."""
     checkpoint = None
     while (path := broadcast_text(None)) is not None:
         problem = None
         try:
-            checkpoint = open_checkpoint(Path(path))
+            checkpoint = open_at(Path(path))
             restore(checkpoint)
         except CheckpointError as error:
             problem = str(error)

@@ -2,24 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from phase8.checkpoint.layout import step_of
-from phase8.checkpoint.load import Checkpoint, find_checkpoint, list_checkpoints, newest_good_checkpoint, open_checkpoint
-from phase8.checkpoint.random_state import capture_random_state, restore_random_state
+from phase8.checkpoint.load import Checkpoint
+from phase8.checkpoint.random_state import capture_random_state, check_random_state, restore_random_state
+from phase8.checkpoint.run_metadata import OF_A_RUN, run_metadata
 from phase8.checkpoint.state import restore_state
 from phase8.config.batch import batch_shape
+from phase8.config.describe import describe_value
 from phase8.config.load import config_to_mapping
-from phase8.config.schema import RunConfig
-from phase8.data.loader import describe_fingerprint_difference
-from phase8.errors import CheckpointError, CheckpointMismatchError, ConfigError
+from phase8.config.model_keys import WITHOUT_SHAPE, model_differences
+from phase8.config.schema import ModelSection, RunConfig
+from phase8.data.fingerprint import describe_fingerprint_difference
+from phase8.errors import CheckpointMismatchError, ConfigError
 from phase8.train.learner import Learner
-from phase8.train.run_directory import RunDirectory
 
 
 @dataclass
@@ -61,77 +62,36 @@ def checkpoint_metadata(
     }
 
 
-def resume_run(
-    choice: str,
-    directory: RunDirectory,
-    *,
-    restore: Callable[[Checkpoint], None],
-    on_message: Callable[[str], None],
-) -> Checkpoint | None:
-    """Restores the checkpoint that `--resume` asks for; None: start from the beginning.
-
-    Args:
-        choice: `auto`, `none`, or a checkpoint directory.
-        directory: Of the run.
-        restore: Checks that a checkpoint belongs to this run and loads it.
-        on_message: Told of damaged checkpoints and of what was moved.
-
-    Raises:
-        CheckpointError: The named one, or every one there is, cannot be used.
-    """
-    if choice == "none":
-        aside = directory.set_aside()
-        if aside is not None:
-            on_message(f"the earlier run of this name is now {aside}")
-        return None
-    if choice == "auto":
-        return newest_good_checkpoint(
-            directory.checkpoints,
-            on_damaged=lambda path, error: on_message(f"checkpoint {path.name} is damaged and passed over: {error}"),
-            check=restore,
-        )
-    checkpoint = open_checkpoint(find_checkpoint(Path(choice)))
-    restore(checkpoint)
-    if not directory.owns(checkpoint.path):
-        aside = directory.set_aside()
-        if aside is not None:
-            on_message(f"the earlier run of this name is now {aside}")
-        return checkpoint
-    later = [
-        path
-        for path in list_checkpoints(directory.checkpoints)
-        if (step_of(path.name) or 0) >= checkpoint.step and path.resolve() != checkpoint.path.resolve()
-    ]
-    if later:
-        directory.set_aside_checkpoints(later)
-        on_message(f"{len(later)} later checkpoints were moved to {directory.superseded}")
-    return checkpoint
-
-
 def restore_run(
     checkpoint: Checkpoint,
     config: RunConfig,
     *,
     fingerprint: dict[str, Any],
+    attachments: Mapping[str, bytes],
     learner: Learner,
 ) -> Position:
     """Loads weights, optimizer and random state, after checking that config and data continue those of the checkpoint.
 
+    Args:
+        checkpoint: To go on from.
+        config: Of the run.
+        fingerprint: Of its data.
+        attachments: What its own checkpoints have attached: the tokenizer, if it has one.
+        learner: What is loaded into.
+
     Raises:
-        CheckpointMismatchError: Another model, other data, or a batch that another number of ranks would change unasked.
+        CheckpointMismatchError: Another model, other data, another tokenizer, or a batch that another number of ranks would change unasked.
     """
-    metadata = checkpoint.metadata
-    try:
-        saved_config, position = metadata["config"], Position(**metadata["position"])
-        saved_fingerprint, random_state = metadata["data_fingerprint"], metadata["random_state"]
-    except (KeyError, TypeError) as error:
-        raise CheckpointError(f"{checkpoint.path} lacks what a training run records ({error}); give a checkpoint of launch/pretrain.py.") from None
-    _check_model(checkpoint.path, saved_config["model"], config_to_mapping(config)["model"])
-    _check_batch(checkpoint.path, metadata.get("global_batch_size"), config, learner.mesh.topology.data_parallel_size)
+    metadata = run_metadata(checkpoint, needed=OF_A_RUN)
+    saved_config, saved_fingerprint, random_state = metadata.config, metadata.data_fingerprint, metadata.random_state
+    position = Position(**metadata.position.model_dump())
+    _check_model(checkpoint.path, metadata.model, config.model)
+    _check_batch(checkpoint.path, metadata.global_batch_size, config, learner.mesh.topology.data_parallel_size)
+    attached = attached_to(checkpoint)  # a damaged tokenizer is found now, not when somebody generates
     if not config.data.allow_fingerprint_change:
-        _check_data(checkpoint.path, (saved_config["train"]["seed"], saved_fingerprint), (config.train.seed, fingerprint))
-    for name in checkpoint.manifest.attachments:
-        checkpoint.attachment(name)  # a damaged tokenizer is found now, not when somebody generates
+        differences = describe_fingerprint_difference(saved_fingerprint, fingerprint) + _changed_for_data(saved_config, config)
+        _check_data(checkpoint.path, differences + _changed_tokenizer(checkpoint.path, attached, attachments))
+    check_random_state(random_state, learner.device)  # what cannot be restored is found before anything is changed
     is_part = learner.mesh.pp.size > 1
     restore_state(checkpoint, learner.stage.module, learner.optimizer, learner.shards.parts, is_part=is_part)
     learner.shards.read_again()
@@ -139,25 +99,43 @@ def restore_run(
     return position
 
 
+def attached_to(checkpoint: Checkpoint) -> dict[str, bytes]:
+    """The files that a checkpoint carries beside its state, by name.
+
+    Raises:
+        CheckpointCorruptError: One is missing or altered.
+    """
+    return {name: checkpoint.attachment(name).read_bytes() for name in checkpoint.manifest.attachments}
+
+
 def check_stop(config: RunConfig, position: Position) -> int:
     """The step at which this process stops.
 
     Raises:
-        ConfigError: The checkpoint is already past it because train.num_steps was lowered.
+        ConfigError: The checkpoint is already past it.
     """
     if position.step > config.train.num_steps:
         raise ConfigError(
             f"train.num_steps is {config.train.num_steps}, but the checkpoint is at step {position.step}; "
             "raise train.num_steps, or start again with --resume none."
         )
+    if config.train.stop_at_step is not None and position.step > config.train.stop_at_step:
+        raise ConfigError(
+            f"train.stop_at_step is {config.train.stop_at_step}, but the checkpoint is at step {position.step}; raise train.stop_at_step or set it "
+            "to null, or resume from an earlier checkpoint with --resume DIR."
+        )
     return config.train.num_steps if config.train.stop_at_step is None else config.train.stop_at_step
 
 
-def _check_model(path: Path, saved: dict[str, Any], current: dict[str, Any]) -> None:
-    different = [name for name in current if saved.get(name) != current[name]]
+def _check_model(path: Path, saved: ModelSection, current: ModelSection) -> None:
+    """Refuses another model, by the keys that its block reads."""
+    different = model_differences(saved, current)
     if different:
-        listed = ", ".join(f"model.{name} was {saved.get(name)} and is {current[name]}" for name in different)
-        raise CheckpointMismatchError(f"{path} is a checkpoint of another model: {listed}; use its config, another run.name, or --resume none.")
+        listed = ", ".join(f"model.{name} was {was} and is {now}" for name, (was, now) in different.items())
+        remedy = ", or begin a new run with its weights by checkpoint.initialise_from" if different.keys() <= WITHOUT_SHAPE else ""
+        raise CheckpointMismatchError(
+            f"{path} is a checkpoint of another model: {listed}; use its config, another run.name, or --resume none{remedy}."
+        )
 
 
 def _check_batch(path: Path, saved: int | None, config: RunConfig, data_parallel_size: int) -> None:
@@ -170,12 +148,27 @@ def _check_batch(path: Path, saved: int | None, config: RunConfig, data_parallel
         )
 
 
-def _check_data(path: Path, saved: tuple[int, dict[str, Any]], current: tuple[int, dict[str, Any]]) -> None:
-    sentences = describe_fingerprint_difference(saved[1], current[1])
-    if saved[0] != current[0]:
-        sentences.append(f"train.seed was {saved[0]} and is {current[0]}")
-    if sentences:
+def _changed_for_data(saved: dict[str, Any], config: RunConfig) -> list[str]:
+    """A sentence for each key that decides with data and tokenizer what a step is trained on."""
+    data = config.data
+    keys = (  # a revision that did not know a key did what the default does
+        ("train.seed", saved["train"]["seed"], config.train.seed),
+        ("data.reset_at_document_boundaries", saved["data"].get("reset_at_document_boundaries", False), data.reset_at_document_boundaries),
+        ("data.eod_token", saved["data"].get("eod_token"), data.eod_token),
+    )
+    return [f"{name} was {describe_value(old)} and is {describe_value(new)}" for name, old, new in keys if old != new]
+
+
+def _changed_tokenizer(path: Path, attached: Mapping[str, bytes], current: Mapping[str, bytes]) -> list[str]:
+    """A sentence if both have a tokenizer and it is not the same one, whatever the names of the files."""
+    if not attached or not current or list(attached.values()) == list(current.values()):
+        return []
+    return [f"its tokenizer is {', '.join(str(path / name) for name in attached)}, and data.tokenizer is of other content"]
+
+
+def _check_data(path: Path, differences: list[str]) -> None:
+    if differences:
         raise CheckpointMismatchError(
-            f"{path} was trained on another order of samples: {'; '.join(sentences)}; restore the data, "
+            f"{path} was trained on other data or in another order of samples: {'; '.join(differences)}; restore what was changed, "
             "or accept the change with --set data.allow_fingerprint_change=true."
         )

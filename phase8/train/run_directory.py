@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import fcntl
+import os
 import tempfile
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO
 
 import yaml
 
 from phase8.config.load import config_to_mapping
 from phase8.config.schema import RunConfig, RunSection
-from phase8.durable import replace_file, storage_errors
+from phase8.durable import open_lock_file, replace_file, storage_errors
 from phase8.errors import StorageError
+from phase8.paths import real_path
 
 
 @dataclass(frozen=True)
@@ -36,43 +39,77 @@ class RunDirectory:
         """Checkpoints of a continuation that the user left by resuming from an earlier step."""
         return self.path / "superseded"
 
+    @property
+    def metrics(self) -> Path:
+        """The record of its steps."""
+        return self.path / "metrics.jsonl"
+
     def owns(self, checkpoint: Path) -> bool:
         """Whether a checkpoint is one of this run."""
-        return checkpoint.resolve().parent == self.checkpoints.resolve()
+        return real_path(checkpoint).parent == real_path(self.checkpoints)
 
-    def lock(self) -> IO[str]:
-        """Claims the run for this process, until the returned file is closed or the process ends.
+    @contextmanager
+    def lock(self) -> Iterator[None]:
+        """Claims the run for this process, under whatever names its directory is reached; nothing is left of the claim at its end.
+
+        The lock file lies beside the directory, so that renaming the run does not move it.
 
         Raises:
             StorageError: Another process trains in it, or its place cannot be written.
         """
-        path = self.path.with_name(f".{self.path.name}.lock")  # beside the run, so that renaming the run does not move it
-        with storage_errors(path):
-            path.parent.mkdir(parents=True, exist_ok=True)
-            file = path.open("w", encoding="utf-8")
-            try:
-                fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                raise StorageError(f"another process is training in {self.path}; wait until it has finished or choose another run.name.") from None
-        return file
+        place = real_path(self.path)
+        path = place.with_name(f".{place.name}.lock")
+        missing = [directory for directory in path.parents if not directory.exists()]
+        descriptor = self._claim(path)
+        try:
+            yield
+        finally:
+            with suppress(OSError):  # a lock file that is left does no harm
+                path.unlink()
+            os.close(descriptor)
+            with suppress(OSError):  # there is a run in it
+                for directory in missing:
+                    directory.rmdir()
+
+    def _claim(self, path: Path) -> int:
+        """A descriptor of the lock file that is locked; closing it gives the lock back.
+
+        The lock is one of the process (`lockf`): loader workers, which inherit the descriptor, do not keep it when the process is killed.
+        """
+        while True:
+            with storage_errors(path):
+                path.parent.mkdir(parents=True, exist_ok=True)
+                descriptor = open_lock_file(path)
+                try:
+                    fcntl.lockf(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                    if os.path.samestat(os.fstat(descriptor), path.stat()):
+                        return descriptor
+                except FileNotFoundError:
+                    pass
+                except BlockingIOError:
+                    os.close(descriptor)
+                    raise StorageError(
+                        f"another process is training in {self.path}; wait until it has finished or choose another run.name."
+                    ) from None
+                os.close(descriptor)  # its last owner removed it after it was opened here
+
+    def exists(self) -> bool:
+        """Whether a run of this name has left anything."""
+        return self.path.exists()
 
     def create(self) -> None:
-        """Creates the directory and proves that it can be written, before any step is taken.
+        """Creates the directory.
 
         Raises:
             StorageError: It cannot be written.
         """
         for directory in (self.path, self.checkpoints):
             with storage_errors(directory):
-                directory.mkdir(parents=True, exist_ok=True)
-                with tempfile.TemporaryFile(dir=directory):
-                    pass
+                real_path(directory).mkdir(parents=True, exist_ok=True)
 
-    def keep_tokenizer(self, tokenizer: Path) -> Path:
-        """A copy of the tokenizer that the run attaches to its checkpoints, whatever becomes of the original."""
-        kept = self.path / f"tokenizer{tokenizer.suffix}"
-        replace_file(kept, tokenizer.read_bytes())
-        return kept
+    def keep(self, name: str, content: bytes) -> None:
+        """Writes a copy of what the run attaches to its checkpoints, for people and tools that look for it here."""
+        replace_file(self.path / name, content)
 
     def record(self, config: RunConfig) -> None:
         """Writes the config of the run to `config.yaml`."""
@@ -81,20 +118,21 @@ class RunDirectory:
 
     def set_aside(self) -> Path | None:
         """Renames an earlier run of the same name to `<name>.1`, `.2`, ... so that a new one loses nothing; None if there is none."""
-        with storage_errors(self.path):
-            if not self.path.exists():
+        place = real_path(self.path) if self.path.is_symlink() else self.path  # the user's link stays
+        with storage_errors(place):
+            if not place.exists():
                 return None
             number = 1
-            while (aside := self.path.with_name(f"{self.path.name}.{number}")).exists():
+            while os.path.lexists(aside := place.with_name(f"{place.name}.{number}")):
                 number += 1
-            self.path.rename(aside)
+            place.rename(aside)
             return aside
 
-    def set_aside_checkpoints(self, steps: list[Path]) -> None:
+    def set_aside_checkpoints(self, steps: Iterable[Path]) -> None:
         """Moves checkpoints out of the way of `--resume auto` without deleting them."""
         for step in steps:
             number = 0
-            while (aside := self.superseded / f"{step.name}.{number}").exists():
+            while os.path.lexists(aside := self.superseded / f"{step.name}.{number}"):
                 number += 1
             with storage_errors(aside):
                 self.superseded.mkdir(exist_ok=True)
@@ -104,3 +142,17 @@ class RunDirectory:
 def run_directory(section: RunSection) -> RunDirectory:
     """The directory of a run."""
     return RunDirectory(Path(section.output_dir) / section.name)
+
+
+def check_writable(*directories: Path) -> None:
+    """Proves that directories can be written, those that are missing in the nearest one that is there; leaves nothing.
+
+    Raises:
+        StorageError: One cannot.
+    """
+    for directory in directories:
+        nearest = real_path(directory)
+        while not os.path.lexists(nearest):
+            nearest = nearest.parent
+        with storage_errors(directory), tempfile.TemporaryFile(dir=nearest):
+            pass

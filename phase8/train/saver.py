@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
+
+from torch import Tensor
 
 from phase8.checkpoint.background import BackgroundSaver
 from phase8.checkpoint.retention import apply_retention
 from phase8.checkpoint.save import save_checkpoint
 from phase8.checkpoint.state import flat_state
-from phase8.errors import StorageError
+from phase8.distributed.collectives import gather_texts
+from phase8.distributed.ending import is_echo, summary
 from phase8.observe.metrics import MetricsWriter
 from phase8.train.build import Run
 from phase8.train.resume import checkpoint_metadata
@@ -19,8 +23,12 @@ from phase8.train.resume import checkpoint_metadata
 _MOMENTS = 2  # of a weight that AdamW keeps
 
 
+class SaveFailure(Exception):
+    """A save that training survives; the cause is any exception, the message a line about it."""
+
+
 class Saver:
-    """Saves a run, aside if the config says so.
+    """Writes checkpoints, in the background where `checkpoint.asynchronous` is set.
 
     Args:
         run: Weights, optimizer, position and where they go.
@@ -41,54 +49,33 @@ class Saver:
         """Writes a checkpoint of the current step and applies the retention policy; may return while it is being written.
 
         Args:
-            must_succeed: Return when it is on the disk, and raise when the disk refuses; otherwise say so and train on, the older
+            must_succeed: Return when it is on the disk, and raise what kept it from there; otherwise say so and train on, the older
                 checkpoints stay.
 
         Raises:
-            StorageError: It must succeed and did not.
+            Exception: It must succeed and did not: StorageError if the disk refuses.
         """
-        run, step, begin = self._run, self._run.position.step, time.perf_counter()
+        step, begin = self._run.position.step, time.perf_counter()
         self.hear(wait=True)  # one at a time
         if self.saved_step == step:
             return
-        tensors = flat_state(run.learner.stage.module, run.learner.optimizer, run.learner.shards.parts)
-        save = partial(
-            save_checkpoint,
-            run.directory.checkpoints,
-            step=step,
-            metadata=checkpoint_metadata(
-                run.config,
-                run.position,
-                global_batch_size=run.shape.global_batch_size,
-                fingerprint=run.data.fingerprint,
-                device=run.device,
-            ),
-            attachments={} if run.tokenizer_file is None else {run.tokenizer_file.name: run.tokenizer_file},
-            group=run.host_group,
-        )
-        if self._background is not None and not must_succeed:
-            self._background.start(tensors, lambda copies: save(tensors=copies))
-            self._step_under_way, self._stall_seconds = step, time.perf_counter() - begin
-            return
-        try:
-            saved = save(tensors=tensors)
-        except StorageError as error:  # raised on every rank
-            if must_succeed:
-                raise
-            self._report_failure("checkpoint failed", error)
-            return
-        self._stall_seconds = time.perf_counter() - begin
-        self._has_saved(step, saved)
+        saved: Path | None = None
+        if must_succeed:
+            saved = self._planned_save()(tensors=self._state())
+        else:
+            with self._survived("checkpoint failed"):
+                saved = self._save_or_begin_to()
+        self._step_under_way, self._stall_seconds = step, time.perf_counter() - begin
+        if saved is not None:
+            self._has_saved(step, saved)
 
     def hear(self, *, wait: bool = False) -> None:
         """Looks whether the save under way has ended, or waits until it has."""
         if self._background is None:
             return
-        try:
+        saved: Path | None = None
+        with self._survived("checkpoint failed"):
             saved = self._background.finished(wait=wait)
-        except StorageError as error:
-            self._report_failure("checkpoint failed", error)
-            return
         if saved is not None:
             self._has_saved(self._step_under_way, saved)
 
@@ -97,6 +84,63 @@ class Saver:
         self.hear(wait=True)
         if self._background is not None:
             self._background.close()
+
+    def _save_or_begin_to(self) -> Path | None:
+        """Writes a checkpoint; None: it is being written in the background."""
+        save, background = self._planned_save(), self._background
+        if background is None:
+            return save(tensors=self._on_all_ranks(self._state))
+        copies = self._on_all_ranks(lambda: background.copy(self._state()))
+        background.start(copies, lambda copies: save(tensors=copies))
+        return None
+
+    def _state(self) -> dict[str, Tensor]:
+        learner = self._run.learner
+        return flat_state(learner.stage.module, learner.optimizer, learner.shards.parts)
+
+    def _planned_save(self) -> partial[Path]:
+        """A save of this step that lacks the tensors only. It reads nothing that could be gone by then."""
+        run = self._run
+        return partial(
+            save_checkpoint,
+            run.directory.checkpoints,
+            step=run.position.step,
+            metadata=checkpoint_metadata(
+                run.config,
+                run.position,
+                global_batch_size=run.shape.global_batch_size,
+                fingerprint=run.data.fingerprint,
+                device=run.device,
+            ),
+            attachments=run.attachments,
+            group=run.host_group,
+        )
+
+    def _on_all_ranks(self, take: Callable[[], dict[str, Tensor]]) -> dict[str, Tensor]:
+        """What this rank saves, once every rank has its own: the others would wait for ever for one that has run out of memory."""
+        failure, taken = None, {}
+        try:
+            with _one_kind_of_failure():
+                taken = take()
+        except SaveFailure as error:
+            failure = error
+        problems = gather_texts(None if failure is None else str(failure), self._run.host_group)
+        for rank, problem in enumerate(problems):
+            if problem is not None:
+                raise SaveFailure(problem if len(problems) == 1 else f"rank {rank}: {problem}") from failure
+        return taken
+
+    @contextmanager
+    def _survived(self, event: str) -> Iterator[None]:
+        """A block whose failure is told, whatever it is; training goes on, and the older checkpoints stay."""
+        try:
+            with _one_kind_of_failure():
+                yield
+        except SaveFailure as failure:
+            step = self._run.position.step
+            self._say(f"step {step}: {event}, training goes on: {failure}")
+            reason = str(failure)
+            self._record(lambda metrics: metrics.log_event(step, event.replace(" ", "_"), reason=reason))
 
     def _has_saved(self, step: int, saved: Path) -> None:
         run, checkpoint = self._run, self._run.config.checkpoint
@@ -108,18 +152,21 @@ class Saver:
         self._record(
             lambda metrics: metrics.log_event(run.position.step, "checkpoint", checkpoint_step=step, checkpoint_stall_seconds=stall)
         )
-        try:
+        with self._survived("retention failed"):
             apply_retention(
                 run.directory.checkpoints,
                 keep_last=checkpoint.keep_last,
                 keep_every_n_steps=checkpoint.keep_every_n_steps,
                 known_good=saved,
             )
-        except StorageError as error:
-            self._report_failure("retention failed", error)
 
-    def _report_failure(self, event: str, error: StorageError) -> None:
-        """Says that something could not be stored; training goes on, and the older checkpoints stay."""
-        step = self._run.position.step
-        self._say(f"step {step}: {event}, training goes on: {error}")
-        self._record(lambda metrics: metrics.log_event(step, event.replace(" ", "_"), reason=str(error)))
+
+@contextmanager
+def _one_kind_of_failure() -> Iterator[None]:
+    """Makes a SaveFailure of whatever goes wrong in a block, but for what the loss of another rank looks like."""
+    try:
+        yield
+    except Exception as error:
+        if isinstance(error, SaveFailure) or is_echo(error):
+            raise
+        raise SaveFailure(summary(error)) from error

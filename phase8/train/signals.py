@@ -1,12 +1,12 @@
-"""Stopping on request: SIGINT and SIGTERM let the step finish, a second SIGINT interrupts it."""
+"""Stopping on request: SIGINT, SIGTERM, SIGHUP and SIGUSR1 let the step finish, a second SIGINT interrupts it."""
 
 from __future__ import annotations
 
-import os
 import signal
 from types import FrameType, TracebackType
 
-STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM)
+from phase8.distributed.ending import heeded_end_signals
+from phase8.terminal import tell
 
 
 class StopRequest:
@@ -24,7 +24,7 @@ class StopRequest:
         self._previous: dict[int, object] = {}
 
     def __enter__(self) -> StopRequest:
-        self._previous = {number: signal.signal(number, self._remember) for number in STOP_SIGNALS}
+        self._previous = {number: signal.signal(number, self._remember) for number in (signal.SIGINT, *heeded_end_signals())}
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
@@ -37,4 +37,4 @@ class StopRequest:
         self.received = signal.Signals(number).name
         # Straight to the terminal: a handler must not wait for a lock that the interrupted code holds.
         if self._notice is not None:
-            os.write(2, f"\n{self.received}: {self._notice}\n".encode())
+            tell(f"\n{self.received}: {self._notice}\n")

@@ -11,6 +11,7 @@ from functools import partial
 
 from torch import Tensor
 
+from phase8.closing import Tolerated
 from phase8.data.loader import build_loader, microbatch_sample_numbers
 from phase8.errors import DataError, StorageError
 from phase8.model.flops import training_flops_per_token
@@ -57,10 +58,12 @@ class Trainer:
         reset_peak_memory(run.device)
 
     def close(self) -> None:
-        """Ends what goes on aside: waits for the saves, frees a recorded step."""
-        self.saver.close()
+        """Ends what goes on aside: waits for the saves, frees a recorded step. What fails now does not decide how the run ends."""
+        with Tolerated("the save under way failed", self.progress.message):
+            self.saver.close()
         if isinstance(self.take_step, CapturedStep):
-            self.take_step.close()
+            with Tolerated("the recorded step was not freed", self.progress.message):
+                self.take_step.close()
 
     @property
     def is_alone(self) -> bool:
@@ -195,7 +198,7 @@ class Trainer:
             skipped=result.skipped,
         )
 
-    def record_event(self, event: str, **fields: str | int | float) -> None:
+    def record_event(self, event: str, **fields: str | int | float | None) -> None:
         """Records something that happened after the current step."""
         self._record(lambda metrics: metrics.log_event(self.run.position.step, event, **fields))
 

@@ -42,7 +42,7 @@ def save_sample(make_tensors: Callable[[int], dict[str, Tensor]], tmp_path: Path
 
     def save(root: Path, step: int, seed: int | None = None) -> Path:
         metadata = {"tokens": step * 1000, "config": {"model": {"d_model": 4}}, "name": "Grün ☃"}
-        attachments = {"tokenizer.model": tokenizer}
+        attachments = {"tokenizer.model": tokenizer.read_bytes()}
         return save_checkpoint(root, step=step, tensors=make_tensors(step if seed is None else seed), metadata=metadata, attachments=attachments)
 
     return save

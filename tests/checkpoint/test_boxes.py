@@ -2,8 +2,11 @@ from __future__ import annotations
 
 import itertools
 import math
+import random
+import time
 from types import SimpleNamespace
 
+import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -46,11 +49,100 @@ def test_agrees_with_counting_every_element(data: st.DataObject):
     for _ in range(data.draw(st.integers(1, 4))):
         offsets = [data.draw(st.integers(0, size)) for size in shape]
         boxes.append(box(offsets, [data.draw(st.integers(0, size - begin)) for size, begin in zip(shape, offsets, strict=True)]))
+    counts = times_held(shape, boxes)
+    assert (coverage_problem(shape, boxes) is None) == all(count == 1 for count in counts.values())
+
+
+def times_held(shape: list[int], boxes: list[SimpleNamespace]) -> dict[tuple[int, ...], int]:
+    """How many boxes hold each element of a tensor."""
     counts = dict.fromkeys(itertools.product(*(range(size) for size in shape)), 0)
     for b in boxes:
         for index in itertools.product(*(range(o, o + s) for o, s in zip(b.offsets, b.shape, strict=True))):
             counts[index] += 1
-    assert (coverage_problem(shape, boxes) is None) == all(count == 1 for count in counts.values())
+    return counts
+
+
+@st.composite
+def tiling(draw: st.DrawFn) -> tuple[list[int], list[SimpleNamespace]]:
+    """A tensor cut in two, a piece of it again, and so on: irregular, and of every kind that cuts can make."""
+    shape = draw(st.lists(st.integers(1, 4), min_size=1, max_size=4))
+    boxes = [box([0] * len(shape), list(shape))]
+    for _ in range(draw(st.integers(0, 8))):
+        piece = boxes.pop(draw(st.integers(0, len(boxes) - 1)))
+        dim = draw(st.integers(0, len(shape) - 1))
+        size = draw(st.integers(0, piece.shape[dim]))
+        for begin, end in ((0, size), (size, piece.shape[dim])):
+            offsets, sizes = list(piece.offsets), list(piece.shape)
+            offsets[dim], sizes[dim] = offsets[dim] + begin, end - begin
+            boxes.append(box(offsets, sizes))
+    return shape, draw(st.permutations(boxes))
+
+
+@settings(max_examples=300, deadline=None)
+@given(tiling(), st.data())
+def test_a_tiling_is_one_until_a_piece_is_moved_resized_repeated_or_lost(cut: tuple[list[int], list[SimpleNamespace]], data: st.DataObject):
+    shape, boxes = cut
+    assert coverage_problem(shape, boxes) is None
+    number, dim = data.draw(st.integers(0, len(boxes) - 1)), data.draw(st.integers(0, len(shape) - 1))
+    piece, change = boxes[number], data.draw(st.sampled_from(["move", "resize", "repeat", "lose"]))
+    if change == "move":
+        piece.offsets[dim] = data.draw(st.integers(0, shape[dim] - piece.shape[dim]))
+    elif change == "resize":
+        piece.shape[dim] = data.draw(st.integers(0, shape[dim] - piece.offsets[dim]))
+    elif change == "repeat":
+        boxes = [*boxes, piece]
+    else:
+        boxes = [*boxes[:number], *boxes[number + 1 :]]
+    counts = times_held(shape, boxes)
+    problem = coverage_problem(shape, boxes)
+    if problem is None:
+        assert set(counts.values()) == {1}
+    elif "overlap" in problem:
+        assert max(counts.values()) > 1
+    else:
+        assert any(problem.endswith(f"the one at {list(element)}") for element, count in counts.items() if count == 0)
+
+
+def grid(rows: int, columns: int) -> list[SimpleNamespace]:
+    return [box([row, column], [1, 1]) for row in range(rows) for column in range(columns)]
+
+
+MANY = {
+    "rows": ([40_000, 7], [box([row, 0], [1, 7]) for row in range(40_000)]),
+    "grid": ([200, 200], grid(200, 200)),
+    "rows beside columns": (
+        [20_000, 40_000],
+        [box([n, 0], [1, 20_000]) for n in range(20_000)] + [box([0, 20_000 + n], [20_000, 1]) for n in range(20_000)],
+    ),
+    "the last of 64 dims": ([2] * 63 + [5000], [box([0] * 63 + [n], [2] * 63 + [1]) for n in range(5000)]),
+}
+
+
+@pytest.mark.parametrize(("shape", "boxes"), MANY.values(), ids=MANY)
+def test_thousands_of_slices_are_compared_in_seconds(shape: list[int], boxes: list[SimpleNamespace]):
+    """Each was compared with all others that a sweep met at the same time: 19 s, or hours."""
+    begin = time.perf_counter()
+    assert coverage_problem(shape, boxes) is None
+    assert "none of them" in coverage_problem(shape, boxes[:-1])
+    assert "overlap" in coverage_problem(shape, [*boxes, boxes[77]])
+    assert time.perf_counter() - begin < 10  # a tenth of it on an idle core
+
+
+def test_what_no_layout_writes_is_refused_soon():
+    """Boxes anywhere in 64 dims have more corners than there is memory."""
+    generator = random.Random(0)
+    boxes = [
+        box([generator.randrange(2) for _ in range(64)], [generator.randrange(1, 3) for _ in range(64)]) for _ in range(1000)
+    ]
+    begin = time.perf_counter()
+    assert "too many dims" in coverage_problem([4] * 64, boxes)
+    assert time.perf_counter() - begin < 20
+
+
+def test_messages_about_many_dims_are_short():
+    huge = [10**18] * 64
+    for problem in (coverage_problem(huge, [box(huge, huge)]), coverage_problem(huge, [box([0], huge)]), coverage_problem([1] * 64, [])):
+        assert problem is not None and len(problem) < 500
 
 
 @st.composite

@@ -22,7 +22,7 @@ from tiny_run import prepare, train_tiny
 from phase8.checkpoint.checksum import checksum_of
 from phase8.checkpoint.load import newest_good_checkpoint, open_checkpoint
 from phase8.checkpoint.state import flat_state
-from phase8.data.tokenizer import train_sentencepiece
+from phase8.data.tokenizer_training import train_sentencepiece
 from phase8.errors import CheckpointCorruptError, CheckpointError, CheckpointMismatchError
 
 sys.path.insert(0, str(Path(__file__).parent))

@@ -6,6 +6,7 @@ import base64
 import json
 import os
 import sys
+import time
 import tracemalloc
 from collections.abc import Callable
 from pathlib import Path
@@ -74,7 +75,7 @@ def test_a_manifest_longer_than_any_is_not_read(directory: Path):
 
 
 def test_a_forged_shape_takes_no_memory(directory: Path):
-    """Memory was taken for the shape in the manifest before the header of the file was compared with it."""
+    """Memory was taken for the shape in the manifest before anything was compared with it."""
 
     def enlarge(document: dict[str, Any]) -> None:
         entry = document["tensors"]["model.embedding.weight"]
@@ -82,8 +83,27 @@ def test_a_forged_shape_takes_no_memory(directory: Path):
         entry["shape"][0] += 3
 
     change(directory, enlarge)
-    with pytest.raises(CheckpointCorruptError, match=r"its manifest says F32 \[1099511627776, 4\]"):
-        open_checkpoint(directory).read("model.embedding.weight")
+    with pytest.raises(CheckpointCorruptError, match=r"safetensors' has \d+ bytes, but its tensors have 17592186044\d+"):
+        open_checkpoint(directory)
+
+
+def test_a_shape_that_the_file_does_not_have_is_refused(directory: Path):
+    def reshape(document: dict[str, Any]) -> None:
+        entry = document["tensors"]["model.norm.weight"]
+        entry["shape"], entry["slices"][0]["shape"], entry["slices"][0]["offsets"] = [2, 2], [2, 2], [0, 0]
+
+    change(directory, reshape)
+    with pytest.raises(CheckpointCorruptError, match=r"its manifest says BF16 \[2, 2\]"):
+        open_checkpoint(directory).read("model.norm.weight")
+
+
+def test_a_header_of_a_hundred_thousand_dims_is_refused_at_once(tmp_path: Path):
+    """The product of its sizes, a number of a megabyte, took minutes."""
+    header = json.dumps({"a": {"dtype": "U8", "shape": [2**62] * 100_000, "data_offsets": [0, 2]}})
+    begin = time.perf_counter()
+    with pytest.raises(CheckpointCorruptError, match="at most 64"):
+        write_header(tmp_path / "a.safetensors", header.encode(), b"ab")
+    assert time.perf_counter() - begin < 2
 
 
 @pytest.mark.parametrize("encoding", ["utf-8-sig", "utf-16", "utf-16-le", "utf-32", "utf-32-be"])

@@ -56,7 +56,7 @@ def test_every_file_of_a_checkpoint_is_json_safetensors_or_the_attachment(tmp_pa
     tokenizer = tmp_path / "tokenizer.model"
     tokenizer.write_bytes(b"words")
     metadata = {"random_state": capture_random_state(torch.device("cpu")), "tokens": 1}
-    path = save_checkpoint(tmp_path / "c", step=1, tensors=make_tensors(1), metadata=metadata, attachments={tokenizer.name: tokenizer})
+    path = save_checkpoint(tmp_path / "c", step=1, tensors=make_tensors(1), metadata=metadata, attachments={tokenizer.name: tokenizer.read_bytes()})
     files = sorted(path.iterdir())
     assert len(files) == 4
     for file in files:

@@ -40,7 +40,7 @@ def source(tmp_path):
     tokenizer = tmp_path / "tokenizer.model"
     tokenizer.write_bytes(b"words")
     metadata = {"config": {"model": {"d_model": 4}}, "name": "a"}
-    path = save_checkpoint(tmp_path / "c", step=7, tensors=tensors, metadata=metadata, attachments={"tokenizer.model": tokenizer})
+    path = save_checkpoint(tmp_path / "c", step=7, tensors=tensors, metadata=metadata, attachments={"tokenizer.model": tokenizer.read_bytes()})
     return open_checkpoint(path)
 
 

@@ -12,7 +12,7 @@ from torch import nn
 from phase8.checkpoint import state
 from phase8.checkpoint.load import Checkpoint, newest_good_checkpoint, open_checkpoint
 from phase8.checkpoint.save import save_checkpoint
-from phase8.checkpoint.state import flat_state, restore_state
+from phase8.checkpoint.state import flat_state, require_fit, restore_state
 from phase8.errors import CheckpointCorruptError, CheckpointError, CheckpointMismatchError
 
 
@@ -121,6 +121,31 @@ def test_the_model_alone_can_be_restored(saved):
     other, _ = build(1)
     restore_state(checkpoint, other, None)
     assert all(torch.equal(a, b) for a, b in zip(model.state_dict().values(), other.state_dict().values(), strict=True))
+
+
+@pytest.mark.parametrize(
+    ("stored", "here", "fits"),
+    [
+        (torch.bfloat16, torch.float32, True),
+        (torch.float16, torch.float32, True),
+        (torch.float32, torch.bfloat16, False),
+        (torch.float16, torch.bfloat16, False),
+    ],
+)
+def test_weights_are_widened_where_asked_and_never_rounded(stored: torch.dtype, here: torch.dtype, fits: bool, saved):
+    model, optimizer = build(0, dtype=stored)
+    checkpoint = saved(model, optimizer)
+    other, _ = build(1, dtype=here)
+    with pytest.raises(CheckpointMismatchError, match=r"is \w+ in the checkpoint and torch\.\w+ here"):
+        restore_state(checkpoint, other, None)
+    if fits:
+        require_fit(checkpoint, other, widen=True)
+        restore_state(checkpoint, other, None, widen=True)
+        assert all(torch.equal(a.to(here), b) for a, b in zip(model.state_dict().values(), other.state_dict().values(), strict=True))
+        return
+    for restore in (lambda: require_fit(checkpoint, other, widen=True), lambda: restore_state(checkpoint, other, None, widen=True)):
+        with pytest.raises(CheckpointMismatchError, match="in the checkpoint and"):
+            restore()
 
 
 def test_the_step_of_a_capturable_optimizer_goes_to_its_parameter_and_others_to_the_host(saved):

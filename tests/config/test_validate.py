@@ -91,6 +91,14 @@ RULES = {
         ["data.tokenizer=t.model"],
         "data.tokenizer is 't.model', but data.train is null and the embedded corpus brings its own; set data.train too.",
     ),
+    "end of document without tokenizer": (
+        ["data.train=mine", "data.eod_token=</s>"],
+        "data.eod_token is '</s>', but data.tokenizer is null; give the tokenizer with this piece, or leave it null.",
+    ),
+    "end of document without data": (
+        ["data.eod_token=</s>"],
+        "data.eod_token is '</s>', but data.train is null and the embedded corpus brings its own; set data.train too.",
+    ),
     "prompt without tokenizer": (
         ["data.train=mine", "observe.sample_prompt=Once"],
         "observe.sample_prompt is set, but data.tokenizer is null; give the tokenizer of the data, or leave the prompt null.",

@@ -8,10 +8,13 @@ import os
 from pathlib import Path
 
 import pytest
+import zstandard
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from phase8.data.documents import Source, Span, check_unchanged, cut_shards, find_sources, read_documents, spread
+from phase8.data.documents import cut_shards, read_documents, spread
+from phase8.data.input_files import Source, Span, check_unchanged, find_sources
+from phase8.data.shards import DocumentRules, InvalidInputs, read_texts
 from phase8.errors import DataError
 
 
@@ -19,17 +22,19 @@ def stop(error: DataError) -> None:
     raise error
 
 
-def read_all(*inputs: Path, shard_bytes: int = 1 << 20, json_key: str = "text") -> list[str]:
+def read_all(*inputs: Path, shard_bytes: int = 1 << 20, json_key: str = "text", separator: str | None = None) -> list[str]:
     sources, _ = find_sources(inputs)
-    spans = [span for shard in cut_shards(sources, shard_bytes) for span in shard]
-    return [text for span in spans for text in read_documents(span, json_key=json_key, on_invalid=stop)]
+    spans = [span for shard in cut_shards(sources, shard_bytes, document_separator=separator) for span in shard]
+    found = [document for span in spans for document in read_documents(span, json_key=json_key, document_separator=separator, on_invalid=stop)]
+    assert sum(document.source_bytes for document in found) <= sum(source.size_bytes for source in sources)
+    return [document.text for document in found]
 
 
 def read_skipping(path: Path) -> tuple[list[str], list[str]]:
     """Texts, and the messages about what was skipped."""
     errors: list[DataError] = []
     (source,) = find_sources([path])[0]
-    texts = list(read_documents(Span(source, 0, source.size_bytes), json_key="text", on_invalid=errors.append))
+    texts = [text for text, _ in read_documents(Span(source, 0, source.size_bytes), json_key="text", on_invalid=errors.append)]
     return texts, [str(error) for error in errors]
 
 
@@ -99,6 +104,8 @@ def test_line_numbers_are_right_in_every_cut(tmp_path: Path, shard_bytes: int):
         (b'["text"]', "found list, without the key 'text'"),
         (b'{"text": null}', "'text' holds NoneType, not a string"),
         (b'{"text": "\\ud800"}', "holds the lone surrogate '\\ud800'"),
+        (b'{"text": "a", "id": 1, "text": "b"}', "the key 'text' occurs more than once"),
+        (b'{"te\\u0078t": "a", "text": "a"}', "the key 'text' occurs more than once"),
     ],
 )
 def test_bad_lines_are_named_or_skipped(tmp_path: Path, line: bytes, finding: str):
@@ -113,6 +120,19 @@ def test_bad_lines_are_named_or_skipped(tmp_path: Path, line: bytes, finding: st
     assert messages == [str(caught.value)]
 
 
+def test_only_repeats_of_the_key_of_the_text_matter(tmp_path: Path):
+    (tmp_path / "a.jsonl").write_text('{"id": 1, "text": "x", "id": 2, "meta": {"text": 1, "text": 2}}')
+    assert read_all(tmp_path / "a.jsonl") == ["x"]
+
+
+def test_an_object_of_many_keys_is_named_in_few_words(tmp_path: Path):
+    (tmp_path / "a.jsonl").write_text(json.dumps({f"key{i}": 1 for i in range(2000)}))
+    with pytest.raises(DataError) as caught:
+        read_all(tmp_path / "a.jsonl")
+    assert "'key19', ..., without the key 'text'" in str(caught.value)
+    assert len(str(caught.value)) < 1000
+
+
 def test_bytes_that_are_not_text_are_named_or_skipped(tmp_path: Path):
     path = tmp_path / "latin.txt"
     path.write_bytes(b"caf\xe9")
@@ -122,22 +142,68 @@ def test_bytes_that_are_not_text_are_named_or_skipped(tmp_path: Path):
     assert len(read_skipping(path)[1]) == 1
 
 
-@pytest.mark.parametrize("name", ["a.jsonl.gz", "a.txt.gz"])
-@pytest.mark.parametrize("damage", ["truncated", "flipped", "bad block", "not gzip"])
-def test_damaged_gzip_files_are_named_or_skipped(tmp_path: Path, name: str, damage: str):
-    content = gzip.compress(b"".join(b'{"text": "document %d"}\n' % i for i in range(3000)))
+def whole_compressed(suffix: str) -> bytes:
+    content = b"".join(b'{"text": "document %d"}\n' % i for i in range(3000))
+    return gzip.compress(content) if suffix == "gz" else zstandard.ZstdCompressor(write_checksum=True).compress(content)
+
+
+@pytest.mark.parametrize("name", ["a.jsonl.gz", "a.txt.gz", "a.jsonl.zst", "a.txt.zst"])
+@pytest.mark.parametrize("damage", ["truncated", "flipped", "bad block", "not compressed", "empty"])
+def test_damaged_compressed_files_are_named_or_give_nothing_at_all(tmp_path: Path, name: str, damage: str):
+    content = whole_compressed(name.rsplit(".", 1)[1])
     middle = len(content) // 2
     damaged = {
         "truncated": content[:middle],
         "flipped": content[:middle] + bytes(byte ^ 0xFF for byte in content[middle : middle + 40]) + content[middle + 40 :],
         "bad block": content[:10] + b"\xff" + content[11:],
-        "not gzip": b"plain",
+        "not compressed": b"plain",
+        "empty": b"",
     }[damage]
     path = tmp_path / name
     path.write_bytes(damaged)
-    with pytest.raises(DataError, match=rf"{name} is not a whole gzip file|{name}, line \d+"):
+    with pytest.raises(DataError, match=rf"{name} is not a whole (gzip|zstd) file|{name}, line \d+"):
         read_all(path)
-    assert any("is not a whole gzip file" in message for message in read_skipping(path)[1])
+    invalid = InvalidInputs(skip=True)
+    shards = cut_shards(find_sources([path])[0], 1 << 20)
+    assert [*read_texts(shards[0], DocumentRules(skip_invalid=True), invalid)] == []
+    assert invalid.count == 1
+    assert "is not a whole" in str(invalid.first)
+
+
+SEPARATOR = "<|endoftext|>"
+
+
+@settings(max_examples=80, deadline=None)
+@given(
+    lines=st.lists(st.sampled_from(["", "a", "é😀", "a <|endoftext|>", SEPARATOR, SEPARATOR, f" {SEPARATOR}\r", "x" * 30]), max_size=30),
+    shard_bytes=st.integers(1, 300),
+    ends_in_newline=st.booleans(),
+    mark=st.booleans(),
+)
+def test_documents_between_separators_are_read_once_however_the_file_is_cut(
+    tmp_path_factory: pytest.TempPathFactory, lines: list[str], shard_bytes: int, ends_in_newline: bool, mark: bool
+):
+    path = tmp_path_factory.mktemp("cut") / "a.txt"
+    content = "\n".join(lines) + "\n" * ends_in_newline
+    path.write_bytes(b"\xef\xbb\xbf" * mark + content.encode())
+    expected, current = [], ""
+    for line in content.split("\n"):
+        if line.strip() == SEPARATOR:
+            expected, current = [*expected, current], ""
+        else:
+            current += line + "\n"
+    expected = [text for text in [*expected, current[:-1]] if text]
+    assert read_all(path, shard_bytes=shard_bytes, separator=SEPARATOR) == expected
+
+
+def test_separators_work_in_compressed_files_and_name_what_is_no_text(tmp_path: Path):
+    content = b"one\n<|endoftext|>\ncaf\xe9\n<|endoftext|>\nthree\n<|endoftext|>\n"
+    (tmp_path / "a.txt.gz").write_bytes(gzip.compress(content.replace(b"\xe9", b"e")))
+    assert read_all(tmp_path / "a.txt.gz", separator=SEPARATOR) == ["one\n", "cafe\n", "three\n"]
+    (tmp_path / "b.txt").write_bytes(content)
+    with pytest.raises(DataError, match=r"b\.txt, the document from byte 18 on, is not UTF-8 text: byte 3 is 0xe9"):
+        read_all(tmp_path / "b.txt", separator=SEPARATOR)
+    assert read_all(tmp_path / "a.txt.gz") == [content.replace(b"\xe9", b"e").decode()]
 
 
 def test_a_directory_gives_its_text_files_in_order_of_their_path(tmp_path: Path):
@@ -157,10 +223,11 @@ def test_a_directory_gives_its_text_files_in_order_of_their_path(tmp_path: Path)
         path = tmp_path / name
         path.parent.mkdir(exist_ok=True)
         path.write_bytes(b"")
-    sources, num_passed_over = find_sources([tmp_path])
+    sources, left_out = find_sources([tmp_path])
     found = [str(Path(source.path).relative_to(tmp_path.resolve())) for source in sources]
     assert found == ["B.txt", "a.md", "b/a.py", "b/z.txt", "c.jsonl", "c.txt.gz"]
-    assert num_passed_over == 2
+    assert left_out.num_by_suffix == {".png": 1, ".json": 1}
+    assert left_out.dangling_links == []
 
 
 def test_inputs_keep_their_order_and_each_file_is_read_once(tmp_path: Path):
@@ -173,7 +240,7 @@ def test_missing_and_unusable_inputs_are_named(tmp_path: Path):
     with pytest.raises(DataError, match=r"cannot read the input .*absent\.txt: No such file"):
         find_sources([tmp_path / "absent.txt"])
     (tmp_path / "image.png").write_bytes(b"")
-    with pytest.raises(DataError, match=r"holds no text, source code or \.jsonl file"):
+    with pytest.raises(DataError, match=r"holds no text, source code, \.jsonl or \.parquet file, only \.png: 1; name"):
         find_sources([tmp_path])
     os.mkfifo(tmp_path / "pipe")
     with pytest.raises(DataError, match="pipe is not a regular file"):
@@ -199,7 +266,7 @@ def test_an_input_that_vanishes_or_changes_is_named(tmp_path: Path):
     shard_bytes=st.integers(1, 60),
 )
 def test_shards_cover_every_byte_once_and_stay_small(sizes: list[int], kinds: list[str], shard_bytes: int):
-    sources = [Source(f"{i}/{kind}", size, 0) for i, (size, kind) in enumerate(zip(sizes, kinds, strict=False))]
+    sources = [Source(f"{i}/{kind}", size, "sha256:0") for i, (size, kind) in enumerate(zip(sizes, kinds, strict=False))]
     shards = cut_shards(sources, shard_bytes)
     covered = {source: 0 for source in sources}
     order = [span.source for shard in shards for span in shard]
@@ -207,7 +274,8 @@ def test_shards_cover_every_byte_once_and_stay_small(sizes: list[int], kinds: li
     for shard in shards:
         assert len(shard) == 1 or sum(span.end - span.start for span in shard) <= shard_bytes
         for span in shard:
-            assert span.start == covered[span.source] < span.end
+            assert span.start == covered[span.source]
+            assert span.start < span.end or (span.source.is_compressed and span.source.size_bytes == 0)
             covered[span.source] = span.end
             if span.source.path.endswith(".jsonl"):
                 assert span.end - span.start <= shard_bytes

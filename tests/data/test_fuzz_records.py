@@ -16,9 +16,10 @@ import pytest
 from hypothesis import assume, given
 from hypothesis import strategies as st
 
-from phase8.data.documents import cut_shards, find_sources
+from phase8.data.documents import cut_shards
+from phase8.data.input_files import find_sources
 from phase8.data.shards import DocumentRules, Shard, finished_counts, make_shard
-from phase8.data.tokenizer import train_sentencepiece
+from phase8.data.tokenizer_training import train_sentencepiece
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "checkpoint"))
 

@@ -74,7 +74,7 @@ def test_writer_makes_the_worked_example_byte_for_byte(tmp_path):
     assert len(EXAMPLE_IDX) == 94
     assert (tmp_path / "example.idx").read_bytes() == EXAMPLE_IDX
     assert (tmp_path / "example.bin").read_bytes() == EXAMPLE_BIN
-    assert sorted(os.listdir(tmp_path)) == ["example.bin", "example.idx"]
+    assert sorted(os.listdir(tmp_path)) == ["example.bin", "example.idx", "example.meta.json"]
 
 
 def test_reader_understands_the_worked_example(tmp_path):
@@ -331,7 +331,7 @@ def test_exception_leaves_no_file_and_keeps_an_older_pair(tmp_path):
         with pytest.raises(KeyboardInterrupt), IndexedWriter(tmp_path / name, dtype=np.dtype("<u2")) as writer:
             writer.add_document(np.arange(100))
             raise KeyboardInterrupt
-    assert sorted(os.listdir(tmp_path)) == ["old.bin", "old.idx"]
+    assert sorted(os.listdir(tmp_path)) == ["old.bin", "old.idx", "old.meta.json"]
     assert read(tmp_path / "old") == EXAMPLE
 
 
@@ -366,11 +366,12 @@ def test_bin_is_renamed_before_idx_and_never_beside_an_older_idx(tmp_path, monke
 
     def watched(source: Path, target: Path) -> Path:
         seen.append((target.name, (tmp_path / "x.idx").exists()))
+        assert not (tmp_path / "x.meta.json").exists() or target.name == "x.idx"
         return replace(source, target)
 
     monkeypatch.setattr(Path, "replace", watched)
     write(tmp_path / "x", [[[9]]])
-    assert seen == [("x.bin", False), ("x.idx", False)]
+    assert seen == [("x.bin", False), ("x.meta.json", False), ("x.idx", False)]
     assert read(tmp_path / "x") == [[[9]]]
 
 

@@ -86,7 +86,7 @@ def test_log_beside_the_destination_holds_the_report(tmp_path):
     log = json.loads((tmp_path / "out" / "train.import.json").read_text())
     assert (log["tokenizer"], log["eod_id"], log["vocab_size"], log["dtype"]) == ("rinna/japanese", 3, 1000, "uint16")
     assert log["overlapping_ranges"] == [[1, 3]] and log["num_tokens"] == report.num_tokens == 6
-    assert sorted(os.listdir(tmp_path / "out")) == ["train.bin", "train.idx", "train.import.json"]
+    assert sorted(os.listdir(tmp_path / "out")) == ["train.bin", "train.idx", "train.import.json", "train.meta.json"]
 
 
 @pytest.mark.parametrize(("vocab_size", "dtype"), [(65499, "uint16"), (65500, "int32"), (2**32, "int32")])

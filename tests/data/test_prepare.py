@@ -13,15 +13,22 @@ import sys
 from pathlib import Path
 
 import numpy as np
+import pyarrow
+import pyarrow.parquet
 import pytest
+import zstandard
+from tokenizers import Tokenizer as Library
+from tokenizers import models, pre_tokenizers
 
-from phase8.data.documents import find_sources
 from phase8.data.indexed import IndexedDataset
+from phase8.data.input_files import find_sources
+from phase8.data.lost_text import LostText
 from phase8.data.preparation import PrepareOptions, PrepareReport
 from phase8.data.prepare import prepare
 from phase8.data.shards import DocumentRules
 from phase8.data.staging import exclusive_lock
-from phase8.data.tokenizer import load_tokenizer, train_sentencepiece
+from phase8.data.tokenizer import load_tokenizer
+from phase8.data.tokenizer_training import train_sentencepiece
 from phase8.errors import ConfigError, DataError, StorageError
 
 ROOT = Path(__file__).parents[2]
@@ -74,6 +81,7 @@ def test_documents_are_written_in_order_under_megatrons_name(inputs: Path, tmp_p
     assert sorted(path.name for path in (tmp_path / "out").iterdir()) == [
         "mine_text_document.bin",
         "mine_text_document.idx",
+        "mine_text_document.meta.json",
         "mine_text_prepared.json",
     ]
     assert stored_texts(str(tmp_path / "out" / "mine_text_document"), tokenizer_path) == TEXTS
@@ -89,7 +97,7 @@ def test_documents_are_written_in_order_under_megatrons_name(inputs: Path, tmp_p
 def test_a_split_and_a_trained_tokenizer_have_names_of_their_own(inputs: Path, tmp_path: Path):
     report = prepare(options(inputs, tmp_path / "out" / "mine"))
     names = ["mine_text_prepared.json", "mine_text_tokenizer.model"]
-    names += [f"mine_{split}_text_document.{suffix}" for split in ("train", "validation") for suffix in ("bin", "idx")]
+    names += [f"mine_{split}_text_document.{suffix}" for split in ("train", "validation") for suffix in ("bin", "idx", "meta.json")]
     assert sorted(path.name for path in (tmp_path / "out").iterdir()) == sorted(names)
     tokenizer = tmp_path / "out" / "mine_text_tokenizer.model"
     train, validation = (stored_texts(report.splits[split].prefix, tokenizer) for split in ("train", "validation"))
@@ -104,6 +112,23 @@ def test_the_output_does_not_depend_on_the_number_of_workers(inputs: Path, tmp_p
     prepare(options(inputs, tmp_path / "one" / "x", shard_bytes=4000))
     prepare(options(inputs, tmp_path / "two" / "x", shard_bytes=4000, num_workers=2))
     assert content(tmp_path / "one") == content(tmp_path / "two")
+
+
+@pytest.mark.parametrize("form", ["parquet", "separated text", "zst"])
+def test_the_output_depends_on_no_cut_of_any_format(inputs: Path, tmp_path: Path, tokenizer_path: Path, form: str):
+    rules = DocumentRules(document_separator="<|endoftext|>" if form == "separated text" else None)
+    path = tmp_path / {"parquet": "a.parquet", "separated text": "a.txt", "zst": "a.jsonl.zst"}[form]
+    if form == "parquet":
+        pyarrow.parquet.write_table(pyarrow.table({"text": TEXTS}), path, row_group_size=10)
+    elif form == "zst":
+        path.write_bytes(zstandard.compress("".join(json.dumps({"text": text}) + "\n" for text in TEXTS).encode()))
+    else:
+        path.write_bytes("<|endoftext|>\n".join(TEXTS).encode())
+    given = {"tokenizer": tokenizer_path, "train_tokenizer": False, "vocab_size": None, "rules": rules}
+    prepare(options(path, tmp_path / "one" / "x", **given))
+    prepare(options(path, tmp_path / "two" / "x", shard_bytes=700, num_workers=2 if form == "parquet" else 1, **given))
+    assert content(tmp_path / "one") == content(tmp_path / "two")
+    assert stored_texts(str(tmp_path / "one" / "x_text_document"), tokenizer_path) == TEXTS
 
 
 def test_the_output_does_not_depend_on_the_shards(inputs: Path, tmp_path: Path, tokenizer_path: Path):
@@ -141,12 +166,21 @@ def test_a_finished_preparation_is_not_done_again(inputs: Path, tmp_path: Path):
     assert dataclasses.replace(again, is_reused=False) == first
 
 
-@pytest.mark.parametrize("change", ["input", "new input", "rules", "tokenizer", "output damaged", "output missing", "tokenizer lost"])
+@pytest.mark.parametrize(
+    "change",
+    ["input", "input of equal size and time", "new input", "rules", "tokenizer", "output damaged", "output missing", "tokenizer lost"],
+)
 def test_what_changed_is_prepared_again(inputs: Path, tmp_path: Path, change: str):
     old = prepare(options(inputs, tmp_path / "out" / "x"))
     changes: dict[str, object] = {}
     if change == "input":
         (inputs / "a00.txt").write_text("something else")
+    elif change == "input of equal size and time":
+        path = inputs / "b.jsonl"
+        before = path.stat()
+        path.write_text(path.read_text().replace("number 400", "number 007"))
+        os.utime(path, ns=(before.st_atime_ns, before.st_mtime_ns))
+        assert (path.stat().st_size, path.stat().st_mtime_ns) == (before.st_size, before.st_mtime_ns)
     elif change == "new input":
         (inputs / "z.txt").write_text("something new")
     elif change == "rules":
@@ -287,6 +321,62 @@ def test_the_first_invalid_document_is_the_first_of_the_inputs_also_after_an_int
     assert "a.txt" in str(report.first_invalid)
 
 
+def in_words(path: Path) -> Path:
+    """A tokenizer of a few words, one of which ends documents; it spells nothing."""
+    library = Library(models.WordLevel({"[UNK]": 0, "fox": 1, "dog": 2, "</s>": 3, "<end>": 4}, unk_token="[UNK]"))
+    library.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    library.save(str(path))
+    return path
+
+
+def of_words(tmp_path: Path, *documents: str, **rules: object) -> PrepareOptions:
+    path = tmp_path / "words.jsonl"
+    path.write_text("".join(json.dumps({"text": text}) + "\n" for text in documents))
+    given = {"tokenizer": in_words(tmp_path / "tokenizer.json"), "train_tokenizer": False, "vocab_size": None, "rules": DocumentRules(**rules)}
+    return options(path, tmp_path / "out" / "x", shard_bytes=40, **given)
+
+
+def test_text_that_the_tokenizer_loses_is_reported_also_when_nothing_is_to_do(tmp_path: Path):
+    prepared = of_words(tmp_path, "fox dog", "fox hen", "dog hen hen", "fox")
+    report = prepare(prepared)
+    expected = LostText(num_unknown=3, num_documents_with_unknown=2, first_unknown="'hen' in a document that begins with 'fox hen'")
+    assert report.lost == expected
+    again = prepare(prepared)
+    assert again.is_reused and again.lost == expected
+
+
+@pytest.mark.parametrize("earlier", ["of format 1", "without the losses"])
+def test_a_record_without_losses_is_not_a_finished_preparation(tmp_path: Path, earlier: str):
+    prepared = of_words(tmp_path, "fox dog")
+    prepare(prepared)
+    path = tmp_path / "out" / "x_text_prepared.json"
+    record = json.loads(path.read_text())
+    del record["report"]["lost"]
+    if earlier == "of format 1":
+        record["made_from"]["format_version"] = 1
+        del record["made_from"]["rules"]["eod_token"]
+    path.write_text(json.dumps(record))
+    assert not prepare(prepared).is_reused
+    assert prepare(prepared).is_reused
+
+
+def test_a_document_that_only_an_end_of_document_can_encode_is_refused_or_skipped(tmp_path: Path):
+    documents = ["fox", "fox </s> dog", "dog"]
+    with pytest.raises(DataError, match=r"'</s>' cannot be encoded another way .* \(or pass --skip-invalid"):
+        prepare(of_words(tmp_path, *documents))
+    report = prepare(of_words(tmp_path, *documents, skip_invalid=True))
+    assert (report.num_documents, report.num_invalid) == (2, 1)
+    assert "'</s>' cannot be encoded another way" in str(report.first_invalid)
+
+
+def test_a_named_end_of_document_is_written_and_passed_on(tmp_path: Path):
+    report = prepare(of_words(tmp_path, "fox dog", "fox </s>", eod_token="<end>"))
+    dataset = IndexedDataset(tmp_path / "out" / "x_text_document")
+    assert [np.concatenate(dataset.document(k)).tolist() for k in range(2)] == [[1, 2, 4], [1, 3, 4]]
+    assert "data.eod_token=<end>" in report.settings
+    assert not prepare(of_words(tmp_path, "fox dog", "fox <end>", eod_token="</s>")).is_reused
+
+
 @pytest.mark.parametrize("lines", ["", "\n\n", '{"text": ""}\n'])
 def test_an_empty_corpus_is_refused(tmp_path: Path, tokenizer_path: Path, lines: str):
     path = tmp_path / "a.jsonl"
@@ -336,8 +426,12 @@ def test_an_output_that_cannot_be_written_is_a_storage_error(inputs: Path, tmp_p
         ({"rules": DocumentRules(validation_fraction=1.0)}, "--validation-fraction is 1.0"),
         ({"rules": DocumentRules(validation_fraction=float("nan"))}, "--validation-fraction is nan"),
         ({"rules": DocumentRules(json_key="a/b")}, "--json-key is 'a/b'"),
+        ({"rules": DocumentRules(eod_token="</s>")}, "--eod-token belongs to --tokenizer"),
         ({"num_workers": 0}, "--workers is 0"),
         ({"shard_bytes": 0}, "--shard-bytes is 0"),
+        ({"rules": DocumentRules(document_separator="")}, "--document-separator is ''; it must be what one line holds"),
+        ({"rules": DocumentRules(document_separator="a\nb")}, "--document-separator is 'a"),
+        ({"rules": DocumentRules(document_separator=" a")}, "--document-separator is ' a'"),
         ({"inputs": ()}, "there is no input"),
     ],
 )

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+import json
 import os
 import pickle
 import signal
@@ -12,10 +14,12 @@ from pathlib import Path
 
 import pytest
 
-from phase8.data.documents import cut_shards, find_sources
+from phase8.data import shard_pool
+from phase8.data.documents import cut_shards
+from phase8.data.input_files import find_sources
 from phase8.data.shard_pool import make_shards
 from phase8.data.shards import DocumentRules, Shard, ShardCounts
-from phase8.data.tokenizer import train_sentencepiece
+from phase8.data.tokenizer_training import train_sentencepiece
 from phase8.errors import DataError
 
 ROOT = Path(__file__).parents[2]
@@ -47,6 +51,22 @@ def test_workers_make_the_same_shards_and_report_each(tmp_path: Path):
     assert alone == together
     assert len(alone) == len(shards)
     assert content == {path: path.read_bytes() for path in (tmp_path / "work").rglob("*.*")}
+
+
+@pytest.mark.parametrize("num_workers", [1, 2])
+def test_progress_in_bytes_goes_on_inside_shards_and_ends_at_all_of_them(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, num_workers: int):
+    shards = make_inputs(tmp_path)
+    lines = json.dumps({"text": "some words that take a while to encode\n" * 20}) + "\n"
+    for i in range(3):
+        (tmp_path / f"{i}.jsonl").write_text(lines * 200)
+    spans = [cut for i in range(3) for cut in cut_shards(find_sources([tmp_path / f"{i}.jsonl"])[0], 1 << 30)]
+    shards = [dataclasses.replace(shards[i], spans=spans[i]) for i in range(3)]
+    monkeypatch.setattr(shard_pool, "SECONDS_BETWEEN_REPORTS", 0.001)
+    seen: list[int] = []
+    make_shards(shards, num_workers=num_workers, on_done=lambda *_: None, on_bytes=seen.append)
+    assert seen == sorted(seen)
+    assert seen[-1] == sum(shard.num_bytes for shard in shards)
+    assert len(set(seen)) > 20
 
 
 def test_the_error_of_a_worker_arrives_and_stops_the_others(tmp_path: Path):

@@ -3,16 +3,21 @@
 from __future__ import annotations
 
 import dataclasses
+import gzip
+import json
+import tracemalloc
 from pathlib import Path
 
 import numpy as np
 import pytest
 
 from phase8.data import shards
-from phase8.data.documents import cut_shards, find_sources
+from phase8.data.documents import cut_shards
 from phase8.data.indexed import IndexedDataset
+from phase8.data.input_files import find_sources
 from phase8.data.shards import DocumentRules, InvalidInputs, Shard, encode_document, finished_counts, make_shard
-from phase8.data.tokenizer import Tokenizer, load_tokenizer, train_sentencepiece
+from phase8.data.tokenizer import Tokenizer, load_tokenizer
+from phase8.data.tokenizer_training import train_sentencepiece
 from phase8.errors import DataError
 
 TEXTS = [f"document {i}\n\tholds the number {i * i} — é\n" for i in range(60)]
@@ -113,6 +118,51 @@ def test_a_shard_counts_only_when_whole_and_made_from_the_same(tmp_path: Path, t
     tokens = shard.directory / "train.bin"
     tokens.write_bytes(tokens.read_bytes()[:-2])
     assert finished_counts(shard) is None
+
+
+class WordTokenizer(Tokenizer):
+    """As quick as a tokenizer can be: an id for every four characters."""
+
+    def __init__(self):
+        super().__init__(Path("none"), vocab_size=300, eod_id=1, eod_token="</s>", unknown_id=None)
+
+    def _encode(self, text: str, *, without_eod: bool) -> list[int]:
+        return [7] * (len(text) // 4)
+
+    def _parts(self, text: str, *, without_eod: bool) -> list[tuple[int, str]]:
+        raise NotImplementedError
+
+    def _decode(self, ids: list[int]) -> str:
+        raise DataError("it cannot")
+
+
+@pytest.mark.parametrize("name", ["a.jsonl", "a.jsonl.gz", "a.txt", "separated.txt"])
+def test_a_huge_document_is_in_memory_a_few_times_and_progress_goes_on_inside_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, tokenizer: Tokenizer, name: str
+):
+    monkeypatch.setattr(shards, "load_tokenizer", lambda *_, **__: WordTokenizer())
+    monkeypatch.setattr(shards, "_PIECE_CHARACTERS", 1 << 20)
+    size, path = 24 << 20, tmp_path / name
+    text = ("abcdefg " * 511 + "abcdefg\n") * (size // 4096)
+    content = (json.dumps({"text": text}) + "\n" if "jsonl" in name else text + "<|endoftext|>\n").encode() * 2
+    path.write_bytes(gzip.compress(content, 1) if name.endswith(".gz") else content)
+    separator = "<|endoftext|>" if name == "separated.txt" else None
+    num_documents = 1 if name == "a.txt" else 2
+    (spans,) = cut_shards(find_sources([path])[0], 1 << 30, document_separator=separator)
+    rules = DocumentRules(validation_fraction=1e-9, document_separator=separator)
+    shard = Shard(directory=tmp_path / "out" / "shard", spans=spans, tokenizer=tokenizer.path, tokenizer_sha256="0", rules=rules)
+    del text, content
+    seen: list[int] = []
+    tracemalloc.start()
+    counts = make_shard(shard, on_bytes=seen.append)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert counts.num_documents == {"train": num_documents, "validation": 0}
+    assert seen == sorted(seen)
+    assert len(seen) >= 40
+    assert path.stat().st_size * 0.95 <= seen[-1] <= path.stat().st_size
+    # Held at once: a line and the text of it, then the text and its ids (a quarter of the characters, two bytes each) in pieces and as one.
+    assert peak < 2.5 * size * (2 / num_documents)
 
 
 def test_long_documents_are_encoded_in_pieces_that_lose_nothing(tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch):

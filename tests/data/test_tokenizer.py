@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import sys
 import textwrap
 from pathlib import Path
@@ -13,15 +14,10 @@ import tokenizers
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from phase8.data.tokenizer import (
-    END_OF_DOCUMENT,
-    HuggingFaceTokenizer,
-    SentencePieceTokenizer,
-    StreamingDecoder,
-    Tokenizer,
-    load_tokenizer,
-    train_sentencepiece,
-)
+from phase8.data.end_of_document import END_OF_DOCUMENT
+from phase8.data.streaming_decoder import StreamingDecoder
+from phase8.data.tokenizer import HuggingFaceTokenizer, SentencePieceTokenizer, Tokenizer, load_tokenizer
+from phase8.data.tokenizer_training import train_sentencepiece
 from phase8.errors import DataError, StorageError
 
 SOURCE = Path(textwrap.__file__).read_text(encoding="utf-8")
@@ -202,6 +198,29 @@ def test_truncation_padding_and_added_tokens_of_a_hugging_face_file_do_not_apply
     assert loaded.encode(TEXTS[0]) == load_tokenizer(byte_level_tokenizer(path)).encode(TEXTS[0])
 
 
+def test_a_hugging_face_model_that_drops_merges_at_random_gives_the_same_ids_every_time(tmp_path: Path):
+    path = byte_level_tokenizer(tmp_path / "tokenizer.json")
+    expected = load_tokenizer(path).encode(TEXTS[0])
+    content = json.loads(path.read_text())
+    content["model"]["dropout"] = 0.5
+    path.write_text(json.dumps(content))
+    loaded = load_tokenizer(path)
+    assert [loaded.encode(TEXTS[0]) for _ in range(3)] == [expected] * 3
+
+
+def test_special_tokens_of_a_hugging_face_file_decode_to_nothing_and_other_added_ones_to_their_text(tmp_path: Path):
+    path = byte_level_tokenizer(tmp_path / "tokenizer.json")
+    tokenizer = tokenizers.Tokenizer.from_file(str(path))
+    tokenizer.add_special_tokens(["<|call|>"])
+    tokenizer.add_tokens(["<|note|>"])
+    tokenizer.save(str(path))
+    loaded = load_tokenizer(path)
+    call, note = loaded.vocab_size - 2, loaded.vocab_size - 1
+    assert loaded.decode([call, *loaded.encode("value"), note, loaded.eod_id]) == "value<|note|>"
+    assert loaded.decode(loaded.encode("a<|call|>b<|note|>")) == "a<|call|>b<|note|>"
+    assert call not in loaded.encode("a<|call|>b") and note in loaded.encode("<|note|>")
+
+
 def test_hugging_face_vocabulary_covers_the_largest_id(tmp_path: Path):
     path = byte_level_tokenizer(tmp_path / "tokenizer.json")
     content = json.loads(path.read_text())
@@ -271,8 +290,29 @@ def test_a_truncated_model_is_refused_or_whole_never_a_crash(tmp_path: Path, exa
 def test_missing_tokenizer_and_directory_are_named(tmp_path: Path):
     with pytest.raises(DataError, match=r"cannot read the tokenizer .*absent.model: No such file"):
         load_tokenizer(tmp_path / "absent.model")
-    with pytest.raises(DataError, match=r"cannot read the tokenizer .*directory"):
+    with pytest.raises(DataError, match=r"cannot read the tokenizer .*: it is a directory"):
         load_tokenizer(tmp_path)
+
+
+@pytest.mark.parametrize("opening", ['{"a":' + "[" * 200_000, '{"a":' * 200_000])
+@pytest.mark.parametrize("is_closed", [False, True])
+def test_json_nested_without_end_is_refused(tmp_path: Path, opening: str, is_closed: bool):
+    path = tmp_path / "tokenizer.json"
+    path.write_text(opening + ("1" + "".join({"[": "]", "{": "}"}.get(mark, "") for mark in reversed(opening)) if is_closed else ""))
+    with pytest.raises(DataError, match="begins like JSON but is nested too deeply to be a tokenizer"):
+        load_tokenizer(path)
+
+
+def test_a_pipe_a_device_and_a_file_of_absurd_size_are_refused_unread(tmp_path: Path):
+    os.mkfifo(tmp_path / "pipe")
+    (tmp_path / "link").symlink_to("/dev/zero")
+    for path in (tmp_path / "pipe", tmp_path / "link"):
+        with pytest.raises(DataError, match=f"cannot read the tokenizer {path}: it is a pipe or device"):
+            load_tokenizer(path)
+    with (tmp_path / "large.json").open("wb") as file:
+        file.truncate(1 << 40)
+    with pytest.raises(DataError, match=r"large\.json has 1,099,511,627,776 bytes, but none has more than 536,870,912"):
+        load_tokenizer(tmp_path / "large.json")
 
 
 def test_a_tokenizer_without_end_of_document_is_refused(tmp_path: Path):

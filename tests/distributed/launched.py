@@ -20,7 +20,7 @@ ASKED_TO_STOP = "SIGTERM: all ranks stop after this step"
 LOG_LINE = re.compile(r"(\[rank\d+\]:)?\[?[WE]\d{4} |frame #|Exception raised from |<omitting |\[Gloo\]")
 LONG = 240.0  # a test that takes so long hangs, however busy the machine is
 MARK = "PHASE8_TEST_RUN"
-LAUNCHER_VARIABLES = re.compile(r"(RANK|LOCAL_RANK|WORLD_SIZE|LOCAL_WORLD_SIZE|MASTER_ADDR|MASTER_PORT)$|TORCHELASTIC|OMPI_|PMI")
+LAUNCHER_VARIABLES = re.compile(r"(RANK|LOCAL_RANK|WORLD_SIZE|LOCAL_WORLD_SIZE|MASTER_ADDR|MASTER_PORT)$|TORCHELASTIC|OMPI_|PMI|SLURM_")
 
 
 def environment(**variables):

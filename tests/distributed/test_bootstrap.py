@@ -18,7 +18,22 @@ def variables(**changes):
     return {name: value for name, value in {**TORCHRUN, **changes}.items() if value is not None}
 
 
-@pytest.mark.parametrize("environment", [{}, {"MASTER_ADDR": "first", "SLURM_PROCID": "3"}, {"WORLD_SIZE": ""}, {"PMI_RANK": "0", "PMI_SIZE": "1"}])
+# What Slurm sets for a batch script or a shell on an allocation of four tasks, and what srun adds for each task of a step.
+BATCH = {"SLURM_JOB_ID": "7", "SLURM_NTASKS": "4", "SLURM_NPROCS": "4", "SLURM_PROCID": "0", "SLURM_LOCALID": "0", "SLURM_NODEID": "0"}
+STEP = {**BATCH, "SLURM_STEP_ID": "0", "SLURM_STEP_NUM_TASKS": "4", "SLURM_PROCID": "3"}
+ALONE = {
+    "a shell": {},
+    "a leftover": {"MASTER_ADDR": "first", "SLURM_PROCID": "3"},
+    "an empty variable": {"WORLD_SIZE": ""},
+    "PMI of one process": {"PMI_RANK": "0", "PMI_SIZE": "1"},
+    "sbatch": BATCH,
+    "srun of one task": {**STEP, "SLURM_STEP_NUM_TASKS": "1", "SLURM_PROCID": "0"},
+    "salloc, in an interactive step": {**BATCH, "SLURM_STEP_ID": "4294967290", "SLURM_STEP_NUM_TASKS": "1"},
+    "srun --pty": {**STEP, "SLURM_PROCID": "0", "SLURM_PTY_PORT": "40000"},
+}
+
+
+@pytest.mark.parametrize("environment", ALONE.values(), ids=ALONE)
 def test_a_process_that_nobody_placed_is_alone(environment):
     assert world_from_environment(environment) == World(0, 0, 1, 1, "single", None, hosts_store=False)
 
@@ -37,6 +52,20 @@ def test_without_an_agent_rank_0_opens_the_store(rank, hosts_store):
 
 def test_torchrun_below_mpirun_wins():
     assert world_from_environment(variables(OMPI_COMM_WORLD_RANK="0", OMPI_COMM_WORLD_SIZE="2")).world_size == 8
+
+
+@pytest.mark.parametrize("variables", [{}, {"PMI_RANK": "0", "PMI_SIZE": "1"}], ids=["", "PMI of one process"])
+def test_several_tasks_of_srun_are_told_to_use_torchrun(variables):
+    with pytest.raises(ConfigError) as caught:
+        world_from_environment({**STEP, **variables})
+    assert caught.value.exit_code == 2 and str(caught.value) == (
+        "srun started 4 tasks (SLURM_STEP_NUM_TASKS) of which this is number 3, but nothing tells them how to find each other; use torchrun: let "
+        "srun start one torchrun per node, as launch/slurm.sbatch does, or pass --ntasks=1 for one process."
+    )
+
+
+def test_ranks_of_torchrun_below_srun_have_their_places():
+    assert world_from_environment({**STEP, **TORCHRUN}).world_size == 8
 
 
 @pytest.mark.parametrize(

@@ -166,9 +166,13 @@ def test_the_end_of_the_host_of_the_store_ends_the_others(tmp_path):
     assert code == 7 and len(said) == 1 and said[0].startswith("rank 1: error: the store at 127.0.0.1:"), said
 
 
-def test_a_rank_that_is_terminated_while_all_is_well_ends_with_143(tmp_path):
+@pytest.mark.parametrize(
+    "number", [signal.SIGTERM, pytest.param(signal.SIGHUP, marks=pytest.mark.full), pytest.param(signal.SIGUSR1, marks=pytest.mark.full)]
+)
+def test_a_rank_that_is_asked_to_end_while_all_is_well_ends_with_the_number_of_the_signal(tmp_path, number):
     processes = start_two_that_hang(tmp_path)
-    os.kill(processes[1].pid, signal.SIGTERM)
-    ends = ends_of(processes)
-    assert [code for code, _ in ends] == [143, 143]
-    assert ends[1][1] == ["rank 1: ended with exit code 143"] and ends[0][1] == ["error: stopped because rank 1 failed: ended with exit code 143"]
+    os.kill(processes[1].pid, number)
+    ends, code = ends_of(processes), 128 + number
+    assert [found for found, _ in ends] == [code, code]
+    assert ends[1][1] == [f"rank 1: ended with exit code {code}"]
+    assert ends[0][1] == [f"error: stopped because rank 1 failed: ended with exit code {code}"]

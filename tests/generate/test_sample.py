@@ -3,7 +3,7 @@ import torch
 from small import perturbed_model, scaled_down
 
 from phase8.config.schema import ModelSection
-from phase8.errors import ConfigError
+from phase8.errors import CheckpointError, ConfigError
 from phase8.generate.sample import SamplingOptions, draw_token, generate_tokens
 
 LOGITS = torch.tensor([0.0, 3.0, 1.0, 2.9, -5.0])
@@ -50,6 +50,14 @@ def test_the_stop_id_ends_the_text():
     tokens = list(generate_tokens(model, [1], max_tokens=10, options=options, num_ids=61))
     stopped = list(generate_tokens(model, [1], max_tokens=10, options=options, num_ids=61, stop_id=tokens[3]))
     assert stopped == tokens[: tokens.index(tokens[3])]
+
+
+@pytest.mark.parametrize("temperature", [0.0, 0.8])
+@pytest.mark.parametrize("number", [float("nan"), float("inf")])
+def test_logits_that_are_not_finite_are_one_sentence(temperature: float, number: float):
+    """Weights from a stranger can be any numbers."""
+    with pytest.raises(CheckpointError, match="not finite"):
+        draw_token(torch.tensor([0.0, number]), SamplingOptions(temperature=temperature), torch.Generator())
 
 
 def test_bad_options_are_one_sentence_each():

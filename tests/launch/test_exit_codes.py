@@ -1,6 +1,8 @@
 """Every documented exit code of launch/pretrain.py, from a real cause: one line, no traceback."""
 
+import contextlib
 import importlib.util
+import io
 import os
 import signal
 import sys
@@ -10,7 +12,9 @@ import pytest
 import torch
 
 from phase8 import errors
+from phase8.config.load import load_config
 from phase8.data.loader import SequenceDataset
+from phase8.data.tokenizer_training import train_sentencepiece
 from phase8.train import build
 
 DOOR = Path(__file__).parents[2] / "launch" / "pretrain.py"
@@ -69,6 +73,21 @@ def test_0_stopped_on_request_and_the_printed_command_goes_on(call, monkeypatch)
     command = output.splitlines()[-1]
     assert "--set train.num_steps=3" in command and "--resume" not in command
     assert "resumed from" in call()[1]
+
+
+def test_0_whatever_the_output_cannot_show(call, tmp_path):
+    """A prompt that an encoding lacks, and a place whose name is no UTF-8."""
+    tokenizer = train_sentencepiece(["def main(): pass\n"] * 50, tmp_path / "tokenizer.model", vocab_size=280)
+    settings = ["model.vocab_size=300", f"data.tokenizer={tokenizer}", "observe.sample_prompt=日本", "observe.sample_tokens=3"]
+    output = io.BytesIO()
+    with io.TextIOWrapper(output, encoding="ascii", write_through=True) as stream, contextlib.redirect_stdout(stream):
+        code, _, errors = call(f"run.output_dir={tmp_path}/no\udcffutf8", *settings, "observe.report=true", "observe.tensorboard=true")
+        shown = output.getvalue()
+    run = tmp_path / "no\udcffutf8" / "tiny"
+    assert (code, errors) == (0, "") and rb"\u65e5\u672c" in shown
+    assert f"report: {tmp_path}/no\\udcffutf8/tiny/report/index.html" in shown.decode("ascii")
+    assert "日本" in (run / "report" / "index.html").read_text(encoding="utf-8") and list((run / "tensorboard").iterdir())
+    assert load_config(run / "config.yaml", []).run.output_dir == str(run.parent)
 
 
 def test_2_config(call):

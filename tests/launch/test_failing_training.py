@@ -4,6 +4,7 @@ import os
 import re
 import signal
 import sys
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -140,10 +141,10 @@ def interrupt(launched):
     os.killpg(launched.process.pid, signal.SIGINT)
 
 
-def terminate_rank_1(launched):
+def signal_rank_1(number, launched):
     """What a scheduler does that signals the ranks of one host."""
     (rank,) = launched.processes(RANK="1")
-    os.kill(rank, signal.SIGTERM)
+    os.kill(rank, number)
 
 
 @pytest.mark.parametrize(
@@ -151,7 +152,9 @@ def terminate_rank_1(launched):
     [
         # torchrun exits with 1 and a traceback of its own after Ctrl-C; on a busy machine its threads sometimes abort it then.
         ("interrupted", interrupt, (1, -signal.SIGABRT)),
-        pytest.param("terminated", terminate_rank_1, (0,), marks=pytest.mark.full),
+        pytest.param("terminated", partial(signal_rank_1, signal.SIGTERM), (0,), marks=pytest.mark.full),
+        pytest.param("hung_up", partial(signal_rank_1, signal.SIGHUP), (0,), marks=pytest.mark.full),
+        pytest.param("warned_by_slurm", partial(signal_rank_1, signal.SIGUSR1), (0,), marks=pytest.mark.full),
     ],
 )
 def test_training_that_is_stopped_saves_on_all_ranks_and_goes_on_as_if_undisturbed(training, alone, launch, name, stop, codes):

@@ -4,11 +4,14 @@ import json
 import resource
 import subprocess
 import sys
+from io import FileIO
 
 import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from phase8.errors import StorageError
+from phase8.observe import metrics
+from phase8.observe.history import History
 from phase8.observe.metrics import MetricsWriter, read_metrics
 
 
@@ -124,12 +127,82 @@ def test_a_crash_while_dropping_lines_keeps_the_old_record(tmp_path, monkeypatch
     assert steps_of(tmp_path) == [1, 2]
 
 
-@pytest.mark.parametrize("damage", ["{not json}", "[1]", '{"loss": 1.0}', ""])
-def test_damage_before_the_last_line_is_named(tmp_path, damage):
-    path = tmp_path / "metrics.jsonl"
-    path.write_text(f'{{"step": 1, "event": "a"}}\n{damage}\n{{"step": 2, "event": "a"}}\n')
-    with pytest.raises(StorageError, match=r"metrics\.jsonl line 2 is not a JSON object with a step"):
-        read_metrics(path)
+FOREIGN = {
+    "sources that are a number": b'{"step": 6, "validation_loss": 2.0, "validation_tokens": 8, "validation_sources": 3}',
+    "a source without loss": b'{"step": 6, "validation_loss": 2.0, "validation_tokens": 8, "validation_sources": {"a": {"sequences": 1}}}',
+    "not JSON": b"{not json}",
+    "nothing": b"",
+    "no object": b"[1]",
+    "no step": b'{"loss": 1.0}',
+    "of another program": b'{"step": 6, "loss": 2.0}',
+    "half a line": b'{"step": 6, "lo',
+    "a step that is no number": b'{"step": true, "event": "a"}',
+    "a step that is no whole number": b'{"step": 6.0, "event": "a"}',
+    "a step before the first": b'{"step": -1, "event": "a"}',
+    "a step that no array holds": b'{"step": 1%s, "event": "a"}' % (b"0" * 400),
+    "a number that Python does not read": b'{"step": 1%s, "event": "a"}' % (b"0" * 9000),
+    "an event that is no word": b'{"step": 6, "event": 7}',
+    "not a number": b'{"step": 6, "validation_loss": NaN, "validation_tokens": 8}',
+    "infinite": b'{"step": 6, "validation_loss": 1e999, "validation_tokens": 8}',
+    "an evaluation of nothing": b'{"step": 6, "validation_loss": 2.0}',
+    "deeply nested": b"[" * 200_000,
+    "not UTF-8": b"\xff\xfe",
+}
+
+
+@pytest.fixture
+def recorded(tmp_path, make_step):
+    """The record of three steps."""
+    with MetricsWriter(tmp_path, resume_step=0, tensorboard=False) as writer:
+        for step in (1, 2, 3):
+            writer.log_step(make_step(step))
+    return tmp_path / "metrics.jsonl"
+
+
+def insert_line(path, line, *, number):
+    lines = path.read_bytes().split(b"\n")
+    path.write_bytes(b"\n".join([*lines[: number - 1], line, *lines[number - 1 :]]))
+
+
+@pytest.mark.parametrize("line", FOREIGN.values(), ids=FOREIGN)
+def test_a_foreign_line_is_named_and_left_out(recorded, line):
+    insert_line(recorded, line, number=2)
+    said = []
+    records = read_metrics(recorded, say=said.append)
+    assert [record["step"] for record in records] == [1, 2, 3] and History.from_records(records).steps.tolist() == [1, 2, 3]
+    assert said == [f"{recorded}: line 2 is no record of this run; it stays there, and figures and report go without"]
+
+
+@pytest.mark.parametrize("line", FOREIGN.values(), ids=FOREIGN)
+def test_a_resumed_run_keeps_a_foreign_line_where_it_is(recorded, make_step, line):
+    insert_line(recorded, line, number=2)
+    before, said = recorded.read_bytes().split(b"\n"), []
+    with MetricsWriter(recorded.parent, resume_step=2, tensorboard=False, say=said.append) as writer:
+        writer.log_step(make_step(3, loss=9.0))
+    assert recorded.read_bytes().split(b"\n")[:3] == before[:3] and steps_of(recorded.parent) == [1, 2, 3]
+    assert len(said) == 1 and "line 2 is no record of this run" in said[0]
+
+
+def test_a_new_run_keeps_foreign_lines_too(recorded):
+    insert_line(recorded, b"mine", number=2)
+    said = []
+    MetricsWriter(recorded.parent, resume_step=0, tensorboard=False, say=said.append).close()
+    assert recorded.read_bytes() == b"mine\n" and len(said) == 1
+
+
+def test_of_many_foreign_lines_the_first_are_named(recorded):
+    with recorded.open("ab") as file:
+        file.write(b"a\n" * 1000 + b"and a last one without a line break")
+    said = []
+    assert len(read_metrics(recorded, say=said.append)) == 3
+    assert said == [f"{recorded}: lines 4, 5, 6, 7, 8 and 996 more are no records of this run; they stay there, and figures and report go without"]
+
+
+def test_an_event_may_have_fields_with_the_names_of_figures(recorded):
+    with MetricsWriter(recorded.parent, resume_step=3, tensorboard=False) as writer:
+        writer.log_event(3, "note", loss=1.0, validation_loss=2.0)
+    history = History.from_records(read_metrics(recorded))
+    assert history.steps.tolist() == [1, 2, 3] and history.validation_loss.size == 0
 
 
 def test_a_missing_record_is_named(tmp_path):
@@ -174,6 +247,50 @@ def test_tensorboard_shows_each_step_of_a_resumed_run_once(tmp_path, make_step, 
     assert [(event.step, event.value) for event in events.Scalars("loss/validation")] == [(4, 4.5)]
     assert [event.step for event in events.Scalars("speed/mfu")] == [1, 2, 4]
     assert len(steps_of(tmp_path)) == 5
+
+
+def test_events_that_a_full_disk_refuses_are_lost_alone_and_said_once(tmp_path, make_step, monkeypatch):
+    said = []
+    with MetricsWriter(tmp_path, resume_step=0, tensorboard=True, say=said.append) as writer:
+        writer.log_step(make_step(1))
+        (file,) = (tmp_path / "tensorboard").iterdir()
+        limits, size = resource.getrlimit(resource.RLIMIT_FSIZE), file.stat().st_size
+        monkeypatch.setattr(metrics, "append_whole", lambda file, line: None)  # of the other file
+        try:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (size + 20, limits[1]))  # room for a part of an event
+            for step in (2, 3):
+                writer.log_step(make_step(step))
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+        assert file.stat().st_size == size
+        writer.log_step(make_step(4))
+    assert said == ["step 2: TensorBoard events are lost, training goes on: File too large"]
+    events = EventAccumulator(str(tmp_path / "tensorboard")).Reload()
+    assert [event.step for event in events.Scalars("loss/train")] == [1, 4]
+
+
+def test_a_place_for_events_that_cannot_be_made_does_not_keep_a_run_from_starting(tmp_path, make_step):
+    (tmp_path / "tensorboard").write_text("in the way")
+    said = []
+    with MetricsWriter(tmp_path, resume_step=0, tensorboard=True, say=said.append) as writer:
+        writer.log_step(make_step(1))
+    assert len(said) == 1 and said[0].startswith("TensorBoard gets no events of this run: FileExistsError: ")
+    assert steps_of(tmp_path) == [1]
+
+
+def test_a_record_that_cannot_be_closed_hides_no_error_and_makes_none(tmp_path, monkeypatch):
+    class Failing(FileIO):
+        def close(self):
+            super().close()
+            raise OSError(28, "No space left on device")
+
+    said = []
+    monkeypatch.setattr(metrics, "FileIO", Failing)
+    with MetricsWriter(tmp_path, resume_step=0, tensorboard=False, say=said.append):
+        pass
+    with pytest.raises(ZeroDivisionError), MetricsWriter(tmp_path, resume_step=0, tensorboard=False, say=said.append):
+        1 / 0  # noqa: B018
+    assert said == 2 * [f"{tmp_path} may lack the last metrics: OSError: [Errno 28] No space left on device"]
 
 
 def test_without_tensorboard_it_is_not_imported(tmp_path):

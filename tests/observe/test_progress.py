@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import contextlib
 import io
 import re
 import threading
@@ -108,6 +109,27 @@ def test_the_line_fits_any_terminal_and_drops_the_least_important_first(make_ste
     assert "\n" not in line and len(line) <= width
     assert shown == sorted(shown, reverse=True)
     assert sum(shown) == {24: 0, 40: 1, 60: 3, 80: 5, 100: 6, 120: 7, 200: 7}[width]
+
+
+@pytest.mark.parametrize("is_terminal", [False, True])
+def test_a_line_that_cannot_be_shown_at_the_end_hides_no_error_and_makes_none(make_step, is_terminal, capfd):
+    class Failing(io.StringIO):
+        fails = False
+
+        def write(self, text):
+            if self.fails:
+                raise OSError(5, "the terminal is gone")
+            return super().write(text)
+
+    for error in (None, KeyError("an earlier one")):
+        console = Console(file=Failing(), force_terminal=is_terminal, width=80)
+        with contextlib.suppress(KeyError), Progress(total_steps=4, start_step=0, log_every_n_steps=4, console=console) as progress:
+            progress.step(make_step(1))
+            progress.step(make_step(2))
+            console.file.fails = True
+            if error is not None:
+                raise error
+        assert capfd.readouterr().err == "the last line of progress is lost: OSError: [Errno 5] the terminal is gone\n"
 
 
 def test_no_thread_redraws_the_line(make_step):

@@ -159,6 +159,19 @@ def test_a_failed_write_keeps_the_old_report(trained, monkeypatch):
     assert sorted(entry.name for entry in page.parent.iterdir()) == ["index.html", "loss.png"]
 
 
+def test_a_foreign_line_is_named_and_the_report_drawn_without_it(trained):
+    with (trained / "metrics.jsonl").open("a") as file:
+        file.write('{"step": 6, "loss": 2.0}\n')
+    said = []
+    page, _ = report(trained, say=said.append)
+    assert "After step 60" in page.text and len(said) == 1 and "line 64 is no record of this run" in said[0]
+
+
+def test_a_byte_that_is_not_utf_8_is_escaped(trained):
+    page, _ = report(trained, facts=[("data", "runs\udcff")], sample="\udcff")
+    assert "runs\\udcff" in page.text
+
+
 def test_without_metrics_there_is_nothing_to_report(tmp_path):
     with pytest.raises(StorageError, match=r"cannot read .*metrics\.jsonl"):
         report(tmp_path)

@@ -138,7 +138,8 @@ def save_aside(settings, world_size, root):
     for step in range(2):
         take_step(learner, config, step)
     expected = {name: tensor.clone() for name, tensor in collected(state_of(learner), learner.mesh).items()}
-    background.start(state_of(learner), lambda copies: save_checkpoint(root, step=2, tensors=copies, metadata={}, attachments={}, group=group))
+    copies = background.copy(state_of(learner))
+    background.start(copies, lambda copies: save_checkpoint(root, step=2, tensors=copies, metadata={}, attachments={}, group=group))
     for step in range(2, 4):
         take_step(learner, config, step)
     background.finished(wait=True)

@@ -13,6 +13,7 @@ import pytest
 import torch
 
 from phase8.kernels.backends import Backend
+from phase8.terminal import run_door
 
 BENCH = Path(__file__).parents[2] / "tools" / "bench"
 CPU = torch.device("cpu")
@@ -54,7 +55,7 @@ def cases(measure):
 
 def run(measure, *words):
     arguments = measure.parser("Times.").parse_args(words)
-    return measure.benchmark("kernel", arguments, lambda arguments, device: cases(measure))
+    return run_door(lambda: measure.benchmark("kernel", arguments, lambda arguments, device: cases(measure)))
 
 
 def test_figures_are_rates_shares_of_the_ceiling_and_ratios_within_the_group(gpu, capsys):

@@ -5,9 +5,10 @@ import sys
 from pathlib import Path
 
 import pytest
+from doors import load_door
 from tiny_run import train_tiny, write_config
 
-from phase8.data.tokenizer import train_sentencepiece
+from phase8.data.tokenizer_training import train_sentencepiece
 
 ROOT = Path(__file__).parents[2]
 
@@ -21,6 +22,15 @@ def trained(tmp_path_factory):
     run = train_tiny(config, "train.num_steps=5", "model.vocab_size=300", f"data.tokenizer={tokenizer}")
     tokenizer.unlink()
     return run.directory.path
+
+
+@pytest.fixture(scope="module")
+def trained_transformer(tmp_path_factory):
+    """The same of the transformer baseline."""
+    directory = tmp_path_factory.mktemp("transformer")
+    tokenizer = train_sentencepiece(["def main(): pass\n"] * 50, directory / "tokenizer.model", vocab_size=280)
+    config = write_config(directory)
+    return train_tiny(config, "train.num_steps=5", "model.vocab_size=300", "model.block=transformer", f"data.tokenizer={tokenizer}").directory.path
 
 
 def generate(*arguments):
@@ -47,3 +57,45 @@ def test_problems_are_one_line_with_a_documented_exit_code(trained, tmp_path):
     file.write_bytes(file.read_bytes()[:-1] + b"\xff")
     broken = generate("--checkpoint", str(damaged))
     assert broken.returncode == 4 and "error: " in broken.stderr and "Traceback" not in broken.stderr
+
+
+def generated_here(capsys, *arguments):
+    """Exit code, output and errors of the door in this process."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys, "argv", ["generate.py", *map(str, arguments)])
+        return load_door("generate").main(), *capsys.readouterr()
+
+
+@pytest.mark.parametrize("format", ["consolidated", "hf"])
+def test_weights_without_a_manifest_write_what_their_checkpoint_writes(tmp_path, trained, trained_transformer, capsys, monkeypatch, format):
+    monkeypatch.setattr(sys.stdout, "reconfigure", lambda **options: None, raising=False)  # what pytest captures into has no encoding
+    source = trained if format == "consolidated" else trained_transformer
+    assert load_door("reshard_checkpoint").main([str(source), str(tmp_path / "weights"), "--format", format]) == 0
+    capsys.readouterr()
+    options = ("--prompt", "def ma", "--max-tokens", 20, "--device", "cpu")
+    of_checkpoint, of_weights = (generated_here(capsys, "--checkpoint", path, *options) for path in (source, tmp_path / "weights"))
+    assert of_checkpoint[0] == 0 and of_weights == of_checkpoint and len(of_weights[1]) > len("def ma\n")
+    (tmp_path / "weights" / "tokenizer.model").unlink()
+    code, _, error = generated_here(capsys, "--checkpoint", tmp_path / "weights", *options)
+    assert code == 4 and "holds no tokenizer" in error
+
+
+@pytest.mark.parametrize(
+    ("damage", "sentence"),
+    [
+        (lambda path: (path / "model.safetensors").unlink(), "model.safetensors is missing"),
+        (lambda path: (path / "model.safetensors").write_bytes(b"\x08" + bytes(7) + b"{}      "), "there are weights of 0 layers"),
+        (lambda path: (path / "config.json").write_text('{"model": {"num_layers": "two"}}'), "model.num_layers is 'two', but a whole number"),
+        (lambda path: (path / "config.json").write_text('{"model": {"num_layer": 2}}'), "unknown key model.num_layer; did you mean"),
+        (lambda path: (path / "config.json").write_text('{"model": []}'), "model_type is None"),
+        (lambda path: (path / "tokenizer.model").symlink_to("/dev/zero"), "tokenizer.model is a link"),
+    ],
+)
+def test_damaged_weights_are_refused_in_one_sentence(tmp_path, trained, capsys, damage, sentence):
+    weights = tmp_path / "weights"
+    assert load_door("reshard_checkpoint").main([str(trained), str(weights), "--format", "consolidated"]) == 0
+    (weights / "tokenizer.model").unlink()
+    capsys.readouterr()
+    damage(weights)
+    code, _, error = generated_here(capsys, "--checkpoint", weights, "--device", "cpu")
+    assert code == 4 and sentence in error and error.count("\n") == 1

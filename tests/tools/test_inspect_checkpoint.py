@@ -40,7 +40,7 @@ def run_directory(tmp_path: Path) -> Path:
                 "title": "[red]\x1b[2J",
                 "torch_version": "2.13.0",
             },
-            attachments={"tokenizer.model": tokenizer},
+            attachments={"tokenizer.model": tokenizer.read_bytes()},
         )
     return tmp_path / "run"
 
@@ -77,6 +77,14 @@ def test_text_of_the_checkpoint_cannot_command_the_terminal(door, run_directory:
     assert door.main([str(run_directory)]) == 0
     output = capsys.readouterr().out
     assert "\x1b" not in output and "[red]\\x1b[2J" in output
+
+
+def test_metadata_that_no_run_records_are_named(door, run_directory: Path, capsys: pytest.CaptureFixture):
+    assert door.main([str(run_directory)]) == 0
+    assert "problem" in capsys.readouterr().out
+    assert door.main([str(run_directory), "--json"]) == 0
+    problem = json.loads(capsys.readouterr().out)["problem"]
+    assert problem.endswith("its metadata cannot be used: position lacks samples_consumed; use another checkpoint")
 
 
 def test_verify_reads_every_byte(door, run_directory: Path, capsys: pytest.CaptureFixture):

@@ -14,9 +14,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import sentencepiece
 
 from phase8.data.indexed import IndexedDataset
-from phase8.data.tokenizer import load_tokenizer, train_sentencepiece
+from phase8.data.tokenizer import load_tokenizer
+from phase8.data.tokenizer_training import train_sentencepiece
 
 ROOT = Path(__file__).parents[2]
 TEXTS = [f"document {i}\n\tholds the number {i * i} — é\n" for i in range(80)]
@@ -61,7 +63,7 @@ def test_a_whole_preparation_from_the_command_line(inputs: Path, tmp_path: Path)
         f"{prefix}_train_content_document.bin/.idx: {train.num_documents} documents, {train.num_tokens:,} tokens",
         f"{prefix}_validation_content_document.bin/.idx: {validation.num_documents} documents, {validation.num_tokens:,} tokens",
         f"in all: 81 documents, {num_tokens:,} tokens of uint16, {num_bytes / num_tokens:.2f} bytes per token",
-        "files of directories passed over, not being text by their suffix: 1",
+        "files of directories passed over, not being text by their suffix: 1 (.png: 1)",
         f"train on it with: --set data.train={prefix}_train_content_document data.validation={prefix}_validation_content_document "
         f"data.tokenizer={prefix}_content_tokenizer.model model.vocab_size=290",
     ]
@@ -91,6 +93,30 @@ def test_skipped_and_empty_documents_are_reported(tokenizer_path: Path, tmp_path
     assert "empty documents left out: 1" in result.stdout
 
 
+def test_a_tokenizer_whose_end_of_document_text_can_give(tmp_path: Path):
+    texts = [f"line {i}: the fox <s>struck</s> the dog {i * i}" for i in range(30)]
+    (tmp_path / "struck.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in [*texts, "a \u65e5 dog", "the\x02 dog"]))
+    with (tmp_path / "t.model").open("wb") as file:
+        sentencepiece.SentencePieceTrainer.train(
+            sentence_iterator=iter([*texts, "a/b <c>"]), model_writer=file, vocab_size=60, model_type="bpe", user_defined_symbols=["</s>", "[EOS]"]
+        )
+    arguments = [tmp_path / "struck.jsonl", "--tokenizer", tmp_path / "t.model", "--output-prefix", tmp_path / "x", "--workers", 1]
+    asked = run(*arguments)
+    assert asked.returncode == 3
+    assert "has 2 end-of-document tokens, </s>, [EOS], and does not say which one ends a document; name it with --eod-token" in asked.stderr
+    result = run(*arguments, "--eod-token", "</s>")
+    assert result.returncode == 0, result.stderr
+    lines = result.stdout.splitlines()
+    lost = "unknown tokens: 1 in 1 documents, for text without a token of its own, the first: '日' in a document that begins with 'a 日 dog'"
+    assert lost in lines
+    assert r"characters that the tokenizer drops: 1 in 1 documents, the first: U+0002 in a document that begins with 'the\x02 dog'" in lines
+    assert lines[-1].endswith(f"data.tokenizer={tmp_path}/t.model 'data.eod_token=</s>' model.vocab_size=60")
+    dataset, tokenizer = IndexedDataset(f"{tmp_path}/x_text_document"), load_tokenizer(tmp_path / "t.model", eod_token="</s>")
+    documents = [np.concatenate(dataset.document(k)).tolist() for k in range(dataset.num_documents)]
+    assert [document.index(tokenizer.eod_id) for document in documents] == [len(document) - 1 for document in documents]
+    assert [tokenizer.decode(document) for document in documents[:30]] == texts
+
+
 @pytest.mark.parametrize(
     ("arguments", "exit_code", "finding"),
     [
@@ -101,6 +127,8 @@ def test_skipped_and_empty_documents_are_reported(tokenizer_path: Path, tmp_path
         ([__file__, "--train-tokenizer", "--vocab-size", "7"], 3, "vocabulary of 7"),
         ([__file__, "--tokenizer", __file__], 3, "neither a sentencepiece model nor"),
         ([__file__, "--import-muse", "x", "--train-tokenizer"], 2, "--import-muse takes the place of inputs"),
+        ([__file__, "--train-tokenizer", "--vocab-size", "300", "--eod-token", "</s>"], 2, "--eod-token belongs to --tokenizer"),
+        ([__file__, "--tokenizer", "/dev/zero"], 3, "cannot read the tokenizer /dev/zero: it is a pipe or device"),
         ([__file__, "--workers", "none"], 2, "invalid int value: 'none'"),
     ],
 )
@@ -125,10 +153,15 @@ def test_help_names_every_option_and_how_to_go_on():
     for option in [
         *options.split(),
         "--no-append-eod",
+        "--eod-token",
         "--skip-invalid",
         "--workers",
         "--shard-bytes",
         "--import-muse",
+        "--import-raw",
+        "--dtype",
+        "--eod-id",
+        "--document-separator",
         "Run the same command again",
     ]:
         assert option in result.stdout

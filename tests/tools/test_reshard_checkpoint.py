@@ -8,6 +8,7 @@ import safetensors.torch
 import torch
 from doors import load_door
 
+from phase8.checkpoint.checksum import checksum_of
 from phase8.checkpoint.compare import compare_checkpoints
 from phase8.checkpoint.load import open_checkpoint
 from phase8.checkpoint.save import save_checkpoint
@@ -25,7 +26,11 @@ def door():
 
 @pytest.fixture
 def source(tmp_path: Path) -> Path:
-    config = load_config(os.devnull, MODEL)
+    return write_source(tmp_path / "c")
+
+
+def write_source(root: Path, *settings: str) -> Path:
+    config = load_config(os.devnull, (*MODEL, *settings))
     model = build_model(config.model, dtype=torch.float32, device=torch.device("meta"))
     generator = torch.Generator().manual_seed(0)
     tensors = {}
@@ -33,7 +38,7 @@ def source(tmp_path: Path) -> Path:
         tensors[f"model.{name}"] = torch.randn(parameter.shape, generator=generator)
         tensors[f"optimizer.{name}.exp_avg"] = torch.randn(parameter.shape, generator=generator)
         tensors[f"optimizer.{name}.step"] = torch.tensor(3.0)
-    return save_checkpoint(tmp_path / "c", step=7, tensors=tensors, metadata={"config": config_to_mapping(config)}, attachments={})
+    return save_checkpoint(root, step=7, tensors=tensors, metadata={"config": config_to_mapping(config)}, attachments={})
 
 
 def test_a_layout_and_its_interleaved_chunks(door, source: Path, tmp_path: Path, capsys: pytest.CaptureFixture):
@@ -48,6 +53,22 @@ def test_a_layout_and_its_interleaved_chunks(door, source: Path, tmp_path: Path,
                       for part in entry.slices} for layer in range(4)}  # fmt: skip
     assert stages == {0: {0}, 1: {1}, 2: {0}, 3: {1}}
     assert door.main(arguments) == 4 and "is there already" in capsys.readouterr().err
+
+
+def test_settings_of_the_ranks_that_saved_do_not_matter(door, tmp_path: Path, capsys: pytest.CaptureFixture):
+    """Asynchronous exchange needs several ranks, and the one that was written for was refused."""
+    source = write_source(tmp_path / "c", "parallel.tensor_parallel_size=2", "parallel.async_tensor_parallel=true")
+    assert door.main([str(source), str(tmp_path / "d")]) == 0, capsys.readouterr().err
+
+
+def test_weights_of_another_model_are_refused(door, source: Path, tmp_path: Path, capsys: pytest.CaptureFixture):
+    """Sizes agree, shapes do not."""
+    body = (source / "manifest.json").read_bytes()[:-31].replace(b'"num_heads": 4', b'"num_heads": 2')
+    (source / "manifest.json").write_bytes(body + f'"checksum": "{checksum_of(body)}"\n}}\n'.encode())
+    for options in ([], ["--format", "consolidated"], ["--format", "hf"]):
+        assert door.main([str(source), str(tmp_path / "d"), *options]) == 4
+        assert "decay_bias has shape [4] in the checkpoint and [2] here" in capsys.readouterr().err
+    assert [path.name for path in tmp_path.iterdir()] == ["c"]
 
 
 def test_consolidated(door, source: Path, tmp_path: Path):

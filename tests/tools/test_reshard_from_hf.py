@@ -92,7 +92,8 @@ def test_there_and_back_is_bit_equal(tmp_path, settings, options):
     tokenizer = tmp_path / "tokenizer.model"
     tokenizer.write_bytes(b"words")
     tensors = {name: source.read(name) for name in source.tensor_names}
-    path = save_checkpoint(tmp_path / "with", step=7, tensors=tensors, metadata=source.metadata, attachments={"tokenizer.model": tokenizer})
+    attachments = {"tokenizer.model": tokenizer.read_bytes()}
+    path = save_checkpoint(tmp_path / "with", step=7, tensors=tensors, metadata=source.metadata, attachments=attachments)
     assert run(path, tmp_path / "hf", "--format", "hf") == 0
     copy = imported(tmp_path / "hf", *options)
     assert not list(compare_checkpoints(source, copy)) and copy.step == 0
@@ -137,6 +138,67 @@ def test_bf16_weights_become_the_fp32_master_weights_of_a_bf16_model(tmp_path, i
     assert (model.dtype, model.section.rope_base, model.section.norm_eps, model.section.block) == (torch.bfloat16, 500.0, 1e-4, "transformer")
     assert len(list(generate_tokens(model, [1, 2], max_tokens=3, options=SamplingOptions(), num_ids=61))) == 3
     assert {path.name: path.read_bytes() for path in source.iterdir()} == before
+
+
+def frequencies(base: float = 500.0) -> torch.Tensor:
+    """As Llama computes them for heads of size 6."""
+    return 1.0 / (base ** (torch.arange(0, 6, 2).float() / 6))
+
+
+def add_to(source: Path, **tensors: torch.Tensor) -> None:
+    """Further tensors in the single file, under names with `__` for a dot."""
+    weights = safetensors.torch.load_file(source / "model.safetensors")
+    weights |= {name.replace("__", "."): tensor for name, tensor in tensors.items()}
+    safetensors.torch.save_file(weights, source / "model.safetensors")
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_tensors_that_repeat_what_is_known_are_left_out(tmp_path, dtype):
+    source = write_llama(tmp_path / "llama", dtype=dtype, tie_word_embeddings=True)
+    stored = {f"model__layers__{layer}__self_attn__rotary_emb__inv_freq": frequencies().to(dtype) for layer in range(2)}
+    add_to(source, lm_head__weight=llama_weights(dtype)["model.embed_tokens.weight"], model__rotary_emb__inv_freq=frequencies(), **stored)
+    copy = imported(source)
+    assert len(copy.tensor_names) == 20 and copy.metadata["config"]["model"]["tie_embeddings"]
+    assert torch.equal(copy.read("model.embedding.weight"), llama_weights(dtype)["model.embed_tokens.weight"].float())
+
+
+LAYER_1 = "model__layers__1__self_attn__rotary_emb__inv_freq"
+OTHER_HEAD = llama_weights()["model.embed_tokens.weight"].clone()
+OTHER_HEAD[-1, -1] *= -1
+
+
+@pytest.mark.parametrize(
+    ("tensors", "sentence"),
+    [
+        ({LAYER_1: frequencies(10000.0)}, "does not hold the 3 rotary frequencies of base 500 (rope_theta"),
+        ({LAYER_1: frequencies(501.0).bfloat16() * 1.05}, "does not hold the 3 rotary frequencies"),
+        ({LAYER_1: frequencies()[:2].clone()}, "does not hold the 3 rotary frequencies"),
+        ({LAYER_1: frequencies().double()}, "does not hold the 3 rotary frequencies"),
+        ({"model__layers__2__self_attn__rotary_emb__inv_freq": frequencies()}, "has no place"),
+        ({"model__layers__1__self_attn__rotary_emb__cos_cached": frequencies()}, "has no place"),
+        ({"lm_head__weight": OTHER_HEAD}, "'lm_head.weight' differs from 'model.embed_tokens.weight', but tie_word_embeddings"),
+        ({"lm_head__weight": llama_weights()["model.embed_tokens.weight"].bfloat16()}, "'lm_head.weight' differs from"),
+    ],
+)
+def test_tensors_that_contradict_what_is_known_are_refused(tmp_path, capsys, tensors, sentence):
+    source = write_llama(tmp_path / "llama", tie_word_embeddings=True)
+    add_to(source, lm_head__weight=llama_weights()["model.embed_tokens.weight"])
+    add_to(source, **tensors)
+    assert run(source, tmp_path / "d") == 4
+    error = capsys.readouterr().err
+    assert sentence in error and error.count("\n") == 1 and os.listdir(tmp_path) == ["llama"]
+
+
+@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
+def test_consolidated_weights_are_imported_too(tmp_path, dtype):
+    _, path = trained(tmp_path, "model.tie_embeddings=true")
+    assert run(path, tmp_path / "one", "--format", "consolidated", "--dtype", dtype) == 0
+    copy = imported(tmp_path / "one", "--shards", 2)
+    source = open_checkpoint(path)
+    expected = {name: source.read(name).to(torch.bfloat16).float() if dtype == "bf16" else source.read(name) for name in source.tensor_names}
+    assert all(torch.equal(copy.read(name), value) for name, value in expected.items()) and copy.tensor_names == source.tensor_names
+    assert copy.step == 0 and copy.metadata["config"] == source.metadata["config"]
+    assert run(tmp_path / "one", tmp_path / "hf", "--format", "hf") == 0  # through our names to those of transformers
 
 
 @pytest.mark.parametrize(("options", "dtype"), [((), torch.bfloat16), (("--dtype", "fp32"), torch.float32)])
@@ -212,14 +274,16 @@ NESTED = "[" * 100_000
         ({"rope_theta": -1.0}, "rope_theta is -1.0, but a finite number above 0"),
         ({"rms_norm_eps": 10**400}, "rms_norm_eps is 1000000"),
         ({"hidden_size": None}, "hidden_size is None, but a whole number"),
-        ({"num_hidden_layers": 10**15}, "lacks the tensor 'model.layers.2.input_layernorm.weight', which its config.json asks for"),
+        ({"num_hidden_layers": 10**15}, "num_hidden_layers is 1000000000000000, more than a model can have here"),
+        ({"num_hidden_layers": 9999}, "lacks the tensor 'model.layers.2.input_layernorm.weight', which its config.json asks for"),
         ({"num_hidden_layers": 1}, "for which the transformer baseline of config.json has no place"),
         ({"num_hidden_layers": True}, "num_hidden_layers is True"),
         ({"num_attention_heads": 5, "num_key_value_heads": None}, "num_attention_heads 5 does not divide hidden_size 24"),
         ({"head_dim": 5}, "head_dim is 5, but rotary positions need an even one"),
         ({"head_dim": 8}, "'model.layers.0.self_attn.q_proj.weight' has shape [24, 24], by config.json it has [32, 24]"),
-        ({"vocab_size": 2**62}, "'model.embed_tokens.weight' has shape [61, 24], by config.json it has [4611686018427387904, 24]"),
-        ({"tie_word_embeddings": True}, "holds 'lm_head.weight', for which"),
+        ({"vocab_size": 2**62}, "vocab_size is 4611686018427387904, more than a model can have here"),
+        ({"vocab_size": 2**20}, "'model.embed_tokens.weight' has shape [61, 24], by config.json it has [1048576, 24]"),
+        ({"tie_word_embeddings": True}, "'lm_head.weight' differs from 'model.embed_tokens.weight', but tie_word_embeddings"),
         ({"tie_word_embeddings": 1}, "tie_word_embeddings is 1, but true or false"),
         ({"id2label": [[[]]] * 3, "x": float("nan")}, "config.json.x is nan, which JSON cannot hold"),
     ],
@@ -315,8 +379,8 @@ HEAD = torch.zeros(61, 24)
         (without(INDEX), "holds no model.safetensors and no model.safetensors.index.json; save the weights as safetensors"),
         (pickled, "but pytorch_model.bin, a pickle, which may run code and is never read"),
         (with_both, "holds model.safetensors and model.safetensors.index.json"),
-        (without(SECOND), f"is '{SECOND}', which is not in SRC"),
-        (other_index("lm_head.weight", "../outside.safetensors"), "is '../outside.safetensors', which is not the name of a safetensors file in SRC"),
+        (without(SECOND), f"is '{SECOND}', which is not there"),
+        (other_index("lm_head.weight", "../outside.safetensors"), "is '../outside.safetensors', which is not the name of a safetensors file there"),
         (other_index("lm_head.weight", "/dev/zero"), "is '/dev/zero', which is not the name"),
         (other_index("lm_head.weight", "config.json"), "is 'config.json', which is not the name"),
         (other_index("lm_head.weight", [1]), "weight_map.'lm_head.weight' is [1], which is not the name"),
@@ -330,7 +394,7 @@ HEAD = torch.zeros(61, 24)
         (cut_short, "its byte ranges do not end with the file"),
         (claim_a_long_header, f"{FIRST} is not a safetensors file"),
         (with_a_pipe, f"{FIRST} is not a regular file"),
-        (moved_behind_a_link(FIRST), f"{FIRST} is a link, which may lead outside of SRC and is not followed"),
+        (moved_behind_a_link(FIRST), f"{FIRST} is a link, which may lead elsewhere and is not followed"),
         (moved_behind_a_link(INDEX), "index.json is a link"),
         (moved_behind_a_link("config.json"), "config.json is a link"),
         (with_a_linked_tokenizer, "tokenizer.json is a link"),
@@ -372,7 +436,7 @@ def test_whatever_its_files_say_nothing_else_is_touched(tmp_path):
     source = write_llama(tmp_path / "llama", is_sharded=True)
     originals = {path.name: path.read_bytes() for path in source.iterdir()}
     safetensors.torch.save_file(llama_weights(), tmp_path / "outside.safetensors")
-    original = open_llama(source).as_checkpoint({}, on_progress=lambda *_: None)
+    original = open_llama(source).with_checksums({}, on_progress=lambda *_: None)
     expected = {name: original.read(name) for name in original.tensor_names}
     watch, tally = Watch(), Tally()
 
@@ -386,7 +450,7 @@ def test_whatever_its_files_say_nothing_else_is_touched(tmp_path):
         (source / name).write_bytes(content)
         try:
             with watch.over(source):
-                checkpoint = open_llama(source).as_checkpoint({}, on_progress=lambda *_: None)
+                checkpoint = open_llama(source).with_checksums({}, on_progress=lambda *_: None)
                 checkpoint.verify()
         except Phase8Error as error:
             tally.refused(error)

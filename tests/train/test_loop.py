@@ -11,8 +11,11 @@ import torch
 from tiny_run import losses, prepare, records, train_tiny, write_documents
 
 from phase8.checkpoint.load import list_checkpoints, open_checkpoint
+from phase8.data.tokenizer_training import train_sentencepiece
 from phase8.errors import DataError, DivergenceError, StorageError
-from phase8.train import captured_step, saver, trainer
+from phase8.observe.event_file import EventFile
+from phase8.terminal import make_console
+from phase8.train import captured_step, loop, saver, trainer
 from phase8.train.build import Run
 from phase8.train.loop import train
 
@@ -131,6 +134,59 @@ def test_a_full_disk_at_the_last_save_is_an_error(tiny, monkeypatch):
     monkeypatch.setattr(saver, "save_checkpoint", full_disk)
     with pytest.raises(StorageError):
         train(run, resume_command="")
+
+
+SHORT = ("train.num_steps=2", "optim.warmup_steps=1", "train.evaluate_every_n_steps=0")
+
+
+@pytest.fixture
+def tokenizer(tmp_path):
+    return train_sentencepiece(["def main(): pass\n"] * 50, tmp_path / "tokenizer.model", vocab_size=280)
+
+
+@pytest.mark.parametrize("error", [StorageError("cannot write it"), RuntimeError("no font"), MemoryError()])
+@pytest.mark.parametrize("name", ["write_report", "write_sample"])
+def test_a_run_that_is_saved_needs_neither_report_nor_sample(tiny, tokenizer, monkeypatch, capsys, name, error):
+    settings = ("model.vocab_size=300", f"data.tokenizer={tokenizer}", "observe.report=true", "observe.sample_prompt=def", "observe.sample_tokens=3")
+    run = prepare(tiny, *SHORT, *settings, console=make_console())
+
+    def fail(*_, **__):
+        raise error
+
+    monkeypatch.setattr(loop, name, fail)
+    train(run, resume_command="")
+    reason = {StorageError: "cannot write it", RuntimeError: "RuntimeError: no font", MemoryError: "MemoryError"}[type(error)]
+    output = capsys.readouterr().out
+    assert f"no {name.removeprefix('write_')}, but the run is saved: {reason}\n" in output
+    assert [path.name for path in list_checkpoints(run.directory.checkpoints)] == ["step-0000000002"]
+    has_report = (run.directory.path / "report" / "index.html").exists()
+    assert has_report == (name == "write_sample") == ("report: " in output)
+
+
+def test_what_closes_last_does_not_hide_that_the_last_save_failed(tiny, monkeypatch, capsys):
+    def fail(self):
+        raise OSError(28, "what closes last")
+
+    run = prepare(tiny, *SHORT, "observe.tensorboard=true", console=make_console())
+    monkeypatch.setattr(EventFile, "close", fail)
+    monkeypatch.setattr(saver.Saver, "close", fail)
+    monkeypatch.setattr(saver, "save_checkpoint", full_disk)
+    with pytest.raises(StorageError, match="no space left on device; free some space"):
+        train(run, resume_command="")
+    assert capsys.readouterr().out.count("what closes last") == 2
+
+
+def test_a_save_that_fails_after_an_error_does_not_hide_it(tiny, monkeypatch, capsys):
+    def bad_data(*_, **__):
+        raise DataError("bad data")
+
+    run = prepare(tiny, *SHORT, console=make_console())
+    monkeypatch.setattr(trainer.Trainer, "_take_step", bad_data)
+    monkeypatch.setattr(saver, "save_checkpoint", lambda *_, **__: {}["tokenizer"])
+    run.position.step = 1
+    with pytest.raises(DataError, match="bad data"):
+        train(run, resume_command="")
+    assert "the steps since the last checkpoint are not saved: KeyError: 'tokenizer'" in capsys.readouterr().out
 
 
 def test_bad_data_are_one_sentence(tiny, tmp_path):

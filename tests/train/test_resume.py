@@ -1,8 +1,12 @@
+import numpy as np
 import pytest
 import torch
-from tiny_run import assert_same_weights, losses, prepare, records, train_tiny, weights, write_documents
+from tiny_run import assert_same_weights, losses, prepare, records, tiny_config, train_tiny, weights, with_blend, write_documents
 
-from phase8.errors import CheckpointMismatchError, ConfigError
+from phase8.checkpoint.load import open_checkpoint
+from phase8.checkpoint.reshard import ConsolidatedForm, consolidate
+from phase8.data.indexed import IndexedWriter
+from phase8.errors import CheckpointError, CheckpointMismatchError, ConfigError, DataError
 
 SETTINGS = {
     "accumulation": [],
@@ -88,6 +92,26 @@ def test_checkpoint_of_another_model_is_refused(tiny):
         prepare(tiny, "model.num_layers=3")
 
 
+def test_keys_that_the_block_does_not_read_and_other_spellings_are_no_other_model(tiny):
+    of_phase8 = ("model.local_window_size=9", "model.score=dot", "model.chain=none", "model.global_path=false", "model.memory_tokens=[1.0,2.0]")
+    train_tiny(tiny, "model.block=transformer", "train.stop_at_step=5")
+    assert prepare(tiny, "model.block=transformer", *of_phase8, "model.global_tokens=0").position.step == 5
+    train_tiny(tiny, "run.name=block", "train.stop_at_step=5")
+    assert prepare(tiny, "run.name=block", "model.head_size=6", "model.local_window_size=[6,6]", "model.convolution_size=4").position.step == 5
+    with pytest.raises(CheckpointMismatchError, match=r"model.local_window_size was 6 and is \[6, 9\]; .* by checkpoint.initialise_from\.$"):
+        prepare(tiny, "run.name=block", "model.local_window_size=[6,9]")
+
+
+def test_weights_without_a_past_are_named_and_the_ways_to_use_them(tiny):
+    run = train_tiny(tiny, "train.stop_at_step=5")
+    weights_only = run.directory.path.with_name("weights")
+    form = ConsolidatedForm({"model": {}})
+    checkpoint = open_checkpoint(run.directory.checkpoints / "step-0000000005")
+    consolidate(checkpoint, weights_only, form=form, dtype=None, on_progress=lambda *_: None)
+    with pytest.raises(CheckpointError, match=r"holds weights alone .* checkpoint.initialise_from=.* tools/reshard_checkpoint.py"):
+        prepare(tiny, resume=str(weights_only))
+
+
 def test_a_batch_that_follows_from_the_ranks_does_not_change_by_itself(tiny):
     parts = ("train.global_batch_size=null", "train.micro_batch_size=2")
     train_tiny(tiny, *parts, "parallel.num_microbatches=3", "train.stop_at_step=3")
@@ -109,6 +133,42 @@ def test_other_data_are_refused_unless_allowed(tiny, tmp_path):
     with pytest.raises(CheckpointMismatchError, match=r"train.seed was 1234 and is 1"):
         prepare(tiny, "train.seed=1")
     assert prepare(tiny, other, "data.allow_fingerprint_change=true").position.step == 5
+
+
+def test_other_data_of_the_same_shape_are_refused(tiny, tmp_path):
+    for seed in (1, 2):
+        with IndexedWriter(tmp_path / f"same_{seed}", dtype=np.dtype(np.uint16)) as writer:
+            for _ in range(40):
+                writer.add_document(np.random.default_rng(seed).integers(0, 61, 64))
+    one, two = tmp_path / "same_1", tmp_path / "same_2"
+    cases = {
+        "swapped": (tiny, [f"data.train={one}"], tiny, [f"data.train={two}"], r"source 0 \(same_1, now same_2\): the hash of .bin was"),
+        "blend": (with_blend(tiny, one, two), [], with_blend(tiny, two, one), [], "in another order: it was same_1, same_2 and is same_2, same_1"),
+        "pattern": (tiny, [f"data.train={tmp_path}/same_*"], tiny, [f"data.train={one}"], "the number of its pairs was 2 and is 1"),
+    }
+    for name, (old_config, old, new_config, new, sentence) in cases.items():
+        train_tiny(old_config, f"run.name={name}", "train.stop_at_step=1", *old)
+        with pytest.raises(CheckpointMismatchError, match=sentence):
+            prepare(new_config, f"run.name={name}", *new)
+        assert prepare(old_config, f"run.name={name}", *old).position.step == 1
+
+
+def test_a_split_is_trained_on_and_resumed_by_its_own_parts_only(tiny):
+    settings = ["data.validation=null", "train.stop_at_step=1"]
+    run = train_tiny(tiny, *settings, "data.split=90,9,1")
+    assert [part.sources[0].num_documents for part in (run.data.train, run.data.validation)] == [180, 18]
+    assert prepare(tiny, *settings, "data.split=900,90,10").position.step == 1
+    with pytest.raises(CheckpointMismatchError, match=r"the documents of data.split were 0 to 180 and are 0 to 160"):
+        prepare(tiny, *settings, "data.split=80,19,1")
+    with pytest.raises(CheckpointMismatchError, match=r"the documents of data.split were 0 to 180 and are all"):
+        prepare(tiny, *settings)
+    with pytest.raises(DataError, match=r"data.split leaves 0 documents of .*train with 0 tokens for validation"):
+        prepare(tiny, *settings, "data.split=999,0.1,1")
+
+
+def test_training_and_validation_data_are_kept_apart_by_patterns(tiny):
+    with pytest.raises(DataError, match=r"data.train and data.validation both hold .*validation, on one side because a pattern matches it"):
+        prepare(tiny, f"data.train={tiny_config(tiny).data.validation[:-10]}*")
 
 
 def test_resume_none_keeps_the_earlier_run_under_another_name(tiny):

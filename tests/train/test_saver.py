@@ -3,16 +3,19 @@
 import re
 import threading
 import time
+from pathlib import Path
 
 import pytest
 import torch
+import torch.distributed as dist
 from rich.console import Console
 from tiny_run import losses, prepare, records, weights
 
 from phase8.checkpoint.background import BackgroundSaver
 from phase8.checkpoint.load import list_checkpoints, open_checkpoint
-from phase8.errors import StorageError
-from phase8.train import saver
+from phase8.data.tokenizer_training import train_sentencepiece
+from phase8.errors import CheckpointError, StorageError
+from phase8.train import saver, trainer
 from phase8.train.loop import train
 
 ASIDE = "checkpoint.asynchronous=true"
@@ -95,6 +98,111 @@ def test_a_failure_aside_is_reported_and_the_older_ones_stay(tiny, monkeypatch):
     assert 10 <= failed["step"] <= 15 and "no space left" in failed["reason"]
 
 
+FAILURES = {
+    "the disk": StorageError("no space left on device; free some space"),
+    "what is saved": CheckpointError("metadata.loss is nan"),
+    "the system": PermissionError(13, "Permission denied"),
+    "memory": MemoryError(),
+    "torch": RuntimeError("not enough memory: you tried to allocate 4 bytes"),
+    "a bug": KeyError("exp_avg"),
+}
+
+
+@pytest.mark.parametrize("asynchronous", [False, True], ids=["", "in the background"])
+@pytest.mark.parametrize("failure", FAILURES.values(), ids=FAILURES)
+def test_training_survives_every_failure_of_a_periodic_save_but_not_of_the_last(tiny, monkeypatch, failure, asynchronous, capsys):
+    original, failing = saver.save_checkpoint, {2, 3}
+
+    def save(root, *, step, **rest):
+        if step in failing:
+            raise failure
+        return original(root, step=step, **rest)
+
+    monkeypatch.setattr(saver, "save_checkpoint", save)
+    settings = (f"checkpoint.asynchronous={asynchronous}".lower(), "checkpoint.every_n_steps=1", "train.stop_at_step=4")
+    run = prepare(tiny, *settings, console=Console(width=500))
+    train(run, resume_command="")
+    assert saved_tensors(run).keys() == {1, 4}
+    reasons = [record["reason"] for record in records(run) if record.get("event") == "checkpoint_failed"]
+    assert len(reasons) == 2 and all(str(failure).strip("'") in reason for reason in reasons)
+    assert capsys.readouterr().out.count("checkpoint failed, training goes on: ") == 2
+    failing.add(4)
+    with pytest.raises(type(failure)):
+        train(prepare(tiny, *settings, "run.name=last"), resume_command="")
+
+
+def test_the_ranks_save_together_or_not_at_all(tiny, monkeypatch):
+    """One that has run out of memory would be waited for by the others for ever."""
+    answers = iter([[None, "MemoryError"], [None, None], [None, None]])
+    monkeypatch.setattr(saver, "gather_texts", lambda text, group: next(answers))
+    run = prepare(tiny, "checkpoint.every_n_steps=1", "train.stop_at_step=4")
+    train(run, resume_command="")
+    assert saved_tensors(run).keys() == {2, 3, 4}
+    assert [record["reason"] for record in records(run) if record.get("event") == "checkpoint_failed"] == ["rank 1: MemoryError"]
+
+
+def test_the_loss_of_another_rank_is_no_failure_of_a_save(tiny, monkeypatch):
+    def lost(root, **rest):
+        raise dist.DistNetworkError("connection closed by peer")
+
+    monkeypatch.setattr(saver, "save_checkpoint", lost)
+    with pytest.raises(dist.DistNetworkError):
+        train(prepare(tiny, *EACH), resume_command="")
+
+
+def put_away(path):
+    path.rename(path.with_name("away"))
+
+
+def make_a_file(path):
+    put_away(path)
+    path.touch()
+
+
+LOSSES = {
+    "its copy of the tokenizer": ("tokenizer.model", Path.unlink, {5, 10, 15, 20}),
+    "the checkpoints": ("checkpoints", put_away, {10, 15, 20}),
+    "a file in their place": ("checkpoints", make_a_file, {15, 20}),
+    "the whole run": (".", put_away, {10, 15, 20}),
+}
+
+
+@pytest.mark.parametrize("name", LOSSES)
+def test_a_save_needs_nothing_that_it_can_lose(tiny, tmp_path, monkeypatch, name):
+    """Between the saves of steps 5 and 10 something is taken away; a file in the way is removed again after step 10."""
+    file, lose, saved = LOSSES[name]
+    tokenizer = train_sentencepiece(["def main(): pass\n"] * 50, tmp_path / "small.model", vocab_size=280)
+    run = prepare(tiny, *EACH, f"data.tokenizer={tokenizer}", "model.vocab_size=300")
+    original = trainer.train_step
+
+    def train_step(*arguments, **options):
+        path = run.directory.path / file
+        if run.position.step + 1 == 7:
+            lose(path)
+        if run.position.step + 1 == 12 and path.is_file():
+            path.unlink()
+        return original(*arguments, **options)
+
+    monkeypatch.setattr(trainer, "train_step", train_step)
+    tokenizer.unlink()
+    train(run, resume_command="")
+    assert saved_tensors(run).keys() == saved
+    newest = open_checkpoint(list_checkpoints(run.directory.checkpoints)[0])
+    newest.verify()
+    assert list(newest.manifest.attachments) == ["tokenizer.model"]
+
+
+def test_a_failure_of_retention_is_told_whatever_it_is(tiny, monkeypatch):
+    def fail(root, **rest):
+        raise CheckpointError("the checkpoints cannot be listed")
+
+    monkeypatch.setattr(saver, "apply_retention", fail)
+    run = prepare(tiny, *EACH, "train.stop_at_step=5")
+    train(run, resume_command="")
+    (event,) = [record for record in records(run) if record.get("event") == "retention_failed"]
+    assert "cannot be listed" in event["reason"]
+
+
 def test_a_step_whose_save_failed_aside_is_saved_again_at_the_end(tiny, monkeypatch):
     original, tried = saver.save_checkpoint, []
 
@@ -118,7 +226,7 @@ def test_copies_do_not_follow_their_tensors():
         release.wait()
         seen.append(copies["model.w"].clone())
 
-    background.start({"model.w": tensor}, save)
+    background.start(background.copy({"model.w": tensor}), save)
     assert background.is_busy and background.finished(wait=False) is None
     tensor.fill_(1)
     release.set()
@@ -133,7 +241,7 @@ def test_what_fails_aside_is_raised_once():
     def save(copies):
         raise StorageError("no space left on device; free some space")
 
-    background.start({"model.w": torch.zeros(1)}, save)
+    background.start(background.copy({"model.w": torch.zeros(1)}), save)
     with pytest.raises(StorageError, match="no space"):
         background.finished(wait=True)
     assert background.finished(wait=True) is None

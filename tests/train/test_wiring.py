@@ -1,5 +1,6 @@
 """Every promise of the config and of the loop reaches the run: each test trains for a few steps and looks at what came of it."""
 
+import errno
 import io
 import math
 import multiprocessing
@@ -18,17 +19,19 @@ import pytest
 import torch
 import torch.nn.functional as F
 from rich.console import Console
-from tiny_run import losses, prepare, records, train_tiny, weights, write_documents
+from tiny_run import losses, prepare, records, tiny_config, train_tiny, weights, with_blend, write_documents
 from torch._functorch import config as functorch_config
 
 from phase8.checkpoint.load import list_checkpoints, open_checkpoint
 from phase8.data.indexed import IndexedWriter
-from phase8.data.tokenizer import train_sentencepiece
+from phase8.data.pair_record import record_path
+from phase8.data.tokenizer_training import train_sentencepiece
 from phase8.errors import CorruptionError, DataError, DivergenceError, StorageError
 from phase8.model.parameters import decayed_parameter_names
 from phase8.observe.metrics import MetricsWriter
 from phase8.optim.schedule import learning_rate
 from phase8.train import loop, saver, trainer
+from phase8.train.datasets import open_run_data
 from phase8.train.loop import train
 from phase8.train.signals import StopRequest
 
@@ -133,13 +136,40 @@ def test_a_finished_run_without_a_report_draws_it_when_started_again(tiny, conso
     assert page.read_text() == "kept" and "has already reached step 5" in console.file.getvalue()
 
 
-def test_a_stop_signal_says_that_it_stops_after_this_step_and_how_to_go_on(tiny, console, before_step, capfd):
-    run = prepare(tiny, console=console)
-    before_step(run, 2, lambda: os.kill(os.getpid(), signal.SIGINT))
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1])
+def test_a_stop_signal_says_that_it_stops_after_this_step_and_how_to_go_on(tiny, console, before_step, capfd, number):
+    run, before = prepare(tiny, console=console), signal.getsignal(number)
+    before_step(run, 2, lambda: os.kill(os.getpid(), number))
     train(run, resume_command="resume with this")
-    assert "SIGINT: stopping after this step" in capfd.readouterr().err
-    assert "SIGINT: saved at step 2; go on with:\n  resume with this" in console.file.getvalue()
-    assert checkpoint_steps(run) == [2] and signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    name = signal.Signals(number).name
+    assert f"{name}: stopping after this step" in capfd.readouterr().err
+    assert f"{name}: saved at step 2; go on with:\n  resume with this" in console.file.getvalue()
+    assert checkpoint_steps(run) == [2] and signal.getsignal(number) is before
+
+
+@pytest.mark.parametrize("number", [signal.SIGHUP, signal.SIGUSR1])
+def test_a_signal_that_a_run_was_started_to_ignore_does_not_stop_it(tiny, before_step, number):
+    """As nohup does."""
+    before = signal.signal(number, signal.SIG_IGN)
+    try:
+        run = prepare(tiny, "train.stop_at_step=4")
+        before_step(run, 2, lambda: os.kill(os.getpid(), number))
+        train(run, resume_command="")
+    finally:
+        signal.signal(number, before)
+    assert run.position.step == 4
+
+
+def test_a_stop_signal_is_heeded_when_nobody_can_be_told(monkeypatch):
+    """The terminal that has closed is also where the notice would go."""
+
+    def gone(descriptor, text):
+        raise OSError(errno.EIO, "Input/output error")
+
+    monkeypatch.setattr(os, "write", gone)
+    with StopRequest() as stop:
+        os.kill(os.getpid(), signal.SIGHUP)
+    assert stop.received == "SIGHUP"
 
 
 @pytest.mark.parametrize("enabled", [True, False])
@@ -345,18 +375,46 @@ def test_metrics_and_checkpoints_on_a_full_disk_do_not_stop_training(tiny, conso
     assert output.count("metrics are lost, training goes on") == 1 and output.count("checkpoint failed, training goes on") == 3
 
 
-def test_a_bad_token_in_the_middle_costs_no_finished_step(tiny, tmp_path):
-    write_documents(tmp_path / "good", num_documents=40, seed=0)
-    probe = prepare(tiny, f"data.train={tmp_path}/good", "run.name=probe")
-    source, window = probe.data.train.order.locate(3 * 4 + 1)
-    tokens = probe.data.train.sources[source].tokens(0, probe.data.train.sources[source].num_tokens).copy()
-    tokens[window * 24 + 5] = 61
+@pytest.mark.parametrize("foreign", [False, True])
+def test_a_token_outside_the_vocabulary_is_found_before_the_first_step(tiny, tmp_path, foreign, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    write_documents(tmp_path / "bad", num_documents=40, seed=0)
     with IndexedWriter(tmp_path / "bad", dtype=np.dtype(np.uint16)) as writer:
-        writer.add_document(tokens)
-    with pytest.raises(DataError, match=r"bad.bin holds token id 61 .* model.vocab_size is 61"):
-        train_tiny(tiny, f"data.train={tmp_path}/bad", NO_CHECKPOINTS)
-    resumed = prepare(tiny, f"data.train={tmp_path}/bad")
-    assert resumed.position.step == resumed.saved_step == 3
+        writer.add_document(np.array([*range(60)] * 40 + [61]))
+    if foreign:
+        record_path(tmp_path / "bad").unlink()
+    for setting in ("data.train", "data.validation"):
+        with pytest.raises(DataError, match=r"bad.bin holds token id 61 at position 2400, but model.vocab_size is 61"):
+            prepare(tiny, f"{setting}={tmp_path}/bad")
+    assert prepare(tiny, f"data.train={tmp_path}/bad", "model.vocab_size=62").position.step == 0
+    config = tiny_config(tiny, f"data.train={tmp_path}/bad", f"data.cache_dir={tmp_path}/unused")
+    open_run_data(config, on_progress=lambda *_: None, check_ids=False)  # as every rank but the first opens them
+    assert not (tmp_path / "unused").exists()
+
+
+@pytest.mark.parametrize("data", ["train", "many_*", "blend"])
+@pytest.mark.parametrize("num_workers", [0, 1])
+def test_data_that_shrink_are_named_and_cost_no_finished_step(tiny, tmp_path, before_step, num_workers, data):
+    for seed, name in enumerate(("train", "many_0", "many_1")):
+        write_documents(tmp_path / name, num_documents=200, seed=seed)
+    settings = [f"data.num_workers={num_workers}", "data.prefetch_factor=1", NO_CHECKPOINTS]
+    if data == "blend":
+        run = prepare(with_blend(tiny, tmp_path / "train", tmp_path / "many_0"), *settings)
+    else:
+        run = prepare(tiny, f"data.train={tmp_path}/{data}", *settings)
+
+    def shrink():
+        for path in tmp_path.glob("*.bin"):
+            os.truncate(path, 5)
+
+    before_step(run, 3, shrink)
+    kind = message = None
+    try:
+        train(run, resume_command="")
+    except Exception as error:  # kept as text: pytest's record of an exception is a cycle that keeps the workers running
+        kind, message = type(error), str(error)
+    assert kind is DataError and re.search(r"(train|many_[01])\.bin is shorter than when it was opened", message)
+    assert kind.exit_code == 3 and run.position.step >= 3 and checkpoint_steps(run) == [run.position.step]
 
 
 def test_a_killed_loader_worker_is_one_sentence_and_costs_no_finished_step(tiny, before_step):
@@ -418,7 +476,8 @@ from pathlib import Path
 from phase8.errors import StorageError
 from phase8.train.run_directory import RunDirectory
 try:
-    RunDirectory(Path(sys.argv[1])).lock()
+    with RunDirectory(Path(sys.argv[1])).lock():
+        pass
 except StorageError as error:
     print(error)
 """

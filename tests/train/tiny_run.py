@@ -4,6 +4,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+import yaml
 from rich.console import Console
 
 from phase8.config.load import load_config
@@ -44,6 +45,15 @@ def write_config(directory: Path) -> Path:
     path = directory / "tiny.yaml"
     path.write_text(CONFIG.format(directory=directory))
     return path
+
+
+def with_blend(config: Path, *prefixes: Path) -> Path:
+    """A copy of a config that trains on a blend of equal parts, beside the blended data."""
+    tree = yaml.safe_load(config.read_text())
+    tree["data"]["train"] = [{"path": str(prefix), "weight": 1} for prefix in prefixes]
+    copy = prefixes[0].with_name(f"{prefixes[0].name}_blend.yaml")
+    copy.write_text(yaml.safe_dump(tree))
+    return copy
 
 
 def tiny_config(path: Path, *overrides: str) -> RunConfig:

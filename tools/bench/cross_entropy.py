@@ -25,6 +25,7 @@ from torch import Tensor
 from phase8.kernels.cross_entropy import linear_cross_entropy
 from phase8.kernels.reference import cross_entropy as reference
 from phase8.observe.formatting import format_bytes
+from phase8.terminal import run_door
 
 SIZES = ((32768, 131072, 2048), (16384, 32000, 2048), (8192, 50257, 512))
 TOLERANCE = 0.03  # of the largest gradient: logits, their gradient and that of the hidden states are rounded to bf16
@@ -38,7 +39,7 @@ def main() -> int:
     options.set_defaults(repeats=20)
     options.add_argument("--size", nargs=3, type=int, action="append", metavar=("N", "V", "D"), help="tokens, vocabulary, width; repeatable")
     options.add_argument("--chunk-tokens", nargs="+", type=int, default=[], metavar="R", help="also time chunks of these lengths")
-    return benchmark("cross_entropy", options.parse_args(), _cases)
+    return run_door(lambda: benchmark("cross_entropy", options.parse_args(), _cases))
 
 
 def _cases(arguments: argparse.Namespace, device: torch.device) -> Iterator[Case]:

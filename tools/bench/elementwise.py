@@ -23,6 +23,7 @@ from phase8.kernels.reference.causal_convolution import causal_convolution
 from phase8.kernels.reference.dtypes import at_least_fp32
 from phase8.kernels.reference.rotary import rotary_angles, rotate
 from phase8.model.norm import rms_normalise
+from phase8.terminal import run_door
 
 EPS = 1e-5
 TAPS = 4
@@ -54,7 +55,7 @@ def main() -> int:
     options.add_argument("--num-tokens", type=int, default=16384)
     options.add_argument("--num-heads", type=int, default=16)
     options.add_argument("--head-size", type=int, default=128)
-    return benchmark(TESTED, options.parse_args(), _cases)
+    return run_door(lambda: benchmark(TESTED, options.parse_args(), _cases))
 
 
 def _cases(arguments: argparse.Namespace, device: torch.device) -> Iterator[Case]:

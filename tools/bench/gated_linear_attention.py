@@ -23,6 +23,7 @@ from torch import Tensor
 
 from phase8.kernels.gated_linear_attention import gated_linear_attention
 from phase8.kernels.reference import gated_linear_attention as reference
+from phase8.terminal import run_door
 
 SIZES = ((8, 4096, 32, 64), (4, 4096, 16, 128), (1, 131072, 16, 128))
 CHECKED_HEADS = 2  # heads are independent, and the exact ones take memory
@@ -65,7 +66,7 @@ def main() -> int:
     metavar = ("B", "T", "H", "K")
     options.add_argument("--size", nargs=4, type=int, action="append", metavar=metavar, help="batch, tokens, heads, head size; repeatable")
     options.add_argument("--sweep", action="store_true", help="also time other tiles and segments, to tune for a GPU")
-    return benchmark("gated_linear_attention", options.parse_args(), _cases)
+    return run_door(lambda: benchmark("gated_linear_attention", options.parse_args(), _cases))
 
 
 def _cases(arguments: argparse.Namespace, device: torch.device) -> Iterator[Case]:

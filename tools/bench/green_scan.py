@@ -18,6 +18,7 @@ import torch
 from measure import Case, benchmark, parser, require_close
 
 from phase8.kernels.reference import green_scan as reference
+from phase8.terminal import run_door
 
 
 def main() -> int:
@@ -27,7 +28,7 @@ def main() -> int:
     options.add_argument("--sequence-length", type=int, default=4096)
     options.add_argument("--num-heads", type=int, default=32)
     options.add_argument("--sweep", action="store_true", help="also time other ways to cut the work, to tune for a GPU")
-    return benchmark("green_scan", options.parse_args(), _cases)
+    return run_door(lambda: benchmark("green_scan", options.parse_args(), _cases))
 
 
 def _cases(arguments: argparse.Namespace, device: torch.device) -> Iterator[Case]:

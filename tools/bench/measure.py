@@ -19,9 +19,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from phase8.errors import Phase8Error, describe_error
+from phase8.errors import Phase8Error
 from phase8.kernels.backends import kernel_backend, select_kernels
 from phase8.observe.formatting import format_bytes
+from phase8.terminal import output_is_the_product
 
 ROOT = Path(__file__).resolve().parents[2]
 WARMUP_RUNS = 5
@@ -108,7 +109,7 @@ def parser(description: str | None) -> argparse.ArgumentParser:
 
 
 def benchmark(kernel: str, arguments: argparse.Namespace, make_cases: Callable[[argparse.Namespace, torch.device], Sequence[Case]]) -> int:
-    """Runs a benchmark and returns the exit code.
+    """Runs a benchmark inside `run_door` and returns the exit code.
 
     Args:
         kernel: Name of the kernel.
@@ -116,7 +117,7 @@ def benchmark(kernel: str, arguments: argparse.Namespace, make_cases: Callable[[
         make_cases: The cases for these arguments, checked against each other where that is cheap.
     """
     show = partial(print, file=sys.stderr if arguments.json else sys.stdout, flush=True)
-    try:
+    with output_is_the_product():
         device = _gpu(kernel)
         require_green(kernel)
         facts = _facts(kernel, device)
@@ -129,12 +130,9 @@ def benchmark(kernel: str, arguments: argparse.Namespace, make_cases: Callable[[
         for case in cases:
             results.append(_figures(case, ceilings, device, repeats=arguments.repeats, measured=results))
             show(_line(results[-1]))
-    except Phase8Error as error:
-        print(describe_error(error), file=sys.stderr)
-        return error.exit_code
-    if arguments.json:
-        shape = {name: value for name, value in vars(arguments).items() if name != "json"}
-        print(json.dumps({**facts, "arguments": shape, "ceilings": asdict(ceilings), "results": [asdict(result) for result in results]}))
+        if arguments.json:
+            shape = {name: value for name, value in vars(arguments).items() if name != "json"}
+            print(json.dumps({**facts, "arguments": shape, "ceilings": asdict(ceilings), "results": [asdict(result) for result in results]}))
     return 0
 
 

@@ -21,6 +21,7 @@ from torch import Tensor
 from phase8.kernels.mixer_inputs import mixer_inputs
 from phase8.kernels.reference import mixer_inputs as reference
 from phase8.kernels.reference.rotary import rotary_angles
+from phase8.terminal import run_door
 
 TAPS, EPS = 4, 1e-5
 TOLERANCE = 0.05  # of the largest value: the reference rounds the convolution to bf16
@@ -30,7 +31,7 @@ def main() -> int:
     """Runs the command line and returns the exit code."""
     options = parser(__doc__)
     options.add_argument("--shape", nargs=4, type=int, default=[4, 4096, 16, 128], metavar=("B", "T", "H", "K"), help="(default: 4 4096 16 128)")
-    return benchmark("mixer_inputs", options.parse_args(), _cases)
+    return run_door(lambda: benchmark("mixer_inputs", options.parse_args(), _cases))
 
 
 def _cases(arguments: argparse.Namespace, device: torch.device) -> Iterator[Case]:

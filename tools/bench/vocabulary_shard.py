@@ -23,6 +23,7 @@ from phase8.kernels.cross_entropy import linear_cross_entropy
 from phase8.kernels.reference import vocabulary_shard as reference
 from phase8.kernels.vocabulary_shard import shard_cross_entropy_gradients
 from phase8.tensor_parallel.cross_entropy import chunk_tokens
+from phase8.terminal import run_door
 
 SIZES = ((32768, 16000, 2048), (32768, 65536, 2048))
 TOLERANCE = 0.03  # of the largest gradient: logits, their gradient and that of the hidden states are rounded to bf16
@@ -34,7 +35,7 @@ def main() -> int:
     options.set_defaults(repeats=20)
     options.add_argument("--size", nargs=3, type=int, action="append", metavar=("N", "V", "D"), help="tokens, vocabulary of a rank, width")
     options.add_argument("--num-ranks", type=int, default=2, metavar="N", help="ranks that share the vocabulary; decides the length of a chunk")
-    return benchmark("vocabulary_shard", options.parse_args(), _cases)
+    return run_door(lambda: benchmark("vocabulary_shard", options.parse_args(), _cases))
 
 
 def _cases(arguments: argparse.Namespace, device: torch.device) -> Iterator[Case]:

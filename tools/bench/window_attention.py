@@ -20,6 +20,7 @@ from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex
 
 from phase8.kernels.reference.window_attention import ARCCOSH_EPS
 from phase8.kernels.window_attention import window_attention
+from phase8.terminal import run_door
 
 SHAPES = (((4, 4096, 16, 128), 512, 0), ((4, 4096, 16, 128), 256, 64), ((8, 4096, 32, 64), 512, 0))
 TOLERANCE = 0.05  # of the largest value: products and results are bf16 on both sides
@@ -33,7 +34,7 @@ def main() -> int:
     options.add_argument("--shape", nargs=4, type=int, metavar=("B", "T", "H", "K"), help="batch, tokens, heads, head size")
     options.add_argument("--window", type=int, default=256, metavar="W", help="with --shape (default: %(default)s)")
     options.add_argument("--globals", type=int, default=64, metavar="G", help="with --shape (default: %(default)s)")
-    return benchmark("window_attention", options.parse_args(), _cases)
+    return run_door(lambda: benchmark("window_attention", options.parse_args(), _cases))
 
 
 def _cases(arguments: argparse.Namespace, device: torch.device) -> Iterator[Case]:

@@ -1,0 +1,65 @@
+"""Whether tensors can be those of a model that a stored config describes, by a few comparisons: nothing is built for sizes that nobody has.
+
+What passes may still be another model, which its exact shapes show; but building those takes no more than what the tensors have.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Mapping, Sequence
+
+from phase8.checkpoint.untrusted import shown
+from phase8.config.schema import ModelSection
+from phase8.config.validate import model_problems
+
+EMBEDDING = "embedding.weight"
+_IN_A_BLOCK = re.compile(r"blocks\.([0-9]{1,18})\.(.+)")
+
+
+def sizes_problem(model: ModelSection, shapes: Mapping[str, Sequence[int]]) -> str | None:
+    """Why a model cannot have these parameters, or None.
+
+    Args:
+        model: From a file that anybody may have written.
+        shapes: Of the stored parameters, by their name in the model.
+    """
+    if (problem := next(model_problems(model), None)) is not None:
+        return problem.removesuffix(".")
+    if (problem := _layers_problem(model, shapes)) is not None:
+        return problem
+    stored = {tuple(shape) for shape in shapes.values()}
+    for keys, shape in _shapes_of(model):
+        if shape not in stored:
+            sizes = " and ".join(f"{key} {shown(value)}" for key, value in keys.items())
+            return f"{sizes} {'make' if len(keys) > 1 else 'makes'} a weight of shape {shown(list(shape))}, and none has it"
+    embedding = shapes.get(EMBEDDING)
+    if embedding is None or list(embedding) != [model.vocab_size, model.d_model]:
+        found = "is missing" if embedding is None else f"has shape {shown(list(embedding))}"
+        return f"model.vocab_size is {model.vocab_size} and model.d_model {model.d_model}, but {EMBEDDING} {found}"
+    return None
+
+
+def _layers_problem(model: ModelSection, shapes: Mapping[str, Sequence[int]]) -> str | None:
+    """The layers that there are, all of the same form, are those of the config."""
+    layers: dict[str, set[tuple[str, tuple[int, ...]]]] = {}
+    for name, shape in shapes.items():
+        if (found := _IN_A_BLOCK.fullmatch(name)) is not None:
+            layers.setdefault(found[1], set()).add((found[2], tuple(shape)))
+    # The numbers come last: so many layers as there are can be counted.
+    if len(layers) != model.num_layers or any(str(layer) not in layers for layer in range(model.num_layers)):
+        return f"model.num_layers is {shown(model.num_layers)}, but there are weights of {len(layers)} layers"
+    differing = next((layer for layer, form in layers.items() if form != layers["0"]), None)
+    return None if differing is None else f"layer {differing} has other weights than layer 0"
+
+
+def _shapes_of(model: ModelSection) -> Iterator[tuple[dict[str, object], tuple[int, ...]]]:
+    """Keys, and the shape of a weight that they make. Together they bound every width: D, V, N heads times head size, F, rank, taps."""
+    D, N, F, rank = model.d_model, model.attention_width, model.feed_forward_width, model.low_rank_rank
+    widths = {"model.num_heads": model.num_heads, "model.head_size": model.head_width}
+    yield {"model.vocab_size": model.vocab_size, "model.d_model": D}, (model.vocab_size, D)
+    yield widths | ({"model.low_rank_rank": rank} if rank else {}), (N, rank or D)
+    if rank:
+        yield {"model.low_rank_rank": rank}, (rank, D)
+    yield {"model.ffn_size": F}, (F, rank if rank and model.ffn == "low_rank_swiglu" else D)
+    if model.convolution_taps > 1:
+        yield {"model.convolution_size": model.convolution_taps}, (3, N, model.convolution_taps)

@@ -1,0 +1,32 @@
+"""Opens whatever directory holds a model: a checkpoint, a run, consolidated weights, or a Llama of Hugging Face's transformers.
+
+What it is of is in `metadata["config"]` in every case, its tokenizer an attachment; only a checkpoint has an optimizer and a position.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from phase8.checkpoint.consolidated_source import is_consolidated, open_consolidated
+from phase8.checkpoint.layout import WEIGHTS_CONFIG_NAME, holds_weights_only
+from phase8.checkpoint.llama_source import open_llama
+from phase8.checkpoint.load import Checkpoint, find_checkpoint, open_checkpoint
+from phase8.checkpoint.weight_files import read_object, regular
+
+
+def open_model(directory: Path) -> Checkpoint:
+    """The model in a directory: of a run or a directory of checkpoints the newest, of weights without a manifest a `WeightFiles`.
+
+    Raises:
+        CheckpointError: There is none, it is damaged, or of a kind that cannot be read.
+    """
+    if not holds_weights_only(directory):
+        return open_checkpoint(find_checkpoint(directory))
+    config = read_object(regular(directory / WEIGHTS_CONFIG_NAME))
+    return open_consolidated(directory, config) if is_consolidated(config) else open_llama(directory)
+
+
+def tokenizer_of(checkpoint: Checkpoint) -> Path | None:
+    """The tokenizer that lies with a model, its bytes checked; None: there is none."""
+    name = next((name for name in checkpoint.manifest.attachments if name.startswith("tokenizer.")), None)
+    return None if name is None else checkpoint.attachment(name)

@@ -1,0 +1,235 @@
+"""What a training run records in a checkpoint beside tensors, read strictly: a right checksum does not say that a run wrote it.
+
+Types, ranges, and sizes against those of the tensors are checked here, before anything is built or changed.
+
+| not of this release | |
+|---|---|
+| a key that an earlier one did not write | has its default |
+| a key of `config` outside the model section | is left out: whatever it meant, it was about training |
+| a key of `config.model` or of `position` | is refused: without it weights or data would be read as something else |
+| a key of `data_fingerprint` | is kept, for it is compared with that of the data |
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any, NoReturn
+
+from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag, ValidationError
+
+from phase8.checkpoint.load import Checkpoint
+from phase8.checkpoint.model_sizes import sizes_problem
+from phase8.checkpoint.random_state import check_random_state
+from phase8.checkpoint.state import MODEL_PREFIX
+from phase8.checkpoint.untrusted import printable, shortened, shown
+from phase8.config.describe import iterate_keys
+from phase8.config.load import config_from_mapping, config_to_mapping
+from phase8.config.schema import DataSection, ModelSection, PrecisionSection
+from phase8.errors import CheckpointCorruptError, CheckpointError, ConfigError
+from phase8.precision.policy import COMPUTE_DTYPES
+
+OF_A_MODEL = ("config",)
+OF_A_RUN = ("config", "position", "data_fingerprint", "random_state")
+_MOST = 2**63 - 1
+_MOST_LOSSES = 1024
+_KEYS = {name for name, _ in iterate_keys()}
+_SECTIONS = {name.rpartition(".")[0] for name in _KEYS}
+
+Count = Annotated[int, Field(ge=0, le=_MOST)]
+PositiveCount = Annotated[int, Field(ge=1, le=_MOST)]
+Name = Annotated[str, Field(max_length=4096)]
+Weight = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+
+
+class _Record(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
+
+
+class StoredPosition(_Record):
+    """How far a run had come, the fields of `train.resume.Position`; those that earlier releases did not write have a default."""
+
+    step: Count
+    samples_consumed: Count
+    tokens_seen: Count
+    consecutive_skipped: Count = 0
+    total_skipped: Count = 0
+    recent_losses: Annotated[list[Annotated[float, Field(allow_inf_nan=False)]], Field(max_length=_MOST_LOSSES)] = []
+    rolled_back_to: Count | None = None
+    rollbacks_in_a_row: Count = 0
+
+
+class _Pair(_Record):
+    """A `.bin/.idx` pair, or some of its documents; what later releases say of it besides is compared, not read."""
+
+    model_config = ConfigDict(extra="allow")
+
+    name: Name
+    idx_sha256: Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
+    bin_bytes: Count
+    num_tokens: Count
+    documents: Annotated[list[Count], Field(min_length=2, max_length=2)] | None = None
+
+
+class _Source(_Pair):
+    """A data set of one pair."""
+
+    weight: Weight
+
+
+class _SourceOfPairs(_Record):
+    """A data set of several pairs."""
+
+    model_config = ConfigDict(extra="allow")
+
+    name: Name
+    weight: Weight
+    files: list[_Pair]
+
+
+_KINDS_OF_SOURCE = _ONE_PAIR, _SEVERAL_PAIRS = ("<one pair>", "<several pairs>")
+
+
+def _kind_of_source(value: Any) -> str:
+    return _SEVERAL_PAIRS if isinstance(value, dict) and "files" in value else _ONE_PAIR
+
+
+class _Fingerprint(_Record):
+    """As `data.fingerprint.data_fingerprint` writes it; of an imported model without sources."""
+
+    model_config = ConfigDict(extra="allow")
+
+    order_version: PositiveCount
+    sequence_length: PositiveCount
+    sources: list[
+        Annotated[Annotated[_Source, Tag(_ONE_PAIR)] | Annotated[_SourceOfPairs, Tag(_SEVERAL_PAIRS)], Discriminator(_kind_of_source)]
+    ]
+
+
+class _Metadata(_Record):
+    """The keys beside the config, of which an imported model may lack any; others are somebody else's."""
+
+    model_config = ConfigDict(extra="ignore")
+
+    position: StoredPosition | None = None
+    global_batch_size: PositiveCount | None = None
+    data_fingerprint: _Fingerprint | None = None
+    random_state: dict[str, Any] | None = None
+    torch_version: Annotated[str, Field(max_length=1000)] | None = None
+
+
+@dataclass(frozen=True)
+class RunMetadata:
+    """The metadata of a checkpoint; None: a key that it does not have.
+
+    Args:
+        config: Of the run that saved it, as plain JSON with all keys of today.
+        model: Its model section, which the tensors agree with.
+        precision: Its precision section.
+        data: Its data section.
+        position: How far it had come.
+        global_batch_size: Sequences of its last step.
+        data_fingerprint: Of its data, as plain JSON.
+        random_state: For `restore_random_state`.
+        torch_version: For the reader's information.
+    """
+
+    config: dict[str, Any]
+    model: ModelSection
+    precision: PrecisionSection
+    data: DataSection
+    position: StoredPosition | None
+    global_batch_size: int | None
+    data_fingerprint: dict[str, Any] | None
+    random_state: dict[str, Any] | None
+    torch_version: str | None
+
+
+def run_metadata(checkpoint: Checkpoint, *, needed: Sequence[str] = OF_A_MODEL) -> RunMetadata:
+    """The metadata of a checkpoint that a training run or an import has written.
+
+    Args:
+        checkpoint: Its manifest is intact; its metadata may say anything.
+        needed: Keys that must be there.
+
+    Raises:
+        CheckpointError: A key that is needed is not there.
+        CheckpointCorruptError: A value that no run records, or sizes that the tensors do not have.
+    """
+    found, path = checkpoint.metadata, checkpoint.path
+    missing = [key for key in ("config", *needed) if found.get(key) is None]
+    if missing:
+        raise CheckpointError(f"{path} holds no {missing[0]}, which a training run records; give a checkpoint written by launch/pretrain.py.")
+    if not isinstance(found["config"], dict):
+        _refuse(path, f"config is {shown(found['config'])}, but an object of sections is needed")
+    try:
+        config = config_from_mapping(_known_keys(found["config"]), source="config")
+    except ConfigError as error:
+        _refuse(path, error.problems[0].removesuffix("."))
+    if config.precision.dtype not in COMPUTE_DTYPES:
+        _refuse(path, f"config: precision.dtype is {config.precision.dtype}, but this release computes in {' or '.join(COMPUTE_DTYPES)}")
+    try:
+        metadata = _Metadata.model_validate(found)
+    except ValidationError as error:
+        first = error.errors(include_url=False, include_context=False)[0]
+        *places, name = (str(place) for place in first["loc"] if place not in _KINDS_OF_SOURCE)
+        if first["type"] == "missing":
+            _refuse(path, f"{'.'.join(places)} lacks {name}")
+        _refuse(path, f"{'.'.join([*places, name])} is {shown(first['input'])}: {first['msg']}")
+    if metadata.position is not None and (problem := _position_problem(metadata.position, checkpoint.step)) is not None:
+        _refuse(path, problem)
+    shapes = {
+        name.removeprefix(MODEL_PREFIX): checkpoint.entry(name).shape for name in checkpoint.tensor_names if name.startswith(MODEL_PREFIX)
+    }
+    if (problem := sizes_problem(config.model, shapes)) is not None:
+        _refuse(path, f"its config does not fit its tensors: {problem}")
+    if metadata.random_state is not None:
+        try:
+            check_random_state(metadata.random_state)
+        except CheckpointCorruptError as error:
+            raise CheckpointCorruptError(f"{path}: {error}") from error
+    return RunMetadata(
+        config=config_to_mapping(config),
+        model=config.model,
+        precision=config.precision,
+        data=config.data,
+        position=metadata.position,
+        global_batch_size=metadata.global_batch_size,
+        data_fingerprint=found.get("data_fingerprint"),
+        random_state=metadata.random_state,
+        torch_version=metadata.torch_version,
+    )
+
+
+def _known_keys(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """A stored config without the keys that this release does not know, except in the model section."""
+    result = {}
+    for key, value in tree.items():
+        name = prefix + key
+        if name in _SECTIONS and name != "model" and isinstance(value, dict):
+            result[key] = _known_keys(value, f"{name}.")
+        elif "." not in key and (name in _KEYS or name in _SECTIONS):
+            result[key] = value
+    return result
+
+
+def _position_problem(position: StoredPosition, step: int) -> str | None:
+    """What no run can have counted.
+
+    Every step reads a sequence at least, and a rollback leaves samples out, so tokens say nothing of samples.
+    """
+    if position.step != step:
+        return f"position.step is {position.step}, but the checkpoint is of step {step}"
+    for name, value in (("samples_consumed", position.samples_consumed), ("tokens_seen", position.tokens_seen)):
+        if value < position.step:
+            return f"position.{name} is {value}, but each of {position.step} steps reads at least one"
+    if position.consecutive_skipped > position.total_skipped:
+        return f"position.consecutive_skipped is {position.consecutive_skipped}, but position.total_skipped is {position.total_skipped}"
+    if position.rolled_back_to is not None and position.rolled_back_to > position.step:
+        return f"position.rolled_back_to is {position.rolled_back_to}, but the checkpoint is of step {position.step}"
+    return None
+
+
+def _refuse(path: Path, problem: str) -> NoReturn:
+    raise CheckpointCorruptError(f"{path}: its metadata cannot be used: {printable(shortened(problem))}; use another checkpoint")

@@ -1,0 +1,207 @@
+"""What a preparation reads: which files the inputs name, what identifies each, and what of a directory is left out."""
+
+from __future__ import annotations
+
+import os
+import stat
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import NamedTuple
+
+from phase8.data.compression import COMPRESSED_SUFFIXES
+from phase8.data.content import WHOLE_BYTES, content_digest
+from phase8.data.optional_packages import import_parquet, import_zstandard
+from phase8.errors import DataError
+from phase8.paths import why_unreadable
+
+# A file named outright is read whatever its suffix; these are what is taken from a directory.
+_PROSE = {".txt", ".text", ".md", ".markdown", ".rst", ".tex", ".org", ".adoc"}
+_C_FAMILY = {".c", ".h", ".cc", ".cpp", ".cxx", ".hpp", ".hh", ".cu", ".cuh", ".m", ".cs", ".java", ".go", ".rs", ".swift", ".scala", ".kt"}
+_SCRIPTS = {".py", ".pyi", ".js", ".jsx", ".mjs", ".ts", ".tsx", ".rb", ".php", ".pl", ".pm", ".lua", ".r", ".jl", ".sh", ".bash", ".sql"}
+_OTHER_CODE = {".hs", ".ml", ".mli", ".erl", ".ex", ".exs", ".clj", ".lisp", ".el", ".f", ".f90", ".proto", ".cmake"}
+TEXT_SUFFIXES = frozenset(_PROSE | _C_FAMILY | _SCRIPTS | _OTHER_CODE)
+JSON_LINES_SUFFIXES = frozenset({".jsonl", ".ndjson", ".jsonlines"})
+_MAX_NAMED_SUFFIXES = 10
+
+
+@dataclass(frozen=True)
+class Source:
+    """An input file as it was found; a change of any field means its documents are read again.
+
+    Attributes:
+        path: Absolute, under the name that the user gave: the target of a symbolic link may be called anything.
+        size_bytes: Its size.
+        digest: `content_digest` of it.
+        changed_ns: When the inode last changed, which nobody can set back; None where the digest covers every byte.
+    """
+
+    path: str
+    size_bytes: int
+    digest: str
+    changed_ns: int | None = None
+
+    @property
+    def is_compressed(self) -> bool:
+        """Whether it is compressed by gzip or zstd, by its name."""
+        return self.path.endswith(COMPRESSED_SUFFIXES)
+
+    @property
+    def is_json_lines(self) -> bool:
+        """Whether it holds a document per line, by its name (`.json` too, as Megatron's users call such files)."""
+        return _suffix_of_content(Path(self.path)) in JSON_LINES_SUFFIXES | {".json"}
+
+    @property
+    def is_parquet(self) -> bool:
+        """Whether it holds a document per row, by its name."""
+        return Path(self.path).suffix.lower() == ".parquet"
+
+
+@dataclass(frozen=True)
+class Span:
+    """The part of a source whose documents begin in bytes [start, end)."""
+
+    source: Source
+    start: int
+    end: int
+
+
+class Document(NamedTuple):
+    """A text, and how many bytes of its source it took (of a compressed source, compressed ones): the unit of progress."""
+
+    text: str
+    source_bytes: int
+
+
+OnInvalid = Callable[[DataError], None]
+
+
+@dataclass
+class LeftOut:
+    """What directories hold and is not read.
+
+    Attributes:
+        num_by_suffix: Files whose suffix is of no format that is read.
+        dangling_links: Symbolic links to what does not exist.
+    """
+
+    num_by_suffix: Counter[str] = field(default_factory=Counter)
+    dangling_links: list[str] = field(default_factory=list)
+
+
+def find_sources(inputs: Iterable[str | Path]) -> tuple[list[Source], LeftOut]:
+    """The files to read, each once, in order: inputs as given, directories by path (hidden names and Python caches left out).
+
+    Symbolic links are followed; a directory that is reached in several ways is read once, and so is a file.
+
+    Raises:
+        DataError: An input is missing or cannot be read, its format needs a package that is not installed, or a directory holds nothing to read.
+    """
+    sources: dict[str, Source] = {}
+    left_out = LeftOut()
+    for name in map(Path, inputs):
+        for path in _files_of_directory(name, left_out) if name.is_dir() else [name]:
+            identity = os.path.realpath(path)
+            if identity not in sources:
+                sources[identity] = find_source(path)
+                _check_package(sources[identity])
+    return list(sources.values()), left_out
+
+
+def find_source(path: Path) -> Source:
+    """One file as it is now.
+
+    Raises:
+        DataError: It is missing, cannot be read, or is no regular file.
+    """
+    try:
+        found = path.stat()
+        name = str(path.parent.resolve() / path.name)
+    except OSError as error:
+        raise DataError(f"cannot read the input {path}: {why_unreadable(path, error)}; give existing, readable files or directories") from error
+    if not stat.S_ISREG(found.st_mode):
+        raise DataError(f"the input {path} is not a regular file, so an interrupted run could not go on with it; store it in a file first")
+    return Source(name, found.st_size, content_digest(path), found.st_ctime_ns if found.st_size > WHOLE_BYTES else None)
+
+
+def check_unchanged(sources: Iterable[Source]) -> None:
+    """Makes sure that the files are still those that were found.
+
+    Raises:
+        DataError: One was changed, or cannot be read any more.
+    """
+    for source in sources:
+        if find_source(Path(source.path)) != source:
+            raise DataError(f"the input {source.path} was changed while it was being read; run again when nothing writes to it")
+
+
+def describe_suffixes(num_by_suffix: dict[str, int]) -> str:
+    """Counts of files by suffix as words, the most frequent first."""
+    ordered = sorted(num_by_suffix.items(), key=lambda item: (-item[1], item[0]))
+    words = [f"{suffix if suffix.isprintable() else ascii(suffix)}: {number:,}" for suffix, number in ordered[:_MAX_NAMED_SUFFIXES]]
+    rest = ordered[_MAX_NAMED_SUFFIXES:]
+    return ", ".join([*words, *([f"{len(rest):,} other suffixes: {sum(number for _, number in rest):,}"] if rest else [])])
+
+
+def _files_of_directory(directory: Path, left_out: LeftOut) -> Iterator[Path]:
+    """The files of a directory in a format that is read, by path; the others are counted."""
+    passed_over: Counter[str] = Counter()
+    found = sorted(_files_below(directory), key=lambda path: path.relative_to(directory).as_posix())
+    is_empty = True
+    for path in found:
+        if path.is_symlink() and not path.exists():
+            left_out.dangling_links.append(str(path))
+        elif not _is_read(path):
+            passed_over[path.suffix.lower() or "without a suffix"] += 1
+        else:
+            is_empty = False
+            yield path
+    if is_empty:
+        instead = f", only {describe_suffixes(passed_over)}" if passed_over else ""
+        raise DataError(
+            f"the directory {directory} holds no text, source code, .jsonl or .parquet file{instead}; name the files themselves to read "
+            "other suffixes"
+        )
+    left_out.num_by_suffix.update(passed_over)
+
+
+def _files_below(root: Path) -> Iterator[Path]:
+    """Every file below a directory, links followed, every directory once: under its own name before the names that links give it."""
+
+    def refuse(error: OSError) -> None:
+        raise DataError(f"cannot read the input {error.filename}: {error.strerror}; make it readable or leave it out") from error
+
+    visited: set[tuple[int, int]] = set()
+    linked = [str(root)]
+    while linked:
+        begins, linked = sorted(linked), []
+        for directory, subdirectories, files in (entry for begin in begins for entry in os.walk(begin, onerror=refuse)):
+            found = os.stat(directory)
+            if (found.st_dev, found.st_ino) in visited:
+                subdirectories.clear()
+                continue
+            visited.add((found.st_dev, found.st_ino))
+            subdirectories[:] = [name for name in subdirectories if not name.startswith(".") and name != "__pycache__"]
+            paths = [os.path.join(directory, name) for name in subdirectories]
+            linked += filter(os.path.islink, paths)  # os.walk lists these and does not enter them
+            yield from (Path(directory, name) for name in files if not name.startswith("."))
+
+
+def _suffix_of_content(path: Path) -> str:
+    name = path.name
+    for suffix in COMPRESSED_SUFFIXES:
+        name = name.removesuffix(suffix)
+    return Path(name).suffix.lower()
+
+
+def _is_read(path: Path) -> bool:
+    return _suffix_of_content(path) in TEXT_SUFFIXES | JSON_LINES_SUFFIXES or path.suffix.lower() == ".parquet"
+
+
+def _check_package(source: Source) -> None:
+    """A package that is not installed is better missed now than after hours of work."""
+    if source.is_parquet:
+        import_parquet(source.path)
+    elif source.path.endswith(".zst"):
+        import_zstandard(source.path)

@@ -1,0 +1,117 @@
+"""Documents of JSON lines: a line is an object that holds a text under a key."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from collections.abc import Callable, Iterator
+from typing import Any, BinaryIO
+
+from phase8.data.input_files import Document, OnInvalid, Span
+from phase8.data.utf8 import BYTE_ORDER_MARK, encoded_pieces
+from phase8.errors import DataError
+
+_MAX_NAMED_KEYS = 20
+_SKIPPED_BYTES = 1 << 20
+
+Report = Callable[[str], None]
+
+
+class _ObjectWithRepeats(dict[str, Any]):
+    """A JSON object in which keys occur more than once."""
+
+    repeated: set[str]
+
+
+def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) == len(pairs):
+        return found
+    with_repeats = _ObjectWithRepeats(found)
+    with_repeats.repeated = {key for key, number in Counter(key for key, _ in pairs).items() if number > 1}
+    return with_repeats
+
+
+_DECODER = json.JSONDecoder(object_pairs_hook=_object)
+
+
+def read_json_lines(file: BinaryIO, stored: BinaryIO, span: Span, *, json_key: str, on_invalid: OnInvalid) -> Iterator[Document]:
+    """The texts of the lines that begin in a span, exactly as stored. Of a long line no form is kept longer than the next one needs it.
+
+    Args:
+        file: The content.
+        stored: The file itself, which is `file` where it is not compressed.
+        span: What to read.
+        json_key: Where an object holds its text.
+        on_invalid: Called with an error naming file and line for every line that is not a document; it raises to stop there.
+    """
+    if span.start:
+        file.seek(span.start - 1)
+        _skip_line(file, span.end)
+    first = position = stored.tell()
+    num_lines = 0
+
+    def report(problem: str) -> None:
+        number = _num_lines(span.source.path, first) + num_lines
+        on_invalid(DataError(f"{span.source.path}, line {number}: {problem}"))
+
+    while (position < span.end or span.source.is_compressed) and (line := file.readline()):
+        num_lines += 1
+        begin, position = position, stored.tell()
+        if line.isspace():
+            continue
+        record = _decoded(line, report)
+        del line
+        text = None if record is None else _text_of_record(record, json_key, report)
+        del record
+        if text is not None:
+            yield Document(text, position - begin)
+            del text
+
+
+def _skip_line(file: BinaryIO, end: int) -> None:
+    """Goes to the end of the line, or past `end`: a line may be longer than many spans."""
+    while (part := file.readline(_SKIPPED_BYTES)) and not part.endswith(b"\n") and file.tell() < end:
+        pass
+
+
+def _decoded(line: bytes, report: Report) -> str | None:
+    try:
+        return line.removeprefix(BYTE_ORDER_MARK).decode("utf-8")
+    except UnicodeDecodeError as error:
+        return report(f"byte {error.start} is 0x{error.object[error.start]:02x}, which is not UTF-8; convert the file")
+
+
+def _text_of_record(record: str, json_key: str, report: Report) -> str | None:
+    """The document of a line, or None after `report` was told what is wrong with it."""
+    try:
+        found = _DECODER.decode(record)
+    except (ValueError, RecursionError) as error:
+        return report(f"not JSON ({error}); every line must be one object with the text under {json_key!r}")
+    if not isinstance(found, dict):
+        return report(f"found {type(found).__name__}, without the key {json_key!r}; name the key of the text with --json-key")
+    if json_key not in found:
+        keys = [*map(repr, list(found)[:_MAX_NAMED_KEYS]), *(["..."] if len(found) > _MAX_NAMED_KEYS else [])]
+        names = ", ".join(keys) or "(none)"
+        return report(f"found an object with the keys {names}, without the key {json_key!r}; name the key of the text with --json-key")
+    if isinstance(found, _ObjectWithRepeats) and json_key in found.repeated:
+        return report(f"the key {json_key!r} occurs more than once, so which of its values is the document is not known; keep one of them")
+    text = found[json_key]
+    if not isinstance(text, str):
+        return report(f"{json_key!r} holds {type(text).__name__}, not a string; name the key of the text with --json-key")
+    try:
+        for _ in encoded_pieces(text):
+            pass
+    except UnicodeEncodeError as error:
+        return report(f"{json_key!r} holds the lone surrogate {error.object[error.start]!a}, which is not Unicode text; remove it")
+    return text
+
+
+def _num_lines(path: str, end: int) -> int:
+    """Lines that end in the first `end` bytes of a file."""
+    total, remaining = 0, end
+    with open(path, "rb") as file:
+        while chunk := file.read(min(remaining, 1 << 20)):
+            total += chunk.count(b"\n")
+            remaining -= len(chunk)
+    return total

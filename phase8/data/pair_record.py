@@ -1,0 +1,90 @@
+"""What the writer of a `.bin/.idx` pair knows about its tokens, kept beside the pair as `<prefix>.meta.json`.
+
+Finding it out again would take reading every token. The record is believed only where size and digest of `.bin` are those that it names:
+other programs may have written the pair anew and left the record.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import numpy as np
+
+from phase8.data.staging import read_json
+
+VERSION = 1
+
+
+@dataclass(frozen=True, kw_only=True)
+class PairRecord:
+    """A record.
+
+    Attributes:
+        bin_bytes: Size of `.bin`.
+        bin_sha256: Hash of all of it.
+        content: `content_digest` of it, which tells at every start whether the record still belongs to it.
+        smallest_id: Smallest token id; None where there is no token.
+        largest_id: Largest token id; None where there is no token.
+    """
+
+    bin_bytes: int
+    bin_sha256: str
+    content: str
+    smallest_id: int | None
+    largest_id: int | None
+
+    def to_json(self) -> bytes:
+        """The file that `read_record` reads."""
+        return json.dumps({"version": VERSION, **asdict(self)}, indent=1, sort_keys=True).encode() + b"\n"
+
+
+class TokenTally:
+    """Hash, size and range of all tokens of a `.bin` while it is written."""
+
+    def __init__(self) -> None:
+        self._hash = hashlib.sha256()
+        self._num_bytes = 0
+        self._range: tuple[int, int] | None = None
+
+    def add(self, tokens: np.ndarray) -> None:
+        """Counts in what is written next."""
+        self._hash.update(tokens.data)
+        self._num_bytes += tokens.nbytes
+        if tokens.size:
+            found = int(tokens.min()), int(tokens.max())
+            self._range = found if self._range is None else joined_range(self._range, found)
+
+    def record(self, content: str) -> PairRecord:
+        """The record of a `.bin` of these tokens, whose `content_digest` is `content`."""
+        smallest, largest = (None, None) if self._range is None else self._range
+        return PairRecord(
+            bin_bytes=self._num_bytes, bin_sha256=self._hash.hexdigest(), content=content, smallest_id=smallest, largest_id=largest
+        )
+
+
+def joined_range(a: tuple[int, int], b: tuple[int, int]) -> tuple[int, int]:
+    """The smallest range that holds two."""
+    return min(a[0], b[0]), max(a[1], b[1])
+
+
+def record_path(prefix: str | Path) -> Path:
+    """Where the record of a pair is."""
+    return Path(f"{prefix}.meta.json")
+
+
+def read_record(prefix: str | Path, *, bin_bytes: int, content: str) -> PairRecord | None:
+    """The record of a pair whose `.bin` has this size and digest; None where there is none, or that of another `.bin`.
+
+    Raises:
+        DataError: It cannot be read.
+    """
+    tree = read_json(record_path(prefix))
+    if not isinstance(tree, dict) or tree.pop("version", None) != VERSION or tree.keys() != PairRecord.__dataclass_fields__.keys():
+        return None
+    ids, digests = [tree["smallest_id"], tree["largest_id"]], [tree["bin_sha256"], tree["content"]]
+    is_record = all(type(number) is int for number in ids) or ids == [None, None]
+    is_record &= all(isinstance(digest, str) for digest in digests)
+    return PairRecord(**tree) if is_record and (tree["bin_bytes"], tree["content"]) == (bin_bytes, content) else None

@@ -1,0 +1,71 @@
+"""Tokens read from a file by position, a piece at a time.
+
+No file is memory-mapped: one that shrinks under a map (truncated, or copied over) ends its reader by a signal, with nothing saved.
+Here it is an error like any other.
+"""
+
+from __future__ import annotations
+
+import os
+import stat
+import weakref
+from pathlib import Path
+
+import numpy as np
+
+from phase8.errors import DataError
+
+
+class TokenFile:
+    """A file of tokens, held open: one that another replaces under its name is read on as it was.
+
+    Threads and forked processes may read it at the same time, for every read names its position.
+
+    Attributes:
+        num_bytes: Size when it was opened.
+
+    Raises:
+        DataError: It is no regular file.
+        OSError: It cannot be opened.
+    """
+
+    def __init__(self, path: Path):
+        self.path = path
+        self._descriptor = open_regular_file(path)
+        weakref.finalize(self, os.close, self._descriptor).atexit = False  # threads may still read while Python ends
+        self.num_bytes = os.fstat(self._descriptor).st_size
+
+    def read(self, start: int, count: int, dtype: np.dtype) -> np.ndarray:
+        """`count` tokens of a type from token `start` on, read-only.
+
+        Raises:
+            DataError: The file has become shorter, or cannot be read.
+        """
+        offset, remaining, pieces = int(start) * dtype.itemsize, int(count) * dtype.itemsize, []
+        while remaining:
+            try:
+                piece = os.pread(self._descriptor, remaining, offset)
+            except OSError as error:
+                raise DataError(f"cannot read {self.path} from byte {offset} on: {error.strerror}; copy the data again") from error
+            if not piece:
+                raise DataError(
+                    f"{self.path} is shorter than when it was opened: it held {self.num_bytes} bytes and ends before byte {offset + 1} now; "
+                    "write or copy the data again"
+                )
+            pieces.append(piece)
+            offset, remaining = offset + len(piece), remaining - len(piece)
+        return np.frombuffer(pieces[0] if len(pieces) == 1 else b"".join(pieces), dtype=dtype)
+
+
+def open_regular_file(path: Path) -> int:
+    """A descriptor for reading. A pipe is refused, where opening one would wait for a writer.
+
+    Raises:
+        DataError: It is no regular file.
+        OSError: It cannot be opened.
+    """
+    descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+    if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+        os.close(descriptor)
+        raise DataError(f"{path} is not a regular file; give the path of the pair without .bin / .idx")
+    return descriptor

@@ -1,0 +1,66 @@
+"""A file of TensorBoard events.
+
+TensorBoard's own writer hands events to a thread, which ends with a traceback when the disk is full and makes every later call raise or
+wait. Here an event reaches the operating system at once, whole or not at all, in the call that records it.
+"""
+
+from __future__ import annotations
+
+import os
+import socket
+import time
+from collections.abc import Mapping
+from io import FileIO
+from pathlib import Path
+
+from tensorboard.compat.proto.event_pb2 import Event, SessionLog
+from tensorboard.compat.proto.summary_pb2 import Summary
+from tensorboard.summary.writer.record_writer import RecordWriter
+
+from phase8.durable import append_whole
+
+_VERSION = "brain.Event:2"
+
+
+class EventFile:
+    """An event file that is being written.
+
+    Args:
+        directory: Where it is made; missing directories are made, too.
+        first_step: Events of this and later steps in older files of the directory are hidden from the curves.
+
+    Raises:
+        OSError: It cannot be written.
+    """
+
+    def __init__(self, directory: Path, *, first_step: int):
+        directory.mkdir(parents=True, exist_ok=True)
+        name = f"events.out.tfevents.{int(time.time()):010d}.{socket.gethostname()}.{os.getpid()}.{time.monotonic_ns()}"
+        self._file = FileIO(directory / name, "xb")
+        self._records = RecordWriter(self)
+        self._add(Event(file_version=_VERSION))
+        self._add(Event(step=first_step, session_log=SessionLog(status=SessionLog.START)))
+
+    def add_scalars(self, step: int, values: Mapping[str, float]) -> None:
+        """Records figures of a step.
+
+        Args:
+            step: Its number.
+            values: Tag -> figure.
+
+        Raises:
+            OSError: The file cannot be written; it holds whole events only.
+        """
+        self._add(Event(step=step, summary=Summary(value=[Summary.Value(tag=tag, simple_value=value) for tag, value in values.items()])))
+
+    def write(self, record: bytes) -> None:
+        """Appends what `RecordWriter` has made of an event."""
+        append_whole(self._file, record)
+
+    def close(self) -> None:
+        """Closes the file; nothing is left to be written."""
+        self._file.close()
+
+    def _add(self, event: Event) -> None:
+        event.wall_time = time.time()
+        self._records.write(event.SerializeToString())

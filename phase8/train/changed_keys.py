@@ -1,0 +1,64 @@
+"""Config keys whose values are others than those of the checkpoint that a run goes on from: each is said and recorded, a line for a key."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from phase8.checkpoint.untrusted import shortened
+from phase8.config.describe import describe_value, iterate_keys
+from phase8.config.load import config_to_mapping
+from phase8.config.schema import RunConfig
+
+# They say where a run is kept, what it shows, when it saves and stops, and how its data are fetched: the same steps are taken.
+_WITHOUT_EFFECT = (
+    "run.", "observe.", "checkpoint.", "data.cache_dir", "data.num_workers", "data.prefetch_factor", "data.persistent_workers", "data.pin_memory",
+    "data.allow_fingerprint_change", "parallel.timeout_seconds", "train.stop_at_step",
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class ChangedKey:
+    """A key and its two values, as JSON has them."""
+
+    name: str
+    old: Any
+    new: Any
+
+    def __str__(self) -> str:
+        return f"{self.name}: {_in_words(self.old)} -> {_in_words(self.new)}"
+
+    @property
+    def record(self) -> dict[str, str | int | float | None]:
+        """Fields of the event in the record of the run."""
+        return {"key": self.name, "old": _scalar(self.old), "new": _scalar(self.new)}
+
+
+def changed_keys(saved: Mapping[str, Any], config: RunConfig) -> list[ChangedKey]:
+    """What has changed since a config was saved, in the order of the schema.
+
+    Args:
+        saved: The config of a checkpoint; a key that its revision did not know had today's default.
+        config: That of the run.
+    """
+    default, current = config_to_mapping(RunConfig()), config_to_mapping(config)
+    pairs = ((name, _value(saved, name, _value(default, name, None)), _value(current, name, None)) for name, _ in iterate_keys())
+    return [ChangedKey(name, old, new) for name, old, new in pairs if old != new and not name.startswith(_WITHOUT_EFFECT)]
+
+
+def _value(tree: Mapping[str, Any], name: str, default: Any) -> Any:
+    node: Any = tree
+    for part in name.split("."):
+        if not isinstance(node, Mapping) or part not in node:
+            return default
+        node = node[part]
+    return node
+
+
+def _in_words(value: Any) -> str:
+    return shortened(describe_value(value))
+
+
+def _scalar(value: Any) -> str | int | float | None:
+    return value if value is None or isinstance(value, str | int | float) else _in_words(value)

@@ -1,0 +1,129 @@
+"""The first weights of a new run taken from another model (`checkpoint.initialise_from`): step 0, with data, schedule and optimizer of its own."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from phase8.checkpoint.load import Checkpoint, list_checkpoints
+from phase8.checkpoint.model_source import open_model, tokenizer_of
+from phase8.checkpoint.run_metadata import run_metadata
+from phase8.checkpoint.state import require_fit, restore_state
+from phase8.checkpoint.weight_files import WeightFiles
+from phase8.config.model_keys import FIRST_VALUES, model_differences
+from phase8.config.schema import ModelSection, RunConfig
+from phase8.data.content import content_digest
+from phase8.data.tokenizer import Tokenizer
+from phase8.errors import CheckpointError, CheckpointMismatchError
+from phase8.plan.dry_run import shapes_only
+from phase8.train.learner import Learner
+from phase8.train.restore import Restore, restore_together
+from phase8.train.run_directory import RunDirectory
+
+# Weights of other heads have the same shapes and are another model all the same.
+_OF_SHAPES = ("num_heads", "head_size")
+
+
+@dataclass(frozen=True)
+class Origin:
+    """Where the first weights of a run came from.
+
+    Args:
+        path: The directory.
+        step: Optimizer steps that they had seen; None: it does not say.
+        differences: What the run does with them that the model they come from did not, a sentence each.
+    """
+
+    path: Path
+    step: int | None
+    differences: tuple[str, ...]
+
+    def __str__(self) -> str:
+        return f"initialised from {self.path}" + ("" if self.step is None else f", step {self.step:,}")
+
+    @property
+    def fields(self) -> dict[str, str | int | None]:
+        """What the record of the run says of it."""
+        return {"source": str(self.path), "source_step": self.step, "message": "; ".join(self.differences) or None}
+
+
+def initialise_run(
+    config: RunConfig, learner: Learner, tokenizer: Tokenizer | None, *, directory: RunDirectory, resume: str, say: Callable[[str], None]
+) -> Origin | None:
+    """Gives a run that begins the weights that its config names, on all ranks; None: it names none, or the run goes on from a checkpoint.
+
+    Args:
+        config: Of the run.
+        learner: With its first weights; keeps them when this fails.
+        tokenizer: Of the run's data.
+        directory: Of the run; nothing is written there.
+        resume: As for `build_run`.
+        say: Shows a line.
+
+    Raises:
+        CheckpointError: There are no such weights, they are damaged, or do not fit the model.
+    """
+    source = config.checkpoint.initialise_from
+    if source is None:
+        return None
+
+    def choose(restore_all: Restore) -> Checkpoint | None:
+        if resume != "none" and (resume != "auto" or list_checkpoints(directory.checkpoints)):
+            say("checkpoint.initialise_from is left alone: the run goes on from a checkpoint")
+            return None
+        try:
+            checkpoint = open_model(Path(source))
+            restore_all(checkpoint)
+        except CheckpointError as error:
+            raise type(error)(f"checkpoint.initialise_from: {error}") from None
+        return checkpoint
+
+    differences: list[str] = []
+
+    def restore(checkpoint: Checkpoint) -> None:
+        _check_fit(checkpoint, config)
+        differences.extend(_model_sentences(_model_of(checkpoint), config.model))
+        differences.extend(_tokenizer_sentences(checkpoint, tokenizer))
+        restore_state(checkpoint, learner.stage.module, None, is_part=learner.mesh.pp.size > 1, widen=True)
+        learner.shards.read_again()
+
+    checkpoint = restore_together(choose, restore, is_first=learner.mesh.rank == 0, open_at=open_model)
+    if checkpoint is None:
+        return None
+    origin = Origin(checkpoint.path, None if isinstance(checkpoint, WeightFiles) else checkpoint.step, tuple(differences))
+    say("\n  ".join([str(origin), *differences]))
+    return origin
+
+
+def _check_fit(checkpoint: Checkpoint, config: RunConfig) -> None:
+    """Refuses weights of another model, the same on every rank, whatever part of them it needs.
+
+    Raises:
+        CheckpointMismatchError: Names, shapes or heads differ.
+    """
+    require_fit(checkpoint, shapes_only(config), widen=True)
+    different = model_differences(_model_of(checkpoint), config.model)
+    if heads := [f"model.{name} was {different[name][0]} and is {different[name][1]}" for name in _OF_SHAPES if name in different]:
+        raise CheckpointMismatchError(f"{checkpoint.path} is of another model: {', '.join(heads)}; use the config it was saved with")
+
+
+def _model_of(checkpoint: Checkpoint) -> ModelSection:
+    return run_metadata(checkpoint).model
+
+
+def _model_sentences(was: ModelSection, now: ModelSection) -> Iterator[str]:
+    for name, (before, after) in model_differences(was, now).items():
+        effect = ", without effect: it sets first values of weights, and those are read" if name in FIRST_VALUES else ""
+        yield f"model.{name} was {before} and is {after}{effect}"
+
+
+def _tokenizer_sentences(checkpoint: Checkpoint, tokenizer: Tokenizer | None) -> Iterator[str]:
+    """Whether the ids of the run's data may mean other text than those that the weights have learned."""
+    theirs = tokenizer_of(checkpoint)
+    if theirs is None:
+        return
+    if tokenizer is None:
+        yield f"{theirs} is the tokenizer of these weights, but the run has none: data.tokenizer is null"
+    elif content_digest(theirs) != content_digest(tokenizer.path):
+        yield f"{theirs} is the tokenizer of these weights, but that of the run, {tokenizer.path}, is another: an id may mean other text"

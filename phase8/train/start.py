@@ -1,0 +1,124 @@
+"""How a run starts: everything is decided and checked first; what is on the disk changes when nothing can refuse the start any more."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+
+from phase8.checkpoint.layout import step_of
+from phase8.checkpoint.load import Checkpoint, find_checkpoint, list_checkpoints, newest_good_checkpoint, open_checkpoint
+from phase8.config.schema import RunConfig
+from phase8.durable import staged_directory
+from phase8.observe.metrics import read_metrics
+from phase8.paths import real_path
+from phase8.train.restart import record_agents, recorded_agents
+from phase8.train.run_directory import RunDirectory, check_writable
+
+
+@dataclass(frozen=True)
+class Choice:
+    """The checkpoint that a run goes on from, and what has to make way for it.
+
+    Args:
+        checkpoint: None: the run starts from the beginning.
+        sets_run_aside: An earlier run of the same name gets another one.
+        later: Checkpoints of this run that it leaves by going on from an earlier one.
+    """
+
+    checkpoint: Checkpoint | None = None
+    sets_run_aside: bool = False
+    later: tuple[Path, ...] = ()
+
+    @property
+    def moves(self) -> bool:
+        """Something has to make way."""
+        return self.sets_run_aside or bool(self.later)
+
+
+def choose(asked: str, directory: RunDirectory, *, restore: Callable[[Checkpoint], None], on_message: Callable[[str], None]) -> Choice:
+    """Restores the checkpoint that `--resume` asks for; nothing is moved yet.
+
+    Args:
+        asked: `auto`, `none`, or a checkpoint directory.
+        directory: Of the run.
+        restore: Checks that a checkpoint belongs to this run and loads it.
+        on_message: Told of damaged checkpoints.
+
+    Raises:
+        CheckpointError: The named one, or every one there is, cannot be used.
+    """
+    if asked == "none":
+        return Choice(sets_run_aside=directory.exists())
+    if asked == "auto":
+        return Choice(
+            newest_good_checkpoint(
+                directory.checkpoints,
+                on_damaged=lambda path, error: on_message(f"checkpoint {path.name} is damaged and passed over: {error}"),
+                check=restore,
+            )
+        )
+    checkpoint = open_checkpoint(find_checkpoint(Path(asked)))
+    restore(checkpoint)
+    if not directory.owns(checkpoint.path):
+        return Choice(checkpoint, sets_run_aside=directory.exists())
+    later = [
+        path
+        for path in list_checkpoints(directory.checkpoints)
+        if (step_of(path.name) or 0) >= checkpoint.step and real_path(path) != real_path(checkpoint.path)
+    ]
+    return Choice(checkpoint, later=tuple(later))
+
+
+def check_place(choice: Choice, directory: RunDirectory, *, agents: Collection[str]) -> None:
+    """Refuses a run directory that cannot take what the run is going to write.
+
+    Raises:
+        StorageError: It cannot be written, or what the run would add to is damaged.
+    """
+    if choice.sets_run_aside:
+        return  # what lies beside the lock can be renamed
+    check_writable(directory.path, directory.checkpoints, *([directory.superseded] if choice.later else []))
+    if agents:
+        recorded_agents(directory)
+    if choice.checkpoint is not None and directory.metrics.exists():
+        read_metrics(directory.metrics)
+
+
+def make_way(
+    choice: Choice,
+    directory: RunDirectory,
+    config: RunConfig,
+    *,
+    attachments: dict[str, bytes],
+    agents: Collection[str],
+    on_message: Callable[[str], None],
+) -> None:
+    """Makes the run directory what the run needs, and moves out of its way what an earlier one has left.
+
+    What can fail comes first: nothing has been moved when a file cannot be written.
+
+    Args:
+        choice: From `choose`.
+        directory: Of the run, which `check_place` has seen.
+        config: Of the run.
+        attachments: Content of files that are kept in it.
+        agents: Those of torchrun that train it.
+        on_message: Told of what was moved.
+
+    Raises:
+        StorageError: Something cannot be written after all.
+    """
+    with ExitStack() as stack:
+        new = RunDirectory(stack.enter_context(staged_directory(real_path(directory.path)))) if choice.sets_run_aside else directory
+        new.create()
+        new.record(config)
+        for name, content in attachments.items():
+            new.keep(name, content)
+        record_agents(new, agents=agents)
+        if choice.sets_run_aside:
+            on_message(f"the earlier run of this name is now {directory.set_aside()}")
+    if choice.later:
+        directory.set_aside_checkpoints(choice.later)
+        on_message(f"{len(choice.later)} later checkpoints were moved to {directory.superseded}")

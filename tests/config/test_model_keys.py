@@ -1,0 +1,53 @@
+import pytest
+import torch
+
+from phase8.config.model_keys import keys_in_effect, model_differences
+from phase8.config.schema import ModelSection
+from phase8.model.model import build_model
+from phase8.model.parameters import initialise
+
+SMALL = {"d_model": 24, "num_layers": 2, "num_heads": 4, "vocab_size": 61, "sequence_length": 24, "local_window_size": 6}
+
+
+class ReadSection(ModelSection):
+    """A model section that writes down which of its keys are read."""
+
+    def __getattribute__(self, name):
+        if name in ModelSection.model_fields:
+            READ.add(name)
+        return super().__getattribute__(name)
+
+
+READ = set()
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [{}, {"score": "lorentz", "chain": "both"}, {"global_path": False}, {"block": "transformer"}, {"block": "transformer", "tie_embeddings": True}],
+)
+def test_the_keys_in_effect_are_those_that_the_model_reads(settings):
+    section = ReadSection(**SMALL, **settings)
+    READ.clear()
+    model = build_model(section, dtype=torch.float32, device=torch.device("cpu"))
+    initialise(model, seed=0)
+    model(torch.zeros(1, 5, dtype=torch.long))
+    assert keys_in_effect(ModelSection(**SMALL, **settings)).keys() == READ | {"sequence_length"}  # which the data have
+
+
+@pytest.mark.parametrize(
+    ("was", "now", "different"),
+    [
+        ({}, {}, {}),
+        ({}, {"rope_base": 5e5, "sequence_length": 48}, {"rope_base": (10000.0, 5e5), "sequence_length": (24, 48)}),
+        ({}, {"local_window_size": (6, 6)}, {}),
+        ({"local_window_size": (6, 4)}, {"local_window_size": (6, 4, 6)}, {}),
+        ({}, {"local_window_size": (6, 4)}, {"local_window_size": (6, [6, 4])}),
+        ({}, {"head_size": 6, "ffn_size": 64, "convolution_size": 4}, {}),
+        ({}, {"global_path": False, "chain": "both"}, {"global_path": (True, False)}),
+        ({"block": "transformer"}, {"block": "transformer", "local_window_size": 3, "score": "lorentz", "memory_tokens": (1.0, 2.0)}, {}),
+        ({"block": "transformer"}, {"convolution_size": 1}, {"block": ("transformer", "phase8")}),
+        ({"num_layers": 10_000}, {}, {"num_layers": (10_000, 2)}),
+    ],
+)
+def test_models_differ_by_what_both_read_and_not_by_how_it_is_written(was, now, different):
+    assert model_differences(ModelSection(**SMALL | was), ModelSection(**SMALL | now)) == different

@@ -1,0 +1,243 @@
+"""How a run starts: what belongs together is compared, what has changed is said, and a start that is refused leaves the run as it was."""
+
+import io
+import shutil
+import stat
+
+import pytest
+import torch
+from rich.console import Console
+from tiny_run import records, tiny_config, train_tiny, write_documents
+
+from phase8.checkpoint.load import list_checkpoints, open_checkpoint
+from phase8.config.load import config_from_mapping, config_to_mapping
+from phase8.data.tokenizer_training import train_sentencepiece
+from phase8.errors import CheckpointCorruptError, CheckpointError, CheckpointMismatchError, CommunicationError, ConfigError, DataError, StorageError
+from phase8.train import build
+from phase8.train.build import build_run
+from phase8.train.changed_keys import changed_keys
+from phase8.train.loop import train
+from phase8.train.run_directory import RunDirectory
+
+
+@pytest.fixture(scope="module")
+def trained(_tiny_data, tmp_path_factory):
+    """A directory with the run `k` of ten steps, saved after five and ten, with a longer run and with what may be swapped."""
+    directory = tmp_path_factory.mktemp("trained")
+    for name in ("first", "second"):
+        train_sentencepiece([f"def {name}(): pass\n"] * 50, directory / f"{name}.model", vocab_size=280)
+    write_documents(directory / "other_data", num_documents=200, seed=7)
+    config = directory / "tiny.yaml"
+    config.write_text(_tiny_data.read_text().replace(f"{_tiny_data.parent}/runs", f"{directory}/runs"))
+    settings = (f"data.tokenizer={directory}/first.model", "model.vocab_size=300")
+    train_tiny(config, *settings, "run.name=k", "train.stop_at_step=10")
+    train_tiny(config, *settings, "run.name=longer", "train.stop_at_step=12")
+    return directory
+
+
+@pytest.fixture
+def runs(trained, tmp_path):
+    """A copy of them, for one test."""
+    return shutil.copytree(trained / "runs", tmp_path / "runs")
+
+
+@pytest.fixture
+def start(trained, runs):
+    """Starts the run `k`, or another one."""
+
+    def start(*overrides, resume="auto", console=None, agents=()):
+        config = tiny_config(
+            trained / "tiny.yaml", "run.name=k", f"run.output_dir={runs}", f"data.tokenizer={trained}/first.model", "model.vocab_size=300", *overrides
+        )
+        return build_run(config, device=torch.device("cpu"), resume=resume, console=console or Console(quiet=True), agents=agents)
+
+    return start
+
+
+def tree(directory):
+    """Everything below a directory: kinds, permissions and contents."""
+    found = {}
+    for path in sorted(directory.rglob("*")):
+        mode = path.lstat().st_mode
+        found[str(path.relative_to(directory))] = (mode, path.read_bytes() if stat.S_ISREG(mode) else None)
+    return found
+
+
+def flip(path):
+    content = bytearray(path.read_bytes())
+    content[-5] ^= 1
+    path.write_bytes(content)
+
+
+def damage(runs, *steps):
+    for step in steps:
+        flip(next((runs / "k" / "checkpoints" / f"step-{step:010d}").glob("model-*.safetensors")))
+
+
+STEP_5 = "{runs}/k/checkpoints/step-0000000005"
+NO_BATCH = ("train.global_batch_size=null", "train.micro_batch_size=2", "parallel.num_microbatches=3")
+# Settings, `--resume`, the error and its sentence.
+REFUSED = {
+    "another model": (["model.num_layers=3"], "auto", CheckpointMismatchError, "model.num_layers was 2 and is 3"),
+    "other data": (["data.train={trained}/other_data"], "auto", CheckpointMismatchError, "trained on other data"),
+    "another seed": (["train.seed=1"], "auto", CheckpointMismatchError, "train.seed was 1234 and is 1"),
+    "boundaries": (
+        ["data.reset_at_document_boundaries=true"], "auto", CheckpointMismatchError, "data.reset_at_document_boundaries was false and is true",
+    ),
+    "another tokenizer": (
+        ["data.tokenizer={trained}/second.model"], "auto", CheckpointMismatchError,
+        r"its tokenizer is .*/step-0000000010/tokenizer.model, and data.tokenizer is of other content; .* data.allow_fingerprint_change=true",
+    ),
+    "another end of documents": (["data.eod_token=<|endoftext|>"], "auto", CheckpointMismatchError, "data.eod_token was null and is"),
+    "another batch": (NO_BATCH, "auto", CheckpointMismatchError, "was trained with 4 sequences a step"),
+    "fewer steps": (["train.num_steps=4"], "auto", ConfigError, "train.num_steps is 4, but the checkpoint is at step 10"),
+    "an earlier stop": (["train.stop_at_step=4"], "auto", ConfigError, "train.stop_at_step is 4, but the checkpoint is at step 10"),
+    "no data": (["data.train={trained}/missing"], "auto", DataError, "missing"),
+    "no data for a new start": (["data.train={trained}/missing"], "none", DataError, "missing"),
+    "no data for a new name": (["data.train={trained}/missing", "run.name=new"], "auto", DataError, "missing"),
+    "no tokenizer": (["data.tokenizer={trained}/missing.model"], "auto", DataError, "missing"),
+    "too small a vocabulary": (["model.vocab_size=100"], "auto", DataError, "model.vocab_size is 100"),
+    "keys at odds": (["train.micro_batch_size=3"], "auto", ConfigError, "micro_batch_size"),
+    "fewer steps than another run's": (["train.num_steps=4"], "{runs}/longer", ConfigError, "num_steps is 4, but the checkpoint is at step 12"),
+    "fewer steps than an earlier checkpoint": (["train.num_steps=4"], STEP_5, ConfigError, "num_steps is 4, but the checkpoint is at step 5"),
+    "an earlier checkpoint of another seed": (["train.seed=1"], STEP_5, CheckpointMismatchError, "train.seed was 1234"),
+    "another run of another model": (["model.num_layers=3"], "{runs}/longer", CheckpointMismatchError, "another model"),
+    "no such checkpoint": ([], "{runs}/nowhere", CheckpointError, "there is no checkpoint at"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_a_start_that_is_refused_leaves_everything_as_it_was(start, runs, trained, name):
+    overrides, resume, error, message = REFUSED[name]
+    before = tree(runs)
+    with pytest.raises(error, match=message) as caught:
+        start(*(override.format(trained=trained) for override in overrides), resume=resume.format(runs=runs))
+    assert "\n" not in str(caught.value) and tree(runs) == before
+
+
+def spoil_record(runs):
+    (runs / "k" / "metrics.jsonl").unlink()
+    (runs / "k" / "metrics.jsonl").mkdir()
+
+
+def make_a_file(directory):
+    shutil.rmtree(directory)
+    directory.touch()
+
+
+# What is wrong with the files, settings, `--resume`, the error.
+SPOILT = {
+    "the named checkpoint": (lambda runs: damage(runs, 5), [], STEP_5, CheckpointCorruptError),
+    "that of another run": (
+        lambda runs: flip(runs / "longer/checkpoints/step-0000000012/tokenizer.model"), [], "{runs}/longer", CheckpointCorruptError,
+    ),
+    "all checkpoints": (lambda runs: damage(runs, 5, 10), [], "auto", CheckpointCorruptError),
+    "the newest, and the one before is past the end": (lambda runs: damage(runs, 10), ["train.num_steps=4"], "auto", ConfigError),
+    "checkpoints are no directory": (lambda runs: make_a_file(runs / "k/checkpoints"), [], "auto", CheckpointError),
+    "superseded is no directory": (lambda runs: (runs / "k/superseded").touch(), [], STEP_5, StorageError),
+    "the run is no directory": (lambda runs: make_a_file(runs / "k"), [], "auto", CheckpointError),
+    "the parent is no directory": (lambda runs: (runs / "file").touch(), ["run.output_dir={runs}/file"], "auto", StorageError),
+    "the record of steps": (spoil_record, [], "auto", StorageError),
+    "the record of agents": (lambda runs: (runs / "k/launchers.json").write_text("{"), [], "auto", StorageError),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", SPOILT)
+def test_what_is_spoilt_is_found_before_anything_changes(start, runs, name):
+    spoil, overrides, resume, error = SPOILT[name]
+    spoil(runs)
+    before = tree(runs)
+    with pytest.raises(error):
+        start(*(override.format(runs=runs) for override in overrides), resume=resume.format(runs=runs), agents=["a"])
+    assert tree(runs) == before
+
+
+def refuse(*_, **__):
+    raise StorageError("no space left on device; free some space")
+
+
+@pytest.mark.parametrize("resume", ["none", "{runs}/longer", STEP_5])
+@pytest.mark.parametrize("obstacle", ["a rank that refuses", "a place that cannot be written", "a file that cannot be written"])
+def test_nothing_moves_before_everything_else_is_done(start, runs, monkeypatch, obstacle, resume):
+    if obstacle == "a rank that refuses":
+        monkeypatch.setattr(build, "gather_texts", lambda text: refuse())
+    elif obstacle == "a place that cannot be written":
+        monkeypatch.setattr(build, "check_place", refuse)
+    else:
+        monkeypatch.setattr(RunDirectory, "record", refuse)
+    before = tree(runs)
+    with pytest.raises((StorageError, CommunicationError)):
+        start(resume=resume.format(runs=runs))
+    assert tree(runs) == before
+
+
+def test_a_start_that_has_nothing_to_do_changes_nothing(start, runs):
+    before = tree(runs)
+    run = start("train.stop_at_step=10", "optim.learning_rate=3e-4")
+    assert run.is_complete
+    run.lock.close()
+    assert tree(runs) == before
+
+
+def test_what_makes_way_is_told(start, runs):
+    console = Console(file=io.StringIO(), width=500)
+    run = start(resume=str(runs / "longer"), console=console)
+    assert run.position.step == 12 and f"the earlier run of this name is now {runs / 'k.1'}\n" in console.file.getvalue()
+    assert sorted(path.name for path in runs.iterdir() if path.name != ".k.lock") == ["k", "k.1", "longer"]
+    assert [path.name for path in (runs / "k.1" / "checkpoints").iterdir()] and not list((runs / "k" / "checkpoints").iterdir())
+
+
+def attached(run):
+    return {open_checkpoint(path).step: list(open_checkpoint(path).manifest.attachments) for path in list_checkpoints(run.directory.checkpoints)}
+
+
+def test_a_tokenizer_of_the_same_content_may_have_another_name(start, trained, tmp_path):
+    assert start(f"data.tokenizer={shutil.copy(trained / 'first.model', tmp_path / 'renamed.model')}").position.step == 10
+
+
+def test_another_tokenizer_is_accepted_when_asked_for(start, trained, runs):
+    run = start(f"data.tokenizer={trained}/second.model", "data.allow_fingerprint_change=true")
+    assert run.position.step == 10 and (runs / "k" / "tokenizer.model").read_bytes() == (trained / "second.model").read_bytes()
+
+
+def test_the_tokenizer_of_a_checkpoint_stays_with_a_run_that_names_none(start, runs, trained):
+    run = start("data.tokenizer=null", "train.stop_at_step=12")
+    train(run, resume_command="")
+    assert attached(run)[12] == ["tokenizer.model"]
+    assert (runs / "k/checkpoints/step-0000000012/tokenizer.model").read_bytes() == (trained / "first.model").read_bytes()
+
+
+def test_keys_that_have_changed_are_said_and_recorded(start):
+    console = Console(file=io.StringIO(), width=500)
+    changes = ("optim.learning_rate=3e-4", "optim.betas=[0.9,0.99]", "train.global_batch_size=8", "data.num_workers=1", "observe.log_every_n_steps=7")
+    run = start(*changes, "train.num_steps=12", "data.num_workers=0", console=console)
+    lines = console.file.getvalue().splitlines()
+    first = next(number for number, line in enumerate(lines) if line.startswith("resumed from"))
+    assert lines[first + 1 : first + 5] == [
+        "  optim.learning_rate: 0.01 -> 0.0003", "  optim.betas: [0.9, 0.95] -> [0.9, 0.99]", "  train.global_batch_size: 4 -> 8",
+        "  train.num_steps: 20 -> 12",
+    ]  # fmt: skip
+    train(run, resume_command="")
+    events = [{key: value for key, value in record.items() if key != "event"} for record in records(run) if record.get("event") == "config_changed"]
+    assert events == [
+        {"step": 10, "key": "optim.learning_rate", "old": 0.01, "new": 0.0003},
+        {"step": 10, "key": "optim.betas", "old": "[0.9, 0.95]", "new": "[0.9, 0.99]"},
+        {"step": 10, "key": "train.global_batch_size", "old": 4, "new": 8},
+        {"step": 10, "key": "train.num_steps", "old": 20, "new": 12},
+    ]
+
+
+def test_a_key_that_an_earlier_revision_did_not_have_had_its_default(tiny):
+    config = tiny_config(tiny)
+    saved = config_to_mapping(config)
+    del saved["optim"]["eps"], saved["train"]["anomaly"], saved["zero"]
+    saved["train"]["removed_since"] = 3
+    assert changed_keys(saved, config) == []
+    changed = changed_keys(saved, tiny_config(tiny, "optim.eps=1e-6", "zero.stage=1", "run.name=x", "train.stop_at_step=3"))
+    assert [str(change) for change in changed] == ["zero.stage: 0 -> 1", "optim.eps: 1e-08 -> 1e-06"]
+
+
+def test_a_value_is_shown_shortly():
+    config = config_from_mapping({"data": {"train": [{"path": "x" * 50, "weight": 1}] * 1000}}, source="test")
+    (change,) = changed_keys({}, config)
+    assert len(str(change)) < 600
