@@ -2,9 +2,9 @@
 
 Exit codes: 0 finished, or stopped by Ctrl-C, SIGTERM, SIGHUP or SIGUSR1 after saving; 1 a bug; 2 config or command line;
 3 data or tokenizer; 4 checkpoint; 5 storage; 6 training diverged; 7 a rank hangs, is lost or cannot be reached; 8 copies of a weight differ
-between ranks; 130 interrupted before there was anything to save, or by a second Ctrl-C; 141 --dry-run alone: whoever read the output has
-gone (training goes on without its output). Under torchrun, which itself exits with 1, the code of the rank that failed first is in its
-summary.
+between ranks; 9 too little memory of the device or the host; 130 interrupted before there was anything to save, or by a second Ctrl-C;
+141 --dry-run alone: whoever read the output has gone (training goes on without its output). Under torchrun, which itself exits with 1, the
+code of the rank that failed first is in its summary.
 """
 
 from __future__ import annotations
@@ -56,9 +56,11 @@ def _train(arguments: argparse.Namespace, overrides: list[str]) -> None:
     from phase8.distributed.collectives import gather_texts
     from phase8.distributed.ending import one_voice
     from phase8.distributed.watch import Limits, running
+    from phase8.observe.banner import print_line
     from phase8.train.build import build_run
     from phase8.train.device import select_device, share_cores
     from phase8.train.loop import train
+    from phase8.train.memory_limits import retry_with_less_memory
     from phase8.train.restart import resume_after_restart
     from phase8.train.run_directory import run_directory
 
@@ -74,8 +76,11 @@ def _train(arguments: argparse.Namespace, overrides: list[str]) -> None:
         console = make_console(quiet=world.rank != 0)
         agents = {agent for agent in gather_texts(world.agent) if agent is not None}
         resume = resume_after_restart(arguments.resume, directory, agents=agents)
-        run = build_run(config, device=device, resume=resume, console=console, world_size=world.world_size, agents=agents)
-        train(run, resume_command=_resume_command(), report=lambda step, doing: watch.report(step=step, doing=doing))
+        def attempt(refused: list[dict[str, object]], resume: str) -> None:
+            run = build_run(config, device=device, resume=resume, console=console, world_size=world.world_size, agents=agents, refused=refused)
+            train(run, resume_command=_resume_command(), report=lambda step, doing: watch.report(step=step, doing=doing))
+
+        retry_with_less_memory(attempt, directory, resume=resume, is_alone=world.world_size == 1, say=lambda text: print_line(text, console))
 
 
 def _resume_command() -> str:

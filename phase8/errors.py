@@ -14,6 +14,7 @@ print it without a traceback and exit with the class's `exit_code`.
 | 6 | training diverged: too many non-finite steps in a row |
 | 7 | communication: a rank that hangs, is lost, or cannot be reached |
 | 8 | silent corruption: ranks whose copies of a weight differ |
+| 9 | memory: the device or the host has too little |
 | 130 | interrupted before there was anything to save, or by a second Ctrl-C |
 | 141 | whoever read the output has gone, and printing it was all there was to do |
 
@@ -22,7 +23,7 @@ print it without a traceback and exit with the class's `exit_code`.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 
 class Phase8Error(Exception):
@@ -101,6 +102,21 @@ class ReaderGoneError(Phase8Error):
     """Nobody reads what a tool was asked to print; the exit code is that of other programs then, which SIGPIPE ends."""
 
     exit_code = 141
+
+
+class OutOfMemoryError(Phase8Error):
+    """The run needs more memory than the device or the host has.
+
+    Args:
+        sentence: What is needed, what there is, and the nearest setting that fits.
+        values: The automatic settings that ran out; None: none were.
+    """
+
+    exit_code = 9
+
+    def __init__(self, sentence: str, values: Mapping[str, object] | None = None):
+        super().__init__(sentence)
+        self.values = values
 
 
 def describe_error(error: Phase8Error) -> str:

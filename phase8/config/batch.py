@@ -48,7 +48,8 @@ def batch_shape(train: TrainSection, parallel: ParallelSection, *, data_parallel
     Raises:
         ConfigError: The sizes disagree or do not divide.
     """
-    total, micro, count = train.global_batch_size, train.micro_batch_size, parallel.num_microbatches
+    total, count = train.global_batch_size, parallel.num_microbatches
+    micro = None if train.micro_batch_size == "auto" else train.micro_batch_size  # before it is chosen: the largest that there can be
     if total is None:
         if micro is None or count is None:
             raise ConfigError(

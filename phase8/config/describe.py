@@ -151,7 +151,7 @@ def _describe(annotation: Any, metadata: Sequence[Any]) -> str:
     if origin is Annotated:
         return _describe(arguments[0], [*arguments[1:], *metadata])
     if origin is Literal:
-        return "one of " + ", ".join(str(value) for value in arguments)
+        return "one of " + ", ".join(str(value) for value in arguments) if len(arguments) > 1 else str(arguments[0])
     if origin is tuple and arguments[1:] == (...,):
         (kind, _) = arguments
         is_section = isinstance(kind, type) and issubclass(kind, Section)

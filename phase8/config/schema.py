@@ -31,6 +31,8 @@ from phase8.config.values import (
     Width,
 )
 
+# The value of a setting that is chosen for the machine, see auto.py.
+Auto = Literal["auto"]
 # Projects whose .idx files share one layout and differ in their type codes.
 Dialect = Literal["megatron", "deepspeed", "gpt-neox", "nanotron"]
 
@@ -135,12 +137,12 @@ class DataSection(Section):
     cache_dir: PathText = key(".cache/phase8", "where the embedded corpus and the ids of other projects' data are kept")
     reset_at_document_boundaries: bool = key(False, "packed documents do not see each other: state, window and loss stop at the boundary")
     allow_fingerprint_change: bool = key(False, "resume although data, their order or the tokenizer are not those of the checkpoint")
-    num_workers: ProcessCount = key(0, "loader processes; 0: load in the training process, where the next two keys have no effect")
+    num_workers: ProcessCount | Auto = key("auto", "loader processes; 0: load in the training process, where the next two keys have no effect")
     split: Text | None = key(None, "shares of the documents of data.train for training, validation and neither, as 969,30,1; null: all for training")
     ignore_sequence_modes: bool = key(False, "train on pairs with a mode per sequence (multimodal data) as plain text")
     prefetch_factor: PositiveInt = key(2, "microbatches each worker prepares ahead")
     persistent_workers: bool = key(True, "keep the workers of evaluations alive between them")
-    pin_memory: bool = key(False, "page-locked host memory for faster copies to the GPU; no effect on the CPU")
+    pin_memory: bool | Auto = key("auto", "page-locked host memory for faster copies to the GPU; no effect on the CPU")
 
 
 class ParallelSection(Section):
@@ -202,7 +204,7 @@ class OptimSection(Section):
 class CompileSection(Section):
     """torch.compile of each block."""
 
-    enabled: bool = key(False, "compile the blocks")
+    enabled: bool | Auto = key("auto", "compile the blocks")
     mode: Literal["default", "max-autotune"] = key("default", "torch.compile mode; CUDA graphs: train.cuda_graphs")
     fullgraph: bool = key(False, "fail on a graph break instead of splitting the graph")
 
@@ -223,15 +225,24 @@ class TrainSection(Section):
     """Length of the run, batch, seed and what is recomputed."""
 
     global_batch_size: SequenceCount | None = key(32, "sequences per optimizer step; null: from the other two and the data-parallel size")
-    micro_batch_size: SequenceCount | None = key(None, "sequences per forward; null: from num_microbatches, else global_batch_size")
+    tuning: Literal["measure", "plan", "off"] = key(
+        "measure",
+        "how settings that are auto are chosen: by a few real steps of the best that fit, by the plan alone, or not at all (nothing recomputed, "
+        "compiled or recorded)",
+    )
+    device_memory_gib: PositiveFloat | None = key(None, "memory of each GPU that the run may take, in GiB; null: what is free")
+    micro_batch_size: SequenceCount | Auto | None = key(
+        "auto", "sequences per forward; auto: the fastest that fits; null: from num_microbatches, else global_batch_size"
+    )
     num_steps: PositiveInt = key(1000, "optimizer steps; sets the length of the schedules")
     stop_at_step: PositiveInt | None = key(None, "save and stop after this step without changing the schedules")
     seed: Annotated[int, Field(ge=0, le=2**63 - 1)] = key(1234, "seed of initial weights and data order")
     deterministic: bool = key(False, "refuse operations without a deterministic implementation")
     evaluate_every_n_steps: NonNegativeInt = key(100, "steps between evaluations; 0: never")
     evaluation_sequences: SequenceCount = key(256, "sequences of an evaluation, always the same ones")
-    recompute: Literal["none", "full", "selective", "budget"] = key(
-        "none", "activations recomputed in backward: no, whole blocks, the mixer only, or what torch.compile chooses"
+    recompute: Literal["auto", "none", "full", "selective", "budget"] = key(
+        "auto",
+        "activations recomputed in backward: none, whole blocks, the mixer only, or what torch.compile chooses; auto also sets the next two keys",
     )
     activation_memory_budget: Annotated[float, Field(ge=0, le=1)] = key(
         0.5, "recompute budget: share of their activations that blocks may keep; 0: their inputs only"
@@ -243,7 +254,7 @@ class TrainSection(Section):
     check_replicas_every_n_steps: NonNegativeInt = key(1000, "steps between comparisons of what several ranks hold alike; 0: never")
     anomaly: AnomalySection = key(AnomalySection(), "steps whose loss or gradient must not count")
     compile: CompileSection = key(CompileSection(), "torch.compile")
-    cuda_graphs: bool = key(False, "every rank replays its whole step as one CUDA graph; no pipeline, no offloading; ignored on a CPU")
+    cuda_graphs: bool | Auto = key("auto", "every rank replays its whole step as one CUDA graph; no pipeline, no offloading; ignored on a CPU")
 
     @property
     def recomputation(self) -> str:
@@ -256,7 +267,7 @@ class CheckpointSection(Section):
     """When to save, what to keep, and where the first weights come from."""
 
     every_n_steps: NonNegativeInt = key(500, "steps between saves; 0: only at the end and when interrupted")
-    asynchronous: bool = key(False, "train on while a copy in host memory is written; the last save of a run is awaited")
+    asynchronous: bool | Auto = key("auto", "train on while a copy in host memory is written; the last save of a run is awaited")
     keep_last: PositiveInt = key(3, "newest checkpoints kept")
     keep_every_n_steps: PositiveInt | None = key(None, "also keep every checkpoint whose step is a multiple of this")
     initialise_from: PathText | None = key(

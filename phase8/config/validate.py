@@ -71,8 +71,11 @@ def _schedule(optim: OptimSection, train: TrainSection) -> Iterator[str]:
 def _train(train: TrainSection, model: ModelSection, world_size: int) -> Iterator[str]:
     if train.stop_at_step is not None and train.stop_at_step > train.num_steps:
         yield f"train.stop_at_step {train.stop_at_step} is after train.num_steps {train.num_steps}; leave it null or make it smaller."
-    if train.recompute == "none" and train.recompute_every_n_layers != 1:
-        yield f"train.recompute_every_n_layers is {train.recompute_every_n_layers}, but train.recompute is none; set it to full or selective."
+    if train.recompute in ("none", "auto") and train.recompute_every_n_layers != 1:
+        yield (
+            f"train.recompute_every_n_layers is {train.recompute_every_n_layers}, but train.recompute is {train.recompute}; "
+            "set it to full or selective."
+        )
     if train.recompute_every_n_layers > model.num_layers:
         yield (
             f"train.recompute_every_n_layers {train.recompute_every_n_layers} exceeds model.num_layers {model.num_layers}; "
@@ -81,7 +84,7 @@ def _train(train: TrainSection, model: ModelSection, world_size: int) -> Iterato
 
 
 def _cuda_graphs(config: RunConfig) -> Iterator[str]:
-    if not config.train.cuda_graphs:
+    if config.train.cuda_graphs is not True:
         return
     num_stages = config.parallel.pipeline_parallel_size
     if num_stages > 1:
@@ -128,7 +131,7 @@ def _async_tensor_parallel(parallel: ParallelSection) -> Iterator[str]:
 def _budget(train: TrainSection, parallel: ParallelSection) -> Iterator[str]:
     if train.recompute != "budget":
         return
-    if not train.compile.enabled:
+    if train.compile.enabled is False:
         yield "train.recompute is budget, but train.compile.enabled is false and nobody chooses; set it to true, or recompute to selective."
     if train.recompute_every_n_layers != 1:
         yield (

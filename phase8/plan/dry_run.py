@@ -91,13 +91,14 @@ def count_parameters(model: torch.nn.Module) -> int:
     return sum(parameter.numel() for parameter in model.parameters())
 
 
-def plan_stages(config: RunConfig, *, world_size: int, device_type: str) -> tuple[StageMemory, ...]:
+def plan_stages(config: RunConfig, *, world_size: int, device_type: str, device_bytes: int | None = None) -> tuple[StageMemory, ...]:
     """The memory of each pipeline stage.
 
     Args:
         config: One from which a model can be built.
         world_size: Ranks.
         device_type: `cuda` or `cpu`.
+        device_bytes: Memory that the device has; None: a large one.
 
     Raises:
         ConfigError: Ranks, stages or batch do not fit.
@@ -116,6 +117,7 @@ def plan_stages(config: RunConfig, *, world_size: int, device_type: str) -> tupl
             device_type=device_type,
             saves_aside=config.checkpoint.asynchronous,
             async_tensor_parallel=config.parallel.async_tensor_parallel,
+            device_bytes=device_bytes,
         )
     )
 

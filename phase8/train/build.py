@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 
@@ -21,19 +21,22 @@ from phase8.errors import DataError
 from phase8.kernels.backends import select_kernels
 from phase8.observe.banner import print_banner, print_line
 from phase8.observe.devices import peak_flops
+from phase8.plan.candidates import Device
 from phase8.plan.dry_run import count_parameters, shapes_only
 from phase8.precision.policy import compute_dtype, set_matmul_precision
 from phase8.train.changed_keys import ChangedKey, changed_keys
 from phase8.train.compilation import compile_blocks
 from phase8.train.datasets import RunData, open_run_data
-from phase8.train.device import require_determinism
+from phase8.train.device import limit_memory, require_determinism, this_device
 from phase8.train.facts import run_facts
 from phase8.train.initialise import Origin, initialise_run
 from phase8.train.learner import Learner, build_learner
+from phase8.train.memory_limits import memory_errors
 from phase8.train.restore import restore_together
 from phase8.train.resume import Position, attached_to, check_stop, restore_run
 from phase8.train.run_directory import RunDirectory, run_directory
-from phase8.train.start import Choice, check_place, choose, make_way
+from phase8.train.start import Choice, check_place, choose, make_way, recorded_settings
+from phase8.train.tuning import Chosen, choose_settings
 from phase8.zero.fsdp import shard_size
 
 
@@ -51,6 +54,8 @@ class Run:
         learner: Model and optimizer.
         position: How far it has come.
         saved_step: Step of the newest checkpoint in `directory`; None: there is none.
+        machine: The device before the run took anything of it.
+        chosen: What was chosen of the settings that the config leaves open.
         origin: Where the weights of a run that begins here came from; None: from the seed, or it goes on from a checkpoint.
         changed_keys: What is not as it was when the checkpoint was saved that the run goes on from.
         stop_step: The last step that this process takes.
@@ -70,6 +75,8 @@ class Run:
     learner: Learner
     position: Position
     saved_step: int | None
+    machine: Device
+    chosen: Chosen
     origin: Origin | None
     changed_keys: list[ChangedKey]
     stop_step: int
@@ -100,7 +107,14 @@ class Run:
 
 
 def build_run(
-    config: RunConfig, *, device: torch.device, resume: str, console: Console, world_size: int = 1, agents: Collection[str] = ()
+    config: RunConfig,
+    *,
+    device: torch.device,
+    resume: str,
+    console: Console,
+    world_size: int = 1,
+    agents: Collection[str] = (),
+    refused: Sequence[Mapping[str, object]] = (),
 ) -> Run:
     """Opens the data, makes the model, goes on from a checkpoint if asked, and prints the banner.
 
@@ -113,6 +127,7 @@ def build_run(
         console: Where to print; a quiet one on all ranks but the first.
         world_size: Processes of the run; of several, the process group exists.
         agents: Those of torchrun that have started this group.
+        refused: Automatic settings that ran out of memory in this process.
 
     Raises:
         Phase8Error: Whatever keeps the run from starting.
@@ -122,12 +137,26 @@ def build_run(
         require_determinism()
     set_matmul_precision(config.precision)
     select_kernels(config.train.kernels, device)
+    machine = this_device(device, config)
+    limit_memory(device, config.train.device_memory_gib)
     mesh = _build_mesh(config, device, world_size)
     directory = run_directory(config.run)
     with ExitStack() as lock:
         if mesh.rank == 0:
             lock.enter_context(directory.lock())
-        run, choice = _decide(config, mesh, directory, device=device, resume=resume, console=console)
+        data = _open_data(config, console, is_main=mesh.rank == 0)
+        config, chosen = choose_settings(
+            config,
+            mesh=mesh,
+            device=device,
+            facts=machine,
+            recorded=recorded_settings(resume, directory),
+            refused=refused,
+            say=lambda text: print_line(text, console),
+        )
+        validate(config, world_size=world_size)
+        with memory_errors(config, chosen, machine, world_size=world_size):
+            run, choice = _decide(config, mesh, directory, data, machine, chosen, device=device, resume=resume, console=console)
         if run.is_main:
             check_place(choice, directory, agents=agents)
         gather_texts(None)  # no rank has refused: from here on the disk may change
@@ -139,15 +168,25 @@ def build_run(
 
 
 def _decide(
-    config: RunConfig, mesh: Mesh, directory: RunDirectory, *, device: torch.device, resume: str, console: Console
+    config: RunConfig,
+    mesh: Mesh,
+    directory: RunDirectory,
+    data: RunData,
+    machine: Device,
+    chosen: Chosen,
+    *,
+    device: torch.device,
+    resume: str,
+    console: Console,
 ) -> tuple[Run, Choice]:
     """The run as it is going to be, and what has to make way for it. Nothing is written into the run directory."""
-    data = _open_data(config, console, is_main=mesh.rank == 0)
     learner = build_learner(config, mesh=mesh, device=device, dtype=compute_dtype(config.precision))
     origin = initialise_run(config, learner, data.tokenizer, directory=directory, resume=resume, say=lambda text: print_line(text, console))
     shape = batch_shape(config.train, config.parallel, data_parallel_size=mesh.topology.data_parallel_size)
     facts = run_facts(config, device=device, shape=shape, num_parameters=count_parameters(shapes_only(config)), topology=mesh.topology)
     facts.append(("data", data.description))
+    if chosen.reason:
+        facts.append(("settings", chosen.reason))
     if origin is not None:
         facts.append(("first weights", str(origin)))
     run = Run(
@@ -160,6 +199,8 @@ def _decide(
         learner=learner,
         position=Position(),
         saved_step=None,
+        machine=machine,
+        chosen=chosen,
         origin=origin,
         changed_keys=[],
         stop_step=0,

@@ -3,12 +3,19 @@
 from __future__ import annotations
 
 import os
+import shutil
 
 import torch
 
-from phase8.config.schema import ZeroSection
+from phase8.config.schema import RunConfig, ZeroSection
 from phase8.distributed.bootstrap import World
 from phase8.errors import ConfigError
+from phase8.observe.devices import peak_flops
+from phase8.plan.candidates import Device
+from phase8.plan.dry_run import count_parameters, shapes_only
+
+_SAVED_BYTES_PER_PARAMETER = 12  # the weight and both moments of AdamW
+_WORTH_SAVING_ASIDE_BYTES = 4e9  # less is written while a step or two would be taken
 
 
 def select_device(name: str, *, local_rank: int = 0) -> torch.device:
@@ -24,6 +31,42 @@ def select_device(name: str, *, local_rank: int = 0) -> torch.device:
     if local_rank < torch.cuda.device_count():  # too many processes are refused when they meet
         torch.cuda.set_device(local_rank)
     return torch.device("cuda", torch.cuda.current_device())
+
+
+def this_device(device: torch.device, config: RunConfig) -> Device:
+    """What the planner wants to know of a device, as it is before the run takes anything of it."""
+    if device.type != "cuda":
+        return Device("cpu", "CPU", 0, 0, can_compile=False)
+    free, total = torch.cuda.mem_get_info(device)
+    limit = config.train.device_memory_gib
+    name = torch.cuda.get_device_name(device)
+    return Device(
+        type="cuda",
+        name=name,
+        memory_bytes=free if limit is None else min(free, int(limit * 2**30)),
+        total_bytes=total,
+        peak_flops=peak_flops(name, "bf16" if config.precision.dtype == "bf16" else "tf32"),
+        can_compile=any(shutil.which(compiler) for compiler in ("cc", "gcc", "clang")),
+    )
+
+
+def limit_memory(device: torch.device, limit_gib: float | None) -> None:
+    """Makes torch's allocator refuse more than a share of the memory of a device."""
+    if device.type == "cuda" and limit_gib is not None:
+        total = torch.cuda.get_device_properties(device).total_memory
+        torch.cuda.set_per_process_memory_fraction(min(limit_gib * 2**30 / total, 1.0), device)
+
+
+def host_settings(config: RunConfig, device_type: str) -> dict[str, object]:
+    """Values for the automatic settings of the host."""
+    num_cores = len(os.sched_getaffinity(0))
+    state_bytes = _SAVED_BYTES_PER_PARAMETER * count_parameters(shapes_only(config))
+    return {
+        # One process keeps ahead of a GPU whose steps are short; a second one hides what the first waits for.
+        "data.num_workers": min(2, num_cores // 4) if device_type == "cuda" else 0,
+        "data.pin_memory": device_type == "cuda",
+        "checkpoint.asynchronous": device_type == "cuda" and state_bytes >= _WORTH_SAVING_ASIDE_BYTES,
+    }
 
 
 def share_cores(zero: ZeroSection, world: World, device: torch.device) -> None:

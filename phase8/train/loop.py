@@ -15,12 +15,12 @@ from phase8.observe.report import write_report
 from phase8.train.anomaly import RollbackAsked
 from phase8.train.build import Run
 from phase8.train.learner import whole_model
+from phase8.train.memory_limits import memory_errors
 from phase8.train.rollback import roll_back
 from phase8.train.sample import write_sample
 from phase8.train.signals import StopRequest
 from phase8.train.trainer import Trainer
 from phase8.train.unreadable import UnreadableData
-
 
 _UNSAVED = "the steps since the last checkpoint are not saved"
 
@@ -37,8 +37,9 @@ def train(run: Run, *, resume_command: str, report: Callable[[int, str], None] =
         DivergenceError: Too many non-finite steps in a row.
         DataError: The data cannot be read; the steps so far are saved.
         StorageError: The last checkpoint cannot be written.
+        OutOfMemoryError: The memory of the device or the host does not suffice.
     """
-    with run.lock:
+    with run.lock, memory_errors(run.config, run.chosen, run.machine, world_size=run.learner.mesh.topology.world_size):
         if not run.is_complete:  # what was resumed from elsewhere is saved here
             stopped_by = _train_with_rollbacks(run, run.stop_step, report)
             if stopped_by is not None and run.position.step < run.stop_step:

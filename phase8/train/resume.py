@@ -49,10 +49,17 @@ class Position:
 
 
 def checkpoint_metadata(
-    config: RunConfig, position: Position, *, global_batch_size: int | None, fingerprint: dict[str, Any], device: torch.device
+    config: RunConfig,
+    position: Position,
+    *,
+    global_batch_size: int | None,
+    fingerprint: dict[str, Any],
+    device: torch.device,
+    settings: dict[str, Any] | None = None,
 ) -> dict[str, Any]:
-    """What a checkpoint holds beside tensors: plain JSON. A batch of None: nobody has chosen one yet."""
+    """What a checkpoint holds beside tensors: plain JSON. A batch of None: nobody has chosen one yet; settings of None: none were automatic."""
     return {
+        **({} if settings is None else {"settings": settings}),
         "config": config_to_mapping(config),
         "position": asdict(position),
         "global_batch_size": global_batch_size,

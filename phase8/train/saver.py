@@ -111,6 +111,7 @@ class Saver:
                 global_batch_size=run.shape.global_batch_size,
                 fingerprint=run.data.fingerprint,
                 device=run.device,
+                settings=run.chosen.as_record(),
             ),
             attachments=run.attachments,
             group=run.host_group,

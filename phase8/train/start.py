@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Collection
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -10,7 +11,9 @@ from pathlib import Path
 from phase8.checkpoint.layout import step_of
 from phase8.checkpoint.load import Checkpoint, find_checkpoint, list_checkpoints, newest_good_checkpoint, open_checkpoint
 from phase8.config.schema import RunConfig
+from phase8.distributed.collectives import broadcast_text
 from phase8.durable import staged_directory
+from phase8.errors import CheckpointError
 from phase8.observe.metrics import read_metrics
 from phase8.paths import real_path
 from phase8.train.restart import record_agents, recorded_agents
@@ -69,6 +72,19 @@ def choose(asked: str, directory: RunDirectory, *, restore: Callable[[Checkpoint
         if (step_of(path.name) or 0) >= checkpoint.step and real_path(path) != real_path(checkpoint.path)
     ]
     return Choice(checkpoint, later=tuple(later))
+
+
+def recorded_settings(asked: str, directory: RunDirectory) -> object:
+    """What the checkpoint that the run is going to go on from says of its settings, on all ranks; None: nothing. Anybody may have written it."""
+    found: object = None
+    if asked != "none":
+        try:
+            newest = list_checkpoints(directory.checkpoints)
+            path = find_checkpoint(Path(asked)) if asked != "auto" else newest[0] if newest else None
+            found = None if path is None else open_checkpoint(path).metadata.get("settings")
+        except CheckpointError:  # is told by whoever restores it
+            found = None
+    return json.loads(broadcast_text(json.dumps(found)) or "null")
 
 
 def check_place(choice: Choice, directory: RunDirectory, *, agents: Collection[str]) -> None:

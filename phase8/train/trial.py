@@ -46,8 +46,8 @@ class Trial:
     seconds: float
 
 
-def run_trial(config: RunConfig, *, mesh: Mesh, device: torch.device) -> Trial | None:
-    """Trains for a few steps as a run would, without data, record or checkpoints; None: the memory of the device does not suffice.
+def run_trial(config: RunConfig, *, mesh: Mesh, device: torch.device) -> Trial | str:
+    """Trains for a few steps as a run would, without data, record or checkpoints; or says why it cannot.
 
     What the trial has allocated and compiled is given back.
 
@@ -66,7 +66,7 @@ def run_trial(config: RunConfig, *, mesh: Mesh, device: torch.device) -> Trial |
     return trial
 
 
-def _try(config: RunConfig, mesh: Mesh, device: torch.device, begin: float) -> Trial | None:
+def _try(config: RunConfig, mesh: Mesh, device: torch.device, begin: float) -> Trial | str:
     shape = batch_shape(config.train, config.parallel, data_parallel_size=mesh.topology.data_parallel_size)
     reset_peak_memory(device)
     try:
@@ -90,7 +90,11 @@ def _try(config: RunConfig, mesh: Mesh, device: torch.device, begin: float) -> T
             one = step_seconds(fewest)
             seconds = one + (shape.num_microbatches - fewest) * (seconds - one) / (most - fewest)
     except torch.OutOfMemoryError:
-        return None
+        return "out of memory"
+    except RuntimeError as error:
+        if not config.train.compile.enabled:
+            raise
+        return f"cannot be compiled ({type(error).__name__}: {str(error).splitlines()[0] if str(error) else 'no message'})"
     tokens = shape.global_batch_size * config.model.sequence_length
     reserved = torch.cuda.max_memory_reserved(device) if device.type == "cuda" else 0
     return Trial(seconds, tokens / seconds, peak_memory_bytes(device), reserved, time.perf_counter() - begin)

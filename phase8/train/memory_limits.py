@@ -1,0 +1,141 @@
+"""Too little memory is an answer: what the run needs by plan, what there is, and the nearest setting that fits."""
+
+from __future__ import annotations
+
+import gc
+import re
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+import torch
+
+from phase8.checkpoint.load import list_checkpoints
+from phase8.config.auto import AUTO
+from phase8.config.schema import RunConfig
+from phase8.errors import OutOfMemoryError
+from phase8.plan.candidates import Candidate, Device, find_candidates
+from phase8.plan.dry_run import plan_stages
+from phase8.plan.memory import MemoryPlan
+from phase8.plan.rank_memory import fullest
+from phase8.train.run_directory import RunDirectory
+from phase8.train.tuning import Chosen
+
+# What torch says where it has no class of error for it: of host memory, and of page-locked host memory.
+_HOST = re.compile(r"can't allocate memory|not enough memory|Cannot allocate memory", re.IGNORECASE)
+_PINNED = re.compile(r"CUDA error: out of memory|cudaHostAlloc|cudaHostRegister", re.IGNORECASE)
+_GIB = 2**30
+
+
+@contextmanager
+def memory_errors(config: RunConfig, chosen: Chosen, facts: Device, *, world_size: int) -> Iterator[None]:
+    """A block that turns running out of memory into one sentence.
+
+    Args:
+        config: With nothing left to choose.
+        chosen: What was chosen of it.
+        facts: The device before the run took anything of it.
+        world_size: Ranks.
+
+    Raises:
+        OutOfMemoryError: Instead of what torch or Python raises; with the automatic values, if there are any.
+    """
+    values = chosen.values or None
+    try:
+        yield
+    except torch.OutOfMemoryError:
+        sentence = _device_sentence(config, facts, world_size)
+    except MemoryError:
+        sentence = _host_sentence(config, facts, world_size, "")
+    except RuntimeError as error:
+        if _PINNED.search(str(error)):
+            sentence = _host_sentence(config, facts, world_size, "page-locked ")
+        elif _HOST.search(str(error)):
+            sentence = _host_sentence(config, facts, world_size, "")
+        else:
+            raise
+    else:
+        return
+    # Raised here, where the frames that hold model and optimizer have ended: whoever catches it can use their memory.
+    raise OutOfMemoryError(sentence, values)
+
+
+def retry_with_less_memory(
+    attempt: Callable[[list[dict[str, object]], str], None],
+    directory: RunDirectory,
+    *,
+    resume: str,
+    is_alone: bool,
+    say: Callable[[str], None],
+) -> None:
+    """Trains, again with the next best settings where those that were chosen automatically run out of memory.
+
+    Args:
+        attempt: Builds and trains the run, given the values that ran out before, and what to resume.
+        directory: Of the run.
+        resume: For the first attempt; a later one goes on from what the run has saved meanwhile.
+        is_alone: One process; a rank beside others ends with them.
+        say: Shows a line.
+
+    Raises:
+        OutOfMemoryError: The settings were explicit, or nothing else fits.
+    """
+    refused: list[dict[str, object]] = []
+    while True:
+        try:
+            return attempt(refused, resume)
+        except OutOfMemoryError as error:
+            if error.values is None or not is_alone or dict(error.values) in refused:
+                raise
+            refused.append(dict(error.values))
+            say(f"{error} Trying the next best settings.")
+        if resume == "none" or list_checkpoints(directory.checkpoints):
+            resume = "auto"
+        gc.collect()
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+
+
+def _device_sentence(config: RunConfig, facts: Device, world_size: int) -> str:
+    planned = _plan(config, facts, world_size).total_bytes
+    nearest = nearest_that_fits(config, facts, world_size=world_size, below_bytes=planned)
+    remedy = "make the model smaller, or use more ranks with zero.stage=3"
+    if nearest is not None:
+        remedy = f"{_difference(config, nearest)} fits with {nearest.planned_bytes / _GIB:.1f} GiB, or leave these keys auto"
+    return (
+        f"out of memory on {facts.name}: the run needs {planned / _GIB:.1f} GiB by plan, and {facts.memory_bytes / _GIB:.1f} of "
+        f"{facts.total_bytes / _GIB:.1f} GiB were free when it started; {remedy}."
+    )
+
+
+def _host_sentence(config: RunConfig, facts: Device, world_size: int, kind: str) -> str:
+    planned = _plan(config, facts, world_size).host_bytes
+    remedies = [
+        *(["checkpoint.asynchronous=false (copies of weights and optimizer)"] if config.checkpoint.asynchronous else []),
+        *(["data.pin_memory=false"] if kind and config.data.pin_memory else []),
+        *(["fewer data.num_workers"] if config.data.num_workers else []),
+        *(["zero.offload_optimizer=none"] if config.zero.offload_optimizer != "none" else []),
+    ]
+    remedy = f"set {' or '.join(remedies)}" if remedies else "use a host with more memory, or a smaller model or batch"
+    return f"the host has too little {kind}memory; {planned / _GIB:.1f} GiB a rank are planned for copies and what is offloaded: {remedy}."
+
+
+def nearest_that_fits(config: RunConfig, facts: Device, *, world_size: int, below_bytes: int) -> Candidate | None:
+    """The fastest settings that need less than `below_bytes` and fit: with another microbatch if that is enough, else with more recomputed."""
+    if facts.type != "cuda":
+        return None
+    train = config.train.model_copy(update={"micro_batch_size": AUTO})
+    for changed in (train, train.model_copy(update={"recompute": AUTO, "recompute_every_n_layers": 1})):
+        asked = config.model_copy(update={"train": changed})
+        smaller = Device(**(vars(facts) | {"memory_bytes": min(facts.memory_bytes, below_bytes)}))
+        if found := find_candidates(asked, world_size=world_size, device=smaller, most=1):
+            return found[0]
+    return None
+
+
+def _difference(config: RunConfig, candidate: Candidate) -> str:
+    before = Candidate(config, 0, 0.0).values
+    return " ".join(f"{name}={value}" for name, value in candidate.values.items() if before[name] != value)
+
+
+def _plan(config: RunConfig, facts: Device, world_size: int) -> MemoryPlan:
+    return fullest(plan_stages(config, world_size=world_size, device_type=facts.type, device_bytes=facts.total_bytes or None)).memory

@@ -1,0 +1,276 @@
+"""Chooses the settings that are `auto` when a run starts: planned, measured by a few real steps, remembered.
+
+| where | what happens |
+|---|---|
+| a run that goes on, on the same device and ranks | it keeps what it has: its steps stay the same bit for bit |
+| chosen before for such a run (`data.cache_dir/tuning`) | the same |
+| one process on a GPU, `train.tuning: measure` | the best few that fit by plan are tried, the fastest is taken |
+| several ranks, or `train.tuning: plan` | the best by plan: a rank that runs out of memory beside others would leave them waiting |
+| a CPU, or `train.tuning: off` | a rule |
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from phase8.config.auto import OFF, WITH_RECOMPUTE, automatic_keys, with_values, without_auto
+from phase8.config.load import config_from_mapping, config_to_mapping
+from phase8.config.schema import RunConfig
+from phase8.config.validate import find_problems
+from phase8.data.staging import read_json, write_json
+from phase8.distributed.collectives import broadcast_text, gather_texts
+from phase8.distributed.mesh import Mesh
+from phase8.errors import ConfigError, OutOfMemoryError, Phase8Error
+from phase8.observe.formatting import format_count
+from phase8.plan.candidates import Candidate, Device, find_candidates, predicted_run_seconds, smallest_candidate
+from phase8.train.device import host_settings
+from phase8.train.trial import Trial, run_trial
+
+# Raise it when the same machine may choose otherwise than before.
+TUNING_VERSION = 1
+_MOST_CANDIDATES, _MOST_TRIALS = 6, 3
+# Of the candidates those are tried whose predicted time is within this of the best.
+_WORTH_A_TRIAL = 1.08
+# A shorter run would spend more time on compilation than it saves.
+_LONG_ENOUGH_TO_COMPILE_SECONDS = 120.0
+_CHOSEN_KEYS = (*OFF, *WITH_RECOMPUTE)
+
+
+@dataclass(frozen=True)
+class Chosen:
+    """Settings that were chosen, and for what.
+
+    Args:
+        values: By dotted name; empty: the config left nothing to choose.
+        device: Its name.
+        world_size: Ranks.
+        reason: For the banner.
+    """
+
+    values: dict[str, Any] = field(default_factory=dict)
+    device: str = ""
+    world_size: int = 1
+    reason: str = ""
+
+    def as_record(self) -> dict[str, Any] | None:
+        """For the checkpoints of the run; None: nothing was chosen."""
+        return asdict(self) if self.values else None
+
+
+def choose_settings(
+    config: RunConfig,
+    *,
+    mesh: Mesh,
+    device: torch.device,
+    facts: Device,
+    recorded: object = None,
+    refused: Sequence[dict[str, Any]] = (),
+    say: Callable[[str], None],
+) -> tuple[RunConfig, Chosen]:
+    """The config with nothing left to choose, the same on all ranks, and what was chosen.
+
+    Args:
+        config: Validated.
+        mesh: The ranks.
+        device: Of this rank.
+        facts: About it, before the run takes anything of it.
+        recorded: What the checkpoint that the run goes on from says of its settings, whoever wrote it.
+        refused: Values that ran out of memory in this process.
+        say: Shows a line.
+
+    Raises:
+        OutOfMemoryError: Nothing fits.
+    """
+    automatic, world_size = automatic_keys(config), mesh.topology.world_size
+    if not automatic:
+        return config, Chosen()
+    if config.train.tuning == "off":
+        settled = without_auto(config)
+        return settled, Chosen(_values_of(settled, automatic), reason="train.tuning is off")
+    facts = _common_memory(facts)
+    known = _kept(config, recorded, facts, world_size, say) if not refused else None
+    if known is None:
+        known = _agreed(lambda: _choose(config, mesh, device, facts, refused, say), mesh)
+    return with_values(config, known.values), known
+
+
+def _choose(
+    config: RunConfig, mesh: Mesh, device: torch.device, facts: Device, refused: Sequence[dict[str, Any]], say: Callable[[str], None]
+) -> Chosen:
+    """What this rank would choose for all."""
+    world_size = mesh.topology.world_size
+    config = with_values(config, host_settings(config, facts.type))
+    automatic = automatic_keys(config)
+    if not automatic:
+        return Chosen(_values_of(config, _CHOSEN_KEYS), facts.name, world_size, "of the host")
+    cache = _cache_file(config, facts, world_size)
+    if (found := _read_cache(cache, config)) is not None and not refused:
+        return found
+    candidates = [each for each in _candidates(config, world_size, facts) if each.values not in refused]
+    if not candidates:
+        raise OutOfMemoryError(_nothing_fits(config, world_size, facts))
+    if facts.type != "cuda" or world_size > 1 or config.train.tuning == "plan" or len(candidates) == 1:
+        return Chosen(_values_of(candidates[0].config, _CHOSEN_KEYS), facts.name, world_size, f"{candidates[0]}, by plan")
+    chosen = _measured(candidates, mesh, device, facts, say)
+    if not refused:
+        _write_cache(cache, chosen, say)
+    return chosen
+
+
+def _candidates(config: RunConfig, world_size: int, facts: Device) -> list[Candidate]:
+    candidates = find_candidates(config, world_size=world_size, device=facts, most=_MOST_CANDIDATES, compiles=False)
+    if candidates and predicted_run_seconds(candidates[0].config, world_size=world_size, device=facts) < _LONG_ENOUGH_TO_COMPILE_SECONDS:
+        return candidates
+    return find_candidates(config, world_size=world_size, device=facts, most=_MOST_CANDIDATES)
+
+
+def _measured(candidates: Sequence[Candidate], mesh: Mesh, device: torch.device, facts: Device, say: Callable[[str], None]) -> Chosen:
+    """The fastest of the best few, found by trying them."""
+    limit = candidates[0].relative_seconds * _WORTH_A_TRIAL
+    found: list[tuple[Trial, Candidate]] = []
+    for number, candidate in enumerate(candidates):
+        is_worth_it = candidate.relative_seconds <= limit and number < _MOST_TRIALS
+        if found and not is_worth_it:
+            break
+        say(f"trying {candidate} ...")
+        trial = run_trial(candidate.config, mesh=mesh, device=device)
+        if isinstance(trial, Trial):
+            say(f"  {format_count(trial.tokens_per_second)} tok/s, {trial.peak_bytes / 2**30:.1f} GiB ({trial.seconds:.0f} s)")
+            found.append((trial, candidate))
+        else:
+            say(f"  {trial}")
+    if not found:
+        raise OutOfMemoryError(f"none of {len(candidates)} settings that fit by plan could be used; give train.micro_batch_size and train.recompute")
+    (best, chosen), *others = sorted(found, key=lambda each: -each[0].tokens_per_second)
+    reason = f"{chosen}: {format_count(best.tokens_per_second)} tok/s measured, {best.peak_bytes / 2**30:.1f} of {facts.memory_bytes / 2**30:.1f} GiB"
+    if others:
+        reason += f"; next best: {others[0][1]}, {format_count(others[0][0].tokens_per_second)} tok/s"
+    return Chosen(_values_of(chosen.config, _CHOSEN_KEYS), facts.name, 1, reason)
+
+
+def _kept(config: RunConfig, recorded: object, facts: Device, world_size: int, say: Callable[[str], None]) -> Chosen | None:
+    """What the run was trained with, if device and ranks are the same; None: it has to be chosen anew."""
+    stored = _parse(recorded, config)
+    if stored is None:
+        return None
+    changed = [
+        f"{what} was {before} and is {now}"
+        for what, before, now in (("the device", stored.device, facts.name), ("the number of ranks", stored.world_size, world_size))
+        if before != now
+    ]
+    if changed:
+        say(f"settings are chosen anew: {', '.join(changed)}")
+        return None
+    if find_problems(with_values(config, stored.values), world_size=world_size):
+        return None
+    return Chosen(stored.values, stored.device, stored.world_size, f"as the run began: {stored.reason}")
+
+
+def _parse(value: object, config: RunConfig) -> Chosen | None:
+    """A record, whoever wrote it; None where it is not one that leaves nothing of this config to choose."""
+    if not isinstance(value, dict) or not isinstance(value.get("values"), dict) or not set(automatic_keys(config)) <= value["values"].keys():
+        return None
+    tree = config_to_mapping(config)
+    for name, setting in value["values"].items():
+        if name not in _CHOSEN_KEYS:
+            return None
+        *parents, leaf = name.split(".")
+        node = tree
+        for parent in parents:
+            node = node[parent]
+        node[leaf] = setting
+    try:
+        settled = config_from_mapping(tree, source="record")
+    except ConfigError:
+        return None
+    texts = [value.get(name) for name in ("device", "reason")]
+    world_size = value.get("world_size")
+    if automatic_keys(settled) or not all(isinstance(text, str) for text in texts) or type(world_size) is not int:
+        return None
+    return Chosen(_values_of(settled, tuple(value["values"])), str(texts[0]), world_size, str(texts[1]))
+
+
+def _values_of(config: RunConfig, names: Sequence[str]) -> dict[str, Any]:
+    tree = config_to_mapping(config)
+    found = {}
+    for name in names:
+        value: Any = tree
+        for part in name.split("."):
+            value = value[part]
+        found[name] = value
+    return found
+
+
+def _common_memory(facts: Device) -> Device:
+    """The device with the memory that every rank has."""
+    smallest = min(int(text or 0) for text in gather_texts(str(facts.memory_bytes)))
+    return Device(**(vars(facts) | {"memory_bytes": smallest}))
+
+
+def _agreed(choose: Callable[[], Chosen], mesh: Mesh) -> Chosen:
+    """What the first rank chooses, on all of them; its error is everybody's."""
+    if mesh.topology.world_size == 1:
+        return choose()
+    chosen: Chosen | None = None
+    failure: Phase8Error | None = None
+    if mesh.rank == 0:
+        try:
+            chosen = choose()
+        except Phase8Error as error:
+            failure = error
+    said = broadcast_text(None if chosen is None else json.dumps(asdict(chosen)))
+    if failure is not None:
+        raise failure
+    if said is None:
+        raise OutOfMemoryError("the first rank found no settings that fit; see its message")
+    return Chosen(**json.loads(said))
+
+
+def _nothing_fits(config: RunConfig, world_size: int, facts: Device) -> str:
+    smallest = smallest_candidate(config, world_size=world_size, device=facts)
+    return (
+        f"no settings fit into the {facts.memory_bytes / 2**30:.1f} GiB that are free on {facts.name}: {smallest} needs "
+        f"{smallest.planned_bytes / 2**30:.1f} GiB by plan; make the model smaller, use more ranks with zero.stage=3, or offload with "
+        "zero.offload_optimizer=cpu."
+    )
+
+
+def _cache_file(config: RunConfig, facts: Device, world_size: int) -> Path:
+    """Where the choice for such a run is kept: named by all that it depends on."""
+    mapping = config_to_mapping(config)
+    matters = {name: mapping[name] for name in ("model", "parallel", "zero", "precision", "train")}
+    for name in ("seed", "num_steps", "stop_at_step", "evaluate_every_n_steps", "evaluation_sequences", "anomaly", "check_replicas_every_n_steps"):
+        matters["train"].pop(name)
+    key = {
+        "version": TUNING_VERSION,
+        "config": matters,
+        "packed": config.data.reset_at_document_boundaries,
+        "device": facts.name,
+        "memory_gib": round(facts.memory_bytes / 2**30),
+        "world_size": world_size,
+        "torch": str(torch.__version__),
+        "compiles": predicted_run_seconds(with_values(config, OFF), world_size=world_size, device=facts) >= _LONG_ENOUGH_TO_COMPILE_SECONDS,
+    }
+    digest = hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()
+    return Path(config.data.cache_dir) / "tuning" / f"{digest[:24]}.json"
+
+
+def _read_cache(path: Path, config: RunConfig) -> Chosen | None:
+    try:
+        return _parse(read_json(path), config)
+    except Phase8Error:  # an unreadable cache is no cache
+        return None
+
+
+def _write_cache(path: Path, chosen: Chosen, say: Callable[[str], None]) -> None:
+    try:
+        write_json(path, asdict(chosen))
+    except Phase8Error as error:
+        say(f"the choice is not kept for the next run: {error}")
