@@ -148,9 +148,9 @@ def test_progress_and_report_tell_the_epochs_of_each_source(tiny, tmp_path, caps
     for name, num_documents in (("many", 40), ("few", 4)):
         write_documents(tmp_path / name, num_documents=num_documents, seed=num_documents)
     blend = with_blend(tiny, tmp_path / "many", tmp_path / "few")
-    settings = ("train.num_steps=10", "train.evaluate_every_n_steps=0", "observe.report=true", "observe.log_every_n_steps=5")
+    settings = ("train.num_steps=10", "train.evaluate_every_n_steps=0", "observe.log_every_n_steps=5")
     train(prepare(blend, *settings, "train.stop_at_step=5"), resume_command="")
-    run = prepare(blend, *settings, console=make_console())
+    run = prepare(blend, *settings, "observe.report=true", console=make_console())
     train(run, resume_command="")
     num_windows = [(source.num_tokens - 1) // run.config.model.sequence_length for source in run.data.train.sources]
     many, few = (20 / available for available in num_windows)  # 10 steps of 4 sequences, half of them from each
