@@ -44,6 +44,10 @@ class SampleOrder:
         epoch, position = divmod(own, self.num_windows[dataset])
         return dataset, permute(position, size=self.num_windows[dataset], key=(self.seed, dataset, epoch))
 
+    def epochs(self, n: int) -> list[float]:
+        """Of each data set, how many epochs the first `n` samples are: 1.25 after all its windows and a quarter of them again."""
+        return [count / available for count, available in zip(self.blend.counts(n), self.num_windows, strict=True)]
+
 
 def evenly_spread_windows(num_samples: int, *, num_windows: Sequence[int], blend: BlendTable) -> list[tuple[int, int]]:
     """(data set, window) of an evaluation: always the same ones, evenly spread over each data set, in file order, none twice.

@@ -5,6 +5,7 @@ from __future__ import annotations
 import glob
 import os
 from collections.abc import Sequence
+from pathlib import Path
 
 from phase8.config.schema import DataSource
 from phase8.data.indexed import IndexedDataset
@@ -35,6 +36,12 @@ def open_sources(entries: Sequence[DataSource], *, key: str, ignore_sequence_mod
         if prefixes.count(prefix) > 1:
             raise DataError(f"{key} names {prefix} more than once; keep one entry and add the weights up")
     return streams
+
+
+def source_names(prefixes: Sequence[str]) -> list[str]:
+    """The last part of each path where that tells them apart, else the paths."""
+    names = [Path(prefix).name for prefix in prefixes]
+    return names if len(set(names)) == len(names) else list(prefixes)
 
 
 def pairs_by_pattern_in_both(a: Sequence[TokenStream], b: Sequence[TokenStream]) -> list[str]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 _DECIMAL_SUFFIXES = ("", "k", "M", "B", "T")
 _FLOP_UNITS = ("FLOP", "kFLOP", "MFLOP", "GFLOP", "TFLOP", "PFLOP", "EFLOP", "ZFLOP", "YFLOP")
@@ -42,6 +42,22 @@ def format_seconds(seconds: float) -> str:
     if whole < 86400:
         return f"{whole // 3600} h {whole % 3600 // 60:02d} min"
     return f"{whole // 86400} d {whole % 86400 // 3600:02d} h"
+
+
+def format_epochs(epochs: Mapping[str, float], *, max_sources: int | None = None) -> str:
+    """Epochs of the sources of data by name: of one source `1.27`, of several `web 0.31, code 2.04`.
+
+    Args:
+        epochs: At least one source.
+        max_sources: Of more sources, only those that were repeated most are named, and the number of the others.
+    """
+    if len(epochs) == 1:
+        return "".join(f"{count:.2f}" for count in epochs.values())
+    named = list(epochs.items())
+    if max_sources is not None and len(named) > max_sources:
+        named = sorted(named, key=lambda source: source[1], reverse=True)[:max_sources]
+    num_others = len(epochs) - len(named)
+    return ", ".join([*(f"{name} {count:.2f}" for name, count in named), *([f"{num_others} more"] if num_others else [])])
 
 
 def _scaled(value: float, *, base: int, units: Sequence[str]) -> tuple[str, str]:

@@ -1,15 +1,17 @@
 """Progress of a run: one live line on a terminal, plain lines in a log.
 
 Layout of the line, of which a narrow terminal shows the more important parts only:
-    1,234/5,000 ━━━━━━╺━━━━━━━━  loss 3.412  val 3.501  48.1k tok/s  MFU 41.2 %  5.21 GiB  grad 0.83  lr 6.00e-04  ETA 3 min 12 s
+    1,234/5,000 ━━━━━╺━━━━━━  loss 3.412  val 3.501  48.1k tok/s  MFU 41.2 %  5.21 GiB  grad 0.83  lr 6.00e-04  epoch 1.27  ETA 3 min 12 s
+
+Throughput and MFU are those of all steps since the line before, on the live line those of the last ten seconds. The other figures are
+those of the last step.
 """
 
 from __future__ import annotations
 
-import statistics
+import math
 import time
-from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from types import TracebackType
 from typing import NamedTuple
@@ -21,12 +23,13 @@ from rich.table import Table
 from rich.text import Text
 
 from phase8.closing import Tolerated
-from phase8.observe.formatting import format_bytes, format_count, format_ratio, format_seconds
+from phase8.observe.formatting import format_bytes, format_count, format_epochs, format_ratio, format_seconds
 from phase8.observe.metrics import SourceLoss, StepMetrics
+from phase8.observe.pace import RemainingTime, Throughput
 from phase8.terminal import warn
 
-_ETA_WINDOW_STEPS = 101
-_ETA_MIN_STEPS = 3
+_LIVE_WINDOW_SECONDS = 10.0
+_MAX_SOURCES = 4
 _REFRESH_SECONDS = 0.1
 _MIN_BAR_WIDTH = 8
 _MAX_BAR_WIDTH = 40
@@ -64,22 +67,33 @@ class Progress:
         start_step: Last step done before, 0 for a new run.
         log_every_n_steps: Distance of the plain lines where the output is not a terminal; the first and the last step always have one.
         console: Where to print.
+        epochs: Epochs that each source of the data has delivered up to the last step, by name; asked when a line is drawn.
     """
 
-    def __init__(self, *, total_steps: int, start_step: int, log_every_n_steps: int, console: Console):
+    def __init__(
+        self,
+        *,
+        total_steps: int,
+        start_step: int,
+        log_every_n_steps: int,
+        console: Console,
+        epochs: Callable[[], Mapping[str, float]] = dict,
+    ):
         self._total_steps = total_steps
         self._log_every_n_steps = log_every_n_steps
         self._console = console
+        self._epochs = epochs
         self._last_step = start_step
         self._last_metrics: StepMetrics | None = None
         self._printed_step: int | None = None
         self._validation_loss: float | None = None
         self._num_skipped = 0
-        # The median over this window is the smoothed step time: compilation in the first steps does not move it.
-        self._step_seconds: deque[float] = deque(maxlen=_ETA_WINDOW_STEPS)
+        is_live = console.is_terminal and not console.is_dumb_terminal
+        self._throughput = Throughput(window_seconds=_LIVE_WINDOW_SECONDS if is_live else math.inf)
+        self._remaining_time = RemainingTime()
         self._refreshed_at = 0.0
         self._live: Live | None = None
-        if console.is_terminal and not console.is_dumb_terminal:
+        if is_live:
             self._live = Live(self._status_line(), console=console, auto_refresh=False)
 
     def __enter__(self) -> Progress:
@@ -101,7 +115,8 @@ class Progress:
         self._last_step = metrics.step
         self._last_metrics = metrics
         self._num_skipped += metrics.skipped
-        self._step_seconds.append(metrics.step_seconds)
+        self._throughput.add(seconds=metrics.step_seconds, tokens=metrics.tokens_per_second * metrics.step_seconds)
+        self._remaining_time.add(seconds=metrics.step_seconds, ended_at=time.perf_counter())
         if self._live is not None:
             self._refresh(self._live)
         elif is_first or metrics.step % self._log_every_n_steps == 0 or metrics.step == self._total_steps:
@@ -127,29 +142,35 @@ class Progress:
         self._printed_step = metrics.step
         step = f"step {metrics.step:>{len(f'{self._total_steps:,}')},}/{self._total_steps:,}"
         self.message("  ".join([step, *(field.text for field in self._fields())]))
+        self._throughput.clear()
 
     def _status_line(self) -> _StatusLine:
         return _StatusLine(step=self._last_step, total_steps=self._total_steps, fields=tuple(self._fields()))
 
     def _fields(self) -> Iterator[Field]:
-        """The figures of the last step, from left to right."""
+        """The figures, from left to right."""
         metrics = self._last_metrics
         if metrics is None:
             return
         yield Field("loss", "skipped" if metrics.loss is None else f"{metrics.loss:.4f}", 10, "bold")
         if self._validation_loss is not None:
             yield Field("val", f"{self._validation_loss:.4f}", 6)
-        yield Field("", f"{format_count(metrics.tokens_per_second)} tok/s", 7)
+        tokens_per_second = self._throughput.tokens_per_second
+        yield Field("", f"{format_count(tokens_per_second)} tok/s", 7)
         if metrics.mfu is not None:
-            yield Field("MFU", format_ratio(metrics.mfu), 5)
+            yield Field("MFU", format_ratio(metrics.mfu * tokens_per_second / metrics.tokens_per_second), 5)
         yield Field("", format_bytes(metrics.peak_memory_bytes), 4)
         yield Field("grad", "not finite" if metrics.grad_norm is None else f"{metrics.grad_norm:.2f}", 3)
         yield Field("lr", f"{metrics.learning_rate:.2e}", 2)
         if self._num_skipped > 0:
             yield Field("skipped", f"{self._num_skipped:,}", 9, "bold yellow")
+        epochs = self._epochs()
+        if epochs:
+            yield Field("epoch" if len(epochs) == 1 else "epochs", format_epochs(epochs, max_sources=_MAX_SOURCES), 1)
         num_remaining = self._total_steps - metrics.step
-        if num_remaining > 0 and len(self._step_seconds) >= _ETA_MIN_STEPS:
-            yield Field("ETA", format_seconds(num_remaining * statistics.median(self._step_seconds)), 8, "cyan")
+        remaining_seconds = self._remaining_time.seconds(num_remaining)
+        if num_remaining > 0 and remaining_seconds is not None:
+            yield Field("ETA", format_seconds(remaining_seconds), 8, "cyan")
 
 
 @dataclass(frozen=True)

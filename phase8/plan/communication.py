@@ -23,7 +23,7 @@ a receive those of the message; `Collectives.sent_bytes` says what leaves the ra
 | pp | residual stream and its gradient: send and receive | `messages_of_stage` | N D c / tensor ranks |
 | pp | what the ends of a channel agree about: send or receive | once a step | 8 |
 | pp | gradient of an embedding that is the head, too: all-reduce over first and last stage | once a step | 4 a number of the rank's part |
-| all | targets, loss, stop, norm: all-reduces of scalars | once a step | 8, 4, 4, 4 |
+| all | targets, loss, flags (stop, unreadable), norm: all-reduces of scalars | once a step | 8, 4, 8, 4 |
 
 Recomputation repeats what the forward exchanges, except a dense row at the very end: autograd then has all it needs, and stops.
 (A compiled block that is recomputed whole does not stop there.)
@@ -207,13 +207,14 @@ def _copies_of_embedding(model: ModelSection, grid: Grid) -> Iterator[Collective
 
 
 def _scalars(grid: Grid) -> Iterator[Collectives]:
-    """Stop over all axes; loss where ranks have summands of it; targets where they read others; the norm where they have other parts."""
-    stop = loss = norm = FP32_BYTES
+    """Flags over all axes; loss where ranks have summands of it; targets where they read others; the norm where they have other parts."""
+    loss = norm = FP32_BYTES
+    flags = 2 * FP32_BYTES  # asked to stop, cannot read
     for axis, scalars in (
-        (AxisName.PIPELINE, (stop, loss, norm)),
-        (AxisName.REPLICATE, (stop, loss, _TARGETS_BYTES)),
-        (AxisName.SHARD, (stop, loss, norm, _TARGETS_BYTES)),
-        (AxisName.TENSOR, (stop, norm)),
+        (AxisName.PIPELINE, (flags, loss, norm)),
+        (AxisName.REPLICATE, (flags, loss, _TARGETS_BYTES)),
+        (AxisName.SHARD, (flags, loss, norm, _TARGETS_BYTES)),
+        (AxisName.TENSOR, (flags, norm)),
     ):
         yield Collectives(axis, Operation.ALL_REDUCE, len(scalars), sum(scalars))
 

@@ -11,7 +11,7 @@ from phase8.config.split import split_shares
 from phase8.data.corpus import prepare_embedded_corpus
 from phase8.data.fingerprint import data_fingerprint
 from phase8.data.loader import SequenceDataset, open_dataset
-from phase8.data.sources import pairs_by_pattern_in_both
+from phase8.data.sources import pairs_by_pattern_in_both, source_names
 from phase8.data.token_ids import check_token_ids
 from phase8.data.tokenizer import Tokenizer, load_tokenizer
 from phase8.errors import DataError
@@ -36,6 +36,11 @@ class RunData:
     reference_losses: dict[str, float]
     fingerprint: dict[str, object]
     description: str
+
+    def epochs(self, samples_consumed: int) -> dict[str, float]:
+        """Epochs that each source of the training data has delivered, by its name, once so many samples are read."""
+        names = source_names([source.prefix for source in self.train.sources])
+        return dict(zip(names, self.train.order.epochs(samples_consumed), strict=True))
 
 
 def open_run_data(config: RunConfig, *, on_progress: Callable[[str, int, int], None], check_ids: bool = True) -> RunData:

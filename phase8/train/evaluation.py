@@ -6,9 +6,9 @@ import itertools
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 from phase8.data.loader import build_loader, evaluation_microbatches
+from phase8.data.sources import source_names
 from phase8.observe.metrics import SourceLoss
 from phase8.train.build import Run
 from phase8.train.microbatch import Microbatch, split_sample
@@ -86,9 +86,3 @@ def weighted_loss(sources: Sequence[SourceLoss]) -> float:
     counted = [source for source in sources if source.num_tokens]
     total = sum(source.weight for source in counted)
     return math.fsum(source.weight * source.loss for source in counted) / total if counted else 0.0
-
-
-def source_names(prefixes: Sequence[str]) -> list[str]:
-    """The last part of each path where that tells them apart, else the paths."""
-    names = [Path(prefix).name for prefix in prefixes]
-    return names if len(set(names)) == len(names) else list(prefixes)

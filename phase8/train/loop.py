@@ -9,6 +9,7 @@ from phase8.closing import Tolerated
 from phase8.distributed.collectives import broadcast_text
 from phase8.errors import CorruptionError, DivergenceError, Phase8Error
 from phase8.observe.banner import print_line
+from phase8.observe.formatting import format_epochs
 from phase8.observe.metrics import MetricsWriter
 from phase8.observe.progress import Progress
 from phase8.observe.report import write_report
@@ -74,7 +75,7 @@ def finish(run: Run) -> None:
             page = write_report(
                 run.directory.path,
                 title=f"phase8: {run.config.run.name}",
-                facts=run.facts,
+                facts=[*run.facts, ("epochs", format_epochs(run.data.epochs(run.position.samples_consumed)))],
                 reference_losses=run.data.reference_losses,
                 sample=sample,
                 say=run.say,
@@ -107,7 +108,11 @@ def _train_until(run: Run, stop_step: int, report: Callable[[int, str], None], *
     if run.is_main:
         metrics = MetricsWriter(run.directory.path, resume_step=run.position.step, tensorboard=config.observe.tensorboard, say=run.say)
     progress = Progress(
-        total_steps=stop_step, start_step=run.position.step, log_every_n_steps=config.observe.log_every_n_steps, console=run.console
+        total_steps=stop_step,
+        start_step=run.position.step,
+        log_every_n_steps=config.observe.log_every_n_steps,
+        console=run.console,
+        epochs=lambda: run.data.epochs(run.position.samples_consumed),
     )
     with metrics or nullcontext(), _stop_request(run) as stop, progress:
         trainer = Trainer(run, metrics, progress, report)

@@ -87,7 +87,11 @@ class Readers:
         before = self._state()
         try:
             found = restore_run(
-                open_checkpoint(self.checkpoint), self.run.config, fingerprint=self.run.data.fingerprint, learner=self.run.learner
+                open_checkpoint(self.checkpoint),
+                self.run.config,
+                fingerprint=self.run.data.fingerprint,
+                attachments=self.run.attachments,
+                learner=self.run.learner,
             )
         except CheckpointError:
             after = self._state()

@@ -78,7 +78,7 @@ def test_a_refused_checkpoint_changes_nothing(path: str, value: Any, directory: 
     before = {name: tensor.clone() for name, tensor in flat_state(learner.stage.module, learner.optimizer, learner.shards.parts).items()}
     generator = torch.get_rng_state()
     with pytest.raises(CheckpointError):
-        restore_run(open_checkpoint(directory), run.config, fingerprint=run.data.fingerprint, learner=learner)
+        restore_run(open_checkpoint(directory), run.config, fingerprint=run.data.fingerprint, attachments=run.attachments, learner=learner)
     after = flat_state(learner.stage.module, learner.optimizer, learner.shards.parts)
     assert all(torch.equal(tensor, after[name]) for name, tensor in before.items()) and torch.equal(torch.get_rng_state(), generator)
 

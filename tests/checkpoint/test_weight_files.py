@@ -18,9 +18,8 @@ TENSORS = {"embedding.weight": torch.arange(12.0).view(4, 3), "norm.weight": tor
 @pytest.fixture
 def weights(tmp_path):
     """A consolidated directory, which has the name of a step as a user may give it."""
-    (tmp_path / "tokenizer.model").write_bytes(b"words")
     tensors = {f"model.{name}": value for name, value in TENSORS.items()}
-    attachments = {"tokenizer.model": tmp_path / "tokenizer.model"}
+    attachments = {"tokenizer.model": b"words"}
     path = save_checkpoint(tmp_path / "c", step=7, tensors=tensors, metadata={"config": {"model": {}}}, attachments=attachments)
     destination = tmp_path / "step-0000000007"
     consolidate(open_checkpoint(path), destination, form=ConsolidatedForm({"model": {}}), dtype=None, on_progress=lambda *_: None)

@@ -85,3 +85,10 @@ def test_every_source_of_an_evaluation_has_a_window_however_small_its_weight():
 
 def test_evaluation_of_more_than_there_is_takes_each_window_once():
     assert evenly_spread_windows(100, num_windows=(3,), blend=BlendTable([1])) == [(0, 0), (0, 1), (0, 2)]
+
+
+def test_epochs_are_the_share_of_its_windows_that_each_data_set_has_delivered():
+    blended = order(num_windows=(50, 8), weights=(3, 1))
+    assert blended.epochs(0) == [0, 0]
+    assert blended.epochs(40) == [30 / 50, 10 / 8]
+    assert order(num_windows=(50,)).epochs(75) == [1.5]

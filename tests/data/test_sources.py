@@ -12,7 +12,7 @@ from phase8.config.schema import DataSource
 from phase8.data.fingerprint import data_fingerprint
 from phase8.data.indexed import IndexedDataset, IndexedWriter
 from phase8.data.loader import open_dataset
-from phase8.data.sources import open_sources, pairs_by_pattern_in_both
+from phase8.data.sources import open_sources, pairs_by_pattern_in_both, source_names
 from phase8.errors import DataError
 
 
@@ -132,3 +132,8 @@ def test_too_many_files_are_said_to_be(tmp_path, monkeypatch):
     monkeypatch.setattr(os, "open", refuse)
     with pytest.raises(DataError, match="Too many open files; raise ulimit -n, or give fewer pairs"):
         IndexedDataset(prefix)
+
+
+def test_sources_of_one_name_are_told_apart():
+    assert source_names(["a/train", "b/validation"]) == ["train", "validation"]
+    assert source_names(["a/train", "b/train"]) == ["a/train", "b/train"]

@@ -10,9 +10,6 @@ from pathlib import Path
 import pytest
 from launched import code_of_first_failure, free_port, own_lines, run, torchrun_command
 
-from phase8.config.load import load_config
-from phase8.data.loader import open_dataset
-
 FLIPPED_BIT = Path(__file__).with_name("flipped_bit.py")
 NEVER_FITS = {
     "a world size that does not fit": (
@@ -76,29 +73,19 @@ def test_a_flipped_bit_ends_training_before_it_is_saved(training):
     assert training.saved_steps("flipped") == [3]
 
 
-def spoil_sample(training, number):
-    """Writes a token that is outside the vocabulary into one sample of a copy of the data; returns its prefix."""
-    prefix = training.directory / "spoilt"
+def test_data_that_shrink_in_the_middle_of_training_end_all_ranks_after_saving(training, launch):
+    prefix = training.directory / "shrinking"
     for ending in (".idx", ".bin"):
         prefix.with_suffix(ending).write_bytes((training.directory / "train").with_suffix(ending).read_bytes())
-    config = load_config(training.config, [])
-    length = config.model.sequence_length
-    dataset = open_dataset(str(prefix), sequence_length=length, vocab_size=config.model.vocab_size, seed=config.train.seed)
-    _, window = dataset.order.locate(number)
-    with prefix.with_suffix(".bin").open("r+b") as file:
-        file.seek(2 * (window * length + length // 2))  # the ends of a window belong to its neighbours too
-        file.write((61).to_bytes(2, "little"))
-    return prefix
-
-
-def test_a_rank_that_reads_bad_data_in_the_middle_of_training_stops_all(training):
-    prefix = spoil_sample(training, 4 * 4 + 2)  # of step 5; each of two ranks reads two samples of a step
-    code, _, errors = run(training.torchrun("spoilt", f"data.train={prefix}", num_ranks=2))
-    assert (code, code_of_first_failure(errors)) == (1, (1, 3)), errors
-    first, stopped = own_lines(errors)
-    assert re.fullmatch(rf"rank 1: error: {re.escape(str(prefix))}\.bin holds token id 61 at position \d+, but model\.vocab_size is 61; .*", first)
-    assert stopped == first.replace("rank 1: error:", "error: stopped because rank 1 failed:")
-    assert len(training.figures("spoilt")) == 4 and training.saved_steps("spoilt") == [3, 4]  # the last one before all end
+    launched = launch(training.torchrun("shrunk", f"data.train={prefix}", "checkpoint.every_n_steps=0", num_ranks=2))
+    launched.wait_until(lambda: len(training.figures("shrunk")) >= 2)
+    os.truncate(prefix.with_suffix(".bin"), 100)
+    code, _, errors = launched.end()
+    assert (code, code_of_first_failure(errors)[1]) == (1, 3), errors
+    said = [line for line in own_lines(errors) if "shrinking.bin is shorter than when it was opened" in line]
+    assert said and not any("Traceback" in line for line in own_lines(errors))
+    (step,) = training.saved_steps("shrunk")
+    assert step == len(training.figures("shrunk")) < 24
 
 
 @pytest.mark.full

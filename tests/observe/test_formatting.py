@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import pytest
 
-from phase8.observe.formatting import format_bytes, format_count, format_flops, format_ratio, format_seconds
+from phase8.observe.formatting import format_bytes, format_count, format_epochs, format_flops, format_ratio, format_seconds
 
 
 @pytest.mark.parametrize(
@@ -38,3 +38,11 @@ def test_a_duration_shows_its_two_largest_units(seconds, text):
 
 def test_a_ratio_is_per_cent():
     assert format_ratio(0.4123) == "41.2 %"
+
+
+def test_epochs_name_their_sources_where_there_are_several_and_of_many_those_repeated_most():
+    assert format_epochs({"web": 1.269}) == "1.27"
+    assert format_epochs({"web": 0.309, "code": 2.04}, max_sources=2) == "web 0.31, code 2.04"
+    many = {"web": 0.3, "code": 2, "books": 0.1, "mail": 3.5}
+    assert format_epochs(many) == "web 0.30, code 2.00, books 0.10, mail 3.50"
+    assert format_epochs(many, max_sources=2) == "mail 3.50, code 2.00, 2 more"

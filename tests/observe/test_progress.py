@@ -77,6 +77,58 @@ def test_the_eta_ignores_compilation_and_waits_for_three_steps(make_step):
     assert lines[-1].endswith("ETA 16 min 35 s")  # 995 steps of one second
 
 
+def busy_step(make_step, step: int):
+    """A step of 512 tokens; every tenth is held up by something else on the machine."""
+    seconds = 5.2 if step % 10 == 0 else 0.2
+    return make_step(step, step_seconds=seconds, tokens_per_second=512 / seconds, mfu=0.04 / seconds)
+
+
+def test_speed_is_that_of_all_steps_since_the_line_before(make_step):
+    console = plain_console()
+    with Progress(total_steps=45, start_step=0, log_every_n_steps=20, console=console) as progress:
+        for step in range(1, 46):
+            progress.step(busy_step(make_step, step))
+    shown = re.findall(r"(\S+) tok/s  MFU (\S+) %", console.file.getvalue())
+    # Step 1; steps 2 to 20, two of them slow; 21 to 40, likewise; 41 to 45. The steps 20 and 40 themselves made 98 tok/s.
+    assert shown == [("2.56k", "20.0"), ("705", "5.5"), ("731", "5.7"), ("2.56k", "20.0")]
+
+
+def test_the_live_line_shows_the_speed_of_the_last_seconds(make_step):
+    console = terminal_console(160)
+    with Progress(total_steps=200, start_step=0, log_every_n_steps=1, console=console) as progress:
+        for step in range(1, 101):
+            seconds = {1: 60.0, 90: 5.1}.get(step, 0.2)
+            progress.step(make_step(step, step_seconds=seconds, tokens_per_second=512 / seconds))
+    # Steps 76 to 100 took 9.9 s.
+    assert "  1.29k tok/s" in last_drawn_line(console)
+
+
+def test_what_comes_between_steps_is_in_the_eta(make_step, monkeypatch):
+    console, now = plain_console(), [0.0]
+    monkeypatch.setattr("phase8.observe.progress.time.perf_counter", lambda: now[0])
+    with Progress(total_steps=1100, start_step=0, log_every_n_steps=100, console=console) as progress:
+        for step in range(1, 101):
+            now[0] += 1.0 + (10.0 if step % 10 == 0 else 0.0)
+            progress.step(make_step(step, step_seconds=1.0))
+    assert console.file.getvalue().rstrip().endswith("ETA 31 min 40 s")  # 1000 steps, and 9 evaluations in 100 of them
+
+
+def test_epochs_of_each_source_are_shown_and_leave_a_narrow_terminal_first(make_step):
+    console = plain_console()
+    epochs = {"web": 0.0}
+    with Progress(total_steps=2, start_step=0, log_every_n_steps=1, console=console, epochs=lambda: epochs) as progress:
+        progress.step(make_step(1))
+        epochs.update(web=0.314, code=2.04)
+        progress.step(make_step(2))
+    first, second = console.file.getvalue().splitlines()
+    assert first.endswith("lr 3.00e-04  epoch 0.00") and second.endswith("lr 3.00e-04  epochs web 0.31, code 2.04")
+    for width, is_shown in ((80, False), (160, True)):
+        console = terminal_console(width)
+        with Progress(total_steps=2, start_step=0, log_every_n_steps=1, console=console, epochs=lambda: epochs) as progress:
+            progress.step(make_step(1))
+        assert ("code 2.04" in last_drawn_line(console)) == is_shown
+
+
 def test_evaluations_and_messages_are_printed_as_they_are(make_step):
     console = plain_console()
     with Progress(total_steps=2000, start_step=0, log_every_n_steps=10, console=console) as progress:

@@ -54,12 +54,12 @@ def test_tensor_parallel_layers_gather_and_scatter_tokens():
     assert found == {
         (TP, ALL_GATHER): (2 * (6 + 1) + 2, (2 * 6 + 2) * 256 + 2 * scalars),
         (TP, REDUCE_SCATTER): (2 * (4 + 1) + 2, (2 * 4 + 2) * 256 + 2 * scalars),
-        # Loss; gradients of three norms; stop and norm.
-        (TP, ALL_REDUCE): (2 + 1 + 2, 3 * 16 * 4 + 3 * 8 * 4 + 2 * 4),
+        # Loss; gradients of three norms; both flags and norm.
+        (TP, ALL_REDUCE): (2 + 1 + 2, 3 * 16 * 4 + 3 * 8 * 4 + 3 * 4),
     }
     twice = table(section(), grid=Grid(tensor=2), microbatches=2)
     assert twice[TP, ALL_GATHER] == tuple(2 * number for number in found[TP, ALL_GATHER])
-    assert twice[TP, ALL_REDUCE] == (2 * 2 + 1 + 2, 2 * 3 * 16 * 4 + 3 * 8 * 4 + 2 * 4)
+    assert twice[TP, ALL_REDUCE] == (2 * 2 + 1 + 2, 2 * 3 * 16 * 4 + 3 * 8 * 4 + 3 * 4)
     assert table(section(), grid=Grid(tensor=2), loss_chunk_tokens=5)[TP, ALL_REDUCE] == (2 * 4 + 1 + 2, found[TP, ALL_REDUCE][1])
 
 
@@ -102,14 +102,14 @@ def test_zero_gathers_parameters_and_scatters_gradients(stage, block_gathers, re
     assert found == {
         (SHARD, ALL_GATHER): (2 * block_gathers + rest_gathers, 4 * (2 * block_gathers * BLOCK_NUMBERS + rest_gathers * REST_NUMBERS)),
         (SHARD, REDUCE_SCATTER): (3 * sums, sums * 4 * whole),
-        (SHARD, ALL_REDUCE): (4, 8 + 3 * 4),
-        (REPLICATE, ALL_REDUCE): (3 + 3, whole + 8 + 2 * 4),
+        (SHARD, ALL_REDUCE): (4, 8 + 4 * 4),
+        (REPLICATE, ALL_REDUCE): (3 + 3, whole + 8 + 3 * 4),
     }
 
 
 def test_replicas_sum_all_gradients_once():
     found = table(section(), grid=Grid(replicate=2), microbatches=3)
-    assert found == {(REPLICATE, ALL_REDUCE): (3 + 3, 4 * (2 * (8 + 48) + 88 + 8) + 8 + 2 * 4)}
+    assert found == {(REPLICATE, ALL_REDUCE): (3 + 3, 4 * (2 * (8 + 48) + 88 + 8) + 8 + 3 * 4)}
 
 
 def test_parts_of_a_rank_count():
@@ -164,7 +164,7 @@ def test_a_stage_has_its_own_layers_and_tensor_ranks_send_their_tokens():
     # The embedding needs no all-reduce; the loss does.
     assert (first[TP, ALL_REDUCE][0], last[TP, ALL_REDUCE][0]) == (1 + 2, 2 * 4 + 1 + 2)
     assert first[PP, Operation.SEND] == last[PP, Operation.RECEIVE] == (4 + 1, 4 * 128 + 8)
-    assert first[PP, ALL_REDUCE] == (3, 3 * 4)
+    assert first[PP, ALL_REDUCE] == (3, 4 * 4)
 
 
 def test_copies_of_the_embedding_are_summed_by_part():
@@ -174,7 +174,7 @@ def test_copies_of_the_embedding_are_summed_by_part():
         grids = [Grid(pipeline=3, shard=4, tensor=2, stage=stage, shard_index=index) for index in range(4)]
         found = [table(model, grid=grid, chunks=chunks, zero_stage=2)[PP, ALL_REDUCE] for grid in grids]
         # Six rows of the first tensor rank: 2 2 2 0.
-        assert found == [(3 + parts, 12 + parts * rows * 8 * 4) for rows in (2, 2, 2, 0)]
+        assert found == [(3 + parts, 16 + parts * rows * 8 * 4) for rows in (2, 2, 2, 0)]
 
 
 def test_a_chunk_has_its_own_parameters():

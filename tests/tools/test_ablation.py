@@ -1,6 +1,7 @@
 """The door of the ablation: real runs as processes, what it prints and writes, and what it refuses."""
 
 import json
+import re
 import sys
 from pathlib import Path
 
@@ -82,9 +83,16 @@ def test_variants_and_seeds_are_trained_compared_and_then_skipped(door, half_tra
 
 
 def test_a_run_that_fails_gives_its_exit_code(door):
+    diverges = ("optim.learning_rate=1e30", "train.anomaly.policy=stop")
+    code, table, messages = door("--set", *SHORT, *diverges, variants=NAMES[1:])
+    assert (code, table) == (6, "")
+    assert re.search(r"window_global-seed1: failed at step 2 of 6, loss 4\.\d+: exit code 6; the end of", messages)
+    assert "are not both finite" in messages
+
+
+def test_ids_outside_the_vocabulary_are_found_before_any_run(door):
     code, table, messages = door("--set", *SHORT, "model.vocab_size=30", variants=NAMES[1:])
-    assert (code, table) == (3, "")
-    assert "window_global-seed1: failed at step 0 of 6: exit code 3; the end of" in messages and "holds token id" in messages
+    assert (code, table) == (3, "") and "holds token id" in messages and "failed at step" not in messages
 
 
 def test_130_when_stopped_before_all_runs_are_finished(door, monkeypatch):

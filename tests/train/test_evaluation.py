@@ -11,7 +11,7 @@ from tiny_run import prepare, records, train_tiny, write_config
 
 from phase8.data.indexed import IndexedWriter
 from phase8.observe.metrics import SourceLoss
-from phase8.train.evaluation import HeldOutData, source_names, weighted_loss
+from phase8.train.evaluation import HeldOutData, weighted_loss
 from phase8.train.loop import train
 
 SEQUENCE_LENGTH = 24
@@ -80,8 +80,3 @@ def test_a_source_without_targets_does_not_count():
     nothing, something = source(weight=5, loss=0.0, num_tokens=0), source(weight=1, loss=2.0, num_tokens=9)
     assert weighted_loss([nothing, something]) == 2.0 and weighted_loss([nothing]) == 0.0
     assert math.isnan(weighted_loss([something, source(weight=1, loss=math.nan, num_tokens=1)]))
-
-
-def test_sources_of_one_name_are_told_apart():
-    assert source_names(["a/train", "b/validation"]) == ["train", "validation"]
-    assert source_names(["a/train", "b/train"]) == ["a/train", "b/train"]

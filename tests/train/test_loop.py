@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from tiny_run import losses, prepare, records, train_tiny, write_documents
+from tiny_run import losses, prepare, records, train_tiny, with_blend, write_documents
 
 from phase8.checkpoint.load import list_checkpoints, open_checkpoint
 from phase8.data.tokenizer_training import train_sentencepiece
@@ -142,6 +142,22 @@ SHORT = ("train.num_steps=2", "optim.warmup_steps=1", "train.evaluate_every_n_st
 @pytest.fixture
 def tokenizer(tmp_path):
     return train_sentencepiece(["def main(): pass\n"] * 50, tmp_path / "tokenizer.model", vocab_size=280)
+
+
+def test_progress_and_report_tell_the_epochs_of_each_source(tiny, tmp_path, capsys):
+    for name, num_documents in (("many", 40), ("few", 4)):
+        write_documents(tmp_path / name, num_documents=num_documents, seed=num_documents)
+    blend = with_blend(tiny, tmp_path / "many", tmp_path / "few")
+    settings = ("train.num_steps=10", "train.evaluate_every_n_steps=0", "observe.log_every_n_steps=5")
+    train(prepare(blend, *settings, "train.stop_at_step=5"), resume_command="")
+    run = prepare(blend, *settings, "observe.report=true", console=make_console())
+    train(run, resume_command="")
+    num_windows = [(source.num_tokens - 1) // run.config.model.sequence_length for source in run.data.train.sources]
+    many, few = (20 / available for available in num_windows)  # 10 steps of 4 sequences, half of them from each
+    expected = f"many {many:.2f}, few {few:.2f}"
+    (last,) = [line for line in capsys.readouterr().out.splitlines() if line.startswith("step 10/10")]
+    assert f"epochs {expected}" in last and few > 1
+    assert expected in (run.directory.path / "report" / "index.html").read_text()
 
 
 @pytest.mark.parametrize("error", [StorageError("cannot write it"), RuntimeError("no font"), MemoryError()])

@@ -1,0 +1,85 @@
+"""How fast a run goes: tokens per second over several steps, and the time that the rest of its steps will take.
+
+| figure | what counts |
+|---|---|
+| throughput | the tokens of the steps over their durations, which include waiting for data; what comes between steps does not count |
+| remaining time | a truncated mean of the last steps' durations, and the mean of what came between steps so far, without the longest |
+
+Between steps come evaluations, saves and checks. Compilation makes a few steps slow and the first evaluation long: such outliers do not
+move the remaining time, but steps that are slow again and again do.
+"""
+
+from __future__ import annotations
+
+import math
+import statistics
+from collections import deque
+
+_WINDOW_STEPS = 300
+_MIN_STEPS = 3
+_NUM_OUTLIERS = 3  # on each side; the first steps, which compile, are about as many
+
+
+class Throughput:
+    """Tokens per second over the steps since the last `clear`.
+
+    Args:
+        window_seconds: Only the newest steps count that took so long together, at least one.
+    """
+
+    def __init__(self, *, window_seconds: float = math.inf):
+        self._window_seconds = window_seconds
+        self._steps: deque[tuple[float, float]] = deque()
+        self._seconds = 0.0
+
+    def add(self, *, seconds: float, tokens: float) -> None:
+        """Counts a step."""
+        self._steps.append((seconds, tokens))
+        self._seconds += seconds
+        while self._seconds > self._window_seconds and len(self._steps) > 1:
+            self._seconds -= self._steps.popleft()[0]
+
+    def clear(self) -> None:
+        """Begins a new interval."""
+        self._steps.clear()
+        self._seconds = 0.0
+
+    @property
+    def tokens_per_second(self) -> float:
+        """Of at least one step."""
+        return math.fsum(tokens for _, tokens in self._steps) / math.fsum(seconds for seconds, _ in self._steps)
+
+
+class RemainingTime:
+    """The time until the last step of a run is done, estimated from the steps so far; the end of the run (the last evaluation) is not in it."""
+
+    def __init__(self) -> None:
+        self._step_seconds: deque[float] = deque(maxlen=_WINDOW_STEPS)
+        self._num_steps = 0
+        self._ended_at: float | None = None
+        self._between_seconds = self._longest_between = 0.0
+
+    def add(self, *, seconds: float, ended_at: float) -> None:
+        """Counts a step.
+
+        Args:
+            seconds: Its duration.
+            ended_at: Time of a steady clock at its end; what passed since the end of the step before and is not its duration came between.
+        """
+        if self._ended_at is not None:
+            between = max(0.0, ended_at - self._ended_at - seconds)
+            self._between_seconds += between
+            self._longest_between = max(self._longest_between, between)
+        self._ended_at = ended_at
+        self._num_steps += 1
+        self._step_seconds.append(seconds)
+
+    def seconds(self, num_steps: int) -> float | None:
+        """The estimate for so many further steps; None: too few steps are done."""
+        if self._num_steps < _MIN_STEPS:
+            return None
+        num_steps_seen = len(self._step_seconds)
+        num_outliers = min(_NUM_OUTLIERS, (num_steps_seen - 1) // 2)
+        usual = sorted(self._step_seconds)[num_outliers : num_steps_seen - num_outliers]
+        between = (self._between_seconds - self._longest_between) / self._num_steps
+        return num_steps * (statistics.fmean(usual) + between)
