@@ -140,7 +140,7 @@ class DataSection(Section):
     num_workers: ProcessCount | Auto = key("auto", "loader processes; 0: load in the training process, where the next two keys have no effect")
     split: Text | None = key(None, "shares of the documents of data.train for training, validation and neither, as 969,30,1; null: all for training")
     ignore_sequence_modes: bool = key(False, "train on pairs with a mode per sequence (multimodal data) as plain text")
-    prefetch_factor: PositiveInt = key(2, "microbatches each worker prepares ahead")
+    prefetch_factor: PositiveInt = key(2, "microbatches each worker prepares ahead, at least; together they prepare no fewer than a step reads")
     persistent_workers: bool = key(True, "keep the workers of evaluations alive between them")
     pin_memory: bool | Auto = key("auto", "page-locked host memory for faster copies to the GPU; no effect on the CPU")
 

@@ -160,12 +160,18 @@ def evaluation_microbatches(dataset: SequenceDataset, *, num_samples: int, micro
 
 
 def build_loader(
-    dataset: SequenceDataset, section: DataSection, *, sample_numbers: Iterable[Sequence[Sample]]
+    dataset: SequenceDataset, section: DataSection, *, sample_numbers: Iterable[Sequence[Sample]], taken_at_once: int = 1
 ) -> Iterable[dict[str, torch.Tensor]]:
     """The microbatches of `sample_numbers`, in that order whatever the workers.
 
     Draws nothing from torch's global random generator. Iterating again starts `sample_numbers` again if it is a list; an iterator
     just goes on, without what the workers had already fetched.
+
+    Args:
+        dataset: The sequences.
+        section: Workers and memory; its number of workers is explicit.
+        sample_numbers: Of each microbatch.
+        taken_at_once: Microbatches that a step reads one after the other: the workers keep at least as many ready.
 
     Shape:
         tokens: int64 [B, T + 1]; document_starts: bool [B, T + 1].
@@ -173,7 +179,7 @@ def build_loader(
     Raises:
         DataError: While iterating, as raised by `SequenceDataset`, also from a worker.
     """
-    return _MicrobatchLoader(dataset, section, sample_numbers)
+    return _MicrobatchLoader(dataset, section, sample_numbers, taken_at_once)
 
 
 class _Refusal(NamedTuple):
@@ -202,15 +208,16 @@ class _Microbatches(Dataset):
 
 
 class _MicrobatchLoader:
-    def __init__(self, dataset: SequenceDataset, section: DataSection, sample_numbers: Iterable[Sequence[Sample]]):
+    def __init__(self, dataset: SequenceDataset, section: DataSection, sample_numbers: Iterable[Sequence[Sample]], taken_at_once: int):
         workers = section.num_workers > 0
+        ahead = max(section.prefetch_factor, -(-taken_at_once // max(section.num_workers, 1)))
         self._loader = DataLoader(
             _Microbatches(dataset),
             batch_size=None,
             sampler=sample_numbers,
             num_workers=section.num_workers,
             pin_memory=section.pin_memory and torch.cuda.is_available(),
-            prefetch_factor=section.prefetch_factor if workers else None,
+            prefetch_factor=ahead if workers else None,
             persistent_workers=section.persistent_workers and workers,
             worker_init_fn=_leave_signals_to_trainer,
             generator=torch.Generator(),  # torch seeds its workers from the global generator otherwise, and so shifts it

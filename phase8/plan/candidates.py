@@ -6,11 +6,10 @@ launches from Python take longer than what they launch. It only has to put the b
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
-from phase8.config.auto import automatic_keys, with_values
+from phase8.config.auto import AUTO, automatic_keys, with_values
 from phase8.config.batch import batch_shape, run_topology
 from phase8.config.schema import RunConfig
 from phase8.config.validate import find_problems
@@ -24,6 +23,7 @@ _EAGER = 1.45  # the same without torch.compile
 # A microbatch of so many tokens, over the width of the model, reaches half of what a device can do; beyond the largest nothing is gained.
 _HALF_SPEED_TOKENS_TIMES_WIDTH = 2.4e6
 _MOST_TOKENS = 131_072
+_CPU_TOKENS = 4096  # at once; the caches of a CPU hold no more
 # Launches of a layer, forward and backward of a microbatch, from Python; what a GPU does of its peak. A step is recorded where launches
 # take more than a share of what is launched: a recording needs memory of its own.
 _LAUNCH_SECONDS = 7e-3
@@ -142,6 +142,25 @@ def smallest_candidate(config: RunConfig, *, world_size: int, device: Device) ->
     return min(smallest, key=lambda each: each.planned_bytes)
 
 
+def nearest_that_fits(config: RunConfig, facts: Device, *, world_size: int, below_bytes: int) -> Candidate | None:
+    """The fastest settings that need less than `below_bytes` and fit: with another microbatch if that is enough, else with more recomputed."""
+    if facts.type != "cuda":
+        return None
+    train = config.train.model_copy(update={"micro_batch_size": AUTO})
+    for changed in (train, train.model_copy(update={"recompute": AUTO, "recompute_every_n_layers": 1})):
+        asked = config.model_copy(update={"train": changed})
+        smaller = replace(facts, memory_bytes=min(facts.memory_bytes, below_bytes))
+        if found := find_candidates(asked, world_size=world_size, device=smaller, most=1):
+            return found[0]
+    return None
+
+
+def difference(config: RunConfig, candidate: Candidate) -> str:
+    """What a candidate changes of a config, as overrides."""
+    before = Candidate(config, 0, 0.0).values
+    return " ".join(f"{name}={value}" for name, value in candidate.values.items() if before[name] != value)
+
+
 def _settings(config: RunConfig, *, world_size: int, device: Device, compiles: bool) -> list[RunConfig]:
     """Every combination that can run; on a CPU the one that is fastest there."""
     automatic = automatic_keys(config)
@@ -151,7 +170,7 @@ def _settings(config: RunConfig, *, world_size: int, device: Device, compiles: b
         ways += [("budget", 0.5), ("budget", 0.25), ("selective", 0.5), ("full", 0.5)]
         compiled |= compiles and device.can_compile
     else:
-        sizes = sizes[-1:]
+        sizes = [size for size in sizes if size * config.model.sequence_length <= _CPU_TOKENS][-1:] or sizes[:1]
     result = []
     for size in sizes:
         for way, budget in ways if "train.recompute" in automatic else ways[:1]:
@@ -221,9 +240,3 @@ def _microbatch_seconds(config: RunConfig, world_size: int, device: Device) -> t
 def predicted_run_seconds(config: RunConfig, *, world_size: int, device: Device) -> float:
     """What the whole run would take at the predicted speed."""
     return config.train.num_steps * _seconds(config, world_size, device)
-
-
-def describe_sizes(candidates: Sequence[Candidate]) -> Iterator[str]:
-    """The candidates in words, with what they need."""
-    for candidate in candidates:
-        yield f"{candidate} ({candidate.planned_bytes / 2**30:.1f} GiB by plan)"

@@ -116,6 +116,8 @@ def _train_until(run: Run, stop_step: int, report: Callable[[int, str], None], *
     )
     with metrics or nullcontext(), _stop_request(run) as stop, progress:
         trainer = Trainer(run, metrics, progress, report)
+        if run.chosen.values and rollback is None:
+            trainer.record_event("settings", **run.chosen.values, device=run.chosen.device, reason=run.chosen.reason)
         if run.origin is not None and run.position.step == 0:
             trainer.record_event("initialised", **run.origin.fields)
         if rollback is not None:

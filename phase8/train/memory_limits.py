@@ -10,10 +10,9 @@ from contextlib import contextmanager
 import torch
 
 from phase8.checkpoint.load import list_checkpoints
-from phase8.config.auto import AUTO
 from phase8.config.schema import RunConfig
 from phase8.errors import OutOfMemoryError
-from phase8.plan.candidates import Candidate, Device, find_candidates
+from phase8.plan.candidates import Device, difference, nearest_that_fits
 from phase8.plan.dry_run import plan_stages
 from phase8.plan.memory import MemoryPlan
 from phase8.plan.rank_memory import fullest
@@ -100,7 +99,7 @@ def _device_sentence(config: RunConfig, facts: Device, world_size: int) -> str:
     nearest = nearest_that_fits(config, facts, world_size=world_size, below_bytes=planned)
     remedy = "make the model smaller, or use more ranks with zero.stage=3"
     if nearest is not None:
-        remedy = f"{_difference(config, nearest)} fits with {nearest.planned_bytes / _GIB:.1f} GiB, or leave these keys auto"
+        remedy = f"{difference(config, nearest)} fits with {nearest.planned_bytes / _GIB:.1f} GiB, or leave these keys auto"
     return (
         f"out of memory on {facts.name}: the run needs {planned / _GIB:.1f} GiB by plan, and {facts.memory_bytes / _GIB:.1f} of "
         f"{facts.total_bytes / _GIB:.1f} GiB were free when it started; {remedy}."
@@ -117,24 +116,6 @@ def _host_sentence(config: RunConfig, facts: Device, world_size: int, kind: str)
     ]
     remedy = f"set {' or '.join(remedies)}" if remedies else "use a host with more memory, or a smaller model or batch"
     return f"the host has too little {kind}memory; {planned / _GIB:.1f} GiB a rank are planned for copies and what is offloaded: {remedy}."
-
-
-def nearest_that_fits(config: RunConfig, facts: Device, *, world_size: int, below_bytes: int) -> Candidate | None:
-    """The fastest settings that need less than `below_bytes` and fit: with another microbatch if that is enough, else with more recomputed."""
-    if facts.type != "cuda":
-        return None
-    train = config.train.model_copy(update={"micro_batch_size": AUTO})
-    for changed in (train, train.model_copy(update={"recompute": AUTO, "recompute_every_n_layers": 1})):
-        asked = config.model_copy(update={"train": changed})
-        smaller = Device(**(vars(facts) | {"memory_bytes": min(facts.memory_bytes, below_bytes)}))
-        if found := find_candidates(asked, world_size=world_size, device=smaller, most=1):
-            return found[0]
-    return None
-
-
-def _difference(config: RunConfig, candidate: Candidate) -> str:
-    before = Candidate(config, 0, 0.0).values
-    return " ".join(f"{name}={value}" for name, value in candidate.values.items() if before[name] != value)
 
 
 def _plan(config: RunConfig, facts: Device, world_size: int) -> MemoryPlan:

@@ -220,7 +220,8 @@ class Trainer:
             index=self.run.learner.mesh.data_parallel_index,
             num_readers=self.run.shape.data_parallel_size,
         )
-        for sample in build_loader(self.run.data.train, self.run.config.data, sample_numbers=numbers):
+        num_microbatches = self.run.shape.num_microbatches
+        for sample in build_loader(self.run.data.train, self.run.config.data, sample_numbers=numbers, taken_at_once=num_microbatches):
             yield self._split(sample)
 
     def _split(self, sample: dict[str, Tensor]) -> Microbatch:

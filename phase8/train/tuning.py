@@ -14,7 +14,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +29,7 @@ from phase8.distributed.collectives import broadcast_text, gather_texts
 from phase8.distributed.mesh import Mesh
 from phase8.errors import ConfigError, OutOfMemoryError, Phase8Error
 from phase8.observe.formatting import format_count
-from phase8.plan.candidates import Candidate, Device, find_candidates, predicted_run_seconds, smallest_candidate
+from phase8.plan.candidates import Candidate, Device, difference, find_candidates, nearest_that_fits, predicted_run_seconds, smallest_candidate
 from phase8.train.device import host_settings
 from phase8.train.trial import Trial, run_trial
 
@@ -40,6 +40,7 @@ _MOST_CANDIDATES, _MOST_TRIALS = 6, 3
 _WORTH_A_TRIAL = 1.08
 # A shorter run would spend more time on compilation than it saves.
 _LONG_ENOUGH_TO_COMPILE_SECONDS = 120.0
+_UNLIMITED = 1 << 60
 _CHOSEN_KEYS = (*OFF, *WITH_RECOMPUTE)
 
 
@@ -113,41 +114,90 @@ def _choose(
     cache = _cache_file(config, facts, world_size)
     if (found := _read_cache(cache, config)) is not None and not refused:
         return found
-    candidates = [each for each in _candidates(config, world_size, facts) if each.values not in refused]
-    if not candidates:
-        raise OutOfMemoryError(_nothing_fits(config, world_size, facts))
-    if facts.type != "cuda" or world_size > 1 or config.train.tuning == "plan" or len(candidates) == 1:
-        return Chosen(_values_of(candidates[0].config, _CHOSEN_KEYS), facts.name, world_size, f"{candidates[0]}, by plan")
-    chosen = _measured(candidates, mesh, device, facts, say)
+    search = _Search(config, mesh, device, facts, refused, say)
+    if facts.type != "cuda" or world_size > 1 or config.train.tuning == "plan":
+        best = search.candidates(compiles=search.is_long(None))[0]
+        return Chosen(_values_of(best.config, _CHOSEN_KEYS), facts.name, world_size, f"{best}, by plan")
+    chosen = search.measure()
     if not refused:
         _write_cache(cache, chosen, say)
     return chosen
 
 
-def _candidates(config: RunConfig, world_size: int, facts: Device) -> list[Candidate]:
-    candidates = find_candidates(config, world_size=world_size, device=facts, most=_MOST_CANDIDATES, compiles=False)
-    if candidates and predicted_run_seconds(candidates[0].config, world_size=world_size, device=facts) < _LONG_ENOUGH_TO_COMPILE_SECONDS:
-        return candidates
-    return find_candidates(config, world_size=world_size, device=facts, most=_MOST_CANDIDATES)
+class _Search:
+    """The search of one process on a GPU for the fastest settings.
 
+    Args:
+        config: Settings of the step are open, those of the host are not.
+        mesh: Of the process.
+        device: The GPU.
+        facts: About it.
+        refused: Values that ran out of memory.
+        say: Shows a line.
+    """
 
-def _measured(candidates: Sequence[Candidate], mesh: Mesh, device: torch.device, facts: Device, say: Callable[[str], None]) -> Chosen:
-    """The fastest of the best few, found by trying them."""
-    limit = candidates[0].relative_seconds * _WORTH_A_TRIAL
-    found: list[tuple[Trial, Candidate]] = []
-    for number, candidate in enumerate(candidates):
-        is_worth_it = candidate.relative_seconds <= limit and number < _MOST_TRIALS
-        if found and not is_worth_it:
-            break
-        say(f"trying {candidate} ...")
-        trial = run_trial(candidate.config, mesh=mesh, device=device)
-        if isinstance(trial, Trial):
-            say(f"  {format_count(trial.tokens_per_second)} tok/s, {trial.peak_bytes / 2**30:.1f} GiB ({trial.seconds:.0f} s)")
-            found.append((trial, candidate))
+    def __init__(
+        self, config: RunConfig, mesh: Mesh, device: torch.device, facts: Device, refused: Sequence[dict[str, Any]], say: Callable[[str], None]
+    ):
+        self._config, self._mesh, self._device, self._facts, self._refused, self._say = config, mesh, device, facts, refused, say
+        self._found: list[tuple[Trial, Candidate]] = []
+
+    def candidates(self, *, compiles: bool) -> list[Candidate]:
+        """Those that fit by plan, the fastest by prediction first.
+
+        Raises:
+            OutOfMemoryError: There are none.
+        """
+        world_size = self._mesh.topology.world_size
+        facts = self._facts
+        if not {"train.micro_batch_size", "train.recompute"} & set(automatic_keys(self._config)):
+            facts = replace(facts, memory_bytes=_UNLIMITED)  # explicit values are obeyed; what does not fit will be told
+        found = find_candidates(self._config, world_size=world_size, device=facts, most=_MOST_CANDIDATES, compiles=compiles)
+        found = [each for each in found if not any(each.values.items() <= values.items() for values in self._refused)]
+        if not found:
+            raise OutOfMemoryError(_nothing_fits(self._config, world_size, self._facts))
+        return found
+
+    def is_long(self, seconds: float | None) -> bool:
+        """Whether a run of steps that take so long (None: as predicted) is worth the time of compilation."""
+        if seconds is not None:
+            return seconds * self._config.train.num_steps >= _LONG_ENOUGH_TO_COMPILE_SECONDS
+        settled = with_values(self._config, OFF | {"train.cuda_graphs": True})
+        world_size = self._mesh.topology.world_size
+        return predicted_run_seconds(settled, world_size=world_size, device=self._facts) >= _LONG_ENOUGH_TO_COMPILE_SECONDS
+
+    def measure(self) -> Chosen:
+        """Tries the best few and takes the fastest. A short run is tried without compilation first, and with it if it is not short after all.
+
+        Raises:
+            OutOfMemoryError: None could be used.
+        """
+        if self.is_long(None):
+            self._try(self.candidates(compiles=True), _MOST_TRIALS)
         else:
-            say(f"  {trial}")
-    if not found:
-        raise OutOfMemoryError(f"none of {len(candidates)} settings that fit by plan could be used; give train.micro_batch_size and train.recompute")
+            self._try(self.candidates(compiles=False), 1)
+            if self._found and self.is_long(self._found[0][0].step_seconds):
+                self._try(self.candidates(compiles=True), _MOST_TRIALS)
+        if not self._found:
+            raise OutOfMemoryError("none of the settings that fit by plan could be used; give train.micro_batch_size and train.recompute")
+        return _fastest(self._found, self._facts)
+
+    def _try(self, candidates: Sequence[Candidate], most: int) -> None:
+        """Tries the first ones that are close to the best, and more only if none of these can be used."""
+        limit, num_found = candidates[0].relative_seconds * _WORTH_A_TRIAL, len(self._found)
+        for number, candidate in enumerate(candidates):
+            if len(self._found) > num_found and (candidate.relative_seconds > limit or number >= most):
+                break
+            self._say(f"trying {candidate} ...")
+            trial = run_trial(candidate.config, mesh=self._mesh, device=self._device)
+            if isinstance(trial, Trial):
+                self._say(f"  {format_count(trial.tokens_per_second)} tok/s, {trial.peak_bytes / 2**30:.1f} GiB ({trial.seconds:.0f} s)")
+                self._found.append((trial, candidate))
+            else:
+                self._say(f"  {trial}")
+
+
+def _fastest(found: Sequence[tuple[Trial, Candidate]], facts: Device) -> Chosen:
     (best, chosen), *others = sorted(found, key=lambda each: -each[0].tokens_per_second)
     reason = f"{chosen}: {format_count(best.tokens_per_second)} tok/s measured, {best.peak_bytes / 2**30:.1f} of {facts.memory_bytes / 2**30:.1f} GiB"
     if others:
@@ -211,7 +261,7 @@ def _values_of(config: RunConfig, names: Sequence[str]) -> dict[str, Any]:
 def _common_memory(facts: Device) -> Device:
     """The device with the memory that every rank has."""
     smallest = min(int(text or 0) for text in gather_texts(str(facts.memory_bytes)))
-    return Device(**(vars(facts) | {"memory_bytes": smallest}))
+    return replace(facts, memory_bytes=smallest)
 
 
 def _agreed(choose: Callable[[], Chosen], mesh: Mesh) -> Chosen:
@@ -235,10 +285,13 @@ def _agreed(choose: Callable[[], Chosen], mesh: Mesh) -> Chosen:
 
 def _nothing_fits(config: RunConfig, world_size: int, facts: Device) -> str:
     smallest = smallest_candidate(config, world_size=world_size, device=facts)
+    nearest = nearest_that_fits(config, facts, world_size=world_size, below_bytes=smallest.planned_bytes)
+    remedy = "make the model smaller, use more ranks with zero.stage=3, or offload with zero.offload_optimizer=cpu"
+    if nearest is not None:
+        remedy = f"{difference(smallest.config, nearest)} fits with {nearest.planned_bytes / 2**30:.1f} GiB, or leave these keys auto"
     return (
         f"no settings fit into the {facts.memory_bytes / 2**30:.1f} GiB that are free on {facts.name}: {smallest} needs "
-        f"{smallest.planned_bytes / 2**30:.1f} GiB by plan; make the model smaller, use more ranks with zero.stage=3, or offload with "
-        "zero.offload_optimizer=cpu."
+        f"{smallest.planned_bytes / 2**30:.1f} GiB by plan; {remedy}."
     )
 
 
@@ -256,7 +309,7 @@ def _cache_file(config: RunConfig, facts: Device, world_size: int) -> Path:
         "memory_gib": round(facts.memory_bytes / 2**30),
         "world_size": world_size,
         "torch": str(torch.__version__),
-        "compiles": predicted_run_seconds(with_values(config, OFF), world_size=world_size, device=facts) >= _LONG_ENOUGH_TO_COMPILE_SECONDS,
+        "steps": config.train.num_steps.bit_length(),  # a long run has time to compile
     }
     digest = hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()
     return Path(config.data.cache_dir) / "tuning" / f"{digest[:24]}.json"

@@ -1,0 +1,206 @@
+"""Automatic settings of a run: measured on a GPU (played by others here), kept when it goes on, the same where nothing changed."""
+
+import io
+from dataclasses import replace
+
+import pytest
+import torch
+from rich.console import Console
+from tiny_run import losses, prepare, records, tiny_config, train_tiny, write_config
+
+from phase8.checkpoint.load import list_checkpoints, open_checkpoint
+from phase8.config.auto import automatic_keys
+from phase8.config.batch import run_topology
+from phase8.distributed.mesh import build_mesh
+from phase8.errors import OutOfMemoryError
+from phase8.plan.candidates import Device
+from phase8.train import tuning
+from phase8.train.memory_limits import memory_errors, retry_with_less_memory
+from phase8.train.run_directory import RunDirectory
+from phase8.train.trial import Trial, run_trial
+from phase8.train.tuning import Chosen, choose_settings
+
+GPU = Device("cuda", "a GPU", memory_bytes=8 << 30, total_bytes=8 << 30, peak_flops=1e14)
+HOST = {"data.num_workers": 1, "data.pin_memory": True, "checkpoint.asynchronous": False}
+FREE = ("train.micro_batch_size=auto",)
+
+
+@pytest.fixture
+def tiny(tmp_path):
+    return write_config(tmp_path)
+
+
+@pytest.fixture
+def mesh(tiny):
+    topology = run_topology(tiny_config(tiny).parallel, world_size=1)
+    return build_mesh(topology, device_type="cpu", shard_size=1, async_tensor_parallel=False)
+
+
+@pytest.fixture
+def trials(monkeypatch):
+    """What trials say, by their micro batch and whether they compile; and the trials that were made."""
+    speeds, made = {}, []
+
+    def play(config, *, mesh, device):
+        made.append((config.train.micro_batch_size, config.train.compile.enabled))
+        speed = speeds.get(made[-1], 100.0 * config.train.micro_batch_size)
+        return speed if isinstance(speed, str) else Trial(1e3 / speed, speed, 1 << 30, 1 << 30, 0.1)
+
+    monkeypatch.setattr(tuning, "run_trial", play)
+    monkeypatch.setattr(tuning, "host_settings", lambda config, device_type: HOST)
+    return speeds, made
+
+
+def choose(tiny, mesh, *settings, facts=GPU, **options):
+    config = tiny_config(tiny, *FREE, f"data.cache_dir={tiny.parent}/cache", *settings)
+    return choose_settings(config, mesh=mesh, device=torch.device("cpu"), facts=facts, **{"say": lambda text: None, **options})
+
+
+def test_the_fastest_that_was_tried_is_taken(tiny, mesh, trials):
+    speeds, made = trials
+    speeds |= {(4, False): 100.0, (4, True): 300.0, (2, True): 900.0}
+    config, chosen = choose(tiny, mesh)
+    assert made == [(4, False), (4, True)]  # a run that turns out to be long is worth compiling; a smaller microbatch is predicted to be slow
+    assert (config.train.micro_batch_size, config.train.compile.enabled) == (4, True) and automatic_keys(config) == ()
+    assert "300 tok/s measured" in chosen.reason and "next best: micro batch 4" in chosen.reason
+
+
+def test_a_short_run_is_not_compiled(tiny, mesh, trials):
+    speeds, made = trials
+    speeds[4, False] = 1e6
+    config, _ = choose(tiny, mesh)
+    assert made == [(4, False)] and config.train.compile.enabled is False
+
+
+def test_what_runs_out_of_memory_or_cannot_be_compiled_gives_way_to_the_next(tiny, mesh, trials):
+    speeds, made = trials
+    speeds |= {(4, False): "out of memory", (2, False): 1e6}
+    said = []
+    config, _ = choose(tiny, mesh, say=said.append)
+    assert made[:2] == [(4, False), (2, False)] and config.train.micro_batch_size == 2
+    assert "  out of memory" in said
+
+
+def test_the_choice_is_remembered_for_such_a_run_and_for_no_other(tiny, mesh, trials):
+    _, made = trials
+    first = choose(tiny, mesh)
+    num_trials = len(made)
+    assert choose(tiny, mesh) == first and choose(tiny, mesh, "train.seed=7") == (tiny_config_of(first, seed=7), first[1]) and len(made) == num_trials
+    choose(tiny, mesh, facts=replace(GPU, name="another GPU"))
+    assert len(made) > num_trials
+
+
+def tiny_config_of(first, *, seed):
+    config, _ = first
+    return config.model_copy(update={"train": config.train.model_copy(update={"seed": seed})})
+
+
+def test_a_run_that_goes_on_keeps_its_settings_while_device_and_ranks_are_the_same(tiny, mesh, trials):
+    _, made = trials
+    config, chosen = choose(tiny, mesh)
+    made.clear()
+    kept, again = choose(tiny, mesh, "optim.learning_rate=1e-5", recorded=chosen.as_record())
+    assert made == [] and kept.train == config.train and again.values == chosen.values and again.reason.startswith("as the run began")
+    said = []
+    choose(tiny, mesh, recorded=chosen.as_record() | {"device": "an older GPU"}, say=said.append)
+    assert said[0] == "settings are chosen anew: the device was an older GPU and is a GPU"
+
+
+@pytest.mark.parametrize(
+    "forged", [3, {}, {"values": 3}, {"values": {"model.d_model": 4}}, {"values": {"train.micro_batch_size": "many"}, "device": "a GPU"}]
+)
+def test_a_forged_record_is_no_record(tiny, mesh, trials, forged):
+    _, made = trials
+    config, _ = choose(tiny, mesh, recorded=forged)
+    assert made and automatic_keys(config) == ()
+
+
+def test_the_plan_alone_decides_when_asked(tiny, mesh, trials):
+    _, made = trials
+    config, chosen = choose(tiny, mesh, "train.tuning=plan")
+    assert made == [] and config.train.micro_batch_size == 4 and "by plan" in chosen.reason
+    off, chosen = choose(tiny, mesh, "train.tuning=off")
+    assert off.train.compile.enabled is False and chosen.reason == "train.tuning is off"
+
+
+def test_nothing_fits_is_one_sentence(tiny, mesh, trials):
+    with pytest.raises(OutOfMemoryError, match=r"no settings fit into the 0.0 GiB that are free on a GPU: .* GiB by plan; make the model smaller"):
+        choose(tiny, mesh, facts=replace(GPU, memory_bytes=1 << 20))
+
+
+def test_a_cpu_follows_a_rule_and_its_checkpoints_tell_it(tiny):
+    run = train_tiny(tiny, *FREE, "train.stop_at_step=5")
+    assert run.config.train.micro_batch_size == 4 and automatic_keys(run.config) == ()
+    (path,) = list_checkpoints(run.directory.checkpoints)
+    stored = open_checkpoint(path).metadata
+    assert stored["settings"]["values"]["train.micro_batch_size"] == 4 and stored["config"]["train"]["micro_batch_size"] == 4
+    console = Console(file=io.StringIO(), width=200)
+    resumed = prepare(tiny, *FREE, console=console)
+    assert resumed.chosen.values == run.chosen.values and "as the run began" in console.file.getvalue()
+    assert [record["event"] for record in records(run) if record.get("event") == "settings"] == ["settings"]
+
+
+def test_automatic_settings_train_as_explicit_ones(tiny):
+    automatic = train_tiny(tiny, *FREE, "run.name=automatic", "train.stop_at_step=4")
+    explicit = train_tiny(tiny, "train.micro_batch_size=4", "run.name=explicit", "train.stop_at_step=4")
+    assert losses(automatic) == losses(explicit)
+
+
+def test_a_trial_is_a_few_real_steps(tiny, mesh):
+    config = tiny_config(tiny, "train.tuning=off", "train.recompute=none", "train.compile.enabled=false", "train.cuda_graphs=false")
+    trial = run_trial(config, mesh=mesh, device=torch.device("cpu"))
+    assert trial.step_seconds > 0 and trial.tokens_per_second == pytest.approx(4 * 24 / trial.step_seconds)
+
+
+def raise_out_of_memory():
+    raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 MiB")
+
+
+@pytest.mark.parametrize(
+    ("error", "sentence"),
+    [
+        (torch.OutOfMemoryError("CUDA out of memory."), r"out of memory on a GPU: the run needs \S+ GiB by plan, and 8.0 of 8.0 GiB were free"),
+        (MemoryError(), r"the host has too little memory; 0.0 GiB a rank are planned"),
+        (RuntimeError("[enforce fail at alloc_cpu.cpp:118] DefaultCPUAllocator: can't allocate memory"), "the host has too little memory"),
+        (RuntimeError("CUDA error: out of memory"), "the host has too little page-locked memory"),
+    ],
+)
+def test_too_little_memory_is_one_sentence(tiny, mesh, trials, error, sentence):
+    config, chosen = choose(tiny, mesh)
+    with pytest.raises(OutOfMemoryError, match=sentence) as caught, memory_errors(config, chosen, GPU, world_size=1):
+        raise error
+    assert "\n" not in str(caught.value) and caught.value.exit_code == 9 and caught.value.values == chosen.values
+
+
+def test_other_errors_pass():
+    with pytest.raises(RuntimeError, match="shape"), memory_errors(None, Chosen(), GPU, world_size=1):
+        raise RuntimeError("a shape")
+
+
+def test_settings_that_run_out_of_memory_while_training_give_way_to_the_next_best(tmp_path):
+    attempts, said = [], []
+
+    def attempt(refused, resume):
+        attempts.append((len(refused), resume))
+        if len(refused) < 2:
+            raise OutOfMemoryError("too little.", {"train.micro_batch_size": 4 - len(refused)})
+
+    retry_with_less_memory(attempt, RunDirectory(tmp_path), resume="none", is_alone=True, say=said.append)
+    assert attempts == [(0, "none"), (1, "auto"), (2, "auto")] and said == ["too little. Trying the next best settings."] * 2
+
+
+@pytest.mark.parametrize(("values", "is_alone"), [(None, True), ({"train.micro_batch_size": 4}, False)])
+def test_explicit_settings_and_ranks_beside_others_end_the_run(tmp_path, values, is_alone):
+    def attempt(refused, resume):
+        raise OutOfMemoryError("too little.", values)
+
+    with pytest.raises(OutOfMemoryError):
+        retry_with_less_memory(attempt, RunDirectory(tmp_path), resume="auto", is_alone=is_alone, say=lambda text: None)
+
+
+def test_refused_values_are_not_tried_again(tiny, mesh, trials):
+    _, made = trials
+    _, chosen = choose(tiny, mesh)
+    made.clear()
+    config, again = choose(tiny, mesh, refused=[chosen.values])
+    assert again.values != chosen.values and config.train != chosen.values
