@@ -54,7 +54,7 @@ class Recorded:
     """
 
     def __init__(self, dataset, path):
-        self._dataset, self._path, self.order = dataset, path, dataset.order
+        self._dataset, self._path, self.order, self.sources = dataset, path, dataset.order, dataset.sources
 
     def __getitem__(self, number):
         with self._path.open("a") as file:  # it may be another process that reads
