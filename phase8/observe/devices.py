@@ -50,7 +50,7 @@ _GPUS = (
     Gpu(r"B300( SXM6 AC)?", half=2250, tf32=1100, fp32=75, memory=8000, link=900, memory_gib=268),
     # Hopper: H100, H200 and GH200 data sheets. The SXM part reports its memory and no form factor.
     Gpu(r"H100 80GB HBM3|H100 SXM5?|H100", half=989.5, tf32=494.7, fp32=67, memory=3350, link=450, memory_gib=80),
-    Gpu(r"H200", half=989.5, tf32=494.7, fp32=67, memory=4800, link=450, memory_gib=141, sustained=0.94),
+    Gpu(r"H200", half=989.5, tf32=494.7, fp32=67, memory=4800, link=450, memory_gib=141, sustained=0.945),
     Gpu(r"GH200 480GB|GH200", half=989.5, tf32=494.7, fp32=67, memory=4000, link=450, memory_gib=96),
     Gpu(r"GH200 \d+GB", half=989.5, tf32=494.7, fp32=67, memory=4900, link=450, memory_gib=144),
     Gpu(r"H100 NVL", half=835.5, tf32=417.5, fp32=60, memory=3900, link=300, memory_gib=94),

@@ -20,7 +20,7 @@ from phase8.plan.memory import FP32_BYTES
 # A copy on an H100 reaches 3.02 of 3.35 TB/s.
 MEMORY_SHARE = 0.90
 # Of the link: all-gathers and reduce-scatters between two H200 carry 200 to 260 GB/s of 450, between four more.
-LINK_SHARE = 0.62
+LINK_SHARE = 0.635
 # Bytes/s of a GPU's share of the network between hosts: 400 Gbit/s. Not measured.
 NETWORK_RATE = 50e9
 GPUS_PER_HOST = 8
@@ -29,7 +29,7 @@ ASYNC_SHARE = 0.42
 # FSDP copies what it gathers out of a buffer, and what it reduces into one: bytes read and written for each byte.
 COPIES_OF_SHARDS = 2
 # Of the ceiling that the bubble leaves, stages reach 0.90 to 0.96.
-PIPELINE_SHARE = 0.96
+PIPELINE_SHARE = 0.97
 # GPU and host take turns at being the slower one within a microbatch: sum of powers.
 TURNS_EXPONENT = 8
 # Norm of the gradients and AdamW: a gradient is read twice, three numbers are read and written; 19 ms for 1.35B on an H100.
@@ -37,8 +37,8 @@ UPDATED_BYTES = 8 * FP32_BYTES
 UPDATE_SHARE = 0.8
 UPDATE_SECONDS = Cost(0.3e-3, 2e-3)
 # Offloading: PCIe 5 to page-locked memory, and the memory of the host, on which AdamW reads four numbers and writes three.
-HOST_LINK_RATE = 40e9
-HOST_MEMORY_RATE = 60e9
+HOST_LINK_RATE = 43e9
+HOST_MEMORY_RATE = 64e9
 HOST_UPDATED_BYTES = 7 * FP32_BYTES
 
 
