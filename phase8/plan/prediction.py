@@ -11,7 +11,7 @@ from phase8.config.schema import RunConfig
 from phase8.model.flops import training_flops_per_token
 from phase8.observe.devices import Gpu, find_gpu
 from phase8.plan.chunks import chunk_parameters
-from phase8.plan.dry_run import plan_run_communication
+from phase8.plan.run_communication import plan_run_communication
 from phase8.plan.stages import chunk_layers
 from phase8.plan.throughput import StageWork, StepWork, step_seconds
 
@@ -35,7 +35,7 @@ class StepPrediction:
     is_known: bool
 
 
-def predict_step(config: RunConfig, world_size: int, device_name: str, *, host_ratio: float = 1.0) -> StepPrediction:
+def predict_step(config: RunConfig, world_size: int, device_name: str | Gpu, *, host_ratio: float = 1.0) -> StepPrediction:
     """Predicts the speed of a config with kernels, on GPUs of one kind.
 
     Args:
@@ -48,7 +48,7 @@ def predict_step(config: RunConfig, world_size: int, device_name: str, *, host_r
     Raises:
         ConfigError: The config cannot run on as many ranks.
     """
-    found = find_gpu(device_name)
+    found = find_gpu(device_name) if isinstance(device_name, str) else device_name
     gpu = found or assumed_gpu()
     work = step_work(config, world_size=world_size)
     topology = run_topology(config.parallel, world_size=world_size)
@@ -86,11 +86,24 @@ def step_work(config: RunConfig, *, world_size: int) -> StepWork:
         is_recorded=train.cuda_graphs,
         dtype="tf32" if dtype == "fp32" and config.precision.tf32 else dtype,
         pipeline=pipeline,
-        stages=tuple(_stage_work(config, world_size, stage) for stage in range(pipeline.num_stages)),
+        stages=tuple(_stage_work(config, world_size, stage) for stage in _different_stages(config)),
         is_async=config.parallel.async_tensor_parallel,
         offload_optimizer=config.zero.offload_optimizer != "none",
         offload_params=config.zero.offload_params != "none",
     )
+
+
+def _different_stages(config: RunConfig) -> list[int]:
+    """One stage of each kind: stages with as many layers of the same windows between two others take as long."""
+    pipeline = pipeline_of(config.parallel)
+    sizes = config.model.window_sizes
+    kinds: dict[tuple[object, ...], int] = {}
+    for stage in range(pipeline.num_stages):
+        layers = [layer for each in chunk_layers(config.model, pipeline, stage) for layer in each]
+        recomputed = sum(layer % config.train.recompute_every_n_layers == 0 for layer in layers)
+        windows = sorted(sizes[layer] for layer in layers)
+        kinds.setdefault((stage == 0, stage == pipeline.num_stages - 1, recomputed, *windows), stage)
+    return list(kinds.values())
 
 
 def _stage_work(config: RunConfig, world_size: int, stage: int) -> StageWork:

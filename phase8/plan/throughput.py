@@ -75,7 +75,7 @@ class StepWork:
         is_recorded: The step is one CUDA graph.
         dtype: `bf16`, `fp32`, or `tf32` for fp32 on units for tf32.
         pipeline: Its numbers.
-        stages: In order.
+        stages: One of each kind.
         is_async: Tensor-parallel ranks exchange tokens beside their products.
         offload_optimizer: Optimizer states lie in host memory.
         offload_params: Parameters and gradients, too.
@@ -134,8 +134,9 @@ def _microbatch_cost(work: StepWork, stage: StageWork, rates: Rates) -> Cost:
     costs = [weights_cost(batch, stage.num_computed, accumulates=work.num_microbatches > 1)]
     recomputed = range(0, work.model.num_layers, work.recompute_every_n_layers)
     kinds: dict[tuple[int, str], int] = {}
+    windows = work.model.window_sizes
     for layer in stage.layers:
-        kind = (work.model.window_sizes[layer], work.recompute if layer in recomputed else "none")
+        kind = (windows[layer], work.recompute if layer in recomputed else "none")
         kinds[kind] = kinds.get(kind, 0) + 1
     for (window, recompute), count in kinds.items():
         cost = layer_cost(batch, window, recompute=recompute, budget=work.budget)
