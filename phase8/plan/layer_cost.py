@@ -46,8 +46,6 @@ KERNEL_SECONDS = 2.75e-6
 ACCUMULATED_BYTES = 3 * FP32_BYTES
 # Of embedding and head.
 ENDS_HOST_SECONDS = 0.5e-3
-# A recomputation, with the hooks of its checkpoint, over a forward.
-RECOMPUTED_HOST_RATIO = 1.6
 # What torch.compile recomputes first is cheap: a budget of one half costs less than a third of recomputing all.
 BUDGET_EXPONENT = 1.45
 # Passes of the loss over the logits of a chunk (0.77 ms for 1 GiB), and of embedding and final norm over [N, D].
@@ -65,6 +63,7 @@ class Style(NamedTuple):
         kernels: Their number, low-rank pairs left out.
         host: Seconds in which the host launches them. Measured where kernels are short; hosts differ by 20 to 30 %.
         pair_host: What each low-rank pair adds.
+        repeated_host: Launching a recomputation over launching a forward: the hooks of a checkpoint, which a compiled block does without.
         cast_bytes: Of each weight: cast to the compute dtype; and of its gradient.
     """
 
@@ -74,16 +73,19 @@ class Style(NamedTuple):
     kernels: Both
     host: Both
     pair_host: Both
+    repeated_host: float
     cast_bytes: Both
 
 
 # Fused, each operand is read once and each result written once, and little else (37 ms of a step of phase8_1b); in eager mode norms and
 # rotary positions go through fp32 tensors, several times.
 COMPILED = Style(
-    stream=(8.4, 10), gated=(2.6, 5.1), mixed=(3.5, 7), kernels=(30, 60), host=(2.9e-3, 3.9e-3), pair_host=(0.04e-3, 0.07e-3), cast_bytes=(8.4, 8.4)
+    stream=(8.4, 10), gated=(2.6, 5.1), mixed=(3.5, 7), kernels=(30, 60), host=(2.9e-3, 3.9e-3), pair_host=(0.04e-3, 0.07e-3), repeated_host=1.0,
+    cast_bytes=(8.4, 8.4),
 )
 EAGER = Style(
-    stream=(42, 50), gated=(5.3, 10.6), mixed=(23, 46), kernels=(38, 75), host=(4.0e-3, 2.85e-3), pair_host=(0.21e-3, 0.25e-3), cast_bytes=(14, 14)
+    stream=(42, 50), gated=(5.3, 10.6), mixed=(23, 46), kernels=(38, 75), host=(4.0e-3, 2.85e-3), pair_host=(0.21e-3, 0.25e-3), repeated_host=1.6,
+    cast_bytes=(14, 14),
 )
 # Of kernels and host, to the mixer.
 MIXER_SHARE = 0.7
@@ -119,16 +121,13 @@ class Half(NamedTuple):
         forward: Once through it.
         backward: Its gradients.
         last: Its last product, which nobody needs to recompute.
+        repeated: A recomputation, the last product left out.
     """
 
     forward: Cost
     backward: Cost
     last: Cost
-
-    @property
-    def repeated(self) -> Cost:
-        """A recomputation."""
-        return Cost(self.forward.gpu - self.last.gpu, self.forward.host * RECOMPUTED_HOST_RATIO)
+    repeated: Cost
 
 
 @dataclass(frozen=True)
@@ -255,7 +254,8 @@ def _half(batch: Microbatch, products: float, others: Both, last: float, *, shar
         gpu = products * (BACKWARD_OVER_FORWARD if direction else 1) + others[direction] + stream + num_kernels * KERNEL_SECONDS
         return Cost(gpu, share * style.host[direction] + num_pairs * style.pair_host[direction])
 
-    return Half(cost(0), cost(1), Cost(last))
+    forward = cost(0)
+    return Half(forward, cost(1), Cost(last), repeated=Cost(forward.gpu - last, forward.host * style.repeated_host))
 
 
 def _columns(batch: Microbatch, count: int, width: float, rank: int) -> float:
