@@ -2,9 +2,11 @@
 
   schedule   a pipeline schedule as a timeline: when each stage computes and waits, the bubble, the activations it holds
   check      a config on any number of GPUs: builds the first rank of each pipeline stage without memory, and says what it holds
+  suggest    a config on any number of GPUs of a kind: the layouts that fit, the fastest by prediction first
 
     python tools/plan.py schedule --stages 4 --microbatches 16 --schedule interleaved --chunks 2 --output timeline.png
     python tools/plan.py check --config configs/phase8_7b_3d.yaml --world-size 1024
+    python tools/plan.py suggest --config configs/phase8_7b_3d.yaml --world-size 32 --gpu h100
 
 The costs of a schedule are those of one microbatch in a whole stage, in any unit; with chunks each has its share. In the text -12 is the
 forward and =12 the backward of microbatch 12, a letter behind it names the chunk, blank is idle.
@@ -12,9 +14,12 @@ forward and =12 the backward of microbatch 12, a letter behind it names the chun
 A check builds what the run would build, on a process group that only pretends to be there, and compares it with the plan; the parameters
 are those that a rank keeps between steps, the memory is the planned peak of its GPU.
 
+A suggestion keeps model, batch and precision, compiles the blocks, and chooses layout, microbatch, recomputation and CUDA graph. How the
+predicted speed compares with measured ones is in docs/performance.md.
+
 With --json one JSON object is printed and the text goes to stderr. Exit codes: 0 done; 1 a rank holds something else than planned; 2 a
-schedule that does not exist, numbers that do not suit it, or a config that cannot run; 5 the picture or the output cannot be written; 141
-whoever read the output has gone.
+schedule that does not exist, numbers that do not suit it, a config that cannot run, or one of which no layout fits; 5 the picture or the
+output cannot be written; 141 whoever read the output has gone.
 """
 
 from __future__ import annotations
@@ -30,7 +35,7 @@ from typing import TYPE_CHECKING, Any
 from phase8.config.arguments import path_argument
 from phase8.durable import replace_file
 from phase8.errors import ConfigError
-from phase8.observe.formatting import format_bytes, format_ratio
+from phase8.observe.formatting import format_bytes, format_ratio, format_seconds
 from phase8.observe.schedule_text import Box, timeline_text
 from phase8.pipeline_parallel.lowering import lower
 from phase8.pipeline_parallel.schedules import SCHEDULES, Schedule, bubble_ratio, build_schedule, peak_activations
@@ -38,7 +43,9 @@ from phase8.pipeline_parallel.simulate import Simulation, simulate, uniform_cost
 from phase8.terminal import output_is_the_product, run_door
 
 if TYPE_CHECKING:
+    from phase8.observe.devices import Gpu
     from phase8.plan.rank_memory import StageMemory
+    from phase8.plan.suggest import Suggestion
 
 
 def main() -> int:
@@ -124,6 +131,64 @@ def _check(arguments: argparse.Namespace, show: Callable[[str], None]) -> dict[s
     }
 
 
+def _suggest(arguments: argparse.Namespace, show: Callable[[str], None]) -> dict[str, Any]:
+    # Imported late: schedules need no torch.
+    from phase8.config.load import load_config
+    from phase8.plan.suggest import suggest
+
+    gpu = _gpu(arguments.gpu)
+    if arguments.world_size < 1:
+        raise ConfigError(f"--world-size is {arguments.world_size}, but at least 1 is needed.")
+    memory_gib = gpu.memory_gib if arguments.memory is None else arguments.memory
+    if not 0 < memory_gib < float("inf"):
+        raise ConfigError(f"--memory is {memory_gib:g}, but it must be above 0, in GiB.")
+    config = load_config(arguments.config, [override for group in arguments.set for override in group])
+    found = suggest(config, world_size=arguments.world_size, gpu=gpu, memory_bytes=int(memory_gib * 2**30))
+    show(f"{config.run.name} on {_count(arguments.world_size, 'GPU')} ({arguments.gpu}, {memory_gib:g} GiB): layouts that fit, by predicted speed\n")
+    for line in _table([("layout", "micro batch", "recompute", "CUDA graph", "tok/s", "MFU", "planned"), *map(_suggestion_row, found)], left=1):
+        show(line)
+    best = found[0]
+    settings = " ".join(f"{name}={value if isinstance(value, str) else json.dumps(value)}" for name, value in best.changes(config).items())
+    seconds = best.prediction.seconds * config.train.num_steps
+    show(f"\nthe first: {f'--set {settings}' if settings else 'the config as it is'}")
+    show(f"its {config.train.num_steps:,} steps take {format_seconds(seconds)}, evaluations and saves left out")
+    return {
+        "run": config.run.name,
+        "world_size": arguments.world_size,
+        "gpu": arguments.gpu,
+        "memory_gib": memory_gib,
+        "suggestions": [
+            {
+                "layout": each.layout,
+                "set": each.changes(config),
+                "step_seconds": each.prediction.seconds,
+                "tokens_per_second": each.prediction.tokens_per_second,
+                "mfu": each.prediction.mfu,
+                "planned_bytes": each.planned_bytes,
+            }
+            for each in found
+        ],
+    }
+
+
+def _suggestion_row(each: Suggestion) -> tuple[str, ...]:
+    train = each.config.train
+    settings = str(train.micro_batch_size), train.recomputation, "yes" if train.cuda_graphs else "no"
+    return each.layout, *settings, f"{each.prediction.tokens_per_second:,.0f}", format_ratio(each.prediction.mfu), format_bytes(each.planned_bytes)
+
+
+def _gpu(name: str) -> Gpu:
+    from phase8.observe.devices import find_gpu
+
+    gpu = find_gpu(name)
+    if gpu is None:
+        raise ConfigError(
+            f"--gpu is {name!r}, which is no GPU whose speed is known; give h100, h200, b200, a100, 'rtx 4090' or another name of "
+            "phase8/observe/devices.py."
+        )
+    return gpu
+
+
 def _memory(stage: StageMemory) -> dict[str, int]:
     """Bytes by kind, on the device, in all, and on the host."""
     plan = stage.memory
@@ -132,15 +197,17 @@ def _memory(stage: StageMemory) -> dict[str, int]:
         "gradients_bytes": plan.gradients_bytes,
         "optimizer_bytes": plan.optimizer_bytes,
         "activations_bytes": plan.activations_bytes,
+        "libraries_bytes": plan.libraries_bytes,
         "total_bytes": plan.total_bytes,
         "host_bytes": plan.host_bytes,
     }
 
 
-def _table(rows: Sequence[Sequence[str]]) -> list[str]:
-    """Columns, each as wide as it must be, aligned to the right."""
+def _table(rows: Sequence[Sequence[str]], *, left: int = 0) -> list[str]:
+    """Columns, each as wide as it must be, the first `left` aligned to the left, the rest to the right."""
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    return ["   ".join(cell.rjust(width) for cell, width in zip(row, widths, strict=True)) for row in rows]
+    align = [str.ljust if number < left else str.rjust for number in range(len(widths))]
+    return ["   ".join(place(cell, width) for place, cell, width in zip(align, row, widths, strict=True)) for row in rows]
 
 
 def _boxes(simulation: Simulation) -> list[Box]:
@@ -182,9 +249,10 @@ def _check_schedule_options(arguments: argparse.Namespace) -> None:
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    commands = parser.add_subparsers(dest="command", required=True, metavar="schedule|check")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="schedule|check|suggest")
     _add_schedule(commands)
     _add_check(commands)
+    _add_suggest(commands)
     return parser
 
 
@@ -196,6 +264,18 @@ def _add_check(commands: Any) -> None:
     check.add_argument("--set", nargs="+", action="append", default=[], metavar="a.b=c", help="override config keys")
     check.add_argument("--world-size", type=int, default=1, metavar="N", help="processes of the run, one per GPU (1)")
     check.add_argument("--json", action="store_true", help="print one JSON object; the text goes to stderr")
+
+
+def _add_suggest(commands: Any) -> None:
+    text = "the layouts of a config that fit on GPUs of a kind, the fastest by prediction first"
+    command = commands.add_parser("suggest", help=text, description=text)
+    command.set_defaults(run=_suggest)
+    command.add_argument("--config", required=True, type=path_argument, metavar="FILE", help="YAML config")
+    command.add_argument("--set", nargs="+", action="append", default=[], metavar="a.b=c", help="override config keys")
+    command.add_argument("--world-size", type=int, default=1, metavar="N", help="processes of the run, one per GPU (1)")
+    command.add_argument("--gpu", default="h100", metavar="NAME", help="kind of the GPUs: h100, h200, a100, 'rtx 4090' ... (h100)")
+    command.add_argument("--memory", type=float, metavar="GiB", help="memory of each (that of the kind)")
+    command.add_argument("--json", action="store_true", help="print one JSON object; the text goes to stderr")
 
 
 def _add_schedule(commands: Any) -> None:

@@ -49,9 +49,9 @@ def mean_visible_keys(model: ModelSection, window: int) -> float:
     if model.block == "transformer":
         return (length + 1) / 2
     far = model.global_tokens
-    near_keys = sum(min(i + 1, window) for i in range(min(length, window))) + max(length - window, 0) * window
+    beyond, within = max(length - window, 0), min(length, window)
+    near_keys = within * (within + 1) // 2 + beyond * window
     # Position i sees the globals that have left its window: min(i + 1 - W, G) of them.
-    beyond = max(length - window, 0)
     ramp = min(beyond, far)
     far_keys = ramp * (ramp + 1) // 2 + (beyond - ramp) * far
     return (near_keys + far_keys) / length

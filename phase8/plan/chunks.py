@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import lru_cache
+
 import torch
 
 from phase8.config.schema import ModelSection
@@ -10,6 +12,7 @@ from phase8.model.parameters import iterate_specs
 from phase8.plan.communication import Chunk, Parameter
 
 
+@lru_cache(maxsize=1024)
 def chunk_parameters(model: ModelSection, layers: range) -> Chunk:
     """The parameters of consecutive layers, with embedding, norm and head where the model begins or ends.
 

@@ -109,7 +109,13 @@ class Grid:
 
     def size(self, axis: AxisName) -> int:
         """Ranks along an axis."""
-        return dict(zip(AxisName, (self.pipeline, self.replicate, self.shard, self.tensor), strict=True))[axis]
+        sizes = {
+            AxisName.PIPELINE: self.pipeline,
+            AxisName.REPLICATE: self.replicate,
+            AxisName.SHARD: self.shard,
+            AxisName.TENSOR: self.tensor,
+        }
+        return sizes[axis]
 
 
 @dataclass(frozen=True)
@@ -173,9 +179,10 @@ def step_communication(model: ModelSection, chunks: Sequence[Chunk], *, step: St
     for chunk in chunks:
         found += [*_activations(model, chunk, step), *_parameters(chunk, step, grid)]
     table: dict[tuple[AxisName, Operation], Collectives] = {}
+    several = {axis for axis in AxisName if grid.size(axis) > 1}
     for each in found:
         key = (each.axis, each.operation)
-        if grid.size(each.axis) > 1 and each.count:
+        if each.axis in several and each.count:
             before = table.get(key, Collectives(*key, 0, 0))
             table[key] = Collectives(*key, before.count + each.count, before.num_bytes + each.num_bytes)
     return tuple(table[key] for key in sorted(table))

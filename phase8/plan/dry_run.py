@@ -12,14 +12,12 @@ from phase8.config.validate import find_problems
 from phase8.errors import ConfigError
 from phase8.model.model import LanguageModel, build_model
 from phase8.observe.banner import print_banner
-from phase8.plan.chunks import chunk_parameters
-from phase8.plan.communication import Collectives, Grid, Step, step_communication
-from phase8.plan.facts import Fact, batch_fact, communication_fact, memory_facts, model_facts
+from phase8.observe.devices import find_gpu
+from phase8.plan.facts import Fact, batch_fact, communication_fact, memory_facts, model_facts, speed_fact
+from phase8.plan.prediction import ASSUMED_GPU, predict_step
 from phase8.plan.rank_memory import StageMemory, Workload, plan_each_stage
-from phase8.plan.stages import chunk_layers
+from phase8.plan.run_communication import plan_run_communication
 from phase8.precision.policy import COMPUTE_DTYPES
-from phase8.tensor_parallel.cross_entropy import chunk_tokens
-from phase8.zero.fsdp import shard_size
 
 
 def dry_run(config: RunConfig, *, world_size: int, console: Console) -> None:
@@ -31,7 +29,7 @@ def dry_run(config: RunConfig, *, world_size: int, console: Console) -> None:
     problems = find_problems(config, world_size=world_size)
     facts: list[Fact] = []
     # Each part is printed as far as the config allows: a topology that does not fit must not hide the size of the model.
-    for describe in (_topology_facts, _batch_facts, _model_facts, _memory_facts, _communication_facts):
+    for describe in (_topology_facts, _batch_facts, _model_facts, _memory_facts, _communication_facts, _speed_facts):
         try:
             facts += describe(config, world_size)
         except ConfigError as error:
@@ -72,6 +70,25 @@ def _communication_facts(config: RunConfig, world_size: int) -> list[Fact]:
     ranks = range(0, world_size, max(world_size // num_stages, 1))
     plans = [plan_run_communication(config, world_size=world_size, rank=rank) for rank in ranks]
     return [communication_fact(*max(plans, key=lambda plan: sum(each.sent_bytes(plan[1].size(each.axis)) for each in plan[0])))]
+
+
+def _speed_facts(config: RunConfig, world_size: int) -> list[Fact]:
+    """On the GPU of this machine, or on an H100 where there is none that is known. References in plain torch are not predicted."""
+    if config.train.kernels == "reference":
+        return []
+    own = torch.cuda.get_device_name() if torch.cuda.is_available() else None
+    known = own is not None and find_gpu(own) is not None
+    predicted = predict_step(config, world_size, own if own is not None and known else ASSUMED_GPU)
+    missing = "this machine has no GPU" if own is None else f"{own} is not known"
+    return [
+        speed_fact(
+            tokens_per_second=predicted.tokens_per_second,
+            mfu=predicted.mfu,
+            run_seconds=predicted.seconds * config.train.num_steps,
+            num_gpus=world_size,
+            gpu=own if own is not None and known else f"{ASSUMED_GPU}, assumed because {missing}",
+        )
+    ]
 
 
 def shapes_only(config: RunConfig) -> LanguageModel:
@@ -120,40 +137,3 @@ def plan_stages(config: RunConfig, *, world_size: int, device_type: str, device_
             device_bytes=device_bytes,
         )
     )
-
-
-def plan_run_communication(config: RunConfig, *, world_size: int, rank: int) -> tuple[tuple[Collectives, ...], Grid]:
-    """What a rank communicates in a step, and its place.
-
-    Raises:
-        ConfigError: The config could not run on as many ranks.
-    """
-    matter = ("model.", "precision.", "parallel.", "zero.", "train.", "world size")
-    unusable = [problem for problem in find_problems(config, world_size=world_size) if problem.startswith(matter)]
-    if unusable:
-        raise ConfigError(unusable)
-    topology, pipeline, train = run_topology(config.parallel, world_size=world_size), pipeline_of(config.parallel), config.train
-    place = topology.coordinates(rank)
-    num_shards = shard_size(config.zero, data_parallel_size=topology.data_parallel_size)
-    grid = Grid(
-        pipeline=topology.pipeline_parallel_size,
-        replicate=topology.data_parallel_size // num_shards,
-        shard=num_shards,
-        tensor=topology.tensor_parallel_size,
-        stage=place["pp"],
-        shard_index=place["dp"] % num_shards,
-        tensor_index=place["tp"],
-    )
-    shape = batch_shape(train, config.parallel, data_parallel_size=topology.data_parallel_size)
-    step = Step(
-        num_microbatches=shape.num_microbatches,
-        micro_batch_size=shape.micro_batch_size,
-        compute_bytes=COMPUTE_DTYPES[config.precision.dtype].itemsize,
-        loss_chunk_tokens=chunk_tokens(topology.tensor_parallel_size),
-        recompute=train.recompute,
-        recompute_every_n_layers=train.recompute_every_n_layers,
-        zero_stage=config.zero.stage,
-        offload_params=config.zero.offload_params != "none",
-    )
-    chunks = [chunk_parameters(config.model, layers) for layers in chunk_layers(config.model, pipeline, grid.stage)]
-    return step_communication(config.model, chunks, step=step, grid=grid), grid

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from phase8.config.batch import BatchShape
 from phase8.config.schema import ModelSection
 from phase8.model.flops import forward_flops_per_token, training_flops_per_token
-from phase8.observe.formatting import format_bytes, format_count, format_flops
+from phase8.observe.formatting import format_bytes, format_count, format_flops, format_ratio, format_seconds
 from phase8.plan.communication import AxisName, Collectives, Grid, Operation
 from phase8.plan.memory import MemoryPlan
 from phase8.plan.rank_memory import StageMemory, fullest
@@ -89,3 +89,17 @@ def communication_fact(table: Sequence[Collectives], grid: Grid) -> Fact:
             listed.append(f"{axis} {' and '.join(kinds)} of {total}, {format_bytes(sent)} leave the rank")
     where = f" (stage {grid.stage})" if grid.pipeline > 1 else ""
     return "communication per step and rank" + where, "; ".join(listed)
+
+
+def speed_fact(*, tokens_per_second: float, mfu: float, run_seconds: float, num_gpus: int, gpu: str) -> Fact:
+    """Predicted speed, and the duration of the whole run.
+
+    Args:
+        tokens_per_second: Of all GPUs.
+        mfu: Of their peak.
+        run_seconds: Of all steps; evaluations and saves are not in it.
+        num_gpus: Of this kind.
+        gpu: Its name, and why it was taken.
+    """
+    speed = f"{tokens_per_second:,.0f} tok/s, MFU {format_ratio(mfu)}"
+    return "predicted speed", f"{speed}, {format_seconds(run_seconds)} for the whole run, on {num_gpus} x {gpu}"

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import lru_cache
+
 from phase8.config.pipeline import Pipeline
 from phase8.config.schema import ModelSection
 from phase8.model.flops import forward_flops_per_token, layer_flops_per_token
@@ -9,6 +11,7 @@ from phase8.pipeline_parallel.partition import partition_layers
 from phase8.pipeline_parallel.schedules import virtual_stage
 
 
+@lru_cache(maxsize=1024)
 def virtual_stage_layers(model: ModelSection, pipeline: Pipeline) -> tuple[range, ...]:
     """The layers of each virtual stage, in the order of the model; the embedding costs nothing beside them.
 

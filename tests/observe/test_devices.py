@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import pytest
 
-from phase8.observe.devices import peak_flops
+from phase8.observe.devices import find_gpu, peak_flops
 
 
 @pytest.mark.parametrize(
@@ -52,3 +52,13 @@ def test_a_device_that_only_resembles_a_known_one_is_unknown(device_name):
 
 def test_a_format_without_a_figure_is_unknown():
     assert peak_flops("NVIDIA H200", "fp8") is None
+
+
+def test_the_bare_name_in_any_case_finds_a_gpu_too():
+    assert find_gpu("h100") == find_gpu("NVIDIA H100 80GB HBM3") and find_gpu("rtx 4090") == find_gpu("NVIDIA GeForce RTX 4090")
+    assert find_gpu("a100") == find_gpu("NVIDIA A100-SXM4-80GB") != find_gpu("NVIDIA A100-SXM4-40GB")
+
+
+def test_memory_and_links_of_the_gpus_that_were_measured():
+    h100, h200 = find_gpu("h100"), find_gpu("h200")
+    assert (h100.memory, h200.memory, h100.memory_gib, h200.memory_gib) == (3350, 4800, 80, 141) and h100.link == h200.link == 450

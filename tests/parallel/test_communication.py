@@ -15,7 +15,7 @@ from phase8.config.load import load_config
 from phase8.distributed.collectives import gather_tokens
 from phase8.distributed.mesh import build_mesh
 from phase8.plan.communication import AxisName, Operation
-from phase8.plan.dry_run import plan_run_communication
+from phase8.plan.run_communication import plan_run_communication
 from phase8.precision.policy import compute_dtype
 from phase8.topology import Topology
 from phase8.train.learner import build_learner

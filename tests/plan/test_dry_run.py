@@ -11,8 +11,9 @@ from phase8.config.schema import RunConfig
 from phase8.errors import ConfigError
 from phase8.model.model import build_model
 from phase8.model.parameters import initialise
-from phase8.plan.dry_run import count_parameters, dry_run, plan_run_communication, plan_stages, shapes_only
+from phase8.plan.dry_run import count_parameters, dry_run, plan_stages, shapes_only
 from phase8.plan.facts import communication_fact, memory_facts
+from phase8.plan.run_communication import plan_run_communication
 
 SHIPPED = sorted((Path(__file__).parents[2] / "configs").glob("*.yaml"))
 SMALL = """
@@ -52,7 +53,26 @@ def test_everything_is_printed(small):
     assert re.fullmatch(r"[\d.]+ kFLOP training, [\d.]+ kFLOP forward", facts["FLOPs/token"])
     kinds = "weights|gradients|optimizer|activations|libraries"
     assert re.fullmatch(rf"[\d.]+ MiB:(,? ({kinds}) [\d.]+ [KM]iB){{5}}", facts["planned memory per rank"])
-    assert list(facts) == ["topology", "batch", "run", "model", "parameters", "FLOPs/token", "planned memory per rank"]
+    assert list(facts) == ["topology", "batch", "run", "model", "parameters", "FLOPs/token", "planned memory per rank", "predicted speed"]
+
+
+@pytest.mark.parametrize(
+    ("name", "gpu"),
+    [
+        (None, r"NVIDIA H100 80GB HBM3, assumed because this machine has no GPU"),
+        ("NVIDIA H200", r"NVIDIA H200"),
+        ("NVIDIA RTX A1000", r"NVIDIA H100 80GB HBM3, assumed because NVIDIA RTX A1000 is not known"),
+    ],
+)
+def test_the_speed_is_predicted_for_the_gpu_of_this_machine_or_an_h100(small, monkeypatch, name, gpu):
+    monkeypatch.setattr("torch.cuda.is_available", lambda: name is not None)
+    monkeypatch.setattr("torch.cuda.get_device_name", lambda: name)
+    facts, _ = facts_and_problems(small(), world_size=2)
+    assert re.fullmatch(rf"[\d,]+ tok/s, MFU [\d.]+ %, .+ for the whole run, on 2 x {gpu}", facts["predicted speed"])
+
+
+def test_references_have_no_predicted_speed(small):
+    assert "predicted speed" not in facts_and_problems(small("train.kernels=reference"))[0]
 
 
 @pytest.mark.parametrize("tie", ["true", "false"])
@@ -112,7 +132,7 @@ def test_every_shipped_config_dry_runs(path):
     num_stages = config.parallel.pipeline_parallel_size
     world_size = config.parallel.tensor_parallel_size * num_stages * (config.zero.shard_size or 1)
     facts, problems = facts_and_problems(config, world_size=world_size)
-    assert problems == [] and len(facts) == 7 + (world_size > 1) + (num_stages if num_stages > 1 else 0)
+    assert problems == [] and len(facts) == 8 + (world_size > 1) + (num_stages if num_stages > 1 else 0)
 
 
 def test_communication_of_several_ranks(small):

@@ -20,7 +20,7 @@ run: {name: small}
 model: {d_model: 32, num_layers: 5, num_heads: 4, vocab_size: 66, sequence_length: 48, local_window_size: 16, ffn_size: 64}
 train: {global_batch_size: 64, micro_batch_size: 1, num_steps: 1000}
 """
-KINDS = ("weights_bytes", "gradients_bytes", "optimizer_bytes", "activations_bytes")
+KINDS = ("weights_bytes", "gradients_bytes", "optimizer_bytes", "activations_bytes", "libraries_bytes")
 
 
 @pytest.fixture
@@ -54,7 +54,7 @@ def test_a_line_for_each_stage(door, small):
     assert (code, errors) == (0, "")
     title, blank, head, *rows = text.splitlines()
     assert title == "small, world size 8: the first rank of each pipeline stage, as built and as planned" and blank == ""
-    assert head.split() == ["stage", "layers", "parameters", "weights", "gradients", "optimizer", "activations", "total", "host"]
+    assert head.split() == ["stage", "layers", "parameters", "weights", "gradients", "optimizer", "activations", "libraries", "total", "host"]
     assert [row.split()[:2] for row in rows] == [["0", "0-2"], ["1", "3-4"]]
     assert len({len(line) for line in (head, *rows)}) == 1
 

@@ -1,0 +1,275 @@
+"""What one microbatch costs a rank, layer by layer: seconds of the GPU, and of the host that launches its kernels. No torch.
+
+A layer is two halves, mixer and feed-forward, each a forward and a backward, so that recomputation is a forward more. A half takes a GPU the
+time of its products (FLOPs at the sustained rate, or their operands through memory where that takes longer), of the kernels of the
+mixer, of everything else at the speed of memory, and of the gaps between kernels.
+
+    N  tokens of a microbatch    D  model width    I  width of q, k and v    F  feed-forward width    V  vocabulary    R  low rank
+
+A pass is one reading or one writing of a tensor in the format of the residual stream. The constants were calibrated on the rows of
+tests/plan/measured_throughput.json, within the bounds of what their comments say.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import NamedTuple
+
+from phase8.config.schema import ModelSection
+from phase8.kernels.loss_chunks import SCRATCH_BYTES, choose_chunk_tokens
+from phase8.model.flops import BACKWARD_OVER_FORWARD, mean_visible_keys
+from phase8.plan.memory import FP32_BYTES
+
+# Of forward, of backward.
+Both = tuple[float, float]
+
+# Shares of the peak FLOP/s. Products: a profile of phase8_1b has 740 of 989 TFLOP/s, single ones reach 800. The kernels of the mixer: the
+# slopes of their times over window and head size in docs/performance.md; torch's attention: over the length of the sequence.
+PRODUCT_SHARE = 0.69
+WINDOW_SHARES: Both = (0.40, 0.29)
+RECURRENCE_SHARES: Both = (0.13, 0.13)
+CAUSAL_SHARES: Both = (0.48, 0.48)
+# Passes over [N, I] of these kernels besides: what is left of their times where window and head size are 0.
+KERNEL_PASSES: Both = (15, 34)
+CAUSAL_PASSES: Both = (6, 14)
+# How the times of a product's FLOPs and of its operands add up: 1 is one after the other, infinity the longer of both.
+OVERLAP = 1.8
+# Kernels of a low-rank pair beyond those of one product, with the casts of its weights.
+PAIR_KERNELS: Both = (2.4, 4.7)
+# Of the outputs of several pairs, which then lie side by side.
+CONCATENATED_PASSES = 1.25
+# From the end of a small kernel to that of the next: 11.0 ms for about a thousand of them are kernels in the profile of the research shape,
+# most with little to do.
+KERNEL_SECONDS = 2.75e-6
+# Adding the gradients of a microbatch to those before: two numbers are read, one is written.
+ACCUMULATED_BYTES = 3 * FP32_BYTES
+# Of embedding and head.
+ENDS_HOST_SECONDS = 0.5e-3
+# What torch.compile recomputes first is cheap: a budget of one half costs less than a third of recomputing all.
+BUDGET_EXPONENT = 1.45
+# Passes of the loss over the logits of a chunk (0.77 ms for 1 GiB), and of embedding and final norm over [N, D].
+LOGIT_PASSES = 2.8
+END_PASSES = 12
+
+
+class Style(NamedTuple):
+    """What a layer does beside products and the kernels of its mixer.
+
+    Args:
+        stream: Passes over [N, D]: two norms and two sums.
+        gated: Over [N, F]: the gated activation.
+        mixed: Over [N, I]: gate and norm of the global path; rotary positions of the transformer.
+        kernels: Their number, low-rank pairs left out.
+        host: Seconds in which the host launches them. Measured where kernels are short; hosts differ by 20 to 30 %.
+        pair_host: What each low-rank pair adds.
+        repeated_host: Launching a recomputation over launching a forward: the hooks of a checkpoint, which a compiled block does without.
+        cast_bytes: Of each weight: cast to the compute dtype; and of its gradient.
+    """
+
+    stream: Both
+    gated: Both
+    mixed: Both
+    kernels: Both
+    host: Both
+    pair_host: Both
+    repeated_host: float
+    cast_bytes: Both
+
+
+# Fused, each operand is read once and each result written once, and little else (37 ms of a step of phase8_1b); in eager mode norms and
+# rotary positions go through fp32 tensors, several times.
+COMPILED = Style(
+    stream=(8.4, 10), gated=(2.6, 5.1), mixed=(3.5, 7), kernels=(30, 60), host=(2.9e-3, 3.9e-3), pair_host=(0.04e-3, 0.07e-3), repeated_host=1.0,
+    cast_bytes=(8.4, 8.4),
+)
+EAGER = Style(
+    stream=(42, 50), gated=(5.3, 10.6), mixed=(23, 46), kernels=(38, 75), host=(4.0e-3, 2.85e-3), pair_host=(0.21e-3, 0.25e-3), repeated_host=1.6,
+    cast_bytes=(14, 14),
+)
+# Of kernels and host, to the mixer.
+MIXER_SHARE = 0.7
+
+
+class Rates(NamedTuple):
+    """What a GPU does.
+
+    Args:
+        peak: FLOP/s of products in the compute dtype, of which it sustains the shares above.
+        memory: Bytes/s that it copies.
+    """
+
+    peak: float
+    memory: float
+
+
+class Cost(NamedTuple):
+    """Seconds of the GPU, and of the host that launches its kernels."""
+
+    gpu: float = 0.0
+    host: float = 0.0
+
+    def plus(self, *others: Cost) -> Cost:
+        """The sum."""
+        return Cost(self.gpu + sum(each.gpu for each in others), self.host + sum(each.host for each in others))
+
+
+class Half(NamedTuple):
+    """Mixer or feed-forward.
+
+    Args:
+        forward: Once through it.
+        backward: Its gradients.
+        last: Its last product, which nobody needs to recompute.
+        repeated: A recomputation, the last product left out.
+    """
+
+    forward: Cost
+    backward: Cost
+    last: Cost
+    repeated: Cost
+
+
+@dataclass(frozen=True)
+class Microbatch:
+    """What goes through the layers of a rank at a time.
+
+    Args:
+        model: Shapes.
+        size: Sequences.
+        tensor_ranks: That share each layer.
+        element_bytes: Of a number of the residual stream.
+        is_compiled: Blocks are compiled.
+        rates: Of the GPU.
+    """
+
+    model: ModelSection
+    size: int
+    tensor_ranks: int
+    element_bytes: int
+    is_compiled: bool
+    rates: Rates
+
+    @property
+    def tokens(self) -> int:
+        """N, on all tensor-parallel ranks together."""
+        return self.size * self.model.sequence_length
+
+    def moved(self, numbers: float) -> float:
+        """Seconds in which so many numbers of the residual stream's format pass through memory."""
+        return numbers * self.element_bytes / self.rates.memory
+
+    def product(self, rows: float, inner: float, columns: float) -> float:
+        """Seconds of [rows, inner] times [inner, columns]; the weight is small beside the others."""
+        arithmetic = 2 * rows * inner * columns / (self.rates.peak * PRODUCT_SHARE)
+        return math.pow(arithmetic**OVERLAP + self.moved(rows * (inner + columns)) ** OVERLAP, 1 / OVERLAP)
+
+
+def layer_cost(batch: Microbatch, window: int, *, recompute: str, budget: float) -> Cost:
+    """Forward, backward and recomputation of one layer.
+
+    Args:
+        batch: What goes through.
+        window: Of the layer.
+        recompute: `none`, `full`, `selective` or `budget`.
+        budget: Share that `budget` keeps.
+    """
+    mixer, feed_forward = _mixer(batch, window), _feed_forward(batch)
+    once = mixer.forward.plus(mixer.backward, feed_forward.forward, feed_forward.backward)
+    if recompute == "selective":
+        return once.plus(mixer.repeated)
+    whole = mixer.repeated.plus(mixer.last, feed_forward.repeated)
+    share = {"full": 1.0, "budget": (1 - budget) ** BUDGET_EXPONENT}.get(recompute, 0.0)
+    return once.plus(Cost(whole.gpu * share, whole.host * share))
+
+
+def ends_cost(batch: Microbatch) -> Cost:
+    """Embedding, final norm, head and loss, with their gradients."""
+    model, N, D = batch.model, batch.tokens, batch.model.d_model
+    vocabulary = model.vocab_size / batch.tensor_ranks
+    chunk_tokens = choose_chunk_tokens(N, model.vocab_size, D, element_bytes=batch.element_bytes, scratch_bytes=SCRATCH_BYTES)
+    # Each chunk reads and writes the gradient of the head.
+    gradient = math.ceil(N / chunk_tokens) * 2 * FP32_BYTES * vocabulary * D / batch.rates.memory
+    products = (1 + BACKWARD_OVER_FORWARD) * batch.product(N, D, vocabulary)
+    passes = batch.moved(LOGIT_PASSES * N * vocabulary + END_PASSES * N * D / batch.tensor_ranks)
+    return Cost(products + gradient + passes, ENDS_HOST_SECONDS)
+
+
+def weights_cost(batch: Microbatch, numbers: float, *, accumulates: bool) -> Cost:
+    """What weights and gradients, so many numbers, take of each microbatch."""
+    cast_bytes = sum(_style(batch).cast_bytes) if batch.element_bytes < FP32_BYTES else 0
+    return Cost(numbers * (cast_bytes + ACCUMULATED_BYTES * accumulates) / batch.rates.memory)
+
+
+def _style(batch: Microbatch) -> Style:
+    return COMPILED if batch.is_compiled else EAGER
+
+
+def _mixer(batch: Microbatch, window: int) -> Half:
+    model, N, style = batch.model, batch.tokens, _style(batch)
+    inner, rank = model.attention_width / batch.tensor_ranks, model.low_rank_rank
+    out = _row(batch, inner, rank)
+    products = _columns(batch, 3, inner, rank) + out
+    has_path = model.block == "phase8" and model.global_path
+    if has_path:
+        products += batch.product(N / batch.tensor_ranks, model.d_model, 2 * model.num_heads)
+
+    def others(direction: int) -> float:
+        """Kernels of the mixer, gates and norms."""
+        flops = 4 * N * inner * (BACKWARD_OVER_FORWARD if direction else 1) / batch.rates.peak
+        is_causal = model.block == "transformer"
+        seconds = flops * mean_visible_keys(model, window) / (CAUSAL_SHARES if is_causal else WINDOW_SHARES)[direction]
+        if has_path:
+            seconds += flops * model.head_width / RECURRENCE_SHARES[direction]
+        passes = (CAUSAL_PASSES if is_causal else KERNEL_PASSES)[direction] + style.mixed[direction]
+        return seconds + batch.moved(N * inner * passes)
+
+    return _half(batch, products, (others(0), others(1)), out, share=MIXER_SHARE, num_pairs=4 if rank else 0)
+
+
+def _feed_forward(batch: Microbatch) -> Half:
+    model, style = batch.model, _style(batch)
+    width, rank = model.feed_forward_width / batch.tensor_ranks, model.low_rank_rank if model.ffn == "low_rank_swiglu" else 0
+    down = _row(batch, width, rank)
+    forward, backward = (batch.moved(batch.tokens * width * passes) for passes in style.gated)
+    return _half(batch, _columns(batch, 2, width, rank) + down, (forward, backward), down, share=1 - MIXER_SHARE, num_pairs=3 if rank else 0)
+
+
+def _half(batch: Microbatch, products: float, others: Both, last: float, *, share: float, num_pairs: int) -> Half:
+    """Either half of a layer.
+
+    Args:
+        batch: What goes through.
+        products: Seconds of those of the forward.
+        others: Seconds of what only this half does.
+        last: Seconds of the last product.
+        share: Of the kernels of a layer, and of their launches.
+        num_pairs: Low-rank linears.
+    """
+    style = _style(batch)
+
+    def cost(direction: int) -> Cost:
+        stream = batch.moved(batch.tokens * batch.model.d_model / batch.tensor_ranks * style.stream[direction] / 2)
+        num_kernels = share * style.kernels[direction] + num_pairs * PAIR_KERNELS[direction]
+        gpu = products * (BACKWARD_OVER_FORWARD if direction else 1) + others[direction] + stream + num_kernels * KERNEL_SECONDS
+        return Cost(gpu, share * style.host[direction] + num_pairs * style.pair_host[direction])
+
+    forward = cost(0)
+    return Half(forward, cost(1), Cost(last), repeated=Cost(forward.gpu - last, forward.host * style.repeated_host))
+
+
+def _columns(batch: Microbatch, count: int, width: float, rank: int) -> float:
+    """Seconds of several linears of the same input."""
+    N, D = batch.tokens, batch.model.d_model
+    if not rank:
+        return batch.product(N, D, count * width)
+    concatenated = batch.moved(CONCATENATED_PASSES * N * count * width)
+    return batch.product(N / batch.tensor_ranks, D, count * rank) + count * batch.product(N, rank, width) + concatenated
+
+
+def _row(batch: Microbatch, width: float, rank: int) -> float:
+    """Seconds of a linear back to the residual stream."""
+    N, D = batch.tokens, batch.model.d_model
+    if not rank:
+        return batch.product(N, width, D)
+    return batch.product(N, width, rank) + batch.product(N / batch.tensor_ranks, rank, D)

@@ -1,0 +1,122 @@
+"""The predicted speed of a config on GPUs of one kind."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+from phase8.config.batch import batch_shape, run_topology
+from phase8.config.pipeline import pipeline_of
+from phase8.config.schema import RunConfig
+from phase8.model.flops import training_flops_per_token
+from phase8.observe.devices import Gpu, find_gpu
+from phase8.plan.chunks import chunk_parameters
+from phase8.plan.run_communication import plan_run_communication
+from phase8.plan.stages import chunk_layers
+from phase8.plan.throughput import StageWork, StepWork, step_seconds
+
+ASSUMED_GPU = "NVIDIA H100 80GB HBM3"
+
+
+@dataclass(frozen=True)
+class StepPrediction:
+    """How fast a config is predicted to train.
+
+    Args:
+        seconds: Of a step.
+        tokens_per_second: Of all ranks together.
+        mfu: FLOP/s of the model over the peak of the GPUs.
+        is_known: The device is in the table of GPUs; otherwise the prediction is for an H100.
+    """
+
+    seconds: float
+    tokens_per_second: float
+    mfu: float
+    is_known: bool
+
+
+def predict_step(config: RunConfig, world_size: int, device_name: str | Gpu, *, host_ratio: float = 1.0) -> StepPrediction:
+    """Predicts the speed of a config with kernels, on GPUs of one kind.
+
+    Args:
+        config: One that can run on as many ranks.
+        world_size: Ranks.
+        device_name: As `torch.cuda.get_device_name` reports it, or the bare name in any case: `h100`. A device that is not known is
+            predicted as if it were an H100, which is good enough to rank settings.
+        host_ratio: Time in which the host launches kernels, over that of the host on which the constants were measured.
+
+    Raises:
+        ConfigError: The config cannot run on as many ranks.
+    """
+    found = find_gpu(device_name) if isinstance(device_name, str) else device_name
+    gpu = found or assumed_gpu()
+    work = step_work(config, world_size=world_size)
+    topology = run_topology(config.parallel, world_size=world_size)
+    num_tokens = work.micro_batch_size * work.num_microbatches * topology.data_parallel_size * config.model.sequence_length
+    seconds = step_seconds(work, gpu, host_ratio=host_ratio)
+    peak = config.observe.peak_flops or gpu.peak_flops(work.dtype) or gpu.fp32 * 1e12
+    mfu = training_flops_per_token(config.model) * num_tokens / seconds / (peak * world_size)
+    return StepPrediction(seconds, num_tokens / seconds, mfu, is_known=found is not None)
+
+
+def assumed_gpu() -> Gpu:
+    """The GPU of a prediction where none is known."""
+    gpu = find_gpu(ASSUMED_GPU)
+    assert gpu is not None
+    return gpu
+
+
+def step_work(config: RunConfig, *, world_size: int) -> StepWork:
+    """What a step of a config computes and exchanges.
+
+    Raises:
+        ConfigError: The config cannot run on as many ranks.
+    """
+    train, pipeline, topology = config.train, pipeline_of(config.parallel), run_topology(config.parallel, world_size=world_size)
+    shape = batch_shape(train, config.parallel, data_parallel_size=topology.data_parallel_size)
+    dtype = config.precision.dtype
+    return StepWork(
+        model=config.model,
+        micro_batch_size=shape.micro_batch_size,
+        num_microbatches=shape.num_microbatches,
+        recompute=train.recompute,
+        recompute_every_n_layers=train.recompute_every_n_layers,
+        budget=train.activation_memory_budget,
+        is_compiled=train.compile.enabled,
+        is_recorded=train.cuda_graphs,
+        dtype="tf32" if dtype == "fp32" and config.precision.tf32 else dtype,
+        pipeline=pipeline,
+        stages=tuple(_stage_work(config, world_size, stage) for stage in _different_stages(config)),
+        is_async=config.parallel.async_tensor_parallel,
+        offload_optimizer=config.zero.offload_optimizer != "none",
+        offload_params=config.zero.offload_params != "none",
+    )
+
+
+def _different_stages(config: RunConfig) -> list[int]:
+    """One stage of each kind: stages with as many layers of the same windows between two others take as long."""
+    pipeline = pipeline_of(config.parallel)
+    sizes = config.model.window_sizes
+    kinds: dict[tuple[object, ...], int] = {}
+    for stage in range(pipeline.num_stages):
+        layers = [layer for each in chunk_layers(config.model, pipeline, stage) for layer in each]
+        recomputed = sum(layer % config.train.recompute_every_n_layers == 0 for layer in layers)
+        windows = sorted(sizes[layer] for layer in layers)
+        kinds.setdefault((stage == 0, stage == pipeline.num_stages - 1, recomputed, *windows), stage)
+    return list(kinds.values())
+
+
+def _stage_work(config: RunConfig, world_size: int, stage: int) -> StageWork:
+    pipeline = pipeline_of(config.parallel)
+    collectives, grid = plan_run_communication(config, world_size=world_size, rank=stage * world_size // pipeline.num_stages)
+    layers = chunk_layers(config.model, pipeline, stage)
+    chunks = [chunk_parameters(config.model, each) for each in layers]
+    parameters = [parameter for chunk in chunks for group in (*chunk.blocks, chunk.rest) for parameter in group]
+    num_computed = sum(math.prod(shape) / (1 if shard_dim is None else grid.tensor) for shape, shard_dim in parameters)
+    return StageWork(
+        layers=tuple(layer for each in layers for layer in each),
+        num_computed=num_computed,
+        num_updated=num_computed / grid.shard,
+        collectives=collectives,
+        grid=grid,
+    )

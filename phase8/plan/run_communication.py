@@ -1,0 +1,52 @@
+"""What a rank of a config communicates in one training step."""
+
+from __future__ import annotations
+
+from phase8.config.batch import batch_shape, run_topology
+from phase8.config.pipeline import pipeline_of
+from phase8.config.schema import RunConfig
+from phase8.config.validate import find_problems
+from phase8.errors import ConfigError
+from phase8.plan.chunks import chunk_parameters
+from phase8.plan.communication import Collectives, Grid, Step, step_communication
+from phase8.plan.stages import chunk_layers
+from phase8.precision.policy import COMPUTE_DTYPES
+from phase8.tensor_parallel.cross_entropy import chunk_tokens
+from phase8.zero.fsdp import shard_size
+
+
+def plan_run_communication(config: RunConfig, *, world_size: int, rank: int) -> tuple[tuple[Collectives, ...], Grid]:
+    """What a rank communicates in a step, and its place.
+
+    Raises:
+        ConfigError: The config could not run on as many ranks.
+    """
+    matter = ("model.", "precision.", "parallel.", "zero.", "train.", "world size")
+    unusable = [problem for problem in find_problems(config, world_size=world_size) if problem.startswith(matter)]
+    if unusable:
+        raise ConfigError(unusable)
+    topology, pipeline, train = run_topology(config.parallel, world_size=world_size), pipeline_of(config.parallel), config.train
+    place = topology.coordinates(rank)
+    num_shards = shard_size(config.zero, data_parallel_size=topology.data_parallel_size)
+    grid = Grid(
+        pipeline=topology.pipeline_parallel_size,
+        replicate=topology.data_parallel_size // num_shards,
+        shard=num_shards,
+        tensor=topology.tensor_parallel_size,
+        stage=place["pp"],
+        shard_index=place["dp"] % num_shards,
+        tensor_index=place["tp"],
+    )
+    shape = batch_shape(train, config.parallel, data_parallel_size=topology.data_parallel_size)
+    step = Step(
+        num_microbatches=shape.num_microbatches,
+        micro_batch_size=shape.micro_batch_size,
+        compute_bytes=COMPUTE_DTYPES[config.precision.dtype].itemsize,
+        loss_chunk_tokens=chunk_tokens(topology.tensor_parallel_size),
+        recompute=train.recompute,
+        recompute_every_n_layers=train.recompute_every_n_layers,
+        zero_stage=config.zero.stage,
+        offload_params=config.zero.offload_params != "none",
+    )
+    chunks = [chunk_parameters(config.model, layers) for layers in chunk_layers(config.model, pipeline, grid.stage)]
+    return step_communication(config.model, chunks, step=step, grid=grid), grid

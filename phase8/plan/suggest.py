@@ -1,0 +1,314 @@
+"""Layouts of a config on a number of GPUs: which of them fit, and how fast each is predicted to train.
+
+Predicting is cheap and planning memory is not, so all layouts are predicted, and planned from the fastest on until enough of them fit. The
+largest microbatch that fits is found by bisection, and not looked for where the smallest one, all recomputed, does not fit.
+"""
+
+from __future__ import annotations
+
+from bisect import bisect_left
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+from phase8.config.batch import batch_shape, run_topology
+from phase8.config.schema import RunConfig
+from phase8.config.validate import find_problems
+from phase8.errors import ConfigError
+from phase8.observe.devices import Gpu
+from phase8.observe.formatting import format_bytes
+from phase8.plan.dry_run import plan_stages
+from phase8.plan.prediction import StepPrediction, predict_step
+from phase8.plan.rank_memory import fullest
+from phase8.plan.throughput import GPUS_PER_HOST
+
+# Of the memory of a GPU: what fragments of it and the driver take.
+UNUSABLE_SHARE = 0.03
+UNUSABLE_BYTES = 512 << 20
+MOST_TOKENS = 131_072
+LARGEST_MICROBATCH = 128
+# From what holds least to what holds most.
+RECOMPUTATIONS = ("full", "selective", "budget", "none")
+CHUNKS = (1, 2, 4)
+# NVLink, through which GPUs may use each other's memory; PCIe is slower.
+PEER_LINK = 100
+# A recorded step keeps memory of its own: it must be faster by as much.
+GAIN_OF_A_GRAPH = 1.02
+# With a pipeline: what ZeRO 2 and 3 send for every microbatch costs more than they save.
+MOST_ZERO_IN_PIPELINE = 1
+
+
+@dataclass(frozen=True)
+class Suggestion:
+    """A layout that fits.
+
+    Args:
+        config: With its settings.
+        world_size: GPUs.
+        prediction: Its speed.
+        planned_bytes: Memory of the fullest rank.
+    """
+
+    config: RunConfig
+    world_size: int
+    prediction: StepPrediction
+    planned_bytes: int
+
+    def changes(self, before: RunConfig) -> dict[str, Any]:
+        """Settings, by dotted name, that the config before did not have."""
+        own, other = settings_of(self.config), settings_of(before)
+        return {name: value for name, value in own.items() if value != other[name]}
+
+    @property
+    def layout(self) -> str:
+        """In words: `tensor 2 x pipeline 4 (interleaved, 2 chunks) x data 8, ZeRO 1`."""
+        return layout_in_words(self.config, self.world_size)
+
+
+def suggest(config: RunConfig, *, world_size: int, gpu: Gpu, memory_bytes: int, most: int = 10) -> list[Suggestion]:
+    """The fastest layouts that fit, the best first; of one division into tensor, pipeline and data ranks not all.
+
+    Args:
+        config: Model, batch and precision; layout, microbatch and recomputation are replaced.
+        world_size: GPUs.
+        gpu: Their kind.
+        memory_bytes: Of each.
+        most: How many.
+
+    Raises:
+        ConfigError: No layout can run, or none fits.
+    """
+    return _Search(config, world_size, gpu, usable_bytes(memory_bytes), memory_bytes).best(most)
+
+
+def usable_bytes(memory_bytes: int) -> int:
+    """Memory that a plan may fill."""
+    return int(memory_bytes * (1 - UNUSABLE_SHARE)) - UNUSABLE_BYTES
+
+
+def settings_of(config: RunConfig) -> dict[str, Any]:
+    """The settings that a layout decides, by dotted name."""
+    parallel, zero, train = config.parallel, config.zero, config.train
+    return {
+        "parallel.tensor_parallel_size": parallel.tensor_parallel_size,
+        "parallel.async_tensor_parallel": parallel.async_tensor_parallel,
+        "parallel.pipeline_parallel_size": parallel.pipeline_parallel_size,
+        "parallel.pipeline_schedule": parallel.pipeline_schedule,
+        "parallel.pipeline_chunks": parallel.pipeline_chunks,
+        "parallel.num_microbatches": parallel.num_microbatches,
+        "zero.stage": zero.stage,
+        "zero.shard_size": zero.shard_size,
+        "train.micro_batch_size": train.micro_batch_size,
+        "train.recompute": train.recompute,
+        "train.recompute_every_n_layers": train.recompute_every_n_layers,
+        "train.compile.enabled": train.compile.enabled,
+        "train.cuda_graphs": train.cuda_graphs,
+    }
+
+
+def layout_in_words(config: RunConfig, world_size: int) -> str:
+    """The ranks along each axis, and what data-parallel ranks divide."""
+    parallel, zero = config.parallel, config.zero
+    topology = run_topology(parallel, world_size=world_size)
+    parts = []
+    if topology.tensor_parallel_size > 1:
+        parts.append(f"tensor {topology.tensor_parallel_size}" + (" asynchronous" if parallel.async_tensor_parallel else ""))
+    if topology.pipeline_parallel_size > 1:
+        chunks = f", {parallel.pipeline_chunks} chunks" if parallel.pipeline_chunks > 1 else ""
+        parts.append(f"pipeline {topology.pipeline_parallel_size} ({parallel.pipeline_schedule}{chunks})")
+    if topology.data_parallel_size > 1:
+        shards = f" in shards of {zero.shard_size}" if zero.shard_size is not None else ""
+        parts.append(f"data {topology.data_parallel_size}, ZeRO {zero.stage}{shards}")
+    return " x ".join(parts) or "one GPU"
+
+
+@dataclass(frozen=True)
+class _Candidate:
+    """A layout with its speed, not planned yet.
+
+    Args:
+        config: With its settings.
+        prediction: Its speed.
+    """
+
+    config: RunConfig
+    prediction: StepPrediction
+
+    @property
+    def degrees(self) -> tuple[int, int, int]:
+        """What a reader calls another layout."""
+        parallel = self.config.parallel
+        return parallel.tensor_parallel_size, parallel.pipeline_parallel_size, parallel.pipeline_chunks
+
+    @property
+    def family(self) -> tuple[object, ...]:
+        """Layouts that differ in microbatch and recomputation only."""
+        return (*self.degrees, self.config.zero.stage, self.config.zero.shard_size)
+
+    @property
+    def size(self) -> int:
+        """Sequences of a microbatch."""
+        assert self.config.train.micro_batch_size is not None
+        return self.config.train.micro_batch_size
+
+
+class _Search:
+    """Looks for the fastest candidates that fit.
+
+    Args:
+        config: What is trained.
+        world_size: GPUs.
+        gpu: Their kind.
+        usable: Bytes that a plan may fill.
+        memory_bytes: Of each.
+    """
+
+    def __init__(self, config: RunConfig, world_size: int, gpu: Gpu, usable: int, memory_bytes: int):
+        self._config, self._world_size, self._gpu, self._usable, self._memory_bytes = config, world_size, gpu, usable, memory_bytes
+        self._planned: dict[RunConfig, int] = {}
+        self._smallest: dict[tuple[object, ...], _Candidate] = {}
+        self._largest_sizes: dict[tuple[object, ...], int] = {}
+
+    def best(self, most: int) -> list[Suggestion]:
+        """The fastest that fit."""
+        found: list[Suggestion] = []
+        shown: dict[tuple[int, int, int], int] = {}
+        most_of_a_layout = max(2, most // len({each.degrees for each in self._candidates}))
+        for each in self._candidates:
+            if len(found) == most:
+                break
+            if shown.get(each.degrees, 0) == most_of_a_layout or not self._fits(each):
+                continue
+            shown[each.degrees] = shown.get(each.degrees, 0) + 1
+            found.append(Suggestion(each.config, self._world_size, each.prediction, self._plan(each)))
+        if not found:
+            raise ConfigError(self._nothing_fits())
+        return found
+
+    @cached_property
+    def _candidates(self) -> list[_Candidate]:
+        """All that can run, the fastest first; of equally fast ones that with the lowest stage of ZeRO."""
+        found = list(self._predicted())
+        if not found:
+            raise ConfigError(find_problems(self._config, world_size=self._world_size) or [self._nothing_divides()])
+        return sorted(found, key=lambda each: (-each.prediction.tokens_per_second, each.config.zero.stage))
+
+    def _predicted(self) -> Iterator[_Candidate]:
+        for layout in layouts(self._config, world_size=self._world_size, has_peer_memory=self._gpu.link >= PEER_LINK):
+            for settled in microbatches(layout, world_size=self._world_size):
+                plain = _Candidate(settled, self._predict(settled))
+                recorded = with_settings(settled, train={"cuda_graphs": True})
+                if not find_problems(recorded, world_size=self._world_size):
+                    prediction = self._predict(recorded)
+                    if prediction.tokens_per_second > GAIN_OF_A_GRAPH * plain.prediction.tokens_per_second:
+                        plain = _Candidate(recorded, prediction)
+                yield plain
+
+    def _predict(self, config: RunConfig) -> StepPrediction:
+        return predict_step(config, self._world_size, self._gpu)
+
+    def _plan(self, candidate: _Candidate) -> int:
+        """Memory of its fullest rank."""
+        if candidate.config not in self._planned:
+            stages = plan_stages(candidate.config, world_size=self._world_size, device_type="cuda", device_bytes=self._memory_bytes)
+            self._planned[candidate.config] = fullest(stages).memory.total_bytes
+        return self._planned[candidate.config]
+
+    def _fits(self, candidate: _Candidate) -> bool:
+        key = (*candidate.family, candidate.config.train.recompute)
+        if key not in self._largest_sizes:
+            self._largest_sizes[key] = self._largest_size(candidate)
+        return candidate.size <= self._largest_sizes[key]
+
+    def _largest_size(self, candidate: _Candidate) -> int:
+        """Of the microbatches that fit, everything else being as in the candidate; 0: none does."""
+        family = [each for each in self._candidates if each.family == candidate.family]
+        if candidate.family not in self._smallest:
+            self._smallest[candidate.family] = min(family, key=lambda each: (each.size, RECOMPUTATIONS.index(each.config.train.recompute)))
+        if self._plan(self._smallest[candidate.family]) > self._usable:
+            return 0
+        alike = sorted((each for each in family if each.config.train.recompute == candidate.config.train.recompute), key=lambda each: each.size)
+        num_fitting = bisect_left(alike, True, key=lambda each: self._plan(each) > self._usable)
+        return alike[num_fitting - 1].size if num_fitting else 0
+
+    def _nothing_fits(self) -> str:
+        smallest = min(self._smallest.values(), key=self._plan)
+        layout = layout_in_words(smallest.config, self._world_size)
+        how = f"train.micro_batch_size {smallest.size} and train.recompute {smallest.config.train.recompute}"
+        gpus = "one GPU" if self._world_size == 1 else f"{self._world_size} GPUs"
+        return (
+            f"no layout of {self._config.run.name} fits on {gpus} of {format_bytes(self._memory_bytes)}: the smallest planned, "
+            f"{layout} with {how}, takes {format_bytes(self._plan(smallest))} of {format_bytes(self._usable)} that can be used; take more or "
+            "larger GPUs, or a smaller model."
+        )
+
+    def _nothing_divides(self) -> str:
+        return (
+            f"no layout of {self._world_size} ranks divides train.global_batch_size {self._config.train.global_batch_size} and the layers and heads "
+            "of the model; choose another number of ranks or another batch."
+        )
+
+
+def layouts(config: RunConfig, *, world_size: int, has_peer_memory: bool) -> Iterator[RunConfig]:
+    """Every division of the ranks, compiled, before microbatch and recomputation are chosen."""
+    for tensor in _divisors(world_size, GPUS_PER_HOST):
+        for stages in _divisors(world_size // tensor, config.model.num_layers):
+            num_data_ranks = world_size // tensor // stages
+            for chunks in CHUNKS if stages > 1 else CHUNKS[:1]:
+                for stage, shard_size in _zero_stages(num_data_ranks, tensor, stages):
+                    yield with_settings(
+                        config,
+                        parallel={
+                            "tensor_parallel_size": tensor,
+                            "async_tensor_parallel": tensor > 1 and has_peer_memory,
+                            "pipeline_parallel_size": stages,
+                            "pipeline_schedule": "interleaved" if chunks > 1 else "1f1b",
+                            "pipeline_chunks": chunks,
+                            "num_microbatches": None,
+                        },
+                        zero={"stage": stage, "shard_size": shard_size},
+                        compile={"enabled": True},
+                    )
+
+
+def microbatches(layout: RunConfig, *, world_size: int) -> Iterator[RunConfig]:
+    """A layout with every microbatch and recomputation with which it can run."""
+    topology = run_topology(layout.parallel, world_size=world_size)
+    whole = with_settings(layout, train={"micro_batch_size": 1, "cuda_graphs": False})
+    try:
+        per_rank = batch_shape(whole.train, whole.parallel, data_parallel_size=topology.data_parallel_size).num_microbatches
+    except ConfigError:
+        return
+    for size in _divisors(per_rank, LARGEST_MICROBATCH):
+        if size > 1 and size * layout.model.sequence_length > MOST_TOKENS:
+            break
+        for recompute in RECOMPUTATIONS:
+            settled = with_settings(whole, train={"micro_batch_size": size, "recompute": recompute, "recompute_every_n_layers": 1})
+            if not find_problems(settled, world_size=world_size):
+                yield settled
+
+
+def with_settings(config: RunConfig, **sections: dict[str, Any]) -> RunConfig:
+    """The config with other values in these sections; `compile` is the one of train. The caller vouches for the values."""
+    changes: dict[str, Any] = {name: getattr(config, name).model_copy(update=values) for name, values in sections.items() if name != "compile"}
+    if "compile" in sections:
+        train = changes.get("train", config.train)
+        changes["train"] = train.model_copy(update={"compile": train.compile.model_copy(update=sections["compile"])})
+    return config.model_copy(update=changes)
+
+
+def _zero_stages(num_data_ranks: int, tensor: int, stages: int) -> Iterator[tuple[int, int | None]]:
+    """Stage and ranks that share one copy: all of them, or those of a host."""
+    yield 0, None
+    for stage in range(1, 4) if num_data_ranks > 1 else ():
+        if stages > 1 and stage > MOST_ZERO_IN_PIPELINE:
+            break
+        yield stage, None
+        on_host = GPUS_PER_HOST // tensor
+        if 1 < on_host < num_data_ranks and num_data_ranks % on_host == 0:
+            yield stage, on_host
+
+
+def _divisors(number: int, largest: int) -> list[int]:
+    return [each for each in range(1, min(number, largest) + 1) if number % each == 0]

@@ -1,0 +1,186 @@
+"""Seconds of a training step of all ranks: microbatches through the stages, exchanges between ranks, the update of the weights. No torch.
+
+Without a CUDA graph the host launches every kernel, and a microbatch takes about as long as the slower of GPU and host. Exchanges take the
+time of their bytes whether or not something is computed meanwhile, for products beside a collective slow down by what it takes
+(docs/performance.md, "Several GPUs").
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import NamedTuple
+
+from phase8.config.pipeline import Pipeline
+from phase8.config.schema import ModelSection
+from phase8.observe.devices import Gpu
+from phase8.plan.communication import AxisName, Collectives, Grid, Operation
+from phase8.plan.layer_cost import Cost, Microbatch, Rates, ends_cost, layer_cost, weights_cost
+from phase8.plan.memory import FP32_BYTES
+
+# A copy on an H100 reaches 3.02 of 3.35 TB/s.
+MEMORY_SHARE = 0.90
+# Of the link: all-gathers and reduce-scatters between two H200 carry 200 to 260 GB/s of 450, between four more.
+LINK_SHARE = 0.635
+# Bytes/s of a GPU's share of the network between hosts: 400 Gbit/s. Not measured.
+NETWORK_RATE = 50e9
+GPUS_PER_HOST = 8
+# What tensor-parallel ranks exchange through each other's memory, beside products, shows to this part.
+ASYNC_SHARE = 0.42
+# FSDP copies what it gathers out of a buffer, and what it reduces into one: bytes read and written for each byte.
+COPIES_OF_SHARDS = 2
+# Of the ceiling that the bubble leaves, stages reach 0.90 to 0.96.
+PIPELINE_SHARE = 0.97
+# GPU and host take turns at being the slower one within a microbatch: sum of powers.
+TURNS_EXPONENT = 8
+# Norm of the gradients and AdamW: a gradient is read twice, three numbers are read and written; 19 ms for 1.35B on an H100.
+UPDATED_BYTES = 8 * FP32_BYTES
+UPDATE_SHARE = 0.8
+UPDATE_SECONDS = Cost(0.3e-3, 2e-3)
+# Offloading: PCIe 5 to page-locked memory, and the memory of the host, on which AdamW reads four numbers and writes three.
+HOST_LINK_RATE = 43e9
+HOST_MEMORY_RATE = 64e9
+HOST_UPDATED_BYTES = 7 * FP32_BYTES
+
+
+class StageWork(NamedTuple):
+    """A pipeline stage and its first rank.
+
+    Args:
+        layers: Of all its chunks.
+        num_computed: Parameters that the rank computes with.
+        num_updated: Those it keeps and updates.
+        collectives: What it communicates in a step.
+        grid: Its place.
+    """
+
+    layers: tuple[int, ...]
+    num_computed: float
+    num_updated: float
+    collectives: tuple[Collectives, ...]
+    grid: Grid
+
+
+@dataclass(frozen=True)
+class StepWork:
+    """A step of all ranks.
+
+    Args:
+        model: Shapes.
+        micro_batch_size: Sequences of a microbatch.
+        num_microbatches: Of a rank.
+        recompute: `none`, `full`, `selective` or `budget`.
+        recompute_every_n_layers: Recompute layers 0, n, 2n, ...
+        budget: Share that `budget` keeps.
+        is_compiled: Blocks are compiled.
+        is_recorded: The step is one CUDA graph.
+        dtype: `bf16`, `fp32`, or `tf32` for fp32 on units for tf32.
+        pipeline: Its numbers.
+        stages: One of each kind.
+        is_async: Tensor-parallel ranks exchange tokens beside their products.
+        offload_optimizer: Optimizer states lie in host memory.
+        offload_params: Parameters and gradients, too.
+    """
+
+    model: ModelSection
+    micro_batch_size: int
+    num_microbatches: int
+    recompute: str
+    recompute_every_n_layers: int
+    budget: float
+    is_compiled: bool
+    is_recorded: bool
+    dtype: str
+    pipeline: Pipeline
+    stages: tuple[StageWork, ...]
+    is_async: bool = False
+    offload_optimizer: bool = False
+    offload_params: bool = False
+
+
+def step_seconds(work: StepWork, gpu: Gpu, *, host_ratio: float = 1.0) -> float:
+    """Predicted seconds of a step.
+
+    Args:
+        work: What is computed.
+        gpu: On which each rank computes.
+        host_ratio: Time in which the host launches, over that of the host on which the constants were measured.
+    """
+    rates = Rates((gpu.peak_flops(work.dtype) or gpu.fp32 * 1e12) * gpu.sustained, gpu.memory * 1e9 * MEMORY_SHARE)
+    microbatch, once = [], []
+    for stage in work.stages:
+        microbatch.append(_slower(_microbatch_cost(work, stage, rates), work, host_ratio))
+        once.append(_once_seconds(work, stage, gpu, rates, host_ratio))
+    P, V = work.pipeline.num_stages, work.pipeline.num_chunks
+    seconds = max(microbatch) * (work.num_microbatches + (P - 1) / V)
+    return seconds / (PIPELINE_SHARE if P > 1 else 1.0) + max(once)
+
+
+def _slower(cost: Cost, work: StepWork, host_ratio: float) -> float:
+    if work.is_recorded:
+        return cost.gpu
+    return float((cost.gpu**TURNS_EXPONENT + (cost.host * host_ratio) ** TURNS_EXPONENT) ** (1 / TURNS_EXPONENT))
+
+
+def _microbatch_cost(work: StepWork, stage: StageWork, rates: Rates) -> Cost:
+    """One microbatch in all chunks of a stage, exchanges left out."""
+    batch = Microbatch(
+        work.model,
+        size=work.micro_batch_size,
+        tensor_ranks=stage.grid.tensor,
+        element_bytes=2 if work.dtype == "bf16" else FP32_BYTES,
+        is_compiled=work.is_compiled,
+        rates=rates,
+    )
+    costs = [weights_cost(batch, stage.num_computed, accumulates=work.num_microbatches > 1)]
+    recomputed = range(0, work.model.num_layers, work.recompute_every_n_layers)
+    kinds: dict[tuple[int, str], int] = {}
+    windows = work.model.window_sizes
+    for layer in stage.layers:
+        kind = (windows[layer], work.recompute if layer in recomputed else "none")
+        kinds[kind] = kinds.get(kind, 0) + 1
+    for (window, recompute), count in kinds.items():
+        cost = layer_cost(batch, window, recompute=recompute, budget=work.budget)
+        costs.append(Cost(cost.gpu * count, cost.host * count))
+    if work.model.num_layers - 1 in stage.layers:
+        costs.append(ends_cost(batch))
+    return Cost().plus(*costs)
+
+
+def _once_seconds(work: StepWork, stage: StageWork, gpu: Gpu, rates: Rates, host_ratio: float) -> float:
+    """What a stage exchanges in a step, and the update of its weights."""
+    updated = 0.0 if work.offload_optimizer else stage.num_updated * UPDATED_BYTES / (rates.memory * UPDATE_SHARE)
+    update = _slower(Cost(updated).plus(UPDATE_SECONDS), work, host_ratio)
+    exchanged = sum(_exchange_seconds(each, work, stage.grid, gpu, rates) for each in stage.collectives)
+    return update + exchanged + _offloading_seconds(work, stage)
+
+
+def _exchange_seconds(each: Collectives, work: StepWork, grid: Grid, gpu: Gpu, rates: Rates) -> float:
+    if each.operation is Operation.RECEIVE:
+        return 0.0  # while it sends
+    seconds = each.sent_bytes(grid.size(each.axis)) / _link_rate(each.axis, grid, gpu)
+    if each.axis is AxisName.PIPELINE:
+        # Messages travel while the action before the one that needs them is computed; only the bubble is longer by them.
+        return seconds * (grid.pipeline - 1) / work.num_microbatches / work.pipeline.num_chunks
+    if each.axis is AxisName.TENSOR:
+        return seconds * (ASYNC_SHARE if work.is_async else 1.0)
+    return seconds + each.num_bytes * COPIES_OF_SHARDS / rates.memory
+
+
+def _link_rate(axis: AxisName, grid: Grid, gpu: Gpu) -> float:
+    """Bytes/s between ranks of an axis: of the link while all of them are in one host, else of the network."""
+    span = 1
+    for each in (AxisName.TENSOR, AxisName.SHARD, AxisName.REPLICATE, AxisName.PIPELINE):
+        span *= grid.size(each)
+        if each is axis:
+            break
+    link = gpu.link * 1e9 * LINK_SHARE
+    return link if span <= GPUS_PER_HOST else min(link, NETWORK_RATE)
+
+
+def _offloading_seconds(work: StepWork, stage: StageWork) -> float:
+    """Parameters come for each forward and backward, gradients leave after each backward; AdamW runs on the host."""
+    if not work.offload_optimizer:
+        return 0.0
+    num_bytes = stage.num_updated * FP32_BYTES
+    transfers = 3 * work.num_microbatches if work.offload_params else 2
+    return transfers * num_bytes / HOST_LINK_RATE + stage.num_updated * HOST_UPDATED_BYTES / HOST_MEMORY_RATE

@@ -1,0 +1,101 @@
+"""Suggested layouts: all can run, they fit, the fastest comes first, and memory is planned for few of them."""
+
+from types import SimpleNamespace
+
+import pytest
+
+from phase8.config.load import load_config
+from phase8.config.validate import find_problems
+from phase8.errors import ConfigError
+from phase8.observe.devices import find_gpu
+from phase8.plan import suggest as module
+from phase8.plan.suggest import layouts, microbatches, settings_of, suggest, usable_bytes
+
+GIB = 2**30
+CONFIG = """
+run: {name: small}
+model: {d_model: 256, num_layers: 6, num_heads: 4, vocab_size: 1024, sequence_length: 256, local_window_size: 64}
+train: {global_batch_size: 64, num_steps: 1000}
+"""
+H100, RTX = find_gpu("h100"), find_gpu("rtx 4090")
+
+
+@pytest.fixture
+def config(tmp_path):
+    path = tmp_path / "small.yaml"
+    path.write_text(CONFIG, encoding="utf-8")
+    return lambda *settings: load_config(path, settings)
+
+
+@pytest.fixture
+def planned(monkeypatch):
+    """A planner by which a rank needs a GiB for each sequence of its microbatch, half of it where something is recomputed, over tensor ranks."""
+    configs = []
+
+    def plan(config, **others):
+        configs.append(config)
+        size = config.train.micro_batch_size / config.parallel.tensor_parallel_size
+        return [SimpleNamespace(memory=SimpleNamespace(total_bytes=int(size * GIB * (1 if config.train.recompute == "none" else 0.5))))]
+
+    monkeypatch.setattr(module, "plan_stages", plan)
+    return configs
+
+
+def test_what_is_suggested_can_run_fits_and_is_sorted_by_speed(config, planned):
+    found = suggest(config(), world_size=8, gpu=H100, memory_bytes=5 * GIB)
+    assert len(found) == 10 and len({each.layout for each in found}) >= 5
+    assert all(find_problems(each.config, world_size=8) == [] and each.planned_bytes <= usable_bytes(5 * GIB) for each in found)
+    speeds = [each.prediction.tokens_per_second for each in found]
+    assert speeds == sorted(speeds, reverse=True)
+    assert found[0].config.train.cuda_graphs  # so small a model waits for its host
+
+
+def test_memory_is_planned_for_few_of_many_and_once(config, planned):
+    num_candidates = sum(len(list(microbatches(each, world_size=8))) for each in layouts(config(), world_size=8, has_peer_memory=True))
+    numbers = []
+    for gib in (80, 2):
+        planned.clear()
+        suggest(config(), world_size=8, gpu=H100, memory_bytes=gib * GIB)
+        assert len(planned) == len(set(planned))
+        numbers.append(len(planned))
+    assert numbers[0] < 0.15 * num_candidates and numbers[1] < 0.6 * num_candidates
+
+
+def test_on_one_gpu_all_rows_are_of_it_and_a_larger_memory_is_used(config, planned):
+    small, large = (suggest(config(), world_size=1, gpu=H100, memory_bytes=gib * GIB) for gib in (5, 80))
+    assert {each.layout for each in (*small, *large)} == {"one GPU"}
+    assert small[0].config.train.micro_batch_size <= 8 and large[0].config.train.micro_batch_size > 8
+    assert large[0].prediction.tokens_per_second > small[0].prediction.tokens_per_second
+
+
+def test_the_changes_are_what_the_config_did_not_have(config, planned):
+    before = config("train.micro_batch_size=1", "parallel.num_microbatches=64")
+    best = suggest(before, world_size=1, gpu=H100, memory_bytes=80 * GIB)[0]
+    changes = best.changes(before)
+    assert changes["parallel.num_microbatches"] is None and "parallel.tensor_parallel_size" not in changes
+    again = config("train.micro_batch_size=1", *(f"{name}={'null' if value is None else str(value).lower()}" for name, value in changes.items()))
+    assert settings_of(again) == settings_of(best.config)
+
+
+def test_without_nvlink_tensor_ranks_do_not_share_memory(config):
+    found = [each.parallel for gpu in (H100, RTX) for each in layouts(config(), world_size=2, has_peer_memory=gpu.link >= module.PEER_LINK)]
+    assert [each.async_tensor_parallel for each in found if each.tensor_parallel_size == 2] == [True, False]
+
+
+def test_nothing_fits_is_one_sentence_with_the_smallest_plan(config, planned):
+    with pytest.raises(ConfigError) as error:
+        suggest(config(), world_size=2, gpu=RTX, memory_bytes=GIB * 6 // 10)
+    assert error.value.problems == [
+        "no layout of small fits on 2 GPUs of 614 MiB: the smallest planned, tensor 2 with train.micro_batch_size 1 and train.recompute full, "
+        "takes 256 MiB of 84 MiB that can be used; take more or larger GPUs, or a smaller model."
+    ]
+
+
+def test_ranks_that_divide_nothing_are_refused(config, planned):
+    with pytest.raises(ConfigError, match=r"train.global_batch_size 64 is not a multiple of the data-parallel size 11"):
+        suggest(config(), world_size=11, gpu=H100, memory_bytes=80 * GIB)
+
+
+def test_the_real_planner_agrees_with_the_search(config):
+    found = suggest(config(), world_size=1, gpu=H100, memory_bytes=2 * GIB, most=1)
+    assert 0 < found[0].planned_bytes <= usable_bytes(2 * GIB)

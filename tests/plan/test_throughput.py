@@ -1,0 +1,101 @@
+"""The predicted speed of a step: against everything that was measured on GPUs, and what must hold of it anywhere."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from phase8.config.load import load_config
+from phase8.errors import ConfigError
+from phase8.plan.prediction import predict_step
+
+ROOT = Path(__file__).parents[2]
+MEASURED = json.loads((Path(__file__).parent / "measured_throughput.json").read_text())
+TOLERANCE = 0.10
+H100 = "NVIDIA H100 80GB HBM3"
+
+
+def config_of(name, *settings, tmp_path):
+    """A shipped config, or the defaults, with explicit settings of everything that decides about speed."""
+    if name is None:
+        path = tmp_path / "default.yaml"
+        path.write_text("run: {name: defaults}\n")
+    else:
+        path = ROOT / "configs" / f"{name}.yaml"
+    return load_config(path, list(settings))
+
+
+def predicted(name, *settings, tmp_path, world_size=1, device=H100, host_ratio=1.0):
+    explicit = {"train.micro_batch_size": 4, "train.recompute": "none", "train.recompute_every_n_layers": 1}
+    explicit |= {"train.compile.enabled": "true", "train.cuda_graphs": "false"} | dict(setting.split("=") for setting in settings)
+    config = config_of(name, *(f"{key}={value}" for key, value in explicit.items()), tmp_path=tmp_path)
+    return predict_step(config, world_size, device, host_ratio=host_ratio)
+
+
+def test_every_measured_row_is_predicted_within_a_tenth(tmp_path):
+    rows = MEASURED["rows"]
+    missed = {}
+    for row in rows:
+        config = config_of(row["config"], *row["set"].split(), tmp_path=tmp_path)
+        ratio = MEASURED["host_ratios"][row["host"]]
+        speed = predict_step(config, row["world_size"], row["device"], host_ratio=ratio).tokens_per_second
+        deviation = speed / row["tokens_per_second"] - 1
+        if abs(deviation) > TOLERANCE:
+            missed[f"{row['source']}: {row['set']}"] = deviation
+    assert len(rows) >= 80 and missed == {}
+
+
+def test_mfu_is_the_flops_of_the_model_over_the_peak(tmp_path):
+    found = predicted("phase8_1b", tmp_path=tmp_path)
+    assert found.mfu == pytest.approx(0.47, abs=0.03) and found.is_known
+    assert found.tokens_per_second * found.seconds == pytest.approx(256 * 4096)
+    own = predicted("phase8_1b", "observe.peak_flops=494.75e12", tmp_path=tmp_path)
+    assert own.mfu == pytest.approx(2 * found.mfu)
+
+
+def test_an_unknown_device_is_predicted_as_an_h100_and_says_so(tmp_path):
+    unknown, known = (predicted("phase8_small", tmp_path=tmp_path, device=device) for device in ("NVIDIA H100 80GB HBM3 MIG 1g.10gb", "h100"))
+    assert (unknown.is_known, known.is_known) == (False, True) and unknown.seconds == known.seconds
+
+
+def test_a_config_that_cannot_run_is_refused(tmp_path):
+    with pytest.raises(ConfigError, match="world size 3"):
+        predicted("phase8_1b", "parallel.tensor_parallel_size=2", tmp_path=tmp_path, world_size=3)
+
+
+@pytest.mark.parametrize("recompute", ["full", "selective", "budget"])
+def test_recomputation_costs_time(tmp_path, recompute):
+    none, some = (predicted("phase8_1b", f"train.recompute={each}", tmp_path=tmp_path) for each in ("none", recompute))
+    assert 1.02 < some.seconds / none.seconds < 1.3
+    half = predicted("phase8_1b", "train.recompute=selective", "train.recompute_every_n_layers=2", tmp_path=tmp_path)
+    whole = predicted("phase8_1b", "train.recompute=selective", tmp_path=tmp_path)
+    assert none.seconds < half.seconds < whole.seconds
+
+
+def test_without_a_graph_small_models_wait_for_their_host_and_large_ones_do_not(tmp_path):
+    def gain(name, size):
+        settings = [(f"train.micro_batch_size={size}", f"train.cuda_graphs={each}") for each in ("false", "true")]
+        step, graph = (predicted(name, *each, tmp_path=tmp_path).seconds for each in settings)
+        return step / graph
+
+    assert gain("phase8_small", 4) > 5 and gain("phase8_1b", 8) < 1.01
+    slow, fast = (predicted("phase8_small", tmp_path=tmp_path, host_ratio=ratio).seconds for ratio in (1.0, 0.5))
+    assert slow / fast == pytest.approx(2, rel=0.1)
+
+
+def test_ranks_of_other_hosts_are_reached_through_the_network(tmp_path):
+    settings = ["train.global_batch_size=512", "zero.stage=3"]
+    near, far = (predicted("phase8_1b", *settings, tmp_path=tmp_path, world_size=ranks) for ranks in (8, 16))
+    assert far.tokens_per_second < 2 * near.tokens_per_second * 0.95
+    within = predicted("phase8_1b", *settings, "zero.shard_size=8", tmp_path=tmp_path, world_size=16)
+    assert within.seconds < far.seconds
+
+
+def test_a_pipeline_waits_less_with_more_microbatches_and_with_chunks(tmp_path):
+    def speed(*settings):
+        stages = ("model.num_layers=23", "parallel.pipeline_parallel_size=4", *settings)
+        return predicted("phase8_1b", *stages, tmp_path=tmp_path, world_size=4).tokens_per_second
+
+    few, many = (speed(f"train.global_batch_size={size}") for size in (16, 256))
+    chunks = speed("train.global_batch_size=16", "parallel.pipeline_schedule=interleaved", "parallel.pipeline_chunks=2")
+    assert few < chunks < many
