@@ -14,8 +14,8 @@ from phase8.config.batch import batch_shape, run_topology
 from phase8.config.schema import RunConfig
 from phase8.config.validate import find_problems
 from phase8.model.flops import training_flops_per_token
-from phase8.plan.dry_run import plan_stages
 from phase8.plan.rank_memory import fullest
+from phase8.plan.whole_config import plan_stages
 
 # Time of a step over that of one which recomputes nothing, of compiled blocks; measured on an H100 (docs/performance.md).
 _EXTRA_WORK = {"none": 1.0, "budget 0.5": 1.06, "budget 0.25": 1.10, "selective": 1.10, "full": 1.22}

@@ -5,19 +5,18 @@ from __future__ import annotations
 import torch
 from rich.console import Console
 
+from phase8.config.auto import automatic_keys, without_auto
 from phase8.config.batch import batch_shape, run_topology
-from phase8.config.pipeline import pipeline_of
 from phase8.config.schema import RunConfig
 from phase8.config.validate import find_problems
 from phase8.errors import ConfigError
-from phase8.model.model import LanguageModel, build_model
 from phase8.observe.banner import print_banner
 from phase8.observe.devices import find_gpu
+from phase8.plan.candidates import Device, find_candidates, smallest_candidate
 from phase8.plan.facts import Fact, batch_fact, communication_fact, memory_facts, model_facts, speed_fact
 from phase8.plan.prediction import ASSUMED_GPU, predict_step
-from phase8.plan.rank_memory import StageMemory, Workload, plan_each_stage
 from phase8.plan.run_communication import plan_run_communication
-from phase8.precision.policy import COMPUTE_DTYPES
+from phase8.plan.whole_config import count_parameters, plan_stages, shapes_only
 
 
 def dry_run(config: RunConfig, *, world_size: int, console: Console) -> None:
@@ -28,6 +27,8 @@ def dry_run(config: RunConfig, *, world_size: int, console: Console) -> None:
     """
     problems = find_problems(config, world_size=world_size)
     facts: list[Fact] = []
+    if not problems:
+        config, facts = _settled(config, world_size)
     # Each part is printed as far as the config allows: a topology that does not fit must not hide the size of the model.
     for describe in (_topology_facts, _batch_facts, _model_facts, _memory_facts, _communication_facts, _speed_facts):
         try:
@@ -37,6 +38,22 @@ def dry_run(config: RunConfig, *, world_size: int, console: Console) -> None:
     print_banner(f"dry run: {config.run.name}, world size {world_size}", facts, console)
     if problems:
         raise ConfigError(problems)
+
+
+def _settled(config: RunConfig, world_size: int) -> tuple[RunConfig, list[Fact]]:
+    """The config with the settings that would be chosen by plan on the GPU of this machine, or on an H100 where there is none that is known."""
+    gpu = find_gpu(torch.cuda.get_device_name()) if torch.cuda.is_available() else None
+    gpu = gpu or find_gpu(ASSUMED_GPU)
+    assert gpu is not None  # it is in the table
+    total = int(gpu.memory_gib * 2**30)
+    device = Device("cuda", ASSUMED_GPU, memory_bytes=total - (1 << 30), total_bytes=total, peak_flops=gpu.half * 1e12)
+    if not automatic_keys(config) or config.train.tuning == "off":
+        return without_auto(config), []
+    found = find_candidates(config, world_size=world_size, device=device, most=1)
+    settled = without_auto(found[0].config if found else smallest_candidate(config, world_size=world_size, device=device).config)
+    step_keys = [name for name in automatic_keys(config) if name.startswith("train.")]
+    reason = f"{found[0]}" if found else f"nothing fits into {gpu.memory_gib} GiB"
+    return settled, [("settings", f"{reason}, by plan")] if step_keys else []
 
 
 def _topology_facts(config: RunConfig, world_size: int) -> list[Fact]:
@@ -89,51 +106,3 @@ def _speed_facts(config: RunConfig, world_size: int) -> list[Fact]:
             gpu=own if own is not None and known else f"{ASSUMED_GPU}, assumed because {missing}",
         )
     ]
-
-
-def shapes_only(config: RunConfig) -> LanguageModel:
-    """The model on the meta device: every parameter has its shape and no memory.
-
-    Raises:
-        ConfigError: No model can be built from the config.
-    """
-    unusable = [problem for problem in find_problems(config) if problem.startswith(("model.", "precision."))]
-    if unusable:
-        raise ConfigError(unusable)
-    return build_model(config.model, dtype=COMPUTE_DTYPES[config.precision.dtype], device=torch.device("meta"))
-
-
-def count_parameters(model: torch.nn.Module) -> int:
-    """Parameters, a shared one counted once."""
-    return sum(parameter.numel() for parameter in model.parameters())
-
-
-def plan_stages(config: RunConfig, *, world_size: int, device_type: str, device_bytes: int | None = None) -> tuple[StageMemory, ...]:
-    """The memory of each pipeline stage.
-
-    Args:
-        config: One from which a model can be built.
-        world_size: Ranks.
-        device_type: `cuda` or `cpu`.
-        device_bytes: Memory that the device has; None: a large one.
-
-    Raises:
-        ConfigError: Ranks, stages or batch do not fit.
-    """
-    topology = run_topology(config.parallel, world_size=world_size)
-    return plan_each_stage(
-        Workload(
-            model=config.model,
-            train=config.train,
-            zero=config.zero,
-            pipeline=pipeline_of(config.parallel),
-            topology=topology,
-            shape=batch_shape(config.train, config.parallel, data_parallel_size=topology.data_parallel_size),
-            dtype=COMPUTE_DTYPES[config.precision.dtype],
-            packed=config.data.reset_at_document_boundaries,
-            device_type=device_type,
-            saves_aside=config.checkpoint.asynchronous,
-            async_tensor_parallel=config.parallel.async_tensor_parallel,
-            device_bytes=device_bytes,
-        )
-    )

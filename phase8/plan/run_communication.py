@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from phase8.config.auto import without_auto
 from phase8.config.batch import batch_shape, run_topology
 from phase8.config.pipeline import pipeline_of
 from phase8.config.schema import RunConfig
@@ -21,6 +22,7 @@ def plan_run_communication(config: RunConfig, *, world_size: int, rank: int) -> 
     Raises:
         ConfigError: The config could not run on as many ranks.
     """
+    config = without_auto(config)
     matter = ("model.", "precision.", "parallel.", "zero.", "train.", "world size")
     unusable = [problem for problem in find_problems(config, world_size=world_size) if problem.startswith(matter)]
     if unusable:

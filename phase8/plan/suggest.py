@@ -18,10 +18,10 @@ from phase8.config.validate import find_problems
 from phase8.errors import ConfigError
 from phase8.observe.devices import Gpu
 from phase8.observe.formatting import format_bytes
-from phase8.plan.dry_run import plan_stages
 from phase8.plan.prediction import StepPrediction, predict_step
 from phase8.plan.rank_memory import fullest
 from phase8.plan.throughput import GPUS_PER_HOST
+from phase8.plan.whole_config import plan_stages
 
 # Of the memory of a GPU: what fragments of it and the driver take.
 UNUSABLE_SHARE = 0.03

@@ -22,7 +22,7 @@ from phase8.config.validate import validate
 from phase8.data.fingerprint import content_of, data_fingerprint, describe_fingerprint_difference
 from phase8.data.staging import read_json, write_json
 from phase8.errors import ConfigError, DataError
-from phase8.plan.dry_run import count_parameters, shapes_only
+from phase8.plan.whole_config import count_parameters, shapes_only
 from phase8.train.datasets import RunData
 
 REFERENCE = "transformer+conv"

@@ -21,13 +21,14 @@ import torch
 from rich.console import Console
 from torch import Tensor
 
+from phase8.config.auto import without_auto
 from phase8.config.load import config_from_mapping, config_to_mapping
 from phase8.config.schema import RunConfig
 from phase8.model.flops import training_flops_per_token
 from phase8.model.model import LanguageModel
 from phase8.observe.metrics import MetricsWriter, StepMetrics
 from phase8.observe.progress import Progress
-from phase8.plan.dry_run import count_parameters
+from phase8.plan.whole_config import count_parameters
 from phase8.tensor_parallel.linear import Linear
 from phase8.terminal import make_console
 from phase8.train.benchmark_profile import profile_steps, write_profile
@@ -198,7 +199,8 @@ def _measure_or_run_out(config: RunConfig, *, device: torch.device, num_steps: i
 
 
 def undisturbed(config: RunConfig, output_dir: str, *, num_steps: int) -> RunConfig:
-    """The same training without anything between its steps, at a learning rate that needs no warm-up."""
+    """The same training without anything between its steps, at a learning rate that needs no warm-up, and with nothing chosen automatically."""
+    config = without_auto(config)
     settings = {
         "run.output_dir": output_dir,
         "optim.learning_rate": 1e-5,

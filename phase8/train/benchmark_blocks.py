@@ -8,6 +8,7 @@ from pathlib import Path
 
 import torch
 
+from phase8.config.auto import without_auto
 from phase8.config.schema import RunConfig, TrainSection
 from phase8.train.benchmark import Measurement, measure_alone, with_settings
 from phase8.train.benchmark_data import on_random_tokens
@@ -66,6 +67,7 @@ def sweep_lengths(
         device: Where.
         num_steps: Measured steps of each length and block.
     """
+    config = without_auto(config)
     ways = dict.fromkeys(BLOCKS, _ways_to_recompute(config.train))
     for length in sorted(lengths):
         batch_size = max(tokens_per_step // length, 1)

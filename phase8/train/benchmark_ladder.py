@@ -13,6 +13,7 @@ from dataclasses import dataclass
 
 import torch
 
+from phase8.config.auto import without_auto
 from phase8.config.schema import RunConfig
 from phase8.errors import ConfigError, DivergenceError
 from phase8.kernels.backends import kernel_backend, select_kernels
@@ -89,7 +90,7 @@ def climb(config: RunConfig, *, device: torch.device, num_steps: int, use_compil
 
 def rungs(config: RunConfig, *, use_compile: bool) -> tuple[Rung, ...]:
     """The ladder from bottom to top."""
-    num_workers = config.data.num_workers or min(MAX_WORKERS, max((os.cpu_count() or 1) // 2, 1))
+    num_workers = without_auto(config).data.num_workers or min(MAX_WORKERS, max((os.cpu_count() or 1) // 2, 1))
     return (
         Rung(
             "eager fp32",

@@ -22,6 +22,7 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 
+from phase8.config.auto import without_auto
 from phase8.config.batch import batch_shape, run_topology
 from phase8.config.schema import ParallelSection, RunConfig, ZeroSection
 from phase8.errors import ConfigError
@@ -98,6 +99,7 @@ def layout_config(config: RunConfig, layout: Layout, *, sequences_per_rank: int)
     Raises:
         ConfigError: A value that a key does not take, or numbers that do not divide.
     """
+    config = without_auto(config)
     micro_batch_size = config.train.micro_batch_size or sequences_per_rank
     batch = {"train.micro_batch_size": micro_batch_size, "train.global_batch_size": sequences_per_rank * layout.world_size}
     changed = with_settings(config, {**_RESET, **batch, **layout.settings})

@@ -24,8 +24,8 @@ from phase8.config.validate import validate
 from phase8.data.staging import read_json, write_json
 from phase8.durable import storage_errors
 from phase8.errors import ConfigError, StorageError
-from phase8.plan.dry_run import plan_stages
 from phase8.plan.rank_memory import fullest
+from phase8.plan.whole_config import plan_stages
 from phase8.train.benchmark import with_settings
 from phase8.train.benchmark_data import on_random_tokens
 from phase8.train.benchmark_layouts import Layout, layout_config, throughput_ceiling

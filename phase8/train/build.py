@@ -22,7 +22,7 @@ from phase8.kernels.backends import select_kernels
 from phase8.observe.banner import print_banner, print_line
 from phase8.observe.devices import peak_flops
 from phase8.plan.candidates import Device
-from phase8.plan.dry_run import count_parameters, shapes_only
+from phase8.plan.whole_config import count_parameters, shapes_only
 from phase8.precision.policy import compute_dtype, set_matmul_precision
 from phase8.train.changed_keys import ChangedKey, changed_keys
 from phase8.train.compilation import compile_blocks

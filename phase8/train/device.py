@@ -12,7 +12,7 @@ from phase8.distributed.bootstrap import World
 from phase8.errors import ConfigError
 from phase8.observe.devices import peak_flops
 from phase8.plan.candidates import Device
-from phase8.plan.dry_run import count_parameters, shapes_only
+from phase8.plan.whole_config import count_parameters, shapes_only
 
 _SAVED_BYTES_PER_PARAMETER = 12  # the weight and both moments of AdamW
 _WORTH_SAVING_ASIDE_BYTES = 4e9  # less is written while a step or two would be taken

@@ -16,7 +16,7 @@ from phase8.config.schema import ModelSection, RunConfig
 from phase8.data.content import content_digest
 from phase8.data.tokenizer import Tokenizer
 from phase8.errors import CheckpointError, CheckpointMismatchError
-from phase8.plan.dry_run import shapes_only
+from phase8.plan.whole_config import shapes_only
 from phase8.train.learner import Learner
 from phase8.train.restore import Restore, restore_together
 from phase8.train.run_directory import RunDirectory

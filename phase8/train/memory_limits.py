@@ -13,9 +13,9 @@ from phase8.checkpoint.load import list_checkpoints
 from phase8.config.schema import RunConfig
 from phase8.errors import OutOfMemoryError
 from phase8.plan.candidates import Device, difference, nearest_that_fits
-from phase8.plan.dry_run import plan_stages
 from phase8.plan.memory import MemoryPlan
 from phase8.plan.rank_memory import fullest
+from phase8.plan.whole_config import plan_stages
 from phase8.train.run_directory import RunDirectory
 from phase8.train.tuning import Chosen
 

@@ -17,7 +17,7 @@ TYPES = {
     "optim.weight_decay": "a number at least 0 and finite",
     "optim.min_learning_rate_ratio": "a number at least 0 and at most 1",
     "optim.betas": "a list of 2 values, each a number at least 0 and at most 1",
-    "train.compile.enabled": "true or false",
+    "train.compile.enabled": "true or false or auto",
     "observe.peak_flops": "a number above 0 and finite or null",
 }
 

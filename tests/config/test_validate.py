@@ -64,14 +64,14 @@ RULES = {
     ),
     "recompute interval without recomputation": (
         ["train.recompute_every_n_layers=2"],
-        "train.recompute_every_n_layers is 2, but train.recompute is none; set it to full or selective.",
+        "train.recompute_every_n_layers is 2, but train.recompute is auto; set it to full or selective.",
     ),
     "recompute interval": (
         ["train.recompute=full", "train.recompute_every_n_layers=9"],
         "train.recompute_every_n_layers 9 exceeds model.num_layers 8; choose a smaller interval.",
     ),
     "budget without torch.compile": (
-        ["train.recompute=budget"],
+        ["train.recompute=budget", "train.compile.enabled=false"],
         "train.recompute is budget, but train.compile.enabled is false and nobody chooses; set it to true, or recompute to selective.",
     ),
     "exchange beside products of one rank": (

@@ -57,10 +57,13 @@ def blend(tmp_path) -> list[DataSource]:
     return sources(tmp_path, web=3, code=1)
 
 
+HERE = {"num_workers": 0, "pin_memory": False}
+
+
 def consumed(dataset, num_samples: int, *, micro_batch_size: int = 4, samples_consumed: int = 0, **section) -> list[list[int]]:
     """The tokens of the first `num_samples` samples, one list each, as a run of that batch and those workers sees them."""
     numbers = microbatch_sample_numbers(samples_consumed=samples_consumed, micro_batch_size=micro_batch_size)
-    loader = build_loader(dataset, DataSection(**section), sample_numbers=numbers)
+    loader = build_loader(dataset, DataSection(**HERE | section), sample_numbers=numbers)
     microbatches = list(islice(loader, -(-num_samples // micro_batch_size)))
     return torch.cat([microbatch["tokens"] for microbatch in microbatches])[:num_samples].tolist()
 
@@ -134,7 +137,7 @@ def test_numbers_of_a_microbatch_are_consecutive_without_end():
 
 def test_microbatch_has_the_promised_shapes(prefix):
     numbers = microbatch_sample_numbers(samples_consumed=0, micro_batch_size=5)
-    microbatch = next(iter(build_loader(opened(prefix), DataSection(), sample_numbers=numbers)))
+    microbatch = next(iter(build_loader(opened(prefix), DataSection(**HERE), sample_numbers=numbers)))
     assert {name: (tuple(value.shape), value.dtype) for name, value in microbatch.items()} == {
         "tokens": ((5, 9), torch.int64), "document_starts": ((5, 9), torch.bool)
     }
@@ -159,7 +162,7 @@ def test_evaluation_is_the_same_every_time_and_spread_over_the_data(prefix, num_
     (microbatches,) = evaluation_microbatches(dataset, num_samples=10, micro_batch_size=4)
     assert [len(microbatch) for microbatch in microbatches] == [4, 4, 2]
     assert [microbatches] == evaluation_microbatches(opened(prefix, seed=99), num_samples=10, micro_batch_size=4)
-    loader = build_loader(dataset, DataSection(num_workers=num_workers), sample_numbers=microbatches)
+    loader = build_loader(dataset, DataSection(pin_memory=False, num_workers=num_workers), sample_numbers=microbatches)
     for _ in range(2):
         assert torch.cat([microbatch["tokens"] for microbatch in loader])[:, 0].tolist() == [40 * i for i in range(10)]
 
@@ -185,7 +188,7 @@ def test_refused_token_leaves_no_reference_cycle(tmp_path):
     """A cycle would hand the running workers to the garbage collector, where stopping each takes torch five seconds."""
     dataset = opened(write(tmp_path / "text", [100]), vocab_size=60)
     numbers = microbatch_sample_numbers(samples_consumed=0, micro_batch_size=4)
-    loader = build_loader(dataset, DataSection(num_workers=1), sample_numbers=numbers)
+    loader = build_loader(dataset, DataSection(pin_memory=False, num_workers=1), sample_numbers=numbers)
     alive = weakref.ref(loader)
     gc.disable()
     try:
@@ -271,7 +274,7 @@ def test_signals_to_the_whole_job_leave_the_workers_alive(prefix):
     expected = consumed(opened(prefix), 24)
     before = multiprocessing.active_children()
     numbers = microbatch_sample_numbers(samples_consumed=0, micro_batch_size=4)
-    batches = iter(build_loader(opened(prefix), DataSection(num_workers=2, prefetch_factor=1), sample_numbers=numbers))
+    batches = iter(build_loader(opened(prefix), DataSection(pin_memory=False, num_workers=2, prefetch_factor=1), sample_numbers=numbers))
     received = next(batches)["tokens"].tolist() + next(batches)["tokens"].tolist()  # both workers are past their start
     workers = [str(process.pid) for process in multiprocessing.active_children() if process not in before]
     assert len(workers) == 2
@@ -291,7 +294,7 @@ from phase8.data.loader import build_loader, microbatch_sample_numbers, open_dat
 signal.signal(signal.SIGTERM, lambda *_: None)
 dataset = open_dataset({prefix!r}, sequence_length=8, vocab_size=5000, seed=0)
 numbers = microbatch_sample_numbers(samples_consumed=0, micro_batch_size=2)
-batches = iter(build_loader(dataset, DataSection(num_workers=2), sample_numbers=numbers))
+batches = iter(build_loader(dataset, DataSection(pin_memory=False, num_workers=2), sample_numbers=numbers))
 print(next(batches)["tokens"].shape)
 """
     root = Path(__file__).parents[2]

@@ -109,7 +109,7 @@ def test_a_loader_names_the_file_that_shrank(tmp_path, num_workers):
     os.truncate(tmp_path / "x.bin", 50)
     kind = message = None
     try:
-        list(build_loader(dataset, DataSection(num_workers=num_workers), sample_numbers=[[0, 1, 2, 3]]))
+        list(build_loader(dataset, DataSection(pin_memory=False, num_workers=num_workers), sample_numbers=[[0, 1, 2, 3]]))
     except Exception as error:  # kept as text: pytest's record of an exception is a cycle that keeps the workers running
         kind, message = type(error), str(error)
     assert kind is DataError and f"x.bin {SHORTER}" in message

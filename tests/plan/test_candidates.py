@@ -7,7 +7,7 @@ import pytest
 
 from phase8.config.load import load_config
 from phase8.plan.candidates import Device, difference, find_candidates, nearest_that_fits, smallest_candidate, usable_bytes
-from phase8.plan.dry_run import plan_stages
+from phase8.plan.whole_config import plan_stages
 
 SMALL = (
     "model.d_model=64", "model.num_layers=4", "model.num_heads=4", "model.vocab_size=256", "model.sequence_length=128", "model.ffn_size=256",

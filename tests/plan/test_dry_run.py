@@ -11,15 +11,16 @@ from phase8.config.schema import RunConfig
 from phase8.errors import ConfigError
 from phase8.model.model import build_model
 from phase8.model.parameters import initialise
-from phase8.plan.dry_run import count_parameters, dry_run, plan_stages, shapes_only
+from phase8.plan.dry_run import dry_run
 from phase8.plan.facts import communication_fact, memory_facts
 from phase8.plan.run_communication import plan_run_communication
+from phase8.plan.whole_config import count_parameters, plan_stages, shapes_only
 
 SHIPPED = sorted((Path(__file__).parents[2] / "configs").glob("*.yaml"))
 SMALL = """
 run: {name: small}
 model: {d_model: 32, num_layers: 3, num_heads: 2, vocab_size: 64, sequence_length: 48, local_window_size: 16, global_tokens: 4}
-train: {global_batch_size: 24, micro_batch_size: 2, num_steps: 1000}
+train: {global_batch_size: 24, micro_batch_size: 2, num_steps: 1000, tuning: off}
 """
 
 
@@ -132,7 +133,7 @@ def test_every_shipped_config_dry_runs(path):
     num_stages = config.parallel.pipeline_parallel_size
     world_size = config.parallel.tensor_parallel_size * num_stages * (config.zero.shard_size or 1)
     facts, problems = facts_and_problems(config, world_size=world_size)
-    assert problems == [] and len(facts) == 8 + (world_size > 1) + (num_stages if num_stages > 1 else 0)
+    assert problems == [] and len(facts) == 9 + (world_size > 1) + (num_stages if num_stages > 1 else 0)
 
 
 def test_communication_of_several_ranks(small):

@@ -8,8 +8,8 @@ import torch
 from phase8.config.load import load_config
 from phase8.distributed.peer_memory import ROUNDS, ROUNDS_IN_PLACE
 from phase8.plan.activations import trace_activations
-from phase8.plan.dry_run import count_parameters, plan_stages, shapes_only
 from phase8.plan.rank_memory import fullest
+from phase8.plan.whole_config import count_parameters, plan_stages, shapes_only
 
 SMALL = (
     "model.d_model=32", "model.num_layers=4", "model.num_heads=4", "model.vocab_size=66", "model.sequence_length=48", "model.ffn_size=64",

@@ -10,7 +10,7 @@ import torch.distributed as dist
 from doors import load_door
 
 from phase8.config.load import load_config
-from phase8.plan.dry_run import plan_stages
+from phase8.plan.whole_config import plan_stages
 
 ROOT = Path(__file__).parents[2]
 DOOR = ROOT / "tools" / "plan.py"

@@ -10,7 +10,7 @@ from tiny_run import tiny_config
 
 from phase8.config.batch import batch_shape, run_topology
 from phase8.errors import ConfigError
-from phase8.plan.dry_run import count_parameters, plan_stages, shapes_only
+from phase8.plan.whole_config import count_parameters, plan_stages, shapes_only
 from phase8.train.benchmark import WARMUP_STEPS
 from phase8.train.benchmark_layouts import layout_config, parse_layout, throughput_ceiling
 from phase8.train.benchmark_parallel import Host, first_error, measure_layouts, planned_bytes, torchrun

@@ -1,0 +1,64 @@
+"""What the planner answers for a whole config: its model without memory, and the memory of each pipeline stage."""
+
+from __future__ import annotations
+
+import torch
+
+from phase8.config.auto import without_auto
+from phase8.config.batch import batch_shape, run_topology
+from phase8.config.pipeline import pipeline_of
+from phase8.config.schema import RunConfig
+from phase8.config.validate import find_problems
+from phase8.errors import ConfigError
+from phase8.model.model import LanguageModel, build_model
+from phase8.plan.rank_memory import StageMemory, Workload, plan_each_stage
+from phase8.precision.policy import COMPUTE_DTYPES
+
+
+def shapes_only(config: RunConfig) -> LanguageModel:
+    """The model on the meta device: every parameter has its shape and no memory.
+
+    Raises:
+        ConfigError: No model can be built from the config.
+    """
+    unusable = [problem for problem in find_problems(config) if problem.startswith(("model.", "precision."))]
+    if unusable:
+        raise ConfigError(unusable)
+    return build_model(config.model, dtype=COMPUTE_DTYPES[config.precision.dtype], device=torch.device("meta"))
+
+
+def count_parameters(model: torch.nn.Module) -> int:
+    """Parameters, a shared one counted once."""
+    return sum(parameter.numel() for parameter in model.parameters())
+
+
+def plan_stages(config: RunConfig, *, world_size: int, device_type: str, device_bytes: int | None = None) -> tuple[StageMemory, ...]:
+    """The memory of each pipeline stage.
+
+    Args:
+        config: One from which a model can be built; what is still to be chosen counts as with `train.tuning: off`.
+        world_size: Ranks.
+        device_type: `cuda` or `cpu`.
+        device_bytes: Memory that the device has; None: a large one.
+
+    Raises:
+        ConfigError: Ranks, stages or batch do not fit.
+    """
+    config = without_auto(config)
+    topology = run_topology(config.parallel, world_size=world_size)
+    return plan_each_stage(
+        Workload(
+            model=config.model,
+            train=config.train,
+            zero=config.zero,
+            pipeline=pipeline_of(config.parallel),
+            topology=topology,
+            shape=batch_shape(config.train, config.parallel, data_parallel_size=topology.data_parallel_size),
+            dtype=COMPUTE_DTYPES[config.precision.dtype],
+            packed=config.data.reset_at_document_boundaries,
+            device_type=device_type,
+            saves_aside=config.checkpoint.asynchronous,
+            async_tensor_parallel=config.parallel.async_tensor_parallel,
+            device_bytes=device_bytes,
+        )
+    )
