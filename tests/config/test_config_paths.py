@@ -18,7 +18,10 @@ KEYS = {**dict(iterate_keys()), **{f"data.train[].{name}": field for name, field
 PATH_KEYS = [name for name, field in iterate_keys() if describe_type(field).startswith("a path")]
 # What is neither a path nor a number nor one of several words. A key or an option that is none of these is a path.
 TEXT_KEYS = {"run.name", "data.eod_token", "data.split", "observe.sample_prompt"}
-TEXT_OPTIONS = {"--set", "--prompt", "--json-key", "--variants", "--define", "--layouts", "--schedule", "--eod-token", "--document-separator", "--gpu"}
+TEXT_OPTIONS = {
+    "--set", "--prompt", "--json-key", "--variants", "--define", "--layouts", "--schedule",
+    "--eod-token", "--document-separator", "--gpu",
+}  # fmt: skip
 # Started by a tool of ours, which gives it paths and not what somebody has typed.
 NOT_BY_HAND = {ROOT / "launch/benchmark_rank.py"}
 
