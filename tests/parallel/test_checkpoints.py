@@ -15,6 +15,7 @@ from phase8.checkpoint.background import BackgroundSaver
 from phase8.checkpoint.load import open_checkpoint
 from phase8.checkpoint.save import save_checkpoint
 from phase8.checkpoint.state import flat_state, restore_state
+from phase8.config.auto import without_auto
 from phase8.config.load import load_config
 from phase8.distributed.placement import collected
 from phase8.errors import CheckpointCorruptError, StorageError
@@ -37,7 +38,7 @@ RING = list(zip(TOPOLOGIES, [*list(TOPOLOGIES)[1:], "one"], strict=True))
 
 
 def start(settings, world_size):
-    config = load_config(os.devnull, [*MODEL, *BLOCK, *settings])
+    config = without_auto(load_config(os.devnull, [*MODEL, *BLOCK, *settings]))
     return config, new_learner(config, world_size, device_type="cpu", dtype=torch.float32)
 
 

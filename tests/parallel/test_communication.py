@@ -10,6 +10,7 @@ from torch.distributed.tensor import DTensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from training import MODEL
 
+from phase8.config.auto import without_auto
 from phase8.config.batch import batch_shape, run_topology
 from phase8.config.load import load_config
 from phase8.distributed.collectives import gather_tokens
@@ -78,7 +79,7 @@ class Counter(TorchDispatchMode):
 
 
 def config_of(settings):
-    return load_config(os.devnull, [*MODEL, *settings])
+    return without_auto(load_config(os.devnull, [*MODEL, *settings]))
 
 
 def build(config, world_size):

@@ -7,6 +7,7 @@ import torch
 from torch._functorch import config as functorch_config
 from training import perturb
 
+from phase8.config.auto import without_auto
 from phase8.config.load import load_config
 from phase8.distributed.mesh import build_mesh
 from phase8.distributed.placement import gathered
@@ -22,7 +23,7 @@ SETTINGS = (
 
 def gradients_of_both(tensor_ranks, stage, budget=1.0):
     """Largest difference between compiled and eager gradients, over the largest gradient of each parameter, and both losses."""
-    config = load_config(os.devnull, [*SETTINGS, f"zero.stage={stage}"])
+    config = without_auto(load_config(os.devnull, [*SETTINGS, f"zero.stage={stage}"]))
     topology = Topology(1, 2 // tensor_ranks, 1, tensor_ranks)
     mesh = build_mesh(topology, device_type="cpu", shard_size=shard_size(config.zero, data_parallel_size=topology.data_parallel_size))
     learner = build_learner(config, mesh=mesh, device=torch.device("cpu"), dtype=torch.float32)

@@ -10,6 +10,7 @@ from training import MODEL, new_learner
 from phase8.checkpoint.load import open_checkpoint
 from phase8.checkpoint.reshard import ConsolidatedForm, consolidate
 from phase8.checkpoint.save import save_checkpoint
+from phase8.config.auto import without_auto
 from phase8.config.load import config_to_mapping, load_config
 from phase8.distributed.collectives import broadcast_text
 from phase8.distributed.placement import collected
@@ -30,7 +31,7 @@ TOPOLOGIES = {
 @pytest.fixture
 def source(tmp_path):
     """A checkpoint of the model, and the same weights in bf16 without a manifest."""
-    config = load_config(os.devnull, [*MODEL, *BLOCK])
+    config = without_auto(load_config(os.devnull, [*MODEL, *BLOCK]))
     model = build_model(config.model, dtype=torch.float32, device=torch.device("cpu"))
     initialise(model, seed=5)
     tensors = {f"model.{name}": parameter.detach() for name, parameter in model.named_parameters()}
@@ -43,7 +44,7 @@ def source(tmp_path):
 def initialised(settings, world_size, path, directory):
     """A learner that has begun, and where its weights came from."""
     settings = (*BLOCK, *settings, f"run.output_dir={directory}", f"checkpoint.initialise_from={path}", "model.sequence_length=48")
-    config = load_config(os.devnull, [*MODEL, *settings])
+    config = without_auto(load_config(os.devnull, [*MODEL, *settings]))
     learner = new_learner(config, world_size, device_type="cpu", dtype=torch.float32)
     return learner, initialise_run(config, learner, None, directory=run_directory(config.run), resume="auto", say=lambda text: None)
 

@@ -9,6 +9,7 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from phase8.config.auto import without_auto
 from phase8.config.batch import batch_shape, run_topology
 from phase8.config.load import load_config
 from phase8.distributed.mesh import build_mesh
@@ -60,7 +61,7 @@ class LiveBytes(TorchDispatchMode):
 
 def held(settings, world_size):
     """Parameters between steps, bytes of the optimizer's states, and the peak of the second step."""
-    config = load_config(os.devnull, [*MODEL, *settings])
+    config = without_auto(load_config(os.devnull, [*MODEL, *settings]))
     topology = run_topology(config.parallel, world_size=world_size)
     shape = batch_shape(config.train, config.parallel, data_parallel_size=topology.data_parallel_size)
     with LiveBytes() as live:
@@ -110,7 +111,7 @@ CASES = {
 @pytest.mark.parametrize("name", CASES)
 def test_ranks_hold_what_the_planner_says(pool, name):
     world_size, settings = CASES[name]
-    stages = plan_stages(load_config(os.devnull, [*MODEL, *settings]), world_size=world_size, device_type="cpu")
+    stages = plan_stages(without_auto(load_config(os.devnull, [*MODEL, *settings])), world_size=world_size, device_type="cpu")
     found = pool.run(held, settings, world_size, world_size=world_size)
     for stage in stages:
         num_parameters, moments, peak = found[stage.stage * world_size // len(stages)]

@@ -13,6 +13,7 @@ from training import MODEL, new_learner, take_step
 from phase8.checkpoint.load import open_checkpoint
 from phase8.checkpoint.save import save_checkpoint
 from phase8.checkpoint.state import flat_state, restore_state
+from phase8.config.auto import without_auto
 from phase8.config.load import load_config
 from phase8.errors import CorruptionError
 from phase8.train.replicas import WEIGHT, Holding, Item, bit_hash, check_replicas, describe_deviation, powers_of_base, replicated_names
@@ -46,7 +47,7 @@ EMBEDDING, NORM, MATRIX = "embedding.weight", "blocks.1.mixer_norm.weight", "blo
 
 
 def start(arguments, world_size, *, num_steps=0, dtype=torch.float32):
-    config = load_config(os.devnull, [*MODEL, *BLOCK, *arguments])
+    config = without_auto(load_config(os.devnull, [*MODEL, *BLOCK, *arguments]))
     learner = new_learner(config, world_size, device_type="cpu", dtype=dtype)
     for step in range(num_steps):
         take_step(learner, config, step)

@@ -9,6 +9,7 @@ from training import MODEL
 
 from phase8.checkpoint.load import Checkpoint, open_checkpoint
 from phase8.checkpoint.reshard import reshard
+from phase8.config.auto import without_auto
 from phase8.config.batch import run_topology
 from phase8.config.load import load_config
 from phase8.config.pipeline import pipeline_of
@@ -41,7 +42,7 @@ def test_each_rank_opens_its_own_files(pool, tmp_path, name, stage_size):
     source = open_checkpoint(tmp_path / "step-0000000002")
 
     world_size, settings = TOPOLOGIES[name]
-    config = load_config(os.devnull, [*MODEL, *BLOCK, *settings])
+    config = without_auto(load_config(os.devnull, [*MODEL, *BLOCK, *settings]))
     stages = stage_parameters(config.model, pipeline_of(config.parallel))
     topology = run_topology(config.parallel, world_size=world_size)
     copy = reshard(source, tmp_path / "d", stages=stages, topology=topology, on_progress=lambda *_: None)

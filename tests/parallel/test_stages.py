@@ -7,6 +7,7 @@ import torch
 from test_parity import BLOCKS, INTERLEAVED, ranks
 from training import MODEL, microbatches_of, new_learner, take_step
 
+from phase8.config.auto import without_auto
 from phase8.config.load import load_config
 from phase8.config.pipeline import Pipeline
 from phase8.config.schema import ModelSection
@@ -26,7 +27,7 @@ TOPOLOGIES = {
 
 
 def start(settings, world_size):
-    config = load_config(os.devnull, [*MODEL, *BLOCK, *settings])
+    config = without_auto(load_config(os.devnull, [*MODEL, *BLOCK, *settings]))
     return config, new_learner(config, world_size, device_type="cpu", dtype=torch.float32)
 
 

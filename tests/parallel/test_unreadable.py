@@ -6,6 +6,7 @@ import pytest
 import torch
 from training import MODEL, microbatches_of, new_learner
 
+from phase8.config.auto import without_auto
 from phase8.config.load import load_config
 from phase8.errors import DataError
 from phase8.train.microbatch import stand_in
@@ -20,7 +21,7 @@ TOPOLOGIES = {
 
 
 def step_without_data_on_the_last_rank(settings, resets):
-    config = load_config(os.devnull, [*MODEL, *settings, f"data.reset_at_document_boundaries={str(resets).lower()}"])
+    config = without_auto(load_config(os.devnull, [*MODEL, *settings, f"data.reset_at_document_boundaries={str(resets).lower()}"]))
     learner = new_learner(config, 2, device_type="cpu", dtype=torch.float32)
     batches = microbatches_of(learner, config, 0)
     before = {name: part.detach().clone() for name, part in learner.shards.parts.items()}

@@ -8,6 +8,7 @@ from contextlib import closing, nullcontext
 import torch
 from mutations import MUTATIONS
 
+from phase8.config.auto import without_auto
 from phase8.config.batch import run_topology
 from phase8.config.load import load_config
 from phase8.config.validate import validate
@@ -43,7 +44,7 @@ def train_steps(settings, num_steps, world_size=1, mutation=None, *, device_type
     torch.set_default_dtype(torch.float32 if dtype == torch.bfloat16 else dtype)
     try:
         with MUTATIONS[mutation]() if mutation else nullcontext():
-            config = load_config(os.devnull, [*model, *settings])
+            config = without_auto(load_config(os.devnull, [*model, *settings]))
             validate(config, world_size=world_size)
             return _train_steps(config, num_steps, world_size, device_type, dtype)
     finally:
