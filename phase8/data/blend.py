@@ -100,8 +100,8 @@ def _rounded(weights: Sequence[int]) -> list[int]:
 
 def _too_long(weights: Sequence[int | float], period: int) -> str:
     return (
-        f"blend weights {describe_value(list(weights))} sum to {period} after division by their common divisor; at most {MAX_PERIOD} is allowed, so round "
-        "them, for example to parts per thousand"
+        f"blend weights {describe_value(list(weights))} sum to {period} after division by their common divisor; at most {MAX_PERIOD} is "
+        "allowed, so round them, for example to parts per thousand"
     )
 
 
