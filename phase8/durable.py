@@ -19,6 +19,10 @@ from pathlib import Path
 from phase8.errors import StorageError
 
 
+class _InTheWayError(OSError):
+    """Something else has a name that is to be written; its message says the remedy."""
+
+
 @contextmanager
 def storage_errors(path: Path) -> Iterator[None]:
     """A block in which the operating system's refusals to write name the path and the remedy.
@@ -28,6 +32,8 @@ def storage_errors(path: Path) -> Iterator[None]:
     """
     try:
         yield
+    except _InTheWayError as error:
+        raise StorageError(f"cannot write {path}: {error.strerror}") from error
     except OSError as error:
         reason = error.strerror or str(error)
         raise StorageError(f"cannot write {path}: {reason}; free space there, allow writing, or choose another place") from error
@@ -125,10 +131,15 @@ def _open_known_name(path: Path, access: int) -> int:
 
     Neither is followed or waited for.
     """
-    descriptor = os.open(path, access | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC, 0o666)
+    try:
+        descriptor = os.open(path, access | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC, 0o666)
+    except OSError as error:
+        if error.errno == errno.ELOOP and path.is_symlink():
+            raise _InTheWayError(error.errno, "it is a symbolic link, which is not followed; remove the link", str(path)) from error
+        raise
     if not stat.S_ISREG(os.fstat(descriptor).st_mode):
         os.close(descriptor)
-        raise OSError(errno.EINVAL, "in the way and not a regular file", str(path))
+        raise _InTheWayError(errno.EINVAL, "it is in the way and not a regular file; remove it", str(path))
     return descriptor
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from phase8.errors import ConfigError
 
-_VARIABLE = re.compile(r"\$(?:\{([^}]*)\}|([A-Za-z_][A-Za-z0-9_]*))")
+_VARIABLE = re.compile(r"\$(?:\{([^}]*)\}|([A-Za-z_][A-Za-z0-9_]*))?")
 _IDENTIFIER = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
 
 
@@ -16,7 +16,7 @@ def expand_path(text: str) -> str:
     """A path with a leading `~` or `~user`, `$VAR` and `${VAR}` replaced. A shell does this for bare words only, and never inside a YAML file.
 
     Raises:
-        ConfigError: A variable that is not set, or a user that does not exist.
+        ConfigError: A variable that is empty or not set, a `$` that begins none, or a user that does not exist.
     """
     expanded = _VARIABLE.sub(lambda match: _value(match, text), text)
     if not expanded.startswith("~"):
@@ -33,11 +33,14 @@ def real_path(path: Path) -> Path:
 
 
 def _value(match: re.Match[str], text: str) -> str:
+    if match[0] == "$":
+        raise ConfigError(f"the path {text!r} holds a $ that begins neither $NAME nor ${{NAME}}; write the path out: a $ cannot be part of a name.")
     name = match[2] if match[1] is None else match[1]
     if not _IDENTIFIER.fullmatch(name):
         raise ConfigError(f"the path {text!r} holds {match[0]}, which names no variable; write ${{NAME}}.")
     if not os.environ.get(name):
-        raise ConfigError(f"the path {text!r} uses the variable {name}, which is not set; set it, or write the path out.")
+        state = "empty" if name in os.environ else "not set"
+        raise ConfigError(f"the path {text!r} uses the variable {name}, which is {state}; set it, or write the path out.")
     return os.environ[name]
 
 

@@ -6,7 +6,7 @@ from contextlib import suppress
 import pytest
 
 from phase8.data.staging import exclusive_lock
-from phase8.durable import open_for_appending, replace_file
+from phase8.durable import open_for_appending, open_lock_file, replace_file, storage_errors
 from phase8.errors import StorageError
 
 
@@ -58,3 +58,16 @@ def test_what_is_in_the_way_under_a_known_name_is_neither_followed_nor_waited_fo
     with suppress(OSError, StorageError):
         write(path)
     assert [entry.read_text() for entry in target.parent.iterdir()] == ["content"] * (obstacle == "link")
+
+
+@pytest.mark.parametrize("opened", [open_lock_file, open_for_appending])
+def test_a_link_or_a_pipe_in_the_way_is_called_one_and_is_to_be_removed(opened, tmp_path):
+    (tmp_path / "link").symlink_to(tmp_path / "elsewhere")
+    os.mkfifo(tmp_path / "pipe")
+    said = {"link": "it is a symbolic link, which is not followed; remove the link"}
+    if opened is open_lock_file:  # to append to a pipe that nobody reads is refused by the system
+        said["pipe"] = "it is in the way and not a regular file; remove it"
+    for name, reason in said.items():
+        with pytest.raises(StorageError) as refusal, storage_errors(tmp_path / name):
+            opened(tmp_path / name)
+        assert str(refusal.value) == f"cannot write {tmp_path}/{name}: {reason}"

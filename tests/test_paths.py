@@ -16,12 +16,16 @@ def test_home_and_variables_are_expanded(monkeypatch):
     assert expand_path("~root").startswith("/")
 
 
-@pytest.mark.parametrize("path", ["runs", "/a/b.c", "./~runs", "a~b/c", "price$", "100$/x", "glob*.bin", str(Path("a", "b"))])
+@pytest.mark.parametrize("path", ["runs", "/a/b.c", "./~runs", "a~b/c", "glob*.bin", str(Path("a", "b"))])
 def test_other_paths_stay_as_they_are(path):
     assert expand_path(path) == path
 
 
-STANDS_FOR_NOTHING = {"$NOT_SET_HERE/x": "NOT_SET_HERE", "${NOT_SET_HERE}": "NOT_SET_HERE", "${}/x": "${}", "~nobody-of-this-name/x": "~nobody"}
+NOT_SET, NO_NAME = "NOT_SET_HERE, which is not set", "holds a $ that begins neither $NAME nor ${NAME}; write the path out"
+STANDS_FOR_NOTHING = {
+    "$NOT_SET_HERE/x": NOT_SET, "${NOT_SET_HERE}": NOT_SET, "${}/x": "${}", "~nobody-of-this-name/x": "~nobody",
+    "price$": NO_NAME, "100$/x": NO_NAME, "$(pwd)/x": NO_NAME, "$/x": NO_NAME, "$$HOME": NO_NAME, "$1/x": NO_NAME, "${HOME/x": NO_NAME,
+}  # fmt: skip
 
 
 @pytest.mark.parametrize(("path", "named"), STANDS_FOR_NOTHING.items())
@@ -34,5 +38,5 @@ def test_what_stands_for_nothing_is_refused(path, named, monkeypatch):
 
 def test_an_empty_variable_is_refused(monkeypatch):
     monkeypatch.setenv("EMPTY", "")
-    with pytest.raises(ConfigError, match="EMPTY"):
+    with pytest.raises(ConfigError, match="EMPTY, which is empty;"):
         expand_path("$EMPTY/runs")

@@ -27,17 +27,24 @@ from phase8.checkpoint.untrusted import printable, shortened, shown
 from phase8.config.describe import iterate_keys
 from phase8.config.load import config_from_mapping, config_to_mapping
 from phase8.config.schema import DataSection, ModelSection, PrecisionSection
+from phase8.config.values import SequenceCount
 from phase8.errors import CheckpointCorruptError, CheckpointError, ConfigError
 from phase8.precision.policy import COMPUTE_DTYPES
 
 OF_A_MODEL = ("config",)
 OF_A_RUN = ("config", "position", "data_fingerprint", "random_state")
 _MOST = 2**63 - 1
+# Whole numbers up to it are exact in float64, as charts and JSON readers have them. It is 9e15: two hundred times the tokens of the largest runs
+# there have been, and every token is of a sequence. Batch and length of sequence may have changed and rollbacks leave samples out, so a
+# product of steps, batch and length bounds nothing.
+_MOST_READ = 2**53
+_LONGEST_SEQUENCE = 2**31 - 1  # of the schema, `TokenCount`
 _MOST_LOSSES = 1024
 _KEYS = {name for name, _ in iterate_keys()}
 _SECTIONS = {name.rpartition(".")[0] for name in _KEYS}
 
 Count = Annotated[int, Field(ge=0, le=_MOST)]
+ReadCount = Annotated[int, Field(ge=0, le=_MOST_READ)]
 PositiveCount = Annotated[int, Field(ge=1, le=_MOST)]
 Name = Annotated[str, Field(max_length=4096)]
 Weight = Annotated[float, Field(gt=0, allow_inf_nan=False)]
@@ -51,8 +58,8 @@ class StoredPosition(_Record):
     """How far a run had come, the fields of `train.resume.Position`; those that earlier releases did not write have a default."""
 
     step: Count
-    samples_consumed: Count
-    tokens_seen: Count
+    samples_consumed: ReadCount
+    tokens_seen: ReadCount
     consecutive_skipped: Count = 0
     total_skipped: Count = 0
     recent_losses: Annotated[list[Annotated[float, Field(allow_inf_nan=False)]], Field(max_length=_MOST_LOSSES)] = []
@@ -113,7 +120,7 @@ class _Metadata(_Record):
     model_config = ConfigDict(extra="ignore")
 
     position: StoredPosition | None = None
-    global_batch_size: PositiveCount | None = None
+    global_batch_size: SequenceCount | None = None
     data_fingerprint: _Fingerprint | None = None
     random_state: dict[str, Any] | None = None
     torch_version: Annotated[str, Field(max_length=1000)] | None = None
@@ -217,13 +224,16 @@ def _known_keys(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
 def _position_problem(position: StoredPosition, step: int) -> str | None:
     """What no run can have counted.
 
-    Every step reads a sequence at least, and a rollback leaves samples out, so tokens say nothing of samples.
+    Every step reads a sequence at least. A rollback leaves samples out, so few tokens may have been seen of many samples, but never more
+    than the longest sequences hold.
     """
     if position.step != step:
         return f"position.step is {position.step}, but the checkpoint is of step {step}"
     for name, value in (("samples_consumed", position.samples_consumed), ("tokens_seen", position.tokens_seen)):
         if value < position.step:
             return f"position.{name} is {value}, but each of {position.step} steps reads at least one"
+    if position.tokens_seen > position.samples_consumed * _LONGEST_SEQUENCE:
+        return f"position.tokens_seen is {position.tokens_seen}, more than {position.samples_consumed} sequences can hold"
     if position.consecutive_skipped > position.total_skipped:
         return f"position.consecutive_skipped is {position.consecutive_skipped}, but position.total_skipped is {position.total_skipped}"
     if position.rolled_back_to is not None and position.rolled_back_to > position.step:

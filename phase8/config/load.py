@@ -132,7 +132,7 @@ def _apply_override(tree: dict[str, Any], override: str) -> str:
 def _override_value(field: FieldInfo, text: str) -> Any:
     """The value of an override: a text as it is for a key that takes one, else YAML, or the text if it is none."""
     if str in alternatives(field.annotation) and text not in ("null", "~"):
-        is_list = entry_section(field) is not None and text.startswith("[")
+        is_list = entry_section(field) is not None and text.startswith(("[", "{"))  # one entry without its list is told what is needed
         return read_yaml(text) if is_list else text
     try:
         return read_yaml(text)

@@ -16,6 +16,7 @@ from math import gcd, inf, lcm
 
 import numpy as np
 
+from phase8.config.describe import describe_value
 from phase8.errors import DataError
 
 MAX_PERIOD = 100_000
@@ -42,10 +43,7 @@ class BlendTable:
         self.weights = tuple(weight // divisor for weight in weights)
         self.period = sum(self.weights)
         if self.period > MAX_PERIOD:
-            raise DataError(
-                f"blend weights sum to {self.period} after division by their common divisor {divisor}; at most {MAX_PERIOD} is allowed, so "
-                "round them, for example to parts per thousand"
-            )
+            raise DataError(_too_long(weights, self.period))
         self._dataset, self._count_before = _tijdeman_period(self.weights)
 
     def locate(self, n: int) -> tuple[int, int]:
@@ -64,8 +62,10 @@ class BlendTable:
 def integer_weights(weights: Sequence[int | float]) -> list[int]:
     """Weights in the smallest whole numbers of the same ratios, those of decimal numbers as they are written: 0.3 and 0.7 are 3 and 7.
 
+    Decimal numbers of so many digits that their period would be above 100,000 are rounded to a period of 100,000.
+
     Raises:
-        DataError: A weight that is no positive finite number.
+        DataError: A weight that is no positive finite number, or whole numbers whose period is above 100,000.
     """
     if any(isinstance(weight, bool) or not isinstance(weight, (int, float)) or not 0 < weight < inf for weight in weights):
         raise DataError(f"blend weights {list(weights)} cannot be used; give one number above 0 per data set")
@@ -74,7 +74,35 @@ def integer_weights(weights: Sequence[int | float]) -> list[int]:
     scale = lcm(*(weight.denominator for weight in exact))
     whole = [int(weight * scale) for weight in exact]
     divisor = gcd(*whole)
-    return [weight // divisor for weight in whole]
+    whole = [weight // divisor for weight in whole]
+    if sum(whole) <= MAX_PERIOD:
+        return whole
+    rounded = _rounded(whole)
+    if all(weight.denominator == 1 for weight in exact) or min(rounded) < 1:  # the largest of thousands has too little to give
+        raise DataError(_too_long(weights, sum(whole)))
+    return rounded
+
+
+def _rounded(weights: Sequence[int]) -> list[int]:
+    """The whole numbers of sum `MAX_PERIOD` nearest to the ratios of weights, by largest remainders; ties go to the first.
+
+    None becomes 0. What very small weights gain by that is taken from the largest; every other share stays within 1 / `MAX_PERIOD` of its own.
+    """
+    total = sum(weights)
+    result = [max(1, weight * MAX_PERIOD // total) for weight in weights]
+    by_remainder = sorted(range(len(weights)), key=lambda i: result[i] * total - weights[i] * MAX_PERIOD)
+    for i in by_remainder[: max(0, MAX_PERIOD - sum(result))]:
+        result[i] += 1
+    result[weights.index(max(weights))] += MAX_PERIOD - sum(result)
+    divisor = gcd(*result)
+    return [weight // divisor for weight in result]
+
+
+def _too_long(weights: Sequence[int | float], period: int) -> str:
+    return (
+        f"blend weights {describe_value(list(weights))} sum to {period} after division by their common divisor; at most {MAX_PERIOD} is "
+        "allowed, so round them, for example to parts per thousand"
+    )
 
 
 def _tijdeman_period(weights: tuple[int, ...]) -> tuple[np.ndarray, np.ndarray]:

@@ -129,7 +129,10 @@ def open_dataset(
                 f"{key}: {source.prefix} holds {source.num_tokens} tokens, fewer than the {sequence_length + 1} of one sample with "
                 f"model.sequence_length {sequence_length}; shorten the sequence or add data"
             )
-    weights = integer_weights([entry.weight for entry in entries])
+    try:
+        weights = integer_weights([entry.weight for entry in entries])
+    except DataError as error:
+        raise DataError(f"{key}: {error}") from error
     return SequenceDataset(sources, weights=weights, sequence_length=sequence_length, vocab_size=vocab_size, seed=seed)
 
 

@@ -31,10 +31,7 @@ def open_sources(entries: Sequence[DataSource], *, key: str, ignore_sequence_mod
     for entry in entries:
         pairs = [_open_pair(prefix, entry, key=key, ignore_sequence_modes=ignore_sequence_modes) for prefix in _prefixes(entry.path, key)]
         streams.append(TokenStream(_without_ending(entry.path), pairs))
-    prefixes = [os.path.normpath(pair.prefix) for stream in streams for pair in stream.pairs]
-    for prefix in prefixes:
-        if prefixes.count(prefix) > 1:
-            raise DataError(f"{key} names {prefix} more than once; keep one entry and add the weights up")
+    _check_named_once([pair for stream in streams for pair in stream.pairs], key)
     return streams
 
 
@@ -62,6 +59,17 @@ def _open_pair(prefix: str, entry: DataSource, *, key: str, ignore_sequence_mode
             "to true to train on all of them as plain text"
         )
     return pair
+
+
+def _check_named_once(pairs: Sequence[IndexedDataset], key: str) -> None:
+    """Refuses the same files under one name or, by symbolic links, under two."""
+    names: dict[str, str] = {}
+    for pair in pairs:
+        name = os.path.normpath(pair.prefix)
+        first = names.setdefault(os.path.realpath(pair.bin_path), name)
+        if first is not name:
+            twice = f"{name} more than once" if first == name else f"{first} and {name}, which are the same files"
+            raise DataError(f"{key} names {twice}; keep one entry and add the weights up")
 
 
 def _prefixes(path: str, key: str) -> list[str]:

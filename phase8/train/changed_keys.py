@@ -16,6 +16,8 @@ _WITHOUT_EFFECT = (
     "run.", "observe.", "checkpoint.", "data.cache_dir", "data.num_workers", "data.prefetch_factor", "data.persistent_workers", "data.pin_memory",
     "data.allow_fingerprint_change", "parallel.timeout_seconds", "train.stop_at_step",
 )  # fmt: skip
+# Somebody who changes it expects other weights.
+_FIRST_WEIGHTS = "checkpoint.initialise_from"
 
 
 @dataclass(frozen=True)
@@ -27,7 +29,8 @@ class ChangedKey:
     new: Any
 
     def __str__(self) -> str:
-        return f"{self.name}: {_in_words(self.old)} -> {_in_words(self.new)}"
+        effect = ", without effect: the run goes on from a checkpoint" if self.name == _FIRST_WEIGHTS else ""
+        return f"{self.name}: {_in_words(self.old)} -> {_in_words(self.new)}{effect}"
 
     @property
     def record(self) -> dict[str, str | int | float | None]:
@@ -44,7 +47,9 @@ def changed_keys(saved: Mapping[str, Any], config: RunConfig) -> list[ChangedKey
     """
     default, current = config_to_mapping(RunConfig()), config_to_mapping(config)
     pairs = ((name, _value(saved, name, _value(default, name, None)), _value(current, name, None)) for name, _ in iterate_keys())
-    return [ChangedKey(name, old, new) for name, old, new in pairs if old != new and not name.startswith(_WITHOUT_EFFECT)]
+    return [
+        ChangedKey(name, old, new) for name, old, new in pairs if old != new and (name == _FIRST_WEIGHTS or not name.startswith(_WITHOUT_EFFECT))
+    ]
 
 
 def _value(tree: Mapping[str, Any], name: str, default: Any) -> Any:

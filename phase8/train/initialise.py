@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from phase8.checkpoint.load import Checkpoint, list_checkpoints
 from phase8.checkpoint.model_source import open_model, tokenizer_of
 from phase8.checkpoint.run_metadata import run_metadata
 from phase8.checkpoint.state import require_fit, restore_state
 from phase8.checkpoint.weight_files import WeightFiles
+from phase8.config.describe import describe_value
 from phase8.config.model_keys import FIRST_VALUES, model_differences
 from phase8.config.schema import ModelSection, RunConfig
 from phase8.data.content import content_digest
@@ -23,6 +25,8 @@ from phase8.train.run_directory import RunDirectory
 
 # Weights of other heads have the same shapes and are another model all the same.
 _OF_SHAPES = ("num_heads", "head_size")
+# The weights of a head are there or not, by a key that their name does not tell.
+_OF_HEAD = "tie_embeddings"
 
 
 @dataclass(frozen=True)
@@ -70,7 +74,6 @@ def initialise_run(
 
     def choose(restore_all: Restore) -> Checkpoint | None:
         if resume != "none" and (resume != "auto" or list_checkpoints(directory.checkpoints)):
-            say("checkpoint.initialise_from is left alone: the run goes on from a checkpoint")
             return None
         try:
             checkpoint = open_model(Path(source))
@@ -102,10 +105,16 @@ def _check_fit(checkpoint: Checkpoint, config: RunConfig) -> None:
     Raises:
         CheckpointMismatchError: Names, shapes or heads differ.
     """
-    require_fit(checkpoint, shapes_only(config), widen=True)
     different = model_differences(_model_of(checkpoint), config.model)
-    if heads := [f"model.{name} was {different[name][0]} and is {different[name][1]}" for name in _OF_SHAPES if name in different]:
-        raise CheckpointMismatchError(f"{checkpoint.path} is of another model: {', '.join(heads)}; use the config it was saved with")
+    _refuse_keys(checkpoint, different, (_OF_HEAD,))
+    require_fit(checkpoint, shapes_only(config), widen=True)
+    _refuse_keys(checkpoint, different, _OF_SHAPES)
+
+
+def _refuse_keys(checkpoint: Checkpoint, different: Mapping[str, tuple[Any, Any]], names: Sequence[str]) -> None:
+    found = [f"model.{name} was {' and is '.join(map(describe_value, different[name]))}" for name in names if name in different]
+    if found:
+        raise CheckpointMismatchError(f"{checkpoint.path} is of another model: {', '.join(found)}; use the config it was saved with")
 
 
 def _model_of(checkpoint: Checkpoint) -> ModelSection:

@@ -247,6 +247,8 @@ OVERRIDE_PROBLEMS = {
     "optim.lr=1": ": unknown key optim.lr; did you mean optim.learning_rate?",
     "data.train=[{path: a": ": not valid YAML (expected ',' or '}', but got '<stream end>'); correct the list.",
     "data.train=[{path: a}]": ": data.train: entry 1 is {'path': 'a'}, which has no weight; give every entry its path and weight.",
+    "data.train={path: a, weight: 1}": ": data.train is {'path': 'a', 'weight': 1}, but a path or a list of {path, weight, dialect} or null is "
+    "needed.",
     "train.num_steps={a: 1, a: 2}": ": train.num_steps is '{a: 1, a: 2}', but a whole number at least 1 is needed.",
     "run.name=a b": ": run.name is 'a b', but a text of letters, digits, '.', '_' and '-' that begins with a letter or a digit is needed.",
 }

@@ -7,7 +7,7 @@ import random
 import numpy as np
 import pytest
 
-from phase8.data.blend import BlendTable, integer_weights
+from phase8.data.blend import MAX_PERIOD, BlendTable, integer_weights
 from phase8.errors import DataError
 
 
@@ -84,6 +84,12 @@ DECIMAL_WEIGHTS = {
     (2.5, 1): [5, 2],
     (0.3,): [1],
     (5e-324, 1e-323): [1, 2],
+    (0.333333, 0.666667): [33_333, 66_667],
+    (0.3333333, 0.3333333, 0.3333334): [33_333, 33_333, 33_334],
+    (1 / 3, 1 / 3, 1 / 3): [1, 1, 1],
+    (5e-324, 1, 1e12): [1, 1, 99_998],
+    (0.1234567, 0.8765433): [6_173, 43_827],
+    (0.2000001, 0.7999999): [1, 4],
 }
 
 
@@ -98,6 +104,23 @@ def test_weights_that_are_no_positive_numbers_are_refused(weights):
         integer_weights(weights)
 
 
-def test_decimal_weights_of_too_many_digits_are_refused_by_their_period():
-    with pytest.raises(DataError, match=r"sum to 1000000 .* round them, for example to parts per thousand"):
-        BlendTable(integer_weights([0.333333, 0.666667]))
+def test_decimal_weights_of_too_many_digits_are_rounded_to_the_nearest_shares():
+    generator = random.Random(0)
+    for num_sources in (2, 3, 7, 64):
+        weights = [generator.random() for _ in range(num_sources)]
+        table = BlendTable(integer_weights(weights))
+        for weight, share in zip(weights, table.weights, strict=True):
+            assert abs(weight / sum(weights) - share / table.period) < 1 / MAX_PERIOD
+
+
+@pytest.mark.parametrize("weights", [[200_000, 2], [200_000.0, 2]], ids=str)
+def test_whole_weights_of_too_long_a_period_are_refused_as_they_were_given(weights):
+    with pytest.raises(DataError) as refusal:
+        integer_weights(weights)
+    assert f"blend weights {weights} sum to 100001 after division by their common divisor" in str(refusal.value)
+
+
+def test_decimal_weights_that_leave_the_largest_nothing_are_refused():
+    with pytest.raises(DataError, match="at most 100000 is allowed") as refusal:
+        integer_weights([1] * 30_000 + [0.001] * 30_000)
+    assert len(str(refusal.value)) < 300

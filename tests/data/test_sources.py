@@ -103,6 +103,23 @@ def test_a_pair_named_twice_is_refused(tmp_path):
     assert len(opened(tmp_path / "a*", tmp_path / "b*")) == 2
 
 
+def test_a_pair_under_two_names_is_refused(tmp_path):
+    write(tmp_path / "a")
+    for ending in (".bin", ".idx"):
+        (tmp_path / f"link{ending}").symlink_to(tmp_path / f"a{ending}")
+    (tmp_path / "here").symlink_to(tmp_path)
+    for other in ("link", "here/a"):
+        found = message(tmp_path / "a", tmp_path / other)
+        assert f"data.train names {tmp_path}/a and {tmp_path}/{other}, which are the same files; keep one entry" in found
+    assert "which are the same files" in message(tmp_path / "*")
+
+
+def test_weights_that_cannot_be_are_named_with_their_key(tmp_path):
+    sources = [DataSource(path=str(write(tmp_path / name)), weight=weight) for name, weight in (("a", 200_000), ("b", 2))]
+    with pytest.raises(DataError, match=r"^data\.train: blend weights \[200000, 2\] sum to 100001 .* at most 100000 is allowed"):
+        open_dataset(sources, sequence_length=4, vocab_size=50, seed=0)
+
+
 def test_pairs_that_a_pattern_puts_on_both_sides_are_found(tmp_path):
     write(tmp_path / "train"), write(tmp_path / "validation")
     (tmp_path / "link.bin").symlink_to(tmp_path / "validation.bin")

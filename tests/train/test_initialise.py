@@ -76,8 +76,13 @@ def test_none_initialises_again_and_a_checkpoint_of_the_run_wins(source, capsys)
     assert len(losses(first)) == 2
     run = train_begun(source, *FIVE_STEPS, name="again")
     assert run.origin is None and len(losses(run)) == 5 and sum(record.get("event") == "initialised" for record in records(run)) == 1
+    capsys.readouterr()
     resumed = begin(source, *FIVE_STEPS, name="again", console=Console(width=400))
-    assert "checkpoint.initialise_from is left alone" in capsys.readouterr().out and resumed.position.step == 5
+    assert "initialise_from" not in capsys.readouterr().out and resumed.position.step == 5
+    for other in ("/elsewhere", "null"):  # the last one counts: it is the one that `begin` is given
+        begin(source, *FIVE_STEPS, f"checkpoint.initialise_from={other}", name="again", console=Console(width=400))
+        (line,) = (line for line in capsys.readouterr().out.splitlines() if "initialise_from" in line)
+        assert re.fullmatch(rf"  checkpoint.initialise_from: '.*/source' -> '?{other}'?, without effect: the run goes on from a checkpoint", line)
     again = begin(source, *FIVE_STEPS, name="again", resume="none")
     assert again.position.step == 0 and again.origin.step == 5 and run.directory.path.with_name("again.1").is_dir()
 
@@ -141,6 +146,14 @@ def copied(run, path, *, damage):
         if damage and file.name.startswith("model-"):
             data[-1] ^= 1
         (path / file.name).write_bytes(data)
+
+
+def test_a_head_that_is_tied_or_not_is_named_by_its_key(source):
+    config, model, _ = source
+    tied = train_tiny(config, "run.name=tied", "model.tie_embeddings=true", "train.stop_at_step=1", *model)
+    for run, now, said in ((tied, "false", "was true and is false"), (source[2], "true", "was false and is true")):
+        with pytest.raises(CheckpointMismatchError, match=f"^checkpoint.initialise_from: .* is of another model: model.tie_embeddings {said}; use"):
+            begin((config, model, run), f"model.tie_embeddings={now}", name="never")
 
 
 @pytest.mark.parametrize("resume", ["auto", "none"])
