@@ -11,6 +11,7 @@ import functools
 import operator
 import shutil
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from dataclasses import asdict, replace
 from pathlib import Path
 
@@ -59,7 +60,11 @@ def prepare(options: PrepareOptions, *, on_progress: OnProgress | None = None) -
         report = _finished_report(options, layout, made_from)
         if report is None:
             layout.sweep()
-            report = _prepare(options, sources, layout, on_progress or _silent)
+            try:
+                report = _prepare(options, sources, layout, on_progress or _silent)
+            finally:
+                with suppress(OSError):  # what is finished stays for the next run
+                    layout.work.rmdir()
             write_json(layout.record, {"made_from": made_from, "report": asdict(report)})
         shutil.rmtree(layout.work, ignore_errors=True)
     return replace(report, num_passed_over=dict(left_out.num_by_suffix), dangling_links=left_out.dangling_links)
@@ -80,7 +85,7 @@ def _made_from(options: PrepareOptions, sources: list[Source]) -> dict[str, obje
 
 
 def _finished_report(options: PrepareOptions, layout: Layout, made_from: dict[str, object]) -> PrepareReport | None:
-    """The report of an earlier run whose output is still whole; None where there is work to do."""
+    """The report of an earlier run whose output is still as it was written; None where there is work to do."""
     record = read_json(layout.record)
     if not isinstance(record, dict) or record.get("made_from") != made_from:
         return None
@@ -89,18 +94,19 @@ def _finished_report(options: PrepareOptions, layout: Layout, made_from: dict[st
     if lost is None:
         return None
     try:
-        splits = {name: _prepared_split(layout.split(name)) for name in options.rules.splits}
-        is_whole = tokenizer_digest(Path(tokenizer)) == stored["tokenizer_sha256"]
+        pairs = {name: IndexedDataset(layout.split(name)) for name in options.rules.splits}
+        is_whole = all(pair.record is not None for pair in pairs.values())  # a record is believed only beside the tokens that it tells of
+        is_whole &= tokenizer_digest(Path(tokenizer)) == stored["tokenizer_sha256"]
     except DataError:
         return None
+    splits = {name: _prepared_split(pair) for name, pair in pairs.items()}
     for name, split in splits.items():
         is_whole &= (split.num_documents, split.num_tokens) == (stored["splits"][name]["num_documents"], stored["splits"][name]["num_tokens"])
     return PrepareReport(**stored | {"splits": splits, "lost": lost, "tokenizer": tokenizer, "is_reused": True}) if is_whole else None
 
 
-def _prepared_split(prefix: Path) -> PreparedSplit:
-    written = IndexedDataset(prefix)
-    return PreparedSplit(prefix=str(prefix), num_documents=written.num_documents, num_tokens=written.num_tokens)
+def _prepared_split(written: IndexedDataset) -> PreparedSplit:
+    return PreparedSplit(prefix=written.prefix, num_documents=written.num_documents, num_tokens=written.num_tokens)
 
 
 def _prepare(options: PrepareOptions, sources: list[Source], layout: Layout, on_progress: OnProgress) -> PrepareReport:
@@ -202,4 +208,4 @@ def _merge(shards: list[Shard], name: str, prefix: Path, dtype: np.dtype, on_pro
             on_progress(f"writing {name}", i, len(shards))
             writer.append_indexed(shard.directory / name)
     on_progress(f"writing {name}", len(shards), len(shards))
-    return _prepared_split(prefix)
+    return _prepared_split(IndexedDataset(prefix))

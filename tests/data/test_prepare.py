@@ -168,7 +168,7 @@ def test_a_finished_preparation_is_not_done_again(inputs: Path, tmp_path: Path):
 
 @pytest.mark.parametrize(
     "change",
-    ["input", "input of equal size and time", "new input", "rules", "tokenizer", "output damaged", "output missing", "tokenizer lost"],
+    ["input", "input of equal size and time", "new input", "rules", "tokenizer", "output damaged", "output altered", "output missing", "tokenizer lost"],
 )
 def test_what_changed_is_prepared_again(inputs: Path, tmp_path: Path, change: str):
     old = prepare(options(inputs, tmp_path / "out" / "x"))
@@ -190,6 +190,9 @@ def test_what_changed_is_prepared_again(inputs: Path, tmp_path: Path, change: st
     elif change == "output damaged":
         path = tmp_path / "out" / "x_train_text_document.bin"
         path.write_bytes(path.read_bytes()[:-2])
+    elif change == "output altered":
+        path = tmp_path / "out" / "x_validation_text_document.bin"
+        path.write_bytes(b"zz" + path.read_bytes()[2:])
     elif change == "output missing":
         (tmp_path / "out" / "x_validation_text_document.idx").unlink()
     else:
@@ -298,6 +301,21 @@ def test_invalid_documents_stop_the_preparation_or_are_counted(inputs: Path, tmp
     report = prepare(options(inputs, tmp_path / "x", rules=DocumentRules(validation_fraction=0.2, skip_invalid=True)))
     assert (report.num_invalid, report.num_empty, report.num_documents) == (1, 1, 121)
     assert "bad.jsonl, line 2" in str(report.first_invalid)
+
+
+@pytest.mark.parametrize("num_workers", [1, 2])
+def test_a_refusal_leaves_finished_shards_and_nothing_else(tmp_path: Path, tokenizer_path: Path, num_workers: int):
+    prefix = tmp_path / "out" / "x"
+    for name, text in (("a", '{"text": "fine"}\n'), ("b", '{"text": null}\n')):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / f"{name}.jsonl").write_text(text)
+    bad = options(tmp_path / "b", prefix, tokenizer=tokenizer_path, train_tokenizer=False, vocab_size=None, num_workers=num_workers)
+    with pytest.raises(DataError, match="'text' is null"):
+        prepare(bad)
+    assert os.listdir(tmp_path / "out") == []
+    with pytest.raises(DataError, match="'text' is null"):
+        prepare(dataclasses.replace(bad, inputs=(tmp_path / "a", tmp_path / "b"), shard_bytes=15))
+    assert "shard-000000" in os.listdir(tmp_path / "out" / "x_text.preparing")
 
 
 def test_the_first_invalid_document_is_the_first_of_the_inputs_also_after_an_interruption(tmp_path: Path, tokenizer_path: Path):
