@@ -29,6 +29,7 @@ RawType = Literal["uint16", "uint32"]
 _LLMC_HEADER_BYTES = 1024
 _LLMC_MAGICS: dict[int, tuple[int, RawType]] = {20240520: (1, "uint16"), 20240801: (7, "uint32")}  # magic: version, type
 _CHUNK_TOKENS = 1 << 20
+_UPPER_HALVES = 64  # uint32 ids have upper 16 bits below this: no vocabulary is larger than 2^22
 _LARGEST_ID = 2**31 - 1  # of int32, Megatron's type for large vocabularies
 
 
@@ -95,6 +96,7 @@ def import_raw(
     found = find_source(source)
     tokens = _tokens_of(source, found.size_bytes, dtype)
     _check_eod(tokens, eod_id, vocab_size, source)
+    _check_type(tokens, source)
     if Path(f"{destination_prefix}.bin").resolve() == source.resolve():
         raise DataError(f"the pair {destination_prefix} would replace its own source {source}; give another --output-prefix")
     largest_id = num_documents = num_ending_in_eod = 0
@@ -188,6 +190,19 @@ def _check_eod(tokens: _Tokens, eod_id: int | None, vocab_size: int | None, sour
     if not 0 <= eod_id < limit:
         what = "vocabulary of the tokenizer" if vocab_size == limit else f"type {tokens.dtype} of {source}"
         raise DataError(f"--eod-id is {eod_id}, outside the {what}, which has ids 0 to {limit - 1}; give the id that ends a document in this data")
+
+
+def _check_type(tokens: _Tokens, source: Path) -> None:
+    """Refuses uint32 tokens that are read as uint16: their upper halves would be an id, mostly 0, at every second place."""
+    if tokens.layout != "raw" or tokens.dtype != "uint16" or tokens.count % 2:
+        return
+    first = np.fromfile(source, "<u2", count=_CHUNK_TOKENS)
+    is_zero = first == 0
+    if 2 * is_zero[1::2].mean() > 1 > 2 * is_zero[::2].mean() and int(first[1::2].max()) < _UPPER_HALVES:
+        raise DataError(
+            f"{source} looks like uint32 tokens: read as uint16, ids would be 0 at {'every' if is_zero[1::2].all() else 'nearly every'} second "
+            "place; give --dtype uint32"
+        )
 
 
 def _documents(
