@@ -21,6 +21,8 @@ from phase8.data.documents import cut_shards, spread
 from phase8.data.indexed import IndexedDataset, IndexedWriter, best_dtype
 from phase8.data.input_files import Source, Span, check_unchanged, find_sources
 from phase8.data.lost_text import stored_lost_text
+from phase8.data.made_with import made_with
+from phase8.data.pair_record import MadeWith
 from phase8.data.preparation import Layout, PreparedSplit, PrepareOptions, PrepareReport
 from phase8.data.shard_pool import make_shards
 from phase8.data.shards import DocumentRules, InvalidInputs, Shard, ShardCounts, finished_counts, read_texts
@@ -114,6 +116,7 @@ def _prepare(options: PrepareOptions, sources: list[Source], layout: Layout, on_
     tokenizer_path = options.tokenizer or _trained_tokenizer(options, sources, cut, layout, on_progress)
     tokenizer, digest = load_tokenizer(tokenizer_path, eod_token=options.rules.eod_token), tokenizer_digest(tokenizer_path)
     dtype = best_dtype(tokenizer.vocab_size)
+    maker = made_with(tokenizer, eod_id=tokenizer.eod_id if options.rules.append_eod else None)
     shards = [
         Shard(directory=layout.work / f"shard-{i:06d}", spans=spans, tokenizer=tokenizer_path, tokenizer_sha256=digest, rules=options.rules)
         for i, spans in enumerate(cut)
@@ -121,7 +124,7 @@ def _prepare(options: PrepareOptions, sources: list[Source], layout: Layout, on_
     counts = _tokenise(shards, options.num_workers, on_progress)
     check_unchanged(sources)
     _check_splits(counts, options.rules)
-    splits = {name: _merge(shards, name, layout.split(name), dtype, on_progress) for name in options.rules.splits}
+    splits = {name: _merge(shards, name, layout.split(name), dtype, maker, on_progress) for name in options.rules.splits}
     if options.tokenizer is None:
         with staged_file(layout.tokenizer) as partial:
             shutil.copyfile(tokenizer_path, partial)
@@ -201,9 +204,9 @@ def _check_splits(counts: list[ShardCounts], rules: DocumentRules) -> None:
             )
 
 
-def _merge(shards: list[Shard], name: str, prefix: Path, dtype: np.dtype, on_progress: OnProgress) -> PreparedSplit:
+def _merge(shards: list[Shard], name: str, prefix: Path, dtype: np.dtype, maker: MadeWith, on_progress: OnProgress) -> PreparedSplit:
     """Appends a split of all shards, in order, into its final pair."""
-    with IndexedWriter(prefix, dtype=dtype) as writer:
+    with IndexedWriter(prefix, dtype=dtype, made_with=maker) as writer:
         for i, shard in enumerate(shards):
             on_progress(f"writing {name}", i, len(shards))
             writer.append_indexed(shard.directory / name)

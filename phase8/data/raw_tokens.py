@@ -21,6 +21,7 @@ import numpy as np
 
 from phase8.data.indexed import MAX_SEQUENCE_TOKENS, IndexedWriter
 from phase8.data.input_files import Source, check_unchanged, find_source
+from phase8.data.pair_record import MadeWith
 from phase8.data.staging import write_json
 from phase8.errors import DataError
 
@@ -77,6 +78,7 @@ def import_raw(
     dtype: RawType | None,
     eod_id: int | None,
     vocab_size: int | None = None,
+    made_with: MadeWith | None = None,
     on_bytes: Callable[[int, int], None] | None = None,
 ) -> RawReport:
     """Converts a file of raw tokens to a Megatron pair with the same tokens in the same order; one document is in memory at a time.
@@ -87,6 +89,7 @@ def import_raw(
         dtype: Type of its tokens; None where its header or index says it.
         eod_id: The token that ends a document; None only where an index says where they end.
         vocab_size: Every id must be below it, if given.
+        made_with: The tokenizer that made the tokens, for the record of the pair; None: it is not known.
         on_bytes: Called now and then with the bytes read and the bytes in all.
 
     Raises:
@@ -100,7 +103,7 @@ def import_raw(
     if Path(f"{destination_prefix}.bin").resolve() == source.resolve():
         raise DataError(f"the pair {destination_prefix} would replace its own source {source}; give another --output-prefix")
     largest_id = num_documents = num_ending_in_eod = 0
-    with IndexedWriter(destination_prefix, dtype=np.dtype("<u2" if tokens.dtype == "uint16" else "<i4")) as writer:
+    with IndexedWriter(destination_prefix, dtype=np.dtype("<u2" if tokens.dtype == "uint16" else "<i4"), made_with=made_with) as writer:
         for document in _documents(found, tokens, eod_id, min(vocab_size or 2**32, _LARGEST_ID + 1), on_bytes):
             writer.add_document(document)
             largest_id = max(largest_id, int(document.max()))
