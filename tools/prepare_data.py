@@ -20,6 +20,7 @@ from rich.progress import TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from phase8.config.arguments import path_argument
 from phase8.data.input_files import describe_suffixes
 from phase8.data.lost_text import LostText
+from phase8.data.made_with import made_with
 from phase8.data.muse import MuseReport, import_muse
 from phase8.data.preparation import PrepareOptions, PrepareReport
 from phase8.data.prepare import TOKENIZING, prepare
@@ -129,7 +130,7 @@ def print_muse_report(report: MuseReport, eod_token: str | None) -> None:
     print("train on it with: --set " + shlex.join(settings))
 
 
-def print_raw_report(report: RawReport, tokenizer: Tokenizer | None) -> None:
+def print_raw_report(report: RawReport, tokenizer: Tokenizer | None, eod_token: str | None) -> None:
     """What was imported and how to train on it."""
     print(f"{report.destination}.bin/.idx: {report.num_documents:,} documents, {report.num_tokens:,} tokens of {report.dtype}")
     print(f"read as {report.layout} {report.source_dtype} tokens, the largest id: {report.largest_id}")
@@ -138,7 +139,8 @@ def print_raw_report(report: RawReport, tokenizer: Tokenizer | None) -> None:
     if report.num_zero_length_documents:
         print(f"empty documents left out: {report.num_zero_length_documents:,}")
     print(f"log: {report.destination}.import.json")
-    known = [] if tokenizer is None else [f"data.tokenizer={tokenizer.path}", f"model.vocab_size={tokenizer.vocab_size}"]
+    named = [] if eod_token is None else [f"data.eod_token={eod_token}"]
+    known = [] if tokenizer is None else [f"data.tokenizer={tokenizer.path}", *named, f"model.vocab_size={tokenizer.vocab_size}"]
     settings = shlex.join([f"data.train={report.destination}", *known])
     print(f"train on it with: --set {settings}" + ("" if known else " and the data.tokenizer that made the tokens"))
 
@@ -156,7 +158,7 @@ def _run(arguments: list[str] | None) -> int:
         print_muse_report(import_muse_pair(parsed), parsed.eod_token)
     elif parsed.import_raw is not None:
         tokenizer = None if parsed.tokenizer is None else load_tokenizer(parsed.tokenizer, eod_token=parsed.eod_token)
-        print_raw_report(import_raw_file(parsed, tokenizer), tokenizer)
+        print_raw_report(import_raw_file(parsed, tokenizer), tokenizer, parsed.eod_token)
     else:
         print_report(prepare_inputs(parsed))
     return 0
@@ -212,19 +214,26 @@ def import_muse_pair(parsed: argparse.Namespace) -> MuseReport:
         raise ConfigError("--import-muse takes the place of inputs and needs --tokenizer FILE, the tokenizer that made the data")
     tokenizer = load_tokenizer(parsed.tokenizer, eod_token=parsed.eod_token)
     return import_muse(
-        parsed.import_muse, destination_of(parsed), vocab_size=tokenizer.vocab_size, eod_id=tokenizer.eod_id, tokenizer=str(parsed.tokenizer)
+        parsed.import_muse,
+        destination_of(parsed),
+        vocab_size=tokenizer.vocab_size,
+        eod_id=tokenizer.eod_id,
+        tokenizer=str(parsed.tokenizer),
+        made_with=made_with(tokenizer, eod_id=tokenizer.eod_id),
     )
 
 
 def import_raw_file(parsed: argparse.Namespace, tokenizer: Tokenizer | None) -> RawReport:
     """Converts a file of raw tokens, which the tokenizer made if one is given."""
+    eod_id = tokenizer.eod_id if parsed.eod_id is None and tokenizer is not None else parsed.eod_id
     with progress_display() as display:
         return import_raw(
             parsed.import_raw,
             destination_of(parsed),
             dtype=parsed.dtype,
-            eod_id=tokenizer.eod_id if parsed.eod_id is None and tokenizer is not None else parsed.eod_id,
+            eod_id=eod_id,
             vocab_size=None if tokenizer is None else tokenizer.vocab_size,
+            made_with=None if tokenizer is None else made_with(tokenizer, eod_id=eod_id),
             on_bytes=lambda completed, total: display.show("importing", completed, total, in_bytes=True),
         )
 

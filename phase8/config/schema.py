@@ -136,7 +136,7 @@ class DataSection(Section):
     eod_token: Text | None = key(None, "piece of the tokenizer between documents; null: the one it names itself")
     cache_dir: PathText = key(".cache/phase8", "where the embedded corpus and the ids of other projects' data are kept")
     reset_at_document_boundaries: bool = key(False, "packed documents do not see each other: state, window and loss stop at the boundary")
-    allow_fingerprint_change: bool = key(False, "resume although data, their order or the tokenizer are not those of the checkpoint")
+    allow_fingerprint_change: bool = key(False, "train although data, order or tokenizer are not the checkpoint's, or the data not the tokenizer's")
     num_workers: ProcessCount | Auto = key("auto", "loader processes; 0: load in the training process, where the next two keys have no effect")
     split: Text | None = key(None, "shares of the documents of data.train for training, validation and neither, as 969,30,1; null: all for training")
     ignore_sequence_modes: bool = key(False, "train on pairs with a mode per sequence (multimodal data) as plain text")

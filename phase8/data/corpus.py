@@ -20,6 +20,7 @@ import numpy as np
 
 from phase8.data.documents import spread
 from phase8.data.indexed import IndexedDataset, IndexedWriter, best_dtype
+from phase8.data.made_with import made_with
 from phase8.data.staging import exclusive_lock, read_json, sweep_partial, write_json
 from phase8.data.tokenizer import Tokenizer, load_tokenizer
 from phase8.data.tokenizer_training import train_sentencepiece
@@ -180,11 +181,12 @@ def _build(directory: Path, documents: list[_Document], *, vocab_size: int, on_p
     on_progress("training the tokenizer", 1, 1)
 
     tokenizer = load_tokenizer(directory / "tokenizer.model")
+    maker = made_with(tokenizer, eod_id=tokenizer.eod_id)
     counts, num_done = {}, 0
     on_progress("tokenizing", 0, len(documents))
     for name, texts in splits.items():
         counts[name] = np.zeros(vocab_size, dtype=np.int64)
-        with IndexedWriter(directory / name, dtype=best_dtype(vocab_size)) as writer:
+        with IndexedWriter(directory / name, dtype=best_dtype(vocab_size), made_with=maker) as writer:
             for tokens in _tokenised(texts, tokenizer):
                 writer.add_document(tokens)
                 counts[name] += np.bincount(tokens, minlength=vocab_size)

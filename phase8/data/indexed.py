@@ -23,7 +23,7 @@ import numpy as np
 from phase8.config.schema import Dialect
 from phase8.data.content import content_digest
 from phase8.data.index_file import DIALECTS, DTYPE_CODES, read_index, write_index
-from phase8.data.pair_record import PairRecord, TokenTally, read_record, record_path
+from phase8.data.pair_record import MadeWith, PairRecord, TokenTally, read_record, record_path
 from phase8.data.token_file import TokenFile
 from phase8.durable import fsync_path, partial_name, storage_errors
 from phase8.errors import DataError
@@ -45,14 +45,16 @@ class IndexedWriter:
     Args:
         prefix: Path without `.bin` / `.idx`; missing directories are made.
         dtype: Integer type of the tokens, from `best_dtype(vocab_size)`.
+        made_with: The tokenizer of the tokens, for the record; None: it is not known.
 
     Raises:
         DataError: A type the format has no code for.
         StorageError: The place cannot be written, or the disk is full.
     """
 
-    def __init__(self, prefix: str | Path, *, dtype: np.dtype):
+    def __init__(self, prefix: str | Path, *, dtype: np.dtype, made_with: MadeWith | None = None):
         self.prefix = str(prefix)
+        self._made_with = made_with
         self.dtype = np.dtype(dtype).newbyteorder("<")
         if self.dtype not in DTYPE_CODES:
             allowed = ", ".join(known.name for known in DTYPE_CODES)
@@ -141,7 +143,7 @@ class IndexedWriter:
         os.fsync(self._bin.fileno())
         lengths, document_index = np.frombuffer(self._lengths, "=i4"), np.frombuffer(self._document_index, "=i8")
         _write_durably(self._idx_partial, lambda file: write_index(file, dtype=self.dtype, lengths=lengths, document_index=document_index))
-        record = self._tally.record(content_digest(self._bin_partial))
+        record = self._tally.record(content_digest(self._bin_partial), self._made_with)
         _write_durably(self._record_partial, lambda file: file.write(record.to_json()))
         for older in (self._idx_path, self._record_path):  # which must never describe the new .bin
             older.unlink(missing_ok=True)

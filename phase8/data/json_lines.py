@@ -89,7 +89,7 @@ def _text_of_record(record: str, json_key: str, report: Report) -> str | None:
     except (ValueError, RecursionError) as error:
         return report(f"not JSON ({error}); every line must be one object with the text under {json_key!r}")
     if not isinstance(found, dict):
-        return report(f"found {type(found).__name__}, without the key {json_key!r}; name the key of the text with --json-key")
+        return report(f"found {_in_words(found)}, where an object with the text under {json_key!r} is needed; correct or remove the line")
     if json_key not in found:
         keys = [*map(repr, list(found)[:_MAX_NAMED_KEYS]), *(["..."] if len(found) > _MAX_NAMED_KEYS else [])]
         names = ", ".join(keys) or "(none)"
@@ -98,13 +98,22 @@ def _text_of_record(record: str, json_key: str, report: Report) -> str | None:
         return report(f"the key {json_key!r} occurs more than once, so which of its values is the document is not known; keep one of them")
     text = found[json_key]
     if not isinstance(text, str):
-        return report(f"{json_key!r} holds {type(text).__name__}, not a string; name the key of the text with --json-key")
+        remedy = "put the text there or remove the line" if text is None else "name the key of the text with --json-key"
+        return report(f"{json_key!r} is {_in_words(text)}, where a text is needed; {remedy}")
     try:
         for _ in encoded_pieces(text):
             pass
     except UnicodeEncodeError as error:
         return report(f"{json_key!r} holds the lone surrogate {error.object[error.start]!a}, which is not Unicode text; remove it")
     return text
+
+
+def _in_words(value: object) -> str:
+    """What JSON calls a value."""
+    if value is None or isinstance(value, bool):
+        return json.dumps(value)
+    names = {dict: "an object", list: "a list", str: "a string"}
+    return next((name for kind, name in names.items() if isinstance(value, kind)), "a number")
 
 
 def _num_lines(path: str, end: int) -> int:

@@ -18,6 +18,7 @@ import numpy as np
 
 from phase8.data.index_file import MAGIC as MEGATRON_MAGIC
 from phase8.data.indexed import MAX_SEQUENCE_TOKENS, IndexedWriter, best_dtype
+from phase8.data.pair_record import MadeWith
 from phase8.data.token_file import TokenFile
 from phase8.durable import replace_file
 from phase8.errors import DataError, IndexedFormatError
@@ -67,7 +68,13 @@ class MuseReport:
 
 
 def import_muse(
-    source_prefix: str | Path, destination_prefix: str | Path, *, vocab_size: int, eod_id: int | None, tokenizer: str
+    source_prefix: str | Path,
+    destination_prefix: str | Path,
+    *,
+    vocab_size: int,
+    eod_id: int | None,
+    tokenizer: str,
+    made_with: MadeWith | None = None,
 ) -> MuseReport:
     """Converts a MUSE pair to a Megatron pair, each document to one document of one sequence, in the same order.
 
@@ -77,6 +84,7 @@ def import_muse(
         vocab_size: Of the tokenizer that made the tokens; every id must be below it.
         eod_id: Token that ends a document in this data, None if there is none. It is counted and logged, never added.
         tokenizer: Name or file of the tokenizer, for the log.
+        made_with: The same tokenizer, for the record of the pair; None: it is not known.
 
     Raises:
         IndexedFormatError: The pair is damaged or not MUSE.
@@ -95,7 +103,7 @@ def import_muse(
     num_tokens = tokens.num_bytes // TOKEN_TYPE.itemsize
     _check_documents(offsets, lengths, num_tokens, idx_path)
     kept = np.flatnonzero(lengths)
-    with IndexedWriter(destination_prefix, dtype=best_dtype(vocab_size)) as writer:
+    with IndexedWriter(destination_prefix, dtype=best_dtype(vocab_size), made_with=made_with) as writer:
         last_tokens = _copy_documents(writer, tokens, np.stack([offsets[kept], lengths[kept]], axis=1), vocab_size)
     overlapping, uncovered = _overlaps_and_gaps(offsets[kept].astype(np.int64), lengths[kept].astype(np.int64), num_tokens)
     report = MuseReport(

@@ -19,6 +19,21 @@ VERSION = 1
 
 
 @dataclass(frozen=True, kw_only=True)
+class MadeWith:
+    """The tokenizer of a pair.
+
+    Attributes:
+        tokenizer_sha256: Hash of its file.
+        eod_id: The token that ends documents; None: nothing does.
+        eod_token: Its piece, where that is known.
+    """
+
+    tokenizer_sha256: str
+    eod_id: int | None
+    eod_token: str | None
+
+
+@dataclass(frozen=True, kw_only=True)
 class PairRecord:
     """A record.
 
@@ -28,6 +43,7 @@ class PairRecord:
         content: `content_digest` of it, which tells at every start whether the record still belongs to it.
         smallest_id: Smallest token id; None where there is no token.
         largest_id: Largest token id; None where there is no token.
+        made_with: The tokenizer; None where the writer did not know it. Records of earlier releases lack it.
     """
 
     bin_bytes: int
@@ -35,10 +51,14 @@ class PairRecord:
     content: str
     smallest_id: int | None
     largest_id: int | None
+    made_with: MadeWith | None = None
 
     def to_json(self) -> bytes:
         """The file that `read_record` reads."""
-        return json.dumps({"version": VERSION, **asdict(self)}, indent=1, sort_keys=True).encode() + b"\n"
+        tree = {"version": VERSION, **asdict(self)}
+        if self.made_with is None:
+            del tree["made_with"]
+        return json.dumps(tree, indent=1, sort_keys=True).encode() + b"\n"
 
 
 class TokenTally:
@@ -57,11 +77,16 @@ class TokenTally:
             found = int(tokens.min()), int(tokens.max())
             self._range = found if self._range is None else joined_range(self._range, found)
 
-    def record(self, content: str) -> PairRecord:
+    def record(self, content: str, made_with: MadeWith | None) -> PairRecord:
         """The record of a `.bin` of these tokens, whose `content_digest` is `content`."""
         smallest, largest = (None, None) if self._range is None else self._range
         return PairRecord(
-            bin_bytes=self._num_bytes, bin_sha256=self._hash.hexdigest(), content=content, smallest_id=smallest, largest_id=largest
+            bin_bytes=self._num_bytes,
+            bin_sha256=self._hash.hexdigest(),
+            content=content,
+            smallest_id=smallest,
+            largest_id=largest,
+            made_with=made_with,
         )
 
 
@@ -82,9 +107,20 @@ def read_record(prefix: str | Path, *, bin_bytes: int, content: str) -> PairReco
         DataError: It cannot be read.
     """
     tree = read_json(record_path(prefix))
-    if not isinstance(tree, dict) or tree.pop("version", None) != VERSION or tree.keys() != PairRecord.__dataclass_fields__.keys():
+    if not isinstance(tree, dict) or tree.pop("version", None) != VERSION:
+        return None
+    made_with = _stored_made_with(tree["made_with"]) if "made_with" in tree else None
+    if ("made_with" in tree and made_with is None) or {*tree, "made_with"} != PairRecord.__dataclass_fields__.keys():
         return None
     ids, digests = [tree["smallest_id"], tree["largest_id"]], [tree["bin_sha256"], tree["content"]]
     is_record = all(type(number) is int for number in ids) or ids == [None, None]
     is_record &= all(isinstance(digest, str) for digest in digests)
-    return PairRecord(**tree) if is_record and (tree["bin_bytes"], tree["content"]) == (bin_bytes, content) else None
+    return PairRecord(**tree | {"made_with": made_with}) if is_record and (tree["bin_bytes"], tree["content"]) == (bin_bytes, content) else None
+
+
+def _stored_made_with(tree: object) -> MadeWith | None:
+    if not isinstance(tree, dict) or tree.keys() != MadeWith.__dataclass_fields__.keys():
+        return None
+    eod_id, eod_token = tree["eod_id"], tree["eod_token"]
+    is_whole = isinstance(tree["tokenizer_sha256"], str) and (eod_id is None or type(eod_id) is int)
+    return MadeWith(**tree) if is_whole and (eod_token is None or isinstance(eod_token, str)) else None

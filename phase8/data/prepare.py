@@ -11,6 +11,7 @@ import functools
 import operator
 import shutil
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from dataclasses import asdict, replace
 from pathlib import Path
 
@@ -20,6 +21,8 @@ from phase8.data.documents import cut_shards, spread
 from phase8.data.indexed import IndexedDataset, IndexedWriter, best_dtype
 from phase8.data.input_files import Source, Span, check_unchanged, find_sources
 from phase8.data.lost_text import stored_lost_text
+from phase8.data.made_with import made_with
+from phase8.data.pair_record import MadeWith
 from phase8.data.preparation import Layout, PreparedSplit, PrepareOptions, PrepareReport
 from phase8.data.shard_pool import make_shards
 from phase8.data.shards import DocumentRules, InvalidInputs, Shard, ShardCounts, finished_counts, read_texts
@@ -59,7 +62,11 @@ def prepare(options: PrepareOptions, *, on_progress: OnProgress | None = None) -
         report = _finished_report(options, layout, made_from)
         if report is None:
             layout.sweep()
-            report = _prepare(options, sources, layout, on_progress or _silent)
+            try:
+                report = _prepare(options, sources, layout, on_progress or _silent)
+            finally:
+                with suppress(OSError):  # what is finished stays for the next run
+                    layout.work.rmdir()
             write_json(layout.record, {"made_from": made_from, "report": asdict(report)})
         shutil.rmtree(layout.work, ignore_errors=True)
     return replace(report, num_passed_over=dict(left_out.num_by_suffix), dangling_links=left_out.dangling_links)
@@ -80,7 +87,7 @@ def _made_from(options: PrepareOptions, sources: list[Source]) -> dict[str, obje
 
 
 def _finished_report(options: PrepareOptions, layout: Layout, made_from: dict[str, object]) -> PrepareReport | None:
-    """The report of an earlier run whose output is still whole; None where there is work to do."""
+    """The report of an earlier run whose output is still as it was written; None where there is work to do."""
     record = read_json(layout.record)
     if not isinstance(record, dict) or record.get("made_from") != made_from:
         return None
@@ -89,18 +96,19 @@ def _finished_report(options: PrepareOptions, layout: Layout, made_from: dict[st
     if lost is None:
         return None
     try:
-        splits = {name: _prepared_split(layout.split(name)) for name in options.rules.splits}
-        is_whole = tokenizer_digest(Path(tokenizer)) == stored["tokenizer_sha256"]
+        pairs = {name: IndexedDataset(layout.split(name)) for name in options.rules.splits}
+        is_whole = all(pair.record is not None for pair in pairs.values())  # a record is believed only beside the tokens that it tells of
+        is_whole &= tokenizer_digest(Path(tokenizer)) == stored["tokenizer_sha256"]
     except DataError:
         return None
+    splits = {name: _prepared_split(pair) for name, pair in pairs.items()}
     for name, split in splits.items():
         is_whole &= (split.num_documents, split.num_tokens) == (stored["splits"][name]["num_documents"], stored["splits"][name]["num_tokens"])
     return PrepareReport(**stored | {"splits": splits, "lost": lost, "tokenizer": tokenizer, "is_reused": True}) if is_whole else None
 
 
-def _prepared_split(prefix: Path) -> PreparedSplit:
-    written = IndexedDataset(prefix)
-    return PreparedSplit(prefix=str(prefix), num_documents=written.num_documents, num_tokens=written.num_tokens)
+def _prepared_split(written: IndexedDataset) -> PreparedSplit:
+    return PreparedSplit(prefix=written.prefix, num_documents=written.num_documents, num_tokens=written.num_tokens)
 
 
 def _prepare(options: PrepareOptions, sources: list[Source], layout: Layout, on_progress: OnProgress) -> PrepareReport:
@@ -108,6 +116,7 @@ def _prepare(options: PrepareOptions, sources: list[Source], layout: Layout, on_
     tokenizer_path = options.tokenizer or _trained_tokenizer(options, sources, cut, layout, on_progress)
     tokenizer, digest = load_tokenizer(tokenizer_path, eod_token=options.rules.eod_token), tokenizer_digest(tokenizer_path)
     dtype = best_dtype(tokenizer.vocab_size)
+    maker = made_with(tokenizer, eod_id=tokenizer.eod_id if options.rules.append_eod else None)
     shards = [
         Shard(directory=layout.work / f"shard-{i:06d}", spans=spans, tokenizer=tokenizer_path, tokenizer_sha256=digest, rules=options.rules)
         for i, spans in enumerate(cut)
@@ -115,7 +124,7 @@ def _prepare(options: PrepareOptions, sources: list[Source], layout: Layout, on_
     counts = _tokenise(shards, options.num_workers, on_progress)
     check_unchanged(sources)
     _check_splits(counts, options.rules)
-    splits = {name: _merge(shards, name, layout.split(name), dtype, on_progress) for name in options.rules.splits}
+    splits = {name: _merge(shards, name, layout.split(name), dtype, maker, on_progress) for name in options.rules.splits}
     if options.tokenizer is None:
         with staged_file(layout.tokenizer) as partial:
             shutil.copyfile(tokenizer_path, partial)
@@ -195,11 +204,11 @@ def _check_splits(counts: list[ShardCounts], rules: DocumentRules) -> None:
             )
 
 
-def _merge(shards: list[Shard], name: str, prefix: Path, dtype: np.dtype, on_progress: OnProgress) -> PreparedSplit:
+def _merge(shards: list[Shard], name: str, prefix: Path, dtype: np.dtype, maker: MadeWith, on_progress: OnProgress) -> PreparedSplit:
     """Appends a split of all shards, in order, into its final pair."""
-    with IndexedWriter(prefix, dtype=dtype) as writer:
+    with IndexedWriter(prefix, dtype=dtype, made_with=maker) as writer:
         for i, shard in enumerate(shards):
             on_progress(f"writing {name}", i, len(shards))
             writer.append_indexed(shard.directory / name)
     on_progress(f"writing {name}", len(shards), len(shards))
-    return _prepared_split(prefix)
+    return _prepared_split(IndexedDataset(prefix))

@@ -21,6 +21,7 @@ import numpy as np
 
 from phase8.data.indexed import MAX_SEQUENCE_TOKENS, IndexedWriter
 from phase8.data.input_files import Source, check_unchanged, find_source
+from phase8.data.pair_record import MadeWith
 from phase8.data.staging import write_json
 from phase8.errors import DataError
 
@@ -29,6 +30,7 @@ RawType = Literal["uint16", "uint32"]
 _LLMC_HEADER_BYTES = 1024
 _LLMC_MAGICS: dict[int, tuple[int, RawType]] = {20240520: (1, "uint16"), 20240801: (7, "uint32")}  # magic: version, type
 _CHUNK_TOKENS = 1 << 20
+_UPPER_HALVES = 64  # uint32 ids have upper 16 bits below this: no vocabulary is larger than 2^22
 _LARGEST_ID = 2**31 - 1  # of int32, Megatron's type for large vocabularies
 
 
@@ -76,6 +78,7 @@ def import_raw(
     dtype: RawType | None,
     eod_id: int | None,
     vocab_size: int | None = None,
+    made_with: MadeWith | None = None,
     on_bytes: Callable[[int, int], None] | None = None,
 ) -> RawReport:
     """Converts a file of raw tokens to a Megatron pair with the same tokens in the same order; one document is in memory at a time.
@@ -86,6 +89,7 @@ def import_raw(
         dtype: Type of its tokens; None where its header or index says it.
         eod_id: The token that ends a document; None only where an index says where they end.
         vocab_size: Every id must be below it, if given.
+        made_with: The tokenizer that made the tokens, for the record of the pair; None: it is not known.
         on_bytes: Called now and then with the bytes read and the bytes in all.
 
     Raises:
@@ -95,10 +99,11 @@ def import_raw(
     found = find_source(source)
     tokens = _tokens_of(source, found.size_bytes, dtype)
     _check_eod(tokens, eod_id, vocab_size, source)
+    _check_type(tokens, source)
     if Path(f"{destination_prefix}.bin").resolve() == source.resolve():
         raise DataError(f"the pair {destination_prefix} would replace its own source {source}; give another --output-prefix")
     largest_id = num_documents = num_ending_in_eod = 0
-    with IndexedWriter(destination_prefix, dtype=np.dtype("<u2" if tokens.dtype == "uint16" else "<i4")) as writer:
+    with IndexedWriter(destination_prefix, dtype=np.dtype("<u2" if tokens.dtype == "uint16" else "<i4"), made_with=made_with) as writer:
         for document in _documents(found, tokens, eod_id, min(vocab_size or 2**32, _LARGEST_ID + 1), on_bytes):
             writer.add_document(document)
             largest_id = max(largest_id, int(document.max()))
@@ -188,6 +193,19 @@ def _check_eod(tokens: _Tokens, eod_id: int | None, vocab_size: int | None, sour
     if not 0 <= eod_id < limit:
         what = "vocabulary of the tokenizer" if vocab_size == limit else f"type {tokens.dtype} of {source}"
         raise DataError(f"--eod-id is {eod_id}, outside the {what}, which has ids 0 to {limit - 1}; give the id that ends a document in this data")
+
+
+def _check_type(tokens: _Tokens, source: Path) -> None:
+    """Refuses uint32 tokens that are read as uint16: their upper halves would be an id, mostly 0, at every second place."""
+    if tokens.layout != "raw" or tokens.dtype != "uint16" or tokens.count % 2:
+        return
+    first = np.fromfile(source, "<u2", count=_CHUNK_TOKENS)
+    is_zero = first == 0
+    if 2 * is_zero[1::2].mean() > 1 > 2 * is_zero[::2].mean() and int(first[1::2].max()) < _UPPER_HALVES:
+        raise DataError(
+            f"{source} looks like uint32 tokens: read as uint16, ids would be 0 at {'every' if is_zero[1::2].all() else 'nearly every'} second "
+            "place; give --dtype uint32"
+        )
 
 
 def _documents(

@@ -150,14 +150,18 @@ def read_texts(spans: Iterable[Span], rules: DocumentRules, on_invalid: OnInvali
 
 
 def finished_counts(shard: Shard) -> ShardCounts | None:
-    """What a committed shard found; None where it is missing, damaged or made from something else."""
+    """What a committed shard found; None where it is missing, damaged, altered or made from something else."""
     record = read_json(shard.directory / "record.json")
     if not isinstance(record, dict) or record.get("made_from") != shard.made_from:
         return None
     try:
-        num_documents = {split: IndexedDataset(shard.directory / split).num_documents for split in shard.rules.splits}
+        pairs = {split: IndexedDataset(shard.directory / split) for split in shard.rules.splits}
+        is_as_written = all(pair.record is not None for pair in pairs.values())
     except DataError:
         return None
+    if not is_as_written:
+        return None
+    num_documents = {split: pair.num_documents for split, pair in pairs.items()}
     return _stored_counts(record.get("counts"), num_documents)
 
 

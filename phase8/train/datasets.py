@@ -11,6 +11,7 @@ from phase8.config.split import split_shares
 from phase8.data.corpus import prepare_embedded_corpus
 from phase8.data.fingerprint import data_fingerprint
 from phase8.data.loader import SequenceDataset, open_dataset
+from phase8.data.made_with import check_tokenizer
 from phase8.data.sources import pairs_by_pattern_in_both, source_names
 from phase8.data.token_ids import check_token_ids
 from phase8.data.tokenizer import Tokenizer, load_tokenizer
@@ -49,10 +50,12 @@ def open_run_data(config: RunConfig, *, on_progress: Callable[[str, int, int], N
     Args:
         config: A valid one.
         on_progress: Called with stage, amount done and amount in all.
-        check_ids: Make sure that all token ids are inside the vocabulary, which may take reading them all; one rank of a run is enough.
+        check_ids: Make sure that the tokenizer made the tokens, where their writer recorded it, and that all ids are inside the vocabulary,
+            which may take reading them all; one rank of a run is enough.
 
     Raises:
-        DataError: A file is missing, damaged, too short, or does not fit the model's vocabulary; a pattern mixes training and validation.
+        DataError: A file is missing, damaged, too short, or does not fit the tokenizer or the model's vocabulary; a pattern mixes training
+            and validation.
     """
     train, validation, tokenizer_path, references = config.data.train, config.data.validation, config.data.tokenizer, {}
     if train is None:
@@ -74,6 +77,8 @@ def open_run_data(config: RunConfig, *, on_progress: Callable[[str, int, int], N
     fingerprint = data_fingerprint(sequences)
     if check_ids:
         pairs = {pair.prefix: pair for dataset in (sequences, held_out) if dataset for source in dataset.sources for pair in source.pairs}
+        if tokenizer is not None and not config.data.allow_fingerprint_change:
+            check_tokenizer(pairs.values(), tokenizer)
         for pair in pairs.values():
             check_token_ids(pair, vocab_size=config.model.vocab_size, cache_dir=Path(config.data.cache_dir), on_progress=on_progress)
     return RunData(sequences, held_out, tokenizer, references, fingerprint, _describe(config, sequences))

@@ -88,7 +88,7 @@ def test_every_line_is_read_once_and_in_order_however_the_file_is_cut(
 def test_line_numbers_are_right_in_every_cut(tmp_path: Path, shard_bytes: int):
     path = tmp_path / "a.jsonl"
     path.write_text('{"text": "a"}\n\n{"text": "bb"}\n{"text": 5}\n{"text": "c"}\n')
-    with pytest.raises(DataError, match=r"a\.jsonl, line 4: 'text' holds int, not a string"):
+    with pytest.raises(DataError, match=r"a\.jsonl, line 4: 'text' is a number, where a text is needed; name the key"):
         read_all(path, shard_bytes=shard_bytes)
 
 
@@ -101,8 +101,14 @@ def test_line_numbers_are_right_in_every_cut(tmp_path: Path, shard_bytes: int):
         (b'{"text": "\xff"}', "byte 10 is 0xff, which is not UTF-8"),
         (b'{"content": "x", "id": 3}', "an object with the keys 'content', 'id', without the key 'text'"),
         (b"{}", "keys (none), without the key 'text'"),
-        (b'["text"]', "found list, without the key 'text'"),
-        (b'{"text": null}', "'text' holds NoneType, not a string"),
+        (b'["text"]', "found a list, where an object with the text under 'text' is needed; correct or remove the line"),
+        (b'"text"', "found a string, where"),
+        (b"null", "found null, where"),
+        (b'{"text": null}', "'text' is null, where a text is needed; put the text there or remove the line"),
+        (b'{"text": true}', "'text' is true, where a text is needed; name the key of the text with --json-key"),
+        (b'{"text": 1.5}', "'text' is a number, where"),
+        (b'{"text": ["a"]}', "'text' is a list, where"),
+        (b'{"text": {"a": 1, "a": 2}}', "'text' is an object, where"),
         (b'{"text": "\\ud800"}', "holds the lone surrogate '\\ud800'"),
         (b'{"text": "a", "id": 1, "text": "b"}', "the key 'text' occurs more than once"),
         (b'{"te\\u0078t": "a", "text": "a"}', "the key 'text' occurs more than once"),

@@ -13,7 +13,7 @@ import pytest
 from phase8.data import content
 from phase8.data.content import content_digest
 from phase8.data.indexed import IndexedDataset, IndexedWriter
-from phase8.data.pair_record import record_path
+from phase8.data.pair_record import MadeWith, record_path
 from phase8.data.staging import sweep_partial
 from phase8.errors import StorageError
 
@@ -34,6 +34,14 @@ def test_the_record_says_what_was_written(tmp_path, dtype):
     assert (record.bin_bytes, record.bin_sha256) == (len(tokens), hashlib.sha256(tokens).hexdigest())
     assert record.content == content_digest(tmp_path / "a.bin")
     assert (record.smallest_id, record.largest_id) == (3, 9)
+
+
+@pytest.mark.parametrize("made_with", [None, MadeWith(tokenizer_sha256="12", eod_id=2, eod_token="</s>")])
+def test_the_record_tells_the_tokenizer_where_the_writer_knew_it(tmp_path, made_with):
+    with IndexedWriter(tmp_path / "a", dtype=U2, made_with=made_with) as writer:
+        writer.add_document(np.array([1, 2]))
+    assert IndexedDataset(tmp_path / "a").record.made_with == made_with
+    assert ("made_with" in json.loads(record_path(tmp_path / "a").read_text())) == (made_with is not None)
 
 
 def test_appended_pairs_are_counted_in(tmp_path):
@@ -58,7 +66,8 @@ def test_a_record_of_other_tokens_is_not_believed(tmp_path):
 
 @pytest.mark.parametrize(
     "change",
-    [{"version": 2}, {"bin_bytes": "6"}, {"largest_id": True}, {"largest_id": None}, {"bin_sha256": 3}, {"more": 1}, {"content": None}],
+    [{"version": 2}, {"bin_bytes": "6"}, {"largest_id": True}, {"largest_id": None}, {"bin_sha256": 3}, {"more": 1}, {"content": None}]
+    + [{"made_with": made} for made in (None, 3, {}, {"tokenizer_sha256": "1", "eod_id": "2", "eod_token": None})],
 )
 def test_a_record_of_another_form_is_not_believed(tmp_path, change):
     path = record_path(write(tmp_path / "a", [1, 2, 3]))

@@ -23,6 +23,7 @@ from tokenizers import models, pre_tokenizers
 from phase8.data.indexed import IndexedDataset
 from phase8.data.input_files import find_sources
 from phase8.data.lost_text import LostText
+from phase8.data.pair_record import MadeWith
 from phase8.data.preparation import PrepareOptions, PrepareReport
 from phase8.data.prepare import prepare
 from phase8.data.shards import DocumentRules
@@ -168,7 +169,10 @@ def test_a_finished_preparation_is_not_done_again(inputs: Path, tmp_path: Path):
 
 @pytest.mark.parametrize(
     "change",
-    ["input", "input of equal size and time", "new input", "rules", "tokenizer", "output damaged", "output missing", "tokenizer lost"],
+    [
+        *("input", "input of equal size and time", "new input", "rules", "tokenizer"),
+        *("output damaged", "output altered", "output missing", "tokenizer lost"),
+    ],
 )
 def test_what_changed_is_prepared_again(inputs: Path, tmp_path: Path, change: str):
     old = prepare(options(inputs, tmp_path / "out" / "x"))
@@ -190,6 +194,9 @@ def test_what_changed_is_prepared_again(inputs: Path, tmp_path: Path, change: st
     elif change == "output damaged":
         path = tmp_path / "out" / "x_train_text_document.bin"
         path.write_bytes(path.read_bytes()[:-2])
+    elif change == "output altered":
+        path = tmp_path / "out" / "x_validation_text_document.bin"
+        path.write_bytes(b"zz" + path.read_bytes()[2:])
     elif change == "output missing":
         (tmp_path / "out" / "x_validation_text_document.idx").unlink()
     else:
@@ -300,6 +307,21 @@ def test_invalid_documents_stop_the_preparation_or_are_counted(inputs: Path, tmp
     assert "bad.jsonl, line 2" in str(report.first_invalid)
 
 
+@pytest.mark.parametrize("num_workers", [1, 2])
+def test_a_refusal_leaves_finished_shards_and_nothing_else(tmp_path: Path, tokenizer_path: Path, num_workers: int):
+    prefix = tmp_path / "out" / "x"
+    for name, text in (("a", '{"text": "fine"}\n'), ("b", '{"text": null}\n')):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / f"{name}.jsonl").write_text(text)
+    bad = options(tmp_path / "b", prefix, tokenizer=tokenizer_path, train_tokenizer=False, vocab_size=None, num_workers=num_workers)
+    with pytest.raises(DataError, match="'text' is null"):
+        prepare(bad)
+    assert os.listdir(tmp_path / "out") == []
+    with pytest.raises(DataError, match="'text' is null"):
+        prepare(dataclasses.replace(bad, inputs=(tmp_path / "a", tmp_path / "b"), shard_bytes=15))
+    assert "shard-000000" in os.listdir(tmp_path / "out" / "x_text.preparing")
+
+
 def test_the_first_invalid_document_is_the_first_of_the_inputs_also_after_an_interruption(tmp_path: Path, tokenizer_path: Path):
     inputs = tmp_path / "inputs"
     inputs.mkdir()
@@ -374,6 +396,13 @@ def test_a_named_end_of_document_is_written_and_passed_on(tmp_path: Path):
     dataset = IndexedDataset(tmp_path / "out" / "x_text_document")
     assert [np.concatenate(dataset.document(k)).tolist() for k in range(2)] == [[1, 2, 4], [1, 3, 4]]
     assert "data.eod_token=<end>" in report.settings
+    assert dataset.record.made_with == MadeWith(tokenizer_sha256=report.tokenizer_sha256, eod_id=4, eod_token="<end>")
+
+
+def test_data_without_ends_of_documents_fit_every_end_of_document(tmp_path: Path):
+    report = prepare(of_words(tmp_path, "fox dog", append_eod=False))
+    made = IndexedDataset(tmp_path / "out" / "x_text_document").record.made_with
+    assert made == MadeWith(tokenizer_sha256=report.tokenizer_sha256, eod_id=None, eod_token=None)
     assert not prepare(of_words(tmp_path, "fox dog", "fox <end>", eod_token="</s>")).is_reused
 
 

@@ -66,6 +66,11 @@ def test_documents_end_behind_the_end_of_document_id(tmp_path: Path, header: byt
     assert json.loads(Path(f"{report.destination}.import.json").read_text())["num_documents"] == 4
 
 
+@pytest.mark.parametrize("tokens", [[0, 0, 0, 0, 5, EOD], [5, 0, 0, 0, 6, EOD], [1, 0, 2, 5, 6, EOD], [5, 0, EOD]])
+def test_many_zeros_do_not_make_uint16_look_like_uint32(tmp_path: Path, tokens: list[int]):
+    assert convert(write(tmp_path / "a.bin", tokens=np.array(tokens)), dtype="uint16").num_tokens == len(tokens)
+
+
 @pytest.mark.usefixtures("chunk_tokens")
 @pytest.mark.parametrize("dtype", ["uint16", "uint32"])
 def test_documents_of_datatrove_end_where_its_index_says(tmp_path: Path, dtype: str):
@@ -94,6 +99,8 @@ def test_documents_of_datatrove_end_where_its_index_says(tmp_path: Path, dtype: 
         ("<u1", {"dtype": "uint16"}, "holds 57 bytes, no whole number of uint16 of 2 bytes"),
         ("<u4", {"dtype": "uint32", "tokens": [1, 2**31, EOD]}, r"holds id 2147483648 at token 1, where ids below 2147483648 are allowed"),
         ("<u2", {"dtype": "uint16", "tokens": []}, "holds no token"),
+        ("<u4", {"dtype": "uint16"}, "looks like uint32 tokens: read as uint16, ids would be 0 at every second place; give --dtype uint32"),
+        ("<u4", {"dtype": "uint16", "tokens": [7, 9, 70_000, EOD]}, "ids would be 0 at nearly every second place"),
     ],
 )
 def test_what_cannot_be_is_one_sentence_and_writes_nothing(tmp_path: Path, dtype: str, options: dict, finding: str):

@@ -17,6 +17,7 @@ import pytest
 import sentencepiece
 
 from phase8.data.indexed import IndexedDataset
+from phase8.data.made_with import made_with
 from phase8.data.tokenizer import load_tokenizer
 from phase8.data.tokenizer_training import train_sentencepiece
 
@@ -219,6 +220,7 @@ def test_muse_data_is_imported(tokenizer_path: Path, tmp_path: Path):
     assert result.returncode == 0, result.stderr
     dataset = IndexedDataset(f"{prefix}_text_document")
     assert [dataset.document(k)[0].tolist() for k in range(2)] == sequences
+    assert dataset.record.made_with == made_with(tokenizer, eod_id=tokenizer.eod_id)
     assert result.stdout.splitlines()[:2] == [
         f"{prefix}_text_document.bin/.idx: 2 documents, {dataset.num_tokens} tokens of uint16",
         f"documents that end in the end-of-document token {tokenizer.eod_id}: 1",

@@ -12,6 +12,7 @@ import pytest
 from doors import load_door
 
 from phase8.data.indexed import IndexedDataset
+from phase8.data.made_with import made_with
 from phase8.data.tokenizer import load_tokenizer
 from phase8.data.tokenizer_training import train_sentencepiece
 
@@ -65,6 +66,7 @@ def test_raw_tokens_are_imported(run, tokenizer_path: Path, tmp_path: Path, give
     assert exit_code == 0, errors
     dataset = IndexedDataset(f"{prefix}_text_document")
     assert dataset.num_documents == 80
+    assert dataset.record.made_with == (made_with(tokenizer, eod_id=tokenizer.eod_id) if given == "--tokenizer" else None)
     np.testing.assert_array_equal(dataset.tokens(0, tokens.size), tokens)
     assert lines[:3] == [
         f"{prefix}_text_document.bin/.idx: 80 documents, {tokens.size:,} tokens of uint16",

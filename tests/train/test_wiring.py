@@ -11,6 +11,7 @@ import shutil
 import signal
 import subprocess
 import sys
+from dataclasses import replace
 from multiprocessing.connection import wait
 from pathlib import Path
 
@@ -24,7 +25,9 @@ from torch._functorch import config as functorch_config
 
 from phase8.checkpoint.load import list_checkpoints, open_checkpoint
 from phase8.data.indexed import IndexedWriter
+from phase8.data.made_with import made_with
 from phase8.data.pair_record import record_path
+from phase8.data.tokenizer import load_tokenizer
 from phase8.data.tokenizer_training import train_sentencepiece
 from phase8.errors import CorruptionError, DataError, DivergenceError, StorageError
 from phase8.model.parameters import decayed_parameter_names
@@ -394,6 +397,29 @@ def test_a_token_outside_the_vocabulary_is_found_before_the_first_step(tiny, tmp
     config = tiny_config(tiny, f"data.train={tmp_path}/bad", f"data.cache_dir={tmp_path}/unused")
     open_run_data(config, on_progress=lambda *_: None, check_ids=False)  # as every rank but the first opens them
     assert not (tmp_path / "unused").exists()
+
+
+@pytest.mark.parametrize("key", ["data.train", "data.validation"])
+@pytest.mark.parametrize(
+    ("changes", "sentence"),
+    [
+        ({}, None),
+        ({"tokenizer_sha256": "0" * 64}, r"made was made with a tokenizer of sha256 0{12}, but that of data.tokenizer .*small.model is [0-9a-f]{12}"),
+        ({"eod_id": 7, "eod_token": "<|end|>"}, r"documents of .*made end in token 7, '<\|end\|>', but those of data.tokenizer .* in 1, '<\|endof"),
+        ({"eod_id": None, "eod_token": None}, None),
+    ],
+)
+def test_data_that_another_tokenizer_made_are_refused_before_the_first_step(tiny, tokenizer, tmp_path, key, changes, sentence):
+    own = load_tokenizer(tokenizer)
+    with IndexedWriter(tmp_path / "made", dtype=np.dtype(np.uint16), made_with=replace(made_with(own, eod_id=own.eod_id), **changes)) as writer:
+        writer.add_document(np.arange(60).repeat(40))
+    settings = [f"{key}={tmp_path}/made", f"data.tokenizer={tokenizer}", "model.vocab_size=280"]
+    if sentence is not None:
+        with pytest.raises(DataError, match=sentence) as caught:
+            prepare(tiny, *settings)
+        assert caught.value.exit_code == 3
+        settings.append("data.allow_fingerprint_change=true")
+    assert prepare(tiny, *settings).position.step == 0
 
 
 @pytest.mark.parametrize("data", ["train", "many_*", "blend"])

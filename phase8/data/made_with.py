@@ -1,0 +1,50 @@
+"""Do data and tokenizer belong together? The record of a pair tells which tokenizer made its tokens, where their writer knew."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+from phase8.data.indexed import IndexedDataset
+from phase8.data.pair_record import MadeWith
+from phase8.data.tokenizer import Tokenizer
+from phase8.data.tokenizer_file import tokenizer_digest
+from phase8.errors import DataError
+
+
+def made_with(tokenizer: Tokenizer, *, eod_id: int | None) -> MadeWith:
+    """What the record of a pair tells about the tokenizer of its tokens.
+
+    Args:
+        tokenizer: It.
+        eod_id: The token that ends documents of the pair, which need not be the tokenizer's own; None: nothing does.
+
+    Raises:
+        DataError: The file of the tokenizer cannot be read.
+    """
+    eod_token = tokenizer.eod_token if eod_id == tokenizer.eod_id else None
+    return MadeWith(tokenizer_sha256=tokenizer_digest(tokenizer.path), eod_id=eod_id, eod_token=eod_token)
+
+
+def check_tokenizer(pairs: Iterable[IndexedDataset], tokenizer: Tokenizer) -> None:
+    """Refuses a pair whose record names another tokenizer, or another token that ends documents.
+
+    Raises:
+        DataError: There is one.
+    """
+    digest = tokenizer_digest(tokenizer.path)
+    otherwise = "or train on them as they are with --set data.allow_fingerprint_change=true"
+    for pair in pairs:
+        made = None if pair.record is None else pair.record.made_with
+        if made is None:
+            continue
+        if made.tokenizer_sha256 != digest:
+            raise DataError(
+                f"{pair.prefix} was made with a tokenizer of sha256 {made.tokenizer_sha256[:12]}, but that of data.tokenizer {tokenizer.path} is "
+                f"{digest[:12]}; name the tokenizer that made the data, {otherwise}"
+            )
+        if made.eod_id not in (None, tokenizer.eod_id):
+            ended = f"token {made.eod_id}" + ("" if made.eod_token is None else f", {made.eod_token!r}")
+            raise DataError(
+                f"the documents of {pair.prefix} end in {ended}, but those of data.tokenizer {tokenizer.path} in {tokenizer.eod_id}, "
+                f"{tokenizer.eod_token!r}; name the piece of the data as data.eod_token, {otherwise}"
+            )
