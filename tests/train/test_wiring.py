@@ -143,6 +143,15 @@ def test_a_finished_run_without_a_report_draws_it_when_started_again(tiny, conso
     assert page.read_text() == "kept" and "has already reached step 5" in console.file.getvalue()
 
 
+@pytest.fixture
+def heeded():
+    """Hanging up means something although the tests themselves may have been started by nohup."""
+    before = signal.signal(signal.SIGHUP, signal.SIG_DFL)
+    yield
+    signal.signal(signal.SIGHUP, before)
+
+
+@pytest.mark.usefixtures("heeded")
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1])
 def test_a_stop_signal_says_that_it_stops_after_this_step_and_how_to_go_on(tiny, console, before_step, capfd, number):
     run, before = prepare(tiny, console=console), signal.getsignal(number)
@@ -167,6 +176,7 @@ def test_a_signal_that_a_run_was_started_to_ignore_does_not_stop_it(tiny, before
     assert run.position.step == 4
 
 
+@pytest.mark.usefixtures("heeded")
 def test_a_stop_signal_is_heeded_when_nobody_can_be_told(monkeypatch):
     """The terminal that has closed is also where the notice would go."""
 
