@@ -75,7 +75,7 @@ def _speed(arguments: argparse.Namespace, show: Callable[[str], None]) -> dict:
     device, ladders = _device(arguments), {}
     if arguments.use_flash_attn2:
         _require_flash_attn2(device)
-    from phase8.train.benchmark import with_settings
+    from phase8.config.load import with_settings
     from phase8.train.benchmark_ladder import climb, total_gain
     from phase8.train.benchmark_tables import LADDER_HEADER, fact_lines, ladder_line, total_line
 

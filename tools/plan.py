@@ -260,21 +260,22 @@ def _add_check(commands: Any) -> None:
     text = "a config on any number of GPUs: what the first rank of each pipeline stage holds"
     check = commands.add_parser("check", help=text, description=text)
     check.set_defaults(run=_check)
-    check.add_argument("--config", required=True, type=path_argument, metavar="FILE", help="YAML config")
-    check.add_argument("--set", nargs="+", action="append", default=[], metavar="a.b=c", help="override config keys")
-    check.add_argument("--world-size", type=int, default=1, metavar="N", help="processes of the run, one per GPU (1)")
-    check.add_argument("--json", action="store_true", help="print one JSON object; the text goes to stderr")
+    _add_config_options(check)
 
 
 def _add_suggest(commands: Any) -> None:
     text = "the layouts of a config that fit on GPUs of a kind, the fastest by prediction first"
     command = commands.add_parser("suggest", help=text, description=text)
     command.set_defaults(run=_suggest)
+    _add_config_options(command)
+    command.add_argument("--gpu", default="h100", metavar="NAME", help="kind of the GPUs: h100, h200, a100, 'rtx 4090' ... (h100)")
+    command.add_argument("--memory", type=float, metavar="GiB", help="memory of each (that of the kind)")
+
+
+def _add_config_options(command: argparse.ArgumentParser) -> None:
     command.add_argument("--config", required=True, type=path_argument, metavar="FILE", help="YAML config")
     command.add_argument("--set", nargs="+", action="append", default=[], metavar="a.b=c", help="override config keys")
     command.add_argument("--world-size", type=int, default=1, metavar="N", help="processes of the run, one per GPU (1)")
-    command.add_argument("--gpu", default="h100", metavar="NAME", help="kind of the GPUs: h100, h200, a100, 'rtx 4090' ... (h100)")
-    command.add_argument("--memory", type=float, metavar="GiB", help="memory of each (that of the kind)")
     command.add_argument("--json", action="store_true", help="print one JSON object; the text goes to stderr")
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from phase8.config.dotted import replaced, value_of
 from phase8.config.schema import RunConfig
 
 AUTO = "auto"
@@ -27,14 +28,6 @@ def automatic_keys(config: RunConfig) -> tuple[str, ...]:
     return tuple(name for name in OFF if value_of(config, name) == AUTO)
 
 
-def value_of(config: RunConfig, name: str) -> Any:
-    """The value under a dotted name."""
-    value: Any = config
-    for part in name.split("."):
-        value = value.__getattribute__(part)
-    return value
-
-
 def with_values(config: RunConfig, values: Mapping[str, Any]) -> RunConfig:
     """A config whose `auto` keys have values; those of keys that are explicit are left out.
 
@@ -44,16 +37,9 @@ def with_values(config: RunConfig, values: Mapping[str, Any]) -> RunConfig:
     """
     automatic = automatic_keys(config)
     chosen = {name: value for name, value in values.items() if name in automatic or (name in WITH_RECOMPUTE and "train.recompute" in automatic)}
-    for name, value in chosen.items():
-        config = _with_value(config, name.split("."), value)
-    return config
+    return replaced(config, chosen)
 
 
 def without_auto(config: RunConfig) -> RunConfig:
     """A config in which nothing is left to choose, as with `train.tuning: off`."""
     return with_values(config, OFF | {"train.compile.enabled": config.train.recompute == "budget"})
-
-
-def _with_value(section: Any, path: list[str], value: Any) -> Any:
-    name, *rest = path
-    return section.model_copy(update={name: _with_value(section.__getattribute__(name), rest, value) if rest else value})

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+import operator
 import os
 import stat
 from collections.abc import Mapping, Sequence
@@ -62,6 +64,24 @@ def config_from_mapping(tree: Mapping[str, Any], *, source: str) -> RunConfig:
 def config_to_mapping(config: RunConfig) -> dict[str, Any]:
     """The config as plain JSON values; `config_from_mapping` is its inverse."""
     return config.model_dump(mode="json")
+
+
+def with_settings(config: RunConfig, settings: Mapping[str, Any], *, source: str = "settings") -> RunConfig:
+    """A config with some keys changed.
+
+    Args:
+        config: Any config.
+        settings: Plain JSON values by dotted name, of keys that there are.
+        source: Where the settings are from, for messages.
+
+    Raises:
+        ConfigError: A value that the key does not take.
+    """
+    tree = config_to_mapping(config)
+    for name, value in settings.items():
+        *sections, key = name.split(".")
+        functools.reduce(operator.getitem, sections, tree)[key] = value
+    return config_from_mapping(tree, source=source)
 
 
 def _read_file(path: Path) -> dict[str, Any]:

@@ -45,7 +45,7 @@ class SampleOrder:
         return dataset, permute(position, size=self.num_windows[dataset], key=(self.seed, dataset, epoch))
 
     def epochs(self, n: int) -> list[float]:
-        """Of each data set, how many epochs the first `n` samples are: 1.25 after all its windows and a quarter of them again."""
+        """How many epochs of each data set the first `n` samples are: 1.25 after all its windows and a quarter of them again."""
         return [count / available for count, available in zip(self.blend.counts(n), self.num_windows, strict=True)]
 
 

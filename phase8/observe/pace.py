@@ -46,7 +46,7 @@ class Throughput:
 
     @property
     def tokens_per_second(self) -> float:
-        """Of at least one step."""
+        """Tokens over seconds of the remembered steps, of which there must be one."""
         return math.fsum(tokens for _, tokens in self._steps) / math.fsum(seconds for seconds, _ in self._steps)
 
 

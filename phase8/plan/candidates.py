@@ -10,7 +10,8 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from phase8.config.auto import AUTO, automatic_keys, with_values
-from phase8.config.batch import batch_shape, run_topology
+from phase8.config.batch import BatchShape, batch_shape, run_topology
+from phase8.config.dotted import values_of
 from phase8.config.schema import RunConfig
 from phase8.config.validate import find_problems
 from phase8.model.flops import training_flops_per_token
@@ -22,7 +23,7 @@ _EXTRA_WORK = {"none": 1.0, "budget 0.5": 1.06, "budget 0.25": 1.10, "selective"
 _EAGER = 1.45  # the same without torch.compile
 # A microbatch of so many tokens, over the width of the model, reaches half of what a device can do; beyond the largest nothing is gained.
 _HALF_SPEED_TOKENS_TIMES_WIDTH = 2.4e6
-_MOST_TOKENS = 131_072
+MOST_TOKENS = 131_072
 _CPU_TOKENS = 4096  # at once; the caches of a CPU hold no more
 # Launches of a layer, forward and backward of a microbatch, from Python; what a GPU does of its peak. A step is recorded where launches
 # take more than a share of what is launched: a recording needs memory of its own.
@@ -33,6 +34,14 @@ _ASSUMED_PEAK = 3e14
 # Planned memory is within 2 % of what is measured; the allocator cannot use its last gaps.
 _USABLE = 0.97
 _RESERVE_BYTES = 256 << 20
+_STEP_KEYS = (
+    "train.micro_batch_size",
+    "train.recompute",
+    "train.activation_memory_budget",
+    "train.recompute_every_n_layers",
+    "train.compile.enabled",
+    "train.cuda_graphs",
+)
 # So many tokens in a microbatch without recomputation, and nothing that saves memory can be faster.
 _ENOUGH_TOKENS = 32_768
 
@@ -75,15 +84,7 @@ class Candidate:
     @property
     def values(self) -> dict[str, Any]:
         """By dotted name."""
-        train = self.config.train
-        return {
-            "train.micro_batch_size": train.micro_batch_size,
-            "train.recompute": train.recompute,
-            "train.activation_memory_budget": train.activation_memory_budget,
-            "train.recompute_every_n_layers": train.recompute_every_n_layers,
-            "train.compile.enabled": train.compile.enabled,
-            "train.cuda_graphs": train.cuda_graphs,
-        }
+        return values_of(self.config, _STEP_KEYS)
 
     def __str__(self) -> str:
         """In words."""
@@ -155,10 +156,11 @@ def nearest_that_fits(config: RunConfig, facts: Device, *, world_size: int, belo
     return None
 
 
-def difference(config: RunConfig, candidate: Candidate) -> str:
-    """What a candidate changes of a config, as overrides."""
-    before = Candidate(config, 0, 0.0).values
-    return " ".join(f"{name}={value}" for name, value in candidate.values.items() if before[name] != value)
+def how_to_fit(config: RunConfig, nearest: Candidate) -> str:
+    """What a user may do instead of training a config that needs too much: the overrides that lead to a candidate."""
+    before = values_of(config, _STEP_KEYS)
+    overrides = " ".join(f"{name}={value}" for name, value in nearest.values.items() if before[name] != value)
+    return f"{overrides} fits with {nearest.planned_bytes / 2**30:.1f} GiB, or leave these keys auto"
 
 
 def _settings(config: RunConfig, *, world_size: int, device: Device, compiles: bool) -> list[RunConfig]:
@@ -193,47 +195,46 @@ def _recorded_where_it_pays(settled: RunConfig, config: RunConfig, world_size: i
     if device.type != "cuda" or "train.cuda_graphs" not in automatic_keys(config):
         return settled
     computing, launching = _microbatch_seconds(settled, world_size, device)
-    recorded = with_values(config, Candidate(settled, 0, 0).values | {"train.cuda_graphs": True})
+    recorded = with_values(config, values_of(settled, _STEP_KEYS) | {"train.cuda_graphs": True})
     return recorded if launching > _RECORDED_FROM * computing and not find_problems(recorded, world_size=world_size) else settled
 
 
 def _microbatch_sizes(config: RunConfig, world_size: int) -> list[int]:
     """Divisors of the sequences of a rank, smallest first; one where the config says it."""
-    topology = run_topology(config.parallel, world_size=world_size)
-    shape = batch_shape(config.train, config.parallel, data_parallel_size=topology.data_parallel_size)
-    if "train.micro_batch_size" not in automatic_keys(config):
+    shape = _shape(config, world_size)
+    if "train.micro_batch_size" not in automatic_keys(config) or config.parallel.num_microbatches is not None:
         return [shape.micro_batch_size]
-    if config.parallel.num_microbatches is not None:
-        return [shape.micro_batch_size]
-    per_rank = shape.global_batch_size // shape.data_parallel_size
-    sizes = [size for size in range(1, per_rank + 1) if per_rank % size == 0]
-    few_enough = [size for size in sizes if size * config.model.sequence_length <= _MOST_TOKENS]
-    return few_enough or sizes[:1]
+    return divisors(shape.global_batch_size // shape.data_parallel_size, max(MOST_TOKENS // config.model.sequence_length, 1))
+
+
+def divisors(number: int, largest: int) -> list[int]:
+    """Those that are at most `largest`, smallest first."""
+    return [each for each in range(1, min(number, largest) + 1) if number % each == 0]
 
 
 def _microbatch_tokens(config: RunConfig, world_size: int) -> int:
-    topology = run_topology(config.parallel, world_size=world_size)
-    shape = batch_shape(config.train, config.parallel, data_parallel_size=topology.data_parallel_size)
-    return shape.micro_batch_size * config.model.sequence_length
+    return _shape(config, world_size).micro_batch_size * config.model.sequence_length
+
+
+def _shape(config: RunConfig, world_size: int) -> BatchShape:
+    return batch_shape(config.train, config.parallel, data_parallel_size=run_topology(config.parallel, world_size=world_size).data_parallel_size)
 
 
 def _seconds(config: RunConfig, world_size: int, device: Device) -> float:
     """Predicted seconds of a step, of which only ratios mean something."""
-    topology = run_topology(config.parallel, world_size=world_size)
-    shape = batch_shape(config.train, config.parallel, data_parallel_size=topology.data_parallel_size)
-    bubble = topology.pipeline_parallel_size - 1
-    return (shape.num_microbatches + bubble) * max(_microbatch_seconds(config, world_size, device))
+    bubble = config.parallel.pipeline_parallel_size - 1
+    return (_shape(config, world_size).num_microbatches + bubble) * max(_microbatch_seconds(config, world_size, device))
 
 
 def _microbatch_seconds(config: RunConfig, world_size: int, device: Device) -> tuple[float, float]:
     """What the device computes for in a microbatch, and what its launches take."""
-    topology, train = run_topology(config.parallel, world_size=world_size), config.train
+    parallel, train = config.parallel, config.train
     way = f"budget {train.activation_memory_budget:g}" if train.recompute == "budget" else train.recompute
     work = _EXTRA_WORK.get(way, _EXTRA_WORK["budget 0.5"]) * (1 if train.compile.enabled else _EAGER)
     tokens = _microbatch_tokens(config, world_size) + _HALF_SPEED_TOKENS_TIMES_WIDTH / config.model.d_model
-    flops = training_flops_per_token(config.model) * tokens / (topology.tensor_parallel_size * topology.pipeline_parallel_size)
+    flops = training_flops_per_token(config.model) * tokens / (parallel.tensor_parallel_size * parallel.pipeline_parallel_size)
     computing = work * flops / (_SUSTAINED * (device.peak_flops or _ASSUMED_PEAK))
-    launching = 0.0 if train.cuda_graphs or device.type != "cuda" else _LAUNCH_SECONDS * config.model.num_layers / topology.pipeline_parallel_size
+    launching = 0.0 if train.cuda_graphs or device.type != "cuda" else _LAUNCH_SECONDS * config.model.num_layers / parallel.pipeline_parallel_size
     return computing, launching
 
 

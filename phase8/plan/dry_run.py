@@ -14,7 +14,7 @@ from phase8.observe.banner import print_banner
 from phase8.observe.devices import find_gpu
 from phase8.plan.candidates import Device, find_candidates, smallest_candidate
 from phase8.plan.facts import Fact, batch_fact, communication_fact, memory_facts, model_facts, speed_fact
-from phase8.plan.prediction import ASSUMED_GPU, predict_step
+from phase8.plan.prediction import ASSUMED_GPU, assumed_gpu, predict_step
 from phase8.plan.run_communication import plan_run_communication
 from phase8.plan.whole_config import count_parameters, plan_stages, shapes_only
 
@@ -42,9 +42,7 @@ def dry_run(config: RunConfig, *, world_size: int, console: Console) -> None:
 
 def _settled(config: RunConfig, world_size: int) -> tuple[RunConfig, list[Fact]]:
     """The config with the settings that would be chosen by plan on the GPU of this machine, or on an H100 where there is none that is known."""
-    gpu = find_gpu(torch.cuda.get_device_name()) if torch.cuda.is_available() else None
-    gpu = gpu or find_gpu(ASSUMED_GPU)
-    assert gpu is not None  # it is in the table
+    gpu = find_gpu(_own_gpu() or ASSUMED_GPU) or assumed_gpu()
     total = int(gpu.memory_gib * 2**30)
     device = Device("cuda", ASSUMED_GPU, memory_bytes=total - (1 << 30), total_bytes=total, peak_flops=gpu.half * 1e12)
     if not automatic_keys(config) or config.train.tuning == "off":
@@ -54,6 +52,11 @@ def _settled(config: RunConfig, world_size: int) -> tuple[RunConfig, list[Fact]]
     step_keys = [name for name in automatic_keys(config) if name.startswith("train.")]
     reason = f"{found[0]}" if found else f"nothing fits into {gpu.memory_gib} GiB"
     return settled, [("settings", f"{reason}, by plan")] if step_keys else []
+
+
+def _own_gpu() -> str | None:
+    """The name of this machine's GPU; None: there is none."""
+    return torch.cuda.get_device_name() if torch.cuda.is_available() else None
 
 
 def _topology_facts(config: RunConfig, world_size: int) -> list[Fact]:
@@ -93,9 +96,8 @@ def _speed_facts(config: RunConfig, world_size: int) -> list[Fact]:
     """On the GPU of this machine, or on an H100 where there is none that is known. References in plain torch are not predicted."""
     if config.train.kernels == "reference":
         return []
-    own = torch.cuda.get_device_name() if torch.cuda.is_available() else None
-    known = own is not None and find_gpu(own) is not None
-    predicted = predict_step(config, world_size, own if own is not None and known else ASSUMED_GPU)
+    own = _own_gpu()
+    predicted = predict_step(config, world_size, own or ASSUMED_GPU)
     missing = "this machine has no GPU" if own is None else f"{own} is not known"
     return [
         speed_fact(
@@ -103,6 +105,6 @@ def _speed_facts(config: RunConfig, world_size: int) -> list[Fact]:
             mfu=predicted.mfu,
             run_seconds=predicted.seconds * config.train.num_steps,
             num_gpus=world_size,
-            gpu=own if own is not None and known else f"{ASSUMED_GPU}, assumed because {missing}",
+            gpu=own if own is not None and predicted.is_known else f"{ASSUMED_GPU}, assumed because {missing}",
         )
     ]

@@ -21,7 +21,7 @@ from phase8.kernels.loss_chunks import SCRATCH_BYTES, choose_chunk_tokens
 from phase8.model.flops import BACKWARD_OVER_FORWARD, mean_visible_keys
 from phase8.plan.memory import FP32_BYTES
 
-# Of forward, of backward.
+# The first is for the forward, the second for the backward.
 Both = tuple[float, float]
 
 # Shares of the peak FLOP/s. Products: a profile of phase8_1b has 740 of 989 TFLOP/s, single ones reach 800. The kernels of the mixer: the
@@ -37,14 +37,14 @@ CAUSAL_PASSES: Both = (6, 14)
 OVERLAP = 1.8
 # Kernels of a low-rank pair beyond those of one product, with the casts of its weights.
 PAIR_KERNELS: Both = (2.4, 4.7)
-# Of the outputs of several pairs, which then lie side by side.
+# The outputs of several products are copied so that they lie side by side.
 CONCATENATED_PASSES = 1.25
 # From the end of a small kernel to that of the next: 11.0 ms for about a thousand of them are kernels in the profile of the research shape,
 # most with little to do.
 KERNEL_SECONDS = 2.75e-6
 # Adding the gradients of a microbatch to those before: two numbers are read, one is written.
 ACCUMULATED_BYTES = 3 * FP32_BYTES
-# Of embedding and head.
+# The host launches embedding and head in that time.
 ENDS_HOST_SECONDS = 0.5e-3
 # What torch.compile recomputes first is cheap: a budget of one half costs less than a third of recomputing all.
 BUDGET_EXPONENT = 1.45
@@ -87,7 +87,7 @@ EAGER = Style(
     stream=(42, 50), gated=(5.3, 10.6), mixed=(23, 46), kernels=(38, 75), host=(4.0e-3, 2.85e-3), pair_host=(0.21e-3, 0.25e-3), repeated_host=1.6,
     cast_bytes=(14, 14),
 )
-# Of kernels and host, to the mixer.
+# The mixer has this share of a layer's kernels and of its time on the host.
 MIXER_SHARE = 0.7
 
 

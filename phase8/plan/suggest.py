@@ -13,20 +13,21 @@ from functools import cached_property
 from typing import Any
 
 from phase8.config.batch import batch_shape, run_topology
+from phase8.config.dotted import replaced, values_of
 from phase8.config.schema import RunConfig
 from phase8.config.validate import find_problems
 from phase8.errors import ConfigError
 from phase8.observe.devices import Gpu
 from phase8.observe.formatting import format_bytes
+from phase8.plan.candidates import MOST_TOKENS, divisors
 from phase8.plan.prediction import StepPrediction, predict_step
 from phase8.plan.rank_memory import fullest
 from phase8.plan.throughput import GPUS_PER_HOST
 from phase8.plan.whole_config import plan_stages
 
-# Of the memory of a GPU: what fragments of it and the driver take.
+# Fragments of the memory of a GPU and its driver take as much of it.
 UNUSABLE_SHARE = 0.03
 UNUSABLE_BYTES = 512 << 20
-MOST_TOKENS = 131_072
 LARGEST_MICROBATCH = 128
 # From what holds least to what holds most.
 RECOMPUTATIONS = ("full", "selective", "budget", "none")
@@ -37,6 +38,22 @@ PEER_LINK = 100
 GAIN_OF_A_GRAPH = 1.02
 # With a pipeline: what ZeRO 2 and 3 send for every microbatch costs more than they save.
 MOST_ZERO_IN_PIPELINE = 1
+# What a layout decides.
+SETTINGS = (
+    "parallel.tensor_parallel_size",
+    "parallel.async_tensor_parallel",
+    "parallel.pipeline_parallel_size",
+    "parallel.pipeline_schedule",
+    "parallel.pipeline_chunks",
+    "parallel.num_microbatches",
+    "zero.stage",
+    "zero.shard_size",
+    "train.micro_batch_size",
+    "train.recompute",
+    "train.recompute_every_n_layers",
+    "train.compile.enabled",
+    "train.cuda_graphs",
+)
 
 
 @dataclass(frozen=True)
@@ -89,22 +106,7 @@ def usable_bytes(memory_bytes: int) -> int:
 
 def settings_of(config: RunConfig) -> dict[str, Any]:
     """The settings that a layout decides, by dotted name."""
-    parallel, zero, train = config.parallel, config.zero, config.train
-    return {
-        "parallel.tensor_parallel_size": parallel.tensor_parallel_size,
-        "parallel.async_tensor_parallel": parallel.async_tensor_parallel,
-        "parallel.pipeline_parallel_size": parallel.pipeline_parallel_size,
-        "parallel.pipeline_schedule": parallel.pipeline_schedule,
-        "parallel.pipeline_chunks": parallel.pipeline_chunks,
-        "parallel.num_microbatches": parallel.num_microbatches,
-        "zero.stage": zero.stage,
-        "zero.shard_size": zero.shard_size,
-        "train.micro_batch_size": train.micro_batch_size,
-        "train.recompute": train.recompute,
-        "train.recompute_every_n_layers": train.recompute_every_n_layers,
-        "train.compile.enabled": train.compile.enabled,
-        "train.cuda_graphs": train.cuda_graphs,
-    }
+    return values_of(config, SETTINGS)
 
 
 def layout_in_words(config: RunConfig, world_size: int) -> str:
@@ -198,7 +200,7 @@ class _Search:
         for layout in layouts(self._config, world_size=self._world_size, has_peer_memory=self._gpu.link >= PEER_LINK):
             for settled in microbatches(layout, world_size=self._world_size):
                 plain = _Candidate(settled, self._predict(settled))
-                recorded = with_settings(settled, train={"cuda_graphs": True})
+                recorded = replaced(settled, {"train.cuda_graphs": True})
                 if not find_problems(recorded, world_size=self._world_size):
                     prediction = self._predict(recorded)
                     if prediction.tokens_per_second > GAIN_OF_A_GRAPH * plain.prediction.tokens_per_second:
@@ -222,7 +224,7 @@ class _Search:
         return candidate.size <= self._largest_sizes[key]
 
     def _largest_size(self, candidate: _Candidate) -> int:
-        """Of the microbatches that fit, everything else being as in the candidate; 0: none does."""
+        """The largest microbatch that fits, everything else being as in the candidate; 0: none does."""
         family = [each for each in self._candidates if each.family == candidate.family]
         if candidate.family not in self._smallest:
             self._smallest[candidate.family] = min(family, key=lambda each: (each.size, RECOMPUTATIONS.index(each.config.train.recompute)))
@@ -252,50 +254,42 @@ class _Search:
 
 def layouts(config: RunConfig, *, world_size: int, has_peer_memory: bool) -> Iterator[RunConfig]:
     """Every division of the ranks, compiled, before microbatch and recomputation are chosen."""
-    for tensor in _divisors(world_size, GPUS_PER_HOST):
-        for stages in _divisors(world_size // tensor, config.model.num_layers):
+    for tensor in divisors(world_size, GPUS_PER_HOST):
+        for stages in divisors(world_size // tensor, config.model.num_layers):
             num_data_ranks = world_size // tensor // stages
             for chunks in CHUNKS if stages > 1 else CHUNKS[:1]:
                 for stage, shard_size in _zero_stages(num_data_ranks, tensor, stages):
-                    yield with_settings(
+                    yield replaced(
                         config,
-                        parallel={
-                            "tensor_parallel_size": tensor,
-                            "async_tensor_parallel": tensor > 1 and has_peer_memory,
-                            "pipeline_parallel_size": stages,
-                            "pipeline_schedule": "interleaved" if chunks > 1 else "1f1b",
-                            "pipeline_chunks": chunks,
-                            "num_microbatches": None,
+                        {
+                            "parallel.tensor_parallel_size": tensor,
+                            "parallel.async_tensor_parallel": tensor > 1 and has_peer_memory,
+                            "parallel.pipeline_parallel_size": stages,
+                            "parallel.pipeline_schedule": "interleaved" if chunks > 1 else "1f1b",
+                            "parallel.pipeline_chunks": chunks,
+                            "parallel.num_microbatches": None,
+                            "zero.stage": stage,
+                            "zero.shard_size": shard_size,
+                            "train.compile.enabled": True,
                         },
-                        zero={"stage": stage, "shard_size": shard_size},
-                        compile={"enabled": True},
                     )
 
 
 def microbatches(layout: RunConfig, *, world_size: int) -> Iterator[RunConfig]:
     """A layout with every microbatch and recomputation with which it can run."""
     topology = run_topology(layout.parallel, world_size=world_size)
-    whole = with_settings(layout, train={"micro_batch_size": 1, "cuda_graphs": False})
+    whole = replaced(layout, {"train.micro_batch_size": 1, "train.cuda_graphs": False})
     try:
         per_rank = batch_shape(whole.train, whole.parallel, data_parallel_size=topology.data_parallel_size).num_microbatches
     except ConfigError:
         return
-    for size in _divisors(per_rank, LARGEST_MICROBATCH):
+    for size in divisors(per_rank, LARGEST_MICROBATCH):
         if size > 1 and size * layout.model.sequence_length > MOST_TOKENS:
             break
         for recompute in RECOMPUTATIONS:
-            settled = with_settings(whole, train={"micro_batch_size": size, "recompute": recompute, "recompute_every_n_layers": 1})
+            settled = replaced(whole, {"train.micro_batch_size": size, "train.recompute": recompute, "train.recompute_every_n_layers": 1})
             if not find_problems(settled, world_size=world_size):
                 yield settled
-
-
-def with_settings(config: RunConfig, **sections: dict[str, Any]) -> RunConfig:
-    """The config with other values in these sections; `compile` is the one of train. The caller vouches for the values."""
-    changes: dict[str, Any] = {name: getattr(config, name).model_copy(update=values) for name, values in sections.items() if name != "compile"}
-    if "compile" in sections:
-        train = changes.get("train", config.train)
-        changes["train"] = train.model_copy(update={"compile": train.compile.model_copy(update=sections["compile"])})
-    return config.model_copy(update=changes)
 
 
 def _zero_stages(num_data_ranks: int, tensor: int, stages: int) -> Iterator[tuple[int, int | None]]:
@@ -308,7 +302,3 @@ def _zero_stages(num_data_ranks: int, tensor: int, stages: int) -> Iterator[tupl
         on_host = GPUS_PER_HOST // tensor
         if 1 < on_host < num_data_ranks and num_data_ranks % on_host == 0:
             yield stage, on_host
-
-
-def _divisors(number: int, largest: int) -> list[int]:
-    return [each for each in range(1, min(number, largest) + 1) if number % each == 0]

@@ -12,7 +12,6 @@ import itertools
 import statistics
 import tempfile
 import time
-from collections.abc import Mapping
 from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,7 +21,7 @@ from rich.console import Console
 from torch import Tensor
 
 from phase8.config.auto import without_auto
-from phase8.config.load import config_from_mapping, config_to_mapping
+from phase8.config.load import with_settings
 from phase8.config.schema import RunConfig
 from phase8.model.flops import training_flops_per_token
 from phase8.model.model import LanguageModel
@@ -169,26 +168,6 @@ def measure_alone(config: RunConfig, *, device: torch.device, num_steps: int, pr
     if device.type == "cuda":
         torch.cuda.empty_cache()
     return measurement
-
-
-def with_settings(config: RunConfig, settings: Mapping[str, object]) -> RunConfig:
-    """A config with some keys changed.
-
-    Args:
-        config: Any config.
-        settings: Values by dotted name.
-
-    Raises:
-        ConfigError: A value that the key does not take.
-    """
-    tree = config_to_mapping(config)
-    for name, value in settings.items():
-        *sections, key = name.split(".")
-        node = tree
-        for section in sections:
-            node = node[section]
-        node[key] = value
-    return config_from_mapping(tree, source="benchmark")
 
 
 def _measure_or_run_out(config: RunConfig, *, device: torch.device, num_steps: int, profile_to: Path | None) -> Measurement:

@@ -9,8 +9,9 @@ from pathlib import Path
 import torch
 
 from phase8.config.auto import without_auto
+from phase8.config.load import with_settings
 from phase8.config.schema import RunConfig, TrainSection
-from phase8.train.benchmark import Measurement, measure_alone, with_settings
+from phase8.train.benchmark import Measurement, measure_alone
 from phase8.train.benchmark_data import on_random_tokens
 
 BLOCKS = ("phase8", "transformer")

@@ -9,9 +9,9 @@ from tempfile import TemporaryDirectory
 
 import numpy as np
 
+from phase8.config.load import with_settings
 from phase8.config.schema import RunConfig
 from phase8.data.indexed import IndexedWriter, best_dtype
-from phase8.train.benchmark import with_settings
 
 MIN_TOKENS = 1 << 20
 MIN_WINDOWS = 4

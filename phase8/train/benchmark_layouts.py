@@ -24,10 +24,10 @@ from dataclasses import dataclass
 
 from phase8.config.auto import without_auto
 from phase8.config.batch import batch_shape, run_topology
+from phase8.config.load import with_settings
 from phase8.config.schema import ParallelSection, RunConfig, ZeroSection
 from phase8.errors import ConfigError
 from phase8.pipeline_parallel.schedules import SCHEDULES, bubble_ratio
-from phase8.train.benchmark import with_settings
 
 ONE, OFFLOAD, ASYNC, COPY, GRAPH = "one", "offload", "async", "copy", "graph"
 DEGREES = {"tp": "parallel.tensor_parallel_size", "pp": "parallel.pipeline_parallel_size", "dp": None}

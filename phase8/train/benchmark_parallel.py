@@ -18,7 +18,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from phase8.config.batch import BatchShape, batch_shape, run_topology
-from phase8.config.load import config_to_mapping
+from phase8.config.load import config_to_mapping, with_settings
 from phase8.config.schema import RunConfig
 from phase8.config.validate import validate
 from phase8.data.staging import read_json, write_json
@@ -26,7 +26,6 @@ from phase8.durable import storage_errors
 from phase8.errors import ConfigError, StorageError
 from phase8.plan.rank_memory import fullest
 from phase8.plan.whole_config import plan_stages
-from phase8.train.benchmark import with_settings
 from phase8.train.benchmark_data import on_random_tokens
 from phase8.train.benchmark_layouts import Layout, layout_config, throughput_ceiling
 from phase8.train.benchmark_rank import RankFigures

@@ -12,7 +12,7 @@ import torch
 from phase8.checkpoint.load import list_checkpoints
 from phase8.config.schema import RunConfig
 from phase8.errors import OutOfMemoryError
-from phase8.plan.candidates import Device, difference, nearest_that_fits
+from phase8.plan.candidates import Device, how_to_fit, nearest_that_fits
 from phase8.plan.memory import MemoryPlan
 from phase8.plan.rank_memory import fullest
 from phase8.plan.whole_config import plan_stages
@@ -99,7 +99,7 @@ def _device_sentence(config: RunConfig, facts: Device, world_size: int) -> str:
     nearest = nearest_that_fits(config, facts, world_size=world_size, below_bytes=planned)
     remedy = "make the model smaller, or use more ranks with zero.stage=3"
     if nearest is not None:
-        remedy = f"{difference(config, nearest)} fits with {nearest.planned_bytes / _GIB:.1f} GiB, or leave these keys auto"
+        remedy = how_to_fit(config, nearest)
     return (
         f"out of memory on {facts.name}: the run needs {planned / _GIB:.1f} GiB by plan, and {facts.memory_bytes / _GIB:.1f} of "
         f"{facts.total_bytes / _GIB:.1f} GiB were free when it started; {remedy}."

@@ -21,7 +21,8 @@ from typing import Any
 import torch
 
 from phase8.config.auto import OFF, WITH_RECOMPUTE, automatic_keys, with_values, without_auto
-from phase8.config.load import config_from_mapping, config_to_mapping
+from phase8.config.dotted import values_of
+from phase8.config.load import config_to_mapping, with_settings
 from phase8.config.schema import RunConfig
 from phase8.config.validate import find_problems
 from phase8.data.staging import read_json, write_json
@@ -29,7 +30,7 @@ from phase8.distributed.collectives import broadcast_text, gather_texts
 from phase8.distributed.mesh import Mesh
 from phase8.errors import ConfigError, OutOfMemoryError, Phase8Error
 from phase8.observe.formatting import format_count
-from phase8.plan.candidates import Candidate, Device, difference, find_candidates, nearest_that_fits, predicted_run_seconds, smallest_candidate
+from phase8.plan.candidates import Candidate, Device, find_candidates, how_to_fit, nearest_that_fits, predicted_run_seconds, smallest_candidate
 from phase8.train.device import host_settings
 from phase8.train.trial import Trial, run_trial
 
@@ -94,7 +95,7 @@ def choose_settings(
         return config, Chosen()
     if config.train.tuning == "off":
         settled = without_auto(config)
-        return settled, Chosen(_values_of(settled, automatic), reason="train.tuning is off")
+        return settled, Chosen(values_of(settled, automatic), reason="train.tuning is off")
     facts = _common_memory(facts)
     known = _kept(config, recorded, facts, world_size, say) if not refused else None
     if known is None:
@@ -110,14 +111,14 @@ def _choose(
     config = with_values(config, host_settings(config, facts.type))
     automatic = automatic_keys(config)
     if not automatic:
-        return Chosen(_values_of(config, _CHOSEN_KEYS), facts.name, world_size, "of the host")
+        return Chosen(values_of(config, _CHOSEN_KEYS), facts.name, world_size, "of the host")
     cache = _cache_file(config, facts, world_size)
     if (found := _read_cache(cache, config)) is not None and not refused:
         return found
     search = _Search(config, mesh, device, facts, refused, say)
     if facts.type != "cuda" or world_size > 1 or config.train.tuning == "plan":
         best = search.candidates(compiles=search.is_long(None))[0]
-        return Chosen(_values_of(best.config, _CHOSEN_KEYS), facts.name, world_size, f"{best}, by plan")
+        return Chosen(values_of(best.config, _CHOSEN_KEYS), facts.name, world_size, f"{best}, by plan")
     chosen = search.measure()
     if not refused:
         _write_cache(cache, chosen, say)
@@ -202,7 +203,7 @@ def _fastest(found: Sequence[tuple[Trial, Candidate]], facts: Device) -> Chosen:
     reason = f"{chosen}: {format_count(best.tokens_per_second)} tok/s measured, {best.peak_bytes / 2**30:.1f} of {facts.memory_bytes / 2**30:.1f} GiB"
     if others:
         reason += f"; next best: {others[0][1]}, {format_count(others[0][0].tokens_per_second)} tok/s"
-    return Chosen(_values_of(chosen.config, _CHOSEN_KEYS), facts.name, 1, reason)
+    return Chosen(values_of(chosen.config, _CHOSEN_KEYS), facts.name, 1, reason)
 
 
 def _kept(config: RunConfig, recorded: object, facts: Device, world_size: int, say: Callable[[str], None]) -> Chosen | None:
@@ -227,35 +228,17 @@ def _parse(value: object, config: RunConfig) -> Chosen | None:
     """A record, whoever wrote it; None where it is not one that leaves nothing of this config to choose."""
     if not isinstance(value, dict) or not isinstance(value.get("values"), dict) or not set(automatic_keys(config)) <= value["values"].keys():
         return None
-    tree = config_to_mapping(config)
-    for name, setting in value["values"].items():
-        if name not in _CHOSEN_KEYS:
-            return None
-        *parents, leaf = name.split(".")
-        node = tree
-        for parent in parents:
-            node = node[parent]
-        node[leaf] = setting
+    if not value["values"].keys() <= set(_CHOSEN_KEYS):
+        return None
     try:
-        settled = config_from_mapping(tree, source="record")
+        settled = with_settings(config, value["values"], source="record")
     except ConfigError:
         return None
     texts = [value.get(name) for name in ("device", "reason")]
     world_size = value.get("world_size")
     if automatic_keys(settled) or not all(isinstance(text, str) for text in texts) or type(world_size) is not int:
         return None
-    return Chosen(_values_of(settled, tuple(value["values"])), str(texts[0]), world_size, str(texts[1]))
-
-
-def _values_of(config: RunConfig, names: Sequence[str]) -> dict[str, Any]:
-    tree = config_to_mapping(config)
-    found = {}
-    for name in names:
-        value: Any = tree
-        for part in name.split("."):
-            value = value[part]
-        found[name] = value
-    return found
+    return Chosen(values_of(settled, tuple(value["values"])), str(texts[0]), world_size, str(texts[1]))
 
 
 def _common_memory(facts: Device) -> Device:
@@ -288,7 +271,7 @@ def _nothing_fits(config: RunConfig, world_size: int, facts: Device) -> str:
     nearest = nearest_that_fits(config, facts, world_size=world_size, below_bytes=smallest.planned_bytes)
     remedy = "make the model smaller, use more ranks with zero.stage=3, or offload with zero.offload_optimizer=cpu"
     if nearest is not None:
-        remedy = f"{difference(smallest.config, nearest)} fits with {nearest.planned_bytes / 2**30:.1f} GiB, or leave these keys auto"
+        remedy = how_to_fit(smallest.config, nearest)
     return (
         f"no settings fit into the {facts.memory_bytes / 2**30:.1f} GiB that are free on {facts.name}: {smallest} needs "
         f"{smallest.planned_bytes / 2**30:.1f} GiB by plan; {remedy}."

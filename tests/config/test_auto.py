@@ -5,7 +5,8 @@ from pathlib import Path
 
 import pytest
 
-from phase8.config.auto import OFF, automatic_keys, value_of, with_values, without_auto
+from phase8.config.auto import OFF, automatic_keys, with_values, without_auto
+from phase8.config.dotted import value_of
 from phase8.config.load import config_from_mapping, config_to_mapping, load_config
 from phase8.errors import ConfigError
 

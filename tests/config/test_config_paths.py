@@ -9,6 +9,7 @@ import pytest
 
 from phase8.config.arguments import path_argument, resume_argument
 from phase8.config.describe import describe_type, iterate_keys
+from phase8.config.dotted import value_of
 from phase8.config.load import config_from_mapping, config_to_mapping, load_config
 from phase8.config.schema import DataSource
 from phase8.errors import ConfigError
@@ -31,12 +32,6 @@ def environment(monkeypatch):
     monkeypatch.setenv("HOME", "/home/somebody")
     monkeypatch.setenv("SCRATCH", "/scratch")
     monkeypatch.delenv("UNSET_HERE", raising=False)
-
-
-def value_of(config, name):
-    for part in name.split("."):
-        config = dict(config)[part]
-    return config
 
 
 def test_every_text_of_the_schema_is_a_path_or_is_listed():

@@ -6,7 +6,7 @@ from dataclasses import replace
 import pytest
 
 from phase8.config.load import load_config
-from phase8.plan.candidates import Device, difference, find_candidates, nearest_that_fits, smallest_candidate, usable_bytes
+from phase8.plan.candidates import Device, find_candidates, how_to_fit, nearest_that_fits, smallest_candidate, usable_bytes
 from phase8.plan.whole_config import plan_stages
 
 SMALL = (
@@ -84,7 +84,7 @@ def test_the_nearest_setting_that_fits_changes_the_microbatch_first():
     (stage,) = plan_stages(config, world_size=1, device_type="cuda", device_bytes=GPU.total_bytes)
     device = with_usable(stage.memory.total_bytes - 1)
     nearest = nearest_that_fits(config, device, world_size=1, below_bytes=1 << 60)
-    assert difference(config, nearest) == "train.micro_batch_size=8" and nearest.planned_bytes < stage.memory.total_bytes
+    assert how_to_fit(config, nearest).startswith("train.micro_batch_size=8 fits with ") and nearest.planned_bytes < stage.memory.total_bytes
     assert nearest_that_fits(config, replace(GPU, memory_bytes=1 << 20), world_size=1, below_bytes=1 << 40) is None
 
 

@@ -10,12 +10,13 @@ import pytest
 import torch
 from tiny_run import tiny_config
 
+from phase8.config.load import with_settings
 from phase8.data.loader import SequenceDataset
 from phase8.errors import ConfigError, DivergenceError
 from phase8.observe.metrics import MetricsWriter
 from phase8.tensor_parallel.linear import joint_linear
 from phase8.train import benchmark, loop, saver, trainer
-from phase8.train.benchmark import WARMUP_STEPS, measure_alone, measure_throughput, with_settings
+from phase8.train.benchmark import WARMUP_STEPS, measure_alone, measure_throughput
 from phase8.train.step import StepResult
 
 CPU = torch.device("cpu")
