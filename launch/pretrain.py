@@ -76,6 +76,7 @@ def _train(arguments: argparse.Namespace, overrides: list[str]) -> None:
         console = make_console(quiet=world.rank != 0)
         agents = {agent for agent in gather_texts(world.agent) if agent is not None}
         resume = resume_after_restart(arguments.resume, directory, agents=agents)
+
         def attempt(refused: list[dict[str, object]], resume: str) -> None:
             run = build_run(config, device=device, resume=resume, console=console, world_size=world.world_size, agents=agents, refused=refused)
             train(run, resume_command=_resume_command(), report=lambda step, doing: watch.report(step=step, doing=doing))

@@ -110,13 +110,14 @@ class OutOfMemoryError(Phase8Error):
     Args:
         sentence: What is needed, what there is, and the nearest setting that fits.
         values: The automatic settings that ran out; None: none were.
+        has_begun: The run directory is that of this run; otherwise an earlier run may still be in its place.
     """
 
     exit_code = 9
 
-    def __init__(self, sentence: str, values: Mapping[str, object] | None = None):
+    def __init__(self, sentence: str, values: Mapping[str, object] | None = None, *, has_begun: bool = True):
         super().__init__(sentence)
-        self.values = values
+        self.values, self.has_begun = values, has_begun
 
 
 def describe_error(error: Phase8Error) -> str:

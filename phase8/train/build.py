@@ -155,7 +155,7 @@ def build_run(
             say=lambda text: print_line(text, console),
         )
         validate(config, world_size=world_size)
-        with memory_errors(config, chosen, machine, world_size=world_size):
+        with memory_errors(config, chosen, machine, world_size=world_size, has_begun=False):
             run, choice = _decide(config, mesh, directory, data, machine, chosen, device=device, resume=resume, console=console)
         if run.is_main:
             check_place(choice, directory, agents=agents)

@@ -40,7 +40,7 @@ def train(run: Run, *, resume_command: str, report: Callable[[int, str], None] =
         StorageError: The last checkpoint cannot be written.
         OutOfMemoryError: The memory of the device or the host does not suffice.
     """
-    with run.lock, memory_errors(run.config, run.chosen, run.machine, world_size=run.learner.mesh.topology.world_size):
+    with run.lock, memory_errors(run.config, run.chosen, run.machine, world_size=run.learner.mesh.topology.world_size, has_begun=True):
         if not run.is_complete:  # what was resumed from elsewhere is saved here
             stopped_by = _train_with_rollbacks(run, run.stop_step, report)
             if stopped_by is not None and run.position.step < run.stop_step:

@@ -9,13 +9,13 @@ from contextlib import contextmanager
 
 import torch
 
-from phase8.checkpoint.load import list_checkpoints
 from phase8.config.schema import RunConfig
 from phase8.errors import OutOfMemoryError
 from phase8.plan.candidates import Device, how_to_fit, nearest_that_fits
 from phase8.plan.memory import MemoryPlan
 from phase8.plan.rank_memory import fullest
 from phase8.plan.whole_config import plan_stages
+from phase8.train.restart import resume_own_run
 from phase8.train.run_directory import RunDirectory
 from phase8.train.tuning import Chosen
 
@@ -26,7 +26,7 @@ _GIB = 2**30
 
 
 @contextmanager
-def memory_errors(config: RunConfig, chosen: Chosen, facts: Device, *, world_size: int) -> Iterator[None]:
+def memory_errors(config: RunConfig, chosen: Chosen, facts: Device, *, world_size: int, has_begun: bool) -> Iterator[None]:
     """A block that turns running out of memory into one sentence.
 
     Args:
@@ -34,6 +34,7 @@ def memory_errors(config: RunConfig, chosen: Chosen, facts: Device, *, world_siz
         chosen: What was chosen of it.
         facts: The device before the run took anything of it.
         world_size: Ranks.
+        has_begun: The run directory is that of this run.
 
     Raises:
         OutOfMemoryError: Instead of what torch or Python raises; with the automatic values, if there are any.
@@ -55,7 +56,7 @@ def memory_errors(config: RunConfig, chosen: Chosen, facts: Device, *, world_siz
     else:
         return
     # Raised here, where the frames that hold model and optimizer have ended: whoever catches it can use their memory.
-    raise OutOfMemoryError(sentence, values)
+    raise OutOfMemoryError(sentence, values, has_begun=has_begun)
 
 
 def retry_with_less_memory(
@@ -87,8 +88,8 @@ def retry_with_less_memory(
                 raise
             refused.append(dict(error.values))
             say(f"{error} Trying the next best settings.")
-        if resume == "none" or list_checkpoints(directory.checkpoints):
-            resume = "auto"
+            if error.has_begun:
+                resume = resume_own_run(resume, directory)
         gc.collect()
         if torch.cuda.is_available():
             torch.cuda.empty_cache()

@@ -29,7 +29,11 @@ def resume_after_restart(asked: str, directory: RunDirectory, *, agents: Collect
     """
     if asked == "auto" or set(agents).isdisjoint(recorded_agents(directory)):
         return asked
-    # Killed before it had saved anything, a run that began with another one's checkpoint begins with it again.
+    return resume_own_run(asked, directory)
+
+
+def resume_own_run(asked: str, directory: RunDirectory) -> str:
+    """The choice for a run that began as `asked` and has the directory by now: ended before it had saved anything, it begins so again."""
     return "auto" if asked == "none" or list_checkpoints(directory.checkpoints) else asked
 
 

@@ -8,6 +8,7 @@ import torch
 from rich.console import Console
 from tiny_run import losses, prepare, records, tiny_config, train_tiny, write_config
 
+from phase8.checkpoint.layout import step_directory_name
 from phase8.checkpoint.load import list_checkpoints, open_checkpoint
 from phase8.config.auto import automatic_keys
 from phase8.config.batch import run_topology
@@ -167,13 +168,13 @@ def raise_out_of_memory():
 )
 def test_too_little_memory_is_one_sentence(tiny, mesh, trials, error, sentence):
     config, chosen = choose(tiny, mesh)
-    with pytest.raises(OutOfMemoryError, match=sentence) as caught, memory_errors(config, chosen, GPU, world_size=1):
+    with pytest.raises(OutOfMemoryError, match=sentence) as caught, memory_errors(config, chosen, GPU, world_size=1, has_begun=True):
         raise error
     assert "\n" not in str(caught.value) and caught.value.exit_code == 9 and caught.value.values == chosen.values
 
 
 def test_other_errors_pass():
-    with pytest.raises(RuntimeError, match="shape"), memory_errors(None, Chosen(), GPU, world_size=1):
+    with pytest.raises(RuntimeError, match="shape"), memory_errors(None, Chosen(), GPU, world_size=1, has_begun=True):
         raise RuntimeError("a shape")
 
 
@@ -187,6 +188,22 @@ def test_settings_that_run_out_of_memory_while_training_give_way_to_the_next_bes
 
     retry_with_less_memory(attempt, RunDirectory(tmp_path), resume="none", is_alone=True, say=said.append)
     assert attempts == [(0, "none"), (1, "auto"), (2, "auto")] and said == ["too little. Trying the next best settings."] * 2
+
+
+def test_a_run_that_ran_out_before_it_began_is_resumed_as_it_was_asked(tmp_path):
+    """The checkpoints in its place are those of an earlier run."""
+    directory, attempts = RunDirectory(tmp_path), []
+    (directory.checkpoints / step_directory_name(3)).mkdir(parents=True)
+
+    def attempt(refused, resume):
+        attempts.append(resume)
+        if len(refused) < 2:
+            raise OutOfMemoryError("too little.", {"train.micro_batch_size": 4 - len(refused)}, has_begun=bool(refused))
+
+    for asked in ("none", "elsewhere"):
+        attempts.clear()
+        retry_with_less_memory(attempt, directory, resume=asked, is_alone=True, say=lambda text: None)
+        assert attempts == [asked, asked, "auto"]
 
 
 @pytest.mark.parametrize(("values", "is_alone"), [(None, True), ({"train.micro_batch_size": 4}, False)])
