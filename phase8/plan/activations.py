@@ -6,10 +6,11 @@ generated, so tracing through it (backend `aot_eager_decomp_partition`) gives th
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from contextlib import nullcontext
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import lru_cache
+from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -78,34 +79,69 @@ def trace_activations(
         compilation: The blocks are compiled; None: they are not.
     """
     one_layer = model.model_copy(update={"num_layers": 1, "local_window_size": max(model.window_sizes)})
-    saved_by_block = _saved_bytes if compilation is None else _saved_bytes_compiled
-    shape = (micro_batch_size, model.sequence_length)
-    # Meta tensors go through the operators as on a GPU. Torch's own attention takes its plain form there, but on fake CPU tensors
-    # keeps what it keeps on a GPU. (Fake GPU tensors cannot be sliced by a CPU build of torch.)
-    on_meta = device_type == "cuda" and model.block == "phase8"
-    device = torch.device("meta" if on_meta else "cpu")
-    with nullcontext() if on_meta else FakeTensorMode():
-        with device:
-            whole, selective = (LanguageModel(one_layer, dtype=dtype, recompute=recompute) for recompute in ("none", "selective"))
-        x = torch.empty(*shape, model.d_model, dtype=dtype, device=device, requires_grad=True)
-        angles = rotary_angles(model.sequence_length, model.head_width, base=model.rope_base, first_position=0, device=device)
-        starts = torch.empty(shape, dtype=torch.bool, device=device) if packed else None
-        targets = torch.empty(shape, dtype=torch.int64, device=device).flatten()
-        head = torch.empty(-(-model.vocab_size // num_tensor_ranks), model.d_model, device=device, requires_grad=True)
-        norm = _saved_bytes(whole.norm, x)
+    forward = _Forward(one_layer, dtype, micro_batch_size, packed, device_type)
+    is_compiled, budget = compilation is not None, compilation.budget if compilation is not None else None
+    block = _block_bytes(forward, is_compiled=is_compiled)
+    within_budget = block if budget is None else _block_bytes(forward, is_compiled=True, budget=budget)
+    return ActivationBytes(
+        block=block // num_tensor_ranks,
+        block_without_mixer=_block_bytes(forward, recompute="selective", is_compiled=is_compiled) // num_tensor_ranks,
+        block_within_budget=within_budget // num_tensor_ranks,
+        block_input=micro_batch_size * model.sequence_length * model.d_model * dtype.itemsize // num_tensor_ranks,
+        head=_head_bytes(forward, num_tensor_ranks),
+    )
+
+
+class _Forward(NamedTuple):
+    """A forward of one layer and the head.
+
+    Args:
+        model: Of one layer.
+        dtype: Of the residual stream.
+        micro_batch_size: Sequences.
+        packed: Document boundaries are reset.
+        device_type: Where the model will run.
+    """
+
+    model: ModelSection
+    dtype: torch.dtype
+    micro_batch_size: int
+    packed: bool
+    device_type: str
+
+    @contextmanager
+    def traced(self, *, recompute: Literal["none", "selective"] = "none") -> Iterator[tuple[LanguageModel, Tensor]]:
+        """The model and its residual stream, on a device without memory."""
+        # Meta tensors go through the operators as on a GPU. Torch's own attention takes its plain form there, but on fake CPU tensors
+        # keeps what it keeps on a GPU. (Fake GPU tensors cannot be sliced by a CPU build of torch.)
+        on_meta = self.device_type == "cuda" and self.model.block == "phase8"
+        with nullcontext() if on_meta else FakeTensorMode():
+            with torch.device("meta" if on_meta else "cpu"):
+                whole = LanguageModel(self.model, dtype=self.dtype, recompute=recompute)
+                x = torch.empty(self.micro_batch_size, self.model.sequence_length, self.model.d_model, dtype=self.dtype, requires_grad=True)
+            yield whole, x
+
+
+# Ranks divide what a block keeps, and budgets do not touch what one without a budget keeps: few traces serve many plans.
+@lru_cache(maxsize=256)
+def _block_bytes(forward: _Forward, *, recompute: Literal["none", "selective"] = "none", is_compiled: bool, budget: float = 1.0) -> int:
+    model = forward.model
+    with forward.traced(recompute=recompute) as (whole, x):
+        angles = rotary_angles(model.sequence_length, model.head_width, base=model.rope_base, first_position=0, device=x.device)
+        starts = torch.empty(x.shape[:2], dtype=torch.bool, device=x.device) if forward.packed else None
+        if is_compiled:
+            return _saved_bytes_compiled(whole.blocks["0"], x, angles, starts, budget=budget)
+        return _saved_bytes(whole.blocks["0"], x, angles, starts)
+
+
+def _head_bytes(forward: _Forward, num_tensor_ranks: int) -> int:
+    model = forward.model
+    with forward.traced() as (whole, x):
+        targets = torch.empty(x.shape[:2], dtype=torch.int64, device=x.device).flatten()
+        head = torch.empty(-(-model.vocab_size // num_tensor_ranks), model.d_model, device=x.device, requires_grad=True)
         # Every rank has the gradient of the hidden states of all tokens, from its own share of the vocabulary.
         loss = _saved_by(lambda: linear_cross_entropy(x.flatten(0, 1), head, targets), {head})
-        block = saved_by_block(whole.blocks["0"], x, angles, starts)
-        budgeted = block
-        if compilation is not None and compilation.budget is not None:
-            budgeted = _saved_bytes_compiled(whole.blocks["0"], x, angles, starts, budget=compilation.budget)
-        return ActivationBytes(
-            block=block // num_tensor_ranks,
-            block_without_mixer=saved_by_block(selective.blocks["0"], x, angles, starts) // num_tensor_ranks,
-            block_within_budget=budgeted // num_tensor_ranks,
-            block_input=x.numel() * x.element_size() // num_tensor_ranks,
-            head=norm // num_tensor_ranks + loss,
-        )
+        return _saved_bytes(whole.norm, x) // num_tensor_ranks + loss
 
 
 def _saved_bytes(module: nn.Module, *arguments: Tensor | None) -> int:
@@ -113,7 +149,7 @@ def _saved_bytes(module: nn.Module, *arguments: Tensor | None) -> int:
     return _saved_by(lambda: module(*arguments), set(module.parameters()))
 
 
-def _saved_bytes_compiled(module: nn.Module, *arguments: Tensor | None, budget: float = 1.0) -> int:
+def _saved_bytes_compiled(module: nn.Module, *arguments: Tensor | None, budget: float) -> int:
     """The same of a module that torch.compile partitions; what it has traced before is forgotten, for every size is a new shape to it."""
     torch.compiler.reset()
     try:
