@@ -31,13 +31,12 @@ def main() -> int:
 
 def _run() -> int:
     arguments = _parser().parse_args()
-    overrides = [override for group in arguments.set for override in group]
     if arguments.world_size is not None and not arguments.dry_run:
         raise ConfigError(f"--world-size {arguments.world_size} is for --dry-run: a run has the processes that were started; leave it out.")
     if arguments.dry_run:
-        _dry_run(load_config(arguments.config, overrides), 1 if arguments.world_size is None else arguments.world_size)
+        _dry_run(load_config(arguments.config, arguments.set), 1 if arguments.world_size is None else arguments.world_size)
     else:
-        _train(arguments, overrides)
+        _train(arguments)
     return 0
 
 
@@ -48,8 +47,8 @@ def _dry_run(config, world_size: int) -> None:
         dry_run(config, world_size=world_size, console=make_console())
 
 
-def _train(arguments: argparse.Namespace, overrides: list[str]) -> None:
-    config = load_config(arguments.config, overrides)
+def _train(arguments: argparse.Namespace) -> None:
+    config = load_config(arguments.config, arguments.set)
     # Imported late: a mistake in the config is answered before torch is loaded.
     from phase8.config.validate import validate
     from phase8.distributed.bootstrap import world_from_environment
@@ -101,7 +100,7 @@ def _parser() -> argparse.ArgumentParser:
         allow_abbrev=False,  # `_resume_command` knows the options by their full names
     )
     parser.add_argument("--config", type=path_argument, default=DEFAULT_CONFIG, metavar="FILE", help="YAML config (configs/quickstart.yaml)")
-    parser.add_argument("--set", nargs="+", action="append", default=[], metavar="a.b=c", help="override config keys")
+    parser.add_argument("--set", nargs="+", action="extend", default=[], metavar="a.b=c", help="override config keys")
     parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto", help="auto: the GPU if there is one")
     parser.add_argument(
         "--resume",

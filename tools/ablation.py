@@ -34,7 +34,7 @@ def main() -> int:
 
 def _ablate() -> int:
     arguments = _parser().parse_args()
-    settings = [setting for group in arguments.set for setting in group]
+    settings = arguments.set
     config = load_config(arguments.config, settings)
     _check_numbers(arguments)
     # Imported late: a mistake in the config is answered before torch is loaded.
@@ -113,7 +113,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--seeds", nargs="+", type=int, default=[1], metavar="N", help="seeds of weights and data order (default: 1)")
     parser.add_argument("--jobs", type=int, default=1, metavar="N", help="runs side by side on each GPU, or on the CPU (default: 1)")
     parser.add_argument("--output", required=True, type=path_argument, metavar="DIR", help="where everything is written")
-    parser.add_argument("--set", nargs="+", action="append", default=[], metavar="a.b=c", help="override config keys of all runs")
+    parser.add_argument("--set", nargs="+", action="extend", default=[], metavar="a.b=c", help="override config keys of all runs")
     parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto", help="auto: the GPU if there is one")
     parser.add_argument("--any-size", action="store_true", help="compare variants whose numbers of parameters differ by more than 1 %%")
     return parser

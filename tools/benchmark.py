@@ -61,7 +61,7 @@ def _run() -> int:
 
 
 def _quickstart(arguments: argparse.Namespace, show: Callable[[str], None]) -> dict:
-    config = load_config(CONFIGS / "quickstart.yaml", _overrides(arguments))
+    config = load_config(CONFIGS / "quickstart.yaml", arguments.set)
     from phase8.train.benchmark import measure_throughput
 
     result = asdict(measure_throughput(config, device=_device(arguments), num_steps=arguments.iterations))
@@ -71,7 +71,7 @@ def _quickstart(arguments: argparse.Namespace, show: Callable[[str], None]) -> d
 
 
 def _speed(arguments: argparse.Namespace, show: Callable[[str], None]) -> dict:
-    config = load_config(os.devnull, [*_shape_settings(arguments), *_overrides(arguments)])
+    config = load_config(os.devnull, [*_shape_settings(arguments), *arguments.set])
     device, ladders = _device(arguments), {}
     if arguments.use_flash_attn2:
         _require_flash_attn2(device)
@@ -99,7 +99,7 @@ def _speed(arguments: argparse.Namespace, show: Callable[[str], None]) -> dict:
 
 
 def _model(arguments: argparse.Namespace, show: Callable[[str], None]) -> dict:
-    config = load_config(arguments.config, _overrides(arguments))
+    config = load_config(arguments.config, arguments.set)
     from phase8.train.benchmark_blocks import compare_blocks, speed_ratio
     from phase8.train.benchmark_tables import block_lines, fact_lines, speed
 
@@ -118,7 +118,7 @@ def _model(arguments: argparse.Namespace, show: Callable[[str], None]) -> dict:
 
 
 def _scaling(arguments: argparse.Namespace, show: Callable[[str], None]) -> dict:
-    config = load_config(arguments.config, _overrides(arguments))
+    config = load_config(arguments.config, arguments.set)
     from phase8.train.benchmark_blocks import speed_ratio, sweep_lengths
     from phase8.train.benchmark_tables import LENGTHS_HEADER, fact_lines, length_line
 
@@ -137,7 +137,7 @@ def _scaling(arguments: argparse.Namespace, show: Callable[[str], None]) -> dict
 
 
 def _parallel(arguments: argparse.Namespace, show: Callable[[str], None]) -> dict:
-    config = load_config(arguments.config, _overrides(arguments))
+    config = load_config(arguments.config, arguments.set)
     import torch
 
     from phase8.train.benchmark_layouts import parse_layout
@@ -215,10 +215,6 @@ def _settings_line(config) -> str:
     return f"{config.precision.dtype}, torch.compile {compiled}, recompute {train.recompute}, kernels {train.kernels}"
 
 
-def _overrides(arguments: argparse.Namespace) -> list[str]:
-    return [override for group in arguments.set for override in group]
-
-
 def _device(arguments: argparse.Namespace):
     from phase8.train.device import select_device
 
@@ -237,7 +233,7 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = parser.add_subparsers(dest="command", required=True, metavar="quickstart|speed|model|scaling|parallel")
     common = argparse.ArgumentParser(add_help=False)
-    common.add_argument("--set", nargs="+", action="append", default=[], metavar="a.b=c", help="override config keys")
+    common.add_argument("--set", nargs="+", action="extend", default=[], metavar="a.b=c", help="override config keys")
     common.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto", help="auto: the GPU if there is one")
     common.add_argument("--json", action="store_true", help="print one JSON object; the table goes to stderr")
 

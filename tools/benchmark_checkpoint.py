@@ -149,7 +149,7 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--directory", required=True, type=path_argument, metavar="DIR", help="on the disk to measure; it gets three directories")
     parser.add_argument("--rounds", type=int, default=3, metavar="N", help="of all three (3)")
-    parser.add_argument("--set", dest="overrides", nargs="+", default=[], metavar="KEY=VALUE", help="other sizes, as in launch/pretrain.py")
+    parser.add_argument("--set", dest="overrides", nargs="+", action="extend", default=[], metavar="KEY=VALUE", help="other sizes, as in pretraining")
     return parser
 
 

@@ -106,7 +106,7 @@ def _check(arguments: argparse.Namespace, show: Callable[[str], None]) -> dict[s
     from phase8.plan.facts import layers_in_words
     from phase8.train.check import check_stages
 
-    config = load_config(arguments.config, [override for group in arguments.set for override in group])
+    config = load_config(arguments.config, arguments.set)
     stages = check_stages(config, world_size=arguments.world_size)
     show(f"{config.run.name}, world size {arguments.world_size}: the first rank of each pipeline stage, as built and as planned\n")
     head = ("stage", "layers", "parameters", *(name.removesuffix("_bytes") for name in _memory(stages[0])))
@@ -142,7 +142,7 @@ def _suggest(arguments: argparse.Namespace, show: Callable[[str], None]) -> dict
     memory_gib = gpu.memory_gib if arguments.memory is None else arguments.memory
     if not 0 < memory_gib < float("inf"):
         raise ConfigError(f"--memory is {memory_gib:g}, but it must be above 0, in GiB.")
-    config = load_config(arguments.config, [override for group in arguments.set for override in group])
+    config = load_config(arguments.config, arguments.set)
     found = suggest(config, world_size=arguments.world_size, gpu=gpu, memory_bytes=int(memory_gib * 2**30))
     show(f"{config.run.name} on {_count(arguments.world_size, 'GPU')} ({arguments.gpu}, {memory_gib:g} GiB): layouts that fit, by predicted speed\n")
     for line in _table([("layout", "micro batch", "recompute", "CUDA graph", "tok/s", "MFU", "planned"), *map(_suggestion_row, found)], left=1):
@@ -274,7 +274,7 @@ def _add_suggest(commands: Any) -> None:
 
 def _add_config_options(command: argparse.ArgumentParser) -> None:
     command.add_argument("--config", required=True, type=path_argument, metavar="FILE", help="YAML config")
-    command.add_argument("--set", nargs="+", action="append", default=[], metavar="a.b=c", help="override config keys")
+    command.add_argument("--set", nargs="+", action="extend", default=[], metavar="a.b=c", help="override config keys")
     command.add_argument("--world-size", type=int, default=1, metavar="N", help="processes of the run, one per GPU (1)")
     command.add_argument("--json", action="store_true", help="print one JSON object; the text goes to stderr")
 

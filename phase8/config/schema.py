@@ -104,6 +104,16 @@ class ModelSection(Section):
         return tuple(pattern[layer % len(pattern)] for layer in range(self.num_layers))
 
     @property
+    def has_global_path(self) -> bool:
+        """The blocks have a global path beside the local one."""
+        return self.block == "phase8" and self.global_path
+
+    @property
+    def feed_forward_rank(self) -> int:
+        """Rank of the feed-forward's low-rank pairs; 0: full matrices."""
+        return self.low_rank_rank if self.ffn == "low_rank_swiglu" else 0
+
+    @property
     def feed_forward_width(self) -> int:
         """Width F of the feed-forward."""
         return self.ffn_size if self.ffn_size is not None else -(-8 * self.d_model // (3 * 64)) * 64

@@ -11,6 +11,9 @@ from phase8.config.schema import DataSection, ModelSection, OptimSection, Parall
 from phase8.config.split import split_problems
 from phase8.errors import ConfigError
 
+# A model can be built from these.
+MODEL_SECTIONS = ("model.", "precision.")
+
 
 def validate(config: RunConfig, *, world_size: int = 1) -> None:
     """Refuses a config that cannot run on `world_size` processes.
@@ -19,6 +22,17 @@ def validate(config: RunConfig, *, world_size: int = 1) -> None:
         ConfigError: All problems, one sentence each.
     """
     problems = find_problems(config, world_size=world_size)
+    if problems:
+        raise ConfigError(problems)
+
+
+def refuse_problems(config: RunConfig, *, about: tuple[str, ...], world_size: int = 1) -> None:
+    """Refuses a config for its problems with some sections; others do not matter to the caller.
+
+    Raises:
+        ConfigError: Those whose sentence begins with one of `about`.
+    """
+    problems = [problem for problem in find_problems(config, world_size=world_size) if problem.startswith(about)]
     if problems:
         raise ConfigError(problems)
 

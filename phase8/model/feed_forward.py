@@ -27,7 +27,7 @@ class SwiGLU(nn.Module):
         super().__init__()
         self.axis = axis
         width, inner = model.d_model, model.feed_forward_width
-        rank = model.low_rank_rank if model.ffn == "low_rank_swiglu" else 0
+        rank = model.feed_forward_rank
         self.gate = column_linear(width, inner, rank=rank, std=model.init_std)
         self.up = column_linear(width, inner, rank=rank, std=model.init_std)
         # Two residual branches a layer: their sum keeps its variance when each is scaled so.

@@ -19,10 +19,10 @@ def forward_flops_per_token(model: ModelSection) -> dict[str, float]:
         "mixer projections": layers * 4 * _linear(width, inner, rank),
         "convolution": layers * 2 * 3 * inner * model.convolution_taps if model.convolution_taps > 1 else 0,
         "attention": 4 * inner * sum(mean_visible_keys(model, window) for window in model.window_sizes),
-        "feed-forward": layers * 3 * _linear(width, model.feed_forward_width, rank if model.ffn == "low_rank_swiglu" else 0),
+        "feed-forward": layers * 3 * _linear(width, model.feed_forward_width, model.feed_forward_rank),
         "head": _linear(width, model.vocab_size, 0),
     }
-    if model.block == "phase8" and model.global_path:
+    if model.has_global_path:
         num_scalars = 2 if model.chain == "none" else 3
         parts["mixer projections"] += layers * _linear(width, num_scalars * model.num_heads, 0)
         # Update S += w k v^T and read-out S^T q, K^2 multiply-adds each.

@@ -249,10 +249,10 @@ def _half_block(width: int, step: Step, *, num_columns: int, rank: int, num_scal
 
 def _activations(model: ModelSection, chunk: Chunk, step: Step) -> Iterator[Collectives]:
     """Tokens that tensor-parallel ranks gather and scatter, and the numbers of the loss."""
-    has_path = model.block == "phase8" and model.global_path
+    has_path = model.has_global_path
     num_scalars = model.num_heads * (2 if model.chain == "none" else 3) if has_path else 0
     mixer = _half_block(model.d_model, step, num_columns=3, rank=model.low_rank_rank, num_scalars=num_scalars)
-    feed_forward = _half_block(model.d_model, step, num_columns=2, rank=model.low_rank_rank if model.ffn == "low_rank_swiglu" else 0)
+    feed_forward = _half_block(model.d_model, step, num_columns=2, rank=model.feed_forward_rank)
     recomputed = range(0, model.num_layers, step.recompute_every_n_layers)
     repeated = {"none": [], "budget": [], "selective": mixer.repeated, "full": mixer.forward + feed_forward.repeated}[step.recompute]
     stream = [(operation, model.d_model * step.compute_bytes) for operation in (Operation.ALL_GATHER, Operation.REDUCE_SCATTER)]

@@ -8,7 +8,7 @@ from rich.console import Console
 from phase8.config.auto import automatic_keys, without_auto
 from phase8.config.batch import batch_shape, run_topology
 from phase8.config.schema import RunConfig
-from phase8.config.validate import find_problems
+from phase8.config.validate import MODEL_SECTIONS, find_problems, refuse_problems
 from phase8.errors import ConfigError
 from phase8.observe.banner import print_banner
 from phase8.observe.devices import find_gpu
@@ -42,16 +42,15 @@ def dry_run(config: RunConfig, *, world_size: int, console: Console) -> None:
 
 def _settled(config: RunConfig, world_size: int) -> tuple[RunConfig, list[Fact]]:
     """The config with the settings that would be chosen by plan on the GPU of this machine, or on an H100 where there is none that is known."""
+    if not any(name.startswith("train.") for name in automatic_keys(config)) or config.train.tuning == "off":
+        return without_auto(config), []
     gpu = find_gpu(_own_gpu() or ASSUMED_GPU) or assumed_gpu()
     total = int(gpu.memory_gib * 2**30)
     device = Device("cuda", ASSUMED_GPU, memory_bytes=total - (1 << 30), total_bytes=total, peak_flops=gpu.half * 1e12)
-    if not automatic_keys(config) or config.train.tuning == "off":
-        return without_auto(config), []
     found = find_candidates(config, world_size=world_size, device=device, most=1)
     settled = without_auto(found[0].config if found else smallest_candidate(config, world_size=world_size, device=device).config)
-    step_keys = [name for name in automatic_keys(config) if name.startswith("train.")]
     reason = f"{found[0]}" if found else f"nothing fits into {gpu.memory_gib} GiB"
-    return settled, [("settings", f"{reason}, by plan")] if step_keys else []
+    return settled, [("settings", f"{reason}, by plan")]
 
 
 def _own_gpu() -> str | None:
@@ -78,7 +77,7 @@ def _model_facts(config: RunConfig, world_size: int) -> list[Fact]:
 
 
 def _memory_facts(config: RunConfig, world_size: int) -> list[Fact]:
-    shapes_only(config)  # a model that can be built
+    refuse_problems(config, about=MODEL_SECTIONS)
     return memory_facts(plan_stages(config, world_size=world_size, device_type="cuda"))
 
 

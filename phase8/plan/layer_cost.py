@@ -210,7 +210,7 @@ def _mixer(batch: Microbatch, window: int) -> Half:
     inner, rank = model.attention_width / batch.tensor_ranks, model.low_rank_rank
     out = _row(batch, inner, rank)
     products = _columns(batch, 3, inner, rank) + out
-    has_path = model.block == "phase8" and model.global_path
+    has_path = model.has_global_path
     if has_path:
         products += batch.product(N / batch.tensor_ranks, model.d_model, 2 * model.num_heads)
 
@@ -229,7 +229,7 @@ def _mixer(batch: Microbatch, window: int) -> Half:
 
 def _feed_forward(batch: Microbatch) -> Half:
     model, style = batch.model, _style(batch)
-    width, rank = model.feed_forward_width / batch.tensor_ranks, model.low_rank_rank if model.ffn == "low_rank_swiglu" else 0
+    width, rank = model.feed_forward_width / batch.tensor_ranks, model.feed_forward_rank
     down = _row(batch, width, rank)
     forward, backward = (batch.moved(batch.tokens * width * passes) for passes in style.gated)
     return _half(batch, _columns(batch, 2, width, rank) + down, (forward, backward), down, share=1 - MIXER_SHARE, num_pairs=3 if rank else 0)

@@ -51,8 +51,7 @@ def predict_step(config: RunConfig, world_size: int, device_name: str | Gpu, *, 
     found = find_gpu(device_name) if isinstance(device_name, str) else device_name
     gpu = found or assumed_gpu()
     work = step_work(config, world_size=world_size)
-    topology = run_topology(config.parallel, world_size=world_size)
-    num_tokens = work.micro_batch_size * work.num_microbatches * topology.data_parallel_size * config.model.sequence_length
+    num_tokens = work.shape.global_batch_size * config.model.sequence_length
     seconds = step_seconds(work, gpu, host_ratio=host_ratio)
     peak = config.observe.peak_flops or gpu.peak_flops(work.dtype) or gpu.fp32 * 1e12
     mfu = training_flops_per_token(config.model) * num_tokens / seconds / (peak * world_size)
@@ -72,24 +71,17 @@ def step_work(config: RunConfig, *, world_size: int) -> StepWork:
     Raises:
         ConfigError: The config cannot run on as many ranks.
     """
-    train, pipeline, topology = config.train, pipeline_of(config.parallel), run_topology(config.parallel, world_size=world_size)
-    shape = batch_shape(train, config.parallel, data_parallel_size=topology.data_parallel_size)
+    topology = run_topology(config.parallel, world_size=world_size)
     dtype = config.precision.dtype
     return StepWork(
         model=config.model,
-        micro_batch_size=shape.micro_batch_size,
-        num_microbatches=shape.num_microbatches,
-        recompute=train.recompute,
-        recompute_every_n_layers=train.recompute_every_n_layers,
-        budget=train.activation_memory_budget,
-        is_compiled=train.compile.enabled,
-        is_recorded=train.cuda_graphs,
+        train=config.train,
+        parallel=config.parallel,
+        zero=config.zero,
+        shape=batch_shape(config.train, config.parallel, data_parallel_size=topology.data_parallel_size),
         dtype="tf32" if dtype == "fp32" and config.precision.tf32 else dtype,
-        pipeline=pipeline,
+        pipeline=pipeline_of(config.parallel),
         stages=tuple(_stage_work(config, world_size, stage) for stage in _different_stages(config)),
-        is_async=config.parallel.async_tensor_parallel,
-        offload_optimizer=config.zero.offload_optimizer != "none",
-        offload_params=config.zero.offload_params != "none",
     )
 
 

@@ -6,8 +6,7 @@ from phase8.config.auto import without_auto
 from phase8.config.batch import batch_shape, run_topology
 from phase8.config.pipeline import pipeline_of
 from phase8.config.schema import RunConfig
-from phase8.config.validate import find_problems
-from phase8.errors import ConfigError
+from phase8.config.validate import MODEL_SECTIONS, refuse_problems
 from phase8.plan.chunks import chunk_parameters
 from phase8.plan.communication import Collectives, Grid, Step, step_communication
 from phase8.plan.stages import chunk_layers
@@ -23,10 +22,7 @@ def plan_run_communication(config: RunConfig, *, world_size: int, rank: int) -> 
         ConfigError: The config could not run on as many ranks.
     """
     config = without_auto(config)
-    matter = ("model.", "precision.", "parallel.", "zero.", "train.", "world size")
-    unusable = [problem for problem in find_problems(config, world_size=world_size) if problem.startswith(matter)]
-    if unusable:
-        raise ConfigError(unusable)
+    refuse_problems(config, about=(*MODEL_SECTIONS, "parallel.", "zero.", "train.", "world size"), world_size=world_size)
     topology, pipeline, train = run_topology(config.parallel, world_size=world_size), pipeline_of(config.parallel), config.train
     place = topology.coordinates(rank)
     num_shards = shard_size(config.zero, data_parallel_size=topology.data_parallel_size)

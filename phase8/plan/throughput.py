@@ -7,11 +7,13 @@ time of their bytes whether or not something is computed meanwhile, for products
 
 from __future__ import annotations
 
+from collections import Counter
 from dataclasses import dataclass
 from typing import NamedTuple
 
+from phase8.config.batch import BatchShape
 from phase8.config.pipeline import Pipeline
-from phase8.config.schema import ModelSection
+from phase8.config.schema import ModelSection, ParallelSection, TrainSection, ZeroSection
 from phase8.observe.devices import Gpu
 from phase8.plan.communication import AxisName, Collectives, Grid, Operation
 from phase8.plan.layer_cost import Cost, Microbatch, Rates, ends_cost, layer_cost, weights_cost
@@ -66,35 +68,23 @@ class StepWork:
 
     Args:
         model: Shapes.
-        micro_batch_size: Sequences of a microbatch.
-        num_microbatches: Of a rank.
-        recompute: `none`, `full`, `selective` or `budget`.
-        recompute_every_n_layers: Recompute layers 0, n, 2n, ...
-        budget: Share that `budget` keeps.
-        is_compiled: Blocks are compiled.
-        is_recorded: The step is one CUDA graph.
+        train: What is recomputed, compiled and recorded.
+        parallel: How ranks exchange tokens.
+        zero: What is offloaded.
+        shape: Of the batch.
         dtype: `bf16`, `fp32`, or `tf32` for fp32 on units for tf32.
         pipeline: Its numbers.
         stages: One of each kind.
-        is_async: Tensor-parallel ranks exchange tokens beside their products.
-        offload_optimizer: Optimizer states lie in host memory.
-        offload_params: Parameters and gradients, too.
     """
 
     model: ModelSection
-    micro_batch_size: int
-    num_microbatches: int
-    recompute: str
-    recompute_every_n_layers: int
-    budget: float
-    is_compiled: bool
-    is_recorded: bool
+    train: TrainSection
+    parallel: ParallelSection
+    zero: ZeroSection
+    shape: BatchShape
     dtype: str
     pipeline: Pipeline
     stages: tuple[StageWork, ...]
-    is_async: bool = False
-    offload_optimizer: bool = False
-    offload_params: bool = False
 
 
 def step_seconds(work: StepWork, gpu: Gpu, *, host_ratio: float = 1.0) -> float:
@@ -111,44 +101,41 @@ def step_seconds(work: StepWork, gpu: Gpu, *, host_ratio: float = 1.0) -> float:
         microbatch.append(_slower(_microbatch_cost(work, stage, rates), work, host_ratio))
         once.append(_once_seconds(work, stage, gpu, rates, host_ratio))
     P, V = work.pipeline.num_stages, work.pipeline.num_chunks
-    seconds = max(microbatch) * (work.num_microbatches + (P - 1) / V)
+    seconds = max(microbatch) * (work.shape.num_microbatches + (P - 1) / V)
     return seconds / (PIPELINE_SHARE if P > 1 else 1.0) + max(once)
 
 
 def _slower(cost: Cost, work: StepWork, host_ratio: float) -> float:
-    if work.is_recorded:
+    if work.train.cuda_graphs:
         return cost.gpu
     return float((cost.gpu**TURNS_EXPONENT + (cost.host * host_ratio) ** TURNS_EXPONENT) ** (1 / TURNS_EXPONENT))
 
 
 def _microbatch_cost(work: StepWork, stage: StageWork, rates: Rates) -> Cost:
     """One microbatch in all chunks of a stage, exchanges left out."""
+    model, train = work.model, work.train
     batch = Microbatch(
-        work.model,
-        size=work.micro_batch_size,
+        model,
+        size=work.shape.micro_batch_size,
         tensor_ranks=stage.grid.tensor,
         element_bytes=2 if work.dtype == "bf16" else FP32_BYTES,
-        is_compiled=work.is_compiled,
+        is_compiled=bool(train.compile.enabled),
         rates=rates,
     )
-    costs = [weights_cost(batch, stage.num_computed, accumulates=work.num_microbatches > 1)]
-    recomputed = range(0, work.model.num_layers, work.recompute_every_n_layers)
-    kinds: dict[tuple[int, str], int] = {}
-    windows = work.model.window_sizes
-    for layer in stage.layers:
-        kind = (windows[layer], work.recompute if layer in recomputed else "none")
-        kinds[kind] = kinds.get(kind, 0) + 1
+    costs = [weights_cost(batch, stage.num_computed, accumulates=work.shape.num_microbatches > 1)]
+    recomputed = range(0, model.num_layers, train.recompute_every_n_layers)
+    kinds = Counter((model.window_sizes[layer], train.recompute if layer in recomputed else "none") for layer in stage.layers)
     for (window, recompute), count in kinds.items():
-        cost = layer_cost(batch, window, recompute=recompute, budget=work.budget)
+        cost = layer_cost(batch, window, recompute=recompute, budget=train.activation_memory_budget)
         costs.append(Cost(cost.gpu * count, cost.host * count))
-    if work.model.num_layers - 1 in stage.layers:
+    if model.num_layers - 1 in stage.layers:
         costs.append(ends_cost(batch))
     return Cost().plus(*costs)
 
 
 def _once_seconds(work: StepWork, stage: StageWork, gpu: Gpu, rates: Rates, host_ratio: float) -> float:
     """What a stage exchanges in a step, and the update of its weights."""
-    updated = 0.0 if work.offload_optimizer else stage.num_updated * UPDATED_BYTES / (rates.memory * UPDATE_SHARE)
+    updated = 0.0 if work.zero.offload_optimizer != "none" else stage.num_updated * UPDATED_BYTES / (rates.memory * UPDATE_SHARE)
     update = _slower(Cost(updated).plus(UPDATE_SECONDS), work, host_ratio)
     exchanged = sum(_exchange_seconds(each, work, stage.grid, gpu, rates) for each in stage.collectives)
     return update + exchanged + _offloading_seconds(work, stage)
@@ -160,9 +147,9 @@ def _exchange_seconds(each: Collectives, work: StepWork, grid: Grid, gpu: Gpu, r
     seconds = each.sent_bytes(grid.size(each.axis)) / _link_rate(each.axis, grid, gpu)
     if each.axis is AxisName.PIPELINE:
         # Messages travel while the action before the one that needs them is computed; only the bubble is longer by them.
-        return seconds * (grid.pipeline - 1) / work.num_microbatches / work.pipeline.num_chunks
+        return seconds * (grid.pipeline - 1) / work.shape.num_microbatches / work.pipeline.num_chunks
     if each.axis is AxisName.TENSOR:
-        return seconds * (ASYNC_SHARE if work.is_async else 1.0)
+        return seconds * (ASYNC_SHARE if work.parallel.async_tensor_parallel else 1.0)
     return seconds + each.num_bytes * COPIES_OF_SHARDS / rates.memory
 
 
@@ -179,8 +166,8 @@ def _link_rate(axis: AxisName, grid: Grid, gpu: Gpu) -> float:
 
 def _offloading_seconds(work: StepWork, stage: StageWork) -> float:
     """Parameters come for each forward and backward, gradients leave after each backward; AdamW runs on the host."""
-    if not work.offload_optimizer:
+    if work.zero.offload_optimizer == "none":
         return 0.0
     num_bytes = stage.num_updated * FP32_BYTES
-    transfers = 3 * work.num_microbatches if work.offload_params else 2
+    transfers = 3 * work.shape.num_microbatches if work.zero.offload_params != "none" else 2
     return transfers * num_bytes / HOST_LINK_RATE + stage.num_updated * HOST_UPDATED_BYTES / HOST_MEMORY_RATE

@@ -8,8 +8,7 @@ from phase8.config.auto import without_auto
 from phase8.config.batch import batch_shape, run_topology
 from phase8.config.pipeline import pipeline_of
 from phase8.config.schema import RunConfig
-from phase8.config.validate import find_problems
-from phase8.errors import ConfigError
+from phase8.config.validate import MODEL_SECTIONS, refuse_problems
 from phase8.model.model import LanguageModel, build_model
 from phase8.plan.rank_memory import StageMemory, Workload, plan_each_stage
 from phase8.precision.policy import COMPUTE_DTYPES
@@ -21,9 +20,7 @@ def shapes_only(config: RunConfig) -> LanguageModel:
     Raises:
         ConfigError: No model can be built from the config.
     """
-    unusable = [problem for problem in find_problems(config) if problem.startswith(("model.", "precision."))]
-    if unusable:
-        raise ConfigError(unusable)
+    refuse_problems(config, about=MODEL_SECTIONS)
     return build_model(config.model, dtype=COMPUTE_DTYPES[config.precision.dtype], device=torch.device("meta"))
 
 

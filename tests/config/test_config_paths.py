@@ -84,7 +84,7 @@ def options(path: Path):
     for call in (node for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))) if isinstance(node, ast.Call)):
         if isinstance(call.func, ast.Attribute) and call.func.attr == "add_argument":
             given = {keyword.arg: ast.unparse(keyword.value) for keyword in call.keywords}
-            takes_value = "choices" not in given and given.get("action", "'append'") == "'append'"
+            takes_value = "choices" not in given and given.get("action", "'append'") in ("'append'", "'extend'")
             if takes_value and given.get("type") not in ("int", "float"):
                 yield call.args[0].value, given.get("type")
 
