@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections import Counter
 from collections.abc import Callable, Iterator
+from functools import cache
 from typing import Any, BinaryIO
 
 from phase8.data.input_files import Document, OnInvalid, Span
@@ -51,9 +52,12 @@ def read_json_lines(file: BinaryIO, stored: BinaryIO, span: Span, *, json_key: s
     first = position = stored.tell()
     num_lines = 0
 
+    @cache
+    def num_lines_before() -> int:
+        return _num_lines(span.source.path, first)
+
     def report(problem: str) -> None:
-        number = _num_lines(span.source.path, first) + num_lines
-        on_invalid(DataError(f"{span.source.path}, line {number}: {problem}"))
+        on_invalid(DataError(f"{span.source.path}, line {num_lines_before() + num_lines}: {problem}"))
 
     while (position < span.end or span.source.is_compressed) and (line := file.readline()):
         num_lines += 1
