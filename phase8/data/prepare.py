@@ -114,11 +114,11 @@ def _prepared_split(written: IndexedDataset) -> PreparedSplit:
 def _prepare(options: PrepareOptions, sources: list[Source], layout: Layout, on_progress: OnProgress) -> PrepareReport:
     cut = cut_shards(sources, options.shard_bytes, document_separator=options.rules.document_separator)
     tokenizer_path = options.tokenizer or _trained_tokenizer(options, sources, cut, layout, on_progress)
-    tokenizer, digest = load_tokenizer(tokenizer_path, eod_token=options.rules.eod_token), tokenizer_digest(tokenizer_path)
+    tokenizer = load_tokenizer(tokenizer_path, eod_token=options.rules.eod_token)
     dtype = best_dtype(tokenizer.vocab_size)
     maker = made_with(tokenizer, eod_id=tokenizer.eod_id if options.rules.append_eod else None)
     shards = [
-        Shard(directory=layout.work / f"shard-{i:06d}", spans=spans, tokenizer=tokenizer_path, tokenizer_sha256=digest, rules=options.rules)
+        Shard(directory=layout.work / f"shard-{i:06d}", spans=spans, tokenizer=tokenizer_path, tokenizer_sha256=tokenizer.sha256, rules=options.rules)
         for i, spans in enumerate(cut)
     ]
     counts = _tokenise(shards, options.num_workers, on_progress)
@@ -131,7 +131,7 @@ def _prepare(options: PrepareOptions, sources: list[Source], layout: Layout, on_
     return PrepareReport(
         splits=splits,
         tokenizer=str(options.tokenizer or layout.tokenizer),
-        tokenizer_sha256=digest,
+        tokenizer_sha256=tokenizer.sha256,
         vocab_size=tokenizer.vocab_size,
         dtype=dtype.name,
         text_bytes=sum(found.text_bytes for found in counts),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import sys
@@ -161,6 +162,14 @@ def test_training_into_a_place_that_cannot_be_written_is_a_storage_error(tmp_pat
     (tmp_path / "file").write_text("")
     with pytest.raises(StorageError, match="cannot write"):
         train_sentencepiece(TEXTS, tmp_path / "file" / "t.model", vocab_size=420)
+
+
+@pytest.mark.parametrize("make", [byte_level_tokenizer, llama_like_model])
+def test_the_digest_of_a_tokenizer_is_of_the_file_that_was_read(tmp_path: Path, make):
+    path = make(tmp_path / "tokenizer")
+    content, tokenizer = path.read_bytes(), load_tokenizer(path)
+    path.write_bytes(b"changed since")
+    assert tokenizer.sha256 == hashlib.sha256(content).hexdigest()
 
 
 @pytest.mark.parametrize("kind", ["exact", "hugging_face"])
