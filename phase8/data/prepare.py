@@ -30,6 +30,7 @@ from phase8.data.staging import exclusive_lock, read_json, write_json
 from phase8.data.tokenizer import load_tokenizer
 from phase8.data.tokenizer_file import tokenizer_digest
 from phase8.data.tokenizer_training import train_sentencepiece
+from phase8.data.utf8 import num_encoded_bytes
 from phase8.durable import staged_directory, staged_file
 from phase8.errors import ConfigError, DataError
 
@@ -167,8 +168,9 @@ def _sample(options: PrepareOptions, cut: list[tuple[Span, ...]]) -> Iterator[st
             if options.rules.split_of(text) == "train":
                 part = text[:left_in_shard]
                 yield part
-                left_in_shard -= len(part.encode())
-                remaining -= len(part.encode())
+                num_bytes = num_encoded_bytes(part)
+                left_in_shard -= num_bytes
+                remaining -= num_bytes
         if remaining <= 0:
             return
 
