@@ -9,7 +9,7 @@ from functools import cache
 from typing import Any, BinaryIO
 
 from phase8.data.input_files import Document, OnInvalid, Span
-from phase8.data.utf8 import BYTE_ORDER_MARK, encoded_pieces
+from phase8.data.utf8 import BYTE_ORDER_MARK, lone_surrogate
 from phase8.errors import DataError
 
 _MAX_NAMED_KEYS = 20
@@ -104,11 +104,8 @@ def _text_of_record(record: str, json_key: str, report: Report) -> str | None:
     if not isinstance(text, str):
         remedy = "put the text there or remove the line" if text is None else "name the key of the text with --json-key"
         return report(f"{json_key!r} is {_in_words(text)}, where a text is needed; {remedy}")
-    try:
-        for _ in encoded_pieces(text):
-            pass
-    except UnicodeEncodeError as error:
-        return report(f"{json_key!r} holds the lone surrogate {error.object[error.start]!a}, which is not Unicode text; remove it")
+    if surrogate := lone_surrogate(text):
+        return report(f"{json_key!r} holds {surrogate[1]}")
     return text
 
 

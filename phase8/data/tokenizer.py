@@ -19,6 +19,7 @@ import sentencepiece
 
 from phase8.data.end_of_document import KNOWN_PIECES, choose_end_of_document, hugging_face_without, sentencepiece_without
 from phase8.data.tokenizer_file import parse_tokenizer_json, read_tokenizer_file
+from phase8.data.utf8 import lone_surrogate
 from phase8.errors import DataError
 
 _SPACE_MARK = "\u2581"
@@ -243,12 +244,9 @@ def check_unicode(text: str) -> None:
     Raises:
         DataError: The text holds a lone surrogate.
     """
-    try:
-        text.encode("utf-8")
-    except UnicodeEncodeError as error:
-        raise DataError(
-            f"character {error.start} of the text is the lone surrogate {text[error.start]!a}, which is not Unicode text; remove it"
-        ) from error
+    if found := lone_surrogate(text):
+        position, problem = found
+        raise DataError(f"character {position} of the text is {problem}")
 
 
 def _sentencepiece_processor(path: Path, model: bytes) -> sentencepiece.SentencePieceProcessor:
