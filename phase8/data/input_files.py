@@ -5,8 +5,9 @@ from __future__ import annotations
 import os
 import stat
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 from dataclasses import dataclass, field
+from itertools import islice
 from pathlib import Path
 from typing import NamedTuple
 
@@ -24,6 +25,7 @@ _OTHER_CODE = {".hs", ".ml", ".mli", ".erl", ".ex", ".exs", ".clj", ".lisp", ".e
 TEXT_SUFFIXES = frozenset(_PROSE | _C_FAMILY | _SCRIPTS | _OTHER_CODE)
 JSON_LINES_SUFFIXES = frozenset({".jsonl", ".ndjson", ".jsonlines"})
 _MAX_NAMED_SUFFIXES = 10
+_MAX_NAMED_KEYS = 20
 
 
 @dataclass(frozen=True)
@@ -134,6 +136,12 @@ def check_unchanged(sources: Iterable[Source]) -> None:
     for source in sources:
         if find_source(Path(source.path)) != source:
             raise DataError(f"the input {source.path} was changed while it was being read; run again when nothing writes to it")
+
+
+def describe_keys(keys: Collection[str]) -> str:
+    """The keys of an object or the columns of a table as words, of many the first."""
+    words = [*map(repr, islice(keys, _MAX_NAMED_KEYS)), *(["..."] if len(keys) > _MAX_NAMED_KEYS else [])]
+    return ", ".join(words) or "(none)"
 
 
 def describe_suffixes(num_by_suffix: dict[str, int]) -> str:

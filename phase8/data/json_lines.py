@@ -8,11 +8,10 @@ from collections.abc import Callable, Iterator
 from functools import cache
 from typing import Any, BinaryIO
 
-from phase8.data.input_files import Document, OnInvalid, Span
+from phase8.data.input_files import Document, OnInvalid, Span, describe_keys
 from phase8.data.utf8 import BYTE_ORDER_MARK, lone_surrogate
 from phase8.errors import DataError
 
-_MAX_NAMED_KEYS = 20
 _SKIPPED_BYTES = 1 << 20
 
 Report = Callable[[str], None]
@@ -95,9 +94,7 @@ def _text_of_record(record: str, json_key: str, report: Report) -> str | None:
     if not isinstance(found, dict):
         return report(f"found {_in_words(found)}, where an object with the text under {json_key!r} is needed; correct or remove the line")
     if json_key not in found:
-        keys = [*map(repr, list(found)[:_MAX_NAMED_KEYS]), *(["..."] if len(found) > _MAX_NAMED_KEYS else [])]
-        names = ", ".join(keys) or "(none)"
-        return report(f"found an object with the keys {names}, without the key {json_key!r}; name the key of the text with --json-key")
+        return report(f"found an object with the keys {describe_keys(found)}, without the key {json_key!r}; name the key of the text with --json-key")
     if isinstance(found, _ObjectWithRepeats) and json_key in found.repeated:
         return report(f"the key {json_key!r} occurs more than once, so which of its values is the document is not known; keep one of them")
     text = found[json_key]
