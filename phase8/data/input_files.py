@@ -15,7 +15,7 @@ from phase8.data.compression import COMPRESSED_SUFFIXES
 from phase8.data.content import WHOLE_BYTES, content_digest
 from phase8.data.optional_packages import import_parquet, import_zstandard
 from phase8.errors import DataError
-from phase8.paths import why_unreadable
+from phase8.paths import real_path, why_unreadable
 
 # A file named outright is read whatever its suffix; these are what is taken from a directory.
 _PROSE = {".txt", ".text", ".md", ".markdown", ".rst", ".tex", ".org", ".adoc"}
@@ -100,11 +100,11 @@ def find_sources(inputs: Iterable[str | Path]) -> tuple[list[Source], LeftOut]:
     Raises:
         DataError: An input is missing or cannot be read, its format needs a package that is not installed, or a directory holds nothing to read.
     """
-    sources: dict[str, Source] = {}
+    sources: dict[Path, Source] = {}
     left_out = LeftOut()
     for name in map(Path, inputs):
         for path in _files_of_directory(name, left_out) if name.is_dir() else [name]:
-            identity = os.path.realpath(path)
+            identity = real_path(path)
             if identity not in sources:
                 sources[identity] = find_source(path)
                 _check_package(sources[identity])
@@ -119,7 +119,7 @@ def find_source(path: Path) -> Source:
     """
     try:
         found = path.stat()
-        name = str(path.parent.resolve() / path.name)
+        name = str(real_path(path.parent) / path.name)
     except OSError as error:
         raise DataError(f"cannot read the input {path}: {why_unreadable(path, error)}; give existing, readable files or directories") from error
     if not stat.S_ISREG(found.st_mode):
