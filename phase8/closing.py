@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import suppress
 from types import TracebackType
+
+from phase8.errors import Phase8Error
 
 
 class Tolerated:
@@ -27,15 +30,14 @@ class Tolerated:
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> bool:
         if not isinstance(error, Exception):
             return False
-        if self._failure:
-            with Tolerated("", self._say):
-                self._say(f"{self._failure}: {_reason(error)}")
+        with suppress(Exception):
+            self._say(f"{self._failure}: {_reason(error)}")
         return True
 
 
 def _reason(error: Exception) -> str:
     """The first line of what an error says, with the name of its class where the message was not written for people."""
     line = next(iter(str(error).strip().splitlines()), "")
-    if type(error).__module__ == "phase8.errors":
+    if isinstance(error, Phase8Error):
         return line
     return f"{type(error).__name__}: {line}" if line else type(error).__name__

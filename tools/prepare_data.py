@@ -22,7 +22,7 @@ from phase8.data.input_files import describe_suffixes
 from phase8.data.lost_text import LostText
 from phase8.data.made_with import made_with
 from phase8.data.muse import MuseReport, import_muse
-from phase8.data.preparation import PrepareOptions, PrepareReport
+from phase8.data.preparation import PrepareOptions, PrepareReport, training_settings
 from phase8.data.prepare import TOKENIZING, prepare
 from phase8.data.raw_tokens import RawReport, import_raw
 from phase8.data.shards import DocumentRules
@@ -95,7 +95,7 @@ def print_report(report: PrepareReport) -> None:
         print(f"files of directories passed over, not being text by their suffix: {sum(report.num_passed_over.values()):,} ({suffixes})")
     if report.dangling_links:
         print(f"symbolic links of directories that lead to nothing: {len(report.dangling_links):,}, the first: {report.dangling_links[0]}")
-    print("train on it with: --set " + shlex.join(report.settings))
+    print_settings(report.settings)
 
 
 def print_lost(lost: LostText) -> None:
@@ -125,9 +125,7 @@ def print_muse_report(report: MuseReport, eod_token: str | None) -> None:
     if report.num_uncovered_ranges:
         print(f"tokens left out for belonging to no document: {report.num_uncovered_tokens:,}, in stretches: {report.num_uncovered_ranges:,}")
     print(f"log: {report.destination}.import.json")
-    named = [] if eod_token is None else [f"data.eod_token={eod_token}"]
-    settings = [f"data.train={report.destination}", f"data.tokenizer={report.tokenizer}", *named, f"model.vocab_size={report.vocab_size}"]
-    print("train on it with: --set " + shlex.join(settings))
+    print_settings(training_settings({"train": report.destination}, tokenizer=report.tokenizer, eod_token=eod_token, vocab_size=report.vocab_size))
 
 
 def print_raw_report(report: RawReport, tokenizer: Tokenizer | None, eod_token: str | None) -> None:
@@ -139,10 +137,16 @@ def print_raw_report(report: RawReport, tokenizer: Tokenizer | None, eod_token: 
     if report.num_zero_length_documents:
         print(f"empty documents left out: {report.num_zero_length_documents:,}")
     print(f"log: {report.destination}.import.json")
-    named = [] if eod_token is None else [f"data.eod_token={eod_token}"]
-    known = [] if tokenizer is None else [f"data.tokenizer={tokenizer.path}", *named, f"model.vocab_size={tokenizer.vocab_size}"]
-    settings = shlex.join([f"data.train={report.destination}", *known])
-    print(f"train on it with: --set {settings}" + ("" if known else " and the data.tokenizer that made the tokens"))
+    train = {"train": report.destination}
+    if tokenizer is None:
+        print_settings(training_settings(train), " and the data.tokenizer that made the tokens")
+    else:
+        print_settings(training_settings(train, tokenizer=tokenizer.path, eod_token=eod_token, vocab_size=tokenizer.vocab_size))
+
+
+def print_settings(settings: list[str], besides: str = "") -> None:
+    """How to train on what was written."""
+    print(f"train on it with: --set {shlex.join(settings)}{besides}")
 
 
 def main(arguments: list[str] | None = None) -> int:

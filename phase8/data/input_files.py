@@ -5,8 +5,9 @@ from __future__ import annotations
 import os
 import stat
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 from dataclasses import dataclass, field
+from itertools import islice
 from pathlib import Path
 from typing import NamedTuple
 
@@ -14,7 +15,7 @@ from phase8.data.compression import COMPRESSED_SUFFIXES
 from phase8.data.content import WHOLE_BYTES, content_digest
 from phase8.data.optional_packages import import_parquet, import_zstandard
 from phase8.errors import DataError
-from phase8.paths import why_unreadable
+from phase8.paths import real_path, why_unreadable
 
 # A file named outright is read whatever its suffix; these are what is taken from a directory.
 _PROSE = {".txt", ".text", ".md", ".markdown", ".rst", ".tex", ".org", ".adoc"}
@@ -24,6 +25,7 @@ _OTHER_CODE = {".hs", ".ml", ".mli", ".erl", ".ex", ".exs", ".clj", ".lisp", ".e
 TEXT_SUFFIXES = frozenset(_PROSE | _C_FAMILY | _SCRIPTS | _OTHER_CODE)
 JSON_LINES_SUFFIXES = frozenset({".jsonl", ".ndjson", ".jsonlines"})
 _MAX_NAMED_SUFFIXES = 10
+_MAX_NAMED_KEYS = 20
 
 
 @dataclass(frozen=True)
@@ -98,11 +100,11 @@ def find_sources(inputs: Iterable[str | Path]) -> tuple[list[Source], LeftOut]:
     Raises:
         DataError: An input is missing or cannot be read, its format needs a package that is not installed, or a directory holds nothing to read.
     """
-    sources: dict[str, Source] = {}
+    sources: dict[Path, Source] = {}
     left_out = LeftOut()
     for name in map(Path, inputs):
         for path in _files_of_directory(name, left_out) if name.is_dir() else [name]:
-            identity = os.path.realpath(path)
+            identity = real_path(path)
             if identity not in sources:
                 sources[identity] = find_source(path)
                 _check_package(sources[identity])
@@ -117,7 +119,7 @@ def find_source(path: Path) -> Source:
     """
     try:
         found = path.stat()
-        name = str(path.parent.resolve() / path.name)
+        name = str(real_path(path.parent) / path.name)
     except OSError as error:
         raise DataError(f"cannot read the input {path}: {why_unreadable(path, error)}; give existing, readable files or directories") from error
     if not stat.S_ISREG(found.st_mode):
@@ -134,6 +136,12 @@ def check_unchanged(sources: Iterable[Source]) -> None:
     for source in sources:
         if find_source(Path(source.path)) != source:
             raise DataError(f"the input {source.path} was changed while it was being read; run again when nothing writes to it")
+
+
+def describe_keys(keys: Collection[str]) -> str:
+    """The keys of an object or the columns of a table as words, of many the first."""
+    words = [*map(repr, islice(keys, _MAX_NAMED_KEYS)), *(["..."] if len(keys) > _MAX_NAMED_KEYS else [])]
+    return ", ".join(words) or "(none)"
 
 
 def describe_suffixes(num_by_suffix: dict[str, int]) -> str:

@@ -5,13 +5,13 @@ from __future__ import annotations
 import json
 from collections import Counter
 from collections.abc import Callable, Iterator
+from functools import cache
 from typing import Any, BinaryIO
 
-from phase8.data.input_files import Document, OnInvalid, Span
-from phase8.data.utf8 import BYTE_ORDER_MARK, encoded_pieces
+from phase8.data.input_files import Document, OnInvalid, Span, describe_keys
+from phase8.data.utf8 import BYTE_ORDER_MARK, lone_surrogate
 from phase8.errors import DataError
 
-_MAX_NAMED_KEYS = 20
 _SKIPPED_BYTES = 1 << 20
 
 Report = Callable[[str], None]
@@ -51,9 +51,12 @@ def read_json_lines(file: BinaryIO, stored: BinaryIO, span: Span, *, json_key: s
     first = position = stored.tell()
     num_lines = 0
 
+    @cache
+    def num_lines_before() -> int:
+        return _num_lines(span.source.path, first)
+
     def report(problem: str) -> None:
-        number = _num_lines(span.source.path, first) + num_lines
-        on_invalid(DataError(f"{span.source.path}, line {number}: {problem}"))
+        on_invalid(DataError(f"{span.source.path}, line {num_lines_before() + num_lines}: {problem}"))
 
     while (position < span.end or span.source.is_compressed) and (line := file.readline()):
         num_lines += 1
@@ -91,20 +94,15 @@ def _text_of_record(record: str, json_key: str, report: Report) -> str | None:
     if not isinstance(found, dict):
         return report(f"found {_in_words(found)}, where an object with the text under {json_key!r} is needed; correct or remove the line")
     if json_key not in found:
-        keys = [*map(repr, list(found)[:_MAX_NAMED_KEYS]), *(["..."] if len(found) > _MAX_NAMED_KEYS else [])]
-        names = ", ".join(keys) or "(none)"
-        return report(f"found an object with the keys {names}, without the key {json_key!r}; name the key of the text with --json-key")
+        return report(f"found an object with the keys {describe_keys(found)}, without the key {json_key!r}; name the key of the text with --json-key")
     if isinstance(found, _ObjectWithRepeats) and json_key in found.repeated:
         return report(f"the key {json_key!r} occurs more than once, so which of its values is the document is not known; keep one of them")
     text = found[json_key]
     if not isinstance(text, str):
         remedy = "put the text there or remove the line" if text is None else "name the key of the text with --json-key"
         return report(f"{json_key!r} is {_in_words(text)}, where a text is needed; {remedy}")
-    try:
-        for _ in encoded_pieces(text):
-            pass
-    except UnicodeEncodeError as error:
-        return report(f"{json_key!r} holds the lone surrogate {error.object[error.start]!a}, which is not Unicode text; remove it")
+    if surrogate := lone_surrogate(text):
+        return report(f"{json_key!r} holds {surrogate[1]}")
     return text
 
 

@@ -7,7 +7,6 @@ from collections.abc import Iterable
 from phase8.data.indexed import IndexedDataset
 from phase8.data.pair_record import MadeWith
 from phase8.data.tokenizer import Tokenizer
-from phase8.data.tokenizer_file import tokenizer_digest
 from phase8.errors import DataError
 
 
@@ -17,12 +16,9 @@ def made_with(tokenizer: Tokenizer, *, eod_id: int | None) -> MadeWith:
     Args:
         tokenizer: It.
         eod_id: The token that ends documents of the pair, which need not be the tokenizer's own; None: nothing does.
-
-    Raises:
-        DataError: The file of the tokenizer cannot be read.
     """
     eod_token = tokenizer.eod_token if eod_id == tokenizer.eod_id else None
-    return MadeWith(tokenizer_sha256=tokenizer_digest(tokenizer.path), eod_id=eod_id, eod_token=eod_token)
+    return MadeWith(tokenizer_sha256=tokenizer.sha256, eod_id=eod_id, eod_token=eod_token)
 
 
 def check_tokenizer(pairs: Iterable[IndexedDataset], tokenizer: Tokenizer) -> None:
@@ -31,16 +27,15 @@ def check_tokenizer(pairs: Iterable[IndexedDataset], tokenizer: Tokenizer) -> No
     Raises:
         DataError: There is one.
     """
-    digest = tokenizer_digest(tokenizer.path)
     otherwise = "or train on them as they are with --set data.allow_fingerprint_change=true"
     for pair in pairs:
         made = None if pair.record is None else pair.record.made_with
         if made is None:
             continue
-        if made.tokenizer_sha256 != digest:
+        if made.tokenizer_sha256 != tokenizer.sha256:
             raise DataError(
                 f"{pair.prefix} was made with a tokenizer of sha256 {made.tokenizer_sha256[:12]}, but that of data.tokenizer {tokenizer.path} is "
-                f"{digest[:12]}; name the tokenizer that made the data, {otherwise}"
+                f"{tokenizer.sha256[:12]}; name the tokenizer that made the data, {otherwise}"
             )
         if made.eod_id not in (None, tokenizer.eod_id):
             ended = f"token {made.eod_id}" + ("" if made.eod_token is None else f", {made.eod_token!r}")

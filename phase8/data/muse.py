@@ -8,7 +8,6 @@ The format says nothing about the tokenizer or about ends of documents, so the i
 
 from __future__ import annotations
 
-import json
 import os
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -19,8 +18,8 @@ import numpy as np
 from phase8.data.index_file import MAGIC as MEGATRON_MAGIC
 from phase8.data.indexed import MAX_SEQUENCE_TOKENS, IndexedWriter, best_dtype
 from phase8.data.pair_record import MadeWith
+from phase8.data.staging import write_json
 from phase8.data.token_file import TokenFile
-from phase8.durable import replace_file
 from phase8.errors import DataError, IndexedFormatError
 from phase8.paths import why_unreadable
 
@@ -125,7 +124,7 @@ def import_muse(
         num_uncovered_tokens=int(np.diff(uncovered).sum()),
         uncovered_ranges=[(int(start), int(end)) for start, end in uncovered[:MAX_LOGGED_RANGES]],
     )
-    _write_log(Path(f"{destination_prefix}.import.json"), report)
+    write_json(Path(f"{destination_prefix}.import.json"), asdict(report))
     return report
 
 
@@ -201,7 +200,3 @@ def _overlaps_and_gaps(offsets: np.ndarray, lengths: np.ndarray, num_tokens: int
     overlapping = np.stack([starts, np.minimum(ends, covered_until)], axis=1)[:-1]
     uncovered = np.stack([covered_until, starts], axis=1)
     return overlapping[overlapping[:, 0] < overlapping[:, 1]], uncovered[uncovered[:, 0] < uncovered[:, 1]]
-
-
-def _write_log(path: Path, report: MuseReport) -> None:
-    replace_file(path, json.dumps(asdict(report), indent=2).encode() + b"\n")

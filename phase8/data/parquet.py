@@ -5,12 +5,11 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
-from phase8.data.input_files import Document, OnInvalid, Span
+from phase8.data.input_files import Document, OnInvalid, Span, describe_keys
 from phase8.data.optional_packages import import_for, import_parquet
 from phase8.errors import DataError
 
 _ROWS_AT_ONCE = 64  # texts may be long: only these are in memory, beside the pages that hold them
-_MAX_NAMED_COLUMNS = 20
 
 
 def read_parquet(span: Span, *, column: str, on_invalid: OnInvalid) -> Iterator[Document]:
@@ -62,9 +61,8 @@ def _problem_of_column(arrow: Any, schema: Any, column: str) -> str | None:
     """What is wrong with a column, if anything is."""
     indices = schema.get_all_field_indices(column)
     if len(indices) != 1:
-        names = ", ".join([*map(repr, schema.names[:_MAX_NAMED_COLUMNS]), *(["..."] if len(schema.names) > _MAX_NAMED_COLUMNS else [])])
         number = f"{len(indices)} columns" if indices else "no column"
-        return f" has {number} named {column!r}; name the column of the text with --json-key, it has {names or '(none)'}"
+        return f" has {number} named {column!r}; name the column of the text with --json-key, it has {describe_keys(schema.names)}"
     found = schema.field(indices[0]).type
     values = found.value_type if arrow.types.is_dictionary(found) else found
     if not (arrow.types.is_string(values) or arrow.types.is_large_string(values) or arrow.types.is_string_view(values)):

@@ -7,6 +7,7 @@ Names follow Megatron: `<output_prefix>_<json_key>_document.{bin,idx}`; with a v
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -121,9 +122,24 @@ class PrepareReport:
     @property
     def settings(self) -> list[str]:
         """The `--set` overrides of a run on this data."""
-        data = [f"data.{name}={split.prefix}" for name, split in self.splits.items()]
-        eod_token = [] if self.eod_token is None else [f"data.eod_token={self.eod_token}"]
-        return [*data, f"data.tokenizer={self.tokenizer}", *eod_token, f"model.vocab_size={self.vocab_size}"]
+        prefixes = {name: split.prefix for name, split in self.splits.items()}
+        return training_settings(prefixes, tokenizer=self.tokenizer, eod_token=self.eod_token, vocab_size=self.vocab_size)
+
+
+def training_settings(
+    prefixes: Mapping[str, str], *, tokenizer: str | Path | None = None, eod_token: str | None = None, vocab_size: int | None = None
+) -> list[str]:
+    """The `--set` overrides of a run on written pairs; what is None is not said.
+
+    Args:
+        prefixes: The pairs by split.
+        tokenizer: The tokenizer file.
+        eod_token: The piece between documents, where the user named one.
+        vocab_size: Number of ids of the tokenizer.
+    """
+    pairs = {f"data.{name}": prefix for name, prefix in prefixes.items()}
+    settings = pairs | {"data.tokenizer": tokenizer, "data.eod_token": eod_token, "model.vocab_size": vocab_size}
+    return [f"{key}={value}" for key, value in settings.items() if value is not None]
 
 
 class Layout:

@@ -30,6 +30,7 @@ from phase8.data.staging import exclusive_lock, read_json, write_json
 from phase8.data.tokenizer import load_tokenizer
 from phase8.data.tokenizer_file import tokenizer_digest
 from phase8.data.tokenizer_training import train_sentencepiece
+from phase8.data.utf8 import num_encoded_bytes
 from phase8.durable import staged_directory, staged_file
 from phase8.errors import ConfigError, DataError
 
@@ -114,11 +115,11 @@ def _prepared_split(written: IndexedDataset) -> PreparedSplit:
 def _prepare(options: PrepareOptions, sources: list[Source], layout: Layout, on_progress: OnProgress) -> PrepareReport:
     cut = cut_shards(sources, options.shard_bytes, document_separator=options.rules.document_separator)
     tokenizer_path = options.tokenizer or _trained_tokenizer(options, sources, cut, layout, on_progress)
-    tokenizer, digest = load_tokenizer(tokenizer_path, eod_token=options.rules.eod_token), tokenizer_digest(tokenizer_path)
+    tokenizer = load_tokenizer(tokenizer_path, eod_token=options.rules.eod_token)
     dtype = best_dtype(tokenizer.vocab_size)
     maker = made_with(tokenizer, eod_id=tokenizer.eod_id if options.rules.append_eod else None)
     shards = [
-        Shard(directory=layout.work / f"shard-{i:06d}", spans=spans, tokenizer=tokenizer_path, tokenizer_sha256=digest, rules=options.rules)
+        Shard(directory=layout.work / f"shard-{i:06d}", spans=spans, tokenizer=tokenizer_path, tokenizer_sha256=tokenizer.sha256, rules=options.rules)
         for i, spans in enumerate(cut)
     ]
     counts = _tokenise(shards, options.num_workers, on_progress)
@@ -131,7 +132,7 @@ def _prepare(options: PrepareOptions, sources: list[Source], layout: Layout, on_
     return PrepareReport(
         splits=splits,
         tokenizer=str(options.tokenizer or layout.tokenizer),
-        tokenizer_sha256=digest,
+        tokenizer_sha256=tokenizer.sha256,
         vocab_size=tokenizer.vocab_size,
         dtype=dtype.name,
         text_bytes=sum(found.text_bytes for found in counts),
@@ -167,8 +168,9 @@ def _sample(options: PrepareOptions, cut: list[tuple[Span, ...]]) -> Iterator[st
             if options.rules.split_of(text) == "train":
                 part = text[:left_in_shard]
                 yield part
-                left_in_shard -= len(part.encode())
-                remaining -= len(part.encode())
+                num_bytes = num_encoded_bytes(part)
+                left_in_shard -= num_bytes
+                remaining -= num_bytes
         if remaining <= 0:
             return
 

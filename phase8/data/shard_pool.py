@@ -31,7 +31,7 @@ def make_shards(shards: Sequence[Shard], *, num_workers: int, on_done: OnDone, o
         shards: What to make.
         num_workers: Processes at work at once.
         on_done: Called in this process after each shard, in the order in which they finish.
-        on_bytes: Called in this process with the input bytes tokenised so far: after each shard, and every second while one takes longer.
+        on_bytes: Called in this process with the input bytes tokenised so far: when shards are done, and every second while that takes longer.
 
     Raises:
         DataError: A shard has a bad input, or a worker was killed. What was committed stays.
@@ -54,9 +54,7 @@ def make_shards(shards: Sequence[Shard], *, num_workers: int, on_done: OnDone, o
                     i = futures[future]
                     on_done(shards[i], future.result())
                     counted[i] = max(counted[i], shards[i].num_bytes)
-                    on_bytes(int(counted.sum()))
-                if not finished:
-                    on_bytes(int(counted.sum()))
+                on_bytes(int(counted.sum()))
         except BrokenProcessPool as error:
             raise DataError(
                 "a worker process was killed, perhaps for lack of memory; run again to go on with what is left, with fewer --workers"

@@ -11,6 +11,7 @@ from phase8.config.schema import DataSource
 from phase8.data.indexed import IndexedDataset
 from phase8.data.streams import TokenStream
 from phase8.errors import DataError
+from phase8.paths import real_path
 
 _ENDINGS = (".bin", ".idx")
 
@@ -44,7 +45,7 @@ def source_names(prefixes: Sequence[str]) -> list[str]:
 def pairs_by_pattern_in_both(a: Sequence[TokenStream], b: Sequence[TokenStream]) -> list[str]:
     """Prefixes of pairs that belong to the streams of both sides, on one of them because a pattern matches them."""
     sides = [
-        {os.path.realpath(pair.bin_path): (pair.prefix, stream.prefix != pair.prefix) for stream in streams for pair in stream.pairs}
+        {real_path(pair.bin_path): (pair.prefix, stream.prefix != pair.prefix) for stream in streams for pair in stream.pairs}
         for streams in (a, b)
     ]
     return sorted(sides[0][path][0] for path in sides[0].keys() & sides[1].keys() if any(side[path][1] for side in sides))
@@ -63,10 +64,10 @@ def _open_pair(prefix: str, entry: DataSource, *, key: str, ignore_sequence_mode
 
 def _check_named_once(pairs: Sequence[IndexedDataset], key: str) -> None:
     """Refuses the same files under one name or, by symbolic links, under two."""
-    names: dict[str, str] = {}
+    names: dict[Path, str] = {}
     for pair in pairs:
         name = os.path.normpath(pair.prefix)
-        first = names.setdefault(os.path.realpath(pair.bin_path), name)
+        first = names.setdefault(real_path(pair.bin_path), name)
         if first is not name:
             twice = f"{name} more than once" if first == name else f"{first} and {name}, which are the same files"
             raise DataError(f"{key} names {twice}; keep one entry and add the weights up")

@@ -7,6 +7,7 @@ made elsewhere gives the ids that its makers' library gives, and normalises text
 
 from __future__ import annotations
 
+import hashlib
 import json
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
@@ -18,6 +19,7 @@ import sentencepiece
 
 from phase8.data.end_of_document import KNOWN_PIECES, choose_end_of_document, hugging_face_without, sentencepiece_without
 from phase8.data.tokenizer_file import parse_tokenizer_json, read_tokenizer_file
+from phase8.data.utf8 import lone_surrogate
 from phase8.errors import DataError
 
 _SPACE_MARK = "\u2581"
@@ -30,14 +32,16 @@ class Tokenizer(ABC):
 
     Args:
         path: The file it was read from.
+        content: The bytes of that file; `sha256` is their digest.
         vocab_size: Every id is below it.
         eod_id: The token between documents; `encode` never gives it, whatever the text says and the library below does.
         eod_token: Its piece.
         unknown_id: The token of text that has no other; None: there is none.
     """
 
-    def __init__(self, path: Path, *, vocab_size: int, eod_id: int, eod_token: str, unknown_id: int | None):
+    def __init__(self, path: Path, content: bytes, *, vocab_size: int, eod_id: int, eod_token: str, unknown_id: int | None):
         self.path = path
+        self.sha256 = hashlib.sha256(content).hexdigest()
         self.vocab_size = vocab_size
         self.eod_id = eod_id
         self.eod_token = eod_token
@@ -130,7 +134,7 @@ class SentencePieceTokenizer(Tokenizer):
             control = {piece for piece, i in ids.items() if self._processor.is_control(i)}
             eod_id = choose_end_of_document(ids, path, named=eod_token, own_words=[control])
         size, eod_token = self._processor.vocab_size(), self._processor.id_to_piece(eod_id)
-        super().__init__(path, vocab_size=size, eod_id=eod_id, eod_token=eod_token, unknown_id=self._processor.unk_id())
+        super().__init__(path, model, vocab_size=size, eod_id=eod_id, eod_token=eod_token, unknown_id=self._processor.unk_id())
         self._space_mark_ids = [self._processor.piece_to_id(f"<0x{byte:02X}>") for byte in _SPACE_MARK.encode()]
         has_bytes = all(self._processor.is_byte(i) for i in self._space_mark_ids)
         adds_space = any(_SPACE_MARK in piece for piece in self._processor.encode("a", out_type=str))
@@ -190,7 +194,7 @@ class HuggingFaceTokenizer(Tokenizer):
         special = {token.content for token in self._tokenizer.get_added_tokens_decoder().values() if token.special}
         eod_id = choose_end_of_document(ids, path, named=eod_token, own_words=[special, set(added)])
         size, eod_token = max(ids.values()) + 1, self._tokenizer.id_to_token(eod_id)
-        super().__init__(path, vocab_size=size, eod_id=eod_id, eod_token=eod_token, unknown_id=_unknown_id(parsed["model"], ids))
+        super().__init__(path, content, vocab_size=size, eod_id=eod_id, eod_token=eod_token, unknown_id=_unknown_id(parsed["model"], ids))
 
     def _encode(self, text: str, *, without_eod: bool) -> list[int]:
         return self._encoding(text, without_eod=without_eod).ids
@@ -240,12 +244,9 @@ def check_unicode(text: str) -> None:
     Raises:
         DataError: The text holds a lone surrogate.
     """
-    try:
-        text.encode("utf-8")
-    except UnicodeEncodeError as error:
-        raise DataError(
-            f"character {error.start} of the text is the lone surrogate {text[error.start]!a}, which is not Unicode text; remove it"
-        ) from error
+    if found := lone_surrogate(text):
+        position, problem = found
+        raise DataError(f"character {position} of the text is {problem}")
 
 
 def _sentencepiece_processor(path: Path, model: bytes) -> sentencepiece.SentencePieceProcessor:

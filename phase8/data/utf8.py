@@ -22,3 +22,14 @@ def encoded_pieces(text: str) -> Iterator[bytes]:
 def num_encoded_bytes(text: str) -> int:
     """Bytes of the UTF-8 of a text."""
     return sum(map(len, encoded_pieces(text)))
+
+
+def lone_surrogate(text: str) -> tuple[int, str] | None:
+    """The position of the first lone surrogate of a text and what is wrong there; None where UTF-8 can hold the text."""
+    for start in range(0, len(text), _PIECE_CHARACTERS):
+        try:
+            text[start : start + _PIECE_CHARACTERS].encode()
+        except UnicodeEncodeError as error:
+            position = start + error.start
+            return position, f"the lone surrogate {text[position]!a}, which is not Unicode text; remove it"
+    return None

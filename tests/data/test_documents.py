@@ -12,6 +12,7 @@ import zstandard
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from phase8.data import json_lines
 from phase8.data.documents import cut_shards, read_documents, spread
 from phase8.data.input_files import Source, Span, check_unchanged, find_sources
 from phase8.data.shards import DocumentRules, InvalidInputs, read_texts
@@ -90,6 +91,20 @@ def test_line_numbers_are_right_in_every_cut(tmp_path: Path, shard_bytes: int):
     path.write_text('{"text": "a"}\n\n{"text": "bb"}\n{"text": 5}\n{"text": "c"}\n')
     with pytest.raises(DataError, match=r"a\.jsonl, line 4: 'text' is a number, where a text is needed; name the key"):
         read_all(path, shard_bytes=shard_bytes)
+
+
+@pytest.mark.parametrize(("bad", "num_counts"), [("", 0), ("5\n" * 100, 1)])
+def test_what_stands_before_a_span_is_counted_once_and_only_for_bad_lines(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, bad: str, num_counts: int):
+    path, first, last = tmp_path / "a.jsonl", '{"text": "first"}\n', '{"text": "last"}\n'
+    path.write_text(first + bad + last)
+    (source,) = find_sources([path])[0]
+    counted, count = [], json_lines._num_lines
+    monkeypatch.setattr(json_lines, "_num_lines", lambda path, end: counted.append(end) or count(path, end))
+    errors: list[DataError] = []
+    span = Span(source, len(first), source.size_bytes)
+    assert [text for text, _ in read_documents(span, json_key="text", on_invalid=errors.append)] == ["last"]
+    assert [f"line {i + 2}: " in str(error) for i, error in enumerate(errors)] == [True] * bad.count("\n")
+    assert counted == [len(first)] * num_counts
 
 
 @pytest.mark.parametrize(

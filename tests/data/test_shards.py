@@ -126,7 +126,7 @@ class WordTokenizer(Tokenizer):
     """As quick as a tokenizer can be: an id for every four characters."""
 
     def __init__(self):
-        super().__init__(Path("none"), vocab_size=300, eod_id=1, eod_token="</s>", unknown_id=None)
+        super().__init__(Path("none"), b"", vocab_size=300, eod_id=1, eod_token="</s>", unknown_id=None)
 
     def _encode(self, text: str, *, without_eod: bool) -> list[int]:
         return [7] * (len(text) // 4)

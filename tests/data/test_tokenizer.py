@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import sys
@@ -14,9 +15,10 @@ import tokenizers
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
+from phase8.data import utf8
 from phase8.data.end_of_document import END_OF_DOCUMENT
 from phase8.data.streaming_decoder import StreamingDecoder
-from phase8.data.tokenizer import HuggingFaceTokenizer, SentencePieceTokenizer, Tokenizer, load_tokenizer
+from phase8.data.tokenizer import HuggingFaceTokenizer, SentencePieceTokenizer, Tokenizer, check_unicode, load_tokenizer
 from phase8.data.tokenizer_training import train_sentencepiece
 from phase8.errors import DataError, StorageError
 
@@ -163,10 +165,26 @@ def test_training_into_a_place_that_cannot_be_written_is_a_storage_error(tmp_pat
         train_sentencepiece(TEXTS, tmp_path / "file" / "t.model", vocab_size=420)
 
 
+@pytest.mark.parametrize("make", [byte_level_tokenizer, llama_like_model])
+def test_the_digest_of_a_tokenizer_is_of_the_file_that_was_read(tmp_path: Path, make):
+    path = make(tmp_path / "tokenizer")
+    content, tokenizer = path.read_bytes(), load_tokenizer(path)
+    path.write_bytes(b"changed since")
+    assert tokenizer.sha256 == hashlib.sha256(content).hexdigest()
+
+
 @pytest.mark.parametrize("kind", ["exact", "hugging_face"])
 def test_lone_surrogates_are_refused(kind: str, request: pytest.FixtureRequest):
     with pytest.raises(DataError, match=r"character 1 .*surrogate.*ud800"):
         request.getfixturevalue(kind).encode("a\ud800b")
+
+
+def test_the_place_of_a_lone_surrogate_is_counted_from_the_begin_of_the_text(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(utf8, "_PIECE_CHARACTERS", 4)
+    for position in range(13):
+        with pytest.raises(DataError, match=rf"^character {position} of the text is the lone surrogate '\\udfff', which is not"):
+            check_unicode("é" * position + "\udfff" + "x\ud800" * 3)
+    check_unicode("é😀" * 10)
 
 
 @pytest.mark.parametrize("kind", ["exact", "hugging_face"])
