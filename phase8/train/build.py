@@ -150,7 +150,7 @@ def build_run(
             mesh=mesh,
             device=device,
             facts=machine,
-            recorded=recorded_settings(resume, directory),
+            recorded=lambda: recorded_settings(resume, directory, is_first=mesh.rank == 0),
             refused=refused,
             say=lambda text: print_line(text, console),
         )

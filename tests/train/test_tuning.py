@@ -52,9 +52,10 @@ def trials(monkeypatch):
     return speeds, made
 
 
-def choose(tiny, mesh, *settings, facts=GPU, **options):
+def choose(tiny, mesh, *settings, facts=GPU, recorded=None, **options):
     config = tiny_config(tiny, *FREE, f"data.cache_dir={tiny.parent}/cache", *settings)
-    return choose_settings(config, mesh=mesh, device=torch.device("cpu"), facts=facts, **{"say": lambda text: None, **options})
+    options = {"say": lambda text: None, "recorded": lambda: recorded, **options}
+    return choose_settings(config, mesh=mesh, device=torch.device("cpu"), facts=facts, **options)
 
 
 def test_the_fastest_that_was_tried_is_taken(tiny, mesh, trials):
