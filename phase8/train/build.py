@@ -252,10 +252,11 @@ def _attachments(data: RunData) -> dict[str, bytes]:
 
 def _go_on(run: Run, resume: str) -> Choice:
     """Puts the run where `--resume` says; the first rank chooses the checkpoint, and its choice is the one that counts."""
-    choice = Choice()
+    choice, saved = Choice(), run.config
 
     def restore(checkpoint: Checkpoint) -> None:
-        run.position = restore_run(
+        nonlocal saved
+        run.position, saved = restore_run(
             checkpoint, run.config, fingerprint=run.data.fingerprint, attachments=run.attachments, learner=run.learner
         )
 
@@ -271,7 +272,7 @@ def _go_on(run: Run, resume: str) -> Choice:
         run.attachments = attached_to(checkpoint)  # its tokenizer stays with the run
     is_own = run.directory.owns(checkpoint.path) and step_of(checkpoint.path.name) is not None  # a copy of another name is not resumed by itself
     run.saved_step = run.position.step if is_own else None
-    run.changed_keys = changed_keys(checkpoint.metadata["config"], run.config)
+    run.changed_keys = changed_keys(saved, run.config)
     run.say(f"resumed from {checkpoint.path} (step {run.position.step}, {run.position.tokens_seen:,} tokens seen)")
     for change in run.changed_keys:
         run.say(f"  {change}")

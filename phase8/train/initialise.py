@@ -118,7 +118,7 @@ def _refuse_keys(checkpoint: Checkpoint, different: Mapping[str, tuple[Any, Any]
 
 
 def _model_of(checkpoint: Checkpoint) -> ModelSection:
-    return run_metadata(checkpoint).model
+    return run_metadata(checkpoint).config.model
 
 
 def _model_sentences(was: ModelSection, now: ModelSection) -> Iterator[str]:

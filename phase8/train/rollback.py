@@ -29,7 +29,7 @@ def roll_back(run: Run, anomaly: Anomaly) -> dict[str, str | int]:
 
     def restore(checkpoint: Checkpoint) -> None:
         nonlocal restored
-        restored = restore_run(checkpoint, run.config, fingerprint=run.data.fingerprint, attachments=run.attachments, learner=run.learner)
+        restored, _ = restore_run(checkpoint, run.config, fingerprint=run.data.fingerprint, attachments=run.attachments, learner=run.learner)
 
     def say(text: str) -> None:
         print_line(text, run.console)
