@@ -45,7 +45,7 @@ def trials(monkeypatch):
     def play(config, *, mesh, device):
         made.append((config.train.micro_batch_size, config.train.compile.enabled))
         speed = speeds.get(made[-1], 100.0 * config.train.micro_batch_size)
-        return speed if isinstance(speed, str) else Trial(1e3 / speed, speed, 1 << 30, 1 << 30, 0.1)
+        return speed if isinstance(speed, str) else Trial(1e3 / speed, speed, 1 << 30, 0.1)
 
     monkeypatch.setattr(tuning, "run_trial", play)
     monkeypatch.setattr(tuning, "host_settings", lambda config, device_type: HOST)
