@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 import torch.distributed as dist
@@ -152,7 +153,7 @@ def build_run(
             facts=machine,
             recorded=lambda: recorded_settings(resume, directory, is_first=mesh.rank == 0),
             refused=refused,
-            say=lambda text: print_line(text, console),
+            say=partial(print_line, console=console),
         )
         validate(config, world_size=world_size)
         with memory_errors(config, chosen, machine, world_size=world_size, has_begun=False):
@@ -161,7 +162,7 @@ def build_run(
             check_place(choice, directory, agents=agents)
         gather_texts(None)  # no rank has refused: from here on the disk may change
         if run.is_main and (choice.moves or not run.is_complete):
-            make_way(choice, directory, config, attachments=run.attachments, agents=agents, on_message=lambda text: print_line(text, console))
+            make_way(choice, directory, config, attachments=run.attachments, agents=agents, on_message=run.say)
         run.lock = lock.pop_all()
     print_banner(f"phase8 pretraining: {config.run.name}", [*run.facts, ("run directory", str(directory.path))], console)
     return run
@@ -181,7 +182,7 @@ def _decide(
 ) -> tuple[Run, Choice]:
     """The run as it is going to be, and what has to make way for it. Nothing is written into the run directory."""
     learner = build_learner(config, mesh=mesh, device=device, dtype=compute_dtype(config.precision))
-    origin = initialise_run(config, learner, data.tokenizer, directory=directory, resume=resume, say=lambda text: print_line(text, console))
+    origin = initialise_run(config, learner, data.tokenizer, directory=directory, resume=resume, say=partial(print_line, console=console))
     shape = batch_shape(config.train, config.parallel, data_parallel_size=mesh.topology.data_parallel_size)
     facts = run_facts(config, device=device, shape=shape, num_parameters=count_parameters(shapes_only(config)), topology=mesh.topology)
     facts.append(("data", data.description))
