@@ -145,10 +145,9 @@ def _config_of(source: Checkpoint) -> RunConfig:
 
     from phase8.checkpoint.run_metadata import run_metadata
     from phase8.checkpoint.state import require_fit
-    from phase8.config.load import config_from_mapping
     from phase8.model.model import build_model
 
-    config = config_from_mapping(run_metadata(source).config, source=str(source.path))
+    config = run_metadata(source).config
     require_fit(source, build_model(config.model, dtype=torch.float32, device=torch.device("meta")), widen=True)
     return config
 

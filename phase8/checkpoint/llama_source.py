@@ -14,6 +14,7 @@ import os
 import re
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 from phase8.checkpoint.layout import WEIGHTS_CONFIG_NAME, WEIGHTS_NAME
 from phase8.checkpoint.llama import llama_name, llama_tensors
@@ -30,15 +31,18 @@ _PICKLES = ("pytorch_model.bin", "pytorch_model.bin.index.json")
 _TOKENIZERS = ("tokenizer.json", "tokenizer.model")  # the one that transformers itself prefers comes first
 
 
-def open_llama(directory: Path) -> WeightFiles:
+def open_llama(directory: Path, config: dict[str, Any]) -> WeightFiles:
     """A directory in Hugging Face's form, of which config, index and headers have been read and agree.
+
+    Args:
+        directory: The directory.
+        config: Content of its config.json.
 
     Raises:
         CheckpointCorruptError: A file is missing, damaged, leads elsewhere or is a pickle.
         CheckpointMismatchError: It is another model than the transformer baseline can be.
     """
-    config_path = regular(directory / WEIGHTS_CONFIG_NAME)
-    model = model_section_of(read_object(config_path), config_path)
+    model = model_section_of(config, directory / WEIGHTS_CONFIG_NAME)
     files: dict[str, OpenedFile] = {}
     found: dict[str, OpenedFile] = {}
     for name, expected in _tensor_files(directory).items():
@@ -51,8 +55,8 @@ def open_llama(directory: Path) -> WeightFiles:
     places = _places(directory, model, found)
     tokenizer = next((regular(directory / name) for name in _TOKENIZERS if os.path.lexists(directory / name)), None)
     is_bf16 = {found[key].file.tensors[key].dtype for _, key in places.values()} == {"BF16"}  # no weight is stored more precisely
-    config = {"model": model.model_dump(mode="json"), "precision": {"dtype": "bf16" if is_bf16 else "fp32"}}
-    return weights_of(directory, files, places, config=config, tokenizer=tokenizer, form="hf")
+    ours = {"model": model.model_dump(mode="json"), "precision": {"dtype": "bf16" if is_bf16 else "fp32"}}
+    return weights_of(directory, files, places, config=ours, tokenizer=tokenizer, form="hf")
 
 
 def _places(directory: Path, model: ModelSection, found: Mapping[str, OpenedFile]) -> dict[str, tuple[str, str]]:

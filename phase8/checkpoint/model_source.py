@@ -23,7 +23,7 @@ def open_model(directory: Path) -> Checkpoint:
     if not holds_weights_only(directory):
         return open_checkpoint(find_checkpoint(directory))
     config = read_object(regular(directory / WEIGHTS_CONFIG_NAME))
-    return open_consolidated(directory, config) if is_consolidated(config) else open_llama(directory)
+    return open_consolidated(directory, config) if is_consolidated(config) else open_llama(directory, config)
 
 
 def tokenizer_of(checkpoint: Checkpoint) -> Path | None:

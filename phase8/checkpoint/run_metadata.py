@@ -25,8 +25,8 @@ from phase8.checkpoint.random_state import check_random_state
 from phase8.checkpoint.state import MODEL_PREFIX
 from phase8.checkpoint.untrusted import printable, shortened, shown
 from phase8.config.describe import iterate_keys
-from phase8.config.load import config_from_mapping, config_to_mapping
-from phase8.config.schema import DataSection, ModelSection, PrecisionSection
+from phase8.config.load import config_from_mapping
+from phase8.config.schema import RunConfig
 from phase8.config.values import SequenceCount
 from phase8.errors import CheckpointCorruptError, CheckpointError, ConfigError
 from phase8.precision.policy import COMPUTE_DTYPES
@@ -131,26 +131,18 @@ class RunMetadata:
     """The metadata of a checkpoint; None: a key that it does not have.
 
     Args:
-        config: Of the run that saved it, as plain JSON with all keys of today.
-        model: Its model section, which the tensors agree with.
-        precision: Its precision section.
-        data: Its data section.
+        config: Of the run that saved it; the tensors agree with its model section.
         position: How far it had come.
         global_batch_size: Sequences of its last step.
         data_fingerprint: Of its data, as plain JSON.
         random_state: For `restore_random_state`.
-        torch_version: For the reader's information.
     """
 
-    config: dict[str, Any]
-    model: ModelSection
-    precision: PrecisionSection
-    data: DataSection
+    config: RunConfig
     position: StoredPosition | None
     global_batch_size: int | None
     data_fingerprint: dict[str, Any] | None
     random_state: dict[str, Any] | None
-    torch_version: str | None
 
 
 def run_metadata(checkpoint: Checkpoint, *, needed: Sequence[str] = OF_A_MODEL) -> RunMetadata:
@@ -171,7 +163,7 @@ def run_metadata(checkpoint: Checkpoint, *, needed: Sequence[str] = OF_A_MODEL) 
     if not isinstance(found["config"], dict):
         _refuse(path, f"config is {shown(found['config'])}, but an object of sections is needed")
     try:
-        config = config_from_mapping(_known_keys(found["config"]), source="config")
+        config = stored_config(found["config"])
     except ConfigError as error:
         _refuse(path, error.problems[0].removesuffix("."))
     if config.precision.dtype not in COMPUTE_DTYPES:
@@ -197,16 +189,21 @@ def run_metadata(checkpoint: Checkpoint, *, needed: Sequence[str] = OF_A_MODEL) 
         except CheckpointCorruptError as error:
             raise CheckpointCorruptError(f"{path}: {error}") from error
     return RunMetadata(
-        config=config_to_mapping(config),
-        model=config.model,
-        precision=config.precision,
-        data=config.data,
+        config=config,
         position=metadata.position,
         global_batch_size=metadata.global_batch_size,
         data_fingerprint=found.get("data_fingerprint"),
         random_state=metadata.random_state,
-        torch_version=metadata.torch_version,
     )
+
+
+def stored_config(tree: dict[str, Any]) -> RunConfig:
+    """The config that a checkpoint stores as plain JSON, whatever release has written it.
+
+    Raises:
+        ConfigError: This release cannot read it.
+    """
+    return config_from_mapping(_known_keys(tree), source="config")
 
 
 def _known_keys(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:

@@ -18,7 +18,7 @@ from phase8.checkpoint.load import Checkpoint
 from phase8.checkpoint.manifest import FORMAT, FORMAT_VERSION, AttachmentEntry, Manifest, Slice, TensorEntry, TensorFileEntry, json_problem
 from phase8.checkpoint.state import MODEL_PREFIX
 from phase8.checkpoint.tensor_file import TensorFile, open_for_reading
-from phase8.checkpoint.untrusted import shown, strict_json
+from phase8.checkpoint.untrusted import printable, shown, strict_json
 from phase8.errors import CheckpointCorruptError
 
 STORED_DTYPES = ("F32", "BF16", "F16")
@@ -152,7 +152,7 @@ def read_object(path: Path) -> dict[str, Any]:
     if not isinstance(document, dict):
         raise CheckpointCorruptError(f"{path} holds {shown(document)}, but a JSON object is needed; use another copy")
     if (problem := json_problem(document, path.name)) is not None:
-        raise CheckpointCorruptError(f"{path} cannot be used: {problem if problem.isprintable() else ascii(problem)}; use another copy")
+        raise CheckpointCorruptError(f"{path} cannot be used: {printable(problem)}; use another copy")
     return document
 
 

@@ -26,7 +26,7 @@ from torch.distributed.checkpoint.planner import SavePlan, SavePlanner, WriteIte
 from torch.distributed.checkpoint.storage import StorageWriter, WriteResult
 from torch.futures import Future
 
-from phase8.checkpoint.checksum import crc32, format_crc32
+from phase8.checkpoint.checksum import checksum_of
 from phase8.checkpoint.layout import MANIFEST_NAME, commit, saving_directory
 from phase8.checkpoint.manifest import (
     FORMAT,
@@ -209,7 +209,7 @@ def _num_bytes(item: WriteItem) -> int:
 
 def _attach(content: bytes, path: Path) -> AttachmentEntry:
     _write_durably(path, content)
-    return AttachmentEntry(size_bytes=len(content), checksum=format_crc32(crc32(content)))
+    return AttachmentEntry(size_bytes=len(content), checksum=checksum_of(content))
 
 
 def _write_durably(path: Path, content: bytes) -> None:

@@ -28,12 +28,12 @@ def restore_model(directory: Path, *, device: torch.device) -> tuple[LanguageMod
         CheckpointError: It is damaged, missing, or not of a training run.
     """
     checkpoint = open_model(directory)
-    metadata = run_metadata(checkpoint)
-    dtype = compute_dtype(metadata.precision)
-    require_fit(checkpoint, build_model(metadata.model, dtype=dtype, device=torch.device("meta")), widen=True)  # before memory is taken
-    model = build_model(metadata.model, dtype=dtype, device=device)
+    config = run_metadata(checkpoint).config
+    dtype = compute_dtype(config.precision)
+    require_fit(checkpoint, build_model(config.model, dtype=dtype, device=torch.device("meta")), widen=True)  # before memory is taken
+    model = build_model(config.model, dtype=dtype, device=device)
     restore_state(checkpoint, model, None, widen=True)
-    return model, metadata.data, checkpoint
+    return model, config.data, checkpoint
 
 
 def restore_tokenizer(checkpoint: Checkpoint, *, vocab_size: int, eod_token: str | None) -> Tokenizer:

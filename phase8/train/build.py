@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 import torch.distributed as dist
@@ -150,9 +151,9 @@ def build_run(
             mesh=mesh,
             device=device,
             facts=machine,
-            recorded=recorded_settings(resume, directory),
+            recorded=lambda: recorded_settings(resume, directory, is_first=mesh.rank == 0),
             refused=refused,
-            say=lambda text: print_line(text, console),
+            say=partial(print_line, console=console),
         )
         validate(config, world_size=world_size)
         with memory_errors(config, chosen, machine, world_size=world_size, has_begun=False):
@@ -161,7 +162,7 @@ def build_run(
             check_place(choice, directory, agents=agents)
         gather_texts(None)  # no rank has refused: from here on the disk may change
         if run.is_main and (choice.moves or not run.is_complete):
-            make_way(choice, directory, config, attachments=run.attachments, agents=agents, on_message=lambda text: print_line(text, console))
+            make_way(choice, directory, config, attachments=run.attachments, agents=agents, on_message=run.say)
         run.lock = lock.pop_all()
     print_banner(f"phase8 pretraining: {config.run.name}", [*run.facts, ("run directory", str(directory.path))], console)
     return run
@@ -181,7 +182,7 @@ def _decide(
 ) -> tuple[Run, Choice]:
     """The run as it is going to be, and what has to make way for it. Nothing is written into the run directory."""
     learner = build_learner(config, mesh=mesh, device=device, dtype=compute_dtype(config.precision))
-    origin = initialise_run(config, learner, data.tokenizer, directory=directory, resume=resume, say=lambda text: print_line(text, console))
+    origin = initialise_run(config, learner, data.tokenizer, directory=directory, resume=resume, say=partial(print_line, console=console))
     shape = batch_shape(config.train, config.parallel, data_parallel_size=mesh.topology.data_parallel_size)
     facts = run_facts(config, device=device, shape=shape, num_parameters=count_parameters(shapes_only(config)), topology=mesh.topology)
     facts.append(("data", data.description))
@@ -252,10 +253,11 @@ def _attachments(data: RunData) -> dict[str, bytes]:
 
 def _go_on(run: Run, resume: str) -> Choice:
     """Puts the run where `--resume` says; the first rank chooses the checkpoint, and its choice is the one that counts."""
-    choice = Choice()
+    choice, saved = Choice(), run.config
 
     def restore(checkpoint: Checkpoint) -> None:
-        run.position = restore_run(
+        nonlocal saved
+        run.position, saved = restore_run(
             checkpoint, run.config, fingerprint=run.data.fingerprint, attachments=run.attachments, learner=run.learner
         )
 
@@ -271,7 +273,7 @@ def _go_on(run: Run, resume: str) -> Choice:
         run.attachments = attached_to(checkpoint)  # its tokenizer stays with the run
     is_own = run.directory.owns(checkpoint.path) and step_of(checkpoint.path.name) is not None  # a copy of another name is not resumed by itself
     run.saved_step = run.position.step if is_own else None
-    run.changed_keys = changed_keys(checkpoint.metadata["config"], run.config)
+    run.changed_keys = changed_keys(saved, run.config)
     run.say(f"resumed from {checkpoint.path} (step {run.position.step}, {run.position.tokens_seen:,} tokens seen)")
     for change in run.changed_keys:
         run.say(f"  {change}")

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+import operator
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -38,27 +40,22 @@ class ChangedKey:
         return {"key": self.name, "old": _scalar(self.old), "new": _scalar(self.new)}
 
 
-def changed_keys(saved: Mapping[str, Any], config: RunConfig) -> list[ChangedKey]:
+def changed_keys(saved: RunConfig, config: RunConfig) -> list[ChangedKey]:
     """What has changed since a config was saved, in the order of the schema.
 
     Args:
-        saved: The config of a checkpoint; a key that its revision did not know had today's default.
+        saved: The config of a checkpoint.
         config: That of the run.
     """
-    default, current = config_to_mapping(RunConfig()), config_to_mapping(config)
-    pairs = ((name, _value(saved, name, _value(default, name, None)), _value(current, name, None)) for name, _ in iterate_keys())
+    before, now = config_to_mapping(saved), config_to_mapping(config)
+    pairs = ((name, _value(before, name), _value(now, name)) for name, _ in iterate_keys())
     return [
         ChangedKey(name, old, new) for name, old, new in pairs if old != new and (name == _FIRST_WEIGHTS or not name.startswith(_WITHOUT_EFFECT))
     ]
 
 
-def _value(tree: Mapping[str, Any], name: str, default: Any) -> Any:
-    node: Any = tree
-    for part in name.split("."):
-        if not isinstance(node, Mapping) or part not in node:
-            return default
-        node = node[part]
-    return node
+def _value(tree: Mapping[str, Any], name: str) -> Any:
+    return functools.reduce(operator.getitem, name.split("."), tree)
 
 
 def _in_words(value: Any) -> str:

@@ -59,14 +59,17 @@ def limit_memory(device: torch.device, limit_gib: float | None) -> None:
 
 def host_settings(config: RunConfig, device_type: str) -> dict[str, object]:
     """Values for the automatic settings of the host."""
-    num_cores = len(os.sched_getaffinity(0))
-    state_bytes = _SAVED_BYTES_PER_PARAMETER * count_parameters(shapes_only(config))
+    num_cores, is_gpu = len(os.sched_getaffinity(0)), device_type == "cuda"
     return {
         # One process keeps ahead of a GPU whose steps are short; a second one hides what the first waits for.
-        "data.num_workers": min(2, num_cores // 4) if device_type == "cuda" else 0,
-        "data.pin_memory": device_type == "cuda",
-        "checkpoint.asynchronous": device_type == "cuda" and state_bytes >= _WORTH_SAVING_ASIDE_BYTES,
+        "data.num_workers": min(2, num_cores // 4) if is_gpu else 0,
+        "data.pin_memory": is_gpu,
+        "checkpoint.asynchronous": is_gpu and _saved_bytes(config) >= _WORTH_SAVING_ASIDE_BYTES,
     }
+
+
+def _saved_bytes(config: RunConfig) -> int:
+    return _SAVED_BYTES_PER_PARAMETER * count_parameters(shapes_only(config))
 
 
 def share_cores(zero: ZeroSection, world: World, device: torch.device) -> None:

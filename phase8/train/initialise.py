@@ -14,7 +14,7 @@ from phase8.checkpoint.state import require_fit, restore_state
 from phase8.checkpoint.weight_files import WeightFiles
 from phase8.config.describe import describe_value
 from phase8.config.model_keys import FIRST_VALUES, model_differences
-from phase8.config.schema import ModelSection, RunConfig
+from phase8.config.schema import RunConfig
 from phase8.data.content import content_digest
 from phase8.data.tokenizer import Tokenizer
 from phase8.errors import CheckpointError, CheckpointMismatchError
@@ -23,6 +23,7 @@ from phase8.train.learner import Learner
 from phase8.train.restore import Restore, restore_together
 from phase8.train.run_directory import RunDirectory
 
+_Differences = Mapping[str, tuple[Any, Any]]  # key of the model section -> what it was, what it is
 # Weights of other heads have the same shapes and are another model all the same.
 _OF_SHAPES = ("num_heads", "head_size")
 # The weights of a head are there or not, by a key that their name does not tell.
@@ -85,8 +86,9 @@ def initialise_run(
     differences: list[str] = []
 
     def restore(checkpoint: Checkpoint) -> None:
-        _check_fit(checkpoint, config)
-        differences.extend(_model_sentences(_model_of(checkpoint), config.model))
+        different = model_differences(run_metadata(checkpoint).config.model, config.model)
+        _check_fit(checkpoint, config, different)
+        differences.extend(_model_sentences(different))
         differences.extend(_tokenizer_sentences(checkpoint, tokenizer))
         restore_state(checkpoint, learner.stage.module, None, is_part=learner.mesh.pp.size > 1, widen=True)
         learner.shards.read_again()
@@ -99,30 +101,25 @@ def initialise_run(
     return origin
 
 
-def _check_fit(checkpoint: Checkpoint, config: RunConfig) -> None:
+def _check_fit(checkpoint: Checkpoint, config: RunConfig, different: _Differences) -> None:
     """Refuses weights of another model, the same on every rank, whatever part of them it needs.
 
     Raises:
         CheckpointMismatchError: Names, shapes or heads differ.
     """
-    different = model_differences(_model_of(checkpoint), config.model)
     _refuse_keys(checkpoint, different, (_OF_HEAD,))
     require_fit(checkpoint, shapes_only(config), widen=True)
     _refuse_keys(checkpoint, different, _OF_SHAPES)
 
 
-def _refuse_keys(checkpoint: Checkpoint, different: Mapping[str, tuple[Any, Any]], names: Sequence[str]) -> None:
+def _refuse_keys(checkpoint: Checkpoint, different: _Differences, names: Sequence[str]) -> None:
     found = [f"model.{name} was {' and is '.join(map(describe_value, different[name]))}" for name in names if name in different]
     if found:
         raise CheckpointMismatchError(f"{checkpoint.path} is of another model: {', '.join(found)}; use the config it was saved with")
 
 
-def _model_of(checkpoint: Checkpoint) -> ModelSection:
-    return run_metadata(checkpoint).model
-
-
-def _model_sentences(was: ModelSection, now: ModelSection) -> Iterator[str]:
-    for name, (before, after) in model_differences(was, now).items():
+def _model_sentences(different: _Differences) -> Iterator[str]:
+    for name, (before, after) in different.items():
         effect = ", without effect: it sets first values of weights, and those are read" if name in FIRST_VALUES else ""
         yield f"model.{name} was {before} and is {after}{effect}"
 

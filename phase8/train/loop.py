@@ -8,7 +8,6 @@ from contextlib import nullcontext
 from phase8.closing import Tolerated
 from phase8.distributed.collectives import broadcast_text
 from phase8.errors import CorruptionError, DivergenceError, Phase8Error
-from phase8.observe.banner import print_line
 from phase8.observe.formatting import format_epochs
 from phase8.observe.metrics import MetricsWriter
 from phase8.observe.progress import Progress
@@ -44,13 +43,12 @@ def train(run: Run, *, resume_command: str, report: Callable[[int, str], None] =
         if not run.is_complete:  # what was resumed from elsewhere is saved here
             stopped_by = _train_with_rollbacks(run, run.stop_step, report)
             if stopped_by is not None and run.position.step < run.stop_step:
-                print_line(f"{stopped_by}: saved at step {run.position.step}; go on with:\n  {resume_command}", run.console)
+                run.say(f"{stopped_by}: saved at step {run.position.step}; go on with:\n  {resume_command}")
                 return
         elif _is_reported(run):
-            print_line(
+            run.say(
                 f"{run.directory.path} has already reached step {run.position.step}; raise train.num_steps or train.stop_at_step to go on, "
-                "or start again with --resume none (the old run is kept under another name).",
-                run.console,
+                "or start again with --resume none (the old run is kept under another name)."
             )
             return
         finish(run)

@@ -15,6 +15,7 @@ from phase8.checkpoint.run_metadata import OF_A_RUN, run_metadata
 from phase8.checkpoint.state import restore_state
 from phase8.config.batch import batch_shape
 from phase8.config.describe import describe_value
+from phase8.config.dotted import value_of
 from phase8.config.load import config_to_mapping
 from phase8.config.model_keys import WITHOUT_SHAPE, model_differences
 from phase8.config.schema import ModelSection, RunConfig
@@ -76,7 +77,7 @@ def restore_run(
     fingerprint: dict[str, Any],
     attachments: Mapping[str, bytes],
     learner: Learner,
-) -> Position:
+) -> tuple[Position, RunConfig]:
     """Loads weights, optimizer and random state, after checking that config and data continue those of the checkpoint.
 
     Args:
@@ -86,24 +87,27 @@ def restore_run(
         attachments: What its own checkpoints have attached: the tokenizer, if it has one.
         learner: What is loaded into.
 
+    Returns:
+        Where the run goes on, and the config of the run that saved the checkpoint.
+
     Raises:
         CheckpointMismatchError: Another model, other data, another tokenizer, or a batch that another number of ranks would change unasked.
     """
     metadata = run_metadata(checkpoint, needed=OF_A_RUN)
-    saved_config, saved_fingerprint, random_state = metadata.config, metadata.data_fingerprint, metadata.random_state
+    saved, saved_fingerprint, random_state = metadata.config, metadata.data_fingerprint, metadata.random_state
     position = Position(**metadata.position.model_dump())
-    _check_model(checkpoint.path, metadata.model, config.model)
+    _check_model(checkpoint.path, saved.model, config.model)
     _check_batch(checkpoint.path, metadata.global_batch_size, config, learner.mesh.topology.data_parallel_size)
     attached = attached_to(checkpoint)  # a damaged tokenizer is found now, not when somebody generates
     if not config.data.allow_fingerprint_change:
-        differences = describe_fingerprint_difference(saved_fingerprint, fingerprint) + _changed_for_data(saved_config, config)
+        differences = describe_fingerprint_difference(saved_fingerprint, fingerprint) + _changed_for_data(saved, config)
         _check_data(checkpoint.path, differences + _changed_tokenizer(checkpoint.path, attached, attachments))
     check_random_state(random_state, learner.device)  # what cannot be restored is found before anything is changed
     is_part = learner.mesh.pp.size > 1
     restore_state(checkpoint, learner.stage.module, learner.optimizer, learner.shards.parts, is_part=is_part)
     learner.shards.read_again()
     restore_random_state(random_state, learner.device)
-    return position
+    return position, saved
 
 
 def attached_to(checkpoint: Checkpoint) -> dict[str, bytes]:
@@ -155,15 +159,11 @@ def _check_batch(path: Path, saved: int | None, config: RunConfig, data_parallel
         )
 
 
-def _changed_for_data(saved: dict[str, Any], config: RunConfig) -> list[str]:
+def _changed_for_data(saved: RunConfig, config: RunConfig) -> list[str]:
     """A sentence for each key that decides with data and tokenizer what a step is trained on."""
-    data = config.data
-    keys = (  # a revision that did not know a key did what the default does
-        ("train.seed", saved["train"]["seed"], config.train.seed),
-        ("data.reset_at_document_boundaries", saved["data"].get("reset_at_document_boundaries", False), data.reset_at_document_boundaries),
-        ("data.eod_token", saved["data"].get("eod_token"), data.eod_token),
-    )
-    return [f"{name} was {describe_value(old)} and is {describe_value(new)}" for name, old, new in keys if old != new]
+    keys = ("train.seed", "data.reset_at_document_boundaries", "data.eod_token")
+    values = ((name, value_of(saved, name), value_of(config, name)) for name in keys)
+    return [f"{name} was {describe_value(old)} and is {describe_value(new)}" for name, old, new in values if old != new]
 
 
 def _changed_tokenizer(path: Path, attached: Mapping[str, bytes], current: Mapping[str, bytes]) -> list[str]:

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from phase8.checkpoint.load import Checkpoint, newest_good_checkpoint
+from phase8.checkpoint.load import Checkpoint
 from phase8.errors import DivergenceError
-from phase8.observe.banner import print_line
 from phase8.train.anomaly import Anomaly
 from phase8.train.build import Run
 from phase8.train.restore import restore_together
 from phase8.train.resume import restore_run
+from phase8.train.start import choose
 
 
 def roll_back(run: Run, anomaly: Anomaly) -> dict[str, str | int]:
@@ -29,19 +29,10 @@ def roll_back(run: Run, anomaly: Anomaly) -> dict[str, str | int]:
 
     def restore(checkpoint: Checkpoint) -> None:
         nonlocal restored
-        restored = restore_run(checkpoint, run.config, fingerprint=run.data.fingerprint, attachments=run.attachments, learner=run.learner)
-
-    def say(text: str) -> None:
-        print_line(text, run.console)
+        restored, _ = restore_run(checkpoint, run.config, fingerprint=run.data.fingerprint, attachments=run.attachments, learner=run.learner)
 
     checkpoint = restore_together(
-        lambda restore_all: newest_good_checkpoint(
-            run.directory.checkpoints,
-            on_damaged=lambda path, error: say(f"checkpoint {path.name} is damaged and passed over: {error}"),
-            check=restore_all,
-        ),
-        restore,
-        is_first=run.is_main,
+        lambda restore_all: choose("auto", run.directory, restore=restore_all, on_message=run.say).checkpoint, restore, is_first=run.is_main
     )
     if checkpoint is None:
         raise DivergenceError(
@@ -59,7 +50,7 @@ def roll_back(run: Run, anomaly: Anomaly) -> dict[str, str | int]:
     restored.samples_consumed = left_out.stop
     restored.total_skipped = abandoned.total_skipped
     run.position = restored
-    say(f"{anomaly}; back to step {restored.step}, samples {left_out.start}..{left_out.stop - 1} are left out")
+    run.say(f"{anomaly}; back to step {restored.step}, samples {left_out.start}..{left_out.stop - 1} are left out")
     return {
         "from_step": anomaly.step,
         "message": str(anomaly),

@@ -74,14 +74,16 @@ def choose(asked: str, directory: RunDirectory, *, restore: Callable[[Checkpoint
     return Choice(checkpoint, later=tuple(later))
 
 
-def recorded_settings(asked: str, directory: RunDirectory) -> object:
-    """What the checkpoint that the run is going to go on from says of its settings, on all ranks; None: nothing. Anybody may have written it."""
+def recorded_settings(asked: str, directory: RunDirectory, *, is_first: bool) -> object:
+    """What the checkpoint that the run is going to go on from says of its settings, as the first rank reads it; None: nothing.
+
+    All ranks call it together. Anybody may have written what it returns.
+    """
     found: object = None
-    if asked != "none":
+    if is_first and asked != "none":
         try:
-            newest = list_checkpoints(directory.checkpoints)
-            path = find_checkpoint(Path(asked)) if asked != "auto" else newest[0] if newest else None
-            found = None if path is None else open_checkpoint(path).metadata.get("settings")
+            paths = list_checkpoints(directory.checkpoints)[:1] if asked == "auto" else [find_checkpoint(Path(asked))]
+            found = open_checkpoint(paths[0]).metadata.get("settings") if paths else None
         except CheckpointError:  # is told by whoever restores it
             found = None
     return json.loads(broadcast_text(json.dumps(found)) or "null")

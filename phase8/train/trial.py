@@ -6,8 +6,9 @@ import gc
 import statistics
 import time
 from collections.abc import Callable, Sequence
-from contextlib import closing, nullcontext
-from dataclasses import dataclass
+from contextlib import ExitStack, closing
+from dataclasses import dataclass, replace
+from functools import partial
 
 import torch
 
@@ -19,7 +20,7 @@ from phase8.precision.policy import compute_dtype
 from phase8.train.captured_step import EAGER_STEPS, CapturedStep
 from phase8.train.compilation import compile_blocks
 from phase8.train.learner import build_learner
-from phase8.train.microbatch import Microbatch
+from phase8.train.microbatch import Microbatch, stand_in
 from phase8.train.step import evaluate, train_step
 
 # A step of many microbatches is extrapolated from one of one and one of so many.
@@ -35,14 +36,12 @@ class Trial:
         step_seconds: Duration of a step of all microbatches; of more than MOST_MICROBATCHES, extrapolated.
         tokens_per_second: Of all ranks.
         peak_bytes: Of this rank's tensors on the device at once.
-        reserved_bytes: What the allocator has taken from the device for them.
         seconds: Duration of the trial.
     """
 
     step_seconds: float
     tokens_per_second: float
     peak_bytes: int
-    reserved_bytes: int
     seconds: float
 
 
@@ -75,11 +74,11 @@ def _try(config: RunConfig, mesh: Mesh, device: torch.device, begin: float) -> T
         microbatch = _random_microbatch(config, shape.micro_batch_size, device)
 
         def step_seconds(num_microbatches: int) -> float:
-            recorded = CapturedStep(learner) if config.train.cuda_graphs and device.type == "cuda" else None
-            with closing(recorded) if recorded is not None else nullcontext():
-                seconds = _median_step_seconds(
-                    lambda batch: (recorded or _plain(learner))(batch, learning_rate=1e-9, gradient_clip_norm=1.0), [microbatch] * num_microbatches
-                )
+            take_step: Callable = partial(train_step, learner)
+            with ExitStack() as stack:
+                if config.train.cuda_graphs and device.type == "cuda":
+                    take_step = stack.enter_context(closing(CapturedStep(learner)))
+                seconds = _median_step_seconds(partial(take_step, learning_rate=1e-9, gradient_clip_norm=1.0), [microbatch] * num_microbatches)
                 evaluate(learner, [microbatch])  # which needs memory beside that of a recording
                 return seconds
 
@@ -96,23 +95,14 @@ def _try(config: RunConfig, mesh: Mesh, device: torch.device, begin: float) -> T
             raise
         return f"cannot be compiled ({type(error).__name__}: {str(error).splitlines()[0] if str(error) else 'no message'})"
     tokens = shape.global_batch_size * config.model.sequence_length
-    reserved = torch.cuda.max_memory_reserved(device) if device.type == "cuda" else 0
-    return Trial(seconds, tokens / seconds, peak_memory_bytes(device), reserved, time.perf_counter() - begin)
-
-
-def _plain(learner) -> Callable:
-    return lambda batch, **settings: train_step(learner, batch, **settings)
+    return Trial(seconds, tokens / seconds, peak_memory_bytes(device), time.perf_counter() - begin)
 
 
 def _random_microbatch(config: RunConfig, batch_size: int, device: torch.device) -> Microbatch:
-    size = (batch_size, config.model.sequence_length)
+    empty = stand_in(batch_size, config.model.sequence_length, reset_at_document_boundaries=config.data.reset_at_document_boundaries)
     generator = torch.Generator().manual_seed(0)
-    tokens, targets = (torch.randint(config.model.vocab_size, size, generator=generator) for _ in range(2))
-    starts = None
-    if config.data.reset_at_document_boundaries:
-        starts = torch.zeros(size, dtype=torch.bool)
-        starts[:, 0] = True
-    return Microbatch(tokens, targets, starts, tokens.numel()).to(device)
+    tokens, targets = (torch.randint(config.model.vocab_size, empty.tokens.shape, generator=generator) for _ in range(2))
+    return replace(empty, tokens=tokens, targets=targets, num_valid=tokens.numel()).to(device)
 
 
 def _median_step_seconds(take_step: Callable, batch: Sequence[Microbatch]) -> float:

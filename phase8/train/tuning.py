@@ -72,7 +72,7 @@ def choose_settings(
     mesh: Mesh,
     device: torch.device,
     facts: Device,
-    recorded: object = None,
+    recorded: Callable[[], object] = lambda: None,
     refused: Sequence[dict[str, Any]] = (),
     say: Callable[[str], None],
 ) -> tuple[RunConfig, Chosen]:
@@ -83,7 +83,7 @@ def choose_settings(
         mesh: The ranks.
         device: Of this rank.
         facts: About it, before the run takes anything of it.
-        recorded: What the checkpoint that the run goes on from says of its settings, whoever wrote it.
+        recorded: Reads what the checkpoint that the run goes on from says of its settings, whoever wrote it; called on all ranks or on none.
         refused: Values that ran out of memory in this process.
         say: Shows a line.
 
@@ -97,7 +97,7 @@ def choose_settings(
         settled = without_auto(config)
         return settled, Chosen(values_of(settled, automatic), reason="train.tuning is off")
     facts = _common_memory(facts)
-    known = _kept(config, recorded, facts, world_size, say) if not refused else None
+    known = _kept(config, recorded(), facts, world_size, say) if not refused else None
     if known is None:
         known = _agreed(lambda: _choose(config, mesh, device, facts, refused, say), mesh)
     return with_values(config, known.values), known

@@ -86,7 +86,7 @@ class Readers:
     def _resume(self) -> None:
         before = self._state()
         try:
-            found = restore_run(
+            found, _ = restore_run(
                 open_checkpoint(self.checkpoint),
                 self.run.config,
                 fingerprint=self.run.data.fingerprint,

@@ -19,6 +19,7 @@ from phase8.checkpoint.load import open_checkpoint
 from phase8.checkpoint.model_sizes import sizes_problem
 from phase8.checkpoint.run_metadata import OF_A_RUN, StoredPosition, run_metadata
 from phase8.checkpoint.state import flat_state
+from phase8.config.load import config_to_mapping
 from phase8.config.schema import ModelSection
 from phase8.errors import CheckpointCorruptError, CheckpointError, CheckpointMismatchError
 from phase8.generate.restore import restore_model
@@ -45,10 +46,10 @@ def directory(original: Path, tmp_path: Path) -> Path:
 def test_what_a_run_records_is_read_as_it_is(original: Path):
     checkpoint = open_checkpoint(original)
     metadata = run_metadata(checkpoint, needed=OF_A_RUN)
-    assert metadata.config == checkpoint.metadata["config"] and metadata.random_state == checkpoint.metadata["random_state"]
+    assert config_to_mapping(metadata.config) == checkpoint.metadata["config"] and metadata.random_state == checkpoint.metadata["random_state"]
     assert metadata.position.model_dump() == checkpoint.metadata["position"]
     assert metadata.data_fingerprint == checkpoint.metadata["data_fingerprint"]
-    assert (metadata.model.d_model, metadata.precision.dtype, metadata.global_batch_size) == (24, "fp32", 4)
+    assert (metadata.config.model.d_model, metadata.config.precision.dtype, metadata.global_batch_size) == (24, "fp32", 4)
 
 
 def test_a_position_is_stored_with_all_that_it_has():
@@ -97,7 +98,7 @@ def test_keys_of_other_releases(directory: Path):
     forge(directory, "of_tomorrow", [1])
     checkpoint = open_checkpoint(directory)
     metadata = run_metadata(checkpoint, needed=OF_A_RUN)
-    assert "of_tomorrow" not in metadata.config and metadata.data_fingerprint["sources"][0]["content"] == "abc"
+    assert "of_tomorrow" not in config_to_mapping(metadata.config) and metadata.data_fingerprint["sources"][0]["content"] == "abc"
     forge(directory, "config.model.of_tomorrow", 1)
     with pytest.raises(CheckpointCorruptError, match=r"unknown key model\.of_tomorrow"):
         run_metadata(open_checkpoint(directory))

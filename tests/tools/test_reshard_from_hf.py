@@ -27,6 +27,7 @@ from phase8.checkpoint.load import Checkpoint, open_checkpoint
 from phase8.checkpoint.rewrite import WORK_PREFIX
 from phase8.checkpoint.save import save_checkpoint
 from phase8.checkpoint.state import restore_state
+from phase8.checkpoint.weight_files import read_object, regular
 from phase8.errors import CheckpointMismatchError, Phase8Error
 from phase8.generate.restore import restore_model
 from phase8.generate.sample import SamplingOptions, generate_tokens
@@ -431,12 +432,16 @@ def test_destinations_that_cannot_be_are_refused_before_the_weights_are_read(tmp
     assert "reading" not in capsys.readouterr().err and sorted(os.listdir(source)) == ["config.json", "model.safetensors"]
 
 
+def opened(source):
+    return open_llama(source, read_object(regular(source / "config.json"))).with_checksums({}, on_progress=lambda *_: None)
+
+
 def test_whatever_its_files_say_nothing_else_is_touched(tmp_path):
     """Fuzzed config, index and files: opened as what the others say it is, or refused in one sentence."""
     source = write_llama(tmp_path / "llama", is_sharded=True)
     originals = {path.name: path.read_bytes() for path in source.iterdir()}
     safetensors.torch.save_file(llama_weights(), tmp_path / "outside.safetensors")
-    original = open_llama(source).with_checksums({}, on_progress=lambda *_: None)
+    original = opened(source)
     expected = {name: original.read(name) for name in original.tensor_names}
     watch, tally = Watch(), Tally()
 
@@ -450,7 +455,7 @@ def test_whatever_its_files_say_nothing_else_is_touched(tmp_path):
         (source / name).write_bytes(content)
         try:
             with watch.over(source):
-                checkpoint = open_llama(source).with_checksums({}, on_progress=lambda *_: None)
+                checkpoint = opened(source)
                 checkpoint.verify()
         except Phase8Error as error:
             tally.refused(error)

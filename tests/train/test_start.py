@@ -10,6 +10,7 @@ from rich.console import Console
 from tiny_run import records, tiny_config, train_tiny, write_documents
 
 from phase8.checkpoint.load import list_checkpoints, open_checkpoint
+from phase8.checkpoint.run_metadata import stored_config
 from phase8.config.load import config_from_mapping, config_to_mapping
 from phase8.data.tokenizer_training import train_sentencepiece
 from phase8.errors import CheckpointCorruptError, CheckpointError, CheckpointMismatchError, CommunicationError, ConfigError, DataError, StorageError
@@ -232,12 +233,12 @@ def test_a_key_that_an_earlier_revision_did_not_have_had_its_default(tiny):
     saved = config_to_mapping(config)
     del saved["optim"]["eps"], saved["train"]["anomaly"], saved["zero"]
     saved["train"]["removed_since"] = 3
-    assert changed_keys(saved, config) == []
-    changed = changed_keys(saved, tiny_config(tiny, "optim.eps=1e-6", "zero.stage=1", "run.name=x", "train.stop_at_step=3"))
+    assert changed_keys(stored_config(saved), config) == []
+    changed = changed_keys(stored_config(saved), tiny_config(tiny, "optim.eps=1e-6", "zero.stage=1", "run.name=x", "train.stop_at_step=3"))
     assert [str(change) for change in changed] == ["zero.stage: 0 -> 1", "optim.eps: 1e-08 -> 1e-06"]
 
 
 def test_a_value_is_shown_shortly():
     config = config_from_mapping({"data": {"train": [{"path": "x" * 50, "weight": 1}] * 1000}}, source="test")
-    (change,) = changed_keys({}, config)
+    (change,) = changed_keys(stored_config({}), config)
     assert len(str(change)) < 600

@@ -45,16 +45,17 @@ def trials(monkeypatch):
     def play(config, *, mesh, device):
         made.append((config.train.micro_batch_size, config.train.compile.enabled))
         speed = speeds.get(made[-1], 100.0 * config.train.micro_batch_size)
-        return speed if isinstance(speed, str) else Trial(1e3 / speed, speed, 1 << 30, 1 << 30, 0.1)
+        return speed if isinstance(speed, str) else Trial(1e3 / speed, speed, 1 << 30, 0.1)
 
     monkeypatch.setattr(tuning, "run_trial", play)
     monkeypatch.setattr(tuning, "host_settings", lambda config, device_type: HOST)
     return speeds, made
 
 
-def choose(tiny, mesh, *settings, facts=GPU, **options):
+def choose(tiny, mesh, *settings, facts=GPU, recorded=None, **options):
     config = tiny_config(tiny, *FREE, f"data.cache_dir={tiny.parent}/cache", *settings)
-    return choose_settings(config, mesh=mesh, device=torch.device("cpu"), facts=facts, **{"say": lambda text: None, **options})
+    options = {"say": lambda text: None, "recorded": lambda: recorded, **options}
+    return choose_settings(config, mesh=mesh, device=torch.device("cpu"), facts=facts, **options)
 
 
 def test_the_fastest_that_was_tried_is_taken(tiny, mesh, trials):
