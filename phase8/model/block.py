@@ -12,7 +12,7 @@ from torch.utils.checkpoint import checkpoint
 from phase8.config.schema import ModelSection
 from phase8.distributed.collectives import Axis
 from phase8.model.attention import AttentionState, CausalAttention
-from phase8.model.feed_forward import SwiGLU
+from phase8.model.feed_forward import build_feed_forward
 from phase8.model.mixer import MixerState, Phase8Mixer
 from phase8.model.norm import RMSNorm
 
@@ -34,7 +34,7 @@ class Block(nn.Module):
         self.mixer_norm = RMSNorm(model.d_model, eps=model.norm_eps)
         self.mixer = Phase8Mixer(model, window=model.window_sizes[layer], axis=axis) if model.block == "phase8" else CausalAttention(model, axis=axis)
         self.feed_forward_norm = RMSNorm(model.d_model, eps=model.norm_eps)
-        self.feed_forward = SwiGLU(model, axis=axis)
+        self.feed_forward = build_feed_forward(model, axis=axis)
         self.recompute = recompute
         # A block recomputes itself where it can: torch.compile then sees what backward does not need again, the last matrix product.
         # Torch 2.11 would keep what an autograd.Function in there returns, and tensor-parallel layers are such functions.

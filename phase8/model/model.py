@@ -105,10 +105,12 @@ class LanguageModel(nn.Module):
             elif states is None:
                 x, _ = block(x, angles, starts)
             else:
-                # forward, not the call: a compiled block would be compiled again for every length of its state.
+                # forward, not the call, here and for the norm: a compiled module would be compiled again for every length of its state.
                 x, state = block.forward(x, angles, starts, states[place])
                 carried.append(state)
-        return x if self.norm is None else self.norm(x), None if states is None else carried
+        if self.norm is not None:
+            x = self.norm(x) if states is None else self.norm.forward(x)
+        return x, None if states is None else carried
 
     def loss_sum(self, tokens: Tensor, targets: Tensor, starts: Tensor | None = None, x: Tensor | None = None) -> Tensor:
         """Sum of the cross-entropies of all valid targets in nats, the same on every tensor-parallel rank.

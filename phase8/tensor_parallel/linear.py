@@ -129,6 +129,10 @@ class LowRankRow(nn.Module):
         """[..., in_features of this rank], all tokens -> [..., out_features], own tokens."""
         return self.up(self.down(x))
 
+    def finish(self, bottleneck: Tensor) -> Tensor:
+        """The rest of the layer where `down` has been applied elsewhere: summands of the ranks [..., R], all tokens -> as above."""
+        return self.up(scatter_tokens(bottleneck, self.down.axis))
+
 
 class WideLinear(Linear):
     """y = x W^T in fp32 whatever the dtype of x: what it feeds is too sensitive to be rounded to that dtype."""
@@ -182,13 +186,18 @@ def joint_linear(x: Tensor, *layers: ColumnParallelLinear | LowRankColumn, axis:
         [..., sum of their out_features of this rank], all tokens.
     """
     if isinstance(layers[0], LowRankColumn):
-        downs = _joint_weight(x.dtype, *(layer.down for layer in layers))
-        bottlenecks = gather_tokens(F.linear(x, downs), axis).chunk(len(layers), dim=-1)
-        return torch.cat([layer.up(bottleneck) for layer, bottleneck in zip(layers, bottlenecks, strict=True)], dim=-1)
+        # Zeros beside the blocks cost less than results that lie apart and are copied side by side: such products wait for memory.
+        ups = torch.block_diag(*(local(layer.up.weight).to(x.dtype) for layer in layers))
+        return F.linear(joint_bottlenecks(x, *layers, axis=axis), ups)
     weight = _joint_weight(x.dtype, *layers)
     if axis.size == 1:
         return F.linear(x, weight)
     return gathered_product(x, weight, axis) if axis.has_peer_memory else _GatheredProduct.apply(x, weight, axis)
+
+
+def joint_bottlenecks(x: Tensor, *layers: LowRankColumn, axis: Axis) -> Tensor:
+    """The bottlenecks of several low-rank layers of the same input, concatenated, of all tokens [..., R of each]; arguments as above."""
+    return gather_tokens(F.linear(x, _joint_weight(x.dtype, *(layer.down for layer in layers))), axis)
 
 
 def _joint_weight(dtype: torch.dtype, *layers: Linear) -> Tensor:

@@ -26,7 +26,7 @@ from phase8.plan.candidates import Device
 from phase8.plan.whole_config import count_parameters, shapes_only
 from phase8.precision.policy import compute_dtype, set_matmul_precision
 from phase8.train.changed_keys import ChangedKey, changed_keys
-from phase8.train.compilation import compile_blocks
+from phase8.train.compilation import compile_modules
 from phase8.train.datasets import RunData, open_run_data
 from phase8.train.device import limit_memory, require_determinism, this_device
 from phase8.train.facts import run_facts
@@ -213,7 +213,7 @@ def _decide(
     )
     choice = _go_on(run, resume)
     run.stop_step = check_stop(config, run.position)
-    compile_blocks(learner, config)
+    compile_modules(learner, config)
     return run, choice
 
 

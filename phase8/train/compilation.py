@@ -1,4 +1,4 @@
-"""torch.compile of the blocks, one by one, and what it is told about the whole process."""
+"""torch.compile of the blocks, one by one, and of the final norm, and what it is told about the whole process."""
 
 from __future__ import annotations
 
@@ -11,16 +11,17 @@ from phase8.train.learner import Learner
 COMPILE_MODES = {"default": "default", "max-autotune": "max-autotune-no-cudagraphs"}
 
 
-def compile_blocks(learner: Learner, config: RunConfig) -> None:
-    """Has every block compiled when it is called first, if the config says so.
+def compile_modules(learner: Learner, config: RunConfig) -> None:
+    """Has every block and the final norm compiled when it is called first, if the config says so.
 
     Args:
-        learner: Its blocks.
-        config: How, and how much of their activations they keep.
+        learner: Its model.
+        config: How, and how much of their activations the blocks keep.
     """
     train = config.train
     if not train.compile.enabled:
         return
     functorch_config.activation_memory_budget = train.activation_memory_budget if train.recompute == "budget" else 1.0
-    for block in (block for chunk in learner.stage.chunks for block in chunk.blocks.values()):
-        block.compile(mode=COMPILE_MODES[train.compile.mode], fullgraph=train.compile.fullgraph)
+    chunks = learner.stage.chunks
+    for module in (*(block for chunk in chunks for block in chunk.blocks.values()), *(chunk.norm for chunk in chunks if chunk.norm is not None)):
+        module.compile(mode=COMPILE_MODES[train.compile.mode], fullgraph=train.compile.fullgraph)

@@ -18,7 +18,7 @@ from phase8.distributed.mesh import Mesh
 from phase8.observe.memory import peak_memory_bytes, reset_peak_memory
 from phase8.precision.policy import compute_dtype
 from phase8.train.captured_step import EAGER_STEPS, CapturedStep
-from phase8.train.compilation import compile_blocks
+from phase8.train.compilation import compile_modules
 from phase8.train.learner import build_learner
 from phase8.train.microbatch import Microbatch, stand_in
 from phase8.train.step import evaluate, train_step
@@ -59,9 +59,7 @@ def run_trial(config: RunConfig, *, mesh: Mesh, device: torch.device) -> Trial |
     trial = _try(config, mesh, device, begin)
     # Only here has the frame that holds model and optimizer ended, also after running out of memory.
     torch.compiler.reset()
-    gc.collect()
-    if device.type == "cuda":
-        torch.cuda.empty_cache()
+    _give_back_memory(device)
     return trial
 
 
@@ -70,7 +68,7 @@ def _try(config: RunConfig, mesh: Mesh, device: torch.device, begin: float) -> T
     reset_peak_memory(device)
     try:
         learner = build_learner(config, mesh=mesh, device=device, dtype=compute_dtype(config.precision))
-        compile_blocks(learner, config)
+        compile_modules(learner, config)
         microbatch = _random_microbatch(config, shape.micro_batch_size, device)
 
         def step_seconds(num_microbatches: int) -> float:
@@ -86,6 +84,7 @@ def _try(config: RunConfig, mesh: Mesh, device: torch.device, begin: float) -> T
         most = min(shape.num_microbatches, max(MOST_MICROBATCHES, fewest))
         seconds = step_seconds(most)
         if shape.num_microbatches > most:
+            _give_back_memory(device)  # of the recording, which a run has only one of
             one = step_seconds(fewest)
             seconds = one + (shape.num_microbatches - fewest) * (seconds - one) / (most - fewest)
     except torch.OutOfMemoryError:
@@ -96,6 +95,12 @@ def _try(config: RunConfig, mesh: Mesh, device: torch.device, begin: float) -> T
         return f"cannot be compiled ({type(error).__name__}: {str(error).splitlines()[0] if str(error) else 'no message'})"
     tokens = shape.global_batch_size * config.model.sequence_length
     return Trial(seconds, tokens / seconds, peak_memory_bytes(device), time.perf_counter() - begin)
+
+
+def _give_back_memory(device: torch.device) -> None:
+    gc.collect()
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
 
 
 def _random_microbatch(config: RunConfig, batch_size: int, device: torch.device) -> Microbatch:

@@ -17,7 +17,7 @@ from phase8.distributed.placement import collected, own_slice
 from phase8.kernels.backends import select_kernels
 from phase8.precision.policy import set_matmul_precision
 from phase8.train.captured_step import CapturedStep
-from phase8.train.compilation import compile_blocks
+from phase8.train.compilation import compile_modules
 from phase8.train.learner import build_learner
 from phase8.train.microbatch import split_sample
 from phase8.train.step import train_step
@@ -53,7 +53,7 @@ def train_steps(settings, num_steps, world_size=1, mutation=None, *, device_type
 
 def _train_steps(config, num_steps, world_size, device_type, dtype):
     learner = new_learner(config, world_size, device_type=device_type, dtype=dtype)
-    compile_blocks(learner, config)
+    compile_modules(learner, config)
     with closing(CapturedStep(learner)) if config.train.cuda_graphs else nullcontext() as recorded:
         results = [take_step(learner, config, step, how=recorded) for step in range(num_steps)]
     weights = collected({name: parameter.detach() for name, parameter in learner.stage.module.named_parameters()}, learner.mesh)

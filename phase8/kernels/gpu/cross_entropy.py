@@ -35,7 +35,8 @@ def linear_cross_entropy_gradients(
     logits_of_chunk = hidden.new_empty(min(chunk_tokens, num_tokens), head.shape[0])
     losses = hidden.new_empty(num_tokens, dtype=torch.float32)
     dhidden = torch.empty_like(hidden) if needs_dhidden else None
-    dweight = weight.new_empty(weight.shape) if needs_dweight else None
+    # With the rows of the padding, whose gradient is zero: products of an odd number of rows run at two thirds of the speed.
+    dweight = weight.new_empty(head.shape) if needs_dweight else None
     for begin in range(0, num_tokens, chunk_tokens):
         rows = slice(begin, begin + chunk_tokens)
         logits = logits_of_chunk[: hidden[rows].shape[0]]
@@ -44,8 +45,8 @@ def linear_cross_entropy_gradients(
         if dhidden is not None:
             torch.mm(logits, head, out=dhidden[rows])
         if dweight is not None:
-            add_product(dweight, logits[:, :vocabulary].T, hidden[rows], is_first=begin == 0)
-    return losses.sum(), dhidden, dweight
+            add_product(dweight, logits.T, hidden[rows], is_first=begin == 0)
+    return losses.sum(), dhidden, None if dweight is None else dweight[:vocabulary]
 
 
 def cast_head(weight: Tensor, dtype: torch.dtype) -> Tensor:

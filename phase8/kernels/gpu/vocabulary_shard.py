@@ -31,7 +31,8 @@ def shard_cross_entropy_gradients(
     hidden, columns, vocabulary = hidden.contiguous(), columns.contiguous(), weight.shape[0]
     head = cast_head(weight, hidden.dtype)
     logits_of_chunk = hidden.new_empty(min(chunk_tokens, len(hidden)), head.shape[0])
-    dhidden, dweight = (torch.empty_like(x) if needs_gradients else None for x in (hidden, weight))
+    dhidden = torch.empty_like(hidden) if needs_gradients else None
+    dweight = weight.new_empty(head.shape) if needs_gradients else None  # with the rows of the padding, as in one process
     losses = []
     for begin in range(0, len(hidden), chunk_tokens):
         rows = slice(begin, begin + chunk_tokens)
@@ -42,8 +43,8 @@ def shard_cross_entropy_gradients(
         if dhidden is not None and dweight is not None:
             write_row_gradients(logits, columns[rows], whole, vocabulary=vocabulary)
             torch.mm(logits, head, out=dhidden[rows])
-            add_product(dweight, logits[:, :vocabulary].T, hidden[rows], is_first=begin == 0)
-    return torch.stack(losses).sum(), dhidden, dweight
+            add_product(dweight, logits.T, hidden[rows], is_first=begin == 0)
+    return torch.stack(losses).sum(), dhidden, None if dweight is None else dweight[:vocabulary]
 
 
 def row_statistics(logits: Tensor, columns: Tensor, *, vocabulary: int, block: int | None = None) -> Tensor:
