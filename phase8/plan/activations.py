@@ -30,7 +30,7 @@ class ActivationBytes:
     Args:
         block: By a block that keeps everything.
         block_without_mixer: By a block whose mixer is recomputed.
-        block_within_budget: By a compiled block that may keep a share only.
+        block_within_budget: By a compiled block that may keep a share only; where no budget is set, as `block`.
         block_input: By a block that is recomputed whole.
         head: By final norm and loss, the gradient of the head included.
     """
@@ -42,17 +42,6 @@ class ActivationBytes:
     head: int
 
 
-@dataclass(frozen=True)
-class Compilation:
-    """How torch.compile treats the blocks.
-
-    Args:
-        budget: Share of the activations that a block may keep under `train.recompute: budget`; None: no budget is set.
-    """
-
-    budget: float | None = None
-
-
 @lru_cache(maxsize=256)
 def trace_activations(
     model: ModelSection,
@@ -62,7 +51,7 @@ def trace_activations(
     packed: bool,
     device_type: str,
     num_tensor_ranks: int = 1,
-    compilation: Compilation | None = None,
+    is_compiled: bool = False,
 ) -> ActivationBytes:
     """Counts the activations of a model with one window size.
 
@@ -76,20 +65,34 @@ def trace_activations(
         packed: Document boundaries are reset, which adds masks.
         device_type: Where the model will run: on a GPU the operators keep less than autograd does on a CPU.
         num_tensor_ranks: Tensor-parallel ranks.
-        compilation: The blocks are compiled; None: they are not.
+        is_compiled: The blocks are compiled.
     """
-    one_layer = model.model_copy(update={"num_layers": 1, "local_window_size": max(model.window_sizes)})
-    forward = _Forward(one_layer, dtype, micro_batch_size, packed, device_type)
-    is_compiled, budget = compilation is not None, compilation.budget if compilation is not None else None
+    forward = _Forward(_one_layer(model), dtype, micro_batch_size, packed, device_type)
     block = _block_bytes(forward, is_compiled=is_compiled)
-    within_budget = block if budget is None else _block_bytes(forward, is_compiled=True, budget=budget)
     return ActivationBytes(
         block=block // num_tensor_ranks,
         block_without_mixer=_block_bytes(forward, recompute="selective", is_compiled=is_compiled) // num_tensor_ranks,
-        block_within_budget=within_budget // num_tensor_ranks,
+        block_within_budget=block // num_tensor_ranks,
         block_input=micro_batch_size * model.sequence_length * model.d_model * dtype.itemsize // num_tensor_ranks,
         head=_head_bytes(forward, num_tensor_ranks),
     )
+
+
+def bytes_within_budget(model: ModelSection, budget: float, *, dtype: torch.dtype, micro_batch_size: int, packed: bool) -> int:
+    """What a compiled block of a model with one window size keeps on a GPU if that may be a share of its activations only.
+
+    Args:
+        model: Shapes; of several window sizes, the largest is counted.
+        budget: The share.
+        dtype: Of the residual stream.
+        micro_batch_size: Sequences of a forward.
+        packed: Document boundaries are reset, which adds masks.
+    """
+    return _block_bytes(_Forward(_one_layer(model), dtype, micro_batch_size, packed, "cuda"), is_compiled=True, budget=budget)
+
+
+def _one_layer(model: ModelSection) -> ModelSection:
+    return model.model_copy(update={"num_layers": 1, "local_window_size": max(model.window_sizes)})
 
 
 class _Forward(NamedTuple):

@@ -14,6 +14,7 @@ from phase8.observe.banner import print_banner
 from phase8.observe.devices import find_gpu
 from phase8.plan.candidates import Device, find_candidates, smallest_candidate
 from phase8.plan.facts import Fact, batch_fact, communication_fact, memory_facts, model_facts, speed_fact
+from phase8.plan.memory import free_bytes
 from phase8.plan.prediction import ASSUMED_GPU, assumed_gpu, predict_step
 from phase8.plan.run_communication import plan_run_communication
 from phase8.plan.whole_config import count_parameters, plan_stages, shapes_only
@@ -44,13 +45,20 @@ def _settled(config: RunConfig, world_size: int) -> tuple[RunConfig, list[Fact]]
     """The config with the settings that would be chosen by plan on the GPU of this machine, or on an H100 where there is none that is known."""
     if not any(name.startswith("train.") for name in automatic_keys(config)) or config.train.tuning == "off":
         return without_auto(config), []
-    gpu = find_gpu(_own_gpu() or ASSUMED_GPU) or assumed_gpu()
-    total = int(gpu.memory_gib * 2**30)
-    device = Device("cuda", ASSUMED_GPU, memory_bytes=total - (1 << 30), total_bytes=total, peak_flops=gpu.half * 1e12)
+    device = _device(config)
     found = find_candidates(config, world_size=world_size, device=device, most=1)
     settled = without_auto(found[0].config if found else smallest_candidate(config, world_size=world_size, device=device).config)
-    reason = f"{found[0]}" if found else f"nothing fits into {gpu.memory_gib} GiB"
+    reason = f"{found[0]}" if found else f"nothing fits into {device.memory_bytes / 2**30:.1f} GiB"
     return settled, [("settings", f"{reason}, by plan")]
+
+
+def _device(config: RunConfig) -> Device:
+    """The GPU of this machine, or an H100 where there is none that is known."""
+    name = _own_gpu() or ASSUMED_GPU
+    total = int((find_gpu(name) or assumed_gpu()).memory_gib * 2**30)
+    limit = config.train.device_memory_gib
+    free = free_bytes(total)
+    return Device("cuda", name, memory_bytes=free if limit is None else min(free, int(limit * 2**30)), total_bytes=total)
 
 
 def _own_gpu() -> str | None:
@@ -78,7 +86,7 @@ def _model_facts(config: RunConfig, world_size: int) -> list[Fact]:
 
 def _memory_facts(config: RunConfig, world_size: int) -> list[Fact]:
     refuse_problems(config, about=MODEL_SECTIONS)
-    return memory_facts(plan_stages(config, world_size=world_size, device_type="cuda"))
+    return memory_facts(plan_stages(config, world_size=world_size, device_type="cuda", device_bytes=_device(config).total_bytes))
 
 
 def _communication_facts(config: RunConfig, world_size: int) -> list[Fact]:

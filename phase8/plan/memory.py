@@ -25,6 +25,28 @@ from phase8.pipeline_parallel.schedules import Action, Kind
 
 FP32_BYTES = 4
 ADAMW_MOMENTS = 2
+# Of the size that its vendor names, what the driver and the context of a process take of a GPU.
+DRIVER_BYTES = 1 << 30
+# A plan is within 2 % of what tensors hold at once; the allocator cannot use its last gaps.
+USABLE_SHARE = 0.97
+GAPS_BYTES = 256 << 20
+# The blocks of a recording serve nothing else: with the above, more than the 0.66 to 1.05 GiB beyond tensors that were measured on an H100.
+RECORDING_BYTES = 768 << 20
+
+
+def free_bytes(total_bytes: int) -> int:
+    """Memory that a GPU of a size has for a process."""
+    return max(total_bytes - DRIVER_BYTES, 0)
+
+
+def usable_bytes(free_bytes: int, *, is_recorded: bool) -> int:
+    """Memory that a plan may fill.
+
+    Args:
+        free_bytes: That the process may take.
+        is_recorded: The step is one CUDA graph.
+    """
+    return max(int(USABLE_SHARE * free_bytes) - GAPS_BYTES - RECORDING_BYTES * is_recorded, 0)
 
 
 @dataclass(frozen=True)

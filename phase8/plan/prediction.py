@@ -6,8 +6,10 @@ import math
 from dataclasses import dataclass
 
 from phase8.config.batch import batch_shape, run_topology
+from phase8.config.dotted import replaced
 from phase8.config.pipeline import pipeline_of
 from phase8.config.schema import RunConfig
+from phase8.config.validate import find_problems
 from phase8.model.flops import training_flops_per_token
 from phase8.observe.devices import Gpu, find_gpu
 from phase8.plan.chunks import chunk_parameters
@@ -16,6 +18,8 @@ from phase8.plan.stages import chunk_layers
 from phase8.plan.throughput import StageWork, StepWork, step_seconds
 
 ASSUMED_GPU = "NVIDIA H100 80GB HBM3"
+# A recorded step keeps memory of its own: it must be faster by as much.
+GAIN_OF_A_GRAPH = 1.02
 
 
 @dataclass(frozen=True)
@@ -56,6 +60,22 @@ def predict_step(config: RunConfig, world_size: int, device_name: str | Gpu, *, 
     peak = config.observe.peak_flops or gpu.peak_flops(work.dtype) or gpu.fp32 * 1e12
     mfu = training_flops_per_token(config.model) * num_tokens / seconds / (peak * world_size)
     return StepPrediction(seconds, num_tokens / seconds, mfu, is_known=found is not None)
+
+
+def recorded_where_it_pays(config: RunConfig, world_size: int, device_name: str | Gpu) -> tuple[RunConfig, StepPrediction]:
+    """The config, its step recorded as a CUDA graph where that can be done and is predicted to be worth its memory, with its prediction.
+
+    Args:
+        config: One that can run on as many ranks, its step not recorded.
+        world_size: Ranks.
+        device_name: As for `predict_step`.
+    """
+    plain, recorded = predict_step(config, world_size, device_name), replaced(config, {"train.cuda_graphs": True})
+    if not find_problems(recorded, world_size=world_size):
+        prediction = predict_step(recorded, world_size, device_name)
+        if prediction.tokens_per_second > GAIN_OF_A_GRAPH * plain.tokens_per_second:
+            return recorded, prediction
+    return config, plain
 
 
 def assumed_gpu() -> Gpu:

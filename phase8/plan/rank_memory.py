@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 
 import torch
@@ -15,7 +15,7 @@ from phase8.config.schema import ModelSection, TrainSection, ZeroSection
 from phase8.distributed.peer_memory import ROUNDS, ROUNDS_IN_PLACE
 from phase8.kernels.loss_chunks import scratch_bytes
 from phase8.pipeline_parallel.schedules import Action, build_schedule
-from phase8.plan.activations import ActivationBytes, Compilation, trace_activations
+from phase8.plan.activations import ActivationBytes, bytes_within_budget, trace_activations
 from phase8.plan.chunks import chunk_parameters
 from phase8.plan.communication import Chunk, Parameter, messages_of_stage
 from phase8.plan.memory import FP32_BYTES, ChunkActivations, Division, Held, MemoryPlan, peak_activation_bytes, plan_memory
@@ -155,24 +155,27 @@ def _trace_windows(work: Workload) -> dict[int, ActivationBytes]:
 
 
 def _trace(work: Workload, window: int) -> ActivationBytes:
-    """Activations of a layer of one window. Those of compiled layers are traced for two sizes of a microbatch, and grow evenly between and beyond."""
+    """Activations of a layer of one window.
+
+    Those of compiled layers are traced for two sizes of a microbatch, and grow evenly between and beyond. What a budget keeps does not: it is a
+    choice among tensors, and cast weights do not grow.
+    """
     train, size = work.train, work.shape.micro_batch_size
+    model, num_tensor_ranks = work.model.model_copy(update={"local_window_size": window}), work.topology.tensor_parallel_size
     trace = partial(
-        trace_activations,
-        work.model.model_copy(update={"local_window_size": window}),
-        dtype=work.dtype,
-        packed=work.packed,
-        device_type=work.device_type,
-        num_tensor_ranks=work.topology.tensor_parallel_size,
+        trace_activations, model, dtype=work.dtype, packed=work.packed, device_type=work.device_type, num_tensor_ranks=num_tensor_ranks
     )
     if not train.compile.enabled or work.device_type != "cuda":
         return trace(micro_batch_size=size)
-    compilation = Compilation(train.activation_memory_budget if train.recompute == "budget" else None)
-    small, large = (trace(micro_batch_size=traced, compilation=compilation) for traced in _TRACED_SIZES)
+    small, large = (trace(micro_batch_size=traced, is_compiled=True) for traced in _TRACED_SIZES)
     share = (size - _TRACED_SIZES[0]) / (_TRACED_SIZES[1] - _TRACED_SIZES[0])
-    return ActivationBytes(
+    found = ActivationBytes(
         *(round(before + share * (after - before)) for before, after in zip(vars(small).values(), vars(large).values(), strict=True))
     )
+    if train.recompute != "budget":
+        return found
+    within = bytes_within_budget(model, train.activation_memory_budget, dtype=work.dtype, micro_batch_size=size, packed=work.packed)
+    return replace(found, block_within_budget=within // num_tensor_ranks)
 
 
 def _activations(work: Workload, chunks: Sequence[Chunk], traced: Mapping[int, ActivationBytes], *, actions: Sequence[Action], stage: int) -> int:

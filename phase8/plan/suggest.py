@@ -20,22 +20,18 @@ from phase8.errors import ConfigError
 from phase8.observe.devices import Gpu
 from phase8.observe.formatting import format_bytes
 from phase8.plan.candidates import MOST_TOKENS, divisors
-from phase8.plan.prediction import StepPrediction, predict_step
+from phase8.plan.memory import free_bytes, usable_bytes
+from phase8.plan.prediction import StepPrediction, predict_step, recorded_where_it_pays
 from phase8.plan.rank_memory import fullest
 from phase8.plan.throughput import GPUS_PER_HOST
 from phase8.plan.whole_config import plan_stages
 
-# Fragments of the memory of a GPU and its driver take as much of it.
-UNUSABLE_SHARE = 0.03
-UNUSABLE_BYTES = 512 << 20
 LARGEST_MICROBATCH = 128
 # From what holds least to what holds most.
 RECOMPUTATIONS = ("full", "selective", "budget", "none")
 CHUNKS = (1, 2, 4)
 # NVLink, through which GPUs may use each other's memory; PCIe is slower.
 PEER_LINK = 100
-# A recorded step keeps memory of its own: it must be faster by as much.
-GAIN_OF_A_GRAPH = 1.02
 # With a pipeline: what ZeRO 2 and 3 send for every microbatch costs more than they save.
 MOST_ZERO_IN_PIPELINE = 1
 # What a layout decides.
@@ -96,12 +92,7 @@ def suggest(config: RunConfig, *, world_size: int, gpu: Gpu, memory_bytes: int, 
     Raises:
         ConfigError: No layout can run, or none fits.
     """
-    return _Search(config, world_size, gpu, usable_bytes(memory_bytes), memory_bytes).best(most)
-
-
-def usable_bytes(memory_bytes: int) -> int:
-    """Memory that a plan may fill."""
-    return int(memory_bytes * (1 - UNUSABLE_SHARE)) - UNUSABLE_BYTES
+    return _Search(config, world_size, gpu, memory_bytes).best(most)
 
 
 def settings_of(config: RunConfig) -> dict[str, Any]:
@@ -145,8 +136,8 @@ class _Candidate:
 
     @property
     def family(self) -> tuple[object, ...]:
-        """Layouts that differ in microbatch and recomputation only."""
-        return (*self.degrees, self.config.zero.stage, self.config.zero.shard_size)
+        """Layouts that differ in microbatch and recomputation only; whether a step is recorded decides about the memory that it may plan with."""
+        return (*self.degrees, self.config.zero.stage, self.config.zero.shard_size, self.config.train.cuda_graphs)
 
     @property
     def size(self) -> int:
@@ -162,12 +153,11 @@ class _Search:
         config: What is trained.
         world_size: GPUs.
         gpu: Their kind.
-        usable: Bytes that a plan may fill.
         memory_bytes: Of each.
     """
 
-    def __init__(self, config: RunConfig, world_size: int, gpu: Gpu, usable: int, memory_bytes: int):
-        self._config, self._world_size, self._gpu, self._usable, self._memory_bytes = config, world_size, gpu, usable, memory_bytes
+    def __init__(self, config: RunConfig, world_size: int, gpu: Gpu, memory_bytes: int):
+        self._config, self._world_size, self._gpu, self._memory_bytes = config, world_size, gpu, memory_bytes
         self._planned: dict[RunConfig, int] = {}
         self._smallest: dict[tuple[object, ...], _Candidate] = {}
         self._largest_sizes: dict[tuple[object, ...], int] = {}
@@ -199,16 +189,10 @@ class _Search:
     def _predicted(self) -> Iterator[_Candidate]:
         for layout in layouts(self._config, world_size=self._world_size, has_peer_memory=self._gpu.link >= PEER_LINK):
             for settled in microbatches(layout, world_size=self._world_size):
-                plain = _Candidate(settled, self._predict(settled))
-                recorded = replaced(settled, {"train.cuda_graphs": True})
-                if not find_problems(recorded, world_size=self._world_size):
-                    prediction = self._predict(recorded)
-                    if prediction.tokens_per_second > GAIN_OF_A_GRAPH * plain.prediction.tokens_per_second:
-                        plain = _Candidate(recorded, prediction)
-                yield plain
-
-    def _predict(self, config: RunConfig) -> StepPrediction:
-        return predict_step(config, self._world_size, self._gpu)
+                best = _Candidate(*recorded_where_it_pays(settled, self._world_size, self._gpu))
+                yield best
+                if settled.train.recompute == "full" and best.config.train.cuda_graphs:  # for want of memory
+                    yield _Candidate(settled, predict_step(settled, self._world_size, self._gpu))
 
     def _plan(self, candidate: _Candidate) -> int:
         """Memory of its fullest rank."""
@@ -216,6 +200,13 @@ class _Search:
             stages = plan_stages(candidate.config, world_size=self._world_size, device_type="cuda", device_bytes=self._memory_bytes)
             self._planned[candidate.config] = fullest(stages).memory.total_bytes
         return self._planned[candidate.config]
+
+    def _usable(self, candidate: _Candidate) -> int:
+        """Bytes that its plan may fill."""
+        return usable_bytes(free_bytes(self._memory_bytes), is_recorded=candidate.config.train.cuda_graphs is True)
+
+    def _has_room(self, candidate: _Candidate) -> bool:
+        return self._plan(candidate) <= self._usable(candidate)
 
     def _fits(self, candidate: _Candidate) -> bool:
         key = (*candidate.family, candidate.config.train.recompute)
@@ -228,21 +219,21 @@ class _Search:
         family = [each for each in self._candidates if each.family == candidate.family]
         if candidate.family not in self._smallest:
             self._smallest[candidate.family] = min(family, key=lambda each: (each.size, RECOMPUTATIONS.index(each.config.train.recompute)))
-        if self._plan(self._smallest[candidate.family]) > self._usable:
+        if not self._has_room(self._smallest[candidate.family]):
             return 0
         alike = sorted((each for each in family if each.config.train.recompute == candidate.config.train.recompute), key=lambda each: each.size)
-        num_fitting = bisect_left(alike, True, key=lambda each: self._plan(each) > self._usable)
+        num_fitting = bisect_left(alike, True, key=lambda each: not self._has_room(each))
         return alike[num_fitting - 1].size if num_fitting else 0
 
     def _nothing_fits(self) -> str:
-        smallest = min(self._smallest.values(), key=self._plan)
+        smallest = min(self._smallest.values(), key=lambda each: (self._plan(each), -self._usable(each)))
         layout = layout_in_words(smallest.config, self._world_size)
         how = f"train.micro_batch_size {smallest.size} and train.recompute {smallest.config.train.recompute}"
         gpus = "one GPU" if self._world_size == 1 else f"{self._world_size} GPUs"
         return (
             f"no layout of {self._config.run.name} fits on {gpus} of {format_bytes(self._memory_bytes)}: the smallest planned, "
-            f"{layout} with {how}, takes {format_bytes(self._plan(smallest))} of {format_bytes(self._usable)} that can be used; take more or "
-            "larger GPUs, or a smaller model."
+            f"{layout} with {how}, takes {format_bytes(self._plan(smallest))} of {format_bytes(self._usable(smallest))} that can be used; "
+            "take more or larger GPUs, or a smaller model."
         )
 
     def _nothing_divides(self) -> str:

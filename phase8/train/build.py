@@ -22,7 +22,8 @@ from phase8.errors import DataError
 from phase8.kernels.backends import select_kernels
 from phase8.observe.banner import print_banner, print_line
 from phase8.observe.devices import peak_flops
-from phase8.plan.candidates import Device
+from phase8.plan.candidates import Device, plan_on
+from phase8.plan.facts import memory_fact
 from phase8.plan.whole_config import count_parameters, shapes_only
 from phase8.precision.policy import compute_dtype, set_matmul_precision
 from phase8.train.changed_keys import ChangedKey, changed_keys
@@ -185,6 +186,8 @@ def _decide(
     origin = initialise_run(config, learner, data.tokenizer, directory=directory, resume=resume, say=partial(print_line, console=console))
     shape = batch_shape(config.train, config.parallel, data_parallel_size=mesh.topology.data_parallel_size)
     facts = run_facts(config, device=device, shape=shape, num_parameters=count_parameters(shapes_only(config)), topology=mesh.topology)
+    if mesh.rank == 0:  # which is the one that shows it
+        facts.append(memory_fact(plan_on(machine, config, world_size=mesh.topology.world_size)))
     facts.append(("data", data.description))
     if chosen.reason:
         facts.append(("settings", chosen.reason))

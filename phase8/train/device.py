@@ -10,7 +10,6 @@ import torch
 from phase8.config.schema import RunConfig, ZeroSection
 from phase8.distributed.bootstrap import World
 from phase8.errors import ConfigError
-from phase8.observe.devices import peak_flops
 from phase8.plan.candidates import Device
 from phase8.plan.whole_config import count_parameters, shapes_only
 
@@ -39,13 +38,11 @@ def this_device(device: torch.device, config: RunConfig) -> Device:
         return Device("cpu", "CPU", 0, 0, can_compile=False)
     free, total = torch.cuda.mem_get_info(device)
     limit = config.train.device_memory_gib
-    name = torch.cuda.get_device_name(device)
     return Device(
         type="cuda",
-        name=name,
+        name=torch.cuda.get_device_name(device),
         memory_bytes=free if limit is None else min(free, int(limit * 2**30)),
         total_bytes=total,
-        peak_flops=peak_flops(name, "bf16" if config.precision.dtype == "bf16" else "tf32"),
         can_compile=any(shutil.which(compiler) for compiler in ("cc", "gcc", "clang")),
     )
 

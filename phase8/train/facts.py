@@ -8,16 +8,14 @@ from phase8.config.batch import BatchShape
 from phase8.config.pipeline import pipeline_of
 from phase8.config.schema import RunConfig
 from phase8.kernels.backends import MAX_HEAD_SIZE, apex_hint, attention_backend, kernel_backend
-from phase8.plan.facts import Fact, batch_fact, memory_fact, model_facts
-from phase8.plan.rank_memory import fullest
-from phase8.plan.whole_config import plan_stages
+from phase8.plan.facts import Fact, batch_fact, model_facts
 from phase8.precision.policy import compute_dtype
 from phase8.topology import Topology
 from phase8.train.device import device_name
 
 
 def run_facts(config: RunConfig, *, device: torch.device, shape: BatchShape, num_parameters: int, topology: Topology) -> list[Fact]:
-    """Everything but the data."""
+    """Everything but the data and the planned memory."""
     compiled = config.train.compile
     ranks = [("topology", describe_topology(config, topology))] if topology.world_size > 1 else []
     return [
@@ -31,7 +29,6 @@ def run_facts(config: RunConfig, *, device: torch.device, shape: BatchShape, num
         ("recomputation", config.train.recomputation),
         ("torch.compile", f"{compiled.mode}{', fullgraph' if compiled.fullgraph else ''}" if compiled.enabled else "off"),
         *([("CUDA graphs", "the whole step" if device.type == "cuda" else "off: no GPU")] if config.train.cuda_graphs else []),
-        memory_fact(fullest(plan_stages(config, world_size=topology.world_size, device_type=device.type)).memory),
     ]
 
 

@@ -11,10 +11,7 @@ import torch
 
 from phase8.config.schema import RunConfig
 from phase8.errors import OutOfMemoryError
-from phase8.plan.candidates import Device, how_to_fit, nearest_that_fits
-from phase8.plan.memory import MemoryPlan
-from phase8.plan.rank_memory import fullest
-from phase8.plan.whole_config import plan_stages
+from phase8.plan.candidates import Device, how_to_fit, nearest_that_fits, plan_on
 from phase8.train.restart import resume_own_run
 from phase8.train.run_directory import RunDirectory
 from phase8.train.tuning import Chosen
@@ -96,7 +93,7 @@ def retry_with_less_memory(
 
 
 def _device_sentence(config: RunConfig, facts: Device, world_size: int) -> str:
-    planned = _plan(config, facts, world_size).total_bytes
+    planned = plan_on(facts, config, world_size=world_size).total_bytes
     nearest = nearest_that_fits(config, facts, world_size=world_size, below_bytes=planned)
     remedy = "make the model smaller, or use more ranks with zero.stage=3"
     if nearest is not None:
@@ -108,7 +105,7 @@ def _device_sentence(config: RunConfig, facts: Device, world_size: int) -> str:
 
 
 def _host_sentence(config: RunConfig, facts: Device, world_size: int, kind: str) -> str:
-    planned = _plan(config, facts, world_size).host_bytes
+    planned = plan_on(facts, config, world_size=world_size).host_bytes
     remedies = [
         *(["checkpoint.asynchronous=false (copies of weights and optimizer)"] if config.checkpoint.asynchronous else []),
         *(["data.pin_memory=false"] if kind and config.data.pin_memory else []),
@@ -117,7 +114,3 @@ def _host_sentence(config: RunConfig, facts: Device, world_size: int, kind: str)
     ]
     remedy = f"set {' or '.join(remedies)}" if remedies else "use a host with more memory, or a smaller model or batch"
     return f"the host has too little {kind}memory; {planned / _GIB:.1f} GiB a rank are planned for copies and what is offloaded: {remedy}."
-
-
-def _plan(config: RunConfig, facts: Device, world_size: int) -> MemoryPlan:
-    return fullest(plan_stages(config, world_size=world_size, device_type=facts.type, device_bytes=facts.total_bytes or None)).memory

@@ -26,6 +26,7 @@ from phase8.train.step import evaluate, train_step
 # A step of many microbatches is extrapolated from one of one and one of so many.
 MOST_MICROBATCHES = 3
 MEASURED_STEPS = 3
+OUT_OF_MEMORY = "out of memory"
 
 
 @dataclass(frozen=True)
@@ -88,7 +89,7 @@ def _try(config: RunConfig, mesh: Mesh, device: torch.device, begin: float) -> T
             one = step_seconds(fewest)
             seconds = one + (shape.num_microbatches - fewest) * (seconds - one) / (most - fewest)
     except torch.OutOfMemoryError:
-        return "out of memory"
+        return OUT_OF_MEMORY
     except RuntimeError as error:
         if not config.train.compile.enabled:
             raise

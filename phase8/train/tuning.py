@@ -30,13 +30,14 @@ from phase8.distributed.collectives import broadcast_text, gather_texts
 from phase8.distributed.mesh import Mesh
 from phase8.errors import ConfigError, OutOfMemoryError, Phase8Error
 from phase8.observe.formatting import format_count
-from phase8.plan.candidates import Candidate, Device, find_candidates, how_to_fit, nearest_that_fits, predicted_run_seconds, smallest_candidate
+from phase8.plan.candidates import Candidate, Device, find_candidates, how_to_fit, nearest_that_fits, plan_on, smallest_candidate
+from phase8.plan.prediction import predict_step
 from phase8.train.device import host_settings
-from phase8.train.trial import Trial, run_trial
+from phase8.train.trial import OUT_OF_MEMORY, Trial, run_trial
 
 # Raise it when the same machine may choose otherwise than before.
-TUNING_VERSION = 1
-_MOST_CANDIDATES, _MOST_TRIALS = 6, 3
+TUNING_VERSION = 2
+_MOST_TRIALS = 3
 # Of the candidates those are tried whose predicted time is within this of the best.
 _WORTH_A_TRIAL = 1.08
 # A shorter run would spend more time on compilation than it saves.
@@ -140,7 +141,10 @@ class _Search:
     def __init__(
         self, config: RunConfig, mesh: Mesh, device: torch.device, facts: Device, refused: Sequence[dict[str, Any]], say: Callable[[str], None]
     ):
-        self._config, self._mesh, self._device, self._facts, self._refused, self._say = config, mesh, device, facts, refused, say
+        self._config, self._mesh, self._device, self._facts, self._say = config, mesh, device, facts, say
+        self._world_size = mesh.topology.world_size
+        # The least planned of what ran out of memory: all that needs as much would, too.
+        self._too_much = min((self._planned_bytes(with_values(config, values)) for values in refused), default=_UNLIMITED)
         self._found: list[tuple[Trial, Candidate]] = []
 
     def candidates(self, *, compiles: bool) -> list[Candidate]:
@@ -149,23 +153,28 @@ class _Search:
         Raises:
             OutOfMemoryError: There are none.
         """
-        world_size = self._mesh.topology.world_size
+        found = self._fitting(compiles=compiles)
+        if not found:
+            raise OutOfMemoryError(_nothing_fits(self._config, self._world_size, self._facts))
+        return found
+
+    def _fitting(self, *, compiles: bool) -> list[Candidate]:
         facts = self._facts
         if not {"train.micro_batch_size", "train.recompute"} & set(automatic_keys(self._config)):
             facts = replace(facts, memory_bytes=_UNLIMITED)  # explicit values are obeyed; what does not fit will be told
-        found = find_candidates(self._config, world_size=world_size, device=facts, most=_MOST_CANDIDATES, compiles=compiles)
-        found = [each for each in found if not any(each.values.items() <= values.items() for values in self._refused)]
-        if not found:
-            raise OutOfMemoryError(_nothing_fits(self._config, world_size, self._facts))
-        return found
+        return find_candidates(
+            self._config, world_size=self._world_size, device=facts, most=_MOST_TRIALS, compiles=compiles, below_bytes=self._too_much
+        )
+
+    def _planned_bytes(self, config: RunConfig) -> int:
+        return plan_on(self._facts, config, world_size=self._world_size).total_bytes
 
     def is_long(self, seconds: float | None) -> bool:
         """Whether a run of steps that take so long (None: as predicted) is worth the time of compilation."""
         if seconds is not None:
             return seconds * self._config.train.num_steps >= _LONG_ENOUGH_TO_COMPILE_SECONDS
         settled = with_values(self._config, OFF | {"train.cuda_graphs": True})
-        world_size = self._mesh.topology.world_size
-        return predicted_run_seconds(settled, world_size=world_size, device=self._facts) >= _LONG_ENOUGH_TO_COMPILE_SECONDS
+        return self.is_long(predict_step(settled, self._world_size, self._facts.name).seconds)
 
     def measure(self) -> Chosen:
         """Tries the best few and takes the fastest. A short run is tried without compilation first, and with it if it is not short after all.
@@ -174,28 +183,34 @@ class _Search:
             OutOfMemoryError: None could be used.
         """
         if self.is_long(None):
-            self._try(self.candidates(compiles=True), _MOST_TRIALS)
+            self._try(compiles=True, most=_MOST_TRIALS)
         else:
-            self._try(self.candidates(compiles=False), 1)
+            self._try(compiles=False, most=1)
             if self._found and self.is_long(self._found[0][0].step_seconds):
-                self._try(self.candidates(compiles=True), _MOST_TRIALS)
+                self._try(compiles=True, most=_MOST_TRIALS)
         if not self._found:
             raise OutOfMemoryError("none of the settings that fit by plan could be used; give train.micro_batch_size and train.recompute")
         return _fastest(self._found, self._facts)
 
-    def _try(self, candidates: Sequence[Candidate], most: int) -> None:
+    def _try(self, *, compiles: bool, most: int) -> None:
         """Tries the first ones that are close to the best, and more only if none of these can be used."""
-        limit, num_found = candidates[0].relative_seconds * _WORTH_A_TRIAL, len(self._found)
-        for number, candidate in enumerate(candidates):
-            if len(self._found) > num_found and (candidate.relative_seconds > limit or number >= most):
+        candidates = self.candidates(compiles=compiles)
+        limit, num_found, tried = candidates[0].step_seconds * _WORTH_A_TRIAL, len(self._found), list[RunConfig]()
+        while candidates:
+            candidate, *candidates = candidates
+            if len(self._found) > num_found and (candidate.step_seconds > limit or len(tried) >= most):
                 break
+            tried.append(candidate.config)
             self._say(f"trying {candidate} ...")
             trial = run_trial(candidate.config, mesh=self._mesh, device=self._device)
             if isinstance(trial, Trial):
                 self._say(f"  {format_count(trial.tokens_per_second)} tok/s, {trial.peak_bytes / 2**30:.1f} GiB ({trial.seconds:.0f} s)")
                 self._found.append((trial, candidate))
-            else:
-                self._say(f"  {trial}")
+                continue
+            self._say(f"  {trial}")
+            if trial == OUT_OF_MEMORY:
+                self._too_much = candidate.planned_bytes
+                candidates = [each for each in self._fitting(compiles=compiles) if each.config not in tried]
 
 
 def _fastest(found: Sequence[tuple[Trial, Candidate]], facts: Device) -> Chosen:

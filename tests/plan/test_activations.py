@@ -5,7 +5,7 @@ from phase8.config.schema import ModelSection
 from phase8.kernels.reference.rotary import rotary_angles
 from phase8.model.model import build_model
 from phase8.model.parameters import initialise
-from phase8.plan.activations import Compilation, trace_activations
+from phase8.plan.activations import bytes_within_budget, trace_activations
 
 NUM_LAYERS = 3
 SHAPE = {
@@ -105,7 +105,7 @@ def compiled_bytes(section, *, micro_batch_size, recompute="none"):
 def test_traced_bytes_of_a_compiled_block_equal_what_it_keeps(block):
     section = ModelSection(**SHAPE, block=block)
     case = {"dtype": torch.bfloat16, "micro_batch_size": 2, "packed": False, "device_type": "cpu"}
-    compiled, eager = trace_activations(section, **case, compilation=Compilation()), trace_activations(section, **case)
+    compiled, eager = trace_activations(section, **case, is_compiled=True), trace_activations(section, **case)
     assert compiled.block == pytest.approx(compiled_bytes(section, micro_batch_size=2), rel=0.03)
     assert compiled.block_without_mixer == pytest.approx(compiled_bytes(section, micro_batch_size=2, recompute="selective"), rel=0.03)
     assert compiled.block < eager.block and compiled.block_input == eager.block_input
@@ -113,7 +113,8 @@ def test_traced_bytes_of_a_compiled_block_equal_what_it_keeps(block):
 
 def test_a_budget_keeps_less_and_nothing_without_the_compiler():
     case = {"dtype": torch.bfloat16, "micro_batch_size": 2, "packed": False, "device_type": "cuda"}
-    budgeted = trace_activations(ModelSection(**SHAPE), **case, compilation=Compilation(budget=0.3))
-    assert budgeted.block_input < budgeted.block_within_budget < 0.8 * budgeted.block
+    compiled = trace_activations(ModelSection(**SHAPE), **case, is_compiled=True)
+    within = bytes_within_budget(ModelSection(**SHAPE), 0.3, dtype=torch.bfloat16, micro_batch_size=2, packed=False)
+    assert compiled.block_input < within < 0.8 * compiled.block
     eager = trace_activations(ModelSection(**SHAPE), **case)
     assert eager.block_within_budget == eager.block

@@ -72,6 +72,13 @@ def test_the_speed_is_predicted_for_the_gpu_of_this_machine_or_an_h100(small, mo
     assert re.fullmatch(rf"[\d,]+ tok/s, MFU [\d.]+ %, .+ for the whole run, on 2 x {gpu}", facts["predicted speed"])
 
 
+def test_settings_are_chosen_for_the_memory_that_the_run_may_take(small):
+    automatic = ("train.tuning=plan", "train.micro_batch_size=auto", "model.vocab_size=1024", "model.sequence_length=4096", "model.d_model=256")
+    whole, limited = (facts_and_problems(small(*automatic, *limit))[0] for limit in ((), ("train.device_memory_gib=2",)))
+    assert whole["settings"].startswith("micro batch 24, nothing recomputed") and limited["settings"].startswith("micro batch ")
+    assert whole["settings"] != limited["settings"]
+
+
 def test_references_have_no_predicted_speed(small):
     assert "predicted speed" not in facts_and_problems(small("train.kernels=reference"))[0]
 

@@ -1,7 +1,7 @@
 import pytest
 
 from phase8.pipeline_parallel.schedules import build_schedule
-from phase8.plan.memory import ChunkActivations, Division, Held, MemoryPlan, peak_activation_bytes, plan_memory
+from phase8.plan.memory import ChunkActivations, Division, Held, MemoryPlan, free_bytes, peak_activation_bytes, plan_memory, usable_bytes
 
 # Two blocks of 100 and 60 numbers and 50 in no block, a quarter of which each rank keeps.
 BLOCKS = [Held((60, 40), (15, 10)), Held((60,), (15,))]
@@ -27,6 +27,22 @@ def test_gradients_of_a_single_microbatch_take_the_place_of_activations():
     assert few.gradients_bytes + 100 == 4 * WHOLE
     many = plan_memory(undivided[:2], undivided[2:], activations_bytes=4000, division=single)
     assert many.gradients_bytes == 4 * 100  # of the block whose backward comes first
+
+
+GIB = 2**30
+# On an H100, fresh processes with the step recorded: peak of tensors, and what the allocator reserved.
+RESERVED_GIB = [(6.28, 7.07), (16.0, 17.05), (26.0, 27.0), (3.12, 3.78)]
+
+
+@pytest.mark.parametrize(("peak", "reserved"), RESERVED_GIB)
+def test_a_plan_leaves_room_for_what_the_allocator_reserves_beyond_tensors(peak, reserved):
+    """Where just so much is free, less than that peak may be planned."""
+    assert usable_bytes(int(reserved * GIB), is_recorded=True) < peak * GIB
+
+
+def test_nothing_is_usable_of_too_little():
+    assert free_bytes(8 * GIB) == 7 * GIB and free_bytes(GIB // 2) == 0
+    assert usable_bytes(0, is_recorded=True) == usable_bytes(0, is_recorded=False) == 0
 
 
 def test_libraries_count():

@@ -7,7 +7,8 @@ import torch
 
 from phase8.config.load import load_config
 from phase8.distributed.peer_memory import ROUNDS, ROUNDS_IN_PLACE
-from phase8.plan.activations import trace_activations
+from phase8.plan import rank_memory
+from phase8.plan.activations import bytes_within_budget, trace_activations
 from phase8.plan.rank_memory import fullest
 from phase8.plan.whole_config import count_parameters, plan_stages, shapes_only
 
@@ -140,6 +141,19 @@ def test_compiled_blocks_are_planned_as_the_compiler_partitions_them():
 def test_compiled_activations_grow_evenly_with_the_microbatch():
     sizes = [on_gpu("train.compile.enabled=true", f"train.micro_batch_size={size}", "model.vocab_size=64").activations_bytes for size in (1, 2, 4)]
     assert sizes[2] - sizes[1] == pytest.approx(2 * (sizes[1] - sizes[0]), rel=1e-6)
+
+
+def test_what_a_budget_keeps_is_traced_at_the_size_of_the_microbatch(monkeypatch):
+    """It does not grow evenly: the choice depends on the sizes."""
+    case = {"dtype": torch.bfloat16, "packed": False}
+    model = config_of().model.model_copy(update={"local_window_size": 16})
+    small, middle, large = (bytes_within_budget(model, 0.3, micro_batch_size=size, **case) for size in (2, 4, 8))
+    assert large - middle != 2 * (middle - small)
+    budget = ("train.recompute=budget", "train.activation_memory_budget=0.3")
+    settings = ("train.compile.enabled=true", *budget, "train.micro_batch_size=8", "precision.dtype=bf16")
+    planned = on_gpu(*settings).activations_bytes
+    monkeypatch.setattr(rank_memory, "bytes_within_budget", lambda *arguments, **others: large + 1000)
+    assert on_gpu(*settings).activations_bytes == planned + 3 * 1000  # kept by four layers, and less is repeated
 
 
 def test_the_loss_needs_logits_of_a_chunk_and_the_cast_head():

@@ -9,7 +9,8 @@ from phase8.config.validate import find_problems
 from phase8.errors import ConfigError
 from phase8.observe.devices import find_gpu
 from phase8.plan import suggest as module
-from phase8.plan.suggest import layouts, microbatches, settings_of, suggest, usable_bytes
+from phase8.plan.memory import free_bytes, usable_bytes
+from phase8.plan.suggest import layouts, microbatches, settings_of, suggest
 
 GIB = 2**30
 CONFIG = """
@@ -41,10 +42,14 @@ def planned(monkeypatch):
     return configs
 
 
+def usable_of(memory_bytes, suggestion):
+    return usable_bytes(free_bytes(memory_bytes), is_recorded=suggestion.config.train.cuda_graphs)
+
+
 def test_what_is_suggested_can_run_fits_and_is_sorted_by_speed(config, planned):
     found = suggest(config(), world_size=8, gpu=H100, memory_bytes=5 * GIB)
     assert len(found) == 10 and len({each.layout for each in found}) >= 5
-    assert all(find_problems(each.config, world_size=8) == [] and each.planned_bytes <= usable_bytes(5 * GIB) for each in found)
+    assert all(find_problems(each.config, world_size=8) == [] and each.planned_bytes <= usable_of(5 * GIB, each) for each in found)
     speeds = [each.prediction.tokens_per_second for each in found]
     assert speeds == sorted(speeds, reverse=True)
     assert found[0].config.train.cuda_graphs  # so small a model waits for its host
@@ -84,11 +89,16 @@ def test_without_nvlink_tensor_ranks_do_not_share_memory(config):
 
 def test_nothing_fits_is_one_sentence_with_the_smallest_plan(config, planned):
     with pytest.raises(ConfigError) as error:
-        suggest(config(), world_size=2, gpu=RTX, memory_bytes=GIB * 6 // 10)
+        suggest(config(), world_size=2, gpu=RTX, memory_bytes=GIB * 13 // 10)
     assert error.value.problems == [
-        "no layout of small fits on 2 GPUs of 614 MiB: the smallest planned, tensor 2 with train.micro_batch_size 1 and train.recompute full, "
-        "takes 256 MiB of 84 MiB that can be used; take more or larger GPUs, or a smaller model."
+        "no layout of small fits on 2 GPUs of 1.3 GiB: the smallest planned, tensor 2 with train.micro_batch_size 1 and train.recompute full, "
+        "takes 256 MiB of 42 MiB that can be used; take more or larger GPUs, or a smaller model."
     ]
+
+
+def test_where_a_recording_has_no_room_the_step_is_not_recorded(config, planned):
+    (best,) = suggest(config(), world_size=1, gpu=H100, memory_bytes=GIB * 19 // 10, most=1)  # 0.6 GiB can be used, and nothing by a recording
+    assert best.planned_bytes == GIB // 2 and best.config.train.cuda_graphs is False
 
 
 def test_ranks_that_divide_nothing_are_refused(config, planned):
@@ -97,5 +107,5 @@ def test_ranks_that_divide_nothing_are_refused(config, planned):
 
 
 def test_the_real_planner_agrees_with_the_search(config):
-    found = suggest(config(), world_size=1, gpu=H100, memory_bytes=2 * GIB, most=1)
-    assert 0 < found[0].planned_bytes <= usable_bytes(2 * GIB)
+    found = suggest(config(), world_size=1, gpu=H100, memory_bytes=4 * GIB, most=1)
+    assert 0 < found[0].planned_bytes <= usable_of(4 * GIB, found[0])

@@ -7,7 +7,7 @@ import pytest
 
 from phase8.config.load import load_config
 from phase8.errors import ConfigError
-from phase8.plan.prediction import predict_step
+from phase8.plan.prediction import predict_step, recorded_where_it_pays
 
 ROOT = Path(__file__).parents[2]
 MEASURED = json.loads((Path(__file__).parent / "measured_throughput.json").read_text())
@@ -70,6 +70,31 @@ def test_recomputation_costs_time(tmp_path, recompute):
     half = predicted("phase8_1b", "train.recompute=selective", "train.recompute_every_n_layers=2", tmp_path=tmp_path)
     whole = predicted("phase8_1b", "train.recompute=selective", tmp_path=tmp_path)
     assert none.seconds < half.seconds < whole.seconds
+
+
+def test_a_larger_budget_is_faster_where_the_compiler_makes_another_graph_of_it(tmp_path):
+    def seconds(recompute, budget="0.5"):
+        return predicted("phase8_1b", f"train.recompute={recompute}", f"train.activation_memory_budget={budget}", tmp_path=tmp_path).seconds
+
+    budgets = [seconds("budget", each) for each in (0.1, 0.2, 0.3, 0.4, 0.5, 0.9)]
+    order = [seconds("full"), *budgets, seconds("none")]
+    assert order == sorted(order, reverse=True) and len(set(order)) == len(order)
+    assert seconds("budget", 0.5) == seconds("budget", 0.7) and seconds("budget", 0.8) == seconds("budget", 0.95)
+    assert seconds("budget", 1) == seconds("none")
+
+
+def test_a_step_is_recorded_where_it_pays_and_can_be(tmp_path):
+    def asked(name, *settings, world_size=1):
+        explicit = ("train.micro_batch_size=4", "train.recompute=none", "train.compile.enabled=true", "train.cuda_graphs=false", *settings)
+        config = config_of(name, *explicit, tmp_path=tmp_path)
+        found, prediction = recorded_where_it_pays(config, world_size, H100)
+        assert prediction == predict_step(found, world_size, H100)
+        return found.train.cuda_graphs, prediction.seconds / predict_step(config, world_size, H100).seconds
+
+    recorded, gain = asked("phase8_small")
+    assert recorded is True and gain < 0.2
+    assert asked("phase8_1b", "train.micro_batch_size=8") == (False, 1.0)
+    assert asked("phase8_small", "parallel.pipeline_parallel_size=2", world_size=2) == (False, 1.0)
 
 
 def test_without_a_graph_small_models_wait_for_their_host_and_large_ones_do_not(tmp_path):

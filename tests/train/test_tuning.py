@@ -21,7 +21,7 @@ from phase8.train.run_directory import RunDirectory
 from phase8.train.trial import Trial, run_trial
 from phase8.train.tuning import Chosen, choose_settings
 
-GPU = Device("cuda", "a GPU", memory_bytes=8 << 30, total_bytes=8 << 30, peak_flops=1e14)
+GPU = Device("cuda", "a GPU", memory_bytes=8 << 30, total_bytes=8 << 30)
 HOST = {"data.num_workers": 1, "data.pin_memory": True, "checkpoint.asynchronous": False}
 FREE = ("train.micro_batch_size=auto",)
 
@@ -79,8 +79,39 @@ def test_what_runs_out_of_memory_or_cannot_be_compiled_gives_way_to_the_next(tin
     speeds |= {(4, False): "out of memory", (2, False): 1e6}
     said = []
     config, _ = choose(tiny, mesh, say=said.append)
-    assert made[:2] == [(4, False), (2, False)] and config.train.micro_batch_size == 2
+    assert made == [(4, False)] * 3 + [(2, False)] and config.train.micro_batch_size == 2  # more of the larger one is recomputed first
     assert "  out of memory" in said
+
+
+def test_what_needs_as_much_as_what_ran_out_of_memory_is_not_tried(tiny, mesh, trials, monkeypatch):
+    speeds, made = trials
+    speeds |= {(2, False): "out of memory", (4, False): 1e6, (1, False): 1e6}
+    seen = []
+    find = tuning.find_candidates
+
+    def found(config, *, below_bytes, **others):
+        seen.append(below_bytes)
+        candidates = find(config, below_bytes=below_bytes, **others)
+        # The one of two sequences is predicted to be the fastest.
+        return sorted(candidates, key=lambda each: each.config.train.micro_batch_size != 2)
+
+    monkeypatch.setattr(tuning, "find_candidates", found)
+    config, _ = choose(tiny, mesh)
+    assert set(made) == {(2, False), (1, False)} and config.train.micro_batch_size == 1
+    assert seen == sorted(seen, reverse=True) and len(set(seen)) == len(seen)
+
+
+def test_what_was_tried_is_not_tried_again_when_another_runs_out_of_memory(tiny, mesh, trials, monkeypatch):
+    speeds, made = trials
+    speeds |= {(2, False): 1.0, (4, True): "out of memory"}
+    find = tuning.find_candidates
+
+    def found(config, **others):
+        return sorted(find(config, **others), key=lambda each: each.config.train.micro_batch_size != 2)
+
+    monkeypatch.setattr(tuning, "find_candidates", found)
+    config, _ = choose(tiny, mesh)
+    assert made[:3] == [(2, False), (2, True), (4, True)] and made.count((2, True)) == 1 and config.train.micro_batch_size == 2
 
 
 def test_the_choice_is_remembered_for_such_a_run_and_for_no_other(tiny, mesh, trials):
