@@ -16,9 +16,10 @@ SHARED_BY_BENCHMARKS = ROOT / "tools/bench/measure.py"  # no door: what the door
 DOORS = sorted({*(ROOT / "launch").glob("*.py"), *(ROOT / "tools").rglob("*.py")} - {SHARED_BY_BENCHMARKS})
 TREES = {path: ast.parse(path.read_text(encoding="utf-8")) for path in [*LIBRARY, *DOORS, SHARED_BY_BENCHMARKS]}
 NO_KERNELS = {"backends", "loss_chunks", "toolchain"}  # in kernels/, but no operations: they decide which implementation runs, and how
-KERNELS = {path.stem: path for path in LIBRARY if path.parent.name == "kernels" and path.stem not in {"__init__", *NO_KERNELS}}
+PLAIN = {"causal_convolution", "rotary", "window_state"}  # in kernels/, but plain torch alone: what the operations share, and what the compiler fuses
+DTYPE_RULE = "dtypes"  # in kernels/, but no operation: tested through every operation that obeys it
+KERNELS = {path.stem: path for path in LIBRARY if path.parent.name == "kernels" and path.stem not in {"__init__", *NO_KERNELS, *PLAIN, DTYPE_RULE}}
 REFERENCES = {path.stem: path for path in LIBRARY if path.parent.name == "reference" and path.stem != "__init__"}
-DTYPE_RULE = "dtypes"  # in reference/, but no operation: tested through every operation that obeys it
 
 MAX_FILE_LINES = 350
 MAX_FUNCTION_LINES = 60
@@ -112,9 +113,9 @@ def test_gpu_kernels_are_imported_inside_functions_only():
     assert places(at_the_top) == []
 
 
-@pytest.mark.parametrize("name", sorted(REFERENCES.keys() - {DTYPE_RULE}))
-def test_every_reference_operation_has_a_test_that_calls_it(name):
-    functions = public_functions(REFERENCES[name])
+@pytest.mark.parametrize("name", sorted(REFERENCES.keys() | PLAIN))
+def test_every_operation_in_plain_torch_has_a_test_that_calls_it(name):
+    functions = public_functions(REFERENCES[name] if name in REFERENCES else ROOT / f"phase8/kernels/{name}.py")
     assert functions
     test = ROOT / f"tests/kernels/test_{name}.py"
     names = {node.id for node in ast.walk(ast.parse(test.read_text(encoding="utf-8"))) if isinstance(node, ast.Name)}

@@ -1,4 +1,4 @@
-"""The one dtype rule of the references: arithmetic that accumulates runs in fp32, or in fp64 when the input is fp64."""
+"""The one dtype rule of the operations: arithmetic that accumulates runs in fp32, or in fp64 when the input is fp64."""
 
 from __future__ import annotations
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from phase8.kernels.reference.dtypes import at_least_fp32
+from phase8.kernels.dtypes import at_least_fp32
 
 
 def rotary_angles(num_tokens: int, head_size: int, *, base: float, first_position: int, device: torch.device) -> Tensor:
