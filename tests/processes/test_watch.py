@@ -11,12 +11,12 @@ import torch.distributed as dist
 from launched import free_port
 from torch.distributed.elastic.multiprocessing.errors import ProcessFailure
 
-from phase8.distributed.bootstrap import World
-from phase8.distributed.ending import exit_code_of, is_echo, leave_word, own_message, summary
-from phase8.distributed.failure import Beat, Failure, Position, describe_ranks, find_stall
-from phase8.distributed.neighbour import Neighbour, neighbours_of
-from phase8.distributed.watch import Limits, running
 from phase8.errors import CommunicationError, ConfigError
+from phase8.processes.bootstrap import World
+from phase8.processes.exit import exit_code_of, is_echo, leave_word, own_message, summary
+from phase8.processes.failure import Beat, Failure, Position, describe_ranks, find_stall
+from phase8.processes.heartbeat import Neighbour, neighbours_of
+from phase8.processes.watch import Limits, running
 
 FORWARD, REDUCTION = Position(12, "forward of microbatch 3", 4), Position(12, "reduction of gradients", 5)
 

@@ -9,10 +9,10 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
-from phase8.distributed.bootstrap import world_from_environment
-from phase8.distributed.ending import one_voice
-from phase8.distributed.watch import Limits, running
 from phase8.errors import DataError, Phase8Error, describe_error
+from phase8.processes.bootstrap import world_from_environment
+from phase8.processes.exit import one_voice
+from phase8.processes.watch import Limits, running
 
 ALL = -1
 

@@ -5,7 +5,7 @@ second and reads what the others have left there; the other sees to it that the 
 
 | what happens | what the ranks do |
 |---|---|
-| all ranks find the same error before they meet | the first rank of each host tells it (`ending.one_voice`) |
+| all ranks find the same error before they meet | the first rank of each host tells it (`exit.one_voice`) |
 | a rank raises | it tells its message and exits with its code; the others, in collectives that it never joins, follow; rank 0 says why |
 | a rank is killed | its neighbours see that its process is gone, or on another host that its beat stops; all exit with 7 |
 | a collective breaks | gloo raises where a peer is gone: an echo, so the rank waits for the record of what really happened |
@@ -34,8 +34,9 @@ from typing import NoReturn
 
 import torch.distributed as dist
 
-from phase8.distributed.bootstrap import World
-from phase8.distributed.ending import (
+from phase8.errors import CommunicationError
+from phase8.processes.bootstrap import World
+from phase8.processes.exit import (
     exit_code_of,
     first_line,
     heeded_end_signals,
@@ -46,11 +47,10 @@ from phase8.distributed.ending import (
     summary,
     within,
 )
-from phase8.distributed.failure import Beat, Failure, Position, find_stall
-from phase8.distributed.hang_record import write_hang_record
-from phase8.distributed.neighbour import neighbours_of
-from phase8.distributed.rendezvous import connect, process_group
-from phase8.errors import CommunicationError
+from phase8.processes.failure import Beat, Failure, Position, find_stall
+from phase8.processes.hang_record import write_hang_record
+from phase8.processes.heartbeat import neighbours_of
+from phase8.processes.rendezvous import connect, process_group
 from phase8.terminal import tell
 
 FAILURE, ACKNOWLEDGED, LEFT, FINISHED, EVERYONE_FINISHED = "failure", "acknowledged", "left", "finished", "everyone_finished"

@@ -16,10 +16,10 @@ import torch
 import torch.distributed as dist
 
 from phase8.closing import Tolerated
-from phase8.distributed.bootstrap import World
-from phase8.distributed.ending import first_line
-from phase8.distributed.failure import describe_ranks
 from phase8.errors import CommunicationError, ConfigError
+from phase8.processes.bootstrap import World
+from phase8.processes.exit import first_line
+from phase8.processes.failure import describe_ranks
 from phase8.terminal import warn
 
 POLL_SECONDS = 0.02

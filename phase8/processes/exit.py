@@ -18,8 +18,8 @@ from typing import NoReturn
 
 import torch.distributed as dist
 
-from phase8.distributed.bootstrap import World
 from phase8.errors import Phase8Error, describe_error
+from phase8.processes.bootstrap import World
 from phase8.terminal import tell
 
 # What asks a process to end: schedulers and launchers, a terminal that closes, and Slurm ahead of the time limit (`--signal=USR1`).

@@ -7,9 +7,9 @@ import torch
 import torch.distributed as dist
 from launched import free_port, run, torchrun
 
-from phase8.distributed.bootstrap import World, world_from_environment
-from phase8.distributed.rendezvous import connect, meet, process_group
 from phase8.errors import CommunicationError, ConfigError
+from phase8.processes.bootstrap import World, world_from_environment
+from phase8.processes.rendezvous import connect, meet, process_group
 
 TORCHRUN = {"RANK": "5", "LOCAL_RANK": "1", "WORLD_SIZE": "8", "LOCAL_WORLD_SIZE": "4", "MASTER_ADDR": "first", "MASTER_PORT": "29500"}
 
@@ -216,8 +216,8 @@ def test_without_rank_0_the_others_say_so(store):
 
 WORLD = """
 import os, sys, torch, torch.distributed as dist
-from phase8.distributed.bootstrap import world_from_environment
-from phase8.distributed.watch import running
+from phase8.processes.bootstrap import world_from_environment
+from phase8.processes.watch import running
 world = world_from_environment(os.environ)
 with running(world) as watch:
     torch.manual_seed(0)

@@ -5,8 +5,8 @@ from __future__ import annotations
 import os
 from collections.abc import Callable
 
-from phase8.distributed.bootstrap import World
-from phase8.distributed.failure import Beat, describe_loss
+from phase8.processes.bootstrap import World
+from phase8.processes.failure import Beat, describe_loss
 
 
 class Neighbour:
