@@ -16,7 +16,7 @@ from phase8.checkpoint.state import flat_state, restore_state
 from phase8.config.auto import without_auto
 from phase8.config.load import load_config
 from phase8.errors import CorruptionError
-from phase8.train.replicas import WEIGHT, Holding, Item, bit_hash, check_replicas, describe_deviation, powers_of_base, replicated_names
+from phase8.train.faults.replicas import WEIGHT, Holding, Item, bit_hash, check_replicas, describe_deviation, powers_of_base, replicated_names
 
 BLOCK = (*BLOCKS["tied"], "model.num_layers=4")
 NOTHING, ALL, NORMS, TIED = "nothing", "all", "norms", "tied"

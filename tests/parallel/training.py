@@ -12,6 +12,7 @@ from phase8.config.auto import without_auto
 from phase8.config.batch import run_topology
 from phase8.config.load import load_config
 from phase8.config.validate import validate
+from phase8.data.microbatch import split_sample
 from phase8.distributed.mesh import build_mesh
 from phase8.distributed.placement import collected, own_slice
 from phase8.kernels.backends import select_kernels
@@ -19,7 +20,6 @@ from phase8.precision.policy import set_matmul_precision
 from phase8.train.captured_step import CapturedStep
 from phase8.train.compilation import compile_modules
 from phase8.train.learner import build_learner
-from phase8.train.microbatch import split_sample
 from phase8.train.step import train_step
 from phase8.zero.fsdp import shard_size
 

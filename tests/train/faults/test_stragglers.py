@@ -9,7 +9,7 @@ import torch
 from phase8.observe.history import History
 from phase8.observe.metrics import MetricsWriter, StepMetrics, read_metrics
 from phase8.observe.report import write_report
-from phase8.train.stragglers import ProbeWork, RankTimes, probe_ranks, summarise
+from phase8.train.faults.stragglers import ProbeWork, RankTimes, probe_ranks, summarise
 
 
 def times(probes, waits=None, step=1.0):

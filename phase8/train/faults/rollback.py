@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from phase8.checkpoint.load import Checkpoint
 from phase8.errors import DivergenceError
-from phase8.train.anomaly import Anomaly
 from phase8.train.build import Run
+from phase8.train.faults.anomaly import Anomaly
 from phase8.train.restore import restore_together
 from phase8.train.resume import restore_run
 from phase8.train.start import choose
