@@ -35,7 +35,7 @@ MAY_TOLERATE = {  # any error, said in a sentence: at the end of work that is do
 # Into fresh names and directories of their own, into what a launcher or a user has named.
 MAY_OPEN_TO_WRITE = {
     "phase8/durable.py", "phase8/terminal.py", "phase8/data/staging.py", "phase8/data/tokenizer_training.py", "phase8/processes/exit.py",
-    "phase8/train/ablation_runs.py", "phase8/train/benchmark_parallel.py", "phase8/train/benchmark_profile.py",
+    "phase8/ablation/runs.py", "phase8/benchmark/parallel.py", "phase8/benchmark/profile.py",
 }  # fmt: skip
 VAGUE_NAMES = {"utils", "util", "helpers", "common", "misc", "manager"}
 
@@ -209,7 +209,8 @@ def test_the_whole_config_is_named_only_where_everything_meets():
     """Below train, functions receive their own section, but for what the planner answers of a whole config and what a checkpoint records of a run."""
     names = ("candidates", "dry_run", "prediction", "run_communication", "suggest", "whole_config")
     answers = tuple(f"phase8/plan/{name}.py" for name in names)
-    allowed = ("phase8/config", "phase8/train", *answers, "phase8/checkpoint/run_metadata.py", "launch", "tools")
+    packages = ("phase8/config", "phase8/train", "phase8/benchmark", "phase8/ablation", "launch", "tools")
+    allowed = (*packages, *answers, "phase8/checkpoint/run_metadata.py")
     below = [path for path in TREES if not is_below(path, *allowed)]
     assert places((path, node) for path, node in nodes(ast.alias, below) if node.name == "RunConfig") == []
 

@@ -18,13 +18,13 @@ from typing import Any
 
 import torch
 
+from phase8.ablation.study import PlannedRun
 from phase8.data.staging import read_json, write_json
 from phase8.durable import open_for_appending, storage_errors
 from phase8.errors import StorageError
 from phase8.observe.history import History, last_finite, median
 from phase8.observe.metrics import read_metrics
 from phase8.terminal import ESCAPED
-from phase8.train.ablation import PlannedRun
 from phase8.train.device import environment_with_gpu
 from phase8.train.signals import StopRequest
 

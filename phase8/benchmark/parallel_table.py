@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 
+from phase8.benchmark.parallel import LayoutSpeed
 from phase8.observe.formatting import format_bytes, format_seconds
-from phase8.train.benchmark_parallel import LayoutSpeed
 
 NOTHING = "-"
 LAYOUTS_HEADER = (

@@ -12,12 +12,12 @@ from pathlib import Path
 from statistics import fmean, median
 from typing import Any
 
+from phase8.ablation.chart import validation_png
+from phase8.ablation.runs import Record
+from phase8.ablation.study import REFERENCE, Study
 from phase8.data.staging import write_json
 from phase8.durable import replace_file
-from phase8.observe.ablation_chart import validation_png
 from phase8.terminal import ESCAPED
-from phase8.train.ablation import REFERENCE, Study
-from phase8.train.ablation_runs import Record
 
 NOTHING = "-"
 

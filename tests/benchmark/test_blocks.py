@@ -3,9 +3,9 @@ import torch
 from benchmark_figures import measured
 from tiny_run import tiny_config
 
-from phase8.train import benchmark_blocks
-from phase8.train.benchmark import Measurement
-from phase8.train.benchmark_blocks import compare_blocks, speed_ratio, sweep_lengths
+from phase8.benchmark import blocks as module
+from phase8.benchmark.blocks import compare_blocks, speed_ratio, sweep_lengths
+from phase8.benchmark.throughput import Measurement
 
 CPU = torch.device("cpu")
 OUT_OF_MEMORY = Measurement(None, "out of memory")
@@ -26,7 +26,7 @@ def memory(monkeypatch):
 
     memory = Memory()
     memory.tried, memory.profiles = [], []
-    monkeypatch.setattr(benchmark_blocks, "measure_alone", memory.measure)
+    monkeypatch.setattr(module, "measure_alone", memory.measure)
     return memory
 
 

@@ -5,11 +5,11 @@ import torch
 from benchmark_figures import measured
 from tiny_run import tiny_config
 
+from phase8.benchmark import ladder
+from phase8.benchmark.ladder import climb, total_gain
+from phase8.benchmark.throughput import Measurement
 from phase8.errors import ConfigError, DivergenceError
 from phase8.kernels.backends import Backend
-from phase8.train import benchmark_ladder
-from phase8.train.benchmark import Measurement
-from phase8.train.benchmark_ladder import climb, total_gain
 
 CPU, GPU = torch.device("cpu"), torch.device("cuda", 0)
 NAMES = ["eager fp32", "+ loader", "+ bf16", "+ compile", "+ kernels", "+ CUDA graphs"]
@@ -31,9 +31,9 @@ def machine(monkeypatch):
 
     machine = Machine()
     machine.configs, machine.answers = [], {}
-    monkeypatch.setattr(benchmark_ladder, "measure_alone", machine.measure)
-    monkeypatch.setattr(benchmark_ladder, "select_kernels", lambda wanted, device: None)
-    monkeypatch.setattr(benchmark_ladder, "kernel_backend", lambda device: machine.backend)
+    monkeypatch.setattr(ladder, "measure_alone", machine.measure)
+    monkeypatch.setattr(ladder, "select_kernels", lambda wanted, device: None)
+    monkeypatch.setattr(ladder, "kernel_backend", lambda device: machine.backend)
     return machine
 
 

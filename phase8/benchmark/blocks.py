@@ -8,11 +8,11 @@ from pathlib import Path
 
 import torch
 
+from phase8.benchmark.data import on_random_tokens
+from phase8.benchmark.throughput import Measurement, measure_alone
 from phase8.config.auto import without_auto
 from phase8.config.load import with_settings
 from phase8.config.schema import RunConfig, TrainSection
-from phase8.train.benchmark import Measurement, measure_alone
-from phase8.train.benchmark_data import on_random_tokens
 
 BLOCKS = ("phase8", "transformer")
 # Shares of the activations that fit where all of them do not, measured on an H100 with 1.3B parameters from 65,536 tokens on.

@@ -3,8 +3,8 @@ import re
 import pytest
 import torch
 
+from phase8.benchmark.profile import MAX_ROWS, KernelTime, profile_steps, write_profile
 from phase8.errors import StorageError
-from phase8.train.benchmark_profile import MAX_ROWS, KernelTime, profile_steps, write_profile
 
 
 def test_operators_of_the_steps_with_their_calls():

@@ -11,12 +11,11 @@ import numpy as np
 import pytest
 from tiny_run import write_documents
 
-from phase8.config.describe import iterate_keys
-from phase8.config.load import config_to_mapping, load_config
-from phase8.errors import ConfigError, DataError, StorageError
-from phase8.observe import ablation_chart
-from phase8.observe.ablation_chart import validation_png
-from phase8.train.ablation import (
+from phase8.ablation import chart
+from phase8.ablation.chart import validation_png
+from phase8.ablation.results import summarise, write_results
+from phase8.ablation.runs import Machine, Record, RunProcesses, read_records, record_path
+from phase8.ablation.study import (
     REFERENCE,
     VARIANTS,
     check_sizes,
@@ -27,8 +26,9 @@ from phase8.train.ablation import (
     plan_runs,
     record_study,
 )
-from phase8.train.ablation_results import summarise, write_results
-from phase8.train.ablation_runs import Machine, Record, RunProcesses, read_records, record_path
+from phase8.config.describe import iterate_keys
+from phase8.config.load import config_to_mapping, load_config
+from phase8.errors import ConfigError, DataError, StorageError
 from phase8.train.datasets import open_run_data
 
 SHIPPED = Path(__file__).parents[2] / "configs" / "ablation_30m.yaml"
@@ -407,13 +407,13 @@ def test_the_table_the_figures_and_the_picture(tiny, tmp_path):
 def drawn(monkeypatch):
     """The panels of the pictures drawn."""
     panels = []
-    original = ablation_chart._draw
+    original = chart._draw
 
     def draw(axes, lines, styles):
         original(axes, lines, styles)
         panels.append(axes)
 
-    monkeypatch.setattr(ablation_chart, "_draw", draw)
+    monkeypatch.setattr(chart, "_draw", draw)
     return panels
 
 

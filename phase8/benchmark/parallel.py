@@ -17,6 +17,9 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from phase8.benchmark.data import on_random_tokens
+from phase8.benchmark.layouts import Layout, layout_config, throughput_ceiling
+from phase8.benchmark.rank import RankFigures
 from phase8.config.batch import BatchShape, batch_shape, run_topology
 from phase8.config.load import config_to_mapping, with_settings
 from phase8.config.schema import RunConfig
@@ -26,9 +29,6 @@ from phase8.durable import storage_errors
 from phase8.errors import ConfigError, StorageError
 from phase8.plan.rank_memory import fullest
 from phase8.plan.whole_config import plan_stages
-from phase8.train.benchmark_data import on_random_tokens
-from phase8.train.benchmark_layouts import Layout, layout_config, throughput_ceiling
-from phase8.train.benchmark_rank import RankFigures
 
 # Earlier than the layout's own time-out, so that the ranks still can say which of them hangs, and where.
 STALL_SHARE = 0.7

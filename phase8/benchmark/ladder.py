@@ -13,13 +13,13 @@ from dataclasses import dataclass
 
 import torch
 
+from phase8.benchmark.data import on_random_tokens
+from phase8.benchmark.throughput import Measurement, Throughput, measure_alone
 from phase8.config.auto import without_auto
 from phase8.config.load import with_settings
 from phase8.config.schema import RunConfig
 from phase8.errors import ConfigError, DivergenceError
 from phase8.kernels.backends import kernel_backend, select_kernels
-from phase8.train.benchmark import Measurement, Throughput, measure_alone
-from phase8.train.benchmark_data import on_random_tokens
 
 MAX_WORKERS = 4
 

@@ -3,9 +3,9 @@ from pathlib import Path
 import pytest
 from tiny_run import tiny_config
 
+from phase8.benchmark.data import DOCUMENT_TOKENS, MIN_TOKENS, on_random_tokens, write_random_tokens
 from phase8.data.indexed import IndexedDataset
 from phase8.data.loader import open_dataset
-from phase8.train.benchmark_data import DOCUMENT_TOKENS, MIN_TOKENS, on_random_tokens, write_random_tokens
 
 
 @pytest.mark.parametrize(("vocab_size", "dtype"), [(61, "uint16"), (50257, "uint16"), (200_000, "int32")])

@@ -10,13 +10,14 @@ import pytest
 import torch
 from tiny_run import tiny_config
 
+from phase8.benchmark import throughput
+from phase8.benchmark.throughput import WARMUP_STEPS, measure_alone, measure_throughput
 from phase8.config.load import with_settings
 from phase8.data.loader import SequenceDataset
 from phase8.errors import ConfigError, DivergenceError
 from phase8.observe.metrics import MetricsWriter
 from phase8.tensor_parallel.linear import joint_linear
-from phase8.train import benchmark, loop, saver, trainer
-from phase8.train.benchmark import WARMUP_STEPS, measure_alone, measure_throughput
+from phase8.train import loop, saver, trainer
 from phase8.train.step import StepResult
 
 CPU = torch.device("cpu")
@@ -25,13 +26,13 @@ CPU = torch.device("cpu")
 @pytest.fixture
 def clocks(monkeypatch):
     """Clocks of the runs that were measured."""
-    made, original = [], benchmark.StepClock
+    made, original = [], throughput.StepClock
 
     def clock(directory):
         made.append(original(directory))
         return made[-1]
 
-    monkeypatch.setattr(benchmark, "StepClock", clock)
+    monkeypatch.setattr(throughput, "StepClock", clock)
     return made
 
 
@@ -120,7 +121,7 @@ def test_a_run_that_is_not_finite_is_not_timed(tiny, monkeypatch):
 
 
 def test_too_little_memory_is_a_finding_and_the_model_is_given_back(tiny, monkeypatch):
-    models, original = [], benchmark.build_run
+    models, original = [], throughput.build_run
 
     def build_run(*arguments, **options):
         run = original(*arguments, **options)
@@ -131,8 +132,8 @@ def test_too_little_memory_is_a_finding_and_the_model_is_given_back(tiny, monkey
         trainer.itself = trainer  # a cycle, as autograd and compiled code make them
         raise torch.OutOfMemoryError("CUDA out of memory.")
 
-    monkeypatch.setattr(benchmark, "build_run", build_run)
-    monkeypatch.setattr(benchmark.Trainer, "train_until", run_out)
+    monkeypatch.setattr(throughput, "build_run", build_run)
+    monkeypatch.setattr(throughput.Trainer, "train_until", run_out)
     gc.collect()
     gc.disable()  # what is collected, is collected on purpose
     try:
@@ -147,7 +148,7 @@ def test_other_errors_of_a_run_are_not_taken_for_too_little_memory(tiny, monkeyp
     def fail(*_, **__):
         raise RuntimeError("a bug")
 
-    monkeypatch.setattr(benchmark, "measure_throughput", fail)
+    monkeypatch.setattr(throughput, "measure_throughput", fail)
     with pytest.raises(RuntimeError, match="a bug"):
         measure_alone(tiny_config(tiny), device=CPU, num_steps=1)
 
@@ -155,7 +156,7 @@ def test_other_errors_of_a_run_are_not_taken_for_too_little_memory(tiny, monkeyp
 @pytest.mark.parametrize("compiled", [True, False])
 def test_compiled_code_is_forgotten_between_runs(tiny, monkeypatch, compiled):
     resets = []
-    monkeypatch.setattr(benchmark, "measure_throughput", lambda *_, **__: resets.append("measured"))
+    monkeypatch.setattr(throughput, "measure_throughput", lambda *_, **__: resets.append("measured"))
     monkeypatch.setattr(torch.compiler, "reset", lambda: resets.append("reset"))
     measure_alone(tiny_config(tiny, f"train.compile.enabled={str(compiled).lower()}"), device=CPU, num_steps=1)
     assert resets == (["measured", "reset"] if compiled else ["measured"])

@@ -11,11 +11,11 @@ from pathlib import Path
 
 import torch
 
+from phase8.benchmark.throughput import WARMUP_STEPS, StepClock, silence, undisturbed
 from phase8.config.schema import RunConfig
 from phase8.observe.memory import peak_memory_bytes
 from phase8.observe.progress import Progress
 from phase8.processes.bootstrap import World
-from phase8.train.benchmark import WARMUP_STEPS, StepClock, silence, undisturbed
 from phase8.train.build import build_run
 from phase8.train.device import device_name
 from phase8.train.signals import StopRequest

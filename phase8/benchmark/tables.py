@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 
+from phase8.benchmark.blocks import BLOCKS, LengthSpeed, speed_ratio
+from phase8.benchmark.ladder import RungSpeed, total_gain
+from phase8.benchmark.throughput import Measurement, Throughput
 from phase8.observe.formatting import format_bytes, format_count, format_ratio, format_seconds
-from phase8.train.benchmark import Measurement, Throughput
-from phase8.train.benchmark_blocks import BLOCKS, LengthSpeed, speed_ratio
-from phase8.train.benchmark_ladder import RungSpeed, total_gain
 
 NOTHING = "-"
 LADDER_HEADER = (

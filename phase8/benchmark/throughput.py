@@ -20,6 +20,7 @@ import torch
 from rich.console import Console
 from torch import Tensor
 
+from phase8.benchmark.profile import profile_steps, write_profile
 from phase8.config.auto import without_auto
 from phase8.config.load import with_settings
 from phase8.config.schema import RunConfig
@@ -30,7 +31,6 @@ from phase8.observe.progress import Progress
 from phase8.plan.whole_config import count_parameters
 from phase8.tensor_parallel.linear import Linear
 from phase8.terminal import make_console
-from phase8.train.benchmark_profile import profile_steps, write_profile
 from phase8.train.build import Run, build_run
 from phase8.train.device import device_name
 from phase8.train.signals import StopRequest

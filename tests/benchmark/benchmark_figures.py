@@ -1,7 +1,7 @@
 """Measurements that were not made, for tests of what is done with them."""
 
+from phase8.benchmark.throughput import Measurement, Throughput
 from phase8.config.schema import RunConfig
-from phase8.train.benchmark import Measurement, Throughput
 
 
 def measured(config: RunConfig, *, tokens_per_second: float = 100.0, gradients: dict[str, float] | None = None) -> Measurement:

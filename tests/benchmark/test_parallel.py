@@ -8,14 +8,14 @@ from pathlib import Path
 import pytest
 from tiny_run import tiny_config
 
+from phase8.benchmark.layouts import layout_config, parse_layout, throughput_ceiling
+from phase8.benchmark.parallel import Host, first_error, measure_layouts, planned_bytes, torchrun
+from phase8.benchmark.parallel_table import LAYOUTS_HEADER, device_lines, host_lines, layout_line
+from phase8.benchmark.rank import host_used_bytes
+from phase8.benchmark.throughput import WARMUP_STEPS
 from phase8.config.batch import batch_shape, run_topology
 from phase8.errors import ConfigError
 from phase8.plan.whole_config import count_parameters, plan_stages, shapes_only
-from phase8.train.benchmark import WARMUP_STEPS
-from phase8.train.benchmark_layouts import layout_config, parse_layout, throughput_ceiling
-from phase8.train.benchmark_parallel import Host, first_error, measure_layouts, planned_bytes, torchrun
-from phase8.train.benchmark_parallel_table import LAYOUTS_HEADER, device_lines, host_lines, layout_line
-from phase8.train.benchmark_rank import host_used_bytes
 
 ROOT = Path(__file__).parents[2]
 ON_CPU = Host(torchrun(ROOT / "launch" / "benchmark_rank.py"), "cpu", None, timeout_seconds=300.0)
