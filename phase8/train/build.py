@@ -11,8 +11,8 @@ import torch
 import torch.distributed as dist
 from rich.console import Console
 
-from phase8.checkpoint.layout import step_of
 from phase8.checkpoint.load import Checkpoint
+from phase8.checkpoint.step_directories import step_of
 from phase8.config.batch import BatchShape, batch_shape, run_topology
 from phase8.config.schema import RunConfig
 from phase8.config.validate import validate

@@ -21,10 +21,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 from test_reshard_to_hf import trained
 
-from phase8.checkpoint.compare import compare_checkpoints
-from phase8.checkpoint.llama_source import open_llama
+from phase8.checkpoint.huggingface.source import open_llama
 from phase8.checkpoint.load import Checkpoint, open_checkpoint
-from phase8.checkpoint.rewrite import WORK_PREFIX
+from phase8.checkpoint.reshard.compare import compare_checkpoints
+from phase8.checkpoint.reshard.rewrite import WORK_PREFIX
 from phase8.checkpoint.save import save_checkpoint
 from phase8.checkpoint.state import restore_state
 from phase8.checkpoint.weight_files import read_object, regular

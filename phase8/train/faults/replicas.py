@@ -27,7 +27,7 @@ from torch.distributed.tensor import DTensor
 
 from phase8.distributed.collectives import Axis
 from phase8.distributed.mesh import Mesh
-from phase8.distributed.placement import held_part, own_box
+from phase8.distributed.placement import held_part, own_region
 from phase8.errors import CorruptionError
 from phase8.train.learner import Learner
 from phase8.train.stage import EMBEDDING
@@ -88,7 +88,7 @@ def check_replicas(learner: Learner, *, step: int) -> None:
     digests = _digests(learner, {name for _, names in axes for name in names})
     suspects = {item for axis, names in axes for item in _differing(digests, axis, names)}
     whole = learner.shards.whole
-    own = {item: (own_box(whole[item.parameter]), digest) for item, digest in digests.items() if item in suspects}
+    own = {item: (own_region(whole[item.parameter]), digest) for item, digest in digests.items() if item in suspects}
     holdings: list[Holding] = [Holding("", {})] * dist.get_world_size()
     dist.all_gather_object(holdings, Holding(f"{learner.device} of {platform.node()}" if own else "", own))
     finding = describe_deviation(holdings)

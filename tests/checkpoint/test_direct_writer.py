@@ -7,19 +7,19 @@ import random
 
 import pytest
 
-from phase8.checkpoint import new_file
-from phase8.checkpoint.new_file import ALIGNMENT_BYTES, NewFile
+from phase8.checkpoint import direct_writer
+from phase8.checkpoint.direct_writer import ALIGNMENT_BYTES, DirectWriter
 
 BUFFER = 4 * ALIGNMENT_BYTES
 
 
 @pytest.fixture(autouse=True)
 def _short_buffers(monkeypatch):
-    monkeypatch.setattr(new_file, "BUFFER_BYTES", BUFFER)
+    monkeypatch.setattr(direct_writer, "BUFFER_BYTES", BUFFER)
 
 
 def written(path, pieces):
-    with NewFile(path) as file:
+    with DirectWriter(path) as file:
         for number, piece in enumerate(pieces):
             data = bytearray(piece)
             file.write(memoryview(data))
@@ -40,7 +40,7 @@ def is_direct(file):
 
 
 def test_it_goes_past_the_page_cache(tmp_path):
-    with NewFile(tmp_path / "file") as file:
+    with DirectWriter(tmp_path / "file") as file:
         if not is_direct(file):
             pytest.skip("this file system writes through the page cache only")
         file.write(bytes(3 * BUFFER + 5))
@@ -89,7 +89,7 @@ def test_a_write_that_fails_is_raised(tmp_path, monkeypatch, number, error):
 
     monkeypatch.setattr(os, "pwrite", failing)
     descriptors = len(os.listdir("/proc/self/fd"))
-    with pytest.raises(OSError) as caught, NewFile(tmp_path / "file") as file:
+    with pytest.raises(OSError) as caught, DirectWriter(tmp_path / "file") as file:
         file.write(bytes(3 * BUFFER + 5))
     assert caught.value.errno == error and len(os.listdir("/proc/self/fd")) == descriptors
 
@@ -97,13 +97,13 @@ def test_a_write_that_fails_is_raised(tmp_path, monkeypatch, number, error):
 def test_nothing_is_overwritten(tmp_path):
     (tmp_path / "file").write_bytes(b"old")
     with pytest.raises(FileExistsError):
-        NewFile(tmp_path / "file")
+        DirectWriter(tmp_path / "file")
     assert (tmp_path / "file").read_bytes() == b"old"
 
 
 def test_the_error_that_ended_it_is_the_one_that_arrives(tmp_path):
     descriptors = len(os.listdir("/proc/self/fd"))
-    with pytest.raises(KeyError), NewFile(tmp_path / "file") as file:
+    with pytest.raises(KeyError), DirectWriter(tmp_path / "file") as file:
         file.write(bytes(BUFFER + 1))
         raise KeyError
     assert len(os.listdir("/proc/self/fd")) == descriptors

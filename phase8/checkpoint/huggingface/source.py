@@ -16,11 +16,11 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from phase8.checkpoint.layout import WEIGHTS_CONFIG_NAME, WEIGHTS_NAME
-from phase8.checkpoint.llama import llama_name, llama_tensors
-from phase8.checkpoint.llama_config import model_section_of
-from phase8.checkpoint.llama_repeats import require_repeat
+from phase8.checkpoint.huggingface.config import model_section_of
+from phase8.checkpoint.huggingface.llama import llama_name, llama_tensors
+from phase8.checkpoint.huggingface.repeats import require_repeat
 from phase8.checkpoint.manifest import FILE_NAME_PATTERN, TENSOR_FILE_SUFFIX
+from phase8.checkpoint.step_directories import WEIGHTS_CONFIG_NAME, WEIGHTS_NAME
 from phase8.checkpoint.untrusted import shown, shown_name
 from phase8.checkpoint.weight_files import STORED_DTYPES, OpenedFile, WeightFiles, open_tensor_file, read_object, regular, weights_of
 from phase8.config.schema import ModelSection

@@ -6,8 +6,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from phase8.checkpoint.compare import TensorDifference, compare_checkpoints, max_abs_difference
 from phase8.checkpoint.load import open_checkpoint
+from phase8.checkpoint.reshard.compare import TensorDifference, compare_checkpoints, max_abs_difference
 from phase8.checkpoint.save import save_checkpoint
 
 NAN, INF = math.nan, math.inf
@@ -66,7 +66,7 @@ def test_special_values(left: list, right: list, expected: float):
 
 
 def test_a_difference_beyond_the_first_chunk_counts(monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr("phase8.checkpoint.compare._CHUNK_ELEMENTS", 4)
+    monkeypatch.setattr("phase8.checkpoint.reshard.compare._CHUNK_ELEMENTS", 4)
     left = torch.zeros(3, 5)
     right = left.clone()
     right[0, 1], right[2, 4] = 0.25, -2.0

@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from phase8.checkpoint import layout
-from phase8.checkpoint.layout import clear_leftovers, saving_directory, step_directory_name, step_of
+from phase8.checkpoint import step_directories
+from phase8.checkpoint.step_directories import clear_leftovers, saving_directory, step_directory_name, step_of
 
 
 @pytest.mark.parametrize("step", [0, 1, 100, 9_999_999_999, 10_000_000_000, 10**18 - 1])
@@ -55,7 +55,7 @@ def test_a_file_system_without_locks_still_saves_and_never_clears(tmp_path: Path
 
 
 def test_a_directory_cleared_before_it_could_be_locked_is_made_anew(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    real = layout._lock
+    real = step_directories._lock
     attempts = []
 
     def lock_too_late(directory: Path, *, wait: bool) -> int:
@@ -67,6 +67,6 @@ def test_a_directory_cleared_before_it_could_be_locked_is_made_anew(tmp_path: Pa
             directory.rmdir()  # gone while waiting for the lock
         return descriptor
 
-    monkeypatch.setattr(layout, "_lock", lock_too_late)
+    monkeypatch.setattr(step_directories, "_lock", lock_too_late)
     with saving_directory(tmp_path, 3) as directory:
         assert directory == attempts[2] and directory.is_dir()

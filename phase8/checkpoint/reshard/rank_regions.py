@@ -1,7 +1,7 @@
-"""Which rank of a layout holds which part of each tensor of a checkpoint. Plain numbers, no tensors.
+"""Which rank of a layout holds which region of each tensor of a checkpoint. Plain numbers, no tensors.
 
 What tensor parallelism divides is cut along the dim its parameter says, then everything by dim 0 over the shards, both as `torch.chunk` cuts:
-parts of ceil(size / number) elements, the last ones smaller or empty. What several ranks hold is assigned to the first of them.
+regions of ceil(size / number) elements, the last ones smaller or empty. What several ranks hold is assigned to the first of them.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
-from phase8.checkpoint.boxes import Region, whole_box
+from phase8.checkpoint.regions import Region, whole_region
 from phase8.topology import Topology
 
 
@@ -40,10 +40,10 @@ class TensorForm:
     shape: list[int]
 
 
-def parts_by_rank(
+def regions_by_rank(
     tensors: Mapping[str, TensorForm], stages: Sequence[Mapping[str, Division]], topology: Topology
 ) -> dict[int, dict[str, Region]]:
-    """What each rank's files hold: rank -> tensor name -> part. Ranks that hold nothing of their own are left out.
+    """What each rank's files hold: rank -> tensor name -> region. Ranks that hold nothing of their own are left out.
 
     Args:
         tensors: By name; every parameter is in a stage.
@@ -54,31 +54,31 @@ def parts_by_rank(
     found: dict[int, dict[str, Region]] = {rank: {} for rank in range(topology.world_size)}
     for name, tensor in tensors.items():
         stage = next(index for index, parameters in enumerate(stages) if tensor.parameter in parameters)
-        for shard, tensor_rank, part in _parts(tensor, stages[stage][tensor.parameter], topology):
-            found[ranks[stage, shard, tensor_rank]][name] = part
-    return {rank: parts for rank, parts in found.items() if parts}
+        for shard, tensor_rank, region in _regions(tensor, stages[stage][tensor.parameter], topology):
+            found[ranks[stage, shard, tensor_rank]][name] = region
+    return {rank: regions for rank, regions in found.items() if regions}
 
 
-def _parts(tensor: TensorForm, division: Division, topology: Topology) -> Iterator[tuple[int, int, Region]]:
-    """(shard, tensor-parallel rank, part) of each part that has elements; all of a tensor without elements, or of another shape."""
-    whole = whole_box(tensor.shape)
+def _regions(tensor: TensorForm, division: Division, topology: Topology) -> Iterator[tuple[int, int, Region]]:
+    """(shard, tensor-parallel rank, region) of each region that has elements; all of a tensor without elements, or of another shape."""
+    whole = whole_region(tensor.shape)
     if tensor.shape != division.shape or math.prod(tensor.shape) == 0 or not tensor.shape:
         yield 0, 0, whole
         return
     for tensor_rank in range(1 if division.shard_dim is None else topology.tensor_parallel_size):
         own = whole if division.shard_dim is None else chunk(whole, division.shard_dim, topology.tensor_parallel_size, tensor_rank)
         for shard in range(topology.data_parallel_size):
-            part = chunk(own, 0, topology.data_parallel_size, shard)
-            if math.prod(part.shape) > 0:
-                yield shard, tensor_rank, part
+            region = chunk(own, 0, topology.data_parallel_size, shard)
+            if math.prod(region.shape) > 0:
+                yield shard, tensor_rank, region
 
 
-def chunk(box: Region, dim: int, number: int, index: int) -> Region:
-    """One of the pieces into which `torch.chunk` cuts a box along a dim; empty at the end of the box where there are fewer."""
-    size = box.shape[dim]
+def chunk(region: Region, dim: int, number: int, index: int) -> Region:
+    """One of the pieces into which `torch.chunk` cuts a region along a dim; empty at the end of the region where there are fewer."""
+    size = region.shape[dim]
     length = -(-size // number)
     begin = min(index * length, size)
-    offsets, shape = list(box.offsets), list(box.shape)
+    offsets, shape = list(region.offsets), list(region.shape)
     offsets[dim] += begin
     shape[dim] = min(length, size - begin)
     return Region(offsets, shape)

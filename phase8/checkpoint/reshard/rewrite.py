@@ -1,11 +1,11 @@
-"""Other files with the tensors of a checkpoint: written one part at a time, compared with the original, then given their name.
+"""Other files with the tensors of a checkpoint: written one region at a time, compared with the original, then given their name.
 
     .rewriting-<name>/          beside the destination; locked by whoever writes, taken up again by the next call for the same files
         job                     which files of which checkpoint these are
         written/<file>.json     a file that is complete, with its checksums
         content/                what becomes the destination
 
-Memory: a part, and the slice of the original that it is cut from; later a whole tensor, and one of its slices or parts. Both are at most
+Memory: a region, and the slice of the original that it is cut from; later a whole tensor, and one of its slices or regions. Both are at most
 twice the largest tensor; two buffers of the file that is written come on top.
 """
 
@@ -24,10 +24,10 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from phase8.checkpoint.boxes import Region
 from phase8.checkpoint.checksum import crc32, format_crc32, read_chunks
 from phase8.checkpoint.load import Checkpoint
 from phase8.checkpoint.manifest import manifest_bytes
+from phase8.checkpoint.regions import Region
 from phase8.checkpoint.tensor_file import DTYPE_NAMES, TensorFile, WrittenFile, byte_view, open_for_reading, write_tensor_file
 from phase8.checkpoint.untrusted import strict_json
 from phase8.durable import fsync_path, replace_file, storage_errors
@@ -43,18 +43,18 @@ class Entry:
 
     Args:
         tensor: Name in the original.
-        part: Of that tensor.
+        region: Of that tensor.
         dtype: To store it as.
     """
 
     tensor: str
-    part: Region
+    region: Region
     dtype: torch.dtype
 
     @property
     def form(self) -> Tensor:
         """Its dtype and shape."""
-        return torch.empty(self.part.shape, dtype=self.dtype, device="meta")
+        return torch.empty(self.region.shape, dtype=self.dtype, device="meta")
 
 
 @dataclass(frozen=True)
@@ -125,7 +125,7 @@ def _locked(work: Path, destination: Path) -> Iterator[None]:
 def _job(source: Checkpoint, files: Sequence[PlannedFile]) -> str:
     """Tells these files of this checkpoint from any others."""
     plan = {
-        file.name: {key: (entry.tensor, asdict(entry.part), DTYPE_NAMES[entry.dtype]) for key, entry in file.entries.items()} for file in files
+        file.name: {key: (entry.tensor, asdict(entry.region), DTYPE_NAMES[entry.dtype]) for key, entry in file.entries.items()} for file in files
     }
     return hashlib.sha256(manifest_bytes(source.manifest) + json.dumps(plan).encode()).hexdigest()
 
@@ -182,12 +182,12 @@ class Rewrite:
             file = self._open(written[planned.name], planned.name)
             for key, entry in planned.entries.items():
                 places.setdefault(entry.tensor, []).append((file, key, entry, written[planned.name].checksums[key]))
-        total = sum(_num_bytes(entry) for parts in places.values() for _, _, entry, _ in parts)
+        total = sum(_num_bytes(entry) for regions in places.values() for _, _, entry, _ in regions)
         done = 0
-        for name, parts in places.items():
+        for name, regions in places.items():
             original = self._source.read(name)
-            for file, key, entry, checksum in parts:
-                if not _is_stored(file, key, _cut(original, entry.part).to(entry.dtype), checksum):
+            for file, key, entry, checksum in regions:
+                if not _is_stored(file, key, _cut(original, entry.region).to(entry.dtype), checksum):
                     self._record(file.path.name).unlink()  # the next call writes it again
                     raise StorageError(f"{file.path}: entry {key!r} is not as it was written; run the same command again, or use another disk")
                 done += _num_bytes(entry)
@@ -221,7 +221,7 @@ class Rewrite:
             on_bytes(num_bytes)
             entry = file.entries[key]
             num_bytes += _num_bytes(entry)
-            return self._source.read_box(entry.tensor, entry.part).to(entry.dtype)
+            return self._source.read_region(entry.tensor, entry.region).to(entry.dtype)
 
         written = write_tensor_file(path, {key: entry.form for key, entry in file.entries.items()}, read=read)
         fsync_path(self.content)
@@ -262,8 +262,8 @@ def _is_stored(file: TensorFile, key: str, expected: Tensor, checksum: str) -> b
     return equal and begin == len(data) and format_crc32(crc) == checksum
 
 
-def _cut(tensor: Tensor, part: Region) -> Tensor:
-    return tensor[tuple(slice(offset, offset + size) for offset, size in zip(part.offsets, part.shape, strict=True))].contiguous()
+def _cut(tensor: Tensor, region: Region) -> Tensor:
+    return tensor[tuple(slice(offset, offset + size) for offset, size in zip(region.offsets, region.shape, strict=True))].contiguous()
 
 
 def _num_bytes(entry: Entry) -> int:

@@ -1,4 +1,4 @@
-"""A checkpoint rewritten for a layout, so that each rank finds its parts in files of its own, or with all weights in one file."""
+"""A checkpoint rewritten for a layout, so that each rank finds its regions in files of its own, or with all weights in one file."""
 
 from __future__ import annotations
 
@@ -9,14 +9,14 @@ from pathlib import Path
 
 import torch
 
-from phase8.checkpoint.boxes import Region, whole_box
 from phase8.checkpoint.checksum import read_chunks
-from phase8.checkpoint.layout import MANIFEST_NAME, WEIGHTS_CONFIG_NAME, WEIGHTS_NAME, step_of
 from phase8.checkpoint.load import Checkpoint, open_checkpoint
 from phase8.checkpoint.manifest import TENSOR_FILE_SUFFIX, Manifest, Slice, TensorEntry, TensorFileEntry, manifest_bytes
-from phase8.checkpoint.parts import Division, TensorForm, parts_by_rank
-from phase8.checkpoint.rewrite import Entry, OnProgress, PlannedFile, Rewrite, rewriting
+from phase8.checkpoint.regions import Region, whole_region
+from phase8.checkpoint.reshard.rank_regions import Division, TensorForm, regions_by_rank
+from phase8.checkpoint.reshard.rewrite import Entry, OnProgress, PlannedFile, Rewrite, rewriting
 from phase8.checkpoint.state import MODEL_PREFIX, OPTIMIZER_PREFIX
+from phase8.checkpoint.step_directories import MANIFEST_NAME, WEIGHTS_CONFIG_NAME, WEIGHTS_NAME, step_of
 from phase8.checkpoint.tensor_file import DTYPE_NAMES, DTYPES, WrittenFile, open_for_reading
 from phase8.checkpoint.untrusted import shortened, shown
 from phase8.checkpoint.writer import group_of, key_of
@@ -66,7 +66,7 @@ def reshard(
         raise CheckpointError(f"DST {destination.name} has the name of another step's checkpoint; SRC is of step {source.step}")
     forms = {name: _form(source, name, stages) for name in source.tensor_names}
     dtypes = {name: _target_dtype(source, name, dtype) for name in forms}
-    files = _files_of_ranks(parts_by_rank(forms, stages, topology), dtypes, whole=forms, num_ranks=topology.world_size)
+    files = _files_of_ranks(regions_by_rank(forms, stages, topology), dtypes, whole=forms, num_ranks=topology.world_size)
     with rewriting(source, destination, files) as rewrite:
         written = rewrite.write(on_progress)
         _add_attachments(source, rewrite)
@@ -100,7 +100,7 @@ def consolidate(
         raise CheckpointError(f"{source.path} holds no weights; give a checkpoint of launch/pretrain.py")
     if (taken := {WEIGHTS_NAME, WEIGHTS_CONFIG_NAME} & source.manifest.attachments.keys()) != set():
         raise CheckpointError(f"{source.path} has an attachment {min(taken)}, the name of a file to be written; choose --format phase8")
-    entries = {form.rename(key_of(name)): Entry(name, whole_box(source.entry(name).shape), _target_dtype(source, name, dtype)) for name in names}
+    entries = {form.rename(key_of(name)): Entry(name, whole_region(source.entry(name).shape), _target_dtype(source, name, dtype)) for name in names}
     file = PlannedFile(WEIGHTS_NAME, entries)
     with rewriting(source, destination, [file]) as rewrite:
         written = rewrite.write(on_progress)
@@ -132,22 +132,22 @@ def _form(source: Checkpoint, name: str, stages: Sequence[Mapping[str, Division]
 
 
 def _files_of_ranks(
-    parts: Mapping[int, Mapping[str, Region]], dtypes: Mapping[str, torch.dtype], *, whole: Mapping[str, TensorForm], num_ranks: int
+    regions: Mapping[int, Mapping[str, Region]], dtypes: Mapping[str, torch.dtype], *, whole: Mapping[str, TensorForm], num_ranks: int
 ) -> list[PlannedFile]:
     files = []
-    for rank, own in parts.items():
+    for rank, own in regions.items():
         prefix = f"rank{rank:05d}-" if num_ranks > 1 else ""
         for group in dict.fromkeys(map(group_of, own)):
             entries = {
-                _key(name, part, whole[name].shape): Entry(name, part, dtypes[name]) for name, part in own.items() if group_of(name) == group
+                _key(name, region, whole[name].shape): Entry(name, region, dtypes[name]) for name, region in own.items() if group_of(name) == group
             }
             files.append(PlannedFile(f"{group}-{prefix}00000{TENSOR_FILE_SUFFIX}", entries))
     return files
 
 
-def _key(name: str, part: Region, shape: Sequence[int]) -> str:
-    """As ranks that save name their parts."""
-    return key_of(name) + ("" if part.shape == shape else f"@{','.join(map(str, part.offsets))}")
+def _key(name: str, region: Region, shape: Sequence[int]) -> str:
+    """As ranks that save name their regions."""
+    return key_of(name) + ("" if region.shape == shape else f"@{','.join(map(str, region.offsets))}")
 
 
 def _manifest(source: Checkpoint, files: Sequence[PlannedFile], written: Mapping[str, WrittenFile]) -> Manifest:
@@ -156,10 +156,10 @@ def _manifest(source: Checkpoint, files: Sequence[PlannedFile], written: Mapping
     for file in files:
         for key, entry in file.entries.items():
             checksum = written[file.name].checksums[key]
-            place = Slice(file=file.name, key=key, offsets=entry.part.offsets, shape=entry.part.shape, checksum=checksum)
+            place = Slice(file=file.name, key=key, offsets=entry.region.offsets, shape=entry.region.shape, checksum=checksum)
             slices[entry.tensor].append(place)
     entries = {
-        name: TensorEntry(dtype=dtypes[name], shape=source.entry(name).shape, slices=sorted(found, key=lambda part: part.offsets))
+        name: TensorEntry(dtype=dtypes[name], shape=source.entry(name).shape, slices=sorted(found, key=lambda region: region.offsets))
         for name, found in slices.items()
     }
     sizes = {name: TensorFileEntry(size_bytes=file.size_bytes, header_checksum=file.header_checksum) for name, file in sorted(written.items())}

@@ -20,7 +20,7 @@ ALIGNMENT_BYTES = 4096  # of the largest logical blocks
 _DIRECT = os.O_DIRECT if hasattr(os, "O_DIRECT") else 0
 
 
-class NewFile:
+class DirectWriter:
     """A context, at whose end the file is on the disk, unless an exception ended it.
 
     Args:
@@ -80,7 +80,7 @@ class NewFile:
         fcntl.fcntl(self._descriptor, fcntl.F_SETFL, flags & ~_DIRECT)
         return bool(flags & _DIRECT)
 
-    def __enter__(self) -> NewFile:
+    def __enter__(self) -> DirectWriter:
         return self
 
     def __exit__(self, error: type[BaseException] | None, *_: object) -> None:

@@ -13,8 +13,8 @@ from collections.abc import Mapping
 
 import torch
 
-from phase8.checkpoint.layout import WEIGHTS_CONFIG_NAME
-from phase8.checkpoint.llama import llama_name
+from phase8.checkpoint.huggingface.llama import llama_name
+from phase8.checkpoint.step_directories import WEIGHTS_CONFIG_NAME
 from phase8.checkpoint.tensor_file import DTYPES
 from phase8.checkpoint.untrusted import shown_name
 from phase8.checkpoint.weight_files import STORED_DTYPES, OpenedFile

@@ -7,17 +7,17 @@ import pytest
 import safetensors.torch
 import torch
 
-from phase8.checkpoint.boxes import Region, coverage_problem
-from phase8.checkpoint.compare import compare_checkpoints
 from phase8.checkpoint.load import open_checkpoint
-from phase8.checkpoint.parts import Division, TensorForm, parts_by_rank
-from phase8.checkpoint.reshard import ConsolidatedForm, consolidate, reshard
-from phase8.checkpoint.rewrite import WORK_PREFIX
+from phase8.checkpoint.regions import Region, coverage_problem
+from phase8.checkpoint.reshard.compare import compare_checkpoints
+from phase8.checkpoint.reshard.rank_regions import Division, TensorForm, regions_by_rank
+from phase8.checkpoint.reshard.reshard import ConsolidatedForm, consolidate, reshard
+from phase8.checkpoint.reshard.rewrite import WORK_PREFIX
 from phase8.checkpoint.save import save_checkpoint
 from phase8.errors import CheckpointCorruptError, CheckpointError, CheckpointMismatchError, StorageError
 from phase8.topology import Topology
 
-ROOT = Path(__file__).parents[2]
+ROOT = Path(__file__).parents[3]
 FIRST = {"embedding.weight": Division([7, 4], 0), "blocks.0.rows": Division([6, 10], 0), "blocks.0.columns": Division([5, 9], 1)}
 LAST = {"embedding.weight": Division([7, 4], 0), "blocks.1.norm": Division([5], None), "blocks.1.rows": Division([3, 2], 0)}
 STAGES = (FIRST, LAST)
@@ -60,26 +60,26 @@ def same(first, second):
 def test_parts_are_cut_as_torch_chunks_them_and_tile_every_tensor():
     forms = {name: TensorForm(name, division.shape) for name, division in (FIRST | LAST).items()}
     topology = Topology(pipeline_parallel_size=2, data_parallel_size=3, tensor_parallel_size=2)
-    found = parts_by_rank(forms, STAGES, topology)
+    found = regions_by_rank(forms, STAGES, topology)
     for name, division in (FIRST | LAST).items():
         value = torch.arange(torch.Size(division.shape).numel()).view(division.shape)
-        boxes = []
+        regions = []
         for rank, parts in found.items():
             if name in parts:
                 at = topology.coordinates(rank)
                 assert at["pp"] == (0 if name in FIRST else 1)
                 own = value if division.shard_dim is None else value.chunk(2, division.shard_dim)[at["tp"]]
-                box = parts[name]
-                cut = value[tuple(slice(o, o + n) for o, n in zip(box.offsets, box.shape, strict=True))]
+                region = parts[name]
+                cut = value[tuple(slice(o, o + n) for o, n in zip(region.offsets, region.shape, strict=True))]
                 assert torch.equal(cut, own.chunk(3, 0)[at["dp"]])
                 assert division.shard_dim is not None or at["tp"] == 0
-                boxes.append(box)
-        assert coverage_problem(division.shape, boxes) is None
+                regions.append(region)
+        assert coverage_problem(division.shape, regions) is None
 
 
 def test_scalars_and_tensors_without_elements_stay_whole_with_the_first_rank():
     forms = {"step": TensorForm("blocks.0.rows", []), "empty": TensorForm("e", [0, 3])}
-    found = parts_by_rank(forms, ({**FIRST, "e": Division([0, 3], 0)},), Topology(data_parallel_size=2))
+    found = regions_by_rank(forms, ({**FIRST, "e": Division([0, 3], 0)},), Topology(data_parallel_size=2))
     assert found == {0: {"step": Region([], []), "empty": Region([0, 0], [0, 3])}}
 
 
@@ -199,13 +199,13 @@ def test_consolidated_weights_are_read_by_the_safetensors_library(source, tmp_pa
 MEASURED = """
 import sys
 from pathlib import Path
-from phase8.checkpoint import new_file
+from phase8.checkpoint import direct_writer
 from phase8.checkpoint.load import open_checkpoint
-from phase8.checkpoint.parts import Division
-from phase8.checkpoint.reshard import ConsolidatedForm, consolidate, reshard
+from phase8.checkpoint.reshard.rank_regions import Division
+from phase8.checkpoint.reshard.reshard import ConsolidatedForm, consolidate, reshard
 from phase8.topology import Topology
 
-new_file.BUFFER_BYTES = 2**20  # two of them, whatever the tensors: no part of what is measured
+direct_writer.BUFFER_BYTES = 2**20  # two of them, whatever the tensors: no part of what is measured
 root = Path(sys.argv[1])
 stages = ({f"w{i}": Division([5000, 1024], i % 2) for i in range(10)},)
 def peak():  # of this program, unlike getrusage, which begins with what its parent used
