@@ -30,7 +30,7 @@ from phase8.checkpoint.state import restore_state
 from phase8.checkpoint.weight_files import read_object, regular
 from phase8.errors import CheckpointMismatchError, Phase8Error
 from phase8.generate.restore import restore_model
-from phase8.generate.sample import SamplingOptions, generate_tokens
+from phase8.generate.sampling import SamplingOptions, generate_tokens
 from phase8.model.model import build_model
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "checkpoint"))

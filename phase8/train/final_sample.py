@@ -6,7 +6,7 @@ from rich.console import Console
 
 from phase8.config.schema import RunConfig
 from phase8.data.tokenizer import Tokenizer
-from phase8.generate.sample import SamplingOptions
+from phase8.generate.sampling import SamplingOptions
 from phase8.generate.text import prompt_tokens, stream_text
 from phase8.model.model import LanguageModel
 

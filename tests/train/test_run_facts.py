@@ -5,8 +5,8 @@ import torch
 from tiny_run import prepare, tiny_config
 
 from phase8.kernels.backends import SDPA, Backend
-from phase8.train import build, facts, learner
-from phase8.train.facts import implementation_facts
+from phase8.train import build, learner, run_facts
+from phase8.train.run_facts import implementation_facts
 
 CPU = torch.device("cpu")
 TRITON = Backend("triton", "triton 3.7.1, ptxas 13.1 selected in place of ptxas 12.8")
@@ -15,8 +15,8 @@ TRITON = Backend("triton", "triton 3.7.1, ptxas 13.1 selected in place of ptxas 
 @pytest.fixture
 def lines(tiny, monkeypatch):
     def with_backend(backend, *overrides, hint=None):
-        monkeypatch.setattr(facts, "kernel_backend", lambda device: backend)
-        monkeypatch.setattr(facts, "apex_hint", lambda: hint)
+        monkeypatch.setattr(run_facts, "kernel_backend", lambda device: backend)
+        monkeypatch.setattr(run_facts, "apex_hint", lambda: hint)
         return dict(implementation_facts(tiny_config(tiny, *overrides), device=CPU))
 
     return with_backend
@@ -47,7 +47,7 @@ def test_the_transformer_names_its_attention(packed, mask, lines, monkeypatch):
         asked.append((device, dtype, masked))
         return Backend(SDPA, "because")
 
-    monkeypatch.setattr(facts, "attention_backend", attention_backend)
+    monkeypatch.setattr(run_facts, "attention_backend", attention_backend)
     found = lines(TRITON, "model.block=transformer", "precision.dtype=bf16", f"data.reset_at_document_boundaries={packed}")
     assert found["mixer"] == f"full causal attention{mask}: {SDPA} (because)" and found["loss"].startswith("Triton")
     assert asked == [(CPU, torch.bfloat16, packed == "true")]

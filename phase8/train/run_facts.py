@@ -8,7 +8,7 @@ from phase8.config.batch import BatchShape
 from phase8.config.pipeline import pipeline_of
 from phase8.config.schema import RunConfig
 from phase8.kernels.backends import MAX_HEAD_SIZE, apex_hint, attention_backend, kernel_backend
-from phase8.plan.facts import Fact, batch_fact, memory_fact, model_facts
+from phase8.plan.cost_facts import Fact, batch_fact, memory_fact, model_facts
 from phase8.plan.rank_memory import fullest
 from phase8.plan.whole_config import plan_stages
 from phase8.precision.policy import compute_dtype
