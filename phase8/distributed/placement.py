@@ -41,13 +41,6 @@ def own_region(whole: Tensor) -> tuple[list[int], list[int]]:
     return [min(offset, size) for offset, size in zip(offsets, whole.shape, strict=True)], list(shape)
 
 
-def own_slice(value: Tensor, whole: Tensor) -> Tensor:
-    """Of a tensor of the shape of `whole`, what this rank holds of `whole`."""
-    for dim, (offset, length) in enumerate(zip(*own_region(whole), strict=True)):
-        value = value.narrow(dim, offset, length)
-    return value
-
-
 @torch.no_grad()
 def gathered(tensors: dict[str, Tensor], *, keep: bool) -> dict[str, Tensor]:
     """Whole tensors, those that were divided in host memory; a collective of all ranks.

@@ -14,7 +14,7 @@ from phase8.config.load import load_config
 from phase8.config.validate import validate
 from phase8.data.microbatch import split_sample
 from phase8.distributed.mesh import build_mesh
-from phase8.distributed.placement import collected, own_slice
+from phase8.distributed.placement import collected, own_region
 from phase8.kernels.backends import select_kernels
 from phase8.precision.policy import set_matmul_precision
 from phase8.train.captured_step import CapturedStep
@@ -91,6 +91,13 @@ def microbatches_of(learner, config, step):
         split_sample({"tokens": tokens[first : first + micro], "document_starts": starts[first : first + micro]}, reset_at_document_boundaries=True)
         for first in range(index * micro, batch, readers * micro)
     ]
+
+
+def own_slice(value, whole):
+    """What this rank holds of `whole`, of a tensor of its shape."""
+    for dim, (offset, length) in enumerate(zip(*own_region(whole), strict=True)):
+        value = value.narrow(dim, offset, length)
+    return value
 
 
 @torch.no_grad()

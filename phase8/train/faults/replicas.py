@@ -96,12 +96,6 @@ def check_replicas(learner: Learner, *, step: int) -> None:
         raise CorruptionError(f"step {step}: {finding}")
 
 
-def replicated_names(learner: Learner) -> list[str]:
-    """Parameters of this rank that another rank has a copy of; on the first rank empty: `check_replicas` has nothing to compare."""
-    shared = {name for _, names in _axes(learner) for name in names}
-    return [name for name in learner.shards.whole if name in shared]
-
-
 def describe_deviation(holdings: Sequence[Holding]) -> str | None:
     """What differs and who is to blame, as one sentence; None: nothing does.
 
