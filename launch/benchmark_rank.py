@@ -24,10 +24,10 @@ def _measure() -> int:
     arguments = _parser().parse_args()
     config = load_config(arguments.config)
     # Imported late, as in launch/pretrain.py.
+    from phase8.benchmark.rank import measure_rank
     from phase8.data.staging import write_json
-    from phase8.distributed.bootstrap import world_from_environment
-    from phase8.distributed.watch import Limits, running
-    from phase8.train.benchmark_rank import measure_rank
+    from phase8.processes.bootstrap import world_from_environment
+    from phase8.processes.watch import Limits, running
     from phase8.train.device import select_device, share_cores
 
     os.environ.setdefault("TORCH_FR_BUFFER_SIZE", "2000")

@@ -51,11 +51,11 @@ def _train(arguments: argparse.Namespace) -> None:
     config = load_config(arguments.config, arguments.set)
     # Imported late: a mistake in the config is answered before torch is loaded.
     from phase8.config.validate import validate
-    from phase8.distributed.bootstrap import world_from_environment
     from phase8.distributed.collectives import gather_texts
-    from phase8.distributed.ending import one_voice
-    from phase8.distributed.watch import Limits, running
     from phase8.observe.banner import print_line
+    from phase8.processes.bootstrap import world_from_environment
+    from phase8.processes.exit import one_voice
+    from phase8.processes.watch import Limits, running
     from phase8.train.build import build_run
     from phase8.train.device import select_device, share_cores
     from phase8.train.loop import train

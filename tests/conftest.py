@@ -28,7 +28,7 @@ def tiny(_tiny_data, tmp_path):
 
 
 # Their tests start processes that take all cores and wait for each other: never two of them at a time.
-OF_SEVERAL_PROCESSES = ("chaos", "distributed", "launch", "parallel")
+OF_SEVERAL_PROCESSES = ("chaos", "launch", "parallel", "processes")
 
 
 @pytest.hookimpl(optionalhook=True)

@@ -16,9 +16,10 @@ SHARED_BY_BENCHMARKS = ROOT / "tools/bench/measure.py"  # no door: what the door
 DOORS = sorted({*(ROOT / "launch").glob("*.py"), *(ROOT / "tools").rglob("*.py")} - {SHARED_BY_BENCHMARKS})
 TREES = {path: ast.parse(path.read_text(encoding="utf-8")) for path in [*LIBRARY, *DOORS, SHARED_BY_BENCHMARKS]}
 NO_KERNELS = {"backends", "loss_chunks", "toolchain"}  # in kernels/, but no operations: they decide which implementation runs, and how
-KERNELS = {path.stem: path for path in LIBRARY if path.parent.name == "kernels" and path.stem not in {"__init__", *NO_KERNELS}}
+PLAIN = {"causal_convolution", "rotary", "window_state"}  # in kernels/, but plain torch alone: what the operations share, and what the compiler fuses
+DTYPE_RULE = "dtypes"  # in kernels/, but no operation: tested through every operation that obeys it
+KERNELS = {path.stem: path for path in LIBRARY if path.parent.name == "kernels" and path.stem not in {"__init__", *NO_KERNELS, *PLAIN, DTYPE_RULE}}
 REFERENCES = {path.stem: path for path in LIBRARY if path.parent.name == "reference" and path.stem != "__init__"}
-DTYPE_RULE = "dtypes"  # in reference/, but no operation: tested through every operation that obeys it
 
 MAX_FILE_LINES = 350
 MAX_FUNCTION_LINES = 60
@@ -28,13 +29,13 @@ TORCH_PICKLERS = {"load", "save"}
 # The tokenizers package raises nothing narrower; nothing that goes wrong in a periodic save may end training.
 MAY_CATCH_EXCEPTION = {"phase8/data/tokenizer.py", "phase8/train/saver.py"}
 MAY_TOLERATE = {  # any error, said in a sentence: at the end of work that is done, and of an extra of it
-    "phase8/closing.py", "phase8/distributed/rendezvous.py", "phase8/observe/metrics.py", "phase8/observe/progress.py",
+    "phase8/closing.py", "phase8/processes/rendezvous.py", "phase8/observe/metrics.py", "phase8/observe/progress.py",
     "phase8/observe/stage_progress.py", "phase8/train/loop.py", "phase8/train/trainer.py",
 }  # fmt: skip
 # Into fresh names and directories of their own, into what a launcher or a user has named.
 MAY_OPEN_TO_WRITE = {
-    "phase8/durable.py", "phase8/terminal.py", "phase8/data/staging.py", "phase8/data/tokenizer_training.py", "phase8/distributed/ending.py",
-    "phase8/train/ablation_runs.py", "phase8/train/benchmark_parallel.py", "phase8/train/benchmark_profile.py",
+    "phase8/durable.py", "phase8/terminal.py", "phase8/data/staging.py", "phase8/data/tokenizer_training.py", "phase8/processes/exit.py",
+    "phase8/ablation/runs.py", "phase8/benchmark/parallel.py", "phase8/benchmark/profile.py",
 }  # fmt: skip
 VAGUE_NAMES = {"utils", "util", "helpers", "common", "misc", "manager"}
 
@@ -112,9 +113,9 @@ def test_gpu_kernels_are_imported_inside_functions_only():
     assert places(at_the_top) == []
 
 
-@pytest.mark.parametrize("name", sorted(REFERENCES.keys() - {DTYPE_RULE}))
-def test_every_reference_operation_has_a_test_that_calls_it(name):
-    functions = public_functions(REFERENCES[name])
+@pytest.mark.parametrize("name", sorted(REFERENCES.keys() | PLAIN))
+def test_every_operation_in_plain_torch_has_a_test_that_calls_it(name):
+    functions = public_functions(REFERENCES[name] if name in REFERENCES else ROOT / f"phase8/kernels/{name}.py")
     assert functions
     test = ROOT / f"tests/kernels/test_{name}.py"
     names = {node.id for node in ast.walk(ast.parse(test.read_text(encoding="utf-8"))) if isinstance(node, ast.Name)}
@@ -208,7 +209,8 @@ def test_the_whole_config_is_named_only_where_everything_meets():
     """Below train, functions receive their own section, but for what the planner answers of a whole config and what a checkpoint records of a run."""
     names = ("candidates", "dry_run", "prediction", "run_communication", "suggest", "whole_config")
     answers = tuple(f"phase8/plan/{name}.py" for name in names)
-    allowed = ("phase8/config", "phase8/train", *answers, "phase8/checkpoint/run_metadata.py", "launch", "tools")
+    packages = ("phase8/config", "phase8/train", "phase8/benchmark", "phase8/ablation", "launch", "tools")
+    allowed = (*packages, *answers, "phase8/checkpoint/run_metadata.py")
     below = [path for path in TREES if not is_below(path, *allowed)]
     assert places((path, node) for path, node in nodes(ast.alias, below) if node.name == "RunConfig") == []
 

@@ -38,7 +38,9 @@ def _ablate() -> int:
     config = load_config(arguments.config, settings)
     _check_numbers(arguments)
     # Imported late: a mistake in the config is answered before torch is loaded.
-    from phase8.train.ablation import (
+    from phase8.ablation.results import write_results
+    from phase8.ablation.runs import Machine, RunProcesses, read_records, record_path
+    from phase8.ablation.study import (
         check_sizes,
         choose_variants,
         count_variant_parameters,
@@ -47,8 +49,6 @@ def _ablate() -> int:
         plan_runs,
         record_study,
     )
-    from phase8.train.ablation_results import write_results
-    from phase8.train.ablation_runs import Machine, RunProcesses, read_records, record_path
     from phase8.train.datasets import open_run_data
     from phase8.train.device import device_name, select_device, visible_gpus
 

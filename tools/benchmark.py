@@ -62,7 +62,7 @@ def _run() -> int:
 
 def _quickstart(arguments: argparse.Namespace, show: Callable[[str], None]) -> dict:
     config = load_config(CONFIGS / "quickstart.yaml", arguments.set)
-    from phase8.train.benchmark import measure_throughput
+    from phase8.benchmark.throughput import measure_throughput
 
     result = asdict(measure_throughput(config, device=_device(arguments), num_steps=arguments.iterations))
     for name, value in {**result, "facts": result["facts"]["mixer"]}.items():
@@ -75,9 +75,9 @@ def _speed(arguments: argparse.Namespace, show: Callable[[str], None]) -> dict:
     device, ladders = _device(arguments), {}
     if arguments.use_flash_attn2:
         _require_flash_attn2(device)
+    from phase8.benchmark.ladder import climb, total_gain
+    from phase8.benchmark.tables import LADDER_HEADER, fact_lines, ladder_line, total_line
     from phase8.config.load import with_settings
-    from phase8.train.benchmark_ladder import climb, total_gain
-    from phase8.train.benchmark_tables import LADDER_HEADER, fact_lines, ladder_line, total_line
 
     blocks = [config.model.block, *(["transformer"] if arguments.use_flash_attn2 else [])]
     for block in dict.fromkeys(blocks):
@@ -100,8 +100,8 @@ def _speed(arguments: argparse.Namespace, show: Callable[[str], None]) -> dict:
 
 def _model(arguments: argparse.Namespace, show: Callable[[str], None]) -> dict:
     config = load_config(arguments.config, arguments.set)
-    from phase8.train.benchmark_blocks import compare_blocks, speed_ratio
-    from phase8.train.benchmark_tables import block_lines, fact_lines, speed
+    from phase8.benchmark.blocks import compare_blocks, speed_ratio
+    from phase8.benchmark.tables import block_lines, fact_lines, speed
 
     device = _device(arguments)
     show(f"{_shape_line(config)}\n{_settings_line(config)}")
@@ -119,8 +119,8 @@ def _model(arguments: argparse.Namespace, show: Callable[[str], None]) -> dict:
 
 def _scaling(arguments: argparse.Namespace, show: Callable[[str], None]) -> dict:
     config = load_config(arguments.config, arguments.set)
-    from phase8.train.benchmark_blocks import speed_ratio, sweep_lengths
-    from phase8.train.benchmark_tables import LENGTHS_HEADER, fact_lines, length_line
+    from phase8.benchmark.blocks import speed_ratio, sweep_lengths
+    from phase8.benchmark.tables import LENGTHS_HEADER, fact_lines, length_line
 
     device, rows, measured = _device(arguments), [], []
     show(f"{_shape_line(config)}\n{_settings_line(config)}\n{LENGTHS_HEADER}")
@@ -140,9 +140,9 @@ def _parallel(arguments: argparse.Namespace, show: Callable[[str], None]) -> dic
     config = load_config(arguments.config, arguments.set)
     import torch
 
-    from phase8.train.benchmark_layouts import parse_layout
-    from phase8.train.benchmark_parallel import Host, measure_layouts, torchrun
-    from phase8.train.benchmark_parallel_table import LAYOUTS_HEADER, device_lines, host_lines, layout_line
+    from phase8.benchmark.layouts import parse_layout
+    from phase8.benchmark.parallel import Host, measure_layouts, torchrun
+    from phase8.benchmark.parallel_table import LAYOUTS_HEADER, device_lines, host_lines, layout_line
 
     layouts, rows = [parse_layout(name) for name in arguments.layouts], []
     # Counted, not used: a context of this process would take memory of the first GPU.

@@ -23,10 +23,10 @@ import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 
-from phase8.checkpoint.layout import step_directory_name
 from phase8.checkpoint.load import open_checkpoint
 from phase8.checkpoint.save import save_checkpoint
 from phase8.checkpoint.state import flat_state, restore_state
+from phase8.checkpoint.step_directories import step_directory_name
 from phase8.config.arguments import path_argument
 from phase8.config.load import load_config
 from phase8.distributed.mesh import build_mesh

@@ -29,7 +29,7 @@ def _run() -> int:
 def _generate(arguments: argparse.Namespace) -> None:
     from phase8.data.tokenizer import load_tokenizer
     from phase8.generate.restore import restore_model, restore_tokenizer
-    from phase8.generate.sample import SamplingOptions
+    from phase8.generate.sampling import SamplingOptions
     from phase8.generate.text import prompt_tokens, stream_text
     from phase8.train.device import select_device
 

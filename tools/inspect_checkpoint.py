@@ -21,8 +21,8 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from phase8.checkpoint.compare import TensorDifference, compare_checkpoints
 from phase8.checkpoint.load import Checkpoint, find_checkpoint, open_checkpoint
+from phase8.checkpoint.reshard.compare import TensorDifference, compare_checkpoints
 from phase8.checkpoint.run_metadata import run_metadata
 from phase8.checkpoint.untrusted import shortened
 from phase8.config.arguments import path_argument

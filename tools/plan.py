@@ -103,8 +103,8 @@ def _schedule(arguments: argparse.Namespace, show: Callable[[str], None]) -> dic
 def _check(arguments: argparse.Namespace, show: Callable[[str], None]) -> dict[str, Any]:
     # Imported late: schedules need no torch.
     from phase8.config.load import load_config
-    from phase8.plan.facts import layers_in_words
-    from phase8.train.check import check_stages
+    from phase8.plan.cost_facts import layers_in_words
+    from phase8.train.plan_check import check_stages
 
     config = load_config(arguments.config, arguments.set)
     stages = check_stages(config, world_size=arguments.world_size)

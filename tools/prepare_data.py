@@ -22,8 +22,8 @@ from phase8.data.input_files import describe_suffixes
 from phase8.data.lost_text import LostText
 from phase8.data.made_with import made_with
 from phase8.data.muse import MuseReport, import_muse
-from phase8.data.preparation import PrepareOptions, PrepareReport, training_settings
 from phase8.data.prepare import TOKENIZING, prepare
+from phase8.data.prepare_options import PrepareOptions, PrepareReport, training_settings
 from phase8.data.raw_tokens import RawReport, import_raw
 from phase8.data.shards import DocumentRules
 from phase8.data.tokenizer import Tokenizer, load_tokenizer

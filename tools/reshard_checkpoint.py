@@ -42,7 +42,7 @@ if TYPE_CHECKING:
     import torch
 
     from phase8.checkpoint.load import Checkpoint
-    from phase8.checkpoint.reshard import ConsolidatedForm
+    from phase8.checkpoint.reshard.reshard import ConsolidatedForm
     from phase8.checkpoint.weight_files import WeightFiles
     from phase8.config.schema import ParallelSection, RunConfig
 
@@ -93,7 +93,7 @@ def _rewrite(options: argparse.Namespace) -> str:
     import torch
 
     from phase8.checkpoint.model_source import open_model
-    from phase8.checkpoint.reshard import consolidate
+    from phase8.checkpoint.reshard.reshard import consolidate
     from phase8.checkpoint.weight_files import WeightFiles
 
     with ProgressDisplay(DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn()) as display:
@@ -112,7 +112,7 @@ def _rewrite(options: argparse.Namespace) -> str:
 
 def _checked(source: WeightFiles, config: RunConfig, options: argparse.Namespace, display: ProgressDisplay) -> Checkpoint:
     """Weights without a manifest as a checkpoint. What can be refused is refused before they are read."""
-    from phase8.checkpoint.rewrite import check_destination
+    from phase8.checkpoint.reshard.rewrite import check_destination
 
     if options.format == source.form == "hf":
         raise ConfigError(f"--format is hf, but {source.path} is in that form already; leave it out to import it.")
@@ -153,8 +153,8 @@ def _config_of(source: Checkpoint) -> RunConfig:
 
 
 def _consolidated_form(source: Checkpoint, config: RunConfig, options: argparse.Namespace) -> ConsolidatedForm:
-    from phase8.checkpoint.llama import llama_config, llama_name, reasons_against
-    from phase8.checkpoint.reshard import ConsolidatedForm
+    from phase8.checkpoint.huggingface.llama import llama_config, llama_name, reasons_against
+    from phase8.checkpoint.reshard.reshard import ConsolidatedForm
     from phase8.config.load import config_to_mapping
 
     if options.format == "consolidated":
@@ -170,7 +170,7 @@ def _consolidated_form(source: Checkpoint, config: RunConfig, options: argparse.
 def _reshard(
     source: Checkpoint, config: RunConfig, options: argparse.Namespace, display: ProgressDisplay, *, dtype: torch.dtype | None
 ) -> Checkpoint:
-    from phase8.checkpoint.reshard import reshard
+    from phase8.checkpoint.reshard.reshard import reshard
     from phase8.config.pipeline import pipeline_of
     from phase8.plan.stage_parameters import stage_parameters
     from phase8.topology import Topology

@@ -32,11 +32,6 @@ class BackgroundSaver:
         self._copies = HostCopies(device)
         self._saving: Future[Path] | None = None
 
-    @property
-    def is_busy(self) -> bool:
-        """A save has begun whose end nobody has heard of."""
-        return self._saving is not None
-
     def prepare(self, sizes: Sequence[int]) -> None:
         """Takes memory for tensors of so many bytes, aside; otherwise the first save takes it."""
         self._thread.submit(self._copies.reserve, sizes)

@@ -14,7 +14,7 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from phase8.checkpoint.layout import WEIGHTS_NAME
+from phase8.checkpoint.step_directories import WEIGHTS_NAME
 from phase8.checkpoint.untrusted import shown_name
 from phase8.checkpoint.weight_files import STORED_DTYPES, WeightFiles, open_tensor_file, regular, weights_of
 from phase8.errors import CheckpointCorruptError, CheckpointMismatchError

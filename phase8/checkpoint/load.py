@@ -11,11 +11,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from phase8.checkpoint.boxes import Box, common_part, overlap, whole_box
 from phase8.checkpoint.checksum import checksum_of_next
-from phase8.checkpoint.earlier import in_present_form
-from phase8.checkpoint.layout import MANIFEST_NAME, committed_directories, holds_weights_only, step_of
 from phase8.checkpoint.manifest import MAX_MANIFEST_BYTES, Manifest, Slice, TensorEntry, parse_manifest
+from phase8.checkpoint.regions import RegionLike, common_region, overlap, whole_region
+from phase8.checkpoint.renamed_tensors import in_present_form
+from phase8.checkpoint.step_directories import MANIFEST_NAME, committed_directories, holds_weights_only, step_of
 from phase8.checkpoint.tensor_file import DTYPES, TensorFile, open_for_reading
 from phase8.checkpoint.untrusted import shortened, shown, shown_name
 from phase8.errors import CheckpointCorruptError, CheckpointError, CheckpointMismatchError
@@ -69,16 +69,16 @@ class Checkpoint:
             CheckpointCorruptError: Its bytes are missing or altered.
             CheckpointMismatchError: There is no such tensor.
         """
-        return self.read_box(name, whole_box(self.entry(name).shape))
+        return self.read_region(name, whole_region(self.entry(name).shape))
 
-    def read_box(self, name: str, box: Box, *, into: Tensor | None = None, for_the_last_time: bool = False) -> Tensor:
-        """A box of a tensor on the host. The slices that overlap it are read, whole, for only so they can be checked.
+    def read_region(self, name: str, region: RegionLike, *, into: Tensor | None = None, for_the_last_time: bool = False) -> Tensor:
+        """A region of a tensor on the host. The slices that overlap it are read, whole, for only so they can be checked.
 
         Args:
             name: The tensor.
-            box: Of its elements.
-            into: A contiguous tensor on the host of the box's shape and the stored dtype, to be overwritten; None: a new one.
-            for_the_last_time: Nobody on this host will read the box again soon.
+            region: Of its elements.
+            into: A contiguous tensor on the host of the region's shape and the stored dtype, to be overwritten; None: a new one.
+            for_the_last_time: Nobody on this host will read the region again soon.
 
         Raises:
             CheckpointCorruptError: Their bytes are missing or altered.
@@ -86,26 +86,26 @@ class Checkpoint:
         """
         dtype = DTYPES[self.entry(name).dtype]
         # First of all the headers: only what they hold as well is of a size that memory may be taken for.
-        parts = [(part, self._file(part.file)) for part in self._slices_in(name, box)]
-        tensor = torch.empty(box.shape, dtype=dtype) if into is None else into
+        parts = [(part, self._file(part.file)) for part in self._slices_in(name, region)]
+        tensor = torch.empty(region.shape, dtype=dtype) if into is None else into
         for part, file in parts:
-            here, there = common_part(box, part)
-            region = tensor[here]
-            fits = list(region.shape) == part.shape and region.is_contiguous()
-            block = region if fits else torch.empty(part.shape, dtype=dtype)
+            here, there = common_region(region, part)
+            target = tensor[here]
+            fits = list(target.shape) == part.shape and target.is_contiguous()
+            block = target if fits else torch.empty(part.shape, dtype=dtype)
             self._check_slice(name, part, file.read_into(part.key, block, for_the_last_time=for_the_last_time and fits))
             if not fits:
-                region.copy_(block[there])
+                target.copy_(block[there])
         return tensor
 
-    def verify_box(self, name: str, box: Box) -> None:
-        """Checks the bytes that `read_box` would read, in constant memory, unless this object has read or checked them before.
+    def verify_region(self, name: str, region: RegionLike) -> None:
+        """Checks the bytes that `read_region` would read, in constant memory, unless this object has read or checked them before.
 
         Raises:
             CheckpointCorruptError: They are missing or altered.
             CheckpointMismatchError: There is no such tensor.
         """
-        for part in self._slices_in(name, box):
+        for part in self._slices_in(name, region):
             if (part.file, part.key) not in self._verified:
                 self._check_slice(name, part, self._file(part.file).checksum(part.key))
 
@@ -148,9 +148,9 @@ class Checkpoint:
             )
         self._verified.add((part.file, part.key))
 
-    def _slices_in(self, name: str, box: Box) -> list[Slice]:
-        """The slices that hold elements of a box."""
-        return [part for part in self.entry(name).slices if overlap(box, part)]
+    def _slices_in(self, name: str, region: RegionLike) -> list[Slice]:
+        """The slices that hold elements of a region."""
+        return [part for part in self.entry(name).slices if overlap(region, part)]
 
     def _file(self, file_name: str) -> TensorFile:
         """The opened file; at first use its header is compared with the manifest, key by key."""

@@ -14,9 +14,9 @@ from typing import Annotated, Any, Literal, NoReturn
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from phase8.checkpoint.boxes import coverage_problem
 from phase8.checkpoint.checksum import PATTERN, checksum_of
-from phase8.checkpoint.layout import MANIFEST_NAME
+from phase8.checkpoint.regions import coverage_problem
+from phase8.checkpoint.step_directories import MANIFEST_NAME
 from phase8.checkpoint.tensor_file import DTYPES, MAX_DIMS
 from phase8.checkpoint.untrusted import printable, shortened, shown, shown_name, strict_json
 from phase8.errors import CheckpointCorruptError, CheckpointError
@@ -46,7 +46,7 @@ class _Record(BaseModel):
 
 
 class Slice(_Record):
-    """A box of a tensor and where its bytes are: entry `key` of the safetensors file `file`."""
+    """A region of a tensor and where its bytes are: entry `key` of the safetensors file `file`."""
 
     file: FileName
     key: TensorName

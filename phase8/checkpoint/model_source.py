@@ -8,9 +8,9 @@ from __future__ import annotations
 from pathlib import Path
 
 from phase8.checkpoint.consolidated_source import is_consolidated, open_consolidated
-from phase8.checkpoint.layout import WEIGHTS_CONFIG_NAME, holds_weights_only
-from phase8.checkpoint.llama_source import open_llama
+from phase8.checkpoint.huggingface.source import open_llama
 from phase8.checkpoint.load import Checkpoint, find_checkpoint, open_checkpoint
+from phase8.checkpoint.step_directories import WEIGHTS_CONFIG_NAME, holds_weights_only
 from phase8.checkpoint.weight_files import read_object, regular
 
 

@@ -7,8 +7,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from phase8.checkpoint.layout import clear_leftovers, rename_for_removal, step_of
 from phase8.checkpoint.load import list_checkpoints, newest_good_checkpoint
+from phase8.checkpoint.step_directories import clear_leftovers, rename_for_removal, step_of
 from phase8.durable import fsync_path
 from phase8.errors import CheckpointCorruptError, StorageError
 

@@ -15,8 +15,8 @@ import torch.distributed.checkpoint as dcp
 from torch import Tensor
 from torch.distributed.checkpoint.api import CheckpointException
 
-from phase8.checkpoint.layout import MANIFEST_NAME, step_directory_name
 from phase8.checkpoint.manifest import FILE_NAME_PATTERN, MAX_STEP, TENSOR_FILE_SUFFIX, TENSOR_NAME_PATTERN, json_problem
+from phase8.checkpoint.step_directories import MANIFEST_NAME, step_directory_name
 from phase8.checkpoint.tensor_file import DTYPE_NAMES, MAX_DIMS, RESERVED_KEY
 from phase8.checkpoint.writer import CheckpointWriter, group_of, key_of
 from phase8.distributed.placement import held_part

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from phase8.checkpoint.checksum import CHUNK_BYTES, checksum_of, checksum_of_next, crc32, format_crc32, read_chunks, read_into
-from phase8.checkpoint.new_file import NewFile
+from phase8.checkpoint.direct_writer import DirectWriter
 from phase8.checkpoint.untrusted import shown, strict_json
 from phase8.errors import CheckpointCorruptError
 
@@ -87,7 +87,7 @@ def write_tensor_file(path: Path, tensors: Mapping[str, Tensor], *, read: Callab
     names = sorted(tensors, key=lambda name: -tensors[name].dtype.itemsize)
     header = _header_bytes({name: tensors[name] for name in names})
     checksums = {}
-    with NewFile(path) as file:
+    with DirectWriter(path) as file:
         file.write(header)
         for name in names:
             tensor = tensors[name] if read is None else read(name)
@@ -107,7 +107,7 @@ def _header_bytes(tensors: Mapping[str, Tensor]) -> bytes:
     return len(text).to_bytes(8, "little") + text
 
 
-def _write_bytes(file: NewFile, data: memoryview) -> str:
+def _write_bytes(file: DirectWriter, data: memoryview) -> str:
     crc = 0
     for begin in range(0, len(data), CHUNK_BYTES):
         chunk = data[begin : begin + CHUNK_BYTES]

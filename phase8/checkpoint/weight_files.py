@@ -12,10 +12,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from phase8.checkpoint.boxes import whole_box
 from phase8.checkpoint.checksum import checksum_of, checksum_of_next
 from phase8.checkpoint.load import Checkpoint
 from phase8.checkpoint.manifest import FORMAT, FORMAT_VERSION, AttachmentEntry, Manifest, Slice, TensorEntry, TensorFileEntry, json_problem
+from phase8.checkpoint.regions import whole_region
 from phase8.checkpoint.state import MODEL_PREFIX
 from phase8.checkpoint.tensor_file import TensorFile, open_for_reading
 from phase8.checkpoint.untrusted import printable, shown, strict_json
@@ -77,7 +77,7 @@ class WeightFiles(Checkpoint):
             CheckpointCorruptError: One is missing, or another than before.
         """
         for name, entry in self.manifest.tensors.items():
-            self.verify_box(name, whole_box(entry.shape))
+            self.verify_region(name, whole_region(entry.shape))
         for name in self.manifest.attachments:
             self.attachment(name)
 

@@ -27,7 +27,6 @@ from torch.distributed.checkpoint.storage import StorageWriter, WriteResult
 from torch.futures import Future
 
 from phase8.checkpoint.checksum import checksum_of
-from phase8.checkpoint.layout import MANIFEST_NAME, commit, saving_directory
 from phase8.checkpoint.manifest import (
     FORMAT,
     FORMAT_VERSION,
@@ -40,6 +39,7 @@ from phase8.checkpoint.manifest import (
     consistency_problem,
     manifest_bytes,
 )
+from phase8.checkpoint.step_directories import MANIFEST_NAME, commit, saving_directory
 from phase8.checkpoint.tensor_file import DTYPE_NAMES, write_tensor_file
 from phase8.durable import fsync_path
 from phase8.errors import CheckpointError

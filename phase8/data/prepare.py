@@ -23,7 +23,7 @@ from phase8.data.input_files import Source, Span, check_unchanged, find_sources
 from phase8.data.lost_text import stored_lost_text
 from phase8.data.made_with import made_with
 from phase8.data.pair_record import MadeWith
-from phase8.data.preparation import Layout, PreparedSplit, PrepareOptions, PrepareReport
+from phase8.data.prepare_options import Layout, PreparedSplit, PrepareOptions, PrepareReport
 from phase8.data.shard_pool import make_shards
 from phase8.data.shards import DocumentRules, InvalidInputs, Shard, ShardCounts, finished_counts, read_texts
 from phase8.data.staging import exclusive_lock, read_json, write_json

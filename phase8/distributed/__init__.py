@@ -1,1 +1,1 @@
-"""Processes that work together: how they find each other, and what happens when one of them fails."""
+"""Collectives, channels between ranks, and the mesh whose axes they run over."""

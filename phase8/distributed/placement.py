@@ -33,19 +33,12 @@ def is_held_once(whole: Tensor) -> bool:
     return not any(placement.is_replicate() and size > 1 for placement, size in zip(whole.placements, whole.device_mesh.shape, strict=True))
 
 
-def own_box(whole: Tensor) -> tuple[list[int], list[int]]:
+def own_region(whole: Tensor) -> tuple[list[int], list[int]]:
     """Offsets and shape of what this rank holds of a tensor."""
     if not isinstance(whole, DTensor):
         return [0] * whole.dim(), list(whole.shape)
     shape, offsets = compute_local_shape_and_global_offset(whole.shape, whole.device_mesh, whole.placements)
     return [min(offset, size) for offset, size in zip(offsets, whole.shape, strict=True)], list(shape)
-
-
-def own_slice(value: Tensor, whole: Tensor) -> Tensor:
-    """Of a tensor of the shape of `whole`, what this rank holds of `whole`."""
-    for dim, (offset, length) in enumerate(zip(*own_box(whole), strict=True)):
-        value = value.narrow(dim, offset, length)
-    return value
 
 
 @torch.no_grad()

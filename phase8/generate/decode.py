@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import is_dataclass
-
 import torch
 from torch import Tensor
 
@@ -38,15 +36,3 @@ class Decoder:
         hidden, self._states = self._model(tokens, states=self._states, first_position=self.num_tokens)
         self.num_tokens += tokens.shape[1]
         return self._model.logits(hidden[:, -1])
-
-    @property
-    def state_bytes(self) -> int:
-        """Memory of the carried state."""
-        return sum(_size_bytes(state) for state in self._states)
-
-
-def _size_bytes(state: object) -> int:
-    """Bytes of the tensors in a state, which is a dataclass of tensors, numbers and further states."""
-    if isinstance(state, Tensor):
-        return state.numel() * state.element_size()
-    return sum(_size_bytes(part) for part in vars(state).values()) if is_dataclass(state) else 0

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 
 from phase8.data.streaming_decoder import StreamingDecoder
 from phase8.data.tokenizer import Tokenizer
-from phase8.generate.sample import SamplingOptions, generate_tokens
+from phase8.generate.sampling import SamplingOptions, generate_tokens
 from phase8.model.model import LanguageModel
 
 

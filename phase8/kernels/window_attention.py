@@ -9,7 +9,7 @@ from torch import Tensor
 
 from phase8.kernels.backends import MAX_HEAD_SIZE, uses_triton
 from phase8.kernels.reference import window_attention as reference
-from phase8.kernels.reference.window_state import VisibleKeys, WindowState, visible_keys
+from phase8.kernels.window_state import VisibleKeys, WindowState, visible_keys
 
 
 def _runs_on_gpu(q: Tensor) -> bool:

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from phase8.config.schema import ModelSection
 from phase8.distributed.collectives import Axis
-from phase8.kernels.reference.rotary import rotate
+from phase8.kernels.rotary import rotate
 from phase8.model.convolution import ShortConvolution
 from phase8.tensor_parallel.linear import column_linear, joint_linear, row_linear
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from phase8.kernels.reference.causal_convolution import causal_convolution
+from phase8.kernels.causal_convolution import causal_convolution
 from phase8.tensor_parallel.parameters import ParameterSpec, local
 
 

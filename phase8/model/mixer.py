@@ -14,8 +14,8 @@ from torch import Tensor, nn
 from phase8.config.schema import ModelSection
 from phase8.distributed.collectives import Axis
 from phase8.kernels.mixer_inputs import mixer_inputs
-from phase8.kernels.reference.window_state import WindowState, empty_window_state
 from phase8.kernels.window_attention import window_attention
+from phase8.kernels.window_state import WindowState, empty_window_state
 from phase8.model.convolution import ShortConvolution
 from phase8.model.global_path import GlobalPath, GlobalState
 from phase8.tensor_parallel.linear import column_linear, joint_linear, row_linear

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from phase8.config.schema import ModelSection
 from phase8.distributed.collectives import ALONE, Axis, gather_tokens
-from phase8.kernels.reference.rotary import rotary_angles
+from phase8.kernels.rotary import rotary_angles
 from phase8.model.block import Block, BlockState, recomputed
 from phase8.model.norm import RMSNorm
 from phase8.model.parameters import materialise

@@ -19,7 +19,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from phase8.config.schema import ModelSection
 from phase8.kernels.cross_entropy import linear_cross_entropy
-from phase8.kernels.reference.rotary import rotary_angles
+from phase8.kernels.rotary import rotary_angles
 from phase8.model.model import LanguageModel
 
 

@@ -13,7 +13,7 @@ from phase8.errors import ConfigError
 from phase8.observe.banner import print_banner
 from phase8.observe.devices import find_gpu
 from phase8.plan.candidates import Device, find_candidates, smallest_candidate
-from phase8.plan.facts import Fact, batch_fact, communication_fact, memory_facts, model_facts, speed_fact
+from phase8.plan.cost_facts import Fact, batch_fact, communication_fact, memory_facts, model_facts, speed_fact
 from phase8.plan.memory import free_bytes
 from phase8.plan.prediction import ASSUMED_GPU, assumed_gpu, predict_step
 from phase8.plan.run_communication import plan_run_communication

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from phase8.checkpoint.parts import Division
+from phase8.checkpoint.reshard.rank_regions import Division
 from phase8.config.pipeline import Pipeline
 from phase8.config.schema import ModelSection
 from phase8.model.model import build_model

@@ -23,7 +23,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from phase8.distributed.collectives import Axis, gather_tokens, scatter_tokens, start_gather, start_scatter
-from phase8.kernels.reference.dtypes import at_least_fp32
+from phase8.kernels.dtypes import at_least_fp32
 from phase8.tensor_parallel.overlapped import gathered_product, scattered_product
 from phase8.tensor_parallel.parameters import ParameterSpec, local
 

@@ -11,8 +11,8 @@ import torch
 import torch.distributed as dist
 from rich.console import Console
 
-from phase8.checkpoint.layout import step_of
 from phase8.checkpoint.load import Checkpoint
+from phase8.checkpoint.step_directories import step_of
 from phase8.config.batch import BatchShape, batch_shape, run_topology
 from phase8.config.schema import RunConfig
 from phase8.config.validate import validate
@@ -30,13 +30,13 @@ from phase8.train.changed_keys import ChangedKey, changed_keys
 from phase8.train.compilation import compile_modules
 from phase8.train.datasets import RunData, open_run_data
 from phase8.train.device import limit_memory, require_determinism, this_device
-from phase8.train.facts import run_facts
 from phase8.train.initialise import Origin, initialise_run
 from phase8.train.learner import Learner, build_learner
 from phase8.train.memory_limits import memory_errors
 from phase8.train.restore import restore_together
 from phase8.train.resume import Position, attached_to, check_stop, restore_run
 from phase8.train.run_directory import RunDirectory, run_directory
+from phase8.train.run_facts import run_facts
 from phase8.train.start import Choice, check_place, choose, make_way, recorded_settings
 from phase8.train.tuning import Chosen, choose_settings
 from phase8.zero.fsdp import shard_size

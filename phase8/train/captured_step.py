@@ -13,8 +13,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from phase8.data.microbatch import Microbatch
 from phase8.train.learner import Learner
-from phase8.train.microbatch import Microbatch
 from phase8.train.step import StepNumbers, StepResult, count_targets, step_result, train_step, update
 
 # Steps taken without a graph: compilation, the choice of kernels and the first state of the optimizer cannot be recorded.

@@ -8,10 +8,10 @@ import shutil
 import torch
 
 from phase8.config.schema import RunConfig, ZeroSection
-from phase8.distributed.bootstrap import World
 from phase8.errors import ConfigError
 from phase8.plan.candidates import Device
 from phase8.plan.whole_config import count_parameters, shapes_only
+from phase8.processes.bootstrap import World
 
 _SAVED_BYTES_PER_PARAMETER = 12  # the weight and both moments of AdamW
 _WORTH_SAVING_ASIDE_BYTES = 4e9  # less is written while a step or two would be taken

@@ -15,8 +15,8 @@ from phase8.checkpoint.retention import apply_retention
 from phase8.checkpoint.save import save_checkpoint
 from phase8.checkpoint.state import flat_state
 from phase8.distributed.collectives import gather_texts
-from phase8.distributed.ending import is_echo, summary
 from phase8.observe.metrics import MetricsWriter
+from phase8.processes.exit import is_echo, summary
 from phase8.train.build import Run
 from phase8.train.resume import checkpoint_metadata
 

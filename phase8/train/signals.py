@@ -5,7 +5,7 @@ from __future__ import annotations
 import signal
 from types import FrameType, TracebackType
 
-from phase8.distributed.ending import heeded_end_signals
+from phase8.processes.exit import heeded_end_signals
 from phase8.terminal import tell
 
 

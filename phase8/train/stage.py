@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from phase8.config.pipeline import Pipeline
 from phase8.config.schema import ZeroSection
+from phase8.data.microbatch import Microbatch
 from phase8.distributed.channels import MessageForm, Route, open_channels
 from phase8.distributed.mesh import Mesh, first_and_last_stage
 from phase8.distributed.placement import held_part
@@ -21,7 +22,6 @@ from phase8.model.model import LanguageModel
 from phase8.pipeline_parallel.engine import Engine, Place
 from phase8.pipeline_parallel.lowering import channels_of, lower
 from phase8.pipeline_parallel.schedules import Kind, build_forward_only, build_schedule
-from phase8.train.microbatch import Microbatch
 from phase8.zero.fsdp import sum_gradients_after
 
 EMBEDDING = "embedding.weight"

@@ -8,8 +8,8 @@ from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 
-from phase8.checkpoint.layout import step_of
 from phase8.checkpoint.load import Checkpoint, find_checkpoint, list_checkpoints, newest_good_checkpoint, open_checkpoint
+from phase8.checkpoint.step_directories import step_of
 from phase8.config.schema import RunConfig
 from phase8.distributed.collectives import broadcast_text
 from phase8.durable import staged_directory

@@ -9,11 +9,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from phase8.data.microbatch import Microbatch
 from phase8.distributed.collectives import sum_over
 from phase8.distributed.mesh import Mesh
 from phase8.optim.clip import step_clipped
 from phase8.train.learner import Learner
-from phase8.train.microbatch import Microbatch
 
 
 @dataclass(frozen=True)

@@ -13,22 +13,22 @@ from torch import Tensor
 
 from phase8.closing import Tolerated
 from phase8.data.loader import build_loader, microbatch_sample_numbers
+from phase8.data.microbatch import Microbatch, split_sample, stand_in
 from phase8.errors import DataError, StorageError
 from phase8.model.flops import training_flops_per_token
 from phase8.observe.memory import peak_memory_bytes, reset_peak_memory
 from phase8.observe.metrics import MetricsWriter, StepMetrics
 from phase8.observe.progress import Progress
 from phase8.optim.schedule import learning_rate
-from phase8.train.anomaly import largest_loss, take_note
 from phase8.train.build import Run
 from phase8.train.captured_step import CapturedStep
 from phase8.train.evaluation import HeldOutData
-from phase8.train.microbatch import Microbatch, split_sample, stand_in
-from phase8.train.replicas import check_replicas
+from phase8.train.faults.anomaly import largest_loss, take_note
+from phase8.train.faults.replicas import check_replicas
+from phase8.train.faults.stragglers import probe_ranks
 from phase8.train.saver import Saver
 from phase8.train.signals import StopRequest
 from phase8.train.step import StepResult, train_step
-from phase8.train.stragglers import probe_ranks
 from phase8.train.unreadable import UnreadableData
 
 # A rank that needs so many times as long as others is named where people look.

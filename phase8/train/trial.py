@@ -14,13 +14,13 @@ import torch
 
 from phase8.config.batch import batch_shape
 from phase8.config.schema import RunConfig
+from phase8.data.microbatch import Microbatch, stand_in
 from phase8.distributed.mesh import Mesh
 from phase8.observe.memory import peak_memory_bytes, reset_peak_memory
 from phase8.precision.policy import compute_dtype
 from phase8.train.captured_step import EAGER_STEPS, CapturedStep
 from phase8.train.compilation import compile_modules
 from phase8.train.learner import build_learner
-from phase8.train.microbatch import Microbatch, stand_in
 from phase8.train.step import evaluate, train_step
 
 # A step of many microbatches is extrapolated from one of one and one of so many.

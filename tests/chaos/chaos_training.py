@@ -11,9 +11,9 @@ from pathlib import Path
 from chaos_launcher import LONG, Group, Launcher
 from tiny_run import write_documents
 
-from phase8.checkpoint.compare import compare_checkpoints
-from phase8.checkpoint.layout import step_directory_name
 from phase8.checkpoint.load import Checkpoint, newest_good_checkpoint, open_checkpoint
+from phase8.checkpoint.reshard.compare import compare_checkpoints
+from phase8.checkpoint.step_directories import step_directory_name
 from phase8.errors import CheckpointError
 from phase8.observe.metrics import read_metrics
 

@@ -16,8 +16,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from phase8.checkpoint.boxes import Region
 from phase8.checkpoint.load import Checkpoint, open_checkpoint
+from phase8.checkpoint.regions import Region
 from phase8.checkpoint.state import flat_state, restore_state
 from phase8.errors import Phase8Error
 
@@ -56,7 +56,7 @@ def _read_all(checkpoint: Checkpoint) -> dict[str, bytes]:
         shape = checkpoint.entry(name).shape
         half = Region([size // 2 for size in shape], [size - size // 2 for size in shape])
         whole = checkpoint.read(name)[tuple(slice(offset, None) for offset in half.offsets)]
-        assert bits(checkpoint.read_box(name, half)) == bits(whole)
+        assert bits(checkpoint.read_region(name, half)) == bits(whole)
     for name in checkpoint.manifest.attachments:
         assert checkpoint.attachment(name).parent == checkpoint.path
     return found

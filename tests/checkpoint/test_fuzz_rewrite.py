@@ -17,10 +17,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from phase8.checkpoint.compare import compare_checkpoints
 from phase8.checkpoint.load import Checkpoint, open_checkpoint
-from phase8.checkpoint.parts import Division
-from phase8.checkpoint.reshard import reshard
+from phase8.checkpoint.reshard.compare import compare_checkpoints
+from phase8.checkpoint.reshard.rank_regions import Division
+from phase8.checkpoint.reshard.reshard import reshard
 from phase8.errors import Phase8Error
 from phase8.topology import Topology
 

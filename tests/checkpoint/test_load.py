@@ -215,7 +215,7 @@ def test_a_manifest_that_disagrees_with_a_header_is_refused(edit: Callable, mess
 
 
 def test_slices_written_by_many_ranks_into_many_files_are_put_together(tmp_path: Path):
-    """The format as distributed saving will use it: a grid of boxes, one file per rank, keys of the ranks' choice."""
+    """The format as distributed saving will use it: a grid of regions, one file per rank, keys of the ranks' choice."""
     whole = torch.randn(6, 8).to(torch.bfloat16)
     scalar = torch.tensor(3.0)
     directory = tmp_path / "step-0000000004"

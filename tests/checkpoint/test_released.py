@@ -13,9 +13,9 @@ import torch
 from rich.console import Console
 from tiny_run import losses
 
-from phase8.checkpoint.earlier import in_present_form
 from phase8.checkpoint.load import Checkpoint, open_checkpoint
 from phase8.checkpoint.manifest import Slice, TensorEntry
+from phase8.checkpoint.renamed_tensors import in_present_form
 from phase8.checkpoint.state import flat_state
 from phase8.config.load import load_config
 from phase8.generate.restore import restore_model
@@ -97,8 +97,8 @@ def test_its_model_is_restored_from_it_alone(name: str):
     assert live == {tensor: value for tensor, value in expected_tensors(checkpoint, name).items() if tensor.startswith("model.")}
 
 
-def entry(shape: list[int], *boxes: tuple[list[int], list[int]]) -> TensorEntry:
-    slices = [Slice(file="a.safetensors", key="k", offsets=offsets, shape=size, checksum="crc32:00000000") for offsets, size in boxes]
+def entry(shape: list[int], *regions: tuple[list[int], list[int]]) -> TensorEntry:
+    slices = [Slice(file="a.safetensors", key="k", offsets=offsets, shape=size, checksum="crc32:00000000") for offsets, size in regions]
     return TensorEntry(dtype="F32", shape=shape, slices=slices)
 
 

@@ -279,9 +279,9 @@ def test_loading_as_the_check_of_the_newest_reads_new_tensors_once(saved, tmp_pa
 @pytest.mark.skipif(not hasattr(os, "posix_fadvise"), reason="this system cannot forget")
 @pytest.mark.parametrize("is_held_once", [True, False])
 def test_what_no_other_rank_reads_is_forgotten_by_the_page_cache_once_it_was_read(saved, monkeypatch: pytest.MonkeyPatch, is_held_once: bool):
-    forgotten, real_read = [], Checkpoint.read_box
+    forgotten, real_read = [], Checkpoint.read_region
 
-    def read_box(checkpoint: Checkpoint, name: str, *arguments: object, **options: object) -> torch.Tensor:
+    def read_region(checkpoint: Checkpoint, name: str, *arguments: object, **options: object) -> torch.Tensor:
         assert name not in [other for other, _ in forgotten]
         reading.append(name)
         tensor = real_read(checkpoint, name, *arguments, **options)
@@ -289,7 +289,7 @@ def test_what_no_other_rank_reads_is_forgotten_by_the_page_cache_once_it_was_rea
         return tensor
 
     reading: list[str] = []
-    monkeypatch.setattr(Checkpoint, "read_box", read_box)
+    monkeypatch.setattr(Checkpoint, "read_region", read_region)
     monkeypatch.setattr(os, "posix_fadvise", lambda descriptor, begin, length, advice: forgotten.append((reading[-1], length)))
     monkeypatch.setattr(state, "is_held_once", lambda tensor: is_held_once)
     model, optimizer = build(seed=1)
@@ -305,13 +305,13 @@ def test_what_no_other_rank_reads_is_forgotten_by_the_page_cache_once_it_was_rea
 
 def test_weights_are_read_to_where_they_belong(saved, monkeypatch: pytest.MonkeyPatch):
     """New memory costs more than the copy; a place that does not take the bytes as they are gets a copy all the same."""
-    places, real_read = {}, Checkpoint.read_box
+    places, real_read = {}, Checkpoint.read_region
 
-    def read_box(checkpoint: Checkpoint, name: str, box: object, *, into: torch.Tensor | None = None, **options: object) -> torch.Tensor:
+    def read_region(checkpoint: Checkpoint, name: str, region: object, *, into: torch.Tensor | None = None, **options: object) -> torch.Tensor:
         places[name] = None if into is None else into.data_ptr()
-        return real_read(checkpoint, name, box, into=into, **options)
+        return real_read(checkpoint, name, region, into=into, **options)
 
-    monkeypatch.setattr(Checkpoint, "read_box", read_box)
+    monkeypatch.setattr(Checkpoint, "read_region", read_region)
     model, optimizer = build(seed=1)
     checkpoint = saved(model, optimizer)
     resumed, resumed_optimizer = build(seed=2)

@@ -8,7 +8,7 @@ import torch
 
 from phase8.checkpoint.load import find_checkpoint, open_checkpoint
 from phase8.checkpoint.model_source import open_model, tokenizer_of
-from phase8.checkpoint.reshard import ConsolidatedForm, consolidate
+from phase8.checkpoint.reshard.reshard import ConsolidatedForm, consolidate
 from phase8.checkpoint.save import save_checkpoint
 from phase8.errors import CheckpointCorruptError, CheckpointError, CheckpointMismatchError
 

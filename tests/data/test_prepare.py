@@ -24,8 +24,8 @@ from phase8.data.indexed import IndexedDataset
 from phase8.data.input_files import find_sources
 from phase8.data.lost_text import LostText
 from phase8.data.pair_record import MadeWith
-from phase8.data.preparation import PrepareOptions, PrepareReport
 from phase8.data.prepare import prepare
+from phase8.data.prepare_options import PrepareOptions, PrepareReport
 from phase8.data.shards import DocumentRules
 from phase8.data.staging import exclusive_lock
 from phase8.data.tokenizer import load_tokenizer

@@ -3,7 +3,7 @@ import torch
 
 from phase8.kernels import mixer_inputs as kernel
 from phase8.kernels.reference.mixer_inputs import MixerInputs, mixer_inputs, mixer_inputs_backward
-from phase8.kernels.reference.rotary import rotary_angles
+from phase8.kernels.rotary import rotary_angles
 
 # length, heads, head size, taps (0: no convolution), radius given, documents
 CASES = [(21, 2, 8, 4, True, False), (17, 3, 12, 4, False, True), (1, 1, 4, 3, True, False), (5, 2, 16, 1, True, True), (9, 1, 6, 0, False, False)]

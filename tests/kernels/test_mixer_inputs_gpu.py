@@ -5,7 +5,7 @@ import torch
 from offline import OfflineKernel, compile_offline, count
 
 from phase8.kernels.reference.mixer_inputs import MixerInputs, mixer_inputs, mixer_inputs_backward
-from phase8.kernels.reference.rotary import rotary_angles
+from phase8.kernels.rotary import rotary_angles
 
 # batch, length, heads, head size, taps (0: no convolution), radius given, documents
 SMALL = [

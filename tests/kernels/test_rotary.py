@@ -3,7 +3,7 @@ import math
 import pytest
 import torch
 
-from phase8.kernels.reference.rotary import rotary_angles, rotate
+from phase8.kernels.rotary import rotary_angles, rotate
 
 CPU = torch.device("cpu")
 

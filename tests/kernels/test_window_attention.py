@@ -3,7 +3,7 @@ import torch
 
 from phase8.kernels import window_attention as kernel
 from phase8.kernels.reference.window_attention import ARCCOSH_EPS
-from phase8.kernels.reference.window_state import empty_window_state
+from phase8.kernels.window_state import empty_window_state
 
 SETTINGS = [(8, 0), (8, 3), (1, 2), (16, 20), (5, 5)]
 # On a CPU the public function is the reference under autograd; the operator has the backward that was derived by hand.

@@ -6,7 +6,7 @@ from offline import OfflineKernel, compile_offline
 
 from phase8.kernels import window_attention as operator
 from phase8.kernels.reference import window_attention as reference
-from phase8.kernels.reference.window_state import VisibleKeys, empty_window_state, visible_keys
+from phase8.kernels.window_state import VisibleKeys, empty_window_state, visible_keys
 
 ON_GPU = torch.cuda.is_available()
 FIELDS = VisibleKeys.__dataclass_fields__

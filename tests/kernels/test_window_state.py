@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from phase8.kernels.reference.window_state import empty_window_state, visible_keys
+from phase8.kernels.window_state import empty_window_state, visible_keys
 
 WINDOW, GLOBALS = 5, 3
 

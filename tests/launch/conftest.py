@@ -3,7 +3,7 @@ from pathlib import Path
 
 import pytest
 
-sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parents[1] / "distributed")]
+sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parents[1] / "processes")]
 
 import launched  # noqa: E402
 from launched_training import LaunchedTraining  # noqa: E402

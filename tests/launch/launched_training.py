@@ -6,8 +6,8 @@ import pytest
 from launched import ROOT, torchrun_command
 from tiny_run import train_tiny, write_documents
 
-from phase8.checkpoint.layout import step_of
 from phase8.checkpoint.load import list_checkpoints
+from phase8.checkpoint.step_directories import step_of
 from phase8.observe.metrics import read_metrics
 
 # A small learning rate: twenty steps then amplify the order of sums, in float32, to 1e-7 of the loss.

@@ -6,8 +6,8 @@ import sys
 import torch
 import torch.distributed as dist
 
-from phase8.distributed.bootstrap import world_from_environment
-from phase8.distributed.watch import Limits, running
+from phase8.processes.bootstrap import world_from_environment
+from phase8.processes.watch import Limits, running
 
 
 def main() -> int:

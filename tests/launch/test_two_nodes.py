@@ -84,7 +84,7 @@ def test_four_ranks_on_two_hosts_train_as_one_process(training, alone, launch_on
 
 
 def test_a_rank_killed_on_one_host_is_named_on_the_other(launch_on_both, tmp_path):
-    failing = ROOT / "tests" / "distributed" / "failing_rank.py"
+    failing = ROOT / "tests" / "processes" / "failing_rank.py"
     ends = [each.end() for each in launch_on_both(failing, "kill", 3, tmp_path, 30)]
     assert [code for code, _, _ in ends] == [1, 1], ends
     told = [line for _, _, errors in ends for line in errors.splitlines() if line.startswith(("error: ", "rank "))]

@@ -8,7 +8,7 @@ from test_parity import INTERLEAVED, ranks
 from training import MODEL, new_learner
 
 from phase8.checkpoint.load import open_checkpoint
-from phase8.checkpoint.reshard import ConsolidatedForm, consolidate
+from phase8.checkpoint.reshard.reshard import ConsolidatedForm, consolidate
 from phase8.checkpoint.save import save_checkpoint
 from phase8.config.auto import without_auto
 from phase8.config.load import config_to_mapping, load_config

@@ -15,7 +15,7 @@ from phase8.distributed.channels import Channels, MessageForm, Route, open_chann
 from phase8.distributed.collectives import ALONE
 from phase8.distributed.mesh import build_mesh
 from phase8.errors import CommunicationError, ConfigError
-from phase8.kernels.reference.rotary import rotary_angles
+from phase8.kernels.rotary import rotary_angles
 from phase8.model.block import Block
 from phase8.pipeline_parallel.engine import Engine, Place
 from phase8.pipeline_parallel.lowering import Compute, channels_of, lower

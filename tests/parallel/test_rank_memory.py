@@ -12,11 +12,11 @@ from torch.utils._pytree import tree_leaves
 from phase8.config.auto import without_auto
 from phase8.config.batch import batch_shape, run_topology
 from phase8.config.load import load_config
+from phase8.data.microbatch import split_sample
 from phase8.distributed.mesh import build_mesh
 from phase8.plan.whole_config import plan_stages
 from phase8.precision.policy import compute_dtype
 from phase8.train.learner import build_learner
-from phase8.train.microbatch import split_sample
 from phase8.train.step import train_step
 from phase8.zero.fsdp import shard_size
 

@@ -16,7 +16,8 @@ from phase8.checkpoint.state import flat_state, restore_state
 from phase8.config.auto import without_auto
 from phase8.config.load import load_config
 from phase8.errors import CorruptionError
-from phase8.train.replicas import WEIGHT, Holding, Item, bit_hash, check_replicas, describe_deviation, powers_of_base, replicated_names
+from phase8.train.faults import replicas
+from phase8.train.faults.replicas import WEIGHT, Holding, Item, bit_hash, check_replicas, describe_deviation, powers_of_base
 
 BLOCK = (*BLOCKS["tied"], "model.num_layers=4")
 NOTHING, ALL, NORMS, TIED = "nothing", "all", "norms", "tied"
@@ -74,7 +75,8 @@ def train_and_check(arguments, world_size, dtype, root):
     check_replicas(resumed, step=3)
     take_step(resumed, config, 3)
     check_replicas(resumed, step=4)
-    return replicated_names(resumed), list(resumed.shards.whole)
+    shared = {name for _, names in replicas._axes(resumed) for name in names}
+    return [name for name in resumed.shards.whole if name in shared], list(resumed.shards.whole)
 
 
 @pytest.mark.parametrize(("name", "dtype"), HEALTHY)

@@ -8,7 +8,7 @@ from test_checkpoints import BLOCK, TOPOLOGIES, restore, start, state_of, train_
 from training import MODEL
 
 from phase8.checkpoint.load import Checkpoint, open_checkpoint
-from phase8.checkpoint.reshard import reshard
+from phase8.checkpoint.reshard.reshard import reshard
 from phase8.config.auto import without_auto
 from phase8.config.batch import run_topology
 from phase8.config.load import load_config

@@ -11,10 +11,10 @@ from phase8.config.auto import without_auto
 from phase8.config.load import load_config
 from phase8.config.pipeline import Pipeline
 from phase8.config.schema import ModelSection
+from phase8.data.microbatch import Microbatch
 from phase8.kernels.reference.cross_entropy import IGNORED_TARGET
 from phase8.model.model import build_model
 from phase8.plan.stages import chunk_layers
-from phase8.train.microbatch import Microbatch
 from phase8.train.stage import joined
 from phase8.train.step import evaluate, train_step
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from phase8.train.stragglers import ProbeWork, probe_ranks
+from phase8.train.faults.stragglers import ProbeWork, probe_ranks
 
 WORK = ProbeWork(width=64, num_products=10, num_copied=2**12, num_copies=10, dtype=torch.float32)
 

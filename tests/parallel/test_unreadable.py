@@ -8,8 +8,8 @@ from training import MODEL, microbatches_of, new_learner
 
 from phase8.config.auto import without_auto
 from phase8.config.load import load_config
+from phase8.data.microbatch import stand_in
 from phase8.errors import DataError
-from phase8.train.microbatch import stand_in
 from phase8.train.step import train_step
 from phase8.train.unreadable import UnreadableData, read_together
 

@@ -12,14 +12,14 @@ from phase8.config.auto import without_auto
 from phase8.config.batch import run_topology
 from phase8.config.load import load_config
 from phase8.config.validate import validate
+from phase8.data.microbatch import split_sample
 from phase8.distributed.mesh import build_mesh
-from phase8.distributed.placement import collected, own_slice
+from phase8.distributed.placement import collected, own_region
 from phase8.kernels.backends import select_kernels
 from phase8.precision.policy import set_matmul_precision
 from phase8.train.captured_step import CapturedStep
 from phase8.train.compilation import compile_modules
 from phase8.train.learner import build_learner
-from phase8.train.microbatch import split_sample
 from phase8.train.step import train_step
 from phase8.zero.fsdp import shard_size
 
@@ -91,6 +91,13 @@ def microbatches_of(learner, config, step):
         split_sample({"tokens": tokens[first : first + micro], "document_starts": starts[first : first + micro]}, reset_at_document_boundaries=True)
         for first in range(index * micro, batch, readers * micro)
     ]
+
+
+def own_slice(value, whole):
+    """What this rank holds of `whole`, of a tensor of its shape."""
+    for dim, (offset, length) in enumerate(zip(*own_region(whole), strict=True)):
+        value = value.narrow(dim, offset, length)
+    return value
 
 
 @torch.no_grad()

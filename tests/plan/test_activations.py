@@ -2,7 +2,7 @@ import pytest
 import torch
 
 from phase8.config.schema import ModelSection
-from phase8.kernels.reference.rotary import rotary_angles
+from phase8.kernels.rotary import rotary_angles
 from phase8.model.model import build_model
 from phase8.model.parameters import initialise
 from phase8.plan.activations import bytes_within_budget, trace_activations

@@ -11,8 +11,8 @@ from phase8.config.schema import RunConfig
 from phase8.errors import ConfigError
 from phase8.model.model import build_model
 from phase8.model.parameters import initialise
+from phase8.plan.cost_facts import communication_fact, memory_facts
 from phase8.plan.dry_run import dry_run
-from phase8.plan.facts import communication_fact, memory_facts
 from phase8.plan.run_communication import plan_run_communication
 from phase8.plan.whole_config import count_parameters, plan_stages, shapes_only
 

@@ -10,9 +10,9 @@ import torch
 from doors import load_door
 from rich.console import Console
 
+from phase8.ablation.runs import RunProcesses
+from phase8.ablation.study import VARIANTS, plan_runs
 from phase8.observe.metrics import read_metrics
-from phase8.train.ablation import VARIANTS, plan_runs
-from phase8.train.ablation_runs import RunProcesses
 from phase8.train.build import build_run
 from phase8.train.loop import train
 

@@ -8,9 +8,9 @@ import pytest
 import torch
 from doors import load_door
 
+from phase8.benchmark import ladder, parallel, throughput
+from phase8.benchmark.parallel import LayoutSpeed
 from phase8.kernels import backends
-from phase8.train import benchmark, benchmark_ladder, benchmark_parallel
-from phase8.train.benchmark_parallel import LayoutSpeed
 
 DOOR = Path(__file__).parents[2] / "tools" / "benchmark.py"
 QUICKSTART = Path(__file__).parents[2] / "configs" / "quickstart.yaml"
@@ -42,14 +42,14 @@ def door(tiny, monkeypatch, capfd):
 @pytest.fixture
 def little_memory(monkeypatch):
     """Longer sequences than 16 do not fit the transformer."""
-    measure = benchmark.measure_throughput
+    measure = throughput.measure_throughput
 
     def measure_or_fail(config, **options):
         if config.model.block == "transformer" and config.model.sequence_length > 16:
             raise torch.OutOfMemoryError("CUDA out of memory.")
         return measure(config, **options)
 
-    monkeypatch.setattr(benchmark, "measure_throughput", measure_or_fail)
+    monkeypatch.setattr(throughput, "measure_throughput", measure_or_fail)
 
 
 def lines_by_name(table, names):
@@ -90,7 +90,7 @@ def test_the_default_shape_is_the_research_benchmark_s_beside_its_published_figu
         assert options["use_compile"] and options["num_steps"] == 20
         return iter(())
 
-    monkeypatch.setattr(benchmark_ladder, "climb", climb)
+    monkeypatch.setattr(ladder, "climb", climb)
     code, output, _ = door("speed")
     (config,) = shapes
     model = config.model
@@ -104,7 +104,7 @@ def test_the_default_shape_is_the_research_benchmark_s_beside_its_published_figu
 
 def test_flash_attention_adds_a_column_where_it_is_installed(door, monkeypatch):
     blocks = []
-    monkeypatch.setattr(benchmark_ladder, "climb", lambda config, **_: blocks.append(config.model.block) or iter(()))
+    monkeypatch.setattr(ladder, "climb", lambda config, **_: blocks.append(config.model.block) or iter(()))
     monkeypatch.setattr(backends, "installed_flash_attention", lambda: {2: "2.8.3"})
     code, _, errors = door("speed", "--use-flash-attn2")
     assert code == 2 and "needs a GPU" in errors and blocks == []
@@ -162,7 +162,7 @@ def test_layouts_as_a_table_and_as_json(door, tiny, tmp_path, monkeypatch):
         for layout in layouts:
             yield LayoutSpeed(layout, None, None, "not today")
 
-    monkeypatch.setattr(benchmark_parallel, "measure_layouts", measure_layouts)
+    monkeypatch.setattr(parallel, "measure_layouts", measure_layouts)
     code, output, table = door("parallel", "--config", tiny, "--json", "--layouts", "one", "pp2-1f1b", "--set", "model.sequence_length=48")
     host = asked["host"]
     assert (code, asked["names"], asked["sequence_length"], asked["sequences_per_rank"], asked["num_steps"]) == (0, ["one", "pp2-1f1b"], 48, 8, 8)
@@ -212,7 +212,7 @@ def test_130_when_interrupted(door, monkeypatch):
     def interrupt(*_, **__):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(benchmark, "measure_throughput", interrupt)
+    monkeypatch.setattr(throughput, "measure_throughput", interrupt)
     code, output, errors = door("quickstart")
     assert (code, output, errors) == (130, "", "interrupted\n")
 

@@ -108,7 +108,7 @@ def test_another_number_than_planned_is_a_bug(door, small, monkeypatch):
     def one_less_in_stage_1(config, **arguments):
         return [replace(each, num_parameters=each.num_parameters - each.stage) for each in plan_stages(config, **arguments)]
 
-    monkeypatch.setattr("phase8.train.check.plan_stages", one_less_in_stage_1)
+    monkeypatch.setattr("phase8.train.plan_check.plan_stages", one_less_in_stage_1)
     code, _, errors = door("--config", small, "--world-size", 4, "--set", "parallel.pipeline_parallel_size=2")
     assert code == 1 and errors.startswith("error: rank 2, the first of pipeline stage 1, holds ") and len(errors.splitlines()) == 1
 

@@ -9,8 +9,8 @@ import torch
 from doors import load_door
 
 from phase8.checkpoint.checksum import checksum_of
-from phase8.checkpoint.compare import compare_checkpoints
 from phase8.checkpoint.load import open_checkpoint
+from phase8.checkpoint.reshard.compare import compare_checkpoints
 from phase8.checkpoint.save import save_checkpoint
 from phase8.config.load import config_to_mapping, load_config
 from phase8.model.model import build_model

@@ -21,16 +21,16 @@ from hypothesis import given
 from hypothesis import strategies as st
 from test_reshard_to_hf import trained
 
-from phase8.checkpoint.compare import compare_checkpoints
-from phase8.checkpoint.llama_source import open_llama
+from phase8.checkpoint.huggingface.source import open_llama
 from phase8.checkpoint.load import Checkpoint, open_checkpoint
-from phase8.checkpoint.rewrite import WORK_PREFIX
+from phase8.checkpoint.reshard.compare import compare_checkpoints
+from phase8.checkpoint.reshard.rewrite import WORK_PREFIX
 from phase8.checkpoint.save import save_checkpoint
 from phase8.checkpoint.state import restore_state
 from phase8.checkpoint.weight_files import read_object, regular
 from phase8.errors import CheckpointMismatchError, Phase8Error
 from phase8.generate.restore import restore_model
-from phase8.generate.sample import SamplingOptions, generate_tokens
+from phase8.generate.sampling import SamplingOptions, generate_tokens
 from phase8.model.model import build_model
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "checkpoint"))

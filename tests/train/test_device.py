@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from phase8.config.schema import ZeroSection
-from phase8.distributed.bootstrap import World
+from phase8.processes.bootstrap import World
 from phase8.train.device import share_cores
 
 OFFLOADED, GPU = ZeroSection(stage=3, offload_optimizer="cpu"), torch.device("cuda", 0)

@@ -2,8 +2,8 @@
 
 import pytest
 
-from phase8.distributed.bootstrap import World
 from phase8.errors import StorageError
+from phase8.processes.bootstrap import World
 from phase8.train.restart import record_agents, resume_after_restart
 from phase8.train.run_directory import RunDirectory
 

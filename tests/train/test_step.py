@@ -6,6 +6,7 @@ import torch.nn.functional as F
 
 from phase8.config.pipeline import pipeline_of
 from phase8.config.schema import ModelSection, ParallelSection, ZeroSection
+from phase8.data.microbatch import split_sample
 from phase8.distributed.collectives import ALONE
 from phase8.distributed.mesh import build_mesh
 from phase8.kernels.reference.cross_entropy import IGNORED_TARGET
@@ -14,7 +15,6 @@ from phase8.model.parameters import initialise
 from phase8.optim.shards import Shards
 from phase8.topology import Topology
 from phase8.train.learner import Learner
-from phase8.train.microbatch import split_sample
 from phase8.train.stage import Stage
 from phase8.train.step import evaluate, train_step
 

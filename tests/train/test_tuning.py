@@ -8,8 +8,8 @@ import torch
 from rich.console import Console
 from tiny_run import losses, prepare, records, tiny_config, train_tiny, write_config
 
-from phase8.checkpoint.layout import step_directory_name
 from phase8.checkpoint.load import list_checkpoints, open_checkpoint
+from phase8.checkpoint.step_directories import step_directory_name
 from phase8.config.auto import automatic_keys
 from phase8.config.batch import run_topology
 from phase8.distributed.mesh import build_mesh

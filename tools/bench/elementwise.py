@@ -19,9 +19,9 @@ import torch.nn.functional as F
 from measure import Case, benchmark, parser, require_close
 from torch import Tensor
 
-from phase8.kernels.reference.causal_convolution import causal_convolution
-from phase8.kernels.reference.dtypes import at_least_fp32
-from phase8.kernels.reference.rotary import rotary_angles, rotate
+from phase8.kernels.causal_convolution import causal_convolution
+from phase8.kernels.dtypes import at_least_fp32
+from phase8.kernels.rotary import rotary_angles, rotate
 from phase8.model.norm import rms_normalise
 from phase8.terminal import run_door
 

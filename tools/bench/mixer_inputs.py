@@ -20,7 +20,7 @@ from torch import Tensor
 
 from phase8.kernels.mixer_inputs import mixer_inputs
 from phase8.kernels.reference import mixer_inputs as reference
-from phase8.kernels.reference.rotary import rotary_angles
+from phase8.kernels.rotary import rotary_angles
 from phase8.terminal import run_door
 
 TAPS, EPS = 4, 1e-5

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from phase8.kernels.gpu.fast_math import dot_precision, exp2, has_fast_math, log2, rsqrt
 from phase8.kernels.reference.window_attention import ARCCOSH_EPS
-from phase8.kernels.reference.window_state import VisibleKeys
+from phase8.kernels.window_state import VisibleKeys
 
 LN_2 = tl.constexpr(0.6931471805599453)
 LOG2_E = tl.constexpr(1.4426950408889634)

@@ -26,7 +26,7 @@ from phase8.kernels.gpu.window_attention import (
     rows_contiguous,
     window_ranges,
 )
-from phase8.kernels.reference.window_state import VisibleKeys
+from phase8.kernels.window_state import VisibleKeys
 
 GLOBAL_PIECE_TOKENS = 512
 

@@ -22,8 +22,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from phase8.kernels.dtypes import at_least_fp32
 from phase8.kernels.reference.associative_scan import linear_scan
-from phase8.kernels.reference.dtypes import at_least_fp32
 
 CHUNK_TOKENS = 64
 

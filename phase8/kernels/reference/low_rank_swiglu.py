@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from phase8.kernels.reference.dtypes import at_least_fp32
+from phase8.kernels.dtypes import at_least_fp32
 
 
 def low_rank_swiglu(bottlenecks: Tensor, gate: Tensor, up: Tensor, down: Tensor) -> Tensor:

@@ -14,9 +14,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from phase8.kernels.reference.causal_convolution import causal_convolution
-from phase8.kernels.reference.dtypes import at_least_fp32
-from phase8.kernels.reference.rotary import rotate
+from phase8.kernels.causal_convolution import causal_convolution
+from phase8.kernels.dtypes import at_least_fp32
+from phase8.kernels.rotary import rotate
 
 
 class MixerInputs(NamedTuple):

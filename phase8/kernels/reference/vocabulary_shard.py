@@ -14,8 +14,8 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from phase8.kernels.dtypes import at_least_fp32
 from phase8.kernels.reference.cross_entropy import IGNORED_TARGET
-from phase8.kernels.reference.dtypes import at_least_fp32
 
 ELSEWHERE = -1  # the column of a target that another process has
 LOG2E = 1 / math.log(2)

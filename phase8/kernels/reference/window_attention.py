@@ -22,8 +22,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from phase8.kernels.reference.dtypes import at_least_fp32
-from phase8.kernels.reference.window_state import VisibleKeys, WindowState, visible_keys
+from phase8.kernels.dtypes import at_least_fp32
+from phase8.kernels.window_state import VisibleKeys, WindowState, visible_keys
 
 ARCCOSH_EPS = 1e-3
 

@@ -1,0 +1,1 @@
+"""Ablations: variants of the model trained on the same tokens, and their held-out losses compared."""

@@ -1,0 +1,174 @@
+"""What an ablation found: a table, a picture, and all figures as JSON.
+
+A difference between two variants is the mean over the seeds that both have of their relative difference: of one seed both saw the same
+tokens in the same order, so what the order does to the loss drops out.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from statistics import fmean, median
+from typing import Any
+
+from phase8.ablation.chart import validation_png
+from phase8.ablation.runs import Record
+from phase8.ablation.study import REFERENCE, Study
+from phase8.data.staging import write_json
+from phase8.durable import replace_file
+from phase8.terminal import ESCAPED
+
+NOTHING = "-"
+
+
+@dataclass(frozen=True)
+class Summary:
+    """One variant over its seeds.
+
+    Args:
+        num_parameters: Of its model.
+        tokens: Tokens of a run.
+        losses: Final validation loss by seed; None: not finite.
+        mean: Mean of the losses; None: one is not finite.
+        spread: Largest minus smallest.
+        difference: Relative to `REFERENCE`, over the seeds of both, as a ratio; None: there is no such seed.
+        difference_seeds: The number of these seeds.
+        tokens_per_second: Median over the runs.
+    """
+
+    num_parameters: int
+    tokens: int
+    losses: dict[int, float | None]
+    mean: float | None
+    spread: float | None
+    difference: float | None
+    difference_seeds: int
+    tokens_per_second: float | None
+
+
+def write_results(study: Study, records: Sequence[Record], output: Path) -> str:
+    """Writes `table.md`, `results.json` and `curves.png` into the output directory, and returns the table.
+
+    Args:
+        study: What all runs share.
+        records: Of the finished runs, at least one.
+        output: Where.
+
+    Raises:
+        StorageError: It cannot be written.
+    """
+    by_variant = {name: sorted((r for r in records if r.variant == name), key=lambda record: record.seed) for name in study.variants}
+    runs = {name: found for name, found in by_variant.items() if found}
+    summaries = summarise(runs)
+    table = table_text(study, runs, summaries)
+    replace_file(output / "table.md", table.encode(errors=ESCAPED))
+    write_json(output / "results.json", _tree(study, runs, summaries))
+    curves = {name: {record.seed: dict(record.curve) for record in found} for name, found in runs.items()}
+    replace_file(output / "curves.png", validation_png(curves, reference=REFERENCE))
+    return table
+
+
+def summarise(runs: Mapping[str, Sequence[Record]]) -> dict[str, Summary]:
+    """Each variant over its seeds."""
+    losses = {name: {record.seed: record.validation_loss for record in found} for name, found in runs.items()}
+    return {name: _summary(found, losses[name], losses.get(REFERENCE, {})) for name, found in runs.items()}
+
+
+def table_text(study: Study, runs: Mapping[str, Sequence[Record]], summaries: Mapping[str, Summary]) -> str:
+    """The table as Markdown, between what was trained and what the columns mean."""
+    seeds = sorted({seed for summary in summaries.values() for seed in summary.losses})
+    head = ["variant", "parameters", "tokens", *(f"seed {seed}" for seed in seeds), "mean", "spread", f"against {REFERENCE}", "tok/s"]
+    rows = [
+        [
+            name,
+            f"{summary.num_parameters:,}",
+            f"{summary.tokens:,}",
+            *(_loss(summary.losses[seed]) if seed in summary.losses else NOTHING for seed in seeds),
+            _loss(summary.mean),
+            NOTHING if len(summary.losses) < 2 or summary.spread is None else f"{summary.spread:.4f}",
+            _difference(name, summary),
+            NOTHING if summary.tokens_per_second is None else f"{summary.tokens_per_second:,.0f}",
+        ]
+        for name, summary in summaries.items()
+    ]
+    records = [record for found in runs.values() for record in found]
+    lines = ["| " + " | ".join(cells) + " |" for cells in (head, ["---", *["---:"] * (len(head) - 1)], *rows)]
+    skipped = _skipped(records)
+    remarks = [f"Steps skipped because loss or gradient was not finite: {skipped}."] if skipped else []
+    return "\n".join([_conditions(study, records), "", *lines, "", _legend(records), *remarks]) + "\n"
+
+
+def _summary(found: Sequence[Record], losses: dict[int, float | None], reference: Mapping[int, float | None]) -> Summary:
+    known = [loss for loss in losses.values() if loss is not None]
+    is_whole = len(known) == len(losses)
+    pairs = [(loss, reference[seed]) for seed, loss in losses.items() if loss is not None and reference.get(seed) is not None]
+    speeds = [record.tokens_per_second for record in found if record.tokens_per_second is not None]
+    return Summary(
+        num_parameters=found[0].num_parameters,
+        tokens=found[0].tokens,
+        losses=losses,
+        mean=fmean(known) if is_whole else None,
+        spread=max(known) - min(known) if is_whole else None,
+        difference=fmean(loss / base - 1 for loss, base in pairs) if pairs else None,
+        difference_seeds=len(pairs),
+        tokens_per_second=median(speeds) if speeds else None,
+    )
+
+
+def _loss(loss: float | None) -> str:
+    return "not finite" if loss is None else f"{loss:.4f}"
+
+
+def _difference(name: str, summary: Summary) -> str:
+    if name == REFERENCE or summary.difference is None:
+        return NOTHING
+    partial = "" if summary.difference_seeds == len(summary.losses) else f" ({summary.difference_seeds} of {len(summary.losses)} seeds)"
+    return f"{100 * summary.difference:+.2f} %{partial}"
+
+
+def _conditions(study: Study, records: Sequence[Record]) -> str:
+    config, num_tokens = study.config, _num_training_tokens(study)
+    passes = f" ({records[0].tokens / num_tokens:.2f} passes a run)" if len(study.data["train"]["sources"]) == 1 else ""
+    return (
+        f"{', '.join(_distinct(record.device for record in records))}, torch {', '.join(_distinct(record.torch_version for record in records))}; "
+        f"{config['precision.dtype']}, T {config['model.sequence_length']}, {config['train.num_steps']:,} steps, peak learning rate "
+        f"{config['optim.learning_rate']:g}; training data of {num_tokens:,} tokens{passes}, validation on "
+        f"{records[0].validation_tokens:,} tokens; config hash {study.digest}."
+    )
+
+
+def _legend(records: Sequence[Record]) -> str:
+    jobs = " or ".join(_distinct(str(record.jobs) for record in records))
+    return (
+        "Loss on held-out data after the last step, nats per token. Spread: largest minus smallest over the seeds. "
+        f"Against {REFERENCE}: mean over the seeds of both of the relative difference. "
+        f"tok/s: median over a run's steps, with at most {jobs} runs side by side on the device."
+    )
+
+
+def _skipped(records: Sequence[Record]) -> str:
+    """Steps that were not taken, or nothing to say."""
+    return ", ".join(f"{record.variant} seed {record.seed}: {record.skipped_steps}" for record in records if record.skipped_steps)
+
+
+def _tree(study: Study, runs: Mapping[str, Sequence[Record]], summaries: Mapping[str, Summary]) -> dict[str, Any]:
+    """Every figure, as plain JSON."""
+    return {
+        "config_hash": study.digest,
+        "config": study.config,
+        "data": study.data,
+        "reference": REFERENCE,
+        "variants": {
+            name: {**asdict(summary), "settings": study.variants[name], "runs": [asdict(record) for record in runs[name]]}
+            for name, summary in summaries.items()
+        },
+    }
+
+
+def _num_training_tokens(study: Study) -> int:
+    return sum(source["num_tokens"] for source in study.data["train"]["sources"])
+
+
+def _distinct(values: Iterable[str]) -> list[str]:
+    return list(dict.fromkeys(values))

@@ -1,0 +1,244 @@
+"""The runs of an ablation as processes, on all GPUs of the machine and several side by side on each, which a small model does not fill.
+
+A run that crashed, was stopped or killed goes on from its checkpoint when it is started again. A run that has reached its last step
+leaves a record, by which alone it counts as finished: its directory may then be deleted.
+"""
+
+from __future__ import annotations
+
+import shlex
+import signal
+import subprocess
+import time
+from collections import deque
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from phase8.ablation.study import PlannedRun
+from phase8.data.staging import read_json, write_json
+from phase8.durable import open_for_appending, storage_errors
+from phase8.errors import StorageError
+from phase8.observe.history import History, last_finite, median
+from phase8.observe.metrics import read_metrics
+from phase8.terminal import ESCAPED
+from phase8.train.device import environment_with_gpu
+from phase8.train.signals import StopRequest
+
+POLL_SECONDS = 0.1
+SECONDS_BETWEEN_LINES = 60.0
+
+
+@dataclass(frozen=True)
+class Record:
+    """What a finished run measured.
+
+    Args:
+        variant: Of the run.
+        seed: Of the run.
+        num_parameters: Of the model.
+        tokens: Tokens it was trained on.
+        validation_loss: After the last step, in nats per token; None: not finite.
+        validation_tokens: Held-out tokens this is the mean of.
+        tokens_per_second: Median over the steps.
+        skipped_steps: Steps left out because loss or gradient was not finite.
+        device: Where it was trained to its end.
+        torch_version: With which torch.
+        jobs: Runs that could be side by side on that device.
+        curve: Tokens seen and validation loss, of every evaluation.
+    """
+
+    variant: str
+    seed: int
+    num_parameters: int
+    tokens: int
+    validation_loss: float | None
+    validation_tokens: int
+    tokens_per_second: float | None
+    skipped_steps: int
+    device: str
+    torch_version: str
+    jobs: int
+    curve: list[list[float | None]]
+
+
+@dataclass(frozen=True)
+class Machine:
+    """Where runs are trained and how.
+
+    Args:
+        command: The words that start a run, given its overrides.
+        device: Name of the device.
+        jobs: Runs side by side on each device.
+        gpus: What CUDA_VISIBLE_DEVICES says for a run on each GPU; empty: the one device there is needs no choice.
+    """
+
+    command: Callable[[Sequence[str]], list[str]]
+    device: str
+    jobs: int
+    gpus: Sequence[str] = ()
+
+    @property
+    def max_running(self) -> int:
+        """Runs side by side on all devices."""
+        return self.jobs * max(len(self.gpus), 1)
+
+
+@dataclass(frozen=True)
+class _Started:
+    run: PlannedRun
+    process: subprocess.Popen
+    log: Path
+    gpu: str | None
+
+
+def read_records(output: Path) -> list[Record]:
+    """The records of all finished runs below an output directory, in order of their names.
+
+    Raises:
+        StorageError: One is damaged.
+    """
+    return [_read_record(path) for path in sorted((output / "records").glob("*.json"))]
+
+
+def record_path(run: PlannedRun, output: Path) -> Path:
+    """Where a run leaves its record when it is finished."""
+    return output / "records" / f"{run.name}.json"
+
+
+class RunProcesses:
+    """Starts runs, watches them, and records those that reach their last step.
+
+    Args:
+        machine: Where.
+        output: Where logs and records go.
+        num_parameters: Of each variant.
+        on_message: Told what happens, a line each time.
+    """
+
+    def __init__(self, machine: Machine, output: Path, *, num_parameters: Mapping[str, int], on_message: Callable[[str], None]):
+        self.machine, self.output, self.num_parameters, self.on_message = machine, output, num_parameters, on_message
+        self.failures: list[int] = []  # exit codes; negative: the signal that killed the process
+        self._running: list[_Started] = []
+
+    def train(self, runs: Sequence[PlannedRun], *, on_record: Callable[[], None]) -> None:
+        """Trains every run to its last step, or until a stop signal, at which all save and stop; when one fails, the others go on.
+
+        Args:
+            runs: In the order they are started in.
+            on_record: Called whenever a run has left its record.
+
+        Raises:
+            StorageError: Logs or records cannot be written; what was running is killed.
+            KeyboardInterrupt: At a second Ctrl-C; likewise.
+        """
+        waiting, is_stopping = deque(runs), False
+        next_line = time.monotonic() + SECONDS_BETWEEN_LINES
+        with StopRequest() as stop:
+            try:
+                while self._running or waiting:
+                    if stop.received is not None and not is_stopping:
+                        is_stopping = True
+                        waiting.clear()
+                        for started in self._running:
+                            started.process.terminate()
+                    while waiting and len(self._running) < self.machine.max_running:
+                        self._start(waiting.popleft())
+                    for started in [started for started in self._running if started.process.poll() is not None]:
+                        self._running.remove(started)
+                        if self._settle(started, is_stopping=is_stopping):
+                            on_record()
+                    if time.monotonic() > next_line:
+                        next_line = time.monotonic() + SECONDS_BETWEEN_LINES
+                        self.on_message("; ".join(f"{started.run.name}: {_progress(started.run)}" for started in self._running))
+                    time.sleep(POLL_SECONDS)
+            finally:
+                for started in self._running:
+                    started.process.kill()
+                    started.process.wait()
+
+    def _start(self, run: PlannedRun) -> None:
+        command, log, gpu = self.machine.command(run.settings), self.output / "logs" / f"{run.name}.log", self._least_busy_gpu()
+        with storage_errors(log):
+            log.parent.mkdir(parents=True, exist_ok=True)
+            with open(open_for_appending(log), "ab") as file:
+                file.write(f"$ {shlex.join(command)}\n".encode(errors=ESCAPED))
+                file.flush()
+                # In a session of its own: Ctrl-C reaches this process alone, which asks each run once.
+                process = subprocess.Popen(
+                    command, stdin=subprocess.DEVNULL, stdout=file, stderr=subprocess.STDOUT, start_new_session=True, env=environment_with_gpu(gpu)
+                )
+                self._running.append(_Started(run, process, log, gpu))
+        self.on_message(f"{run.name}: started{'' if gpu is None else f' on GPU {gpu}'}, log in {log}")
+
+    def _least_busy_gpu(self) -> str | None:
+        busy = [started.gpu for started in self._running]
+        return min(self.machine.gpus, key=busy.count, default=None)
+
+    def _settle(self, started: _Started, *, is_stopping: bool) -> bool:
+        """Says how a process ended; whether its run left a record."""
+        run, code = started.run, started.process.returncode
+        if code == 0:
+            record = self._record(run)
+            if record is not None:
+                write_json(record_path(run, self.output), asdict(record))
+                loss = "not finite" if record.validation_loss is None else f"{record.validation_loss:.4f}"
+                self.on_message(f"{run.name}: finished, validation loss {loss}")
+                return True
+        if code == 0 or (is_stopping and code == -signal.SIGTERM):  # it was asked before it could listen
+            self.on_message(f"{run.name}: stopped at {_progress(run)}")
+            return False
+        self.failures.append(code)
+        end = f"exit code {code}" if code > 0 else f"killed by {signal.Signals(-code).name}"
+        self.on_message(f"{run.name}: failed at {_progress(run)}: {end}; the end of {started.log} is: {_last_line(started.log)}")
+        return False
+
+    def _record(self, run: PlannedRun) -> Record | None:
+        """What a run measured; None when it has not reached its last step."""
+        evaluations, history = _metrics(run, say=self.on_message)
+        if not evaluations or evaluations[-1]["step"] != run.config.train.num_steps:
+            return None
+        seen = history.validation_tokens_seen.astype(int).tolist()
+        return Record(
+            variant=run.variant,
+            seed=run.seed,
+            num_parameters=self.num_parameters[run.variant],
+            tokens=int(history.tokens[-1]),
+            validation_loss=evaluations[-1]["validation_loss"],
+            validation_tokens=evaluations[-1]["validation_tokens"],
+            tokens_per_second=median(history.tokens_per_second),
+            skipped_steps=history.num_skipped,
+            device=self.machine.device,
+            torch_version=str(torch.__version__),
+            jobs=self.machine.jobs,
+            curve=[[tokens, evaluation["validation_loss"]] for tokens, evaluation in zip(seen, evaluations, strict=True)],
+        )
+
+
+def _read_record(path: Path) -> Record:
+    tree = read_json(path)
+    if not isinstance(tree, dict) or tree.keys() != {field.name for field in fields(Record)}:
+        raise StorageError(f"{path} is not the record of a finished run; delete it, and the run is finished again from its directory")
+    return Record(**tree)
+
+
+def _metrics(run: PlannedRun, *, say: Callable[[str], None] | None = None) -> tuple[list[dict[str, Any]], History]:
+    """The evaluations of a run, and all of its record; nothing when it has not begun."""
+    path = run.directory / "metrics.jsonl"
+    records = read_metrics(path, say=say) if path.exists() else []
+    return [record for record in records if "validation_loss" in record], History.from_records(records)
+
+
+def _progress(run: PlannedRun) -> str:
+    _, history = _metrics(run)
+    step = int(history.steps[-1]) if history.steps.size else 0
+    loss = last_finite(history.loss)
+    return f"step {step:,} of {run.config.train.num_steps:,}" + ("" if loss is None else f", loss {loss:.3f}")
+
+
+def _last_line(log: Path) -> str:
+    lines = [line for line in log.read_text(encoding="utf-8", errors="replace").splitlines() if line.strip()]
+    return lines[-1].strip()

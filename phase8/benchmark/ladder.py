@@ -1,0 +1,163 @@
+"""The ladder of `tools/benchmark.py speed`: what each technique adds on top of those before it, measured in one run on one machine.
+
+A rung is a few config keys. A rung that this machine does not have, or whose run was not finite, is listed with the reason, and the
+next one is built without it. How far the gradients of a rung are from those of the rung before is measured with its speed.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+
+from phase8.benchmark.data import on_random_tokens
+from phase8.benchmark.throughput import Measurement, Throughput, measure_alone
+from phase8.config.auto import without_auto
+from phase8.config.load import with_settings
+from phase8.config.schema import RunConfig
+from phase8.errors import ConfigError, DivergenceError
+from phase8.kernels.backends import kernel_backend, select_kernels
+
+MAX_WORKERS = 4
+
+
+@dataclass(frozen=True)
+class Rung:
+    """One technique.
+
+    Args:
+        name: As the table calls it.
+        settings: Its config keys, on top of those of the rungs before it.
+        missing: Why it cannot be measured, given the device and the settings so far; None: it can.
+    """
+
+    name: str
+    settings: Mapping[str, object]
+    missing: Callable[[torch.device, Mapping[str, object]], str | None] = lambda device, settings: None
+
+
+@dataclass(frozen=True)
+class RungSpeed:
+    """A measured rung, or one that is missing.
+
+    Args:
+        name: Of the rung.
+        measurement: Its speed, or why there is none.
+        gain: Speed over that of the last rung that was measured; None: there is none.
+        deviation: Of the gradients from those of that rung: largest difference of two norms over the norm of all. Rounding moves it, in
+            bf16 far on small models, and a wrong kernel moves it too.
+    """
+
+    name: str
+    measurement: Measurement
+    gain: float | None
+    deviation: float | None
+
+
+def climb(config: RunConfig, *, device: torch.device, num_steps: int, use_compile: bool = True) -> Iterator[RungSpeed]:
+    """Measures the rungs one after the other, each when it is asked for.
+
+    Args:
+        config: The model and the batch; the keys of the rungs are overridden.
+        device: Where.
+        num_steps: Measured steps of each rung.
+        use_compile: Measure the rungs that compile.
+
+    Raises:
+        ConfigError: The config itself cannot run.
+    """
+    ladder = rungs(config, use_compile=use_compile)
+    settings = dict(ladder[0].settings)  # whether or not the first rung fits into memory
+    last: Throughput | None = None
+    with on_random_tokens(config) as config:
+        for rung in ladder:
+            reason = rung.missing(device, settings)
+            measurement = Measurement(None, f"not available: {reason}")
+            if reason is None:
+                changed = {**settings, **rung.settings}
+                measurement = _measure_rung(config, changed, device=device, num_steps=num_steps, is_first=last is None)
+            gain = deviation = None
+            if measurement.throughput is not None:
+                settings |= rung.settings
+                if last is not None:
+                    gain = measurement.throughput.tokens_per_second / last.tokens_per_second
+                    deviation = gradient_deviation(measurement.throughput.gradients, last.gradients)
+                last = measurement.throughput
+            yield RungSpeed(rung.name, measurement, gain, deviation)
+
+
+def rungs(config: RunConfig, *, use_compile: bool) -> tuple[Rung, ...]:
+    """The ladder from bottom to top."""
+    num_workers = without_auto(config).data.num_workers or min(MAX_WORKERS, max((os.cpu_count() or 1) // 2, 1))
+    return (
+        Rung(
+            "eager fp32",
+            {
+                "precision.dtype": "fp32",
+                "data.num_workers": 0,
+                "data.pin_memory": False,
+                "train.compile.enabled": False,
+                "train.cuda_graphs": False,
+                "train.kernels": "reference",
+            },
+        ),
+        Rung("+ loader", {"data.num_workers": num_workers, "data.pin_memory": True}),
+        Rung("+ bf16", {"precision.dtype": "bf16"}),
+        Rung(
+            "+ compile",
+            {"train.compile.enabled": True, "train.compile.mode": "default"},
+            _missing_compiler if use_compile else lambda device, settings: "switched off by --no-use-compile",
+        ),
+        Rung("+ kernels", {"train.kernels": "auto"}, _missing_kernels),
+        Rung("+ CUDA graphs", {"train.cuda_graphs": True}, _missing_graphs),
+    )
+
+
+def total_gain(speeds: Sequence[RungSpeed]) -> float | None:
+    """Speed of the last measured rung over that of the first; None: fewer than two were measured."""
+    measured = [speed.measurement.throughput for speed in speeds if speed.measurement.throughput is not None]
+    return measured[-1].tokens_per_second / measured[0].tokens_per_second if len(measured) > 1 else None
+
+
+def gradient_deviation(gradients: Mapping[str, float], expected: Mapping[str, float]) -> float:
+    """Largest difference of two norms of one name over the norm of all that is expected."""
+    return max(abs(gradients[name] - norm) for name, norm in expected.items()) / math.hypot(*expected.values())
+
+
+def _measure_rung(
+    config: RunConfig, settings: Mapping[str, object], *, device: torch.device, num_steps: int, is_first: bool
+) -> Measurement:
+    """The speed of a rung; what is refused on the first one is the user's to correct, later it is what the rung does."""
+    try:
+        return measure_alone(with_settings(config, settings), device=device, num_steps=num_steps)
+    except (ConfigError, DivergenceError) as error:
+        if is_first:
+            raise
+        return Measurement(None, f"not available: {error}" if isinstance(error, ConfigError) else f"wrong: {error}")
+
+
+def _missing_compiler(device: torch.device, settings: Mapping[str, object]) -> str | None:
+    if device.type == "cuda":
+        return None
+    # Imported here: torch's compiler takes seconds to load.
+    from torch._inductor.cpp_builder import get_cpp_compiler
+    from torch._inductor.exc import InvalidCxxCompiler
+
+    try:
+        get_cpp_compiler()
+    except InvalidCxxCompiler:
+        return "torch.compile needs a C++ compiler on a CPU, and there is none"
+    return None
+
+
+def _missing_kernels(device: torch.device, settings: Mapping[str, object]) -> str | None:
+    select_kernels("auto", device)  # the rungs before chose the references, and each run chooses anew
+    backend = kernel_backend(device)
+    return None if backend.name == "triton" else backend.reason
+
+
+def _missing_graphs(device: torch.device, settings: Mapping[str, object]) -> str | None:
+    return None if device.type == "cuda" else "CUDA graphs need a GPU"

@@ -1,0 +1,108 @@
+"""One rank of a benchmark: it trains for some steps with the trainer itself and leaves its figures in a file."""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable
+from contextlib import closing
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from phase8.benchmark.throughput import WARMUP_STEPS, StepClock, silence, undisturbed
+from phase8.config.schema import RunConfig
+from phase8.observe.memory import peak_memory_bytes
+from phase8.observe.progress import Progress
+from phase8.processes.bootstrap import World
+from phase8.train.build import build_run
+from phase8.train.device import device_name
+from phase8.train.signals import StopRequest
+from phase8.train.trainer import Trainer
+
+MEMORY_OF_HOST = Path("/proc/meminfo")
+
+
+@dataclass(frozen=True)
+class RankFigures:
+    """What one rank measured.
+
+    Args:
+        rank: Its number.
+        device: Name of its device.
+        torch_version: Of torch.
+        step_seconds: Median over the measured steps, from the end of a step to the end of the next.
+        data_wait_ratio: Share of it spent waiting for data.
+        build_seconds: Until the model had its first weights and everything else was ready.
+        warmup_seconds: Duration of the steps before the measured ones.
+        peak_memory_bytes: Of the device while it trained; None: a CPU.
+        peak_resident_bytes: Largest resident set of the process. Whether page-locked memory is in it is up to the driver.
+        host_bytes: Memory of the host in use after the steps, less that before the model was built; None: not known here.
+        facts: What the banner of the run said.
+    """
+
+    rank: int
+    device: str
+    torch_version: str
+    step_seconds: float
+    data_wait_ratio: float
+    build_seconds: float
+    warmup_seconds: float
+    peak_memory_bytes: int | None
+    peak_resident_bytes: int
+    host_bytes: int | None
+    facts: dict[str, str]
+
+
+def measure_rank(
+    config: RunConfig, *, world: World, device: torch.device, num_steps: int, directory: Path, report: Callable[[int, str], None]
+) -> RankFigures:
+    """Trains without evaluation, report or checkpoints; a collective of all ranks.
+
+    Args:
+        config: What to train; its length, its learning rate and what would interrupt the steps are overridden.
+        world: The place of this rank; the process group exists.
+        device: Of this rank.
+        num_steps: Measured steps, after `WARMUP_STEPS`.
+        directory: Where the ranks may write.
+        report: Told what this rank does from now on, and in which step.
+
+    Raises:
+        DivergenceError: A loss or a gradient was not finite: the speed of such a run means nothing.
+    """
+    used_before, begin = host_used_bytes(), time.perf_counter()
+    config = undisturbed(config, str(directory), num_steps=WARMUP_STEPS + num_steps)
+    run = build_run(config, device=device, resume="none", console=silence(), world_size=world.world_size)
+    build_seconds = time.perf_counter() - begin
+    progress = Progress(total_steps=config.train.num_steps, start_step=0, log_every_n_steps=config.train.num_steps, console=run.console)
+    with (
+        run.lock,
+        StepClock(directory / f"rank-{world.rank}") as clock,
+        progress,
+        closing(Trainer(run, clock, progress, report)) as trainer,
+    ):
+        clock.begin()
+        trainer.train_until(config.train.num_steps, StopRequest())
+    used_after, seconds, steps = host_used_bytes(), clock.durations[WARMUP_STEPS:], clock.steps[WARMUP_STEPS:]
+    return RankFigures(
+        rank=world.rank,
+        device=device_name(device),
+        torch_version=str(torch.__version__),
+        step_seconds=statistics.median(seconds),
+        data_wait_ratio=statistics.median(step.data_wait_seconds / duration for step, duration in zip(steps, seconds, strict=True)),
+        build_seconds=build_seconds,
+        warmup_seconds=sum(clock.durations[:WARMUP_STEPS]),
+        peak_memory_bytes=peak_memory_bytes(device) if device.type == "cuda" else None,
+        peak_resident_bytes=peak_memory_bytes(torch.device("cpu")),
+        host_bytes=None if used_before is None or used_after is None else used_after - used_before,
+        facts=dict(run.facts),
+    )
+
+
+def host_used_bytes() -> int | None:
+    """Memory of this host that is not available, page-locked memory included; None: the system does not say."""
+    if not MEMORY_OF_HOST.exists():
+        return None
+    kibibytes = {name: int(rest.split()[0]) for name, _, rest in (line.partition(":") for line in MEMORY_OF_HOST.read_text().splitlines())}
+    return 1024 * (kibibytes["MemTotal"] - kibibytes["MemAvailable"])

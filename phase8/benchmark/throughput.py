@@ -1,0 +1,268 @@
+"""Training speed of a config, measured by training it for a few steps with the trainer itself.
+
+The clock runs from the end of one step to the end of the next, so everything a user waits for is in it: data, forward, backward, the
+optimizer and the record of the step. A step ends at its one synchronisation with the device, where the loss is read; what the optimizer
+still has in flight then falls into the next step, and none of it is lost.
+"""
+
+from __future__ import annotations
+
+import gc
+import itertools
+import statistics
+import tempfile
+import time
+from contextlib import closing
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from rich.console import Console
+from torch import Tensor
+
+from phase8.benchmark.profile import profile_steps, write_profile
+from phase8.config.auto import without_auto
+from phase8.config.load import with_settings
+from phase8.config.schema import RunConfig
+from phase8.model.flops import training_flops_per_token
+from phase8.model.model import LanguageModel
+from phase8.observe.metrics import MetricsWriter, StepMetrics
+from phase8.observe.progress import Progress
+from phase8.plan.whole_config import count_parameters
+from phase8.tensor_parallel.linear import Linear
+from phase8.terminal import make_console
+from phase8.train.build import Run, build_run
+from phase8.train.device import device_name
+from phase8.train.signals import StopRequest
+from phase8.train.trainer import Trainer
+
+WARMUP_STEPS = 3  # compilation and the recording of the CUDA graph are in them
+PROFILED_STEPS = 3
+
+
+@dataclass(frozen=True)
+class Throughput:
+    """Medians over the measured steps.
+
+    Args:
+        device: Name of the device.
+        device_type: `cpu` or `cuda`.
+        torch_version: Of torch.
+        block: `phase8` or `transformer`.
+        num_parameters: Of the model.
+        sequence_length: T.
+        batch_size: Sequences of a step.
+        recompute: What backward recomputed.
+        num_steps: Measured steps.
+        tokens_per_second: Training speed.
+        step_seconds: From the end of a step to the end of the next.
+        data_wait_ratio: Share of it spent waiting for data.
+        mfu: Model FLOP/s over the device's peak; None: unknown.
+        peak_memory_bytes: Of the whole run; on a CPU of the process, earlier runs included.
+        warmup_seconds: Duration of the steps before.
+        first_loss: Of the first step, before any update.
+        gradients: Norm of the gradient of each linear of the mixers, over all layers, in the last step of the warm-up. It tells whether
+            two runs computed the same.
+        facts: What the banner of the run said: device, implementations, batch, planned memory.
+    """
+
+    device: str
+    device_type: str
+    torch_version: str
+    block: str
+    num_parameters: int
+    sequence_length: int
+    batch_size: int
+    recompute: str
+    num_steps: int
+    tokens_per_second: float
+    step_seconds: float
+    data_wait_ratio: float
+    mfu: float | None
+    peak_memory_bytes: int
+    warmup_seconds: float
+    first_loss: float
+    gradients: dict[str, float]
+    facts: dict[str, str]
+
+
+@dataclass(frozen=True)
+class Measurement:
+    """A throughput, or why there is none.
+
+    Args:
+        throughput: What was measured.
+        reason: Why nothing was; None: it was.
+    """
+
+    throughput: Throughput | None
+    reason: str | None = None
+
+
+class StepClock(MetricsWriter):
+    """The record of a run, which also remembers when each step ended."""
+
+    def __init__(self, directory: Path):
+        super().__init__(directory, resume_step=0, tensorboard=False)
+        self.steps: list[StepMetrics] = []
+        self.ends: list[float] = []
+
+    def begin(self) -> None:
+        """Starts the clock."""
+        self.ends = [time.perf_counter()]
+
+    def log_step(self, metrics: StepMetrics) -> None:
+        """Takes the time and records a training step."""
+        self.ends.append(time.perf_counter())
+        self.steps.append(metrics)
+        super().log_step(metrics)
+
+    @property
+    def durations(self) -> list[float]:
+        """Seconds from the end of a step to the end of the next, the first one from `begin`."""
+        return [after - before for before, after in zip(self.ends, self.ends[1:], strict=False)]
+
+
+def measure_throughput(config: RunConfig, *, device: torch.device, num_steps: int, profile_to: Path | None = None) -> Throughput:
+    """Trains in a temporary run directory, without evaluation, report or checkpoints.
+
+    Args:
+        config: What to train; its length, its learning rate and everything that would interrupt the steps are overridden.
+        device: Where.
+        num_steps: Measured steps, after a warm-up of `WARMUP_STEPS`.
+        profile_to: File for the kernels of `PROFILED_STEPS` further steps.
+
+    Raises:
+        DivergenceError: A loss or a gradient was not finite: the speed of such a run means nothing.
+    """
+    with tempfile.TemporaryDirectory() as output_dir:
+        total_steps = WARMUP_STEPS + num_steps + PROFILED_STEPS
+        run = build_run(undisturbed(config, output_dir, num_steps=total_steps), device=device, resume="none", console=silence())
+        progress = Progress(total_steps=total_steps, start_step=0, log_every_n_steps=total_steps, console=run.console)
+        with (
+            run.lock,
+            StepClock(run.directory.path) as clock,
+            progress,
+            closing(Trainer(run, clock, progress, lambda step, doing: None)) as trainer,
+        ):
+            _wake(run.learner.model)
+            norms = _watch_gradients(run)
+            clock.begin()
+            trainer.train_until(WARMUP_STEPS, StopRequest())
+            gradients = {name: norm.item() for name, norm in norms.items()}
+            trainer.train_until(WARMUP_STEPS + num_steps, StopRequest())
+            found = _figures(run, clock, gradients=gradients)
+            if profile_to is not None:
+                rows = profile_steps(lambda: trainer.train_until(total_steps, StopRequest()), device=device, num_steps=PROFILED_STEPS)
+                write_profile(profile_to, rows, title=f"{found.block} on {found.device}", step_seconds=found.step_seconds)
+    return found
+
+
+def measure_alone(config: RunConfig, *, device: torch.device, num_steps: int, profile_to: Path | None = None) -> Measurement:
+    """`measure_throughput` as if in a process of its own: compiled code and GPU memory are given back, and too little memory is a finding."""
+    measurement = _measure_or_run_out(config, device=device, num_steps=num_steps, profile_to=profile_to)
+    # Only here has the frame that holds model and optimizer ended, also after running out of memory.
+    if config.train.compile.enabled:
+        torch.compiler.reset()
+    gc.collect()
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+    return measurement
+
+
+def _measure_or_run_out(config: RunConfig, *, device: torch.device, num_steps: int, profile_to: Path | None) -> Measurement:
+    try:
+        return Measurement(measure_throughput(config, device=device, num_steps=num_steps, profile_to=profile_to))
+    except torch.OutOfMemoryError:
+        return Measurement(None, "out of memory")
+
+
+def undisturbed(config: RunConfig, output_dir: str, *, num_steps: int) -> RunConfig:
+    """The same training without anything between its steps, at a learning rate that needs no warm-up, and with nothing chosen automatically."""
+    config = without_auto(config)
+    settings = {
+        "run.output_dir": output_dir,
+        "optim.learning_rate": 1e-5,
+        "optim.schedule": "constant",
+        "optim.warmup_steps": 0,
+        "optim.decay_steps": None,
+        "optim.gradient_clip_norm": 1e9 if config.optim.gradient_clip_norm else 0.0,  # the same work, gradients as they are
+        "train.num_steps": num_steps,
+        "train.stop_at_step": None,
+        "train.evaluate_every_n_steps": 0,
+        "train.anomaly.policy": "stop",
+        "train.anomaly.spike_deviations": None,
+        "checkpoint.every_n_steps": 0,
+        "checkpoint.asynchronous": False,
+        "observe.tensorboard": False,
+        "observe.report": False,
+        "observe.sample_prompt": None,
+    }
+    return with_settings(config, settings)
+
+
+def _mixer_linears(model: LanguageModel) -> dict[str, list[Linear]]:
+    """The linear layers of the mixers: those of one name in all blocks."""
+    names = [name for name, module in model.blocks["0"].mixer.named_modules() if isinstance(module, Linear)]
+    return {name: [block.mixer.get_submodule(name) for block in model.blocks.values()] for name in names}
+
+
+def _wake(model: LanguageModel) -> None:
+    """Gives linears of the mixers that begin at zero some weights, the same ones on one kind of device.
+
+    The backward of a silent mixer would have only zeros to compute, and a wrong one would not show in the gradients.
+    """
+    generator = torch.Generator(model.embedding.weight.device).manual_seed(0)
+    with torch.no_grad():
+        for linear in itertools.chain(*_mixer_linears(model).values()):
+            if not linear.weight.any():
+                linear.weight.normal_(std=model.section.init_std, generator=generator)
+
+
+def _watch_gradients(run: Run) -> dict[str, Tensor]:
+    """A mapping that the last step of the warm-up fills: the norm of the gradient of each linear of the mixers, over all layers.
+
+    That step is the one of which a CUDA graph is recorded; then later steps fill it, too.
+    """
+    norms: dict[str, Tensor] = {}
+
+    def measure(*_: object) -> None:
+        if run.position.step != WARMUP_STEPS - 1:
+            return
+        for name, linears in _mixer_linears(run.learner.model).items():
+            norms[name] = torch.nn.utils.get_total_norm([linear.weight.grad for linear in linears])
+
+    run.learner.optimizer.register_step_pre_hook(measure)
+    return norms
+
+
+def _figures(run: Run, clock: StepClock, *, gradients: dict[str, float]) -> Throughput:
+    durations, steps = clock.durations[WARMUP_STEPS:], clock.steps[WARMUP_STEPS:]
+    seconds = statistics.median(durations)
+    tokens_per_second = run.shape.global_batch_size * run.config.model.sequence_length / seconds
+    flops_per_second = training_flops_per_token(run.config.model) * tokens_per_second
+    return Throughput(
+        device=device_name(run.device),
+        device_type=run.device.type,
+        torch_version=str(torch.__version__),
+        block=run.config.model.block,
+        num_parameters=count_parameters(run.learner.model),
+        sequence_length=run.config.model.sequence_length,
+        batch_size=run.shape.global_batch_size,
+        recompute=run.config.train.recomputation,
+        num_steps=len(steps),
+        tokens_per_second=tokens_per_second,
+        step_seconds=seconds,
+        data_wait_ratio=statistics.median(step.data_wait_seconds / duration for step, duration in zip(steps, durations, strict=True)),
+        mfu=None if run.peak_flops is None else flops_per_second / run.peak_flops,
+        peak_memory_bytes=steps[-1].peak_memory_bytes,
+        warmup_seconds=sum(clock.durations[:WARMUP_STEPS]),
+        first_loss=clock.steps[0].loss,
+        gradients=gradients,
+        facts=dict(run.facts),
+    )
+
+
+def silence() -> Console:
+    """A console that shows nothing and, not being a terminal, costs the same everywhere."""
+    return make_console(quiet=True, force_terminal=False)

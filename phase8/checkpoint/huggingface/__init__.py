@@ -1,0 +1,1 @@
+"""Llama-shaped weights of Hugging Face's form, read and written."""

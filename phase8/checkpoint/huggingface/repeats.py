@@ -1,0 +1,78 @@
+"""What a Llama's files may store although its config or another tensor says it already: read once, compared, and left there.
+
+| tensor | what it must be |
+|---|---|
+| `model.layers.<n>.self_attn.rotary_emb.inv_freq`, `model.rotary_emb.inv_freq` | the rotary frequencies of `rope_theta`, to rounding |
+| `lm_head.weight` with `tie_word_embeddings` | `model.embed_tokens.weight`, bit for bit |
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+
+import torch
+
+from phase8.checkpoint.huggingface.llama import llama_name
+from phase8.checkpoint.step_directories import WEIGHTS_CONFIG_NAME
+from phase8.checkpoint.tensor_file import DTYPES
+from phase8.checkpoint.untrusted import shown_name
+from phase8.checkpoint.weight_files import STORED_DTYPES, OpenedFile
+from phase8.config.schema import ModelSection
+from phase8.errors import CheckpointMismatchError
+
+_FREQUENCIES = re.compile(r"model\.(?:layers\.([0-9]{1,9})\.self_attn\.)?rotary_emb\.inv_freq")
+_ROUNDING_OF_POWERS = 4e-6  # of the fp32 that computes them
+
+
+def require_repeat(key: str, found: Mapping[str, OpenedFile], model: ModelSection) -> None:
+    """Refuses a stored tensor that is no parameter of the model, unless it says again what the model computes with.
+
+    Args:
+        key: Its name.
+        found: The file of every tensor.
+        model: Of the config.
+
+    Raises:
+        CheckpointMismatchError: It has no place in the model, or says something else.
+    """
+    opened, embedding, head = found[key], llama_name("embedding.weight"), llama_name("head.weight")
+    if key == head and model.tie_embeddings:
+        if not _are_equal(opened, head, found[embedding], embedding):
+            raise CheckpointMismatchError(
+                f"{opened.file.path}: {head!r} differs from {embedding!r}, but tie_word_embeddings of {WEIGHTS_CONFIG_NAME} says that they are one "
+                "tensor; set it to false to use both, or use another copy"
+            )
+        return
+    layer = _FREQUENCIES.fullmatch(key)
+    if layer is None or int(layer[1] or 0) >= model.num_layers:
+        raise CheckpointMismatchError(
+            f"{opened.file.path} holds {shown_name(key)}, for which the transformer baseline of {WEIGHTS_CONFIG_NAME} has no place; use another model"
+        )
+    if not _are_frequencies(opened, key, model):
+        raise CheckpointMismatchError(
+            f"{opened.file.path}: {key!r} does not hold the {model.head_width // 2} rotary frequencies of base {model.rope_base:g} "
+            f"(rope_theta of {WEIGHTS_CONFIG_NAME}), with which the transformer baseline would compute; correct the base, or use another model"
+        )
+
+
+def _are_equal(one: OpenedFile, key: str, other: OpenedFile, other_key: str) -> bool:
+    """Whether two tensors are the same bit for bit, in constant memory."""
+    a, b = one.file.tensors[key], other.file.tensors[other_key]
+    if (a.dtype, a.shape) != (b.dtype, b.shape):
+        return False
+    return all(x == y for x, y in zip(one.file.chunks(key), other.file.chunks(other_key), strict=True))
+
+
+def _are_frequencies(opened: OpenedFile, key: str, model: ModelSection) -> bool:
+    """Whether a tensor holds base^(-2i/K), K being the size of a head, as exactly as its dtype can."""
+    stored = opened.file.tensors[key]
+    if stored.shape != [model.head_width // 2] or stored.dtype not in STORED_DTYPES:
+        return False
+    values = torch.empty(stored.shape, dtype=DTYPES[stored.dtype])
+    opened.file.read_into(key, values)
+    exponents = torch.arange(0, model.head_width, 2, dtype=torch.float64) / model.head_width
+    precision = torch.finfo(values.dtype)
+    return torch.allclose(
+        values.double(), model.rope_base**-exponents, rtol=max(precision.eps, _ROUNDING_OF_POWERS), atol=precision.smallest_normal * precision.eps
+    )

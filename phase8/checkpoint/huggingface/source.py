@@ -1,0 +1,115 @@
+"""A Llama as Hugging Face's transformers saves it, opened as if it were a checkpoint of ours.
+
+| file | content |
+|---|---|
+| `config.json` | what it computes |
+| `model.safetensors`, or | its weights |
+| `model.safetensors.index.json` and `*.safetensors` | which of several files has which of them |
+| `tokenizer.json` or `tokenizer.model` | becomes the attachment |
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from phase8.checkpoint.huggingface.config import model_section_of
+from phase8.checkpoint.huggingface.llama import llama_name, llama_tensors
+from phase8.checkpoint.huggingface.repeats import require_repeat
+from phase8.checkpoint.manifest import FILE_NAME_PATTERN, TENSOR_FILE_SUFFIX
+from phase8.checkpoint.step_directories import WEIGHTS_CONFIG_NAME, WEIGHTS_NAME
+from phase8.checkpoint.untrusted import shown, shown_name
+from phase8.checkpoint.weight_files import STORED_DTYPES, OpenedFile, WeightFiles, open_tensor_file, read_object, regular, weights_of
+from phase8.config.schema import ModelSection
+from phase8.errors import CheckpointCorruptError, CheckpointMismatchError
+
+INDEX_FILE = "model.safetensors.index.json"
+_PICKLES = ("pytorch_model.bin", "pytorch_model.bin.index.json")
+_TOKENIZERS = ("tokenizer.json", "tokenizer.model")  # the one that transformers itself prefers comes first
+
+
+def open_llama(directory: Path, config: dict[str, Any]) -> WeightFiles:
+    """A directory in Hugging Face's form, of which config, index and headers have been read and agree.
+
+    Args:
+        directory: The directory.
+        config: Content of its config.json.
+
+    Raises:
+        CheckpointCorruptError: A file is missing, damaged, leads elsewhere or is a pickle.
+        CheckpointMismatchError: It is another model than the transformer baseline can be.
+    """
+    model = model_section_of(config, directory / WEIGHTS_CONFIG_NAME)
+    files: dict[str, OpenedFile] = {}
+    found: dict[str, OpenedFile] = {}
+    for name, expected in _tensor_files(directory).items():
+        files[name] = opened = open_tensor_file(regular(directory / name))
+        if expected is not None and (differing := opened.file.tensors.keys() ^ expected) != set():
+            raise CheckpointCorruptError(
+                f"{directory / INDEX_FILE}: weight_map and {name} disagree whether {shown_name(min(differing))} lies there; use another copy"
+            )
+        found |= dict.fromkeys(opened.file.tensors, opened)
+    places = _places(directory, model, found)
+    tokenizer = next((regular(directory / name) for name in _TOKENIZERS if os.path.lexists(directory / name)), None)
+    is_bf16 = {found[key].file.tensors[key].dtype for _, key in places.values()} == {"BF16"}  # no weight is stored more precisely
+    ours = {"model": model.model_dump(mode="json"), "precision": {"dtype": "bf16" if is_bf16 else "fp32"}}
+    return weights_of(directory, files, places, config=ours, tokenizer=tokenizer, form="hf")
+
+
+def _places(directory: Path, model: ModelSection, found: Mapping[str, OpenedFile]) -> dict[str, tuple[str, str]]:
+    """Name here -> file and name there, of exactly the tensors that the model has; what else is stored repeats what they or the config say.
+
+    Raises:
+        CheckpointMismatchError: One is missing, too many, or of another shape or dtype.
+    """
+    result = {}
+    for name, shape in llama_tensors(model):
+        key = llama_name(name)
+        if key not in found:
+            raise CheckpointMismatchError(f"{directory} lacks the tensor {key!r}, which its {WEIGHTS_CONFIG_NAME} asks for; use another copy")
+        path, stored = found[key].file.path, found[key].file.tensors[key]
+        if stored.shape != shape:
+            raise CheckpointMismatchError(
+                f"{path}: {key!r} has shape {shown(stored.shape)}, by {WEIGHTS_CONFIG_NAME} it has {shown(shape)}; use another copy"
+            )
+        if stored.dtype not in STORED_DTYPES:
+            raise CheckpointMismatchError(
+                f"{path}: {key!r} has dtype {stored.dtype}, but weights are {', '.join(STORED_DTYPES)}; convert them before"
+            )
+        result[name] = path.name, key
+    for key in sorted(found.keys() - {key for _, key in result.values()}):
+        require_repeat(key, found, model)
+    return result
+
+
+def _tensor_files(directory: Path) -> Mapping[str, set[str] | None]:
+    """The files of the weights, and the tensors that the index says they hold; None: it is the only one, without an index.
+
+    Raises:
+        CheckpointCorruptError: There are none, or not one set of them, or the index names what is no file here.
+    """
+    single, index = (os.path.lexists(directory / name) for name in (WEIGHTS_NAME, INDEX_FILE))
+    if single and index:
+        raise CheckpointCorruptError(f"{directory} holds {WEIGHTS_NAME} and {INDEX_FILE}; remove the one that is not meant")
+    if single:
+        return {WEIGHTS_NAME: None}
+    if not index:
+        pickle = next((name for name in _PICKLES if os.path.lexists(directory / name)), None)
+        reason = "" if pickle is None else f" but {pickle}, a pickle, which may run code and is never read"
+        raise CheckpointCorruptError(f"{directory} holds no {WEIGHTS_NAME} and no {INDEX_FILE}{reason}; save the weights as safetensors")
+    path = regular(directory / INDEX_FILE)
+    names = read_object(path).get("weight_map")
+    if not isinstance(names, dict) or not names:
+        raise CheckpointCorruptError(f"{path}: weight_map is {shown(names)}, but an object of file names is needed; use another copy")
+    result: dict[str, set[str]] = {}
+    for key, name in names.items():
+        is_name = isinstance(name, str) and re.fullmatch(FILE_NAME_PATTERN, name) is not None and name.endswith(TENSOR_FILE_SUFFIX)
+        if not is_name or (name not in result and not os.path.lexists(directory / name)):
+            found = shown_name(name) if isinstance(name, str) else shown(name)
+            what = "not there" if is_name else "not the name of a safetensors file there"
+            raise CheckpointCorruptError(f"{path}: weight_map.{shown_name(key)} is {found}, which is {what}; use another copy")
+        result.setdefault(name, set()).add(key)
+    return result

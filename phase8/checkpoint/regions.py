@@ -1,0 +1,118 @@
+"""Regions of a tensor: what two have in common, and the proof that some tile it, so that every element lies in exactly one."""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+from phase8.checkpoint.untrusted import shown
+
+# Sixteen corners of eight edges: regions of up to four dims never have more.
+_MOST_EDGES_PER_REGION, _FEW_CORNERS = 16 * 8, 2**16
+
+
+class RegionLike(Protocol):
+    """A rectangular part of a tensor: where it begins in every dim, and its shape."""
+
+    offsets: list[int]
+    shape: list[int]
+
+
+@dataclass(frozen=True)
+class Region:
+    """A region and no more; a slice of a manifest is one, too, with a place in a file."""
+
+    offsets: list[int]
+    shape: list[int]
+
+
+def whole_region(shape: Sequence[int]) -> Region:
+    """All of a tensor."""
+    return Region([0] * len(shape), list(shape))
+
+
+def common_region(a: RegionLike, b: RegionLike) -> tuple[tuple[slice, ...], tuple[slice, ...]]:
+    """Where the elements that two overlapping regions share lie in a tensor that holds the first region, and in one that holds the second."""
+    begins = [max(pair) for pair in zip(a.offsets, b.offsets, strict=True)]
+    ends = [min(x + m, y + n) for x, m, y, n in zip(a.offsets, a.shape, b.offsets, b.shape, strict=True)]
+
+    def seen_from(region: RegionLike) -> tuple[slice, ...]:
+        return tuple(slice(begin - offset, end - offset) for begin, end, offset in zip(begins, ends, region.offsets, strict=True))
+
+    return seen_from(a), seen_from(b)
+
+
+def coverage_problem(shape: Sequence[int], regions: Sequence[RegionLike]) -> str | None:
+    """What is wrong with `regions` as a tiling of a tensor of `shape`, or None.
+
+    Time grows as their number: how often each element is held follows from the corners of the regions alone.
+    """
+    for region in regions:
+        has_dims = len(region.offsets) == len(region.shape) == len(shape)
+        if not has_dims or any(offset + size > limit for offset, size, limit in zip(region.offsets, region.shape, shape, strict=True)):
+            problem = "reaches outside" if has_dims else "has another number of dims than"
+            return f"a slice at {shown(region.offsets)} of shape {shown(region.shape)} {problem} the tensor's shape {shown(list(shape))}"
+    if math.prod(shape) == 0:
+        return None
+    # What every region spans in full is the same for all.
+    divided = [dim for dim, size in enumerate(shape) if any(region.shape[dim] != size for region in regions)]
+    divided.sort(key=lambda dim: -len({region.offsets[dim] for region in regions}))
+    corners = _surplus_corners([_edges(region, divided) for region in regions if math.prod(region.shape)], _edges(whole_region(shape), divided))
+    if corners is None:
+        return f"its {len(regions)} slices divide it along too many dims to be compared"
+    if not corners:
+        return None
+    # A corner counts for all elements that lie behind it in every dim: where the first one lies, no other does.
+    first, surplus = min(corners.items())
+    element = [dict(zip(divided, first, strict=True)).get(dim, 0) for dim in range(len(shape))]
+    if surplus > 0:
+        a, b = [region for region in regions if _holds(region, element)][:2]
+        return f"the slices at {shown(a.offsets)} and {shown(b.offsets)} overlap"
+    covered, whole = sum(math.prod(region.shape) for region in regions), math.prod(shape)
+    return f"its slices hold {covered} of {whole} elements, and none of them the one at {shown(element)}"
+
+
+def _edges(region: RegionLike, dims: Sequence[int]) -> tuple[int, ...]:
+    """Begin and end in each of these dims."""
+    return tuple(edge for dim in dims for edge in (region.offsets[dim], region.offsets[dim] + region.shape[dim]))
+
+
+def _surplus_corners(regions: Sequence[tuple[int, ...]], whole: tuple[int, ...]) -> dict[tuple[int, ...], int] | None:
+    """The corners of the function that says how many regions hold an element, less one in the whole; without any it is zero everywhere.
+
+    A region is a step up where it begins and a step down where it ends, in each dim, which gives a number of either sign at each of its
+    corners. Where one ends and its neighbour begins they cancel, dim by dim, so that a grid keeps few. None: far too many are left, as
+    when regions without a pattern divide a tensor along more than a few dims.
+
+    Args:
+        regions: Their edges, none of them empty.
+        whole: That of the tensor.
+    """
+    # Corners up to the present dim -> edges in the dims to come.
+    counts = Counter(((), edges) for edges in regions)
+    counts[(), whole] -= 1
+    most = _MOST_EDGES_PER_REGION * (len(regions) + 1)
+    for _ in range(len(whole) // 2):
+        found: Counter[tuple[tuple[int, ...], tuple[int, ...]]] = Counter()
+        for (corner, (begin, end, *rest)), count in counts.items():
+            found[(*corner, begin), (*rest,)] += count
+            found[(*corner, end), (*rest,)] -= count
+        counts = Counter({place: count for place, count in found.items() if count})
+        if len(counts) > max(most // len(whole), _FEW_CORNERS):
+            return None
+    return {corner: count for (corner, _), count in counts.items() if count}
+
+
+def _holds(region: RegionLike, element: Sequence[int]) -> bool:
+    return all(offset <= index < offset + size for offset, size, index in zip(region.offsets, region.shape, element, strict=True))
+
+
+def overlap(a: RegionLike, b: RegionLike) -> bool:
+    """Whether two regions share an element."""
+    return all(
+        max(a_begin, b_begin) < min(a_begin + a_size, b_begin + b_size)
+        for a_begin, a_size, b_begin, b_size in zip(a.offsets, a.shape, b.offsets, b.shape, strict=True)
+    )

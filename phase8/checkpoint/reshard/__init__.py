@@ -1,0 +1,1 @@
+"""Checkpoints rewritten for another layout of ranks, and compared."""

@@ -1,0 +1,182 @@
+"""A checkpoint rewritten for a layout, so that each rank finds its regions in files of its own, or with all weights in one file."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from phase8.checkpoint.checksum import read_chunks
+from phase8.checkpoint.load import Checkpoint, open_checkpoint
+from phase8.checkpoint.manifest import TENSOR_FILE_SUFFIX, Manifest, Slice, TensorEntry, TensorFileEntry, manifest_bytes
+from phase8.checkpoint.regions import Region, whole_region
+from phase8.checkpoint.reshard.rank_regions import Division, TensorForm, regions_by_rank
+from phase8.checkpoint.reshard.rewrite import Entry, OnProgress, PlannedFile, Rewrite, rewriting
+from phase8.checkpoint.state import MODEL_PREFIX, OPTIMIZER_PREFIX
+from phase8.checkpoint.step_directories import MANIFEST_NAME, WEIGHTS_CONFIG_NAME, WEIGHTS_NAME, step_of
+from phase8.checkpoint.tensor_file import DTYPE_NAMES, DTYPES, WrittenFile, open_for_reading
+from phase8.checkpoint.untrusted import shortened, shown
+from phase8.checkpoint.writer import group_of, key_of
+from phase8.errors import CheckpointError, CheckpointMismatchError
+from phase8.topology import Topology
+
+
+@dataclass(frozen=True)
+class ConsolidatedForm:
+    """How weights in one file are called and described.
+
+    Args:
+        config: JSON for config.json.
+        rename: From the name of a parameter to that in the file.
+    """
+
+    config: Mapping[str, object]
+    rename: Callable[[str], str] = str
+
+
+def reshard(
+    source: Checkpoint,
+    destination: Path,
+    *,
+    stages: Sequence[Mapping[str, Division]],
+    topology: Topology,
+    dtype: torch.dtype | None = None,
+    on_progress: OnProgress,
+) -> Checkpoint:
+    """A checkpoint with the same content, step and metadata, of one file per rank and group of tensors.
+
+    It is there when everything was written and compared with the original; an interrupted call is finished by the next one.
+
+    Args:
+        source: Not touched.
+        destination: Must not exist.
+        stages: The parameters of each pipeline stage of the layout.
+        topology: The layout; its data-parallel ranks are the shards.
+        dtype: To convert floating-point tensors to, for weights of another program; None: as they are.
+        on_progress: Told of bytes written and verified.
+
+    Raises:
+        CheckpointError: The original is damaged or of another model, or the destination cannot be used.
+        StorageError: The destination cannot be written.
+    """
+    if step_of(destination.name) not in (None, source.step):
+        raise CheckpointError(f"DST {destination.name} has the name of another step's checkpoint; SRC is of step {source.step}")
+    forms = {name: _form(source, name, stages) for name in source.tensor_names}
+    dtypes = {name: _target_dtype(source, name, dtype) for name in forms}
+    files = _files_of_ranks(regions_by_rank(forms, stages, topology), dtypes, whole=forms, num_ranks=topology.world_size)
+    with rewriting(source, destination, files) as rewrite:
+        written = rewrite.write(on_progress)
+        _add_attachments(source, rewrite)
+        rewrite.add(MANIFEST_NAME, iter([manifest_bytes(_manifest(source, files, written))]))
+        copy = open_checkpoint(rewrite.content)
+        rewrite.compare(written, on_progress)
+        for name in source.manifest.attachments:
+            copy.attachment(name)
+        rewrite.commit()
+    return open_checkpoint(destination)
+
+
+def consolidate(
+    source: Checkpoint, destination: Path, *, form: ConsolidatedForm, dtype: torch.dtype | None, on_progress: OnProgress
+) -> Path:
+    """The weights in one safetensors file, beside a config and the attachments; returns that file.
+
+    Args:
+        source: Not touched.
+        destination: A directory that must not exist.
+        form: Names of the weights, and the config.
+        dtype: To convert floating-point tensors to; None: as they are.
+        on_progress: Told of bytes written and verified.
+
+    Raises:
+        CheckpointError: The original is damaged or has no weights, or the destination cannot be used.
+        StorageError: The destination cannot be written.
+    """
+    names = [name for name in source.tensor_names if name.startswith(MODEL_PREFIX)]
+    if not names:
+        raise CheckpointError(f"{source.path} holds no weights; give a checkpoint of launch/pretrain.py")
+    if (taken := {WEIGHTS_NAME, WEIGHTS_CONFIG_NAME} & source.manifest.attachments.keys()) != set():
+        raise CheckpointError(f"{source.path} has an attachment {min(taken)}, the name of a file to be written; choose --format phase8")
+    entries = {form.rename(key_of(name)): Entry(name, whole_region(source.entry(name).shape), _target_dtype(source, name, dtype)) for name in names}
+    file = PlannedFile(WEIGHTS_NAME, entries)
+    with rewriting(source, destination, [file]) as rewrite:
+        written = rewrite.write(on_progress)
+        _add_attachments(source, rewrite)
+        rewrite.add(WEIGHTS_CONFIG_NAME, iter([json.dumps(form.config, indent=1).encode() + b"\n"]))
+        rewrite.compare(written, on_progress)
+        rewrite.commit()
+    return destination / WEIGHTS_NAME
+
+
+def _form(source: Checkpoint, name: str, stages: Sequence[Mapping[str, Division]]) -> TensorForm:
+    """Which parameter a tensor belongs to.
+
+    Raises:
+        CheckpointMismatchError: To none of the model.
+    """
+    shape = source.entry(name).shape
+    is_parameter = name.startswith(MODEL_PREFIX)
+    parameter = name.removeprefix(MODEL_PREFIX) if is_parameter else name.removeprefix(OPTIMIZER_PREFIX).rpartition(".")[0]
+    division = next((parameters[parameter] for parameters in stages if parameter in parameters), None)
+    if division is None or group_of(name) + "." not in (MODEL_PREFIX, OPTIMIZER_PREFIX):
+        raise CheckpointMismatchError(
+            f"{source.path}: {shortened(name)} belongs to no parameter of the model its config describes; use another checkpoint"
+        )
+    if is_parameter and division.shape != shape:
+        by_config = f"by its config it has {division.shape}"
+        raise CheckpointMismatchError(f"{source.path}: {name} has shape {shown(shape)}, {by_config}; use another checkpoint")
+    return TensorForm(parameter, shape)
+
+
+def _files_of_ranks(
+    regions: Mapping[int, Mapping[str, Region]], dtypes: Mapping[str, torch.dtype], *, whole: Mapping[str, TensorForm], num_ranks: int
+) -> list[PlannedFile]:
+    files = []
+    for rank, own in regions.items():
+        prefix = f"rank{rank:05d}-" if num_ranks > 1 else ""
+        for group in dict.fromkeys(map(group_of, own)):
+            entries = {
+                _key(name, region, whole[name].shape): Entry(name, region, dtypes[name]) for name, region in own.items() if group_of(name) == group
+            }
+            files.append(PlannedFile(f"{group}-{prefix}00000{TENSOR_FILE_SUFFIX}", entries))
+    return files
+
+
+def _key(name: str, region: Region, shape: Sequence[int]) -> str:
+    """As ranks that save name their regions."""
+    return key_of(name) + ("" if region.shape == shape else f"@{','.join(map(str, region.offsets))}")
+
+
+def _manifest(source: Checkpoint, files: Sequence[PlannedFile], written: Mapping[str, WrittenFile]) -> Manifest:
+    slices: dict[str, list[Slice]] = {name: [] for name in source.tensor_names}
+    dtypes = {entry.tensor: DTYPE_NAMES[entry.dtype] for file in files for entry in file.entries.values()}
+    for file in files:
+        for key, entry in file.entries.items():
+            checksum = written[file.name].checksums[key]
+            place = Slice(file=file.name, key=key, offsets=entry.region.offsets, shape=entry.region.shape, checksum=checksum)
+            slices[entry.tensor].append(place)
+    entries = {
+        name: TensorEntry(dtype=dtypes[name], shape=source.entry(name).shape, slices=sorted(found, key=lambda region: region.offsets))
+        for name, found in slices.items()
+    }
+    sizes = {name: TensorFileEntry(size_bytes=file.size_bytes, header_checksum=file.header_checksum) for name, file in sorted(written.items())}
+    return source.manifest.model_copy(update={"files": sizes, "tensors": entries})
+
+
+def _add_attachments(source: Checkpoint, rewrite: Rewrite) -> None:
+    """Copies them; their checksums are those of the original."""
+
+    def chunks(path: Path, num_bytes: int) -> Iterator[bytes]:
+        with open_for_reading(path) as file:
+            yield from read_chunks(file, num_bytes)
+
+    for name, entry in source.manifest.attachments.items():
+        rewrite.add(name, chunks(source.attachment(name), entry.size_bytes))
+
+
+def _target_dtype(source: Checkpoint, name: str, dtype: torch.dtype | None) -> torch.dtype:
+    stored = DTYPES[source.entry(name).dtype]
+    return stored if dtype is None or not stored.is_floating_point else dtype

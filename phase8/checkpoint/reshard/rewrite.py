@@ -1,0 +1,270 @@
+"""Other files with the tensors of a checkpoint: written one region at a time, compared with the original, then given their name.
+
+    .rewriting-<name>/          beside the destination; locked by whoever writes, taken up again by the next call for the same files
+        job                     which files of which checkpoint these are
+        written/<file>.json     a file that is complete, with its checksums
+        content/                what becomes the destination
+
+Memory: a region, and the slice of the original that it is cut from; later a whole tensor, and one of its slices or regions. Both are at most
+twice the largest tensor; two buffers of the file that is written come on top.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from phase8.checkpoint.checksum import crc32, format_crc32, read_chunks
+from phase8.checkpoint.load import Checkpoint
+from phase8.checkpoint.manifest import manifest_bytes
+from phase8.checkpoint.regions import Region
+from phase8.checkpoint.tensor_file import DTYPE_NAMES, TensorFile, WrittenFile, byte_view, open_for_reading, write_tensor_file
+from phase8.checkpoint.untrusted import strict_json
+from phase8.durable import fsync_path, replace_file, storage_errors
+from phase8.errors import CheckpointCorruptError, CheckpointError, StorageError
+
+WORK_PREFIX = ".rewriting-"
+OnProgress = Callable[[str, int, int], None]  # what is done, bytes of it, bytes in all
+
+
+@dataclass(frozen=True)
+class Entry:
+    """An entry of a file to write.
+
+    Args:
+        tensor: Name in the original.
+        region: Of that tensor.
+        dtype: To store it as.
+    """
+
+    tensor: str
+    region: Region
+    dtype: torch.dtype
+
+    @property
+    def form(self) -> Tensor:
+        """Its dtype and shape."""
+        return torch.empty(self.region.shape, dtype=self.dtype, device="meta")
+
+
+@dataclass(frozen=True)
+class PlannedFile:
+    """A file to write: its name, and its entries by their key."""
+
+    name: str
+    entries: dict[str, Entry]
+
+
+@contextmanager
+def rewriting(source: Checkpoint, destination: Path, files: Sequence[PlannedFile]) -> Iterator[Rewrite]:
+    """Where `files` are written; what an interrupted call for the same files has finished is there.
+
+    Raises:
+        CheckpointError: The destination exists, or lies in the original.
+        StorageError: Another call is writing it, or the place cannot be written.
+    """
+    check_destination(source.path, destination)
+    work = destination.with_name(WORK_PREFIX + destination.name)
+    with storage_errors(destination), _locked(work, destination):
+        job = _job(source, files)
+        mark = work / "job"
+        places = [work / name for name in ("written", "content")]
+        is_ours = mark.is_file() and all(place.is_dir() for place in places)
+        is_linked = any(path.is_symlink() for path in (mark, *places))  # would lead what is read and written elsewhere
+        if is_linked or not is_ours or mark.read_bytes() != job.encode():
+            for found in work.iterdir():
+                shutil.rmtree(found) if found.is_dir() and not found.is_symlink() else found.unlink()
+            replace_file(mark, job.encode())
+        for place in places:
+            place.mkdir(exist_ok=True)
+        yield Rewrite(source, destination, files, work)
+
+
+def check_destination(source: Path, destination: Path) -> None:
+    """Refuses a place that no rewritten checkpoint can have.
+
+    Raises:
+        CheckpointError: It exists, or lies in the original.
+    """
+    origin, target = source.resolve(), destination.resolve()
+    if target == origin:
+        raise CheckpointError(f"SRC and DST are both {origin}; give another DST, for a checkpoint is never rewritten in place")
+    if target.is_relative_to(origin):
+        raise CheckpointError(f"DST {destination} lies in SRC {source}, which is never touched; give a DST beside it")
+    if os.path.lexists(destination):
+        raise CheckpointError(f"DST {destination} is there already; give another DST, or remove it")
+
+
+@contextmanager
+def _locked(work: Path, destination: Path) -> Iterator[None]:
+    work.mkdir(parents=True, exist_ok=True)
+    descriptor = os.open(work, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        os.close(descriptor)
+        raise StorageError(f"another call is writing {destination}; wait for it, or give another DST") from None
+    except OSError:
+        pass  # a file system without locks: two calls at once are found by the comparison at the end
+    try:
+        yield
+    finally:
+        os.close(descriptor)
+
+
+def _job(source: Checkpoint, files: Sequence[PlannedFile]) -> str:
+    """Tells these files of this checkpoint from any others."""
+    plan = {
+        file.name: {key: (entry.tensor, asdict(entry.region), DTYPE_NAMES[entry.dtype]) for key, entry in file.entries.items()} for file in files
+    }
+    return hashlib.sha256(manifest_bytes(source.manifest) + json.dumps(plan).encode()).hexdigest()
+
+
+class Rewrite:
+    """Files on their way to a destination; made by `rewriting`.
+
+    Args:
+        source: The original.
+        destination: What `content` becomes.
+        files: To write.
+        work: The hidden directory.
+    """
+
+    def __init__(self, source: Checkpoint, destination: Path, files: Sequence[PlannedFile], work: Path):
+        self._source, self._destination, self._files, self._work = source, destination, files, work
+        self.content = work / "content"
+
+    def write(self, on_progress: OnProgress) -> dict[str, WrittenFile]:
+        """Writes the files that are not there yet, and says of all of them what they hold.
+
+        Raises:
+            CheckpointCorruptError: The original is damaged.
+        """
+        total = sum(_num_bytes(entry) for file in self._files for entry in file.entries.values())
+        self._remove_unfinished()
+        result, done = {}, 0
+        for file in self._files:
+            written = self._finished(file)
+            if written is None:
+                written = self._write(file, lambda num_bytes, done=done: on_progress("writing", done + num_bytes, total))
+            result[file.name] = written
+            done += sum(map(_num_bytes, file.entries.values()))
+            on_progress("writing", done, total)
+        return result
+
+    def add(self, name: str, chunks: Iterator[bytes]) -> None:
+        """Writes a file that holds no tensors, whatever is there of it."""
+        (self.content / name).unlink(missing_ok=True)
+        with open(self.content / name, "xb") as file:
+            file.writelines(chunks)
+            file.flush()
+            os.fsync(file.fileno())
+
+    def compare(self, written: dict[str, WrittenFile], on_progress: OnProgress) -> None:
+        """Reads everything back: headers and checksums must be those written, and every element that of the original.
+
+        Raises:
+            StorageError: A file is not what was written.
+            CheckpointCorruptError: The original is damaged.
+        """
+        places: dict[str, list[tuple[TensorFile, str, Entry, str]]] = {}
+        for planned in self._files:
+            file = self._open(written[planned.name], planned.name)
+            for key, entry in planned.entries.items():
+                places.setdefault(entry.tensor, []).append((file, key, entry, written[planned.name].checksums[key]))
+        total = sum(_num_bytes(entry) for regions in places.values() for _, _, entry, _ in regions)
+        done = 0
+        for name, regions in places.items():
+            original = self._source.read(name)
+            for file, key, entry, checksum in regions:
+                if not _is_stored(file, key, _cut(original, entry.region).to(entry.dtype), checksum):
+                    self._record(file.path.name).unlink()  # the next call writes it again
+                    raise StorageError(f"{file.path}: entry {key!r} is not as it was written; run the same command again, or use another disk")
+                done += _num_bytes(entry)
+                on_progress("verifying", done, total)
+            del original  # before the next one is read
+
+    def commit(self) -> None:
+        """Gives the files the destination's name; nothing was under it before."""
+        fsync_path(self.content)
+        check_destination(self._source.path, self._destination)
+        self.content.rename(self._destination)
+        fsync_path(self._destination.parent)
+        shutil.rmtree(self._work, ignore_errors=True)
+
+    def _remove_unfinished(self) -> None:
+        names = {file.name for file in self._files}
+        for path in self.content.iterdir():
+            if path.name not in names or not self._record(path.name).exists():
+                path.unlink()
+
+    def _record(self, name: str) -> Path:
+        return self._work / "written" / f"{name}.json"
+
+    def _write(self, file: PlannedFile, on_bytes: Callable[[int], None]) -> WrittenFile:
+        path = self.content / file.name
+        path.unlink(missing_ok=True)
+        num_bytes = 0
+
+        def read(key: str) -> Tensor:
+            nonlocal num_bytes
+            on_bytes(num_bytes)
+            entry = file.entries[key]
+            num_bytes += _num_bytes(entry)
+            return self._source.read_region(entry.tensor, entry.region).to(entry.dtype)
+
+        written = write_tensor_file(path, {key: entry.form for key, entry in file.entries.items()}, read=read)
+        fsync_path(self.content)
+        replace_file(self._record(file.name), json.dumps(asdict(written)).encode())
+        return written
+
+    def _finished(self, file: PlannedFile) -> WrittenFile | None:
+        """What an earlier call recorded of a file, if every byte is still so."""
+        try:
+            with open_for_reading(self._record(file.name)) as record:
+                written = WrittenFile(**strict_json(record.read(), encoding="utf-8"))
+            stored = self._open(written, file.name)
+            is_whole = type(written.size_bytes) is int and dict(stored.checksums()) == written.checksums
+            if is_whole and written.checksums.keys() == file.entries.keys():
+                return written
+        except (ValueError, TypeError, StorageError, CheckpointCorruptError):
+            pass  # written again
+        self._record(file.name).unlink(missing_ok=True)
+        return None
+
+    def _open(self, written: WrittenFile, name: str) -> TensorFile:
+        try:
+            return TensorFile(self.content / name, size_bytes=written.size_bytes, header_checksum=written.header_checksum)
+        except CheckpointCorruptError as error:
+            raise StorageError(f"{self.content / name} is not as it was written; run the same command again, or use another disk") from error
+
+
+def _is_stored(file: TensorFile, key: str, expected: Tensor, checksum: str) -> bool:
+    """Whether an entry, read in constant memory, has its checksum and the elements expected."""
+    data = torch.frombuffer(byte_view(expected), dtype=torch.uint8) if expected.numel() else torch.empty(0, dtype=torch.uint8)
+    crc, begin, equal = 0, 0, True
+    with open_for_reading(file.path) as stream:
+        stream.seek(file.tensors[key].begin)
+        for chunk in read_chunks(stream, file.tensors[key].num_bytes):
+            crc = crc32(chunk, crc)
+            equal = equal and torch.equal(torch.frombuffer(chunk, dtype=torch.uint8), data[begin : begin + len(chunk)])
+            begin += len(chunk)
+    return equal and begin == len(data) and format_crc32(crc) == checksum
+
+
+def _cut(tensor: Tensor, region: Region) -> Tensor:
+    return tensor[tuple(slice(offset, offset + size) for offset, size in zip(region.offsets, region.shape, strict=True))].contiguous()
+
+
+def _num_bytes(entry: Entry) -> int:
+    return entry.form.numel() * entry.dtype.itemsize

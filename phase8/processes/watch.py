@@ -1,0 +1,295 @@
+"""How a world of several ranks ends: together, within seconds, with one message.
+
+Every rank runs two small threads beside its work. One writes a sign of life into the store (a beat: what the rank is doing) every
+second and reads what the others have left there; the other sees to it that the first has not got stuck in a store that is gone.
+
+| what happens | what the ranks do |
+|---|---|
+| all ranks find the same error before they meet | the first rank of each host tells it (`exit.one_voice`) |
+| a rank raises | it tells its message and exits with its code; the others, in collectives that it never joins, follow; rank 0 says why |
+| a rank is killed | its neighbours see that its process is gone, or on another host that its beat stops; all exit with 7 |
+| a collective breaks | gloo raises where a peer is gone: an echo, so the rank waits for the record of what really happened |
+| nobody moves for the time-out | rank 0 reads where everybody is and names who is behind; every rank leaves a hang record; all exit with 7 |
+| the store is gone | with it the host of rank 0: one rank of each host says so; all exit with 7 |
+| SIGTERM, SIGHUP, SIGUSR1 | a failure, after which the launcher signals too, is left the time to be told; then the rank exits with 128 + number |
+
+The training loop has its own handlers of these signals, which let the step finish and save. A rank that ends because of another one leaves
+by `os._exit`: its main thread may sit in a collective for ever. torchrun itself exits with 1 whatever its ranks did; its account of
+them ends with the code and the message of the first rank that failed, which is why that rank leaves first.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+from types import FrameType, TracebackType
+from typing import NoReturn
+
+import torch.distributed as dist
+
+from phase8.errors import CommunicationError
+from phase8.processes.bootstrap import World
+from phase8.processes.exit import (
+    exit_code_of,
+    first_line,
+    heeded_end_signals,
+    is_echo,
+    leave,
+    leave_word,
+    own_message,
+    summary,
+    within,
+)
+from phase8.processes.failure import Beat, Failure, Position, find_stall
+from phase8.processes.hang_record import write_hang_record
+from phase8.processes.heartbeat import neighbours_of
+from phase8.processes.rendezvous import connect, process_group
+from phase8.terminal import tell
+
+FAILURE, ACKNOWLEDGED, LEFT, FINISHED, EVERYONE_FINISHED = "failure", "acknowledged", "left", "finished", "everyone_finished"
+# torchrun looks at its processes ten times a second: the first that failed is gone for this long before the others follow.
+FOLLOW_SECONDS = 1.0
+PATIENCE_SECONDS = 5.0  # with ranks that do not answer while the world ends
+POLL_SECONDS = 0.1
+
+
+@dataclass(frozen=True)
+class Limits:
+    """When a world gives up.
+
+    Args:
+        timeout_seconds: How long the ranks may take to meet, and how long all of them may stay where they are.
+        heartbeat_seconds: How long a rank of another host may be silent. A process that is stopped or holds the interpreter lock is
+            silent too.
+        tick_seconds: Time between two beats.
+    """
+
+    timeout_seconds: float = 600.0
+    heartbeat_seconds: float = 30.0
+    tick_seconds: float = 1.0
+
+
+@contextmanager
+def running(world: World, *, device_type: str = "cpu", limits: Limits | None = None, hang_directory: Path | None = None) -> Iterator[Watch]:
+    """The process group and the watch over it, for as long as the ranks work together.
+
+    When a world of several ranks fails in here, the process ends in here too. With one rank, errors are raised as usual.
+
+    Args:
+        world: From `world_from_environment`.
+        device_type: `cpu` or `cuda`.
+        limits: When to give up.
+        hang_directory: Where ranks leave hang records; None: nowhere.
+
+    Raises:
+        CommunicationError: The ranks do not meet.
+        ConfigError: More processes than GPUs.
+    """
+    limits = Limits() if limits is None else limits
+    with process_group(world, device_type=device_type, timeout_seconds=limits.timeout_seconds) as attempt:
+        if world.world_size == 1:
+            yield Watch(world, limits=limits)
+            return
+        store = dist.PrefixStore(f"{attempt}/watch", connect(world, timeout_seconds=limits.timeout_seconds))
+        with Watch(world, store, limits=limits, device_type=device_type, hang_directory=hang_directory) as watch:
+            yield watch
+
+
+class Watch:
+    """Where this rank is, and the watch over the others.
+
+    Args:
+        world: The place of this rank.
+        store: A connection of its own, to keys of this attempt; None: there are no others.
+        limits: When to give up.
+        device_type: Whose collectives a hang record shows.
+        hang_directory: Where hang records go.
+    """
+
+    def __init__(
+        self,
+        world: World,
+        store: dist.Store | None = None,
+        *,
+        limits: Limits,
+        device_type: str = "cpu",
+        hang_directory: Path | None = None,
+    ):
+        self.world, self.limits = world, limits
+        self._store, self._device_type, self._hang_directory = store, device_type, hang_directory
+        self._position, self._moved_at = Position(), time.monotonic()  # written by the main thread only
+        self._count, self._beating = 0, threading.Lock()
+        self._neighbours = neighbours_of(world)
+        self._done = threading.Event()
+        self._threads = [threading.Thread(target=work, name=f"phase8{work.__name__}", daemon=True) for work in (self._watch, self._guard)]
+        self._handlers: dict[signal.Signals, object] = {}  # that were there before
+
+    def report(self, *, step: int, doing: str) -> None:
+        """Says what this rank does from now on; costs next to nothing, the thread passes it on.
+
+        Args:
+            step: The optimizer step, from 1.
+            doing: For the message about a hang, such as `forward of microbatch 3`.
+        """
+        self._move_to(Position(step, doing, ordinal=self._position.ordinal + 1 if step == self._position.step else 1))
+
+    def __enter__(self) -> Watch:
+        self._send_beat()
+        for thread in self._threads:
+            thread.start()
+        if threading.current_thread() is threading.main_thread():
+            self._handlers = {number: signal.signal(number, self._on_terminate) for number in heeded_end_signals()}
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        if error is not None:
+            self._fail(error)
+        self._finish()
+        self._done.set()
+        for thread in self._threads:
+            thread.join(PATIENCE_SECONDS)
+        for number, handler in self._handlers.items():
+            signal.signal(number, handler)
+
+    def _move_to(self, position: Position) -> None:
+        self._position, self._moved_at = position, time.monotonic()
+
+    # ---- the main thread: how this rank ends
+
+    def _finish(self) -> None:
+        """Waits until all ranks have finished: until then one that fails still stops them all."""
+        self._move_to(replace(self._position, finished=True))
+        self._send_beat()
+        if self._store.add(FINISHED, 1) == self.world.world_size:
+            self._store.set(EVERYONE_FINISHED, "")
+        while not self._store.check([EVERYONE_FINISHED]):
+            time.sleep(POLL_SECONDS)
+
+    def _fail(self, error: BaseException) -> NoReturn:
+        """Tells what this rank has found, unless another was first, and ends the process."""
+        if self._handlers:
+            for number in (*self._handlers, signal.SIGINT):  # it ends already
+                signal.signal(number, signal.SIG_IGN)
+        if is_echo(error):
+            time.sleep(self.limits.heartbeat_seconds + 3 * self.limits.tick_seconds)  # the watch ends this process once it knows why
+            error = CommunicationError(
+                f"a collective failed at {self._position}, but no rank is known to have failed ({first_line(error)}); "
+                "look at the network between the hosts."
+            )
+        failure = Failure(self.world.rank, exit_code_of(error), summary(error), "error")
+        try:
+            is_first = self._claim(failure)
+        except dist.DistError:
+            is_first = True  # nobody else can tell it
+        if not is_first:
+            time.sleep(PATIENCE_SECONDS)  # the watch ends this process with the code of the first
+            leave(failure.exit_code)
+        message = own_message(error, rank=self.world.rank)
+        tell(message)
+        leave_word(self.world.error_file, message)
+        with contextlib.suppress(dist.DistError):
+            self._wait_until(lambda: self._store.add(ACKNOWLEDGED, 0) >= self.world.world_size - 1)
+            self._store.set(LEFT, "")
+        leave(failure.exit_code)
+
+    def _on_terminate(self, number: int, frame: FrameType | None) -> None:
+        self._done.wait(FOLLOW_SECONDS + 3 * self.limits.tick_seconds)
+        raise SystemExit(128 + number)
+
+    # ---- the threads: how this rank learns about the others
+
+    def _watch(self) -> None:
+        try:
+            while not self._done.wait(self.limits.tick_seconds):
+                self._send_beat()
+                self._look()
+        except dist.DistError as error:
+            if not self._done.is_set():
+                self._end_without_store(first_line(error))
+
+    def _guard(self) -> None:
+        """Ends the process when the watch cannot: a host that has lost its power never answers."""
+        count, silent_ticks = self._count, 0
+        while not self._done.wait(self.limits.tick_seconds):
+            silent_ticks = silent_ticks + 1 if count == self._count else 0
+            count = self._count
+            if silent_ticks * self.limits.tick_seconds > self.limits.heartbeat_seconds:
+                self._end_without_store(f"no answer for {self.limits.heartbeat_seconds:g} s")
+
+    def _send_beat(self) -> None:
+        with self._beating:  # a beat never overtakes one that says more
+            age_seconds = time.monotonic() - self._moved_at
+            beat = Beat(self._count, os.getpid(), self._position, age_seconds)
+            self._store.set(f"beat/{self.world.rank}", beat.to_json())
+            self._count += 1
+
+    def _look(self) -> None:
+        """Ends this process if a failure is recorded; if not, looks whether there is one to record."""
+        if self._store.check([FAILURE]):
+            failure = Failure.from_json(self._store.get(FAILURE))
+            if failure.kind != "error" or failure.rank != self.world.rank:
+                self._end(failure, tells=self.world.rank == 0)
+            return
+        found = self._find_loss() or self._find_stall()
+        if found is not None and self._claim(found):
+            self._end(found, tells=self.world.rank == 0 or found.rank == 0)
+
+    def _claim(self, failure: Failure) -> bool:
+        """Records a failure; False if another was recorded before."""
+        text = failure.to_json()
+        return self._store.compare_set(FAILURE, "", text).decode() == text
+
+    def _find_loss(self) -> Failure | None:
+        for neighbour in self._neighbours:
+            sentence = neighbour.find_loss(self._beat_of, tick_seconds=self.limits.tick_seconds, heartbeat_seconds=self.limits.heartbeat_seconds)
+            if sentence is not None:
+                return Failure(neighbour.rank, CommunicationError.exit_code, sentence, "loss")
+        return None
+
+    def _find_stall(self) -> Failure | None:
+        """Rank 0 looks for all, once it does not move itself."""
+        timeout_seconds = self.limits.timeout_seconds
+        if self.world.rank != 0 or time.monotonic() - self._moved_at < timeout_seconds:
+            return None
+        stall = find_stall([self._beat_of(rank) for rank in range(self.world.world_size)], timeout_seconds=timeout_seconds)
+        return None if stall is None else Failure(stall[0], CommunicationError.exit_code, stall[1], "stall")
+
+    def _beat_of(self, rank: int) -> Beat:
+        key = f"beat/{rank}"
+        return Beat.from_json(self._store.get(key)) if self._store.check([key]) else Beat()
+
+    def _end(self, failure: Failure, *, tells: bool) -> NoReturn:
+        """Ends this process because of another rank, or because nobody moves."""
+        directory = self._hang_directory
+        if failure.kind == "stall" and directory is not None:
+            within(PATIENCE_SECONDS, lambda: write_hang_record(directory, rank=self.world.rank, device_type=self._device_type))
+        if tells:
+            time.sleep(POLL_SECONDS)  # the rank that failed tells its own message first
+            tell(f"error: {f'stopped because rank {failure.rank} failed: ' if failure.kind == 'error' else ''}{failure.sentence}\n")
+        with contextlib.suppress(dist.DistError):
+            self._store.add(ACKNOWLEDGED, 1)
+            if failure.kind == "error":
+                self._wait_until(lambda: self._store.check([LEFT]))
+                time.sleep(FOLLOW_SECONDS)
+        leave(failure.exit_code)
+
+    def _end_without_store(self, reason: str) -> NoReturn:
+        if self.world.local_rank == 0:
+            host, port = self.world.address
+            tell(
+                f"rank {self.world.rank}: error: the store at {host}:{port} is gone ({reason}): "
+                "the host or launcher of rank 0 has ended; look at its output for the reason.\n"
+            )
+        leave(CommunicationError.exit_code)
+
+    def _wait_until(self, condition: Callable[[], bool]) -> None:
+        deadline = time.monotonic() + PATIENCE_SECONDS
+        while not condition() and time.monotonic() < deadline:
+            time.sleep(POLL_SECONDS)

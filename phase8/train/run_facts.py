@@ -1,0 +1,65 @@
+"""What the banner and the report say about a run."""
+
+from __future__ import annotations
+
+import torch
+
+from phase8.config.batch import BatchShape
+from phase8.config.pipeline import pipeline_of
+from phase8.config.schema import RunConfig
+from phase8.kernels.backends import MAX_HEAD_SIZE, apex_hint, attention_backend, kernel_backend
+from phase8.plan.cost_facts import Fact, batch_fact, model_facts
+from phase8.precision.policy import compute_dtype
+from phase8.topology import Topology
+from phase8.train.device import device_name
+
+
+def run_facts(config: RunConfig, *, device: torch.device, shape: BatchShape, num_parameters: int, topology: Topology) -> list[Fact]:
+    """Everything but the data and the planned memory."""
+    compiled = config.train.compile
+    ranks = [("topology", describe_topology(config, topology))] if topology.world_size > 1 else []
+    return [
+        *ranks,
+        ("device", f"{device_name(device)}, torch {torch.__version__}"),
+        ("precision", f"{config.precision.dtype} matmuls, fp32 master weights" + (", tf32 allowed" if config.precision.tf32 else "")),
+        *model_facts(config.model, num_parameters=num_parameters),
+        *implementation_facts(config, device=device),
+        batch_fact(shape, sequence_length=config.model.sequence_length),
+        ("steps", f"{config.train.num_steps:,}, {config.optim.schedule} schedule, {config.optim.warmup_steps} warmup"),
+        ("recomputation", config.train.recomputation),
+        ("torch.compile", f"{compiled.mode}{', fullgraph' if compiled.fullgraph else ''}" if compiled.enabled else "off"),
+        *([("CUDA graphs", "the whole step" if device.type == "cuda" else "off: no GPU")] if config.train.cuda_graphs else []),
+    ]
+
+
+def describe_topology(config: RunConfig, topology: Topology) -> str:
+    """Degrees of the axes, the pipeline's schedule, and how data-parallel ranks divide the model."""
+    zero, (schedule, num_stages, num_chunks) = config.zero, pipeline_of(config.parallel)
+    degrees = " x ".join(f"{axis} {degree}" for axis, degree in topology.degrees.items() if degree > 1)
+    chunks = f" of {num_chunks} chunks" if num_chunks > 1 else ""
+    offloaded = [what for what, where in (("optimizer", zero.offload_optimizer), ("parameters", zero.offload_params)) if where != "none"]
+    return ", ".join(
+        [
+            degrees,
+            *([f"{schedule} schedule{chunks}"] if num_stages > 1 else []),
+            f"ZeRO stage {zero.stage}",
+            *([f"{' and '.join(offloaded)} offloaded"] if offloaded else []),
+        ]
+    )
+
+
+def implementation_facts(config: RunConfig, *, device: torch.device) -> list[Fact]:
+    """Which implementation runs mixer, loss and optimizer, and why."""
+    model, backend, hint = config.model, kernel_backend(device), apex_hint()
+    implementation = "Triton" if backend.name == "triton" else "plain torch references"
+    if model.block == "transformer":
+        packed = config.data.reset_at_document_boundaries
+        attention = attention_backend(device, dtype=compute_dtype(config.precision), masked=packed)
+        mixer = f"full causal attention{', with a document mask' if packed else ''}: {attention.name} ({attention.reason})"
+    elif backend.name == "triton" and model.head_width > MAX_HEAD_SIZE:
+        mixer = f"plain torch references, Green chain in Triton ({model.score} window): head size {model.head_width} is above {MAX_HEAD_SIZE}"
+    else:
+        recurrence = ", gated linear recurrence" if model.global_path else ""
+        mixer = f"{implementation} ({model.score} window{recurrence}): {backend.reason}"
+    facts = [("mixer", mixer), ("loss", f"{implementation}: {backend.reason}")]
+    return facts if hint is None else [*facts, ("optimizer", f"torch's fused AdamW; {hint}")]

@@ -1,0 +1,450 @@
+"""Ablations: the variants, what may be compared, how runs are started and watched, and what is made of their records."""
+
+import json
+import os
+import signal
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+from tiny_run import write_documents
+
+from phase8.ablation import chart
+from phase8.ablation.chart import validation_png
+from phase8.ablation.results import summarise, write_results
+from phase8.ablation.runs import Machine, Record, RunProcesses, read_records, record_path
+from phase8.ablation.study import (
+    REFERENCE,
+    VARIANTS,
+    check_sizes,
+    choose_variants,
+    count_variant_parameters,
+    current_study,
+    joined_study,
+    plan_runs,
+    record_study,
+)
+from phase8.config.describe import iterate_keys
+from phase8.config.load import config_to_mapping, load_config
+from phase8.errors import ConfigError, DataError, StorageError
+from phase8.train.datasets import open_run_data
+
+SHIPPED = Path(__file__).parents[2] / "configs" / "ablation_30m.yaml"
+NUM_STEPS = 20
+# What launch/pretrain.py does, without training: it reads how it is to behave from <directory>/<name of the run>.
+STUB = """
+import json, os, pathlib, signal, sys, time
+settings = dict(word.split("=", 1) for word in sys.argv[2:])
+directory = pathlib.Path(settings["run.output_dir"]) / settings["run.name"]
+plan = pathlib.Path(sys.argv[1])
+behaviour = (plan / settings["run.name"]).read_text()
+directory.mkdir(parents=True, exist_ok=True)
+asked = []
+signal.signal(signal.SIGTERM, lambda *_: asked.append(1))
+(directory / "pid").write_text(str(os.getpid()))
+(plan / (settings["run.name"] + ".gpu")).write_text(os.environ.get("CUDA_VISIBLE_DEVICES", "as it was"))
+assert os.getsid(0) == os.getpid()  # the terminal's Ctrl-C must not reach it
+
+def reach(step):
+    lines = [dict(step=n, loss=9 - n / 10, learning_rate=1, grad_norm=1, tokens=96 * n, tokens_per_second=100 * n, step_seconds=1,
+                  data_wait_seconds=0, mfu=None, peak_memory_bytes=1, skipped=n == 3) for n in range(1, step + 1)]
+    lines += [dict(step=n, validation_loss=8 - n / 10, validation_tokens=48) for n in (10, 20) if n <= step]
+    text = "".join(json.dumps(line) + chr(10) for line in sorted(lines, key=lambda line: line["step"]))
+    (directory / "metrics.jsonl").write_text(text)
+
+def wait_for(condition):
+    deadline = time.monotonic() + 30
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+
+if behaviour == "crash":
+    reach(7)
+    print("error: the disk is full", flush=True)
+    sys.exit(5)
+if behaviour == "kill":
+    reach(12)
+    os.kill(os.getpid(), signal.SIGKILL)
+if behaviour == "stop when asked":
+    reach(7)
+    wait_for(lambda: asked)
+    sys.exit(0)
+if behaviour == "deaf":
+    time.sleep(20)
+if behaviour.startswith("together with"):
+    other = plan / behaviour.split()[-1]
+    (plan / (settings["run.name"] + ".here")).touch()
+    wait_for(other.exists)
+reach(20)
+"""
+
+
+def plan(tiny, output, names=("transformer", "window+global"), seeds=(1, 2), settings=(), definitions=()):
+    return plan_runs(tiny, settings, choose_variants(names, definitions), seeds, output=output)
+
+
+@pytest.fixture
+def stub(tiny, tmp_path):
+    """Two variants with two seeds whose processes are stubs: the runs, how each is to behave, and a function that trains them."""
+    output, plans, messages, recorded = tmp_path / "out", tmp_path / "plans", [], []
+    plans.mkdir()
+    runs = plan(tiny, output)
+
+    class Stub:
+        def __init__(self):
+            self.runs, self.output, self.plans, self.messages, self.recorded = runs, output, plans, messages, recorded
+
+        def behave(self, **behaviours):
+            for run in runs:
+                (plans / run.name).write_text(behaviours.get(run.name.replace("-", "_"), "finish"))
+
+        def train(self, waiting=runs, *, jobs=1, gpus=(), on_message=messages.append):
+            def command(settings):
+                return [sys.executable, "-I", "-S", "-c", STUB, str(plans), *settings]
+
+            machine = Machine(command, device="the device", jobs=jobs, gpus=gpus)
+            processes = RunProcesses(machine, output, num_parameters={"transformer": 70, "window+global": 71}, on_message=on_message)
+            processes.train(waiting, on_record=lambda: recorded.append(len(read_records(output))))
+            return processes
+
+        def finished(self):
+            return [run.name for run in runs if record_path(run, output).exists()]
+
+        def log(self, name):
+            return (output / "logs" / f"{name}.log").read_text()
+
+    ready = Stub()
+    ready.behave()
+    return ready
+
+
+def record(variant, seed, loss, **fields):
+    curve = [[40, None if loss is None else loss + 1], [80, loss]]
+    known = {"num_parameters": 1000, "tokens": 80, "validation_tokens": 48, "tokens_per_second": 500.0, "skipped_steps": 0, "jobs": 2}
+    measured = {"validation_loss": loss, "device": "a device", "torch_version": "2.99", "curve": curve}
+    return Record(variant=variant, seed=seed, **{**known, **measured, **fields})
+
+
+def study_of(tiny, names=("transformer", REFERENCE, "window+global"), *overrides, definitions=()):
+    config = load_config(tiny, overrides)
+    return current_study(config, open_run_data(config, on_progress=lambda *_: None), choose_variants(names, definitions))
+
+
+# ---- variants
+
+
+@pytest.mark.parametrize("name", VARIANTS)
+def test_every_key_of_a_variant_exists_and_makes_a_valid_run(name):
+    keys = [setting.partition("=")[0] for setting in VARIANTS[name]]
+    assert set(keys) <= {key for key, _ in iterate_keys()} and len(set(keys)) == len(keys)
+    (run,) = plan_runs(SHIPPED, [], {name: VARIANTS[name]}, [1], output=Path("out"))  # validates
+    for setting in VARIANTS[name]:
+        key, value = setting.removeprefix("model.").split("=")
+        assert str(vars(run.config.model)[key]).lower() == value
+
+
+def test_no_two_variants_are_the_same_and_each_block_states_all_its_keys():
+    assert len(set(VARIANTS.values())) == len(VARIANTS) and REFERENCE in VARIANTS
+    for block in ("transformer", "phase8"):
+        stated = {frozenset(s.partition("=")[0] for s in settings) for settings in VARIANTS.values() if f"model.block={block}" in settings}
+        assert len(stated) == 1
+
+
+def test_the_shipped_config_is_what_the_ablation_is_defined_as():
+    config = load_config(SHIPPED)
+    counts = count_variant_parameters(SHIPPED, [], VARIANTS)
+    check_sizes(counts)
+    assert 29e6 < min(counts.values()) <= max(counts.values()) < 31e6
+    assert config.model.sequence_length == 2048 and config.train.num_steps * config.train.global_batch_size * 2048 >= 100e6
+    assert config.train.num_steps % config.train.evaluate_every_n_steps == 0
+
+
+def test_of_one_seed_runs_differ_in_the_variant_alone(tiny, tmp_path):
+    runs = plan(tiny, tmp_path, names=list(VARIANTS), seeds=(3, 4), settings=["optim.learning_rate=0.5"])
+    assert [(run.variant, run.seed) for run in runs] == [(name, seed) for seed in (3, 4) for name in VARIANTS]
+    assert len({run.name for run in runs}) == len(runs) and runs[1].name == "transformer_conv-seed3"
+    own = {s.partition("=")[0].removeprefix("model.") for settings in VARIANTS.values() for s in settings}
+    trees = [config_to_mapping(run.config) for run in runs if run.seed == 3]
+    assert all(tree["train"]["seed"] == 3 and tree["optim"]["learning_rate"] == 0.5 for tree in trees)
+    for tree in trees:
+        tree["run"]["name"] = None
+        tree["model"] = {key: value for key, value in tree["model"].items() if key not in own}
+        assert tree == trees[0]
+    assert all(load_config(tiny, run.settings) == run.config for run in runs)
+
+
+def test_a_defined_variant_begins_as_another_one():
+    fast = ["fast", "window+global", "optim.learning_rate=1e-2"]
+    chosen = choose_variants(["faster", "fast"], [fast, ["faster", "fast", "model.ffn_size=48"]])
+    assert chosen == {"faster": (*VARIANTS["window+global"], *fast[2:], "model.ffn_size=48"), "fast": (*VARIANTS["window+global"], *fast[2:])}
+
+
+@pytest.mark.parametrize(
+    ("names", "definitions", "text"),
+    [
+        (["window+globl"], [], "unknown variant window+globl; did you mean window+global?"),
+        (["x"], [], "did you mean"),
+        (["transformer", "transformer"], [], "named 2 times"),
+        (["a"], [["a", "transfomer", "model.ffn_size=4"]], "unknown variant transfomer; did you mean transformer?"),
+        (["a"], [["a"]], "--define a needs"),
+        (["a"], [["a", "transformer"]], "--define a needs"),
+        (["a"], [["a_b", "transformer", "model.ffn_size=4"]], "--define a_b: a new name is needed"),
+        (["a"], [["transformer", "transformer+conv", "model.ffn_size=4"]], "--define transformer: a new name is needed"),
+        (["a"], [["a", "transformer", "train.num_steps=4"]], "train.num_steps=4 is not about the model"),
+        (["a"], [["a", "transformer", "model.sequence_length=4"]], "model.sequence_length=4 is not about"),
+    ],
+)
+def test_names_that_are_none_are_refused_in_one_sentence(names, definitions, text):
+    with pytest.raises(ConfigError) as refusal:
+        choose_variants(names, definitions)
+    assert text in str(refusal.value) and len(refusal.value.problems) == 1
+
+
+@pytest.mark.parametrize(
+    ("counts", "outside"),
+    [
+        ({"a": 1000, "b": 1010}, None),
+        ({"a": 1000, "b": 1011}, "b has 1,011, but 990 to 1,010 are allowed, 1% around a;"),
+        ({"a": 989, REFERENCE: 1000, "b": 2000}, "a has 989, b has 2,000, but 990 to 1,010 are allowed, 1% around transformer+conv;"),
+    ],
+)
+def test_sizes_agree_within_one_per_cent(counts, outside):
+    if outside is None:
+        check_sizes(counts)
+        return
+    with pytest.raises(ConfigError) as refusal:
+        check_sizes(counts)
+    assert outside in str(refusal.value) and "--any-size" in str(refusal.value) and len(refusal.value.problems) == 1
+
+
+# ---- what one output directory may hold
+
+
+def test_variants_add_up_in_an_output_directory(tiny, tmp_path):
+    study = study_of(tiny, ["transformer"])
+    assert joined_study(study, tmp_path) == study
+    record_study(study, tmp_path)
+    fast = ["fast", "transformer", "optim.eps=1e-6"]
+    unimportant = ["run.name=other", "checkpoint.keep_last=1", "train.stop_at_step=5", "train.seed=7", "data.num_workers=2", "model.score=dot"]
+    joined = joined_study(study_of(tiny, ["fast"], *unimportant, definitions=[fast]), tmp_path)
+    assert joined.variants == {"transformer": VARIANTS["transformer"], "fast": (*VARIANTS["transformer"], "optim.eps=1e-6")}
+    assert joined.digest == study.digest != study_of(tiny, ["transformer"], "optim.eps=1e-6").digest
+    record_study(joined, tmp_path)
+    assert joined_study(study, tmp_path).variants == joined.variants
+
+
+def test_other_configs_variants_and_data_are_refused(tiny, tmp_path):
+    record_study(study_of(tiny, ["a"], definitions=[["a", "transformer", "optim.eps=1e-6"]]), tmp_path)
+    with pytest.raises(ConfigError, match=r"optim.learning_rate was 0.01 and is 0.02; choose another --output"):
+        joined_study(study_of(tiny, ["transformer"], "optim.learning_rate=0.02"), tmp_path)
+    with pytest.raises(ConfigError, match=r"a was .* optim.eps=1e-06 and is|a was .*optim.eps=1e-6 and is .*optim.eps=1e-7"):
+        joined_study(study_of(tiny, ["a"], definitions=[["a", "transformer", "optim.eps=1e-7"]]), tmp_path)
+    for split in ("train", "validation"):
+        write_documents(tmp_path / split, num_documents=9, seed=5)
+        with pytest.raises(DataError, match=rf"other data.{split}: .*number of tokens was"):
+            joined_study(study_of(tiny, ["transformer"], f"data.{split}={tmp_path / split}"), tmp_path)
+    (tmp_path / "study.json").write_text("[]")
+    with pytest.raises(ConfigError, match="not the record of an ablation"):
+        joined_study(study_of(tiny, ["transformer"]), tmp_path)
+
+
+@pytest.mark.parametrize("override", ["data.validation=null", "train.evaluate_every_n_steps=0"])
+def test_without_held_out_losses_there_is_nothing_to_compare(tiny, override):
+    with pytest.raises(ConfigError, match=f"^{override.replace('=', ' is ')}, but an ablation compares losses on held-out data"):
+        study_of(tiny, ["transformer"], override)
+
+
+# ---- processes
+
+
+def test_every_run_reaches_its_end_and_leaves_a_record(stub):
+    processes = stub.train()
+    assert processes.failures == [] and stub.recorded == [1, 2, 3, 4]
+    records = read_records(stub.output)
+    assert [(r.variant, r.seed, r.num_parameters) for r in records] == [
+        ("transformer", 1, 70), ("transformer", 2, 70), ("window+global", 1, 71), ("window+global", 2, 71)
+    ]  # fmt: skip
+    (first, *_) = records
+    assert (first.tokens, first.validation_loss, first.validation_tokens, first.skipped_steps) == (96 * NUM_STEPS, 6.0, 48, 1)
+    assert first.curve == [[960, 7.0], [1920, 6.0]] and first.tokens_per_second == 1050 and (first.device, first.jobs) == ("the device", 1)
+    assert stub.log("transformer-seed1").startswith("$ ") and "train.seed=1 run.name=transformer-seed1" in stub.log("transformer-seed1")
+    assert "transformer-seed1: finished, validation loss 6.0000" in stub.messages
+
+
+def test_runs_are_side_by_side_but_no_more_than_asked_for(stub):
+    names = [run.name for run in stub.runs]
+    stub.behave(transformer_seed1=f"together with {names[1]}.here", window_global_seed1=f"together with {names[0]}.here")
+    alive = []
+
+    def count(message):
+        alive.append((alive[-1] if alive else 0) + message.count(": started") - message.count(": finished"))
+
+    stub.train(jobs=2, on_message=count)
+    assert stub.finished() == names and max(alive) == 2
+
+
+def test_runs_spread_over_the_gpus(stub):
+    names = [run.name for run in stub.runs]
+    stub.behave(**{name.replace("-", "_"): f"together with {other}.here" for name, other in zip(names, reversed(names), strict=True)})
+    stub.train(jobs=2, gpus=["3", "GPU-a1"])
+    assert stub.finished() == names
+    places = {name: (stub.plans / f"{name}.gpu").read_text() for name in names}
+    assert sorted(places.values()) == ["3", "3", "GPU-a1", "GPU-a1"]
+    assert f"{names[0]}: started on GPU 3, log in {stub.output / 'logs' / names[0]}.log" in stub.messages
+
+
+def test_what_crashes_or_is_killed_is_reported_and_the_others_go_on(stub):
+    stub.behave(transformer_seed1="crash", window_global_seed2="kill")
+    processes = stub.train(jobs=2)
+    assert sorted(processes.failures) == [-9, 5] and stub.finished() == ["window_global-seed1", "transformer-seed2"]
+    log = stub.output / "logs" / "transformer-seed1.log"
+    failures = [message for message in stub.messages if "failed" in message]
+    assert f"transformer-seed1: failed at step 7 of 20, loss 8.300: exit code 5; the end of {log} is: error: the disk is full" in failures
+    assert any(message.startswith("window_global-seed2: failed at step 12 of 20, loss 7.800: killed by SIGKILL;") for message in failures)
+
+    stub.behave()
+    assert stub.train([run for run in stub.runs if run.name not in stub.finished()]).failures == [] and len(stub.finished()) == 4
+    assert stub.log("transformer-seed1").count("$ ") == 2 and stub.log("transformer-seed2").count("$ ") == 1
+
+
+def test_a_stop_signal_stops_every_run_and_starts_no_other(stub):
+    stub.behave(transformer_seed1="stop when asked", window_global_seed1="stop when asked")
+
+    def stop_at_the_second_start(message):
+        stub.messages.append(message)
+        if message.startswith("window_global-seed1: started"):
+            pids = [stub.output / "runs" / name / "metrics.jsonl" for name in ("transformer-seed1", "window_global-seed1")]
+            while not all(path.exists() for path in pids):
+                pass
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    processes = stub.train(jobs=2, on_message=stop_at_the_second_start)
+    assert processes.failures == [] and stub.finished() == [] and signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
+    assert sorted(stub.messages[2:]) == [f"{name}-seed1: stopped at step 7 of 20, loss 8.300" for name in ("transformer", "window_global")]
+
+
+def test_a_second_interruption_kills_what_is_running(stub):
+    stub.behave(transformer_seed1="deaf")
+    pid = stub.output / "runs" / "transformer-seed1" / "pid"
+
+    def interrupt_twice(message):
+        while not (pid.exists() and pid.read_text()):
+            pass
+        os.kill(os.getpid(), signal.SIGINT)
+        os.kill(os.getpid(), signal.SIGINT)
+
+    with pytest.raises(KeyboardInterrupt):
+        stub.train(on_message=interrupt_twice)
+    with pytest.raises(ProcessLookupError):
+        os.kill(int(pid.read_text()), 0)
+    assert stub.finished() == [] and not pid.with_name("metrics.jsonl").exists()
+
+
+def test_a_run_that_ends_before_its_last_step_is_not_finished(stub):
+    stub.train(stub.runs[:1])
+    run = stub.runs[0]
+    longer = replace(run, config=run.config.model_copy(update={"train": run.config.train.model_copy(update={"num_steps": 30})}))
+    record_path(run, stub.output).unlink()
+    assert stub.train([longer]).failures == [] and stub.finished() == []
+    assert "transformer-seed1: stopped at step 20 of 30, loss 7.000" in stub.messages
+
+
+def test_a_damaged_record_is_named(stub):
+    stub.train(stub.runs[:1])
+    path = record_path(stub.runs[0], stub.output)
+    path.write_text(json.dumps({**json.loads(path.read_text()), "colour": "red"}))
+    with pytest.raises(StorageError, match=r"transformer-seed1.json is not the record of a finished run"):
+        read_records(stub.output)
+
+
+# ---- results
+
+
+def test_means_spreads_and_differences_over_the_seeds_of_both():
+    runs = {
+        "window+global": [record("window+global", *run, tokens_per_second=speed) for *run, speed in ((1, 1.8, 5), (2, 1.9, 7), (3, 9, 6))],
+        REFERENCE: [record(REFERENCE, 1, 2.0), record(REFERENCE, 2, 2.0)],
+        "transformer": [record("transformer", 1, None), record("transformer", 2, 2.1)],
+    }
+    ours, theirs, broken = summarise(runs).values()
+    assert ours.mean == pytest.approx(12.7 / 3) and ours.spread == pytest.approx(7.2) and ours.tokens_per_second == 6
+    assert ours.difference == pytest.approx(-0.075) and ours.difference_seeds == 2
+    assert (theirs.mean, theirs.spread, theirs.difference) == (2.0, 0.0, 0.0)
+    assert (broken.mean, broken.spread) == (None, None) and broken.difference == pytest.approx(0.05) and broken.difference_seeds == 1
+    assert summarise({"transformer": runs["transformer"]})["transformer"].difference is None
+
+
+def test_the_table_the_figures_and_the_picture(tiny, tmp_path):
+    study = study_of(tiny)
+    records = [
+        record("window+global", 2, 1.9, device="another device", jobs=1),
+        record("window+global", 1, 1.8, skipped_steps=4),
+        record(REFERENCE, 1, 2.0),
+    ]
+    text = write_results(study, records, tmp_path)
+    assert (tmp_path / "table.md").read_text() == text
+    head, _, reference, ours = [[cell.strip() for cell in line.split("|")[1:-1]] for line in text.splitlines() if line.startswith("|")]
+    assert head == ["variant", "parameters", "tokens", "seed 1", "seed 2", "mean", "spread", "against transformer+conv", "tok/s"]
+    assert reference == [REFERENCE, "1,000", "80", "2.0000", "-", "2.0000", "-", "-", "500"]
+    assert ours == ["window+global", "1,000", "80", "1.8000", "1.9000", "1.8500", "0.1000", "-10.00 % (1 of 2 seeds)", "500"]
+    num_tokens = study.data["train"]["sources"][0]["num_tokens"]
+    assert f"a device, another device, torch 2.99; fp32, T 24, 20 steps, peak learning rate 0.01; training data of {num_tokens:,} tokens" in text
+    assert "validation on 48 tokens" in text and study.digest in text and "at most 2 or 1 runs side by side" in text
+    assert "window+global seed 1: 4" in text
+
+    tree = json.loads((tmp_path / "results.json").read_text())
+    assert tree["config_hash"] == study.digest and tree["config"]["optim.learning_rate"] == 0.01 and tree["reference"] == REFERENCE
+    found = tree["variants"]["window+global"]
+    assert list(tree["variants"]) == sorted([REFERENCE, "window+global"]) and found["settings"] == list(VARIANTS["window+global"])
+    assert found["mean"] == pytest.approx(1.85) and found["difference"] == pytest.approx(-0.1) and found["losses"] == {"1": 1.8, "2": 1.9}
+    assert [run["device"] for run in found["runs"]] == ["a device", "another device"] and found["runs"][0]["curve"] == [[40, 2.8], [80, 1.8]]
+    assert (tmp_path / "curves.png").read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.fixture
+def drawn(monkeypatch):
+    """The panels of the pictures drawn."""
+    panels = []
+    original = chart._draw
+
+    def draw(axes, lines, styles):
+        original(axes, lines, styles)
+        panels.append(axes)
+
+    monkeypatch.setattr(chart, "_draw", draw)
+    return panels
+
+
+def lines(axes):
+    return {line.get_label(): (line.get_xdata().tolist(), line.get_ydata().tolist()) for line in axes.get_lines() if line.get_label()[0] != "_"}
+
+
+def test_curves_are_means_over_the_seeds_in_a_band_and_relative_seed_by_seed(drawn):
+    ours = {1: {10: 4.0, 20: 3.0, 30: 1.0}, 2: {10: 5.5, 30: 2.0}}
+    picture = validation_png({"ours": ours, REFERENCE: {1: {10: 4.0, 30: 2.0}, 3: {10: 6.0, 30: 4.0}}}, reference=REFERENCE)
+    upper, lower = drawn
+    assert picture.startswith(b"\x89PNG") and upper.get_xscale() == "log"
+    assert lines(upper) == {"ours": ([10, 30], [4.75, 1.5]), REFERENCE: ([10, 30], [5.0, 3.0])}
+    assert lines(lower) == {"ours": ([10, 30], [0.0, -50.0])}
+    (band,) = [b for b in upper.collections if np.ptp(b.get_paths()[0].vertices[:, 1]) == 4.5]
+    assert {(10.0, 4.0), (10.0, 5.5), (30.0, 1.0), (30.0, 2.0)} <= {tuple(point) for point in band.get_paths()[0].vertices}
+    (legend,) = upper.figure.legends
+    assert [text.get_text() for text in legend.get_texts()] == ["1.500  ours", f"3.000  {REFERENCE}"]
+
+
+def test_the_early_plunge_does_not_squash_the_picture(drawn):
+    curve = {tokens: 2 + 100 / tokens for tokens in range(10, 1001, 10)}
+    validation_png({"a": {1: curve}}, reference=REFERENCE)
+    (axes,) = drawn
+    low, high = axes.get_ylim()
+    assert 1.9 < low < 2.1 and 2.5 < high < 2.6
+
+
+@pytest.mark.filterwarnings("error")
+@pytest.mark.parametrize("loss", [None, 2.0])
+def test_a_single_evaluation_and_a_loss_that_is_not_finite_can_be_drawn(drawn, loss):
+    assert validation_png({"a": {1: {10: loss}}, REFERENCE: {2: {10: 2.0}}}, reference=REFERENCE).startswith(b"\x89PNG")
+    (axes,) = drawn  # no seed in common: no lower half
+    assert [text.get_text() for text in axes.figure.legends[0].get_texts()][-1] == ("not finite  a" if loss is None else f"2.000  {REFERENCE}")

@@ -1,0 +1,69 @@
+"""What the banner says about implementations, and that the config's choice is made before anything is compiled."""
+
+import pytest
+import torch
+from tiny_run import prepare, tiny_config
+
+from phase8.kernels.backends import SDPA, Backend
+from phase8.train import build, learner, run_facts
+from phase8.train.run_facts import implementation_facts
+
+CPU = torch.device("cpu")
+TRITON = Backend("triton", "triton 3.7.1, ptxas 13.1 selected in place of ptxas 12.8")
+
+
+@pytest.fixture
+def lines(tiny, monkeypatch):
+    def with_backend(backend, *overrides, hint=None):
+        monkeypatch.setattr(run_facts, "kernel_backend", lambda device: backend)
+        monkeypatch.setattr(run_facts, "apex_hint", lambda: hint)
+        return dict(implementation_facts(tiny_config(tiny, *overrides), device=CPU))
+
+    return with_backend
+
+
+def test_kernels_and_assembler_are_named_for_mixer_and_loss(lines):
+    found = lines(TRITON, "model.score=dot")
+    assert found == {"mixer": f"Triton (dot window, gated linear recurrence): {TRITON.reason}", "loss": f"Triton: {TRITON.reason}"}
+
+
+def test_references_are_named_with_the_reason(lines):
+    found = lines(Backend("reference", "train.kernels is reference"))
+    assert found["mixer"] == "plain torch references (lorentz window, gated linear recurrence): train.kernels is reference"
+    assert found["loss"] == "plain torch references: train.kernels is reference"
+
+
+def test_heads_too_wide_for_the_kernels_are_named(lines):
+    assert "head size 258 is above 256" in lines(TRITON, "model.head_size=258")["mixer"]
+    assert "head size" not in lines(TRITON, "model.head_size=256")["mixer"]
+    assert "head size" not in lines(Backend("reference", "no GPU"), "model.head_size=258")["mixer"]
+
+
+@pytest.mark.parametrize(("packed", "mask"), [("false", ""), ("true", ", with a document mask")])
+def test_the_transformer_names_its_attention(packed, mask, lines, monkeypatch):
+    asked = []
+
+    def attention_backend(device, *, dtype, masked):
+        asked.append((device, dtype, masked))
+        return Backend(SDPA, "because")
+
+    monkeypatch.setattr(run_facts, "attention_backend", attention_backend)
+    found = lines(TRITON, "model.block=transformer", "precision.dtype=bf16", f"data.reset_at_document_boundaries={packed}")
+    assert found["mixer"] == f"full causal attention{mask}: {SDPA} (because)" and found["loss"].startswith("Triton")
+    assert asked == [(CPU, torch.bfloat16, packed == "true")]
+
+
+def test_an_installed_apex_is_mentioned(lines):
+    assert lines(TRITON, hint="apex is not NVIDIA's")["optimizer"] == "torch's fused AdamW; apex is not NVIDIA's"
+    assert "optimizer" not in lines(TRITON)
+
+
+@pytest.mark.parametrize("wanted", ["auto", "reference"])
+def test_kernels_are_selected_once_and_before_anything_is_built_or_compiled(wanted, tiny, monkeypatch):
+    events = []
+    build_model = learner.build_model
+    monkeypatch.setattr(build, "select_kernels", lambda *arguments: events.append(arguments))
+    monkeypatch.setattr(learner, "build_model", lambda *a, **k: events.append("model") or build_model(*a, **k))
+    monkeypatch.setattr(torch.nn.Module, "compile", lambda *a, **k: events.append("compile"))
+    prepare(tiny, f"train.kernels={wanted}", "train.compile.enabled=true")
+    assert events == [(wanted, CPU), "model", "compile", "compile"]
