@@ -19,7 +19,6 @@ from torch import Tensor, nn
 from phase8.kernels.toolchain import prepare_toolchain
 
 OLDEST_CAPABILITY = (8, 0)  # Ampere: bf16 and tf32 in the matrix units
-MAX_HEAD_SIZE = 256  # of the Triton kernels; wider heads go to the references
 HALF_PRECISIONS = (torch.bfloat16, torch.float16)
 
 

@@ -11,10 +11,8 @@ import torch
 from torch import Tensor
 
 from phase8.kernels.backends import uses_triton
+from phase8.kernels.limits import MAX_RANK
 from phase8.kernels.reference import low_rank_swiglu as reference
-
-# The Triton kernels hold rows of so many numbers; wider bottlenecks are worth matrix products of their own.
-MAX_RANK = 64
 
 
 def low_rank_swiglu(bottlenecks: Tensor, gate: Tensor, up: Tensor, down: Tensor) -> Tensor:

@@ -7,7 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from phase8.kernels.backends import MAX_HEAD_SIZE, uses_triton
+from phase8.kernels.backends import uses_triton
+from phase8.kernels.limits import MAX_HEAD_SIZE
 from phase8.kernels.reference import window_attention as reference
 from phase8.kernels.window_state import VisibleKeys, WindowState, visible_keys
 

@@ -17,6 +17,7 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 from phase8.config.schema import ModelSection
+from phase8.kernels.limits import MAX_RANK
 from phase8.kernels.loss_chunks import SCRATCH_BYTES, choose_chunk_tokens
 from phase8.model.flops import BACKWARD_OVER_FORWARD, mean_visible_keys
 from phase8.plan.memory import FP32_BYTES
@@ -37,8 +38,8 @@ CAUSAL_PASSES: Both = (6, 14)
 OVERLAP = 1.8
 # Kernels of a low-rank pair beyond those of one product, with the casts of its weights.
 PAIR_KERNELS: Both = (2.4, 4.7)
-# The outputs of several products are copied so that they lie side by side.
-CONCATENATED_PASSES = 1.25
+# What lies between the bottlenecks of a low-rank feed-forward is one kernel forward and two backward, bound by what is no product of theirs.
+BOTTLENECK_SHARES: Both = (0.12, 0.09)
 # From the end of a small kernel to that of the next: 11.0 ms for about a thousand of them are kernels in the profile of the research shape,
 # most with little to do.
 KERNEL_SECONDS = 2.75e-6
@@ -233,6 +234,12 @@ def _mixer(batch: Microbatch, window: int) -> Half:
 def _feed_forward(batch: Microbatch) -> Half:
     model, style = batch.model, _style(batch)
     width, rank = model.feed_forward_width / batch.tensor_ranks, model.feed_forward_rank
+    if rank and rank <= MAX_RANK:
+        N, own = batch.tokens, batch.tokens / batch.tensor_ranks
+        products = batch.product(own, model.d_model, 2 * rank) + batch.product(own, rank, model.d_model)
+        flops = 2 * 3 * N * rank * width / batch.rates.peak
+        between = (flops / BOTTLENECK_SHARES[0], BACKWARD_OVER_FORWARD * flops / BOTTLENECK_SHARES[1])
+        return _half(batch, products, between, batch.product(own, rank, model.d_model), share=1 - MIXER_SHARE, num_pairs=2)
     down = _row(batch, width, rank)
     forward, backward = (batch.moved(batch.tokens * width * passes) for passes in style.gated)
     return _half(batch, _columns(batch, 2, width, rank) + down, (forward, backward), down, share=1 - MIXER_SHARE, num_pairs=3 if rank else 0)
@@ -266,8 +273,8 @@ def _columns(batch: Microbatch, count: int, width: float, rank: int) -> float:
     N, D = batch.tokens, batch.model.d_model
     if not rank:
         return batch.product(N, D, count * width)
-    concatenated = batch.moved(CONCATENATED_PASSES * N * count * width)
-    return batch.product(N / batch.tensor_ranks, D, count * rank) + count * batch.product(N, rank, width) + concatenated
+    # One product behind the bottlenecks, with zeros beside its blocks.
+    return batch.product(N / batch.tensor_ranks, D, count * rank) + batch.product(N, count * rank, count * width)
 
 
 def _row(batch: Microbatch, width: float, rank: int) -> float:

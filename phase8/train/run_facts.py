@@ -7,7 +7,8 @@ import torch
 from phase8.config.batch import BatchShape
 from phase8.config.pipeline import pipeline_of
 from phase8.config.schema import RunConfig
-from phase8.kernels.backends import MAX_HEAD_SIZE, apex_hint, attention_backend, kernel_backend
+from phase8.kernels.backends import apex_hint, attention_backend, kernel_backend
+from phase8.kernels.limits import MAX_HEAD_SIZE
 from phase8.plan.cost_facts import Fact, batch_fact, model_facts
 from phase8.precision.policy import compute_dtype
 from phase8.topology import Topology

@@ -16,9 +16,9 @@ from training import new_learner
 from phase8.config.auto import without_auto
 from phase8.config.load import load_config
 from phase8.config.validate import validate
+from phase8.data.microbatch import split_sample
 from phase8.distributed.placement import collected
 from phase8.optim.schedule import learning_rate
-from phase8.train.microbatch import split_sample
 from phase8.train.step import train_step
 
 NUM_STEPS = 20
