@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from bisect import bisect_left
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 from phase8.config.auto import AUTO, automatic_keys, with_values
@@ -56,6 +56,13 @@ class Device:
     memory_bytes: int
     total_bytes: int
     can_compile: bool = True
+
+    def limited_to(self, limit_gib: float | None) -> Device:
+        """The same device as if it had no more memory than `train.device_memory_gib`; None: no limit."""
+        if limit_gib is None:
+            return self
+        limit = int(limit_gib * 2**30)
+        return replace(self, memory_bytes=min(self.memory_bytes, limit), total_bytes=min(self.total_bytes, limit))
 
 
 @dataclass(frozen=True)

@@ -56,9 +56,7 @@ def _device(config: RunConfig) -> Device:
     """The GPU of this machine, or an H100 where there is none that is known."""
     name = _own_gpu() or ASSUMED_GPU
     total = int((find_gpu(name) or assumed_gpu()).memory_gib * 2**30)
-    limit = config.train.device_memory_gib
-    free = free_bytes(total)
-    return Device("cuda", name, memory_bytes=free if limit is None else min(free, int(limit * 2**30)), total_bytes=total)
+    return Device("cuda", name, memory_bytes=free_bytes(total), total_bytes=total).limited_to(config.train.device_memory_gib)
 
 
 def _own_gpu() -> str | None:

@@ -37,9 +37,9 @@ CAUSAL_PASSES: Both = (6, 14)
 # How the times of a product's FLOPs and of its operands add up: 1 is one after the other, infinity the longer of both.
 OVERLAP = 1.8
 # Kernels of a low-rank pair beyond those of one product, with the casts of its weights.
-PAIR_KERNELS: Both = (2.4, 4.7)
+PAIR_KERNELS: Both = (1, 3)
 # What lies between the bottlenecks of a low-rank feed-forward is one kernel forward and two backward, bound by what is no product of theirs.
-BOTTLENECK_SHARES: Both = (0.12, 0.09)
+BOTTLENECK_SHARES: Both = (0.13, 0.10)
 # From the end of a small kernel to that of the next: 11.0 ms for about a thousand of them are kernels in the profile of the research shape,
 # most with little to do.
 KERNEL_SECONDS = 2.75e-6
@@ -53,7 +53,7 @@ BUDGET_EXPONENT = 1.45
 BUDGET_STEPS = ((1.0, 1.0), (0.8, 0.9), (0.5, 0.5))
 # Passes of the loss over the logits of a chunk (0.77 ms for 1 GiB), and of embedding and final norm over [N, D].
 LOGIT_PASSES = 2.8
-END_PASSES = 12
+END_PASSES = 8
 
 
 class Style(NamedTuple):

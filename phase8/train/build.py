@@ -23,7 +23,7 @@ from phase8.kernels.backends import select_kernels
 from phase8.observe.banner import print_banner, print_line
 from phase8.observe.devices import peak_flops
 from phase8.plan.candidates import Device, plan_on
-from phase8.plan.facts import memory_fact
+from phase8.plan.cost_facts import memory_fact
 from phase8.plan.whole_config import count_parameters, shapes_only
 from phase8.precision.policy import compute_dtype, set_matmul_precision
 from phase8.train.changed_keys import ChangedKey, changed_keys

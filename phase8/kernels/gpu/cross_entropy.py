@@ -189,4 +189,7 @@ def add_product(total: Tensor, left: Tensor, right: Tensor, *, is_first: bool) -
 
 
 def _device_bytes(device: torch.device) -> int | None:
-    return torch.cuda.get_device_properties(device).total_memory if device.type == "cuda" else None
+    """Memory of the device that this process may take."""
+    if device.type != "cuda":
+        return None
+    return int(torch.cuda.get_device_properties(device).total_memory * torch.cuda.get_per_process_memory_fraction(device))

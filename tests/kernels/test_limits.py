@@ -1,0 +1,31 @@
+"""What is larger than the Triton kernels take goes to torch, where the compiler sees it."""
+
+import pytest
+import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from phase8.kernels.limits import MAX_RANK
+from phase8.kernels.low_rank_swiglu import low_rank_swiglu
+
+
+class Operators(TorchDispatchMode):
+    """Remembers the names of the operators that run."""
+
+    def __init__(self):
+        super().__init__()
+        self.names = set()
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.names.add(func._schema.name)
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize(("rank", "is_kernel"), [(MAX_RANK, True), (MAX_RANK + 1, False)])
+def test_a_rank_above_the_limit_is_left_to_the_compiler(rank, is_kernel):
+    with FakeTensorMode(), Operators() as operators:
+        weights = [torch.empty(shape, device="cuda") for shape in ((24, rank), (24, rank), (rank, 24))]
+        y = low_rank_swiglu(torch.empty(3, 5, 2 * rank, device="cuda", dtype=torch.bfloat16), *weights)
+    assert y.shape == (3, 5, rank)
+    assert ("phase8::low_rank_swiglu" in operators.names) == is_kernel
+
