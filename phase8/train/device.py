@@ -14,7 +14,6 @@ from phase8.plan.whole_config import count_parameters, shapes_only
 from phase8.processes.bootstrap import World
 
 _SAVED_BYTES_PER_PARAMETER = 12  # the weight and both moments of AdamW
-_ALLOCATOR_VARIABLES = ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF")
 _WORTH_SAVING_ASIDE_BYTES = 4e9  # less is written while a step or two would be taken
 
 
@@ -28,19 +27,9 @@ def select_device(name: str, *, local_rank: int = 0) -> torch.device:
         raise ConfigError("--device is cuda, but torch finds no usable GPU; use --device cpu, or install a CUDA build of torch and its driver.")
     if name == "cpu" or not torch.cuda.is_available():
         return torch.device("cpu")
-    _let_segments_grow()
     if local_rank < torch.cuda.device_count():  # too many processes are refused when they meet
         torch.cuda.set_device(local_rank)
     return torch.device("cuda", torch.cuda.current_device())
-
-
-def _let_segments_grow() -> None:
-    """Has torch's allocator map memory behind what it has, instead of beside it, unless the user has configured it; before the first use of the GPU.
-
-    A recorded step then reserves 5 to 8 % more than its tensors, not 13 to 36 % (docs/performance.md).
-    """
-    if not any(variable in os.environ for variable in _ALLOCATOR_VARIABLES):
-        os.environ[_ALLOCATOR_VARIABLES[0]] = "expandable_segments:True"
 
 
 def this_device(device: torch.device, config: RunConfig) -> Device:
