@@ -1,15 +1,53 @@
-"""The rank grid: how a world of processes is divided over pipeline, data, context and tensor axes.
+"""The rank grid: how a world of processes is divided over pipeline, data, context and tensor axes, and what ranks along an axis share.
 
 Ranks vary fastest along tp, then cp, dp, pp, so that tensor parallelism stays inside a node. Plain values, no torch.
+
+The axes over which ranks communicate are finer: dp is replicate x shard x ep. Whoever sums, counts or compares over ranks loops over one of
+these sets of axes, in its order; an axis that is new joins the sets here.
+
+| set | ranks along its axes |
+|---|---|
+| `READERS` | read different sequences |
+| `TOKENS` | read different tokens: each counts its own targets and has a summand of every gradient |
+| `LOSS` | have different summands of the loss |
+| `HOLDERS` | hold different parts of the parameters, and so summands of a norm |
+| `COPIES` | hold the same part of some parameters |
+| `STAGE` | belong to one pipeline stage |
+| `EVERYBODY` | are all ranks |
 """
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
+from enum import StrEnum
 
 from phase8.errors import TopologyError
 
 AXES = ("pp", "dp", "cp", "tp")
+
+
+class AxisName(StrEnum):
+    """Axes over which ranks communicate, from the farthest ranks to the nearest.
+
+    Data-parallel ranks hold the same shards along `replicate`, different shards along `shard` and different experts along `ep`.
+    """
+
+    PIPELINE = "pp"
+    REPLICATE = "replicate"
+    SHARD = "shard"
+    EXPERT = "ep"
+    CONTEXT = "cp"
+    TENSOR = "tp"
+
+
+READERS = (AxisName.REPLICATE, AxisName.SHARD, AxisName.EXPERT)
+TOKENS = (*READERS, AxisName.CONTEXT)
+LOSS = (AxisName.PIPELINE, *TOKENS)
+HOLDERS = (AxisName.TENSOR, AxisName.SHARD, AxisName.EXPERT, AxisName.PIPELINE)
+COPIES = (AxisName.REPLICATE, AxisName.CONTEXT, AxisName.TENSOR)
+STAGE = (*TOKENS, AxisName.TENSOR)
+EVERYBODY = (*STAGE, AxisName.PIPELINE)
 
 
 @dataclass(frozen=True)
@@ -21,12 +59,14 @@ class Topology:
         data_parallel_size: Degree of dp.
         context_parallel_size: Degree of cp.
         tensor_parallel_size: Degree of tp.
+        expert_parallel_size: Ranks along ep, inside dp.
     """
 
     pipeline_parallel_size: int = 1
     data_parallel_size: int = 1
     context_parallel_size: int = 1
     tensor_parallel_size: int = 1
+    expert_parallel_size: int = 1
 
     @property
     def degrees(self) -> dict[str, int]:
@@ -39,6 +79,28 @@ class Topology:
     def world_size(self) -> int:
         """Number of ranks."""
         return self.pipeline_parallel_size * self.data_parallel_size * self.context_parallel_size * self.tensor_parallel_size
+
+    def axis_sizes(self, *, shard_size: int) -> dict[AxisName, int]:
+        """Ranks along each axis over which they communicate, slowest varying first.
+
+        Args:
+            shard_size: Data-parallel ranks that divide parameters and optimizer among them; times ep it divides data_parallel_size.
+        """
+        return {
+            AxisName.PIPELINE: self.pipeline_parallel_size,
+            AxisName.REPLICATE: self.data_parallel_size // (shard_size * self.expert_parallel_size),
+            AxisName.SHARD: shard_size,
+            AxisName.EXPERT: self.expert_parallel_size,
+            AxisName.CONTEXT: self.context_parallel_size,
+            AxisName.TENSOR: self.tensor_parallel_size,
+        }
+
+    def rank(self, coordinates: Mapping[str, int]) -> int:
+        """The rank at a position; it is the first one along each axis that the position does not name."""
+        rank = 0
+        for axis, degree in self.degrees.items():
+            rank = rank * degree + coordinates.get(axis, 0)
+        return rank
 
     def coordinates(self, rank: int) -> dict[str, int]:
         """Position of a rank on each axis."""
@@ -81,4 +143,4 @@ def build_topology(
             f"parallel.expert_parallel_size {expert_parallel_size} does not divide the data-parallel size {data_parallel_size} "
             f"(world size {world_size} / {model_ranks}); choose a divisor."
         )
-    return Topology(pipeline_parallel_size, data_parallel_size, context_parallel_size, tensor_parallel_size)
+    return Topology(pipeline_parallel_size, data_parallel_size, context_parallel_size, tensor_parallel_size, expert_parallel_size)

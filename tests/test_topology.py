@@ -1,9 +1,12 @@
+import math
+from dataclasses import replace
+
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from phase8.errors import TopologyError
-from phase8.topology import AXES, Topology, build_topology
+from phase8.topology import AXES, COPIES, EVERYBODY, HOLDERS, LOSS, READERS, STAGE, TOKENS, AxisName, Topology, build_topology
 
 untimed = settings(deadline=None)
 TOPOLOGIES = st.builds(Topology, *(st.integers(1, 4) for _ in AXES))
@@ -62,6 +65,33 @@ def test_a_worked_example():
     assert topology.group(47, "cp") == [43, 45, 47]
     assert topology.group(47, "dp") == [29, 35, 41, 47]
     assert topology.group(47, "pp") == [23, 47, 71, 95, 119]
+
+
+@untimed
+@given(TOPOLOGIES)
+def test_a_position_has_its_rank(topology):
+    for rank in range(topology.world_size):
+        own = topology.coordinates(rank)
+        assert topology.rank(own) == rank
+        assert topology.rank({"tp": own["tp"], "pp": own["pp"]}) == topology.rank({**own, "dp": 0, "cp": 0})
+
+
+@untimed
+@given(TOPOLOGIES, st.integers(1, 3), st.integers(1, 3))
+def test_finer_axes_divide_the_data_parallel_ranks(topology, shard_size, expert):
+    dp = topology.data_parallel_size * shard_size * expert
+    topology = replace(topology, data_parallel_size=dp, expert_parallel_size=expert)
+    sizes = topology.axis_sizes(shard_size=shard_size)
+    assert list(sizes) == list(AxisName) and math.prod(sizes.values()) == topology.world_size
+    assert math.prod(sizes[axis] for axis in READERS) == dp and sizes[AxisName.SHARD] == shard_size
+    assert {axis: sizes[axis] for axis in AXES if axis != "dp"} == {axis: topology.degrees[axis] for axis in AXES if axis != "dp"}
+
+
+def test_sets_of_axes_name_an_axis_once_and_miss_none():
+    for axes in (READERS, TOKENS, LOSS, HOLDERS, COPIES, STAGE, EVERYBODY):
+        assert len(set(axes)) == len(axes)
+    assert set(EVERYBODY) == set(AxisName) == {*STAGE, AxisName.PIPELINE} == {*LOSS, AxisName.TENSOR} == {*HOLDERS, *COPIES}
+    assert not set(HOLDERS) & {AxisName.REPLICATE, AxisName.CONTEXT}, "ranks along these hold the same parts"
 
 
 def test_an_unknown_axis_is_a_key_error():

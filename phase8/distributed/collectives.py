@@ -74,9 +74,11 @@ def scatter_tokens(x: Tensor, axis: Axis) -> Tensor:
 
 
 @torch.no_grad()
-def sum_over(x: Tensor, axis: Axis) -> Tensor:
-    """The sum over the ranks; not differentiable."""
-    return _all_reduce(x, axis, dist.ReduceOp.SUM)
+def sum_over(x: Tensor, *axes: Axis) -> Tensor:
+    """The sum over the ranks of an axis, or of several axes one after the other; not differentiable."""
+    for axis in axes:
+        x = _all_reduce(x, axis, dist.ReduceOp.SUM)
+    return x
 
 
 @torch.no_grad()

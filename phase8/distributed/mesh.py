@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
 
 import torch.distributed as dist
@@ -9,10 +10,7 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 from phase8.distributed.collectives import ALONE, Axis
 from phase8.distributed.peer_memory import peer_memory
-from phase8.topology import Topology
-
-# dp is two axes: ranks of one `shard` group divide parameters and optimizer among them, those along `replicate` hold the same.
-_DIM_NAMES = ("pp", "replicate", "shard", "cp", "tp")
+from phase8.topology import READERS, AxisName, Topology
 
 
 @dataclass(frozen=True)
@@ -25,15 +23,31 @@ class Mesh:
         pp: Pipeline stages.
         replicate: Data-parallel ranks that hold the same shards.
         shard: Data-parallel ranks that hold different shards.
+        ep: Data-parallel ranks that hold different experts; one rank so far.
+        cp: Ranks that share each sequence; one rank so far.
         tp: Tensor parallelism.
     """
 
     topology: Topology
     device_mesh: DeviceMesh | None
-    pp: Axis
-    replicate: Axis
-    shard: Axis
-    tp: Axis
+    pp: Axis = ALONE
+    replicate: Axis = ALONE
+    shard: Axis = ALONE
+    ep: Axis = ALONE
+    cp: Axis = ALONE
+    tp: Axis = ALONE
+
+    def axes(self, names: Iterable[AxisName]) -> tuple[Axis, ...]:
+        """The axes of a set, one of those that `topology.py` names, in its order."""
+        by_name = {
+            AxisName.PIPELINE: self.pp,
+            AxisName.REPLICATE: self.replicate,
+            AxisName.SHARD: self.shard,
+            AxisName.EXPERT: self.ep,
+            AxisName.CONTEXT: self.cp,
+            AxisName.TENSOR: self.tp,
+        }
+        return tuple(by_name[name] for name in names)
 
     @property
     def rank(self) -> int:
@@ -43,7 +57,10 @@ class Mesh:
     @property
     def data_parallel_index(self) -> int:
         """Position among the ranks that read different sequences."""
-        return self.replicate.index * self.shard.size + self.shard.index
+        index = 0
+        for axis in self.axes(READERS):
+            index = index * axis.size + axis.index
+        return index
 
     @property
     def data_mesh(self) -> DeviceMesh | None:
@@ -74,13 +91,11 @@ def build_mesh(topology: Topology, *, device_type: str, shard_size: int, async_t
         ConfigError: They should, but do not reach it.
     """
     if topology.world_size == 1 and not dist.is_initialized():
-        return Mesh(topology, None, ALONE, ALONE, ALONE, ALONE)
-    replicas = topology.data_parallel_size // shard_size
-    shape = (topology.pipeline_parallel_size, replicas, shard_size, topology.context_parallel_size, topology.tensor_parallel_size)
-    device_mesh = init_device_mesh(device_type, shape, mesh_dim_names=_DIM_NAMES)
-    axes = {name: Axis(device_mesh[name]) if size > 1 else ALONE for name, size in zip(_DIM_NAMES, shape, strict=True)}
-    tp = axes["tp"]
-    if async_tensor_parallel and device_type == "cuda" and tp.size > 1:
-        peer_memory(tp.group.group_name)
-        tp = replace(tp, has_peer_memory=True)
-    return Mesh(topology, device_mesh, axes["pp"], axes["replicate"], axes["shard"], tp)
+        return Mesh(topology, None)
+    sizes = topology.axis_sizes(shard_size=shard_size)
+    device_mesh = init_device_mesh(device_type, tuple(sizes.values()), mesh_dim_names=tuple(map(str, sizes)))
+    mesh = Mesh(topology, device_mesh, **{str(name): Axis(device_mesh[name]) for name, size in sizes.items() if size > 1})
+    if async_tensor_parallel and device_type == "cuda" and mesh.tp.size > 1:
+        peer_memory(mesh.tp.group.group_name)
+        return replace(mesh, tp=replace(mesh.tp, has_peer_memory=True))
+    return mesh

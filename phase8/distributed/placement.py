@@ -9,6 +9,7 @@ from torch.distributed.tensor import DTensor
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
 from phase8.distributed.mesh import Mesh
+from phase8.topology import STAGE
 
 
 def placed_like(part: Tensor, whole: Tensor) -> Tensor:
@@ -68,7 +69,7 @@ def collected(tensors: dict[str, Tensor], mesh: Mesh) -> dict[str, Tensor]:
         tensors: The same names on every rank of a stage. What several stages have comes from the first of them.
         mesh: The ranks.
     """
-    is_leader = mesh.replicate.index == mesh.shard.index == mesh.tp.index == 0  # of its stage
+    is_leader = all(axis.index == 0 for axis in mesh.axes(STAGE))  # of its stage
     own = gathered(tensors, keep=is_leader)
     if mesh.pp.size == 1 or not is_leader:
         return own

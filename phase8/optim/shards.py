@@ -23,15 +23,15 @@ class Shards:
     Args:
         model: After it has been divided over the ranks.
         tensor_axis: Ranks that divide some parameters and have others whole.
-        other_axes: Further ranks that hold different parts, each of all parameters.
+        holders: Axes along which ranks hold different parts of the model; the norm is summed over them in this order.
         offload: Keep what the optimizer updates, and with it its state, in host memory.
         copies: Names of parameters that are counted in the gradient norm by another rank.
     """
 
     def __init__(
-        self, model: nn.Module, *, tensor_axis: Axis, other_axes: Sequence[Axis], offload: bool = False, copies: Collection[str] = ()
+        self, model: nn.Module, *, tensor_axis: Axis, holders: Sequence[Axis], offload: bool = False, copies: Collection[str] = ()
     ):
-        self.tensor_axis, self.other_axes, self.offload, self.copies = tensor_axis, other_axes, offload, copies
+        self.tensor_axis, self.holders, self.offload, self.copies = tensor_axis, holders, offload, copies
         self.whole: dict[str, nn.Parameter] = dict(model.named_parameters())
         self.parts: dict[str, nn.Parameter] = {name: self._part(parameter) for name, parameter in self.whole.items()}
 
@@ -50,7 +50,7 @@ class Shards:
 
     def gradient_norm(self) -> Tensor:
         """The norm of the gradient of the whole model, the same on every rank; a scalar where the gradients are."""
-        axes = [axis for axis in (self.tensor_axis, *self.other_axes) if axis.size > 1]
+        axes = [axis for axis in self.holders if axis.size > 1]
         if not axes:
             return gradient_norm(self.parts.values())
         counted = {name: part for name, part in self.parts.items() if name not in self.copies}

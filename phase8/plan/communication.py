@@ -39,21 +39,13 @@ from typing import NamedTuple
 
 from phase8.config.schema import ModelSection
 from phase8.plan.memory import FP32_BYTES
+from phase8.topology import EVERYBODY, HOLDERS, LOSS, TOKENS, AxisName
 
 _TARGETS_BYTES = _AGREEMENT_BYTES = 8
 
 
-class AxisName(StrEnum):
-    """Ranks that communicate, from the farthest to the nearest."""
-
-    PIPELINE = "pp"
-    REPLICATE = "replicate"
-    SHARD = "shard"
-    TENSOR = "tp"
-
-
 class Operation(StrEnum):
-    """What they do."""
+    """What the ranks of an axis do."""
 
     ALL_GATHER = "all_gather"
     REDUCE_SCATTER = "reduce_scatter"
@@ -93,6 +85,8 @@ class Grid:
         pipeline: Stages.
         replicate: Data-parallel ranks that hold the same shards.
         shard: Data-parallel ranks that hold different shards.
+        expert: Data-parallel ranks that hold different experts.
+        context: Ranks that share each sequence.
         tensor: Tensor-parallel ranks.
         stage: Where it stands on the axis of pipeline.
         shard_index: On that of shard.
@@ -102,6 +96,8 @@ class Grid:
     pipeline: int = 1
     replicate: int = 1
     shard: int = 1
+    expert: int = 1
+    context: int = 1
     tensor: int = 1
     stage: int = 0
     shard_index: int = 0
@@ -113,6 +109,8 @@ class Grid:
             AxisName.PIPELINE: self.pipeline,
             AxisName.REPLICATE: self.replicate,
             AxisName.SHARD: self.shard,
+            AxisName.EXPERT: self.expert,
+            AxisName.CONTEXT: self.context,
             AxisName.TENSOR: self.tensor,
         }
         return sizes[axis]
@@ -174,7 +172,7 @@ def step_communication(model: ModelSection, chunks: Sequence[Chunk], *, step: St
         step: How it is computed.
         grid: The ranks.
     """
-    found = [*_scalars(grid), *_messages(model, step, grid, num_chunks=len(chunks)), *_copies_of_embedding(model, grid)]
+    found = [*_scalars(), *_messages(model, step, grid, num_chunks=len(chunks)), *_copies_of_embedding(model, grid)]
     found += _whole_gradients(chunks, step, grid)
     for chunk in chunks:
         found += [*_activations(model, chunk, step), *_parameters(chunk, step, grid)]
@@ -213,17 +211,13 @@ def _copies_of_embedding(model: ModelSection, grid: Grid) -> Iterator[Collective
         yield Collectives(AxisName.PIPELINE, Operation.ALL_REDUCE, 1, rows * model.d_model * FP32_BYTES)
 
 
-def _scalars(grid: Grid) -> Iterator[Collectives]:
-    """Flags over all axes; loss where ranks have summands of it; targets where they read others; the norm where they have other parts."""
+def _scalars() -> Iterator[Collectives]:
+    """The sums of scalars: each goes over the axes of its set."""
     loss = norm = FP32_BYTES
     flags = 2 * FP32_BYTES  # asked to stop, cannot read
-    for axis, scalars in (
-        (AxisName.PIPELINE, (flags, loss, norm)),
-        (AxisName.REPLICATE, (flags, loss, _TARGETS_BYTES)),
-        (AxisName.SHARD, (flags, loss, norm, _TARGETS_BYTES)),
-        (AxisName.TENSOR, (flags, norm)),
-    ):
-        yield Collectives(axis, Operation.ALL_REDUCE, len(scalars), sum(scalars))
+    for num_bytes, axes in ((flags, EVERYBODY), (loss, LOSS), (norm, HOLDERS), (_TARGETS_BYTES, TOKENS)):
+        for axis in axes:
+            yield Collectives(axis, Operation.ALL_REDUCE, 1, num_bytes)
 
 
 _Exchanges = list[tuple[Operation, int]]  # collectives of all tokens of a microbatch, with their bytes per token

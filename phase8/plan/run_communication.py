@@ -12,6 +12,7 @@ from phase8.plan.communication import Collectives, Grid, Step, step_communicatio
 from phase8.plan.stages import chunk_layers
 from phase8.precision.policy import COMPUTE_DTYPES
 from phase8.tensor_parallel.cross_entropy import chunk_tokens
+from phase8.topology import AxisName
 from phase8.zero.fsdp import shard_size
 
 
@@ -25,14 +26,16 @@ def plan_run_communication(config: RunConfig, *, world_size: int, rank: int) -> 
     refuse_problems(config, about=(*MODEL_SECTIONS, "parallel.", "zero.", "train.", "world size"), world_size=world_size)
     topology, pipeline, train = run_topology(config.parallel, world_size=world_size), pipeline_of(config.parallel), config.train
     place = topology.coordinates(rank)
-    num_shards = shard_size(config.zero, data_parallel_size=topology.data_parallel_size)
+    sizes = topology.axis_sizes(shard_size=shard_size(config.zero, data_parallel_size=topology.data_parallel_size))
     grid = Grid(
-        pipeline=topology.pipeline_parallel_size,
-        replicate=topology.data_parallel_size // num_shards,
-        shard=num_shards,
-        tensor=topology.tensor_parallel_size,
+        pipeline=sizes[AxisName.PIPELINE],
+        replicate=sizes[AxisName.REPLICATE],
+        shard=sizes[AxisName.SHARD],
+        expert=sizes[AxisName.EXPERT],
+        context=sizes[AxisName.CONTEXT],
+        tensor=sizes[AxisName.TENSOR],
         stage=place["pp"],
-        shard_index=place["dp"] % num_shards,
+        shard_index=place["dp"] % sizes[AxisName.SHARD],
         tensor_index=place["tp"],
     )
     shape = batch_shape(train, config.parallel, data_parallel_size=topology.data_parallel_size)

@@ -15,9 +15,10 @@ from phase8.config.batch import BatchShape
 from phase8.config.pipeline import Pipeline
 from phase8.config.schema import ModelSection, ParallelSection, TrainSection, ZeroSection
 from phase8.observe.devices import Gpu
-from phase8.plan.communication import AxisName, Collectives, Grid, Operation
+from phase8.plan.communication import Collectives, Grid, Operation
 from phase8.plan.layer_cost import Cost, Microbatch, Rates, ends_cost, layer_cost, weights_cost
 from phase8.plan.memory import FP32_BYTES
+from phase8.topology import AxisName
 
 # A copy on an H100 reaches 3.02 of 3.35 TB/s.
 MEMORY_SHARE = 0.90
@@ -156,7 +157,7 @@ def _exchange_seconds(each: Collectives, work: StepWork, grid: Grid, gpu: Gpu, r
 def _link_rate(axis: AxisName, grid: Grid, gpu: Gpu) -> float:
     """Bytes/s between ranks of an axis: of the link while all of them are in one host, else of the network."""
     span = 1
-    for each in (AxisName.TENSOR, AxisName.SHARD, AxisName.REPLICATE, AxisName.PIPELINE):
+    for each in reversed(AxisName):
         span *= grid.size(each)
         if each is axis:
             break

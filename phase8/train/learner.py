@@ -17,6 +17,7 @@ from phase8.optim.adamw import build_optimizer
 from phase8.optim.shards import Shards
 from phase8.plan.stages import chunk_layers
 from phase8.precision.policy import compute_dtype
+from phase8.topology import HOLDERS
 from phase8.train.stage import Stage
 from phase8.zero.fsdp import shard_block, shard_model
 
@@ -66,7 +67,7 @@ def build_learner(config: RunConfig, *, mesh: Mesh, device: torch.device, dtype:
     stage = Stage(chunks, pipeline_of(config.parallel), mesh, zero=config.zero, device=device)
     # Parameters that are in host memory themselves have their parts there already.
     offload = config.zero.offload_optimizer == "cpu" and config.zero.offload_params == "none"
-    shards = Shards(stage.module, tensor_axis=mesh.tp, other_axes=(mesh.shard, mesh.pp), offload=offload, copies=stage.copies)
+    shards = Shards(stage.module, tensor_axis=mesh.tp, holders=mesh.axes(HOLDERS), offload=offload, copies=stage.copies)
     optimizer = build_optimizer(shards.parts, config.optim, decayed_names=decayed_names)
     return Learner(stage, shards, optimizer)
 

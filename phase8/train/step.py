@@ -11,8 +11,8 @@ from torch import Tensor
 
 from phase8.data.microbatch import Microbatch
 from phase8.distributed.collectives import sum_over
-from phase8.distributed.mesh import Mesh
 from phase8.optim.clip import step_clipped
+from phase8.topology import EVERYBODY, LOSS, TOKENS
 from phase8.train.learner import Learner
 
 
@@ -103,10 +103,9 @@ def update(
     total = learner.stage.train(microbatches, _over_all_ranks(numbers.num_targets, learner), report=report)
     shards.take_gradients()
     norm = shards.gradient_norm()
-    total = _over_data_ranks(sum_over(total, mesh.pp), mesh)
+    total = sum_over(total, *mesh.axes(LOSS))
     told = torch.stack([flag.to(total) if isinstance(flag, Tensor) else torch.full_like(total, flag) for flag in (numbers.stop, numbers.unreadable)])
-    for axis in (mesh.replicate, mesh.shard, mesh.tp, mesh.pp):
-        told = sum_over(told, axis)
+    told = sum_over(told, *mesh.axes(EVERYBODY))
     counts = total.isfinite() & norm.isfinite().to(device) & (total <= numbers.largest_loss) & (told[1] == 0)
     step_clipped(optimizer, norm, max_norm=gradient_clip_norm, counts=counts)
     shards.write_back()
@@ -126,7 +125,7 @@ def evaluate(learner: Learner, microbatches: Iterable[Microbatch]) -> tuple[floa
     batches = list(microbatches)
     loss_sum = sum_over(learner.stage.loss_sum(batches), learner.mesh.pp)
     sums = torch.stack((loss_sum, loss_sum.new_tensor(sum(batch.num_valid for batch in batches))))
-    loss, num_valid = _over_data_ranks(sums, learner.mesh).tolist()
+    loss, num_valid = sum_over(sums, *learner.mesh.axes(TOKENS)).tolist()
     return loss / max(num_valid, 1), int(num_valid)
 
 
@@ -136,13 +135,10 @@ def count_targets(microbatches: Sequence[Microbatch]) -> int:
 
 
 def _over_all_ranks(num_targets: int | Tensor, learner: Learner) -> int | Tensor:
-    """The sum over the data-parallel ranks, at least one; of several ranks as a scalar on the device."""
+    """The sum over the ranks that read different tokens, at least one; of several ranks as a scalar on the device."""
+    axes = learner.mesh.axes(TOKENS)
     if isinstance(num_targets, int):
-        if learner.mesh.topology.data_parallel_size == 1:
+        if all(axis.size == 1 for axis in axes):
             return max(num_targets, 1)
         num_targets = torch.tensor(num_targets, dtype=torch.float64, device=learner.device)
-    return _over_data_ranks(num_targets, learner.mesh).clamp(min=1)
-
-
-def _over_data_ranks(x: Tensor, mesh: Mesh) -> Tensor:
-    return sum_over(sum_over(x, mesh.replicate), mesh.shard)
+    return sum_over(num_targets, *axes).clamp(min=1)

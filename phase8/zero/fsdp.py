@@ -19,6 +19,7 @@ from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, OffloadPolicy, 
 
 from phase8.config.schema import ZeroSection
 from phase8.distributed.mesh import Mesh
+from phase8.topology import TOKENS
 from phase8.zero.copy_engine_gather import CopyEngineGather
 
 
@@ -61,7 +62,7 @@ def sum_gradients_after(model: nn.Module, zero: ZeroSection, *, is_last: bool) -
 
 
 def _is_divided(zero: ZeroSection, mesh: Mesh) -> bool:
-    return mesh.device_mesh is not None and (mesh.topology.data_parallel_size > 1 or zero.offload_params != "none")
+    return mesh.device_mesh is not None and (any(axis.size > 1 for axis in mesh.axes(TOKENS)) or zero.offload_params != "none")
 
 
 def _offload(zero: ZeroSection, mesh: Mesh) -> OffloadPolicy:

@@ -16,10 +16,10 @@ from phase8.config.load import load_config
 from phase8.data.microbatch import split_sample
 from phase8.distributed.collectives import gather_tokens
 from phase8.distributed.mesh import build_mesh
-from phase8.plan.communication import AxisName, Operation
+from phase8.plan.communication import Operation
 from phase8.plan.run_communication import plan_run_communication
 from phase8.precision.policy import compute_dtype
-from phase8.topology import Topology
+from phase8.topology import AxisName, Topology
 from phase8.train.learner import build_learner
 from phase8.train.step import train_step
 from phase8.zero.fsdp import shard_size

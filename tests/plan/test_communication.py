@@ -6,7 +6,6 @@ from phase8.config.schema import ModelSection
 from phase8.pipeline_parallel.lowering import Receive, Send, channels_of, lower
 from phase8.pipeline_parallel.schedules import build_schedule
 from phase8.plan.communication import (
-    AxisName,
     Chunk,
     Collectives,
     Grid,
@@ -16,6 +15,7 @@ from phase8.plan.communication import (
     messages_of_stage,
     step_communication,
 )
+from phase8.topology import AxisName
 
 ALL_GATHER, REDUCE_SCATTER, ALL_REDUCE = Operation.ALL_GATHER, Operation.REDUCE_SCATTER, Operation.ALL_REDUCE
 TP, SHARD, REPLICATE, PP = AxisName.TENSOR, AxisName.SHARD, AxisName.REPLICATE, AxisName.PIPELINE

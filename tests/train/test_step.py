@@ -34,7 +34,7 @@ def alone(model, optimizer):
     """A learner of one process."""
     mesh = build_mesh(Topology(), device_type="cpu", shard_size=1)
     stage = Stage([model], pipeline_of(ParallelSection()), mesh, zero=ZeroSection(), device=torch.device("cpu"))
-    return Learner(stage, Shards(model, tensor_axis=ALONE, other_axes=()), optimizer)
+    return Learner(stage, Shards(model, tensor_axis=ALONE, holders=()), optimizer)
 
 
 def sample(*, batch_size=2, seed=0, starts=()):

@@ -50,12 +50,11 @@ def regions_by_rank(
         stages: The parameters of each pipeline stage; of those in several, the first stage counts.
         topology: The ranks; the shards are its data-parallel axis.
     """
-    ranks = {tuple(topology.coordinates(rank)[axis] for axis in ("pp", "dp", "tp")): rank for rank in range(topology.world_size)}
     found: dict[int, dict[str, Region]] = {rank: {} for rank in range(topology.world_size)}
     for name, tensor in tensors.items():
         stage = next(index for index, parameters in enumerate(stages) if tensor.parameter in parameters)
         for shard, tensor_rank, region in _regions(tensor, stages[stage][tensor.parameter], topology):
-            found[ranks[stage, shard, tensor_rank]][name] = region
+            found[topology.rank({"pp": stage, "dp": shard, "tp": tensor_rank})][name] = region
     return {rank: regions for rank, regions in found.items() if regions}
 
 

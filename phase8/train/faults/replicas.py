@@ -29,6 +29,7 @@ from phase8.distributed.collectives import Axis
 from phase8.distributed.mesh import Mesh
 from phase8.distributed.placement import held_part, own_region
 from phase8.errors import CorruptionError
+from phase8.topology import COPIES, AxisName
 from phase8.train.learner import Learner
 from phase8.train.stage import EMBEDDING
 
@@ -159,8 +160,8 @@ def _axes(learner: Learner) -> list[tuple[Axis, set[str]]]:
     """Axes along which ranks hold copies, the same on every rank, and what this rank has of them."""
     mesh, whole = learner.mesh, learner.shards.whole
     axes = [
-        (axis, {name for name, parameter in whole.items() if _is_replicated(parameter, dim)})
-        for dim, axis in (("replicate", mesh.replicate), ("tp", mesh.tp))
+        (axis, {name for name, parameter in whole.items() if _is_replicated(parameter, axis_name)})
+        for axis_name, axis in zip(COPIES, mesh.axes(COPIES), strict=True)
         if axis.size > 1
     ]
     if mesh.pp.size > 1 and learner.stage.chunks[0].section.tie_embeddings:
@@ -168,13 +169,13 @@ def _axes(learner: Learner) -> list[tuple[Axis, set[str]]]:
     return axes
 
 
-def _is_replicated(parameter: Tensor, dim: str) -> bool:
-    """Whether ranks along a dim of the mesh hold the same part."""
+def _is_replicated(parameter: Tensor, axis: AxisName) -> bool:
+    """Whether ranks along an axis hold the same part."""
     if not isinstance(parameter, DTensor):
         return False
     names = parameter.device_mesh.mesh_dim_names
     assert names is not None  # of our own meshes all dims have names
-    return dim in names and parameter.placements[names.index(dim)].is_replicate()
+    return axis in names and parameter.placements[names.index(axis)].is_replicate()
 
 
 def _is_at_an_end(mesh: Mesh) -> bool:
