@@ -60,12 +60,14 @@ def gather_tokens(x: Tensor, axis: Axis) -> Tensor:
     return x if axis.size == 1 else _GatherTokens.apply(x, axis)
 
 
-def begin_to_gather(x: Tensor, axis: Axis) -> Callable[[], Tensor]:
-    """`gather_tokens` with other work before its end: what it returns waits for the tokens."""
-    if axis.size == 1:
-        return lambda: x
-    pending = _BeginToGather.apply(x, axis)
-    return lambda: _Await.apply(pending)
+def begin_to_gather(x: Tensor, axis: Axis) -> Tensor:
+    """Begins with `gather_tokens`; the result may be used after `end_gather` only, and other work may come before that."""
+    return x if axis.size == 1 else _BeginToGather.apply(x, axis)
+
+
+def end_gather(pending: Tensor, axis: Axis) -> Tensor:
+    """Waits for the tokens that `begin_to_gather` has begun to gather over this axis."""
+    return pending if axis.size == 1 else _Await.apply(pending)
 
 
 def scatter_tokens(x: Tensor, axis: Axis) -> Tensor:

@@ -5,9 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-import torch
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
 from phase8.config.schema import ModelSection
 from phase8.distributed.collectives import Axis
@@ -17,6 +15,8 @@ from phase8.model.mixer import MixerState, Phase8Mixer
 from phase8.model.norm import RMSNorm
 
 BlockState = MixerState | AttentionState
+# How a part of a block is run: with the part and its arguments it returns what the part returns.
+Run = Callable[..., Any]
 
 
 class Block(nn.Module):
@@ -26,34 +26,27 @@ class Block(nn.Module):
         model: Which block, and its widths.
         layer: Which layer of the model it is.
         axis: Of tensor parallelism.
-        recompute: Activations recomputed in backward: `full` (all) or `selective` (the mixer's); otherwise none by the block itself.
     """
 
-    def __init__(self, model: ModelSection, layer: int, *, axis: Axis, recompute: str = "none"):
+    def __init__(self, model: ModelSection, layer: int, *, axis: Axis):
         super().__init__()
         self.mixer_norm = RMSNorm(model.d_model, eps=model.norm_eps)
         self.mixer = Phase8Mixer(model, window=model.window_sizes[layer], axis=axis) if model.block == "phase8" else CausalAttention(model, axis=axis)
         self.feed_forward_norm = RMSNorm(model.d_model, eps=model.norm_eps)
         self.feed_forward = build_feed_forward(model, axis=axis)
-        self.recompute = recompute
-        # A block recomputes itself where it can: torch.compile then sees what backward does not need again, the last matrix product.
-        # Torch 2.11 would keep what an autograd.Function in there returns, and tensor-parallel layers are such functions.
-        self.is_recomputed_inside = recompute == "full" and axis.size == 1
-        self.is_recomputed_outside = recompute == "full" and axis.size > 1
+        # How the call of the block, all inside of the call, and the mixer with its norm are run; recomputation.py changes them.
+        self.run_outside: Run = call
+        self.run_inside: Run = call
+        self.run_mixer: Run = call
 
     def forward(
         self, x: Tensor, angles: Tensor, starts: Tensor | None = None, state: BlockState | None = None
     ) -> tuple[Tensor, BlockState | None]:
         """Residual stream [B, T, D] after the block, with several ranks its own tokens [n, D]; and the state to carry on (None without `state`)."""
-        if self.is_recomputed_inside and torch.is_grad_enabled():
-            return recomputed(self._forward, x, angles, starts, state)
-        return self._forward(x, angles, starts, state)
+        return self.run_inside(self._forward, x, angles, starts, state)
 
     def _forward(self, x: Tensor, angles: Tensor, starts: Tensor | None, state: BlockState | None) -> tuple[Tensor, BlockState | None]:
-        if self.recompute == "selective" and torch.is_grad_enabled():
-            y, state = recomputed(self._mix, x, angles, starts, state)
-        else:
-            y, state = self._mix(x, angles, starts, state)
+        y, state = self.run_mixer(self._mix, x, angles, starts, state)
         x = x + y
         return x + self.feed_forward(self.feed_forward_norm(x)), state
 
@@ -61,6 +54,6 @@ class Block(nn.Module):
         return self.mixer(self.mixer_norm(x), angles, starts, state)
 
 
-def recomputed(function: Callable[..., Any], *arguments: object) -> Any:
-    """What the function returns, which backward computes again."""
-    return checkpoint(function, *arguments, use_reentrant=False, preserve_rng_state=False)  # nothing is random
+def call(function: Callable[..., Any], *arguments: object) -> Any:
+    """What the function returns."""
+    return function(*arguments)

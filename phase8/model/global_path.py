@@ -6,7 +6,6 @@ Every part is local to a head. Shapes: B batch, T tokens, D model width, H heads
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -14,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from phase8.config.schema import ModelSection
-from phase8.distributed.collectives import Axis, begin_to_gather
+from phase8.distributed.collectives import Axis, begin_to_gather, end_gather
 from phase8.kernels.gated_linear_attention import gated_linear_attention
 from phase8.kernels.green_scan import green_scan
 from phase8.kernels.mixer_inputs import MixerInputs
@@ -117,10 +116,10 @@ class GlobalPath(nn.Module):
         green = None if self.chain is None else torch.zeros(batch_size, self.num_heads, 2, **wide)
         return GlobalState(torch.zeros(batch_size, self.num_heads, self.head_size, self.head_size, **wide), green)
 
-    def begin(self, x: Tensor) -> Callable[[], Tensor]:
-        """Begins with the few scalars of every head and token, of x as in the mixer; what it returns waits for them.
+    def begin(self, x: Tensor) -> Tensor:
+        """Begins with the few scalars of every head and token, of x as in the mixer; `forward` waits for them.
 
-        Each rank computes those of all heads for its own tokens, and gets those of all tokens.
+        Each rank computes the scalars of all heads for its own tokens, and gets those of all tokens.
         """
         return begin_to_gather(self.scalars(x), self.axis)
 
@@ -130,12 +129,12 @@ class GlobalPath(nn.Module):
         """What the path adds to the local one, [B, T, H, K], and the state to carry on (None without `state`).
 
         Args:
-            scalars: Of all heads and tokens, from `begin`.
+            scalars: What `begin` returned.
             inputs: Queries, keys and values.
             starts: True where a token begins a document [B, T]; None: nowhere.
             state: What earlier pieces of the sequence carried; None: it begins here and nothing is carried on.
         """
-        own_heads = scalars.chunk(self.axis.size, dim=-1)[self.axis.index]
+        own_heads = end_gather(scalars, self.axis).chunk(self.axis.size, dim=-1)[self.axis.index]
         scalars = own_heads.reshape(*inputs.v.shape[:3], -1)
         log_decay, gate, green = self._modulation(scalars, starts, None if state is None else state.green)
         memory = None if state is None else state.memory

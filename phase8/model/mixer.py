@@ -135,6 +135,6 @@ class Phase8Mixer(nn.Module):
         )
         global_state = None
         if self.global_path is not None and scalars is not None:
-            y_global, global_state = self.global_path(scalars(), inputs, starts, None if state is None else state.global_path)
+            y_global, global_state = self.global_path(scalars, inputs, starts, None if state is None else state.global_path)
             y = y + y_global
         return self.out(y.flatten(2)), None if window is None else MixerState(convolution, window, global_state)

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from phase8.config.schema import ModelSection
 from phase8.distributed.collectives import ALONE, Axis, gather_tokens
 from phase8.kernels.rotary import rotary_angles
-from phase8.model.block import Block, BlockState, recomputed
+from phase8.model.block import Block, BlockState
 from phase8.model.norm import RMSNorm
 from phase8.model.parameters import materialise
 from phase8.tensor_parallel.cross_entropy import parallel_cross_entropy
@@ -28,8 +28,6 @@ class LanguageModel(nn.Module):
     Args:
         model: The model section of the config.
         dtype: Dtype of the residual stream and of the matmuls.
-        recompute: `none`, `full` (whole blocks) or `selective` (the mixer only); `budget` is for torch.compile.
-        recompute_every_n_layers: Recompute layers 0, n, 2n, ...
         axis: Of tensor parallelism.
         layers: Of the chunk; None: all.
     """
@@ -39,8 +37,6 @@ class LanguageModel(nn.Module):
         model: ModelSection,
         *,
         dtype: torch.dtype,
-        recompute: str = "none",
-        recompute_every_n_layers: int = 1,
         axis: Axis = ALONE,
         layers: range | None = None,
     ):
@@ -48,15 +44,12 @@ class LanguageModel(nn.Module):
         layers = range(model.num_layers) if layers is None else layers
         self.section, self.axis, self.dtype = model, axis, dtype
         self.begins, self.ends = layers.start == 0, layers.stop == model.num_layers
-        recomputed = range(0, model.num_layers, recompute_every_n_layers)
         self.embedding = (
             VocabularyParallelEmbedding(model.vocab_size, model.d_model, std=model.init_std, dtype=dtype, axis=axis)
             if self.begins or (self.ends and model.tie_embeddings)
             else None
         )
-        self.blocks = nn.ModuleDict(
-            {str(layer): Block(model, layer, axis=axis, recompute=recompute if layer in recomputed else "none") for layer in layers}
-        )
+        self.blocks = nn.ModuleDict({str(layer): Block(model, layer, axis=axis) for layer in layers})
         self.norm = RMSNorm(model.d_model, eps=model.norm_eps) if self.ends else None
         self.head = ColumnParallelLinear(model.d_model, model.vocab_size, std=model.init_std) if self.ends and not model.tie_embeddings else None
 
@@ -74,36 +67,36 @@ class LanguageModel(nn.Module):
 
     def forward(
         self,
-        tokens: Tensor,
+        tokens: Tensor | None,
         starts: Tensor | None = None,
         states: Sequence[BlockState] | None = None,
         first_position: int = 0,
         x: Tensor | None = None,
+        sequence_length: int | None = None,
     ) -> tuple[Tensor, list[BlockState] | None]:
         """Final hidden states of a sequence, or of a piece of one.
 
         Args:
-            tokens: Token ids [B, T].
+            tokens: Token ids [B, T]; None: another chunk has embedded them.
             starts: True where a token begins a document that sees nothing before it [B, T]; None: one document.
             states: What earlier pieces carried, one per block; None: the sequence begins here and nothing is carried on.
             first_position: Position of the first token, for a piece of a sequence.
             x: What the chunk before returned; None: this is the first one.
+            sequence_length: T, where `tokens` is None.
 
         Returns:
             Normalised hidden states [B, T, D], with several tensor-parallel ranks of the own tokens [n, D] (before the norm where other
             chunks follow); and the states to carry on (None without `states`).
         """
         if self.begins:
-            x = self.embedding(tokens)
+            x, sequence_length = self.embedding(tokens), tokens.shape[1]
         angles = rotary_angles(
-            tokens.shape[1], self.section.head_width, base=self.section.rope_base, first_position=first_position, device=tokens.device
+            sequence_length, self.section.head_width, base=self.section.rope_base, first_position=first_position, device=x.device
         )
         carried = []
         for place, block in enumerate(self.blocks.values()):
-            if states is None and block.is_recomputed_outside and torch.is_grad_enabled():
-                x, _ = recomputed(block, x, angles, starts)
-            elif states is None:
-                x, _ = block(x, angles, starts)
+            if states is None:
+                x, _ = block.run_outside(block, x, angles, starts)
             else:
                 # forward, not the call, here and for the norm: a compiled module would be compiled again for every length of its state.
                 x, state = block.forward(x, angles, starts, states[place])
@@ -112,17 +105,17 @@ class LanguageModel(nn.Module):
             x = self.norm(x) if states is None else self.norm.forward(x)
         return x, None if states is None else carried
 
-    def loss_sum(self, tokens: Tensor, targets: Tensor, starts: Tensor | None = None, x: Tensor | None = None) -> Tensor:
+    def loss_sum(self, tokens: Tensor | None, targets: Tensor, starts: Tensor | None = None, x: Tensor | None = None) -> Tensor:
         """Sum of the cross-entropies of all valid targets in nats, the same on every tensor-parallel rank.
 
         Args:
-            tokens: Token ids [B, T].
+            tokens: As in `forward`.
             targets: Token ids to predict, IGNORED_TARGET where there is none [B, T].
             starts: As in `forward`.
             x: As in `forward`.
         """
         # forward, not the call: FSDP's hooks surround this method already, and would free embedding and head between the two.
-        hidden, _ = self.forward(tokens, starts, x=x)
+        hidden, _ = self.forward(tokens, starts, x=x, sequence_length=targets.shape[1])
         hidden = gather_tokens(hidden.flatten(0, -2), self.axis)
         first = first_id(self.section.vocab_size, self.axis)
         return parallel_cross_entropy(hidden, local(self.head_weight), targets.flatten(), first_id=first, axis=self.axis)
@@ -137,16 +130,12 @@ def build_model(
     *,
     dtype: torch.dtype,
     device: torch.device,
-    recompute: str = "none",
-    recompute_every_n_layers: int = 1,
     axis: Axis = ALONE,
     layers: range | None = None,
 ) -> LanguageModel:
     """A model or a chunk of one, with uninitialised parameters on a device (`meta`: shapes only); fill them with `parameters.initialise`."""
     with torch.device("meta"):
-        built = LanguageModel(
-            model, dtype=dtype, recompute=recompute, recompute_every_n_layers=recompute_every_n_layers, axis=axis, layers=layers
-        )
+        built = LanguageModel(model, dtype=dtype, axis=axis, layers=layers)
     if device.type != "meta":
         materialise(built, device=device, axis=axis)
     return built

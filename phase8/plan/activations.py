@@ -21,6 +21,7 @@ from phase8.config.schema import ModelSection
 from phase8.kernels.cross_entropy import linear_cross_entropy
 from phase8.kernels.rotary import rotary_angles
 from phase8.model.model import LanguageModel
+from phase8.model.recomputation import apply_recomputation
 
 
 @dataclass(frozen=True)
@@ -120,7 +121,8 @@ class _Forward(NamedTuple):
         on_meta = self.device_type == "cuda" and self.model.block == "phase8"
         with nullcontext() if on_meta else FakeTensorMode():
             with torch.device("meta" if on_meta else "cpu"):
-                whole = LanguageModel(self.model, dtype=self.dtype, recompute=recompute)
+                whole = LanguageModel(self.model, dtype=self.dtype)
+                apply_recomputation(whole, recompute)
                 x = torch.empty(self.micro_batch_size, self.model.sequence_length, self.model.d_model, dtype=self.dtype, requires_grad=True)
             yield whole, x
 

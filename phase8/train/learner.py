@@ -13,6 +13,7 @@ from phase8.distributed.mesh import Mesh
 from phase8.distributed.placement import collected
 from phase8.model.model import LanguageModel, build_model
 from phase8.model.parameters import decayed_parameter_names, initialise, materialise
+from phase8.model.recomputation import apply_recomputation
 from phase8.optim.adamw import build_optimizer
 from phase8.optim.shards import Shards
 from phase8.plan.stages import chunk_layers
@@ -87,15 +88,8 @@ def build_chunks(config: RunConfig, *, mesh: Mesh, device: torch.device, dtype: 
 
 def _build_chunk(config: RunConfig, layers: range, *, mesh: Mesh, device: torch.device, dtype: torch.dtype) -> LanguageModel:
     """Some layers of the model with their first weights."""
-    chunk = build_model(
-        config.model,
-        dtype=dtype,
-        device=device,
-        recompute=config.train.recompute,
-        recompute_every_n_layers=config.train.recompute_every_n_layers,
-        axis=mesh.tp,
-        layers=layers,
-    )
+    chunk = build_model(config.model, dtype=dtype, device=device, axis=mesh.tp, layers=layers)
+    apply_recomputation(chunk, config.train.recompute, every_n_layers=config.train.recompute_every_n_layers)
     if device.type == "meta":
         materialise(chunk, device=device, axis=mesh.tp)
     else:

@@ -106,10 +106,15 @@ class Stage:
 
     def _call(self, chunk: int, microbatch: Microbatch, x: Tensor | None) -> Tensor:
         """The sum of the losses of the last chunk, the residual stream of any other."""
-        batch, model = microbatch.to(self.device), self.chunks[chunk]
-        if self._place.is_last(chunk):
-            return model.loss_sum(batch.tokens, batch.targets, batch.starts, x)
-        return model(batch.tokens, batch.starts, x=x)[0]
+        model = self.chunks[chunk]
+        tokens, starts = self._moved(microbatch.tokens) if model.begins else None, self._moved(microbatch.starts)
+        if model.ends:
+            return model.loss_sum(tokens, self._moved(microbatch.targets), starts, x)
+        return model(tokens, starts, x=x, sequence_length=microbatch.tokens.shape[1])[0]
+
+    def _moved(self, x: Tensor | None) -> Tensor | None:
+        """A part of a microbatch on the device, where the stream waits for it."""
+        return None if x is None else x.to(self.device, non_blocking=True)
 
     def _engine(self, num_microbatches: int, *, trains: bool) -> Engine:
         """Made once for each number of microbatches."""

@@ -55,9 +55,9 @@ VARIANT_IDS = [name for name, _ in VARIANTS]
 VARIANT_SECTIONS = [section for _, section in VARIANTS]
 
 
-def perturbed_model(section: ModelSection, *, dtype: torch.dtype = torch.float64, **options) -> LanguageModel:
+def perturbed_model(section: ModelSection, *, dtype: torch.dtype = torch.float64) -> LanguageModel:
     """A model whose zero-initialised weights have been moved off zero, so that nothing behind them is hidden."""
-    model = build_model(section, dtype=dtype, device=torch.device("cpu"), **options)
+    model = build_model(section, dtype=dtype, device=torch.device("cpu"))
     initialise(model, seed=0)
     generator = torch.Generator().manual_seed(1)
     with torch.no_grad():

@@ -5,6 +5,7 @@ from phase8.config.schema import ModelSection
 from phase8.kernels.rotary import rotary_angles
 from phase8.model.model import build_model
 from phase8.model.parameters import initialise
+from phase8.model.recomputation import apply_recomputation
 from phase8.plan.activations import bytes_within_budget, trace_activations
 
 NUM_LAYERS = 3
@@ -22,7 +23,8 @@ RECOMPUTE = [("none", 1), ("full", 1), ("full", 2), ("selective", 1), ("selectiv
 
 def saved_bytes(section, *, dtype, micro_batch_size, packed, recompute, every):
     """What autograd really keeps of a forward of the whole model: distinct storages, parameters left out."""
-    model = build_model(section, dtype=dtype, device=torch.device("cpu"), recompute=recompute, recompute_every_n_layers=every)
+    model = build_model(section, dtype=dtype, device=torch.device("cpu"))
+    apply_recomputation(model, recompute, every_n_layers=every)
     initialise(model, seed=0)
     parameters = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
     storages = {}
@@ -82,7 +84,8 @@ def test_tensor_parallel_ranks_divide_all_but_the_gradient_of_the_final_hidden_s
 def compiled_bytes(section, *, micro_batch_size, recompute="none"):
     """What autograd really keeps of a compiled block of real tensors, its weights left out."""
     torch.compiler.reset()
-    model = build_model(section, dtype=torch.bfloat16, device=torch.device("cpu"), recompute=recompute)
+    model = build_model(section, dtype=torch.bfloat16, device=torch.device("cpu"))
+    apply_recomputation(model, recompute)
     initialise(model, seed=0)
     weights = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
     x = torch.randn(micro_batch_size, section.sequence_length, section.d_model, dtype=torch.bfloat16, requires_grad=True)

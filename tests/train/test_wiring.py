@@ -30,7 +30,9 @@ from phase8.data.pair_record import record_path
 from phase8.data.tokenizer import load_tokenizer
 from phase8.data.tokenizer_training import train_sentencepiece
 from phase8.errors import CorruptionError, DataError, DivergenceError, StorageError
+from phase8.model.block import call
 from phase8.model.parameters import decayed_parameter_names
+from phase8.model.recomputation import recomputed
 from phase8.observe.metrics import MetricsWriter
 from phase8.optim.schedule import learning_rate
 from phase8.train import loop, saver, trainer
@@ -279,7 +281,8 @@ def test_compile_compiles_every_block_as_asked(tiny, monkeypatch, enabled):
 )
 def test_recomputation_reaches_the_model(tiny, settings, expected):
     model = prepare(tiny, "model.num_layers=3", *settings).learner.model
-    assert [block.recompute for block in model.blocks.values()] == expected
+    runs = [(block.run_outside, block.run_inside, block.run_mixer) for block in model.blocks.values()]
+    assert runs == [{"none": (call, call, call), "full": (call, recomputed, call), "selective": (call, call, recomputed)}[how] for how in expected]
 
 
 @pytest.mark.parametrize(("recompute", "budget"), [("budget", 0.3), ("full", 1.0), ("none", 1.0)])
