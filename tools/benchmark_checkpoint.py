@@ -35,7 +35,7 @@ from phase8.errors import ConfigError
 from phase8.observe.formatting import format_bytes
 from phase8.terminal import run_door
 from phase8.topology import Topology
-from phase8.train.learner import Learner, build_learner
+from phase8.train.engine.train_state import TrainState, build_train_state
 
 ROOT = Path(__file__).resolve().parent.parent
 DROP_CACHES = Path("/proc/sys/vm/drop_caches")
@@ -56,14 +56,14 @@ def _run() -> int:
     rank, size = dist.get_rank(), dist.get_world_size()
     config = load_config(ROOT / "configs" / "phase8_1b.yaml", ["zero.stage=3", *arguments.overrides])
     mesh = build_mesh(Topology(1, size, 1, 1), device_type="cpu", shard_size=size)
-    learner = build_learner(config, mesh=mesh, device=torch.device("cpu"), dtype=torch.bfloat16)
-    _invent_moments(learner)
-    num_bytes = _sum(sum(held_part(tensor).nbytes for tensor in _state(learner).values()))
-    _say(f"{format_bytes(num_bytes)} in {len(_state(learner))} tensors, {size} ranks, {os.cpu_count()} cores, torch {torch.__version__}")
+    train_state = build_train_state(config, mesh=mesh, device=torch.device("cpu"), dtype=torch.bfloat16)
+    _invent_moments(train_state)
+    num_bytes = _sum(sum(held_part(tensor).nbytes for tensor in _state(train_state).values()))
+    _say(f"{format_bytes(num_bytes)} in {len(_state(train_state))} tensors, {size} ranks, {os.cpu_count()} cores, torch {torch.__version__}")
     _say(f"{'round':>5} {'what':<18} {'save':>8} {'GB/s':>6} {'load':>8} {'GB/s':>6}")
     directory: Path = arguments.directory
     for number in range(arguments.rounds):
-        for name, (save, load) in _contestants(learner, directory, num_bytes=num_bytes, rank=rank).items():
+        for name, (save, load) in _contestants(train_state, directory, num_bytes=num_bytes, rank=rank).items():
             saved = _seconds(save)
             is_cold = _drop_caches()
             loaded = _seconds(load)
@@ -77,13 +77,15 @@ def _run() -> int:
     return 0
 
 
-def _contestants(learner: Learner, directory: Path, *, num_bytes: int, rank: int) -> dict[str, tuple[Callable[[], object], Callable[[], object]]]:
+def _contestants(
+    train_state: TrainState, directory: Path, *, num_bytes: int, rank: int
+) -> dict[str, tuple[Callable[[], object], Callable[[], object]]]:
     """Save and load of each, collectives of all ranks."""
     ours, theirs, dd = (directory / name for name in ("phase8", "FileSystemWriter", "dd"))
 
     def load_ours() -> None:
-        learner.optimizer.state.clear()
-        restore_state(open_checkpoint(ours / step_directory_name(1)), learner.stage.module, learner.optimizer, learner.shards.parts)
+        train_state.optimizer.state.clear()
+        restore_state(open_checkpoint(ours / step_directory_name(1)), train_state.stage.module, train_state.optimizer, train_state.shards.parts)
 
     file, count = dd / str(rank), num_bytes // dist.get_world_size() // DD_BLOCK_BYTES
     options = [f"bs={DD_BLOCK_BYTES}", "status=none"]
@@ -95,22 +97,22 @@ def _contestants(learner: Learner, directory: Path, *, num_bytes: int, rank: int
     return {
         "dd": (write_file, lambda: subprocess.run(["dd", f"if={file}", "of=/dev/null", *options], check=True)),
         "FileSystemWriter": (
-            lambda: dcp.save(_state(learner), storage_writer=dcp.FileSystemWriter(theirs, sync_files=True)),
-            lambda: dcp.load(_state(learner), storage_reader=dcp.FileSystemReader(theirs)),
+            lambda: dcp.save(_state(train_state), storage_writer=dcp.FileSystemWriter(theirs, sync_files=True)),
+            lambda: dcp.load(_state(train_state), storage_reader=dcp.FileSystemReader(theirs)),
         ),
-        "phase8": (lambda: save_checkpoint(ours, step=1, tensors=_state(learner), metadata={}, attachments={}), load_ours),
+        "phase8": (lambda: save_checkpoint(ours, step=1, tensors=_state(train_state), metadata={}, attachments={}), load_ours),
     }
 
 
-def _invent_moments(learner: Learner) -> None:
+def _invent_moments(train_state: TrainState) -> None:
     generator = torch.Generator().manual_seed(dist.get_rank())
-    for part in learner.shards.parts.values():
+    for part in train_state.shards.parts.values():
         moments = {name: torch.empty_like(part).uniform_(generator=generator) for name in ("exp_avg", "exp_avg_sq")}
-        learner.optimizer.state[part] = {"step": torch.tensor(1.0), **moments}
+        train_state.optimizer.state[part] = {"step": torch.tensor(1.0), **moments}
 
 
-def _state(learner: Learner) -> dict[str, torch.Tensor]:
-    return flat_state(learner.stage.module, learner.optimizer, learner.shards.parts)
+def _state(train_state: TrainState) -> dict[str, torch.Tensor]:
+    return flat_state(train_state.stage.module, train_state.optimizer, train_state.shards.parts)
 
 
 def _sum(number: int) -> int:

@@ -27,11 +27,11 @@ from phase8.plan.cost_facts import memory_fact
 from phase8.plan.whole_config import count_parameters, shapes_only
 from phase8.precision.policy import compute_dtype, set_matmul_precision
 from phase8.train.changed_keys import ChangedKey, changed_keys
-from phase8.train.compilation import compile_modules
 from phase8.train.datasets import RunData, open_run_data
 from phase8.train.device import limit_memory, require_determinism, this_device
+from phase8.train.engine.compilation import compile_modules
+from phase8.train.engine.train_state import TrainState, build_train_state
 from phase8.train.initialise import Origin, initialise_run
-from phase8.train.learner import Learner, build_learner
 from phase8.train.memory_limits import memory_errors
 from phase8.train.restore import restore_together
 from phase8.train.resume import Position, attached_to, check_stop, restore_run
@@ -74,7 +74,7 @@ class Run:
     lock: ExitStack
     data: RunData
     attachments: dict[str, bytes]
-    learner: Learner
+    learner: TrainState
     position: Position
     saved_step: int | None
     machine: Device
@@ -182,7 +182,7 @@ def _decide(
     console: Console,
 ) -> tuple[Run, Choice]:
     """The run as it is going to be, and what has to make way for it. Nothing is written into the run directory."""
-    learner = build_learner(config, mesh=mesh, device=device, dtype=compute_dtype(config.precision))
+    learner = build_train_state(config, mesh=mesh, device=device, dtype=compute_dtype(config.precision))
     origin = initialise_run(config, learner, data.tokenizer, directory=directory, resume=resume, say=partial(print_line, console=console))
     shape = batch_shape(config.train, config.parallel, data_parallel_size=mesh.topology.data_parallel_size)
     facts = run_facts(config, device=device, shape=shape, num_parameters=count_parameters(shapes_only(config)), topology=mesh.topology)

@@ -12,7 +12,7 @@ from phase8.data.microbatch import Microbatch, split_sample
 from phase8.data.sources import source_names
 from phase8.observe.metrics import SourceLoss
 from phase8.train.build import Run
-from phase8.train.step import evaluate
+from phase8.train.engine.step import evaluate
 from phase8.train.unreadable import read_together
 
 

@@ -19,7 +19,7 @@ from phase8.data.content import content_digest
 from phase8.data.tokenizer import Tokenizer
 from phase8.errors import CheckpointError, CheckpointMismatchError
 from phase8.plan.whole_config import shapes_only
-from phase8.train.learner import Learner
+from phase8.train.engine.train_state import TrainState
 from phase8.train.restore import Restore, restore_together
 from phase8.train.run_directory import RunDirectory
 
@@ -54,7 +54,7 @@ class Origin:
 
 
 def initialise_run(
-    config: RunConfig, learner: Learner, tokenizer: Tokenizer | None, *, directory: RunDirectory, resume: str, say: Callable[[str], None]
+    config: RunConfig, learner: TrainState, tokenizer: Tokenizer | None, *, directory: RunDirectory, resume: str, say: Callable[[str], None]
 ) -> Origin | None:
     """Gives a run that begins the weights that its config names, on all ranks; None: it names none, or the run goes on from a checkpoint.
 

@@ -13,10 +13,10 @@ from phase8.observe.metrics import MetricsWriter
 from phase8.observe.progress import Progress
 from phase8.observe.report import write_report
 from phase8.train.build import Run
+from phase8.train.engine.train_state import whole_model
 from phase8.train.faults.anomaly import RollbackAsked
 from phase8.train.faults.rollback import roll_back
 from phase8.train.final_sample import write_sample
-from phase8.train.learner import whole_model
 from phase8.train.memory_limits import memory_errors
 from phase8.train.signals import StopRequest
 from phase8.train.trainer import Trainer

@@ -15,7 +15,7 @@ from phase8.errors import Phase8Error
 from phase8.plan.rank_memory import StageMemory
 from phase8.plan.whole_config import plan_stages
 from phase8.precision.policy import compute_dtype
-from phase8.train.learner import build_chunks
+from phase8.train.engine.train_state import build_chunks
 from phase8.zero.fsdp import shard_size
 
 

@@ -21,7 +21,7 @@ from phase8.config.model_keys import WITHOUT_SHAPE, model_differences
 from phase8.config.schema import ModelSection, RunConfig
 from phase8.data.fingerprint import describe_fingerprint_difference
 from phase8.errors import CheckpointMismatchError, ConfigError
-from phase8.train.learner import Learner
+from phase8.train.engine.train_state import TrainState
 
 
 @dataclass
@@ -76,7 +76,7 @@ def restore_run(
     *,
     fingerprint: dict[str, Any],
     attachments: Mapping[str, bytes],
-    learner: Learner,
+    learner: TrainState,
 ) -> tuple[Position, RunConfig]:
     """Loads weights, optimizer and random state, after checking that config and data continue those of the checkpoint.
 

@@ -21,14 +21,14 @@ from phase8.observe.metrics import MetricsWriter, StepMetrics
 from phase8.observe.progress import Progress
 from phase8.optim.schedule import learning_rate
 from phase8.train.build import Run
-from phase8.train.captured_step import CapturedStep
+from phase8.train.engine.captured_step import CapturedStep
+from phase8.train.engine.step import StepResult, train_step
 from phase8.train.evaluation import HeldOutData
 from phase8.train.faults.anomaly import largest_loss, take_note
 from phase8.train.faults.replicas import check_replicas
 from phase8.train.faults.stragglers import probe_ranks
 from phase8.train.saver import Saver
 from phase8.train.signals import StopRequest
-from phase8.train.step import StepResult, train_step
 from phase8.train.unreadable import UnreadableData
 
 # A rank that needs so many times as long as others is named where people look.

@@ -18,10 +18,10 @@ from phase8.data.microbatch import Microbatch, stand_in
 from phase8.distributed.mesh import Mesh
 from phase8.observe.memory import peak_memory_bytes, reset_peak_memory
 from phase8.precision.policy import compute_dtype
-from phase8.train.captured_step import EAGER_STEPS, CapturedStep
-from phase8.train.compilation import compile_modules
-from phase8.train.learner import build_learner
-from phase8.train.step import evaluate, train_step
+from phase8.train.engine.captured_step import EAGER_STEPS, CapturedStep
+from phase8.train.engine.compilation import compile_modules
+from phase8.train.engine.step import evaluate, train_step
+from phase8.train.engine.train_state import build_train_state
 
 # A step of many microbatches is extrapolated from one of one and one of so many.
 MOST_MICROBATCHES = 3
@@ -68,7 +68,7 @@ def _try(config: RunConfig, mesh: Mesh, device: torch.device, begin: float) -> T
     shape = batch_shape(config.train, config.parallel, data_parallel_size=mesh.topology.data_parallel_size)
     reset_peak_memory(device)
     try:
-        learner = build_learner(config, mesh=mesh, device=device, dtype=compute_dtype(config.precision))
+        learner = build_train_state(config, mesh=mesh, device=device, dtype=compute_dtype(config.precision))
         compile_modules(learner, config)
         microbatch = _random_microbatch(config, shape.micro_batch_size, device)
 

@@ -18,7 +18,7 @@ from phase8.errors import ConfigError, DivergenceError
 from phase8.observe.metrics import MetricsWriter
 from phase8.tensor_parallel.linear import joint_linear
 from phase8.train import loop, saver, trainer
-from phase8.train.step import StepResult
+from phase8.train.engine.step import StepResult
 
 CPU = torch.device("cpu")
 

@@ -1,7 +1,8 @@
 """The runs whose numbers a change of structure must keep: twenty steps in float32 on every topology, as jobs of the pool.
 
 `train` is the only function that knows how a config is trained. What it calls of the library is imported here and nowhere else in the
-comparison, beside the learner, which is that of the parity tests: none of its parameters has its initial value, so no convolution is the identity.
+comparison, beside the train state, which is that of the parity tests: none of its parameters has its initial value, so no convolution is the
+identity.
 """
 
 import hashlib
@@ -11,7 +12,7 @@ import os
 from dataclasses import dataclass
 
 import torch
-from training import new_learner
+from training import new_train_state
 
 from phase8.config.auto import without_auto
 from phase8.config.load import load_config
@@ -19,7 +20,7 @@ from phase8.config.validate import validate
 from phase8.data.microbatch import split_sample
 from phase8.distributed.placement import collected
 from phase8.optim.schedule import learning_rate
-from phase8.train.step import train_step
+from phase8.train.engine.step import train_step
 
 NUM_STEPS = 20
 # Of each data-parallel rank in a step: three, for the sum of two numbers does not depend on their order; and sequences in each of them.
@@ -92,17 +93,18 @@ def train(case):
     """Trains a case: loss and gradient norm of every step, and the final parameters, whole, by their full names (on the first rank)."""
     config = without_auto(load_config(os.devnull, case.settings))
     validate(config, world_size=case.world_size)
-    learner = new_learner(config, case.world_size, device_type="cpu", dtype=torch.float32)
+    train_state = new_train_state(config, case.world_size, device_type="cpu", dtype=torch.float32)
+    index = train_state.mesh.data_parallel_index
     results = [
         train_step(
-            learner,
-            [split_sample(sample, reset_at_document_boundaries=resets) for sample, resets in samples(step, case, learner.mesh.data_parallel_index)],
+            train_state,
+            [split_sample(sample, reset_at_document_boundaries=resets) for sample, resets in samples(step, case, index)],
             learning_rate=learning_rate(step, config.optim, num_steps=config.train.num_steps),
             gradient_clip_norm=config.optim.gradient_clip_norm,
         )
         for step in range(1, NUM_STEPS + 1)
     ]
-    parameters = collected({name: parameter.detach() for name, parameter in learner.stage.module.named_parameters()}, learner.mesh)
+    parameters = collected({name: parameter.detach() for name, parameter in train_state.stage.module.named_parameters()}, train_state.mesh)
     return [(result.loss, result.grad_norm) for result in results], parameters
 
 

@@ -8,11 +8,10 @@ from torch.distributed.tensor import Replicate
 
 from phase8.distributed import collectives
 from phase8.model import convolution, global_path, mixer, norm
-from phase8.optim import shards
 from phase8.pipeline_parallel import engine
 from phase8.pipeline_parallel.lowering import Payload
 from phase8.tensor_parallel import cross_entropy, embedding, linear
-from phase8.train import stage, step
+from phase8.train.engine import shards, stage, step
 from phase8.zero import fsdp
 
 READERS = (convolution, global_path, mixer, norm, embedding, linear)
@@ -83,9 +82,9 @@ def average_over_data_ranks():
 
         return shard
 
-    from phase8.train import learner
+    from phase8.train.engine import train_state
 
-    return replaced((learner, "shard_model"), by=averaging)
+    return replaced((train_state, "shard_model"), by=averaging)
 
 
 def never_synchronised():

@@ -9,7 +9,7 @@ import safetensors.torch
 import torch
 import torch.distributed as dist
 from test_parity import BLOCKS, INTERLEAVED, OFFLOADED, ranks
-from training import MODEL, new_learner, take_step
+from training import MODEL, new_train_state, take_step
 
 from phase8.checkpoint.background import BackgroundSaver
 from phase8.checkpoint.load import open_checkpoint
@@ -39,44 +39,44 @@ RING = list(zip(TOPOLOGIES, [*list(TOPOLOGIES)[1:], "one"], strict=True))
 
 def start(settings, world_size):
     config = without_auto(load_config(os.devnull, [*MODEL, *BLOCK, *settings]))
-    return config, new_learner(config, world_size, device_type="cpu", dtype=torch.float32)
+    return config, new_train_state(config, world_size, device_type="cpu", dtype=torch.float32)
 
 
-def state_of(learner):
-    return flat_state(learner.stage.module, learner.optimizer, learner.shards.parts)
+def state_of(train_state):
+    return flat_state(train_state.stage.module, train_state.optimizer, train_state.shards.parts)
 
 
-def restore(learner, path):
+def restore(train_state, path):
     restore_state(
-        open_checkpoint(path), learner.stage.module, learner.optimizer, learner.shards.parts, is_part=learner.mesh.pp.size > 1
+        open_checkpoint(path), train_state.stage.module, train_state.optimizer, train_state.shards.parts, is_part=train_state.mesh.pp.size > 1
     )
-    learner.shards.read_again()
+    train_state.shards.read_again()
 
 
-def save(learner, root, *, step, **options):
-    return save_checkpoint(root, step=step, tensors=state_of(learner), metadata={}, attachments={}, **options)
+def save(train_state, root, *, step, **options):
+    return save_checkpoint(root, step=step, tensors=state_of(train_state), metadata={}, attachments={}, **options)
 
 
 def train_and_save(settings, world_size, root):
     """Two steps and a save; then what was saved, and the loss of the next step."""
-    config, learner = start(settings, world_size)
+    config, train_state = start(settings, world_size)
     for step in range(2):
-        take_step(learner, config, step)
-    save(learner, root, step=2)
-    saved = {name: tensor.clone() for name, tensor in collected(state_of(learner), learner.mesh).items()}
-    return saved, take_step(learner, config, 2).loss
+        take_step(train_state, config, step)
+    save(train_state, root, step=2)
+    saved = {name: tensor.clone() for name, tensor in collected(state_of(train_state), train_state.mesh).items()}
+    return saved, take_step(train_state, config, 2).loss
 
 
 def load_and_save(settings, world_size, path, root):
-    _, learner = start(settings, world_size)
-    restore(learner, path)
-    save(learner, root, step=2)
+    _, train_state = start(settings, world_size)
+    restore(train_state, path)
+    save(train_state, root, step=2)
 
 
 def load_and_go_on(settings, world_size, path):
-    config, learner = start(settings, world_size)
-    restore(learner, path)
-    return take_step(learner, config, 2).loss
+    config, train_state = start(settings, world_size)
+    restore(train_state, path)
+    return take_step(train_state, config, 2).loss
 
 
 def there_and_back(pool, here, there, directory):
@@ -134,15 +134,15 @@ def test_every_element_is_written_once_and_by_several_ranks(pool, tmp_path):
 
 def save_aside(settings, world_size, root):
     """Saves step 2 on a thread of each rank while the ranks train on; what there was when it began."""
-    config, learner = start(settings, world_size)
+    config, train_state = start(settings, world_size)
     group, background = dist.new_group(backend="gloo"), BackgroundSaver(torch.device("cpu"))
     for step in range(2):
-        take_step(learner, config, step)
-    expected = {name: tensor.clone() for name, tensor in collected(state_of(learner), learner.mesh).items()}
-    copies = background.copy(state_of(learner))
+        take_step(train_state, config, step)
+    expected = {name: tensor.clone() for name, tensor in collected(state_of(train_state), train_state.mesh).items()}
+    copies = background.copy(state_of(train_state))
     background.start(copies, lambda copies: save_checkpoint(root, step=2, tensors=copies, metadata={}, attachments={}, group=group))
     for step in range(2, 4):
-        take_step(learner, config, step)
+        take_step(train_state, config, step)
     background.finished(wait=True)
     background.close()
     return expected
@@ -159,14 +159,14 @@ def test_ranks_save_aside_while_they_train(pool, tmp_path, name):
 
 def load_damaged(settings, world_size, path):
     """What this rank says, and whether its part of the model is as it was."""
-    _, learner = start(settings, world_size)
-    before = {name: part.detach().clone() for name, part in learner.shards.parts.items()}
+    _, train_state = start(settings, world_size)
+    before = {name: part.detach().clone() for name, part in train_state.shards.parts.items()}
     found = None
     try:
-        restore(learner, path)
+        restore(train_state, path)
     except CheckpointCorruptError as error:
         found = str(error)
-    return found, not learner.optimizer.state and all(torch.equal(learner.shards.parts[name], part) for name, part in before.items())
+    return found, not train_state.optimizer.state and all(torch.equal(train_state.shards.parts[name], part) for name, part in before.items())
 
 
 def test_a_damaged_part_is_refused_by_the_ranks_that_need_it(pool, tmp_path):
@@ -186,17 +186,17 @@ def save_where_one_rank_cannot(settings, world_size, root):
     """The second rank's disk is full."""
     from phase8.checkpoint import writer
 
-    _, learner = start(settings, world_size)
+    _, train_state = start(settings, world_size)
     write = writer.write_tensor_file
 
     def full(path, tensors):
-        if learner.mesh.rank == 1:
+        if train_state.mesh.rank == 1:
             raise OSError(28, "No space left on device", str(path))
         return write(path, tensors)
 
     writer.write_tensor_file = full
     try:
-        save(learner, root, step=1)
+        save(train_state, root, step=1)
     except StorageError as error:
         return str(error)
     finally:

@@ -20,8 +20,8 @@ from phase8.plan.communication import Operation
 from phase8.plan.run_communication import plan_run_communication
 from phase8.precision.policy import compute_dtype
 from phase8.topology import AxisName, Topology
-from phase8.train.learner import build_learner
-from phase8.train.step import train_step
+from phase8.train.engine.step import train_step
+from phase8.train.engine.train_state import build_train_state
 from phase8.zero.fsdp import shard_size
 
 CPU = torch.device("cpu")
@@ -85,29 +85,29 @@ def config_of(settings):
 def build(config, world_size):
     topology = run_topology(config.parallel, world_size=world_size)
     mesh = build_mesh(topology, device_type="cpu", shard_size=shard_size(config.zero, data_parallel_size=topology.data_parallel_size))
-    return build_learner(config, mesh=mesh, device=CPU, dtype=compute_dtype(config.precision))
+    return build_train_state(config, mesh=mesh, device=CPU, dtype=compute_dtype(config.precision))
 
 
-def step(learner, config):
+def step(train_state, config):
     """A step on random tokens."""
-    shape = batch_shape(config.train, config.parallel, data_parallel_size=learner.mesh.topology.data_parallel_size)
-    generator = torch.Generator().manual_seed(learner.mesh.data_parallel_index)
+    shape = batch_shape(config.train, config.parallel, data_parallel_size=train_state.mesh.topology.data_parallel_size)
+    generator = torch.Generator().manual_seed(train_state.mesh.data_parallel_index)
     size = (shape.num_microbatches, shape.micro_batch_size, config.model.sequence_length + 1)
     samples = torch.randint(0, config.model.vocab_size, size, generator=generator)
     microbatches = [split_sample({"tokens": tokens}, reset_at_document_boundaries=False) for tokens in samples]
-    return train_step(learner, microbatches, learning_rate=1e-3, gradient_clip_norm=1.0)
+    return train_step(train_state, microbatches, learning_rate=1e-3, gradient_clip_norm=1.0)
 
 
 def counted(settings, world_size, plant=None):
     """What two steps communicate, counted by themselves: the second one is like all that follow."""
     config = config_of(settings)
-    learner = build(config, world_size)
+    train_state = build(config, world_size)
     if plant:
-        PLANTED[plant](learner)
+        PLANTED[plant](train_state)
     tables = []
     for _ in range(2):
-        with Counter(learner.mesh) as counter:
-            assert not step(learner, config).skipped
+        with Counter(train_state.mesh) as counter:
+            assert not step(train_state, config).skipped
         tables.append(counter.table())
     return tables
 
@@ -168,19 +168,19 @@ def test_a_step_communicates_what_the_planner_says(pool, name):
         assert steps == [planned(settings, world_size, rank)] * 2, f"rank {rank}"
 
 
-def gather_once_more(learner):
+def gather_once_more(train_state):
     """All tokens before each feed-forward, for nothing."""
 
     def gather(module, inputs):
-        gather_tokens(inputs[0].detach(), learner.mesh.tp)
+        gather_tokens(inputs[0].detach(), train_state.mesh.tp)
 
-    for block in learner.model.blocks.values():
+    for block in train_state.model.blocks.values():
         block.feed_forward.register_forward_pre_hook(gather)
 
 
-def free_parameters_after_forward(learner):
+def free_parameters_after_forward(train_state):
     """As ZeRO 3 does it, so that backward gathers them again."""
-    for block in learner.model.blocks.values():
+    for block in train_state.model.blocks.values():
         block.set_reshard_after_forward(True)
 
 

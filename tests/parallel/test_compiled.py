@@ -12,7 +12,7 @@ from phase8.config.load import load_config
 from phase8.distributed.mesh import build_mesh
 from phase8.distributed.placement import gathered
 from phase8.topology import Topology
-from phase8.train.learner import build_learner
+from phase8.train.engine.train_state import build_train_state
 from phase8.zero.fsdp import shard_size
 
 SETTINGS = (
@@ -26,18 +26,18 @@ def gradients_of_both(tensor_ranks, stage, budget=1.0):
     config = without_auto(load_config(os.devnull, [*SETTINGS, f"zero.stage={stage}"]))
     topology = Topology(1, 2 // tensor_ranks, 1, tensor_ranks)
     mesh = build_mesh(topology, device_type="cpu", shard_size=shard_size(config.zero, data_parallel_size=topology.data_parallel_size))
-    learner = build_learner(config, mesh=mesh, device=torch.device("cpu"), dtype=torch.float32)
-    perturb(learner)
+    train_state = build_train_state(config, mesh=mesh, device=torch.device("cpu"), dtype=torch.float32)
+    perturb(train_state)
     tokens = torch.randint(64, (2, 33), generator=torch.Generator().manual_seed(0))
     results, functorch_config.activation_memory_budget = [], budget
     for compiled in (False, True):
         if compiled:
-            for block in learner.model.blocks.values():
+            for block in train_state.model.blocks.values():
                 block.compile(fullgraph=True)
-        loss = learner.model.loss_sum(tokens[:, :-1], tokens[:, 1:])
+        loss = train_state.model.loss_sum(tokens[:, :-1], tokens[:, 1:])
         loss.backward()
-        results.append((loss.item(), gathered({name: p.grad for name, p in learner.model.named_parameters()}, keep=True)))
-        learner.shards.drop_gradients()
+        results.append((loss.item(), gathered({name: p.grad for name, p in train_state.model.named_parameters()}, keep=True)))
+        train_state.shards.drop_gradients()
     (eager_loss, eager), (loss, found) = results
     return max(((found[name] - grad).abs().max() / grad.abs().max()).item() for name, grad in eager.items()), loss, eager_loss
 

@@ -5,7 +5,7 @@ import os
 import pytest
 import torch
 from test_parity import INTERLEAVED, ranks
-from training import MODEL, new_learner
+from training import MODEL, new_train_state
 
 from phase8.checkpoint.load import open_checkpoint
 from phase8.checkpoint.reshard.reshard import ConsolidatedForm, consolidate
@@ -42,23 +42,23 @@ def source(tmp_path):
 
 
 def initialised(settings, world_size, path, directory):
-    """A learner that has begun, and where its weights came from."""
+    """A train state that has begun, and where its weights came from."""
     settings = (*BLOCK, *settings, f"run.output_dir={directory}", f"checkpoint.initialise_from={path}", "model.sequence_length=48")
     config = without_auto(load_config(os.devnull, [*MODEL, *settings]))
-    learner = new_learner(config, world_size, device_type="cpu", dtype=torch.float32)
-    return learner, initialise_run(config, learner, None, directory=run_directory(config.run), resume="auto", say=lambda text: None)
+    train_state = new_train_state(config, world_size, device_type="cpu", dtype=torch.float32)
+    return train_state, initialise_run(config, train_state, None, directory=run_directory(config.run), resume="auto", say=lambda text: None)
 
 
 def begin(settings, world_size, path, directory):
     """Where the weights came from; and what the ranks have together (on the first one), as parameters and as the optimizer sees them."""
-    learner, origin = initialised(settings, world_size, path, directory)
-    before = whole_weights(learner)
-    learner.shards.write_back()  # what is offloaded is what the next step begins with
-    return str(origin), before, whole_weights(learner)
+    train_state, origin = initialised(settings, world_size, path, directory)
+    before = whole_weights(train_state)
+    train_state.shards.write_back()  # what is offloaded is what the next step begins with
+    return str(origin), before, whole_weights(train_state)
 
 
-def whole_weights(learner):
-    return {name: tensor.detach().clone() for name, tensor in collected(dict(learner.stage.module.named_parameters()), learner.mesh).items()}
+def whole_weights(train_state):
+    return {name: tensor.detach().clone() for name, tensor in collected(dict(train_state.stage.module.named_parameters()), train_state.mesh).items()}
 
 
 @pytest.mark.parametrize("name", TOPOLOGIES)

@@ -16,8 +16,8 @@ from phase8.data.microbatch import split_sample
 from phase8.distributed.mesh import build_mesh
 from phase8.plan.whole_config import plan_stages
 from phase8.precision.policy import compute_dtype
-from phase8.train.learner import build_learner
-from phase8.train.step import train_step
+from phase8.train.engine.step import train_step
+from phase8.train.engine.train_state import build_train_state
 from phase8.zero.fsdp import shard_size
 
 # Wide enough that parameters and what is kept for backward weigh more than what lives for a moment.
@@ -67,14 +67,14 @@ def held(settings, world_size):
     with LiveBytes() as live:
         size = shard_size(config.zero, data_parallel_size=topology.data_parallel_size)
         mesh = build_mesh(topology, device_type="cpu", shard_size=size)
-        learner = build_learner(config, mesh=mesh, device=torch.device("cpu"), dtype=compute_dtype(config.precision))
+        train_state = build_train_state(config, mesh=mesh, device=torch.device("cpu"), dtype=compute_dtype(config.precision))
         samples = torch.randint(config.model.vocab_size, (shape.num_microbatches, shape.micro_batch_size, config.model.sequence_length + 1))
         microbatches = [split_sample({"tokens": tokens}, reset_at_document_boundaries=False) for tokens in samples]
         for _ in range(2):
             live.peak = 0
-            train_step(learner, microbatches, learning_rate=1e-3, gradient_clip_norm=1.0)
-    parameters = [each.to_local() if isinstance(each, DTensor) else each for each in learner.stage.module.parameters()]
-    moments = [value for state in learner.optimizer.state.values() for name, value in state.items() if name != "step"]
+            train_step(train_state, microbatches, learning_rate=1e-3, gradient_clip_norm=1.0)
+    parameters = [each.to_local() if isinstance(each, DTensor) else each for each in train_state.stage.module.parameters()]
+    moments = [value for state in train_state.optimizer.state.values() for name, value in state.items() if name != "step"]
     return sum(each.numel() for each in parameters), sum(each.nbytes for each in moments), live.peak
 
 

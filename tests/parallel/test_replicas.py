@@ -8,7 +8,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_parity import BLOCKS, INTERLEAVED, OFFLOADED, ranks
-from training import MODEL, new_learner, take_step
+from training import MODEL, new_train_state, take_step
 
 from phase8.checkpoint.load import open_checkpoint
 from phase8.checkpoint.save import save_checkpoint
@@ -49,10 +49,10 @@ EMBEDDING, NORM, MATRIX = "embedding.weight", "blocks.1.mixer_norm.weight", "blo
 
 def start(arguments, world_size, *, num_steps=0, dtype=torch.float32):
     config = without_auto(load_config(os.devnull, [*MODEL, *BLOCK, *arguments]))
-    learner = new_learner(config, world_size, device_type="cpu", dtype=dtype)
+    train_state = new_train_state(config, world_size, device_type="cpu", dtype=dtype)
     for step in range(num_steps):
-        take_step(learner, config, step)
-    return config, learner
+        take_step(train_state, config, step)
+    return config, train_state
 
 
 def run(pool, function, name, *arguments):
@@ -62,12 +62,13 @@ def run(pool, function, name, *arguments):
 
 def train_and_check(arguments, world_size, dtype, root):
     """Checks before the first step, after some, and after resuming; what was compared."""
-    config, learner = start(arguments, world_size, dtype=dtype)
-    check_replicas(learner, step=0)
+    config, train_state = start(arguments, world_size, dtype=dtype)
+    check_replicas(train_state, step=0)
     for step in range(3):
-        take_step(learner, config, step)
-        check_replicas(learner, step=step + 1)
-    save_checkpoint(root, step=3, tensors=flat_state(learner.stage.module, learner.optimizer, learner.shards.parts), metadata={}, attachments={})
+        take_step(train_state, config, step)
+        check_replicas(train_state, step=step + 1)
+    tensors = flat_state(train_state.stage.module, train_state.optimizer, train_state.shards.parts)
+    save_checkpoint(root, step=3, tensors=tensors, metadata={}, attachments={})
     _, resumed = start(arguments, world_size, dtype=dtype)
     checkpoint = open_checkpoint(root / "step-0000000003")
     restore_state(checkpoint, resumed.stage.module, resumed.optimizer, resumed.shards.parts, is_part=resumed.mesh.pp.size > 1)
@@ -98,23 +99,23 @@ def bits_of(tensor):
     return tensor.detach().view(-1).view(torch.int32)
 
 
-def item_of(learner, name, key):
+def item_of(train_state, name, key):
     """The own part of something that a rank holds."""
     if key == "whole":
-        whole = learner.shards.whole[name]
+        whole = train_state.shards.whole[name]
         return whole.to_local()
-    part = learner.shards.parts[name]
-    return part if key == WEIGHT else learner.optimizer.state[part][key]
+    part = train_state.shards.parts[name]
+    return part if key == WEIGHT else train_state.optimizer.state[part][key]
 
 
 def flip_and_check(arguments, world_size, rank, name, key, bit, position):
     """The sentence of the error after a bit of one rank was flipped, and whether a check before was fine."""
-    _, learner = start(arguments, world_size, num_steps=1)
-    check_replicas(learner, step=1)
-    if learner.mesh.rank == rank:
-        bits_of(item_of(learner, name, key))[position] ^= -(2**31) if bit == 31 else 2**bit
+    _, train_state = start(arguments, world_size, num_steps=1)
+    check_replicas(train_state, step=1)
+    if train_state.mesh.rank == rank:
+        bits_of(item_of(train_state, name, key))[position] ^= -(2**31) if bit == 31 else 2**bit
     try:
-        check_replicas(learner, step=12)
+        check_replicas(train_state, step=12)
     except CorruptionError as error:
         assert error.exit_code == 8
         return str(error)
@@ -153,13 +154,13 @@ def test_what_has_no_copy_is_not_compared(pool):
 
 def swap_and_check(arguments, world_size):
     """On the last rank two elements of a weight change places."""
-    _, learner = start(arguments, world_size, num_steps=1)
-    weight = learner.shards.parts[NORM].detach()
+    _, train_state = start(arguments, world_size, num_steps=1)
+    weight = train_state.shards.parts[NORM].detach()
     assert weight[2] != weight[19]
-    if learner.mesh.rank == world_size - 1:
+    if train_state.mesh.rank == world_size - 1:
         weight[[2, 19]] = weight[[19, 2]]
     try:
-        check_replicas(learner, step=3)
+        check_replicas(train_state, step=3)
     except CorruptionError as error:
         return str(error)
     return None
@@ -172,12 +173,12 @@ def test_two_elements_in_each_others_place_are_found(pool):
 
 def flip_and_train(arguments, world_size):
     """Trains on after a bit of a second moment was flipped on rank 1."""
-    config, learner = start(arguments, world_size, num_steps=1)
-    if learner.mesh.rank == 1:
-        bits_of(learner.optimizer.state[learner.shards.parts[MATRIX]]["exp_avg_sq"])[0] ^= 2**29
-    take_step(learner, config, 1)
+    config, train_state = start(arguments, world_size, num_steps=1)
+    if train_state.mesh.rank == 1:
+        bits_of(train_state.optimizer.state[train_state.shards.parts[MATRIX]]["exp_avg_sq"])[0] ^= 2**29
+    take_step(train_state, config, 1)
     try:
-        check_replicas(learner, step=2)
+        check_replicas(train_state, step=2)
     except CorruptionError as error:
         return str(error)
     return None

@@ -28,11 +28,11 @@ def load_and_watch(settings, world_size, path):
 
     Checkpoint._file = watched
     try:
-        _, learner = start(settings, world_size)
-        restore(learner, path)
+        _, train_state = start(settings, world_size)
+        restore(train_state, path)
     finally:
         Checkpoint._file = find
-    return opened, {name: tensor.clone() for name, tensor in collected(state_of(learner), learner.mesh).items()}
+    return opened, {name: tensor.clone() for name, tensor in collected(state_of(train_state), train_state.mesh).items()}
 
 
 @pytest.mark.parametrize(("name", "stage_size"), [("tp2 pp2 dp2 zero 2", 4), ("tp2 dp2 zero 3", 4), ("pp2 interleaved", 1)])

@@ -5,7 +5,7 @@ import os
 import pytest
 import torch
 from test_parity import BLOCKS, INTERLEAVED, ranks
-from training import MODEL, microbatches_of, new_learner, take_step
+from training import MODEL, microbatches_of, new_train_state, take_step
 
 from phase8.config.auto import without_auto
 from phase8.config.load import load_config
@@ -15,8 +15,8 @@ from phase8.data.microbatch import Microbatch
 from phase8.kernels.reference.cross_entropy import IGNORED_TARGET
 from phase8.model.model import build_model
 from phase8.plan.stages import chunk_layers
-from phase8.train.stage import joined
-from phase8.train.step import evaluate, train_step
+from phase8.train.engine.stage import joined
+from phase8.train.engine.step import evaluate, train_step
 
 BLOCK = BLOCKS["deep-tied"]
 TOPOLOGIES = {
@@ -28,7 +28,7 @@ TOPOLOGIES = {
 
 def start(settings, world_size):
     config = without_auto(load_config(os.devnull, [*MODEL, *BLOCK, *settings]))
-    return config, new_learner(config, world_size, device_type="cpu", dtype=torch.float32)
+    return config, new_train_state(config, world_size, device_type="cpu", dtype=torch.float32)
 
 
 def shortened(batch, length):
@@ -37,11 +37,11 @@ def shortened(batch, length):
 
 
 def evaluate_and_change_length(settings, world_size):
-    config, learner = start(settings, world_size)
-    batches = microbatches_of(learner, config, 0)
-    measured = [evaluate(learner, batches), evaluate(learner, batches[:1])]
+    config, train_state = start(settings, world_size)
+    batches = microbatches_of(train_state, config, 0)
+    measured = [evaluate(train_state, batches), evaluate(train_state, batches[:1])]
     short = [shortened(batch, 12) for batch in batches]
-    losses = [train_step(learner, each, learning_rate=1e-2, gradient_clip_norm=1.0).loss for each in (batches, short, batches)]
+    losses = [train_step(train_state, each, learning_rate=1e-2, gradient_clip_norm=1.0).loss for each in (batches, short, batches)]
     return [loss for loss, _ in measured], [count for _, count in measured], losses
 
 
@@ -55,10 +55,10 @@ def test_evaluation_and_other_lengths(pool, name):
 
 
 def losses_of_compiled(settings, world_size, compiled):
-    config, learner = start(settings, world_size)
-    for block in learner.stage.module.blocks.values() if compiled else ():
+    config, train_state = start(settings, world_size)
+    for block in train_state.stage.module.blocks.values() if compiled else ():
         block.compile(fullgraph=True, backend="aot_eager")
-    return [take_step(learner, config, step).loss for step in range(2)]
+    return [take_step(train_state, config, step).loss for step in range(2)]
 
 
 def test_compiled_blocks_of_stages(pool):

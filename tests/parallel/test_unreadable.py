@@ -4,13 +4,13 @@ import os
 
 import pytest
 import torch
-from training import MODEL, microbatches_of, new_learner
+from training import MODEL, microbatches_of, new_train_state
 
 from phase8.config.auto import without_auto
 from phase8.config.load import load_config
 from phase8.data.microbatch import stand_in
 from phase8.errors import DataError
-from phase8.train.step import train_step
+from phase8.train.engine.step import train_step
 from phase8.train.unreadable import UnreadableData, read_together
 
 TOPOLOGIES = {
@@ -22,15 +22,15 @@ TOPOLOGIES = {
 
 def step_without_data_on_the_last_rank(settings, resets):
     config = without_auto(load_config(os.devnull, [*MODEL, *settings, f"data.reset_at_document_boundaries={str(resets).lower()}"]))
-    learner = new_learner(config, 2, device_type="cpu", dtype=torch.float32)
-    batches = microbatches_of(learner, config, 0)
-    before = {name: part.detach().clone() for name, part in learner.shards.parts.items()}
+    train_state = new_train_state(config, 2, device_type="cpu", dtype=torch.float32)
+    batches = microbatches_of(train_state, config, 0)
+    before = {name: part.detach().clone() for name, part in train_state.shards.parts.items()}
     is_unreadable = torch.distributed.get_rank() == 1
     if is_unreadable:
         batches = [stand_in(*batches[0].tokens.shape, reset_at_document_boundaries=resets)] * len(batches)
-    result = train_step(learner, batches, learning_rate=1e-2, gradient_clip_norm=1.0, unreadable=is_unreadable)
-    same = all(torch.equal(part, before[name]) for name, part in learner.shards.parts.items())
-    good = train_step(learner, microbatches_of(learner, config, 0), learning_rate=1e-2, gradient_clip_norm=1.0)
+    result = train_step(train_state, batches, learning_rate=1e-2, gradient_clip_norm=1.0, unreadable=is_unreadable)
+    same = all(torch.equal(part, before[name]) for name, part in train_state.shards.parts.items())
+    good = train_step(train_state, microbatches_of(train_state, config, 0), learning_rate=1e-2, gradient_clip_norm=1.0)
     return result.unreadable, result.skipped, same, good.unreadable, good.skipped
 
 

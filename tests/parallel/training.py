@@ -17,10 +17,10 @@ from phase8.distributed.mesh import build_mesh
 from phase8.distributed.placement import collected, own_region
 from phase8.kernels.backends import select_kernels
 from phase8.precision.policy import set_matmul_precision
-from phase8.train.captured_step import CapturedStep
-from phase8.train.compilation import compile_modules
-from phase8.train.learner import build_learner
-from phase8.train.step import train_step
+from phase8.train.engine.captured_step import CapturedStep
+from phase8.train.engine.compilation import compile_modules
+from phase8.train.engine.step import train_step
+from phase8.train.engine.train_state import build_train_state
 from phase8.zero.fsdp import shard_size
 
 MODEL = (
@@ -52,41 +52,41 @@ def train_steps(settings, num_steps, world_size=1, mutation=None, *, device_type
 
 
 def _train_steps(config, num_steps, world_size, device_type, dtype):
-    learner = new_learner(config, world_size, device_type=device_type, dtype=dtype)
-    compile_modules(learner, config)
-    with closing(CapturedStep(learner)) if config.train.cuda_graphs else nullcontext() as recorded:
-        results = [take_step(learner, config, step, how=recorded) for step in range(num_steps)]
-    weights = collected({name: parameter.detach() for name, parameter in learner.stage.module.named_parameters()}, learner.mesh)
+    train_state = new_train_state(config, world_size, device_type=device_type, dtype=dtype)
+    compile_modules(train_state, config)
+    with closing(CapturedStep(train_state)) if config.train.cuda_graphs else nullcontext() as recorded:
+        results = [take_step(train_state, config, step, how=recorded) for step in range(num_steps)]
+    weights = collected({name: parameter.detach() for name, parameter in train_state.stage.module.named_parameters()}, train_state.mesh)
     return [(result.loss, result.grad_norm) for result in results], {name: value.to("cpu", copy=True) for name, value in weights.items()}
 
 
-def new_learner(config, world_size, *, device_type, dtype):
-    """A learner whose parameters have none of their initial values."""
+def new_train_state(config, world_size, *, device_type, dtype):
+    """A train state whose parameters have none of their initial values."""
     device = torch.device(device_type, torch.cuda.current_device()) if device_type == "cuda" else torch.device(device_type)
     set_matmul_precision(config.precision)
     select_kernels(config.train.kernels, device)
     topology = run_topology(config.parallel, world_size=world_size)
     size = shard_size(config.zero, data_parallel_size=topology.data_parallel_size)
     mesh = build_mesh(topology, device_type=device_type, shard_size=size, async_tensor_parallel=config.parallel.async_tensor_parallel)
-    learner = build_learner(config, mesh=mesh, device=device, dtype=dtype)
-    perturb(learner)
-    return learner
+    train_state = build_train_state(config, mesh=mesh, device=device, dtype=dtype)
+    perturb(train_state)
+    return train_state
 
 
-def take_step(learner, config, step, how=None):
+def take_step(train_state, config, step, how=None):
     """One optimizer step on the sequences of that number, by `train_step` or something else."""
-    microbatches, how = microbatches_of(learner, config, step), how or functools.partial(train_step, learner)
+    microbatches, how = microbatches_of(train_state, config, step), how or functools.partial(train_step, train_state)
     return how(microbatches, learning_rate=config.optim.learning_rate, gradient_clip_norm=config.optim.gradient_clip_norm)
 
 
-def microbatches_of(learner, config, step):
+def microbatches_of(train_state, config, step):
     """Packed documents of unequal numbers, ten in the last sequence, so that microbatches differ in how many targets count."""
     generator = torch.Generator().manual_seed(step)
     length, micro, batch = config.model.sequence_length + 1, config.train.micro_batch_size or 2, config.train.global_batch_size
     tokens = torch.randint(0, config.model.vocab_size, (batch, length), generator=generator)
     starts = torch.rand(batch, length, generator=generator) < torch.linspace(0.0, 10 / length, batch)[:, None]
     starts[:, 0] = True
-    index, readers = learner.mesh.data_parallel_index, learner.mesh.topology.data_parallel_size
+    index, readers = train_state.mesh.data_parallel_index, train_state.mesh.topology.data_parallel_size
     return [
         split_sample({"tokens": tokens[first : first + micro], "document_starts": starts[first : first + micro]}, reset_at_document_boundaries=True)
         for first in range(index * micro, batch, readers * micro)
@@ -101,10 +101,10 @@ def own_slice(value, whole):
 
 
 @torch.no_grad()
-def perturb(learner):
+def perturb(train_state):
     """Moves every parameter off its initial value, by a function of its place that every topology computes alike: zeros hide errors."""
-    for name, part in learner.shards.parts.items():
-        whole = learner.shards.whole[name]
+    for name, part in train_state.shards.parts.items():
+        whole = train_state.shards.whole[name]
         noise = 0.1 * torch.randn(whole.shape, generator=torch.Generator().manual_seed(zlib.crc32(name.encode())))
         part += own_slice(noise, whole).to(part.device)
-    learner.shards.write_back()
+    train_state.shards.write_back()

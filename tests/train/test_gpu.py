@@ -10,7 +10,7 @@ from tiny_run import losses, tiny_config
 from phase8.config.schema import ModelSection
 from phase8.plan.whole_config import plan_stages
 from phase8.train.build import build_run
-from phase8.train.compilation import COMPILE_MODES
+from phase8.train.engine.compilation import COMPILE_MODES
 from phase8.train.loop import train
 
 pytestmark = pytest.mark.gpu

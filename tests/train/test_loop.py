@@ -15,8 +15,9 @@ from phase8.data.tokenizer_training import train_sentencepiece
 from phase8.errors import DataError, DivergenceError, StorageError
 from phase8.observe.event_file import EventFile
 from phase8.terminal import make_console
-from phase8.train import captured_step, loop, saver, trainer
+from phase8.train import loop, saver, trainer
 from phase8.train.build import Run
+from phase8.train.engine import captured_step
 from phase8.train.loop import train
 
 ROOT = Path(__file__).parents[2]

@@ -5,7 +5,8 @@ import torch
 from tiny_run import prepare, tiny_config
 
 from phase8.kernels.backends import SDPA, Backend
-from phase8.train import build, learner, run_facts
+from phase8.train import build, run_facts
+from phase8.train.engine import train_state
 from phase8.train.run_facts import implementation_facts
 
 CPU = torch.device("cpu")
@@ -61,9 +62,9 @@ def test_an_installed_apex_is_mentioned(lines):
 @pytest.mark.parametrize("wanted", ["auto", "reference"])
 def test_kernels_are_selected_once_and_before_anything_is_built_or_compiled(wanted, tiny, monkeypatch):
     events = []
-    build_model = learner.build_model
+    build_model = train_state.build_model
     monkeypatch.setattr(build, "select_kernels", lambda *arguments: events.append(arguments))
-    monkeypatch.setattr(learner, "build_model", lambda *a, **k: events.append("model") or build_model(*a, **k))
+    monkeypatch.setattr(train_state, "build_model", lambda *a, **k: events.append("model") or build_model(*a, **k))
     monkeypatch.setattr(torch.nn.Module, "compile", lambda *a, **k: events.append("compile"))
     prepare(tiny, f"train.kernels={wanted}", "train.compile.enabled=true")
     assert events == [(wanted, CPU), "model", *["compile"] * 3]  # two blocks and the final norm

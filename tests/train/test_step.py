@@ -12,11 +12,11 @@ from phase8.distributed.mesh import build_mesh
 from phase8.kernels.reference.cross_entropy import IGNORED_TARGET
 from phase8.model.model import build_model
 from phase8.model.parameters import initialise
-from phase8.optim.shards import Shards
 from phase8.topology import Topology
-from phase8.train.learner import Learner
-from phase8.train.stage import Stage
-from phase8.train.step import evaluate, train_step
+from phase8.train.engine.shards import Shards
+from phase8.train.engine.stage import Stage
+from phase8.train.engine.step import evaluate, train_step
+from phase8.train.engine.train_state import TrainState
 
 SECTION = ModelSection(
     d_model=16, num_layers=1, num_heads=2, vocab_size=31, sequence_length=8, local_window_size=3, global_tokens=2, ffn_size=24
@@ -31,10 +31,10 @@ def model():
 
 
 def alone(model, optimizer):
-    """A learner of one process."""
+    """A train state of one process."""
     mesh = build_mesh(Topology(), device_type="cpu", shard_size=1)
     stage = Stage([model], pipeline_of(ParallelSection()), mesh, zero=ZeroSection(), device=torch.device("cpu"))
-    return Learner(stage, Shards(model, tensor_axis=ALONE, holders=()), optimizer)
+    return TrainState(stage, Shards(model, tensor_axis=ALONE, holders=()), optimizer)
 
 
 def sample(*, batch_size=2, seed=0, starts=()):

@@ -13,8 +13,8 @@ from dataclasses import dataclass
 
 from phase8.config.schema import AnomalySection
 from phase8.errors import DivergenceError
+from phase8.train.engine.step import StepResult
 from phase8.train.resume import Position
-from phase8.train.step import StepResult
 
 SPIKE_WINDOW, MIN_SPIKE_HISTORY = 64, 16
 # The median absolute deviation of a normal distribution is this share of its standard deviation.

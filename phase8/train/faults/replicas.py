@@ -30,8 +30,8 @@ from phase8.distributed.mesh import Mesh
 from phase8.distributed.placement import held_part, own_region
 from phase8.errors import CorruptionError
 from phase8.topology import COPIES, AxisName
-from phase8.train.learner import Learner
-from phase8.train.stage import EMBEDDING
+from phase8.train.engine.stage import EMBEDDING
+from phase8.train.engine.train_state import TrainState
 
 # Words at a time: their products should stay in the cache of the host (8 times faster than those that do not); a GPU wants few launches.
 _CPU_CHUNK, _GPU_CHUNK = 2**17, 2**22
@@ -70,7 +70,7 @@ class Holding:
     digests: Mapping[Item, tuple[object, int]]
 
 
-def check_replicas(learner: Learner, *, step: int) -> None:
+def check_replicas(learner: TrainState, *, step: int) -> None:
     """Compares what several ranks hold alike; a collective of all ranks, between steps.
 
     Reads these weights and their optimizer state once, where they are; only eight bytes of each tensor leave the device. Nothing is done
@@ -156,7 +156,7 @@ def _signed(number: int) -> int:
     return (number + 2**63) % 2**64 - 2**63
 
 
-def _axes(learner: Learner) -> list[tuple[Axis, set[str]]]:
+def _axes(learner: TrainState) -> list[tuple[Axis, set[str]]]:
     """Axes along which ranks hold copies, the same on every rank, and what this rank has of them."""
     mesh, whole = learner.mesh, learner.shards.whole
     axes = [
@@ -182,7 +182,7 @@ def _is_at_an_end(mesh: Mesh) -> bool:
     return mesh.pp.index in (0, mesh.pp.size - 1)
 
 
-def _digests(learner: Learner, names: set[str]) -> dict[Item, int]:
+def _digests(learner: TrainState, names: set[str]) -> dict[Item, int]:
     """The hash of what this rank holds of some parameters. Each device is waited for once."""
     held = dict(_held(learner, names))
     devices = {tensor.device for tensor in held.values()}
@@ -196,7 +196,7 @@ def _digests(learner: Learner, names: set[str]) -> dict[Item, int]:
     return {item: digests[item] for item in held}
 
 
-def _held(learner: Learner, names: set[str]) -> Iterator[tuple[Item, Tensor]]:
+def _held(learner: TrainState, names: set[str]) -> Iterator[tuple[Item, Tensor]]:
     """This rank's part of some parameters, its copy where the optimizer is offloaded, and the optimizer's state of it."""
     shards = learner.shards
     for name, parameter in shards.whole.items():

@@ -13,10 +13,10 @@ from phase8.checkpoint.load import list_checkpoints, open_checkpoint
 from phase8.config.schema import AnomalySection
 from phase8.errors import DivergenceError
 from phase8.train import trainer
+from phase8.train.engine.step import StepResult
 from phase8.train.faults.anomaly import MIN_SPIKE_HISTORY, SPIKE_WINDOW, RollbackAsked, largest_loss, take_note
 from phase8.train.loop import train
 from phase8.train.resume import Position
-from phase8.train.step import StepResult
 
 GOOD, BAD = StepResult(1.0, 1.0, skipped=False), StepResult(math.nan, math.inf, skipped=True)
 HIGH = StepResult(9.0, 2.0, skipped=True)

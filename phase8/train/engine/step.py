@@ -13,7 +13,7 @@ from phase8.data.microbatch import Microbatch
 from phase8.distributed.collectives import sum_over
 from phase8.optim.clip import step_clipped
 from phase8.topology import EVERYBODY, LOSS, TOKENS
-from phase8.train.learner import Learner
+from phase8.train.engine.train_state import TrainState
 
 
 @dataclass(frozen=True)
@@ -36,7 +36,7 @@ class StepResult:
 
 
 def train_step(
-    learner: Learner,
+    train_state: TrainState,
     microbatches: Sequence[Microbatch],
     *,
     learning_rate: float,
@@ -51,7 +51,7 @@ def train_step(
     The loss is a mean over the valid targets of all microbatches of all ranks, so it does not depend on how the batch is cut.
 
     Args:
-        learner: The gradients of its model must be empty; they are emptied again. Its optimizer is left alone when loss or gradient norm
+        train_state: The gradients of its model must be empty; they are emptied again. Its optimizer is left alone when loss or gradient norm
             is not finite, or the loss too large.
         microbatches: Of this rank, on the host or on the device.
         learning_rate: For this step.
@@ -61,10 +61,10 @@ def train_step(
         unreadable: This rank could not read its data and brings a stand-in; all ranks learn it with the loss and keep their weights.
         report: Told of every forward and backward.
     """
-    for group in learner.optimizer.param_groups:
+    for group in train_state.optimizer.param_groups:
         group["lr"] = learning_rate
     numbers = StepNumbers(count_targets(microbatches), largest_loss, stop, unreadable)
-    measured = update(learner, microbatches, numbers, gradient_clip_norm=gradient_clip_norm, report=report)
+    measured = update(train_state, microbatches, numbers, gradient_clip_norm=gradient_clip_norm, report=report)
     return step_result(measured.tolist())  # the only synchronisation of the step
 
 
@@ -86,7 +86,7 @@ class StepNumbers:
 
 
 def update(
-    learner: Learner,
+    train_state: TrainState,
     microbatches: Sequence[Microbatch],
     numbers: StepNumbers,
     *,
@@ -99,8 +99,8 @@ def update(
         Loss, gradient norm, the numbers of ranks that were asked to stop and that could not read, and whether the weights were changed,
         for `step_result`.
     """
-    optimizer, shards, mesh, device = learner.optimizer, learner.shards, learner.mesh, learner.device
-    total = learner.stage.train(microbatches, _over_all_ranks(numbers.num_targets, learner), report=report)
+    optimizer, shards, mesh, device = train_state.optimizer, train_state.shards, train_state.mesh, train_state.device
+    total = train_state.stage.train(microbatches, _over_all_ranks(numbers.num_targets, train_state), report=report)
     shards.take_gradients()
     norm = shards.gradient_norm()
     total = sum_over(total, *mesh.axes(LOSS))
@@ -120,12 +120,12 @@ def step_result(measured: Sequence[float]) -> StepResult:
 
 
 @torch.no_grad()
-def evaluate(learner: Learner, microbatches: Iterable[Microbatch]) -> tuple[float, int]:
+def evaluate(train_state: TrainState, microbatches: Iterable[Microbatch]) -> tuple[float, int]:
     """Mean loss in nats per valid target, and the number of those targets, over all ranks. Every rank brings as many microbatches."""
     batches = list(microbatches)
-    loss_sum = sum_over(learner.stage.loss_sum(batches), learner.mesh.pp)
+    loss_sum = sum_over(train_state.stage.loss_sum(batches), train_state.mesh.pp)
     sums = torch.stack((loss_sum, loss_sum.new_tensor(sum(batch.num_valid for batch in batches))))
-    loss, num_valid = sum_over(sums, *learner.mesh.axes(TOKENS)).tolist()
+    loss, num_valid = sum_over(sums, *train_state.mesh.axes(TOKENS)).tolist()
     return loss / max(num_valid, 1), int(num_valid)
 
 
@@ -134,11 +134,11 @@ def count_targets(microbatches: Sequence[Microbatch]) -> int:
     return sum(microbatch.num_valid for microbatch in microbatches)
 
 
-def _over_all_ranks(num_targets: int | Tensor, learner: Learner) -> int | Tensor:
+def _over_all_ranks(num_targets: int | Tensor, train_state: TrainState) -> int | Tensor:
     """The sum over the ranks that read different tokens, at least one; of several ranks as a scalar on the device."""
-    axes = learner.mesh.axes(TOKENS)
+    axes = train_state.mesh.axes(TOKENS)
     if isinstance(num_targets, int):
         if all(axis.size == 1 for axis in axes):
             return max(num_targets, 1)
-        num_targets = torch.tensor(num_targets, dtype=torch.float64, device=learner.device)
+        num_targets = torch.tensor(num_targets, dtype=torch.float64, device=train_state.device)
     return sum_over(num_targets, *axes).clamp(min=1)

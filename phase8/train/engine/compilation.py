@@ -5,23 +5,23 @@ from __future__ import annotations
 from torch._functorch import config as functorch_config
 
 from phase8.config.schema import RunConfig
-from phase8.train.learner import Learner
+from phase8.train.engine.train_state import TrainState
 
 # By the name in the config: what torch.compile calls a mode that leaves CUDA graphs to train.cuda_graphs.
 COMPILE_MODES = {"default": "default", "max-autotune": "max-autotune-no-cudagraphs"}
 
 
-def compile_modules(learner: Learner, config: RunConfig) -> None:
+def compile_modules(train_state: TrainState, config: RunConfig) -> None:
     """Has every block and the final norm compiled when it is called first, if the config says so.
 
     Args:
-        learner: Its model.
+        train_state: Its model.
         config: How, and how much of their activations the blocks keep.
     """
     train = config.train
     if not train.compile.enabled:
         return
     functorch_config.activation_memory_budget = train.activation_memory_budget if train.recompute == "budget" else 1.0
-    chunks = learner.stage.chunks
+    chunks = train_state.stage.chunks
     for module in (*(block for chunk in chunks for block in chunk.blocks.values()), *(chunk.norm for chunk in chunks if chunk.norm is not None)):
         module.compile(mode=COMPILE_MODES[train.compile.mode], fullgraph=train.compile.fullgraph)

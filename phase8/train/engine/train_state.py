@@ -15,16 +15,16 @@ from phase8.model.model import LanguageModel, build_model
 from phase8.model.parameters import decayed_parameter_names, initialise, materialise
 from phase8.model.recomputation import apply_recomputation
 from phase8.optim.adamw import build_optimizer
-from phase8.optim.shards import Shards
 from phase8.plan.stages import chunk_layers
 from phase8.precision.policy import compute_dtype
 from phase8.topology import HOLDERS
-from phase8.train.stage import Stage
+from phase8.train.engine.shards import Shards
+from phase8.train.engine.stage import Stage
 from phase8.zero.fsdp import shard_block, shard_model
 
 
 @dataclass(frozen=True)
-class Learner:
+class TrainState:
     """What takes the steps.
 
     Args:
@@ -54,7 +54,7 @@ class Learner:
         return model
 
 
-def build_learner(config: RunConfig, *, mesh: Mesh, device: torch.device, dtype: torch.dtype) -> Learner:
+def build_train_state(config: RunConfig, *, mesh: Mesh, device: torch.device, dtype: torch.dtype) -> TrainState:
     """The model of a config with its first weights, divided over the ranks, and its optimizer.
 
     Args:
@@ -70,7 +70,7 @@ def build_learner(config: RunConfig, *, mesh: Mesh, device: torch.device, dtype:
     offload = config.zero.offload_optimizer == "cpu" and config.zero.offload_params == "none"
     shards = Shards(stage.module, tensor_axis=mesh.tp, holders=mesh.axes(HOLDERS), offload=offload, copies=stage.copies)
     optimizer = build_optimizer(shards.parts, config.optim, decayed_names=decayed_names)
-    return Learner(stage, shards, optimizer)
+    return TrainState(stage, shards, optimizer)
 
 
 def build_chunks(config: RunConfig, *, mesh: Mesh, device: torch.device, dtype: torch.dtype) -> list[LanguageModel]:
@@ -97,14 +97,14 @@ def _build_chunk(config: RunConfig, layers: range, *, mesh: Mesh, device: torch.
     return chunk
 
 
-def whole_model(learner: Learner, config: RunConfig) -> LanguageModel | None:
+def whole_model(train_state: TrainState, config: RunConfig) -> LanguageModel | None:
     """The model in one piece, on the first rank; None on the others, which help to gather it."""
-    if learner.mesh.device_mesh is None:
-        return learner.model
-    parameters = collected(dict(learner.stage.module.named_parameters()), learner.mesh)
-    if learner.mesh.rank != 0:
+    if train_state.mesh.device_mesh is None:
+        return train_state.model
+    parameters = collected(dict(train_state.stage.module.named_parameters()), train_state.mesh)
+    if train_state.mesh.rank != 0:
         return None
-    model = build_model(config.model, dtype=compute_dtype(config.precision), device=learner.device)
+    model = build_model(config.model, dtype=compute_dtype(config.precision), device=train_state.device)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             parameter.copy_(parameters[name])

@@ -14,8 +14,8 @@ import torch
 from torch import Tensor
 
 from phase8.data.microbatch import Microbatch
-from phase8.train.learner import Learner
-from phase8.train.step import StepNumbers, StepResult, count_targets, step_result, train_step, update
+from phase8.train.engine.step import StepNumbers, StepResult, count_targets, step_result, train_step, update
+from phase8.train.engine.train_state import TrainState
 
 # Steps taken without a graph: compilation, the choice of kernels and the first state of the optimizer cannot be recorded.
 EAGER_STEPS = 2
@@ -52,11 +52,11 @@ class CapturedStep:
     """`train_step` on a GPU, whose batches all have the same shape. Of several ranks, every one records its part, collectives included.
 
     Args:
-        learner: Its optimizer belongs to the graph once there is one.
+        train_state: Its optimizer belongs to the graph once there is one.
     """
 
-    def __init__(self, learner: Learner):
-        self._learner, self._num_eager_steps = learner, 0
+    def __init__(self, train_state: TrainState):
+        self._train_state, self._num_eager_steps = train_state, 0
         self._graph: torch.cuda.CUDAGraph | None = None
 
     def __call__(
@@ -74,7 +74,7 @@ class CapturedStep:
         if self._num_eager_steps < EAGER_STEPS:
             self._num_eager_steps += 1
             return train_step(
-                self._learner,
+                self._train_state,
                 microbatches,
                 learning_rate=learning_rate,
                 gradient_clip_norm=gradient_clip_norm,
@@ -99,13 +99,13 @@ class CapturedStep:
 
     def _record(self, microbatches: Sequence[Microbatch], *, gradient_clip_norm: float) -> torch.cuda.CUDAGraph:
         """Records a step of this shape, without taking it."""
-        device, graph = self._learner.device, torch.cuda.CUDAGraph()
+        device, graph = self._train_state.device, torch.cuda.CUDAGraph()
         static = tuple(batch.to(device) for batch in microbatches)
         numbers = StepNumbers(*(torch.zeros((), dtype=torch.float64, device=device) for _ in range(4)))
         self._inputs = _Inputs(static, numbers, learning_rate=torch.zeros((), device=device))
-        for group in self._learner.optimizer.param_groups:
+        for group in self._train_state.optimizer.param_groups:
             group.update(lr=self._inputs.learning_rate, capturable=True)
         # Threads that page-lock the next batches may go on meanwhile.
         with torch.cuda.graph(graph, capture_error_mode="thread_local"):
-            self._measured = update(self._learner, static, numbers, gradient_clip_norm=gradient_clip_norm)
+            self._measured = update(self._train_state, static, numbers, gradient_clip_norm=gradient_clip_norm)
         return graph

@@ -1,0 +1,1 @@
+"""Engines: what holds a model with its optimizer and takes the steps."""
