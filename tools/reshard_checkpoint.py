@@ -172,7 +172,7 @@ def _reshard(
 ) -> Checkpoint:
     from phase8.checkpoint.reshard.reshard import reshard
     from phase8.config.pipeline import pipeline_of
-    from phase8.plan.stage_parameters import stage_parameters
+    from phase8.plan.chunks import stage_parameters
     from phase8.topology import Topology
 
     parallel = _parallel(config, options)

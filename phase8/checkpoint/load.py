@@ -13,11 +13,11 @@ from torch import Tensor
 
 from phase8.checkpoint.checksum import checksum_of_next
 from phase8.checkpoint.manifest import MAX_MANIFEST_BYTES, Manifest, Slice, TensorEntry, parse_manifest
-from phase8.checkpoint.regions import RegionLike, common_region, overlap, whole_region
 from phase8.checkpoint.renamed_tensors import in_present_form
 from phase8.checkpoint.step_directories import MANIFEST_NAME, committed_directories, holds_weights_only, step_of
 from phase8.checkpoint.tensor_file import DTYPES, TensorFile, open_for_reading
 from phase8.checkpoint.untrusted import shortened, shown, shown_name
+from phase8.division import RegionLike, common_region, overlap, whole_region
 from phase8.errors import CheckpointCorruptError, CheckpointError, CheckpointMismatchError
 
 

@@ -15,7 +15,7 @@ from typing import Annotated, Any, Literal, NoReturn
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from phase8.checkpoint.checksum import PATTERN, checksum_of
-from phase8.checkpoint.regions import coverage_problem
+from phase8.checkpoint.coverage import coverage_problem
 from phase8.checkpoint.step_directories import MANIFEST_NAME
 from phase8.checkpoint.tensor_file import DTYPES, MAX_DIMS
 from phase8.checkpoint.untrusted import printable, shortened, shown, shown_name, strict_json

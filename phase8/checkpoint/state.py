@@ -17,7 +17,6 @@ import torch
 from torch import Tensor, nn
 
 from phase8.checkpoint.load import Checkpoint
-from phase8.checkpoint.regions import Region
 from phase8.checkpoint.tensor_file import DTYPE_NAMES, DTYPES
 from phase8.checkpoint.untrusted import shortened, shown
 from phase8.distributed.placement import held_part, is_held_once, own_region, placed_like
@@ -104,7 +103,7 @@ def restore_state(
             value = _read_own(checkpoint, name, where.whole) if is_divided else checkpoint.read(name)
             created[name] = value.to(where.step_device if key == "step" else where.part.device)
     for name, target in in_place.items():
-        checkpoint.verify_region(name, Region(*own_region(target)))
+        checkpoint.verify_region(name, own_region(target))
     with torch.no_grad():
         for name, target in in_place.items():
             _overwrite(target, checkpoint, name)
@@ -144,7 +143,7 @@ def _overwrite(target: Tensor, checkpoint: Checkpoint, name: str) -> None:
 
 def _read_own(checkpoint: Checkpoint, name: str, whole: Tensor, *, into: Tensor | None = None) -> Tensor:
     """What this rank holds of a stored tensor that is divided like `whole`; `into` as in `Checkpoint.read_region`."""
-    return checkpoint.read_region(name, Region(*own_region(whole)), into=into, for_the_last_time=is_held_once(whole))
+    return checkpoint.read_region(name, own_region(whole), into=into, for_the_last_time=is_held_once(whole))
 
 
 def _model_tensors(model: nn.Module) -> dict[str, Tensor]:

@@ -15,10 +15,10 @@ from typing import Any, Literal
 from phase8.checkpoint.checksum import checksum_of, checksum_of_next
 from phase8.checkpoint.load import Checkpoint
 from phase8.checkpoint.manifest import FORMAT, FORMAT_VERSION, AttachmentEntry, Manifest, Slice, TensorEntry, TensorFileEntry, json_problem
-from phase8.checkpoint.regions import whole_region
 from phase8.checkpoint.state import MODEL_PREFIX
 from phase8.checkpoint.tensor_file import TensorFile, open_for_reading
 from phase8.checkpoint.untrusted import printable, shown, strict_json
+from phase8.division import whole_region
 from phase8.errors import CheckpointCorruptError
 
 STORED_DTYPES = ("F32", "BF16", "F16")

@@ -9,6 +9,7 @@ from phase8.config.describe import describe_value
 from phase8.config.pipeline import pipeline_of, pipeline_problems
 from phase8.config.schema import DataSection, ModelSection, OptimSection, ParallelSection, RunConfig, TrainSection
 from phase8.config.split import split_problems
+from phase8.division import part
 from phase8.errors import ConfigError
 
 # A model can be built from these.
@@ -169,7 +170,7 @@ def _tensor_parallel(model: ModelSection, num_ranks: int) -> Iterator[str]:
     for name, size in sizes.items():
         if size % num_ranks:
             yield f"parallel.tensor_parallel_size {num_ranks} does not divide {name} {size}; change one of them."
-    if -(-model.vocab_size // num_ranks) * (num_ranks - 1) >= model.vocab_size:
+    if not part(model.vocab_size, num_ranks, num_ranks - 1):
         yield f"parallel.tensor_parallel_size {num_ranks} leaves ranks without any token id of model.vocab_size {model.vocab_size}; use fewer."
 
 

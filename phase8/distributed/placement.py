@@ -9,6 +9,7 @@ from torch.distributed.tensor import DTensor
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
 from phase8.distributed.mesh import Mesh
+from phase8.division import Region, whole_region
 from phase8.topology import STAGE
 
 
@@ -34,12 +35,12 @@ def is_held_once(whole: Tensor) -> bool:
     return not any(placement.is_replicate() and size > 1 for placement, size in zip(whole.placements, whole.device_mesh.shape, strict=True))
 
 
-def own_region(whole: Tensor) -> tuple[list[int], list[int]]:
-    """Offsets and shape of what this rank holds of a tensor."""
+def own_region(whole: Tensor) -> Region:
+    """What this rank holds of a tensor."""
     if not isinstance(whole, DTensor):
-        return [0] * whole.dim(), list(whole.shape)
+        return whole_region(whole.shape)
     shape, offsets = compute_local_shape_and_global_offset(whole.shape, whole.device_mesh, whole.placements)
-    return [min(offset, size) for offset, size in zip(offsets, whole.shape, strict=True)], list(shape)
+    return Region([min(offset, size) for offset, size in zip(offsets, whole.shape, strict=True)], list(shape))
 
 
 @torch.no_grad()

@@ -30,7 +30,7 @@ class ShortConvolution(nn.Module):
             return {}
         identity = torch.zeros(3, self.num_channels, self.num_taps)
         identity[..., -1] = 1
-        return {"weight": ParameterSpec(value=identity, shard_dim=1)}
+        return {"weight": ParameterSpec(value=identity, divided={"tp": 1})}
 
     def empty_state(self, batch_size: int, *, dtype: torch.dtype, device: torch.device) -> Tensor:
         """The state before the first token [B, taps - 1, C]."""

@@ -60,13 +60,13 @@ class GreenChain(nn.Module):
     def parameter_specs(self) -> dict[str, ParameterSpec]:
         """Energies spread over the band, unit hopping, and mixing weights of zero: at first the chain changes nothing."""
         specs = {
-            "energy": ParameterSpec(value=torch.linspace(-1.5, 1.5, len(self.energy)), shard_dim=0),
-            "eta_raw": ParameterSpec(value=inverse_softplus(INITIAL_ETA - ETA_MIN), shard_dim=0),
-            "hopping_raw": ParameterSpec(value=inverse_softplus(1.0), shard_dim=0),
+            "energy": ParameterSpec(value=torch.linspace(-1.5, 1.5, len(self.energy)), divided={"tp": 0}),
+            "eta_raw": ParameterSpec(value=inverse_softplus(INITIAL_ETA - ETA_MIN), divided={"tp": 0}),
+            "hopping_raw": ParameterSpec(value=inverse_softplus(1.0), divided={"tp": 0}),
         }
         for name, parameter in (("decay_mix", self.decay_mix), ("gate_mix", self.gate_mix)):
             if parameter is not None:
-                specs[name] = ParameterSpec(shard_dim=0)
+                specs[name] = ParameterSpec(divided={"tp": 0})
         return specs
 
     def forward(self, u: Tensor, starts: Tensor | None, state: Tensor | None) -> tuple[Tensor, Tensor | None, Tensor | None]:
@@ -101,14 +101,14 @@ class GlobalPath(nn.Module):
         self.scalars = WideLinear(model.d_model, num_scalars, std=model.init_std)
         self.decay_bias = nn.Parameter(torch.empty(model.num_heads))
         self.gate_bias = nn.Parameter(torch.empty(model.num_heads))
-        self.norm = RMSNorm(model.num_heads, model.head_width, eps=model.norm_eps, shard_dim=0)
+        self.norm = RMSNorm(model.num_heads, model.head_width, eps=model.norm_eps, divided={"tp": 0})
 
     def parameter_specs(self) -> dict[str, ParameterSpec]:
         """Memories spread over the heads on a logarithmic scale; a gate nearly closed."""
         first, last = map(math.log10, self.memory_tokens)
         memory = torch.logspace(first, last, len(self.decay_bias), dtype=torch.float64)
         decay_bias = torch.log(torch.expm1(1 / memory)).float()
-        return {"decay_bias": ParameterSpec(value=decay_bias, shard_dim=0), "gate_bias": ParameterSpec(value=INITIAL_GATE, shard_dim=0)}
+        return {"decay_bias": ParameterSpec(value=decay_bias, divided={"tp": 0}), "gate_bias": ParameterSpec(value=INITIAL_GATE, divided={"tp": 0})}
 
     def empty_state(self, batch_size: int, *, dtype: torch.dtype, device: torch.device) -> GlobalState:
         """The state before the first token, fp32 or wider."""

@@ -56,8 +56,8 @@ class LorentzScore(nn.Module):
     def parameter_specs(self) -> dict[str, ParameterSpec]:
         """Radius and temperature whose scores span about as much as those of normalised dot products."""
         return {
-            "radius_raw": ParameterSpec(value=inverse_softplus(INITIAL_RADIUS), shard_dim=0),
-            "beta_raw": ParameterSpec(value=inverse_softplus(INITIAL_BETA), shard_dim=0),
+            "radius_raw": ParameterSpec(value=inverse_softplus(INITIAL_RADIUS), divided={"tp": 0}),
+            "beta_raw": ParameterSpec(value=inverse_softplus(INITIAL_BETA), divided={"tp": 0}),
         }
 
     @property

@@ -5,6 +5,8 @@ Source: B. Zhang and R. Sennrich, "Root mean square layer normalization" (2019).
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -19,17 +21,17 @@ class RMSNorm(nn.Module):
     Args:
         shape: Shape of the weight; the last dim is normalised.
         eps: Added to the mean square.
-        shard_dim: Dim of the weight that tensor-parallel ranks divide; None: each has it whole.
+        divided: Axis -> dim of the weight that its ranks divide; None: no ranks do.
     """
 
-    def __init__(self, *shape: int, eps: float, shard_dim: int | None = None):
+    def __init__(self, *shape: int, eps: float, divided: Mapping[str, int] | None = None):
         super().__init__()
         self.weight = nn.Parameter(torch.empty(shape))
-        self.eps, self.shard_dim = eps, shard_dim
+        self.eps, self.divided = eps, divided or {}
 
     def parameter_specs(self) -> dict[str, ParameterSpec]:
         """One, so that the norm begins as the plain one."""
-        return {"weight": ParameterSpec(value=1.0, shard_dim=self.shard_dim)}
+        return {"weight": ParameterSpec(value=1.0, divided=self.divided)}
 
     def forward(self, x: Tensor) -> Tensor:
         """Normalised `x`, in its dtype."""

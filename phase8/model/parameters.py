@@ -12,6 +12,7 @@ from torch import nn
 
 from phase8.distributed.collectives import ALONE, Axis
 from phase8.distributed.placement import held_part
+from phase8.division import DividedShape
 from phase8.tensor_parallel.parameters import ParameterSpec, divided, own_part
 
 
@@ -35,6 +36,11 @@ def iterate_specs(model: nn.Module) -> Iterator[tuple[str, nn.Parameter, Paramet
             if parameter not in seen:
                 seen.add(parameter)
                 yield f"{prefix}.{name}" if prefix else name, parameter, specs[name]
+
+
+def divided_shapes(model: nn.Module) -> dict[str, DividedShape]:
+    """The global shape of every parameter and its division, by its name, of a model without parallelism (on the meta device, for example)."""
+    return {name: DividedShape(tuple(parameter.shape), spec.divided) for name, parameter, spec in iterate_specs(model)}
 
 
 def materialise(model: nn.Module, *, device: torch.device, axis: Axis) -> None:

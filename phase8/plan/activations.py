@@ -18,6 +18,7 @@ from torch._functorch import config as functorch_config
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from phase8.config.schema import ModelSection
+from phase8.division import part_size
 from phase8.kernels.cross_entropy import linear_cross_entropy
 from phase8.kernels.rotary import rotary_angles
 from phase8.model.model import LanguageModel
@@ -143,7 +144,7 @@ def _head_bytes(forward: _Forward, num_tensor_ranks: int) -> int:
     model = forward.model
     with forward.traced() as (whole, x):
         targets = torch.empty(x.shape[:2], dtype=torch.int64, device=x.device).flatten()
-        head = torch.empty(-(-model.vocab_size // num_tensor_ranks), model.d_model, device=x.device, requires_grad=True)
+        head = torch.empty(part_size(model.vocab_size, num_tensor_ranks), model.d_model, device=x.device, requires_grad=True)
         # Every rank has the gradient of the hidden states of all tokens, from its own share of the vocabulary.
         loss = _saved_by(lambda: linear_cross_entropy(x.flatten(0, 1), head, targets), {head})
         return _saved_bytes(whole.norm, x) // num_tensor_ranks + loss

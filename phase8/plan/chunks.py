@@ -1,4 +1,4 @@
-"""The parameters of some layers of a model, by what FSDP handles together."""
+"""The parameters of some layers of a model as the layers declare them: of a chunk by what FSDP handles together, and of a pipeline stage."""
 
 from __future__ import annotations
 
@@ -6,10 +6,13 @@ from functools import lru_cache
 
 import torch
 
+from phase8.config.pipeline import Pipeline
 from phase8.config.schema import ModelSection
-from phase8.model.model import build_model
-from phase8.model.parameters import iterate_specs
-from phase8.plan.communication import Chunk, Parameter
+from phase8.division import DividedShape
+from phase8.model.model import LanguageModel, build_model
+from phase8.model.parameters import divided_shapes
+from phase8.plan.communication import Chunk
+from phase8.plan.stages import chunk_layers
 
 
 @lru_cache(maxsize=1024)
@@ -20,7 +23,23 @@ def chunk_parameters(model: ModelSection, layers: range) -> Chunk:
         model: Shapes.
         layers: Of the chunk.
     """
-    chunk = build_model(model, dtype=torch.float32, device=torch.device("meta"), layers=layers)
-    found = {name: Parameter(tuple(parameter.shape), spec.shard_dim) for name, parameter, spec in iterate_specs(chunk)}
-    blocks = tuple(tuple(found.pop(name) for name in list(found) if name.startswith(f"blocks.{layer}.")) for layer in layers)
-    return Chunk(layers, blocks, rest=tuple(found.values()))
+    rest = divided_shapes(_without_memory(model, layers))
+    blocks = tuple({name: rest.pop(name) for name in list(rest) if name.startswith(f"blocks.{layer}.")} for layer in layers)
+    return Chunk(layers, blocks, rest)
+
+
+def stage_parameters(model: ModelSection, pipeline: Pipeline) -> tuple[dict[str, DividedShape], ...]:
+    """The parameters of each pipeline stage by name; a tied embedding is in the first stage and in the last.
+
+    Raises:
+        ConfigError: There are fewer layers than virtual stages.
+    """
+    return tuple(
+        {name: shape for layers in chunk_layers(model, pipeline, stage) for name, shape in chunk_parameters(model, layers).parameters.items()}
+        for stage in range(pipeline.num_stages)
+    )
+
+
+@lru_cache(maxsize=1024)
+def _without_memory(model: ModelSection, layers: range) -> LanguageModel:
+    return build_model(model, dtype=torch.float32, device=torch.device("meta"), layers=layers)

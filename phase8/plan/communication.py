@@ -32,12 +32,13 @@ Recomputation repeats what the forward exchanges, except a dense row at the very
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
 from typing import NamedTuple
 
 from phase8.config.schema import ModelSection
+from phase8.division import DividedShape, Place, padded_size, region_of_rank
 from phase8.plan.memory import FP32_BYTES
 from phase8.topology import EVERYBODY, HOLDERS, LOSS, TOKENS, AxisName
 
@@ -115,6 +116,11 @@ class Grid:
         }
         return sizes[axis]
 
+    @property
+    def places(self) -> dict[str, Place]:
+        """The place of this rank on the axes whose ranks divide what parameters declare."""
+        return {AxisName.TENSOR: Place(self.tensor, self.tensor_index)}
+
 
 @dataclass(frozen=True)
 class Step:
@@ -141,26 +147,24 @@ class Step:
     offload_params: bool = False
 
 
-class Parameter(NamedTuple):
-    """The shape of a parameter on all ranks together, and the dim that tensor-parallel ranks divide; None: each has it whole."""
-
-    shape: tuple[int, ...]
-    shard_dim: int | None
-
-
 @dataclass(frozen=True)
 class Chunk:
     """Consecutive layers of the model, with the ends of the model if they are its first or last.
 
     Args:
         layers: Their numbers.
-        blocks: Parameters of each.
+        blocks: Parameters of each, by name.
         rest: Parameters in no block.
     """
 
     layers: range
-    blocks: tuple[tuple[Parameter, ...], ...]
-    rest: tuple[Parameter, ...]
+    blocks: tuple[Mapping[str, DividedShape], ...]
+    rest: Mapping[str, DividedShape]
+
+    @property
+    def parameters(self) -> dict[str, DividedShape]:
+        """All of them, by name."""
+        return {name: shape for group in (*self.blocks, self.rest) for name, shape in group.items()}
 
 
 def step_communication(model: ModelSection, chunks: Sequence[Chunk], *, step: Step, grid: Grid) -> tuple[Collectives, ...]:
@@ -172,7 +176,7 @@ def step_communication(model: ModelSection, chunks: Sequence[Chunk], *, step: St
         step: How it is computed.
         grid: The ranks.
     """
-    found = [*_scalars(), *_messages(model, step, grid, num_chunks=len(chunks)), *_copies_of_embedding(model, grid)]
+    found = [*_scalars(), *_messages(model, step, grid, num_chunks=len(chunks)), *_copies_of_embedding(model, chunks, grid)]
     found += _whole_gradients(chunks, step, grid)
     for chunk in chunks:
         found += [*_activations(model, chunk, step), *_parameters(chunk, step, grid)]
@@ -205,10 +209,11 @@ def _messages(model: ModelSection, step: Step, grid: Grid, *, num_chunks: int) -
             yield Collectives(AxisName.PIPELINE, operation, agreements + count, agreements * _AGREEMENT_BYTES + count * message_bytes)
 
 
-def _copies_of_embedding(model: ModelSection, grid: Grid) -> Iterator[Collectives]:
+def _copies_of_embedding(model: ModelSection, chunks: Sequence[Chunk], grid: Grid) -> Iterator[Collectives]:
     if model.tie_embeddings and grid.stage in (0, grid.pipeline - 1):
-        rows = _part(_part(model.vocab_size, grid.tensor, grid.tensor_index), grid.shard, grid.shard_index)
-        yield Collectives(AxisName.PIPELINE, Operation.ALL_REDUCE, 1, rows * model.d_model * FP32_BYTES)
+        (embedding,) = (chunk.rest["embedding.weight"] for chunk in chunks if "embedding.weight" in chunk.rest)
+        part = region_of_rank(embedding.region(grid.places), 0, Place(grid.shard, grid.shard_index))
+        yield Collectives(AxisName.PIPELINE, Operation.ALL_REDUCE, 1, part.num_elements * FP32_BYTES)
 
 
 def _scalars() -> Iterator[Collectives]:
@@ -265,12 +270,8 @@ def _activations(model: ModelSection, chunk: Chunk, step: Step) -> Iterator[Coll
 
 def _whole_gradients(chunks: Sequence[Chunk], step: Step, grid: Grid) -> Iterator[Collectives]:
     """Gradients of parameters that tensor-parallel ranks have whole: each rank has a summand. FSDP sums them one by one before it divides them."""
-    sizes = [
-        math.prod(shape) * FP32_BYTES
-        for chunk in chunks
-        for shape, shard_dim in (parameter for group in (*chunk.blocks, chunk.rest) for parameter in group)
-        if shard_dim is None
-    ]
+    parameters = [parameter for chunk in chunks for parameter in chunk.parameters.values()]
+    sizes = [math.prod(parameter.shape) * FP32_BYTES for parameter in parameters if AxisName.TENSOR not in parameter.divided]
     if grid.replicate * grid.shard > 1 or step.offload_params:
         repeats = step.num_microbatches if step.zero_stage >= 2 else 1
         yield Collectives(AxisName.TENSOR, Operation.ALL_REDUCE, repeats * len(sizes), repeats * sum(sizes))
@@ -284,25 +285,17 @@ def _parameters(chunk: Chunk, step: Step, grid: Grid) -> Iterator[Collectives]:
     num_sums = step.num_microbatches if step.zero_stage >= 2 else 1
     groups = [(block, 2 if step.zero_stage == 3 else 1) for block in chunk.blocks] + [(chunk.rest, 1)] * bool(chunk.rest)
     for parameters, num_uses in groups:
-        num_bytes = sum(_padded_numbers(parameter, grid) for parameter in parameters) * FP32_BYTES
+        num_bytes = sum(_padded_numbers(parameter, grid) for parameter in parameters.values()) * FP32_BYTES
         count = num_gathers * num_uses
         yield Collectives(AxisName.SHARD, Operation.ALL_GATHER, count, count * num_bytes)
         yield Collectives(AxisName.SHARD, Operation.REDUCE_SCATTER, num_sums, num_sums * num_bytes)
         yield Collectives(AxisName.REPLICATE, Operation.ALL_REDUCE, 1, num_bytes // grid.shard)
 
 
-def _padded_numbers(parameter: Parameter, grid: Grid) -> int:
+def _padded_numbers(parameter: DividedShape, grid: Grid) -> int:
     """Numbers of this tensor-parallel rank's part, its first dim rounded up to a multiple of the ranks that divide it further."""
-    shape = list(parameter.shape)
-    if parameter.shard_dim is not None:
-        shape[parameter.shard_dim] = _part(shape[parameter.shard_dim], grid.tensor, grid.tensor_index)
-    return -(-shape[0] // grid.shard) * grid.shard * math.prod(shape[1:])
-
-
-def _part(size: int, num_ranks: int, index: int) -> int:
-    """Rows of a rank when `size` rows are cut as `torch.chunk` does it: the last parts may be smaller or empty."""
-    rows = -(-size // num_ranks)
-    return max(0, min(rows, size - index * rows))
+    rows, *others = parameter.region(grid.places).shape
+    return padded_size(rows, grid.shard) * math.prod(others)
 
 
 def _ends(chunk: Chunk, model: ModelSection) -> bool:

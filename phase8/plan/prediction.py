@@ -13,6 +13,7 @@ from phase8.config.validate import find_problems
 from phase8.model.flops import training_flops_per_token
 from phase8.observe.devices import Gpu, find_gpu
 from phase8.plan.chunks import chunk_parameters
+from phase8.plan.communication import AxisName
 from phase8.plan.run_communication import plan_run_communication
 from phase8.plan.stages import chunk_layers
 from phase8.plan.throughput import StageWork, StepWork, step_seconds
@@ -123,8 +124,8 @@ def _stage_work(config: RunConfig, world_size: int, stage: int) -> StageWork:
     collectives, grid = plan_run_communication(config, world_size=world_size, rank=stage * world_size // pipeline.num_stages)
     layers = chunk_layers(config.model, pipeline, stage)
     chunks = [chunk_parameters(config.model, each) for each in layers]
-    parameters = [parameter for chunk in chunks for group in (*chunk.blocks, chunk.rest) for parameter in group]
-    num_computed = sum(math.prod(shape) / (1 if shard_dim is None else grid.tensor) for shape, shard_dim in parameters)
+    parameters = [parameter for chunk in chunks for parameter in chunk.parameters.values()]
+    num_computed = sum(math.prod(each.shape) / math.prod(grid.size(AxisName(axis)) for axis in each.divided) for each in parameters)
     return StageWork(
         layers=tuple(layer for each in layers for layer in each),
         num_computed=num_computed,

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 
@@ -13,11 +12,12 @@ from phase8.config.batch import BatchShape
 from phase8.config.pipeline import Pipeline
 from phase8.config.schema import ModelSection, TrainSection, ZeroSection
 from phase8.distributed.peer_memory import ROUNDS, ROUNDS_IN_PLACE
+from phase8.division import DividedShape, Place, region_of_rank
 from phase8.kernels.loss_chunks import scratch_bytes
 from phase8.pipeline_parallel.schedules import Action, build_schedule
 from phase8.plan.activations import ActivationBytes, bytes_within_budget, trace_activations
 from phase8.plan.chunks import chunk_parameters
-from phase8.plan.communication import Chunk, Parameter, messages_of_stage
+from phase8.plan.communication import Chunk, messages_of_stage
 from phase8.plan.memory import FP32_BYTES, ChunkActivations, Division, Held, MemoryPlan, peak_activation_bytes, plan_memory
 from phase8.plan.stages import chunk_layers
 from phase8.topology import Topology
@@ -93,8 +93,8 @@ def plan_each_stage(work: Workload) -> tuple[StageMemory, ...]:
     stages = []
     for stage in range(P):
         chunks = [chunk_parameters(work.model, layers) for layers in chunk_layers(work.model, work.pipeline, stage)]
-        blocks = [_held(block, work) for chunk in chunks for block in chunk.blocks]
-        rests = [_held(chunk.rest, work) for chunk in chunks]
+        blocks = [_held(block.values(), work) for chunk in chunks for block in chunk.blocks]
+        rests = [_held(chunk.rest.values(), work) for chunk in chunks]
         activations_bytes = _activations(work, chunks, traced, actions=schedule.actions[stage], stage=stage) + _peer_memory(work, blocks, traced)
         stages.append(
             StageMemory(
@@ -131,19 +131,13 @@ def _division(work: Workload) -> Division:
     )
 
 
-def _held(parameters: Sequence[Parameter], work: Workload) -> Held:
-    num_tensor_ranks = work.topology.tensor_parallel_size
-    num_shards = shard_size(work.zero, data_parallel_size=work.topology.data_parallel_size)
-    whole = tuple(_numbers(parameter, num_tensor_ranks, 1) for parameter in parameters)
-    return Held(whole, tuple(_numbers(parameter, num_tensor_ranks, num_shards) for parameter in parameters))
-
-
-def _numbers(parameter: Parameter, num_tensor_ranks: int, num_shards: int) -> int:
-    """What the first rank has: tensor parallelism divides the dim that the parameter says, then data-parallel ranks the first."""
-    shape = list(parameter.shape)
-    if parameter.shard_dim is not None:
-        shape[parameter.shard_dim] = -(-shape[parameter.shard_dim] // num_tensor_ranks)
-    return -(-shape[0] // num_shards) * math.prod(shape[1:])
+def _held(parameters: Iterable[DividedShape], work: Workload) -> Held:
+    """What the first rank has."""
+    shards = Place(shard_size(work.zero, data_parallel_size=work.topology.data_parallel_size))
+    places = {axis: Place(degree) for axis, degree in work.topology.degrees.items()}
+    whole = [parameter.region(places) for parameter in parameters]
+    part = [region_of_rank(region, 0, shards) for region in whole]
+    return Held(tuple(region.num_elements for region in whole), tuple(region.num_elements for region in part))
 
 
 def _trace_windows(work: Workload) -> dict[int, ActivationBytes]:

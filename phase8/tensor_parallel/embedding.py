@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from phase8.distributed.collectives import Axis, scatter_tokens
+from phase8.division import part
 from phase8.tensor_parallel.parameters import ParameterSpec, local
 
 
@@ -31,7 +32,7 @@ class VocabularyParallelEmbedding(nn.Module):
 
     def parameter_specs(self) -> dict[str, ParameterSpec]:
         """Normal values; not decayed: rare tokens would fade between their occurrences."""
-        return {"weight": ParameterSpec(std=self.std, shard_dim=0)}
+        return {"weight": ParameterSpec(std=self.std, divided={"tp": 0})}
 
     def forward(self, tokens: Tensor) -> Tensor:
         """[B, T] -> [B, T, D] on one rank, else the own tokens [n, D]."""
@@ -46,4 +47,4 @@ class VocabularyParallelEmbedding(nn.Module):
 
 def first_id(vocab_size: int, axis: Axis) -> int:
     """The first token id of this rank's share."""
-    return -(-vocab_size // axis.size) * axis.index
+    return part(vocab_size, axis.size, axis.index).start

@@ -16,6 +16,7 @@ bottleneck of R numbers a token instead of D, and no rank repeats another's work
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -35,17 +36,17 @@ class Linear(nn.Module):
         in_features: Width of x.
         out_features: Width of y.
         std: Standard deviation of the initial weights; 0: zero.
-        shard_dim: Dim of the weight that ranks divide; None: each has it whole.
+        divided: Axis -> dim of the weight that its ranks divide; None: no ranks do.
     """
 
-    def __init__(self, in_features: int, out_features: int, *, std: float, shard_dim: int | None = None):
+    def __init__(self, in_features: int, out_features: int, *, std: float, divided: Mapping[str, int] | None = None):
         super().__init__()
         self.weight = nn.Parameter(torch.empty(out_features, in_features))
-        self.std, self.shard_dim = std, shard_dim
+        self.std, self.divided = std, divided or {}
 
     def parameter_specs(self) -> dict[str, ParameterSpec]:
         """Normal values; decayed."""
-        return {"weight": ParameterSpec(std=self.std, decay=True, shard_dim=self.shard_dim)}
+        return {"weight": ParameterSpec(std=self.std, decay=True, divided=self.divided)}
 
     def forward(self, x: Tensor) -> Tensor:
         """[..., in_features] -> [..., out_features of this rank]."""
@@ -66,7 +67,7 @@ class ColumnParallelLinear(Linear):
     """
 
     def __init__(self, in_features: int, out_features: int, *, std: float):
-        super().__init__(in_features, out_features, std=std, shard_dim=0)
+        super().__init__(in_features, out_features, std=std, divided={"tp": 0})
 
 
 class RowParallelLinear(Linear):
@@ -80,7 +81,7 @@ class RowParallelLinear(Linear):
     """
 
     def __init__(self, in_features: int, out_features: int, *, std: float, axis: Axis):
-        super().__init__(in_features, out_features, std=std, shard_dim=1)
+        super().__init__(in_features, out_features, std=std, divided={"tp": 1})
         self.axis = axis
 
     def forward(self, x: Tensor) -> Tensor:

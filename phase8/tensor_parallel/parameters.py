@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, Partial, Replicate, Shard
 
 from phase8.distributed.collectives import Axis
+from phase8.division import part
 
 
 @dataclass(frozen=True)
@@ -20,13 +22,13 @@ class ParameterSpec:
         std: Standard deviation of normal random values; 0: no random values.
         value: What the random values are added to; a number or a tensor of the parameter's global shape.
         decay: Weight decay applies. True for the matrices of linear layers.
-        shard_dim: Dim that the tensor-parallel ranks divide among them; None: each has it whole.
+        divided: Axis -> the dim that the ranks of the axis divide; along any other axis each rank has the parameter whole.
     """
 
     std: float = 0.0
     value: float | Tensor = 0.0
     decay: bool = False
-    shard_dim: int | None = None
+    divided: Mapping[str, int] = field(default_factory=dict)
 
 
 def local(parameter: Tensor) -> Tensor:
@@ -53,18 +55,24 @@ def divided(parameter: nn.Parameter, spec: ParameterSpec, axis: Axis, *, device:
     """
     if axis.mesh is None:
         return nn.Parameter(torch.empty_like(parameter, device=device))
-    placement = Replicate() if spec.shard_dim is None else Shard(spec.shard_dim)
-    part = torch.empty_like(own_part(parameter, spec, axis), device=device)
-    whole = DTensor.from_local(part, axis.mesh, [placement], run_check=False, shape=parameter.shape, stride=parameter.stride())
+    placement = Shard(spec.divided["tp"]) if "tp" in spec.divided else Replicate()
+    own = torch.empty_like(own_part(parameter, spec, axis), device=device)
+    whole = DTensor.from_local(own, axis.mesh, [placement], run_check=False, shape=parameter.shape, stride=parameter.stride())
     return nn.Parameter(whole)
 
 
 def own_part(value: Tensor, spec: ParameterSpec, axis: Axis) -> Tensor:
-    """This rank's part of a tensor of a parameter's global shape, as `torch.chunk` cuts it: the last parts may be smaller or empty."""
-    if spec.shard_dim is None or axis.size == 1:
+    """This rank's part of a tensor of a parameter's global shape.
+
+    Args:
+        value: The tensor.
+        spec: That of the parameter.
+        axis: Of tensor parallelism.
+    """
+    if "tp" not in spec.divided or axis.size == 1:
         return value
-    parts = value.chunk(axis.size, spec.shard_dim)
-    return parts[axis.index] if axis.index < len(parts) else value.narrow(spec.shard_dim, 0, 0)
+    own = part(value.shape[spec.divided["tp"]], axis.size, axis.index)
+    return value.narrow(spec.divided["tp"], own.start, len(own))
 
 
 def inverse_softplus(x: float) -> float:

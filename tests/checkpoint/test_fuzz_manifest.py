@@ -17,8 +17,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from phase8.checkpoint.load import Checkpoint, open_checkpoint
-from phase8.checkpoint.regions import Region
 from phase8.checkpoint.state import flat_state, restore_state
+from phase8.division import Region
 from phase8.errors import Phase8Error
 
 sys.path.insert(0, str(Path(__file__).parent))

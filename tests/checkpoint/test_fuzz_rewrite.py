@@ -19,8 +19,8 @@ from hypothesis import strategies as st
 
 from phase8.checkpoint.load import Checkpoint, open_checkpoint
 from phase8.checkpoint.reshard.compare import compare_checkpoints
-from phase8.checkpoint.reshard.rank_regions import Division
 from phase8.checkpoint.reshard.reshard import reshard
+from phase8.division import DividedShape
 from phase8.errors import Phase8Error
 from phase8.topology import Topology
 
@@ -30,7 +30,7 @@ from fuzzing import Tally, Watch, fuzz, mutated_bytes, mutated_json
 from sample_checkpoint import write_checkpoint
 
 PARAMETERS = {
-    "embedding.weight": Division([6, 4], 0), "norm.weight": Division([4], None), "mask": Division([5], None), "empty": Division([0, 3], None)
+    "embedding.weight": DividedShape((6, 4), {"tp": 0}), "norm.weight": DividedShape((4,)), "mask": DividedShape((5,)), "empty": DividedShape((0, 3))
 }  # fmt: skip
 
 

@@ -6,6 +6,7 @@ from torch.distributed.tensor import DTensor, Replicate, Shard
 from torch.distributed.tensor._dtensor_spec import DTensorSpec, TensorMeta
 
 from phase8.distributed.placement import is_held_once, own_region, placed_like
+from phase8.division import Region
 
 
 @pytest.fixture
@@ -21,7 +22,7 @@ def test_an_offloaded_part_stays_in_host_memory(ranks_on_gpus):
     whole = DTensor(torch.zeros(3, 3), DTensorSpec(ranks_on_gpus, (Shard(0),), tensor_meta=meta), requires_grad=False)
     part = torch.ones(3, 3)
     placed = placed_like(part, whole)
-    assert placed.shape == (6, 3) and own_region(placed) == ([3, 0], [3, 3])
+    assert placed.shape == (6, 3) and own_region(placed) == Region([3, 0], [3, 3])
     placed.to_local().fill_(2)
     assert part.sum() == 18  # one memory: what is restored into it reaches the optimizer
 

@@ -112,7 +112,7 @@ def another_ranks_part():
 
     def shifted(old):
         def own_part(value, spec, axis):
-            parts = [value] if spec.shard_dim is None or axis.size == 1 else value.chunk(axis.size, spec.shard_dim)
+            parts = [value] if "tp" not in spec.divided or axis.size == 1 else value.chunk(axis.size, spec.divided["tp"])
             return parts[(axis.index + 1) % len(parts)] if len({part.shape for part in parts}) == 1 else old(value, spec, axis)
 
         return own_part

@@ -14,7 +14,7 @@ from phase8.config.batch import run_topology
 from phase8.config.load import load_config
 from phase8.config.pipeline import pipeline_of
 from phase8.distributed.placement import collected
-from phase8.plan.stage_parameters import stage_parameters
+from phase8.plan.chunks import stage_parameters
 
 
 def load_and_watch(settings, world_size, path):

@@ -95,7 +95,8 @@ def microbatches_of(train_state, config, step):
 
 def own_slice(value, whole):
     """What this rank holds of `whole`, of a tensor of its shape."""
-    for dim, (offset, length) in enumerate(zip(*own_region(whole), strict=True)):
+    own = own_region(whole)
+    for dim, (offset, length) in enumerate(zip(own.offsets, own.shape, strict=True)):
         value = value.narrow(dim, offset, length)
     return value
 

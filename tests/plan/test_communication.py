@@ -3,6 +3,7 @@
 import pytest
 
 from phase8.config.schema import ModelSection
+from phase8.division import DividedShape
 from phase8.pipeline_parallel.lowering import Receive, Send, channels_of, lower
 from phase8.pipeline_parallel.schedules import build_schedule
 from phase8.plan.communication import (
@@ -10,7 +11,6 @@ from phase8.plan.communication import (
     Collectives,
     Grid,
     Operation,
-    Parameter,
     Step,
     messages_of_stage,
     step_communication,
@@ -21,8 +21,7 @@ ALL_GATHER, REDUCE_SCATTER, ALL_REDUCE = Operation.ALL_GATHER, Operation.REDUCE_
 TP, SHARD, REPLICATE, PP = AxisName.TENSOR, AxisName.SHARD, AxisName.REPLICATE, AxisName.PIPELINE
 # D 8, two heads; a microbatch of one sequence has 16 tokens, 16 * 8 numbers of two bytes: 256 bytes.
 SHAPE = {"d_model": 8, "num_layers": 2, "num_heads": 2, "vocab_size": 11, "sequence_length": 16, "ffn_size": 12, "local_window_size": 4}
-NORM, MATRIX, EMBEDDING = Parameter((8,), None), Parameter((6, 8), 0), Parameter((11, 8), 0)
-BLOCK = (NORM, MATRIX)
+NORM, MATRIX, EMBEDDING = DividedShape((8,)), DividedShape((6, 8), {"tp": 0}), DividedShape((11, 8), {"tp": 0})
 
 
 def section(**changes):
@@ -32,8 +31,13 @@ def section(**changes):
 def chunks_of(model, *layers):
     """Chunks of one norm and one matrix a block; the ends have embedding and norm."""
     layers = layers or (range(model.num_layers),)
-    ends = [(EMBEDDING,) * (each.start == 0) + (NORM,) * (each.stop == model.num_layers) for each in layers]
-    return [Chunk(each, (BLOCK,) * len(each), rest) for each, rest in zip(layers, ends, strict=True)]
+    found = []
+    for each in layers:
+        blocks = tuple({f"blocks.{layer}.norm": NORM, f"blocks.{layer}.matrix": MATRIX} for layer in each)
+        begins, ends = each.start == 0, each.stop == model.num_layers
+        rest = {"embedding.weight": EMBEDDING} if begins or (ends and model.tie_embeddings) else {}
+        found.append(Chunk(each, blocks, {**rest, "norm.weight": NORM} if ends else rest))
+    return found
 
 
 def table(model, *, grid, microbatches=1, chunks=None, **step):

@@ -1,30 +1,17 @@
 """Which rank of a layout holds which region of each tensor of a checkpoint. Plain numbers, no tensors.
 
-What tensor parallelism divides is cut along the dim its parameter says, then everything by dim 0 over the shards, both as `torch.chunk` cuts:
-regions of ceil(size / number) elements, the last ones smaller or empty. What several ranks hold is assigned to the first of them.
+The ranks of each axis divide a tensor as its parameter declares, then the shards divide everything by dim 0. What several ranks hold is
+assigned to the first of them.
 """
 
 from __future__ import annotations
 
-import math
+import itertools
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
-from phase8.checkpoint.regions import Region, whole_region
+from phase8.division import DividedShape, Place, Region, region_of_rank, whole_region
 from phase8.topology import Topology
-
-
-@dataclass(frozen=True)
-class Division:
-    """A parameter as its model declares it.
-
-    Args:
-        shape: Of all of it.
-        shard_dim: What the tensor-parallel ranks divide; None: each has it whole.
-    """
-
-    shape: list[int]
-    shard_dim: int | None
 
 
 @dataclass(frozen=True)
@@ -41,7 +28,7 @@ class TensorForm:
 
 
 def regions_by_rank(
-    tensors: Mapping[str, TensorForm], stages: Sequence[Mapping[str, Division]], topology: Topology
+    tensors: Mapping[str, TensorForm], stages: Sequence[Mapping[str, DividedShape]], topology: Topology
 ) -> dict[int, dict[str, Region]]:
     """What each rank's files hold: rank -> tensor name -> region. Ranks that hold nothing of their own are left out.
 
@@ -53,31 +40,22 @@ def regions_by_rank(
     found: dict[int, dict[str, Region]] = {rank: {} for rank in range(topology.world_size)}
     for name, tensor in tensors.items():
         stage = next(index for index, parameters in enumerate(stages) if tensor.parameter in parameters)
-        for shard, tensor_rank, region in _regions(tensor, stages[stage][tensor.parameter], topology):
-            found[topology.rank({"pp": stage, "dp": shard, "tp": tensor_rank})][name] = region
+        for position, region in _regions(tensor, stages[stage][tensor.parameter], topology):
+            found[topology.rank({"pp": stage, **position})][name] = region
     return {rank: regions for rank, regions in found.items() if regions}
 
 
-def _regions(tensor: TensorForm, division: Division, topology: Topology) -> Iterator[tuple[int, int, Region]]:
-    """(shard, tensor-parallel rank, region) of each region that has elements; all of a tensor without elements, or of another shape."""
+def _regions(tensor: TensorForm, declared: DividedShape, topology: Topology) -> Iterator[tuple[dict[str, int], Region]]:
+    """Each region that has elements, with its position on the axes that divide it; all of a tensor without elements, or of another shape."""
     whole = whole_region(tensor.shape)
-    if tensor.shape != division.shape or math.prod(tensor.shape) == 0 or not tensor.shape:
-        yield 0, 0, whole
+    if tensor.shape != list(declared.shape) or whole.num_elements == 0 or not tensor.shape:
+        yield {}, whole
         return
-    for tensor_rank in range(1 if division.shard_dim is None else topology.tensor_parallel_size):
-        own = whole if division.shard_dim is None else chunk(whole, division.shard_dim, topology.tensor_parallel_size, tensor_rank)
+    degrees = [topology.degrees[axis] for axis in declared.divided]
+    for indices in itertools.product(*map(range, degrees)):
+        position = dict(zip(declared.divided, indices, strict=True))
+        own = declared.region({axis: Place(topology.degrees[axis], index) for axis, index in position.items()})
         for shard in range(topology.data_parallel_size):
-            region = chunk(own, 0, topology.data_parallel_size, shard)
-            if math.prod(region.shape) > 0:
-                yield shard, tensor_rank, region
-
-
-def chunk(region: Region, dim: int, number: int, index: int) -> Region:
-    """One of the pieces into which `torch.chunk` cuts a region along a dim; empty at the end of the region where there are fewer."""
-    size = region.shape[dim]
-    length = -(-size // number)
-    begin = min(index * length, size)
-    offsets, shape = list(region.offsets), list(region.shape)
-    offsets[dim] += begin
-    shape[dim] = min(length, size - begin)
-    return Region(offsets, shape)
+            region = region_of_rank(own, 0, Place(topology.data_parallel_size, shard))
+            if region.num_elements > 0:
+                yield {**position, "dp": shard}, region

@@ -12,14 +12,14 @@ import torch
 from phase8.checkpoint.checksum import read_chunks
 from phase8.checkpoint.load import Checkpoint, open_checkpoint
 from phase8.checkpoint.manifest import TENSOR_FILE_SUFFIX, Manifest, Slice, TensorEntry, TensorFileEntry, manifest_bytes
-from phase8.checkpoint.regions import Region, whole_region
-from phase8.checkpoint.reshard.rank_regions import Division, TensorForm, regions_by_rank
+from phase8.checkpoint.reshard.rank_regions import TensorForm, regions_by_rank
 from phase8.checkpoint.reshard.rewrite import Entry, OnProgress, PlannedFile, Rewrite, rewriting
 from phase8.checkpoint.state import MODEL_PREFIX, OPTIMIZER_PREFIX
 from phase8.checkpoint.step_directories import MANIFEST_NAME, WEIGHTS_CONFIG_NAME, WEIGHTS_NAME, step_of
 from phase8.checkpoint.tensor_file import DTYPE_NAMES, DTYPES, WrittenFile, open_for_reading
 from phase8.checkpoint.untrusted import shortened, shown
 from phase8.checkpoint.writer import group_of, key_of
+from phase8.division import DividedShape, Region, whole_region
 from phase8.errors import CheckpointError, CheckpointMismatchError
 from phase8.topology import Topology
 
@@ -41,7 +41,7 @@ def reshard(
     source: Checkpoint,
     destination: Path,
     *,
-    stages: Sequence[Mapping[str, Division]],
+    stages: Sequence[Mapping[str, DividedShape]],
     topology: Topology,
     dtype: torch.dtype | None = None,
     on_progress: OnProgress,
@@ -111,7 +111,7 @@ def consolidate(
     return destination / WEIGHTS_NAME
 
 
-def _form(source: Checkpoint, name: str, stages: Sequence[Mapping[str, Division]]) -> TensorForm:
+def _form(source: Checkpoint, name: str, stages: Sequence[Mapping[str, DividedShape]]) -> TensorForm:
     """Which parameter a tensor belongs to.
 
     Raises:
@@ -120,13 +120,13 @@ def _form(source: Checkpoint, name: str, stages: Sequence[Mapping[str, Division]
     shape = source.entry(name).shape
     is_parameter = name.startswith(MODEL_PREFIX)
     parameter = name.removeprefix(MODEL_PREFIX) if is_parameter else name.removeprefix(OPTIMIZER_PREFIX).rpartition(".")[0]
-    division = next((parameters[parameter] for parameters in stages if parameter in parameters), None)
-    if division is None or group_of(name) + "." not in (MODEL_PREFIX, OPTIMIZER_PREFIX):
+    declared = next((parameters[parameter] for parameters in stages if parameter in parameters), None)
+    if declared is None or group_of(name) + "." not in (MODEL_PREFIX, OPTIMIZER_PREFIX):
         raise CheckpointMismatchError(
             f"{source.path}: {shortened(name)} belongs to no parameter of the model its config describes; use another checkpoint"
         )
-    if is_parameter and division.shape != shape:
-        by_config = f"by its config it has {division.shape}"
+    if is_parameter and list(declared.shape) != shape:
+        by_config = f"by its config it has {list(declared.shape)}"
         raise CheckpointMismatchError(f"{source.path}: {name} has shape {shown(shape)}, {by_config}; use another checkpoint")
     return TensorForm(parameter, shape)
 

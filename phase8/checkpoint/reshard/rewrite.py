@@ -27,9 +27,9 @@ from torch import Tensor
 from phase8.checkpoint.checksum import crc32, format_crc32, read_chunks
 from phase8.checkpoint.load import Checkpoint
 from phase8.checkpoint.manifest import manifest_bytes
-from phase8.checkpoint.regions import Region
 from phase8.checkpoint.tensor_file import DTYPE_NAMES, TensorFile, WrittenFile, byte_view, open_for_reading, write_tensor_file
 from phase8.checkpoint.untrusted import strict_json
+from phase8.division import Region
 from phase8.durable import fsync_path, replace_file, storage_errors
 from phase8.errors import CheckpointCorruptError, CheckpointError, StorageError
 

@@ -7,19 +7,23 @@ import pytest
 import safetensors.torch
 import torch
 
+from phase8.checkpoint.coverage import coverage_problem
 from phase8.checkpoint.load import open_checkpoint
-from phase8.checkpoint.regions import Region, coverage_problem
 from phase8.checkpoint.reshard.compare import compare_checkpoints
-from phase8.checkpoint.reshard.rank_regions import Division, TensorForm, regions_by_rank
+from phase8.checkpoint.reshard.rank_regions import TensorForm, regions_by_rank
 from phase8.checkpoint.reshard.reshard import ConsolidatedForm, consolidate, reshard
 from phase8.checkpoint.reshard.rewrite import WORK_PREFIX
 from phase8.checkpoint.save import save_checkpoint
+from phase8.division import DividedShape, Region
 from phase8.errors import CheckpointCorruptError, CheckpointError, CheckpointMismatchError, StorageError
 from phase8.topology import Topology
 
 ROOT = Path(__file__).parents[3]
-FIRST = {"embedding.weight": Division([7, 4], 0), "blocks.0.rows": Division([6, 10], 0), "blocks.0.columns": Division([5, 9], 1)}
-LAST = {"embedding.weight": Division([7, 4], 0), "blocks.1.norm": Division([5], None), "blocks.1.rows": Division([3, 2], 0)}
+ROWS, COLUMNS = {"tp": 0}, {"tp": 1}
+FIRST = {
+    "embedding.weight": DividedShape((7, 4), ROWS), "blocks.0.rows": DividedShape((6, 10), ROWS), "blocks.0.columns": DividedShape((5, 9), COLUMNS)
+}  # fmt: skip
+LAST = {"embedding.weight": DividedShape((7, 4), ROWS), "blocks.1.norm": DividedShape((5,)), "blocks.1.rows": DividedShape((3, 2), ROWS)}
 STAGES = (FIRST, LAST)
 LAYOUT = Topology(pipeline_parallel_size=2, data_parallel_size=2, tensor_parallel_size=2)
 
@@ -58,7 +62,7 @@ def same(first, second):
 
 
 def test_parts_are_cut_as_torch_chunks_them_and_tile_every_tensor():
-    forms = {name: TensorForm(name, division.shape) for name, division in (FIRST | LAST).items()}
+    forms = {name: TensorForm(name, list(division.shape)) for name, division in (FIRST | LAST).items()}
     topology = Topology(pipeline_parallel_size=2, data_parallel_size=3, tensor_parallel_size=2)
     found = regions_by_rank(forms, STAGES, topology)
     for name, division in (FIRST | LAST).items():
@@ -68,18 +72,18 @@ def test_parts_are_cut_as_torch_chunks_them_and_tile_every_tensor():
             if name in parts:
                 at = topology.coordinates(rank)
                 assert at["pp"] == (0 if name in FIRST else 1)
-                own = value if division.shard_dim is None else value.chunk(2, division.shard_dim)[at["tp"]]
+                own = value.chunk(2, division.divided["tp"])[at["tp"]] if division.divided else value
                 region = parts[name]
                 cut = value[tuple(slice(o, o + n) for o, n in zip(region.offsets, region.shape, strict=True))]
                 assert torch.equal(cut, own.chunk(3, 0)[at["dp"]])
-                assert division.shard_dim is not None or at["tp"] == 0
+                assert division.divided or at["tp"] == 0
                 regions.append(region)
         assert coverage_problem(division.shape, regions) is None
 
 
 def test_scalars_and_tensors_without_elements_stay_whole_with_the_first_rank():
     forms = {"step": TensorForm("blocks.0.rows", []), "empty": TensorForm("e", [0, 3])}
-    found = regions_by_rank(forms, ({**FIRST, "e": Division([0, 3], 0)},), Topology(data_parallel_size=2))
+    found = regions_by_rank(forms, ({**FIRST, "e": DividedShape((0, 3), ROWS)},), Topology(data_parallel_size=2))
     assert found == {0: {"step": Region([], []), "empty": Region([0, 0], [0, 3])}}
 
 
@@ -180,7 +184,7 @@ def test_a_tensor_of_no_parameter_or_of_another_shape_is_refused(source, tmp_pat
     with pytest.raises(CheckpointMismatchError, match="belongs to no parameter"):
         run(source, tmp_path / "d", stages=(FIRST, {}))
     with pytest.raises(CheckpointMismatchError, match="has shape"):
-        run(source, tmp_path / "d", stages=({**FIRST, "embedding.weight": Division([7, 5], 0)}, LAST))
+        run(source, tmp_path / "d", stages=({**FIRST, "embedding.weight": DividedShape((7, 5), ROWS)}, LAST))
 
 
 @pytest.mark.parametrize("dtype", [None, torch.bfloat16])
@@ -201,13 +205,13 @@ import sys
 from pathlib import Path
 from phase8.checkpoint import direct_writer
 from phase8.checkpoint.load import open_checkpoint
-from phase8.checkpoint.reshard.rank_regions import Division
 from phase8.checkpoint.reshard.reshard import ConsolidatedForm, consolidate, reshard
+from phase8.division import DividedShape
 from phase8.topology import Topology
 
 direct_writer.BUFFER_BYTES = 2**20  # two of them, whatever the tensors: no part of what is measured
 root = Path(sys.argv[1])
-stages = ({f"w{i}": Division([5000, 1024], i % 2) for i in range(10)},)
+stages = ({f"w{i}": DividedShape((5000, 1024), {"tp": i % 2}) for i in range(10)},)
 def peak():  # of this program, unlike getrusage, which begins with what its parent used
     return next(int(line.split()[1]) * 1024 for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmHWM"))
 def measured(work):
@@ -218,7 +222,7 @@ def measured(work):
 quiet = lambda *_: None
 divided = Topology(tensor_parallel_size=2, data_parallel_size=2)
 # Once unmeasured: the code itself is read into memory when it first runs.
-small = ({"w": Division([4, 4], 1)},)
+small = ({"w": DividedShape((4, 4), {"tp": 1})},)
 reshard(open_checkpoint(root / "small/step-0000000001"), root / "warm", stages=small, topology=divided, on_progress=quiet)
 measured(lambda: reshard(open_checkpoint(root / "step-0000000001"), root / "a", stages=stages, topology=divided, on_progress=quiet))
 measured(lambda: reshard(open_checkpoint(root / "a"), root / "b", stages=stages, topology=Topology(), on_progress=quiet))

@@ -1,17 +1,15 @@
 from __future__ import annotations
 
 import itertools
-import math
 import random
 import time
 from types import SimpleNamespace
 
 import pytest
-import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from phase8.checkpoint.regions import Region, common_region, coverage_problem, overlap
+from phase8.checkpoint.coverage import coverage_problem
 
 
 def region(offsets: list[int], shape: list[int]) -> SimpleNamespace:
@@ -143,27 +141,3 @@ def test_messages_about_many_dims_are_short():
     huge = [10**18] * 64
     for problem in (coverage_problem(huge, [region(huge, huge)]), coverage_problem(huge, [region([0], huge)]), coverage_problem([1] * 64, [])):
         assert problem is not None and len(problem) < 500
-
-
-@st.composite
-def two_boxes(draw: st.DrawFn) -> tuple[list[int], Region, Region]:
-    shape = draw(st.lists(st.integers(1, 5), min_size=0, max_size=3))
-
-    def region() -> Region:
-        ranges = [sorted(draw(st.lists(st.integers(0, size), min_size=2, max_size=2))) for size in shape]
-        return Region([begin for begin, _ in ranges], [end - begin for begin, end in ranges])
-
-    return shape, region(), region()
-
-
-@given(two_boxes())
-@settings(max_examples=300, deadline=None)
-def test_the_common_part_is_what_both_boxes_hold(regions: tuple[list[int], Region, Region]):
-    shape, a, b = regions
-    numbers = torch.arange(math.prod(shape)).reshape(shape)
-    cut = [numbers[tuple(slice(o, o + n) for o, n in zip(region.offsets, region.shape, strict=True))] for region in (a, b)]
-    shared = set(cut[0].flatten().tolist()) & set(cut[1].flatten().tolist())
-    assert overlap(a, b) == bool(shared)
-    if shared:
-        here, there = common_region(a, b)
-        assert torch.equal(cut[0][here], cut[1][there]) and set(cut[0][here].flatten().tolist()) == shared

@@ -1,48 +1,16 @@
-"""Regions of a tensor: what two have in common, and the proof that some tile it, so that every element lies in exactly one."""
+"""The proof that regions tile a tensor, so that every element lies in exactly one of them."""
 
 from __future__ import annotations
 
 import math
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Protocol
 
 from phase8.checkpoint.untrusted import shown
+from phase8.division import RegionLike, whole_region
 
 # Sixteen corners of eight edges: regions of up to four dims never have more.
 _MOST_EDGES_PER_REGION, _FEW_CORNERS = 16 * 8, 2**16
-
-
-class RegionLike(Protocol):
-    """A rectangular part of a tensor: where it begins in every dim, and its shape."""
-
-    offsets: list[int]
-    shape: list[int]
-
-
-@dataclass(frozen=True)
-class Region:
-    """A region and no more; a slice of a manifest is one, too, with a place in a file."""
-
-    offsets: list[int]
-    shape: list[int]
-
-
-def whole_region(shape: Sequence[int]) -> Region:
-    """All of a tensor."""
-    return Region([0] * len(shape), list(shape))
-
-
-def common_region(a: RegionLike, b: RegionLike) -> tuple[tuple[slice, ...], tuple[slice, ...]]:
-    """Where the elements that two overlapping regions share lie in a tensor that holds the first region, and in one that holds the second."""
-    begins = [max(pair) for pair in zip(a.offsets, b.offsets, strict=True)]
-    ends = [min(x + m, y + n) for x, m, y, n in zip(a.offsets, a.shape, b.offsets, b.shape, strict=True)]
-
-    def seen_from(region: RegionLike) -> tuple[slice, ...]:
-        return tuple(slice(begin - offset, end - offset) for begin, end, offset in zip(begins, ends, region.offsets, strict=True))
-
-    return seen_from(a), seen_from(b)
 
 
 def coverage_problem(shape: Sequence[int], regions: Sequence[RegionLike]) -> str | None:
@@ -108,11 +76,3 @@ def _surplus_corners(regions: Sequence[tuple[int, ...]], whole: tuple[int, ...])
 
 def _holds(region: RegionLike, element: Sequence[int]) -> bool:
     return all(offset <= index < offset + size for offset, size, index in zip(region.offsets, region.shape, element, strict=True))
-
-
-def overlap(a: RegionLike, b: RegionLike) -> bool:
-    """Whether two regions share an element."""
-    return all(
-        max(a_begin, b_begin) < min(a_begin + a_size, b_begin + b_size)
-        for a_begin, a_size, b_begin, b_size in zip(a.offsets, a.shape, b.offsets, b.shape, strict=True)
-    )
