@@ -65,8 +65,8 @@ def write_profile(path: Path, rows: Sequence[KernelTime], *, title: str, step_se
         title: First line.
         step_seconds: Duration of a step measured without the profiler.
 
-    StorageError: The file cannot be written.
-        StorageError: The place cannot be written.
+    Raises:
+        StorageError: The file cannot be written.
     """
     busy = sum(row.seconds_per_step for row in rows)
     lines = [

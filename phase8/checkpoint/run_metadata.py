@@ -34,9 +34,9 @@ from phase8.precision.policy import COMPUTE_DTYPES
 OF_A_MODEL = ("config",)
 OF_A_RUN = ("config", "position", "data_fingerprint", "random_state")
 _MOST = 2**63 - 1
-# The largest whole number that is exact in float64, which charts and JSON readers use: 9e15, two hundred times the tokens of the largest runs
-# so far. Steps, batch and length give no bound: batch and length may have changed during the run, and rollbacks skip samples, so a
-# product of steps, batch and length bounds nothing.
+# Whole numbers up to it are exact in float64, which charts and JSON readers use: 9e15 is two hundred times the tokens of the largest runs
+# so far. A product of steps, batch size and sequence length is no bound: batch size and length may have changed during the run, and
+# rollbacks skip samples.
 _MOST_READ = 2**53
 _LONGEST_SEQUENCE = 2**31 - 1  # the schema's bound, `TokenCount`
 _MOST_LOSSES = 1024

@@ -151,8 +151,8 @@ class TensorFile:
         size_bytes: Its length by the manifest.
         header_checksum: Checksum of its header by the manifest.
 
-    CheckpointCorruptError: The file or its header differs, or the header is malformed.
-        CheckpointCorruptError: The file or its header differs, or the header is not a proper one.
+    Raises:
+        CheckpointCorruptError: The file or its header differs, or the header is malformed.
     """
 
     def __init__(self, path: Path, *, size_bytes: int, header_checksum: str):

@@ -46,7 +46,7 @@ def pipeline_problems(pipeline: Pipeline, *, num_layers: int, num_microbatches: 
 
 
 def too_few_layers(num_layers: int, P: int, V: int) -> str | None:
-    """Refuses more chunks than layers."""
+    """Why there are too few layers for the chunks, or None."""
     if num_layers >= P * V:
         return None
     return (
