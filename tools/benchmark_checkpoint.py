@@ -4,7 +4,7 @@
 
 The ranks divide phase8_1b by ZeRO 3 on the CPU; nothing is trained, the moments are random. Rounds alternate between the three. Every save ends
 on the disk (fsync); dd writes and reads one file per rank, all at once. Before each load the page cache is dropped, which needs root; without,
-a load says what memory gives. A load of ours begins as a run does: with weights and without moments; FileSystemReader overwrites both.
+a load measures memory, not the disk. A load by phase8 starts with weights and without moments, as a run does; FileSystemReader overwrites both.
 """
 
 from __future__ import annotations
@@ -78,7 +78,7 @@ def _run() -> int:
 
 
 def _contestants(learner: Learner, directory: Path, *, num_bytes: int, rank: int) -> dict[str, tuple[Callable[[], object], Callable[[], object]]]:
-    """Save and load of each, collectives of all ranks."""
+    """Save and load functions of each contestant; all are collectives of all ranks."""
     ours, theirs, dd = (directory / name for name in ("phase8", "FileSystemWriter", "dd"))
 
     def load_ours() -> None:
@@ -120,7 +120,7 @@ def _sum(number: int) -> int:
 
 
 def _seconds(work: Callable[[], object]) -> float:
-    """Until all ranks have done it."""
+    """Seconds until all ranks have finished."""
     dist.barrier()
     begin = time.perf_counter()
     work()
@@ -129,7 +129,7 @@ def _seconds(work: Callable[[], object]) -> float:
 
 
 def _drop_caches() -> bool:
-    """Whether what was written has to come from the disk again."""
+    """Drops the page cache; returns whether loads read from the disk again."""
     os.sync()
     dist.barrier()
     if not os.access(DROP_CACHES, os.W_OK):
