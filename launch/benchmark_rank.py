@@ -1,4 +1,4 @@
-"""One rank of `tools/benchmark.py parallel`, which has torchrun start it; it leaves its figures in a file.
+"""One rank of `tools/benchmark.py parallel`: torchrun starts it, and it writes its figures to a file.
 
 Exit codes as in launch/pretrain.py.
 """

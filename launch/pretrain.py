@@ -3,7 +3,7 @@
 Exit codes: 0 finished, or stopped by Ctrl-C, SIGTERM, SIGHUP or SIGUSR1 after saving; 1 a bug; 2 config or command line;
 3 data or tokenizer; 4 checkpoint; 5 storage; 6 training diverged; 7 a rank hangs, is lost or cannot be reached; 8 copies of a weight differ
 between ranks; 9 too little memory of the device or the host; 130 interrupted before there was anything to save, or by a second Ctrl-C;
-141 --dry-run alone: whoever read the output has gone (training goes on without its output). Under torchrun, which itself exits with 1, the
+141 the reader of the output has gone (--dry-run only; training goes on without its output). torchrun itself exits with 1; the exit
 code of the rank that failed first is in its summary.
 """
 
@@ -84,7 +84,7 @@ def _train(arguments: argparse.Namespace) -> None:
 
 
 def _resume_command() -> str:
-    """This command line, going on from the newest checkpoint."""
+    """The command line that continues this run from its newest checkpoint."""
     words = [sys.executable, *sys.argv]
     if "--resume" in words:
         position = words.index("--resume")

@@ -1,4 +1,4 @@
-"""What closes last does not decide: work whose failure is said, and neither changes a result nor hides an earlier error."""
+"""Failures that a finished job tolerates: each is reported in one sentence, and neither changes the result nor hides an earlier error."""
 
 from __future__ import annotations
 
@@ -10,15 +10,15 @@ from phase8.errors import Phase8Error
 
 
 class Tolerated:
-    """A block that fails in one sentence.
+    """A context manager that reports an error of its block in one sentence and suppresses it.
 
-    For what a finished job can do without (a report, a flush, the release of something), at its end or in a `finally`. Any error is said
-    and goes no further, be it of the disk, of a library or a bug; so an error that is on its way already stays the one that counts.
-    What asks the process to end (`KeyboardInterrupt`, `SystemExit`) goes through.
+    It is meant for extras at the end of a job or in a `finally` (a report, a flush, the release of something). Any error, of the disk, of a
+    library or a bug, is reported and suppressed, so an earlier error that is already being raised stays the one that counts.
+    `KeyboardInterrupt` and `SystemExit` are not suppressed.
 
     Args:
-        failure: What is lost then, the begin of the sentence.
-        say: Shows a sentence; one that fails itself is given up.
+        failure: The beginning of the sentence: what is lost.
+        say: Shows a sentence; if it fails itself, the sentence is dropped.
     """
 
     def __init__(self, failure: str, say: Callable[[str], object]):
@@ -36,7 +36,7 @@ class Tolerated:
 
 
 def _reason(error: Exception) -> str:
-    """The first line of what an error says, with the name of its class where the message was not written for people."""
+    """The first line of an error's message, preceded by the class name if the message was not written for users."""
     line = next(iter(str(error).strip().splitlines()), "")
     if isinstance(error, Phase8Error):
         return line

@@ -1,4 +1,4 @@
-"""Writing that survives crashes: what has its final name is complete, and what the disk refuses is one sentence.
+"""Crash-safe writing: a file under its final name is complete, and errors of the disk become one sentence.
 
 Everything is written under a temporary name beside its destination, fsynced, and renamed. A killed process leaves only names that
 match `*.partial`.
@@ -20,15 +20,15 @@ from phase8.errors import StorageError
 
 
 class _InTheWayError(OSError):
-    """Something else has a name that is to be written; its message says the remedy."""
+    """Another file has the name that is to be written; the message gives the remedy."""
 
 
 @contextmanager
 def storage_errors(path: Path) -> Iterator[None]:
-    """A block in which the operating system's refusals to write name the path and the remedy.
+    """A context manager that turns the operating system's write errors into sentences with path and remedy.
 
     Raises:
-        StorageError: Instead of any `OSError`.
+        StorageError: In place of any `OSError`.
     """
     try:
         yield
@@ -41,10 +41,10 @@ def storage_errors(path: Path) -> Iterator[None]:
 
 @contextmanager
 def staged_file(destination: Path) -> Iterator[Path]:
-    """A temporary path that replaces `destination` when the block ends without an exception.
+    """Yields a temporary path that replaces `destination` when the block ends without an exception.
 
     Raises:
-        StorageError: The place cannot be written, or the disk is full; an old file is kept.
+        StorageError: The file cannot be written, or the disk is full; an old file is kept.
     """
     partial = partial_name(destination)
     with storage_errors(destination):
@@ -55,18 +55,18 @@ def staged_file(destination: Path) -> Iterator[Path]:
             partial.replace(destination)
             fsync_path(destination.parent)
         finally:
-            with suppress(OSError):  # what keeps it from being written may keep it from being removed
+            with suppress(OSError):  # whatever prevents writing it may prevent removing it
                 partial.unlink(missing_ok=True)
 
 
 @contextmanager
 def staged_directory(destination: Path) -> Iterator[Path]:
-    """A temporary directory that replaces `destination` when the block ends without an exception.
+    """Yields a temporary directory that replaces `destination` when the block ends without an exception.
 
     Files written inside must be fsynced by their writers, as those of `staged_file` are.
 
     Raises:
-        StorageError: The place cannot be written, or the disk is full.
+        StorageError: The directory cannot be written, or the disk is full.
     """
     partial = partial_name(destination)
     with storage_errors(destination):
@@ -83,7 +83,7 @@ def staged_directory(destination: Path) -> Iterator[Path]:
 
 
 def replace_file(destination: Path, content: bytes) -> None:
-    """Writes a file whole: a crash leaves the old content or the new, never a mixture.
+    """Writes a whole file: after a crash it has the old content or the new, never a mixture.
 
     Raises:
         StorageError: As `staged_file`.
@@ -93,7 +93,7 @@ def replace_file(destination: Path, content: bytes) -> None:
 
 
 def append_whole(file: FileIO, record: bytes) -> None:
-    """Appends a record to an unbuffered file or, when the disk is full in the middle of it, none of it.
+    """Appends a record to an unbuffered file; if the disk is full in the middle of it, nothing is appended.
 
     Raises:
         OSError: The system refuses to write.
@@ -109,7 +109,7 @@ def append_whole(file: FileIO, record: bytes) -> None:
 
 
 def open_lock_file(path: Path) -> int:
-    """A descriptor of a lock file, which is made where it is missing and whose content is never touched.
+    """Opens a lock file, creating it if it is missing; its content is never changed.
 
     Raises:
         OSError: It cannot be opened, or is no regular file.
@@ -118,7 +118,7 @@ def open_lock_file(path: Path) -> int:
 
 
 def open_for_appending(path: Path) -> int:
-    """A descriptor of a record that grows line by line, which is made where it is missing.
+    """Opens a file that grows line by line, creating it if it is missing.
 
     Raises:
         OSError: As `open_lock_file`.
@@ -127,9 +127,9 @@ def open_for_appending(path: Path) -> int:
 
 
 def _open_known_name(path: Path, access: int) -> int:
-    """Opens a file whose name is known in advance, and where another user of a shared directory may have put a link or a pipe.
+    """Opens a file with a predictable name, where another user of a shared directory may have placed a link or a pipe.
 
-    Neither is followed or waited for.
+    A link is not followed, and a pipe is not waited for.
     """
     try:
         descriptor = os.open(path, access | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC, 0o666)

@@ -16,7 +16,7 @@ print it without a traceback and exit with the class's `exit_code`.
 | 8 | silent corruption: ranks whose copies of a weight differ |
 | 9 | memory: the device or the host has too little |
 | 130 | interrupted before there was anything to save, or by a second Ctrl-C |
-| 141 | whoever read the output has gone, and printing it was all there was to do |
+| 141 | the reader of the output has gone, and printing it was the whole job |
 
 (`tools/inspect_checkpoint.py --diff` exits with 1 when the checkpoints differ, as diff does.)
 """
@@ -81,25 +81,25 @@ class StorageError(Phase8Error):
 
 
 class DivergenceError(Phase8Error):
-    """Training stopped because the loss or the gradient was not finite too many times in a row."""
+    """Training stopped because loss or gradient was not finite too many times in a row."""
 
     exit_code = 6
 
 
 class CommunicationError(Phase8Error):
-    """Processes that cannot work together: one hangs, is lost, or cannot be reached."""
+    """Processes cannot work together: one hangs, is lost, or cannot be reached."""
 
     exit_code = 7
 
 
 class CorruptionError(Phase8Error):
-    """Copies of a weight, or of its optimizer state, that must be the same on several ranks and are not: memory or a link has lied."""
+    """Copies of a weight or of its optimizer state that must be equal on several ranks differ: memory or a link has corrupted data."""
 
     exit_code = 8
 
 
 class ReaderGoneError(Phase8Error):
-    """Nobody reads what a tool was asked to print; the exit code is that of other programs then, which SIGPIPE ends."""
+    """The reader of a tool's output has gone; the exit code is that of programs ended by SIGPIPE."""
 
     exit_code = 141
 
@@ -108,9 +108,9 @@ class OutOfMemoryError(Phase8Error):
     """The run needs more memory than the device or the host has.
 
     Args:
-        sentence: What is needed, what there is, and the nearest setting that fits.
-        values: The automatic settings that ran out; None: none were.
-        has_begun: The run directory is that of this run; otherwise an earlier run may still be in its place.
+        sentence: What is needed, what is available, and the nearest setting that fits.
+        values: The automatic settings that ran out of memory; None: there were none.
+        has_begun: The run directory belongs to this run; otherwise it may still hold an earlier run.
     """
 
     exit_code = 9
@@ -121,5 +121,5 @@ class OutOfMemoryError(Phase8Error):
 
 
 def describe_error(error: Phase8Error) -> str:
-    """What a door prints to stderr: a line for each problem."""
+    """The lines that a door prints to stderr, one for each problem."""
     return "\n".join(f"error: {line}" for line in str(error).splitlines())

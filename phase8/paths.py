@@ -1,4 +1,4 @@
-"""Paths as users write them: `~` and variables of the environment stand for what the shell would put there."""
+"""Expands paths as users write them: `~` and environment variables, as in a shell."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ _IDENTIFIER = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
 
 
 def expand_path(text: str) -> str:
-    """A path with a leading `~` or `~user`, `$VAR` and `${VAR}` replaced. A shell does this for bare words only, and never inside a YAML file.
+    """Expands a leading `~` or `~user`, `$VAR` and `${VAR}`. A shell does this for bare words only, and never inside a YAML file.
 
     Raises:
-        ConfigError: A variable that is empty or not set, a `$` that begins none, or a user that does not exist.
+        ConfigError: A variable is empty or not set, a `$` begins no variable, or a user does not exist.
     """
     expanded = _VARIABLE.sub(lambda match: _value(match, text), text)
     if not expanded.startswith("~"):
@@ -28,8 +28,8 @@ def expand_path(text: str) -> str:
 
 
 def real_path(path: Path) -> Path:
-    """Where a path leads when every symbolic link is followed: the one identity of a file or directory, there or yet to come."""
-    return Path(os.path.realpath(path))  # of a loop of links, which Path.resolve raises for, opening says what is wrong
+    """A path with every symbolic link resolved: the identity of a file or directory, whether or not it exists yet."""
+    return Path(os.path.realpath(path))  # a loop of links raises in Path.resolve; here opening the path reports it
 
 
 def _value(match: re.Match[str], text: str) -> str:

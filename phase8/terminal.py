@@ -1,12 +1,12 @@
-r"""What a door says to people: streams that outlive whoever reads them, and the one way in which every door begins and ends.
+r"""Output for people: streams that survive the loss of their reader, and the common begin and end of every door.
 
-| what happens to standard output | work worth more than its output | a block of `output_is_the_product` |
+| what happens to standard output | ordinary work | a block of `output_is_the_product` |
 |---|---|---|
-| its reader goes (`\| head`) | one sentence on stderr, then silence; the work goes on | the door ends without a word, exit code 141 |
+| its reader goes (`\| head`) | one sentence on stderr, then silence; the work continues | the door ends without a word, exit code 141 |
 | its disk is full, its terminal gone | the same | one sentence, exit code 5 |
 | it was closed from the start (`>&-`) | silence | silence |
 
-Standard error is silenced without a sentence. A character that an encoding lacks, and a byte of a path that is no UTF-8, is written as its
+Standard error is silenced without a sentence. A character that an encoding lacks, or a byte of a path that is not UTF-8, is written as its
 escape (`\u65e5`, `\udcff`).
 """
 
@@ -31,33 +31,33 @@ ESCAPED = "backslashreplace"
 class LastingStream:
     """A text stream whose `write` and `flush` do not raise: after the first failure it is silent.
 
-    Everything else is that of the stream below.
+    All other attributes are those of the wrapped stream.
 
     Args:
-        stream: The stream below.
-        name: What a sentence about the failure calls it; empty: there is no sentence.
+        stream: The wrapped stream.
+        name: Name of the stream in the sentence about a failure; empty: no sentence.
     """
 
     def __init__(self, stream: TextIO, name: str = ""):
         self._stream, self._name = stream, name
         self.is_lost = False
-        self.is_the_product = False  # as long as the work is done for what is written here
+        self.is_the_product = False  # True inside a block of `output_is_the_product`
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._stream, name)
 
     def write(self, text: str) -> int:
-        """Writes, or loses the text."""
+        """Writes the text, or drops it after a failure."""
         self._attempt(lambda: self._stream.write(text))
         return len(text)
 
     def writelines(self, lines: Iterator[str]) -> None:
-        """Writes several pieces."""
+        """Writes several texts."""
         for line in lines:
             self.write(line)
 
     def flush(self) -> None:
-        """Passes on what was written."""
+        """Flushes the wrapped stream."""
         self._attempt(self._stream.flush)
 
     def _attempt(self, action: Callable[[], object]) -> None:
@@ -65,7 +65,7 @@ class LastingStream:
             return
         try:
             action()
-        except BlockingIOError as error:  # another program has made the pipe non-blocking, and it is full: only this piece is lost
+        except BlockingIOError as error:  # another program has made the pipe non-blocking, and it is full: only this text is lost
             if self.is_the_product:
                 self._lose(error)
         except (OSError, ValueError) as error:  # ValueError: the file was closed
@@ -73,7 +73,7 @@ class LastingStream:
 
     def _lose(self, error: OSError | ValueError) -> None:
         self.is_lost = True
-        with suppress(OSError, ValueError), open(os.devnull, "wb") as nowhere:  # for what is buffered, and what libraries and children write
+        with suppress(OSError, ValueError), open(os.devnull, "wb") as nowhere:  # takes what is buffered, and what libraries and children write
             os.dup2(nowhere.fileno(), self._stream.fileno())
         reason = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
         if self.is_the_product:
@@ -85,18 +85,18 @@ class LastingStream:
 
 
 def tell(text: str) -> None:
-    """Writes to stderr past its buffers, whose locks another thread or the interrupted code may hold, and never fails."""
+    """Writes to stderr without its buffers, whose locks another thread or the interrupted code may hold; it never fails."""
     with suppress(OSError):
         os.write(2, text.encode(errors=ESCAPED))
 
 
 def warn(sentence: str) -> None:
-    """Tells a sentence, for want of a better place."""
+    """Shows a sentence where no console is at hand."""
     tell(f"{sentence}\n")
 
 
 def lasting(stream: TextIO | None, name: str = "") -> LastingStream:
-    """A stream that does not fail; None, which stands for one that was closed from the start, is silent."""
+    """Wraps a stream so that it does not fail; None (it was closed from the start) becomes a silent stream."""
     if isinstance(stream, LastingStream):
         return stream
     if isinstance(stream, io.TextIOWrapper):
@@ -107,24 +107,24 @@ def lasting(stream: TextIO | None, name: str = "") -> LastingStream:
 
 @contextmanager
 def lasting_streams() -> Iterator[None]:
-    """A block in which sys.stdout and sys.stderr do not fail, however they were closed."""
+    """A context manager in which sys.stdout and sys.stderr do not fail, however they were closed."""
     _occupy_standard_descriptors()
     before = sys.stdout, sys.stderr
     sys.stdout, sys.stderr = (cast(TextIO, lasting(*pair)) for pair in ((before[0], "standard output"), (before[1], "")))
     try:
         yield
     finally:
-        sys.stdout.flush()  # a failure at the exit of the interpreter would be exit code 120
+        sys.stdout.flush()  # a failure at interpreter exit would give exit code 120
         sys.stderr.flush()
         sys.stdout, sys.stderr = before
 
 
 @contextmanager
 def output_is_the_product() -> Iterator[None]:
-    """A block of a door that is done for what it prints: it ends when standard output is lost.
+    """A context manager for work whose only purpose is its output: it ends when standard output is lost.
 
     Raises:
-        ReaderGoneError: Nobody reads any more.
+        ReaderGoneError: The reader of the output has gone.
         StorageError: The output cannot be written.
     """
     stream = lasting(sys.stdout)
@@ -141,7 +141,7 @@ def run_door(work: Callable[[], int], *, interrupted: str = "interrupted") -> in
 
     Args:
         work: Reads the arguments, does what they ask, and returns the exit code.
-        interrupted: What is said after Ctrl-C.
+        interrupted: The message after Ctrl-C.
     """
     with lasting_streams():
         try:
@@ -157,22 +157,22 @@ def run_door(work: Callable[[], int], *, interrupted: str = "interrupted") -> in
 
 
 def make_console(*, stderr: bool = False, **options: Any) -> Console:
-    """A rich console that a lost stream does not end: rich itself would exit.
+    """Creates a rich console that survives a lost stream, where rich itself would exit.
 
     Args:
         stderr: Print to standard error.
-        **options: Those of rich.
+        **options: Options of rich's Console.
     """
-    from rich.console import Console  # here, for the threads that only `tell` need none
+    from rich.console import Console  # not at the top: threads that only `tell` do not need rich
 
     return Console(file=cast(TextIO, lasting(sys.stderr) if stderr else lasting(sys.stdout, "standard output")), stderr=stderr, **options)
 
 
 def _occupy_standard_descriptors() -> None:
-    """Points descriptors that were closed from the start at nothing: the next file would get the number, and words for people."""
+    """Opens descriptors that were closed from the start on the null device, so that no file gets their number and the text meant for people."""
     for number in range(3):
         try:
             os.fstat(number)
         except OSError:
-            os.open(os.devnull, os.O_RDWR)  # takes the lowest number that is free, which is this one
+            os.open(os.devnull, os.O_RDWR)  # takes the lowest free number, which is this one
             os.set_inheritable(number, True)

@@ -9,7 +9,7 @@ shows all there are. Written there: table.md, results.json, curves.png; runs/ an
 alone make a finished run count.
 
 Exit codes: 0 all runs are finished; that of the first run that failed (1 if a signal killed it); 130 stopped before all were finished;
-2 to 5 as launch/pretrain.py.
+2 to 5 as for launch/pretrain.py.
 """
 
 from __future__ import annotations

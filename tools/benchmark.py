@@ -145,7 +145,7 @@ def _parallel(arguments: argparse.Namespace, show: Callable[[str], None]) -> dic
     from phase8.benchmark.parallel_table import LAYOUTS_HEADER, device_lines, host_lines, layout_line
 
     layouts, rows = [parse_layout(name) for name in arguments.layouts], []
-    # Counted, not used: a context of this process would take memory of the first GPU.
+    # Counted without a CUDA context in this process, which would take memory of the first GPU.
     num_devices = None if arguments.device == "cpu" or not torch.cuda.is_available() else torch.cuda.device_count()
     if arguments.device == "cuda" and num_devices is None:
         raise ConfigError("--device is cuda, but torch finds no usable GPU; use --device cpu, or install a CUDA build of torch and its driver.")
@@ -162,7 +162,7 @@ def _parallel(arguments: argparse.Namespace, show: Callable[[str], None]) -> dic
 
 
 def _shape_settings(arguments: argparse.Namespace) -> list[str]:
-    """The shape of `speed` as overrides: heads of 64, and with a rank everything but embedding and head low rank, as the research code has it."""
+    """The shape of `speed` as overrides: heads of 64, and with a rank everything but embedding and head low rank, as in the research code."""
     num_heads = arguments.num_heads or max(arguments.d_model // 64, 1)
     return [
         f"model.d_model={arguments.d_model}",
@@ -186,7 +186,7 @@ def _require_flash_attn2(device) -> None:
 
 
 def _check_at_least_one(arguments: argparse.Namespace) -> None:
-    """Refuses counts and sizes below one, each in the user's words."""
+    """Refuses counts and sizes below one, each by the name of its option."""
     for name in AT_LEAST_ONE:
         given = vars(arguments).get(name)
         for value in given if isinstance(given, list) else [given]:

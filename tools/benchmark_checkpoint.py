@@ -4,7 +4,7 @@
 
 The ranks divide phase8_1b by ZeRO 3 on the CPU; nothing is trained, the moments are random. Rounds alternate between the three. Every save ends
 on the disk (fsync); dd writes and reads one file per rank, all at once. Before each load the page cache is dropped, which needs root; without,
-a load says what memory gives. A load of ours begins as a run does: with weights and without moments; FileSystemReader overwrites both.
+a load measures memory, not the disk. A load by phase8 starts with weights and without moments, as a run does; FileSystemReader overwrites both.
 """
 
 from __future__ import annotations
@@ -122,7 +122,7 @@ def _sum(number: int) -> int:
 
 
 def _seconds(work: Callable[[], object]) -> float:
-    """Until all ranks have done it."""
+    """Seconds until all ranks have finished."""
     dist.barrier()
     begin = time.perf_counter()
     work()
@@ -131,7 +131,7 @@ def _seconds(work: Callable[[], object]) -> float:
 
 
 def _drop_caches() -> bool:
-    """Whether what was written has to come from the disk again."""
+    """Drops the page cache; returns whether loads read from the disk again."""
     os.sync()
     dist.barrier()
     if not os.access(DROP_CACHES, os.W_OK):

@@ -30,13 +30,13 @@ from phase8.errors import CheckpointError
 from phase8.terminal import make_console, output_is_the_product, run_door
 
 EXIT_DIFFERENT = 1
-_MAX_SUMMARY_CHARACTERS = 2000  # longer metadata, such as the random state, is in --json only
+_MAX_SUMMARY_CHARACTERS = 2000  # longer metadata, such as the random state, are only in --json
 _MAX_SUMMARY_ROWS = 100
-_PLAIN_WIDTH = 160  # of tables that go to a file or a pipe, where there is no window to fit
+_PLAIN_WIDTH = 160  # of tables written to a file or a pipe, which have no window to fit
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Exit code of the door."""
+    """Runs the command line and returns the exit code."""
     return run_door(lambda: _inspect(arguments))
 
 
@@ -87,7 +87,7 @@ def _show_checkpoint(checkpoint: Checkpoint, *, as_json: bool, verified: bool) -
 
 
 def _summary_table(checkpoint: Checkpoint, *, total_bytes: int, verified: bool) -> Table:
-    """Step, size and whatever of the metadata is short enough to read: position, versions, the sections of the config."""
+    """Step, size and the metadata that are short enough to read: position, versions, the sections of the config."""
     table = Table(show_header=False, title=Text(str(checkpoint.path)), title_justify="left")
     table.add_row("step", f"{checkpoint.step:,}")
     table.add_row("checksums", "all verified" if verified else "manifest verified; --verify checks every byte")
@@ -107,7 +107,7 @@ def _summary_table(checkpoint: Checkpoint, *, total_bytes: int, verified: bool) 
 
 
 def _problem(checkpoint: Checkpoint) -> str | None:
-    """Why nothing can go on from the metadata, if they are those of a training run at all."""
+    """Why no run can resume from the metadata, if they are those of a training run at all; None: one can."""
     if checkpoint.metadata.get("config") is None:
         return None
     try:
@@ -125,7 +125,7 @@ def _one_line(content: Any) -> str:
 
 
 def _printable(text: str) -> str:
-    """Text from a file, without the characters that could command a terminal."""
+    """Text from a file, without characters that control a terminal."""
     return "".join(character if character.isprintable() else ascii(character)[1:-1] for character in text)
 
 
@@ -158,7 +158,7 @@ def _difference_table(differences: list[TensorDifference]) -> Table:
 
 
 def _json_number(value: float | None) -> float | str | None:
-    """JSON has no NaN or infinity: they are spelled out."""
+    """A number for JSON, which has no NaN or infinity: these become strings."""
     return value if value is None or math.isfinite(value) else str(value)
 
 

@@ -190,7 +190,7 @@ def _gpu(name: str) -> Gpu:
 
 
 def _memory(stage: StageMemory) -> dict[str, int]:
-    """Bytes by kind, on the device, in all, and on the host."""
+    """Memory by kind on the device, in all, and on the host, in bytes."""
     plan = stage.memory
     return {
         "weights_bytes": plan.weights_bytes,
@@ -204,7 +204,7 @@ def _memory(stage: StageMemory) -> dict[str, int]:
 
 
 def _table(rows: Sequence[Sequence[str]], *, left: int = 0) -> list[str]:
-    """Columns, each as wide as it must be, the first `left` aligned to the left, the rest to the right."""
+    """A table of text with columns of minimal width; the first `left` columns are aligned to the left, the rest to the right."""
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     align = [str.ljust if number < left else str.rjust for number in range(len(widths))]
     return ["   ".join(place(cell, width) for place, cell, width in zip(align, row, widths, strict=True)) for row in rows]
@@ -228,7 +228,7 @@ def _count(number: int, one: str, many: str | None = None) -> str:
 
 
 def _stage_lines(simulation: Simulation, peaks: Sequence[int], num_chunks: int) -> list[str]:
-    """A table of the stages: what is idle and what is held."""
+    """Lines with idle time and held activations of each stage."""
     unit = "microbatches" if num_chunks == 1 else f"microbatches of a chunk, 1/{num_chunks} of the stage's layers"
     lines = [f"stage   idle     peak activations   by the formula   (in {unit})"]
     for stage, (peak, formula) in enumerate(zip(simulation.peak_activations, peaks, strict=True)):
@@ -237,7 +237,7 @@ def _stage_lines(simulation: Simulation, peaks: Sequence[int], num_chunks: int) 
 
 
 def _check_schedule_options(arguments: argparse.Namespace) -> None:
-    """Refuses what is no count or cost, each in the user's words."""
+    """Refuses invalid counts and costs, each by the name of its option."""
     for name in ("stages", "microbatches", "chunks"):
         if vars(arguments)[name] < 1:
             raise ConfigError(f"--{name} is {vars(arguments)[name]}, but at least 1 is needed.")

@@ -78,7 +78,7 @@ def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
 
 
 def print_report(report: PrepareReport) -> None:
-    """What was written and how to train on it."""
+    """Prints what was written and how to train on it."""
     if report.is_reused:
         print("already prepared from the same inputs with the same options; nothing to do")
     for split in report.splits.values():
@@ -99,7 +99,7 @@ def print_report(report: PrepareReport) -> None:
 
 
 def print_lost(lost: LostText) -> None:
-    """What of the text the tokens do not hold."""
+    """Prints what the tokens lose of the text."""
     if lost.num_unknown:
         print(
             f"unknown tokens: {lost.num_unknown:,} in {lost.num_documents_with_unknown:,} documents, "
@@ -113,7 +113,7 @@ def print_lost(lost: LostText) -> None:
 
 
 def print_muse_report(report: MuseReport, eod_token: str | None) -> None:
-    """What was imported, what was odd about it, and how to train on it."""
+    """Prints what was imported, its irregularities, and how to train on it."""
     print(f"{report.destination}.bin/.idx: {report.num_documents:,} documents, {report.num_tokens:,} tokens of {report.dtype}")
     print(f"documents that end in the end-of-document token {report.eod_id}: {report.num_documents_ending_in_eod:,}")
     if report.num_zero_length_documents:
@@ -129,7 +129,7 @@ def print_muse_report(report: MuseReport, eod_token: str | None) -> None:
 
 
 def print_raw_report(report: RawReport, tokenizer: Tokenizer | None, eod_token: str | None) -> None:
-    """What was imported and how to train on it."""
+    """Prints what was imported and how to train on it."""
     print(f"{report.destination}.bin/.idx: {report.num_documents:,} documents, {report.num_tokens:,} tokens of {report.dtype}")
     print(f"read as {report.layout} {report.source_dtype} tokens, the largest id: {report.largest_id}")
     if report.eod_id is not None:
@@ -145,12 +145,12 @@ def print_raw_report(report: RawReport, tokenizer: Tokenizer | None, eod_token: 
 
 
 def print_settings(settings: list[str], besides: str = "") -> None:
-    """How to train on what was written."""
+    """Prints how to train on what was written."""
     print(f"train on it with: --set {shlex.join(settings)}{besides}")
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Runs the command; its exit code is that of the error, see phase8/errors.py."""
+    """Runs the command line and returns the exit code, see phase8/errors.py."""
     return run_door(lambda: _run(arguments), interrupted="interrupted; run the same command again to go on")
 
 
@@ -169,12 +169,12 @@ def _run(arguments: list[str] | None) -> int:
 
 
 def progress_display() -> ProgressDisplay:
-    """The progress of a preparation or an import, with bytes where these are what is counted."""
+    """A progress display for a preparation or an import, which shows bytes if bytes are counted."""
     return ProgressDisplay(TextColumn("{task.percentage:3.0f} %"), TextColumn("{task.fields[amount]}"), TimeElapsedColumn(), TimeRemainingColumn())
 
 
 def prepare_inputs(parsed: argparse.Namespace) -> PrepareReport:
-    """Prepares text."""
+    """Prepares text inputs."""
     options = options_of(parsed)
     with progress_display() as display:
         return prepare(options, on_progress=lambda stage, *amounts: display.show(stage, *amounts, in_bytes=stage == TOKENIZING))
@@ -203,7 +203,7 @@ def options_of(parsed: argparse.Namespace) -> PrepareOptions:
 
 
 def check_import(parsed: argparse.Namespace) -> None:
-    """Makes sure that the options of an import, and only of one, came together."""
+    """Checks that the options of exactly one import were given together."""
     imports = {"--import-muse": parsed.import_muse, "--import-raw": parsed.import_raw}
     given = [option for option, value in imports.items() if value is not None]
     if len(given) > 1 or (given and (parsed.inputs or parsed.train_tokenizer)):
@@ -213,7 +213,7 @@ def check_import(parsed: argparse.Namespace) -> None:
 
 
 def import_muse_pair(parsed: argparse.Namespace) -> MuseReport:
-    """Converts a MUSE pair, whose tokens the given tokenizer made."""
+    """Imports a MUSE pair, whose tokens the given tokenizer made."""
     if parsed.tokenizer is None:
         raise ConfigError("--import-muse takes the place of inputs and needs --tokenizer FILE, the tokenizer that made the data")
     tokenizer = load_tokenizer(parsed.tokenizer, eod_token=parsed.eod_token)
@@ -228,7 +228,7 @@ def import_muse_pair(parsed: argparse.Namespace) -> MuseReport:
 
 
 def import_raw_file(parsed: argparse.Namespace, tokenizer: Tokenizer | None) -> RawReport:
-    """Converts a file of raw tokens, which the tokenizer made if one is given."""
+    """Imports a file of raw tokens, made by the given tokenizer if there is one."""
     eod_id = tokenizer.eod_id if parsed.eod_id is None and tokenizer is not None else parsed.eod_id
     with progress_display() as display:
         return import_raw(
@@ -243,7 +243,7 @@ def import_raw_file(parsed: argparse.Namespace, tokenizer: Tokenizer | None) -> 
 
 
 def destination_of(parsed: argparse.Namespace) -> str:
-    """The pair that an import writes."""
+    """Prefix of the pair that an import writes."""
     return f"{parsed.output_prefix}_{parsed.json_key}_document"
 
 

@@ -50,7 +50,7 @@ LAYOUT = ("tensor_parallel_size", "pipeline_parallel_size", "shards")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Exit code of the door."""
+    """Runs the command line and returns the exit code."""
     return run_door(lambda: _run(arguments), interrupted="interrupted; run the same command again to go on")
 
 
@@ -88,7 +88,7 @@ def _check_options(options: argparse.Namespace) -> None:
 
 
 def _rewrite(options: argparse.Namespace) -> str:
-    """Does it; a line that says what is there now."""
+    """Does the rewriting; returns a line that describes the result."""
     # Imported late: --help and a wrong command line need no torch.
     import torch
 
@@ -111,7 +111,7 @@ def _rewrite(options: argparse.Namespace) -> str:
 
 
 def _checked(source: WeightFiles, config: RunConfig, options: argparse.Namespace, display: ProgressDisplay) -> Checkpoint:
-    """Weights without a manifest as a checkpoint. What can be refused is refused before they are read."""
+    """Checks weights without a manifest and opens them as a checkpoint. Whatever can be refused is refused before they are read."""
     from phase8.checkpoint.reshard.rewrite import check_destination
 
     if options.format == source.form == "hf":
@@ -122,7 +122,7 @@ def _checked(source: WeightFiles, config: RunConfig, options: argparse.Namespace
 
 
 def _metadata_of_beginning(config: RunConfig) -> dict[str, Any]:
-    """What a run would record that has not seen any data yet, except its batch, which nobody has chosen."""
+    """Metadata of a run at step 0, except its batch, which has not been chosen."""
     import random
 
     import numpy as np
@@ -131,7 +131,7 @@ def _metadata_of_beginning(config: RunConfig) -> dict[str, Any]:
     from phase8.data.sampler import ORDER_VERSION
     from phase8.train.resume import Position, checkpoint_metadata
 
-    # The same in every call, so that the next one takes up the work of an interrupted one.
+    # The same in every call, so that the next call can continue the work of an interrupted one.
     random.seed(config.train.seed)
     np.random.seed(config.train.seed % 2**32)
     torch.manual_seed(config.train.seed)
@@ -140,7 +140,7 @@ def _metadata_of_beginning(config: RunConfig) -> dict[str, Any]:
 
 
 def _config_of(source: Checkpoint) -> RunConfig:
-    """The config of a checkpoint, whose weights are those of its model."""
+    """The config of a checkpoint; its model section describes the weights."""
     import torch
 
     from phase8.checkpoint.run_metadata import run_metadata
@@ -186,20 +186,20 @@ def _reshard(
 
 
 def _parallel(config: RunConfig, options: argparse.Namespace) -> ParallelSection:
-    """The ranks to write for.
+    """The parallel section of the target layout.
 
     Raises:
-        ConfigError: The model cannot have them.
+        ConfigError: The model does not support the layout.
     """
     from phase8.config.schema import ParallelSection, RunConfig
     from phase8.config.validate import validate
 
     T, P = options.tensor_parallel_size or 1, options.pipeline_parallel_size or 1
-    stored = config.parallel  # of other ranks: only how their layers were cut matters here
+    stored = config.parallel  # of other ranks: only how their layers were divided matters here
     parallel = ParallelSection(
         tensor_parallel_size=T, pipeline_parallel_size=P, pipeline_schedule=stored.pipeline_schedule, pipeline_chunks=stored.pipeline_chunks
     )
-    batch = RunConfig().train.model_copy(update={"global_batch_size": P, "micro_batch_size": 1})  # one that suits every schedule
+    batch = RunConfig().train.model_copy(update={"global_batch_size": P, "micro_batch_size": 1})  # a batch that fits every schedule
     validate(RunConfig(model=config.model, parallel=parallel, train=batch), world_size=T * P)
     return parallel
 

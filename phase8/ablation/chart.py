@@ -1,4 +1,4 @@
-"""The picture of an ablation: held-out loss against tokens, and how far each variant is from the one all are compared with."""
+"""The chart of an ablation: held-out loss against tokens, and the distance of each variant from the reference variant."""
 
 from __future__ import annotations
 
@@ -16,22 +16,22 @@ from phase8.observe.charts import LIGHT, style_axes
 from phase8.observe.formatting import format_count
 from phase8.observe.history import Series
 
-# Okabe and Ito's colours, which most colour-blind people tell apart, without the yellow that is too pale for a line on white.
+# The colours of Okabe and Ito, which most people with colour blindness can tell apart; their yellow is too pale on white and left out.
 _COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9")
 _DASHES = ("-", (0, (5, 2)), (0, (1.5, 1.5)))
 _REFERENCE_STYLE = {"color": LIGHT.ink, "linestyle": "-"}
-# The plunge before this share of the tokens would squash everything after it.
+# The steep drop before this share of the tokens would flatten the rest of the curve.
 _SHOWN_FROM_SHARE = 0.2
 
 Curve = Mapping[int, float | None]  # tokens seen -> loss; None: not finite
 
 
 def validation_png(curves: Mapping[str, Mapping[int, Curve]], *, reference: str) -> bytes:
-    """The chart: of each variant the mean over its seeds, in a band from the smallest to the largest.
+    """Draws the chart: for each variant the mean over its seeds, in a band from the smallest to the largest.
 
     Args:
         curves: By variant and seed.
-        reference: The variant that the lower half is relative to, seed by seed; without its curves there is no lower half.
+        reference: Variant to which the lower half is relative, seed by seed; without its curves there is no lower half.
     """
     others = {name: seeds for name, seeds in curves.items() if name != reference}
     styles = {name: {"color": _COLOURS[i % len(_COLOURS)], "linestyle": _DASHES[i // len(_COLOURS) % len(_DASHES)]} for i, name in enumerate(others)}
@@ -63,7 +63,7 @@ def _aligned(seeds: Mapping[int, Curve]) -> tuple[Series, Series]:
 
 
 def _relative(seeds: Mapping[int, Curve], reference: Mapping[int, Curve]) -> tuple[Series, Series]:
-    """The losses of the seeds that both have, in per cent above the reference's, as `_aligned`."""
+    """Losses in per cent above the reference's, over the seeds that both variants have; shaped as in `_aligned`."""
     common = seeds.keys() & reference.keys()
     grid = set.intersection(*(seeds[seed].keys() & reference[seed].keys() for seed in common)) if common else set()
     tokens, losses = _aligned({seed: {n: seeds[seed][n] for n in grid} for seed in sorted(common)})
@@ -82,7 +82,7 @@ def _draw(axes: Axes, lines: Mapping[str, tuple[Series, Series]], styles: Mappin
 
 
 def _limit(axes: Axes, lines: Mapping[str, tuple[Series, Series]]) -> None:
-    """A logarithmic axis of tokens; on the other one everything from `_SHOWN_FROM_SHARE` on has room."""
+    """Sets a logarithmic axis of tokens; the other axis shows everything from `_SHOWN_FROM_SHARE` on."""
     last = max(tokens[-1] for tokens, _ in lines.values())
     first = min(tokens[0] for tokens, _ in lines.values())
     axes.set_xscale("log")
@@ -100,7 +100,7 @@ def _limit(axes: Axes, lines: Mapping[str, tuple[Series, Series]]) -> None:
 
 
 def _add_legend(figure: Figure, axes: Axes, losses: Mapping[str, tuple[Series, Series]]) -> None:
-    """The names beside the panels, the lowest last loss first, each with that loss."""
+    """Writes the names beside the panels, each with its last loss, the lowest loss first."""
     last = {name: values.mean(0)[-1] for name, (_, values) in losses.items()}
     handles = dict(zip(*reversed(axes.get_legend_handles_labels()), strict=True))
     names = sorted(handles, key=lambda name: (not np.isfinite(last[name]), last[name]))

@@ -1,7 +1,7 @@
-"""What an ablation found: a table, a picture, and all figures as JSON.
+"""Results of an ablation: a table, a chart, and all figures as JSON.
 
-A difference between two variants is the mean over the seeds that both have of their relative difference: of one seed both saw the same
-tokens in the same order, so what the order does to the loss drops out.
+The difference of two variants is the mean, over the seeds that both have, of their relative difference. Runs with the same seed see
+the same tokens in the same order, so the influence of the order on the loss cancels.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ class Summary:
     """One variant over its seeds.
 
     Args:
-        num_parameters: Of its model.
+        num_parameters: Parameters of the model.
         tokens: Tokens of a run.
         losses: Final validation loss by seed; None: not finite.
         mean: Mean of the losses; None: one is not finite.
@@ -52,8 +52,8 @@ def write_results(study: Study, records: Sequence[Record], output: Path) -> str:
 
     Args:
         study: What all runs share.
-        records: Of the finished runs, at least one.
-        output: Where.
+        records: Records of the finished runs, at least one.
+        output: The output directory.
 
     Raises:
         StorageError: It cannot be written.
@@ -70,13 +70,13 @@ def write_results(study: Study, records: Sequence[Record], output: Path) -> str:
 
 
 def summarise(runs: Mapping[str, Sequence[Record]]) -> dict[str, Summary]:
-    """Each variant over its seeds."""
+    """Summarises each variant over its seeds."""
     losses = {name: {record.seed: record.validation_loss for record in found} for name, found in runs.items()}
     return {name: _summary(found, losses[name], losses.get(REFERENCE, {})) for name, found in runs.items()}
 
 
 def table_text(study: Study, runs: Mapping[str, Sequence[Record]], summaries: Mapping[str, Summary]) -> str:
-    """The table as Markdown, between what was trained and what the columns mean."""
+    """Returns the table as Markdown, with the training described above it and the columns explained below it."""
     seeds = sorted({seed for summary in summaries.values() for seed in summary.losses})
     head = ["variant", "parameters", "tokens", *(f"seed {seed}" for seed in seeds), "mean", "spread", f"against {REFERENCE}", "tok/s"]
     rows = [
@@ -148,12 +148,12 @@ def _legend(records: Sequence[Record]) -> str:
 
 
 def _skipped(records: Sequence[Record]) -> str:
-    """Steps that were not taken, or nothing to say."""
+    """The number of skipped steps in words; empty if there were none."""
     return ", ".join(f"{record.variant} seed {record.seed}: {record.skipped_steps}" for record in records if record.skipped_steps)
 
 
 def _tree(study: Study, runs: Mapping[str, Sequence[Record]], summaries: Mapping[str, Summary]) -> dict[str, Any]:
-    """Every figure, as plain JSON."""
+    """All figures as plain JSON."""
     return {
         "config_hash": study.digest,
         "config": study.config,

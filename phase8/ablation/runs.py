@@ -1,7 +1,7 @@
-"""The runs of an ablation as processes, on all GPUs of the machine and several side by side on each, which a small model does not fill.
+"""The runs of an ablation as processes on all GPUs of the machine, several at once on each GPU, since a small model does not fill one.
 
-A run that crashed, was stopped or killed goes on from its checkpoint when it is started again. A run that has reached its last step
-leaves a record, by which alone it counts as finished: its directory may then be deleted.
+A run that crashed or was stopped continues from its checkpoint when it is started again. A run that reaches its last step writes a
+record; the record alone marks it as finished, so its directory may then be deleted.
 """
 
 from __future__ import annotations
@@ -37,16 +37,16 @@ class Record:
     """What a finished run measured.
 
     Args:
-        variant: Of the run.
-        seed: Of the run.
-        num_parameters: Of the model.
+        variant: Variant of the model.
+        seed: Seed of weights and data order.
+        num_parameters: Parameters of the model.
         tokens: Tokens it was trained on.
         validation_loss: After the last step, in nats per token; None: not finite.
         validation_tokens: Held-out tokens this is the mean of.
         tokens_per_second: Median over the steps.
         skipped_steps: Steps left out because loss or gradient was not finite.
-        device: Where it was trained to its end.
-        torch_version: With which torch.
+        device: Device on which it finished.
+        torch_version: Version of torch.
         jobs: Runs that could be side by side on that device.
         curve: Tokens seen and validation loss, of every evaluation.
     """
@@ -67,13 +67,13 @@ class Record:
 
 @dataclass(frozen=True)
 class Machine:
-    """Where runs are trained and how.
+    """The devices of this machine and the command that starts a run.
 
     Args:
         command: The words that start a run, given its overrides.
         device: Name of the device.
         jobs: Runs side by side on each device.
-        gpus: What CUDA_VISIBLE_DEVICES says for a run on each GPU; empty: the one device there is needs no choice.
+        gpus: Value of CUDA_VISIBLE_DEVICES for a run on each GPU; empty: there is one device, and nothing to choose.
     """
 
     command: Callable[[Sequence[str]], list[str]]
@@ -83,7 +83,7 @@ class Machine:
 
     @property
     def max_running(self) -> int:
-        """Runs side by side on all devices."""
+        """Number of runs side by side on all devices."""
         return self.jobs * max(len(self.gpus), 1)
 
 
@@ -96,16 +96,16 @@ class _Started:
 
 
 def read_records(output: Path) -> list[Record]:
-    """The records of all finished runs below an output directory, in order of their names.
+    """Reads the records of all finished runs below an output directory, in the order of their names.
 
     Raises:
-        StorageError: One is damaged.
+        StorageError: A record is damaged.
     """
     return [_read_record(path) for path in sorted((output / "records").glob("*.json"))]
 
 
 def record_path(run: PlannedRun, output: Path) -> Path:
-    """Where a run leaves its record when it is finished."""
+    """Path of the record that a finished run writes."""
     return output / "records" / f"{run.name}.json"
 
 
@@ -113,10 +113,10 @@ class RunProcesses:
     """Starts runs, watches them, and records those that reach their last step.
 
     Args:
-        machine: Where.
+        machine: Where runs are trained.
         output: Where logs and records go.
-        num_parameters: Of each variant.
-        on_message: Told what happens, a line each time.
+        num_parameters: Parameters of each variant.
+        on_message: Called with a line of text for every event.
     """
 
     def __init__(self, machine: Machine, output: Path, *, num_parameters: Mapping[str, int], on_message: Callable[[str], None]):
@@ -125,15 +125,15 @@ class RunProcesses:
         self._running: list[_Started] = []
 
     def train(self, runs: Sequence[PlannedRun], *, on_record: Callable[[], None]) -> None:
-        """Trains every run to its last step, or until a stop signal, at which all save and stop; when one fails, the others go on.
+        """Trains every run to its last step, or until a stop signal, at which all save and stop. The failure of one run does not stop the rest.
 
         Args:
-            runs: In the order they are started in.
+            runs: The runs, in the order in which they are started.
             on_record: Called whenever a run has left its record.
 
         Raises:
-            StorageError: Logs or records cannot be written; what was running is killed.
-            KeyboardInterrupt: At a second Ctrl-C; likewise.
+            StorageError: Logs or records cannot be written; the running processes are killed.
+            KeyboardInterrupt: A second Ctrl-C; the running processes are killed.
         """
         waiting, is_stopping = deque(runs), False
         next_line = time.monotonic() + SECONDS_BETWEEN_LINES
@@ -167,7 +167,7 @@ class RunProcesses:
             with open(open_for_appending(log), "ab") as file:
                 file.write(f"$ {shlex.join(command)}\n".encode(errors=ESCAPED))
                 file.flush()
-                # In a session of its own: Ctrl-C reaches this process alone, which asks each run once.
+                # The run gets a session of its own, so Ctrl-C reaches this process alone, which then asks each run once.
                 process = subprocess.Popen(
                     command, stdin=subprocess.DEVNULL, stdout=file, stderr=subprocess.STDOUT, start_new_session=True, env=environment_with_gpu(gpu)
                 )
@@ -179,7 +179,7 @@ class RunProcesses:
         return min(self.machine.gpus, key=busy.count, default=None)
 
     def _settle(self, started: _Started, *, is_stopping: bool) -> bool:
-        """Says how a process ended; whether its run left a record."""
+        """Reports how a process ended, and returns whether its run left a record."""
         run, code = started.run, started.process.returncode
         if code == 0:
             record = self._record(run)
@@ -188,7 +188,7 @@ class RunProcesses:
                 loss = "not finite" if record.validation_loss is None else f"{record.validation_loss:.4f}"
                 self.on_message(f"{run.name}: finished, validation loss {loss}")
                 return True
-        if code == 0 or (is_stopping and code == -signal.SIGTERM):  # it was asked before it could listen
+        if code == 0 or (is_stopping and code == -signal.SIGTERM):  # it was asked before its handler was installed
             self.on_message(f"{run.name}: stopped at {_progress(run)}")
             return False
         self.failures.append(code)
@@ -197,7 +197,7 @@ class RunProcesses:
         return False
 
     def _record(self, run: PlannedRun) -> Record | None:
-        """What a run measured; None when it has not reached its last step."""
+        """What a run measured; None if it has not reached its last step."""
         evaluations, history = _metrics(run, say=self.on_message)
         if not evaluations or evaluations[-1]["step"] != run.config.train.num_steps:
             return None
@@ -226,7 +226,7 @@ def _read_record(path: Path) -> Record:
 
 
 def _metrics(run: PlannedRun, *, say: Callable[[str], None] | None = None) -> tuple[list[dict[str, Any]], History]:
-    """The evaluations of a run, and all of its record; nothing when it has not begun."""
+    """The evaluations and all other records of a run; empty before it has begun."""
     path = run.directory / "metrics.jsonl"
     records = read_metrics(path, say=say) if path.exists() else []
     return [record for record in records if "validation_loss" in record], History.from_records(records)

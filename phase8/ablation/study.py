@@ -1,7 +1,7 @@
-"""Ablations of quality: what is trained, and whether it may be compared.
+"""The plan of an ablation: its variants and runs, and whether their results may be compared.
 
-Every variant is trained with every seed, each as an ordinary run. The seed gives the initial weights and the order of the data, so of one
-seed all variants see the same tokens in the same order. A variant is a few config keys; everything else is the same for all of them.
+Every variant is trained with every seed, each as an ordinary run. The seed gives the initial weights and the order of the data, so with
+one seed all variants see the same tokens in the same order. A variant changes a few config keys; all other keys are the same.
 """
 
 from __future__ import annotations
@@ -27,9 +27,9 @@ from phase8.train.datasets import RunData
 
 REFERENCE = "transformer+conv"
 SIZE_TOLERANCE = 0.01
-# What a variant may not change: another length or vocabulary is another task.
+# Keys that a variant may not change: with another length or vocabulary, losses cannot be compared.
 SAME_FOR_ALL = ("model.sequence_length", "model.vocab_size")
-# Where a run lies, what it shows, how long it lasts this time and how its data are read decide nothing about the weights. The data
+# These keys name the run, choose what it shows, limit its length or say how data are read; they do not affect the weights. The data
 # themselves are compared by their fingerprint.
 _UNCOMPARED_SECTIONS = ("run", "data", "checkpoint", "observe")
 _UNCOMPARED_KEYS = ("train.seed", "train.stop_at_step")
@@ -47,7 +47,7 @@ def _phase8(score: str, *, chain: str, global_path: bool = True) -> Settings:
     return ("model.block=phase8", "model.convolution_size=4", *parts)
 
 
-# Each row names every key it is about, so that a change of a default changes no variant.
+# Each row names every key it is about, so that changing a default changes no variant.
 VARIANTS: Mapping[str, Settings] = {
     "transformer": _transformer(taps=1),
     "transformer+conv": _transformer(taps=4),
@@ -70,9 +70,9 @@ class PlannedRun:
 
     Args:
         variant: Its name.
-        seed: Of weights and data order.
-        settings: All overrides that make its config from the file.
-        config: The config.
+        seed: Seed of weights and data order.
+        settings: All overrides that turn the config file into this run's config.
+        config: The resulting config.
     """
 
     variant: str
@@ -93,10 +93,10 @@ class PlannedRun:
 
 @dataclass(frozen=True)
 class Study:
-    """What all runs in one output directory share, and their variants; `study.json` there.
+    """The settings that all runs in one output directory share, and their variants; stored there as `study.json`.
 
     Args:
-        config: Every key that decides about the weights, before those of the variants.
+        config: Every key that affects the weights, before the variants change theirs.
         data: Fingerprints of the training and of the held-out data.
         variants: Settings of every variant by name, those of earlier commands included.
     """
@@ -116,7 +116,7 @@ def choose_variants(names: Sequence[str], definitions: Sequence[Sequence[str]]) 
     """The settings of the named variants.
 
     Args:
-        names: From `VARIANTS` or from the definitions, each once.
+        names: Names from `VARIANTS` or `definitions`, each once.
         definitions: New variants: name, the variant it begins as, and what it changes about the model or the optimizer.
 
     Raises:
@@ -134,7 +134,7 @@ def choose_variants(names: Sequence[str], definitions: Sequence[Sequence[str]]) 
 def plan_runs(
     config_path: Path, settings: Sequence[str], variants: Mapping[str, Settings], seeds: Sequence[int], *, output: Path
 ) -> list[PlannedRun]:
-    """All runs, all variants of a seed before the next seed.
+    """Lists all runs, with all variants of one seed before the next seed.
 
     Raises:
         ConfigError: The config of a run is not valid.
@@ -151,7 +151,7 @@ def plan_runs(
 
 
 def count_variant_parameters(config_path: Path, settings: Sequence[str], variants: Mapping[str, Settings]) -> dict[str, int]:
-    """Parameters of each variant, without making any."""
+    """Counts the parameters of each variant without allocating any."""
     return {name: count_parameters(shapes_only(load_config(config_path, [*settings, *changes]))) for name, changes in variants.items()}
 
 
@@ -159,7 +159,7 @@ def check_sizes(num_parameters: Mapping[str, int]) -> None:
     """Refuses variants whose sizes differ: a larger model is better for being larger.
 
     Raises:
-        ConfigError: A variant is further than `SIZE_TOLERANCE` from `REFERENCE` or, without it, from the first.
+        ConfigError: A variant differs by more than `SIZE_TOLERANCE` from `REFERENCE` or, without it, from the first variant.
     """
     base = REFERENCE if REFERENCE in num_parameters else next(iter(num_parameters))
     least, most = (round(num_parameters[base] * (1 + sign * SIZE_TOLERANCE)) for sign in (-1, 1))
@@ -172,10 +172,10 @@ def check_sizes(num_parameters: Mapping[str, int]) -> None:
 
 
 def current_study(config: RunConfig, data: RunData, variants: Mapping[str, Settings]) -> Study:
-    """What the runs of this command share.
+    """The study of this command, from its config, data and variants.
 
     Raises:
-        ConfigError: Nothing would be measured on held-out data.
+        ConfigError: There are no held-out data to evaluate on.
     """
     if data.validation is None or config.train.evaluate_every_n_steps == 0:
         key, value = ("data.validation", "null") if data.validation is None else ("train.evaluate_every_n_steps", "0")
@@ -185,11 +185,11 @@ def current_study(config: RunConfig, data: RunData, variants: Mapping[str, Setti
 
 
 def joined_study(study: Study, output: Path) -> Study:
-    """The study together with what earlier commands left in its output directory.
+    """Merges the study with the one that earlier commands left in its output directory.
 
     Raises:
         ConfigError: The directory holds runs of another config or with other variants of the same name.
-        DataError: It holds runs on other data.
+        DataError: The directory holds runs on other data.
     """
     path = output / "study.json"
     if not path.exists():
@@ -223,7 +223,7 @@ def record_study(study: Study, output: Path) -> None:
 
 
 def _compared_keys(config: RunConfig) -> dict[str, Any]:
-    """Every key that decides about the weights, by its dotted name; the variants set theirs themselves."""
+    """Every key that affects the weights, by its dotted name, without the keys that variants set."""
     tree = config_to_mapping(config)
     keys = _flat({name: section for name, section in tree.items() if name not in _UNCOMPARED_SECTIONS})
     keys["data.reset_at_document_boundaries"] = config.data.reset_at_document_boundaries

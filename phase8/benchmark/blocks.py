@@ -1,4 +1,4 @@
-"""The Phase 8 block beside the transformer baseline, on one machine in one run: at one length, and over lengths."""
+"""The Phase 8 block beside the transformer baseline in one run on one machine: at one length, and over several lengths."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from phase8.config.load import with_settings
 from phase8.config.schema import RunConfig, TrainSection
 
 BLOCKS = ("phase8", "transformer")
-# Shares of the activations that fit where all of them do not, measured on an H100 with 1.3B parameters from 65,536 tokens on.
+# Budgets that fit where keeping all activations does not, measured on an H100 with 1.3B parameters from 65,536 tokens on.
 _BUDGETS = (0.35, 0.1)
 _Settings = dict[str, object]
 
@@ -27,7 +27,7 @@ class LengthSpeed:
     Args:
         sequence_length: T.
         batch_size: Sequences of a step, one microbatch.
-        blocks: By block.
+        blocks: Measurement of each block, by its name.
     """
 
     sequence_length: int
@@ -38,13 +38,13 @@ class LengthSpeed:
 def compare_blocks(
     config: RunConfig, *, device: torch.device, num_steps: int, profile_directory: Path | None = None
 ) -> Iterator[tuple[str, Measurement]]:
-    """Trains the two blocks one after the other, each when it is asked for; all other keys are the same.
+    """Trains the two blocks one after the other, each when its result is requested; all other keys are the same.
 
     Args:
         config: What to train.
-        device: Where.
+        device: Device to train on.
         num_steps: Measured steps.
-        profile_directory: Where to write each block's kernels; None: nowhere.
+        profile_directory: Directory for the kernel tables of both blocks; None: no profile.
     """
     with on_random_tokens(config) as config:
         for block in BLOCKS:
@@ -56,16 +56,17 @@ def compare_blocks(
 def sweep_lengths(
     config: RunConfig, lengths: Sequence[int], *, tokens_per_step: int, device: torch.device, num_steps: int
 ) -> Iterator[LengthSpeed]:
-    """Trains both blocks at each length, shortest first, each length when it is asked for.
+    """Trains both blocks at each length, shortest first, each length when its result is requested.
 
-    A step is one microbatch of `tokens_per_step` tokens, or one sequence where that is longer. Where memory runs out, more is recomputed:
-    from `train.recompute` on to `selective`, or compiled to budgets, and to `full`; a longer sequence starts where a shorter one ended.
+    A step is one microbatch of `tokens_per_step` tokens, or one sequence if that is longer. When memory runs out, more is recomputed:
+    from `train.recompute` on to `selective` (with compiled blocks: to smaller budgets) and to `full`. A longer sequence starts with the
+    setting with which the one before it ended.
 
     Args:
         config: What to train at each length.
         lengths: T of each row.
         tokens_per_step: Tokens that a step holds at least.
-        device: Where.
+        device: Device to train on.
         num_steps: Measured steps of each length and block.
     """
     config = without_auto(config)
@@ -87,13 +88,13 @@ def sweep_lengths(
 
 
 def speed_ratio(blocks: Mapping[str, Measurement]) -> float | None:
-    """Speed of the Phase 8 block over the transformer's; None: one of them was not measured."""
+    """Speed of the Phase 8 block over the transformer's; None if one of them was not measured."""
     ours, theirs = (blocks[block].throughput for block in BLOCKS)
     return None if ours is None or theirs is None else ours.tokens_per_second / theirs.tokens_per_second
 
 
 def _ways_to_recompute(train: TrainSection) -> list[_Settings]:
-    """The one of the config, and those that recompute more."""
+    """The recomputation that the config sets, followed by those that recompute more."""
     budgets: list[_Settings] = [{"train.recompute": "budget", "train.activation_memory_budget": share} for share in _BUDGETS]
     between = budgets if train.compile.enabled else [{"train.recompute": "selective"}]
     more = [{"train.recompute": "none"}, *between, {"train.recompute": "full"}]
@@ -105,7 +106,7 @@ def _ways_to_recompute(train: TrainSection) -> list[_Settings]:
 def _with_enough_recomputed(
     config: RunConfig, ways: Sequence[_Settings], *, device: torch.device, num_steps: int
 ) -> tuple[Measurement, Sequence[_Settings]]:
-    """The speed with as little recomputation as fits, of these ways, and the ways from there on."""
+    """Measures with the first of these recomputation settings that fits; also returns the settings from that one on."""
     while True:
         measurement = measure_alone(with_settings(config, ways[0]), device=device, num_steps=num_steps)
         if measurement.throughput is not None or len(ways) == 1:

@@ -20,7 +20,7 @@ DOCUMENT_TOKENS = 1000
 
 @contextmanager
 def on_random_tokens(config: RunConfig) -> Iterator[RunConfig]:
-    """A config that trains on random tokens, which exist until the block ends. The same ones for every config of one vocabulary and length."""
+    """Yields a config that trains on random tokens, which exist until the block ends. Equal vocabulary and length give equal tokens."""
     with TemporaryDirectory() as directory:
         prefix = Path(directory) / "random"
         write_random_tokens(prefix, vocab_size=config.model.vocab_size, sequence_length=config.model.sequence_length)
@@ -30,14 +30,14 @@ def on_random_tokens(config: RunConfig) -> Iterator[RunConfig]:
 
 
 def write_random_tokens(prefix: Path, *, vocab_size: int, sequence_length: int) -> None:
-    """A `.bin/.idx` pair of documents of random ids: a million tokens, or more where a few sequences need more.
+    """Writes a `.bin/.idx` pair of documents of random ids: a million tokens, or more where a few sequences need more.
 
     Args:
-        prefix: Path without ending.
+        prefix: Path without suffix.
         vocab_size: Ids are below it.
-        sequence_length: Of the training sequences.
+        sequence_length: Length of the training sequences.
     """
-    num_tokens = max(MIN_TOKENS, MIN_WINDOWS * sequence_length) + 1  # the last target
+    num_tokens = max(MIN_TOKENS, MIN_WINDOWS * sequence_length) + 1  # one more, the last target
     dtype = best_dtype(vocab_size)
     tokens = np.random.default_rng(0).integers(0, vocab_size, size=num_tokens).astype(dtype)
     with IndexedWriter(prefix, dtype=dtype) as writer:

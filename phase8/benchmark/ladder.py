@@ -1,7 +1,7 @@
 """The ladder of `tools/benchmark.py speed`: what each technique adds on top of those before it, measured in one run on one machine.
 
-A rung is a few config keys. A rung that this machine does not have, or whose run was not finite, is listed with the reason, and the
-next one is built without it. How far the gradients of a rung are from those of the rung before is measured with its speed.
+A rung is a few config keys. If this machine lacks a technique, or its run was not finite, the rung is listed with the reason and the
+next rung is built without it. The deviation of a rung's gradients from those of the rung before is measured with its speed.
 """
 
 from __future__ import annotations
@@ -29,9 +29,9 @@ class Rung:
     """One technique.
 
     Args:
-        name: As the table calls it.
-        settings: Its config keys, on top of those of the rungs before it.
-        missing: Why it cannot be measured, given the device and the settings so far; None: it can.
+        name: Name in the table.
+        settings: Config keys, added to those of the rungs before it.
+        missing: Returns why the rung cannot be measured, given the device and the settings so far; None: it can.
     """
 
     name: str
@@ -44,11 +44,11 @@ class RungSpeed:
     """A measured rung, or one that is missing.
 
     Args:
-        name: Of the rung.
+        name: Name of the rung.
         measurement: Its speed, or why there is none.
-        gain: Speed over that of the last rung that was measured; None: there is none.
-        deviation: Of the gradients from those of that rung: largest difference of two norms over the norm of all. Rounding moves it, in
-            bf16 far on small models, and a wrong kernel moves it too.
+        gain: Speed relative to the last rung that was measured; None: there is none.
+        deviation: Largest difference of two gradient norms from those of that rung, over the norm of all gradients. Rounding contributes (in
+            bf16 a lot on small models), and so would a wrong kernel.
     """
 
     name: str
@@ -58,19 +58,19 @@ class RungSpeed:
 
 
 def climb(config: RunConfig, *, device: torch.device, num_steps: int, use_compile: bool = True) -> Iterator[RungSpeed]:
-    """Measures the rungs one after the other, each when it is asked for.
+    """Measures the rungs one after the other, each when its result is requested.
 
     Args:
         config: The model and the batch; the keys of the rungs are overridden.
-        device: Where.
+        device: Device to train on.
         num_steps: Measured steps of each rung.
-        use_compile: Measure the rungs that compile.
+        use_compile: Whether to measure the rungs that compile.
 
     Raises:
         ConfigError: The config itself cannot run.
     """
     ladder = rungs(config, use_compile=use_compile)
-    settings = dict(ladder[0].settings)  # whether or not the first rung fits into memory
+    settings = dict(ladder[0].settings)  # also when the first rung does not fit into memory
     last: Throughput | None = None
     with on_random_tokens(config) as config:
         for rung in ladder:
@@ -117,20 +117,20 @@ def rungs(config: RunConfig, *, use_compile: bool) -> tuple[Rung, ...]:
 
 
 def total_gain(speeds: Sequence[RungSpeed]) -> float | None:
-    """Speed of the last measured rung over that of the first; None: fewer than two were measured."""
+    """Speed of the last measured rung over that of the first; None if fewer than two were measured."""
     measured = [speed.measurement.throughput for speed in speeds if speed.measurement.throughput is not None]
     return measured[-1].tokens_per_second / measured[0].tokens_per_second if len(measured) > 1 else None
 
 
 def gradient_deviation(gradients: Mapping[str, float], expected: Mapping[str, float]) -> float:
-    """Largest difference of two norms of one name over the norm of all that is expected."""
+    """Largest difference of two norms with the same name, over the norm of all expected gradients."""
     return max(abs(gradients[name] - norm) for name, norm in expected.items()) / math.hypot(*expected.values())
 
 
 def _measure_rung(
     config: RunConfig, settings: Mapping[str, object], *, device: torch.device, num_steps: int, is_first: bool
 ) -> Measurement:
-    """The speed of a rung; what is refused on the first one is the user's to correct, later it is what the rung does."""
+    """Measures a rung. An error on the first rung is the user's to correct and is raised; on a later rung it becomes the result."""
     try:
         return measure_alone(with_settings(config, settings), device=device, num_steps=num_steps)
     except (ConfigError, DivergenceError) as error:
@@ -154,7 +154,7 @@ def _missing_compiler(device: torch.device, settings: Mapping[str, object]) -> s
 
 
 def _missing_kernels(device: torch.device, settings: Mapping[str, object]) -> str | None:
-    select_kernels("auto", device)  # the rungs before chose the references, and each run chooses anew
+    select_kernels("auto", device)  # the rungs before it chose the references; each run chooses anew
     backend = kernel_backend(device)
     return None if backend.name == "triton" else backend.reason
 

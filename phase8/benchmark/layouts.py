@@ -1,15 +1,15 @@
-"""Layouts by name, such as `tp2-pp2-interleaved-micro1`: how many ranks train, and which config keys say so.
+"""Layouts by name, such as `tp2-pp2-interleaved-micro1`: the number of ranks and the config keys that a name stands for.
 
 | part | meaning |
 |---|---|
 | `one` | one rank |
-| `tp2`, `pp2`, `dp2` | tensor, pipeline and data parallelism of that degree; the others are 1 |
+| `tp2`, `pp2`, `dp2` | tensor, pipeline and data parallelism of that degree (1 where not named) |
 | `gpipe`, `1f1b`, `interleaved` | schedule of the pipeline; interleaved has two chunks |
 | `chunks4` | chunks per stage |
 | `zero3`, `shard2` | ZeRO stage, and how many ranks share one copy |
 | `offload` | the optimizer in host memory; with `zero3` parameters and gradients too |
-| `async` | tensor-parallel ranks exchange tokens beside their products |
-| `copy` | blocks are gathered by copy engines |
+| `async` | tensor-parallel ranks exchange tokens while they compute |
+| `copy` | FSDP gathers blocks by copy engines |
 | `graph` | the step is one CUDA graph |
 | `micro4` | sequences per forward |
 
@@ -47,10 +47,10 @@ _RESET = {
 
 @dataclass(frozen=True)
 class Layout:
-    """How ranks divide the work.
+    """A division of the work over ranks.
 
     Args:
-        name: As it was given.
+        name: The name that was parsed.
         world_size: Ranks.
         settings: Config keys by dotted name.
     """
@@ -61,10 +61,10 @@ class Layout:
 
 
 def parse_layout(name: str) -> Layout:
-    """The layout of that name.
+    """Parses the name of a layout.
 
     Raises:
-        ConfigError: A part is unknown, or given twice, or nothing says how many ranks there are.
+        ConfigError: A part is unknown or given twice, or no part sets the number of ranks.
     """
     world_size, named = 1, set()
     settings: dict[str, object] = {}
@@ -86,18 +86,18 @@ def parse_layout(name: str) -> Layout:
 
 
 def layout_config(config: RunConfig, layout: Layout, *, sequences_per_rank: int) -> RunConfig:
-    """The config of a layout, in which every rank has the same number of tokens per step.
+    """The config of a layout in which every rank has the same number of tokens per step.
 
-    Tensor and pipeline ranks work on the same sequences: t x p of them take as many sequences together as t x p data-parallel ranks,
+    Tensor and pipeline ranks work on the same sequences: t x p such ranks together take as many sequences as t x p data-parallel ranks,
     in more microbatches of the same size.
 
     Args:
         config: What is trained.
-        layout: How.
-        sequences_per_rank: Of a step. Without train.micro_batch_size they are also the microbatch.
+        layout: The division over ranks.
+        sequences_per_rank: Sequences of a step per rank; without train.micro_batch_size also the microbatch.
 
     Raises:
-        ConfigError: A value that a key does not take, or numbers that do not divide.
+        ConfigError: A key does not take a value, or sizes do not divide.
     """
     config = without_auto(config)
     micro_batch_size = config.train.micro_batch_size or sequences_per_rank
@@ -109,7 +109,7 @@ def layout_config(config: RunConfig, layout: Layout, *, sequences_per_rank: int)
 
 
 def throughput_ceiling(config: RunConfig, *, num_microbatches: int) -> float | None:
-    """Share of one rank's throughput that the bubble of a pipeline leaves, by the formula of its schedule; None: there is no pipeline."""
+    """Share of one rank's throughput left by the bubble of a pipeline, by the formula of its schedule; None without a pipeline."""
     parallel = config.parallel
     if parallel.pipeline_parallel_size == 1:
         return None
@@ -122,7 +122,7 @@ def throughput_ceiling(config: RunConfig, *, num_microbatches: int) -> float | N
 
 
 def _read_part(part: str, *, layout: str) -> tuple[str, dict[str, object]]:
-    """What kind of part it is, and the keys it sets."""
+    """The kind of a part, and the keys it sets."""
     simple: dict[str, tuple[str, dict[str, object]]] = {
         ONE: (ONE, {}),
         ASYNC: (ASYNC, {"parallel.async_tensor_parallel": True}),

@@ -1,7 +1,7 @@
-"""Training speed of layouts of several ranks, each started by itself, one after the other, on the GPUs of this host.
+"""Training speed of layouts of several ranks, measured one after the other on the GPUs of this host, each in processes of its own.
 
-What is compared is work per GPU: every rank has the same number of tokens per step, in microbatches of the same size. The reference of a
-layout is the first single rank that was measured before it with that microbatch size and nothing offloaded.
+The compared figure is work per GPU: every rank has the same number of tokens per step, in microbatches of the same size. A layout's
+reference is the first single rank measured before it with the same microbatch size and nothing offloaded.
 """
 
 from __future__ import annotations
@@ -30,20 +30,20 @@ from phase8.errors import ConfigError, StorageError
 from phase8.plan.rank_memory import fullest
 from phase8.plan.whole_config import plan_stages
 
-# Earlier than the layout's own time-out, so that the ranks still can say which of them hangs, and where.
+# Shorter than the layout's own time-out, so that the ranks can still report which of them hangs, and where.
 STALL_SHARE = 0.7
 _FIRST_ERROR = re.compile(r"^(?:\[rank\d+\]: ?)?(?:rank \d+: ?)?(?:error: (.+)|((?:\w+\.)*\w*(?:Error|Exception|Exit)\b.*))$", re.MULTILINE)
 
 
 @dataclass(frozen=True)
 class Host:
-    """Where layouts are measured and how.
+    """The host on which layouts are measured.
 
     Args:
-        command: The words that start so many ranks of `launch/benchmark_rank.py`, its options left out.
+        command: Returns the words that start a number of ranks of `launch/benchmark_rank.py`, without its options.
         device_type: `cpu` or `cuda`.
-        num_devices: GPUs; of a CPU, as many as anybody asks for (None).
-        timeout_seconds: For each layout, its start included.
+        num_devices: Number of GPUs; None for a CPU, which takes any number of ranks.
+        timeout_seconds: Limit for each layout, its start included.
     """
 
     command: Callable[[int], list[str]]
@@ -54,19 +54,19 @@ class Host:
 
 @dataclass(frozen=True)
 class Ranks:
-    """What the ranks of a layout measured.
+    """The measurements of all ranks of a layout.
 
     Args:
-        device: Name of the device of the first.
-        torch_version: Of torch.
-        step_seconds: Median of the first rank: all end a step together.
-        data_wait_ratio: The largest.
-        build_seconds: The largest.
-        warmup_seconds: The largest.
-        peak_memory_bytes: Of the device, of the largest rank; None: a CPU.
-        peak_resident_bytes: Of the processes, of the largest.
-        host_bytes: That all together took of the host's memory; None: not known.
-        facts: What the banner said.
+        device: Name of the first rank's device.
+        torch_version: Version of torch.
+        step_seconds: Median of the first rank, since all ranks end a step together.
+        data_wait_ratio: Largest of all ranks.
+        build_seconds: Largest of all ranks.
+        warmup_seconds: Largest of all ranks.
+        peak_memory_bytes: Device memory of the rank that needs most; None on a CPU.
+        peak_resident_bytes: Resident set of the largest process.
+        host_bytes: Host memory taken by all ranks together; None: unknown.
+        facts: Facts of the banner.
     """
 
     device: str
@@ -83,19 +83,19 @@ class Ranks:
 
 @dataclass(frozen=True)
 class LayoutSpeed:
-    """One row.
+    """One row of the table.
 
     Args:
         layout: Name and settings.
         shape: The batch; None: the layout cannot run.
-        found: What was measured, or None.
-        reason: Why nothing was; None: it was.
-        tokens_per_second: Of all ranks.
-        tokens_per_second_per_rank: The same over the ranks.
-        relative: That over the reference's; None: there is none.
-        ceiling: What the bubble of a pipeline leaves of it; None: there is no pipeline.
-        planned_bytes: Of the device of the fullest rank.
-        planned_host_bytes: What all ranks offload; 0: nothing.
+        found: The measurement, or None.
+        reason: Why there is no measurement; None if there is one.
+        tokens_per_second: Throughput of all ranks together.
+        tokens_per_second_per_rank: Throughput divided by the number of ranks.
+        relative: Throughput per rank over the reference's; None: there is no reference.
+        ceiling: Upper bound of `relative` left by the bubble of a pipeline; None without a pipeline.
+        planned_bytes: Planned device memory of the fullest rank.
+        planned_host_bytes: Planned host memory that all ranks offload; 0: nothing is offloaded.
         seconds: Duration of the whole measurement, the start of the processes included.
     """
 
@@ -115,15 +115,15 @@ class LayoutSpeed:
 def measure_layouts(
     config: RunConfig, layouts: Sequence[Layout], *, sequences_per_rank: int, num_steps: int, host: Host, logs: Path
 ) -> Iterator[LayoutSpeed]:
-    """Measures the layouts one after the other, each when it is asked for; one that fails does not stop those after it.
+    """Measures the layouts one after the other, each when its result is requested; a layout that fails does not stop those after it.
 
     Args:
         config: What is trained; the layout is overridden.
-        layouts: In this order; a single rank first makes the others comparable.
-        sequences_per_rank: Of a step.
-        num_steps: Measured steps of each.
-        host: Where.
-        logs: Directory for what the processes print and leave, one below it for each layout.
+        layouts: In this order; later layouts are compared with a single rank that comes first.
+        sequences_per_rank: Sequences of a step per rank.
+        num_steps: Measured steps of each layout.
+        host: The host to measure on.
+        logs: Directory for output and results of the processes, with one subdirectory for each layout.
 
     Raises:
         StorageError: `logs` cannot be written.
@@ -147,21 +147,21 @@ def measure_layouts(
 
 
 def torchrun(program: Path) -> Callable[[int], list[str]]:
-    """The words by which torchrun starts so many ranks of a program on this host."""
+    """The words by which torchrun starts a number of ranks of a program on this host."""
     # Without an address the ranks would meet under the name of the host, which not every host can look up.
     options = ["--standalone", "--local-addr=127.0.0.1"]
     return lambda num_ranks: [sys.executable, "-m", "torch.distributed.run", *options, f"--nproc_per_node={num_ranks}", str(program)]
 
 
 def planned_bytes(config: RunConfig, *, world_size: int, device_type: str) -> tuple[int, int]:
-    """By the planner: the device memory of the fullest rank, and what all ranks offload to the memory of the host."""
+    """Planned device memory of the fullest rank, and planned host memory offloaded by all ranks."""
     stages = plan_stages(config, world_size=world_size, device_type=device_type)
     on_host = sum(stage.memory.host_bytes for stage in stages) * (world_size // len(stages))
     return fullest(stages).memory.total_bytes, on_host
 
 
 def first_error(log: str) -> str:
-    """The first sentence about an error in what the processes of a layout have printed."""
+    """The first error sentence in the output of a layout's processes."""
     found = _FIRST_ERROR.search(log)
     if found is None:
         lines = [line.strip() for line in log.splitlines() if line.strip()]
@@ -177,7 +177,7 @@ def _check_devices(layout: Layout, host: Host) -> None:
 def _row(
     config: RunConfig, layout: Layout, shape: BatchShape, found: Ranks | str, references: dict[int, float], *, device_type: str
 ) -> LayoutSpeed:
-    """What was found beside what was planned; a single rank becomes the reference of its microbatch size, if it is the first."""
+    """Joins measurement and plan; the first single rank with a microbatch size becomes the reference for that size."""
     ceiling = throughput_ceiling(config, num_microbatches=shape.num_microbatches)
     on_device, on_host = planned_bytes(config, world_size=layout.world_size, device_type=device_type)
     known = {"ceiling": ceiling, "planned_bytes": on_device, "planned_host_bytes": on_host}
@@ -193,7 +193,7 @@ def _row(
 
 
 def _measure(config: RunConfig, layout: Layout, *, num_steps: int, host: Host, directory: Path) -> Ranks | str:
-    """What torchrun and its ranks bring back, or why they do not."""
+    """Runs torchrun and collects the figures of its ranks, or the reason why there are none."""
     timed = with_settings(config, {"parallel.timeout_seconds": STALL_SHARE * host.timeout_seconds})
     with storage_errors(directory):
         directory.mkdir(parents=True)
@@ -202,7 +202,7 @@ def _measure(config: RunConfig, layout: Layout, *, num_steps: int, host: Host, d
     command = [*host.command(layout.world_size), *(word for name, value in options.items() for word in (f"--{name}", str(value)))]
     log = directory / "log.txt"
     with storage_errors(log), log.open("wb") as file:
-        # In a session of its own: Ctrl-C reaches this process alone, which then ends the ranks.
+        # The processes get a session of their own, so Ctrl-C reaches this process alone, which then ends the ranks.
         process = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=file, stderr=subprocess.STDOUT, start_new_session=True)
         try:
             process.wait(host.timeout_seconds)
@@ -216,7 +216,7 @@ def _measure(config: RunConfig, layout: Layout, *, num_steps: int, host: Host, d
 
 
 def _end(process: subprocess.Popen, directory: Path, world_size: int) -> None:
-    """Ends torchrun and the ranks, which it gives sessions of their own, if they have not ended by themselves."""
+    """Ends torchrun and the ranks (which have sessions of their own) if they have not ended by themselves."""
     if process.poll() is not None:
         return
     process.kill()

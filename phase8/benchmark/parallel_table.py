@@ -30,7 +30,7 @@ def layout_line(row: LayoutSpeed) -> str:
 
 
 def host_lines(rows: Sequence[LayoutSpeed]) -> Iterator[str]:
-    """Memory of the host, for layouts that offload to it."""
+    """Host memory of the layouts that offload to it."""
     for row in rows:
         if row.found is not None and row.planned_host_bytes:
             yield (
@@ -40,7 +40,7 @@ def host_lines(rows: Sequence[LayoutSpeed]) -> Iterator[str]:
 
 
 def device_lines(rows: Sequence[LayoutSpeed]) -> Iterator[str]:
-    """Where it was measured and what computed: by the last layout that ran."""
+    """Device and implementations of the last layout that ran."""
     found = [row.found for row in rows if row.found is not None]
     if found:
         yield f"{found[-1].facts['device']}; {found[-1].facts['mixer']}"

@@ -1,4 +1,4 @@
-"""Which kernels the time of a step goes to, as a table of text."""
+"""Time of a training step by kernel, as a table of text."""
 
 from __future__ import annotations
 
@@ -22,9 +22,9 @@ class KernelTime:
     """One kernel of a GPU, or one operator of torch on the CPU.
 
     Args:
-        name: As the profiler calls it.
-        seconds_per_step: Time in it, that in operators it calls left out.
-        calls_per_step: How often it ran.
+        name: Name given by the profiler.
+        seconds_per_step: Time in the kernel itself, without the operators it calls.
+        calls_per_step: Number of calls.
     """
 
     name: str
@@ -33,16 +33,16 @@ class KernelTime:
 
 
 def profile_steps(take_steps: Callable[[], None], *, device: torch.device, num_steps: int) -> list[KernelTime]:
-    """The kernels of some steps, the longest first.
+    """Measures the kernels of some steps, the longest first.
 
     Args:
         take_steps: Trains for `num_steps` steps.
-        device: Where.
-        num_steps: What the times are divided by.
+        device: Device to train on.
+        num_steps: Number of steps, by which the times are divided.
     """
     on_gpu = device.type == "cuda"
     if on_gpu:
-        torch.cuda.synchronize(device)  # the optimizer of the step before
+        torch.cuda.synchronize(device)  # waits for the optimizer of the step before
     with profile(activities=[ProfilerActivity.CUDA if on_gpu else ProfilerActivity.CPU]) as profiler:
         take_steps()
         if on_gpu:
@@ -60,13 +60,13 @@ def write_profile(path: Path, rows: Sequence[KernelTime], *, title: str, step_se
     """Writes the table.
 
     Args:
-        path: The file; its directory is made.
+        path: The file; its directory is created.
         rows: From `profile_steps`.
         title: First line.
         step_seconds: Duration of a step measured without the profiler.
 
     Raises:
-        StorageError: The place cannot be written.
+        StorageError: The file cannot be written.
     """
     busy = sum(row.seconds_per_step for row in rows)
     lines = [

@@ -1,4 +1,4 @@
-"""One rank of a benchmark: it trains for some steps with the trainer itself and leaves its figures in a file."""
+"""One rank of a benchmark: it trains for some steps with the trainer itself and writes its figures to a file."""
 
 from __future__ import annotations
 
@@ -31,15 +31,15 @@ class RankFigures:
     Args:
         rank: Its number.
         device: Name of its device.
-        torch_version: Of torch.
+        torch_version: Version of torch.
         step_seconds: Median over the measured steps, from the end of a step to the end of the next.
-        data_wait_ratio: Share of it spent waiting for data.
-        build_seconds: Until the model had its first weights and everything else was ready.
+        data_wait_ratio: Share of the step spent waiting for data.
+        build_seconds: Time until the model had its first weights and everything else was ready.
         warmup_seconds: Duration of the steps before the measured ones.
-        peak_memory_bytes: Of the device while it trained; None: a CPU.
-        peak_resident_bytes: Largest resident set of the process. Whether page-locked memory is in it is up to the driver.
-        host_bytes: Memory of the host in use after the steps, less that before the model was built; None: not known here.
-        facts: What the banner of the run said.
+        peak_memory_bytes: Device memory while it trained; None on a CPU.
+        peak_resident_bytes: Largest resident set of the process; whether page-locked memory counts depends on the driver.
+        host_bytes: Host memory in use after the steps, less that in use before the model was built; None: unknown.
+        facts: Facts of the run's banner.
     """
 
     rank: int
@@ -61,15 +61,15 @@ def measure_rank(
     """Trains without evaluation, report or checkpoints; a collective of all ranks.
 
     Args:
-        config: What to train; its length, its learning rate and what would interrupt the steps are overridden.
+        config: The config to train; its length, learning rate and whatever interrupts steps are overridden.
         world: The place of this rank; the process group exists.
-        device: Of this rank.
+        device: Device of this rank.
         num_steps: Measured steps, after `WARMUP_STEPS`.
-        directory: Where the ranks may write.
-        report: Told what this rank does from now on, and in which step.
+        directory: Directory for files of the ranks.
+        report: Called with the current action of this rank and the step.
 
     Raises:
-        DivergenceError: A loss or a gradient was not finite: the speed of such a run means nothing.
+        DivergenceError: A loss or a gradient was not finite, so the speed means nothing.
     """
     used_before, begin = host_used_bytes(), time.perf_counter()
     config = undisturbed(config, str(directory), num_steps=WARMUP_STEPS + num_steps)
@@ -101,7 +101,7 @@ def measure_rank(
 
 
 def host_used_bytes() -> int | None:
-    """Memory of this host that is not available, page-locked memory included; None: the system does not say."""
+    """Memory of this host that is not available, page-locked memory included; None where the system does not report it."""
     if not MEMORY_OF_HOST.exists():
         return None
     kibibytes = {name: int(rest.split()[0]) for name, _, rest in (line.partition(":") for line in MEMORY_OF_HOST.read_text().splitlines())}

@@ -29,7 +29,7 @@ def ladder_line(rung: RungSpeed) -> str:
 
 
 def total_line(rungs: Sequence[RungSpeed]) -> str:
-    """The whole ladder in one figure."""
+    """Gain of the whole ladder as one line."""
     measured = [rung.name for rung in rungs if rung.measurement.throughput is not None]
     if len(measured) < 2:
         return "total          not available: fewer than two rungs were measured"
@@ -57,7 +57,7 @@ def block_lines(blocks: Mapping[str, Measurement]) -> Iterator[str]:
 
 
 def fact_lines(measurements: Iterable[Measurement]) -> Iterator[str]:
-    """Where each block was measured and what computed it: by its last measurement, in which the most is switched on."""
+    """Device and implementations of each block's last measurement, which has the most techniques switched on."""
     last = {found.block: found for measurement in measurements if (found := measurement.throughput) is not None}
     for block, found in last.items():
         yield f"{block}: {found.facts['device']}; {found.facts['mixer']}"
@@ -73,12 +73,12 @@ def length_line(row: LengthSpeed) -> str:
 
 
 def speed(measurement: Measurement) -> str:
-    """Tokens per second, or why there are none."""
+    """Tokens per second, or the reason why there are none."""
     return measurement.reason if measurement.throughput is None else f"{measurement.throughput.tokens_per_second:,.0f}"
 
 
 def peak_memory(found: Throughput) -> str:
-    """Peak memory of a GPU; on a CPU the process remembers the largest run only."""
+    """Peak memory of a GPU; a CPU process only knows the peak of its largest run."""
     return format_bytes(found.peak_memory_bytes) if _measures_memory(found) else NOTHING
 
 

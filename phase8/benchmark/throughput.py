@@ -1,8 +1,8 @@
 """Training speed of a config, measured by training it for a few steps with the trainer itself.
 
-The clock runs from the end of one step to the end of the next, so everything a user waits for is in it: data, forward, backward, the
-optimizer and the record of the step. A step ends at its one synchronisation with the device, where the loss is read; what the optimizer
-still has in flight then falls into the next step, and none of it is lost.
+The clock runs from the end of one step to the end of the next, so it includes everything a user waits for: data, forward, backward, the
+optimizer and the record of the step. A step ends at its one synchronisation with the device, where the loss is read. The part of the
+optimizer still in flight then falls into the next step, so the sum is complete.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ from phase8.train.device import device_name
 from phase8.train.signals import StopRequest
 from phase8.train.trainer import Trainer
 
-WARMUP_STEPS = 3  # compilation and the recording of the CUDA graph are in them
+WARMUP_STEPS = 3  # they include compilation and the recording of the CUDA graph
 PROFILED_STEPS = 3
 
 
@@ -47,23 +47,23 @@ class Throughput:
     Args:
         device: Name of the device.
         device_type: `cpu` or `cuda`.
-        torch_version: Of torch.
+        torch_version: Version of torch.
         block: `phase8` or `transformer`.
-        num_parameters: Of the model.
+        num_parameters: Parameters of the model.
         sequence_length: T.
         batch_size: Sequences of a step.
         recompute: What backward recomputed.
         num_steps: Measured steps.
         tokens_per_second: Training speed.
         step_seconds: From the end of a step to the end of the next.
-        data_wait_ratio: Share of it spent waiting for data.
+        data_wait_ratio: Share of the step spent waiting for data.
         mfu: Model FLOP/s over the device's peak; None: unknown.
-        peak_memory_bytes: Of the whole run; on a CPU of the process, earlier runs included.
-        warmup_seconds: Duration of the steps before.
-        first_loss: Of the first step, before any update.
-        gradients: Norm of the gradient of each linear of the mixers, over all layers, in the last step of the warm-up. It tells whether
+        peak_memory_bytes: Peak of the whole run; on a CPU that of the process, earlier runs included.
+        warmup_seconds: Duration of the warm-up steps.
+        first_loss: Loss of the first step, before any update.
+        gradients: Norm of the gradient of each linear of the mixers, over all layers, in the last warm-up step. Equal norms show that
             two runs computed the same.
-        facts: What the banner of the run said: device, implementations, batch, planned memory.
+        facts: Facts of the run's banner: device, implementations, batch, planned memory.
     """
 
     device: str
@@ -88,11 +88,11 @@ class Throughput:
 
 @dataclass(frozen=True)
 class Measurement:
-    """A throughput, or why there is none.
+    """A throughput, or the reason why there is none.
 
     Args:
-        throughput: What was measured.
-        reason: Why nothing was; None: it was.
+        throughput: The measurement; None: there is none.
+        reason: Why there is none; None if there is one.
     """
 
     throughput: Throughput | None
@@ -100,7 +100,7 @@ class Measurement:
 
 
 class StepClock(MetricsWriter):
-    """The record of a run, which also remembers when each step ended."""
+    """A metrics writer that also remembers when each step ended."""
 
     def __init__(self, directory: Path):
         super().__init__(directory, resume_step=0, tensorboard=False)
@@ -112,7 +112,7 @@ class StepClock(MetricsWriter):
         self.ends = [time.perf_counter()]
 
     def log_step(self, metrics: StepMetrics) -> None:
-        """Takes the time and records a training step."""
+        """Remembers the time and records a training step."""
         self.ends.append(time.perf_counter())
         self.steps.append(metrics)
         super().log_step(metrics)
@@ -127,13 +127,13 @@ def measure_throughput(config: RunConfig, *, device: torch.device, num_steps: in
     """Trains in a temporary run directory, without evaluation, report or checkpoints.
 
     Args:
-        config: What to train; its length, its learning rate and everything that would interrupt the steps are overridden.
-        device: Where.
+        config: The config to train; its length, learning rate and everything that interrupts steps are overridden.
+        device: Device to train on.
         num_steps: Measured steps, after a warm-up of `WARMUP_STEPS`.
         profile_to: File for the kernels of `PROFILED_STEPS` further steps.
 
     Raises:
-        DivergenceError: A loss or a gradient was not finite: the speed of such a run means nothing.
+        DivergenceError: A loss or a gradient was not finite, so the speed means nothing.
     """
     with tempfile.TemporaryDirectory() as output_dir:
         total_steps = WARMUP_STEPS + num_steps + PROFILED_STEPS
@@ -159,9 +159,9 @@ def measure_throughput(config: RunConfig, *, device: torch.device, num_steps: in
 
 
 def measure_alone(config: RunConfig, *, device: torch.device, num_steps: int, profile_to: Path | None = None) -> Measurement:
-    """`measure_throughput` as if in a process of its own: compiled code and GPU memory are given back, and too little memory is a finding."""
+    """Runs `measure_throughput` as if in a new process: releases compiled code and GPU memory, and reports out-of-memory as a result."""
     measurement = _measure_or_run_out(config, device=device, num_steps=num_steps, profile_to=profile_to)
-    # Only here has the frame that holds model and optimizer ended, also after running out of memory.
+    # Only here has the frame that holds model and optimizer ended, also when memory ran out.
     if config.train.compile.enabled:
         torch.compiler.reset()
     gc.collect()
@@ -178,7 +178,7 @@ def _measure_or_run_out(config: RunConfig, *, device: torch.device, num_steps: i
 
 
 def undisturbed(config: RunConfig, output_dir: str, *, num_steps: int) -> RunConfig:
-    """The same training without anything between its steps, at a learning rate that needs no warm-up, and with nothing chosen automatically."""
+    """The same training without interruptions between its steps, without learning-rate warm-up, and with no automatic settings."""
     config = without_auto(config)
     settings = {
         "run.output_dir": output_dir,
@@ -186,7 +186,7 @@ def undisturbed(config: RunConfig, output_dir: str, *, num_steps: int) -> RunCon
         "optim.schedule": "constant",
         "optim.warmup_steps": 0,
         "optim.decay_steps": None,
-        "optim.gradient_clip_norm": 1e9 if config.optim.gradient_clip_norm else 0.0,  # the same work, gradients as they are
+        "optim.gradient_clip_norm": 1e9 if config.optim.gradient_clip_norm else 0.0,  # the same work, gradients unchanged
         "train.num_steps": num_steps,
         "train.stop_at_step": None,
         "train.evaluate_every_n_steps": 0,
@@ -202,15 +202,15 @@ def undisturbed(config: RunConfig, output_dir: str, *, num_steps: int) -> RunCon
 
 
 def _mixer_linears(model: LanguageModel) -> dict[str, list[Linear]]:
-    """The linear layers of the mixers: those of one name in all blocks."""
+    """The linear layers of the mixers by name, each with its modules of all blocks."""
     names = [name for name, module in model.blocks["0"].mixer.named_modules() if isinstance(module, Linear)]
     return {name: [block.mixer.get_submodule(name) for block in model.blocks.values()] for name in names}
 
 
 def _wake(model: LanguageModel) -> None:
-    """Gives linears of the mixers that begin at zero some weights, the same ones on one kind of device.
+    """Gives small random weights to linears of the mixers that are zero at initialisation, reproducibly for one kind of device.
 
-    The backward of a silent mixer would have only zeros to compute, and a wrong one would not show in the gradients.
+    With zero weights the backward of the mixer computes only zeros, and a wrong kernel would not show in the gradients.
     """
     generator = torch.Generator(model.embedding.weight.device).manual_seed(0)
     with torch.no_grad():
@@ -220,9 +220,9 @@ def _wake(model: LanguageModel) -> None:
 
 
 def _watch_gradients(run: Run) -> dict[str, Tensor]:
-    """A mapping that the last step of the warm-up fills: the norm of the gradient of each linear of the mixers, over all layers.
+    """Returns a mapping that the last warm-up step fills with the gradient norm of each linear of the mixers, over all layers.
 
-    That step is the one of which a CUDA graph is recorded; then later steps fill it, too.
+    That step is the one that a CUDA graph records; with a graph, later steps fill the mapping again.
     """
     norms: dict[str, Tensor] = {}
 
@@ -264,5 +264,5 @@ def _figures(run: Run, clock: StepClock, *, gradients: dict[str, float]) -> Thro
 
 
 def silence() -> Console:
-    """A console that shows nothing and, not being a terminal, costs the same everywhere."""
+    """A console that prints nothing and costs the same everywhere, since it is no terminal."""
     return make_console(quiet=True, force_terminal=False)

@@ -1,7 +1,7 @@
-"""Saving aside: training waits for the copy to host memory only, a thread writes the copy.
+"""Asynchronous saving: training waits only while its tensors are copied to host memory; a thread writes the copy to disk.
 
-One save is under way at a time: a second one waits for the first. Of several ranks each has such a thread, and the threads agree among
-themselves over a group of their own; a collective of theirs on a group that training uses, too, would meet the wrong partner.
+One save runs at a time; a second one waits for the first. Every rank has such a thread, and the threads agree over a process group of
+their own: a collective on a group that training uses as well would be matched with the wrong partner.
 """
 
 from __future__ import annotations
@@ -22,46 +22,46 @@ class BackgroundSaver:
     """Copies tensors and saves the copies.
 
     Args:
-        device: Where the tensors live.
+        device: Device of the tensors.
     """
 
     def __init__(self, device: torch.device):
-        # Every thread has a current GPU of its own, at first the first one: page-locking memory would take space on it.
+        # Every thread has its own current GPU, at first GPU 0; page-locking memory would otherwise allocate there.
         choose = (torch.cuda.set_device, (device,)) if device.type == "cuda" else (None, ())
         self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="phase8-save", initializer=choose[0], initargs=choose[1])
         self._copies = HostCopies(device)
         self._saving: Future[Path] | None = None
 
     def prepare(self, sizes: Sequence[int]) -> None:
-        """Takes memory for tensors of so many bytes, aside; otherwise the first save takes it."""
+        """Allocates memory for tensors of these sizes in the background; without this call, the first save does."""
         self._thread.submit(self._copies.reserve, sizes)
 
     def copy(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Copies of live tensors in host memory; the tensors may change as soon as this returns.
+        """Copies live tensors to host memory; the tensors may change as soon as this returns.
 
         Raises:
             MemoryError, RuntimeError: There is too little memory.
         """
-        return self._thread.submit(self._copies.copy, tensors).result()  # on the thread: behind `prepare`
+        return self._thread.submit(self._copies.copy, tensors).result()  # on the thread, so that it runs after `prepare`
 
     def start(self, copies: dict[str, Tensor], save: Save) -> None:
-        """Begins to save.
+        """Starts a save in the background.
 
         Args:
-            copies: From `copy`.
-            save: Writes its argument, on the thread.
+            copies: The result of `copy`.
+            save: Writes its argument; called on the thread.
         """
-        assert self._saving is None  # the end of the last one was not awaited
+        assert self._saving is None  # `finished` has returned for the save before
         self._saving = self._thread.submit(save, copies)
 
     def finished(self, *, wait: bool) -> Path | None:
-        """The checkpoint that has been saved since the last call.
+        """Returns the checkpoint that has been saved since the last call.
 
         Args:
-            wait: Until the save under way has ended; else None while it goes on.
+            wait: Wait until the running save has ended; otherwise return None while it runs.
 
         Raises:
-            Exception: What ended the save before it was complete.
+            Exception: The error that ended the save.
         """
         if self._saving is None or not (wait or self._saving.done()):
             return None
@@ -69,5 +69,5 @@ class BackgroundSaver:
         return saving.result()
 
     def close(self) -> None:
-        """Waits for what is under way."""
+        """Waits for the running save."""
         self._thread.shutdown(wait=True)

@@ -6,12 +6,12 @@ from collections.abc import Iterator
 from typing import BinaryIO
 
 try:
-    from zlib_ng.zlib_ng import crc32  # eight times as fast: a core sums as fast as it copies
+    from zlib_ng.zlib_ng import crc32  # eight times as fast, about the speed of a copy
 except ImportError:  # not installed: the same sums
     from zlib import crc32
 
 PATTERN = r"^crc32:[0-9a-f]{8}$"
-CHUNK_BYTES = 4 * 2**20  # long enough for the full speed of a disk, short enough to still be in the cache when it is summed
+CHUNK_BYTES = 4 * 2**20  # long enough for the full speed of a disk, short enough to stay in the cache until it is summed
 
 
 def format_crc32(value: int) -> str:

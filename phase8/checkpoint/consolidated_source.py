@@ -21,15 +21,15 @@ from phase8.errors import CheckpointCorruptError, CheckpointMismatchError
 
 
 def is_consolidated(config: dict[str, Any]) -> bool:
-    """Whether the content of a config.json is a config of ours; transformers' has no sections, but says its `model_type`."""
+    """Whether the content of a config.json is a config of phase8; that of transformers has `model_type` instead of sections."""
     return "model_type" not in config and isinstance(config.get("model"), dict)
 
 
 def open_consolidated(directory: Path, config: dict[str, Any]) -> WeightFiles:
-    """Consolidated weights, of which the header has been read. Whether they are those of the config is found when they are put into a model.
+    """Opens consolidated weights and reads their header. Whether they fit the config is checked when they are loaded into a model.
 
     Args:
-        directory: Where they lie.
+        directory: The directory of the weights.
         config: Content of its config.json.
 
     Raises:

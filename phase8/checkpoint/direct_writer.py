@@ -1,7 +1,7 @@
-"""A new file, written in order and past the page cache where its file system can do that.
+"""Writes a new file sequentially, bypassing the page cache where the file system supports it.
 
-The kernel's copy into the page cache costs three times the processor time of copying and checksumming, and a checkpoint there drives out
-what training reads. Past it, memory and offsets must be aligned, so bytes are collected in two buffers: one is filled, the other written.
+Copying into the page cache costs three times the processor time of copying and checksumming, and a checkpoint in the page cache evicts
+what training reads. Direct writes need aligned memory and offsets, so bytes are collected in two buffers: one is filled while the other is written.
 """
 
 from __future__ import annotations
@@ -16,18 +16,18 @@ from pathlib import Path
 import numpy as np
 
 BUFFER_BYTES = 32 * 2**20  # with 8 MiB the disk waits between writes
-ALIGNMENT_BYTES = 4096  # of the largest logical blocks
+ALIGNMENT_BYTES = 4096  # of the largest logical blocks in use
 _DIRECT = os.O_DIRECT if hasattr(os, "O_DIRECT") else 0
 
 
 class DirectWriter:
-    """A context, at whose end the file is on the disk, unless an exception ended it.
+    """A context manager; when it ends without an exception, the file is on the disk.
 
     Args:
-        path: Must not exist.
+        path: The file; it must not exist.
 
     Raises:
-        OSError: As the operating system says; from any method.
+        OSError: An error of the operating system, from any method.
     """
 
     def __init__(self, path: Path):
@@ -35,12 +35,12 @@ class DirectWriter:
         self._writer = ThreadPoolExecutor(1)
         self._buffers = [np.frombuffer(mmap.mmap(-1, BUFFER_BYTES), dtype=np.uint8) for _ in range(2)]
         self._filled = 0
-        self._offset = 0  # of the buffer that is being filled
+        self._offset = 0  # offset in the file of the buffer being filled
         self._writing: Future[None] | None = None
 
     @property
     def size_bytes(self) -> int:
-        """What was written so far."""
+        """Number of bytes written so far."""
         return self._offset + self._filled
 
     def write(self, data: bytes | memoryview) -> None:
@@ -54,7 +54,7 @@ class DirectWriter:
                 self._send(BUFFER_BYTES)
 
     def _send(self, num_bytes: int) -> None:
-        """Begins to write the first buffer, once the other has been written, and makes that the first."""
+        """Starts writing the full buffer once the other one has been written, and swaps them."""
         self._wait()
         self._writing = self._writer.submit(self._write_at, memoryview(self._buffers[0])[:num_bytes], self._offset)
         self._buffers.reverse()
@@ -75,7 +75,7 @@ class DirectWriter:
                 data, offset = data[written:], offset + written
 
     def _stop_direct(self) -> bool:
-        """Goes on through the page cache, after a write that was cut short or on a file system that refuses only now; False: it did already."""
+        """Continues through the page cache after a short write or a late refusal by the file system; False if it already does."""
         flags = fcntl.fcntl(self._descriptor, fcntl.F_GETFL)
         fcntl.fcntl(self._descriptor, fcntl.F_SETFL, flags & ~_DIRECT)
         return bool(flags & _DIRECT)
@@ -103,6 +103,6 @@ def _open(path: Path) -> int:
     except OSError as error:
         if error.errno != errno.EINVAL or not _DIRECT:
             raise
-    # The file system has no such writes; some have made the file before they said so.
+    # The file system does not support direct writes; some create the file before they report that.
     path.unlink(missing_ok=True)
     return os.open(path, flags, 0o666)

@@ -1,4 +1,4 @@
-"""Copies of a run's tensors in host memory that is taken once: taking and page-locking it costs more than the copies do."""
+"""Copies of a run's tensors in host memory that is allocated once: allocating and page-locking cost more than copying."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ ALIGNMENT_BYTES = 64
 
 
 class HostCopies:
-    """Copies one set of tensors at a time; the next one overwrites it.
+    """Copies one set of tensors at a time; each set overwrites the one before.
 
     Args:
-        device: Where the tensors live; memory for those of a GPU is page-locked.
-        slab_bytes: Memory that is taken at once; a tensor that is larger gets as much as it needs.
+        device: Device of the tensors; memory for tensors of a GPU is page-locked.
+        slab_bytes: Memory allocated at a time; a larger tensor gets a slab of its own size.
     """
 
     def __init__(self, device: torch.device, *, slab_bytes: int = SLAB_BYTES):
@@ -27,12 +27,12 @@ class HostCopies:
         self._slabs: list[Tensor] = []
 
     def reserve(self, sizes: Iterable[int]) -> None:
-        """Takes the memory for tensors of so many bytes, in the order in which they will come."""
+        """Allocates memory for tensors of these sizes, in the order in which `copy` will see them."""
         self._places(sizes)
 
     @torch.no_grad()
     def copy(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """The tensors of this rank, of DTensors its parts, as they are now; good until the next call."""
+        """Copies this rank's tensors (the local parts of DTensors) as they are now; the copies stay valid until the next call."""
         own = {name: held_part(tensor).detach() for name, tensor in tensors.items()}
         places = self._places(part.nbytes for part in own.values())
         copies = {}
@@ -44,7 +44,7 @@ class HostCopies:
         return copies
 
     def _places(self, sizes: Iterable[int]) -> list[Tensor]:
-        """Bytes for each tensor, one behind the other; slabs that are missing are taken."""
+        """Assigns each tensor its bytes, one after the other; allocates the slabs that are missing."""
         places, slab, begin = [], 0, 0
         for size in sizes:
             while slab < len(self._slabs) and begin + size > len(self._slabs[slab]):

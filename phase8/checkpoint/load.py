@@ -1,4 +1,4 @@
-"""Finding and reading checkpoints. Every byte that is used was compared with its checksum first; nothing is ever executed."""
+"""Finding and reading checkpoints. Every byte is compared with its checksum before it is used; nothing is ever executed."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ class Checkpoint:
 
     Args:
         path: Its directory.
-        manifest: What its files must hold.
+        manifest: Contents that its files must have.
     """
 
     def __init__(self, path: Path, manifest: Manifest):
@@ -39,17 +39,17 @@ class Checkpoint:
 
     @property
     def step(self) -> int:
-        """Optimizer steps done when it was saved."""
+        """Number of optimizer steps done when it was saved."""
         return self.manifest.step
 
     @property
     def metadata(self) -> dict[str, Any]:
-        """What was given to `save_checkpoint`."""
+        """The metadata given to `save_checkpoint`."""
         return self.manifest.metadata
 
     @property
     def tensor_names(self) -> list[str]:
-        """Names of all tensors, those of today where the revision that saved them had others; in the order they were saved in."""
+        """Names of all tensors, in the order in which they were saved; names of earlier revisions are translated to today's."""
         return list(self._entries)
 
     def entry(self, name: str) -> TensorEntry:
@@ -63,7 +63,7 @@ class Checkpoint:
         return self._entries[name]
 
     def read(self, name: str) -> Tensor:
-        """A new tensor on the host, its bytes read once and checked on the way.
+        """Reads a tensor into new host memory; its bytes are read once and checked on the way.
 
         Raises:
             CheckpointCorruptError: Its bytes are missing or altered.
@@ -72,20 +72,20 @@ class Checkpoint:
         return self.read_region(name, whole_region(self.entry(name).shape))
 
     def read_region(self, name: str, region: RegionLike, *, into: Tensor | None = None, for_the_last_time: bool = False) -> Tensor:
-        """A region of a tensor on the host. The slices that overlap it are read, whole, for only so they can be checked.
+        """Reads a region of a tensor into host memory. Slices that overlap the region are read completely, because only then can they be checked.
 
         Args:
             name: The tensor.
-            region: Of its elements.
+            region: Region of its elements.
             into: A contiguous tensor on the host of the region's shape and the stored dtype, to be overwritten; None: a new one.
-            for_the_last_time: Nobody on this host will read the region again soon.
+            for_the_last_time: No process on this host will read the region again soon.
 
         Raises:
-            CheckpointCorruptError: Their bytes are missing or altered.
+            CheckpointCorruptError: Bytes are missing or altered.
             CheckpointMismatchError: There is no such tensor.
         """
         dtype = DTYPES[self.entry(name).dtype]
-        # First of all the headers: only what they hold as well is of a size that memory may be taken for.
+        # Headers come first: memory is allocated only for sizes that the files have as well.
         parts = [(part, self._file(part.file)) for part in self._slices_in(name, region)]
         tensor = torch.empty(region.shape, dtype=dtype) if into is None else into
         for part, file in parts:
@@ -99,10 +99,10 @@ class Checkpoint:
         return tensor
 
     def verify_region(self, name: str, region: RegionLike) -> None:
-        """Checks the bytes that `read_region` would read, in constant memory, unless this object has read or checked them before.
+        """Checks the bytes that `read_region` would read, in constant memory, unless this object has already read or checked them.
 
         Raises:
-            CheckpointCorruptError: They are missing or altered.
+            CheckpointCorruptError: Bytes are missing or altered.
             CheckpointMismatchError: There is no such tensor.
         """
         for part in self._slices_in(name, region):
@@ -149,7 +149,7 @@ class Checkpoint:
         self._verified.add((part.file, part.key))
 
     def _slices_in(self, name: str, region: RegionLike) -> list[Slice]:
-        """The slices that hold elements of a region."""
+        """The slices that overlap a region."""
         return [part for part in self.entry(name).slices if overlap(region, part)]
 
     def _file(self, file_name: str) -> TensorFile:
@@ -179,10 +179,10 @@ class Checkpoint:
 
 
 def list_checkpoints(root: Path) -> list[Path]:
-    """Committed checkpoints under `root`, newest first; whether they are intact is not looked at.
+    """Committed checkpoints under `root`, newest first; their content is not checked.
 
     Raises:
-        CheckpointError: `root` is there but cannot be listed.
+        CheckpointError: `root` exists but cannot be listed.
     """
     try:
         return committed_directories(root)
@@ -193,7 +193,7 @@ def list_checkpoints(root: Path) -> list[Path]:
 
 
 def find_checkpoint(path: Path) -> Path:
-    """The checkpoint a user means: `path` itself, or the newest in it when it is a `checkpoints` or a run directory.
+    """Finds the checkpoint that a path stands for: `path` itself, or the newest one in it if it is a `checkpoints` or a run directory.
 
     Raises:
         CheckpointError: There is none.
@@ -213,7 +213,7 @@ def find_checkpoint(path: Path) -> Path:
 
 
 def open_checkpoint(directory: Path) -> Checkpoint:
-    """A checkpoint whose manifest is intact and whose files are all there with the right lengths, and no others.
+    """Opens a checkpoint after checking that its manifest is intact, and that exactly its files are there with the right lengths.
 
     The bytes of tensors are checked when they are read, or all at once by `Checkpoint.verify`.
 
@@ -228,7 +228,7 @@ def open_checkpoint(directory: Path) -> Checkpoint:
         num_bytes = os.fstat(file.fileno()).st_size
         if num_bytes > MAX_MANIFEST_BYTES:
             raise CheckpointCorruptError(f"{path} is longer than the {MAX_MANIFEST_BYTES} bytes a manifest can have; use another checkpoint")
-        data = file.read(num_bytes)  # a larger number would be allocated before anything is read
+        data = file.read(num_bytes)  # a larger size would be allocated before anything is read
     manifest = parse_manifest(data, path)
     if step_of(directory.name) not in (None, manifest.step):
         raise CheckpointCorruptError(f"{path} is the manifest of step {manifest.step}; use another checkpoint")
@@ -264,17 +264,17 @@ def newest_good_checkpoint(
     on_damaged: Callable[[Path, CheckpointError], None],
     check: Callable[[Checkpoint], None] = Checkpoint.verify,
 ) -> Checkpoint | None:
-    """The newest checkpoint under `root` that passes `check`; None if there is none at all.
+    """The newest checkpoint under `root` that passes `check`; None if there are no checkpoints.
 
     Args:
         root: The `checkpoints` directory of a run.
-        on_damaged: Told of every newer one that was passed over, and why.
+        on_damaged: Called with every newer checkpoint that failed the check, and its error.
         check: Raises CheckpointError for a damaged one. Reads every byte by default; a caller that will read every tensor anyway
             passes the function that does, so that bytes are read once, e.g. `lambda c: restore_state(c, model, optimizer)`.
 
     Raises:
         CheckpointCorruptError: There are checkpoints and all are damaged.
-        CheckpointMismatchError: `check` found a good one that belongs to another model or other data.
+        CheckpointMismatchError: `check` found an intact checkpoint that belongs to another model or other data.
     """
     directories = list_checkpoints(root)
     for directory in directories:
@@ -282,7 +282,7 @@ def newest_good_checkpoint(
             checkpoint = open_checkpoint(directory)
             check(checkpoint)
         except CheckpointMismatchError:
-            raise  # nothing is wrong with the checkpoint: an older one would not fit either
+            raise  # the checkpoint is intact: an older one would not fit either
         except CheckpointError as error:
             on_damaged(directory, error)
         else:

@@ -1,4 +1,4 @@
-"""The manifest of a checkpoint: which files it has, where each tensor lies in them, and everything that is not a tensor.
+"""The manifest of a checkpoint: its files, the place of each tensor in them, and everything that is not a tensor.
 
 The file is JSON. Its last 31 bytes are `"checksum": "crc32:0123abcd"`, a line feed, `}` and a line feed; the CRC-32 is that of
 all bytes before them, so a change of any byte is found. See docs/checkpoint_format.md.
@@ -33,7 +33,7 @@ _TRAILER_BYTES = 31
 _MAX_BYTES = 2**63 - 1
 MAX_STEP = 10**18 - 1  # eighteen digits in a directory name
 
-_Place = tuple[Any, str | int]  # of the holder, or None; and the name in it
+_Place = tuple[Any, str | int]  # the place of the containing value (None for the root), and the key or index in it
 Size = Annotated[int, Field(ge=0, le=_MAX_BYTES)]
 Shape = Annotated[list[Size], Field(max_length=MAX_DIMS)]
 Checksum = Annotated[str, Field(pattern=PATTERN)]
@@ -46,7 +46,7 @@ class _Record(BaseModel):
 
 
 class Slice(_Record):
-    """A region of a tensor and where its bytes are: entry `key` of the safetensors file `file`."""
+    """A region of a tensor and the place of its bytes: entry `key` of the safetensors file `file`."""
 
     file: FileName
     key: TensorName
@@ -64,7 +64,7 @@ class TensorEntry(_Record):
 
     @property
     def size_bytes(self) -> int:
-        """Bytes of the whole tensor."""
+        """Size of the whole tensor in bytes."""
         return math.prod(self.shape) * DTYPES[self.dtype].itemsize
 
 
@@ -76,17 +76,17 @@ class TensorFileEntry(_Record):
 
 
 class AttachmentEntry(_Record):
-    """A file stored as it is, such as the tokenizer."""
+    """A file stored unchanged, such as the tokenizer."""
 
     size_bytes: Size
     checksum: Checksum
 
 
 class Manifest(_Record):
-    """Everything `manifest.json` says."""
+    """The content of `manifest.json`."""
 
     format: Literal["phase8-checkpoint"]
-    format_version: Annotated[int, Field(ge=1, le=FORMAT_VERSION)]  # a Literal would take true and 1.0 too
+    format_version: Annotated[int, Field(ge=1, le=FORMAT_VERSION)]  # a Literal would accept true and 1.0 as well
     step: Size
     metadata: dict[str, Any]
     files: dict[FileName, TensorFileEntry]
@@ -94,7 +94,7 @@ class Manifest(_Record):
     attachments: dict[FileName, AttachmentEntry]
 
     def slices_by_file(self) -> dict[str, dict[str, tuple[str, Slice]]]:
-        """File -> key in the file -> (tensor name, slice): all that the files must hold."""
+        """Maps file and key to (tensor name, slice), for everything that the files must hold."""
         result: dict[str, dict[str, tuple[str, Slice]]] = {name: {} for name in self.files}
         for name, entry in self.tensors.items():
             for part in entry.slices:
@@ -116,11 +116,11 @@ def manifest_bytes(manifest: Manifest) -> bytes:
 
 
 def parse_manifest(data: bytes, path: Path) -> Manifest:
-    """The manifest that `manifest_bytes` wrote, every rule of the format checked that needs no other file.
+    """Parses what `manifest_bytes` wrote, and checks every rule of the format that needs no other file.
 
     Args:
         data: Content of the file.
-        path: Where it came from, for the error.
+        path: Path of the file, for error messages.
 
     Raises:
         CheckpointCorruptError: It is damaged or breaks a rule.
@@ -164,11 +164,11 @@ def _parse_json(data: bytes, path: Path) -> dict[str, Any]:
 
 
 def json_problem(value: Any, where: str) -> str | None:
-    """Why `value` is not exactly a JSON value (it would come back as another one, or not at all), or None.
+    """Why `value` is not exactly a JSON value (it would come back changed, or not at all); None if it is one.
 
-    Tuples, numpy scalars and subclasses are refused rather than turned into something else.
+    Tuples, numpy scalars and subclasses are refused rather than converted.
     """
-    # A place is what holds it and its name there: written out for every value, they would take far more memory than the values.
+    # A place links to the place of its container: spelled out for every value, places would take far more memory than the values.
     stack: list[tuple[Any, _Place, int]] = [(value, (None, where), 0)]
     while stack:
         item, place, depth = stack.pop()
@@ -189,7 +189,7 @@ def json_problem(value: Any, where: str) -> str | None:
 
 
 def _path(place: _Place) -> str:
-    """Such as `metadata.a[0]`."""
+    """Spells a place, for example `metadata.a[0]`."""
     parts = []
     holder, name = place
     while holder is not None:
@@ -199,7 +199,7 @@ def _path(place: _Place) -> str:
 
 
 def consistency_problem(manifest: Manifest) -> str | None:
-    """The first rule that spans several entries and is broken, or None."""
+    """The first broken rule that spans several entries, or None."""
     for name in manifest.files:
         if not name.endswith(TENSOR_FILE_SUFFIX):
             return f"the tensor file {name!r} does not end in {TENSOR_FILE_SUFFIX!r}"
@@ -229,7 +229,7 @@ def _tensor_problem(entry: TensorEntry) -> str | None:
     dtype = DTYPES.get(entry.dtype)
     if dtype is None:
         return f"dtype {shown(entry.dtype)} is none of {', '.join(DTYPES)}"
-    # Zero-sized dims count as one: torch computes strides, which must not overflow, from the others.
+    # Zero-sized dims count as one: torch computes strides from all dims, and they must not overflow.
     if math.prod(max(1, size) for size in entry.shape) * dtype.itemsize > _MAX_BYTES:
         return f"shape {shown(entry.shape)} is beyond every memory"
     return coverage_problem(entry.shape, entry.slices)

@@ -1,6 +1,6 @@
-"""Whether tensors can be those of a model that a stored config describes, by a few comparisons: nothing is built for sizes that nobody has.
+"""Checks by a few comparisons whether stored tensors can belong to the model that a stored config describes, before anything is built.
 
-What passes may still be another model, which its exact shapes show; but building those takes no more than what the tensors have.
+A model that passes may still differ, which comparing exact shapes shows; but building those takes no more memory than the tensors do.
 """
 
 from __future__ import annotations
@@ -20,8 +20,8 @@ def sizes_problem(model: ModelSection, shapes: Mapping[str, Sequence[int]]) -> s
     """Why a model cannot have these parameters, or None.
 
     Args:
-        model: From a file that anybody may have written.
-        shapes: Of the stored parameters, by their name in the model.
+        model: Model section of a file whose origin is not trusted.
+        shapes: Shapes of the stored parameters, by their name in the model.
     """
     if (problem := next(model_problems(model), None)) is not None:
         return problem.removesuffix(".")
@@ -40,12 +40,12 @@ def sizes_problem(model: ModelSection, shapes: Mapping[str, Sequence[int]]) -> s
 
 
 def _layers_problem(model: ModelSection, shapes: Mapping[str, Sequence[int]]) -> str | None:
-    """The layers that there are, all of the same form, are those of the config."""
+    """Whether the stored layers have one form and match the number in the config."""
     layers: dict[str, set[tuple[str, tuple[int, ...]]]] = {}
     for name, shape in shapes.items():
         if (found := _IN_A_BLOCK.fullmatch(name)) is not None:
             layers.setdefault(found[1], set()).add((found[2], tuple(shape)))
-    # The numbers come last: so many layers as there are can be counted.
+    # Numbers are compared last, when it is known that layers can be counted.
     if len(layers) != model.num_layers or any(str(layer) not in layers for layer in range(model.num_layers)):
         return f"model.num_layers is {shown(model.num_layers)}, but there are weights of {len(layers)} layers"
     differing = next((layer for layer, form in layers.items() if form != layers["0"]), None)
@@ -53,7 +53,7 @@ def _layers_problem(model: ModelSection, shapes: Mapping[str, Sequence[int]]) ->
 
 
 def _shapes_of(model: ModelSection) -> Iterator[tuple[dict[str, object], tuple[int, ...]]]:
-    """Keys, and the shape of a weight that they make. Together they bound every width: D, V, N heads times head size, F, rank, taps."""
+    """Keys, and the shape of a weight that they determine. Together they bound every width: D, V, N heads times head size, F, rank, taps."""
     D, N, F, rank = model.d_model, model.attention_width, model.feed_forward_width, model.low_rank_rank
     widths = {"model.num_heads": model.num_heads, "model.head_size": model.head_width}
     yield {"model.vocab_size": model.vocab_size, "model.d_model": D}, (model.vocab_size, D)

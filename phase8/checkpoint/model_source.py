@@ -1,6 +1,6 @@
 """Opens whatever directory holds a model: a checkpoint, a run, consolidated weights, or a Llama of Hugging Face's transformers.
 
-What it is of is in `metadata["config"]` in every case, its tokenizer an attachment; only a checkpoint has an optimizer and a position.
+The config is in `metadata["config"]` in every case, and the tokenizer is an attachment; only a checkpoint has an optimizer and a position.
 """
 
 from __future__ import annotations
@@ -15,10 +15,10 @@ from phase8.checkpoint.weight_files import read_object, regular
 
 
 def open_model(directory: Path) -> Checkpoint:
-    """The model in a directory: of a run or a directory of checkpoints the newest, of weights without a manifest a `WeightFiles`.
+    """Opens the model in a directory: the newest checkpoint of a run or of a directory of checkpoints, or `WeightFiles` without a manifest.
 
     Raises:
-        CheckpointError: There is none, it is damaged, or of a kind that cannot be read.
+        CheckpointError: There is no model, it is damaged, or its format cannot be read.
     """
     if not holds_weights_only(directory):
         return open_checkpoint(find_checkpoint(directory))
@@ -27,6 +27,6 @@ def open_model(directory: Path) -> Checkpoint:
 
 
 def tokenizer_of(checkpoint: Checkpoint) -> Path | None:
-    """The tokenizer that lies with a model, its bytes checked; None: there is none."""
+    """The tokenizer stored with a model, its bytes checked; None without one."""
     name = next((name for name in checkpoint.manifest.attachments if name.startswith("tokenizer.")), None)
     return None if name is None else checkpoint.attachment(name)

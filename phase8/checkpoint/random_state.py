@@ -17,7 +17,7 @@ _NUMPY_WORDS = 624
 
 
 class _States(NamedTuple):
-    """What the generators take; `cuda` None: the run had no such device."""
+    """Arguments of the generators; `cuda` is None where the run had no such device."""
 
     python: tuple[Any, ...]
     numpy: tuple[Any, ...]
@@ -66,11 +66,11 @@ def restore_random_state(state: dict[str, Any], device: torch.device) -> None:
 
 
 def check_random_state(state: dict[str, Any], device: torch.device | None = None) -> _States:
-    """The states that `capture_random_state` returned, each accepted by a generator of its kind that nobody draws from.
+    """Parses the states that `capture_random_state` returned, and tries each in a generator of its kind that is not otherwise used.
 
     Args:
-        state: May be anything.
-        device: Where it will be restored; None: nowhere, so that it may be of another version of torch.
+        state: Any value.
+        device: Device on which it will be restored; None: nowhere, so another version of torch may have written it.
 
     Raises:
         CheckpointCorruptError: `state` does not have the form of a captured one.
@@ -103,7 +103,7 @@ def check_random_state(state: dict[str, Any], device: torch.device | None = None
 
 
 def _check_numbers(python: dict[str, Any], numpy_state: dict[str, Any]) -> None:
-    """What the generators themselves do not look at before they use it; numpy would read beyond its words."""
+    """Checks what the generators do not check before they use it; numpy would read out of bounds."""
     position, has_gauss = numpy_state["position"], numpy_state["has_gauss"]
     if type(position) is not int or not 0 <= position <= _NUMPY_WORDS:
         raise ValueError(f"numpy's position is {shown(position)}, not one of 0 to {_NUMPY_WORDS}")

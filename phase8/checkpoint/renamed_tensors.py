@@ -1,14 +1,14 @@
-"""Tensors that earlier revisions named or shaped otherwise, in today's form: the same bytes, so a checkpoint of then is read as one of today.
+"""Names and shapes of tensors in earlier revisions, translated to today's; the bytes are the same, so old checkpoints load unchanged.
 
 | before | today |
 |---|---|
-| `blocks.<n>.mixer.{decay_bias,gate_bias,scalars,chain}` | the same in `blocks.<n>.mixer.global_path` |
+| `blocks.<n>.mixer.{decay_bias,gate_bias,scalars,chain}` | the same names in `blocks.<n>.mixer.global_path` |
 | `blocks.<n>.mixer.global_norm` | `blocks.<n>.mixer.global_path.norm` |
 | `blocks.<n>.mixer.convolution.weight` [3 N, taps] | [3, N, taps] |
 
-Optimizer state follows its parameter.
+Optimizer state is renamed with its parameter.
 
-Shape: N channels of q, of k and of v.
+Shape: N channels for each of q, k and v.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ def _present_name(name: str) -> str:
 
 
 def _present_shape(name: str, entry: TensorEntry) -> TensorEntry:
-    """Only what lies in one piece, as all tensors did then, keeps its order of bytes."""
+    """The new shape of a tensor; only a tensor stored in one piece (as all were then) keeps the order of its bytes."""
     is_whole = len(entry.slices) == 1 and entry.slices[0].shape == entry.shape
     if _CONVOLUTION.match(name) is None or len(entry.shape) != 2 or entry.shape[0] % 3 != 0 or not is_whole:
         return entry

@@ -1,4 +1,4 @@
-"""Which checkpoints are kept, and the safe removal of the others."""
+"""Selects the checkpoints that are kept, and removes the rest safely."""
 
 from __future__ import annotations
 
@@ -14,19 +14,19 @@ from phase8.errors import CheckpointCorruptError, StorageError
 
 
 def apply_retention(root: Path, *, keep_last: int, keep_every_n_steps: int | None, known_good: Path | None = None) -> list[Path]:
-    """Paths of the checkpoints that were removed; leftovers of dead writers and interrupted removals are cleared too.
+    """Removes checkpoints that are no longer kept, and leftovers of dead writers and interrupted removals; returns the removed paths.
 
-    Kept are the `keep_last` newest, those of every n-th step, and in any case one that is good: `known_good`, or the newest that
-    passes a full verification. A directory loses its good name before anything in it is deleted.
+    The `keep_last` newest are kept, those of every n-th step, and in any case one that is intact: `known_good`, or the newest that
+    passes a full verification. A directory is renamed before anything in it is deleted.
 
     Args:
         root: The `checkpoints` directory of a run.
         keep_last: Newest checkpoints kept, at least 1.
         keep_every_n_steps: Also keep steps that are multiples of this.
-        known_good: A checkpoint that the caller has just saved or read; spares reading one to the end.
+        known_good: A checkpoint that the caller has just saved or read, so that none needs to be verified.
 
     Raises:
-        StorageError: Something cannot be removed.
+        StorageError: A file or directory cannot be removed.
     """
     with _removal_errors(root):
         directories = list_checkpoints(root)
@@ -46,7 +46,7 @@ def apply_retention(root: Path, *, keep_last: int, keep_every_n_steps: int | Non
 
 def _spare_newest_good(root: Path, candidates: list[Path]) -> list[Path]:
     try:
-        good = newest_good_checkpoint(root, on_damaged=lambda path, error: None)  # the next resume is what reports damage
+        good = newest_good_checkpoint(root, on_damaged=lambda path, error: None)  # damage is reported by the next resume
     except CheckpointCorruptError:
         return []
     return [directory for directory in candidates if good is not None and directory != good.path]

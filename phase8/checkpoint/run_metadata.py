@@ -1,13 +1,13 @@
-"""What a training run records in a checkpoint beside tensors, read strictly: a right checksum does not say that a run wrote it.
+"""The metadata of a training run in a checkpoint, parsed strictly: a correct checksum does not prove that a run wrote it.
 
-Types, ranges, and sizes against those of the tensors are checked here, before anything is built or changed.
+Types, ranges, and consistency with the sizes of the tensors are checked here, before anything is built or changed.
 
-| not of this release | |
+| key of another release | treatment |
 |---|---|
-| a key that an earlier one did not write | has its default |
-| a key of `config` outside the model section | is left out: whatever it meant, it was about training |
-| a key of `config.model` or of `position` | is refused: without it weights or data would be read as something else |
-| a key of `data_fingerprint` | is kept, for it is compared with that of the data |
+| a key that an earlier release did not write | has its default |
+| an unknown key of `config` outside the model section | is dropped, since it only concerned training |
+| an unknown key of `config.model` or of `position` | is refused: ignoring it could misread weights or data |
+| an unknown key of `data_fingerprint` | is kept, since it is compared with that of the data |
 """
 
 from __future__ import annotations
@@ -34,11 +34,11 @@ from phase8.precision.policy import COMPUTE_DTYPES
 OF_A_MODEL = ("config",)
 OF_A_RUN = ("config", "position", "data_fingerprint", "random_state")
 _MOST = 2**63 - 1
-# Whole numbers up to it are exact in float64, as charts and JSON readers have them. It is 9e15: two hundred times the tokens of the largest runs
-# there have been, and every token is of a sequence. Batch and length of sequence may have changed and rollbacks leave samples out, so a
-# product of steps, batch and length bounds nothing.
+# Whole numbers up to it are exact in float64, which charts and JSON readers use: 9e15 is two hundred times the tokens of the largest runs
+# so far. A product of steps, batch size and sequence length is no bound: batch size and length may have changed during the run, and
+# rollbacks skip samples.
 _MOST_READ = 2**53
-_LONGEST_SEQUENCE = 2**31 - 1  # of the schema, `TokenCount`
+_LONGEST_SEQUENCE = 2**31 - 1  # the schema's bound, `TokenCount`
 _MOST_LOSSES = 1024
 _KEYS = {name for name, _ in iterate_keys()}
 _SECTIONS = {name.rpartition(".")[0] for name in _KEYS}
@@ -55,7 +55,7 @@ class _Record(BaseModel):
 
 
 class StoredPosition(_Record):
-    """How far a run had come, the fields of `train.resume.Position`; those that earlier releases did not write have a default."""
+    """The progress of a run, with the fields of `train.resume.Position`; fields that earlier releases did not write have a default."""
 
     step: Count
     samples_consumed: ReadCount
@@ -68,7 +68,7 @@ class StoredPosition(_Record):
 
 
 class _Pair(_Record):
-    """A `.bin/.idx` pair, or some of its documents; what later releases say of it besides is compared, not read."""
+    """A `.bin/.idx` pair or a range of its documents; fields of later releases are compared, not read."""
 
     model_config = ConfigDict(extra="allow")
 
@@ -80,7 +80,7 @@ class _Pair(_Record):
 
 
 class _Source(_Pair):
-    """A data set of one pair."""
+    """A data set that is a single pair."""
 
     weight: Weight
 
@@ -103,7 +103,7 @@ def _kind_of_source(value: Any) -> str:
 
 
 class _Fingerprint(_Record):
-    """As `data.fingerprint.data_fingerprint` writes it; of an imported model without sources."""
+    """A fingerprint written by `data.fingerprint.data_fingerprint`; that of an imported model has no sources."""
 
     model_config = ConfigDict(extra="allow")
 
@@ -115,7 +115,7 @@ class _Fingerprint(_Record):
 
 
 class _Metadata(_Record):
-    """The keys beside the config, of which an imported model may lack any; others are somebody else's."""
+    """The keys beside the config, any of which an imported model may lack; unknown keys are ignored."""
 
     model_config = ConfigDict(extra="ignore")
 
@@ -128,14 +128,14 @@ class _Metadata(_Record):
 
 @dataclass(frozen=True)
 class RunMetadata:
-    """The metadata of a checkpoint; None: a key that it does not have.
+    """The metadata of a checkpoint; None for a key that is missing.
 
     Args:
-        config: Of the run that saved it; the tensors agree with its model section.
-        position: How far it had come.
+        config: Config of the run that saved it; its model section agrees with the tensors.
+        position: Progress of the run.
         global_batch_size: Sequences of its last step.
-        data_fingerprint: Of its data, as plain JSON.
-        random_state: For `restore_random_state`.
+        data_fingerprint: Fingerprint of its data, as plain JSON.
+        random_state: Argument of `restore_random_state`.
     """
 
     config: RunConfig
@@ -146,15 +146,15 @@ class RunMetadata:
 
 
 def run_metadata(checkpoint: Checkpoint, *, needed: Sequence[str] = OF_A_MODEL) -> RunMetadata:
-    """The metadata of a checkpoint that a training run or an import has written.
+    """Parses the metadata of a checkpoint that a training run or an import has written.
 
     Args:
-        checkpoint: Its manifest is intact; its metadata may say anything.
-        needed: Keys that must be there.
+        checkpoint: Its manifest is intact; its metadata are not trusted.
+        needed: Keys that must be present.
 
     Raises:
-        CheckpointError: A key that is needed is not there.
-        CheckpointCorruptError: A value that no run records, or sizes that the tensors do not have.
+        CheckpointError: A needed key is missing.
+        CheckpointCorruptError: A value that no run records, or sizes that contradict the tensors.
     """
     found, path = checkpoint.metadata, checkpoint.path
     missing = [key for key in ("config", *needed) if found.get(key) is None]
@@ -198,7 +198,7 @@ def run_metadata(checkpoint: Checkpoint, *, needed: Sequence[str] = OF_A_MODEL) 
 
 
 def stored_config(tree: dict[str, Any]) -> RunConfig:
-    """The config that a checkpoint stores as plain JSON, whatever release has written it.
+    """Parses the config in a checkpoint of any release from plain JSON.
 
     Raises:
         ConfigError: This release cannot read it.
@@ -219,9 +219,9 @@ def _known_keys(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
 
 
 def _position_problem(position: StoredPosition, step: int) -> str | None:
-    """What no run can have counted.
+    """Why no run can have these counters, or None.
 
-    Every step reads a sequence at least. A rollback leaves samples out, so few tokens may have been seen of many samples, but never more
+    Every step reads at least one sequence. A rollback skips samples, so few tokens may belong to many samples, but never more
     than the longest sequences hold.
     """
     if position.step != step:

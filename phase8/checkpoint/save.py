@@ -1,4 +1,4 @@
-"""Saving a checkpoint: written aside, made durable, then renamed. Nothing that exists is ever overwritten."""
+"""Saving a checkpoint: it is written under a temporary name, made durable, then renamed. Existing files are never overwritten."""
 
 from __future__ import annotations
 
@@ -36,29 +36,29 @@ def save_checkpoint(
     max_file_bytes: int = DEFAULT_MAX_FILE_BYTES,
     group: dist.ProcessGroup | None = None,
 ) -> Path:
-    """The directory of a checkpoint that is complete and on the disk when this returns.
+    """Saves a checkpoint; when this returns, its directory is complete and on the disk.
 
     At every instant, a crash of the machine included, the directory under `root` holds every checkpoint it held before and no
-    part of a new one under a checkpoint's name. A step that is there already is replaced only after its successor is committed.
+    part of a new one under a checkpoint's name. A step that already exists is replaced only after its successor is committed.
     Of several processes all must call it, and all learn of a failure on any of them.
 
     Args:
         root: The `checkpoints` directory of a run, the same for all ranks; created if missing.
         step: Optimizer steps done.
-        tensors: Named `<group>.<name>`, e.g. `model.head.weight`; each group is stored in its own files. What this rank has: its parts
-            of DTensors, whole tensors (of which one rank's are stored), and not what only other ranks have.
+        tensors: Named `<group>.<name>`, e.g. `model.head.weight`; each group is stored in its own files. A rank passes what it has: local
+            parts of DTensors, and whole tensors (of which one rank's copy is stored).
         metadata: Exactly JSON: null, booleans, finite numbers, strings, lists, dicts with string keys. The first rank's is stored.
-        attachments: File name in the checkpoint -> its content; those of the first rank. A save reads no file that could be gone by then.
-        max_file_bytes: A new file is begun when the tensors of one would exceed this.
-        group: The ranks, with a CPU backend; None: all of them, or the only one.
+        attachments: Maps file names in the checkpoint to their content; the first rank's are stored. No file is read, since it could be gone.
+        max_file_bytes: A new file is begun when the tensors of a file would exceed this size.
+        group: The ranks, with a CPU backend; None: all ranks, or a single process.
 
     Raises:
-        CheckpointError: Something in the arguments cannot be stored; nothing was written.
-        StorageError: The disk is full, read-only or fails; what was written is removed.
+        CheckpointError: An argument contains something that cannot be stored; nothing was written.
+        StorageError: The disk is full, read-only or failing; what was written is removed.
     """
     writer = CheckpointWriter(root, step=step, metadata=metadata, attachments=attachments, max_file_bytes=max_file_bytes)
     with _storage_errors(root, step), writer, warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message="torch.distributed is disabled")  # one process needs no group
+        warnings.filterwarnings("ignore", message="torch.distributed is disabled")  # a single process needs no group
         try:
             dcp.save(dict(tensors), storage_writer=writer, planner=_Planner(writer), process_group=group, no_dist=not dist.is_initialized())
         except CheckpointException as error:
@@ -80,7 +80,7 @@ class _Planner(dcp.DefaultSavePlanner):
 
 
 def _first_failure(error: CheckpointException) -> BaseException:
-    """What the first rank that failed raised."""
+    """The error of the first rank that failed."""
     rank = min(error.failures)
     failure = error.failures[rank][0]
     if dist.is_initialized() and isinstance(failure, Phase8Error | OSError):
@@ -89,7 +89,7 @@ def _first_failure(error: CheckpointException) -> BaseException:
 
 
 def _check_savable(*, step: int, tensors: Mapping[str, Tensor], metadata: dict[str, Any], attachments: Mapping[str, bytes]) -> None:
-    """Refuses, before anything is written, what would not come back as it was."""
+    """Refuses, before anything is written, values that would come back changed."""
     if type(step) is not int or not 0 <= step <= MAX_STEP:
         raise CheckpointError(f"a checkpoint's step is a whole number from 0 to {MAX_STEP}, not {step!r}")
     for name, tensor in tensors.items():

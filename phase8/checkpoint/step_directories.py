@@ -3,11 +3,11 @@
 | name | what it is |
 |---|---|
 | `step-0000000100` | a committed checkpoint |
-| `step-0000000100.resaved` | a committed checkpoint of a step that was there already; takes the name above at once, or after an interruption later |
-| `.saving-step-0000000100-<8 hex>` | being written; its writer holds a lock on it for as long as it lives |
-| `.removing-step-0000000100-<8 hex>` | no longer a checkpoint; being deleted |
+| `step-0000000100.resaved` | a committed checkpoint of a step that already existed; renamed to the above at once, or after an interruption later |
+| `.saving-step-0000000100-<8 hex>` | a checkpoint being written; its writer holds a lock on it while it lives |
+| `.removing-step-0000000100-<8 hex>` | a former checkpoint being deleted |
 
-Everything else is somebody else's and is never touched.
+Any other name belongs to somebody else and is never touched.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from pathlib import Path
 from phase8.durable import fsync_path
 
 MANIFEST_NAME = "manifest.json"
-WEIGHTS_CONFIG_NAME = "config.json"  # beside weights without a manifest: consolidated, or of Hugging Face's form
+WEIGHTS_CONFIG_NAME = "config.json"  # config of weights without a manifest: consolidated, or in Hugging Face's format
 WEIGHTS_NAME = "model.safetensors"
 SAVING_PREFIX = ".saving-"
 REMOVING_PREFIX = ".removing-"
@@ -34,7 +34,7 @@ _COMMITTED = re.compile(r"step-(?P<digits>[0-9]{10,18})(?P<resaved>\.resaved)?")
 
 
 def step_directory_name(step: int) -> str:
-    """Name of the checkpoint of a step: sorted as text, steps are in order."""
+    """Directory name of the checkpoint of a step; names sort as steps do."""
     return f"step-{step:010d}"
 
 
@@ -47,7 +47,7 @@ def step_of(directory_name: str) -> int | None:
 
 
 def holds_weights_only(directory: Path) -> bool:
-    """Whether a directory is in a form that says what weights are by a config, rather than what everything is by a manifest."""
+    """Whether a directory describes its weights by a config instead of a manifest."""
     return not os.path.lexists(directory / MANIFEST_NAME) and os.path.lexists(directory / WEIGHTS_CONFIG_NAME)
 
 
@@ -60,16 +60,16 @@ def committed_directories(root: Path) -> list[Path]:
 
 @contextmanager
 def saving_directory(root: Path, step: int) -> Iterator[Path]:
-    """A locked temporary directory beside the checkpoints; removed at the end unless it was committed.
+    """Yields a locked temporary directory beside the checkpoints; it is removed at the end unless it was committed.
 
-    The lock (`flock` on the directory itself) is released by the kernel when its process ends, however it ends: that is how
-    `clear_leftovers` knows dead writers, on any process of this machine and without clocks or process ids.
+    The kernel releases the lock (`flock` on the directory itself) when the process ends, however it ends. So
+    `clear_leftovers` recognises dead writers from any process of this machine, without clocks or process ids.
     """
     directory, lock = _create_locked(root, step)
     try:
         yield directory
     finally:
-        shutil.rmtree(directory, ignore_errors=True)  # after a commit nothing has this name; what cannot be removed is a leftover
+        shutil.rmtree(directory, ignore_errors=True)  # after a commit nothing has this name; what cannot be removed becomes a leftover
         os.close(lock)
 
 
@@ -80,14 +80,14 @@ def _create_locked(root: Path, step: int) -> tuple[Path, int]:
         try:
             lock = _lock(directory, wait=True)
         except FileNotFoundError:
-            continue  # cleared as a leftover between the two lines above
+            continue  # another process removed it as a leftover between the two lines above
         if directory.exists():
             return directory, lock
         os.close(lock)
 
 
 def _lock(directory: Path, *, wait: bool) -> int:
-    """A descriptor of the directory that holds its lock where the file system has locks; BlockingIOError if another holds it."""
+    """Opens and locks the directory where the file system supports locks; BlockingIOError if another process holds the lock."""
     descriptor = os.open(directory, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
@@ -95,14 +95,14 @@ def _lock(directory: Path, *, wait: bool) -> int:
         if not wait:
             os.close(descriptor)
             raise
-        # A file system without locks: nobody can take this directory for a leftover there either.
+        # The file system has no locks, so no other process can take this directory for a leftover either.
     return descriptor
 
 
 def commit(directory: Path, root: Path, step: int) -> Path:
     """Gives a completely written directory its final name; at no instant is the step without a committed checkpoint.
 
-    A step that is there already (saved again after going back to an older one) is never touched before its replacement is
+    A step that already exists (saved again after going back to an older one) is never touched before its replacement is
     committed under the `.resaved` name.
     """
     final = root / step_directory_name(step)
@@ -129,24 +129,24 @@ def finish_replacement(root: Path, step: int) -> None:
         removed = rename_for_removal(final)
         os.rename(resaved, final)
         fsync_path(root)
-        shutil.rmtree(removed, ignore_errors=True)  # no checkpoint any more: what is left of it goes with the leftovers
+        shutil.rmtree(removed, ignore_errors=True)  # what cannot be removed of the old checkpoint is removed with the leftovers
     else:
         os.rename(resaved, final)
         fsync_path(root)
 
 
 def rename_for_removal(directory: Path) -> Path:
-    """Takes a directory's good name away, so that a removal that is interrupted leaves no half checkpoint under it."""
+    """Renames a checkpoint before its removal, so that an interruption leaves no partial checkpoint under a valid name."""
     removed = directory.with_name(f"{REMOVING_PREFIX}{directory.name}-{secrets.token_hex(4)}")
     os.rename(directory, removed)
     return removed
 
 
 def clear_leftovers(root: Path) -> list[Path]:
-    """Removes what interrupted removals and dead writers left; returns what was removed.
+    """Removes leftovers of interrupted removals and dead writers; returns what was removed.
 
     A `.saving-` directory belongs to a dead writer exactly when its lock can be taken. Where the file system has no locks it is
-    left alone.
+    not touched.
     """
     with os.scandir(root) as entries:
         directories = [root / entry.name for entry in entries if entry.is_dir(follow_symlinks=False)]
@@ -164,7 +164,7 @@ def _remove_if_writer_is_dead(directory: Path) -> bool:
     try:
         lock = _lock(directory, wait=False)
     except OSError:
-        return False  # held by its writer, gone meanwhile, or a file system without locks
+        return False  # its writer holds it, it has disappeared, or the file system has no locks
     try:
         shutil.rmtree(directory)
     finally:

@@ -54,7 +54,7 @@ _CAN_FORGET = hasattr(os, "posix_fadvise")
 
 @dataclass(frozen=True)
 class WrittenFile:
-    """What the manifest needs to know of a file just written; `checksums` has one entry per key."""
+    """The manifest's facts about a file just written; `checksums` has one entry per key."""
 
     size_bytes: int
     header_checksum: str
@@ -63,7 +63,7 @@ class WrittenFile:
 
 @dataclass(frozen=True)
 class StoredTensor:
-    """An entry of a safetensors header; `begin` counts from the start of the file."""
+    """An entry of a safetensors header; `begin` is an offset from the start of the file."""
 
     dtype: str
     shape: list[int]
@@ -75,11 +75,11 @@ def write_tensor_file(path: Path, tensors: Mapping[str, Tensor], *, read: Callab
     """Writes a new safetensors file and waits until it is on the disk.
 
     Args:
-        path: Must not exist.
-        tensors: On any device and with any strides; copied to the host one at a time. Stored widest dtype first, so that
+        path: The file; it must not exist.
+        tensors: On any device and with any strides; copied to the host one at a time. The widest dtype is stored first, so that
             readers that map the file find every tensor aligned.
-        read: Gives the tensor of a name when its turn has come, of the dtype and shape in `tensors`, which may then be on the meta device:
-            only one is in memory at a time. None: those of `tensors` themselves.
+        read: Returns the tensor of a name when it is written, with the dtype and shape of `tensors` (which may then be on the meta device),
+            so that only one is in memory at a time. None: the tensors themselves are written.
 
     Raises:
         OSError: As the operating system says.
@@ -92,7 +92,7 @@ def write_tensor_file(path: Path, tensors: Mapping[str, Tensor], *, read: Callab
         for name in names:
             tensor = tensors[name] if read is None else read(name)
             checksums[name] = _write_bytes(file, byte_view(tensor.detach().cpu().resolve_conj().resolve_neg().contiguous()))
-            del tensor  # before the next one is read
+            del tensor  # frees it before the next one is read
     return WrittenFile(file.size_bytes, checksum_of(header), checksums)
 
 
@@ -123,7 +123,7 @@ def byte_view(tensor: Tensor) -> memoryview:
 
 @contextmanager
 def open_for_reading(path: Path) -> Iterator[BinaryIO]:
-    """A regular file of a checkpoint; links, devices and pipes are refused, and every failure names the file.
+    """Opens a regular file of a checkpoint; links, devices and pipes are refused, and every error names the file.
 
     Raises:
         CheckpointCorruptError: It is missing, not a regular file, shorter than it must be, or the disk does not give its bytes.
@@ -144,7 +144,7 @@ def open_for_reading(path: Path) -> Iterator[BinaryIO]:
 
 
 class TensorFile:
-    """A safetensors file whose header is the one the manifest vouches for.
+    """A safetensors file whose header matches the checksum in the manifest.
 
     Args:
         path: The file.
@@ -152,7 +152,7 @@ class TensorFile:
         header_checksum: Checksum of its header by the manifest.
 
     Raises:
-        CheckpointCorruptError: The file or its header differs, or the header is not a proper one.
+        CheckpointCorruptError: The file or its header differs, or the header is malformed.
     """
 
     def __init__(self, path: Path, *, size_bytes: int, header_checksum: str):
@@ -171,12 +171,12 @@ class TensorFile:
         self.tensors = _parse_header(header, path, size_bytes=size_bytes)
 
     def read_into(self, key: str, destination: Tensor, *, for_the_last_time: bool = False) -> str:
-        """Checksum of the bytes that were read to fill a contiguous host tensor of the entry's size.
+        """Fills a contiguous host tensor of the entry's size, and returns the checksum of the bytes read.
 
         Args:
             key: The entry.
-            destination: Where its bytes go.
-            for_the_last_time: The page cache may forget them: whole checkpoints there crowd out the run that reads them.
+            destination: The tensor to be filled.
+            for_the_last_time: The page cache may drop the bytes: a whole checkpoint in it would evict the data of other processes.
         """
         stored = self.tensors[key]
         with open_for_reading(self.path) as file:
@@ -187,7 +187,7 @@ class TensorFile:
         return checksum
 
     def chunks(self, key: str) -> Iterator[memoryview]:
-        """An entry's bytes in pieces; a piece is valid until the next one is asked for."""
+        """Yields an entry's bytes in pieces; a piece is valid until the next one is requested."""
         stored = self.tensors[key]
         with open_for_reading(self.path) as file:
             file.seek(stored.begin)
@@ -209,7 +209,7 @@ class TensorFile:
 
 
 def _parse_header(header: bytes, path: Path, *, size_bytes: int) -> dict[str, StoredTensor]:
-    """Entries of a header whose byte ranges tile the rest of the file."""
+    """Parses a header, whose byte ranges must tile the rest of the file."""
     try:
         document = strict_json(header, encoding="utf-8")
         document.pop(RESERVED_KEY, None)

@@ -1,4 +1,4 @@
-"""Text from files that anybody may have written: read strictly, and shown in messages shortly and without control characters."""
+"""Text from files of untrusted origin: parsed strictly, and shown in messages shortened and without control characters."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ _MAX_SHOWN = 200
 
 
 def strict_json(data: bytes, *, encoding: str) -> Any:
-    """The value of JSON in this encoding and no other, no object of which has the same key twice.
+    """Parses JSON in this encoding; an object with a repeated key is refused.
 
     Raises:
-        ValueError: It is none; or a number, or the nesting, is beyond Python's limits.
+        ValueError: It is not such JSON, or a number or the nesting exceeds Python's limits.
     """
     try:
         return json.loads(data.decode(encoding), object_pairs_hook=_object_without_duplicates)
@@ -29,7 +29,7 @@ def _object_without_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 
 def shown(value: Any) -> str:
-    """A value in a few characters."""
+    """A value in a few characters, for messages."""
     return reprlib.repr(value).encode("ascii", "backslashreplace").decode()
 
 
@@ -39,10 +39,10 @@ def shown_name(name: str) -> str:
 
 
 def shortened(text: str) -> str:
-    """Beginning and end of a text that is very long."""
+    """A text; of a very long one its beginning and end."""
     return text if len(text) <= _MAX_SHOWN else f"{text[: _MAX_SHOWN // 2]}...{text[-_MAX_SHOWN // 2 :]}"
 
 
 def printable(text: str) -> str:
-    """A text whose control characters are spelled out."""
+    """A text with its control characters escaped."""
     return text if text.isprintable() else ascii(text)

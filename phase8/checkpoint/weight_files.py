@@ -1,6 +1,6 @@
-"""Weights in safetensors files without a manifest, read as a checkpoint of step 0: what lies beside them says what they are.
+"""Weights in safetensors files without a manifest, read as a checkpoint of step 0; the config beside them describes them.
 
-Anybody may have written them: only regular files directly in the directory are read, none is executed, and no size is believed before the
+Their origin is not trusted: only regular files directly in the directory are read, nothing is executed, and a size counts only when the
 files themselves have it.
 """
 
@@ -22,26 +22,26 @@ from phase8.division import whole_region
 from phase8.errors import CheckpointCorruptError
 
 STORED_DTYPES = ("F32", "BF16", "F16")
-_MAX_JSON_BYTES = 2**24  # a hundred times what the largest models have
+_MAX_JSON_BYTES = 2**24  # a hundred times the size for the largest models
 _NOT_READ_YET = "crc32:00000000"
 
 
 @dataclass(frozen=True)
 class OpenedFile:
-    """A safetensors file whose header was read, and what a manifest would say of it."""
+    """A safetensors file whose header has been read, with the entry that a manifest would have for it."""
 
     file: TensorFile
     entry: TensorFileEntry
 
 
 class WeightFiles(Checkpoint):
-    """A checkpoint of step 0 that is weights alone. Nothing vouches for their bytes, but those that are read twice must be the same.
+    """A checkpoint of step 0 that holds weights alone. There are no checksums, but bytes that are read twice must be the same.
 
     Args:
         path: Its directory.
-        manifest: Made from the headers of the files; checksums may be `_NOT_READ_YET`.
-        files: By name; they may hold more than the manifest names.
-        form: Who writes directories like this: `consolidated` is ours, `hf` is transformers'.
+        manifest: Built from the headers of the files; checksums may be `_NOT_READ_YET`.
+        files: Files by name; they may hold more tensors than the manifest names.
+        form: Program that writes this format: `consolidated` is phase8, `hf` is transformers.
     """
 
     def __init__(self, path: Path, manifest: Manifest, files: Mapping[str, TensorFile], *, form: Literal["consolidated", "hf"]):
@@ -51,14 +51,14 @@ class WeightFiles(Checkpoint):
         self._checksums: dict[tuple[str, str], str] = {}
 
     def with_checksums(self, metadata: dict[str, Any], *, on_progress: Callable[[str, int, int], None]) -> WeightFiles:
-        """The same with other metadata, every byte read once, so that later changes are found.
+        """Returns a copy with other metadata after reading every byte once, so that later changes are noticed.
 
         Args:
-            metadata: Of a run that has done nothing yet.
-            on_progress: Told of bytes read.
+            metadata: Metadata of a run at step 0.
+            on_progress: Called with the number of bytes read.
 
         Raises:
-            CheckpointCorruptError: A file cannot be read, or changes meanwhile.
+            CheckpointCorruptError: A file cannot be read, or changes while it is read.
         """
         tensors, done = {}, 0
         total = sum(entry.size_bytes for entry in self.manifest.tensors.values())
@@ -74,7 +74,7 @@ class WeightFiles(Checkpoint):
         """Reads every byte that is used, in constant memory.
 
         Raises:
-            CheckpointCorruptError: One is missing, or another than before.
+            CheckpointCorruptError: Bytes are missing or have changed.
         """
         for name, entry in self.manifest.tensors.items():
             self.verify_region(name, whole_region(entry.shape))
@@ -96,15 +96,15 @@ def weights_of(
     tokenizer: Path | None,
     form: Literal["consolidated", "hf"],
 ) -> WeightFiles:
-    """Opened files as a checkpoint.
+    """Builds a checkpoint from opened files.
 
     Args:
-        directory: Where they lie.
-        files: By name.
-        places: Name in the model -> file and name there.
-        config: As a run records it.
-        tokenizer: Becomes the attachment; None: there is none.
-        form: As for `WeightFiles`.
+        directory: The directory of the files.
+        files: Files by name.
+        places: Maps names in the model to file and key.
+        config: Config in the form that a run records.
+        tokenizer: Becomes the attachment; None: no tokenizer.
+        form: Format, as for `WeightFiles`.
     """
     tensors = {}
     for name, (file_name, key) in places.items():
@@ -124,10 +124,10 @@ def weights_of(
 
 
 def regular(path: Path) -> Path:
-    """A path that is no link; what else it may be is found when it is opened.
+    """Returns a path that is no symbolic link; other kinds of file are checked when it is opened.
 
     Raises:
-        CheckpointCorruptError: It is one.
+        CheckpointCorruptError: It is a link.
     """
     if path.is_symlink():
         raise CheckpointCorruptError(f"{path} is a link, which may lead elsewhere and is not followed; use a copy made with cp -rL")
@@ -138,7 +138,7 @@ def read_object(path: Path) -> dict[str, Any]:
     """The JSON object in a file.
 
     Raises:
-        CheckpointCorruptError: It holds none.
+        CheckpointCorruptError: The file holds no JSON object.
     """
     with open_for_reading(path) as file:
         num_bytes = os.fstat(file.fileno()).st_size
@@ -157,10 +157,10 @@ def read_object(path: Path) -> dict[str, Any]:
 
 
 def open_tensor_file(path: Path) -> OpenedFile:
-    """A safetensors file, its header read.
+    """Opens a safetensors file and reads its header.
 
     Raises:
-        CheckpointCorruptError: It is none.
+        CheckpointCorruptError: It is no safetensors file.
     """
     with open_for_reading(path) as file:
         size_bytes = os.fstat(file.fileno()).st_size

@@ -1,4 +1,4 @@
-"""Our storage under torch's distributed checkpoint: every rank writes files of its own, the coordinator the manifest, last.
+"""Storage of phase8 below torch's distributed checkpoint: every rank writes its own files, and the coordinator writes the manifest last.
 
 torch's planner decides which rank writes which part of which tensor (what several ranks hold is written once) and passes plans and
 results between them:
@@ -47,11 +47,11 @@ from phase8.errors import CheckpointError
 
 @dataclass(frozen=True)
 class _Task:
-    """What the coordinator tells a rank.
+    """The coordinator's instructions to a rank.
 
     Args:
         directory: Name of the directory under the root.
-        file_prefix: Tells the files of this rank from those of others.
+        file_prefix: Distinguishes the files of this rank from those of other ranks.
     """
 
     directory: str
@@ -60,21 +60,21 @@ class _Task:
 
 @dataclass(frozen=True)
 class _Written:
-    """Where a part of a tensor lies, and the file it lies in."""
+    """The place of a part of a tensor, and the file that holds it."""
 
     part: Slice
     file: TensorFileEntry
 
 
 class CheckpointWriter(StorageWriter):
-    """Writes one checkpoint; a context, at whose end what was not committed is removed.
+    """Writes one checkpoint; a context manager that removes what was not committed when it ends.
 
     Args:
         root: The `checkpoints` directory of a run; created if missing.
         step: Optimizer steps done.
-        metadata: JSON; the coordinator's counts.
-        attachments: File name in the checkpoint -> its content; the coordinator's count.
-        max_file_bytes: A new file is begun when the tensors of one would exceed this.
+        metadata: JSON; the coordinator's is stored.
+        attachments: Maps file names in the checkpoint to their content; the coordinator's are stored.
+        max_file_bytes: A new file is begun when the tensors of a file would exceed this size.
     """
 
     def __init__(self, root: Path, *, step: int, metadata: dict[str, Any], attachments: Mapping[str, bytes], max_file_bytes: int):
@@ -89,22 +89,22 @@ class CheckpointWriter(StorageWriter):
         self._open.close()
 
     def reset(self, checkpoint_id: str | os.PathLike[str] | None = None) -> None:
-        """Nothing: a writer writes one checkpoint, whose place it knows."""
+        """Does nothing: a writer writes one checkpoint, whose path it already has."""
 
     def set_up_storage_writer(self, is_coordinator: bool, *_: Any, **__: Any) -> None:
-        """Nothing: what the coordinator does besides is asked of it alone."""
+        """Does nothing: `prepare_global_plan` and `finish` do the additional work of the coordinator."""
 
     @classmethod
     def validate_checkpoint_id(cls, checkpoint_id: str | os.PathLike[str]) -> bool:
-        """There are no ids."""
+        """Ids are not used, so none is valid."""
         return False
 
     def prepare_local_plan(self, plan: SavePlan) -> SavePlan:
-        """Leaves out empty parts: one may begin where another rank's part begins, and only one of the two would be written."""
+        """Drops empty parts: an empty part may begin where another rank's part begins, and only one of the two would be written."""
         return replace(plan, items=[item for item in plan.items if _num_elements(_box(item)[1]) > 0 or _num_elements(_size(item)) == 0])
 
     def prepare_global_plan(self, plans: list[SavePlan]) -> list[SavePlan]:
-        """Makes the directory."""
+        """Creates the directory."""
         if not self.root.is_dir():
             self.root.mkdir(parents=True, exist_ok=True)
             fsync_path(self.root.parent)
@@ -152,12 +152,12 @@ class CheckpointWriter(StorageWriter):
 
 
 def _entry(stored: Any, slices: list[Slice]) -> TensorEntry:
-    assert isinstance(stored, TensorStorageMetadata)  # nothing else passes `check_savable`
+    assert isinstance(stored, TensorStorageMetadata)  # `check_savable` lets nothing else pass
     return TensorEntry(dtype=DTYPE_NAMES[stored.properties.dtype], shape=list(stored.size), slices=sorted(slices, key=lambda part: part.offsets))
 
 
 def _plan_files(items: Iterable[WriteItem], prefix: str, max_file_bytes: int) -> dict[str, list[WriteItem]]:
-    """File name -> what lies in it: groups apart, in the given order, files cut before they exceed the limit."""
+    """Assigns tensors to files: one group per file, in the given order; a file is closed before it exceeds the limit."""
     groups: dict[str, list[list[WriteItem]]] = {}
     num_bytes = 0
     for item in sorted(items, key=lambda item: group_of(item.index.fqn)):
@@ -171,12 +171,12 @@ def _plan_files(items: Iterable[WriteItem], prefix: str, max_file_bytes: int) ->
 
 
 def group_of(name: str) -> str:
-    """What a tensor's name begins with, and its file."""
+    """The group of a tensor: the beginning of its name, and of its file's."""
     return name.partition(".")[0]
 
 
 def key_of(name: str) -> str:
-    """The name of a whole tensor in its file."""
+    """The key of a whole tensor in its file."""
     return name.partition(".")[2]
 
 

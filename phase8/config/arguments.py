@@ -10,7 +10,7 @@ from phase8.paths import expand_path
 
 
 def path_argument(text: str) -> Path:
-    """A path as a shell would read it: `--option=~/x` and quoted words reach a program as they were typed."""
+    """Expands a path as a shell would: `--option=~/x` and quoted words reach a program unexpanded."""
     try:
         return Path(expand_path(text))
     except ConfigError as error:

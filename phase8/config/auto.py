@@ -1,4 +1,4 @@
-"""Settings that are `auto`: chosen for the machine when a run starts, and explicit from then on. A value that is given is always obeyed."""
+"""Settings that are `auto` are chosen for the machine when a run starts, and are explicit from then on. An explicit value is always obeyed."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from phase8.config.dotted import replaced, value_of
 from phase8.config.schema import RunConfig
 
 AUTO = "auto"
-# What each setting is when nobody chooses: the least memory and the fewest assumptions that need no look at the machine.
+# Value of each setting when nothing is chosen: the least memory, and no assumption about the machine.
 OFF: dict[str, Any] = {
     "train.micro_batch_size": None,
     "train.recompute": "none",
@@ -19,7 +19,7 @@ OFF: dict[str, Any] = {
     "data.pin_memory": False,
     "checkpoint.asynchronous": False,
 }
-# Keys that `train.recompute: auto` sets besides.
+# Keys that `train.recompute: auto` sets as well.
 WITH_RECOMPUTE = ("train.activation_memory_budget", "train.recompute_every_n_layers")
 
 
@@ -29,11 +29,11 @@ def automatic_keys(config: RunConfig) -> tuple[str, ...]:
 
 
 def with_values(config: RunConfig, values: Mapping[str, Any]) -> RunConfig:
-    """A config whose `auto` keys have values; those of keys that are explicit are left out.
+    """A config whose `auto` keys have values; values for keys that are already explicit are ignored.
 
     Args:
         config: Any config.
-        values: By dotted name; those beside `train.recompute` follow it.
+        values: Values by dotted name; keys that belong to `train.recompute` are set only with it.
     """
     automatic = automatic_keys(config)
     chosen = {name: value for name, value in values.items() if name in automatic or (name in WITH_RECOMPUTE and "train.recompute" in automatic)}
@@ -41,5 +41,5 @@ def with_values(config: RunConfig, values: Mapping[str, Any]) -> RunConfig:
 
 
 def without_auto(config: RunConfig) -> RunConfig:
-    """A config in which nothing is left to choose, as with `train.tuning: off`."""
+    """A config in which every `auto` key has its fixed value, as with `train.tuning: off`."""
     return with_values(config, OFF | {"train.compile.enabled": config.train.recompute == "budget"})

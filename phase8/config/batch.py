@@ -12,7 +12,7 @@ from phase8.topology import Topology, build_topology
 
 @dataclass(frozen=True)
 class BatchShape:
-    """How many sequences a step has and how they are cut.
+    """The number of sequences of a step and its division into microbatches.
 
     Args:
         global_batch_size: Sequences per optimizer step, over all ranks.
@@ -31,7 +31,7 @@ def run_topology(parallel: ParallelSection, *, world_size: int) -> Topology:
     """The rank grid of a config on a number of processes.
 
     Raises:
-        TopologyError: The degrees do not fit.
+        TopologyError: The degrees do not fit the number of processes.
     """
     return build_topology(
         world_size=world_size,
@@ -49,7 +49,7 @@ def batch_shape(train: TrainSection, parallel: ParallelSection, *, data_parallel
         ConfigError: The sizes disagree or do not divide.
     """
     total, count = train.global_batch_size, parallel.num_microbatches
-    micro = None if train.micro_batch_size == "auto" else train.micro_batch_size  # before it is chosen: the largest that there can be
+    micro = None if train.micro_batch_size == "auto" else train.micro_batch_size  # before it is chosen: the largest possible one
     if total is None:
         if micro is None or count is None:
             raise ConfigError(

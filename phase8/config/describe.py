@@ -1,4 +1,4 @@
-"""The schema in words: every key with its type, default and meaning, for `--help` and for error sentences."""
+"""Describes the schema in words: every key with its type, default and meaning, for `--help` and for error sentences."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ _shown.maxlevel = 4
 _shown.maxlist = _shown.maxtuple = _shown.maxdict = 10
 _shown.maxstring = _shown.maxother = 200
 
-# What other projects (Megatron-LM, Hugging Face, nanoGPT, torchtitan) call a key, where the spelling alone would not lead to it.
+# Names of keys in other projects (Megatron-LM, Hugging Face, nanoGPT, torchtitan), where the spelling alone would not lead to the key.
 FOREIGN_NAMES = {
     "data.num_workers": "dataloader_num_workers workers",
     "data.tokenizer": "tokenizer_model tokenizer_path vocab_file",
@@ -77,7 +77,7 @@ def iterate_keys(section: type[BaseModel] = RunConfig, prefix: str = "") -> Iter
 
 
 def describe_type(field: FieldInfo) -> str:
-    """What values a key takes, in words."""
+    """The values that a key takes, in words."""
     return _describe(field.annotation, field.metadata)
 
 
@@ -95,17 +95,17 @@ def describe_schema() -> str:
 
 
 def describe_value(value: Any) -> str:
-    """A value as YAML spells it; of a long one beginning and end."""
+    """A value as YAML spells it; a long value is shortened to its beginning and end."""
     return "null" if value is None else str(value).lower() if isinstance(value, bool) else shortened(_shown.repr(value))
 
 
 def shortened(text: str) -> str:
-    """Beginning and end of a text that is very long."""
+    """A text; a very long one is shortened to its beginning and end."""
     return text if len(text) <= _MAX_SHOWN else f"{text[: _MAX_SHOWN // 2]}...{text[-_MAX_SHOWN // 2 :]}"
 
 
 def alternatives(annotation: Any) -> Iterator[Any]:
-    """The types of which a value must have one, without what else is asked of it."""
+    """The types of which a value must have one, without further restrictions."""
     if get_origin(annotation) in (types.UnionType, Union):
         for part in get_args(annotation):
             yield from alternatives(part)
@@ -116,24 +116,24 @@ def alternatives(annotation: Any) -> Iterator[Any]:
 
 
 def entry_section(field: FieldInfo) -> type[Section] | None:
-    """The section that each entry of a key's list is, if it takes such a list."""
+    """The section that each entry of a key's list must be, if the key takes such a list."""
     lists = (get_args(kind)[0] for kind in alternatives(field.annotation) if get_origin(kind) is tuple)
     return next((kind for kind in lists if isinstance(kind, type) and issubclass(kind, Section)), None)
 
 
 def section_names() -> str:
-    """The names of the sections, for a sentence."""
+    """The names of the sections, as part of a sentence."""
     return ", ".join(RunConfig.model_fields)
 
 
 def unknown_key(name: str) -> str:
-    """The sentence about a name that is no key, with the nearest one that is."""
+    """The error sentence for an unknown name, with the nearest key."""
     keys = [key for key, _ in iterate_keys()]
     inside = [key for key in keys if key.startswith(f"{name}.")]
     if inside:
         return f"{name} is a section; give one of its keys, {inside[0]} for example."
     known = [*keys, *dict.fromkeys(key.rsplit(".", 1)[0] for key in keys)]
-    # The same last word in another section is the likeliest intention, then another project's name, then the nearest spelling.
+    # Most likely is the same last word in another section, then another project's name, then the nearest spelling.
     leaf = name.rsplit(".", 1)[-1]
     near = [key for key in known if key.rsplit(".", 1)[-1] == leaf]
     near += [key for key, foreign in FOREIGN_NAMES.items() if leaf.lower().replace("-", "_") in foreign.split()]
@@ -145,7 +145,7 @@ def unknown_key(name: str) -> str:
 def _describe(annotation: Any, metadata: Sequence[Any]) -> str:
     origin, arguments = get_origin(annotation), get_args(annotation)
     if origin in (types.UnionType, Union):
-        # A key that takes both kinds of numbers takes a number.
+        # A key that takes whole numbers and other numbers takes "a number".
         parts = [part for part in arguments if part is not int or float not in arguments]
         return " or ".join("null" if part is types.NoneType else _describe(part, metadata) for part in parts)
     if origin is Annotated:
@@ -167,7 +167,7 @@ def _bounds(metadata: Sequence[Any]) -> Iterator[str]:
         match item:
             case FieldInfo():
                 yield from _bounds(item.metadata)
-            case BeforeValidator() | AfterValidator():  # they have a sentence of their own
+            case BeforeValidator() | AfterValidator():  # these have an error sentence of their own
                 pass
             case annotated_types.Ge(ge=bound):
                 yield f"at least {bound}"

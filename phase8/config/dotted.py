@@ -21,7 +21,7 @@ def values_of(config: RunConfig, names: tuple[str, ...]) -> dict[str, Any]:
 
 
 def replaced(config: RunConfig, values: Mapping[str, Any]) -> RunConfig:
-    """The config with other values under some dotted names. The caller vouches for them: nothing is validated."""
+    """A config with other values under some dotted names; the values are not validated."""
     return functools.reduce(lambda changed, name: _with_value(changed, name.split("."), values[name]), values, config)
 
 

@@ -25,7 +25,7 @@ MAX_FILE_BYTES = 1 << 20
 
 
 def load_config(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
-    """The config of a file with overrides applied.
+    """Loads a config file and applies overrides.
 
     Args:
         path: YAML file with the sections of `schema.py`.
@@ -54,7 +54,7 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
 
 
 def config_from_mapping(tree: Mapping[str, Any], *, source: str) -> RunConfig:
-    """The config stored as plain JSON, in a checkpoint for example."""
+    """Parses a config stored as plain JSON, for example in a checkpoint."""
     try:
         return RunConfig.model_validate(dict(tree))
     except ValidationError as error:
@@ -62,20 +62,20 @@ def config_from_mapping(tree: Mapping[str, Any], *, source: str) -> RunConfig:
 
 
 def config_to_mapping(config: RunConfig) -> dict[str, Any]:
-    """The config as plain JSON values; `config_from_mapping` is its inverse."""
+    """Converts a config to plain JSON values; `config_from_mapping` is its inverse."""
     return config.model_dump(mode="json")
 
 
 def with_settings(config: RunConfig, settings: Mapping[str, Any], *, source: str = "settings") -> RunConfig:
-    """A config with some keys changed.
+    """A copy of a config with some keys changed.
 
     Args:
         config: Any config.
-        settings: Plain JSON values by dotted name, of keys that there are.
-        source: Where the settings are from, for messages.
+        settings: Plain JSON values of existing keys, by dotted name.
+        source: Origin of the settings, for error messages.
 
     Raises:
-        ConfigError: A value that the key does not take.
+        ConfigError: A key does not take its value.
     """
     tree = config_to_mapping(config)
     for name, value in settings.items():
@@ -85,7 +85,7 @@ def with_settings(config: RunConfig, settings: Mapping[str, Any], *, source: str
 
 
 def _read_file(path: Path) -> dict[str, Any]:
-    """The sections of a config file."""
+    """Reads the sections of a config file."""
     text = _text_of(path)
     try:
         tree = read_yaml(text)
@@ -103,7 +103,7 @@ def _read_file(path: Path) -> dict[str, Any]:
 
 
 def _text_of(path: Path) -> str:
-    """What a file holds. A pipe is refused: it may never end, and several ranks would each get a part of it."""
+    """Reads the text of a file. A pipe is refused: it may never end, and several ranks would each read a part of it."""
     try:
         with open(os.open(path, os.O_RDONLY | os.O_NONBLOCK), "rb") as file:
             if stat.S_ISFIFO(os.fstat(file.fileno()).st_mode):
@@ -121,7 +121,7 @@ def _text_of(path: Path) -> str:
 
 
 def _place_and_problem(error: yaml.YAMLError) -> tuple[int | None, str]:
-    """The line, if it is known, and what is wrong there."""
+    """The line of a problem, if it is known, and its description."""
     if isinstance(error, yaml.MarkedYAMLError):
         return error.problem_mark.line + 1 if error.problem_mark else None, shortened(str(error.problem))
     return None, shortened(" ".join(str(error).split()))
@@ -143,16 +143,16 @@ def _apply_override(tree: dict[str, Any], override: str) -> str:
     node = tree
     for parent in parents:
         node = node.setdefault(parent, {})
-        if not isinstance(node, dict):  # the file's problem, which validation reports
+        if not isinstance(node, dict):  # a problem of the file, which validation reports
             return name
     node[leaf] = value
     return name
 
 
 def _override_value(field: FieldInfo, text: str) -> Any:
-    """The value of an override: a text as it is for a key that takes one, else YAML, or the text if it is none."""
+    """Parses the value of an override: text for a key that takes text; otherwise YAML, or text if it is no YAML."""
     if str in alternatives(field.annotation) and text not in ("null", "~"):
-        is_list = entry_section(field) is not None and text.startswith(("[", "{"))  # one entry without its list is told what is needed
+        is_list = entry_section(field) is not None and text.startswith(("[", "{"))  # a bare entry gets an error that asks for a list
         return read_yaml(text) if is_list else text
     try:
         return read_yaml(text)

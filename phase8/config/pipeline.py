@@ -1,4 +1,4 @@
-"""The pipeline of a config: its numbers, and what must be true of them."""
+"""The pipeline settings of a config, and the rules for them."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from phase8.config.schema import ParallelSection
 
 
 class Pipeline(NamedTuple):
-    """How the layers are cut and in which order microbatches go through.
+    """The division of the layers into stages and chunks, and the schedule of the microbatches.
 
     Args:
         schedule: Name of the schedule.
@@ -23,19 +23,19 @@ class Pipeline(NamedTuple):
 
 
 def pipeline_of(parallel: ParallelSection) -> Pipeline:
-    """The pipeline of a config. A single stage holds the model in one piece, so that a config also runs where there is but one rank."""
+    """The pipeline of a config. With a single stage the model stays in one piece, so that the config also runs on a single rank."""
     if parallel.pipeline_parallel_size == 1:
         return Pipeline("1f1b", 1, 1)
     return Pipeline(parallel.pipeline_schedule, parallel.pipeline_parallel_size, parallel.pipeline_chunks)
 
 
 def pipeline_problems(pipeline: Pipeline, *, num_layers: int, num_microbatches: int | None) -> Iterator[str]:
-    """Why a model or a batch does not suit a pipeline, one sentence each.
+    """Why a model or a batch does not fit a pipeline, one sentence each.
 
     Args:
-        pipeline: Its numbers.
-        num_layers: Of the model.
-        num_microbatches: M; None: not known.
+        pipeline: The pipeline settings.
+        num_layers: Layers of the model.
+        num_microbatches: M; None: unknown.
     """
     name, P, V = pipeline
     if problem := too_few_layers(num_layers, P, V):
@@ -46,7 +46,7 @@ def pipeline_problems(pipeline: Pipeline, *, num_layers: int, num_microbatches: 
 
 
 def too_few_layers(num_layers: int, P: int, V: int) -> str | None:
-    """Every chunk needs a layer."""
+    """Why there are too few layers for the chunks, or None."""
     if num_layers >= P * V:
         return None
     return (
@@ -56,14 +56,14 @@ def too_few_layers(num_layers: int, P: int, V: int) -> str | None:
 
 
 def needs_one_chunk(P: int, M: int, V: int) -> str | None:
-    """What gpipe and 1f1b ask of P stages, M microbatches and V chunks."""
+    """The requirement of gpipe and 1f1b on P stages, M microbatches and V chunks."""
     if V == 1:
         return None
     return f"parallel.pipeline_chunks is {V}, but only the interleaved schedule has several chunks; set it to 1, or choose interleaved."
 
 
 def needs_chunks_and_groups(P: int, M: int, V: int) -> str | None:
-    """What interleaved asks of them."""
+    """The requirement of interleaved on P stages, M microbatches and V chunks."""
     if V < 2:
         return f"parallel.pipeline_chunks is {V}, but the interleaved schedule needs at least 2; set it to 2 or more, or choose 1f1b."
     if M % P:

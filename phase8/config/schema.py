@@ -1,8 +1,8 @@
 """The whole configurable surface: frozen models, one per section, one field per YAML key.
 
 A YAML key, the field and the variable in the code carry the same name. `description` is what `launch/pretrain.py --help` prints.
-Rules that involve one field are its type, see `values.py`; rules across fields and sections, and keys that are declared but not built
-yet, are in `validate.py`.
+Rules about one field are part of its type, see `values.py`; rules across fields and sections, and keys that are declared but not
+implemented yet, are in `validate.py`.
 """
 
 from __future__ import annotations
@@ -31,9 +31,9 @@ from phase8.config.values import (
     Width,
 )
 
-# The value of a setting that is chosen for the machine, see auto.py.
+# The value of a setting that is chosen automatically, see auto.py.
 Auto = Literal["auto"]
-# Projects whose .idx files share one layout and differ in their type codes.
+# Projects whose .idx files share one layout but number dtypes differently.
 Dialect = Literal["megatron", "deepspeed", "gpt-neox", "nanotron"]
 
 
@@ -105,7 +105,7 @@ class ModelSection(Section):
 
     @property
     def has_global_path(self) -> bool:
-        """The blocks have a global path beside the local one."""
+        """Whether the blocks have a global path beside the local one."""
         return self.block == "phase8" and self.global_path
 
     @property
@@ -156,7 +156,7 @@ class DataSection(Section):
 
 
 class ParallelSection(Section):
-    """The rank grid. data_parallel_size is what remains of the world size."""
+    """The rank grid. data_parallel_size is the world size divided by the other degrees."""
 
     tensor_parallel_size: RankCount = key(1, "ranks that share each layer's heads and columns")
     pipeline_parallel_size: RankCount = key(1, "stages the layers are divided over")
@@ -207,7 +207,7 @@ class OptimSection(Section):
     gradient_clip_norm: NonNegativeFloat = key(1.0, "largest global gradient norm; 0: no clipping")
 
     def final_decay_steps(self, num_steps: int) -> int:
-        """Steps of the final decay of wsd in a schedule of `num_steps`."""
+        """Number of steps of the final decay of wsd in a schedule of `num_steps`."""
         return self.decay_steps if self.decay_steps is not None else max(num_steps // 10, 1)
 
 
@@ -220,7 +220,7 @@ class CompileSection(Section):
 
 
 class AnomalySection(Section):
-    """What happens when loss or gradient is not finite, or the loss spikes. The update is left out in any case."""
+    """Handling of steps whose loss or gradient is not finite, or whose loss spikes. Their update is always skipped."""
 
     policy: Literal["skip", "rollback", "stop"] = key(
         "skip", "go on with the next samples; go back to the newest checkpoint and leave out the samples since; end the run"
@@ -232,7 +232,7 @@ class AnomalySection(Section):
 
 
 class TrainSection(Section):
-    """Length of the run, batch, seed and what is recomputed."""
+    """Length of the run, batch, seed and recomputation."""
 
     global_batch_size: SequenceCount | None = key(32, "sequences per optimizer step; null: from the other two and the data-parallel size")
     tuning: Literal["measure", "plan", "off"] = key(
@@ -268,13 +268,13 @@ class TrainSection(Section):
 
     @property
     def recomputation(self) -> str:
-        """What is recomputed, in words."""
+        """The recomputation in words."""
         budget = f" {self.activation_memory_budget:g}" if self.recompute == "budget" else ""
         return self.recompute + budget + (f" every {self.recompute_every_n_layers} layers" if self.recompute_every_n_layers > 1 else "")
 
 
 class CheckpointSection(Section):
-    """When to save, what to keep, and where the first weights come from."""
+    """When checkpoints are saved, which are kept, and where the first weights come from."""
 
     every_n_steps: NonNegativeInt = key(500, "steps between saves; 0: only at the end and when interrupted")
     asynchronous: bool | Auto = key("auto", "train on while a copy in host memory is written; the last save of a run is awaited")

@@ -1,4 +1,4 @@
-"""What pydantic found wrong with a config, one sentence for each problem."""
+"""Translates pydantic's errors about a config into one sentence per problem."""
 
 from __future__ import annotations
 
@@ -19,13 +19,13 @@ MAX_PROBLEMS = 20
 
 
 def problem_sentences(error: ValidationError, tree: Mapping[str, Any], *, source: str, overridden: Mapping[str, str]) -> list[str]:
-    """The problems of a config in words; of very many the first.
+    """The problems of a config in words; only the first of very many.
 
     Args:
-        error: What pydantic found.
-        tree: The config that it read.
-        source: Where the config is from.
-        overridden: The option that set a key, for keys that one did.
+        error: The error of pydantic.
+        tree: The config that was validated.
+        source: Origin of the config.
+        overridden: Maps keys to the command-line option that set them.
     """
     fields = dict(iterate_keys())
     places: dict[str, list[ErrorDetails]] = {}
@@ -44,7 +44,7 @@ def problem_sentences(error: ValidationError, tree: Mapping[str, Any], *, source
 
 
 def _about_place(name: str, problem: ErrorDetails) -> Iterator[str]:
-    """About what is no key: an unknown name, or something that stands where a section is needed."""
+    """The sentence about a place that is no key: an unknown name, or a value where a section is needed."""
     if problem["type"] == "invalid_key":
         yield unknown_key(".".join([*map(str, problem["loc"][:-1]), describe_value(problem["input"])]))
     elif problem["type"] == "extra_forbidden":
@@ -54,7 +54,7 @@ def _about_place(name: str, problem: ErrorDetails) -> Iterator[str]:
 
 
 def _about_key(name: str, field: FieldInfo, problems: Sequence[ErrorDetails], tree: Mapping[str, Any]) -> Iterator[str]:
-    # The whole value: of a list, pydantic names the one entry that is wrong.
+    # The whole value is shown; pydantic points only to the wrong entry of a list.
     value = functools.reduce(operator.getitem, name.split("."), tree)
     section, in_entries = entry_section(field), [problem for problem in problems if _entry_number(problem) is not None]
     if section is not None and isinstance(value, list) and in_entries:
@@ -70,7 +70,7 @@ def _entry_number(problem: ErrorDetails) -> int | None:
 
 
 def _about_entry(problem: ErrorDetails, section: type[Section], entries: Sequence[Any]) -> str:
-    """About one problem of one entry, which is counted from 1."""
+    """The sentence about one problem of one list entry; entries are counted from 1."""
     position = _entry_number(problem)
     assert position is not None
     number, rest = problem["loc"][position], [str(part) for part in problem["loc"][position + 1 :]]
@@ -95,5 +95,5 @@ def _required(section: type[Section]) -> str:
 
 
 def _told(problem: ErrorDetails) -> str:
-    """What a rule of `values.py` says."""
+    """The message of a rule in `values.py`."""
     return str(problem["ctx"]["error"])

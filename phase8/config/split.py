@@ -1,4 +1,4 @@
-"""`data.split`: one data set divided into training, validation and a rest, in Megatron's notation `969,30,1`."""
+"""`data.split`: division of one data set into training, validation and an unused rest, in Megatron's notation `969,30,1`."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ Share = tuple[Fraction, Fraction]
 
 
 def split_shares(text: str) -> tuple[Share, Share]:
-    """Where the training and the validation part begin and end, as shares of the documents.
+    """Begin and end of the training and the validation part, as shares of the documents.
 
     Raises:
-        ConfigError: The text is no split.
+        ConfigError: The text is not a valid split.
     """
     numbers = [number.strip() for number in text.split(",")]
     if len(numbers) != 3 or not all(_NUMBER.fullmatch(number) for number in numbers):
@@ -33,7 +33,7 @@ def split_shares(text: str) -> tuple[Share, Share]:
 
 
 def split_problems(data: DataSection) -> Iterator[str]:
-    """What is wrong with `data.split`, one sentence each."""
+    """The problems of `data.split`, one sentence each."""
     if data.split is None:
         return
     try:

@@ -1,4 +1,4 @@
-"""Rules across keys and sections, and keys that are declared but not built yet. All problems are reported at once."""
+"""Rules across keys and sections, and keys that are declared but not implemented yet. All problems are reported at once."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from phase8.config.split import split_problems
 from phase8.division import part
 from phase8.errors import ConfigError
 
-# A model can be built from these.
+# Sections from which a model can be built.
 MODEL_SECTIONS = ("model.", "precision.")
 
 
@@ -28,10 +28,10 @@ def validate(config: RunConfig, *, world_size: int = 1) -> None:
 
 
 def refuse_problems(config: RunConfig, *, about: tuple[str, ...], world_size: int = 1) -> None:
-    """Refuses a config for its problems with some sections; others do not matter to the caller.
+    """Refuses a config for problems in some sections; problems elsewhere do not matter to the caller.
 
     Raises:
-        ConfigError: Those whose sentence begins with one of `about`.
+        ConfigError: The problems whose sentence begins with one of `about`.
     """
     problems = [problem for problem in find_problems(config, world_size=world_size) if problem.startswith(about)]
     if problems:
@@ -39,7 +39,7 @@ def refuse_problems(config: RunConfig, *, about: tuple[str, ...], world_size: in
 
 
 def find_problems(config: RunConfig, *, world_size: int = 1) -> list[str]:
-    """What is wrong with a config, one sentence each; empty when it can run."""
+    """The problems of a config, one sentence each; empty if it can run."""
     return [
         *model_problems(config.model),
         *_schedule(config.optim, config.train),
@@ -56,7 +56,7 @@ def find_problems(config: RunConfig, *, world_size: int = 1) -> list[str]:
 
 
 def model_problems(model: ModelSection) -> Iterator[str]:
-    """What is wrong with a model wherever it runs, one sentence each."""
+    """The problems of a model that do not depend on where it runs, one sentence each."""
     if model.head_size is None and model.d_model % model.num_heads:
         yield f"model.num_heads {model.num_heads} does not divide model.d_model {model.d_model}; choose a divisor or set model.head_size."
     elif model.head_width % 2:
@@ -161,7 +161,7 @@ def _budget(train: TrainSection, parallel: ParallelSection) -> Iterator[str]:
 
 
 def _tensor_parallel(model: ModelSection, num_ranks: int) -> Iterator[str]:
-    """What the ranks of tensor parallelism divide among them must divide; the vocabulary need not, but every rank needs some of it."""
+    """Sizes that tensor-parallel ranks must divide evenly. The vocabulary need not divide, but every rank needs a part of it."""
     sizes = {
         "model.num_heads": model.num_heads,
         "model.sequence_length": model.sequence_length,
@@ -204,7 +204,7 @@ def _batch_and_pipeline(config: RunConfig, world_size: int) -> Iterator[str]:
 
 
 def _not_built_yet(config: RunConfig) -> Iterator[str]:
-    """Keys whose feature does not exist yet: refused, never ignored."""
+    """Refuses keys whose feature is not implemented yet; none of them is ignored."""
     allowed = {
         "parallel.context_parallel_size": (config.parallel.context_parallel_size, (1,)),
         "parallel.expert_parallel_size": (config.parallel.expert_parallel_size, (1,)),

@@ -1,4 +1,4 @@
-"""What values a key may take: the types that `schema.py` is written in, each rule about one value in one place."""
+"""Types of config values, in which `schema.py` is written; each rule about a single value is defined here once."""
 
 from __future__ import annotations
 
@@ -10,12 +10,12 @@ from phase8.errors import ConfigError
 from phase8.paths import expand_path
 
 _LARGEST = 10**12
-# Given to pydantic while what a user has written is read. What a run has stored is expanded already, and stays as it is.
+# Context of validation while user input is read. Stored configs are already expanded, and are not expanded again.
 EXPAND_PATHS = {"expand_paths": True}
 
 
 class SpelledInt(int):
-    """A whole number that still knows how it was written, for keys that take a text."""
+    """A whole number that keeps its original spelling, for keys that take text."""
 
     spelling: str
 
@@ -27,7 +27,7 @@ class SpelledInt(int):
 
 
 class SpelledFloat(float):
-    """Likewise a number with a decimal point or an exponent."""
+    """A number with a decimal point or an exponent that keeps its original spelling."""
 
     spelling: str
 
@@ -39,7 +39,7 @@ class SpelledFloat(float):
 
 
 def at_most(limit: int) -> AfterValidator:
-    """Refuses numbers beyond what any run can use, which would overflow, or keep it busy for ever. No part of the type's description."""
+    """Refuses numbers larger than any run needs, which would overflow or never finish. The bound is not part of the type's description."""
 
     def check(value: float) -> float:
         if value > limit:
@@ -85,7 +85,7 @@ ProcessCount = Annotated[NonNegativeInt, at_most(1024)]
 RankCount = Annotated[PositiveInt, at_most(2**24)]
 Seconds = Annotated[PositiveFloat, at_most(10**9)]
 
-# A plain number under a key that takes a text is the text it is written as: run.name 010 is no ten.
+# A bare number under a text key is taken as the text that was written: run.name 010 stays 010, not 10.
 Text = Annotated[str, BeforeValidator(_as_spelled)]
-# `~` and variables of the environment are expanded, as in a shell.
+# `~` and environment variables are expanded, as in a shell.
 PathText = Annotated[Text, AS_PATH]

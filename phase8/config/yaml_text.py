@@ -1,7 +1,7 @@
-"""YAML as a config needs it: numbers are decimal, only true and false are booleans, and no text keeps the reader busy.
+"""Reads YAML for configs: numbers are decimal, only true and false are booleans, and depth and size are bounded.
 
-YAML 1.1, which PyYAML reads, has more spellings than people know: 010 is eight, 1:00 is sixty, 0x10 and 1_0 are numbers, `on` is true and
-2024-01-31 a date. Here all of these but the first are texts, which a key that needs a number refuses, and 010 is ten.
+YAML 1.1, which PyYAML implements, has surprising spellings: 010 is eight, 1:00 is sixty, 0x10 and 1_0 are numbers, `on` is true and
+2024-01-31 is a date. Here 010 is ten, and the rest of these are text, which a key that needs a number refuses.
 """
 
 from __future__ import annotations
@@ -22,16 +22,16 @@ _NOT_FINITE = re.compile(r"[-+]?\.(inf|Inf|INF)|\.(nan|NaN|NAN)")
 
 
 def read_yaml(text: str) -> Any:
-    """The value of a YAML document. Its numbers are `SpelledInt` and `SpelledFloat`, except those that are not finite.
+    """Parses a YAML document. Finite numbers are returned as `SpelledInt` and `SpelledFloat`.
 
     Raises:
-        yaml.YAMLError: It is no YAML, or deeper or larger than any config is; aliases count as often as they are used.
+        yaml.YAMLError: It is not YAML, or deeper or larger than any config; an alias counts each time it is used.
     """
     return yaml.load(text, Loader=_Loader)
 
 
 class _Loader(yaml.SafeLoader):
-    """Refuses a key that is given twice, and bounds depth and size while reading."""
+    """A loader that refuses repeated keys, and bounds depth and size while reading."""
 
     def __init__(self, text: str):
         super().__init__(text)
@@ -78,7 +78,7 @@ class _Loader(yaml.SafeLoader):
             raise _refusal(node, f"{text!r} is no decimal whole number")
         try:
             return SpelledInt(text)
-        except ValueError:  # beyond what Python converts
+        except ValueError:  # too many digits for Python's int
             raise _refusal(node, f"a number has {len(text)} digits") from None
 
     def construct_yaml_float(self, node: yaml.ScalarNode) -> float:
@@ -95,7 +95,7 @@ def _refusal(node: yaml.Node, problem: str) -> yaml.MarkedYAMLError:
 
 
 _PREFIX = "tag:yaml.org,2002:"
-# Other tags are refused: their values are nothing a config has, and PyYAML fails on some of them.
+# Unknown tags are refused: no config needs them, and PyYAML fails on some.
 _Loader.yaml_constructors = {
     None: yaml.SafeLoader.construct_undefined,
     **{f"{_PREFIX}{kind}": yaml.SafeLoader.yaml_constructors[f"{_PREFIX}{kind}"] for kind in ("null", "str", "seq", "map")},

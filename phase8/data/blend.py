@@ -1,4 +1,4 @@
-"""Blending of several data sets by integer weights: who delivers sample n.
+"""Blending of several data sets by integer weights: which data set delivers sample n.
 
 The order within one period of sum(weights) samples follows Tijdeman's rule: among the data sets that are owed at least
 1 / (2K - 2) of a sample, the one with the earliest deadline. At every prefix no data set is then further than 1 - 1 / (2K - 2) samples
@@ -23,7 +23,7 @@ MAX_PERIOD = 100_000
 
 
 class BlendTable:
-    """Who delivers sample n, for every n, in constant time: one period of the order with the count of each data set before it.
+    """A table that finds the data set of sample n in constant time: one period of the order, with the count of each data set before it.
 
     Args:
         weights: One positive integer per data set; only their ratios matter.
@@ -33,7 +33,7 @@ class BlendTable:
         period: Sum of `weights`.
 
     Raises:
-        DataError: No weight, a weight that is no positive integer, or a period above 100,000.
+        DataError: There are no weights, a weight is not a positive integer, or the period is above 100,000.
     """
 
     def __init__(self, weights: Sequence[int]):
@@ -60,16 +60,16 @@ class BlendTable:
 
 
 def integer_weights(weights: Sequence[int | float]) -> list[int]:
-    """Weights in the smallest whole numbers of the same ratios, those of decimal numbers as they are written: 0.3 and 0.7 are 3 and 7.
+    """The smallest whole numbers with the same ratios as the weights; decimal numbers count as written: 0.3 and 0.7 become 3 and 7.
 
     Decimal numbers of so many digits that their period would be above 100,000 are rounded to a period of 100,000.
 
     Raises:
-        DataError: A weight that is no positive finite number, or whole numbers whose period is above 100,000.
+        DataError: A weight is not a positive finite number, or whole numbers have a period above 100,000.
     """
     if any(isinstance(weight, bool) or not isinstance(weight, (int, float)) or not 0 < weight < inf for weight in weights):
         raise DataError(f"blend weights {list(weights)} cannot be used; give one number above 0 per data set")
-    # 0.3 is no binary number; its shortest spelling is what was meant.
+    # 0.3 has no exact binary form; its shortest spelling is what was meant.
     exact = [Fraction(repr(weight)) for weight in weights]
     scale = lcm(*(weight.denominator for weight in exact))
     whole = [int(weight * scale) for weight in exact]
@@ -78,7 +78,7 @@ def integer_weights(weights: Sequence[int | float]) -> list[int]:
     if sum(whole) <= MAX_PERIOD:
         return whole
     rounded = _rounded(whole)
-    if all(weight.denominator == 1 for weight in exact) or min(rounded) < 1:  # the largest of thousands has too little to give
+    if all(weight.denominator == 1 for weight in exact) or min(rounded) < 1:  # the largest of thousands of weights is too small to give something up
         raise DataError(_too_long(weights, sum(whole)))
     return rounded
 
@@ -86,7 +86,7 @@ def integer_weights(weights: Sequence[int | float]) -> list[int]:
 def _rounded(weights: Sequence[int]) -> list[int]:
     """The whole numbers of sum `MAX_PERIOD` nearest to the ratios of weights, by largest remainders; ties go to the first.
 
-    None becomes 0. What very small weights gain by that is taken from the largest; every other share stays within 1 / `MAX_PERIOD` of its own.
+    None becomes 0. What very small weights gain is taken from the largest; every other share stays within 1 / `MAX_PERIOD` of its exact value.
     """
     total = sum(weights)
     result = [max(1, weight * MAX_PERIOD // total) for weight in weights]
@@ -106,11 +106,11 @@ def _too_long(weights: Sequence[int | float], period: int) -> str:
 
 
 def _tijdeman_period(weights: tuple[int, ...]) -> tuple[np.ndarray, np.ndarray]:
-    """Data set of each position of a period (int32), and how often it came before (int32).
+    """The data set at each position of a period (int32), and how often it occurred before that position (int32).
 
     A data set of share w / P whose count is c is owed 1 / (2K - 2) of a sample from n = (c + 1 / (2K - 2)) P / w on (its release), and
     must be chosen by n = (c + 1 - 1 / (2K - 2)) P / w (its deadline), n counted from 1. Releases and deadlines rise with c, so a heap
-    of those to come and a heap of those released find the earliest deadline in O(P log K). Ties go to the first data set.
+    of future releases and a heap of deadlines of released data sets find the earliest deadline in O(P log K). Ties go to the first data set.
     """
     period, parts = sum(weights), max(1, 2 * len(weights) - 2)
 

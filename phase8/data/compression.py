@@ -1,6 +1,6 @@
-"""Compressed files as streams of bytes, with one error for all that is wrong with them.
+"""Compressed files as streams of bytes; all damage is reported by one error class.
 
-A file that ends before its compressed stream does is damaged, never short: gzip and zstd both say where a stream ends.
+A file that ends before its compressed stream is reported as damaged, never as short: gzip and zstd both mark the end of a stream.
 """
 
 from __future__ import annotations
@@ -16,18 +16,18 @@ from phase8.data.optional_packages import import_zstandard
 
 COMPRESSED_SUFFIXES = (".gz", ".zst")
 _NAMES = {".gz": "gzip", ".zst": "zstd"}
-# A compressed block of a few bytes can become 128 KiB, so this much input becomes 8 MiB at most.
+# A compressed block of a few bytes can expand to 128 KiB, so this much input expands to 8 MiB at most.
 _ZSTD_INPUT_BYTES = 256
-_ZSTD_WINDOW_BYTES = 1 << 31  # what `zstd --long=31` needs, the largest there is
+_ZSTD_WINDOW_BYTES = 1 << 31  # the largest window, that of `zstd --long=31`
 
 
 class DamagedStreamError(Exception):
-    """A compressed file is not whole; the message says how."""
+    """A compressed file is incomplete or damaged; the message says how."""
 
 
 @contextmanager
 def decompressed(path: str) -> Iterator[tuple[BinaryIO, BinaryIO]]:
-    """The content of a file that is compressed according to its suffix, and the compressed file, whose position tells how far reading has come.
+    """Opens a file compressed according to its suffix; yields its content and the compressed file, whose position shows the progress.
 
     Raises:
         DamagedStreamError: Reading inside the block met damage or a premature end.
@@ -44,7 +44,7 @@ def decompressed(path: str) -> Iterator[tuple[BinaryIO, BinaryIO]]:
 
 
 class _ZstdStream(io.RawIOBase):
-    """The content of all frames of a zstd file. The package's own reader takes a truncated file for a whole one."""
+    """The content of all frames of a zstd file. The package's own reader reports a truncated file as complete."""
 
     def __init__(self, compressed: BinaryIO, path: str):
         self._compressed = compressed
@@ -69,7 +69,7 @@ class _ZstdStream(io.RawIOBase):
         return count
 
     def _fill(self) -> bool:
-        """Decompresses a little more; false at the end."""
+        """Decompresses a little more; False at the end."""
         self._input = self._input or self._compressed.read(_ZSTD_INPUT_BYTES)
         if not self._input:
             if not self._is_between_frames:

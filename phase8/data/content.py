@@ -1,4 +1,4 @@
-"""Digests of what files hold, cheap enough to be taken at every start, whatever their names, sizes and times say."""
+"""Content digests of files, cheap enough to be computed at every start; names, sizes and times are not trusted."""
 
 from __future__ import annotations
 
@@ -8,16 +8,16 @@ from pathlib import Path
 
 from phase8.errors import DataError
 
-# Larger files are read in part: this many blocks of this size, evenly spread, the first and the last among them.
+# Larger files are sampled: this many blocks of this size, evenly spread, the first and the last among them.
 NUM_BLOCKS = 256
 BLOCK_BYTES = 1 << 16
 WHOLE_BYTES = NUM_BLOCKS * BLOCK_BYTES
 
 
 def content_digest(path: Path) -> str:
-    """A digest of the size and the content of a file: `sha256:<hex>` of all of it up to 16 MiB, else `sampled-sha256:<hex>` of 16 MiB of it.
+    """Digest of size and content of a file: `sha256:<hex>` of all bytes up to 16 MiB, otherwise `sampled-sha256:<hex>` of 16 MiB of them.
 
-    Equal contents give equal digests on every machine. Two files of one size that differ only between the samples give equal digests too.
+    Equal contents give equal digests on every machine. Two files of equal size that differ only between the samples give equal digests as well.
 
     Raises:
         DataError: The file cannot be read.

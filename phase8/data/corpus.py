@@ -1,7 +1,7 @@
 """The embedded default corpus: the text of the Python standard library found on this machine.
 
-It needs no download and exists wherever this library runs. The files are sorted by path, duplicates are dropped, and a hash of the
-path decides once and for all which twentieth is held out for validation. The sources are tokenised once per vocabulary size.
+It needs no download and is available wherever this library runs. The files are sorted by path, duplicates are dropped, and a hash of the
+path selects the twentieth that is held out for validation. The sources are tokenised once per vocabulary size.
 """
 
 from __future__ import annotations
@@ -29,21 +29,21 @@ from phase8.errors import DataError, IndexedFormatError
 
 OnProgress = Callable[[str, int, int], None]
 
-# Raise it when the same sources and vocabulary size give other tokens than before.
+# Must be raised when the same sources and vocabulary size give other tokens than before.
 CORPUS_VERSION = 1
 VALIDATION_RATIO = 0.05
 TOKENIZER_SAMPLE_BYTES = 8_000_000
-# pydoc_data is one file of generated prose, large enough to distort whichever split it falls into.
+# pydoc_data is one file of generated prose, large enough to dominate the split it falls into.
 _SKIPPED_DIRECTORIES = {"site-packages", "dist-packages", "__pycache__", "pydoc_data"}
 
 
 @dataclass(frozen=True, kw_only=True)
 class EmbeddedCorpus:
-    """The prepared corpus: where it is and how large.
+    """The prepared corpus: its paths and its unigram entropy.
 
     Attributes:
         train_prefix: `.bin/.idx` prefix of the training split.
-        validation_prefix: The same of the held-out split.
+        validation_prefix: `.bin/.idx` prefix of the held-out split.
         tokenizer_path: The sentencepiece model, trained on the training split only.
         unigram_entropy_nats: Cross-entropy per validation token under the add-one smoothed token frequencies of the training
             split: what a model that knows frequencies but no context reaches.
@@ -74,18 +74,18 @@ class _Document(NamedTuple):
 def prepare_embedded_corpus(
     cache_dir: str | Path, *, vocab_size: int, on_progress: OnProgress | None = None, library: Path | None = None
 ) -> EmbeddedCorpus:
-    """The embedded corpus, tokenised on first use into `<cache_dir>/stdlib-<python>-v<vocab_size>-<digest of the sources>/`.
+    """Prepares the embedded corpus, tokenised on first use into `<cache_dir>/stdlib-<python>-v<vocab_size>-<digest of the sources>/`.
 
-    Processes that ask at the same time wait for the first one; a killed preparation leaves nothing that counts.
+    Concurrent callers wait for the first one; a preparation that was killed leaves nothing that counts as finished.
 
     Args:
-        cache_dir: Where prepared corpora live.
+        cache_dir: Directory of prepared corpora.
         vocab_size: Number of token ids.
         on_progress: Called with stage, steps done and steps in all.
         library: Directory of the sources; None: the library of the running Python.
 
     Raises:
-        DataError: No sources, or a vocabulary size they cannot give.
+        DataError: There are no sources, or they do not support the vocabulary size.
         StorageError: The cache cannot be written.
     """
     documents = _read_library(library or Path(sysconfig.get_paths()["stdlib"]))
@@ -111,7 +111,7 @@ def _silent(stage: str, completed: int, total: int) -> None:
 
 
 def _read_library(root: Path) -> list[_Document]:
-    """The sources in order of their path, each text once."""
+    """Reads the sources in the order of their path, each text once."""
     documents, seen = [], set()
     for name in sorted(_source_names(root)):
         text = _text_of(root / name)
@@ -142,7 +142,7 @@ def _source_names(root: Path) -> Iterator[str]:
 def _text_of(path: Path) -> str | None:
     try:
         return path.read_bytes().decode("utf-8")
-    except (UnicodeDecodeError, OSError):  # sources in other encodings exist to test decoders; unreadable ones teach nothing
+    except (UnicodeDecodeError, OSError):  # sources in other encodings only test decoders; unreadable ones are skipped
         return None
 
 
@@ -155,7 +155,7 @@ def _digest(documents: list[_Document]) -> str:
 
 
 def _load(directory: Path) -> EmbeddedCorpus | None:
-    """The corpus of a finished directory; None where it is missing or damaged, to be made anew."""
+    """Loads a finished corpus; None if it is missing or damaged, and has to be made anew."""
     record = read_json(directory / "corpus.json")
     if not isinstance(record, dict):
         return None
@@ -201,7 +201,7 @@ def _build(directory: Path, documents: list[_Document], *, vocab_size: int, on_p
 
 
 def _tokenised(texts: list[str], tokenizer: Tokenizer) -> Iterator[np.ndarray]:
-    """Tokens of each text, end of document last; the tokenizer releases the interpreter lock, so threads share the work."""
+    """Tokens of each text, ended by the end-of-document token; the tokenizer releases the interpreter lock, so threads run in parallel."""
 
     def encode(text: str) -> np.ndarray:
         return np.array([*tokenizer.encode(text), tokenizer.eod_id], dtype=best_dtype(tokenizer.vocab_size))
@@ -211,7 +211,7 @@ def _tokenised(texts: list[str], tokenizer: Tokenizer) -> Iterator[np.ndarray]:
 
 
 def _sample(texts: list[str], num_bytes: int) -> Iterator[str]:
-    """Texts from all over the list until `num_bytes` are reached."""
+    """Texts spread over the whole list, `num_bytes` in all."""
     for text in spread(texts):
         if num_bytes <= 0:
             return

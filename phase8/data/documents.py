@@ -1,11 +1,11 @@
-"""Documents of the inputs: how to cut the reading into shards, and the texts of each part.
+"""Documents of the inputs: division into shards, and the texts of each part.
 
 | input | a document is | can be cut |
 |---|---|---|
-| text or source file | the file, or with a document separator what stands between the lines that are the separator | with a separator |
-| `.jsonl` and alike | a line's text under a key (json_lines.py) | yes |
-| `.parquet` | a row's text in a column (parquet.py) | yes, by row groups |
-| `.gz`, `.zst` of the first two | the same | no |
+| text or source file | the whole file; with a document separator, the text between two separator lines | with a separator |
+| `.jsonl` and similar | the text under a key of each line (json_lines.py) | yes |
+| `.parquet` | the text in a column of each row (parquet.py) | yes, by row groups |
+| `.gz`, `.zst` of the first two | as uncompressed | no |
 """
 
 from __future__ import annotations
@@ -28,14 +28,14 @@ T = TypeVar("T")
 
 
 def cut_shards(sources: Iterable[Source], shard_bytes: int, *, document_separator: str | None = None) -> list[tuple[Span, ...]]:
-    """Consecutive spans of about `shard_bytes` together; what can be cut within a file is."""
+    """Divides sources into consecutive spans of about `shard_bytes`; files that can be cut are."""
     shards: list[tuple[Span, ...]] = []
     current: list[Span] = []
     filled = 0
     for source in sources:
         has_parts = source.is_json_lines or source.is_parquet or document_separator is not None
         step = shard_bytes if has_parts and not source.is_compressed else max(source.size_bytes, 1)
-        # An empty text has no document, but an empty compressed file is damaged, which its reader reports.
+        # An empty text has no document, but an empty compressed file is damaged, and its reader reports that.
         size = max(source.size_bytes, int(source.is_compressed or source.is_parquet))
         for start in range(0, size, step):
             span = Span(source, start, min(start + step, source.size_bytes))
@@ -48,12 +48,12 @@ def cut_shards(sources: Iterable[Source], shard_bytes: int, *, document_separato
 
 
 def spread(items: Sequence[T]) -> list[T]:
-    """The items in a fixed order of which every beginning is taken evenly from all over the sequence."""
+    """The items in a fixed order in which every prefix is spread evenly over the sequence."""
     return [items[i] for i in sorted(range(len(items)), key=lambda i: i * _FIBONACCI_HASH % 2**32)]
 
 
 def is_whole(source: Source, on_invalid: OnInvalid) -> bool:
-    """Whether a compressed file can be read to its end; else `on_invalid` is told. Checksums stand behind what they are of."""
+    """Whether a compressed file can be read to its end; otherwise calls `on_invalid`. Checksums come after the data that they cover."""
     try:
         with _opened(source) as (file, _):
             while source.is_compressed and file.read(_CHECKED_BYTES):
@@ -65,17 +65,17 @@ def is_whole(source: Source, on_invalid: OnInvalid) -> bool:
 
 
 def read_documents(span: Span, *, json_key: str, on_invalid: OnInvalid, document_separator: str | None = None) -> Iterator[Document]:
-    """The texts of a span, exactly as stored (a leading byte order mark aside).
+    """Yields the texts of a span exactly as stored, except for a leading byte order mark.
 
     Args:
         span: What to read.
-        json_key: Where an object of JSON lines holds its text; the column of Parquet.
-        on_invalid: Called with an error naming file and line for everything that is not a document; it raises to stop there, or
+        json_key: Key of the text in an object of JSON lines; the column in Parquet.
+        on_invalid: Called with an error naming file and line for everything that is not a document; it raises to stop, or
             returns to skip it.
-        document_separator: The content of the lines that stand between the documents of a text file; None where a file is one document.
+        document_separator: Content of the lines that separate documents of a text file; None if a file is one document.
 
     Raises:
-        DataError: The file cannot be read at all.
+        DataError: The source cannot be read at all.
     """
     source = span.source
     if source.is_parquet:
@@ -97,7 +97,7 @@ def read_documents(span: Span, *, json_key: str, on_invalid: OnInvalid, document
 
 @contextmanager
 def _opened(source: Source) -> Iterator[tuple[BinaryIO, BinaryIO]]:
-    """The content of a source, and the file whose position tells how much of the source is read."""
+    """Opens a source; yields its content, and the file whose position shows how much has been read."""
     try:
         if source.is_compressed:
             with decompressed(source.path) as files:
@@ -110,11 +110,11 @@ def _opened(source: Source) -> Iterator[tuple[BinaryIO, BinaryIO]]:
 
 
 def _between_separators(file: BinaryIO, stored: BinaryIO, span: Span, separator: bytes, on_invalid: OnInvalid) -> Iterator[Document]:
-    """The documents behind the separators that begin in a span, the first of a file behind none. What holds no byte is no document."""
+    """The documents after the separators that begin in a span; the first document of a file follows none. Empty ones are left out."""
     path, is_cut = span.source.path, not span.source.is_compressed
     if span.start:
         file.seek(span.start - 1)
-        file.readline()  # the rest of a line that begins in the span before
+        file.readline()  # the rest of a line that began in the span before
     document = None if span.start else bytearray()  # None until the first separator of the span
     begin = position = stored.tell()
     while line := file.readline():

@@ -1,7 +1,7 @@
-"""The token between documents: which one it is, and models whose vocabulary lacks it.
+"""The end-of-document token: its choice, and models whose vocabulary lacks its piece.
 
-A piece that text alone can give would end documents wherever somebody writes it. So text that gives it is encoded by a copy of the
-model from which the piece was taken: every other piece keeps its id, and the text becomes what the model would have made of it.
+If text could produce the piece, any text that contains it would end a document. Such text is encoded by a copy of the
+model without the piece: all other pieces keep their ids, and the text becomes what that model makes of it.
 """
 
 from __future__ import annotations
@@ -15,9 +15,9 @@ from phase8.errors import DataError
 
 END_OF_DOCUMENT = "<|endoftext|>"
 
-# What the makers of common models call the token between documents.
+# Names of the end-of-document token in common models.
 KNOWN_PIECES = (END_OF_DOCUMENT, "<|end_of_text|>", "</s>", "<eos>", "[EOS]", "<｜end▁of▁sentence｜>")
-# U+FFFE is no character, so that no text of the world contains a piece with this name.
+# U+FFFE is not a character, so no valid text contains a piece with this name.
 _UNWRITTEN = "\ufffe"
 # Fields of sentencepiece's ModelProto and SentencePiece, each with its wire type (2: length-delimited).
 _PIECES, _SELF_TEST, _LENGTH_DELIMITED = 1, 4, 2
@@ -25,13 +25,13 @@ _TYPE_IS_CONTROL = bytes([3 << 3, 3])
 
 
 def choose_end_of_document(ids: Mapping[str, int], path: Path, *, named: str | None, own_words: Iterable[set[str]]) -> int:
-    """The id of the token between documents.
+    """Chooses the id of the end-of-document token.
 
     Args:
-        ids: Every piece of the vocabulary that may be asked for, with its id.
-        path: The tokenizer, for messages.
-        named: The piece that the user names; None: the known one.
-        own_words: Sets of pieces that the tokenizer itself marks, as special for example, the most telling first. They decide between
+        ids: Every candidate piece of the vocabulary, with its id.
+        path: The tokenizer file, for messages.
+        named: The piece that the user names; None: a known one.
+        own_words: Sets of pieces that the tokenizer itself marks, for example as special, the most telling set first. They decide between
             several known pieces.
 
     Raises:
@@ -58,11 +58,11 @@ def choose_end_of_document(ids: Mapping[str, int], path: Path, *, named: str | N
 
 
 def sentencepiece_without(model: bytes, piece_id: int) -> bytes:
-    """A sentencepiece model in which a piece is a control piece, which no text gives.
+    """A copy of a sentencepiece model in which a piece is a control piece, which no text produces.
 
     Args:
         model: A serialised ModelProto.
-        piece_id: Number of the piece.
+        piece_id: Id of the piece.
 
     Raises:
         ValueError: The model holds fields that are not sentencepiece's.
@@ -76,10 +76,10 @@ def sentencepiece_without(model: bytes, piece_id: int) -> bytes:
         length, position = _varint(model, position)
         content, position = model[position : position + length], position + length
         if tag >> 3 == _SELF_TEST:
-            continue  # the samples may hold the piece
+            continue  # the self-test samples may contain the piece
         if tag >> 3 == _PIECES:
             if num_pieces == piece_id:
-                content += _TYPE_IS_CONTROL  # of a field given twice the last counts
+                content += _TYPE_IS_CONTROL  # the last value of a repeated field counts
             num_pieces += 1
             parts.append(bytes([tag]) + _as_varint(len(content)) + content)
         else:
@@ -88,10 +88,10 @@ def sentencepiece_without(model: bytes, piece_id: int) -> bytes:
 
 
 def hugging_face_without(content: dict[str, Any], piece: str) -> str:
-    """The text of a `tokenizer.json` in which a piece has a name that no text holds, and no merge gives it.
+    """The text of a `tokenizer.json` in which a piece is renamed so that no text contains it, and no merge produces it.
 
     Args:
-        content: The file's JSON; it is altered.
+        content: The file's JSON; it is modified.
         piece: The piece.
     """
     model, renamed = content["model"], piece + _UNWRITTEN
@@ -106,13 +106,13 @@ def hugging_face_without(content: dict[str, Any], piece: str) -> str:
         model["merges"] = [[left, right] for left, right in pairs if piece not in (left, right, left + right.removeprefix(prefix))]
     for token in content.get("added_tokens") or []:
         if token["content"] == piece:
-            token |= {"content": renamed, "special": True}  # special ones are not looked for in text
-    content["post_processor"] = None  # it may name the piece, and is not used
+            token |= {"content": renamed, "special": True}  # special tokens are not searched for in text
+    content["post_processor"] = None  # it may refer to the piece, and is not used
     return json.dumps(content, ensure_ascii=False)
 
 
 def _varint(data: bytes, position: int) -> tuple[int, int]:
-    """A protobuf number and where the next field begins."""
+    """Reads a protobuf varint; returns it and the position of the next field."""
     value = shift = 0
     while True:
         byte = data[position]

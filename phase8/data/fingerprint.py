@@ -1,8 +1,8 @@
-"""Which data a run trains on: recorded in every checkpoint, compared by the run that goes on from it.
+"""Fingerprints of the training data, recorded in every checkpoint and compared by the run that continues from it.
 
-A source has its index, its size and the digest of its content, and the hash of all its tokens where their writer has left it; one made
-of several pairs has that of each under `files`, one of part of the documents their range under `documents`. Checkpoints of releases
-before these fields lack them: what only one of two fingerprints holds is not compared.
+A source has its index, its size, the digest of its content, and the hash of all its tokens where its writer recorded one. A source made
+of several pairs has these for each pair under `files`; a source that is a part of the documents has their range under `documents`.
+Fields that only one of two fingerprints has (older checkpoints lack some) are not compared.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ _CONTENT = ("bin_sha256", "content")
 
 
 def data_fingerprint(dataset: SequenceDataset) -> dict[str, object]:
-    """What decides, with the seed, which tokens sample n holds; plain JSON values."""
+    """Everything that determines, together with the seed, which tokens sample n holds; plain JSON values."""
     return {
         "order_version": ORDER_VERSION,
         "sequence_length": dataset.sequence_length,
@@ -31,7 +31,7 @@ def data_fingerprint(dataset: SequenceDataset) -> dict[str, object]:
 
 
 def describe_fingerprint_difference(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
-    """One sentence per difference between two fingerprints; empty when sample n holds the same tokens. Names may differ."""
+    """One sentence per difference between two fingerprints; empty if sample n holds the same tokens. Names may differ."""
     sentences = [
         f"{what} was {old[field]} and is {new[field]}"
         for field, what in (("order_version", "the version of the sample order"), ("sequence_length", "model.sequence_length"))
@@ -51,13 +51,13 @@ def describe_fingerprint_difference(old: dict[str, Any], new: dict[str, Any]) ->
 
 
 def content_of(source: dict[str, Any]) -> dict[str, Any]:
-    """What a source of a fingerprint holds, whatever it is called and whatever its writer has left beside it."""
+    """The content of a source, without names and without what its writer recorded beside it."""
     own = {field: value for field, value in source.items() if field not in ("name", "bin_sha256", "files")}
     return own | ({"files": [content_of(file) for file in source["files"]]} if "files" in source else {})
 
 
 def _differences(was: dict[str, Any], now: dict[str, Any]) -> list[str]:
-    """What differs between the data of two sources, whatever their weights."""
+    """The differences between the data of two sources, weights left out."""
     before, after = was.get("files", [was]), now.get("files", [now])
     if len(before) != len(after):
         return [f"the number of its pairs was {len(before)} and is {len(after)}"]
@@ -75,14 +75,14 @@ def _file_differences(was: dict[str, Any], now: dict[str, Any]) -> list[str]:
     sentences = [f"the {what} was {was[field]} and is {now[field]}" for field, what in _SHAPE.items() if was[field] != now[field]]
     if was.get("documents") != now.get("documents"):
         sentences.append(f"the documents of data.split were {_range(was)} and are {_range(now)}")
-    if not sentences:  # else the content differs, too
+    if not sentences:  # otherwise the content differs as well
         compared = [field for field in _CONTENT if field in was and field in now and was[field] != now[field]]
         sentences += [f"the hash of .bin was {was[field]} and is {now[field]}" for field in compared[:1]]
     return sentences
 
 
 def _in_order_of(before: Sequence[dict[str, Any]], after: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-    """`after` in the order of `before` if it holds the same data in another order, else as it is."""
+    """`after` in the order of `before` if both hold the same data; otherwise unchanged."""
     ordered, remaining = [], list(after)
     for was in before:
         same = next((now for now in remaining if not _differences(was, now)), None)

@@ -14,8 +14,8 @@ Little-endian, and unaligned since the header is 34 bytes:
 | 8D | i64 | document k is the sequences [index[k], index[k + 1]) |
 | N, optional | i8 | mode of each sequence (multimodal data); visible only in the length of the file |
 
-Source: Megatron-LM, megatron/core/datasets/indexed_dataset.py. Megatron checks little of this; here everything that the two files say
-about each other is checked before any of it is used.
+Source: Megatron-LM, megatron/core/datasets/indexed_dataset.py. Megatron checks little of this; here the two files are checked against
+each other completely before they are used.
 """
 
 from __future__ import annotations
@@ -106,7 +106,7 @@ def read_index(path: Path, *, bin_bytes: int, dialect: Dialect | None) -> Index:
 
 
 def _read_header(file: BinaryIO, path: Path) -> tuple[int, int, int, bool]:
-    """Number of sequences, entries of the document index, dtype code, and whether modes follow; both counts fit the file."""
+    """Number of sequences, entries of the document index, dtype code, and whether modes follow; both counts are checked against the file size."""
     size = os.fstat(file.fileno()).st_size
     header = file.read(HEADER.size)
     if header.startswith(b"MUSE"):
@@ -122,7 +122,7 @@ def _read_header(file: BinaryIO, path: Path) -> tuple[int, int, int, bool]:
         raise IndexedFormatError(f"{path} is of format version {version}; only version {VERSION} is known")
     if index_length < 1:
         raise _damaged(path, "its document index is empty, where even a file without documents has one entry")
-    # Both counts are u64 and may be anything: hold them against the size of the file before allocating.
+    # Both counts are u64 and not trusted: they are compared with the size of the file before memory is allocated.
     expected = HEADER.size + 12 * num_sequences + 8 * index_length
     if size not in (expected, expected + num_sequences):
         raise _damaged(path, f"{num_sequences} sequences and {index_length - 1} documents take {expected} bytes, but it holds {size}")
@@ -130,7 +130,7 @@ def _read_header(file: BinaryIO, path: Path) -> tuple[int, int, int, bool]:
 
 
 def _token_dtype(code: int, num_tokens: int, bin_bytes: int, *, path: Path, dialect: Dialect | None) -> np.dtype:
-    """The type behind a dtype code, which four projects number differently from 6 on, confirmed by the size of `.bin`."""
+    """The dtype of a dtype code, which four projects number differently from 6 on, checked against the size of `.bin`."""
     if code not in DIALECTS["megatron"]:
         raise _damaged(path, f"its dtype code is {code}, where 1 to 8 exist")
     readings = {name: np.dtype(codes[code]) for name, codes in DIALECTS.items()}

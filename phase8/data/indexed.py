@@ -1,8 +1,8 @@
 """Reader and writer of Megatron's `.bin/.idx` token files.
 
-`.bin` is the token ids of all sequences, one after the other, without header or padding; `.idx` (index_file.py) says where each
-sequence and each document begins. The writer renames `.bin` first and `.idx` last, so that an `.idx` implies a complete `.bin`; between
-the two comes what it knows about the tokens (pair_record.py), which other writers do not leave.
+`.bin` holds the token ids of all sequences, one after the other, without header or padding; `.idx` (index_file.py) says where each
+sequence and each document begins. The writer renames `.bin` first and `.idx` last, so an `.idx` implies a complete `.bin`; in
+between it writes a record of the tokens (pair_record.py), which other writers do not have.
 """
 
 from __future__ import annotations
@@ -38,18 +38,18 @@ def best_dtype(vocab_size: int) -> np.dtype:
 
 
 class IndexedWriter:
-    """Context manager that writes one `.bin/.idx` pair, complete or not at all.
+    """A context manager that writes one `.bin/.idx` pair, completely or not at all.
 
     Until the block ends without an exception only temporary files exist, and a pair already under `prefix` stays as it is.
 
     Args:
-        prefix: Path without `.bin` / `.idx`; missing directories are made.
+        prefix: Path without `.bin` / `.idx`; missing directories are created.
         dtype: Integer type of the tokens, from `best_dtype(vocab_size)`.
-        made_with: The tokenizer of the tokens, for the record; None: it is not known.
+        made_with: The tokenizer of the tokens, for the record; None: unknown.
 
     Raises:
         DataError: A type the format has no code for.
-        StorageError: The place cannot be written, or the disk is full.
+        StorageError: The files cannot be written, or the disk is full.
     """
 
     def __init__(self, prefix: str | Path, *, dtype: np.dtype, made_with: MadeWith | None = None):
@@ -145,7 +145,7 @@ class IndexedWriter:
         _write_durably(self._idx_partial, lambda file: write_index(file, dtype=self.dtype, lengths=lengths, document_index=document_index))
         record = self._tally.record(content_digest(self._bin_partial), self._made_with)
         _write_durably(self._record_partial, lambda file: file.write(record.to_json()))
-        for older in (self._idx_path, self._record_path):  # which must never describe the new .bin
+        for older in (self._idx_path, self._record_path):  # they must never describe the new .bin
             older.unlink(missing_ok=True)
         self._bin_partial.replace(self._bin_path)
         self._record_partial.replace(self._record_path)
@@ -246,7 +246,7 @@ class IndexedDataset:
 
     @cached_property
     def record(self) -> PairRecord | None:
-        """What the writer of the pair left about this `.bin`; None: nothing."""
+        """The record that the pair's writer left for this `.bin`; None if there is none."""
         return read_record(self.prefix, bin_bytes=self.bin_bytes, content=self.content)
 
     @cached_property
@@ -255,7 +255,7 @@ class IndexedDataset:
             return hashlib.file_digest(file, "sha256").hexdigest()
 
     def fingerprint(self) -> dict[str, object]:
-        """What identifies the data without reading all tokens, and the hash of all tokens where their writer has left it."""
+        """Identifies the data without reading all tokens; includes the hash of all tokens where the writer recorded it."""
         whole = {} if self.record is None else {"bin_sha256": self.record.bin_sha256}
         return {"idx_sha256": self._idx_sha256, "bin_bytes": self.bin_bytes, "num_tokens": self.num_tokens, "content": self.content, **whole}
 
@@ -269,5 +269,5 @@ def _reopen(prefix: str, dialect: Dialect | None) -> IndexedDataset:
 
 
 def _path(prefix: str | Path, suffix: str) -> Path:
-    """`prefix` + `suffix`; not `with_suffix`, which would cut a prefix that holds a dot."""
+    """`prefix` + `suffix`; unlike `with_suffix` this keeps a dot in the prefix."""
     return Path(f"{prefix}{suffix}")

@@ -1,4 +1,4 @@
-"""What a preparation reads: which files the inputs name, what identifies each, and what of a directory is left out."""
+"""The input files of a preparation: which files the inputs stand for, how each is identified, and what a directory holds besides."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from phase8.data.optional_packages import import_parquet, import_zstandard
 from phase8.errors import DataError
 from phase8.paths import real_path, why_unreadable
 
-# A file named outright is read whatever its suffix; these are what is taken from a directory.
+# A file that is named explicitly is read whatever its suffix; from a directory, files with these suffixes are read.
 _PROSE = {".txt", ".text", ".md", ".markdown", ".rst", ".tex", ".org", ".adoc"}
 _C_FAMILY = {".c", ".h", ".cc", ".cpp", ".cxx", ".hpp", ".hh", ".cu", ".cuh", ".m", ".cs", ".java", ".go", ".rs", ".swift", ".scala", ".kt"}
 _SCRIPTS = {".py", ".pyi", ".js", ".jsx", ".mjs", ".ts", ".tsx", ".rb", ".php", ".pl", ".pm", ".lua", ".r", ".jl", ".sh", ".bash", ".sql"}
@@ -33,10 +33,10 @@ class Source:
     """An input file as it was found; a change of any field means its documents are read again.
 
     Attributes:
-        path: Absolute, under the name that the user gave: the target of a symbolic link may be called anything.
+        path: Absolute path under the name that the user gave, since the target of a symbolic link may have any name.
         size_bytes: Its size.
         digest: `content_digest` of it.
-        changed_ns: When the inode last changed, which nobody can set back; None where the digest covers every byte.
+        changed_ns: Time of the inode's last change, which cannot be set back; None where the digest covers every byte.
     """
 
     path: str
@@ -46,17 +46,17 @@ class Source:
 
     @property
     def is_compressed(self) -> bool:
-        """Whether it is compressed by gzip or zstd, by its name."""
+        """Whether the name says that it is compressed by gzip or zstd."""
         return self.path.endswith(COMPRESSED_SUFFIXES)
 
     @property
     def is_json_lines(self) -> bool:
-        """Whether it holds a document per line, by its name (`.json` too, as Megatron's users call such files)."""
+        """Whether the name says that each line is a document (`.json` counts, since Megatron's users call such files so)."""
         return _suffix_of_content(Path(self.path)) in JSON_LINES_SUFFIXES | {".json"}
 
     @property
     def is_parquet(self) -> bool:
-        """Whether it holds a document per row, by its name."""
+        """Whether the name says that each row is a document."""
         return Path(self.path).suffix.lower() == ".parquet"
 
 
@@ -70,7 +70,7 @@ class Span:
 
 
 class Document(NamedTuple):
-    """A text, and how many bytes of its source it took (of a compressed source, compressed ones): the unit of progress."""
+    """A text, and the number of bytes that it took of its source (compressed bytes of a compressed source): the unit of progress."""
 
     text: str
     source_bytes: int
@@ -81,11 +81,11 @@ OnInvalid = Callable[[DataError], None]
 
 @dataclass
 class LeftOut:
-    """What directories hold and is not read.
+    """Entries of directories that are not read.
 
     Attributes:
-        num_by_suffix: Files whose suffix is of no format that is read.
-        dangling_links: Symbolic links to what does not exist.
+        num_by_suffix: Number of files by suffix, for suffixes that are not read.
+        dangling_links: Symbolic links without a target.
     """
 
     num_by_suffix: Counter[str] = field(default_factory=Counter)
@@ -93,9 +93,9 @@ class LeftOut:
 
 
 def find_sources(inputs: Iterable[str | Path]) -> tuple[list[Source], LeftOut]:
-    """The files to read, each once, in order: inputs as given, directories by path (hidden names and Python caches left out).
+    """Lists the files to read, each once: inputs in the given order, directories by path (without hidden names and Python caches).
 
-    Symbolic links are followed; a directory that is reached in several ways is read once, and so is a file.
+    Symbolic links are followed; a directory or file that is reached in several ways is read once.
 
     Raises:
         DataError: An input is missing or cannot be read, its format needs a package that is not installed, or a directory holds nothing to read.
@@ -112,7 +112,7 @@ def find_sources(inputs: Iterable[str | Path]) -> tuple[list[Source], LeftOut]:
 
 
 def find_source(path: Path) -> Source:
-    """One file as it is now.
+    """The current state of one file.
 
     Raises:
         DataError: It is missing, cannot be read, or is no regular file.
@@ -128,7 +128,7 @@ def find_source(path: Path) -> Source:
 
 
 def check_unchanged(sources: Iterable[Source]) -> None:
-    """Makes sure that the files are still those that were found.
+    """Checks that the files have not changed since they were found.
 
     Raises:
         DataError: One was changed, or cannot be read any more.
@@ -139,7 +139,7 @@ def check_unchanged(sources: Iterable[Source]) -> None:
 
 
 def describe_keys(keys: Collection[str]) -> str:
-    """The keys of an object or the columns of a table as words, of many the first."""
+    """The keys of an object or the columns of a table in words; of many, the first."""
     words = [*map(repr, islice(keys, _MAX_NAMED_KEYS)), *(["..."] if len(keys) > _MAX_NAMED_KEYS else [])]
     return ", ".join(words) or "(none)"
 
@@ -153,7 +153,7 @@ def describe_suffixes(num_by_suffix: dict[str, int]) -> str:
 
 
 def _files_of_directory(directory: Path, left_out: LeftOut) -> Iterator[Path]:
-    """The files of a directory in a format that is read, by path; the others are counted."""
+    """The files of a directory in a supported format, by path; other files are counted."""
     passed_over: Counter[str] = Counter()
     found = sorted(_files_below(directory), key=lambda path: path.relative_to(directory).as_posix())
     is_empty = True
@@ -175,7 +175,7 @@ def _files_of_directory(directory: Path, left_out: LeftOut) -> Iterator[Path]:
 
 
 def _files_below(root: Path) -> Iterator[Path]:
-    """Every file below a directory, links followed, every directory once: under its own name before the names that links give it."""
+    """Every file below a directory, following links; a directory is visited once, under its own name rather than that of a link."""
 
     def refuse(error: OSError) -> None:
         raise DataError(f"cannot read the input {error.filename}: {error.strerror}; make it readable or leave it out") from error
@@ -192,7 +192,7 @@ def _files_below(root: Path) -> Iterator[Path]:
             visited.add((found.st_dev, found.st_ino))
             subdirectories[:] = [name for name in subdirectories if not name.startswith(".") and name != "__pycache__"]
             paths = [os.path.join(directory, name) for name in subdirectories]
-            linked += filter(os.path.islink, paths)  # os.walk lists these and does not enter them
+            linked += filter(os.path.islink, paths)  # os.walk lists links but does not enter them
             yield from (Path(directory, name) for name in files if not name.startswith("."))
 
 
@@ -208,7 +208,7 @@ def _is_read(path: Path) -> bool:
 
 
 def _check_package(source: Source) -> None:
-    """A package that is not installed is better missed now than after hours of work."""
+    """Refuses a format at once, not after hours of work, if its package is not installed."""
     if source.is_parquet:
         import_parquet(source.path)
     elif source.path.endswith(".zst"):

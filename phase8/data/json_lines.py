@@ -36,14 +36,14 @@ _DECODER = json.JSONDecoder(object_pairs_hook=_object)
 
 
 def read_json_lines(file: BinaryIO, stored: BinaryIO, span: Span, *, json_key: str, on_invalid: OnInvalid) -> Iterator[Document]:
-    """The texts of the lines that begin in a span, exactly as stored. Of a long line no form is kept longer than the next one needs it.
+    """Yields the texts of the lines that begin in a span, exactly as stored. Intermediate forms of a long line are freed as soon as possible.
 
     Args:
-        file: The content.
-        stored: The file itself, which is `file` where it is not compressed.
-        span: What to read.
-        json_key: Where an object holds its text.
-        on_invalid: Called with an error naming file and line for every line that is not a document; it raises to stop there.
+        file: The (decompressed) content.
+        stored: The stored file, the same as `file` if it is not compressed.
+        span: The part to read.
+        json_key: Key of the text in each object.
+        on_invalid: Called with an error naming file and line for every line that is not a document; it raises to stop reading.
     """
     if span.start:
         file.seek(span.start - 1)
@@ -73,7 +73,7 @@ def read_json_lines(file: BinaryIO, stored: BinaryIO, span: Span, *, json_key: s
 
 
 def _skip_line(file: BinaryIO, end: int) -> None:
-    """Goes to the end of the line, or past `end`: a line may be longer than many spans."""
+    """Reads to the end of the line, or past `end`, since a line may be longer than many spans."""
     while (part := file.readline(_SKIPPED_BYTES)) and not part.endswith(b"\n") and file.tell() < end:
         pass
 
@@ -86,7 +86,7 @@ def _decoded(line: bytes, report: Report) -> str | None:
 
 
 def _text_of_record(record: str, json_key: str, report: Report) -> str | None:
-    """The document of a line, or None after `report` was told what is wrong with it."""
+    """The document of a line; None after `report` was called with the problem."""
     try:
         found = _DECODER.decode(record)
     except (ValueError, RecursionError) as error:
@@ -107,7 +107,7 @@ def _text_of_record(record: str, json_key: str, report: Report) -> str | None:
 
 
 def _in_words(value: object) -> str:
-    """What JSON calls a value."""
+    """JSON's name for the type of a value."""
     if value is None or isinstance(value, bool):
         return json.dumps(value)
     names = {dict: "an object", list: "a list", str: "a string"}
@@ -115,7 +115,7 @@ def _in_words(value: object) -> str:
 
 
 def _num_lines(path: str, end: int) -> int:
-    """Lines that end in the first `end` bytes of a file."""
+    """Number of lines that end in the first `end` bytes of a file."""
     total, remaining = 0, end
     with open(path, "rb") as file:
         while chunk := file.read(min(remaining, 1 << 20)):

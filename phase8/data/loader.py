@@ -27,7 +27,7 @@ from phase8.data.streams import TokenStream
 from phase8.data.token_ids import first_outside, outside_vocabulary
 from phase8.errors import DataError, Phase8Error
 
-# A sample: its number in the order of training, or a window of a source named outright.
+# A sample: its global number in the order of training, or an explicit (source, window).
 Sample = int | tuple[int, int]
 
 
@@ -39,7 +39,7 @@ class SequenceDataset(Dataset):
         weights: Blend weight of each source.
         sequence_length: T.
         vocab_size: Token ids must stay below it.
-        seed: Of the order.
+        seed: Seed of the order.
     """
 
     def __init__(
@@ -77,8 +77,8 @@ class SequenceDataset(Dataset):
         """The sequences of a share of the documents of every pair.
 
         Args:
-            share: From, to, as shares of the number of documents.
-            name: What the part is for, for messages.
+            share: Begin and end, as shares of the number of documents.
+            name: Name of the part, for messages.
 
         Raises:
             DataError: It is shorter than one sample.
@@ -111,9 +111,9 @@ def open_dataset(
         data: The prefix, the pattern or the blend.
         sequence_length: T, `model.sequence_length`.
         vocab_size: `model.vocab_size`.
-        seed: Of the order, `train.seed`.
-        key: Config key that named the data, for messages.
-        ignore_sequence_modes: Take multimodal pairs as plain text.
+        seed: Seed of the order, `train.seed`.
+        key: Config key that names the data, for messages.
+        ignore_sequence_modes: Treat multimodal pairs as plain text.
 
     Raises:
         DataError: A file is missing, or a source is empty or shorter than one sample.
@@ -137,13 +137,13 @@ def open_dataset(
 
 
 def microbatch_sample_numbers(*, samples_consumed: int, micro_batch_size: int, index: int = 0, num_readers: int = 1) -> Iterator[list[int]]:
-    """Sample numbers of each microbatch of one reader, without end: from `samples_consumed` on, readers take microbatches in turn.
+    """Sample numbers of each microbatch of one reader, without end: readers take microbatches in turn from `samples_consumed` on.
 
     Args:
-        samples_consumed: Of all readers so far.
+        samples_consumed: Samples that all readers have consumed so far.
         micro_batch_size: Samples of a microbatch.
         index: Which data-parallel rank reads.
-        num_readers: How many there are.
+        num_readers: Number of readers.
     """
     first = samples_consumed + index * micro_batch_size
     while True:
@@ -152,10 +152,10 @@ def microbatch_sample_numbers(*, samples_consumed: int, micro_batch_size: int, i
 
 
 def evaluation_microbatches(dataset: SequenceDataset, *, num_samples: int, micro_batch_size: int) -> list[list[list[tuple[int, int]]]]:
-    """Windows of each microbatch of an evaluation, by source: the same ones every time, evenly spread over the source, in file order.
+    """Windows of each microbatch of an evaluation, by source: always the same ones, evenly spread over the source, in file order.
 
-    Independent of the seed. A source that has fewer windows than its share of `num_samples` gives each of them once, one whose share
-    is none gives one; the last microbatch of a source may be smaller.
+    They do not depend on the seed. A source with fewer windows than its share of `num_samples` gives each window once, a source whose
+    share rounds to zero gives one; the last microbatch of a source may be smaller.
     """
     windows = evenly_spread_windows(num_samples, num_windows=dataset.order.num_windows, blend=dataset.order.blend)
     by_source = [[window for window in windows if window[0] == source] for source in range(len(dataset.sources))]
@@ -165,16 +165,16 @@ def evaluation_microbatches(dataset: SequenceDataset, *, num_samples: int, micro
 def build_loader(
     dataset: SequenceDataset, section: DataSection, *, sample_numbers: Iterable[Sequence[Sample]], taken_at_once: int = 1
 ) -> Iterable[dict[str, torch.Tensor]]:
-    """The microbatches of `sample_numbers`, in that order whatever the workers.
+    """Yields the microbatches of `sample_numbers`, in that order for any number of workers.
 
-    Draws nothing from torch's global random generator. Iterating again starts `sample_numbers` again if it is a list; an iterator
-    just goes on, without what the workers had already fetched.
+    It does not use torch's global random generator. Iterating again starts again if `sample_numbers` is a list; an iterator
+    continues, without the microbatches that workers had already fetched.
 
     Args:
         dataset: The sequences.
-        section: Workers and memory; its number of workers is explicit.
-        sample_numbers: Of each microbatch.
-        taken_at_once: Microbatches that a step reads one after the other: the workers keep at least as many ready.
+        section: Settings of workers and memory; the number of workers is explicit.
+        sample_numbers: Sample numbers of each microbatch.
+        taken_at_once: Microbatches that a step reads one after the other; the workers keep at least as many ready.
 
     Shape:
         tokens: int64 [B, T + 1]; document_starts: bool [B, T + 1].
@@ -186,10 +186,10 @@ def build_loader(
 
 
 class _Refusal(NamedTuple):
-    """An error on its way out of a worker.
+    """Carries an error out of a worker.
 
-    Torch would rewrite the message of a raised one into a traceback; and an exception object would, as a local of the frame that
-    raises it, keep the loader alive in a reference cycle, whose collection stops workers only after seconds of waiting.
+    Torch would turn the message of a raised error into a traceback. An exception object would, as a local of the frame that
+    raises it, keep the loader alive in a reference cycle, and its workers would be stopped only seconds later.
     """
 
     kind: type[Phase8Error]
@@ -197,7 +197,7 @@ class _Refusal(NamedTuple):
 
 
 class _Microbatches(Dataset):
-    """Microbatches by their list of samples, so that one fetch of a worker is one microbatch."""
+    """A dataset of microbatches by their lists of samples, so that one fetch of a worker is one microbatch."""
 
     def __init__(self, dataset: SequenceDataset):
         self._dataset = dataset
@@ -223,7 +223,7 @@ class _MicrobatchLoader:
             prefetch_factor=ahead if workers else None,
             persistent_workers=section.persistent_workers and workers,
             worker_init_fn=_leave_signals_to_trainer,
-            generator=torch.Generator(),  # torch seeds its workers from the global generator otherwise, and so shifts it
+            generator=torch.Generator(),  # otherwise torch would seed its workers from the global generator, and change its state
         )
 
     def __iter__(self) -> Iterator[dict[str, torch.Tensor]]:
@@ -233,7 +233,7 @@ class _MicrobatchLoader:
                 microbatch = next(microbatches)
             except StopIteration:
                 return
-            except RuntimeError as error:  # torch's word for a worker that was killed
+            except RuntimeError as error:  # raised by torch when a worker was killed
                 raise DataError(f"a loader worker died ({str(error).splitlines()[0]}); check memory and data.num_workers") from error
             if isinstance(microbatch, _Refusal):
                 raise microbatch.kind(microbatch.message)
@@ -241,7 +241,7 @@ class _MicrobatchLoader:
 
 
 def _without_child_signals(loader: DataLoader) -> Iterator:
-    """Iterates without torch's SIGCHLD handler: it would raise in the middle of a step. `next` finds a dead worker by itself."""
+    """Iterates without torch's SIGCHLD handler, which would raise in the middle of a step; `next` finds a dead worker by itself."""
     if threading.current_thread() is not threading.main_thread():
         return iter(loader)
     handler = signal.getsignal(signal.SIGCHLD)
@@ -252,14 +252,14 @@ def _without_child_signals(loader: DataLoader) -> Iterator:
 
 
 def _leave_signals_to_trainer(worker_id: int) -> None:
-    """Lets the trainer finish its step: a worker lives on when every process of a job is signalled.
+    """Makes a worker ignore signals that are sent to all processes of a job, so that the trainer can finish its step.
 
-    Ctrl-C does that, a terminal that closes (SIGHUP), and schedulers (SIGTERM, SIGUSR1). Only the trainer's own SIGTERM, by which Python ends
+    Such signals come from Ctrl-C, a closing terminal (SIGHUP), and schedulers (SIGTERM, SIGUSR1). Only the trainer's own SIGTERM, by which
     its children at exit, is obeyed.
     """
     for number in (signal.SIGINT, signal.SIGHUP, signal.SIGUSR1):
         signal.signal(number, signal.SIG_IGN)
-    if sys.platform == "linux":  # elsewhere a signal does not tell its sender
+    if sys.platform == "linux":  # elsewhere a signal does not identify its sender
         signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
         threading.Thread(target=_end_when_trainer_asks, args=(multiprocessing.parent_process().pid,), daemon=True).start()
 

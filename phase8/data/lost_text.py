@@ -1,9 +1,9 @@
 """Text that a tokenizer cannot keep, counted while documents are tokenised.
 
-| lost | counted | found |
+| loss | unit | found by |
 |---|---|---|
-| text without a token of its own | unknown tokens (one may stand for a whole word) | in the ids |
-| characters that leave no trace in the ids | characters | by a look at each distinct character, once |
+| text without a token of its own | unknown tokens (one may stand for a whole word) | looking at the ids |
+| characters that leave no trace in the ids | characters | encoding each distinct character once |
 
 A tokenizer that rewrites characters (case, accents, width) or runs of white space loses them on purpose; that is not counted.
 """
@@ -25,7 +25,7 @@ _UNSEEN, _KEPT, _DROPPED = range(3)
 
 @dataclass(frozen=True, kw_only=True)
 class LostText:
-    """What was lost.
+    """Counts and first examples of lost text.
 
     Attributes:
         num_unknown: Unknown tokens.
@@ -55,7 +55,7 @@ class LostText:
 
 
 def stored_lost_text(values: object) -> LostText | None:
-    """What a record holds; None where it is something else."""
+    """Parses the counts in a record; None if they are malformed."""
     if not isinstance(values, dict) or values.keys() != {field.name for field in fields(LostText)}:
         return None
     is_whole = all(
@@ -66,7 +66,7 @@ def stored_lost_text(values: object) -> LostText | None:
 
 
 class LostTextCounter:
-    """Counts over documents.
+    """Counts lost text over documents.
 
     Args:
         tokenizer: The tokenizer of the documents.

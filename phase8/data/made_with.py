@@ -1,4 +1,4 @@
-"""Do data and tokenizer belong together? The record of a pair tells which tokenizer made its tokens, where their writer knew."""
+"""Checks that data and tokenizer belong together: the record of a pair names the tokenizer of its tokens, where the writer knew it."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ from phase8.errors import DataError
 
 
 def made_with(tokenizer: Tokenizer, *, eod_id: int | None) -> MadeWith:
-    """What the record of a pair tells about the tokenizer of its tokens.
+    """The part of a pair's record about the tokenizer of its tokens.
 
     Args:
-        tokenizer: It.
-        eod_id: The token that ends documents of the pair, which need not be the tokenizer's own; None: nothing does.
+        tokenizer: The tokenizer.
+        eod_id: The token that ends documents of the pair, which may differ from the tokenizer's own; None: there is none.
     """
     eod_token = tokenizer.eod_token if eod_id == tokenizer.eod_id else None
     return MadeWith(tokenizer_sha256=tokenizer.sha256, eod_id=eod_id, eod_token=eod_token)
@@ -25,7 +25,7 @@ def check_tokenizer(pairs: Iterable[IndexedDataset], tokenizer: Tokenizer) -> No
     """Refuses a pair whose record names another tokenizer, or another token that ends documents.
 
     Raises:
-        DataError: There is one.
+        DataError: The record names another one.
     """
     otherwise = "or train on them as they are with --set data.allow_fingerprint_change=true"
     for pair in pairs:

@@ -1,4 +1,4 @@
-"""What one forward is given."""
+"""The input of one forward."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ class Microbatch:
 
     Args:
         tokens: Inputs [B, T].
-        targets: The tokens that follow, IGNORED_TARGET where nothing is to be predicted [B, T].
-        starts: True where a document begins that sees nothing before it [B, T]; None: boundaries are not reset.
+        targets: The tokens that follow, IGNORED_TARGET where nothing is predicted [B, T].
+        starts: True where a document begins, which sees nothing before it [B, T]; None: boundaries are not reset.
         num_valid: Number of targets that count.
     """
 
@@ -27,17 +27,17 @@ class Microbatch:
     num_valid: int
 
     def to(self, device: torch.device) -> Microbatch:
-        """The same on a device."""
+        """A copy on a device."""
         tokens, targets, starts = (None if x is None else x.to(device, non_blocking=True) for x in (self.tokens, self.targets, self.starts))
         return Microbatch(tokens, targets, starts, self.num_valid)
 
     def without_targets(self) -> Microbatch:
-        """The same with nothing to predict."""
+        """A copy without targets."""
         return Microbatch(self.tokens, torch.full_like(self.targets, IGNORED_TARGET), self.starts, 0)
 
 
 def stand_in(batch_size: int, sequence_length: int, *, reset_at_document_boundaries: bool) -> Microbatch:
-    """A microbatch of the usual shape with nothing to predict, for a rank that has none and takes part all the same."""
+    """A microbatch of the usual shape without targets, for a rank that has no data but must take part."""
     tokens = torch.zeros(batch_size, sequence_length, dtype=torch.int64)
     starts = None
     if reset_at_document_boundaries:
@@ -47,7 +47,7 @@ def stand_in(batch_size: int, sequence_length: int, *, reset_at_document_boundar
 
 
 def split_sample(sample: dict[str, Tensor], *, reset_at_document_boundaries: bool) -> Microbatch:
-    """Inputs and targets of T + 1 tokens; with resets, the first token of a document is not predicted from another document."""
+    """Splits T + 1 tokens into inputs and targets; with resets, the first token of a document is not predicted from another document."""
     tokens, targets = sample["tokens"][:, :-1], sample["tokens"][:, 1:]
     if not reset_at_document_boundaries:
         return Microbatch(tokens, targets, None, targets.numel())

@@ -31,7 +31,7 @@ MAX_LOGGED_RANGES = 100
 
 @dataclass(frozen=True)
 class MuseReport:
-    """What an import read, wrote and found; the log beside the destination holds the same fields.
+    """Counts of an import; the log beside the destination holds the same fields.
 
     Attributes:
         layout: `pairs`, or `counted` with a document count before the pairs.
@@ -39,12 +39,12 @@ class MuseReport:
         num_tokens: Tokens written.
         num_zero_length_documents: Documents dropped because they hold no token.
         num_documents_ending_in_eod: Documents whose last token is `eod_id`; None without an `eod_id`.
-        num_overlapping_ranges: Documents that begin before one before them in `.bin` ends; their shared tokens are written twice.
+        num_overlapping_ranges: Documents that begin before an earlier one ends; their shared tokens are written twice.
         num_overlapping_tokens: Tokens of the overlapping ranges.
-        overlapping_ranges: The first 100 of them, first token and end.
-        num_uncovered_ranges: Stretches of `.bin` that belong to no document; they are left out.
+        overlapping_ranges: The first 100 of these ranges, first token and end.
+        num_uncovered_ranges: Ranges of `.bin` that belong to no document; they are left out.
         num_uncovered_tokens: Tokens of the uncovered ranges.
-        uncovered_ranges: The first 100 of them, first token and end.
+        uncovered_ranges: The first 100 of these ranges, first token and end.
     """
 
     source: str
@@ -80,7 +80,7 @@ def import_muse(
     Args:
         source_prefix: Path of the MUSE pair without `.bin` / `.idx`, such as `<dataset>/train`.
         destination_prefix: Path of the pair to write; `<destination_prefix>.import.json` becomes the log.
-        vocab_size: Of the tokenizer that made the tokens; every id must be below it.
+        vocab_size: Vocabulary size of the tokenizer that made the tokens; every id must be below it.
         eod_id: Token that ends a document in this data, None if there is none. It is counted and logged, never added.
         tokenizer: Name or file of the tokenizer, for the log.
         made_with: The same tokenizer, for the record of the pair; None: it is not known.

@@ -9,12 +9,12 @@ from phase8.errors import DataError
 
 
 def import_for(path: str, module: str, file_format: str) -> ModuleType:
-    """A module without which an input cannot be read.
+    """Imports a module that an input format needs.
 
     Args:
         path: The input.
         module: The module.
-        file_format: What of the input needs it, for the message.
+        file_format: Format of the input, for the message.
 
     Raises:
         DataError: Its package is not installed.

@@ -1,7 +1,7 @@
-"""What the writer of a `.bin/.idx` pair knows about its tokens, kept beside the pair as `<prefix>.meta.json`.
+"""The record of a `.bin/.idx` pair, written beside it as `<prefix>.meta.json`.
 
-Finding it out again would take reading every token. The record is believed only where size and digest of `.bin` are those that it names:
-other programs may have written the pair anew and left the record.
+Computing it again would take reading every token. A record counts only if size and digest of `.bin` match it, since
+other programs may have rewritten the pair and left the record.
 """
 
 from __future__ import annotations
@@ -35,15 +35,15 @@ class MadeWith:
 
 @dataclass(frozen=True, kw_only=True)
 class PairRecord:
-    """A record.
+    """Facts about the tokens of a pair.
 
     Attributes:
         bin_bytes: Size of `.bin`.
-        bin_sha256: Hash of all of it.
-        content: `content_digest` of it, which tells at every start whether the record still belongs to it.
+        bin_sha256: Hash of all bytes.
+        content: Its `content_digest`, by which every start checks that the record still belongs to it.
         smallest_id: Smallest token id; None where there is no token.
         largest_id: Largest token id; None where there is no token.
-        made_with: The tokenizer; None where the writer did not know it. Records of earlier releases lack it.
+        made_with: The tokenizer; None where the writer did not know it, and in records of earlier releases.
     """
 
     bin_bytes: int
@@ -54,7 +54,7 @@ class PairRecord:
     made_with: MadeWith | None = None
 
     def to_json(self) -> bytes:
-        """The file that `read_record` reads."""
+        """The content of the file that `read_record` reads."""
         tree = {"version": VERSION, **asdict(self)}
         if self.made_with is None:
             del tree["made_with"]
@@ -62,7 +62,7 @@ class PairRecord:
 
 
 class TokenTally:
-    """Hash, size and range of all tokens of a `.bin` while it is written."""
+    """Hash, size and range of all tokens of a `.bin`, accumulated while it is written."""
 
     def __init__(self) -> None:
         self._hash = hashlib.sha256()
@@ -70,7 +70,7 @@ class TokenTally:
         self._range: tuple[int, int] | None = None
 
     def add(self, tokens: np.ndarray) -> None:
-        """Counts in what is written next."""
+        """Adds tokens that are written next."""
         self._hash.update(tokens.data)
         self._num_bytes += tokens.nbytes
         if tokens.size:
@@ -91,20 +91,20 @@ class TokenTally:
 
 
 def joined_range(a: tuple[int, int], b: tuple[int, int]) -> tuple[int, int]:
-    """The smallest range that holds two."""
+    """The smallest range that contains both ranges."""
     return min(a[0], b[0]), max(a[1], b[1])
 
 
 def record_path(prefix: str | Path) -> Path:
-    """Where the record of a pair is."""
+    """Path of the record of a pair."""
     return Path(f"{prefix}.meta.json")
 
 
 def read_record(prefix: str | Path, *, bin_bytes: int, content: str) -> PairRecord | None:
-    """The record of a pair whose `.bin` has this size and digest; None where there is none, or that of another `.bin`.
+    """Reads the record of a pair; None if there is none, or if it does not match the size and digest of `.bin`.
 
     Raises:
-        DataError: It cannot be read.
+        DataError: The record cannot be read.
     """
     tree = read_json(record_path(prefix))
     if not isinstance(tree, dict) or tree.pop("version", None) != VERSION:

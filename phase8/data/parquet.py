@@ -9,11 +9,11 @@ from phase8.data.input_files import Document, OnInvalid, Span, describe_keys
 from phase8.data.optional_packages import import_for, import_parquet
 from phase8.errors import DataError
 
-_ROWS_AT_ONCE = 64  # texts may be long: only these are in memory, beside the pages that hold them
+_ROWS_AT_ONCE = 64  # texts may be long: only these, and the pages that hold them, are in memory
 
 
 def read_parquet(span: Span, *, column: str, on_invalid: OnInvalid) -> Iterator[Document]:
-    """The texts of the row groups of a span. Row group i of n belongs to the span that holds byte `size * i // n`.
+    """Yields the texts of the row groups of a span. Row group i of n belongs to the span that holds byte `size * i // n`.
 
     Args:
         span: What to read.
@@ -37,7 +37,7 @@ def read_parquet(span: Span, *, column: str, on_invalid: OnInvalid) -> Iterator[
     except damage as error:
         file, problem = None, f" is not a whole Parquet file ({_one_line(error)}); write or copy it again"
     if problem is not None:
-        if span.start == 0:  # what is wrong with the whole file is said once, by its first span
+        if span.start == 0:  # the first span alone reports what is wrong with the whole file
             report(problem)
         return
     with file:
@@ -58,7 +58,7 @@ def read_parquet(span: Span, *, column: str, on_invalid: OnInvalid) -> Iterator[
 
 
 def _problem_of_column(arrow: Any, schema: Any, column: str) -> str | None:
-    """What is wrong with a column, if anything is."""
+    """What is wrong with a column, or None."""
     indices = schema.get_all_field_indices(column)
     if len(indices) != 1:
         number = f"{len(indices)} columns" if indices else "no column"
@@ -71,7 +71,7 @@ def _problem_of_column(arrow: Any, schema: Any, column: str) -> str | None:
 
 
 def _texts_of_group(file: Any, group: int, column: str) -> Iterator[tuple[str, str]]:
-    """The text of every row, or an empty one and what stands there instead."""
+    """The text of every row; for a row without text an empty one, and what it holds instead."""
     for batch in file.iter_batches(batch_size=_ROWS_AT_ONCE, row_groups=[group], columns=[column], use_threads=False):
         for value in batch.column(column):
             try:

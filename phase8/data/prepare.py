@@ -2,7 +2,7 @@
 
 The inputs are cut into shards, which processes tokenise independently and commit by a rename; then the shards are appended in order.
 So the output depends only on the inputs and the options, never on the number of processes or on interruptions, and a run that was
-killed goes on with the shards it lacks. Until the end everything lives in `<output_prefix>_<json_key>.preparing/`.
+killed continues with the shards that are missing. Until the end everything is in `<output_prefix>_<json_key>.preparing/`.
 """
 
 from __future__ import annotations
@@ -36,22 +36,22 @@ from phase8.errors import ConfigError, DataError
 
 OnProgress = Callable[[str, int, int], None]
 
-# Raise it when the same inputs and options give other bytes or another record than before.
+# Must be raised when the same inputs and options give other bytes or another record than before.
 FORMAT_VERSION = 2
 TOKENIZING = "tokenizing"
 _SAMPLE_BYTES_PER_SHARD = 1 << 20
 
 
 def prepare(options: PrepareOptions, *, on_progress: OnProgress | None = None) -> PrepareReport:
-    """Tokenises the inputs; goes on where an earlier run with the same options stopped, and does nothing where one finished.
+    """Tokenises the inputs; continues where an earlier run with the same options stopped, and does nothing if one finished.
 
     Args:
-        options: What to prepare and how.
+        options: Inputs, outputs and rules.
         on_progress: Called with stage, amount done and amount in all; while `TOKENIZING` these are bytes of the inputs.
 
     Raises:
-        ConfigError: Options that cannot be.
-        DataError: Bad or no input, a bad tokenizer, or another process at work on the same output. What was committed stays.
+        ConfigError: The options are invalid.
+        DataError: There is no input, an input or the tokenizer is bad, or another process writes the same output. Committed shards are kept.
         StorageError: The output cannot be written.
     """
     if problems := options.problems():
@@ -66,7 +66,7 @@ def prepare(options: PrepareOptions, *, on_progress: OnProgress | None = None) -
             try:
                 report = _prepare(options, sources, layout, on_progress or _silent)
             finally:
-                with suppress(OSError):  # what is finished stays for the next run
+                with suppress(OSError):  # the finished shards are kept for the next run
                     layout.work.rmdir()
             write_json(layout.record, {"made_from": made_from, "report": asdict(report)})
         shutil.rmtree(layout.work, ignore_errors=True)
@@ -78,7 +78,7 @@ def _silent(stage: str, completed: int, total: int) -> None:
 
 
 def _made_from(options: PrepareOptions, sources: list[Source]) -> dict[str, object]:
-    """Everything the output depends on, as JSON."""
+    """Everything on which the output depends, as JSON."""
     if options.tokenizer is not None:
         tokenizer: dict[str, object] = {"sha256": tokenizer_digest(options.tokenizer)}
     else:
@@ -88,7 +88,7 @@ def _made_from(options: PrepareOptions, sources: list[Source]) -> dict[str, obje
 
 
 def _finished_report(options: PrepareOptions, layout: Layout, made_from: dict[str, object]) -> PrepareReport | None:
-    """The report of an earlier run whose output is still as it was written; None where there is work to do."""
+    """The report of an earlier run whose output is unchanged; None if there is work to do."""
     record = read_json(layout.record)
     if not isinstance(record, dict) or record.get("made_from") != made_from:
         return None
@@ -98,7 +98,7 @@ def _finished_report(options: PrepareOptions, layout: Layout, made_from: dict[st
         return None
     try:
         pairs = {name: IndexedDataset(layout.split(name)) for name in options.rules.splits}
-        is_whole = all(pair.record is not None for pair in pairs.values())  # a record is believed only beside the tokens that it tells of
+        is_whole = all(pair.record is not None for pair in pairs.values())  # a record counts only beside the tokens that it describes
         is_whole &= tokenizer_digest(Path(tokenizer)) == stored["tokenizer_sha256"]
     except DataError:
         return None
@@ -176,7 +176,7 @@ def _sample(options: PrepareOptions, cut: list[tuple[Span, ...]]) -> Iterator[st
 
 
 def _tokenise(shards: list[Shard], num_workers: int, on_progress: OnProgress) -> list[ShardCounts]:
-    """Makes the shards that are not finished yet; what each one found, in order."""
+    """Makes the shards that are not finished; returns the counts of all shards in order."""
     counts = {shard.directory: found for shard in shards if (found := finished_counts(shard)) is not None}
     missing = [shard for shard in shards if shard.directory not in counts]
     total = sum(shard.num_bytes for shard in shards)
@@ -184,7 +184,7 @@ def _tokenise(shards: list[Shard], num_workers: int, on_progress: OnProgress) ->
     on_progress(TOKENIZING, completed, total)
 
     def on_bytes(count: int) -> None:
-        # A line that is longer than its shard counts twice, since the shards behind it count too: the end is when all are there.
+        # A line longer than its shard counts twice, since later shards count it too; so the end is when all shards are done.
         is_done = len(counts) == len(shards)
         on_progress(TOKENIZING, total if is_done else min(completed + count, total - 1), total)
 

@@ -18,17 +18,17 @@ from phase8.data.staging import sweep_partial
 
 @dataclass(frozen=True, kw_only=True)
 class PrepareOptions:
-    """What to prepare and how.
+    """Options of a preparation.
 
     Attributes:
         inputs: Files and directories.
-        output_prefix: Begin of every path that is written.
+        output_prefix: Beginning of every path that is written.
         tokenizer: An existing tokenizer file.
         train_tokenizer: Train one instead.
         vocab_size: Size of the one to train.
-        tokenizer_sample_bytes: Training text of the tokenizer, taken from all over the inputs (validation documents left out).
-        rules: What becomes of a document.
-        shard_bytes: Input bytes per shard: what is lost at most, per worker, when a run is killed.
+        tokenizer_sample_bytes: Size of the text on which the tokenizer is trained, taken from all over the inputs without validation documents.
+        rules: Treatment of a document.
+        shard_bytes: Input bytes per shard; at most this much work per worker is lost when a run is killed.
         num_workers: Processes that tokenise.
     """
 
@@ -43,7 +43,7 @@ class PrepareOptions:
     num_workers: int = 1
 
     def problems(self) -> list[str]:
-        """What is wrong with the options, one sentence each."""
+        """The problems of the options, one sentence each."""
         limits = {"--tokenizer-sample-bytes": self.tokenizer_sample_bytes, "--shard-bytes": self.shard_bytes, "--workers": self.num_workers}
         found = [f"{name} is {value}; it must be at least 1" for name, value in limits.items() if value < 1]
         if (self.tokenizer is None) != self.train_tokenizer:
@@ -75,23 +75,23 @@ class PreparedSplit:
 
 @dataclass(frozen=True, kw_only=True)
 class PrepareReport:
-    """What was prepared.
+    """The results of a preparation.
 
     Attributes:
         splits: The written pairs by split.
-        tokenizer: The tokenizer file to train with.
+        tokenizer: The tokenizer file to use in training.
         tokenizer_sha256: Its digest.
         vocab_size: Its number of ids.
         dtype: Type of the tokens in the files.
         text_bytes: UTF-8 bytes of all documents written.
-        num_empty: Documents without a token, which are not written.
-        num_invalid: What was skipped for not being a document.
-        first_invalid: Why the first of these was skipped.
+        num_empty: Documents without tokens, which are not written.
+        num_invalid: Number of inputs that were skipped because they are not documents.
+        first_invalid: Reason for skipping the first of them.
         lost: Text that the tokenizer could not keep.
         eod_token: The piece between documents, where the user named one.
-        num_passed_over: Files of directories that were not read for their suffix, by suffix.
-        dangling_links: Symbolic links in directories that lead to nothing.
-        is_reused: Everything was there already, made from the same inputs and options.
+        num_passed_over: Files in directories that were not read because of their suffix, by suffix.
+        dangling_links: Symbolic links in directories without a target.
+        is_reused: Whether everything existed already, made from the same inputs and options.
     """
 
     splits: dict[str, PreparedSplit]
@@ -129,7 +129,7 @@ class PrepareReport:
 def training_settings(
     prefixes: Mapping[str, str], *, tokenizer: str | Path | None = None, eod_token: str | None = None, vocab_size: int | None = None
 ) -> list[str]:
-    """The `--set` overrides of a run on written pairs; what is None is not said.
+    """The `--set` overrides of a run on written pairs; None values are left out.
 
     Args:
         prefixes: The pairs by split.
@@ -143,7 +143,7 @@ def training_settings(
 
 
 class Layout:
-    """Every path of a preparation."""
+    """The paths of a preparation."""
 
     def __init__(self, options: PrepareOptions):
         self._prefix, self._rules = options.output_prefix, options.rules
@@ -154,12 +154,12 @@ class Layout:
         self.tokenizer = Path(f"{whole}_tokenizer.model")
 
     def split(self, name: str) -> Path:
-        """Prefix of a split."""
+        """Prefix of the pair of a split."""
         infix = f"_{name}" if self._rules.validation_fraction else ""
         return Path(f"{self._prefix}{infix}_{self._rules.json_key}_document")
 
     def sweep(self) -> None:
-        """Removes what a killed run left half-written; the finished shards stay."""
+        """Removes incomplete files of a killed run; finished shards are kept."""
         sweep_partial(self.work, "")
         for path in [self.record, self.tokenizer, *map(self.split, self._rules.splits)]:
             sweep_partial(path.parent, f"{path.name}.")

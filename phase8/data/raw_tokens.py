@@ -1,12 +1,12 @@
-"""Importer of token files without an index of Megatron's: they become a `.bin/.idx` pair, whose documents are found again.
+"""Imports token files that have no Megatron index as a `.bin/.idx` pair; their documents are found from ids or a foreign index.
 
 | layout | tokens | documents |
 |---|---|---|
-| raw (nanoGPT and many others) | uint16 or uint32, nothing else | end behind each end-of-document id |
-| llm.c | 1024 bytes of header, then as its magic says: 20240520 uint16, 20240801 uint32 | as raw |
-| datatrove `X.ds` | raw | `X.ds.index`: where each ends, u64, in tokens |
+| raw (nanoGPT and many others) | uint16 or uint32, nothing else | end after each end-of-document id |
+| llm.c | 1024 bytes of header, whose magic gives the type: 20240520 uint16, 20240801 uint32 | as raw |
+| datatrove `X.ds` | raw | `X.ds.index`: the end of each, u64, in tokens |
 
-llm.c writes the end-of-document id before each document instead of behind it: there the first document is that id alone.
+llm.c writes the end-of-document id before each document instead of after it, so the first document is that id alone.
 Sources: llm.c, dev/data/data_common.py; datatrove, pipeline/tokens/tokenizer.py.
 """
 
@@ -31,16 +31,16 @@ RawType = Literal["uint16", "uint32"]
 _LLMC_HEADER_BYTES = 1024
 _LLMC_MAGICS: dict[int, tuple[int, RawType]] = {20240520: (1, "uint16"), 20240801: (7, "uint32")}  # magic: version, type
 _CHUNK_TOKENS = 1 << 20
-_UPPER_HALVES = 64  # uint32 ids have upper 16 bits below this: no vocabulary is larger than 2^22
-_LARGEST_ID = 2**31 - 1  # of int32, Megatron's type for large vocabularies
+_UPPER_HALVES = 64  # uint32 ids have upper 16 bits below this, since no vocabulary is larger than 2^22
+_LARGEST_ID = 2**31 - 1  # of int32, the type that Megatron uses for large vocabularies
 
 
 @dataclass(frozen=True)
 class RawReport:
-    """What an import read and wrote; the log beside the destination holds the same fields.
+    """Counts of an import; the log beside the destination holds the same fields.
 
     Attributes:
-        layout: What the source is.
+        layout: Layout of the source.
         source_dtype: Type of the tokens in the source.
         dtype: Type of the tokens in the pair.
         num_documents_ending_in_eod: Documents whose last token is `eod_id`; None without an `eod_id`.
@@ -62,7 +62,7 @@ class RawReport:
 
 @dataclass(frozen=True)
 class _Tokens:
-    """Where the tokens of a source are, and where its documents end if the source says so (int64, growing, without empty documents)."""
+    """The place of a source's tokens, and the ends of its documents if the source has them (int64, increasing, without empty documents)."""
 
     layout: Literal["raw", "llm.c", "datatrove"]
     dtype: RawType
@@ -87,14 +87,14 @@ def import_raw(
     Args:
         source: The file.
         destination_prefix: Path of the pair to write; `<destination_prefix>.import.json` becomes the log.
-        dtype: Type of its tokens; None where its header or index says it.
-        eod_id: The token that ends a document; None only where an index says where they end.
+        dtype: Type of its tokens; None if a header or index gives it.
+        eod_id: The token that ends a document; None only if an index gives the ends.
         vocab_size: Every id must be below it, if given.
         made_with: The tokenizer that made the tokens, for the record of the pair; None: it is not known.
-        on_bytes: Called now and then with the bytes read and the bytes in all.
+        on_bytes: Called from time to time with the bytes read and the bytes in all.
 
     Raises:
-        DataError: The file is missing, not what was said, or holds no such documents. Nothing is written.
+        DataError: The file is missing, is not of the given type, or holds no documents. Nothing is written.
         StorageError: The destination cannot be written.
     """
     found = find_source(source)
@@ -153,7 +153,7 @@ def _raw(source: Path, size: int, dtype: RawType | None) -> _Tokens:
 
 
 def _llmc(source: Path, size: int) -> _Tokens | None:
-    """The tokens behind a header of llm.c; None where there is no such header."""
+    """The tokens after a header of llm.c; None if there is no such header."""
     header = np.fromfile(source, "<i4", count=3)
     if size < _LLMC_HEADER_BYTES or int(header[0]) not in _LLMC_MAGICS:
         return None
@@ -197,7 +197,7 @@ def _check_eod(tokens: _Tokens, eod_id: int | None, vocab_size: int | None, sour
 
 
 def _check_type(tokens: _Tokens, source: Path) -> None:
-    """Refuses uint32 tokens that are read as uint16: their upper halves would be an id, mostly 0, at every second place."""
+    """Refuses uint32 tokens that are read as uint16: their upper halves would be an id, mostly 0, at every second position."""
     if tokens.layout != "raw" or tokens.dtype != "uint16" or tokens.count % 2:
         return
     first = np.fromfile(source, "<u2", count=_CHUNK_TOKENS)
@@ -248,7 +248,7 @@ def _chunks(source: Source, tokens: _Tokens, limit: int) -> Iterator[tuple[int, 
 
 
 def _ends_in(chunk: np.ndarray, start: int, ends: np.ndarray | None, eod_id: int | None) -> np.ndarray:
-    """Where documents end in a chunk that begins at token `start`."""
+    """The ends of documents in a chunk that begins at token `start`."""
     if ends is None:
         return np.flatnonzero(chunk == eod_id) + 1
     first, last = np.searchsorted(ends, (start, start + chunk.size), side="right")

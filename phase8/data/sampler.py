@@ -15,7 +15,7 @@ from collections.abc import Sequence
 from phase8.data.blend import BlendTable
 from phase8.data.permutation import permute
 
-# Part of every data fingerprint: raise it with any change of the order.
+# Part of every data fingerprint; must be raised with any change of the order.
 ORDER_VERSION = 1
 
 
@@ -28,7 +28,7 @@ class SampleOrder:
     """The mapping from global sample number to (data set, window).
 
     Args:
-        seed: Of the run; every seed gives its own order.
+        seed: Seed of the run; every seed gives its own order.
         num_windows: Windows of each data set, at least one.
         blend: Which data set delivers which sample.
     """
@@ -45,7 +45,7 @@ class SampleOrder:
         return dataset, permute(position, size=self.num_windows[dataset], key=(self.seed, dataset, epoch))
 
     def epochs(self, n: int) -> list[float]:
-        """How many epochs of each data set the first `n` samples are: 1.25 after all its windows and a quarter of them again."""
+        """Epochs of each data set that the first `n` samples make: 1.25 after all its windows and a quarter of them again."""
         return [count / available for count, available in zip(self.blend.counts(n), self.num_windows, strict=True)]
 
 

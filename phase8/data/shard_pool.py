@@ -1,4 +1,4 @@
-"""Processes that make shards, and that end when the one that started them does."""
+"""A pool of processes that make shards; they end when the process that started them does."""
 
 from __future__ import annotations
 
@@ -28,23 +28,23 @@ def make_shards(shards: Sequence[Shard], *, num_workers: int, on_done: OnDone, o
     """Makes all shards; with one worker in this process, else in `num_workers` new ones.
 
     Args:
-        shards: What to make.
+        shards: The shards to make.
         num_workers: Processes at work at once.
         on_done: Called in this process after each shard, in the order in which they finish.
-        on_bytes: Called in this process with the input bytes tokenised so far: when shards are done, and every second while that takes longer.
+        on_bytes: Called in this process with the input bytes tokenised so far: after each shard, and every second in between.
 
     Raises:
-        DataError: A shard has a bad input, or a worker was killed. What was committed stays.
-        StorageError: The place cannot be written.
+        DataError: A shard has a bad input, or a worker was killed. Committed shards are kept.
+        StorageError: A shard cannot be written.
     """
     if min(num_workers, len(shards)) <= 1:
         _make_shards_here(shards, on_done, on_bytes)
         return
-    context = multiprocessing.get_context("spawn")  # fork would copy the threads of whatever was imported
+    context = multiprocessing.get_context("spawn")  # fork would copy the threads of imported libraries
     bytes_done = context.RawArray("q", len(shards))  # each shard has one writer, and a late value does no harm
     counted = np.frombuffer(bytes_done, np.int64)
     with ProcessPoolExecutor(min(num_workers, len(shards)), context, _begin_worker, (bytes_done,)) as pool:
-        with _sigint_blocked():  # the workers start here and inherit it
+        with _sigint_blocked():  # the workers start here and inherit the mask
             futures = {pool.submit(_make_shard_in_worker, i, shard): i for i, shard in enumerate(shards)}
         running = set(futures)
         try:
@@ -83,7 +83,7 @@ def _make_shards_here(shards: Sequence[Shard], on_done: OnDone, on_bytes: OnByte
 
 @contextmanager
 def _sigint_blocked() -> Iterator[None]:
-    """Ctrl-C reaches every process of the terminal, but what it means is for the parent to decide."""
+    """Blocks Ctrl-C, which reaches every process of the terminal, since the parent decides what it means."""
     before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
     try:
         yield
@@ -92,7 +92,7 @@ def _sigint_blocked() -> Iterator[None]:
 
 
 class _Worker:
-    """What a worker process was given when it began: shared memory cannot be sent with a shard."""
+    """State of a worker process, given at its start, since shared memory cannot be sent with a shard."""
 
     bytes_done: ClassVar[Sequence[int]]
 
@@ -107,7 +107,7 @@ def _make_shard_in_worker(i: int, shard: Shard) -> ShardCounts:
 
 
 def _exit_with_parent() -> None:
-    """Ends this worker when its parent is gone: otherwise it would wait for work for ever after a kill -9."""
+    """Ends this worker when its parent is gone; after a kill -9 it would otherwise wait for work forever."""
     parent = multiprocessing.parent_process()
     if parent is not None:
         parent.join()

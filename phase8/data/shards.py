@@ -24,7 +24,7 @@ from phase8.data.utf8 import encoded_pieces, num_encoded_bytes
 from phase8.durable import staged_directory
 from phase8.errors import DataError
 
-# Longer documents are encoded in pieces that end at a line end, so that a file of gigabytes does not become a list of that many ids.
+# Longer documents are encoded in pieces that end at a line end, so that a file of gigabytes does not become a single list of ids.
 _PIECE_CHARACTERS = 1 << 22
 
 
@@ -32,20 +32,20 @@ OnBytes = Callable[[int], None]
 
 
 def ignore_progress(_: float) -> None:
-    """What is done with progress that nobody asked for."""
+    """A progress callback that does nothing."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class DocumentRules:
-    """What becomes of a document; part of every record.
+    """Treatment of a document; part of every record.
 
     Attributes:
-        json_key: Where an object of JSON lines holds its text; the column of Parquet.
-        document_separator: The content of the lines between the documents of a text file; None where a file is one document.
+        json_key: Key of the text in an object of JSON lines; the column in Parquet.
+        document_separator: Content of the lines between the documents of a text file; None if a file is one document.
         validation_fraction: Share of the documents held out, chosen by a hash of their text: a text that occurs twice never ends up
             in both splits, and a document stays in its split when others come or go.
-        append_eod: Put the end-of-document token behind every document.
-        eod_token: The piece that is this token; None: the tokenizer's own.
+        append_eod: Put the end-of-document token after every document.
+        eod_token: The end-of-document piece; None: the tokenizer's own.
         skip_invalid: Count and skip what is not a document, instead of stopping.
     """
 
@@ -74,14 +74,14 @@ class DocumentRules:
 
 @dataclass(frozen=True, kw_only=True)
 class Shard:
-    """What one shard is made from and where it goes.
+    """The inputs and the output directory of one shard.
 
     Attributes:
         directory: Where it is committed.
         spans: The parts of the inputs, in order.
         tokenizer: The tokenizer file.
         tokenizer_sha256: Digest of that file.
-        rules: What becomes of a document.
+        rules: Treatment of a document.
     """
 
     directory: Path
@@ -92,7 +92,7 @@ class Shard:
 
     @property
     def made_from(self) -> dict[str, object]:
-        """Everything the content depends on, as JSON."""
+        """Everything on which the content depends, as JSON."""
         spans = [[*astuple(span.source), span.start, span.end] for span in self.spans]
         return {"spans": spans, "tokenizer_sha256": self.tokenizer_sha256, "rules": asdict(self.rules)}
 
@@ -104,14 +104,14 @@ class Shard:
 
 @dataclass(frozen=True, kw_only=True)
 class ShardCounts:
-    """What a shard found.
+    """Counts of a finished shard.
 
     Attributes:
         num_documents: Documents written, by split.
         text_bytes: UTF-8 bytes of the documents written.
-        num_empty: Documents without a token, which are not written.
-        num_invalid: What was skipped for not being a document.
-        first_invalid: Why the first of these was skipped.
+        num_empty: Documents without tokens, which are not written.
+        num_invalid: Number of inputs that were skipped because they are not documents.
+        first_invalid: Reason for skipping the first of them.
         lost: Text that the tokenizer could not keep.
     """
 
@@ -124,7 +124,7 @@ class ShardCounts:
 
 
 class InvalidInputs:
-    """Receiver of what is not a document: stops at the first one, or counts.
+    """Called with what is not a document: raises at the first one, or counts.
 
     Args:
         skip: Count instead of stopping.
@@ -136,7 +136,7 @@ class InvalidInputs:
         self.first: str | None = None
 
     def __call__(self, error: DataError) -> None:
-        """Receives one of them."""
+        """Receives one error."""
         if not self._skip:
             raise DataError(f"{error} (or pass --skip-invalid to leave such documents out)")
         self.count += 1
@@ -146,13 +146,13 @@ class InvalidInputs:
 def read_texts(spans: Iterable[Span], rules: DocumentRules, on_invalid: OnInvalid) -> Iterator[Document]:
     """The texts of several spans, one after the other."""
     for span in spans:
-        # Where damaged files are skipped, none of their texts may be written before the damage is found.
+        # Where damaged files are skipped, the damage must be found before any of their texts is written.
         if not rules.skip_invalid or is_whole(span.source, on_invalid):
             yield from read_documents(span, json_key=rules.json_key, document_separator=rules.document_separator, on_invalid=on_invalid)
 
 
 def finished_counts(shard: Shard) -> ShardCounts | None:
-    """What a committed shard found; None where it is missing, damaged, altered or made from something else."""
+    """The counts of a committed shard; None if it is missing, damaged, altered or made from something else."""
     record = read_json(shard.directory / "record.json")
     if not isinstance(record, dict) or record.get("made_from") != shard.made_from:
         return None
@@ -168,7 +168,7 @@ def finished_counts(shard: Shard) -> ShardCounts | None:
 
 
 def _stored_counts(values: object, num_documents: dict[str, int]) -> ShardCounts | None:
-    """The counts of a record; None where it holds something else, or other numbers of documents than the files."""
+    """The counts in a record; None if it is malformed, or disagrees with the files about the number of documents."""
     if not isinstance(values, dict) or values.keys() != {field.name for field in fields(ShardCounts)}:
         return None
     numbers, reason = [values[name] for name in ("text_bytes", "num_empty", "num_invalid")], values["first_invalid"]
@@ -183,7 +183,7 @@ def make_shard(shard: Shard, *, on_bytes: OnBytes = ignore_progress) -> ShardCou
     """Tokenises the documents of a shard and commits it.
 
     Args:
-        shard: What to make.
+        shard: The shard.
         on_bytes: Called often with the input bytes that were tokenised so far.
 
     Raises:
@@ -216,7 +216,7 @@ def make_shard(shard: Shard, *, on_bytes: OnBytes = ignore_progress) -> ShardCou
                 writers[split].add_document(tokens)
                 num_documents[split] += 1
                 text_bytes += num_encoded_bytes(text)
-                del text, tokens  # else they would still be there while the next document is read
+                del text, tokens  # otherwise they would be in memory while the next document is read
         counts = ShardCounts(
             num_documents=num_documents,
             text_bytes=text_bytes,
@@ -241,7 +241,7 @@ def encode_document(
     Args:
         text: The document.
         tokenizer: What encodes it.
-        end: Ids that are put behind its own.
+        end: Ids that are appended to its own.
         on_part: Called after each piece with the part of the document that is encoded, up to 1.
 
     Shape:

@@ -1,4 +1,4 @@
-"""From the paths of a config to opened sources: endings, patterns, and what is missing."""
+"""Opens the sources that a config names: suffixes, patterns, and clear errors for missing files."""
 
 from __future__ import annotations
 
@@ -37,13 +37,13 @@ def open_sources(entries: Sequence[DataSource], *, key: str, ignore_sequence_mod
 
 
 def source_names(prefixes: Sequence[str]) -> list[str]:
-    """The last part of each path where that tells them apart, else the paths."""
+    """Names of the sources: the last part of each path if these differ, otherwise the paths."""
     names = [Path(prefix).name for prefix in prefixes]
     return names if len(set(names)) == len(names) else list(prefixes)
 
 
 def pairs_by_pattern_in_both(a: Sequence[TokenStream], b: Sequence[TokenStream]) -> list[str]:
-    """Prefixes of pairs that belong to the streams of both sides, on one of them because a pattern matches them."""
+    """Prefixes of pairs that occur in the streams of both sides, on at least one of them through a pattern."""
     sides = [
         {real_path(pair.bin_path): (pair.prefix, stream.prefix != pair.prefix) for stream in streams for pair in stream.pairs}
         for streams in (a, b)
@@ -63,7 +63,7 @@ def _open_pair(prefix: str, entry: DataSource, *, key: str, ignore_sequence_mode
 
 
 def _check_named_once(pairs: Sequence[IndexedDataset], key: str) -> None:
-    """Refuses the same files under one name or, by symbolic links, under two."""
+    """Refuses files that occur twice, under one name or, through symbolic links, under two."""
     names: dict[Path, str] = {}
     for pair in pairs:
         name = os.path.normpath(pair.prefix)
@@ -85,17 +85,17 @@ def _prefixes(path: str, key: str) -> list[str]:
 
 
 def _without_ending(path: str) -> str:
-    """The prefix of a pair that may be named with an ending."""
+    """The prefix of a pair, which may be given with a suffix."""
     return path[:-4] if path.endswith(_ENDINGS) and not _is_named(path) else path
 
 
 def _is_named(prefix: str) -> bool:
-    """At least one file of a pair has this very name."""
+    """Whether at least one file of a pair has exactly this name."""
     return any(os.path.lexists(f"{prefix}{ending}") for ending in _ENDINGS)
 
 
 def _check_files(prefix: str, key: str) -> None:
-    """Refuses a pair of which a file is missing, in words that fit the case."""
+    """Refuses a pair that lacks a file, with an error that fits the case."""
     missing = [ending for ending in _ENDINGS if not _exists(f"{prefix}{ending}")]
     for path in (f"{prefix}{ending}" for ending in missing):
         if os.path.islink(path):
@@ -120,7 +120,7 @@ def _check_files(prefix: str, key: str) -> None:
 
 
 def _exists(path: str) -> bool:
-    """False where nothing is; what cannot be looked at is left to the reader, who names the reason."""
+    """False if nothing has this name; errors of access are left to the reader, which names the reason."""
     try:
         os.stat(path)
     except (FileNotFoundError, NotADirectoryError):

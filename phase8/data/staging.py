@@ -1,6 +1,6 @@
-"""Records and locks of work that is done once: JSON that is complete or absent, and sole ownership of a place.
+"""Records and locks of work that is done once: JSON files that are complete or absent, and exclusive ownership of a path.
 
-A killed process leaves only names that match `*.partial`, which the next one sweeps while it holds the lock of the place.
+A killed process leaves only names that match `*.partial`, which the next owner of the lock removes.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ def write_json(path: Path, value: object) -> None:
 
 
 def read_json(path: Path) -> object:
-    """The value of a JSON file, or None where there is no such file or it is damaged (its owner then does the work again)."""
+    """The value of a JSON file; None if it is missing or damaged (its owner then does the work again)."""
     try:
         return json.loads(path.read_bytes())
     except (FileNotFoundError, NotADirectoryError, ValueError, RecursionError):
@@ -40,11 +40,11 @@ def read_json(path: Path) -> object:
 
 @contextmanager
 def exclusive_lock(path: Path, *, wait: bool) -> Iterator[None]:
-    """Sole ownership of the lock file `path` among processes; the system gives it back when a process is killed.
+    """Owns the lock file `path` exclusively among processes; the system releases it when a process is killed.
 
     Args:
-        path: The lock file; it exists only while somebody owns it (or after a kill, which does no harm).
-        wait: Wait for the owner to finish; else refuse.
+        path: The lock file; it exists only while a process owns it (or after a kill, which does no harm).
+        wait: Wait for the owner to finish; otherwise refuse.
 
     Raises:
         DataError: Another process owns it and `wait` is false.
@@ -54,7 +54,7 @@ def exclusive_lock(path: Path, *, wait: bool) -> Iterator[None]:
     try:
         yield
     finally:
-        with suppress(OSError):  # what is done under the lock is done
+        with suppress(OSError):  # the work under the lock is already done
             path.unlink(missing_ok=True)
         os.close(descriptor)
 
@@ -73,11 +73,11 @@ def _owned_lock_file(path: Path, *, wait: bool) -> int:
             except BlockingIOError as error:
                 os.close(descriptor)
                 raise DataError(f"another process holds {path}; wait until it has finished or choose another place") from error
-            os.close(descriptor)  # the last owner removed this file while we waited: somebody else may own its successor
+            os.close(descriptor)  # the last owner removed this file while this process waited: another process may own a new one
 
 
 def sweep_partial(directory: Path, name: str) -> None:
-    """Removes what killed processes left of `name` in `directory`; call it only while holding the lock of the place."""
+    """Removes partial files of `name` in `directory` that killed processes left; requires the lock of the directory."""
     for leftover in directory.glob(f"{glob.escape(name)}*.partial"):
         if leftover.is_dir():
             shutil.rmtree(leftover, ignore_errors=True)

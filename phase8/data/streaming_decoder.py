@@ -1,4 +1,4 @@
-"""Text of token ids while they are being drawn."""
+"""Decodes token ids to text while they are being generated."""
 
 from __future__ import annotations
 
@@ -6,9 +6,9 @@ from phase8.data.tokenizer import Tokenizer
 
 
 class StreamingDecoder:
-    """Text of token ids as they come, never a piece of a character.
+    """Decodes token ids one at a time, never emitting a part of a character.
 
-    Whatever the ids, all pieces and the flush together are `decode` of all ids.
+    For any ids, all pieces and the flush together equal `decode` of all ids.
 
     Args:
         tokenizer: The tokenizer of the ids.
@@ -16,7 +16,7 @@ class StreamingDecoder:
 
     def __init__(self, tokenizer: Tokenizer):
         self._tokenizer = tokenizer
-        # The last ids already shown stay as context, spaces alone being none: some decoders drop the spaces a text begins with.
+        # The last ids shown are kept as context; spaces alone do not count, since some decoders drop spaces at the beginning of a text.
         self._ids: list[int] = []
         self._num_shown = 0
 

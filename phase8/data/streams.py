@@ -1,6 +1,6 @@
 """A source of training data as one stream of tokens: a pair, a range of its documents, or several pairs one after the other.
 
-Windows run over the borders of pairs as they run over those of documents, so that each token of a stream is trained on as often as
+Windows cross the borders of pairs as they cross those of documents, so each token of a stream is trained on as often as
 any other, and each window comes once per epoch.
 """
 
@@ -35,15 +35,15 @@ class TokenStream:
     """The tokens of some documents of one or more pairs, in order.
 
     Args:
-        prefix: How the config names it: the prefix of the pair, or a pattern.
+        prefix: Name in the config: the prefix of the pair, or a pattern.
         pairs: The pairs, opened.
-        share: Which of the documents of each pair belong to it: from, to, as shares of their number.
+        share: The documents of each pair that belong to the stream: begin and end, as shares of their number.
     """
 
     def __init__(self, prefix: str, pairs: Sequence[IndexedDataset], share: tuple[Fraction, Fraction] = (Fraction(0), Fraction(1))):
         self.prefix = prefix
         self.pairs = tuple(pairs)
-        ranges = [(round(share[0] * pair.num_documents), round(share[1] * pair.num_documents)) for pair in pairs]  # as Megatron rounds
+        ranges = [(round(share[0] * pair.num_documents), round(share[1] * pair.num_documents)) for pair in pairs]  # rounded as Megatron does
         self._parts = [_Part(pair, documents) for pair, documents in zip(pairs, ranges, strict=True)]
         self._starts = [0, *accumulate(part.end_token - part.first_token for part in self._parts)]
         self.num_tokens = self._starts[-1]
@@ -72,7 +72,7 @@ class TokenStream:
         return part.pair.bin_path, first
 
     def fingerprint(self) -> dict[str, object]:
-        """What decides about the tokens of the stream; a stream of several pairs has it for each under `files`."""
+        """What determines the tokens of the stream; a stream of several pairs has this for each pair under `files`."""
         if len(self._parts) == 1:
             return self._parts[0].fingerprint()
         with ThreadPoolExecutor() as threads:  # hashing releases the interpreter lock, and there may be a thousand files

@@ -1,7 +1,7 @@
 """Tokens read from a file by position, a piece at a time.
 
-No file is memory-mapped: one that shrinks under a map (truncated, or copied over) ends its reader by a signal, with nothing saved.
-Here it is an error like any other.
+Files are not memory-mapped: when a mapped file shrinks (truncated or overwritten), its reader is killed by a signal, with nothing saved.
+With plain reads this is an ordinary error.
 """
 
 from __future__ import annotations
@@ -17,9 +17,9 @@ from phase8.errors import DataError
 
 
 class TokenFile:
-    """A file of tokens, held open: one that another replaces under its name is read on as it was.
+    """An open file of tokens; if another file replaces it under its name, the old content is still read.
 
-    Threads and forked processes may read it at the same time, for every read names its position.
+    Threads and forked processes may read it at the same time, because every read gives its position.
 
     Attributes:
         num_bytes: Size when it was opened.
@@ -58,7 +58,7 @@ class TokenFile:
 
 
 def open_regular_file(path: Path) -> int:
-    """A descriptor for reading. A pipe is refused, where opening one would wait for a writer.
+    """A descriptor for reading. A pipe is refused, because opening it would wait for a writer.
 
     Raises:
         DataError: It is no regular file.

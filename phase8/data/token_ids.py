@@ -1,6 +1,6 @@
-"""Are all token ids of a pair inside the vocabulary? Known before the first step: from the writer's record, or by reading all tokens once.
+"""Checks that all token ids of a pair are inside the vocabulary, before the first step: by the writer's record, or by reading all tokens.
 
-What such a reading found is kept in the cache directory under the digest of the data, so that it is done once for data of other
+The result of reading all tokens is cached under the digest of the data, so it is done once, for data of other
 projects too, and nothing is written beside them.
 """
 
@@ -29,13 +29,13 @@ def check_token_ids(pair: IndexedDataset, *, vocab_size: int, cache_dir: Path, o
     """Refuses a pair with an id outside the vocabulary.
 
     Args:
-        pair: At least one token.
+        pair: A pair with at least one token.
         vocab_size: `model.vocab_size`.
-        cache_dir: Where the result of reading all tokens is kept, if it can be written.
+        cache_dir: Directory where the result of reading all tokens is cached, if it can be written.
         on_progress: Called with stage, tokens read and tokens in all, where reading takes more than a moment.
 
     Raises:
-        DataError: There is one; the message names the first.
+        DataError: An id is outside the vocabulary; the message names the first.
     """
     smallest, largest = _recorded_range(pair) or _cached_range(pair, cache_dir, on_progress)
     if smallest >= 0 and largest < vocab_size:
@@ -54,7 +54,7 @@ def first_outside(tokens: np.ndarray, vocab_size: int) -> int | None:
 
 
 def outside_vocabulary(path: Path, position: int, token: int, vocab_size: int) -> DataError:
-    """The error about a token."""
+    """The error about an id."""
     return DataError(
         f"{path} holds token id {token} at position {position}, but model.vocab_size is {vocab_size}; set it above the largest id, or prepare "
         "the data with the tokenizer of this model"
@@ -67,9 +67,9 @@ def _recorded_range(pair: IndexedDataset) -> tuple[int, int] | None:
 
 
 def _cached_range(pair: IndexedDataset, cache_dir: Path, on_progress: OnProgress) -> tuple[int, int]:
-    key = f"{pair.content.replace(':', '-')}-{pair.bin_bytes}-{pair.dtype.name}"  # the same bytes are other ids in another type
+    key = f"{pair.content.replace(':', '-')}-{pair.bin_bytes}-{pair.dtype.name}"  # the same bytes are other ids in another dtype
     path = cache_dir / "token_ids" / f"{key}.json"
-    with suppress(DataError):  # a place that cannot be read or written costs every start the same reading, no more
+    with suppress(DataError):  # without a usable cache every start reads all tokens again, nothing worse
         stored = read_json(path)
         if isinstance(stored, list) and len(stored) == 2 and all(type(number) is int for number in stored):
             return stored[0], stored[1]
@@ -96,5 +96,5 @@ def _scanned_range(pair: IndexedDataset, on_progress: OnProgress) -> tuple[int, 
 
 
 def _chunks(pair: IndexedDataset) -> Iterator[tuple[int, int]]:
-    """Start and number of tokens of pieces that together are the pair."""
+    """Start and length of chunks that together cover the pair."""
     return ((start, min(_CHUNK_TOKENS, pair.num_tokens - start)) for start in range(0, pair.num_tokens, _CHUNK_TOKENS))

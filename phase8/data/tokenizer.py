@@ -2,7 +2,7 @@
 
 Models trained here (`tokenizer_training.py`) are exact: `decode(encode(text)) == text` for every text that UTF-8 can hold, NUL, tabs,
 runs of spaces and sentencepiece's own space mark U+2581 included. Only lone surrogates, which UTF-8 cannot hold, are refused. A model
-made elsewhere gives the ids that its makers' library gives, and normalises text as they chose.
+made elsewhere gives the ids of its own library, and normalises text as it was configured.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from phase8.data.utf8 import lone_surrogate
 from phase8.errors import DataError
 
 _SPACE_MARK = "\u2581"
-# What makes a Hugging Face model give other ids for the same text at every call.
+# Options of a Hugging Face model that make it give other ids for the same text at every call.
 _RANDOMNESS = ("dropout", "alpha", "nbest_size")
 
 
@@ -34,9 +34,9 @@ class Tokenizer(ABC):
         path: The file it was read from.
         content: The bytes of that file; `sha256` is their digest.
         vocab_size: Every id is below it.
-        eod_id: The token between documents; `encode` never gives it, whatever the text says and the library below does.
+        eod_id: The end-of-document token; `encode` never returns it, whatever the text contains.
         eod_token: Its piece.
-        unknown_id: The token of text that has no other; None: there is none.
+        unknown_id: The token for text that has no other; None: there is none.
     """
 
     def __init__(self, path: Path, content: bytes, *, vocab_size: int, eod_id: int, eod_token: str, unknown_id: int | None):
@@ -83,7 +83,7 @@ class Tokenizer(ABC):
         return (between == bare and self.unknown_id not in bare) or not (alone or character.isspace())
 
     def _encode_around_eod(self, text: str) -> list[int]:
-        """Ids of a text that gives the end-of-document token, by the same model without its piece."""
+        """Ids of a text that would give the end-of-document token, from a copy of the model without its piece."""
         if self.eod_id == self.unknown_id:
             raise self._no_other_way("it is also what unknown text becomes")
         ids = self._encode(text, without_eod=True)
@@ -102,11 +102,11 @@ class Tokenizer(ABC):
 
     @abstractmethod
     def _encode(self, text: str, *, without_eod: bool) -> list[int]:
-        """Ids that the library gives, with or without the end-of-document piece in its vocabulary."""
+        """Ids from the library, with or without the end-of-document piece in its vocabulary."""
 
     @abstractmethod
     def _parts(self, text: str, *, without_eod: bool) -> list[tuple[int, str]]:
-        """The same ids, each with the text that it stands for."""
+        """The same ids, each with the text that it represents."""
 
     @abstractmethod
     def _decode(self, ids: list[int]) -> str: ...
@@ -130,7 +130,7 @@ class SentencePieceTokenizer(Tokenizer):
         if eod_id < 0 or eod_token is not None:
             pieces = KNOWN_PIECES if eod_token is None else (eod_token,)
             ids = {piece: self._processor.piece_to_id(piece) for piece in pieces}
-            ids = {piece: i for piece, i in ids.items() if self._processor.id_to_piece(i) == piece}  # others have the id of <unk>
+            ids = {piece: i for piece, i in ids.items() if self._processor.id_to_piece(i) == piece}  # unknown pieces have the id of <unk>
             control = {piece for piece, i in ids.items() if self._processor.is_control(i)}
             eod_id = choose_end_of_document(ids, path, named=eod_token, own_words=[control])
         size, eod_token = self._processor.vocab_size(), self._processor.id_to_piece(eod_id)
@@ -138,7 +138,7 @@ class SentencePieceTokenizer(Tokenizer):
         self._space_mark_ids = [self._processor.piece_to_id(f"<0x{byte:02X}>") for byte in _SPACE_MARK.encode()]
         has_bytes = all(self._processor.is_byte(i) for i in self._space_mark_ids)
         adds_space = any(_SPACE_MARK in piece for piece in self._processor.encode("a", out_type=str))
-        # A model that rewrites spaces anyway is left as its makers use it.
+        # A model that rewrites spaces anyway is used unchanged.
         keeps_spaces = not adds_space and self._processor.decode(self._processor.encode("  a  ")) == "  a  "
         self._spell_space_mark = has_bytes and keeps_spaces
 
@@ -146,7 +146,7 @@ class SentencePieceTokenizer(Tokenizer):
         processor = self._without_eod if without_eod else self._processor
         if _SPACE_MARK not in text or not self._spell_space_mark:
             return processor.encode(text)
-        # As a character of the text U+2581 would come back as a space; spelled in bytes it comes back as itself.
+        # As a character of the text, U+2581 would be decoded to a space; spelled in bytes it is decoded to itself.
         ids: list[int] = []
         for i, part in enumerate(text.split(_SPACE_MARK)):
             ids += (self._space_mark_ids if i else []) + processor.encode(part)
@@ -185,7 +185,7 @@ class HuggingFaceTokenizer(Tokenizer):
         parsed = parse_tokenizer_json(content, path)
         try:
             self._tokenizer = _hugging_face_tokenizer(_without_randomness(parsed) or content.decode())
-            added = self._tokenizer.encode("").tokens  # by the post-processor
+            added = self._tokenizer.encode("").tokens  # added by the post-processor
         except ImportError as error:
             raise DataError(f"{path} is a Hugging Face tokenizer, which needs the package tokenizers: pip install 'phase8[tokenizers]'") from error
         except Exception as error:  # the package raises nothing narrower
@@ -222,7 +222,7 @@ class HuggingFaceTokenizer(Tokenizer):
 
 
 def load_tokenizer(path: str | Path, *, eod_token: str | None = None) -> Tokenizer:
-    """Reads a sentencepiece `.model` or a Hugging Face `tokenizer.json`, told apart by content.
+    """Reads a sentencepiece `.model` or a Hugging Face `tokenizer.json`, which are distinguished by content.
 
     Args:
         path: The file.
@@ -239,7 +239,7 @@ def load_tokenizer(path: str | Path, *, eod_token: str | None = None) -> Tokeniz
 
 
 def check_unicode(text: str) -> None:
-    """Refuses what UTF-8 cannot hold.
+    """Refuses text that UTF-8 cannot hold.
 
     Raises:
         DataError: The text holds a lone surrogate.
@@ -270,11 +270,11 @@ def _hugging_face_tokenizer(content: str) -> Any:
 
 
 def _without_randomness(parsed: dict[str, Any]) -> str | None:
-    """The text of a `tokenizer.json` whose model gives other ids at every call, without what makes it do so; None for all others."""
+    """The text of a `tokenizer.json` without the options that make its model random; None if there are none."""
     random = {key: None for key in _RANDOMNESS if parsed["model"].get(key) is not None}
     return json.dumps(parsed | {"model": parsed["model"] | random}) if random else None
 
 
 def _unknown_id(model: Mapping[str, Any], ids: Mapping[str, int]) -> int | None:
-    """The id of the unknown token: Unigram models store it, the others its piece."""
+    """The id of the unknown token: Unigram models store the id, other models its piece."""
     return model["unk_id"] if "unk_id" in model else ids.get(model.get("unk_token") or "")

@@ -1,4 +1,4 @@
-"""Reading a tokenizer file that may be anything: a pipe that never ends, a device, terabytes, or JSON nested without end."""
+"""Reads a tokenizer file without trusting it: it may be an endless pipe, a device, terabytes large, or JSON nested without end."""
 
 from __future__ import annotations
 
@@ -46,10 +46,10 @@ def tokenizer_digest(path: Path) -> str:
 
 
 def parse_tokenizer_json(content: bytes, path: Path) -> dict[str, Any]:
-    """The JSON object of a `tokenizer.json`, whose first character is known to be a brace.
+    """Parses the JSON object of a `tokenizer.json`, whose first character is known to be a brace.
 
     Raises:
-        DataError: It is not JSON, or nested more deeply than any tokenizer.
+        DataError: It is not JSON, or nested more deeply than any tokenizer is.
     """
     try:
         parsed: dict[str, Any] = json.loads(content.decode("utf-8"))

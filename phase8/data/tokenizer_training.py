@@ -1,4 +1,4 @@
-"""Trains sentencepiece models whose encoding is exact: whatever the text, decoding gives it back."""
+"""Trains sentencepiece models whose encoding is exact: decoding restores any text."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from phase8.errors import DataError
 # The trainer drops sentences with NUL or U+2585 (its mark of unknown characters) and takes U+2581 for a space.
 _NOT_TRAINABLE = re.compile("[\0\u2581\u2585]+")
 _TRAINING_SENTENCE_CHARACTERS = 1 << 20
-_TOO_FEW = 4  # below 256 bytes in any case, and enough for the trainer to say so itself
+_TOO_FEW = 4  # below 256 bytes in any case, and enough for the trainer itself to report the problem
 _SMALLEST_VOCABULARY = re.compile(r"smaller than required_chars\. \d+ vs (\d+)")
 _LARGEST_VOCABULARY = re.compile(r"set it to a value <= (\d+)")
 
@@ -31,7 +31,7 @@ def train_sentencepiece(
     model_type: Literal["bpe", "unigram"] = "bpe",
     character_coverage: float = 0.9995,
 ) -> Path:
-    """Trains an exact sentencepiece model and writes it, complete or not at all; the same texts give the same bytes.
+    """Trains an exact sentencepiece model and writes it, completely or not at all; the same texts give the same bytes.
 
     Text is not normalised, so newlines, tabs and runs of spaces stay as they are; characters outside the vocabulary are spelled in
     bytes. Ids: 0 unknown (never given), 1 end of document, 2 tab, then 256 bytes and what was learned.
@@ -39,12 +39,12 @@ def train_sentencepiece(
     Args:
         texts: Documents to learn from.
         destination: The `.model` file.
-        vocab_size: Number of ids, exactly.
-        model_type: Algorithm.
-        character_coverage: Share of the characters of `texts` that are tokens of their own.
+        vocab_size: Exact number of ids.
+        model_type: Algorithm of the model.
+        character_coverage: Share of the characters of `texts` that become tokens of their own.
 
     Raises:
-        DataError: No text, a lone surrogate, or a vocabulary size this text cannot give; the message tells the allowed range.
+        DataError: There is no text, a lone surrogate, or a vocabulary size that this text cannot give; the message gives the allowed range.
         StorageError: The place cannot be written.
     """
     sentences = list(_training_sentences(texts))
@@ -65,7 +65,7 @@ def train_sentencepiece(
 
 
 def _train(sentences: list[str], *, vocab_size: int, model_type: str, character_coverage: float) -> bytes | str:
-    """The model, or the trainer's message when the vocabulary size does not fit the text."""
+    """Trains the model; returns the trainer's message if the vocabulary size does not fit the text."""
     buffer = io.BytesIO()
     try:
         sentencepiece.SentencePieceTrainer.train(
@@ -87,7 +87,7 @@ def _train(sentences: list[str], *, vocab_size: int, model_type: str, character_
             pad_id=-1,
             eos_piece=END_OF_DOCUMENT,
             max_sentence_length=8 * _TRAINING_SENTENCE_CHARACTERS,
-            num_threads=1,  # recorded in the model, so another number would be other bytes
+            num_threads=1,  # recorded in the model, so another number would change the bytes
             minloglevel=2,
         )
     except RuntimeError as error:

@@ -1,4 +1,4 @@
-"""Texts and their UTF-8, a bounded part at a time: a second form of a whole document can be more than memory holds."""
+"""UTF-8 of long texts in bounded pieces, since a second form of a whole document may not fit into memory."""
 
 from __future__ import annotations
 
@@ -20,12 +20,12 @@ def encoded_pieces(text: str) -> Iterator[bytes]:
 
 
 def num_encoded_bytes(text: str) -> int:
-    """Bytes of the UTF-8 of a text."""
+    """Length of the UTF-8 of a text in bytes."""
     return sum(map(len, encoded_pieces(text)))
 
 
 def lone_surrogate(text: str) -> tuple[int, str] | None:
-    """The position of the first lone surrogate of a text and what is wrong there; None where UTF-8 can hold the text."""
+    """Position and description of the first lone surrogate of a text; None if UTF-8 can hold the text."""
     for start in range(0, len(text), _PIECE_CHARACTERS):
         try:
             text[start : start + _PIECE_CHARACTERS].encode()

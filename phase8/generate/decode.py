@@ -9,12 +9,12 @@ from phase8.model.model import LanguageModel
 
 
 class Decoder:
-    """A model reading a sequence piece by piece.
+    """Reads a sequence piece by piece with carried state.
 
     The Phase 8 block carries a constant state; the transformer baseline carries every key and value.
 
     Args:
-        model: In evaluation or training mode alike; it has no dropout.
+        model: The model, in evaluation or training mode (it has no dropout).
         batch_size: Sequences read side by side.
     """
 
@@ -31,7 +31,7 @@ class Decoder:
             tokens: [B, T], any T.
 
         Returns:
-            Logits of what follows the last of them, fp32 [B, V].
+            Logits of the token after the last one, fp32 [B, V].
         """
         hidden, self._states = self._model(tokens, states=self._states, first_position=self.num_tokens)
         self.num_tokens += tokens.shape[1]

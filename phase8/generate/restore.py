@@ -18,19 +18,19 @@ from phase8.precision.policy import compute_dtype
 
 
 def restore_model(directory: Path, *, device: torch.device) -> tuple[LanguageModel, DataSection, Checkpoint]:
-    """The model of a checkpoint, as it was trained, or of weights without one.
+    """Restores the model of a checkpoint, or of weights without a manifest.
 
     Args:
         directory: A checkpoint, a run directory, a directory of checkpoints (the newest is taken), consolidated weights, or a Llama.
-        device: Where to put it.
+        device: Device of the model.
 
     Raises:
-        CheckpointError: It is damaged, missing, or not of a training run.
+        CheckpointError: It is damaged, missing, or not from a training run.
     """
     checkpoint = open_model(directory)
     config = run_metadata(checkpoint).config
     dtype = compute_dtype(config.precision)
-    require_fit(checkpoint, build_model(config.model, dtype=dtype, device=torch.device("meta")), widen=True)  # before memory is taken
+    require_fit(checkpoint, build_model(config.model, dtype=dtype, device=torch.device("meta")), widen=True)  # before memory is allocated
     model = build_model(config.model, dtype=dtype, device=device)
     restore_state(checkpoint, model, None, widen=True)
     return model, config.data, checkpoint
@@ -41,11 +41,11 @@ def restore_tokenizer(checkpoint: Checkpoint, *, vocab_size: int, eod_token: str
 
     Args:
         checkpoint: The checkpoint.
-        vocab_size: Ids of its model.
+        vocab_size: Vocabulary size of the model.
         eod_token: The piece between documents; None: the tokenizer's own.
 
     Raises:
-        CheckpointError: There is none, or it has more ids than the model.
+        CheckpointError: There is no tokenizer, or it has more ids than the model.
         DataError: It cannot be used.
     """
     path = tokenizer_of(checkpoint)

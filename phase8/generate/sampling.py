@@ -21,10 +21,10 @@ class SamplingOptions:
         temperature: Logits are divided by it; 0: always the likeliest token.
         top_k: Only the k likeliest tokens; 0: all.
         top_p: Only the likeliest tokens that together have this probability; 1: all.
-        seed: Of the drawing.
+        seed: Seed of the random draws.
 
     Raises:
-        ConfigError: A value out of range.
+        ConfigError: A value is out of range.
     """
 
     temperature: float = 0.8
@@ -54,9 +54,9 @@ def generate_tokens(
     Args:
         model: The model.
         prompt: At least one token id.
-        max_tokens: Tokens drawn at most.
-        options: How they are drawn.
-        num_ids: Only ids below it are drawn: a model's vocabulary may be padded beyond its tokenizer's.
+        max_tokens: Maximum number of tokens drawn.
+        options: Sampling options.
+        num_ids: Only ids below it are drawn, since a model's vocabulary may be padded beyond its tokenizer's.
         stop_id: Ends the text; not yielded.
     """
     device = model.embedding.weight.device
@@ -73,10 +73,10 @@ def generate_tokens(
 
 
 def draw_token(logits: Tensor, options: SamplingOptions, generator: torch.Generator) -> int:
-    """One token id from logits [V]; drawn on the CPU, so that a seed means the same on every device.
+    """Draws one token id from logits [V], on the CPU, so that a seed gives the same token on every device.
 
     Raises:
-        CheckpointError: Some are not finite: the weights may be any numbers.
+        CheckpointError: Some logits are not finite; the weights may be arbitrary numbers.
     """
     logits = logits.float().cpu()
     if not logits.isfinite().all():

@@ -1,4 +1,4 @@
-"""Text in, text out: a prompt continued piece by piece as it is written."""
+"""Text from a prompt: the continuation is yielded piece by piece as it is generated."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ from phase8.model.model import LanguageModel
 
 
 def prompt_tokens(tokenizer: Tokenizer, prompt: str, *, after_document_end: bool) -> list[int]:
-    """Token ids that a model reads before it writes.
+    """Token ids that the model reads before it generates.
 
     Args:
-        tokenizer: Of the model.
+        tokenizer: Tokenizer of the model.
         prompt: May be empty.
         after_document_end: Begin with the end-of-document token: in training, packed documents follow one.
     """
@@ -25,7 +25,7 @@ def prompt_tokens(tokenizer: Tokenizer, prompt: str, *, after_document_end: bool
 def stream_text(
     model: LanguageModel, tokenizer: Tokenizer, prompt: list[int], *, max_tokens: int, options: SamplingOptions
 ) -> Iterator[str]:
-    """The continuation of a prompt in pieces of text, until the document ends or `max_tokens` are written."""
+    """Yields the continuation of a prompt in pieces of text, until the document ends or `max_tokens` are generated."""
     decoder = StreamingDecoder(tokenizer)
     drawn = generate_tokens(
         model, prompt, max_tokens=max_tokens, options=options, num_ids=tokenizer.vocab_size, stop_id=tokenizer.eod_id

@@ -73,9 +73,9 @@ def render_svg(draw: Callable[[Axes, Theme], None], *, name: str, width: int, he
         draw: Draws into the axes.
         name: Name of the chart, unique in the page.
         width: In CSS pixels at natural size; the element scales with its container.
-        height: Likewise.
+        height: In CSS pixels, as `width`.
     """
-    # The salt makes element ids depend on the chart alone: reports are reproducible and charts in one page do not share ids.
+    # The salt makes element ids depend on the chart alone, so reports are reproducible and charts in one page do not share ids.
     with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": name}):
         figure = Figure(figsize=(width / 72, height / 72), dpi=72, layout="constrained", facecolor="none")
         axes = figure.add_subplot()
@@ -84,7 +84,7 @@ def render_svg(draw: Callable[[Axes, Theme], None], *, name: str, width: int, he
         buffer = io.StringIO()
         FigureCanvasSVG(figure).print_svg(buffer, metadata={"Date": None, "Creator": None, "Format": None, "Type": None})
     svg = buffer.getvalue()
-    # matplotlib's style element would speak to the whole page; its rules stand in the page's own.
+    # matplotlib's style element would apply to the whole page; the page has these rules itself.
     svg = re.sub(r"<metadata>.*?</metadata>|<style.*?</style>", "", svg[svg.index("<svg") :], flags=re.DOTALL)
     svg = re.sub(r'<svg [^>]*viewBox="([^"]*)"[^>]*>', r'<svg viewBox="\1" aria-hidden="true">', svg, count=1)
     svg = re.sub(r'<g id="[^"]*"', "<g", svg)
@@ -148,7 +148,7 @@ def draw_series(axes: Axes, theme: Theme, steps: Series, values: Series, *, is_n
         axes.plot(steps, values, "o", color=theme.train, markersize=5, clip_on=False)
     finite = values[np.isfinite(values)]
     if finite.size:
-        # A single spike must not press the rest to the floor.
+        # A single spike must not flatten the rest of the curve.
         axes.set_ylim(0, max(1.1 * float(np.quantile(finite, 0.99)), 1e-9))
     else:
         _draw_absence(axes, theme)
@@ -158,7 +158,7 @@ def draw_series(axes: Axes, theme: Theme, steps: Series, values: Series, *, is_n
 
 
 def loss_limits(loss: Series, validation_loss: Series, reference_losses: Mapping[str, float]) -> tuple[float, float]:
-    """Limits of the loss axis: everything but the first plunge from the untrained loss, which would squash the rest.
+    """Limits of the loss axis: they cut off the initial drop from the untrained loss, which would flatten the rest.
 
     The references and the validation losses of the second half are always inside.
     """
@@ -175,7 +175,7 @@ def loss_limits(loss: Series, validation_loss: Series, reference_losses: Mapping
 
 
 def thin_out(x: Series, y: Series) -> tuple[Series, Series]:
-    """A curve with no more points than a picture can show; the lowest and the highest of each stretch stay, so spikes do too."""
+    """A curve with no more points than a picture can show; minimum and maximum of each stretch are kept, and with them spikes."""
     if len(x) <= _MAX_POINTS:
         return x, y
     keep: list[int] = []

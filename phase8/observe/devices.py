@@ -1,8 +1,8 @@
-"""What known GPUs can do at best: FLOP/s, the denominator of MFU, and the speeds of memory and links, from which the planner predicts.
+"""Peak rates of known GPUs: FLOP/s, the denominator of MFU, and the speeds of memory and links, on which predictions are based.
 
 Sources are NVIDIA's data sheets and architecture white papers, named at each row. Rates marked "with sparsity" there are halved here.
 Half-precision rates are those with fp32 accumulation, the only ones that matter in training; on GeForce cards these are half the figure
-that is usually advertised. A link is one direction of NVLink, of PCIe where there is none.
+that is usually advertised. The rate of a link is that of one direction of NVLink, or of PCIe where there is no NVLink.
 """
 
 from __future__ import annotations
@@ -15,16 +15,16 @@ class Gpu(NamedTuple):
     """Peak rates of one GPU: products in TFLOP/s, memory and link in GB/s.
 
     Args:
-        name: Regular expression of the whole device name, vendor and family prefix removed. A part of the name would not do: "Laptop
+        name: Regular expression for the whole device name without vendor and family. Parts of a name would not do: "Laptop
             GPU", "Ti" and MIG slices are other devices.
         half: fp16 and bf16 matmuls with fp32 accumulation.
         tf32: fp32 matmuls in tf32; on GPUs without tf32 units these run as fp32.
         fp32: fp32 matmuls.
         memory: Bandwidth of its memory.
-        link: To another GPU of its host.
+        link: Rate of the link to another GPU of its host.
         memory_gib: Size of its memory.
         has_bf16: False before Ampere.
-        sustained: Rate of products in training over that of an H100 of equal peak: below 1 where power runs out sooner.
+        sustained: Sustained rate of products in training over that of an H100 of equal peak: below 1 where the power limit is reached sooner.
     """
 
     name: str
@@ -38,7 +38,7 @@ class Gpu(NamedTuple):
     sustained: float = 1.0
 
     def peak_flops(self, dtype: str) -> float | None:
-        """Dense peak FLOP/s of matmuls in `bf16`, `fp16`, `tf32` or `fp32`; None: it has no such format, or the table does not say."""
+        """Dense peak FLOP/s of matmuls in `bf16`, `fp16`, `tf32` or `fp32`; None: the GPU has no such format, or the table lacks it."""
         teraflops = {"bf16": self.half if self.has_bf16 else None, "fp16": self.half, "tf32": self.tf32, "fp32": self.fp32}.get(dtype)
         return None if teraflops is None else teraflops * 1e12
 

@@ -26,7 +26,7 @@ class EventFile:
     """An event file that is being written.
 
     Args:
-        directory: Where it is made; missing directories are made, too.
+        directory: Directory of the file; it is created if missing.
         first_step: Events of this and later steps in older files of the directory are hidden from the curves.
 
     Raises:
@@ -54,11 +54,11 @@ class EventFile:
         self._add(Event(step=step, summary=Summary(value=[Summary.Value(tag=tag, simple_value=value) for tag, value in values.items()])))
 
     def write(self, record: bytes) -> None:
-        """Appends what `RecordWriter` has made of an event."""
+        """Appends an event that `RecordWriter` has encoded."""
         append_whole(self._file, record)
 
     def close(self) -> None:
-        """Closes the file; nothing is left to be written."""
+        """Closes the file; there is no buffer to be written."""
         self._file.close()
 
     def _add(self, event: Event) -> None:

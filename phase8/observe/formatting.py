@@ -49,7 +49,7 @@ def format_epochs(epochs: Mapping[str, float], *, max_sources: int | None = None
 
     Args:
         epochs: At least one source.
-        max_sources: Of more sources, only those that were repeated most are named, and the number of the others.
+        max_sources: With more sources, only the most repeated ones are named, followed by the number of the rest.
     """
     if len(epochs) == 1:
         return "".join(f"{count:.2f}" for count in epochs.values())

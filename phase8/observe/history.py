@@ -1,4 +1,4 @@
-"""The record of a run as arrays, and the figures that sum it up."""
+"""The metrics of a run as arrays, and figures that summarise them."""
 
 from __future__ import annotations
 
@@ -73,7 +73,7 @@ class History:
             peak_memory_bytes=_column(training, "peak_memory_bytes"),
             num_skipped=sum(record["skipped"] for record in training),
             validation_steps=validation_steps,
-            # An evaluation knows its step only; before the first step no token was seen.
+            # An evaluation records only its step; before the first step no token was seen.
             validation_tokens_seen=np.interp(validation_steps, np.append(0.0, steps), np.append(0.0, tokens)),
             validation_loss=_column(evaluations, "validation_loss"),
             last_validation_sources={
@@ -120,7 +120,7 @@ def last_finite(values: Series) -> float | None:
 
 
 def median(values: Series) -> float | None:
-    """The median of what is not NaN."""
+    """The median of the values that are not NaN."""
     finite = values[np.isfinite(values)]
     return float(np.median(finite)) if finite.size else None
 

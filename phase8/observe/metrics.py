@@ -6,8 +6,8 @@
 | evaluation | `step`, `validation_loss`, `validation_tokens`, `validation_sequences`; of a blend `validation_sources` (see `log_evaluation`) |
 | event | `step`, `event` and the event's own fields |
 
-A loss or norm that is not finite is written as null, because JSON has no NaN. A line that is none of these was written by something else:
-it stays where it is, is named, and is left out of figures and report.
+A loss or norm that is not finite is written as null, because JSON has no NaN. Any other line was written by another program: it is kept,
+reported, and left out of figures and report.
 """
 
 from __future__ import annotations
@@ -78,14 +78,14 @@ class StepMetrics:
 
 @dataclass(frozen=True, kw_only=True)
 class SourceLoss:
-    """What an evaluation measured on one source.
+    """The result of an evaluation on one source.
 
     Args:
-        name: Of the source.
-        weight: Of the source in the blend.
+        name: Name of the source.
+        weight: Weight of the source in the blend.
         loss: Mean loss in nats per token.
-        num_tokens: Tokens it is the mean of.
-        num_sequences: Sequences that they are in.
+        num_tokens: Number of tokens in the mean.
+        num_sequences: Number of sequences with these tokens.
     """
 
     name: str
@@ -103,7 +103,7 @@ class MetricsWriter:
     """The open `metrics.jsonl` of a run.
 
     Every line reaches the operating system at once, so a kill loses at most the line being written. Opening first drops what a
-    resumed run is going to write again, so each step appears once. TensorBoard is an extra: what is wrong with it is said once.
+    resumed run is going to write again, so each step appears once. TensorBoard is optional: an error of it is reported once.
 
     Args:
         directory: The run directory, created when missing.
@@ -140,7 +140,7 @@ class MetricsWriter:
             step: The step whose weights were evaluated.
             validation_loss: Mean loss in nats per token.
             validation_tokens: Tokens that were predicted.
-            sources: What each source contributed; of several, the record maps the name of each to its loss and number of sequences.
+            sources: Results of each source; with several, the record maps each name to loss and number of sequences.
         """
         record: dict[str, Any] = {"step": step, "validation_loss": validation_loss, "validation_tokens": validation_tokens}
         if sources:
@@ -152,7 +152,7 @@ class MetricsWriter:
         self._write(record)
 
     def log_event(self, step: int, event: str, /, **fields: str | int | float | bool | None) -> None:
-        """Record something that happened after a step: a checkpoint, a resume, a skipped step, who held the others up.
+        """Record something that happened after a step: a checkpoint, a resume, a skipped step, a straggler.
 
         Args:
             step: The last finished step.
@@ -162,7 +162,7 @@ class MetricsWriter:
         self._write({"step": step, "event": event, **fields})
 
     def close(self) -> None:
-        """Close the record and the TensorBoard events; what fails now is said, for every line has been written before."""
+        """Close the metrics file and the TensorBoard events; an error is only reported, because every line has been written before."""
         for file in (self._file, self._events):
             if file is not None:
                 with Tolerated(f"{self._path.parent} may lack the last metrics", self._say):
@@ -193,7 +193,7 @@ class MetricsWriter:
 
 
 def _finite(value: Any) -> Any:
-    """None for a number that JSON cannot hold."""
+    """The number, or None if JSON cannot represent it."""
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
@@ -202,7 +202,7 @@ def read_metrics(path: Path, *, say: Callable[[str], None] | None = None) -> lis
 
     Args:
         path: The file.
-        say: Shows a sentence about lines that are no records.
+        say: Shows a sentence about lines that are not metrics.
 
     Raises:
         StorageError: When the file cannot be read.
@@ -219,7 +219,7 @@ class _Line(NamedTuple):
     Args:
         number: From 1.
         content: Its bytes, without the line break.
-        record: What it says; None: it is not of this record.
+        record: Its parsed content; None: the line is not part of the metrics.
     """
 
     number: int
@@ -240,7 +240,7 @@ def _parse_lines(path: Path) -> list[_Line]:
 
 
 def _is_torn(line: bytes) -> bool:
-    """Whether a last line without a line break may be the begin of one of ours (or is nothing)."""
+    """Whether a last line without a line break may be the beginning of a metrics line (or is empty)."""
     begin = b'{"step": '
     return line.startswith(begin) or begin.startswith(line)
 
@@ -258,7 +258,7 @@ def _refuse_constant(name: str) -> None:
 
 
 def _is_ours(record: Mapping[str, Any]) -> bool:
-    """Whether an object has the keys of a line of this record, with values that can be drawn."""
+    """Whether an object has the keys of a metrics line, with values that can be drawn."""
     step = record.get("step")
     if type(step) is not int or not 0 <= step < _LARGEST_COUNT:
         return False
@@ -300,7 +300,7 @@ def _name_foreign_lines(path: Path, lines: Sequence[_Line], say: Callable[[str],
 
 
 def _drop_later_lines(path: Path, resume_step: int, say: Callable[[str], None]) -> None:
-    """Keep the lines up to a step, and what is not ours; those after it were written by a run that ended before its next checkpoint."""
+    """Keep the lines up to a step, and foreign lines; later lines were written by a run that ended before its next checkpoint."""
     if not path.exists():
         return
     lines = _parse_lines(path)

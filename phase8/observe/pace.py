@@ -1,12 +1,12 @@
-"""How fast a run goes: tokens per second over several steps, and the time that the rest of its steps will take.
+"""The pace of a run: tokens per second over several steps, and the remaining time.
 
 | figure | what counts |
 |---|---|
 | throughput | the tokens of the steps over their durations, which include waiting for data; what comes between steps does not count |
 | remaining time | a truncated mean of the last steps' durations, and the mean of what came between steps so far, without the longest |
 
-Between steps come evaluations, saves and checks. Compilation makes a few steps slow and the first evaluation long: such outliers do not
-move the remaining time, but steps that are slow again and again do.
+Evaluations, saves and checks come between steps. Compilation makes a few steps slow and the first evaluation long: such outliers do not
+change the remaining time, but steps that are repeatedly slow do.
 """
 
 from __future__ import annotations
@@ -17,14 +17,14 @@ from collections import deque
 
 _WINDOW_STEPS = 300
 _MIN_STEPS = 3
-_NUM_OUTLIERS = 3  # on each side; the first steps, which compile, are about as many
+_NUM_OUTLIERS = 3  # on each side; about as many first steps are slow because they compile
 
 
 class Throughput:
     """Tokens per second over the steps since the last `clear`.
 
     Args:
-        window_seconds: Only the newest steps count that took so long together, at least one.
+        window_seconds: The newest steps count, as many as took this long together, at least one.
     """
 
     def __init__(self, *, window_seconds: float = math.inf):
@@ -51,7 +51,7 @@ class Throughput:
 
 
 class RemainingTime:
-    """The time until the last step of a run is done, estimated from the steps so far; the end of the run (the last evaluation) is not in it."""
+    """The time until the last step of a run ends, estimated from the steps so far, without the last evaluation."""
 
     def __init__(self) -> None:
         self._step_seconds: deque[float] = deque(maxlen=_WINDOW_STEPS)
@@ -64,7 +64,7 @@ class RemainingTime:
 
         Args:
             seconds: Its duration.
-            ended_at: Time of a steady clock at its end; what passed since the end of the step before and is not its duration came between.
+            ended_at: Time of a steady clock at its end. The time since the end of the step before, less its duration, is counted as between steps.
         """
         if self._ended_at is not None:
             between = max(0.0, ended_at - self._ended_at - seconds)
@@ -75,7 +75,7 @@ class RemainingTime:
         self._step_seconds.append(seconds)
 
     def seconds(self, num_steps: int) -> float | None:
-        """The estimate for so many further steps; None: too few steps are done."""
+        """The estimate for this many further steps; None: too few steps are done."""
         if self._num_steps < _MIN_STEPS:
             return None
         num_steps_seen = len(self._step_seconds)

@@ -1,10 +1,10 @@
 """Progress of a run: one live line on a terminal, plain lines in a log.
 
-Layout of the line, of which a narrow terminal shows the more important parts only:
+Layout of the line; a narrow terminal shows only the more important parts:
     1,234/5,000 ━━━━━╺━━━━━━  loss 3.412  val 3.501  48.1k tok/s  MFU 41.2 %  5.21 GiB  grad 0.83  lr 6.00e-04  epoch 1.27  ETA 3 min 12 s
 
-Throughput and MFU are those of all steps since the line before, on the live line those of the last ten seconds. The other figures are
-those of the last step.
+Throughput and MFU are means over all steps since the line before, on the live line over the last ten seconds. The other figures belong to
+the last step.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ class Field(NamedTuple):
     """One figure of the line.
 
     Args:
-        label: What it is; may be empty when the value says so itself.
+        label: Name of the figure; may be empty if the value is self-explanatory.
         value: The formatted figure.
         importance: Fields of low importance leave a narrow terminal first.
         style: Style of the value on a terminal.
@@ -57,7 +57,7 @@ class Field(NamedTuple):
 
 
 class Progress:
-    """What a user sees of a run while it trains; a context manager.
+    """The display of a run in progress; a context manager.
 
     There is no refresh thread: the line is redrawn by the calls themselves, so that loader workers forked in the meantime
     cannot inherit a held lock.
@@ -67,7 +67,7 @@ class Progress:
         start_step: Last step done before, 0 for a new run.
         log_every_n_steps: Distance of the plain lines where the output is not a terminal; the first and the last step always have one.
         console: Where to print.
-        epochs: Epochs that each source of the data has delivered up to the last step, by name; asked when a line is drawn.
+        epochs: Epochs that each source has delivered up to the last step, by name; called when a line is drawn.
     """
 
     def __init__(
@@ -123,7 +123,7 @@ class Progress:
             self._print_plain(metrics)
 
     def evaluation(self, step: int, validation_loss: float, sources: Sequence[SourceLoss] = ()) -> None:
-        """Show an evaluation, on a line that stays; of a blend each source, and how many sequences its loss is from."""
+        """Show an evaluation on a line that stays; for a blend, each source with the number of its sequences."""
         self._validation_loss = validation_loss
         each = [f"{source.name} {source.loss:.4f} ({source.num_sequences:,} sequences)" for source in sources if len(sources) > 1]
         self.message("  ".join([f"step {step:,}  validation loss {validation_loss:.4f}", *each]))
@@ -175,7 +175,7 @@ class Progress:
 
 @dataclass(frozen=True)
 class _StatusLine:
-    """The live line, laid out for the width at hand whenever it is drawn."""
+    """The live line, laid out for the current width whenever it is drawn."""
 
     step: int
     total_steps: int
@@ -199,7 +199,7 @@ def _styled(field: Field) -> Iterator[tuple[str, str]]:
 
 
 def _most_important(fields: Sequence[Field], width: int) -> list[Field]:
-    """The fields that fit into a width, in their order; the least important ones are left out."""
+    """The most important fields that fit into a width, in their order."""
     kept = list(fields)
     while kept and sum(len(field.text) + 2 for field in kept) > width:
         kept.remove(min(kept, key=lambda field: field.importance))

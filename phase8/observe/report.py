@@ -44,10 +44,10 @@ def write_report(
     Args:
         directory: The run directory.
         title: Heading of picture and page.
-        facts: What the run was, as pairs of name and value.
+        facts: Facts about the run, as pairs of name and value.
         reference_losses: Losses to compare with, in nats per token, drawn as dashed lines under their names.
         sample: Text the model wrote, if any.
-        say: Shows a sentence about lines of the metrics that are no records.
+        say: Shows a sentence about lines that are not metrics.
 
     Returns:
         The page.
@@ -73,7 +73,7 @@ def write_report(
 
 
 def headline(history: History, reference_losses: Mapping[str, float]) -> list[Tile]:
-    """The figures a reader looks for first; what was not measured is a dash."""
+    """The main figures of a run; a figure that was not measured is a dash."""
     total_seconds = float(np.sum(history.step_seconds))
     waiting = f"{format_ratio(float(np.sum(history.data_wait_seconds)) / total_seconds)} waiting for data" if total_seconds > 0 else ""
     mfu = median(history.mfu)
@@ -111,7 +111,7 @@ def _subtitle(history: History) -> str:
 
 
 def _chart_cards(history: History, reference_losses: Mapping[str, float]) -> Iterator[str]:
-    """The loss over the whole width, in a version for each kind of screen, and the smaller charts in pairs."""
+    """The loss chart over the whole width, in a light and a dark version, and the smaller charts in pairs."""
     draw = partial(draw_loss, history=history, reference_losses=reference_losses)
     legend = '<span class="key train">train</span>' + '<span class="key validation">validation</span>' * bool(history.validation_loss.size)
     yield _card(
@@ -120,7 +120,7 @@ def _chart_cards(history: History, reference_losses: Mapping[str, float]) -> Ite
         f'<figure class="narrow-screen">{render_svg(draw, name="loss-narrow", width=360, height=300)}</figure>',
         remark=legend,
     )
-    # A step of no duration waited for nothing.
+    # A step of zero duration did not wait.
     waiting_percent = 100 * history.data_wait_seconds / np.maximum(history.step_seconds, 1e-9)
     yield _series_card("Throughput", "tokens per second", history.steps, history.tokens_per_second)
     yield _series_card("Waiting for data", "per cent of the step", history.steps, waiting_percent)
@@ -140,7 +140,7 @@ def _card(heading: str, content: str, *, remark: str = "", is_wide: bool = True)
 
 
 def _sources_card(history: History) -> str:
-    """The last evaluation by source; nothing where there is one source."""
+    """The last evaluation by source; empty with a single source."""
     sources = history.last_validation_sources
     rows = [(name, f"{loss:.4f} on {num_sequences:,} sequences") for name, (loss, num_sequences) in sources.items()]
     return _card("Validation loss by source", _facts_table(rows), remark="<span>last evaluation</span>") if rows else ""

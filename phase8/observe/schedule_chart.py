@@ -17,7 +17,7 @@ from matplotlib.ticker import MaxNLocator
 from phase8.observe.charts import LIGHT, style_axes
 from phase8.observe.schedule_text import Box
 
-# From the first chunk to the last: a dark and a light end, mixed between them.
+# Colours from the first to the last chunk: mixed between a dark and a light end.
 _SHADES = {
     "forward": ("#1f5fbf", "#9cc3f5"),
     "backward": ("#c2560a", "#f9bf85"),
@@ -26,23 +26,23 @@ _SHADES = {
 }
 _NAMES = {"forward": "forward", "backward": "backward", "backward_input": "backward, input", "backward_weight": "backward, weights"}
 _IDLE = "#e6e9ee"
-_ROW_HEIGHT = 0.8  # of a row, the rest is the gap to the next
+_ROW_HEIGHT = 0.8  # share of a row; the rest is the gap to the next row
 _INCHES_PER_ROW = 0.6
 _MIN_WIDTH, _MAX_WIDTH = 10.0, 18.0  # inches
-_BOX_WIDTH = 0.24  # inches that the shortest box gets if the picture may be so wide
-_EDGE = 0.8  # points between boxes; less between short ones, lest it be taken for idle time
-_INCHES_PER_NAME = 1.9  # of a column of the legend
+_BOX_WIDTH = 0.24  # inches of the shortest box, if the picture may be that wide
+_EDGE = 0.8  # points between boxes; less between short boxes, so that it is not taken for idle time
+_INCHES_PER_NAME = 1.9  # width of a column of the legend
 _BESIDE = {"textcoords": "offset points", "color": LIGHT.muted}
 _MAX_FONT, _MIN_FONT = 9.0, 4.5  # points
 
 
 def schedule_png(boxes: Sequence[Box], *, title: str, subtitle: str, notes: Sequence[str]) -> bytes:
-    """The chart.
+    """Draws the timeline as a PNG.
 
     Args:
-        boxes: Of all stages.
-        title: What is drawn.
-        subtitle: What it comes to.
+        boxes: Boxes of all stages.
+        title: Title of the picture.
+        subtitle: Summary below the title.
         notes: A few words on each stage, at the right of its row.
     """
     makespan, shortest = max(box.end for box in boxes), min(box.end - box.start for box in boxes)
@@ -82,7 +82,7 @@ def _shade(box_kind: str, chunk: int, num_chunks: int) -> tuple[float, ...]:
 
 
 def _draw_idle(axes: Axes, makespan: float, num_stages: int) -> None:
-    """A pale band behind each row, which is seen where nothing covers it."""
+    """Draws a pale band behind each row, which remains visible where a stage is idle."""
     bands = [Rectangle((0, stage - _ROW_HEIGHT / 2), makespan, _ROW_HEIGHT) for stage in range(num_stages)]
     axes.add_collection(PatchCollection(bands, facecolor=_IDLE, linewidth=0))
 
@@ -94,7 +94,7 @@ def _draw_boxes(axes: Axes, boxes: Sequence[Box], num_chunks: int, *, edge: floa
 
 
 def _write_numbers(axes: Axes, boxes: Sequence[Box], num_chunks: int, *, points_per_unit: float) -> None:
-    """The microbatch in each box that has room for it."""
+    """Writes the microbatch into each box that has room for it."""
     digits = max(len(str(box.microbatch)) for box in boxes)
     for box in boxes:
         points = points_per_unit * (box.end - box.start) / (0.62 * digits + 0.35)

@@ -22,12 +22,12 @@ class Box(NamedTuple):
     """An action on the clock.
 
     Args:
-        stage: Who computes.
-        start: From when.
-        end: Till when.
-        kind: forward, backward, or the halves backward_input and backward_weight.
-        microbatch: What goes through.
-        chunk: Which of the stage's chunks.
+        stage: Stage that computes.
+        start: Begin of the action.
+        end: End of the action.
+        kind: `forward`, `backward`, or its halves `backward_input` and `backward_weight`.
+        microbatch: Microbatch of the action.
+        chunk: Chunk of the stage.
     """
 
     stage: int
@@ -42,8 +42,8 @@ def timeline_text(boxes: Sequence[Box], *, width: int = 160) -> str:
     """The timeline, ready to print.
 
     Args:
-        boxes: Of all stages.
-        width: Columns of the page. A step that does not fit on twelve of them is drawn smaller, with numbers only where they fit.
+        boxes: Boxes of all stages.
+        width: Columns of the page. A step that would not fit into twelve lines of this width is drawn smaller, with numbers only where they fit.
     """
     num_stages, makespan = max(box.stage for box in boxes) + 1, max(box.end for box in boxes)
     names = [f"stage {stage:<{len(str(num_stages - 1))}} |" for stage in range(num_stages)]
@@ -70,5 +70,5 @@ def _label(box: Box, has_chunks: bool) -> str:
 
 
 def _column(position: float) -> int:
-    # What is a whole number but for rounding counts as that number: boxes of one duration have one width.
+    # Nearly whole numbers are rounded, so that boxes of equal duration have equal width.
     return math.floor(position + 1e-6)

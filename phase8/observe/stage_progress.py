@@ -16,7 +16,7 @@ class ProgressDisplay:
     """The progress of each stage on stderr: a bar on a terminal, else a line every few seconds.
 
     Args:
-        *columns: What stands behind name and bar of a stage.
+        *columns: Columns after name and bar of a stage.
     """
 
     def __init__(self, *columns: ProgressColumn) -> None:
@@ -35,7 +35,7 @@ class ProgressDisplay:
             self._progress.stop()
 
     def show(self, stage: str, completed: int, total: int, *, in_bytes: bool = False) -> None:
-        """Shows that `completed` of `total` are done; where these are bytes, also how many. Columns find that as `task.fields[amount]`."""
+        """Shows that `completed` of `total` are done; an amount in bytes is shown too. Columns find it as `task.fields[amount]`."""
         is_new = stage not in self._tasks
         if is_new:
             self._tasks[stage] = self._progress.add_task(stage, amount="")

@@ -1,4 +1,4 @@
-"""From a schedule to programs: the communication between the actions.
+"""Lowers a schedule to programs by adding the communication between the actions.
 
     virtual stage      0 (stage 0)      1 (stage 1)   ...   P - 1 (last)      P (stage 0, chunk 1)  ...
     activations             --------------->        ------------>    -------------->
@@ -13,7 +13,7 @@ A stage runs its program from top to bottom:
 With `receives_ahead=0` every Receive stands directly before the Compute that waits for it, so that an engine whose receives block may run
 the program as well. Sends that block, one by one in this order, deadlock 1f1b (shown in the tests of `simulate.py`).
 
-Messages between two stages carry no label: what arrives first on a channel belongs to the receive posted first. The order is right by
+Messages between two stages carry no label: the first message to arrive on a channel belongs to the receive posted first. The order is right by
 construction, for whatever schedule: a program takes its receives from the list of the sends of that channel, in the order of that list, up
 to the one it needs. Receiving in this order cannot add a deadlock, for what is taken early was sent before what is needed.
 
@@ -35,7 +35,7 @@ from phase8.pipeline_parallel.schedules import Action, Kind, Schedule, virtual_s
 
 
 class Payload(StrEnum):
-    """What a message carries: the output of a chunk, or the gradient of its input."""
+    """The kind of a message: the output of a chunk, or the gradient of its input."""
 
     ACTIVATION = "activation"
     GRADIENT = "gradient"
@@ -47,7 +47,7 @@ class Receive:
 
     Args:
         payload: Kind of message.
-        microbatch: What it belongs to.
+        microbatch: Microbatch of the message.
         chunk: The receiver's chunk that consumes it.
         peer: Stage it comes from.
     """
@@ -64,7 +64,7 @@ class Send:
 
     Args:
         payload: Kind of message.
-        microbatch: What it belongs to.
+        microbatch: Microbatch of the message.
         chunk: The sender's chunk that produced it.
         peer: Stage it goes to.
     """
@@ -77,10 +77,10 @@ class Send:
 
 @dataclass(frozen=True, slots=True)
 class Compute:
-    """Carries out an action.
+    """Executes an action.
 
     Args:
-        action: Of the schedule.
+        action: The action of the schedule.
     """
 
     action: Action
@@ -96,7 +96,7 @@ class Channel(NamedTuple):
     Args:
         source: Stage that sends.
         destination: Stage that receives.
-        payload: What goes through it.
+        payload: Kind of messages.
     """
 
     source: int
@@ -105,11 +105,11 @@ class Channel(NamedTuple):
 
 
 def lower(schedule: Schedule, *, receives_ahead: int = 0) -> tuple[Program, ...]:
-    """The program of each stage.
+    """Lowers a schedule to one program per stage.
 
     Args:
-        schedule: Of training or of evaluation.
-        receives_ahead: A receive is posted so many actions before the one that consumes it, to hide the transfer; each costs a buffer.
+        schedule: A schedule of training or of evaluation.
+        receives_ahead: Number of actions by which a receive is posted before its consumer, to hide the transfer; each costs a buffer.
 
     Raises:
         ConfigError: A stage needs a message that no stage sends.
@@ -123,13 +123,13 @@ def lower(schedule: Schedule, *, receives_ahead: int = 0) -> tuple[Program, ...]
 
 
 def channels_of(programs: Sequence[Program]) -> tuple[Channel, ...]:
-    """Every channel the programs use, in one order, in which all ranks can create their communicators."""
+    """Every channel of the programs, in one order, in which all ranks can create their communicators."""
     found = {Channel(stage, i.peer, i.payload) for stage, program in enumerate(programs) for i in program if isinstance(i, Send)}
     return tuple(sorted(found))
 
 
 def input_of(action: Action, stage: int, schedule: Schedule) -> Receive | None:
-    """The message that an action consumes; None: it has what it needs on its own stage."""
+    """The message that an action consumes; None: its input comes from its own stage."""
     P, position = schedule.num_stages, virtual_stage(stage, action.chunk, num_stages=schedule.num_stages)
     if P == 1:
         return None
@@ -141,7 +141,7 @@ def input_of(action: Action, stage: int, schedule: Schedule) -> Receive | None:
 
 
 def output_of(action: Action, stage: int, schedule: Schedule) -> Send | None:
-    """The message that an action produces; None: nobody else needs its result."""
+    """The message that an action produces; None: no other stage needs its result."""
     P, position = schedule.num_stages, virtual_stage(stage, action.chunk, num_stages=schedule.num_stages)
     if P == 1:
         return None
@@ -153,7 +153,7 @@ def output_of(action: Action, stage: int, schedule: Schedule) -> Send | None:
 
 
 def matching_receive(send: Send, stage: int, *, num_stages: int) -> Receive:
-    """The receive that takes what `stage` sends: activations go to the next virtual stage, gradients to the previous one."""
+    """The receive for a send of `stage`: activations go to the next virtual stage, gradients to the previous one."""
     step = 1 if send.payload is Payload.ACTIVATION else -1
     consumer = virtual_stage(stage, send.chunk, num_stages=num_stages) + step
     return Receive(send.payload, send.microbatch, consumer // num_stages, stage)
@@ -176,7 +176,7 @@ def _program(stage: int, schedule: Schedule, sent: Mapping[Channel, deque[Receiv
 
 
 def _receives_until(receive: Receive, stage: int, sent: Mapping[Channel, deque[Receive]], posted: set[Receive]) -> list[Receive]:
-    """What is to be posted so that a message comes in: nothing, or all that was sent up to it on its channel."""
+    """The receives to be posted before a message can arrive: none, or those for all earlier sends of its channel and its own."""
     waiting, taken = sent.get(Channel(receive.peer, stage, receive.payload), deque()), []
     while receive not in posted:
         if not waiting:

@@ -1,11 +1,11 @@
-"""Which layers each virtual stage holds, so that no stage is slower than it must be: the slowest sets the pace of the pipeline.
+"""Assigns layers to virtual stages so that the slowest stage, which sets the pace of the pipeline, is as fast as possible.
 
     costs        embedding 1 | layers 4 4 4 4 4 4 | head 9          3 virtual stages
     partition    [4 4] 1 + 8 = 9    [4 4 4] 12    [4] 4 + 9 = 13
 
 The layers stay in order and every virtual stage gets at least one. Among all such partitions, in this order:
 
-1. the largest cost of a virtual stage is the smallest possible;
+2. the sum of the squares of the costs is smallest, so that the remaining virtual stages are even too;
 2. the sum of the squares of the costs is, so that the others are even too;
 3. the earlier virtual stages have fewer layers, because with 1f1b they hold the activations of more microbatches.
 
@@ -26,14 +26,14 @@ from phase8.errors import ConfigError
 def partition_layers(
     layer_costs: Sequence[float], *, num_stages: int, num_chunks: int = 1, embedding_cost: float = 0, head_cost: float = 0
 ) -> tuple[range, ...]:
-    """The layers of each virtual stage, which is chunk c of stage s at position c * num_stages + s.
+    """The layers of each virtual stage; chunk c of stage s is at position c * num_stages + s.
 
     Args:
-        layer_costs: Of each layer, in any one unit.
+        layer_costs: Cost of each layer, in any one unit.
         num_stages: parallel.pipeline_parallel_size.
         num_chunks: parallel.pipeline_chunks.
-        embedding_cost: What the first virtual stage does besides.
-        head_cost: What the last one does besides.
+        embedding_cost: Additional cost of the first virtual stage.
+        head_cost: Additional cost of the last virtual stage.
 
     Raises:
         ConfigError: There are fewer layers than virtual stages, or a cost is negative or not finite.
@@ -51,9 +51,9 @@ class _Parts:
     """Contiguous parts of the layers.
 
     Args:
-        before: Cost of the layers before each layer, and of all.
-        embedding_cost: Of the first part besides.
-        head_cost: Of the last part besides.
+        before: Cumulative cost of the layers before each layer, and of all layers.
+        embedding_cost: Additional cost of the first part.
+        head_cost: Additional cost of the last part.
         num_parts: Number of virtual stages.
     """
 
@@ -62,24 +62,24 @@ class _Parts:
         self.num_layers = len(before) - 1
 
     def cost(self, part: int, first: int, end: int) -> int:
-        """Of layers first to end - 1 as the given part."""
+        """Cost of layers first to end - 1 as the given part."""
         extra = (self.embedding_cost if part == 0 else 0) + (self.head_cost if part == self.num_parts - 1 else 0)
         return self.before[end] - self.before[first] + extra
 
     def ends(self, part: int, first: int) -> range:
-        """Where a part may end so that every later one gets a layer; the last part ends with the layers."""
+        """Possible ends of a part that leave a layer for every later part; the last part ends with the layers."""
         num_later = self.num_parts - 1 - part
         return range(first + 1, self.num_layers - num_later + 1) if num_later else range(self.num_layers, self.num_layers + 1)
 
     def smallest_maximum(self) -> int:
         """The largest cost of a part in the best partition."""
-        best = {self.num_layers: 0}  # of the layers from here on, divided over the parts from `part` on
+        best = {self.num_layers: 0}  # cost of the layers from here on, divided over the parts from `part` on
         for part in reversed(range(self.num_parts)):
             best = {first: min(max(self.cost(part, first, end), best[end]) for end in self.ends(part, first)) for first in self._firsts(part)}
         return best[0]
 
     def best_ends(self, limit: int) -> list[int]:
-        """Ends of the parts with the smallest sum of squares, none above the limit; of equal sums the one with the earliest ends."""
+        """Ends of the parts with the smallest sum of squares under the limit; among equal sums, the earliest ends."""
         best: dict[int, tuple[int, list[int]]] = {self.num_layers: (0, [])}
         for part in reversed(range(self.num_parts)):
             found: dict[int, tuple[int, list[int]]] = {}
@@ -91,7 +91,7 @@ class _Parts:
         return best[0][1]
 
     def _firsts(self, part: int) -> range:
-        """Where a part may begin."""
+        """Possible begins of a part."""
         return range(part, self.num_layers - (self.num_parts - 1 - part)) if part else range(1)
 
 

@@ -77,7 +77,7 @@ class Schedule:
         num_stages: P.
         num_microbatches: M.
         num_chunks: V, chunks per stage.
-        actions: Of each stage, in order.
+        actions: Actions of each stage, in order.
     """
 
     num_stages: int
@@ -88,13 +88,13 @@ class Schedule:
 
 @dataclass(frozen=True)
 class Rules:
-    """A schedule as a rule, and what is known about it in advance. All are functions of P, M and V, the last two also of the stage.
+    """The rules of a schedule. All are functions of P, M and V, the last two also of the stage.
 
     Args:
-        requirement: A sentence why the numbers do not suit; None: they do.
+        requirement: Why the numbers do not fit the schedule, in a sentence; None: they do.
         bubble_ratio: Idle share of the time of all stages, with equal costs everywhere and free communication.
         peak_activations: Most activations a stage holds at once; the unit is one microbatch in one chunk.
-        actions: Of a stage, in order.
+        actions: Actions of a stage, in order.
     """
 
     requirement: Callable[[int, int, int], str | None]
@@ -109,7 +109,7 @@ def virtual_stage(stage: int, chunk: int, *, num_stages: int) -> int:
 
 
 def build_schedule(name: str, *, num_stages: int, num_microbatches: int, num_chunks: int = 1) -> Schedule:
-    """The schedule of that name.
+    """Builds the schedule with this name.
 
     Args:
         name: A key of SCHEDULES.
@@ -118,7 +118,7 @@ def build_schedule(name: str, *, num_stages: int, num_microbatches: int, num_chu
         num_chunks: V, parallel.pipeline_chunks.
 
     Raises:
-        ConfigError: There is no such schedule, or the numbers do not suit it.
+        ConfigError: There is no such schedule, or the numbers do not fit it.
     """
     rules = _rules(name)
     sizes = (num_stages, num_microbatches, num_chunks)
@@ -140,20 +140,20 @@ def build_forward_only(*, num_stages: int, num_microbatches: int, num_chunks: in
 
 
 def bubble_ratio(name: str, *, num_stages: int, num_microbatches: int, num_chunks: int = 1) -> float:
-    """Idle share of the time of all stages by the formula: equal costs everywhere, free communication."""
+    """Idle share of the time of all stages by the schedule's formula: equal costs everywhere, free communication."""
     return _rules(name).bubble_ratio(num_stages, num_microbatches, num_chunks)
 
 
 def peak_activations(name: str, stage: int, *, num_stages: int, num_microbatches: int, num_chunks: int = 1) -> int:
-    """Most activations a stage holds at once by the formula, in units of one microbatch in one chunk."""
+    """Most activations a stage holds at once by the schedule's formula, in units of one microbatch in one chunk."""
     return _rules(name).peak_activations(stage, num_stages, num_microbatches, num_chunks)
 
 
 def peak_held(schedule: Schedule, stage: int, activation_bytes: Sequence[int] = ()) -> tuple[int, int]:
     """Most activations a stage holds at once, as a count and in bytes.
 
-    They are held from the forward to the end of the whole backward, or of the weights' gradient; a forward without backward, that of an
-    evaluation, leaves nothing behind.
+    Activations are held from the forward to the end of the whole backward, or of the weights' gradient; a forward of an evaluation, without
+    backward, holds nothing.
     """
     actions = schedule.actions[stage]
     released = {(a.microbatch, a.chunk) for a in actions if a.kind in (Kind.BACKWARD, Kind.BACKWARD_WEIGHT)}

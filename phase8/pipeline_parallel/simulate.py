@@ -1,4 +1,4 @@
-"""A pipeline step on a clock: when each stage computes and waits, what it holds, and whether the programs can finish at all.
+"""Simulates a pipeline step: when each stage computes and waits, what it holds, and whether the programs can finish at all.
 
 The simulator runs the programs of `lowering.py` as the engine does, one instruction after the other on each stage, with a cost for each
 action and a latency for each message. Messages of a channel are told apart by their order alone, as in a communicator: a receive that would
@@ -22,7 +22,7 @@ from phase8.pipeline_parallel.schedules import Action, Kind, Schedule, peak_held
 
 
 class SendMode(StrEnum):
-    """How long a send takes, see the head of the file."""
+    """Duration of a send, see the head of the file."""
 
     BUFFERED = "buffered"
     RENDEZVOUS = "rendezvous"
@@ -34,10 +34,10 @@ class Costs:
     """Durations, in any one unit.
 
     Args:
-        forward: Of one microbatch, for each virtual stage.
-        backward: Of the whole backward, likewise.
-        communication: From the start of a transfer to its arrival.
-        weight_share: Part of a backward that is the gradient of the weights, where a schedule takes it apart.
+        forward: Forward of one microbatch, for each virtual stage.
+        backward: Whole backward of one microbatch, for each virtual stage.
+        communication: Time from the start of a transfer to its arrival.
+        weight_share: Share of a backward that is the gradient of the weights, for schedules that separate it.
     """
 
     forward: tuple[float, ...]
@@ -62,7 +62,7 @@ class Costs:
 
 @dataclass(frozen=True, slots=True)
 class Interval:
-    """An action on the clock."""
+    """An action with its times."""
 
     start: float
     end: float
@@ -71,14 +71,14 @@ class Interval:
 
 @dataclass(frozen=True)
 class Simulation:
-    """What a step looks like.
+    """The simulated step.
 
     Args:
         timelines: The actions of each stage.
         makespan: Duration of the step.
         bubble_ratio: Idle share of the time of all stages.
         peak_activations: Most activations each stage holds at once; the unit is one microbatch in one chunk.
-        peak_activation_bytes: The same weighted by `activation_bytes`, 0 without it.
+        peak_activation_bytes: The same in bytes, by `activation_bytes`; 0 without it.
     """
 
     timelines: tuple[tuple[Interval, ...], ...]
@@ -109,14 +109,14 @@ def simulate(
     """Runs the programs of all stages.
 
     Args:
-        schedule: What the programs were lowered from.
-        programs: One for each stage.
+        schedule: Schedule from which the programs were lowered.
+        programs: Program of each stage.
         costs: Durations, for each virtual stage.
         sends: How long a send takes.
-        activation_bytes: What one microbatch leaves behind in each virtual stage from its forward to its backward.
+        activation_bytes: Bytes that one microbatch keeps in each virtual stage from its forward to its backward.
 
     Raises:
-        ConfigError: The programs deadlock, or a receive gets another message than its own.
+        ConfigError: The programs deadlock, or a receive gets a message meant for another.
     """
     num_positions = schedule.num_stages * schedule.num_chunks
     if not len(costs.forward) == len(costs.backward) == num_positions:
@@ -136,20 +136,20 @@ def simulate(
     return Simulation(timelines, makespan, 1 - busy / (len(stages) * makespan), counts, sizes)
 
 
-# The results that each kind of action needs, and how many virtual stages further on they come from.
+# The results that each kind of action needs, and the distance in virtual stages of the stage that computes them.
 _INPUTS: dict[Kind, tuple[tuple[Payload, int], ...]] = {
     Kind.FORWARD: ((Payload.ACTIVATION, -1),),
     Kind.BACKWARD: ((Payload.ACTIVATION, 0), (Payload.GRADIENT, 1)),
     Kind.BACKWARD_INPUT: ((Payload.ACTIVATION, 0), (Payload.GRADIENT, 1)),
     Kind.BACKWARD_WEIGHT: ((Payload.GRADIENT, 0),),
 }
-_Result = tuple[Payload, int, int]  # what an action leaves on its stage: activation or gradient, microbatch, virtual stage
-_Wait = tuple[str, int]  # what a stage waits for, and the stage that could help
+_Result = tuple[Payload, int, int]  # a result kept on its stage: activation or gradient, microbatch, virtual stage
+_Wait = tuple[str, int]  # what a stage waits for, and the stage that must act
 
 
 @dataclass
 class _Link:
-    """A channel: what was sent and what is to be received, both in order, with the times."""
+    """A channel: messages sent and receives posted, both in order, with their times."""
 
     channel: Channel
     sent: list[tuple[Receive, float]] = field(default_factory=list)
@@ -158,7 +158,7 @@ class _Link:
 
 @dataclass
 class _Stage:
-    """A program, how far it is and when."""
+    """A program with its position and time."""
 
     index: int
     program: Program
@@ -166,20 +166,20 @@ class _Stage:
     clock: float = 0.0
     timeline: list[Interval] = field(default_factory=list)
     results: set[_Result] = field(default_factory=set)
-    posted: dict[Receive, tuple[_Link, int]] = field(default_factory=dict)  # where a message will come in: link, position in it
-    sends: list[tuple[_Link, int]] = field(default_factory=list)  # where its own messages went
-    wait: _Wait | None = None  # why it does not go on
+    posted: dict[Receive, tuple[_Link, int]] = field(default_factory=dict)  # place of an expected message: link, position in it
+    sends: list[tuple[_Link, int]] = field(default_factory=list)  # places of its own messages
+    wait: _Wait | None = None  # why it is blocked
 
 
 class _Run:
-    """The channels of a step and the rules by which a stage goes on."""
+    """The channels of a step, and the rules by which stages proceed."""
 
     def __init__(self, schedule: Schedule, costs: Costs, sends: SendMode):
         self.schedule, self.costs, self.sends = schedule, costs, sends
         self.links: dict[Channel, _Link] = {}
 
     def advance(self, stage: _Stage) -> bool:
-        """Carries out instructions until the stage must wait; True: there was one."""
+        """Executes instructions until the stage must wait; True if there were any."""
         before = stage.position
         while stage.position < len(stage.program):
             stage.wait = self._step(stage, stage.program[stage.position])
@@ -190,7 +190,7 @@ class _Run:
         return stage.position > before
 
     def arrival(self, link: _Link, index: int) -> float | None:
-        """When a message can be used; None: it is not known yet."""
+        """The time when a message can be used; None: not known yet."""
         sent = link.sent[index] if index < len(link.sent) else None
         posted = link.posted[index] if index < len(link.posted) else None
         if sent and posted and sent[0] != posted[0]:
@@ -204,7 +204,7 @@ class _Run:
         return start + self.costs.communication
 
     def _step(self, stage: _Stage, instruction: Instruction) -> _Wait | None:
-        """Carries out one instruction, or says why it can not be yet."""
+        """Executes one instruction, or records why it must wait."""
         if isinstance(instruction, Receive):
             link = self._link(Channel(instruction.peer, stage.index, instruction.payload))
             stage.posted[instruction] = (link, len(link.posted))
@@ -243,13 +243,13 @@ class _Run:
         return None
 
     def _local_inputs(self, action: Action, position: int) -> set[_Result]:
-        """What an action needs from its own stage; on a single stage also what elsewhere comes as a message."""
+        """The inputs that an action takes from its own stage; on a single stage, including those that are messages elsewhere."""
         P, V = self.schedule.num_stages, self.schedule.num_chunks
         needed = [(payload, action.microbatch, position + step) for payload, step in _INPUTS[action.kind]]
         return {result for result in needed if 0 <= result[2] < P * V and (P == 1 or result[2] == position)}
 
     def _flush(self, stage: _Stage) -> _Wait | None:
-        """Awaits the sends."""
+        """Waits for all sends."""
         if self.sends is SendMode.BUFFERED:
             return None
         return next((_sending(*sent) for sent in stage.sends if self.arrival(*sent) is None), None)
@@ -267,7 +267,7 @@ def _sending(link: _Link, index: int) -> _Wait:
 
 
 def _check_finished(stages: Sequence[_Stage], sends: SendMode) -> None:
-    """Raises an error that says who waits for whom: round the circle, or up to a stage that has finished."""
+    """Raises an error that names who waits for whom: around the cycle, or up to a stage that has finished."""
     chain: list[int] = []
     following = next((stage.index for stage in stages if stage.wait), None)
     while following is not None and following not in chain:

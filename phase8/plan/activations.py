@@ -1,4 +1,4 @@
-"""What autograd keeps for backward, counted by tracing one block and the head on fake or meta tensors: exact shapes, no memory, no work.
+"""Counts what autograd keeps for backward by tracing one block and the head on fake or meta tensors: exact shapes, no memory, no work.
 
 A compiled block keeps what the partitioner of torch.compile chooses. That choice is made from the graph alone, before any code is
 generated, so tracing through it (backend `aot_eager_decomp_partition`) gives the same tensors without a GPU or a compiler.
@@ -30,11 +30,11 @@ class ActivationBytes:
     """Bytes kept for one microbatch by one tensor-parallel rank: activations, and weights cast to the compute dtype.
 
     Args:
-        block: By a block that keeps everything.
-        block_without_mixer: By a block whose mixer is recomputed.
-        block_within_budget: By a compiled block that may keep a share only; where no budget is set, as `block`.
-        block_input: By a block that is recomputed whole.
-        head: By final norm and loss, the gradient of the head included.
+        block: Kept by a block without recomputation.
+        block_without_mixer: Kept by a block whose mixer is recomputed.
+        block_within_budget: Kept by a compiled block under a budget; equal to `block` without a budget.
+        block_input: Kept by a block that is recomputed whole.
+        head: Kept by final norm and loss, the gradient of the head included.
     """
 
     block: int
@@ -57,15 +57,15 @@ def trace_activations(
 ) -> ActivationBytes:
     """Counts the activations of a model with one window size.
 
-    Ranks divide what a block keeps evenly: heads, features, or the tokens of the residual stream. Of low-rank pairs each keeps the
-    bottlenecks and their few weights whole, which is not counted.
+    Ranks divide evenly what a block keeps: heads, features, or the tokens of the residual stream. In low-rank pairs each rank keeps whole
+    bottlenecks and their small weights, which are not counted.
 
     Args:
-        model: Shapes; of several window sizes, the largest is counted.
-        dtype: Of the residual stream.
+        model: Model section with the shapes; of several window sizes, the largest is counted.
+        dtype: Dtype of the residual stream.
         micro_batch_size: Sequences of a forward.
         packed: Document boundaries are reset, which adds masks.
-        device_type: Where the model will run: on a GPU the operators keep less than autograd does on a CPU.
+        device_type: Device of the run: on a GPU the operators keep less than autograd does on a CPU.
         num_tensor_ranks: Tensor-parallel ranks.
         is_compiled: The blocks are compiled.
     """
@@ -81,12 +81,12 @@ def trace_activations(
 
 
 def bytes_within_budget(model: ModelSection, budget: float, *, dtype: torch.dtype, micro_batch_size: int, packed: bool) -> int:
-    """What a compiled block of a model with one window size keeps on a GPU if that may be a share of its activations only.
+    """What a compiled block of a model with one window size keeps on a GPU under a budget.
 
     Args:
-        model: Shapes; of several window sizes, the largest is counted.
-        budget: The share.
-        dtype: Of the residual stream.
+        model: Model section with the shapes; of several window sizes, the largest is counted.
+        budget: Share of the activations that may be kept.
+        dtype: Dtype of the residual stream.
         micro_batch_size: Sequences of a forward.
         packed: Document boundaries are reset, which adds masks.
     """
@@ -98,14 +98,14 @@ def _one_layer(model: ModelSection) -> ModelSection:
 
 
 class _Forward(NamedTuple):
-    """A forward of one layer and the head.
+    """A forward of one layer and the head, for tracing.
 
     Args:
-        model: Of one layer.
-        dtype: Of the residual stream.
+        model: Model section with one layer.
+        dtype: Dtype of the residual stream.
         micro_batch_size: Sequences.
         packed: Document boundaries are reset.
-        device_type: Where the model will run.
+        device_type: Device of the run.
     """
 
     model: ModelSection
@@ -128,7 +128,7 @@ class _Forward(NamedTuple):
             yield whole, x
 
 
-# Ranks divide what a block keeps, and budgets do not touch what one without a budget keeps: few traces serve many plans.
+# Ranks divide what a block keeps, and budgets do not affect what is kept without one, so few traces serve many plans.
 @lru_cache(maxsize=256)
 def _block_bytes(forward: _Forward, *, recompute: Literal["none", "selective"] = "none", is_compiled: bool, budget: float = 1.0) -> int:
     model = forward.model
@@ -156,7 +156,7 @@ def _saved_bytes(module: nn.Module, *arguments: Tensor | None) -> int:
 
 
 def _saved_bytes_compiled(module: nn.Module, *arguments: Tensor | None, budget: float) -> int:
-    """The same of a module that torch.compile partitions; what it has traced before is forgotten, for every size is a new shape to it."""
+    """As `_saved_bytes`, for a module that torch.compile partitions; earlier traces are dropped, because every size is a new shape to it."""
     torch.compiler.reset()
     try:
         with functorch_config.patch(activation_memory_budget=budget):
@@ -166,7 +166,7 @@ def _saved_bytes_compiled(module: nn.Module, *arguments: Tensor | None, budget: 
 
 
 def _saved_by(forward: Callable[[], object], weights: set[Tensor]) -> int:
-    """Bytes of the distinct storages that autograd keeps during a forward, `weights` left out."""
+    """Bytes of the distinct storages that autograd keeps during a forward, without those of `weights`."""
     own = {weight.untyped_storage()._cdata for weight in weights}
     saved: dict[int, torch.UntypedStorage] = {}
 

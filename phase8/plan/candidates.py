@@ -1,7 +1,7 @@
-"""Values for the settings that are `auto`: those that fit into the memory of a device by plan, the fastest by prediction first.
+"""Candidate values for the settings that are `auto`: those whose plan fits into the memory of a device, the fastest prediction first.
 
-Predicting is cheap and planning memory is not. Of each microbatch the settings are in order: what recomputes more is slower and needs less
-memory. So the fastest that fits is found by bisection, and not looked for where it cannot be faster than what was found.
+Predicting is cheap and planning memory is not. For each microbatch the settings are ordered: more recomputation is slower and needs less
+memory. So the fastest setting that fits is found by bisection, and skipped where it cannot be faster than one already found.
 """
 
 from __future__ import annotations
@@ -21,13 +21,13 @@ from phase8.plan.prediction import predict_step, recorded_where_it_pays
 from phase8.plan.rank_memory import fullest
 from phase8.plan.whole_config import plan_stages
 
-# More at once make nothing faster.
+# Larger microbatches are no faster.
 MOST_TOKENS = 131_072
-_CPU_TOKENS = 4096  # at once; the caches of a CPU hold no more
-# Budgets of which torch.compile makes different graphs: the first two stand for all from 0.8 on and for those from 0.5 to there, and what lies
-# between two of the others is worth little more than 1 %.
+_CPU_TOKENS = 4096  # tokens at once; the caches of a CPU hold no more
+# Budgets for which torch.compile makes different graphs. The first stands for all from 0.8 on, the second for those from 0.5 to 0.8; between
+# two of the smaller ones speed differs by little more than 1 %.
 _BUDGETS = (0.9, 0.5, 0.4, 0.35, 0.3, 0.25, 0.2, 0.15, 0.1)
-# From the fastest to what needs least memory. A budget is faster than `selective` and needs less.
+# In the order from the fastest to the smallest memory. A budget is faster than `selective` and needs less.
 _WAYS = (("none", 0.5), *(("budget", budget) for budget in _BUDGETS), ("selective", 0.5), ("full", 0.5))
 _STEP_KEYS = (
     "train.micro_batch_size",
@@ -41,14 +41,14 @@ _STEP_KEYS = (
 
 @dataclass(frozen=True)
 class Device:
-    """What a rank computes on.
+    """The device of a rank.
 
     Args:
         type: `cuda` or `cpu`.
-        name: As its vendor calls it.
-        memory_bytes: That the run may take; of a CPU not looked at.
-        total_bytes: That it has.
-        can_compile: torch.compile finds what it needs.
+        name: The vendor's name.
+        memory_bytes: Memory that the run may use; ignored on a CPU.
+        total_bytes: Memory that the device has.
+        can_compile: Whether torch.compile finds what it needs.
     """
 
     type: str
@@ -58,7 +58,7 @@ class Device:
     can_compile: bool = True
 
     def limited_to(self, limit_gib: float | None) -> Device:
-        """The same device as if it had no more memory than `train.device_memory_gib`; None: no limit."""
+        """The same device with its memory limited to `train.device_memory_gib`; None: no limit."""
         if limit_gib is None:
             return self
         limit = int(limit_gib * 2**30)
@@ -70,9 +70,9 @@ class Candidate:
     """Values for the settings of a step.
 
     Args:
-        config: With these values; settings of the host may still be `auto`.
-        planned_bytes: Memory of the fullest rank.
-        step_seconds: Predicted, on an H100 where the device is not known.
+        config: The config with these values; settings of the host may still be `auto`.
+        planned_bytes: Planned memory of the fullest rank.
+        step_seconds: Predicted; for an H100 if the device is unknown.
     """
 
     config: RunConfig
@@ -81,11 +81,11 @@ class Candidate:
 
     @property
     def values(self) -> dict[str, Any]:
-        """By dotted name."""
+        """The values by dotted name."""
         return values_of(self.config, _STEP_KEYS)
 
     def __str__(self) -> str:
-        """In words."""
+        """The values in words."""
         train = self.config.train
         how = [
             f"micro batch {train.micro_batch_size}",
@@ -97,11 +97,11 @@ class Candidate:
 
 
 class _Setting(NamedTuple):
-    """Settings of a step that can run, not planned yet.
+    """Settings of a step that can run, before memory is planned.
 
     Args:
-        config: With these settings.
-        step_seconds: Predicted.
+        config: The config with these settings.
+        step_seconds: Predicted duration of a step.
     """
 
     config: RunConfig
@@ -109,26 +109,26 @@ class _Setting(NamedTuple):
 
 
 def plan_on(device: Device, config: RunConfig, *, world_size: int) -> MemoryPlan:
-    """Memory of the fullest rank on such devices."""
+    """Planned memory of the fullest rank on such devices."""
     return fullest(plan_stages(config, world_size=world_size, device_type=device.type, device_bytes=device.total_bytes or None)).memory
 
 
 def find_candidates(
     config: RunConfig, *, world_size: int, device: Device, most: int, compiles: bool = True, below_bytes: int | None = None
 ) -> list[Candidate]:
-    """The fastest settings of each microbatch that fit, the fastest by prediction first; empty where none does.
+    """The fastest settings that fit for each microbatch, the fastest prediction first; empty if none fits.
 
     Args:
         config: Its explicit settings are obeyed.
         world_size: Ranks.
-        device: Of each rank.
-        most: How many are looked for.
+        device: Device of each rank.
+        most: Maximum number of candidates.
         compiles: Whether compilation is worth its time.
-        below_bytes: They must need less than so much, which was too much.
+        below_bytes: Candidates must need less than this, which was too much.
     """
 
     def planned(setting: _Setting) -> Candidate | None:
-        """None: it does not fit."""
+        """The candidate with its plan; None if it does not fit."""
         candidate = _planned(setting, world_size, device)
         usable = usable_bytes(device.memory_bytes, is_recorded=setting.config.train.cuda_graphs is True)
         too_much = device.type == "cuda" and candidate.planned_bytes > usable
@@ -136,7 +136,7 @@ def find_candidates(
 
     found: list[Candidate] = []
     all_settings = list(_settings(config, world_size=world_size, device=device, compiles=compiles))
-    # What needs no search comes first: it says how fast others must be.
+    # Settings that need no search come first: they show how fast the rest must be.
     for settings in sorted(all_settings, key=lambda each: planned(each[0]) is None):
         limit = found[-1].step_seconds if len(found) == most else float("inf")
         best = _first_that_fits([each for each in settings if each.step_seconds < limit], planned)
@@ -145,7 +145,7 @@ def find_candidates(
 
 
 def _first_that_fits(settings: Sequence[_Setting], planned: Callable[[_Setting], Candidate | None]) -> Candidate | None:
-    """The first that fits of settings each of which fits more easily than the one before; ends are cheap to plan."""
+    """The first of some settings that fits; each fits more easily than the one before. First and last are cheap to plan."""
     if not settings or (first := planned(settings[0])) is not None:
         return first if settings else None
     if planned(settings[-1]) is None:
@@ -164,7 +164,7 @@ def smallest_candidate(config: RunConfig, *, world_size: int, device: Device) ->
 
 
 def nearest_that_fits(config: RunConfig, facts: Device, *, world_size: int, below_bytes: int) -> Candidate | None:
-    """The fastest settings that need less than `below_bytes` and fit: with another microbatch if that is enough, else with more recomputed."""
+    """The fastest settings below `below_bytes`: with another microbatch if that is enough, otherwise with more recomputation."""
     if facts.type != "cuda":
         return None
     train = config.train.model_copy(update={"micro_batch_size": AUTO})
@@ -176,14 +176,14 @@ def nearest_that_fits(config: RunConfig, facts: Device, *, world_size: int, belo
 
 
 def how_to_fit(config: RunConfig, nearest: Candidate) -> str:
-    """What a user may do instead of training a config that needs too much: the overrides that lead to a candidate."""
+    """The overrides that make a config fit that needs too much memory, in words."""
     before = values_of(config, _STEP_KEYS)
     overrides = " ".join(f"{name}={value}" for name, value in nearest.values.items() if before[name] != value)
     return f"{overrides} fits with {nearest.planned_bytes / 2**30:.1f} GiB, or leave these keys auto"
 
 
 def _settings(config: RunConfig, *, world_size: int, device: Device, compiles: bool) -> Iterator[list[_Setting]]:
-    """Every combination that can run, a list for each microbatch, the smallest first; on a CPU the one that is fastest there."""
+    """Every combination that can run, one list per microbatch, the smallest first; on a CPU only the fastest one."""
     automatic, is_gpu = automatic_keys(config), device.type == "cuda"
     compiled = config.train.recompute == "budget" or (compiles and device.can_compile and is_gpu)
     sizes, ways = _microbatch_sizes(config, world_size), _WAYS if "train.recompute" in automatic and is_gpu else _WAYS[:1]
@@ -209,7 +209,7 @@ def _settings(config: RunConfig, *, world_size: int, device: Device, compiles: b
 
 
 def _predicted(settled: Sequence[RunConfig], world_size: int, device: Device, *, may_record: bool) -> list[_Setting]:
-    """With their steps recorded where that may be chosen and pays; for want of memory the last one also as it is."""
+    """Settings with predictions, recorded where allowed and worthwhile; the last one also unrecorded, which needs least memory."""
 
     def plain(config: RunConfig) -> _Setting:
         return _Setting(config, predict_step(config, world_size, device.name).seconds)
@@ -222,7 +222,7 @@ def _predicted(settled: Sequence[RunConfig], world_size: int, device: Device, *,
 
 
 def _microbatch_sizes(config: RunConfig, world_size: int) -> list[int]:
-    """Divisors of the sequences of a rank, smallest first; one where the config says it."""
+    """Divisors of a rank's sequences per step, smallest first; a single size if the config sets it."""
     num_ranks = run_topology(config.parallel, world_size=world_size).data_parallel_size
     shape = batch_shape(config.train, config.parallel, data_parallel_size=num_ranks)
     if "train.micro_batch_size" not in automatic_keys(config) or config.parallel.num_microbatches is not None:
@@ -231,5 +231,5 @@ def _microbatch_sizes(config: RunConfig, world_size: int) -> list[int]:
 
 
 def divisors(number: int, largest: int) -> list[int]:
-    """Those that are at most `largest`, smallest first."""
+    """The divisors up to `largest`, smallest first."""
     return [each for each in range(1, min(number, largest) + 1) if number % each == 0]

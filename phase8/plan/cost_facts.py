@@ -1,4 +1,4 @@
-"""What a model is and costs, in words."""
+"""Size and cost of a model in words."""
 
 from __future__ import annotations
 
@@ -59,7 +59,7 @@ def memory_facts(stages: Sequence[StageMemory]) -> list[Fact]:
 
 
 def layers_in_words(layers: Sequence[range]) -> str:
-    """Of each chunk the first and the last: `0-7, 16-23`."""
+    """First and last layer of each chunk: `0-7, 16-23`."""
     return ", ".join(f"{each.start}-{each.stop - 1}" if len(each) > 1 else str(each.start) for each in layers)
 
 
@@ -72,11 +72,11 @@ def batch_fact(shape: BatchShape, *, sequence_length: int) -> Fact:
 
 
 def communication_fact(table: Sequence[Collectives], grid: Grid) -> Fact:
-    """What a rank communicates in a step, axis by axis.
+    """Communication of a rank in a step, axis by axis.
 
     Args:
-        table: From `step_communication`.
-        grid: The ranks.
+        table: The result of `step_communication`.
+        grid: The ranks along each axis.
     """
     listed = []
     for axis in AxisName:
@@ -96,11 +96,11 @@ def speed_fact(*, tokens_per_second: float, mfu: float, run_seconds: float, num_
     """Predicted speed, and the duration of the whole run.
 
     Args:
-        tokens_per_second: Of all GPUs.
-        mfu: Of their peak.
-        run_seconds: Of all steps; evaluations and saves are not in it.
-        num_gpus: Of this kind.
-        gpu: Its name, and why it was taken.
+        tokens_per_second: Throughput of all GPUs together.
+        mfu: Model FLOP/s over the peak of the GPUs.
+        run_seconds: Duration of all steps, without evaluations and saves.
+        num_gpus: Number of GPUs.
+        gpu: Name of the GPU, and why it was assumed.
     """
     speed = f"{tokens_per_second:,.0f} tok/s, MFU {format_ratio(mfu)}"
     return "predicted speed", f"{speed}, {format_seconds(run_seconds)} for the whole run, on {num_gpus} x {gpu}"

@@ -21,16 +21,16 @@ from phase8.plan.whole_config import count_parameters, plan_stages, shapes_only
 
 
 def dry_run(config: RunConfig, *, world_size: int, console: Console) -> None:
-    """Prints what a config would do on `world_size` processes.
+    """Prints what a config would do and cost on `world_size` processes.
 
     Raises:
-        ConfigError: It could not run; raised after everything that can be said has been printed.
+        ConfigError: The config cannot run; raised after everything that can be printed has been.
     """
     problems = find_problems(config, world_size=world_size)
     facts: list[Fact] = []
     if not problems:
         config, facts = _settled(config, world_size)
-    # Each part is printed as far as the config allows: a topology that does not fit must not hide the size of the model.
+    # Each part is printed if the config allows it: a topology that does not fit must not hide the size of the model.
     for describe in (_topology_facts, _batch_facts, _model_facts, _memory_facts, _communication_facts, _speed_facts):
         try:
             facts += describe(config, world_size)
@@ -42,7 +42,7 @@ def dry_run(config: RunConfig, *, world_size: int, console: Console) -> None:
 
 
 def _settled(config: RunConfig, world_size: int) -> tuple[RunConfig, list[Fact]]:
-    """The config with the settings that would be chosen by plan on the GPU of this machine, or on an H100 where there is none that is known."""
+    """The config with the settings that would be chosen by plan on this machine's GPU, or on an H100 if it has no known GPU."""
     if not any(name.startswith("train.") for name in automatic_keys(config)) or config.train.tuning == "off":
         return without_auto(config), []
     device = _device(config)
@@ -53,14 +53,14 @@ def _settled(config: RunConfig, world_size: int) -> tuple[RunConfig, list[Fact]]
 
 
 def _device(config: RunConfig) -> Device:
-    """The GPU of this machine, or an H100 where there is none that is known."""
+    """This machine's GPU, or an H100 if it has no known GPU."""
     name = _own_gpu() or ASSUMED_GPU
     total = int((find_gpu(name) or assumed_gpu()).memory_gib * 2**30)
     return Device("cuda", name, memory_bytes=free_bytes(total), total_bytes=total).limited_to(config.train.device_memory_gib)
 
 
 def _own_gpu() -> str | None:
-    """The name of this machine's GPU; None: there is none."""
+    """The name of this machine's GPU, or None."""
     return torch.cuda.get_device_name() if torch.cuda.is_available() else None
 
 
@@ -88,7 +88,7 @@ def _memory_facts(config: RunConfig, world_size: int) -> list[Fact]:
 
 
 def _communication_facts(config: RunConfig, world_size: int) -> list[Fact]:
-    """Of the stage that sends most; on the others and on ranks with smaller parts it is less."""
+    """Communication of the busiest stage (an upper bound for ranks of other stages and ranks with smaller parts)."""
     if world_size == 1:
         return []
     num_stages = config.parallel.pipeline_parallel_size
@@ -98,7 +98,7 @@ def _communication_facts(config: RunConfig, world_size: int) -> list[Fact]:
 
 
 def _speed_facts(config: RunConfig, world_size: int) -> list[Fact]:
-    """On the GPU of this machine, or on an H100 where there is none that is known. References in plain torch are not predicted."""
+    """Predicted speed on this machine's GPU, or on an H100 if it has no known GPU. Plain-torch references are not predicted."""
     if config.train.kernels == "reference":
         return []
     own = _own_gpu()

@@ -1,13 +1,13 @@
-"""What one microbatch costs a rank, layer by layer: seconds of the GPU, and of the host that launches its kernels. No torch.
+"""Cost of one microbatch on a rank, layer by layer: seconds of the GPU, and of the host that launches its kernels. No torch.
 
-A layer is two halves, mixer and feed-forward, each a forward and a backward, so that recomputation is a forward more. A half takes a GPU the
-time of its products (FLOPs at the sustained rate, or their operands through memory where that takes longer), of the kernels of the
-mixer, of everything else at the speed of memory, and of the gaps between kernels.
+A layer is two halves, mixer and feed-forward, each with a forward and a backward; recomputation is one more forward. A half takes a GPU the
+time of its products (FLOPs at the sustained rate, or the memory traffic of the operands if that takes longer), of the kernels of the
+mixer, of all other passes at the speed of memory, and of the gaps between kernels.
 
     N  tokens of a microbatch    D  model width    I  width of q, k and v    F  feed-forward width    V  vocabulary    R  low rank
 
-A pass is one reading or one writing of a tensor in the format of the residual stream. The constants were calibrated on the rows of
-tests/plan/measured_throughput.json, within the bounds of what their comments say.
+A pass reads or writes one tensor in the format of the residual stream. The constants were calibrated on the rows of
+tests/plan/measured_throughput.json, within the bounds that their comments give.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from phase8.kernels.loss_chunks import SCRATCH_BYTES, choose_chunk_tokens
 from phase8.model.flops import BACKWARD_OVER_FORWARD, mean_visible_keys
 from phase8.plan.memory import FP32_BYTES
 
-# The first is for the forward, the second for the backward.
+# The first value is for the forward, the second for the backward.
 Both = tuple[float, float]
 
 # Shares of the peak FLOP/s. Products: a profile of phase8_1b has 740 of 989 TFLOP/s, single ones reach 800. The kernels of the mixer: the
@@ -31,24 +31,24 @@ PRODUCT_SHARE = 0.69
 WINDOW_SHARES: Both = (0.40, 0.29)
 RECURRENCE_SHARES: Both = (0.13, 0.13)
 CAUSAL_SHARES: Both = (0.48, 0.48)
-# Passes over [N, I] of these kernels besides: what is left of their times where window and head size are 0.
+# Additional passes over [N, I] by these kernels: their times extrapolated to window and head size 0.
 KERNEL_PASSES: Both = (15, 34)
 CAUSAL_PASSES: Both = (6, 14)
-# How the times of a product's FLOPs and of its operands add up: 1 is one after the other, infinity the longer of both.
+# How the times of a product's FLOPs and of its operands combine: 1 means one after the other, infinity the longer of both.
 OVERLAP = 1.8
 # Kernels of a low-rank pair beyond those of one product, with the casts of its weights.
 PAIR_KERNELS: Both = (1, 3)
-# What lies between the bottlenecks of a low-rank feed-forward is one kernel forward and two backward, bound by what is no product of theirs.
+# The part of a low-rank feed-forward between the bottlenecks is one kernel forward and two backward, bound by work other than products.
 BOTTLENECK_SHARES: Both = (0.13, 0.10)
-# From the end of a small kernel to that of the next: 11.0 ms for about a thousand of them are kernels in the profile of the research shape,
-# most with little to do.
+# From the end of a small kernel to that of the next one: the profile of the research shape has 11.0 ms for about a thousand kernels,
+# most of which do little work.
 KERNEL_SECONDS = 2.75e-6
-# Adding the gradients of a microbatch to those before: two numbers are read, one is written.
+# Adding the gradients of a microbatch to the accumulated ones: two numbers are read, one is written.
 ACCUMULATED_BYTES = 3 * FP32_BYTES
-# The host launches embedding and head in that time.
+# Time in which the host launches embedding and head.
 ENDS_HOST_SECONDS = 0.5e-3
-# What torch.compile recomputes first is cheap: a budget of one half costs less than a third of recomputing all. It makes one graph of all budgets
-# from 0.8 on (little is recomputed) and one of those from 0.5 to there (products are kept), and only below chooses what to keep one by one.
+# torch.compile recomputes cheap operations first: a budget of one half costs less than a third of full recomputation. It makes one graph for
+# all budgets from 0.8 on (little is recomputed), one for those from 0.5 to 0.8 (products are kept), and only below selects tensors one by one.
 BUDGET_EXPONENT = 1.45
 BUDGET_STEPS = ((1.0, 1.0), (0.8, 0.9), (0.5, 0.5))
 # Passes of the loss over the logits of a chunk (0.77 ms for 1 GiB), and of embedding and final norm over [N, D].
@@ -57,17 +57,17 @@ END_PASSES = 8
 
 
 class Style(NamedTuple):
-    """What a layer does beside products and the kernels of its mixer.
+    """The work of a layer beside products and the kernels of its mixer.
 
     Args:
         stream: Passes over [N, D]: two norms and two sums.
-        gated: Over [N, F]: the gated activation.
-        mixed: Over [N, I]: gate and norm of the global path; rotary positions of the transformer.
-        kernels: Their number, low-rank pairs left out.
-        host: Seconds in which the host launches them. Measured where kernels are short; hosts differ by 20 to 30 %.
-        pair_host: What each low-rank pair adds.
-        repeated_host: Launching a recomputation over launching a forward: the hooks of a checkpoint, which a compiled block does without.
-        cast_bytes: Of each weight: cast to the compute dtype; and of its gradient.
+        gated: Passes over [N, F]: the gated activation.
+        mixed: Passes over [N, I]: gate and norm of the global path; rotary positions of the transformer.
+        kernels: Number of kernels, without low-rank pairs.
+        host: Seconds for the host to launch them. Measured where kernels are short; hosts differ by 20 to 30 %.
+        pair_host: Additional seconds for each low-rank pair.
+        repeated_host: Launch time of a recomputation over that of a forward: checkpoint hooks add to it, and compiled blocks need none.
+        cast_bytes: Bytes moved per weight to cast it to the compute dtype, and per gradient to cast it back.
     """
 
     stream: Both
@@ -80,8 +80,8 @@ class Style(NamedTuple):
     cast_bytes: Both
 
 
-# Fused, each operand is read once and each result written once, and little else (37 ms of a step of phase8_1b); in eager mode norms and
-# rotary positions go through fp32 tensors, several times.
+# Fused, each operand is read once and each result written once, and little else (37 ms of a step of phase8_1b). In eager mode, norms and
+# rotary positions pass through fp32 tensors several times.
 COMPILED = Style(
     stream=(8.4, 10), gated=(2.6, 5.1), mixed=(3.5, 7), kernels=(30, 60), host=(2.9e-3, 3.9e-3), pair_host=(0.04e-3, 0.07e-3), repeated_host=1.0,
     cast_bytes=(8.4, 8.4),
@@ -90,16 +90,16 @@ EAGER = Style(
     stream=(42, 50), gated=(5.3, 10.6), mixed=(23, 46), kernels=(38, 75), host=(4.0e-3, 2.85e-3), pair_host=(0.21e-3, 0.25e-3), repeated_host=1.6,
     cast_bytes=(14, 14),
 )
-# The mixer has this share of a layer's kernels and of its time on the host.
+# Share of the mixer in a layer's kernels and launch time.
 MIXER_SHARE = 0.7
 
 
 class Rates(NamedTuple):
-    """What a GPU does.
+    """Rates of a GPU.
 
     Args:
-        peak: FLOP/s of products in the compute dtype, of which it sustains the shares above.
-        memory: Bytes/s that it copies.
+        peak: FLOP/s of products in the compute dtype, of which the shares above are sustained.
+        memory: Bytes/s of copies.
     """
 
     peak: float
@@ -121,10 +121,10 @@ class Half(NamedTuple):
     """Mixer or feed-forward.
 
     Args:
-        forward: Once through it.
-        backward: Its gradients.
-        last: Its last product, which nobody needs to recompute.
-        repeated: A recomputation, the last product left out.
+        forward: Cost of one forward.
+        backward: Cost of its gradients.
+        last: Cost of its last product, which is never recomputed.
+        repeated: Cost of a recomputation, without the last product.
     """
 
     forward: Cost
@@ -135,15 +135,15 @@ class Half(NamedTuple):
 
 @dataclass(frozen=True)
 class Microbatch:
-    """What goes through the layers of a rank at a time.
+    """A microbatch and the rank that computes it.
 
     Args:
-        model: Shapes.
-        size: Sequences.
-        tensor_ranks: That share each layer.
-        element_bytes: Of a number of the residual stream.
-        is_compiled: Blocks are compiled.
-        rates: Of the GPU.
+        model: Model section with the shapes.
+        size: Sequences of the microbatch.
+        tensor_ranks: Ranks that share each layer.
+        element_bytes: Bytes of a number in the residual stream.
+        is_compiled: Whether blocks are compiled.
+        rates: Rates of the GPU.
     """
 
     model: ModelSection
@@ -155,15 +155,15 @@ class Microbatch:
 
     @property
     def tokens(self) -> int:
-        """N, on all tensor-parallel ranks together."""
+        """N, summed over the tensor-parallel ranks."""
         return self.size * self.model.sequence_length
 
     def moved(self, numbers: float) -> float:
-        """Seconds in which so many numbers of the residual stream's format pass through memory."""
+        """Seconds to move this many numbers in the format of the residual stream through memory."""
         return numbers * self.element_bytes / self.rates.memory
 
     def product(self, rows: float, inner: float, columns: float) -> float:
-        """Seconds of [rows, inner] times [inner, columns]; the weight is small beside the others."""
+        """Seconds of [rows, inner] times [inner, columns]; the memory traffic of the weight is neglected."""
         arithmetic = 2 * rows * inner * columns / (self.rates.peak * PRODUCT_SHARE)
         return math.pow(arithmetic**OVERLAP + self.moved(rows * (inner + columns)) ** OVERLAP, 1 / OVERLAP)
 
@@ -172,10 +172,10 @@ def layer_cost(batch: Microbatch, window: int, *, recompute: str, budget: float)
     """Forward, backward and recomputation of one layer.
 
     Args:
-        batch: What goes through.
-        window: Of the layer.
+        batch: The microbatch.
+        window: Window of the layer.
         recompute: `none`, `full`, `selective` or `budget`.
-        budget: Share that `budget` keeps.
+        budget: Share of activations that `budget` keeps.
     """
     mixer, feed_forward = _mixer(batch, window), _feed_forward(batch)
     once = mixer.forward.plus(mixer.backward, feed_forward.forward, feed_forward.backward)
@@ -192,7 +192,7 @@ def ends_cost(batch: Microbatch) -> Cost:
     model, N, D = batch.model, batch.tokens, batch.model.d_model
     vocabulary = model.vocab_size / batch.tensor_ranks
     chunk_tokens = choose_chunk_tokens(N, model.vocab_size, D, element_bytes=batch.element_bytes, scratch_bytes=SCRATCH_BYTES)
-    # Each chunk reads and writes the gradient of the head.
+    # Each chunk of the loss reads and writes the gradient of the head.
     gradient = math.ceil(N / chunk_tokens) * 2 * FP32_BYTES * vocabulary * D / batch.rates.memory
     products = (1 + BACKWARD_OVER_FORWARD) * batch.product(N, D, vocabulary)
     passes = batch.moved(LOGIT_PASSES * N * vocabulary + END_PASSES * N * D / batch.tensor_ranks)
@@ -200,7 +200,7 @@ def ends_cost(batch: Microbatch) -> Cost:
 
 
 def weights_cost(batch: Microbatch, numbers: float, *, accumulates: bool) -> Cost:
-    """What weights and gradients, so many numbers, take of each microbatch."""
+    """Cost per microbatch of casting this many weights and accumulating their gradients."""
     cast_bytes = sum(_style(batch).cast_bytes) if batch.element_bytes < FP32_BYTES else 0
     return Cost(numbers * (cast_bytes + ACCUMULATED_BYTES * accumulates) / batch.rates.memory)
 
@@ -246,15 +246,15 @@ def _feed_forward(batch: Microbatch) -> Half:
 
 
 def _half(batch: Microbatch, products: float, others: Both, last: float, *, share: float, num_pairs: int) -> Half:
-    """Either half of a layer.
+    """Cost of either half of a layer.
 
     Args:
-        batch: What goes through.
-        products: Seconds of those of the forward.
-        others: Seconds of what only this half does.
+        batch: The microbatch.
+        products: Seconds of the products of the forward.
+        others: Seconds of work that only this half has.
         last: Seconds of the last product.
-        share: Of the kernels of a layer, and of their launches.
-        num_pairs: Low-rank linears.
+        share: Share of the layer's kernels and of their launch time.
+        num_pairs: Number of low-rank linears.
     """
     style = _style(batch)
 
@@ -269,16 +269,16 @@ def _half(batch: Microbatch, products: float, others: Both, last: float, *, shar
 
 
 def _columns(batch: Microbatch, count: int, width: float, rank: int) -> float:
-    """Seconds of several linears of the same input."""
+    """Seconds of several linears with the same input."""
     N, D = batch.tokens, batch.model.d_model
     if not rank:
         return batch.product(N, D, count * width)
-    # One product behind the bottlenecks, with zeros beside its blocks.
+    # One product after the bottlenecks, with zeros between its blocks.
     return batch.product(N / batch.tensor_ranks, D, count * rank) + batch.product(N, count * rank, count * width)
 
 
 def _row(batch: Microbatch, width: float, rank: int) -> float:
-    """Seconds of a linear back to the residual stream."""
+    """Seconds of a linear into the residual stream."""
     N, D = batch.tokens, batch.model.d_model
     if not rank:
         return batch.product(N, width, D)

@@ -1,7 +1,7 @@
 """Memory of one rank by kind. Pure arithmetic, no torch.
 
-What the stages of ZeRO keep on the device, beside the activations, in numbers of 4 bytes. W is what the rank computes with, P its part of
-it, R what lies in no block, B the largest block; in host memory instead where it is offloaded:
+The table shows what each ZeRO stage keeps on the device besides activations, in numbers of 4 bytes. W is what the rank computes with, P its
+part of W, R what lies in no block, B the largest block. Offloaded entries are in host memory instead.
 
 | | one rank, not divided | stages 0 and 1 | stage 2 | stage 3 |
 |---|---|---|---|---|
@@ -25,17 +25,17 @@ from phase8.pipeline_parallel.schedules import Action, Kind
 
 FP32_BYTES = 4
 ADAMW_MOMENTS = 2
-# Of the size that its vendor names, what the driver and the context of a process take of a GPU.
+# Share of a GPU's nominal memory that driver and context of a process take.
 DRIVER_BYTES = 1 << 30
-# A plan is within 2 % of what tensors hold at once; the allocator cannot use its last gaps.
+# Plans are within 2 % of what tensors hold at once; the allocator cannot use its last gaps.
 USABLE_SHARE = 0.97
 GAPS_BYTES = 256 << 20
-# The blocks of a recording serve nothing else: with the above, more than the 0.66 to 1.05 GiB beyond tensors that were measured on an H100.
+# Blocks of a recording serve nothing else. Together with the above this exceeds the 0.66 to 1.05 GiB beyond tensors measured on an H100.
 RECORDING_BYTES = 768 << 20
 
 
 def free_bytes(total_bytes: int) -> int:
-    """Memory that a GPU of a size has for a process."""
+    """Memory that a GPU of this size has for a process."""
     return max(total_bytes - DRIVER_BYTES, 0)
 
 
@@ -43,7 +43,7 @@ def usable_bytes(free_bytes: int, *, is_recorded: bool) -> int:
     """Memory that a plan may fill.
 
     Args:
-        free_bytes: That the process may take.
+        free_bytes: Memory that the process may take.
         is_recorded: The step is one CUDA graph.
     """
     return max(int(USABLE_SHARE * free_bytes) - GAPS_BYTES - RECORDING_BYTES * is_recorded, 0)
@@ -51,15 +51,15 @@ def usable_bytes(free_bytes: int, *, is_recorded: bool) -> int:
 
 @dataclass(frozen=True)
 class MemoryPlan:
-    """Bytes of one rank by kind.
+    """Memory of one rank by kind, in bytes.
 
     Args:
         weights_bytes: fp32 master weights.
-        gradients_bytes: fp32.
+        gradients_bytes: Gradients, fp32.
         optimizer_bytes: Moments of AdamW, fp32.
         activations_bytes: Kept for backward, weights cast to the compute dtype and messages between stages included.
         libraries_bytes: Workspaces of the libraries that multiply matrices.
-        host_bytes: Of parameters, gradients and optimizer that are offloaded to host memory, and of the copies that are saved aside.
+        host_bytes: Offloaded parameters, gradients and optimizer, and the copies for asynchronous saves, in host memory.
     """
 
     weights_bytes: int
@@ -77,16 +77,16 @@ class MemoryPlan:
 
 @dataclass(frozen=True)
 class Division:
-    """How data-parallel ranks divide what one of them computes with.
+    """How data-parallel ranks divide the model.
 
     Args:
-        is_divided: FSDP holds the parameters: several data-parallel ranks, or offloaded parameters.
+        is_divided: FSDP holds the parameters: there are several data-parallel ranks, or parameters are offloaded.
         zero_stage: 0 to 3.
         accumulates: A step has several microbatches.
-        offload_optimizer: Optimizer states lie in host memory.
-        offload_params: Parameters and gradients, too.
-        pins_memory: Offloaded parameters and gradients lie in page-locked memory, which is allocated in powers of two.
-        copies_state: Weights and optimizer are copied to host memory, from which they are saved while training goes on.
+        offload_optimizer: Optimizer states are in host memory.
+        offload_params: Parameters and gradients are in host memory too.
+        pins_memory: Offloaded parameters and gradients are in page-locked memory, which is allocated in powers of two.
+        copies_state: Weights and optimizer are copied to host memory for asynchronous saves.
     """
 
     is_divided: bool = False
@@ -99,11 +99,11 @@ class Division:
 
 
 class Held(NamedTuple):
-    """Numbers of parameters of one rank that are gathered together: those of a block, or of a chunk in no block.
+    """Sizes of parameters that are gathered together: those of a block, or those of a chunk outside of blocks.
 
     Args:
-        whole: Of each parameter, what the rank computes with: all of it, or a tensor-parallel rank's share.
-        part: Of each, what the rank keeps between steps.
+        whole: Numbers of each parameter with which the rank computes: all of it, or its tensor-parallel part.
+        part: Numbers of each parameter that the rank keeps between steps.
     """
 
     whole: tuple[int, ...]
@@ -111,13 +111,13 @@ class Held(NamedTuple):
 
 
 class ChunkActivations(NamedTuple):
-    """What a chunk of the model keeps of one microbatch, in bytes.
+    """Bytes that a chunk of the model keeps for one microbatch.
 
     Args:
-        kept: By its layers, from forward to backward.
-        head: By final norm and loss, from forward to the beginning of backward.
-        repeated: By a recomputed layer while it is recomputed in backward, besides.
-        scratch: By the loss while it is computed, besides.
+        kept: Kept by its layers, from forward to backward.
+        head: Kept by final norm and loss, from forward to the beginning of backward.
+        repeated: Added by a recomputed layer while backward recomputes it.
+        scratch: Added by the loss while it is computed.
     """
 
     kept: int
@@ -132,11 +132,11 @@ def plan_memory(
     """The memory of a rank that trains.
 
     Args:
-        blocks: Parameters of its blocks.
-        rests: Parameters of each of its chunks in no block.
-        activations_bytes: From `peak_activation_bytes`, with whatever lies beside them.
-        division: Over data-parallel ranks.
-        libraries_bytes: Workspaces.
+        blocks: Parameters of the rank's blocks.
+        rests: Parameters outside of blocks, for each of the rank's chunks.
+        activations_bytes: The result of `peak_activation_bytes`, plus whatever is allocated beside it.
+        division: Division over data-parallel ranks.
+        libraries_bytes: Workspaces of libraries.
     """
     held = [*blocks, *rests]
     whole, part = sum(sum(each.whole) for each in held), sum(sum(each.part) for each in held)
@@ -152,7 +152,7 @@ def plan_memory(
         else:
             gradients = on_device + rest + max(2 * largest[-1], largest_rest)
     elif not division.accumulates:
-        # The gradients of a single microbatch take the place of its activations, layer by layer, and begin with those of one block.
+        # The gradients of a single microbatch replace its activations layer by layer, beginning with those of one block.
         gradients = max(whole - activations_bytes // FP32_BYTES, largest[-1] if largest else 0)
     return MemoryPlan(
         weights_bytes=weights * FP32_BYTES,
@@ -179,8 +179,8 @@ def peak_activation_bytes(actions: Sequence[Action], chunks: Sequence[ChunkActiv
     """Activations at the moment when most exist.
 
     Args:
-        actions: Of the rank's stage, in order.
-        chunks: Of the stage.
+        actions: Actions of the rank's stage, in order.
+        chunks: Chunks of the stage.
     """
     held = peak = 0
     for action in actions:
@@ -189,7 +189,7 @@ def peak_activation_bytes(actions: Sequence[Action], chunks: Sequence[ChunkActiv
             held += chunk.kept + chunk.head
             peak = max(peak, held + chunk.scratch)
         elif action.kind is Kind.BACKWARD:
-            # The head's are gone when the first layer is recomputed.
+            # The activations of the head are freed before the first layer is recomputed.
             peak = max(peak, held - chunk.head + chunk.repeated)
             held -= chunk.kept + chunk.head
     return peak

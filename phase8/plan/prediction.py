@@ -19,19 +19,19 @@ from phase8.plan.stages import chunk_layers
 from phase8.plan.throughput import StageWork, StepWork, step_seconds
 
 ASSUMED_GPU = "NVIDIA H100 80GB HBM3"
-# A recorded step keeps memory of its own: it must be faster by as much.
+# A recorded step keeps memory of its own, so it must be faster by at least this share.
 GAIN_OF_A_GRAPH = 1.02
 
 
 @dataclass(frozen=True)
 class StepPrediction:
-    """How fast a config is predicted to train.
+    """Predicted speed of a training step.
 
     Args:
-        seconds: Of a step.
-        tokens_per_second: Of all ranks together.
-        mfu: FLOP/s of the model over the peak of the GPUs.
-        is_known: The device is in the table of GPUs; otherwise the prediction is for an H100.
+        seconds: Duration of a step.
+        tokens_per_second: Throughput of all ranks together.
+        mfu: Model FLOP/s over the peak of the GPUs.
+        is_known: Whether the device is in the table of GPUs; otherwise the prediction is for an H100.
     """
 
     seconds: float
@@ -41,17 +41,17 @@ class StepPrediction:
 
 
 def predict_step(config: RunConfig, world_size: int, device_name: str | Gpu, *, host_ratio: float = 1.0) -> StepPrediction:
-    """Predicts the speed of a config with kernels, on GPUs of one kind.
+    """Predicts the speed of a config that runs with kernels on GPUs of one kind.
 
     Args:
-        config: One that can run on as many ranks.
+        config: A config that can run on `world_size` ranks.
         world_size: Ranks.
-        device_name: As `torch.cuda.get_device_name` reports it, or the bare name in any case: `h100`. A device that is not known is
+        device_name: As `torch.cuda.get_device_name` reports it, or the bare name in any case: `h100`. An unknown device is
             predicted as if it were an H100, which is good enough to rank settings.
-        host_ratio: Time in which the host launches kernels, over that of the host on which the constants were measured.
+        host_ratio: Kernel launch time of the host over that of the host on which the constants were measured.
 
     Raises:
-        ConfigError: The config cannot run on as many ranks.
+        ConfigError: The config cannot run on `world_size` ranks.
     """
     found = find_gpu(device_name) if isinstance(device_name, str) else device_name
     gpu = found or assumed_gpu()
@@ -64,10 +64,10 @@ def predict_step(config: RunConfig, world_size: int, device_name: str | Gpu, *, 
 
 
 def recorded_where_it_pays(config: RunConfig, world_size: int, device_name: str | Gpu) -> tuple[RunConfig, StepPrediction]:
-    """The config, its step recorded as a CUDA graph where that can be done and is predicted to be worth its memory, with its prediction.
+    """The config and its prediction; the step is recorded as a CUDA graph where possible and predicted to be worth its memory.
 
     Args:
-        config: One that can run on as many ranks, its step not recorded.
+        config: A config that can run on `world_size` ranks, its step not recorded.
         world_size: Ranks.
         device_name: As for `predict_step`.
     """
@@ -80,17 +80,17 @@ def recorded_where_it_pays(config: RunConfig, world_size: int, device_name: str 
 
 
 def assumed_gpu() -> Gpu:
-    """The GPU of a prediction where none is known."""
+    """The GPU that predictions assume when the real one is unknown."""
     gpu = find_gpu(ASSUMED_GPU)
     assert gpu is not None
     return gpu
 
 
 def step_work(config: RunConfig, *, world_size: int) -> StepWork:
-    """What a step of a config computes and exchanges.
+    """The computation and communication of a step.
 
     Raises:
-        ConfigError: The config cannot run on as many ranks.
+        ConfigError: The config cannot run on that many ranks.
     """
     topology = run_topology(config.parallel, world_size=world_size)
     dtype = config.precision.dtype
@@ -107,7 +107,7 @@ def step_work(config: RunConfig, *, world_size: int) -> StepWork:
 
 
 def _different_stages(config: RunConfig) -> list[int]:
-    """One stage of each kind: stages with as many layers of the same windows between two others take as long."""
+    """One stage of each kind: inner stages with as many layers of the same windows take equally long."""
     pipeline = pipeline_of(config.parallel)
     sizes = config.model.window_sizes
     kinds: dict[tuple[object, ...], int] = {}

@@ -1,4 +1,4 @@
-"""The planned memory of each pipeline stage: of its first rank, which has the largest part where parts differ."""
+"""The planned memory of each pipeline stage, for its first rank, which has the largest part where parts differ in size."""
 
 from __future__ import annotations
 
@@ -23,11 +23,11 @@ from phase8.plan.stages import chunk_layers
 from phase8.topology import Topology
 from phase8.zero.fsdp import shard_size
 
-# Of each message between stages: the one at work, and the next that comes or the last that has not left.
+# Buffers per message between stages: the one in use, and one that is arriving or has not left yet.
 _COPIES_OF_MESSAGE = 2
-# A microbatch of one sequence is a special case to the compiler.
+# torch.compile specialises on a microbatch of one sequence.
 _TRACED_SIZES = (2, 4)
-# Workspaces of cuBLAS for the stream of training and for that of a recording, and of cuBLASLt, measured on an H100.
+# Workspaces of cuBLAS for the training stream and for a recording's stream, and of cuBLASLt, measured on an H100.
 LIBRARIES_BYTES = 128 << 20
 
 
@@ -36,10 +36,10 @@ class StageMemory:
     """A pipeline stage and its first rank.
 
     Args:
-        stage: Which.
-        layers: Of each of its chunks.
-        num_parameters: Of the model, that this rank keeps between steps.
-        memory: Of this rank.
+        stage: Number of the stage.
+        layers: Layers of each of its chunks.
+        num_parameters: Parameters of the model that this rank keeps between steps.
+        memory: Memory of this rank.
     """
 
     stage: int
@@ -50,21 +50,21 @@ class StageMemory:
 
 @dataclass(frozen=True)
 class Workload:
-    """What is trained on which ranks.
+    """The parts of a config that determine memory.
 
     Args:
-        model: Shapes.
-        train: What is recomputed.
+        model: Model section with the shapes.
+        train: Section with the recomputation.
         zero: How data-parallel ranks divide the model.
-        pipeline: Its numbers.
+        pipeline: The pipeline settings.
         topology: The ranks.
         shape: The batch.
-        dtype: Of the residual stream.
+        dtype: Dtype of the residual stream.
         packed: Document boundaries are reset.
         device_type: `cuda`, or `cpu`, where operators keep more for backward.
-        saves_aside: Checkpoints are written from copies while training goes on.
+        saves_aside: Checkpoints are saved asynchronously, from copies in host memory.
         async_tensor_parallel: Tensor-parallel GPUs exchange tokens through each other's memory.
-        device_bytes: Memory of the device, by which the loss chooses how many logits exist at once; None: a large one.
+        device_bytes: Memory of the device, which limits how many logits exist at once; None: a large device.
     """
 
     model: ModelSection
@@ -82,10 +82,10 @@ class Workload:
 
 
 def plan_each_stage(work: Workload) -> tuple[StageMemory, ...]:
-    """The stages in order.
+    """Plans the stages in order.
 
     Raises:
-        ConfigError: There are too few layers, or the microbatches do not suit the schedule.
+        ConfigError: There are too few layers, or the microbatches do not fit the schedule.
     """
     name, P, V = work.pipeline
     schedule = build_schedule(name, num_stages=P, num_microbatches=work.shape.num_microbatches, num_chunks=V)
@@ -114,7 +114,7 @@ def plan_each_stage(work: Workload) -> tuple[StageMemory, ...]:
 
 
 def fullest(stages: Sequence[StageMemory]) -> StageMemory:
-    """The stage whose rank needs most memory on its device."""
+    """The stage whose rank needs the most device memory."""
     return max(stages, key=lambda each: each.memory.total_bytes)
 
 
@@ -141,7 +141,7 @@ def _held(parameters: Iterable[DividedShape], work: Workload) -> Held:
 
 
 def _trace_windows(work: Workload) -> dict[int, ActivationBytes]:
-    """Activations of a layer by its window: plain torch keeps the scores of the window, kernels do not."""
+    """Activations of a layer for each window: plain torch keeps the scores of the window, kernels do not."""
     windows = set(work.model.window_sizes)
     if work.device_type == "cuda":
         return dict.fromkeys(windows, _trace(work, max(windows)))
@@ -149,10 +149,10 @@ def _trace_windows(work: Workload) -> dict[int, ActivationBytes]:
 
 
 def _trace(work: Workload, window: int) -> ActivationBytes:
-    """Activations of a layer of one window.
+    """Activations of a layer with one window.
 
-    Those of compiled layers are traced for two sizes of a microbatch, and grow evenly between and beyond. What a budget keeps does not: it is a
-    choice among tensors, and cast weights do not grow.
+    For compiled layers two microbatch sizes are traced, and other sizes are interpolated linearly. A budget is always traced, because it is a
+    choice among tensors, and cast weights do not grow with the microbatch.
     """
     train, size = work.train, work.shape.micro_batch_size
     model, num_tensor_ranks = work.model.model_copy(update={"local_window_size": window}), work.topology.tensor_parallel_size
@@ -173,24 +173,24 @@ def _trace(work: Workload, window: int) -> ActivationBytes:
 
 
 def _activations(work: Workload, chunks: Sequence[Chunk], traced: Mapping[int, ActivationBytes], *, actions: Sequence[Action], stage: int) -> int:
-    """The most that a stage holds, messages included.
+    """The peak of a stage's activations, messages included.
 
     Args:
-        work: What is recomputed.
-        chunks: Of the stage.
-        traced: By window.
-        actions: Of the stage.
-        stage: Which it is.
+        work: The workload.
+        chunks: Chunks of the stage.
+        traced: Activations of a layer by window.
+        actions: Actions of the stage.
+        stage: Number of the stage.
     """
     message_bytes = next(iter(traced.values())).block_input
     sides = sum(number > 0 for number in messages_of_stage(num_stages=work.pipeline.num_stages, num_chunks=len(chunks), stage=stage))
-    # Behind its chunks activations leave and gradients come, before them the reverse.
+    # Activations leave after the last chunk and gradients arrive there; before the first chunk it is the reverse.
     messages = 2 * sides * _COPIES_OF_MESSAGE * message_bytes
     return peak_activation_bytes(actions, [_chunk_activations(work, chunk, traced) for chunk in chunks]) + messages
 
 
 def _peer_memory(work: Workload, blocks: Sequence[Held], traced: Mapping[int, ActivationBytes]) -> int:
-    """Places that other GPUs fill: with the tokens of every tensor-parallel rank and what it adds to sums, and with the parts of a block."""
+    """Memory that other GPUs write into: for the tokens of every tensor-parallel rank, their summands, and the parts of a block."""
     places = 0
     if work.device_type == "cuda" and work.async_tensor_parallel:
         own_tokens = next(iter(traced.values())).block_input
@@ -207,7 +207,7 @@ def _kept_when_recomputed(block: ActivationBytes, train: TrainSection) -> int:
 
 
 def _gradients_in_a_block(work: Workload) -> int:
-    """Gradients of gate, up and the stream while all that a recomputed block keeps is there: nothing else that backward makes is as large."""
+    """Gradients of gate, up and the stream beside all that a recomputed block keeps: the largest that backward makes at that moment."""
     if work.device_type != "cuda":
         return 0
     width = 2 * work.model.feed_forward_width + work.model.d_model
@@ -215,7 +215,7 @@ def _gradients_in_a_block(work: Workload) -> int:
 
 
 def _loss_scratch(work: Workload) -> int:
-    """Logits of a chunk and the cast head; on several tensor-parallel ranks, as on a CPU, the chunks are short and not counted."""
+    """Logits of a chunk and the cast head; with several tensor-parallel ranks, and on a CPU, chunks are short and not counted."""
     if work.device_type != "cuda" or work.topology.tensor_parallel_size > 1:
         return 0
     return scratch_bytes(
@@ -239,5 +239,5 @@ def _chunk_activations(work: Workload, chunk: Chunk, traced: Mapping[int, Activa
     any_layer = traced[model.window_sizes[0]]
     if chunk.layers.stop == model.num_layers:
         return ChunkActivations(kept, any_layer.head, repeated, _loss_scratch(work))
-    # The residual stream that leaves the chunk is where backward begins, so it stays, too.
+    # The residual stream that leaves the chunk is kept too, because backward begins there.
     return ChunkActivations(kept + any_layer.block_input, repeated=repeated)

@@ -1,4 +1,4 @@
-"""What a rank of a config communicates in one training step."""
+"""Communication of a rank in one training step, for a whole config."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ from phase8.zero.fsdp import shard_size
 
 
 def plan_run_communication(config: RunConfig, *, world_size: int, rank: int) -> tuple[tuple[Collectives, ...], Grid]:
-    """What a rank communicates in a step, and its place.
+    """The communication of a rank in a step, and the rank's place in the grid.
 
     Raises:
-        ConfigError: The config could not run on as many ranks.
+        ConfigError: The config cannot run on that many ranks.
     """
     config = without_auto(config)
     refuse_problems(config, about=(*MODEL_SECTIONS, "parallel.", "zero.", "train.", "world size"), world_size=world_size)

@@ -1,4 +1,4 @@
-"""Which layers each virtual stage of a pipeline holds: cut so that all take as long, by the FLOPs of layers and head."""
+"""The layers of each virtual stage of a pipeline, divided so that all take equally long by the FLOPs of layers and head."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from phase8.pipeline_parallel.schedules import virtual_stage
 
 @lru_cache(maxsize=1024)
 def virtual_stage_layers(model: ModelSection, pipeline: Pipeline) -> tuple[range, ...]:
-    """The layers of each virtual stage, in the order of the model; the embedding costs nothing beside them.
+    """The layers of each virtual stage, in the order of the model; the cost of the embedding is neglected.
 
     Raises:
         ConfigError: There are fewer layers than virtual stages.

@@ -1,7 +1,7 @@
-"""Layouts of a config on a number of GPUs: which of them fit, and how fast each is predicted to train.
+"""Suggests layouts of a config for a number of GPUs: which of them fit, and how fast each is predicted to train.
 
-Predicting is cheap and planning memory is not, so all layouts are predicted, and planned from the fastest on until enough of them fit. The
-largest microbatch that fits is found by bisection, and not looked for where the smallest one, all recomputed, does not fit.
+Predicting is cheap and planning memory is not. So all layouts are predicted, then planned from the fastest on until enough of them fit. The
+largest microbatch that fits is found by bisection; it is skipped if the smallest one with full recomputation does not fit.
 """
 
 from __future__ import annotations
@@ -27,14 +27,14 @@ from phase8.plan.throughput import GPUS_PER_HOST
 from phase8.plan.whole_config import plan_stages
 
 LARGEST_MICROBATCH = 128
-# From what holds least to what holds most.
+# In the order from the least to the most memory.
 RECOMPUTATIONS = ("full", "selective", "budget", "none")
 CHUNKS = (1, 2, 4)
-# NVLink, through which GPUs may use each other's memory; PCIe is slower.
+# NVLink lets GPUs use each other's memory; PCIe is slower.
 PEER_LINK = 100
-# With a pipeline: what ZeRO 2 and 3 send for every microbatch costs more than they save.
+# For pipelines: ZeRO 2 and 3 communicate for every microbatch, which costs more than they save.
 MOST_ZERO_IN_PIPELINE = 1
-# What a layout decides.
+# Keys that a layout sets.
 SETTINGS = (
     "parallel.tensor_parallel_size",
     "parallel.async_tensor_parallel",
@@ -57,9 +57,9 @@ class Suggestion:
     """A layout that fits.
 
     Args:
-        config: With its settings.
-        world_size: GPUs.
-        prediction: Its speed.
+        config: The config with the layout's settings.
+        world_size: Number of GPUs.
+        prediction: Predicted speed.
         planned_bytes: Memory of the fullest rank.
     """
 
@@ -69,25 +69,25 @@ class Suggestion:
     planned_bytes: int
 
     def changes(self, before: RunConfig) -> dict[str, Any]:
-        """Settings, by dotted name, that the config before did not have."""
+        """Settings, by dotted name, that differ from the original config."""
         own, other = settings_of(self.config), settings_of(before)
         return {name: value for name, value in own.items() if value != other[name]}
 
     @property
     def layout(self) -> str:
-        """In words: `tensor 2 x pipeline 4 (interleaved, 2 chunks) x data 8, ZeRO 1`."""
+        """The layout in words: `tensor 2 x pipeline 4 (interleaved, 2 chunks) x data 8, ZeRO 1`."""
         return layout_in_words(self.config, self.world_size)
 
 
 def suggest(config: RunConfig, *, world_size: int, gpu: Gpu, memory_bytes: int, most: int = 10) -> list[Suggestion]:
-    """The fastest layouts that fit, the best first; of one division into tensor, pipeline and data ranks not all.
+    """The fastest layouts that fit, the best first; only some for each division into tensor, pipeline and data ranks.
 
     Args:
         config: Model, batch and precision; layout, microbatch and recomputation are replaced.
-        world_size: GPUs.
-        gpu: Their kind.
-        memory_bytes: Of each.
-        most: How many.
+        world_size: Number of GPUs.
+        gpu: Kind of GPU.
+        memory_bytes: Memory of each GPU.
+        most: Maximum number of suggestions.
 
     Raises:
         ConfigError: No layout can run, or none fits.
@@ -96,12 +96,12 @@ def suggest(config: RunConfig, *, world_size: int, gpu: Gpu, memory_bytes: int, 
 
 
 def settings_of(config: RunConfig) -> dict[str, Any]:
-    """The settings that a layout decides, by dotted name."""
+    """The settings that a layout sets, by dotted name."""
     return values_of(config, SETTINGS)
 
 
 def layout_in_words(config: RunConfig, world_size: int) -> str:
-    """The ranks along each axis, and what data-parallel ranks divide."""
+    """The ranks along each axis, and what data-parallel ranks shard, in words."""
     parallel, zero = config.parallel, config.zero
     topology = run_topology(parallel, world_size=world_size)
     parts = []
@@ -118,11 +118,11 @@ def layout_in_words(config: RunConfig, world_size: int) -> str:
 
 @dataclass(frozen=True)
 class _Candidate:
-    """A layout with its speed, not planned yet.
+    """A layout with its predicted speed, before memory is planned.
 
     Args:
-        config: With its settings.
-        prediction: Its speed.
+        config: The config with the layout's settings.
+        prediction: Predicted speed.
     """
 
     config: RunConfig
@@ -130,30 +130,30 @@ class _Candidate:
 
     @property
     def degrees(self) -> tuple[int, int, int]:
-        """What a reader calls another layout."""
+        """The division of ranks: candidates that differ here are different layouts to a reader."""
         parallel = self.config.parallel
         return parallel.tensor_parallel_size, parallel.pipeline_parallel_size, parallel.pipeline_chunks
 
     @property
     def family(self) -> tuple[object, ...]:
-        """Layouts that differ in microbatch and recomputation only; whether a step is recorded decides about the memory that it may plan with."""
+        """Key shared by layouts that differ only in microbatch and recomputation; recording is part of it because it changes usable memory."""
         return (*self.degrees, self.config.zero.stage, self.config.zero.shard_size, self.config.train.cuda_graphs)
 
     @property
     def size(self) -> int:
-        """Sequences of a microbatch."""
+        """Sequences per microbatch."""
         assert self.config.train.micro_batch_size is not None
         return self.config.train.micro_batch_size
 
 
 class _Search:
-    """Looks for the fastest candidates that fit.
+    """The search for the fastest candidates that fit.
 
     Args:
-        config: What is trained.
-        world_size: GPUs.
-        gpu: Their kind.
-        memory_bytes: Of each.
+        config: The config to lay out.
+        world_size: Number of GPUs.
+        gpu: Kind of GPU.
+        memory_bytes: Memory of each GPU.
     """
 
     def __init__(self, config: RunConfig, world_size: int, gpu: Gpu, memory_bytes: int):
@@ -163,7 +163,7 @@ class _Search:
         self._largest_sizes: dict[tuple[object, ...], int] = {}
 
     def best(self, most: int) -> list[Suggestion]:
-        """The fastest that fit."""
+        """The fastest candidates that fit."""
         found: list[Suggestion] = []
         shown: dict[tuple[int, int, int], int] = {}
         most_of_a_layout = max(2, most // len({each.degrees for each in self._candidates}))
@@ -180,7 +180,7 @@ class _Search:
 
     @cached_property
     def _candidates(self) -> list[_Candidate]:
-        """All that can run, the fastest first; of equally fast ones that with the lowest stage of ZeRO."""
+        """All candidates that can run, the fastest first; of equally fast ones, the lowest ZeRO stage first."""
         found = list(self._predicted())
         if not found:
             raise ConfigError(find_problems(self._config, world_size=self._world_size) or [self._nothing_divides()])
@@ -191,18 +191,18 @@ class _Search:
             for settled in microbatches(layout, world_size=self._world_size):
                 best = _Candidate(*recorded_where_it_pays(settled, self._world_size, self._gpu))
                 yield best
-                if settled.train.recompute == "full" and best.config.train.cuda_graphs:  # for want of memory
+                if settled.train.recompute == "full" and best.config.train.cuda_graphs:  # it needs less memory
                     yield _Candidate(settled, predict_step(settled, self._world_size, self._gpu))
 
     def _plan(self, candidate: _Candidate) -> int:
-        """Memory of its fullest rank."""
+        """Planned memory of the fullest rank."""
         if candidate.config not in self._planned:
             stages = plan_stages(candidate.config, world_size=self._world_size, device_type="cuda", device_bytes=self._memory_bytes)
             self._planned[candidate.config] = fullest(stages).memory.total_bytes
         return self._planned[candidate.config]
 
     def _usable(self, candidate: _Candidate) -> int:
-        """Bytes that its plan may fill."""
+        """Bytes that the plan may fill."""
         return usable_bytes(free_bytes(self._memory_bytes), is_recorded=candidate.config.train.cuda_graphs is True)
 
     def _has_room(self, candidate: _Candidate) -> bool:
@@ -215,7 +215,7 @@ class _Search:
         return candidate.size <= self._largest_sizes[key]
 
     def _largest_size(self, candidate: _Candidate) -> int:
-        """The largest microbatch that fits, everything else being as in the candidate; 0: none does."""
+        """The largest microbatch that fits with the candidate's other settings; 0 if none fits."""
         family = [each for each in self._candidates if each.family == candidate.family]
         if candidate.family not in self._smallest:
             self._smallest[candidate.family] = min(family, key=lambda each: (each.size, RECOMPUTATIONS.index(each.config.train.recompute)))
@@ -244,7 +244,7 @@ class _Search:
 
 
 def layouts(config: RunConfig, *, world_size: int, has_peer_memory: bool) -> Iterator[RunConfig]:
-    """Every division of the ranks, compiled, before microbatch and recomputation are chosen."""
+    """Every division of the ranks with compiled blocks, before microbatch and recomputation are chosen."""
     for tensor in divisors(world_size, GPUS_PER_HOST):
         for stages in divisors(world_size // tensor, config.model.num_layers):
             num_data_ranks = world_size // tensor // stages
@@ -267,7 +267,7 @@ def layouts(config: RunConfig, *, world_size: int, has_peer_memory: bool) -> Ite
 
 
 def microbatches(layout: RunConfig, *, world_size: int) -> Iterator[RunConfig]:
-    """A layout with every microbatch and recomputation with which it can run."""
+    """A layout with every microbatch and recomputation that can run."""
     topology = run_topology(layout.parallel, world_size=world_size)
     whole = replaced(layout, {"train.micro_batch_size": 1, "train.cuda_graphs": False})
     try:
@@ -284,7 +284,7 @@ def microbatches(layout: RunConfig, *, world_size: int) -> Iterator[RunConfig]:
 
 
 def _zero_stages(num_data_ranks: int, tensor: int, stages: int) -> Iterator[tuple[int, int | None]]:
-    """Stage and ranks that share one copy: all of them, or those of a host."""
+    """ZeRO stages, each with the number of ranks that share one copy: all ranks, or those of a host."""
     yield 0, None
     for stage in range(1, 4) if num_data_ranks > 1 else ():
         if stages > 1 and stage > MOST_ZERO_IN_PIPELINE:

@@ -1,7 +1,7 @@
-"""Seconds of a training step of all ranks: microbatches through the stages, exchanges between ranks, the update of the weights. No torch.
+"""Predicted seconds of a training step over all ranks: microbatches through the stages, communication, and the optimizer. No torch.
 
-Without a CUDA graph the host launches every kernel, and a microbatch takes about as long as the slower of GPU and host. Exchanges take the
-time of their bytes whether or not something is computed meanwhile, for products beside a collective slow down by what it takes
+Without a CUDA graph the host launches every kernel, and a microbatch takes about as long as the slower of GPU and host. Communication counts
+in full even beside computation, because products slow down by about what a collective beside them takes
 (docs/performance.md, "Several GPUs").
 """
 
@@ -22,18 +22,18 @@ from phase8.topology import AxisName
 
 # A copy on an H100 reaches 3.02 of 3.35 TB/s.
 MEMORY_SHARE = 0.90
-# Of the link: all-gathers and reduce-scatters between two H200 carry 200 to 260 GB/s of 450, between four more.
+# Share of the link: all-gathers and reduce-scatters between two H200 carry 200 to 260 GB/s of 450, between four more.
 LINK_SHARE = 0.635
-# Bytes/s of a GPU's share of the network between hosts: 400 Gbit/s. Not measured.
+# Bytes/s of a GPU's share of the network between hosts, 400 Gbit/s; assumed, not measured.
 NETWORK_RATE = 50e9
 GPUS_PER_HOST = 8
-# What tensor-parallel ranks exchange through each other's memory, beside products, shows to this part.
+# Share of the exchange through peer memory that products beside it do not hide.
 ASYNC_SHARE = 0.42
-# FSDP copies what it gathers out of a buffer, and what it reduces into one: bytes read and written for each byte.
+# FSDP copies gathered data out of a buffer, and data to be reduced into one: bytes read and written for each byte.
 COPIES_OF_SHARDS = 2
-# Of the ceiling that the bubble leaves, stages reach 0.90 to 0.96.
+# Share of the pipeline's bubble ceiling that stages reach: 0.90 to 0.96 measured.
 PIPELINE_SHARE = 0.97
-# GPU and host take turns at being the slower one within a microbatch: sum of powers.
+# Exponent of a sum of powers: within a microbatch GPU and host alternate in being the slower one.
 TURNS_EXPONENT = 8
 # Norm of the gradients and AdamW: a gradient is read twice, three numbers are read and written; 19 ms for 1.35B on an H100.
 UPDATED_BYTES = 8 * FP32_BYTES
@@ -46,14 +46,14 @@ HOST_UPDATED_BYTES = 7 * FP32_BYTES
 
 
 class StageWork(NamedTuple):
-    """A pipeline stage and its first rank.
+    """Work of a pipeline stage on its first rank.
 
     Args:
-        layers: Of all its chunks.
+        layers: Layers of all its chunks.
         num_computed: Parameters that the rank computes with.
         num_updated: Those it keeps and updates.
-        collectives: What it communicates in a step.
-        grid: Its place.
+        collectives: Communication of the rank in a step.
+        grid: Place of the rank in the grid.
     """
 
     layers: tuple[int, ...]
@@ -65,16 +65,16 @@ class StageWork(NamedTuple):
 
 @dataclass(frozen=True)
 class StepWork:
-    """A step of all ranks.
+    """Work of a step on all ranks.
 
     Args:
-        model: Shapes.
-        train: What is recomputed, compiled and recorded.
-        parallel: How ranks exchange tokens.
-        zero: What is offloaded.
-        shape: Of the batch.
-        dtype: `bf16`, `fp32`, or `tf32` for fp32 on units for tf32.
-        pipeline: Its numbers.
+        model: Model section with the shapes.
+        train: Section with recomputation, compilation and recording.
+        parallel: Section that says how ranks exchange tokens.
+        zero: Section that says what is offloaded.
+        shape: Sequences and microbatches of a step.
+        dtype: `bf16`, `fp32`, or `tf32` for fp32 on tf32 units.
+        pipeline: The pipeline settings.
         stages: One of each kind.
     """
 
@@ -92,9 +92,9 @@ def step_seconds(work: StepWork, gpu: Gpu, *, host_ratio: float = 1.0) -> float:
     """Predicted seconds of a step.
 
     Args:
-        work: What is computed.
-        gpu: On which each rank computes.
-        host_ratio: Time in which the host launches, over that of the host on which the constants were measured.
+        work: The work of the step.
+        gpu: GPU of each rank.
+        host_ratio: Kernel launch time of the host over that of the host on which the constants were measured.
     """
     rates = Rates((gpu.peak_flops(work.dtype) or gpu.fp32 * 1e12) * gpu.sustained, gpu.memory * 1e9 * MEMORY_SHARE)
     microbatch, once = [], []
@@ -113,7 +113,7 @@ def _slower(cost: Cost, work: StepWork, host_ratio: float) -> float:
 
 
 def _microbatch_cost(work: StepWork, stage: StageWork, rates: Rates) -> Cost:
-    """One microbatch in all chunks of a stage, exchanges left out."""
+    """Cost of one microbatch in all chunks of a stage, without communication."""
     model, train = work.model, work.train
     batch = Microbatch(
         model,
@@ -135,7 +135,7 @@ def _microbatch_cost(work: StepWork, stage: StageWork, rates: Rates) -> Cost:
 
 
 def _once_seconds(work: StepWork, stage: StageWork, gpu: Gpu, rates: Rates, host_ratio: float) -> float:
-    """What a stage exchanges in a step, and the update of its weights."""
+    """Seconds for communication once per step, and for the optimizer."""
     updated = 0.0 if work.zero.offload_optimizer != "none" else stage.num_updated * UPDATED_BYTES / (rates.memory * UPDATE_SHARE)
     update = _slower(Cost(updated).plus(UPDATE_SECONDS), work, host_ratio)
     exchanged = sum(_exchange_seconds(each, work, stage.grid, gpu, rates) for each in stage.collectives)
@@ -144,10 +144,10 @@ def _once_seconds(work: StepWork, stage: StageWork, gpu: Gpu, rates: Rates, host
 
 def _exchange_seconds(each: Collectives, work: StepWork, grid: Grid, gpu: Gpu, rates: Rates) -> float:
     if each.operation is Operation.RECEIVE:
-        return 0.0  # while it sends
+        return 0.0  # it is hidden behind the sends
     seconds = each.sent_bytes(grid.size(each.axis)) / _link_rate(each.axis, grid, gpu)
     if each.axis is AxisName.PIPELINE:
-        # Messages travel while the action before the one that needs them is computed; only the bubble is longer by them.
+        # Messages travel while the action before their consumer is computed, so only the bubble becomes longer.
         return seconds * (grid.pipeline - 1) / work.shape.num_microbatches / work.pipeline.num_chunks
     if each.axis is AxisName.TENSOR:
         return seconds * (ASYNC_SHARE if work.parallel.async_tensor_parallel else 1.0)
@@ -155,7 +155,7 @@ def _exchange_seconds(each: Collectives, work: StepWork, grid: Grid, gpu: Gpu, r
 
 
 def _link_rate(axis: AxisName, grid: Grid, gpu: Gpu) -> float:
-    """Bytes/s between ranks of an axis: of the link while all of them are in one host, else of the network."""
+    """Bytes/s between ranks of an axis: of the link if all of them are in one host, otherwise of the network."""
     span = 1
     for each in reversed(AxisName):
         span *= grid.size(each)
@@ -166,7 +166,7 @@ def _link_rate(axis: AxisName, grid: Grid, gpu: Gpu) -> float:
 
 
 def _offloading_seconds(work: StepWork, stage: StageWork) -> float:
-    """Parameters come for each forward and backward, gradients leave after each backward; AdamW runs on the host."""
+    """Seconds for offloading: parameters arrive for each forward and backward, gradients leave after each backward; AdamW runs on the host."""
     if work.zero.offload_optimizer == "none":
         return 0.0
     num_bytes = stage.num_updated * FP32_BYTES

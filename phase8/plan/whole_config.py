@@ -1,4 +1,4 @@
-"""What the planner answers for a whole config: its model without memory, and the memory of each pipeline stage."""
+"""Plans for a whole config: its model without memory, and the memory of each pipeline stage."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def shapes_only(config: RunConfig) -> LanguageModel:
 
 
 def count_parameters(model: torch.nn.Module) -> int:
-    """Parameters, a shared one counted once."""
+    """Number of parameters, a shared one counted once."""
     return sum(parameter.numel() for parameter in model.parameters())
 
 
@@ -33,10 +33,10 @@ def plan_stages(config: RunConfig, *, world_size: int, device_type: str, device_
     """The memory of each pipeline stage.
 
     Args:
-        config: One from which a model can be built; what is still to be chosen counts as with `train.tuning: off`.
+        config: A config from which a model can be built; `auto` settings count as with `train.tuning: off`.
         world_size: Ranks.
         device_type: `cuda` or `cpu`.
-        device_bytes: Memory that the device has; None: a large one.
+        device_bytes: Memory of the device; None: a large device.
 
     Raises:
         ConfigError: Ranks, stages or batch do not fit.

@@ -1,8 +1,8 @@
-"""Which process this is: started by torchrun, by mpirun, or alone.
+"""The place of this process in the run: started by torchrun, by mpirun, or alone.
 
-torchrun tells every process its place and where the store is. mpirun tells the place only; address and port are broadcast from rank 0
-through mpi4py, and MPI is finalised again: the collectives are those of torch. A process that nobody placed is a world of its own, unless
-srun has started several of it.
+torchrun tells every process its place and the address of the store. mpirun tells only the place; address and port are broadcast from
+rank 0 through mpi4py, then MPI is finalised: the collectives are those of torch. A process without a launcher is a world of its own,
+unless srun has started several of them.
 """
 
 from __future__ import annotations
@@ -31,10 +31,10 @@ class World:
         local_rank: Number of this process on its host, from 0.
         world_size: Number of processes.
         local_world_size: Number of processes on this host.
-        launcher: Who started them; `environment`: somebody who sets the variables of torchrun.
-        address: Host and port of the store through which they meet; None: there is one process and no process group.
-        hosts_store: This process opens the store. Under torchrun its agent does, so that the store outlives every rank.
-        error_file: Where torchrun looks for the last words of a rank that failed, to show them at the end of its account; None: nobody looks.
+        launcher: Program that started the processes; `environment`: the variables of torchrun are set by something else.
+        address: Host and port of the store through which the processes meet; None: there is one process and no process group.
+        hosts_store: Whether this process opens the store. Under torchrun its agent does, so that the store outlives every rank.
+        error_file: File in which torchrun expects the error message of a failed rank, to show it in its summary; None: there is no such file.
     """
 
     rank: int = 0
@@ -48,9 +48,9 @@ class World:
 
     @property
     def agent(self) -> str | None:
-        """A name that the agent of torchrun on this host keeps over all its restarts, and no other agent ever has; None: there is no agent.
+        """A name of torchrun's agent on this host that stays the same over restarts and is never reused by another agent; None without an agent.
 
-        It is that of the directory in which an agent keeps the logs of its attempts: `<run id>_<random>/attempt_N/<local rank>/error.json`.
+        It comes from the directory in which an agent keeps the logs of its attempts: `<run id>_<random>/attempt_N/<local rank>/error.json`.
         """
         if self.launcher != "torchrun" or self.error_file is None:
             return None
@@ -59,10 +59,10 @@ class World:
 
 
 def world_from_environment(environment: Mapping[str, str]) -> World:
-    """The place that the launcher wrote into the environment.
+    """Reads the place of this process from the environment that the launcher set.
 
     Args:
-        environment: Variables of this process. An empty one counts as not set.
+        environment: Variables of this process. An empty variable counts as not set.
 
     Raises:
         ConfigError: Variables are missing or contradict each other, or mpirun was used without mpi4py.
@@ -115,7 +115,7 @@ def _world_of_mpirun(found: Mapping[str, str], rank_name: str, size_name: str) -
     if rank >= size:
         raise ConfigError(f"{rank_name}={rank} and {size_name}={size} contradict each other: the rank must be below the size; let mpirun set them.")
     if size == 1:
-        return World()  # some clusters set the variables of PMI for every process
+        return World()  # some clusters set the variables of PMI for every process, launcher or not
     try:
         mpi = importlib.import_module("mpi4py.MPI")
     except ImportError:
@@ -137,13 +137,13 @@ def _world_of_mpirun(found: Mapping[str, str], rank_name: str, size_name: str) -
 
 
 def _refuse_tasks_of_srun(found: Mapping[str, str]) -> None:
-    """Refuses a process that srun has started several times: each would train alone, in one directory.
+    """Refuses a process that srun has started several times without a launcher: each would train alone, in the same directory.
 
-    The variables of the step count, not those of the job: a batch script, and a shell on an allocation, are one process whatever the
-    number of tasks that was asked for. So is the shell of `srun --pty`.
+    The variables of the step count, not those of the job: a batch script or a shell on an allocation is a single process whatever
+    number of tasks was requested. So is the shell of `srun --pty`.
 
     Raises:
-        ConfigError: There are several tasks, and no launcher has given them their places.
+        ConfigError: There are several tasks, and no launcher has assigned ranks to them.
     """
     num_tasks = found.get("SLURM_STEP_NUM_TASKS", "1")
     if "SLURM_PROCID" in found and "SLURM_PTY_PORT" not in found and num_tasks.isdecimal() and int(num_tasks) > 1:

@@ -1,4 +1,4 @@
-"""How one process of several ends: what it says about an error, with which code, and without waiting for anything."""
+"""How one process of several exits: its message and exit code, without waiting for anything."""
 
 from __future__ import annotations
 
@@ -22,23 +22,23 @@ from phase8.errors import Phase8Error, describe_error
 from phase8.processes.bootstrap import World
 from phase8.terminal import tell
 
-# What asks a process to end: schedulers and launchers, a terminal that closes, and Slurm ahead of the time limit (`--signal=USR1`).
+# Signals that ask a process to end, sent by schedulers, launchers, a closing terminal, or Slurm before the time limit (`--signal=USR1`).
 END_SIGNALS = (signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1)
 FLUSH_SECONDS = 1.0
-STILL_SECONDS = 20.0  # ranks that read Python's files from a busy file system come seconds apart
+STILL_SECONDS = 20.0  # on a busy file system, ranks finish importing Python modules seconds apart
 _BACKEND_ERROR = re.compile(r"gloo|nccl|pair closure", re.IGNORECASE)  # gloo raises plain RuntimeErrors
 
 
 @contextmanager
 def one_voice(world: World, *, still_seconds: float = STILL_SECONDS) -> Iterator[None]:
-    """An error that every rank finds is told by the first rank of each host.
+    """A context manager for errors that every rank finds: only the first rank of each host reports them.
 
-    For what is done before `watch.running`, when the ranks cannot talk to each other yet. The other ranks of a host keep still until
-    the launcher, which has seen the first one fail, ends them. If it does not, the error is theirs alone, and they tell it.
+    It is for work before `watch.running`, when ranks cannot communicate yet. The other ranks of a host stay silent until
+    the launcher, which sees the first rank fail, ends them. If it does not, the error is their own, and they report it.
 
     Args:
         world: The place of this rank.
-        still_seconds: How long they keep still.
+        still_seconds: How long other ranks stay silent.
     """
     completed = False
     try:
@@ -53,12 +53,12 @@ def one_voice(world: World, *, still_seconds: float = STILL_SECONDS) -> Iterator
 
 
 def heeded_end_signals() -> tuple[signal.Signals, ...]:
-    """Those of `END_SIGNALS` that count: what whoever started this process has it ignore, as nohup does with SIGHUP, stays ignored."""
+    """The signals of `END_SIGNALS` that are not ignored; those that the parent process had ignored (nohup ignores SIGHUP) stay ignored."""
     return tuple(number for number in END_SIGNALS if number == signal.SIGTERM or signal.getsignal(number) is not signal.SIG_IGN)
 
 
 def exit_code_of(error: BaseException) -> int:
-    """The exit code of a process that this error ends."""
+    """The exit code for a process that ends with this error."""
     if isinstance(error, Phase8Error):
         return error.exit_code
     if isinstance(error, SystemExit):
@@ -67,12 +67,12 @@ def exit_code_of(error: BaseException) -> int:
 
 
 def is_echo(error: BaseException) -> bool:
-    """Whether an error may be what the failure of another rank looks like from here."""
+    """Whether an error may be a consequence of the failure of another rank."""
     return isinstance(error, dist.DistError) or (isinstance(error, RuntimeError) and _BACKEND_ERROR.search(str(error)) is not None)
 
 
 def own_message(error: BaseException, *, rank: int) -> str:
-    """What a rank says about its own error: the sentence if it was raised on purpose, else the traceback."""
+    """The message of a rank about its own error: the sentence of a deliberate error, otherwise the traceback."""
     if isinstance(error, Phase8Error):
         return "".join(f"rank {rank}: {line}\n" for line in describe_error(error).splitlines())
     if isinstance(error, KeyboardInterrupt):
@@ -83,7 +83,7 @@ def own_message(error: BaseException, *, rank: int) -> str:
 
 
 def summary(error: BaseException) -> str:
-    """One line about an error."""
+    """An error in one line."""
     if isinstance(error, Phase8Error):
         return first_line(error)
     if isinstance(error, SystemExit):
@@ -93,33 +93,33 @@ def summary(error: BaseException) -> str:
 
 
 def first_line(error: BaseException) -> str:
-    """The first line of a message, or the name of an error that has none."""
+    """The first line of an error's message, or the name of the error if the message is empty."""
     return (str(error).strip() or type(error).__name__).splitlines()[0]
 
 
 def leave_word(error_file: str | None, message: str) -> None:
-    """Writes what torchrun shows at the end of its account, below the exit codes of all ranks; None: there is no torchrun."""
+    """Writes the message that torchrun shows in its summary after the exit codes; None: torchrun did not start this process."""
     if error_file is None:
         return
     word = {"message": {"message": message, "extraInfo": {"py_callstack": message.rstrip(), "timestamp": str(int(time.time()))}}}
-    with contextlib.suppress(OSError):  # a full disk must not hide what was told already
+    with contextlib.suppress(OSError):  # a full disk must not hide a message that was already printed
         Path(error_file).write_text(json.dumps(word), encoding="utf-8")
 
 
 def leave(exit_code: int) -> NoReturn:
-    """Ends the process whatever its other threads wait for."""
+    """Ends the process without waiting for its other threads."""
     within(FLUSH_SECONDS, _flush)
     os._exit(exit_code)
 
 
 def within(seconds: float, work: Callable[[], None]) -> None:
-    """Does something that may never end, and goes on without it then."""
+    """Runs something that may never return, and continues without it after a time-out."""
     thread = threading.Thread(target=work, daemon=True)
     thread.start()
     thread.join(seconds)
 
 
 def _flush() -> None:
-    with contextlib.suppress(OSError, ValueError):  # nobody reads any more
+    with contextlib.suppress(OSError, ValueError):  # stderr may be closed
         sys.stdout.flush()
         sys.stderr.flush()

@@ -1,4 +1,4 @@
-"""What the ranks tell each other about where they are and why they stop: plain values and sentences, no torch."""
+"""Messages between ranks about their position and the reason for stopping: plain values and sentences, no torch."""
 
 from __future__ import annotations
 
@@ -9,13 +9,13 @@ from dataclasses import asdict, dataclass
 
 @dataclass(frozen=True)
 class Position:
-    """Where a rank is in its work.
+    """The current position of a rank in its work.
 
     Args:
-        step: The optimizer step, from 1; 0: before the first.
-        doing: What it does there.
-        ordinal: How many things it has begun in this step.
-        finished: It has ended its work and waits for the others.
+        step: The optimizer step, from 1; 0: before the first step.
+        doing: The current action.
+        ordinal: Number of actions begun in this step.
+        finished: It has finished its work and waits for the other ranks.
     """
 
     step: int = 0
@@ -25,7 +25,7 @@ class Position:
 
     @property
     def order(self) -> tuple[bool, int, int]:
-        """Smaller for a rank that is behind."""
+        """Sort key; smaller for a rank that is behind."""
         return (self.finished, self.step, self.ordinal)
 
     def __str__(self) -> str:
@@ -34,13 +34,13 @@ class Position:
 
 @dataclass(frozen=True)
 class Beat:
-    """The sign of life of a rank.
+    """A sign of life of a rank.
 
     Args:
-        count: Grows with every beat.
-        process: Id of the process on its host; 0: not known yet.
-        position: Where it is.
-        age_seconds: For how long it has been there.
+        count: Increases with every beat.
+        process: Process id on its host; 0: not known yet.
+        position: Current position of the rank.
+        age_seconds: Time since the position changed.
     """
 
     count: int = -1
@@ -49,25 +49,25 @@ class Beat:
     age_seconds: float = 0.0
 
     def to_json(self) -> str:
-        """For the store."""
+        """The JSON text for the store."""
         return json.dumps(asdict(self))
 
     @staticmethod
     def from_json(text: bytes) -> Beat:
-        """From the store."""
+        """Parses the JSON text from the store."""
         values = json.loads(text)
         return Beat(**{**values, "position": Position(**values["position"])})
 
 
 @dataclass(frozen=True)
 class Failure:
-    """Why the world stops.
+    """The reason why all ranks stop.
 
     Args:
-        rank: Who failed, is lost or is behind.
-        exit_code: Of every rank.
-        sentence: What happened.
-        kind: `error`: the rank raised and tells it itself; `lost`: it is gone; `stall`: nobody moves.
+        rank: The rank that failed, is lost or is behind.
+        exit_code: Exit code of every rank.
+        sentence: Description of the failure.
+        kind: `error`: the rank raised and reports it itself; `lost`: its process is gone; `stall`: no rank moves.
     """
 
     rank: int
@@ -76,17 +76,17 @@ class Failure:
     kind: str
 
     def to_json(self) -> str:
-        """For the store."""
+        """The JSON text for the store."""
         return json.dumps(asdict(self))
 
     @staticmethod
     def from_json(text: bytes) -> Failure:
-        """From the store."""
+        """Parses the JSON text from the store."""
         return Failure(**json.loads(text))
 
 
 def describe_loss(rank: int, beat: Beat, *, reason: str) -> str:
-    """The sentence about a rank that is gone."""
+    """The sentence about a rank whose process is gone."""
     return (
         f"rank {rank} is lost: {reason}; it was last at {beat.position}; "
         "look for its own message, for an out-of-memory kill in the system log of its host, and at the host itself."
@@ -94,7 +94,7 @@ def describe_loss(rank: int, beat: Beat, *, reason: str) -> str:
 
 
 def find_stall(beats: Sequence[Beat], *, timeout_seconds: float) -> tuple[int, str] | None:
-    """The rank that is behind and the sentence about it, if no rank has moved for the time-out."""
+    """The rank that is furthest behind and a sentence about it, if no rank has moved for the time-out; otherwise None."""
     if min(beat.age_seconds for beat in beats) < timeout_seconds:
         return None
     positions = [beat.position for beat in beats]

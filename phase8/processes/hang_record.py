@@ -1,4 +1,4 @@
-"""What a rank leaves behind for whoever looks into a hang: where its Python code is, and its last collectives."""
+"""The hang record of a rank for debugging: its Python stacks and its last collectives."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ from phase8.terminal import ESCAPED
 def write_hang_record(directory: Path, *, rank: int, device_type: str) -> None:
     """Writes `rank-N.stack.txt` and `rank-N.collectives.json` for rank N.
 
-    The collectives come from the flight recorder of torch, which keeps as many as TORCH_FR_BUFFER_SIZE said when the process group was
-    made. It is the JSON form: the other one is a pickle.
+    The collectives come from torch's flight recorder, which keeps the number that TORCH_FR_BUFFER_SIZE gave when the process group was
+    created. Its JSON form is used, because the other form is a pickle.
 
     Args:
-        directory: Made if it is not there.
-        rank: Of this process.
-        device_type: `cuda`: the collectives of NCCL, else those of gloo.
+        directory: Directory of the records; it is created if missing.
+        rank: Number of this rank.
+        device_type: `cuda`: collectives of NCCL are recorded; otherwise those of gloo.
     """
     directory.mkdir(parents=True, exist_ok=True)
     frames = sys._current_frames()

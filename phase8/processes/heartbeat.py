@@ -1,4 +1,4 @@
-"""Whose life this rank watches: the next rank, and the next one of its own host. Every rank is watched, each by two at most."""
+"""The ranks that this rank watches: the next rank, and the next one on its own host. Every rank is watched by at most two."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ from phase8.processes.failure import Beat, describe_loss
 
 
 class Neighbour:
-    """A rank that another one watches.
+    """A rank that is watched by another one.
 
     Args:
         rank: Its number.
-        has_same_launcher: torchrun started both on this host, so that its process id means something here.
+        has_same_launcher: torchrun started both on this host, so its process id is valid here.
     """
 
     def __init__(self, rank: int, *, has_same_launcher: bool):
@@ -22,11 +22,11 @@ class Neighbour:
         self._beat, self._silent_ticks = Beat(), 0
 
     def find_loss(self, read_beat: Callable[[int], Beat], *, tick_seconds: float, heartbeat_seconds: float) -> str | None:
-        """The sentence about its loss, if it is lost; to be asked every tick.
+        """A sentence about the loss of the rank, or None; to be called every tick.
 
-        Silence is counted in ticks, so that a pause of this process is not taken for one of the other.
+        Silence is counted in ticks, so that a pause of this process is not mistaken for one of the other.
         """
-        # Looked at before the beat is read: a rank that has finished says so before its process ends.
+        # Read before the beat: a rank that has finished says so before its process ends.
         is_gone = self._has_same_launcher and self._beat.process != 0 and not _is_alive(self._beat.process)
         beat = read_beat(self.rank)
         self._silent_ticks = self._silent_ticks + 1 if beat.count == self._beat.count else 0
@@ -41,7 +41,7 @@ class Neighbour:
 
 
 def neighbours_of(world: World) -> list[Neighbour]:
-    """The ranks that this one watches."""
+    """The ranks that this rank watches."""
     first_local = world.rank - world.local_rank
     has_same_launcher = world.launcher == "torchrun"  # it numbers the ranks of a host one after the other
     next_ranks = {(world.rank + 1) % world.world_size}

@@ -1,7 +1,7 @@
-"""How the processes of a world meet: a store, the name of the attempt, and the default process group.
+"""How the processes of a run meet: a store, the name of the attempt, and the default process group.
 
-torchrun keeps one store over all its restarts, and nothing it tells a process names the attempt on every host alike. So rank 0 names
-the attempt, and everything it says goes under that name: an attempt never reads what an earlier one has left in the store.
+torchrun keeps one store over all its restarts, and none of its variables names the attempt consistently on every host. So rank 0 chooses
+a name for the attempt, and all keys of the attempt begin with it: an attempt never reads what an earlier one left in the store.
 """
 
 from __future__ import annotations
@@ -23,24 +23,24 @@ from phase8.processes.failure import describe_ranks
 from phase8.terminal import warn
 
 POLL_SECONDS = 0.02
-# The backends give up later than the watch, which can tell who hangs and where.
+# The backends time out later than the watch, which can report who hangs and where.
 BACKEND_MARGIN_SECONDS = 60.0
 
 
 @contextmanager
 def process_group(world: World, *, device_type: str = "cpu", timeout_seconds: float = 600.0) -> Iterator[str | None]:
-    """The default process group, for as long as the context lasts; yields the name of the attempt.
+    """A context manager for the default process group; yields the name of the attempt.
 
-    A single plain process gets no group and None. After an error in a world of several ranks the group is left as it is: destroying it
+    A single process without a launcher gets no group, and None. After an error with several ranks the group is not destroyed: destroying it
     could wait for a rank that never comes, and the process is about to end.
 
     Args:
         world: From `world_from_environment`.
         device_type: `cuda` adds NCCL for tensors on GPUs; tensors on the host always go through gloo.
-        timeout_seconds: How long to wait for the others.
+        timeout_seconds: How long to wait for the other ranks.
 
     Raises:
-        CommunicationError: The store cannot be reached, or not all ranks have come in time.
+        CommunicationError: The store cannot be reached, or some ranks did not arrive in time.
         ConfigError: There are more processes than GPUs on this host.
     """
     if world.address is None:
@@ -66,10 +66,10 @@ def process_group(world: World, *, device_type: str = "cpu", timeout_seconds: fl
 
 
 def connect(world: World, *, timeout_seconds: float, serve: bool = False) -> dist.Store:
-    """A connection of its own to the store of the world; with `serve`, the store itself.
+    """Opens a separate connection to the store; with `serve`, opens the store itself.
 
     Raises:
-        CommunicationError: It cannot be reached.
+        CommunicationError: The store cannot be reached.
     """
     host, port = world.address
     timeout = timedelta(seconds=timeout_seconds)
@@ -83,12 +83,12 @@ def connect(world: World, *, timeout_seconds: float, serve: bool = False) -> dis
 
 
 def meet(store: dist.Store, world: World, *, timeout_seconds: float) -> str:
-    """Waits until all ranks of this attempt are there, and returns its name.
+    """Waits until all ranks of this attempt have arrived; returns the attempt's name.
 
-    Each rank writes a word of its own; rank 0 answers each word with the name, until every rank has called by that name.
+    Each rank writes a word of its own; rank 0 answers each word with the name, until every rank has confirmed the name.
 
     Raises:
-        CommunicationError: Not all came in time; the message says which ranks are missing, as far as this rank can tell.
+        CommunicationError: Some ranks did not arrive in time; the message names them, as far as this rank knows.
     """
     deadline = time.monotonic() + timeout_seconds
     if world.rank == 0:
@@ -111,7 +111,7 @@ def meet(store: dist.Store, world: World, *, timeout_seconds: float) -> str:
 
 
 def _welcome(store: dist.Store, attempt: str, world_size: int, deadline: float) -> list[int]:
-    """Answers every rank until all have arrived; returns those that have not by the deadline."""
+    """Answers every rank until all have arrived; returns the ranks that have not arrived by the deadline."""
     missing = list(range(1, world_size))
     while missing:
         for rank in missing:
@@ -152,7 +152,7 @@ def _initialise(world: World, store: dist.Store, *, device_type: str, timeout_se
 
 
 def _say_goodbye(store: dist.Store, world: World) -> None:
-    """Keeps the store open until nobody reads it any more."""
+    """Keeps the store open until no rank reads it any more."""
     if world.hosts_store:
         deadline = time.monotonic() + BACKEND_MARGIN_SECONDS
         for rank in range(1, world.world_size):

@@ -1,21 +1,21 @@
-"""How a world of several ranks ends: together, within seconds, with one message.
+"""How a run of several ranks ends: all ranks together, within seconds, with one message.
 
-Every rank runs two small threads beside its work. One writes a sign of life into the store (a beat: what the rank is doing) every
-second and reads what the others have left there; the other sees to it that the first has not got stuck in a store that is gone.
+Every rank runs two small threads beside its work. One writes a beat into the store (a sign of life with the current action) every
+second and reads those of other ranks. The other ends the process if the first is stuck because the store is gone.
 
 | what happens | what the ranks do |
 |---|---|
-| all ranks find the same error before they meet | the first rank of each host tells it (`exit.one_voice`) |
-| a rank raises | it tells its message and exits with its code; the others, in collectives that it never joins, follow; rank 0 says why |
-| a rank is killed | its neighbours see that its process is gone, or on another host that its beat stops; all exit with 7 |
-| a collective breaks | gloo raises where a peer is gone: an echo, so the rank waits for the record of what really happened |
-| nobody moves for the time-out | rank 0 reads where everybody is and names who is behind; every rank leaves a hang record; all exit with 7 |
-| the store is gone | with it the host of rank 0: one rank of each host says so; all exit with 7 |
-| SIGTERM, SIGHUP, SIGUSR1 | a failure, after which the launcher signals too, is left the time to be told; then the rank exits with 128 + number |
+| all ranks find the same error before they meet | the first rank of each host reports it (`exit.one_voice`) |
+| a rank raises | it prints its message and exits with its code; the rest, in collectives that it never joins, follow; rank 0 prints the reason |
+| a rank is killed | the ranks that watch it see that its process is gone, or on another host that its beat stops; all exit with 7 |
+| a collective breaks | gloo raises where a peer is gone; the rank treats this as an echo and waits for the record of the actual failure |
+| no rank moves for the time-out | rank 0 reads all positions and names the rank that is behind; every rank writes a hang record; all exit with 7 |
+| the store is gone | the host of rank 0 is lost: one rank of each host says so; all exit with 7 |
+| SIGTERM, SIGHUP, SIGUSR1 | a failure after which the launcher signals gets time to be reported; then the rank exits with 128 + number |
 
-The training loop has its own handlers of these signals, which let the step finish and save. A rank that ends because of another one leaves
-by `os._exit`: its main thread may sit in a collective for ever. torchrun itself exits with 1 whatever its ranks did; its account of
-them ends with the code and the message of the first rank that failed, which is why that rank leaves first.
+The training loop has its own handlers of these signals, which finish the step and save. A rank that ends because of another one uses
+`os._exit`, because its main thread may be in a collective forever. torchrun itself exits with 1 whatever its ranks did; its summary
+ends with the code and the message of the first rank that failed, so that rank must exit first.
 """
 
 from __future__ import annotations
@@ -54,19 +54,19 @@ from phase8.processes.rendezvous import connect, process_group
 from phase8.terminal import tell
 
 FAILURE, ACKNOWLEDGED, LEFT, FINISHED, EVERYONE_FINISHED = "failure", "acknowledged", "left", "finished", "everyone_finished"
-# torchrun looks at its processes ten times a second: the first that failed is gone for this long before the others follow.
+# torchrun polls its processes ten times a second; the first failed rank must be gone for this long before the rest follow.
 FOLLOW_SECONDS = 1.0
-PATIENCE_SECONDS = 5.0  # with ranks that do not answer while the world ends
+PATIENCE_SECONDS = 5.0  # time for ranks that do not answer while the run ends
 POLL_SECONDS = 0.1
 
 
 @dataclass(frozen=True)
 class Limits:
-    """When a world gives up.
+    """Time-outs of a run.
 
     Args:
-        timeout_seconds: How long the ranks may take to meet, and how long all of them may stay where they are.
-        heartbeat_seconds: How long a rank of another host may be silent. A process that is stopped or holds the interpreter lock is
+        timeout_seconds: How long the ranks may take to meet, and how long all of them may stay at one position.
+        heartbeat_seconds: How long a rank of another host may be silent. A process that is stopped or holds the interpreter lock is silent
             silent too.
         tick_seconds: Time between two beats.
     """
@@ -78,19 +78,19 @@ class Limits:
 
 @contextmanager
 def running(world: World, *, device_type: str = "cpu", limits: Limits | None = None, hang_directory: Path | None = None) -> Iterator[Watch]:
-    """The process group and the watch over it, for as long as the ranks work together.
+    """A context manager for the process group and the watch over it.
 
-    When a world of several ranks fails in here, the process ends in here too. With one rank, errors are raised as usual.
+    If one of several ranks fails inside, the process ends inside as well. With one rank, errors are raised as usual.
 
     Args:
         world: From `world_from_environment`.
         device_type: `cpu` or `cuda`.
-        limits: When to give up.
-        hang_directory: Where ranks leave hang records; None: nowhere.
+        limits: The time-outs.
+        hang_directory: Directory for hang records; None: none are written.
 
     Raises:
-        CommunicationError: The ranks do not meet.
-        ConfigError: More processes than GPUs.
+        CommunicationError: The ranks do not meet in time.
+        ConfigError: There are more processes than GPUs.
     """
     limits = Limits() if limits is None else limits
     with process_group(world, device_type=device_type, timeout_seconds=limits.timeout_seconds) as attempt:
@@ -103,14 +103,14 @@ def running(world: World, *, device_type: str = "cpu", limits: Limits | None = N
 
 
 class Watch:
-    """Where this rank is, and the watch over the others.
+    """The position of this rank, and the watch over the other ranks.
 
     Args:
         world: The place of this rank.
-        store: A connection of its own, to keys of this attempt; None: there are no others.
-        limits: When to give up.
-        device_type: Whose collectives a hang record shows.
-        hang_directory: Where hang records go.
+        store: A separate connection, with the keys of this attempt; None: there is one rank.
+        limits: The time-outs.
+        device_type: Device whose collectives a hang record shows.
+        hang_directory: Directory for hang records.
     """
 
     def __init__(
@@ -129,14 +129,14 @@ class Watch:
         self._neighbours = neighbours_of(world)
         self._done = threading.Event()
         self._threads = [threading.Thread(target=work, name=f"phase8{work.__name__}", daemon=True) for work in (self._watch, self._guard)]
-        self._handlers: dict[signal.Signals, object] = {}  # that were there before
+        self._handlers: dict[signal.Signals, object] = {}  # handlers to be restored
 
     def report(self, *, step: int, doing: str) -> None:
-        """Says what this rank does from now on; costs next to nothing, the thread passes it on.
+        """Sets the current position of this rank; cheap, since the thread writes it to the store.
 
         Args:
             step: The optimizer step, from 1.
-            doing: For the message about a hang, such as `forward of microbatch 3`.
+            doing: Current action for the message about a hang, such as `forward of microbatch 3`.
         """
         self._move_to(Position(step, doing, ordinal=self._position.ordinal + 1 if step == self._position.step else 1))
 
@@ -161,10 +161,10 @@ class Watch:
     def _move_to(self, position: Position) -> None:
         self._position, self._moved_at = position, time.monotonic()
 
-    # ---- the main thread: how this rank ends
+    # ---- the main thread: how this rank exits
 
     def _finish(self) -> None:
-        """Waits until all ranks have finished: until then one that fails still stops them all."""
+        """Waits until all ranks have finished; until then, the failure of any of them still stops all."""
         self._move_to(replace(self._position, finished=True))
         self._send_beat()
         if self._store.add(FINISHED, 1) == self.world.world_size:
@@ -173,12 +173,12 @@ class Watch:
             time.sleep(POLL_SECONDS)
 
     def _fail(self, error: BaseException) -> NoReturn:
-        """Tells what this rank has found, unless another was first, and ends the process."""
+        """Records the failure of this rank unless another was recorded first, and ends the process."""
         if self._handlers:
-            for number in (*self._handlers, signal.SIGINT):  # it ends already
+            for number in (*self._handlers, signal.SIGINT):  # it is ending already
                 signal.signal(number, signal.SIG_IGN)
         if is_echo(error):
-            time.sleep(self.limits.heartbeat_seconds + 3 * self.limits.tick_seconds)  # the watch ends this process once it knows why
+            time.sleep(self.limits.heartbeat_seconds + 3 * self.limits.tick_seconds)  # the watch ends this process once it knows the reason
             error = CommunicationError(
                 f"a collective failed at {self._position}, but no rank is known to have failed ({first_line(error)}); "
                 "look at the network between the hosts."
@@ -187,9 +187,9 @@ class Watch:
         try:
             is_first = self._claim(failure)
         except dist.DistError:
-            is_first = True  # nobody else can tell it
+            is_first = True  # no other rank can report it
         if not is_first:
-            time.sleep(PATIENCE_SECONDS)  # the watch ends this process with the code of the first
+            time.sleep(PATIENCE_SECONDS)  # the watch ends this process with the exit code of the first failure
             leave(failure.exit_code)
         message = own_message(error, rank=self.world.rank)
         tell(message)
@@ -203,7 +203,7 @@ class Watch:
         self._done.wait(FOLLOW_SECONDS + 3 * self.limits.tick_seconds)
         raise SystemExit(128 + number)
 
-    # ---- the threads: how this rank learns about the others
+    # ---- the threads: how this rank learns about the other ranks
 
     def _watch(self) -> None:
         try:
@@ -215,7 +215,7 @@ class Watch:
                 self._end_without_store(first_line(error))
 
     def _guard(self) -> None:
-        """Ends the process when the watch cannot: a host that has lost its power never answers."""
+        """Ends the process when the watch itself is stuck: a host that has lost power never answers."""
         count, silent_ticks = self._count, 0
         while not self._done.wait(self.limits.tick_seconds):
             silent_ticks = silent_ticks + 1 if count == self._count else 0
@@ -224,14 +224,14 @@ class Watch:
                 self._end_without_store(f"no answer for {self.limits.heartbeat_seconds:g} s")
 
     def _send_beat(self) -> None:
-        with self._beating:  # a beat never overtakes one that says more
+        with self._beating:  # a beat must not overtake a more recent one
             age_seconds = time.monotonic() - self._moved_at
             beat = Beat(self._count, os.getpid(), self._position, age_seconds)
             self._store.set(f"beat/{self.world.rank}", beat.to_json())
             self._count += 1
 
     def _look(self) -> None:
-        """Ends this process if a failure is recorded; if not, looks whether there is one to record."""
+        """Ends this process if a failure is recorded; otherwise looks for one to record."""
         if self._store.check([FAILURE]):
             failure = Failure.from_json(self._store.get(FAILURE))
             if failure.kind != "error" or failure.rank != self.world.rank:
@@ -254,7 +254,7 @@ class Watch:
         return None
 
     def _find_stall(self) -> Failure | None:
-        """Rank 0 looks for all, once it does not move itself."""
+        """Rank 0 looks for a stall of any rank, once it does not move itself."""
         timeout_seconds = self.limits.timeout_seconds
         if self.world.rank != 0 or time.monotonic() - self._moved_at < timeout_seconds:
             return None
@@ -266,12 +266,12 @@ class Watch:
         return Beat.from_json(self._store.get(key)) if self._store.check([key]) else Beat()
 
     def _end(self, failure: Failure, *, tells: bool) -> NoReturn:
-        """Ends this process because of another rank, or because nobody moves."""
+        """Ends this process because of another rank, or because no rank moves."""
         directory = self._hang_directory
         if failure.kind == "stall" and directory is not None:
             within(PATIENCE_SECONDS, lambda: write_hang_record(directory, rank=self.world.rank, device_type=self._device_type))
         if tells:
-            time.sleep(POLL_SECONDS)  # the rank that failed tells its own message first
+            time.sleep(POLL_SECONDS)  # the failed rank prints its own message first
             tell(f"error: {f'stopped because rank {failure.rank} failed: ' if failure.kind == 'error' else ''}{failure.sentence}\n")
         with contextlib.suppress(dist.DistError):
             self._store.add(ACKNOWLEDGED, 1)

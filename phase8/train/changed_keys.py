@@ -1,4 +1,4 @@
-"""Config keys whose values are others than those of the checkpoint that a run goes on from: each is said and recorded, a line for a key."""
+"""Config keys whose values differ from those of the checkpoint from which a run continues: each is shown and recorded in one line."""
 
 from __future__ import annotations
 
@@ -13,18 +13,18 @@ from phase8.config.describe import describe_value, iterate_keys
 from phase8.config.load import config_to_mapping
 from phase8.config.schema import RunConfig
 
-# They say where a run is kept, what it shows, when it saves and stops, and how its data are fetched: the same steps are taken.
+# Keys for where a run is kept, what it shows, when it saves and stops, and how data are fetched: the steps are the same.
 _WITHOUT_EFFECT = (
     "run.", "observe.", "checkpoint.", "data.cache_dir", "data.num_workers", "data.prefetch_factor", "data.persistent_workers", "data.pin_memory",
     "data.allow_fingerprint_change", "parallel.timeout_seconds", "train.stop_at_step",
 )  # fmt: skip
-# Somebody who changes it expects other weights.
+# A user who changes one of these expects other weights.
 _FIRST_WEIGHTS = "checkpoint.initialise_from"
 
 
 @dataclass(frozen=True)
 class ChangedKey:
-    """A key and its two values, as JSON has them."""
+    """A key with its two values as JSON."""
 
     name: str
     old: Any
@@ -36,16 +36,16 @@ class ChangedKey:
 
     @property
     def record(self) -> dict[str, str | int | float | None]:
-        """Fields of the event in the record of the run."""
+        """Fields of the event in the metrics of the run."""
         return {"key": self.name, "old": _scalar(self.old), "new": _scalar(self.new)}
 
 
 def changed_keys(saved: RunConfig, config: RunConfig) -> list[ChangedKey]:
-    """What has changed since a config was saved, in the order of the schema.
+    """The keys that have changed since a config was saved, in the order of the schema.
 
     Args:
         saved: The config of a checkpoint.
-        config: That of the run.
+        config: The config of the run.
     """
     before, now = config_to_mapping(saved), config_to_mapping(config)
     pairs = ((name, _value(before, name), _value(now, name)) for name, _ in iterate_keys())

@@ -1,4 +1,4 @@
-"""Which data a run trains on: the user's files, or the embedded corpus."""
+"""The training data of a run: the user's files, or the embedded corpus."""
 
 from __future__ import annotations
 
@@ -25,10 +25,10 @@ class RunData:
     Args:
         train: Training sequences.
         validation: Held-out sequences; None: no evaluation.
-        tokenizer: None when the config names none.
+        tokenizer: The tokenizer; None if the config names none.
         reference_losses: Losses to compare with, by name, in nats per token.
-        fingerprint: What decides, with the seed, which tokens a sample holds; hashed once, for every checkpoint records it.
-        description: For the banner.
+        fingerprint: What determines, with the seed, the tokens of each sample; computed once, and recorded in every checkpoint.
+        description: Text for the banner.
     """
 
     train: SequenceDataset
@@ -39,7 +39,7 @@ class RunData:
     description: str
 
     def epochs(self, samples_consumed: int) -> dict[str, float]:
-        """Epochs that each source of the training data has delivered, by its name, once so many samples are read."""
+        """Epochs that each source of the training data has delivered, by its name, after this many samples."""
         names = source_names([source.prefix for source in self.train.sources])
         return dict(zip(names, self.train.order.epochs(samples_consumed), strict=True))
 
@@ -48,10 +48,10 @@ def open_run_data(config: RunConfig, *, on_progress: Callable[[str, int, int], N
     """Opens the data of a config; prepares the embedded corpus on first use.
 
     Args:
-        config: A valid one.
+        config: A valid config.
         on_progress: Called with stage, amount done and amount in all.
-        check_ids: Make sure that the tokenizer made the tokens, where their writer recorded it, and that all ids are inside the vocabulary,
-            which may take reading them all; one rank of a run is enough.
+        check_ids: Check that the tokenizer made the tokens, where their writer recorded it, and that all ids are inside the vocabulary,
+            which may read all of them; one rank of a run does this.
 
     Raises:
         DataError: A file is missing, damaged, too short, or does not fit the tokenizer or the model's vocabulary; a pattern mixes training
@@ -106,7 +106,7 @@ def _check_apart(train: SequenceDataset, validation: SequenceDataset) -> None:
 
 
 def _split(dataset: SequenceDataset, text: str) -> tuple[SequenceDataset, SequenceDataset | None]:
-    """Training and validation part; no validation where its share is 0."""
+    """The training and the validation part; no validation if its share is 0."""
     train, validation = split_shares(text)
     held_out = None if validation[0] == validation[1] else dataset.part(validation, name="validation")
     return dataset.part(train, name="training"), held_out

@@ -14,26 +14,26 @@ from phase8.plan.whole_config import count_parameters, shapes_only
 from phase8.processes.bootstrap import World
 
 _SAVED_BYTES_PER_PARAMETER = 12  # the weight and both moments of AdamW
-_WORTH_SAVING_ASIDE_BYTES = 4e9  # less is written while a step or two would be taken
+_WORTH_SAVING_ASIDE_BYTES = 4e9  # a smaller checkpoint is written in the time of a step or two
 
 
 def select_device(name: str, *, local_rank: int = 0) -> torch.device:
-    """The device that `--device` names; `auto` takes the GPU if there is one. Of several processes of a host each takes its own GPU.
+    """The device for `--device`; `auto` takes the GPU if there is one. On a host with several processes, each takes its own GPU.
 
     Raises:
-        ConfigError: `cuda` without a usable GPU.
+        ConfigError: `cuda` was given without a usable GPU.
     """
     if name == "cuda" and not torch.cuda.is_available():
         raise ConfigError("--device is cuda, but torch finds no usable GPU; use --device cpu, or install a CUDA build of torch and its driver.")
     if name == "cpu" or not torch.cuda.is_available():
         return torch.device("cpu")
-    if local_rank < torch.cuda.device_count():  # too many processes are refused when they meet
+    if local_rank < torch.cuda.device_count():  # too many processes are refused at the rendezvous
         torch.cuda.set_device(local_rank)
     return torch.device("cuda", torch.cuda.current_device())
 
 
 def this_device(device: torch.device, config: RunConfig) -> Device:
-    """What the planner wants to know of a device, as it is before the run takes anything of it."""
+    """The planner's facts about the device, measured before the run uses it."""
     if device.type != "cuda":
         return Device("cpu", "CPU", 0, 0, can_compile=False)
     free, total = torch.cuda.mem_get_info(device)
@@ -43,17 +43,17 @@ def this_device(device: torch.device, config: RunConfig) -> Device:
 
 
 def limit_memory(device: torch.device, limit_gib: float | None) -> None:
-    """Makes torch's allocator refuse more than a share of the memory of a device."""
+    """Limits torch's allocator to a share of the device's memory."""
     if device.type == "cuda" and limit_gib is not None:
         total = torch.cuda.get_device_properties(device).total_memory
         torch.cuda.set_per_process_memory_fraction(min(limit_gib * 2**30 / total, 1.0), device)
 
 
 def host_settings(config: RunConfig, device_type: str) -> dict[str, object]:
-    """Values for the automatic settings of the host."""
+    """Values for the automatic settings that concern the host."""
     num_cores, is_gpu = len(os.sched_getaffinity(0)), device_type == "cuda"
     return {
-        # One process keeps ahead of a GPU whose steps are short; a second one hides what the first waits for.
+        # One process keeps up with a GPU whose steps are short; a second one hides its delays.
         "data.num_workers": min(2, num_cores // 4) if is_gpu else 0,
         "data.pin_memory": is_gpu,
         "checkpoint.asynchronous": is_gpu and _saved_bytes(config) >= _WORTH_SAVING_ASIDE_BYTES,
@@ -65,9 +65,9 @@ def _saved_bytes(config: RunConfig) -> int:
 
 
 def share_cores(zero: ZeroSection, world: World, device: torch.device) -> None:
-    """Gives a rank on a GPU its share of the host's cores when its optimizer computes there.
+    """Gives a rank on a GPU its share of the host's cores if its optimizer runs on the host.
 
-    torchrun sets OMP_NUM_THREADS to 1 unless somebody has chosen a number: right for ranks that launch kernels, not for AdamW on the host.
+    torchrun sets OMP_NUM_THREADS to 1 unless the user has set it: right for ranks that launch kernels, but not for AdamW on the host.
     """
     is_left_to_torchrun = world.launcher == "torchrun" and os.environ.get("OMP_NUM_THREADS") == "1"
     if device.type == "cuda" and zero.offload_optimizer != "none" and is_left_to_torchrun:
@@ -75,26 +75,26 @@ def share_cores(zero: ZeroSection, world: World, device: torch.device) -> None:
 
 
 def device_name(device: torch.device) -> str:
-    """The device as its vendor calls it."""
+    """The vendor's name of the device."""
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
     return f"CPU, {torch.get_num_threads()} threads"
 
 
 def visible_gpus() -> list[str]:
-    """The GPUs of this process, as CUDA_VISIBLE_DEVICES names them to another."""
+    """The GPUs of this process, by the names that CUDA_VISIBLE_DEVICES takes."""
     given = os.environ.get("CUDA_VISIBLE_DEVICES")
     names = [name.strip() for name in given.split(",")] if given is not None else list(map(str, range(torch.cuda.device_count())))
     return names[: torch.cuda.device_count()]
 
 
 def environment_with_gpu(name: str | None) -> dict[str, str]:
-    """The environment of a process that is to see one GPU of `visible_gpus` alone; None: all that this process sees."""
+    """The environment of a process that sees only one GPU of `visible_gpus`; None: it sees all that this process sees."""
     return {**os.environ, **({} if name is None else {"CUDA_VISIBLE_DEVICES": name})}
 
 
 def require_determinism() -> None:
-    """Makes torch refuse operations without a deterministic implementation; call before the first use of the GPU."""
-    # cuBLAS is deterministic only with a fixed workspace, and reads its size from the environment.
+    """Makes torch refuse operations without a deterministic implementation; must be called before the first use of the GPU."""
+    # cuBLAS is deterministic only with a fixed workspace size, which it reads from the environment.
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     torch.use_deterministic_algorithms(True)

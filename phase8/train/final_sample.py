@@ -1,4 +1,4 @@
-"""A sample of what the model writes, at the end of a run."""
+"""A text sample of the model, at the end of a run."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from phase8.model.model import LanguageModel
 
 
 def write_sample(model: LanguageModel, tokenizer: Tokenizer, config: RunConfig, console: Console) -> str:
-    """Prints and returns `observe.sample_prompt` and what the model continues it with."""
+    """Prints and returns `observe.sample_prompt` with the model's continuation."""
     observe = config.observe
     prompt = observe.sample_prompt or ""
     tokens = prompt_tokens(tokenizer, prompt, after_document_end=not config.data.reset_at_document_boundaries)

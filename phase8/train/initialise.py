@@ -1,4 +1,4 @@
-"""The first weights of a new run taken from another model (`checkpoint.initialise_from`): step 0, with data, schedule and optimizer of its own."""
+"""Initial weights of a new run from another model (`checkpoint.initialise_from`): it starts at step 0 with its own data, schedule and optimizer."""
 
 from __future__ import annotations
 
@@ -23,21 +23,21 @@ from phase8.train.engine.train_state import TrainState
 from phase8.train.restore import Restore, restore_together
 from phase8.train.run_directory import RunDirectory
 
-_Differences = Mapping[str, tuple[Any, Any]]  # key of the model section -> what it was, what it is
-# Weights of other heads have the same shapes and are another model all the same.
+_Differences = Mapping[str, tuple[Any, Any]]  # key of the model section -> value in the other model, value in the run
+# Weights of a model with other heads have the same shapes, but compute something else.
 _OF_SHAPES = ("num_heads", "head_size")
-# The weights of a head are there or not, by a key that their name does not tell.
+# Whether the head has weights depends on a key, and does not show in their names.
 _OF_HEAD = "tie_embeddings"
 
 
 @dataclass(frozen=True)
 class Origin:
-    """Where the first weights of a run came from.
+    """The origin of a run's initial weights.
 
     Args:
-        path: The directory.
-        step: Optimizer steps that they had seen; None: it does not say.
-        differences: What the run does with them that the model they come from did not, a sentence each.
+        path: The directory of the weights.
+        step: Optimizer steps of the model they come from; None: unknown.
+        differences: What the run computes differently from that model, one sentence each.
     """
 
     path: Path
@@ -49,25 +49,25 @@ class Origin:
 
     @property
     def fields(self) -> dict[str, str | int | None]:
-        """What the record of the run says of it."""
+        """The fields of the event in the run's metrics."""
         return {"source": str(self.path), "source_step": self.step, "message": "; ".join(self.differences) or None}
 
 
 def initialise_run(
     config: RunConfig, learner: TrainState, tokenizer: Tokenizer | None, *, directory: RunDirectory, resume: str, say: Callable[[str], None]
 ) -> Origin | None:
-    """Gives a run that begins the weights that its config names, on all ranks; None: it names none, or the run goes on from a checkpoint.
+    """Loads the weights that the config names into a new run, on all ranks; returns None if it names none, or if the run resumes.
 
     Args:
-        config: Of the run.
-        learner: With its first weights; keeps them when this fails.
-        tokenizer: Of the run's data.
-        directory: Of the run; nothing is written there.
+        config: Config of the run.
+        learner: Holder of the model with its first weights; unchanged if this fails.
+        tokenizer: Tokenizer of the run's data.
+        directory: Directory of the run; nothing is written there.
         resume: As for `build_run`.
-        say: Shows a line.
+        say: Shows a line of text.
 
     Raises:
-        CheckpointError: There are no such weights, they are damaged, or do not fit the model.
+        CheckpointError: The weights are missing or damaged, or do not fit the model.
     """
     source = config.checkpoint.initialise_from
     if source is None:
@@ -102,7 +102,7 @@ def initialise_run(
 
 
 def _check_fit(checkpoint: Checkpoint, config: RunConfig, different: _Differences) -> None:
-    """Refuses weights of another model, the same on every rank, whatever part of them it needs.
+    """Refuses weights of another model; the result is the same on every rank, whatever part of the weights it needs.
 
     Raises:
         CheckpointMismatchError: Names, shapes or heads differ.
@@ -125,7 +125,7 @@ def _model_sentences(different: _Differences) -> Iterator[str]:
 
 
 def _tokenizer_sentences(checkpoint: Checkpoint, tokenizer: Tokenizer | None) -> Iterator[str]:
-    """Whether the ids of the run's data may mean other text than those that the weights have learned."""
+    """Sentences about token ids that may mean other text in the run's data than in the data that trained the weights."""
     theirs = tokenizer_of(checkpoint)
     if theirs is None:
         return

@@ -1,4 +1,4 @@
-"""Too little memory is an answer: what the run needs by plan, what there is, and the nearest setting that fits."""
+"""Errors for too little memory: what the run needs by plan, what is available, and the nearest setting that fits."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from phase8.train.restart import resume_own_run
 from phase8.train.run_directory import RunDirectory
 from phase8.train.tuning import Chosen
 
-# What torch says where it has no class of error for it: of host memory, and of page-locked host memory.
+# Messages of torch for errors without a class of their own: out of host memory, and out of page-locked host memory.
 _HOST = re.compile(r"can't allocate memory|not enough memory|Cannot allocate memory", re.IGNORECASE)
 _PINNED = re.compile(r"CUDA error: out of memory|cudaHostAlloc|cudaHostRegister", re.IGNORECASE)
 _GIB = 2**30
@@ -24,17 +24,17 @@ _GIB = 2**30
 
 @contextmanager
 def memory_errors(config: RunConfig, chosen: Chosen, facts: Device, *, world_size: int, has_begun: bool) -> Iterator[None]:
-    """A block that turns running out of memory into one sentence.
+    """A context manager that turns running out of memory into one sentence.
 
     Args:
-        config: With nothing left to choose.
-        chosen: What was chosen of it.
-        facts: The device before the run took anything of it.
-        world_size: Ranks.
-        has_begun: The run directory is that of this run.
+        config: Config without automatic settings.
+        chosen: The settings that were chosen automatically.
+        facts: The device before the run used any of it.
+        world_size: Number of ranks.
+        has_begun: Whether the run directory belongs to this run already.
 
     Raises:
-        OutOfMemoryError: Instead of what torch or Python raises; with the automatic values, if there are any.
+        OutOfMemoryError: In place of what torch or Python raises; with the automatic values, if there are any.
     """
     values = chosen.values or None
     try:
@@ -52,7 +52,7 @@ def memory_errors(config: RunConfig, chosen: Chosen, facts: Device, *, world_siz
             raise
     else:
         return
-    # Raised here, where the frames that hold model and optimizer have ended: whoever catches it can use their memory.
+    # Raised here, where the frames that hold model and optimizer have ended, so that whoever catches it can use their memory.
     raise OutOfMemoryError(sentence, values, has_begun=has_begun)
 
 
@@ -64,14 +64,14 @@ def retry_with_less_memory(
     is_alone: bool,
     say: Callable[[str], None],
 ) -> None:
-    """Trains, again with the next best settings where those that were chosen automatically run out of memory.
+    """Trains; when automatically chosen settings run out of memory, trains again with the next best ones.
 
     Args:
-        attempt: Builds and trains the run, given the values that ran out before, and what to resume.
-        directory: Of the run.
-        resume: For the first attempt; a later one goes on from what the run has saved meanwhile.
-        is_alone: One process; a rank beside others ends with them.
-        say: Shows a line.
+        attempt: Builds and trains the run, given the values that ran out of memory before, and what to resume.
+        directory: Directory of the run.
+        resume: What the first attempt resumes; later attempts continue from what the run has saved meanwhile.
+        is_alone: Whether there is one process; one of several ranks ends with the rest.
+        say: Shows a line of text.
 
     Raises:
         OutOfMemoryError: The settings were explicit, or nothing else fits.

@@ -1,4 +1,4 @@
-"""One rank of each pipeline stage, built without memory on a process group that only pretends: what a run of any size would hold."""
+"""Checks a plan by building one rank of each pipeline stage, without memory, on a fake process group: the state that a run of any size holds."""
 
 from __future__ import annotations
 
@@ -20,16 +20,16 @@ from phase8.zero.fsdp import shard_size
 
 
 def check_stages(config: RunConfig, *, world_size: int, device_type: str = "cuda") -> tuple[StageMemory, ...]:
-    """The plan of every stage, after its first rank was built as a run of `world_size` processes would build it.
+    """The plan of every stage, after building its first rank as a run of `world_size` processes would.
 
     Args:
         config: Any config.
-        world_size: Ranks of the run; this process is one after the other.
-        device_type: Where the run would compute; here nothing is computed.
+        world_size: Number of ranks of the run; this process acts as one after the other.
+        device_type: Device type of the run; nothing is computed here.
 
     Raises:
-        ConfigError: The config cannot run on so many ranks.
-        Phase8Error: A rank holds something else than planned.
+        ConfigError: The config cannot run on that many ranks.
+        Phase8Error: A rank holds something other than planned.
     """
     validate(config, world_size=world_size)
     planned = plan_stages(config, world_size=world_size, device_type=device_type)
@@ -45,7 +45,7 @@ def check_stages(config: RunConfig, *, world_size: int, device_type: str = "cuda
 
 
 def _count_built(config: RunConfig, *, world_size: int, rank: int) -> int:
-    """Parameters that a rank holds between steps, in a world of which only this rank exists."""
+    """Number of parameters that a rank holds between steps, in a world where only this rank exists."""
     topology = run_topology(config.parallel, world_size=world_size)
     size = shard_size(config.zero, data_parallel_size=topology.data_parallel_size)
     dist.init_process_group("fake", store=FakeStore(), rank=rank, world_size=world_size)

@@ -1,7 +1,7 @@
-"""What `--resume` means when torchrun starts a run again: the run goes on from what it has saved itself, whatever was asked at first.
+"""`--resume` after a restart by torchrun: the run continues from what it has saved itself, whatever the first start resumed.
 
-An agent of torchrun keeps its name over all its restarts, and a group that starts again shares at least one agent with the group before.
-So a run records the agents that have trained it, beside its checkpoints, where no later launch and no earlier run can be mistaken for it.
+A torchrun agent keeps its name over all its restarts, and a group that restarts shares at least one agent with the group before.
+So a run records the agents that have trained it beside its checkpoints; a later launch or an earlier run has other agents.
 """
 
 from __future__ import annotations
@@ -17,12 +17,12 @@ from phase8.train.run_directory import RunDirectory
 
 
 def resume_after_restart(asked: str, directory: RunDirectory, *, agents: Collection[str]) -> str:
-    """The choice for `resume_run`.
+    """The value of `--resume` for `resume_run`.
 
     Args:
-        asked: `--resume`: `auto`, `none`, or a checkpoint directory.
-        directory: Of the run.
-        agents: Names of the agents that have started this group.
+        asked: The given `--resume`: `auto`, `none`, or a checkpoint directory.
+        directory: Directory of the run.
+        agents: Names of the agents that started this group.
 
     Raises:
         StorageError: The record of agents cannot be read.
@@ -33,15 +33,15 @@ def resume_after_restart(asked: str, directory: RunDirectory, *, agents: Collect
 
 
 def resume_own_run(asked: str, directory: RunDirectory) -> str:
-    """The choice for a run that began as `asked` and has the directory by now: ended before it had saved anything, it begins so again."""
+    """The value of `--resume` for a run that began as `asked` and owns its directory; before its first save, it begins as `asked` again."""
     return "auto" if asked == "none" or list_checkpoints(directory.checkpoints) else asked
 
 
 def record_agents(directory: RunDirectory, *, agents: Collection[str]) -> None:
-    """Adds to the agents that have trained this run.
+    """Adds to the names of the agents that have trained this run.
 
     Args:
-        directory: Of the run, which exists.
+        directory: Directory of the run, which exists.
         agents: As for `resume_after_restart`.
 
     Raises:
@@ -53,7 +53,7 @@ def record_agents(directory: RunDirectory, *, agents: Collection[str]) -> None:
 
 
 def recorded_agents(directory: RunDirectory) -> set[str]:
-    """Names of the agents that have trained a run.
+    """The names of the agents that have trained a run.
 
     Raises:
         StorageError: The record cannot be read.

@@ -1,4 +1,4 @@
-"""The run directory: where everything a run writes has its place."""
+"""The run directory, under which a run writes all its files."""
 
 from __future__ import annotations
 
@@ -31,31 +31,31 @@ class RunDirectory:
 
     @property
     def checkpoints(self) -> Path:
-        """One directory per saved step."""
+        """Directory with one subdirectory per saved step."""
         return self.path / "checkpoints"
 
     @property
     def superseded(self) -> Path:
-        """Checkpoints of a continuation that the user left by resuming from an earlier step."""
+        """Directory for checkpoints of a continuation that the user left by resuming from an earlier step."""
         return self.path / "superseded"
 
     @property
     def metrics(self) -> Path:
-        """The record of its steps."""
+        """Path of the metrics file."""
         return self.path / "metrics.jsonl"
 
     def owns(self, checkpoint: Path) -> bool:
-        """Whether a checkpoint is one of this run."""
+        """Whether a checkpoint belongs to this run."""
         return real_path(checkpoint).parent == real_path(self.checkpoints)
 
     @contextmanager
     def lock(self) -> Iterator[None]:
-        """Claims the run for this process, under whatever names its directory is reached; nothing is left of the claim at its end.
+        """A context manager that claims the run for this process, under any name of its directory; the claim leaves nothing behind.
 
         The lock file lies beside the directory, so that renaming the run does not move it.
 
         Raises:
-            StorageError: Another process trains in it, or its place cannot be written.
+            StorageError: Another process trains in it, or the lock file cannot be written.
         """
         place = real_path(self.path)
         path = place.with_name(f".{place.name}.lock")
@@ -64,17 +64,17 @@ class RunDirectory:
         try:
             yield
         finally:
-            with suppress(OSError):  # a lock file that is left does no harm
+            with suppress(OSError):  # a lock file that stays does no harm
                 path.unlink()
             os.close(descriptor)
-            with suppress(OSError):  # there is a run in it
+            with suppress(OSError):  # it contains a run
                 for directory in missing:
                     directory.rmdir()
 
     def _claim(self, path: Path) -> int:
-        """A descriptor of the lock file that is locked; closing it gives the lock back.
+        """Opens and locks the lock file; closing the descriptor releases the lock.
 
-        The lock is one of the process (`lockf`): loader workers, which inherit the descriptor, do not keep it when the process is killed.
+        The lock belongs to the process (`lockf`): loader workers, which inherit the descriptor, do not keep it when the process is killed.
         """
         while True:
             with storage_errors(path):
@@ -94,7 +94,7 @@ class RunDirectory:
                 os.close(descriptor)  # its last owner removed it after it was opened here
 
     def exists(self) -> bool:
-        """Whether a run of this name has left anything."""
+        """Whether a run of this name has written anything."""
         return self.path.exists()
 
     def create(self) -> None:
@@ -108,7 +108,7 @@ class RunDirectory:
                 real_path(directory).mkdir(parents=True, exist_ok=True)
 
     def keep(self, name: str, content: bytes) -> None:
-        """Writes a copy of what the run attaches to its checkpoints, for people and tools that look for it here."""
+        """Writes a copy of an attachment of the checkpoints, for people and tools that look for it here."""
         replace_file(self.path / name, content)
 
     def record(self, config: RunConfig) -> None:
@@ -117,8 +117,8 @@ class RunDirectory:
         replace_file(self.path / "config.yaml", text.encode())
 
     def set_aside(self) -> Path | None:
-        """Renames an earlier run of the same name to `<name>.1`, `.2`, ... so that a new one loses nothing; None if there is none."""
-        place = real_path(self.path) if self.path.is_symlink() else self.path  # the user's link stays
+        """Renames an earlier run of the same name to `<name>.1`, `.2`, ... so that nothing is lost; returns None if there is none."""
+        place = real_path(self.path) if self.path.is_symlink() else self.path  # the user's link is kept
         with storage_errors(place):
             if not place.exists():
                 return None
@@ -129,7 +129,7 @@ class RunDirectory:
             return aside
 
     def set_aside_checkpoints(self, steps: Iterable[Path]) -> None:
-        """Moves checkpoints out of the way of `--resume auto` without deleting them."""
+        """Moves checkpoints to another directory, where `--resume auto` does not find them, without deleting them."""
         for step in steps:
             number = 0
             while os.path.lexists(aside := self.superseded / f"{step.name}.{number}"):
@@ -145,10 +145,10 @@ def run_directory(section: RunSection) -> RunDirectory:
 
 
 def check_writable(*directories: Path) -> None:
-    """Proves that directories can be written, those that are missing in the nearest one that is there; leaves nothing.
+    """Checks that directories can be written (for a missing one, its nearest existing parent); leaves no files.
 
     Raises:
-        StorageError: One cannot.
+        StorageError: A directory cannot be written.
     """
     for directory in directories:
         nearest = real_path(directory)

@@ -1,4 +1,4 @@
-"""What the banner and the report say about a run."""
+"""Facts about a run for the banner and the report."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from phase8.train.device import device_name
 
 
 def run_facts(config: RunConfig, *, device: torch.device, shape: BatchShape, num_parameters: int, topology: Topology) -> list[Fact]:
-    """Everything but the data and the planned memory."""
+    """All facts except the data and the planned memory."""
     compiled = config.train.compile
     ranks = [("topology", describe_topology(config, topology))] if topology.world_size > 1 else []
     return [
@@ -34,7 +34,7 @@ def run_facts(config: RunConfig, *, device: torch.device, shape: BatchShape, num
 
 
 def describe_topology(config: RunConfig, topology: Topology) -> str:
-    """Degrees of the axes, the pipeline's schedule, and how data-parallel ranks divide the model."""
+    """Degrees of the axes, the pipeline's schedule, and what data-parallel ranks shard, in words."""
     zero, (schedule, num_stages, num_chunks) = config.zero, pipeline_of(config.parallel)
     degrees = " x ".join(f"{axis} {degree}" for axis, degree in topology.degrees.items() if degree > 1)
     chunks = f" of {num_chunks} chunks" if num_chunks > 1 else ""
@@ -50,7 +50,7 @@ def describe_topology(config: RunConfig, topology: Topology) -> str:
 
 
 def implementation_facts(config: RunConfig, *, device: torch.device) -> list[Fact]:
-    """Which implementation runs mixer, loss and optimizer, and why."""
+    """The implementations of mixer, loss and optimizer, and why they were chosen."""
     model, backend, hint = config.model, kernel_backend(device), apex_hint()
     implementation = "Triton" if backend.name == "triton" else "plain torch references"
     if model.block == "transformer":

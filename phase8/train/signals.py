@@ -1,4 +1,4 @@
-"""Stopping on request: SIGINT, SIGTERM, SIGHUP and SIGUSR1 let the step finish, a second SIGINT interrupts it."""
+"""Stopping on request: SIGINT, SIGTERM, SIGHUP and SIGUSR1 finish the step, a second SIGINT interrupts it."""
 
 from __future__ import annotations
 
@@ -10,12 +10,12 @@ from phase8.terminal import tell
 
 
 class StopRequest:
-    """A context in which stop signals are remembered instead of ending the process.
+    """A context manager in which stop signals are remembered instead of ending the process.
 
     `received` names the signal, or is None.
 
     Args:
-        notice: What is said when a signal comes; None: another rank says it.
+        notice: Message when a signal arrives; None: another rank shows it.
     """
 
     def __init__(self, notice: str | None = "stopping after this step (Ctrl-C again: at once, unsaved)"):
@@ -35,6 +35,6 @@ class StopRequest:
         if self.received is not None and number == signal.SIGINT:
             raise KeyboardInterrupt
         self.received = signal.Signals(number).name
-        # Straight to the terminal: a handler must not wait for a lock that the interrupted code holds.
+        # Written directly to the terminal: a handler must not wait for a lock that the interrupted code holds.
         if self._notice is not None:
             tell(f"\n{self.received}: {self._notice}\n")

@@ -1,4 +1,4 @@
-"""How a run starts: everything is decided and checked first; what is on the disk changes when nothing can refuse the start any more."""
+"""The start of a run: everything is decided and checked first; the disk changes only when nothing can refuse the start any more."""
 
 from __future__ import annotations
 
@@ -22,12 +22,12 @@ from phase8.train.run_directory import RunDirectory, check_writable
 
 @dataclass(frozen=True)
 class Choice:
-    """The checkpoint that a run goes on from, and what has to make way for it.
+    """The checkpoint from which a run continues, and what has to be moved for it.
 
     Args:
-        checkpoint: None: the run starts from the beginning.
-        sets_run_aside: An earlier run of the same name gets another one.
-        later: Checkpoints of this run that it leaves by going on from an earlier one.
+        checkpoint: The checkpoint; None: the run starts from the beginning.
+        sets_run_aside: Whether an earlier run of the same name is renamed.
+        later: Checkpoints of this run that are moved because it continues from an earlier one.
     """
 
     checkpoint: Checkpoint | None = None
@@ -36,21 +36,21 @@ class Choice:
 
     @property
     def moves(self) -> bool:
-        """Something has to make way."""
+        """Whether something has to be moved."""
         return self.sets_run_aside or bool(self.later)
 
 
 def choose(asked: str, directory: RunDirectory, *, restore: Callable[[Checkpoint], None], on_message: Callable[[str], None]) -> Choice:
-    """Restores the checkpoint that `--resume` asks for; nothing is moved yet.
+    """Restores the checkpoint that `--resume` selects; nothing is moved yet.
 
     Args:
         asked: `auto`, `none`, or a checkpoint directory.
-        directory: Of the run.
+        directory: Directory of the run.
         restore: Checks that a checkpoint belongs to this run and loads it.
-        on_message: Told of damaged checkpoints.
+        on_message: Called with messages about damaged checkpoints.
 
     Raises:
-        CheckpointError: The named one, or every one there is, cannot be used.
+        CheckpointError: The selected checkpoint, or with `auto` every one there is, cannot be used.
     """
     if asked == "none":
         return Choice(sets_run_aside=directory.exists())
@@ -75,28 +75,28 @@ def choose(asked: str, directory: RunDirectory, *, restore: Callable[[Checkpoint
 
 
 def recorded_settings(asked: str, directory: RunDirectory, *, is_first: bool) -> object:
-    """What the checkpoint that the run is going to go on from says of its settings, as the first rank reads it; None: nothing.
+    """Settings recorded in the checkpoint from which the run will continue, as the first rank reads it; None: there are none.
 
-    All ranks call it together. Anybody may have written what it returns.
+    All ranks must call it together. The result comes from a file and is not trusted.
     """
     found: object = None
     if is_first and asked != "none":
         try:
             paths = list_checkpoints(directory.checkpoints)[:1] if asked == "auto" else [find_checkpoint(Path(asked))]
             found = open_checkpoint(paths[0]).metadata.get("settings") if paths else None
-        except CheckpointError:  # is told by whoever restores it
+        except CheckpointError:  # reported when it is restored
             found = None
     return json.loads(broadcast_text(json.dumps(found)) or "null")
 
 
 def check_place(choice: Choice, directory: RunDirectory, *, agents: Collection[str]) -> None:
-    """Refuses a run directory that cannot take what the run is going to write.
+    """Refuses a run directory in which the run could not write.
 
     Raises:
-        StorageError: It cannot be written, or what the run would add to is damaged.
+        StorageError: It cannot be written, or a file to which the run would append is damaged.
     """
     if choice.sets_run_aside:
-        return  # what lies beside the lock can be renamed
+        return  # a run beside whose directory a lock can be written can be renamed
     check_writable(directory.path, directory.checkpoints, *([directory.superseded] if choice.later else []))
     if agents:
         recorded_agents(directory)
@@ -113,20 +113,20 @@ def make_way(
     agents: Collection[str],
     on_message: Callable[[str], None],
 ) -> None:
-    """Makes the run directory what the run needs, and moves out of its way what an earlier one has left.
+    """Prepares the run directory, and moves what an earlier run left in its place.
 
-    What can fail comes first: nothing has been moved when a file cannot be written.
+    Steps that can fail come first: when a file cannot be written, nothing has been moved yet.
 
     Args:
-        choice: From `choose`.
-        directory: Of the run, which `check_place` has seen.
-        config: Of the run.
-        attachments: Content of files that are kept in it.
-        agents: Those of torchrun that train it.
-        on_message: Told of what was moved.
+        choice: The result of `choose`.
+        directory: Directory of the run, checked by `check_place`.
+        config: Config of the run.
+        attachments: Content of files that are kept in the directory.
+        agents: Agents of torchrun that train the run.
+        on_message: Called with messages about what was moved.
 
     Raises:
-        StorageError: Something cannot be written after all.
+        StorageError: A file cannot be written after all.
     """
     with ExitStack() as stack:
         new = RunDirectory(stack.enter_context(staged_directory(real_path(directory.path)))) if choice.sets_run_aside else directory

@@ -1,12 +1,12 @@
-"""Chooses the settings that are `auto` when a run starts: planned, measured by a few real steps, remembered.
+"""Chooses the settings that are `auto` when a run starts: candidates from the plan, measured in a few real steps, and cached.
 
 | where | what happens |
 |---|---|
-| a run that goes on, on the same device and ranks | it keeps what it has: its steps stay the same bit for bit |
-| chosen before for such a run (`data.cache_dir/tuning`) | the same |
-| one process on a GPU, `train.tuning: measure` | the best few that fit by plan are tried, the fastest is taken |
-| several ranks, or `train.tuning: plan` | the best by plan: a rank that runs out of memory beside others would leave them waiting |
-| a CPU, or `train.tuning: off` | a rule |
+| a run that resumes on the same device and ranks | it keeps its settings, so its steps stay the same bit for bit |
+| a cached choice for such a run (`data.cache_dir/tuning`) | it is used |
+| one process on a GPU, `train.tuning: measure` | the best few candidates that fit by plan are tried, the fastest is taken |
+| several ranks, or `train.tuning: plan` | the best by plan is taken: a trial that runs out of memory on one rank would leave the rest waiting |
+| a CPU, or `train.tuning: off` | a fixed rule applies |
 """
 
 from __future__ import annotations
@@ -35,12 +35,12 @@ from phase8.plan.prediction import predict_step
 from phase8.train.device import host_settings
 from phase8.train.trial import OUT_OF_MEMORY, Trial, run_trial
 
-# Raise it when the same machine may choose otherwise than before.
+# Must be raised when the same machine may choose otherwise than before.
 TUNING_VERSION = 3
 _MOST_TRIALS = 3
-# Of the candidates those are tried whose predicted time is within this of the best.
+# Candidates are tried if their predicted time is within this ratio of the best.
 _WORTH_A_TRIAL = 1.08
-# A shorter run would spend more time on compilation than it saves.
+# In a shorter run, compilation would take more time than it saves.
 _LONG_ENOUGH_TO_COMPILE_SECONDS = 120.0
 _UNLIMITED = 1 << 60
 _CHOSEN_KEYS = (*OFF, *WITH_RECOMPUTE)
@@ -48,13 +48,13 @@ _CHOSEN_KEYS = (*OFF, *WITH_RECOMPUTE)
 
 @dataclass(frozen=True)
 class Chosen:
-    """Settings that were chosen, and for what.
+    """Settings that were chosen, with the conditions of the choice.
 
     Args:
-        values: By dotted name; empty: the config left nothing to choose.
-        device: Its name.
-        world_size: Ranks.
-        reason: For the banner.
+        values: Values by dotted name; empty: the config had no automatic settings.
+        device: Name of the device.
+        world_size: Number of ranks.
+        reason: Reason for the banner.
     """
 
     values: dict[str, Any] = field(default_factory=dict)
@@ -63,7 +63,7 @@ class Chosen:
     reason: str = ""
 
     def as_record(self) -> dict[str, Any] | None:
-        """For the checkpoints of the run; None: nothing was chosen."""
+        """The record for the run's checkpoints; None: nothing was chosen."""
         return asdict(self) if self.values else None
 
 
@@ -77,16 +77,16 @@ def choose_settings(
     refused: Sequence[dict[str, Any]] = (),
     say: Callable[[str], None],
 ) -> tuple[RunConfig, Chosen]:
-    """The config with nothing left to choose, the same on all ranks, and what was chosen.
+    """The config without automatic settings, the same on all ranks, and the choice.
 
     Args:
-        config: Validated.
-        mesh: The ranks.
-        device: Of this rank.
-        facts: About it, before the run takes anything of it.
-        recorded: Reads what the checkpoint that the run goes on from says of its settings, whoever wrote it; called on all ranks or on none.
+        config: A validated config.
+        mesh: Mesh of the ranks.
+        device: Device of this rank.
+        facts: Facts about the device, before the run uses it.
+        recorded: Reads the settings recorded in the checkpoint from which the run continues (not trusted); called on all ranks or on none.
         refused: Values that ran out of memory in this process.
-        say: Shows a line.
+        say: Shows a line of text.
 
     Raises:
         OutOfMemoryError: Nothing fits.
@@ -107,7 +107,7 @@ def choose_settings(
 def _choose(
     config: RunConfig, mesh: Mesh, device: torch.device, facts: Device, refused: Sequence[dict[str, Any]], say: Callable[[str], None]
 ) -> Chosen:
-    """What this rank would choose for all."""
+    """The choice of this rank for all ranks."""
     world_size = mesh.topology.world_size
     config = with_values(config, host_settings(config, facts.type))
     automatic = automatic_keys(config)
@@ -130,12 +130,12 @@ class _Search:
     """The search of one process on a GPU for the fastest settings.
 
     Args:
-        config: Settings of the step are open, those of the host are not.
-        mesh: Of the process.
+        config: Config whose step settings are open and whose host settings are explicit.
+        mesh: Mesh of the process.
         device: The GPU.
-        facts: About it.
+        facts: Facts about the GPU.
         refused: Values that ran out of memory.
-        say: Shows a line.
+        say: Shows a line of text.
     """
 
     def __init__(
@@ -143,15 +143,15 @@ class _Search:
     ):
         self._config, self._mesh, self._device, self._facts, self._say = config, mesh, device, facts, say
         self._world_size = mesh.topology.world_size
-        # The least planned of what ran out of memory: all that needs as much would, too.
+        # The smallest plan that ran out of memory: whatever needs as much would run out too.
         self._too_much = min((self._planned_bytes(with_values(config, values)) for values in refused), default=_UNLIMITED)
         self._found: list[tuple[Trial, Candidate]] = []
 
     def candidates(self, *, compiles: bool) -> list[Candidate]:
-        """Those that fit by plan, the fastest by prediction first.
+        """Candidates that fit by plan, the fastest prediction first.
 
         Raises:
-            OutOfMemoryError: There are none.
+            OutOfMemoryError: No candidate fits.
         """
         found = self._fitting(compiles=compiles)
         if not found:
@@ -161,7 +161,7 @@ class _Search:
     def _fitting(self, *, compiles: bool) -> list[Candidate]:
         facts = self._facts
         if not {"train.micro_batch_size", "train.recompute"} & set(automatic_keys(self._config)):
-            facts = replace(facts, memory_bytes=_UNLIMITED)  # explicit values are obeyed; what does not fit will be told
+            facts = replace(facts, memory_bytes=_UNLIMITED)  # explicit values are obeyed; one that does not fit is reported later
         return find_candidates(
             self._config, world_size=self._world_size, device=facts, most=_MOST_TRIALS, compiles=compiles, below_bytes=self._too_much
         )
@@ -170,17 +170,17 @@ class _Search:
         return plan_on(self._facts, config, world_size=self._world_size).total_bytes
 
     def is_long(self, seconds: float | None) -> bool:
-        """Whether a run of steps that take so long (None: as predicted) is worth the time of compilation."""
+        """Whether a run with steps of this duration (None: the predicted one) is long enough for compilation to pay."""
         if seconds is not None:
             return seconds * self._config.train.num_steps >= _LONG_ENOUGH_TO_COMPILE_SECONDS
         settled = with_values(self._config, OFF | {"train.cuda_graphs": True})
         return self.is_long(predict_step(settled, self._world_size, self._facts.name).seconds)
 
     def measure(self) -> Chosen:
-        """Tries the best few and takes the fastest. A short run is tried without compilation first, and with it if it is not short after all.
+        """Tries the best few candidates and takes the fastest. A short run is tried without compilation first, and with it if it proves long.
 
         Raises:
-            OutOfMemoryError: None could be used.
+            OutOfMemoryError: No candidate could run.
         """
         if self.is_long(None):
             self._try(compiles=True, most=_MOST_TRIALS)
@@ -193,7 +193,7 @@ class _Search:
         return _fastest(self._found, self._facts)
 
     def _try(self, *, compiles: bool, most: int) -> None:
-        """Tries the first ones that are close to the best, and more only if none of these can be used."""
+        """Tries the candidates close to the best, and further ones only if none of these can run."""
         candidates = self.candidates(compiles=compiles)
         limit, num_found, tried = candidates[0].step_seconds * _WORTH_A_TRIAL, len(self._found), list[RunConfig]()
         while candidates:
@@ -222,7 +222,7 @@ def _fastest(found: Sequence[tuple[Trial, Candidate]], facts: Device) -> Chosen:
 
 
 def _kept(config: RunConfig, recorded: object, facts: Device, world_size: int, say: Callable[[str], None]) -> Chosen | None:
-    """What the run was trained with, if device and ranks are the same; None: it has to be chosen anew."""
+    """The settings with which the run was trained, if device and ranks are the same; otherwise None."""
     stored = _parse(recorded, config)
     if stored is None:
         return None
@@ -240,7 +240,7 @@ def _kept(config: RunConfig, recorded: object, facts: Device, world_size: int, s
 
 
 def _parse(value: object, config: RunConfig) -> Chosen | None:
-    """A record, whoever wrote it; None where it is not one that leaves nothing of this config to choose."""
+    """Parses an untrusted record; None if it is malformed or leaves a setting of this config open."""
     if not isinstance(value, dict) or not isinstance(value.get("values"), dict) or not set(automatic_keys(config)) <= value["values"].keys():
         return None
     if not value["values"].keys() <= set(_CHOSEN_KEYS):
@@ -257,13 +257,13 @@ def _parse(value: object, config: RunConfig) -> Chosen | None:
 
 
 def _common_memory(facts: Device) -> Device:
-    """The device with the memory that every rank has."""
+    """The device with the memory that every rank has at least."""
     smallest = min(int(text or 0) for text in gather_texts(str(facts.memory_bytes)))
     return replace(facts, memory_bytes=smallest)
 
 
 def _agreed(choose: Callable[[], Chosen], mesh: Mesh) -> Chosen:
-    """What the first rank chooses, on all of them; its error is everybody's."""
+    """Shares the choice of the first rank with all ranks; its error is raised on all."""
     if mesh.topology.world_size == 1:
         return choose()
     chosen: Chosen | None = None
@@ -294,7 +294,7 @@ def _nothing_fits(config: RunConfig, world_size: int, facts: Device) -> str:
 
 
 def _cache_file(config: RunConfig, facts: Device, world_size: int) -> Path:
-    """Where the choice for such a run is kept: named by all that it depends on."""
+    """The cache file for such a run; its name depends on everything that affects the choice."""
     mapping = config_to_mapping(config)
     matters = {name: mapping[name] for name in ("model", "parallel", "zero", "precision", "train")}
     for name in ("seed", "num_steps", "stop_at_step", "evaluate_every_n_steps", "evaluation_sequences", "anomaly", "check_replicas_every_n_steps"):
@@ -307,7 +307,7 @@ def _cache_file(config: RunConfig, facts: Device, world_size: int) -> Path:
         "memory_gib": round(facts.memory_bytes / 2**30),
         "world_size": world_size,
         "torch": str(torch.__version__),
-        "steps": config.train.num_steps.bit_length(),  # a long run has time to compile
+        "steps": config.train.num_steps.bit_length(),  # only a long run pays for compilation
     }
     digest = hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()
     return Path(config.data.cache_dir) / "tuning" / f"{digest[:24]}.json"
@@ -316,7 +316,7 @@ def _cache_file(config: RunConfig, facts: Device, world_size: int) -> Path:
 def _read_cache(path: Path, config: RunConfig) -> Chosen | None:
     try:
         return _parse(read_json(path), config)
-    except Phase8Error:  # an unreadable cache is no cache
+    except Phase8Error:  # an unreadable cache is ignored
         return None
 
 

@@ -1,6 +1,6 @@
-"""Data that one of several ranks cannot read: all ranks learn of it, save, and end with the message of that rank.
+"""Data that one of several ranks cannot read: all ranks learn of it, save, and end with that rank's message.
 
-A rank by itself raises DataError. Beside others it must not: they would wait for it in a collective, unsaved.
+A single process raises DataError. One of several ranks must not, since the rest would wait for it in a collective, unsaved.
 """
 
 from __future__ import annotations
@@ -17,10 +17,10 @@ T = TypeVar("T")
 
 
 class UnreadableData(Exception):
-    """Leads from data that some rank cannot read to the checkpoint that is then saved; the training loop catches it.
+    """Raised when some rank cannot read its data, so that all ranks save; the training loop catches it.
 
     Args:
-        own: What this rank cannot read; None: another rank cannot.
+        own: Error of this rank; None: another rank cannot read.
     """
 
     def __init__(self, own: DataError | None):
@@ -28,22 +28,22 @@ class UnreadableData(Exception):
         self.own = own
 
     def end(self) -> None:
-        """Ends the run: the rank that cannot read raises its error, the others wait to be ended by it.
+        """Ends the run: the rank that cannot read raises its error, and the rest wait to be ended.
 
         Raises:
-            DataError: What this rank cannot read.
+            DataError: The error of this rank.
         """
         if self.own is not None:
             raise self.own
-        dist.barrier()  # which the rank that raises never joins
+        dist.barrier()  # the rank that raised never joins, so this waits until the process is ended
 
 
 def read_together(read: Callable[[], T]) -> T:
-    """What this rank reads, once all ranks have read theirs.
+    """Returns what this rank reads, once all ranks have read theirs.
 
     Raises:
-        DataError: A process alone cannot read.
-        UnreadableData: Some of several ranks cannot.
+        DataError: A single process cannot read its data.
+        UnreadableData: One of several ranks cannot read its data.
     """
     if not dist.is_initialized() or dist.get_world_size() == 1:
         return read()

@@ -1,4 +1,4 @@
-"""FSDP's all-gather by copy engines, through memory of the ranks: the products beside it keep all processors of the GPU."""
+"""FSDP's all-gather by copy engines, through peer memory: it takes no multiprocessors from the products that run beside it."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ from phase8.distributed.peer_memory import Exchange, peer_memory
 
 
 class CopyEngineGather(AllGather):
-    """Gathers the parameters of one module; FSDP calls the two in turn, and keeps a result until the one after the next begins.
+    """Gathers the parameters of one module; FSDP calls both methods in turn, and keeps a result until the one after the next begins.
 
     Args:
-        group: The ranks that divide them; GPUs of one NVLink domain.
+        group: Ranks that divide the parameters; GPUs of one NVLink domain.
     """
 
     def __init__(self, group: dist.ProcessGroup):
@@ -24,13 +24,13 @@ class CopyEngineGather(AllGather):
         self._exchange: Exchange | None = None
 
     def allocate(self, size: Sequence[int | torch.SymInt], *, dtype: torch.dtype, device: torch.device) -> Tensor:
-        """Where the parts of all ranks will be [size]; FSDP puts the own one in its place before it calls."""
+        """Allocates the buffer for the parts of all ranks [size]; FSDP writes this rank's part into its place before the call."""
         (numel,) = size
         self._exchange = self._memory.gathering_in_place((int(numel) // self._memory.size,), dtype)
         return self._exchange.whole()
 
     def __call__(self, output_tensor: Tensor, input_tensor: Tensor, group: dist.ProcessGroup, async_op: bool = False) -> None:
-        """Brings the own part, which lies in the output, to the other ranks, and lets the stream wait for theirs."""
+        """Copies this rank's part, which is in the output, to the other ranks, and makes the stream wait for theirs."""
         exchange, self._exchange = self._exchange, None
         assert exchange is not None
         for rank in self._memory.others:

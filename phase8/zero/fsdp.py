@@ -1,4 +1,4 @@
-"""ZeRO by torch's FSDP2: which rank holds which part of what between uses. The stage is a policy, not a code path.
+"""ZeRO by torch's FSDP2: what each rank holds between uses. The stage is a policy, not a code path.
 
 | stage | parameters between uses | gradients while accumulating | optimizer |
 |---|---|---|---|
@@ -24,14 +24,14 @@ from phase8.zero.copy_engine_gather import CopyEngineGather
 
 
 def shard_size(zero: ZeroSection, *, data_parallel_size: int) -> int:
-    """Data-parallel ranks that divide the model among them."""
+    """Number of data-parallel ranks that divide one copy of the model."""
     if zero.stage == 0:
         return 1
     return data_parallel_size if zero.shard_size is None else zero.shard_size
 
 
 def shard_block(block: nn.Module, zero: ZeroSection, mesh: Mesh) -> None:
-    """Divides one block, whose parameters have their values: what another rank holds is freed."""
+    """Divides one block, whose parameters must be initialised; the parts of other ranks are freed."""
     if _is_divided(zero, mesh):
         divided = fully_shard(block, mesh=mesh.data_mesh, reshard_after_forward=zero.stage == 3, offload_policy=_offload(zero, mesh))
         if zero.copy_engine_gather and mesh.shard.mesh is not None and mesh.shard.mesh.device_type == "cuda":
@@ -50,9 +50,9 @@ def shard_model(model: nn.Module, zero: ZeroSection, mesh: Mesh) -> None:
 
 
 def sum_gradients_after(model: nn.Module, zero: ZeroSection, *, is_last: bool) -> None:
-    """What the backward of the coming microbatch communicates: nothing that can wait for that of the last one.
+    """Sets what the backward of the next microbatch communicates: gradients that may wait for the last microbatch do.
 
-    From stage 2 on, gradients are summed over the shard group every time, for they are kept divided; over the replicas once. Below stage 3
+    From stage 2 on, gradients are summed over the shard group after every microbatch, since they are kept sharded; over replicas once. Below stage 3
     parameters stay gathered.
     """
     if isinstance(model, FSDPModule):

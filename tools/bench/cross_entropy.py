@@ -28,7 +28,7 @@ from phase8.observe.formatting import format_bytes
 from phase8.terminal import run_door
 
 SIZES = ((32768, 131072, 2048), (16384, 32000, 2048), (8192, 50257, 512))
-TOLERANCE = 0.03  # of the largest gradient: logits, their gradient and that of the hidden states are rounded to bf16
+TOLERANCE = 0.03  # share of the largest gradient: logits, their gradient and that of the hidden states are rounded to bf16
 PEER_CHUNK_TOKENS = 4096
 KERNEL_ROWS = 2048
 

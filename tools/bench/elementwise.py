@@ -1,9 +1,9 @@
-"""Times the parts of the block that are left to the compiler against the bytes that they must move.
+"""Times the parts of the block that are left to the compiler, relative to the memory traffic that they need at least.
 
     python tools/bench/elementwise.py
 
-The share of the ceiling decides: it compares each pass, its inputs read once and its outputs written once, with a plain copy. Where the
-compiler is near it, a kernel has nothing to gain.
+The share of the ceiling compares each pass, its inputs read once and its outputs written once, with a plain copy. Where the
+compiler comes close to it, a kernel has nothing to gain.
 """
 
 from __future__ import annotations
@@ -27,19 +27,19 @@ from phase8.terminal import run_door
 
 EPS = 1e-5
 TAPS = 4
-TOLERANCE = 0.02  # of the largest value, between two roundings to bf16
-TESTED = "causal_convolution"  # the one part with tests of its own; all are checked against eager torch before they are timed
+TOLERANCE = 0.02  # share of the largest value, between two roundings to bf16
+TESTED = "causal_convolution"  # the one part with its own tests; all are checked against eager torch before they are timed
 
 
 class Part(NamedTuple):
     """One elementwise part of the block.
 
     Args:
-        name: For the table.
-        variants: Ways to write it, from inputs and constants to a tuple of outputs.
-        inputs: All that need a gradient, activations and parameters.
+        name: Name in the table.
+        variants: Implementations, from inputs and constants to a tuple of outputs.
+        inputs: Activations and parameters that need a gradient.
         constants: Further arguments, without a gradient.
-        passed_on: How many of the first inputs have the gradient of the output itself: backward reads and writes nothing for them.
+        passed_on: Number of first inputs whose gradient is that of the output: backward reads and writes nothing for them.
     """
 
     name: str
@@ -64,7 +64,7 @@ def _cases(arguments: argparse.Namespace, device: torch.device) -> Iterator[Case
 
 
 def _parts(num_tokens: int, num_heads: int, head_size: int, device: torch.device) -> Iterator[Part]:
-    """As model/norm.py, feed_forward.py and mixer.py write them."""
+    """The parts as model/norm.py, feed_forward.py and mixer.py implement them."""
     heads, width = (1, num_tokens, num_heads, head_size), num_heads * head_size
 
     def activation(*shape: int, dtype: torch.dtype = torch.bfloat16) -> Tensor:
@@ -122,13 +122,13 @@ def _combine(local: Tensor, y: Tensor, gate: Tensor, weight: Tensor) -> tuple[Te
 
 
 def _chain(convolve: Callable[[Tensor, Tensor], Tensor], x: Tensor, taps: Tensor, radius: Tensor, angles: Tensor) -> tuple[Tensor, Tensor]:
-    """What becomes of q or of k: one input, an output for each of the two paths."""
+    """The preparation of q or k: one input, and one output for each of the two paths."""
     q = convolve(x, taps).unflatten(-1, (len(radius), -1))
     return rms_normalise(q, EPS), _norm(rotate(q, angles), radius[:, None])
 
 
 def _conv1d(x: Tensor, taps: Tensor) -> Tensor:
-    """The causal convolution as torch's own operator, in its layout: what shifted products are compared with."""
+    """The causal convolution by torch's own operator, in its layout, for comparison with shifted products."""
     num_channels, num_taps = taps.shape
     padded = F.pad(x, (0, 0, num_taps - 1, 0)).transpose(1, 2)
     return F.conv1d(padded, taps.to(x.dtype)[:, None], groups=num_channels).transpose(1, 2)

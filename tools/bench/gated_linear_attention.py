@@ -4,7 +4,7 @@
     python tools/bench/gated_linear_attention.py --size 8 4096 32 64 --sweep
 
 Bytes: q, k and v read and y written, in bf16, and the decays; for backward q, k, v and dy read and dq, dk and dv written, and the decays
-and their gradient. The peer chunk_simple_gla knows no weight 1 - alpha: it is given keys that contain it, and only its own work is timed.
+and their gradient. The peer chunk_simple_gla has no weight 1 - alpha: its keys are multiplied by it, and only its own work is timed.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from phase8.terminal import run_door
 
 SIZES = ((8, 4096, 32, 64), (4, 4096, 16, 128), (1, 131072, 16, 128))
 CHECKED_HEADS = 2  # heads are independent, and the exact ones take memory
-TOLERANCE = 0.02  # of the largest value: products and results are rounded to bf16
+TOLERANCE = 0.02  # share of the largest value: products and results are rounded to bf16
 
 Function = Callable[..., tuple[Tensor, ...]]
 
@@ -39,7 +39,7 @@ class Problem(NamedTuple):
         q: Queries.
         k: Keys.
         v: Values.
-        log_decay: Of memories between 2 and 500 tokens.
+        log_decay: Decays for memories between 2 and 500 tokens.
         dy: Gradient of the result.
     """
 
@@ -55,7 +55,7 @@ class Problem(NamedTuple):
         return self.q, self.k, self.v, self.log_decay
 
     def moved_bytes(self, num_tensors: int, num_decays: int) -> int:
-        """Of tensors like q and tensors like the decays."""
+        """Bytes of a number of tensors like q, and of a number of tensors like the decays."""
         return num_tensors * self.q.numel() * self.q.element_size() + num_decays * self.log_decay.numel() * self.log_decay.element_size()
 
 
@@ -138,7 +138,7 @@ def _gradients(function: Function, inputs: tuple[Tensor, ...], dy: Tensor) -> tu
 
 
 def _flash_linear_attention(problem: Problem) -> tuple[Function | None, str]:
-    """The peer, checked on this problem, or why it cannot be used."""
+    """The peer, checked on this problem, or the reason why it cannot be used."""
     if find_spec("fla") is None:
         return None, "fla-core is not installed"
     from fla.ops.simple_gla import chunk_simple_gla
@@ -149,7 +149,7 @@ def _flash_linear_attention(problem: Problem) -> tuple[Function | None, str]:
     inputs = _with_weighted_keys(problem)
     try:
         _gradients(attend, inputs, problem.dy)
-    except RuntimeError as error:  # some versions refuse combinations of GPU and Triton that they know to be wrong
+    except RuntimeError as error:  # some versions refuse combinations of GPU and Triton that are known to be wrong
         return None, f"fla-core refuses: {error}".splitlines()[0]
     exact = _forward(lambda *given: gated_linear_attention(*given)[0], problem.inputs, problem.dy)
     require_close("flash-linear-attention", _forward(attend, inputs, problem.dy), exact, tolerance=TOLERANCE)

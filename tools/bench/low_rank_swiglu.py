@@ -3,7 +3,7 @@
     python tools/bench/low_rank_swiglu.py
     python tools/bench/low_rank_swiglu.py --shape 131072 32 2752
 
-Bound by arithmetic: two products per number of the width for each of gate, factor and the way down.
+It is bound by arithmetic: each of gate, factor and down projection takes two operations per number and rank.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from phase8.kernels.low_rank_swiglu import low_rank_swiglu
 from phase8.kernels.reference import low_rank_swiglu as reference
 from phase8.terminal import run_door
 
-TOLERANCE = 0.05  # of the largest value: the reference rounds gate, factor and their product to bf16
+TOLERANCE = 0.05  # share of the largest value: the reference rounds gate, factor and their product to bf16
 
 
 def main() -> int:

@@ -1,4 +1,4 @@
-"""What the benchmarks of kernels share: nothing is timed unless its tests are green; times by GPU events; tables and JSON.
+"""Shared code of the kernel benchmarks: nothing is timed unless its tests pass; times from GPU events; tables and JSON.
 
 A door names its cases, grouped by what is compared, and calls `benchmark`. The first case of a group is the project's own.
 """
@@ -26,7 +26,7 @@ from phase8.terminal import output_is_the_product
 
 ROOT = Path(__file__).resolve().parents[2]
 WARMUP_RUNS = 5
-HEAD_START_CYCLES = 10_000_000  # of an idle GPU, so that everything is enqueued before its first kernel starts: some 5 ms
+HEAD_START_CYCLES = 10_000_000  # of an idle GPU, so that everything is enqueued before its first kernel starts: about 5 ms
 FLUSH_BYTES = 256 * 1024**2  # more than any L2 cache
 COPY_BYTES = 2 * 1024**3
 MATMUL_SIZE = 8192
@@ -34,7 +34,7 @@ GREEN_TESTS = "not machine_code"  # the assembler's output is the same on every 
 
 
 class BenchmarkError(Phase8Error):
-    """A kernel that is not measured, and why."""
+    """A kernel that cannot be measured; the message says why."""
 
 
 @dataclass(frozen=True)
@@ -42,11 +42,11 @@ class Case:
     """One thing to time.
 
     Args:
-        group: What it computes; cases of a group are compared.
-        name: Who computes it.
-        run: The work; None: not available here.
-        num_bytes: What has to be read and written at least; 0: not bound by memory.
-        num_flops: Useful operations; 0: not bound by arithmetic.
+        group: The operation; cases of a group are compared.
+        name: The implementation.
+        run: Runs it once; None: not available here.
+        num_bytes: Bytes that must be read and written at least; 0: not bound by memory.
+        num_flops: Number of useful operations; 0: not bound by arithmetic.
         reason: Why it is not available.
     """
 
@@ -60,11 +60,11 @@ class Case:
 
 @dataclass(frozen=True)
 class Ceilings:
-    """What the GPU reaches on large copies and on a large bf16 matmul, in this run.
+    """The rates that the GPU reaches on large copies and on a large bf16 matmul, in this run.
 
     Args:
-        bytes_per_second: Read and written together.
-        flops_per_second: Of the tensor cores.
+        bytes_per_second: Bytes read and written together.
+        flops_per_second: Rate of the tensor cores.
     """
 
     bytes_per_second: float
@@ -73,18 +73,18 @@ class Ceilings:
 
 @dataclass(frozen=True)
 class Figures:
-    """One timed case; None where there is nothing to say.
+    """Figures of one timed case; None where a figure does not apply.
 
     Args:
         group: As in the case.
         name: As in the case.
-        milliseconds: Median.
-        percentiles: The 10th and the 90th.
-        gigabytes_per_second: Achieved, of the bytes that have to move.
-        teraflops_per_second: Achieved, of the useful operations.
-        share_of_ceiling: The higher of the two, over what the GPU reaches.
-        speed_ratio: How much faster the first case of the group is.
-        peak_extra_bytes: Memory allocated on top of what was there.
+        milliseconds: Median time.
+        percentiles: 10th and 90th percentile of the time.
+        gigabytes_per_second: Achieved rate for the bytes that must be moved.
+        teraflops_per_second: Achieved rate of useful operations.
+        share_of_ceiling: The larger of the two rates over what the GPU reaches.
+        speed_ratio: Time over that of the first case of the group.
+        peak_extra_bytes: Memory allocated in addition to what was allocated before.
         reason: Why it was not timed.
     """
 
@@ -101,7 +101,7 @@ class Figures:
 
 
 def parser(description: str | None) -> argparse.ArgumentParser:
-    """The options every benchmark has."""
+    """A parser with the options that every benchmark has."""
     options = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     options.add_argument("--repeats", type=int, default=100, help="timed runs of each case (default: %(default)s)")
     options.add_argument("--json", action="store_true", help="print one JSON object; the table goes to stderr")
@@ -109,11 +109,11 @@ def parser(description: str | None) -> argparse.ArgumentParser:
 
 
 def benchmark(kernel: str, arguments: argparse.Namespace, make_cases: Callable[[argparse.Namespace, torch.device], Sequence[Case]]) -> int:
-    """Runs a benchmark inside `run_door` and returns the exit code.
+    """Runs a benchmark inside `run_door`; returns the exit code.
 
     Args:
         kernel: Name of the kernel.
-        arguments: From a parser made by `parser`; all of them are reported.
+        arguments: Arguments from a parser made by `parser`; all of them are reported.
         make_cases: The cases for these arguments, checked against each other where that is cheap.
     """
     show = partial(print, file=sys.stderr if arguments.json else sys.stdout, flush=True)
@@ -140,7 +140,7 @@ def require_green(kernel: str) -> None:
     """Runs the tests of a kernel on this machine.
 
     Raises:
-        BenchmarkError: One of them fails, or there are none.
+        BenchmarkError: A test fails, or there are no tests.
     """
     files = sorted(str(path) for path in (ROOT / "tests/kernels").glob(f"test_{kernel}*.py"))
     if not files:
@@ -164,7 +164,7 @@ def require_close(what: str, found: Tensor, expected: Tensor, *, tolerance: floa
 
 
 def measure_ceilings(device: torch.device) -> Ceilings:
-    """What this GPU reaches now."""
+    """The rates that this GPU reaches now."""
     source, target = torch.empty(2, COPY_BYTES, dtype=torch.uint8, device=device)
     x = torch.randn(MATMUL_SIZE, MATMUL_SIZE, dtype=torch.bfloat16, device=device)
     copy, product = (statistics.median(time_runs(run, device, repeats=20)) for run in (lambda: target.copy_(source), lambda: x @ x))
@@ -172,7 +172,7 @@ def measure_ceilings(device: torch.device) -> Ceilings:
 
 
 def time_runs(run: Callable[[], object], device: torch.device, *, repeats: int) -> list[float]:
-    """Milliseconds of each run on a GPU whose L2 cache holds nothing of it, without the time that Python takes to launch it."""
+    """Milliseconds of each run on a GPU with a flushed L2 cache, without the time that Python takes to launch it."""
     for _ in range(WARMUP_RUNS):
         run()
     flushed = torch.empty(FLUSH_BYTES, dtype=torch.uint8, device=device)
@@ -188,7 +188,7 @@ def time_runs(run: Callable[[], object], device: torch.device, *, repeats: int) 
 
 
 def peak_extra_bytes(run: Callable[[], object], device: torch.device) -> int:
-    """Memory that a run allocates at its peak, beyond what is there; what it returns included."""
+    """Peak memory that a run allocates in addition to what is allocated, its result included."""
     before = torch.cuda.memory_allocated(device)
     torch.cuda.reset_peak_memory_stats(device)
     run()

@@ -1,4 +1,4 @@
-"""Times what prepares the inputs of both paths of the mixer, forward and backward, against the compiler on the reference.
+"""Times the preparation of the inputs of both mixer paths, forward and backward, against the compiler on the reference.
 
     python tools/bench/mixer_inputs.py
     python tools/bench/mixer_inputs.py --shape 4 4096 16 128
@@ -24,7 +24,7 @@ from phase8.kernels.rotary import rotary_angles
 from phase8.terminal import run_door
 
 TAPS, EPS = 4, 1e-5
-TOLERANCE = 0.05  # of the largest value: the reference rounds the convolution to bf16
+TOLERANCE = 0.05  # share of the largest value: the reference rounds the convolution to bf16
 
 
 def main() -> int:

@@ -1,4 +1,4 @@
-"""Times what a tensor-parallel rank computes of output head and cross-entropy, against the reference and against the whole vocabulary.
+"""Times a tensor-parallel rank's part of output head and cross-entropy, against the reference and against the whole vocabulary.
 
     python tools/bench/vocabulary_shard.py
     python tools/bench/vocabulary_shard.py --size 65536 8000 2048 --num-ranks 4
@@ -26,7 +26,7 @@ from phase8.tensor_parallel.cross_entropy import chunk_tokens
 from phase8.terminal import run_door
 
 SIZES = ((32768, 16000, 2048), (32768, 65536, 2048))
-TOLERANCE = 0.03  # of the largest gradient: logits, their gradient and that of the hidden states are rounded to bf16
+TOLERANCE = 0.03  # share of the largest gradient: logits, their gradient and that of the hidden states are rounded to bf16
 
 
 def main() -> int:

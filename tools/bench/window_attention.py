@@ -3,7 +3,7 @@
     python tools/bench/window_attention.py
     python tools/bench/window_attention.py --shape 4 4096 16 128 --window 512 --globals 0
 
-TFLOP/s counts the pairs that a query really sees: 4 K operations for each in forward, 14 K in forward and backward.
+TFLOP/s counts the pairs that a query really sees: 4 K operations for each in forward, 14 K in forward and backward together.
 """
 
 from __future__ import annotations
@@ -23,8 +23,8 @@ from phase8.kernels.window_attention import window_attention
 from phase8.terminal import run_door
 
 SHAPES = (((4, 4096, 16, 128), 512, 0), ((4, 4096, 16, 128), 256, 64), ((8, 4096, 32, 64), 512, 0))
-TOLERANCE = 0.05  # of the largest value: products and results are bf16 on both sides
-RADIUS, BETA = 4.0, 2.0  # as at initialisation
+TOLERANCE = 0.05  # share of the largest value: products and results are bf16 on both sides
+RADIUS, BETA = 4.0, 2.0  # values at initialisation
 
 
 def main() -> int:

@@ -1,1 +1,1 @@
-"""Llama-shaped weights of Hugging Face's form, read and written."""
+"""Reading and writing Llama-shaped weights in Hugging Face's format."""

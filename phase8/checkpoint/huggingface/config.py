@@ -1,6 +1,6 @@
-"""Reading a Llama's config.json: the model section of the transformer baseline that computes the same, or a refusal by key and value.
+"""Translates a Llama's config.json into the model section of the equivalent transformer baseline, or refuses it by key and value.
 
-What is not read changes nothing: transformers' LlamaForCausalLM (4.x and 5.x) does not compute with it either.
+Keys that are not read have no effect: transformers' LlamaForCausalLM (4.x and 5.x) does not compute with them either.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from phase8.errors import CheckpointMismatchError
 
 MODEL_TYPE = "llama"
 _MOST = 2**63 - 1
-_DEFAULT_NORM_EPS, _DEFAULT_ROPE_BASE = 1e-6, 10000.0  # of transformers' LlamaConfig
+_DEFAULT_NORM_EPS, _DEFAULT_ROPE_BASE = 1e-6, 10000.0  # the defaults of transformers' LlamaConfig
 _SIZES = {
     "d_model": "hidden_size",
     "num_layers": "num_hidden_layers",
@@ -25,7 +25,7 @@ _SIZES = {
     "sequence_length": "max_position_embeddings",
     "ffn_size": "intermediate_size",
 }
-# What the baseline computes with; a key may be absent.
+# The values with which the baseline computes; a key may be absent.
 _ALLOWED: dict[str, tuple[Any, ...]] = {
     "architectures": (["LlamaForCausalLM"], None),
     "hidden_act": ("silu", "swish"),
@@ -38,18 +38,18 @@ _ALLOWED: dict[str, tuple[Any, ...]] = {
     "auto_map": (None,),
 }
 _ALLOWED_IN_ROPE: dict[str, tuple[Any, ...]] = {"rope_type": ("default",), "type": ("default",), "partial_rotary_factor": (1, None)}
-_ROPE_SECTIONS = ("rope_scaling", "rope_parameters")  # of 4.x and of 5.x
+_ROPE_SECTIONS = ("rope_scaling", "rope_parameters")  # names in 4.x and in 5.x
 
 
 def model_section_of(config: dict[str, Any], path: Path) -> ModelSection:
-    """The baseline that is this Llama; what its config says by default is left at the default.
+    """The model section that computes the same as this Llama; sizes that phase8's defaults give anyway are left out.
 
     Args:
         config: The content of config.json.
-        path: Where it came from, for errors.
+        path: Path of the file, for error messages.
 
     Raises:
-        CheckpointMismatchError: A key whose value the baseline cannot have, or that is needed and missing.
+        CheckpointMismatchError: A key is missing, or has a value that the baseline does not support.
     """
     if config.get("model_type") != MODEL_TYPE:
         _refuse(path, f"model_type is {shown(config.get('model_type'))}, but only {MODEL_TYPE!r} can be read")
@@ -74,7 +74,7 @@ def model_section_of(config: dict[str, Any], path: Path) -> ModelSection:
             norm_eps=_positive(config, "rms_norm_eps", path, default=_DEFAULT_NORM_EPS),
             init_std=_positive(config, "initializer_range", path, default=ModelSection().init_std),
         )
-    except ValidationError as error:  # all is of the right type by now
+    except ValidationError as error:  # every value has the right type at this point
         problem = error.errors()[0]
         ours = str(problem["loc"][0])
         _refuse(path, f"{_SIZES.get(ours, ours)} is {shown(problem['input'])}, more than a model can have here")
@@ -83,7 +83,7 @@ def model_section_of(config: dict[str, Any], path: Path) -> ModelSection:
 
 
 def _head_size(config: dict[str, Any], width: int, num_heads: int, path: Path) -> int | None:
-    """None where the heads share the width evenly, as they do by default."""
+    """Head size; None where the heads share the width evenly, which is the default."""
     if config.get("head_dim") is None and width % num_heads:
         _refuse(path, f"num_attention_heads {shown(num_heads)} does not divide hidden_size {shown(width)}, and there is no head_dim")
     size = width // num_heads if config.get("head_dim") is None else _whole(config, "head_dim", path)
@@ -93,7 +93,7 @@ def _head_size(config: dict[str, Any], width: int, num_heads: int, path: Path) -
 
 
 def _rope_base(config: dict[str, Any], path: Path) -> float:
-    """The base of the frequencies, which may be given in three places."""
+    """Base of the rotary frequencies, for which there are three possible keys."""
     places = {"rope_theta": config}
     for section in _ROPE_SECTIONS:
         rope = config.get(section)

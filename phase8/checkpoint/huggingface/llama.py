@@ -28,7 +28,7 @@ _LAYER = re.compile(r"blocks\.(\d+)\.(.+)")
 
 
 def reasons_against(model: ModelSection) -> Iterator[str]:
-    """What a model has that Llama has not, one key and value each; none: it is a Llama."""
+    """Differences between a model and Llama, one key and value each; empty if the model is a Llama."""
     if model.block != "transformer":
         yield f"model.block {model.block}"
     if model.convolution_taps > 1:
@@ -38,7 +38,7 @@ def reasons_against(model: ModelSection) -> Iterator[str]:
 
 
 def llama_name(name: str) -> str:
-    """What Llama calls a parameter of the model."""
+    """Llama's name of a parameter of the model."""
     owner = name.removesuffix(".weight")
     if (found := _LAYER.fullmatch(owner)) is not None:
         return f"model.layers.{found[1]}.{_IN_A_LAYER[found[2]]}.weight"
@@ -46,10 +46,10 @@ def llama_name(name: str) -> str:
 
 
 def llama_tensors(model: ModelSection) -> Iterator[tuple[str, list[int]]]:
-    """Name in the model and shape of every parameter, one by one: a number of layers that nobody has checked costs nothing.
+    """Yields name and shape of every parameter, lazily: an unchecked number of layers costs nothing.
 
     Args:
-        model: A Llama by `reasons_against`.
+        model: A model without `reasons_against`.
     """
     D, N, F, V = model.d_model, model.attention_width, model.feed_forward_width, model.vocab_size
     shapes = {
@@ -73,11 +73,11 @@ def llama_tensors(model: ModelSection) -> Iterator[tuple[str, list[int]]]:
 
 
 def llama_config(model: ModelSection, *, dtype: str) -> dict[str, object]:
-    """Its config.json.
+    """The config.json of a Llama.
 
     Args:
-        model: A Llama by `reasons_against`.
-        dtype: Of the weights, as torch names it.
+        model: A model without `reasons_against`.
+        dtype: Dtype of the weights, by its name in torch.
     """
     return {
         "architectures": ["LlamaForCausalLM"],

@@ -1,4 +1,4 @@
-"""What a Llama's files may store although its config or another tensor says it already: read once, compared, and left there.
+"""Tensors in a Llama's files that repeat what the config or another tensor says: they are compared, and not loaded.
 
 | tensor | what it must be |
 |---|---|
@@ -22,19 +22,19 @@ from phase8.config.schema import ModelSection
 from phase8.errors import CheckpointMismatchError
 
 _FREQUENCIES = re.compile(r"model\.(?:layers\.([0-9]{1,9})\.self_attn\.)?rotary_emb\.inv_freq")
-_ROUNDING_OF_POWERS = 4e-6  # of the fp32 that computes them
+_ROUNDING_OF_POWERS = 4e-6  # rounding of the fp32 arithmetic that computes them
 
 
 def require_repeat(key: str, found: Mapping[str, OpenedFile], model: ModelSection) -> None:
-    """Refuses a stored tensor that is no parameter of the model, unless it says again what the model computes with.
+    """Refuses a stored tensor that is no parameter of the model, unless it repeats a value that the model computes with.
 
     Args:
-        key: Its name.
+        key: Name of the tensor.
         found: The file of every tensor.
-        model: Of the config.
+        model: The model section of the config.
 
     Raises:
-        CheckpointMismatchError: It has no place in the model, or says something else.
+        CheckpointMismatchError: The tensor has no place in the model, or contradicts it.
     """
     opened, embedding, head = found[key], llama_name("embedding.weight"), llama_name("head.weight")
     if key == head and model.tie_embeddings:
@@ -65,7 +65,7 @@ def _are_equal(one: OpenedFile, key: str, other: OpenedFile, other_key: str) -> 
 
 
 def _are_frequencies(opened: OpenedFile, key: str, model: ModelSection) -> bool:
-    """Whether a tensor holds base^(-2i/K), K being the size of a head, as exactly as its dtype can."""
+    """Whether a tensor holds base^(-2i/K), with head size K, as exactly as its dtype allows."""
     stored = opened.file.tensors[key]
     if stored.shape != [model.head_width // 2] or stored.dtype not in STORED_DTYPES:
         return False

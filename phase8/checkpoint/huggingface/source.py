@@ -1,8 +1,8 @@
-"""A Llama as Hugging Face's transformers saves it, opened as if it were a checkpoint of ours.
+"""Opens a directory written by Hugging Face's transformers for a Llama as if it were a checkpoint of phase8.
 
 | file | content |
 |---|---|
-| `config.json` | what it computes |
+| `config.json` | the architecture |
 | `model.safetensors`, or | its weights |
 | `model.safetensors.index.json` and `*.safetensors` | which of several files has which of them |
 | `tokenizer.json` or `tokenizer.model` | becomes the attachment |
@@ -28,19 +28,19 @@ from phase8.errors import CheckpointCorruptError, CheckpointMismatchError
 
 INDEX_FILE = "model.safetensors.index.json"
 _PICKLES = ("pytorch_model.bin", "pytorch_model.bin.index.json")
-_TOKENIZERS = ("tokenizer.json", "tokenizer.model")  # the one that transformers itself prefers comes first
+_TOKENIZERS = ("tokenizer.json", "tokenizer.model")  # transformers prefers the first one too
 
 
 def open_llama(directory: Path, config: dict[str, Any]) -> WeightFiles:
-    """A directory in Hugging Face's form, of which config, index and headers have been read and agree.
+    """Opens a directory in Hugging Face's format, after checking that config, index and headers agree.
 
     Args:
         directory: The directory.
         config: Content of its config.json.
 
     Raises:
-        CheckpointCorruptError: A file is missing, damaged, leads elsewhere or is a pickle.
-        CheckpointMismatchError: It is another model than the transformer baseline can be.
+        CheckpointCorruptError: A file is missing, damaged, a pickle, or a link out of the directory.
+        CheckpointMismatchError: The transformer baseline cannot represent the model.
     """
     model = model_section_of(config, directory / WEIGHTS_CONFIG_NAME)
     files: dict[str, OpenedFile] = {}
@@ -54,16 +54,16 @@ def open_llama(directory: Path, config: dict[str, Any]) -> WeightFiles:
         found |= dict.fromkeys(opened.file.tensors, opened)
     places = _places(directory, model, found)
     tokenizer = next((regular(directory / name) for name in _TOKENIZERS if os.path.lexists(directory / name)), None)
-    is_bf16 = {found[key].file.tensors[key].dtype for _, key in places.values()} == {"BF16"}  # no weight is stored more precisely
+    is_bf16 = {found[key].file.tensors[key].dtype for _, key in places.values()} == {"BF16"}  # every weight is stored in bf16
     ours = {"model": model.model_dump(mode="json"), "precision": {"dtype": "bf16" if is_bf16 else "fp32"}}
     return weights_of(directory, files, places, config=ours, tokenizer=tokenizer, form="hf")
 
 
 def _places(directory: Path, model: ModelSection, found: Mapping[str, OpenedFile]) -> dict[str, tuple[str, str]]:
-    """Name here -> file and name there, of exactly the tensors that the model has; what else is stored repeats what they or the config say.
+    """Maps each parameter name to its file and its key there; every other stored tensor must repeat one of them or the config.
 
     Raises:
-        CheckpointMismatchError: One is missing, too many, or of another shape or dtype.
+        CheckpointMismatchError: A tensor is missing, superfluous, or of another shape or dtype.
     """
     result = {}
     for name, shape in llama_tensors(model):
@@ -86,10 +86,10 @@ def _places(directory: Path, model: ModelSection, found: Mapping[str, OpenedFile
 
 
 def _tensor_files(directory: Path) -> Mapping[str, set[str] | None]:
-    """The files of the weights, and the tensors that the index says they hold; None: it is the only one, without an index.
+    """The files of the weights, each with the tensors that the index assigns to it; None: the only file, without an index.
 
     Raises:
-        CheckpointCorruptError: There are none, or not one set of them, or the index names what is no file here.
+        CheckpointCorruptError: There are no files, files of several sets, or an index that names a missing file.
     """
     single, index = (os.path.lexists(directory / name) for name in (WEIGHTS_NAME, INDEX_FILE))
     if single and index:

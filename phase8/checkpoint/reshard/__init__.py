@@ -1,1 +1,1 @@
-"""Checkpoints rewritten for another layout of ranks, and compared."""
+"""Rewriting checkpoints for another layout of ranks, and comparing them."""

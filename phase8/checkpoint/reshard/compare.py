@@ -17,13 +17,13 @@ _CHUNK_ELEMENTS = 2**20  # a chunk of float64 differences stays small beside the
 
 @dataclass(frozen=True)
 class TensorDifference:
-    """One tensor that is not the same in both checkpoints.
+    """A tensor that differs between two checkpoints.
 
     Args:
-        name: Flat name.
+        name: Name of the tensor.
         kind: `only_in_first`, `only_in_second`, `shape`, `dtype` or `values`.
         detail: The two shapes or dtypes; empty otherwise.
-        max_abs_difference: Over all elements, in float64; NaN where only one side is NaN; None if there is nothing to subtract.
+        max_abs_difference: Maximum over all elements, in float64; NaN where only one side is NaN; None if nothing can be subtracted.
             0.0 for tensors that differ in bits only, such as the sign of a zero.
     """
 
@@ -34,7 +34,7 @@ class TensorDifference:
 
 
 def compare_checkpoints(first: Checkpoint, second: Checkpoint) -> Iterator[TensorDifference]:
-    """The tensors that differ, in the order of the first checkpoint; two tensors at a time are in memory."""
+    """Yields the tensors that differ, in the order of the first checkpoint; two tensors at a time are in memory."""
     in_second = set(second.tensor_names)
     for name in first.tensor_names:
         if name not in in_second:
@@ -60,7 +60,7 @@ def _difference(name: str, first: Checkpoint, second: Checkpoint) -> TensorDiffe
 
 
 def _bits(tensor: Tensor) -> Tensor:
-    """All bytes, so that equal means equal: NaNs and the signs of zeros included."""
+    """The bytes of a tensor, so that NaNs and signs of zeros are compared as well."""
     return tensor.view(-1).view(torch.uint8)
 
 

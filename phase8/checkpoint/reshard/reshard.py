@@ -1,4 +1,4 @@
-"""A checkpoint rewritten for a layout, so that each rank finds its regions in files of its own, or with all weights in one file."""
+"""Rewrites a checkpoint for a layout, so that each rank finds its regions in files of its own, or merges all weights into one file."""
 
 from __future__ import annotations
 
@@ -26,11 +26,11 @@ from phase8.topology import Topology
 
 @dataclass(frozen=True)
 class ConsolidatedForm:
-    """How weights in one file are called and described.
+    """Names and config of weights in one file.
 
     Args:
-        config: JSON for config.json.
-        rename: From the name of a parameter to that in the file.
+        config: Content of config.json.
+        rename: Maps the name of a parameter to its name in the file.
     """
 
     config: Mapping[str, object]
@@ -46,20 +46,20 @@ def reshard(
     dtype: torch.dtype | None = None,
     on_progress: OnProgress,
 ) -> Checkpoint:
-    """A checkpoint with the same content, step and metadata, of one file per rank and group of tensors.
+    """Writes a checkpoint with the same content, step and metadata, with one file per rank and group of tensors.
 
-    It is there when everything was written and compared with the original; an interrupted call is finished by the next one.
+    The destination appears when everything has been written and compared with the original; the next call finishes an interrupted one.
 
     Args:
-        source: Not touched.
-        destination: Must not exist.
+        source: The checkpoint; it is not changed.
+        destination: The new checkpoint; it must not exist.
         stages: The parameters of each pipeline stage of the layout.
         topology: The layout; its data-parallel ranks are the shards.
-        dtype: To convert floating-point tensors to, for weights of another program; None: as they are.
-        on_progress: Told of bytes written and verified.
+        dtype: Floating-point tensors are converted to it, for weights of another program; None: no conversion.
+        on_progress: Called with the bytes written and verified.
 
     Raises:
-        CheckpointError: The original is damaged or of another model, or the destination cannot be used.
+        CheckpointError: The original is damaged or belongs to another model, or the destination cannot be used.
         StorageError: The destination cannot be written.
     """
     if step_of(destination.name) not in (None, source.step):
@@ -82,14 +82,14 @@ def reshard(
 def consolidate(
     source: Checkpoint, destination: Path, *, form: ConsolidatedForm, dtype: torch.dtype | None, on_progress: OnProgress
 ) -> Path:
-    """The weights in one safetensors file, beside a config and the attachments; returns that file.
+    """Writes the weights to one safetensors file, beside a config and the attachments; returns that file.
 
     Args:
-        source: Not touched.
+        source: The checkpoint; it is not changed.
         destination: A directory that must not exist.
         form: Names of the weights, and the config.
-        dtype: To convert floating-point tensors to; None: as they are.
-        on_progress: Told of bytes written and verified.
+        dtype: Floating-point tensors are converted to it; None: no conversion.
+        on_progress: Called with the bytes written and verified.
 
     Raises:
         CheckpointError: The original is damaged or has no weights, or the destination cannot be used.
@@ -115,7 +115,7 @@ def _form(source: Checkpoint, name: str, stages: Sequence[Mapping[str, DividedSh
     """Which parameter a tensor belongs to.
 
     Raises:
-        CheckpointMismatchError: To none of the model.
+        CheckpointMismatchError: The model has no such parameter.
     """
     shape = source.entry(name).shape
     is_parameter = name.startswith(MODEL_PREFIX)
@@ -146,7 +146,7 @@ def _files_of_ranks(
 
 
 def _key(name: str, region: Region, shape: Sequence[int]) -> str:
-    """As ranks that save name their regions."""
+    """The key of a region in its file, as saving ranks name it."""
     return key_of(name) + ("" if region.shape == shape else f"@{','.join(map(str, region.offsets))}")
 
 
@@ -167,7 +167,7 @@ def _manifest(source: Checkpoint, files: Sequence[PlannedFile], written: Mapping
 
 
 def _add_attachments(source: Checkpoint, rewrite: Rewrite) -> None:
-    """Copies them; their checksums are those of the original."""
+    """Copies the attachments; their checksums are those of the original."""
 
     def chunks(path: Path, num_bytes: int) -> Iterator[bytes]:
         with open_for_reading(path) as file:

@@ -1,12 +1,12 @@
-"""Other files with the tensors of a checkpoint: written one region at a time, compared with the original, then given their name.
+"""Writes the tensors of a checkpoint to other files: region by region, compared with the original, and renamed when complete.
 
     .rewriting-<name>/          beside the destination; locked by whoever writes, taken up again by the next call for the same files
-        job                     which files of which checkpoint these are
+        job                     identifies the files and the checkpoint
         written/<file>.json     a file that is complete, with its checksums
         content/                what becomes the destination
 
-Memory: a region, and the slice of the original that it is cut from; later a whole tensor, and one of its slices or regions. Both are at most
-twice the largest tensor; two buffers of the file that is written come on top.
+Memory: a region and the slice of the original from which it is cut; during the comparison a whole tensor and one of its slices or regions.
+Both are at most twice the largest tensor; the two buffers of the file being written are added.
 """
 
 from __future__ import annotations
@@ -34,17 +34,17 @@ from phase8.durable import fsync_path, replace_file, storage_errors
 from phase8.errors import CheckpointCorruptError, CheckpointError, StorageError
 
 WORK_PREFIX = ".rewriting-"
-OnProgress = Callable[[str, int, int], None]  # what is done, bytes of it, bytes in all
+OnProgress = Callable[[str, int, int], None]  # stage, bytes done, bytes in all
 
 
 @dataclass(frozen=True)
 class Entry:
-    """An entry of a file to write.
+    """An entry of a file to be written.
 
     Args:
-        tensor: Name in the original.
-        region: Of that tensor.
-        dtype: To store it as.
+        tensor: Name of the tensor in the original.
+        region: Region of that tensor.
+        dtype: Dtype in which it is stored.
     """
 
     tensor: str
@@ -53,13 +53,13 @@ class Entry:
 
     @property
     def form(self) -> Tensor:
-        """Its dtype and shape."""
+        """Dtype and shape of the entry."""
         return torch.empty(self.region.shape, dtype=self.dtype, device="meta")
 
 
 @dataclass(frozen=True)
 class PlannedFile:
-    """A file to write: its name, and its entries by their key."""
+    """A file to be written: its name, and its entries by their key."""
 
     name: str
     entries: dict[str, Entry]
@@ -67,10 +67,10 @@ class PlannedFile:
 
 @contextmanager
 def rewriting(source: Checkpoint, destination: Path, files: Sequence[PlannedFile]) -> Iterator[Rewrite]:
-    """Where `files` are written; what an interrupted call for the same files has finished is there.
+    """Opens the working directory of `files`; it keeps what an interrupted call for the same files has finished.
 
     Raises:
-        CheckpointError: The destination exists, or lies in the original.
+        CheckpointError: The destination exists, or lies inside the original.
         StorageError: Another call is writing it, or the place cannot be written.
     """
     check_destination(source.path, destination)
@@ -80,7 +80,7 @@ def rewriting(source: Checkpoint, destination: Path, files: Sequence[PlannedFile
         mark = work / "job"
         places = [work / name for name in ("written", "content")]
         is_ours = mark.is_file() and all(place.is_dir() for place in places)
-        is_linked = any(path.is_symlink() for path in (mark, *places))  # would lead what is read and written elsewhere
+        is_linked = any(path.is_symlink() for path in (mark, *places))  # a link would redirect what is read and written
         if is_linked or not is_ours or mark.read_bytes() != job.encode():
             for found in work.iterdir():
                 shutil.rmtree(found) if found.is_dir() and not found.is_symlink() else found.unlink()
@@ -91,10 +91,10 @@ def rewriting(source: Checkpoint, destination: Path, files: Sequence[PlannedFile
 
 
 def check_destination(source: Path, destination: Path) -> None:
-    """Refuses a place that no rewritten checkpoint can have.
+    """Refuses a path at which no rewritten checkpoint can be placed.
 
     Raises:
-        CheckpointError: It exists, or lies in the original.
+        CheckpointError: It exists, or lies inside the original.
     """
     origin, target = source.resolve(), destination.resolve()
     if target == origin:
@@ -123,7 +123,7 @@ def _locked(work: Path, destination: Path) -> Iterator[None]:
 
 
 def _job(source: Checkpoint, files: Sequence[PlannedFile]) -> str:
-    """Tells these files of this checkpoint from any others."""
+    """A record that identifies these files of this checkpoint."""
     plan = {
         file.name: {key: (entry.tensor, asdict(entry.region), DTYPE_NAMES[entry.dtype]) for key, entry in file.entries.items()} for file in files
     }
@@ -131,13 +131,13 @@ def _job(source: Checkpoint, files: Sequence[PlannedFile]) -> str:
 
 
 class Rewrite:
-    """Files on their way to a destination; made by `rewriting`.
+    """Files being written for a destination; created by `rewriting`.
 
     Args:
         source: The original.
-        destination: What `content` becomes.
-        files: To write.
-        work: The hidden directory.
+        destination: Final name of `content`.
+        files: The files to be written.
+        work: The hidden working directory.
     """
 
     def __init__(self, source: Checkpoint, destination: Path, files: Sequence[PlannedFile], work: Path):
@@ -145,7 +145,7 @@ class Rewrite:
         self.content = work / "content"
 
     def write(self, on_progress: OnProgress) -> dict[str, WrittenFile]:
-        """Writes the files that are not there yet, and says of all of them what they hold.
+        """Writes the files that are missing, and returns the description of all of them.
 
         Raises:
             CheckpointCorruptError: The original is damaged.
@@ -163,7 +163,7 @@ class Rewrite:
         return result
 
     def add(self, name: str, chunks: Iterator[bytes]) -> None:
-        """Writes a file that holds no tensors, whatever is there of it."""
+        """Writes a file without tensors, replacing what an interrupted call left of it."""
         (self.content / name).unlink(missing_ok=True)
         with open(self.content / name, "xb") as file:
             file.writelines(chunks)
@@ -171,10 +171,10 @@ class Rewrite:
             os.fsync(file.fileno())
 
     def compare(self, written: dict[str, WrittenFile], on_progress: OnProgress) -> None:
-        """Reads everything back: headers and checksums must be those written, and every element that of the original.
+        """Reads everything back: headers and checksums must be those written, and every element must equal the original.
 
         Raises:
-            StorageError: A file is not what was written.
+            StorageError: A file differs from what was written.
             CheckpointCorruptError: The original is damaged.
         """
         places: dict[str, list[tuple[TensorFile, str, Entry, str]]] = {}
@@ -195,7 +195,7 @@ class Rewrite:
             del original  # before the next one is read
 
     def commit(self) -> None:
-        """Gives the files the destination's name; nothing was under it before."""
+        """Renames the content to the destination, which must not exist."""
         fsync_path(self.content)
         check_destination(self._source.path, self._destination)
         self.content.rename(self._destination)
@@ -229,7 +229,7 @@ class Rewrite:
         return written
 
     def _finished(self, file: PlannedFile) -> WrittenFile | None:
-        """What an earlier call recorded of a file, if every byte is still so."""
+        """The description of a file that an earlier call finished, if its bytes still match."""
         try:
             with open_for_reading(self._record(file.name)) as record:
                 written = WrittenFile(**strict_json(record.read(), encoding="utf-8"))
@@ -250,7 +250,7 @@ class Rewrite:
 
 
 def _is_stored(file: TensorFile, key: str, expected: Tensor, checksum: str) -> bool:
-    """Whether an entry, read in constant memory, has its checksum and the elements expected."""
+    """Whether an entry, read in constant memory, has its checksum and the expected elements."""
     data = torch.frombuffer(byte_view(expected), dtype=torch.uint8) if expected.numel() else torch.empty(0, dtype=torch.uint8)
     crc, begin, equal = 0, 0, True
     with open_for_reading(file.path) as stream:

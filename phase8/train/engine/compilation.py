@@ -1,4 +1,4 @@
-"""torch.compile of the blocks, one by one, and of the final norm, and what it is told about the whole process."""
+"""torch.compile of each block and of the final norm, and its settings for the whole process."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from torch._functorch import config as functorch_config
 from phase8.config.schema import RunConfig
 from phase8.train.engine.train_state import TrainState
 
-# By the name in the config: what torch.compile calls a mode that leaves CUDA graphs to train.cuda_graphs.
+# Maps modes of the config to torch.compile's modes without CUDA graphs, which train.cuda_graphs records instead.
 COMPILE_MODES = {"default": "default", "max-autotune": "max-autotune-no-cudagraphs"}
 
 

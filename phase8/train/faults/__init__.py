@@ -1,1 +1,1 @@
-"""What goes wrong in a running training: steps that must not count, copies that differ, ranks that are slow."""
+"""Faults in a running training: steps that must not count, replicas that differ, slow ranks."""

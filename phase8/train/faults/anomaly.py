@@ -1,7 +1,7 @@
-"""Steps that must not count: loss or gradient is not finite, or the loss is far above those before. Their update is left out on the device.
+"""Anomalous steps: loss or gradient is not finite, or the loss is far above the previous losses. Their update is skipped on the device.
 
-What follows is `train.anomaly.policy`: `skip` goes on with the next samples, `stop` ends the run, `rollback` goes back to the newest
-checkpoint and on from there with the samples after the step, so that whatever led to it is not trained on.
+`train.anomaly.policy` decides what follows: `skip` continues with the next samples, `stop` ends the run, `rollback` restores the newest
+checkpoint and continues with the samples after the anomalous step, so that those that led to it are not trained on again.
 """
 
 from __future__ import annotations
@@ -17,22 +17,22 @@ from phase8.train.engine.step import StepResult
 from phase8.train.resume import Position
 
 SPIKE_WINDOW, MIN_SPIKE_HISTORY = 64, 16
-# The median absolute deviation of a normal distribution is this share of its standard deviation.
+# Ratio of median absolute deviation to standard deviation for a normal distribution.
 MAD_OF_NORMAL = 0.6745
-# However steady the losses were: what differs by less than this share of them is no spike.
+# A loss that exceeds the median by less than this share is never a spike, however steady the losses were.
 MIN_RELATIVE_DEVIATION = 1e-3
 
 
 @dataclass(frozen=True)
 class Anomaly:
-    """A step whose update was left out.
+    """A step whose update was skipped.
 
     Args:
         step: Its number.
         loss: Its loss.
         grad_norm: Its gradient norm.
-        largest_loss: The loss that was still allowed.
-        samples: Numbers of its samples.
+        largest_loss: Largest loss that was allowed.
+        samples: Global numbers of its samples.
     """
 
     step: int
@@ -42,7 +42,7 @@ class Anomaly:
     samples: range
 
     def __str__(self) -> str:
-        """What was wrong, and with which samples."""
+        """Description of the anomaly and its samples."""
         if math.isfinite(self.loss) and math.isfinite(self.grad_norm):
             what = f"loss {self.loss:.4f} is above {self.largest_loss:.4f}, where spikes begin (train.anomaly.spike_deviations)"
         else:
@@ -51,10 +51,10 @@ class Anomaly:
 
 
 class RollbackAsked(Exception):
-    """Leads from an anomaly to the checkpoint before it; the training loop catches it.
+    """Raised to return from an anomaly to the last checkpoint; the training loop catches it.
 
     Args:
-        anomaly: Why.
+        anomaly: The reason.
     """
 
     def __init__(self, anomaly: Anomaly):
@@ -63,7 +63,7 @@ class RollbackAsked(Exception):
 
 
 def largest_loss(recent_losses: Sequence[float], section: AnomalySection) -> float:
-    """The loss above which the next one is a spike: so many standard deviations, estimated robustly, above the median of the last ones."""
+    """Loss above which the next step is a spike: the median of the last losses plus a number of robustly estimated standard deviations."""
     if section.spike_deviations is None or len(recent_losses) < MIN_SPIKE_HISTORY:
         return math.inf
     median = statistics.median(recent_losses)
@@ -72,18 +72,18 @@ def largest_loss(recent_losses: Sequence[float], section: AnomalySection) -> flo
 
 
 def take_note(position: Position, result: StepResult, section: AnomalySection, *, largest_loss: float, samples: range) -> Anomaly | None:
-    """Counts the last step and does what the policy says if it is an anomaly, which is returned.
+    """Counts the last step; if it is an anomaly, applies the policy and returns the anomaly.
 
     Args:
-        position: Its counters and its memory of losses are updated.
-        result: Of the step that `position.step` counts as done.
-        section: The policy.
-        largest_loss: As it was for this step.
-        samples: Numbers of its samples.
+        position: Its counters and its history of losses are updated.
+        result: Result of the step that `position.step` counts as done.
+        section: Section with the policy.
+        largest_loss: The limit for this step.
+        samples: Global numbers of its samples.
 
     Raises:
-        DivergenceError: The policy is to stop, or there were too many in a row.
-        RollbackAsked: The policy is to go back.
+        DivergenceError: The policy is to stop, or there were too many anomalies in a row.
+        RollbackAsked: The policy is to roll back.
     """
     if not result.skipped:
         position.consecutive_skipped = 0

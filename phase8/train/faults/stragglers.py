@@ -1,11 +1,11 @@
-"""Who holds the others up. In every step all ranks wait for each other, so their step times are the same: what a rank does alone shows it.
+"""Finds slow ranks. Ranks wait for each other in every step, so their step times are equal; only work that a rank does alone differs.
 
 | slow | measured by | as a ratio |
 |---|---|---|
-| device | a fixed piece of work on each rank by itself: matrix products, and copies that no cache holds | over the median of the ranks |
-| data | how long the rank waited for its data in a step | the step over what it would take with the median wait |
+| device | a fixed piece of work on each rank alone: matrix products, and copies larger than any cache | over the median of the ranks |
+| data | time the rank waited for data in a step | the step over what it would take with the median wait |
 
-The probe takes a few ms on a GPU. What it does not see: a slow link, and a host that launches kernels too slowly.
+The probe takes a few ms on a GPU. It does not detect a slow link, or a host that launches kernels too slowly.
 
     N  width of the matrices        S  elements that are copied
 """
@@ -27,14 +27,14 @@ NUM_TRIALS = 3
 
 @dataclass(frozen=True, kw_only=True)
 class ProbeWork:
-    """What every rank does by itself.
+    """The work of the probe on every rank.
 
     Args:
         width: N of the matrices [N, N].
-        num_products: How many are multiplied, one after the other.
+        num_products: Number of matrix products, one after the other.
         num_copied: S elements of a tensor [S].
-        num_copies: How often it is copied.
-        dtype: Of all of them.
+        num_copies: Number of copies of it.
+        dtype: Dtype of all tensors.
     """
 
     width: int
@@ -44,7 +44,7 @@ class ProbeWork:
     dtype: torch.dtype
 
 
-# At the rated speed of an H100 about 2 and 0.5 ms; 260 MB, which between steps are free: activations need more.
+# About 2 and 0.5 ms at the rated speed of an H100; the 260 MB are free between steps, because activations need more.
 GPU_WORK = ProbeWork(width=4096, num_products=8, num_copied=2**25, num_copies=8, dtype=torch.bfloat16)
 # On a CPU core about 5 and 1 ms.
 CPU_WORK = ProbeWork(width=256, num_products=3, num_copied=2**20, num_copies=4, dtype=torch.float32)
@@ -52,13 +52,13 @@ CPU_WORK = ProbeWork(width=256, num_products=3, num_copied=2**20, num_copies=4, 
 
 @dataclass(frozen=True, kw_only=True)
 class RankTimes:
-    """What one rank measured, in seconds.
+    """Measurements of one rank, in seconds.
 
     Args:
         host: Name of its host.
-        probe: The probe alone.
-        data_wait: Waiting for the data of a step.
-        step: The whole step, this wait included.
+        probe: Duration of the probe.
+        data_wait: Time waited for the data of a step.
+        step: Duration of the whole step, this wait included.
     """
 
     host: str
@@ -69,17 +69,17 @@ class RankTimes:
 
 @dataclass(frozen=True, kw_only=True)
 class StragglerReport:
-    """Which rank is slowest, and why; its fields are those of an event in `metrics.jsonl`.
+    """The slowest rank and the cause; the fields are those of an event in `metrics.jsonl`.
 
     Args:
-        slowest_rank: Whoever has the largest ratio, which is near 1 where nobody is slow.
+        slowest_rank: The rank with the largest ratio, which is near 1 if no rank is slow.
         slowest_host: Its host.
-        ratio: How many times longer than a rank like the median it needs.
-        cause: Whether its device or its data make it so.
-        probe_seconds: Of the slowest rank.
-        median_probe_seconds: Over the ranks; of an even number of them the lower of the two in the middle.
-        data_wait_seconds: Of the slowest rank.
-        median_data_wait_seconds: As above.
+        ratio: Time that it needs over that of the median rank.
+        cause: `device` or `data`.
+        probe_seconds: Probe of the slowest rank.
+        median_probe_seconds: Median over the ranks; for an even number, the lower one of the two in the middle.
+        data_wait_seconds: Data wait of the slowest rank.
+        median_data_wait_seconds: Median over the ranks, as above.
     """
 
     slowest_rank: int
@@ -92,7 +92,7 @@ class StragglerReport:
     median_data_wait_seconds: float
 
     def describe(self) -> str:
-        """One line for people."""
+        """The report in one line."""
         who = f"slowest is rank {self.slowest_rank} on {self.slowest_host}, {self.ratio:.2f} times the median"
         if self.cause == "device":
             return f"{who}: its device took {1e3 * self.probe_seconds:.2f} ms for what takes {1e3 * self.median_probe_seconds:.2f} ms elsewhere"
@@ -102,18 +102,18 @@ class StragglerReport:
 def probe_ranks(
     device: torch.device, *, data_wait_seconds: float, step_seconds: float, work: ProbeWork | None = None
 ) -> StragglerReport:
-    """Measures every rank by itself; a collective of all ranks, between steps. The report is the same on every rank.
+    """Measures every rank alone; a collective of all ranks, between steps. The report is the same on every rank.
 
     Args:
-        device: Of this rank.
-        data_wait_seconds: How long this rank waited for data in the last step, or on average in the last ones.
-        step_seconds: How long the same step took, this wait included.
-        work: Of the probe; None: what fits the device.
+        device: Device of this rank.
+        data_wait_seconds: Time that this rank waited for data in the last step, or on average over the last steps.
+        step_seconds: Duration of the same step, this wait included.
+        work: Work of the probe; None: chosen for the device.
     """
     if work is None:
         work = GPU_WORK if device.type == "cuda" else CPU_WORK
     if dist.is_initialized():
-        dist.barrier()  # from here on nobody computes or sends for anybody else
+        dist.barrier()  # from here on no rank computes or sends anything else
     own = RankTimes(host=platform.node(), probe=_probe_seconds(device, work), data_wait=data_wait_seconds, step=step_seconds)
     if not dist.is_initialized():
         return summarise([own])
@@ -123,10 +123,10 @@ def probe_ranks(
 
 
 def summarise(times: Sequence[RankTimes]) -> StragglerReport:
-    """The slowest of the ranks.
+    """Finds the slowest rank.
 
     Args:
-        times: Of each rank, in order.
+        times: Times of each rank, in order.
     """
     probe, data_wait = (_low_median(values) for values in ([each.probe for each in times], [each.data_wait for each in times]))
     device_ratios = [each.probe / probe for each in times]
@@ -146,19 +146,19 @@ def summarise(times: Sequence[RankTimes]) -> StragglerReport:
 
 
 def _data_ratio(times: RankTimes, median_wait: float) -> float:
-    """How many times longer a step is because this rank waits for data longer than others do: a wait that is short beside it is none."""
+    """Step time over what it would be with the median data wait; waits that are short beside the step give a ratio near 1."""
     useful = times.step - max(0.0, times.data_wait - median_wait)
     return times.step / useful if useful > 0 else math.inf
 
 
 def _low_median(values: Sequence[float]) -> float:
-    """Of two ranks the faster one is what the other is compared with."""
+    """The lower median: with two ranks, the faster one is the reference for the other."""
     return sorted(values)[(len(values) - 1) // 2]
 
 
 @torch.no_grad()
 def _probe_seconds(device: torch.device, work: ProbeWork) -> float:
-    """The best of several trials, after one that loads what the device needs."""
+    """The best of several trials, after one warm-up trial."""
     matrix = torch.linspace(-1.0, 1.0, work.width**2, device=device).view(work.width, work.width).to(work.dtype)
     product = torch.empty_like(matrix)
     source = torch.ones(work.num_copied, device=device, dtype=work.dtype)
