@@ -16,7 +16,8 @@ from phase8.config.schema import ModelSection
 from phase8.distributed.collectives import Axis
 from phase8.kernels.rotary import rotate
 from phase8.model.convolution import ShortConvolution
-from phase8.tensor_parallel.linear import column_linear, joint_linear, row_linear
+from phase8.precision.formats import NumberFormat
+from phase8.tensor_parallel.linear import JointColumnLinear, column_linear, row_linear
 
 
 @dataclass(frozen=True)
@@ -40,15 +41,18 @@ class CausalAttention(nn.Module):
     Args:
         model: Widths and heads.
         axis: Of tensor parallelism, whose ranks divide the heads.
+        number_format: Computes the products of q, k, v and the output.
     """
 
-    def __init__(self, model: ModelSection, *, axis: Axis):
+    def __init__(self, model: ModelSection, *, axis: Axis, number_format: NumberFormat):
         super().__init__()
         width, inner, rank = model.d_model, model.attention_width, model.low_rank_rank
-        self.axis, self.num_heads, self.head_size = axis, model.num_heads // axis.size, model.head_width
+        self.num_heads, self.head_size = model.num_heads // axis.size, model.head_width
         self.q, self.k, self.v = (column_linear(width, inner, rank=rank, std=model.init_std) for _ in range(3))
+        self.qkv = JointColumnLinear((self.q, self.k, self.v), axis, number_format)
         self.convolution = ShortConvolution(inner, model.convolution_taps, num_ranks=axis.size)
-        self.out = row_linear(inner, width, rank=rank, std=model.init_std / math.sqrt(2 * model.num_layers), axis=axis)
+        std = model.init_std / math.sqrt(2 * model.num_layers)
+        self.out = row_linear(inner, width, rank=rank, std=std, axis=axis, number_format=number_format)
 
     def empty_state(self, batch_size: int, *, dtype: torch.dtype, device: torch.device) -> AttentionState:
         """The state before the first token."""
@@ -59,7 +63,7 @@ class CausalAttention(nn.Module):
         self, x: Tensor, angles: Tensor, starts: Tensor | None = None, state: AttentionState | None = None
     ) -> tuple[Tensor, AttentionState | None]:
         """[B, T, D] -> [B, T, D], and the state to carry on (None without `state`); with several ranks, own tokens [n, D] -> [n, D]."""
-        qkv = joint_linear(x, self.q, self.k, self.v, axis=self.axis)
+        qkv = self.qkv(x)
         qkv = qkv.reshape(-1, len(angles), qkv.shape[-1])
         qkv, convolution = self.convolution(qkv, starts, None if state is None else state.convolution)
         q, k, v = (part.unflatten(-1, (self.num_heads, self.head_size)) for part in qkv.chunk(3, dim=-1))

@@ -13,6 +13,7 @@ from phase8.model.attention import AttentionState, CausalAttention
 from phase8.model.feed_forward import build_feed_forward
 from phase8.model.mixer import MixerState, Phase8Mixer
 from phase8.model.norm import RMSNorm
+from phase8.precision.formats import OPERAND_DTYPE, NumberFormat
 
 BlockState = MixerState | AttentionState
 # How a part of a block is run: with the part and its arguments it returns what the part returns.
@@ -26,14 +27,19 @@ class Block(nn.Module):
         model: Which block, and its widths.
         layer: Which layer of the model it is.
         axis: Of tensor parallelism.
+        number_format: Computes the products of the linear layers.
     """
 
-    def __init__(self, model: ModelSection, layer: int, *, axis: Axis):
+    def __init__(self, model: ModelSection, layer: int, *, axis: Axis, number_format: NumberFormat = OPERAND_DTYPE):
         super().__init__()
         self.mixer_norm = RMSNorm(model.d_model, eps=model.norm_eps)
-        self.mixer = Phase8Mixer(model, window=model.window_sizes[layer], axis=axis) if model.block == "phase8" else CausalAttention(model, axis=axis)
+        self.mixer = (
+            Phase8Mixer(model, window=model.window_sizes[layer], axis=axis, number_format=number_format)
+            if model.block == "phase8"
+            else CausalAttention(model, axis=axis, number_format=number_format)
+        )
         self.feed_forward_norm = RMSNorm(model.d_model, eps=model.norm_eps)
-        self.feed_forward = build_feed_forward(model, axis=axis)
+        self.feed_forward = build_feed_forward(model, axis=axis, number_format=number_format)
         # How the call of the block, all inside of the call, and the mixer with its norm are run; recomputation.py changes them.
         self.run_outside: Run = call
         self.run_inside: Run = call

@@ -13,7 +13,8 @@ from torch import Tensor, nn
 from phase8.config.schema import ModelSection
 from phase8.distributed.collectives import Axis
 from phase8.kernels.low_rank_swiglu import low_rank_swiglu
-from phase8.tensor_parallel.linear import ColumnParallelLinear, LowRankColumn, LowRankRow, RowParallelLinear, joint_bottlenecks, joint_linear
+from phase8.precision.formats import NumberFormat
+from phase8.tensor_parallel.linear import ColumnParallelLinear, JointColumnLinear, LowRankColumn, LowRankRow, RowParallelLinear
 from phase8.tensor_parallel.parameters import local
 
 
@@ -23,48 +24,51 @@ class SwiGLU(nn.Module):
     Args:
         model: Widths.
         axis: Of tensor parallelism.
+        number_format: Computes the products.
     """
 
-    def __init__(self, model: ModelSection, *, axis: Axis):
+    def __init__(self, model: ModelSection, *, axis: Axis, number_format: NumberFormat):
         super().__init__()
-        self.axis = axis
         width, inner = model.d_model, model.feed_forward_width
         self.gate = ColumnParallelLinear(width, inner, std=model.init_std)
         self.up = ColumnParallelLinear(width, inner, std=model.init_std)
-        self.down = RowParallelLinear(inner, width, std=_down_std(model), axis=axis)
+        self.down = RowParallelLinear(inner, width, std=_down_std(model), axis=axis, number_format=number_format)
+        self.gate_and_up = JointColumnLinear((self.gate, self.up), axis, number_format)
 
     def forward(self, x: Tensor) -> Tensor:
         """[B, T, D] -> [B, T, D]; with several ranks, own tokens [n, D] -> [n, D]."""
-        gate, up = joint_linear(x, self.gate, self.up, axis=self.axis).chunk(2, dim=-1)
+        gate, up = self.gate_and_up(x).chunk(2, dim=-1)
         return self.down(F.silu(gate) * up)
 
 
 class LowRankSwiGLU(nn.Module):
-    """The same of low-rank linears; what lies between their bottlenecks is one operator.
+    """The same of low-rank linears; what lies between their bottlenecks is one operator, which computes in the dtype of its operands.
 
     Args:
         model: Widths and rank.
         axis: Of tensor parallelism.
+        number_format: Computes the products before and behind that operator.
     """
 
-    def __init__(self, model: ModelSection, *, axis: Axis):
+    def __init__(self, model: ModelSection, *, axis: Axis, number_format: NumberFormat):
         super().__init__()
-        self.axis = axis
         width, inner, rank = model.d_model, model.feed_forward_width, model.feed_forward_rank
         self.gate = LowRankColumn(width, inner, rank=rank, std=model.init_std)
         self.up = LowRankColumn(width, inner, rank=rank, std=model.init_std)
-        self.down = LowRankRow(inner, width, rank=rank, std=_down_std(model), axis=axis)
+        self.down = LowRankRow(inner, width, rank=rank, std=_down_std(model), axis=axis, number_format=number_format)
+        self.gate_and_up = JointColumnLinear((self.gate, self.up), axis, number_format)
 
     def forward(self, x: Tensor) -> Tensor:
         """[B, T, D] -> [B, T, D]; with several ranks, own tokens [n, D] -> [n, D]."""
-        bottlenecks = joint_bottlenecks(x, self.gate, self.up, axis=self.axis)
+        bottlenecks = self.gate_and_up.bottlenecks(x)
         gate, up, down = (local(linear.weight) for linear in (self.gate.up, self.up.up, self.down.down))
         return self.down.finish(low_rank_swiglu(bottlenecks, gate, up, down))
 
 
-def build_feed_forward(model: ModelSection, *, axis: Axis) -> SwiGLU | LowRankSwiGLU:
+def build_feed_forward(model: ModelSection, *, axis: Axis, number_format: NumberFormat) -> SwiGLU | LowRankSwiGLU:
     """The feed-forward that the config asks for; arguments as above."""
-    return LowRankSwiGLU(model, axis=axis) if model.feed_forward_rank else SwiGLU(model, axis=axis)
+    kind = LowRankSwiGLU if model.feed_forward_rank else SwiGLU
+    return kind(model, axis=axis, number_format=number_format)
 
 
 def _down_std(model: ModelSection) -> float:

@@ -18,7 +18,8 @@ from phase8.kernels.window_attention import window_attention
 from phase8.kernels.window_state import WindowState, empty_window_state
 from phase8.model.convolution import ShortConvolution
 from phase8.model.global_path import GlobalPath, GlobalState
-from phase8.tensor_parallel.linear import column_linear, joint_linear, row_linear
+from phase8.precision.formats import NumberFormat
+from phase8.tensor_parallel.linear import JointColumnLinear, column_linear, row_linear
 from phase8.tensor_parallel.parameters import ParameterSpec, inverse_softplus, local
 
 INITIAL_RADIUS = 4.0
@@ -78,18 +79,20 @@ class Phase8Mixer(nn.Module):
         model: Widths, heads, score, global path and chain.
         window: Tokens W that the local path sees, the token itself included.
         axis: Of tensor parallelism, whose ranks divide the heads.
+        number_format: Computes the products of q, k, v and the output.
     """
 
-    def __init__(self, model: ModelSection, *, window: int, axis: Axis):
+    def __init__(self, model: ModelSection, *, window: int, axis: Axis, number_format: NumberFormat):
         super().__init__()
         width, inner, rank = model.d_model, model.attention_width, model.low_rank_rank
-        self.axis, self.num_heads, self.head_size = axis, model.num_heads // axis.size, model.head_width
+        self.num_heads, self.head_size = model.num_heads // axis.size, model.head_width
         self.window, self.global_tokens, self.eps = window, model.global_tokens, model.norm_eps
         self.q, self.k, self.v = (column_linear(width, inner, rank=rank, std=model.init_std) for _ in range(3))
+        self.qkv = JointColumnLinear((self.q, self.k, self.v), axis, number_format)
         self.convolution = ShortConvolution(inner, model.convolution_taps, num_ranks=axis.size)
         self.score = LorentzScore(model.num_heads) if model.score == "lorentz" else None
         self.global_path = GlobalPath(model, axis=axis) if model.global_path else None
-        self.out = row_linear(inner, width, rank=rank, std=0.0, axis=axis)
+        self.out = row_linear(inner, width, rank=rank, std=0.0, axis=axis, number_format=number_format)
 
     def empty_state(self, batch_size: int, *, dtype: torch.dtype, device: torch.device) -> MixerState:
         """The state before the first token."""
@@ -113,7 +116,7 @@ class Phase8Mixer(nn.Module):
             What is added to the residual stream, in the shape of x, and the state to carry on (None without `state`).
         """
         scalars = None if self.global_path is None else self.global_path.begin(x)
-        qkv = joint_linear(x, self.q, self.k, self.v, axis=self.axis)
+        qkv = self.qkv(x)
         inputs, convolution = mixer_inputs(
             qkv.reshape(-1, len(angles), 3, self.num_heads, self.head_size),
             self.convolution.taps,

@@ -14,6 +14,7 @@ from phase8.kernels.rotary import rotary_angles
 from phase8.model.block import Block, BlockState
 from phase8.model.norm import RMSNorm
 from phase8.model.parameters import materialise
+from phase8.precision.formats import OPERAND_DTYPE, NumberFormat
 from phase8.tensor_parallel.cross_entropy import parallel_cross_entropy
 from phase8.tensor_parallel.embedding import VocabularyParallelEmbedding, first_id
 from phase8.tensor_parallel.linear import ColumnParallelLinear
@@ -29,6 +30,7 @@ class LanguageModel(nn.Module):
         model: The model section of the config.
         dtype: Dtype of the residual stream and of the matmuls.
         axis: Of tensor parallelism.
+        number_format: Computes the products of the linear layers of blocks.
         layers: Of the chunk; None: all.
     """
 
@@ -38,6 +40,7 @@ class LanguageModel(nn.Module):
         *,
         dtype: torch.dtype,
         axis: Axis = ALONE,
+        number_format: NumberFormat = OPERAND_DTYPE,
         layers: range | None = None,
     ):
         super().__init__()
@@ -49,7 +52,7 @@ class LanguageModel(nn.Module):
             if self.begins or (self.ends and model.tie_embeddings)
             else None
         )
-        self.blocks = nn.ModuleDict({str(layer): Block(model, layer, axis=axis) for layer in layers})
+        self.blocks = nn.ModuleDict({str(layer): Block(model, layer, axis=axis, number_format=number_format) for layer in layers})
         self.norm = RMSNorm(model.d_model, eps=model.norm_eps) if self.ends else None
         self.head = ColumnParallelLinear(model.d_model, model.vocab_size, std=model.init_std) if self.ends and not model.tie_embeddings else None
 
@@ -131,11 +134,12 @@ def build_model(
     dtype: torch.dtype,
     device: torch.device,
     axis: Axis = ALONE,
+    number_format: NumberFormat = OPERAND_DTYPE,
     layers: range | None = None,
 ) -> LanguageModel:
     """A model or a chunk of one, with uninitialised parameters on a device (`meta`: shapes only); fill them with `parameters.initialise`."""
     with torch.device("meta"):
-        built = LanguageModel(model, dtype=dtype, axis=axis, layers=layers)
+        built = LanguageModel(model, dtype=dtype, axis=axis, number_format=number_format, layers=layers)
     if device.type != "meta":
         materialise(built, device=device, axis=axis)
     return built

@@ -9,13 +9,27 @@ from __future__ import annotations
 import torch
 
 from phase8.config.schema import PrecisionSection
+from phase8.precision.formats import OPERAND_DTYPE, NumberFormat
 
+# Both by precision.dtype.
 COMPUTE_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+NUMBER_FORMATS: dict[str, NumberFormat] = {"fp32": OPERAND_DTYPE, "bf16": OPERAND_DTYPE}
+_FORMATS_BY_NAME = {each.name: each for each in NUMBER_FORMATS.values()}
 
 
 def compute_dtype(section: PrecisionSection) -> torch.dtype:
-    """Dtype of the residual stream and of the matmuls."""
+    """Dtype of the residual stream and of the operands and results of matmuls."""
     return COMPUTE_DTYPES[section.dtype]
+
+
+def number_format(section: PrecisionSection) -> NumberFormat:
+    """What computes the products of the linear layers in blocks."""
+    return NUMBER_FORMATS[section.dtype]
+
+
+def format_named(name: str) -> NumberFormat:
+    """The number format of a name, for operators, whose arguments are tensors and plain values."""
+    return _FORMATS_BY_NAME[name]
 
 
 def set_matmul_precision(section: PrecisionSection) -> None:

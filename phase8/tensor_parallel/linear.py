@@ -17,16 +17,15 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from typing import Any
+from dataclasses import dataclass
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
-from phase8.distributed.collectives import Axis, gather_tokens, scatter_tokens, start_gather, start_scatter
-from phase8.kernels.dtypes import at_least_fp32
-from phase8.tensor_parallel.overlapped import gathered_product, scattered_product
+from phase8.distributed.collectives import Axis, gather_tokens, scatter_tokens
+from phase8.precision.formats import OPERAND_DTYPE, NumberFormat
 from phase8.tensor_parallel.parameters import ParameterSpec, local
+from phase8.tensor_parallel.products import gathered_product, plain_product, scattered_product, wide_product
 
 
 class Linear(nn.Module):
@@ -37,12 +36,21 @@ class Linear(nn.Module):
         out_features: Width of y.
         std: Standard deviation of the initial weights; 0: zero.
         divided: Axis -> dim of the weight that its ranks divide; None: no ranks do.
+        number_format: Computes the product.
     """
 
-    def __init__(self, in_features: int, out_features: int, *, std: float, divided: Mapping[str, int] | None = None):
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        *,
+        std: float,
+        divided: Mapping[str, int] | None = None,
+        number_format: NumberFormat = OPERAND_DTYPE,
+    ):
         super().__init__()
         self.weight = nn.Parameter(torch.empty(out_features, in_features))
-        self.std, self.divided = std, divided or {}
+        self.std, self.divided, self.number_format = std, divided or {}, number_format
 
     def parameter_specs(self) -> dict[str, ParameterSpec]:
         """Normal values; decayed."""
@@ -50,7 +58,7 @@ class Linear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """[..., in_features] -> [..., out_features of this rank]."""
-        return F.linear(x, local(self.weight).to(x.dtype))
+        return plain_product(x, local(self.weight).to(x.dtype), self.number_format)
 
     def extra_repr(self) -> str:
         """Shapes for `print(model)`, of all ranks together."""
@@ -58,7 +66,7 @@ class Linear(nn.Module):
 
 
 class ColumnParallelLinear(Linear):
-    """y = x W^T with the rows of W, the columns of y, divided over the ranks; x holds all tokens. `joint_linear` gathers them.
+    """y = x W^T with the rows of W, the columns of y, divided over the ranks; x holds all tokens. `JointColumnLinear` gathers them and computes.
 
     Args:
         in_features: Width of x.
@@ -78,17 +86,16 @@ class RowParallelLinear(Linear):
         out_features: Width of y.
         std: Standard deviation of the initial weights.
         axis: Of tensor parallelism.
+        number_format: Computes the product.
     """
 
-    def __init__(self, in_features: int, out_features: int, *, std: float, axis: Axis):
-        super().__init__(in_features, out_features, std=std, divided={"tp": 1})
+    def __init__(self, in_features: int, out_features: int, *, std: float, axis: Axis, number_format: NumberFormat):
+        super().__init__(in_features, out_features, std=std, divided={"tp": 1}, number_format=number_format)
         self.axis = axis
 
     def forward(self, x: Tensor) -> Tensor:
         """[..., in_features of this rank], all tokens -> [..., out_features], own tokens."""
-        if self.axis.has_peer_memory:
-            return scattered_product(x.flatten(0, -2), local(self.weight).to(x.dtype), self.axis)
-        return scatter_tokens(super().forward(x), self.axis)
+        return scattered_product(x, local(self.weight).to(x.dtype), self.axis, self.number_format)
 
 
 class LowRankColumn(nn.Module):
@@ -119,12 +126,13 @@ class LowRankRow(nn.Module):
         rank: Width R of the bottleneck.
         std: Standard deviation of the entries of the product; 0: `up` starts at zero.
         axis: Of tensor parallelism.
+        number_format: Computes the products.
     """
 
-    def __init__(self, in_features: int, out_features: int, *, rank: int, std: float, axis: Axis):
+    def __init__(self, in_features: int, out_features: int, *, rank: int, std: float, axis: Axis, number_format: NumberFormat):
         super().__init__()
-        self.down = RowParallelLinear(in_features, rank, std=1 / math.sqrt(in_features), axis=axis)
-        self.up = Linear(rank, out_features, std=std * math.sqrt(in_features / rank))
+        self.down = RowParallelLinear(in_features, rank, std=1 / math.sqrt(in_features), axis=axis, number_format=number_format)
+        self.up = Linear(rank, out_features, std=std * math.sqrt(in_features / rank), number_format=number_format)
 
     def forward(self, x: Tensor) -> Tensor:
         """[..., in_features of this rank], all tokens -> [..., out_features], own tokens."""
@@ -140,87 +148,61 @@ class WideLinear(Linear):
 
     def forward(self, x: Tensor) -> Tensor:
         """[..., in_features] -> fp32 or wider [..., out_features of this rank]."""
-        weight = local(self.weight)
-        if x.device.type == "cpu" or x.element_size() > 2:
-            return F.linear(at_least_fp32(x), weight)
-        return _WideProduct.apply(x.flatten(0, -2), weight.to(x.dtype)).unflatten(0, x.shape[:-1])
-
-
-class _WideProduct(torch.autograd.Function):
-    """x W^T of half-precision matrices in fp32: matrix units accumulate in fp32 anyway, and x need not be widened in memory first."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor) -> Tensor:
-        ctx.save_for_backward(x, weight)
-        return torch.mm(x, weight.T, out_dtype=torch.float32)
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor]:
-        x, weight = ctx.saved_tensors
-        grad = grad.to(x.dtype)
-        return grad @ weight, grad.T @ x
+        return wide_product(x, local(self.weight))
 
 
 def column_linear(in_features: int, out_features: int, *, rank: int, std: float) -> ColumnParallelLinear | LowRankColumn:
-    """A dense column-parallel layer, or the low-rank pair when `rank` is not 0; `joint_linear` runs it."""
+    """A dense column-parallel layer, or the low-rank pair when `rank` is not 0; `JointColumnLinear` runs it."""
     if rank:
         return LowRankColumn(in_features, out_features, rank=rank, std=std)
     return ColumnParallelLinear(in_features, out_features, std=std)
 
 
-def row_linear(in_features: int, out_features: int, *, rank: int, std: float, axis: Axis) -> RowParallelLinear | LowRankRow:
+def row_linear(
+    in_features: int, out_features: int, *, rank: int, std: float, axis: Axis, number_format: NumberFormat
+) -> RowParallelLinear | LowRankRow:
     """A dense row-parallel layer, or the low-rank pair when `rank` is not 0."""
     if rank:
-        return LowRankRow(in_features, out_features, rank=rank, std=std, axis=axis)
-    return RowParallelLinear(in_features, out_features, std=std, axis=axis)
+        return LowRankRow(in_features, out_features, rank=rank, std=std, axis=axis, number_format=number_format)
+    return RowParallelLinear(in_features, out_features, std=std, axis=axis, number_format=number_format)
 
 
-def joint_linear(x: Tensor, *layers: ColumnParallelLinear | LowRankColumn, axis: Axis) -> Tensor:
-    """The outputs of several column-parallel layers of the same input, concatenated: one gather and one matrix product for all.
+@dataclass(frozen=True)
+class JointColumnLinear:
+    """Several column-parallel layers of the same input as one: one gather and one matrix product for all.
+
+    It is no Module: the module that has it registers the layers, whose parameters keep their names in checkpoints.
 
     Args:
-        x: Their input [..., in_features]; with several ranks, the own tokens of it.
         layers: All dense, or all low-rank.
         axis: Of tensor parallelism.
-
-    Returns:
-        [..., sum of their out_features of this rank], all tokens.
+        number_format: Computes the products.
     """
-    if isinstance(layers[0], LowRankColumn):
-        # Zeros beside the blocks cost less than results that lie apart and are copied side by side: such products wait for memory.
-        ups = torch.block_diag(*(local(layer.up.weight).to(x.dtype) for layer in layers))
-        return F.linear(joint_bottlenecks(x, *layers, axis=axis), ups)
-    weight = _joint_weight(x.dtype, *layers)
-    if axis.size == 1:
-        return F.linear(x, weight)
-    return gathered_product(x, weight, axis) if axis.has_peer_memory else _GatheredProduct.apply(x, weight, axis)
 
+    layers: tuple[ColumnParallelLinear | LowRankColumn, ...]
+    axis: Axis
+    number_format: NumberFormat
 
-def joint_bottlenecks(x: Tensor, *layers: LowRankColumn, axis: Axis) -> Tensor:
-    """The bottlenecks of several low-rank layers of the same input, concatenated, of all tokens [..., R of each]; arguments as above."""
-    return gather_tokens(F.linear(x, _joint_weight(x.dtype, *(layer.down for layer in layers))), axis)
+    def __call__(self, x: Tensor) -> Tensor:
+        """The outputs of the layers, concatenated.
+
+        Args:
+            x: Their input [..., in_features]; with several ranks, the own tokens of it.
+
+        Returns:
+            [..., sum of their out_features of this rank], all tokens.
+        """
+        if isinstance(self.layers[0], LowRankColumn):
+            # Zeros beside the blocks cost less than results that lie apart and are copied side by side: such products wait for memory.
+            ups = torch.block_diag(*(local(layer.up.weight).to(x.dtype) for layer in self.layers))
+            return plain_product(self.bottlenecks(x), ups, self.number_format)
+        return gathered_product(x, _joint_weight(x.dtype, *self.layers), self.axis, self.number_format)
+
+    def bottlenecks(self, x: Tensor) -> Tensor:
+        """The bottlenecks of low-rank layers, concatenated, of all tokens [..., R of each]; x as above."""
+        weight = _joint_weight(x.dtype, *(layer.down for layer in self.layers))
+        return gather_tokens(plain_product(x, weight, self.number_format), self.axis)
 
 
 def _joint_weight(dtype: torch.dtype, *layers: Linear) -> Tensor:
     return torch.cat([local(layer.weight).to(dtype) for layer in layers])
-
-
-class _GatheredProduct(torch.autograd.Function):
-    """gather_tokens(x) W^T that keeps the own tokens for backward and gathers again, while it computes the gradient of x.
-
-    That gradient is then summed and scattered while the gradient of W is computed.
-    """
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, axis: Axis) -> Tensor:
-        ctx.save_for_backward(x, weight)
-        ctx.axis = axis
-        return F.linear(start_gather(x, axis)(), weight)
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None]:
-        x, weight = ctx.saved_tensors
-        gathered = start_gather(x, ctx.axis)
-        scattered = start_scatter(grad @ weight, ctx.axis)
-        dweight = grad.T @ gathered()
-        return scattered(), dweight, None

@@ -10,7 +10,7 @@ from phase8.distributed import collectives
 from phase8.model import convolution, global_path, mixer, norm
 from phase8.pipeline_parallel import engine
 from phase8.pipeline_parallel.lowering import Payload
-from phase8.tensor_parallel import cross_entropy, embedding, linear
+from phase8.tensor_parallel import cross_entropy, embedding, linear, products
 from phase8.train.engine import shards, stage, step
 from phase8.zero import fsdp
 
@@ -33,13 +33,13 @@ def replaced(*places, by):
 def no_reduction_in_scatter():
     """A row-parallel layer keeps its own contribution."""
     own = lambda old: lambda x, axis: lambda: x.chunk(axis.size)[axis.index].contiguous()  # noqa: E731
-    return replaced((collectives, "start_scatter"), (linear, "start_scatter"), by=own)
+    return replaced((collectives, "start_scatter"), (products, "start_scatter"), by=own)
 
 
 def swapped_neighbours():
     """Gathered tokens come in another order of ranks."""
     swapped = lambda old: lambda x, axis: lambda: torch.cat(old(x, axis)().chunk(axis.size)[::-1])  # noqa: E731
-    return replaced((collectives, "start_gather"), (linear, "start_gather"), by=swapped)
+    return replaced((collectives, "start_gather"), (products, "start_gather"), by=swapped)
 
 
 def sum_is_local():

@@ -23,6 +23,7 @@ from phase8.distributed import peer_memory
 from phase8.distributed.collectives import Axis, gather_tokens, scatter_tokens
 from phase8.distributed.mesh import build_mesh
 from phase8.errors import ConfigError
+from phase8.precision.formats import OPERAND_DTYPE
 from phase8.tensor_parallel import overlapped
 from phase8.topology import Topology
 from phase8.zero import copy_engine_gather
@@ -118,8 +119,8 @@ def worst_difference(axis, dtype, device, *, tokens=12, width=16, inner=24):
     wide_own, wide_every = random(tokens, 2 * width)[:, :width], random(axis.size * tokens, 2 * inner)[:, inner:]
     column, row = random(inner, width), random(width, inner)
     pairs = [
-        (lambda x, w: overlapped.gathered_product(x, w, axis), lambda x, w: gather_tokens(x, axis) @ w.T, (own, column, wide_every)),
-        (lambda x, w: overlapped.scattered_product(x, w, axis), lambda x, w: scatter_tokens(x @ w.T, axis), (every, row, wide_own)),
+        (lambda x, w: overlapped.gathered_product(x, w, axis, OPERAND_DTYPE), lambda x, w: gather_tokens(x, axis) @ w.T, (own, column, wide_every)),
+        (lambda x, w: overlapped.scattered_product(x, w, axis, OPERAND_DTYPE), lambda x, w: scatter_tokens(x @ w.T, axis), (every, row, wide_own)),
     ]
     worst = 0.0
     for ours, reference, arguments in pairs:
@@ -232,7 +233,7 @@ def _replayed(axis, device):
     """The same numbers again and again, from inputs that change between the replays."""
     torch.manual_seed(axis.index)
     x, column, row = (torch.randn(shape, device=device) for shape in ((64, 32), (48, 32), (32, 48)))
-    take = lambda: overlapped.scattered_product(overlapped.gathered_product(x, column, axis), row, axis)  # noqa: E731
+    take = lambda: overlapped.scattered_product(overlapped.gathered_product(x, column, axis, OPERAND_DTYPE), row, axis, OPERAND_DTYPE)  # noqa: E731
     take()
     torch.cuda.synchronize()
     graph = torch.cuda.CUDAGraph()

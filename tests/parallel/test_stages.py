@@ -1,6 +1,7 @@
 """What pipeline stages do besides training: evaluation, changing lengths, compiled blocks."""
 
 import os
+from unittest import mock
 
 import pytest
 import torch
@@ -15,7 +16,7 @@ from phase8.data.microbatch import Microbatch
 from phase8.kernels.reference.cross_entropy import IGNORED_TARGET
 from phase8.model.model import build_model
 from phase8.plan.stages import chunk_layers
-from phase8.train.engine.stage import joined
+from phase8.train.engine.stage import Stage, joined
 from phase8.train.engine.step import evaluate, train_step
 
 BLOCK = BLOCKS["deep-tied"]
@@ -52,6 +53,25 @@ def test_evaluation_and_other_lengths(pool, name):
     (expected, expected_counts, expected_losses), *_ = pool.run(evaluate_and_change_length, (), 1, world_size=1)
     assert all(other == (measured, counts, losses) for other in others)
     assert counts == expected_counts and measured == pytest.approx(expected, rel=1e-5) and losses == pytest.approx(expected_losses, rel=1e-5)
+
+
+def moved_to_the_device(settings, world_size):
+    """How often a step brings tokens and targets of each microbatch to the device of this rank."""
+    config, train_state = start(settings, world_size)
+    batches, moved = microbatches_of(train_state, config, 0), []
+    with mock.patch.object(Stage, "_moved", autospec=True, side_effect=lambda stage, x: moved.append(x) or x):
+        train_step(train_state, batches, learning_rate=1e-2, gradient_clip_norm=1.0)
+    return [tuple(sum(x is each for x in moved) for each in (batch.tokens, batch.targets)) for batch in batches]
+
+
+@pytest.mark.parametrize(
+    ("name", "expected"),
+    [("one", [(1, 1)]), ("pp2 interleaved", [(1, 0), (0, 1)]), ("pp3", [(1, 0), (0, 0), (0, 1)])],
+)
+def test_tokens_and_targets_go_once_to_the_stages_that_read_them(pool, name, expected):
+    world_size, settings = {**TOPOLOGIES, "one": (1, ()), "pp3": ranks(pp=3)}[name]
+    found = pool.run(moved_to_the_device, settings, world_size, world_size=world_size)
+    assert [set(each) for each in found] == [{each} for each in expected]
 
 
 def losses_of_compiled(settings, world_size, compiled):

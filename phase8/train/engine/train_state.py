@@ -16,7 +16,7 @@ from phase8.model.parameters import decayed_parameter_names, initialise, materia
 from phase8.model.recomputation import apply_recomputation
 from phase8.optim.adamw import build_optimizer
 from phase8.plan.stages import chunk_layers
-from phase8.precision.policy import compute_dtype
+from phase8.precision.policy import compute_dtype, number_format
 from phase8.topology import HOLDERS
 from phase8.train.engine.shards import Shards
 from phase8.train.engine.stage import Stage
@@ -88,7 +88,7 @@ def build_chunks(config: RunConfig, *, mesh: Mesh, device: torch.device, dtype: 
 
 def _build_chunk(config: RunConfig, layers: range, *, mesh: Mesh, device: torch.device, dtype: torch.dtype) -> LanguageModel:
     """Some layers of the model with their first weights."""
-    chunk = build_model(config.model, dtype=dtype, device=device, axis=mesh.tp, layers=layers)
+    chunk = build_model(config.model, dtype=dtype, device=device, axis=mesh.tp, number_format=number_format(config.precision), layers=layers)
     apply_recomputation(chunk, config.train.recompute, every_n_layers=config.train.recompute_every_n_layers)
     if device.type == "meta":
         materialise(chunk, device=device, axis=mesh.tp)
