@@ -14,9 +14,10 @@ from torch import Tensor, nn
 
 from phase8.config.schema import ModelSection
 from phase8.distributed.collectives import Axis
+from phase8.exchanges import Exchanges
 from phase8.kernels.rotary import rotate
 from phase8.model.convolution import ShortConvolution
-from phase8.tensor_parallel.linear import column_linear, joint_linear, row_linear
+from phase8.tensor_parallel.linear import column_linear, joint_exchanges, joint_linear, row_linear
 
 
 @dataclass(frozen=True)
@@ -49,6 +50,10 @@ class CausalAttention(nn.Module):
         self.q, self.k, self.v = (column_linear(width, inner, rank=rank, std=model.init_std) for _ in range(3))
         self.convolution = ShortConvolution(inner, model.convolution_taps, num_ranks=axis.size)
         self.out = row_linear(inner, width, rank=rank, std=model.init_std / math.sqrt(2 * model.num_layers), axis=axis)
+
+    def exchanges(self) -> Exchanges:
+        """The joint product of q, k and v, and the output."""
+        return joint_exchanges(self.q, self.k, self.v).then(self.out.exchanges())
 
     def empty_state(self, batch_size: int, *, dtype: torch.dtype, device: torch.device) -> AttentionState:
         """The state before the first token."""

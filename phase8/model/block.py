@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -11,6 +12,7 @@ from torch.utils.checkpoint import checkpoint
 
 from phase8.config.schema import ModelSection
 from phase8.distributed.collectives import Axis
+from phase8.exchanges import Exchanges
 from phase8.model.attention import AttentionState, CausalAttention
 from phase8.model.feed_forward import build_feed_forward
 from phase8.model.mixer import MixerState, Phase8Mixer
@@ -40,6 +42,17 @@ class Block(nn.Module):
         # Torch 2.11 would keep what an autograd.Function in there returns, and tensor-parallel layers are such functions.
         self.is_recomputed_inside = recompute == "full" and axis.size == 1
         self.is_recomputed_outside = recompute == "full" and axis.size > 1
+
+    def exchanges(self, *, recompute: str) -> Exchanges:
+        """Those of mixer and feed-forward; backward begins with what it recomputes.
+
+        Args:
+            recompute: As above, or `budget`, which only one tensor-parallel rank has.
+        """
+        mixer = self.mixer.exchanges()
+        block = mixer.then(self.feed_forward.exchanges())
+        repeated = {"full": block.repeated, "selective": mixer.repeated}.get(recompute, ())
+        return replace(block, backward=repeated + block.backward)
 
     def forward(
         self, x: Tensor, angles: Tensor, starts: Tensor | None = None, state: BlockState | None = None

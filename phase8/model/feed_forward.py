@@ -12,8 +12,17 @@ from torch import Tensor, nn
 
 from phase8.config.schema import ModelSection
 from phase8.distributed.collectives import Axis
+from phase8.exchanges import Exchanges
 from phase8.kernels.low_rank_swiglu import low_rank_swiglu
-from phase8.tensor_parallel.linear import ColumnParallelLinear, LowRankColumn, LowRankRow, RowParallelLinear, joint_bottlenecks, joint_linear
+from phase8.tensor_parallel.linear import (
+    ColumnParallelLinear,
+    LowRankColumn,
+    LowRankRow,
+    RowParallelLinear,
+    joint_bottlenecks,
+    joint_exchanges,
+    joint_linear,
+)
 from phase8.tensor_parallel.parameters import local
 
 
@@ -32,6 +41,10 @@ class SwiGLU(nn.Module):
         self.gate = ColumnParallelLinear(width, inner, std=model.init_std)
         self.up = ColumnParallelLinear(width, inner, std=model.init_std)
         self.down = RowParallelLinear(inner, width, std=_down_std(model), axis=axis)
+
+    def exchanges(self) -> Exchanges:
+        """The joint product of gate and up, and the output."""
+        return joint_exchanges(self.gate, self.up).then(self.down.exchanges())
 
     def forward(self, x: Tensor) -> Tensor:
         """[B, T, D] -> [B, T, D]; with several ranks, own tokens [n, D] -> [n, D]."""
@@ -54,6 +67,10 @@ class LowRankSwiGLU(nn.Module):
         self.gate = LowRankColumn(width, inner, rank=rank, std=model.init_std)
         self.up = LowRankColumn(width, inner, rank=rank, std=model.init_std)
         self.down = LowRankRow(inner, width, rank=rank, std=_down_std(model), axis=axis)
+
+    def exchanges(self) -> Exchanges:
+        """The joint product of gate and up, and the output."""
+        return joint_exchanges(self.gate, self.up).then(self.down.exchanges())
 
     def forward(self, x: Tensor) -> Tensor:
         """[B, T, D] -> [B, T, D]; with several ranks, own tokens [n, D] -> [n, D]."""

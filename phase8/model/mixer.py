@@ -13,12 +13,13 @@ from torch import Tensor, nn
 
 from phase8.config.schema import ModelSection
 from phase8.distributed.collectives import Axis
+from phase8.exchanges import NO_EXCHANGES, Exchanges
 from phase8.kernels.mixer_inputs import mixer_inputs
 from phase8.kernels.window_attention import window_attention
 from phase8.kernels.window_state import WindowState, empty_window_state
 from phase8.model.convolution import ShortConvolution
 from phase8.model.global_path import GlobalPath, GlobalState
-from phase8.tensor_parallel.linear import column_linear, joint_linear, row_linear
+from phase8.tensor_parallel.linear import column_linear, joint_exchanges, joint_linear, row_linear
 from phase8.tensor_parallel.parameters import ParameterSpec, inverse_softplus, local
 
 INITIAL_RADIUS = 4.0
@@ -90,6 +91,11 @@ class Phase8Mixer(nn.Module):
         self.score = LorentzScore(model.num_heads) if model.score == "lorentz" else None
         self.global_path = GlobalPath(model, axis=axis) if model.global_path else None
         self.out = row_linear(inner, width, rank=rank, std=0.0, axis=axis)
+
+    def exchanges(self) -> Exchanges:
+        """Scalars of the global path, the joint product of q, k and v, the output."""
+        path = NO_EXCHANGES if self.global_path is None else self.global_path.exchanges()
+        return path.then(joint_exchanges(self.q, self.k, self.v)).then(self.out.exchanges())
 
     def empty_state(self, batch_size: int, *, dtype: torch.dtype, device: torch.device) -> MixerState:
         """The state before the first token."""

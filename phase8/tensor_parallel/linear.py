@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -24,6 +25,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from phase8.distributed.collectives import Axis, gather_tokens, scatter_tokens, start_gather, start_scatter
+from phase8.exchanges import Exchanges, gathered, scattered
 from phase8.kernels.dtypes import at_least_fp32
 from phase8.tensor_parallel.overlapped import gathered_product, scattered_product
 from phase8.tensor_parallel.parameters import ParameterSpec, local
@@ -84,6 +86,10 @@ class RowParallelLinear(Linear):
         super().__init__(in_features, out_features, std=std, divided={"tp": 1})
         self.axis = axis
 
+    def exchanges(self) -> Exchanges:
+        """The output is scattered; a recomputation that ends here leaves that out, for backward needs the input only."""
+        return replace(scattered(self.weight.shape[0]), repeated=())
+
     def forward(self, x: Tensor) -> Tensor:
         """[..., in_features of this rank], all tokens -> [..., out_features], own tokens."""
         if self.axis.has_peer_memory:
@@ -125,6 +131,10 @@ class LowRankRow(nn.Module):
         super().__init__()
         self.down = RowParallelLinear(in_features, rank, std=1 / math.sqrt(in_features), axis=axis)
         self.up = Linear(rank, out_features, std=std * math.sqrt(in_features / rank))
+
+    def exchanges(self) -> Exchanges:
+        """The bottleneck is scattered, and kept by `up`."""
+        return scattered(self.down.weight.shape[0])
 
     def forward(self, x: Tensor) -> Tensor:
         """[..., in_features of this rank], all tokens -> [..., out_features], own tokens."""
@@ -194,6 +204,14 @@ def joint_linear(x: Tensor, *layers: ColumnParallelLinear | LowRankColumn, axis:
     if axis.size == 1:
         return F.linear(x, weight)
     return gathered_product(x, weight, axis) if axis.has_peer_memory else _GatheredProduct.apply(x, weight, axis)
+
+
+def joint_exchanges(*layers: ColumnParallelLinear | LowRankColumn) -> Exchanges:
+    """What `joint_linear` exchanges: dense layers gather their input, once more in backward; low-rank layers gather their bottlenecks."""
+    if isinstance(layers[0], LowRankColumn):
+        return gathered(sum(layer.down.weight.shape[0] for layer in layers))
+    once = gathered(layers[0].weight.shape[1])
+    return replace(once, backward=once.forward + once.backward)
 
 
 def joint_bottlenecks(x: Tensor, *layers: LowRankColumn, axis: Axis) -> Tensor:
