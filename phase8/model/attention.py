@@ -17,6 +17,7 @@ from phase8.distributed.collectives import Axis
 from phase8.exchanges import Exchanges
 from phase8.kernels.rotary import rotate
 from phase8.model.convolution import ShortConvolution
+from phase8.model.work import mean_visible_keys
 from phase8.tensor_parallel.linear import column_linear, joint_exchanges, joint_linear, row_linear
 
 
@@ -54,6 +55,15 @@ class CausalAttention(nn.Module):
     def exchanges(self) -> Exchanges:
         """The joint product of q, k and v, and the output."""
         return joint_exchanges(self.q, self.k, self.v).then(self.out.exchanges())
+
+    def mixing_flops(self, model: ModelSection) -> dict[str, float]:
+        """FLOPs per token of a forward beside the linear layers, by part.
+
+        Args:
+            model: The one it belongs to: length of a sequence and widths.
+        """
+        attention = 4 * model.attention_width * mean_visible_keys(model, model.sequence_length)
+        return {"convolution": self.convolution.flops_per_token, "attention": attention}
 
     def empty_state(self, batch_size: int, *, dtype: torch.dtype, device: torch.device) -> AttentionState:
         """The state before the first token."""

@@ -19,6 +19,7 @@ from phase8.kernels.window_attention import window_attention
 from phase8.kernels.window_state import WindowState, empty_window_state
 from phase8.model.convolution import ShortConvolution
 from phase8.model.global_path import GlobalPath, GlobalState
+from phase8.model.work import mean_visible_keys
 from phase8.tensor_parallel.linear import column_linear, joint_exchanges, joint_linear, row_linear
 from phase8.tensor_parallel.parameters import ParameterSpec, inverse_softplus, local
 
@@ -96,6 +97,16 @@ class Phase8Mixer(nn.Module):
         """Scalars of the global path, the joint product of q, k and v, the output."""
         path = NO_EXCHANGES if self.global_path is None else self.global_path.exchanges()
         return path.then(joint_exchanges(self.q, self.k, self.v)).then(self.out.exchanges())
+
+    def mixing_flops(self, model: ModelSection) -> dict[str, float]:
+        """FLOPs per token of a forward beside the linear layers, by part; argument as of `CausalAttention.mixing_flops`.
+
+        The recurrence is counted in its recurrent form, whatever a kernel does: MFU must not reward extra work. It updates S += w k v^T and
+        reads S^T q, K^2 multiply-adds of each head each.
+        """
+        attention = 4 * model.attention_width * mean_visible_keys(model, self.window)
+        parts = {"convolution": self.convolution.flops_per_token, "attention": attention}
+        return parts if self.global_path is None else parts | {"recurrence": 4 * model.attention_width * model.head_width}
 
     def empty_state(self, batch_size: int, *, dtype: torch.dtype, device: torch.device) -> MixerState:
         """The state before the first token."""
