@@ -14,8 +14,10 @@ from torch import Tensor, nn
 
 from phase8.config.schema import ModelSection
 from phase8.distributed.collectives import Axis
+from phase8.exchanges import Exchanges
 from phase8.kernels.rotary import rotate
 from phase8.model.convolution import ShortConvolution
+from phase8.model.work import mean_visible_keys
 from phase8.precision.formats import NumberFormat
 from phase8.tensor_parallel.linear import JointColumnLinear, column_linear, row_linear
 
@@ -53,6 +55,19 @@ class CausalAttention(nn.Module):
         self.convolution = ShortConvolution(inner, model.convolution_taps, num_ranks=axis.size)
         std = model.init_std / math.sqrt(2 * model.num_layers)
         self.out = row_linear(inner, width, rank=rank, std=std, axis=axis, number_format=number_format)
+
+    def exchanges(self) -> Exchanges:
+        """The joint product of q, k and v, and the output."""
+        return self.qkv.exchanges().then(self.out.exchanges())
+
+    def mixing_flops(self, model: ModelSection) -> dict[str, float]:
+        """FLOPs per token of a forward beside the linear layers, by part.
+
+        Args:
+            model: The one it belongs to: length of a sequence and widths.
+        """
+        attention = 4 * model.attention_width * mean_visible_keys(model, model.sequence_length)
+        return {"convolution": self.convolution.flops_per_token, "attention": attention}
 
     def empty_state(self, batch_size: int, *, dtype: torch.dtype, device: torch.device) -> AttentionState:
         """The state before the first token."""

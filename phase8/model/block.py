@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 from torch import Tensor, nn
 
 from phase8.config.schema import ModelSection
 from phase8.distributed.collectives import Axis
+from phase8.exchanges import Exchanges
 from phase8.model.attention import AttentionState, CausalAttention
 from phase8.model.feed_forward import build_feed_forward
 from phase8.model.mixer import MixerState, Phase8Mixer
@@ -44,6 +46,17 @@ class Block(nn.Module):
         self.run_outside: Run = call
         self.run_inside: Run = call
         self.run_mixer: Run = call
+
+    def exchanges(self, *, recompute: str) -> Exchanges:
+        """Those of mixer and feed-forward; backward begins with what it recomputes.
+
+        Args:
+            recompute: As above, or `budget`, which only one tensor-parallel rank has.
+        """
+        mixer = self.mixer.exchanges()
+        block = mixer.then(self.feed_forward.exchanges())
+        repeated = {"full": block.repeated, "selective": mixer.repeated}.get(recompute, ())
+        return replace(block, backward=repeated + block.backward)
 
     def forward(
         self, x: Tensor, angles: Tensor, starts: Tensor | None = None, state: BlockState | None = None

@@ -32,6 +32,11 @@ class ShortConvolution(nn.Module):
         identity[..., -1] = 1
         return {"weight": ParameterSpec(value=identity, divided={"tp": 1})}
 
+    @property
+    def flops_per_token(self) -> int:
+        """Of a forward, for all channels."""
+        return 2 * 3 * self.num_channels * self.num_taps if self.num_taps > 1 else 0
+
     def empty_state(self, batch_size: int, *, dtype: torch.dtype, device: torch.device) -> Tensor:
         """The state before the first token [B, taps - 1, C]."""
         return torch.zeros(batch_size, self.num_taps - 1, 3 * self.num_channels // self.num_ranks, dtype=dtype, device=device)

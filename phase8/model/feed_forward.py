@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from phase8.config.schema import ModelSection
 from phase8.distributed.collectives import Axis
+from phase8.exchanges import Exchanges
 from phase8.kernels.low_rank_swiglu import low_rank_swiglu
 from phase8.precision.formats import NumberFormat
 from phase8.tensor_parallel.linear import ColumnParallelLinear, JointColumnLinear, LowRankColumn, LowRankRow, RowParallelLinear
@@ -35,6 +36,10 @@ class SwiGLU(nn.Module):
         self.down = RowParallelLinear(inner, width, std=_down_std(model), axis=axis, number_format=number_format)
         self.gate_and_up = JointColumnLinear((self.gate, self.up), axis, number_format)
 
+    def exchanges(self) -> Exchanges:
+        """The joint product of gate and up, and the output."""
+        return self.gate_and_up.exchanges().then(self.down.exchanges())
+
     def forward(self, x: Tensor) -> Tensor:
         """[B, T, D] -> [B, T, D]; with several ranks, own tokens [n, D] -> [n, D]."""
         gate, up = self.gate_and_up(x).chunk(2, dim=-1)
@@ -57,6 +62,10 @@ class LowRankSwiGLU(nn.Module):
         self.up = LowRankColumn(width, inner, rank=rank, std=model.init_std)
         self.down = LowRankRow(inner, width, rank=rank, std=_down_std(model), axis=axis, number_format=number_format)
         self.gate_and_up = JointColumnLinear((self.gate, self.up), axis, number_format)
+
+    def exchanges(self) -> Exchanges:
+        """The joint product of gate and up, and the output."""
+        return self.gate_and_up.exchanges().then(self.down.exchanges())
 
     def forward(self, x: Tensor) -> Tensor:
         """[B, T, D] -> [B, T, D]; with several ranks, own tokens [n, D] -> [n, D]."""

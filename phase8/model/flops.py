@@ -1,33 +1,31 @@
 """Floating-point operations of a forward pass per token: the multiply-adds of linear layers, attention and recurrences, two each.
 
-Element-wise work (norms, activations, rotary, the scalar Green chain, softmax) is not counted, as usual. The recurrence is counted
-in its recurrent form, whatever a kernel does: MFU must not reward extra work. A backward pass costs twice a forward.
+Element-wise work (norms, activations, rotary, the scalar Green chain, softmax) is not counted, as usual. Linear layers are counted by their
+weights in a block built without memory; what else a mixer computes it says itself (`mixing_flops`). A backward pass costs twice a forward.
 """
 
 from __future__ import annotations
 
-from phase8.config.schema import ModelSection
+from collections import Counter
+from functools import lru_cache
 
-BACKWARD_OVER_FORWARD = 2
+import torch
+from torch import nn
+
+from phase8.config.schema import ModelSection
+from phase8.distributed.collectives import ALONE
+from phase8.model.block import Block
+from phase8.model.work import BACKWARD_OVER_FORWARD
+from phase8.tensor_parallel.linear import Linear
 
 
 def forward_flops_per_token(model: ModelSection) -> dict[str, float]:
     """FLOPs of each part, averaged over the positions of a training sequence."""
-    layers, width, inner = model.num_layers, model.d_model, model.attention_width
-    rank = model.low_rank_rank
-    parts = {
-        "mixer projections": layers * 4 * _linear(width, inner, rank),
-        "convolution": layers * 2 * 3 * inner * model.convolution_taps if model.convolution_taps > 1 else 0,
-        "attention": 4 * inner * sum(mean_visible_keys(model, window) for window in model.window_sizes),
-        "feed-forward": layers * 3 * _linear(width, model.feed_forward_width, model.feed_forward_rank),
-        "head": _linear(width, model.vocab_size, 0),
-    }
-    if model.has_global_path:
-        num_scalars = 2 if model.chain == "none" else 3
-        parts["mixer projections"] += layers * _linear(width, num_scalars * model.num_heads, 0)
-        # Update S += w k v^T and read-out S^T q, K^2 multiply-adds each.
-        parts["recurrence"] = layers * 4 * inner * model.head_width
-    return parts
+    parts: dict[str, float] = {}
+    for window, count in Counter(model.window_sizes).items():
+        for part, flops in _block_flops(model, model.window_sizes.index(window)).items():
+            parts[part] = parts.get(part, 0) + count * flops
+    return parts | {"head": 2 * model.d_model * model.vocab_size}
 
 
 def training_flops_per_token(model: ModelSection) -> float:
@@ -37,25 +35,21 @@ def training_flops_per_token(model: ModelSection) -> float:
 
 def layer_flops_per_token(model: ModelSection) -> list[float]:
     """Forward FLOPs of each layer, which differ by their windows."""
-    parts = forward_flops_per_token(model)
-    attention = [4 * model.attention_width * mean_visible_keys(model, window) for window in model.window_sizes]
-    others = (sum(parts.values()) - parts["attention"] - parts["head"]) / model.num_layers
-    return [others + own for own in attention]
+    by_window = {window: sum(_block_flops(model, model.window_sizes.index(window)).values()) for window in model.window_sizes}
+    return [by_window[window] for window in model.window_sizes]
 
 
-def mean_visible_keys(model: ModelSection, window: int) -> float:
-    """Keys that attention reads in a layer of this window, averaged over the positions of a sequence."""
-    length = model.sequence_length
-    if model.block == "transformer":
-        return (length + 1) / 2
-    far = model.global_tokens
-    beyond, within = max(length - window, 0), min(length, window)
-    near_keys = within * (within + 1) // 2 + beyond * window
-    # Position i sees the globals that have left its window: min(i + 1 - W, G) of them.
-    ramp = min(beyond, far)
-    far_keys = ramp * (ramp + 1) // 2 + (beyond - ramp) * far
-    return (near_keys + far_keys) / length
+@lru_cache(maxsize=1024)
+def _block_flops(model: ModelSection, layer: int) -> dict[str, float]:
+    """FLOPs of each part of a block."""
+    with torch.device("meta"):
+        block = Block(model, layer, axis=ALONE)
+    return {
+        "mixer projections": _linear_flops(block.mixer),
+        "feed-forward": _linear_flops(block.feed_forward),
+        **block.mixer.mixing_flops(model),
+    }
 
 
-def _linear(in_features: int, out_features: int, rank: int) -> int:
-    return 2 * (rank * (in_features + out_features) if rank else in_features * out_features)
+def _linear_flops(module: nn.Module) -> int:
+    return sum(2 * each.weight.numel() for each in module.modules() if isinstance(each, Linear))

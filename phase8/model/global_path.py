@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from phase8.config.schema import ModelSection
 from phase8.distributed.collectives import Axis, begin_to_gather, end_gather
+from phase8.exchanges import Exchanges, gathered
 from phase8.kernels.gated_linear_attention import gated_linear_attention
 from phase8.kernels.green_scan import green_scan
 from phase8.kernels.mixer_inputs import MixerInputs
@@ -109,6 +110,10 @@ class GlobalPath(nn.Module):
         memory = torch.logspace(first, last, len(self.decay_bias), dtype=torch.float64)
         decay_bias = torch.log(torch.expm1(1 / memory)).float()
         return {"decay_bias": ParameterSpec(value=decay_bias, divided={"tp": 0}), "gate_bias": ParameterSpec(value=INITIAL_GATE, divided={"tp": 0})}
+
+    def exchanges(self) -> Exchanges:
+        """The scalars of all heads are gathered."""
+        return gathered(self.scalars.weight.shape[0], is_wide=True)
 
     def empty_state(self, batch_size: int, *, dtype: torch.dtype, device: torch.device) -> GlobalState:
         """The state before the first token, fp32 or wider."""

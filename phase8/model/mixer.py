@@ -13,11 +13,13 @@ from torch import Tensor, nn
 
 from phase8.config.schema import ModelSection
 from phase8.distributed.collectives import Axis
+from phase8.exchanges import NO_EXCHANGES, Exchanges
 from phase8.kernels.mixer_inputs import mixer_inputs
 from phase8.kernels.window_attention import window_attention
 from phase8.kernels.window_state import WindowState, empty_window_state
 from phase8.model.convolution import ShortConvolution
 from phase8.model.global_path import GlobalPath, GlobalState
+from phase8.model.work import mean_visible_keys
 from phase8.precision.formats import NumberFormat
 from phase8.tensor_parallel.linear import JointColumnLinear, column_linear, row_linear
 from phase8.tensor_parallel.parameters import ParameterSpec, inverse_softplus, local
@@ -93,6 +95,21 @@ class Phase8Mixer(nn.Module):
         self.score = LorentzScore(model.num_heads) if model.score == "lorentz" else None
         self.global_path = GlobalPath(model, axis=axis) if model.global_path else None
         self.out = row_linear(inner, width, rank=rank, std=0.0, axis=axis, number_format=number_format)
+
+    def exchanges(self) -> Exchanges:
+        """Scalars of the global path, the joint product of q, k and v, the output."""
+        path = NO_EXCHANGES if self.global_path is None else self.global_path.exchanges()
+        return path.then(self.qkv.exchanges()).then(self.out.exchanges())
+
+    def mixing_flops(self, model: ModelSection) -> dict[str, float]:
+        """FLOPs per token of a forward beside the linear layers, by part; argument as of `CausalAttention.mixing_flops`.
+
+        The recurrence is counted in its recurrent form, whatever a kernel does: MFU must not reward extra work. It updates S += w k v^T and
+        reads S^T q, K^2 multiply-adds of each head each.
+        """
+        attention = 4 * model.attention_width * mean_visible_keys(model, self.window)
+        parts = {"convolution": self.convolution.flops_per_token, "attention": attention}
+        return parts if self.global_path is None else parts | {"recurrence": 4 * model.attention_width * model.head_width}
 
     def empty_state(self, batch_size: int, *, dtype: torch.dtype, device: torch.device) -> MixerState:
         """The state before the first token."""

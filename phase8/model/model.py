@@ -10,12 +10,13 @@ from torch import Tensor, nn
 
 from phase8.config.schema import ModelSection
 from phase8.distributed.collectives import ALONE, Axis, gather_tokens
+from phase8.exchanges import NO_EXCHANGES, Exchanges, gathered
 from phase8.kernels.rotary import rotary_angles
 from phase8.model.block import Block, BlockState
 from phase8.model.norm import RMSNorm
 from phase8.model.parameters import materialise
 from phase8.precision.formats import OPERAND_DTYPE, NumberFormat
-from phase8.tensor_parallel.cross_entropy import parallel_cross_entropy
+from phase8.tensor_parallel.cross_entropy import loss_exchanges, parallel_cross_entropy
 from phase8.tensor_parallel.embedding import VocabularyParallelEmbedding, first_id
 from phase8.tensor_parallel.linear import ColumnParallelLinear
 from phase8.tensor_parallel.parameters import local
@@ -62,6 +63,14 @@ class LanguageModel(nn.Module):
         owner = self.embedding if self.head is None else self.head
         assert owner is not None  # a chunk that does not end the model has no head
         return owner.weight
+
+    def exchanges(self, *, recompute: str, recompute_every_n_layers: int) -> Exchanges:
+        """Embedding, blocks, final hidden states and loss; arguments as of the class, whatever this model was built with."""
+        recomputed = range(0, self.section.num_layers, recompute_every_n_layers)
+        found = self.embedding.exchanges() if self.begins and self.embedding is not None else NO_EXCHANGES
+        for layer, block in self.blocks.items():
+            found = found.then(block.exchanges(recompute=recompute if int(layer) in recomputed else "none"))
+        return found.then(gathered(self.section.d_model)).then(loss_exchanges()) if self.ends else found
 
     def empty_states(self, batch_size: int) -> list[BlockState]:
         """The state of every block before the first token."""

@@ -1,4 +1,4 @@
-"""The parameters of some layers of a model as the layers declare them: of a chunk by what FSDP handles together, and of a pipeline stage."""
+"""What layers declare, read from the model built without memory: parameters of a chunk and of a pipeline stage, exchanges of a chunk."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ import torch
 from phase8.config.pipeline import Pipeline
 from phase8.config.schema import ModelSection
 from phase8.division import DividedShape
+from phase8.exchanges import Exchange
 from phase8.model.model import LanguageModel, build_model
 from phase8.model.parameters import divided_shapes
 from phase8.plan.communication import Chunk
@@ -26,6 +27,20 @@ def chunk_parameters(model: ModelSection, layers: range) -> Chunk:
     rest = divided_shapes(_without_memory(model, layers))
     blocks = tuple({name: rest.pop(name) for name in list(rest) if name.startswith(f"blocks.{layer}.")} for layer in layers)
     return Chunk(layers, blocks, rest)
+
+
+@lru_cache(maxsize=1024)
+def chunk_exchanges(model: ModelSection, layers: range, *, recompute: str, recompute_every_n_layers: int) -> tuple[Exchange, ...]:
+    """What the layers of a chunk exchange for a microbatch, forward and backward.
+
+    Args:
+        model: Shapes.
+        layers: Of the chunk.
+        recompute: `none`, `full`, `selective` or `budget`.
+        recompute_every_n_layers: Recompute layers 0, n, 2n, ...
+    """
+    found = _without_memory(model, layers).exchanges(recompute=recompute, recompute_every_n_layers=recompute_every_n_layers)
+    return found.forward + found.backward
 
 
 def stage_parameters(model: ModelSection, pipeline: Pipeline) -> tuple[dict[str, DividedShape], ...]:

@@ -3,17 +3,12 @@
 The bytes of an all-gather are those of its gathered output, of a reduce-scatter and of an all-reduce those of its input, of a send and of
 a receive those of the message; `Collectives.sent_bytes` says what leaves the rank. Groups of one rank communicate nothing.
 
-    N  tokens of a microbatch    D  width of the residual stream    R  low rank    S  scalars per token of the global path
+    N  tokens of a microbatch    D  width of the residual stream    n  numbers per token that a layer declares
     c  bytes of the compute dtype, at least four where it says C
 
 | over | what | in a microbatch | bytes of each |
 |---|---|---|---|
-| tp | dense columns (q, k, v together; gate, up together): gather; in backward gather again, scatter | 3 | N D c |
-| tp | dense rows (out; down): scatter; in backward gather | 2 | N D c |
-| tp | k low-rank columns together, a low-rank row: gather and scatter the bottleneck | 2, 2 | N k R c, N R c |
-| tp | scalars of the global path: gather; in backward scatter | 2 a layer | N S C |
-| tp | embedding: scatter; in backward gather. Final hidden states: the reverse | 2, 2 | N D c |
-| tp | loss: all-reduces of the largest logit, and of normaliser and the target's logit | 2 each chunk of rows | N C, 2 N C in all |
+| tp | what layers declare (`exchanges.py`) | 1, or 1 for so many tokens | N n c, N n C where the numbers are wide |
 | tp | gradients of parameters that every rank has whole, together: all-reduce | once a step | 4 a number |
 | tp | with several data-parallel ranks each of them: all-reduce | 1, with ZeRO 0 and 1 once a step | 4 a number |
 | shard | parameters of a block: gather | 2 with ZeRO 3, below once a step | 4 a number, padded |
@@ -25,34 +20,26 @@ a receive those of the message; `Collectives.sent_bytes` says what leaves the ra
 | pp | gradient of an embedding that is the head, too: all-reduce over first and last stage | once a step | 4 a number of the rank's part |
 | all | targets, loss, flags (stop, unreadable), norm: all-reduces of scalars | once a step | 8, 4, 8, 4 |
 
-Recomputation repeats what the forward exchanges, except a dense row at the very end: autograd then has all it needs, and stops.
-(A compiled block that is recomputed whole does not stop there.)
+A block that is recomputed declares what that repeats; a compiled block that is recomputed whole repeats its last exchange as well, which
+is not counted. ADR 16 says why layers declare their exchanges instead of being watched.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from enum import StrEnum
-from typing import NamedTuple
 
 from phase8.config.schema import ModelSection
 from phase8.division import DividedShape, Place, padded_size, region_of_rank
+from phase8.exchanges import Exchange, Operation
 from phase8.plan.memory import FP32_BYTES
 from phase8.topology import EVERYBODY, HOLDERS, LOSS, TOKENS, AxisName
 
 _TARGETS_BYTES = _AGREEMENT_BYTES = 8
 
 
-class Operation(StrEnum):
-    """What the ranks of an axis do."""
-
-    ALL_GATHER = "all_gather"
-    REDUCE_SCATTER = "reduce_scatter"
-    ALL_REDUCE = "all_reduce"
-    SEND = "send"
-    RECEIVE = "receive"
 
 
 @dataclass(frozen=True)
@@ -130,9 +117,6 @@ class Step:
         num_microbatches: Of a rank.
         micro_batch_size: Sequences of a microbatch.
         compute_bytes: Of a number of the residual stream.
-        loss_chunk_tokens: Rows of logits that the loss has at a time.
-        recompute: `none`, `full`, `selective` or (one tensor-parallel rank only) `budget`.
-        recompute_every_n_layers: Recompute layers 0, n, 2n, ...
         zero_stage: 0 to 3.
         offload_params: Parameters lie in host memory, so that FSDP sums gradients even where there is one data-parallel rank.
     """
@@ -140,16 +124,13 @@ class Step:
     num_microbatches: int
     micro_batch_size: int
     compute_bytes: int
-    loss_chunk_tokens: int
-    recompute: str = "none"
-    recompute_every_n_layers: int = 1
     zero_stage: int = 0
     offload_params: bool = False
 
 
 @dataclass(frozen=True)
 class Chunk:
-    """Consecutive layers of the model, with the ends of the model if they are its first or last.
+    """The parameters of consecutive layers, with the ends of the model if they are its first or last.
 
     Args:
         layers: Their numbers.
@@ -167,19 +148,22 @@ class Chunk:
         return {name: shape for group in (*self.blocks, self.rest) for name, shape in group.items()}
 
 
-def step_communication(model: ModelSection, chunks: Sequence[Chunk], *, step: Step, grid: Grid) -> tuple[Collectives, ...]:
+def step_communication(
+    model: ModelSection, chunks: Sequence[Chunk], exchanges: Iterable[Exchange], *, step: Step, grid: Grid
+) -> tuple[Collectives, ...]:
     """The collectives of a step of one rank by axis and operation, those that happen.
 
     Args:
         model: Shapes.
         chunks: Of the stage of the rank.
+        exchanges: What the layers of these chunks exchange for a microbatch, forward and backward.
         step: How it is computed.
         grid: The ranks.
     """
     found = [*_scalars(), *_messages(model, step, grid, num_chunks=len(chunks)), *_copies_of_embedding(model, chunks, grid)]
-    found += _whole_gradients(chunks, step, grid)
+    found += [*_exchanges(model, exchanges, step, grid), *_whole_gradients(chunks, step, grid)]
     for chunk in chunks:
-        found += [*_activations(model, chunk, step), *_parameters(chunk, step, grid)]
+        found += [*_parameters(chunk, step, grid)]
     table: dict[tuple[AxisName, Operation], Collectives] = {}
     several = {axis for axis in AxisName if grid.size(axis) > 1}
     for each in found:
@@ -225,47 +209,15 @@ def _scalars() -> Iterator[Collectives]:
             yield Collectives(axis, Operation.ALL_REDUCE, 1, num_bytes)
 
 
-_Exchanges = list[tuple[Operation, int]]  # collectives of all tokens of a microbatch, with their bytes per token
-
-
-class _Half(NamedTuple):
-    """What mixer or feed-forward exchanges: in forward, in backward, and in a recomputation that ends with it."""
-
-    forward: _Exchanges
-    backward: _Exchanges
-    repeated: _Exchanges
-
-
-def _half_block(width: int, step: Step, *, num_columns: int, rank: int, num_scalars: int = 0) -> _Half:
-    columns, row = (num_columns * rank or width) * step.compute_bytes, (rank or width) * step.compute_bytes
-    scalars = num_scalars * max(step.compute_bytes, FP32_BYTES)
-    forward = [(Operation.ALL_GATHER, columns), (Operation.ALL_GATHER, scalars), (Operation.REDUCE_SCATTER, row)]
-    forward = [exchange for exchange in forward if exchange[1]]
-    dual = {Operation.ALL_GATHER: Operation.REDUCE_SCATTER, Operation.REDUCE_SCATTER: Operation.ALL_GATHER}
-    backward = [(dual[operation], num_bytes) for operation, num_bytes in reversed(forward)]
-    return _Half(forward, backward, forward) if rank else _Half(forward, [*backward, (Operation.ALL_GATHER, columns)], forward[:-1])
-
-
-def _activations(model: ModelSection, chunk: Chunk, step: Step) -> Iterator[Collectives]:
-    """Tokens that tensor-parallel ranks gather and scatter, and the numbers of the loss."""
-    has_path = model.has_global_path
-    num_scalars = model.num_heads * (2 if model.chain == "none" else 3) if has_path else 0
-    mixer = _half_block(model.d_model, step, num_columns=3, rank=model.low_rank_rank, num_scalars=num_scalars)
-    feed_forward = _half_block(model.d_model, step, num_columns=2, rank=model.feed_forward_rank)
-    recomputed = range(0, model.num_layers, step.recompute_every_n_layers)
-    repeated = {"none": [], "budget": [], "selective": mixer.repeated, "full": mixer.forward + feed_forward.repeated}[step.recompute]
-    stream = [(operation, model.d_model * step.compute_bytes) for operation in (Operation.ALL_GATHER, Operation.REDUCE_SCATTER)]
-    exchanges: _Exchanges = stream * ((chunk.layers.start == 0) + _ends(chunk, model))
-    for layer in chunk.layers:
-        exchanges += mixer.forward + mixer.backward + feed_forward.forward + feed_forward.backward
-        exchanges += repeated if layer in recomputed else []
+def _exchanges(model: ModelSection, exchanges: Iterable[Exchange], step: Step, grid: Grid) -> Iterator[Collectives]:
+    """What the layers declare."""
     num_tokens = step.micro_batch_size * model.sequence_length
-    for operation, num_bytes in exchanges:
-        yield Collectives(AxisName.TENSOR, operation, step.num_microbatches, step.num_microbatches * num_tokens * num_bytes)
-    if _ends(chunk, model):
-        count = 2 * step.num_microbatches * math.ceil(num_tokens / step.loss_chunk_tokens)
-        num_bytes = 3 * step.num_microbatches * num_tokens * max(step.compute_bytes, FP32_BYTES)
-        yield Collectives(AxisName.TENSOR, Operation.ALL_REDUCE, count, num_bytes)
+    for exchange, times in Counter(exchanges).items():
+        axis, repeats = AxisName(exchange.axis), times * step.num_microbatches
+        number_bytes = max(step.compute_bytes, FP32_BYTES) if exchange.is_wide else step.compute_bytes
+        tokens_at_once = num_tokens if exchange.tokens_per_rank is None else exchange.tokens_per_rank * grid.size(axis)
+        count, num_bytes = math.ceil(num_tokens / tokens_at_once), num_tokens * exchange.numbers_per_token * number_bytes
+        yield Collectives(axis, exchange.operation, repeats * count, repeats * num_bytes)
 
 
 def _whole_gradients(chunks: Sequence[Chunk], step: Step, grid: Grid) -> Iterator[Collectives]:
@@ -296,7 +248,3 @@ def _padded_numbers(parameter: DividedShape, grid: Grid) -> int:
     """Numbers of this tensor-parallel rank's part, its first dim rounded up to a multiple of the ranks that divide it further."""
     rows, *others = parameter.region(grid.places).shape
     return padded_size(rows, grid.shard) * math.prod(others)
-
-
-def _ends(chunk: Chunk, model: ModelSection) -> bool:
-    return chunk.layers.stop == model.num_layers

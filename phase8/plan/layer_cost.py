@@ -19,7 +19,7 @@ from typing import NamedTuple
 from phase8.config.schema import ModelSection
 from phase8.kernels.limits import MAX_RANK
 from phase8.kernels.loss_chunks import SCRATCH_BYTES, choose_chunk_tokens
-from phase8.model.flops import BACKWARD_OVER_FORWARD, mean_visible_keys
+from phase8.model.work import BACKWARD_OVER_FORWARD, mean_visible_keys
 from phase8.plan.memory import FP32_BYTES
 
 # The first value is for the forward, the second for the backward.

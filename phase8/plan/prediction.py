@@ -13,10 +13,10 @@ from phase8.config.validate import find_problems
 from phase8.model.flops import training_flops_per_token
 from phase8.observe.devices import Gpu, find_gpu
 from phase8.plan.chunks import chunk_parameters
-from phase8.plan.communication import AxisName
 from phase8.plan.run_communication import plan_run_communication
 from phase8.plan.stages import chunk_layers
 from phase8.plan.throughput import StageWork, StepWork, step_seconds
+from phase8.topology import AxisName
 
 ASSUMED_GPU = "NVIDIA H100 80GB HBM3"
 # A recorded step keeps memory of its own, so it must be faster by at least this share.

@@ -7,11 +7,10 @@ from phase8.config.batch import batch_shape, run_topology
 from phase8.config.pipeline import pipeline_of
 from phase8.config.schema import RunConfig
 from phase8.config.validate import MODEL_SECTIONS, refuse_problems
-from phase8.plan.chunks import chunk_parameters
+from phase8.plan.chunks import chunk_exchanges, chunk_parameters
 from phase8.plan.communication import Collectives, Grid, Step, step_communication
 from phase8.plan.stages import chunk_layers
 from phase8.precision.policy import COMPUTE_DTYPES
-from phase8.tensor_parallel.cross_entropy import chunk_tokens
 from phase8.topology import AxisName
 from phase8.zero.fsdp import shard_size
 
@@ -43,11 +42,11 @@ def plan_run_communication(config: RunConfig, *, world_size: int, rank: int) -> 
         num_microbatches=shape.num_microbatches,
         micro_batch_size=shape.micro_batch_size,
         compute_bytes=COMPUTE_DTYPES[config.precision.dtype].itemsize,
-        loss_chunk_tokens=chunk_tokens(topology.tensor_parallel_size),
-        recompute=train.recompute,
-        recompute_every_n_layers=train.recompute_every_n_layers,
         zero_stage=config.zero.stage,
         offload_params=config.zero.offload_params != "none",
     )
-    chunks = [chunk_parameters(config.model, layers) for layers in chunk_layers(config.model, pipeline, grid.stage)]
-    return step_communication(config.model, chunks, step=step, grid=grid), grid
+    chunks, exchanges = [], []
+    for layers in chunk_layers(config.model, pipeline, grid.stage):
+        chunks.append(chunk_parameters(config.model, layers))
+        exchanges += chunk_exchanges(config.model, layers, recompute=train.recompute, recompute_every_n_layers=train.recompute_every_n_layers)
+    return step_communication(config.model, chunks, exchanges, step=step, grid=grid), grid

@@ -14,8 +14,9 @@ from typing import NamedTuple
 from phase8.config.batch import BatchShape
 from phase8.config.pipeline import Pipeline
 from phase8.config.schema import ModelSection, ParallelSection, TrainSection, ZeroSection
+from phase8.exchanges import Operation
 from phase8.observe.devices import Gpu
-from phase8.plan.communication import Collectives, Grid, Operation
+from phase8.plan.communication import Collectives, Grid
 from phase8.plan.layer_cost import Cost, Microbatch, Rates, ends_cost, layer_cost, weights_cost
 from phase8.plan.memory import FP32_BYTES
 from phase8.topology import AxisName

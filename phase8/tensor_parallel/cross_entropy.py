@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from phase8.distributed.collectives import Axis, maximum_over, sum_over
+from phase8.exchanges import Exchange, Exchanges, Operation
 from phase8.kernels.cross_entropy import linear_cross_entropy
 from phase8.kernels.reference.cross_entropy import CHUNK_TOKENS, IGNORED_TARGET
 from phase8.kernels.reference.vocabulary_shard import ELSEWHERE
@@ -42,6 +43,12 @@ def parallel_cross_entropy(hidden: Tensor, weight: Tensor, targets: Tensor, *, f
 def chunk_tokens(num_ranks: int) -> int:
     """Rows whose logits a rank has at a time: as many numbers as the reference of one process has."""
     return CHUNK_TOKENS * num_ranks
+
+
+def loss_exchanges() -> Exchanges:
+    """The numbers of each chunk of rows; the gradients are formed at once, so backward exchanges nothing."""
+    largest, sums = (Exchange(Operation.ALL_REDUCE, numbers, is_wide=True, tokens_per_rank=chunk_tokens(1)) for numbers in (1, 2))
+    return Exchanges(forward=(largest, sums))
 
 
 class _ParallelCrossEntropy(torch.autograd.Function):

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from phase8.distributed.collectives import Axis, scatter_tokens
 from phase8.division import part
+from phase8.exchanges import Exchanges, scattered
 from phase8.tensor_parallel.parameters import ParameterSpec, local
 
 
@@ -33,6 +34,10 @@ class VocabularyParallelEmbedding(nn.Module):
     def parameter_specs(self) -> dict[str, ParameterSpec]:
         """Normal values; not decayed: rare tokens would fade between their occurrences."""
         return {"weight": ParameterSpec(std=self.std, divided={"tp": 0})}
+
+    def exchanges(self) -> Exchanges:
+        """The vectors found by each rank are summed and scattered."""
+        return scattered(self.weight.shape[1])
 
     def forward(self, tokens: Tensor) -> Tensor:
         """[B, T] -> [B, T, D] on one rank, else the own tokens [n, D]."""

@@ -17,12 +17,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
 
 from phase8.distributed.collectives import Axis, gather_tokens, scatter_tokens
+from phase8.exchanges import Exchanges, gathered, scattered
 from phase8.precision.formats import OPERAND_DTYPE, NumberFormat
 from phase8.tensor_parallel.parameters import ParameterSpec, local
 from phase8.tensor_parallel.products import gathered_product, plain_product, scattered_product, wide_product
@@ -93,6 +94,10 @@ class RowParallelLinear(Linear):
         super().__init__(in_features, out_features, std=std, divided={"tp": 1}, number_format=number_format)
         self.axis = axis
 
+    def exchanges(self) -> Exchanges:
+        """The output is scattered; a recomputation that ends here leaves that out, for backward needs the input only."""
+        return replace(scattered(self.weight.shape[0]), repeated=())
+
     def forward(self, x: Tensor) -> Tensor:
         """[..., in_features of this rank], all tokens -> [..., out_features], own tokens."""
         return scattered_product(x, local(self.weight).to(x.dtype), self.axis, self.number_format)
@@ -133,6 +138,10 @@ class LowRankRow(nn.Module):
         super().__init__()
         self.down = RowParallelLinear(in_features, rank, std=1 / math.sqrt(in_features), axis=axis, number_format=number_format)
         self.up = Linear(rank, out_features, std=std * math.sqrt(in_features / rank), number_format=number_format)
+
+    def exchanges(self) -> Exchanges:
+        """The bottleneck is scattered, and kept by `up`."""
+        return scattered(self.down.weight.shape[0])
 
     def forward(self, x: Tensor) -> Tensor:
         """[..., in_features of this rank], all tokens -> [..., out_features], own tokens."""
@@ -202,6 +211,13 @@ class JointColumnLinear:
         """The bottlenecks of low-rank layers, concatenated, of all tokens [..., R of each]; x as above."""
         weight = _joint_weight(x.dtype, *(layer.down for layer in self.layers))
         return gather_tokens(plain_product(x, weight, self.number_format), self.axis)
+
+    def exchanges(self) -> Exchanges:
+        """Dense layers gather their input, and once more in backward; low-rank layers gather their bottlenecks."""
+        if isinstance(self.layers[0], LowRankColumn):
+            return gathered(sum(layer.down.weight.shape[0] for layer in self.layers))
+        once = gathered(self.layers[0].weight.shape[1])
+        return replace(once, backward=once.forward + once.backward)
 
 
 def _joint_weight(dtype: torch.dtype, *layers: Linear) -> Tensor:

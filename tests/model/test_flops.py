@@ -5,9 +5,10 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from phase8.config.schema import ModelSection
-from phase8.model.flops import forward_flops_per_token, mean_visible_keys, training_flops_per_token
+from phase8.model.flops import forward_flops_per_token, training_flops_per_token
 from phase8.model.model import build_model
 from phase8.model.parameters import initialise
+from phase8.model.work import mean_visible_keys
 
 SHAPE = {"d_model": 24, "num_layers": 3, "num_heads": 4, "vocab_size": 50, "sequence_length": 32, "local_window_size": 8, "global_tokens": 3}
 VARIANTS = {

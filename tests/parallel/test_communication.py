@@ -16,7 +16,7 @@ from phase8.config.load import load_config
 from phase8.data.microbatch import split_sample
 from phase8.distributed.collectives import gather_tokens
 from phase8.distributed.mesh import build_mesh
-from phase8.plan.communication import Operation
+from phase8.exchanges import Operation
 from phase8.plan.run_communication import plan_run_communication
 from phase8.precision.policy import compute_dtype
 from phase8.topology import AxisName, Topology

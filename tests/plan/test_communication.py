@@ -4,13 +4,14 @@ import pytest
 
 from phase8.config.schema import ModelSection
 from phase8.division import DividedShape
+from phase8.exchanges import Exchange, Operation
 from phase8.pipeline_parallel.lowering import Receive, Send, channels_of, lower
 from phase8.pipeline_parallel.schedules import build_schedule
+from phase8.plan.chunks import chunk_exchanges
 from phase8.plan.communication import (
     Chunk,
     Collectives,
     Grid,
-    Operation,
     Step,
     messages_of_stage,
     step_communication,
@@ -40,9 +41,11 @@ def chunks_of(model, *layers):
     return found
 
 
-def table(model, *, grid, microbatches=1, chunks=None, **step):
-    step = Step(num_microbatches=microbatches, **{"micro_batch_size": 1, "compute_bytes": 2, "loss_chunk_tokens": 1024, **step})
-    found = step_communication(model, chunks or chunks_of(model), step=step, grid=grid)
+def table(model, *, grid, microbatches=1, chunks=None, exchanges=None, recompute="none", recompute_every_n_layers=1, **step):
+    step, chunks = Step(num_microbatches=microbatches, **{"micro_batch_size": 1, "compute_bytes": 2, **step}), chunks or chunks_of(model)
+    how = {"recompute": recompute, "recompute_every_n_layers": recompute_every_n_layers}
+    declared = [exchange for chunk in chunks for exchange in chunk_exchanges(model, chunk.layers, **how)] if exchanges is None else exchanges
+    found = step_communication(model, chunks, declared, step=step, grid=grid)
     assert [(each.axis, each.operation) for each in found] == sorted({(each.axis, each.operation) for each in found})
     return {(each.axis, each.operation): (each.count, each.num_bytes) for each in found}
 
@@ -64,7 +67,22 @@ def test_tensor_parallel_layers_gather_and_scatter_tokens():
     twice = table(section(), grid=Grid(tensor=2), microbatches=2)
     assert twice[TP, ALL_GATHER] == tuple(2 * number for number in found[TP, ALL_GATHER])
     assert twice[TP, ALL_REDUCE] == (2 * 2 + 1 + 2, 2 * 3 * 16 * 4 + 3 * 8 * 4 + 3 * 4)
-    assert table(section(), grid=Grid(tensor=2), loss_chunk_tokens=5)[TP, ALL_REDUCE] == (2 * 4 + 1 + 2, found[TP, ALL_REDUCE][1])
+
+
+def test_exchanges_are_summed_as_declared():
+    """Of 16 tokens: numbers of two bytes, wide ones of four, and a collective for every three tokens of each of two ranks."""
+    base = table(section(), grid=Grid(tensor=2), microbatches=3, exchanges=())
+    plain, wide = Exchange(ALL_GATHER, 5), Exchange(REDUCE_SCATTER, 5, is_wide=True)
+    several = Exchange(ALL_REDUCE, 2, is_wide=True, tokens_per_rank=3)
+    elsewhere = Exchange(ALL_GATHER, 7, axis="shard")
+    found = table(section(), grid=Grid(tensor=2), microbatches=3, exchanges=(plain, plain, wide, several, elsewhere))
+    count, num_bytes = base[TP, ALL_REDUCE]
+    assert found == {
+        (TP, ALL_GATHER): (3 * 2, 3 * 2 * 16 * 5 * 2),
+        (TP, REDUCE_SCATTER): (3, 3 * 16 * 5 * 4),
+        (TP, ALL_REDUCE): (count + 3 * 3, num_bytes + 3 * 16 * 2 * 4),
+    }
+    assert table(section(), grid=Grid(tensor=2), exchanges=(wide,), compute_bytes=8)[TP, REDUCE_SCATTER] == (1, 16 * 5 * 8)
 
 
 def test_the_transformer_and_the_window_alone_have_no_scalars_and_the_chain_has_one_more():

@@ -1,6 +1,7 @@
 from phase8.config.batch import BatchShape
 from phase8.config.schema import ModelSection
-from phase8.plan.communication import Collectives, Grid, Operation
+from phase8.exchanges import Operation
+from phase8.plan.communication import Collectives, Grid
 from phase8.plan.cost_facts import batch_fact, communication_fact, memory_fact, memory_facts, model_facts
 from phase8.plan.memory import MemoryPlan
 from phase8.plan.rank_memory import StageMemory
