@@ -12,6 +12,7 @@ import itertools
 import statistics
 import tempfile
 import time
+from collections.abc import Mapping
 from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,14 +22,14 @@ from rich.console import Console
 from torch import Tensor
 
 from phase8.benchmark.profile import profile_steps, write_profile
+from phase8.checkpoint.state import MODEL_PREFIX
 from phase8.config.auto import without_auto
 from phase8.config.load import with_settings
 from phase8.config.schema import RunConfig
 from phase8.model.flops import training_flops_per_token
-from phase8.model.model import LanguageModel
 from phase8.observe.metrics import MetricsWriter, StepMetrics
 from phase8.observe.progress import Progress
-from phase8.plan.whole_config import count_parameters
+from phase8.plan.whole_config import count_parameters, shapes_only
 from phase8.tensor_parallel.linear import Linear
 from phase8.terminal import make_console
 from phase8.train.build import Run, build_run
@@ -145,7 +146,7 @@ def measure_throughput(config: RunConfig, *, device: torch.device, num_steps: in
             progress,
             closing(Trainer(run, clock, progress, lambda step, doing: None)) as trainer,
         ):
-            _wake(run.learner.model)
+            _wake(run)
             norms = _watch_gradients(run)
             clock.begin()
             trainer.train_until(WARMUP_STEPS, StopRequest())
@@ -201,22 +202,25 @@ def undisturbed(config: RunConfig, output_dir: str, *, num_steps: int) -> RunCon
     return with_settings(config, settings)
 
 
-def _mixer_linears(model: LanguageModel) -> dict[str, list[Linear]]:
-    """The linear layers of the mixers by name, each with its modules of all blocks."""
+def _mixer_linears(config: RunConfig) -> dict[str, list[str]]:
+    """The linear layers of the mixers: the names of the weights of those of one name in all blocks."""
+    model = shapes_only(config)
     names = [name for name, module in model.blocks["0"].mixer.named_modules() if isinstance(module, Linear)]
-    return {name: [block.mixer.get_submodule(name) for block in model.blocks.values()] for name in names}
+    return {name: [f"blocks.{layer}.mixer.{name}.weight" for layer in model.blocks] for name in names}
 
 
-def _wake(model: LanguageModel) -> None:
-    """Gives small random weights to linears of the mixers that are zero at initialisation, reproducibly for one kind of device.
+def _wake(run: Run) -> None:
+    """Gives linears of the mixers that begin at zero some weights, the same ones on one kind of device.
 
     With zero weights the backward of the mixer computes only zeros, and a wrong kernel would not show in the gradients.
     """
-    generator = torch.Generator(model.embedding.weight.device).manual_seed(0)
+    state = run.engine.state()
+    generator = torch.Generator(state[MODEL_PREFIX + "embedding.weight"].device).manual_seed(0)
     with torch.no_grad():
-        for linear in itertools.chain(*_mixer_linears(model).values()):
-            if not linear.weight.any():
-                linear.weight.normal_(std=model.section.init_std, generator=generator)
+        for name in itertools.chain(*_mixer_linears(run.config).values()):
+            weight = state[MODEL_PREFIX + name]
+            if not weight.any():
+                weight.normal_(std=run.config.model.init_std, generator=generator)
 
 
 def _watch_gradients(run: Run) -> dict[str, Tensor]:
@@ -225,14 +229,15 @@ def _watch_gradients(run: Run) -> dict[str, Tensor]:
     That step is the one that a CUDA graph records; with a graph, later steps fill the mapping again.
     """
     norms: dict[str, Tensor] = {}
+    linears = _mixer_linears(run.config)
 
-    def measure(*_: object) -> None:
+    def measure(gradients: Mapping[str, Tensor]) -> None:
         if run.position.step != WARMUP_STEPS - 1:
             return
-        for name, linears in _mixer_linears(run.learner.model).items():
-            norms[name] = torch.nn.utils.get_total_norm([linear.weight.grad for linear in linears])
+        for name, weights in linears.items():
+            norms[name] = torch.nn.utils.get_total_norm([gradients[weight] for weight in weights])
 
-    run.learner.optimizer.register_step_pre_hook(measure)
+    run.engine.watch_gradients(measure)
     return norms
 
 
@@ -246,7 +251,7 @@ def _figures(run: Run, clock: StepClock, *, gradients: dict[str, float]) -> Thro
         device_type=run.device.type,
         torch_version=str(torch.__version__),
         block=run.config.model.block,
-        num_parameters=count_parameters(run.learner.model),
+        num_parameters=count_parameters(shapes_only(run.config)),
         sequence_length=run.config.model.sequence_length,
         batch_size=run.shape.global_batch_size,
         recompute=run.config.train.recomputation,

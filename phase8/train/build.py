@@ -25,12 +25,12 @@ from phase8.observe.devices import peak_flops
 from phase8.plan.candidates import Device, plan_on
 from phase8.plan.cost_facts import memory_fact
 from phase8.plan.whole_config import count_parameters, shapes_only
-from phase8.precision.policy import compute_dtype, set_matmul_precision
+from phase8.precision.policy import set_matmul_precision
 from phase8.train.changed_keys import ChangedKey, changed_keys
 from phase8.train.datasets import RunData, open_run_data
 from phase8.train.device import limit_memory, require_determinism, this_device
-from phase8.train.engine.compilation import compile_modules
-from phase8.train.engine.train_state import TrainState, build_train_state
+from phase8.train.engine.fsdp import build_fsdp_engine
+from phase8.train.engine.protocol import TrainingEngine
 from phase8.train.initialise import Origin, initialise_run
 from phase8.train.memory_limits import memory_errors
 from phase8.train.restore import restore_together
@@ -53,7 +53,7 @@ class Run:
         lock: Ends the claim of this process to write there; another rank may have it.
         data: What it trains on.
         attachments: Content of what goes into checkpoints beside the state, by file name: the tokenizer, if the data have one.
-        learner: Model and optimizer.
+        engine: Model and optimizer, and what takes the steps.
         position: How far it has come.
         saved_step: Step of the newest checkpoint in `directory`; None: there is none.
         machine: The device before the run took anything of it.
@@ -74,7 +74,7 @@ class Run:
     lock: ExitStack
     data: RunData
     attachments: dict[str, bytes]
-    learner: TrainState
+    engine: TrainingEngine
     position: Position
     saved_step: int | None
     machine: Device
@@ -91,7 +91,7 @@ class Run:
     @property
     def is_main(self) -> bool:
         """This rank writes and prints."""
-        return self.learner.mesh.rank == 0
+        return self.engine.mesh.rank == 0
 
     def say(self, text: str) -> None:
         """Prints a line."""
@@ -101,11 +101,6 @@ class Run:
     def is_complete(self) -> bool:
         """No step is left to take, and the last one is saved."""
         return self.position.step >= self.stop_step and self.saved_step == self.position.step
-
-    @property
-    def uses_cuda_graphs(self) -> bool:
-        """Steps are replayed as one CUDA graph."""
-        return self.config.train.cuda_graphs and self.device.type == "cuda"
 
 
 def build_run(
@@ -152,6 +147,7 @@ def build_run(
             mesh=mesh,
             device=device,
             facts=machine,
+            build_engine=build_engine,
             recorded=lambda: recorded_settings(resume, directory, is_first=mesh.rank == 0),
             refused=refused,
             say=partial(print_line, console=console),
@@ -182,8 +178,8 @@ def _decide(
     console: Console,
 ) -> tuple[Run, Choice]:
     """The run as it is going to be, and what has to make way for it. Nothing is written into the run directory."""
-    learner = build_train_state(config, mesh=mesh, device=device, dtype=compute_dtype(config.precision))
-    origin = initialise_run(config, learner, data.tokenizer, directory=directory, resume=resume, say=partial(print_line, console=console))
+    engine = build_engine(config, mesh=mesh, device=device)
+    origin = initialise_run(config, engine, data.tokenizer, directory=directory, resume=resume, say=partial(print_line, console=console))
     shape = batch_shape(config.train, config.parallel, data_parallel_size=mesh.topology.data_parallel_size)
     facts = run_facts(config, device=device, shape=shape, num_parameters=count_parameters(shapes_only(config)), topology=mesh.topology)
     if mesh.rank == 0:  # which is the one that shows it
@@ -200,7 +196,7 @@ def _decide(
         lock=ExitStack(),
         data=data,
         attachments=_attachments(data),
-        learner=learner,
+        engine=engine,
         position=Position(),
         saved_step=None,
         machine=machine,
@@ -216,8 +212,18 @@ def _decide(
     )
     choice = _go_on(run, resume)
     run.stop_step = check_stop(config, run.position)
-    compile_modules(learner, config)
     return run, choice
+
+
+def build_engine(config: RunConfig, *, mesh: Mesh, device: torch.device) -> TrainingEngine:
+    """The engine that a config asks for, with its first weights: the one place where it is chosen.
+
+    Args:
+        config: Everything is explicit.
+        mesh: The ranks, which all build theirs at the same time.
+        device: Where the model computes.
+    """
+    return build_fsdp_engine(config, mesh=mesh, device=device)  # `validate` refuses every other value of zero.engine
 
 
 def _build_mesh(config: RunConfig, device: torch.device, world_size: int) -> Mesh:
@@ -261,7 +267,7 @@ def _go_on(run: Run, resume: str) -> Choice:
     def restore(checkpoint: Checkpoint) -> None:
         nonlocal saved
         run.position, saved = restore_run(
-            checkpoint, run.config, fingerprint=run.data.fingerprint, attachments=run.attachments, learner=run.learner
+            checkpoint, run.config, fingerprint=run.data.fingerprint, attachments=run.attachments, engine=run.engine
         )
 
     def choose_here(restore_all: Callable[[Checkpoint], None]) -> Checkpoint | None:

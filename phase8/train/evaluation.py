@@ -12,7 +12,6 @@ from phase8.data.microbatch import Microbatch, split_sample
 from phase8.data.sources import source_names
 from phase8.observe.metrics import SourceLoss
 from phase8.train.build import Run
-from phase8.train.engine.step import evaluate
 from phase8.train.unreadable import read_together
 
 
@@ -50,7 +49,7 @@ class HeldOutData:
         self._names = source_names([source.prefix for source in dataset.sources])
         self._num_sequences = [sum(map(len, of_source)) for of_source in microbatches]
         # Every rank takes part in every forward: where others still have a microbatch, it repeats one that does not count.
-        own = [of_source[run.learner.mesh.data_parallel_index :: shape.data_parallel_size] for of_source in microbatches]
+        own = [of_source[run.engine.mesh.data_parallel_index :: shape.data_parallel_size] for of_source in microbatches]
         self._num_own, self._num_rounds = [len(each) for each in own], [-(-len(each) // shape.data_parallel_size) for each in microbatches]
         padded = [
             mine + every[-1:] * (num_rounds - len(mine)) for mine, every, num_rounds in zip(own, microbatches, self._num_rounds, strict=True)
@@ -68,7 +67,7 @@ class HeldOutData:
         batches = read_together(lambda: list(self._microbatches()))
         sources, first = [], 0
         for name, weight, num_sequences, num_rounds in zip(self._names, blend.weights, self._num_sequences, self._num_rounds, strict=True):
-            loss, num_tokens = evaluate(self._run.learner, batches[first : first + num_rounds])
+            loss, num_tokens = self._run.engine.evaluate(batches[first : first + num_rounds])
             sources.append(SourceLoss(name=name, weight=weight, loss=loss, num_tokens=num_tokens, num_sequences=num_sequences))
             first += num_rounds
         return Evaluation(weighted_loss(sources), sum(source.num_tokens for source in sources), tuple(sources))

@@ -10,7 +10,7 @@ from typing import Any
 from phase8.checkpoint.load import Checkpoint, list_checkpoints
 from phase8.checkpoint.model_source import open_model, tokenizer_of
 from phase8.checkpoint.run_metadata import run_metadata
-from phase8.checkpoint.state import require_fit, restore_state
+from phase8.checkpoint.state import require_fit
 from phase8.checkpoint.weight_files import WeightFiles
 from phase8.config.describe import describe_value
 from phase8.config.model_keys import FIRST_VALUES, model_differences
@@ -19,7 +19,7 @@ from phase8.data.content import content_digest
 from phase8.data.tokenizer import Tokenizer
 from phase8.errors import CheckpointError, CheckpointMismatchError
 from phase8.plan.whole_config import shapes_only
-from phase8.train.engine.train_state import TrainState
+from phase8.train.engine.protocol import TrainingEngine
 from phase8.train.restore import Restore, restore_together
 from phase8.train.run_directory import RunDirectory
 
@@ -54,13 +54,13 @@ class Origin:
 
 
 def initialise_run(
-    config: RunConfig, learner: TrainState, tokenizer: Tokenizer | None, *, directory: RunDirectory, resume: str, say: Callable[[str], None]
+    config: RunConfig, engine: TrainingEngine, tokenizer: Tokenizer | None, *, directory: RunDirectory, resume: str, say: Callable[[str], None]
 ) -> Origin | None:
     """Loads the weights that the config names into a new run, on all ranks; returns None if it names none, or if the run resumes.
 
     Args:
         config: Config of the run.
-        learner: Holder of the model with its first weights; unchanged if this fails.
+        engine: Engine with its first weights; unchanged if this fails.
         tokenizer: Tokenizer of the run's data.
         directory: Directory of the run; nothing is written there.
         resume: As for `build_run`.
@@ -90,10 +90,9 @@ def initialise_run(
         _check_fit(checkpoint, config, different)
         differences.extend(_model_sentences(different))
         differences.extend(_tokenizer_sentences(checkpoint, tokenizer))
-        restore_state(checkpoint, learner.stage.module, None, is_part=learner.mesh.pp.size > 1, widen=True)
-        learner.shards.read_again()
+        engine.restore(checkpoint, weights_only=True)
 
-    checkpoint = restore_together(choose, restore, is_first=learner.mesh.rank == 0, open_at=open_model)
+    checkpoint = restore_together(choose, restore, is_first=engine.mesh.rank == 0, open_at=open_model)
     if checkpoint is None:
         return None
     origin = Origin(checkpoint.path, None if isinstance(checkpoint, WeightFiles) else checkpoint.step, tuple(differences))

@@ -13,7 +13,6 @@ from phase8.observe.metrics import MetricsWriter
 from phase8.observe.progress import Progress
 from phase8.observe.report import write_report
 from phase8.train.build import Run
-from phase8.train.engine.train_state import whole_model
 from phase8.train.faults.anomaly import RollbackAsked
 from phase8.train.faults.rollback import roll_back
 from phase8.train.final_sample import write_sample
@@ -39,7 +38,7 @@ def train(run: Run, *, resume_command: str, report: Callable[[int, str], None] =
         StorageError: The last checkpoint cannot be written.
         OutOfMemoryError: The memory of the device or the host does not suffice.
     """
-    with run.lock, memory_errors(run.config, run.chosen, run.machine, world_size=run.learner.mesh.topology.world_size, has_begun=True):
+    with run.lock, memory_errors(run.config, run.chosen, run.machine, world_size=run.engine.mesh.topology.world_size, has_begun=True):
         if not run.is_complete:  # what was resumed from elsewhere is saved here
             stopped_by = _train_with_rollbacks(run, run.stop_step, report)
             if stopped_by is not None and run.position.step < run.stop_step:
@@ -64,7 +63,7 @@ def finish(run: Run) -> None:
     """Prints a sample and draws the report; the run is saved, so neither decides how it ends."""
     sample = None
     if run.config.observe.sample_prompt is not None and run.data.tokenizer is not None:
-        model = whole_model(run.learner, run.config)
+        model = run.engine.whole_model()
         if model is not None:
             with Tolerated("no sample, but the run is saved", run.say):
                 sample = write_sample(model, run.data.tokenizer, run.config, run.console)
@@ -94,7 +93,7 @@ def _train_with_rollbacks(run: Run, stop_step: int, report: Callable[[int, str],
 
 def _stop_request(run: Run) -> StopRequest:
     """Of several ranks the first speaks; a launcher makes SIGTERM of a second Ctrl-C."""
-    if run.learner.mesh.device_mesh is None:
+    if run.engine.mesh.device_mesh is None:
         return StopRequest()
     return StopRequest("all ranks stop after this step" if run.is_main else None)
 

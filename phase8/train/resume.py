@@ -12,7 +12,6 @@ import torch
 from phase8.checkpoint.load import Checkpoint
 from phase8.checkpoint.random_state import capture_random_state, check_random_state, restore_random_state
 from phase8.checkpoint.run_metadata import OF_A_RUN, run_metadata
-from phase8.checkpoint.state import restore_state
 from phase8.config.batch import batch_shape
 from phase8.config.describe import describe_value
 from phase8.config.dotted import value_of
@@ -21,7 +20,7 @@ from phase8.config.model_keys import WITHOUT_SHAPE, model_differences
 from phase8.config.schema import ModelSection, RunConfig
 from phase8.data.fingerprint import describe_fingerprint_difference
 from phase8.errors import CheckpointMismatchError, ConfigError
-from phase8.train.engine.train_state import TrainState
+from phase8.train.engine.protocol import TrainingEngine
 
 
 @dataclass
@@ -76,7 +75,7 @@ def restore_run(
     *,
     fingerprint: dict[str, Any],
     attachments: Mapping[str, bytes],
-    learner: TrainState,
+    engine: TrainingEngine,
 ) -> tuple[Position, RunConfig]:
     """Loads weights, optimizer and random state, after checking that config and data continue those of the checkpoint.
 
@@ -85,7 +84,7 @@ def restore_run(
         config: Of the run.
         fingerprint: Of its data.
         attachments: What its own checkpoints have attached: the tokenizer, if it has one.
-        learner: What is loaded into.
+        engine: What is loaded into.
 
     Returns:
         Where the run goes on, and the config of the run that saved the checkpoint.
@@ -97,16 +96,14 @@ def restore_run(
     saved, saved_fingerprint, random_state = metadata.config, metadata.data_fingerprint, metadata.random_state
     position = Position(**metadata.position.model_dump())
     _check_model(checkpoint.path, saved.model, config.model)
-    _check_batch(checkpoint.path, metadata.global_batch_size, config, learner.mesh.topology.data_parallel_size)
+    _check_batch(checkpoint.path, metadata.global_batch_size, config, engine.mesh.topology.data_parallel_size)
     attached = attached_to(checkpoint)  # a damaged tokenizer is found now, not when somebody generates
     if not config.data.allow_fingerprint_change:
         differences = describe_fingerprint_difference(saved_fingerprint, fingerprint) + _changed_for_data(saved, config)
         _check_data(checkpoint.path, differences + _changed_tokenizer(checkpoint.path, attached, attachments))
-    check_random_state(random_state, learner.device)  # what cannot be restored is found before anything is changed
-    is_part = learner.mesh.pp.size > 1
-    restore_state(checkpoint, learner.stage.module, learner.optimizer, learner.shards.parts, is_part=is_part)
-    learner.shards.read_again()
-    restore_random_state(random_state, learner.device)
+    check_random_state(random_state, engine.device)  # what cannot be restored is found before anything is changed
+    engine.restore(checkpoint)
+    restore_random_state(random_state, engine.device)
     return position, saved
 
 

@@ -13,14 +13,11 @@ from torch import Tensor
 from phase8.checkpoint.background import BackgroundSaver
 from phase8.checkpoint.retention import apply_retention
 from phase8.checkpoint.save import save_checkpoint
-from phase8.checkpoint.state import flat_state
 from phase8.distributed.collectives import gather_texts
 from phase8.observe.metrics import MetricsWriter
 from phase8.processes.exit import is_echo, summary
 from phase8.train.build import Run
 from phase8.train.resume import checkpoint_metadata
-
-_MOMENTS = 2  # of a weight that AdamW keeps
 
 
 class SaveFailure(Exception):
@@ -42,8 +39,7 @@ class Saver:
         self._background = BackgroundSaver(run.device) if run.config.checkpoint.asynchronous else None
         self._step_under_way, self._stall_seconds = 0, 0.0
         if self._background is not None:
-            parts = [part.nbytes for part in run.learner.shards.parts.values()]
-            self._background.prepare([*parts, *(size for size in parts for _ in range(_MOMENTS))])
+            self._background.prepare(run.engine.state_sizes())
 
     def save(self, *, must_succeed: bool) -> None:
         """Writes a checkpoint of the current step and applies the retention policy; may return while it is being written.
@@ -61,7 +57,7 @@ class Saver:
             return
         saved: Path | None = None
         if must_succeed:
-            saved = self._planned_save()(tensors=self._state())
+            saved = self._planned_save()(tensors=self._run.engine.state())
         else:
             with self._survived("checkpoint failed"):
                 saved = self._save_or_begin_to()
@@ -89,14 +85,10 @@ class Saver:
         """Writes a checkpoint; None: it is being written in the background."""
         save, background = self._planned_save(), self._background
         if background is None:
-            return save(tensors=self._on_all_ranks(self._state))
-        copies = self._on_all_ranks(lambda: background.copy(self._state()))
+            return save(tensors=self._on_all_ranks(self._run.engine.state))
+        copies = self._on_all_ranks(lambda: background.copy(self._run.engine.state()))
         background.start(copies, lambda copies: save(tensors=copies))
         return None
-
-    def _state(self) -> dict[str, Tensor]:
-        learner = self._run.learner
-        return flat_state(learner.stage.module, learner.optimizer, learner.shards.parts)
 
     def _planned_save(self) -> partial[Path]:
         """A save of this step that lacks the tensors only. It reads nothing that could be gone by then."""

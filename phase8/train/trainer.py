@@ -7,7 +7,6 @@ import math
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict
-from functools import partial
 
 from torch import Tensor
 
@@ -21,8 +20,7 @@ from phase8.observe.metrics import MetricsWriter, StepMetrics
 from phase8.observe.progress import Progress
 from phase8.optim.schedule import learning_rate
 from phase8.train.build import Run
-from phase8.train.engine.captured_step import CapturedStep
-from phase8.train.engine.step import StepResult, train_step
+from phase8.train.engine.protocol import StepResult
 from phase8.train.evaluation import HeldOutData
 from phase8.train.faults.anomaly import largest_loss, take_note
 from phase8.train.faults.replicas import check_replicas
@@ -51,24 +49,22 @@ class Trainer:
         self.metrics_failed = False
         self.compared_step = 0
         self.saver = Saver(run, record=self._record, say=progress.message)
-        self.num_ranks = run.learner.mesh.topology.world_size
+        self.num_ranks = run.engine.mesh.topology.world_size
         is_evaluated = run.data.validation is not None and run.config.train.evaluate_every_n_steps > 0
         self.held_out = HeldOutData(run) if is_evaluated else None
-        self.take_step = CapturedStep(run.learner) if run.uses_cuda_graphs else partial(train_step, run.learner)
         reset_peak_memory(run.device)
 
     def close(self) -> None:
-        """Ends what goes on aside: waits for the saves, frees a recorded step. What fails now does not decide how the run ends."""
+        """Ends what goes on aside: waits for the saves, frees what only updates need. What fails now does not decide how the run ends."""
         with Tolerated("the save under way failed", self.progress.message):
             self.saver.close()
-        if isinstance(self.take_step, CapturedStep):
-            with Tolerated("the recorded step was not freed", self.progress.message):
-                self.take_step.close()
+        with Tolerated("what the engine keeps for updates was not freed", self.progress.message):
+            self.run.engine.close()
 
     @property
     def is_alone(self) -> bool:
         """This process is the whole run."""
-        return self.run.learner.mesh.device_mesh is None
+        return self.run.engine.mesh.device_mesh is None
 
     def train_until(self, stop_step: int, stop: StopRequest) -> bool:
         """Takes steps; evaluates and saves between them. Returns whether this rank or another was asked to stop."""
@@ -108,7 +104,7 @@ class Trainer:
         step = self.run.position.step
         if self.compared_step != step:
             self.report(step, "comparing replicas")
-            check_replicas(self.run.learner, step=step)
+            check_replicas(self.run.engine, step=step)
             self.compared_step = step
 
     def evaluate(self) -> None:
@@ -141,7 +137,7 @@ class Trainer:
         rate = learning_rate(position.step + 1, config.optim, num_steps=config.train.num_steps)
         self.report(position.step + 1, "training")
         loss_limit = largest_loss(position.recent_losses, config.train.anomaly)
-        result = self.take_step(
+        result = run.engine.update(
             batch,
             learning_rate=rate,
             gradient_clip_norm=config.optim.gradient_clip_norm,
@@ -217,7 +213,7 @@ class Trainer:
         numbers = microbatch_sample_numbers(
             samples_consumed=self.run.position.samples_consumed,
             micro_batch_size=self.run.shape.micro_batch_size,
-            index=self.run.learner.mesh.data_parallel_index,
+            index=self.run.engine.mesh.data_parallel_index,
             num_readers=self.run.shape.data_parallel_size,
         )
         num_microbatches = self.run.shape.num_microbatches

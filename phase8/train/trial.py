@@ -5,8 +5,8 @@ from __future__ import annotations
 import gc
 import statistics
 import time
-from collections.abc import Callable, Sequence
-from contextlib import ExitStack, closing
+from collections.abc import Sequence
+from contextlib import closing
 from dataclasses import dataclass, replace
 from functools import partial
 
@@ -17,11 +17,7 @@ from phase8.config.schema import RunConfig
 from phase8.data.microbatch import Microbatch, stand_in
 from phase8.distributed.mesh import Mesh
 from phase8.observe.memory import peak_memory_bytes, reset_peak_memory
-from phase8.precision.policy import compute_dtype
-from phase8.train.engine.captured_step import EAGER_STEPS, CapturedStep
-from phase8.train.engine.compilation import compile_modules
-from phase8.train.engine.step import evaluate, train_step
-from phase8.train.engine.train_state import build_train_state
+from phase8.train.engine.protocol import BuildEngine, TrainingEngine
 
 # A step of many microbatches is extrapolated from one of one and one of so many.
 MOST_MICROBATCHES = 3
@@ -46,7 +42,7 @@ class Trial:
     seconds: float
 
 
-def run_trial(config: RunConfig, *, mesh: Mesh, device: torch.device) -> Trial | str:
+def run_trial(config: RunConfig, *, mesh: Mesh, device: torch.device, build_engine: BuildEngine) -> Trial | str:
     """Trains for a few steps as a run would, without data, record or checkpoints; or says why it cannot.
 
     What the trial has allocated and compiled is given back.
@@ -55,30 +51,27 @@ def run_trial(config: RunConfig, *, mesh: Mesh, device: torch.device) -> Trial |
         config: Every setting is explicit.
         mesh: The ranks, which all try.
         device: Of this rank.
+        build_engine: Makes what takes the steps.
     """
     begin = time.perf_counter()
-    trial = _try(config, mesh, device, begin)
+    trial = _try(config, mesh, device, build_engine, begin)
     # Only here has the frame that holds model and optimizer ended, also after running out of memory.
     torch.compiler.reset()
     _give_back_memory(device)
     return trial
 
 
-def _try(config: RunConfig, mesh: Mesh, device: torch.device, begin: float) -> Trial | str:
+def _try(config: RunConfig, mesh: Mesh, device: torch.device, build_engine: BuildEngine, begin: float) -> Trial | str:
     shape = batch_shape(config.train, config.parallel, data_parallel_size=mesh.topology.data_parallel_size)
     reset_peak_memory(device)
     try:
-        learner = build_train_state(config, mesh=mesh, device=device, dtype=compute_dtype(config.precision))
-        compile_modules(learner, config)
+        engine = build_engine(config, mesh=mesh, device=device)
         microbatch = _random_microbatch(config, shape.micro_batch_size, device)
 
         def step_seconds(num_microbatches: int) -> float:
-            take_step: Callable = partial(train_step, learner)
-            with ExitStack() as stack:
-                if config.train.cuda_graphs and device.type == "cuda":
-                    take_step = stack.enter_context(closing(CapturedStep(learner)))
-                seconds = _median_step_seconds(partial(take_step, learning_rate=1e-9, gradient_clip_norm=1.0), [microbatch] * num_microbatches)
-                evaluate(learner, [microbatch])  # which needs memory beside that of a recording
+            with closing(engine):
+                seconds = _median_step_seconds(engine, [microbatch] * num_microbatches)
+                engine.evaluate([microbatch])  # which needs memory beside that of a recording
                 return seconds
 
         fewest = 1 if mesh.pp.size == 1 else shape.num_microbatches
@@ -111,12 +104,13 @@ def _random_microbatch(config: RunConfig, batch_size: int, device: torch.device)
     return replace(empty, tokens=tokens, targets=targets, num_valid=tokens.numel()).to(device)
 
 
-def _median_step_seconds(take_step: Callable, batch: Sequence[Microbatch]) -> float:
-    for _ in range(EAGER_STEPS + 1):  # compilation, the choice of kernels, the recording
-        take_step(batch)
+def _median_step_seconds(engine: TrainingEngine, batch: Sequence[Microbatch]) -> float:
+    take_step = partial(engine.update, batch, learning_rate=1e-9, gradient_clip_norm=1.0)
+    for _ in range(engine.num_slow_updates):
+        take_step()
     durations = []
     for _ in range(MEASURED_STEPS):
         begin = time.perf_counter()
-        take_step(batch)  # ends with the loss on the host
+        take_step()  # ends with the loss on the host
         durations.append(time.perf_counter() - begin)
     return statistics.median(durations)

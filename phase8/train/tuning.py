@@ -15,6 +15,7 @@ import hashlib
 import json
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +34,7 @@ from phase8.observe.formatting import format_count
 from phase8.plan.candidates import Candidate, Device, find_candidates, how_to_fit, nearest_that_fits, plan_on, smallest_candidate
 from phase8.plan.prediction import predict_step
 from phase8.train.device import host_settings
+from phase8.train.engine.protocol import BuildEngine
 from phase8.train.trial import OUT_OF_MEMORY, Trial, run_trial
 
 # Must be raised when the same machine may choose otherwise than before.
@@ -43,6 +45,7 @@ _WORTH_A_TRIAL = 1.08
 # In a shorter run, compilation would take more time than it saves.
 _LONG_ENOUGH_TO_COMPILE_SECONDS = 120.0
 _UNLIMITED = 1 << 60
+_Try = Callable[[RunConfig], Trial | str]
 _CHOSEN_KEYS = (*OFF, *WITH_RECOMPUTE)
 
 
@@ -73,6 +76,7 @@ def choose_settings(
     mesh: Mesh,
     device: torch.device,
     facts: Device,
+    build_engine: BuildEngine,
     recorded: Callable[[], object] = lambda: None,
     refused: Sequence[dict[str, Any]] = (),
     say: Callable[[str], None],
@@ -84,6 +88,7 @@ def choose_settings(
         mesh: Mesh of the ranks.
         device: Device of this rank.
         facts: Facts about the device, before the run uses it.
+        build_engine: Builds the engine of a trial.
         recorded: Reads the settings recorded in the checkpoint from which the run continues (not trusted); called on all ranks or on none.
         refused: Values that ran out of memory in this process.
         say: Shows a line of text.
@@ -100,12 +105,13 @@ def choose_settings(
     facts = _common_memory(facts)
     known = _kept(config, recorded(), facts, world_size, say) if not refused else None
     if known is None:
-        known = _agreed(lambda: _choose(config, mesh, device, facts, refused, say), mesh)
+        try_settings = partial(run_trial, mesh=mesh, device=device, build_engine=build_engine)
+        known = _agreed(lambda: _choose(config, mesh, try_settings, facts, refused, say), mesh)
     return with_values(config, known.values), known
 
 
 def _choose(
-    config: RunConfig, mesh: Mesh, device: torch.device, facts: Device, refused: Sequence[dict[str, Any]], say: Callable[[str], None]
+    config: RunConfig, mesh: Mesh, try_settings: _Try, facts: Device, refused: Sequence[dict[str, Any]], say: Callable[[str], None]
 ) -> Chosen:
     """The choice of this rank for all ranks."""
     world_size = mesh.topology.world_size
@@ -116,7 +122,7 @@ def _choose(
     cache = _cache_file(config, facts, world_size)
     if (found := _read_cache(cache, config)) is not None and not refused:
         return found
-    search = _Search(config, mesh, device, facts, refused, say)
+    search = _Search(config, mesh, try_settings, facts, refused, say)
     if facts.type != "cuda" or world_size > 1 or config.train.tuning == "plan":
         best = search.candidates(compiles=search.is_long(None))[0]
         return Chosen(values_of(best.config, _CHOSEN_KEYS), facts.name, world_size, f"{best}, by plan")
@@ -132,16 +138,16 @@ class _Search:
     Args:
         config: Config whose step settings are open and whose host settings are explicit.
         mesh: Mesh of the process.
-        device: The GPU.
+        try_settings: Measures a config on the GPU, or says why it cannot be used.
         facts: Facts about the GPU.
         refused: Values that ran out of memory.
         say: Shows a line of text.
     """
 
     def __init__(
-        self, config: RunConfig, mesh: Mesh, device: torch.device, facts: Device, refused: Sequence[dict[str, Any]], say: Callable[[str], None]
+        self, config: RunConfig, mesh: Mesh, try_settings: _Try, facts: Device, refused: Sequence[dict[str, Any]], say: Callable[[str], None]
     ):
-        self._config, self._mesh, self._device, self._facts, self._say = config, mesh, device, facts, say
+        self._config, self._try_settings, self._facts, self._say = config, try_settings, facts, say
         self._world_size = mesh.topology.world_size
         # The smallest plan that ran out of memory: whatever needs as much would run out too.
         self._too_much = min((self._planned_bytes(with_values(config, values)) for values in refused), default=_UNLIMITED)
@@ -202,7 +208,7 @@ class _Search:
                 break
             tried.append(candidate.config)
             self._say(f"trying {candidate} ...")
-            trial = run_trial(candidate.config, mesh=self._mesh, device=self._device)
+            trial = self._try_settings(candidate.config)
             if isinstance(trial, Trial):
                 self._say(f"  {format_count(trial.tokens_per_second)} tok/s, {trial.peak_bytes / 2**30:.1f} GiB ({trial.seconds:.0f} s)")
                 self._found.append((trial, candidate))

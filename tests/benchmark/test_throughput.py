@@ -18,7 +18,8 @@ from phase8.errors import ConfigError, DivergenceError
 from phase8.observe.metrics import MetricsWriter
 from phase8.tensor_parallel.linear import JointColumnLinear
 from phase8.train import loop, saver, trainer
-from phase8.train.engine.step import StepResult
+from phase8.train.engine import fsdp
+from phase8.train.engine.protocol import StepResult
 
 CPU = torch.device("cpu")
 
@@ -116,7 +117,7 @@ def test_slow_data_raise_the_share_of_waiting(tiny, monkeypatch):
 
 
 def test_a_run_that_is_not_finite_is_not_timed(tiny, monkeypatch):
-    monkeypatch.setattr(trainer, "train_step", lambda *_, **__: StepResult(float("nan"), 1.0, skipped=True))
+    monkeypatch.setattr(fsdp, "train_step", lambda *_, **__: StepResult(float("nan"), 1.0, skipped=True))
     with pytest.raises(DivergenceError, match="step 1: loss nan"):
         measure_throughput(tiny_config(tiny), device=CPU, num_steps=1)
 
@@ -126,7 +127,7 @@ def test_too_little_memory_is_a_finding_and_the_model_is_given_back(tiny, monkey
 
     def build_run(*arguments, **options):
         run = original(*arguments, **options)
-        models.append(weakref.ref(run.learner.model))
+        models.append(weakref.ref(run.engine.train_state.model))
         return run
 
     def run_out(trainer, stop_step, stop):

@@ -21,7 +21,6 @@ from tiny_run import prepare, train_tiny
 
 from phase8.checkpoint.checksum import checksum_of
 from phase8.checkpoint.load import newest_good_checkpoint, open_checkpoint
-from phase8.checkpoint.state import flat_state
 from phase8.data.tokenizer_training import train_sentencepiece
 from phase8.errors import CheckpointCorruptError, CheckpointError, CheckpointMismatchError
 
@@ -83,7 +82,7 @@ def resume(trained: Trained, run: Path, choice: str = "auto") -> tuple[int, dict
     console = Console(file=io.StringIO(), width=2000)
     found = prepare(trained.config, f"run.output_dir={run.parent}", "run.name=run", *trained.settings, resume=choice, console=console)
     found.lock.close()
-    tensors = flat_state(found.learner.stage.module, found.learner.optimizer, found.learner.shards.parts)
+    tensors = found.engine.state()
     return found.position.step, {name: bits(tensor) for name, tensor in tensors.items()}, console.file.getvalue()
 
 

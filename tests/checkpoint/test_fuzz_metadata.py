@@ -26,7 +26,6 @@ from rich.console import Console
 from tiny_run import prepare
 
 from phase8.checkpoint.load import open_checkpoint
-from phase8.checkpoint.state import flat_state
 from phase8.errors import CheckpointError
 from phase8.generate.decode import Decoder
 from phase8.generate.restore import restore_model
@@ -79,9 +78,7 @@ class Readers:
             assert time.perf_counter() - begin < MOST_SECONDS
 
     def _state(self) -> dict[str, torch.Tensor]:
-        learner = self.run.learner
-        state = flat_state(learner.stage.module, learner.optimizer, learner.shards.parts)
-        return {name: tensor.clone() for name, tensor in state.items()} | {"random": torch.get_rng_state()}
+        return {name: tensor.clone() for name, tensor in self.run.engine.state().items()} | {"random": torch.get_rng_state()}
 
     def _resume(self) -> None:
         before = self._state()
@@ -91,7 +88,7 @@ class Readers:
                 self.run.config,
                 fingerprint=self.run.data.fingerprint,
                 attachments=self.run.attachments,
-                learner=self.run.learner,
+                engine=self.run.engine,
             )
         except CheckpointError:
             after = self._state()

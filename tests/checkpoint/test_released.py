@@ -79,7 +79,7 @@ def test_a_run_goes_on_from_it(name: str, tmp_path: Path, monkeypatch: pytest.Mo
     monkeypatch.chdir(tmp_path)  # the paths in the configs are relative
     run, expected = go_on(name, tmp_path), expected_of(name)
     saved = open_checkpoint(RELEASED / name / f"step-{SAVED_STEP:010d}")
-    live = flat_state(run.learner.stage.module, run.learner.optimizer, run.learner.shards.parts)
+    live = run.engine.state()
     assert {tensor: described(value) for tensor, value in live.items()} == expected_tensors(saved, name)
     assert {key: getattr(run.position, key) for key in expected["position"]} == expected["position"]
     train(run, resume_command="")

@@ -18,7 +18,6 @@ from tiny_run import prepare
 from phase8.checkpoint.load import open_checkpoint
 from phase8.checkpoint.model_sizes import sizes_problem
 from phase8.checkpoint.run_metadata import OF_A_RUN, StoredPosition, run_metadata
-from phase8.checkpoint.state import flat_state
 from phase8.config.load import config_to_mapping
 from phase8.config.schema import ModelSection
 from phase8.errors import CheckpointCorruptError, CheckpointError, CheckpointMismatchError
@@ -75,12 +74,11 @@ def test_a_refused_checkpoint_changes_nothing(path: str, value: Any, directory: 
     """It was found after the weights had been overwritten."""
     forge(directory, path, value)
     run = prepare(original.parents[3] / "tiny.yaml", f"run.output_dir={directory.parent}", console=Console(quiet=True))
-    learner = run.learner
-    before = {name: tensor.clone() for name, tensor in flat_state(learner.stage.module, learner.optimizer, learner.shards.parts).items()}
+    before = {name: tensor.clone() for name, tensor in run.engine.state().items()}
     generator = torch.get_rng_state()
     with pytest.raises(CheckpointError):
-        restore_run(open_checkpoint(directory), run.config, fingerprint=run.data.fingerprint, attachments=run.attachments, learner=learner)
-    after = flat_state(learner.stage.module, learner.optimizer, learner.shards.parts)
+        restore_run(open_checkpoint(directory), run.config, fingerprint=run.data.fingerprint, attachments=run.attachments, engine=run.engine)
+    after = run.engine.state()
     assert all(torch.equal(tensor, after[name]) for name, tensor in before.items()) and torch.equal(torch.get_rng_state(), generator)
 
 

@@ -14,7 +14,7 @@ take_step = Trainer._take_step
 def take_step_and_flip(trainer, *arguments, **options):
     result = take_step(trainer, *arguments, **options)
     if os.environ["RANK"] == "1" and trainer.run.position.step == 4:
-        weight = next(iter(trainer.run.learner.shards.parts.values())).detach()
+        weight = next(iter(trainer.run.engine.train_state.shards.parts.values())).detach()
         weight.view(-1)[:1].view(torch.int32).bitwise_xor_(1)
     return result
 

@@ -17,6 +17,7 @@ from phase8.distributed.placement import collected
 from phase8.errors import CheckpointMismatchError
 from phase8.model.model import build_model
 from phase8.model.parameters import initialise
+from phase8.train.engine.fsdp import FsdpEngine
 from phase8.train.initialise import initialise_run
 from phase8.train.run_directory import run_directory
 
@@ -46,7 +47,8 @@ def initialised(settings, world_size, path, directory):
     settings = (*BLOCK, *settings, f"run.output_dir={directory}", f"checkpoint.initialise_from={path}", "model.sequence_length=48")
     config = without_auto(load_config(os.devnull, [*MODEL, *settings]))
     train_state = new_train_state(config, world_size, device_type="cpu", dtype=torch.float32)
-    return train_state, initialise_run(config, train_state, None, directory=run_directory(config.run), resume="auto", say=lambda text: None)
+    engine = FsdpEngine(train_state, config)
+    return train_state, initialise_run(config, engine, None, directory=run_directory(config.run), resume="auto", say=lambda text: None)
 
 
 def begin(settings, world_size, path, directory):

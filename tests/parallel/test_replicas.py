@@ -16,8 +16,9 @@ from phase8.checkpoint.state import flat_state, restore_state
 from phase8.config.auto import without_auto
 from phase8.config.load import load_config
 from phase8.errors import CorruptionError
-from phase8.train.faults import replicas
-from phase8.train.faults.replicas import WEIGHT, Holding, Item, bit_hash, check_replicas, describe_deviation, powers_of_base
+from phase8.train.engine.fsdp import FsdpEngine
+from phase8.train.engine.protocol import WEIGHT, Item
+from phase8.train.faults.replicas import Holding, bit_hash, check_replicas, describe_deviation, powers_of_base
 
 BLOCK = (*BLOCKS["tied"], "model.num_layers=4")
 NOTHING, ALL, NORMS, TIED = "nothing", "all", "norms", "tied"
@@ -63,20 +64,20 @@ def run(pool, function, name, *arguments):
 def train_and_check(arguments, world_size, dtype, root):
     """Checks before the first step, after some, and after resuming; what was compared."""
     config, train_state = start(arguments, world_size, dtype=dtype)
-    check_replicas(train_state, step=0)
+    check_replicas(FsdpEngine(train_state, config), step=0)
     for step in range(3):
         take_step(train_state, config, step)
-        check_replicas(train_state, step=step + 1)
+        check_replicas(FsdpEngine(train_state, config), step=step + 1)
     tensors = flat_state(train_state.stage.module, train_state.optimizer, train_state.shards.parts)
     save_checkpoint(root, step=3, tensors=tensors, metadata={}, attachments={})
     _, resumed = start(arguments, world_size, dtype=dtype)
     checkpoint = open_checkpoint(root / "step-0000000003")
     restore_state(checkpoint, resumed.stage.module, resumed.optimizer, resumed.shards.parts, is_part=resumed.mesh.pp.size > 1)
     resumed.shards.read_again()
-    check_replicas(resumed, step=3)
+    check_replicas(FsdpEngine(resumed, config), step=3)
     take_step(resumed, config, 3)
-    check_replicas(resumed, step=4)
-    shared = {name for _, names in replicas._axes(resumed) for name in names}
+    check_replicas(FsdpEngine(resumed, config), step=4)
+    shared = {name for _, names in FsdpEngine(resumed, config).replicas().axes for name in names}
     return [name for name in resumed.shards.whole if name in shared], list(resumed.shards.whole)
 
 
@@ -110,12 +111,12 @@ def item_of(train_state, name, key):
 
 def flip_and_check(arguments, world_size, rank, name, key, bit, position):
     """The sentence of the error after a bit of one rank was flipped, and whether a check before was fine."""
-    _, train_state = start(arguments, world_size, num_steps=1)
-    check_replicas(train_state, step=1)
+    config, train_state = start(arguments, world_size, num_steps=1)
+    check_replicas(FsdpEngine(train_state, config), step=1)
     if train_state.mesh.rank == rank:
         bits_of(item_of(train_state, name, key))[position] ^= -(2**31) if bit == 31 else 2**bit
     try:
-        check_replicas(train_state, step=12)
+        check_replicas(FsdpEngine(train_state, config), step=12)
     except CorruptionError as error:
         assert error.exit_code == 8
         return str(error)
@@ -154,13 +155,13 @@ def test_what_has_no_copy_is_not_compared(pool):
 
 def swap_and_check(arguments, world_size):
     """On the last rank two elements of a weight change places."""
-    _, train_state = start(arguments, world_size, num_steps=1)
+    config, train_state = start(arguments, world_size, num_steps=1)
     weight = train_state.shards.parts[NORM].detach()
     assert weight[2] != weight[19]
     if train_state.mesh.rank == world_size - 1:
         weight[[2, 19]] = weight[[19, 2]]
     try:
-        check_replicas(train_state, step=3)
+        check_replicas(FsdpEngine(train_state, config), step=3)
     except CorruptionError as error:
         return str(error)
     return None
@@ -178,7 +179,7 @@ def flip_and_train(arguments, world_size):
         bits_of(train_state.optimizer.state[train_state.shards.parts[MATRIX]]["exp_avg_sq"])[0] ^= 2**29
     take_step(train_state, config, 1)
     try:
-        check_replicas(train_state, step=2)
+        check_replicas(FsdpEngine(train_state, config), step=2)
     except CorruptionError as error:
         return str(error)
     return None

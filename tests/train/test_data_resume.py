@@ -82,7 +82,7 @@ def leg(config, settings, directory, interrupted_in, world_size):
     except Interrupted:
         assert interrupted_in is not None
     read = [tuple(map(int, line.split())) for line in path.read_text().splitlines()]
-    return run.learner.mesh.data_parallel_index, run.shape.micro_batch_size, begin, read
+    return run.engine.mesh.data_parallel_index, run.shape.micro_batch_size, begin, read
 
 
 def in_order(ranks):

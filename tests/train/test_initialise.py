@@ -51,7 +51,7 @@ def train_begun(source, *settings, name):
 def test_step_0_has_the_weights_and_nothing_else(source, capsys):
     _, _, trained = source
     run = begin(source, console=Console(width=400))
-    assert run.position.step == run.position.samples_consumed == 0 and run.saved_step is None and not run.learner.optimizer.state
+    assert run.position.step == run.position.samples_consumed == 0 and run.saved_step is None and not run.engine.train_state.optimizer.state
     assert all(torch.equal(value, weights(trained)[name]) for name, value in weights(run).items())
     where = f"initialised from {trained.directory.checkpoints}/step-0000000005, step 5"
     assert capsys.readouterr().out.count(where) == 2  # a line, and the banner's fact
@@ -63,7 +63,7 @@ def test_the_first_loss_is_that_of_the_source(source):
     begun = train_begun(source, "train.stop_at_step=1", name="first-loss")
     samples = torch.stack([begun.data.train[number]["tokens"] for number in range(4)])
     with torch.no_grad():
-        expected = trained.learner.model.loss_sum(samples[:, :-1], samples[:, 1:]) / samples[:, 1:].numel()
+        expected = trained.engine.train_state.model.loss_sum(samples[:, :-1], samples[:, 1:]) / samples[:, 1:].numel()
     assert losses(begun)[1] == pytest.approx(expected.item(), rel=1e-6)
     event = next(record for record in records(begun) if record.get("event") == "initialised")
     assert event == {
@@ -98,9 +98,9 @@ def test_the_context_may_be_longer(source):
     assert sorted(said) == sorted(expected if TRANSFORMER in model else [*expected, "model.local_window_size was 6 and is 12"])
     assert len(losses(run)) == 5 and run.data.train[0]["tokens"].shape == (49,)
     tokens = run.data.train[0]["tokens"][None]
-    begun = begin(source, longer[0], name="longer-still").learner.model
+    begun = begin(source, longer[0], name="longer-still").engine.train_state.model
     with torch.no_grad():  # of a longer sequence, what comes first is computed as before
-        torch.testing.assert_close(begun(tokens[:, :48])[0][:, :24], trained.learner.model(tokens[:, :24])[0], rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(begun(tokens[:, :48])[0][:, :24], trained.engine.train_state.model(tokens[:, :24])[0], rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("dtype", ["fp32", "bf16"])

@@ -16,8 +16,7 @@ from phase8.errors import DataError, DivergenceError, StorageError
 from phase8.observe.event_file import EventFile
 from phase8.terminal import make_console
 from phase8.train import loop, saver, trainer
-from phase8.train.build import Run
-from phase8.train.engine import captured_step
+from phase8.train.engine import captured_step, fsdp
 from phase8.train.loop import train
 
 ROOT = Path(__file__).parents[2]
@@ -55,9 +54,9 @@ def test_a_recorded_step_is_freed_when_the_run_ends(tiny, monkeypatch, ending):
             closed.append(self)
             super().close()
 
-    monkeypatch.setattr(Run, "uses_cuda_graphs", True)
+    monkeypatch.setattr(fsdp.FsdpEngine, "captures_steps", True)
     monkeypatch.setattr(captured_step, "EAGER_STEPS", 1000)  # there is nothing to record with
-    monkeypatch.setattr(trainer, "CapturedStep", Recorded)
+    monkeypatch.setattr(fsdp, "CapturedStep", Recorded)
     run = prepare(tiny, "train.num_steps=3", "optim.warmup_steps=1")
     if ending == "failed":
         poison(run, {2})
@@ -71,30 +70,30 @@ def test_a_recorded_step_is_freed_when_the_run_ends(tiny, monkeypatch, ending):
 
 def poison(run, steps):
     """Makes the loss of some steps not a number, by spoiling the output of the model."""
-    original = run.learner.model.loss_sum
+    original = run.engine.train_state.model.loss_sum
 
     def spoiled(*arguments):
         return original(*arguments) * (math.nan if run.position.step + 1 in steps else 1.0)
 
-    run.learner.model.loss_sum = spoiled
+    run.engine.train_state.model.loss_sum = spoiled
 
 
 def test_a_non_finite_step_is_skipped_and_counted(tiny):
     run = prepare(tiny, "checkpoint.every_n_steps=0", "train.stop_at_step=6")
     poison(run, {3, 4})
     states = {}
-    step = trainer.train_step
+    step = fsdp.train_step
 
-    def remember(learner, *arguments, **options):
-        result = step(learner, *arguments, **options)
-        states[run.position.step + 1] = learner.model.embedding.weight.detach().clone()
+    def remember(train_state, *arguments, **options):
+        result = step(train_state, *arguments, **options)
+        states[run.position.step + 1] = train_state.model.embedding.weight.detach().clone()
         return result
 
-    trainer.train_step, restore = remember, step
+    fsdp.train_step, restore = remember, step
     try:
         train(run, resume_command="")
     finally:
-        trainer.train_step = restore
+        fsdp.train_step = restore
     assert torch.equal(states[3], states[2]) and torch.equal(states[4], states[2]) and not torch.equal(states[5], states[4])
     skipped = [record for record in records(run) if record.get("skipped")]
     assert [record["step"] for record in skipped] == [3, 4] and all(record["loss"] is None for record in skipped)

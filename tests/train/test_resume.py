@@ -34,8 +34,8 @@ def test_twenty_steps_equal_ten_and_ten_resumed(tiny, settings):
     assert resumed.position == whole.position
     assert losses(resumed) == losses(whole) and len(losses(whole)) == 20
     assert_same_weights(resumed, whole)
-    for name, parameter in whole.learner.model.named_parameters():
-        ours, theirs = resumed.learner.optimizer.state[weights(resumed)[name]], whole.learner.optimizer.state[parameter]
+    for name, parameter in whole.engine.train_state.model.named_parameters():
+        ours, theirs = resumed.engine.train_state.optimizer.state[weights(resumed)[name]], whole.engine.train_state.optimizer.state[parameter]
         assert all(torch.equal(ours[key], theirs[key]) for key in ("exp_avg", "exp_avg_sq", "step")), name
 
 

@@ -15,7 +15,8 @@ from phase8.checkpoint.background import BackgroundSaver
 from phase8.checkpoint.load import list_checkpoints, open_checkpoint
 from phase8.data.tokenizer_training import train_sentencepiece
 from phase8.errors import CheckpointError, OutOfMemoryError, StorageError
-from phase8.train import saver, trainer
+from phase8.train import saver
+from phase8.train.engine import fsdp
 from phase8.train.loop import train
 
 ASIDE = "checkpoint.asynchronous=true"
@@ -174,7 +175,7 @@ def test_a_save_needs_nothing_that_it_can_lose(tiny, tmp_path, monkeypatch, name
     file, lose, saved = LOSSES[name]
     tokenizer = train_sentencepiece(["def main(): pass\n"] * 50, tmp_path / "small.model", vocab_size=280)
     run = prepare(tiny, *EACH, f"data.tokenizer={tokenizer}", "model.vocab_size=300")
-    original = trainer.train_step
+    original = fsdp.train_step
 
     def train_step(*arguments, **options):
         path = run.directory.path / file
@@ -184,7 +185,7 @@ def test_a_save_needs_nothing_that_it_can_lose(tiny, tmp_path, monkeypatch, name
             path.unlink()
         return original(*arguments, **options)
 
-    monkeypatch.setattr(trainer, "train_step", train_step)
+    monkeypatch.setattr(fsdp, "train_step", train_step)
     tokenizer.unlink()
     train(run, resume_command="")
     assert saved_tensors(run).keys() == saved

@@ -16,6 +16,7 @@ from phase8.distributed.mesh import build_mesh
 from phase8.errors import OutOfMemoryError
 from phase8.plan.candidates import Device
 from phase8.train import tuning
+from phase8.train.build import build_engine
 from phase8.train.memory_limits import memory_errors, retry_with_less_memory
 from phase8.train.run_directory import RunDirectory
 from phase8.train.trial import Trial, run_trial
@@ -42,7 +43,7 @@ def trials(monkeypatch):
     """What trials say, by their micro batch and whether they compile; and the trials that were made."""
     speeds, made = {}, []
 
-    def play(config, *, mesh, device):
+    def play(config, *, mesh, device, build_engine):
         made.append((config.train.micro_batch_size, config.train.compile.enabled))
         speed = speeds.get(made[-1], 100.0 * config.train.micro_batch_size)
         return speed if isinstance(speed, str) else Trial(1e3 / speed, speed, 1 << 30, 0.1)
@@ -55,7 +56,7 @@ def trials(monkeypatch):
 def choose(tiny, mesh, *settings, facts=GPU, recorded=None, **options):
     config = tiny_config(tiny, *FREE, f"data.cache_dir={tiny.parent}/cache", *settings)
     options = {"say": lambda text: None, "recorded": lambda: recorded, **options}
-    return choose_settings(config, mesh=mesh, device=torch.device("cpu"), facts=facts, **options)
+    return choose_settings(config, mesh=mesh, device=torch.device("cpu"), facts=facts, build_engine=build_engine, **options)
 
 
 def test_the_fastest_that_was_tried_is_taken(tiny, mesh, trials):
@@ -181,7 +182,7 @@ def test_automatic_settings_train_as_explicit_ones(tiny):
 
 def test_a_trial_is_a_few_real_steps(tiny, mesh):
     config = tiny_config(tiny, "train.tuning=off", "train.recompute=none", "train.compile.enabled=false", "train.cuda_graphs=false")
-    trial = run_trial(config, mesh=mesh, device=torch.device("cpu"))
+    trial = run_trial(config, mesh=mesh, device=torch.device("cpu"), build_engine=build_engine)
     assert trial.step_seconds > 0 and trial.tokens_per_second == pytest.approx(4 * 24 / trial.step_seconds)
 
 

@@ -37,6 +37,7 @@ from phase8.observe.metrics import MetricsWriter
 from phase8.optim.schedule import learning_rate
 from phase8.train import loop, saver, trainer
 from phase8.train.datasets import open_run_data
+from phase8.train.engine import fsdp
 from phase8.train.loop import train
 from phase8.train.signals import StopRequest
 
@@ -69,14 +70,14 @@ def before_step(monkeypatch):
     """Registers what is to happen at the beginning of a step, after its data were read."""
 
     def register(run, step, action):
-        original = trainer.train_step
+        original = fsdp.train_step
 
         def train_step(*arguments, **options):
             if run.position.step + 1 == step:
                 action()
             return original(*arguments, **options)
 
-        monkeypatch.setattr(trainer, "train_step", train_step)
+        monkeypatch.setattr(fsdp, "train_step", train_step)
 
     return register
 
@@ -105,7 +106,7 @@ def held_out_loss(run, dataset):
     count = dataset.order.num_windows[0]
     tokens = torch.stack([dataset[0, i * count // 4]["tokens"] for i in range(4)])
     with torch.no_grad():
-        logits = run.learner.model.logits(run.learner.model(tokens[:, :-1])[0])
+        logits = run.engine.train_state.model.logits(run.engine.train_state.model(tokens[:, :-1])[0])
     return F.cross_entropy(logits.flatten(0, 1), tokens[:, 1:].flatten()).item()
 
 
@@ -200,7 +201,7 @@ def test_tensorboard_events_are_written_when_on(tiny, enabled):
 def test_the_banner_names_what_runs_on_what_and_why(tiny, console):
     run = prepare(tiny, "train.compile.enabled=false", "train.recompute=full", console=console)
     lines = {line[2:].split("  ")[0]: line for line in console.file.getvalue().splitlines() if line.startswith("  ")}
-    num_parameters = sum(parameter.numel() for parameter in run.learner.model.parameters())
+    num_parameters = sum(parameter.numel() for parameter in run.engine.train_state.model.parameters())
     num_tokens = sum(source.num_tokens for source in run.data.train.sources)
     for name, words in (("mixer", "plain torch references (lorentz window"), ("loss", "plain torch references")):
         assert words in lines[name] and lines[name].endswith("the Triton kernels need a GPU")
@@ -227,9 +228,9 @@ def test_the_first_update_is_that_of_the_clipped_gradient(tiny, limit):
     run = prepare(tiny, *settings, f"optim.gradient_clip_norm={limit}")
     before = {name: value.detach().clone() for name, value in weights(run).items()}
     tokens = torch.stack([run.data.train[number]["tokens"] for number in range(4)])
-    (run.learner.model.loss_sum(tokens[:, :-1], tokens[:, 1:]) / (4 * 24)).backward()
-    gradients = {name: parameter.grad.clone() for name, parameter in run.learner.model.named_parameters()}
-    run.learner.optimizer.zero_grad()
+    (run.engine.train_state.model.loss_sum(tokens[:, :-1], tokens[:, 1:]) / (4 * 24)).backward()
+    gradients = {name: parameter.grad.clone() for name, parameter in run.engine.train_state.model.named_parameters()}
+    run.engine.train_state.optimizer.zero_grad()
     norm = math.sqrt(sum(gradient.square().sum().item() for gradient in gradients.values()))
     train(run, resume_command="")
     assert norm > 0.1 and first_step(run)["grad_norm"] == pytest.approx(norm, rel=1e-4)
@@ -245,7 +246,7 @@ def test_the_first_update_is_that_of_the_clipped_gradient(tiny, limit):
 def test_every_step_uses_and_records_the_learning_rate_of_the_schedule(tiny):
     run = prepare(tiny, "train.num_steps=7", NO_CHECKPOINTS)
     used = []
-    run.learner.optimizer.register_step_pre_hook(lambda optimizer, *_: used.append([group["lr"] for group in optimizer.param_groups]))
+    run.engine.train_state.optimizer.register_step_pre_hook(lambda optimizer, *_: used.append([group["lr"] for group in optimizer.param_groups]))
     train(run, resume_command="")
     expected = [learning_rate(step, run.config.optim, num_steps=7) for step in range(1, 8)]
     assert used == [[rate, rate] for rate in expected] and len(set(expected)) > 4
@@ -254,11 +255,12 @@ def test_every_step_uses_and_records_the_learning_rate_of_the_schedule(tiny):
 
 def test_weight_decay_applies_to_the_matrices_alone(tiny):
     run = prepare(tiny, "optim.weight_decay=0.25", "optim.betas=[0.8, 0.7]")
-    names = {parameter: name for name, parameter in run.learner.model.named_parameters()}
-    groups = {group["weight_decay"]: {names[p] for p in group["params"]} for group in run.learner.optimizer.param_groups}
-    assert groups == {0.25: decayed_parameter_names(run.learner.model), 0.0: set(names.values()) - decayed_parameter_names(run.learner.model)}
+    names = {parameter: name for name, parameter in run.engine.train_state.model.named_parameters()}
+    groups = {group["weight_decay"]: {names[p] for p in group["params"]} for group in run.engine.train_state.optimizer.param_groups}
+    decayed = decayed_parameter_names(run.engine.train_state.model)
+    assert groups == {0.25: decayed, 0.0: set(names.values()) - decayed}
     assert "head.weight" in groups[0.25] and {"embedding.weight", "norm.weight"} <= groups[0.0]
-    assert all(group["betas"] == (0.8, 0.7) for group in run.learner.optimizer.param_groups)
+    assert all(group["betas"] == (0.8, 0.7) for group in run.engine.train_state.optimizer.param_groups)
 
 
 @pytest.mark.parametrize("enabled", [True, False])
@@ -267,7 +269,7 @@ def test_compile_compiles_every_block_as_asked(tiny, monkeypatch, enabled):
     monkeypatch.setattr(torch.nn.Module, "compile", lambda module, **options: compiled.append((module, options)))
     run = prepare(tiny, f"train.compile.enabled={str(enabled).lower()}", "train.compile.mode=max-autotune", "train.compile.fullgraph=true")
     options = {"mode": "max-autotune-no-cudagraphs", "fullgraph": True}  # graphs are train.cuda_graphs
-    assert compiled == ([(block, options) for block in run.learner.model.blocks.values()] if enabled else [])
+    assert compiled == ([(block, options) for block in run.engine.train_state.model.blocks.values()] if enabled else [])
 
 
 @pytest.mark.parametrize(
@@ -280,7 +282,7 @@ def test_compile_compiles_every_block_as_asked(tiny, monkeypatch, enabled):
     ],
 )
 def test_recomputation_reaches_the_model(tiny, settings, expected):
-    model = prepare(tiny, "model.num_layers=3", *settings).learner.model
+    model = prepare(tiny, "model.num_layers=3", *settings).engine.train_state.model
     runs = [(block.run_outside, block.run_inside, block.run_mixer) for block in model.blocks.values()]
     assert runs == [{"none": (call, call, call), "full": (call, recomputed, call), "selective": (call, call, recomputed)}[how] for how in expected]
 
@@ -320,8 +322,8 @@ def test_every_nth_checkpoint_is_kept(tiny):
 
 
 def poison(run):
-    original = run.learner.model.loss_sum
-    run.learner.model.loss_sum = lambda *arguments: original(*arguments) * math.nan
+    original = run.engine.train_state.model.loss_sum
+    run.engine.train_state.model.loss_sum = lambda *arguments: original(*arguments) * math.nan
 
 
 def test_skipped_steps_are_counted_across_a_resume(tiny):
@@ -339,7 +341,7 @@ def test_skipped_steps_are_counted_across_a_resume(tiny):
 def test_copies_are_compared_before_they_are_evaluated_or_saved(tiny, monkeypatch):
     seen = []
 
-    def check(learner, *, step):
+    def check(engine, *, step):
         seen.append(step)
         if step == 10:
             raise CorruptionError("step 10: norm.weight on rank 1 differs.")
@@ -543,6 +545,6 @@ def test_a_run_belongs_to_one_process_until_it_ends(tiny):
 def test_generation_does_not_run_the_compiled_blocks(tiny):
     """They would be compiled again for every length of the carried state."""
     run = prepare(tiny)
-    for block in run.learner.model.blocks.values():
+    for block in run.engine.train_state.model.blocks.values():
         block.compile(backend=lambda *_: pytest.fail("compiled"))
-    run.learner.model(torch.zeros(1, 3, dtype=torch.int64), states=run.learner.model.empty_states(1))
+    run.engine.train_state.model(torch.zeros(1, 3, dtype=torch.int64), states=run.engine.train_state.model.empty_states(1))

@@ -79,7 +79,7 @@ def records(run: Run) -> list[dict]:
 
 
 def weights(run: Run) -> dict[str, torch.Tensor]:
-    return dict(run.learner.model.named_parameters())
+    return dict(run.engine.train_state.model.named_parameters())
 
 
 def assert_same_weights(a: Run, b: Run) -> None:

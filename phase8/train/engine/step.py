@@ -13,26 +13,8 @@ from phase8.data.microbatch import Microbatch
 from phase8.distributed.collectives import sum_over
 from phase8.optim.clip import step_clipped
 from phase8.topology import EVERYBODY, LOSS, TOKENS
+from phase8.train.engine.protocol import StepResult
 from phase8.train.engine.train_state import TrainState
-
-
-@dataclass(frozen=True)
-class StepResult:
-    """What a step measured.
-
-    Args:
-        loss: Mean loss in nats per valid target, over all microbatches of all ranks.
-        grad_norm: Global gradient norm before clipping.
-        skipped: Loss or norm was not finite, or the loss too large, and the weights were left alone.
-        stop: Some rank was asked to stop.
-        unreadable: Some rank could not read its data, and the weights were left alone.
-    """
-
-    loss: float
-    grad_norm: float
-    skipped: bool
-    stop: bool = False
-    unreadable: bool = False
 
 
 def train_step(

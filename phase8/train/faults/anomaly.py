@@ -13,7 +13,7 @@ from dataclasses import dataclass
 
 from phase8.config.schema import AnomalySection
 from phase8.errors import DivergenceError
-from phase8.train.engine.step import StepResult
+from phase8.train.engine.protocol import StepResult
 from phase8.train.resume import Position
 
 SPIKE_WINDOW, MIN_SPIKE_HISTORY = 64, 16

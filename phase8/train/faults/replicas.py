@@ -16,45 +16,21 @@ from __future__ import annotations
 
 import platform
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.distributed.tensor import DTensor
 
 from phase8.distributed.collectives import Axis
-from phase8.distributed.mesh import Mesh
-from phase8.distributed.placement import held_part, own_region
 from phase8.errors import CorruptionError
-from phase8.topology import COPIES, AxisName
-from phase8.train.engine.stage import EMBEDDING
-from phase8.train.engine.train_state import TrainState
+from phase8.train.engine.protocol import Item, TrainingEngine
 
 # Words at a time: their products should stay in the cache of the host (8 times faster than those that do not); a GPU wants few launches.
 _CPU_CHUNK, _GPU_CHUNK = 2**17, 2**22
 _BASE = 5
 _WORDS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int32}
-
-
-class Item(NamedTuple):
-    """Something that a rank holds.
-
-    Args:
-        parameter: Name.
-        key: Of the optimizer's state, or one of those below.
-    """
-
-    parameter: str
-    key: str
-
-    def __str__(self) -> str:
-        return self.parameter if self.key == WEIGHT else f"{self.key} of {self.parameter}"
-
-
-WEIGHT, HOST_COPY = "weight", "the copy in host memory"
 
 
 @dataclass(frozen=True)
@@ -70,28 +46,27 @@ class Holding:
     digests: Mapping[Item, tuple[object, int]]
 
 
-def check_replicas(learner: TrainState, *, step: int) -> None:
+def check_replicas(engine: TrainingEngine, *, step: int) -> None:
     """Compares what several ranks hold alike; a collective of all ranks, between steps.
 
     Reads these weights and their optimizer state once, where they are; only eight bytes of each tensor leave the device. Nothing is done
     when there is only one of everything.
 
     Args:
-        learner: Of this rank.
+        engine: Of this rank.
         step: The last finished step.
 
     Raises:
         CorruptionError: Copies differ. Every rank raises the same sentence.
     """
-    axes = _axes(learner)
-    if not axes:
+    replicas = engine.replicas()
+    if not replicas.axes:
         return
-    digests = _digests(learner, {name for _, names in axes for name in names})
-    suspects = {item for axis, names in axes for item in _differing(digests, axis, names)}
-    whole = learner.shards.whole
-    own = {item: (own_region(whole[item.parameter]), digest) for item, digest in digests.items() if item in suspects}
+    digests = _digests({item: held.tensor for item, held in replicas.tensors.items()})
+    suspects = {item for axis, names in replicas.axes for item in _differing(digests, axis, names)}
+    own = {item: (replicas.tensors[item].region, digest) for item, digest in digests.items() if item in suspects}
     holdings: list[Holding] = [Holding("", {})] * dist.get_world_size()
-    dist.all_gather_object(holdings, Holding(f"{learner.device} of {platform.node()}" if own else "", own))
+    dist.all_gather_object(holdings, Holding(f"{engine.device} of {platform.node()}" if own else "", own))
     finding = describe_deviation(holdings)
     if finding is not None:
         raise CorruptionError(f"step {step}: {finding}")
@@ -156,57 +131,17 @@ def _signed(number: int) -> int:
     return (number + 2**63) % 2**64 - 2**63
 
 
-def _axes(learner: TrainState) -> list[tuple[Axis, set[str]]]:
-    """Axes along which ranks hold copies, the same on every rank, and what this rank has of them."""
-    mesh, whole = learner.mesh, learner.shards.whole
-    axes = [
-        (axis, {name for name, parameter in whole.items() if _is_replicated(parameter, axis_name)})
-        for axis_name, axis in zip(COPIES, mesh.axes(COPIES), strict=True)
-        if axis.size > 1
-    ]
-    if mesh.pp.size > 1 and learner.stage.chunks[0].section.tie_embeddings:
-        axes.append((mesh.pp, {EMBEDDING} if _is_at_an_end(mesh) else set()))
-    return axes
-
-
-def _is_replicated(parameter: Tensor, axis: AxisName) -> bool:
-    """Whether ranks along an axis hold the same part."""
-    if not isinstance(parameter, DTensor):
-        return False
-    names = parameter.device_mesh.mesh_dim_names
-    assert names is not None  # of our own meshes all dims have names
-    return axis in names and parameter.placements[names.index(axis)].is_replicate()
-
-
-def _is_at_an_end(mesh: Mesh) -> bool:
-    return mesh.pp.index in (0, mesh.pp.size - 1)
-
-
-def _digests(learner: TrainState, names: set[str]) -> dict[Item, int]:
-    """The hash of what this rank holds of some parameters. Each device is waited for once."""
-    held = dict(_held(learner, names))
-    devices = {tensor.device for tensor in held.values()}
+def _digests(tensors: Mapping[Item, Tensor]) -> dict[Item, int]:
+    """The hash of each tensor. Each device is waited for once."""
+    devices = {tensor.device for tensor in tensors.values()}
     digests: dict[Item, int] = {}
     for device in devices:
-        on_device = {item: tensor for item, tensor in held.items() if tensor.device == device}
+        on_device = {item: tensor for item, tensor in tensors.items() if tensor.device == device}
         longest = max(tensor.numel() * max(1, tensor.element_size() // 4) for tensor in on_device.values())
         powers = powers_of_base(min(max(1, longest), _CPU_CHUNK if device.type == "cpu" else _GPU_CHUNK), device)
         hashes = torch.stack([bit_hash(tensor, powers) for tensor in on_device.values()])
         digests.update(zip(on_device, hashes.tolist(), strict=True))
-    return {item: digests[item] for item in held}
-
-
-def _held(learner: TrainState, names: set[str]) -> Iterator[tuple[Item, Tensor]]:
-    """This rank's part of some parameters, its copy where the optimizer is offloaded, and the optimizer's state of it."""
-    shards = learner.shards
-    for name, parameter in shards.whole.items():
-        if name not in names:
-            continue
-        yield Item(name, WEIGHT), held_part(parameter)
-        if shards.offload:
-            yield Item(name, HOST_COPY), shards.parts[name]
-        for key, value in learner.optimizer.state.get(shards.parts[name], {}).items():
-            yield Item(name, key), value
+    return {item: digests[item] for item in tensors}
 
 
 def _differing(digests: Mapping[Item, int], axis: Axis, names: set[str]) -> list[Item]:

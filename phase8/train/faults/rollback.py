@@ -29,7 +29,7 @@ def roll_back(run: Run, anomaly: Anomaly) -> dict[str, str | int]:
 
     def restore(checkpoint: Checkpoint) -> None:
         nonlocal restored
-        restored, _ = restore_run(checkpoint, run.config, fingerprint=run.data.fingerprint, attachments=run.attachments, learner=run.learner)
+        restored, _ = restore_run(checkpoint, run.config, fingerprint=run.data.fingerprint, attachments=run.attachments, engine=run.engine)
 
     checkpoint = restore_together(
         lambda restore_all: choose("auto", run.directory, restore=restore_all, on_message=run.say).checkpoint, restore, is_first=run.is_main

@@ -13,7 +13,7 @@ from phase8.checkpoint.load import list_checkpoints, open_checkpoint
 from phase8.config.schema import AnomalySection
 from phase8.errors import DivergenceError
 from phase8.train import trainer
-from phase8.train.engine.step import StepResult
+from phase8.train.engine.protocol import StepResult
 from phase8.train.faults.anomaly import MIN_SPIKE_HISTORY, SPIKE_WINDOW, RollbackAsked, largest_loss, take_note
 from phase8.train.loop import train
 from phase8.train.resume import Position
@@ -85,13 +85,13 @@ def test_too_many_in_a_row_and_the_policy_stop_end_the_run():
 
 def spoil(run, sample, *, factor):
     """Multiplies the loss of the steps that read a sample."""
-    original = run.learner.model.loss_sum
+    original = run.engine.train_state.model.loss_sum
 
     def spoiled(*arguments):
         begin = run.position.samples_consumed
         return original(*arguments) * (factor if sample in range(begin, begin + 4) else 1.0)
 
-    run.learner.model.loss_sum = spoiled
+    run.engine.train_state.model.loss_sum = spoiled
 
 
 @pytest.fixture
@@ -166,8 +166,8 @@ def test_a_rollback_needs_a_checkpoint(tiny):
 
 def test_rollbacks_to_the_same_checkpoint_end(tiny, taken):
     run = prepare(tiny, "train.anomaly.policy=rollback", "train.anomaly.max_consecutive=3")
-    original = run.learner.model.loss_sum
-    run.learner.model.loss_sum = lambda *arguments: original(*arguments) * (math.nan if run.position.step == 7 else 1.0)
+    original = run.engine.train_state.model.loss_sum
+    run.engine.train_state.model.loss_sum = lambda *arguments: original(*arguments) * (math.nan if run.position.step == 7 else 1.0)
     with pytest.raises(DivergenceError, match=r"^step 8: .*, after 3 rollbacks to step 5 "):
         train(run, resume_command="")
     assert [step for step, _ in taken] == [1, 2, 3, 4, 5, 6, 7, 8, 6, 7, 8, 6, 7, 8]

@@ -1,0 +1,174 @@
+"""The engine whose data-parallel ranks divide the model by FSDP2, with tensor-parallel layers and pipeline stages."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+
+import torch
+from torch import Tensor
+from torch.distributed.tensor import DTensor
+
+from phase8.checkpoint.load import Checkpoint
+from phase8.checkpoint.state import flat_state, restore_state
+from phase8.config.schema import RunConfig
+from phase8.data.microbatch import Microbatch
+from phase8.distributed.collectives import Axis
+from phase8.distributed.mesh import Mesh
+from phase8.distributed.placement import held_part, own_region
+from phase8.model.model import LanguageModel
+from phase8.precision.policy import compute_dtype
+from phase8.topology import COPIES, AxisName
+from phase8.train.engine.captured_step import EAGER_STEPS, CapturedStep
+from phase8.train.engine.compilation import compile_modules
+from phase8.train.engine.protocol import HOST_COPY, WEIGHT, HeldTensor, Item, Replicas, StepResult
+from phase8.train.engine.stage import EMBEDDING
+from phase8.train.engine.step import evaluate, train_step
+from phase8.train.engine.train_state import TrainState, build_train_state, whole_model
+
+_MOMENTS = 2  # of a weight that AdamW keeps
+
+
+class FsdpEngine:
+    """The verbs of `TrainingEngine`, which says what each does.
+
+    Args:
+        train_state: Model and optimizer.
+        config: Of the run.
+    """
+
+    def __init__(self, train_state: TrainState, config: RunConfig):
+        self.train_state, self._config = train_state, config
+        self._captured: CapturedStep | None = None
+
+    @property
+    def mesh(self) -> Mesh:
+        """The ranks."""
+        return self.train_state.mesh
+
+    @property
+    def device(self) -> torch.device:
+        """Where the model computes."""
+        return self.train_state.device
+
+    @property
+    def captures_steps(self) -> bool:
+        """Steps are replayed as one CUDA graph."""
+        return self._config.train.cuda_graphs and self.device.type == "cuda"
+
+    @property
+    def num_slow_updates(self) -> int:
+        """Updates that compile, choose kernels or record."""
+        return EAGER_STEPS + 1
+
+    def update(
+        self,
+        microbatches: Sequence[Microbatch],
+        *,
+        learning_rate: float,
+        gradient_clip_norm: float,
+        largest_loss: float = math.inf,
+        stop: bool = False,
+        unreadable: bool = False,
+        report: Callable[[str], None] | None = None,
+    ) -> StepResult:
+        """Updates the weights once."""
+        numbers = {"learning_rate": learning_rate, "gradient_clip_norm": gradient_clip_norm, "largest_loss": largest_loss}
+        if not self.captures_steps:
+            return train_step(self.train_state, microbatches, **numbers, stop=stop, unreadable=unreadable, report=report)
+        if self._captured is None:
+            self._captured = CapturedStep(self.train_state)
+        return self._captured(microbatches, **numbers, stop=stop, unreadable=unreadable, report=report)
+
+    def evaluate(self, microbatches: Iterable[Microbatch]) -> tuple[float, int]:
+        """Mean loss and number of targets."""
+        return evaluate(self.train_state, microbatches)
+
+    def state(self) -> dict[str, Tensor]:
+        """The live tensors of model and optimizer."""
+        return flat_state(self.train_state.stage.module, self.train_state.optimizer, self.train_state.shards.parts)
+
+    def state_sizes(self) -> list[int]:
+        """Bytes of this rank's parts of them."""
+        parts = [part.nbytes for part in self.train_state.shards.parts.values()]
+        return [*parts, *(size for size in parts for _ in range(_MOMENTS))]
+
+    def restore(self, checkpoint: Checkpoint, *, weights_only: bool = False) -> None:
+        """Puts a checkpoint's tensors into model and optimizer."""
+        state = self.train_state
+        is_part = self.mesh.pp.size > 1
+        if weights_only:
+            restore_state(checkpoint, state.stage.module, None, is_part=is_part, widen=True)
+        else:
+            restore_state(checkpoint, state.stage.module, state.optimizer, state.shards.parts, is_part=is_part)
+        state.shards.read_again()
+
+    def replicas(self) -> Replicas:
+        """Parameters that data-parallel or tensor-parallel ranks, or the first and the last stage, hold alike."""
+        axes = self._axes_of_replicas()
+        return Replicas(axes, dict(self._held({name for _, names in axes for name in names})))
+
+    def whole_model(self) -> LanguageModel | None:
+        """The model in one piece, on the first rank."""
+        return whole_model(self.train_state, self._config)
+
+    def watch_gradients(self, look: Callable[[Mapping[str, Tensor]], None]) -> None:
+        """Shows gradients between backward and optimizer."""
+
+        def show(*_: object) -> None:
+            parts = self.train_state.shards.parts
+            look({name: part.grad for name, part in parts.items() if part.grad is not None})
+
+        self.train_state.optimizer.register_step_pre_hook(show)
+
+    def close(self) -> None:
+        """Frees the recorded step."""
+        if self._captured is not None:
+            captured, self._captured = self._captured, None
+            captured.close()
+
+    def _axes_of_replicas(self) -> list[tuple[Axis, set[str]]]:
+        mesh, whole = self.mesh, self.train_state.shards.whole
+        axes = [
+            (axis, {name for name, parameter in whole.items() if _is_replicated(parameter, axis_name)})
+            for axis_name, axis in zip(COPIES, mesh.axes(COPIES), strict=True)
+            if axis.size > 1
+        ]
+        if mesh.pp.size > 1 and self._config.model.tie_embeddings:
+            axes.append((mesh.pp, {EMBEDDING} if mesh.pp.index in (0, mesh.pp.size - 1) else set()))
+        return axes
+
+    def _held(self, names: set[str]) -> Iterator[tuple[Item, HeldTensor]]:
+        """This rank's part of some parameters, its copy where the optimizer is offloaded, and the optimizer's state of it."""
+        shards, optimizer = self.train_state.shards, self.train_state.optimizer
+        for name, parameter in shards.whole.items():
+            if name not in names:
+                continue
+            region = own_region(parameter)
+            yield Item(name, WEIGHT), HeldTensor(held_part(parameter), region)
+            if shards.offload:
+                yield Item(name, HOST_COPY), HeldTensor(shards.parts[name], region)
+            for key, value in optimizer.state.get(shards.parts[name], {}).items():
+                yield Item(name, key), HeldTensor(value, region)
+
+
+def build_fsdp_engine(config: RunConfig, *, mesh: Mesh, device: torch.device) -> FsdpEngine:
+    """The engine of a config with its first weights, compiled as the config says.
+
+    Args:
+        config: Everything is explicit.
+        mesh: The ranks, which all build theirs at the same time.
+        device: Where the model computes.
+    """
+    train_state = build_train_state(config, mesh=mesh, device=device, dtype=compute_dtype(config.precision))
+    compile_modules(train_state, config)
+    return FsdpEngine(train_state, config)
+
+
+def _is_replicated(parameter: Tensor, axis: AxisName) -> bool:
+    """Whether ranks along an axis hold the same part."""
+    if not isinstance(parameter, DTensor):
+        return False
+    names = parameter.device_mesh.mesh_dim_names
+    assert names is not None  # of our own meshes all dims have names
+    return axis in names and parameter.placements[names.index(axis)].is_replicate()
