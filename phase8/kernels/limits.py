@@ -3,4 +3,4 @@
 from __future__ import annotations
 
 MAX_HEAD_SIZE = 256
-MAX_RANK = 64  # of the bottlenecks in a low-rank feed-forward: for wider ones, separate matrix products pay off
+MAX_RANK = 64  # largest rank of a low-rank feed-forward: for wider ones, separate matrix products pay off

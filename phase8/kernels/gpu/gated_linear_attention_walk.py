@@ -24,7 +24,7 @@ BORDER_CHUNKS = 8
 CHUNK = tl.constexpr(CHUNK_TOKENS)
 BORDER = tl.constexpr(BORDER_CHUNKS)
 LOG2_E = tl.constexpr(1.4426950408889634)
-LOWEST = tl.constexpr(-26.0)  # of log alpha, as in the reference: smaller values would lose precision in sums over a chunk without keeping more
+LOWEST = tl.constexpr(-26.0)  # bound of log alpha, as in the reference: a smaller one costs precision in sums over a chunk
 BOUNDARY = tl.constexpr(160.0)  # subtracted from log2 alpha where a document begins: 2^-160 is 0 in fp32
 SMALLEST_WEIGHT = tl.constexpr(2.0**-60)  # negligible, but what was multiplied by it can be divided by it
 

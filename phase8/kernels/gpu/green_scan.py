@@ -30,7 +30,7 @@ class Schedule:
         heads: N, a power of two.
         segments: S, a power of two.
         tokens: L, a power of two up to 32.
-        num_warps: Of a program.
+        num_warps: Warps of a program.
     """
 
     heads: int
