@@ -4,7 +4,7 @@ r"""Trains variants of the model on the same tokens in the same order and compar
         --output runs/ablation --set data.train=data/code_train_text_document data.validation=data/code_validation_text_document
 
 Every variant and seed is an ordinary run of launch/pretrain.py. Run the same command again after a crash or an interruption: finished
-runs are skipped, the others go on from their checkpoints. More variants and seeds may be added to the same output directory; the table
+runs are skipped, the rest continue from their checkpoints. More variants and seeds may be added to the same output directory; the table
 shows all there are. Written there: table.md, results.json, curves.png; runs/ and logs/ of the single runs; records/ and study.json, which
 alone make a finished run count.
 

@@ -32,7 +32,7 @@ from phase8.terminal import make_console, output_is_the_product, run_door
 EXIT_DIFFERENT = 1
 _MAX_SUMMARY_CHARACTERS = 2000  # longer metadata, such as the random state, are only in --json
 _MAX_SUMMARY_ROWS = 100
-_PLAIN_WIDTH = 160  # of tables written to a file or a pipe, which have no window to fit
+_PLAIN_WIDTH = 160  # columns of tables written to a file or a pipe
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -195,7 +195,7 @@ def _parallel(config: RunConfig, options: argparse.Namespace) -> ParallelSection
     from phase8.config.validate import validate
 
     T, P = options.tensor_parallel_size or 1, options.pipeline_parallel_size or 1
-    stored = config.parallel  # of other ranks: only how their layers were divided matters here
+    stored = config.parallel  # it describes other ranks; only how their layers were divided matters here
     parallel = ParallelSection(
         tensor_parallel_size=T, pipeline_parallel_size=P, pipeline_schedule=stored.pipeline_schedule, pipeline_chunks=stored.pipeline_chunks
     )

@@ -113,8 +113,8 @@ class RunProcesses:
     """Starts runs, watches them, and records those that reach their last step.
 
     Args:
-        machine: Where runs are trained.
-        output: Where logs and records go.
+        machine: The machine that trains the runs.
+        output: Directory of logs and records.
         num_parameters: Parameters of each variant.
         on_message: Called with a line of text for every event.
     """

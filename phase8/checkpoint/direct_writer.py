@@ -16,7 +16,7 @@ from pathlib import Path
 import numpy as np
 
 BUFFER_BYTES = 32 * 2**20  # with 8 MiB the disk waits between writes
-ALIGNMENT_BYTES = 4096  # of the largest logical blocks in use
+ALIGNMENT_BYTES = 4096  # size of the largest logical blocks
 _DIRECT = os.O_DIRECT if hasattr(os, "O_DIRECT") else 0
 
 

@@ -32,7 +32,7 @@ _LLMC_HEADER_BYTES = 1024
 _LLMC_MAGICS: dict[int, tuple[int, RawType]] = {20240520: (1, "uint16"), 20240801: (7, "uint32")}  # magic: version, type
 _CHUNK_TOKENS = 1 << 20
 _UPPER_HALVES = 64  # uint32 ids have upper 16 bits below this, since no vocabulary is larger than 2^22
-_LARGEST_ID = 2**31 - 1  # of int32, the type that Megatron uses for large vocabularies
+_LARGEST_ID = 2**31 - 1  # the largest int32, Megatron's type for large vocabularies
 
 
 @dataclass(frozen=True)

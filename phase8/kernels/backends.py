@@ -1,6 +1,6 @@
-"""Which implementation of each operation runs where, and why: the one place that decides.
+"""Selects the implementation of each operation and the reason for it; no other module decides this.
 
-The choice belongs to the process, not to a model: `select_kernels` makes it, once, when a run is built; without it, it is `auto`.
+The choice applies to the whole process, not to a model: `select_kernels` makes it once, when a run is built; without a call it is `auto`.
 """
 
 from __future__ import annotations
@@ -24,11 +24,11 @@ HALF_PRECISIONS = (torch.bfloat16, torch.float16)
 
 @dataclass(frozen=True)
 class Backend:
-    """One implementation and why it was chosen.
+    """An implementation and the reason for choosing it.
 
     Args:
         name: `triton` or `reference` for the project's own operations; for attention, what computes it.
-        reason: For the banner.
+        reason: Text for the banner.
     """
 
     name: str
@@ -41,9 +41,9 @@ _NOT_NVIDIA = "the Triton kernels are written for NVIDIA GPUs"
 
 @dataclass
 class _Selection:
-    """What `select_kernels` was told and found.
+    """Arguments and result of `select_kernels`.
 
-    The one mutable value of the module (ADR 9): autograd and compiled graphs call an operator with tensors only, nothing else can tell it.
+    This is the one mutable value of the module (ADR 9): autograd and compiled graphs pass only tensors to an operator.
     """
 
     wanted: Literal["auto", "reference"] = "auto"
@@ -54,11 +54,11 @@ _selection = _Selection()
 
 
 def select_kernels(wanted: Literal["auto", "reference"], device: torch.device) -> None:
-    """Decides for this process, before anything is compiled for the GPU.
+    """Decides for this process; must be called before anything is compiled for the GPU.
 
     Args:
         wanted: `auto`: the fastest implementation that device and installation allow; `reference`: plain torch.
-        device: Where the model lives.
+        device: Device of the model.
     """
     _selection.wanted = wanted
     kernel_backend(device)
@@ -66,7 +66,7 @@ def select_kernels(wanted: Literal["auto", "reference"], device: torch.device) -
 
 
 def uses_triton(x: Tensor) -> bool:
-    """Whether the Triton kernels run on this tensor, as far as its device decides; dtypes and shapes are up to the operator."""
+    """Whether Triton kernels run on this tensor, judging by its device; dtypes and shapes are checked by the operator."""
     return x.is_cuda and kernel_backend(x.device).name == "triton"
 
 
@@ -74,7 +74,7 @@ def kernel_backend(device: torch.device) -> Backend:
     """The implementation of the project's own operations."""
     if device.type != "cuda":
         return Backend("reference", "the Triton kernels need a GPU")
-    # Looked at whatever is wanted: it also readies the assembler, which what torch.compile generates needs as much.
+    # Checked whatever is wanted: it also prepares the assembler, which torch.compile needs as well.
     found = _gpu_backend(device)
     return Backend("reference", f"train.kernels is reference ({found.reason})") if _selection.wanted == "reference" else found
 
@@ -91,12 +91,12 @@ def _gpu_backend(device: torch.device) -> Backend:
 
 
 def attention_backend(device: torch.device, *, dtype: torch.dtype, masked: bool) -> Backend:
-    """What computes full causal attention, and windows of plain dot products, where torch's scaled_dot_product_attention is called.
+    """The implementation of full causal attention and of dot-product windows, where torch's scaled_dot_product_attention is called.
 
     Args:
-        device: Where the model lives.
-        dtype: Of queries, keys and values.
-        masked: A mask is passed, because documents do not see each other.
+        device: Device of the model.
+        dtype: Dtype of queries, keys and values.
+        masked: Whether a mask is passed, because documents do not see each other.
     """
     if device.type != "cuda":
         return Backend(SDPA, "flash-attn needs a GPU")
@@ -108,7 +108,7 @@ def attention_backend(device: torch.device, *, dtype: torch.dtype, masked: bool)
 
 
 def _select_attention(wanted: str, device: torch.device) -> Backend:
-    """Makes torch's scaled_dot_product_attention run flash-attn 3 or 4, which torch does not contain, where one is installed."""
+    """Makes torch's scaled_dot_product_attention use flash-attn 3 or 4 where one is installed; torch itself contains neither."""
     _use_flash_attention(None)
     if wanted == "reference" or device.type != "cuda":
         return Backend(SDPA, "train.kernels is reference" if wanted == "reference" else "flash-attn needs a GPU")
@@ -127,18 +127,18 @@ def _select_attention(wanted: str, device: torch.device) -> Backend:
 
 
 def choose_flash_attention(capability: tuple[int, int], packages: dict[int, str]) -> int | None:
-    """The generation of flash-attn that torch does not contain and that is best for a GPU; None: there is none.
+    """The best installed generation of flash-attn for a GPU among those that torch does not contain; None: there is none.
 
     Args:
         capability: Compute capability of the GPU.
-        packages: Version of each installed generation that this torch can run.
+        packages: Version of each installed generation that this torch supports.
     """
     fitting = {9: (3, 4), 10: (4,)}.get(capability[0], ())
     return next((generation for generation in fitting if generation in packages), None)
 
 
 def installed_flash_attention() -> dict[int, str]:
-    """Version of each installed generation of flash-attn, 3 and 4 only if this torch knows them; nothing is imported."""
+    """Version of each installed generation of flash-attn, 3 and 4 only if this torch supports them; nothing is imported."""
     packages = {}
     known = nn.attention.list_flash_attention_impls() if "list_flash_attention_impls" in vars(nn.attention) else []
     if find_spec("flash_attn_interface") is not None and "FA3" in known:
@@ -151,7 +151,7 @@ def installed_flash_attention() -> dict[int, str]:
 
 
 def _use_flash_attention(implementation: str | None) -> None:
-    """Registers FA3 or FA4 behind torch's flash attention, in front of cuDNN's, which torch would prefer; None: undoes that."""
+    """Registers FA3 or FA4 as torch's flash attention, ahead of cuDNN's, which torch would prefer; None: undoes that."""
     if "activate_flash_attention_impl" not in vars(nn.attention):
         return
     if implementation is not None:
@@ -163,7 +163,7 @@ def _use_flash_attention(implementation: str | None) -> None:
 
 
 def apex_hint() -> str | None:
-    """What to know about an installed package called apex, which is never used; None: there is none. Nothing is imported."""
+    """A hint about an installed package called apex, which is never used; None without one. Nothing is imported."""
     spec = PathFinder.find_spec("apex")
     if spec is None:
         return None

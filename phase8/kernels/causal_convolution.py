@@ -13,7 +13,7 @@ from torch import Tensor
 def causal_convolution(
     x: Tensor, weight: Tensor, starts: Tensor | None = None, initial_state: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
-    """The convolution, and the inputs to carry on.
+    """Computes the convolution and the inputs to carry on.
 
     Args:
         x: Input [B, T, C].
@@ -30,7 +30,7 @@ def causal_convolution(
     final_state = padded[:, length:]
     if starts is None and x.device.type == "cpu":
         return F.conv1d(padded.transpose(1, 2), weight[:, None], groups=weight.shape[0]).transpose(1, 2), final_state
-    # As shifted products, which a compiler fuses with what surrounds them; a convolution would stand alone and want another layout.
+    # Computed as shifted products, which the compiler fuses with their surroundings; a convolution would be a kernel of its own in another layout.
     y = x * weight[:, -1]
     connected = None if starts is None else torch.ones_like(starts)
     for distance in range(1, taps):

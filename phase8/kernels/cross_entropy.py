@@ -1,4 +1,4 @@
-"""Output head and cross-entropy as one operator, which forms its gradients in the forward: backward only scales them.
+"""Output head and cross-entropy as one operator, which computes its gradients in the forward; backward only scales them.
 
 Shapes: N tokens, D model width, V vocabulary.
 """
@@ -21,7 +21,7 @@ def linear_cross_entropy(hidden: Tensor, weight: Tensor, targets: Tensor, chunk_
     Returns:
         Scalar, fp32 or wider.
     """
-    # Below autograd an operator cannot see who wants a gradient: it is told.
+    # An operator below autograd cannot see which gradients are wanted, so it is told.
     needs_dhidden, needs_dweight = (torch.is_grad_enabled() and x.requires_grad for x in (hidden, weight))
     return _forward(hidden, weight, targets, chunk_tokens, needs_dhidden, needs_dweight)[0]
 
@@ -30,7 +30,7 @@ def linear_cross_entropy(hidden: Tensor, weight: Tensor, targets: Tensor, chunk_
 def _forward(
     hidden: Tensor, weight: Tensor, targets: Tensor, chunk_tokens: int | None, needs_dhidden: bool, needs_dweight: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """The loss and, empty where not needed, its gradients of `hidden` [N, D] and `weight` [V, D]."""
+    """The loss and its gradients of `hidden` [N, D] and `weight` [V, D]; empty where not needed."""
     if hidden.numel() and weight.dtype in (hidden.dtype, torch.float32) and hidden.dtype != torch.float64 and uses_triton(hidden):
         from phase8.kernels.gpu import cross_entropy as implementation
     else:
@@ -52,7 +52,7 @@ def _(
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
     _, dhidden, dweight = output
     ctx.mark_non_differentiable(dhidden, dweight)
-    ctx.set_materialize_grads(False)  # else backward would be given zeros of [N, D] and [V, D] for them
+    ctx.set_materialize_grads(False)  # otherwise backward would get zeros of [N, D] and [V, D] for them
     ctx.save_for_backward(dhidden, dweight)
 
 
@@ -64,13 +64,13 @@ def _autograd(ctx: Any, grad: Tensor | None, *_: None) -> tuple[Tensor | None, .
 
 
 def _scaled(x: Tensor, grad: Tensor) -> Tensor:
-    """`x * grad` for a scalar `grad` in one pass, the product formed in fp32.
+    """`x * grad` for a scalar `grad` in one pass, with the product in fp32.
 
-    Not in place: a kept graph would be scaled twice, and a traced one may not overwrite an output of its forward. The copy takes the
-    place of the logits of a chunk and of the cast head, which are gone by now.
+    It is not in place: a kept graph would be scaled twice, and a traced one may not overwrite an output of its forward. The copy can reuse the
+    memory of a chunk's logits and of the cast head, which are freed by then.
     """
-    # `grad` holds 1 / number of tokens. A vector takes part in type promotion; a scalar would be rounded to bf16 first, and with it every
-    # gradient below the head.
+    # `grad` holds 1 / number of tokens. A vector takes part in type promotion; a scalar would be rounded to bf16 first, and all
+    # gradients below the head with it.
     return torch.mul(x, grad.reshape(1), out=torch.empty_like(x))
 
 

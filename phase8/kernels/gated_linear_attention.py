@@ -1,4 +1,4 @@
-"""Gated linear attention as one operator: saves its inputs only, the gradients walk along the sequence again."""
+"""Gated linear attention as one operator: it saves only its inputs, and backward walks along the sequence again."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from torch import Tensor
 from phase8.kernels.backends import uses_triton
 from phase8.kernels.reference import gated_linear_attention as reference
 
-MAX_HEAD_BYTES = 512  # 256 values of 16 bits: a chunk of queries and of keys, and the state, share the memory of a multiprocessor
+MAX_HEAD_BYTES = 512  # 256 values of 16 bits: chunks of queries and keys, and the state, must fit into the shared memory of a multiprocessor
 
 
 def _runs_on_triton(q: Tensor, v: Tensor) -> bool:

@@ -1,4 +1,4 @@
-"""The Green scan as one operator: opaque to the compiler, so that complex numbers never enter a compiled graph, saving g only."""
+"""The Green scan as one operator. It is opaque to the compiler, so complex numbers never enter a compiled graph; only g is saved."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def _forward(
         from phase8.kernels.gpu import green_scan as gpu
 
         return gpu.green_scan(potential, energy, eta, hopping, starts, initial_state)
-    # Contiguous, whatever the strides of the potential: that is what the fake promises to the compiler.
+    # Contiguous for any strides of the potential, as the fake promises to the compiler.
     return reference.green_scan(potential, energy, eta, hopping, starts, initial_state).contiguous()
 
 

@@ -1,15 +1,15 @@
-"""How many tokens' logits exist at the same time on a GPU, and the memory that they take: plain arithmetic, for the kernel and for the planner."""
+"""The number of tokens whose logits exist at the same time on a GPU, and their memory: plain arithmetic for kernel and planner."""
 
 from __future__ import annotations
 
 SCRATCH_BYTES = 1_500_000_000
-SCRATCH_SHARE = 16  # of the memory of a small device, one part in so many
+SCRATCH_SHARE = 16  # this fraction (1 / 16) of the memory of a small device
 MIN_CHUNK_TOKENS = 512
 HEAD_ALIGNMENT = 64  # rows of the cast head: whole 128-byte lines of bf16 logits
 
 
 def choose_chunk_tokens(num_tokens: int, vocabulary: int, width: int, *, element_bytes: int, scratch_bytes: int) -> int:
-    """Rows whose logits exist at the same time.
+    """Number of rows whose logits exist at the same time.
 
     - As many as fit beside the cast head. Each chunk passes over the whole gradient of the head: 8 V D bytes against 6 R V D FLOP, which
       on an H100 (3 TB/s, 700 TFLOP/s) are 31 % of the time of the matmuls at R = 1024, 15 % at 2048, 8 % at 4096, unless overlapped.
@@ -21,8 +21,8 @@ def choose_chunk_tokens(num_tokens: int, vocabulary: int, width: int, *, element
         num_tokens: N.
         vocabulary: V.
         width: D.
-        element_bytes: Of logits and cast head.
-        scratch_bytes: For both.
+        element_bytes: Bytes per element of logits and cast head.
+        scratch_bytes: Bytes for both together.
     """
     fitting = max(scratch_bytes // (leading_dimension(vocabulary) * element_bytes) - width, MIN_CHUNK_TOKENS)  # the head is as large as D rows
     return num_tokens if fitting >= num_tokens else 1 << (fitting.bit_length() - 1)
@@ -34,7 +34,7 @@ def leading_dimension(vocabulary: int) -> int:
 
 
 def scratch_limit(device_bytes: int | None) -> int:
-    """Bytes that logits and cast head may take of a device of so much memory; None: a large one."""
+    """Bytes that logits and cast head may take on a device with this much memory; None: a large device."""
     return SCRATCH_BYTES if device_bytes is None else min(SCRATCH_BYTES, device_bytes // SCRATCH_SHARE)
 
 

@@ -1,4 +1,4 @@
-"""The gated feed-forward between the bottlenecks of low-rank linears, as one operator: no tensor of the feed-forward's width is in memory.
+"""The gated feed-forward between the bottlenecks of low-rank linears as one operator; no tensor of the feed-forward's width is in memory.
 
 Shapes: N tokens, R rank, F feed-forward width.
 """
@@ -34,7 +34,7 @@ def _forward(bottlenecks: Tensor, gate: Tensor, up: Tensor, down: Tensor) -> Ten
 
 @torch.library.custom_op("phase8::low_rank_swiglu_backward", mutates_args=())
 def _backward(dy: Tensor, bottlenecks: Tensor, gate: Tensor, up: Tensor, down: Tensor) -> tuple[Tensor, Tensor]:
-    """Gradients of the bottlenecks [N, 2 R] and of the three weights, each flat [3, F R]: an operator may not return views of one tensor."""
+    """Gradients of the bottlenecks [N, 2 R] and of the three weights, each flat [3, F R], since an operator may not return views of one tensor."""
     if uses_triton(bottlenecks) and bottlenecks.dtype != torch.float64:
         from phase8.kernels.gpu.low_rank_swiglu_backward import feed_forward_backward
 

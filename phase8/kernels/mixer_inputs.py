@@ -1,4 +1,4 @@
-"""What the two paths of the mixer read, as one operator: each projection is read once, each input written once."""
+"""The inputs of the mixer's two paths as one operator: each projection is read once, each input written once."""
 
 from __future__ import annotations
 
@@ -81,7 +81,7 @@ def mixer_inputs(
 ) -> tuple[MixerInputs, Tensor]:
     """Convolution, rotation and normalisation; arguments and results as in the reference of the same name."""
     if qkv.device.type == "cpu" or initial_state is not None:
-        # Decoding carries a state; on a CPU autograd keeps what backward would compute again.
+        # Decoding carries a state; on a CPU, autograd keeps what the operator's backward would recompute.
         return reference.mixer_inputs(qkv, weight, angles, radius, eps=eps, starts=starts, initial_state=initial_state)
     num_carried = 0 if weight is None else weight.shape[1] - 1
     return MixerInputs(*_forward(qkv, weight, angles, radius, starts, eps)), qkv.flatten(2)[:, qkv.shape[1] - num_carried :]

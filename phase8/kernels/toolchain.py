@@ -2,7 +2,7 @@
 
 On Hopper, ptxas before 13.1 may overwrite the registers of a matrix instruction (WGMMA) before they have been read: results are wrong
 without any error. The Triton wheels that still use such a ptxas for Hopper often bring a newer one for Blackwell, which also
-assembles for Hopper. What counts is the version that Triton would run, since it silently ignores a path that is no ptxas.
+assembles for Hopper. The version that Triton would run is checked, because Triton silently ignores a path that is not a ptxas.
 """
 
 from __future__ import annotations
@@ -18,11 +18,11 @@ HOPPER_VARIABLE, BLACKWELL_VARIABLE = "TRITON_PTXAS_PATH", "TRITON_PTXAS_BLACKWE
 
 @dataclass(frozen=True)
 class Assembler:
-    """One ptxas.
+    """A ptxas program.
 
     Args:
         path: The program.
-        version: As it states it, "13.1".
+        version: Version that it reports, for example "13.1".
     """
 
     path: str
@@ -30,7 +30,7 @@ class Assembler:
 
     @property
     def is_good(self) -> bool:
-        """Assembles Hopper's matrix instructions correctly."""
+        """Whether it assembles Hopper's matrix instructions correctly."""
         return tuple(int(part) for part in self.version.split(".")) >= GOOD_ON_HOPPER
 
 
@@ -39,9 +39,9 @@ class Toolchain:
     """Whether Triton kernels may be compiled in this process.
 
     Args:
-        usable: They may.
-        assembler: What assembles them; None: not looked at, or not found.
-        reason: Why, for the banner.
+        usable: Whether they may be compiled.
+        assembler: The assembler; None: not checked, or not found.
+        reason: Reason for the banner.
     """
 
     usable: bool
@@ -52,7 +52,7 @@ class Toolchain:
 def prepare_toolchain(capability: tuple[int, int]) -> Toolchain:
     """Makes Triton use an assembler that is good for the GPU, if the installation has one.
 
-    Sets TRITON_PTXAS_PATH, rather than Triton's own setting, because the processes in which torch.compile compiles inherit it. To be
+    It sets TRITON_PTXAS_PATH rather than Triton's own setting, because torch.compile's worker processes inherit it. It must be
     called before the first kernel compiles: Triton keeps the version it has seen as part of its cache keys.
 
     Args:
@@ -67,19 +67,19 @@ def prepare_toolchain(capability: tuple[int, int]) -> Toolchain:
         return Toolchain(usable=True, assembler=None, reason=installed)
     try:
         chosen = _prepare_for_hopper()
-    except (RuntimeError, OSError) as error:  # Triton's own error when it has no ptxas, the system's when it may not be run
+    except (RuntimeError, OSError) as error:  # Triton's error without a ptxas, and the system's when ptxas may not be executed
         return Toolchain(usable=False, assembler=None, reason=f"{installed} has no ptxas that runs ({error})")
     return Toolchain(usable=chosen.usable, assembler=chosen.assembler, reason=f"{installed}, {chosen.reason}")
 
 
 def choose_assembler(used: Assembler, newer: Assembler, *, variable: str, given_path: str | None) -> Toolchain:
-    """The decision for Hopper.
+    """Chooses the assembler for Hopper.
 
     Args:
-        used: What Triton would run for Hopper.
-        newer: What it would run for Blackwell.
-        variable: The environment variable that decides about `used`.
-        given_path: Its value, which is the user's and never overridden; None: unset.
+        used: The one that Triton would run for Hopper.
+        newer: The one that Triton would run for Blackwell.
+        variable: The environment variable that determines `used`.
+        given_path: Value of the variable, set by the user and never overridden; None: unset.
     """
     bad = f"ptxas {used.version}, which miscompiles Hopper's matrix instructions"
     if used.is_good:
@@ -96,7 +96,7 @@ def choose_assembler(used: Assembler, newer: Assembler, *, variable: str, given_
 
 def _prepare_for_hopper() -> Toolchain:
     used, newer = _assembler(HOPPER_ARCHITECTURE), _assembler(BLACKWELL_ARCHITECTURE)
-    # Since 3.9 Triton assembles for Hopper with the ptxas of Blackwell and ignores the other variable.
+    # Since 3.9, Triton uses the ptxas of Blackwell for Hopper and ignores the other variable.
     variable = BLACKWELL_VARIABLE if used == newer else HOPPER_VARIABLE
     chosen = choose_assembler(used, newer, variable=variable, given_path=os.environ.get(variable))
     if not chosen.usable or chosen.assembler == used:
@@ -111,7 +111,7 @@ def _prepare_for_hopper() -> Toolchain:
 
 
 def _assembler(architecture: int) -> Assembler:
-    """What Triton runs for a GPU architecture, asked of Triton itself: which setting decides differs between its versions."""
+    """The assembler of Triton for a GPU architecture, as Triton itself reports it, because the deciding setting differs between versions."""
     from triton.backends.nvidia.compiler import get_ptxas
 
     tool = get_ptxas(architecture)

@@ -1,4 +1,4 @@
-"""Window attention as one operator: opaque to the compiler, saving q, k, v, y and one number per query."""
+"""Window attention as one operator. It is opaque to the compiler, and saves q, k, v, y and one number per query."""
 
 from __future__ import annotations
 
@@ -66,7 +66,7 @@ def _backward(
     dq, dkeys, dvalues = (gradient.contiguous() for gradient in (dq, dkeys, dvalues))
     gradients = [dq, dkeys, dvalues]
     if global_keys is None:
-        # The globals are the first keys: both roles of a key are summed here.
+        # The globals are the first keys, so the gradients of both roles are summed here.
         dkeys[:, :global_tokens] += dglobal_keys
         dvalues[:, :global_tokens] += dglobal_values
     else:
@@ -84,7 +84,7 @@ def _seen(
     global_tokens: int,
     num_seen: int,
 ) -> VisibleKeys:
-    """An operator takes tensors one by one, and no two that share memory: globals that are the first keys come as None."""
+    """Arguments for an operator, which takes no two tensors that share memory: globals that are the first keys are passed as None."""
     if global_keys is None:
         global_keys, global_values = keys[:, :global_tokens], values[:, :global_tokens]
         global_documents = None if documents is None else documents[:, :global_tokens]
@@ -145,7 +145,7 @@ def window_attention(
 ) -> tuple[Tensor, WindowState | None]:
     """Attention of every token to its window and to the global tokens; arguments and results as in the reference of the same name."""
     if q.device.type == "cpu":
-        # Under autograd, which keeps the weights: on a CPU faster than to compute them again in backward.
+        # Computed under autograd, which keeps the weights: on a CPU this is faster than recomputing them in backward.
         return reference.window_attention(q, k, v, window=window, global_tokens=global_tokens, beta=beta, starts=starts, state=state)
     return _by_operator(q, k, v, window=window, global_tokens=global_tokens, beta=beta, starts=starts, state=state)
 

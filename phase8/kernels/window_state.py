@@ -1,4 +1,4 @@
-"""What window attention keeps of earlier tokens, and the keys that a piece of a sequence can see.
+"""The state of window attention, and the keys that a piece of a sequence can see.
 
 Shapes: B batch, T tokens, H heads, K head size, W window, G global tokens, P carried tokens (at most W - 1).
 """
@@ -13,13 +13,13 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class WindowState:
-    """What later tokens need of earlier ones: a constant number of keys and values, whatever the length.
+    """The keys and values that later tokens need: a constant number, whatever the length.
 
     Args:
-        keys: Of the last min(W - 1, seen) tokens [B, P, H, K].
-        values: The same tokens [B, P, H, K].
-        global_keys: Of the first min(G, seen) tokens [B, <=G, H, K].
-        global_values: The same tokens.
+        keys: Keys of the last min(W - 1, seen) tokens [B, P, H, K].
+        values: Values of the same tokens [B, P, H, K].
+        global_keys: Keys of the first min(G, seen) tokens [B, <=G, H, K].
+        global_values: Values of the same tokens.
         documents: Number of the document of each window token [B, P]; the last token seen so far has number 0, earlier ones less.
         global_documents: The same for the global tokens [B, <=G].
         num_seen: Tokens before this point.
@@ -41,8 +41,8 @@ class VisibleKeys:
     Args:
         keys: [B, P + T, H, K].
         values: [B, P + T, H, K].
-        global_keys: Of the first <=G tokens of the sequence [B, <=G, H, K].
-        global_values: The same tokens.
+        global_keys: Keys of the first <=G tokens of the sequence [B, <=G, H, K].
+        global_values: Values of the same tokens.
         documents: Number of the document of each key [B, P + T]; None: all the same.
         global_documents: The same for the global tokens [B, <=G].
         num_seen: Tokens of the sequence before the first query.
@@ -86,7 +86,7 @@ def visible_keys(k: Tensor, v: Tensor, *, global_tokens: int, starts: Tensor | N
         v: Values [B, T, H, K].
         global_tokens: G, counted from the first token of the sequence.
         starts: True where a token begins a document [B, T]; None: nowhere.
-        state: What earlier pieces carried; None: the sequence begins here.
+        state: The state that earlier pieces carried; None: the sequence begins here.
     """
     documents = None if starts is None else starts.cumsum(1, dtype=torch.int32)
     if state is None:

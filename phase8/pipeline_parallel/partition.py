@@ -5,8 +5,8 @@
 
 The layers stay in order and every virtual stage gets at least one. Among all such partitions, in this order:
 
+1. the largest cost of a virtual stage is the smallest possible;
 2. the sum of the squares of the costs is smallest, so that the remaining virtual stages are even too;
-2. the sum of the squares of the costs is, so that the others are even too;
 3. the earlier virtual stages have fewer layers, because with 1f1b they hold the activations of more microbatches.
 
 Both minima are exact (dynamic programming over suffixes, on integers), so that all ranks find the same partition.

@@ -42,10 +42,10 @@ from phase8.errors import ConfigError
 
 
 class Kind(StrEnum):
-    """What an action computes.
+    """The kind of an action.
 
-    BACKWARD is whole. A schedule may instead take the gradient of the input, which the previous stage waits for, and later that of the
-    weights, for which nobody waits; until then the activations are kept.
+    BACKWARD is the whole backward. A schedule may split it into the gradient of the input, which the previous stage waits for, and later that of
+    the weights, which no stage waits for; activations are kept until then.
     """
 
     FORWARD = "forward"

@@ -1,1 +1,1 @@
-"""What a config will cost before it runs."""
+"""The cost of a config before it runs."""

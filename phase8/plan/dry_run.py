@@ -1,4 +1,4 @@
-"""What a config will do and cost, without training: topology, parameters, FLOPs, memory, batch, problems."""
+"""The dry run of a config: topology, parameters, FLOPs, memory, batch and problems, without training."""
 
 from __future__ import annotations
 

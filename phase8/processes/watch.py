@@ -67,7 +67,7 @@ class Limits:
     Args:
         timeout_seconds: How long the ranks may take to meet, and how long all of them may stay at one position.
         heartbeat_seconds: How long a rank of another host may be silent. A process that is stopped or holds the interpreter lock is silent
-            silent too.
+            too.
         tick_seconds: Time between two beats.
     """
 

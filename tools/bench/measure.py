@@ -26,7 +26,7 @@ from phase8.terminal import output_is_the_product
 
 ROOT = Path(__file__).resolve().parents[2]
 WARMUP_RUNS = 5
-HEAD_START_CYCLES = 10_000_000  # of an idle GPU, so that everything is enqueued before its first kernel starts: about 5 ms
+HEAD_START_CYCLES = 10_000_000  # an idle GPU spins for about 5 ms, so that everything is enqueued before the first kernel starts
 FLUSH_BYTES = 256 * 1024**2  # more than any L2 cache
 COPY_BYTES = 2 * 1024**3
 MATMUL_SIZE = 8192

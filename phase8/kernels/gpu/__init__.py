@@ -1,1 +1,1 @@
-"""Triton kernels; imported only where they run, since a CPU installation of torch has no Triton."""
+"""Triton kernels, imported only where they run, since a CPU installation of torch has no Triton."""

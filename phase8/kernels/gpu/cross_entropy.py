@@ -1,6 +1,6 @@
 """Output head and cross-entropy on a GPU: cuBLAS for the three products of a chunk, one kernel for everything between them.
 
-The kernel reads the logits of a row twice, for log-sum-exp and loss and then for the gradient, which replaces them.
+The kernel reads the logits of a row twice: for log-sum-exp and loss, and for the gradient, which overwrites them.
 
 Shapes: N tokens, R rows (tokens of a chunk), D model width, V vocabulary, L leading dimension of the logits, V rounded up.
 """
@@ -19,13 +19,13 @@ from phase8.kernels.loss_chunks import HEAD_ALIGNMENT, choose_chunk_tokens, scra
 from phase8.kernels.reference.cross_entropy import IGNORED_TARGET
 
 VECTOR_BYTES = 16  # the widest load of a thread
-LOWEST = -3.0e38  # a running maximum before any logit: finite, for -inf - -inf is NaN
+LOWEST = -3.0e38  # initial value of a running maximum; finite, because -inf - -inf is NaN
 
 
 def linear_cross_entropy_gradients(
     hidden: Tensor, weight: Tensor, targets: Tensor, chunk_tokens: int | None = None, *, needs_dhidden: bool = True, needs_dweight: bool = True
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
-    """The loss and its gradients, as the reference of the same name; `weight` has the dtype of `hidden` or is fp32, and N > 0."""
+    """The loss and its gradients, as the reference with this name; `weight` has the dtype of `hidden` or is fp32, and N > 0."""
     (num_tokens, width), vocabulary = hidden.shape, weight.shape[0]
     hidden, targets = hidden.contiguous(), targets.contiguous()
     head = cast_head(weight, hidden.dtype)
@@ -35,7 +35,7 @@ def linear_cross_entropy_gradients(
     logits_of_chunk = hidden.new_empty(min(chunk_tokens, num_tokens), head.shape[0])
     losses = hidden.new_empty(num_tokens, dtype=torch.float32)
     dhidden = torch.empty_like(hidden) if needs_dhidden else None
-    # With the rows of the padding, whose gradient is zero: products of an odd number of rows run at two thirds of the speed.
+    # Padding rows are included, with gradient zero: products with an odd number of rows run at two thirds of the speed.
     dweight = weight.new_empty(head.shape) if needs_dweight else None
     for begin in range(0, num_tokens, chunk_tokens):
         rows = slice(begin, begin + chunk_tokens)
@@ -50,7 +50,7 @@ def linear_cross_entropy_gradients(
 
 
 def cast_head(weight: Tensor, dtype: torch.dtype) -> Tensor:
-    """The head in the dtype of the matmuls [L, D], its rows padded with zeros: an odd leading dimension would cost them their alignment."""
+    """The head in the dtype of the matmuls [L, D], padded with zero rows, because an odd leading dimension would be unaligned."""
     vocabulary, width = weight.shape
     padding = -vocabulary % HEAD_ALIGNMENT
     if not padding:
@@ -66,15 +66,15 @@ def losses_of_rows(
 ) -> None:
     """Writes the loss of every row into `losses` [R] and, if asked, the gradient of the logits over the logits [R, L].
 
-    Ignored rows have loss and gradient 0, padding columns gradient 0, whatever the logits are. A target out of range has the loss NaN.
+    Ignored rows have loss and gradient 0, padding columns gradient 0, for any logits. A target out of range gives the loss NaN.
 
     Args:
         logits: Contiguous [R, L]; 16 divides L.
         targets: [R].
         losses: fp32 [R].
-        vocabulary: Columns that count.
+        vocabulary: Number of columns that count.
         writes_gradient: Overwrite the logits.
-        block: Columns a program reads at once, a power of two; None: by size.
+        block: Columns that a program reads at once, a power of two; None: chosen by size.
     """
     num_rows, leading = logits.shape
     loss_kernel[(num_rows,)](
@@ -87,8 +87,8 @@ def row_constants(logits: Tensor, vocabulary: int, block: int | None = None) -> 
     """Compile-time constants and launch options of kernels that read a row of logits; arguments as above."""
     leading = logits.shape[1]
     if block is None:
-        # Two vectors for each of 1024 threads hide the latency of memory; rows of one program at a time also stay in the L2 cache (132
-        # rows of 256 kB) until the second pass. Shorter rows: 512 threads, so that two programs share a multiprocessor.
+        # Two vectors for each of 1024 threads hide the latency of memory, and the rows being processed stay in the L2 cache (132
+        # rows of 256 kB) until the second pass. Shorter rows use 512 threads, so that two programs share a multiprocessor.
         block = min(triton.next_power_of_2(leading), 16384 if leading > 65536 else 8192)
     vector = VECTOR_BYTES // logits.element_size()
     return {
@@ -104,7 +104,7 @@ def loss_kernel(
     IGNORED: tl.constexpr, LOWEST: tl.constexpr, LOG2E: tl.constexpr,
     WRITES_GRADIENT: tl.constexpr, PADDED: tl.constexpr, FAST: tl.constexpr, BLOCK: tl.constexpr, VECTOR: tl.constexpr,
 ):  # fmt: skip
-    """One row of logits [L]: its loss, and its gradient in place."""
+    """Computes the loss of one row of logits [L], and its gradient in place."""
     row, logits, columns = row_and_columns(logits, leading, BLOCK, VECTOR)
     target = tl.load(targets + row)
     if target == IGNORED:
@@ -136,9 +136,9 @@ def partition_of_row(
     logits, columns, leading, vocabulary,
     LOWEST: tl.constexpr, LOG2E: tl.constexpr, PADDED: tl.constexpr, FAST: tl.constexpr, BLOCK: tl.constexpr, VECTOR: tl.constexpr,
 ):  # fmt: skip
-    """The logarithm, base 2, of the largest term of a row, rounded, and the sum of all terms relative to it."""
-    # In base 2, relative to m = the rounded logarithm of the largest term; the products with LOG2E stay exact up to their subtraction from
-    # m, so nothing is lost where logits are large. Maximum and sum of a vector stay with its thread: one rescaling a vector, no exchange.
+    """The rounded base-2 logarithm of the largest term of a row, and the sum of all terms relative to it."""
+    # In base 2, relative to m = the rounded logarithm of the largest term; the products with LOG2E are exact up to the subtraction of
+    # m, so large logits lose no precision. Each thread keeps maximum and sum of its vectors: one rescaling per vector, no exchange.
     m = tl.full([BLOCK // VECTOR], LOWEST, tl.float32)
     total = tl.zeros([BLOCK // VECTOR], tl.float32)
     for begin in range(0, leading, BLOCK):
@@ -167,14 +167,14 @@ def write_gradient_of_row(
         if PADDED:
             probabilities = tl.where(begin + columns < vocabulary, probabilities, 0.0)
         tl.store(logits + begin + columns, probabilities, mask=mask)
-    # The target's own column last, once for the row instead of a comparison for every element; the barrier orders the two stores.
+    # The target's column is corrected last, once per row instead of by a comparison per element; the barrier orders the two stores.
     tl.debug_barrier()
     tl.store(logits + target, exp2(tl.fma(target_logit, LOG2E, -highest), FAST) * normaliser - 1.0, mask=has_target)
 
 
 @triton.jit
 def write_zeros_over_row(logits, columns, leading, BLOCK: tl.constexpr, VECTOR: tl.constexpr):
-    """The gradient of a row that does not count."""
+    """Writes a zero gradient for a row that does not count."""
     for begin in range(0, leading, BLOCK):
         tl.store(logits + begin + columns, tl.zeros([BLOCK // VECTOR, VECTOR], tl.float32), mask=begin + columns < leading)
 
@@ -189,7 +189,7 @@ def add_product(total: Tensor, left: Tensor, right: Tensor, *, is_first: bool) -
 
 
 def _device_bytes(device: torch.device) -> int | None:
-    """Memory of the device that this process may take."""
+    """Memory of the device that this process may use."""
     if device.type != "cuda":
         return None
     return int(torch.cuda.get_device_properties(device).total_memory * torch.cuda.get_per_process_memory_fraction(device))

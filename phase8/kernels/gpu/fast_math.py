@@ -1,4 +1,4 @@
-"""Approximate functions as single instructions of the special-function unit, and what stands for them off NVIDIA hardware.
+"""Approximate functions as single instructions of the special-function unit, and their replacements off NVIDIA hardware.
 
 Triton's own `log2` is a polynomial of some twenty instructions, which doubles an attention loop. FAST picks the instruction;
 the interpreter and other hardware, which know no PTX, take the plain function.
@@ -15,7 +15,7 @@ def has_fast_math() -> bool:
 
 
 def dot_precision() -> str:
-    """How matrix products of fp32 inputs are computed: as the process allows fp32 matmuls elsewhere."""
+    """Precision of matrix products with fp32 inputs, following the process-wide setting for fp32 matmuls."""
     return "ieee" if torch.get_float32_matmul_precision() == "highest" else "tf32"
 
 

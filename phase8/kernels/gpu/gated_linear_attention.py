@@ -1,7 +1,7 @@
-"""Gated linear attention in Triton, forward: one walk along the sequence where batch, heads and column blocks fill the GPU.
+"""Gated linear attention in Triton, forward: a single walk along the sequence where batch, heads and column blocks fill the GPU.
 
-Where they do not, the sequence is cut into segments: first the state that each segment adds, then a scan over segments, then every
-segment walks from the state that enters it. No state is written per chunk, and none is kept for backward.
+Where they do not, the sequence is cut into segments: first the state that each segment adds is computed, then a scan over segments, then each
+segment walks from the state that enters it. States are not written per chunk, and none is kept for backward.
 
 Shapes: B batch, T tokens, H heads, K key size, V value size, S segments; I and O as in gated_linear_attention_walk.py.
 """
@@ -21,11 +21,11 @@ MIN_SEGMENT_CHUNKS = 8
 
 @dataclass(frozen=True)
 class Tiles:
-    """How a walk is laid out.
+    """The layout of a walk.
 
     Args:
-        columns: Columns of the state that one program holds.
-        num_warps: Warps of a program.
+        columns: Columns of the state per program.
+        num_warps: Warps per program.
         num_stages: Depth of the load pipeline.
     """
 
@@ -35,7 +35,7 @@ class Tiles:
 
 
 def walk_tiles(inner: int, outer: int, element_bytes: int) -> Tiles:
-    """At most 64 registers of state per thread, and two programs on a multiprocessor up to a head size of 128.
+    """Chosen for at most 64 registers of state per thread, and two programs per multiprocessor up to a head size of 128.
 
     A chunk has as many rows as one group of four warps multiplies at once: more warps would repeat each other's products.
     """
@@ -47,18 +47,18 @@ def walk_tiles(inner: int, outer: int, element_bytes: int) -> Tiles:
 
 
 def block_size(size: int) -> int:
-    """The power of two that covers a head; matrix products need 16."""
+    """The smallest power of two that covers a head, at least 16 as matrix products need."""
     return max(triton.next_power_of_2(size), 16)
 
 
 def choose_segment_chunks(num_programs: int, num_chunks: int, num_processors: int) -> int:
     """Chunks of a segment: all of them where the programs of a launch reach half of the processors or more.
 
-    Segments cost another pass over two of the tensors, so they must win more than that. As many as run at once, two programs on each
-    processor: one more, and nearly all of the GPU would wait for it.
+    Segments cost another pass over two of the tensors, so they must gain more than that. Their number lets all programs run at once, two on each
+    processor: with one more, nearly the whole GPU would wait for it.
 
     Args:
-        num_programs: Programs of a launch with one segment.
+        num_programs: Programs of a launch with a single segment.
         num_chunks: Chunks of the sequence.
         num_processors: Multiprocessors of the GPU.
     """
@@ -69,7 +69,7 @@ def choose_segment_chunks(num_programs: int, num_chunks: int, num_processors: in
 
 @dataclass(frozen=True)
 class Decays:
-    """Decays and document boundaries.
+    """Decays and document boundaries as kernel arguments.
 
     Args:
         arguments: As every kernel takes them: log alpha and its strides, `starts` as bytes or None, T, 1 / sqrt(K).
@@ -81,7 +81,7 @@ class Decays:
 
 
 def prepare_decays(log_decay: Tensor, starts: Tensor | None, key_size: int) -> Decays:
-    """Of the tensors of the public function."""
+    """Prepares the tensors of the public function."""
     log_decay, length = log_decay.float(), log_decay.shape[1]
     starts = None if starts is None else starts.contiguous().view(torch.uint8)
     return Decays((log_decay, *log_decay.stride(), starts, length, key_size**-0.5), triton.cdiv(length, CHUNK_TOKENS))
@@ -98,7 +98,7 @@ def gated_linear_attention(
     tiles: Tiles | None = None,
     segment_chunks: int | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """What the reference of the same name computes; `tiles` and `segment_chunks` override what is chosen for the shape."""
+    """Computes the reference with this name; `tiles` and `segment_chunks` override the choice for the shape."""
     (batch, _, num_heads, key_size), value_size = q.shape, v.shape[-1]
     q, k, v = (with_rows_contiguous(x.to(v.dtype)) for x in (q, k, v))
     decays, tiles = prepare_decays(log_decay, starts, key_size), tiles or walk_tiles(key_size, value_size, v.element_size())
@@ -117,7 +117,7 @@ def gated_linear_attention(
 
 
 def entering_states(key: Tensor, value: Tensor, decays: Decays, initial: Tensor | None, *, segment_chunks: int, turn: int) -> Tensor | None:
-    """The state with which the walk enters each segment, fp32 [B, S, H, I, O], None: 0; `turn` -1: at the end of the segment."""
+    """The state that enters each segment, fp32 [B, S, H, I, O], None: 0; with `turn` -1, at the end of the segment."""
     (batch, _, num_heads, inner), outer = key.shape, value.shape[-1]
     num_segments = triton.cdiv(decays.num_chunks, segment_chunks)
     initial = None if initial is None else initial.float().contiguous()
@@ -137,7 +137,7 @@ def entering_states(key: Tensor, value: Tensor, decays: Decays, initial: Tensor 
 
 def walk_constants(tiles: Tiles) -> dict[str, object]:
     """Compile-time constants and launch options that all walks share."""
-    # Products of fp32 in the scalar units would need thousands of instructions per chunk: three tf32 products are as exact.
+    # Scalar fp32 products would need thousands of instructions per chunk; three tf32 products are as exact.
     precision = dot_precision().replace("ieee", "tf32x3")
     return {
         "COLUMNS": tiles.columns,
@@ -149,12 +149,12 @@ def walk_constants(tiles: Tiles) -> dict[str, object]:
 
 
 def strides(*tensors: Tensor) -> list[int]:
-    """Strides of tensors [B, T, H, ...]: of all batches, then of all heads, then of all tokens."""
+    """Strides of a tensor [B, T, H, ...] for batches, heads and tokens, in this order."""
     return [x.stride(dim) for dim in (0, 2, 1) for x in tensors]
 
 
 def with_rows_contiguous(x: Tensor) -> Tensor:
-    """The tensor with its last dim contiguous, which is what the kernels read; views of a wider buffer already are."""
+    """The tensor with a contiguous last dim, which the kernels require; views of a wider buffer already have one."""
     return x if x.stride(-1) == 1 else x.contiguous()
 
 
@@ -170,7 +170,7 @@ def _forward_kernel(
     num_heads: tl.constexpr, segment_chunks, num_segments,
     K: tl.constexpr, V: tl.constexpr, BLOCK_K: tl.constexpr, COLUMNS: tl.constexpr, FAST: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """One block of columns of y in one segment. Neighbouring programs share q and k, then rows of memory."""
+    """Computes one block of columns of y in one segment. Neighbouring programs share q and k, then rows of memory."""
     block, head, segment, batch = unravel(tl.program_id(0), tl.cdiv(V, COLUMNS), num_heads, num_segments)
     column, width = block * COLUMNS, V - block * COLUMNS
     first_chunk, end_chunk = chunks_of(segment, segment_chunks, length)
@@ -195,7 +195,7 @@ def _states_kernel(
     num_heads, segment_chunks, num_segments, TURN: tl.constexpr, INNER: tl.constexpr, OUTER: tl.constexpr,
     BLOCK_INNER: tl.constexpr, COLUMNS: tl.constexpr, FAST: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """The state that each segment adds, and the share that it leaves of the state that enters it."""
+    """Computes the state that each segment adds, and the share of the entering state that it keeps."""
     block, head, segment, batch = unravel(tl.program_id(0), tl.cdiv(OUTER, COLUMNS), num_heads, num_segments)
     column, width = block * COLUMNS, OUTER - block * COLUMNS
     first_chunk, end_chunk = chunks_of(segment, segment_chunks, length)
@@ -213,7 +213,7 @@ def _states_kernel(
 
 @triton.jit
 def _scan_kernel(states, shares, initial, num_heads, num_segments, size, TURN: tl.constexpr, BLOCK: tl.constexpr):
-    """Replaces what each segment adds by the state that enters it."""
+    """Replaces the state that each segment adds by the state that enters it."""
     sequence, entry = tl.cast(tl.program_id(0), tl.int64), tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     batch, head, mask = sequence // num_heads, sequence % num_heads, entry < size
     state = tl.zeros([BLOCK], tl.float32) if initial is None else tl.load(initial + sequence * size + entry, mask, 0.0)

@@ -1,4 +1,4 @@
-"""Gated linear attention in Triton, backward: dq, dk and dv are the walk of the forward with the roles exchanged, all in one launch.
+"""Gated linear attention in Triton, backward: dq, dk and dv are the forward's walk with exchanged roles, all in one launch.
 
 The gradient of log alpha follows from what the walks write on the way: for each token the numbers q dq and k dk, and at every border,
 that is, every BORDER_CHUNKS chunks, the state and its gradient. What crosses a border is <S, dS>; what crosses from one token to the
@@ -52,12 +52,12 @@ def gated_linear_attention_backward(
     tiles: Tiles | None = None,
     segment_chunks: int | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """What the reference of the same name computes; `tiles` and `segment_chunks` override what is chosen for the shape."""
+    """Computes the reference with this name; `tiles` and `segment_chunks` override the choice for the shape."""
     (batch, length, num_heads, key_size), value_size = q.shape, v.shape[-1]
     inputs = [with_rows_contiguous(x.to(v.dtype)) for x in (q, k, v, dy)]
     decays = prepare_decays(log_decay, starts, key_size)
     tiles = tiles or walk_tiles(max(key_size, value_size), min(key_size, value_size), v.element_size())
-    # First role, number of roles, I and O: dq and dk have the shape of q, dv that of v, so all go together where the shapes are equal.
+    # First role, number of roles, I and O: dq and dk have the shape of q, dv that of v; with equal shapes all three share a launch.
     launches = [(0, 3, value_size, key_size)] if key_size == value_size else [(0, 2, value_size, key_size), (2, 1, key_size, value_size)]
     num_programs = batch * num_heads * sum(roles * triton.cdiv(outer, tiles.columns) for _, roles, _, outer in launches)
     if segment_chunks is None:
@@ -95,7 +95,7 @@ def _gradients_kernel(
     ROLES: tl.constexpr, BLOCKS: tl.constexpr, INNER: tl.constexpr, OUTER: tl.constexpr,
     BLOCK_INNER: tl.constexpr, COLUMNS: tl.constexpr, FAST: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """One block of columns of dq, dk or dv (role 0, 1, 2) in one segment; dk and dv walk side by side and read the same tensors."""
+    """Computes one block of columns of dq, dk or dv (role 0, 1, 2) in one segment; dk and dv read the same tensors side by side."""
     part, head, segment, batch = unravel(tl.program_id(0), ROLES * BLOCKS, num_heads, num_segments)
     role, block = first_role + tl.cast(part // BLOCKS, tl.int32), part % BLOCKS
     is_dq, is_dk, is_dv = role == 0, role == 1, role == 2
@@ -135,7 +135,7 @@ def _decay_gradient_kernel(
     read, written, borders, dborders, decay, decay_b, decay_t, decay_h, starts, length, scale, dlog_decay, batch_size, num_heads, num_borders,
     SIZE: tl.constexpr, BLOCK: tl.constexpr, BLOCKS: tl.constexpr,
 ):  # fmt: skip
-    """The gradient of log alpha up to a border: alpha <S before the token, dS> - alpha / sqrt(K) k^T dS v."""
+    """Computes the gradient of log alpha up to a border: alpha <S before the token, dS> - alpha / sqrt(K) k^T dS v."""
     row, border = tl.cast(tl.program_id(0), tl.int64), tl.cast(tl.program_id(1), tl.int64)
     batch, head = row // num_heads, row % num_heads
     crossing_border = tl.zeros([BLOCK], tl.float32)
@@ -152,7 +152,7 @@ def _decay_gradient_kernel(
         block_writes = tl.load(written + offsets, mask, 0.0)
         change += tl.load(read + offsets, mask, 0.0) - block_writes
         writes += block_writes
-    # What crosses into a token: what crosses the border, and what is read from the token on, less what is written from it on.
+    # What crosses into a token is what crosses the border, plus what is read from the token on, less what is written from it on.
     crossing = tl.sum(crossing_border, 0) + tl.cumsum(change, 0)
     log_alpha = tl.maximum(tl.load(decay + batch * decay_b + head * decay_h + token * decay_t, mask, 0.0), LOWEST)
     result = crossing - tl.exp(log_alpha) * scale * writes / token_weight(log_alpha, scale)

@@ -24,9 +24,9 @@ BORDER_CHUNKS = 8
 CHUNK = tl.constexpr(CHUNK_TOKENS)
 BORDER = tl.constexpr(BORDER_CHUNKS)
 LOG2_E = tl.constexpr(1.4426950408889634)
-LOWEST = tl.constexpr(-26.0)  # of log alpha, as in the reference: less would keep no more, but cost precision in sums over a chunk
+LOWEST = tl.constexpr(-26.0)  # bound of log alpha, as in the reference: a smaller one costs precision in sums over a chunk
 BOUNDARY = tl.constexpr(160.0)  # subtracted from log2 alpha where a document begins: 2^-160 is 0 in fp32
-SMALLEST_WEIGHT = tl.constexpr(2.0**-60)  # 0 for all purposes, but what was multiplied by it can be divided by it
+SMALLEST_WEIGHT = tl.constexpr(2.0**-60)  # negligible, but what was multiplied by it can be divided by it
 
 
 @triton.jit
@@ -38,7 +38,7 @@ def token_weight(log_alpha, scale):
 
 @triton.jit
 def unravel(program, num_blocks, num_heads, num_segments):
-    """Column block, head, segment and sequence of a program, in 64 bits: they become offsets."""
+    """Column block, head, segment and sequence of a program, in 64 bits because they become offsets."""
     program = tl.cast(program, tl.int64)
     rest = program // num_blocks
     return program % num_blocks, rest % num_heads, rest // num_heads % num_segments, rest // num_heads // num_segments
@@ -46,14 +46,14 @@ def unravel(program, num_blocks, num_heads, num_segments):
 
 @triton.jit
 def chunks_of(segment, segment_chunks, length):
-    """First chunk of a segment, and the one after its last."""
+    """First chunk of a segment, and the chunk after its last."""
     first = tl.cast(segment, tl.int32) * segment_chunks
     return first, tl.minimum(first + segment_chunks, tl.cdiv(length, CHUNK))
 
 
 @triton.jit
 def tile_mask(limit, width, ROWS: tl.constexpr, COLUMNS: tl.constexpr, OUTER: tl.constexpr):
-    """True above row `limit` and left of column `width`, which is looked at only where whole tiles do not cover OUTER columns."""
+    """Mask that is True above row `limit` and left of column `width`; `width` is tested only where tiles do not cover OUTER columns evenly."""
     mask = (tl.arange(0, ROWS) < limit)[:, None]
     if OUTER % COLUMNS != 0:
         mask = mask & (tl.arange(0, COLUMNS) < width)[None, :]
@@ -71,7 +71,7 @@ def tile_pointers(base, first, stride, ROWS: tl.constexpr, COLUMNS: tl.constexpr
 def state_tile(
     base, row_stride, column_stride, width, INNER: tl.constexpr, OUTER: tl.constexpr, BLOCK_INNER: tl.constexpr, COLUMNS: tl.constexpr
 ):  # fmt: skip
-    """Pointers to columns of a state [I, O], and which of them exist."""
+    """Pointers to columns of a state [I, O], and a mask of those that exist."""
     rows, columns = tl.arange(0, BLOCK_INNER)[:, None], tl.arange(0, COLUMNS)[None, :]
     return base + rows * row_stride + columns * column_stride, tile_mask(INNER, width, BLOCK_INNER, COLUMNS, OUTER)
 
@@ -99,20 +99,20 @@ def walk(
     READS: tl.constexpr, PROBES: tl.constexpr, INNER: tl.constexpr, OUTER: tl.constexpr,
     BLOCK_INNER: tl.constexpr, COLUMNS: tl.constexpr, FAST: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Carries `state` through chunks first_chunk ... end_chunk - 1 of one head: from the first to the last if `turn` is 1, back if -1.
+    """Carries `state` through chunks first_chunk ... end_chunk - 1 of one head: forward if `turn` is 1, backward if -1.
 
-    With READS it writes what each token reads into `out`. With PROBES, and if `probes`, it also writes the product of that with the row
+    With READS it writes what each token reads into `out`. With PROBES, and if `probes` is set, it also writes the product of that with the row
     of `probe`, summed over the columns, into `products`, and the states that cross multiples of BORDER chunks into `borders`.
 
-    Pointers are those of the first token of the head and, except in `query` and `key`, of the first column of the program, which has
-    `width` columns left.
+    Pointers are those of the head's first token and (except `query` and `key`) of the program's first column, which is followed by
+    `width` columns.
 
     Returns:
         The state, and the share of the first state that is left in it.
     """
     rows, forwards = tl.arange(0, CHUNK), turn > 0
     share = 1.0
-    # Addresses and masks taken out of the loop would occupy a hundred registers, and the state would be spilled.
+    # Addresses and masks hoisted out of the loop would occupy a hundred registers, and the state would be spilled.
     for step in tl.range(end_chunk - first_chunk, disable_licm=True):
         chunk = tl.where(forwards, first_chunk + step, end_chunk - 1 - step)
         first = chunk * CHUNK
@@ -135,7 +135,7 @@ def walk(
         from_start, to_end, keeps = exp2(total, FAST), exp2(last - total, FAST) * weight, tl.exp2(last)
         added = (value_tile.to(tl.float32) * tl.where(forwards, to_end, from_start)[:, None]).to(value_tile.dtype)
         if READS:
-            # From the earlier token to the later one, its weight included; masked before exp2, which could overflow where they are exchanged.
+            # Ratio from the earlier token to the later one, with its weight; masked before exp2, which could overflow for exchanged tokens.
             written = total - log2(weight, FAST)
             change = tl.where(forwards, total, -written)[:, None] - tl.where(forwards, written, -total)[None, :]
             order = rows * turn
@@ -143,7 +143,7 @@ def walk(
             scores = tl.dot(query_tile, tl.trans(key_tile), input_precision=PRECISION) * gate
             read = tl.dot(scores.to(value_tile.dtype), value_tile, input_precision=PRECISION)
             carried = tl.dot(query_tile, state.to(query_tile.dtype), input_precision=PRECISION)
-            # fma: a plain sum would become the accumulator of the product before, which would then wait for this one, with more registers in use.
+            # fma: a plain sum would become the accumulator of the previous product, which would have to wait for this one and need more registers.
             read = tl.fma(carried, tl.broadcast_to(tl.where(forwards, from_start, to_end)[:, None], [CHUNK, COLUMNS]), read)
             out_pointers = tile_pointers(out, first, out_stride, CHUNK, COLUMNS)
             tl.store(out_pointers, read.to(out.dtype.element_ty), tile_mask(limit, width, CHUNK, COLUMNS, OUTER))

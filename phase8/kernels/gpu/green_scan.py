@@ -1,4 +1,4 @@
-"""The Green scan in Triton: a sequence is cut into segments, which the lanes of one program work on at the same time.
+"""The Green scan in Triton: a sequence is cut into segments, which the lanes of a program process in parallel.
 
 Each lane first composes the Möbius map of its segment alone, as a 2 x 2 complex matrix. A scan over the lanes turns the maps into what
 enters each segment, and each lane then runs through its segment once more, exactly as the recurrence says. It holds the tokens of its
@@ -19,18 +19,18 @@ from torch import Tensor
 
 from phase8.kernels.gpu.fast_math import has_fast_math
 
-FULL_CHIP = 96  # programs from which on a GPU counts as filled
+FULL_CHIP = 96  # number of programs that counts as filling a GPU
 
 
 @dataclass(frozen=True)
 class Schedule:
-    """How the work is cut.
+    """The division of the work.
 
     Args:
         heads: N, a power of two.
         segments: S, a power of two.
         tokens: L, a power of two up to 32.
-        num_warps: Of a program.
+        num_warps: Warps of a program.
     """
 
     heads: int
@@ -39,23 +39,23 @@ class Schedule:
     num_warps: int
 
     def divides(self, length: int, num_heads: int) -> bool:
-        """Every tile is full, so that no access needs a mask."""
+        """Whether every tile is full, so that no access needs a mask."""
         return length % (self.segments * self.tokens) == 0 and num_heads % self.heads == 0
 
 
 def heads_of_a_program(batch_size: int, num_heads: int) -> int:
-    """N: as many heads, which are neighbours in memory, as leave the chip filled."""
+    """N: as many heads (neighbours in memory) as still leave the chip filled."""
     return next((n for n in (4, 2) if batch_size * triton.cdiv(num_heads, n) >= FULL_CHIP), 1)
 
 
 def forward_schedule(batch_size: int, length: int, num_heads: int, *, packed: bool) -> Schedule:
-    """A hundred segments give the lanes that hide latency; more of them would cost more in the scan than they save.
+    """Schedule of the forward: about a hundred segments hide latency; more would cost more in the scan than they save.
 
     Args:
         batch_size: B.
         length: T.
         num_heads: H.
-        packed: Documents begin inside sequences.
+        packed: Whether documents begin inside sequences.
     """
     if triton.knobs.runtime.interpret:
         return Schedule(heads=2, segments=4, tokens=16, num_warps=1)
@@ -63,7 +63,7 @@ def forward_schedule(batch_size: int, length: int, num_heads: int, *, packed: bo
     tokens = min(max(triton.next_power_of_2(triton.cdiv(length, segments)), 4), 32)
     num_warps = segments * heads // (32 * min(heads, 2))  # two chains in a thread hide each other's latency
     schedule = Schedule(heads, segments, tokens, num_warps)
-    # A mask for each token costs registers and time to compile: then fewer tokens.
+    # A mask per token costs registers and compile time, so there are fewer tokens.
     return schedule if schedule.divides(length, num_heads) and not packed else Schedule(heads, segments, min(tokens, 16), num_warps)
 
 
@@ -76,7 +76,7 @@ def green_scan(
     initial_state: Tensor | None,
     schedule: Schedule | None = None,
 ) -> Tensor:
-    """As the reference of the same name, in fp32."""
+    """Computes the reference with this name, in fp32."""
     batch_size, length, num_heads = potential.shape
     schedule = forward_schedule(batch_size, length, num_heads, packed=starts is not None) if schedule is None else schedule
     if potential.stride(2) != 1:
@@ -92,7 +92,7 @@ def green_scan(
 
 
 def contiguous(starts: Tensor | None, initial_state: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
-    """The optional tensors as kernels read them."""
+    """Makes the optional tensors contiguous."""
     starts = None if starts is None else starts.contiguous().view(torch.uint8)
     return starts, None if initial_state is None else initial_state.contiguous()
 
@@ -103,7 +103,7 @@ def forward_kernel(
     length, stride_b, STRIDE_T: tl.constexpr, H: tl.constexpr,
     N: tl.constexpr, S: tl.constexpr, L: tl.constexpr, EVEN: tl.constexpr, FAST: tl.constexpr,
 ):  # fmt: skip
-    """Every g of N heads of one batch element."""
+    """Computes every g of N heads of one batch element."""
     b = tl.program_id(1).to(tl.int64)
     lane = tl.arange(0, S)[:, None]
     h = (tl.program_id(0) * N + tl.arange(0, N))[None, :]
@@ -122,7 +122,7 @@ def forward_kernel(
         if starts is not None:
             started = load_starts(starts + b * length, first, length, L)
         tokens, out = potential + first * STRIDE_T, g + first * (2 * H)
-        x = ()  # of z - a = x + i eta
+        x = ()  # real part of z - a = x + i eta
         for j in tl.static_range(L):
             x += (energy_h - load(tokens + j * STRIDE_T, (first + j < length) & (h < H), EVEN),)
 
@@ -138,7 +138,7 @@ def forward_kernel(
                 a_r, a_i, b_r, b_i = a_r * scale, a_i * scale, b_r * scale, b_i * scale
                 c_r, c_i, d_r, d_i = c_r * scale, c_i * scale, d_r * scale, d_i * scale
 
-        # As g -> (A g + B) / (C g + 1). With what enters the tile put into the first map, B of every prefix is its exit.
+        # As g -> (A g + B) / (C g + 1). With the state that enters the tile put into the first map, B of every prefix is its exit.
         a_r, a_i, b_r, b_i, c_r, c_i = _divide(a_r, a_i, b_r, b_i, c_r, c_i, d_r, d_i, FAST)
         is_first = lane == 0
         b_r, b_i = _apply_in(is_first, a_r, a_i, b_r, b_i, c_r, c_i, entry_r, entry_i, FAST)
@@ -186,7 +186,7 @@ def _divide(a_r, a_i, b_r, b_i, c_r, c_i, d_r, d_i, FAST: tl.constexpr):
 
 @triton.jit
 def _apply_in(lanes, a_r, a_i, b_r, b_i, c_r, c_i, g_r, g_i, FAST: tl.constexpr):
-    """(A g + B) / (C g + 1) in the given lanes, B in the others."""
+    """Applies (A g + B) / (C g + 1) in the given lanes; B in the other lanes."""
     d_r, d_i = multiply_add(c_r, c_i, g_r, g_i, 1.0, 0.0)
     scale = _reciprocal(tl.fma(d_r, d_r, d_i * d_i), FAST)
     n_r, n_i = multiply_add(a_r, a_i, g_r, g_i, b_r, b_i)
@@ -206,7 +206,7 @@ def _then_moebius_fast(a1_r, a1_i, b1_r, b1_i, c1_r, c1_i, a2_r, a2_i, b2_r, b2_
 
 @triton.jit
 def _compose(a1_r, a1_i, b1_r, b1_i, c1_r, c1_i, a2_r, a2_i, b2_r, b2_i, c2_r, c2_i, FAST: tl.constexpr):
-    """The first map, then the second, both with D = 1 and so the result: its entries are bounded by powers of 1 / eta and b2."""
+    """Composes the first map with the second. Both have D = 1, and so has the result, whose entries are bounded by powers of 1 / eta and b2."""
     d_r, d_i = multiply_add(c2_r, c2_i, b1_r, b1_i, 1.0, 0.0)
     a_r, a_i = multiply(a2_r, a2_i, a1_r, a1_i)
     a_r, a_i = multiply_add(b2_r, b2_i, c1_r, c1_i, a_r, a_i)
@@ -217,7 +217,7 @@ def _compose(a1_r, a1_i, b1_r, b1_i, c1_r, c1_i, a2_r, a2_i, b2_r, b2_i, c2_r, c
 
 @triton.jit
 def load(pointers, mask, EVEN: tl.constexpr):
-    """What the pointers show, 0 beyond the mask; EVEN: it masks nothing."""
+    """Loads with a mask, 0 where it is False; EVEN: without a mask."""
     if EVEN:
         return tl.load(pointers)
     else:
@@ -226,7 +226,7 @@ def load(pointers, mask, EVEN: tl.constexpr):
 
 @triton.jit
 def store(pointers, x, mask, EVEN: tl.constexpr):
-    """Stores where the mask allows; EVEN: it masks nothing."""
+    """Stores with a mask; EVEN: without a mask."""
     if EVEN:
         tl.store(pointers, x)
     else:
@@ -235,7 +235,7 @@ def store(pointers, x, mask, EVEN: tl.constexpr):
 
 @triton.jit
 def load_state(state, place, mask):
-    """A complex number per head, 0 without a state."""
+    """Loads a complex number per head; 0 without a state."""
     if state is None:
         return place * 0.0, place * 0.0
     else:
@@ -244,7 +244,7 @@ def load_state(state, place, mask):
 
 @triton.jit
 def load_starts(starts, first, length, L: tl.constexpr):
-    """Of each lane's tokens, those that begin a document, as bits [S, 1]."""
+    """The tokens of each lane that begin a document, as bits [S, 1]."""
     token = tl.arange(0, L)[None, :]
     flags = tl.load(starts + first + token, mask=first + token < length, other=0)
     return tl.sum(flags.to(tl.int32) << token, 1)[:, None]
@@ -252,7 +252,7 @@ def load_starts(starts, first, length, L: tl.constexpr):
 
 @triton.jit
 def unless_started(x, started, j: tl.constexpr):
-    """`x`, or 0 in the lanes whose token j begins a document."""
+    """`x`, but 0 in lanes whose token j begins a document."""
     if started is None:
         return x
     else:
@@ -261,20 +261,20 @@ def unless_started(x, started, j: tl.constexpr):
 
 @triton.jit
 def of_last_lane(x, lane, S: tl.constexpr):
-    """[S, N] -> [1, N]."""
+    """The last lane: [S, N] -> [1, N]."""
     return tl.sum(tl.where(lane == S - 1, x, 0.0), 0)[None, :]
 
 
 @triton.jit
 def from_lane_before(x, y):
-    """Both tensors moved on by one lane; lane 0 keeps its own. By a scan, which unlike a gather leaves the layout as it is."""
+    """Shifts both tensors by one lane; lane 0 keeps its values. It uses a scan, because a gather would change the layout."""
     before_x, before_y, _, _, _ = tl.associative_scan((x, y, x, y, (x * 0.0).to(tl.int32) + 1), 0, _then_next)
     return before_x, before_y
 
 
 @triton.jit
 def _then_next(before_x1, before_y1, x1, y1, count1, before_x2, before_y2, x2, y2, count2):
-    """The last element of a range of lanes and the one before it."""
+    """The last element of a range of lanes, and the one before it."""
     return tl.where(count2 == 1, x1, before_x2), tl.where(count2 == 1, y1, before_y2), x2, y2, count1 + count2
 
 

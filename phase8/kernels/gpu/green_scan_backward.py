@@ -1,6 +1,6 @@
 """The adjoint of the Green scan in Triton, built like the forward: p_i = conj(g_i^2) (dg_i + q_{i+1}), q_i = b2_i p_i.
 
-What passes from a token to the one before it is q, and a segment is an affine map q -> A q + B. Tokens are taken from the last to the
+The value that passes from a token to the previous one is q, and a segment is an affine map q -> A q + B. Tokens are taken from the last to the
 first, so lane 0 has the last segment.
 
 Shapes: as in the forward.
@@ -30,7 +30,7 @@ from phase8.kernels.gpu.green_scan import (
 
 
 def backward_schedule(batch_size: int, length: int, num_heads: int) -> Schedule:
-    """Shorter segments than in the forward: a token is four numbers, and the scan of affine maps is cheap."""
+    """Schedule of the backward, with shorter segments than the forward: a token is four numbers, and the scan of affine maps is cheap."""
     if triton.knobs.runtime.interpret:
         return Schedule(heads=2, segments=4, tokens=16, num_warps=1)
     heads = heads_of_a_program(batch_size, num_heads)
@@ -47,7 +47,7 @@ def green_scan_backward(
     initial_state: Tensor | None,
     schedule: Schedule | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """As the reference of the same name, in fp32; the gradients of energy, eta and hopping are one tensor [3, H]."""
+    """Computes the reference with this name, in fp32; the gradients of energy, eta and hopping are one tensor [3, H]."""
     batch_size, length, num_heads, _ = g.shape
     schedule = backward_schedule(batch_size, length, num_heads) if schedule is None else schedule
     dpotential = torch.empty(batch_size, length, num_heads, dtype=torch.float32, device=g.device)
@@ -68,7 +68,7 @@ def backward_kernel(
     batch_size, length, H: tl.constexpr,
     N: tl.constexpr, S: tl.constexpr, L: tl.constexpr, EVEN: tl.constexpr,
 ):  # fmt: skip
-    """Every p of N heads of one batch element, and their sums over its tokens."""
+    """Computes every p of N heads of one batch element, and their sums over its tokens."""
     b = tl.program_id(1).to(tl.int64)
     lane = tl.arange(0, S)[:, None]
     h = (tl.program_id(0) * N + tl.arange(0, N))[None, :]
@@ -89,7 +89,7 @@ def backward_kernel(
         if starts is not None:
             started = load_starts(starts + b * length, first, length, L)
         g_first, grad_first, out = g + first * (2 * H), grad + first * (2 * H), dpotential + first * H
-        # g_r[j] is of the token before token j.
+        # g_r[j] belongs to the token before token j.
         x, y = _load_complex(g_first - 2 * H, (first > 0) & (first <= length) & (part < 2 * H), False, S, N)
         g_r, g_i = (tl.where(first == 0, initial_r, x),), (tl.where(first == 0, initial_i, y),)
         grad_r, grad_i = (), ()
@@ -110,7 +110,7 @@ def backward_kernel(
             a_r, a_i = multiply(m_r, m_i, a_r, a_i)
             b_r, b_i = multiply(m_r, m_i, b_r + grad_r[j], b_i + grad_i[j])
 
-        # With what enters the tile put into the first map, B of every prefix is its exit.
+        # With the value that enters the tile put into the first map, B of every prefix is its exit.
         is_first = lane == 0
         into_r, into_i = multiply_add(a_r, a_i, entry_r, entry_i, b_r, b_i)
         b_r, b_i = tl.where(is_first, into_r, b_r), tl.where(is_first, into_i, b_i)
@@ -138,7 +138,7 @@ def backward_kernel(
 
 @triton.jit
 def _load_complex(pointers, mask, EVEN: tl.constexpr, S: tl.constexpr, N: tl.constexpr):
-    """Real and imaginary part [S, N], adjacent in memory and so loaded at once."""
+    """Loads real and imaginary part [S, N], which are adjacent in memory, at once."""
     return tl.split(tl.reshape(load(pointers, mask, EVEN), [S, N, 2]))
 
 
@@ -149,7 +149,7 @@ def _conjugate_square(x_r, x_i):
 
 @triton.jit
 def _then_affine(a1_r, a1_i, b1_r, b1_i, a2_r, a2_i, b2_r, b2_i):
-    """The first map q -> A q + B, then the second."""
+    """Composes two affine maps q -> A q + B, the first one applied first."""
     a_r, a_i = multiply(a2_r, a2_i, a1_r, a1_i)
     b_r, b_i = multiply_add(a2_r, a2_i, b1_r, b1_i, b2_r, b2_i)
     return a_r, a_i, b_r, b_i

@@ -1,7 +1,7 @@
 """The gated feed-forward between bottlenecks in Triton, forward: one program per tile of tokens walks over the width.
 
-A rank of 16 to 64 makes every tensor of the feed-forward's width far cheaper to compute than to move: what a token reads and writes in
-memory is its bottlenecks. Weights are read as they are, in fp32, and rounded in registers to the dtype of the bottlenecks; gate, factor
+With a rank of 16 to 64, a tensor of the feed-forward's width is far cheaper to compute than to move; a token only reads and writes its
+bottlenecks in memory. Weights are read in fp32 and rounded in registers to the dtype of the bottlenecks; gate, factor
 and their product are formed in fp32.
 
 Shapes: N tokens, R rank, F feed-forward width.
@@ -19,11 +19,11 @@ from phase8.kernels.gpu.fast_math import dot_precision, exp2, has_fast_math
 
 
 class Tiles(NamedTuple):
-    """How a program is laid out.
+    """The layout of a program.
 
     Args:
-        outer: Tokens or features that it owns.
-        inner: What it walks over, so many at a time.
+        outer: Tokens or features per program.
+        inner: Tokens or features per step of its walk.
         num_warps: Warps.
     """
 
@@ -33,14 +33,14 @@ class Tiles(NamedTuple):
 
 
 def choose_tiles(rank: int) -> Tiles:
-    """As many rows as one group of four warps multiplies at once; wide bottlenecks leave registers for half as many of the others."""
+    """Chooses as many rows as four warps multiply at once; wide bottlenecks leave registers for only half as many inner rows."""
     if triton.knobs.runtime.interpret:
         return Tiles(16, 16, 4)
     return Tiles(64, 64 if rank <= 32 else 32, 4)
 
 
 def feed_forward(bottlenecks: Tensor, gate: Tensor, up: Tensor, down: Tensor) -> Tensor:
-    """What the reference `low_rank_swiglu` computes, of bottlenecks [N, 2 R]."""
+    """Computes the reference `low_rank_swiglu` for bottlenecks [N, 2 R]."""
     num_tokens, width = bottlenecks.shape[0], gate.shape[0]
     y = torch.empty(num_tokens, gate.shape[1], dtype=bottlenecks.dtype, device=bottlenecks.device)
     tiles = choose_tiles(gate.shape[1])
@@ -58,7 +58,7 @@ def constants(rank: int, tiles: Tiles) -> dict[str, object]:
         "BLOCK_R": max(triton.next_power_of_2(rank), 16),  # matrix products need 16
         "LOG2E": 1 / math.log(2),
         "FAST": has_fast_math(),
-        "PRECISION": dot_precision().replace("ieee", "tf32x3"),  # products of fp32 in the scalar units would take many times as long
+        "PRECISION": dot_precision().replace("ieee", "tf32x3"),  # scalar fp32 products would take many times as long
         "num_warps": tiles.num_warps,
     }
 

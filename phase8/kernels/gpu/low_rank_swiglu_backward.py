@@ -1,7 +1,7 @@
 """The gated feed-forward between bottlenecks in Triton, backward: one kernel for the gradient of the bottlenecks, one for the weights.
 
-Both compute gate, factor and their gradients again from the bottlenecks. The first walks over the width for a tile of tokens. The second
-walks over a segment of the tokens for a tile of the width, and the sums of the segments are added afterwards, so nothing is atomic.
+Both recompute gate, factor and their gradients from the bottlenecks. The first walks over the width for a tile of tokens. The second
+walks over a segment of the tokens for a tile of the width; the sums of the segments are added afterwards, so there are no atomics.
 
 Shapes: N tokens, R rank, F feed-forward width, S segments.
 """
@@ -18,7 +18,7 @@ PROGRAMS_PER_PROCESSOR = 4
 
 
 def feed_forward_backward(dy: Tensor, bottlenecks: Tensor, gate: Tensor, up: Tensor, down: Tensor) -> tuple[Tensor, Tensor]:
-    """Gradients of the bottlenecks [N, 2 R], and of gate, up and down, each flat [3, F R]."""
+    """Gradients of the bottlenecks [N, 2 R], and of gate, up and down, each flattened to [3, F R]."""
     (num_tokens, _), (width, rank) = bottlenecks.shape, gate.shape
     dy, bottlenecks, gate, up, down = (x.contiguous() for x in (dy, bottlenecks, gate, up, down))
     dbottlenecks = torch.empty_like(bottlenecks)
@@ -90,7 +90,7 @@ def _weights_kernel(
         x_gate = load_rows(bottlenecks, token, 2 * RANK, num_tokens, RANK, BLOCK_R)
         x_up = load_rows(bottlenecks + RANK, token, 2 * RANK, num_tokens, RANK, BLOCK_R)
         dy_rows = load_rows(dy, token, RANK, num_tokens, RANK, BLOCK_R)
-        # [features, tokens], so that the results can be left operands without being turned.
+        # [features, tokens], so that the results can be left operands without a transpose.
         before = tl.dot(gate_rows, tl.trans(x_gate), input_precision=PRECISION)
         factor = tl.dot(up_rows, tl.trans(x_up), input_precision=PRECISION)
         dhidden = tl.dot(down_rows, tl.trans(dy_rows), input_precision=PRECISION)

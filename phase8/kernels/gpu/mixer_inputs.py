@@ -1,7 +1,7 @@
-"""What the two paths of the mixer read, in Triton, forward: one program per tile of tokens and head.
+"""The inputs of the mixer's two paths in Triton, forward: one program per tile of tokens and head.
 
-A head is held as two halves, the channels i and i + K/2 that a rotation mixes. The taps of the convolution are loads at shifted rows,
-which the cache serves.
+A head is held as two halves, the channels i and i + K/2 that a rotation mixes. The taps of the convolution are loads from shifted rows,
+which are served by the cache.
 
 Shapes: B batch, T tokens, H heads, K head size; 3: queries, keys, values.
 """
@@ -15,19 +15,19 @@ NUM_WARPS = 8
 
 
 def tile_tokens() -> int:
-    """Tokens of a tile: the weights, which every tile reads, are then a quarter of what it reads."""
+    """Tokens of a tile, such that the weights, which every tile reads, are a quarter of its reads."""
     return 8 if triton.knobs.runtime.interpret else 32
 
 
 def by_tap(weight: Tensor | None) -> Tensor | None:
-    """Taps as the kernels read them, whole vectors of neighbouring channels: [C, taps] -> [taps, C]."""
+    """The taps in the layout of the kernels, whole vectors of neighbouring channels: [C, taps] -> [taps, C]."""
     return None if weight is None else weight.t().contiguous()
 
 
 def prepare(
     qkv: Tensor, weight: Tensor | None, angles: Tensor, radius: Tensor | None, starts: Tensor | None, eps: float
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """What the reference `mixer_inputs` computes from the beginning of a sequence."""
+    """Computes the reference `mixer_inputs` from the beginning of a sequence."""
     qkv = qkv.contiguous()
     batch, length, _, num_heads, head_size = qkv.shape
     outputs = tuple(torch.empty(batch, length, num_heads, head_size, dtype=qkv.dtype, device=qkv.device) for _ in range(5))

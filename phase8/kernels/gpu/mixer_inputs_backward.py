@@ -1,9 +1,9 @@
-"""What the two paths of the mixer read, in Triton, backward: one kernel, which reads and writes everything once.
+"""The inputs of the mixer's two paths in Triton, backward: one kernel, which reads and writes everything once.
 
-A program walks over a piece of the sequence, token by token, for some heads of the queries, of the keys or of the values. What a token
-shares with its neighbours stays in registers: the convolution looks back at the last projections, and the gradient of a projection is
-added up while the walk passes the tokens that took from it. The gradients of the taps are sums of the walk, so nothing is reduced over
-tokens and there are no atomics. Behind the end of its piece a program computes taps - 1 tokens more, for what they took from the piece.
+A program walks over a piece of the sequence, token by token, for some heads of queries, keys or values. Values that a token
+shares with its neighbours stay in registers: the convolution looks back at the last projections, and the gradient of a projection is
+summed while the walk passes the tokens that used it. The gradients of the taps are sums of the walk, so nothing is reduced over
+tokens and there are no atomics. After the end of its piece a program computes taps - 1 more tokens, for their use of the piece.
 
 A head is held as two halves, the channels i and i + K/2 that a rotation mixes, and up to a size of 128 by one warp.
 
@@ -20,7 +20,7 @@ from torch import Tensor
 from phase8.kernels.gpu.mixer_inputs import by_tap, constants
 
 NUM_WARPS = 1
-TOKENS_AT_A_TIME = 4  # as many as taps at least: only then Triton overlaps the loads of the next ones with the work
+TOKENS_AT_A_TIME = 4  # at least the number of taps: only then does Triton overlap the next loads with the work
 PIECE_TOKENS = 128
 STAGES = 3
 
@@ -28,7 +28,7 @@ STAGES = 3
 def prepare_backward(
     gradients: list[Tensor], qkv: Tensor, weight: Tensor | None, angles: Tensor, radius: Tensor | None, starts: Tensor | None, eps: float
 ) -> list[Tensor]:
-    """Gradients of qkv, and of weight and radius where there are such."""
+    """Gradients of qkv, and of weight and radius if they exist."""
     qkv = qkv.contiguous()
     batch, length, _, num_heads, _ = qkv.shape
     shared = constants(qkv, weight, radius, starts)
@@ -52,7 +52,7 @@ def prepare_backward(
 
 
 def _heads_of_a_program(num_heads: int, block_half: int) -> tuple[int, int]:
-    """Heads, a divisor of all of them, and warps, such that a thread holds two channels of each half, whatever the head size."""
+    """A divisor of the number of heads, and warps, such that a thread holds two channels of each half, whatever the head size."""
     heads = math.gcd(num_heads, max(1, NUM_WARPS * 64 // block_half))
     return heads, max(1, heads * block_half // 64)
 
@@ -87,7 +87,7 @@ def _walk(
     NORMALISED: tl.constexpr, RADIUS: tl.constexpr, DOCUMENTS: tl.constexpr, HEADS: tl.constexpr,
     PIECE: tl.constexpr, TOKENS: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
-    """A piece of the sequence of some heads, which are normalised and turned or are values."""
+    """Walks over a piece of the sequence for some heads, which are either normalised and rotated, or values."""
     HALF: tl.constexpr = HEAD_SIZE // 2
     WIDTH: tl.constexpr = NUM_HEADS * HEAD_SIZE
     batch, begin = tl.cast(tl.program_id(2), tl.int64), tl.program_id(1) * PIECE
@@ -107,7 +107,7 @@ def _walk(
     taps_high = _taps(weight + channel + HALF, inside, 3 * WIDTH, TAPS) if CONVOLUTION else (1.0,)
     zero = tl.zeros([HEADS, BLOCK_HALF], tl.float32)
     nothing = (zero,) * TAPS
-    # What the first tokens look back at. Age: how many tokens ago their document began, or more.
+    # The projections before the first token. Age: number of tokens since its document began, or more.
     seen_low, seen_high, age = nothing, nothing, 0
     for distance in tl.static_range(TAPS - 1, 0, -1):
         token = tl.cast(begin - distance, tl.int64)
@@ -142,10 +142,10 @@ def _advance(
     WIDTH: tl.constexpr, HEAD_SIZE: tl.constexpr, TAPS: tl.constexpr, NORMALISED: tl.constexpr, RADIUS: tl.constexpr,
     DOCUMENTS: tl.constexpr, TOKENS: tl.constexpr, BEHIND: tl.constexpr,
 ):  # fmt: skip
-    """Some tokens on, in the piece or behind its end, where nothing is counted, since the next piece counts it."""
+    """Advances by some tokens, in the piece or after its end; those after the end are not counted, since the next piece counts them."""
     HALF: tl.constexpr = HEAD_SIZE // 2
     seen_low, seen_high, sums_low, sums_high, dtaps_low, dtaps_high, dradius, age = state
-    # All loads come before the first store, which none of them could pass.
+    # All loads precede the first store, since loads are not moved across stores.
     values, dlocals, dglobals = (), (), ()
     for index in tl.static_range(TOKENS):
         token = tl.cast(first + index, tl.int64)
@@ -167,7 +167,7 @@ def _advance(
         if NORMALISED:
             cosine = tl.load(cosines + token * HALF, mask=there, other=0.0)
             sine = tl.load(sines + token * HALF, mask=there, other=0.0)
-            # The adjoint of a rotation turns back.
+            # The adjoint of a rotation is the inverse rotation.
             dlow, dhigh = dlow * cosine + dhigh * sine, dhigh * cosine - dlow * sine
             dlow, dhigh, dscale = _before_normalisation(
                 _convolved(seen_low, taps_low, TAPS), _convolved(seen_high, taps_high, TAPS), dlow, dhigh, *dglobals[index],
@@ -183,7 +183,7 @@ def _advance(
         sums_high = _spread(sums_high, dhigh, taps_high, age, TAPS, DOCUMENTS)
         finished += ((sums_low[TAPS - 1].to(dx.dtype.element_ty), sums_high[TAPS - 1].to(dx.dtype.element_ty)),)
     for index in tl.static_range(TOKENS):
-        token = first + index - (TAPS - 1)  # the last one that takes part in it has passed
+        token = first + index - (TAPS - 1)  # the last token that uses it has passed
         row = dx + tl.cast(token, tl.int64) * (3 * WIDTH)
         tl.store(row, finished[index][0], mask=inside & (token >= begin))
         tl.store(row + HALF, finished[index][1], mask=inside & (token >= begin))
@@ -192,12 +192,12 @@ def _advance(
 
 @triton.jit
 def _before_normalisation(low, high, dlow, dhigh, dnormal_low, dnormal_high, scale, eps, HEAD_SIZE: tl.constexpr, RADIUS: tl.constexpr):
-    """Gradients before normalisation, of those turned back and those of the global path; what the radius gets of each channel."""
+    """Gradients before normalisation from those after the inverse rotation and those of the global path; also each channel's share of the radius."""
     reciprocal = tl.rsqrt(tl.sum(low * low + high * high, 1, keep_dims=True) / HEAD_SIZE + eps)
     dscale = reciprocal * (low * dlow + high * dhigh)
     if RADIUS:
         dnormal_low, dnormal_high = dnormal_low + dlow * scale, dnormal_high + dhigh * scale
-    # Both sums over the channels are independent of each other, so that neither waits for the other.
+    # The two sums over channels are independent, so neither waits for the other.
     mean = tl.sum(low * dnormal_low + high * dnormal_high, 1, keep_dims=True) * (reciprocal * reciprocal / HEAD_SIZE)
     dnormal_low, dnormal_high = (dnormal_low - low * mean) * reciprocal, (dnormal_high - high * mean) * reciprocal
     if not RADIUS:
@@ -207,14 +207,14 @@ def _before_normalisation(low, high, dlow, dhigh, dnormal_low, dnormal_high, sca
 
 @triton.jit
 def _halves(pointers, inside, HALF: tl.constexpr):
-    """Both halves of the heads, fp32."""
+    """Loads both halves of the heads, fp32."""
     low, high = tl.load(pointers, mask=inside, other=0.0), tl.load(pointers + HALF, mask=inside, other=0.0)
     return low.to(tl.float32), high.to(tl.float32)
 
 
 @triton.jit
 def _taps(weight, inside, ROW: tl.constexpr, TAPS: tl.constexpr):
-    """The taps of a half by distance, that of the token itself first."""
+    """Loads the taps of a half by distance, beginning with the token itself."""
     taps = ()
     for distance in tl.static_range(TAPS):
         taps += (tl.load(weight + (TAPS - 1 - distance) * ROW, mask=inside, other=0.0).to(tl.float32),)
@@ -223,7 +223,7 @@ def _taps(weight, inside, ROW: tl.constexpr, TAPS: tl.constexpr):
 
 @triton.jit
 def _shifted(newest, seen, age, TAPS: tl.constexpr, DOCUMENTS: tl.constexpr):
-    """The projections that a token sees, by distance; none before its document."""
+    """The projections that a token sees, by distance; zero before its document."""
     now = (newest,)
     for distance in tl.static_range(1, TAPS):
         now += (tl.where(age >= distance, seen[distance - 1], 0.0) if DOCUMENTS else seen[distance - 1],)
@@ -241,7 +241,7 @@ def _convolved(seen, taps, TAPS: tl.constexpr):
 
 @triton.jit
 def _counted(dtaps, gradient, seen, TAPS: tl.constexpr):
-    """Gradients of the taps with one token more."""
+    """Adds one token to the gradients of the taps."""
     now = ()
     for distance in tl.static_range(TAPS):
         now += (dtaps[distance] + gradient * seen[distance],)
@@ -250,7 +250,7 @@ def _counted(dtaps, gradient, seen, TAPS: tl.constexpr):
 
 @triton.jit
 def _spread(sums, gradient, taps, age, TAPS: tl.constexpr, DOCUMENTS: tl.constexpr):
-    """Gradients of the projections that a token sees, by distance, with what it took from them; the last one is finished."""
+    """Adds a token's contribution to the gradients of the projections that it sees, by distance; the last one is then complete."""
     now = (gradient * taps[0],)
     for distance in tl.static_range(1, TAPS):
         term = gradient * taps[distance]

@@ -1,6 +1,6 @@
-"""Output head and cross-entropy of some rows of the head, on a GPU: two kernels around the exchange of what processes know of each row.
+"""Output head and cross-entropy for a shard of the vocabulary, on a GPU: two kernels around the exchange of row statistics.
 
-The first reads the logits of a row, the second replaces them by their gradient; both are halves of `loss_kernel`.
+The first reads the logits of a row, the second overwrites them by their gradient; both are halves of `loss_kernel`.
 
 Shapes: N tokens, R rows (tokens of a chunk), D model width, V vocabulary of this process, L leading dimension of the logits, V rounded up.
 """
@@ -27,12 +27,12 @@ from phase8.kernels.reference.vocabulary_shard import Exchange, sum_of_losses
 def shard_cross_entropy_gradients(
     hidden: Tensor, weight: Tensor, columns: Tensor, exchange: Exchange, *, chunk_tokens: int, needs_gradients: bool
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
-    """As the reference of the same name; `weight` has the dtype of `hidden` or is fp32, N > 0 and V > 0."""
+    """Computes the reference with this name; `weight` has the dtype of `hidden` or is fp32, N > 0 and V > 0."""
     hidden, columns, vocabulary = hidden.contiguous(), columns.contiguous(), weight.shape[0]
     head = cast_head(weight, hidden.dtype)
     logits_of_chunk = hidden.new_empty(min(chunk_tokens, len(hidden)), head.shape[0])
     dhidden = torch.empty_like(hidden) if needs_gradients else None
-    dweight = weight.new_empty(head.shape) if needs_gradients else None  # with the rows of the padding, as in one process
+    dweight = weight.new_empty(head.shape) if needs_gradients else None  # padding rows included, as in one process
     losses = []
     for begin in range(0, len(hidden), chunk_tokens):
         rows = slice(begin, begin + chunk_tokens)
@@ -48,7 +48,7 @@ def shard_cross_entropy_gradients(
 
 
 def row_statistics(logits: Tensor, columns: Tensor, *, vocabulary: int, block: int | None = None) -> Tensor:
-    """As the reference of the same name, of contiguous logits [R, L] whose columns from `vocabulary` on are padding; fp32 [3, R]."""
+    """Computes the reference with this name from contiguous logits [R, L] whose columns from `vocabulary` on are padding; fp32 [3, R]."""
     num_rows, leading = logits.shape
     statistics = logits.new_empty(3, num_rows, dtype=torch.float32)
     statistics_kernel[(num_rows,)](logits, columns, statistics, num_rows, leading, vocabulary, **row_constants(logits, vocabulary, block))
@@ -56,7 +56,7 @@ def row_statistics(logits: Tensor, columns: Tensor, *, vocabulary: int, block: i
 
 
 def write_row_gradients(logits: Tensor, columns: Tensor, whole: Tensor, *, vocabulary: int, block: int | None = None) -> None:
-    """Writes what the reference `row_gradients` computes over the logits [R, L], and 0 over padding columns."""
+    """Overwrites the logits [R, L] by the result of the reference `row_gradients`, and padding columns by 0."""
     num_rows, leading = logits.shape
     constants = row_constants(logits, vocabulary, block)
     gradient_kernel[(num_rows,)](logits, columns, whole.contiguous(), num_rows, leading, vocabulary, **constants)
@@ -68,11 +68,11 @@ def statistics_kernel(
     IGNORED: tl.constexpr, LOWEST: tl.constexpr, LOG2E: tl.constexpr,
     PADDED: tl.constexpr, FAST: tl.constexpr, BLOCK: tl.constexpr, VECTOR: tl.constexpr,
 ):  # fmt: skip
-    """One row: the logarithm of its largest term, the sum of its terms relative to it, and the logit of its target."""
+    """Computes one row's statistics: logarithm of the largest term, sum of terms relative to it, logit of the target."""
     row, logits, places = row_and_columns(logits, leading, BLOCK, VECTOR)
     column = tl.load(columns + row)
     statistics += row
-    if column == IGNORED:  # numbers that no process stumbles over
+    if column == IGNORED:  # neutral statistics for the other processes
         tl.store(statistics, 0.0)
         tl.store(statistics + num_rows, 1.0)
         tl.store(statistics + 2 * num_rows, 0.0)
@@ -89,7 +89,7 @@ def gradient_kernel(
     IGNORED: tl.constexpr, LOWEST: tl.constexpr, LOG2E: tl.constexpr,
     PADDED: tl.constexpr, FAST: tl.constexpr, BLOCK: tl.constexpr, VECTOR: tl.constexpr,
 ):  # fmt: skip
-    """One row: its gradient, from the statistics of the whole vocabulary."""
+    """Computes the gradient of one row from the statistics over the whole vocabulary."""
     row, logits, places = row_and_columns(logits, leading, BLOCK, VECTOR)
     column = tl.load(columns + row)
     if column == IGNORED:

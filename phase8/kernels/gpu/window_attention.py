@@ -1,7 +1,7 @@
 """Window attention in Triton, forward: one program per tile of queries walks over the tiles of keys that its window touches.
 
 Scores live in registers only. With the `lorentz` score the weight of a key is (1 + u + root)^-beta, which cannot overflow, so there is
-no running maximum; it underflows where beta log2(2 + 4 R^2) > 126, R the largest |q| and |k|, far from any trained radius.
+no running maximum; it underflows where beta log2(2 + 4 R^2) > 126, with R the largest |q| and |k|, far beyond trained radii.
 
 Shapes: B batch, T tokens, H heads, K head size, W window, G global tokens, P carried tokens; tiles of M queries and N keys.
 """
@@ -31,7 +31,7 @@ class Tiles:
         keys: N.
         num_warps: Warps of a program.
         num_stages: Depth of the load pipeline.
-        split: Tiles that are seen whole get a loop of their own, without masks.
+        split: Fully visible tiles get a loop of their own, without masks.
     """
 
     queries: int
@@ -42,7 +42,7 @@ class Tiles:
 
 
 def forward_tiles(head_size: int, element_bytes: int, *, lorentz: bool) -> Tiles:
-    """Three programs fit on a multiprocessor, so that the matrix products of one overlap the special functions of the others."""
+    """Tiles of the forward: three programs fit on a multiprocessor, so that matrix products of one overlap special functions of the rest."""
     if triton.knobs.runtime.interpret:
         return Tiles(16, 16, 4, 1, split=True)
     if element_bytes > 2 or head_size > 128:
@@ -51,7 +51,7 @@ def forward_tiles(head_size: int, element_bytes: int, *, lorentz: bool) -> Tiles
 
 
 def attend(q: Tensor, seen: VisibleKeys, beta: Tensor | None, window: int) -> tuple[Tensor, Tensor]:
-    """What the reference of the same name computes: y [B, T, H, K] and log of the sum of weights, fp32 [B, T, H]."""
+    """Computes the reference with this name: y [B, T, H, K] and the logarithm of the sum of weights, fp32 [B, T, H]."""
     batch, num_queries, num_heads, head_size = q.shape
     q, keys, values, global_keys, global_values = rows_contiguous(q, seen.keys, seen.values, seen.global_keys, seen.global_values)
     tiles = forward_tiles(head_size, q.element_size(), lorentz=beta is not None)
@@ -83,19 +83,19 @@ def common_constants(q: Tensor, beta: Tensor | None, seen: VisibleKeys) -> dict[
 
 
 def rows_contiguous(*tensors: Tensor) -> list[Tensor]:
-    """The tensors with their last dim contiguous, which is what the kernels read; views of a wider buffer already are."""
+    """The tensors with a contiguous last dim, which the kernels require; views of a wider buffer already have one."""
     return [x if x.stride(-1) == 1 else x.contiguous() for x in tensors]
 
 
 def documents_of(seen: VisibleKeys) -> tuple[Tensor | None, Tensor | None]:
-    """Document numbers of keys and of global keys, contiguous."""
+    """Document numbers of keys and of global keys, made contiguous."""
     if seen.documents is None or seen.global_documents is None:
         return None, None
     return seen.documents.contiguous(), seen.global_documents.contiguous()
 
 
 def heights(x: Tensor) -> Tensor:
-    """Heights of keys above 1 on the hyperboloid, from their rounded values, fp32: [B, T, H, K] -> [B, H, T]."""
+    """Heights of keys above 1 on the hyperboloid, from the rounded keys, fp32: [B, T, H, K] -> [B, H, T]."""
     batch, num_tokens, num_heads, head_size = x.shape
     result = torch.empty(batch, num_heads, num_tokens, dtype=torch.float32, device=x.device)
     block = 16 if triton.knobs.runtime.interpret else 64
@@ -129,7 +129,7 @@ def load_rows(
     base, first, stride, limit, BLOCK: tl.constexpr, BLOCK_K: tl.constexpr, HEAD_SIZE: tl.constexpr,
     CHECK: tl.constexpr = True, CACHE: tl.constexpr = None,
 ):  # fmt: skip
-    """Rows first ... first + BLOCK - 1 of a [T, K] matrix; with CHECK 0 where they are past the limit."""
+    """Loads rows first ... first + BLOCK - 1 of a [T, K] matrix; with CHECK, rows past the limit are 0."""
     rows, columns = tl.arange(0, BLOCK), tl.arange(0, BLOCK_K)
     pointers = base + tl.cast(first, tl.int64) * stride + (rows[:, None] * stride + columns[None, :])
     inside = (columns < HEAD_SIZE)[None, :]
@@ -145,11 +145,11 @@ def load_rows(
 
 @triton.jit
 def lorentz_distance(dot, q_height, k_height, FAST: tl.constexpr):
-    """log2(1 + u + root) and 1 / root of products and heights that broadcast against each other.
+    """log2(1 + u + root) and 1 / root, for products and heights that broadcast against each other.
 
-    Rounding may leave u a little below 0; what is under the root stays positive thanks to its epsilon.
+    Rounding may leave u slightly below 0; the epsilon keeps the radicand positive.
     """
-    # One fused operation: as a product of its own, q_height (1 + k_height) is computed in another layout and moved through shared memory.
+    # One fused operation: a separate product q_height (1 + k_height) would be computed in another layout and moved through shared memory.
     u = tl.fma(q_height, 1.0 + k_height, k_height - dot)
     square = u * (u + 2.0) + EPS
     slope = rsqrt(square, FAST)
@@ -158,7 +158,7 @@ def lorentz_distance(dot, q_height, k_height, FAST: tl.constexpr):
 
 @triton.jit
 def window_ranges(first_query, num_carried, num_keys, window, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
-    """Key tiles that a tile of queries touches: begin, then where every key is seen by every query from and to, end."""
+    """Ranges of key tiles for a tile of queries: begin, begin and end of the tiles that all queries see whole, end."""
     begin = tl.maximum(first_query + num_carried - window + 1, 0) // BLOCK_N * BLOCK_N
     whole_end = tl.maximum((first_query + num_carried + 1) // BLOCK_N * BLOCK_N, begin)
     whole_begin = tl.minimum(tl.cdiv(tl.maximum(first_query + BLOCK_M + num_carried - window, 0), BLOCK_N) * BLOCK_N, whole_end)
@@ -167,7 +167,7 @@ def window_ranges(first_query, num_carried, num_keys, window, BLOCK_M: tl.conste
 
 @triton.jit
 def in_window(query, key, window):
-    """Whether a key is not later than the query and inside its window, as one unsigned comparison."""
+    """Whether a key is not later than the query and inside its window, by a single unsigned comparison."""
     return (query - key).to(tl.uint32, bitcast=True) < tl.cast(window, tl.uint32)
 
 
@@ -201,7 +201,7 @@ def _attend_keys(
         if LORENTZ:
             weights = exp2(score, FAST)
         else:
-            # A row may have seen nothing yet; -inf - -inf would be NaN.
+            # A row may have seen nothing so far; -inf - -inf would be NaN.
             new_largest = tl.maximum(tl.maximum(largest, tl.max(score, 1)), -1e30)
             weights = exp2(score - new_largest[:, None], FAST)
             shrink = exp2(largest - new_largest, FAST)
@@ -236,7 +236,7 @@ def _forward_kernel(
     scale = tl.load(beta + head) if LORENTZ else dot_scale
     total = tl.zeros([BLOCK_M, BLOCK_K], tl.float32)
     weight_sum, largest = tl.zeros([BLOCK_M], tl.float32), tl.full([BLOCK_M], float("-inf"), tl.float32)
-    # Global keys that have left the window of the last query of the tile.
+    # Global keys outside the window of the tile's last query.
     reach = window - num_seen
     total, weight_sum, largest = _attend_keys(
         total, weight_sum, largest, 0, tl.minimum(num_globals, first_query + BLOCK_M - reach),

@@ -1,7 +1,7 @@
-"""Window attention in Triton, backward: scores are computed again, once by rows for dq and once by columns for dk and dv.
+"""Window attention in Triton, backward: scores are recomputed, by rows for dq and by columns for dk and dv.
 
-No atomics, hence the same bits every time. A global key is seen by every later query: its column is cut into pieces of queries
-whose partial sums are added afterwards.
+There are no atomics, so results are the same bits every time. A global key is seen by every later query: its column is cut into pieces of
+queries, whose partial sums are added afterwards.
 
 Shapes: B batch, T tokens, H heads, K head size, W window, G global tokens, P carried tokens; tiles of M queries and N keys.
 """
@@ -55,7 +55,7 @@ def column_tiles(head_size: int, element_bytes: int, *, lorentz: bool) -> Tiles:
 def attend_backward(
     dy: Tensor, y: Tensor, log_sum: Tensor, q: Tensor, seen: VisibleKeys, beta: Tensor | None, window: int
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """What the reference of the same name computes."""
+    """Computes the reference with this name."""
     dy, y, q, k, v, gk, gv = rows_contiguous(dy, y, q, seen.keys, seen.values, seen.global_keys, seen.global_values)
     batch, num_queries, num_heads, head_size = q.shape
     num_keys, num_globals = k.shape[1], gk.shape[1]
@@ -85,7 +85,7 @@ def attend_backward(
     def columns_of(
         keys: Tensor, values: Tensor, key_height: Tensor | None, key_documents: Tensor | None, pieces: int | None
     ) -> tuple[Tensor, Tensor]:
-        """Gradients of window keys and values, or with `pieces` the partial sums [pieces, B, G, H, K] of global keys."""
+        """Gradients of window keys and values; with `pieces`, partial sums [pieces, B, G, H, K] for global keys."""
         is_global = pieces is not None
         shape = (pieces, *keys.shape) if is_global else (1, *keys.shape)
         dtype = torch.float32 if is_global else keys.dtype
@@ -140,7 +140,7 @@ def _row_keys(
             dscore = dscore * slope
         rounded = dscore.to(k_tile.dtype)
         if LORENTZ:
-            # Over the rounded matrix that the product below reads: the two terms of dq nearly cancel where q and k are close.
+            # Summed over the rounded matrix that the product below reads: the two terms of dq nearly cancel where q and k are close.
             time_sum += tl.sum(rounded.to(tl.float32) * (1.0 + k_height)[None, :], 1)
         dq = tl.dot(rounded, k_tile, dq, input_precision=PRECISION)
     return dq, time_sum, dbeta
@@ -197,7 +197,7 @@ def _row_kernel(
                 k_t, v_t, False, part != 1, BLOCK_N, BLOCK_K, HEAD_SIZE, LORENTZ, DOCUMENTS, FAST, PRECISION,
             )  # fmt: skip
     if LORENTZ:
-        # Loaded again (hence `.cg`, or the compiler would merge the loads), not kept in registers through the loops.
+        # Loaded again rather than kept in registers through the loops (`.cg` prevents the compiler from merging the loads).
         q_tile = load_rows(q + batch * q_b + head * q_h, first_query, q_t, num_queries, BLOCK_M, BLOCK_K, HEAD_SIZE, True, ".cg")
         dq_tile -= q_tile.to(tl.float32) * (time_sum / (1.0 + q_height))[:, None]
     tl.store(dbeta_parts + row * tl.num_programs(0) + tl.program_id(0), tl.sum(dbeta, 0) * LN_2)
@@ -273,7 +273,7 @@ def _column_kernel(
     slope_scale = tl.load(beta + head) if LORENTZ else dot_scale
     scale = slope_scale if LORENTZ else dot_scale * LOG2_E
     if IS_GLOBAL:
-        # The queries of this piece that are beyond the window of the first key of the tile.
+        # The queries of this piece outside the window of the tile's first key.
         reach = window - num_seen
         key = tl.where(inside, column, 1 << 30)
         begin = tl.maximum(piece * PIECE, (first_key + reach) // BLOCK_M * BLOCK_M)

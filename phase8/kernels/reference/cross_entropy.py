@@ -1,4 +1,4 @@
-"""Output head and cross-entropy in one, in chunks of rows: the logits of a microbatch never exist whole.
+"""Output head and cross-entropy together, in chunks of rows: the logits of a microbatch never exist whole.
 
 Shapes: N tokens, D model width, V vocabulary.
 """
@@ -21,7 +21,7 @@ def linear_cross_entropy(hidden: Tensor, weight: Tensor, targets: Tensor, chunk_
     Args:
         hidden: Final hidden states [N, D].
         weight: Output head [V, D]; cast to the dtype of `hidden` for the matmuls, its gradient accumulates in its own dtype.
-        targets: Token ids below V, IGNORED_TARGET where there is nothing to predict [N].
+        targets: Token ids below V, IGNORED_TARGET where nothing is predicted [N].
         chunk_tokens: Tokens whose logits exist at the same time; None: the implementation chooses.
 
     Returns:
@@ -44,7 +44,7 @@ def linear_cross_entropy_gradients(
     needs_dhidden: bool = True,
     needs_dweight: bool = True,
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
-    """The loss with its gradients, formed while the logits of a chunk are there, so that nothing is recomputed in backward.
+    """The loss with its gradients, computed while the logits of a chunk exist, so that backward recomputes nothing.
 
     Args:
         hidden: As above.

@@ -88,8 +88,8 @@ def gated_linear_attention_backward(
     dkeys = _read(values, grads, queries, dafter.mT, gates.ratio.mT, gates.to_end)  # without the weight, which may be 0
     dvalues = _read(keys, queries, grads, dafter, gates.ratio.mT, gates.to_end) * weight
 
-    # What crosses from token j - 1 to token j, alpha_j <S_{j-1}, dS_j>: what crosses the end of the chunk, what is read from j on, less
-    # what is written from j on. Summed inside chunks only: over a sequence, rounding would drown what short memories carry.
+    # What crosses from token j - 1 to token j, alpha_j <S_{j-1}, dS_j>: what crosses the end of the chunk, plus what is read from j on, less
+    # what is written from j on. Sums stay inside chunks: over a sequence, rounding would exceed the values of short memories.
     read, written = (queries * dqueries).sum(-1), (keys * dkeys).sum(-1)
     change = read - gates.weight * written
     crossing_end = (torch.cat((before[:, 1:], final[:, None]), dim=1) * dafter).sum((-1, -2))
@@ -126,14 +126,14 @@ class _Gates(NamedTuple):
 
 def _gates(log_decay: Tensor, starts: Tensor | None, key_size: int) -> _Gates:
     wide = at_least_fp32(log_decay)
-    # What a token with a smaller alpha keeps is below the rounding of what it adds. Without the bound, sums over a chunk would be as
-    # imprecise as they are large: ratios of later tokens would be wrong, or NaN.
+    # A token with a smaller alpha keeps less than the rounding of what it adds. Without the bound, sums over a chunk would lose precision
+    # in proportion to their size: ratios of later tokens would be wrong, or NaN.
     log_decay = _chunks(wide.clamp(min=math.log(torch.finfo(wide.dtype).eps) - 10))
     total = log_decay.cumsum(-1)
     visible = torch.ones(total.shape[-1], total.shape[-1], dtype=torch.bool, device=total.device).tril()
     from_start, to_end = total.exp(), (total[..., -1:] - total).exp()
     if starts is not None:
-        # Documents begun since the start of the chunk: 0 means still the document of the state before it.
+        # Documents begun since the start of the chunk: 0 means the document of the incoming state.
         begun = _chunks(starts[..., None]).int().cumsum(-1)
         visible = visible & (begun[..., :, None] == begun[..., None, :])
         from_start, to_end = from_start * (begun == 0), to_end * (begun == begun[..., -1:])
@@ -143,7 +143,7 @@ def _gates(log_decay: Tensor, starts: Tensor | None, key_size: int) -> _Gates:
 
 
 def _states(added: Tensor, decay: Tensor, initial: Tensor | None) -> tuple[Tensor, Tensor]:
-    """States before each chunk and after the last one, of chunks that keep the share `decay` and add `added` [B, N, H, K, V]."""
+    """States before each chunk and after the last one, where chunks keep the share `decay` and add `added` [B, N, H, K, V]."""
     if initial is not None:
         added = torch.cat((added[:, :1] + decay[:, :1] * initial[:, None], added[:, 1:]), dim=1)
     after = linear_scan(decay, added)
@@ -152,7 +152,7 @@ def _states(added: Tensor, decay: Tensor, initial: Tensor | None) -> tuple[Tenso
 
 
 def _read(query: Tensor, key: Tensor, value: Tensor, state: Tensor, ratio: Tensor, gate: Tensor) -> Tensor:
-    """What each token reads, from a state outside its chunk and from the tokens of its chunk [B, N, H, C, V]."""
+    """The reads of each token, from a state outside its chunk and from the tokens of its chunk [B, N, H, C, V]."""
     return (query * gate[..., None]) @ state + (query @ key.mT * ratio) @ value
 
 

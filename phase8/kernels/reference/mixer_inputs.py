@@ -1,4 +1,4 @@
-"""What the two paths of the mixer read: the projections after convolution, rotation and normalisation.
+"""The inputs of the mixer's two paths: the projections after convolution, rotation and normalisation.
 
 With c the causal convolution of the projections: the global path reads n = c / rms(c) as queries and keys; the local path reads them
 turned by their position, as they are (`dot` score) or at a learned radius from the origin (`lorentz`); both read the same values c.
@@ -53,7 +53,7 @@ def mixer_inputs(
         qkv: Projections [B, T, 3, H, K].
         weight: Taps of the convolution of each channel, the last one for the token itself [3 H K, taps]; None: no convolution.
         angles: Rotary angles of the positions [T, K/2].
-        radius: Length that local queries and keys get, per head [H]; None: the length they have.
+        radius: Length to which local queries and keys are scaled, per head [H]; None: they keep their length.
         eps: Added to the mean squares.
         starts: True where a token begins a document, whose convolution sees nothing before it [B, T]; None: nowhere.
         initial_state: The taps - 1 projections before the first token [B, taps - 1, 3 H K]; None: 0.
@@ -70,7 +70,7 @@ def mixer_inputs(
 
 
 def _turned(x: Tensor, angles: Tensor, radius: Tensor | None, eps: float) -> Tensor:
-    """Turned by the positions and, with a radius, brought to that length."""
+    """Rotated by the positions and, with a radius, scaled to that length."""
     x = rotate(x, angles)
     if radius is None:
         return x
@@ -127,7 +127,7 @@ def _convolution_backward(dy: Tensor, x: Tensor, weight: Tensor, starts: Tensor 
     dweight = [(dy * x).sum((0, 1))]
     connected = None if starts is None else torch.ones_like(starts)
     for distance in range(1, min(taps, length)):
-        # What token t + distance took from token t.
+        # The gradient from token t + distance to token t.
         term = dy[:, distance:]
         if connected is not None:
             connected = connected & ~F.pad(starts, (distance - 1, 0))[:, :length]

@@ -1,7 +1,7 @@
-"""Output head and cross-entropy where this process has some rows of the head, and others the rest.
+"""Output head and cross-entropy where this process holds some rows of the head, and other processes the rest.
 
-Of a token three numbers cross to the other processes: the logarithm, base 2, of the largest term of its softmax, the sum of its terms
-relative to that one, and the logit of its target, 0 where another process has it. What comes back is the same of the whole vocabulary.
+For each token three numbers are sent to the other processes: the base-2 logarithm of the largest term of its softmax, the sum of its terms
+relative to that one, and the logit of its target (0 if another process has it). The exchange returns the same three for the whole vocabulary.
 
 Shapes: N tokens, R rows (tokens of a chunk), D model width, V vocabulary of this process.
 """
@@ -17,7 +17,7 @@ from torch import Tensor
 from phase8.kernels.dtypes import at_least_fp32
 from phase8.kernels.reference.cross_entropy import IGNORED_TARGET
 
-ELSEWHERE = -1  # the column of a target that another process has
+ELSEWHERE = -1  # the column of a target on another process
 LOG2E = 1 / math.log(2)
 
 # The statistics of the rows of this process [3, R] -> of the whole vocabulary, the same on every process.
@@ -35,7 +35,7 @@ def shard_cross_entropy_gradients(
         columns: The row of each target in `weight`, ELSEWHERE where it is in none of this process, IGNORED_TARGET where there is no target [N].
         exchange: Called once for each chunk, by every process.
         chunk_tokens: Tokens whose logits exist at the same time.
-        needs_gradients: Form them.
+        needs_gradients: Compute the gradients.
 
     Returns:
         The loss, fp32 or wider, this process's summand of the gradient of `hidden` [N, D], and the gradient of `weight` [V, D].
@@ -56,7 +56,7 @@ def shard_cross_entropy_gradients(
 
 
 def row_statistics(logits: Tensor, columns: Tensor) -> Tensor:
-    """What the other processes must know of logits [R, V]: [3, R], as above."""
+    """The statistics of logits [R, V] that the other processes need: [3, R], as above."""
     powers = logits * LOG2E
     highest = powers.amax(1)
     total = powers.sub_(highest[:, None]).exp2_().sum(1)
@@ -65,7 +65,7 @@ def row_statistics(logits: Tensor, columns: Tensor) -> Tensor:
 
 
 def sum_of_losses(whole: Tensor, columns: Tensor) -> Tensor:
-    """Over rows that count, from the statistics of the whole vocabulary [3, R]."""
+    """Sum over rows that count, from the statistics of the whole vocabulary [3, R]."""
     highest, total, target = whole
     return ((highest + total.log2()) / LOG2E - target).where(columns != IGNORED_TARGET, 0).sum()
 

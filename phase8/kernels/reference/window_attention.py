@@ -49,7 +49,7 @@ def window_attention(
         global_tokens: G, counted from the first token of the sequence.
         beta: Inverse temperature of the `lorentz` score, positive [H]; None: `dot` score.
         starts: True where a token begins a document, which sees nothing before it [B, T]; None: nowhere.
-        state: What earlier calls carried; None: the sequence begins here and nothing is carried on.
+        state: The state that earlier calls carried; None: the sequence begins here and nothing is carried on.
 
     Returns:
         y [B, T, H, K] in the dtype of v, and the state to carry on (None without `state`).
@@ -60,7 +60,7 @@ def window_attention(
 
 
 def attend(q: Tensor, seen: VisibleKeys, beta: Tensor | None, window: int) -> tuple[Tensor, Tensor]:
-    """Attention to the keys that can be seen.
+    """Attention to the visible keys.
 
     Returns:
         y [B, T, H, K] in the dtype of the values, and the logarithm of the sum of exp(score), fp32 or wider [B, T, H].
@@ -99,7 +99,7 @@ def attend_backward(
     keys = blocks.of_keys(at_least_fp32(seen.keys), at_least_fp32(seen.global_keys))
     values = blocks.of_keys(at_least_fp32(seen.values), at_least_fp32(seen.global_values))
     scores = _Scores(blocks.of_queries(at_least_fp32(q)), keys, beta)
-    # The softmax again: log_sum serves implementations that never hold a whole row of scores.
+    # The softmax is computed again; log_sum is for implementations that never hold a whole row of scores.
     weights = scores.values.masked_fill_(~blocks.visible(), -torch.inf).softmax(-1)
     wide_dy = blocks.of_queries(at_least_fp32(dy))
     dvalues = torch.einsum("bnhqj,bnqhk->bnjhk", weights, wide_dy)
@@ -154,7 +154,7 @@ class _SmoothArccosh(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, u: Tensor) -> tuple[Tensor, Tensor]:
-        u = u.clamp(min=0)  # below 0 by rounding only, so backward does not cut the gradient there
+        u = u.clamp(min=0)  # below 0 by rounding only, so backward does not need to cut the gradient there
         root = (u * (u + 2) + ARCCOSH_EPS).sqrt()
         ctx.save_for_backward(root)
         ctx.mark_non_differentiable(root)
@@ -186,7 +186,7 @@ class _Blocks:
         self.size = min(window, num_queries)
         self.num_blocks = -(-num_queries // self.size)
         self.num_carried = seen.keys.shape[1] - num_queries
-        # One block sees the carried keys; of several, which are W long, each sees the one before it.
+        # A single block sees the carried keys; with several, which are W long, each sees the one before it.
         self.left = self.num_carried if self.num_blocks == 1 else self.size
         self.padding = self.num_blocks * self.size - num_queries
         self.num_globals = seen.global_keys.shape[1] if seen.num_seen + num_queries > window else 0
@@ -222,14 +222,14 @@ class _Blocks:
         return window, shared if self.num_globals else torch.zeros_like(self.seen.global_keys, dtype=x.dtype)
 
     def visible(self) -> Tensor:
-        """Whether a query sees a key, [1 or B, N, 1, Q, J]: a key of its document and window, or a global one that has left its window."""
+        """Whether a query sees a key, [1 or B, N, 1, Q, J]: a key of its document and window, or a global one outside its window."""
         device = self.seen.keys.device
         begin = torch.arange(self.num_blocks, device=device)[:, None] * self.size
         query = (begin + torch.arange(self.size, device=device))[..., None]
         key = (begin - self.left + torch.arange(self.left + self.size, device=device))[:, None, :]
         visible = (key <= query) & (query - key < self.window) & (key >= -self.num_carried)
         if self.num_globals:
-            # A global token counts once: through the window while it is near, through the globals afterwards.
+            # A global token counts once: through the window while it is inside, through the globals afterwards.
             shared = torch.arange(self.num_globals, device=device) <= query + self.seen.num_seen - self.window
             visible = torch.cat((visible, shared), -1)
         visible = visible[None]
