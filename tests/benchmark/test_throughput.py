@@ -8,7 +8,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from tiny_run import tiny_config
 
 from phase8.benchmark import throughput
 from phase8.benchmark.throughput import WARMUP_STEPS, measure_alone, measure_throughput
@@ -19,6 +18,7 @@ from phase8.observe.metrics import MetricsWriter
 from phase8.tensor_parallel.linear import joint_linear
 from phase8.train import loop, saver, trainer
 from phase8.train.step import StepResult
+from tests.train.tiny_run import tiny_config
 
 CPU = torch.device("cpu")
 

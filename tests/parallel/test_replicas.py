@@ -7,8 +7,6 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from test_parity import BLOCKS, INTERLEAVED, OFFLOADED, ranks
-from training import MODEL, new_learner, take_step
 
 from phase8.checkpoint.load import open_checkpoint
 from phase8.checkpoint.save import save_checkpoint
@@ -18,6 +16,8 @@ from phase8.config.load import load_config
 from phase8.errors import CorruptionError
 from phase8.train.faults import replicas
 from phase8.train.faults.replicas import WEIGHT, Holding, Item, bit_hash, check_replicas, describe_deviation, powers_of_base
+from tests.parallel.test_parity import BLOCKS, INTERLEAVED, OFFLOADED, ranks
+from tests.parallel.training import MODEL, new_learner, take_step
 
 BLOCK = (*BLOCKS["tied"], "model.num_layers=4")
 NOTHING, ALL, NORMS, TIED = "nothing", "all", "norms", "tied"

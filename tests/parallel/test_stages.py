@@ -4,8 +4,6 @@ import os
 
 import pytest
 import torch
-from test_parity import BLOCKS, INTERLEAVED, ranks
-from training import MODEL, microbatches_of, new_learner, take_step
 
 from phase8.config.auto import without_auto
 from phase8.config.load import load_config
@@ -17,6 +15,8 @@ from phase8.model.model import build_model
 from phase8.plan.stages import chunk_layers
 from phase8.train.stage import joined
 from phase8.train.step import evaluate, train_step
+from tests.parallel.test_parity import BLOCKS, INTERLEAVED, ranks
+from tests.parallel.training import MODEL, microbatches_of, new_learner, take_step
 
 BLOCK = BLOCKS["deep-tied"]
 TOPOLOGIES = {

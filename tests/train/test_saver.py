@@ -9,7 +9,6 @@ import pytest
 import torch
 import torch.distributed as dist
 from rich.console import Console
-from tiny_run import losses, prepare, records, weights
 
 from phase8.checkpoint.background import BackgroundSaver
 from phase8.checkpoint.load import list_checkpoints, open_checkpoint
@@ -17,6 +16,7 @@ from phase8.data.tokenizer_training import train_sentencepiece
 from phase8.errors import CheckpointError, OutOfMemoryError, StorageError
 from phase8.train import saver, trainer
 from phase8.train.loop import train
+from tests.train.tiny_run import losses, prepare, records, weights
 
 ASIDE = "checkpoint.asynchronous=true"
 EACH = ("checkpoint.every_n_steps=5", "checkpoint.keep_last=10")
