@@ -1,17 +1,12 @@
-import sys
 from pathlib import Path
 
 import pytest
 import torch
 
+from tests.train import tiny_run
+
 # Tiny tensors: a second thread costs more than it brings, and tests share the cores.
 torch.set_num_threads(1)
-
-# Helpers of a test package are imported by their file name.
-for directory in ("model", "train"):
-    sys.path.insert(0, str(Path(__file__).parent / directory))
-
-import tiny_run  # noqa: E402
 
 
 @pytest.fixture(scope="session")

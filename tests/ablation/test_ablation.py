@@ -9,7 +9,6 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from tiny_run import write_documents
 
 from phase8.ablation import chart
 from phase8.ablation.chart import validation_png
@@ -30,6 +29,7 @@ from phase8.config.describe import iterate_keys
 from phase8.config.load import config_to_mapping, load_config
 from phase8.errors import ConfigError, DataError, StorageError
 from phase8.train.datasets import open_run_data
+from tests.train.tiny_run import write_documents
 
 SHIPPED = Path(__file__).parents[2] / "configs" / "ablation_30m.yaml"
 NUM_STEPS = 20

@@ -1,11 +1,11 @@
 import pytest
 import torch
-from benchmark_figures import measured
-from tiny_run import tiny_config
 
 from phase8.benchmark import blocks as module
 from phase8.benchmark.blocks import compare_blocks, speed_ratio, sweep_lengths
 from phase8.benchmark.throughput import Measurement
+from tests.benchmark.benchmark_figures import measured
+from tests.train.tiny_run import tiny_config
 
 CPU = torch.device("cpu")
 OUT_OF_MEMORY = Measurement(None, "out of memory")

@@ -1,11 +1,11 @@
 from pathlib import Path
 
 import pytest
-from tiny_run import tiny_config
 
 from phase8.benchmark.data import DOCUMENT_TOKENS, MIN_TOKENS, on_random_tokens, write_random_tokens
 from phase8.data.indexed import IndexedDataset
 from phase8.data.loader import open_dataset
+from tests.train.tiny_run import tiny_config
 
 
 @pytest.mark.parametrize(("vocab_size", "dtype"), [(61, "uint16"), (50257, "uint16"), (200_000, "int32")])

@@ -2,14 +2,14 @@ import math
 
 import pytest
 import torch
-from benchmark_figures import measured
-from tiny_run import tiny_config
 
 from phase8.benchmark import ladder
 from phase8.benchmark.ladder import climb, total_gain
 from phase8.benchmark.throughput import Measurement
 from phase8.errors import ConfigError, DivergenceError
 from phase8.kernels.backends import Backend
+from tests.benchmark.benchmark_figures import measured
+from tests.train.tiny_run import tiny_config
 
 CPU, GPU = torch.device("cpu"), torch.device("cuda", 0)
 NAMES = ["eager fp32", "+ loader", "+ bf16", "+ compile", "+ kernels", "+ CUDA graphs"]

@@ -6,7 +6,6 @@ import time
 from pathlib import Path
 
 import pytest
-from tiny_run import tiny_config
 
 from phase8.benchmark.layouts import layout_config, parse_layout, throughput_ceiling
 from phase8.benchmark.parallel import Host, first_error, measure_layouts, planned_bytes, torchrun
@@ -16,6 +15,7 @@ from phase8.benchmark.throughput import WARMUP_STEPS
 from phase8.config.batch import batch_shape, run_topology
 from phase8.errors import ConfigError
 from phase8.plan.whole_config import count_parameters, plan_stages, shapes_only
+from tests.train.tiny_run import tiny_config
 
 ROOT = Path(__file__).parents[2]
 ON_CPU = Host(torchrun(ROOT / "launch" / "benchmark_rank.py"), "cpu", None, timeout_seconds=300.0)

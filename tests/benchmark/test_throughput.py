@@ -8,7 +8,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from tiny_run import tiny_config
 
 from phase8.benchmark import throughput
 from phase8.benchmark.throughput import WARMUP_STEPS, measure_alone, measure_throughput
@@ -20,6 +19,7 @@ from phase8.tensor_parallel.linear import JointColumnLinear
 from phase8.train import loop, saver, trainer
 from phase8.train.engine import fsdp
 from phase8.train.engine.protocol import StepResult
+from tests.train.tiny_run import tiny_config
 
 CPU = torch.device("cpu")
 

@@ -7,9 +7,8 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
-from chaos_launcher import Launcher
-
 from phase8.checkpoint.load import open_checkpoint
+from tests.chaos.chaos_launcher import Launcher
 
 TOOL = "tools/reshard_checkpoint.py"
 KIND = "reshard tool killed"

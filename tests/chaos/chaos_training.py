@@ -8,14 +8,13 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from chaos_launcher import LONG, Group, Launcher
-from tiny_run import write_documents
-
 from phase8.checkpoint.load import Checkpoint, newest_good_checkpoint, open_checkpoint
 from phase8.checkpoint.reshard.compare import compare_checkpoints
 from phase8.checkpoint.step_directories import step_directory_name
 from phase8.errors import CheckpointError
 from phase8.observe.metrics import read_metrics
+from tests.chaos.chaos_launcher import LONG, Group, Launcher
+from tests.train.tiny_run import write_documents
 
 NUM_RANKS, STEPS = 2, 60
 BANNER = "phase8 pretraining"  # rank 0 prints it when the checkpoint is loaded and steps are about to begin

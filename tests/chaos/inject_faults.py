@@ -18,10 +18,10 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 ROOT = Path(__file__).parents[2]
-sys.path[:0] = [str(ROOT), str(Path(__file__).parent), str(ROOT / "tests" / "train")]
+sys.path.insert(0, str(ROOT))
 
-from chaos_reshard import KIND, LAYOUTS, ReshardChaos  # noqa: E402
-from chaos_training import SAVES, TOPOLOGIES, VICTIMS, Kind, TrainingChaos  # noqa: E402
+from tests.chaos.chaos_reshard import KIND, LAYOUTS, ReshardChaos  # noqa: E402
+from tests.chaos.chaos_training import SAVES, TOPOLOGIES, VICTIMS, Kind, TrainingChaos  # noqa: E402
 
 FAULTS_PER_RUN = 4
 KINDS = [*(Kind(victims, saves) for saves in SAVES for victims in VICTIMS), KIND]

@@ -4,9 +4,10 @@ import json
 import secrets
 
 import pytest
-from chaos_reshard import KIND
-from chaos_training import SAVES, VICTIMS, Kind
-from inject_faults import KINDS, inject, summarise
+
+from tests.chaos.chaos_reshard import KIND
+from tests.chaos.chaos_training import SAVES, VICTIMS, Kind
+from tests.chaos.inject_faults import KINDS, inject, summarise
 
 SHORT = [*(Kind(victims, saves) for victims, saves in zip(VICTIMS, SAVES, strict=True)), KIND]
 

@@ -3,15 +3,11 @@
 from __future__ import annotations
 
 import json
-import sys
 from pathlib import Path
 from typing import Any
 
-from tiny_run import train_tiny, write_config
-
-sys.path.insert(0, str(Path(__file__).parent))
-
-from fuzzing import seal
+from tests.checkpoint.fuzzing import seal
+from tests.train.tiny_run import train_tiny, write_config
 
 STEP = 3
 # Where in the metadata, what is put there, and what the sentence about it says.

@@ -6,8 +6,9 @@ import copy
 from collections.abc import Callable
 from typing import Any
 
-from fuzzing import NUMBERS, mutated_json
 from hypothesis import strategies as st
+
+from tests.checkpoint.fuzzing import NUMBERS, mutated_json
 
 NAMES = (
     "model.embedding.weight", "optimizer.embedding.weight.exp_avg", "model-rank00000-00000.safetensors", "model-rank00001-00000.safetensors",

@@ -8,7 +8,6 @@ import json
 import pickle
 import re
 import shutil
-import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,17 +16,14 @@ from typing import Any
 import pytest
 import torch
 from rich.console import Console
-from tiny_run import prepare, train_tiny
 
 from phase8.checkpoint.checksum import checksum_of
 from phase8.checkpoint.load import newest_good_checkpoint, open_checkpoint
 from phase8.data.tokenizer_training import train_sentencepiece
 from phase8.errors import CheckpointCorruptError, CheckpointError, CheckpointMismatchError
-
-sys.path.insert(0, str(Path(__file__).parent))
-
-from fuzzing import seal
-from sample_checkpoint import bits, write_checkpoint
+from tests.checkpoint.fuzzing import seal
+from tests.checkpoint.sample_checkpoint import bits, write_checkpoint
+from tests.train.tiny_run import prepare, train_tiny
 
 MANIFEST, MODEL, OPTIMIZER, TOKENIZER = "manifest.json", "model-00000.safetensors", "optimizer-00000.safetensors", "tokenizer.model"
 FILES = (MANIFEST, MODEL, OPTIMIZER, TOKENIZER)

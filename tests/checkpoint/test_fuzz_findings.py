@@ -5,7 +5,6 @@ from __future__ import annotations
 import base64
 import json
 import os
-import sys
 import time
 import tracemalloc
 from collections.abc import Callable
@@ -24,11 +23,8 @@ from phase8.checkpoint.save import save_checkpoint
 from phase8.checkpoint.state import flat_state, restore_state
 from phase8.checkpoint.tensor_file import TensorFile
 from phase8.errors import CheckpointCorruptError, CheckpointMismatchError
-
-sys.path.insert(0, str(Path(__file__).parent))
-
-from fuzzing import seal
-from sample_checkpoint import bits, build, write_checkpoint
+from tests.checkpoint.fuzzing import seal
+from tests.checkpoint.sample_checkpoint import bits, build, write_checkpoint
 
 CPU = torch.device("cpu")
 

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import json
 import shutil
-import sys
 from pathlib import Path
 
 import pytest
@@ -20,12 +19,9 @@ from phase8.checkpoint.load import Checkpoint, open_checkpoint
 from phase8.checkpoint.state import flat_state, restore_state
 from phase8.division import Region
 from phase8.errors import Phase8Error
-
-sys.path.insert(0, str(Path(__file__).parent))
-
-from fuzzing import Tally, Watch, fuzz, mutated_bytes, seal
-from manifest_edits import mutated_manifest
-from sample_checkpoint import TOKENIZER, bits, build, stored_bits, write_checkpoint
+from tests.checkpoint.fuzzing import Tally, Watch, fuzz, mutated_bytes, seal
+from tests.checkpoint.manifest_edits import mutated_manifest
+from tests.checkpoint.sample_checkpoint import TOKENIZER, bits, build, stored_bits, write_checkpoint
 
 STEP = 2
 

@@ -12,7 +12,6 @@ import contextlib
 import io
 import json
 import shutil
-import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -23,7 +22,6 @@ from hypothesis import given
 from hypothesis import strategies as st
 from rich.cells import cell_len
 from rich.console import Console
-from tiny_run import prepare
 
 from phase8.checkpoint.load import open_checkpoint
 from phase8.errors import CheckpointError
@@ -31,13 +29,10 @@ from phase8.generate.decode import Decoder
 from phase8.generate.restore import restore_model
 from phase8.train.build import Run
 from phase8.train.resume import Position, restore_run
-
-sys.path.insert(0, str(Path(__file__).parent))
-sys.path.insert(0, str(Path(__file__).parents[1] / "tools"))
-
-from doors import load_door
-from forged_run import FORGERIES, write_run
-from fuzzing import LONGEST_MESSAGE, Tally, Watch, fuzz, mutated_json, seal
+from tests.checkpoint.forged_run import FORGERIES, write_run
+from tests.checkpoint.fuzzing import LONGEST_MESSAGE, Tally, Watch, fuzz, mutated_json, seal
+from tests.tools.doors import load_door
+from tests.train.tiny_run import prepare
 
 MOST_SECONDS = 20.0  # of a core that others share
 CPU = torch.device("cpu")

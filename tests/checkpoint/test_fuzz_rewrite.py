@@ -10,7 +10,6 @@ from __future__ import annotations
 import json
 import os
 import shutil
-import sys
 from pathlib import Path
 
 import pytest
@@ -23,11 +22,8 @@ from phase8.checkpoint.reshard.reshard import reshard
 from phase8.division import DividedShape
 from phase8.errors import Phase8Error
 from phase8.topology import Topology
-
-sys.path.insert(0, str(Path(__file__).parent))
-
-from fuzzing import Tally, Watch, fuzz, mutated_bytes, mutated_json
-from sample_checkpoint import write_checkpoint
+from tests.checkpoint.fuzzing import Tally, Watch, fuzz, mutated_bytes, mutated_json
+from tests.checkpoint.sample_checkpoint import write_checkpoint
 
 PARAMETERS = {
     "embedding.weight": DividedShape((6, 4), {"tp": 0}), "norm.weight": DividedShape((4,)), "mask": DividedShape((5,)), "empty": DividedShape((0, 3))

@@ -10,7 +10,6 @@ from __future__ import annotations
 import json
 import os
 import shutil
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -23,11 +22,8 @@ from phase8.checkpoint.checksum import checksum_of
 from phase8.checkpoint.load import newest_good_checkpoint, open_checkpoint
 from phase8.checkpoint.tensor_file import DTYPES, TensorFile, write_tensor_file
 from phase8.errors import CheckpointError, Phase8Error
-
-sys.path.insert(0, str(Path(__file__).parent))
-
-from fuzzing import NUMBERS, Tally, Watch, fuzz, mutated_bytes, mutated_json
-from sample_checkpoint import TOKENIZER, bits, write_checkpoint
+from tests.checkpoint.fuzzing import NUMBERS, Tally, Watch, fuzz, mutated_bytes, mutated_json
+from tests.checkpoint.sample_checkpoint import TOKENIZER, bits, write_checkpoint
 
 FILE = "model-rank00000-00000.safetensors"
 NAMES = ("embedding.weight@0,0", "norm.weight", "mask", "dtype", "shape", "data_offsets")

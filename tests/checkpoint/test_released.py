@@ -11,7 +11,6 @@ from typing import Any
 import pytest
 import torch
 from rich.console import Console
-from tiny_run import losses
 
 from phase8.checkpoint.load import Checkpoint, open_checkpoint
 from phase8.checkpoint.manifest import Slice, TensorEntry
@@ -21,6 +20,7 @@ from phase8.config.load import load_config
 from phase8.generate.restore import restore_model
 from phase8.train.build import Run, build_run
 from phase8.train.loop import train
+from tests.train.tiny_run import losses
 
 RELEASED = Path(__file__).parent / "released"
 FIXTURES = sorted(path.name for path in RELEASED.iterdir() if path.is_dir())

@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import json
 import shutil
-import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -13,7 +12,6 @@ from typing import Any
 import pytest
 import torch
 from rich.console import Console
-from tiny_run import prepare
 
 from phase8.checkpoint.load import open_checkpoint
 from phase8.checkpoint.model_sizes import sizes_problem
@@ -24,10 +22,8 @@ from phase8.errors import CheckpointCorruptError, CheckpointError, CheckpointMis
 from phase8.generate.restore import restore_model
 from phase8.model.model import build_model
 from phase8.train.resume import Position, restore_run
-
-sys.path.insert(0, str(Path(__file__).parent))
-
-from forged_run import FORGERIES, forge, write_run
+from tests.checkpoint.forged_run import FORGERIES, forge, write_run
+from tests.train.tiny_run import prepare
 
 CPU = torch.device("cpu")
 

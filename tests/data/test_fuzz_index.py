@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import os
 import struct
-import sys
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -23,10 +22,7 @@ from phase8.data.index_file import DIALECTS
 from phase8.data.indexed import IndexedDataset
 from phase8.data.muse import import_muse
 from phase8.errors import DataError, IndexedFormatError
-
-sys.path.insert(0, str(Path(__file__).parents[1] / "checkpoint"))
-
-from fuzzing import NUMBERS, Tally, Watch, fuzz, mutated_bytes
+from tests.checkpoint.fuzzing import NUMBERS, Tally, Watch, fuzz, mutated_bytes
 
 WHOLE_NUMBERS = [number for number in NUMBERS if type(number) is int]
 LENGTHS, INDEX, TOKENS = [3, 2, 0, 1], [0, 2, 2, 4], bytes.fromhex("0100 0200 0300 0400 0500 0600")

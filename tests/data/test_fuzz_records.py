@@ -8,9 +8,7 @@ Every run of the tests tries a few hundred inputs, always the same. Ten thousand
 from __future__ import annotations
 
 import json
-import sys
 from dataclasses import asdict
-from pathlib import Path
 
 import pytest
 from hypothesis import assume, given
@@ -20,10 +18,7 @@ from phase8.data.documents import cut_shards
 from phase8.data.input_files import find_sources
 from phase8.data.shards import DocumentRules, Shard, finished_counts, make_shard
 from phase8.data.tokenizer_training import train_sentencepiece
-
-sys.path.insert(0, str(Path(__file__).parents[1] / "checkpoint"))
-
-from fuzzing import Tally, Watch, fuzz, mutated_bytes, mutated_json
+from tests.checkpoint.fuzzing import Tally, Watch, fuzz, mutated_bytes, mutated_json
 
 MAX_NESTED = 15_000  # bytes: deeper nesting than Python's limit is for the tests of the function that reads records
 

@@ -2,10 +2,10 @@ from dataclasses import is_dataclass
 
 import pytest
 import torch
-from small import VARIANT_IDS, VARIANT_SECTIONS, perturbed_model, random_tokens, scaled_down
 
 from phase8.config.schema import ModelSection
 from phase8.generate.decode import Decoder
+from tests.model.small import VARIANT_IDS, VARIANT_SECTIONS, perturbed_model, random_tokens, scaled_down
 
 
 @pytest.mark.parametrize("section", VARIANT_SECTIONS, ids=VARIANT_IDS)

@@ -5,10 +5,10 @@ import re
 import pytest
 import sentencepiece
 import torch
-from tiny_run import train_tiny
 
 from phase8.errors import CheckpointError
 from phase8.generate.restore import restore_model, restore_tokenizer
+from tests.train.tiny_run import train_tiny
 
 
 @pytest.fixture

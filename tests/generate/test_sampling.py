@@ -1,10 +1,10 @@
 import pytest
 import torch
-from small import perturbed_model, scaled_down
 
 from phase8.config.schema import ModelSection
 from phase8.errors import CheckpointError, ConfigError
 from phase8.generate.sampling import SamplingOptions, draw_token, generate_tokens
+from tests.model.small import perturbed_model, scaled_down
 
 LOGITS = torch.tensor([0.0, 3.0, 1.0, 2.9, -5.0])
 

@@ -8,12 +8,9 @@ torch.compile does not use Triton, so nothing else notices.
 import importlib.util
 import os
 import sys
-from pathlib import Path
 
 import pytest
 import torch
-
-sys.path.insert(0, str(Path(__file__).parent))  # offline.py
 
 if not torch.cuda.is_available():
     if "triton" in sys.modules and os.environ.get("TRITON_INTERPRET") != "1":

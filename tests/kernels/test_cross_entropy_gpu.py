@@ -4,12 +4,12 @@ import math
 
 import pytest
 import torch
-from offline import OfflineKernel, compile_offline
 from torch.utils.flop_counter import FlopCounterMode
 
 from phase8.kernels import cross_entropy as operator
 from phase8.kernels.cross_entropy import linear_cross_entropy
 from phase8.kernels.reference.cross_entropy import IGNORED_TARGET, linear_cross_entropy_gradients
+from tests.kernels.offline import OfflineKernel, compile_offline
 
 NAN = float("nan")
 ARGUMENTS = {

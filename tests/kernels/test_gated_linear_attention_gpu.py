@@ -2,10 +2,10 @@
 
 import pytest
 import torch
-from offline import OfflineKernel, compile_offline
 
 from phase8.kernels import gated_linear_attention as operator
 from phase8.kernels.reference import gated_linear_attention as reference
+from tests.kernels.offline import OfflineKernel, compile_offline
 
 pytest.importorskip("triton")
 

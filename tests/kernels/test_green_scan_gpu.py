@@ -2,10 +2,10 @@
 
 import pytest
 import torch
-from offline import OfflineKernel, compile_offline
 
 from phase8.kernels import green_scan as operator
 from phase8.kernels.reference import green_scan as reference
+from tests.kernels.offline import OfflineKernel, compile_offline
 
 SMALL = [(2, 1, 3), (2, 63, 3), (1, 257, 2)]  # batch, tokens, heads
 LARGE = [(8, 4096, 32), (2, 8209, 5), (1, 131072, 4), (3, 257, 16), (64, 512, 8), (5, 1, 32), (40, 2048, 12), (2, 63, 1)]

@@ -2,9 +2,9 @@
 
 import pytest
 import torch
-from offline import OfflineKernel, compile_offline
 
 from phase8.kernels.reference.low_rank_swiglu import low_rank_swiglu, low_rank_swiglu_backward
+from tests.kernels.offline import OfflineKernel, compile_offline
 
 # tokens, rank, width
 SMALL = [(40, 16, 48), (17, 5, 20), (1, 1, 1), (33, 20, 16)]

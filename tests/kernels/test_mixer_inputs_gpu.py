@@ -2,10 +2,10 @@
 
 import pytest
 import torch
-from offline import OfflineKernel, compile_offline, count
 
 from phase8.kernels.reference.mixer_inputs import MixerInputs, mixer_inputs, mixer_inputs_backward
 from phase8.kernels.rotary import rotary_angles
+from tests.kernels.offline import OfflineKernel, compile_offline, count
 
 # batch, length, heads, head size, taps (0: no convolution), radius given, documents
 SMALL = [

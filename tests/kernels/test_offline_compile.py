@@ -7,7 +7,8 @@ import pytest
 triton = pytest.importorskip("triton")
 
 import triton.language as tl  # noqa: E402
-from offline import OfflineKernel, compile_offline  # noqa: E402
+
+from tests.kernels.offline import OfflineKernel, compile_offline  # noqa: E402
 
 
 @triton.jit
@@ -39,11 +40,11 @@ def broken_kernel(x):
 
 def product(**changes):
     arguments = dict(a="*bf16", b="*bf16", c="*fp32", num_blocks=7, stride=64, optional=None, BLOCK=64, DTYPE="tl.bfloat16")
-    return OfflineKernel("test_offline_compile:product_kernel", arguments | changes)
+    return OfflineKernel("tests.kernels.test_offline_compile:product_kernel", arguments | changes)
 
 
 def copy(begin, **options):
-    return OfflineKernel("test_offline_compile:copy_kernel", {"x": "*fp32", "y": "*fp32", "begin": begin, "BLOCK": 512}, **options)
+    return OfflineKernel("tests.kernels.test_offline_compile:copy_kernel", {"x": "*fp32", "y": "*fp32", "begin": begin, "BLOCK": 512}, **options)
 
 
 KERNELS = {
@@ -104,13 +105,13 @@ def test_arguments_are_specialised_as_in_a_launch(compiled):
 
 def test_what_does_not_compile_is_named_beside_what_does():
     with pytest.raises(AssertionError) as error:
-        compile_offline({"good": copy(32), "bad": OfflineKernel("test_offline_compile:broken_kernel", {"x": "*fp32"})})
+        compile_offline({"good": copy(32), "bad": OfflineKernel("tests.kernels.test_offline_compile:broken_kernel", {"x": "*fp32"})})
     assert "bad does not compile" in str(error.value) and "good does not" not in str(error.value)
 
 
 def test_arguments_must_be_those_of_the_kernel():
     with pytest.raises(AssertionError, match=r"missing \['x'\], unknown \['z'\]"):
-        compile_offline({"bad": OfflineKernel("test_offline_compile:broken_kernel", {"z": "*fp32"})})
+        compile_offline({"bad": OfflineKernel("tests.kernels.test_offline_compile:broken_kernel", {"z": "*fp32"})})
 
 
 def test_without_triton_or_without_a_good_assembler_the_test_is_skipped(monkeypatch, tmp_path):

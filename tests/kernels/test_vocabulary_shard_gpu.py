@@ -4,13 +4,13 @@ import math
 
 import pytest
 import torch
-from offline import OfflineKernel, compile_offline
-from test_vocabulary_shard import columns_of, in_shards, problem
 
 from phase8.kernels import vocabulary_shard as operator
 from phase8.kernels.reference import vocabulary_shard as reference
 from phase8.kernels.reference.cross_entropy import IGNORED_TARGET, linear_cross_entropy_gradients
 from phase8.kernels.reference.vocabulary_shard import ELSEWHERE
+from tests.kernels.offline import OfflineKernel, compile_offline
+from tests.kernels.test_vocabulary_shard import columns_of, in_shards, problem
 
 NAN = float("nan")
 COMMON = {

@@ -2,11 +2,11 @@
 
 import pytest
 import torch
-from offline import OfflineKernel, compile_offline
 
 from phase8.kernels import window_attention as operator
 from phase8.kernels.reference import window_attention as reference
 from phase8.kernels.window_state import VisibleKeys, empty_window_state, visible_keys
+from tests.kernels.offline import OfflineKernel, compile_offline
 
 ON_GPU = torch.cuda.is_available()
 FIELDS = VisibleKeys.__dataclass_fields__

@@ -1,12 +1,7 @@
-import sys
-from pathlib import Path
-
 import pytest
 
-sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parents[1] / "processes")]
-
-import launched  # noqa: E402
-from launched_training import LaunchedTraining  # noqa: E402
+from tests.launch.launched_training import LaunchedTraining
+from tests.processes import launched
 
 
 @pytest.fixture(scope="session")

@@ -4,9 +4,9 @@ import os
 import runpy
 
 import torch
-from launched import ROOT
 
 from phase8.train.trainer import Trainer
+from tests.processes.launched import ROOT
 
 take_step = Trainer._take_step
 

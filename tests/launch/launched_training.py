@@ -3,12 +3,12 @@
 import sys
 
 import pytest
-from launched import ROOT, torchrun_command
-from tiny_run import train_tiny, write_documents
 
 from phase8.checkpoint.load import list_checkpoints
 from phase8.checkpoint.step_directories import step_of
 from phase8.observe.metrics import read_metrics
+from tests.processes.launched import ROOT, torchrun_command
+from tests.train.tiny_run import train_tiny, write_documents
 
 # A small learning rate: twenty steps then amplify the order of sums, in float32, to 1e-7 of the loss.
 CONFIG = """

@@ -3,12 +3,12 @@
 import os
 import re
 import signal
-import sys
 from functools import partial
 from pathlib import Path
 
 import pytest
-from launched import code_of_first_failure, free_port, own_lines, run, torchrun_command
+
+from tests.processes.launched import code_of_first_failure, free_port, own_lines, run, torchrun_command
 
 FLIPPED_BIT = Path(__file__).with_name("flipped_bit.py")
 NEVER_FITS = {
@@ -67,7 +67,7 @@ def test_torchrun_itself_says_that_the_other_host_never_came(training):
 @pytest.mark.full
 def test_a_flipped_bit_ends_training_before_it_is_saved(training):
     command = torchrun_command(str(FLIPPED_BIT), *training.door("flipped", "observe.stragglers_every_n_steps=0")[1:], num_processes=2)
-    code, _, errors = run(command, PYTHONPATH=os.pathsep.join(path for path in (str(FLIPPED_BIT.parent), *sys.path) if path))
+    code, _, errors = run(command)
     assert (code, code_of_first_failure(errors)[1]) == (1, 8)
     assert "step 6: embedding.weight should be the same on ranks 0 and 1, but is not" in errors
     assert training.saved_steps("flipped") == [3]

@@ -7,7 +7,8 @@ import signal
 import sys
 
 import pytest
-from launched import free_port, own_lines, run
+
+from tests.processes.launched import free_port, own_lines, run
 
 pytestmark = pytest.mark.slow
 

@@ -1,6 +1,6 @@
 """Training under torchrun: the same whatever the ranks, and checkpoints that go on elsewhere."""
 
-from launched import run
+from tests.processes.launched import run
 
 
 def test_one_process_of_torchrun_is_the_plain_process_bit_for_bit(training, alone):

@@ -11,7 +11,8 @@ import uuid
 from pathlib import Path
 
 import pytest
-from launched import ROOT, code_of_first_failure, own_lines
+
+from tests.processes.launched import ROOT, code_of_first_failure, own_lines
 
 SCRIPT = Path(__file__).with_name("meeting.py")
 ADDRESSES = ("10.88.0.1", "10.88.0.2")

@@ -1,12 +1,12 @@
 import pytest
 import torch
-from oracle import hidden_states
-from small import LENGTH, VARIANT_IDS, VARIANT_SECTIONS, document_starts, perturbed_model, random_tokens, scaled_down
 
 from phase8.config.schema import ModelSection
 from phase8.kernels.reference.cross_entropy import IGNORED_TARGET
 from phase8.model.mixer import LorentzScore
 from phase8.model.recomputation import apply_recomputation
+from tests.model.oracle import hidden_states
+from tests.model.small import LENGTH, VARIANT_IDS, VARIANT_SECTIONS, document_starts, perturbed_model, random_tokens, scaled_down
 
 every_variant = pytest.mark.parametrize("section", VARIANT_SECTIONS, ids=VARIANT_IDS)
 both_blocks = pytest.mark.parametrize("block", ["phase8", "transformer"])

@@ -1,6 +1,5 @@
 import pytest
 import torch
-from small import VARIANT_IDS, VARIANT_SECTIONS, scaled_down
 from torch import nn
 
 from phase8.config.schema import ModelSection
@@ -8,6 +7,7 @@ from phase8.model.model import build_model
 from phase8.model.parameters import decayed_parameter_names, initialise, iterate_specs
 from phase8.tensor_parallel.linear import Linear, LowRankColumn
 from phase8.tensor_parallel.parameters import ParameterSpec
+from tests.model.small import VARIANT_IDS, VARIANT_SECTIONS, scaled_down
 
 
 def fresh(section, seed=0):

@@ -1,11 +1,6 @@
-import sys
-from pathlib import Path
-
 import pytest
 
-sys.path.insert(0, str(Path(__file__).parent))
-
-from pool import Pool
+from tests.parallel.pool import Pool
 
 
 @pytest.fixture(scope="session")

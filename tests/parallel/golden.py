@@ -24,12 +24,12 @@ from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
-HERE = Path(__file__).parent
-sys.path[:0] = [str(HERE.parents[1]), str(HERE)]
+sys.path.insert(0, str(Path(__file__).parents[2]))
 
-import torch  # noqa: E402
-from golden_training import CASES, golden_numbers  # noqa: E402
-from pool import Pool  # noqa: E402
+import torch
+
+from tests.parallel.golden_training import CASES, golden_numbers
+from tests.parallel.pool import Pool
 
 EXIT_DIFFERENT, EXIT_NOT_COMPARED = 1, 77  # 77: what test harnesses take for a skipped test
 LONG = 600.0  # seconds; a case that takes so long hangs, however busy the machine is

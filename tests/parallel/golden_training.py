@@ -12,7 +12,6 @@ import os
 from dataclasses import dataclass
 
 import torch
-from training import new_train_state
 
 from phase8.config.auto import without_auto
 from phase8.config.load import load_config
@@ -21,6 +20,7 @@ from phase8.data.microbatch import split_sample
 from phase8.distributed.placement import collected
 from phase8.optim.schedule import learning_rate
 from phase8.train.engine.step import train_step
+from tests.parallel.training import new_train_state
 
 NUM_STEPS = 20
 # Of each data-parallel rank in a step: three, for the sum of two numbers does not depend on their order; and sequences in each of them.

@@ -7,7 +7,6 @@ GPU of its rank. Whatever goes wrong, the workers are thrown away, and the next 
 
 import gc
 import importlib
-import importlib.util
 import multiprocessing
 import multiprocessing.connection
 import os
@@ -16,7 +15,6 @@ import sys
 import time
 import traceback
 from datetime import timedelta
-from pathlib import Path
 
 MAX_WORLD_SIZE = 8
 GLOO = "gloo"
@@ -56,7 +54,7 @@ class Pool:
             raise ValueError(f"world_size is {world_size}, but the pool has 1 to {self.max_world_size} workers.")
         self._start(world_size)
         self._num_jobs += 1
-        job = (self._num_jobs, world_size, timeout_seconds, backend, function.__module__, function.__code__.co_filename, function.__qualname__)
+        job = (self._num_jobs, world_size, timeout_seconds, backend, function.__module__, function.__qualname__)
         for _, connection in self._workers[:world_size]:
             connection.send((job, pickle.dumps(arguments)))
         completed = False
@@ -134,7 +132,7 @@ def work(rank, port, connection):
     store = dist.TCPStore("127.0.0.1", port, is_master=False)
     while True:
         try:
-            (number, world_size, timeout_seconds, backend, *function), arguments = connection.recv()
+            (number, world_size, timeout_seconds, backend, module, name), arguments = connection.recv()
         except EOFError:  # the tests have ended
             return
         torch.manual_seed(0)
@@ -144,7 +142,7 @@ def work(rank, port, connection):
             if backend == NCCL:
                 torch.cuda.set_device(rank)  # before the group exists, or all barriers meet on the first GPU
             dist.init_process_group(backend, store=dist.PrefixStore(f"job {number}", store), rank=rank, world_size=world_size, timeout=timeout)
-            payload = pickle.dumps(_load(*function)(*pickle.loads(arguments)))
+            payload = pickle.dumps(getattr(importlib.import_module(module), name)(*pickle.loads(arguments)))
             gc.collect()  # FSDP leaves cycles that hold process groups, and each of those has threads
             dist.barrier()  # nobody closes a connection that another still reads from
             dist.destroy_process_group()
@@ -153,15 +151,6 @@ def work(rank, port, connection):
             connection.send((False, _pickled_error(error), traceback.format_exc()))
         else:
             connection.send((True, payload, None))
-
-
-def _load(module, file, name):
-    """A function of a test file, which pytest has imported under a name that means nothing here, or of a package."""
-    if module not in sys.modules and Path(file).is_relative_to(Path(__file__).parents[1]):
-        specification = importlib.util.spec_from_file_location(module, file)
-        sys.modules[module] = importlib.util.module_from_spec(specification)
-        specification.loader.exec_module(sys.modules[module])
-    return getattr(importlib.import_module(module), name)
 
 
 def _forget_meshes():

@@ -8,8 +8,6 @@ import pytest
 import safetensors.torch
 import torch
 import torch.distributed as dist
-from test_parity import BLOCKS, INTERLEAVED, OFFLOADED, ranks
-from training import MODEL, new_train_state, take_step
 
 from phase8.checkpoint.background import BackgroundSaver
 from phase8.checkpoint.load import open_checkpoint
@@ -19,6 +17,8 @@ from phase8.config.auto import without_auto
 from phase8.config.load import load_config
 from phase8.distributed.placement import collected
 from phase8.errors import CheckpointCorruptError, StorageError
+from tests.parallel.test_parity import BLOCKS, INTERLEAVED, OFFLOADED, ranks
+from tests.parallel.training import MODEL, new_train_state, take_step
 
 BLOCK = (*BLOCKS["deep-tied"], "model.low_rank_rank=5", "model.num_layers=4")
 TOPOLOGIES = {

@@ -8,7 +8,6 @@ import torch
 import torch.distributed as dist
 from torch.distributed.tensor import DTensor
 from torch.utils._python_dispatch import TorchDispatchMode
-from training import MODEL
 
 from phase8.config.auto import without_auto
 from phase8.config.batch import batch_shape, run_topology
@@ -23,6 +22,7 @@ from phase8.topology import AxisName, Topology
 from phase8.train.engine.step import train_step
 from phase8.train.engine.train_state import build_train_state
 from phase8.zero.fsdp import shard_size
+from tests.parallel.training import MODEL
 
 CPU = torch.device("cpu")
 OFFLOADED = ("zero.stage=3", "zero.offload_optimizer=cpu", "zero.offload_params=cpu")

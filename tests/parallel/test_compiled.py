@@ -5,7 +5,6 @@ import os
 import pytest
 import torch
 from torch._functorch import config as functorch_config
-from training import perturb
 
 from phase8.config.auto import without_auto
 from phase8.config.load import load_config
@@ -14,6 +13,7 @@ from phase8.distributed.placement import gathered
 from phase8.topology import Topology
 from phase8.train.engine.train_state import build_train_state
 from phase8.zero.fsdp import shard_size
+from tests.parallel.training import perturb
 
 SETTINGS = (
     "model.d_model=32", "model.num_layers=1", "model.num_heads=4", "model.vocab_size=64", "model.sequence_length=32", "model.ffn_size=64",

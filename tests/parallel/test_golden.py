@@ -5,10 +5,10 @@ import json
 import sys
 from pathlib import Path
 
-import golden
-import golden_training
 import pytest
-from golden import differences, first_difference, numbers_of, reason_not_to_compare, record_text
+
+from tests.parallel import golden, golden_training
+from tests.parallel.golden import differences, first_difference, numbers_of, reason_not_to_compare, record_text
 
 RECORD = json.loads((Path(__file__).parent / "golden.json").read_text(encoding="utf-8"))
 QUICK = ("one-whole-selective", "tp2-pp2-phase8-low-rank-tied")

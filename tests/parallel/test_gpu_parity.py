@@ -11,9 +11,10 @@ from typing import NamedTuple
 
 import pytest
 import torch
-from pool import GLOO, NCCL, RankError
-from test_parity import BLOCKS, INTERLEAVED, OFFLOADED, ranks
-from training import train_steps
+
+from tests.parallel.pool import GLOO, NCCL, RankError
+from tests.parallel.test_parity import BLOCKS, INTERLEAVED, OFFLOADED, ranks
+from tests.parallel.training import train_steps
 
 NUM_STEPS = 3  # a recorded step is the third
 # Heads of 64, sequences of several tiles of the kernels, a vocabulary that does not divide, layers for two stages of two chunks.

@@ -4,8 +4,6 @@ import os
 
 import pytest
 import torch
-from test_parity import INTERLEAVED, ranks
-from training import MODEL, new_train_state
 
 from phase8.checkpoint.load import open_checkpoint
 from phase8.checkpoint.reshard.reshard import ConsolidatedForm, consolidate
@@ -20,6 +18,8 @@ from phase8.model.parameters import initialise
 from phase8.train.engine.fsdp import FsdpEngine
 from phase8.train.initialise import initialise_run
 from phase8.train.run_directory import run_directory
+from tests.parallel.test_parity import INTERLEAVED, ranks
+from tests.parallel.training import MODEL, new_train_state
 
 BLOCK = ("model.num_layers=4", "model.score=lorentz", "model.chain=both")
 TOPOLOGIES = {

@@ -12,10 +12,6 @@ from unittest import mock
 import pytest
 import torch
 import torch.distributed as dist
-import training
-from pool import GLOO, NCCL
-from test_gpu_parity import require_gpus
-from test_parity import BLOCKS, ranks
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 
@@ -27,6 +23,10 @@ from phase8.precision.formats import OPERAND_DTYPE
 from phase8.tensor_parallel import overlapped
 from phase8.topology import Topology
 from phase8.zero import copy_engine_gather
+from tests.parallel import training
+from tests.parallel.pool import GLOO, NCCL
+from tests.parallel.test_gpu_parity import require_gpus
+from tests.parallel.test_parity import BLOCKS, ranks
 
 
 class CollectiveMemory:

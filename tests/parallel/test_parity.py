@@ -5,9 +5,10 @@ import itertools
 
 import pytest
 import torch
-from mutations import MUTATIONS
-from pool import RankError
-from training import train_steps
+
+from tests.parallel.mutations import MUTATIONS
+from tests.parallel.pool import RankError
+from tests.parallel.training import train_steps
 
 TOLERANCE = 1e-9  # float64, after four AdamW steps; what differs is the order of sums
 # After twenty at this learning rate: the steps of a recurrence amplify a difference tenfold in four, those of the transformer do not at all.

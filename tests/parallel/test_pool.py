@@ -4,7 +4,6 @@ import os
 import signal
 import time
 
-import pool as pool_module
 import pytest
 import torch
 import torch.distributed as dist
@@ -12,6 +11,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import Partial, Replicate, Shard, distribute_tensor
 
 from phase8.errors import ConfigError
+from tests.parallel import pool as pool_module
 
 
 class Unsendable(Exception):

@@ -7,8 +7,6 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from test_parity import BLOCKS, INTERLEAVED, OFFLOADED, ranks
-from training import MODEL, new_train_state, take_step
 
 from phase8.checkpoint.load import open_checkpoint
 from phase8.checkpoint.save import save_checkpoint
@@ -19,6 +17,8 @@ from phase8.errors import CorruptionError
 from phase8.train.engine.fsdp import FsdpEngine
 from phase8.train.engine.protocol import WEIGHT, Item
 from phase8.train.faults.replicas import Holding, bit_hash, check_replicas, describe_deviation, powers_of_base
+from tests.parallel.test_parity import BLOCKS, INTERLEAVED, OFFLOADED, ranks
+from tests.parallel.training import MODEL, new_train_state, take_step
 
 BLOCK = (*BLOCKS["tied"], "model.num_layers=4")
 NOTHING, ALL, NORMS, TIED = "nothing", "all", "norms", "tied"

@@ -4,8 +4,6 @@ import os
 
 import pytest
 import torch
-from test_checkpoints import BLOCK, TOPOLOGIES, restore, start, state_of, train_and_save
-from training import MODEL
 
 from phase8.checkpoint.load import Checkpoint, open_checkpoint
 from phase8.checkpoint.reshard.reshard import reshard
@@ -15,6 +13,8 @@ from phase8.config.load import load_config
 from phase8.config.pipeline import pipeline_of
 from phase8.distributed.placement import collected
 from phase8.plan.chunks import stage_parameters
+from tests.parallel.test_checkpoints import BLOCK, TOPOLOGIES, restore, start, state_of, train_and_save
+from tests.parallel.training import MODEL
 
 
 def load_and_watch(settings, world_size, path):

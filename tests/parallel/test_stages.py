@@ -5,8 +5,6 @@ from unittest import mock
 
 import pytest
 import torch
-from test_parity import BLOCKS, INTERLEAVED, ranks
-from training import MODEL, microbatches_of, new_train_state, take_step
 
 from phase8.config.auto import without_auto
 from phase8.config.load import load_config
@@ -18,6 +16,8 @@ from phase8.model.model import build_model
 from phase8.plan.stages import chunk_layers
 from phase8.train.engine.stage import Stage, joined
 from phase8.train.engine.step import evaluate, train_step
+from tests.parallel.test_parity import BLOCKS, INTERLEAVED, ranks
+from tests.parallel.training import MODEL, microbatches_of, new_train_state, take_step
 
 BLOCK = BLOCKS["deep-tied"]
 TOPOLOGIES = {

@@ -4,7 +4,6 @@ import os
 
 import pytest
 import torch
-from training import MODEL, microbatches_of, new_train_state
 
 from phase8.config.auto import without_auto
 from phase8.config.load import load_config
@@ -12,6 +11,7 @@ from phase8.data.microbatch import stand_in
 from phase8.errors import DataError
 from phase8.train.engine.step import train_step
 from phase8.train.unreadable import UnreadableData, read_together
+from tests.parallel.training import MODEL, microbatches_of, new_train_state
 
 TOPOLOGIES = {
     "dp2 zero 3": ("zero.stage=3",),

@@ -6,7 +6,6 @@ import zlib
 from contextlib import closing, nullcontext
 
 import torch
-from mutations import MUTATIONS
 
 from phase8.config.auto import without_auto
 from phase8.config.batch import run_topology
@@ -22,6 +21,7 @@ from phase8.train.engine.compilation import compile_modules
 from phase8.train.engine.step import train_step
 from phase8.train.engine.train_state import build_train_state
 from phase8.zero.fsdp import shard_size
+from tests.parallel.mutations import MUTATIONS
 
 MODEL = (
     "train.global_batch_size=8", "model.d_model=24", "model.num_layers=2", "model.num_heads=4", "model.vocab_size=61", "model.sequence_length=24",

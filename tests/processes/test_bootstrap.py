@@ -5,11 +5,11 @@ from types import SimpleNamespace
 import pytest
 import torch
 import torch.distributed as dist
-from launched import free_port, run, torchrun
 
 from phase8.errors import CommunicationError, ConfigError
 from phase8.processes.bootstrap import World, world_from_environment
 from phase8.processes.rendezvous import connect, meet, process_group
+from tests.processes.launched import free_port, run, torchrun
 
 TORCHRUN = {"RANK": "5", "LOCAL_RANK": "1", "WORLD_SIZE": "8", "LOCAL_WORLD_SIZE": "4", "MASTER_ADDR": "first", "MASTER_PORT": "29500"}
 

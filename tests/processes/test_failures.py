@@ -8,9 +8,10 @@ import threading
 import time
 from pathlib import Path
 
-import launched
 import pytest
-from launched import free_port
+
+from tests.processes import launched
+from tests.processes.launched import free_port
 
 SCRIPT = Path(__file__).with_name("failing_rank.py")
 

@@ -8,7 +8,6 @@ from dataclasses import replace
 
 import pytest
 import torch.distributed as dist
-from launched import free_port
 from torch.distributed.elastic.multiprocessing.errors import ProcessFailure
 
 from phase8.errors import CommunicationError, ConfigError
@@ -17,6 +16,7 @@ from phase8.processes.exit import exit_code_of, is_echo, leave_word, own_message
 from phase8.processes.failure import Beat, Failure, Position, describe_ranks, find_stall
 from phase8.processes.heartbeat import Neighbour, neighbours_of
 from phase8.processes.watch import Limits, running
+from tests.processes.launched import free_port
 
 FORWARD, REDUCTION = Position(12, "forward of microbatch 3", 4), Position(12, "reduction of gradients", 5)
 

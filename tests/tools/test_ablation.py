@@ -7,7 +7,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from doors import load_door
 from rich.console import Console
 
 from phase8.ablation.runs import RunProcesses
@@ -15,6 +14,7 @@ from phase8.ablation.study import VARIANTS, plan_runs
 from phase8.observe.metrics import read_metrics
 from phase8.train.build import build_run
 from phase8.train.loop import train
+from tests.tools.doors import load_door
 
 ROOT = Path(__file__).parents[2]
 DOOR = ROOT / "tools" / "ablation.py"

@@ -6,11 +6,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from doors import load_door
 
 from phase8.benchmark import ladder, parallel, throughput
 from phase8.benchmark.parallel import LayoutSpeed
 from phase8.kernels import backends
+from tests.tools.doors import load_door
 
 DOOR = Path(__file__).parents[2] / "tools" / "benchmark.py"
 QUICKSTART = Path(__file__).parents[2] / "configs" / "quickstart.yaml"

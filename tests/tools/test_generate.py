@@ -5,10 +5,10 @@ import sys
 from pathlib import Path
 
 import pytest
-from doors import load_door
-from tiny_run import train_tiny, write_config
 
 from phase8.data.tokenizer_training import train_sentencepiece
+from tests.tools.doors import load_door
+from tests.train.tiny_run import train_tiny, write_config
 
 ROOT = Path(__file__).parents[2]
 

@@ -7,9 +7,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from doors import load_door
 
 from phase8.checkpoint.save import save_checkpoint
+from tests.tools.doors import load_door
 
 DOOR = Path(__file__).parents[2] / "tools" / "inspect_checkpoint.py"
 

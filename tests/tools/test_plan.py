@@ -6,8 +6,9 @@ import sys
 from pathlib import Path
 
 import pytest
-from doors import load_door
 from matplotlib.image import imread
+
+from tests.tools.doors import load_door
 
 DOOR = Path(__file__).parents[2] / "tools" / "plan.py"
 INTERLEAVED = ["schedule", "--stages", 4, "--microbatches", 16, "--schedule", "interleaved", "--chunks", 2]

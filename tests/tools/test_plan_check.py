@@ -7,10 +7,10 @@ from pathlib import Path
 
 import pytest
 import torch.distributed as dist
-from doors import load_door
 
 from phase8.config.load import load_config
 from phase8.plan.whole_config import plan_stages
+from tests.tools.doors import load_door
 
 ROOT = Path(__file__).parents[2]
 DOOR = ROOT / "tools" / "plan.py"

@@ -6,7 +6,8 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
-from doors import load_door
+
+from tests.tools.doors import load_door
 
 DOOR = Path(__file__).parents[2] / "tools" / "plan.py"
 SMALL = """

@@ -9,12 +9,12 @@ import numpy as np
 import pyarrow
 import pyarrow.parquet
 import pytest
-from doors import load_door
 
 from phase8.data.indexed import IndexedDataset
 from phase8.data.made_with import made_with
 from phase8.data.tokenizer import load_tokenizer
 from phase8.data.tokenizer_training import train_sentencepiece
+from tests.tools.doors import load_door
 
 TEXTS = [f"document {i} holds the number {i * i}\n" for i in range(80)]
 

@@ -6,7 +6,6 @@ from pathlib import Path
 import pytest
 import safetensors.torch
 import torch
-from doors import load_door
 
 from phase8.checkpoint.checksum import checksum_of
 from phase8.checkpoint.load import open_checkpoint
@@ -14,6 +13,7 @@ from phase8.checkpoint.reshard.compare import compare_checkpoints
 from phase8.checkpoint.save import save_checkpoint
 from phase8.config.load import config_to_mapping, load_config
 from phase8.model.model import build_model
+from tests.tools.doors import load_door
 
 MODEL = ("model.d_model=24", "model.num_layers=4", "model.num_heads=4", "model.vocab_size=61", "model.sequence_length=24", "model.ffn_size=40",
          "model.local_window_size=[5,12]", "parallel.pipeline_schedule=interleaved", "parallel.pipeline_chunks=2")  # fmt: skip

@@ -13,13 +13,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 import safetensors.torch
-import tiny_run
 import torch
 import yaml
-from doors import TOOLS, load_door
 from hypothesis import given
 from hypothesis import strategies as st
-from test_reshard_to_hf import trained
 
 from phase8.checkpoint.huggingface.source import open_llama
 from phase8.checkpoint.load import Checkpoint, open_checkpoint
@@ -32,10 +29,10 @@ from phase8.errors import CheckpointMismatchError, Phase8Error
 from phase8.generate.restore import restore_model
 from phase8.generate.sampling import SamplingOptions, generate_tokens
 from phase8.model.model import build_model
-
-sys.path.insert(0, str(Path(__file__).parents[1] / "checkpoint"))
-
-from fuzzing import Tally, Watch, fuzz, mutated_bytes, mutated_json
+from tests.checkpoint.fuzzing import Tally, Watch, fuzz, mutated_bytes, mutated_json
+from tests.tools.doors import TOOLS, load_door
+from tests.tools.test_reshard_to_hf import trained
+from tests.train import tiny_run
 
 CONFIG = {
     "architectures": ["LlamaForCausalLM"], "model_type": "llama", "vocab_size": 61, "hidden_size": 24, "intermediate_size": 40,

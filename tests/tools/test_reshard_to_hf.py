@@ -8,12 +8,12 @@ import os
 import pytest
 import safetensors.torch
 import torch
-from doors import load_door
 
 from phase8.checkpoint.save import save_checkpoint
 from phase8.config.load import config_to_mapping, load_config
 from phase8.model.model import build_model
 from phase8.model.parameters import initialise
+from tests.tools.doors import load_door
 
 MODEL = ("model.block=transformer", "model.d_model=24", "model.num_layers=2", "model.num_heads=3", "model.vocab_size=61", "model.sequence_length=24",
          "model.ffn_size=40", "model.norm_eps=1e-4", "model.rope_base=500.0")  # fmt: skip

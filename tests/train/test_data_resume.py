@@ -1,22 +1,17 @@
 """The samples that a run has read, step by step, do not depend on interruptions, on the ranks, or on the size of microbatches."""
 
-import sys
 from dataclasses import replace
-from pathlib import Path
 
 import pytest
 import torch
 import torch.distributed as dist
 from rich.console import Console
-from tiny_run import write_documents
 
 from phase8.config.load import load_config
 from phase8.train.build import build_run
 from phase8.train.loop import train
-
-sys.path.insert(0, str(Path(__file__).parents[1] / "parallel"))
-
-from pool import Pool
+from tests.parallel.pool import Pool
+from tests.train.tiny_run import write_documents
 
 STEPS, BATCH = 14, 8
 CONFIG = """

@@ -7,12 +7,12 @@ import numpy as np
 import pytest
 import yaml
 from rich.console import Console
-from tiny_run import prepare, records, train_tiny, write_config
 
 from phase8.data.indexed import IndexedWriter
 from phase8.observe.metrics import SourceLoss
 from phase8.train.evaluation import HeldOutData, weighted_loss
 from phase8.train.loop import train
+from tests.train.tiny_run import prepare, records, train_tiny, write_config
 
 SEQUENCE_LENGTH = 24
 

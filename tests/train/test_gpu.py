@@ -4,14 +4,14 @@ import gc
 
 import pytest
 import torch
-from small import perturbed_model, random_tokens, scaled_down
-from tiny_run import losses, tiny_config
 
 from phase8.config.schema import ModelSection
 from phase8.plan.whole_config import plan_stages
 from phase8.train.build import build_run
 from phase8.train.engine.compilation import COMPILE_MODES
 from phase8.train.loop import train
+from tests.model.small import perturbed_model, random_tokens, scaled_down
+from tests.train.tiny_run import losses, tiny_config
 
 pytestmark = pytest.mark.gpu
 

@@ -2,21 +2,16 @@
 
 import hashlib
 import re
-import sys
-from pathlib import Path
 
 import pytest
 import torch
 import yaml
 from rich.console import Console
-from tiny_run import losses, prepare, records, train_tiny, weights, write_config
 
 from phase8.data.tokenizer_training import train_sentencepiece
 from phase8.errors import CheckpointError, CheckpointMismatchError
-
-sys.path.insert(0, str(Path(__file__).parents[1] / "tools"))
-
-from doors import load_door
+from tests.tools.doors import load_door
+from tests.train.tiny_run import losses, prepare, records, train_tiny, weights, write_config
 
 TRANSFORMER = "model.block=transformer"
 FIVE_STEPS = ("train.num_steps=5", "train.evaluate_every_n_steps=0")

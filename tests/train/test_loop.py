@@ -8,7 +8,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from tiny_run import losses, prepare, records, train_tiny, with_blend, write_documents
 
 from phase8.checkpoint.load import list_checkpoints, open_checkpoint
 from phase8.data.tokenizer_training import train_sentencepiece
@@ -18,6 +17,7 @@ from phase8.terminal import make_console
 from phase8.train import loop, saver, trainer
 from phase8.train.engine import captured_step, fsdp
 from phase8.train.loop import train
+from tests.train.tiny_run import losses, prepare, records, train_tiny, with_blend, write_documents
 
 ROOT = Path(__file__).parents[2]
 KEYS = {"step", "loss", "learning_rate", "grad_norm", "tokens", "tokens_per_second", "step_seconds", "mfu", "peak_memory_bytes"}

@@ -1,12 +1,12 @@
 import numpy as np
 import pytest
 import torch
-from tiny_run import assert_same_weights, losses, prepare, records, tiny_config, train_tiny, weights, with_blend, write_documents
 
 from phase8.checkpoint.load import open_checkpoint
 from phase8.checkpoint.reshard.reshard import ConsolidatedForm, consolidate
 from phase8.data.indexed import IndexedWriter
 from phase8.errors import CheckpointError, CheckpointMismatchError, ConfigError, DataError
+from tests.train.tiny_run import assert_same_weights, losses, prepare, records, tiny_config, train_tiny, weights, with_blend, write_documents
 
 SETTINGS = {
     "accumulation": [],

@@ -2,12 +2,12 @@
 
 import pytest
 import torch
-from tiny_run import prepare, tiny_config
 
 from phase8.kernels.backends import SDPA, Backend
 from phase8.train import build, run_facts
 from phase8.train.engine import train_state
 from phase8.train.run_facts import implementation_facts
+from tests.train.tiny_run import prepare, tiny_config
 
 CPU = torch.device("cpu")
 TRITON = Backend("triton", "triton 3.7.1, ptxas 13.1 selected in place of ptxas 12.8")

@@ -9,7 +9,6 @@ import pytest
 import torch
 import torch.distributed as dist
 from rich.console import Console
-from tiny_run import losses, prepare, records, weights
 
 from phase8.checkpoint.background import BackgroundSaver
 from phase8.checkpoint.load import list_checkpoints, open_checkpoint
@@ -18,6 +17,7 @@ from phase8.errors import CheckpointError, OutOfMemoryError, StorageError
 from phase8.train import saver
 from phase8.train.engine import fsdp
 from phase8.train.loop import train
+from tests.train.tiny_run import losses, prepare, records, weights
 
 ASIDE = "checkpoint.asynchronous=true"
 EACH = ("checkpoint.every_n_steps=5", "checkpoint.keep_last=10")

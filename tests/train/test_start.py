@@ -7,7 +7,6 @@ import stat
 import pytest
 import torch
 from rich.console import Console
-from tiny_run import records, tiny_config, train_tiny, write_documents
 
 from phase8.checkpoint.load import list_checkpoints, open_checkpoint
 from phase8.checkpoint.run_metadata import stored_config
@@ -19,6 +18,7 @@ from phase8.train.build import build_run
 from phase8.train.changed_keys import changed_keys
 from phase8.train.loop import train
 from phase8.train.run_directory import RunDirectory
+from tests.train.tiny_run import records, tiny_config, train_tiny, write_documents
 
 
 @pytest.fixture(scope="module")

@@ -6,7 +6,6 @@ from dataclasses import replace
 import pytest
 import torch
 from rich.console import Console
-from tiny_run import losses, prepare, records, tiny_config, train_tiny, write_config
 
 from phase8.checkpoint.load import list_checkpoints, open_checkpoint
 from phase8.checkpoint.step_directories import step_directory_name
@@ -21,6 +20,7 @@ from phase8.train.memory_limits import memory_errors, retry_with_less_memory
 from phase8.train.run_directory import RunDirectory
 from phase8.train.trial import Trial, run_trial
 from phase8.train.tuning import Chosen, choose_settings
+from tests.train.tiny_run import losses, prepare, records, tiny_config, train_tiny, write_config
 
 GPU = Device("cuda", "a GPU", memory_bytes=8 << 30, total_bytes=8 << 30)
 HOST = {"data.num_workers": 1, "data.pin_memory": True, "checkpoint.asynchronous": False}

@@ -20,7 +20,6 @@ import pytest
 import torch
 import torch.nn.functional as F
 from rich.console import Console
-from tiny_run import losses, prepare, records, tiny_config, train_tiny, weights, with_blend, write_documents
 from torch._functorch import config as functorch_config
 
 from phase8.checkpoint.load import list_checkpoints, open_checkpoint
@@ -40,6 +39,7 @@ from phase8.train.datasets import open_run_data
 from phase8.train.engine import fsdp
 from phase8.train.loop import train
 from phase8.train.signals import StopRequest
+from tests.train.tiny_run import losses, prepare, records, tiny_config, train_tiny, weights, with_blend, write_documents
 
 ROOT = Path(__file__).parents[2]
 PROMPT = "def <ma"

@@ -7,7 +7,6 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tiny_run import prepare, records, train_tiny, weights
 
 from phase8.checkpoint.load import list_checkpoints, open_checkpoint
 from phase8.config.schema import AnomalySection
@@ -17,6 +16,7 @@ from phase8.train.engine.protocol import StepResult
 from phase8.train.faults.anomaly import MIN_SPIKE_HISTORY, SPIKE_WINDOW, RollbackAsked, largest_loss, take_note
 from phase8.train.loop import train
 from phase8.train.resume import Position
+from tests.train.tiny_run import prepare, records, train_tiny, weights
 
 GOOD, BAD = StepResult(1.0, 1.0, skipped=False), StepResult(math.nan, math.inf, skipped=True)
 HIGH = StepResult(9.0, 2.0, skipped=True)
