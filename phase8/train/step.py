@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -26,6 +26,7 @@ class StepResult:
         skipped: Loss or norm was not finite, or the loss too large, and the weights were left alone.
         stop: Some rank was asked to stop.
         unreadable: Some rank could not read its data, and the weights were left alone.
+        auxiliary_losses: Mean of each auxiliary loss per valid target, by name; `loss` does not contain them.
     """
 
     loss: float
@@ -33,6 +34,7 @@ class StepResult:
     skipped: bool
     stop: bool = False
     unreadable: bool = False
+    auxiliary_losses: Mapping[str, float] = field(default_factory=dict)
 
 
 def train_step(
@@ -65,7 +67,7 @@ def train_step(
         group["lr"] = learning_rate
     numbers = StepNumbers(count_targets(microbatches), largest_loss, stop, unreadable)
     measured = update(learner, microbatches, numbers, gradient_clip_norm=gradient_clip_norm, report=report)
-    return step_result(measured.tolist())  # the only synchronisation of the step
+    return step_result(measured.tolist(), learner.stage.auxiliary_losses)  # the only synchronisation of the step
 
 
 @dataclass(frozen=True)
@@ -96,11 +98,11 @@ def update(
     """The part of a step that the device does, without waiting for it; arguments as for `train_step`. The optimizer knows its learning rate.
 
     Returns:
-        Loss, gradient norm, the numbers of ranks that were asked to stop and that could not read, and whether the weights were changed,
-        for `step_result`.
+        Loss, gradient norm, the numbers of ranks that were asked to stop and that could not read, whether the weights were changed, and the
+        auxiliary losses, for `step_result`.
     """
     optimizer, shards, mesh, device = learner.optimizer, learner.shards, learner.mesh, learner.device
-    total = learner.stage.train(microbatches, _over_all_ranks(numbers.num_targets, learner), report=report)
+    total, auxiliary = learner.stage.train(microbatches, _over_all_ranks(numbers.num_targets, learner), report=report)
     shards.take_gradients()
     norm = shards.gradient_norm()
     total = sum_over(total, *mesh.axes(LOSS))
@@ -110,13 +112,16 @@ def update(
     step_clipped(optimizer, norm, max_norm=gradient_clip_norm, counts=counts)
     shards.write_back()
     shards.drop_gradients()
-    return torch.stack((total, norm.to(total), *told, counts.to(total)))
+    # Tensor-parallel ranks have the same main loss, but auxiliary losses of their own tokens.
+    found = () if auxiliary is None else sum_over(auxiliary, *mesh.axes(EVERYBODY))
+    return torch.stack((total, norm.to(total), *told, counts.to(total), *found))
 
 
-def step_result(measured: Sequence[float]) -> StepResult:
+def step_result(measured: Sequence[float], auxiliary_names: Sequence[str]) -> StepResult:
     """What the numbers of `update` say."""
-    loss, norm, num_stopped, num_unreadable, counts = measured
-    return StepResult(loss, norm, skipped=counts == 0, stop=num_stopped > 0, unreadable=num_unreadable > 0)
+    loss, norm, num_stopped, num_unreadable, counts, *auxiliary = measured
+    named = dict(zip(auxiliary_names, auxiliary, strict=True))
+    return StepResult(loss, norm, skipped=counts == 0, stop=num_stopped > 0, unreadable=num_unreadable > 0, auxiliary_losses=named)
 
 
 @torch.no_grad()
