@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -20,6 +20,7 @@ from phase8.precision.formats import OPERAND_DTYPE, NumberFormat
 BlockState = MixerState | AttentionState
 # How a part of a block is run: with the part and its arguments it returns what the part returns.
 Run = Callable[..., Any]
+BlockOutput = tuple[Tensor, BlockState | None, Mapping[str, Tensor]]
 
 
 class Block(nn.Module):
@@ -58,16 +59,25 @@ class Block(nn.Module):
         repeated = {"full": block.repeated, "selective": mixer.repeated}.get(recompute, ())
         return replace(block, backward=repeated + block.backward)
 
-    def forward(
-        self, x: Tensor, angles: Tensor, starts: Tensor | None = None, state: BlockState | None = None
-    ) -> tuple[Tensor, BlockState | None]:
-        """Residual stream [B, T, D] after the block, with several ranks its own tokens [n, D]; and the state to carry on (None without `state`)."""
+    @staticmethod
+    def auxiliary_losses(model: ModelSection) -> tuple[str, ...]:
+        """Names of all auxiliary losses that blocks of a model return; a pipeline stage knows them even if its own blocks have none."""
+        return ()
+
+    def forward(self, x: Tensor, angles: Tensor, starts: Tensor | None = None, state: BlockState | None = None) -> BlockOutput:
+        """Residual stream, state, and auxiliary losses.
+
+        Returns:
+            The stream [B, T, D] after the block, with several ranks its own tokens [n, D]; the state to carry on (None without `state`);
+            and by name scalars to be minimised beside the main loss. Each is a sum over the tokens of this rank, like the main loss, and
+            the step divides it by the same number of targets.
+        """
         return self.run_inside(self._forward, x, angles, starts, state)
 
-    def _forward(self, x: Tensor, angles: Tensor, starts: Tensor | None, state: BlockState | None) -> tuple[Tensor, BlockState | None]:
+    def _forward(self, x: Tensor, angles: Tensor, starts: Tensor | None, state: BlockState | None) -> BlockOutput:
         y, state = self.run_mixer(self._mix, x, angles, starts, state)
         x = x + y
-        return x + self.feed_forward(self.feed_forward_norm(x)), state
+        return x + self.feed_forward(self.feed_forward_norm(x)), state, {}
 
     def _mix(self, x: Tensor, angles: Tensor, starts: Tensor | None, state: BlockState | None) -> tuple[Tensor, BlockState | None]:
         return self.mixer(self.mixer_norm(x), angles, starts, state)

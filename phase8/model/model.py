@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -20,6 +20,8 @@ from phase8.tensor_parallel.cross_entropy import loss_exchanges, parallel_cross_
 from phase8.tensor_parallel.embedding import VocabularyParallelEmbedding, first_id
 from phase8.tensor_parallel.linear import ColumnParallelLinear
 from phase8.tensor_parallel.parameters import local
+
+OnLosses = Callable[[Mapping[str, Tensor]], None]
 
 
 class LanguageModel(nn.Module):
@@ -48,6 +50,7 @@ class LanguageModel(nn.Module):
         layers = range(model.num_layers) if layers is None else layers
         self.section, self.axis, self.dtype = model, axis, dtype
         self.begins, self.ends = layers.start == 0, layers.stop == model.num_layers
+        self.auxiliary_losses = Block.auxiliary_losses(model)
         self.embedding = (
             VocabularyParallelEmbedding(model.vocab_size, model.d_model, std=model.init_std, dtype=dtype, axis=axis)
             if self.begins or (self.ends and model.tie_embeddings)
@@ -85,6 +88,7 @@ class LanguageModel(nn.Module):
         first_position: int = 0,
         x: Tensor | None = None,
         sequence_length: int | None = None,
+        on_losses: OnLosses | None = None,
     ) -> tuple[Tensor, list[BlockState] | None]:
         """Final hidden states of a sequence, or of a piece of one.
 
@@ -95,6 +99,7 @@ class LanguageModel(nn.Module):
             first_position: Position of the first token, for a piece of a sequence.
             x: What the chunk before returned; None: this is the first one.
             sequence_length: T, where `tokens` is None.
+            on_losses: Called with the auxiliary losses of each block that has some.
 
         Returns:
             Normalised hidden states [B, T, D], with several tensor-parallel ranks of the own tokens [n, D] (before the norm where other
@@ -108,16 +113,25 @@ class LanguageModel(nn.Module):
         carried = []
         for place, block in enumerate(self.blocks.values()):
             if states is None:
-                x, _ = block.run_outside(block, x, angles, starts)
+                x, _, losses = block.run_outside(block, x, angles, starts)
             else:
                 # forward, not the call, here and for the norm: a compiled module would be compiled again for every length of its state.
-                x, state = block.forward(x, angles, starts, states[place])
+                x, state, losses = block.forward(x, angles, starts, states[place])
                 carried.append(state)
+            if losses and on_losses is not None:
+                on_losses(losses)
         if self.norm is not None:
             x = self.norm(x) if states is None else self.norm.forward(x)
         return x, None if states is None else carried
 
-    def loss_sum(self, tokens: Tensor | None, targets: Tensor, starts: Tensor | None = None, x: Tensor | None = None) -> Tensor:
+    def loss_sum(
+        self,
+        tokens: Tensor | None,
+        targets: Tensor,
+        starts: Tensor | None = None,
+        x: Tensor | None = None,
+        on_losses: OnLosses | None = None,
+    ) -> Tensor:
         """Sum of the cross-entropies of all valid targets in nats, the same on every tensor-parallel rank.
 
         Args:
@@ -125,9 +139,10 @@ class LanguageModel(nn.Module):
             targets: Token ids to predict, IGNORED_TARGET where there is none [B, T].
             starts: As in `forward`.
             x: As in `forward`.
+            on_losses: As in `forward`.
         """
         # forward, not the call: FSDP's hooks surround this method already, and would free embedding and head between the two.
-        hidden, _ = self.forward(tokens, starts, x=x, sequence_length=targets.shape[1])
+        hidden, _ = self.forward(tokens, starts, x=x, sequence_length=targets.shape[1], on_losses=on_losses)
         hidden = gather_tokens(hidden.flatten(0, -2), self.axis)
         first = first_id(self.section.vocab_size, self.axis)
         return parallel_cross_entropy(hidden, local(self.head_weight), targets.flatten(), first_id=first, axis=self.axis)

@@ -2,7 +2,7 @@
 
 | line | keys |
 |---|---|
-| step | the fields of `StepMetrics` |
+| step | the fields of `StepMetrics`; `auxiliary_losses` only where the model has some |
 | evaluation | `step`, `validation_loss`, `validation_tokens`, `validation_sequences`; of a blend `validation_sources` (see `log_evaluation`) |
 | event | `step`, `event` and the event's own fields |
 
@@ -15,7 +15,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, field, fields
 from io import FileIO
 from pathlib import Path
 from types import TracebackType
@@ -61,6 +61,7 @@ class StepMetrics:
         mfu: Model FLOP/s over the device's peak, as a ratio; None when the peak is unknown.
         peak_memory_bytes: Peak memory so far.
         skipped: True when loss or gradient was not finite and the weights were left alone.
+        auxiliary_losses: What was minimised beside the loss, by name, per valid target.
     """
 
     step: int
@@ -74,6 +75,7 @@ class StepMetrics:
     mfu: float | None
     peak_memory_bytes: int
     skipped: bool
+    auxiliary_losses: Mapping[str, float] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -95,7 +97,7 @@ class SourceLoss:
     num_sequences: int
 
 
-_STEP_KEYS = frozenset(field.name for field in fields(StepMetrics))
+_STEP_KEYS = frozenset(each.name for each in fields(StepMetrics)) - {"auxiliary_losses"}
 _NULLABLE = frozenset({"loss", "grad_norm", "mfu"})
 
 
@@ -131,7 +133,9 @@ class MetricsWriter:
 
     def log_step(self, metrics: StepMetrics) -> None:
         """Record a training step."""
-        self._write(asdict(metrics))
+        record = asdict(metrics)
+        losses = {name: _finite(loss) for name, loss in record.pop("auxiliary_losses").items()}
+        self._write({**record, "auxiliary_losses": losses} if losses else record)
 
     def log_evaluation(self, step: int, *, validation_loss: float, validation_tokens: int, sources: Sequence[SourceLoss] = ()) -> None:
         """Record an evaluation made after a step.
@@ -179,6 +183,7 @@ class MetricsWriter:
         with storage_errors(self._path):
             append_whole(self._file, json.dumps(finite, allow_nan=False).encode() + b"\n")
         scalars = {tag: finite[key] for key, tag in _TENSORBOARD_TAGS.items() if finite.get(key) is not None}
+        scalars.update({f"loss/{name}": loss for name, loss in finite.get("auxiliary_losses", {}).items() if loss is not None})
         for name, source in finite.get("validation_sources", {}).items():
             if source["loss"] is not None:
                 scalars[f"loss/validation/{name}"] = source["loss"]
@@ -272,7 +277,13 @@ def _is_ours(record: Mapping[str, Any]) -> bool:
         record.keys() >= _STEP_KEYS
         and isinstance(record["skipped"], bool)
         and all(_is_number(record[key], nullable=key in _NULLABLE) for key in numbers)
+        and _are_losses(record.get("auxiliary_losses", {}))
     )
+
+
+def _are_losses(value: object) -> bool:
+    """Whether a value maps names to losses."""
+    return isinstance(value, dict) and all(_is_number(loss, nullable=True) for loss in value.values())
 
 
 def _are_sources(value: object) -> bool:

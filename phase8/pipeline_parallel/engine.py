@@ -5,6 +5,8 @@
     forward    waits for the input [N, D], calls the chunk, keeps (input, output) until the backward
     backward   waits for the gradient of the output, runs autograd from output to input, drops both, passes the gradient of the input on
 
+An auxiliary loss has its gradient taken where it arises, in the backward of its chunk; its value stays on the stage.
+
 A chunk never sees another chunk's graph: what comes in is a leaf. So a stage holds the activations that its schedule says, no more, and
 recomputation inside a chunk is the chunk's own affair. A stage that is alone hands over from chunk to chunk in place.
 
@@ -14,7 +16,7 @@ losses are added in this order.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -30,8 +32,10 @@ from phase8.pipeline_parallel.schedules import Kind, virtual_stage
 class Forward(Protocol):
     """The model as the engine sees it."""
 
-    def __call__(self, chunk: int, microbatch: int, x: Tensor | None, /) -> Tensor:
-        """The output of a chunk [N, D]; of the last virtual stage the loss, a scalar, divided by the global number of targets.
+    def __call__(self, chunk: int, microbatch: int, x: Tensor | None, /) -> tuple[Tensor, Losses]:
+        """The output of a chunk [N, D], and its auxiliary losses.
+
+        The output of the last virtual stage is the loss, a scalar. It and the auxiliary losses are divided by the global number of targets.
 
         Args:
             chunk: Of this stage.
@@ -41,6 +45,7 @@ class Forward(Protocol):
 
 
 OnAction = Callable[[Kind, int, int], None]
+Losses = Mapping[str, Tensor]  # scalars by name
 _Key = tuple[int, int]  # microbatch, chunk
 
 
@@ -105,7 +110,7 @@ class Engine:
         """Whether an action completes the gradients of a chunk; takes what `on_action` is given."""
         return kind is Kind.BACKWARD and microbatch == self._backwards[chunk][-1]
 
-    def run(self, forward: Forward, form: MessageForm, *, on_action: OnAction | None = None) -> Tensor | None:
+    def run(self, forward: Forward, form: MessageForm, *, on_action: OnAction | None = None) -> tuple[Tensor | None, Losses]:
         """Runs the program: gradients are added to those of the chunks' parameters.
 
         Args:
@@ -114,7 +119,8 @@ class Engine:
             on_action: Called before each computation with its kind, microbatch and chunk.
 
         Returns:
-            The sum of the losses, without graph, on the stage with the last chunk; None on the others.
+            The sum of the losses on the stage with the last chunk, elsewhere None; and the sums of this stage's auxiliary losses. They have
+            no graph.
 
         Raises:
             CommunicationError: Stages were given different microbatches, or a chunk returns something else than the form says.
@@ -140,7 +146,7 @@ class Engine:
                         on_action(action.kind, action.microbatch, action.chunk)
                     (run.forward if action.kind is Kind.FORWARD else run.backward)(action.microbatch, action.chunk)
         self.channels.flush()
-        return run.loss()
+        return run.loss(), run.auxiliary_losses()
 
     def is_kept(self, microbatch: int, chunk: int) -> bool:
         """Whether a forward has a backward, for which it leaves its graph."""
@@ -153,10 +159,11 @@ class _Run:
     def __init__(self, engine: Engine, forward: Forward, form: MessageForm):
         self._engine, self._place, self._channels = engine, engine.place, engine.channels
         self._call, self._form = forward, form
-        self._held: dict[_Key, tuple[Tensor | None, Tensor]] = {}  # from forward to backward: input and output
+        self._held: dict[_Key, tuple[Tensor | None, Tensor, Losses]] = {}  # from forward to backward: input, output, auxiliary losses
         self._coming: dict[tuple[Payload, _Key], Callable[[], Tensor]] = {}  # from posted to consumed
         self._going: dict[tuple[Payload, _Key], Tensor] = {}  # from computed to sent
         self._losses: dict[int, Tensor] = {}
+        self._auxiliary: dict[_Key, Losses] = {}
 
     def receive(self, receive: Receive) -> None:
         """Posts a receive."""
@@ -176,9 +183,11 @@ class _Run:
             x = self._take(Payload.ACTIVATION, key)
             if self._engine.is_kept(*key):
                 x.requires_grad_()
-        output = self._call(chunk, microbatch, x)
+        output, losses = self._call(chunk, microbatch, x)
         if self._engine.is_kept(*key):
-            self._held[key] = (x, output)
+            self._held[key] = (x, output, losses)
+        if losses:
+            self._auxiliary[key] = {name: loss.detach() for name, loss in losses.items()}
         if self._place.is_last(chunk):
             self._check(output.dim() == 0, output, key, "a loss, which is a scalar")
             self._losses[microbatch] = output.detach()
@@ -190,8 +199,8 @@ class _Run:
         """From the output to the parameters and the input of a chunk."""
         key = (microbatch, chunk)
         gradient = None if self._place.is_last(chunk) else self._take(Payload.GRADIENT, key)
-        x, output = self._held.pop(key)
-        torch.autograd.backward(output, gradient)
+        x, output, losses = self._held.pop(key)
+        torch.autograd.backward((output, *losses.values()), (gradient, *(None for _ in losses)))
         if x is None:
             return
         if x.grad is None:
@@ -205,6 +214,14 @@ class _Run:
         """The sum of the losses, None if they are elsewhere."""
         in_order = [self._losses[microbatch] for microbatch in sorted(self._losses)]
         return sum(in_order[1:], in_order[0]) if in_order else None
+
+    def auxiliary_losses(self) -> Losses:
+        """The sums of the auxiliary losses by name."""
+        sums: dict[str, Tensor] = {}
+        for key in sorted(self._auxiliary):
+            for name, loss in self._auxiliary[key].items():
+                sums[name] = sums[name] + loss if name in sums else loss
+        return sums
 
     def _take(self, payload: Payload, key: _Key) -> Tensor:
         """Waits for a message."""

@@ -192,6 +192,7 @@ class Trainer:
             mfu=None if run.peak_flops is None else self.flops_per_token * tokens_per_second / (run.peak_flops * self.num_ranks),
             peak_memory_bytes=peak_memory_bytes(run.device),
             skipped=result.skipped,
+            auxiliary_losses=result.auxiliary_losses,
         )
 
     def record_event(self, event: str, **fields: str | int | float | None) -> None:

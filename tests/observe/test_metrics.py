@@ -47,6 +47,16 @@ def test_a_step_is_one_strict_json_object_with_every_documented_key(tmp_path, ma
     ]
 
 
+def test_auxiliary_losses_are_named_where_there_are_some(tmp_path, make_step):
+    with MetricsWriter(tmp_path, resume_step=0, tensorboard=True) as writer:
+        writer.log_step(make_step(1, auxiliary_losses={"balance": 0.25, "z": float("nan")}))
+        writer.log_step(make_step(2))
+    first, second = read_metrics(tmp_path / "metrics.jsonl")
+    assert first["auxiliary_losses"] == {"balance": 0.25, "z": None} and "auxiliary_losses" not in second
+    events = EventAccumulator(str(tmp_path / "tensorboard")).Reload()
+    assert [event.value for event in events.Scalars("loss/balance")] == [0.25] and "loss/z" not in events.Tags()["scalars"]
+
+
 def test_evaluations_and_events_are_lines_of_their_own(tmp_path):
     with MetricsWriter(tmp_path, resume_step=0, tensorboard=False) as writer:
         writer.log_evaluation(5, validation_loss=4.5, validation_tokens=1024)

@@ -46,6 +46,7 @@ class Case:
     receives_ahead: int = 1
     model: str = "toy"
     replicas: int = 1
+    auxiliary: bool = False
 
     def __str__(self):
         return "-".join(str(value) for value in dataclasses.astuple(self))
@@ -145,14 +146,17 @@ class Chunks:
         lengths = self.case.lengths(self.step)
         data = self.model.data(lengths[microbatch], seed=1000 * self.replica + 100 * self.step + microbatch)
         assert (x is None) == (position == 0)
-        x = self.model.first(data) if x is None else x
+        x, losses = self.model.first(data) if x is None else x, {}
         for layer in self.parts[position]:
             x = checkpoint(self.model.layer, layer, x, use_reentrant=False) if self.case.recompute else self.model.layer(layer, x)
+            if self.case.auxiliary and layer != NUM_LAYERS - 2:
+                name = ("even", "odd")[layer % 2]
+                losses[name] = losses.get(name, 0.0) + (1 + layer) * (x**4).sum() / sum(lengths)
         if torch.is_grad_enabled():
             x = Watched.apply(x, self.alive)
         x = self.model.loss(x, data) / sum(lengths) if position == len(self.parts) - 1 else x
         self.output = weakref.ref(x)
-        return x
+        return x, losses
 
     def form(self):
         return MessageForm(tuple(self.model.shape(length) for length in self.case.lengths(self.step)), torch.float64, CPU)
@@ -191,17 +195,18 @@ def run_stage(case):
         counts, last, losses = [], [], []
         if case.evaluate:
             kept = []
-            losses.append(evaluation.run(chunks, chunks.form(), on_action=lambda *_, kept=kept: kept.append(chunks.output())))
+            losses.append(evaluation.run(chunks, chunks.form(), on_action=lambda *_, kept=kept: kept.append(chunks.output()))[0])
             assert kept == [None] * (case.M * case.V) and not chunks.alive and not chunks.taken_gradients()
 
         def on_action(kind, microbatch, chunk, counts=counts, last=last):
             counts.append(len(chunks.alive))
             last += [(microbatch, chunk)] if training.is_last_backward(kind, microbatch, chunk) else []
 
-        losses.append(training.run(chunks, chunks.form(), on_action=on_action))
+        loss, auxiliary = training.run(chunks, chunks.form(), on_action=on_action)
+        losses.append(loss)
         assert sorted(last) == [(case.M - 1, chunk) for chunk in range(case.V)]
         assert len(counts) == 2 * case.M * case.V
-        results.append((losses, chunks.taken_gradients(), max(counts), len(chunks.alive)))
+        results.append((losses, chunks.taken_gradients(), max(counts), len(chunks.alive), auxiliary))
     return results
 
 
@@ -211,12 +216,13 @@ def one_process(case, replica=0):
     whole = Chunks(dataclasses.replace(case, P=1, V=1, recompute=False), 0, replica)
     results = []
     for whole.step in range(case.steps):
-        total = 0.0
+        total, auxiliary = 0.0, {}
         for microbatch in range(case.M):
-            loss = whole(0, microbatch, None)
-            loss.backward()
+            loss, losses = whole(0, microbatch, None)
+            (loss + sum(losses.values())).backward()
             total = total + loss.detach()
-        results.append((total, whole.taken_gradients()))
+            auxiliary = {name: auxiliary.get(name, 0.0) + value.detach() for name, value in losses.items()}
+        results.append((total, whole.taken_gradients(), auxiliary))
     return results
 
 
@@ -240,6 +246,8 @@ CASES = [
     Case("1f1b", 2, 5, replicas=2),
     Case("1f1b", 2, 3, model="blocks", steps=2, evaluate=True),
     Case("interleaved", 2, 2, 2, model="blocks", recompute=True),
+    Case("1f1b", 2, 4, steps=2, auxiliary=True),
+    Case("interleaved", 2, 4, 2, recompute=True, evaluate=True, auxiliary=True),
 ]
 
 
@@ -249,8 +257,8 @@ def test_equals_one_process_and_holds_what_the_schedule_says(pool, case):
     training, _ = schedules_of(case)
     for replica in range(case.replicas):
         stages = ranks[replica :: case.replicas]
-        for step, (expected_loss, expected_gradients) in enumerate(one_process(case, replica)):
-            losses, gradients, peaks, left = zip(*(stage[step] for stage in stages), strict=True)
+        for step, (expected_loss, expected_gradients, expected_auxiliary) in enumerate(one_process(case, replica)):
+            losses, gradients, peaks, left, auxiliary = zip(*(stage[step] for stage in stages), strict=True)
             assert all(loss is None for stage in losses[:-1] for loss in stage)
             assert len(losses[-1]) == 1 + case.evaluate
             assert all(difference(loss, expected_loss) < TOLERANCE and not loss.requires_grad for loss in losses[-1])
@@ -259,6 +267,9 @@ def test_equals_one_process_and_holds_what_the_schedule_says(pool, case):
                 assert difference(gradient, expected_gradients[name]) < TOLERANCE, name
             assert list(peaks) == [peak_held(training, stage)[0] for stage in range(case.P)]
             assert set(left) == {0}
+            assert set().union(*auxiliary) == set(expected_auxiliary) == ({"even", "odd"} if case.auxiliary else set())
+            for name, expected in expected_auxiliary.items():
+                assert difference(sum(own[name] for own in auxiliary if name in own), expected) < TOLERANCE
 
 
 def test_all_schedules_give_the_same_bits(pool):
@@ -312,8 +323,8 @@ def test_a_chunk_that_breaks_its_promise_is_told():
     chunks = Chunks(case, 0)
     for call, message in {
         lambda c, m, x: chunks(c, m, None if x is None else x.detach()): "chunk 1 of pipeline stage 0 does not use its input",
-        lambda c, m, x: chunks(c, m, x)[:-1]: r"returns torch.float64 of shape \(2, 6\) for microbatch 0, .* torch.float64 of shape \(3, 6\)",
-        lambda c, m, x: chunks(c, m, x).float(): r"returns torch.float32 of shape \(3, 6\)",
+        lambda c, m, x: (chunks(c, m, x)[0][:-1], {}): r"torch.float64 of shape \(2, 6\) for microbatch 0, .* torch.float64 of shape \(3, 6\)",
+        lambda c, m, x: (chunks(c, m, x)[0].float(), {}): r"returns torch.float32 of shape \(3, 6\)",
         lambda c, m, x: chunks(0, m, None): r"shape \(3, 6\) for microbatch 0, but it must return a loss",
     }.items():
         with pytest.raises(CommunicationError, match=message):
@@ -399,6 +410,6 @@ def test_the_engine_waits_for_its_sends_at_the_end_only():
     def note(kind, microbatch, chunk):
         awaited.extend(send.awaited for send in end.started[1:])  # after that by which the stages agree
 
-    engine.run(lambda chunk, microbatch, x: torch.ones(2, WIDTH), MessageForm(((2, WIDTH),) * 3, torch.float32, CPU), on_action=note)
+    engine.run(lambda chunk, microbatch, x: (torch.ones(2, WIDTH), {}), MessageForm(((2, WIDTH),) * 3, torch.float32, CPU), on_action=note)
     assert awaited == [False] * 3 and len(end.started) == 4
     assert all(send.awaited for send in end.started)

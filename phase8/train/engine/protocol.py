@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import NamedTuple, Protocol
 
 import torch
@@ -37,6 +37,7 @@ class StepResult:
         skipped: Loss or norm was not finite, or the loss too large, and the weights were left alone.
         stop: Some rank was asked to stop.
         unreadable: Some rank could not read its data, and the weights were left alone.
+        auxiliary_losses: Mean of each auxiliary loss per valid target, by name; `loss` does not contain them.
     """
 
     loss: float
@@ -44,6 +45,7 @@ class StepResult:
     skipped: bool
     stop: bool = False
     unreadable: bool = False
+    auxiliary_losses: Mapping[str, float] = field(default_factory=dict)
 
 
 class Item(NamedTuple):

@@ -6,7 +6,7 @@ get the sum of both gradients, and so stay alike.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import torch
 import torch.distributed as dist
@@ -18,7 +18,7 @@ from phase8.data.microbatch import Microbatch
 from phase8.distributed.channels import MessageForm, Route, open_channels
 from phase8.distributed.mesh import Mesh, first_and_last_stage
 from phase8.distributed.placement import held_part
-from phase8.model.model import LanguageModel
+from phase8.model.model import LanguageModel, OnLosses
 from phase8.pipeline_parallel.engine import Engine, Place
 from phase8.pipeline_parallel.lowering import channels_of, lower
 from phase8.pipeline_parallel.schedules import Kind, build_forward_only, build_schedule
@@ -52,6 +52,11 @@ class Stage:
         self._holders_of_embedding = first_and_last_stage(mesh) if is_tied else None
 
     @property
+    def auxiliary_losses(self) -> tuple[str, ...]:
+        """Names of the auxiliary losses of the whole model, the same on every stage."""
+        return self.chunks[0].auxiliary_losses
+
+    @property
     def copies(self) -> frozenset[str]:
         """Parameters that another stage has, too, and counts."""
         is_last = self._place.stage == self._place.num_stages - 1
@@ -63,8 +68,8 @@ class Stage:
         num_targets: int | Tensor,
         *,
         report: Callable[[str], None] | None = None,
-    ) -> Tensor:
-        """Adds the gradients of the mean loss to those of the parameters.
+    ) -> tuple[Tensor, Tensor | None]:
+        """Adds the gradients of the mean loss, auxiliary losses included, to those of the parameters.
 
         Args:
             microbatches: Of this rank's pipeline, the same on all of its stages.
@@ -72,13 +77,20 @@ class Stage:
             report: Told of every forward and backward.
 
         Returns:
-            This pipeline's share of the mean loss where the model ends, zero on other stages.
+            This pipeline's share of the mean loss where the model ends, zero on other stages, without the auxiliary losses; and this rank's
+            shares of those, [n] in the order of their names (None: the model has none).
         """
         engine = self._engine(len(microbatches), trains=True)
 
-        def forward(chunk: int, number: int, x: Tensor | None) -> Tensor:
-            output = self._call(chunk, microbatches[number], x)
-            return output / num_targets if self._place.is_last(chunk) else output
+        def forward(chunk: int, number: int, x: Tensor | None) -> tuple[Tensor, Mapping[str, Tensor]]:
+            losses: dict[str, Tensor] = {}
+
+            def add(found: Mapping[str, Tensor]) -> None:
+                losses.update({name: losses[name] + loss if name in losses else loss for name, loss in found.items()})
+
+            output = self._call(chunk, microbatches[number], x, add)
+            losses = {name: loss / num_targets for name, loss in losses.items()}
+            return (output / num_targets if self._place.is_last(chunk) else output), losses
 
         def before(kind: Kind, number: int, chunk: int) -> None:
             if report is not None:
@@ -86,31 +98,34 @@ class Stage:
             if kind is Kind.BACKWARD:
                 sum_gradients_after(self.chunks[chunk], self.zero, is_last=engine.is_last_backward(kind, number, chunk))
 
-        loss = engine.run(forward, self._form(microbatches), on_action=before)
+        loss, auxiliary = engine.run(forward, self._form(microbatches), on_action=before)
         self._sum_gradients_of_copies()
-        return self._or_zero(loss, torch.get_default_dtype())
+        names, dtype = self.auxiliary_losses, torch.get_default_dtype()
+        assert auxiliary.keys() <= set(names)  # blocks return what they declare
+        shares = torch.stack([self._or_zero(auxiliary.get(name), dtype) for name in names]) if names else None
+        return self._or_zero(loss, dtype), shares
 
     def loss_sum(self, microbatches: Sequence[Microbatch]) -> Tensor:
         """The sum of the losses of all targets in float64 where the model ends, zero on other stages; without gradients."""
 
-        def forward(chunk: int, number: int, x: Tensor | None) -> Tensor:
+        def forward(chunk: int, number: int, x: Tensor | None) -> tuple[Tensor, Mapping[str, Tensor]]:
             output = self._call(chunk, microbatches[number], x)
-            return output.double() if self._place.is_last(chunk) else output
+            return (output.double() if self._place.is_last(chunk) else output), {}
 
-        loss = self._engine(len(microbatches), trains=False).run(forward, self._form(microbatches))
+        loss, _ = self._engine(len(microbatches), trains=False).run(forward, self._form(microbatches))
         return self._or_zero(loss, torch.float64)
 
     def _or_zero(self, loss: Tensor | None, dtype: torch.dtype) -> Tensor:
         """The loss, and zero where there is none, of one dtype on all stages: they are about to be added."""
         return torch.zeros((), device=self.device, dtype=dtype) if loss is None else loss.to(dtype)
 
-    def _call(self, chunk: int, microbatch: Microbatch, x: Tensor | None) -> Tensor:
+    def _call(self, chunk: int, microbatch: Microbatch, x: Tensor | None, on_losses: OnLosses | None = None) -> Tensor:
         """The sum of the losses of the last chunk, the residual stream of any other."""
         model = self.chunks[chunk]
         tokens, starts = self._moved(microbatch.tokens) if model.begins else None, self._moved(microbatch.starts)
         if model.ends:
-            return model.loss_sum(tokens, self._moved(microbatch.targets), starts, x)
-        return model(tokens, starts, x=x, sequence_length=microbatch.tokens.shape[1])[0]
+            return model.loss_sum(tokens, self._moved(microbatch.targets), starts, x, on_losses)
+        return model(tokens, starts, x=x, sequence_length=microbatch.tokens.shape[1], on_losses=on_losses)[0]
 
     def _moved(self, x: Tensor | None) -> Tensor | None:
         """A part of a microbatch on the device, where the stream waits for it."""

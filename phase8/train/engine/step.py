@@ -47,7 +47,7 @@ def train_step(
         group["lr"] = learning_rate
     numbers = StepNumbers(count_targets(microbatches), largest_loss, stop, unreadable)
     measured = update(train_state, microbatches, numbers, gradient_clip_norm=gradient_clip_norm, report=report)
-    return step_result(measured.tolist())  # the only synchronisation of the step
+    return step_result(measured.tolist(), train_state.stage.auxiliary_losses)  # the only synchronisation of the step
 
 
 @dataclass(frozen=True)
@@ -78,11 +78,11 @@ def update(
     """The part of a step that the device does, without waiting for it; arguments as for `train_step`. The optimizer knows its learning rate.
 
     Returns:
-        Loss, gradient norm, the numbers of ranks that were asked to stop and that could not read, and whether the weights were changed,
-        for `step_result`.
+        Loss, gradient norm, the numbers of ranks that were asked to stop and that could not read, whether the weights were changed, and the
+        auxiliary losses, for `step_result`.
     """
     optimizer, shards, mesh, device = train_state.optimizer, train_state.shards, train_state.mesh, train_state.device
-    total = train_state.stage.train(microbatches, _over_all_ranks(numbers.num_targets, train_state), report=report)
+    total, auxiliary = train_state.stage.train(microbatches, _over_all_ranks(numbers.num_targets, train_state), report=report)
     shards.take_gradients()
     norm = shards.gradient_norm()
     total = sum_over(total, *mesh.axes(LOSS))
@@ -92,13 +92,16 @@ def update(
     step_clipped(optimizer, norm, max_norm=gradient_clip_norm, counts=counts)
     shards.write_back()
     shards.drop_gradients()
-    return torch.stack((total, norm.to(total), *told, counts.to(total)))
+    # Tensor-parallel ranks have the same main loss, but auxiliary losses of their own tokens.
+    found = () if auxiliary is None else sum_over(auxiliary, *mesh.axes(EVERYBODY))
+    return torch.stack((total, norm.to(total), *told, counts.to(total), *found))
 
 
-def step_result(measured: Sequence[float]) -> StepResult:
+def step_result(measured: Sequence[float], auxiliary_names: Sequence[str]) -> StepResult:
     """What the numbers of `update` say."""
-    loss, norm, num_stopped, num_unreadable, counts = measured
-    return StepResult(loss, norm, skipped=counts == 0, stop=num_stopped > 0, unreadable=num_unreadable > 0)
+    loss, norm, num_stopped, num_unreadable, counts, *auxiliary = measured
+    named = dict(zip(auxiliary_names, auxiliary, strict=True))
+    return StepResult(loss, norm, skipped=counts == 0, stop=num_stopped > 0, unreadable=num_unreadable > 0, auxiliary_losses=named)
 
 
 @torch.no_grad()
