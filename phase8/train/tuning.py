@@ -180,6 +180,8 @@ class _Search:
         if seconds is not None:
             return seconds * self._config.train.num_steps >= _LONG_ENOUGH_TO_COMPILE_SECONDS
         settled = with_values(self._config, OFF | {"train.cuda_graphs": True})
+        if find_problems(settled, world_size=self._world_size):  # a pipeline cannot be recorded
+            settled = with_values(self._config, OFF)
         return self.is_long(predict_step(settled, self._world_size, self._facts.name).seconds)
 
     def measure(self) -> Chosen:

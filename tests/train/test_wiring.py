@@ -269,7 +269,8 @@ def test_compile_compiles_every_block_as_asked(tiny, monkeypatch, enabled):
     monkeypatch.setattr(torch.nn.Module, "compile", lambda module, **options: compiled.append((module, options)))
     run = prepare(tiny, f"train.compile.enabled={str(enabled).lower()}", "train.compile.mode=max-autotune", "train.compile.fullgraph=true")
     options = {"mode": "max-autotune-no-cudagraphs", "fullgraph": True}  # graphs are train.cuda_graphs
-    assert compiled == ([(block, options) for block in run.engine.train_state.model.blocks.values()] if enabled else [])
+    model = run.engine.train_state.model
+    assert compiled == ([(module, options) for module in (*model.blocks.values(), model.norm)] if enabled else [])
 
 
 @pytest.mark.parametrize(
