@@ -8,7 +8,7 @@ from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 
-from phase8.checkpoint.load import Checkpoint, find_checkpoint, list_checkpoints, newest_good_checkpoint, open_checkpoint
+from phase8.checkpoint.load import Checkpoint, find_checkpoint, list_checkpoints, open_checkpoint
 from phase8.checkpoint.step_directories import step_of
 from phase8.config.schema import RunConfig
 from phase8.distributed.collectives import broadcast_text
@@ -17,6 +17,7 @@ from phase8.errors import CheckpointError
 from phase8.observe.metrics import read_metrics
 from phase8.paths import real_path
 from phase8.train.restart import record_agents, recorded_agents
+from phase8.train.restore import Restore, restore_newest_together, restore_together
 from phase8.train.run_directory import RunDirectory, check_writable
 
 
@@ -40,30 +41,38 @@ class Choice:
         return self.sets_run_aside or bool(self.later)
 
 
-def choose(asked: str, directory: RunDirectory, *, restore: Callable[[Checkpoint], None], on_message: Callable[[str], None]) -> Choice:
-    """Restores the checkpoint that `--resume` asks for; nothing is moved yet.
+def restore_asked(
+    asked: str, directory: RunDirectory, restore: Restore, *, is_first: bool, on_message: Callable[[str], None]
+) -> Checkpoint | None:
+    """Restores the checkpoint that `--resume` asks for on all ranks; nothing is moved yet. None: there is none.
 
     Args:
         asked: `auto`, `none`, or a checkpoint directory.
         directory: Of the run.
-        restore: Checks that a checkpoint belongs to this run and loads it.
+        restore: Checks that a checkpoint belongs to this run and loads this rank's parts of it.
+        is_first: This is the first rank.
         on_message: Told of damaged checkpoints.
 
     Raises:
         CheckpointError: The named one, or every one there is, cannot be used.
     """
+    if asked != "auto":
+        path = find_checkpoint(Path(asked)) if is_first and asked != "none" else None
+        return restore_together(path, restore, is_first=is_first)
+    return restore_newest_together(
+        directory.checkpoints,
+        restore,
+        is_first=is_first,
+        on_damaged=lambda path, error: on_message(f"checkpoint {path.name} is damaged and passed over: {error}"),
+    )
+
+
+def choice_of(asked: str, directory: RunDirectory, checkpoint: Checkpoint | None) -> Choice:
+    """What has to make way for a run that goes on from a checkpoint that `restore_asked` has restored, or from the beginning."""
     if asked == "none":
         return Choice(sets_run_aside=directory.exists())
-    if asked == "auto":
-        return Choice(
-            newest_good_checkpoint(
-                directory.checkpoints,
-                on_damaged=lambda path, error: on_message(f"checkpoint {path.name} is damaged and passed over: {error}"),
-                check=restore,
-            )
-        )
-    checkpoint = open_checkpoint(find_checkpoint(Path(asked)))
-    restore(checkpoint)
+    if checkpoint is None or asked == "auto":
+        return Choice(checkpoint)
     if not directory.owns(checkpoint.path):
         return Choice(checkpoint, sets_run_aside=directory.exists())
     later = [
@@ -118,7 +127,7 @@ def make_way(
     What can fail comes first: nothing has been moved when a file cannot be written.
 
     Args:
-        choice: From `choose`.
+        choice: From `choice_of`.
         directory: Of the run, which `check_place` has seen.
         config: Of the run.
         attachments: Content of files that are kept in it.
