@@ -211,7 +211,7 @@ def _not_built_yet(config: RunConfig) -> Iterator[str]:
         "zero.engine": (config.zero.engine, ("fsdp",)),
         "zero.offload_optimizer": (config.zero.offload_optimizer, ("none", "cpu")),
         "zero.offload_params": (config.zero.offload_params, ("none", "cpu")),
-        "precision.dtype": (config.precision.dtype, ("bf16", "fp32", "fp8")),
+        "precision.dtype": (config.precision.dtype, ("bf16", "fp32")),
         "optim.name": (config.optim.name, ("adamw",)),
         "model.ffn": (config.model.ffn, ("swiglu", "low_rank_swiglu")),
     }

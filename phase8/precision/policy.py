@@ -10,11 +10,10 @@ import torch
 
 from phase8.config.schema import PrecisionSection
 from phase8.precision.formats import OPERAND_DTYPE, NumberFormat
-from phase8.precision.fp8 import RoundedToFp8
 
 # Both by precision.dtype.
-COMPUTE_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp8": torch.bfloat16}
-NUMBER_FORMATS: dict[str, NumberFormat] = {"fp32": OPERAND_DTYPE, "bf16": OPERAND_DTYPE, "fp8": RoundedToFp8()}
+COMPUTE_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+NUMBER_FORMATS: dict[str, NumberFormat] = {"fp32": OPERAND_DTYPE, "bf16": OPERAND_DTYPE}
 _FORMATS_BY_NAME = {each.name: each for each in NUMBER_FORMATS.values()}
 
 
