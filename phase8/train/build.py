@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import partial
@@ -33,11 +33,10 @@ from phase8.train.engine.fsdp import build_fsdp_engine
 from phase8.train.engine.protocol import TrainingEngine
 from phase8.train.initialise import Origin, initialise_run
 from phase8.train.memory_limits import memory_errors
-from phase8.train.restore import restore_together
 from phase8.train.resume import Position, attached_to, check_stop, restore_run
 from phase8.train.run_directory import RunDirectory, run_directory
 from phase8.train.run_facts import run_facts
-from phase8.train.start import Choice, check_place, choose, make_way, recorded_settings
+from phase8.train.start import Choice, check_place, choice_of, make_way, recorded_settings, restore_asked
 from phase8.train.tuning import Chosen, choose_settings
 from phase8.zero.fsdp import shard_size
 
@@ -262,7 +261,7 @@ def _attachments(data: RunData) -> dict[str, bytes]:
 
 def _go_on(run: Run, resume: str) -> Choice:
     """Puts the run where `--resume` says; the first rank chooses the checkpoint, and its choice is the one that counts."""
-    choice, saved = Choice(), run.config
+    saved = run.config
 
     def restore(checkpoint: Checkpoint) -> None:
         nonlocal saved
@@ -270,12 +269,8 @@ def _go_on(run: Run, resume: str) -> Choice:
             checkpoint, run.config, fingerprint=run.data.fingerprint, attachments=run.attachments, engine=run.engine
         )
 
-    def choose_here(restore_all: Callable[[Checkpoint], None]) -> Checkpoint | None:
-        nonlocal choice
-        choice = choose(resume, run.directory, restore=restore_all, on_message=run.say)
-        return choice.checkpoint
-
-    checkpoint = restore_together(choose_here, restore, is_first=run.is_main)
+    checkpoint = restore_asked(resume, run.directory, restore, is_first=run.is_main, on_message=run.say)
+    choice = choice_of(resume, run.directory, checkpoint) if run.is_main else Choice()
     if checkpoint is None:
         return choice
     if run.data.tokenizer is None:

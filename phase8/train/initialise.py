@@ -20,7 +20,7 @@ from phase8.data.tokenizer import Tokenizer
 from phase8.errors import CheckpointError, CheckpointMismatchError
 from phase8.plan.whole_config import shapes_only
 from phase8.train.engine.protocol import TrainingEngine
-from phase8.train.restore import Restore, restore_together
+from phase8.train.restore import restore_together
 from phase8.train.run_directory import RunDirectory
 
 _Differences = Mapping[str, tuple[Any, Any]]  # key of the model section -> value in the other model, value in the run
@@ -73,16 +73,6 @@ def initialise_run(
     if source is None:
         return None
 
-    def choose(restore_all: Restore) -> Checkpoint | None:
-        if resume != "none" and (resume != "auto" or list_checkpoints(directory.checkpoints)):
-            return None
-        try:
-            checkpoint = open_model(Path(source))
-            restore_all(checkpoint)
-        except CheckpointError as error:
-            raise type(error)(f"checkpoint.initialise_from: {error}") from None
-        return checkpoint
-
     differences: list[str] = []
 
     def restore(checkpoint: Checkpoint) -> None:
@@ -92,7 +82,12 @@ def initialise_run(
         differences.extend(_tokenizer_sentences(checkpoint, tokenizer))
         engine.restore(checkpoint, weights_only=True)
 
-    checkpoint = restore_together(choose, restore, is_first=engine.mesh.rank == 0, open_at=open_model)
+    is_first = engine.mesh.rank == 0
+    begins = is_first and (resume == "none" or (resume == "auto" and not list_checkpoints(directory.checkpoints)))
+    try:
+        checkpoint = restore_together(Path(source) if begins else None, restore, is_first=is_first, open_at=open_model)
+    except CheckpointError as error:
+        raise type(error)(f"checkpoint.initialise_from: {error}") from None
     if checkpoint is None:
         return None
     origin = Origin(checkpoint.path, None if isinstance(checkpoint, WeightFiles) else checkpoint.step, tuple(differences))

@@ -1,4 +1,4 @@
-"""All ranks go to a checkpoint together: the first one chooses, each restores its parts, and all learn whether all could."""
+"""All ranks go to a checkpoint together: the first one decides which, each restores its parts, and all learn whether all could."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
-from phase8.checkpoint.load import Checkpoint, open_checkpoint
+from phase8.checkpoint.load import Checkpoint, newest_good_checkpoint, open_checkpoint
 from phase8.distributed.collectives import broadcast_text, gather_texts
 from phase8.errors import CheckpointCorruptError, CheckpointError
 
@@ -14,27 +14,46 @@ Restore = Callable[[Checkpoint], None]
 
 
 def restore_together(
-    choose: Callable[[Restore], Checkpoint | None],
-    restore: Restore,
-    *,
-    is_first: bool,
-    open_at: Callable[[Path], Checkpoint] = open_checkpoint,
+    path: Path | None, restore: Restore, *, is_first: bool, open_at: Callable[[Path], Checkpoint] = open_checkpoint
 ) -> Checkpoint | None:
-    """The checkpoint that all ranks have restored; None: there is none.
+    """Restores one checkpoint on all ranks; None: there is none.
 
     Args:
-        choose: Called on the first rank only: tries checkpoints with the function it is given, which restores one on all ranks and raises
-            CheckpointError when some rank cannot, and returns the one that it settles for.
+        path: The checkpoint, on the first rank, which decides for all; None: none.
         restore: Loads this rank's parts of a checkpoint.
         is_first: This is the first rank.
-        open_at: Opens on the other ranks what the first one has chosen.
+        open_at: Opens a checkpoint.
 
     Raises:
-        CheckpointError: As `choose` says.
+        CheckpointError: Some rank cannot use it; raised on the first rank.
     """
     if not is_first:
         return _follow(restore, open_at)
-    checkpoint = choose(partial(_lead, restore))
+    checkpoint = None
+    if path is not None:
+        checkpoint = open_at(path)
+        _lead(restore, checkpoint)
+    broadcast_text(None)
+    return checkpoint
+
+
+def restore_newest_together(
+    root: Path, restore: Restore, *, is_first: bool, on_damaged: Callable[[Path, CheckpointError], None]
+) -> Checkpoint | None:
+    """Restores the newest checkpoint that all ranks can use; None: there is none at all.
+
+    Args:
+        root: The `checkpoints` directory of a run.
+        restore: Loads this rank's parts of a checkpoint.
+        is_first: This is the first rank.
+        on_damaged: Told on the first rank of every newer checkpoint that was passed over, and why.
+
+    Raises:
+        CheckpointError: As `newest_good_checkpoint`; raised on the first rank.
+    """
+    if not is_first:
+        return _follow(restore, open_checkpoint)
+    checkpoint = newest_good_checkpoint(root, on_damaged=on_damaged, check=partial(_lead, restore))
     broadcast_text(None)
     return checkpoint
 

@@ -8,7 +8,7 @@ from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 
-from phase8.checkpoint.load import Checkpoint, find_checkpoint, list_checkpoints, newest_good_checkpoint, open_checkpoint
+from phase8.checkpoint.load import Checkpoint, find_checkpoint, list_checkpoints, open_checkpoint
 from phase8.checkpoint.step_directories import step_of
 from phase8.config.schema import RunConfig
 from phase8.distributed.collectives import broadcast_text
@@ -17,6 +17,7 @@ from phase8.errors import CheckpointError
 from phase8.observe.metrics import read_metrics
 from phase8.paths import real_path
 from phase8.train.restart import record_agents, recorded_agents
+from phase8.train.restore import Restore, restore_newest_together, restore_together
 from phase8.train.run_directory import RunDirectory, check_writable
 
 
@@ -40,30 +41,38 @@ class Choice:
         return self.sets_run_aside or bool(self.later)
 
 
-def choose(asked: str, directory: RunDirectory, *, restore: Callable[[Checkpoint], None], on_message: Callable[[str], None]) -> Choice:
-    """Restores the checkpoint that `--resume` selects; nothing is moved yet.
+def restore_asked(
+    asked: str, directory: RunDirectory, restore: Restore, *, is_first: bool, on_message: Callable[[str], None]
+) -> Checkpoint | None:
+    """Restores the checkpoint that `--resume` selects on all ranks; nothing is moved yet. Returns None if there is none.
 
     Args:
         asked: `auto`, `none`, or a checkpoint directory.
         directory: Directory of the run.
-        restore: Checks that a checkpoint belongs to this run and loads it.
+        restore: Checks that a checkpoint belongs to this run and loads this rank's parts of it.
+        is_first: This is the first rank.
         on_message: Called with messages about damaged checkpoints.
 
     Raises:
         CheckpointError: The selected checkpoint, or with `auto` every one there is, cannot be used.
     """
+    if asked != "auto":
+        path = find_checkpoint(Path(asked)) if is_first and asked != "none" else None
+        return restore_together(path, restore, is_first=is_first)
+    return restore_newest_together(
+        directory.checkpoints,
+        restore,
+        is_first=is_first,
+        on_damaged=lambda path, error: on_message(f"checkpoint {path.name} is damaged and passed over: {error}"),
+    )
+
+
+def choice_of(asked: str, directory: RunDirectory, checkpoint: Checkpoint | None) -> Choice:
+    """What has to make way for a run that goes on from a checkpoint that `restore_asked` has restored, or from the beginning."""
     if asked == "none":
         return Choice(sets_run_aside=directory.exists())
-    if asked == "auto":
-        return Choice(
-            newest_good_checkpoint(
-                directory.checkpoints,
-                on_damaged=lambda path, error: on_message(f"checkpoint {path.name} is damaged and passed over: {error}"),
-                check=restore,
-            )
-        )
-    checkpoint = open_checkpoint(find_checkpoint(Path(asked)))
-    restore(checkpoint)
+    if checkpoint is None or asked == "auto":
+        return Choice(checkpoint)
     if not directory.owns(checkpoint.path):
         return Choice(checkpoint, sets_run_aside=directory.exists())
     later = [
@@ -118,7 +127,7 @@ def make_way(
     Steps that can fail come first: when a file cannot be written, nothing has been moved yet.
 
     Args:
-        choice: The result of `choose`.
+        choice: The result of `choice_of`.
         directory: Directory of the run, checked by `check_place`.
         config: Config of the run.
         attachments: Content of files that are kept in the directory.

@@ -6,9 +6,8 @@ from phase8.checkpoint.load import Checkpoint
 from phase8.errors import DivergenceError
 from phase8.train.build import Run
 from phase8.train.faults.anomaly import Anomaly
-from phase8.train.restore import restore_together
 from phase8.train.resume import restore_run
-from phase8.train.start import choose
+from phase8.train.start import restore_asked
 
 
 def roll_back(run: Run, anomaly: Anomaly) -> dict[str, str | int]:
@@ -31,9 +30,7 @@ def roll_back(run: Run, anomaly: Anomaly) -> dict[str, str | int]:
         nonlocal restored
         restored, _ = restore_run(checkpoint, run.config, fingerprint=run.data.fingerprint, attachments=run.attachments, engine=run.engine)
 
-    checkpoint = restore_together(
-        lambda restore_all: choose("auto", run.directory, restore=restore_all, on_message=run.say).checkpoint, restore, is_first=run.is_main
-    )
+    checkpoint = restore_asked("auto", run.directory, restore, is_first=run.is_main, on_message=run.say)
     if checkpoint is None:
         raise DivergenceError(
             f"{anomaly}, and train.anomaly.policy is rollback, but there is no checkpoint to go back to yet; lower "
