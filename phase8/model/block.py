@@ -52,7 +52,7 @@ class Block(nn.Module):
         """Those of mixer and feed-forward; backward begins with what it recomputes.
 
         Args:
-            recompute: As above, or `budget`, which only one tensor-parallel rank has.
+            recompute: `none`, `full` (all of the block), `selective` (mixer and its norm) or `budget` (on one tensor-parallel rank only).
         """
         mixer = self.mixer.exchanges()
         block = mixer.then(self.feed_forward.exchanges())

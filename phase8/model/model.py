@@ -68,7 +68,12 @@ class LanguageModel(nn.Module):
         return owner.weight
 
     def exchanges(self, *, recompute: str, recompute_every_n_layers: int) -> Exchanges:
-        """Embedding, blocks, final hidden states and loss; arguments as of the class, whatever this model was built with."""
+        """Those of embedding, blocks, final hidden states and loss.
+
+        Args:
+            recompute: As of `Block.exchanges`.
+            recompute_every_n_layers: Recompute layers 0, n, 2n, ...
+        """
         recomputed = range(0, self.section.num_layers, recompute_every_n_layers)
         found = self.embedding.exchanges() if self.begins and self.embedding is not None else NO_EXCHANGES
         for layer, block in self.blocks.items():

@@ -55,6 +55,6 @@ def stage_parameters(model: ModelSection, pipeline: Pipeline) -> tuple[dict[str,
     )
 
 
-@lru_cache(maxsize=1024)
+@lru_cache(maxsize=16)  # what is read from a model is kept above
 def _without_memory(model: ModelSection, layers: range) -> LanguageModel:
     return build_model(model, dtype=torch.float32, device=torch.device("meta"), layers=layers)

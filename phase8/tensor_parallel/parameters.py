@@ -52,7 +52,12 @@ def divided(parameter: nn.Parameter, spec: ParameterSpec, axis: Axis, *, device:
         spec: Its spec.
         axis: Of tensor parallelism.
         device: Where.
+
+    Raises:
+        TypeError: The spec names an axis whose ranks do not divide parameters.
     """
+    if unknown := spec.divided.keys() - {"tp"}:
+        raise TypeError(f"ranks of {sorted(unknown)} do not divide parameters; those of tp do")
     if axis.mesh is None:
         return nn.Parameter(torch.empty_like(parameter, device=device))
     placement = Shard(spec.divided["tp"]) if "tp" in spec.divided else Replicate()

@@ -3,10 +3,11 @@ import torch
 from torch import nn
 
 from phase8.config.schema import ModelSection
+from phase8.distributed.collectives import ALONE
 from phase8.model.model import build_model
 from phase8.model.parameters import decayed_parameter_names, initialise, iterate_specs
 from phase8.tensor_parallel.linear import Linear, LowRankColumn
-from phase8.tensor_parallel.parameters import ParameterSpec
+from phase8.tensor_parallel.parameters import ParameterSpec, divided
 from tests.model.small import VARIANT_IDS, VARIANT_SECTIONS, scaled_down
 
 
@@ -92,3 +93,8 @@ def test_spec_values_may_be_tensors():
     ramp = Ramp()
     initialise(ramp, seed=0)
     assert ramp.weight.tolist() == [0, 1, 2]
+
+
+def test_a_parameter_divided_along_an_unknown_axis_is_refused():
+    with pytest.raises(TypeError, match="'pp'"):
+        divided(nn.Parameter(torch.empty(2, 2, device="meta")), ParameterSpec(divided={"tp": 1, "pp": 0}), ALONE, device=torch.device("cpu"))
