@@ -21,6 +21,6 @@ def chunk_parameters(model: ModelSection, layers: range) -> Chunk:
         layers: Of the chunk.
     """
     chunk = build_model(model, dtype=torch.float32, device=torch.device("meta"), layers=layers)
-    found = {name: Parameter(tuple(parameter.shape), spec.shard_dim) for name, parameter, spec in iterate_specs(chunk)}
+    found = {name: Parameter(tuple(parameter.shape), spec.shard_dim, name) for name, parameter, spec in iterate_specs(chunk)}
     blocks = tuple(tuple(found.pop(name) for name in list(found) if name.startswith(f"blocks.{layer}.")) for layer in layers)
     return Chunk(layers, blocks, rest=tuple(found.values()))

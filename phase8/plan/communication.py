@@ -144,10 +144,11 @@ class Step:
 
 
 class Parameter(NamedTuple):
-    """The shape of a parameter on all ranks together, and the dim that tensor-parallel ranks divide; None: each has it whole."""
+    """The shape of a parameter on all ranks together, and the dim that tensor-parallel ranks divide; None: each has it whole; and its name."""
 
     shape: tuple[int, ...]
     shard_dim: int | None
+    name: str
 
 
 @dataclass(frozen=True)
@@ -272,10 +273,10 @@ def _activations(model: ModelSection, chunk: Chunk, step: Step) -> Iterator[Coll
 def _whole_gradients(chunks: Sequence[Chunk], step: Step, grid: Grid) -> Iterator[Collectives]:
     """Gradients of parameters that tensor-parallel ranks have whole: each rank has a summand. FSDP sums them one by one before it divides them."""
     sizes = [
-        math.prod(shape) * FP32_BYTES
+        math.prod(parameter.shape) * FP32_BYTES
         for chunk in chunks
-        for shape, shard_dim in (parameter for group in (*chunk.blocks, chunk.rest) for parameter in group)
-        if shard_dim is None
+        for parameter in (parameter for group in (*chunk.blocks, chunk.rest) for parameter in group)
+        if parameter.shard_dim is None
     ]
     if grid.replicate * grid.shard > 1 or step.offload_params:
         repeats = step.num_microbatches if step.zero_stage >= 2 else 1

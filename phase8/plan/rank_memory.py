@@ -14,6 +14,7 @@ from phase8.config.pipeline import Pipeline
 from phase8.config.schema import ModelSection, TrainSection, ZeroSection
 from phase8.distributed.peer_memory import ROUNDS, ROUNDS_IN_PLACE
 from phase8.kernels.loss_chunks import scratch_bytes
+from phase8.optim.state import DeclareState
 from phase8.pipeline_parallel.schedules import Action, build_schedule
 from phase8.plan.activations import ActivationBytes, bytes_within_budget, trace_activations
 from phase8.plan.chunks import chunk_parameters
@@ -61,6 +62,7 @@ class Workload:
         shape: The batch.
         dtype: Of the residual stream.
         packed: Document boundaries are reset.
+        declare_state: What the optimizer keeps of each parameter.
         device_type: `cuda`, or `cpu`, where operators keep more for backward.
         saves_aside: Checkpoints are written from copies while training goes on.
         async_tensor_parallel: Tensor-parallel GPUs exchange tokens through each other's memory.
@@ -75,6 +77,7 @@ class Workload:
     shape: BatchShape
     dtype: torch.dtype
     packed: bool
+    declare_state: DeclareState
     device_type: str
     saves_aside: bool = False
     async_tensor_parallel: bool = False
@@ -135,7 +138,14 @@ def _held(parameters: Sequence[Parameter], work: Workload) -> Held:
     num_tensor_ranks = work.topology.tensor_parallel_size
     num_shards = shard_size(work.zero, data_parallel_size=work.topology.data_parallel_size)
     whole = tuple(_numbers(parameter, num_tensor_ranks, 1) for parameter in parameters)
-    return Held(whole, tuple(_numbers(parameter, num_tensor_ranks, num_shards) for parameter in parameters))
+    part = tuple(_numbers(parameter, num_tensor_ranks, num_shards) for parameter in parameters)
+    return Held(whole, part, sum(_state_bytes(parameter, number, work.declare_state) for parameter, number in zip(parameters, part, strict=True)))
+
+
+def _state_bytes(parameter: Parameter, num_elements: int, declare: DeclareState) -> int:
+    """What the optimizer keeps of a rank's elements of a parameter; scalars are too few bytes to count."""
+    tensors = [tensor for tensor in declare(parameter.name, parameter.shape).tensors if not tensor.is_scalar]
+    return sum(tensor.num_bytes(num_elements, parameter_bytes=FP32_BYTES) for tensor in tensors)
 
 
 def _numbers(parameter: Parameter, num_tensor_ranks: int, num_shards: int) -> int:

@@ -22,6 +22,7 @@ from phase8.checkpoint.reshard.compare import compare_checkpoints
 from phase8.checkpoint.reshard.rank_regions import Division
 from phase8.checkpoint.reshard.reshard import reshard
 from phase8.errors import Phase8Error
+from phase8.optim.state import adamw_state
 from phase8.topology import Topology
 
 sys.path.insert(0, str(Path(__file__).parent))
@@ -58,7 +59,7 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def _reshard(source: Checkpoint, place: Path, on_progress) -> Checkpoint:
     topology = Topology(tensor_parallel_size=2, data_parallel_size=2)
-    return reshard(source, place / "out" / "d", stages=[PARAMETERS], topology=topology, on_progress=on_progress)
+    return reshard(source, place / "out" / "d", stages=[PARAMETERS], topology=topology, declare=adamw_state, on_progress=on_progress)
 
 
 def _link_outside(path: Path, place: Path) -> None:

@@ -18,7 +18,6 @@ from phase8.config.load import load_config
 from phase8.errors import CorruptionError
 from phase8.train.engine.fsdp import FsdpEngine
 from phase8.train.engine.protocol import WEIGHT, Item
-from phase8.train.faults import replicas
 from phase8.train.faults.replicas import Holding, bit_hash, check_replicas, describe_deviation, powers_of_base
 
 BLOCK = (*BLOCKS["tied"], "model.num_layers=4")

@@ -33,11 +33,13 @@ class TensorForm:
 
     Args:
         parameter: The one it is, or is the optimizer's state of.
-        shape: Of all of it; divided like the parameter if it is the same, else left whole.
+        shape: Of all of it.
+        is_divided: It is shaped like the parameter and divided as that is; False: one rank has all of it.
     """
 
     parameter: str
     shape: list[int]
+    is_divided: bool = True
 
 
 def regions_by_rank(
@@ -60,9 +62,9 @@ def regions_by_rank(
 
 
 def _regions(tensor: TensorForm, division: Division, topology: Topology) -> Iterator[tuple[int, int, Region]]:
-    """(shard, tensor-parallel rank, region) of each region that has elements; all of a tensor without elements, or of another shape."""
+    """(shard, tensor-parallel rank, region) of each region that has elements; all of a tensor without elements, or that is not divided."""
     whole = whole_region(tensor.shape)
-    if tensor.shape != division.shape or math.prod(tensor.shape) == 0 or not tensor.shape:
+    if not tensor.is_divided or math.prod(tensor.shape) == 0 or not tensor.shape:
         yield 0, 0, whole
         return
     for tensor_rank in range(1 if division.shard_dim is None else topology.tensor_parallel_size):
