@@ -124,7 +124,7 @@ def _stage_work(config: RunConfig, world_size: int, stage: int) -> StageWork:
     layers = chunk_layers(config.model, pipeline, stage)
     chunks = [chunk_parameters(config.model, each) for each in layers]
     parameters = [parameter for chunk in chunks for group in (*chunk.blocks, chunk.rest) for parameter in group]
-    num_computed = sum(math.prod(shape) / (1 if shard_dim is None else grid.tensor) for shape, shard_dim in parameters)
+    num_computed = sum(math.prod(each.shape) / (1 if each.shard_dim is None else grid.tensor) for each in parameters)
     return StageWork(
         layers=tuple(layer for each in layers for layer in each),
         num_computed=num_computed,

@@ -21,7 +21,7 @@ ALL_GATHER, REDUCE_SCATTER, ALL_REDUCE = Operation.ALL_GATHER, Operation.REDUCE_
 TP, SHARD, REPLICATE, PP = AxisName.TENSOR, AxisName.SHARD, AxisName.REPLICATE, AxisName.PIPELINE
 # D 8, two heads; a microbatch of one sequence has 16 tokens, 16 * 8 numbers of two bytes: 256 bytes.
 SHAPE = {"d_model": 8, "num_layers": 2, "num_heads": 2, "vocab_size": 11, "sequence_length": 16, "ffn_size": 12, "local_window_size": 4}
-NORM, MATRIX, EMBEDDING = Parameter((8,), None), Parameter((6, 8), 0), Parameter((11, 8), 0)
+NORM, MATRIX, EMBEDDING = Parameter((8,), None, "norm"), Parameter((6, 8), 0, "matrix"), Parameter((11, 8), 0, "embedding")
 BLOCK = (NORM, MATRIX)
 
 
