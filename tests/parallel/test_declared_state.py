@@ -3,6 +3,7 @@
 import math
 import os
 from contextlib import contextmanager
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -16,10 +17,11 @@ from phase8.config.batch import run_topology
 from phase8.config.load import load_config
 from phase8.config.pipeline import pipeline_of
 from phase8.distributed.placement import collected
-from phase8.errors import CheckpointCorruptError, CheckpointMismatchError
+from phase8.errors import CheckpointCorruptError, CheckpointError, CheckpointMismatchError, ConfigError
 from phase8.optim.state import ParameterState, StateTensor, adamw_state, declared_by
 from phase8.plan.stage_parameters import stage_parameters
 from phase8.train.engine import train_state as train_state_module
+from phase8.train.engine.train_state import require_divisible
 
 
 def two_kinds(name, shape):
@@ -115,6 +117,19 @@ def refusal(settings, world_size, path):
     return str(caught.value)
 
 
+def test_an_optimizer_that_needs_whole_matrices_is_refused_where_they_are_divided():
+    whole, part = torch.zeros(4, 2), torch.zeros(2, 2)
+
+    def declare(name, shape):
+        return ParameterState((StateTensor("momentum"),), is_elementwise=len(shape) < 2)
+
+    require_divisible(SimpleNamespace(whole={"w": whole}, parts={"w": whole}), declare)
+    require_divisible(SimpleNamespace(whole={"w": whole[0]}, parts={"w": part[0]}), declare)
+    require_divisible(SimpleNamespace(whole={"w": whole}, parts={"w": part}), adamw_state)
+    with pytest.raises(ConfigError, match="updates w as a whole, but ranks divide it"):
+        require_divisible(SimpleNamespace(whole={"w": whole}, parts={"w": part}), declare)
+
+
 def test_an_optimizer_that_declares_nothing_is_refused():
-    with pytest.raises(Exception, match="SGD does not declare what it keeps"):
+    with pytest.raises(CheckpointError, match="SGD does not declare what it keeps"):
         declared_by(torch.optim.SGD([torch.zeros(1, requires_grad=True)]))
