@@ -172,6 +172,7 @@ def _reshard(
 ) -> Checkpoint:
     from phase8.checkpoint.reshard.reshard import reshard
     from phase8.config.pipeline import pipeline_of
+    from phase8.optim.state import declared_for
     from phase8.plan.chunks import stage_parameters
     from phase8.topology import Topology
 
@@ -182,7 +183,8 @@ def _reshard(
         tensor_parallel_size=parallel.tensor_parallel_size,
     )
     stages = stage_parameters(config.model, pipeline_of(parallel))
-    return reshard(source, options.destination, stages=stages, topology=topology, dtype=dtype, on_progress=display.show)
+    declare = declared_for(config.optim)
+    return reshard(source, options.destination, stages=stages, topology=topology, declare=declare, dtype=dtype, on_progress=display.show)
 
 
 def _parallel(config: RunConfig, options: argparse.Namespace) -> ParallelSection:

@@ -3,7 +3,7 @@
 | name | tensor |
 |---|---|
 | `model.<name>` | parameters and persistent buffers, once each (tied ones under their first name) |
-| `optimizer.<parameter name>.<key>` | the optimizer's state of a parameter: `exp_avg`, `exp_avg_sq`, `step`, ... |
+| `optimizer.<parameter name>.<key>` | what the optimizer declares to keep of a parameter (`optim/state.py`): `exp_avg`, `exp_avg_sq`, `step`, ... |
 
 Hyperparameters of the optimizer are not in it: they come from the config and the schedule.
 """
@@ -21,6 +21,7 @@ from phase8.checkpoint.tensor_file import DTYPE_NAMES, DTYPES
 from phase8.checkpoint.untrusted import shortened, shown
 from phase8.distributed.placement import held_part, is_held_once, own_region, placed_like
 from phase8.errors import CheckpointCorruptError, CheckpointError, CheckpointMismatchError
+from phase8.optim.state import ParameterState, StateTensor, declared_by
 
 MODEL_PREFIX = "model."
 OPTIMIZER_PREFIX = "optimizer."
@@ -29,14 +30,19 @@ _MAX_LISTED_DIFFERENCES = 5
 
 @dataclass(frozen=True)
 class _Optimized:
-    """A parameter of an optimizer: of the model, what this rank's optimizer updates of it, and the device on which its `step` lives.
+    """A parameter of an optimizer.
 
-    That is the host, except for capturable and fused optimizers.
+    Args:
+        whole: The parameter of the model, which may be divided over ranks.
+        part: What this rank's optimizer updates of it.
+        counter_device: Where the optimizer keeps scalars: the host, except for capturable and fused optimizers.
+        state: What the optimizer keeps of it.
     """
 
     whole: nn.Parameter
     part: nn.Parameter
-    step_device: torch.device
+    counter_device: torch.device
+    state: ParameterState
 
 
 def flat_state(
@@ -67,7 +73,7 @@ def restore_state(
     """Puts a checkpoint's tensors into a model and its optimizer; changes nothing when it fails.
 
     Tensors that exist are overwritten in place (held in memory beside them: one tensor at a time). Optimizer state that does not
-    exist yet is created with the checkpoint's dtype on its parameter's device, `step` where torch's optimizers keep it.
+    exist yet is created on its parameter's device, scalars where torch's optimizers keep them.
 
     Args:
         checkpoint: Where to read.
@@ -88,7 +94,7 @@ def restore_state(
     if optimizer is not None:
         optimized, stored = _optimized_parameters(model, optimizer, parts), _stored_optimizer_state(checkpoint)
         stored = {name: owner for name, owner in stored.items() if not is_part or owner[0] in optimized}
-        _check_whole(checkpoint, stored)
+        _check_complete(checkpoint, stored, optimized)
         existing = _optimizer_tensors(optimizer, optimized)
         differences += _optimizer_differences(checkpoint, stored, existing, optimized)
         in_place |= {name: tensor for name, tensor in existing.items() if name in stored}
@@ -99,9 +105,9 @@ def restore_state(
     for name, (parameter_name, key) in stored.items():
         if name not in in_place:
             where = optimized[parameter_name]
-            is_divided = checkpoint.entry(name).shape == list(where.whole.shape)
-            value = _read_own(checkpoint, name, where.whole) if is_divided else checkpoint.read(name)
-            created[name] = value.to(where.step_device if key == "step" else where.part.device)
+            declared = _declared(where, key)
+            value = _read_own(checkpoint, name, where.whole) if declared.shape is None else checkpoint.read(name)
+            created[name] = value.to(where.counter_device if declared.is_scalar else where.part.device)
     for name, target in in_place.items():
         checkpoint.verify_region(name, own_region(target))
     with torch.no_grad():
@@ -163,12 +169,13 @@ def _optimized_parameters(
 ) -> dict[str, _Optimized]:
     """The optimizer's parameters by their name in the model, in the model's order."""
     groups = {id(parameter): group for group in optimizer.param_groups for parameter in group["params"]}
+    declare = declared_by(optimizer)
     result = {}
     for name, parameter in model.named_parameters():
         part = parameter if parts is None else parts[name]
         if (group := groups.get(id(part))) is not None:
-            step_on_device = group.get("capturable") or group.get("fused")
-            result[name] = _Optimized(parameter, part, part.device if step_on_device else torch.device("cpu"))
+            counter_device = part.device if group.get("capturable") or group.get("fused") else torch.device("cpu")
+            result[name] = _Optimized(parameter, part, counter_device, declare(name, parameter.shape))
     if len(result) != len(groups):
         raise CheckpointError(
             f"the optimizer has {len(groups) - len(result)} parameters that are not in the model; build it from model.named_parameters()"
@@ -181,12 +188,24 @@ def _optimizer_tensors(optimizer: torch.optim.Optimizer, optimized: dict[str, _O
     tensors = {
         (name, key): value for name, where in optimized.items() for key, value in optimizer.state.get(where.part, {}).items()
     }
+    result = {}
     for (name, key), value in tensors.items():
-        _require_tensor(f"{OPTIMIZER_PREFIX}{name}.{key}", value)
-    return {
-        f"{OPTIMIZER_PREFIX}{name}.{key}": placed_like(value, optimized[name].whole) if value.shape == optimized[name].part.shape else value
-        for (name, key), value in tensors.items()
-    }
+        flat_name, where = f"{OPTIMIZER_PREFIX}{name}.{key}", optimized[name]
+        _require_tensor(flat_name, value)
+        result[flat_name] = placed_like(value, where.whole) if _declared(where, key).shape is None else value
+    return result
+
+
+def _declared(where: _Optimized, key: str) -> StateTensor:
+    """What the optimizer declares of a tensor that it has.
+
+    Raises:
+        CheckpointError: It does not declare it.
+    """
+    declared = where.state.tensor(key)
+    if declared is None:
+        raise CheckpointError(f"the optimizer keeps {key}, which it does not declare; add it to what declare_state returns")
+    return declared
 
 
 def _require_tensor(name: str, value: object) -> None:
@@ -203,17 +222,25 @@ def _stored_optimizer_state(checkpoint: Checkpoint) -> dict[str, tuple[str, str]
     return {name: (parameter_name, key) for name, (parameter_name, _, key) in parts.items()}
 
 
-def _check_whole(checkpoint: Checkpoint, stored: dict[str, tuple[str, str]]) -> None:
+def _check_complete(checkpoint: Checkpoint, stored: dict[str, tuple[str, str]], optimized: dict[str, _Optimized]) -> None:
     """A parameter has all of its optimizer's state or none: the step after one that is left out would fail, or go on from zeros.
+
+    A parameter with a key that the optimizer does not keep belongs to another optimizer, which is a mismatch and found later.
 
     Raises:
         CheckpointCorruptError: A part of it is missing.
     """
-    keys = sorted({key for _, key in stored.values()})
-    for parameter_name in dict.fromkeys(parameter_name for parameter_name, _ in stored.values()):
-        for name in (f"{OPTIMIZER_PREFIX}{parameter_name}.{key}" for key in keys):
-            if name not in stored:
-                raise CheckpointCorruptError(f"{checkpoint.path} lacks {shortened(name)}, which it has of other parameters; use another checkpoint")
+    keys: dict[str, set[str]] = {}
+    for parameter_name, key in stored.values():
+        keys.setdefault(parameter_name, set()).add(key)
+    for parameter_name, found in keys.items():
+        if parameter_name not in optimized:
+            continue
+        declared = [tensor.key for tensor in optimized[parameter_name].state.tensors]
+        missing = [key for key in declared if key not in found]
+        if missing and found <= set(declared):
+            name = shortened(f"{OPTIMIZER_PREFIX}{parameter_name}.{missing[0]}")
+            raise CheckpointCorruptError(f"{checkpoint.path} lacks {name}, which the optimizer keeps of this parameter; use another checkpoint")
 
 
 def _model_differences(checkpoint: Checkpoint, targets: dict[str, Tensor], *, is_part: bool, widen: bool) -> Iterator[str]:
@@ -231,20 +258,36 @@ def _model_differences(checkpoint: Checkpoint, targets: dict[str, Tensor], *, is
 def _optimizer_differences(
     checkpoint: Checkpoint, stored: dict[str, tuple[str, str]], existing: dict[str, Tensor], optimized: dict[str, _Optimized]
 ) -> Iterator[str]:
-    for name, (parameter_name, _) in stored.items():
-        if parameter_name not in optimized:
+    for name, (parameter_name, key) in stored.items():
+        where = optimized.get(parameter_name)
+        declared = None if where is None else where.state.tensor(key)
+        if where is None:
             yield f"{shortened(name)} is the state of no parameter here"
         elif name in existing:
             yield from _entry_differences(checkpoint, name, existing[name])
-        elif checkpoint.entry(name).shape not in ([], list(optimized[parameter_name].whole.shape)):
-            yield f"{name} has shape {shown(checkpoint.entry(name).shape)}, its parameter {list(optimized[parameter_name].whole.shape)}"
+        elif declared is not None:
+            yield from _declared_differences(checkpoint, name, declared, where)
     with_state = {parameter_name for parameter_name, _ in stored.values()}
     for name in existing:
         if name not in stored and name.removeprefix(OPTIMIZER_PREFIX).rpartition(".")[0] in with_state:
             yield f"{name} is not in the checkpoint"
+    for name, (parameter_name, key) in stored.items():
+        if parameter_name in optimized and optimized[parameter_name].state.tensor(key) is None:
+            yield f"{shortened(name)} is nothing that the optimizer keeps of this parameter"
     for name in checkpoint.tensor_names:
         if not name.startswith((MODEL_PREFIX, OPTIMIZER_PREFIX)):
             yield f"{shortened(name)} is neither of the model nor of the optimizer"
+
+
+def _declared_differences(checkpoint: Checkpoint, name: str, declared: StateTensor, where: _Optimized) -> Iterator[str]:
+    """How stored state that the optimizer has not made yet differs from what it will make."""
+    entry = checkpoint.entry(name)
+    shape = list(where.whole.shape if declared.shape is None else declared.shape)
+    dtype = DTYPE_NAMES.get(where.part.dtype) if declared.dtype is None else declared.dtype
+    if entry.shape != shape:
+        yield f"{name} has shape {shown(entry.shape)} in the checkpoint, but the optimizer keeps {shape} of this parameter"
+    elif entry.dtype != dtype:
+        yield f"{name} is {entry.dtype} in the checkpoint, but the optimizer keeps {dtype} of this parameter"
 
 
 def _entry_differences(checkpoint: Checkpoint, name: str, target: Tensor, *, widen: bool = False) -> Iterator[str]:

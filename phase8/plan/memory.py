@@ -8,7 +8,7 @@ part of W, R what lies in no block, B the largest block. Offloaded entries are i
 | parameters between steps | W | P | P | P |
 | parameters gathered in a step | | W | W | R and two blocks |
 | gradients | W | W and a copy of B or R on its way, or P and those on their way | P and those on their way | as stage 2 |
-| optimizer | 2 W | 2 P | 2 P | 2 P |
+| optimizer (of AdamW) | 2 W | 2 P | 2 P | 2 P |
 
 In stage 0 P is as large as W: FSDP computes with a copy even where nothing is divided. Gradients of stages 0 and 1 stay whole from one
 microbatch to the next; with a single one they leave as soon as they are complete. On their way are those of R, which are complete only at
@@ -24,7 +24,6 @@ from typing import NamedTuple
 from phase8.pipeline_parallel.schedules import Action, Kind
 
 FP32_BYTES = 4
-ADAMW_MOMENTS = 2
 # Share of a GPU's nominal memory that driver and context of a process take.
 DRIVER_BYTES = 1 << 30
 # Plans are within 2 % of what tensors hold at once; the allocator cannot use its last gaps.
@@ -56,7 +55,7 @@ class MemoryPlan:
     Args:
         weights_bytes: fp32 master weights.
         gradients_bytes: Gradients, fp32.
-        optimizer_bytes: Moments of AdamW, fp32.
+        optimizer_bytes: What the optimizer keeps of the parameters.
         activations_bytes: Kept for backward, weights cast to the compute dtype and messages between stages included.
         libraries_bytes: Workspaces of the libraries that multiply matrices.
         host_bytes: Offloaded parameters, gradients and optimizer, and the copies for asynchronous saves, in host memory.
@@ -104,10 +103,12 @@ class Held(NamedTuple):
     Args:
         whole: Numbers of each parameter with which the rank computes: all of it, or its tensor-parallel part.
         part: Numbers of each parameter that the rank keeps between steps.
+        state_bytes: Bytes that the optimizer keeps of all these parts.
     """
 
     whole: tuple[int, ...]
     part: tuple[int, ...]
+    state_bytes: int
 
 
 class ChunkActivations(NamedTuple):
@@ -157,7 +158,7 @@ def plan_memory(
     return MemoryPlan(
         weights_bytes=weights * FP32_BYTES,
         gradients_bytes=gradients * FP32_BYTES,
-        optimizer_bytes=0 if division.offload_optimizer else part * FP32_BYTES * ADAMW_MOMENTS,
+        optimizer_bytes=0 if division.offload_optimizer else sum(each.state_bytes for each in held),
         activations_bytes=activations_bytes,
         host_bytes=_host_bytes(held, division),
         libraries_bytes=libraries_bytes,
@@ -165,14 +166,15 @@ def plan_memory(
 
 
 def _host_bytes(held: Sequence[Held], division: Division) -> int:
-    """Offloaded parameters, gradients and moments; copies of parameters and moments."""
+    """Offloaded parameters, gradients and state of the optimizer; copies of parameters and that state."""
     parts = [number * FP32_BYTES for each in held for number in each.part]
-    copies = (1 + ADAMW_MOMENTS) * sum(parts) if division.copies_state else 0
+    state_bytes = sum(each.state_bytes for each in held)
+    copies = sum(parts) + state_bytes if division.copies_state else 0
     if not division.offload_optimizer:
         return copies
     is_pinned = division.offload_params and division.pins_memory
     kept = sum(1 << max(num_bytes - 1, 0).bit_length() for num_bytes in parts) if is_pinned else sum(parts)
-    return copies + 2 * kept + ADAMW_MOMENTS * sum(parts)
+    return copies + 2 * kept + state_bytes
 
 
 def peak_activation_bytes(actions: Sequence[Action], chunks: Sequence[ChunkActivations]) -> int:

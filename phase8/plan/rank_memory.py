@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 
@@ -14,6 +14,7 @@ from phase8.config.schema import ModelSection, TrainSection, ZeroSection
 from phase8.distributed.peer_memory import ROUNDS, ROUNDS_IN_PLACE
 from phase8.division import DividedShape, Place, region_of_rank
 from phase8.kernels.loss_chunks import scratch_bytes
+from phase8.optim.state import DeclareState
 from phase8.pipeline_parallel.schedules import Action, build_schedule
 from phase8.plan.activations import ActivationBytes, bytes_within_budget, trace_activations
 from phase8.plan.chunks import chunk_parameters
@@ -61,6 +62,7 @@ class Workload:
         shape: The batch.
         dtype: Dtype of the residual stream.
         packed: Document boundaries are reset.
+        declare_state: What the optimizer keeps of each parameter.
         device_type: `cuda`, or `cpu`, where operators keep more for backward.
         saves_aside: Checkpoints are saved asynchronously, from copies in host memory.
         async_tensor_parallel: Tensor-parallel GPUs exchange tokens through each other's memory.
@@ -75,6 +77,7 @@ class Workload:
     shape: BatchShape
     dtype: torch.dtype
     packed: bool
+    declare_state: DeclareState
     device_type: str
     saves_aside: bool = False
     async_tensor_parallel: bool = False
@@ -93,8 +96,8 @@ def plan_each_stage(work: Workload) -> tuple[StageMemory, ...]:
     stages = []
     for stage in range(P):
         chunks = [chunk_parameters(work.model, layers) for layers in chunk_layers(work.model, work.pipeline, stage)]
-        blocks = [_held(block.values(), work) for chunk in chunks for block in chunk.blocks]
-        rests = [_held(chunk.rest.values(), work) for chunk in chunks]
+        blocks = [_held(block, work) for chunk in chunks for block in chunk.blocks]
+        rests = [_held(chunk.rest, work) for chunk in chunks]
         activations_bytes = _activations(work, chunks, traced, actions=schedule.actions[stage], stage=stage) + _peer_memory(work, blocks, traced)
         stages.append(
             StageMemory(
@@ -131,13 +134,21 @@ def _division(work: Workload) -> Division:
     )
 
 
-def _held(parameters: Iterable[DividedShape], work: Workload) -> Held:
+def _held(parameters: Mapping[str, DividedShape], work: Workload) -> Held:
     """What the first rank has."""
     shards = Place(shard_size(work.zero, data_parallel_size=work.topology.data_parallel_size))
     places = {axis: Place(degree) for axis, degree in work.topology.degrees.items()}
-    whole = [parameter.region(places) for parameter in parameters]
-    part = [region_of_rank(region, 0, shards) for region in whole]
-    return Held(tuple(region.num_elements for region in whole), tuple(region.num_elements for region in part))
+    whole = [parameter.region(places) for parameter in parameters.values()]
+    part = tuple(region_of_rank(region, 0, shards).num_elements for region in whole)
+    kept = zip(parameters.items(), part, strict=True)
+    state_bytes = sum(_state_bytes(name, shape, number, work.declare_state) for (name, shape), number in kept)
+    return Held(tuple(region.num_elements for region in whole), part, state_bytes)
+
+
+def _state_bytes(name: str, parameter: DividedShape, num_elements: int, declare: DeclareState) -> int:
+    """What the optimizer keeps of a rank's elements of a parameter; scalars are too few bytes to count."""
+    tensors = [tensor for tensor in declare(name, parameter.shape).tensors if not tensor.is_scalar]
+    return sum(tensor.num_bytes(num_elements, parameter_bytes=FP32_BYTES) for tensor in tensors)
 
 
 def _trace_windows(work: Workload) -> dict[int, ActivationBytes]:

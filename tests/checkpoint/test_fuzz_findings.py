@@ -169,9 +169,9 @@ def test_a_long_name_does_not_multiply_by_the_values_under_it():
 @pytest.mark.parametrize(
     ("old", "new", "message"),
     [
-        ("optimizer.norm.weight.exp_avg", "other.mask", r"lacks optimizer\.norm\.weight\.exp_avg, which it has of other"),
-        ("optimizer.norm.weight.exp_avg", "optimizer.norm.weight.momentum", r"lacks optimizer\.embedding\.weight\.momentum, which"),
-        ("optimizer.norm.weight.exp_avg", None, r"lacks optimizer\.norm\.weight\.exp_avg, which it has of other"),
+        ("optimizer.norm.weight.exp_avg", "other.mask", r"lacks optimizer\.norm\.weight\.exp_avg, which the optimizer keeps"),
+        ("optimizer.norm.weight.exp_avg", "optimizer.norm.weight.momentum", r"optimizer\.norm\.weight\.momentum is nothing that the optimizer keeps"),
+        ("optimizer.norm.weight.exp_avg", None, r"lacks optimizer\.norm\.weight\.exp_avg, which the optimizer keeps"),
         ("model.mask", "other.mask", r"other\.mask is neither of the model nor of the optimizer"),
     ],
 )

@@ -21,6 +21,7 @@ from phase8.checkpoint.reshard.compare import compare_checkpoints
 from phase8.checkpoint.reshard.reshard import reshard
 from phase8.division import DividedShape
 from phase8.errors import Phase8Error
+from phase8.optim.state import adamw_state
 from phase8.topology import Topology
 from tests.checkpoint.fuzzing import Tally, Watch, fuzz, mutated_bytes, mutated_json
 from tests.checkpoint.sample_checkpoint import write_checkpoint
@@ -54,7 +55,7 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def _reshard(source: Checkpoint, place: Path, on_progress) -> Checkpoint:
     topology = Topology(tensor_parallel_size=2, data_parallel_size=2)
-    return reshard(source, place / "out" / "d", stages=[PARAMETERS], topology=topology, on_progress=on_progress)
+    return reshard(source, place / "out" / "d", stages=[PARAMETERS], topology=topology, declare=adamw_state, on_progress=on_progress)
 
 
 def _link_outside(path: Path, place: Path) -> None:

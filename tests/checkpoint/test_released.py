@@ -93,7 +93,7 @@ def test_its_model_is_restored_from_it_alone(name: str):
     """The config has keys that were removed since."""
     directory = RELEASED / name / f"step-{SAVED_STEP:010d}"
     model, _, checkpoint = restore_model(directory, device=torch.device("cpu"))
-    live = {tensor: described(value) for tensor, value in flat_state(model, torch.optim.SGD(model.parameters())).items()}
+    live = {tensor: described(value) for tensor, value in flat_state(model, torch.optim.AdamW(model.parameters())).items()}
     assert live == {tensor: value for tensor, value in expected_tensors(checkpoint, name).items() if tensor.startswith("model.")}
 
 

@@ -14,6 +14,7 @@ from phase8.checkpoint.load import Checkpoint, newest_good_checkpoint, open_chec
 from phase8.checkpoint.save import save_checkpoint
 from phase8.checkpoint.state import flat_state, require_fit, restore_state
 from phase8.errors import CheckpointCorruptError, CheckpointError, CheckpointMismatchError
+from phase8.optim.state import ParameterState, StateTensor
 
 
 class Model(nn.Module):
@@ -185,9 +186,14 @@ def one_layer_less(model: nn.Module, optimizer: torch.optim.Optimizer):
     return other, torch.optim.AdamW(other.parameters())
 
 
+class Momentum(torch.optim.SGD):
+    def declare_state(self, name, shape):
+        return ParameterState((StateTensor("momentum_buffer"),))
+
+
 def other_optimizer_in_use(model: nn.Module, optimizer: torch.optim.Optimizer):
     other, _ = build(1)
-    momentum = torch.optim.SGD(other.parameters(), lr=1e-2, momentum=0.9)
+    momentum = Momentum(other.parameters(), lr=1e-2, momentum=0.9)
     train(other, momentum, seed=1)
     return other, momentum
 

@@ -12,6 +12,7 @@ from phase8.config.batch import run_topology
 from phase8.config.load import load_config
 from phase8.config.pipeline import pipeline_of
 from phase8.distributed.placement import collected
+from phase8.optim.state import adamw_state
 from phase8.plan.chunks import stage_parameters
 from tests.parallel.test_checkpoints import BLOCK, TOPOLOGIES, restore, start, state_of, train_and_save
 from tests.parallel.training import MODEL
@@ -45,7 +46,7 @@ def test_each_rank_opens_its_own_files(pool, tmp_path, name, stage_size):
     config = without_auto(load_config(os.devnull, [*MODEL, *BLOCK, *settings]))
     stages = stage_parameters(config.model, pipeline_of(config.parallel))
     topology = run_topology(config.parallel, world_size=world_size)
-    copy = reshard(source, tmp_path / "d", stages=stages, topology=topology, on_progress=lambda *_: None)
+    copy = reshard(source, tmp_path / "d", stages=stages, topology=topology, declare=adamw_state, on_progress=lambda *_: None)
     copy.verify()
     results = pool.run(load_and_watch, settings, world_size, tmp_path / "d", world_size=world_size)
     restored = results[0][1]

@@ -3,9 +3,15 @@ import pytest
 from phase8.pipeline_parallel.schedules import build_schedule
 from phase8.plan.memory import ChunkActivations, Division, Held, MemoryPlan, free_bytes, peak_activation_bytes, plan_memory, usable_bytes
 
+
+def held(whole, part):
+    """Two moments of four bytes an element, as of AdamW."""
+    return Held(whole, part, 8 * sum(part))
+
+
 # Two blocks of 100 and 60 numbers and 50 in no block, a quarter of which each rank keeps.
-BLOCKS = [Held((60, 40), (15, 10)), Held((60,), (15,))]
-RESTS = [Held((30, 20), (8, 5)), Held((), ())]
+BLOCKS = [held((60, 40), (15, 10)), held((60,), (15,))]
+RESTS = [held((30, 20), (8, 5)), held((), ())]
 WHOLE, PART, REST = 210, 53, 50
 
 
@@ -14,14 +20,14 @@ def plan(division, blocks=BLOCKS, rests=RESTS):
 
 
 def test_weights_gradients_and_both_moments_are_fp32():
-    undivided = [Held(each.whole, each.whole) for each in (*BLOCKS, *RESTS)]
+    undivided = [held(each.whole, each.whole) for each in (*BLOCKS, *RESTS)]
     found = plan(Division(), undivided[:2], undivided[2:])
     assert found == MemoryPlan(weights_bytes=840, gradients_bytes=840, optimizer_bytes=1680, activations_bytes=77, host_bytes=0)
     assert found.total_bytes == 840 + 840 + 1680 + 77
 
 
 def test_gradients_of_a_single_microbatch_take_the_place_of_activations():
-    undivided = [Held(each.whole, each.whole) for each in (*BLOCKS, *RESTS)]
+    undivided = [held(each.whole, each.whole) for each in (*BLOCKS, *RESTS)]
     single = Division(accumulates=False)
     few = plan_memory(undivided[:2], undivided[2:], activations_bytes=100, division=single)
     assert few.gradients_bytes + 100 == 4 * WHOLE
@@ -66,19 +72,19 @@ def test_ranks_divide_what_the_stage_says(stage, accumulates, weights, gradients
 
 
 def test_stage_0_computes_with_a_copy():
-    undivided = [Held(each.whole, each.whole) for each in (*BLOCKS, *RESTS)]
+    undivided = [held(each.whole, each.whole) for each in (*BLOCKS, *RESTS)]
     found = plan(Division(is_divided=True), undivided[:2], undivided[2:])
     assert found == MemoryPlan(2 * 840, 840 + 400, 1680, 77)
 
 
 def test_an_embedding_larger_than_the_blocks_is_what_is_on_its_way():
-    rests = [Held((500,), (125,))]
+    rests = [held((500,), (125,))]
     assert plan(Division(is_divided=True, zero_stage=1), rests=rests).gradients_bytes == 4 * (160 + 500 + 500)
     assert plan(Division(is_divided=True, zero_stage=2), rests=rests).gradients_bytes == 4 * (40 + 125 + 500 + 500)
 
 
 def test_three_blocks_of_stage_3_are_gathered_two_at_a_time():
-    blocks = [Held((100,), (25,)), Held((60,), (15,)), Held((80,), (20,))]
+    blocks = [held((100,), (25,)), held((60,), (15,)), held((80,), (20,))]
     assert plan(Division(is_divided=True, zero_stage=3), blocks).weights_bytes == 4 * (60 + 13 + 50 + 180)
 
 
@@ -93,7 +99,7 @@ def test_what_is_offloaded_lies_on_the_host():
 
 
 def test_copies_that_are_saved_aside_lie_on_the_host_too():
-    undivided = [Held(each.whole, each.whole) for each in (*BLOCKS, *RESTS)]
+    undivided = [held(each.whole, each.whole) for each in (*BLOCKS, *RESTS)]
     assert plan(Division(copies_state=True), undivided[:2], undivided[2:]).host_bytes == 12 * WHOLE
     assert plan(Division(is_divided=True, zero_stage=2, copies_state=True)).host_bytes == 12 * PART
     assert plan(Division(is_divided=True, zero_stage=2, offload_optimizer=True, copies_state=True)).host_bytes == (16 + 12) * PART

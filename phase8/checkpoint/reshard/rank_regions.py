@@ -20,11 +20,13 @@ class TensorForm:
 
     Args:
         parameter: The one it is, or is the optimizer's state of.
-        shape: Of all of it; divided like the parameter if it is the same, else left whole.
+        shape: Of all of it.
+        is_divided: It is shaped like the parameter and divided as that is; False: one rank has all of it.
     """
 
     parameter: str
     shape: list[int]
+    is_divided: bool = True
 
 
 def regions_by_rank(
@@ -46,9 +48,9 @@ def regions_by_rank(
 
 
 def _regions(tensor: TensorForm, declared: DividedShape, topology: Topology) -> Iterator[tuple[dict[str, int], Region]]:
-    """Each region that has elements, with its position on the axes that divide it; all of a tensor without elements, or of another shape."""
+    """Each region that has elements, with its position on the axes that divide it; all of a tensor without elements, or that is not divided."""
     whole = whole_region(tensor.shape)
-    if tensor.shape != list(declared.shape) or whole.num_elements == 0 or not tensor.shape:
+    if not tensor.is_divided or whole.num_elements == 0 or not tensor.shape:
         yield {}, whole
         return
     degrees = [topology.degrees[axis] for axis in declared.divided]

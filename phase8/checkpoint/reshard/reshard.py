@@ -21,6 +21,7 @@ from phase8.checkpoint.untrusted import shortened, shown
 from phase8.checkpoint.writer import group_of, key_of
 from phase8.division import DividedShape, Region, whole_region
 from phase8.errors import CheckpointError, CheckpointMismatchError
+from phase8.optim.state import DeclareState
 from phase8.topology import Topology
 
 
@@ -43,6 +44,7 @@ def reshard(
     *,
     stages: Sequence[Mapping[str, DividedShape]],
     topology: Topology,
+    declare: DeclareState,
     dtype: torch.dtype | None = None,
     on_progress: OnProgress,
 ) -> Checkpoint:
@@ -55,6 +57,7 @@ def reshard(
         destination: The new checkpoint; it must not exist.
         stages: The parameters of each pipeline stage of the layout.
         topology: The layout; its data-parallel ranks are the shards.
+        declare: What the optimizer of the checkpoint keeps of each parameter.
         dtype: Floating-point tensors are converted to it, for weights of another program; None: no conversion.
         on_progress: Called with the bytes written and verified.
 
@@ -64,7 +67,7 @@ def reshard(
     """
     if step_of(destination.name) not in (None, source.step):
         raise CheckpointError(f"DST {destination.name} has the name of another step's checkpoint; SRC is of step {source.step}")
-    forms = {name: _form(source, name, stages) for name in source.tensor_names}
+    forms = {name: _form(source, name, stages, declare) for name in source.tensor_names}
     dtypes = {name: _target_dtype(source, name, dtype) for name in forms}
     files = _files_of_ranks(regions_by_rank(forms, stages, topology), dtypes, whole=forms, num_ranks=topology.world_size)
     with rewriting(source, destination, files) as rewrite:
@@ -111,15 +114,16 @@ def consolidate(
     return destination / WEIGHTS_NAME
 
 
-def _form(source: Checkpoint, name: str, stages: Sequence[Mapping[str, DividedShape]]) -> TensorForm:
+def _form(source: Checkpoint, name: str, stages: Sequence[Mapping[str, DividedShape]], declare: DeclareState) -> TensorForm:
     """Which parameter a tensor belongs to.
 
     Raises:
-        CheckpointMismatchError: The model has no such parameter.
+        CheckpointMismatchError: The model has no such parameter, or its optimizer keeps no such tensor of it.
     """
     shape = source.entry(name).shape
     is_parameter = name.startswith(MODEL_PREFIX)
-    parameter = name.removeprefix(MODEL_PREFIX) if is_parameter else name.removeprefix(OPTIMIZER_PREFIX).rpartition(".")[0]
+    key = "" if is_parameter else name.rpartition(".")[2]
+    parameter = name.removeprefix(MODEL_PREFIX) if is_parameter else name.removeprefix(OPTIMIZER_PREFIX).removesuffix(f".{key}")
     declared = next((parameters[parameter] for parameters in stages if parameter in parameters), None)
     if declared is None or group_of(name) + "." not in (MODEL_PREFIX, OPTIMIZER_PREFIX):
         raise CheckpointMismatchError(
@@ -128,7 +132,14 @@ def _form(source: Checkpoint, name: str, stages: Sequence[Mapping[str, DividedSh
     if is_parameter and list(declared.shape) != shape:
         by_config = f"by its config it has {list(declared.shape)}"
         raise CheckpointMismatchError(f"{source.path}: {name} has shape {shown(shape)}, {by_config}; use another checkpoint")
-    return TensorForm(parameter, shape)
+    if is_parameter:
+        return TensorForm(parameter, shape)
+    kept = declare(parameter, declared.shape).tensor(key)
+    expected = None if kept is None else list(declared.shape if kept.shape is None else kept.shape)
+    if kept is None or shape != expected:
+        problem = "is nothing that its optimizer keeps" if kept is None else f"has shape {shown(shape)}, but its optimizer keeps {expected}"
+        raise CheckpointMismatchError(f"{source.path}: {name} {problem} of this parameter; use another checkpoint")
+    return TensorForm(parameter, shape, is_divided=kept.shape is None)
 
 
 def _files_of_ranks(

@@ -17,6 +17,7 @@ from phase8.distributed.collectives import Axis
 from phase8.distributed.mesh import Mesh
 from phase8.distributed.placement import held_part, own_region
 from phase8.model.model import LanguageModel
+from phase8.optim.state import declared_by
 from phase8.precision.policy import compute_dtype
 from phase8.topology import COPIES, AxisName
 from phase8.train.engine.captured_step import EAGER_STEPS, CapturedStep
@@ -25,8 +26,6 @@ from phase8.train.engine.protocol import HOST_COPY, WEIGHT, HeldTensor, Item, Re
 from phase8.train.engine.stage import EMBEDDING
 from phase8.train.engine.step import evaluate, train_step
 from phase8.train.engine.train_state import TrainState, build_train_state, whole_model
-
-_MOMENTS = 2  # of a weight that AdamW keeps
 
 
 class FsdpEngine:
@@ -90,8 +89,14 @@ class FsdpEngine:
 
     def state_sizes(self) -> list[int]:
         """Bytes of this rank's parts of them."""
-        parts = [part.nbytes for part in self.train_state.shards.parts.values()]
-        return [*parts, *(size for size in parts for _ in range(_MOMENTS))]
+        shards, declare = self.train_state.shards, declared_by(self.train_state.optimizer)
+        weights = [part.nbytes for part in shards.parts.values()]
+        states = (
+            tensor.num_bytes(part.numel(), parameter_bytes=part.element_size())
+            for name, part in shards.parts.items()
+            for tensor in declare(name, shards.whole[name].shape).tensors
+        )
+        return [*weights, *states]
 
     def restore(self, checkpoint: Checkpoint, *, weights_only: bool = False) -> None:
         """Puts a checkpoint's tensors into model and optimizer."""

@@ -11,10 +11,12 @@ from phase8.config.pipeline import pipeline_of
 from phase8.config.schema import RunConfig
 from phase8.distributed.mesh import Mesh
 from phase8.distributed.placement import collected
+from phase8.errors import ConfigError
 from phase8.model.model import LanguageModel, build_model
 from phase8.model.parameters import decayed_parameter_names, initialise, materialise
 from phase8.model.recomputation import apply_recomputation
 from phase8.optim.adamw import build_optimizer
+from phase8.optim.state import DeclareState, declared_by
 from phase8.plan.stages import chunk_layers
 from phase8.precision.policy import compute_dtype, number_format
 from phase8.topology import HOLDERS
@@ -70,7 +72,22 @@ def build_train_state(config: RunConfig, *, mesh: Mesh, device: torch.device, dt
     offload = config.zero.offload_optimizer == "cpu" and config.zero.offload_params == "none"
     shards = Shards(stage.module, tensor_axis=mesh.tp, holders=mesh.axes(HOLDERS), offload=offload, copies=stage.copies)
     optimizer = build_optimizer(shards.parts, config.optim, decayed_names=decayed_names)
+    require_divisible(shards, declared_by(optimizer))
     return TrainState(stage, shards, optimizer)
+
+
+def require_divisible(shards: Shards, declare: DeclareState) -> None:
+    """Refuses an optimizer whose update of a parameter needs all of it where ranks hold only parts of it.
+
+    Raises:
+        ConfigError: There is such a parameter.
+    """
+    for name, whole in shards.whole.items():
+        if shards.parts[name].shape != whole.shape and not declare(name, whole.shape).is_elementwise:
+            raise ConfigError(
+                f"optim.name is an optimizer that updates {name} as a whole, but ranks divide it; set zero.stage to 0 and "
+                "parallel.tensor_parallel_size to 1, or choose adamw."
+            )
 
 
 def build_chunks(config: RunConfig, *, mesh: Mesh, device: torch.device, dtype: torch.dtype) -> list[LanguageModel]:

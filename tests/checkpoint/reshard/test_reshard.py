@@ -16,6 +16,7 @@ from phase8.checkpoint.reshard.rewrite import WORK_PREFIX
 from phase8.checkpoint.save import save_checkpoint
 from phase8.division import DividedShape, Region
 from phase8.errors import CheckpointCorruptError, CheckpointError, CheckpointMismatchError, StorageError
+from phase8.optim.state import adamw_state
 from phase8.topology import Topology
 
 ROOT = Path(__file__).parents[3]
@@ -49,7 +50,7 @@ def source(tmp_path):
 
 
 def run(source, destination, *, topology=LAYOUT, stages=STAGES, on_progress=quiet):
-    return reshard(source, destination, stages=stages, topology=topology, on_progress=on_progress)
+    return reshard(source, destination, stages=stages, topology=topology, declare=adamw_state, on_progress=on_progress)
 
 
 def content(directory):
@@ -207,6 +208,7 @@ from phase8.checkpoint import direct_writer
 from phase8.checkpoint.load import open_checkpoint
 from phase8.checkpoint.reshard.reshard import ConsolidatedForm, consolidate, reshard
 from phase8.division import DividedShape
+from phase8.optim.state import adamw_state
 from phase8.topology import Topology
 
 direct_writer.BUFFER_BYTES = 2**20  # two of them, whatever the tensors: no part of what is measured
@@ -223,9 +225,10 @@ quiet = lambda *_: None
 divided = Topology(tensor_parallel_size=2, data_parallel_size=2)
 # Once unmeasured: the code itself is read into memory when it first runs.
 small = ({"w": DividedShape((4, 4), {"tp": 1})},)
-reshard(open_checkpoint(root / "small/step-0000000001"), root / "warm", stages=small, topology=divided, on_progress=quiet)
-measured(lambda: reshard(open_checkpoint(root / "step-0000000001"), root / "a", stages=stages, topology=divided, on_progress=quiet))
-measured(lambda: reshard(open_checkpoint(root / "a"), root / "b", stages=stages, topology=Topology(), on_progress=quiet))
+reshard(open_checkpoint(root / "small/step-0000000001"), root / "warm", stages=small, topology=divided, declare=adamw_state, on_progress=quiet)
+source = open_checkpoint(root / "step-0000000001")
+measured(lambda: reshard(source, root / "a", stages=stages, topology=divided, declare=adamw_state, on_progress=quiet))
+measured(lambda: reshard(open_checkpoint(root / "a"), root / "b", stages=stages, topology=Topology(), declare=adamw_state, on_progress=quiet))
 measured(lambda: consolidate(open_checkpoint(root / "a"), root / "c", form=ConsolidatedForm({}), dtype=None, on_progress=quiet))
 """
 
