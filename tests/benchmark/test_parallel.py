@@ -149,7 +149,7 @@ def test_the_first_error_of_a_log_is_what_a_row_says(log, sentence):
     assert first_error(log) == sentence
 
 
-@pytest.mark.slow
+@pytest.mark.full
 def test_layouts_are_measured_by_training_them_under_torchrun(tiny, tmp_path):
     config = tiny_config(tiny, "train.micro_batch_size=2")
     layouts = [parse_layout(name) for name in ("tp3", "one", "dp2-zero3-offload")]

@@ -19,11 +19,9 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
+from tests.parallel.pool import PRELOADED
+
 ROOT = Path(__file__).parents[2]
-PRELOADED = [
-    "torch", "torch.distributed.checkpoint", "torch.distributed.fsdp", "torch.distributed.tensor.parallel", "torch.utils.data", "safetensors",
-    "pydantic", "rich.console", "rich.progress", "yaml",
-]  # fmt: skip
 GRACE_SECONDS = 30.0  # as torchrun
 LONG = 240.0  # what takes so long hangs, however busy the machine is
 

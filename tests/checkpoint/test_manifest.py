@@ -204,7 +204,7 @@ def places(value: Any, path: tuple = ()) -> list[tuple]:
     return [path, *(place for key, child in children for place in places(child, (*path, key)))]
 
 
-@settings(max_examples=400, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(data=st.data())
 def test_fuzz_values_of_a_signed_manifest_never_raise_another_error(data: st.DataObject, sign):
     mutated: Any = copy.deepcopy(document())
@@ -228,7 +228,7 @@ def test_fuzz_values_of_a_signed_manifest_never_raise_another_error(data: st.Dat
         assert parse_manifest(manifest_bytes(manifest), PATH) == manifest
 
 
-@settings(max_examples=400, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(data=st.data())
 def test_fuzz_bytes_of_a_manifest_never_raise_another_error(data: st.DataObject, sign, tmp_path: Path):
     original = sign(document())

@@ -112,7 +112,7 @@ def compile_offline(kernels: Mapping[str, OfflineKernel]) -> dict[str, Compiled]
         pytest.skip("triton is not installed")
     request = json.dumps({name: asdict(kernel) for name, kernel in kernels.items()})
     environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
-    environment["PYTHONPATH"] = os.pathsep.join([str(ROOT), str(Path(__file__).parent), *filter(None, [environment.get("PYTHONPATH")])])
+    environment["PYTHONPATH"] = os.pathsep.join([str(ROOT), *filter(None, [environment.get("PYTHONPATH")])])
     done = subprocess.run([sys.executable, __file__], input=request, capture_output=True, text=True, env=environment)
     assert done.returncode == 0, done.stderr
     answer = json.loads(done.stdout.splitlines()[-1])

@@ -48,6 +48,7 @@ def half_trained(tiny, tmp_path):
     return run.directory
 
 
+@pytest.mark.full
 def test_variants_and_seeds_are_trained_compared_and_then_skipped(door, half_trained, tmp_path):
     out = tmp_path / "out"
     words = ["--seeds", 1, 2, "--jobs", 2, "--any-size", "--set", *SHORT]

@@ -4,6 +4,7 @@ import argparse
 import importlib.util
 import json
 import re
+import runpy
 import subprocess
 import sys
 from pathlib import Path
@@ -162,12 +163,19 @@ def test_the_cache_is_flushed_and_everything_enqueued_before_a_run_starts(measur
 
 
 @pytest.mark.parametrize("door", sorted(path.name for path in BENCH.glob("*.py") if path.name != "measure.py"))
-def test_doors_run_as_programs_and_refuse_in_one_sentence_without_a_gpu(door):
-    if torch.cuda.is_available():
-        pytest.skip("this machine has a GPU")
-    done = subprocess.run([sys.executable, str(BENCH / door)], capture_output=True, text=True, cwd=BENCH.parents[1])
-    assert done.returncode == 1 and done.stdout == ""
-    assert re.fullmatch(r"error: \w+ is timed on a GPU only, and torch finds none\.\n", done.stderr)
+def test_doors_refuse_in_one_sentence_without_a_gpu(door, measure, monkeypatch, capfd):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(sys, "argv", [str(BENCH / door)])
+    with pytest.raises(SystemExit) as ended:
+        runpy.run_path(str(BENCH / door), run_name="__main__")
+    output, errors = capfd.readouterr()
+    assert ended.value.code == 1 and output == ""
+    assert re.fullmatch(r"error: \w+ is timed on a GPU only, and torch finds none\.\n", errors)
+
+
+def test_a_door_runs_as_a_program():
+    done = subprocess.run([sys.executable, str(BENCH / "green_scan.py"), "--help"], capture_output=True, text=True, cwd=BENCH.parents[1])
+    assert done.returncode == 0 and "--repeats" in done.stdout, done.stderr
 
 
 def test_arguments_of_a_door_are_reported(gpu, capsys):

@@ -56,6 +56,7 @@ def lines_by_name(table, names):
     return {name: line for line in table.splitlines() for name in names if line.startswith(f"{name} ")}
 
 
+@pytest.mark.full
 def test_the_ladder_names_every_rung_and_all_compute_the_same(door):
     code, output, table = door(*SPEED, "--json")
     assert code == 0 and output.count("\n") == 1 and "error" not in table
@@ -134,6 +135,7 @@ def test_a_block_that_does_not_fit_is_said_beside_the_other(door, tiny, little_m
     assert result["blocks"]["phase8"]["throughput"]["num_steps"] == 1
 
 
+@pytest.mark.full
 def test_lengths_and_where_memory_ends(door, tiny, little_memory):
     options = ["--config", tiny, "--sequence-lengths", 32, 16, "--tokens-per-step", 32, "--iterations", 1]
     code, output, errors = door("scaling", *options, "--json")

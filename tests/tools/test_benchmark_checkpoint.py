@@ -3,6 +3,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 ROOT = Path(__file__).parents[2]
 TOOL = ROOT / "tools" / "benchmark_checkpoint.py"
 TINY = ("model.d_model=24", "model.num_heads=4", "model.num_layers=1", "model.vocab_size=61", "model.sequence_length=24")
@@ -14,6 +16,7 @@ def run(*words):
     return subprocess.run([sys.executable, *words], capture_output=True, text=True, env=environment, timeout=240)
 
 
+@pytest.mark.full
 def test_saves_and_loads_of_all_three_are_timed_and_nothing_is_left(tmp_path):
     done = run(*TORCHRUN, str(TOOL), "--directory", str(tmp_path), "--rounds", "1", "--set", *TINY)
     assert done.returncode == 0, done.stderr

@@ -33,50 +33,55 @@ def trained_transformer(tmp_path_factory):
     return train_tiny(config, "train.num_steps=5", "model.vocab_size=300", "model.block=transformer", f"data.tokenizer={tokenizer}").directory.path
 
 
+@pytest.fixture
+def generated_here(capsys, monkeypatch):
+    """The door in this process: exit code, output and errors."""
+    monkeypatch.setattr(sys.stdout, "reconfigure", lambda **options: None, raising=False)  # what pytest captures into has no encoding
+
+    def call(*arguments):
+        capsys.readouterr()
+        monkeypatch.setattr(sys, "argv", ["generate.py", *map(str, arguments)])
+        return load_door("generate").main(), *capsys.readouterr()
+
+    return call
+
+
 def generate(*arguments):
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
     command = [sys.executable, "tools/generate.py", *arguments]
     return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=120, check=False)
 
 
-def test_continues_the_prompt_from_a_checkpoint_alone(trained):
-    first, again, other = (generate("--checkpoint", str(trained), "--prompt", "def ma", "--max-tokens", "20", "--seed", seed) for seed in "001")
-    assert first.returncode == 0, first.stderr
+def test_continues_the_prompt_from_a_checkpoint_alone(trained, generated_here):
+    options = ("--checkpoint", str(trained), "--prompt", "def ma", "--max-tokens", "20", "--device", "cpu", "--seed")
+    first, again, other = generate(*options, "0"), generated_here(*options, "0"), generated_here(*options, "1")
+    assert first.returncode == again[0] == other[0] == 0, first.stderr
     assert first.stdout.startswith("def ma") and len(first.stdout) > len("def ma\n")
-    assert first.stdout == again.stdout != other.stdout
+    assert first.stdout == again[1] != other[1]
 
 
-def test_problems_are_one_line_with_a_documented_exit_code(trained, tmp_path):
-    missing = generate("--checkpoint", str(tmp_path / "nothing"))
-    assert missing.returncode == 4 and missing.stderr.startswith("error: there is no checkpoint") and missing.stderr.count("\n") == 1
-    wrong = generate("--checkpoint", str(trained), "--top-p", "3")
-    assert wrong.returncode == 2 and wrong.stderr.startswith("error: top_p is 3.0")
+def test_problems_are_one_line_with_a_documented_exit_code(trained, tmp_path, generated_here):
+    code, _, error = generated_here("--checkpoint", tmp_path / "nothing")
+    assert code == 4 and error.startswith("error: there is no checkpoint") and error.count("\n") == 1
+    code, _, error = generated_here("--checkpoint", trained, "--top-p", "3")
+    assert code == 2 and error.startswith("error: top_p is 3.0")
     damaged = tmp_path / "step-0000000005"
     shutil.copytree(trained / "checkpoints" / "step-0000000005", damaged)
     file = next(damaged.glob("model-*.safetensors"))
     file.write_bytes(file.read_bytes()[:-1] + b"\xff")
-    broken = generate("--checkpoint", str(damaged))
-    assert broken.returncode == 4 and "error: " in broken.stderr and "Traceback" not in broken.stderr
-
-
-def generated_here(capsys, *arguments):
-    """Exit code, output and errors of the door in this process."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(sys, "argv", ["generate.py", *map(str, arguments)])
-        return load_door("generate").main(), *capsys.readouterr()
+    code, _, error = generated_here("--checkpoint", damaged)
+    assert code == 4 and "error: " in error and "Traceback" not in error
 
 
 @pytest.mark.parametrize("format", ["consolidated", "hf"])
-def test_weights_without_a_manifest_write_what_their_checkpoint_writes(tmp_path, trained, trained_transformer, capsys, monkeypatch, format):
-    monkeypatch.setattr(sys.stdout, "reconfigure", lambda **options: None, raising=False)  # what pytest captures into has no encoding
+def test_weights_without_a_manifest_write_what_their_checkpoint_writes(tmp_path, trained, trained_transformer, generated_here, format):
     source = trained if format == "consolidated" else trained_transformer
     assert load_door("reshard_checkpoint").main([str(source), str(tmp_path / "weights"), "--format", format]) == 0
-    capsys.readouterr()
     options = ("--prompt", "def ma", "--max-tokens", 20, "--device", "cpu")
-    of_checkpoint, of_weights = (generated_here(capsys, "--checkpoint", path, *options) for path in (source, tmp_path / "weights"))
+    of_checkpoint, of_weights = (generated_here("--checkpoint", path, *options) for path in (source, tmp_path / "weights"))
     assert of_checkpoint[0] == 0 and of_weights == of_checkpoint and len(of_weights[1]) > len("def ma\n")
     (tmp_path / "weights" / "tokenizer.model").unlink()
-    code, _, error = generated_here(capsys, "--checkpoint", tmp_path / "weights", *options)
+    code, _, error = generated_here("--checkpoint", tmp_path / "weights", *options)
     assert code == 4 and "holds no tokenizer" in error
 
 
@@ -91,11 +96,10 @@ def test_weights_without_a_manifest_write_what_their_checkpoint_writes(tmp_path,
         (lambda path: (path / "tokenizer.model").symlink_to("/dev/zero"), "tokenizer.model is a link"),
     ],
 )
-def test_damaged_weights_are_refused_in_one_sentence(tmp_path, trained, capsys, damage, sentence):
+def test_damaged_weights_are_refused_in_one_sentence(tmp_path, trained, generated_here, damage, sentence):
     weights = tmp_path / "weights"
     assert load_door("reshard_checkpoint").main([str(trained), str(weights), "--format", "consolidated"]) == 0
     (weights / "tokenizer.model").unlink()
-    capsys.readouterr()
     damage(weights)
-    code, _, error = generated_here(capsys, "--checkpoint", weights, "--device", "cpu")
+    code, _, error = generated_here("--checkpoint", weights, "--device", "cpu")
     assert code == 4 and sentence in error and error.count("\n") == 1
