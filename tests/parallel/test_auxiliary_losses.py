@@ -5,14 +5,14 @@ from contextlib import nullcontext
 
 import pytest
 import torch
-from mutations import replaced
-from test_parity import INTERLEAVED, ranks
-from training import MODEL, new_train_state, take_step
 
 from phase8.config.auto import without_auto
 from phase8.config.load import load_config
 from phase8.distributed.placement import collected
 from phase8.model import model
+from tests.parallel.mutations import replaced
+from tests.parallel.test_parity import INTERLEAVED, ranks
+from tests.parallel.training import MODEL, new_train_state, take_step
 
 NUM_STEPS = 3
 TOPOLOGIES = {

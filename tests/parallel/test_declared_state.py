@@ -7,9 +7,6 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from phase8.plan.chunks import stage_parameters
-from test_checkpoints import BLOCK, TOPOLOGIES, load_and_go_on, restore, start, state_of, train_and_save
-from training import MODEL
 
 from phase8.checkpoint.load import open_checkpoint
 from phase8.checkpoint.reshard.reshard import reshard
@@ -20,8 +17,11 @@ from phase8.config.pipeline import pipeline_of
 from phase8.distributed.placement import collected
 from phase8.errors import CheckpointCorruptError, CheckpointError, CheckpointMismatchError, ConfigError
 from phase8.optim.state import ParameterState, StateTensor, adamw_state, declared_by
+from phase8.plan.chunks import stage_parameters
 from phase8.train.engine import train_state as train_state_module
 from phase8.train.engine.train_state import require_divisible
+from tests.parallel.test_checkpoints import BLOCK, TOPOLOGIES, load_and_go_on, restore, start, state_of, train_and_save
+from tests.parallel.training import MODEL
 
 
 def two_kinds(name, shape):

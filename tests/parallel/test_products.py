@@ -6,8 +6,6 @@ from unittest import mock
 import pytest
 import torch
 import torch.nn.functional as F
-from pool import GLOO
-from test_overlapped import CollectiveMemory, axis_of_all, gradients, relative_difference
 
 from phase8.config.schema import ModelSection
 from phase8.distributed.collectives import ALONE
@@ -17,6 +15,8 @@ from phase8.model.parameters import initialise
 from phase8.precision import policy
 from phase8.precision.formats import OPERAND_DTYPE, OperandDtype
 from phase8.tensor_parallel import overlapped, products
+from tests.parallel.pool import GLOO
+from tests.parallel.test_overlapped import CollectiveMemory, axis_of_all, gradients, relative_difference
 
 
 class Counted(OperandDtype):

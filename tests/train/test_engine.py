@@ -10,7 +10,6 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 from rich.console import Console
-from tiny_run import tiny_config
 from torch.nn.parallel import DistributedDataParallel
 
 from phase8.checkpoint.load import list_checkpoints, open_checkpoint
@@ -21,6 +20,7 @@ from phase8.train import build
 from phase8.train.build import build_run
 from phase8.train.engine.protocol import Replicas, StepResult
 from phase8.train.loop import train
+from tests.train.tiny_run import tiny_config
 
 NUM_RANKS = 2
 SETTINGS = ("checkpoint.every_n_steps=4", "train.check_replicas_every_n_steps=4", "train.num_steps=8", "train.evaluate_every_n_steps=4")
