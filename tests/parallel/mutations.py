@@ -44,12 +44,12 @@ def swapped_neighbours():
 
 def sum_is_local():
     """No number is summed over ranks: counts of targets, norms, normalisers of the softmax."""
-    return replaced(*((module, "sum_over") for module in (step, shards, cross_entropy)), by=lambda old: lambda x, axis: x)
+    return replaced(*((module, "sum_over") for module in (step, shards, cross_entropy)), by=lambda old: lambda x, *axes: x)
 
 
 def local_count_of_targets():
     """Each rank divides by its own number of targets."""
-    return replaced((step, "_over_data_ranks"), by=lambda old: lambda x, mesh: x if x.dtype == torch.float64 and x.dim() == 0 else old(x, mesh))
+    return replaced((step, "_over_all_ranks"), by=lambda old: lambda num_targets, train_state: max(num_targets, 1))
 
 
 def norm_counts_replicas_twice():
@@ -59,7 +59,7 @@ def norm_counts_replicas_twice():
 
 def norm_of_one_shard():
     """The gradient norm is that of this rank's parts."""
-    return replaced((shards, "sum_over"), by=lambda old: lambda x, axis: x)
+    return replaced((shards, "sum_over"), by=lambda old: lambda x, *axes: x)
 
 
 def plain_to_local():
