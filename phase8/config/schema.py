@@ -160,7 +160,7 @@ class ParallelSection(Section):
 
     tensor_parallel_size: RankCount = key(1, "ranks that share each layer's heads and columns")
     pipeline_parallel_size: RankCount = key(1, "stages the layers are divided over")
-    pipeline_schedule: Literal["gpipe", "1f1b", "wide_1f1b", "interleaved"] = key("1f1b", "order of forwards and backwards; interleaved needs chunks")
+    pipeline_schedule: Literal["gpipe", "1f1b", "interleaved"] = key("1f1b", "order of forwards and backwards; interleaved needs chunks")
     pipeline_chunks: LayerCount = key(1, "pieces of the model per stage, for the interleaved schedule")
     context_parallel_size: RankCount = key(1, "ranks that share each sequence")
     expert_parallel_size: RankCount = key(1, "ranks that share the experts; divides data_parallel_size")

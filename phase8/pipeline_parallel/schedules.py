@@ -19,13 +19,6 @@ of microbatch 3, and b the second chunk of a stage:
         stage 1  .   0   1   .   0'  2   1'  3   2'  .   3'  .
         stage 2  .   .   0   0'  1   1'  2   2'  3   3'  .   .
 
-    wide_1f1b, 3 stages, 4 microbatches: 1f1b whose stages all hold the activations of P microbatches.
-
-        clock    0   1   2   3   4   5   6   7   8   9   10  11  12  13  14  15
-        stage 0  0   1   2   .   .   .   .   0'  3   .   .   .   .   1'  2'  3'
-        stage 1  .   0   1   2   .   .   0'  .   .   3   .   .   1'  2'  3'  .
-        stage 2  .   .   0   1   2   0'  .   .   .   .   3   1'  2'  3'  .   .
-
     interleaved, 2 stages of 2 chunks, 4 microbatches: a chunk is half a stage, so a clock is half as long, and with it the bubble.
 
         clock    0   1   2   3   4   5   6   7   8   9  10  11  12  13  14  15  16  17
@@ -185,11 +178,6 @@ def one_f_one_b(stage: int, P: int, M: int, V: int) -> tuple[Action, ...]:
     return _one_forward_one_backward(P, M, V, num_warmup=P - stage - 1)
 
 
-def wide_1f1b(stage: int, P: int, M: int, V: int) -> tuple[Action, ...]:
-    """As many forwards on every stage as the first one takes to reach the last, then forwards and backwards in turn."""
-    return _one_forward_one_backward(P, M, V, num_warmup=P - 1)
-
-
 def interleaved(stage: int, P: int, M: int, V: int) -> tuple[Action, ...]:
     """1f1b over P x V virtual stages, P microbatches at a time.
 
@@ -237,12 +225,6 @@ SCHEDULES: dict[str, Rules] = {
         bubble_ratio=_bubble_ratio,
         peak_activations=lambda stage, P, M, V: min(M, P - stage),
         actions=one_f_one_b,
-    ),
-    "wide_1f1b": Rules(
-        requirement=needs_one_chunk,
-        bubble_ratio=_bubble_ratio,
-        peak_activations=lambda stage, P, M, V: min(M, P),
-        actions=wide_1f1b,
     ),
     "interleaved": Rules(
         requirement=needs_chunks_and_groups,

@@ -35,7 +35,6 @@ INTERLEAVED = ("parallel.pipeline_schedule=interleaved", "parallel.pipeline_chun
 QUICK = {
     "pp2": ("default", ranks(pp=2)),
     "pp2 gpipe": ("whole", ranks(pp=2, more=(GPIPE,))),
-    "pp2 wide": ("whole", ranks(pp=2, more=("parallel.pipeline_schedule=wide_1f1b", "train.micro_batch_size=1"))),
     "pp2 tied, short microbatches": ("tied", ranks(pp=2, more=("train.micro_batch_size=1",))),
     "pp4 of as many layers": ("deep", ranks(pp=4)),
     "pp2 interleaved": ("deep", ranks(pp=2, more=INTERLEAVED)),

@@ -120,7 +120,7 @@ def test_virtual_stages_go_round_the_stages():
 @pytest.mark.parametrize(
     ("case", "message"),
     [
-        (("zigzag", 2, 4, 1), "parallel.pipeline_schedule is 'zigzag', but it must be one of gpipe, 1f1b, wide_1f1b, interleaved."),
+        (("zigzag", 2, 4, 1), "parallel.pipeline_schedule is 'zigzag', but it must be one of gpipe, 1f1b, interleaved."),
         (("gpipe", 0, 4, 1), "parallel.pipeline_parallel_size is 0, but at least 1 is needed."),
         (("1f1b", 2, 0, 1), "parallel.num_microbatches is 0, but at least 1 is needed."),
         (("interleaved", 2, 4, -1), "parallel.pipeline_chunks is -1, but at least 1 is needed."),
