@@ -78,8 +78,8 @@ def update(
     """Enqueues a step's work on the device without waiting; arguments as for `train_step`. The optimizer has its learning rate already.
 
     Returns:
-        Loss, gradient norm, the numbers of ranks that were asked to stop and that could not read, whether the weights were changed, and the
-        auxiliary losses, for `step_result`.
+        Numbers for `step_result`: loss, gradient norm, number of ranks that were asked to stop, number of ranks that could not read their
+        data, 1 if the weights were changed or else 0, and the auxiliary losses.
     """
     optimizer, shards, mesh, device = train_state.optimizer, train_state.shards, train_state.mesh, train_state.device
     total, auxiliary = train_state.stage.train(microbatches, _over_all_ranks(numbers.num_targets, train_state), report=report)
