@@ -96,7 +96,7 @@ def region_of_rank(region: Region, dim: int, place: Place) -> Region:
 
 @dataclass(frozen=True)
 class DividedShape:
-    """The shape of a parameter on all ranks together, and how ranks divide it.
+    """The whole shape of a parameter, and its division over ranks.
 
     Args:
         shape: Whole shape.

@@ -15,7 +15,7 @@ from phase8.topology import READERS, AxisName, Topology
 
 @dataclass(frozen=True)
 class Mesh:
-    """The grid and this rank's place in it.
+    """The rank grid, with this rank's place on each axis.
 
     Args:
         topology: Topology with the degrees.

@@ -75,7 +75,7 @@ class LorentzScore(nn.Module):
 
 
 class Phase8Mixer(nn.Module):
-    """Local path + gate * global path, or the local path alone.
+    """The Phase 8 mixer: the sum of the local path and the gated global path, or the local path alone.
 
     Args:
         model: Model section with widths, heads, score, global path and chain.

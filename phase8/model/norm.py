@@ -16,7 +16,7 @@ from phase8.tensor_parallel.parameters import ParameterSpec, local
 
 
 class RMSNorm(nn.Module):
-    """x / rms(x) over the last dims, times a learned weight.
+    """The norm x / rms(x) over the last dim, times a learned weight.
 
     Args:
         shape: Shape of the weight; the last dim is normalised.

@@ -160,25 +160,25 @@ class _Run:
     def __init__(self, engine: Engine, forward: Forward, form: MessageForm):
         self._engine, self._place, self._channels = engine, engine.place, engine.channels
         self._call, self._form = forward, form
-        self._held: dict[_Key, tuple[Tensor | None, Tensor, Losses]] = {}  # from forward to backward: input, output, auxiliary losses
-        self._coming: dict[tuple[Payload, _Key], Callable[[], Tensor]] = {}  # from posted to consumed
-        self._going: dict[tuple[Payload, _Key], Tensor] = {}  # from computed to sent
+        self._held: dict[_Key, tuple[Tensor | None, Tensor, Losses]] = {}  # input, output and auxiliary losses
+        self._coming: dict[tuple[Payload, _Key], Callable[[], Tensor]] = {}  # receives posted and not consumed
+        self._going: dict[tuple[Payload, _Key], Tensor] = {}  # messages computed and not sent
         self._losses: dict[int, Tensor] = {}
         self._auxiliary: dict[_Key, Losses] = {}
 
     def receive(self, receive: Receive) -> None:
-        """Posts a receive."""
+        """Posts the receive of a message."""
         route = Route(receive.peer, self._place.stage, receive.payload)
         message = self._channels.receive(route, self._form, receive.microbatch)
         self._coming[receive.payload, (receive.microbatch, receive.chunk)] = message
 
     def send(self, send: Send) -> None:
-        """Starts a send."""
+        """Starts the send of a message."""
         message = self._going.pop((send.payload, (send.microbatch, send.chunk)))
         self._channels.send(Route(self._place.stage, send.peer, send.payload), message)
 
     def forward(self, microbatch: int, chunk: int) -> None:
-        """Calls a chunk."""
+        """Runs the forward of a chunk; keeps its input and output for the backward, and passes the output on."""
         key, x = (microbatch, chunk), None
         if not self._place.is_first(chunk):
             x = self._take(Payload.ACTIVATION, key)

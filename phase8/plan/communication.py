@@ -205,7 +205,7 @@ def _copies_of_embedding(model: ModelSection, chunks: Sequence[Chunk], grid: Gri
 def _scalars() -> Iterator[Collectives]:
     """The sums of scalars; each runs over the axes of its set, one after the other."""
     loss = norm = FP32_BYTES
-    flags = 2 * FP32_BYTES  # asked to stop, cannot read
+    flags = 2 * FP32_BYTES  # the flags stop and unreadable
     for num_bytes, axes in ((flags, EVERYBODY), (loss, LOSS), (norm, HOLDERS), (_TARGETS_BYTES, TOKENS)):
         for axis in axes:
             yield Collectives(axis, Operation.ALL_REDUCE, 1, num_bytes)

@@ -34,12 +34,12 @@ LIBRARIES_BYTES = 128 << 20
 
 @dataclass(frozen=True)
 class StageMemory:
-    """A pipeline stage and its first rank.
+    """The planned memory of a pipeline stage's first rank.
 
     Args:
         stage: Number of the stage.
-        layers: Layers of each of its chunks.
-        num_parameters: Parameters of the model that this rank keeps between steps.
+        layers: Layers of each chunk of the stage.
+        num_parameters: Number of parameters that this rank keeps between steps.
         memory: Memory of this rank.
     """
 

@@ -33,7 +33,8 @@ def train(run: Run, *, resume_command: str, report: Callable[[int, str], None] =
         report: Function that is called with the step and what this rank does from now on.
 
     Raises:
-        DivergenceError: Too many non-finite steps in a row.
+        DivergenceError: An anomaly occurred and the policy is to stop, anomalies or rollbacks were too many, or there is no checkpoint to go
+            back to.
         DataError: The data cannot be read; the steps so far are saved.
         StorageError: The last checkpoint cannot be written.
         OutOfMemoryError: The memory of the device or of the host does not suffice.

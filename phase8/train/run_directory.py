@@ -91,7 +91,7 @@ class RunDirectory:
                     raise StorageError(
                         f"another process is training in {self.path}; wait until it has finished or choose another run.name."
                     ) from None
-                os.close(descriptor)  # its last owner removed it after it was opened here
+                os.close(descriptor)  # the last owner removed the file after it was opened here
 
     def exists(self) -> bool:
         """Whether a run of this name has written anything."""

@@ -1,4 +1,4 @@
-"""A rank's stage of the pipeline: its chunks of the model, and how the microbatches of a step go through them.
+"""A rank's stage of the pipeline, with its chunks of the model, which runs the microbatches of a step through them.
 
 One process is a pipeline of one stage. When the embedding is tied to the head, first and last stage hold a copy each: both copies start equal
 and get the sum of both gradients, so they stay equal.
@@ -25,7 +25,7 @@ from phase8.pipeline_parallel.schedules import Kind, build_forward_only, build_s
 from phase8.zero.fsdp import sum_gradients_after
 
 EMBEDDING = "embedding.weight"
-# A message travels while the action before the one that needs it is computed.
+# Receives are posted one action ahead, so that a message travels while the action before the one that needs it is computed.
 _RECEIVES_AHEAD = 1
 
 
