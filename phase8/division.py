@@ -1,7 +1,7 @@
-"""How ranks divide a dim among them, and the regions of a tensor that come of it. Plain numbers, no torch.
+"""The division of a dim over ranks, and the regions of a tensor that result. Plain numbers, no torch.
 
-Ranks divide as `torch.chunk` cuts: parts of ceil(size / ranks), the last ones smaller or empty. A layer declares which dim the ranks of which
-axis divide; ZeRO divides what is left to a rank once more, by dim 0.
+Ranks divide a dim as `torch.chunk` does: into parts of ceil(size / ranks), of which the last may be smaller or empty. A layer declares which dim
+the ranks of which axis divide; ZeRO divides the resulting part of each rank once more, by dim 0.
 """
 
 from __future__ import annotations
@@ -13,17 +13,17 @@ from typing import Protocol
 
 
 def part_size(size: int, num_parts: int) -> int:
-    """Size of the first part, which is the largest."""
+    """Size of the first part, which is the largest one."""
     return -(-size // num_parts)
 
 
 def padded_size(size: int, num_parts: int) -> int:
-    """Size with which all parts are as large as the first."""
+    """The size rounded up so that all parts are as large as the first."""
     return part_size(size, num_parts) * num_parts
 
 
 def part(size: int, num_parts: int, index: int) -> range:
-    """Where a part lies; empty at the end where there are fewer parts."""
+    """The indices of a part; empty for the last parts where the size does not suffice for all."""
     length = part_size(size, num_parts)
     return range(min(index * length, size), min((index + 1) * length, size))
 
@@ -37,24 +37,24 @@ class RegionLike(Protocol):
 
 @dataclass(frozen=True)
 class Region:
-    """A region and no more; a slice of a manifest is one, too, with a place in a file."""
+    """A plain region. A slice in a manifest is a region too, which has a place in a file in addition."""
 
     offsets: list[int]
     shape: list[int]
 
     @property
     def num_elements(self) -> int:
-        """Elements of the tensor that lie in it."""
+        """Number of elements of the tensor in the region."""
         return math.prod(self.shape)
 
 
 def whole_region(shape: Sequence[int]) -> Region:
-    """All of a tensor."""
+    """The region that is a whole tensor."""
     return Region([0] * len(shape), list(shape))
 
 
 def common_region(a: RegionLike, b: RegionLike) -> tuple[tuple[slice, ...], tuple[slice, ...]]:
-    """Where the elements that two overlapping regions share lie in a tensor that holds the first region, and in one that holds the second."""
+    """Slices of the elements that two overlapping regions share: in a tensor that holds region a, and in one that holds region b."""
     begins = [max(pair) for pair in zip(a.offsets, b.offsets, strict=True)]
     ends = [min(x + m, y + n) for x, m, y, n in zip(a.offsets, a.shape, b.offsets, b.shape, strict=True)]
 
@@ -77,8 +77,8 @@ class Place:
     """The place of a rank on an axis.
 
     Args:
-        size: Ranks along the axis.
-        index: The rank's position.
+        size: Number of ranks along the axis.
+        index: Position of the rank.
     """
 
     size: int
@@ -86,7 +86,7 @@ class Place:
 
 
 def region_of_rank(region: Region, dim: int, place: Place) -> Region:
-    """The part of a region that a rank has when the ranks of an axis divide a dim of it."""
+    """The part of a region that a rank has where the ranks of an axis divide one of its dims."""
     own = part(region.shape[dim], place.size, place.index)
     offsets, shape = list(region.offsets), list(region.shape)
     offsets[dim] += own.start
@@ -96,21 +96,21 @@ def region_of_rank(region: Region, dim: int, place: Place) -> Region:
 
 @dataclass(frozen=True)
 class DividedShape:
-    """The shape of a parameter on all ranks together, and how ranks divide it.
+    """The whole shape of a parameter, and its division over ranks.
 
     Args:
-        shape: Of all of it.
-        divided: Axis -> the dim that the ranks of the axis divide; along any other axis each rank has it whole.
+        shape: Whole shape.
+        divided: Axis -> dim that the ranks of the axis divide; along any other axis each rank has the parameter whole.
     """
 
     shape: tuple[int, ...]
     divided: Mapping[str, int] = field(default_factory=dict)
 
     def region(self, places: Mapping[str, Place]) -> Region:
-        """What a rank has.
+        """The region that a rank has.
 
         Args:
-            places: Axis -> its place; an axis that is missing has one rank.
+            places: Axis -> place of the rank; an axis that is missing has one rank.
         """
         found = whole_region(self.shape)
         for axis, dim in self.divided.items():

@@ -1,7 +1,7 @@
-"""What layers exchange with other ranks, as each layer declares it beside its products. Plain numbers, no torch.
+"""The exchanges of layers with other ranks, as each layer declares them next to its products. Plain numbers, no torch.
 
-A layer that exchanges tokens has a method `exchanges`; a module made of such layers composes theirs with `then`, in the order of its forward.
-The planner sums what a model declares (`plan/communication.py`), and knows no layer by name.
+A layer that exchanges tokens has a method `exchanges`. A module made of such layers joins their exchanges by `then`, in the order of its forward.
+The planner sums the exchanges that a model declares (`plan/communication.py`) and knows no layer by name.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from enum import StrEnum
 
 
 class Operation(StrEnum):
-    """What ranks do together."""
+    """The kind of a collective or message."""
 
     ALL_GATHER = "all_gather"
     REDUCE_SCATTER = "reduce_scatter"
@@ -22,14 +22,14 @@ class Operation(StrEnum):
 
 @dataclass(frozen=True)
 class Exchange:
-    """One collective for all tokens of a microbatch, or several that share them.
+    """A collective for all tokens of a microbatch, or several collectives that take a part of the tokens each.
 
     Args:
-        operation: What it does.
-        numbers_per_token: Of its gathered output or of its input to be reduced, for each token of the microbatch.
-        is_wide: The numbers are fp32 or wider; otherwise they have the dtype of the residual stream.
-        tokens_per_rank: A collective takes so many tokens for each rank of the axis; None: it takes all.
-        axis: The ranks that take part.
+        operation: Kind of the collective.
+        numbers_per_token: Numbers in the gathered output, or in the input that is reduced, per token of the microbatch.
+        is_wide: Whether the numbers are fp32 or wider; otherwise they have the dtype of the residual stream.
+        tokens_per_rank: Tokens that one collective takes, divided by the ranks of the axis; None: one collective takes all tokens.
+        axis: Axis whose ranks take part.
     """
 
     operation: Operation
@@ -41,13 +41,13 @@ class Exchange:
 
 @dataclass(frozen=True)
 class Exchanges:
-    """What a layer, or a sequence of layers, exchanges for a microbatch.
+    """The exchanges of a layer, or of a sequence of layers, for a microbatch.
 
     Args:
-        forward: In its forward.
-        backward: In its backward.
-        repeated: In a recomputation of its forward that ends with it. Autograd stops when it has all that backward needs, so an exchange after
-            which nothing is kept is not repeated.
+        forward: Exchanges in the forward.
+        backward: Exchanges in the backward.
+        repeated: Exchanges in a recomputation of the forward that ends with this layer. Autograd stops when it has all that backward
+            needs, so an exchange after which nothing is kept is not repeated.
     """
 
     forward: tuple[Exchange, ...] = ()
@@ -55,7 +55,7 @@ class Exchanges:
     repeated: tuple[Exchange, ...] = ()
 
     def then(self, after: Exchanges) -> Exchanges:
-        """Those of this and of what runs after it, which keeps its input for backward."""
+        """The exchanges of this layer followed by another one, which keeps its input for backward."""
         return Exchanges(self.forward + after.forward, after.backward + self.backward, self.forward + after.repeated)
 
 
@@ -63,12 +63,12 @@ NO_EXCHANGES = Exchanges()
 
 
 def gathered(numbers_per_token: int, *, is_wide: bool = False) -> Exchanges:
-    """Own tokens become all tokens; backward sums and scatters their gradient."""
+    """The exchanges of a layer that gathers all tokens from the own ones; its backward sums and scatters the gradient."""
     return _dual(Operation.ALL_GATHER, Operation.REDUCE_SCATTER, numbers_per_token, is_wide)
 
 
 def scattered(numbers_per_token: int, *, is_wide: bool = False) -> Exchanges:
-    """Summands of all tokens become own tokens; backward gathers their gradient."""
+    """The exchanges of a layer that sums and scatters summands of all tokens; its backward gathers the gradient."""
     return _dual(Operation.REDUCE_SCATTER, Operation.ALL_GATHER, numbers_per_token, is_wide)
 
 

@@ -1,9 +1,9 @@
-"""The rank grid: how a world of processes is divided over pipeline, data, context and tensor axes, and what ranks along an axis share.
+"""The rank grid: the division of a world of processes over pipeline, data, context and tensor axes, and the sets of axes to reduce over.
 
-Ranks vary fastest along tp, then cp, dp, pp, so that tensor parallelism stays inside a node. Plain values, no torch.
+Rank numbers vary fastest along tp, then cp, dp, pp, so that tensor parallelism stays inside a node. Plain values, no torch.
 
-The axes over which ranks communicate are finer: dp is replicate x shard x ep. Whoever sums, counts or compares over ranks loops over one of
-these sets of axes, in its order; an axis that is new joins the sets here.
+The axes over which ranks communicate are finer: dp is replicate x shard x ep. Code that sums, counts or compares over ranks loops over one of
+these sets of axes, in its order; a new axis is added to the sets here.
 
 | set | ranks along its axes |
 |---|---|
@@ -13,7 +13,7 @@ these sets of axes, in its order; an axis that is new joins the sets here.
 | `HOLDERS` | hold different parts of the parameters, and so summands of a norm |
 | `COPIES` | hold the same part of some parameters |
 | `STAGE` | belong to one pipeline stage |
-| `EVERYBODY` | are all ranks |
+| `EVERYBODY` | make up the whole world |
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ AXES = ("pp", "dp", "cp", "tp")
 
 
 class AxisName(StrEnum):
-    """Axes over which ranks communicate, from the farthest ranks to the nearest.
+    """The axes over which ranks communicate, from the one of the farthest ranks to the one of the nearest.
 
     Data-parallel ranks hold the same shards along `replicate`, different shards along `shard` and different experts along `ep`.
     """
@@ -52,14 +52,14 @@ EVERYBODY = (*STAGE, AxisName.PIPELINE)
 
 @dataclass(frozen=True)
 class Topology:
-    """The degrees of the four axes and what follows from them.
+    """The degrees of the four axes, and the rank numbers that follow from them.
 
     Args:
         pipeline_parallel_size: Degree of pp.
         data_parallel_size: Degree of dp.
         context_parallel_size: Degree of cp.
         tensor_parallel_size: Degree of tp.
-        expert_parallel_size: Ranks along ep, inside dp.
+        expert_parallel_size: Number of ranks along ep, which is a part of dp.
     """
 
     pipeline_parallel_size: int = 1
@@ -81,10 +81,11 @@ class Topology:
         return self.pipeline_parallel_size * self.data_parallel_size * self.context_parallel_size * self.tensor_parallel_size
 
     def axis_sizes(self, *, shard_size: int) -> dict[AxisName, int]:
-        """Ranks along each axis over which they communicate, slowest varying first.
+        """The number of ranks along each axis over which ranks communicate, slowest varying first.
 
         Args:
-            shard_size: Data-parallel ranks that divide parameters and optimizer among them; times ep it divides data_parallel_size.
+            shard_size: Number of data-parallel ranks that divide parameters and optimizer among them; its product with ep divides
+                data_parallel_size.
         """
         return {
             AxisName.PIPELINE: self.pipeline_parallel_size,
@@ -96,21 +97,21 @@ class Topology:
         }
 
     def rank(self, coordinates: Mapping[str, int]) -> int:
-        """The rank at a position; it is the first one along each axis that the position does not name."""
+        """The rank at a position; an axis that the position does not name counts as 0."""
         rank = 0
         for axis, degree in self.degrees.items():
             rank = rank * degree + coordinates.get(axis, 0)
         return rank
 
     def coordinates(self, rank: int) -> dict[str, int]:
-        """Position of a rank on each axis."""
+        """The position of a rank on each axis."""
         position = {}
         for axis, degree in reversed(self.degrees.items()):
             rank, position[axis] = divmod(rank, degree)
         return {axis: position[axis] for axis in AXES}
 
     def group(self, rank: int, axis: str) -> list[int]:
-        """Ranks that differ from `rank` along one axis only, in order of that axis."""
+        """The ranks, `rank` included, whose positions differ along one axis only, in the order of that axis."""
         stride = 1
         for name, degree in reversed(self.degrees.items()):
             if name == axis:
@@ -123,7 +124,7 @@ class Topology:
 def build_topology(
     *, world_size: int, pipeline_parallel_size: int, context_parallel_size: int, tensor_parallel_size: int, expert_parallel_size: int = 1
 ) -> Topology:
-    """The topology of a world, data_parallel_size inferred.
+    """The topology of a world; data_parallel_size is inferred.
 
     Raises:
         TopologyError: The degrees do not divide the world, or expert_parallel_size does not divide data_parallel_size.

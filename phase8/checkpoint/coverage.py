@@ -1,4 +1,4 @@
-"""The proof that regions tile a tensor, so that every element lies in exactly one of them."""
+"""A check that regions tile a tensor, so that every element lies in exactly one region."""
 
 from __future__ import annotations
 
@@ -9,14 +9,14 @@ from collections.abc import Sequence
 from phase8.checkpoint.untrusted import shown
 from phase8.division import RegionLike, whole_region
 
-# Sixteen corners of eight edges: regions of up to four dims never have more.
+# Sixteen corners of eight edges each; a region of up to four dims never has more.
 _MOST_EDGES_PER_REGION, _FEW_CORNERS = 16 * 8, 2**16
 
 
 def coverage_problem(shape: Sequence[int], regions: Sequence[RegionLike]) -> str | None:
-    """What is wrong with `regions` as a tiling of a tensor of `shape`, or None.
+    """A text about the first defect of `regions` as a tiling of a tensor of `shape`; None if they tile it.
 
-    Time grows as their number: how often each element is held follows from the corners of the regions alone.
+    Time is proportional to the number of regions, because only their corners are counted, not the elements.
     """
     for region in regions:
         has_dims = len(region.offsets) == len(region.shape) == len(shape)
@@ -25,7 +25,7 @@ def coverage_problem(shape: Sequence[int], regions: Sequence[RegionLike]) -> str
             return f"a slice at {shown(region.offsets)} of shape {shown(region.shape)} {problem} the tensor's shape {shown(list(shape))}"
     if math.prod(shape) == 0:
         return None
-    # What every region spans in full is the same for all.
+    # A dim that every region spans in full needs no comparison.
     divided = [dim for dim, size in enumerate(shape) if any(region.shape[dim] != size for region in regions)]
     divided.sort(key=lambda dim: -len({region.offsets[dim] for region in regions}))
     corners = _surplus_corners([_edges(region, divided) for region in regions if math.prod(region.shape)], _edges(whole_region(shape), divided))
@@ -33,7 +33,7 @@ def coverage_problem(shape: Sequence[int], regions: Sequence[RegionLike]) -> str
         return f"its {len(regions)} slices divide it along too many dims to be compared"
     if not corners:
         return None
-    # A corner counts for all elements that lie behind it in every dim: where the first one lies, no other does.
+    # A corner adds its number to all elements at or after it in every dim. To the element at the first corner no other corner adds.
     first, surplus = min(corners.items())
     element = [dict(zip(divided, first, strict=True)).get(dim, 0) for dim in range(len(shape))]
     if surplus > 0:
@@ -44,22 +44,22 @@ def coverage_problem(shape: Sequence[int], regions: Sequence[RegionLike]) -> str
 
 
 def _edges(region: RegionLike, dims: Sequence[int]) -> tuple[int, ...]:
-    """Begin and end in each of these dims."""
+    """Begin and end of a region in each of these dims."""
     return tuple(edge for dim in dims for edge in (region.offsets[dim], region.offsets[dim] + region.shape[dim]))
 
 
 def _surplus_corners(regions: Sequence[tuple[int, ...]], whole: tuple[int, ...]) -> dict[tuple[int, ...], int] | None:
-    """The corners of the function that says how many regions hold an element, less one in the whole; without any it is zero everywhere.
+    """The corners, with their numbers, of the surplus: how many regions hold an element, minus one. Without corners it is zero everywhere.
 
-    A region is a step up where it begins and a step down where it ends, in each dim, which gives a number of either sign at each of its
-    corners. Where one ends and its neighbour begins they cancel, dim by dim, so that a grid keeps few. None: far too many are left, as
-    when regions without a pattern divide a tensor along more than a few dims.
+    In each dim a region is a step up at its begin and a step down at its end, which gives a positive or negative number at each of its
+    corners. Where a region ends and its neighbour begins, the numbers cancel, dim by dim, so a grid of regions leaves few corners. None:
+    too many corners are left, as when regions without a pattern divide a tensor along more than a few dims.
 
     Args:
-        regions: Their edges, none of them empty.
-        whole: That of the tensor.
+        regions: Edges of each region, none of which is empty.
+        whole: Edges of the whole tensor.
     """
-    # Corners up to the present dim -> edges in the dims to come.
+    # Maps (corner in the dims done so far, edges in the dims to come) to its number.
     counts = Counter(((), edges) for edges in regions)
     counts[(), whole] -= 1
     most = _MOST_EDGES_PER_REGION * (len(regions) + 1)

@@ -1,11 +1,11 @@
-"""Flat names of everything in a checkpoint, and putting it back.
+"""The flat names of all tensors in a checkpoint, and their restoration into model and optimizer.
 
 | name | tensor |
 |---|---|
 | `model.<name>` | parameters and persistent buffers, once each (tied ones under their first name) |
-| `optimizer.<parameter name>.<key>` | what the optimizer declares to keep of a parameter (`optim/state.py`): `exp_avg`, `exp_avg_sq`, `step`, ... |
+| `optimizer.<parameter name>.<key>` | state that the optimizer declares for a parameter (`optim/state.py`): `exp_avg`, `exp_avg_sq`, `step`, ... |
 
-Hyperparameters of the optimizer are not in it: they come from the config and the schedule.
+Hyperparameters of the optimizer are not stored, because they come from the config and the schedule.
 """
 
 from __future__ import annotations
@@ -30,13 +30,13 @@ _MAX_LISTED_DIFFERENCES = 5
 
 @dataclass(frozen=True)
 class _Optimized:
-    """A parameter of an optimizer.
+    """A parameter that an optimizer updates.
 
     Args:
-        whole: The parameter of the model, which may be divided over ranks.
-        part: What this rank's optimizer updates of it.
-        counter_device: Where the optimizer keeps scalars: the host, except for capturable and fused optimizers.
-        state: What the optimizer keeps of it.
+        whole: Parameter of the model, which may be divided over ranks.
+        part: Part of it that this rank's optimizer updates.
+        counter_device: Device on which the optimizer keeps scalars: the host, except for capturable and fused optimizers.
+        state: State that the optimizer declares for the parameter.
     """
 
     whole: nn.Parameter
@@ -48,15 +48,15 @@ class _Optimized:
 def flat_state(
     model: nn.Module, optimizer: torch.optim.Optimizer, parts: Mapping[str, nn.Parameter] | None = None
 ) -> dict[str, Tensor]:
-    """The live tensors (not copies) of a run; those that are divided over ranks as DTensors.
+    """The live tensors (not copies) of model and optimizer by flat name; tensors that are divided over ranks are DTensors.
 
     Args:
-        model: Its parameters may be divided.
-        optimizer: Over the parameters or over this rank's parts of them.
-        parts: Those parts by the name of their parameter; None: the optimizer updates the parameters themselves.
+        model: Model, whose parameters may be divided.
+        optimizer: Optimizer of the parameters or of this rank's parts of them.
+        parts: Parts that the optimizer updates, by parameter name; None: the optimizer updates the parameters themselves.
 
     Raises:
-        CheckpointError: Something that is not a tensor, or a parameter of the optimizer that is not in the model.
+        CheckpointError: Some state is not a tensor or is not declared, or a parameter of the optimizer is not in the model.
     """
     return _model_tensors(model) | _optimizer_tensors(optimizer, _optimized_parameters(model, optimizer, parts))
 
@@ -70,22 +70,22 @@ def restore_state(
     is_part: bool = False,
     widen: bool = False,
 ) -> None:
-    """Puts a checkpoint's tensors into a model and its optimizer; changes nothing when it fails.
+    """Loads a checkpoint's tensors into a model and its optimizer; changes nothing when it fails.
 
-    Tensors that exist are overwritten in place (held in memory beside them: one tensor at a time). Optimizer state that does not
-    exist yet is created on its parameter's device, scalars where torch's optimizers keep them.
+    Existing tensors are overwritten in place, one after the other, so at most one of them is in memory twice. Optimizer state that does
+    not exist yet is created on its parameter's device, scalars on the device where torch's optimizers keep them.
 
     Args:
-        checkpoint: Where to read.
-        model: Built from the checkpoint's config.
-        optimizer: Over parameters of `model`; None restores the model only.
-        parts: As in `flat_state`.
-        is_part: The model is one of several pipeline stages: what the checkpoint holds besides belongs to the others.
-        widen: Weights may be stored in a narrower floating-point dtype, every number of which the model's dtype has.
+        checkpoint: Checkpoint to read.
+        model: Model built from the checkpoint's config.
+        optimizer: Optimizer of parameters of `model`; None: only the model is restored.
+        parts: Parts that the optimizer updates, as in `flat_state`.
+        is_part: Whether the model is one of several pipeline stages, so that the checkpoint holds tensors of other stages too.
+        widen: Whether weights may be stored in a narrower floating-point dtype, every number of which the model's dtype can represent.
 
     Raises:
         CheckpointMismatchError: Names, shapes or dtypes differ; the first few are listed.
-        CheckpointCorruptError: Bytes of the checkpoint are damaged, or it has only a part of a parameter's optimizer state.
+        CheckpointCorruptError: Bytes of the checkpoint are damaged, or a part of a parameter's optimizer state is missing.
     """
     in_place = _model_tensors(model)
     differences = list(_model_differences(checkpoint, in_place, is_part=is_part, widen=widen))
@@ -100,7 +100,7 @@ def restore_state(
         in_place |= {name: tensor for name, tensor in existing.items() if name in stored}
     _require_none(differences, checkpoint)
 
-    # What can fail comes first: reading what will be new (which is then simply kept), checking what will be overwritten.
+    # All that can fail comes first: new tensors are read (and kept), and the bytes that will overwrite existing ones are verified.
     created = {}
     for name, (parameter_name, key) in stored.items():
         if name not in in_place:
@@ -118,12 +118,12 @@ def restore_state(
 
 
 def require_fit(checkpoint: Checkpoint, model: nn.Module, *, widen: bool = False) -> None:
-    """Refuses a checkpoint that has not exactly the weights of a model; nothing but the manifest is read.
+    """Refuses a checkpoint whose weights are not exactly those of a model by name, shape and dtype; reads only the manifest.
 
     Args:
-        checkpoint: Its optimizer is not looked at.
-        model: Whole; may be on the meta device.
-        widen: As in `restore_state`.
+        checkpoint: Checkpoint; its optimizer state is ignored.
+        model: Whole model, which may be on the meta device.
+        widen: Whether weights may be stored in a narrower dtype, as in `restore_state`.
 
     Raises:
         CheckpointMismatchError: Names, shapes or dtypes differ; the first few are listed.
@@ -139,7 +139,7 @@ def _require_none(differences: list[str], checkpoint: Checkpoint) -> None:
 
 
 def _overwrite(target: Tensor, checkpoint: Checkpoint, name: str) -> None:
-    """Puts what this rank holds of a stored tensor where it belongs, without another copy where bytes can be read to that place."""
+    """Overwrites this rank's part of a tensor with stored bytes, which are read directly into its memory where that is possible."""
     part = held_part(target)
     if part.device.type == "cpu" and part.is_contiguous() and part.dtype == DTYPES[checkpoint.entry(name).dtype]:
         _read_own(checkpoint, name, target, into=part)
@@ -148,12 +148,12 @@ def _overwrite(target: Tensor, checkpoint: Checkpoint, name: str) -> None:
 
 
 def _read_own(checkpoint: Checkpoint, name: str, whole: Tensor, *, into: Tensor | None = None) -> Tensor:
-    """What this rank holds of a stored tensor that is divided like `whole`; `into` as in `Checkpoint.read_region`."""
+    """Reads this rank's part of a stored tensor that is divided like `whole`; `into` as in `Checkpoint.read_region`."""
     return checkpoint.read_region(name, own_region(whole), into=into, for_the_last_time=is_held_once(whole))
 
 
 def _model_tensors(model: nn.Module) -> dict[str, Tensor]:
-    """Parameters and persistent buffers by flat name, each object once."""
+    """Parameters and persistent buffers by flat name; a shared one comes once."""
     tensors: dict[str, Tensor] = {}
     seen: set[int] = set()
     for name, value in model.state_dict(keep_vars=True).items():
@@ -167,7 +167,7 @@ def _model_tensors(model: nn.Module) -> dict[str, Tensor]:
 def _optimized_parameters(
     model: nn.Module, optimizer: torch.optim.Optimizer, parts: Mapping[str, nn.Parameter] | None
 ) -> dict[str, _Optimized]:
-    """The optimizer's parameters by their name in the model, in the model's order."""
+    """The parameters that the optimizer updates by their name in the model, in the model's order."""
     groups = {id(parameter): group for group in optimizer.param_groups for parameter in group["params"]}
     declare = declared_by(optimizer)
     result = {}
@@ -184,7 +184,7 @@ def _optimized_parameters(
 
 
 def _optimizer_tensors(optimizer: torch.optim.Optimizer, optimized: dict[str, _Optimized]) -> dict[str, Tensor]:
-    """State of the optimizer by flat name."""
+    """The existing state of the optimizer by flat name."""
     tensors = {
         (name, key): value for name, where in optimized.items() for key, value in optimizer.state.get(where.part, {}).items()
     }
@@ -197,10 +197,10 @@ def _optimizer_tensors(optimizer: torch.optim.Optimizer, optimized: dict[str, _O
 
 
 def _declared(where: _Optimized, key: str) -> StateTensor:
-    """What the optimizer declares of a tensor that it has.
+    """The declaration of a tensor in the optimizer's state.
 
     Raises:
-        CheckpointError: It does not declare it.
+        CheckpointError: The optimizer does not declare the tensor.
     """
     declared = where.state.tensor(key)
     if declared is None:
@@ -223,12 +223,12 @@ def _stored_optimizer_state(checkpoint: Checkpoint) -> dict[str, tuple[str, str]
 
 
 def _check_complete(checkpoint: Checkpoint, stored: dict[str, tuple[str, str]], optimized: dict[str, _Optimized]) -> None:
-    """A parameter has all of its optimizer's state or none: the step after one that is left out would fail, or go on from zeros.
+    """Requires that a parameter has all of its optimizer's state or none; with a part, the next step would fail or start from zeros.
 
-    A parameter with a key that the optimizer does not keep belongs to another optimizer, which is a mismatch and found later.
+    State with a key that the optimizer does not declare is that of another optimizer; it is reported later as a mismatch.
 
     Raises:
-        CheckpointCorruptError: A part of it is missing.
+        CheckpointCorruptError: A part of a parameter's state is missing.
     """
     keys: dict[str, set[str]] = {}
     for parameter_name, key in stored.values():
@@ -280,7 +280,7 @@ def _optimizer_differences(
 
 
 def _declared_differences(checkpoint: Checkpoint, name: str, declared: StateTensor, where: _Optimized) -> Iterator[str]:
-    """How stored state that the optimizer has not made yet differs from what it will make."""
+    """Differences between stored state and the declaration of state that the optimizer has not made yet."""
     entry = checkpoint.entry(name)
     shape = list(where.whole.shape if declared.shape is None else declared.shape)
     dtype = DTYPE_NAMES.get(where.part.dtype) if declared.dtype is None else declared.dtype
@@ -299,7 +299,7 @@ def _entry_differences(checkpoint: Checkpoint, name: str, target: Tensor, *, wid
 
 
 def _is_widened(stored: torch.dtype, to: torch.dtype) -> bool:
-    """Whether a floating-point dtype has every number of another, narrower one; those of eight bits come with scales and are no weights."""
+    """Whether dtype `to` can represent every number of dtype `stored`; dtypes of eight bits never count, because they come with scales."""
     widths = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
     return stored in widths and to in widths and torch.promote_types(stored, to) == to
 
@@ -310,7 +310,7 @@ def _install_created(
     stored: dict[str, tuple[str, str]],
     created: dict[str, Tensor],
 ) -> None:
-    """Adds the state that did not exist, and drops that of parameters which had none when the checkpoint was saved."""
+    """Adds the state that did not exist, and removes the state of parameters that had none when the checkpoint was saved."""
     for name, tensor in created.items():
         parameter_name, key = stored[name]
         optimizer.state[optimized[parameter_name].part][key] = tensor

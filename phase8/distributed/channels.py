@@ -1,17 +1,17 @@
-"""Point-to-point channels between pipeline stages: each a communicator of two ranks, used in one direction for one kind of payload.
+"""Point-to-point channels between pipeline stages; each is a communicator of two ranks, used in one direction for one kind of payload.
 
     N  tokens of this rank in a microbatch        D  width of the residual stream
 
-Messages [N, D] carry neither label nor shape. Their order is that of the posts on both sides, which `lowering.lower` guarantees; their
-shapes are known to both sides beforehand, and may change from step to step. A difference would be accepted in silence (a short message
-fills the front of the buffer), so two things are checked: what is sent has the shape and dtype of the step's form, and, by eight bytes per
-channel before the step begins, both ends mean the same form.
+Messages [N, D] carry neither label nor shape. Both sides post them in the same order, which `lowering.lower` guarantees, and know their shapes
+beforehand; shapes may change from step to step. A difference would go unnoticed (a short message fills the front of the buffer), so two things
+are checked: each message that is sent has the shape and dtype of the step's form, and both ends of a channel have the same form, which they
+compare by eight bytes per channel before the step begins.
 
-A send is started and not waited for: waiting one by one deadlocks 1f1b. Its tensor stays alive until it is known to have left, at the
+A send is started and not waited for: waiting for each one would deadlock 1f1b. Its tensor stays alive until the send has completed, at the
 latest until the flush at the end of the step.
 
-All communicators come into being when the channels are opened, in one order on all ranks. NCCL would otherwise make each at its first
-message, and the sender would stand still until the receiver gets there.
+All communicators are made when the channels are opened, in one order on all ranks. NCCL would otherwise make each at its first message, and
+the sender would block until the receiver reaches it.
 """
 
 from __future__ import annotations
@@ -31,12 +31,12 @@ from phase8.errors import CommunicationError
 
 
 class Route(NamedTuple):
-    """Which channel it is.
+    """The identity of a channel.
 
     Args:
         source: Stage that sends.
         destination: Stage that receives.
-        payload: What goes through it.
+        payload: Kind of tensor that the channel carries.
     """
 
     source: int
@@ -46,12 +46,12 @@ class Route(NamedTuple):
 
 @dataclass(frozen=True)
 class MessageForm:
-    """What the messages of a step look like, the same on all stages of a pipeline.
+    """The form of the messages of a step, the same on all stages of a pipeline.
 
     Args:
-        shapes: Of each microbatch, [N, D] or any other that every chunk keeps.
-        dtype: Of all messages.
-        device: Where they lie; stages need not agree about it.
+        shapes: Message shape of each microbatch: [N, D], or any other that every chunk keeps.
+        dtype: Dtype of all messages.
+        device: Device of this stage's messages; it may differ between stages.
     """
 
     shapes: tuple[tuple[int, ...], ...]
@@ -68,9 +68,9 @@ class _Channel:
     """One end of a channel.
 
     Args:
-        group: The two ranks.
-        peer: Rank in the world at the other end.
-        sends: This end is the source.
+        group: Process group of the two ranks.
+        peer: Rank at the other end, counted in the world.
+        sends: Whether this end is the source.
     """
 
     group: dist.ProcessGroup
@@ -78,17 +78,17 @@ class _Channel:
     sends: bool
 
     def start(self, tensor: Tensor) -> dist.Work:
-        """Begins to send a tensor or to fill it."""
+        """Begins to send a tensor or, at the destination, to receive into it."""
         work = dist.isend(tensor, self.peer, group=self.group) if self.sends else dist.irecv(tensor, self.peer, group=self.group)
         assert work is not None  # this rank belongs to the group
         return work
 
 
 class Channels:
-    """The channels of one stage; get them by `open_channels`.
+    """The channels of one stage; `open_channels` makes them.
 
     Args:
-        ends: Of this stage, in the order in which all ranks opened them.
+        ends: Ends at this stage, in the order in which all ranks opened the channels.
     """
 
     def __init__(self, ends: dict[Route, _Channel]):
@@ -97,21 +97,21 @@ class Channels:
 
     @torch.no_grad()
     def agree(self, form: MessageForm, step: str) -> None:
-        """Makes sure that the neighbours are about to exchange the same messages.
+        """Checks that this stage and its neighbours are about to exchange the same messages.
 
         Args:
-            form: Of this step's messages.
-            step: What else both sides must agree about, such as the number of stages.
+            form: Form of this step's messages.
+            step: Text that both sides must have in common too, such as the number of stages.
 
         Raises:
-            CommunicationError: A neighbour announces something else.
+            CommunicationError: A neighbour announces another form or another text.
         """
         if not self._ends:
             return
         said = f"{step}, {form.dtype} messages of shapes {form.shapes}"
         own = torch.tensor([int.from_bytes(hashlib.sha256(said.encode()).digest()[:7])], device=form.device)
         announced = {route: own if end.sends else torch.empty_like(own) for route, end in self._ends.items()}
-        # Started in the order of opening: at the first call, NCCL waits here for the other end.
+        # The order is that of opening: at the first call, NCCL waits here for the other end.
         for work in [end.start(announced[route]) for route, end in self._ends.items()]:
             work.wait()
         for route, digest in announced.items():
@@ -131,12 +131,12 @@ class Channels:
 
     @torch.no_grad()
     def receive(self, route: Route, form: MessageForm, microbatch: int) -> Callable[[], Tensor]:
-        """Posts the receive of the next message of a channel; what it returns waits for the message.
+        """Posts the receive of the next message of a channel; returns a function that waits for the message and returns it.
 
         Args:
-            route: The channel.
-            form: Of this step's messages.
-            microbatch: Whose message it is.
+            route: Route of the channel.
+            form: Form of this step's messages.
+            microbatch: Microbatch of the message.
         """
         message = torch.empty(form.shapes[microbatch], dtype=form.dtype, device=form.device)
         work = self._ends[route].start(message)
@@ -148,7 +148,7 @@ class Channels:
         return wait
 
     def flush(self) -> None:
-        """Waits until everything has left."""
+        """Waits until every send has completed."""
         while self._leaving:
             self._await_oldest()
 
@@ -158,11 +158,11 @@ class Channels:
 
 
 def open_channels(routes: Sequence[Route], mesh: Mesh) -> Channels:
-    """Makes the communicators of every pipeline of the mesh, and uses each once. All ranks must call it at the same time.
+    """Makes the communicators of every pipeline of the mesh and uses each once; a collective of all ranks.
 
     Args:
-        routes: Between the stages, in one order on all ranks; none for a single stage.
-        mesh: The ranks; each pipeline runs along its axis pp.
+        routes: Routes between the stages, in one order on all ranks; empty for a single stage.
+        mesh: Mesh of the ranks; each pipeline runs along its axis pp.
 
     Raises:
         CommunicationError: The ranks were not given the same routes.
@@ -173,7 +173,7 @@ def open_channels(routes: Sequence[Route], mesh: Mesh) -> Channels:
     for route in routes:
         for ranks in mesh.device_mesh.mesh.flatten(1).T.tolist():
             source, destination = ranks[route.source], ranks[route.destination]
-            group = dist.new_group([source, destination])  # by all ranks: names of groups are counted
+            group = dist.new_group([source, destination])  # all ranks make every group, since torch numbers groups
             if mesh.rank in (source, destination):
                 sends = mesh.rank == source
                 ends[route] = _Channel(group, peer=destination if sends else source, sends=sends)

@@ -1,11 +1,11 @@
-"""Collectives over one axis of the mesh, each with the collective that is its dual in backward. On an axis of one rank all are the identity.
+"""Collectives over an axis of the mesh, each with its dual collective in backward; on an axis of one rank all are the identity.
 
 | forward | backward |
 |---|---|
 | `gather_tokens`: all-gather | reduce-scatter |
 | `scatter_tokens`: reduce-scatter | all-gather |
 
-Tokens are the first dim, in the order of the ranks. Nothing but by `add_up_over` is reduced in place: the input of a layer stays what it was.
+Tokens are the first dim, in the order of the ranks. Only `add_up_over` reduces in place; every other collective leaves its input unchanged.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 
-# The operators behind torch's functional collectives: torch.compile traces them, and their results are waited for explicitly.
+# The operators of torch's functional collectives: torch.compile traces them, and `wait_tensor` waits for their results.
 _OPS = torch.ops._c10d_functional
 
 
@@ -28,8 +28,8 @@ class Axis:
     """One axis of the rank grid as a rank sees it.
 
     Args:
-        mesh: The ranks along it; None: this rank alone.
-        has_peer_memory: Layers exchange tokens through memory of the other ranks (`peer_memory.py`), not by collectives.
+        mesh: Mesh of the ranks along the axis; None: this rank alone.
+        has_peer_memory: Whether layers exchange tokens through memory of the other ranks (`peer_memory.py`) instead of by collectives.
     """
 
     mesh: DeviceMesh | None = None
@@ -56,22 +56,22 @@ ALONE = Axis()
 
 
 def gather_tokens(x: Tensor, axis: Axis) -> Tensor:
-    """The tokens of all ranks: [N / size, ...] -> [N, ...]. Backward sums what the ranks say of each token and scatters it."""
+    """Gathers the tokens of all ranks: [N / size, ...] -> [N, ...]. Backward sums the ranks' gradients of each token and scatters the sums."""
     return x if axis.size == 1 else _GatherTokens.apply(x, axis)
 
 
 def begin_to_gather(x: Tensor, axis: Axis) -> Tensor:
-    """Begins with `gather_tokens`; the result may be used after `end_gather` only, and other work may come before that."""
+    """Begins `gather_tokens` without waiting; the result may be used only after `end_gather`, and other work may run in between."""
     return x if axis.size == 1 else _BeginToGather.apply(x, axis)
 
 
 def end_gather(pending: Tensor, axis: Axis) -> Tensor:
-    """Waits for the tokens that `begin_to_gather` has begun to gather over this axis."""
+    """Waits for the tokens that `begin_to_gather` has begun to gather over this axis, and returns them."""
     return pending if axis.size == 1 else _Await.apply(pending)
 
 
 def scatter_tokens(x: Tensor, axis: Axis) -> Tensor:
-    """The sum over the ranks of their contributions, cut by tokens: [..., F] of N tokens -> [N / size, F]. Backward gathers."""
+    """Sums the contributions of all ranks and keeps the own tokens: [..., F] of N tokens -> [N / size, F]. Backward gathers."""
     return x if axis.size == 1 else _ScatterTokens.apply(x.flatten(0, -2), axis)
 
 
@@ -96,7 +96,7 @@ def maximum_over(x: Tensor, axis: Axis) -> Tensor:
 
 
 def broadcast_text(text: str | None) -> str | None:
-    """What rank 0 of the world says, on every rank; None travels too."""
+    """The text that rank 0 of the world passes, on every rank; it may be None."""
     if not dist.is_initialized():
         return text
     data = torch.frombuffer(bytearray(text.encode(errors="surrogatepass")), dtype=torch.uint8) if text else torch.empty(0, dtype=torch.uint8)
@@ -110,7 +110,7 @@ def broadcast_text(text: str | None) -> str | None:
 
 
 def gather_texts(text: str | None, group: dist.ProcessGroup | None = None) -> list[str | None]:
-    """What every rank of the world says, in order, on every rank; over a group of all ranks if one is given."""
+    """The texts that all ranks of the world pass, in the order of the ranks, on every rank; `group`, if given, must contain all ranks."""
     if not dist.is_initialized():
         return [text]
     texts: list[str | None] = [None] * dist.get_world_size()
@@ -130,7 +130,7 @@ class _GatherTokens(torch.autograd.Function):
 
 
 class _BeginToGather(_GatherTokens):
-    """Returns what is not there yet; `_Await` has to come between it and its users."""
+    """Returns a tensor that is still being gathered; `_Await` has to come between it and its users."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, axis: Axis) -> Tensor:
@@ -160,12 +160,12 @@ class _ScatterTokens(torch.autograd.Function):
 
 
 def start_gather(x: Tensor, axis: Axis) -> Callable[[], Tensor]:
-    """Begins to gather the tokens of all ranks [N, ...]; what it returns waits for them. Not differentiable."""
+    """Begins to gather the tokens of all ranks; returns a function that waits for them and returns them [N, ...]. Not differentiable."""
     return _when_done(_begin_to_gather(x, axis))
 
 
 def start_scatter(x: Tensor, axis: Axis) -> Callable[[], Tensor]:
-    """Begins to sum over the ranks and to scatter by tokens [N / size, ...]; what it returns waits. Not differentiable."""
+    """Begins to sum over the ranks and scatter by tokens; returns a function that waits and returns [N / size, ...]. Not differentiable."""
     return _when_done(_OPS.reduce_scatter_tensor(x.contiguous(), "sum", axis.size, axis.group.group_name))
 
 

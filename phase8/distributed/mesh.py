@@ -1,4 +1,4 @@
-"""The rank grid as torch sees it: one DeviceMesh over all ranks, and the axes that parts of the model are given."""
+"""The rank grid as torch represents it: one DeviceMesh over all ranks, and its axes, which are passed to the parts of the model."""
 
 from __future__ import annotations
 
@@ -15,17 +15,17 @@ from phase8.topology import READERS, AxisName, Topology
 
 @dataclass(frozen=True)
 class Mesh:
-    """The grid and this rank's place in it.
+    """The rank grid, with this rank's place on each axis.
 
     Args:
-        topology: The degrees.
-        device_mesh: Over all ranks; None: one process.
-        pp: Pipeline stages.
-        replicate: Data-parallel ranks that hold the same shards.
-        shard: Data-parallel ranks that hold different shards.
-        ep: Data-parallel ranks that hold different experts; one rank so far.
-        cp: Ranks that share each sequence; one rank so far.
-        tp: Tensor parallelism.
+        topology: Topology with the degrees.
+        device_mesh: DeviceMesh of all ranks; None: one process.
+        pp: Axis of the pipeline stages.
+        replicate: Axis of data-parallel ranks that hold the same shards.
+        shard: Axis of data-parallel ranks that hold different shards.
+        ep: Axis of data-parallel ranks that hold different experts; one rank so far.
+        cp: Axis of ranks that share each sequence; one rank so far.
+        tp: Axis of tensor parallelism.
     """
 
     topology: Topology
@@ -38,7 +38,7 @@ class Mesh:
     tp: Axis = ALONE
 
     def axes(self, names: Iterable[AxisName]) -> tuple[Axis, ...]:
-        """The axes of a set, one of those that `topology.py` names, in its order."""
+        """The axes of a set such as `topology.READERS`, in the order of the set."""
         by_name = {
             AxisName.PIPELINE: self.pp,
             AxisName.REPLICATE: self.replicate,
@@ -51,12 +51,12 @@ class Mesh:
 
     @property
     def rank(self) -> int:
-        """Of this process in the world."""
+        """Rank of this process in the world."""
         return 0 if self.device_mesh is None else dist.get_rank()
 
     @property
     def data_parallel_index(self) -> int:
-        """Position among the ranks that read different sequences."""
+        """Position of this rank among those that read different sequences."""
         index = 0
         for axis in self.axes(READERS):
             index = index * axis.size + axis.index
@@ -64,12 +64,12 @@ class Mesh:
 
     @property
     def data_mesh(self) -> DeviceMesh | None:
-        """The data-parallel part, replicate x shard; None without a process group."""
+        """The data-parallel part of the mesh, replicate x shard; None without a process group."""
         return None if self.device_mesh is None else self.device_mesh["replicate", "shard"]
 
 
 def first_and_last_stage(mesh: Mesh) -> dist.ProcessGroup | None:
-    """The two ranks at the ends of this rank's pipeline; on the stages between them None. All ranks must call it at the same time."""
+    """The group of the first and the last rank of this pipeline; None on the stages between them. A collective of all ranks."""
     assert mesh.device_mesh is not None  # several stages are several ranks
     own = None
     for ranks in mesh.device_mesh.mesh.flatten(1).T.tolist():
@@ -79,16 +79,16 @@ def first_and_last_stage(mesh: Mesh) -> dist.ProcessGroup | None:
 
 
 def build_mesh(topology: Topology, *, device_type: str, shard_size: int, async_tensor_parallel: bool = False) -> Mesh:
-    """The mesh of a topology; of one process alone, without a process group.
+    """Builds the mesh of a topology; a single process needs no process group for it.
 
     Args:
-        topology: Its world size is that of the process group.
-        device_type: `cpu` or `cuda`.
-        shard_size: Data-parallel ranks that divide parameters and optimizer among them; divides the data-parallel size.
-        async_tensor_parallel: Tensor-parallel GPUs exchange tokens through each other's memory.
+        topology: Topology with the world size of the process group.
+        device_type: Type of device, `cpu` or `cuda`.
+        shard_size: Number of data-parallel ranks that divide parameters and optimizer among them; it divides the data-parallel size.
+        async_tensor_parallel: Whether tensor-parallel GPUs exchange tokens through each other's memory.
 
     Raises:
-        ConfigError: They should, but do not reach it.
+        ConfigError: `async_tensor_parallel` is set, but the GPUs do not reach each other's memory.
     """
     if topology.world_size == 1 and not dist.is_initialized():
         return Mesh(topology, None)

@@ -1,17 +1,19 @@
-"""Exchanges through memory of other GPUs that this one reaches over NVLink, beside the matrix products that need or make what is exchanged.
+"""Exchanges through the memory of other GPUs, which is reached over NVLink, overlapped with the matrix products that need or make the data.
 
-NCCL's kernels take processors of the GPU from the products beside them. Here copy engines bring what a product reads, and a product itself
-writes what another rank adds up; a signal says when a place has been filled.
+NCCL's kernels take multiprocessors of the GPU from products that run at the same time. Here copy engines bring the input of a product, or a
+product writes its result to the rank that adds it up; a signal tells the receiver that a place has been filled.
 
-| exchange | places on every rank, one for each rank | who fills them |
+Every rank has a place for each rank of the group, which that rank fills:
+
+| exchange | content of a place | how it is filled |
 |---|---|---|
-| `gathering` | tokens of that rank | that rank, by copy engine |
-| `adding` | what that rank adds to a sum | that rank, by a product |
-| `gathering_in_place` | the part of that rank of something whole | that rank, by copy engine |
+| `gathering` | tokens of the other rank | by copy engine |
+| `adding` | the other rank's summand | by a matrix product |
+| `gathering_in_place` | the other rank's part of a whole tensor | by copy engine |
 
-Of the first two there are `ROUNDS` sets of places. An exchange takes the next set without asking whether it is free: only where the first one's
-turn comes again do all ranks wait for each other, so that one that is late finds everything there. The memory is torch's symmetric memory.
-All ranks of a group begin the same exchanges in the same order.
+The first two exchanges have `ROUNDS` sets of places each. An exchange takes the next set without asking whether it is free. All ranks wait for
+each other only before the first set is used again, so a late rank finds its data untouched. The memory is torch's symmetric memory. All ranks of
+a group begin the same exchanges in the same order.
 """
 
 from __future__ import annotations
@@ -28,32 +30,32 @@ from torch.distributed import _symmetric_memory as symmetric_memory
 from phase8.errors import ConfigError
 
 ROUNDS = 4
-# Of `gathering_in_place`: one in use, one on its way.
+# Sets of places of `gathering_in_place`: one is in use while the next is filled.
 ROUNDS_IN_PLACE = 2
 
 
 class PeerMemory:
-    """Memory on every rank of a group that all of them reach.
+    """Memory on every rank of a group that all ranks of the group reach.
 
     Args:
-        group: GPUs of one NVLink domain.
+        group: Process group of GPUs in one NVLink domain.
 
     Raises:
-        ConfigError: They do not reach each other's memory.
+        ConfigError: The GPUs do not reach each other's memory.
     """
 
     def __init__(self, group: dist.ProcessGroup):
         self.group, self.rank, self.size = group, group.rank(), group.size()
-        # Each rank begins with its neighbour: no two write to the same one at a time.
+        # Each rank begins with its neighbour, so that no two write to the same rank at a time.
         self.others = [(self.rank + step) % self.size for step in range(1, self.size)]
-        _Room(group, 1, rounds=1)  # fails now, not in the first step
+        _Room(group, 1, rounds=1)  # raises now, not in the first step, if the GPUs do not reach each other
         self._copies = torch.cuda.Stream(priority=-1)
         self._gathering, self._adding = (_Ring(group, rounds=ROUNDS) for _ in range(2))
         self._gathering_in_place = _Ring(group, rounds=ROUNDS_IN_PLACE, asks_every_time=True)
 
     @contextmanager
     def gathering(self, x: Tensor) -> Iterator[Exchange]:
-        """While the block runs, brings the own tokens x [n, D] of every rank to every other, who takes each rank's with `of`."""
+        """A context in which the own tokens x [n, D] of every rank are copied to every other rank; `of` waits for the tokens of one rank."""
         current = torch.cuda.current_stream()
         self._copies.wait_stream(current)
         with torch.cuda.stream(self._copies):
@@ -62,24 +64,24 @@ class PeerMemory:
                 exchange.place_on(rank).copy_(x)
                 exchange.filled(rank)
         yield exchange
-        current.wait_stream(self._copies)  # x may be given back now
+        current.wait_stream(self._copies)  # the memory of x may be reused after this
 
     def adding(self, shape: Sequence[int], dtype: torch.dtype) -> Exchange:
-        """Lets every rank leave a summand of this shape with every other: it fills `place_on` that one, says so, and takes each rank's with `of`."""
+        """Begins an exchange of summands: a rank writes one to `place_on(rank)`, calls `filled(rank)`, and reads those of its peers by `of(rank)`."""
         return self._adding.begin(shape, dtype)
 
     def gathering_in_place(self, shape: Sequence[int], dtype: torch.dtype) -> Exchange:
-        """Lets every rank bring its part, of this shape, to `whole` of every rank. One `whole` may be in use while the next is gathered, no more."""
+        """Begins a gather of every rank's part, of this shape, into `whole` on every rank. One `whole` at most may be in use meanwhile."""
         return self._gathering_in_place.begin(shape, dtype)
 
 
 class _Ring:
-    """Sets of places that exchanges of one kind take in turn.
+    """Sets of places that exchanges of one kind use in turn.
 
     Args:
-        group: The ranks.
-        rounds: Sets.
-        asks_every_time: All ranks wait for each other before every exchange; otherwise before those that take the first set.
+        group: Process group of the ranks.
+        rounds: Number of sets.
+        asks_every_time: Whether all ranks wait for each other before every exchange; otherwise only before one that uses the first set.
     """
 
     def __init__(self, group: dist.ProcessGroup, *, rounds: int, asks_every_time: bool = False):
@@ -88,12 +90,12 @@ class _Ring:
         self._next, self._is_recorded = 0, False
 
     def begin(self, shape: Sequence[int], dtype: torch.dtype) -> Exchange:
-        """The next exchange, on the current stream."""
+        """Begins the next exchange, on the current stream."""
         num_bytes = self._group.size() * torch.Size(shape).numel() * dtype.itemsize
         if not self._rooms or num_bytes > self._rooms[-1].num_bytes:
-            self._rooms.append(_Room(self._group, num_bytes, rounds=self._rounds))  # smaller ones stay: a recorded step may use them
+            self._rooms.append(_Room(self._group, num_bytes, rounds=self._rounds))  # smaller rooms stay: a recorded step may use them
             self._next = 0
-        if torch.cuda.is_current_stream_capturing() != self._is_recorded:  # what is replayed begins with the first, and so does what comes between
+        if torch.cuda.is_current_stream_capturing() != self._is_recorded:  # a recording begins with the first set, and so do the exchanges after it
             self._is_recorded = not self._is_recorded
             self._next = 0
         room, number = self._rooms[-1], self._next
@@ -104,20 +106,20 @@ class _Ring:
 
 
 class _Room:
-    """Memory of a ring on every rank; making it is a collective.
+    """Memory of a ring on every rank; making it is a collective of the group.
 
     Args:
-        group: The ranks.
-        num_bytes: Of a round.
-        rounds: How many.
+        group: Process group of the ranks.
+        num_bytes: Bytes of a set of places, which is one round.
+        rounds: Number of rounds.
     """
 
     def __init__(self, group: dist.ProcessGroup, num_bytes: int, *, rounds: int):
         self.size = group.size()
-        self.num_bytes = -(-num_bytes // 256) * 256  # products are fastest on places that begin at round addresses
+        self.num_bytes = -(-num_bytes // 256) * 256  # products are fastest on places that begin at multiples of 256 bytes
         try:
             with warnings.catch_warnings():
-                warnings.simplefilter("ignore", FutureWarning)  # not needed by every torch that this runs on
+                warnings.simplefilter("ignore", FutureWarning)  # newer versions of torch do not need the call
                 symmetric_memory.enable_symm_mem_for_group(group.group_name)
             device = torch.device("cuda", torch.cuda.current_device())
             self._own = symmetric_memory.empty(rounds * self.num_bytes, dtype=torch.uint8, device=device)
@@ -133,41 +135,41 @@ class _Room:
             ) from error
 
     def place(self, rank: int, number: int, of: int, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
-        """On a rank, in a round, what another rank fills; the places of a round follow one another in the order of the ranks."""
+        """The place on `rank`, in round `number`, that rank `of` fills; the places of a round lie in the order of the ranks."""
         num_bytes = torch.Size(shape).numel() * dtype.itemsize
         begin = number * self.num_bytes + of * num_bytes
         return self._parts[rank][begin : begin + num_bytes].view(dtype).view(tuple(shape))
 
 
 class Exchange:
-    """What ranks bring each other once. Whatever is waited for or said is so on the stream that is current then.
+    """One exchange between the ranks of a group. Its waits and signals are enqueued on the stream that is current when they are called.
 
     Args:
-        rank: This one.
-        room: Where.
-        number: Of the round.
-        shape: Of what a rank brings.
-        dtype: Of it.
+        rank: This rank.
+        room: Memory of the exchange.
+        number: Number of the round.
+        shape: Shape of a place.
+        dtype: Dtype of a place.
     """
 
     def __init__(self, rank: int, room: _Room, number: int, shape: Sequence[int], dtype: torch.dtype):
         self._rank, self._room, self._number, self._shape, self._dtype = rank, room, number, shape, dtype
 
     def place_on(self, rank: int) -> Tensor:
-        """What this rank fills on another."""
+        """The place on another rank that this rank fills."""
         return self._room.place(rank, self._number, self._rank, self._shape, self._dtype)
 
     def filled(self, rank: int) -> None:
-        """Says so to that rank."""
+        """Signals another rank that this rank has filled its place there."""
         self._room.handle.put_signal(rank, channel=self._number)
 
     def of(self, rank: int) -> Tensor:
-        """What another rank has brought, which is waited for: once for each rank, and to be used before the next exchange of the kind."""
+        """Waits for another rank's data and returns them; to be called once for each rank, and used before the next exchange of this kind."""
         self._room.handle.wait_signal(rank, channel=self._number)
         return self._room.place(self._rank, self._number, rank, self._shape, self._dtype)
 
     def whole(self) -> Tensor:
-        """The parts of all ranks, one after the other in one dim; each is there when it was waited for, that of this rank when this one fills it."""
+        """The parts of all ranks, flat and in order. A peer's part is there once `of` has waited for it, this rank's once it was written."""
         return self._room.place(self._rank, self._number, 0, (self._room.size * torch.Size(self._shape).numel(),), self._dtype)
 
 
@@ -175,13 +177,13 @@ _OF_GROUPS: dict[str, PeerMemory] = {}
 
 
 def peer_memory(group_name: str) -> PeerMemory:
-    """That of a process group; the first call is a collective of its ranks.
+    """The peer memory of a process group; the first call is a collective of its ranks.
 
     Raises:
-        ConfigError: They do not reach each other's memory.
+        ConfigError: The GPUs of the group do not reach each other's memory.
     """
     group = dist.distributed_c10d._resolve_process_group(group_name)
     memory = _OF_GROUPS.get(group_name)
-    if memory is None or memory.group is not group:  # once all groups were destroyed their names come again
+    if memory is None or memory.group is not group:  # after all groups are destroyed, torch uses their names again
         memory = _OF_GROUPS[group_name] = PeerMemory(group)
     return memory

@@ -1,4 +1,4 @@
-"""Tensors whose parts lie on different ranks: their whole, and the part of a rank."""
+"""Tensors that are divided over ranks: the part of a rank, and the whole tensor gathered from the parts."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ from phase8.topology import STAGE
 
 
 def placed_like(part: Tensor, whole: Tensor) -> Tensor:
-    """This rank's part of something shaped and divided like `whole`, as a DTensor that shares its memory; a plain `whole` has no parts.
+    """A DTensor, shaped and divided like `whole`, of which `part` is this rank's part; where `whole` is a plain tensor, `part` itself.
 
-    The part may be in host memory while the ranks compute on GPUs, where `DTensor.from_local` would copy it.
+    The result shares the memory of `part`, which may lie on the host while the ranks compute on GPUs; `DTensor.from_local` would copy it there.
     """
     if not isinstance(whole, DTensor):
         return part
@@ -24,19 +24,19 @@ def placed_like(part: Tensor, whole: Tensor) -> Tensor:
 
 
 def held_part(whole: Tensor) -> Tensor:
-    """What this rank holds of a tensor, sharing its memory; a plain one is held whole."""
+    """The part of a tensor that this rank holds, sharing its memory; a plain tensor is held whole."""
     return whole.to_local() if isinstance(whole, DTensor) else whole
 
 
 def is_held_once(whole: Tensor) -> bool:
-    """No other rank holds what this one holds of a tensor; False where that is not known."""
+    """Whether no other rank holds this rank's part of a tensor; False where that is not known."""
     if not isinstance(whole, DTensor):
         return not dist.is_initialized() or dist.get_world_size() == 1
     return not any(placement.is_replicate() and size > 1 for placement, size in zip(whole.placements, whole.device_mesh.shape, strict=True))
 
 
 def own_region(whole: Tensor) -> Region:
-    """What this rank holds of a tensor."""
+    """The region of a tensor that this rank holds."""
     if not isinstance(whole, DTensor):
         return whole_region(whole.shape)
     shape, offsets = compute_local_shape_and_global_offset(whole.shape, whole.device_mesh, whole.placements)
@@ -45,11 +45,11 @@ def own_region(whole: Tensor) -> Region:
 
 @torch.no_grad()
 def gathered(tensors: dict[str, Tensor], *, keep: bool) -> dict[str, Tensor]:
-    """Whole tensors, those that were divided in host memory; a collective of all ranks.
+    """Gathers whole tensors; those that were divided are in host memory. A collective of all ranks.
 
     Args:
-        tensors: The same names on every rank.
-        keep: This rank wants them; the others help to gather and get nothing.
+        tensors: Tensors by name, the same names on every rank.
+        keep: Whether this rank gets the tensors; a rank with False takes part and gets an empty dict.
     """
     whole = {}
     for name, tensor in tensors.items():
@@ -64,13 +64,13 @@ def gathered(tensors: dict[str, Tensor], *, keep: bool) -> dict[str, Tensor]:
 
 @torch.no_grad()
 def collected(tensors: dict[str, Tensor], mesh: Mesh) -> dict[str, Tensor]:
-    """Whole tensors of all pipeline stages on the first rank, nothing on the others; a collective of all ranks.
+    """Gathers the whole tensors of all pipeline stages on rank 0, and an empty dict on every other rank; a collective of all ranks.
 
     Args:
-        tensors: The same names on every rank of a stage. What several stages have comes from the first of them.
-        mesh: The ranks.
+        tensors: Tensors by name, the same names on every rank of a stage. One that several stages have comes from the first of them.
+        mesh: Mesh of the ranks.
     """
-    is_leader = all(axis.index == 0 for axis in mesh.axes(STAGE))  # of its stage
+    is_leader = all(axis.index == 0 for axis in mesh.axes(STAGE))  # the first rank of each stage
     own = gathered(tensors, keep=is_leader)
     if mesh.pp.size == 1 or not is_leader:
         return own

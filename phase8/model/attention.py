@@ -24,12 +24,12 @@ from phase8.tensor_parallel.linear import JointColumnLinear, column_linear, row_
 
 @dataclass(frozen=True)
 class AttentionState:
-    """Keys and values of every earlier token: grows with the sequence.
+    """Keys and values of every earlier token; they grow with the sequence.
 
     Args:
-        keys: [B, P, H, K].
-        values: [B, P, H, K].
-        convolution: Inputs the convolution still needs [B, taps - 1, 3 H K].
+        keys: Keys [B, P, H, K].
+        values: Values [B, P, H, K].
+        convolution: Last taps - 1 inputs of the convolution [B, taps - 1, 3 H K].
     """
 
     keys: Tensor
@@ -41,9 +41,9 @@ class CausalAttention(nn.Module):
     """Scaled dot-product attention to every earlier token.
 
     Args:
-        model: Widths and heads.
-        axis: Of tensor parallelism, whose ranks divide the heads.
-        number_format: Computes the products of q, k, v and the output.
+        model: Model section with widths and heads.
+        axis: Axis of tensor parallelism, whose ranks divide the heads.
+        number_format: Format that computes the products of q, k, v and the output.
     """
 
     def __init__(self, model: ModelSection, *, axis: Axis, number_format: NumberFormat):
@@ -57,27 +57,27 @@ class CausalAttention(nn.Module):
         self.out = row_linear(inner, width, rank=rank, std=std, axis=axis, number_format=number_format)
 
     def exchanges(self) -> Exchanges:
-        """The joint product of q, k and v, and the output."""
+        """The exchanges of the joint product of q, k and v, then of the output layer."""
         return self.qkv.exchanges().then(self.out.exchanges())
 
     def mixing_flops(self, model: ModelSection) -> dict[str, float]:
-        """FLOPs per token of a forward beside the linear layers, by part.
+        """FLOPs per token and part that a forward takes in addition to the linear layers.
 
         Args:
-            model: The one it belongs to: length of a sequence and widths.
+            model: Model section with the sequence length and the widths.
         """
         attention = 4 * model.attention_width * mean_visible_keys(model, model.sequence_length)
         return {"convolution": self.convolution.flops_per_token, "attention": attention}
 
     def empty_state(self, batch_size: int, *, dtype: torch.dtype, device: torch.device) -> AttentionState:
-        """The state before the first token."""
+        """The state before the first token: no keys, no values, and zeros for the convolution."""
         nothing = torch.zeros(batch_size, 0, self.num_heads, self.head_size, dtype=dtype, device=device)
         return AttentionState(nothing, nothing, self.convolution.empty_state(batch_size, dtype=dtype, device=device))
 
     def forward(
         self, x: Tensor, angles: Tensor, starts: Tensor | None = None, state: AttentionState | None = None
     ) -> tuple[Tensor, AttentionState | None]:
-        """[B, T, D] -> [B, T, D], and the state to carry on (None without `state`); with several ranks, own tokens [n, D] -> [n, D]."""
+        """Maps [B, T, D] to [B, T, D] (with several ranks, own tokens [n, D] to [n, D]), and returns the next state (None without `state`)."""
         qkv = self.qkv(x)
         qkv = qkv.reshape(-1, len(angles), qkv.shape[-1])
         qkv, convolution = self.convolution(qkv, starts, None if state is None else state.convolution)
@@ -94,7 +94,7 @@ class CausalAttention(nn.Module):
 
 
 def _mask(num_queries: int, num_keys: int, starts: Tensor | None, device: torch.device) -> Tensor:
-    """True where a key is not later than the query and belongs to its document [B or 1, 1, T, P + T]."""
+    """The attention mask [B or 1, 1, T, P + T]: True where a key is not later than the query and belongs to the same document."""
     query = torch.arange(num_keys - num_queries, num_keys, device=device)
     visible = (torch.arange(num_keys, device=device) <= query[:, None])[None]
     if starts is not None:

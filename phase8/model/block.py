@@ -18,19 +18,19 @@ from phase8.model.norm import RMSNorm
 from phase8.precision.formats import OPERAND_DTYPE, NumberFormat
 
 BlockState = MixerState | AttentionState
-# How a part of a block is run: with the part and its arguments it returns what the part returns.
+# Runs a part of a block: called with the part and its arguments, it returns what the part returns.
 Run = Callable[..., Any]
 BlockOutput = tuple[Tensor, BlockState | None, Mapping[str, Tensor]]
 
 
 class Block(nn.Module):
-    """The Phase 8 block, or the transformer's; they differ in the mixer only.
+    """The Phase 8 block or the transformer block; they differ in the mixer only.
 
     Args:
-        model: Which block, and its widths.
-        layer: Which layer of the model it is.
-        axis: Of tensor parallelism.
-        number_format: Computes the products of the linear layers.
+        model: Model section with the kind of block and the widths.
+        layer: Number of the layer in the model.
+        axis: Axis of tensor parallelism.
+        number_format: Format that computes the products of the linear layers.
     """
 
     def __init__(self, model: ModelSection, layer: int, *, axis: Axis, number_format: NumberFormat = OPERAND_DTYPE):
@@ -43,16 +43,16 @@ class Block(nn.Module):
         )
         self.feed_forward_norm = RMSNorm(model.d_model, eps=model.norm_eps)
         self.feed_forward = build_feed_forward(model, axis=axis, number_format=number_format)
-        # How the call of the block, all inside of the call, and the mixer with its norm are run; recomputation.py changes them.
+        # Three functions run the block's call, the body of that call, and the mixer with its norm; recomputation.py replaces them.
         self.run_outside: Run = call
         self.run_inside: Run = call
         self.run_mixer: Run = call
 
     def exchanges(self, *, recompute: str) -> Exchanges:
-        """Those of mixer and feed-forward; backward begins with what it recomputes.
+        """The exchanges of mixer and feed-forward; those of a recomputed forward come first in backward.
 
         Args:
-            recompute: `none`, `full` (all of the block), `selective` (mixer and its norm) or `budget` (on one tensor-parallel rank only).
+            recompute: Mode: `none`, `full` (all of the block), `selective` (mixer and its norm) or `budget` (on one tensor-parallel rank only).
         """
         mixer = self.mixer.exchanges()
         block = mixer.then(self.feed_forward.exchanges())
@@ -65,12 +65,12 @@ class Block(nn.Module):
         return ()
 
     def forward(self, x: Tensor, angles: Tensor, starts: Tensor | None = None, state: BlockState | None = None) -> BlockOutput:
-        """Residual stream, state, and auxiliary losses.
+        """Applies the block to the residual stream.
 
         Returns:
-            The stream [B, T, D] after the block, with several ranks its own tokens [n, D]; the state to carry on (None without `state`);
-            and by name scalars to be minimised beside the main loss. Each is a sum over the tokens of this rank, like the main loss, and
-            the step divides it by the same number of targets.
+            The stream [B, T, D] after the block, with several ranks the own tokens [n, D]; the state for the next piece (None without
+            `state`); and the auxiliary losses by name, scalars that are minimised together with the main loss. Each is a sum over the
+            tokens of this rank, like the main loss, and the step divides it by the same number of targets.
         """
         return self.run_inside(self._forward, x, angles, starts, state)
 
@@ -84,5 +84,5 @@ class Block(nn.Module):
 
 
 def call(function: Callable[..., Any], *arguments: object) -> Any:
-    """What the function returns."""
+    """Calls the function and returns what it returns: the default `Run`."""
     return function(*arguments)

@@ -1,4 +1,4 @@
-"""The short causal convolution on q, k and v: lets a head see the last few tokens before any scan."""
+"""The short causal convolution on q, k and v, by which a head sees the last few tokens before attention and recurrence."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ class ShortConvolution(nn.Module):
     """A causal depthwise convolution that starts as the identity; with one tap it is the identity and has no parameter.
 
     Args:
-        num_channels: Channels of q, of k and of v, of all tensor-parallel ranks together.
-        num_taps: Tokens each output sees.
-        num_ranks: Tensor-parallel ranks, which divide the channels.
+        num_channels: Channels of q, which k and v have too, over all tensor-parallel ranks together.
+        num_taps: Number of tokens that each output sees.
+        num_ranks: Number of tensor-parallel ranks, which divide the channels.
     """
 
     def __init__(self, num_channels: int, num_taps: int, *, num_ranks: int):
@@ -25,7 +25,7 @@ class ShortConvolution(nn.Module):
             self.weight = nn.Parameter(torch.empty(3, num_channels, num_taps))
 
     def parameter_specs(self) -> dict[str, ParameterSpec]:
-        """The last tap 1, the others 0; not decayed, for decay would pull the identity towards zero."""
+        """The identity: the last tap is 1, every other 0. Weight decay is off, because it would pull the identity towards zero."""
         if self.num_taps == 1:
             return {}
         identity = torch.zeros(3, self.num_channels, self.num_taps)
@@ -34,20 +34,20 @@ class ShortConvolution(nn.Module):
 
     @property
     def flops_per_token(self) -> int:
-        """Of a forward, for all channels."""
+        """FLOPs per token of a forward, for all channels."""
         return 2 * 3 * self.num_channels * self.num_taps if self.num_taps > 1 else 0
 
     def empty_state(self, batch_size: int, *, dtype: torch.dtype, device: torch.device) -> Tensor:
-        """The state before the first token [B, taps - 1, C]."""
+        """The state before the first token, zeros [B, taps - 1, C]."""
         return torch.zeros(batch_size, self.num_taps - 1, 3 * self.num_channels // self.num_ranks, dtype=dtype, device=device)
 
     @property
     def taps(self) -> Tensor | None:
-        """Taps of each channel of this rank, C of them [C, taps]; None with one tap."""
+        """The taps of the C channels of this rank [C, taps]; None with one tap."""
         return None if self.num_taps == 1 else local(self.weight).flatten(0, 1)
 
     def forward(self, x: Tensor, starts: Tensor | None, state: Tensor | None) -> tuple[Tensor, Tensor]:
-        """[B, T, C] -> [B, T, C], and the state to carry on."""
+        """Maps [B, T, C] to [B, T, C], and returns the state for the next piece of the sequence."""
         if self.taps is None:
             return x, x[:, :0]
         return causal_convolution(x, self.taps, starts, state)

@@ -20,12 +20,12 @@ from phase8.tensor_parallel.parameters import local
 
 
 class SwiGLU(nn.Module):
-    """down(silu(gate(x)) * up(x)).
+    """The dense feed-forward: down(silu(gate(x)) * up(x)).
 
     Args:
-        model: Widths.
-        axis: Of tensor parallelism.
-        number_format: Computes the products.
+        model: Model section with the widths.
+        axis: Axis of tensor parallelism.
+        number_format: Format that computes the products.
     """
 
     def __init__(self, model: ModelSection, *, axis: Axis, number_format: NumberFormat):
@@ -37,22 +37,22 @@ class SwiGLU(nn.Module):
         self.gate_and_up = JointColumnLinear((self.gate, self.up), axis, number_format)
 
     def exchanges(self) -> Exchanges:
-        """The joint product of gate and up, and the output."""
+        """The exchanges of the joint product of gate and up, then of the output layer."""
         return self.gate_and_up.exchanges().then(self.down.exchanges())
 
     def forward(self, x: Tensor) -> Tensor:
-        """[B, T, D] -> [B, T, D]; with several ranks, own tokens [n, D] -> [n, D]."""
+        """Maps [B, T, D] to [B, T, D]; with several ranks, own tokens [n, D] to [n, D]."""
         gate, up = self.gate_and_up(x).chunk(2, dim=-1)
         return self.down(F.silu(gate) * up)
 
 
 class LowRankSwiGLU(nn.Module):
-    """The same of low-rank linears; what lies between their bottlenecks is one operator, which computes in the dtype of its operands.
+    """The feed-forward of low-rank linears. One operator computes all between their bottlenecks, in the dtype of its operands.
 
     Args:
-        model: Widths and rank.
-        axis: Of tensor parallelism.
-        number_format: Computes the products before and behind that operator.
+        model: Model section with widths and rank.
+        axis: Axis of tensor parallelism.
+        number_format: Format that computes the products before and after that operator.
     """
 
     def __init__(self, model: ModelSection, *, axis: Axis, number_format: NumberFormat):
@@ -64,22 +64,22 @@ class LowRankSwiGLU(nn.Module):
         self.gate_and_up = JointColumnLinear((self.gate, self.up), axis, number_format)
 
     def exchanges(self) -> Exchanges:
-        """The joint product of gate and up, and the output."""
+        """The exchanges of the joint product of gate and up, then of the output layer."""
         return self.gate_and_up.exchanges().then(self.down.exchanges())
 
     def forward(self, x: Tensor) -> Tensor:
-        """[B, T, D] -> [B, T, D]; with several ranks, own tokens [n, D] -> [n, D]."""
+        """Maps [B, T, D] to [B, T, D]; with several ranks, own tokens [n, D] to [n, D]."""
         bottlenecks = self.gate_and_up.bottlenecks(x)
         gate, up, down = (local(linear.weight) for linear in (self.gate.up, self.up.up, self.down.down))
         return self.down.finish(low_rank_swiglu(bottlenecks, gate, up, down))
 
 
 def build_feed_forward(model: ModelSection, *, axis: Axis, number_format: NumberFormat) -> SwiGLU | LowRankSwiGLU:
-    """The feed-forward that the config asks for; arguments as above."""
+    """Builds the feed-forward that the config asks for, of low rank or dense; arguments as for the classes."""
     kind = LowRankSwiGLU if model.feed_forward_rank else SwiGLU
     return kind(model, axis=axis, number_format=number_format)
 
 
 def _down_std(model: ModelSection) -> float:
-    """Two residual branches a layer: their sum keeps its variance when each is scaled so."""
+    """Standard deviation of `down`: with it the sum of all residual branches, two per layer, keeps its variance at any depth."""
     return model.init_std / math.sqrt(2 * model.num_layers)

@@ -1,7 +1,7 @@
 """Floating-point operations of a forward pass per token: the multiply-adds of linear layers, attention and recurrences, two each.
 
 Element-wise work (norms, activations, rotary, the scalar Green chain, softmax) is not counted, as usual. Linear layers are counted by their
-weights in a block built without memory; what else a mixer computes it says itself (`mixing_flops`). A backward pass costs twice a forward.
+weights in a block built without memory; a mixer declares its other work in `mixing_flops`. A backward pass costs twice a forward.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from phase8.tensor_parallel.linear import Linear
 
 
 def forward_flops_per_token(model: ModelSection) -> dict[str, float]:
-    """FLOPs of each part, averaged over the positions of a training sequence."""
+    """Forward FLOPs per token of each part of the model, averaged over the positions of a training sequence."""
     parts: dict[str, float] = {}
     for window, count in Counter(model.window_sizes).items():
         for part, flops in _block_flops(model, model.window_sizes.index(window)).items():
@@ -29,19 +29,19 @@ def forward_flops_per_token(model: ModelSection) -> dict[str, float]:
 
 
 def training_flops_per_token(model: ModelSection) -> float:
-    """FLOPs of forward and backward per token; recomputation is not counted (it is model FLOPs, not hardware FLOPs)."""
+    """FLOPs of forward and backward per token; these are model FLOPs, not hardware FLOPs: recomputation is not counted."""
     return (1 + BACKWARD_OVER_FORWARD) * sum(forward_flops_per_token(model).values())
 
 
 def layer_flops_per_token(model: ModelSection) -> list[float]:
-    """Forward FLOPs of each layer, which differ by their windows."""
+    """Forward FLOPs per token of each layer; layers differ by their window."""
     by_window = {window: sum(_block_flops(model, model.window_sizes.index(window)).values()) for window in model.window_sizes}
     return [by_window[window] for window in model.window_sizes]
 
 
 @lru_cache(maxsize=1024)
 def _block_flops(model: ModelSection, layer: int) -> dict[str, float]:
-    """FLOPs of each part of a block."""
+    """Forward FLOPs per token of each part of a block."""
     with torch.device("meta"):
         block = Block(model, layer, axis=ALONE)
     return {

@@ -25,13 +25,14 @@ from phase8.tensor_parallel.parameters import ParameterSpec, inverse_softplus, l
 ETA_MIN = 0.1
 INITIAL_ETA = 0.5
 POTENTIAL_MAX = 2.0
-# Normalised, the path is ten times as large as the local one at first: half open it drowns what that has to learn (docs/quality.md).
+# After its norm the global path is at first ten times as large as the local one: a half-open gate would drown what the local path learns
+# (docs/quality.md).
 INITIAL_GATE = -3.0
 
 
 @dataclass(frozen=True)
 class GlobalState:
-    """What the global path carries from token to token, fp32.
+    """The state that the global path carries from token to token, in fp32.
 
     Args:
         memory: State of the recurrence [B, H, K, K].
@@ -43,11 +44,11 @@ class GlobalState:
 
 
 class GreenChain(nn.Module):
-    """A short nonlinear filter of a scalar potential per head, and how it modulates decay and gate.
+    """A short nonlinear filter of a scalar potential per head; its output modulates decay and gate.
 
     Args:
-        num_heads: H.
-        modulates: `decay`, `gate` or `both`.
+        num_heads: Number of heads H.
+        modulates: Modulated quantity: `decay`, `gate` or `both`.
     """
 
     def __init__(self, num_heads: int, modulates: str):
@@ -71,11 +72,11 @@ class GreenChain(nn.Module):
         return specs
 
     def forward(self, u: Tensor, starts: Tensor | None, state: Tensor | None) -> tuple[Tensor, Tensor | None, Tensor | None]:
-        """The chain over raw potentials u, fp32 [B, T, H].
+        """Runs the chain over raw potentials u, fp32 [B, T, H].
 
         Returns:
-            The state to carry on [B, H, 2], log of the factor on the decay rate [B, T, H], term added to the gate [B, T, H]; the last
-            two None where the chain does not modulate.
+            The state for the next piece [B, H, 2], the log of the factor on the decay rate [B, T, H] and the term added to the gate
+            [B, T, H]; each of the last two is None where the chain does not modulate it.
         """
         potential = POTENTIAL_MAX * torch.tanh(u / POTENTIAL_MAX)
         eta = ETA_MIN + F.softplus(local(self.eta_raw))
@@ -85,11 +86,11 @@ class GreenChain(nn.Module):
 
 
 class GlobalPath(nn.Module):
-    """gate * norm(gated linear attention), per head.
+    """The global path, per head: gate * norm(gated linear attention).
 
     Args:
-        model: Widths, heads and chain.
-        axis: Of tensor parallelism, whose ranks divide the heads.
+        model: Model section with widths, heads and chain.
+        axis: Axis of tensor parallelism, whose ranks divide the heads.
     """
 
     def __init__(self, model: ModelSection, *, axis: Axis):
@@ -97,7 +98,7 @@ class GlobalPath(nn.Module):
         self.axis = axis
         self.num_heads, self.head_size, self.memory_tokens = model.num_heads // axis.size, model.head_width, model.memory_tokens
         self.chain = GreenChain(model.num_heads, model.chain) if model.chain != "none" else None
-        # Per head and token: decay step, gate and, with the chain, its potential. Head-major, so that heads shard as rows.
+        # Each head and token has a decay step, a gate and, with the chain, a potential. The order is head-major, so that heads shard as rows.
         num_scalars = model.num_heads * (2 if self.chain is None else 3)
         self.scalars = WideLinear(model.d_model, num_scalars, std=model.init_std)
         self.decay_bias = nn.Parameter(torch.empty(model.num_heads))
@@ -105,39 +106,39 @@ class GlobalPath(nn.Module):
         self.norm = RMSNorm(model.num_heads, model.head_width, eps=model.norm_eps, divided={"tp": 0})
 
     def parameter_specs(self) -> dict[str, ParameterSpec]:
-        """Memories spread over the heads on a logarithmic scale; a gate nearly closed."""
+        """Decays whose memory lengths are spread over the heads on a logarithmic scale, and a gate that is nearly closed."""
         first, last = map(math.log10, self.memory_tokens)
         memory = torch.logspace(first, last, len(self.decay_bias), dtype=torch.float64)
         decay_bias = torch.log(torch.expm1(1 / memory)).float()
         return {"decay_bias": ParameterSpec(value=decay_bias, divided={"tp": 0}), "gate_bias": ParameterSpec(value=INITIAL_GATE, divided={"tp": 0})}
 
     def exchanges(self) -> Exchanges:
-        """The scalars of all heads are gathered."""
+        """The gather of the scalars of all heads."""
         return gathered(self.scalars.weight.shape[0], is_wide=True)
 
     def empty_state(self, batch_size: int, *, dtype: torch.dtype, device: torch.device) -> GlobalState:
-        """The state before the first token, fp32 or wider."""
+        """The state before the first token, zeros in fp32 or wider."""
         wide = {"dtype": torch.promote_types(dtype, torch.float32), "device": device}
         green = None if self.chain is None else torch.zeros(batch_size, self.num_heads, 2, **wide)
         return GlobalState(torch.zeros(batch_size, self.num_heads, self.head_size, self.head_size, **wide), green)
 
     def begin(self, x: Tensor) -> Tensor:
-        """Begins with the few scalars of every head and token, of x as in the mixer; `forward` waits for them.
+        """Computes the scalars of every head and token from the mixer's input x, and begins to gather them; `forward` waits for them.
 
-        Each rank computes the scalars of all heads for its own tokens, and gets those of all tokens.
+        Each rank computes the scalars of all heads for its own tokens; the gather brings it those of all tokens.
         """
         return begin_to_gather(self.scalars(x), self.axis)
 
     def forward(
         self, scalars: Tensor, inputs: MixerInputs, starts: Tensor | None, state: GlobalState | None
     ) -> tuple[Tensor, GlobalState | None]:
-        """What the path adds to the local one, [B, T, H, K], and the state to carry on (None without `state`).
+        """Returns the summand for the local path [B, T, H, K], and the state for the next piece (None without `state`).
 
         Args:
-            scalars: What `begin` returned.
+            scalars: Result of `begin`.
             inputs: Queries, keys and values.
-            starts: True where a token begins a document [B, T]; None: nowhere.
-            state: What earlier pieces of the sequence carried; None: it begins here and nothing is carried on.
+            starts: Mask that is True where a token begins a document [B, T]; None: nowhere.
+            state: State after the earlier pieces of the sequence; None: the sequence begins here and no state is returned.
         """
         own_heads = end_gather(scalars, self.axis).chunk(self.axis.size, dim=-1)[self.axis.index]
         scalars = own_heads.reshape(*inputs.v.shape[:3], -1)
@@ -148,7 +149,7 @@ class GlobalPath(nn.Module):
         return gate[..., None].to(y.dtype) * y, None if state is None else GlobalState(memory, green)
 
     def _modulation(self, scalars: Tensor, starts: Tensor | None, state: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None]:
-        """Decay log alpha [B, T, H], gate [B, T, H] and the state of the chain; fp32 from the scalars on."""
+        """The decay log alpha [B, T, H], the gate [B, T, H] and the state of the chain; all are fp32, as the scalars are."""
         step, gate, *potential = scalars.unbind(-1)
         log_decay, gate = -F.softplus(step + local(self.decay_bias)), gate + local(self.gate_bias)
         if self.chain is not None:

@@ -1,4 +1,4 @@
-"""The Phase 8 mixer: local window attention, and beside it the global path.
+"""The Phase 8 mixer: local window attention plus the gated global path.
 
 Every part is local to a head. Shapes: B batch, T tokens, D model width, H heads, K head size.
 """
@@ -31,12 +31,12 @@ SMALLEST_WEIGHT_BITS = 120.0
 
 @dataclass(frozen=True)
 class MixerState:
-    """What decoding keeps: constant memory at any context length.
+    """The state that decoding keeps; its size is the same at any context length.
 
     Args:
-        convolution: The last taps - 1 inputs of the convolution [B, taps - 1, 3 H K].
+        convolution: Last taps - 1 inputs of the convolution [B, taps - 1, 3 H K].
         window: Keys and values of the window and of the global tokens.
-        global_path: State of the global path; None without it.
+        global_path: State of the global path; None: the mixer has none.
     """
 
     convolution: Tensor
@@ -48,7 +48,7 @@ class LorentzScore(nn.Module):
     """Curvature and temperature of the hyperbolic score: every q and k lies at a learned radius from the origin.
 
     Args:
-        num_heads: H.
+        num_heads: Number of heads H.
     """
 
     def __init__(self, num_heads: int):
@@ -57,7 +57,7 @@ class LorentzScore(nn.Module):
         self.beta_raw = nn.Parameter(torch.empty(num_heads))
 
     def parameter_specs(self) -> dict[str, ParameterSpec]:
-        """Radius and temperature whose scores span about as much as those of normalised dot products."""
+        """A radius and a temperature whose scores span about the same range as those of normalised dot products."""
         return {
             "radius_raw": ParameterSpec(value=inverse_softplus(INITIAL_RADIUS), divided={"tp": 0}),
             "beta_raw": ParameterSpec(value=inverse_softplus(INITIAL_BETA), divided={"tp": 0}),
@@ -75,13 +75,13 @@ class LorentzScore(nn.Module):
 
 
 class Phase8Mixer(nn.Module):
-    """Local path + gate * global path, or the local path alone.
+    """The Phase 8 mixer: the sum of the local path and the gated global path, or the local path alone.
 
     Args:
-        model: Widths, heads, score, global path and chain.
-        window: Tokens W that the local path sees, the token itself included.
-        axis: Of tensor parallelism, whose ranks divide the heads.
-        number_format: Computes the products of q, k, v and the output.
+        model: Model section with widths, heads, score, global path and chain.
+        window: Number of tokens W that the local path sees, the token itself included.
+        axis: Axis of tensor parallelism, whose ranks divide the heads.
+        number_format: Format that computes the products of q, k, v and the output.
     """
 
     def __init__(self, model: ModelSection, *, window: int, axis: Axis, number_format: NumberFormat):
@@ -97,15 +97,15 @@ class Phase8Mixer(nn.Module):
         self.out = row_linear(inner, width, rank=rank, std=0.0, axis=axis, number_format=number_format)
 
     def exchanges(self) -> Exchanges:
-        """Scalars of the global path, the joint product of q, k and v, the output."""
+        """The exchanges of the global path's scalars, of the joint product of q, k and v, and of the output layer."""
         path = NO_EXCHANGES if self.global_path is None else self.global_path.exchanges()
         return path.then(self.qkv.exchanges()).then(self.out.exchanges())
 
     def mixing_flops(self, model: ModelSection) -> dict[str, float]:
-        """FLOPs per token of a forward beside the linear layers, by part; argument as of `CausalAttention.mixing_flops`.
+        """FLOPs per token and part that a forward takes in addition to the linear layers; argument as of `CausalAttention.mixing_flops`.
 
-        The recurrence is counted in its recurrent form, whatever a kernel does: MFU must not reward extra work. It updates S += w k v^T and
-        reads S^T q, K^2 multiply-adds of each head each.
+        The recurrence is counted in its recurrent form, whatever a kernel does: MFU must not reward extra work. The update S += w k v^T and
+        the read S^T q take K^2 multiply-adds per head each.
         """
         attention = 4 * model.attention_width * mean_visible_keys(model, self.window)
         parts = {"convolution": self.convolution.flops_per_token, "attention": attention}
@@ -121,16 +121,16 @@ class Phase8Mixer(nn.Module):
     def forward(
         self, x: Tensor, angles: Tensor, starts: Tensor | None = None, state: MixerState | None = None
     ) -> tuple[Tensor, MixerState | None]:
-        """The mixer over a sequence or a piece of one.
+        """Applies the mixer to a sequence or to a piece of one.
 
         Args:
-            x: Normalised residual stream [B, T, D]; with several ranks, the own tokens of it [n, D].
-            angles: Rotary angles of its positions [T, K/2].
-            starts: True where a token begins a document [B, T]; None: nowhere.
-            state: What earlier pieces carried; None: the sequence begins here and nothing is carried on.
+            x: Normalised residual stream [B, T, D]; with several ranks, its own tokens [n, D].
+            angles: Rotary angles of the positions [T, K/2].
+            starts: Mask that is True where a token begins a document [B, T]; None: nowhere.
+            state: State after the earlier pieces of the sequence; None: the sequence begins here and no state is returned.
 
         Returns:
-            What is added to the residual stream, in the shape of x, and the state to carry on (None without `state`).
+            The summand for the residual stream, in the shape of x, and the state for the next piece (None without `state`).
         """
         scalars = None if self.global_path is None else self.global_path.begin(x)
         qkv = self.qkv(x)

@@ -25,16 +25,16 @@ OnLosses = Callable[[Mapping[str, Tensor]], None]
 
 
 class LanguageModel(nn.Module):
-    """A stack of blocks between an embedding and an output head, or a chunk of one: consecutive layers, named as in the whole.
+    """A stack of blocks between an embedding and an output head, or a chunk of it: consecutive layers under their names in the whole model.
 
-    The first chunk begins with the embedding, the last one ends with final norm and head, and holds the embedding, too, when it is tied.
+    The first chunk begins with the embedding. The last one ends with final norm and head, and holds the embedding too where it is tied.
 
     Args:
-        model: The model section of the config.
+        model: Model section of the config.
         dtype: Dtype of the residual stream and of the matmuls.
-        axis: Of tensor parallelism.
-        number_format: Computes the products of the linear layers of blocks.
-        layers: Of the chunk; None: all.
+        axis: Axis of tensor parallelism.
+        number_format: Format that computes the products of the linear layers of blocks.
+        layers: Layers of the chunk; None: all layers.
     """
 
     def __init__(
@@ -62,17 +62,17 @@ class LanguageModel(nn.Module):
 
     @property
     def head_weight(self) -> nn.Parameter:
-        """Output head [V, D]: its own, or the embedding when tied."""
+        """Weight of the output head [V, D]; it is that of the embedding where the two are tied."""
         owner = self.embedding if self.head is None else self.head
         assert owner is not None  # a chunk that does not end the model has no head
         return owner.weight
 
     def exchanges(self, *, recompute: str, recompute_every_n_layers: int) -> Exchanges:
-        """Those of embedding, blocks, final hidden states and loss.
+        """The exchanges of embedding, blocks, final hidden states and loss.
 
         Args:
-            recompute: As of `Block.exchanges`.
-            recompute_every_n_layers: Recompute layers 0, n, 2n, ...
+            recompute: Mode, as in `Block.exchanges`.
+            recompute_every_n_layers: Distance n of the recomputed layers 0, n, 2n, ...
         """
         recomputed = range(0, self.section.num_layers, recompute_every_n_layers)
         found = self.embedding.exchanges() if self.begins and self.embedding is not None else NO_EXCHANGES
@@ -99,16 +99,16 @@ class LanguageModel(nn.Module):
 
         Args:
             tokens: Token ids [B, T]; None: another chunk has embedded them.
-            starts: True where a token begins a document that sees nothing before it [B, T]; None: one document.
-            states: What earlier pieces carried, one per block; None: the sequence begins here and nothing is carried on.
+            starts: Mask that is True where a token begins a document that sees nothing before it [B, T]; None: one document.
+            states: States after the earlier pieces, one per block; None: the sequence begins here and no states are returned.
             first_position: Position of the first token, for a piece of a sequence.
-            x: What the chunk before returned; None: this is the first one.
-            sequence_length: T, where `tokens` is None.
-            on_losses: Called with the auxiliary losses of each block that has some.
+            x: Result of the previous chunk; None: this is the first one.
+            sequence_length: Number of tokens T, needed where `tokens` is None.
+            on_losses: Function that is called with the auxiliary losses of each block that has some.
 
         Returns:
-            Normalised hidden states [B, T, D], with several tensor-parallel ranks of the own tokens [n, D] (before the norm where other
-            chunks follow); and the states to carry on (None without `states`).
+            Normalised hidden states [B, T, D], with several tensor-parallel ranks those of the own tokens [n, D] (before the norm where
+            another chunk follows); and the states for the next piece (None without `states`).
         """
         if self.begins:
             x, sequence_length = self.embedding(tokens), tokens.shape[1]
@@ -120,7 +120,7 @@ class LanguageModel(nn.Module):
             if states is None:
                 x, _, losses = block.run_outside(block, x, angles, starts)
             else:
-                # forward, not the call, here and for the norm: a compiled module would be compiled again for every length of its state.
+                # This runs `forward`, not the call, for block and norm: a compiled module would be compiled again for every length of its state.
                 x, state, losses = block.forward(x, angles, starts, states[place])
                 carried.append(state)
             if losses and on_losses is not None:
@@ -141,12 +141,12 @@ class LanguageModel(nn.Module):
 
         Args:
             tokens: As in `forward`.
-            targets: Token ids to predict, IGNORED_TARGET where there is none [B, T].
+            targets: Token ids to predict [B, T]; IGNORED_TARGET where there is none.
             starts: As in `forward`.
             x: As in `forward`.
             on_losses: As in `forward`.
         """
-        # forward, not the call: FSDP's hooks surround this method already, and would free embedding and head between the two.
+        # This runs `forward`, not the call: FSDP's hooks surround this method already, and those of the call would free the head before the loss.
         hidden, _ = self.forward(tokens, starts, x=x, sequence_length=targets.shape[1], on_losses=on_losses)
         hidden = gather_tokens(hidden.flatten(0, -2), self.axis)
         first = first_id(self.section.vocab_size, self.axis)
@@ -166,7 +166,7 @@ def build_model(
     number_format: NumberFormat = OPERAND_DTYPE,
     layers: range | None = None,
 ) -> LanguageModel:
-    """A model or a chunk of one, with uninitialised parameters on a device (`meta`: shapes only); fill them with `parameters.initialise`."""
+    """Builds a model or a chunk with uninitialised parameters on a device (`meta`: shapes only); `parameters.initialise` fills them."""
     with torch.device("meta"):
         built = LanguageModel(model, dtype=dtype, axis=axis, number_format=number_format, layers=layers)
     if device.type != "meta":

@@ -16,12 +16,12 @@ from phase8.tensor_parallel.parameters import ParameterSpec, local
 
 
 class RMSNorm(nn.Module):
-    """x / rms(x) over the last dims, times a learned weight.
+    """The norm x / rms(x) over the last dim, times a learned weight.
 
     Args:
         shape: Shape of the weight; the last dim is normalised.
-        eps: Added to the mean square.
-        divided: Axis -> dim of the weight that its ranks divide; None: no ranks do.
+        eps: Summand of the mean square.
+        divided: Axis -> dim of the weight that its ranks divide; None: every rank has the weight whole.
     """
 
     def __init__(self, *shape: int, eps: float, divided: Mapping[str, int] | None = None):
@@ -30,11 +30,11 @@ class RMSNorm(nn.Module):
         self.eps, self.divided = eps, divided or {}
 
     def parameter_specs(self) -> dict[str, ParameterSpec]:
-        """One, so that the norm begins as the plain one."""
+        """A weight of one, with which the norm begins as a plain normalisation."""
         return {"weight": ParameterSpec(value=1.0, divided=self.divided)}
 
     def forward(self, x: Tensor) -> Tensor:
-        """Normalised `x`, in its dtype."""
+        """Normalises `x`; the result has its dtype."""
         return (rms_normalise(at_least_fp32(x), self.eps) * local(self.weight)).to(x.dtype)
 
 

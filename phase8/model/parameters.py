@@ -1,4 +1,4 @@
-"""What every parameter starts from, whether weight decay applies to it and how ranks divide it: declared by the module that owns it."""
+"""Initial value, weight decay and division of every parameter, as the module that owns it declares them."""
 
 from __future__ import annotations
 
@@ -18,14 +18,14 @@ from phase8.tensor_parallel.parameters import ParameterSpec, divided, own_part
 
 @runtime_checkable
 class OwnsParameters(Protocol):
-    """A module that registers parameters directly, and says what they are."""
+    """A module that registers parameters directly and declares their specs."""
 
     def parameter_specs(self) -> dict[str, ParameterSpec]:
         """The spec of every parameter registered on this module itself, by its local name."""
 
 
 def iterate_specs(model: nn.Module) -> Iterator[tuple[str, nn.Parameter, ParameterSpec]]:
-    """Every parameter with its global name and spec; a shared parameter comes once, under its first name."""
+    """Yields every parameter with its global name and spec; a shared parameter comes once, under its first name."""
     seen: set[nn.Parameter] = set()
     for prefix, module in model.named_modules():
         own = dict(module.named_parameters(recurse=False))
@@ -39,7 +39,7 @@ def iterate_specs(model: nn.Module) -> Iterator[tuple[str, nn.Parameter, Paramet
 
 
 def divided_shapes(model: nn.Module) -> dict[str, DividedShape]:
-    """The global shape of every parameter and its division, by its name, of a model without parallelism (on the meta device, for example)."""
+    """The global shape and the division of every parameter by name; the model is one without parallelism, for example on the meta device."""
     return {name: DividedShape(tuple(parameter.shape), spec.divided) for name, parameter, spec in iterate_specs(model)}
 
 
@@ -47,9 +47,9 @@ def materialise(model: nn.Module, *, device: torch.device, axis: Axis) -> None:
     """Gives every parameter of a model on the meta device uninitialised memory for this rank's part of it.
 
     Args:
-        model: A shared parameter stays shared.
-        device: Where.
-        axis: Of tensor parallelism.
+        model: Model on the meta device; its shared parameters stay shared.
+        device: Device of the memory.
+        axis: Axis of tensor parallelism.
     """
     made: dict[nn.Parameter, nn.Parameter] = {}
     for module in model.modules():
@@ -63,7 +63,7 @@ def materialise(model: nn.Module, *, device: torch.device, axis: Axis) -> None:
 def initialise(model: nn.Module, *, seed: int, axis: Axis = ALONE) -> None:
     """Fills every parameter from a seed derived from its global name and shape, so that every topology starts from the same weights.
 
-    Random numbers come one by one, so parameters are filled side by side, in as many threads as torch computes with.
+    A generator makes its random numbers one by one, so several parameters are filled at once, in as many threads as torch computes with.
     """
 
     @torch.no_grad()

@@ -1,14 +1,14 @@
-"""Recomputation of activations in backward, applied to a built model from outside: the only place that knows its modes.
+"""Recomputation of activations in backward, applied to a model after it is built; only this module knows the modes.
 
 | mode | what is recomputed | where it is applied |
 |---|---|---|
 | `full`, one tensor-parallel rank | all of a block | inside the block's call |
 | `full`, several ranks | all of a block | around the block's call |
 | `selective` | the mixer and its norm | inside the block's call |
-| `none`, `budget` | nothing here | `budget` is for torch.compile |
+| `none`, `budget` | nothing here | nowhere (`budget` is carried out by torch.compile) |
 
-A block recomputes itself inside its call where it can: torch.compile then sees what backward does not need again, the last matrix product. Torch
-2.11 would keep what an autograd.Function in there returns, and tensor-parallel layers are such Functions.
+A block recomputes itself inside its call where it can: torch.compile then sees that backward does not need the last matrix product again and
+leaves it out. Torch 2.11 would keep the result of an autograd.Function inside the call, and tensor-parallel layers are such Functions.
 """
 
 from __future__ import annotations
@@ -23,12 +23,12 @@ from phase8.model.model import LanguageModel
 
 
 def apply_recomputation(model: LanguageModel, mode: str, *, every_n_layers: int = 1) -> None:
-    """Has blocks of a model, or of a chunk of one, recompute activations in backward.
+    """Makes blocks of a model, or of a chunk, recompute their activations in backward.
 
     Args:
-        model: Nothing of it is recomputed yet.
-        mode: As in the table.
-        every_n_layers: Layers 0, n, 2n, ... of the whole model are recomputed.
+        model: Model without recomputation so far.
+        mode: Mode from the table.
+        every_n_layers: Distance n of the recomputed layers 0, n, 2n, ... of the whole model.
     """
     for layer, block in model.blocks.items():
         if int(layer) % every_n_layers:
@@ -42,7 +42,7 @@ def apply_recomputation(model: LanguageModel, mode: str, *, every_n_layers: int 
 
 
 def recomputed(function: Callable[..., Any], *arguments: object) -> Any:
-    """What the function returns; where gradients are wanted, backward computes it again."""
+    """Calls the function and returns what it returns; where gradients are enabled, backward calls it again instead of keeping activations."""
     if not torch.is_grad_enabled():
         return function(*arguments)
     return checkpoint(function, *arguments, use_reentrant=False, preserve_rng_state=False)  # nothing is random

@@ -1,4 +1,4 @@
-"""What counts as work of a model: the keys that a token attends to, and a backward as a number of forwards. Plain arithmetic, no torch."""
+"""Counts of a model's work: keys that a token attends to, and the cost of a backward in forwards. Plain arithmetic, no torch."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ def mean_visible_keys(model: ModelSection, window: int) -> float:
     far = model.global_tokens
     beyond, within = max(length - window, 0), min(length, window)
     near_keys = within * (within + 1) // 2 + beyond * window
-    # Position i sees the globals that have left its window: min(i + 1 - W, G) of them.
+    # Position i >= W sees the global tokens that have left its window: min(i + 1 - W, G) of them.
     ramp = min(beyond, far)
     far_keys = ramp * (ramp + 1) // 2 + (beyond - ramp) * far
     return (near_keys + far_keys) / length

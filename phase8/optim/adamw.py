@@ -14,12 +14,12 @@ from phase8.config.schema import OptimSection
 
 
 def build_optimizer(parameters: Mapping[str, nn.Parameter], section: OptimSection, *, decayed_names: Collection[str]) -> torch.optim.Optimizer:
-    """The fused AdamW of torch over two groups: parameters with weight decay, and the others.
+    """The fused AdamW of torch over two groups: parameters with weight decay and parameters without.
 
     Args:
-        parameters: The fp32 master weights by name, or this rank's parts of them.
-        section: Betas, epsilon, decay. The learning rate is set anew before every step.
-        decayed_names: Parameters that weight decay applies to.
+        parameters: Fp32 master weights by name, or this rank's parts of them.
+        section: Optimizer section with betas, epsilon and decay. The learning rate is set again before every step.
+        decayed_names: Names of the parameters that weight decay applies to.
     """
     groups = [
         {"params": [p for name, p in parameters.items() if name in decayed_names], "weight_decay": section.weight_decay},

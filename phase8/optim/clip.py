@@ -1,4 +1,4 @@
-"""Clipping by the global gradient norm, without a pass of its own over the gradients."""
+"""Clipping by the global gradient norm; the optimizer applies it, so that no extra pass over the gradients is needed."""
 
 from __future__ import annotations
 
@@ -16,24 +16,24 @@ def gradient_norm(parameters: Iterable[nn.Parameter]) -> Tensor:
 
 
 def clipping_divisor(norm: Tensor, *, max_norm: float) -> Tensor:
-    """What gradients of global norm `norm` are divided by so that it is at most `max_norm` (0: no limit), fp32 on the device."""
+    """The divisor that brings gradients of global norm `norm` to at most `max_norm` (0: no limit), an fp32 scalar on the device."""
     if max_norm == 0:
         return torch.ones_like(norm, dtype=torch.float32)
     return ((norm.float() + EPS) / max_norm).clamp(min=1.0)
 
 
 def step_clipped(optimizer: torch.optim.Optimizer, norm: Tensor, *, max_norm: float, counts: Tensor) -> None:
-    """Takes an optimizer step with clipped gradients, or none; neither reads anything back from the device.
+    """Takes an optimizer step with clipped gradients, or skips it, without reading anything back from the device.
 
     Torch's fused optimizers divide gradients and skip steps themselves, as its gradient scaler asks them to.
 
     Args:
-        optimizer: A fused one.
-        norm: From `gradient_norm`.
+        optimizer: Fused optimizer.
+        norm: Norm from `gradient_norm`.
         max_norm: Largest global norm; 0: no clipping.
-        counts: False: leave weights and optimizer state alone (a scalar on the device).
+        counts: Scalar on the device; False: weights and optimizer state stay as they are.
     """
-    device = optimizer.param_groups[0]["params"][0].device  # the host's when offloaded
+    device = optimizer.param_groups[0]["params"][0].device  # the host, where the optimizer is offloaded
     optimizer.grad_scale = clipping_divisor(norm, max_norm=max_norm).to(device)
     optimizer.found_inf = (~counts).float().to(device)
     optimizer.step()

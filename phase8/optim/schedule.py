@@ -1,4 +1,4 @@
-"""Learning rate of every step, a pure function of the step."""
+"""The learning rate of every step, as a pure function of the step."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ def learning_rate(step: int, section: OptimSection, *, num_steps: int) -> float:
     """The learning rate that optimizer step `step` uses.
 
     Args:
-        step: From 1 to num_steps.
-        section: Peak, schedule, warmup and decay.
+        step: Number of the step, from 1 to num_steps.
+        section: Optimizer section with peak, schedule, warmup and decay.
         num_steps: Length of the schedule; a run may stop earlier.
     """
     peak = section.learning_rate

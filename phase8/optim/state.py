@@ -1,10 +1,10 @@
-"""What an optimizer keeps of each parameter, declared before it exists: the checkpoint, the reshard tool, the saver and the planner ask here.
+"""The state that an optimizer keeps for each parameter, declared without an optimizer for checkpoint, reshard tool, saver and planner.
 
-| optimizer | of each parameter |
+| optimizer | state of each parameter |
 |---|---|
 | AdamW | `step`, a scalar; `exp_avg` and `exp_avg_sq`, shaped like the parameter |
 
-An optimizer of the library's own declares its state by a method `declare_state` (`DeclaresState`); torch's AdamW is declared here.
+An optimizer of this library declares its state by a method `declare_state` (`DeclaresState`); torch's AdamW is declared here.
 """
 
 from __future__ import annotations
@@ -24,12 +24,12 @@ _ELEMENT_BYTES = {"F64": 8, "F32": 4, "BF16": 2, "F16": 2}
 
 @dataclass(frozen=True)
 class StateTensor:
-    """A tensor that an optimizer keeps of a parameter.
+    """A tensor that an optimizer keeps for a parameter.
 
     Args:
-        key: Its name among the tensors of that parameter.
-        shape: Its shape, the same on every rank; None: that of the parameter, divided over the ranks as the parameter is.
-        dtype: As checkpoints name it, `F32` for example; None: that of the parameter.
+        key: Name of the tensor in the state of the parameter.
+        shape: Shape, the same on every rank; None: the shape of the parameter, divided over the ranks as the parameter is.
+        dtype: Dtype as checkpoints name it, `F32` for example; None: the dtype of the parameter.
     """
 
     key: str
@@ -38,15 +38,15 @@ class StateTensor:
 
     @property
     def is_scalar(self) -> bool:
-        """It is a counter, not something that grows with the parameter."""
+        """Whether it is a scalar, such as a counter, whose size does not depend on the parameter."""
         return self.shape == ()
 
     def num_bytes(self, num_elements: int, *, parameter_bytes: int) -> int:
-        """Bytes of it on a rank.
+        """Bytes of the tensor on a rank.
 
         Args:
-            num_elements: Elements of the parameter that the rank keeps.
-            parameter_bytes: Bytes of an element of the parameter.
+            num_elements: Number of the parameter's elements that the rank keeps.
+            parameter_bytes: Bytes per element of the parameter.
         """
         count = num_elements if self.shape is None else math.prod(self.shape)
         return count * (parameter_bytes if self.dtype is None else _ELEMENT_BYTES[self.dtype])
@@ -54,40 +54,40 @@ class StateTensor:
 
 @dataclass(frozen=True)
 class ParameterState:
-    """What an optimizer keeps of one parameter.
+    """The state that an optimizer keeps for one parameter.
 
     Args:
-        tensors: In the order in which the optimizer makes them.
-        is_elementwise: An update of an element needs no other element, so ranks may divide the parameter in any way.
+        tensors: Tensors of the state, in the order in which the optimizer makes them.
+        is_elementwise: Whether the update of an element needs no other element, so that ranks may divide the parameter in any way.
     """
 
     tensors: tuple[StateTensor, ...]
     is_elementwise: bool = True
 
     def tensor(self, key: str) -> StateTensor | None:
-        """The tensor of a key; None: there is none."""
+        """The tensor with a key; None if the state has none."""
         return next((tensor for tensor in self.tensors if tensor.key == key), None)
 
 
-# The state of a parameter by its name and its whole shape.
+# Maps the name and the whole shape of a parameter to its state.
 DeclareState = Callable[[str, Sequence[int]], ParameterState]
 
 
 @runtime_checkable
 class DeclaresState(Protocol):
-    """An optimizer that says what it keeps."""
+    """An optimizer that declares its state."""
 
     def declare_state(self, name: str, shape: Sequence[int]) -> ParameterState:
-        """What it keeps of the parameter of a name and a whole shape."""
+        """The state that it keeps for a parameter, given the name and the whole shape of the parameter."""
 
 
 def adamw_state(name: str, shape: Sequence[int]) -> ParameterState:
-    """What torch's AdamW keeps of a parameter, whichever it is."""
+    """The state that torch's AdamW keeps, the same for every parameter."""
     return ParameterState((StateTensor("step", (), "F32"), StateTensor("exp_avg"), StateTensor("exp_avg_sq")))
 
 
 def declared_for(section: OptimSection) -> DeclareState:
-    """The declaration of the optimizer that a config asks for, which need not exist."""
+    """The declaration of the optimizer that a config asks for; no optimizer has to be built for it."""
     return adamw_state  # `validate` refuses every other value of optim.name
 
 
@@ -95,7 +95,7 @@ def declared_by(optimizer: torch.optim.Optimizer) -> DeclareState:
     """The declaration of an optimizer.
 
     Raises:
-        CheckpointError: It does not declare its state.
+        CheckpointError: The optimizer does not declare its state.
     """
     if isinstance(optimizer, DeclaresState):
         return optimizer.declare_state

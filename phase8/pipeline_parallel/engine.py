@@ -1,17 +1,17 @@
-"""Runs a stage's program for one step. It knows neither schedules nor models: instructions come in order, chunks are called by number.
+"""Runs a stage's program for one step. It knows no schedules or models: it executes instructions in order and calls chunks by number.
 
     N  tokens of this rank in a microbatch        D  width of the residual stream
 
     forward    waits for the input [N, D], calls the chunk, keeps (input, output) until the backward
-    backward   waits for the gradient of the output, runs autograd from output to input, drops both, passes the gradient of the input on
+    backward   waits for the gradient of the output, runs autograd from output to input, frees both, sends the gradient of the input
 
-An auxiliary loss has its gradient taken where it arises, in the backward of its chunk; its value stays on the stage.
+The backward of a chunk also takes the gradients of the chunk's auxiliary losses, whose values stay on the stage.
 
-A chunk never sees another chunk's graph: what comes in is a leaf. So a stage holds the activations that its schedule says, no more, and
-recomputation inside a chunk is the chunk's own affair. A stage that is alone hands over from chunk to chunk in place.
+A chunk never sees another chunk's graph, because its input is a leaf. So a stage holds exactly the activations that its schedule implies, and a
+chunk may recompute activations without the engine knowing. A single stage passes results from chunk to chunk without messages.
 
-Whatever the schedule, the result is the same to the last bit: the gradients of a chunk accumulate in the order of the microbatches, and
-losses are added in this order.
+The result is the same to the last bit with every schedule: the gradients of a chunk accumulate in the order of the microbatches, and losses are
+added in this order.
 """
 
 from __future__ import annotations
@@ -30,17 +30,17 @@ from phase8.pipeline_parallel.schedules import Kind, virtual_stage
 
 
 class Forward(Protocol):
-    """The model as the engine sees it."""
+    """The function by which the engine calls the model."""
 
     def __call__(self, chunk: int, microbatch: int, x: Tensor | None, /) -> tuple[Tensor, Losses]:
-        """The output of a chunk [N, D], and its auxiliary losses.
+        """Returns the output of a chunk [N, D] and its auxiliary losses.
 
-        The output of the last virtual stage is the loss, a scalar. It and the auxiliary losses are divided by the global number of targets.
+        The output of the last virtual stage is the loss, a scalar. Loss and auxiliary losses are divided by the global number of targets.
 
         Args:
-            chunk: Of this stage.
-            microbatch: Which one.
-            x: The output of the previous virtual stage [N, D]; None for the first.
+            chunk: Number of the chunk in this stage.
+            microbatch: Number of the microbatch.
+            x: Output of the previous virtual stage [N, D]; None for the first virtual stage.
         """
 
 
@@ -51,12 +51,12 @@ _Key = tuple[int, int]  # microbatch, chunk
 
 @dataclass(frozen=True)
 class Place:
-    """Where a stage stands.
+    """The place of a stage in the pipeline.
 
     Args:
-        stage: Its number.
-        num_stages: P.
-        num_chunks: V, chunks per stage.
+        stage: Number of the stage.
+        num_stages: Number of stages P.
+        num_chunks: Number of chunks per stage V.
     """
 
     stage: int
@@ -73,12 +73,12 @@ class Place:
 
 
 class Engine:
-    """A program with the channels it runs over; an engine for training and one for evaluation may share them.
+    """A program with its channels, which an engine for training and one for evaluation may share.
 
     Args:
-        program: Of this stage, with backwards or, for evaluation, without.
-        place: Of this stage.
-        channels: Opened for `channels_of` all programs; those of a single stage are empty.
+        program: Program of this stage, with backwards or, for evaluation, without.
+        place: Place of this stage.
+        channels: Channels opened for `channels_of` the programs of all stages; a single stage has none.
 
     Raises:
         ConfigError: The backwards of a chunk are not in the order of the microbatches, or are split.
@@ -87,7 +87,7 @@ class Engine:
     def __init__(self, program: Program, place: Place, channels: Channels):
         self.program, self.place, self.channels = program, place, channels
         actions = [instruction.action for instruction in program if isinstance(instruction, Compute)]
-        self._backwards: dict[int, list[int]] = {}  # microbatches of each chunk
+        self._backwards: dict[int, list[int]] = {}  # chunk -> microbatches of its backwards, in order
         for action in actions:
             if action.kind in (Kind.BACKWARD_INPUT, Kind.BACKWARD_WEIGHT):
                 raise ConfigError(f"the schedule has a {action.kind} action, but the engine runs whole backwards only; choose another schedule.")
@@ -103,27 +103,28 @@ class Engine:
 
     @property
     def trains(self) -> bool:
-        """Whether the program has backwards; one without runs without gradients."""
+        """Whether the program has backwards; a program without them runs with gradients disabled."""
         return bool(self._backwards)
 
     def is_last_backward(self, kind: Kind, microbatch: int, chunk: int) -> bool:
-        """Whether an action completes the gradients of a chunk; takes what `on_action` is given."""
+        """Whether an action completes the gradients of a chunk; the arguments are those of `on_action`."""
         return kind is Kind.BACKWARD and microbatch == self._backwards[chunk][-1]
 
     def run(self, forward: Forward, form: MessageForm, *, on_action: OnAction | None = None) -> tuple[Tensor | None, Losses]:
-        """Runs the program: gradients are added to those of the chunks' parameters.
+        """Runs the program, which adds gradients to those of the chunks' parameters.
 
         Args:
-            forward: Calls a chunk.
-            form: Of the messages, with the shape of each microbatch.
-            on_action: Called before each computation with its kind, microbatch and chunk.
+            forward: Function that calls a chunk.
+            form: Form of the messages, with the shape of each microbatch.
+            on_action: Function that is called before each computation with its kind, microbatch and chunk.
 
         Returns:
-            The sum of the losses on the stage with the last chunk, elsewhere None; and the sums of this stage's auxiliary losses. They have
-            no graph.
+            The sum of the losses on the stage with the last chunk, None on other stages; and the sums of this stage's auxiliary losses.
+            They have no graph.
 
         Raises:
-            CommunicationError: Stages were given different microbatches, or a chunk returns something else than the form says.
+            CommunicationError: Stages were given different microbatches, or the output of a chunk does not have the shape and dtype of
+                the form.
         """
         if len(form.shapes) != self.num_microbatches:
             raise CommunicationError(
@@ -149,35 +150,35 @@ class Engine:
         return run.loss(), run.auxiliary_losses()
 
     def is_kept(self, microbatch: int, chunk: int) -> bool:
-        """Whether a forward has a backward, for which it leaves its graph."""
+        """Whether a forward has a backward, for which its graph is kept."""
         return microbatch in self._backwards.get(chunk, ())
 
 
 class _Run:
-    """What a stage holds in the course of one step."""
+    """The tensors that a stage holds during one step."""
 
     def __init__(self, engine: Engine, forward: Forward, form: MessageForm):
         self._engine, self._place, self._channels = engine, engine.place, engine.channels
         self._call, self._form = forward, form
-        self._held: dict[_Key, tuple[Tensor | None, Tensor, Losses]] = {}  # from forward to backward: input, output, auxiliary losses
-        self._coming: dict[tuple[Payload, _Key], Callable[[], Tensor]] = {}  # from posted to consumed
-        self._going: dict[tuple[Payload, _Key], Tensor] = {}  # from computed to sent
+        self._held: dict[_Key, tuple[Tensor | None, Tensor, Losses]] = {}  # input, output and auxiliary losses
+        self._coming: dict[tuple[Payload, _Key], Callable[[], Tensor]] = {}  # receives posted and not consumed
+        self._going: dict[tuple[Payload, _Key], Tensor] = {}  # messages computed and not sent
         self._losses: dict[int, Tensor] = {}
         self._auxiliary: dict[_Key, Losses] = {}
 
     def receive(self, receive: Receive) -> None:
-        """Posts a receive."""
+        """Posts the receive of a message."""
         route = Route(receive.peer, self._place.stage, receive.payload)
         message = self._channels.receive(route, self._form, receive.microbatch)
         self._coming[receive.payload, (receive.microbatch, receive.chunk)] = message
 
     def send(self, send: Send) -> None:
-        """Starts a send."""
+        """Starts the send of a message."""
         message = self._going.pop((send.payload, (send.microbatch, send.chunk)))
         self._channels.send(Route(self._place.stage, send.peer, send.payload), message)
 
     def forward(self, microbatch: int, chunk: int) -> None:
-        """Calls a chunk."""
+        """Runs the forward of a chunk; keeps its input and output for the backward, and passes the output on."""
         key, x = (microbatch, chunk), None
         if not self._place.is_first(chunk):
             x = self._take(Payload.ACTIVATION, key)
@@ -196,7 +197,7 @@ class _Run:
             self._pass_on(Payload.ACTIVATION, key, output.detach())
 
     def backward(self, microbatch: int, chunk: int) -> None:
-        """From the output to the parameters and the input of a chunk."""
+        """Runs autograd from the output of a chunk to its parameters and its input."""
         key = (microbatch, chunk)
         gradient = None if self._place.is_last(chunk) else self._take(Payload.GRADIENT, key)
         x, output, losses = self._held.pop(key)
@@ -211,7 +212,7 @@ class _Run:
         self._pass_on(Payload.GRADIENT, key, x.grad)
 
     def loss(self) -> Tensor | None:
-        """The sum of the losses, None if they are elsewhere."""
+        """The sum of the losses; None on a stage without the last chunk."""
         in_order = [self._losses[microbatch] for microbatch in sorted(self._losses)]
         return sum(in_order[1:], in_order[0]) if in_order else None
 
@@ -224,11 +225,11 @@ class _Run:
         return sums
 
     def _take(self, payload: Payload, key: _Key) -> Tensor:
-        """Waits for a message."""
+        """Waits for a message and returns it."""
         return self._coming.pop((payload, key))()
 
     def _pass_on(self, payload: Payload, key: _Key, message: Tensor) -> None:
-        """Leaves a result to the send that follows, or where there is but one stage to the chunk that consumes it."""
+        """Keeps a result for the send that follows or, with a single stage, for the chunk that consumes it."""
         if self._place.num_stages > 1:
             self._going[payload, key] = message
             return

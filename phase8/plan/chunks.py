@@ -1,4 +1,4 @@
-"""What layers declare, read from the model built without memory: parameters of a chunk and of a pipeline stage, exchanges of a chunk."""
+"""Parameters of a chunk or a pipeline stage and exchanges of a chunk, as the layers of a model built without memory declare them."""
 
 from __future__ import annotations
 
@@ -21,8 +21,8 @@ def chunk_parameters(model: ModelSection, layers: range) -> Chunk:
     """The parameters of consecutive layers, with embedding, norm and head where the model begins or ends.
 
     Args:
-        model: Shapes.
-        layers: Of the chunk.
+        model: Model section with the shapes.
+        layers: Layers of the chunk.
     """
     rest = divided_shapes(_without_memory(model, layers))
     blocks = tuple({name: rest.pop(name) for name in list(rest) if name.startswith(f"blocks.{layer}.")} for layer in layers)
@@ -31,20 +31,20 @@ def chunk_parameters(model: ModelSection, layers: range) -> Chunk:
 
 @lru_cache(maxsize=1024)
 def chunk_exchanges(model: ModelSection, layers: range, *, recompute: str, recompute_every_n_layers: int) -> tuple[Exchange, ...]:
-    """What the layers of a chunk exchange for a microbatch, forward and backward.
+    """The exchanges of the layers of a chunk for a microbatch, forward and backward.
 
     Args:
-        model: Shapes.
-        layers: Of the chunk.
-        recompute: `none`, `full`, `selective` or `budget`.
-        recompute_every_n_layers: Recompute layers 0, n, 2n, ...
+        model: Model section with the shapes.
+        layers: Layers of the chunk.
+        recompute: Mode of recomputation: `none`, `full`, `selective` or `budget`.
+        recompute_every_n_layers: Distance n of the recomputed layers 0, n, 2n, ...
     """
     found = _without_memory(model, layers).exchanges(recompute=recompute, recompute_every_n_layers=recompute_every_n_layers)
     return found.forward + found.backward
 
 
 def stage_parameters(model: ModelSection, pipeline: Pipeline) -> tuple[dict[str, DividedShape], ...]:
-    """The parameters of each pipeline stage by name; a tied embedding is in the first stage and in the last.
+    """The parameters of each pipeline stage by name; a tied embedding is in the first and in the last stage.
 
     Raises:
         ConfigError: There are fewer layers than virtual stages.
@@ -55,6 +55,6 @@ def stage_parameters(model: ModelSection, pipeline: Pipeline) -> tuple[dict[str,
     )
 
 
-@lru_cache(maxsize=16)  # what is read from a model is kept above
+@lru_cache(maxsize=16)  # a few suffice: the functions above cache what they read from a model
 def _without_memory(model: ModelSection, layers: range) -> LanguageModel:
     return build_model(model, dtype=torch.float32, device=torch.device("meta"), layers=layers)

@@ -1,27 +1,28 @@
-"""What a rank communicates in one training step: how many collectives over which axis, and how many bytes. Pure arithmetic, no torch.
+"""The communication of a rank in one training step: collectives and messages over each axis, and their bytes. Pure arithmetic, no torch.
 
-The bytes of an all-gather are those of its gathered output, of a reduce-scatter and of an all-reduce those of its input, of a send and of
-a receive those of the message; `Collectives.sent_bytes` says what leaves the rank. Groups of one rank communicate nothing.
+Bytes of an all-gather are those of its gathered output, bytes of a reduce-scatter or an all-reduce those of its input, bytes of a send or a
+receive those of the message. `Collectives.sent_bytes` computes the bytes that leave the rank. Groups of one rank communicate nothing.
 
     N  tokens of a microbatch    D  width of the residual stream    n  numbers per token that a layer declares
-    c  bytes of the compute dtype, at least four where it says C
+    c  bytes of the compute dtype
+    C  the larger of c and 4
 
-| over | what | in a microbatch | bytes of each |
+| axis | collectives | number per microbatch | bytes of each |
 |---|---|---|---|
-| tp | what layers declare (`exchanges.py`) | 1, or 1 for so many tokens | N n c, N n C where the numbers are wide |
-| tp | gradients of parameters that every rank has whole, together: all-reduce | once a step | 4 a number |
-| tp | with several data-parallel ranks each of them: all-reduce | 1, with ZeRO 0 and 1 once a step | 4 a number |
-| shard | parameters of a block: gather | 2 with ZeRO 3, below once a step | 4 a number, padded |
-| shard | parameters in no block, together: gather | 1 with ZeRO 3, below once a step | 4 a number, padded |
-| shard | their gradients: reduce-scatter | 1, with ZeRO 0 and 1 once a step | 4 a number, padded |
-| replicate | the rank's part of the gradients: all-reduce | once a step | 4 a number, padded |
+| tp | exchanges that layers declare (`exchanges.py`) | 1, or 1 per `tokens_per_rank` tokens of each rank | N n c, or N n C for wide numbers |
+| tp | one data-parallel rank: all-reduce of all gradients of parameters that every rank has whole | once a step | 4 per number |
+| tp | several data-parallel ranks: all-reduce of each of these gradients | 1; with ZeRO 0 and 1 once a step | 4 per number |
+| shard | parameters of a block: all-gather | 2 with ZeRO 3; below once a step | 4 per number, padded |
+| shard | all parameters outside blocks: all-gather | 1 with ZeRO 3; below once a step | 4 per number, padded |
+| shard | gradients of either group of parameters: reduce-scatter | 1; with ZeRO 0 and 1 once a step | 4 per number, padded |
+| replicate | the rank's part of the gradients: all-reduce | once a step | 4 per number, padded |
 | pp | residual stream and its gradient: send and receive | `messages_of_stage` | N D c / tensor ranks |
-| pp | what the ends of a channel agree about: send or receive | once a step | 8 |
-| pp | gradient of an embedding that is the head, too: all-reduce over first and last stage | once a step | 4 a number of the rank's part |
-| all | targets, loss, flags (stop, unreadable), norm: all-reduces of scalars | once a step | 8, 4, 8, 4 |
+| pp | hash of the form on which the ends of a channel agree: send or receive | once a step | 8 |
+| pp | gradient of a tied embedding: all-reduce over first and last stage | once a step | 4 per number of the rank's part |
+| each set | targets, loss, flags (stop, unreadable), norm: all-reduces of scalars | once a step | 8, 4, 8, 4 |
 
-A block that is recomputed declares what that repeats; a compiled block that is recomputed whole repeats its last exchange as well, which
-is not counted. ADR 16 says why layers declare their exchanges instead of being watched.
+A recomputed block declares the exchanges that the recomputation repeats. A compiled block that is recomputed whole also repeats its last
+exchange, which is not counted. ADR 16 says why layers declare their exchanges instead of being watched.
 """
 
 from __future__ import annotations
@@ -44,13 +45,13 @@ _TARGETS_BYTES = _AGREEMENT_BYTES = 8
 
 @dataclass(frozen=True)
 class Collectives:
-    """All collectives of one kind.
+    """All collectives of one operation over one axis.
 
     Args:
-        axis: Who takes part.
-        operation: What they do.
-        count: How many.
-        num_bytes: Of all together, as the head of the file defines them.
+        axis: Axis whose ranks take part.
+        operation: Kind of the collectives.
+        count: Number of collectives.
+        num_bytes: Bytes of all of them, as the head of this file defines bytes.
     """
 
     axis: AxisName
@@ -59,7 +60,7 @@ class Collectives:
     num_bytes: int
 
     def sent_bytes(self, num_ranks: int) -> int:
-        """What leaves this rank when collectives go round a ring of `num_ranks`."""
+        """Bytes that leave this rank where collectives use a ring of `num_ranks` ranks."""
         if self.operation in (Operation.SEND, Operation.RECEIVE):
             return self.num_bytes if self.operation is Operation.SEND else 0
         return (1 + (self.operation is Operation.ALL_REDUCE)) * self.num_bytes * (num_ranks - 1) // num_ranks
@@ -67,18 +68,18 @@ class Collectives:
 
 @dataclass(frozen=True)
 class Grid:
-    """Ranks along the axes, and the place of this rank where parts differ.
+    """The number of ranks along each axis, and the position of this rank on the axes where parts differ in size.
 
     Args:
-        pipeline: Stages.
-        replicate: Data-parallel ranks that hold the same shards.
-        shard: Data-parallel ranks that hold different shards.
-        expert: Data-parallel ranks that hold different experts.
-        context: Ranks that share each sequence.
-        tensor: Tensor-parallel ranks.
-        stage: Where it stands on the axis of pipeline.
-        shard_index: On that of shard.
-        tensor_index: On that of tensor.
+        pipeline: Number of pipeline stages.
+        replicate: Number of data-parallel ranks that hold the same shards.
+        shard: Number of data-parallel ranks that hold different shards.
+        expert: Number of data-parallel ranks that hold different experts.
+        context: Number of ranks that share each sequence.
+        tensor: Number of tensor-parallel ranks.
+        stage: Position of this rank on the pipeline axis.
+        shard_index: Position of this rank on the shard axis.
+        tensor_index: Position of this rank on the tensor axis.
     """
 
     pipeline: int = 1
@@ -92,7 +93,7 @@ class Grid:
     tensor_index: int = 0
 
     def size(self, axis: AxisName) -> int:
-        """Ranks along an axis."""
+        """The number of ranks along an axis."""
         sizes = {
             AxisName.PIPELINE: self.pipeline,
             AxisName.REPLICATE: self.replicate,
@@ -105,20 +106,20 @@ class Grid:
 
     @property
     def places(self) -> dict[str, Place]:
-        """The place of this rank on the axes whose ranks divide what parameters declare."""
+        """The place of this rank on each axis that a parameter may name in its division."""
         return {AxisName.TENSOR: Place(self.tensor, self.tensor_index)}
 
 
 @dataclass(frozen=True)
 class Step:
-    """How a step is computed.
+    """The settings of a step that determine its communication.
 
     Args:
-        num_microbatches: Of a rank.
-        micro_batch_size: Sequences of a microbatch.
-        compute_bytes: Of a number of the residual stream.
-        zero_stage: 0 to 3.
-        offload_params: Parameters lie in host memory, so that FSDP sums gradients even where there is one data-parallel rank.
+        num_microbatches: Number of microbatches of a rank.
+        micro_batch_size: Number of sequences in a microbatch.
+        compute_bytes: Bytes per number of the residual stream.
+        zero_stage: ZeRO stage, 0 to 3.
+        offload_params: Whether parameters lie in host memory, so that FSDP sums gradients even with one data-parallel rank.
     """
 
     num_microbatches: int
@@ -130,12 +131,12 @@ class Step:
 
 @dataclass(frozen=True)
 class Chunk:
-    """The parameters of consecutive layers, with the ends of the model if they are its first or last.
+    """The parameters of consecutive layers, with embedding, norm and head where these layers begin or end the model.
 
     Args:
-        layers: Their numbers.
-        blocks: Parameters of each, by name.
-        rest: Parameters in no block.
+        layers: Numbers of the layers.
+        blocks: Parameters of each layer's block by name.
+        rest: Parameters outside blocks by name.
     """
 
     layers: range
@@ -144,21 +145,21 @@ class Chunk:
 
     @property
     def parameters(self) -> dict[str, DividedShape]:
-        """All of them, by name."""
+        """All parameters of the chunk by name."""
         return {name: shape for group in (*self.blocks, self.rest) for name, shape in group.items()}
 
 
 def step_communication(
     model: ModelSection, chunks: Sequence[Chunk], exchanges: Iterable[Exchange], *, step: Step, grid: Grid
 ) -> tuple[Collectives, ...]:
-    """The collectives of a step of one rank by axis and operation, those that happen.
+    """The collectives of one rank in a step, joined by axis and operation; axes of one rank are left out.
 
     Args:
-        model: Shapes.
-        chunks: Of the stage of the rank.
-        exchanges: What the layers of these chunks exchange for a microbatch, forward and backward.
-        step: How it is computed.
-        grid: The ranks.
+        model: Model section with the shapes.
+        chunks: Chunks of the rank's stage.
+        exchanges: Exchanges of the layers of these chunks for a microbatch, forward and backward.
+        step: Settings of the step.
+        grid: Rank grid with the place of the rank.
     """
     found = [*_scalars(), *_messages(model, step, grid, num_chunks=len(chunks)), *_copies_of_embedding(model, chunks, grid)]
     found += [*_exchanges(model, exchanges, step, grid), *_whole_gradients(chunks, step, grid)]
@@ -175,10 +176,11 @@ def step_communication(
 
 
 def messages_of_stage(*, num_stages: int, num_chunks: int, stage: int) -> tuple[int, int]:
-    """Boundaries between virtual stages over which a stage sends each microbatch.
+    """The number of boundaries between virtual stages over which a stage exchanges messages for each microbatch.
 
     Returns:
-        Those behind its chunks: activations leave, gradients come in. Those before its chunks: gradients leave, activations come in.
+        The boundaries after its chunks, where activations leave and gradients arrive, and those before its chunks, where gradients leave
+        and activations arrive.
     """
     if num_stages == 1:
         return 0, 0
@@ -201,16 +203,16 @@ def _copies_of_embedding(model: ModelSection, chunks: Sequence[Chunk], grid: Gri
 
 
 def _scalars() -> Iterator[Collectives]:
-    """The sums of scalars: each goes over the axes of its set."""
+    """The sums of scalars; each runs over the axes of its set, one after the other."""
     loss = norm = FP32_BYTES
-    flags = 2 * FP32_BYTES  # asked to stop, cannot read
+    flags = 2 * FP32_BYTES  # the flags stop and unreadable
     for num_bytes, axes in ((flags, EVERYBODY), (loss, LOSS), (norm, HOLDERS), (_TARGETS_BYTES, TOKENS)):
         for axis in axes:
             yield Collectives(axis, Operation.ALL_REDUCE, 1, num_bytes)
 
 
 def _exchanges(model: ModelSection, exchanges: Iterable[Exchange], step: Step, grid: Grid) -> Iterator[Collectives]:
-    """What the layers declare."""
+    """The collectives of the exchanges that the layers declare."""
     num_tokens = step.micro_batch_size * model.sequence_length
     for exchange, times in Counter(exchanges).items():
         axis, repeats = AxisName(exchange.axis), times * step.num_microbatches
@@ -221,7 +223,7 @@ def _exchanges(model: ModelSection, exchanges: Iterable[Exchange], step: Step, g
 
 
 def _whole_gradients(chunks: Sequence[Chunk], step: Step, grid: Grid) -> Iterator[Collectives]:
-    """Gradients of parameters that tensor-parallel ranks have whole: each rank has a summand. FSDP sums them one by one before it divides them."""
+    """Sums of the gradients of parameters that tensor-parallel ranks have whole. FSDP sums each of them by itself before it divides it."""
     parameters = [parameter for chunk in chunks for parameter in chunk.parameters.values()]
     sizes = [math.prod(parameter.shape) * FP32_BYTES for parameter in parameters if AxisName.TENSOR not in parameter.divided]
     if grid.replicate * grid.shard > 1 or step.offload_params:
@@ -232,7 +234,7 @@ def _whole_gradients(chunks: Sequence[Chunk], step: Step, grid: Grid) -> Iterato
 
 
 def _parameters(chunk: Chunk, step: Step, grid: Grid) -> Iterator[Collectives]:
-    """What FSDP does with the parameters of each block and those of the rest, which a forward does not free."""
+    """FSDP's collectives for the parameters of each block, and for the rest, which stays gathered from forward to backward."""
     num_gathers = step.num_microbatches if step.zero_stage == 3 else 1
     num_sums = step.num_microbatches if step.zero_stage >= 2 else 1
     groups = [(block, 2 if step.zero_stage == 3 else 1) for block in chunk.blocks] + [(chunk.rest, 1)] * bool(chunk.rest)
@@ -245,6 +247,6 @@ def _parameters(chunk: Chunk, step: Step, grid: Grid) -> Iterator[Collectives]:
 
 
 def _padded_numbers(parameter: DividedShape, grid: Grid) -> int:
-    """Numbers of this tensor-parallel rank's part, its first dim rounded up to a multiple of the ranks that divide it further."""
+    """The size of this tensor-parallel rank's part, its first dim rounded up to a multiple of the shards that divide it further."""
     rows, *others = parameter.region(grid.places).shape
     return padded_size(rows, grid.shard) * math.prod(others)

@@ -1,4 +1,4 @@
-"""The planned memory of each pipeline stage, for its first rank, which has the largest part where parts differ in size."""
+"""The planned memory of the first rank of each pipeline stage, which has the largest part where parts differ in size."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from phase8.plan.stages import chunk_layers
 from phase8.topology import Topology
 from phase8.zero.fsdp import shard_size
 
-# Buffers per message between stages: the one in use, and one that is arriving or has not left yet.
+# Buffers per message between stages: one in use, and one that is arriving or has not left yet.
 _COPIES_OF_MESSAGE = 2
 # torch.compile specialises on a microbatch of one sequence.
 _TRACED_SIZES = (2, 4)
@@ -34,12 +34,12 @@ LIBRARIES_BYTES = 128 << 20
 
 @dataclass(frozen=True)
 class StageMemory:
-    """A pipeline stage and its first rank.
+    """The planned memory of a pipeline stage's first rank.
 
     Args:
         stage: Number of the stage.
-        layers: Layers of each of its chunks.
-        num_parameters: Parameters of the model that this rank keeps between steps.
+        layers: Layers of each chunk of the stage.
+        num_parameters: Number of parameters that this rank keeps between steps.
         memory: Memory of this rank.
     """
 
@@ -56,16 +56,16 @@ class Workload:
     Args:
         model: Model section with the shapes.
         train: Section with the recomputation.
-        zero: How data-parallel ranks divide the model.
-        pipeline: The pipeline settings.
-        topology: The ranks.
-        shape: The batch.
+        zero: ZeRO section, by which data-parallel ranks divide the model.
+        pipeline: Pipeline settings.
+        topology: Topology of the ranks.
+        shape: Shape of the batch.
         dtype: Dtype of the residual stream.
-        packed: Document boundaries are reset.
-        declare_state: What the optimizer keeps of each parameter.
-        device_type: `cuda`, or `cpu`, where operators keep more for backward.
-        saves_aside: Checkpoints are saved asynchronously, from copies in host memory.
-        async_tensor_parallel: Tensor-parallel GPUs exchange tokens through each other's memory.
+        packed: Whether attention and states are reset at document boundaries.
+        declare_state: Declaration of the state that the optimizer keeps for each parameter.
+        device_type: Type of device: `cuda`, or `cpu`, where operators keep more for backward.
+        saves_aside: Whether checkpoints are saved asynchronously, from copies in host memory.
+        async_tensor_parallel: Whether tensor-parallel GPUs exchange tokens through each other's memory.
         device_bytes: Memory of the device, which limits how many logits exist at once; None: a large device.
     """
 
@@ -135,7 +135,7 @@ def _division(work: Workload) -> Division:
 
 
 def _held(parameters: Mapping[str, DividedShape], work: Workload) -> Held:
-    """What the first rank has."""
+    """The first rank's part of some parameters, and the bytes of their optimizer state."""
     shards = Place(shard_size(work.zero, data_parallel_size=work.topology.data_parallel_size))
     places = {axis: Place(degree) for axis, degree in work.topology.degrees.items()}
     whole = [parameter.region(places) for parameter in parameters.values()]
@@ -146,13 +146,13 @@ def _held(parameters: Mapping[str, DividedShape], work: Workload) -> Held:
 
 
 def _state_bytes(name: str, parameter: DividedShape, num_elements: int, declare: DeclareState) -> int:
-    """What the optimizer keeps of a rank's elements of a parameter; scalars are too few bytes to count."""
+    """Bytes of the optimizer state for a rank's elements of a parameter; scalars are too small to count."""
     tensors = [tensor for tensor in declare(name, parameter.shape).tensors if not tensor.is_scalar]
     return sum(tensor.num_bytes(num_elements, parameter_bytes=FP32_BYTES) for tensor in tensors)
 
 
 def _trace_windows(work: Workload) -> dict[int, ActivationBytes]:
-    """Activations of a layer for each window: plain torch keeps the scores of the window, kernels do not."""
+    """Activations of a layer for each window size: plain torch keeps the scores of the window for backward, kernels do not."""
     windows = set(work.model.window_sizes)
     if work.device_type == "cuda":
         return dict.fromkeys(windows, _trace(work, max(windows)))
@@ -162,8 +162,8 @@ def _trace_windows(work: Workload) -> dict[int, ActivationBytes]:
 def _trace(work: Workload, window: int) -> ActivationBytes:
     """Activations of a layer with one window.
 
-    For compiled layers two microbatch sizes are traced, and other sizes are interpolated linearly. A budget is always traced, because it is a
-    choice among tensors, and cast weights do not grow with the microbatch.
+    For compiled layers two microbatch sizes are traced, and other sizes are interpolated linearly. A budget is traced at the
+    actual size, because it selects whole tensors, and because cast weights do not grow with the microbatch.
     """
     train, size = work.train, work.shape.micro_batch_size
     model, num_tensor_ranks = work.model.model_copy(update={"local_window_size": window}), work.topology.tensor_parallel_size
@@ -201,7 +201,7 @@ def _activations(work: Workload, chunks: Sequence[Chunk], traced: Mapping[int, A
 
 
 def _peer_memory(work: Workload, blocks: Sequence[Held], traced: Mapping[int, ActivationBytes]) -> int:
-    """Memory that other GPUs write into: for the tokens of every tensor-parallel rank, their summands, and the parts of a block."""
+    """Bytes of memory that other GPUs write to: tokens of every tensor-parallel rank, their summands, and the gathered parts of a block."""
     places = 0
     if work.device_type == "cuda" and work.async_tensor_parallel:
         own_tokens = next(iter(traced.values())).block_input
@@ -218,7 +218,7 @@ def _kept_when_recomputed(block: ActivationBytes, train: TrainSection) -> int:
 
 
 def _gradients_in_a_block(work: Workload) -> int:
-    """Gradients of gate, up and the stream beside all that a recomputed block keeps: the largest that backward makes at that moment."""
+    """Bytes of the gradients of gate, up and residual stream, the largest that exist together with all activations of a recomputed block."""
     if work.device_type != "cuda":
         return 0
     width = 2 * work.model.feed_forward_width + work.model.d_model
@@ -226,7 +226,7 @@ def _gradients_in_a_block(work: Workload) -> int:
 
 
 def _loss_scratch(work: Workload) -> int:
-    """Logits of a chunk and the cast head; with several tensor-parallel ranks, and on a CPU, chunks are short and not counted."""
+    """Bytes of the logits of a chunk and of the cast head; with several tensor-parallel ranks or on a CPU, chunks are too short to count."""
     if work.device_type != "cuda" or work.topology.tensor_parallel_size > 1:
         return 0
     return scratch_bytes(

@@ -1,4 +1,4 @@
-"""Communication of a rank in one training step, for a whole config."""
+"""The communication of a rank in one training step of a whole config."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from phase8.zero.fsdp import shard_size
 
 
 def plan_run_communication(config: RunConfig, *, world_size: int, rank: int) -> tuple[tuple[Collectives, ...], Grid]:
-    """The communication of a rank in a step, and the rank's place in the grid.
+    """The collectives of a rank in a step, and the grid with the place of the rank.
 
     Raises:
         ConfigError: The config cannot run on that many ranks.

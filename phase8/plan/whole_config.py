@@ -1,4 +1,4 @@
-"""Plans for a whole config: its model without memory, and the memory of each pipeline stage."""
+"""Plans for a whole config: the shapes of its model, and the memory of each pipeline stage."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from phase8.precision.policy import COMPUTE_DTYPES
 
 
 def shapes_only(config: RunConfig) -> LanguageModel:
-    """The model on the meta device: every parameter has its shape and no memory.
+    """Builds the model on the meta device, where every parameter has its shape and no memory.
 
     Raises:
         ConfigError: No model can be built from the config.
@@ -26,7 +26,7 @@ def shapes_only(config: RunConfig) -> LanguageModel:
 
 
 def count_parameters(model: torch.nn.Module) -> int:
-    """Number of parameters, a shared one counted once."""
+    """The number of parameters; a shared one counts once."""
     return sum(parameter.numel() for parameter in model.parameters())
 
 
@@ -34,13 +34,13 @@ def plan_stages(config: RunConfig, *, world_size: int, device_type: str, device_
     """The memory of each pipeline stage.
 
     Args:
-        config: A config from which a model can be built; `auto` settings count as with `train.tuning: off`.
-        world_size: Ranks.
-        device_type: `cuda` or `cpu`.
+        config: Config from which a model can be built; `auto` settings count as with `train.tuning: off`.
+        world_size: Number of ranks.
+        device_type: Type of device, `cuda` or `cpu`.
         device_bytes: Memory of the device; None: a large device.
 
     Raises:
-        ConfigError: Ranks, stages or batch do not fit.
+        ConfigError: Ranks, stages or batch do not fit together.
     """
     config = without_auto(config)
     topology = run_topology(config.parallel, world_size=world_size)

@@ -1,7 +1,7 @@
 """The number formats of the matrix products of linear layers.
 
-A format says how three products are computed; tensor_parallel/products.py says when, and what travels between ranks beside them. A new format
-is a file in this folder with a class like `OperandDtype`, and a line in `policy.py`.
+A format computes three products; tensor_parallel/products.py determines when they run and which tokens travel between ranks. A new format is a
+file in this folder with a class like `OperandDtype`, and a line in `policy.py`.
 
 Shapes: N tokens, D width of the input, F width of the output. x [N, D], weight [F, D], y = x W^T [N, F].
 """
@@ -15,9 +15,10 @@ from torch import Tensor
 
 
 class NumberFormat(Protocol):
-    """The products of a linear layer; x, weight and grad have the dtype of the residual stream, and so have the results.
+    """The products of a linear layer; x, weight, grad and the results have the dtype of the residual stream.
 
-    `out` is where a result is written instead of in new memory, `plus` is what is added to it before it is rounded; they may be the same tensor.
+    The result is written to `out` if it is given, else to new memory. `plus` is added to the result before it is rounded; it may be the
+    same tensor as `out`.
     """
 
     name: str
@@ -26,13 +27,13 @@ class NumberFormat(Protocol):
     """`F.linear` computes in this format, so that autograd and torch.compile know the product and its gradients themselves."""
 
     def output(self, x: Tensor, weight: Tensor, *, out: Tensor | None = None, plus: Tensor | None = None) -> Tensor:
-        """Product x W^T [N, F]."""
+        """Computes x W^T [N, F]."""
 
     def input_gradient(self, grad: Tensor, weight: Tensor, *, out: Tensor | None = None, plus: Tensor | None = None) -> Tensor:
-        """Product grad W [N, D], of the gradient of the output [N, F]."""
+        """Computes grad W [N, D] from the gradient of the output [N, F]."""
 
     def weight_gradient(self, grad: Tensor, x: Tensor, *, out: Tensor | None = None, plus: Tensor | None = None) -> Tensor:
-        """Product grad^T x [F, D], of the gradient of the output [N, F]."""
+        """Computes grad^T x [F, D] from the gradient of the output [N, F]."""
 
 
 class OperandDtype:
@@ -42,15 +43,15 @@ class OperandDtype:
     is_differentiable = True
 
     def output(self, x: Tensor, weight: Tensor, *, out: Tensor | None = None, plus: Tensor | None = None) -> Tensor:
-        """As `torch.mm` multiplies x and W^T."""
+        """Computes x W^T by `torch.mm`."""
         return _product(x, weight.T, out, plus)
 
     def input_gradient(self, grad: Tensor, weight: Tensor, *, out: Tensor | None = None, plus: Tensor | None = None) -> Tensor:
-        """As `torch.mm` multiplies grad and W."""
+        """Computes grad W by `torch.mm`."""
         return _product(grad, weight, out, plus)
 
     def weight_gradient(self, grad: Tensor, x: Tensor, *, out: Tensor | None = None, plus: Tensor | None = None) -> Tensor:
-        """As `torch.mm` multiplies grad^T and x."""
+        """Computes grad^T x by `torch.mm`."""
         return _product(grad.T, x, out, plus)
 
 

@@ -1,1 +1,1 @@
-"""Layers whose weights are shared by the ranks of a tensor-parallel group, and the sequence between them."""
+"""Layers whose weights are divided over the ranks of a tensor-parallel group; between layers the ranks divide the tokens."""

@@ -1,7 +1,7 @@
-"""Head and cross-entropy with the vocabulary divided over the ranks: no rank sees the logits of another's ids.
+"""Head and cross-entropy with the vocabulary divided over the ranks; each rank computes the logits of its own ids only.
 
-Of each chunk of rows three numbers a token cross the axis: the largest term, the sum of terms and the logit of the target. The gradients are
-formed while the logits are there, as in one process.
+For each chunk of rows the ranks exchange three numbers per token: the largest term, the sum of terms and the logit of the target. The gradients
+are formed while the logits exist, as in one process.
 
 Shapes: N tokens, R rows (tokens of a chunk), D model width, V vocabulary of this rank.
 """
@@ -28,12 +28,12 @@ def parallel_cross_entropy(hidden: Tensor, weight: Tensor, targets: Tensor, *, f
     Args:
         hidden: Final hidden states of all tokens [N, D].
         weight: Rows of the output head for this rank's ids [V, D].
-        targets: Token ids of the whole vocabulary, IGNORED_TARGET where there is nothing to predict [N].
-        first_id: The id of the first row.
-        axis: Of tensor parallelism.
+        targets: Token ids of the whole vocabulary [N]; IGNORED_TARGET where there is nothing to predict.
+        first_id: Token id of the first row of `weight`.
+        axis: Axis of tensor parallelism.
 
     Returns:
-        Scalar, fp32 or wider. Its gradient of `hidden` is this rank's summand: that of the gather before it adds them up.
+        A scalar, fp32 or wider. The gradient of `hidden` is this rank's summand; the backward of the gather that made `hidden` adds up the summands.
     """
     if axis.size == 1:
         return linear_cross_entropy(hidden, weight, targets)
@@ -41,12 +41,12 @@ def parallel_cross_entropy(hidden: Tensor, weight: Tensor, targets: Tensor, *, f
 
 
 def chunk_tokens(num_ranks: int) -> int:
-    """Rows whose logits a rank has at a time: as many numbers as the reference of one process has."""
+    """Number of rows whose logits exist at a time; a rank then holds as many logits as the reference of one process."""
     return CHUNK_TOKENS * num_ranks
 
 
 def loss_exchanges() -> Exchanges:
-    """The numbers of each chunk of rows; the gradients are formed at once, so backward exchanges nothing."""
+    """The exchanges of the numbers of each chunk of rows. The gradients are formed in forward, so backward exchanges nothing."""
     largest, sums = (Exchange(Operation.ALL_REDUCE, numbers, is_wide=True, tokens_per_rank=chunk_tokens(1)) for numbers in (1, 2))
     return Exchanges(forward=(largest, sums))
 
@@ -74,14 +74,14 @@ class _ParallelCrossEntropy(torch.autograd.Function):
 
 
 def _own_columns(targets: Tensor, first_id: int, num_ids: int) -> Tensor:
-    """The targets as rows of this rank's part of the head."""
+    """The targets as rows of this rank's part of the head; ELSEWHERE where another rank has the row."""
     own = targets - first_id
     own = own.where((own >= 0) & (own < num_ids), ELSEWHERE)
     return own.where(targets != IGNORED_TARGET, IGNORED_TARGET)
 
 
 def _of_all_ranks(statistics: Tensor, axis: Axis) -> Tensor:
-    """The statistics of rows over the whole vocabulary [3, R] from those of this rank's part."""
+    """The statistics of rows over the whole vocabulary [3, R], from those over this rank's part of it."""
     highest = maximum_over(statistics[0], axis)
     total = statistics[1] * (statistics[0] - highest).exp2()
     return torch.stack((highest, *sum_over(torch.stack((total, statistics[2])), axis)))

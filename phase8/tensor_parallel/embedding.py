@@ -1,4 +1,4 @@
-"""The token embedding, its vocabulary divided over the ranks.
+"""The token embedding with its vocabulary divided over the ranks.
 
 Shapes: B batch, T tokens, N = B T, n own tokens, D model width, V vocabulary.
 """
@@ -16,14 +16,14 @@ from phase8.tensor_parallel.parameters import ParameterSpec, local
 
 
 class VocabularyParallelEmbedding(nn.Module):
-    """One vector per token id; a rank holds those of its share of the ids.
+    """One vector per token id; a rank holds the vectors of its share of the ids.
 
     Args:
-        vocab_size: V; a share is V / ranks ids rounded up, the last ones may be smaller.
-        width: D.
+        vocab_size: Vocabulary size V; a share is V / ranks ids rounded up, and the last shares may be smaller.
+        width: Model width D.
         std: Standard deviation of the initial vectors.
         dtype: Dtype of the residual stream that begins here.
-        axis: Of tensor parallelism.
+        axis: Axis of tensor parallelism.
     """
 
     def __init__(self, vocab_size: int, width: int, *, std: float, dtype: torch.dtype, axis: Axis):
@@ -32,15 +32,15 @@ class VocabularyParallelEmbedding(nn.Module):
         self.std, self.dtype, self.axis = std, dtype, axis
 
     def parameter_specs(self) -> dict[str, ParameterSpec]:
-        """Normal values; not decayed: rare tokens would fade between their occurrences."""
+        """Normal values without weight decay, under which rare tokens would fade between their occurrences."""
         return {"weight": ParameterSpec(std=self.std, divided={"tp": 0})}
 
     def exchanges(self) -> Exchanges:
-        """The vectors found by each rank are summed and scattered."""
+        """The sum and scatter of the vectors that each rank finds."""
         return scattered(self.weight.shape[1])
 
     def forward(self, tokens: Tensor) -> Tensor:
-        """[B, T] -> [B, T, D] on one rank, else the own tokens [n, D]."""
+        """Maps token ids [B, T] to vectors [B, T, D]; with several ranks, to those of the own tokens [n, D]."""
         weight = local(self.weight)
         if self.axis.size == 1:
             return F.embedding(tokens, weight).to(self.dtype)

@@ -1,6 +1,7 @@
 """Linear layers divided over the ranks of a tensor-parallel axis; fp32 master weights, cast to the dtype of the input.
 
-Between two divided layers the ranks hold different tokens; inside, all tokens and different features. n own tokens, N = n * ranks tokens.
+Outside the layers a rank holds its own n tokens with all features; between a column and a row layer it holds all N = n * ranks tokens with
+its part of the features.
 
 | layer | weight of a rank | x | y | forward | backward |
 |---|---|---|---|---|---|
@@ -9,8 +10,8 @@ Between two divided layers the ranks hold different tokens; inside, all tokens a
 | low-rank column | down whole, up by rows | [n, D] | [N, F / ranks] | down, all-gather the bottleneck, up | the same in reverse |
 | low-rank row | down by columns, up whole | [N, F / ranks] | [n, D] | down, reduce-scatter the bottleneck, up | the same in reverse |
 
-Source: M. Shoeybi et al., "Megatron-LM" (2019); V. Korthikanti et al., "Reducing activation recomputation" (2022). The pairs exchange a
-bottleneck of R numbers a token instead of D, and no rank repeats another's work.
+Source: M. Shoeybi et al., "Megatron-LM" (2019); V. Korthikanti et al., "Reducing activation recomputation" (2022). A low-rank
+pair exchanges a bottleneck of R numbers per token instead of D, and no rank repeats another's work.
 """
 
 from __future__ import annotations
@@ -30,14 +31,14 @@ from phase8.tensor_parallel.products import gathered_product, plain_product, sca
 
 
 class Linear(nn.Module):
-    """y = x W^T without bias, token by token.
+    """The layer y = x W^T without bias, token by token.
 
     Args:
         in_features: Width of x.
         out_features: Width of y.
-        std: Standard deviation of the initial weights; 0: zero.
-        divided: Axis -> dim of the weight that its ranks divide; None: no ranks do.
-        number_format: Computes the product.
+        std: Standard deviation of the initial weights; 0: all weights are zero.
+        divided: Axis -> dim of the weight that its ranks divide; None: every rank has the weight whole.
+        number_format: Format that computes the product.
     """
 
     def __init__(
@@ -54,24 +55,24 @@ class Linear(nn.Module):
         self.std, self.divided, self.number_format = std, divided or {}, number_format
 
     def parameter_specs(self) -> dict[str, ParameterSpec]:
-        """Normal values; decayed."""
+        """Normal values with weight decay."""
         return {"weight": ParameterSpec(std=self.std, decay=True, divided=self.divided)}
 
     def forward(self, x: Tensor) -> Tensor:
-        """[..., in_features] -> [..., out_features of this rank]."""
+        """Maps [..., in_features] to [..., out_features of this rank]."""
         return plain_product(x, local(self.weight).to(x.dtype), self.number_format)
 
     def extra_repr(self) -> str:
-        """Shapes for `print(model)`, of all ranks together."""
+        """The widths over all ranks together, for `print(model)`."""
         return f"{self.weight.shape[1]} -> {self.weight.shape[0]}"
 
 
 class ColumnParallelLinear(Linear):
-    """y = x W^T with the rows of W, the columns of y, divided over the ranks; x holds all tokens. `JointColumnLinear` gathers them and computes.
+    """The layer y = x W^T with the rows of W, and so the features of y, divided over the ranks; `JointColumnLinear` gathers x and computes y.
 
     Args:
         in_features: Width of x.
-        out_features: Width of y, of all ranks together.
+        out_features: Width of y over all ranks together.
         std: Standard deviation of the initial weights.
     """
 
@@ -80,14 +81,14 @@ class ColumnParallelLinear(Linear):
 
 
 class RowParallelLinear(Linear):
-    """y = x W^T with the columns of W divided over the ranks like those of x; y holds the own tokens.
+    """The layer y = x W^T with the columns of W divided over the ranks, like the features of x; y holds the own tokens.
 
     Args:
-        in_features: Width of x, of all ranks together.
+        in_features: Width of x over all ranks together.
         out_features: Width of y.
         std: Standard deviation of the initial weights.
-        axis: Of tensor parallelism.
-        number_format: Computes the product.
+        axis: Axis of tensor parallelism.
+        number_format: Format that computes the product.
     """
 
     def __init__(self, in_features: int, out_features: int, *, std: float, axis: Axis, number_format: NumberFormat):
@@ -95,23 +96,23 @@ class RowParallelLinear(Linear):
         self.axis = axis
 
     def exchanges(self) -> Exchanges:
-        """The output is scattered; a recomputation that ends here leaves that out, for backward needs the input only."""
+        """The scatter of the output. A recomputation that ends with this layer does not repeat it, because backward needs only the input."""
         return replace(scattered(self.weight.shape[0]), repeated=())
 
     def forward(self, x: Tensor) -> Tensor:
-        """[..., in_features of this rank], all tokens -> [..., out_features], own tokens."""
+        """Maps [..., in_features of this rank] of all tokens to [..., out_features] of the own tokens."""
         return scattered_product(x, local(self.weight).to(x.dtype), self.axis, self.number_format)
 
 
 class LowRankColumn(nn.Module):
-    """y = up(down(x)): a column-parallel weight of rank R as the product of two thin ones.
+    """The layer y = up(down(x)): a column-parallel weight of rank R as the product of two thin matrices.
 
     The standard deviations are chosen so that the product has the variance of a dense weight of standard deviation `std`, and the
     bottleneck of an input of unit variance has unit variance.
 
     Args:
         in_features: Width of x.
-        out_features: Width of y, of all ranks together.
+        out_features: Width of y over all ranks together.
         rank: Width R of the bottleneck.
         std: Standard deviation of the entries of the product; 0: `up` starts at zero.
     """
@@ -123,15 +124,15 @@ class LowRankColumn(nn.Module):
 
 
 class LowRankRow(nn.Module):
-    """The same product as a row-parallel layer, reduced at the bottleneck.
+    """The layer y = up(down(x)) as a row-parallel layer, whose ranks sum and scatter at the bottleneck.
 
     Args:
-        in_features: Width of x, of all ranks together.
+        in_features: Width of x over all ranks together.
         out_features: Width of y.
         rank: Width R of the bottleneck.
         std: Standard deviation of the entries of the product; 0: `up` starts at zero.
-        axis: Of tensor parallelism.
-        number_format: Computes the products.
+        axis: Axis of tensor parallelism.
+        number_format: Format that computes the products.
     """
 
     def __init__(self, in_features: int, out_features: int, *, rank: int, std: float, axis: Axis, number_format: NumberFormat):
@@ -140,23 +141,23 @@ class LowRankRow(nn.Module):
         self.up = Linear(rank, out_features, std=std * math.sqrt(in_features / rank), number_format=number_format)
 
     def exchanges(self) -> Exchanges:
-        """The bottleneck is scattered, and kept by `up`."""
+        """The scatter of the bottleneck; a recomputation repeats it, because `up` keeps the bottleneck for backward."""
         return scattered(self.down.weight.shape[0])
 
     def forward(self, x: Tensor) -> Tensor:
-        """[..., in_features of this rank], all tokens -> [..., out_features], own tokens."""
+        """Maps [..., in_features of this rank] of all tokens to [..., out_features] of the own tokens."""
         return self.up(self.down(x))
 
     def finish(self, bottleneck: Tensor) -> Tensor:
-        """The rest of the layer where `down` has been applied elsewhere: summands of the ranks [..., R], all tokens -> as above."""
+        """Computes the layer from `down` on, from this rank's summand of the bottleneck of all tokens [..., R]; result as of `forward`."""
         return self.up(scatter_tokens(bottleneck, self.down.axis))
 
 
 class WideLinear(Linear):
-    """y = x W^T in fp32 whatever the dtype of x: what it feeds is too sensitive to be rounded to that dtype."""
+    """The layer y = x W^T in fp32 whatever the dtype of x, for results that are too sensitive to be rounded to that dtype."""
 
     def forward(self, x: Tensor) -> Tensor:
-        """[..., in_features] -> fp32 or wider [..., out_features of this rank]."""
+        """Maps [..., in_features] to fp32 or wider [..., out_features of this rank]."""
         return wide_product(x, local(self.weight))
 
 
@@ -178,14 +179,14 @@ def row_linear(
 
 @dataclass(frozen=True)
 class JointColumnLinear:
-    """Several column-parallel layers of the same input as one: one gather and one matrix product for all.
+    """Several column-parallel layers of the same input, computed together by one gather and one matrix product.
 
-    It is no Module: the module that has it registers the layers, whose parameters keep their names in checkpoints.
+    It is not a Module: its owner registers the layers, so that their parameters keep their own names in checkpoints.
 
     Args:
-        layers: All dense, or all low-rank.
-        axis: Of tensor parallelism.
-        number_format: Computes the products.
+        layers: Layers of one input, either all dense or all low-rank.
+        axis: Axis of tensor parallelism.
+        number_format: Format that computes the products.
     """
 
     layers: tuple[ColumnParallelLinear | LowRankColumn, ...]
@@ -193,27 +194,27 @@ class JointColumnLinear:
     number_format: NumberFormat
 
     def __call__(self, x: Tensor) -> Tensor:
-        """The outputs of the layers, concatenated.
+        """Computes the outputs of the layers, concatenated.
 
         Args:
-            x: Their input [..., in_features]; with several ranks, the own tokens of it.
+            x: Input of the layers [..., in_features]; with several ranks, its own tokens.
 
         Returns:
-            [..., sum of their out_features of this rank], all tokens.
+            Outputs of all tokens [..., sum of the layers' out_features of this rank].
         """
         if isinstance(self.layers[0], LowRankColumn):
-            # Zeros beside the blocks cost less than results that lie apart and are copied side by side: such products wait for memory.
+            # Multiplying by the zeros of a block-diagonal matrix costs less than copying separate results together: such products wait for memory.
             ups = torch.block_diag(*(local(layer.up.weight).to(x.dtype) for layer in self.layers))
             return plain_product(self.bottlenecks(x), ups, self.number_format)
         return gathered_product(x, _joint_weight(x.dtype, *self.layers), self.axis, self.number_format)
 
     def bottlenecks(self, x: Tensor) -> Tensor:
-        """The bottlenecks of low-rank layers, concatenated, of all tokens [..., R of each]; x as above."""
+        """Computes the bottlenecks of low-rank layers for all tokens, concatenated [..., R * layers]; x as in the call."""
         weight = _joint_weight(x.dtype, *(layer.down for layer in self.layers))
         return gather_tokens(plain_product(x, weight, self.number_format), self.axis)
 
     def exchanges(self) -> Exchanges:
-        """Dense layers gather their input, and once more in backward; low-rank layers gather their bottlenecks."""
+        """The gather of the input, repeated in backward, for dense layers; the gather of the bottlenecks for low-rank layers."""
         if isinstance(self.layers[0], LowRankColumn):
             return gathered(sum(layer.down.weight.shape[0] for layer in self.layers))
         once = gathered(self.layers[0].weight.shape[1])

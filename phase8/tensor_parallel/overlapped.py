@@ -1,16 +1,19 @@
-"""The products of tensor-parallel layers with the exchange of tokens beside them, through memory of the peers.
+"""The products of tensor-parallel layers, overlapped with the exchange of tokens through memory of the peers.
 
-n own tokens, N = n * ranks tokens, D wide outside, F of this rank inside. What a rank has itself comes first or last, so that products hide
-what travels:
+    n  own tokens        D  width outside the layers
+    N  n * ranks tokens  F  this rank's features inside them
+
+A rank multiplies its own tokens first or last, so that the products hide the exchange:
 
 | product | order |
 |---|---|
-| gathered, [n, D] -> [N, F] | own tokens go out; product of the own tokens, then of each other rank's when they have come |
-| scattered, [N, F] -> [n, D] | product of each other rank's tokens, written to that rank; then of the own ones, added to what the others wrote |
-| gradient of the weight | summed over the ranks' tokens in the order in which they come |
+| gathered, [n, D] -> [N, F] | send the own tokens; multiply them, then each other rank's tokens as they arrive |
+| scattered, [N, F] -> [n, D] | multiply each other rank's tokens and write the product to that rank; multiply the own ones, add what peers wrote |
+| gradient of the weight | sum over the ranks' tokens in the order in which they arrive |
 
-The backward of one contains the other. Collectives and products one after the other are the reference (products.py). What ranks add up
-has the dtype of x, and so has a gradient of the weight between two ranks' tokens, as between microbatches.
+The backward of a gathered product contains a scattered one, and the reverse. The reference is products.py, where collectives and products run
+one after the other. Summands of the ranks have the dtype of x, and so has the gradient of the weight while it is accumulated over the ranks' tokens,
+as it is over microbatches.
 """
 
 from __future__ import annotations
@@ -27,59 +30,59 @@ from phase8.distributed.peer_memory import Exchange, PeerMemory, peer_memory
 from phase8.precision.formats import NumberFormat
 from phase8.precision.policy import format_named
 
-# A product of rows of a matrix, with `out` and `plus` as of `NumberFormat`.
+# Multiplies rows of a matrix; `out` and `plus` are those of `NumberFormat`.
 _Product = Callable[..., Tensor]
 
 
 def gathered_product(x: Tensor, weight: Tensor, axis: Axis, number_format: NumberFormat) -> Tensor:
-    """gather_tokens(x) W^T.
+    """Computes gather_tokens(x) W^T.
 
     Args:
         x: Own tokens [n, D].
-        weight: [F, D].
-        axis: Of tensor parallelism, whose ranks reach each other's memory.
-        number_format: Computes the products.
+        weight: Weight [F, D].
+        axis: Axis of tensor parallelism, whose ranks reach each other's memory.
+        number_format: Format that computes the products.
 
     Returns:
-        [N, F].
+        Product of all tokens [N, F].
     """
     return _gathered_product(x, weight, axis.group.group_name, axis.size, number_format.name)
 
 
 def gathered_input_gradient(grad: Tensor, weight: Tensor, axis: Axis, number_format: NumberFormat) -> Tensor:
-    """The gradient of the own tokens [n, D] alone, from that of the product [N, F]."""
+    """Only the gradient of the own tokens [n, D], from that of the product [N, F]."""
     return _sum_of_products(grad, partial(_input_gradient, number_format, weight), weight.shape[1], peer_memory(axis.group.group_name))
 
 
 def gathered_weight_gradient(grad: Tensor, x: Tensor, axis: Axis, number_format: NumberFormat) -> Tensor:
-    """The gradient of the weight [F, D] alone, from that of the product [N, F] and the own tokens [n, D]."""
+    """Only the gradient of the weight [F, D], from that of the product [N, F] and the own tokens [n, D]."""
     memory = peer_memory(axis.group.group_name)
     with memory.gathering(x.contiguous()) as tokens:
         return _gathered_weight_gradient(grad, x, tokens, memory, number_format)
 
 
 def scattered_product(x: Tensor, weight: Tensor, axis: Axis, number_format: NumberFormat) -> Tensor:
-    """scatter_tokens(x W^T).
+    """Computes scatter_tokens(x W^T).
 
     Args:
         x: All tokens [N, F].
-        weight: [D, F].
-        axis: Of tensor parallelism, whose ranks reach each other's memory.
-        number_format: Computes the products.
+        weight: Weight [D, F].
+        axis: Axis of tensor parallelism, whose ranks reach each other's memory.
+        number_format: Format that computes the products.
 
     Returns:
-        [n, D].
+        Sum over the ranks for the own tokens [n, D].
     """
     return _scattered_product(x, weight, axis.group.group_name, axis.size, number_format.name)
 
 
 def scattered_input_gradient(grad: Tensor, weight: Tensor, axis: Axis, number_format: NumberFormat) -> Tensor:
-    """The gradient of all tokens [N, F] alone, from that of the product [n, D]."""
+    """Only the gradient of all tokens [N, F], from that of the product [n, D]."""
     return _products_of_gathered(grad, partial(_input_gradient, number_format, weight), weight.shape[1], peer_memory(axis.group.group_name))
 
 
 def scattered_weight_gradient(grad: Tensor, x: Tensor, axis: Axis, number_format: NumberFormat) -> Tensor:
-    """The gradient of the weight [D, F] alone, from that of the product [n, D] and all tokens [N, F]."""
+    """Only the gradient of the weight [D, F], from that of the product [n, D] and all tokens [N, F]."""
     memory = peer_memory(axis.group.group_name)
     by_rank = x.chunk(memory.size)
     with memory.gathering(grad.contiguous()) as tokens:
@@ -96,7 +99,7 @@ def _gathered_product(x: Tensor, weight: Tensor, group: str, size: int, number_f
 
 @torch.library.custom_op("phase8::gathered_product_backward", mutates_args=())
 def _gathered_product_backward(grad: Tensor, x: Tensor, weight: Tensor, group: str, number_format: str) -> tuple[Tensor, Tensor]:
-    """Gradients of x [n, D] and of the weight [F, D]: while the first is computed, the tokens for the second travel."""
+    """Gradients of x [n, D] and of the weight [F, D]; the tokens for the second travel while the first is computed."""
     memory, chosen = peer_memory(group), format_named(number_format)
     with memory.gathering(x.contiguous()) as tokens:
         dx = _sum_of_products(grad, partial(_input_gradient, chosen, weight), weight.shape[1], memory)
@@ -111,7 +114,7 @@ def _scattered_product(x: Tensor, weight: Tensor, group: str, size: int, number_
 
 @torch.library.custom_op("phase8::scattered_product_backward", mutates_args=())
 def _scattered_product_backward(grad: Tensor, x: Tensor, weight: Tensor, group: str, number_format: str) -> tuple[Tensor, Tensor]:
-    """Gradients of x [N, F] and of the weight [D, F]: both need the tokens of the other ranks, which travel once."""
+    """Gradients of x [N, F] and of the weight [D, F]; both need the gradients of the other ranks' tokens, which travel once."""
     memory, chosen = peer_memory(group), format_named(number_format)
     dx = x.new_empty(x.shape)
     x_by_rank, dx_by_rank = x.chunk(memory.size), dx.chunk(memory.size)
@@ -134,7 +137,7 @@ def _input_gradient(number_format: NumberFormat, weight: Tensor, grad: Tensor, *
 
 
 def _products_of_gathered(own: Tensor, product: _Product, width: int, memory: PeerMemory) -> Tensor:
-    """The products of the tokens of all ranks, of which each has its own: [N, width]."""
+    """The products of the tokens of all ranks [N, width]; each rank brings its own tokens."""
     products = own.new_empty((memory.size * len(own), width))
     by_rank = products.chunk(memory.size)
     with memory.gathering(own.contiguous()) as tokens:
@@ -145,7 +148,7 @@ def _products_of_gathered(own: Tensor, product: _Product, width: int, memory: Pe
 
 
 def _sum_of_products(x: Tensor, product: _Product, width: int, memory: PeerMemory) -> Tensor:
-    """The sum over the ranks of their products of x [N, ...], own tokens: [n, width]."""
+    """The sum over the ranks of their products of x [N, ...], for the own tokens [n, width]."""
     by_rank = x.chunk(memory.size)
     own = by_rank[memory.rank]
     summands = memory.adding((len(own), width), x.dtype)
@@ -160,7 +163,7 @@ def _sum_of_products(x: Tensor, product: _Product, width: int, memory: PeerMemor
 
 
 def _gathered_weight_gradient(grad: Tensor, x: Tensor, tokens: Exchange, memory: PeerMemory, number_format: NumberFormat) -> Tensor:
-    """The gradient of the weight while the tokens of the other ranks come."""
+    """Sums the gradient of the weight while the tokens of the other ranks arrive."""
     by_rank = grad.chunk(memory.size)
     dweight = number_format.weight_gradient(by_rank[memory.rank], x)
     for rank in memory.others:

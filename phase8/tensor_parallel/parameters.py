@@ -1,4 +1,4 @@
-"""What a parameter starts from, how tensor parallelism divides it, and the part of it that a rank computes with."""
+"""Initial value of a parameter, its division by tensor parallelism, and the part of it that a rank computes with."""
 
 from __future__ import annotations
 
@@ -20,9 +20,9 @@ class ParameterSpec:
 
     Args:
         std: Standard deviation of normal random values; 0: no random values.
-        value: What the random values are added to; a number or a tensor of the parameter's global shape.
-        decay: Weight decay applies. True for the matrices of linear layers.
-        divided: Axis -> the dim that the ranks of the axis divide; along any other axis each rank has the parameter whole.
+        value: Mean of the random values; a number, or a tensor that expands to the parameter's global shape.
+        decay: Whether weight decay applies; True for the matrices of linear layers.
+        divided: Axis -> dim that the ranks of the axis divide; along any other axis each rank has the parameter whole.
     """
 
     std: float = 0.0
@@ -34,8 +34,8 @@ class ParameterSpec:
 def local(parameter: Tensor) -> Tensor:
     """The part of a parameter that this rank computes with, differentiable.
 
-    A parameter that every rank has whole sees only the tokens or the heads of its rank: its gradient is a summand, which has to be said
-    here. Without it the replicas drift apart, and no error is raised.
+    A parameter that every rank has whole sees only the tokens or the heads of its rank, so its gradient is a summand (`Partial`). Without
+    that placement the replicas would drift apart without an error.
     """
     if not isinstance(parameter, DTensor):
         return parameter
@@ -45,13 +45,13 @@ def local(parameter: Tensor) -> Tensor:
 
 
 def divided(parameter: nn.Parameter, spec: ParameterSpec, axis: Axis, *, device: torch.device) -> nn.Parameter:
-    """An uninitialised parameter on a device: plain on an axis of one rank, else a DTensor that holds this rank's part.
+    """An uninitialised parameter on a device: a plain one on an axis of one rank, else a DTensor that holds this rank's part.
 
     Args:
-        parameter: Of the global shape, on the meta device.
-        spec: Its spec.
-        axis: Of tensor parallelism.
-        device: Where.
+        parameter: Parameter of the global shape on the meta device.
+        spec: Spec of the parameter.
+        axis: Axis of tensor parallelism.
+        device: Device of the result.
 
     Raises:
         TypeError: The spec names an axis whose ranks do not divide parameters.
@@ -70,9 +70,9 @@ def own_part(value: Tensor, spec: ParameterSpec, axis: Axis) -> Tensor:
     """This rank's part of a tensor of a parameter's global shape.
 
     Args:
-        value: The tensor.
-        spec: That of the parameter.
-        axis: Of tensor parallelism.
+        value: Tensor of the global shape.
+        spec: Spec of the parameter.
+        axis: Axis of tensor parallelism.
     """
     if "tp" not in spec.divided or axis.size == 1:
         return value
@@ -81,5 +81,5 @@ def own_part(value: Tensor, spec: ParameterSpec, axis: Axis) -> Tensor:
 
 
 def inverse_softplus(x: float) -> float:
-    """The y with softplus(y) = x."""
+    """The y for which softplus(y) = x."""
     return math.log(math.expm1(x))

@@ -1,4 +1,4 @@
-"""The matrix products of linear layers: plain, with a gather of tokens before or with a scatter behind.
+"""The matrix products of linear layers: plain, with a gather of tokens before, or with a scatter of tokens after.
 
 | product | x | weight | result | gradient of x | gradient of the weight |
 |---|---|---|---|---|---|
@@ -6,11 +6,12 @@
 | gathered | own tokens [n, D] | [F, D] | gather(x) W^T [N, F] | scatter(dy W) | dy^T gather(x) |
 | scattered | all tokens [N, F] | [D, F] | scatter(x W^T) [n, D] | gather(dy) W | gather(dy)^T x |
 
-The two gradients are two calls, so that the second may come later than the first; where autograd wants both at once, exchange hides behind
-products. Two things are passed in: the number format, which computes (precision/formats.py), and the axis, which says how tokens travel: by
-collectives, here, or through memory of the other ranks (overlapped.py). On an axis of one rank all three are the plain product.
+The two gradients are two calls, so that the second may come later than the first; where autograd wants both at once, products hide the exchange.
+Two things are passed in: the number format, which computes (precision/formats.py), and the axis, which says how tokens travel: by collectives, in
+this module, or through memory of the other ranks (overlapped.py). On an axis of one rank all three are the plain product.
 
-n own tokens, N = n * ranks tokens, D wide outside, F of this rank inside.
+    n  own tokens        D  width outside the layers
+    N  n * ranks tokens  F  this rank's features inside them
 """
 
 from __future__ import annotations
@@ -29,14 +30,14 @@ from phase8.tensor_parallel import overlapped
 
 
 def plain_product(x: Tensor, weight: Tensor, number_format: NumberFormat) -> Tensor:
-    """Product x W^T of x [..., D] and a weight [F, D]: [..., F]. Its gradients are the format's own."""
+    """Product x W^T [..., F] of x [..., D] and a weight [F, D]; the number format computes its gradients too."""
     if number_format.is_differentiable:
         return F.linear(x, weight)
     return _PlainProduct.apply(x.flatten(0, -2), weight, number_format).unflatten(0, x.shape[:-1])
 
 
 def gathered_product(x: Tensor, weight: Tensor, axis: Axis, number_format: NumberFormat) -> Tensor:
-    """Product gather(x) W^T of own tokens [n, D]: [N, F]; on an axis of one rank x may be [..., D]."""
+    """Product gather(x) W^T [N, F] of own tokens [n, D]; on an axis of one rank x may be [..., D]."""
     if axis.size == 1:
         return plain_product(x, weight, number_format)
     if axis.has_peer_memory:
@@ -61,9 +62,9 @@ def gathered_weight_gradient(grad: Tensor, x: Tensor, axis: Axis, number_format:
 
 
 def scattered_product(x: Tensor, weight: Tensor, axis: Axis, number_format: NumberFormat) -> Tensor:
-    """Product scatter(x W^T) of all tokens [..., F], N in number: [n, D]; on an axis of one rank [..., D].
+    """Product scatter(x W^T) [n, D] of all N tokens [..., F]; on an axis of one rank the result is [..., D].
 
-    With collectives it is a plain product and a scatter, two nodes of the graph: what is recomputed stops before the scatter.
+    With collectives it is a plain product and a scatter, two nodes of the graph, so a recomputation can stop before the scatter.
     """
     if axis.size > 1 and axis.has_peer_memory:
         return overlapped.scattered_product(x.flatten(0, -2), weight, axis, number_format)
@@ -85,7 +86,7 @@ def scattered_weight_gradient(grad: Tensor, x: Tensor, axis: Axis, number_format
 
 
 def wide_product(x: Tensor, weight: Tensor) -> Tensor:
-    """Product x W^T in fp32 or wider, whatever the dtype of x [..., D] and whatever the number format; the weight is fp32 or wider [F, D]."""
+    """Product x W^T in fp32 or wider for x [..., D] of any dtype and any number format; the weight [F, D] is fp32 or wider."""
     if x.device.type == "cpu" or x.element_size() > 2:
         return F.linear(at_least_fp32(x), weight)
     return _WideProduct.apply(x.flatten(0, -2), weight.to(x.dtype)).unflatten(0, x.shape[:-1])
@@ -111,9 +112,9 @@ class _PlainProduct(torch.autograd.Function):
 
 
 class _GatheredProduct(torch.autograd.Function):
-    """The product by collectives. It keeps the own tokens for backward and gathers again, while it computes the gradient of x.
+    """The gathered product by collectives. It keeps only the own tokens for backward, and gathers again while it computes the gradient of x.
 
-    That gradient is then summed and scattered while the gradient of W is computed.
+    The gradient of x is then summed and scattered while the gradient of W is computed.
     """
 
     @staticmethod
@@ -132,7 +133,7 @@ class _GatheredProduct(torch.autograd.Function):
 
 
 class _WideProduct(torch.autograd.Function):
-    """Product x W^T of half-precision matrices in fp32: matrix units accumulate in fp32 anyway, and x need not be widened in memory first."""
+    """Product x W^T of half-precision matrices with a result in fp32: matrix units accumulate in fp32, so x need not be widened in memory."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor) -> Tensor:

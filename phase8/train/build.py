@@ -1,4 +1,4 @@
-"""The one place where everything meets: from a config to a run that can train."""
+"""Assembly of a run that can train from a config."""
 
 from __future__ import annotations
 
@@ -43,28 +43,28 @@ from phase8.zero.fsdp import shard_size
 
 @dataclass
 class Run:
-    """A run, ready to train.
+    """A run that is ready to train.
 
     Args:
-        config: Its config, validated.
-        device: Where the model lives.
-        directory: Where it writes.
-        lock: Ends the claim of this process to write there; another rank may have it.
-        data: What it trains on.
-        attachments: Content of what goes into checkpoints beside the state, by file name: the tokenizer, if the data have one.
-        engine: Model and optimizer, and what takes the steps.
-        position: How far it has come.
-        saved_step: Step of the newest checkpoint in `directory`; None: there is none.
-        machine: The device before the run took anything of it.
-        chosen: What was chosen of the settings that the config leaves open.
-        origin: Where the weights of a run that begins here came from; None: from the seed, or it goes on from a checkpoint.
-        changed_keys: What is not as it was when the checkpoint was saved that the run goes on from.
-        stop_step: The last step that this process takes.
-        shape: The batch.
-        facts: What banner and report say.
-        host_group: All ranks, for what they say to each other from host memory; None: there is one.
+        config: Validated config.
+        device: Device on which the model computes.
+        directory: Run directory.
+        lock: Exit stack that releases the claim on the run directory; it is empty on ranks that do not hold the claim.
+        data: Training and validation data.
+        attachments: Content of files that checkpoints carry besides the state, by file name: the tokenizer, if the data have one.
+        engine: Engine with model and optimizer.
+        position: Progress of the run.
+        saved_step: Step of the checkpoint in `directory` that holds the current state; None: there is none.
+        machine: Facts about the device, measured before the run allocated anything.
+        chosen: Values chosen for the `auto` settings of the config.
+        origin: Source of the first weights; None: they come from the seed, or the run continues from a checkpoint.
+        changed_keys: Config keys that differ from those of the checkpoint from which the run continues.
+        stop_step: Last step that this process takes.
+        shape: Shape of the batch.
+        facts: Facts that banner and report show.
+        host_group: Process group of all ranks for data in host memory; None: the run has a single process.
         peak_flops: FLOP/s of one rank that count as MFU 1; None: unknown.
-        console: Where it prints.
+        console: Console for messages.
     """
 
     config: RunConfig
@@ -89,7 +89,7 @@ class Run:
 
     @property
     def is_main(self) -> bool:
-        """This rank writes and prints."""
+        """Whether this is the rank that writes files and prints."""
         return self.engine.mesh.rank == 0
 
     def say(self, text: str) -> None:
@@ -98,7 +98,7 @@ class Run:
 
     @property
     def is_complete(self) -> bool:
-        """No step is left to take, and the last one is saved."""
+        """Whether all steps are done and the last one is saved."""
         return self.position.step >= self.stop_step and self.saved_step == self.position.step
 
 
@@ -112,21 +112,21 @@ def build_run(
     agents: Collection[str] = (),
     refused: Sequence[Mapping[str, object]] = (),
 ) -> Run:
-    """Opens the data, makes the model, goes on from a checkpoint if asked, and prints the banner.
+    """Opens the data, builds the model, restores a checkpoint if asked, and prints the banner.
 
-    A start that is refused, on whatever rank and for whatever reason, leaves the run directory as it was.
+    When any rank refuses the start, for whatever reason, the run directory stays as it was.
 
     Args:
-        config: Any config; it is validated here.
-        device: From `select_device`.
+        config: Config, which is validated here.
+        device: Device from `select_device`.
         resume: `auto`, `none`, or a checkpoint directory.
-        console: Where to print; a quiet one on all ranks but the first.
-        world_size: Processes of the run; of several, the process group exists.
-        agents: Those of torchrun that have started this group.
-        refused: Automatic settings that ran out of memory in this process.
+        console: Console for messages; it is quiet on all ranks except the first.
+        world_size: Number of processes of the run; if there are several, the process group has been initialised.
+        agents: Agents of torchrun that started this group of processes.
+        refused: Automatic settings that have run out of memory in this process.
 
     Raises:
-        Phase8Error: Whatever keeps the run from starting.
+        Phase8Error: The run cannot start.
     """
     validate(config, world_size=world_size)
     if config.train.deterministic:
@@ -156,7 +156,7 @@ def build_run(
             run, choice = _decide(config, mesh, directory, data, machine, chosen, device=device, resume=resume, console=console)
         if run.is_main:
             check_place(choice, directory, agents=agents)
-        gather_texts(None)  # no rank has refused: from here on the disk may change
+        gather_texts(None)  # waits until every rank has accepted the start; only after this the disk may change
         if run.is_main and (choice.moves or not run.is_complete):
             make_way(choice, directory, config, attachments=run.attachments, agents=agents, on_message=run.say)
         run.lock = lock.pop_all()
@@ -176,12 +176,12 @@ def _decide(
     resume: str,
     console: Console,
 ) -> tuple[Run, Choice]:
-    """The run as it is going to be, and what has to make way for it. Nothing is written into the run directory."""
+    """Builds the run, and the choice of what has to be moved for it. Nothing is written to the run directory."""
     engine = build_engine(config, mesh=mesh, device=device)
     origin = initialise_run(config, engine, data.tokenizer, directory=directory, resume=resume, say=partial(print_line, console=console))
     shape = batch_shape(config.train, config.parallel, data_parallel_size=mesh.topology.data_parallel_size)
     facts = run_facts(config, device=device, shape=shape, num_parameters=count_parameters(shapes_only(config)), topology=mesh.topology)
-    if mesh.rank == 0:  # which is the one that shows it
+    if mesh.rank == 0:  # only this rank shows facts
         facts.append(memory_fact(plan_on(machine, config, world_size=mesh.topology.world_size)))
     facts.append(("data", data.description))
     if chosen.reason:
@@ -215,19 +215,19 @@ def _decide(
 
 
 def build_engine(config: RunConfig, *, mesh: Mesh, device: torch.device) -> TrainingEngine:
-    """The engine that a config asks for, with its first weights: the one place where it is chosen.
+    """Builds the engine that a config asks for, with its first weights; only this function chooses the engine.
 
     Args:
-        config: Everything is explicit.
-        mesh: The ranks, which all build theirs at the same time.
-        device: Where the model computes.
+        config: Config without `auto` settings.
+        mesh: Mesh of the ranks, which all build their engines at the same time.
+        device: Device on which the model computes.
     """
     return build_fsdp_engine(config, mesh=mesh, device=device)  # `validate` refuses every other value of zero.engine
 
 
 def _build_mesh(config: RunConfig, device: torch.device, world_size: int) -> Mesh:
     topology = run_topology(config.parallel, world_size=world_size)
-    if world_size == 1 and config.zero.offload_params != "none" and not dist.is_initialized():  # FSDP wants a group, if only of one
+    if world_size == 1 and config.zero.offload_params != "none" and not dist.is_initialized():  # FSDP needs a process group, even of one rank
         dist.init_process_group("gloo" if device.type == "cpu" else "cpu:gloo,cuda:nccl", store=dist.HashStore(), rank=0, world_size=1)
     return build_mesh(
         topology,
@@ -238,7 +238,7 @@ def _build_mesh(config: RunConfig, device: torch.device, world_size: int) -> Mes
 
 
 def _open_data(config: RunConfig, console: Console, *, is_main: bool) -> RunData:
-    """The data; what has to be prepared once is prepared by the first rank, while the others wait."""
+    """Opens the data. The first rank opens them first and prepares files that are made once; every other rank waits until it has."""
 
     def open_them() -> RunData:
         return open_run_data(config, on_progress=lambda stage, done, total: _print_stage(console, stage, done), check_ids=is_main)
@@ -249,7 +249,7 @@ def _open_data(config: RunConfig, console: Console, *, is_main: bool) -> RunData
 
 
 def _attachments(data: RunData) -> dict[str, bytes]:
-    """What checkpoints of these data carry, read once: what becomes of the file is of no matter to a save."""
+    """The files that checkpoints carry. They are read once, so a save does not depend on what happens to a file later."""
     if data.tokenizer is None:
         return {}
     path = data.tokenizer.path
@@ -260,7 +260,7 @@ def _attachments(data: RunData) -> dict[str, bytes]:
 
 
 def _go_on(run: Run, resume: str) -> Choice:
-    """Puts the run where `--resume` says; the first rank chooses the checkpoint, and its choice is the one that counts."""
+    """Restores the checkpoint that `--resume` selects; the first rank selects it for all ranks."""
     saved = run.config
 
     def restore(checkpoint: Checkpoint) -> None:
@@ -274,8 +274,8 @@ def _go_on(run: Run, resume: str) -> Choice:
     if checkpoint is None:
         return choice
     if run.data.tokenizer is None:
-        run.attachments = attached_to(checkpoint)  # its tokenizer stays with the run
-    is_own = run.directory.owns(checkpoint.path) and step_of(checkpoint.path.name) is not None  # a copy of another name is not resumed by itself
+        run.attachments = attached_to(checkpoint)  # the run keeps the tokenizer of the checkpoint
+    is_own = run.directory.owns(checkpoint.path) and step_of(checkpoint.path.name) is not None  # `auto` finds no copy of another name
     run.saved_step = run.position.step if is_own else None
     run.changed_keys = changed_keys(saved, run.config)
     run.say(f"resumed from {checkpoint.path} (step {run.position.step}, {run.position.tokens_seen:,} tokens seen)")

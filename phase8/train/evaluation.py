@@ -1,4 +1,4 @@
-"""The loss on held-out sequences: of each source by itself, and of all of them as the blend weighs them."""
+"""The loss on held-out sequences: that of each source, and their mean with the weights of the blend."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ from phase8.train.unreadable import read_together
 
 @dataclass(frozen=True)
 class Evaluation:
-    """What an evaluation measured.
+    """The measurements of an evaluation.
 
     Args:
         loss: Mean of the sources' losses, weighted by the blend, in nats per token.
-        num_tokens: Tokens that were predicted, over all sources.
-        sources: Each source.
+        num_tokens: Number of predicted tokens over all sources.
+        sources: Losses of the sources, in order.
     """
 
     loss: float
@@ -31,13 +31,13 @@ class Evaluation:
 
 
 class HeldOutData:
-    """The held-out sequences of a rank, the same ones in every evaluation.
+    """The held-out sequences of a rank, which are the same in every evaluation.
 
-    The sources are evaluated one after the other: what a small source lacks of its share then changes the precision of its loss,
-    not its weight.
+    The sources are evaluated one after the other. A source that has fewer sequences than its share then gets a less precise loss, but
+    keeps its weight.
 
     Args:
-        run: Its validation data exist.
+        run: Run that has validation data.
     """
 
     def __init__(self, run: Run):
@@ -48,7 +48,7 @@ class HeldOutData:
         )
         self._names = source_names([source.prefix for source in dataset.sources])
         self._num_sequences = [sum(map(len, of_source)) for of_source in microbatches]
-        # Every rank takes part in every forward: where others still have a microbatch, it repeats one that does not count.
+        # Every rank takes part in every forward: a rank with fewer microbatches than the rest repeats one, without targets.
         own = [of_source[run.engine.mesh.data_parallel_index :: shape.data_parallel_size] for of_source in microbatches]
         self._num_own, self._num_rounds = [len(each) for each in own], [-(-len(each) // shape.data_parallel_size) for each in microbatches]
         padded = [
@@ -61,7 +61,7 @@ class HeldOutData:
 
         Raises:
             DataError: The data cannot be read.
-            UnreadableData: The same, on some of several ranks.
+            UnreadableData: Some of several ranks cannot read the data.
         """
         blend = self._run.data.validation.order.blend
         batches = read_together(lambda: list(self._microbatches()))
@@ -81,7 +81,7 @@ class HeldOutData:
 
 
 def weighted_loss(sources: Sequence[SourceLoss]) -> float:
-    """The mean of the sources' losses, weighted by the blend; a source of which no token was predicted has none."""
+    """The mean of the sources' losses, weighted by the blend; sources without predicted tokens are left out."""
     counted = [source for source in sources if source.num_tokens]
     total = sum(source.weight for source in counted)
     return math.fsum(source.weight * source.loss for source in counted) / total if counted else 0.0

@@ -1,4 +1,4 @@
-"""The training loop: from the first step to the last checkpoint, and how a run ends."""
+"""The training loop, from the first step to the last checkpoint and the end of the run."""
 
 from __future__ import annotations
 
@@ -28,18 +28,20 @@ def train(run: Run, *, resume_command: str, report: Callable[[int, str], None] =
     """Trains until the last step, until `train.stop_at_step`, or until a stop signal, and saves.
 
     Args:
-        run: From `build_run`; its lock is released at the end.
-        resume_command: Printed when a signal stopped the run.
-        report: Told what this rank does from now on, and in which step.
+        run: Run from `build_run`; its lock is released at the end.
+        resume_command: Command that is printed when a signal stopped the run.
+        report: Function that is called with the step and what this rank does from now on.
 
     Raises:
-        DivergenceError: Too many non-finite steps in a row.
+        DivergenceError: An anomaly occurred and the policy is to stop, anomalies or rollbacks were too many, or there is no checkpoint to go
+            back to.
         DataError: The data cannot be read; the steps so far are saved.
         StorageError: The last checkpoint cannot be written.
-        OutOfMemoryError: The memory of the device or the host does not suffice.
+        OutOfMemoryError: The memory of the device or of the host does not suffice.
+        CorruptionError: Copies of the weights or of the optimizer state differ between ranks.
     """
     with run.lock, memory_errors(run.config, run.chosen, run.machine, world_size=run.engine.mesh.topology.world_size, has_begun=True):
-        if not run.is_complete:  # what was resumed from elsewhere is saved here
+        if not run.is_complete:  # a run that was resumed from elsewhere and has no steps to take is saved here
             stopped_by = _train_with_rollbacks(run, run.stop_step, report)
             if stopped_by is not None and run.position.step < run.stop_step:
                 run.say(f"{stopped_by}: saved at step {run.position.step}; go on with:\n  {resume_command}")
@@ -54,13 +56,13 @@ def train(run: Run, *, resume_command: str, report: Callable[[int, str], None] =
 
 
 def _is_reported(run: Run) -> bool:
-    """Nothing is left to do, not even the report; the first rank looks, for all have to agree."""
+    """Whether the report exists too, so that nothing remains to be done; the first rank looks, because all ranks have to agree."""
     is_reported = not run.config.observe.report or (run.directory.path / "report" / "index.html").exists()
     return broadcast_text("reported" if is_reported else None) is not None
 
 
 def finish(run: Run) -> None:
-    """Prints a sample and draws the report; the run is saved, so neither decides how it ends."""
+    """Prints a sample and writes the report. The run is already saved, so a failure of either does not change how it ends."""
     sample = None
     if run.config.observe.sample_prompt is not None and run.data.tokenizer is not None:
         model = run.engine.whole_model()
@@ -81,7 +83,7 @@ def finish(run: Run) -> None:
 
 
 def _train_with_rollbacks(run: Run, stop_step: int, report: Callable[[int, str], None]) -> str | None:
-    """Takes the steps and saves, again from the newest checkpoint after an anomaly; returns the signal that stopped them, if one did."""
+    """Trains and saves, and after an anomaly rolls back and trains on; returns the name of the signal that stopped it, or None."""
     rollback: dict[str, str | int] | None = None
     while True:
         try:
@@ -92,14 +94,14 @@ def _train_with_rollbacks(run: Run, stop_step: int, report: Callable[[int, str],
 
 
 def _stop_request(run: Run) -> StopRequest:
-    """Of several ranks the first speaks; a launcher makes SIGTERM of a second Ctrl-C."""
+    """The handler of stop signals; of several ranks only the first one prints a message. A launcher turns a second Ctrl-C into SIGTERM."""
     if run.engine.mesh.device_mesh is None:
         return StopRequest()
     return StopRequest("all ranks stop after this step" if run.is_main else None)
 
 
 def _train_until(run: Run, stop_step: int, report: Callable[[int, str], None], *, rollback: dict[str, str | int] | None) -> str | None:
-    """Takes the steps and saves; returns the signal that stopped them, if one did. The record says of a rollback that led here."""
+    """Trains and saves; returns the name of the signal that stopped it, or None. `rollback` is recorded as an event."""
     config = run.config
     metrics = None
     if run.is_main:
@@ -130,8 +132,8 @@ def _train_until(run: Run, stop_step: int, report: Callable[[int, str], None], *
             report(run.position.step, "waiting for a rank that cannot read its data")
             unreadable.end()
         except (Phase8Error, OSError) as error:
-            # Between steps the weights are good: unreadable data or a closed terminal must not cost them. After divergence the
-            # checkpoint before it is the one to go on from. Of several ranks the others may be fine, and would wait for ever.
+            # Between steps the weights are good, so unreadable data or a closed terminal must not lose them. After divergence, training
+            # continues from an earlier checkpoint. With several ranks nothing is saved: ranks without an error would never join.
             if trainer.is_alone and not isinstance(error, (CorruptionError, DivergenceError)):
                 with Tolerated(_UNSAVED, progress.message):
                     trainer.save(must_succeed=True)

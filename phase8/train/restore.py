@@ -1,4 +1,4 @@
-"""All ranks go to a checkpoint together: the first one decides which, each restores its parts, and all learn whether all could."""
+"""Restoring a checkpoint on all ranks: the first rank selects it, each rank restores its parts, and all report whether they could."""
 
 from __future__ import annotations
 
@@ -19,10 +19,10 @@ def restore_together(
     """Restores one checkpoint on all ranks; None: there is none.
 
     Args:
-        path: The checkpoint, on the first rank, which decides for all; None: none.
-        restore: Loads this rank's parts of a checkpoint.
-        is_first: This is the first rank.
-        open_at: Opens a checkpoint.
+        path: Path of the checkpoint on the first rank, which decides for all ranks; None: there is none.
+        restore: Function that loads this rank's parts of a checkpoint.
+        is_first: Whether this is the first rank.
+        open_at: Function that opens a checkpoint.
 
     Raises:
         CheckpointError: Some rank cannot use it; raised on the first rank.
@@ -43,13 +43,13 @@ def restore_newest_together(
     """Restores the newest checkpoint that all ranks can use; None: there is none at all.
 
     Args:
-        root: The `checkpoints` directory of a run.
-        restore: Loads this rank's parts of a checkpoint.
-        is_first: This is the first rank.
-        on_damaged: Told on the first rank of every newer checkpoint that was passed over, and why.
+        root: Directory `checkpoints` of a run.
+        restore: Function that loads this rank's parts of a checkpoint.
+        is_first: Whether this is the first rank.
+        on_damaged: Function that is called on the first rank with every newer checkpoint that was skipped, and the reason.
 
     Raises:
-        CheckpointError: As `newest_good_checkpoint`; raised on the first rank.
+        CheckpointError: The cases of `newest_good_checkpoint`; raised on the first rank.
     """
     if not is_first:
         return _follow(restore, open_checkpoint)
@@ -59,7 +59,7 @@ def restore_newest_together(
 
 
 def _lead(restore: Restore, checkpoint: Checkpoint) -> None:
-    """Restores a checkpoint on all ranks, of which each reads its own parts.
+    """Restores a checkpoint on all ranks, as the first rank; each rank reads its own parts.
 
     Raises:
         CheckpointError: Some rank cannot use it.
@@ -79,7 +79,7 @@ def _lead(restore: Restore, checkpoint: Checkpoint) -> None:
 
 
 def _follow(restore: Restore, open_at: Callable[[Path], Checkpoint]) -> Checkpoint | None:
-    """Restores on this rank what the first rank leads through; returns the last, which all could use."""
+    """Restores on this rank each checkpoint that the first rank selects; returns the last one, which all ranks could use."""
     checkpoint = None
     while (path := broadcast_text(None)) is not None:
         problem = None

@@ -1,4 +1,4 @@
-"""Where a run goes on from: the position in the data, the weights, and what must be the same as before."""
+"""Resuming a run: position in the data, weights, and checks that config and data continue those of the checkpoint."""
 
 from __future__ import annotations
 
@@ -25,17 +25,17 @@ from phase8.train.engine.protocol import TrainingEngine
 
 @dataclass
 class Position:
-    """How far a run has come.
+    """The progress of a run.
 
     Args:
-        step: Optimizer steps done, skipped ones included.
-        samples_consumed: Sequences read, which is also the number of the next sample.
-        tokens_seen: Tokens read.
-        consecutive_skipped: Skipped steps in a row up to now.
-        total_skipped: Skipped steps so far.
-        recent_losses: The last ones that counted, where spikes are looked for.
-        rolled_back_to: Step of the checkpoint that the last rollback went to; None: there was none.
-        rollbacks_in_a_row: Rollbacks to that checkpoint.
+        step: Number of optimizer steps done, skipped ones included.
+        samples_consumed: Number of sequences read, which is also the number of the next sample.
+        tokens_seen: Number of tokens read.
+        consecutive_skipped: Number of the latest steps in a row that were skipped.
+        total_skipped: Number of skipped steps so far.
+        recent_losses: Losses of the latest steps that were not skipped, with which spikes are detected.
+        rolled_back_to: Step of the checkpoint to which the last rollback went; None: there was no rollback.
+        rollbacks_in_a_row: Number of consecutive rollbacks to that checkpoint.
     """
 
     step: int = 0
@@ -57,7 +57,7 @@ def checkpoint_metadata(
     device: torch.device,
     settings: dict[str, Any] | None = None,
 ) -> dict[str, Any]:
-    """What a checkpoint holds beside tensors: plain JSON. A batch of None: nobody has chosen one yet; settings of None: none were automatic."""
+    """The metadata of a checkpoint, as plain JSON. Batch size None: none was chosen yet; settings None: no setting was automatic."""
     return {
         **({} if settings is None else {"settings": settings}),
         "config": config_to_mapping(config),
@@ -80,38 +80,39 @@ def restore_run(
     """Loads weights, optimizer and random state, after checking that config and data continue those of the checkpoint.
 
     Args:
-        checkpoint: To go on from.
-        config: Of the run.
-        fingerprint: Of its data.
-        attachments: What its own checkpoints have attached: the tokenizer, if it has one.
-        engine: What is loaded into.
+        checkpoint: Checkpoint from which the run continues.
+        config: Config of the run.
+        fingerprint: Fingerprint of the run's data.
+        attachments: Files that the run attaches to its checkpoints: the tokenizer, if it has one.
+        engine: Engine into which the checkpoint is loaded.
 
     Returns:
-        Where the run goes on, and the config of the run that saved the checkpoint.
+        The position of the checkpoint, and the config of the run that saved it.
 
     Raises:
-        CheckpointMismatchError: Another model, other data, another tokenizer, or a batch that another number of ranks would change unasked.
+        CheckpointMismatchError: The checkpoint has another model, other data or another tokenizer, or the number of ranks would change the
+            batch although the config does not ask for it.
     """
     metadata = run_metadata(checkpoint, needed=OF_A_RUN)
     saved, saved_fingerprint, random_state = metadata.config, metadata.data_fingerprint, metadata.random_state
     position = Position(**metadata.position.model_dump())
     _check_model(checkpoint.path, saved.model, config.model)
     _check_batch(checkpoint.path, metadata.global_batch_size, config, engine.mesh.topology.data_parallel_size)
-    attached = attached_to(checkpoint)  # a damaged tokenizer is found now, not when somebody generates
+    attached = attached_to(checkpoint)  # a damaged tokenizer is found now, not at the first generation
     if not config.data.allow_fingerprint_change:
         differences = describe_fingerprint_difference(saved_fingerprint, fingerprint) + _changed_for_data(saved, config)
         _check_data(checkpoint.path, differences + _changed_tokenizer(checkpoint.path, attached, attachments))
-    check_random_state(random_state, engine.device)  # what cannot be restored is found before anything is changed
+    check_random_state(random_state, engine.device)  # this raises before anything is changed
     engine.restore(checkpoint)
     restore_random_state(random_state, engine.device)
     return position, saved
 
 
 def attached_to(checkpoint: Checkpoint) -> dict[str, bytes]:
-    """The files that a checkpoint carries beside its state, by name.
+    """The files that are attached to a checkpoint, by name.
 
     Raises:
-        CheckpointCorruptError: One is missing or altered.
+        CheckpointCorruptError: A file is missing or was altered.
     """
     return {name: checkpoint.attachment(name).read_bytes() for name in checkpoint.manifest.attachments}
 
@@ -120,7 +121,7 @@ def check_stop(config: RunConfig, position: Position) -> int:
     """The step at which this process stops.
 
     Raises:
-        ConfigError: The checkpoint is already past it.
+        ConfigError: The checkpoint is already past this step.
     """
     if position.step > config.train.num_steps:
         raise ConfigError(
@@ -136,7 +137,7 @@ def check_stop(config: RunConfig, position: Position) -> int:
 
 
 def _check_model(path: Path, saved: ModelSection, current: ModelSection) -> None:
-    """Refuses another model, by the keys that its block reads."""
+    """Refuses a checkpoint of another model; only keys that the model's block reads are compared."""
     different = model_differences(saved, current)
     if different:
         listed = ", ".join(f"model.{name} was {was} and is {now}" for name, (was, now) in different.items())
@@ -147,7 +148,7 @@ def _check_model(path: Path, saved: ModelSection, current: ModelSection) -> None
 
 
 def _check_batch(path: Path, saved: int | None, config: RunConfig, data_parallel_size: int) -> None:
-    """Refuses a batch that nobody has chosen; imported checkpoints have none, those of earlier releases do not say theirs."""
+    """Refuses a batch size that the config does not state and that differs from the saved one; None: the checkpoint records no batch size."""
     current = batch_shape(config.train, config.parallel, data_parallel_size=data_parallel_size).global_batch_size
     if config.train.global_batch_size is None and saved not in (None, current):
         raise CheckpointMismatchError(
@@ -157,14 +158,14 @@ def _check_batch(path: Path, saved: int | None, config: RunConfig, data_parallel
 
 
 def _changed_for_data(saved: RunConfig, config: RunConfig) -> list[str]:
-    """A sentence for each key that decides with data and tokenizer what a step is trained on."""
+    """A sentence for each changed config key that, besides data and tokenizer, determines the tokens of a step."""
     keys = ("train.seed", "data.reset_at_document_boundaries", "data.eod_token")
     values = ((name, value_of(saved, name), value_of(config, name)) for name in keys)
     return [f"{name} was {describe_value(old)} and is {describe_value(new)}" for name, old, new in values if old != new]
 
 
 def _changed_tokenizer(path: Path, attached: Mapping[str, bytes], current: Mapping[str, bytes]) -> list[str]:
-    """A sentence if both have a tokenizer and it is not the same one, whatever the names of the files."""
+    """A sentence if checkpoint and run have tokenizers of different content, whatever the names of their files."""
     if not attached or not current or list(attached.values()) == list(current.values()):
         return []
     return [f"its tokenizer is {', '.join(str(path / name) for name in attached)}, and data.tokenizer is of other content"]

@@ -21,10 +21,10 @@ from phase8.paths import real_path
 
 @dataclass(frozen=True)
 class RunDirectory:
-    """Paths below `<output_dir>/<name>`.
+    """The directory `<output_dir>/<name>` and the paths in it.
 
     Args:
-        path: The directory itself.
+        path: Path of the directory.
     """
 
     path: Path
@@ -52,10 +52,10 @@ class RunDirectory:
     def lock(self) -> Iterator[None]:
         """A context manager that claims the run for this process, under any name of its directory; the claim leaves nothing behind.
 
-        The lock file lies beside the directory, so that renaming the run does not move it.
+        The lock file lies next to the directory, so that renaming the run does not move it.
 
         Raises:
-            StorageError: Another process trains in it, or the lock file cannot be written.
+            StorageError: Another process trains in the directory, or the lock file cannot be written.
         """
         place = real_path(self.path)
         path = place.with_name(f".{place.name}.lock")
@@ -67,7 +67,7 @@ class RunDirectory:
             with suppress(OSError):  # a lock file that stays does no harm
                 path.unlink()
             os.close(descriptor)
-            with suppress(OSError):  # it contains a run
+            with suppress(OSError):  # a directory that contains a run is not empty, and stays
                 for directory in missing:
                     directory.rmdir()
 
@@ -91,7 +91,7 @@ class RunDirectory:
                     raise StorageError(
                         f"another process is training in {self.path}; wait until it has finished or choose another run.name."
                     ) from None
-                os.close(descriptor)  # its last owner removed it after it was opened here
+                os.close(descriptor)  # the last owner removed the file after it was opened here
 
     def exists(self) -> bool:
         """Whether a run of this name has written anything."""
@@ -108,7 +108,7 @@ class RunDirectory:
                 real_path(directory).mkdir(parents=True, exist_ok=True)
 
     def keep(self, name: str, content: bytes) -> None:
-        """Writes a copy of an attachment of the checkpoints, for people and tools that look for it here."""
+        """Writes a copy of a file that checkpoints carry, for people and tools that look for it in the run directory."""
         replace_file(self.path / name, content)
 
     def record(self, config: RunConfig) -> None:

@@ -1,4 +1,4 @@
-"""When a checkpoint of a run is written, what happens if it fails, and which older ones go."""
+"""Saving of a run's checkpoints: in the foreground or background, with handling of failures and retention of older checkpoints."""
 
 from __future__ import annotations
 
@@ -21,16 +21,16 @@ from phase8.train.resume import checkpoint_metadata
 
 
 class SaveFailure(Exception):
-    """A save that training survives; the cause is any exception, the message a line about it."""
+    """A failed save after which training goes on; its cause is any exception, and its message summarises the cause in a line."""
 
 
 class Saver:
     """Writes checkpoints, in the background where `checkpoint.asynchronous` is set.
 
     Args:
-        run: Weights, optimizer, position and where they go.
-        record: Writes metrics, if this rank does.
-        say: Shows a sentence.
+        run: Run with engine, position and run directory.
+        record: Function that writes metrics, on the rank that records.
+        say: Function that shows a message.
     """
 
     def __init__(self, run: Run, *, record: Callable[[Callable[[MetricsWriter], None]], None], say: Callable[[str], None]):
@@ -42,17 +42,17 @@ class Saver:
             self._background.prepare(run.engine.state_sizes())
 
     def save(self, *, must_succeed: bool) -> None:
-        """Writes a checkpoint of the current step and applies the retention policy; may return while it is being written.
+        """Writes a checkpoint of the current step and applies the retention policy; may return while a background save is running.
 
         Args:
-            must_succeed: Return when it is on the disk, and raise what kept it from there; otherwise say so and train on, the older
-                checkpoints stay.
+            must_succeed: Whether to return only when the checkpoint is on the disk, and to raise on failure. Otherwise a failure is
+                reported, training goes on, and older checkpoints stay.
 
         Raises:
-            Exception: It must succeed and did not: StorageError if the disk refuses.
+            Exception: The save failed although it must succeed; it is a StorageError if the disk refused.
         """
         step, begin = self._run.position.step, time.perf_counter()
-        self.hear(wait=True)  # one at a time
+        self.hear(wait=True)  # only one save runs at a time
         if self.saved_step == step:
             return
         saved: Path | None = None
@@ -66,7 +66,7 @@ class Saver:
             self._has_saved(step, saved)
 
     def hear(self, *, wait: bool = False) -> None:
-        """Looks whether the save under way has ended, or waits until it has."""
+        """Checks whether the save in the background has ended, or waits for it, and handles its result."""
         if self._background is None:
             return
         saved: Path | None = None
@@ -76,13 +76,13 @@ class Saver:
             self._has_saved(self._step_under_way, saved)
 
     def close(self) -> None:
-        """Waits for the save under way."""
+        """Waits for the save in the background and ends the background saver."""
         self.hear(wait=True)
         if self._background is not None:
             self._background.close()
 
     def _save_or_begin_to(self) -> Path | None:
-        """Writes a checkpoint; None: it is being written in the background."""
+        """Writes a checkpoint and returns its path, or begins a save in the background and returns None."""
         save, background = self._planned_save(), self._background
         if background is None:
             return save(tensors=self._on_all_ranks(self._run.engine.state))
@@ -91,7 +91,7 @@ class Saver:
         return None
 
     def _planned_save(self) -> partial[Path]:
-        """A save of this step that lacks the tensors only. It reads nothing that could be gone by then."""
+        """The call that saves this step, except for its tensors. All other arguments are evaluated now, so it reads no state that changes later."""
         run = self._run
         return partial(
             save_checkpoint,
@@ -110,7 +110,7 @@ class Saver:
         )
 
     def _on_all_ranks(self, take: Callable[[], dict[str, Tensor]]) -> dict[str, Tensor]:
-        """What this rank saves, once every rank has its own: the others would wait for ever for one that has run out of memory."""
+        """Calls `take` on every rank and returns its tensors; raises on all ranks if one fails, since a save would wait for that rank for ever."""
         failure, taken = None, {}
         try:
             with _one_kind_of_failure():
@@ -125,7 +125,7 @@ class Saver:
 
     @contextmanager
     def _survived(self, event: str) -> Iterator[None]:
-        """A block whose failure is told, whatever it is; training goes on, and the older checkpoints stay."""
+        """A context in which a failure of any kind is shown and recorded under `event`, and training goes on."""
         try:
             with _one_kind_of_failure():
                 yield
@@ -156,7 +156,7 @@ class Saver:
 
 @contextmanager
 def _one_kind_of_failure() -> Iterator[None]:
-    """Makes a SaveFailure of whatever goes wrong in a block, but for what the loss of another rank looks like."""
+    """A context that turns every exception into a SaveFailure, except one that results from the loss of another rank."""
     try:
         yield
     except Exception as error:

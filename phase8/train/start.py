@@ -1,4 +1,4 @@
-"""The start of a run: everything is decided and checked first; the disk changes only when nothing can refuse the start any more."""
+"""The start of a run: all decisions and checks come first, and the disk changes only after nothing can refuse the start any more."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ class Choice:
     """The checkpoint from which a run continues, and what has to be moved for it.
 
     Args:
-        checkpoint: The checkpoint; None: the run starts from the beginning.
+        checkpoint: Checkpoint that was restored; None: the run starts from the beginning.
         sets_run_aside: Whether an earlier run of the same name is renamed.
         later: Checkpoints of this run that are moved because it continues from an earlier one.
     """
@@ -49,9 +49,9 @@ def restore_asked(
     Args:
         asked: `auto`, `none`, or a checkpoint directory.
         directory: Directory of the run.
-        restore: Checks that a checkpoint belongs to this run and loads this rank's parts of it.
-        is_first: This is the first rank.
-        on_message: Called with messages about damaged checkpoints.
+        restore: Function that checks that a checkpoint belongs to this run and loads this rank's parts of it.
+        is_first: Whether this is the first rank.
+        on_message: Function that is called with messages about damaged checkpoints.
 
     Raises:
         CheckpointError: The selected checkpoint, or with `auto` every one there is, cannot be used.
@@ -68,7 +68,7 @@ def restore_asked(
 
 
 def choice_of(asked: str, directory: RunDirectory, checkpoint: Checkpoint | None) -> Choice:
-    """What has to make way for a run that goes on from a checkpoint that `restore_asked` has restored, or from the beginning."""
+    """Decides what has to be moved for a run that continues from the checkpoint of `restore_asked` (None: from the beginning)."""
     if asked == "none":
         return Choice(sets_run_aside=directory.exists())
     if checkpoint is None or asked == "auto":
@@ -93,7 +93,7 @@ def recorded_settings(asked: str, directory: RunDirectory, *, is_first: bool) ->
         try:
             paths = list_checkpoints(directory.checkpoints)[:1] if asked == "auto" else [find_checkpoint(Path(asked))]
             found = open_checkpoint(paths[0]).metadata.get("settings") if paths else None
-        except CheckpointError:  # reported when it is restored
+        except CheckpointError:  # `restore_asked` reports it
             found = None
     return json.loads(broadcast_text(json.dumps(found)) or "null")
 
@@ -105,7 +105,7 @@ def check_place(choice: Choice, directory: RunDirectory, *, agents: Collection[s
         StorageError: It cannot be written, or a file to which the run would append is damaged.
     """
     if choice.sets_run_aside:
-        return  # a run beside whose directory a lock can be written can be renamed
+        return  # the lock file was written next to the directory, so the directory can be renamed
     check_writable(directory.path, directory.checkpoints, *([directory.superseded] if choice.later else []))
     if agents:
         recorded_agents(directory)
@@ -122,7 +122,7 @@ def make_way(
     agents: Collection[str],
     on_message: Callable[[str], None],
 ) -> None:
-    """Prepares the run directory, and moves what an earlier run left in its place.
+    """Prepares the run directory and moves the files of an earlier run that are in its place.
 
     Steps that can fail come first: when a file cannot be written, nothing has been moved yet.
 
@@ -132,7 +132,7 @@ def make_way(
         config: Config of the run.
         attachments: Content of files that are kept in the directory.
         agents: Agents of torchrun that train the run.
-        on_message: Called with messages about what was moved.
+        on_message: Function that is called with messages about what was moved.
 
     Raises:
         StorageError: A file cannot be written after all.

@@ -1,4 +1,4 @@
-"""What takes the steps of a run: data, step, record, and what is due between steps."""
+"""The trainer of a run: it reads data, takes and records steps, and evaluates, checks and saves between them."""
 
 from __future__ import annotations
 
@@ -29,18 +29,18 @@ from phase8.train.saver import Saver
 from phase8.train.signals import StopRequest
 from phase8.train.unreadable import UnreadableData
 
-# A rank that needs so many times as long as others is named where people look.
+# A rank that takes this many times as long as the median rank is named on the console.
 WORTH_A_MESSAGE = 1.1
 
 
 class Trainer:
-    """The moving parts of a run that trains.
+    """Takes the steps of a run, with all that happens between them.
 
     Args:
-        run: Weights, optimizer, data and position.
-        metrics: Where every step is recorded; None: another rank does.
-        progress: Where it is shown.
-        report: As for `train`.
+        run: Run with engine, data and position.
+        metrics: Writer that records every step; None: another rank records.
+        progress: Display of the steps.
+        report: Function that is called with a step and what this rank does in it, as for `train`.
     """
 
     def __init__(self, run: Run, metrics: MetricsWriter | None, progress: Progress, report: Callable[[int, str], None]):
@@ -55,7 +55,7 @@ class Trainer:
         reset_peak_memory(run.device)
 
     def close(self) -> None:
-        """Ends what goes on aside: waits for the saves, frees what only updates need. What fails now does not decide how the run ends."""
+        """Waits for the save in the background and frees the engine's memory for updates. A failure here does not change how the run ends."""
         with Tolerated("the save under way failed", self.progress.message):
             self.saver.close()
         with Tolerated("what the engine keeps for updates was not freed", self.progress.message):
@@ -63,11 +63,11 @@ class Trainer:
 
     @property
     def is_alone(self) -> bool:
-        """This process is the whole run."""
+        """Whether this process is the only one of the run."""
         return self.run.engine.mesh.device_mesh is None
 
     def train_until(self, stop_step: int, stop: StopRequest) -> bool:
-        """Takes steps; evaluates and saves between them. Returns whether this rank or another was asked to stop."""
+        """Takes steps, and evaluates and saves between them. Returns whether any rank was asked to stop."""
         config, position = self.run.config, self.run.position
         microbatches = self._microbatches()
         asked_to_stop = stop.received is not None and self.is_alone
@@ -76,10 +76,10 @@ class Trainer:
             self.saver.hear()
             self._check_ranks()
             is_last = position.step == stop_step
-            # Several ranks stop after the same step: that in which all have learnt of the signal.
+            # Several ranks stop after the same step, in which all of them have learnt of the signal.
             asked_to_stop = stop.received is not None if self.is_alone else result.stop
             if asked_to_stop and not is_last:
-                return True  # somebody waits for this process to end: what is due otherwise is done after resuming
+                return True  # somebody waits for this process to end, so an evaluation that is due now is left out
             if is_last or _is_due(position.step, config.train.evaluate_every_n_steps):
                 self.evaluate()
             if not is_last and _is_due(position.step, config.checkpoint.every_n_steps):
@@ -87,7 +87,7 @@ class Trainer:
         return asked_to_stop
 
     def _check_ranks(self) -> None:
-        """Finds copies that differ before they are saved, and says which rank is slowest."""
+        """Compares replicas and looks for stragglers, where this is due after the current step."""
         run, step = self.run, self.run.position.step
         if _is_due(step, run.config.train.check_replicas_every_n_steps):
             self._compare_replicas()
@@ -100,7 +100,7 @@ class Trainer:
                 self.progress.message(f"step {step}: {found.describe()}")
 
     def _compare_replicas(self) -> None:
-        """Finds copies that differ, once in a step."""
+        """Compares the copies that several ranks hold, at most once per step."""
         step = self.run.position.step
         if self.compared_step != step:
             self.report(step, "comparing replicas")
@@ -108,7 +108,7 @@ class Trainer:
             self.compared_step = step
 
     def evaluate(self) -> None:
-        """Measures the loss on the held-out sequences, if there are any."""
+        """Measures and records the loss on the held-out sequences, if there are any."""
         step = self.run.position.step
         if self.held_out is None:
             return
@@ -122,7 +122,7 @@ class Trainer:
         self.progress.evaluation(step, found.loss, found.sources)
 
     def save(self, *, must_succeed: bool) -> None:
-        """Saves the current step, but no copies that differ; arguments and errors as in `Saver.save`."""
+        """Saves the current step after replicas were compared, if that is enabled; arguments and errors as in `Saver.save`."""
         if self.run.config.train.check_replicas_every_n_steps:
             self._compare_replicas()
         self.report(self.run.position.step, "saving a checkpoint")
@@ -162,10 +162,10 @@ class Trainer:
         return result
 
     def _read(self, microbatches: Iterator[Microbatch]) -> tuple[list[Microbatch], DataError | None]:
-        """The microbatches of a step; stand-ins and the reason where they cannot be read and other ranks would wait for this one.
+        """Reads the microbatches of a step. Where that fails and other ranks wait for this one, returns stand-ins and the error.
 
         Raises:
-            DataError: They cannot be read, and no other rank waits.
+            DataError: The data cannot be read, and this process is the only one.
         """
         run = self.run
         try:
@@ -196,11 +196,11 @@ class Trainer:
         )
 
     def record_event(self, event: str, **fields: str | int | float | None) -> None:
-        """Records something that happened after the current step."""
+        """Records an event that happened after the current step."""
         self._record(lambda metrics: metrics.log_event(self.run.position.step, event, **fields))
 
     def _record(self, write: Callable[[MetricsWriter], None]) -> None:
-        """Writes metrics; a full disk is said once and does not end the run."""
+        """Writes metrics. A failure of the disk is reported once and does not end the run."""
         if self.metrics is None:
             return
         try:

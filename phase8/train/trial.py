@@ -1,4 +1,4 @@
-"""A few training steps of a config on random tokens: how long they take, and how much memory of the device they need."""
+"""A trial of a config: a few training steps on random tokens, which measure step time and device memory."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from phase8.distributed.mesh import Mesh
 from phase8.observe.memory import peak_memory_bytes, reset_peak_memory
 from phase8.train.engine.protocol import BuildEngine, TrainingEngine
 
-# A step of many microbatches is extrapolated from one of one and one of so many.
+# A step of more microbatches is extrapolated linearly from a step of few microbatches and a step of this many.
 MOST_MICROBATCHES = 3
 MEASURED_STEPS = 3
 OUT_OF_MEMORY = "out of memory"
@@ -27,12 +27,12 @@ OUT_OF_MEMORY = "out of memory"
 
 @dataclass(frozen=True)
 class Trial:
-    """What a trial measured.
+    """The measurements of a trial.
 
     Args:
-        step_seconds: Duration of a step of all microbatches; of more than MOST_MICROBATCHES, extrapolated.
-        tokens_per_second: Of all ranks.
-        peak_bytes: Of this rank's tensors on the device at once.
+        step_seconds: Duration of a step of all microbatches; it is extrapolated where there are more than MOST_MICROBATCHES.
+        tokens_per_second: Throughput of all ranks together.
+        peak_bytes: Largest size of this rank's tensors on the device at one time.
         seconds: Duration of the trial.
     """
 
@@ -43,19 +43,19 @@ class Trial:
 
 
 def run_trial(config: RunConfig, *, mesh: Mesh, device: torch.device, build_engine: BuildEngine) -> Trial | str:
-    """Trains for a few steps as a run would, without data, record or checkpoints; or says why it cannot.
+    """Trains for a few steps as a run would, without data, metrics or checkpoints; returns the reason as text where it cannot.
 
-    What the trial has allocated and compiled is given back.
+    The trial frees all that it allocated and compiled.
 
     Args:
-        config: Every setting is explicit.
-        mesh: The ranks, which all try.
-        device: Of this rank.
-        build_engine: Makes what takes the steps.
+        config: Config without `auto` settings.
+        mesh: Mesh of the ranks, which all take part.
+        device: Device of this rank.
+        build_engine: Function that builds the engine.
     """
     begin = time.perf_counter()
     trial = _try(config, mesh, device, build_engine, begin)
-    # Only here has the frame that holds model and optimizer ended, also after running out of memory.
+    # Only now has the frame that held model and optimizer ended, also after running out of memory.
     torch.compiler.reset()
     _give_back_memory(device)
     return trial
@@ -71,14 +71,14 @@ def _try(config: RunConfig, mesh: Mesh, device: torch.device, build_engine: Buil
         def step_seconds(num_microbatches: int) -> float:
             with closing(engine):
                 seconds = _median_step_seconds(engine, [microbatch] * num_microbatches)
-                engine.evaluate([microbatch])  # which needs memory beside that of a recording
+                engine.evaluate([microbatch])  # an evaluation needs memory in addition to that of a recording
                 return seconds
 
         fewest = 1 if mesh.pp.size == 1 else shape.num_microbatches
         most = min(shape.num_microbatches, max(MOST_MICROBATCHES, fewest))
         seconds = step_seconds(most)
         if shape.num_microbatches > most:
-            _give_back_memory(device)  # of the recording, which a run has only one of
+            _give_back_memory(device)  # frees the recording: a run has only one
             one = step_seconds(fewest)
             seconds = one + (shape.num_microbatches - fewest) * (seconds - one) / (most - fewest)
     except torch.OutOfMemoryError:
@@ -111,6 +111,6 @@ def _median_step_seconds(engine: TrainingEngine, batch: Sequence[Microbatch]) ->
     durations = []
     for _ in range(MEASURED_STEPS):
         begin = time.perf_counter()
-        take_step()  # ends with the loss on the host
+        take_step()  # the step ends when the loss is on the host
         durations.append(time.perf_counter() - begin)
     return statistics.median(durations)

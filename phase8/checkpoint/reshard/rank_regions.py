@@ -1,7 +1,7 @@
-"""Which rank of a layout holds which region of each tensor of a checkpoint. Plain numbers, no tensors.
+"""The region of each checkpoint tensor that each rank of a layout holds. Plain numbers, no tensors.
 
-The ranks of each axis divide a tensor as its parameter declares, then the shards divide everything by dim 0. What several ranks hold is
-assigned to the first of them.
+The ranks of each axis divide a tensor as its parameter declares; then the shards divide each part by dim 0. A region that several ranks hold
+is assigned to the first of them.
 """
 
 from __future__ import annotations
@@ -16,12 +16,12 @@ from phase8.topology import Topology
 
 @dataclass(frozen=True)
 class TensorForm:
-    """A tensor of a checkpoint.
+    """The parameter and the shape of a checkpoint tensor.
 
     Args:
-        parameter: The one it is, or is the optimizer's state of.
-        shape: Of all of it.
-        is_divided: It is shaped like the parameter and divided as that is; False: one rank has all of it.
+        parameter: Name of the parameter that the tensor is, or to whose optimizer state it belongs.
+        shape: Whole shape of the tensor.
+        is_divided: Whether it is shaped and divided like the parameter; otherwise one rank has all of it.
     """
 
     parameter: str
@@ -32,12 +32,12 @@ class TensorForm:
 def regions_by_rank(
     tensors: Mapping[str, TensorForm], stages: Sequence[Mapping[str, DividedShape]], topology: Topology
 ) -> dict[int, dict[str, Region]]:
-    """What each rank's files hold: rank -> tensor name -> region. Ranks that hold nothing of their own are left out.
+    """The regions in each rank's files: rank -> tensor name -> region. Ranks without a region of their own are left out.
 
     Args:
-        tensors: By name; every parameter is in a stage.
-        stages: The parameters of each pipeline stage; of those in several, the first stage counts.
-        topology: The ranks; the shards are its data-parallel axis.
+        tensors: Checkpoint tensors by name; each one's parameter is in a stage.
+        stages: Parameters of each pipeline stage; a parameter of several stages counts for the first of them.
+        topology: Topology of the ranks; the shards are its data-parallel axis.
     """
     found: dict[int, dict[str, Region]] = {rank: {} for rank in range(topology.world_size)}
     for name, tensor in tensors.items():
@@ -48,7 +48,7 @@ def regions_by_rank(
 
 
 def _regions(tensor: TensorForm, declared: DividedShape, topology: Topology) -> Iterator[tuple[dict[str, int], Region]]:
-    """Each region that has elements, with its position on the axes that divide it; all of a tensor without elements, or that is not divided."""
+    """Yields each non-empty region with its position on the axes that divide it; an empty or undivided tensor is one region."""
     whole = whole_region(tensor.shape)
     if not tensor.is_divided or whole.num_elements == 0 or not tensor.shape:
         yield {}, whole

@@ -1,1 +1,1 @@
-"""Engines: what holds a model with its optimizer and takes the steps."""
+"""Engines, which hold a model with its optimizer and take the training steps."""

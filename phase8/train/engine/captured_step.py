@@ -1,7 +1,7 @@
 """The whole optimizer step as one CUDA graph: forward, backward, clipping and optimizer in a single launch.
 
-A small model is bound by the thousands of launches of a step from Python. Recorded once, they are replayed by the device, from inputs that
-are copied to where the recording has read them.
+A small model is bound by the thousands of launches that Python makes in a step. They are recorded once and replayed by the device; the inputs
+of each step are copied to the tensors from which the recording read.
 """
 
 from __future__ import annotations
@@ -18,18 +18,18 @@ from phase8.train.engine.protocol import StepResult
 from phase8.train.engine.step import StepNumbers, count_targets, step_result, train_step, update
 from phase8.train.engine.train_state import TrainState
 
-# Steps taken without a graph: compilation, the choice of kernels and the first state of the optimizer cannot be recorded.
+# Number of steps taken without a graph: compilation, the choice of kernels and the first state of the optimizer cannot be recorded.
 EAGER_STEPS = 2
 
 
 @dataclass(frozen=True)
 class _Inputs:
-    """Where the graph reads what is new in a step, on the device.
+    """The tensors on the device from which the graph reads the inputs of a step.
 
     Args:
-        microbatches: Their tensors.
-        numbers: Scalars.
-        learning_rate: A scalar.
+        microbatches: Microbatches on the device.
+        numbers: Numbers of the step as scalar tensors.
+        learning_rate: Learning rate as a scalar tensor.
     """
 
     microbatches: tuple[Microbatch, ...]
@@ -37,7 +37,7 @@ class _Inputs:
     learning_rate: Tensor
 
     def fill(self, microbatches: Sequence[Microbatch], numbers: StepNumbers, learning_rate: float) -> None:
-        """Copies the inputs of a step; its end waits for the copies, which read page-locked memory."""
+        """Copies the inputs of a step, asynchronously from page-locked memory; the end of the step waits for the copies."""
         for to, batch in zip(self.microbatches, microbatches, strict=True):
             for static, new in ((to.tokens, batch.tokens), (to.targets, batch.targets), (to.starts, batch.starts)):
                 if static is not None and new is not None:
@@ -50,10 +50,10 @@ class _Inputs:
 
 
 class CapturedStep:
-    """`train_step` on a GPU, whose batches all have the same shape. Of several ranks, every one records its part, collectives included.
+    """`train_step` as one CUDA graph, for batches that all have the same shape. Each rank records its own part, collectives included.
 
     Args:
-        train_state: Its optimizer belongs to the graph once there is one.
+        train_state: Model and optimizer; after the recording, only the graph may use the optimizer.
     """
 
     def __init__(self, train_state: TrainState):
@@ -71,7 +71,7 @@ class CapturedStep:
         unreadable: bool = False,
         report: Callable[[str], None] | None = None,
     ) -> StepResult:
-        """Takes a step; arguments as for `train_step`, those that are no numbers of the batch as in the recorded step."""
+        """Takes a step; arguments as for `train_step`. `gradient_clip_norm` has to be that of the recorded step."""
         if self._num_eager_steps < EAGER_STEPS:
             self._num_eager_steps += 1
             return train_step(
@@ -93,20 +93,20 @@ class CapturedStep:
         return step_result(self._measured.tolist(), self._train_state.stage.auxiliary_losses)
 
     def close(self) -> None:
-        """Frees the graph. NCCL waits for that when a communicator ends whose collectives are in it."""
+        """Frees the graph; NCCL waits for this before it ends a communicator whose collectives are in the graph."""
         if self._graph is not None:
             self._graph.reset()
             self._graph = None
 
     def _record(self, microbatches: Sequence[Microbatch], *, gradient_clip_norm: float) -> torch.cuda.CUDAGraph:
-        """Records a step of this shape, without taking it."""
+        """Records a step for batches of this shape, without changing any weights."""
         device, graph = self._train_state.device, torch.cuda.CUDAGraph()
         static = tuple(batch.to(device) for batch in microbatches)
         numbers = StepNumbers(*(torch.zeros((), dtype=torch.float64, device=device) for _ in range(4)))
         self._inputs = _Inputs(static, numbers, learning_rate=torch.zeros((), device=device))
         for group in self._train_state.optimizer.param_groups:
             group.update(lr=self._inputs.learning_rate, capturable=True)
-        # Threads that page-lock the next batches may go on meanwhile.
+        # This mode lets the threads that page-lock the next batches continue meanwhile.
         with torch.cuda.graph(graph, capture_error_mode="thread_local"):
             self._measured = update(self._train_state, static, numbers, gradient_clip_norm=gradient_clip_norm)
         return graph

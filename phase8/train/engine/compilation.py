@@ -1,4 +1,4 @@
-"""torch.compile of each block and of the final norm, and its settings for the whole process."""
+"""Compilation of each block and of the final norm by torch.compile, and its settings for the whole process."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ COMPILE_MODES = {"default": "default", "max-autotune": "max-autotune-no-cudagrap
 
 
 def compile_modules(train_state: TrainState, config: RunConfig) -> None:
-    """Has every block and the final norm compiled when it is called first, if the config says so.
+    """Marks every block and the final norm for compilation at its first call, if `train.compile.enabled` is set.
 
     Args:
-        train_state: Its model.
-        config: How, and how much of their activations the blocks keep.
+        train_state: Train state with the model.
+        config: Config with the mode of compilation and the budget for the activations that blocks keep.
     """
     train = config.train
     if not train.compile.enabled:

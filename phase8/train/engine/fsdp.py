@@ -1,4 +1,4 @@
-"""The engine whose data-parallel ranks divide the model by FSDP2, with tensor-parallel layers and pipeline stages."""
+"""The engine that divides the model over data-parallel ranks by FSDP2, with tensor-parallel layers and pipeline stages."""
 
 from __future__ import annotations
 
@@ -29,11 +29,11 @@ from phase8.train.engine.train_state import TrainState, build_train_state, whole
 
 
 class FsdpEngine:
-    """The verbs of `TrainingEngine`, which says what each does.
+    """An engine over FSDP2; `TrainingEngine` documents its methods.
 
     Args:
         train_state: Model and optimizer.
-        config: Of the run.
+        config: Config of the run.
     """
 
     def __init__(self, train_state: TrainState, config: RunConfig):
@@ -42,22 +42,22 @@ class FsdpEngine:
 
     @property
     def mesh(self) -> Mesh:
-        """The ranks."""
+        """The mesh of the ranks."""
         return self.train_state.mesh
 
     @property
     def device(self) -> torch.device:
-        """Where the model computes."""
+        """The device on which the model computes."""
         return self.train_state.device
 
     @property
     def captures_steps(self) -> bool:
-        """Steps are replayed as one CUDA graph."""
+        """Whether steps are replayed as one CUDA graph."""
         return self._config.train.cuda_graphs and self.device.type == "cuda"
 
     @property
     def num_slow_updates(self) -> int:
-        """Updates that compile, choose kernels or record."""
+        """The number of first updates that compile, choose kernels or record."""
         return EAGER_STEPS + 1
 
     def update(
@@ -80,7 +80,7 @@ class FsdpEngine:
         return self._captured(microbatches, **numbers, stop=stop, unreadable=unreadable, report=report)
 
     def evaluate(self, microbatches: Iterable[Microbatch]) -> tuple[float, int]:
-        """Mean loss and number of targets."""
+        """Returns the mean loss and the number of targets."""
         return evaluate(self.train_state, microbatches)
 
     def state(self) -> dict[str, Tensor]:
@@ -88,7 +88,7 @@ class FsdpEngine:
         return flat_state(self.train_state.stage.module, self.train_state.optimizer, self.train_state.shards.parts)
 
     def state_sizes(self) -> list[int]:
-        """Bytes of this rank's parts of them."""
+        """The bytes of this rank's part of each tensor of `state`."""
         shards, declare = self.train_state.shards, declared_by(self.train_state.optimizer)
         weights = [part.nbytes for part in shards.parts.values()]
         states = (
@@ -109,16 +109,16 @@ class FsdpEngine:
         state.shards.read_again()
 
     def replicas(self) -> Replicas:
-        """Parameters that data-parallel or tensor-parallel ranks, or the first and the last stage, hold alike."""
+        """The parameters of which data-parallel ranks, tensor-parallel ranks, or the first and the last stage hold copies."""
         axes = self._axes_of_replicas()
         return Replicas(axes, dict(self._held({name for _, names in axes for name in names})))
 
     def whole_model(self) -> LanguageModel | None:
-        """The model in one piece, on the first rank."""
+        """Gathers the whole model on the first rank."""
         return whole_model(self.train_state, self._config)
 
     def watch_gradients(self, look: Callable[[Mapping[str, Tensor]], None]) -> None:
-        """Shows gradients between backward and optimizer."""
+        """Calls `look` with the gradients between backward and optimizer step."""
 
         def show(*_: object) -> None:
             parts = self.train_state.shards.parts
@@ -144,7 +144,7 @@ class FsdpEngine:
         return axes
 
     def _held(self, names: set[str]) -> Iterator[tuple[Item, HeldTensor]]:
-        """This rank's part of some parameters, its copy where the optimizer is offloaded, and the optimizer's state of it."""
+        """Yields this rank's part of each named parameter, its copy in host memory where the optimizer is offloaded, and its optimizer state."""
         shards, optimizer = self.train_state.shards, self.train_state.optimizer
         for name, parameter in shards.whole.items():
             if name not in names:
@@ -158,12 +158,12 @@ class FsdpEngine:
 
 
 def build_fsdp_engine(config: RunConfig, *, mesh: Mesh, device: torch.device) -> FsdpEngine:
-    """The engine of a config with its first weights, compiled as the config says.
+    """Builds the engine of a config with its first weights, compiled as the config says.
 
     Args:
-        config: Everything is explicit.
-        mesh: The ranks, which all build theirs at the same time.
-        device: Where the model computes.
+        config: Config without `auto` settings.
+        mesh: Mesh of the ranks, which all build their engines at the same time.
+        device: Device on which the model computes.
     """
     train_state = build_train_state(config, mesh=mesh, device=device, dtype=compute_dtype(config.precision))
     compile_modules(train_state, config)
@@ -171,9 +171,9 @@ def build_fsdp_engine(config: RunConfig, *, mesh: Mesh, device: torch.device) ->
 
 
 def _is_replicated(parameter: Tensor, axis: AxisName) -> bool:
-    """Whether ranks along an axis hold the same part."""
+    """Whether the ranks along an axis hold the same part of a parameter."""
     if not isinstance(parameter, DTensor):
         return False
     names = parameter.device_mesh.mesh_dim_names
-    assert names is not None  # of our own meshes all dims have names
+    assert names is not None  # `build_mesh` names all dims
     return axis in names and parameter.placements[names.index(axis)].is_replicate()

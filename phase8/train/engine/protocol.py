@@ -1,10 +1,10 @@
-"""What a training run knows of the engine that takes its steps: a few verbs. The fsdp engine is one; it is chosen in `train/build.py`.
+"""The interface through which a run uses its engine. The fsdp engine implements it; `train/build.py` chooses the engine.
 
-| verb | who asks for it |
+| method | users |
 |---|---|
 | `update`, `evaluate`, `close` | the train loop, trials of settings, the benchmark |
 | `state`, `state_sizes`, `restore` | the saver, resuming, rollbacks, first weights from another model |
-| `replicas` | the comparison of what several ranks hold alike |
+| `replicas` | the comparison of copies that several ranks hold |
 | `whole_model` | the sample at the end of a run |
 | `watch_gradients` | the benchmark |
 """
@@ -29,14 +29,14 @@ from phase8.model.model import LanguageModel
 
 @dataclass(frozen=True)
 class StepResult:
-    """What a step measured.
+    """The measurements of a step.
 
     Args:
         loss: Mean loss in nats per valid target, over all microbatches of all ranks.
         grad_norm: Global gradient norm before clipping.
-        skipped: Loss or norm was not finite, or the loss too large, and the weights were left alone.
-        stop: Some rank was asked to stop.
-        unreadable: Some rank could not read its data, and the weights were left alone.
+        skipped: Whether the weights stayed as they were: loss or norm was not finite, the loss was too large, or data were unreadable.
+        stop: Whether some rank was asked to stop.
+        unreadable: Whether some rank could not read its data, in which case the weights stayed as they were.
         auxiliary_losses: Mean of each auxiliary loss per valid target, by name; `loss` does not contain them.
     """
 
@@ -49,11 +49,11 @@ class StepResult:
 
 
 class Item(NamedTuple):
-    """A tensor that a rank holds.
+    """The identity of a tensor that a rank holds.
 
     Args:
-        parameter: Name.
-        key: The key of the optimizer's state, `WEIGHT` or `HOST_COPY`.
+        parameter: Name of the parameter.
+        key: Key in the optimizer's state, or `WEIGHT` or `HOST_COPY`.
     """
 
     parameter: str
@@ -67,11 +67,11 @@ WEIGHT, HOST_COPY = "weight", "the copy in host memory"
 
 
 class HeldTensor(NamedTuple):
-    """What this rank holds of an item.
+    """This rank's part of an item.
 
     Args:
-        tensor: The live tensor.
-        region: Offsets and shape of this part of the parameter; ranks with equal regions hold copies.
+        tensor: Live tensor.
+        region: Offsets and shape of the part within the parameter; ranks with equal regions hold copies.
     """
 
     tensor: Tensor
@@ -80,11 +80,11 @@ class HeldTensor(NamedTuple):
 
 @dataclass(frozen=True)
 class Replicas:
-    """What several ranks hold alike.
+    """The tensors of which several ranks hold copies.
 
     Args:
-        axes: Axes along which ranks hold copies, the same on every rank, and the names of the parameters that this rank has copies of.
-        tensors: Those parameters on this rank, and the optimizer's state of them.
+        axes: Axes along which ranks hold copies, the same on every rank, each with the names of the parameters copied along it here.
+        tensors: This rank's parts of these parameters and of their optimizer state.
     """
 
     axes: Sequence[tuple[Axis, set[str]]]
@@ -92,19 +92,19 @@ class Replicas:
 
 
 class TrainingEngine(Protocol):
-    """A model with its optimizer, as one rank holds them. Every verb is a collective of all ranks, but for `state` and what cites it."""
+    """A rank's part of a model and its optimizer. Every method is a collective of all ranks, except `state`, `state_sizes` and `replicas`."""
 
     @property
     def mesh(self) -> Mesh:
-        """The ranks."""
+        """The mesh of the ranks."""
 
     @property
     def device(self) -> torch.device:
-        """Where the model computes."""
+        """The device on which the model computes."""
 
     @property
     def num_slow_updates(self) -> int:
-        """Updates at the beginning, and after `close`, that take longer than later ones: compilation, the recording of a step."""
+        """The number of updates, at the beginning and after `close`, that are slow because they compile or record a step."""
 
     def update(
         self,
@@ -117,53 +117,54 @@ class TrainingEngine(Protocol):
         unreadable: bool = False,
         report: Callable[[str], None] | None = None,
     ) -> StepResult:
-        """Updates the weights once, by the mean loss over the valid targets of all microbatches of all ranks.
+        """Updates the weights once, with the gradient of the mean loss over the valid targets of all microbatches of all ranks.
 
         Args:
-            microbatches: Of this rank, on the host or on the device.
-            learning_rate: For this step.
+            microbatches: Microbatches of this rank, on the host or on the device.
+            learning_rate: Learning rate of this step.
             gradient_clip_norm: Largest global norm; 0: no clipping.
-            largest_loss: The largest loss that may change the weights; losses and norms that are not finite never do.
-            stop: This rank was asked to stop; all ranks learn it with the loss.
-            unreadable: This rank could not read its data and brings a stand-in; all ranks learn it with the loss and keep their weights.
-            report: Told of every forward and backward.
+            largest_loss: Largest loss that may change the weights; losses and norms that are not finite never do.
+            stop: Whether this rank was asked to stop; all ranks learn it with the loss.
+            unreadable: Whether this rank could not read its data and passes a stand-in; all ranks learn it with the loss and keep their
+                weights.
+            report: Function that is called with a text before every forward and backward.
         """
 
     def evaluate(self, microbatches: Iterable[Microbatch]) -> tuple[float, int]:
-        """Mean loss in nats per valid target, and the number of those targets, over all ranks. Every rank brings as many microbatches."""
+        """Returns mean loss in nats per valid target and number of targets over all ranks; every rank passes the same number of microbatches."""
 
     def state(self) -> dict[str, Tensor]:
         """The live tensors (not copies) of weights and optimizer under the names of `checkpoint/state.py`; divided ones are DTensors."""
 
     def state_sizes(self) -> list[int]:
-        """Bytes of this rank's parts of `state`, in its order, those included that the optimizer has not made yet."""
+        """The bytes of this rank's part of each tensor of `state`, including tensors that the optimizer has not made yet."""
 
     def restore(self, checkpoint: Checkpoint, *, weights_only: bool = False) -> None:
-        """Puts a checkpoint's tensors into weights and optimizer; changes nothing when it fails.
+        """Loads a checkpoint's tensors into weights and optimizer; changes nothing when it fails.
 
         Args:
-            checkpoint: To read this rank's parts from.
-            weights_only: Leave the optimizer alone, and take weights of narrower dtypes, too.
+            checkpoint: Checkpoint from which this rank reads its parts.
+            weights_only: Whether only weights are loaded, which may then be stored in a narrower dtype.
 
         Raises:
-            CheckpointError: It is damaged, or of another model.
+            CheckpointError: The checkpoint is damaged or belongs to another model.
         """
 
     def replicas(self) -> Replicas:
-        """What several ranks hold alike; called on all ranks, but without communication."""
+        """The tensors of which several ranks hold copies; no communication takes place."""
 
     def whole_model(self) -> LanguageModel | None:
-        """The model in one piece, on the first rank; None on the others, which help to gather it."""
+        """Gathers the whole model on the first rank; returns None on every other rank."""
 
     def watch_gradients(self, look: Callable[[Mapping[str, Tensor]], None]) -> None:
-        """Has every later update show its gradients by the name of their parameter, fully summed and not yet clipped."""
+        """Makes every later update call `look` with its gradients by parameter name, fully summed and not yet clipped."""
 
     def close(self) -> None:
-        """Frees what only updates need, a recorded step for instance. Weights and optimizer stay, and a later update makes it anew."""
+        """Frees memory that only updates need, such as a recorded step; weights and optimizer stay. A later update allocates it again."""
 
 
 class BuildEngine(Protocol):
-    """Makes the engine of a config with its first weights."""
+    """A function that builds the engine of a config with its first weights."""
 
     def __call__(self, config: RunConfig, *, mesh: Mesh, device: torch.device) -> TrainingEngine:
-        """Builds it on all ranks at once."""
+        """Builds the engine; a collective of all ranks."""

@@ -1,7 +1,7 @@
-"""The parts of a model's parameters that the optimizer of this rank updates, as plain tensors: every update is element by element.
+"""The parts of a model's parameters that this rank's optimizer updates, as plain tensors, since every update is element by element.
 
-A parameter of one process is updated itself. Of a DTensor the optimizer sees this rank's part, which shares its memory, or, offloaded, a
-copy in host memory that is written back after each step.
+A plain parameter is its own part. The part of a DTensor shares its memory, or, where the optimizer is offloaded, is a copy in host memory that
+is written back after each step.
 """
 
 from __future__ import annotations
@@ -18,14 +18,14 @@ from phase8.optim.clip import gradient_norm
 
 
 class Shards:
-    """This rank's parts by the name of their parameter.
+    """This rank's parts of all parameters, by parameter name.
 
     Args:
-        model: After it has been divided over the ranks.
-        tensor_axis: Ranks that divide some parameters and have others whole.
+        model: Model that has been divided over the ranks.
+        tensor_axis: Axis of tensor parallelism, whose ranks divide some parameters and have the rest whole.
         holders: Axes along which ranks hold different parts of the model; the norm is summed over them in this order.
-        offload: Keep what the optimizer updates, and with it its state, in host memory.
-        copies: Names of parameters that are counted in the gradient norm by another rank.
+        offload: Whether the parts, and with them the optimizer's state, lie in host memory.
+        copies: Names of the parameters that another rank counts in the gradient norm.
     """
 
     def __init__(
@@ -49,7 +49,7 @@ class Shards:
             parameter.grad = None
 
     def gradient_norm(self) -> Tensor:
-        """The norm of the gradient of the whole model, the same on every rank; a scalar where the gradients are."""
+        """The norm of the gradient of the whole model, the same on every rank; a scalar on the device of the gradients."""
         axes = [axis for axis in self.holders if axis.size > 1]
         if not axes:
             return gradient_norm(self.parts.values())
@@ -64,20 +64,20 @@ class Shards:
 
     @torch.no_grad()
     def write_back(self) -> None:
-        """Copies updated parts from host memory to where the model computes, if they are offloaded."""
+        """Copies updated parts from host memory to the parameters on the device, if the optimizer is offloaded."""
         if self.offload:
             for name, parameter in self.whole.items():
                 held_part(parameter).copy_(self.parts[name])
 
     @torch.no_grad()
     def read_again(self) -> None:
-        """Copies the parameters to where they are offloaded, after they got other values."""
+        """Copies the parameters to their parts in host memory after they got other values, if the optimizer is offloaded."""
         if self.offload:
             for name, parameter in self.whole.items():
                 self.parts[name].copy_(held_part(parameter))
 
     def _sums_of_summands(self) -> dict[str, Tensor]:
-        """Gradients of which each tensor-parallel rank has a summand, summed; all of them travel together."""
+        """Sums the gradients of which each tensor-parallel rank has a summand, all of them in one collective."""
         gradients = {name: parameter.grad for name, parameter in self.whole.items() if isinstance(parameter.grad, DTensor)}
         summands = {name: held_part(grad) for name, grad in gradients.items() if grad.placements != self.whole[name].placements}
         if not summands:
@@ -89,7 +89,7 @@ class Shards:
 
     @property
     def _device(self) -> torch.device:
-        """Where collectives want their tensors."""
+        """The device on which collectives expect their tensors."""
         return next(iter(self.whole.values())).device
 
     def _part(self, parameter: nn.Parameter) -> nn.Parameter:

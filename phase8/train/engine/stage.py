@@ -1,7 +1,7 @@
-"""A rank's stage of the pipeline: its chunks of the model, and how the microbatches of a step go through them.
+"""A rank's stage of the pipeline, with its chunks of the model, which runs the microbatches of a step through them.
 
-One process is a pipeline of one stage. When the embedding is tied to the head, first and last stage hold a copy each: both start alike,
-get the sum of both gradients, and so stay alike.
+One process is a pipeline of one stage. When the embedding is tied to the head, first and last stage hold a copy each: both copies start equal
+and get the sum of both gradients, so they stay equal.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from phase8.pipeline_parallel.schedules import Kind, build_forward_only, build_s
 from phase8.zero.fsdp import sum_gradients_after
 
 EMBEDDING = "embedding.weight"
-# A message travels while the action before the one that needs it is computed.
+# Receives are posted one action ahead, so that a message travels while the action before the one that needs it is computed.
 _RECEIVES_AHEAD = 1
 
 
@@ -33,11 +33,11 @@ class Stage:
     """The chunks of one rank and the engines that run them.
 
     Args:
-        chunks: In the order of the model, divided over the data-parallel ranks.
-        pipeline: The numbers of the pipeline.
-        mesh: The ranks; all of them make their stages at the same time.
-        zero: How data-parallel ranks divide the chunks.
-        device: Where the chunks compute.
+        chunks: Chunks in the order of the model, divided over the data-parallel ranks.
+        pipeline: Schedule, number of stages and chunks per stage.
+        mesh: Mesh of the ranks, which all make their stages at the same time.
+        zero: ZeRO section, by which data-parallel ranks divide the chunks.
+        device: Device on which the chunks compute.
     """
 
     def __init__(self, chunks: Sequence[LanguageModel], pipeline: Pipeline, mesh: Mesh, *, zero: ZeroSection, device: torch.device):
@@ -58,7 +58,7 @@ class Stage:
 
     @property
     def copies(self) -> frozenset[str]:
-        """Parameters that another stage has, too, and counts."""
+        """The names of parameters that another stage has too and counts in the gradient norm."""
         is_last = self._place.stage == self._place.num_stages - 1
         return frozenset({EMBEDDING} if self._holders_of_embedding is not None and is_last else ())
 
@@ -72,13 +72,13 @@ class Stage:
         """Adds the gradients of the mean loss, auxiliary losses included, to those of the parameters.
 
         Args:
-            microbatches: Of this rank's pipeline, the same on all of its stages.
-            num_targets: What the sum of the losses is divided by.
-            report: Told of every forward and backward.
+            microbatches: Microbatches of this rank's pipeline, the same on all of its stages.
+            num_targets: Divisor of the sum of the losses.
+            report: Function that is called with a text before every forward and backward.
 
         Returns:
-            This pipeline's share of the mean loss where the model ends, zero on other stages, without the auxiliary losses; and this rank's
-            shares of those, [n] in the order of their names (None: the model has none).
+            This pipeline's share of the mean loss without auxiliary losses on the stage where the model ends, zero on other stages; and
+            this rank's shares of the auxiliary losses [n] in the order of their names (None: the model has none).
         """
         engine = self._engine(len(microbatches), trains=True)
 
@@ -106,7 +106,7 @@ class Stage:
         return self._or_zero(loss, dtype), shares
 
     def loss_sum(self, microbatches: Sequence[Microbatch]) -> Tensor:
-        """The sum of the losses of all targets in float64 where the model ends, zero on other stages; without gradients."""
+        """The sum of the losses of all targets, float64, on the stage where the model ends, zero on other stages; without gradients."""
 
         def forward(chunk: int, number: int, x: Tensor | None) -> tuple[Tensor, Mapping[str, Tensor]]:
             output = self._call(chunk, microbatches[number], x)
@@ -116,11 +116,11 @@ class Stage:
         return self._or_zero(loss, torch.float64)
 
     def _or_zero(self, loss: Tensor | None, dtype: torch.dtype) -> Tensor:
-        """The loss, and zero where there is none, of one dtype on all stages: they are about to be added."""
+        """The loss, or zero where there is none, in the same dtype on all stages, which are about to add them."""
         return torch.zeros((), device=self.device, dtype=dtype) if loss is None else loss.to(dtype)
 
     def _call(self, chunk: int, microbatch: Microbatch, x: Tensor | None, on_losses: OnLosses | None = None) -> Tensor:
-        """The sum of the losses of the last chunk, the residual stream of any other."""
+        """Runs a chunk; returns the sum of the losses of the last chunk, or the residual stream of any other."""
         model = self.chunks[chunk]
         tokens, starts = self._moved(microbatch.tokens) if model.begins else None, self._moved(microbatch.starts)
         if model.ends:
@@ -128,11 +128,11 @@ class Stage:
         return model(tokens, starts, x=x, sequence_length=microbatch.tokens.shape[1], on_losses=on_losses)[0]
 
     def _moved(self, x: Tensor | None) -> Tensor | None:
-        """A part of a microbatch on the device, where the stream waits for it."""
+        """A tensor of a microbatch, copied to the device in stream order."""
         return None if x is None else x.to(self.device, non_blocking=True)
 
     def _engine(self, num_microbatches: int, *, trains: bool) -> Engine:
-        """Made once for each number of microbatches."""
+        """The pipeline engine for a number of microbatches, for training or evaluation; each is made once."""
         key = (num_microbatches, trains)
         if key not in self._engines:
             name, P, V = self.pipeline
@@ -143,7 +143,7 @@ class Stage:
         return self._engines[key]
 
     def _form(self, microbatches: Sequence[Microbatch]) -> MessageForm:
-        """Of the residual stream between chunks: [B, T, D], with several tensor-parallel ranks [n, D] of the own tokens."""
+        """The form of the residual stream between chunks: [B, T, D], or with several tensor-parallel ranks the own tokens [n, D]."""
         model = self.chunks[0]
         width, num_ranks = model.section.d_model, self.mesh.tp.size
         shapes = tuple(
@@ -153,7 +153,7 @@ class Stage:
 
     @torch.no_grad()
     def _sum_gradients_of_copies(self) -> None:
-        """Gives the embedding of the first stage and that of the last the sum of their gradients."""
+        """Replaces the gradients of the embeddings of the first and the last stage by their sum."""
         is_holder = self._place.stage in (0, self._place.num_stages - 1)
         if self._holders_of_embedding is None or not is_holder:
             return
@@ -163,7 +163,7 @@ class Stage:
 
 
 def joined(chunks: Sequence[LanguageModel]) -> nn.Module:
-    """A module that holds all parameters of the chunks of a stage under their names in the whole model; of a single chunk, the chunk."""
+    """A module that holds all parameters of a stage's chunks under their names in the whole model; a single chunk is returned itself."""
     if len(chunks) == 1:
         return chunks[0]
     whole, blocks = nn.Module(), nn.ModuleDict()

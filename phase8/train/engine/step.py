@@ -33,15 +33,15 @@ def train_step(
     The loss is a mean over the valid targets of all microbatches of all ranks, so it does not depend on how the batch is cut.
 
     Args:
-        train_state: The gradients of its model must be empty; they are emptied again. Its optimizer is left alone when loss or gradient norm
-            is not finite, or the loss too large.
-        microbatches: Of this rank, on the host or on the device.
-        learning_rate: For this step.
+        train_state: Model and optimizer. The model must have no gradients, and has none after the step. Weights and optimizer state do
+            not change when loss or gradient norm is not finite, the loss is too large, or data are unreadable.
+        microbatches: Microbatches of this rank, on the host or on the device.
+        learning_rate: Learning rate of this step.
         gradient_clip_norm: Largest global norm; 0: no clipping.
-        largest_loss: That may change the weights.
-        stop: This rank was asked to stop; all ranks learn it with the loss.
-        unreadable: This rank could not read its data and brings a stand-in; all ranks learn it with the loss and keep their weights.
-        report: Told of every forward and backward.
+        largest_loss: Largest loss that may change the weights.
+        stop: Whether this rank was asked to stop; all ranks learn it with the loss.
+        unreadable: Whether this rank could not read its data and passes a stand-in; all ranks learn it with the loss and keep their weights.
+        report: Function that is called with a text before every forward and backward.
     """
     for group in train_state.optimizer.param_groups:
         group["lr"] = learning_rate
@@ -52,13 +52,13 @@ def train_step(
 
 @dataclass(frozen=True)
 class StepNumbers:
-    """The numbers of a step; scalars on the device where a recorded step reads them anew each time.
+    """The numbers of a step. They are scalars on the device for a recorded step, which reads them at every replay.
 
     Args:
-        num_targets: Of this rank, from `count_targets`.
-        largest_loss: That may change the weights.
-        stop: This rank was asked to stop.
-        unreadable: This rank could not read its data.
+        num_targets: Number of targets on this rank, from `count_targets`.
+        largest_loss: Largest loss that may change the weights.
+        stop: Whether this rank was asked to stop.
+        unreadable: Whether this rank could not read its data.
     """
 
     num_targets: int | Tensor
@@ -75,11 +75,11 @@ def update(
     gradient_clip_norm: float,
     report: Callable[[str], None] | None = None,
 ) -> Tensor:
-    """The part of a step that the device does, without waiting for it; arguments as for `train_step`. The optimizer knows its learning rate.
+    """Enqueues a step's work on the device without waiting; arguments as for `train_step`. The optimizer has its learning rate already.
 
     Returns:
-        Loss, gradient norm, the numbers of ranks that were asked to stop and that could not read, whether the weights were changed, and the
-        auxiliary losses, for `step_result`.
+        Numbers for `step_result`: loss, gradient norm, number of ranks that were asked to stop, number of ranks that could not read their
+        data, 1 if the weights were changed or else 0, and the auxiliary losses.
     """
     optimizer, shards, mesh, device = train_state.optimizer, train_state.shards, train_state.mesh, train_state.device
     total, auxiliary = train_state.stage.train(microbatches, _over_all_ranks(numbers.num_targets, train_state), report=report)
@@ -92,13 +92,13 @@ def update(
     step_clipped(optimizer, norm, max_norm=gradient_clip_norm, counts=counts)
     shards.write_back()
     shards.drop_gradients()
-    # Tensor-parallel ranks have the same main loss, but auxiliary losses of their own tokens.
+    # Tensor-parallel ranks have the same main loss, but each has the auxiliary losses of its own tokens.
     found = () if auxiliary is None else sum_over(auxiliary, *mesh.axes(EVERYBODY))
     return torch.stack((total, norm.to(total), *told, counts.to(total), *found))
 
 
 def step_result(measured: Sequence[float], auxiliary_names: Sequence[str]) -> StepResult:
-    """What the numbers of `update` say."""
+    """Makes a StepResult from the numbers that `update` returns."""
     loss, norm, num_stopped, num_unreadable, counts, *auxiliary = measured
     named = dict(zip(auxiliary_names, auxiliary, strict=True))
     return StepResult(loss, norm, skipped=counts == 0, stop=num_stopped > 0, unreadable=num_unreadable > 0, auxiliary_losses=named)
@@ -106,7 +106,7 @@ def step_result(measured: Sequence[float], auxiliary_names: Sequence[str]) -> St
 
 @torch.no_grad()
 def evaluate(train_state: TrainState, microbatches: Iterable[Microbatch]) -> tuple[float, int]:
-    """Mean loss in nats per valid target, and the number of those targets, over all ranks. Every rank brings as many microbatches."""
+    """Returns mean loss in nats per valid target and number of targets over all ranks; every rank passes the same number of microbatches."""
     batches = list(microbatches)
     loss_sum = sum_over(train_state.stage.loss_sum(batches), train_state.mesh.pp)
     sums = torch.stack((loss_sum, loss_sum.new_tensor(sum(batch.num_valid for batch in batches))))
@@ -115,12 +115,12 @@ def evaluate(train_state: TrainState, microbatches: Iterable[Microbatch]) -> tup
 
 
 def count_targets(microbatches: Sequence[Microbatch]) -> int:
-    """Valid targets of a step on this rank."""
+    """The number of valid targets of a step on this rank."""
     return sum(microbatch.num_valid for microbatch in microbatches)
 
 
 def _over_all_ranks(num_targets: int | Tensor, train_state: TrainState) -> int | Tensor:
-    """The sum over the ranks that read different tokens, at least one; of several ranks as a scalar on the device."""
+    """The sum over the ranks that read different tokens, but at least 1; with several ranks a scalar on the device."""
     axes = train_state.mesh.axes(TOKENS)
     if isinstance(num_targets, int):
         if all(axis.size == 1 for axis in axes):

@@ -1,4 +1,4 @@
-"""A model with its optimizer as one rank holds them."""
+"""One rank's part of a model and its optimizer."""
 
 from __future__ import annotations
 
@@ -27,12 +27,12 @@ from phase8.zero.fsdp import shard_block, shard_model
 
 @dataclass(frozen=True)
 class TrainState:
-    """What takes the steps.
+    """One rank's part of a model and its optimizer.
 
     Args:
-        stage: This rank's part of the model.
-        shards: What the optimizer of this rank updates.
-        optimizer: Over the shards.
+        stage: Pipeline stage of this rank.
+        shards: Parts of the parameters that this rank's optimizer updates.
+        optimizer: Optimizer of the shards.
     """
 
     stage: Stage
@@ -41,34 +41,34 @@ class TrainState:
 
     @property
     def mesh(self) -> Mesh:
-        """The ranks it is divided over."""
+        """The mesh of the ranks over which the model is divided."""
         return self.stage.mesh
 
     @property
     def device(self) -> torch.device:
-        """Where the model computes; offloaded parameters lie elsewhere between uses."""
+        """The device on which the model computes; offloaded parameters lie in host memory between uses."""
         return self.stage.device
 
     @property
     def model(self) -> LanguageModel:
-        """This rank's part of the model, where it is a single chunk."""
+        """This rank's part of the model, for a stage of a single chunk."""
         (model,) = self.stage.chunks
         return model
 
 
 def build_train_state(config: RunConfig, *, mesh: Mesh, device: torch.device, dtype: torch.dtype) -> TrainState:
-    """The model of a config with its first weights, divided over the ranks, and its optimizer.
+    """Builds the model of a config with its first weights, divided over the ranks, and its optimizer.
 
     Args:
-        config: Model, optimizer, recomputation, pipeline and ZeRO.
-        mesh: The ranks.
-        device: Where the model computes.
-        dtype: Of the residual stream.
+        config: Config with model, optimizer, recomputation, pipeline and ZeRO.
+        mesh: Mesh of the ranks.
+        device: Device on which the model computes.
+        dtype: Dtype of the residual stream.
     """
     chunks = build_chunks(config, mesh=mesh, device=device, dtype=dtype)
     decayed_names = set().union(*(decayed_parameter_names(chunk) for chunk in chunks))
     stage = Stage(chunks, pipeline_of(config.parallel), mesh, zero=config.zero, device=device)
-    # Parameters that are in host memory themselves have their parts there already.
+    # Parameters in host memory (`zero.offload_params`) have their parts there already.
     offload = config.zero.offload_optimizer == "cpu" and config.zero.offload_params == "none"
     shards = Shards(stage.module, tensor_axis=mesh.tp, holders=mesh.axes(HOLDERS), offload=offload, copies=stage.copies)
     optimizer = build_optimizer(shards.parts, config.optim, decayed_names=decayed_names)
@@ -77,7 +77,7 @@ def build_train_state(config: RunConfig, *, mesh: Mesh, device: torch.device, dt
 
 
 def require_divisible(shards: Shards, declare: DeclareState) -> None:
-    """Refuses an optimizer whose update of a parameter needs all of it where ranks hold only parts of it.
+    """Refuses an optimizer that updates a parameter as a whole where ranks hold only parts of that parameter.
 
     Raises:
         ConfigError: There is such a parameter.
@@ -91,7 +91,7 @@ def require_divisible(shards: Shards, declare: DeclareState) -> None:
 
 
 def build_chunks(config: RunConfig, *, mesh: Mesh, device: torch.device, dtype: torch.dtype) -> list[LanguageModel]:
-    """The chunks of this rank's stage with their first weights, divided over the ranks; arguments as above (`meta`: shapes only)."""
+    """Builds the chunks of this rank's stage with their first weights, divided over the ranks; on device `meta` they have shapes only."""
     layers_of_chunks = chunk_layers(config.model, pipeline_of(config.parallel), mesh.pp.index)
     chunks = [_build_chunk(config, layers, mesh=mesh, device=device, dtype=dtype) for layers in layers_of_chunks]
     for chunk in chunks:
@@ -104,7 +104,7 @@ def build_chunks(config: RunConfig, *, mesh: Mesh, device: torch.device, dtype: 
 
 
 def _build_chunk(config: RunConfig, layers: range, *, mesh: Mesh, device: torch.device, dtype: torch.dtype) -> LanguageModel:
-    """Some layers of the model with their first weights."""
+    """Builds some layers of the model with their first weights."""
     chunk = build_model(config.model, dtype=dtype, device=device, axis=mesh.tp, number_format=number_format(config.precision), layers=layers)
     apply_recomputation(chunk, config.train.recompute, every_n_layers=config.train.recompute_every_n_layers)
     if device.type == "meta":
@@ -115,7 +115,7 @@ def _build_chunk(config: RunConfig, layers: range, *, mesh: Mesh, device: torch.
 
 
 def whole_model(train_state: TrainState, config: RunConfig) -> LanguageModel | None:
-    """The model in one piece, on the first rank; None on the others, which help to gather it."""
+    """Gathers the whole model on the first rank; returns None on every other rank. A collective of all ranks."""
     if train_state.mesh.device_mesh is None:
         return train_state.model
     parameters = collected(dict(train_state.stage.module.named_parameters()), train_state.mesh)

@@ -1,15 +1,15 @@
-"""Silent corruption: what several ranks hold alike is compared bit for bit, and who deviates is named.
+"""Detection of silent corruption: copies that several ranks hold are compared bit for bit, and the rank that deviates is named.
 
-| held by several ranks | which |
+| tensor | ranks that hold copies |
 |---|---|
-| a part of a parameter | replicas of data-parallel ranks: all with ZeRO 0, those of each shard with `zero.shard_size` |
-| a parameter without a dim to divide, norms for example | tensor-parallel ranks |
+| a part of a parameter | data-parallel ranks: all of them with ZeRO 0, those with the same shard with `zero.shard_size` |
+| a parameter that tensor parallelism does not divide, such as a norm | tensor-parallel ranks |
 | the embedding that is tied to the head | first and last pipeline stage |
 
-and with each parameter the optimizer's state of it. All get the same gradients and make the same updates, so they stay equal for ever;
-one bit that memory, a link or a core gets wrong makes them differ for ever, and no error is raised.
+The optimizer's state of each of these parameters is compared too. All copies get the same gradients and make the same updates, so they stay
+equal. A single bit that memory, a link or a core gets wrong makes them differ from then on, and raises no error by itself.
 
-    n  32-bit words of a tensor        C  words taken at a time
+    C  32-bit words that are hashed at a time
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from phase8.distributed.collectives import Axis
 from phase8.errors import CorruptionError
 from phase8.train.engine.protocol import Item, TrainingEngine
 
-# Words at a time: their products should stay in the cache of the host (8 times faster than those that do not); a GPU wants few launches.
+# Words that are hashed at a time: on the host their products should stay in the cache (8 times faster); on a GPU launches should be few.
 _CPU_CHUNK, _GPU_CHUNK = 2**17, 2**22
 _BASE = 5
 _WORDS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int32}
@@ -35,11 +35,11 @@ _WORDS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int32}
 
 @dataclass(frozen=True)
 class Holding:
-    """What one rank holds of items whose copies differ.
+    """One rank's copies of the items of which copies differ.
 
     Args:
-        place: Device and host, for people.
-        digests: By item: which part of it, as offsets and shape, and the hash of its bits.
+        place: Device and host, as text for people.
+        digests: Item -> region of the rank's part (offsets and shape) and hash of its bits.
     """
 
     place: str
@@ -47,17 +47,16 @@ class Holding:
 
 
 def check_replicas(engine: TrainingEngine, *, step: int) -> None:
-    """Compares what several ranks hold alike; a collective of all ranks, between steps.
+    """Compares the copies that several ranks hold; a collective of all ranks, to be called between steps.
 
-    Reads these weights and their optimizer state once, where they are; only eight bytes of each tensor leave the device. Nothing is done
-    when there is only one of everything.
+    Weights and optimizer state are read once, on their device; only eight bytes per tensor leave it. Without copies nothing is done.
 
     Args:
-        engine: Of this rank.
-        step: The last finished step.
+        engine: Engine of this rank.
+        step: Number of the last finished step.
 
     Raises:
-        CorruptionError: Copies differ. Every rank raises the same sentence.
+        CorruptionError: Copies differ; the message is the same on every rank.
     """
     replicas = engine.replicas()
     if not replicas.axes:
@@ -73,12 +72,12 @@ def check_replicas(engine: TrainingEngine, *, step: int) -> None:
 
 
 def describe_deviation(holdings: Sequence[Holding]) -> str | None:
-    """What differs and who is to blame, as one sentence; None: nothing does.
+    """A sentence that names the item that differs and the ranks at fault; None: no copies differ.
 
-    The rank whose copy is unlike most others is named; when there is no majority, all that hold one.
+    The ranks whose copy deviates from the majority are named; without a majority, all ranks that hold a copy.
 
     Args:
-        holdings: Of every rank.
+        holdings: Holdings of all ranks, in order.
     """
     items = dict.fromkeys(item for holding in holdings for item in holding.digests)
     if not items:
@@ -99,27 +98,27 @@ def describe_deviation(holdings: Sequence[Holding]) -> str | None:
 
 
 def bit_hash(tensor: Tensor, powers: Tensor) -> Tensor:
-    """A hash of the bits of a tensor and their places: the words as digits of a number to the base 5, modulo 2^64; a scalar on its device.
+    """A hash of a tensor's bits, as a scalar on its device: its words are the digits of a number to the base 5, modulo 2^64.
 
-    5 is odd, and its first 2^31 powers differ modulo 2^33. Up to 2^31 words it follows that each of these changes the hash, always: any
-    change of one element, one or two flipped bits, two unequal elements of at most 32 bits swapped, the same number added to every word
-    of a run. Other damage goes unnoticed only where its parts happen to cancel.
+    5 is odd, and its first 2^31 powers differ modulo 2^33. For up to 2^31 words it follows that each of these changes always alters the
+    hash: any change of one element, one or two flipped bits, a swap of two unequal elements of at most 32 bits, the same number added
+    to every word of a run. Other damage goes unnoticed only where its parts happen to cancel.
 
     Args:
-        tensor: Of any dtype.
-        powers: Of 5, [C] on the same device, from `powers_of_base`.
+        tensor: Tensor of any dtype.
+        powers: Powers of 5 [C] on the same device, from `powers_of_base`.
     """
     words = tensor.detach().reshape(-1).view(_WORDS[tensor.element_size()])
     total = torch.zeros((), dtype=torch.int64, device=tensor.device)
     scale, per_chunk = 1, pow(_BASE, len(powers), 2**64)
     for chunk in words.split(len(powers)):
-        total += (chunk * powers[: len(chunk)]).sum() * _signed(scale)  # in 64 bits, which overflow as they should
+        total += (chunk * powers[: len(chunk)]).sum() * _signed(scale)  # int64 wraps on overflow, which is the reduction modulo 2^64
         scale = scale * per_chunk % 2**64
     return total
 
 
 def powers_of_base(count: int, device: torch.device) -> Tensor:
-    """The first powers of 5 modulo 2^64, [count], as signed numbers."""
+    """The first powers of 5 modulo 2^64 [count], as signed numbers."""
     powers = torch.ones(1, dtype=torch.int64, device=device)
     while len(powers) < count:
         powers = torch.cat((powers, powers * _signed(pow(_BASE, len(powers), 2**64))))
@@ -127,12 +126,12 @@ def powers_of_base(count: int, device: torch.device) -> Tensor:
 
 
 def _signed(number: int) -> int:
-    """Of a number modulo 2^64, what int64 makes of its bits."""
+    """The int64 with the same bits as a number modulo 2^64."""
     return (number + 2**63) % 2**64 - 2**63
 
 
 def _digests(tensors: Mapping[Item, Tensor]) -> dict[Item, int]:
-    """The hash of each tensor. Each device is waited for once."""
+    """The hash of each tensor; each device is synchronised once."""
     devices = {tensor.device for tensor in tensors.values()}
     digests: dict[Item, int] = {}
     for device in devices:
@@ -145,7 +144,7 @@ def _digests(tensors: Mapping[Item, Tensor]) -> dict[Item, int]:
 
 
 def _differing(digests: Mapping[Item, int], axis: Axis, names: set[str]) -> list[Item]:
-    """Items that are not the same along an axis; a collective of its ranks. Those that hold no copies learn nothing."""
+    """The items of which copies differ along an axis; empty on ranks that hold no copies. A collective of the axis."""
     items = [item for item in digests if item.parameter in names]
     gathered: list[list[int]] = [[]] * axis.size
     dist.all_gather_object(gathered, [digests[item] for item in items], group=axis.group)
@@ -154,7 +153,7 @@ def _differing(digests: Mapping[Item, int], axis: Axis, names: set[str]) -> list
 
 
 def _copies(holdings: Sequence[Holding], item: Item) -> list[dict[int, int]]:
-    """Of each part of an item, the hash by rank."""
+    """A mapping rank -> hash for each part of an item."""
     parts: dict[str, dict[int, int]] = {}
     for rank, holding in enumerate(holdings):
         if item in holding.digests:

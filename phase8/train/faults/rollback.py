@@ -1,4 +1,4 @@
-"""Going back to the newest checkpoint after an anomaly, and on from there with other samples."""
+"""Rollback to the newest checkpoint after an anomaly; training then continues with later samples."""
 
 from __future__ import annotations
 
@@ -11,17 +11,17 @@ from phase8.train.start import restore_asked
 
 
 def roll_back(run: Run, anomaly: Anomaly) -> dict[str, str | int]:
-    """Restores weights, optimizer and random state on all ranks, and sets the position behind the samples of the anomaly.
+    """Restores weights, optimizer and random state on all ranks, and sets the position after the samples of the anomaly.
 
     Args:
-        run: It gets the position of its newest checkpoint.
-        anomaly: Its samples and all since that checkpoint are left out from now on.
+        run: Run, which gets the state of its newest checkpoint.
+        anomaly: Anomaly whose samples, with all others since that checkpoint, are left out from now on.
 
     Returns:
-        What the record of the run says of it.
+        Fields of the event in the metrics.
 
     Raises:
-        DivergenceError: There is no checkpoint yet, or rollbacks to the same one are too many.
+        DivergenceError: There is no checkpoint yet, or there were too many rollbacks to the same one.
     """
     abandoned, limit = run.position, run.config.train.anomaly.max_consecutive
     restored = abandoned
