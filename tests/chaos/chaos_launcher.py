@@ -19,7 +19,11 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
-from tests.parallel.pool import PRELOADED
+PRELOADED = [  # what every worker would import; it is forked from a process that has
+    "torch", "torch.distributed.checkpoint", "torch.distributed.fsdp", "torch.distributed.tensor.parallel", "torch.utils.data", "safetensors",
+    "pydantic", "rich.console", "rich.progress", "yaml",
+]  # fmt: skip
+
 
 ROOT = Path(__file__).parents[2]
 GRACE_SECONDS = 30.0  # as torchrun

@@ -19,10 +19,6 @@ from datetime import timedelta
 MAX_WORLD_SIZE = 8
 GLOO = "gloo"
 NCCL = "cpu:gloo,cuda:nccl"  # as in training: tensors on the host go through gloo
-PRELOADED = [  # what every worker would import; it is forked from a process that has
-    "torch", "torch.distributed.checkpoint", "torch.distributed.fsdp", "torch.distributed.tensor.parallel", "torch.utils.data", "safetensors",
-    "pydantic", "rich.console", "rich.progress", "yaml",
-]  # fmt: skip
 
 
 class RankError(Exception):
@@ -91,8 +87,7 @@ class Pool:
             self.close()
         if self._store is None:
             self._store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
-        context = multiprocessing.get_context("forkserver")
-        context.set_forkserver_preload(PRELOADED)
+        context = multiprocessing.get_context("spawn")
         for rank in range(len(self._workers), world_size):
             ours, theirs = context.Pipe()
             process = context.Process(target=work, args=(rank, self._store.port, theirs), name=f"rank {rank}", daemon=True)
