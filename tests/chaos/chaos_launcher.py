@@ -23,8 +23,6 @@ PRELOADED = [  # what every worker would import; it is forked from a process tha
     "torch", "torch.distributed.checkpoint", "torch.distributed.fsdp", "torch.distributed.tensor.parallel", "torch.utils.data", "safetensors",
     "pydantic", "rich.console", "rich.progress", "yaml",
 ]  # fmt: skip
-
-
 ROOT = Path(__file__).parents[2]
 GRACE_SECONDS = 30.0  # as torchrun
 LONG = 240.0  # what takes so long hangs, however busy the machine is

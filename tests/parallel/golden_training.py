@@ -23,7 +23,7 @@ from phase8.train.engine.step import train_step
 from tests.parallel.training import new_train_state
 
 NUM_STEPS = 20
-# Of each data-parallel rank in a step: three, for the sum of two numbers does not depend on their order; and sequences in each of them.
+# Each data-parallel rank takes three microbatches in a step, for the sum of two numbers does not depend on their order; each has so many sequences.
 NUM_MICROBATCHES, MICRO_BATCH_SIZE = 3, 2
 SEQUENCE_LENGTH, VOCABULARY_SIZE = 32, 256
 DOCUMENT_RATIO = 0.1  # tokens that begin a document, over all tokens

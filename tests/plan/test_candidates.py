@@ -96,7 +96,7 @@ def test_where_a_recording_has_no_room_the_step_is_not_recorded(planned):
 
 
 def test_what_cannot_be_faster_is_not_planned(planned):
-    """Of a large model, whose larger microbatches are hardly faster and here would have to recompute."""
+    """The larger microbatches of a large model are hardly faster, and would have to recompute here."""
     large = ("model.d_model=2048", "model.num_layers=24", "model.num_heads=16", "model.sequence_length=4096", "model.ffn_size=8192")
     (best,) = found(*large, compiles=True, most=1, device=replace(GPU, memory_bytes=6 * GIB))
     assert str(best) == "micro batch 4, nothing recomputed, compiled"

@@ -70,7 +70,7 @@ def test_tensor_parallel_layers_gather_and_scatter_tokens():
 
 
 def test_exchanges_are_summed_as_declared():
-    """Of 16 tokens: numbers of two bytes, wide ones of four, and a collective for every three tokens of each of two ranks."""
+    """A microbatch has 16 tokens; numbers have two bytes, wide ones four; one collective takes three tokens of each of two ranks."""
     base = table(section(), grid=Grid(tensor=2), microbatches=3, exchanges=())
     plain, wide = Exchange(ALL_GATHER, 5), Exchange(REDUCE_SCATTER, 5, is_wide=True)
     several = Exchange(ALL_REDUCE, 2, is_wide=True, tokens_per_rank=3)

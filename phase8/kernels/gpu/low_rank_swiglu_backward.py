@@ -39,6 +39,14 @@ def feed_forward_backward(dy: Tensor, bottlenecks: Tensor, gate: Tensor, up: Ten
 
 
 @triton.jit
+def gradients_of_gate(before, factor, dhidden, LOG2E: tl.constexpr, FAST: tl.constexpr):
+    """Returns silu(before), and the gradients of before and factor from that of their product silu(before) * factor."""
+    sigmoid = sigmoid_of(before, LOG2E, FAST)
+    silu = before * sigmoid
+    return silu, dhidden * factor * (sigmoid + silu * (1.0 - sigmoid)), dhidden * silu
+
+
+@triton.jit
 def _bottlenecks_kernel(
     dy, bottlenecks, gate, up, down, dbottlenecks, num_tokens, width,
     RANK: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_F: tl.constexpr, BLOCK_R: tl.constexpr,
@@ -58,11 +66,9 @@ def _bottlenecks_kernel(
         before = tl.dot(x_gate, tl.trans(gate_rows), input_precision=PRECISION)
         factor = tl.dot(x_up, tl.trans(up_rows), input_precision=PRECISION)
         dhidden = tl.dot(dy_rows, down_columns, input_precision=PRECISION)
-        sigmoid = sigmoid_of(before, LOG2E, FAST)
-        silu = before * sigmoid
-        dbefore = dhidden * factor * (sigmoid + silu * (1.0 - sigmoid))
+        _, dbefore, dfactor = gradients_of_gate(before, factor, dhidden, LOG2E, FAST)
         dx_gate = tl.dot(dbefore.to(x_gate.dtype), gate_rows, dx_gate, input_precision=PRECISION)
-        dx_up = tl.dot((dhidden * silu).to(x_gate.dtype), up_rows, dx_up, input_precision=PRECISION)
+        dx_up = tl.dot(dfactor.to(x_gate.dtype), up_rows, dx_up, input_precision=PRECISION)
     column = tl.arange(0, BLOCK_R)
     mask = (token < num_tokens)[:, None] & (column < RANK)[None, :]
     out = dbottlenecks + tl.cast(token, tl.int64)[:, None] * (2 * RANK) + column[None, :]
@@ -94,11 +100,9 @@ def _weights_kernel(
         before = tl.dot(gate_rows, tl.trans(x_gate), input_precision=PRECISION)
         factor = tl.dot(up_rows, tl.trans(x_up), input_precision=PRECISION)
         dhidden = tl.dot(down_rows, tl.trans(dy_rows), input_precision=PRECISION)
-        sigmoid = sigmoid_of(before, LOG2E, FAST)
-        silu = before * sigmoid
-        dbefore = dhidden * factor * (sigmoid + silu * (1.0 - sigmoid))
+        silu, dbefore, dfactor = gradients_of_gate(before, factor, dhidden, LOG2E, FAST)
         dgate = tl.dot(dbefore.to(dtype), x_gate, dgate, input_precision=PRECISION)
-        dup = tl.dot((dhidden * silu).to(dtype), x_up, dup, input_precision=PRECISION)
+        dup = tl.dot(dfactor.to(dtype), x_up, dup, input_precision=PRECISION)
         ddown = tl.dot((silu * factor).to(dtype), dy_rows, ddown, input_precision=PRECISION)
     column = tl.arange(0, BLOCK_R)
     mask = (feature < width)[:, None] & (column < RANK)[None, :]
