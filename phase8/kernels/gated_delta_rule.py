@@ -10,7 +10,7 @@ from torch import Tensor
 from phase8.kernels.backends import uses_triton
 from phase8.kernels.reference import gated_delta_rule as reference
 
-MAX_HEAD_BYTES = 512  # 256 values of 16 bits: chunks of queries and keys, and the state, must fit into the shared memory of a multiprocessor
+MAX_HEAD_BYTES = 256  # 128 values of 16 bits: the gradients of queries and keys of a chunk must fit into the registers of a program
 
 
 def _runs_on_triton(q: Tensor, v: Tensor) -> bool:
