@@ -37,7 +37,7 @@ def walk_tiles(key_size: int, value_size: int, element_bytes: int, *, num_sequen
     columns = min(block_size(value_size), 64 if element_bytes == 2 else 32)
     while columns > MIN_COLUMNS and 4 * num_sequences * triton.cdiv(value_size, columns) < 3 * num_processors:
         columns //= 2
-    return Tiles(columns, 4, 2 if element_bytes == 2 else 1)
+    return Tiles(columns, 8 if key_size > 64 and columns > 32 else 4, 2 if element_bytes == 2 else 1)
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,7 @@ import triton.language as tl
 from torch import Tensor
 
 from phase8.kernels.gpu.fast_math import exp2, has_fast_math
-from phase8.kernels.gpu.gated_delta_rule import Kept, tiles_for, walk_again, walk_constants
+from phase8.kernels.gpu.gated_delta_rule import MIN_COLUMNS, Kept, tiles_for, walk_again, walk_constants
 from phase8.kernels.gpu.gated_delta_rule_inverse import (
     SMALLEST_RATE,
     Gates,
@@ -54,10 +54,11 @@ def gated_delta_rule_backward(
 
 
 def chunk_tiles_for(value_size: int, element_bytes: int) -> Tiles:
-    """Chosen so that three tiles of gradients of queries and keys and four of pairs of tokens fit into the registers of a program."""
+    """Chosen so that no registers are spilled."""
     if triton.knobs.runtime.interpret:
         return Tiles(block_size(value_size), 4, 1)
-    return Tiles(min(block_size(value_size), 64 if element_bytes == 2 else 16), 8, 1)
+    # At least two blocks of columns: without a loop all loads of the kernel would be moved to its beginning.
+    return Tiles(max(min(block_size(value_size) // 2, 64 if element_bytes == 2 else 16), MIN_COLUMNS), 8, 1)
 
 
 def _walk_back(
@@ -149,10 +150,12 @@ def _chunk_gradients_kernel(
 
     A key is read with, to find what it holds, and written with; the two parts of its gradient stay apart, because the gradient of the decays is
     what is read less what is written. The same rounded products of a pair of tokens enter both, so that their rounding cancels.
+    The three parts follow each other, and read their tiles again: together they would not fit into the registers.
     """
     chunk, head, batch = unravel_chunk(tl.program_id(0), num_chunks, num_heads)
     first = tl.cast(chunk * CHUNK, tl.int32)
     limit, token = length - first, tl.arange(0, CHUNK)
+    row, column = token[:, None], token[None, :]
     q, k, dy = q + batch * q_b + head * q_h, k + batch * k_b + head * k_h, dy + batch * dy_b + head * dy_h
     if starts is not None:
         starts += batch * length
@@ -162,59 +165,79 @@ def _chunk_gradients_kernel(
     last = tl.min(total, 0)
     from_start, to_end, keeps = exp2(total, FAST), exp2(last - total, FAST), tl.exp2(last)
     values = (batch * length * num_heads + head) * V
+    written, dv, values_t = written + values, dv + values, num_heads * V
     states = tl.cast(tl.program_id(0), tl.int64) * K * V
+    before, dafter = before + states, dafter + states
+    keys = (batch * length * num_heads + head) * K
+    key_mask, keys_t = tile_mask(limit, K, CHUNK, BLOCK_K, K), num_heads * K
 
-    queries_read, keys_read = tl.zeros([CHUNK, BLOCK_K], tl.float32), tl.zeros([CHUNK, BLOCK_K], tl.float32)
-    keys_written = tl.zeros([CHUNK, BLOCK_K], tl.float32)
-    reads, reads_turned = tl.zeros([CHUNK, CHUNK], tl.float32), tl.zeros([CHUNK, CHUNK], tl.float32)
-    erases, erases_turned = tl.zeros([CHUNK, CHUNK], tl.float32), tl.zeros([CHUNK, CHUNK], tl.float32)
-    crossing_end, drates = 0.0, tl.zeros([CHUNK], tl.float32)
-    for column in range(0, V, COLUMNS):
-        mask = tile_mask(limit, V - column, CHUNK, COLUMNS, V)
-        grad = tl.load(tile_pointers(dy + column, first, dy_t, CHUNK, COLUMNS), mask, 0.0)
-        writes = tl.load(tile_pointers(written + values + column, first, num_heads * V, CHUNK, COLUMNS), mask, 0.0)
-        dvalue = tl.load(tile_pointers(dv + values + column, first, num_heads * V, CHUNK, COLUMNS), mask, 0.0)
-        state = load_state(before + states + column, V, 1, V - column, K, V, BLOCK_K, COLUMNS)
-        dstate = load_state(dafter + states + column, V, 1, V - column, K, V, BLOCK_K, COLUMNS)
-        queries_read = tl.dot(grad, tl.trans(state), queries_read, input_precision=PRECISION)
-        keys_read = tl.dot(dvalue, tl.trans(state), keys_read, input_precision=PRECISION)
-        keys_written = tl.dot(writes, tl.trans(dstate), keys_written, input_precision=PRECISION)
-        reads = tl.dot(grad, tl.trans(writes), reads, input_precision=PRECISION)
-        reads_turned = tl.dot(writes, tl.trans(grad), reads_turned, input_precision=PRECISION)
-        erases = tl.dot(dvalue, tl.trans(writes), erases, input_precision=PRECISION)
-        erases_turned = tl.dot(writes, tl.trans(dvalue), erases_turned, input_precision=PRECISION)
-        crossing_end += tl.sum(tl.sum(state.to(tl.float32) * dstate.to(tl.float32), 1), 0)
-        drates += tl.sum(dvalue.to(tl.float32) * writes.to(tl.float32), 1)
-
-    key_mask = tile_mask(limit, K, CHUNK, BLOCK_K, K)
-    query = tl.load(tile_pointers(q, first, q_t, CHUNK, BLOCK_K), key_mask, 0.0)
+    # What queries read.
+    read, pairs = tl.zeros([CHUNK, BLOCK_K], tl.float32), tl.zeros([CHUNK, CHUNK], tl.float32)
+    for begin in range(0, V, COLUMNS):
+        grad = _columns(dy, begin, dy_t, first, limit, V, COLUMNS)
+        state = load_state(before + begin, V, 1, V - begin, K, V, BLOCK_K, COLUMNS)
+        read = tl.dot(grad, tl.trans(state), read, input_precision=PRECISION)
+        writes = _columns(written, begin, values_t, first, limit, V, COLUMNS)
+        pairs = tl.dot(grad, tl.trans(writes), pairs, input_precision=PRECISION)
     key = tl.load(tile_pointers(k, first, k_t, CHUNK, BLOCK_K), key_mask, 0.0)
-    later, strictly_later = token[:, None] >= token[None, :], token[:, None] > token[None, :]
-    change = total[:, None] - total[None, :]
-    read_pairs = reads * exp2(tl.where(later, change, float("-inf")), FAST)
-    erased_pairs = erases * exp2(tl.where(strictly_later, change, float("-inf")), FAST)
-    dquery = queries_read * from_start[:, None] + tl.dot(read_pairs.to(key.dtype), key, input_precision=PRECISION)
-    dkey_read = keys_read * -from_start[:, None] - tl.dot(erased_pairs.to(key.dtype), key, input_precision=PRECISION)
-    read_pairs = reads_turned * exp2(tl.where(token[:, None] <= token[None, :], -change, float("-inf")), FAST)
-    erased_pairs = erases_turned * exp2(tl.where(token[:, None] < token[None, :], -change, float("-inf")), FAST)
-    kept_to_end = keys_written * to_end[:, None]
-    dkey_written = kept_to_end + tl.dot(read_pairs.to(query.dtype), query, input_precision=PRECISION)
-    dkey_written -= tl.dot(erased_pairs.to(key.dtype), key, input_precision=PRECISION)
+    pairs *= exp2(tl.where(row >= column, total[:, None] - total[None, :], float("-inf")), FAST)
+    dquery = read * from_start[:, None] + tl.dot(pairs.to(key.dtype), key, input_precision=PRECISION)
+    query = tl.load(tile_pointers(q, first, q_t, CHUNK, BLOCK_K), key_mask, 0.0)
+    change = tl.sum(query.to(tl.float32) * dquery, 1)
+    tl.store(tile_pointers(dq + keys, first, keys_t, CHUNK, BLOCK_K), dquery.to(dq.dtype.element_ty), key_mask)
 
-    heads_t = num_heads * K
-    rows = (batch * length * num_heads + head) * K
-    tl.store(tile_pointers(dq + rows, first, heads_t, CHUNK, BLOCK_K), dquery.to(dq.dtype.element_ty), key_mask)
-    tl.store(tile_pointers(dk + rows, first, heads_t, CHUNK, BLOCK_K), (dkey_read + dkey_written).to(dk.dtype.element_ty), key_mask)
+    # What keys read, to replace it.
+    read, pairs = tl.zeros([CHUNK, BLOCK_K], tl.float32), tl.zeros([CHUNK, CHUNK], tl.float32)
+    drates = tl.zeros([CHUNK], tl.float32)
+    for begin in range(0, V, COLUMNS):
+        dvalue = _columns(dv, begin, values_t, first, limit, V, COLUMNS)
+        state = load_state(before + begin, V, 1, V - begin, K, V, BLOCK_K, COLUMNS)
+        read = tl.dot(dvalue, tl.trans(state), read, input_precision=PRECISION)
+        writes = _columns(written, begin, values_t, first, limit, V, COLUMNS)
+        pairs = tl.dot(dvalue, tl.trans(writes), pairs, input_precision=PRECISION)
+        drates += tl.sum(dvalue.to(tl.float32) * writes.to(tl.float32), 1)
+    key = tl.load(tile_pointers(k, first, k_t, CHUNK, BLOCK_K), key_mask, 0.0)
+    pairs *= exp2(tl.where(row > column, total[:, None] - total[None, :], float("-inf")), FAST)
+    dkey = read * -from_start[:, None] - tl.dot(pairs.to(key.dtype), key, input_precision=PRECISION)
+    change += tl.sum(key.to(tl.float32) * dkey, 1)
+
+    # What keys write. Rows are the tokens that write, columns the later ones: queries read it, keys replace it.
+    kept, crossing_end = tl.zeros([CHUNK, BLOCK_K], tl.float32), 0.0
+    read_pairs, replaced_pairs = tl.zeros([CHUNK, CHUNK], tl.float32), tl.zeros([CHUNK, CHUNK], tl.float32)
+    for begin in range(0, V, COLUMNS):
+        writes = _columns(written, begin, values_t, first, limit, V, COLUMNS)
+        dstate = load_state(dafter + begin, V, 1, V - begin, K, V, BLOCK_K, COLUMNS)
+        kept = tl.dot(writes, tl.trans(dstate), kept, input_precision=PRECISION)
+        grad = _columns(dy, begin, dy_t, first, limit, V, COLUMNS)
+        read_pairs = tl.dot(writes, tl.trans(grad), read_pairs, input_precision=PRECISION)
+        dvalue = _columns(dv, begin, values_t, first, limit, V, COLUMNS)
+        replaced_pairs = tl.dot(writes, tl.trans(dvalue), replaced_pairs, input_precision=PRECISION)
+        state = load_state(before + begin, V, 1, V - begin, K, V, BLOCK_K, COLUMNS)
+        crossing_end += tl.sum(tl.sum(state.to(tl.float32) * dstate.to(tl.float32), 1), 0)
+    gate = exp2(tl.where(row <= column, total[None, :] - total[:, None], float("-inf")), FAST)
+    query = tl.load(tile_pointers(q, first, q_t, CHUNK, BLOCK_K), key_mask, 0.0)
+    kept *= to_end[:, None]
+    written_gradient = tl.dot((read_pairs * gate).to(query.dtype), query, kept, input_precision=PRECISION)
+    key = tl.load(tile_pointers(k, first, k_t, CHUNK, BLOCK_K), key_mask, 0.0)
+    replaced = (replaced_pairs * tl.where(row < column, -gate, 0.0)).to(key.dtype)
+    written_gradient = tl.dot(replaced, key, written_gradient, input_precision=PRECISION)
+    wide = key.to(tl.float32)
+    crossing_end = crossing_end * keeps + tl.sum(tl.sum(wide * kept, 1), 0)
+    change -= tl.sum(wide * written_gradient, 1)
+    tl.store(tile_pointers(dk + keys, first, keys_t, CHUNK, BLOCK_K), (dkey + written_gradient).to(dk.dtype.element_ty), key_mask)
 
     # What crosses into a token is what crosses the end of the chunk, plus what is read from the token on, less what is written from it on.
-    wide = key.to(tl.float32)
-    change = tl.sum(query.to(tl.float32) * dquery, 1) + tl.sum(wide * (dkey_read - dkey_written), 1)
-    crossing_end = crossing_end * keeps + tl.sum(tl.sum(wide * kept_to_end, 1), 0)
     # A sum of its own for each token: a difference of running sums would drown short memories, and documents after those with large states.
-    crossing = crossing_end + tl.sum(tl.where(later, change[:, None], 0.0), 0)
+    crossing = crossing_end + tl.sum(tl.where(row >= column, change[:, None], 0.0), 0)
     if starts is not None:  # nothing crosses into a document; what is left is rounding
         crossing = tl.where(tl.load(starts + first + token, token < limit, 0) != 0, 0.0, crossing)
     scalars = (batch * length + first + token) * num_heads + head
     tl.store(dlog_decay + scalars, crossing, token < limit)
     rates = tl.maximum(rates, SMALLEST_RATE)  # 0 beyond the sequence
     tl.store(dbeta + scalars, drates / (rates * rates), token < limit)
+
+
+@triton.jit
+def _columns(base, begin, stride, first, limit, V: tl.constexpr, COLUMNS: tl.constexpr):
+    """Columns of a chunk of rows [T, V] from `begin` on."""
+    return tl.load(tile_pointers(base + begin, first, stride, CHUNK, COLUMNS), tile_mask(limit, V - begin, CHUNK, COLUMNS, V), 0.0)

@@ -102,48 +102,54 @@ def _inverse_kernel(
     total1 += tl.min(total0, 0)
     total2 += tl.min(total1, 0)
     total3 += tl.min(total2, 0)
-    key0, key1 = _key_rows(k, k_t, first, length, K, BLOCK_K), _key_rows(k, k_t, first + BLOCK, length, K, BLOCK_K)
-    key2, key3 = _key_rows(k, k_t, first + 2 * BLOCK, length, K, BLOCK_K), _key_rows(k, k_t, first + 3 * BLOCK, length, K, BLOCK_K)
-
-    x00 = _inverse_of_diagonal(_system(key0, key0, total0, total0, rate0, True, FAST, PRECISION), PRECISION)
-    x11 = _inverse_of_diagonal(_system(key1, key1, total1, total1, rate1, True, FAST, PRECISION), PRECISION)
-    x22 = _inverse_of_diagonal(_system(key2, key2, total2, total2, rate2, True, FAST, PRECISION), PRECISION)
-    x33 = _inverse_of_diagonal(_system(key3, key3, total3, total3, rate3, True, FAST, PRECISION), PRECISION)
-    a10 = _system(key1, key0, total1, total0, rate1, False, FAST, PRECISION)
-    a20 = _system(key2, key0, total2, total0, rate2, False, FAST, PRECISION)
-    a21 = _system(key2, key1, total2, total1, rate2, False, FAST, PRECISION)
-    a30 = _system(key3, key0, total3, total0, rate3, False, FAST, PRECISION)
-    a31 = _system(key3, key1, total3, total1, rate3, False, FAST, PRECISION)
-    a32 = _system(key3, key2, total3, total2, rate3, False, FAST, PRECISION)
-    # Row i of (I + A) X = I: X_ij = -X_ii (sum of A_im X_mj over m from j to i - 1).
-    x10 = -_dot(x11, _dot(a10, x00, PRECISION), PRECISION)
-    x21 = -_dot(x22, _dot(a21, x11, PRECISION), PRECISION)
-    x32 = -_dot(x33, _dot(a32, x22, PRECISION), PRECISION)
-    x20 = -_dot(x22, _dot(a20, x00, PRECISION) + _dot(a21, x10, PRECISION), PRECISION)
-    x31 = -_dot(x33, _dot(a31, x11, PRECISION) + _dot(a32, x21, PRECISION), PRECISION)
-    x30 = -_dot(x33, _dot(a30, x00, PRECISION) + _dot(a31, x10, PRECISION) + _dot(a32, x20, PRECISION), PRECISION)
-
     nothing = tl.zeros([BLOCK, BLOCK], tl.float32)
+
+    # Row i of (I + A) X = I: X_ij = -X_ii (sum of A_im X_mj over m from j to i - 1). Keys are loaded again for each block: all of them at once
+    # would not fit into the registers.
+    x00 = _inverse_of_diagonal(_system(k, k_t, first, length, 0, 0, total0, total0, rate0, K, BLOCK_K, FAST, PRECISION), PRECISION)
     _store_block_row(inverse, x00, nothing, nothing, nothing)
+
+    x11 = _inverse_of_diagonal(_system(k, k_t, first, length, 1, 1, total1, total1, rate1, K, BLOCK_K, FAST, PRECISION), PRECISION)
+    a10 = _system(k, k_t, first, length, 1, 0, total1, total0, rate1, K, BLOCK_K, FAST, PRECISION)
+    x10 = -_dot(x11, _dot(a10, x00, PRECISION), PRECISION)
     _store_block_row(inverse + BLOCK * CHUNK, x10, x11, nothing, nothing)
+
+    x22 = _inverse_of_diagonal(_system(k, k_t, first, length, 2, 2, total2, total2, rate2, K, BLOCK_K, FAST, PRECISION), PRECISION)
+    a20 = _system(k, k_t, first, length, 2, 0, total2, total0, rate2, K, BLOCK_K, FAST, PRECISION)
+    a21 = _system(k, k_t, first, length, 2, 1, total2, total1, rate2, K, BLOCK_K, FAST, PRECISION)
+    x20 = -_dot(x22, _dot(a20, x00, PRECISION) + _dot(a21, x10, PRECISION), PRECISION)
+    x21 = -_dot(x22, _dot(a21, x11, PRECISION), PRECISION)
     _store_block_row(inverse + 2 * BLOCK * CHUNK, x20, x21, x22, nothing)
+
+    x33 = _inverse_of_diagonal(_system(k, k_t, first, length, 3, 3, total3, total3, rate3, K, BLOCK_K, FAST, PRECISION), PRECISION)
+    a30 = _system(k, k_t, first, length, 3, 0, total3, total0, rate3, K, BLOCK_K, FAST, PRECISION)
+    a31 = _system(k, k_t, first, length, 3, 1, total3, total1, rate3, K, BLOCK_K, FAST, PRECISION)
+    a32 = _system(k, k_t, first, length, 3, 2, total3, total2, rate3, K, BLOCK_K, FAST, PRECISION)
+    x30 = -_dot(x33, _dot(a30, x00, PRECISION) + _dot(a31, x10, PRECISION) + _dot(a32, x20, PRECISION), PRECISION)
+    x31 = -_dot(x33, _dot(a31, x11, PRECISION) + _dot(a32, x21, PRECISION), PRECISION)
+    x32 = -_dot(x33, _dot(a32, x22, PRECISION), PRECISION)
     _store_block_row(inverse + 3 * BLOCK * CHUNK, x30, x31, x32, x33)
+
+
+@triton.jit
+def _system(
+    k, k_t, first, length, ROWS: tl.constexpr, COLUMNS: tl.constexpr, rows_total, columns_total, rates,
+    K: tl.constexpr, BLOCK_K: tl.constexpr, FAST: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """Block (ROWS, COLUMNS) of A; on the diagonal only what lies strictly below it."""
+    change = rows_total[:, None] - columns_total[None, :]
+    if ROWS == COLUMNS:
+        token = tl.arange(0, BLOCK)
+        change = tl.where(token[:, None] > token[None, :], change, float("-inf"))
+    rows_key = _key_rows(k, k_t, first + ROWS * BLOCK, length, K, BLOCK_K)
+    columns_key = _key_rows(k, k_t, first + COLUMNS * BLOCK, length, K, BLOCK_K)
+    return tl.dot(rows_key, tl.trans(columns_key), input_precision=PRECISION) * exp2(change, FAST) * rates[:, None]
 
 
 @triton.jit
 def _key_rows(k, k_t, first, length, K: tl.constexpr, BLOCK_K: tl.constexpr):
     """A block of keys, 0 beyond the sequence."""
     return tl.load(tile_pointers(k, first, k_t, BLOCK, BLOCK_K), tile_mask(length - first, K, BLOCK, BLOCK_K, K), 0.0)
-
-
-@triton.jit
-def _system(rows_key, columns_key, rows_total, columns_total, rates, DIAGONAL: tl.constexpr, FAST: tl.constexpr, PRECISION: tl.constexpr):
-    """A block of A; on the diagonal only what lies strictly below it."""
-    change = rows_total[:, None] - columns_total[None, :]
-    if DIAGONAL:
-        token = tl.arange(0, BLOCK)
-        change = tl.where(token[:, None] > token[None, :], change, float("-inf"))
-    return tl.dot(rows_key, tl.trans(columns_key), input_precision=PRECISION) * exp2(change, FAST) * rates[:, None]
 
 
 @triton.jit
