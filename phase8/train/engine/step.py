@@ -120,10 +120,13 @@ def count_targets(microbatches: Sequence[Microbatch]) -> int:
 
 
 def _over_all_ranks(num_targets: int | Tensor, train_state: TrainState) -> int | Tensor:
-    """The sum over the ranks that read different tokens, but at least 1; with several ranks a scalar on the device."""
+    """The sum over the ranks that read different tokens, but at least 1; with several ranks, and on a GPU, a scalar on the device.
+
+    A GPU multiplies by the reciprocal of a Python number, but divides by a tensor: the loss of a recorded step would differ in its last bit.
+    """
     axes = train_state.mesh.axes(TOKENS)
     if isinstance(num_targets, int):
-        if all(axis.size == 1 for axis in axes):
+        if train_state.device.type == "cpu" and all(axis.size == 1 for axis in axes):
             return max(num_targets, 1)
-        num_targets = torch.tensor(num_targets, dtype=torch.float64, device=train_state.device)
+        num_targets = torch.full((), num_targets, dtype=torch.float64, device=train_state.device)
     return sum_over(num_targets, *axes).clamp(min=1)
