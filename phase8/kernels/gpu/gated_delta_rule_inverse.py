@@ -43,7 +43,7 @@ def prepare_gates(log_decay: Tensor, beta: Tensor, starts: Tensor | None) -> Gat
     return Gates((log_decay, *log_decay.stride(), beta, *beta.stride(), starts, length), triton.cdiv(length, CHUNK_TOKENS))
 
 
-def chunk_inverses(k: Tensor, gates: Gates, *, num_warps: int = 1) -> Tensor:
+def chunk_inverses(k: Tensor, gates: Gates, *, num_warps: int = 2) -> Tensor:
     """X of every chunk [B, H, N, C, C] in the dtype of k, whose rows are contiguous."""
     batch, _, num_heads, key_size = k.shape
     inverse = torch.empty(batch, num_heads, gates.num_chunks, CHUNK_TOKENS, CHUNK_TOKENS, dtype=k.dtype, device=k.device)
