@@ -16,7 +16,8 @@ SHARED_BY_BENCHMARKS = ROOT / "tools/bench/measure.py"  # no door: what the door
 DOORS = sorted({*(ROOT / "launch").glob("*.py"), *(ROOT / "tools").rglob("*.py")} - {SHARED_BY_BENCHMARKS})
 TREES = {path: ast.parse(path.read_text(encoding="utf-8")) for path in [*LIBRARY, *DOORS, SHARED_BY_BENCHMARKS]}
 NO_KERNELS = {"backends", "limits", "loss_chunks", "toolchain"}  # in kernels/, but no operations: they decide which implementation runs, and how
-PLAIN = {"causal_convolution", "rotary", "window_state"}  # in kernels/, but plain torch alone: what the operations share, and what the compiler fuses
+# In kernels/, but plain torch alone: what the operations share, what they make possible, and what the compiler fuses.
+PLAIN = {"causal_convolution", "rotary", "state_map", "window_state"}
 DTYPE_RULE = "dtypes"  # in kernels/, but no operation: tested through every operation that obeys it
 KERNELS = {path.stem: path for path in LIBRARY if path.parent.name == "kernels" and path.stem not in {"__init__", *NO_KERNELS, *PLAIN, DTYPE_RULE}}
 REFERENCES = {path.stem: path for path in LIBRARY if path.parent.name == "reference" and path.stem != "__init__"}

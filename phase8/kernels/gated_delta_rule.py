@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -102,36 +102,3 @@ def gated_delta_rule(
         y [B, T, H, V] in the dtype of v, and the state after the last token [B, H, K, V].
     """
     return _forward(q, k, v, log_decay, beta, starts, initial_state)
-
-
-class StateMap(NamedTuple):
-    """What a slice of a sequence does to the state that enters it: S -> matrix S + added, exactly, whatever S is.
-
-    Args:
-        matrix: What the slice keeps of the state [B, H, K, K].
-        added: What it adds [B, H, K, V].
-    """
-
-    matrix: Tensor
-    added: Tensor
-
-    def __call__(self, state: Tensor) -> Tensor:
-        """The state after the slice."""
-        return self.matrix @ state + self.added
-
-    def then(self, later: StateMap) -> StateMap:
-        """The map of this slice and the next one together."""
-        return StateMap(later.matrix @ self.matrix, later(self.added))
-
-
-def state_map(k: Tensor, v: Tensor, log_decay: Tensor, beta: Tensor, starts: Tensor | None = None) -> StateMap:
-    """The map of a slice, arguments as in `gated_delta_rule`; its gradient is the map that backward needs.
-
-    The columns of a state do not meet, so K columns that begin as the identity and are offered no values carry the matrix along.
-    """
-    batch, _, num_heads, key_size = k.shape
-    identity = torch.eye(key_size, dtype=torch.promote_types(k.dtype, torch.float32), device=k.device).expand(batch, num_heads, -1, -1)
-    columns = torch.cat((torch.zeros_like(k), v), dim=-1)
-    entering = torch.cat((identity, identity.new_zeros(*identity.shape[:-1], v.shape[-1])), dim=-1)
-    _, final = gated_delta_rule(k, k, columns, log_decay, beta, starts, entering)
-    return StateMap(*final.split((key_size, v.shape[-1]), dim=-1))

@@ -111,16 +111,12 @@ def _sweep(problem: Problem, size: str) -> Iterator[Case]:
     from phase8.kernels.gpu.gated_linear_attention import Tiles, block_size
 
     inputs, widest = tuple(x.detach() for x in problem.inputs), block_size(problem.q.shape[-1])
-    for columns, warps, stages in itertools.product((16, 32, 64, 128), (4, 8), (1, 2, 3)):
+    for columns, warps, stages in itertools.product((16, 32, 64), (4, 8), (1, 2)):  # wider ones do not fit into registers or shared memory
         if columns > widest:
             continue
         tiles, name = Tiles(columns, warps, stages), f"columns {columns} warps {warps} stages {stages}"
-        try:
-            y = forward(*inputs, None, None, tiles=tiles)[0]
-            gradients = backward(problem.dy, None, *inputs, None, None, tiles=tiles)[:5]
-        except Exception as error:  # tiles that do not fit into the shared memory
-            yield Case(f"{size}, forward", name, None, reason=f"{error}".splitlines()[0][:80], num_bytes=0)
-            continue
+        y = forward(*inputs, None, None, tiles=tiles)[0]
+        gradients = backward(problem.dy, None, *inputs, None, None, tiles=tiles)[:5]
         _compare(problem, f"{size}, {name}", (y, *gradients))
         yield Case(f"{size}, forward", name, partial(forward, *inputs, None, None, tiles=tiles), num_bytes=problem.moved_bytes(4, 2))
         run = partial(backward, problem.dy, None, *inputs, None, None, tiles=tiles)
