@@ -55,7 +55,7 @@ EXTRAS = {  # topology and settings of parts that the models above lack
     "one-chain-decay": ("one", ("model.chain=decay",)),
     "one-chain-gate": ("one", ("model.chain=gate",)),
     "one-global-tokens": ("one", ("model.global_tokens=3",)),
-    "one-window-alone": ("one", ("model.global_path=false",)),
+    "one-window-alone": ("one", ("model.global_path=none",)),
     "one-transformer-convolution": ("one", ("model.block=transformer", "model.convolution_size=4")),
     "one-whole-recomputed": ("one", (*WHOLE, "train.recompute=full")),
     "one-whole-selective": ("one", (*WHOLE, "train.recompute=selective")),

@@ -85,11 +85,13 @@ def test_exchanges_are_summed_as_declared():
     assert table(section(), grid=Grid(tensor=2), exchanges=(wide,), compute_bytes=8)[TP, REDUCE_SCATTER] == (1, 16 * 5 * 8)
 
 
-def test_the_transformer_and_the_window_alone_have_no_scalars_and_the_chain_has_one_more():
+def test_the_transformer_and_the_window_alone_have_no_scalars_and_chain_and_delta_rule_have_one_more_each():
     expected = (2 * 6 + 2, (2 * 6 + 2) * 256)
-    for changes in ({"block": "transformer"}, {"global_path": False, "score": "dot"}):
+    for changes in ({"block": "transformer"}, {"global_path": "none", "score": "dot"}):
         assert table(section(**changes), grid=Grid(tensor=2))[TP, ALL_GATHER] == expected
-    assert table(section(chain="both"), grid=Grid(tensor=2))[TP, ALL_GATHER] == (expected[0] + 2, expected[1] + 2 * 16 * 6 * 4)
+    for changes, scalars in (({"chain": "both"}, 3), ({"global_path": "delta"}, 3), ({"global_path": "delta", "chain": "both"}, 4)):
+        found = table(section(**{"global_path": "linear", **changes}), grid=Grid(tensor=2))[TP, ALL_GATHER]
+        assert found == (expected[0] + 2, expected[1] + 2 * 16 * 2 * scalars * 4)
 
 
 def test_low_rank_pairs_exchange_their_bottleneck():

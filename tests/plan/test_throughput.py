@@ -72,6 +72,14 @@ def test_recomputation_costs_time(tmp_path, recompute):
     assert none.seconds < half.seconds < whole.seconds
 
 
+def test_the_delta_rule_takes_longer_than_the_linear_recurrence(tmp_path):
+    for settings in ((), ("model.chain=both",), ("train.recompute=full",)):
+        linear, delta = (predicted("phase8_1b", f"model.global_path={path}", *settings, tmp_path=tmp_path) for path in ("linear", "delta"))
+        assert 1.005 < delta.seconds / linear.seconds < 1.05
+    window, with_path = (predicted("phase8_1b", f"model.global_path={path}", tmp_path=tmp_path) for path in ("none", "linear"))
+    assert window.seconds < with_path.seconds
+
+
 def test_a_larger_budget_is_faster_where_the_compiler_makes_another_graph_of_it(tmp_path):
     def seconds(recompute, budget="0.5"):
         return predicted("phase8_1b", f"train.recompute={recompute}", f"train.activation_memory_budget={budget}", tmp_path=tmp_path).seconds
