@@ -207,8 +207,9 @@ MUTATIONS = {
     function.__name__: function
     for function in (
         no_reduction_in_scatter, swapped_neighbours, sum_is_local, local_count_of_targets, norm_counts_replicas_twice, norm_of_one_shard,
-        scalars_of_the_neighbour, plain_to_local, average_over_data_ranks, never_synchronised, same_data_everywhere, another_ranks_part, largest_logit_is_local,
+        plain_to_local, average_over_data_ranks, never_synchronised, same_data_everywhere, another_ranks_part, largest_logit_is_local,
         gradient_stays_a_summand, embedding_of_one_rank, first_id_of_the_first, extra_all_reduce,
         copies_not_summed, copies_counted_twice, gradient_of_another_microbatch, synchronised_too_early,
+        scalars_of_the_neighbour,
     )
 }  # fmt: skip
