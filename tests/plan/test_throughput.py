@@ -36,7 +36,7 @@ def test_every_measured_row_is_predicted_within_a_tenth(tmp_path):
     rows = MEASURED["rows"]
     missed = {}
     for row in rows:
-        config = config_of(row["config"], *row["set"].split(), tmp_path=tmp_path)
+        config = config_of(row["config"], "model.global_path=linear", *row["set"].split(), tmp_path=tmp_path)  # as all rows were measured
         ratio = MEASURED["host_ratios"][row["host"]]
         speed = predict_step(config, row["world_size"], row["device"], host_ratio=ratio).tokens_per_second
         deviation = speed / row["tokens_per_second"] - 1
