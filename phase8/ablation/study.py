@@ -42,8 +42,8 @@ def _transformer(*, taps: int) -> Settings:
     return ("model.block=transformer", f"model.convolution_size={taps}")
 
 
-def _phase8(score: str, *, chain: str, global_path: bool = True) -> Settings:
-    parts = (f"model.score={score}", f"model.global_path={str(global_path).lower()}", f"model.chain={chain}")
+def _phase8(score: str, *, chain: str, global_path: str = "linear") -> Settings:
+    parts = (f"model.score={score}", f"model.global_path={global_path}", f"model.chain={chain}")
     return ("model.block=phase8", "model.convolution_size=4", *parts)
 
 
@@ -51,12 +51,13 @@ def _phase8(score: str, *, chain: str, global_path: bool = True) -> Settings:
 VARIANTS: Mapping[str, Settings] = {
     "transformer": _transformer(taps=1),
     "transformer+conv": _transformer(taps=4),
-    "window": _phase8("dot", chain="none", global_path=False),
+    "window": _phase8("dot", chain="none", global_path="none"),
     "window+global": _phase8("dot", chain="none"),
+    "window+delta": _phase8("dot", chain="none", global_path="delta"),
     "window+global+decay": _phase8("dot", chain="decay"),
     "window+global+gate": _phase8("dot", chain="gate"),
     "window+global+chain": _phase8("dot", chain="both"),
-    "lorentz": _phase8("lorentz", chain="none", global_path=False),
+    "lorentz": _phase8("lorentz", chain="none", global_path="none"),
     "lorentz+global": _phase8("lorentz", chain="none"),
     "lorentz+global+decay": _phase8("lorentz", chain="decay"),
     "lorentz+global+gate": _phase8("lorentz", chain="gate"),
@@ -197,7 +198,7 @@ def joined_study(study: Study, output: Path) -> Study:
     tree = read_json(path)
     if not isinstance(tree, dict) or tree.keys() != asdict(study).keys():
         raise ConfigError(f"{path} is not the record of an ablation; choose another --output.")
-    earlier = {name: tuple(settings) for name, settings in tree["variants"].items()}
+    earlier = {name: tuple(map(_present_spelling, settings)) for name, settings in tree["variants"].items()}
     different = [
         f"{key} was {describe_value(tree['config'].get(key))} and is {describe_value(study.config.get(key))}"
         for key in {**tree["config"], **study.config}
@@ -215,6 +216,11 @@ def joined_study(study: Study, output: Path) -> Study:
         if sentences:
             raise DataError(f"{output} holds an ablation on other data.{split}: {'; '.join(sentences)}; restore them or choose another --output.")
     return Study(study.config, study.data, {**earlier, **study.variants})
+
+
+def _present_spelling(setting: str) -> str:
+    """A recorded setting as it is written now: `model.global_path` once was true or false."""
+    return {"model.global_path=true": "model.global_path=linear", "model.global_path=false": "model.global_path=none"}.get(setting, setting)
 
 
 def record_study(study: Study, output: Path) -> None:

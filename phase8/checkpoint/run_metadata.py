@@ -4,7 +4,7 @@ Types, ranges, and consistency with the sizes of the tensors are checked here, b
 
 | key of another release | treatment |
 |---|---|
-| a key that an earlier release did not write | has its default |
+| a key that an earlier release did not write | has its default; `model.global_path` has `linear`, which every model was that does not say it |
 | an unknown key of `config` outside the model section | is dropped, since it only concerned training |
 | an unknown key of `config.model` or of `position` | is refused: ignoring it could misread weights or data |
 | an unknown key of `data_fingerprint` | is kept, since it is compared with that of the data |
@@ -203,7 +203,10 @@ def stored_config(tree: dict[str, Any]) -> RunConfig:
     Raises:
         ConfigError: This release cannot read it.
     """
-    return config_from_mapping(_known_keys(tree), source="config")
+    known = _known_keys(tree)
+    if isinstance(model := known.get("model", {}), dict):
+        known["model"] = {"global_path": "linear"} | model
+    return config_from_mapping(known, source="config")
 
 
 def _known_keys(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:

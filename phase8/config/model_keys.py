@@ -16,7 +16,7 @@ _OF_GLOBAL_PATH = frozenset({"chain", "memory_tokens"})
 
 def keys_in_effect(model: ModelSection) -> dict[str, Any]:
     """Value of every key that a model's block reads, as plain JSON; defaults derived from other keys are filled in."""
-    unread = _OF_WINDOW | _OF_GLOBAL_PATH if model.block == "transformer" else frozenset() if model.global_path else _OF_GLOBAL_PATH
+    unread = frozenset() if model.has_global_path else _OF_GLOBAL_PATH | (_OF_WINDOW if model.block == "transformer" else frozenset())
     written_out = {"head_size": model.head_width, "ffn_size": model.feed_forward_width, "convolution_size": model.convolution_taps}
     return {name: value for name, value in (model.model_dump(mode="json") | written_out).items() if name not in unread}
 

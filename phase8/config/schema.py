@@ -13,6 +13,7 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from phase8.config.values import (
     Fraction,
+    GlobalPathName,
     LayerCount,
     NonNegativeFloat,
     NonNegativeInt,
@@ -74,7 +75,10 @@ class ModelSection(Section):
     )
     global_tokens: NonNegativeInt = key(0, "first G tokens of the sequence that every later token sees")
     score: Literal["lorentz", "dot"] = key("dot", "score of the local path: hyperbolic distance or scaled dot product")
-    global_path: bool = key(True, "the gated linear recurrence beside the window; false: the window alone, without gate and chain")
+    global_path: GlobalPathName = key(
+        "linear",
+        "recurrence beside the window: delta replaces what a key holds, linear adds to it; none: the window alone, without gate and chain",
+    )
     chain: Literal["both", "decay", "gate", "none"] = key("none", "what the Green chain modulates: the decay, the gate, both, or no chain")
     memory_tokens: Annotated[tuple[PositiveFloat, PositiveFloat], Field(strict=False)] = key(
         (2.0, 500.0), "tokens that the first and the last head of the global path remember at initialisation; on a logarithmic scale between"
@@ -106,7 +110,14 @@ class ModelSection(Section):
     @property
     def has_global_path(self) -> bool:
         """Whether the blocks have a global path beside the local one."""
-        return self.block == "phase8" and self.global_path
+        return self.block == "phase8" and self.global_path != "none"
+
+    @property
+    def scalars_per_head(self) -> int:
+        """Numbers that the global path computes for each head and token: decay step, gate, potential of the chain, share of the delta rule."""
+        if not self.has_global_path:
+            return 0
+        return 2 + (self.chain != "none") + (self.global_path == "delta")
 
     @property
     def feed_forward_rank(self) -> int:

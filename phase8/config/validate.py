@@ -62,8 +62,8 @@ def model_problems(model: ModelSection) -> Iterator[str]:
     elif model.head_width % 2:
         origin = "" if model.head_size is not None else f" (model.d_model {model.d_model} / model.num_heads {model.num_heads})"
         yield f"model.head_size {model.head_width}{origin} is odd, but rotary positions need an even one; set an even model.head_size."
-    if not model.global_path and model.chain != "none":
-        yield f"model.chain is {model.chain}, but model.global_path is false and has no decay or gate to modulate; set model.chain to none."
+    if model.global_path == "none" and model.chain != "none":
+        yield f"model.chain is {model.chain}, but model.global_path is none and has no decay or gate to modulate; set model.chain to none."
     if model.ffn == "low_rank_swiglu" and model.low_rank_rank == 0:
         yield "model.ffn is low_rank_swiglu, but model.low_rank_rank is 0; set a rank of at least 1 or use ffn: swiglu."
 

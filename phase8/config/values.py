@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+from typing import Annotated, Literal
 
 from pydantic import AfterValidator, BeforeValidator, Field, ValidationInfo
 
@@ -53,6 +53,11 @@ def _as_spelled(value: object) -> object:
     return value.spelling if isinstance(value, (SpelledInt, SpelledFloat)) else value
 
 
+def _named_global_path(value: object) -> object:
+    """The name of a global path; earlier releases had true for the linear recurrence, the only one then, and false for none."""
+    return ("linear" if value else "none") if isinstance(value, bool) else value
+
+
 def _expanded(path: str, info: ValidationInfo) -> str:
     if "\0" in path:
         raise ValueError(f"the path {path!r} holds a NUL character, which no path can")
@@ -87,5 +92,7 @@ Seconds = Annotated[PositiveFloat, at_most(10**9)]
 
 # A bare number under a text key is taken as the text that was written: run.name 010 stays 010, not 10.
 Text = Annotated[str, BeforeValidator(_as_spelled)]
+# What the global path computes, by its name.
+GlobalPathName = Annotated[Literal["delta", "linear", "none"], BeforeValidator(_named_global_path)]
 # `~` and environment variables are expanded, as in a shell.
 PathText = Annotated[Text, AS_PATH]

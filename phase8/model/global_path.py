@@ -1,4 +1,6 @@
-"""The global path of the mixer: gated linear attention over the whole past, and the Green chain that modulates decay and gate.
+"""The global path of the mixer: a gated recurrence over the whole past, and the Green chain that modulates decay and gate.
+
+The recurrence is gated linear attention, which adds each token to its memory, or the gated delta rule, which replaces what a key holds.
 
 Every part is local to a head. Shapes: B batch, T tokens, D model width, H heads, K head size.
 """
@@ -7,6 +9,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -15,6 +18,7 @@ from torch import Tensor, nn
 from phase8.config.schema import ModelSection
 from phase8.distributed.collectives import Axis, begin_to_gather, end_gather
 from phase8.exchanges import Exchanges, gathered
+from phase8.kernels.gated_delta_rule import gated_delta_rule
 from phase8.kernels.gated_linear_attention import gated_linear_attention
 from phase8.kernels.green_scan import green_scan
 from phase8.kernels.mixer_inputs import MixerInputs
@@ -40,6 +44,22 @@ class GlobalState:
     """
 
     memory: Tensor
+    green: Tensor | None
+
+
+class _Modulation(NamedTuple):
+    """What the scalars of a head and token become, in fp32 [B, T, H].
+
+    Args:
+        log_decay: Logarithm of the decay, not positive.
+        gate: Share of the global path that is added to the local one.
+        rate: Share of what a key holds that the delta rule replaces, over the squared length of a key; None: gated linear attention.
+        green: State of the chain after the last token [B, H, 2]; None without the chain.
+    """
+
+    log_decay: Tensor
+    gate: Tensor
+    rate: Tensor | None
     green: Tensor | None
 
 
@@ -86,10 +106,10 @@ class GreenChain(nn.Module):
 
 
 class GlobalPath(nn.Module):
-    """The global path, per head: gate * norm(gated linear attention).
+    """The global path, per head: gate * norm(recurrence).
 
     Args:
-        model: Model section with widths, heads and chain.
+        model: Model section with widths, heads, recurrence and chain.
         axis: Axis of tensor parallelism, whose ranks divide the heads.
     """
 
@@ -98,9 +118,10 @@ class GlobalPath(nn.Module):
         self.axis = axis
         self.num_heads, self.head_size, self.memory_tokens = model.num_heads // axis.size, model.head_width, model.memory_tokens
         self.chain = GreenChain(model.num_heads, model.chain) if model.chain != "none" else None
-        # Each head and token has a decay step, a gate and, with the chain, a potential. The order is head-major, so that heads shard as rows.
-        num_scalars = model.num_heads * (2 if self.chain is None else 3)
-        self.scalars = WideLinear(model.d_model, num_scalars, std=model.init_std)
+        self.is_delta = model.global_path == "delta"
+        # Each head and token has a decay step, a gate, with the chain a potential, and for the delta rule a share. The order is head-major, so
+        # that heads shard as rows.
+        self.scalars = WideLinear(model.d_model, model.num_heads * model.scalars_per_head, std=model.init_std)
         self.decay_bias = nn.Parameter(torch.empty(model.num_heads))
         self.gate_bias = nn.Parameter(torch.empty(model.num_heads))
         self.norm = RMSNorm(model.num_heads, model.head_width, eps=model.norm_eps, divided={"tp": 0})
@@ -142,18 +163,26 @@ class GlobalPath(nn.Module):
         """
         own_heads = end_gather(scalars, self.axis).chunk(self.axis.size, dim=-1)[self.axis.index]
         scalars = own_heads.reshape(*inputs.v.shape[:3], -1)
-        log_decay, gate, green = self._modulation(scalars, starts, None if state is None else state.green)
-        memory = None if state is None else state.memory
-        y, memory = gated_linear_attention(inputs.global_q, inputs.global_k, inputs.v, log_decay, starts, memory)
+        modulation = self._modulation(scalars, starts, None if state is None else state.green)
+        y, memory = self._recurrence(inputs, modulation, starts, None if state is None else state.memory)
         y = self.norm(y)
-        return gate[..., None].to(y.dtype) * y, None if state is None else GlobalState(memory, green)
+        return modulation.gate[..., None].to(y.dtype) * y, None if state is None else GlobalState(memory, modulation.green)
 
-    def _modulation(self, scalars: Tensor, starts: Tensor | None, state: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None]:
-        """The decay log alpha [B, T, H], the gate [B, T, H] and the state of the chain; all are fp32, as the scalars are."""
-        step, gate, *potential = scalars.unbind(-1)
+    def _recurrence(self, inputs: MixerInputs, modulation: _Modulation, starts: Tensor | None, memory: Tensor | None) -> tuple[Tensor, Tensor]:
+        """What each token reads from the memory [B, T, H, K], and the memory after the last token [B, H, K, K]."""
+        q, k, v, log_decay = inputs.global_q, inputs.global_k, inputs.v, modulation.log_decay
+        if modulation.rate is None:
+            return gated_linear_attention(q, k, v, log_decay, starts, memory)
+        return gated_delta_rule(q, k, v, log_decay, modulation.rate, starts, memory)
+
+    def _modulation(self, scalars: Tensor, starts: Tensor | None, state: Tensor | None) -> _Modulation:
+        """What the scalars [B, T, H, scalars per head] become, with the chain in its state before the first token."""
+        step, gate, *others = scalars.unbind(-1)
         log_decay, gate = -F.softplus(step + local(self.decay_bias)), gate + local(self.gate_bias)
         if self.chain is not None:
-            state, decay_factor, gate_term = self.chain(potential[0], starts, state)
+            state, decay_factor, gate_term = self.chain(others[0], starts, state)
             log_decay = log_decay if decay_factor is None else log_decay * torch.exp(decay_factor)
             gate = gate if gate_term is None else gate + gate_term
-        return log_decay, torch.sigmoid(gate), state
+        # Queries and keys are RMS-normalised: the squared length of a key is the head size.
+        rate = torch.sigmoid(others[-1]) / self.head_size if self.is_delta else None
+        return _Modulation(log_decay, torch.sigmoid(gate), rate, state)

@@ -93,7 +93,7 @@ class Phase8Mixer(nn.Module):
         self.qkv = JointColumnLinear((self.q, self.k, self.v), axis, number_format)
         self.convolution = ShortConvolution(inner, model.convolution_taps, num_ranks=axis.size)
         self.score = LorentzScore(model.num_heads) if model.score == "lorentz" else None
-        self.global_path = GlobalPath(model, axis=axis) if model.global_path else None
+        self.global_path = GlobalPath(model, axis=axis) if model.has_global_path else None
         self.out = row_linear(inner, width, rank=rank, std=0.0, axis=axis, number_format=number_format)
 
     def exchanges(self) -> Exchanges:
@@ -104,12 +104,15 @@ class Phase8Mixer(nn.Module):
     def mixing_flops(self, model: ModelSection) -> dict[str, float]:
         """FLOPs per token and part that a forward takes in addition to the linear layers; argument as of `CausalAttention.mixing_flops`.
 
-        The recurrence is counted in its recurrent form, whatever a kernel does: MFU must not reward extra work. The update S += w k v^T and
-        the read S^T q take K^2 multiply-adds per head each.
+        The recurrence is counted in its recurrent form, whatever a kernel does: MFU must not reward extra work. The update S += k v^T and the
+        read S^T q take K^2 multiply-adds per head each; the delta rule first reads what the key holds, S^T k.
         """
         attention = 4 * model.attention_width * mean_visible_keys(model, self.window)
         parts = {"convolution": self.convolution.flops_per_token, "attention": attention}
-        return parts if self.global_path is None else parts | {"recurrence": 4 * model.attention_width * model.head_width}
+        if self.global_path is None:
+            return parts
+        passes_over_state = 3 if model.global_path == "delta" else 2
+        return parts | {"recurrence": 2 * passes_over_state * model.attention_width * model.head_width}
 
     def empty_state(self, batch_size: int, *, dtype: torch.dtype, device: torch.device) -> MixerState:
         """The state before the first token."""

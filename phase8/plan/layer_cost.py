@@ -30,6 +30,8 @@ Both = tuple[float, float]
 PRODUCT_SHARE = 0.69
 WINDOW_SHARES: Both = (0.40, 0.29)
 RECURRENCE_SHARES: Both = (0.13, 0.13)
+# Time of the gated delta rule over that of the gated linear recurrence at the same shapes: to be measured; published kernels take 1.5 to 2.
+DELTA_OVER_LINEAR = 1.5
 CAUSAL_SHARES: Both = (0.48, 0.48)
 # Additional passes over [N, I] by these kernels: their times extrapolated to window and head size 0.
 KERNEL_PASSES: Both = (15, 34)
@@ -216,7 +218,7 @@ def _mixer(batch: Microbatch, window: int) -> Half:
     products = _columns(batch, 3, inner, rank) + out
     has_path = model.has_global_path
     if has_path:
-        products += batch.product(N / batch.tensor_ranks, model.d_model, 2 * model.num_heads)
+        products += batch.product(N / batch.tensor_ranks, model.d_model, model.scalars_per_head * model.num_heads)
 
     def others(direction: int) -> float:
         """Kernels of the mixer, gates and norms."""
@@ -224,7 +226,8 @@ def _mixer(batch: Microbatch, window: int) -> Half:
         is_causal = model.block == "transformer"
         seconds = flops * mean_visible_keys(model, window) / (CAUSAL_SHARES if is_causal else WINDOW_SHARES)[direction]
         if has_path:
-            seconds += flops * model.head_width / RECURRENCE_SHARES[direction]
+            over_linear = DELTA_OVER_LINEAR if model.global_path == "delta" else 1
+            seconds += over_linear * flops * model.head_width / RECURRENCE_SHARES[direction]
         passes = (CAUSAL_PASSES if is_causal else KERNEL_PASSES)[direction] + style.mixed[direction]
         return seconds + batch.moved(N * inner * passes)
 

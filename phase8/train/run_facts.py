@@ -60,7 +60,7 @@ def implementation_facts(config: RunConfig, *, device: torch.device) -> list[Fac
     elif backend.name == "triton" and model.head_width > MAX_HEAD_SIZE:
         mixer = f"plain torch references, Green chain in Triton ({model.score} window): head size {model.head_width} is above {MAX_HEAD_SIZE}"
     else:
-        recurrence = ", gated linear recurrence" if model.global_path else ""
+        recurrence = {"delta": ", gated delta rule", "linear": ", gated linear recurrence", "none": ""}[model.global_path]
         mixer = f"{implementation} ({model.score} window{recurrence}): {backend.reason}"
     facts = [("mixer", mixer), ("loss", f"{implementation}: {backend.reason}")]
     return facts if hint is None else [*facts, ("optimizer", f"torch's fused AdamW; {hint}")]

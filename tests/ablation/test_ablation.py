@@ -235,6 +235,17 @@ def test_variants_add_up_in_an_output_directory(tiny, tmp_path):
     assert joined_study(study, tmp_path).variants == joined.variants
 
 
+def test_a_study_that_says_the_global_path_as_earlier_releases_did_goes_on(tiny, tmp_path):
+    study = study_of(tiny, ["window", "window+global"])
+    said = {"model.global_path=none": "model.global_path=false", "model.global_path=linear": "model.global_path=true"}
+    earlier = {name: tuple(said.get(setting, setting) for setting in settings) for name, settings in study.variants.items()}
+    assert earlier != study.variants
+    record_study(replace(study, variants=earlier), tmp_path)
+    assert joined_study(study_of(tiny, ["window", "window+delta"]), tmp_path).variants == {
+        name: VARIANTS[name] for name in ("window", "window+global", "window+delta")
+    }
+
+
 def test_other_configs_variants_and_data_are_refused(tiny, tmp_path):
     record_study(study_of(tiny, ["a"], definitions=[["a", "transformer", "optim.eps=1e-6"]]), tmp_path)
     with pytest.raises(ConfigError, match=r"optim.learning_rate was 0.01 and is 0.02; choose another --output"):

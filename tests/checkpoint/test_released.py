@@ -15,8 +15,9 @@ from rich.console import Console
 from phase8.checkpoint.load import Checkpoint, open_checkpoint
 from phase8.checkpoint.manifest import Slice, TensorEntry
 from phase8.checkpoint.renamed_tensors import in_present_form
+from phase8.checkpoint.run_metadata import stored_config
 from phase8.checkpoint.state import flat_state
-from phase8.config.load import load_config
+from phase8.config.load import config_to_mapping, load_config
 from phase8.generate.restore import restore_model
 from phase8.train.build import Run, build_run
 from phase8.train.loop import train
@@ -24,7 +25,7 @@ from tests.train.tiny_run import losses
 
 RELEASED = Path(__file__).parent / "released"
 FIXTURES = sorted(path.name for path in RELEASED.iterdir() if path.is_dir())
-# Their config has no model.global_path and no model.memory_tokens: both have the default, which is what these models were.
+# Their config has no model.global_path and no model.memory_tokens: the path is linear and the other has its default, as in these models.
 OF_FIRST_LIGHT = {"2026-11-21-8811aeb-phase8", "2026-11-21-8811aeb-transformer"}
 SAVED_STEP, LAST_STEP = 4, 8
 
@@ -53,8 +54,9 @@ def go_on(name: str, directory: Path) -> Run:
     shutil.copytree(RELEASED / name / "data", directory / "data")
     checkpoint = open_checkpoint(RELEASED / name / f"step-{SAVED_STEP:010d}")
     # Defaults may have changed since: the model is that of the checkpoint.
+    model = config_to_mapping(stored_config(checkpoint.metadata["config"]))["model"]
     lines = [line for line in (RELEASED / name / "config.yaml").read_text().splitlines() if not line.startswith("model:")]
-    (directory / "config.yaml").write_text("\n".join([*lines, f"model: {json.dumps(checkpoint.metadata['config']['model'])}"]))
+    (directory / "config.yaml").write_text("\n".join([*lines, f"model: {json.dumps(model)}"]))
     config = load_config(directory / "config.yaml", [])
     shutil.copytree(checkpoint.path, directory / "runs" / "tiny" / "checkpoints" / checkpoint.path.name)
     return build_run(config, device=torch.device("cpu"), resume="auto", console=Console(quiet=True))

@@ -15,7 +15,7 @@ from rich.console import Console
 
 from phase8.checkpoint.load import open_checkpoint
 from phase8.checkpoint.model_sizes import sizes_problem
-from phase8.checkpoint.run_metadata import OF_A_RUN, StoredPosition, run_metadata
+from phase8.checkpoint.run_metadata import OF_A_RUN, StoredPosition, run_metadata, stored_config
 from phase8.config.load import config_to_mapping
 from phase8.config.schema import ModelSection
 from phase8.errors import CheckpointCorruptError, CheckpointError, CheckpointMismatchError
@@ -109,6 +109,14 @@ def test_an_imported_model_lacks_what_only_runs_have(directory: Path):
         run_metadata(open_checkpoint(directory), needed=OF_A_RUN)
 
 
+@pytest.mark.parametrize(("stored", "name"), [(None, "linear"), (True, "linear"), (False, "none"), ("delta", "delta"), ("none", "none")])
+def test_a_model_of_an_earlier_release_has_the_global_path_that_it_had(stored: bool | str | None, name: str):
+    """The first release did not write the key, later ones wrote a bool; whatever the default is now, their path was linear."""
+    model = {} if stored is None else {"global_path": stored}
+    assert stored_config({"model": {"d_model": 24, "num_heads": 4, **model}}).model.global_path == name
+    assert stored_config({}).model.global_path == "linear"
+
+
 def model_of(**changes: Any) -> ModelSection:
     return ModelSection(**({"d_model": 24, "num_layers": 3, "num_heads": 4, "vocab_size": 61, "sequence_length": 24, "ffn_size": 40} | changes))
 
@@ -121,7 +129,8 @@ def model_of(**changes: Any) -> ModelSection:
         {"block": "transformer", "convolution_size": 3, "tie_embeddings": True},
         {"low_rank_rank": 5},
         {"low_rank_rank": 5, "ffn": "low_rank_swiglu", "score": "lorentz", "chain": "both"},
-        {"global_path": False, "head_size": 10, "convolution_size": 1, "num_layers": 1, "ffn_size": None},
+        {"global_path": "delta", "chain": "both"},
+        {"global_path": "none", "head_size": 10, "convolution_size": 1, "num_layers": 1, "ffn_size": None},
     ],
 )
 def test_every_model_fits_its_own_tensors_and_no_other_sizes(changes: dict[str, Any]):

@@ -216,6 +216,10 @@ OVERRIDES = {
     "optim.betas=[0.9, 0.99]": (0.9, 0.99),
     "precision.dtype=fp32": "fp32",
     "zero.stage=1": 1,
+    "model.global_path=delta": "delta",
+    "model.global_path=none": "none",
+    "model.global_path=false": "none",  # as earlier releases spelt it
+    "model.global_path=true": "linear",
 }
 
 
@@ -250,6 +254,8 @@ OVERRIDE_PROBLEMS = {
     "data.train={path: a, weight: 1}": ": data.train is {'path': 'a', 'weight': 1}, but a path or a list of {path, weight, dialect} or null is "
     "needed.",
     "train.num_steps={a: 1, a: 2}": ": train.num_steps is '{a: 1, a: 2}', but a whole number at least 1 is needed.",
+    "model.global_path=1": ": model.global_path is 1, but one of delta, linear, none is needed.",
+    "model.global_path=linaer": ": model.global_path is 'linaer', but one of delta, linear, none is needed.",
     "run.name=a b": ": run.name is 'a b', but a text of letters, digits, '.', '_' and '-' that begins with a letter or a digit is needed.",
 }
 
@@ -271,6 +277,14 @@ def test_round_trip_through_json_and_yaml(tmp_path):
     assert config_from_mapping(json.loads(json.dumps(mapping)), source="manifest") == config
     assert load_config(write(tmp_path, yaml.safe_dump(mapping, allow_unicode=True))) == config
     assert config_from_mapping(config_to_mapping(RunConfig()), source="manifest") == RunConfig()
+
+
+@pytest.mark.parametrize(("spelling", "name"), [("true", "linear"), ("false", "none"), ("delta", "delta"), ("linear", "linear"), ("none", "none")])
+def test_the_global_path_of_earlier_releases_has_its_present_name(tmp_path, spelling, name):
+    path = write(tmp_path, f"model: {{global_path: {spelling}}}")
+    tree = config_to_mapping(load_config(path))
+    assert tree["model"]["global_path"] == name
+    assert config_from_mapping({"model": {"global_path": yaml.safe_load(spelling)}}, source="test") == load_config(path)
 
 
 def test_a_stored_config_with_a_problem_names_its_source():

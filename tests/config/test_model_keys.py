@@ -23,7 +23,14 @@ READ = set()
 
 @pytest.mark.parametrize(
     "settings",
-    [{}, {"score": "lorentz", "chain": "both"}, {"global_path": False}, {"block": "transformer"}, {"block": "transformer", "tie_embeddings": True}],
+    [
+        {},
+        {"score": "lorentz", "chain": "both"},
+        {"global_path": "none"},
+        {"global_path": "delta", "chain": "decay"},
+        {"block": "transformer"},
+        {"block": "transformer", "tie_embeddings": True},
+    ],
 )
 def test_the_keys_in_effect_are_those_that_the_model_reads(settings):
     section = ReadSection(**SMALL, **settings)
@@ -43,7 +50,10 @@ def test_the_keys_in_effect_are_those_that_the_model_reads(settings):
         ({"local_window_size": (6, 4)}, {"local_window_size": (6, 4, 6)}, {}),
         ({}, {"local_window_size": (6, 4)}, {"local_window_size": (6, [6, 4])}),
         ({}, {"head_size": 6, "ffn_size": 64, "convolution_size": 4}, {}),
-        ({}, {"global_path": False, "chain": "both"}, {"global_path": (True, False)}),
+        ({"global_path": "linear"}, {"global_path": "none", "chain": "both"}, {"global_path": ("linear", "none")}),
+        ({"global_path": "linear"}, {"global_path": "delta"}, {"global_path": ("linear", "delta")}),
+        ({"global_path": "linear"}, {"global_path": True}, {}),
+        ({"block": "transformer", "global_path": "delta"}, {"block": "transformer", "global_path": "none"}, {}),
         ({"block": "transformer"}, {"block": "transformer", "local_window_size": 3, "score": "lorentz", "memory_tokens": (1.0, 2.0)}, {}),
         ({"block": "transformer"}, {"convolution_size": 1}, {"block": ("transformer", "phase8")}),
         ({"num_layers": 10_000}, {}, {"num_layers": (10_000, 2)}),

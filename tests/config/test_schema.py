@@ -74,6 +74,22 @@ def test_derived_model_sizes():
     assert ModelSection(block="transformer", convolution_size=3).convolution_taps == 3
 
 
+@pytest.mark.parametrize(
+    ("settings", "has_path", "scalars"),
+    [
+        ({"global_path": "linear"}, True, 2),
+        ({"global_path": "linear", "chain": "gate"}, True, 3),
+        ({"global_path": "delta"}, True, 3),
+        ({"global_path": "delta", "chain": "both"}, True, 4),
+        ({"global_path": "none"}, False, 0),
+        ({"block": "transformer", "global_path": "delta", "chain": "both"}, False, 0),
+    ],
+)
+def test_scalars_of_the_global_path(settings, has_path, scalars):
+    model = ModelSection(**settings)
+    assert (model.has_global_path, model.scalars_per_head) == (has_path, scalars)
+
+
 def test_final_decay_is_a_tenth_unless_given():
     assert [OptimSection().final_decay_steps(n) for n in (1, 9, 10, 205)] == [1, 1, 1, 20]
     assert OptimSection(decay_steps=7).final_decay_steps(205) == 7

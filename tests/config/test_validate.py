@@ -35,8 +35,8 @@ RULES = {
         "model.ffn is low_rank_swiglu, but model.low_rank_rank is 0; set a rank of at least 1 or use ffn: swiglu.",
     ),
     "chain without a path": (
-        ["model.global_path=false", "model.chain=both"],
-        "model.chain is both, but model.global_path is false and has no decay or gate to modulate; set model.chain to none.",
+        ["model.global_path=none", "model.chain=both"],
+        "model.chain is both, but model.global_path is none and has no decay or gate to modulate; set model.chain to none.",
     ),
     "warmup": (
         ["train.num_steps=100"],

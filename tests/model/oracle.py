@@ -40,7 +40,7 @@ def mixer(section, layer, p, x):
     q, k, v = (part.reshape(length, heads, size) for part in qkv.chunk(3, dim=-1))
     if section.block == "transformer":
         return linear(p, "mixer.out", torch.cat([softmax_attention(section, q, k, v, h, None, p) for h in range(heads)], dim=-1))
-    if not section.global_path:
+    if section.global_path == "none":
         return linear(p, "mixer.out", torch.cat([softmax_attention(section, q, k, v, h, window, p) for h in range(heads)], dim=-1))
     scalars = (x @ p["mixer.global_path.scalars.weight"].T).reshape(length, heads, -1)
     outputs = []
@@ -48,14 +48,35 @@ def mixer(section, layer, p, x):
         decay_term, gate_term = chain_terms(p, scalars, h)
         alpha = torch.exp(-F.softplus(scalars[:, h, 0] + p["mixer.global_path.decay_bias"][h]) * torch.exp(decay_term))
         gate = torch.sigmoid(scalars[:, h, 1] + p["mixer.global_path.gate_bias"][h] + gate_term)
-        state, read = torch.zeros(size, size, dtype=x.dtype), []
-        for i in range(length):
-            key, query = rms(k[i, h], section.norm_eps), rms(q[i, h], section.norm_eps)
-            state = alpha[i] * state + (1 - alpha[i]) * torch.outer(key, v[i, h]) / math.sqrt(size)
-            read.append(state.T @ query)
-        y_global = rms(torch.stack(read), section.norm_eps) * p["mixer.global_path.norm.weight"][h]
+        if section.global_path == "delta":
+            read = delta_rule(section, q[:, h], k[:, h], v[:, h], alpha, torch.sigmoid(scalars[:, h, -1]))
+        else:
+            read = linear_attention(section, q[:, h], k[:, h], v[:, h], alpha)
+        y_global = rms(read, section.norm_eps) * p["mixer.global_path.norm.weight"][h]
         outputs.append(softmax_attention(section, q, k, v, h, window, p) + gate[:, None] * y_global)
     return linear(p, "mixer.out", torch.cat(outputs, dim=-1))
+
+
+def linear_attention(section, q, k, v, alpha):
+    """One head: every token adds its pair to a decaying state."""
+    size = q.shape[-1]
+    state, read = torch.zeros(size, size, dtype=q.dtype), []
+    for i in range(len(q)):
+        key, query = rms(k[i], section.norm_eps), rms(q[i], section.norm_eps)
+        state = alpha[i] * state + (1 - alpha[i]) * torch.outer(key, v[i]) / math.sqrt(size)
+        read.append(state.T @ query)
+    return torch.stack(read)
+
+
+def delta_rule(section, q, k, v, alpha, share):
+    """One head: of what a decaying state holds under a key of length one, a share is replaced by the value."""
+    size = q.shape[-1]
+    state, read = torch.zeros(size, size, dtype=q.dtype), []
+    for i in range(len(q)):
+        key, query = (rms(x[i], section.norm_eps) / math.sqrt(size) for x in (k, q))
+        state = alpha[i] * (torch.eye(size, dtype=q.dtype) - share[i] * torch.outer(key, key)) @ state + share[i] * torch.outer(key, v[i])
+        read.append(state.T @ query)
+    return torch.stack(read)
 
 
 def chain_terms(p, scalars, h):

@@ -46,7 +46,11 @@ VARIANTS = [
         (f"score-{score}-chain-{chain}", scaled_down(ModelSection(score=score, chain=chain, convolution_size=taps, global_tokens=3)))
         for score, chain, taps in (("dot", "none", 1), ("dot", "decay", 4), ("lorentz", "gate", 4), ("lorentz", "both", 4), ("dot", "both", 2))
     ),
-    *((f"window-{score}", scaled_down(ModelSection(score=score, global_path=False, global_tokens=3))) for score in ("dot", "lorentz")),
+    *((f"window-{score}", scaled_down(ModelSection(score=score, global_path="none", global_tokens=3))) for score in ("dot", "lorentz")),
+    *(
+        (f"delta-chain-{chain}", scaled_down(ModelSection(global_path="delta", chain=chain, low_rank_rank=rank, global_tokens=2)))
+        for chain, rank in (("none", 0), ("decay", 0), ("gate", 0), ("both", 5))
+    ),
     ("windows", scaled_down(ModelSection(), num_layers=3, local_window_size=(3, 9), global_tokens=2, memory_tokens=(4.0, 90.0))),
     ("transformer-convolution", scaled_down(ModelSection(block="transformer", convolution_size=4))),
     ("low-rank", scaled_down(ModelSection(low_rank_rank=5, ffn="low_rank_swiglu", tie_embeddings=True))),

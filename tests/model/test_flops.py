@@ -18,7 +18,9 @@ VARIANTS = {
     "tied": {"tie_embeddings": True},
     "own widths": {"head_size": 10, "ffn_size": 17},
     "no chain": {"chain": "none"},
-    "window alone": {"chain": "none", "global_path": False},
+    "window alone": {"chain": "none", "global_path": "none"},
+    "delta rule": {"global_path": "delta"},
+    "delta rule with chain": {"global_path": "delta", "chain": "both"},
 }
 LINEAR_PARTS = ("mixer projections", "feed-forward", "head")
 
@@ -66,9 +68,8 @@ def test_attention_is_the_visible_share_of_both_products_over_all_pairs(block):
 
 
 def test_a_worked_example():
-    section = ModelSection(
-        d_model=8, num_layers=2, num_heads=2, vocab_size=10, sequence_length=4, local_window_size=2, global_tokens=1, ffn_size=12
-    )
+    shape = {"d_model": 8, "num_layers": 2, "num_heads": 2, "vocab_size": 10, "sequence_length": 4, "local_window_size": 2, "ffn_size": 12}
+    section = ModelSection(**shape, global_tokens=1, global_path="linear")
     # Keys of tokens 0..3: 1, 2, 3 (window 2 + global), 3: 9 / 4 on average.
     assert forward_flops_per_token(section) == {
         "mixer projections": 2 * (4 * 2 * 8 * 8 + 2 * 8 * 2 * 2),
@@ -77,6 +78,11 @@ def test_a_worked_example():
         "feed-forward": 2 * 3 * 2 * 8 * 12,
         "head": 2 * 8 * 10,
         "recurrence": 2 * 2 * 2 * 2 * 4 * 4,  # layers, multiply and add, update and read-out, heads, K x K
+    }
+    delta = forward_flops_per_token(ModelSection(**shape, global_tokens=1, global_path="delta"))
+    assert delta == forward_flops_per_token(section) | {
+        "mixer projections": 2 * (4 * 2 * 8 * 8 + 2 * 8 * 2 * 3),  # a third scalar of each head
+        "recurrence": 2 * 2 * 3 * 2 * 4 * 4,  # read by key, update, read-out
     }
 
 

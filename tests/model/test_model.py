@@ -11,6 +11,8 @@ from tests.model.small import LENGTH, VARIANT_IDS, VARIANT_SECTIONS, document_st
 every_variant = pytest.mark.parametrize("section", VARIANT_SECTIONS, ids=VARIANT_IDS)
 both_blocks = pytest.mark.parametrize("block", ["phase8", "transformer"])
 
+every_kind = pytest.mark.parametrize("kind", [{}, {"global_path": "delta"}, {"block": "transformer"}], ids=["phase8", "delta", "transformer"])
+
 
 def next_token_loss(model, tokens, starts=None):
     return model.loss_sum(tokens[:, :-1], tokens[:, 1:], None if starts is None else starts[:, :-1])
@@ -80,9 +82,9 @@ def test_decoding_equals_the_whole_sequence(section, pieces):
 
 
 @pytest.mark.parametrize("options", [{"mode": "full"}, {"mode": "selective"}, {"mode": "full", "every_n_layers": 2}])
-@both_blocks
-def test_recomputation_changes_no_bit(block, options):
-    section, tokens = scaled_down(ModelSection(block=block)), random_tokens()
+@every_kind
+def test_recomputation_changes_no_bit(kind, options):
+    section, tokens = scaled_down(ModelSection(**kind)), random_tokens()
     plain, recomputed = (perturbed_model(section, dtype=torch.float32) for _ in range(2))
     apply_recomputation(recomputed, **options)
     losses = [next_token_loss(model, tokens) for model in (plain, recomputed)]
@@ -111,9 +113,9 @@ def test_recomputation_really_drops_activations():
     assert saved_bytes("full") < saved_bytes("selective") < 0.6 * saved_bytes("none")
 
 
-@both_blocks
-def test_bf16_stays_close_to_fp32(block):
-    section, tokens = scaled_down(ModelSection(block=block)), random_tokens()
+@every_kind
+def test_bf16_stays_close_to_fp32(kind):
+    section, tokens = scaled_down(ModelSection(**kind)), random_tokens()
     exact = perturbed_model(section, dtype=torch.float32)
     rounded = perturbed_model(section, dtype=torch.float32)
     rounded.embedding.dtype = torch.bfloat16
@@ -140,9 +142,9 @@ def test_tied_embeddings_share_one_parameter():
 
 
 @pytest.mark.slow
-@both_blocks
-def test_compiles_without_a_graph_break(block):
-    model, tokens = perturbed_model(scaled_down(ModelSection(block=block)), dtype=torch.float32), random_tokens()
+@every_kind
+def test_compiles_without_a_graph_break(kind):
+    model, tokens = perturbed_model(scaled_down(ModelSection(**kind)), dtype=torch.float32), random_tokens()
     expected = next_token_loss(model, tokens)
     for layer in model.blocks.values():
         layer.compile(fullgraph=True, backend="aot_eager")

@@ -29,7 +29,7 @@ SEQUENCE_LENGTH, VOCABULARY_SIZE = 32, 256
 DOCUMENT_RATIO = 0.1  # tokens that begin a document, over all tokens
 
 TINY = (
-    "model.d_model=64", "model.num_layers=4", "model.num_heads=4", "model.ffn_size=96", "model.local_window_size=[6,20]",
+    "model.global_path=linear", "model.d_model=64", "model.num_layers=4", "model.num_heads=4", "model.ffn_size=96", "model.local_window_size=[6,20]",
     f"model.vocab_size={VOCABULARY_SIZE}", f"model.sequence_length={SEQUENCE_LENGTH}", "precision.dtype=fp32", "precision.tf32=false",
     f"train.num_steps={NUM_STEPS}", f"train.micro_batch_size={MICRO_BATCH_SIZE}", "optim.learning_rate=3e-3", "optim.warmup_steps=4",
 )  # fmt: skip
@@ -55,7 +55,7 @@ EXTRAS = {  # topology and settings of parts that the models above lack
     "one-chain-decay": ("one", ("model.chain=decay",)),
     "one-chain-gate": ("one", ("model.chain=gate",)),
     "one-global-tokens": ("one", ("model.global_tokens=3",)),
-    "one-window-alone": ("one", ("model.global_path=false",)),
+    "one-window-alone": ("one", ("model.global_path=none",)),
     "one-transformer-convolution": ("one", ("model.block=transformer", "model.convolution_size=4")),
     "one-whole-recomputed": ("one", (*WHOLE, "train.recompute=full")),
     "one-whole-selective": ("one", (*WHOLE, "train.recompute=selective")),

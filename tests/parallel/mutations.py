@@ -62,6 +62,11 @@ def norm_of_one_shard():
     return replaced((shards, "sum_over"), by=lambda old: lambda x, *axes: x)
 
 
+def scalars_of_the_neighbour():
+    """The global path of a rank takes the scalars of another rank's heads."""
+    return replaced((global_path, "end_gather"), by=lambda old: lambda x, axis: (found := old(x, axis)).roll(found.shape[-1] // axis.size, -1))
+
+
 def plain_to_local():
     """A replicated parameter is read without saying that its gradient is a summand."""
     def careless(old):
@@ -205,5 +210,6 @@ MUTATIONS = {
         plain_to_local, average_over_data_ranks, never_synchronised, same_data_everywhere, another_ranks_part, largest_logit_is_local,
         gradient_stays_a_summand, embedding_of_one_rank, first_id_of_the_first, extra_all_reduce,
         copies_not_summed, copies_counted_twice, gradient_of_another_microbatch, synchronised_too_early,
+        scalars_of_the_neighbour,
     )
 }  # fmt: skip

@@ -20,7 +20,7 @@ from phase8.errors import CheckpointCorruptError, StorageError
 from tests.parallel.test_parity import BLOCKS, INTERLEAVED, OFFLOADED, ranks
 from tests.parallel.training import MODEL, new_train_state, take_step
 
-BLOCK = (*BLOCKS["deep-tied"], "model.low_rank_rank=5", "model.num_layers=4")
+BLOCK = (*BLOCKS["deep-tied"], "model.low_rank_rank=5", "model.num_layers=4", "model.global_path=delta")
 TOPOLOGIES = {
     "one": ranks(),
     "pp2 interleaved": ranks(pp=2, more=INTERLEAVED),

@@ -21,9 +21,9 @@ SETTINGS = (
 )  # fmt: skip
 
 
-def gradients_of_both(tensor_ranks, stage, budget=1.0):
+def gradients_of_both(tensor_ranks, stage, budget, model):
     """Largest difference between compiled and eager gradients, over the largest gradient of each parameter, and both losses."""
-    config = without_auto(load_config(os.devnull, [*SETTINGS, f"zero.stage={stage}"]))
+    config = without_auto(load_config(os.devnull, [*SETTINGS, f"zero.stage={stage}", *model]))
     topology = Topology(1, 2 // tensor_ranks, 1, tensor_ranks)
     mesh = build_mesh(topology, device_type="cpu", shard_size=shard_size(config.zero, data_parallel_size=topology.data_parallel_size))
     train_state = build_train_state(config, mesh=mesh, device=torch.device("cpu"), dtype=torch.float32)
@@ -42,7 +42,12 @@ def gradients_of_both(tensor_ranks, stage, budget=1.0):
     return max(((found[name] - grad).abs().max() / grad.abs().max()).item() for name, grad in eager.items()), loss, eager_loss
 
 
-@pytest.mark.parametrize(("tensor_ranks", "stage", "budget"), [(2, 0, 1.0), (1, 3, 1.0), (1, 3, 0.3)])
-def test_compiled_blocks_have_the_gradients_of_eager_ones(pool, tensor_ranks, stage, budget):
-    difference, loss, eager_loss = pool.run(gradients_of_both, tensor_ranks, stage, budget, world_size=2, timeout_seconds=300)[0]
+DELTA = ("model.global_path=delta",)
+
+
+@pytest.mark.parametrize(
+    ("tensor_ranks", "stage", "budget", "model"), [(2, 0, 1.0, ()), (1, 3, 1.0, ()), (1, 3, 0.3, ()), (2, 0, 1.0, DELTA), (1, 3, 0.3, DELTA)]
+)
+def test_compiled_blocks_have_the_gradients_of_eager_ones(pool, tensor_ranks, stage, budget, model):
+    difference, loss, eager_loss = pool.run(gradients_of_both, tensor_ranks, stage, budget, model, world_size=2, timeout_seconds=300)[0]
     assert difference < 1e-4 and loss == pytest.approx(eager_loss, rel=1e-6)

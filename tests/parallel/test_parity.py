@@ -16,7 +16,8 @@ LONG_TOLERANCE = 1e-5
 BLOCKS = {
     "default": (),
     "whole": ("model.score=lorentz", "model.chain=both", "model.global_tokens=2"),
-    "window": ("model.global_path=false",),
+    "window": ("model.global_path=none",),
+    "delta": ("model.global_path=delta", "model.chain=both"),
     "transformer": ("model.block=transformer", "model.convolution_size=4"),
     "low-rank": ("model.low_rank_rank=5", "model.ffn=low_rank_swiglu", "model.chain=both"),
     "tied": ("model.tie_embeddings=true",),
@@ -45,16 +46,19 @@ QUICK = {
     "pp2 dp2 zero 3 interleaved": ("deep-tied", ranks(pp=2, dp=2, stage=3, more=(*INTERLEAVED, "train.recompute=full"))),
     "tp2 pp2": ("transformer", ranks(tp=2, pp=2)),
     "tp2 pp2 interleaved, selective": ("deep-tied", ranks(tp=2, pp=2, more=(*INTERLEAVED, "train.recompute=selective"))),
+    "tp2 pp2 delta, selective": ("delta", ranks(tp=2, pp=2, more=("train.recompute=selective",))),
     "tp2 pp2 dp2 zero 3": ("low-rank", ranks(tp=2, pp=2, dp=2, stage=3)),
     "pp2 dp2 zero 3 offloaded": ("tied", ranks(pp=2, dp=2, more=OFFLOADED)),
     "tp2": ("whole", ranks(tp=2)),
     "tp4": ("low-rank", ranks(tp=4)),
+    "tp2 delta": ("delta", ranks(tp=2)),
     "tp2 low-rank": ("low-rank", ranks(tp=2)),
     "tp2 transformer": ("transformer", ranks(tp=2)),
     "tp2 tied": ("tied", ranks(tp=2)),
     "dp2": ("default", ranks(dp=2)),
     "dp4 zero 1": ("default", ranks(dp=4, stage=1)),
     "dp2 zero 3": ("default", ranks(dp=2, stage=3)),
+    "dp2 zero 3 delta, recomputation": ("delta", ranks(dp=2, stage=3, more=("train.recompute=full",))),
     "dp2 zero 2": ("tied", ranks(dp=2, stage=2)),
     "dp4 zero 3": ("low-rank", ranks(dp=4, stage=3)),
     "dp4 zero 3 in pairs": ("whole", ranks(dp=4, stage=3, more=("zero.shard_size=2",))),
@@ -147,6 +151,7 @@ def test_twenty_steps_equal_one_process(pool, block, case):
 # Where a mistake shows: tensor parallelism, data parallelism, or both.
 SHOWS_ON = {
     "tensor": ("low-rank", ranks(tp=2)),
+    "tensor, delta": ("delta", ranks(tp=2)),
     "data": ("default", ranks(dp=2, stage=3)),
     "both": ("default", ranks(tp=2, dp=2, stage=2)),
     "stages": ("tied", ranks(pp=2, more=("train.micro_batch_size=2",))),
@@ -158,7 +163,7 @@ PLACE = {
     "never_synchronised": "data", "same_data_everywhere": "data", "another_ranks_part": "tensor", "largest_logit_is_local": "tensor",
     "gradient_stays_a_summand": "tensor", "embedding_of_one_rank": "tensor", "first_id_of_the_first": "tensor", "extra_all_reduce": "both",
     "copies_not_summed": "stages", "copies_counted_twice": "stages", "gradient_of_another_microbatch": "stages",
-    "synchronised_too_early": "stages and data",
+    "synchronised_too_early": "stages and data", "scalars_of_the_neighbour": "tensor, delta",
 }  # fmt: skip
 
 

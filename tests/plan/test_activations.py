@@ -18,6 +18,7 @@ SHAPE = {
     "local_window_size": 32,
     "global_tokens": 8,
 }
+BLOCKS = {"phase8": {}, "delta": {"global_path": "delta"}, "transformer": {"block": "transformer"}}
 RECOMPUTE = [("none", 1), ("full", 1), ("full", 2), ("selective", 1), ("selective", 2)]
 
 
@@ -53,9 +54,9 @@ def planned_bytes(section, *, dtype, micro_batch_size, packed, recompute, every)
 
 @pytest.mark.parametrize(("recompute", "every"), RECOMPUTE)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
-@pytest.mark.parametrize("block", ["phase8", "transformer"])
+@pytest.mark.parametrize("block", BLOCKS.values(), ids=BLOCKS)
 def test_traced_bytes_equal_what_autograd_keeps(block, dtype, recompute, every):
-    section = ModelSection(**SHAPE, block=block)
+    section = ModelSection(**SHAPE, **block)
     case = {"dtype": dtype, "micro_batch_size": 2, "packed": recompute == "none", "recompute": recompute, "every": every}
     assert planned_bytes(section, **case) == pytest.approx(saved_bytes(section, **case), rel=0.03)
 
@@ -65,6 +66,15 @@ def test_other_shapes_and_odd_lengths(changes):
     section = ModelSection(**{**SHAPE, "sequence_length": 117, **changes})
     case = {"dtype": torch.bfloat16, "micro_batch_size": 3, "packed": True, "recompute": "none", "every": 1}
     assert planned_bytes(section, **case) == pytest.approx(saved_bytes(section, **case), rel=0.03)
+
+
+def test_the_delta_rule_keeps_a_share_for_each_head_and_token_and_no_state():
+    """Beyond the linear recurrence, two numbers in fp32, the share as its sigmoid keeps it and as the recurrence does; and rows of the weight."""
+    case = {"dtype": torch.bfloat16, "micro_batch_size": 2, "packed": False, "device_type": "cuda"}
+    linear, delta = (trace_activations(ModelSection(**SHAPE, global_path=path), **case) for path in ("linear", "delta"))
+    shares, rows = 2 * (2 * 128 * 4) * 4, 4 * 64 * 2  # the rows are cast to bf16
+    assert delta.block - linear.block == shares + rows
+    assert delta.block_without_mixer == linear.block_without_mixer
 
 
 def test_recomputation_keeps_less():
@@ -104,9 +114,9 @@ def compiled_bytes(section, *, micro_batch_size, recompute="none"):
     return sum(storage.nbytes() for storage in storages.values())
 
 
-@pytest.mark.parametrize("block", ["phase8", "transformer"])
+@pytest.mark.parametrize("block", BLOCKS.values(), ids=BLOCKS)
 def test_traced_bytes_of_a_compiled_block_equal_what_it_keeps(block):
-    section = ModelSection(**SHAPE, block=block)
+    section = ModelSection(**SHAPE, **block)
     case = {"dtype": torch.bfloat16, "micro_batch_size": 2, "packed": False, "device_type": "cpu"}
     compiled, eager = trace_activations(section, **case, is_compiled=True), trace_activations(section, **case)
     assert compiled.block == pytest.approx(compiled_bytes(section, micro_batch_size=2), rel=0.03)

@@ -22,6 +22,7 @@ ALL_GATHER, REDUCE_SCATTER, ALL_REDUCE = Operation.ALL_GATHER, Operation.REDUCE_
 TP, SHARD, REPLICATE, PP = AxisName.TENSOR, AxisName.SHARD, AxisName.REPLICATE, AxisName.PIPELINE
 # D 8, two heads; a microbatch of one sequence has 16 tokens, 16 * 8 numbers of two bytes: 256 bytes.
 SHAPE = {"d_model": 8, "num_layers": 2, "num_heads": 2, "vocab_size": 11, "sequence_length": 16, "ffn_size": 12, "local_window_size": 4}
+SHAPE |= {"global_path": "linear"}
 NORM, MATRIX, EMBEDDING = DividedShape((8,)), DividedShape((6, 8), {"tp": 0}), DividedShape((11, 8), {"tp": 0})
 
 
@@ -85,11 +86,13 @@ def test_exchanges_are_summed_as_declared():
     assert table(section(), grid=Grid(tensor=2), exchanges=(wide,), compute_bytes=8)[TP, REDUCE_SCATTER] == (1, 16 * 5 * 8)
 
 
-def test_the_transformer_and_the_window_alone_have_no_scalars_and_the_chain_has_one_more():
+def test_the_transformer_and_the_window_alone_have_no_scalars_and_chain_and_delta_rule_have_one_more_each():
     expected = (2 * 6 + 2, (2 * 6 + 2) * 256)
-    for changes in ({"block": "transformer"}, {"global_path": False, "score": "dot"}):
+    for changes in ({"block": "transformer"}, {"global_path": "none", "score": "dot"}):
         assert table(section(**changes), grid=Grid(tensor=2))[TP, ALL_GATHER] == expected
-    assert table(section(chain="both"), grid=Grid(tensor=2))[TP, ALL_GATHER] == (expected[0] + 2, expected[1] + 2 * 16 * 6 * 4)
+    for changes, scalars in (({"chain": "both"}, 3), ({"global_path": "delta"}, 3), ({"global_path": "delta", "chain": "both"}, 4)):
+        found = table(section(**changes), grid=Grid(tensor=2))[TP, ALL_GATHER]
+        assert found == (expected[0] + 2, expected[1] + 2 * 16 * 2 * scalars * 4)
 
 
 def test_low_rank_pairs_exchange_their_bottleneck():

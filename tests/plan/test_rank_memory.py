@@ -14,7 +14,8 @@ from phase8.plan.whole_config import count_parameters, plan_stages, shapes_only
 
 SMALL = (
     "model.d_model=32", "model.num_layers=4", "model.num_heads=4", "model.vocab_size=66", "model.sequence_length=48", "model.ffn_size=64",
-    "model.local_window_size=[8,16]", "train.global_batch_size=8", "train.micro_batch_size=1", "precision.dtype=fp32",
+    "model.local_window_size=[8,16]", "model.global_path=linear", "train.global_batch_size=8", "train.micro_batch_size=1",
+    "precision.dtype=fp32",
 )  # fmt: skip
 PP2 = "parallel.pipeline_parallel_size=2"
 INTERLEAVED = (PP2, "parallel.pipeline_schedule=interleaved", "parallel.pipeline_chunks=2")
@@ -87,12 +88,12 @@ def test_interleaved_stages_hold_chunks():
     assert last.memory.activations_bytes == 2 * (large.block + stream) + large.block + large.head + 8 * stream
 
 
-@pytest.mark.parametrize("setting", ["model.low_rank_rank=0", "model.low_rank_rank=4"])
-def test_tensor_parallel_ranks_divide_what_can_be_divided(setting):
+@pytest.mark.parametrize(("setting", "scalars"), [("model.low_rank_rank=0", 2), ("model.low_rank_rank=4", 2), ("model.global_path=delta", 3)])
+def test_tensor_parallel_ranks_divide_what_can_be_divided(setting, scalars):
     (whole,), (half,) = stages_of(setting), stages_of(setting, "parallel.tensor_parallel_size=2", world_size=2)
     low_rank = "=4" in setting
     # Norms and the scalars of the global path, and of low-rank pairs the matrices beside the bottleneck.
-    of_a_layer = 2 * 32 + 2 * 4 * 32 + (4 * 4 * 32 if low_rank else 0)
+    of_a_layer = 2 * 32 + scalars * 4 * 32 + (4 * 4 * 32 if low_rank else 0)
     replicated = 4 * of_a_layer + 32
     assert half.num_parameters == (whole.num_parameters + replicated) // 2
 

@@ -36,7 +36,7 @@ def test_every_measured_row_is_predicted_within_a_tenth(tmp_path):
     rows = MEASURED["rows"]
     missed = {}
     for row in rows:
-        config = config_of(row["config"], *row["set"].split(), tmp_path=tmp_path)
+        config = config_of(row["config"], "model.global_path=linear", *row["set"].split(), tmp_path=tmp_path)  # as all rows were measured
         ratio = MEASURED["host_ratios"][row["host"]]
         speed = predict_step(config, row["world_size"], row["device"], host_ratio=ratio).tokens_per_second
         deviation = speed / row["tokens_per_second"] - 1
@@ -70,6 +70,14 @@ def test_recomputation_costs_time(tmp_path, recompute):
     half = predicted("phase8_1b", "train.recompute=selective", "train.recompute_every_n_layers=2", tmp_path=tmp_path)
     whole = predicted("phase8_1b", "train.recompute=selective", tmp_path=tmp_path)
     assert none.seconds < half.seconds < whole.seconds
+
+
+def test_the_delta_rule_takes_longer_than_the_linear_recurrence(tmp_path):
+    for settings in ((), ("model.chain=both",), ("train.recompute=full",)):
+        linear, delta = (predicted("phase8_1b", f"model.global_path={path}", *settings, tmp_path=tmp_path) for path in ("linear", "delta"))
+        assert 1.005 < delta.seconds / linear.seconds < 1.05
+    window, with_path = (predicted("phase8_1b", f"model.global_path={path}", tmp_path=tmp_path) for path in ("none", "linear"))
+    assert window.seconds < with_path.seconds
 
 
 def test_a_larger_budget_is_faster_where_the_compiler_makes_another_graph_of_it(tmp_path):

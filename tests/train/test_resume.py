@@ -16,6 +16,7 @@ SETTINGS = {
         "train.recompute=selective", "data.num_workers=1", "precision.dtype=bf16", "data.reset_at_document_boundaries=true",
         "train.deterministic=true",
     ],
+    "delta rule": ["model.global_path=delta"],
     "transformer": ["model.block=transformer"],
 }  # fmt: skip
 
@@ -90,10 +91,13 @@ def test_checkpoint_of_another_model_is_refused(tiny):
     train_tiny(tiny, "train.stop_at_step=5")
     with pytest.raises(CheckpointMismatchError, match=r"another model: model.num_layers was 2 and is 3"):
         prepare(tiny, "model.num_layers=3")
+    with pytest.raises(CheckpointMismatchError, match=r"another model: model.global_path was linear and is delta"):
+        prepare(tiny, "model.global_path=delta")
+    assert prepare(tiny, "model.global_path=true").position.step == 5
 
 
 def test_keys_that_the_block_does_not_read_and_other_spellings_are_no_other_model(tiny):
-    of_phase8 = ("model.local_window_size=9", "model.score=dot", "model.chain=none", "model.global_path=false", "model.memory_tokens=[1.0,2.0]")
+    of_phase8 = ("model.local_window_size=9", "model.score=dot", "model.chain=none", "model.global_path=none", "model.memory_tokens=[1.0,2.0]")
     train_tiny(tiny, "model.block=transformer", "train.stop_at_step=5")
     assert prepare(tiny, "model.block=transformer", *of_phase8, "model.global_tokens=0").position.step == 5
     train_tiny(tiny, "run.name=block", "train.stop_at_step=5")

@@ -28,6 +28,12 @@ def test_kernels_and_assembler_are_named_for_mixer_and_loss(lines):
     assert found == {"mixer": f"Triton (dot window, gated linear recurrence): {TRITON.reason}", "loss": f"Triton: {TRITON.reason}"}
 
 
+@pytest.mark.parametrize(("path", "words"), [("linear", ", gated linear recurrence"), ("delta", ", gated delta rule"), ("none", "")])
+def test_the_recurrence_is_named(lines, path, words):
+    found = lines(TRITON, "model.score=dot", "model.chain=none", f"model.global_path={path}")
+    assert found["mixer"] == f"Triton (dot window{words}): {TRITON.reason}"
+
+
 def test_references_are_named_with_the_reason(lines):
     found = lines(Backend("reference", "train.kernels is reference"))
     assert found["mixer"] == "plain torch references (lorentz window, gated linear recurrence): train.kernels is reference"

@@ -239,6 +239,7 @@ def test_a_key_that_an_earlier_revision_did_not_have_had_its_default(tiny):
 
 
 def test_a_value_is_shown_shortly():
-    config = config_from_mapping({"data": {"train": [{"path": "x" * 50, "weight": 1}] * 1000}}, source="test")
+    tree = {"data": {"train": [{"path": "x" * 50, "weight": 1}] * 1000}, "model": {"global_path": "linear"}}
+    config = config_from_mapping(tree, source="test")
     (change,) = changed_keys(stored_config({}), config)
     assert len(str(change)) < 600

@@ -19,7 +19,7 @@ CONFIG = """
 run: {{name: tiny, output_dir: {directory}/runs}}
 model:  # the block with all its parts
   {{d_model: 24, num_layers: 2, num_heads: 4, vocab_size: 61, sequence_length: 24, ffn_size: 40, local_window_size: 6, global_tokens: 3,
-    score: lorentz, chain: both}}
+    score: lorentz, global_path: linear, chain: both}}
 data: {{train: {directory}/train, validation: {directory}/validation}}
 precision: {{dtype: fp32}}
 optim: {{learning_rate: 1e-2, warmup_steps: 3}}
