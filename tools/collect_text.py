@@ -8,7 +8,7 @@
 |---|---|---|
 | `python` | .py files | the standard library and installed packages |
 | `c` | C, C++ and CUDA headers and sources | /usr/include, CUDA, headers of installed packages |
-| `prose` | .rst, .md, .txt, descriptions of packages, man pages without their roff, the docstrings of each .py file | /usr/share, installed packages |
+| `prose` | .rst, .md, .txt, descriptions of packages, man pages without roff, docstrings of .py files | /usr/share, installed packages |
 
 Each document is written once, without trailing spaces, in the order of a hash of its text: the order mixes all places, and a text of
 --limit-bytes is a sample of the whole. Files that are unreadable, binary, not UTF-8, very large, very short, of very long lines or mostly

@@ -8,8 +8,10 @@ _COMMENT = re.compile(r'\s*\\["#].*')
 _REQUEST = re.compile(r"[.'][ \t]*([A-Za-z]{1,8})?[ \t]*(.*)")
 _HEADINGS = {"SH", "SS", "Sh", "Ss"}
 _BLANK = {"PP", "P", "LP", "Pp", "TP", "sp", "IP", "It", "HP", "TQ"}
-# Requests whose arguments are no text: titles, includes, definitions, conditions, settings.
-_WITHOUT_TEXT = {"TH", "Dd", "Dt", "Os", "so", "de", "ds", "nr", "if", "ie", "el", "tr", "hy", "ad", "ft", "ta", "in", "ti", "ne", "RS", "RE", "Bl", "El"}
+# Requests whose arguments are no text.
+_TITLES_AND_DEFINITIONS = {"TH", "Dd", "Dt", "Os", "so", "de", "ds", "nr", "if", "ie", "el", "tr"}
+_LAYOUT = {"hy", "ad", "ft", "ta", "in", "ti", "ne", "nf", "fi", "ce", "br", "na", "nh", "RS", "RE", "EX", "EE", "Bl", "El", "Bd", "Ed"}
+_WITHOUT_TEXT = _TITLES_AND_DEFINITIONS | _LAYOUT
 _SPECIAL = {"aq": "'", "cq": "'", "oq": "'", "dq": '"', "lq": '"', "rq": '"', "bu": "*", "em": "--", "en": "-", "hy": "-", "co": "(C)", "ha": "^"}
 _SPECIAL |= {"ti": "~", "rs": "\\", "mi": "-", "ga": "`", "bv": "|", "or": "|", "<=": "<=", ">=": ">=", "->": "->", "mu": "x", "di": "/"}
 _ESCAPE = re.compile(
@@ -27,8 +29,9 @@ def text_of_man_page(source: str) -> str:
             inside_definition = not line.startswith("..")
             continue
         kept, inside_definition = _text_of_line(_COMMENT.sub("", line)), line.startswith((".de ", ".ig"))
-        if kept is not None and (kept or (lines and lines[-1])):  # one blank line in a row
-            lines.append(kept)
+        for part in () if kept is None else kept.split("\n"):
+            if part or (lines and lines[-1]):  # one blank line in a row
+                lines.append(part)
     return "\n".join(lines)
 
 

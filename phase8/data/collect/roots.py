@@ -27,7 +27,8 @@ def default_roots(kind: str) -> list[Path]:
     installed = sysconfig.get_paths()
     packages = [installed[name] for name in ("stdlib", "purelib", "platlib")]
     packages += ["/usr/lib/python3", *map(str, sorted(Path("/usr/local/lib").glob("python3*")))]
-    include = ["/usr/include", "/usr/local/include", "/usr/local/cuda/include", installed["include"], *map(str, sorted(Path("/usr/lib/gcc").glob("*/*")))]
+    include = ["/usr/include", "/usr/local/include", "/usr/local/cuda/include", installed["include"]]
+    include += map(str, sorted(Path("/usr/lib/gcc").glob("*/*")))
     shared = [f"{prefix}/share/{name}" for prefix in ("/usr", "/usr/local", sys.prefix, sys.base_prefix) for name in ("doc", "man")]
     by_kind = {"python": packages, "c": [*include, *packages], "prose": [*shared, *packages]}
     return [Path(place) for place in dict.fromkeys(by_kind[kind]) if os.path.isdir(place)]
