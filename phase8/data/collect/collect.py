@@ -101,7 +101,7 @@ def collect(
     if not chosen:
         raise DataError(f"--limit-bytes is {limit_bytes}, which is less than the first document has; give more")
     destination = output / f"{kind}.jsonl"
-    with staged_file(destination) as partial, partial.open("wb") as file:
+    with staged_file(destination) as partial, partial.open("xb") as file:
         file.writelines(line.line for line in chosen)
     collection = Collection(
         path=str(destination),

@@ -73,7 +73,9 @@ def test_a_limit_takes_the_first_documents(tree, tmp_path):
     assert limited.num_beyond_limit == 60 - len(some)
 
 
-@pytest.mark.parametrize(("kind", "options", "message"), [("c", {}, "no document of the kind 'c' in"), ("prose", {"limit_bytes": 10}, "--limit-bytes is 10")])
+@pytest.mark.parametrize(
+    ("kind", "options", "message"), [("c", {}, "no document of the kind 'c' in"), ("prose", {"limit_bytes": 10}, "--limit-bytes is 10")]
+)
 def test_nothing_to_write_is_an_error(tree, tmp_path, kind, options, message):
     with pytest.raises(DataError, match=message):
         collect(kind, [tree], tmp_path, on_progress=ignore, **options)

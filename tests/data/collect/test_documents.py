@@ -29,7 +29,8 @@ def test_names_decide_which_files_are_read(kind, path, wanted):
 
 
 def test_docstrings_of_a_module_its_classes_and_functions_in_order():
-    source = '"""Module."""\nif True:\n    class A:\n        """Class.\n\n        More.\n        """\n        async def f(self):\n            "Method."\nx = "none"\n'
+    method = '        async def f(self):\n            "Method."\n'
+    source = f'"""Module."""\nif True:\n    class A:\n        """Class.\n\n        More.\n        """\n{method}x = "none"\n'
     assert docstrings(source) == "Module.\n\nClass.\n\nMore.\n\nMethod."
 
 
