@@ -82,7 +82,7 @@ def test_from_data_to_a_table_by_the_command_line(tiny, tmp_path, capsys):
     assert recall.main(["data", *shared, *options, "--output", str(tmp_path)]) == 0
     settings = capsys.readouterr().out.split("--set ")[1].split()
     assert settings[2:] == ["model.vocab_size=100", "model.sequence_length=40"]
-    run = train_tiny(tiny, *settings, "train.num_steps=2")
+    run = train_tiny(tiny, *settings, "train.num_steps=4")
     options = ["--checkpoint", str(run.directory.path), "--lengths", "40", "64", "--sequences", "3", "--output", str(tmp_path / "found.json")]
     assert recall.main(["evaluate", *shared, *options, "--device", "cpu"]) == 0
     assert "| mqar, per cent right | 40 | 64 |" in capsys.readouterr().out
