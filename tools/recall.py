@@ -4,8 +4,8 @@ r"""Tests recall: writes sequences to train on, and measures how many tokens of 
     python launch/pretrain.py --config configs/ablation_30m.yaml --set data.train=data/recall/mqar_2048_train ...
     python tools/recall.py evaluate --checkpoint runs/ablation_30m --task mqar --lengths 2048 8192 16384 32768 --output mqar.json
 
-`mqar`: pairs of key and value, then filler, then every key is asked for its value. `passkey`: one passkey at a random depth of filler, asked
-for at the end. Sequences are drawn from --seed, those of an evaluation apart from those of training; phase8/recall/tasks.py says how.
+`mqar`: pairs of key and value, then filler, then every key is asked for its value (in training data mostly in many rounds). `passkey`: one
+passkey at a random depth of filler, asked for at the end. Sequences are drawn from --seed, those of an evaluation apart from those of training; phase8/recall/tasks.py says how.
 To train on several lengths at once, write several and blend them in data.train, with data.reset_at_document_boundaries=true. The table
 goes to standard output, one column for each length.
 """
@@ -48,7 +48,13 @@ def _write(parsed: argparse.Namespace) -> None:
     num_sequences = {"train": -(-parsed.tokens // parsed.length), "validation": parsed.validation_sequences}
     with ProgressDisplay(TextColumn("{task.percentage:3.0f} %"), TimeElapsedColumn()) as display:
         prefixes = write_task(
-            task, parsed.output, length=parsed.length, num_sequences=num_sequences, seed=parsed.seed, on_progress=display.show
+            task,
+            parsed.output,
+            length=parsed.length,
+            num_sequences=num_sequences,
+            once_ratio=parsed.once_ratio,
+            seed=parsed.seed,
+            on_progress=display.show,
         )
     for split, prefix in prefixes.items():
         print(f"{prefix}.bin/.idx: {num_sequences[split]:,} sequences of {parsed.length} tokens")
@@ -95,6 +101,8 @@ def _check(parsed: argparse.Namespace) -> None:
     names = ("length", "tokens", "validation_sequences") if is_data else ("lengths", "sequences")
     given = {name: vars(parsed)[name] for name in names} | {"vocab_size": parsed.vocab_size}
     problems = [f"--{name.replace('_', '-')} is {value}; it must be at least 1" for name, value in given.items() if not _is_positive(value)]
+    if is_data and not 0 <= parsed.once_ratio <= 1:
+        problems.append(f"--once-ratio is {parsed.once_ratio}; it must be between 0 and 1")
     if parsed.seed < 0:
         problems.append(f"--seed is {parsed.seed}; it must be at least 0")
     if problems:
@@ -120,6 +128,15 @@ def _parser() -> argparse.ArgumentParser:
     data.add_argument("--tokens", type=int, default=50_000_000, metavar="N", help="training tokens, at least (default: %(default)s)")
     data.add_argument("--validation-sequences", type=int, default=256, metavar="N", help="sequences held out (default: %(default)s)")
     data.add_argument("--vocab-size", type=int, default=1024, metavar="N", help="number of ids, as model.vocab_size (default: %(default)s)")
+
+    data.add_argument(
+        "--once-ratio",
+        type=float,
+        default=0.25,
+        metavar="X",
+        help="mqar: share of sequences that ask for every key once, as an evaluation does; the rest ask in as many rounds as fit "
+        "(default: %(default)s; at 1 too few of the targets are answers, and models learn late)",
+    )
 
     evaluate = commands.add_parser("evaluate", parents=[shared], help="measure the recall of a checkpoint")
     evaluate.add_argument("--checkpoint", required=True, type=path_argument, metavar="DIR", help="a checkpoint, or a run (its newest one)")

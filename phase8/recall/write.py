@@ -26,7 +26,14 @@ def random_generator(task: Task, *, seed: int, split: str, length: int, size: in
 
 
 def write_task(
-    task: Task, output: Path, *, length: int, num_sequences: dict[str, int], seed: int, on_progress: Callable[[str, int, int], None]
+    task: Task,
+    output: Path,
+    *,
+    length: int,
+    num_sequences: dict[str, int],
+    once_ratio: float,
+    seed: int,
+    on_progress: Callable[[str, int, int], None],
 ) -> dict[str, str]:
     """Writes `<output>/<task>_<length>_<split>.bin/.idx` and, in `<output>/<task>_<length>.json`, what they were drawn from.
 
@@ -37,6 +44,7 @@ def write_task(
         output: Directory, which is created.
         length: Tokens of a sequence, T.
         num_sequences: Sequences of each split.
+        once_ratio: Share of the sequences that ask for every key once; the rest ask in as many rounds as fit.
         seed: Seed of the sequences.
         on_progress: Called with stage, sequences written and sequences in all.
 
@@ -56,8 +64,10 @@ def write_task(
                 if i % _DRAWN_AT_ONCE == 0:
                     on_progress(f"writing {split}", i, count)
                 size = int(generator.choice(task.sizes))
-                writer.add_document(task.draw(generator, length=length, size=size, count=1).tokens[0])
+                rounds = 1 if generator.random() < once_ratio else task.most_rounds(length, size)
+                writer.add_document(task.draw(generator, length=length, size=size, count=1, rounds=rounds).tokens[0])
             writer.add_document(np.array([BEGIN]))  # a sample of T tokens ends with the first token after them
             on_progress(f"writing {split}", count, count)
-    write_json(output / f"{task.name}_{length}.json", {**asdict(task), "length": length, "seed": seed, "num_sequences": num_sequences})
+    drawn_from = {**asdict(task), "length": length, "once_ratio": once_ratio, "seed": seed, "num_sequences": num_sequences}
+    write_json(output / f"{task.name}_{length}.json", drawn_from)
     return prefixes

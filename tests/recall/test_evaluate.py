@@ -59,13 +59,15 @@ def test_predictions_of_a_model_are_those_at_the_positions_before():
 
 
 def test_every_written_sequence_is_one_sample(tmp_path):
-    write_task(MQAR, tmp_path, length=64, num_sequences={"train": 7, "validation": 2}, seed=3, on_progress=lambda *_: None)
+    write_task(MQAR, tmp_path, length=64, num_sequences={"train": 7, "validation": 2}, once_ratio=0.5, seed=3, on_progress=lambda *_: None)
     dataset = open_dataset(str(tmp_path / "mqar_64_train"), sequence_length=64, vocab_size=128, seed=1)
     pair = IndexedDataset(tmp_path / "mqar_64_train")
     assert dataset.order.num_windows == (7,) and pair.num_documents == 8
     for i in range(7):
         tokens = dataset[0, i]["tokens"].numpy()
         assert np.array_equal(tokens[:-1], pair.sequence(i)) and tokens[0] == tokens[-1] == BEGIN
+    rounds = {int((pair.sequence(i) >= 128 - MQAR.num_values).sum()) for i in range(7)} - {4, 16}
+    assert rounds  # some ask more than once
     assert json.loads((tmp_path / "mqar_64.json").read_text())["num_sequences"] == {"train": 7, "validation": 2}
 
 
@@ -97,6 +99,7 @@ def test_from_data_to_a_table_by_the_command_line(tiny, tmp_path, capsys):
     [
         (["--length", "0"], "--length is 0; it must be at least 1"),
         (["--length", "64", "--pairs", "40"], "mqar with --pairs 40 needs 162 tokens, but a sequence has 64"),
+        (["--length", "64", "--once-ratio", "2"], "--once-ratio is 2.0; it must be between 0 and 1"),
         (["--length", "64", "--seed", "-1"], "--seed is -1; it must be at least 0"),
     ],
 )

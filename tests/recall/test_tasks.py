@@ -45,6 +45,16 @@ def test_every_key_is_asked_once_and_keys_are_no_values():
         assert row[answer - 1].max() < 256 - TASKS[0].num_values
 
 
+@pytest.mark.parametrize("length", [122, 200, 1001])
+def test_rounds_fill_a_sequence_and_ask_for_every_key_in_each(length):
+    rounds = TASKS[0].most_rounds(length, 4)
+    drawn = TASKS[0].draw(np.random.default_rng(1), length=length, size=4, count=2, rounds=rounds)
+    assert drawn.tokens.shape == (2, length) and drawn.answers.shape == (2, 4 * rounds) and length - 8 < 10 + 8 * rounds <= length
+    assert np.array_equal(look_up(drawn.tokens, drawn.answers), np.take_along_axis(drawn.tokens, drawn.answers, axis=1))
+    by_round = np.take_along_axis(drawn.tokens, drawn.answers - 1, axis=1).reshape(2, rounds, 4)
+    assert (np.sort(by_round, axis=2) == np.sort(by_round[:, :1], axis=2)).all()
+
+
 def test_passkeys_are_hidden_at_every_depth():
     _, _, shown = draw(TASKS[1], length=100, count=400)
     depths = shown[:, 0]
