@@ -5,9 +5,9 @@ r"""Tests recall: writes sequences to train on, and measures how many tokens of 
     python tools/recall.py evaluate --checkpoint runs/ablation_30m --task mqar --lengths 2048 8192 16384 32768 --output mqar.json
 
 `mqar`: pairs of key and value, then filler, then every key is asked for its value (in training data mostly in many rounds). `passkey`: one
-passkey at a random depth of filler, asked for at the end. Sequences are drawn from --seed, those of an evaluation apart from those of training; phase8/recall/tasks.py says how.
-To train on several lengths at once, write several and blend them in data.train, with data.reset_at_document_boundaries=true. The table
-goes to standard output, one column for each length.
+passkey at a random depth of filler, asked for at the end. phase8/recall/tasks.py says more. Sequences are drawn from --seed, those of an
+evaluation apart from those of training. To train on several lengths at once, write several and blend them in data.train, with
+data.reset_at_document_boundaries=true. The table goes to standard output, one column for each length.
 """
 
 from __future__ import annotations
