@@ -44,7 +44,7 @@ def make_shards(shards: Sequence[Shard], *, num_workers: int, on_done: OnDone, o
     bytes_done = context.RawArray("q", len(shards))  # each shard has one writer, and a late value does no harm
     counted = np.frombuffer(bytes_done, np.int64)
     with ProcessPoolExecutor(min(num_workers, len(shards)), context, _begin_worker, (bytes_done,)) as pool:
-        with _sigint_blocked():  # the workers start here and inherit the mask
+        with sigint_blocked():  # the workers start here and inherit the mask
             futures = {pool.submit(_make_shard_in_worker, i, shard): i for i, shard in enumerate(shards)}
         running = set(futures)
         try:
@@ -82,7 +82,7 @@ def _make_shards_here(shards: Sequence[Shard], on_done: OnDone, on_bytes: OnByte
 
 
 @contextmanager
-def _sigint_blocked() -> Iterator[None]:
+def sigint_blocked() -> Iterator[None]:
     """Blocks Ctrl-C, which reaches every process of the terminal, since the parent decides what it means."""
     before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
     try:
@@ -99,14 +99,14 @@ class _Worker:
 
 def _begin_worker(bytes_done: Sequence[int]) -> None:
     _Worker.bytes_done = bytes_done
-    threading.Thread(target=_exit_with_parent, daemon=True).start()
+    threading.Thread(target=exit_with_parent, daemon=True).start()
 
 
 def _make_shard_in_worker(i: int, shard: Shard) -> ShardCounts:
     return make_shard(shard, on_bytes=partial(_Worker.bytes_done.__setitem__, i))
 
 
-def _exit_with_parent() -> None:
+def exit_with_parent() -> None:
     """Ends this worker when its parent is gone; after a kill -9 it would otherwise wait for work forever."""
     parent = multiprocessing.parent_process()
     if parent is not None:
