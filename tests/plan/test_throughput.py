@@ -6,7 +6,9 @@ from pathlib import Path
 import pytest
 
 from phase8.config.load import load_config
+from phase8.config.schema import ModelSection
 from phase8.errors import ConfigError
+from phase8.plan.layer_cost import Microbatch, Rates, layer_cost
 from phase8.plan.prediction import predict_step, recorded_where_it_pays
 
 ROOT = Path(__file__).parents[2]
@@ -78,6 +80,21 @@ def test_the_delta_rule_takes_longer_than_the_linear_recurrence(tmp_path):
         assert 1.005 < delta.seconds / linear.seconds < 1.05
     window, with_path = (predicted("phase8_1b", f"model.global_path={path}", tmp_path=tmp_path) for path in ("none", "linear"))
     assert window.seconds < with_path.seconds
+
+
+def test_every_scalar_of_the_global_path_is_a_column_of_a_product():
+    def batch(**settings):
+        return Microbatch(ModelSection(**settings), 4, 1, 2, True, Rates(1e15, 3e12))
+
+    def layer_seconds(**settings):
+        return layer_cost(batch(**settings), 128, recompute="none", budget=1.0).gpu
+
+    rows, width, heads = batch().tokens, batch().model.d_model, batch().model.num_heads
+    two, three, four = (batch().product(rows, width, scalars * heads) for scalars in (2, 3, 4))
+    forward_and_backward = 3
+    for path, least, most in (("linear", two, three), ("delta", three, four)):
+        chain, without = (layer_seconds(global_path=path, chain=chain) for chain in ("both", "none"))
+        assert chain - without == pytest.approx(forward_and_backward * (most - least), rel=1e-6)
 
 
 def test_a_larger_budget_is_faster_where_the_compiler_makes_another_graph_of_it(tmp_path):
