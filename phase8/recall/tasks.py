@@ -9,9 +9,9 @@ Keys of a sequence differ, values may repeat, and both are drawn anew for every 
 series of sentences again and again, whose tokens occur nowhere else. An evaluation asks for every key once.
 
 The token format carries no mask, so a training loss covers all tokens, and those that nobody can predict (keys, values, the next key asked)
-hide the answers: a transformer of two layers that learned 8 pairs in 64 tokens in 300 steps from the loss of the answers alone did not in 2500
-steps from that of all tokens. Where three quarters of the sequences ask in as many rounds as fit, most targets are answers, and 500 steps
-were enough to recall all of them where every key is asked for once.
+hide the answers. A transformer of two layers (d_model 64, T 64, 8 pairs, one seed) recalled everything after 500 steps on the loss of the
+answers alone, and 65 % after 2250 steps on that of all tokens. Where three quarters of the sequences ask in as many rounds as fit, most
+targets are answers, and it recalled everything after 500 steps again, asked once for every key.
 
 Ids: 0 begin, 1 ask, 2 mark, 64 of filler, then the rest of the vocabulary in two halves, keys and values.
 
