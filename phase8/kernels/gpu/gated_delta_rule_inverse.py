@@ -20,6 +20,7 @@ from phase8.kernels.gpu.gated_linear_attention_walk import BOUNDARY, CHUNK, CHUN
 
 BLOCK_TOKENS = 16
 BLOCK = tl.constexpr(BLOCK_TOKENS)
+KEY_COLUMNS = 32  # of keys at once: more would not fit into the registers of one warp
 SMALLEST_RATE = tl.constexpr(2.0**-40)  # negligible, but what was multiplied by it can be divided by it
 
 
@@ -43,13 +44,14 @@ def prepare_gates(log_decay: Tensor, beta: Tensor, starts: Tensor | None) -> Gat
     return Gates((log_decay, *log_decay.stride(), beta, *beta.stride(), starts, length), triton.cdiv(length, CHUNK_TOKENS))
 
 
-def chunk_inverses(k: Tensor, gates: Gates, *, num_warps: int = 2) -> Tensor:
+def chunk_inverses(k: Tensor, gates: Gates, *, num_warps: int = 1) -> Tensor:
     """X of every chunk [B, H, N, C, C] in the dtype of k, whose rows are contiguous."""
     batch, _, num_heads, key_size = k.shape
     inverse = torch.empty(batch, num_heads, gates.num_chunks, CHUNK_TOKENS, CHUNK_TOKENS, dtype=k.dtype, device=k.device)
     _inverse_kernel[(batch * num_heads * gates.num_chunks,)](
         k, k.stride(0), k.stride(2), k.stride(1), *gates.arguments, inverse, num_heads, gates.num_chunks,
-        K=key_size, BLOCK_K=block_size(key_size), FAST=has_fast_math(), PRECISION=product_precision(), num_warps=num_warps,
+        K=key_size, BLOCK_K=block_size(key_size), COLUMNS=min(block_size(key_size), KEY_COLUMNS),
+        FAST=has_fast_math(), PRECISION=product_precision(), num_warps=num_warps,
     )  # fmt: skip
     return inverse
 
@@ -82,7 +84,7 @@ def unravel_chunk(program, num_chunks, num_heads):
 @triton.jit
 def _inverse_kernel(
     k, k_b, k_h, k_t, decay, decay_b, decay_t, decay_h, rate, rate_b, rate_t, rate_h, starts, length, inverse, num_heads, num_chunks,
-    K: tl.constexpr, BLOCK_K: tl.constexpr, FAST: tl.constexpr, PRECISION: tl.constexpr,
+    K: tl.constexpr, BLOCK_K: tl.constexpr, COLUMNS: tl.constexpr, FAST: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Inverts the system of one chunk."""
     chunk, head, batch = unravel_chunk(tl.program_id(0), num_chunks, num_heads)
@@ -106,25 +108,25 @@ def _inverse_kernel(
 
     # Row i of (I + A) X = I: X_ij = -X_ii (sum of A_im X_mj over m from j to i - 1). Keys are loaded again for each block: all of them at once
     # would not fit into the registers.
-    x00 = _inverse_of_diagonal(_system(k, k_t, first, length, 0, 0, total0, total0, rate0, K, BLOCK_K, FAST, PRECISION), PRECISION)
+    x00 = _inverse_of_diagonal(_system(k, k_t, first, length, 0, 0, total0, total0, rate0, K, BLOCK_K, COLUMNS, FAST, PRECISION), PRECISION)
     _store_block_row(inverse, x00, nothing, nothing, nothing)
 
-    x11 = _inverse_of_diagonal(_system(k, k_t, first, length, 1, 1, total1, total1, rate1, K, BLOCK_K, FAST, PRECISION), PRECISION)
-    a10 = _system(k, k_t, first, length, 1, 0, total1, total0, rate1, K, BLOCK_K, FAST, PRECISION)
+    x11 = _inverse_of_diagonal(_system(k, k_t, first, length, 1, 1, total1, total1, rate1, K, BLOCK_K, COLUMNS, FAST, PRECISION), PRECISION)
+    a10 = _system(k, k_t, first, length, 1, 0, total1, total0, rate1, K, BLOCK_K, COLUMNS, FAST, PRECISION)
     x10 = -_dot(x11, _dot(a10, x00, PRECISION), PRECISION)
     _store_block_row(inverse + BLOCK * CHUNK, x10, x11, nothing, nothing)
 
-    x22 = _inverse_of_diagonal(_system(k, k_t, first, length, 2, 2, total2, total2, rate2, K, BLOCK_K, FAST, PRECISION), PRECISION)
-    a20 = _system(k, k_t, first, length, 2, 0, total2, total0, rate2, K, BLOCK_K, FAST, PRECISION)
-    a21 = _system(k, k_t, first, length, 2, 1, total2, total1, rate2, K, BLOCK_K, FAST, PRECISION)
+    x22 = _inverse_of_diagonal(_system(k, k_t, first, length, 2, 2, total2, total2, rate2, K, BLOCK_K, COLUMNS, FAST, PRECISION), PRECISION)
+    a20 = _system(k, k_t, first, length, 2, 0, total2, total0, rate2, K, BLOCK_K, COLUMNS, FAST, PRECISION)
+    a21 = _system(k, k_t, first, length, 2, 1, total2, total1, rate2, K, BLOCK_K, COLUMNS, FAST, PRECISION)
     x20 = -_dot(x22, _dot(a20, x00, PRECISION) + _dot(a21, x10, PRECISION), PRECISION)
     x21 = -_dot(x22, _dot(a21, x11, PRECISION), PRECISION)
     _store_block_row(inverse + 2 * BLOCK * CHUNK, x20, x21, x22, nothing)
 
-    x33 = _inverse_of_diagonal(_system(k, k_t, first, length, 3, 3, total3, total3, rate3, K, BLOCK_K, FAST, PRECISION), PRECISION)
-    a30 = _system(k, k_t, first, length, 3, 0, total3, total0, rate3, K, BLOCK_K, FAST, PRECISION)
-    a31 = _system(k, k_t, first, length, 3, 1, total3, total1, rate3, K, BLOCK_K, FAST, PRECISION)
-    a32 = _system(k, k_t, first, length, 3, 2, total3, total2, rate3, K, BLOCK_K, FAST, PRECISION)
+    x33 = _inverse_of_diagonal(_system(k, k_t, first, length, 3, 3, total3, total3, rate3, K, BLOCK_K, COLUMNS, FAST, PRECISION), PRECISION)
+    a30 = _system(k, k_t, first, length, 3, 0, total3, total0, rate3, K, BLOCK_K, COLUMNS, FAST, PRECISION)
+    a31 = _system(k, k_t, first, length, 3, 1, total3, total1, rate3, K, BLOCK_K, COLUMNS, FAST, PRECISION)
+    a32 = _system(k, k_t, first, length, 3, 2, total3, total2, rate3, K, BLOCK_K, COLUMNS, FAST, PRECISION)
     x30 = -_dot(x33, _dot(a30, x00, PRECISION) + _dot(a31, x10, PRECISION) + _dot(a32, x20, PRECISION), PRECISION)
     x31 = -_dot(x33, _dot(a31, x11, PRECISION) + _dot(a32, x21, PRECISION), PRECISION)
     x32 = -_dot(x33, _dot(a32, x22, PRECISION), PRECISION)
@@ -133,23 +135,26 @@ def _inverse_kernel(
 
 @triton.jit
 def _system(
-    k, k_t, first, length, ROWS: tl.constexpr, COLUMNS: tl.constexpr, rows_total, columns_total, rates,
-    K: tl.constexpr, BLOCK_K: tl.constexpr, FAST: tl.constexpr, PRECISION: tl.constexpr,
+    k, k_t, first, length, I: tl.constexpr, J: tl.constexpr, rows_total, columns_total, rates,
+    K: tl.constexpr, BLOCK_K: tl.constexpr, COLUMNS: tl.constexpr, FAST: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Block (ROWS, COLUMNS) of A; on the diagonal only what lies strictly below it."""
+    """Block (I, J) of A, from some columns of keys at a time; on the diagonal only what lies strictly below it."""
     change = rows_total[:, None] - columns_total[None, :]
-    if ROWS == COLUMNS:
+    if I == J:
         token = tl.arange(0, BLOCK)
         change = tl.where(token[:, None] > token[None, :], change, float("-inf"))
-    rows_key = _key_rows(k, k_t, first + ROWS * BLOCK, length, K, BLOCK_K)
-    columns_key = _key_rows(k, k_t, first + COLUMNS * BLOCK, length, K, BLOCK_K)
-    return tl.dot(rows_key, tl.trans(columns_key), input_precision=PRECISION) * exp2(change, FAST) * rates[:, None]
+    products = tl.zeros([BLOCK, BLOCK], tl.float32)
+    for begin in tl.static_range(0, BLOCK_K, COLUMNS):
+        rows_key = _key_rows(k, k_t, first + I * BLOCK, begin, length, K, COLUMNS)
+        columns_key = _key_rows(k, k_t, first + J * BLOCK, begin, length, K, COLUMNS)
+        products = tl.dot(rows_key, tl.trans(columns_key), products, input_precision=PRECISION)
+    return products * exp2(change, FAST) * rates[:, None]
 
 
 @triton.jit
-def _key_rows(k, k_t, first, length, K: tl.constexpr, BLOCK_K: tl.constexpr):
-    """A block of keys, 0 beyond the sequence."""
-    return tl.load(tile_pointers(k, first, k_t, BLOCK, BLOCK_K), tile_mask(length - first, K, BLOCK, BLOCK_K, K), 0.0)
+def _key_rows(k, k_t, first, begin, length, K: tl.constexpr, COLUMNS: tl.constexpr):
+    """Some columns of a block of keys, 0 beyond the sequence."""
+    return tl.load(tile_pointers(k + begin, first, k_t, BLOCK, COLUMNS), tile_mask(length - first, K - begin, BLOCK, COLUMNS, K), 0.0)
 
 
 @triton.jit
