@@ -54,6 +54,9 @@ VARIANTS: Mapping[str, Settings] = {
     "window": _phase8("dot", chain="none", global_path="none"),
     "window+global": _phase8("dot", chain="none"),
     "window+delta": _phase8("dot", chain="none", global_path="delta"),
+    # The hybrids that others train, from parts of this project: layers of a recurrence and layers of a window take turns.
+    "gated-deltanet": (*_phase8("dot", chain="none", global_path="delta"), "model.local_window_size=[0,1024]"),
+    "mamba2": (*_phase8("dot", chain="none"), "model.local_window_size=[0,1024]"),
     "window+global+decay": _phase8("dot", chain="decay"),
     "window+global+gate": _phase8("dot", chain="gate"),
     "window+global+chain": _phase8("dot", chain="both"),

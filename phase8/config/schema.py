@@ -56,7 +56,7 @@ class RunSection(Section):
     output_dir: PathText = key("runs", "parent of the run directory")
 
 
-Windows = Annotated[tuple[PositiveInt, ...], Field(min_length=1, strict=False)]
+Windows = Annotated[tuple[NonNegativeInt, ...], Field(min_length=1, strict=False)]
 
 
 class ModelSection(Section):
@@ -70,8 +70,10 @@ class ModelSection(Section):
     vocab_size: TokenCount = key(16384, "number of token ids; the tokenizer and the data must stay below it")
     sequence_length: TokenCount = key(512, "tokens T of a training sequence")
     low_rank_rank: OptionalWidth = key(0, "rank R of the mixer's linears (and of the feed-forward's with ffn: low_rank_swiglu); 0: dense")
-    local_window_size: PositiveInt | Windows = key(
-        (128, 128, 128, 1024), "window W of the local path, in tokens, the token itself included; a list is repeated over the layers"
+    local_window_size: NonNegativeInt | Windows = key(
+        (128, 128, 128, 1024),
+        "window W of the local path, in tokens, the token itself included; a list is repeated over the layers. 0: the layer is the global path "
+        "alone; then the layers that have a window are windows alone",
     )
     global_tokens: NonNegativeInt = key(0, "first G tokens of the sequence that every later token sees")
     score: Literal["lorentz", "dot"] = key("dot", "score of the local path: hyperbolic distance or scaled dot product")
@@ -106,6 +108,11 @@ class ModelSection(Section):
         """Window of the local path in each layer."""
         pattern = self.local_window_size if isinstance(self.local_window_size, tuple) else (self.local_window_size,)
         return tuple(pattern[layer % len(pattern)] for layer in range(self.num_layers))
+
+    def of_window(self, window: int) -> ModelSection:
+        """The section of the layers that have this window: where others have none, these layers leave the global path to them."""
+        alternates = window > 0 and 0 in self.window_sizes
+        return self.model_copy(update={"local_window_size": window} | ({"global_path": "none"} if alternates else {}))
 
     @property
     def has_global_path(self) -> bool:

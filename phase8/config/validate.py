@@ -62,6 +62,8 @@ def model_problems(model: ModelSection) -> Iterator[str]:
     elif model.head_width % 2:
         origin = "" if model.head_size is not None else f" (model.d_model {model.d_model} / model.num_heads {model.num_heads})"
         yield f"model.head_size {model.head_width}{origin} is odd, but rotary positions need an even one; set an even model.head_size."
+    if model.block == "phase8" and model.global_path == "none" and 0 in model.window_sizes:
+        yield "model.local_window_size has layers with a window of 0, but model.global_path is none, so they would mix nothing; give them a window."
     if model.global_path == "none" and model.chain != "none":
         yield f"model.chain is {model.chain}, but model.global_path is none and has no decay or gate to modulate; set model.chain to none."
     if model.ffn == "low_rank_swiglu" and model.low_rank_rank == 0:

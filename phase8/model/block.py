@@ -37,7 +37,7 @@ class Block(nn.Module):
         super().__init__()
         self.mixer_norm = RMSNorm(model.d_model, eps=model.norm_eps)
         self.mixer = (
-            Phase8Mixer(model, window=model.window_sizes[layer], axis=axis, number_format=number_format)
+            Phase8Mixer(model.of_window(model.window_sizes[layer]), axis=axis, number_format=number_format)
             if model.block == "phase8"
             else CausalAttention(model, axis=axis, number_format=number_format)
         )

@@ -30,8 +30,9 @@ ETA_MIN = 0.1
 INITIAL_ETA = 0.5
 POTENTIAL_MAX = 2.0
 # After its norm the global path is at first ten times as large as the local one: a half-open gate would drown what the local path learns
-# (docs/quality.md).
+# (docs/quality.md). Alone in its layer, it has nothing to drown.
 INITIAL_GATE = -3.0
+INITIAL_GATE_ALONE = 0.0
 
 
 @dataclass(frozen=True)
@@ -109,13 +110,14 @@ class GlobalPath(nn.Module):
     """The global path, per head: gate * norm(recurrence).
 
     Args:
-        model: Model section with widths, heads, recurrence and chain.
+        model: Model section of the layer, with widths, heads, recurrence, chain and window.
         axis: Axis of tensor parallelism, whose ranks divide the heads.
     """
 
     def __init__(self, model: ModelSection, *, axis: Axis):
         super().__init__()
         self.axis = axis
+        self.initial_gate = INITIAL_GATE if any(model.window_sizes) else INITIAL_GATE_ALONE
         self.num_heads, self.head_size, self.memory_tokens = model.num_heads // axis.size, model.head_width, model.memory_tokens
         self.chain = GreenChain(model.num_heads, model.chain) if model.chain != "none" else None
         self.is_delta = model.global_path == "delta"
@@ -127,11 +129,14 @@ class GlobalPath(nn.Module):
         self.norm = RMSNorm(model.num_heads, model.head_width, eps=model.norm_eps, divided={"tp": 0})
 
     def parameter_specs(self) -> dict[str, ParameterSpec]:
-        """Decays whose memory lengths are spread over the heads on a logarithmic scale, and a gate that is nearly closed."""
+        """Decays whose memory lengths are spread over the heads on a logarithmic scale, and a gate that is nearly closed beside a window."""
         first, last = map(math.log10, self.memory_tokens)
         memory = torch.logspace(first, last, len(self.decay_bias), dtype=torch.float64)
         decay_bias = torch.log(torch.expm1(1 / memory)).float()
-        return {"decay_bias": ParameterSpec(value=decay_bias, divided={"tp": 0}), "gate_bias": ParameterSpec(value=INITIAL_GATE, divided={"tp": 0})}
+        return {
+            "decay_bias": ParameterSpec(value=decay_bias, divided={"tp": 0}),
+            "gate_bias": ParameterSpec(value=self.initial_gate, divided={"tp": 0}),
+        }
 
     def exchanges(self) -> Exchanges:
         """The gather of the scalars of all heads."""

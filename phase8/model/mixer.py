@@ -35,12 +35,12 @@ class MixerState:
 
     Args:
         convolution: Last taps - 1 inputs of the convolution [B, taps - 1, 3 H K].
-        window: Keys and values of the window and of the global tokens.
+        window: Keys and values of the window and of the global tokens; None: the layer has no window.
         global_path: State of the global path; None: the mixer has none.
     """
 
     convolution: Tensor
-    window: WindowState
+    window: WindowState | None
     global_path: GlobalState | None
 
 
@@ -75,24 +75,24 @@ class LorentzScore(nn.Module):
 
 
 class Phase8Mixer(nn.Module):
-    """The Phase 8 mixer: the sum of the local path and the gated global path, or the local path alone.
+    """The Phase 8 mixer: the sum of the local path and the gated global path, or one of them alone.
 
     Args:
-        model: Model section with widths, heads, score, global path and chain.
-        window: Number of tokens W that the local path sees, the token itself included.
+        model: Model section of the layer, with widths, heads, score, global path, chain, and the number of tokens W that the local path sees,
+            the token itself included; 0: no local path.
         axis: Axis of tensor parallelism, whose ranks divide the heads.
         number_format: Format that computes the products of q, k, v and the output.
     """
 
-    def __init__(self, model: ModelSection, *, window: int, axis: Axis, number_format: NumberFormat):
+    def __init__(self, model: ModelSection, *, axis: Axis, number_format: NumberFormat):
         super().__init__()
         width, inner, rank = model.d_model, model.attention_width, model.low_rank_rank
         self.num_heads, self.head_size = model.num_heads // axis.size, model.head_width
-        self.window, self.global_tokens, self.eps = window, model.global_tokens, model.norm_eps
+        (self.window,), self.global_tokens, self.eps = set(model.window_sizes), model.global_tokens, model.norm_eps
         self.q, self.k, self.v = (column_linear(width, inner, rank=rank, std=model.init_std) for _ in range(3))
         self.qkv = JointColumnLinear((self.q, self.k, self.v), axis, number_format)
         self.convolution = ShortConvolution(inner, model.convolution_taps, num_ranks=axis.size)
-        self.score = LorentzScore(model.num_heads) if model.score == "lorentz" else None
+        self.score = LorentzScore(model.num_heads) if model.score == "lorentz" and self.window > 0 else None
         self.global_path = GlobalPath(model, axis=axis) if model.has_global_path else None
         self.out = row_linear(inner, width, rank=rank, std=0.0, axis=axis, number_format=number_format)
 
@@ -117,7 +117,7 @@ class Phase8Mixer(nn.Module):
     def empty_state(self, batch_size: int, *, dtype: torch.dtype, device: torch.device) -> MixerState:
         """The state before the first token."""
         convolution = self.convolution.empty_state(batch_size, dtype=dtype, device=device)
-        window = empty_window_state(batch_size, self.num_heads, self.head_size, like=convolution)
+        window = None if self.window == 0 else empty_window_state(batch_size, self.num_heads, self.head_size, like=convolution)
         path = self.global_path
         return MixerState(convolution, window, None if path is None else path.empty_state(batch_size, dtype=dtype, device=device))
 
@@ -146,18 +146,20 @@ class Phase8Mixer(nn.Module):
             starts=starts,
             initial_state=None if state is None else state.convolution,
         )
-        y, window = window_attention(
-            inputs.local_q,
-            inputs.local_k,
-            inputs.v,
-            window=self.window,
-            global_tokens=self.global_tokens,
-            beta=None if self.score is None else self.score.beta,
-            starts=starts,
-            state=None if state is None else state.window,
-        )
-        global_state = None
+        paths, window, path = [], None, None
+        if self.window > 0:
+            y, window = window_attention(
+                inputs.local_q,
+                inputs.local_k,
+                inputs.v,
+                window=self.window,
+                global_tokens=self.global_tokens,
+                beta=None if self.score is None else self.score.beta,
+                starts=starts,
+                state=None if state is None else state.window,
+            )
+            paths.append(y)
         if self.global_path is not None and scalars is not None:
-            y_global, global_state = self.global_path(scalars, inputs, starts, None if state is None else state.global_path)
-            y = y + y_global
-        return self.out(y.flatten(2)), None if window is None else MixerState(convolution, window, global_state)
+            y, path = self.global_path(scalars, inputs, starts, None if state is None else state.global_path)
+            paths.append(y)
+        return self.out(sum(paths[1:], start=paths[0]).flatten(2)), None if state is None else MixerState(convolution, window, path)

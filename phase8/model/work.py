@@ -8,10 +8,12 @@ BACKWARD_OVER_FORWARD = 2
 
 
 def mean_visible_keys(model: ModelSection, window: int) -> float:
-    """Keys that attention reads in a layer of this window, averaged over the positions of a sequence."""
+    """Keys that attention reads in a layer of this window (0: none), averaged over the positions of a sequence."""
     length = model.sequence_length
     if model.block == "transformer":
         return (length + 1) / 2
+    if window == 0:
+        return 0.0
     far = model.global_tokens
     beyond, within = max(length - window, 0), min(length, window)
     near_keys = within * (within + 1) // 2 + beyond * window

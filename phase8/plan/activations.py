@@ -94,7 +94,7 @@ def bytes_within_budget(model: ModelSection, budget: float, *, dtype: torch.dtyp
 
 
 def _one_layer(model: ModelSection) -> ModelSection:
-    return model.model_copy(update={"num_layers": 1, "local_window_size": max(model.window_sizes)})
+    return model.of_window(max(model.window_sizes)).model_copy(update={"num_layers": 1})
 
 
 class _Forward(NamedTuple):

@@ -212,7 +212,7 @@ def _style(batch: Microbatch) -> Style:
 
 
 def _mixer(batch: Microbatch, window: int) -> Half:
-    model, N, style = batch.model, batch.tokens, _style(batch)
+    model, N, style = batch.model.of_window(window), batch.tokens, _style(batch)
     inner, rank = model.attention_width / batch.tensor_ranks, model.low_rank_rank
     out = _row(batch, inner, rank)
     products = _columns(batch, 3, inner, rank) + out

@@ -152,10 +152,11 @@ def _state_bytes(name: str, parameter: DividedShape, num_elements: int, declare:
 
 
 def _trace_windows(work: Workload) -> dict[int, ActivationBytes]:
-    """Activations of a layer for each window size: plain torch keeps the scores of the window for backward, kernels do not."""
+    """Activations of a layer for each window size: plain torch keeps the scores of the window for backward, kernels keep the same for all."""
     windows = set(work.model.window_sizes)
     if work.device_type == "cuda":
-        return dict.fromkeys(windows, _trace(work, max(windows)))
+        of_windows = dict.fromkeys(windows - {0}, _trace(work, max(windows)))
+        return of_windows | ({0: _trace(work, 0)} if 0 in windows else {})
     return {window: _trace(work, window) for window in windows}
 
 
@@ -166,7 +167,7 @@ def _trace(work: Workload, window: int) -> ActivationBytes:
     actual size, because it selects whole tensors, and because cast weights do not grow with the microbatch.
     """
     train, size = work.train, work.shape.micro_batch_size
-    model, num_tensor_ranks = work.model.model_copy(update={"local_window_size": window}), work.topology.tensor_parallel_size
+    model, num_tensor_ranks = work.model.of_window(window), work.topology.tensor_parallel_size
     trace = partial(
         trace_activations, model, dtype=work.dtype, packed=work.packed, device_type=work.device_type, num_tensor_ranks=num_tensor_ranks
     )

@@ -38,6 +38,10 @@ RULES = {
         ["model.global_path=none", "model.chain=both"],
         "model.chain is both, but model.global_path is none and has no decay or gate to modulate; set model.chain to none.",
     ),
+    "layers that mix nothing": (
+        ["model.global_path=none", "model.local_window_size=[0,8]"],
+        "model.local_window_size has layers with a window of 0, but model.global_path is none, so they would mix nothing; give them a window.",
+    ),
     "warmup": (
         ["train.num_steps=100"],
         "optim.warmup_steps 100 is not below train.num_steps 100; shorten the warmup.",

@@ -40,7 +40,7 @@ def mixer(section, layer, p, x):
     q, k, v = (part.reshape(length, heads, size) for part in qkv.chunk(3, dim=-1))
     if section.block == "transformer":
         return linear(p, "mixer.out", torch.cat([softmax_attention(section, q, k, v, h, None, p) for h in range(heads)], dim=-1))
-    if section.global_path == "none":
+    if section.global_path == "none" or (window > 0 and 0 in pattern):
         return linear(p, "mixer.out", torch.cat([softmax_attention(section, q, k, v, h, window, p) for h in range(heads)], dim=-1))
     scalars = (x @ p["mixer.global_path.scalars.weight"].T).reshape(length, heads, -1)
     outputs = []
@@ -53,7 +53,8 @@ def mixer(section, layer, p, x):
         else:
             read = linear_attention(section, q[:, h], k[:, h], v[:, h], alpha)
         y_global = rms(read, section.norm_eps) * p["mixer.global_path.norm.weight"][h]
-        outputs.append(softmax_attention(section, q, k, v, h, window, p) + gate[:, None] * y_global)
+        local = softmax_attention(section, q, k, v, h, window, p) if window > 0 else 0
+        outputs.append(local + gate[:, None] * y_global)
     return linear(p, "mixer.out", torch.cat(outputs, dim=-1))
 
 

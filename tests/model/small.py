@@ -52,6 +52,8 @@ VARIANTS = [
         for chain, rank in (("none", 0), ("decay", 0), ("gate", 0), ("both", 5))
     ),
     ("windows", scaled_down(ModelSection(), num_layers=3, local_window_size=(3, 9), global_tokens=2, memory_tokens=(4.0, 90.0))),
+    ("hybrid-delta", scaled_down(ModelSection(global_path="delta"), num_layers=3, local_window_size=(0, 5, 0), global_tokens=2)),
+    ("recurrence-alone", scaled_down(ModelSection(chain="both", score="lorentz"), local_window_size=0)),
     ("transformer-convolution", scaled_down(ModelSection(block="transformer", convolution_size=4))),
     ("low-rank", scaled_down(ModelSection(low_rank_rank=5, ffn="low_rank_swiglu", tie_embeddings=True))),
 ]

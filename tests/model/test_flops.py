@@ -86,6 +86,18 @@ def test_a_worked_example():
     }
 
 
+def test_layers_of_a_hybrid_have_one_path_each():
+    section = ModelSection(**{**SHAPE, "num_layers": 4, "local_window_size": (0, 8)}, global_path="delta")
+    found = forward_flops_per_token(section)
+    window, path = (
+        forward_flops_per_token(ModelSection(**{**SHAPE, "num_layers": 2}, **changes))
+        for changes in ({"global_path": "none"}, {"global_path": "delta"})
+    )
+    assert found["attention"] == window["attention"] and found["recurrence"] == path["recurrence"]
+    assert found["mixer projections"] == window["mixer projections"] + path["mixer projections"]
+    assert mean_visible_keys(section, 0) == 0
+
+
 @pytest.mark.parametrize("block", ["phase8", "transformer"])
 def test_training_costs_three_forwards(block):
     section = ModelSection(**SHAPE, block=block)

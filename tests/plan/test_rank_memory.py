@@ -144,6 +144,15 @@ def test_compiled_activations_grow_evenly_with_the_microbatch():
     assert sizes[2] - sizes[1] == pytest.approx(2 * (sizes[1] - sizes[0]), rel=1e-6)
 
 
+def test_layers_of_a_hybrid_are_planned_each_as_they_are():
+    def activations(*settings):
+        return on_gpu("train.compile.enabled=false", "model.global_path=delta", "model.num_layers=4", *settings).activations_bytes
+
+    alone, windows = activations("model.local_window_size=0"), activations("model.local_window_size=8", "model.global_path=none")
+    assert windows < alone
+    assert activations("model.local_window_size=[0,8]") == pytest.approx((alone + windows) / 2, rel=1e-9)
+
+
 def test_what_a_budget_keeps_is_traced_at_the_size_of_the_microbatch(monkeypatch):
     """It does not grow evenly: the choice depends on the sizes."""
     case = {"dtype": torch.bfloat16, "packed": False}
