@@ -12,7 +12,6 @@ from typing import NamedTuple
 import numpy as np
 
 from phase8.durable import replace_file, storage_errors
-from phase8.observe.charts import draw_loss, draw_series, loss_png, render_svg
 from phase8.observe.formatting import format_bytes, format_count, format_ratio, format_seconds
 from phase8.observe.history import History, Series, last_finite, median, smooth
 from phase8.observe.metrics import read_metrics
@@ -55,6 +54,8 @@ def write_report(
     Raises:
         StorageError: When the metrics cannot be read or the report cannot be written.
     """
+    from phase8.observe.charts import loss_png  # late: of all ranks one draws, at the end, and matplotlib takes a third of a second
+
     history = History.from_records(read_metrics(directory / "metrics.jsonl", say=say))
     page = Template(_PAGE.read_text(encoding="utf-8")).substitute(
         title=escape(title),
@@ -112,6 +113,8 @@ def _subtitle(history: History) -> str:
 
 def _chart_cards(history: History, reference_losses: Mapping[str, float]) -> Iterator[str]:
     """The loss chart over the whole width, in a light and a dark version, and the smaller charts in pairs."""
+    from phase8.observe.charts import draw_loss, render_svg
+
     draw = partial(draw_loss, history=history, reference_losses=reference_losses)
     legend = '<span class="key train">train</span>' + '<span class="key validation">validation</span>' * bool(history.validation_loss.size)
     yield _card(
@@ -129,6 +132,8 @@ def _chart_cards(history: History, reference_losses: Mapping[str, float]) -> Ite
 
 
 def _series_card(heading: str, unit: str, steps: Series, values: Series, *, is_noisy: bool = True) -> str:
+    from phase8.observe.charts import draw_series, render_svg
+
     draw = partial(draw_series, steps=steps, values=values, is_noisy=is_noisy)
     svg = render_svg(draw, name=heading, width=420, height=225)
     return _card(heading, f"<figure>{svg}</figure>", remark=f"<span>{unit}</span>", is_wide=False)

@@ -21,7 +21,7 @@ import torch.distributed as dist
 
 PRELOADED = [  # what every worker would import; it is forked from a process that has
     "torch", "torch.distributed.checkpoint", "torch.distributed.fsdp", "torch.distributed.tensor.parallel", "torch.utils.data", "safetensors",
-    "pydantic", "rich.console", "rich.progress", "yaml",
+    "pydantic", "rich.console", "rich.progress", "yaml", "torch._dynamo", "phase8.train.build", "phase8.train.loop",
 ]  # fmt: skip
 ROOT = Path(__file__).parents[2]
 GRACE_SECONDS = 30.0  # as torchrun

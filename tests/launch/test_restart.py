@@ -97,7 +97,8 @@ def test_a_restart_of_a_run_that_was_to_start_anew_goes_on_from_what_it_has_save
 def agent(training, name, port, number, *settings):
     """One of one or two agents, each with one rank; the first has the rendezvous."""
     options = ["--nnodes=1:2", "--nproc_per_node=1", RESTARTS, "--rdzv-id=elastic", "--rdzv-backend=c10d", f"--rdzv-endpoint=127.0.0.1:{port}"]
-    options += [f"--rdzv-conf=is_host={number == 0},last_call_timeout=10", "--local-addr=127.0.0.1"]
+    # A lost agent is missed after six seconds, and the others wait as long for one more; torchrun's own times are fifteen and thirty.
+    options += [f"--rdzv-conf=is_host={number == 0},last_call_timeout=6,keep_alive_interval=2", "--local-addr=127.0.0.1"]
     return [sys.executable, "-m", "torch.distributed.run", *options, *training.door(name, *SETTINGS, "zero.stage=2", *settings)]
 
 

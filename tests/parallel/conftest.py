@@ -9,3 +9,11 @@ def pool():
     workers = Pool()
     yield workers
     workers.close()
+
+
+@pytest.fixture(scope="session")
+def expendable_pool():
+    """The same for jobs that fail: the workers of `pool`, which have imported what training needs, outlive them."""
+    workers = Pool()
+    yield workers
+    workers.close()

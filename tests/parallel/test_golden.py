@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from tests.parallel import golden, golden_training
-from tests.parallel.golden import differences, first_difference, numbers_of, reason_not_to_compare, record_text
+from tests.parallel.golden import differences, first_difference, reason_not_to_compare, record_text
 
 RECORD = json.loads((Path(__file__).parent / "golden.json").read_text(encoding="utf-8"))
 QUICK = ("one-whole-selective", "tp2-pp2-phase8-low-rank-tied")
@@ -21,14 +21,15 @@ def assert_nothing_differs(pool, names):
     assert list(differences(pool, RECORD, names)) == []
 
 
-def numbers_at_another_rate(name, factor):
-    """The numbers of a case whose learning rate is not quite that of its config."""
-    rate = golden_training.learning_rate
+def numbers_of_a_few_steps(name, factor):
+    """The first numbers of a case whose learning rate is that of its config times a factor."""
+    rate, num_steps = golden_training.learning_rate, golden_training.NUM_STEPS
     golden_training.learning_rate = lambda *arguments, **keywords: factor * rate(*arguments, **keywords)
+    golden_training.NUM_STEPS = 6
     try:
         return golden_training.golden_numbers(name)
     finally:
-        golden_training.learning_rate = rate
+        golden_training.learning_rate, golden_training.NUM_STEPS = rate, num_steps
 
 
 def test_two_cases_compute_what_was_recorded(pool):
@@ -47,9 +48,8 @@ def test_the_record_has_all_cases_and_is_written_as_it_is_read(monkeypatch):
 
 
 def test_the_same_code_computes_the_same_and_another_learning_rate_is_noticed(pool):
-    before, again = (numbers_of(pool, EXAMPLE) for _ in range(2))
-    assert first_difference(before, again) is None
-    after = pool.run(numbers_at_another_rate, EXAMPLE, 1 + 1e-7, world_size=1)[0]
+    before, again, after = (pool.run(numbers_of_a_few_steps, EXAMPLE, factor, world_size=1)[0] for factor in (1, 1, 1 + 1e-7))
+    assert len(before["loss"]) == 6 and first_difference(before, again) is None
     assert first_difference(before, after).startswith("step ")
 
 

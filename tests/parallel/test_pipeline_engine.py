@@ -308,12 +308,12 @@ FAULTS = {
 
 
 @pytest.mark.parametrize("fault", FAULTS)
-def test_a_fault_ends_the_step_with_its_reason_and_poisons_nothing(pool, fault):
+def test_a_fault_ends_the_step_with_its_reason_and_poisons_nothing(expendable_pool, fault):
     error, message = FAULTS[fault]
     case = Case("1f1b", 2, 4)
     with pytest.raises(error, match=message):
-        pool.run(run_with_a_fault, case, fault, world_size=2, timeout_seconds=30)
-    loss = pool.run(run_stage, case, world_size=2)[-1][0][0][0]
+        expendable_pool.run(run_with_a_fault, case, fault, world_size=2, timeout_seconds=30)
+    loss = expendable_pool.run(run_stage, case, world_size=2)[-1][0][0][0]
     assert difference(loss, one_process(case)[0][0]) < TOLERANCE
 
 
@@ -345,9 +345,9 @@ def open_different_routes():
     open_channels([Route(0, 1, "activation"), Route(1, 0, "activation" if mesh.rank else "gradient")], mesh)
 
 
-def test_ranks_that_open_different_channels_are_told(pool):
+def test_ranks_that_open_different_channels_are_told(expendable_pool):
     with pytest.raises(CommunicationError, match="announces another step"):
-        pool.run(open_different_routes, world_size=2)
+        expendable_pool.run(open_different_routes, world_size=2)
 
 
 def test_backwards_out_of_order_and_split_backwards_are_refused():

@@ -14,6 +14,11 @@ from phase8.errors import ConfigError
 from tests.parallel import pool as pool_module
 
 
+@pytest.fixture
+def pool(expendable_pool):
+    return expendable_pool
+
+
 class Unsendable(Exception):
     """An error whose second argument is lost on the way."""
 

@@ -108,9 +108,10 @@ CASES = {
     "pp2 dp2 zero 3": case(4, pp=2, stage=3),
     "tp2 pp2": case(4, tp=2, pp=2),
 }
+ALSO = ("dp2 zero 3, full", "pp2 dp2 zero 1", "dp2 zero 0, one microbatch")  # their parts are in other cases
 
 
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("name", [pytest.param(name, marks=pytest.mark.full) if name in ALSO else name for name in CASES])
 def test_ranks_hold_what_the_planner_says(pool, name):
     world_size, settings = CASES[name]
     stages = plan_stages(without_auto(load_config(os.devnull, [*MODEL, *settings])), world_size=world_size, device_type="cpu")

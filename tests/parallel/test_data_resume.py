@@ -10,7 +10,6 @@ from rich.console import Console
 from phase8.config.load import load_config
 from phase8.train.build import build_run
 from phase8.train.loop import train
-from tests.parallel.pool import Pool
 from tests.train.tiny_run import write_documents
 
 STEPS, BATCH = 14, 8
@@ -92,9 +91,8 @@ def in_order(ranks):
 
 
 @pytest.fixture
-def take_leg(tmp_path):
+def take_leg(pool, tmp_path):
     """Trains for a while: the step that it went on from, and what was read of each step."""
-    workers = Pool(max_world_size=4)
     config = tmp_path / "tiny.yaml"
     config.write_text(CONFIG.format(directory=tmp_path, batch=BATCH, steps=STEPS))
     for seed, name in enumerate(("first", "second")):
@@ -104,13 +102,12 @@ def take_leg(tmp_path):
         directory = tmp_path / f"leg-{len(list(tmp_path.iterdir()))}"
         directory.mkdir()
         arguments = (config, [f"run.name={name}", *settings], directory, interrupted_in, world_size or 1)
-        ranks = workers.run(leg, *arguments, world_size=world_size, timeout_seconds=600.0) if world_size else [leg(*arguments)]
+        ranks = pool.run(leg, *arguments, world_size=world_size, timeout_seconds=600.0) if world_size else [leg(*arguments)]
         begin, samples = ranks[0][2], in_order(ranks)
         read = [samples[first : first + BATCH] for first in range(0, len(samples), BATCH)]
         return begin, dict(enumerate(read, start=begin + 1))
 
-    yield take_leg
-    workers.close()
+    return take_leg
 
 
 @pytest.mark.slow
