@@ -1,4 +1,4 @@
-"""The chart of an ablation: held-out loss against tokens, and the distance of each variant from the reference variant."""
+"""The chart of an ablation: held-out loss against tokens and against time, and the distance of each variant from the reference variant."""
 
 from __future__ import annotations
 
@@ -26,12 +26,13 @@ _SHOWN_FROM_SHARE = 0.2
 Curve = Mapping[int, float | None]  # tokens seen -> loss; None: not finite
 
 
-def validation_png(curves: Mapping[str, Mapping[int, Curve]], *, reference: str) -> bytes:
+def validation_png(curves: Mapping[str, Mapping[int, Curve]], *, reference: str, speeds: Mapping[str, float]) -> bytes:
     """Draws the chart: for each variant the mean over its seeds, in a band from the smallest to the largest.
 
     Args:
         curves: By variant and seed.
-        reference: Variant to which the lower half is relative, seed by seed; without its curves there is no lower half.
+        reference: Variant to which the second panel is relative, seed by seed; without its curves there is none.
+        speeds: Tokens per second of each variant, for the last panel; one whose speed is not known is missing there.
     """
     others = {name: seeds for name, seeds in curves.items() if name != reference}
     styles = {name: {"color": _COLOURS[i % len(_COLOURS)], "linestyle": _DASHES[i // len(_COLOURS) % len(_DASHES)]} for i, name in enumerate(others)}
@@ -40,17 +41,25 @@ def validation_png(curves: Mapping[str, Mapping[int, Curve]], *, reference: str)
     relative = {name: _relative(seeds, curves[reference]) for name, seeds in others.items()} if reference in curves else {}
     relative = {name: values for name, values in relative.items() if values[0].size}
 
-    num_panels = 2 if relative else 1
+    timed = {name: (tokens / speeds[name], values) for name, (tokens, values) in losses.items() if speeds.get(name)}
+    num_panels = 1 + bool(relative) + bool(timed)
     figure = Figure(figsize=(11, 4.5 * num_panels), dpi=150, layout=ConstrainedLayoutEngine(w_pad=0.15, h_pad=0.15), facecolor=LIGHT.surface)
-    panels = figure.subplots(num_panels, 1, sharex=True, squeeze=False)[:, 0]
-    _draw(panels[0], losses, styles)
-    panels[0].set_ylabel("held-out loss, nats per token")
+    first = figure.add_subplot(num_panels, 1, 1)
+    _draw(first, losses, styles)
+    first.set_ylabel("held-out loss, nats per token")
+    first.set_xlabel("training tokens")
     if relative:
-        panels[1].axhline(0, color=LIGHT.ink, linewidth=1.2)
-        _draw(panels[1], relative, styles)
-        panels[1].set_ylabel(f"difference to {reference}, %")
-    panels[-1].set_xlabel("training tokens")
-    _add_legend(figure, panels[0], losses)
+        second = figure.add_subplot(num_panels, 1, 2, sharex=first)
+        second.axhline(0, color=LIGHT.ink, linewidth=1.2)
+        _draw(second, relative, styles)
+        second.set_ylabel(f"difference to {reference}, %")
+        second.set_xlabel("training tokens")
+    if timed:
+        last = figure.add_subplot(num_panels, 1, num_panels)
+        _draw(last, timed, styles)
+        last.set_ylabel("held-out loss, nats per token")
+        last.set_xlabel("seconds of training: tokens over the median speed, with other runs side by side")
+    _add_legend(figure, first, losses)
     buffer = io.BytesIO()
     FigureCanvasAgg(figure).print_png(buffer)
     return buffer.getvalue()
@@ -82,7 +91,7 @@ def _draw(axes: Axes, lines: Mapping[str, tuple[Series, Series]], styles: Mappin
 
 
 def _limit(axes: Axes, lines: Mapping[str, tuple[Series, Series]]) -> None:
-    """Sets a logarithmic axis of tokens; the other axis shows everything from `_SHOWN_FROM_SHARE` on."""
+    """Sets a logarithmic axis of tokens or seconds; the other axis shows everything from `_SHOWN_FROM_SHARE` on."""
     last = max(tokens[-1] for tokens, _ in lines.values())
     first = min(tokens[0] for tokens, _ in lines.values())
     axes.set_xscale("log")

@@ -65,7 +65,8 @@ def write_results(study: Study, records: Sequence[Record], output: Path) -> str:
     replace_file(output / "table.md", table.encode(errors=ESCAPED))
     write_json(output / "results.json", _tree(study, runs, summaries))
     curves = {name: {record.seed: dict(record.curve) for record in found} for name, found in runs.items()}
-    replace_file(output / "curves.png", validation_png(curves, reference=REFERENCE))
+    speeds = {name: summary.tokens_per_second for name, summary in summaries.items() if summary.tokens_per_second is not None}
+    replace_file(output / "curves.png", validation_png(curves, reference=REFERENCE, speeds=speeds))
     return table
 
 

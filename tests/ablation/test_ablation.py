@@ -436,11 +436,12 @@ def lines(axes):
 
 def test_curves_are_means_over_the_seeds_in_a_band_and_relative_seed_by_seed(drawn):
     ours = {1: {10: 4.0, 20: 3.0, 30: 1.0}, 2: {10: 5.5, 30: 2.0}}
-    picture = validation_png({"ours": ours, REFERENCE: {1: {10: 4.0, 30: 2.0}, 3: {10: 6.0, 30: 4.0}}}, reference=REFERENCE)
-    upper, lower = drawn
+    picture = validation_png({"ours": ours, REFERENCE: {1: {10: 4.0, 30: 2.0}, 3: {10: 6.0, 30: 4.0}}}, reference=REFERENCE, speeds={"ours": 2.0})
+    upper, lower, timed = drawn
     assert picture.startswith(b"\x89PNG") and upper.get_xscale() == "log"
     assert lines(upper) == {"ours": ([10, 30], [4.75, 1.5]), REFERENCE: ([10, 30], [5.0, 3.0])}
     assert lines(lower) == {"ours": ([10, 30], [0.0, -50.0])}
+    assert lines(timed) == {"ours": ([5, 15], [4.75, 1.5])}  # the speed of the reference is not known
     (band,) = [b for b in upper.collections if np.ptp(b.get_paths()[0].vertices[:, 1]) == 4.5]
     assert {(10.0, 4.0), (10.0, 5.5), (30.0, 1.0), (30.0, 2.0)} <= {tuple(point) for point in band.get_paths()[0].vertices}
     (legend,) = upper.figure.legends
@@ -449,7 +450,7 @@ def test_curves_are_means_over_the_seeds_in_a_band_and_relative_seed_by_seed(dra
 
 def test_the_early_plunge_does_not_squash_the_picture(drawn):
     curve = {tokens: 2 + 100 / tokens for tokens in range(10, 1001, 10)}
-    validation_png({"a": {1: curve}}, reference=REFERENCE)
+    validation_png({"a": {1: curve}}, reference=REFERENCE, speeds={})
     (axes,) = drawn
     low, high = axes.get_ylim()
     assert 1.9 < low < 2.1 and 2.5 < high < 2.6
@@ -458,6 +459,6 @@ def test_the_early_plunge_does_not_squash_the_picture(drawn):
 @pytest.mark.filterwarnings("error")
 @pytest.mark.parametrize("loss", [None, 2.0])
 def test_a_single_evaluation_and_a_loss_that_is_not_finite_can_be_drawn(drawn, loss):
-    assert validation_png({"a": {1: {10: loss}}, REFERENCE: {2: {10: 2.0}}}, reference=REFERENCE).startswith(b"\x89PNG")
+    assert validation_png({"a": {1: {10: loss}}, REFERENCE: {2: {10: 2.0}}}, reference=REFERENCE, speeds={}).startswith(b"\x89PNG")
     (axes,) = drawn  # no seed in common: no lower half
     assert [text.get_text() for text in axes.figure.legends[0].get_texts()][-1] == ("not finite  a" if loss is None else f"2.000  {REFERENCE}")
