@@ -1,11 +1,9 @@
-import pytest
 import torch
 
 from phase8.kernels import gated_linear_attention as operator
-from phase8.kernels.gated_linear_attention import _backward, _forward, gated_linear_attention
+from phase8.kernels.gated_linear_attention import gated_linear_attention
 from phase8.kernels.reference import gated_linear_attention as reference
-
-LENGTHS = [1, 63, 64, 65, 257]
+from tests.kernels.recurrences import RecurrenceTests, without_earlier_documents
 
 
 def problem(length, *, dtype=torch.float64, batch=2, heads=3, key_size=4, value_size=5):
@@ -17,153 +15,20 @@ def problem(length, *, dtype=torch.float64, batch=2, heads=3, key_size=4, value_
     return [x.to(dtype) for x in (q, k, v, log_decay)]
 
 
-def initial_state(batch=2, heads=3, key_size=4, value_size=5):
-    return torch.randn(batch, heads, key_size, value_size, dtype=torch.float64, generator=torch.Generator().manual_seed(5))
-
-
 def recurrence(q, k, v, log_decay, starts=None, state=None):
     """The defining loop over tokens."""
     batch, length, heads, size = q.shape
     state = q.new_zeros(batch, heads, size, v.shape[-1]) if state is None else state
     outputs = []
     for i in range(length):
-        if starts is not None:
-            state = state * (~starts[:, i])[:, None, None, None]
+        state = without_earlier_documents(state, starts, i)
         alpha = log_decay[:, i].exp()[..., None, None]
         state = alpha * state + (1 - alpha) * k[:, i, :, :, None] * v[:, i, :, None, :] / size**0.5
         outputs.append((state * q[:, i, :, :, None]).sum(2))
     return torch.stack(outputs, 1), state
 
 
-def random_starts(length, batch=2):
-    return torch.rand(batch, length, generator=torch.Generator().manual_seed(3)) < 0.05
-
-
-def gradients(function, arguments, starts, state):
-    """Of y and of the final state, each weighted at random, with numbers that every dtype represents."""
-    arguments = [x.detach().requires_grad_() for x in (arguments if state is None else [*arguments, state])]
-    outputs = function(*arguments[:4], starts, None if state is None else arguments[4])
-    generator = torch.Generator().manual_seed(7)
-    weights = [torch.randn(x.shape, generator=generator).bfloat16().to(x.dtype) for x in outputs]
-    return torch.autograd.grad(outputs, arguments, weights)
-
-
-@pytest.mark.parametrize("carried", [False, True])
-@pytest.mark.parametrize("packed", [False, True])
-@pytest.mark.parametrize("length", LENGTHS)
-def test_equals_the_recurrence_with_every_gradient(length, packed, carried):
-    arguments, state = problem(length), initial_state() if carried else None
-    starts = random_starts(length) if packed else None
-    for ours, theirs in zip(gated_linear_attention(*arguments, starts, state), recurrence(*arguments, starts, state), strict=True):
-        torch.testing.assert_close(ours, theirs)
-    found, expected = (gradients(function, arguments, starts, state) for function in (gated_linear_attention, recurrence))
-    for ours, theirs in zip(found, expected, strict=True):
-        torch.testing.assert_close(ours, theirs, rtol=1e-9, atol=1e-11)
-
-
-def test_gradcheck_of_the_backward():
-    inputs = [x.requires_grad_() for x in (*problem(9, heads=1, key_size=2, value_size=3), initial_state(2, 1, 2, 3))]
-    starts = torch.zeros(2, 9, dtype=torch.bool)
-    starts[0, 4] = starts[1, 0] = starts[1, 7] = True
-    assert torch.autograd.gradcheck(lambda q, k, v, g, s: gated_linear_attention(q, k, v, g, starts, s), inputs)
-    assert torch.autograd.gradcheck(gated_linear_attention, inputs[:4])
-
-
-@pytest.mark.parametrize("only", ["y", "state"])
-def test_one_result_may_go_without_a_gradient(only, monkeypatch):
-    seen = []
-    monkeypatch.setattr(operator, "_backward", lambda *given: seen.append(given[1]) or _backward(*given))
-    arguments = [x.requires_grad_() for x in problem(70)]
-    (y, state), (expected_y, expected_state) = gated_linear_attention(*arguments), recurrence(*arguments)
-    pair = (y, expected_y) if only == "y" else (state, expected_state)
-    for ours, theirs in zip(*(torch.autograd.grad(x.square().sum(), arguments, allow_unused=True) for x in pair), strict=True):
-        torch.testing.assert_close(ours, torch.zeros_like(ours) if theirs is None else theirs, rtol=1e-9, atol=1e-11)
-    assert (seen[0] is None) == (only == "y")  # no zeros are made
-
-
-@pytest.mark.parametrize("split", [1, 64, 100])
-def test_chunks_with_carried_state_equal_the_whole(split):
-    arguments = problem(130)
-    whole, final = gated_linear_attention(*arguments)
-    head, carried = gated_linear_attention(*(x[:, :split] for x in arguments))
-    tail, last = gated_linear_attention(*(x[:, split:] for x in arguments), None, carried)
-    torch.testing.assert_close(torch.cat((head, tail), 1), whole)
-    torch.testing.assert_close(last, final)
-
-
-def test_decays_of_zero_and_of_one_keep_their_gradients_in_fp32():
-    arguments = problem(80, dtype=torch.float32)
-    arguments[3][:, 10:20], arguments[3][:, 30:40], arguments[3][:, 15] = -1e30, 0.0, -torch.inf
-    exact = [x.double() for x in arguments]
-    exact[3].clamp_(min=-700)
-    found, expected = gradients(gated_linear_attention, arguments, None, None), gradients(recurrence, exact, None, None)
-    for ours, theirs in zip(found, expected, strict=True):
-        assert (ours - theirs).norm() <= 5e-5 * theirs.norm()
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_lower_precision(dtype):
-    """With decays that vary by orders of magnitude: what short memories carry is not drowned by the rounding of long ones."""
-    q, k, v, log_decay = problem(257, dtype=torch.float32)
-    rounded = [*(x.to(dtype) for x in (q, k, v)), log_decay]
-    exact = [x.double() for x in rounded]
-    y, state = gated_linear_attention(*rounded)
-    assert y.dtype == dtype and state.dtype == torch.float32
-    found = (y, state, *gradients(gated_linear_attention, rounded, None, None))
-    expected = (*recurrence(*exact), *gradients(recurrence, exact, None, None))
-    for ours, theirs in zip(found, expected, strict=True):
-        # bf16: one rounding of the result. fp32: sums of log alpha over a chunk are as imprecise as they are large, here around 1000.
-        assert (ours.double() - theirs).norm() <= max(torch.finfo(dtype).eps / 2, 5e-5) * theirs.norm()
-
-
-def test_decays_at_the_start_of_a_document_carry_no_gradient_of_what_they_drop():
-    arguments = problem(70, dtype=torch.float32)
-    arguments[3] *= 1e-6
-    starts = torch.zeros(2, 70, dtype=torch.bool)
-    starts[:, 50] = True
-    state = 1e4 * initial_state().float()
-    found = gradients(gated_linear_attention, arguments, starts, state)[3][:, 50]
-    expected = gradients(recurrence, [x.double() for x in arguments], starts, state.double())[3][:, 50]
-    assert (found - expected).norm() <= 1e-4 * expected.norm()
-
-
-def test_later_tokens_do_not_matter_and_earlier_documents_neither():
-    arguments = problem(90)
-    starts = torch.zeros(2, 90, dtype=torch.bool)
-    starts[:, 40] = True
-    changed = [x.clone() for x in arguments]
-    for x in changed[:3]:
-        x[:, 20] -= 1
-    before, after = gated_linear_attention(*arguments, starts)[0], gated_linear_attention(*changed, starts)[0]
-    assert torch.equal(after[:, :20], before[:, :20]) and torch.equal(after[:, 40:], before[:, 40:])
-    assert (after[:, 20:40] != before[:, 20:40]).any()
-
-
-@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
-@pytest.mark.parametrize("with_state", [True, False])
-def test_opcheck(with_state, dtype):
-    *arguments, log_decay = problem(6, dtype=dtype)
-    starts = torch.zeros(2, 6, dtype=torch.bool) if with_state else None
-    wide = torch.promote_types(dtype, torch.float32)
-    state = initial_state().to(wide) if with_state else None
-    inputs = (*arguments, log_decay.to(wide), starts, state)
-    # The gradient of the state has the dtype of the arithmetic, and is not that of a state that is None.
-    torch.library.opcheck(_forward, tuple(x if x is None or x.dtype == torch.bool else x.detach().clone().requires_grad_() for x in inputs))
-    dy = torch.randn(2, 3, 6, 5, dtype=dtype).transpose(1, 2)
-    torch.library.opcheck(_backward, (dy, initial_state().to(wide) if with_state else None, *inputs))
-
-
-def test_compiles_without_a_graph_break():
-    arguments, state = problem(70), initial_state()
-    starts = random_starts(70)
-    compiled = torch.compile(gated_linear_attention, fullgraph=True, backend="aot_eager")
-    for ours, theirs in zip(*(gradients(function, arguments, starts, state) for function in (compiled, recurrence)), strict=True):
-        torch.testing.assert_close(ours, theirs, rtol=1e-9, atol=1e-11)
-
-
-def test_reference_records_its_own_gradients():
-    """What torch.compile differentiates in the benchmark."""
-    arguments, state = problem(70), initial_state()
-    functions = (reference.gated_linear_attention, gated_linear_attention)
-    for ours, theirs in zip(*(gradients(function, arguments, random_starts(70), state) for function in functions), strict=True):
-        torch.testing.assert_close(ours, theirs, rtol=1e-9, atol=1e-11)
+class TestGatedLinearAttention(RecurrenceTests):
+    operator = operator
+    function, reference = staticmethod(gated_linear_attention), staticmethod(reference.gated_linear_attention)
+    recurrence, problem = staticmethod(recurrence), staticmethod(problem)

@@ -3,7 +3,8 @@ import torch
 
 from phase8.kernels.gated_delta_rule import gated_delta_rule
 from phase8.kernels.state_map import state_map
-from tests.kernels.test_gated_delta_rule import initial_state, problem, random_starts
+from tests.kernels.recurrences import initial_state, random_starts
+from tests.kernels.test_gated_delta_rule import problem
 
 
 @pytest.mark.parametrize("packed", [False, True])
