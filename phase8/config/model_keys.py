@@ -11,7 +11,7 @@ FIRST_VALUES = frozenset({"memory_tokens", "init_std"})
 # Keys that change the computation, but neither number nor shapes of the weights.
 WITHOUT_SHAPE = FIRST_VALUES | {"sequence_length", "rope_base", "norm_eps", "local_window_size", "global_tokens"}
 _OF_WINDOW = frozenset({"local_window_size", "global_tokens", "score", "global_path"})
-_OF_GLOBAL_PATH = frozenset({"chain", "memory_tokens"})
+_OF_GLOBAL_PATH = frozenset({"chain", "global_gate", "memory_tokens"})
 
 
 def keys_in_effect(model: ModelSection) -> dict[str, Any]:

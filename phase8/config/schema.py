@@ -80,6 +80,9 @@ class ModelSection(Section):
         "recurrence beside the window: delta replaces what a key holds, linear adds to it; none: the window alone, without gate and chain",
     )
     chain: Literal["both", "decay", "gate", "none"] = key("none", "what the Green chain modulates: the decay, the gate, both, or no chain")
+    global_gate: Literal["scalar", "channel"] = key(
+        "scalar", "gate of the global path: a number per head and token, or one per channel, by a low-rank product whose rank is the head size"
+    )
     memory_tokens: Annotated[tuple[PositiveFloat, PositiveFloat], Field(strict=False)] = key(
         (2.0, 500.0), "tokens that the first and the last head of the global path remember at initialisation; on a logarithmic scale between"
     )
@@ -114,10 +117,10 @@ class ModelSection(Section):
 
     @property
     def scalars_per_head(self) -> int:
-        """Numbers that the global path computes for each head and token: decay step, gate, potential of the chain, share of the delta rule."""
+        """Numbers that the global path computes for each head and token: decay step, scalar gate, potential of the chain, share of the delta rule."""
         if not self.has_global_path:
             return 0
-        return 2 + (self.chain != "none") + (self.global_path == "delta")
+        return 1 + (self.global_gate == "scalar") + (self.chain != "none") + (self.global_path == "delta")
 
     @property
     def feed_forward_rank(self) -> int:

@@ -81,7 +81,7 @@ class Phase8Mixer(nn.Module):
         model: Model section with widths, heads, score, global path and chain.
         window: Number of tokens W that the local path sees, the token itself included.
         axis: Axis of tensor parallelism, whose ranks divide the heads.
-        number_format: Format that computes the products of q, k, v and the output.
+        number_format: Format that computes the products of q, k, v, a gate per channel and the output.
     """
 
     def __init__(self, model: ModelSection, *, window: int, axis: Axis, number_format: NumberFormat):
@@ -93,11 +93,11 @@ class Phase8Mixer(nn.Module):
         self.qkv = JointColumnLinear((self.q, self.k, self.v), axis, number_format)
         self.convolution = ShortConvolution(inner, model.convolution_taps, num_ranks=axis.size)
         self.score = LorentzScore(model.num_heads) if model.score == "lorentz" else None
-        self.global_path = GlobalPath(model, axis=axis) if model.has_global_path else None
+        self.global_path = GlobalPath(model, axis=axis, number_format=number_format) if model.has_global_path else None
         self.out = row_linear(inner, width, rank=rank, std=0.0, axis=axis, number_format=number_format)
 
     def exchanges(self) -> Exchanges:
-        """The exchanges of the global path's scalars, of the joint product of q, k and v, and of the output layer."""
+        """The exchanges of the global path's scalars and gate, of the joint product of q, k and v, and of the output layer."""
         path = NO_EXCHANGES if self.global_path is None else self.global_path.exchanges()
         return path.then(self.qkv.exchanges()).then(self.out.exchanges())
 
@@ -135,7 +135,7 @@ class Phase8Mixer(nn.Module):
         Returns:
             The summand for the residual stream, in the shape of x, and the state for the next piece (None without `state`).
         """
-        scalars = None if self.global_path is None else self.global_path.begin(x)
+        projections = None if self.global_path is None else self.global_path.begin(x)
         qkv = self.qkv(x)
         inputs, convolution = mixer_inputs(
             qkv.reshape(-1, len(angles), 3, self.num_heads, self.head_size),
@@ -157,7 +157,7 @@ class Phase8Mixer(nn.Module):
             state=None if state is None else state.window,
         )
         global_state = None
-        if self.global_path is not None and scalars is not None:
-            y_global, global_state = self.global_path(scalars, inputs, starts, None if state is None else state.global_path)
+        if self.global_path is not None and projections is not None:
+            y_global, global_state = self.global_path(projections, inputs, starts, None if state is None else state.global_path)
             y = y + y_global
         return self.out(y.flatten(2)), None if window is None else MixerState(convolution, window, global_state)

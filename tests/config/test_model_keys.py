@@ -28,6 +28,7 @@ READ = set()
         {"score": "lorentz", "chain": "both"},
         {"global_path": "none"},
         {"global_path": "delta", "chain": "decay"},
+        {"global_path": "delta", "global_gate": "channel"},
         {"block": "transformer"},
         {"block": "transformer", "tie_embeddings": True},
     ],

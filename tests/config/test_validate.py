@@ -38,6 +38,10 @@ RULES = {
         ["model.global_path=none", "model.chain=both"],
         "model.chain is both, but model.global_path is none and has no decay or gate to modulate; set model.chain to none.",
     ),
+    "gate without a path": (
+        ["model.global_path=none", "model.global_gate=channel"],
+        "model.global_gate is channel, but model.global_path is none and has no gate; set model.global_gate to scalar.",
+    ),
     "warmup": (
         ["train.num_steps=100"],
         "optim.warmup_steps 100 is not below train.num_steps 100; shorten the warmup.",

@@ -47,14 +47,21 @@ def mixer(section, layer, p, x):
     for h in range(heads):
         decay_term, gate_term = chain_terms(p, scalars, h)
         alpha = torch.exp(-F.softplus(scalars[:, h, 0] + p["mixer.global_path.decay_bias"][h]) * torch.exp(decay_term))
-        gate = torch.sigmoid(scalars[:, h, 1] + p["mixer.global_path.gate_bias"][h] + gate_term)
+        gate = torch.sigmoid(gate_logits(section, p, x, scalars, h) + (p["mixer.global_path.gate_bias"][h] + gate_term).reshape(-1, 1))
         if section.global_path == "delta":
             read = delta_rule(section, q[:, h], k[:, h], v[:, h], alpha, torch.sigmoid(scalars[:, h, -1]))
         else:
             read = linear_attention(section, q[:, h], k[:, h], v[:, h], alpha)
         y_global = rms(read, section.norm_eps) * p["mixer.global_path.norm.weight"][h]
-        outputs.append(softmax_attention(section, q, k, v, h, window, p) + gate[:, None] * y_global)
+        outputs.append(softmax_attention(section, q, k, v, h, window, p) + gate * y_global)
     return linear(p, "mixer.out", torch.cat(outputs, dim=-1))
+
+
+def gate_logits(section, p, x, scalars, h):
+    """One head: a number per token [T, 1], or one per channel [T, K]."""
+    if section.global_gate == "scalar":
+        return scalars[:, h, 1:2]
+    return linear(p, "mixer.global_path.gate", x)[:, h * section.head_width : (h + 1) * section.head_width]
 
 
 def linear_attention(section, q, k, v, alpha):
@@ -83,7 +90,8 @@ def chain_terms(p, scalars, h):
     """Log factor of the decay rate and addition to the gate, from the Green function by matrix inversion."""
     if "mixer.global_path.chain.energy" not in p:
         return torch.zeros(()), torch.zeros(())
-    potential = 2 * torch.tanh(scalars[:, h, 2] / 2)
+    # With a gate per channel, the scalars lack the gate.
+    potential = 2 * torch.tanh(scalars[:, h, 1 if "mixer.global_path.gate.up.weight" in p else 2] / 2)
     z = torch.complex(p["mixer.global_path.chain.energy"][h], 0.1 + F.softplus(p["mixer.global_path.chain.eta_raw"][h]))
     hopping = F.softplus(p["mixer.global_path.chain.hopping_raw"][h]).sqrt()
     g = []

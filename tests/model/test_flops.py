@@ -21,6 +21,8 @@ VARIANTS = {
     "window alone": {"chain": "none", "global_path": "none"},
     "delta rule": {"global_path": "delta"},
     "delta rule with chain": {"global_path": "delta", "chain": "both"},
+    "gate per channel": {"global_path": "delta", "global_gate": "channel"},
+    "gate per channel, low rank": {"global_gate": "channel", "low_rank_rank": 5},
 }
 LINEAR_PARTS = ("mixer projections", "feed-forward", "head")
 

@@ -55,6 +55,12 @@ def test_documented_initial_state_of_the_mixer():
     assert (mixer.convolution.weight == torch.tensor([0.0, 0, 0, 1])).all()
 
 
+def test_a_gate_per_channel_begins_as_the_scalar_one_does():
+    path = fresh(scaled_down(ModelSection(global_path="delta", global_gate="channel"))).blocks["0"].mixer.global_path
+    assert [tuple(p.shape) for p in (path.gate.down.weight, path.gate.up.weight, path.scalars.weight)] == [(6, 24), (24, 6), (4 * 2, 24)]
+    torch.testing.assert_close(path.gate_bias, torch.full((4,), -3.0))
+
+
 def test_low_rank_product_has_the_dense_variance():
     pair = LowRankColumn(256, 128, rank=64, std=0.02)
     initialise(pair, seed=0)

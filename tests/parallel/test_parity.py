@@ -18,6 +18,7 @@ BLOCKS = {
     "whole": ("model.score=lorentz", "model.chain=both", "model.global_tokens=2"),
     "window": ("model.global_path=none",),
     "delta": ("model.global_path=delta", "model.chain=both"),
+    "delta-gates": ("model.global_path=delta", "model.chain=gate", "model.global_gate=channel"),
     "transformer": ("model.block=transformer", "model.convolution_size=4"),
     "low-rank": ("model.low_rank_rank=5", "model.ffn=low_rank_swiglu", "model.chain=both"),
     "tied": ("model.tie_embeddings=true",),
@@ -52,6 +53,7 @@ QUICK = {
     "tp2": ("whole", ranks(tp=2)),
     "tp4": ("low-rank", ranks(tp=4)),
     "tp2 delta": ("delta", ranks(tp=2)),
+    "tp2 delta, gate per channel": ("delta-gates", ranks(tp=2)),
     "tp2 low-rank": ("low-rank", ranks(tp=2)),
     "tp2 transformer": ("transformer", ranks(tp=2)),
     "tp2 tied": ("tied", ranks(tp=2)),
@@ -152,6 +154,7 @@ def test_twenty_steps_equal_one_process(pool, block, case):
 SHOWS_ON = {
     "tensor": ("low-rank", ranks(tp=2)),
     "tensor, delta": ("delta", ranks(tp=2)),
+    "tensor, gates": ("delta-gates", ranks(tp=2)),
     "data": ("default", ranks(dp=2, stage=3)),
     "both": ("default", ranks(tp=2, dp=2, stage=2)),
     "stages": ("tied", ranks(pp=2, more=("train.micro_batch_size=2",))),
@@ -164,6 +167,7 @@ PLACE = {
     "gradient_stays_a_summand": "tensor", "embedding_of_one_rank": "tensor", "first_id_of_the_first": "tensor", "extra_all_reduce": "both",
     "copies_not_summed": "stages", "copies_counted_twice": "stages", "gradient_of_another_microbatch": "stages",
     "synchronised_too_early": "stages and data", "scalars_of_the_neighbour": "tensor, delta",
+    "gate_of_one_rank_has_its_gradient": "tensor, gates",
 }  # fmt: skip
 
 
