@@ -15,6 +15,7 @@ from phase8.config.values import (
     Fraction,
     GlobalPathName,
     LayerCount,
+    NegativeFloat,
     NonNegativeFloat,
     NonNegativeInt,
     OptionalWidth,
@@ -82,6 +83,9 @@ class ModelSection(Section):
     chain: Literal["both", "decay", "gate", "none"] = key("none", "what the Green chain modulates: the decay, the gate, both, or no chain")
     global_gate: Literal["scalar", "channel"] = key(
         "scalar", "gate of the global path: a number per head and token, or one per channel, by a low-rank product whose rank is the head size"
+    )
+    decay_floor: NegativeFloat | None = key(
+        None, "lowest logarithm of the global path's decay, which is the floor times a sigmoid, -5 for example; null: minus a softplus, without floor"
     )
     memory_tokens: Annotated[tuple[PositiveFloat, PositiveFloat], Field(strict=False)] = key(
         (2.0, 500.0), "tokens that the first and the last head of the global path remember at initialisation; on a logarithmic scale between"

@@ -30,6 +30,8 @@ from phase8.tensor_parallel.parameters import ParameterSpec, inverse_softplus, l
 ETA_MIN = 0.1
 INITIAL_ETA = 0.5
 POTENTIAL_MAX = 2.0
+# A memory so short that the decay would begin below this share of its floor begins there, where the sigmoid still has a gradient.
+LARGEST_SHARE_OF_FLOOR = 0.99
 # After its norm the global path is at first ten times as large as the local one: a half-open gate would drown what the local path learns
 # (docs/quality.md).
 INITIAL_GATE = -3.0
@@ -132,7 +134,7 @@ class GlobalPath(nn.Module):
         self.axis = axis
         self.num_heads, self.head_size, self.memory_tokens = model.num_heads // axis.size, model.head_width, model.memory_tokens
         self.chain = GreenChain(model.num_heads, model.chain) if model.chain != "none" else None
-        self.is_delta = model.global_path == "delta"
+        self.is_delta, self.decay_floor = model.global_path == "delta", model.decay_floor
         # Each head and token has a decay step, a gate unless every channel has one, with the chain a potential, and for the delta rule a share.
         # The order is head-major, so that heads shard as rows.
         self.scalars = WideLinear(model.d_model, model.num_heads * model.scalars_per_head, std=model.init_std)
@@ -148,7 +150,10 @@ class GlobalPath(nn.Module):
         """Decays whose memory lengths are spread over the heads on a logarithmic scale, and a gate that is nearly closed."""
         first, last = map(math.log10, self.memory_tokens)
         memory = torch.logspace(first, last, len(self.decay_bias), dtype=torch.float64)
-        decay_bias = torch.log(torch.expm1(1 / memory)).float()
+        if self.decay_floor is None:
+            decay_bias = torch.log(torch.expm1(1 / memory)).float()
+        else:
+            decay_bias = torch.logit((-1 / (memory * self.decay_floor)).clamp(max=LARGEST_SHARE_OF_FLOOR)).float()
         return {"decay_bias": ParameterSpec(value=decay_bias, divided={"tp": 0}), "gate_bias": ParameterSpec(value=INITIAL_GATE, divided={"tp": 0})}
 
     def exchanges(self) -> Exchanges:
@@ -201,11 +206,21 @@ class GlobalPath(nn.Module):
         """What the scalars [B, T, H, scalars per head] and a gate per channel [B, T, H, K] become, with the chain's state before the first token."""
         step, *others = scalars.unbind(-1)
         logits = others.pop(0)[..., None] if channels is None else channels
-        log_decay, logits = -F.softplus(step + local(self.decay_bias)), logits + local(self.gate_bias)[:, None]
+        step, logits = step + local(self.decay_bias), logits + local(self.gate_bias)[:, None]
+        decay_factor = None
         if self.chain is not None:
             state, decay_factor, gate_term = self.chain(others[0], starts, state)
-            log_decay = log_decay if decay_factor is None else log_decay * torch.exp(decay_factor)
             logits = logits if gate_term is None else logits + gate_term[..., None]
         # Queries and keys are RMS-normalised: the squared length of a key is the head size.
         rate = torch.sigmoid(others[-1]) / self.head_size if self.is_delta else None
-        return _Modulation(log_decay, torch.sigmoid(logits), rate, state)
+        return _Modulation(self._log_decay(step, decay_factor), torch.sigmoid(logits), rate, state)
+
+    def _log_decay(self, step: Tensor, factor: Tensor | None) -> Tensor:
+        """Logarithm of the decay from its step and the chain's logarithm of a factor on it [B, T, H].
+
+        Source: with a floor, arXiv 2609.24797. The factor then is one on the odds, so that the floor holds, and for long memories that is the same.
+        """
+        if self.decay_floor is not None:
+            return self.decay_floor * torch.sigmoid(step if factor is None else step + factor)
+        log_decay = -F.softplus(step)
+        return log_decay if factor is None else log_decay * torch.exp(factor)

@@ -159,6 +159,7 @@ def test_the_shipped_config_is_what_the_ablation_is_defined_as():
     assert 29e6 < min(counts.values()) <= max(counts.values()) < 31e6
     candidates = {
         "gates": ("model.global_gate=channel", "model.ffn_size=1368"),  # the feed-forward gives what the gates take
+        "floor": ("model.decay_floor=-5",),
     }
     delta = VARIANTS["window+delta"]
     own = count_variant_parameters(SHIPPED, [], {name: (*delta, *settings) for name, settings in candidates.items()})

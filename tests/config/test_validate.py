@@ -42,6 +42,10 @@ RULES = {
         ["model.global_path=none", "model.global_gate=channel"],
         "model.global_gate is channel, but model.global_path is none and has no gate; set model.global_gate to scalar.",
     ),
+    "floor without a path": (
+        ["model.global_path=none", "model.decay_floor=-5"],
+        "model.decay_floor is -5.0, but model.global_path is none and has no decay; set model.decay_floor to null.",
+    ),
     "warmup": (
         ["train.num_steps=100"],
         "optim.warmup_steps 100 is not below train.num_steps 100; shorten the warmup.",

@@ -46,7 +46,11 @@ def mixer(section, layer, p, x):
     outputs = []
     for h in range(heads):
         decay_term, gate_term = chain_terms(p, scalars, h)
-        alpha = torch.exp(-F.softplus(scalars[:, h, 0] + p["mixer.global_path.decay_bias"][h]) * torch.exp(decay_term))
+        step = scalars[:, h, 0] + p["mixer.global_path.decay_bias"][h]
+        if section.decay_floor is None:
+            alpha = torch.exp(-F.softplus(step) * torch.exp(decay_term))
+        else:
+            alpha = torch.exp(section.decay_floor / (1 + torch.exp(-step - decay_term)))
         gate = torch.sigmoid(gate_logits(section, p, x, scalars, h) + (p["mixer.global_path.gate_bias"][h] + gate_term).reshape(-1, 1))
         if section.global_path == "delta":
             read = delta_rule(section, q[:, h], k[:, h], v[:, h], alpha, torch.sigmoid(scalars[:, h, -1]))

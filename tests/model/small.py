@@ -55,6 +55,10 @@ VARIANTS = [
         (f"gate-channel-{path}-chain-{chain}", scaled_down(ModelSection(global_path=path, global_gate="channel", chain=chain, low_rank_rank=rank)))
         for path, chain, rank in (("delta", "none", 0), ("linear", "decay", 5), ("delta", "both", 0))
     ),
+    *(
+        (f"decay-floor-{path}-chain-{chain}", scaled_down(ModelSection(global_path=path, decay_floor=-5.0, chain=chain)))
+        for path, chain in (("delta", "none"), ("linear", "none"), ("delta", "both"))
+    ),
     ("windows", scaled_down(ModelSection(), num_layers=3, local_window_size=(3, 9), global_tokens=2, memory_tokens=(4.0, 90.0))),
     ("transformer-convolution", scaled_down(ModelSection(block="transformer", convolution_size=4))),
     ("low-rank", scaled_down(ModelSection(low_rank_rank=5, ffn="low_rank_swiglu", tie_embeddings=True))),

@@ -61,6 +61,13 @@ def test_a_gate_per_channel_begins_as_the_scalar_one_does():
     torch.testing.assert_close(path.gate_bias, torch.full((4,), -3.0))
 
 
+@pytest.mark.parametrize(("floor", "first"), [(-5.0, 2.0), (-0.4, 1 / (0.4 * 0.99))])
+def test_decays_with_a_floor_begin_as_those_without_unless_the_floor_forbids(floor, first):
+    path = fresh(scaled_down(ModelSection(global_path="delta", decay_floor=floor))).blocks["0"].mixer.global_path
+    memory = -1 / (floor * torch.sigmoid(path.decay_bias))
+    torch.testing.assert_close(memory, torch.tensor([first, *torch.logspace(0.30103, 2.69897, 4)[1:]]), rtol=1e-4, atol=0)
+
+
 def test_low_rank_product_has_the_dense_variance():
     pair = LowRankColumn(256, 128, rank=64, std=0.02)
     initialise(pair, seed=0)

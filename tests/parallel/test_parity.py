@@ -18,7 +18,7 @@ BLOCKS = {
     "whole": ("model.score=lorentz", "model.chain=both", "model.global_tokens=2"),
     "window": ("model.global_path=none",),
     "delta": ("model.global_path=delta", "model.chain=both"),
-    "delta-gates": ("model.global_path=delta", "model.chain=gate", "model.global_gate=channel"),
+    "delta-gates": ("model.global_path=delta", "model.chain=gate", "model.global_gate=channel", "model.decay_floor=-5"),
     "transformer": ("model.block=transformer", "model.convolution_size=4"),
     "low-rank": ("model.low_rank_rank=5", "model.ffn=low_rank_swiglu", "model.chain=both"),
     "tied": ("model.tie_embeddings=true",),
