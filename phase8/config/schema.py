@@ -76,6 +76,9 @@ class ModelSection(Section):
     )
     global_tokens: NonNegativeInt = key(0, "first G tokens of the sequence that every later token sees")
     score: Literal["lorentz", "dot"] = key("dot", "score of the local path: hyperbolic distance or scaled dot product")
+    local_qk_norm: bool = key(
+        False, "queries and keys of the window (transformer: of the attention) are normalised and scaled by a learned number per head; dot score only"
+    )
     global_path: GlobalPathName = key(
         "linear",
         "recurrence beside the window: delta replaces what a key holds, linear adds to it; none: the window alone, without gate and chain",

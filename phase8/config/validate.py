@@ -62,6 +62,8 @@ def model_problems(model: ModelSection) -> Iterator[str]:
     elif model.head_width % 2:
         origin = "" if model.head_size is not None else f" (model.d_model {model.d_model} / model.num_heads {model.num_heads})"
         yield f"model.head_size {model.head_width}{origin} is odd, but rotary positions need an even one; set an even model.head_size."
+    if model.local_qk_norm and model.block == "phase8" and model.score != "dot":
+        yield f"model.local_qk_norm is true, but model.score is {model.score}, which has lengths of its own; set model.local_qk_norm to false."
     if model.global_path == "none" and model.chain != "none":
         yield f"model.chain is {model.chain}, but model.global_path is none and has no decay or gate to modulate; set model.chain to none."
     if model.global_path == "none" and model.global_gate != "scalar":

@@ -19,6 +19,7 @@ from phase8.kernels.window_attention import window_attention
 from phase8.kernels.window_state import WindowState, empty_window_state
 from phase8.model.convolution import ShortConvolution
 from phase8.model.global_path import GlobalPath, GlobalState
+from phase8.model.norm import QueryKeyNorm
 from phase8.model.work import mean_visible_keys
 from phase8.precision.formats import NumberFormat
 from phase8.tensor_parallel.linear import JointColumnLinear, column_linear, row_linear
@@ -93,6 +94,7 @@ class Phase8Mixer(nn.Module):
         self.qkv = JointColumnLinear((self.q, self.k, self.v), axis, number_format)
         self.convolution = ShortConvolution(inner, model.convolution_taps, num_ranks=axis.size)
         self.score = LorentzScore(model.num_heads) if model.score == "lorentz" else None
+        self.qk_norm = QueryKeyNorm(model.num_heads, model.head_width, eps=model.norm_eps) if model.local_qk_norm else None
         self.global_path = GlobalPath(model, axis=axis, number_format=number_format) if model.has_global_path else None
         self.out = row_linear(inner, width, rank=rank, std=0.0, axis=axis, number_format=number_format)
 
@@ -137,11 +139,13 @@ class Phase8Mixer(nn.Module):
         """
         projections = None if self.global_path is None else self.global_path.begin(x)
         qkv = self.qkv(x)
+        # Either gives queries and keys of the window a length; without both they keep theirs.
+        lengths = self.score if self.score is not None else self.qk_norm
         inputs, convolution = mixer_inputs(
             qkv.reshape(-1, len(angles), 3, self.num_heads, self.head_size),
             self.convolution.taps,
             angles,
-            None if self.score is None else self.score.radius,
+            None if lengths is None else lengths.radius,
             eps=self.eps,
             starts=starts,
             initial_state=None if state is None else state.convolution,

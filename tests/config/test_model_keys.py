@@ -30,6 +30,7 @@ READ = set()
         {"global_path": "delta", "chain": "decay"},
         {"global_path": "delta", "global_gate": "channel", "decay_floor": -5.0},
         {"block": "transformer"},
+        {"block": "transformer", "local_qk_norm": True},
         {"block": "transformer", "tie_embeddings": True},
     ],
 )

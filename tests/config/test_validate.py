@@ -46,6 +46,10 @@ RULES = {
         ["model.global_path=none", "model.decay_floor=-5"],
         "model.decay_floor is -5.0, but model.global_path is none and has no decay; set model.decay_floor to null.",
     ),
+    "two lengths": (
+        ["model.score=lorentz", "model.local_qk_norm=true"],
+        "model.local_qk_norm is true, but model.score is lorentz, which has lengths of its own; set model.local_qk_norm to false.",
+    ),
     "warmup": (
         ["train.num_steps=100"],
         "optim.warmup_steps 100 is not below train.num_steps 100; shorten the warmup.",

@@ -111,6 +111,8 @@ def softmax_attention(section, q, k, v, h, window, p):
     """One head; a window of W tokens and the first G, or everything before."""
     length, size = len(q), q.shape[-1]
     q, k = (rotate(x[:, h], section.rope_base) for x in (q, k))
+    if section.local_qk_norm:
+        q, k = (p["mixer.qk_norm.weight"][h] * rms(x, section.norm_eps) for x in (q, k))
     if window is None or section.score == "dot":
         scores = q @ k.T / math.sqrt(size)
     else:

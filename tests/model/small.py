@@ -59,6 +59,9 @@ VARIANTS = [
         (f"decay-floor-{path}-chain-{chain}", scaled_down(ModelSection(global_path=path, decay_floor=-5.0, chain=chain)))
         for path, chain in (("delta", "none"), ("linear", "none"), ("delta", "both"))
     ),
+    ("qk-norm-delta", scaled_down(ModelSection(global_path="delta", local_qk_norm=True, global_tokens=2))),
+    ("qk-norm-window", scaled_down(ModelSection(global_path="none", local_qk_norm=True, convolution_size=1))),
+    ("qk-norm-transformer", scaled_down(ModelSection(block="transformer", local_qk_norm=True))),
     ("windows", scaled_down(ModelSection(), num_layers=3, local_window_size=(3, 9), global_tokens=2, memory_tokens=(4.0, 90.0))),
     ("transformer-convolution", scaled_down(ModelSection(block="transformer", convolution_size=4))),
     ("low-rank", scaled_down(ModelSection(low_rank_rank=5, ffn="low_rank_swiglu", tie_embeddings=True))),

@@ -81,6 +81,16 @@ def gate_of_one_rank_has_its_gradient():
     return replaced((global_path, "JointColumnLinear"), by=lambda old: Careless)
 
 
+def lengths_of_the_neighbour():
+    """A rank scales the queries and keys of its heads to the lengths of another rank's heads."""
+    return replaced((norm.QueryKeyNorm, "radius"), by=lambda old: property(lambda self: lengths_of_other_heads(self)))
+
+
+def lengths_of_other_heads(module):
+    whole = module.weight.full_tensor()
+    return whole.roll(len(whole) // 2)[: len(module.weight.to_local())] * module.head_size**0.5
+
+
 def plain_to_local():
     """A replicated parameter is read without saying that its gradient is a summand."""
     def careless(old):
@@ -224,6 +234,6 @@ MUTATIONS = {
         plain_to_local, average_over_data_ranks, never_synchronised, same_data_everywhere, another_ranks_part, largest_logit_is_local,
         gradient_stays_a_summand, embedding_of_one_rank, first_id_of_the_first, extra_all_reduce,
         copies_not_summed, copies_counted_twice, gradient_of_another_microbatch, synchronised_too_early,
-        scalars_of_the_neighbour, gate_of_one_rank_has_its_gradient,
+        scalars_of_the_neighbour, gate_of_one_rank_has_its_gradient, lengths_of_the_neighbour,
     )
 }  # fmt: skip

@@ -21,8 +21,9 @@ SHAPE = {
 BLOCKS = {
     "phase8": {},
     "delta": {"global_path": "delta"},
-    "gates": {"global_path": "delta", "global_gate": "channel"},
+    "gates": {"global_path": "delta", "global_gate": "channel", "decay_floor": -5.0, "local_qk_norm": True},
     "transformer": {"block": "transformer"},
+    "transformer with norm": {"block": "transformer", "local_qk_norm": True},
 }
 RECOMPUTE = [("none", 1), ("full", 1), ("full", 2), ("selective", 1), ("selective", 2)]
 
