@@ -87,6 +87,9 @@ class ModelSection(Section):
     global_gate: Literal["scalar", "channel"] = key(
         "scalar", "gate of the global path: a number per head and token, or one per channel, by a low-rank product whose rank is the head size"
     )
+    global_activation: Literal["none", "silu"] = key(
+        "none", "activation of the global path's queries and keys, between convolution and normalisation"
+    )
     decay_floor: NegativeFloat | None = key(
         None, "lowest logarithm of the global path's decay, which is the floor times a sigmoid, -5 for example; null: minus a softplus, without floor"
     )

@@ -70,6 +70,11 @@ def model_problems(model: ModelSection) -> Iterator[str]:
         yield f"model.global_gate is {model.global_gate}, but model.global_path is none and has no gate; set model.global_gate to scalar."
     if model.global_path == "none" and model.decay_floor is not None:
         yield f"model.decay_floor is {model.decay_floor}, but model.global_path is none and has no decay; set model.decay_floor to null."
+    if model.global_path == "none" and model.global_activation != "none":
+        yield (
+            f"model.global_activation is {model.global_activation}, but model.global_path is none and has no queries; "
+            "set model.global_activation to none."
+        )
     if model.ffn == "low_rank_swiglu" and model.low_rank_rank == 0:
         yield "model.ffn is low_rank_swiglu, but model.low_rank_rank is 0; set a rank of at least 1 or use ffn: swiglu."
 

@@ -95,6 +95,7 @@ class Phase8Mixer(nn.Module):
         self.convolution = ShortConvolution(inner, model.convolution_taps, num_ranks=axis.size)
         self.score = LorentzScore(model.num_heads) if model.score == "lorentz" else None
         self.qk_norm = QueryKeyNorm(model.num_heads, model.head_width, eps=model.norm_eps) if model.local_qk_norm else None
+        self.has_silu = model.has_global_path and model.global_activation == "silu"
         self.global_path = GlobalPath(model, axis=axis, number_format=number_format) if model.has_global_path else None
         self.out = row_linear(inner, width, rank=rank, std=0.0, axis=axis, number_format=number_format)
 
@@ -147,6 +148,7 @@ class Phase8Mixer(nn.Module):
             angles,
             None if lengths is None else lengths.radius,
             eps=self.eps,
+            silu=self.has_silu,
             starts=starts,
             initial_state=None if state is None else state.convolution,
         )

@@ -160,6 +160,7 @@ def test_the_shipped_config_is_what_the_ablation_is_defined_as():
     candidates = {
         "gates": ("model.global_gate=channel", "model.ffn_size=1368"),  # the feed-forward gives what the gates take
         "floor": ("model.decay_floor=-5",),
+        "silu": ("model.global_activation=silu",),
         "norm": ("model.local_qk_norm=true",),
     }
     delta = VARIANTS["window+delta"]

@@ -50,6 +50,10 @@ RULES = {
         ["model.score=lorentz", "model.local_qk_norm=true"],
         "model.local_qk_norm is true, but model.score is lorentz, which has lengths of its own; set model.local_qk_norm to false.",
     ),
+    "activation without a path": (
+        ["model.global_path=none", "model.global_activation=silu"],
+        "model.global_activation is silu, but model.global_path is none and has no queries; set model.global_activation to none.",
+    ),
     "warmup": (
         ["train.num_steps=100"],
         "optim.warmup_steps 100 is not below train.num_steps 100; shorten the warmup.",

@@ -52,10 +52,11 @@ def mixer(section, layer, p, x):
         else:
             alpha = torch.exp(section.decay_floor / (1 + torch.exp(-step - decay_term)))
         gate = torch.sigmoid(gate_logits(section, p, x, scalars, h) + (p["mixer.global_path.gate_bias"][h] + gate_term).reshape(-1, 1))
+        global_q, global_k = (x[:, h] / (1 + torch.exp(-x[:, h])) if section.global_activation == "silu" else x[:, h] for x in (q, k))
         if section.global_path == "delta":
-            read = delta_rule(section, q[:, h], k[:, h], v[:, h], alpha, torch.sigmoid(scalars[:, h, -1]))
+            read = delta_rule(section, global_q, global_k, v[:, h], alpha, torch.sigmoid(scalars[:, h, -1]))
         else:
-            read = linear_attention(section, q[:, h], k[:, h], v[:, h], alpha)
+            read = linear_attention(section, global_q, global_k, v[:, h], alpha)
         y_global = rms(read, section.norm_eps) * p["mixer.global_path.norm.weight"][h]
         outputs.append(softmax_attention(section, q, k, v, h, window, p) + gate * y_global)
     return linear(p, "mixer.out", torch.cat(outputs, dim=-1))

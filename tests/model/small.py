@@ -62,6 +62,10 @@ VARIANTS = [
     ("qk-norm-delta", scaled_down(ModelSection(global_path="delta", local_qk_norm=True, global_tokens=2))),
     ("qk-norm-window", scaled_down(ModelSection(global_path="none", local_qk_norm=True, convolution_size=1))),
     ("qk-norm-transformer", scaled_down(ModelSection(block="transformer", local_qk_norm=True))),
+    *(
+        (f"silu-{path}-{taps}", scaled_down(ModelSection(global_path=path, global_activation="silu", convolution_size=taps, local_qk_norm=norm)))
+        for path, taps, norm in (("delta", 4, False), ("delta", 1, True), ("linear", 4, False))
+    ),
     ("windows", scaled_down(ModelSection(), num_layers=3, local_window_size=(3, 9), global_tokens=2, memory_tokens=(4.0, 90.0))),
     ("transformer-convolution", scaled_down(ModelSection(block="transformer", convolution_size=4))),
     ("low-rank", scaled_down(ModelSection(low_rank_rank=5, ffn="low_rank_swiglu", tie_embeddings=True))),

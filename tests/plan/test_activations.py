@@ -21,7 +21,7 @@ SHAPE = {
 BLOCKS = {
     "phase8": {},
     "delta": {"global_path": "delta"},
-    "gates": {"global_path": "delta", "global_gate": "channel", "decay_floor": -5.0, "local_qk_norm": True},
+    "gates": {"global_path": "delta", "global_gate": "channel", "decay_floor": -5.0, "local_qk_norm": True, "global_activation": "silu"},
     "transformer": {"block": "transformer"},
     "transformer with norm": {"block": "transformer", "local_qk_norm": True},
 }
