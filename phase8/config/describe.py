@@ -173,6 +173,8 @@ def _bounds(metadata: Sequence[Any]) -> Iterator[str]:
                 yield f"at least {bound}"
             case annotated_types.Gt(gt=bound):
                 yield f"above {bound}"
+            case annotated_types.Lt(lt=bound):
+                yield f"below {bound}"
             case annotated_types.Le(le=bound):
                 yield f"at most {bound}"
             case _ if "pattern" in vars(item):

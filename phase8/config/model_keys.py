@@ -9,9 +9,11 @@ from phase8.config.schema import ModelSection
 # Keys that only affect initial weights; they do not matter for weights that are loaded.
 FIRST_VALUES = frozenset({"memory_tokens", "init_std"})
 # Keys that change the computation, but neither number nor shapes of the weights.
-WITHOUT_SHAPE = FIRST_VALUES | {"sequence_length", "rope_base", "norm_eps", "local_window_size", "global_tokens"}
+WITHOUT_SHAPE = FIRST_VALUES | {
+    "sequence_length", "rope_base", "norm_eps", "local_window_size", "global_tokens", "decay_floor", "global_activation"
+}  # fmt: skip
 _OF_WINDOW = frozenset({"local_window_size", "global_tokens", "score", "global_path"})
-_OF_GLOBAL_PATH = frozenset({"chain", "memory_tokens"})
+_OF_GLOBAL_PATH = frozenset({"chain", "decay_floor", "global_activation", "global_gate", "memory_tokens"})
 
 
 def keys_in_effect(model: ModelSection) -> dict[str, Any]:

@@ -15,6 +15,7 @@ from phase8.config.values import (
     Fraction,
     GlobalPathName,
     LayerCount,
+    NegativeFloat,
     NonNegativeFloat,
     NonNegativeInt,
     OptionalWidth,
@@ -77,11 +78,23 @@ class ModelSection(Section):
     )
     global_tokens: NonNegativeInt = key(0, "first G tokens of the sequence that every later token sees")
     score: Literal["lorentz", "dot"] = key("dot", "score of the local path: hyperbolic distance or scaled dot product")
+    local_qk_norm: bool = key(
+        False, "queries and keys of the window (transformer: of the attention) are normalised and scaled by a learned number per head; dot score only"
+    )
     global_path: GlobalPathName = key(
         "linear",
         "recurrence beside the window: delta replaces what a key holds, linear adds to it; none: the window alone, without gate and chain",
     )
     chain: Literal["both", "decay", "gate", "none"] = key("none", "what the Green chain modulates: the decay, the gate, both, or no chain")
+    global_gate: Literal["scalar", "channel"] = key(
+        "scalar", "gate of the global path: a number per head and token, or one per channel, by a low-rank product whose rank is the head size"
+    )
+    global_activation: Literal["none", "silu"] = key(
+        "none", "activation of the global path's queries and keys, between convolution and normalisation"
+    )
+    decay_floor: NegativeFloat | None = key(
+        None, "lowest logarithm of the global path's decay, which is the floor times a sigmoid, -5 for example; null: minus a softplus, without floor"
+    )
     memory_tokens: Annotated[tuple[PositiveFloat, PositiveFloat], Field(strict=False)] = key(
         (2.0, 500.0), "tokens that the first and the last head of the global path remember at initialisation; on a logarithmic scale between"
     )
@@ -121,10 +134,10 @@ class ModelSection(Section):
 
     @property
     def scalars_per_head(self) -> int:
-        """Numbers that the global path computes for each head and token: decay step, gate, potential of the chain, share of the delta rule."""
+        """Numbers that the global path computes for each head and token: decay step, scalar gate, potential of the chain, share of the delta rule."""
         if not self.has_global_path:
             return 0
-        return 2 + (self.chain != "none") + (self.global_path == "delta")
+        return 1 + (self.global_gate == "scalar") + (self.chain != "none") + (self.global_path == "delta")
 
     @property
     def feed_forward_rank(self) -> int:

@@ -64,8 +64,19 @@ def model_problems(model: ModelSection) -> Iterator[str]:
         yield f"model.head_size {model.head_width}{origin} is odd, but rotary positions need an even one; set an even model.head_size."
     if model.block == "phase8" and model.global_path == "none" and 0 in model.window_sizes:
         yield "model.local_window_size has layers with a window of 0, but model.global_path is none, so they would mix nothing; give them a window."
+    if model.local_qk_norm and model.block == "phase8" and model.score != "dot":
+        yield f"model.local_qk_norm is true, but model.score is {model.score}, which has lengths of its own; set model.local_qk_norm to false."
     if model.global_path == "none" and model.chain != "none":
         yield f"model.chain is {model.chain}, but model.global_path is none and has no decay or gate to modulate; set model.chain to none."
+    if model.global_path == "none" and model.global_gate != "scalar":
+        yield f"model.global_gate is {model.global_gate}, but model.global_path is none and has no gate; set model.global_gate to scalar."
+    if model.global_path == "none" and model.decay_floor is not None:
+        yield f"model.decay_floor is {model.decay_floor}, but model.global_path is none and has no decay; set model.decay_floor to null."
+    if model.global_path == "none" and model.global_activation != "none":
+        yield (
+            f"model.global_activation is {model.global_activation}, but model.global_path is none and has no queries; "
+            "set model.global_activation to none."
+        )
     if model.ffn == "low_rank_swiglu" and model.low_rank_rank == 0:
         yield "model.ffn is low_rank_swiglu, but model.low_rank_rank is 0; set a rank of at least 1 or use ffn: swiglu."
 

@@ -77,6 +77,7 @@ PositiveInt = Annotated[int, Field(ge=1), at_most(_LARGEST)]
 NonNegativeInt = Annotated[int, Field(ge=0), at_most(_LARGEST)]
 PositiveFloat = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 NonNegativeFloat = Annotated[float, Field(ge=0, allow_inf_nan=False)]
+NegativeFloat = Annotated[float, Field(lt=0, allow_inf_nan=False)]
 PositiveNumber = Annotated[int | float, Field(gt=0, allow_inf_nan=False), at_most(_LARGEST)]
 Fraction = Annotated[float, Field(ge=0, le=1)]
 

@@ -14,13 +14,13 @@ from phase8.kernels.reference.mixer_inputs import MixerInputs
 
 @torch.library.custom_op("phase8::mixer_inputs", mutates_args=())
 def _forward(
-    qkv: Tensor, weight: Tensor | None, angles: Tensor, radius: Tensor | None, starts: Tensor | None, eps: float
+    qkv: Tensor, weight: Tensor | None, angles: Tensor, radius: Tensor | None, starts: Tensor | None, eps: float, silu: bool
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     if uses_triton(qkv) and qkv.dtype != torch.float64:
         from phase8.kernels.gpu.mixer_inputs import prepare
 
-        return prepare(qkv, weight, angles, radius, starts, eps)
-    inputs, _ = reference.mixer_inputs(qkv, weight, angles, radius, eps=eps, starts=starts)
+        return prepare(qkv, weight, angles, radius, starts, eps, silu)
+    inputs, _ = reference.mixer_inputs(qkv, weight, angles, radius, eps=eps, silu=silu, starts=starts)
     return tuple(x.clone(memory_format=torch.contiguous_format) for x in inputs)
 
 
@@ -33,12 +33,13 @@ def _backward(
     radius: Tensor | None,
     starts: Tensor | None,
     eps: float,
+    silu: bool,
 ) -> list[Tensor]:
     if uses_triton(qkv) and qkv.dtype != torch.float64:
         from phase8.kernels.gpu.mixer_inputs_backward import prepare_backward
 
-        return prepare_backward(gradients, qkv, weight, angles, radius, starts, eps)
-    found = reference.mixer_inputs_backward(MixerInputs(*gradients), qkv, weight, angles, radius, eps=eps, starts=starts)
+        return prepare_backward(gradients, qkv, weight, angles, radius, starts, eps, silu)
+    found = reference.mixer_inputs_backward(MixerInputs(*gradients), qkv, weight, angles, radius, eps=eps, silu=silu, starts=starts)
     return [x.contiguous() for x in found if x is not None]
 
 
@@ -54,16 +55,16 @@ def _(gradients: list[Tensor], qkv: Tensor, weight: Tensor | None, angles: Tenso
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    *tensors, ctx.eps = inputs
+    *tensors, ctx.eps, ctx.silu = inputs
     ctx.save_for_backward(*tensors)
 
 
 def _autograd(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
     qkv, weight, angles, radius, starts = ctx.saved_tensors
-    found = iter(_backward(list(gradients), qkv, weight, angles, radius, starts, ctx.eps))
+    found = iter(_backward(list(gradients), qkv, weight, angles, radius, starts, ctx.eps, ctx.silu))
     dqkv = next(found)
     dweight = None if weight is None else next(found)
-    return dqkv, dweight, None, None if radius is None else next(found), None, None
+    return dqkv, dweight, None, None if radius is None else next(found), None, None, None
 
 
 _forward.register_autograd(_autograd, setup_context=_setup_context)
@@ -76,12 +77,13 @@ def mixer_inputs(
     radius: Tensor | None,
     *,
     eps: float,
+    silu: bool = False,
     starts: Tensor | None = None,
     initial_state: Tensor | None = None,
 ) -> tuple[MixerInputs, Tensor]:
     """Convolution, rotation and normalisation; arguments and results as in the reference of the same name."""
     if qkv.device.type == "cpu" or initial_state is not None:
         # Decoding carries a state; on a CPU, autograd keeps what the operator's backward would recompute.
-        return reference.mixer_inputs(qkv, weight, angles, radius, eps=eps, starts=starts, initial_state=initial_state)
+        return reference.mixer_inputs(qkv, weight, angles, radius, eps=eps, silu=silu, starts=starts, initial_state=initial_state)
     num_carried = 0 if weight is None else weight.shape[1] - 1
-    return MixerInputs(*_forward(qkv, weight, angles, radius, starts, eps)), qkv.flatten(2)[:, qkv.shape[1] - num_carried :]
+    return MixerInputs(*_forward(qkv, weight, angles, radius, starts, eps, silu)), qkv.flatten(2)[:, qkv.shape[1] - num_carried :]

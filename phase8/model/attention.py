@@ -17,6 +17,7 @@ from phase8.distributed.collectives import Axis
 from phase8.exchanges import Exchanges
 from phase8.kernels.rotary import rotate
 from phase8.model.convolution import ShortConvolution
+from phase8.model.norm import QueryKeyNorm
 from phase8.model.work import mean_visible_keys
 from phase8.precision.formats import NumberFormat
 from phase8.tensor_parallel.linear import JointColumnLinear, column_linear, row_linear
@@ -53,6 +54,7 @@ class CausalAttention(nn.Module):
         self.q, self.k, self.v = (column_linear(width, inner, rank=rank, std=model.init_std) for _ in range(3))
         self.qkv = JointColumnLinear((self.q, self.k, self.v), axis, number_format)
         self.convolution = ShortConvolution(inner, model.convolution_taps, num_ranks=axis.size)
+        self.qk_norm = QueryKeyNorm(model.num_heads, model.head_width, eps=model.norm_eps) if model.local_qk_norm else None
         std = model.init_std / math.sqrt(2 * model.num_layers)
         self.out = row_linear(inner, width, rank=rank, std=std, axis=axis, number_format=number_format)
 
@@ -82,6 +84,8 @@ class CausalAttention(nn.Module):
         qkv = qkv.reshape(-1, len(angles), qkv.shape[-1])
         qkv, convolution = self.convolution(qkv, starts, None if state is None else state.convolution)
         q, k, v = (part.unflatten(-1, (self.num_heads, self.head_size)) for part in qkv.chunk(3, dim=-1))
+        if self.qk_norm is not None:
+            q, k = self.qk_norm(q), self.qk_norm(k)
         q, k = rotate(q, angles), rotate(k, angles)
         if state is not None:
             k, v = torch.cat((state.keys, k), 1), torch.cat((state.values, v), 1)

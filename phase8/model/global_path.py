@@ -17,18 +17,21 @@ from torch import Tensor, nn
 
 from phase8.config.schema import ModelSection
 from phase8.distributed.collectives import Axis, begin_to_gather, end_gather
-from phase8.exchanges import Exchanges, gathered
+from phase8.exchanges import NO_EXCHANGES, Exchanges, gathered
 from phase8.kernels.gated_delta_rule import gated_delta_rule
 from phase8.kernels.gated_linear_attention import gated_linear_attention
 from phase8.kernels.green_scan import green_scan
 from phase8.kernels.mixer_inputs import MixerInputs
 from phase8.model.norm import RMSNorm
-from phase8.tensor_parallel.linear import WideLinear
+from phase8.precision.formats import NumberFormat
+from phase8.tensor_parallel.linear import JointColumnLinear, LowRankColumn, WideLinear
 from phase8.tensor_parallel.parameters import ParameterSpec, inverse_softplus, local
 
 ETA_MIN = 0.1
 INITIAL_ETA = 0.5
 POTENTIAL_MAX = 2.0
+# A memory so short that the decay would begin below this share of its floor begins there, where the sigmoid still has a gradient.
+LARGEST_SHARE_OF_FLOOR = 0.99
 # After its norm the global path is at first ten times as large as the local one: a half-open gate would drown what the local path learns
 # (docs/quality.md). Alone in its layer, it has nothing to drown.
 INITIAL_GATE = -3.0
@@ -48,12 +51,24 @@ class GlobalState:
     green: Tensor | None
 
 
+class Projections(NamedTuple):
+    """What the global path computes from the mixer's input by linear layers.
+
+    Args:
+        scalars: Scalars of all heads, in fp32 [..., scalars per head * heads], which are still being gathered.
+        gate: Logits of a gate per channel for all tokens and the heads of this rank [..., H K]; None: the gate is among the scalars.
+    """
+
+    scalars: Tensor
+    gate: Tensor | None
+
+
 class _Modulation(NamedTuple):
     """What the scalars of a head and token become, in fp32 [B, T, H].
 
     Args:
         log_decay: Logarithm of the decay, not positive.
-        gate: Share of the global path that is added to the local one.
+        gate: Share of the global path that is added to the local one [B, T, H, 1], or of each of its channels [B, T, H, K].
         rate: Share of what a key holds that the delta rule replaces, over the squared length of a key; None: gated linear attention.
         green: State of the chain after the last token [B, H, 2]; None without the chain.
     """
@@ -112,18 +127,23 @@ class GlobalPath(nn.Module):
     Args:
         model: Model section of the layer, with widths, heads, recurrence, chain and window.
         axis: Axis of tensor parallelism, whose ranks divide the heads.
+        number_format: Format that computes the products of a gate per channel.
     """
 
-    def __init__(self, model: ModelSection, *, axis: Axis):
+    def __init__(self, model: ModelSection, *, axis: Axis, number_format: NumberFormat):
         super().__init__()
         self.axis = axis
         self.initial_gate = INITIAL_GATE if any(model.window_sizes) else INITIAL_GATE_ALONE
         self.num_heads, self.head_size, self.memory_tokens = model.num_heads // axis.size, model.head_width, model.memory_tokens
         self.chain = GreenChain(model.num_heads, model.chain) if model.chain != "none" else None
-        self.is_delta = model.global_path == "delta"
-        # Each head and token has a decay step, a gate, with the chain a potential, and for the delta rule a share. The order is head-major, so
-        # that heads shard as rows.
+        self.is_delta, self.decay_floor = model.global_path == "delta", model.decay_floor
+        # Each head and token has a decay step, a gate unless every channel has one, with the chain a potential, and for the delta rule a share.
+        # The order is head-major, so that heads shard as rows.
         self.scalars = WideLinear(model.d_model, model.num_heads * model.scalars_per_head, std=model.init_std)
+        self.gate = None
+        if model.global_gate == "channel":
+            self.gate = LowRankColumn(model.d_model, model.attention_width, rank=model.head_width, std=model.init_std)
+        self.gates = None if self.gate is None else JointColumnLinear((self.gate,), axis, number_format)
         self.decay_bias = nn.Parameter(torch.empty(model.num_heads))
         self.gate_bias = nn.Parameter(torch.empty(model.num_heads))
         self.norm = RMSNorm(model.num_heads, model.head_width, eps=model.norm_eps, divided={"tp": 0})
@@ -132,15 +152,19 @@ class GlobalPath(nn.Module):
         """Decays whose memory lengths are spread over the heads on a logarithmic scale, and a gate that is nearly closed beside a window."""
         first, last = map(math.log10, self.memory_tokens)
         memory = torch.logspace(first, last, len(self.decay_bias), dtype=torch.float64)
-        decay_bias = torch.log(torch.expm1(1 / memory)).float()
+        if self.decay_floor is None:
+            decay_bias = torch.log(torch.expm1(1 / memory)).float()
+        else:
+            decay_bias = torch.logit((-1 / (memory * self.decay_floor)).clamp(max=LARGEST_SHARE_OF_FLOOR)).float()
         return {
             "decay_bias": ParameterSpec(value=decay_bias, divided={"tp": 0}),
             "gate_bias": ParameterSpec(value=self.initial_gate, divided={"tp": 0}),
         }
 
     def exchanges(self) -> Exchanges:
-        """The gather of the scalars of all heads."""
-        return gathered(self.scalars.weight.shape[0], is_wide=True)
+        """The gather of the scalars of all heads, then that of the bottleneck of a gate per channel."""
+        gate = NO_EXCHANGES if self.gates is None else self.gates.exchanges()
+        return gathered(self.scalars.weight.shape[0], is_wide=True).then(gate)
 
     def empty_state(self, batch_size: int, *, dtype: torch.dtype, device: torch.device) -> GlobalState:
         """The state before the first token, zeros in fp32 or wider."""
@@ -148,30 +172,33 @@ class GlobalPath(nn.Module):
         green = None if self.chain is None else torch.zeros(batch_size, self.num_heads, 2, **wide)
         return GlobalState(torch.zeros(batch_size, self.num_heads, self.head_size, self.head_size, **wide), green)
 
-    def begin(self, x: Tensor) -> Tensor:
+    def begin(self, x: Tensor) -> Projections:
         """Computes the scalars of every head and token from the mixer's input x, and begins to gather them; `forward` waits for them.
 
-        Each rank computes the scalars of all heads for its own tokens; the gather brings it those of all tokens.
+        Each rank computes the scalars of all heads for its own tokens; the gather brings it those of all tokens. A gate per channel is computed
+        for the rank's own heads.
         """
-        return begin_to_gather(self.scalars(x), self.axis)
+        scalars = begin_to_gather(self.scalars(x), self.axis)
+        return Projections(scalars, None if self.gates is None else self.gates(x))
 
     def forward(
-        self, scalars: Tensor, inputs: MixerInputs, starts: Tensor | None, state: GlobalState | None
+        self, projections: Projections, inputs: MixerInputs, starts: Tensor | None, state: GlobalState | None
     ) -> tuple[Tensor, GlobalState | None]:
         """Returns the summand for the local path [B, T, H, K], and the state for the next piece (None without `state`).
 
         Args:
-            scalars: Result of `begin`.
+            projections: Result of `begin`.
             inputs: Queries, keys and values.
             starts: Mask that is True where a token begins a document [B, T]; None: nowhere.
             state: State after the earlier pieces of the sequence; None: the sequence begins here and no state is returned.
         """
-        own_heads = end_gather(scalars, self.axis).chunk(self.axis.size, dim=-1)[self.axis.index]
+        own_heads = end_gather(projections.scalars, self.axis).chunk(self.axis.size, dim=-1)[self.axis.index]
         scalars = own_heads.reshape(*inputs.v.shape[:3], -1)
-        modulation = self._modulation(scalars, starts, None if state is None else state.green)
+        channels = None if projections.gate is None else projections.gate.reshape(inputs.v.shape)
+        modulation = self._modulation(scalars, channels, starts, None if state is None else state.green)
         y, memory = self._recurrence(inputs, modulation, starts, None if state is None else state.memory)
         y = self.norm(y)
-        return modulation.gate[..., None].to(y.dtype) * y, None if state is None else GlobalState(memory, modulation.green)
+        return modulation.gate.to(y.dtype) * y, None if state is None else GlobalState(memory, modulation.green)
 
     def _recurrence(self, inputs: MixerInputs, modulation: _Modulation, starts: Tensor | None, memory: Tensor | None) -> tuple[Tensor, Tensor]:
         """What each token reads from the memory [B, T, H, K], and the memory after the last token [B, H, K, K]."""
@@ -180,14 +207,25 @@ class GlobalPath(nn.Module):
             return gated_linear_attention(q, k, v, log_decay, starts, memory)
         return gated_delta_rule(q, k, v, log_decay, modulation.rate, starts, memory)
 
-    def _modulation(self, scalars: Tensor, starts: Tensor | None, state: Tensor | None) -> _Modulation:
-        """What the scalars [B, T, H, scalars per head] become, with the chain in its state before the first token."""
-        step, gate, *others = scalars.unbind(-1)
-        log_decay, gate = -F.softplus(step + local(self.decay_bias)), gate + local(self.gate_bias)
+    def _modulation(self, scalars: Tensor, channels: Tensor | None, starts: Tensor | None, state: Tensor | None) -> _Modulation:
+        """What the scalars [B, T, H, scalars per head] and a gate per channel [B, T, H, K] become, with the chain's state before the first token."""
+        step, *others = scalars.unbind(-1)
+        logits = others.pop(0)[..., None] if channels is None else channels
+        step, logits = step + local(self.decay_bias), logits + local(self.gate_bias)[:, None]
+        decay_factor = None
         if self.chain is not None:
             state, decay_factor, gate_term = self.chain(others[0], starts, state)
-            log_decay = log_decay if decay_factor is None else log_decay * torch.exp(decay_factor)
-            gate = gate if gate_term is None else gate + gate_term
+            logits = logits if gate_term is None else logits + gate_term[..., None]
         # Queries and keys are RMS-normalised: the squared length of a key is the head size.
         rate = torch.sigmoid(others[-1]) / self.head_size if self.is_delta else None
-        return _Modulation(log_decay, torch.sigmoid(gate), rate, state)
+        return _Modulation(self._log_decay(step, decay_factor), torch.sigmoid(logits), rate, state)
+
+    def _log_decay(self, step: Tensor, factor: Tensor | None) -> Tensor:
+        """Logarithm of the decay from its step and the chain's logarithm of a factor on it [B, T, H].
+
+        Source: with a floor, arXiv 2609.24797. The factor then is one on the odds, so that the floor holds, and for long memories that is the same.
+        """
+        if self.decay_floor is not None:
+            return self.decay_floor * torch.sigmoid(step if factor is None else step + factor)
+        log_decay = -F.softplus(step)
+        return log_decay if factor is None else log_decay * torch.exp(factor)

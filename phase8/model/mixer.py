@@ -19,6 +19,7 @@ from phase8.kernels.window_attention import window_attention
 from phase8.kernels.window_state import WindowState, empty_window_state
 from phase8.model.convolution import ShortConvolution
 from phase8.model.global_path import GlobalPath, GlobalState
+from phase8.model.norm import QueryKeyNorm
 from phase8.model.work import mean_visible_keys
 from phase8.precision.formats import NumberFormat
 from phase8.tensor_parallel.linear import JointColumnLinear, column_linear, row_linear
@@ -81,7 +82,7 @@ class Phase8Mixer(nn.Module):
         model: Model section of the layer, with widths, heads, score, global path, chain, and the number of tokens W that the local path sees,
             the token itself included; 0: no local path.
         axis: Axis of tensor parallelism, whose ranks divide the heads.
-        number_format: Format that computes the products of q, k, v and the output.
+        number_format: Format that computes the products of q, k, v, a gate per channel and the output.
     """
 
     def __init__(self, model: ModelSection, *, axis: Axis, number_format: NumberFormat):
@@ -93,11 +94,13 @@ class Phase8Mixer(nn.Module):
         self.qkv = JointColumnLinear((self.q, self.k, self.v), axis, number_format)
         self.convolution = ShortConvolution(inner, model.convolution_taps, num_ranks=axis.size)
         self.score = LorentzScore(model.num_heads) if model.score == "lorentz" and self.window > 0 else None
-        self.global_path = GlobalPath(model, axis=axis) if model.has_global_path else None
+        self.qk_norm = QueryKeyNorm(model.num_heads, model.head_width, eps=model.norm_eps) if model.local_qk_norm and self.window > 0 else None
+        self.has_silu = model.has_global_path and model.global_activation == "silu"
+        self.global_path = GlobalPath(model, axis=axis, number_format=number_format) if model.has_global_path else None
         self.out = row_linear(inner, width, rank=rank, std=0.0, axis=axis, number_format=number_format)
 
     def exchanges(self) -> Exchanges:
-        """The exchanges of the global path's scalars, of the joint product of q, k and v, and of the output layer."""
+        """The exchanges of the global path's scalars and gate, of the joint product of q, k and v, and of the output layer."""
         path = NO_EXCHANGES if self.global_path is None else self.global_path.exchanges()
         return path.then(self.qkv.exchanges()).then(self.out.exchanges())
 
@@ -135,14 +138,17 @@ class Phase8Mixer(nn.Module):
         Returns:
             The summand for the residual stream, in the shape of x, and the state for the next piece (None without `state`).
         """
-        scalars = None if self.global_path is None else self.global_path.begin(x)
+        projections = None if self.global_path is None else self.global_path.begin(x)
         qkv = self.qkv(x)
+        # Either gives queries and keys of the window a length; without both they keep theirs.
+        lengths = self.score if self.score is not None else self.qk_norm
         inputs, convolution = mixer_inputs(
             qkv.reshape(-1, len(angles), 3, self.num_heads, self.head_size),
             self.convolution.taps,
             angles,
-            None if self.score is None else self.score.radius,
+            None if lengths is None else lengths.radius,
             eps=self.eps,
+            silu=self.has_silu,
             starts=starts,
             initial_state=None if state is None else state.convolution,
         )
@@ -159,7 +165,7 @@ class Phase8Mixer(nn.Module):
                 state=None if state is None else state.window,
             )
             paths.append(y)
-        if self.global_path is not None and scalars is not None:
-            y, path = self.global_path(scalars, inputs, starts, None if state is None else state.global_path)
+        if self.global_path is not None and projections is not None:
+            y, path = self.global_path(projections, inputs, starts, None if state is None else state.global_path)
             paths.append(y)
         return self.out(sum(paths[1:], start=paths[0]).flatten(2)), None if state is None else MixerState(convolution, window, path)

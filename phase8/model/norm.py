@@ -5,6 +5,7 @@ Source: B. Zhang and R. Sennrich, "Root mean square layer normalization" (2019).
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 
 import torch
@@ -36,6 +37,36 @@ class RMSNorm(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """Normalises `x`; the result has its dtype."""
         return (rms_normalise(at_least_fp32(x), self.eps) * local(self.weight)).to(x.dtype)
+
+
+class QueryKeyNorm(nn.Module):
+    """The norm x / rms(x) of queries and keys, times a learned number per head that both share.
+
+    Source: A. Henry et al., "Query-key normalization for transformers" (2020).
+
+    Args:
+        num_heads: Number of heads H.
+        head_size: Head size K.
+        eps: Summand of the mean square.
+    """
+
+    def __init__(self, num_heads: int, head_size: int, *, eps: float):
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(num_heads))
+        self.head_size, self.eps = head_size, eps
+
+    def parameter_specs(self) -> dict[str, ParameterSpec]:
+        """A weight of one: the length begins as the square root of the head size, that of numbers of unit variance."""
+        return {"weight": ParameterSpec(value=1.0, divided={"tp": 0})}
+
+    @property
+    def radius(self) -> Tensor:
+        """Length of every query and key [H]."""
+        return local(self.weight) * math.sqrt(self.head_size)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Normalises queries or keys [..., H, K]; the result has their dtype."""
+        return (rms_normalise(at_least_fp32(x), self.eps) * local(self.weight)[:, None]).to(x.dtype)
 
 
 def rms_normalise(x: Tensor, eps: float) -> Tensor:

@@ -33,6 +33,8 @@ RECURRENCE_SHARES: Both = (0.13, 0.13)
 CAUSAL_SHARES: Both = (0.48, 0.48)
 # Time of the gated delta rule over that of the gated linear recurrence, forward and backward, B 4, T 4096, 16 heads of 128 (docs/performance.md).
 DELTA_OVER_LINEAR = 2.15
+# Passes over [N, I] by a gate per channel: its logits are read; in backward, their gradient is written as well.
+GATE_PASSES: Both = (1, 2)
 # Additional passes over [N, I] by these kernels: their times extrapolated to window and head size 0.
 KERNEL_PASSES: Both = (15, 34)
 CAUSAL_PASSES: Both = (6, 14)
@@ -217,8 +219,11 @@ def _mixer(batch: Microbatch, window: int) -> Half:
     out = _row(batch, inner, rank)
     products = _columns(batch, 3, inner, rank) + out
     has_path = model.has_global_path
+    has_gates = has_path and model.global_gate == "channel"
     if has_path:
         products += batch.product(N / batch.tensor_ranks, model.d_model, model.scalars_per_head * model.num_heads)
+    if has_gates:
+        products += _columns(batch, 1, inner, model.head_width)
 
     def others(direction: int) -> float:
         """Kernels of the mixer, gates and norms."""
@@ -228,10 +233,10 @@ def _mixer(batch: Microbatch, window: int) -> Half:
         if has_path:
             over_linear = DELTA_OVER_LINEAR if model.global_path == "delta" else 1
             seconds += over_linear * flops * model.head_width / RECURRENCE_SHARES[direction]
-        passes = (CAUSAL_PASSES if is_causal else KERNEL_PASSES)[direction] + style.mixed[direction]
+        passes = (CAUSAL_PASSES if is_causal else KERNEL_PASSES)[direction] + style.mixed[direction] + has_gates * GATE_PASSES[direction]
         return seconds + batch.moved(N * inner * passes)
 
-    return _half(batch, products, (others(0), others(1)), out, share=MIXER_SHARE, num_pairs=4 if rank else 0)
+    return _half(batch, products, (others(0), others(1)), out, share=MIXER_SHARE, num_pairs=(4 if rank else 0) + has_gates)
 
 
 def _feed_forward(batch: Microbatch) -> Half:

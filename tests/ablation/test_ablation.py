@@ -159,6 +159,16 @@ def test_the_shipped_config_is_what_the_ablation_is_defined_as():
     counts = count_variant_parameters(SHIPPED, [], VARIANTS)
     check_sizes(counts)
     assert 29e6 < min(counts.values()) <= max(counts.values()) < 31e6
+    candidates = {
+        "gates": ("model.global_gate=channel", "model.ffn_size=1368"),  # the feed-forward gives what the gates take
+        "floor": ("model.decay_floor=-5",),
+        "silu": ("model.global_activation=silu",),
+        "norm": ("model.local_qk_norm=true",),
+    }
+    delta = VARIANTS["window+delta"]
+    own = count_variant_parameters(SHIPPED, [], {name: (*delta, *settings) for name, settings in candidates.items()})
+    check_sizes({**counts, **own})
+    assert own["gates"] == counts["window+delta"]
     assert config.model.sequence_length == 2048 and config.train.num_steps * config.train.global_batch_size * 2048 >= 100e6
     assert config.train.num_steps % config.train.evaluate_every_n_steps == 0
 

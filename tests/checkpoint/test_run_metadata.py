@@ -130,6 +130,7 @@ def model_of(**changes: Any) -> ModelSection:
         {"low_rank_rank": 5},
         {"low_rank_rank": 5, "ffn": "low_rank_swiglu", "score": "lorentz", "chain": "both"},
         {"global_path": "delta", "chain": "both"},
+        {"global_path": "delta", "global_gate": "channel", "head_size": 10},
         {"global_path": "none", "head_size": 10, "convolution_size": 1, "num_layers": 1, "ffn_size": None},
     ],
 )

@@ -217,6 +217,7 @@ OVERRIDES = {
     "precision.dtype=fp32": "fp32",
     "zero.stage=1": 1,
     "model.global_path=delta": "delta",
+    "model.decay_floor=-5": -5.0,
     "model.global_path=none": "none",
     "model.global_path=false": "none",  # as earlier releases spelt it
     "model.global_path=true": "linear",
@@ -255,6 +256,7 @@ OVERRIDE_PROBLEMS = {
     "needed.",
     "train.num_steps={a: 1, a: 2}": ": train.num_steps is '{a: 1, a: 2}', but a whole number at least 1 is needed.",
     "model.global_path=1": ": model.global_path is 1, but one of delta, linear, none is needed.",
+    "model.decay_floor=0": ": model.decay_floor is 0, but a number below 0 and finite or null is needed.",
     "model.global_path=linaer": ": model.global_path is 'linaer', but one of delta, linear, none is needed.",
     "run.name=a b": ": run.name is 'a b', but a text of letters, digits, '.', '_' and '-' that begins with a letter or a digit is needed.",
 }

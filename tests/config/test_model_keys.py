@@ -28,7 +28,9 @@ READ = set()
         {"score": "lorentz", "chain": "both"},
         {"global_path": "none"},
         {"global_path": "delta", "chain": "decay"},
+        {"global_path": "delta", "global_gate": "channel", "decay_floor": -5.0, "global_activation": "silu"},
         {"block": "transformer"},
+        {"block": "transformer", "local_qk_norm": True},
         {"block": "transformer", "tie_embeddings": True},
     ],
 )

@@ -81,6 +81,8 @@ def test_derived_model_sizes():
         ({"global_path": "linear", "chain": "gate"}, True, 3),
         ({"global_path": "delta"}, True, 3),
         ({"global_path": "delta", "chain": "both"}, True, 4),
+        ({"global_path": "linear", "global_gate": "channel"}, True, 1),
+        ({"global_path": "delta", "chain": "both", "global_gate": "channel"}, True, 3),
         ({"global_path": "none"}, False, 0),
         ({"block": "transformer", "global_path": "delta", "chain": "both"}, False, 0),
     ],

@@ -42,6 +42,22 @@ RULES = {
         ["model.global_path=none", "model.local_window_size=[0,8]"],
         "model.local_window_size has layers with a window of 0, but model.global_path is none, so they would mix nothing; give them a window.",
     ),
+    "gate without a path": (
+        ["model.global_path=none", "model.global_gate=channel"],
+        "model.global_gate is channel, but model.global_path is none and has no gate; set model.global_gate to scalar.",
+    ),
+    "floor without a path": (
+        ["model.global_path=none", "model.decay_floor=-5"],
+        "model.decay_floor is -5.0, but model.global_path is none and has no decay; set model.decay_floor to null.",
+    ),
+    "two lengths": (
+        ["model.score=lorentz", "model.local_qk_norm=true"],
+        "model.local_qk_norm is true, but model.score is lorentz, which has lengths of its own; set model.local_qk_norm to false.",
+    ),
+    "activation without a path": (
+        ["model.global_path=none", "model.global_activation=silu"],
+        "model.global_activation is silu, but model.global_path is none and has no queries; set model.global_activation to none.",
+    ),
     "warmup": (
         ["train.num_steps=100"],
         "optim.warmup_steps 100 is not below train.num_steps 100; shorten the warmup.",

@@ -5,9 +5,10 @@ from phase8.kernels import mixer_inputs as kernel
 from phase8.kernels.reference.mixer_inputs import MixerInputs, mixer_inputs, mixer_inputs_backward
 from phase8.kernels.rotary import rotary_angles
 
+EPS = 1e-5
+both_activations = pytest.mark.parametrize("silu", [False, True], ids=["none", "silu"])
 # length, heads, head size, taps (0: no convolution), radius given, documents
 CASES = [(21, 2, 8, 4, True, False), (17, 3, 12, 4, False, True), (1, 1, 4, 3, True, False), (5, 2, 16, 1, True, True), (9, 1, 6, 0, False, False)]
-EPS = 1e-5
 
 
 def problem(case, batch=2):
@@ -30,14 +31,16 @@ def detached(arguments):
     return [None if x is None else x.detach() for x in arguments]
 
 
+@both_activations
 @pytest.mark.parametrize("case", CASES)
-def test_lengths_and_angles_are_those_of_the_definition(case):
+def test_lengths_and_angles_are_those_of_the_definition(case, silu):
     """In complex numbers: a rotation multiplies channel i + i' K/2 by e^(i angle)."""
     (qkv, weight, angles, radius), starts, _ = problem((*case[:3], 0, *case[4:]))
-    inputs, _ = mixer_inputs(qkv, weight, angles, radius, eps=0.0, starts=starts)
+    inputs, _ = mixer_inputs(qkv, weight, angles, radius, eps=0.0, silu=silu, starts=starts)
     for part, local, shared in ((0, inputs.local_q, inputs.global_q), (1, inputs.local_k, inputs.global_k)):
         x = qkv[:, :, part]
-        torch.testing.assert_close(shared, x * case[2] ** 0.5 / x.norm(dim=-1, keepdim=True))
+        active = x / (1 + torch.exp(-x)) if silu else x
+        torch.testing.assert_close(shared, active * case[2] ** 0.5 / active.norm(dim=-1, keepdim=True))
         turned = torch.complex(*x.chunk(2, dim=-1)) * torch.polar(torch.ones_like(angles), angles)[:, None]
         turned = torch.cat((turned.real, turned.imag), dim=-1)
         if radius is not None:
@@ -46,32 +49,35 @@ def test_lengths_and_angles_are_those_of_the_definition(case):
     assert torch.equal(inputs.v, qkv[:, :, 2])
 
 
+@both_activations
 @pytest.mark.parametrize("case", CASES)
-def test_backward_is_that_of_autograd(case):
+def test_backward_is_that_of_autograd(case, silu):
     arguments, starts, gradients = problem(case)
-    inputs, _ = mixer_inputs(*arguments, eps=EPS, starts=starts)
+    inputs, _ = mixer_inputs(*arguments, eps=EPS, silu=silu, starts=starts)
     expected = torch.autograd.grad(inputs, [x for x in arguments if x is not None and x.requires_grad], gradients)
-    found = mixer_inputs_backward(MixerInputs(*gradients), *detached(arguments), eps=EPS, starts=starts)
+    found = mixer_inputs_backward(MixerInputs(*gradients), *detached(arguments), eps=EPS, silu=silu, starts=starts)
     for ours, theirs in zip([x for x in found if x is not None], expected, strict=True):
         torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-6)  # angles are fp32, so a turn back is not quite the inverse
 
 
+@both_activations
 @pytest.mark.parametrize("pieces", [[1] * 12, [2, 1, 9], [5, 7]])
-def test_pieces_with_carried_state_equal_the_whole(pieces):
+def test_pieces_with_carried_state_equal_the_whole(pieces, silu):
     (qkv, weight, angles, radius), _, _ = problem((12, 2, 8, 4, True, False))
     state, outputs, begin = torch.zeros(2, 3, 48, dtype=torch.float64), [], 0
     for size in pieces:
         piece = slice(begin, begin + size)
-        inputs, state = kernel.mixer_inputs(qkv[:, piece], weight, angles[piece], radius, eps=EPS, initial_state=state)
+        inputs, state = kernel.mixer_inputs(qkv[:, piece], weight, angles[piece], radius, eps=EPS, silu=silu, initial_state=state)
         outputs.append(inputs)
         begin += size
-    whole, _ = kernel.mixer_inputs(qkv, weight, angles, radius, eps=EPS)
+    whole, _ = kernel.mixer_inputs(qkv, weight, angles, radius, eps=EPS, silu=silu)
     for ours, theirs in zip(map(torch.cat, zip(*outputs, strict=True), [1] * 5), whole, strict=True):
         torch.testing.assert_close(ours, theirs)
 
 
+@both_activations
 @pytest.mark.parametrize("case", CASES)
-def test_opcheck(case):
+def test_opcheck(case, silu):
     arguments, starts, gradients = problem(case)
-    torch.library.opcheck(kernel._forward, (*arguments, starts, EPS))
-    torch.library.opcheck(kernel._backward, (gradients, *detached(arguments), starts, EPS))
+    torch.library.opcheck(kernel._forward, (*arguments, starts, EPS, silu))
+    torch.library.opcheck(kernel._backward, (gradients, *detached(arguments), starts, EPS, silu))

@@ -46,16 +46,28 @@ def mixer(section, layer, p, x):
     outputs = []
     for h in range(heads):
         decay_term, gate_term = chain_terms(p, scalars, h)
-        alpha = torch.exp(-F.softplus(scalars[:, h, 0] + p["mixer.global_path.decay_bias"][h]) * torch.exp(decay_term))
-        gate = torch.sigmoid(scalars[:, h, 1] + p["mixer.global_path.gate_bias"][h] + gate_term)
-        if section.global_path == "delta":
-            read = delta_rule(section, q[:, h], k[:, h], v[:, h], alpha, torch.sigmoid(scalars[:, h, -1]))
+        step = scalars[:, h, 0] + p["mixer.global_path.decay_bias"][h]
+        if section.decay_floor is None:
+            alpha = torch.exp(-F.softplus(step) * torch.exp(decay_term))
         else:
-            read = linear_attention(section, q[:, h], k[:, h], v[:, h], alpha)
+            alpha = torch.exp(section.decay_floor / (1 + torch.exp(-step - decay_term)))
+        gate = torch.sigmoid(gate_logits(section, p, x, scalars, h) + (p["mixer.global_path.gate_bias"][h] + gate_term).reshape(-1, 1))
+        global_q, global_k = (x[:, h] / (1 + torch.exp(-x[:, h])) if section.global_activation == "silu" else x[:, h] for x in (q, k))
+        if section.global_path == "delta":
+            read = delta_rule(section, global_q, global_k, v[:, h], alpha, torch.sigmoid(scalars[:, h, -1]))
+        else:
+            read = linear_attention(section, global_q, global_k, v[:, h], alpha)
         y_global = rms(read, section.norm_eps) * p["mixer.global_path.norm.weight"][h]
         local = softmax_attention(section, q, k, v, h, window, p) if window > 0 else 0
-        outputs.append(local + gate[:, None] * y_global)
+        outputs.append(local + gate * y_global)
     return linear(p, "mixer.out", torch.cat(outputs, dim=-1))
+
+
+def gate_logits(section, p, x, scalars, h):
+    """One head: a number per token [T, 1], or one per channel [T, K]."""
+    if section.global_gate == "scalar":
+        return scalars[:, h, 1:2]
+    return linear(p, "mixer.global_path.gate", x)[:, h * section.head_width : (h + 1) * section.head_width]
 
 
 def linear_attention(section, q, k, v, alpha):
@@ -84,7 +96,8 @@ def chain_terms(p, scalars, h):
     """Log factor of the decay rate and addition to the gate, from the Green function by matrix inversion."""
     if "mixer.global_path.chain.energy" not in p:
         return torch.zeros(()), torch.zeros(())
-    potential = 2 * torch.tanh(scalars[:, h, 2] / 2)
+    # With a gate per channel, the scalars lack the gate.
+    potential = 2 * torch.tanh(scalars[:, h, 1 if "mixer.global_path.gate.up.weight" in p else 2] / 2)
     z = torch.complex(p["mixer.global_path.chain.energy"][h], 0.1 + F.softplus(p["mixer.global_path.chain.eta_raw"][h]))
     hopping = F.softplus(p["mixer.global_path.chain.hopping_raw"][h]).sqrt()
     g = []
@@ -100,6 +113,8 @@ def softmax_attention(section, q, k, v, h, window, p):
     """One head; a window of W tokens and the first G, or everything before."""
     length, size = len(q), q.shape[-1]
     q, k = (rotate(x[:, h], section.rope_base) for x in (q, k))
+    if section.local_qk_norm:
+        q, k = (p["mixer.qk_norm.weight"][h] * rms(x, section.norm_eps) for x in (q, k))
     if window is None or section.score == "dot":
         scores = q @ k.T / math.sqrt(size)
     else:

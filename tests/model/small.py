@@ -51,6 +51,21 @@ VARIANTS = [
         (f"delta-chain-{chain}", scaled_down(ModelSection(global_path="delta", chain=chain, low_rank_rank=rank, global_tokens=2)))
         for chain, rank in (("none", 0), ("decay", 0), ("gate", 0), ("both", 5))
     ),
+    *(
+        (f"gate-channel-{path}-chain-{chain}", scaled_down(ModelSection(global_path=path, global_gate="channel", chain=chain, low_rank_rank=rank)))
+        for path, chain, rank in (("delta", "none", 0), ("linear", "decay", 5), ("delta", "both", 0))
+    ),
+    *(
+        (f"decay-floor-{path}-chain-{chain}", scaled_down(ModelSection(global_path=path, decay_floor=-5.0, chain=chain)))
+        for path, chain in (("delta", "none"), ("linear", "none"), ("delta", "both"))
+    ),
+    ("qk-norm-delta", scaled_down(ModelSection(global_path="delta", local_qk_norm=True, global_tokens=2))),
+    ("qk-norm-window", scaled_down(ModelSection(global_path="none", local_qk_norm=True, convolution_size=1))),
+    ("qk-norm-transformer", scaled_down(ModelSection(block="transformer", local_qk_norm=True))),
+    *(
+        (f"silu-{path}-{taps}", scaled_down(ModelSection(global_path=path, global_activation="silu", convolution_size=taps, local_qk_norm=norm)))
+        for path, taps, norm in (("delta", 4, False), ("delta", 1, True), ("linear", 4, False))
+    ),
     ("windows", scaled_down(ModelSection(), num_layers=3, local_window_size=(3, 9), global_tokens=2, memory_tokens=(4.0, 90.0))),
     ("hybrid-delta", scaled_down(ModelSection(global_path="delta"), num_layers=3, local_window_size=(0, 5, 0), global_tokens=2)),
     ("recurrence-alone", scaled_down(ModelSection(chain="both", score="lorentz"), local_window_size=0)),

@@ -21,6 +21,9 @@ VARIANTS = {
     "window alone": {"chain": "none", "global_path": "none"},
     "delta rule": {"global_path": "delta"},
     "delta rule with chain": {"global_path": "delta", "chain": "both"},
+    "norm of queries and keys": {"local_qk_norm": True},
+    "gate per channel": {"global_path": "delta", "global_gate": "channel"},
+    "gate per channel, low rank": {"global_gate": "channel", "low_rank_rank": 5},
 }
 LINEAR_PARTS = ("mixer projections", "feed-forward", "head")
 

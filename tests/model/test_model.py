@@ -59,6 +59,13 @@ def test_no_document_sees_another(section):
         torch.testing.assert_close(model(changed, starts)[0][:, begin:end], whole[:, begin:end], rtol=1e-10, atol=1e-10)
 
 
+def test_no_decay_is_below_the_floor():
+    path = perturbed_model(scaled_down(ModelSection(global_path="delta", decay_floor=-0.7, chain="both"))).blocks["0"].mixer.global_path
+    scalars = 30 * torch.randn(2, LENGTH, path.num_heads, 4, dtype=torch.float64, generator=torch.Generator().manual_seed(3))
+    log_decay = path._modulation(scalars, None, None, None).log_decay
+    assert -0.7 <= log_decay.min() < -0.69 and -1e-3 < log_decay.max() <= 0
+
+
 @both_blocks
 def test_without_global_tokens_a_packed_document_equals_the_document_alone(block):
     model, tokens = perturbed_model(scaled_down(ModelSection(block=block, global_tokens=0))), random_tokens()

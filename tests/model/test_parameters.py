@@ -55,6 +55,27 @@ def test_documented_initial_state_of_the_mixer():
     assert (mixer.convolution.weight == torch.tensor([0.0, 0, 0, 1])).all()
 
 
+def test_a_gate_per_channel_begins_as_the_scalar_one_does():
+    path = fresh(scaled_down(ModelSection(global_path="delta", global_gate="channel"))).blocks["0"].mixer.global_path
+    assert [tuple(p.shape) for p in (path.gate.down.weight, path.gate.up.weight, path.scalars.weight)] == [(6, 24), (24, 6), (4 * 2, 24)]
+    torch.testing.assert_close(path.gate_bias, torch.full((4,), -3.0))
+
+
+@pytest.mark.parametrize(("floor", "first"), [(-5.0, 2.0), (-0.4, 1 / (0.4 * 0.99))])
+def test_decays_with_a_floor_begin_as_those_without_unless_the_floor_forbids(floor, first):
+    path = fresh(scaled_down(ModelSection(global_path="delta", decay_floor=floor))).blocks["0"].mixer.global_path
+    memory = -1 / (floor * torch.sigmoid(path.decay_bias))
+    torch.testing.assert_close(memory, torch.tensor([first, *torch.logspace(0.30103, 2.69897, 4)[1:]]), rtol=1e-4, atol=0)
+
+
+@pytest.mark.parametrize("block", ["phase8", "transformer"])
+def test_normalised_queries_and_keys_begin_with_the_length_of_unit_variance(block):
+    norm = fresh(scaled_down(ModelSection(block=block, local_qk_norm=True))).blocks["0"].mixer.qk_norm
+    torch.testing.assert_close(norm.radius, torch.full((4,), 6**0.5))
+    x = torch.randn(3, 4, 6, generator=torch.Generator().manual_seed(0))
+    torch.testing.assert_close(norm(x).norm(dim=-1), torch.full((3, 4), 6**0.5), rtol=1e-4, atol=0)
+
+
 def test_low_rank_product_has_the_dense_variance():
     pair = LowRankColumn(256, 128, rank=64, std=0.02)
     initialise(pair, seed=0)

@@ -67,6 +67,30 @@ def scalars_of_the_neighbour():
     return replaced((global_path, "end_gather"), by=lambda old: lambda x, axis: (found := old(x, axis)).roll(found.shape[-1] // axis.size, -1))
 
 
+def gate_of_one_rank_has_its_gradient():
+    """The bottleneck of a gate per channel is gathered, but its gradient is not summed over the ranks that read it."""
+    class Careless(linear.JointColumnLinear):
+        def bottlenecks(self, x):
+            found = super().bottlenecks(x)
+            own = torch.zeros_like(found)
+            own.chunk(self.axis.size)[self.axis.index].fill_(1)
+            if found.requires_grad:
+                found.register_hook(lambda gradient: gradient * own)
+            return found
+
+    return replaced((global_path, "JointColumnLinear"), by=lambda old: Careless)
+
+
+def lengths_of_the_neighbour():
+    """A rank scales the queries and keys of its heads to the lengths of another rank's heads."""
+    return replaced((norm.QueryKeyNorm, "radius"), by=lambda old: property(lambda self: lengths_of_other_heads(self)))
+
+
+def lengths_of_other_heads(module):
+    whole = module.weight.full_tensor()
+    return whole.roll(len(whole) // 2)[: len(module.weight.to_local())] * module.head_size**0.5
+
+
 def plain_to_local():
     """A replicated parameter is read without saying that its gradient is a summand."""
     def careless(old):
@@ -210,6 +234,6 @@ MUTATIONS = {
         plain_to_local, average_over_data_ranks, never_synchronised, same_data_everywhere, another_ranks_part, largest_logit_is_local,
         gradient_stays_a_summand, embedding_of_one_rank, first_id_of_the_first, extra_all_reduce,
         copies_not_summed, copies_counted_twice, gradient_of_another_microbatch, synchronised_too_early,
-        scalars_of_the_neighbour,
+        scalars_of_the_neighbour, gate_of_one_rank_has_its_gradient, lengths_of_the_neighbour,
     )
 }  # fmt: skip

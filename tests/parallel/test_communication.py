@@ -129,6 +129,7 @@ CASES = {
     "tp2 fp32, chain, accumulation": case(2, tp=2, micro=2, more=(*WIDE, "model.chain=both")),
     "tp2 without global path": case(2, tp=2, more=("model.global_path=none",)),
     "tp2 delta, chain": case(2, tp=2, more=("model.global_path=delta", "model.chain=both")),
+    "tp2 gate per channel": case(2, tp=2, more=("model.global_path=delta", "model.global_gate=channel")),
     "tp2 low-rank": case(2, tp=2, more=LOW_RANK),
     "tp2 low-rank mixer": case(2, tp=2, more=LOW_RANK[:1]),
     "tp2 transformer": case(2, tp=2, more=("model.block=transformer",)),

@@ -19,7 +19,12 @@ BLOCKS = {
     "window": ("model.global_path=none",),
     "delta": ("model.global_path=delta", "model.chain=both"),
     "hybrid": ("model.global_path=delta", "model.local_window_size=[0,5]"),
+    "delta-options": (
+        "model.global_path=delta", "model.chain=gate", "model.global_gate=channel", "model.decay_floor=-5", "model.local_qk_norm=true",
+        "model.global_activation=silu",
+    ),
     "transformer": ("model.block=transformer", "model.convolution_size=4"),
+    "transformer-norm": ("model.block=transformer", "model.local_qk_norm=true"),
     "low-rank": ("model.low_rank_rank=5", "model.ffn=low_rank_swiglu", "model.chain=both"),
     "tied": ("model.tie_embeddings=true",),
     "deep": ("model.num_layers=5",),
@@ -53,8 +58,10 @@ QUICK = {
     "tp2": ("whole", ranks(tp=2)),
     "tp4": ("low-rank", ranks(tp=4)),
     "tp2 delta": ("delta", ranks(tp=2)),
+    "tp2 delta, gate per channel, floor, norm of queries and keys, silu": ("delta-options", ranks(tp=2)),
     "tp2 low-rank": ("low-rank", ranks(tp=2)),
     "tp2 transformer": ("transformer", ranks(tp=2)),
+    "tp2 transformer, norm of queries and keys": ("transformer-norm", ranks(tp=2)),
     "tp2 tied": ("tied", ranks(tp=2)),
     "dp2": ("default", ranks(dp=2)),
     "dp4 zero 1": ("default", ranks(dp=4, stage=1)),
@@ -156,6 +163,7 @@ def test_twenty_steps_equal_one_process(pool, block, case):
 SHOWS_ON = {
     "tensor": ("low-rank", ranks(tp=2)),
     "tensor, delta": ("delta", ranks(tp=2)),
+    "tensor, options": ("delta-options", ranks(tp=2)),
     "data": ("default", ranks(dp=2, stage=3)),
     "both": ("default", ranks(tp=2, dp=2, stage=2)),
     "stages": ("tied", ranks(pp=2, more=("train.micro_batch_size=2",))),
@@ -168,6 +176,8 @@ PLACE = {
     "gradient_stays_a_summand": "tensor", "embedding_of_one_rank": "tensor", "first_id_of_the_first": "tensor", "extra_all_reduce": "both",
     "copies_not_summed": "stages", "copies_counted_twice": "stages", "gradient_of_another_microbatch": "stages",
     "synchronised_too_early": "stages and data", "scalars_of_the_neighbour": "tensor, delta",
+    "gate_of_one_rank_has_its_gradient": "tensor, options",
+    "lengths_of_the_neighbour": "tensor, options",
 }  # fmt: skip
 
 

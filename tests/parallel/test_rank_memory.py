@@ -91,6 +91,7 @@ CASES = {
     "tp2 uneven vocabulary": case(2, "model.vocab_size=637", tp=2),
     "tp2 low-rank": case(2, "model.low_rank_rank=4", "model.ffn=low_rank_swiglu", tp=2),
     "one delta": case(1, "model.global_path=delta"),
+    "tp2 gate per channel": case(2, "model.global_path=delta", "model.global_gate=channel", tp=2),
     "tp2 delta, chain": case(2, "model.global_path=delta", "model.chain=both", tp=2),
     **{f"dp2 zero {stage}": case(2, stage=stage) for stage in range(4)},
     "dp2 zero 0, one microbatch": case(2, "train.micro_batch_size=4"),

@@ -18,7 +18,13 @@ SHAPE = {
     "local_window_size": 32,
     "global_tokens": 8,
 }
-BLOCKS = {"phase8": {}, "delta": {"global_path": "delta"}, "transformer": {"block": "transformer"}}
+BLOCKS = {
+    "phase8": {},
+    "delta": {"global_path": "delta"},
+    "gates": {"global_path": "delta", "global_gate": "channel", "decay_floor": -5.0, "local_qk_norm": True, "global_activation": "silu"},
+    "transformer": {"block": "transformer"},
+    "transformer with norm": {"block": "transformer", "local_qk_norm": True},
+}
 RECOMPUTE = [("none", 1), ("full", 1), ("full", 2), ("selective", 1), ("selective", 2)]
 
 

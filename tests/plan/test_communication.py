@@ -95,6 +95,15 @@ def test_the_transformer_and_the_window_alone_have_no_scalars_and_chain_and_delt
         assert found == (expected[0] + 2, expected[1] + 2 * 16 * 2 * scalars * 4)
 
 
+def test_a_gate_per_channel_exchanges_its_bottleneck_instead_of_a_scalar():
+    scalar, channel = (table(section(global_path="delta", global_gate=gate), grid=Grid(tensor=2)) for gate in ("scalar", "channel"))
+    head_size = 8 // 2  # of two heads, for two layers of 16 tokens; a scalar is a number of fp32 for each head
+    more = 2 * 16 * (head_size * 2 - 2 * 4)
+    for operation in (ALL_GATHER, REDUCE_SCATTER):
+        count, num_bytes = scalar[TP, operation]
+        assert channel[TP, operation] == (count + 2, num_bytes + more)
+
+
 def test_low_rank_pairs_exchange_their_bottleneck():
     found = table(section(block="transformer", low_rank_rank=3, ffn="low_rank_swiglu"), grid=Grid(tensor=2))
     widths = 3 * 3 + 3 + 2 * 3 + 3

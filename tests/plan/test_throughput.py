@@ -97,6 +97,11 @@ def test_every_scalar_of_the_global_path_is_a_column_of_a_product():
         assert chain - without == pytest.approx(forward_and_backward * (most - least), rel=1e-6)
 
 
+def test_a_gate_per_channel_takes_time(tmp_path):
+    scalar, channel = (predicted("phase8_1b", f"model.global_gate={gate}", tmp_path=tmp_path) for gate in ("scalar", "channel"))
+    assert 1.005 < channel.seconds / scalar.seconds < 1.05
+
+
 def test_a_larger_budget_is_faster_where_the_compiler_makes_another_graph_of_it(tmp_path):
     def seconds(recompute, budget="0.5"):
         return predicted("phase8_1b", f"train.recompute={recompute}", f"train.activation_memory_budget={budget}", tmp_path=tmp_path).seconds

@@ -33,6 +33,8 @@ def reasons_against(model: ModelSection) -> Iterator[str]:
         yield f"model.block {model.block}"
     if model.convolution_taps > 1:
         yield f"a convolution of {model.convolution_taps} taps (model.convolution_size)"
+    if model.local_qk_norm:
+        yield "a norm of queries and keys (model.local_qk_norm)"
     if model.low_rank_rank or model.ffn != "swiglu":
         yield f"model.low_rank_rank {model.low_rank_rank} with model.ffn {model.ffn}"
 

@@ -25,7 +25,7 @@ def by_tap(weight: Tensor | None) -> Tensor | None:
 
 
 def prepare(
-    qkv: Tensor, weight: Tensor | None, angles: Tensor, radius: Tensor | None, starts: Tensor | None, eps: float
+    qkv: Tensor, weight: Tensor | None, angles: Tensor, radius: Tensor | None, starts: Tensor | None, eps: float, silu: bool
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Computes the reference `mixer_inputs` from the beginning of a sequence."""
     qkv = qkv.contiguous()
@@ -34,12 +34,12 @@ def prepare(
     tokens = tile_tokens()
     _prepare_kernel[(triton.cdiv(length, tokens), num_heads, batch)](
         qkv, by_tap(weight), angles.cos(), angles.sin(), radius, starts, *outputs, length, eps,
-        **constants(qkv, weight, radius, starts), BLOCK_T=tokens, num_warps=NUM_WARPS,
+        **constants(qkv, weight, radius, starts, silu), BLOCK_T=tokens, num_warps=NUM_WARPS,
     )  # fmt: skip
     return outputs
 
 
-def constants(qkv: Tensor, weight: Tensor | None, radius: Tensor | None, starts: Tensor | None) -> dict[str, object]:
+def constants(qkv: Tensor, weight: Tensor | None, radius: Tensor | None, starts: Tensor | None, silu: bool) -> dict[str, object]:
     """Compile-time constants of the kernels of this operation."""
     _, _, _, num_heads, head_size = qkv.shape
     return {
@@ -49,6 +49,7 @@ def constants(qkv: Tensor, weight: Tensor | None, radius: Tensor | None, starts:
         "TAPS": 1 if weight is None else weight.shape[1],
         "CONVOLUTION": weight is not None,
         "RADIUS": radius is not None,
+        "SILU": silu,
         "DOCUMENTS": starts is not None,
     }
 
@@ -80,7 +81,7 @@ def convolved_half(
 def _prepare_kernel(
     qkv, weight, cosines, sines, radius, starts, local_q, local_k, global_q, global_k, v, length, eps,
     NUM_HEADS: tl.constexpr, HEAD_SIZE: tl.constexpr, BLOCK_HALF: tl.constexpr, TAPS: tl.constexpr,
-    CONVOLUTION: tl.constexpr, RADIUS: tl.constexpr, DOCUMENTS: tl.constexpr, BLOCK_T: tl.constexpr,
+    CONVOLUTION: tl.constexpr, RADIUS: tl.constexpr, SILU: tl.constexpr, DOCUMENTS: tl.constexpr, BLOCK_T: tl.constexpr,
 ):  # fmt: skip
     head, batch = tl.program_id(1), tl.cast(tl.program_id(2), tl.int64)
     token = tl.program_id(0) * BLOCK_T + tl.arange(0, BLOCK_T)
@@ -105,8 +106,14 @@ def _prepare_kernel(
             reciprocal = 1.0 / tl.sqrt((tl.sum(low * low, 1) + tl.sum(high * high, 1)) / HEAD_SIZE + eps)
             normal_low, normal_high = low * reciprocal[:, None], high * reciprocal[:, None]
             to_global, to_local = (global_q, local_q) if part == 0 else (global_k, local_k)
-            tl.store(to_global + out, normal_low.to(v.dtype.element_ty), mask=mask)
-            tl.store(to_global + out + HALF, normal_high.to(v.dtype.element_ty), mask=mask)
+            global_low, global_high = normal_low, normal_high
+            if SILU:
+                global_low, global_high = low * tl.sigmoid(low), high * tl.sigmoid(high)
+                mean_square = (tl.sum(global_low * global_low, 1) + tl.sum(global_high * global_high, 1)) / HEAD_SIZE
+                reciprocal = 1.0 / tl.sqrt(mean_square + eps)
+                global_low, global_high = global_low * reciprocal[:, None], global_high * reciprocal[:, None]
+            tl.store(to_global + out, global_low.to(v.dtype.element_ty), mask=mask)
+            tl.store(to_global + out + HALF, global_high.to(v.dtype.element_ty), mask=mask)
             if RADIUS:
                 scale = tl.load(radius + head).to(tl.float32) * (1.0 / tl.sqrt(HEAD_SIZE * 1.0))
                 low, high = normal_low * scale, normal_high * scale

@@ -26,12 +26,13 @@ STAGES = 3
 
 
 def prepare_backward(
-    gradients: list[Tensor], qkv: Tensor, weight: Tensor | None, angles: Tensor, radius: Tensor | None, starts: Tensor | None, eps: float
+    gradients: list[Tensor], qkv: Tensor, weight: Tensor | None, angles: Tensor, radius: Tensor | None, starts: Tensor | None, eps: float,
+    silu: bool,
 ) -> list[Tensor]:
     """Gradients of qkv, and of weight and radius if they exist."""
     qkv = qkv.contiguous()
     batch, length, _, num_heads, _ = qkv.shape
-    shared = constants(qkv, weight, radius, starts)
+    shared = constants(qkv, weight, radius, starts, silu)
     heads, num_warps = _heads_of_a_program(num_heads, shared["BLOCK_HALF"])
     piece = 8 if triton.knobs.runtime.interpret else PIECE_TOKENS
     num_pieces = triton.cdiv(length, piece)
@@ -61,7 +62,7 @@ def _heads_of_a_program(num_heads: int, block_half: int) -> tuple[int, int]:
 def _backward_kernel(
     qkv, weight, cosines, sines, radius, starts, dlocal_q, dlocal_k, dglobal_q, dglobal_k, dv, dqkv, dtaps_parts, dradius_parts, length, eps,
     NUM_HEADS: tl.constexpr, HEAD_SIZE: tl.constexpr, BLOCK_HALF: tl.constexpr, TAPS: tl.constexpr,
-    CONVOLUTION: tl.constexpr, RADIUS: tl.constexpr, DOCUMENTS: tl.constexpr, HEADS: tl.constexpr,
+    CONVOLUTION: tl.constexpr, RADIUS: tl.constexpr, SILU: tl.constexpr, DOCUMENTS: tl.constexpr, HEADS: tl.constexpr,
     PIECE: tl.constexpr, TOKENS: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     part = tl.program_id(0) // (NUM_HEADS // HEADS)
@@ -71,12 +72,12 @@ def _backward_kernel(
             dlocal, dglobal = dlocal_k, dglobal_k
         _walk(
             qkv, weight, cosines, sines, radius, starts, dlocal, dglobal, dqkv, dtaps_parts, dradius_parts, part, length, eps,
-            NUM_HEADS, HEAD_SIZE, BLOCK_HALF, TAPS, CONVOLUTION, True, RADIUS, DOCUMENTS, HEADS, PIECE, TOKENS, STAGES,
+            NUM_HEADS, HEAD_SIZE, BLOCK_HALF, TAPS, CONVOLUTION, True, RADIUS, SILU, DOCUMENTS, HEADS, PIECE, TOKENS, STAGES,
         )  # fmt: skip
     else:
         _walk(
             qkv, weight, cosines, sines, radius, starts, dv, dv, dqkv, dtaps_parts, dradius_parts, part, length, eps,
-            NUM_HEADS, HEAD_SIZE, BLOCK_HALF, TAPS, CONVOLUTION, False, False, DOCUMENTS, HEADS, PIECE, TOKENS, STAGES,
+            NUM_HEADS, HEAD_SIZE, BLOCK_HALF, TAPS, CONVOLUTION, False, False, False, DOCUMENTS, HEADS, PIECE, TOKENS, STAGES,
         )  # fmt: skip
 
 
@@ -84,7 +85,7 @@ def _backward_kernel(
 def _walk(
     qkv, weight, cosines, sines, radius, starts, dlocal, dglobal, dqkv, dtaps_parts, dradius_parts, part, length, eps,
     NUM_HEADS: tl.constexpr, HEAD_SIZE: tl.constexpr, BLOCK_HALF: tl.constexpr, TAPS: tl.constexpr, CONVOLUTION: tl.constexpr,
-    NORMALISED: tl.constexpr, RADIUS: tl.constexpr, DOCUMENTS: tl.constexpr, HEADS: tl.constexpr,
+    NORMALISED: tl.constexpr, RADIUS: tl.constexpr, SILU: tl.constexpr, DOCUMENTS: tl.constexpr, HEADS: tl.constexpr,
     PIECE: tl.constexpr, TOKENS: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """Walks over a piece of the sequence for some heads, which are either normalised and rotated, or values."""
@@ -119,12 +120,12 @@ def _walk(
     for first in tl.range(begin, end, TOKENS, num_stages=STAGES):
         state = _advance(
             state, taps_low, taps_high, x, dlocal, dglobal, cosines + half, sines + half, starts, dx, inside, scale, first, begin, length, eps,
-            WIDTH, HEAD_SIZE, TAPS, NORMALISED, RADIUS, DOCUMENTS, TOKENS, False,
+            WIDTH, HEAD_SIZE, TAPS, NORMALISED, RADIUS, SILU, DOCUMENTS, TOKENS, False,
         )  # fmt: skip
     if TAPS > 1:
         state = _advance(
             state, taps_low, taps_high, x, dlocal, dglobal, cosines + half, sines + half, starts, dx, inside, scale, end, begin, length, eps,
-            WIDTH, HEAD_SIZE, TAPS, NORMALISED, RADIUS, DOCUMENTS, TAPS - 1, True,
+            WIDTH, HEAD_SIZE, TAPS, NORMALISED, RADIUS, SILU, DOCUMENTS, TAPS - 1, True,
         )  # fmt: skip
     piece = batch * tl.num_programs(1) + tl.program_id(1)
     if CONVOLUTION:
@@ -140,7 +141,7 @@ def _walk(
 def _advance(
     state, taps_low, taps_high, x, dlocal, dglobal, cosines, sines, starts, dx, inside, scale, first, begin, length, eps,
     WIDTH: tl.constexpr, HEAD_SIZE: tl.constexpr, TAPS: tl.constexpr, NORMALISED: tl.constexpr, RADIUS: tl.constexpr,
-    DOCUMENTS: tl.constexpr, TOKENS: tl.constexpr, BEHIND: tl.constexpr,
+    SILU: tl.constexpr, DOCUMENTS: tl.constexpr, TOKENS: tl.constexpr, BEHIND: tl.constexpr,
 ):  # fmt: skip
     """Advances by some tokens, in the piece or after its end; those after the end are not counted, since the next piece counts them."""
     HALF: tl.constexpr = HEAD_SIZE // 2
@@ -171,7 +172,7 @@ def _advance(
             dlow, dhigh = dlow * cosine + dhigh * sine, dhigh * cosine - dlow * sine
             dlow, dhigh, dscale = _before_normalisation(
                 _convolved(seen_low, taps_low, TAPS), _convolved(seen_high, taps_high, TAPS), dlow, dhigh, *dglobals[index],
-                scale, eps, HEAD_SIZE, RADIUS,
+                scale, eps, HEAD_SIZE, RADIUS, SILU,
             )  # fmt: skip
         if BEHIND:
             dlow, dhigh = tl.where(there, dlow, 0.0), tl.where(there, dhigh, 0.0)
@@ -191,17 +192,32 @@ def _advance(
 
 
 @triton.jit
-def _before_normalisation(low, high, dlow, dhigh, dnormal_low, dnormal_high, scale, eps, HEAD_SIZE: tl.constexpr, RADIUS: tl.constexpr):
+def _before_normalisation(
+    low, high, dlow, dhigh, dnormal_low, dnormal_high, scale, eps, HEAD_SIZE: tl.constexpr, RADIUS: tl.constexpr, SILU: tl.constexpr
+):  # fmt: skip
     """Gradients before normalisation from those after the inverse rotation and those of the global path; also each channel's share of the radius."""
     reciprocal = tl.rsqrt(tl.sum(low * low + high * high, 1, keep_dims=True) / HEAD_SIZE + eps)
     dscale = reciprocal * (low * dlow + high * dhigh)
-    if RADIUS:
-        dnormal_low, dnormal_high = dnormal_low + dlow * scale, dnormal_high + dhigh * scale
-    # The two sums over channels are independent, so neither waits for the other.
-    mean = tl.sum(low * dnormal_low + high * dnormal_high, 1, keep_dims=True) * (reciprocal * reciprocal / HEAD_SIZE)
-    dnormal_low, dnormal_high = (dnormal_low - low * mean) * reciprocal, (dnormal_high - high * mean) * reciprocal
-    if not RADIUS:
-        dnormal_low, dnormal_high = dnormal_low + dlow, dnormal_high + dhigh
+    if SILU:
+        sigmoid_low, sigmoid_high = tl.sigmoid(low), tl.sigmoid(high)
+        active_low, active_high = low * sigmoid_low, high * sigmoid_high
+        by_rms = tl.rsqrt(tl.sum(active_low * active_low + active_high * active_high, 1, keep_dims=True) / HEAD_SIZE + eps)
+        mean = tl.sum(active_low * dnormal_low + active_high * dnormal_high, 1, keep_dims=True) * (by_rms * by_rms / HEAD_SIZE)
+        dglobal_low = (dnormal_low - active_low * mean) * by_rms * (sigmoid_low + active_low * (1.0 - sigmoid_low))
+        dglobal_high = (dnormal_high - active_high * mean) * by_rms * (sigmoid_high + active_high * (1.0 - sigmoid_high))
+        if RADIUS:
+            dlow, dhigh = dlow * scale, dhigh * scale
+            mean = tl.sum(low * dlow + high * dhigh, 1, keep_dims=True) * (reciprocal * reciprocal / HEAD_SIZE)
+            dlow, dhigh = (dlow - low * mean) * reciprocal, (dhigh - high * mean) * reciprocal
+        dnormal_low, dnormal_high = dglobal_low + dlow, dglobal_high + dhigh
+    else:
+        if RADIUS:
+            dnormal_low, dnormal_high = dnormal_low + dlow * scale, dnormal_high + dhigh * scale
+        # The two sums over channels are independent, so neither waits for the other.
+        mean = tl.sum(low * dnormal_low + high * dnormal_high, 1, keep_dims=True) * (reciprocal * reciprocal / HEAD_SIZE)
+        dnormal_low, dnormal_high = (dnormal_low - low * mean) * reciprocal, (dnormal_high - high * mean) * reciprocal
+        if not RADIUS:
+            dnormal_low, dnormal_high = dnormal_low + dlow, dnormal_high + dhigh
     return dnormal_low, dnormal_high, dscale
 
 

@@ -1,7 +1,8 @@
 """The inputs of the mixer's two paths: the projections after convolution, rotation and normalisation.
 
-With c the causal convolution of the projections: the global path reads n = c / rms(c) as queries and keys; the local path reads them
-turned by their position, as they are (`dot` score) or at a learned radius from the origin (`lorentz`); both read the same values c.
+With c the causal convolution of the projections: the global path reads n = c / rms(c) as queries and keys, or the same of silu(c); the local
+path reads them turned by their position, as they are (`dot` score) or scaled to a length of their head (`lorentz`, or a norm of queries and
+keys); both read the same values c.
 
 Shapes: B batch, T tokens, H heads, K head size; 3: queries, keys, values.
 """
@@ -44,6 +45,7 @@ def mixer_inputs(
     radius: Tensor | None,
     *,
     eps: float,
+    silu: bool = False,
     starts: Tensor | None = None,
     initial_state: Tensor | None = None,
 ) -> tuple[MixerInputs, Tensor]:
@@ -55,6 +57,7 @@ def mixer_inputs(
         angles: Rotary angles of the positions [T, K/2].
         radius: Length to which local queries and keys are scaled, per head [H]; None: they keep their length.
         eps: Added to the mean squares.
+        silu: Whether queries and keys of the global path pass through SiLU before they are normalised.
         starts: True where a token begins a document, whose convolution sees nothing before it [B, T]; None: nowhere.
         initial_state: The taps - 1 projections before the first token [B, taps - 1, 3 H K]; None: 0.
 
@@ -64,7 +67,7 @@ def mixer_inputs(
     x = qkv.flatten(2)
     convolved, state = (x, x[:, :0]) if weight is None else causal_convolution(x, weight, starts, initial_state)
     q, k, v = convolved.unflatten(2, qkv.shape[2:]).unbind(2)
-    global_q, global_k = (F.rms_norm(part, part.shape[-1:], eps=eps) for part in (q, k))
+    global_q, global_k = (F.rms_norm(F.silu(part) if silu else part, part.shape[-1:], eps=eps) for part in (q, k))
     local_q, local_k = (_turned(part, angles, radius, eps) for part in (q, k))
     return MixerInputs(local_q, local_k, global_q, global_k, v), state
 
@@ -86,6 +89,7 @@ def mixer_inputs_backward(
     radius: Tensor | None,
     *,
     eps: float,
+    silu: bool = False,
     starts: Tensor | None,
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
     """Gradients of qkv, weight and radius, without autograd; the arguments as in the forward, from the beginning of a sequence."""
@@ -93,8 +97,8 @@ def mixer_inputs_backward(
     convolved = x if weight is None else causal_convolution(x, weight, starts)[0]
     q, k, _ = at_least_fp32(convolved).unflatten(2, qkv.shape[2:]).unbind(2)
     dlocal_q, dlocal_k, dglobal_q, dglobal_k, dv = (at_least_fp32(gradient) for gradient in gradients)
-    dq, dradius_q = _backward_of_one(q, dlocal_q, dglobal_q, angles, radius, eps)
-    dk, dradius_k = _backward_of_one(k, dlocal_k, dglobal_k, angles, radius, eps)
+    dq, dradius_q = _backward_of_one(q, dlocal_q, dglobal_q, angles, radius, eps=eps, silu=silu)
+    dk, dradius_k = _backward_of_one(k, dlocal_k, dglobal_k, angles, radius, eps=eps, silu=silu)
     dconvolved = torch.stack((dq, dk, dv), dim=2).flatten(2)
     dradius = None if radius is None else (dradius_q + dradius_k).to(radius.dtype)
     if weight is None:
@@ -104,20 +108,35 @@ def mixer_inputs_backward(
 
 
 def _backward_of_one(
-    x: Tensor, dlocal: Tensor, dglobal: Tensor, angles: Tensor, radius: Tensor | None, eps: float
+    x: Tensor, dlocal: Tensor, dglobal: Tensor, angles: Tensor, radius: Tensor | None, *, eps: float, silu: bool
 ) -> tuple[Tensor, Tensor | float]:
     """Gradients of queries or keys before normalisation [B, T, H, K], and of the radius [H]; a rotation's adjoint turns back."""
     turned_back = rotate(dlocal, -angles)
-    reciprocal = (x.square().mean(-1, keepdim=True) + eps).rsqrt()
-    normal = x * reciprocal
     dradius: Tensor | float = 0.0
     dnormal = dglobal
+    if silu:
+        sigmoid = torch.sigmoid(x)
+        dx_global = _before_normalisation(x * sigmoid, dglobal, eps) * (sigmoid * (1 + x * (1 - sigmoid)))
+        dnormal = torch.zeros_like(dglobal)
     if radius is not None:
         scale = x.shape[-1] ** -0.5
-        dradius = (normal * turned_back).sum((0, 1, 3)) * scale
+        dradius = (x * _reciprocal_rms(x, eps) * turned_back).sum((0, 1, 3)) * scale
         dnormal = dnormal + turned_back * (radius[:, None] * scale)
-    dx = reciprocal * (dnormal - normal * (normal * dnormal).mean(-1, keepdim=True))
+    dx = _before_normalisation(x, dnormal, eps)
+    if silu:
+        dx = dx + dx_global
     return dx if radius is not None else dx + turned_back, dradius
+
+
+def _before_normalisation(x: Tensor, dnormal: Tensor, eps: float) -> Tensor:
+    """Gradient of x from that of x / rms(x)."""
+    reciprocal = _reciprocal_rms(x, eps)
+    normal = x * reciprocal
+    return reciprocal * (dnormal - normal * (normal * dnormal).mean(-1, keepdim=True))
+
+
+def _reciprocal_rms(x: Tensor, eps: float) -> Tensor:
+    return (x.square().mean(-1, keepdim=True) + eps).rsqrt()
 
 
 def _convolution_backward(dy: Tensor, x: Tensor, weight: Tensor, starts: Tensor | None) -> tuple[Tensor, Tensor]:
