@@ -43,10 +43,12 @@ def gradients_of_both(tensor_ranks, stage, budget, model):
 
 
 DELTA = ("model.global_path=delta",)
+OPTIONS = (*DELTA, "model.global_gate=channel", "model.decay_floor=-5", "model.local_qk_norm=true", "model.global_activation=silu")
 
 
 @pytest.mark.parametrize(
-    ("tensor_ranks", "stage", "budget", "model"), [(2, 0, 1.0, ()), (1, 3, 1.0, ()), (1, 3, 0.3, ()), (2, 0, 1.0, DELTA), (1, 3, 0.3, DELTA)]
+    ("tensor_ranks", "stage", "budget", "model"),
+    [(2, 0, 1.0, ()), (1, 3, 1.0, ()), (1, 3, 0.3, ()), (2, 0, 1.0, DELTA), (1, 3, 0.3, DELTA), (2, 0, 1.0, OPTIONS)],
 )
 def test_compiled_blocks_have_the_gradients_of_eager_ones(pool, tensor_ranks, stage, budget, model):
     difference, loss, eager_loss = pool.run(gradients_of_both, tensor_ranks, stage, budget, model, world_size=2, timeout_seconds=300)[0]
