@@ -24,6 +24,8 @@ def tiny(_tiny_data, tmp_path):
 
 # Their tests start processes that take all cores and wait for each other: never two of them at a time.
 OF_SEVERAL_PROCESSES = ("chaos", "launch", "parallel", "processes")
+# Files of these folders whose tests start one process at most: they may run beside the others.
+OF_ONE_PROCESS = ("test_bootstrap.py", "test_exit_codes.py", "test_pretrain_command_line.py", "test_slurm.py")
 
 
 @pytest.hookimpl(optionalhook=True)
@@ -37,7 +39,7 @@ def pytest_xdist_make_scheduler(config, log):
     class ByFile(LoadScopeScheduling):
         def _split_scope(self, nodeid):
             file = nodeid.split("::")[0]
-            if Path(file).parent.name in OF_SEVERAL_PROCESSES:
+            if Path(file).parent.name in OF_SEVERAL_PROCESSES and Path(file).name not in OF_ONE_PROCESS:
                 return "several processes"
             return nodeid if torch.cuda.is_available() else file
 
