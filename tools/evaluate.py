@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import sys
+from functools import partial
 from pathlib import Path
 
 from phase8.config.arguments import path_argument
@@ -41,12 +42,15 @@ def _run(arguments: list[str] | None) -> int:
 def _evaluate(parsed: argparse.Namespace) -> None:
     from dataclasses import asdict
 
+    from rich.progress import TextColumn, TimeElapsedColumn
+
     from phase8.config.schema import DataSource
     from phase8.data.loader import open_dataset
     from phase8.data.staging import write_json
     from phase8.data.token_ids import check_token_ids
     from phase8.evaluate.by_position import evaluate_sources, position_table
     from phase8.generate.restore import restore_model
+    from phase8.observe.stage_progress import ProgressDisplay
     from phase8.train.device import select_device
 
     device = select_device(parsed.device)
@@ -59,18 +63,18 @@ def _evaluate(parsed: argparse.Namespace) -> None:
         key="--data",
         ignore_sequence_modes=section.ignore_sequence_modes,
     )
-    for pair in (pair for source in dataset.sources for pair in source.pairs):
-        check_token_ids(pair, vocab_size=model.section.vocab_size, cache_dir=Path(section.cache_dir), on_progress=lambda *_: None)
-    found = evaluate_sources(
-        model,
-        dataset,
-        section.model_copy(update={"num_workers": 0, "pin_memory": False}),
-        num_sequences=parsed.sequences,
-        micro_batch_size=parsed.batch_size,
-        device=device,
-        on_progress=lambda done, total: print(f"\r{done:,} of {total:,} sequences", end="", file=sys.stderr, flush=True),
-    )
-    print(file=sys.stderr)
+    with ProgressDisplay(TextColumn("{task.percentage:3.0f} %"), TimeElapsedColumn()) as display:
+        for pair in (pair for source in dataset.sources for pair in source.pairs):
+            check_token_ids(pair, vocab_size=model.section.vocab_size, cache_dir=Path(section.cache_dir), on_progress=display.show)
+        found = evaluate_sources(
+            model,
+            dataset,
+            section.model_copy(update={"num_workers": 0, "pin_memory": False}),
+            num_sequences=parsed.sequences,
+            micro_batch_size=parsed.batch_size,
+            device=device,
+            on_progress=partial(display.show, "evaluating"),
+        )
     if parsed.output is not None:
         results = [asdict(source) | {"perplexity": source.perplexity} for source in found]
         write_json(parsed.output, {"checkpoint": str(checkpoint.path), "sequence_length": dataset.sequence_length, "sources": results})

@@ -89,7 +89,7 @@ class Phase8Mixer(nn.Module):
         super().__init__()
         width, inner, rank = model.d_model, model.attention_width, model.low_rank_rank
         self.num_heads, self.head_size = model.num_heads // axis.size, model.head_width
-        (self.window,), self.global_tokens, self.eps = set(model.window_sizes), model.global_tokens, model.norm_eps
+        self.window, self.global_tokens, self.eps = model.window_sizes[0], model.global_tokens, model.norm_eps  # the section is that of one layer
         self.q, self.k, self.v = (column_linear(width, inner, rank=rank, std=model.init_std) for _ in range(3))
         self.qkv = JointColumnLinear((self.q, self.k, self.v), axis, number_format)
         self.convolution = ShortConvolution(inner, model.convolution_taps, num_ranks=axis.size)

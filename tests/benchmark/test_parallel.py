@@ -175,7 +175,7 @@ def test_layouts_are_measured_by_training_them_under_torchrun(tiny, tmp_path):
 
 
 def only_row(tiny, tmp_path, program, *, num_devices=None, timeout_seconds=60.0):
-    """Of two ranks whose launcher is a program without torch."""
+    """The only row of a table of two ranks whose launcher is a program without torch."""
     launcher = tmp_path / "launcher.py"
     launcher.write_text(program)
     device_type = "cpu" if num_devices is None else "cuda"

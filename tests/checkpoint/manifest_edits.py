@@ -92,7 +92,7 @@ def _attach(draw: st.DrawFn, document: dict[str, Any]) -> None:
 
 
 def _change_length(draw: st.DrawFn, document: dict[str, Any]) -> None:
-    """Of a file."""
+    """Changes the recorded length of a file."""
     entries = [*document["files"].values(), *document["attachments"].values()]
     draw(st.sampled_from(entries))["size_bytes"] = draw(st.sampled_from(SIZES))
 

@@ -23,7 +23,7 @@ def without_earlier_documents(state, starts, i):
 
 
 def gradients(function, arguments, starts, state):
-    """Of y and of the final state, each weighted at random, with numbers that every dtype represents."""
+    """Gradients of a sum over y and the final state, weighted at random with numbers that every dtype represents."""
     arguments = [x.detach().requires_grad_() for x in (arguments if state is None else [*arguments, state])]
     tensors = arguments if state is None else arguments[:-1]
     outputs = function(*tensors, starts, None if state is None else arguments[-1])

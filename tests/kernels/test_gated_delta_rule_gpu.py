@@ -16,7 +16,7 @@ class TestGatedDeltaRule(RecurrenceKernelTests):
     widest, too_wide = 128, 65
 
     def more_scalars(self, draw, shape):
-        """Of what a key holds, nearly nothing to all is replaced."""
+        """Shares beta: nearly nothing to all of what a key holds is replaced."""
         return ((draw(*shape[:3]) / shape[3]).double(),)
 
 

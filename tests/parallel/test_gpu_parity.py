@@ -55,7 +55,7 @@ MISTAKES = {"never_synchronised": "dp2 zero 3", "same_data_everywhere": "dp2", "
 
 
 class Difference(NamedTuple):
-    """Of two runs, relative.
+    """The relative difference of two runs.
 
     Args:
         steps: Largest of a loss or a gradient norm.

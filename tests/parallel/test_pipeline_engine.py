@@ -162,7 +162,7 @@ class Chunks:
         return MessageForm(tuple(self.model.shape(length) for length in self.case.lengths(self.step)), torch.float64, CPU)
 
     def taken_gradients(self):
-        """Of the parameters that have one; emptied."""
+        """The gradients of the parameters that have one; they are emptied."""
         found = {name: p.grad for name, p in self.model.parameters.items() if p.grad is not None}
         for parameter in self.model.parameters.values():
             parameter.grad = None

@@ -50,7 +50,7 @@ class LiveBytes(TorchDispatchMode):
         return result
 
     def now(self):
-        """Of the tensors that are still there; FSDP empties some without freeing them, and fills them again."""
+        """Bytes of the tensors that are still there; FSDP empties some without freeing them, and fills them again."""
         self._storages = {key: reference for key, reference in self._storages.items() if not reference.expired()}
         alive = {key: torch.UntypedStorage._new_with_weak_ptr(reference.cdata) for key, reference in self._storages.items()}
         sizes = {key: storage.nbytes() for key, storage in alive.items() if storage is not None}

@@ -26,7 +26,7 @@ def needs(action, position, num_positions):
 
 
 def on_the_clock(schedule):
-    """Of each stage the action or None of every tick; an action may begin when what it needs was done in earlier ticks."""
+    """The action, or None, of each stage at every tick; an action may begin when its requirements were done in earlier ticks."""
     P, num_positions = schedule.num_stages, schedule.num_stages * schedule.num_chunks
     waiting, done, ticks = [list(actions) for actions in schedule.actions], set(), [[] for _ in range(P)]
     while any(waiting):

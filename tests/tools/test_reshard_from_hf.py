@@ -302,7 +302,7 @@ def config_of(text: str | bytes):
 
 
 def other_tensors(**changes: torch.Tensor | None):
-    """Of the second file; None: left out."""
+    """A change of tensors of the second file; None: the tensor is left out."""
 
     def change(source: Path) -> None:
         found = safetensors.torch.load_file(source / SECOND)

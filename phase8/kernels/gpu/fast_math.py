@@ -19,6 +19,11 @@ def dot_precision() -> str:
     return "ieee" if torch.get_float32_matmul_precision() == "highest" else "tf32"
 
 
+def tensor_core_precision() -> str:
+    """The same for products that always run on tensor cores: three tf32 products are as exact as scalar ones, and far fewer instructions."""
+    return dot_precision().replace("ieee", "tf32x3")
+
+
 @triton.jit
 def exp2(x, FAST: tl.constexpr):
     """Two to the power of x."""

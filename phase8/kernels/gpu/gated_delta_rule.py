@@ -7,16 +7,15 @@ Shapes: B batch, T tokens, H heads, K key size, V value size, N chunks.
 """
 
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from phase8.kernels.gpu.fast_math import exp2, has_fast_math
-from phase8.kernels.gpu.gated_delta_rule_inverse import Gates, chunk_inverses, prepare_gates, product_precision, token_gates
-from phase8.kernels.gpu.gated_linear_attention import Tiles, block_size, num_processors, strides, with_rows_contiguous
+from phase8.kernels.gpu.fast_math import exp2
+from phase8.kernels.gpu.gated_delta_rule_inverse import Gates, chunk_inverses, prepare_gates, token_gates
+from phase8.kernels.gpu.gated_linear_attention import Tiles, block_size, num_processors, strides, walk_constants, with_rows_contiguous
 from phase8.kernels.gpu.gated_linear_attention_walk import CHUNK, load_state, store_state, tile_mask, tile_pointers, unravel
 
 MIN_COLUMNS = 16  # as matrix products need
@@ -102,12 +101,6 @@ def tiles_for(k: Tensor, v: Tensor) -> Tiles:
     """The tiles for tensors of these shapes."""
     sizes = {"num_sequences": k.shape[0] * k.shape[2], "num_processors": num_processors(v.device)}
     return walk_tiles(k.shape[-1], v.shape[-1], v.element_size(), **sizes)
-
-
-def walk_constants(tiles: Tiles) -> dict[str, Any]:
-    """Compile-time constants and launch options that both walks share."""
-    options = {"num_warps": tiles.num_warps, "num_stages": tiles.num_stages}
-    return {"COLUMNS": tiles.columns, "FAST": has_fast_math(), "PRECISION": product_precision(), **options}
 
 
 @triton.jit

@@ -12,18 +12,17 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from phase8.kernels.gpu.fast_math import exp2, has_fast_math
-from phase8.kernels.gpu.gated_delta_rule import MIN_COLUMNS, Kept, tiles_for, walk_again, walk_constants
+from phase8.kernels.gpu.fast_math import exp2
+from phase8.kernels.gpu.gated_delta_rule import MIN_COLUMNS, Kept, tiles_for, walk_again
 from phase8.kernels.gpu.gated_delta_rule_inverse import (
     SMALLEST_RATE,
     Gates,
     chunk_inverses,
     prepare_gates,
-    product_precision,
     token_gates,
     unravel_chunk,
 )
-from phase8.kernels.gpu.gated_linear_attention import Tiles, block_size, strides, with_rows_contiguous
+from phase8.kernels.gpu.gated_linear_attention import Tiles, block_size, strides, walk_constants, with_rows_contiguous
 from phase8.kernels.gpu.gated_linear_attention_walk import CHUNK, load_state, store_state, tile_mask, tile_pointers, unravel
 
 
@@ -89,8 +88,7 @@ def _chunk_gradients(
     dlog_decay, dbeta = (torch.empty(batch, length, num_heads, dtype=torch.float32, device=v.device) for _ in range(2))
     _chunk_gradients_kernel[(batch * num_heads * gates.num_chunks,)](
         q, k, dy, *gates.arguments, kept.written, dv, kept.before, dafter, dq, dk, dlog_decay, dbeta, *strides(q, k, dy),
-        num_heads, gates.num_chunks, K=key_size, V=value_size, BLOCK_K=block_size(key_size), COLUMNS=tiles.columns,
-        FAST=has_fast_math(), PRECISION=product_precision(), num_warps=tiles.num_warps, num_stages=tiles.num_stages,
+        num_heads, gates.num_chunks, K=key_size, V=value_size, BLOCK_K=block_size(key_size), **walk_constants(tiles),
     )  # fmt: skip
     return dq, dk, dlog_decay, dbeta
 

@@ -14,7 +14,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from phase8.kernels.gpu.fast_math import dot_precision, exp2, has_fast_math
+from phase8.kernels.gpu.fast_math import exp2, has_fast_math, tensor_core_precision
 from phase8.kernels.gpu.gated_linear_attention import block_size
 from phase8.kernels.gpu.gated_linear_attention_walk import BOUNDARY, CHUNK, CHUNK_TOKENS, LOG2_E, LOWEST, tile_mask, tile_pointers
 
@@ -51,19 +51,14 @@ def chunk_inverses(k: Tensor, gates: Gates, *, num_warps: int = 1) -> Tensor:
     _inverse_kernel[(batch * num_heads * gates.num_chunks,)](
         k, k.stride(0), k.stride(2), k.stride(1), *gates.arguments, inverse, num_heads, gates.num_chunks,
         K=key_size, BLOCK_K=block_size(key_size), COLUMNS=min(block_size(key_size), KEY_COLUMNS),
-        FAST=has_fast_math(), PRECISION=product_precision(), num_warps=num_warps,
+        FAST=has_fast_math(), PRECISION=tensor_core_precision(), num_warps=num_warps,
     )  # fmt: skip
     return inverse
 
 
-def product_precision() -> str:
-    """Precision of products of fp32 numbers: scalar ones would need thousands of instructions per chunk, three tf32 products are as exact."""
-    return dot_precision().replace("ieee", "tf32x3")
-
-
 @triton.jit
 def token_gates(decay, decay_t, rate, rate_t, starts, first, length, TOKENS: tl.constexpr):
-    """Of TOKENS tokens from `first` on: the sum of log2 alpha from the first of them, and beta."""
+    """The running sum of log2 alpha, and beta, of TOKENS tokens that begin at `first`."""
     token = tl.cast(first + tl.arange(0, TOKENS), tl.int64)
     live = token < length
     steps = tl.maximum(tl.load(decay + token * decay_t, live, 0.0), LOWEST) * LOG2_E

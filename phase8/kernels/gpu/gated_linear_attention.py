@@ -13,7 +13,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from phase8.kernels.gpu.fast_math import dot_precision, has_fast_math
+from phase8.kernels.gpu.fast_math import has_fast_math, tensor_core_precision
 from phase8.kernels.gpu.gated_linear_attention_walk import CHUNK_TOKENS, chunks_of, load_state, store_state, unravel, walk
 
 MIN_SEGMENT_CHUNKS = 8
@@ -137,12 +137,10 @@ def entering_states(key: Tensor, value: Tensor, decays: Decays, initial: Tensor 
 
 def walk_constants(tiles: Tiles) -> dict[str, object]:
     """Compile-time constants and launch options that all walks share."""
-    # Scalar fp32 products would need thousands of instructions per chunk; three tf32 products are as exact.
-    precision = dot_precision().replace("ieee", "tf32x3")
     return {
         "COLUMNS": tiles.columns,
         "FAST": has_fast_math(),
-        "PRECISION": precision,
+        "PRECISION": tensor_core_precision(),
         "num_warps": tiles.num_warps,
         "num_stages": tiles.num_stages,
     }

@@ -15,7 +15,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from phase8.kernels.gpu.fast_math import dot_precision, exp2, has_fast_math
+from phase8.kernels.gpu.fast_math import exp2, has_fast_math, tensor_core_precision
 
 
 class Tiles(NamedTuple):
@@ -58,7 +58,7 @@ def constants(rank: int, tiles: Tiles) -> dict[str, object]:
         "BLOCK_R": max(triton.next_power_of_2(rank), 16),  # matrix products need 16
         "LOG2E": 1 / math.log(2),
         "FAST": has_fast_math(),
-        "PRECISION": dot_precision().replace("ieee", "tf32x3"),  # scalar fp32 products would take many times as long
+        "PRECISION": tensor_core_precision(),
         "num_warps": tiles.num_warps,
     }
 
