@@ -209,15 +209,15 @@ class GlobalPath(nn.Module):
 
     def _modulation(self, scalars: Tensor, channels: Tensor | None, starts: Tensor | None, state: Tensor | None) -> _Modulation:
         """What the scalars [B, T, H, scalars per head] and a gate per channel [B, T, H, K] become, with the chain's state before the first token."""
-        step, *others = scalars.unbind(-1)
-        logits = others.pop(0)[..., None] if channels is None else channels
-        step, logits = step + local(self.decay_bias), logits + local(self.gate_bias)[:, None]
+        columns = iter(scalars.unbind(-1))
+        step = next(columns) + local(self.decay_bias)
+        logits = (next(columns)[..., None] if channels is None else channels) + local(self.gate_bias)[:, None]
         decay_factor = None
         if self.chain is not None:
-            state, decay_factor, gate_term = self.chain(others[0], starts, state)
+            state, decay_factor, gate_term = self.chain(next(columns), starts, state)
             logits = logits if gate_term is None else logits + gate_term[..., None]
         # Queries and keys are RMS-normalised: the squared length of a key is the head size.
-        rate = torch.sigmoid(others[-1]) / self.head_size if self.is_delta else None
+        rate = torch.sigmoid(next(columns)) / self.head_size if self.is_delta else None
         return _Modulation(self._log_decay(step, decay_factor), torch.sigmoid(logits), rate, state)
 
     def _log_decay(self, step: Tensor, factor: Tensor | None) -> Tensor:
