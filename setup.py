@@ -18,7 +18,7 @@ setup(
     install_requires=[
         "torch>=2.11,<2.16",
         "numpy>=1.26",
-        "pydantic>=2.8,<3",
+        "pydantic>=2.11,<3",
         "PyYAML>=6.0",
         "sentencepiece>=0.2.0",
         "safetensors>=0.4.5",
