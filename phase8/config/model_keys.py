@@ -10,7 +10,7 @@ from phase8.config.schema import ModelSection
 FIRST_VALUES = frozenset({"memory_tokens", "init_std"})
 # Keys that change the computation, but neither number nor shapes of the weights.
 WITHOUT_SHAPE = FIRST_VALUES | {
-    "sequence_length", "rope_base", "norm_eps", "local_window_size", "global_tokens", "decay_floor", "global_activation"
+    "sequence_length", "rotary", "rope_base", "norm_eps", "local_window_size", "global_tokens", "decay_floor", "global_activation"
 }  # fmt: skip
 _OF_WINDOW = frozenset({"local_window_size", "global_tokens", "score", "global_path"})
 _OF_GLOBAL_PATH = frozenset({"chain", "decay_floor", "global_activation", "global_gate", "memory_tokens"})
@@ -29,4 +29,6 @@ def model_differences(was: ModelSection, now: ModelSection) -> dict[str, tuple[A
     different = {name: (before[name], after[name]) for name in after if name in before and before[name] != after[name]}
     if was.num_layers == now.num_layers and was.window_sizes == now.window_sizes:
         different.pop("local_window_size", None)  # the same pattern may be written in two ways
+    if was.num_layers == now.num_layers and was.has_rotary == now.has_rotary:
+        different.pop("rotary", None)
     return different

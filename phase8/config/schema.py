@@ -7,7 +7,7 @@ implemented yet, are in `validate.py`.
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field
 
@@ -33,6 +33,7 @@ from phase8.config.values import (
     Width,
 )
 
+_Value = TypeVar("_Value")
 # The value of a setting that is chosen automatically, see auto.py.
 Auto = Literal["auto"]
 # Projects whose .idx files share one layout but number dtypes differently.
@@ -58,6 +59,7 @@ class RunSection(Section):
 
 
 Windows = Annotated[tuple[NonNegativeInt, ...], Field(min_length=1, strict=False)]
+Switches = Annotated[tuple[bool, ...], Field(min_length=1, strict=False)]
 
 
 class ModelSection(Section):
@@ -102,6 +104,9 @@ class ModelSection(Section):
     ffn: Literal["swiglu", "low_rank_swiglu", "moe"] = key("swiglu", "feed-forward of the block")
     ffn_size: Width | None = key(None, "width F of the feed-forward; null: 8/3 d_model rounded up to a multiple of 64")
     tie_embeddings: bool = key(False, "use the embedding as the output head")
+    rotary: bool | Switches = key(
+        True, "rotary positions of the window's queries and keys (transformer: of the attention's); a list is repeated over the layers"
+    )
     rope_base: PositiveFloat = key(10000.0, "base of the rotary frequencies")
     norm_eps: PositiveFloat = key(1e-5, "epsilon of every RMS norm")
     init_std: PositiveFloat = key(0.02, "standard deviation of the initial weights")
@@ -119,8 +124,12 @@ class ModelSection(Section):
     @property
     def window_sizes(self) -> tuple[int, ...]:
         """Window of the local path in each layer."""
-        pattern = self.local_window_size if isinstance(self.local_window_size, tuple) else (self.local_window_size,)
-        return tuple(pattern[layer % len(pattern)] for layer in range(self.num_layers))
+        return _over_layers(self.local_window_size, self.num_layers)
+
+    @property
+    def has_rotary(self) -> tuple[bool, ...]:
+        """Whether queries and keys of each layer have rotary positions."""
+        return _over_layers(self.rotary, self.num_layers)
 
     def of_window(self, window: int) -> ModelSection:
         """The section of the layers that have this window: where others have none, these layers leave the global path to them."""
@@ -155,6 +164,12 @@ class ModelSection(Section):
         if self.convolution_size is not None:
             return self.convolution_size
         return 4 if self.block == "phase8" else 1
+
+
+def _over_layers(value: _Value | tuple[_Value, ...], num_layers: int) -> tuple[_Value, ...]:
+    """The value of each layer; a list is repeated."""
+    pattern = value if isinstance(value, tuple) else (value,)
+    return tuple(pattern[layer % len(pattern)] for layer in range(num_layers))
 
 
 class DataSource(Section):

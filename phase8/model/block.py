@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import replace
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from phase8.config.schema import ModelSection
@@ -36,6 +37,7 @@ class Block(nn.Module):
     def __init__(self, model: ModelSection, layer: int, *, axis: Axis, number_format: NumberFormat = OPERAND_DTYPE):
         super().__init__()
         self.mixer_norm = RMSNorm(model.d_model, eps=model.norm_eps)
+        self.has_rotary = model.has_rotary[layer]
         self.mixer = (
             Phase8Mixer(model.of_window(model.window_sizes[layer]), axis=axis, number_format=number_format)
             if model.block == "phase8"
@@ -80,6 +82,7 @@ class Block(nn.Module):
         return x + self.feed_forward(self.feed_forward_norm(x)), state, {}
 
     def _mix(self, x: Tensor, angles: Tensor, starts: Tensor | None, state: BlockState | None) -> tuple[Tensor, BlockState | None]:
+        angles = angles if self.has_rotary else torch.zeros_like(angles)
         return self.mixer(self.mixer_norm(x), angles, starts, state)
 
 

@@ -219,6 +219,8 @@ OVERRIDES = {
     "model.global_path=delta": "delta",
     "model.decay_floor=-5": -5.0,
     "model.global_path=none": "none",
+    "model.rotary=[true, false]": (True, False),
+    "model.rotary=false": False,
     "model.global_path=false": "none",  # as earlier releases spelt it
     "model.global_path=true": "linear",
 }

@@ -29,8 +29,8 @@ def hidden_states(model, tokens):
 
 def mixer(section, layer, p, x):
     """[T, D] -> [T, D]."""
-    pattern = section.local_window_size if isinstance(section.local_window_size, tuple) else [section.local_window_size]
-    window = pattern[layer % len(pattern)]
+    patterns = (value if isinstance(value, tuple) else [value] for value in (section.local_window_size, section.rotary))
+    (pattern, window), (_, rotary) = ((pattern, pattern[layer % len(pattern)]) for pattern in patterns)
     heads, size, length = section.num_heads, section.head_width, len(x)
     qkv = torch.cat([linear(p, f"mixer.{name}", x) for name in "qkv"], dim=-1)
     if "mixer.convolution.weight" in p:
@@ -39,9 +39,9 @@ def mixer(section, layer, p, x):
         qkv = sum(shifted[j][:length] * taps[:, -1 - j] for j in range(taps.shape[1]))
     q, k, v = (part.reshape(length, heads, size) for part in qkv.chunk(3, dim=-1))
     if section.block == "transformer":
-        return linear(p, "mixer.out", torch.cat([softmax_attention(section, q, k, v, h, None, p) for h in range(heads)], dim=-1))
+        return linear(p, "mixer.out", torch.cat([softmax_attention(section, q, k, v, h, None, rotary, p) for h in range(heads)], dim=-1))
     if section.global_path == "none" or (window > 0 and 0 in pattern):
-        return linear(p, "mixer.out", torch.cat([softmax_attention(section, q, k, v, h, window, p) for h in range(heads)], dim=-1))
+        return linear(p, "mixer.out", torch.cat([softmax_attention(section, q, k, v, h, window, rotary, p) for h in range(heads)], dim=-1))
     scalars = (x @ p["mixer.global_path.scalars.weight"].T).reshape(length, heads, -1)
     outputs = []
     for h in range(heads):
@@ -58,7 +58,7 @@ def mixer(section, layer, p, x):
         else:
             read = linear_attention(section, global_q, global_k, v[:, h], alpha)
         y_global = rms(read, section.norm_eps) * p["mixer.global_path.norm.weight"][h]
-        local = softmax_attention(section, q, k, v, h, window, p) if window > 0 else 0
+        local = softmax_attention(section, q, k, v, h, window, rotary, p) if window > 0 else 0
         outputs.append(local + gate * y_global)
     return linear(p, "mixer.out", torch.cat(outputs, dim=-1))
 
@@ -109,10 +109,10 @@ def chain_terms(p, scalars, h):
     return tuple(torch.zeros(()) if mix is None else g @ mix[h] for mix in terms)
 
 
-def softmax_attention(section, q, k, v, h, window, p):
+def softmax_attention(section, q, k, v, h, window, rotary, p):
     """One head; a window of W tokens and the first G, or everything before."""
     length, size = len(q), q.shape[-1]
-    q, k = (rotate(x[:, h], section.rope_base) for x in (q, k))
+    q, k = (rotate(x[:, h], section.rope_base) if rotary else x[:, h] for x in (q, k))
     if section.local_qk_norm:
         q, k = (p["mixer.qk_norm.weight"][h] * rms(x, section.norm_eps) for x in (q, k))
     if window is None or section.score == "dot":

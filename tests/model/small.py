@@ -66,6 +66,8 @@ VARIANTS = [
         (f"silu-{path}-{taps}", scaled_down(ModelSection(global_path=path, global_activation="silu", convolution_size=taps, local_qk_norm=norm)))
         for path, taps, norm in (("delta", 4, False), ("delta", 1, True), ("linear", 4, False))
     ),
+    ("positions-in-turns", scaled_down(ModelSection(), num_layers=3, rotary=(True, False))),
+    ("transformer-without-positions", scaled_down(ModelSection(block="transformer", rotary=False))),
     ("windows", scaled_down(ModelSection(), num_layers=3, local_window_size=(3, 9), global_tokens=2, memory_tokens=(4.0, 90.0))),
     ("hybrid-delta", scaled_down(ModelSection(global_path="delta"), num_layers=3, local_window_size=(0, 5, 0), global_tokens=2)),
     ("recurrence-alone", scaled_down(ModelSection(chain="both", score="lorentz"), local_window_size=0)),

@@ -43,7 +43,10 @@ def gradients_of_both(tensor_ranks, stage, budget, model):
 
 
 DELTA = ("model.global_path=delta",)
-OPTIONS = (*DELTA, "model.global_gate=channel", "model.decay_floor=-5", "model.local_qk_norm=true", "model.global_activation=silu")
+OPTIONS = (
+    *DELTA, "model.global_gate=channel", "model.decay_floor=-5", "model.local_qk_norm=true", "model.global_activation=silu",
+    "model.rotary=[true,false]",
+)  # fmt: skip
 
 
 @pytest.mark.parametrize(

@@ -62,6 +62,7 @@ def test_transformers_computes_the_same_logits(tmp_path, settings):
     [
         ("model.convolution_size=4", "a convolution of 4 taps"),
         ("model.local_qk_norm=true", "a norm of queries and keys (model.local_qk_norm)"),
+        ("model.rotary=[true,false]", "layers without positions (model.rotary)"),
         ("model.low_rank_rank=4", "model.low_rank_rank 4 with model.ffn swiglu"),
         ("model.block=phase8", "model.block phase8"),
     ],

@@ -35,6 +35,8 @@ def reasons_against(model: ModelSection) -> Iterator[str]:
         yield f"a convolution of {model.convolution_taps} taps (model.convolution_size)"
     if model.local_qk_norm:
         yield "a norm of queries and keys (model.local_qk_norm)"
+    if not all(model.has_rotary):
+        yield "layers without positions (model.rotary)"
     if model.low_rank_rank or model.ffn != "swiglu":
         yield f"model.low_rank_rank {model.low_rank_rank} with model.ffn {model.ffn}"
 
