@@ -75,6 +75,18 @@ def scatter_tokens(x: Tensor, axis: Axis) -> Tensor:
     return x if axis.size == 1 else _ScatterTokens.apply(x.flatten(0, -2), axis)
 
 
+def exchange_tokens(x: Tensor, num_sent: list[int], num_received: list[int], axis: Axis) -> Tensor:
+    """Sends each rank its share of the tokens x [N, ...] and returns the shares that they send, in the order of the ranks. Not differentiable.
+
+    Args:
+        x: The shares of all ranks one after the other.
+        num_sent: Tokens for each rank.
+        num_received: Tokens from each rank.
+        axis: Axis of several ranks.
+    """
+    return _OPS.wait_tensor(_OPS.all_to_all_single(x.contiguous(), num_received, num_sent, axis.group.group_name))
+
+
 @torch.no_grad()
 def sum_over(x: Tensor, *axes: Axis) -> Tensor:
     """The sum over the ranks of an axis, or of several axes one after the other; not differentiable."""

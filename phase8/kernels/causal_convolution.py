@@ -22,12 +22,17 @@ def causal_convolution(
         initial_state: The taps - 1 inputs before the first token [B, taps - 1, C]; None: 0.
 
     Returns:
-        y [B, T, C] and the last taps - 1 inputs [B, taps - 1, C].
+        y [B, T, C] and the last taps - 1 inputs [B, taps - 1, C]; with an initial state, those of earlier documents than the last are 0.
     """
     length, taps = x.shape[1], weight.shape[1]
     weight = weight.to(x.dtype)
     padded = F.pad(x, (0, 0, taps - 1, 0)) if initial_state is None else torch.cat((initial_state.to(x.dtype), x), dim=1)
     final_state = padded[:, length:]
+    if starts is not None and initial_state is not None:
+        # Document starts that come after each token: the next piece does not know of them.
+        later = starts.int().flip(1).cumsum(1).flip(1) - starts.int()
+        later = torch.cat(((later[:, :1] + starts[:, :1]).expand(-1, taps - 1), later), dim=1)
+        final_state = final_state * (later[:, length:] == 0)[..., None]
     if starts is None and x.device.type == "cpu":
         return F.conv1d(padded.transpose(1, 2), weight[:, None], groups=weight.shape[0]).transpose(1, 2), final_state
     # Computed as shifted products, which the compiler fuses with their surroundings; a convolution would be a kernel of its own in another layout.

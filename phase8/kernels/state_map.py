@@ -1,7 +1,8 @@
-"""What a slice of a sequence does to the state of the gated delta rule, as an affine map: slices on different ranks know each other by it."""
+"""What a slice of a sequence does to the state of a recurrence, as an affine map: slices on different ranks know each other by it."""
 
 from __future__ import annotations
 
+import math
 from typing import NamedTuple
 
 import torch
@@ -30,8 +31,43 @@ class StateMap(NamedTuple):
         return StateMap(later.matrix @ self.matrix, later(self.added))
 
 
+class DecayMap(NamedTuple):
+    """As `StateMap`, where the slice keeps a share of the state: S -> matrix * S + added.
+
+    Args:
+        matrix: The share of each head, K times [B, H, K, 1].
+        added: What the slice adds [B, H, K, V].
+    """
+
+    matrix: Tensor
+    added: Tensor
+
+    def __call__(self, state: Tensor) -> Tensor:
+        """The state after the slice."""
+        return self.matrix * state + self.added
+
+    def then(self, later: DecayMap) -> DecayMap:
+        """The map of this slice and the next one together."""
+        return DecayMap(later.matrix * self.matrix, later(self.added))
+
+
+def decay_map(k: Tensor, v: Tensor, log_decay: Tensor, starts: Tensor | None = None) -> DecayMap:
+    """The map of a slice, arguments as in `gated_linear_attention`."""
+    dtype = torch.promote_types(k.dtype, torch.float32)
+    log_decay = log_decay.clamp(min=math.log(torch.finfo(log_decay.dtype).eps) - 10)  # the bound of `chunk_decays`
+    # Summed from the end, where what is left is largest and has to be exact.
+    from_here = log_decay.flip(1).cumsum(1).flip(1)
+    to_end, keeps = (from_here - log_decay).exp(), from_here[:, 0].exp()
+    if starts is not None:
+        begins = starts.int().flip(1).cumsum(1).flip(1)
+        to_end, keeps = to_end * (begins - starts.int() == 0)[..., None], keeps * (begins[:, :1] == 0)
+    weight = -torch.expm1(log_decay) * k.shape[-1] ** -0.5 * to_end
+    added = torch.einsum("bthk,bthv->bhkv", k.to(dtype) * weight[..., None], v.to(dtype))
+    return DecayMap(keeps[..., None, None].expand(*added.shape[:-1], 1), added)
+
+
 def state_map(k: Tensor, v: Tensor, log_decay: Tensor, beta: Tensor, starts: Tensor | None = None) -> StateMap:
-    """The map of a slice, arguments as in `gated_delta_rule`; its gradient is the map that backward needs.
+    """The map of a slice of the gated delta rule, arguments as in `gated_delta_rule`; its gradient is the map that backward needs.
 
     The columns of a state do not meet, so K columns that begin as the identity and are offered no values carry the matrix along.
     """

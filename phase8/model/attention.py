@@ -30,11 +30,13 @@ class AttentionState:
     Args:
         keys: Keys [B, P, H, K].
         values: Values [B, P, H, K].
+        documents: Number of the document of each key [B, P]; the last token seen so far has number 0, earlier documents less.
         convolution: Last taps - 1 inputs of the convolution [B, taps - 1, 3 H K].
     """
 
     keys: Tensor
     values: Tensor
+    documents: Tensor
     convolution: Tensor
 
 
@@ -74,7 +76,8 @@ class CausalAttention(nn.Module):
     def empty_state(self, batch_size: int, *, dtype: torch.dtype, device: torch.device) -> AttentionState:
         """The state before the first token: no keys, no values, and zeros for the convolution."""
         nothing = torch.zeros(batch_size, 0, self.num_heads, self.head_size, dtype=dtype, device=device)
-        return AttentionState(nothing, nothing, self.convolution.empty_state(batch_size, dtype=dtype, device=device))
+        documents = torch.zeros(batch_size, 0, dtype=torch.int32, device=device)
+        return AttentionState(nothing, nothing, documents, self.convolution.empty_state(batch_size, dtype=dtype, device=device))
 
     def forward(
         self, x: Tensor, angles: Tensor, starts: Tensor | None = None, state: AttentionState | None = None
@@ -90,19 +93,19 @@ class CausalAttention(nn.Module):
         if state is not None:
             k, v = torch.cat((state.keys, k), 1), torch.cat((state.values, v), 1)
         q, keys, values = (part.transpose(1, 2) for part in (q, k, v))
-        mask = None
-        if starts is not None or state is not None:
-            mask = _mask(q.shape[2], keys.shape[2], starts, q.device)
+        documents = None if starts is None else starts.cumsum(1, dtype=torch.int32)
+        if state is not None:
+            own = state.documents.new_zeros(q.shape[0], q.shape[2]) if documents is None else documents
+            documents = torch.cat((state.documents, own), 1)
+        mask = None if documents is None else _mask(q.shape[2], documents)
         y = F.scaled_dot_product_attention(q, keys, values, attn_mask=mask, is_causal=mask is None)
-        return self.out(y.transpose(1, 2).flatten(2)), None if state is None else AttentionState(k, v, convolution)
+        carried = None if state is None else AttentionState(k, v, documents - documents[:, -1:], convolution)
+        return self.out(y.transpose(1, 2).flatten(2)), carried
 
 
-def _mask(num_queries: int, num_keys: int, starts: Tensor | None, device: torch.device) -> Tensor:
-    """The attention mask [B or 1, 1, T, P + T]: True where a key is not later than the query and belongs to the same document."""
-    query = torch.arange(num_keys - num_queries, num_keys, device=device)
-    visible = (torch.arange(num_keys, device=device) <= query[:, None])[None]
-    if starts is not None:
-        document = starts.cumsum(1)
-        carried = document.new_zeros(document.shape[0], num_keys - num_queries)
-        visible = visible & (document[:, :, None] == torch.cat((carried, document), 1)[:, None, :])
-    return visible[:, None]
+def _mask(num_queries: int, documents: Tensor) -> Tensor:
+    """The attention mask [B, 1, T, P + T]: True where a key is not later than the query and belongs to the same document [B, P + T]."""
+    num_keys = documents.shape[1]
+    query = torch.arange(num_keys - num_queries, num_keys, device=documents.device)
+    visible = torch.arange(num_keys, device=documents.device) <= query[:, None]
+    return (visible & (documents[:, -num_queries:, None] == documents[:, None, :]))[:, None]

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from phase8.config.schema import ModelSection
-from phase8.distributed.collectives import Axis
+from phase8.distributed.collectives import ALONE, Axis
 from phase8.exchanges import Exchanges
 from phase8.model.attention import AttentionState, CausalAttention
 from phase8.model.feed_forward import build_feed_forward
@@ -32,14 +32,17 @@ class Block(nn.Module):
         layer: Number of the layer in the model.
         axis: Axis of tensor parallelism.
         number_format: Format that computes the products of the linear layers.
+        context: Axis of the ranks that share each sequence; the Phase 8 block only.
     """
 
-    def __init__(self, model: ModelSection, layer: int, *, axis: Axis, number_format: NumberFormat = OPERAND_DTYPE):
+    def __init__(
+        self, model: ModelSection, layer: int, *, axis: Axis, number_format: NumberFormat = OPERAND_DTYPE, context: Axis = ALONE
+    ):
         super().__init__()
         self.mixer_norm = RMSNorm(model.d_model, eps=model.norm_eps)
         self.has_rotary = model.has_rotary[layer]
         self.mixer = (
-            Phase8Mixer(model.of_window(model.window_sizes[layer]), axis=axis, number_format=number_format)
+            Phase8Mixer(model.of_window(model.window_sizes[layer]), axis=axis, number_format=number_format, context=context)
             if model.block == "phase8"
             else CausalAttention(model, axis=axis, number_format=number_format)
         )

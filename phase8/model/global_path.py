@@ -16,12 +16,14 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from phase8.config.schema import ModelSection
-from phase8.distributed.collectives import Axis, begin_to_gather, end_gather
+from phase8.context_parallel.slices import EarlierSlices
+from phase8.distributed.collectives import ALONE, Axis, begin_to_gather, end_gather
 from phase8.exchanges import NO_EXCHANGES, Exchanges, gathered
 from phase8.kernels.gated_delta_rule import gated_delta_rule
 from phase8.kernels.gated_linear_attention import gated_linear_attention
 from phase8.kernels.green_scan import green_scan
 from phase8.kernels.mixer_inputs import MixerInputs
+from phase8.kernels.state_map import decay_map, state_map
 from phase8.model.norm import RMSNorm
 from phase8.precision.formats import NumberFormat
 from phase8.tensor_parallel.linear import JointColumnLinear, LowRankColumn, WideLinear
@@ -128,10 +130,12 @@ class GlobalPath(nn.Module):
         model: Model section of the layer, with widths, heads, recurrence, chain and window.
         axis: Axis of tensor parallelism, whose ranks divide the heads.
         number_format: Format that computes the products of a gate per channel.
+        context: Axis of the ranks that share each sequence.
     """
 
-    def __init__(self, model: ModelSection, *, axis: Axis, number_format: NumberFormat):
+    def __init__(self, model: ModelSection, *, axis: Axis, number_format: NumberFormat, context: Axis = ALONE):
         super().__init__()
+        self.earlier = EarlierSlices(context) if context.size > 1 else None
         self.axis = axis
         self.initial_gate = INITIAL_GATE if any(model.window_sizes) else INITIAL_GATE_ALONE
         self.num_heads, self.head_size, self.memory_tokens = model.num_heads // axis.size, model.head_width, model.memory_tokens
@@ -203,6 +207,9 @@ class GlobalPath(nn.Module):
     def _recurrence(self, inputs: MixerInputs, modulation: _Modulation, starts: Tensor | None, memory: Tensor | None) -> tuple[Tensor, Tensor]:
         """What each token reads from the memory [B, T, H, K], and the memory after the last token [B, H, K, K]."""
         q, k, v, log_decay = inputs.global_q, inputs.global_k, inputs.v, modulation.log_decay
+        if self.earlier is not None:
+            own = decay_map(k, v, log_decay, starts) if modulation.rate is None else state_map(k, v, log_decay, modulation.rate, starts)
+            memory = self.earlier.entering_state(own)
         if modulation.rate is None:
             return gated_linear_attention(q, k, v, log_decay, starts, memory)
         return gated_delta_rule(q, k, v, log_decay, modulation.rate, starts, memory)

@@ -12,9 +12,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from phase8.config.schema import ModelSection
-from phase8.distributed.collectives import Axis
+from phase8.context_parallel.slices import EarlierSlices
+from phase8.distributed.collectives import ALONE, Axis
 from phase8.exchanges import NO_EXCHANGES, Exchanges
-from phase8.kernels.mixer_inputs import mixer_inputs
+from phase8.kernels.mixer_inputs import MixerInputs, mixer_inputs
 from phase8.kernels.window_attention import window_attention
 from phase8.kernels.window_state import WindowState, empty_window_state
 from phase8.model.convolution import ShortConvolution
@@ -83,20 +84,22 @@ class Phase8Mixer(nn.Module):
             the token itself included; 0: no local path.
         axis: Axis of tensor parallelism, whose ranks divide the heads.
         number_format: Format that computes the products of q, k, v, a gate per channel and the output.
+        context: Axis of the ranks that share each sequence.
     """
 
-    def __init__(self, model: ModelSection, *, axis: Axis, number_format: NumberFormat):
+    def __init__(self, model: ModelSection, *, axis: Axis, number_format: NumberFormat, context: Axis = ALONE):
         super().__init__()
         width, inner, rank = model.d_model, model.attention_width, model.low_rank_rank
         self.num_heads, self.head_size = model.num_heads // axis.size, model.head_width
         self.window, self.global_tokens, self.eps = model.window_sizes[0], model.global_tokens, model.norm_eps  # the section is that of one layer
         self.q, self.k, self.v = (column_linear(width, inner, rank=rank, std=model.init_std) for _ in range(3))
         self.qkv = JointColumnLinear((self.q, self.k, self.v), axis, number_format)
+        self.earlier = EarlierSlices(context) if context.size > 1 else None
         self.convolution = ShortConvolution(inner, model.convolution_taps, num_ranks=axis.size)
         self.score = LorentzScore(model.num_heads) if model.score == "lorentz" and self.window > 0 else None
         self.qk_norm = QueryKeyNorm(model.num_heads, model.head_width, eps=model.norm_eps) if model.local_qk_norm and self.window > 0 else None
         self.has_silu = model.has_global_path and model.global_activation == "silu"
-        self.global_path = GlobalPath(model, axis=axis, number_format=number_format) if model.has_global_path else None
+        self.global_path = GlobalPath(model, axis=axis, number_format=number_format, context=context) if model.has_global_path else None
         self.out = row_linear(inner, width, rank=rank, std=0.0, axis=axis, number_format=number_format)
 
     def exchanges(self) -> Exchanges:
@@ -130,7 +133,7 @@ class Phase8Mixer(nn.Module):
         """Applies the mixer to a sequence or to a piece of one.
 
         Args:
-            x: Normalised residual stream [B, T, D]; with several ranks, its own tokens [n, D].
+            x: Normalised residual stream [B, T, D]; with several ranks, its own tokens [n, D]. Where ranks share the sequence, it is their slice.
             angles: Rotary angles of the positions [T, K/2].
             starts: Mask that is True where a token begins a document [B, T]; None: nowhere.
             state: State after the earlier pieces of the sequence; None: the sequence begins here and no state is returned.
@@ -140,6 +143,7 @@ class Phase8Mixer(nn.Module):
         """
         projections = None if self.global_path is None else self.global_path.begin(x)
         qkv = self.qkv(x)
+        before = self._inputs_before(qkv.reshape(-1, len(angles), qkv.shape[-1]), starts, state)
         # Either gives queries and keys of the window a length; without both they keep theirs.
         lengths = self.score if self.score is not None else self.qk_norm
         inputs, convolution = mixer_inputs(
@@ -150,7 +154,7 @@ class Phase8Mixer(nn.Module):
             eps=self.eps,
             silu=self.has_silu,
             starts=starts,
-            initial_state=None if state is None else state.convolution,
+            initial_state=before,
         )
         paths, window, path = [], None, None
         if self.window > 0:
@@ -162,10 +166,22 @@ class Phase8Mixer(nn.Module):
                 global_tokens=self.global_tokens,
                 beta=None if self.score is None else self.score.beta,
                 starts=starts,
-                state=None if state is None else state.window,
+                state=self._window_before(inputs, starts, state),
             )
             paths.append(y)
         if self.global_path is not None and projections is not None:
             y, path = self.global_path(projections, inputs, starts, None if state is None else state.global_path)
             paths.append(y)
         return self.out(sum(paths[1:], start=paths[0]).flatten(2)), None if state is None else MixerState(convolution, window, path)
+
+    def _inputs_before(self, qkv: Tensor, starts: Tensor | None, state: MixerState | None) -> Tensor | None:
+        """The inputs of the convolution before these [B, taps - 1, 3 H K]; None: the sequence begins here."""
+        if self.earlier is None:
+            return None if state is None else state.convolution
+        return None if self.convolution.taps is None else self.earlier.last_inputs(qkv, self.convolution.num_taps - 1, starts)
+
+    def _window_before(self, inputs: MixerInputs, starts: Tensor | None, state: MixerState | None) -> WindowState | None:
+        """Keys and values that were before these; None: the sequence begins here."""
+        if self.earlier is None:
+            return None if state is None else state.window
+        return self.earlier.window_state(inputs.local_k, inputs.v, window=self.window, global_tokens=self.global_tokens, starts=starts)

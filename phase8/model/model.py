@@ -35,6 +35,7 @@ class LanguageModel(nn.Module):
         axis: Axis of tensor parallelism.
         number_format: Format that computes the products of the linear layers of blocks.
         layers: Layers of the chunk; None: all layers.
+        context: Axis of the ranks that share each sequence: each is given its slice, in their order.
     """
 
     def __init__(
@@ -45,10 +46,11 @@ class LanguageModel(nn.Module):
         axis: Axis = ALONE,
         number_format: NumberFormat = OPERAND_DTYPE,
         layers: range | None = None,
+        context: Axis = ALONE,
     ):
         super().__init__()
         layers = range(model.num_layers) if layers is None else layers
-        self.section, self.axis, self.dtype = model, axis, dtype
+        self.section, self.axis, self.context, self.dtype = model, axis, context, dtype
         self.begins, self.ends = layers.start == 0, layers.stop == model.num_layers
         self.auxiliary_losses = Block.auxiliary_losses(model)
         self.embedding = (
@@ -56,7 +58,7 @@ class LanguageModel(nn.Module):
             if self.begins or (self.ends and model.tie_embeddings)
             else None
         )
-        self.blocks = nn.ModuleDict({str(layer): Block(model, layer, axis=axis, number_format=number_format) for layer in layers})
+        self.blocks = nn.ModuleDict({str(layer): Block(model, layer, axis=axis, number_format=number_format, context=context) for layer in layers})
         self.norm = RMSNorm(model.d_model, eps=model.norm_eps) if self.ends else None
         self.head = ColumnParallelLinear(model.d_model, model.vocab_size, std=model.init_std) if self.ends and not model.tie_embeddings else None
 
@@ -112,6 +114,7 @@ class LanguageModel(nn.Module):
         """
         if self.begins:
             x, sequence_length = self.embedding(tokens), tokens.shape[1]
+        first_position += self.context.index * sequence_length
         angles = rotary_angles(
             sequence_length, self.section.head_width, base=self.section.rope_base, first_position=first_position, device=x.device
         )
@@ -165,10 +168,11 @@ def build_model(
     axis: Axis = ALONE,
     number_format: NumberFormat = OPERAND_DTYPE,
     layers: range | None = None,
+    context: Axis = ALONE,
 ) -> LanguageModel:
     """Builds a model or a chunk with uninitialised parameters on a device (`meta`: shapes only); `parameters.initialise` fills them."""
     with torch.device("meta"):
-        built = LanguageModel(model, dtype=dtype, axis=axis, number_format=number_format, layers=layers)
+        built = LanguageModel(model, dtype=dtype, axis=axis, number_format=number_format, layers=layers, context=context)
     if device.type != "meta":
         materialise(built, device=device, axis=axis)
     return built

@@ -26,14 +26,18 @@ def test_identity_taps_change_nothing():
     assert torch.equal(causal_convolution(x, weight)[0], x)
 
 
+@pytest.mark.parametrize("begins", [None, [0, 4], [2, 3, 11]])
 @pytest.mark.parametrize("pieces", [[1] * 12, [2, 1, 9], [5, 7]])
-def test_pieces_with_carried_state_equal_the_whole(pieces):
+def test_pieces_with_carried_state_equal_the_whole(pieces, begins):
     x, weight = problem(12, 4)
+    starts = None if begins is None else torch.zeros(2, 12, dtype=torch.bool)
+    if begins is not None:
+        starts[:, begins] = True
     state, outputs = torch.zeros(2, 3, 6, dtype=torch.float64), []
-    for piece in x.split(pieces, dim=1):
-        y, state = causal_convolution(piece, weight, None, state)
+    for place, piece in enumerate(x.split(pieces, dim=1)):
+        y, state = causal_convolution(piece, weight, None if starts is None else starts.split(pieces, dim=1)[place], state)
         outputs.append(y)
-    torch.testing.assert_close(torch.cat(outputs, 1), causal_convolution(x, weight)[0])
+    torch.testing.assert_close(torch.cat(outputs, 1), causal_convolution(x, weight, starts)[0])
 
 
 @pytest.mark.parametrize("begins", [[0, 5], [1, 2, 3], [4, 5, 9], [11]])

@@ -6,6 +6,7 @@ import torch
 
 from phase8.config.load import load_config
 from phase8.config.schema import ModelSection
+from phase8.distributed.collectives import ALONE, Axis
 from phase8.model.model import LanguageModel, build_model
 from phase8.model.parameters import initialise
 
@@ -78,9 +79,9 @@ VARIANT_IDS = [name for name, _ in VARIANTS]
 VARIANT_SECTIONS = [section for _, section in VARIANTS]
 
 
-def perturbed_model(section: ModelSection, *, dtype: torch.dtype = torch.float64) -> LanguageModel:
+def perturbed_model(section: ModelSection, *, dtype: torch.dtype = torch.float64, context: Axis = ALONE) -> LanguageModel:
     """A model whose zero-initialised weights have been moved off zero, so that nothing behind them is hidden."""
-    model = build_model(section, dtype=dtype, device=torch.device("cpu"))
+    model = build_model(section, dtype=dtype, device=torch.device("cpu"), context=context)
     initialise(model, seed=0)
     generator = torch.Generator().manual_seed(1)
     with torch.no_grad():

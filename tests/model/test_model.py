@@ -76,13 +76,17 @@ def test_without_global_tokens_a_packed_document_equals_the_document_alone(block
 
 
 @every_variant
-@pytest.mark.parametrize("pieces", [[1] * LENGTH, [7, 1, 20, 1]], ids=["one by one", "pieces"])
-def test_decoding_equals_the_whole_sequence(section, pieces):
+@pytest.mark.parametrize(
+    ("pieces", "begins"), [([1] * LENGTH, None), ([7, 1, 20, 1], None), ([7, 1, 20, 1], (0, 6, 9, 26))], ids=["one by one", "pieces", "documents"]
+)
+def test_decoding_equals_the_whole_sequence(section, pieces, begins):
     model, tokens = perturbed_model(section), random_tokens()
-    whole, _ = model(tokens)
+    starts = None if begins is None else document_starts(*begins)
+    whole, _ = model(tokens, starts)
     states, outputs, position = model.empty_states(2), [], 0
-    for piece in tokens.split(pieces, dim=1):
-        hidden, states = model(piece, states=states, first_position=position)
+    for place, piece in enumerate(tokens.split(pieces, dim=1)):
+        own_starts = None if starts is None else starts.split(pieces, dim=1)[place]
+        hidden, states = model(piece, own_starts, states=states, first_position=position)
         outputs.append(hidden)
         position += piece.shape[1]
     torch.testing.assert_close(torch.cat(outputs, 1), whole, rtol=1e-9, atol=1e-9)

@@ -1,0 +1,89 @@
+"""Sequences that several ranks share: outputs and every gradient are those of one process that has the whole sequence."""
+
+import pytest
+import torch
+from torch.distributed.device_mesh import init_device_mesh
+
+from phase8.config.schema import ModelSection
+from phase8.context_parallel.fetch import fetch_tokens
+from phase8.distributed.collectives import ALONE, Axis
+from tests.model.small import document_starts, perturbed_model, random_tokens, scaled_down
+
+LENGTH = 24  # slices of 12, 6 and 3 tokens; the windows are 6 and 14
+BLOCKS = {
+    "linear": {},
+    "delta": {"global_path": "delta"},
+    "window": {"global_path": "none", "global_tokens": 3},
+    "lorentz": {"score": "lorentz", "convolution_size": 1},
+    "globals": {"global_tokens": 5, "local_window_size": 3},
+    "options": {
+        "global_path": "delta", "global_gate": "channel", "local_qk_norm": True, "global_activation": "silu", "decay_floor": -5.0,
+        "rotary": (True, False),
+    },
+    "hybrid": {"global_path": "delta", "local_window_size": (0, 9)},
+}  # fmt: skip
+DOCUMENTS = {"one document": (), "documents": (0, 5, 12, 13, 20)}
+
+
+def section(block):
+    return scaled_down(ModelSection(), **{"sequence_length": LENGTH, **BLOCKS[block]})
+
+
+def context_axis(world_size):
+    return ALONE if world_size == 1 else Axis(init_device_mesh("cpu", (world_size,)))
+
+
+def forward_and_backward(block, begins, world_size):
+    """Hidden states of this rank's slice, and its summand of every gradient."""
+    axis = context_axis(world_size)
+    model = perturbed_model(section(block), context=axis)
+    weights = torch.randn(2, LENGTH, model.section.d_model, generator=torch.Generator().manual_seed(3), dtype=torch.float64)
+    starts = document_starts(*begins, length=LENGTH) if begins else None
+    tokens, starts, weights = (
+        None if x is None else x.chunk(axis.size, dim=1)[axis.index] for x in (random_tokens(length=LENGTH), starts, weights)
+    )
+    hidden, _ = model(tokens, starts)
+    (hidden * weights).sum().backward()
+    return hidden.detach(), {name: parameter.grad for name, parameter in model.named_parameters() if parameter.grad is not None}
+
+
+@pytest.fixture(scope="module")
+def whole():
+    """The result of one process, computed once for each case."""
+    results = {}
+
+    def of(block, documents):
+        if (block, documents) not in results:
+            results[block, documents] = forward_and_backward(block, DOCUMENTS[documents], 1)
+        return results[block, documents]
+
+    return of
+
+
+@pytest.mark.parametrize("world_size", [2, 4, 8])
+@pytest.mark.parametrize("documents", DOCUMENTS)
+@pytest.mark.parametrize("block", BLOCKS)
+def test_slices_together_are_the_whole(pool, whole, block, documents, world_size):
+    hidden, gradients = whole(block, documents)
+    slices = pool.run(forward_and_backward, block, DOCUMENTS[documents], world_size, world_size=world_size)
+    torch.testing.assert_close(torch.cat([part for part, _ in slices], 1), hidden, rtol=1e-9, atol=1e-11)
+    assert all(found.keys() == gradients.keys() for _, found in slices)
+    for name, expected in gradients.items():
+        torch.testing.assert_close(sum(found[name] for _, found in slices), expected, rtol=1e-8, atol=1e-9, msg=lambda text, name=name: f"{name}: {text}")
+
+
+def fetch(wanted, length):
+    axis = context_axis(len(wanted))
+    first = axis.index * length
+    x = torch.arange(first, first + length, dtype=torch.float64).expand(2, length)[..., None].clone().requires_grad_()
+    found = fetch_tokens(x, wanted, axis)
+    sum(((10.0**axis.index) * part).sum() for part in found).backward()
+    return [part[0, :, 0].tolist() for part in found], x.grad[1, :, 0].tolist()
+
+
+def test_each_rank_fetches_what_it_wants_and_every_gradient_goes_home(pool):
+    wanted = [[range(0), range(5, 7)], [range(1, 3), range(2, 2)], [range(0, 6), range(5, 6)]]
+    (first, second, third) = pool.run(fetch, wanted, 2, world_size=3)
+    assert first == ([[], [5.0]], [100.0, 110.0]), "token 6 does not exist"
+    assert second == ([[1.0, 2.0], []], [110.0, 100.0])
+    assert third == ([[0.0, 1.0, 2.0, 3.0, 4.0, 5.0], [5.0]], [100.0, 201.0])
