@@ -9,7 +9,7 @@ import re
 from collections.abc import Iterator, Mapping, Sequence
 
 from phase8.checkpoint.untrusted import shown
-from phase8.config.schema import ModelSection
+from phase8.config.model_section import ModelSection
 from phase8.config.validate import model_problems
 
 EMBEDDING = "embedding.weight"

@@ -12,7 +12,8 @@ import annotated_types
 from pydantic import AfterValidator, BaseModel, BeforeValidator
 from pydantic.fields import FieldInfo
 
-from phase8.config.schema import RunConfig, Section
+from phase8.config.schema import RunConfig
+from phase8.config.section import Section
 from phase8.config.values import AS_PATH
 
 _MAX_SHOWN = 400

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from phase8.config.schema import ModelSection
+from phase8.config.model_section import ModelSection
 
 # Keys that only affect initial weights; they do not matter for weights that are loaded.
 FIRST_VALUES = frozenset({"memory_tokens", "init_std"})

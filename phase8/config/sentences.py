@@ -13,7 +13,7 @@ from pydantic.fields import FieldInfo
 from pydantic_core import ErrorDetails
 
 from phase8.config.describe import describe_type, describe_value, entry_section, iterate_keys, shortened, unknown_key
-from phase8.config.schema import Section
+from phase8.config.section import Section
 
 MAX_PROBLEMS = 20
 

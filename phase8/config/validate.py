@@ -6,8 +6,9 @@ from collections.abc import Iterator
 
 from phase8.config.batch import batch_shape, run_topology
 from phase8.config.describe import describe_value
+from phase8.config.model_section import ModelSection
 from phase8.config.pipeline import pipeline_of, pipeline_problems
-from phase8.config.schema import DataSection, ModelSection, OptimSection, ParallelSection, RunConfig, TrainSection
+from phase8.config.schema import DataSection, OptimSection, ParallelSection, RunConfig, TrainSection
 from phase8.config.split import split_problems
 from phase8.division import part
 from phase8.errors import ConfigError

@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from phase8.config.schema import ModelSection
+from phase8.config.model_section import ModelSection
 from phase8.distributed.collectives import Axis
 from phase8.exchanges import Exchanges
 from phase8.kernels.rotary import rotate

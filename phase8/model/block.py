@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from phase8.config.schema import ModelSection
+from phase8.config.model_section import ModelSection
 from phase8.distributed.collectives import ALONE, Axis
 from phase8.exchanges import Exchanges
 from phase8.model.attention import AttentionState, CausalAttention

@@ -10,7 +10,7 @@ import math
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from phase8.config.schema import ModelSection
+from phase8.config.model_section import ModelSection
 from phase8.distributed.collectives import Axis
 from phase8.exchanges import Exchanges
 from phase8.kernels.low_rank_swiglu import low_rank_swiglu

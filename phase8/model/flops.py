@@ -12,7 +12,7 @@ from functools import lru_cache
 import torch
 from torch import nn
 
-from phase8.config.schema import ModelSection
+from phase8.config.model_section import ModelSection
 from phase8.distributed.collectives import ALONE
 from phase8.model.block import Block
 from phase8.model.work import BACKWARD_OVER_FORWARD

@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from phase8.config.schema import ModelSection
+from phase8.config.model_section import ModelSection
 from phase8.context_parallel.slices import EarlierSlices
 from phase8.distributed.collectives import ALONE, Axis
 from phase8.exchanges import NO_EXCHANGES, Exchanges
@@ -158,21 +158,25 @@ class Phase8Mixer(nn.Module):
         )
         paths, window, path = [], None, None
         if self.window > 0:
-            y, window = window_attention(
-                inputs.local_q,
-                inputs.local_k,
-                inputs.v,
-                window=self.window,
-                global_tokens=self.global_tokens,
-                beta=None if self.score is None else self.score.beta,
-                starts=starts,
-                state=self._window_before(inputs, starts, state),
-            )
+            y, window = self._attend(inputs, starts, self._window_before(inputs, starts, state))
             paths.append(y)
         if self.global_path is not None and projections is not None:
             y, path = self.global_path(projections, inputs, starts, None if state is None else state.global_path)
             paths.append(y)
         return self.out(sum(paths[1:], start=paths[0]).flatten(2)), None if state is None else MixerState(convolution, window, path)
+
+    def _attend(self, inputs: MixerInputs, starts: Tensor | None, before: WindowState | None) -> tuple[Tensor, WindowState | None]:
+        """The local path [B, T, H, K], and the state for the next piece (None without `before`)."""
+        return window_attention(
+            inputs.local_q,
+            inputs.local_k,
+            inputs.v,
+            window=self.window,
+            global_tokens=self.global_tokens,
+            beta=None if self.score is None else self.score.beta,
+            starts=starts,
+            state=before,
+        )
 
     def _inputs_before(self, qkv: Tensor, starts: Tensor | None, state: MixerState | None) -> Tensor | None:
         """The inputs of the convolution before these [B, taps - 1, 3 H K]; None: the sequence begins here."""

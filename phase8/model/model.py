@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from phase8.config.schema import ModelSection
+from phase8.config.model_section import ModelSection
 from phase8.distributed.collectives import ALONE, Axis, gather_tokens
 from phase8.exchanges import NO_EXCHANGES, Exchanges, gathered
 from phase8.kernels.rotary import rotary_angles

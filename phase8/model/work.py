@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from phase8.config.schema import ModelSection
+from phase8.config.model_section import ModelSection
 
 BACKWARD_OVER_FORWARD = 2
 

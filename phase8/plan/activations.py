@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch._functorch import config as functorch_config
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from phase8.config.schema import ModelSection
+from phase8.config.model_section import ModelSection
 from phase8.division import part_size
 from phase8.kernels.cross_entropy import linear_cross_entropy
 from phase8.kernels.rotary import rotary_angles

@@ -6,8 +6,8 @@ from functools import lru_cache
 
 import torch
 
+from phase8.config.model_section import ModelSection
 from phase8.config.pipeline import Pipeline
-from phase8.config.schema import ModelSection
 from phase8.division import DividedShape
 from phase8.exchanges import Exchange
 from phase8.model.model import LanguageModel, build_model

@@ -32,7 +32,7 @@ from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
-from phase8.config.schema import ModelSection
+from phase8.config.model_section import ModelSection
 from phase8.division import DividedShape, Place, padded_size, region_of_rank
 from phase8.exchanges import Exchange, Operation
 from phase8.plan.memory import FP32_BYTES

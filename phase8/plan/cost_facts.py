@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from phase8.config.batch import BatchShape
-from phase8.config.schema import ModelSection
+from phase8.config.model_section import ModelSection
 from phase8.exchanges import Operation
 from phase8.model.flops import forward_flops_per_token, training_flops_per_token
 from phase8.observe.formatting import format_bytes, format_count, format_flops, format_ratio, format_seconds

@@ -16,7 +16,7 @@ import math
 from dataclasses import dataclass
 from typing import NamedTuple
 
-from phase8.config.schema import ModelSection
+from phase8.config.model_section import ModelSection
 from phase8.kernels.limits import MAX_RANK
 from phase8.kernels.loss_chunks import SCRATCH_BYTES, choose_chunk_tokens
 from phase8.model.work import BACKWARD_OVER_FORWARD, mean_visible_keys

@@ -9,8 +9,9 @@ from functools import partial
 import torch
 
 from phase8.config.batch import BatchShape
+from phase8.config.model_section import ModelSection
 from phase8.config.pipeline import Pipeline
-from phase8.config.schema import ModelSection, TrainSection, ZeroSection
+from phase8.config.schema import TrainSection, ZeroSection
 from phase8.distributed.peer_memory import ROUNDS, ROUNDS_IN_PLACE
 from phase8.division import DividedShape, Place, region_of_rank
 from phase8.kernels.loss_chunks import scratch_bytes

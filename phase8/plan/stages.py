@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from functools import lru_cache
 
+from phase8.config.model_section import ModelSection
 from phase8.config.pipeline import Pipeline
-from phase8.config.schema import ModelSection
 from phase8.model.flops import forward_flops_per_token, layer_flops_per_token
 from phase8.pipeline_parallel.partition import partition_layers
 from phase8.pipeline_parallel.schedules import virtual_stage

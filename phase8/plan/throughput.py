@@ -12,8 +12,9 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 from phase8.config.batch import BatchShape
+from phase8.config.model_section import ModelSection
 from phase8.config.pipeline import Pipeline
-from phase8.config.schema import ModelSection, ParallelSection, TrainSection, ZeroSection
+from phase8.config.schema import ParallelSection, TrainSection, ZeroSection
 from phase8.exchanges import Operation
 from phase8.observe.devices import Gpu
 from phase8.plan.communication import Collectives, Grid

@@ -17,7 +17,8 @@ from phase8.config.describe import describe_value
 from phase8.config.dotted import value_of
 from phase8.config.load import config_to_mapping
 from phase8.config.model_keys import WITHOUT_SHAPE, model_differences
-from phase8.config.schema import ModelSection, RunConfig
+from phase8.config.model_section import ModelSection
+from phase8.config.schema import RunConfig
 from phase8.data.fingerprint import describe_fingerprint_difference
 from phase8.errors import CheckpointMismatchError, ConfigError
 from phase8.train.engine.protocol import TrainingEngine

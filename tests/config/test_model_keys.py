@@ -2,7 +2,7 @@ import pytest
 import torch
 
 from phase8.config.model_keys import keys_in_effect, model_differences
-from phase8.config.schema import ModelSection
+from phase8.config.model_section import ModelSection
 from phase8.model.model import build_model
 from phase8.model.parameters import initialise
 

@@ -8,7 +8,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from phase8.config.schema import DataSection, DataSource, ModelSection
+from phase8.config.model_section import ModelSection
+from phase8.config.schema import DataSection, DataSource
 from phase8.data.indexed import IndexedWriter
 from phase8.data.loader import open_dataset
 from phase8.evaluate import by_position

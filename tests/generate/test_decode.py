@@ -3,7 +3,7 @@ from dataclasses import is_dataclass
 import pytest
 import torch
 
-from phase8.config.schema import ModelSection
+from phase8.config.model_section import ModelSection
 from phase8.generate.decode import Decoder
 from tests.model.small import VARIANT_IDS, VARIANT_SECTIONS, perturbed_model, random_tokens, scaled_down
 

@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from phase8.config.schema import ModelSection
+from phase8.config.model_section import ModelSection
 from phase8.errors import CheckpointError, ConfigError
 from phase8.generate.sampling import SamplingOptions, draw_token, generate_tokens
 from tests.model.small import perturbed_model, scaled_down

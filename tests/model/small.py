@@ -5,7 +5,7 @@ from pathlib import Path
 import torch
 
 from phase8.config.load import load_config
-from phase8.config.schema import ModelSection
+from phase8.config.model_section import ModelSection
 from phase8.distributed.collectives import ALONE, Axis
 from phase8.model.model import LanguageModel, build_model
 from phase8.model.parameters import initialise

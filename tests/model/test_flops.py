@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from phase8.config.schema import ModelSection
+from phase8.config.model_section import ModelSection
 from phase8.model.flops import forward_flops_per_token, training_flops_per_token
 from phase8.model.model import build_model
 from phase8.model.parameters import initialise

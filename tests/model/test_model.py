@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from phase8.config.schema import ModelSection
+from phase8.config.model_section import ModelSection
 from phase8.kernels.reference.cross_entropy import IGNORED_TARGET
 from phase8.model.mixer import LorentzScore
 from phase8.model.recomputation import apply_recomputation

@@ -2,7 +2,7 @@ import pytest
 import torch
 from torch import nn
 
-from phase8.config.schema import ModelSection
+from phase8.config.model_section import ModelSection
 from phase8.distributed.collectives import ALONE
 from phase8.model.model import build_model
 from phase8.model.parameters import decayed_parameter_names, initialise, iterate_specs

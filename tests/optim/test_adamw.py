@@ -2,7 +2,8 @@ import pytest
 import torch
 from torch import nn
 
-from phase8.config.schema import ModelSection, OptimSection
+from phase8.config.model_section import ModelSection
+from phase8.config.schema import OptimSection
 from phase8.model.model import build_model
 from phase8.model.parameters import decayed_parameter_names, initialise
 from phase8.optim.adamw import build_optimizer

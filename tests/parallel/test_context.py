@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch.distributed.device_mesh import init_device_mesh
 
-from phase8.config.schema import ModelSection
+from phase8.config.model_section import ModelSection
 from phase8.context_parallel.fetch import fetch_tokens
 from phase8.distributed.collectives import ALONE, Axis
 from tests.model.small import document_starts, perturbed_model, random_tokens, scaled_down
@@ -68,8 +68,8 @@ def test_slices_together_are_the_whole(pool, whole, block, documents, world_size
     slices = pool.run(forward_and_backward, block, DOCUMENTS[documents], world_size, world_size=world_size)
     torch.testing.assert_close(torch.cat([part for part, _ in slices], 1), hidden, rtol=1e-9, atol=1e-11)
     assert all(found.keys() == gradients.keys() for _, found in slices)
-    for name, expected in gradients.items():
-        torch.testing.assert_close(sum(found[name] for _, found in slices), expected, rtol=1e-8, atol=1e-9, msg=lambda text, name=name: f"{name}: {text}")
+    together = {name: sum(found[name] for _, found in slices) for name in gradients}
+    torch.testing.assert_close(together, gradients, rtol=1e-8, atol=1e-9)
 
 
 def fetch(wanted, length):

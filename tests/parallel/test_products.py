@@ -7,7 +7,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from phase8.config.schema import ModelSection
+from phase8.config.model_section import ModelSection
 from phase8.distributed.collectives import ALONE
 from phase8.model.block import Block
 from phase8.model.model import build_model

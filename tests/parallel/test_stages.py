@@ -8,8 +8,8 @@ import torch
 
 from phase8.config.auto import without_auto
 from phase8.config.load import load_config
+from phase8.config.model_section import ModelSection
 from phase8.config.pipeline import Pipeline
-from phase8.config.schema import ModelSection
 from phase8.data.microbatch import Microbatch
 from phase8.kernels.reference.cross_entropy import IGNORED_TARGET
 from phase8.model.model import build_model

@@ -2,7 +2,7 @@
 
 import pytest
 
-from phase8.config.schema import ModelSection
+from phase8.config.model_section import ModelSection
 from phase8.division import DividedShape
 from phase8.exchanges import Exchange, Operation
 from phase8.pipeline_parallel.lowering import Receive, Send, channels_of, lower

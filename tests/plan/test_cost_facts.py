@@ -1,5 +1,5 @@
 from phase8.config.batch import BatchShape
-from phase8.config.schema import ModelSection
+from phase8.config.model_section import ModelSection
 from phase8.exchanges import Operation
 from phase8.plan.communication import Collectives, Grid
 from phase8.plan.cost_facts import batch_fact, communication_fact, memory_fact, memory_facts, model_facts

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from phase8.config.load import load_config
-from phase8.config.schema import ModelSection
+from phase8.config.model_section import ModelSection
 from phase8.errors import ConfigError
 from phase8.plan.layer_cost import Microbatch, Rates, layer_cost
 from phase8.plan.prediction import predict_step, recorded_where_it_pays

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from phase8.config.schema import ModelSection
+from phase8.config.model_section import ModelSection
 from phase8.data.indexed import IndexedDataset
 from phase8.data.loader import open_dataset
 from phase8.model.model import build_model

@@ -5,7 +5,7 @@ import gc
 import pytest
 import torch
 
-from phase8.config.schema import ModelSection
+from phase8.config.model_section import ModelSection
 from phase8.plan.whole_config import plan_stages
 from phase8.train.build import build_run
 from phase8.train.engine.compilation import COMPILE_MODES

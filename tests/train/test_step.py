@@ -4,8 +4,9 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from phase8.config.model_section import ModelSection
 from phase8.config.pipeline import pipeline_of
-from phase8.config.schema import ModelSection, ParallelSection, ZeroSection
+from phase8.config.schema import ParallelSection, ZeroSection
 from phase8.data.microbatch import split_sample
 from phase8.distributed.collectives import ALONE
 from phase8.distributed.mesh import build_mesh

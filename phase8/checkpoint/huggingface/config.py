@@ -12,7 +12,7 @@ from typing import Any, NoReturn
 from pydantic import ValidationError
 
 from phase8.checkpoint.untrusted import shown, shown_name
-from phase8.config.schema import ModelSection
+from phase8.config.model_section import ModelSection
 from phase8.errors import CheckpointMismatchError
 
 MODEL_TYPE = "llama"

@@ -10,7 +10,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator
 
-from phase8.config.schema import ModelSection
+from phase8.config.model_section import ModelSection
 
 _IN_A_LAYER = {
     "mixer_norm": "input_layernorm",

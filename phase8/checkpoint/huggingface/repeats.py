@@ -18,7 +18,7 @@ from phase8.checkpoint.step_directories import WEIGHTS_CONFIG_NAME
 from phase8.checkpoint.tensor_file import DTYPES
 from phase8.checkpoint.untrusted import shown_name
 from phase8.checkpoint.weight_files import STORED_DTYPES, OpenedFile
-from phase8.config.schema import ModelSection
+from phase8.config.model_section import ModelSection
 from phase8.errors import CheckpointMismatchError
 
 _FREQUENCIES = re.compile(r"model\.(?:layers\.([0-9]{1,9})\.self_attn\.)?rotary_emb\.inv_freq")

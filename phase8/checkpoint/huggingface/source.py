@@ -23,7 +23,7 @@ from phase8.checkpoint.manifest import FILE_NAME_PATTERN, TENSOR_FILE_SUFFIX
 from phase8.checkpoint.step_directories import WEIGHTS_CONFIG_NAME, WEIGHTS_NAME
 from phase8.checkpoint.untrusted import shown, shown_name
 from phase8.checkpoint.weight_files import STORED_DTYPES, OpenedFile, WeightFiles, open_tensor_file, read_object, regular, weights_of
-from phase8.config.schema import ModelSection
+from phase8.config.model_section import ModelSection
 from phase8.errors import CheckpointCorruptError, CheckpointMismatchError
 
 INDEX_FILE = "model.safetensors.index.json"

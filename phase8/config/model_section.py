@@ -1,0 +1,134 @@
+"""The section of the config that describes the model, and what follows from its keys: widths, and what differs from layer to layer."""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal, TypeVar
+
+from pydantic import Field
+
+from phase8.config.section import Section, key
+from phase8.config.values import (
+    GlobalPathName,
+    LayerCount,
+    NegativeFloat,
+    NonNegativeInt,
+    OptionalWidth,
+    PositiveFloat,
+    TapCount,
+    TokenCount,
+    Width,
+)
+
+_Value = TypeVar("_Value")
+Windows = Annotated[tuple[NonNegativeInt, ...], Field(min_length=1, strict=False)]
+Switches = Annotated[tuple[bool, ...], Field(min_length=1, strict=False)]
+
+
+class ModelSection(Section):
+    """The model. Shapes follow docs: H * K = attention width, K = head size."""
+
+    block: Literal["phase8", "transformer"] = key("phase8", "phase8, or the full causal attention baseline")
+    d_model: Width = key(512, "width D of the residual stream")
+    num_layers: LayerCount = key(8, "number of blocks")
+    num_heads: Width = key(8, "number of heads H")
+    head_size: Width | None = key(None, "size K of a head, even; null: d_model / num_heads")
+    vocab_size: TokenCount = key(16384, "number of token ids; the tokenizer and the data must stay below it")
+    sequence_length: TokenCount = key(512, "tokens T of a training sequence")
+    low_rank_rank: OptionalWidth = key(0, "rank R of the mixer's linears (and of the feed-forward's with ffn: low_rank_swiglu); 0: dense")
+    local_window_size: NonNegativeInt | Windows = key(
+        (128, 128, 128, 1024),
+        "window W of the local path, in tokens, the token itself included; a list is repeated over the layers. 0: the layer is the global path "
+        "alone; then the layers that have a window are windows alone",
+    )
+    global_tokens: NonNegativeInt = key(0, "first G tokens of the sequence that every later token sees")
+    score: Literal["lorentz", "dot"] = key("dot", "score of the local path: hyperbolic distance or scaled dot product")
+    local_qk_norm: bool = key(
+        False, "queries and keys of the window (transformer: of the attention) are normalised and scaled by a learned number per head; dot score only"
+    )
+    global_path: GlobalPathName = key(
+        "linear",
+        "recurrence beside the window: delta replaces what a key holds, linear adds to it; none: the window alone, without gate and chain",
+    )
+    chain: Literal["both", "decay", "gate", "none"] = key("none", "what the Green chain modulates: the decay, the gate, both, or no chain")
+    global_gate: Literal["scalar", "channel"] = key(
+        "scalar", "gate of the global path: a number per head and token, or one per channel, by a low-rank product whose rank is the head size"
+    )
+    global_activation: Literal["none", "silu"] = key(
+        "none", "activation of the global path's queries and keys, between convolution and normalisation"
+    )
+    decay_floor: NegativeFloat | None = key(
+        None, "lowest logarithm of the global path's decay, which is the floor times a sigmoid, -5 for example; null: minus a softplus, without floor"
+    )
+    memory_tokens: Annotated[tuple[PositiveFloat, PositiveFloat], Field(strict=False)] = key(
+        (2.0, 500.0), "tokens that the first and the last head of the global path remember at initialisation; on a logarithmic scale between"
+    )
+    convolution_size: TapCount | None = key(None, "taps of the causal convolution on q, k, v; 1: none; null: 4 (phase8), 1 (transformer)")
+    ffn: Literal["swiglu", "low_rank_swiglu", "moe"] = key("swiglu", "feed-forward of the block")
+    ffn_size: Width | None = key(None, "width F of the feed-forward; null: 8/3 d_model rounded up to a multiple of 64")
+    tie_embeddings: bool = key(False, "use the embedding as the output head")
+    rotary: bool | Switches = key(
+        True, "rotary positions of the window's queries and keys (transformer: of the attention's); a list is repeated over the layers"
+    )
+    rope_base: PositiveFloat = key(10000.0, "base of the rotary frequencies")
+    norm_eps: PositiveFloat = key(1e-5, "epsilon of every RMS norm")
+    init_std: PositiveFloat = key(0.02, "standard deviation of the initial weights")
+
+    @property
+    def head_width(self) -> int:
+        """Size K of one head."""
+        return self.head_size if self.head_size is not None else self.d_model // self.num_heads
+
+    @property
+    def attention_width(self) -> int:
+        """Width H * K of q, k and v."""
+        return self.num_heads * self.head_width
+
+    @property
+    def window_sizes(self) -> tuple[int, ...]:
+        """Window of the local path in each layer."""
+        return _over_layers(self.local_window_size, self.num_layers)
+
+    @property
+    def has_rotary(self) -> tuple[bool, ...]:
+        """Whether queries and keys of each layer have rotary positions."""
+        return _over_layers(self.rotary, self.num_layers)
+
+    def of_window(self, window: int) -> ModelSection:
+        """The section of the layers that have this window: where others have none, these layers leave the global path to them."""
+        alternates = window > 0 and 0 in self.window_sizes
+        return self.model_copy(update={"local_window_size": window} | ({"global_path": "none"} if alternates else {}))
+
+    @property
+    def has_global_path(self) -> bool:
+        """Whether the blocks have a global path beside the local one."""
+        return self.block == "phase8" and self.global_path != "none"
+
+    @property
+    def scalars_per_head(self) -> int:
+        """Numbers that the global path computes for each head and token: decay step, scalar gate, potential of the chain, share of the delta rule."""
+        if not self.has_global_path:
+            return 0
+        return 1 + (self.global_gate == "scalar") + (self.chain != "none") + (self.global_path == "delta")
+
+    @property
+    def feed_forward_rank(self) -> int:
+        """Rank of the feed-forward's low-rank pairs; 0: full matrices."""
+        return self.low_rank_rank if self.ffn == "low_rank_swiglu" else 0
+
+    @property
+    def feed_forward_width(self) -> int:
+        """Width F of the feed-forward."""
+        return self.ffn_size if self.ffn_size is not None else -(-8 * self.d_model // (3 * 64)) * 64
+
+    @property
+    def convolution_taps(self) -> int:
+        """Taps of the causal convolution on q, k and v."""
+        if self.convolution_size is not None:
+            return self.convolution_size
+        return 4 if self.block == "phase8" else 1
+
+
+def _over_layers(value: _Value | tuple[_Value, ...], num_layers: int) -> tuple[_Value, ...]:
+    """The value of each layer; a list is repeated."""
+    pattern = value if isinstance(value, tuple) else (value,)
+    return tuple(pattern[layer % len(pattern)] for layer in range(num_layers))
