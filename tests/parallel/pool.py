@@ -143,10 +143,11 @@ def work(rank, port, connection):
                 torch.cuda.set_device(rank)  # before the group exists, or all barriers meet on the first GPU
             dist.init_process_group(backend, store=dist.PrefixStore(f"job {number}", store), rank=rank, world_size=world_size, timeout=timeout)
             payload = pickle.dumps(getattr(importlib.import_module(module), name)(*pickle.loads(arguments)))
-            gc.collect()  # FSDP leaves cycles that hold process groups, and each of those has threads
+            _forget_meshes()
+            gc.collect()  # FSDP leaves cycles that hold process groups, too
+            gc.freeze()  # what is left are modules, mostly: no later job has to look through them
             dist.barrier()  # nobody closes a connection that another still reads from
             dist.destroy_process_group()
-            _forget_meshes()
         except BaseException as error:
             connection.send((False, _pickled_error(error), traceback.format_exc()))
         else:
@@ -154,11 +155,18 @@ def work(rank, port, connection):
 
 
 def _forget_meshes():
-    """DTensor remembers what it decided for a mesh, and takes the mesh of the next job, with other process groups, for the same."""
+    """DTensor remembers what it decided for a mesh, and takes the mesh of the next job, with other process groups, for the same.
+
+    A mesh that is remembered keeps its process groups, and each of those has threads that wake up a hundred times a second.
+    """
     if "torch.distributed.tensor" in sys.modules:
+        from torch.distributed.tensor import _collective_utils, _redistribute
         from torch.distributed.tensor.debug import _clear_sharding_prop_cache
 
         _clear_sharding_prop_cache()
+        _redistribute.clear_redistribute_planner_cache()
+        _redistribute._gen_transform_infos.cache_clear()
+        _collective_utils.MeshTopoInfo.build_from_mesh.cache_clear()
 
 
 def _pickled_error(error):
