@@ -22,31 +22,38 @@ def tiny(_tiny_data, tmp_path):
     return path
 
 
-# Their tests start processes that take all cores and wait for each other: never two of them at a time.
-OF_SEVERAL_PROCESSES = ("chaos", "launch", "parallel", "processes")
+# Folders whose tests start processes that wait for each other: of each kind one test at a time. Those of the pool stay, and jobs take a second;
+# those of launchers begin with their imports, and much of their time nothing moves, until a time-out.
+OF_SEVERAL_PROCESSES = {"parallel": "processes of the pool", **dict.fromkeys(("chaos", "launch", "processes"), "processes of launchers")}
 # Files of these folders whose tests start one process at most: they may run beside the others.
 OF_ONE_PROCESS = ("test_bootstrap.py", "test_exit_codes.py", "test_pretrain_command_line.py", "test_slurm.py")
 
 
+def processes_of(file):
+    """The kind of processes that the tests of a file start; None: one at most."""
+    return None if Path(file).name in OF_ONE_PROCESS else OF_SEVERAL_PROCESSES.get(Path(file).parent.name)
+
+
 @pytest.hookimpl(optionalhook=True)
 def pytest_xdist_make_scheduler(config, log):
-    """Under xdist a file goes to one worker, and all tests of several processes to the same one.
+    """Under xdist a file goes to one worker, and so do all tests of several processes of a kind.
 
     With a GPU every other test goes by itself: those of one file compile for minutes.
     """
     from xdist.scheduler import LoadScopeScheduling
 
+    config.option.loadscopereorder = False  # as they are collected: see below
+
     class ByFile(LoadScopeScheduling):
         def _split_scope(self, nodeid):
             file = nodeid.split("::")[0]
-            if Path(file).parent.name in OF_SEVERAL_PROCESSES and Path(file).name not in OF_ONE_PROCESS:
-                return "several processes"
-            return nodeid if torch.cuda.is_available() else file
+            return processes_of(file) or (nodeid if torch.cuda.is_available() else file)
 
     return ByFile(config, log)
 
 
 def pytest_collection_modifyitems(items):
+    items.sort(key=lambda item: processes_of(item.path) is None)  # what takes longest first, so that no worker is left alone with it
     if not torch.cuda.is_available():
         for item in items:
             if "gpu" in item.keywords:

@@ -19,10 +19,8 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
-PRELOADED = [  # what every worker would import; it is forked from a process that has
-    "torch", "torch.distributed.checkpoint", "torch.distributed.fsdp", "torch.distributed.tensor.parallel", "torch.utils.data", "safetensors",
-    "pydantic", "rich.console", "rich.progress", "yaml", "torch._dynamo", "phase8.train.build", "phase8.train.loop",
-]  # fmt: skip
+from tests.forked import forking_context
+
 ROOT = Path(__file__).parents[2]
 GRACE_SECONDS = 30.0  # as torchrun
 LONG = 240.0  # what takes so long hangs, however busy the machine is
@@ -96,11 +94,7 @@ class Launcher:
     def __init__(self, directory: Path):
         self._directory, self._count = directory, 0
         self._directory.mkdir(parents=True, exist_ok=True)
-        self._context = multiprocessing.get_context("forkserver")
-        self._context.set_forkserver_preload(PRELOADED)
-        first = self._context.Process(target=time.sleep, args=(0,))  # waits for the import, which no later process has to
-        first.start()
-        first.join()
+        self._context = forking_context()
         self._store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
 
     def start(self, script: str, arguments: Sequence[str], *, num_ranks: int | None = None) -> Group:

@@ -16,7 +16,10 @@ import time
 import traceback
 from datetime import timedelta
 
+from tests.forked import forking_context
+
 MAX_WORLD_SIZE = 8
+GRACE_SECONDS = 0.2
 GLOO = "gloo"
 NCCL = "cpu:gloo,cuda:nccl"  # as in training: tensors on the host go through gloo
 
@@ -81,13 +84,14 @@ class Pool:
         return [process.pid for process, _ in self._workers]
 
     def _start(self, world_size):
+        import torch
         import torch.distributed as dist
 
         if any(not process.is_alive() for process, _ in self._workers):
             self.close()
         if self._store is None:
             self._store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
-        context = multiprocessing.get_context("spawn")
+        context = multiprocessing.get_context("spawn") if torch.cuda.is_available() else forking_context()  # CUDA does not survive a fork
         for rank in range(len(self._workers), world_size):
             ours, theirs = context.Pipe()
             process = context.Process(target=work, args=(rank, self._store.port, theirs), name=f"rank {rank}", daemon=True)
@@ -103,16 +107,29 @@ class Pool:
                 raise RankError(f"ranks {sorted(waiting.values())} have not ended within the time-out.")
             for connection in ready:
                 rank = waiting.pop(connection)
-                results[rank] = self._receive(rank, connection)
+                try:
+                    results[rank] = self._receive(rank, connection)
+                except Exception:
+                    self._name_the_dead(waiting)
+                    raise
         return results
 
-    def _receive(self, rank, connection):
+    def _name_the_dead(self, waiting):
+        """A rank that died is why others raise, who may be heard before it is missed."""
+        while waiting and (ready := multiprocessing.connection.wait(list(waiting), GRACE_SECONDS)):
+            for connection in ready:
+                self._message(waiting.pop(connection), connection)
+
+    def _message(self, rank, connection):
         try:
-            succeeded, payload, trace = connection.recv()
-        except EOFError:
+            return connection.recv()
+        except (EOFError, ConnectionResetError):
             process = self._workers[rank][0]
             process.join()
             raise RankError(f"rank {rank} died with exit code {process.exitcode}.") from None
+
+    def _receive(self, rank, connection):
+        succeeded, payload, trace = self._message(rank, connection)
         if succeeded:
             return pickle.loads(payload)
         error = _unpickled_error(payload)
@@ -143,10 +160,11 @@ def work(rank, port, connection):
                 torch.cuda.set_device(rank)  # before the group exists, or all barriers meet on the first GPU
             dist.init_process_group(backend, store=dist.PrefixStore(f"job {number}", store), rank=rank, world_size=world_size, timeout=timeout)
             payload = pickle.dumps(getattr(importlib.import_module(module), name)(*pickle.loads(arguments)))
-            gc.collect()  # FSDP leaves cycles that hold process groups, and each of those has threads
+            _forget_meshes()
+            gc.collect()  # FSDP leaves cycles that hold process groups, too
+            gc.freeze()  # what is left are modules, mostly: no later job has to look through them
             dist.barrier()  # nobody closes a connection that another still reads from
             dist.destroy_process_group()
-            _forget_meshes()
         except BaseException as error:
             connection.send((False, _pickled_error(error), traceback.format_exc()))
         else:
@@ -154,11 +172,18 @@ def work(rank, port, connection):
 
 
 def _forget_meshes():
-    """DTensor remembers what it decided for a mesh, and takes the mesh of the next job, with other process groups, for the same."""
+    """DTensor remembers what it decided for a mesh, and takes the mesh of the next job, with other process groups, for the same.
+
+    A mesh that is remembered keeps its process groups, and each of those has threads that wake up a hundred times a second.
+    """
     if "torch.distributed.tensor" in sys.modules:
+        from torch.distributed.tensor import _collective_utils, _redistribute
         from torch.distributed.tensor.debug import _clear_sharding_prop_cache
 
         _clear_sharding_prop_cache()
+        _redistribute._planner_cache.clear()
+        _redistribute._gen_transform_infos.cache_clear()
+        _collective_utils.MeshTopoInfo.build_from_mesh.cache_clear()
 
 
 def _pickled_error(error):

@@ -2,6 +2,7 @@
 
 import os
 import signal
+import sys
 import time
 
 import pytest
@@ -55,6 +56,10 @@ def mesh_of_a_sum():
     return (part + part).device_mesh is mesh
 
 
+def num_threads():
+    return len(os.listdir("/proc/self/task"))
+
+
 def raise_on(rank, error):
     if dist.get_rank() == rank:
         raise error
@@ -106,6 +111,15 @@ def test_meshes_of_different_jobs_are_not_confused(pool):
         world_size = len(sums)
         assert pool.run(local_parts, degrees, world_size=world_size) == [[(total, 32.0) for total in own] for own in sums]
     assert [pool.run(mesh_of_a_sum, world_size=2) for _ in range(2)] == [[True, True]] * 2
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="threads are counted by /proc")
+def test_a_job_leaves_no_threads_of_its_process_groups(pool):
+    counts = []
+    for degrees in ((1, 4, 1, 1), (2, 1, 1, 2), (1, 2, 1, 2), (1, 1, 2, 2)):
+        pool.run(local_parts, degrees, world_size=4)
+        counts.append(pool.run(num_threads, world_size=4))
+    assert counts == counts[:1] * 4
 
 
 @pytest.mark.parametrize("rank", [0, 1])

@@ -51,12 +51,15 @@ class LiveBytes(TorchDispatchMode):
 
     def now(self):
         """Bytes of the tensors that are still there; FSDP empties some without freeing them, and fills them again."""
-        self._storages = {key: reference for key, reference in self._storages.items() if not reference.expired()}
-        alive = {key: torch.UntypedStorage._new_with_weak_ptr(reference.cdata) for key, reference in self._storages.items()}
-        sizes = {key: storage.nbytes() for key, storage in alive.items() if storage is not None}
-        self._sizes = {key: max(size, self._sizes[key]) for key, size in sizes.items()}
-        self._at_most = sum(self._sizes.values())
-        return sum(sizes.values())
+        alive, sizes, total = {}, {}, 0
+        for key, reference in self._storages.items():
+            storage = torch.UntypedStorage._new_with_weak_ptr(reference.cdata)
+            if storage is not None:
+                size = storage.nbytes()
+                alive[key], sizes[key] = reference, max(size, self._sizes[key])
+                total += size
+        self._storages, self._sizes, self._at_most = alive, sizes, sum(sizes.values())
+        return total
 
 
 def held(settings, world_size):

@@ -78,7 +78,9 @@ def losses_of_compiled(settings, world_size, compiled):
     config, train_state = start(settings, world_size)
     for block in train_state.stage.module.blocks.values() if compiled else ():
         block.compile(fullgraph=True, backend="aot_eager")
-    return [take_step(train_state, config, step).loss for step in range(2)]
+    losses = [take_step(train_state, config, step).loss for step in range(2)]
+    torch.compiler.reset()  # or the process groups stay with the compiled blocks
+    return losses
 
 
 def test_compiled_blocks_of_stages(pool):
