@@ -2,12 +2,12 @@
 
 Rank numbers vary fastest along tp, then cp, dp, pp, so that tensor parallelism stays inside a node. Plain values, no torch.
 
-The axes over which ranks communicate are finer: dp is replicate x shard x ep. Code that sums, counts or compares over ranks loops over one of
-these sets of axes, in its order; a new axis is added to the sets here.
+The axes over which ranks communicate divide the same ranks in another way: dp x cp is replicate x shard x ep, the ranks that read different tokens,
+among which those along cp share their sequences. Code that sums, counts or compares over ranks loops over one of these sets of axes, in its order;
+a new axis is added to the sets here.
 
 | set | ranks along its axes |
 |---|---|
-| `READERS` | read different sequences |
 | `TOKENS` | read different tokens: each counts its own targets and has a summand of every gradient |
 | `LOSS` | have different summands of the loss |
 | `HOLDERS` | hold different parts of the parameters, and so summands of a norm |
@@ -30,7 +30,8 @@ AXES = ("pp", "dp", "cp", "tp")
 class AxisName(StrEnum):
     """The axes over which ranks communicate, from the one of the farthest ranks to the one of the nearest.
 
-    Data-parallel ranks hold the same shards along `replicate`, different shards along `shard` and different experts along `ep`.
+    Ranks that read different tokens hold the same shards along `replicate`, different shards along `shard` and different experts along `ep`. Ranks
+    along `cp` are among them: they read different slices of the same sequences.
     """
 
     PIPELINE = "pp"
@@ -41,11 +42,10 @@ class AxisName(StrEnum):
     TENSOR = "tp"
 
 
-READERS = (AxisName.REPLICATE, AxisName.SHARD, AxisName.EXPERT)
-TOKENS = (*READERS, AxisName.CONTEXT)
+TOKENS = (AxisName.REPLICATE, AxisName.SHARD, AxisName.EXPERT)
 LOSS = (AxisName.PIPELINE, *TOKENS)
 HOLDERS = (AxisName.TENSOR, AxisName.SHARD, AxisName.EXPERT, AxisName.PIPELINE)
-COPIES = (AxisName.REPLICATE, AxisName.CONTEXT, AxisName.TENSOR)
+COPIES = (AxisName.REPLICATE, AxisName.TENSOR)
 STAGE = (*TOKENS, AxisName.TENSOR)
 EVERYBODY = (*STAGE, AxisName.PIPELINE)
 
@@ -80,19 +80,22 @@ class Topology:
         """Number of ranks."""
         return self.pipeline_parallel_size * self.data_parallel_size * self.context_parallel_size * self.tensor_parallel_size
 
+    @property
+    def num_token_ranks(self) -> int:
+        """Number of ranks that read different tokens, of one stage and place on tp."""
+        return self.data_parallel_size * self.context_parallel_size
+
     def axis_sizes(self, *, shard_size: int) -> dict[AxisName, int]:
-        """The number of ranks along each axis over which ranks communicate, slowest varying first.
+        """The number of ranks along each axis that divides the world, slowest varying first; cp is a part of them.
 
         Args:
-            shard_size: Number of data-parallel ranks that divide parameters and optimizer among them; its product with ep divides
-                data_parallel_size.
+            shard_size: Number of ranks that divide parameters and optimizer among them; its product with ep divides `num_token_ranks`.
         """
         return {
             AxisName.PIPELINE: self.pipeline_parallel_size,
-            AxisName.REPLICATE: self.data_parallel_size // (shard_size * self.expert_parallel_size),
+            AxisName.REPLICATE: self.num_token_ranks // (shard_size * self.expert_parallel_size),
             AxisName.SHARD: shard_size,
             AxisName.EXPERT: self.expert_parallel_size,
-            AxisName.CONTEXT: self.context_parallel_size,
             AxisName.TENSOR: self.tensor_parallel_size,
         }
 

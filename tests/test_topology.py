@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from phase8.errors import TopologyError
-from phase8.topology import AXES, COPIES, EVERYBODY, HOLDERS, LOSS, READERS, STAGE, TOKENS, AxisName, Topology, build_topology
+from phase8.topology import AXES, COPIES, EVERYBODY, HOLDERS, LOSS, STAGE, TOKENS, AxisName, Topology, build_topology
 
 untimed = settings(deadline=None)
 TOPOLOGIES = st.builds(Topology, *(st.integers(1, 4) for _ in AXES))
@@ -78,20 +78,20 @@ def test_a_position_has_its_rank(topology):
 
 @untimed
 @given(TOPOLOGIES, st.integers(1, 3), st.integers(1, 3))
-def test_finer_axes_divide_the_data_parallel_ranks(topology, shard_size, expert):
+def test_finer_axes_divide_the_ranks_that_read_different_tokens(topology, shard_size, expert):
     dp = topology.data_parallel_size * shard_size * expert
     topology = replace(topology, data_parallel_size=dp, expert_parallel_size=expert)
     sizes = topology.axis_sizes(shard_size=shard_size)
-    assert list(sizes) == list(AxisName) and math.prod(sizes.values()) == topology.world_size
-    assert math.prod(sizes[axis] for axis in READERS) == dp and sizes[AxisName.SHARD] == shard_size
-    assert {axis: sizes[axis] for axis in AXES if axis != "dp"} == {axis: topology.degrees[axis] for axis in AXES if axis != "dp"}
+    assert list(sizes) == [axis for axis in AxisName if axis != "cp"] and math.prod(sizes.values()) == topology.world_size
+    assert math.prod(sizes[axis] for axis in TOKENS) == dp * topology.degrees["cp"] == topology.num_token_ranks
+    assert sizes[AxisName.SHARD] == shard_size and all(sizes[axis] == topology.degrees[axis] for axis in ("pp", "tp"))
 
 
 def test_sets_of_axes_name_an_axis_once_and_miss_none():
-    for axes in (READERS, TOKENS, LOSS, HOLDERS, COPIES, STAGE, EVERYBODY):
+    for axes in (TOKENS, LOSS, HOLDERS, COPIES, STAGE, EVERYBODY):
         assert len(set(axes)) == len(axes)
-    assert set(EVERYBODY) == set(AxisName) == {*STAGE, AxisName.PIPELINE} == {*LOSS, AxisName.TENSOR} == {*HOLDERS, *COPIES}
-    assert not set(HOLDERS) & {AxisName.REPLICATE, AxisName.CONTEXT}, "ranks along these hold the same parts"
+    assert set(EVERYBODY) == set(AxisName) - {AxisName.CONTEXT} == {*STAGE, AxisName.PIPELINE} == {*LOSS, AxisName.TENSOR} == {*HOLDERS, *COPIES}
+    assert AxisName.REPLICATE not in HOLDERS, "ranks along it hold the same parts"
 
 
 def test_an_unknown_axis_is_a_key_error():

@@ -220,7 +220,6 @@ def _batch_and_pipeline(config: RunConfig, world_size: int) -> Iterator[str]:
 def _not_built_yet(config: RunConfig) -> Iterator[str]:
     """Refuses keys whose feature is not implemented yet; none of them is ignored."""
     allowed = {
-        "parallel.context_parallel_size": (config.parallel.context_parallel_size, (1,)),
         "parallel.expert_parallel_size": (config.parallel.expert_parallel_size, (1,)),
         "parallel.sequence_parallel": (config.parallel.sequence_parallel, (True,)),
         "zero.engine": (config.zero.engine, ("fsdp",)),

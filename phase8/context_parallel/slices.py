@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from phase8.context_parallel.fetch import Wanted, fetch_tokens
+from phase8.context_parallel.green import green_scan_of_slice
 from phase8.distributed.collectives import Axis, gather_tokens
 from phase8.kernels.state_map import DecayMap, StateMap
 from phase8.kernels.window_state import WindowState
@@ -66,6 +67,10 @@ class EarlierSlices:
         for earlier in maps[: self.axis.index]:
             state = type(own)(earlier[..., :-values], earlier[..., -values:])(state)
         return state
+
+    def green_scan(self, potential: Tensor, energy: Tensor, eta: Tensor, hopping: Tensor, starts: Tensor | None) -> Tensor:
+        """The Green function of the slice [B, T, H, 2]; arguments as of the kernel of the same name."""
+        return green_scan_of_slice(potential, energy, eta, hopping, starts, self.axis)
 
     def _before(self, length: int, count: int, first: int | None = None) -> Wanted:
         """For each rank the `count` tokens before its slice, and the `first` ones of the sequence that lie before its slice."""

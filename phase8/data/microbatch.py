@@ -31,6 +31,15 @@ class Microbatch:
         tokens, targets, starts = (None if x is None else x.to(device, non_blocking=True) for x in (self.tokens, self.targets, self.starts))
         return Microbatch(tokens, targets, starts, self.num_valid)
 
+    def slice(self, index: int, count: int) -> Microbatch:
+        """One of `count` slices of equal length of every sequence, for ranks that share sequences."""
+        if count == 1:
+            return self
+        tokens, targets, starts = (
+            None if x is None else x.chunk(count, dim=1)[index].contiguous() for x in (self.tokens, self.targets, self.starts)
+        )
+        return Microbatch(tokens, targets, starts, int((targets != IGNORED_TARGET).sum()))
+
     def without_targets(self) -> Microbatch:
         """A copy without targets."""
         return Microbatch(self.tokens, torch.full_like(self.targets, IGNORED_TARGET), self.starts, 0)

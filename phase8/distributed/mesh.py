@@ -10,7 +10,7 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 from phase8.distributed.collectives import ALONE, Axis
 from phase8.distributed.peer_memory import peer_memory
-from phase8.topology import READERS, AxisName, Topology
+from phase8.topology import AxisName, Topology
 
 
 @dataclass(frozen=True)
@@ -21,10 +21,10 @@ class Mesh:
         topology: Topology with the degrees.
         device_mesh: DeviceMesh of all ranks; None: one process.
         pp: Axis of the pipeline stages.
-        replicate: Axis of data-parallel ranks that hold the same shards.
-        shard: Axis of data-parallel ranks that hold different shards.
-        ep: Axis of data-parallel ranks that hold different experts; one rank so far.
-        cp: Axis of ranks that share each sequence; one rank so far.
+        replicate: Axis of ranks that read different tokens and hold the same shards.
+        shard: Axis of ranks that read different tokens and hold different shards.
+        ep: Axis of ranks that read different tokens and hold different experts; one rank so far.
+        cp: Axis of ranks that share each sequence, which are some of those that read different tokens.
         tp: Axis of tensor parallelism.
     """
 
@@ -38,7 +38,7 @@ class Mesh:
     tp: Axis = ALONE
 
     def axes(self, names: Iterable[AxisName]) -> tuple[Axis, ...]:
-        """The axes of a set such as `topology.READERS`, in the order of the set."""
+        """The axes of a set such as `topology.TOKENS`, in the order of the set."""
         by_name = {
             AxisName.PIPELINE: self.pp,
             AxisName.REPLICATE: self.replicate,
@@ -57,14 +57,11 @@ class Mesh:
     @property
     def data_parallel_index(self) -> int:
         """Position of this rank among those that read different sequences."""
-        index = 0
-        for axis in self.axes(READERS):
-            index = index * axis.size + axis.index
-        return index
+        return self.topology.coordinates(self.rank)["dp"]
 
     @property
     def data_mesh(self) -> DeviceMesh | None:
-        """The data-parallel part of the mesh, replicate x shard; None without a process group."""
+        """The ranks that read different tokens, replicate x shard; None without a process group."""
         return None if self.device_mesh is None else self.device_mesh["replicate", "shard"]
 
 
@@ -84,7 +81,7 @@ def build_mesh(topology: Topology, *, device_type: str, shard_size: int, async_t
     Args:
         topology: Topology with the world size of the process group.
         device_type: Type of device, `cpu` or `cuda`.
-        shard_size: Number of data-parallel ranks that divide parameters and optimizer among them; it divides the data-parallel size.
+        shard_size: Number of ranks that divide parameters and optimizer among them; it divides the ranks that read different tokens.
         async_tensor_parallel: Whether tensor-parallel GPUs exchange tokens through each other's memory.
 
     Raises:
@@ -94,8 +91,18 @@ def build_mesh(topology: Topology, *, device_type: str, shard_size: int, async_t
         return Mesh(topology, None)
     sizes = topology.axis_sizes(shard_size=shard_size)
     device_mesh = init_device_mesh(device_type, tuple(sizes.values()), mesh_dim_names=tuple(map(str, sizes)))
-    mesh = Mesh(topology, device_mesh, **{str(name): Axis(device_mesh[name]) for name, size in sizes.items() if size > 1})
+    axes = {str(name): Axis(device_mesh[name]) for name, size in sizes.items() if size > 1}
+    if topology.context_parallel_size > 1:
+        axes[str(AxisName.CONTEXT)] = _context_axis(topology, device_type)
+    mesh = Mesh(topology, device_mesh, **axes)
     if async_tensor_parallel and device_type == "cuda" and mesh.tp.size > 1:
         peer_memory(mesh.tp.group.group_name)
         return replace(mesh, tp=replace(mesh.tp, has_peer_memory=True))
     return mesh
+
+
+def _context_axis(topology: Topology, device_type: str) -> Axis:
+    """The ranks that share this rank's sequences. Their groups cut across replicate and shard, so they are no dim of the mesh of all ranks."""
+    groups = sorted({tuple(topology.group(rank, AxisName.CONTEXT)) for rank in range(topology.world_size)})
+    own, _ = dist.new_subgroups_by_enumeration([list(ranks) for ranks in groups])
+    return Axis(DeviceMesh.from_group(own, device_type, mesh_dim_names=(str(AxisName.CONTEXT),)))

@@ -64,6 +64,13 @@ def _autograd(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
 _forward.register_autograd(_autograd, setup_context=_setup_context)
 
 
+def green_scan_backward(
+    grad: Tensor, g: Tensor, hopping: Tensor, starts: Tensor | None, initial_state: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients without autograd: of potential [B, T, H], of energy, eta and hopping [3, H], and of initial_state; arguments as in the reference."""
+    return _backward(grad, g, hopping, starts, initial_state)
+
+
 def green_scan(
     potential: Tensor, energy: Tensor, eta: Tensor, hopping: Tensor, starts: Tensor | None = None, initial_state: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:

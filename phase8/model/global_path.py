@@ -87,10 +87,12 @@ class GreenChain(nn.Module):
     Args:
         num_heads: Number of heads H.
         modulates: Modulated quantity: `decay`, `gate` or `both`.
+        earlier: Slices of the sequence on other ranks; None: this rank has the sequence whole.
     """
 
-    def __init__(self, num_heads: int, modulates: str):
+    def __init__(self, num_heads: int, modulates: str, *, earlier: EarlierSlices | None):
         super().__init__()
+        self.earlier = earlier
         self.energy = nn.Parameter(torch.empty(num_heads))
         self.eta_raw = nn.Parameter(torch.empty(num_heads))
         self.hopping_raw = nn.Parameter(torch.empty(num_heads))
@@ -109,16 +111,17 @@ class GreenChain(nn.Module):
                 specs[name] = ParameterSpec(divided={"tp": 0})
         return specs
 
-    def forward(self, u: Tensor, starts: Tensor | None, state: Tensor | None) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    def forward(self, u: Tensor, starts: Tensor | None, state: Tensor | None) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
         """Runs the chain over raw potentials u, fp32 [B, T, H].
 
         Returns:
-            The state for the next piece [B, H, 2], the log of the factor on the decay rate [B, T, H] and the term added to the gate
-            [B, T, H]; each of the last two is None where the chain does not modulate it.
+            The state for the next piece [B, H, 2] (None: another rank goes on), the log of the factor on the decay rate [B, T, H] and the
+            term added to the gate [B, T, H]; each of the last two is None where the chain does not modulate it.
         """
         potential = POTENTIAL_MAX * torch.tanh(u / POTENTIAL_MAX)
         eta = ETA_MIN + F.softplus(local(self.eta_raw))
-        g, state = green_scan(potential, local(self.energy), eta, F.softplus(local(self.hopping_raw)), starts, state)
+        arguments = (potential, local(self.energy), eta, F.softplus(local(self.hopping_raw)), starts)
+        g, state = green_scan(*arguments, state) if self.earlier is None else (self.earlier.green_scan(*arguments), None)
         decay, gate = (None if mix is None else (g * local(mix)).sum(-1) for mix in (self.decay_mix, self.gate_mix))
         return state, decay, gate
 
@@ -139,7 +142,7 @@ class GlobalPath(nn.Module):
         self.axis = axis
         self.initial_gate = INITIAL_GATE if any(model.window_sizes) else INITIAL_GATE_ALONE
         self.num_heads, self.head_size, self.memory_tokens = model.num_heads // axis.size, model.head_width, model.memory_tokens
-        self.chain = GreenChain(model.num_heads, model.chain) if model.chain != "none" else None
+        self.chain = GreenChain(model.num_heads, model.chain, earlier=self.earlier) if model.chain != "none" else None
         self.is_delta, self.decay_floor = model.global_path == "delta", model.decay_floor
         # Each head and token has a decay step, a gate unless every channel has one, with the chain a potential, and for the delta rule a share.
         # The order is head-major, so that heads shard as rows.

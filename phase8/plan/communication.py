@@ -41,8 +41,6 @@ from phase8.topology import EVERYBODY, HOLDERS, LOSS, TOKENS, AxisName
 _TARGETS_BYTES = _AGREEMENT_BYTES = 8
 
 
-
-
 @dataclass(frozen=True)
 class Collectives:
     """All collectives of one operation over one axis.

@@ -125,7 +125,7 @@ def fullest(stages: Sequence[StageMemory]) -> StageMemory:
 def _division(work: Workload) -> Division:
     zero = work.zero
     return Division(
-        is_divided=work.topology.data_parallel_size > 1 or zero.offload_params != "none",
+        is_divided=work.topology.num_token_ranks > 1 or zero.offload_params != "none",
         zero_stage=zero.stage,
         accumulates=work.shape.num_microbatches > 1,
         offload_optimizer=zero.offload_optimizer != "none",
@@ -137,7 +137,7 @@ def _division(work: Workload) -> Division:
 
 def _held(parameters: Mapping[str, DividedShape], work: Workload) -> Held:
     """The first rank's part of some parameters, and the bytes of their optimizer state."""
-    shards = Place(shard_size(work.zero, data_parallel_size=work.topology.data_parallel_size))
+    shards = Place(shard_size(work.zero, num_token_ranks=work.topology.num_token_ranks))
     places = {axis: Place(degree) for axis, degree in work.topology.degrees.items()}
     whole = [parameter.region(places) for parameter in parameters.values()]
     part = tuple(region_of_rank(region, 0, shards).num_elements for region in whole)

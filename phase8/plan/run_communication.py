@@ -25,16 +25,16 @@ def plan_run_communication(config: RunConfig, *, world_size: int, rank: int) -> 
     refuse_problems(config, about=(*MODEL_SECTIONS, "parallel.", "zero.", "train.", "world size"), world_size=world_size)
     topology, pipeline, train = run_topology(config.parallel, world_size=world_size), pipeline_of(config.parallel), config.train
     place = topology.coordinates(rank)
-    sizes = topology.axis_sizes(shard_size=shard_size(config.zero, data_parallel_size=topology.data_parallel_size))
+    sizes = topology.axis_sizes(shard_size=shard_size(config.zero, num_token_ranks=topology.num_token_ranks))
     grid = Grid(
         pipeline=sizes[AxisName.PIPELINE],
         replicate=sizes[AxisName.REPLICATE],
         shard=sizes[AxisName.SHARD],
         expert=sizes[AxisName.EXPERT],
-        context=sizes[AxisName.CONTEXT],
+        context=topology.context_parallel_size,
         tensor=sizes[AxisName.TENSOR],
         stage=place["pp"],
-        shard_index=place["dp"] % sizes[AxisName.SHARD],
+        shard_index=(place["dp"] * topology.context_parallel_size + place["cp"]) % sizes[AxisName.SHARD],
         tensor_index=place["tp"],
     )
     shape = batch_shape(train, config.parallel, data_parallel_size=topology.data_parallel_size)

@@ -232,7 +232,7 @@ def _build_mesh(config: RunConfig, device: torch.device, world_size: int) -> Mes
     return build_mesh(
         topology,
         device_type=device.type,
-        shard_size=shard_size(config.zero, data_parallel_size=topology.data_parallel_size),
+        shard_size=shard_size(config.zero, num_token_ranks=topology.num_token_ranks),
         async_tensor_parallel=config.parallel.async_tensor_parallel,
     )
 

@@ -47,7 +47,7 @@ def check_stages(config: RunConfig, *, world_size: int, device_type: str = "cuda
 def _count_built(config: RunConfig, *, world_size: int, rank: int) -> int:
     """Number of parameters that a rank holds between steps, in a world where only this rank exists."""
     topology = run_topology(config.parallel, world_size=world_size)
-    size = shard_size(config.zero, data_parallel_size=topology.data_parallel_size)
+    size = shard_size(config.zero, num_token_ranks=topology.num_token_ranks)
     dist.init_process_group("fake", store=FakeStore(), rank=rank, world_size=world_size)
     try:
         mesh = build_mesh(topology, device_type="cpu", shard_size=size)

@@ -23,11 +23,11 @@ from phase8.topology import TOKENS
 from phase8.zero.copy_engine_gather import CopyEngineGather
 
 
-def shard_size(zero: ZeroSection, *, data_parallel_size: int) -> int:
-    """Number of data-parallel ranks that divide one copy of the model."""
+def shard_size(zero: ZeroSection, *, num_token_ranks: int) -> int:
+    """Number of ranks that divide one copy of the model, of those that read different tokens."""
     if zero.stage == 0:
         return 1
-    return data_parallel_size if zero.shard_size is None else zero.shard_size
+    return num_token_ranks if zero.shard_size is None else zero.shard_size
 
 
 def shard_block(block: nn.Module, zero: ZeroSection, mesh: Mesh) -> None:

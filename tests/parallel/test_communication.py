@@ -84,7 +84,7 @@ def config_of(settings):
 
 def build(config, world_size):
     topology = run_topology(config.parallel, world_size=world_size)
-    mesh = build_mesh(topology, device_type="cpu", shard_size=shard_size(config.zero, data_parallel_size=topology.data_parallel_size))
+    mesh = build_mesh(topology, device_type="cpu", shard_size=shard_size(config.zero, num_token_ranks=topology.num_token_ranks))
     return build_train_state(config, mesh=mesh, device=CPU, dtype=compute_dtype(config.precision))
 
 

@@ -25,7 +25,7 @@ def gradients_of_both(tensor_ranks, stage, budget, model, backend):
     """Largest difference between compiled and eager gradients, over the largest gradient of each parameter, and both losses."""
     config = without_auto(load_config(os.devnull, [*SETTINGS, f"zero.stage={stage}", *model]))
     topology = Topology(1, 2 // tensor_ranks, 1, tensor_ranks)
-    mesh = build_mesh(topology, device_type="cpu", shard_size=shard_size(config.zero, data_parallel_size=topology.data_parallel_size))
+    mesh = build_mesh(topology, device_type="cpu", shard_size=shard_size(config.zero, num_token_ranks=topology.num_token_ranks))
     train_state = build_train_state(config, mesh=mesh, device=torch.device("cpu"), dtype=torch.float32)
     perturb(train_state)
     tokens = torch.randint(64, (2, 33), generator=torch.Generator().manual_seed(0))

@@ -15,6 +15,8 @@ BLOCKS = {
     "delta": {"global_path": "delta"},
     "window": {"global_path": "none", "global_tokens": 3},
     "lorentz": {"score": "lorentz", "convolution_size": 1},
+    "chain": {"chain": "both"},
+    "chain in the gate": {"global_path": "delta", "chain": "gate"},
     "globals": {"global_tokens": 5, "local_window_size": 3},
     "options": {
         "global_path": "delta", "global_gate": "channel", "local_qk_norm": True, "global_activation": "silu", "decay_floor": -5.0,

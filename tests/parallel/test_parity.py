@@ -33,8 +33,9 @@ BLOCKS = {
 OFFLOADED = ("zero.stage=3", "zero.offload_optimizer=cpu", "zero.offload_params=cpu")
 
 
-def ranks(*, tp=1, pp=1, dp=1, stage=0, more=()):
-    return tp * pp * dp, (f"parallel.tensor_parallel_size={tp}", f"parallel.pipeline_parallel_size={pp}", f"zero.stage={stage}", *more)
+def ranks(*, tp=1, pp=1, dp=1, cp=1, stage=0, more=()):
+    degrees = {"tensor": tp, "pipeline": pp, "context": cp}
+    return tp * pp * dp * cp, (*(f"parallel.{axis}_parallel_size={size}" for axis, size in degrees.items()), f"zero.stage={stage}", *more)
 
 
 GPIPE = "parallel.pipeline_schedule=gpipe"
@@ -77,6 +78,12 @@ QUICK = {
     "tp2 dp2 zero 0": ("whole", ranks(tp=2, dp=2)),
     "tp2 dp2 zero 3, accumulation": ("default", ranks(tp=2, dp=2, stage=3, more=("train.micro_batch_size=1",))),
     "tp2 dp2 zero 2, recomputation": ("transformer", ranks(tp=2, dp=2, stage=2, more=("train.recompute=full",))),
+    "cp2": ("default", ranks(cp=2)),
+    "cp4 delta, zero 3": ("delta-options", ranks(cp=4, stage=3, more=("train.recompute=full",))),
+    "cp2 dp2 zero 1 in pairs": ("whole", ranks(cp=2, dp=2, stage=1, more=("zero.shard_size=2",))),
+    "tp2 cp2": ("low-rank", ranks(tp=2, cp=2, more=("train.recompute=selective",))),
+    "pp2 cp2": ("deep-tied", ranks(pp=2, cp=2, more=INTERLEAVED)),
+    "tp2 pp2 cp2 zero 2": ("hybrid", ranks(tp=2, pp=2, cp=2, stage=2)),
     "tp2 dp2 zero 1, selective": ("low-rank", ranks(tp=2, dp=2, stage=1, more=("train.recompute=selective",))),
 }
 # Rows that differ from two others together only: what is in them, and more, is in the table of -m full as well.

@@ -68,7 +68,7 @@ def held(settings, world_size):
     topology = run_topology(config.parallel, world_size=world_size)
     shape = batch_shape(config.train, config.parallel, data_parallel_size=topology.data_parallel_size)
     with LiveBytes() as live:
-        size = shard_size(config.zero, data_parallel_size=topology.data_parallel_size)
+        size = shard_size(config.zero, num_token_ranks=topology.num_token_ranks)
         mesh = build_mesh(topology, device_type="cpu", shard_size=size)
         train_state = build_train_state(config, mesh=mesh, device=torch.device("cpu"), dtype=compute_dtype(config.precision))
         samples = torch.randint(config.model.vocab_size, (shape.num_microbatches, shape.micro_batch_size, config.model.sequence_length + 1))

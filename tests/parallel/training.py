@@ -66,7 +66,7 @@ def new_train_state(config, world_size, *, device_type, dtype):
     set_matmul_precision(config.precision)
     select_kernels(config.train.kernels, device)
     topology = run_topology(config.parallel, world_size=world_size)
-    size = shard_size(config.zero, data_parallel_size=topology.data_parallel_size)
+    size = shard_size(config.zero, num_token_ranks=topology.num_token_ranks)
     mesh = build_mesh(topology, device_type=device_type, shard_size=size, async_tensor_parallel=config.parallel.async_tensor_parallel)
     train_state = build_train_state(config, mesh=mesh, device=device, dtype=dtype)
     perturb(train_state)
@@ -87,8 +87,11 @@ def microbatches_of(train_state, config, step):
     starts = torch.rand(batch, length, generator=generator) < torch.linspace(0.0, 10 / length, batch)[:, None]
     starts[:, 0] = True
     index, readers = train_state.mesh.data_parallel_index, train_state.mesh.topology.data_parallel_size
+    context = train_state.mesh.cp
     return [
-        split_sample({"tokens": tokens[first : first + micro], "document_starts": starts[first : first + micro]}, reset_at_document_boundaries=True)
+        split_sample(
+            {"tokens": tokens[first : first + micro], "document_starts": starts[first : first + micro]}, reset_at_document_boundaries=True
+        ).slice(context.index, context.size)
         for first in range(index * micro, batch, readers * micro)
     ]
 

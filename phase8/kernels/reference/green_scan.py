@@ -29,11 +29,11 @@ def green_scan(potential: Tensor, energy: Tensor, eta: Tensor, hopping: Tensor, 
     Returns:
         g [B, T, H, 2]; its last token is the state to carry on.
     """
-    coupling = _coupling(hopping, starts, potential)
+    couplings = coupling(hopping, starts, potential)
     denominator = torch.complex(energy - potential, eta.expand_as(potential))
     zero = torch.zeros_like(denominator)
-    maps = (zero, torch.ones_like(denominator), -coupling.to(denominator.dtype), denominator)
-    a, b, c, d = associative_scan(_compose, maps)
+    maps = (zero, torch.ones_like(denominator), -couplings.to(denominator.dtype), denominator)
+    a, b, c, d = associative_scan(compose, maps)
     if initial_state is None:
         return torch.view_as_real(b / d)
     g0 = torch.view_as_complex(initial_state.contiguous())[:, None]
@@ -56,26 +56,26 @@ def green_scan_backward(
         Gradients of potential [B, T, H], energy [H], eta [H], hopping [H] and initial_state [B, H, 2].
     """
     dg, g = torch.view_as_complex(grad.contiguous()), torch.view_as_complex(g.contiguous())
-    coupling = _coupling(hopping, starts, g.real)
+    couplings = coupling(hopping, starts, g.real)
     g0 = torch.zeros_like(g[:, 0]) if initial_state is None else torch.view_as_complex(initial_state.contiguous())
     # conj_physical: compiled graphs may call this below the dispatch key that resolves a lazy conj(), which would then be lost.
     square = torch.conj_physical(g * g)
-    next_coupling = torch.cat((coupling[:, 1:], torch.zeros_like(coupling[:, :1])), dim=1)
+    next_coupling = torch.cat((couplings[:, 1:], torch.zeros_like(couplings[:, :1])), dim=1)
     p = linear_scan((square * next_coupling).flip(1), (square * dg).flip(1)).flip(1)
     previous = torch.cat((g0[:, None], g[:, :-1]), dim=1)
     connected = 1.0 if starts is None else (~starts)[..., None]
     dhopping = ((torch.conj_physical(previous) * p).real * connected).sum((0, 1))
-    dinitial = torch.view_as_real(coupling[:, 0] * p[:, 0])
+    dinitial = torch.view_as_real(couplings[:, 0] * p[:, 0])
     return p.real, -p.real.sum((0, 1)), -p.imag.sum((0, 1)), dhopping, dinitial
 
 
-def _coupling(hopping: Tensor, starts: Tensor | None, like: Tensor) -> Tensor:
+def coupling(hopping: Tensor, starts: Tensor | None, like: Tensor) -> Tensor:
     """b2 of every token [B, T, H], 0 where a document starts."""
-    coupling = hopping.expand_as(like)
-    return coupling if starts is None else coupling.masked_fill(starts[..., None], 0.0)
+    couplings = hopping.expand_as(like)
+    return couplings if starts is None else couplings.masked_fill(starts[..., None], 0.0)
 
 
-def _compose(early: Elements, late: Elements) -> Elements:
+def compose(early: Elements, late: Elements) -> Elements:
     """The matrix product late @ early, scaled so that its largest entry has modulus about 1 (a Möbius map has no scale)."""
     a1, b1, c1, d1 = early
     a2, b2, c2, d2 = late

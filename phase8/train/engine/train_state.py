@@ -105,7 +105,15 @@ def build_chunks(config: RunConfig, *, mesh: Mesh, device: torch.device, dtype: 
 
 def _build_chunk(config: RunConfig, layers: range, *, mesh: Mesh, device: torch.device, dtype: torch.dtype) -> LanguageModel:
     """Builds some layers of the model with their first weights."""
-    chunk = build_model(config.model, dtype=dtype, device=device, axis=mesh.tp, number_format=number_format(config.precision), layers=layers)
+    chunk = build_model(
+        config.model,
+        dtype=dtype,
+        device=device,
+        axis=mesh.tp,
+        number_format=number_format(config.precision),
+        layers=layers,
+        context=mesh.cp,
+    )
     apply_recomputation(chunk, config.train.recompute, every_n_layers=config.train.recompute_every_n_layers)
     if device.type == "meta":
         materialise(chunk, device=device, axis=mesh.tp)
