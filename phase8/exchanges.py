@@ -16,6 +16,7 @@ class Operation(StrEnum):
     ALL_GATHER = "all_gather"
     REDUCE_SCATTER = "reduce_scatter"
     ALL_REDUCE = "all_reduce"
+    ALL_TO_ALL = "all_to_all"
     SEND = "send"
     RECEIVE = "receive"
 
@@ -40,6 +41,31 @@ class Exchange:
 
 
 @dataclass(frozen=True)
+class SliceExchange:
+    """A collective of ranks that share sequences, the same whatever their length. Tensor-parallel ranks divide its numbers.
+
+    Args:
+        operation: Kind of the collective.
+        numbers: Numbers per fetched token, or of a rank's part of what is gathered, for each sequence of the microbatch.
+        is_wide: As of `Exchange`.
+        before: Tokens that each rank fetches from before its slice; None: tokens are not fetched.
+        first: First tokens of the sequence that each rank fetches.
+        is_return: Whether the gradients of fetched tokens are sent home.
+    """
+
+    operation: Operation
+    numbers: int
+    is_wide: bool = False
+    before: int | None = None
+    first: int = 0
+    is_return: bool = False
+    axis: str = "cp"
+
+
+AnyExchange = Exchange | SliceExchange
+
+
+@dataclass(frozen=True)
 class Exchanges:
     """The exchanges of a layer, or of a sequence of layers, for a microbatch.
 
@@ -50,9 +76,9 @@ class Exchanges:
             needs, so an exchange after which nothing is kept is not repeated.
     """
 
-    forward: tuple[Exchange, ...] = ()
-    backward: tuple[Exchange, ...] = ()
-    repeated: tuple[Exchange, ...] = ()
+    forward: tuple[AnyExchange, ...] = ()
+    backward: tuple[AnyExchange, ...] = ()
+    repeated: tuple[AnyExchange, ...] = ()
 
     def then(self, after: Exchanges) -> Exchanges:
         """The exchanges of this layer followed by another one, which keeps its input for backward."""
@@ -75,3 +101,21 @@ def scattered(numbers_per_token: int, *, is_wide: bool = False) -> Exchanges:
 def _dual(forward: Operation, backward: Operation, numbers_per_token: int, is_wide: bool) -> Exchanges:
     there = (Exchange(forward, numbers_per_token, is_wide),)
     return Exchanges(there, (Exchange(backward, numbers_per_token, is_wide),), there)
+
+
+def fetched(numbers_per_token: int, *, before: int, first: int = 0) -> Exchanges:
+    """The exchanges of a layer that fetches tokens from before its slice of a sequence; its backward sends their gradients home."""
+    there = (SliceExchange(Operation.ALL_TO_ALL, numbers_per_token, before=before, first=first),)
+    return Exchanges(there, (SliceExchange(Operation.ALL_TO_ALL, numbers_per_token, before=before, first=first, is_return=True),), there)
+
+
+def told(numbers: int, numbers_back: int | None = None) -> Exchanges:
+    """The exchanges of a layer whose slices of a sequence tell each other wide numbers, and in backward other ones or the gradients of these.
+
+    Args:
+        numbers: Numbers that each slice tells.
+        numbers_back: Numbers that each slice tells in backward; None: the gradients, which are summed.
+    """
+    there = (SliceExchange(Operation.ALL_GATHER, numbers, is_wide=True),)
+    operation = Operation.REDUCE_SCATTER if numbers_back is None else Operation.ALL_GATHER
+    return Exchanges(there, (SliceExchange(operation, numbers if numbers_back is None else numbers_back, is_wide=True),), there)

@@ -50,6 +50,7 @@ def find_problems(config: RunConfig, *, world_size: int = 1) -> list[str]:
         *_async_tensor_parallel(config.parallel),
         *_data(config),
         *_tensor_parallel(config.model, config.parallel.tensor_parallel_size),
+        *_context_parallel(config.model, config.parallel),
         *_zero(config, world_size),
         *_batch_and_pipeline(config, world_size),
         *_not_built_yet(config),
@@ -188,14 +189,32 @@ def _tensor_parallel(model: ModelSection, num_ranks: int) -> Iterator[str]:
         yield f"parallel.tensor_parallel_size {num_ranks} leaves ranks without any token id of model.vocab_size {model.vocab_size}; use fewer."
 
 
+def _context_parallel(model: ModelSection, parallel: ParallelSection) -> Iterator[str]:
+    num_slices, num_ranks = parallel.context_parallel_size, parallel.tensor_parallel_size
+    if num_slices == 1:
+        return
+    if model.sequence_length % num_slices:
+        yield f"parallel.context_parallel_size {num_slices} does not divide model.sequence_length {model.sequence_length}; change one of them."
+    elif model.sequence_length // num_slices % num_ranks:
+        yield (
+            f"parallel.tensor_parallel_size {num_ranks} does not divide the {model.sequence_length // num_slices} tokens of a slice "
+            f"(model.sequence_length {model.sequence_length} / parallel.context_parallel_size {num_slices}); change one of them."
+        )
+    if model.block != "phase8":
+        yield (
+            f"parallel.context_parallel_size is {num_slices}, but model.block is {model.block}, whose attention sees all earlier tokens; use 1, "
+            "or model.block phase8."
+        )
+
+
 def _zero(config: RunConfig, world_size: int) -> Iterator[str]:
     zero, parallel = config.zero, config.parallel
-    model_ranks = parallel.tensor_parallel_size * parallel.pipeline_parallel_size * parallel.context_parallel_size
-    data_parallel_size = max(world_size // model_ranks, 1)
+    num_token_ranks = max(world_size // (parallel.tensor_parallel_size * parallel.pipeline_parallel_size), 1)
     if zero.shard_size is not None and zero.stage == 0:
         yield f"zero.shard_size is {zero.shard_size}, but zero.stage is 0 and shards nothing; leave it null or choose a stage."
-    elif zero.shard_size is not None and data_parallel_size % zero.shard_size:
-        yield f"zero.shard_size {zero.shard_size} does not divide the data-parallel size {data_parallel_size}; choose a divisor."
+    elif zero.shard_size is not None and num_token_ranks % zero.shard_size:
+        which = "the data-parallel size" if parallel.context_parallel_size == 1 else "the data-parallel size times parallel.context_parallel_size,"
+        yield f"zero.shard_size {zero.shard_size} does not divide {which} {num_token_ranks}; choose a divisor."
     if zero.copy_engine_gather and zero.stage == 0:
         yield "zero.copy_engine_gather is true, but zero.stage is 0 and nothing is gathered; set it to false or choose a stage."
     elif zero.copy_engine_gather and zero.offload_params != "none":

@@ -8,15 +8,13 @@ Shapes: B batch, T tokens of a slice.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from phase8.distributed.collectives import Axis, exchange_tokens
-
-Wanted = Sequence[Sequence[range]]
+from phase8.shared_sequence import Wanted, parts_of
 
 
 def fetch_tokens(x: Tensor, wanted: Wanted, axis: Axis) -> list[Tensor]:
@@ -30,8 +28,9 @@ def fetch_tokens(x: Tensor, wanted: Wanted, axis: Axis) -> list[Tensor]:
     Returns:
         The tokens of each of this rank's ranges [B, len(range), ...].
     """
-    pieces = list(_FetchTokens.apply(x, wanted, axis).split(_lengths_of_pieces(wanted[axis.index], axis.size, x.shape[1])))
-    num_ranges = len(wanted[axis.index])
+    own, num_ranges = wanted[axis.index], len(wanted[axis.index])
+    lengths = [len(part) for owner in range(axis.size) for part in parts_of(own, owner, x.shape[1])]
+    pieces = _FetchTokens.apply(x, wanted, axis).split(lengths)
     return [torch.cat(pieces[place::num_ranges]).transpose(0, 1) for place in range(num_ranges)]
 
 
@@ -41,10 +40,10 @@ class _FetchTokens(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, wanted: Wanted, axis: Axis) -> Tensor:
         ctx.axis, ctx.shape = axis, x.shape
-        length, sent = x.shape[1], [_parts(ranges, axis.index, x.shape[1]) for ranges in wanted]
+        length, sent = x.shape[1], [parts_of(ranges, axis.index, x.shape[1]) for ranges in wanted]
         ctx.sent = [part for parts in sent for part in parts]
         ctx.num_sent = [sum(map(len, parts)) for parts in sent]
-        ctx.num_fetched = [sum(map(len, _parts(wanted[axis.index], owner, length))) for owner in range(axis.size)]
+        ctx.num_fetched = [sum(map(len, parts_of(wanted[axis.index], owner, length))) for owner in range(axis.size)]
         tokens = x.transpose(0, 1)
         return exchange_tokens(torch.cat([tokens[part.start : part.stop] for part in ctx.sent]), ctx.num_sent, ctx.num_fetched, axis)
 
@@ -56,19 +55,3 @@ class _FetchTokens(torch.autograd.Function):
         for part, gradient in zip(ctx.sent, returned.split([len(part) for part in ctx.sent]), strict=True):
             home[part.start : part.stop] += gradient  # several ranks may have fetched the same token
         return home.transpose(0, 1), None, None
-
-
-def _lengths_of_pieces(ranges: Sequence[range], num_ranks: int, length: int) -> list[int]:
-    """Tokens of each piece that a rank receives: for each owner, its part of each range."""
-    return [len(part) for owner in range(num_ranks) for part in _parts(ranges, owner, length)]
-
-
-def _parts(ranges: Sequence[range], owner: int, length: int) -> list[range]:
-    """The part of each range that a rank holds, as places in its slice."""
-    first = owner * length
-    return [_within(range(tokens.start - first, tokens.stop - first), length) for tokens in ranges]
-
-
-def _within(places: range, length: int) -> range:
-    start = min(max(places.start, 0), length)
-    return range(start, max(min(places.stop, length), start))

@@ -7,9 +7,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from phase8.context_parallel.green_map import gradient_before_slices, gradient_factor, green_map, value_after_slices
 from phase8.distributed.collectives import Axis, start_gather
-from phase8.kernels.green_map import gradient_before_slices, gradient_factor, green_map, value_after_slices
 from phase8.kernels.green_scan import green_scan, green_scan_backward
+
+# Real numbers that a rank tells the others about each head of a sequence: a 2 x 2 complex matrix forwards, two complex numbers backwards.
+NUMBERS_OF_MAP, NUMBERS_OF_GRADIENT = 8, 4
 
 
 def green_scan_of_slice(potential: Tensor, energy: Tensor, eta: Tensor, hopping: Tensor, starts: Tensor | None, axis: Axis) -> Tensor:

@@ -17,7 +17,8 @@ class Microbatch:
     Args:
         tokens: Inputs [B, T].
         targets: The tokens that follow, IGNORED_TARGET where nothing is predicted [B, T].
-        starts: True where a document begins, which sees nothing before it [B, T]; None: boundaries are not reset.
+        starts: True where a document begins, which sees nothing before it [B, T]; None: boundaries are not reset. Where ranks share sequences,
+            `tokens` and `targets` are slices, and `starts` that of the whole sequences.
         num_valid: Number of targets that count.
     """
 
@@ -32,13 +33,11 @@ class Microbatch:
         return Microbatch(tokens, targets, starts, self.num_valid)
 
     def slice(self, index: int, count: int) -> Microbatch:
-        """One of `count` slices of equal length of every sequence, for ranks that share sequences."""
+        """One of `count` slices of equal length of every sequence, for ranks that share sequences; each knows all starts of documents."""
         if count == 1:
             return self
-        tokens, targets, starts = (
-            None if x is None else x.chunk(count, dim=1)[index].contiguous() for x in (self.tokens, self.targets, self.starts)
-        )
-        return Microbatch(tokens, targets, starts, int((targets != IGNORED_TARGET).sum()))
+        tokens, targets = (x.chunk(count, dim=1)[index].contiguous() for x in (self.tokens, self.targets))
+        return Microbatch(tokens, targets, self.starts, int((targets != IGNORED_TARGET).sum()))
 
     def without_targets(self) -> Microbatch:
         """A copy without targets."""

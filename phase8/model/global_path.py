@@ -16,9 +16,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from phase8.config.model_section import ModelSection
+from phase8.context_parallel.green import NUMBERS_OF_GRADIENT, NUMBERS_OF_MAP
 from phase8.context_parallel.slices import EarlierSlices
 from phase8.distributed.collectives import ALONE, Axis, begin_to_gather, end_gather
-from phase8.exchanges import NO_EXCHANGES, Exchanges, gathered
+from phase8.exchanges import NO_EXCHANGES, Exchanges, gathered, told
 from phase8.kernels.gated_delta_rule import gated_delta_rule
 from phase8.kernels.gated_linear_attention import gated_linear_attention
 from phase8.kernels.green_scan import green_scan
@@ -169,9 +170,13 @@ class GlobalPath(nn.Module):
         }
 
     def exchanges(self) -> Exchanges:
-        """The gather of the scalars of all heads, then that of the bottleneck of a gate per channel."""
+        """The gathers of the scalars of all heads, of the bottleneck of a gate per channel, and of what slices do to the chain and to the memory."""
         gate = NO_EXCHANGES if self.gates is None else self.gates.exchanges()
-        return gathered(self.scalars.weight.shape[0], is_wide=True).then(gate)
+        num_heads = len(self.decay_bias)
+        chain = NO_EXCHANGES if self.chain is None else told(NUMBERS_OF_MAP * num_heads, NUMBERS_OF_GRADIENT * num_heads)
+        columns = self.head_size + (self.head_size if self.is_delta else 1)
+        memory = told(num_heads * self.head_size * columns)
+        return gathered(self.scalars.weight.shape[0], is_wide=True).then(gate).then(chain).then(memory)
 
     def empty_state(self, batch_size: int, *, dtype: torch.dtype, device: torch.device) -> GlobalState:
         """The state before the first token, zeros in fp32 or wider."""

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from phase8.config.model_section import ModelSection
 from phase8.context_parallel.slices import EarlierSlices
 from phase8.distributed.collectives import ALONE, Axis
-from phase8.exchanges import NO_EXCHANGES, Exchanges
+from phase8.exchanges import NO_EXCHANGES, Exchanges, fetched
 from phase8.kernels.mixer_inputs import MixerInputs, mixer_inputs
 from phase8.kernels.window_attention import window_attention
 from phase8.kernels.window_state import WindowState, empty_window_state
@@ -103,9 +103,12 @@ class Phase8Mixer(nn.Module):
         self.out = row_linear(inner, width, rank=rank, std=0.0, axis=axis, number_format=number_format)
 
     def exchanges(self) -> Exchanges:
-        """The exchanges of the global path's scalars and gate, of the joint product of q, k and v, and of the output layer."""
+        """The exchanges of the global path, of the joint product of q, k and v, of the slices of a sequence, and of the output layer."""
         path = NO_EXCHANGES if self.global_path is None else self.global_path.exchanges()
-        return path.then(self.qkv.exchanges()).then(self.out.exchanges())
+        width, taps = self.convolution.num_channels, self.convolution.num_taps
+        inputs = fetched(3 * width, before=taps - 1) if taps > 1 else NO_EXCHANGES
+        window = fetched(2 * width, before=self.window - 1, first=self.global_tokens) if self.window > 0 else NO_EXCHANGES
+        return path.then(self.qkv.exchanges()).then(inputs).then(window).then(self.out.exchanges())
 
     def mixing_flops(self, model: ModelSection) -> dict[str, float]:
         """FLOPs per token and part that a forward takes in addition to the linear layers; argument as of `CausalAttention.mixing_flops`.
@@ -135,7 +138,7 @@ class Phase8Mixer(nn.Module):
         Args:
             x: Normalised residual stream [B, T, D]; with several ranks, its own tokens [n, D]. Where ranks share the sequence, it is their slice.
             angles: Rotary angles of the positions [T, K/2].
-            starts: Mask that is True where a token begins a document [B, T]; None: nowhere.
+            starts: Mask that is True where a token begins a document [B, T]; None: nowhere. Where ranks share the sequence, that of all of it.
             state: State after the earlier pieces of the sequence; None: the sequence begins here and no state is returned.
 
         Returns:
@@ -144,6 +147,7 @@ class Phase8Mixer(nn.Module):
         projections = None if self.global_path is None else self.global_path.begin(x)
         qkv = self.qkv(x)
         before = self._inputs_before(qkv.reshape(-1, len(angles), qkv.shape[-1]), starts, state)
+        own_starts = starts if self.earlier is None else self.earlier.own_part(starts, len(angles))
         # Either gives queries and keys of the window a length; without both they keep theirs.
         lengths = self.score if self.score is not None else self.qk_norm
         inputs, convolution = mixer_inputs(
@@ -153,15 +157,15 @@ class Phase8Mixer(nn.Module):
             None if lengths is None else lengths.radius,
             eps=self.eps,
             silu=self.has_silu,
-            starts=starts,
+            starts=own_starts,
             initial_state=before,
         )
         paths, window, path = [], None, None
         if self.window > 0:
-            y, window = self._attend(inputs, starts, self._window_before(inputs, starts, state))
+            y, window = self._attend(inputs, own_starts, self._window_before(inputs, starts, state))
             paths.append(y)
         if self.global_path is not None and projections is not None:
-            y, path = self.global_path(projections, inputs, starts, None if state is None else state.global_path)
+            y, path = self.global_path(projections, inputs, own_starts, None if state is None else state.global_path)
             paths.append(y)
         return self.out(sum(paths[1:], start=paths[0]).flatten(2)), None if state is None else MixerState(convolution, window, path)
 

@@ -9,7 +9,7 @@ import torch
 from phase8.config.model_section import ModelSection
 from phase8.config.pipeline import Pipeline
 from phase8.division import DividedShape
-from phase8.exchanges import Exchange
+from phase8.exchanges import AnyExchange
 from phase8.model.model import LanguageModel, build_model
 from phase8.model.parameters import divided_shapes
 from phase8.plan.communication import Chunk
@@ -30,7 +30,7 @@ def chunk_parameters(model: ModelSection, layers: range) -> Chunk:
 
 
 @lru_cache(maxsize=1024)
-def chunk_exchanges(model: ModelSection, layers: range, *, recompute: str, recompute_every_n_layers: int) -> tuple[Exchange, ...]:
+def chunk_exchanges(model: ModelSection, layers: range, *, recompute: str, recompute_every_n_layers: int) -> tuple[AnyExchange, ...]:
     """The exchanges of the layers of a chunk for a microbatch, forward and backward.
 
     Args:

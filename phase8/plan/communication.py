@@ -1,7 +1,7 @@
 """The communication of a rank in one training step: collectives and messages over each axis, and their bytes. Pure arithmetic, no torch.
 
-Bytes of an all-gather are those of its gathered output, bytes of a reduce-scatter or an all-reduce those of its input, bytes of a send or a
-receive those of the message. `Collectives.sent_bytes` computes the bytes that leave the rank. Groups of one rank communicate nothing.
+Bytes of an all-gather are those of its gathered output, bytes of a reduce-scatter, an all-reduce or an all-to-all those of its input, bytes of a
+send or a receive those of the message. `Collectives.sent_bytes` computes the bytes that leave the rank. Groups of one rank communicate nothing.
 
     N  tokens of a microbatch    D  width of the residual stream    n  numbers per token that a layer declares
     c  bytes of the compute dtype
@@ -10,8 +10,10 @@ receive those of the message. `Collectives.sent_bytes` computes the bytes that l
 | axis | collectives | number per microbatch | bytes of each |
 |---|---|---|---|
 | tp | exchanges that layers declare (`exchanges.py`) | 1, or 1 per `tokens_per_rank` tokens of each rank | N n c, or N n C for wide numbers |
-| tp | one data-parallel rank: all-reduce of all gradients of parameters that every rank has whole | once a step | 4 per number |
-| tp | several data-parallel ranks: all-reduce of each of these gradients | 1; with ZeRO 0 and 1 once a step | 4 per number |
+| cp | tokens that a layer fetches from before its slice, and their gradients: all-to-all | 1 each way | c per number that leaves |
+| cp | what slices do to a recurrence's state: all-gather, in backward reduce-scatter or all-gather | 1 each way | C per number, for all slices |
+| tp | one rank that reads tokens: all-reduce of all gradients of parameters that every rank has whole | once a step | 4 per number |
+| tp | several ranks that read different tokens: all-reduce of each of these gradients | 1; with ZeRO 0 and 1 once a step | 4 per number |
 | shard | parameters of a block: all-gather | 2 with ZeRO 3; below once a step | 4 per number, padded |
 | shard | all parameters outside blocks: all-gather | 1 with ZeRO 3; below once a step | 4 per number, padded |
 | shard | gradients of either group of parameters: reduce-scatter | 1; with ZeRO 0 and 1 once a step | 4 per number, padded |
@@ -34,8 +36,9 @@ from dataclasses import dataclass
 
 from phase8.config.model_section import ModelSection
 from phase8.division import DividedShape, Place, padded_size, region_of_rank
-from phase8.exchanges import Exchange, Operation
+from phase8.exchanges import AnyExchange, Operation, SliceExchange
 from phase8.plan.memory import FP32_BYTES
+from phase8.shared_sequence import num_sent, wanted_tokens
 from phase8.topology import EVERYBODY, HOLDERS, LOSS, TOKENS, AxisName
 
 _TARGETS_BYTES = _AGREEMENT_BYTES = 8
@@ -59,8 +62,8 @@ class Collectives:
 
     def sent_bytes(self, num_ranks: int) -> int:
         """Bytes that leave this rank where collectives use a ring of `num_ranks` ranks."""
-        if self.operation in (Operation.SEND, Operation.RECEIVE):
-            return self.num_bytes if self.operation is Operation.SEND else 0
+        if self.operation in (Operation.SEND, Operation.RECEIVE, Operation.ALL_TO_ALL):
+            return 0 if self.operation is Operation.RECEIVE else self.num_bytes
         return (1 + (self.operation is Operation.ALL_REDUCE)) * self.num_bytes * (num_ranks - 1) // num_ranks
 
 
@@ -78,6 +81,7 @@ class Grid:
         stage: Position of this rank on the pipeline axis.
         shard_index: Position of this rank on the shard axis.
         tensor_index: Position of this rank on the tensor axis.
+        context_index: Position of this rank among those that share its sequences.
     """
 
     pipeline: int = 1
@@ -89,6 +93,7 @@ class Grid:
     stage: int = 0
     shard_index: int = 0
     tensor_index: int = 0
+    context_index: int = 0
 
     def size(self, axis: AxisName) -> int:
         """The number of ranks along an axis."""
@@ -148,7 +153,7 @@ class Chunk:
 
 
 def step_communication(
-    model: ModelSection, chunks: Sequence[Chunk], exchanges: Iterable[Exchange], *, step: Step, grid: Grid
+    model: ModelSection, chunks: Sequence[Chunk], exchanges: Iterable[AnyExchange], *, step: Step, grid: Grid
 ) -> tuple[Collectives, ...]:
     """The collectives of one rank in a step, joined by axis and operation; axes of one rank are left out.
 
@@ -186,7 +191,7 @@ def messages_of_stage(*, num_stages: int, num_chunks: int, stage: int) -> tuple[
 
 
 def _messages(model: ModelSection, step: Step, grid: Grid, *, num_chunks: int) -> Iterator[Collectives]:
-    message_bytes = step.micro_batch_size * model.sequence_length // grid.tensor * model.d_model * step.compute_bytes
+    message_bytes = step.micro_batch_size * model.sequence_length // (grid.context * grid.tensor) * model.d_model * step.compute_bytes
     for boundaries in messages_of_stage(num_stages=grid.pipeline, num_chunks=num_chunks, stage=grid.stage):
         agreements, count = bool(boundaries), boundaries * step.num_microbatches
         for operation in (Operation.SEND, Operation.RECEIVE):
@@ -209,15 +214,28 @@ def _scalars() -> Iterator[Collectives]:
             yield Collectives(axis, Operation.ALL_REDUCE, 1, num_bytes)
 
 
-def _exchanges(model: ModelSection, exchanges: Iterable[Exchange], step: Step, grid: Grid) -> Iterator[Collectives]:
+def _exchanges(model: ModelSection, exchanges: Iterable[AnyExchange], step: Step, grid: Grid) -> Iterator[Collectives]:
     """The collectives of the exchanges that the layers declare."""
-    num_tokens = step.micro_batch_size * model.sequence_length
+    slice_length = model.sequence_length // grid.context
+    num_tokens = step.micro_batch_size * slice_length
     for exchange, times in Counter(exchanges).items():
         axis, repeats = AxisName(exchange.axis), times * step.num_microbatches
         number_bytes = max(step.compute_bytes, FP32_BYTES) if exchange.is_wide else step.compute_bytes
+        if isinstance(exchange, SliceExchange):
+            numbers = step.micro_batch_size * _parts_of_slices(exchange, slice_length, grid) * exchange.numbers // grid.tensor
+            yield Collectives(axis, exchange.operation, repeats, repeats * numbers * number_bytes)
+            continue
         tokens_at_once = num_tokens if exchange.tokens_per_rank is None else exchange.tokens_per_rank * grid.size(axis)
         count, num_bytes = math.ceil(num_tokens / tokens_at_once), num_tokens * exchange.numbers_per_token * number_bytes
         yield Collectives(axis, exchange.operation, repeats * count, repeats * num_bytes)
+
+
+def _parts_of_slices(exchange: SliceExchange, slice_length: int, grid: Grid) -> int:
+    """The number of tokens, or of ranks' parts, by which an exchange of slices multiplies its numbers."""
+    if exchange.before is None:
+        return grid.context
+    wanted = wanted_tokens(slice_length, grid.context, before=exchange.before, first=exchange.first)
+    return sum(map(len, wanted[grid.context_index])) if exchange.is_return else num_sent(wanted, grid.context_index, slice_length)
 
 
 def _whole_gradients(chunks: Sequence[Chunk], step: Step, grid: Grid) -> Iterator[Collectives]:

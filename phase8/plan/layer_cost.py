@@ -148,6 +148,7 @@ class Microbatch:
         element_bytes: Bytes of a number in the residual stream.
         is_compiled: Whether blocks are compiled.
         rates: Rates of the GPU.
+        context_ranks: Ranks that share each sequence.
     """
 
     model: ModelSection
@@ -156,11 +157,12 @@ class Microbatch:
     element_bytes: int
     is_compiled: bool
     rates: Rates
+    context_ranks: int = 1
 
     @property
     def tokens(self) -> int:
         """N, summed over the tensor-parallel ranks."""
-        return self.size * self.model.sequence_length
+        return self.size * self.model.sequence_length // self.context_ranks
 
     def moved(self, numbers: float) -> float:
         """Seconds to move this many numbers in the format of the residual stream through memory."""

@@ -36,6 +36,7 @@ def plan_run_communication(config: RunConfig, *, world_size: int, rank: int) -> 
         stage=place["pp"],
         shard_index=(place["dp"] * topology.context_parallel_size + place["cp"]) % sizes[AxisName.SHARD],
         tensor_index=place["tp"],
+        context_index=place["cp"],
     )
     shape = batch_shape(train, config.parallel, data_parallel_size=topology.data_parallel_size)
     step = Step(

@@ -124,6 +124,7 @@ def _microbatch_cost(work: StepWork, stage: StageWork, rates: Rates) -> Cost:
         element_bytes=2 if work.dtype == "bf16" else FP32_BYTES,
         is_compiled=bool(train.compile.enabled),
         rates=rates,
+        context_ranks=stage.grid.context,
     )
     costs = [weights_cost(batch, stage.num_computed, accumulates=work.shape.num_microbatches > 1)]
     recomputed = range(0, model.num_layers, train.recompute_every_n_layers)

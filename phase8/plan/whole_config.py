@@ -46,7 +46,7 @@ def plan_stages(config: RunConfig, *, world_size: int, device_type: str, device_
     topology = run_topology(config.parallel, world_size=world_size)
     return plan_each_stage(
         Workload(
-            model=config.model,
+            model=config.model.model_copy(update={"sequence_length": config.model.sequence_length // topology.context_parallel_size}),
             train=config.train,
             zero=config.zero,
             pipeline=pipeline_of(config.parallel),

@@ -208,8 +208,38 @@ def test_what_does_not_go_with_tensor_parallelism(tmp_path, settings, sentence):
 
 
 def test_parallel_degrees_are_refused_until_built(tmp_path):
-    config = config_with("parallel.context_parallel_size=2", directory=tmp_path)
-    assert find_problems(config, world_size=2) == ["parallel.context_parallel_size is 2, which is not supported yet; use 1."]
+    config = config_with("parallel.expert_parallel_size=2", directory=tmp_path)
+    assert "parallel.expert_parallel_size is 2, which is not supported yet; use 1." in find_problems(config, world_size=2)
+
+
+@pytest.mark.parametrize(
+    ("settings", "sentence"),
+    [
+        ([], None),
+        (
+            ["model.sequence_length=130"],
+            "parallel.context_parallel_size 4 does not divide model.sequence_length 130; change one of them.",
+        ),
+        (
+            ["model.sequence_length=132", "parallel.tensor_parallel_size=2"],
+            "parallel.tensor_parallel_size 2 does not divide the 33 tokens of a slice (model.sequence_length 132 / "
+            "parallel.context_parallel_size 4); change one of them.",
+        ),
+        (
+            ["model.block=transformer"],
+            "parallel.context_parallel_size is 4, but model.block is transformer, whose attention sees all earlier tokens; use 1, or "
+            "model.block phase8.",
+        ),
+        (
+            ["zero.stage=3", "zero.shard_size=3"],
+            "zero.shard_size 3 does not divide the data-parallel size times parallel.context_parallel_size, 4; choose a divisor.",
+        ),
+    ],
+)
+def test_what_context_parallelism_needs(tmp_path, settings, sentence):
+    config = config_with("parallel.context_parallel_size=4", *settings, directory=tmp_path)
+    world_size = 4 * config.parallel.tensor_parallel_size
+    assert find_problems(config, world_size=world_size) == ([] if sentence is None else [sentence])
 
 
 @pytest.mark.parametrize(

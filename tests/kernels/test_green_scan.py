@@ -2,6 +2,7 @@ import pytest
 import torch
 
 from phase8.kernels.green_scan import _backward, _forward, green_scan
+from phase8.kernels.reference.green_scan import compose, coupling
 
 LENGTHS = [1, 2, 63, 257]
 
@@ -119,3 +120,17 @@ def test_opcheck_of_the_backward(with_state, transposed):
     grad = torch.randn(2, 3, 6, 2, dtype=torch.float64).transpose(1, 2) if transposed else torch.randn_like(g)
     torch.library.opcheck(_backward, (grad, g, hopping, starts, state))
     torch.library.opcheck(_forward, (potential, energy, eta, hopping, starts, state))
+
+
+def test_maps_compose_as_their_matrices_up_to_a_scale():
+    early, late = torch.randn(2, 2, 2, dtype=torch.complex128)
+    found = torch.stack(compose(tuple(early.flatten()), tuple(late.flatten()))).reshape(2, 2)
+    torch.testing.assert_close(found / found[0, 0], (late @ early) / (late @ early)[0, 0])
+
+
+def test_nothing_is_coupled_to_the_token_before_a_document():
+    potential, *_, hopping = problem(4)
+    starts = torch.tensor([[False, True, False, False]]).expand(2, 4)
+    expected = hopping.expand(2, 4, 3).clone()
+    expected[:, 1] = 0
+    assert torch.equal(coupling(hopping, starts, potential), expected)

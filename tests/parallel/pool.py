@@ -5,6 +5,7 @@ that size, made for the job and destroyed after it: the code under test sees wha
 GPU of its rank. Whatever goes wrong, the workers are thrown away, and the next job starts new ones.
 """
 
+import faulthandler
 import gc
 import importlib
 import multiprocessing
@@ -141,6 +142,7 @@ class Pool:
 
 def work(rank, port, connection):
     """What a worker does all its life."""
+    faulthandler.enable()  # a rank that crashes says where
     os.environ["OMP_NUM_THREADS"] = "1"  # for the processes that a job starts
     import torch
     import torch.distributed as dist

@@ -40,6 +40,7 @@ class Counter(TorchDispatchMode):
     OPERATORS = {  # noqa: RUF012
         "_c10d_functional::all_gather_into_tensor": (Operation.ALL_GATHER, lambda x, size, group: x.nbytes * size),
         "_c10d_functional::reduce_scatter_tensor": (Operation.REDUCE_SCATTER, lambda x, *_: x.nbytes),
+        "_c10d_functional::all_to_all_single": (Operation.ALL_TO_ALL, lambda x, *_: x.nbytes),
         "_c10d_functional::all_reduce": (Operation.ALL_REDUCE, lambda x, *_: x.nbytes),
         "c10d::_allgather_base_": (Operation.ALL_GATHER, lambda output, *_: output.nbytes),
         "c10d::_reduce_scatter_base_": (Operation.REDUCE_SCATTER, lambda output, x, *_: x.nbytes),
@@ -52,7 +53,8 @@ class Counter(TorchDispatchMode):
     def __init__(self, mesh):
         super().__init__()
         self.counts, self.num_bytes = collections.Counter(), collections.Counter()
-        names = [name for name in AxisName if mesh.device_mesh[name].size() > 1]
+        names = [name for name in AxisName if name != AxisName.CONTEXT and mesh.device_mesh[name].size() > 1]
+        self.context = mesh.cp.group if mesh.cp.size > 1 else None
         self.axes = {name: set(dist.get_process_group_ranks(mesh.device_mesh[name].get_group())) for name in names}
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
@@ -72,6 +74,8 @@ class Counter(TorchDispatchMode):
         ranks = dist.get_process_group_ranks(group)
         if len(ranks) == 1:
             return None
+        if self.context is not None and group.group_name == self.context.group_name:
+            return AxisName.CONTEXT
         return next((name for name, members in self.axes.items() if members.issuperset(ranks)), str(ranks))
 
     def table(self):
@@ -94,7 +98,9 @@ def step(train_state, config):
     generator = torch.Generator().manual_seed(train_state.mesh.data_parallel_index)
     size = (shape.num_microbatches, shape.micro_batch_size, config.model.sequence_length + 1)
     samples = torch.randint(0, config.model.vocab_size, size, generator=generator)
-    microbatches = [split_sample({"tokens": tokens}, reset_at_document_boundaries=False) for tokens in samples]
+    context = train_state.mesh.cp
+    whole = [split_sample({"tokens": tokens}, reset_at_document_boundaries=False) for tokens in samples]
+    microbatches = [microbatch.slice(context.index, context.size) for microbatch in whole]
     return train_step(train_state, microbatches, learning_rate=1e-3, gradient_clip_norm=1.0)
 
 
@@ -117,8 +123,9 @@ def planned(settings, world_size, rank):
     return {(str(each.axis), str(each.operation)): (each.count, each.num_bytes) for each in table}
 
 
-def case(world_size, *, tp=1, pp=1, stage=0, micro=None, more=()):
-    sizes = (f"parallel.tensor_parallel_size={tp}", f"parallel.pipeline_parallel_size={pp}", f"zero.stage={stage}")
+def case(world_size, *, tp=1, pp=1, cp=1, stage=0, micro=None, more=()):
+    degrees = {"tensor": tp, "pipeline": pp, "context": cp}
+    sizes = (*(f"parallel.{axis}_parallel_size={size}" for axis, size in degrees.items()), f"zero.stage={stage}")
     return world_size, (*sizes, *((f"train.micro_batch_size={micro}",) if micro else ()), *more)
 
 
@@ -152,6 +159,11 @@ CASES = {
     "tp2 dp2 zero 2, selective low-rank": case(4, tp=2, stage=2, micro=2, more=(*SELECTIVE, *LOW_RANK)),
     "tp2 zero 3 without data ranks": case(2, tp=2, stage=3, micro=2),
     "tp2 offloaded": case(2, tp=2, micro=2, more=OFFLOADED),
+    "cp2": case(2, cp=2),
+    "cp4 delta, chain, slices shorter than the window": case(4, cp=4, stage=3, micro=2, more=("model.global_path=delta", "model.chain=both")),
+    "cp2 tp2, full, global tokens": case(4, cp=2, tp=2, stage=2, micro=2, more=(*FULL, "model.global_tokens=3", "model.convolution_size=1")),
+    "cp2 dp2 zero 1 in pairs, selective": case(4, cp=2, stage=1, micro=2, more=(*SELECTIVE, "zero.shard_size=2")),
+    "cp2 pp2, window alone": case(4, cp=2, pp=2, micro=2, more=("model.global_path=none",)),
     "pp2": case(2, pp=2, micro=2),
     "pp2 interleaved": case(2, pp=2, micro=2, more=("parallel.pipeline_schedule=interleaved", "parallel.pipeline_chunks=2", "model.num_layers=5")),
     "pp4": case(4, pp=4, micro=2, more=("model.num_layers=4",)),

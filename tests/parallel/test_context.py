@@ -41,9 +41,7 @@ def forward_and_backward(block, begins, world_size):
     model = perturbed_model(section(block), context=axis)
     weights = torch.randn(2, LENGTH, model.section.d_model, generator=torch.Generator().manual_seed(3), dtype=torch.float64)
     starts = document_starts(*begins, length=LENGTH) if begins else None
-    tokens, starts, weights = (
-        None if x is None else x.chunk(axis.size, dim=1)[axis.index] for x in (random_tokens(length=LENGTH), starts, weights)
-    )
+    tokens, weights = (x.chunk(axis.size, dim=1)[axis.index] for x in (random_tokens(length=LENGTH), weights))
     hidden, _ = model(tokens, starts)
     (hidden * weights).sum().backward()
     return hidden.detach(), {name: parameter.grad for name, parameter in model.named_parameters() if parameter.grad is not None}

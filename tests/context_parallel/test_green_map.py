@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from phase8.kernels.green_map import gradient_before_slices, gradient_factor, green_map, value_after_slices
+from phase8.context_parallel.green_map import gradient_before_slices, gradient_factor, green_map, value_after_slices
 from phase8.kernels.green_scan import green_scan, green_scan_backward
 from tests.kernels.recurrences import random_starts
 from tests.kernels.test_green_scan import problem
