@@ -6,8 +6,10 @@ import torch
 import torch.distributed as dist
 from torch.distributed.tensor import Replicate
 
+from phase8.context_parallel import fetch, green, slices
 from phase8.distributed import collectives
-from phase8.model import convolution, global_path, mixer, norm
+from phase8.kernels import state_map
+from phase8.model import convolution, global_path, mixer, model, norm
 from phase8.pipeline_parallel import engine
 from phase8.pipeline_parallel.lowering import Payload
 from phase8.tensor_parallel import cross_entropy, embedding, linear, products
@@ -226,6 +228,61 @@ def synchronised_too_early():
     return replaced((engine.Engine, "is_last_backward"), by=lambda old: lambda self, kind, microbatch, chunk: microbatch == 0)
 
 
+def state_begins_anew():
+    """The memory of the recurrence does not cross the border of a slice."""
+    return replaced((slices.EarlierSlices, "entering_state"), by=lambda old: lambda self, own: 0 * old(self, own))
+
+
+def decay_of_slices_is_forgotten():
+    """A slice adds to the memory that enters it, and leaves the rest as it was."""
+    return replaced((state_map.DecayMap, "__call__"), by=lambda old: lambda self, state: state + self.added)
+
+
+def tokens_one_too_early():
+    """A slice fetches the tokens before those that it needs."""
+    def earlier(old):
+        def wanted(length, num_ranks, *, before, first=0):
+            found = old(length, num_ranks, before=before, first=first)
+            return [[range(max(last.start - 1, 0), max(last.start - 1, 0) + len(last)), first] for last, first in found]
+
+        return wanted
+
+    return replaced((slices, "wanted_tokens"), by=earlier)
+
+
+def gradients_of_fetched_tokens_stay():
+    """What other ranks fetched of a slice gets no gradient from them."""
+    home = lambda old: staticmethod(lambda ctx, grad: (0 * old.__func__(ctx, grad)[0], None, None))  # noqa: E731
+    return replaced((fetch._FetchTokens, "backward"), by=home)
+
+
+def every_slice_begins_at_zero():
+    """Each slice counts its positions from its own first token."""
+    def without_slices(old):
+        def angles(*arguments, first_position, **rest):
+            return old(*arguments, first_position=0, **rest)
+
+        return angles
+
+    return replaced((model, "rotary_angles"), by=without_slices)
+
+
+def documents_end_with_slices():
+    """A document does not go on in the next slice."""
+    def ended(old):
+        def numbers(self, starts, wanted, length):
+            return [found - 1 for found in old(self, starts, wanted, length)]
+
+        return numbers
+
+    return replaced((slices.EarlierSlices, "_documents"), by=ended)
+
+
+def chain_without_gradient_of_later_slices():
+    """No gradient of the Green function comes back over the border of a slice."""
+    return replaced((green, "gradient_before_slices"), by=lambda old: lambda added, factors: 0 * old(added, factors))
+
+
 # name -> what to apply; and the settings on which it must show.
 MUTATIONS = {
     function.__name__: function
@@ -235,5 +292,7 @@ MUTATIONS = {
         gradient_stays_a_summand, embedding_of_one_rank, first_id_of_the_first, extra_all_reduce,
         copies_not_summed, copies_counted_twice, gradient_of_another_microbatch, synchronised_too_early,
         scalars_of_the_neighbour, gate_of_one_rank_has_its_gradient, lengths_of_the_neighbour,
+        state_begins_anew, decay_of_slices_is_forgotten, tokens_one_too_early, gradients_of_fetched_tokens_stay, every_slice_begins_at_zero,
+        documents_end_with_slices, chain_without_gradient_of_later_slices,
     )
 }  # fmt: skip

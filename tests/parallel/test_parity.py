@@ -174,6 +174,8 @@ SHOWS_ON = {
     "data": ("default", ranks(dp=2, stage=3)),
     "both": ("default", ranks(tp=2, dp=2, stage=2)),
     "stages": ("tied", ranks(pp=2, more=("train.micro_batch_size=2",))),
+    "slices": ("whole", ranks(cp=2)),
+    "more slices": ("whole", ranks(cp=4)),  # of two slices, none has one before it and one after it
     "stages and data": ("tied", ranks(pp=2, dp=2, more=("train.micro_batch_size=2",))),
 }
 PLACE = {
@@ -185,6 +187,9 @@ PLACE = {
     "synchronised_too_early": "stages and data", "scalars_of_the_neighbour": "tensor, delta",
     "gate_of_one_rank_has_its_gradient": "tensor, options",
     "lengths_of_the_neighbour": "tensor, options",
+    "state_begins_anew": "slices", "decay_of_slices_is_forgotten": "more slices", "tokens_one_too_early": "slices",
+    "gradients_of_fetched_tokens_stay": "slices", "every_slice_begins_at_zero": "slices", "documents_end_with_slices": "slices",
+    "chain_without_gradient_of_later_slices": "slices",
 }  # fmt: skip
 
 
