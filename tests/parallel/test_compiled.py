@@ -8,6 +8,7 @@ from torch._functorch import config as functorch_config
 
 from phase8.config.auto import without_auto
 from phase8.config.load import load_config
+from phase8.data.microbatch import split_sample
 from phase8.distributed.mesh import build_mesh
 from phase8.distributed.placement import gathered
 from phase8.topology import Topology
@@ -21,21 +22,24 @@ SETTINGS = (
 )  # fmt: skip
 
 
-def gradients_of_both(tensor_ranks, stage, budget, model, backend):
+def gradients_of_both(axis, stage, budget, model, backend):
     """Largest difference between compiled and eager gradients, over the largest gradient of each parameter, and both losses."""
     config = without_auto(load_config(os.devnull, [*SETTINGS, f"zero.stage={stage}", *model]))
-    topology = Topology(1, 2 // tensor_ranks, 1, tensor_ranks)
+    topology = Topology(**{f"{axis}_parallel_size": 2})
     mesh = build_mesh(topology, device_type="cpu", shard_size=shard_size(config.zero, num_token_ranks=topology.num_token_ranks))
     train_state = build_train_state(config, mesh=mesh, device=torch.device("cpu"), dtype=torch.float32)
     perturb(train_state)
     tokens = torch.randint(64, (2, 33), generator=torch.Generator().manual_seed(0))
+    starts = torch.zeros(2, 33, dtype=torch.bool)
+    starts[:, [0, 13]] = True
+    batch = split_sample({"tokens": tokens, "document_starts": starts}, reset_at_document_boundaries=True).slice(mesh.cp.index, mesh.cp.size)
     torch.compiler.reset()  # or it takes what was compiled with another budget
     results, functorch_config.activation_memory_budget = [], budget
     for compiled in (False, True):
         if compiled:
             for block in train_state.model.blocks.values():
                 block.compile(fullgraph=True, backend=backend)
-        loss = train_state.model.loss_sum(tokens[:, :-1], tokens[:, 1:])
+        loss = train_state.model.loss_sum(batch.tokens, batch.targets, batch.starts)
         loss.backward()
         results.append((loss.item(), gathered({name: p.grad for name, p in train_state.model.named_parameters()}, keep=True)))
         train_state.shards.drop_gradients()
@@ -45,6 +49,7 @@ def gradients_of_both(tensor_ranks, stage, budget, model, backend):
 
 
 DELTA = ("model.global_path=delta",)
+CHAIN = ("model.chain=both", "model.global_tokens=2")
 OPTIONS = (
     *DELTA, "model.global_gate=channel", "model.decay_floor=-5", "model.local_qk_norm=true", "model.global_activation=silu",
     "model.rotary=[true,false]",
@@ -55,13 +60,19 @@ INDUCTOR, PARTITION = "inductor", "aot_eager_decomp_partition"  # with the same 
 
 
 @pytest.mark.parametrize(
-    ("tensor_ranks", "stage", "budget", "model", "backend"),
+    ("axis", "stage", "budget", "model", "backend"),
     # The compiler takes half a minute to a minute for each of the last ones, whose parts are in the others.
     [
-        (2, 0, 1.0, (), INDUCTOR), (1, 3, 1.0, (), INDUCTOR), (1, 3, 0.3, (), PARTITION), (1, 3, 0.3, DELTA, PARTITION),
-        *(pytest.param(*case, INDUCTOR, marks=pytest.mark.full) for case in ((1, 3, 0.3, ()), (1, 3, 0.3, DELTA), (2, 0, 1.0, OPTIONS))),
+        ("tensor", 0, 1.0, (), INDUCTOR), ("data", 3, 1.0, (), INDUCTOR), ("data", 3, 0.3, (), PARTITION), ("data", 3, 0.3, DELTA, PARTITION),
+        ("context", 0, 1.0, CHAIN, PARTITION),
+        *(
+            pytest.param(*case, INDUCTOR, marks=pytest.mark.full)
+            for case in (
+                ("data", 3, 0.3, ()), ("data", 3, 0.3, DELTA), ("tensor", 0, 1.0, OPTIONS), ("context", 3, 1.0, CHAIN), ("context", 3, 1.0, OPTIONS),
+            )
+        ),
     ],
 )  # fmt: skip
-def test_compiled_blocks_have_the_gradients_of_eager_ones(pool, tensor_ranks, stage, budget, model, backend):
-    difference, loss, eager_loss = pool.run(gradients_of_both, tensor_ranks, stage, budget, model, backend, world_size=2, timeout_seconds=300)[0]
+def test_compiled_blocks_have_the_gradients_of_eager_ones(pool, axis, stage, budget, model, backend):
+    difference, loss, eager_loss = pool.run(gradients_of_both, axis, stage, budget, model, backend, world_size=2, timeout_seconds=300)[0]
     assert difference < 1e-4 and loss == pytest.approx(eager_loss, rel=1e-6)
