@@ -27,12 +27,7 @@ def causal_convolution(
     length, taps = x.shape[1], weight.shape[1]
     weight = weight.to(x.dtype)
     padded = F.pad(x, (0, 0, taps - 1, 0)) if initial_state is None else torch.cat((initial_state.to(x.dtype), x), dim=1)
-    final_state = padded[:, length:]
-    if starts is not None and initial_state is not None:
-        # Document starts that come after each token: the next piece does not know of them.
-        later = starts.int().flip(1).cumsum(1).flip(1) - starts.int()
-        later = torch.cat(((later[:, :1] + starts[:, :1]).expand(-1, taps - 1), later), dim=1)
-        final_state = final_state * (later[:, length:] == 0)[..., None]
+    final_state = padded[:, length:] if starts is None or initial_state is None else inputs_to_carry(padded, starts)
     if starts is None and x.device.type == "cpu":
         return F.conv1d(padded.transpose(1, 2), weight[:, None], groups=weight.shape[0]).transpose(1, 2), final_state
     # Computed as shifted products, which the compiler fuses with their surroundings; a convolution would be a kernel of its own in another layout.
@@ -46,3 +41,16 @@ def causal_convolution(
             term = term * connected[..., None]
         y = y + term
     return y, final_state
+
+
+def inputs_to_carry(padded: Tensor, starts: Tensor) -> Tensor:
+    """The last taps - 1 inputs [B, taps - 1, C], 0 where a later token begins a document: the next piece does not know of it.
+
+    Args:
+        padded: The carried inputs and those of this piece [B, taps - 1 + T, C].
+        starts: True where a token of this piece begins a document [B, T].
+    """
+    length = starts.shape[1]
+    later = starts.int().flip(1).cumsum(1).flip(1) - starts.int()
+    later = torch.cat(((later[:, :1] + starts[:, :1]).expand(-1, padded.shape[1] - length), later), dim=1)
+    return padded[:, length:] * (later[:, length:] == 0)[..., None]

@@ -5,11 +5,16 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from phase8.kernels.backends import uses_triton
+from phase8.kernels.causal_convolution import inputs_to_carry
 from phase8.kernels.reference import mixer_inputs as reference
 from phase8.kernels.reference.mixer_inputs import MixerInputs
+
+# Pieces of a sequence that are shorter, as in decoding, take one plain step: a kernel would gain nothing.
+SHORTEST_PIECE = 64
 
 
 @torch.library.custom_op("phase8::mixer_inputs", mutates_args=())
@@ -82,8 +87,24 @@ def mixer_inputs(
     initial_state: Tensor | None = None,
 ) -> tuple[MixerInputs, Tensor]:
     """Convolution, rotation and normalisation; arguments and results as in the reference of the same name."""
-    if qkv.device.type == "cpu" or initial_state is not None:
-        # Decoding carries a state; on a CPU, autograd keeps what the operator's backward would recompute.
+    is_short = initial_state is not None and qkv.shape[1] < SHORTEST_PIECE
+    if qkv.device.type == "cpu" or is_short:
+        # Decoding is short; on a CPU, autograd keeps what the operator's backward would recompute.
         return reference.mixer_inputs(qkv, weight, angles, radius, eps=eps, silu=silu, starts=starts, initial_state=initial_state)
+    if initial_state is not None and weight is not None:
+        return _of_piece(qkv, weight, angles, radius, eps=eps, silu=silu, starts=starts, initial_state=initial_state)
     num_carried = 0 if weight is None else weight.shape[1] - 1
     return MixerInputs(*_forward(qkv, weight, angles, radius, starts, eps, silu)), qkv.flatten(2)[:, qkv.shape[1] - num_carried :]
+
+
+def _of_piece(
+    qkv: Tensor, weight: Tensor, angles: Tensor, radius: Tensor | None, *, eps: float, silu: bool, starts: Tensor | None, initial_state: Tensor
+) -> tuple[MixerInputs, Tensor]:
+    """The operator for a piece of a sequence: the carried projections are tokens before it, whose results are dropped."""
+    num_carried = weight.shape[1] - 1
+    padded = torch.cat((initial_state.to(qkv.dtype).unflatten(2, qkv.shape[2:]), qkv), dim=1)
+    padded_starts = None if starts is None else F.pad(starts, (num_carried, 0))
+    inputs = _forward(padded, weight, F.pad(angles, (0, 0, num_carried, 0)), radius, padded_starts, eps, silu)
+    flat = padded.flatten(2)
+    state = flat[:, qkv.shape[1] :] if starts is None else inputs_to_carry(flat, starts)
+    return MixerInputs(*(x[:, num_carried:].contiguous() for x in inputs)), state

@@ -4,7 +4,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from phase8.kernels.causal_convolution import causal_convolution
+from phase8.kernels.causal_convolution import causal_convolution, inputs_to_carry
 
 
 def problem(length, taps):
@@ -48,3 +48,9 @@ def test_packed_documents_equal_separate_ones(begins):
     bounds = sorted({0, *begins, 12})
     separate = [causal_convolution(x[:, a:b], weight)[0] for a, b in itertools.pairwise(bounds)]
     torch.testing.assert_close(causal_convolution(x, weight, starts)[0], torch.cat(separate, 1))
+
+
+def test_inputs_of_an_earlier_document_are_not_carried():
+    padded, starts = torch.ones(2, 3 + 2, 1), torch.tensor([[False, True], [True, False]])
+    carried = inputs_to_carry(padded, starts)[..., 0]
+    assert carried.tolist() == [[0, 0, 1], [0, 1, 1]]

@@ -76,6 +76,18 @@ def test_pieces_with_carried_state_equal_the_whole(pieces, silu):
 
 
 @both_activations
+@pytest.mark.parametrize("packed", [False, True])
+def test_the_operator_takes_a_piece_as_plain_torch_does(packed, silu):
+    (qkv, weight, angles, radius), starts, gradients = problem((12, 2, 8, 4, True, packed))
+    state = torch.randn(2, 3, 48, dtype=torch.float64, requires_grad=True)
+    results = []
+    for function in (kernel._of_piece, mixer_inputs):
+        inputs, carried = function(qkv, weight, angles, radius, eps=EPS, silu=silu, starts=starts, initial_state=state)
+        results.append((inputs, carried, torch.autograd.grad(inputs, [qkv, weight, radius, state], gradients)))
+    torch.testing.assert_close(*results, rtol=1e-5, atol=1e-6)  # as above
+
+
+@both_activations
 @pytest.mark.parametrize("case", CASES)
 def test_opcheck(case, silu):
     arguments, starts, gradients = problem(case)
