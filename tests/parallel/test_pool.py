@@ -145,6 +145,19 @@ def test_a_rank_that_dies_is_named_and_replaced(pool):
     assert pool.run(process_id, world_size=2) == pool.processes[:2]
 
 
+def crash_once(path):
+    """Rank 1 has a memory fault unless it had one before."""
+    if dist.get_rank() == 1 and not path.exists():
+        path.touch()
+        os.kill(os.getpid(), signal.SIGSEGV)
+    return dist.get_rank()
+
+
+def test_a_job_with_a_memory_fault_runs_once_more_and_says_so(pool, tmp_path):
+    with pytest.warns(UserWarning, match="rank 1 died with exit code -11. The job runs once more."):
+        assert pool.run(crash_once, tmp_path / "crashed", world_size=2) == [0, 1]
+
+
 def test_a_job_that_hangs_ends_at_its_time_out_and_leaves_no_process(pool):
     pool.run(process_id, world_size=2)
     hanging = pool.processes
