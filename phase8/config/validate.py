@@ -168,11 +168,12 @@ def _budget(train: TrainSection, parallel: ParallelSection) -> Iterator[str]:
             f"train.recompute_every_n_layers is {train.recompute_every_n_layers}, but train.recompute is budget, which all layers share; "
             "set it to 1."
         )
-    if parallel.tensor_parallel_size > 1:
-        yield (
-            f"train.recompute is budget with parallel.tensor_parallel_size {parallel.tensor_parallel_size}, but torch.compile cannot weigh "
-            "what holds a process group; set recompute to selective or full."
-        )
+    for axis, size in (("tensor", parallel.tensor_parallel_size), ("context", parallel.context_parallel_size)):
+        if size > 1:
+            yield (
+                f"train.recompute is budget with parallel.{axis}_parallel_size {size}, but torch.compile cannot weigh what holds a process group; "
+                "set recompute to selective or full."
+            )
 
 
 def _tensor_parallel(model: ModelSection, num_ranks: int) -> Iterator[str]:

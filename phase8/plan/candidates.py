@@ -223,11 +223,12 @@ def _predicted(settled: Sequence[RunConfig], world_size: int, device: Device, *,
 
 def _microbatch_sizes(config: RunConfig, world_size: int) -> list[int]:
     """Divisors of a rank's sequences per step, smallest first; a single size if the config sets it."""
-    num_ranks = run_topology(config.parallel, world_size=world_size).data_parallel_size
-    shape = batch_shape(config.train, config.parallel, data_parallel_size=num_ranks)
+    topology = run_topology(config.parallel, world_size=world_size)
+    shape = batch_shape(config.train, config.parallel, data_parallel_size=topology.data_parallel_size)
     if "train.micro_batch_size" not in automatic_keys(config) or config.parallel.num_microbatches is not None:
         return [shape.micro_batch_size]
-    return divisors(shape.global_batch_size // shape.data_parallel_size, max(MOST_TOKENS // config.model.sequence_length, 1))
+    slice_length = config.model.sequence_length // topology.context_parallel_size
+    return divisors(shape.global_batch_size // shape.data_parallel_size, max(MOST_TOKENS // slice_length, 1))
 
 
 def divisors(number: int, largest: int) -> list[int]:

@@ -110,6 +110,8 @@ def layout_in_words(config: RunConfig, world_size: int) -> str:
     if topology.pipeline_parallel_size > 1:
         chunks = f", {parallel.pipeline_chunks} chunks" if parallel.pipeline_chunks > 1 else ""
         parts.append(f"pipeline {topology.pipeline_parallel_size} ({parallel.pipeline_schedule}{chunks})")
+    if topology.context_parallel_size > 1:
+        parts.append(f"context {topology.context_parallel_size}")
     if topology.data_parallel_size > 1:
         shards = f" in shards of {zero.shard_size}" if zero.shard_size is not None else ""
         parts.append(f"data {topology.data_parallel_size}, ZeRO {zero.stage}{shards}")

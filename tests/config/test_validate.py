@@ -226,6 +226,11 @@ def test_parallel_degrees_are_refused_until_built(tmp_path):
             "parallel.context_parallel_size 4); change one of them.",
         ),
         (
+            ["train.recompute=budget", "train.compile.enabled=true"],
+            "train.recompute is budget with parallel.context_parallel_size 4, but torch.compile cannot weigh what holds a process group; "
+            "set recompute to selective or full.",
+        ),
+        (
             ["model.block=transformer"],
             "parallel.context_parallel_size is 4, but model.block is transformer, whose attention sees all earlier tokens; use 1, or "
             "model.block phase8.",

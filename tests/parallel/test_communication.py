@@ -182,6 +182,16 @@ def test_a_step_communicates_what_the_planner_says(pool, name):
         assert steps == [planned(settings, world_size, rank)] * 2, f"rank {rank}"
 
 
+@pytest.mark.parametrize("block", [(), ("model.global_path=delta", "model.chain=both", "model.global_tokens=3")], ids=["default", "whole"])
+def test_what_slices_exchange_does_not_depend_on_the_length(pool, block):
+    found = []
+    for length in (48, 192):
+        settings = (*CASES["cp2"][1], *block, f"model.sequence_length={length}")
+        found.append([step["cp", "all_to_all"] for step, _ in pool.run(counted, settings, 2, world_size=2)])
+        found[-1] += [step["cp", "all_gather"] for step, _ in pool.run(counted, settings, 2, world_size=2)]
+    assert found[0] == found[1]
+
+
 def gather_once_more(train_state):
     """All tokens before each feed-forward, for nothing."""
 

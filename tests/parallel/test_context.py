@@ -27,21 +27,21 @@ BLOCKS = {
 DOCUMENTS = {"one document": (), "documents": (0, 5, 12, 13, 20)}
 
 
-def section(block):
-    return scaled_down(ModelSection(), **{"sequence_length": LENGTH, **BLOCKS[block]})
+def section(block, length):
+    return scaled_down(ModelSection(), **{"sequence_length": length, **BLOCKS[block]})
 
 
 def context_axis(world_size):
     return ALONE if world_size == 1 else Axis(init_device_mesh("cpu", (world_size,)))
 
 
-def forward_and_backward(block, begins, world_size):
+def forward_and_backward(block, begins, world_size, length=LENGTH):
     """Hidden states of this rank's slice, and its summand of every gradient."""
     axis = context_axis(world_size)
-    model = perturbed_model(section(block), context=axis)
-    weights = torch.randn(2, LENGTH, model.section.d_model, generator=torch.Generator().manual_seed(3), dtype=torch.float64)
-    starts = document_starts(*begins, length=LENGTH) if begins else None
-    tokens, weights = (x.chunk(axis.size, dim=1)[axis.index] for x in (random_tokens(length=LENGTH), weights))
+    model = perturbed_model(section(block, length), context=axis)
+    weights = torch.randn(2, length, model.section.d_model, generator=torch.Generator().manual_seed(3), dtype=torch.float64)
+    starts = document_starts(*begins, length=length) if begins else None
+    tokens, weights = (x.chunk(axis.size, dim=1)[axis.index] for x in (random_tokens(length=length), weights))
     hidden, _ = model(tokens, starts)
     (hidden * weights).sum().backward()
     return hidden.detach(), {name: parameter.grad for name, parameter in model.named_parameters() if parameter.grad is not None}
@@ -64,8 +64,18 @@ def whole():
 @pytest.mark.parametrize("documents", DOCUMENTS)
 @pytest.mark.parametrize("block", BLOCKS)
 def test_slices_together_are_the_whole(pool, whole, block, documents, world_size):
-    hidden, gradients = whole(block, documents)
     slices = pool.run(forward_and_backward, block, DOCUMENTS[documents], world_size, world_size=world_size)
+    are_together(slices, whole(block, documents))
+
+
+@pytest.mark.parametrize("block", BLOCKS)
+def test_slices_of_one_token(pool, block):
+    slices = pool.run(forward_and_backward, block, (0, 3), 8, 8, world_size=8)
+    are_together(slices, forward_and_backward(block, (0, 3), 1, 8))
+
+
+def are_together(slices, whole):
+    hidden, gradients = whole
     torch.testing.assert_close(torch.cat([part for part, _ in slices], 1), hidden, rtol=1e-9, atol=1e-11)
     assert all(found.keys() == gradients.keys() for _, found in slices)
     together = {name: sum(found[name] for _, found in slices) for name in gradients}

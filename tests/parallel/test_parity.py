@@ -120,6 +120,13 @@ FULL = [
     for number, stage in enumerate(range(4) if dp > 1 else (0,))
     for schedule in (SCHEDULES if tp == dp == 1 else [["1f1b", "interleaved"][number % 2]])  # alone each schedule, else in turn
     for layers in [pp * (2 if schedule == "interleaved" else 1)]
+] + [
+    (block, ranks(tp=tp, pp=pp, dp=dp, cp=cp, stage=stage, more=(SLOWLY,)))
+    for block in BLOCKS
+    if not block.startswith(("deep", "transformer"))
+    for cp, tp, pp, dp in itertools.product((2, 4, 8), (1, 2), (1, 2), (1, 2))
+    if cp * tp * pp * dp <= 8
+    for stage in (0, 3)
 ]
 
 
