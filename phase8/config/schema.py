@@ -167,9 +167,13 @@ class TrainSection(Section):
     deterministic: bool = key(False, "refuse operations without a deterministic implementation")
     evaluate_every_n_steps: NonNegativeInt = key(100, "steps between evaluations; 0: never")
     evaluation_sequences: SequenceCount = key(256, "sequences of an evaluation, always the same ones")
-    recompute: Literal["auto", "none", "full", "selective", "budget"] = key(
+    recompute: Literal["auto", "none", "full", "slices", "selective", "budget"] = key(
         "auto",
-        "activations recomputed in backward: none, whole blocks, the mixer only, or what torch.compile chooses; auto also sets the next two keys",
+        "activations recomputed in backward: none, whole blocks, whole blocks slice by slice of the sequence, the mixer only, or what torch.compile "
+        "chooses; auto also sets activation_memory_budget and recompute_every_n_layers",
+    )
+    recompute_slice_tokens: TokenCount = key(
+        16384, "recompute slices: tokens of a slice; beside the residual stream, activations take no more memory than those of one slice"
     )
     activation_memory_budget: Annotated[float, Field(ge=0, le=1)] = key(
         0.5, "recompute budget: share of their activations that blocks may keep; 0: their inputs only"

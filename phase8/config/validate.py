@@ -47,6 +47,7 @@ def find_problems(config: RunConfig, *, world_size: int = 1) -> list[str]:
         *_train(config.train, config.model, world_size),
         *_cuda_graphs(config),
         *_budget(config.train, config.parallel),
+        *_slices(config),
         *_async_tensor_parallel(config.parallel),
         *_data(config),
         *_tensor_parallel(config.model, config.parallel.tensor_parallel_size),
@@ -106,6 +107,8 @@ def _train(train: TrainSection, model: ModelSection, world_size: int) -> Iterato
             f"train.recompute_every_n_layers is {train.recompute_every_n_layers}, but train.recompute is {train.recompute}; "
             "set it to full or selective."
         )
+    if train.recompute == "slices" and model.block != "phase8":
+        yield f"train.recompute is slices, but model.block is {model.block}, whose state grows with the sequence; set train.recompute to full."
     if train.recompute_every_n_layers > model.num_layers:
         yield (
             f"train.recompute_every_n_layers {train.recompute_every_n_layers} exceeds model.num_layers {model.num_layers}; "
@@ -206,6 +209,13 @@ def _context_parallel(model: ModelSection, parallel: ParallelSection) -> Iterato
             f"parallel.context_parallel_size is {num_slices}, but model.block is {model.block}, whose attention sees all earlier tokens; use 1, "
             "or model.block phase8."
         )
+
+
+def _slices(config: RunConfig) -> Iterator[str]:
+    parallel = config.parallel
+    for axis, size in (("tensor", parallel.tensor_parallel_size), ("context", parallel.context_parallel_size)):
+        if config.train.recompute == "slices" and size > 1:
+            yield f"train.recompute is slices with parallel.{axis}_parallel_size {size}, which divides the sequence itself; set recompute to full."
 
 
 def _zero(config: RunConfig, world_size: int) -> Iterator[str]:

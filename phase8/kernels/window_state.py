@@ -33,6 +33,10 @@ class WindowState:
     global_documents: Tensor
     num_seen: int
 
+    def copied(self) -> WindowState:
+        """The same state in memory of its own."""
+        return WindowState(*(part.clone() if isinstance(part, Tensor) else part for part in vars(self).values()))
+
 
 @dataclass(frozen=True)
 class VisibleKeys:

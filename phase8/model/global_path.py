@@ -53,6 +53,10 @@ class GlobalState:
     memory: Tensor
     green: Tensor | None
 
+    def copied(self) -> GlobalState:
+        """The same state in memory of its own."""
+        return GlobalState(self.memory.clone(), None if self.green is None else self.green.clone())
+
 
 class Projections(NamedTuple):
     """What the global path computes from the mixer's input by linear layers.

@@ -45,6 +45,10 @@ class MixerState:
     window: WindowState | None
     global_path: GlobalState | None
 
+    def copied(self) -> MixerState:
+        """The same state in memory of its own."""
+        return MixerState(*(None if part is None else part.clone() if isinstance(part, Tensor) else part.copied() for part in vars(self).values()))
+
 
 class LorentzScore(nn.Module):
     """Curvature and temperature of the hyperbolic score: every q and k lies at a learned radius from the origin.

@@ -4,6 +4,7 @@
 |---|---|---|
 | `full`, one tensor-parallel rank | all of a block | inside the block's call |
 | `full`, several ranks | all of a block | around the block's call |
+| `slices` | all of a block, for one slice of the sequence after the other, from the state that the slice before it leaves | around the block's call |
 | `selective` | the mixer and its norm | inside the block's call |
 | `none`, `budget` | nothing here | nowhere (`budget` is carried out by torch.compile) |
 
@@ -14,21 +15,25 @@ leaves it out. Torch 2.11 would keep the result of an autograd.Function inside t
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
+from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
+from phase8.model.block import Block, BlockOutput, BlockState
 from phase8.model.model import LanguageModel
 
 
-def apply_recomputation(model: LanguageModel, mode: str, *, every_n_layers: int = 1) -> None:
+def apply_recomputation(model: LanguageModel, mode: str, *, every_n_layers: int = 1, slice_tokens: int | None = None) -> None:
     """Makes blocks of a model, or of a chunk, recompute their activations in backward.
 
     Args:
         model: Model without recomputation so far.
         mode: Mode from the table.
         every_n_layers: Distance n of the recomputed layers 0, n, 2n, ... of the whole model.
+        slice_tokens: Tokens of a slice in mode `slices`.
     """
     for layer, block in model.blocks.items():
         if int(layer) % every_n_layers:
@@ -39,6 +44,9 @@ def apply_recomputation(model: LanguageModel, mode: str, *, every_n_layers: int 
             block.run_inside = recomputed
         elif mode == "full":
             block.run_outside = recomputed
+        elif mode == "slices":
+            assert slice_tokens is not None  # a config has it
+            block.run_outside = partial(recomputed_in_slices, slice_tokens)
 
 
 def recomputed(function: Callable[..., Any], *arguments: object) -> Any:
@@ -46,3 +54,34 @@ def recomputed(function: Callable[..., Any], *arguments: object) -> Any:
     if not torch.is_grad_enabled():
         return function(*arguments)
     return checkpoint(function, *arguments, use_reentrant=False, preserve_rng_state=False)  # nothing is random
+
+
+def recomputed_in_slices(slice_tokens: int, block: Block, x: Tensor, angles: Tensor, starts: Tensor | None) -> BlockOutput:
+    """What `block(x, angles, starts)` returns; backward recomputes one slice of the sequence after the other.
+
+    What is kept of the block are its input and the state at the beginning of each slice.
+
+    Args:
+        slice_tokens: Tokens of a slice; the last one may have fewer.
+        block: Phase 8 block.
+        x: Residual stream [B, T, D].
+        angles: Rotary angles [T, K/2].
+        starts: True where a token begins a document [B, T]; None: nowhere.
+    """
+    if x.shape[1] <= slice_tokens:
+        return recomputed(block, x, angles, starts)
+    state: BlockState = block.mixer.empty_state(x.shape[0], dtype=x.dtype, device=x.device)
+    outputs, losses = [], {}
+    # `split`, because backward of plain slices would make a gradient of the whole sequence for each of them.
+    slices = x.split(slice_tokens, dim=1)
+    starts_of_slices = [None] * len(slices) if starts is None else starts.split(slice_tokens, dim=1)
+    for own, own_angles, own_starts in zip(slices, angles.split(slice_tokens), starts_of_slices, strict=True):
+        y, state, found = recomputed(_slice_of_block, block, own, own_angles, own_starts, state)
+        outputs.append(y)
+        losses = {name: losses[name] + loss if name in losses else loss for name, loss in found.items()}
+    return torch.cat(outputs, dim=1), None, losses
+
+
+def _slice_of_block(block: Block, x: Tensor, angles: Tensor, starts: Tensor | None, state: BlockState) -> BlockOutput:
+    y, state, losses = block(x, angles, starts, state)
+    return y, state.copied(), losses  # parts of it are views, which would keep all keys and values of the slice

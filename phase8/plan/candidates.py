@@ -28,7 +28,7 @@ _CPU_TOKENS = 4096  # tokens at once; the caches of a CPU hold no more
 # two of the smaller ones speed differs by little more than 1 %.
 _BUDGETS = (0.9, 0.5, 0.4, 0.35, 0.3, 0.25, 0.2, 0.15, 0.1)
 # In the order from the fastest to the smallest memory. A budget is faster than `selective` and needs less.
-_WAYS = (("none", 0.5), *(("budget", budget) for budget in _BUDGETS), ("selective", 0.5), ("full", 0.5))
+_WAYS = (("none", 0.5), *(("budget", budget) for budget in _BUDGETS), ("selective", 0.5), ("full", 0.5), ("slices", 0.5))
 _STEP_KEYS = (
     "train.micro_batch_size",
     "train.recompute",
@@ -202,7 +202,8 @@ def _settings(config: RunConfig, *, world_size: int, device: Device, compiles: b
             }
             each = with_values(config, values)
             has_budget = way == "selective" and any(before.train.recompute == "budget" for before in settled)
-            if not has_budget and not find_problems(each, world_size=world_size):
+            is_one_slice = way == "slices" and config.model.sequence_length <= config.train.recompute_slice_tokens
+            if not has_budget and not is_one_slice and not find_problems(each, world_size=world_size):
                 settled.append(each)
         if settled:
             yield _predicted(settled, world_size, device, may_record=is_gpu and "train.cuda_graphs" in automatic)

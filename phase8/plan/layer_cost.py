@@ -180,7 +180,7 @@ def layer_cost(batch: Microbatch, window: int, *, recompute: str, budget: float)
     Args:
         batch: The microbatch.
         window: Window of the layer.
-        recompute: `none`, `full`, `selective` or `budget`.
+        recompute: `none`, `full`, `slices`, `selective` or `budget`.
         budget: Share of activations that `budget` keeps.
     """
     mixer, feed_forward = _mixer(batch, window), _feed_forward(batch)
@@ -189,7 +189,7 @@ def layer_cost(batch: Microbatch, window: int, *, recompute: str, budget: float)
         return once.plus(mixer.repeated)
     whole = mixer.repeated.plus(mixer.last, feed_forward.repeated)
     kept = next((kept for least, kept in BUDGET_STEPS if budget >= least), budget)
-    share = {"full": 1.0, "budget": (1 - kept) ** BUDGET_EXPONENT}.get(recompute, 0.0)
+    share = {"full": 1.0, "slices": 1.0, "budget": (1 - kept) ** BUDGET_EXPONENT}.get(recompute, 0.0)
     return once.plus(Cost(whole.gpu * share, whole.host * share))
 
 

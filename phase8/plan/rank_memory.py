@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
@@ -167,8 +168,8 @@ def _trace(work: Workload, window: int) -> ActivationBytes:
     For compiled layers two microbatch sizes are traced, and other sizes are interpolated linearly. A budget is traced at the
     actual size, because it selects whole tensors, and because cast weights do not grow with the microbatch.
     """
-    train, size = work.train, work.shape.micro_batch_size
-    model, num_tensor_ranks = work.model.of_window(window), work.topology.tensor_parallel_size
+    train, size, num_tensor_ranks = work.train, work.shape.micro_batch_size, work.topology.tensor_parallel_size
+    model = work.model.of_window(window).model_copy(update={"sequence_length": _tokens_at_once(work)})
     trace = partial(
         trace_activations, model, dtype=work.dtype, packed=work.packed, device_type=work.device_type, num_tensor_ranks=num_tensor_ranks
     )
@@ -183,6 +184,21 @@ def _trace(work: Workload, window: int) -> ActivationBytes:
         return found
     within = bytes_within_budget(model, train.activation_memory_budget, dtype=work.dtype, micro_batch_size=size, packed=work.packed)
     return replace(found, block_within_budget=within // num_tensor_ranks)
+
+
+def _tokens_at_once(work: Workload) -> int:
+    """Tokens of a sequence whose activations a block has at the same time."""
+    length = work.model.sequence_length
+    return min(length, work.train.recompute_slice_tokens) if work.train.recompute == "slices" else length
+
+
+def _states_of_slices(work: Workload, window: int) -> int:
+    """Bytes of the states that a block recomputed in slices keeps, one for each slice."""
+    model = work.model.of_window(window)
+    numbers = 3 * (model.convolution_taps - 1) * model.attention_width + 2 * min(max(window - 1, 0), model.sequence_length) * model.attention_width
+    wide_numbers = model.attention_width * model.head_width if model.has_global_path else 0
+    num_slices = math.ceil(model.sequence_length / _tokens_at_once(work))
+    return work.shape.micro_batch_size * num_slices * (numbers * work.dtype.itemsize + wide_numbers * max(work.dtype.itemsize, FP32_BYTES))
 
 
 def _activations(work: Workload, chunks: Sequence[Chunk], traced: Mapping[int, ActivationBytes], *, actions: Sequence[Action], stage: int) -> int:
@@ -224,7 +240,7 @@ def _gradients_in_a_block(work: Workload) -> int:
     if work.device_type != "cuda":
         return 0
     width = 2 * work.model.feed_forward_width + work.model.d_model
-    return work.shape.micro_batch_size * work.model.sequence_length * width * work.dtype.itemsize // work.topology.tensor_parallel_size
+    return work.shape.micro_batch_size * _tokens_at_once(work) * width * work.dtype.itemsize // work.topology.tensor_parallel_size
 
 
 def _loss_scratch(work: Workload) -> int:
@@ -242,10 +258,17 @@ def _loss_scratch(work: Workload) -> int:
 
 def _chunk_activations(work: Workload, chunk: Chunk, traced: Mapping[int, ActivationBytes]) -> ChunkActivations:
     train, model = work.train, work.model
+    if train.recompute == "slices":
+        traced = {window: _of_whole_sequence(found, work) for window, found in traced.items()}
     recomputed = range(0, model.num_layers, train.recompute_every_n_layers) if train.recompute != "none" else range(0)
     kept, repeated = 0, 0
     for layer in chunk.layers:
         found = traced[model.window_sizes[layer]]
+        if train.recompute == "slices" and layer in recomputed:
+            kept += found.block_input + _states_of_slices(work, model.window_sizes[layer])
+            # The outputs of the slices, which are about to be joined, or in backward their gradients.
+            repeated = max(repeated, found.block + found.block_input + _gradients_in_a_block(work))
+            continue
         rest = _kept_when_recomputed(found, train)
         kept += rest if layer in recomputed else found.block
         repeated = max(repeated, found.block - rest + _gradients_in_a_block(work) if layer in recomputed else 0)
@@ -254,3 +277,9 @@ def _chunk_activations(work: Workload, chunk: Chunk, traced: Mapping[int, Activa
         return ChunkActivations(kept, any_layer.head, repeated, _loss_scratch(work))
     # The residual stream that leaves the chunk is kept too, because backward begins there.
     return ChunkActivations(kept + any_layer.block_input, repeated=repeated)
+
+
+def _of_whole_sequence(found: ActivationBytes, work: Workload) -> ActivationBytes:
+    """What was traced for a slice, with what there is of the whole sequence: the input of a block, and what the head keeps."""
+    length, traced = work.model.sequence_length, _tokens_at_once(work)
+    return replace(found, block_input=found.block_input * length // traced, head=found.head * length // traced)

@@ -28,7 +28,7 @@ from phase8.plan.whole_config import plan_stages
 
 LARGEST_MICROBATCH = 128
 # In the order from the least to the most memory.
-RECOMPUTATIONS = ("full", "selective", "budget", "none")
+RECOMPUTATIONS = ("slices", "full", "selective", "budget", "none")
 CHUNKS = (1, 2, 4)
 # NVLink lets GPUs use each other's memory; PCIe is slower.
 PEER_LINK = 100
@@ -279,7 +279,8 @@ def microbatches(layout: RunConfig, *, world_size: int) -> Iterator[RunConfig]:
     for size in divisors(per_rank, LARGEST_MICROBATCH):
         if size > 1 and size * layout.model.sequence_length > MOST_TOKENS:
             break
-        for recompute in RECOMPUTATIONS:
+        is_one_slice = layout.model.sequence_length <= layout.train.recompute_slice_tokens
+        for recompute in RECOMPUTATIONS[is_one_slice:]:
             settled = replaced(whole, {"train.micro_batch_size": size, "train.recompute": recompute, "train.recompute_every_n_layers": 1})
             if not find_problems(settled, world_size=world_size):
                 yield settled

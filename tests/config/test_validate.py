@@ -18,6 +18,10 @@ def config_with(*overrides: str, directory: Path) -> RunConfig:
 
 # Overrides of the defaults, and the one sentence they earn.
 RULES = {
+    "slices of a growing state": (
+        ["train.recompute=slices", "model.block=transformer"],
+        "train.recompute is slices, but model.block is transformer, whose state grows with the sequence; set train.recompute to full.",
+    ),
     "heads": (
         ["model.num_heads=7"],
         "model.num_heads 7 does not divide model.d_model 512; choose a divisor or set model.head_size.",
@@ -216,6 +220,10 @@ def test_parallel_degrees_are_refused_until_built(tmp_path):
     ("settings", "sentence"),
     [
         ([], None),
+        (
+            ["train.recompute=slices"],
+            "train.recompute is slices with parallel.context_parallel_size 4, which divides the sequence itself; set recompute to full.",
+        ),
         (
             ["model.sequence_length=130"],
             "parallel.context_parallel_size 4 does not divide model.sequence_length 130; change one of them.",

@@ -3,8 +3,9 @@ import torch
 
 from phase8.config.model_section import ModelSection
 from phase8.kernels.reference.cross_entropy import IGNORED_TARGET
+from phase8.kernels.rotary import rotary_angles
 from phase8.model.mixer import LorentzScore
-from phase8.model.recomputation import apply_recomputation
+from phase8.model.recomputation import _slice_of_block, apply_recomputation
 from tests.model.oracle import hidden_states
 from tests.model.small import LENGTH, VARIANT_IDS, VARIANT_SECTIONS, document_starts, perturbed_model, random_tokens, scaled_down
 
@@ -90,6 +91,40 @@ def test_decoding_equals_the_whole_sequence(section, pieces, begins):
         outputs.append(hidden)
         position += piece.shape[1]
     torch.testing.assert_close(torch.cat(outputs, 1), whole, rtol=1e-9, atol=1e-9)
+
+
+SLICED = {
+    "linear": {"local_qk_norm": True, "global_activation": "silu", "global_gate": "channel"},
+    "delta": {"global_path": "delta", "chain": "both", "global_tokens": 3, "score": "lorentz"},
+    "window": {"global_path": "none", "convolution_size": 1},
+    "hybrid": {"global_path": "delta", "local_window_size": (0, 9)},
+}
+
+
+@pytest.mark.parametrize("begins", [(), (0, 5, 11, 23)], ids=["one document", "documents"])
+@pytest.mark.parametrize("kind", SLICED)
+def test_recomputation_in_slices_equals_the_whole_sequence(kind, begins):
+    section, starts = scaled_down(ModelSection(), **SLICED[kind]), document_starts(*begins) if begins else None
+    weights = torch.randn(2, LENGTH, section.d_model, generator=torch.Generator().manual_seed(3), dtype=torch.float64)
+    results = []
+    for slice_tokens in (None, 6):  # the last slice has five tokens; the windows are 6 and 14
+        model = perturbed_model(section)
+        if slice_tokens is not None:
+            apply_recomputation(model, "slices", slice_tokens=slice_tokens)
+        hidden, _ = model(random_tokens(), starts)
+        (hidden * weights).sum().backward()
+        results.append((hidden, {name: parameter.grad for name, parameter in model.named_parameters() if parameter.grad is not None}))
+    torch.testing.assert_close(*results, rtol=1e-8, atol=1e-9)
+
+
+def test_the_state_after_a_slice_keeps_nothing_else_alive():
+    """Parts of the state that a layer returns are views of all its keys and inputs."""
+    model = perturbed_model(scaled_down(ModelSection(chain="both"), num_layers=1))
+    block, x = model.blocks["0"], torch.randn(2, 20, 24, dtype=torch.float64)
+    angles = rotary_angles(20, 6, base=1e4, first_position=0, device=x.device)
+    _, state, _ = _slice_of_block(block, x, angles, None, block.mixer.empty_state(2, dtype=x.dtype, device=x.device))
+    tensors = [part for each in (state, state.window, state.global_path) for part in vars(each).values() if isinstance(part, torch.Tensor)]
+    assert len(tensors) == 9 and all(part.untyped_storage().nbytes() == part.nbytes for part in tensors)
 
 
 @pytest.mark.parametrize("options", [{"mode": "full"}, {"mode": "selective"}, {"mode": "full", "every_n_layers": 2}])

@@ -72,7 +72,9 @@ def held(settings, world_size):
         mesh = build_mesh(topology, device_type="cpu", shard_size=size)
         train_state = build_train_state(config, mesh=mesh, device=torch.device("cpu"), dtype=compute_dtype(config.precision))
         samples = torch.randint(config.model.vocab_size, (shape.num_microbatches, shape.micro_batch_size, config.model.sequence_length + 1))
-        microbatches = [split_sample({"tokens": tokens}, reset_at_document_boundaries=False) for tokens in samples]
+        microbatches = [
+            split_sample({"tokens": tokens}, reset_at_document_boundaries=False).slice(mesh.cp.index, mesh.cp.size) for tokens in samples
+        ]
         for _ in range(2):
             live.peak = 0
             train_step(train_state, microbatches, learning_rate=1e-3, gradient_clip_norm=1.0)
@@ -90,6 +92,8 @@ INTERLEAVED = ("parallel.pipeline_schedule=interleaved", "parallel.pipeline_chun
 CASES = {
     "one": case(1),
     "one full": case(1, FULL),
+    "one in slices": case(1, "train.recompute=slices", "train.recompute_slice_tokens=32", "model.sequence_length=256"),
+    "cp2": case(2, "parallel.context_parallel_size=2", "model.sequence_length=64"),
     "tp2": case(2, tp=2),
     "tp2 uneven vocabulary": case(2, "model.vocab_size=637", tp=2),
     "tp2 low-rank": case(2, "model.low_rank_rank=4", "model.ffn=low_rank_swiglu", tp=2),

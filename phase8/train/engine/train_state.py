@@ -114,7 +114,8 @@ def _build_chunk(config: RunConfig, layers: range, *, mesh: Mesh, device: torch.
         layers=layers,
         context=mesh.cp,
     )
-    apply_recomputation(chunk, config.train.recompute, every_n_layers=config.train.recompute_every_n_layers)
+    train = config.train
+    apply_recomputation(chunk, train.recompute, every_n_layers=train.recompute_every_n_layers, slice_tokens=train.recompute_slice_tokens)
     if device.type == "meta":
         materialise(chunk, device=device, axis=mesh.tp)
     else:
