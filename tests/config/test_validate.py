@@ -335,5 +335,6 @@ def test_a_topology_that_does_not_fit_is_reported_with_everything_else(tmp_path)
 def test_every_shipped_config_is_valid_and_named_after_its_file(path):
     config = load_config(path)
     parallel = config.parallel
-    validate(config, world_size=parallel.tensor_parallel_size * parallel.pipeline_parallel_size * (config.zero.shard_size or 1))
+    num_token_ranks = max(parallel.context_parallel_size, config.zero.shard_size or 1)
+    validate(config, world_size=parallel.tensor_parallel_size * parallel.pipeline_parallel_size * num_token_ranks)
     assert config.run.name == path.stem

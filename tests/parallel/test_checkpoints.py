@@ -31,6 +31,7 @@ TOPOLOGIES = {
     "dp4 zero 3 in pairs": ranks(dp=4, stage=3, more=("zero.shard_size=2",)),
     "dp2 zero 3 offloaded": ranks(dp=2, more=OFFLOADED),
     "tp2 pp2 dp2 zero 2": ranks(tp=2, pp=2, dp=2, stage=2),
+    "cp2 tp2 zero 3": ranks(cp=2, tp=2, stage=3),
     "tp4 pp2": ranks(tp=4, pp=2),
     "dp2 zero 2, optimizer offloaded": ranks(dp=2, stage=2, more=("zero.offload_optimizer=cpu",)),
 }

@@ -138,7 +138,8 @@ def test_a_model_that_cannot_be_built_hides_nothing_else(small, override, beginn
 def test_every_shipped_config_dry_runs(path):
     config = load_config(path)
     num_stages = config.parallel.pipeline_parallel_size
-    world_size = config.parallel.tensor_parallel_size * num_stages * (config.zero.shard_size or 1)
+    num_token_ranks = max(config.parallel.context_parallel_size, config.zero.shard_size or 1)
+    world_size = config.parallel.tensor_parallel_size * num_stages * num_token_ranks
     facts, problems = facts_and_problems(config, world_size=world_size)
     assert problems == [] and len(facts) == 9 + (world_size > 1) + (num_stages if num_stages > 1 else 0)
 
