@@ -79,7 +79,7 @@ class ParallelSection(Section):
     pipeline_parallel_size: RankCount = key(1, "stages the layers are divided over")
     pipeline_schedule: Literal["gpipe", "1f1b", "interleaved"] = key("1f1b", "order of forwards and backwards; interleaved needs chunks")
     pipeline_chunks: LayerCount = key(1, "pieces of the model per stage, for the interleaved schedule")
-    context_parallel_size: RankCount = key(1, "ranks that share each sequence, a slice each; phase8 block only")
+    context_parallel_size: RankCount = key(1, "ranks that share each sequence, a slice each")
     expert_parallel_size: RankCount = key(1, "ranks that share the experts; divides data_parallel_size")
     async_tensor_parallel: bool = key(
         False, "tokens are exchanged beside the products that need or make them; GPUs of one NVLink domain, no effect on a CPU"

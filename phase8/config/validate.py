@@ -204,11 +204,6 @@ def _context_parallel(model: ModelSection, parallel: ParallelSection) -> Iterato
             f"parallel.tensor_parallel_size {num_ranks} does not divide the {model.sequence_length // num_slices} tokens of a slice "
             f"(model.sequence_length {model.sequence_length} / parallel.context_parallel_size {num_slices}); change one of them."
         )
-    if model.block != "phase8":
-        yield (
-            f"parallel.context_parallel_size is {num_slices}, but model.block is {model.block}, whose attention sees all earlier tokens; use 1, "
-            "or model.block phase8."
-        )
 
 
 def _slices(config: RunConfig) -> Iterator[str]:

@@ -65,6 +65,13 @@ class EarlierSlices:
             numbers = self._documents(starts, wanted, length)
         return WindowState(*kept, *kept_globals, *numbers, num_seen=self.axis.index * length)
 
+    def all_keys(self, k: Tensor, v: Tensor, starts: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None]:
+        """Keys and values of all tokens before the slice [B, P, H, K], and with `starts` [B, S] the numbers of their documents [B, P]."""
+        length = k.shape[1]
+        wanted = wanted_tokens(length, self.axis.size, before=length * self.axis.size)
+        kept, _ = fetch_tokens(torch.cat((k, v), dim=-1), wanted, self.axis)
+        return *kept.chunk(2, dim=-1), None if starts is None else self._documents(starts, wanted, length)[0]
+
     def entering_state(self, own: StateMap | DecayMap) -> Tensor:
         """The recurrence's state before the slice [B, H, K, V]; `own` is what this slice does to it."""
         values = own.added.shape[-1]

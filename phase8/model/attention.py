@@ -13,8 +13,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from phase8.config.model_section import ModelSection
-from phase8.distributed.collectives import Axis
-from phase8.exchanges import Exchanges
+from phase8.context_parallel.slices import EarlierSlices
+from phase8.distributed.collectives import ALONE, Axis
+from phase8.exchanges import NO_EXCHANGES, Exchanges, fetched
 from phase8.kernels.rotary import rotate
 from phase8.model.convolution import ShortConvolution
 from phase8.model.norm import QueryKeyNorm
@@ -47,10 +48,13 @@ class CausalAttention(nn.Module):
         model: Model section with widths and heads.
         axis: Axis of tensor parallelism, whose ranks divide the heads.
         number_format: Format that computes the products of q, k, v and the output.
+        context: Axis of the ranks that share each sequence; each fetches the keys and values of all slices before its own.
     """
 
-    def __init__(self, model: ModelSection, *, axis: Axis, number_format: NumberFormat):
+    def __init__(self, model: ModelSection, *, axis: Axis, number_format: NumberFormat, context: Axis = ALONE):
         super().__init__()
+        self.earlier = EarlierSlices(context) if context.size > 1 else None
+        self.sequence_length = model.sequence_length
         width, inner, rank = model.d_model, model.attention_width, model.low_rank_rank
         self.num_heads, self.head_size = model.num_heads // axis.size, model.head_width
         self.q, self.k, self.v = (column_linear(width, inner, rank=rank, std=model.init_std) for _ in range(3))
@@ -61,8 +65,10 @@ class CausalAttention(nn.Module):
         self.out = row_linear(inner, width, rank=rank, std=std, axis=axis, number_format=number_format)
 
     def exchanges(self) -> Exchanges:
-        """The exchanges of the joint product of q, k and v, then of the output layer."""
-        return self.qkv.exchanges().then(self.out.exchanges())
+        """The exchanges of the joint product of q, k and v, of the slices of a sequence, and of the output layer."""
+        width, taps = self.convolution.num_channels, self.convolution.num_taps
+        inputs = fetched(3 * width, before=taps - 1) if taps > 1 else NO_EXCHANGES
+        return self.qkv.exchanges().then(inputs).then(fetched(2 * width, before=self.sequence_length)).then(self.out.exchanges())
 
     def mixing_flops(self, model: ModelSection) -> dict[str, float]:
         """FLOPs per token and part that a forward takes in addition to the linear layers.
@@ -85,27 +91,41 @@ class CausalAttention(nn.Module):
         """Maps [B, T, D] to [B, T, D] (with several ranks, own tokens [n, D] to [n, D]), and returns the next state (None without `state`)."""
         qkv = self.qkv(x)
         qkv = qkv.reshape(-1, len(angles), qkv.shape[-1])
-        qkv, convolution = self.convolution(qkv, starts, None if state is None else state.convolution)
+        before, own_starts = None if state is None else state.convolution, starts
+        if self.earlier is not None:
+            own_starts = self.earlier.own_part(starts, len(angles))
+            before = None if self.convolution.taps is None else self.earlier.last_inputs(qkv, self.convolution.num_taps - 1, starts)
+        qkv, convolution = self.convolution(qkv, own_starts, before)
         q, k, v = (part.unflatten(-1, (self.num_heads, self.head_size)) for part in qkv.chunk(3, dim=-1))
         if self.qk_norm is not None:
             q, k = self.qk_norm(q), self.qk_norm(k)
         q, k = rotate(q, angles), rotate(k, angles)
+        documents = None if own_starts is None else own_starts.cumsum(1, dtype=torch.int32)
+        if self.earlier is not None:
+            keys, values, earlier_documents = self.earlier.all_keys(k, v, starts)
+            k, v = torch.cat((keys, k), 1), torch.cat((values, v), 1)
+            documents = None if documents is None else torch.cat((earlier_documents, documents), 1)
         if state is not None:
             k, v = torch.cat((state.keys, k), 1), torch.cat((state.values, v), 1)
-        q, keys, values = (part.transpose(1, 2) for part in (q, k, v))
-        documents = None if starts is None else starts.cumsum(1, dtype=torch.int32)
-        if state is not None:
-            own = state.documents.new_zeros(q.shape[0], q.shape[2]) if documents is None else documents
+            own = state.documents.new_zeros(q.shape[:2]) if documents is None else documents
             documents = torch.cat((state.documents, own), 1)
-        mask = None if documents is None else _mask(q.shape[2], documents)
-        y = F.scaled_dot_product_attention(q, keys, values, attn_mask=mask, is_causal=mask is None)
+        y = _attend(*(part.transpose(1, 2) for part in (q, k, v)), documents)
         carried = None if state is None else AttentionState(k, v, documents - documents[:, -1:], convolution)
         return self.out(y.transpose(1, 2).flatten(2)), carried
 
 
-def _mask(num_queries: int, documents: Tensor) -> Tensor:
-    """The attention mask [B, 1, T, P + T]: True where a key is not later than the query and belongs to the same document [B, P + T]."""
-    num_keys = documents.shape[1]
-    query = torch.arange(num_keys - num_queries, num_keys, device=documents.device)
-    visible = torch.arange(num_keys, device=documents.device) <= query[:, None]
-    return (visible & (documents[:, -num_queries:, None] == documents[:, None, :]))[:, None]
+def _attend(q: Tensor, keys: Tensor, values: Tensor, documents: Tensor | None) -> Tensor:
+    """Attention of the last queries [B, H, T, K] to all keys up to their own [B, H, P + T, K], of the same document if there are several [B, P + T]."""
+    if documents is None and q.shape[2] == keys.shape[2]:
+        return F.scaled_dot_product_attention(q, keys, values, is_causal=True)
+    # torch's mask for "the last queries" without T x (P + T) numbers, `causal_lower_right`, fails under dispatch modes.
+    return F.scaled_dot_product_attention(q, keys, values, attn_mask=_mask(q.shape[2], keys.shape[2], documents, q.device))
+
+
+def _mask(num_queries: int, num_keys: int, documents: Tensor | None, device: torch.device) -> Tensor:
+    """The attention mask [B or 1, 1, T, P + T]: True where a key is not later than the query and belongs to the same document [B, P + T]."""
+    query = torch.arange(num_keys - num_queries, num_keys, device=device)
+    visible = (torch.arange(num_keys, device=device) <= query[:, None])[None]
+    if documents is not None:
+        visible = visible & (documents[:, -num_queries:, None] == documents[:, None, :])
+    return visible[:, None]

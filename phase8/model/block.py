@@ -32,7 +32,7 @@ class Block(nn.Module):
         layer: Number of the layer in the model.
         axis: Axis of tensor parallelism.
         number_format: Format that computes the products of the linear layers.
-        context: Axis of the ranks that share each sequence; the Phase 8 block only.
+        context: Axis of the ranks that share each sequence.
     """
 
     def __init__(
@@ -44,7 +44,7 @@ class Block(nn.Module):
         self.mixer = (
             Phase8Mixer(model.of_window(model.window_sizes[layer]), axis=axis, number_format=number_format, context=context)
             if model.block == "phase8"
-            else CausalAttention(model, axis=axis, number_format=number_format)
+            else CausalAttention(model, axis=axis, number_format=number_format, context=context)
         )
         self.feed_forward_norm = RMSNorm(model.d_model, eps=model.norm_eps)
         self.feed_forward = build_feed_forward(model, axis=axis, number_format=number_format)

@@ -239,11 +239,6 @@ def test_parallel_degrees_are_refused_until_built(tmp_path):
             "set recompute to selective or full.",
         ),
         (
-            ["model.block=transformer"],
-            "parallel.context_parallel_size is 4, but model.block is transformer, whose attention sees all earlier tokens; use 1, or "
-            "model.block phase8.",
-        ),
-        (
             ["zero.stage=3", "zero.shard_size=3"],
             "zero.shard_size 3 does not divide the data-parallel size times parallel.context_parallel_size, 4; choose a divisor.",
         ),

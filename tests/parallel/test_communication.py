@@ -163,6 +163,7 @@ CASES = {
     "cp4 delta, chain, slices shorter than the window": case(4, cp=4, stage=3, micro=2, more=("model.global_path=delta", "model.chain=both")),
     "cp2 tp2, full, global tokens": case(4, cp=2, tp=2, stage=2, micro=2, more=(*FULL, "model.global_tokens=3", "model.convolution_size=1")),
     "cp2 dp2 zero 1 in pairs, selective": case(4, cp=2, stage=1, micro=2, more=(*SELECTIVE, "zero.shard_size=2")),
+    "cp4 transformer": case(4, cp=4, micro=2, more=("model.block=transformer", "model.convolution_size=4")),
     "cp2 pp2, window alone": case(4, cp=2, pp=2, micro=2, more=("model.global_path=none",)),
     "pp2": case(2, pp=2, micro=2),
     "pp2 interleaved": case(2, pp=2, micro=2, more=("parallel.pipeline_schedule=interleaved", "parallel.pipeline_chunks=2", "model.num_layers=5")),

@@ -64,7 +64,7 @@ INDUCTOR, PARTITION = "inductor", "aot_eager_decomp_partition"  # with the same 
     # The compiler takes half a minute to a minute for each of the last ones, whose parts are in the others.
     [
         ("tensor", 0, 1.0, (), INDUCTOR), ("data", 3, 1.0, (), INDUCTOR), ("data", 3, 0.3, (), PARTITION), ("data", 3, 0.3, DELTA, PARTITION),
-        ("context", 0, 1.0, CHAIN, PARTITION),
+        ("context", 0, 1.0, CHAIN, PARTITION), ("context", 0, 1.0, ("model.block=transformer",), PARTITION),
         *(
             pytest.param(*case, INDUCTOR, marks=pytest.mark.full)
             for case in (

@@ -22,6 +22,8 @@ BLOCKS = {
         "global_path": "delta", "global_gate": "channel", "local_qk_norm": True, "global_activation": "silu", "decay_floor": -5.0,
         "rotary": (True, False),
     },
+    "transformer": {"block": "transformer", "convolution_size": 4},
+    "transformer without convolution": {"block": "transformer", "local_qk_norm": True},
     "hybrid": {"global_path": "delta", "local_window_size": (0, 9)},
 }  # fmt: skip
 DOCUMENTS = {"one document": (), "documents": (0, 5, 12, 13, 20)}

@@ -82,6 +82,7 @@ QUICK = {
     "cp4 delta, zero 3": ("delta-options", ranks(cp=4, stage=3, more=("train.recompute=full",))),
     "cp2 dp2 zero 1 in pairs": ("whole", ranks(cp=2, dp=2, stage=1, more=("zero.shard_size=2",))),
     "tp2 cp2": ("low-rank", ranks(tp=2, cp=2, more=("train.recompute=selective",))),
+    "tp2 cp2 transformer": ("transformer", ranks(tp=2, cp=2, stage=3)),
     "pp2 cp2": ("deep-tied", ranks(pp=2, cp=2, more=INTERLEAVED)),
     "tp2 pp2 cp2 zero 2": ("hybrid", ranks(tp=2, pp=2, cp=2, stage=2)),
     "tp2 dp2 zero 1, selective": ("low-rank", ranks(tp=2, dp=2, stage=1, more=("train.recompute=selective",))),
@@ -123,7 +124,7 @@ FULL = [
 ] + [
     (block, ranks(tp=tp, pp=pp, dp=dp, cp=cp, stage=stage, more=(SLOWLY,)))
     for block in BLOCKS
-    if not block.startswith(("deep", "transformer"))
+    if not block.startswith("deep")
     for cp, tp, pp, dp in itertools.product((2, 4, 8), (1, 2), (1, 2), (1, 2))
     if cp * tp * pp * dp <= 8
     for stage in (0, 3)
