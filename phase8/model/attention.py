@@ -115,7 +115,7 @@ class CausalAttention(nn.Module):
 
 
 def _attend(q: Tensor, keys: Tensor, values: Tensor, documents: Tensor | None) -> Tensor:
-    """Attention of the last queries [B, H, T, K] to all keys up to their own [B, H, P + T, K], of the same document if there are several [B, P + T]."""
+    """Attention of the last queries [B, H, T, K] to all keys up to their own [B, H, P + T, K]; with documents [B, P + T], to those of their own."""
     if documents is None and q.shape[2] == keys.shape[2]:
         return F.scaled_dot_product_attention(q, keys, values, is_causal=True)
     # torch's mask for "the last queries" without T x (P + T) numbers, `causal_lower_right`, fails under dispatch modes.
