@@ -246,12 +246,14 @@ class _Search:
 
 
 def layouts(config: RunConfig, *, world_size: int, has_peer_memory: bool) -> Iterator[RunConfig]:
-    """Every division of the ranks with compiled blocks, before microbatch and recomputation are chosen."""
+    """Every division of the ranks with compiled blocks and the config's own context parallelism, before microbatch and recomputation are chosen."""
     for tensor in divisors(world_size, GPUS_PER_HOST):
         for stages in divisors(world_size // tensor, config.model.num_layers):
-            num_data_ranks = world_size // tensor // stages
+            num_token_ranks = world_size // tensor // stages
+            if num_token_ranks % config.parallel.context_parallel_size:
+                continue
             for chunks in CHUNKS if stages > 1 else CHUNKS[:1]:
-                for stage, shard_size in _zero_stages(num_data_ranks, tensor, stages):
+                for stage, shard_size in _zero_stages(num_token_ranks, tensor, stages):
                     yield replaced(
                         config,
                         {
@@ -286,13 +288,13 @@ def microbatches(layout: RunConfig, *, world_size: int) -> Iterator[RunConfig]:
                 yield settled
 
 
-def _zero_stages(num_data_ranks: int, tensor: int, stages: int) -> Iterator[tuple[int, int | None]]:
+def _zero_stages(num_token_ranks: int, tensor: int, stages: int) -> Iterator[tuple[int, int | None]]:
     """ZeRO stages, each with the number of ranks that share one copy: all ranks, or those of a host."""
     yield 0, None
-    for stage in range(1, 4) if num_data_ranks > 1 else ():
+    for stage in range(1, 4) if num_token_ranks > 1 else ():
         if stages > 1 and stage > MOST_ZERO_IN_PIPELINE:
             break
         yield stage, None
         on_host = GPUS_PER_HOST // tensor
-        if 1 < on_host < num_data_ranks and num_data_ranks % on_host == 0:
+        if 1 < on_host < num_token_ranks and num_token_ranks % on_host == 0:
             yield stage, on_host

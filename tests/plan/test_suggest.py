@@ -55,6 +55,12 @@ def test_what_is_suggested_can_run_fits_and_is_sorted_by_speed(config, planned):
     assert found[0].config.train.cuda_graphs  # so small a model waits for its host
 
 
+def test_layouts_keep_the_context_parallelism_of_the_config(config, planned):
+    found = suggest(config("parallel.context_parallel_size=4"), world_size=8, gpu=H100, memory_bytes=5 * GIB)
+    assert {each.layout.split(" x ")[0] for each in found} >= {"tensor 2 asynchronous", "pipeline 2 (1f1b)", "context 4"}
+    assert all("context 4" in each.layout and find_problems(each.config, world_size=8) == [] for each in found)
+
+
 def test_memory_is_planned_for_few_of_many_and_once(config, planned):
     num_candidates = sum(len(list(microbatches(each, world_size=8))) for each in layouts(config(), world_size=8, has_peer_memory=True))
     numbers = []
