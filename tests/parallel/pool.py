@@ -144,7 +144,7 @@ class Pool:
         except (EOFError, ConnectionResetError):
             process = self._workers[rank][0]
             process.join()
-            kind = RankCrashed if process.exitcode == -signal.SIGSEGV else RankError
+            kind = RankCrashed if process.exitcode in (-signal.SIGSEGV, -signal.SIGABRT) else RankError
             raise kind(f"rank {rank} died with exit code {process.exitcode}.") from None
 
     def _receive(self, rank, connection):
@@ -180,10 +180,10 @@ def work(rank, port, connection):
                 torch.cuda.set_device(rank)  # before the group exists, or all barriers meet on the first GPU
             dist.init_process_group(backend, store=dist.PrefixStore(f"job {number}", store), rank=rank, world_size=world_size, timeout=timeout)
             payload = pickle.dumps(getattr(importlib.import_module(module), name)(*pickle.loads(arguments)))
+            dist.barrier()  # nobody closes a connection that another still reads from
             _forget_meshes()
             gc.collect()  # FSDP leaves cycles that hold process groups, too
             gc.freeze()  # what is left are modules, mostly: no later job has to look through them
-            dist.barrier()  # nobody closes a connection that another still reads from
             dist.destroy_process_group()
         except BaseException as error:
             connection.send((False, _pickled_error(error), traceback.format_exc()))
