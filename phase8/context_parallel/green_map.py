@@ -36,7 +36,7 @@ def _(potential: Tensor, energy: Tensor, eta: Tensor, hopping: Tensor, starts: T
 @torch.library.custom_op("phase8::value_after_slices", mutates_args=())
 def value_after_slices(maps: Tensor) -> Tensor:
     """The Green function after slices with these maps [S, B, H, 4, 2], the first of which begins the sequence [B, H, 2]."""
-    value = torch.zeros_like(torch.view_as_complex(maps.new_zeros(*maps.shape[1:3], 2)))
+    value = torch.view_as_complex(maps.new_zeros(*maps.shape[1:3], 2))
     for a, b, c, d in (torch.view_as_complex(each.contiguous()).unbind(-1) for each in maps):
         value = (a * value + b) / (c * value + d)
     return torch.view_as_real(value).contiguous()

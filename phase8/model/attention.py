@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from phase8.config.model_section import ModelSection
 from phase8.context_parallel.slices import EarlierSlices
 from phase8.distributed.collectives import ALONE, Axis
-from phase8.exchanges import NO_EXCHANGES, Exchanges, fetched
+from phase8.exchanges import Exchanges, fetched
 from phase8.kernels.rotary import rotate
 from phase8.model.convolution import ShortConvolution
 from phase8.model.norm import QueryKeyNorm
@@ -66,9 +66,8 @@ class CausalAttention(nn.Module):
 
     def exchanges(self) -> Exchanges:
         """The exchanges of the joint product of q, k and v, of the slices of a sequence, and of the output layer."""
-        width, taps = self.convolution.num_channels, self.convolution.num_taps
-        inputs = fetched(3 * width, before=taps - 1) if taps > 1 else NO_EXCHANGES
-        return self.qkv.exchanges().then(inputs).then(fetched(2 * width, before=self.sequence_length)).then(self.out.exchanges())
+        keys = fetched(2 * self.convolution.num_channels, before=self.sequence_length)
+        return self.qkv.exchanges().then(self.convolution.exchanges()).then(keys).then(self.out.exchanges())
 
     def mixing_flops(self, model: ModelSection) -> dict[str, float]:
         """FLOPs per token and part that a forward takes in addition to the linear layers.

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from phase8.exchanges import NO_EXCHANGES, Exchanges, fetched
 from phase8.kernels.causal_convolution import causal_convolution
 from phase8.tensor_parallel.parameters import ParameterSpec, local
 
@@ -31,6 +32,10 @@ class ShortConvolution(nn.Module):
         identity = torch.zeros(3, self.num_channels, self.num_taps)
         identity[..., -1] = 1
         return {"weight": ParameterSpec(value=identity, divided={"tp": 1})}
+
+    def exchanges(self) -> Exchanges:
+        """The exchange of the inputs before a slice of a sequence."""
+        return fetched(3 * self.num_channels, before=self.num_taps - 1) if self.num_taps > 1 else NO_EXCHANGES
 
     @property
     def flops_per_token(self) -> int:

@@ -109,10 +109,9 @@ class Phase8Mixer(nn.Module):
     def exchanges(self) -> Exchanges:
         """The exchanges of the global path, of the joint product of q, k and v, of the slices of a sequence, and of the output layer."""
         path = NO_EXCHANGES if self.global_path is None else self.global_path.exchanges()
-        width, taps = self.convolution.num_channels, self.convolution.num_taps
-        inputs = fetched(3 * width, before=taps - 1) if taps > 1 else NO_EXCHANGES
+        width = self.convolution.num_channels
         window = fetched(2 * width, before=self.window - 1, first=self.global_tokens) if self.window > 0 else NO_EXCHANGES
-        return path.then(self.qkv.exchanges()).then(inputs).then(window).then(self.out.exchanges())
+        return path.then(self.qkv.exchanges()).then(self.convolution.exchanges()).then(window).then(self.out.exchanges())
 
     def mixing_flops(self, model: ModelSection) -> dict[str, float]:
         """FLOPs per token and part that a forward takes in addition to the linear layers; argument as of `CausalAttention.mixing_flops`.

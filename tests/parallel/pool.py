@@ -49,8 +49,8 @@ class Pool:
     def run(self, function, *arguments, world_size, timeout_seconds=120.0, backend=GLOO):
         """What each rank returns, in order of the ranks.
 
-        A job with a memory fault runs once more, with a warning. There is no native code of ours on a CPU; what crashes, about once in twenty
-        thousand jobs, is malloc in a thread of gloo (`pt_gloo_runloop`, torch 2.13).
+        A job with a memory fault runs once more, with a warning. There is no native code of ours on a CPU; what crashes, rarely, is malloc
+        in a thread of gloo (`pt_gloo_runloop`, torch 2.13).
 
         Args:
             function: Of the top level of a file.
