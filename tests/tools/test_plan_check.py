@@ -92,7 +92,8 @@ def test_what_is_built_is_what_is_planned(door, small, world_size, settings):
 @pytest.mark.parametrize("path", SHIPPED, ids=[path.stem for path in SHIPPED])
 def test_every_shipped_config(door, path):
     config = load_config(path)
-    smallest = config.parallel.tensor_parallel_size * config.parallel.pipeline_parallel_size * (config.zero.shard_size or 1)
+    num_token_ranks = max(config.parallel.context_parallel_size, config.zero.shard_size or 1)
+    smallest = config.parallel.tensor_parallel_size * config.parallel.pipeline_parallel_size * num_token_ranks
     result, _ = check(door, path, smallest)
     assert len(result["stages"]) == config.parallel.pipeline_parallel_size
 
