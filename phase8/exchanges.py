@@ -62,7 +62,26 @@ class SliceExchange:
     axis: str = "cp"
 
 
-AnyExchange = Exchange | SliceExchange
+@dataclass(frozen=True)
+class ExpertExchange:
+    """An all-to-all of ranks that share experts: the rows of the experts that tokens choose, out or back.
+
+    Args:
+        numbers_per_row: Numbers of a row.
+        top_k: Choices of a token.
+        num_experts: Experts of the layer.
+        tells_counts: Whether the exchange begins with the counts of rows, where these are not fixed before.
+    """
+
+    numbers_per_row: int
+    top_k: int
+    num_experts: int
+    tells_counts: bool = False
+    operation: Operation = Operation.ALL_TO_ALL
+    axis: str = "ep"
+
+
+AnyExchange = Exchange | SliceExchange | ExpertExchange
 
 
 @dataclass(frozen=True)
@@ -119,3 +138,16 @@ def told(numbers: int, numbers_back: int | None = None) -> Exchanges:
     there = (SliceExchange(Operation.ALL_GATHER, numbers, is_wide=True),)
     operation = Operation.REDUCE_SCATTER if numbers_back is None else Operation.ALL_GATHER
     return Exchanges(there, (SliceExchange(operation, numbers if numbers_back is None else numbers_back, is_wide=True),), there)
+
+
+def counted(numbers: int) -> Exchanges:
+    """The exchanges of a layer whose slices of a sequence tell each other counts, which have no gradient."""
+    there = (SliceExchange(Operation.ALL_GATHER, numbers, is_wide=True),)
+    return Exchanges(there, (), there)
+
+
+def computed_by_experts(numbers_per_row: int, *, top_k: int, num_experts: int) -> Exchanges:
+    """The exchanges of a layer that sends rows to the ranks of their experts and gets them back; backward does the same with gradients."""
+    out = ExpertExchange(numbers_per_row, top_k, num_experts, tells_counts=True)
+    back = ExpertExchange(numbers_per_row, top_k, num_experts)
+    return Exchanges((out, back), (back, back), (out, back))

@@ -2,9 +2,9 @@
 
 Rank numbers vary fastest along tp, then cp, dp, pp, so that tensor parallelism stays inside a node. Plain values, no torch.
 
-The axes over which ranks communicate divide the same ranks in another way: dp x cp is replicate x shard x ep, the ranks that read different tokens,
-among which those along cp share their sequences. Code that sums, counts or compares over ranks loops over one of these sets of axes, in its order;
-a new axis is added to the sets here.
+The axes over which ranks communicate divide the same ranks in another way: dp x cp is replicate x shard, the ranks that read different tokens,
+among which those along cp share their sequences, and those along ep share experts. Of the parameters of experts, replicate x shard x ep are the same
+ranks once more. Code that sums, counts or compares over ranks loops over one of these sets of axes, in its order; a new axis is added to the sets here.
 
 | set | ranks along its axes |
 |---|---|
@@ -30,8 +30,8 @@ AXES = ("pp", "dp", "cp", "tp")
 class AxisName(StrEnum):
     """The axes over which ranks communicate, from the one of the farthest ranks to the one of the nearest.
 
-    Ranks that read different tokens hold the same shards along `replicate`, different shards along `shard` and different experts along `ep`. Ranks
-    along `cp` are among them: they read different slices of the same sequences.
+    Ranks that read different tokens hold the same shards along `replicate` and different shards along `shard`. Ranks along `cp` are among them:
+    they read different slices of the same sequences; and ranks along `ep`: they hold different experts.
     """
 
     PIPELINE = "pp"
@@ -42,9 +42,9 @@ class AxisName(StrEnum):
     TENSOR = "tp"
 
 
-TOKENS = (AxisName.REPLICATE, AxisName.SHARD, AxisName.EXPERT)
+TOKENS = (AxisName.REPLICATE, AxisName.SHARD)
 LOSS = (AxisName.PIPELINE, *TOKENS)
-HOLDERS = (AxisName.TENSOR, AxisName.SHARD, AxisName.EXPERT, AxisName.PIPELINE)
+HOLDERS = (AxisName.TENSOR, AxisName.SHARD, AxisName.PIPELINE)
 COPIES = (AxisName.REPLICATE, AxisName.TENSOR)
 STAGE = (*TOKENS, AxisName.TENSOR)
 EVERYBODY = (*STAGE, AxisName.PIPELINE)
@@ -86,15 +86,29 @@ class Topology:
         return self.data_parallel_size * self.context_parallel_size
 
     def axis_sizes(self, *, shard_size: int) -> dict[AxisName, int]:
-        """The number of ranks along each axis that divides the world, slowest varying first; cp is a part of them.
+        """The number of ranks along each axis that divides the world, slowest varying first; cp and ep are parts of them.
 
         Args:
-            shard_size: Number of ranks that divide parameters and optimizer among them; its product with ep divides `num_token_ranks`.
+            shard_size: Number of ranks that divide parameters and optimizer among them, a divisor of `num_token_ranks`.
         """
         return {
             AxisName.PIPELINE: self.pipeline_parallel_size,
-            AxisName.REPLICATE: self.num_token_ranks // (shard_size * self.expert_parallel_size),
+            AxisName.REPLICATE: self.num_token_ranks // shard_size,
             AxisName.SHARD: shard_size,
+            AxisName.TENSOR: self.tensor_parallel_size,
+        }
+
+    def expert_axis_sizes(self, *, shard_size: int) -> dict[AxisName, int]:
+        """As `axis_sizes`, as the parameters of experts see the world: ranks along ep are the nearest of those that divide all others among them.
+
+        Args:
+            shard_size: As above; a multiple of expert_parallel_size, or 1.
+        """
+        num_shards = max(shard_size // self.expert_parallel_size, 1)
+        return {
+            AxisName.PIPELINE: self.pipeline_parallel_size,
+            AxisName.REPLICATE: self.num_token_ranks // (num_shards * self.expert_parallel_size),
+            AxisName.SHARD: num_shards,
             AxisName.EXPERT: self.expert_parallel_size,
             AxisName.TENSOR: self.tensor_parallel_size,
         }

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Annotated, Literal, TypeVar
 
 from pydantic import Field
@@ -11,6 +12,7 @@ from phase8.config.values import (
     GlobalPathName,
     LayerCount,
     NegativeFloat,
+    NonNegativeFloat,
     NonNegativeInt,
     OptionalWidth,
     PositiveFloat,
@@ -63,8 +65,23 @@ class ModelSection(Section):
         (2.0, 500.0), "tokens that the first and the last head of the global path remember at initialisation; on a logarithmic scale between"
     )
     convolution_size: TapCount | None = key(None, "taps of the causal convolution on q, k, v; 1: none; null: 4 (phase8), 1 (transformer)")
-    ffn: Literal["swiglu", "low_rank_swiglu", "moe"] = key("swiglu", "feed-forward of the block")
+    ffn: Literal["swiglu", "low_rank_swiglu", "moe"] = key("swiglu", "feed-forward of the block; moe: each token goes to a few of several experts")
     ffn_size: Width | None = key(None, "width F of the feed-forward; null: 8/3 d_model rounded up to a multiple of 64")
+    num_experts: Width = key(8, "experts E of a feed-forward with ffn: moe")
+    top_k: Width = key(2, "experts that compute each token")
+    expert_ffn_size: Width | None = key(None, "width of an expert; null: that of the dense feed-forward, ffn_size")
+    shared_experts: NonNegativeInt = key(0, "experts that compute every token, beside the chosen ones; together a dense feed-forward of as many widths")
+    capacity_factor: PositiveFloat | None = key(
+        1.25, "tokens that an expert takes of a sequence in training, as a multiple of an even share; later ones are dropped there; null: all tokens"
+    )
+    moe_every_n_layers: LayerCount = key(1, "distance n of the layers with experts; the layers between them are dense")
+    first_dense_layers: NonNegativeInt = key(0, "number of first layers that are dense")
+    router_score: Literal["softmax", "sigmoid"] = key("softmax", "function that makes scores of experts from the router's logits")
+    balance_loss_weight: NonNegativeFloat = key(0.01, "weight of the loss that spreads tokens over experts; a layer adds this much when they are even")
+    router_z_loss_weight: NonNegativeFloat = key(0.001, "weight of the loss that keeps the router's logits small")
+    router_bias_rate: NonNegativeFloat = key(
+        0.0, "change per step of a bias by which experts with fewer tokens are chosen more often, as in DeepSeek-V3; 0: no bias"
+    )
     tie_embeddings: bool = key(False, "use the embedding as the output head")
     rotary: bool | Switches = key(
         True, "rotary positions of the window's queries and keys (transformer: of the attention's); a list is repeated over the layers"
@@ -119,6 +136,23 @@ class ModelSection(Section):
     def feed_forward_width(self) -> int:
         """Width F of the feed-forward."""
         return self.ffn_size if self.ffn_size is not None else -(-8 * self.d_model // (3 * 64)) * 64
+
+    @property
+    def expert_width(self) -> int:
+        """Width of an expert."""
+        return self.expert_ffn_size if self.expert_ffn_size is not None else self.feed_forward_width
+
+    @property
+    def has_experts(self) -> tuple[bool, ...]:
+        """Whether the feed-forward of each layer is a mixture of experts."""
+        first, distance = self.first_dense_layers, self.moe_every_n_layers
+        return tuple(self.ffn == "moe" and layer >= first and (layer - first) % distance == 0 for layer in range(self.num_layers))
+
+    def expert_capacity(self, length: int) -> int | None:
+        """Choices that an expert takes of a sequence of this many tokens in training; None: all."""
+        if self.capacity_factor is None:
+            return None
+        return min(math.ceil(self.capacity_factor * self.top_k * length / self.num_experts), length)
 
     @property
     def convolution_taps(self) -> int:

@@ -245,14 +245,12 @@ def _batch_and_pipeline(config: RunConfig, world_size: int) -> Iterator[str]:
 def _not_built_yet(config: RunConfig) -> Iterator[str]:
     """Refuses keys whose feature is not implemented yet; none of them is ignored."""
     allowed = {
-        "parallel.expert_parallel_size": (config.parallel.expert_parallel_size, (1,)),
         "parallel.sequence_parallel": (config.parallel.sequence_parallel, (True,)),
         "zero.engine": (config.zero.engine, ("fsdp",)),
         "zero.offload_optimizer": (config.zero.offload_optimizer, ("none", "cpu")),
         "zero.offload_params": (config.zero.offload_params, ("none", "cpu")),
         "precision.dtype": (config.precision.dtype, ("bf16", "fp32")),
         "optim.name": (config.optim.name, ("adamw",)),
-        "model.ffn": (config.model.ffn, ("swiglu", "low_rank_swiglu")),
     }
     for name, (value, values) in allowed.items():
         if value not in values:

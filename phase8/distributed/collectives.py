@@ -4,6 +4,7 @@
 |---|---|
 | `gather_tokens`: all-gather | reduce-scatter |
 | `scatter_tokens`: reduce-scatter | all-gather |
+| `begin_to_exchange`: all-to-all | all-to-all, back |
 
 Tokens are the first dim, in the order of the ranks. Only `add_up_over` reduces in place; every other collective leaves its input unchanged.
 """
@@ -30,10 +31,12 @@ class Axis:
     Args:
         mesh: Mesh of the ranks along the axis; None: this rank alone.
         has_peer_memory: Whether layers exchange tokens through memory of the other ranks (`peer_memory.py`) instead of by collectives.
+        places: Mesh of all ranks that divide a parameter of this axis, where ranks of tensor parallelism divide it further; None: `mesh`.
     """
 
     mesh: DeviceMesh | None = None
     has_peer_memory: bool = False
+    places: DeviceMesh | None = None
 
     @property
     def size(self) -> int:
@@ -85,6 +88,16 @@ def exchange_tokens(x: Tensor, num_sent: list[int], num_received: list[int], axi
         axis: Axis of several ranks.
     """
     return _OPS.wait_tensor(_OPS.all_to_all_single(x.contiguous(), num_received, num_sent, axis.group.group_name))
+
+
+def begin_to_exchange(x: Tensor, num_sent: list[int], num_received: list[int], axis: Axis) -> Tensor:
+    """Begins `exchange_tokens` without waiting, differentiable; only `end_exchange` may use the result, and other work may run in between."""
+    return x if axis.size == 1 else _BeginToExchange.apply(x, num_sent, num_received, axis)
+
+
+def end_exchange(pending: Tensor, axis: Axis) -> Tensor:
+    """Waits for the tokens that `begin_to_exchange` has begun to exchange over this axis, and returns them."""
+    return pending if axis.size == 1 else _Await.apply(pending)
 
 
 @torch.no_grad()
@@ -148,6 +161,19 @@ class _BeginToGather(_GatherTokens):
     def forward(ctx: Any, x: Tensor, axis: Axis) -> Tensor:
         ctx.axis = axis
         return _begin_to_gather(x, axis)
+
+
+class _BeginToExchange(torch.autograd.Function):
+    """Returns a tensor that is still being exchanged; `_Await` has to come between it and its users."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, num_sent: list[int], num_received: list[int], axis: Axis) -> Tensor:
+        ctx.num_sent, ctx.num_received, ctx.axis = num_sent, num_received, axis
+        return _OPS.all_to_all_single(x.contiguous(), num_received, num_sent, axis.group.group_name)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None]:
+        return exchange_tokens(grad, ctx.num_received, ctx.num_sent, ctx.axis), None, None, None
 
 
 class _Await(torch.autograd.Function):

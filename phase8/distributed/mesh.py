@@ -1,4 +1,8 @@
-"""The rank grid as torch represents it: one DeviceMesh over all ranks, and its axes, which are passed to the parts of the model."""
+"""The rank grid as torch represents it: a DeviceMesh over all ranks, and its axes, which are passed to the parts of the model.
+
+Where ranks share experts, a second DeviceMesh over the same ranks places the parameters of experts, which other ranks divide than all others:
+torch slices no mesh that has both (ADR 19).
+"""
 
 from __future__ import annotations
 
@@ -23,9 +27,10 @@ class Mesh:
         pp: Axis of the pipeline stages.
         replicate: Axis of ranks that read different tokens and hold the same shards.
         shard: Axis of ranks that read different tokens and hold different shards.
-        ep: Axis of ranks that read different tokens and hold different experts; one rank so far.
+        ep: Axis of ranks that share experts, which are some of those that read different tokens.
         cp: Axis of ranks that share each sequence, which are some of those that read different tokens.
         tp: Axis of tensor parallelism.
+        expert_mesh: DeviceMesh of all ranks for the parameters of experts; None: they are divided like all others.
     """
 
     topology: Topology
@@ -36,6 +41,7 @@ class Mesh:
     ep: Axis = ALONE
     cp: Axis = ALONE
     tp: Axis = ALONE
+    expert_mesh: DeviceMesh | None = None
 
     def axes(self, names: Iterable[AxisName]) -> tuple[Axis, ...]:
         """The axes of a set such as `topology.TOKENS`, in the order of the set."""
@@ -63,6 +69,11 @@ class Mesh:
     def data_mesh(self) -> DeviceMesh | None:
         """The ranks that read different tokens, replicate x shard; None without a process group."""
         return None if self.device_mesh is None else self.device_mesh["replicate", "shard"]
+
+    @property
+    def expert_data_mesh(self) -> DeviceMesh | None:
+        """The ranks that hold the same experts, replicate x shard; None where ranks do not share experts."""
+        return None if self.expert_mesh is None else self.expert_mesh["replicate", "shard"]
 
 
 def first_and_last_stage(mesh: Mesh) -> dist.ProcessGroup | None:
@@ -95,10 +106,20 @@ def build_mesh(topology: Topology, *, device_type: str, shard_size: int, async_t
     if topology.context_parallel_size > 1:
         axes[str(AxisName.CONTEXT)] = _context_axis(topology, device_type)
     mesh = Mesh(topology, device_mesh, **axes)
+    if topology.expert_parallel_size > 1:
+        mesh = _with_experts(mesh, device_type, shard_size)
     if async_tensor_parallel and device_type == "cuda" and mesh.tp.size > 1:
         peer_memory(mesh.tp.group.group_name)
         return replace(mesh, tp=replace(mesh.tp, has_peer_memory=True))
     return mesh
+
+
+def _with_experts(mesh: Mesh, device_type: str, shard_size: int) -> Mesh:
+    """The mesh with a second one for the parameters of experts."""
+    sizes = mesh.topology.expert_axis_sizes(shard_size=shard_size)
+    expert_mesh = init_device_mesh(device_type, tuple(sizes.values()), mesh_dim_names=tuple(map(str, sizes)))
+    places = expert_mesh["ep", "tp"] if mesh.tp.size > 1 else None
+    return replace(mesh, expert_mesh=expert_mesh, ep=Axis(expert_mesh["ep"], places=places))
 
 
 def _context_axis(topology: Topology, device_type: str) -> Axis:

@@ -14,6 +14,7 @@ from phase8.distributed.collectives import ALONE, Axis
 from phase8.exchanges import Exchanges
 from phase8.model.attention import AttentionState, CausalAttention
 from phase8.model.feed_forward import build_feed_forward
+from phase8.model.mixture_of_experts import MixtureOfExperts
 from phase8.model.mixer import MixerState, Phase8Mixer
 from phase8.model.norm import RMSNorm
 from phase8.precision.formats import OPERAND_DTYPE, NumberFormat
@@ -33,10 +34,18 @@ class Block(nn.Module):
         axis: Axis of tensor parallelism.
         number_format: Format that computes the products of the linear layers.
         context: Axis of the ranks that share each sequence.
+        expert: Axis of the ranks that share the experts of a layer.
     """
 
     def __init__(
-        self, model: ModelSection, layer: int, *, axis: Axis, number_format: NumberFormat = OPERAND_DTYPE, context: Axis = ALONE
+        self,
+        model: ModelSection,
+        layer: int,
+        *,
+        axis: Axis,
+        number_format: NumberFormat = OPERAND_DTYPE,
+        context: Axis = ALONE,
+        expert: Axis = ALONE,
     ):
         super().__init__()
         self.mixer_norm = RMSNorm(model.d_model, eps=model.norm_eps)
@@ -47,7 +56,11 @@ class Block(nn.Module):
             else CausalAttention(model, axis=axis, number_format=number_format, context=context)
         )
         self.feed_forward_norm = RMSNorm(model.d_model, eps=model.norm_eps)
-        self.feed_forward = build_feed_forward(model, axis=axis, number_format=number_format)
+        self.feed_forward = (
+            MixtureOfExperts(model, axis=axis, number_format=number_format, context=context, expert=expert)
+            if model.has_experts[layer]
+            else build_feed_forward(model, axis=axis, number_format=number_format)
+        )
         # Three functions run the block's call, the body of that call, and the mixer with its norm; recomputation.py replaces them.
         self.run_outside: Run = call
         self.run_inside: Run = call
@@ -67,7 +80,17 @@ class Block(nn.Module):
     @staticmethod
     def auxiliary_losses(model: ModelSection) -> tuple[str, ...]:
         """Names of all auxiliary losses that blocks of a model return; a pipeline stage knows them even if its own blocks have none."""
-        return ()
+        return MixtureOfExperts.auxiliary_losses(model)
+
+    def learn_from_routing(self, measured: Tensor, is_valid: Tensor) -> None:
+        """Makes the router of a block with experts take account of a step.
+
+        Args:
+            measured: What the layer measured in the step, summed over the global batch [E + 2].
+            is_valid: Scalar on the device; False: the step does not count.
+        """
+        if isinstance(self.feed_forward, MixtureOfExperts):
+            self.feed_forward.router.learn_from(measured[:-2], is_valid)
 
     def forward(self, x: Tensor, angles: Tensor, starts: Tensor | None = None, state: BlockState | None = None) -> BlockOutput:
         """Applies the block to the residual stream.
@@ -75,14 +98,19 @@ class Block(nn.Module):
         Returns:
             The stream [B, T, D] after the block, with several ranks the own tokens [n, D]; the state for the next piece (None without
             `state`); and the auxiliary losses by name, scalars that are minimised together with the main loss. Each is a sum over the
-            tokens of this rank, like the main loss, and the step divides it by the same number of targets.
+            tokens of this rank, like the main loss, and the step divides it by the same number of targets. A layer with experts also
+            returns what it measures, as `ROUTING`.
         """
         return self.run_inside(self._forward, x, angles, starts, state)
 
     def _forward(self, x: Tensor, angles: Tensor, starts: Tensor | None, state: BlockState | None) -> BlockOutput:
         y, state = self.run_mixer(self._mix, x, angles, starts, state)
         x = x + y
-        return x + self.feed_forward(self.feed_forward_norm(x)), state, {}
+        y = self.feed_forward_norm(x)
+        if not isinstance(self.feed_forward, MixtureOfExperts):
+            return x + self.feed_forward(y), state, {}
+        y, measured = self.feed_forward(y, len(angles))
+        return x + y, state, measured
 
     def _mix(self, x: Tensor, angles: Tensor, starts: Tensor | None, state: BlockState | None) -> tuple[Tensor, BlockState | None]:
         angles = angles if self.has_rotary else torch.zeros_like(angles)

@@ -26,14 +26,15 @@ class SwiGLU(nn.Module):
         model: Model section with the widths.
         axis: Axis of tensor parallelism.
         number_format: Format that computes the products.
+        inner: Width between gate and down; None: that of the model's feed-forward.
     """
 
-    def __init__(self, model: ModelSection, *, axis: Axis, number_format: NumberFormat):
+    def __init__(self, model: ModelSection, *, axis: Axis, number_format: NumberFormat, inner: int | None = None):
         super().__init__()
-        width, inner = model.d_model, model.feed_forward_width
+        width, inner = model.d_model, model.feed_forward_width if inner is None else inner
         self.gate = ColumnParallelLinear(width, inner, std=model.init_std)
         self.up = ColumnParallelLinear(width, inner, std=model.init_std)
-        self.down = RowParallelLinear(inner, width, std=_down_std(model), axis=axis, number_format=number_format)
+        self.down = RowParallelLinear(inner, width, std=residual_std(model), axis=axis, number_format=number_format)
         self.gate_and_up = JointColumnLinear((self.gate, self.up), axis, number_format)
 
     def exchanges(self) -> Exchanges:
@@ -60,7 +61,7 @@ class LowRankSwiGLU(nn.Module):
         width, inner, rank = model.d_model, model.feed_forward_width, model.feed_forward_rank
         self.gate = LowRankColumn(width, inner, rank=rank, std=model.init_std)
         self.up = LowRankColumn(width, inner, rank=rank, std=model.init_std)
-        self.down = LowRankRow(inner, width, rank=rank, std=_down_std(model), axis=axis, number_format=number_format)
+        self.down = LowRankRow(inner, width, rank=rank, std=residual_std(model), axis=axis, number_format=number_format)
         self.gate_and_up = JointColumnLinear((self.gate, self.up), axis, number_format)
 
     def exchanges(self) -> Exchanges:
@@ -80,6 +81,6 @@ def build_feed_forward(model: ModelSection, *, axis: Axis, number_format: Number
     return kind(model, axis=axis, number_format=number_format)
 
 
-def _down_std(model: ModelSection) -> float:
-    """Standard deviation of `down`: with it the sum of all residual branches, two per layer, keeps its variance at any depth."""
+def residual_std(model: ModelSection) -> float:
+    """Standard deviation of the last weights of a feed-forward: with it the sum of all residual branches, two per layer, keeps its variance at any depth."""
     return model.init_std / math.sqrt(2 * model.num_layers)

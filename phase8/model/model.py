@@ -21,7 +21,8 @@ from phase8.tensor_parallel.embedding import VocabularyParallelEmbedding, first_
 from phase8.tensor_parallel.linear import ColumnParallelLinear
 from phase8.tensor_parallel.parameters import local
 
-OnLosses = Callable[[Mapping[str, Tensor]], None]
+# Called with the number of a layer and what its block returns beside the stream.
+OnLosses = Callable[[int, Mapping[str, Tensor]], None]
 
 
 class LanguageModel(nn.Module):
@@ -36,6 +37,7 @@ class LanguageModel(nn.Module):
         number_format: Format that computes the products of the linear layers of blocks.
         layers: Layers of the chunk; None: all layers.
         context: Axis of the ranks that share each sequence: each is given its slice, in their order.
+        expert: Axis of the ranks that share the experts of each layer.
     """
 
     def __init__(
@@ -47,6 +49,7 @@ class LanguageModel(nn.Module):
         number_format: NumberFormat = OPERAND_DTYPE,
         layers: range | None = None,
         context: Axis = ALONE,
+        expert: Axis = ALONE,
     ):
         super().__init__()
         layers = range(model.num_layers) if layers is None else layers
@@ -58,7 +61,8 @@ class LanguageModel(nn.Module):
             if self.begins or (self.ends and model.tie_embeddings)
             else None
         )
-        self.blocks = nn.ModuleDict({str(layer): Block(model, layer, axis=axis, number_format=number_format, context=context) for layer in layers})
+        options = {"axis": axis, "number_format": number_format, "context": context, "expert": expert}
+        self.blocks = nn.ModuleDict({str(layer): Block(model, layer, **options) for layer in layers})
         self.norm = RMSNorm(model.d_model, eps=model.norm_eps) if self.ends else None
         self.head = ColumnParallelLinear(model.d_model, model.vocab_size, std=model.init_std) if self.ends and not model.tie_embeddings else None
 
@@ -106,7 +110,7 @@ class LanguageModel(nn.Module):
             first_position: Position of the first token, for a piece of a sequence.
             x: Result of the previous chunk; None: this is the first one.
             sequence_length: Number of tokens T, needed where `tokens` is None.
-            on_losses: Function that is called with the auxiliary losses of each block that has some.
+            on_losses: Function that is called with the layer and the auxiliary losses of each block that has some, and with what it measures.
 
         Returns:
             Normalised hidden states [B, T, D], with several tensor-parallel ranks those of the own tokens [n, D] (before the norm where
@@ -119,7 +123,7 @@ class LanguageModel(nn.Module):
             sequence_length, self.section.head_width, base=self.section.rope_base, first_position=first_position, device=x.device
         )
         carried = []
-        for place, block in enumerate(self.blocks.values()):
+        for place, (layer, block) in enumerate(self.blocks.items()):
             if states is None:
                 x, _, losses = block.run_outside(block, x, angles, starts)
             else:
@@ -127,7 +131,7 @@ class LanguageModel(nn.Module):
                 x, state, losses = block.forward(x, angles, starts, states[place])
                 carried.append(state)
             if losses and on_losses is not None:
-                on_losses(losses)
+                on_losses(int(layer), losses)
         if self.norm is not None:
             x = self.norm(x) if states is None else self.norm.forward(x)
         return x, None if states is None else carried
@@ -169,10 +173,11 @@ def build_model(
     number_format: NumberFormat = OPERAND_DTYPE,
     layers: range | None = None,
     context: Axis = ALONE,
+    expert: Axis = ALONE,
 ) -> LanguageModel:
     """Builds a model or a chunk with uninitialised parameters on a device (`meta`: shapes only); `parameters.initialise` fills them."""
     with torch.device("meta"):
-        built = LanguageModel(model, dtype=dtype, axis=axis, number_format=number_format, layers=layers, context=context)
+        built = LanguageModel(model, dtype=dtype, axis=axis, number_format=number_format, layers=layers, context=context, expert=expert)
     if device.type != "meta":
-        materialise(built, device=device, axis=axis)
+        materialise(built, device=device, axis=axis, expert=expert)
     return built

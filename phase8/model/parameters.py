@@ -24,6 +24,14 @@ class OwnsParameters(Protocol):
         """The spec of every parameter registered on this module itself, by its local name."""
 
 
+@runtime_checkable
+class OwnsBuffers(Protocol):
+    """A module that registers buffers, which are saved but not trained, and declares their first values."""
+
+    def first_buffers(self) -> dict[str, float]:
+        """The value of every element of each buffer registered on this module itself, by its local name."""
+
+
 def iterate_specs(model: nn.Module) -> Iterator[tuple[str, nn.Parameter, ParameterSpec]]:
     """Yields every parameter with its global name and spec; a shared parameter comes once, under its first name."""
     seen: set[nn.Parameter] = set()
@@ -43,25 +51,30 @@ def divided_shapes(model: nn.Module) -> dict[str, DividedShape]:
     return {name: DividedShape(tuple(parameter.shape), spec.divided) for name, parameter, spec in iterate_specs(model)}
 
 
-def materialise(model: nn.Module, *, device: torch.device, axis: Axis) -> None:
-    """Gives every parameter of a model on the meta device uninitialised memory for this rank's part of it.
+def materialise(model: nn.Module, *, device: torch.device, axis: Axis, expert: Axis = ALONE) -> None:
+    """Gives every parameter of a model on the meta device uninitialised memory for this rank's part of it, and every buffer its memory.
 
     Args:
         model: Model on the meta device; its shared parameters stay shared.
         device: Device of the memory.
         axis: Axis of tensor parallelism.
+        expert: Axis of the ranks that share experts.
     """
     made: dict[nn.Parameter, nn.Parameter] = {}
     for module in model.modules():
         specs = module.parameter_specs() if isinstance(module, OwnsParameters) else {}
         for name, parameter in list(module.named_parameters(recurse=False)):
             if parameter not in made:
-                made[parameter] = divided(parameter, specs[name], axis, device=device)
+                made[parameter] = divided(parameter, specs[name], axis, device=device, expert=expert)
             setattr(module, name, made[parameter])
+        for name, buffer in module.named_buffers(recurse=False):
+            setattr(module, name, torch.empty_like(buffer, device=device))
 
 
-def initialise(model: nn.Module, *, seed: int, axis: Axis = ALONE) -> None:
+def initialise(model: nn.Module, *, seed: int, axis: Axis = ALONE, expert: Axis = ALONE) -> None:
     """Fills every parameter from a seed derived from its global name and shape, so that every topology starts from the same weights.
+
+    Buffers get their first values.
 
     A generator makes its random numbers one by one, so several parameters are filled at once, in as many threads as torch computes with.
     """
@@ -74,11 +87,20 @@ def initialise(model: nn.Module, *, seed: int, axis: Axis = ALONE) -> None:
             generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "little") >> 1)
             value = value + torch.randn(parameter.shape, generator=generator, dtype=torch.float32).mul_(spec.std)
         target = held_part(parameter)
-        target.copy_(own_part(value, spec, axis))
+        target.copy_(own_part(value, spec, axis, expert))
 
     with ThreadPoolExecutor(max_workers=torch.get_num_threads()) as threads:
         for done in [threads.submit(fill, *parameter) for parameter in iterate_specs(model)]:
             done.result()
+    for module in model.modules():
+        if isinstance(module, OwnsBuffers):
+            for name, value in module.first_buffers().items():
+                module.get_buffer(name).fill_(value)
+
+
+def shard_dims(model: nn.Module) -> dict[nn.Parameter, int]:
+    """The dim of each parameter that ZeRO divides."""
+    return {parameter: spec.divided.get("shard", 0) for _, parameter, spec in iterate_specs(model)}
 
 
 def decayed_parameter_names(model: nn.Module) -> set[str]:

@@ -14,12 +14,15 @@ are divided by the global number of targets.
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Mapping
+
 from torch import nn
 from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, OffloadPolicy, fully_shard
+from torch.distributed.tensor import DTensor, Shard
 
 from phase8.config.schema import ZeroSection
 from phase8.distributed.mesh import Mesh
-from phase8.topology import TOKENS
+from phase8.topology import TOKENS, AxisName
 from phase8.zero.copy_engine_gather import CopyEngineGather
 
 
@@ -30,10 +33,24 @@ def shard_size(zero: ZeroSection, *, num_token_ranks: int) -> int:
     return num_token_ranks if zero.shard_size is None else zero.shard_size
 
 
-def shard_block(block: nn.Module, zero: ZeroSection, mesh: Mesh) -> None:
-    """Divides one block, whose parameters must be initialised; the parts of other ranks are freed."""
+def shard_block(block: nn.Module, zero: ZeroSection, mesh: Mesh, dims: Mapping[nn.Parameter, int]) -> None:
+    """Divides one block, whose parameters must be initialised; the parts of other ranks are freed.
+
+    Args:
+        block: Block; experts that ranks share are divided over the ranks that hold the same ones.
+        zero: ZeRO section.
+        mesh: Mesh of the ranks.
+        dims: Dim of each parameter that is divided; along any other than the first, the ranks have to divide it evenly.
+    """
     if _is_divided(zero, mesh):
-        divided = fully_shard(block, mesh=mesh.data_mesh, reshard_after_forward=zero.stage == 3, offload_policy=_offload(zero, mesh))
+        options = {
+            "reshard_after_forward": zero.stage == 3,
+            "offload_policy": _offload(zero, mesh),
+            "shard_placement_fn": lambda parameter: Shard(dims[parameter]),
+        }
+        for module in _with_shared_experts(block):
+            fully_shard(module, mesh=mesh.expert_data_mesh, **options)
+        divided = fully_shard(block, mesh=mesh.data_mesh, **options)
         if zero.copy_engine_gather and mesh.shard.mesh is not None and mesh.shard.mesh.device_type == "cuda":
             divided.set_custom_all_gather(CopyEngineGather(mesh.shard.group))
 
@@ -59,6 +76,14 @@ def sum_gradients_after(model: nn.Module, zero: ZeroSection, *, is_last: bool) -
         model.set_requires_gradient_sync(is_last or zero.stage >= 2)
         model.set_requires_all_reduce(is_last)
         model.set_reshard_after_backward(is_last or zero.stage == 3)
+
+
+def _with_shared_experts(block: nn.Module) -> Iterator[nn.Module]:
+    """The modules whose own parameters are those of experts that ranks share."""
+    for module in block.modules():
+        own = next(module.parameters(recurse=False), None)
+        if isinstance(own, DTensor) and AxisName.EXPERT in (own.device_mesh.mesh_dim_names or ()):
+            yield module
 
 
 def _is_divided(zero: ZeroSection, mesh: Mesh) -> bool:

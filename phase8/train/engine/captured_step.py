@@ -90,7 +90,7 @@ class CapturedStep:
             report("the recorded step")
         self._inputs.fill(microbatches, StepNumbers(count_targets(microbatches), largest_loss, stop, unreadable), learning_rate)
         self._graph.replay()
-        return step_result(self._measured.tolist(), self._train_state.stage.auxiliary_losses)
+        return step_result(self._measured.tolist(), self._train_state.stage)
 
     def close(self) -> None:
         """Frees the graph; NCCL waits for this before it ends a communicator whose collectives are in the graph."""

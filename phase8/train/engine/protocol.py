@@ -27,6 +27,20 @@ from phase8.distributed.mesh import Mesh
 from phase8.model.model import LanguageModel
 
 
+class LayerRouting(NamedTuple):
+    """The routing of a layer with experts in a step, over the global batch.
+
+    Args:
+        load: Share of the choices that each expert got.
+        dropped: Share of the choices that were dropped.
+        entropy: Mean entropy of a token's scores, in nats.
+    """
+
+    load: tuple[float, ...]
+    dropped: float
+    entropy: float
+
+
 @dataclass(frozen=True)
 class StepResult:
     """The measurements of a step.
@@ -38,6 +52,7 @@ class StepResult:
         stop: Whether some rank was asked to stop.
         unreadable: Whether some rank could not read its data, in which case the weights stayed as they were.
         auxiliary_losses: Mean of each auxiliary loss per valid target, by name; `loss` does not contain them.
+        routing: Routing of each layer with experts, by the number of the layer.
     """
 
     loss: float
@@ -46,6 +61,7 @@ class StepResult:
     stop: bool = False
     unreadable: bool = False
     auxiliary_losses: Mapping[str, float] = field(default_factory=dict)
+    routing: Mapping[int, LayerRouting] = field(default_factory=dict)
 
 
 class Item(NamedTuple):

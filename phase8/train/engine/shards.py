@@ -12,9 +12,10 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
-from phase8.distributed.collectives import Axis, add_up_over, sum_over
+from phase8.distributed.collectives import ALONE, Axis, add_up_over, sum_over
 from phase8.distributed.placement import held_part
 from phase8.optim.clip import gradient_norm
+from phase8.topology import AxisName
 
 
 class Shards:
@@ -24,14 +25,22 @@ class Shards:
         model: Model that has been divided over the ranks.
         tensor_axis: Axis of tensor parallelism, whose ranks divide some parameters and have the rest whole.
         holders: Axes along which ranks hold different parts of the model; the norm is summed over them in this order.
+        experts: Axis along which ranks hold different experts but the same part of all else.
         offload: Whether the parts, and with them the optimizer's state, lie in host memory.
         copies: Names of the parameters that another rank counts in the gradient norm.
     """
 
     def __init__(
-        self, model: nn.Module, *, tensor_axis: Axis, holders: Sequence[Axis], offload: bool = False, copies: Collection[str] = ()
+        self,
+        model: nn.Module,
+        *,
+        tensor_axis: Axis,
+        holders: Sequence[Axis],
+        experts: Axis = ALONE,
+        offload: bool = False,
+        copies: Collection[str] = (),
     ):
-        self.tensor_axis, self.holders, self.offload, self.copies = tensor_axis, holders, offload, copies
+        self.tensor_axis, self.holders, self.experts, self.offload, self.copies = tensor_axis, holders, experts, offload, copies
         self.whole: dict[str, nn.Parameter] = dict(model.named_parameters())
         self.parts: dict[str, nn.Parameter] = {name: self._part(parameter) for name, parameter in self.whole.items()}
 
@@ -51,13 +60,16 @@ class Shards:
     def gradient_norm(self) -> Tensor:
         """The norm of the gradient of the whole model, the same on every rank; a scalar on the device of the gradients."""
         axes = [axis for axis in self.holders if axis.size > 1]
-        if not axes:
+        if not axes and self.experts.size == 1:
             return gradient_norm(self.parts.values())
         counted = {name: part for name, part in self.parts.items() if name not in self.copies}
+        of_experts = {name: counted.pop(name) for name in list(counted) if self.experts.size > 1 and self._is_of_experts(self.whole[name])}
         divided = {name for name in counted if not self._is_whole_on_tensor_axis(self.whole[name])}
         squares = gradient_norm(part for name, part in counted.items() if name in divided).square()
         repeated = gradient_norm(part for name, part in counted.items() if name not in divided).square()
         squares = squares + repeated / self.tensor_axis.size
+        if self.experts.size > 1:
+            squares = squares + sum_over(gradient_norm(of_experts.values()).square().to(self._device), self.experts).to(squares.device)
         for axis in axes:
             squares = sum_over(squares.to(self._device), axis)
         return squares.sqrt()
@@ -96,6 +108,9 @@ class Shards:
         if self.offload:
             return nn.Parameter(held_part(parameter).detach().to("cpu", copy=True))
         return nn.Parameter(held_part(parameter).detach()) if isinstance(parameter, DTensor) else parameter
+
+    def _is_of_experts(self, parameter: nn.Parameter) -> bool:
+        return isinstance(parameter, DTensor) and AxisName.EXPERT in (parameter.device_mesh.mesh_dim_names or ())
 
     def _is_whole_on_tensor_axis(self, parameter: nn.Parameter) -> bool:
         return self.tensor_axis.size > 1 and isinstance(parameter, DTensor) and parameter.placements[-1].is_replicate()

@@ -7,6 +7,7 @@ and get the sum of both gradients, so they stay equal.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -18,6 +19,7 @@ from phase8.data.microbatch import Microbatch
 from phase8.distributed.channels import MessageForm, Route, open_channels
 from phase8.distributed.mesh import Mesh, first_and_last_stage
 from phase8.distributed.placement import held_part
+from phase8.model.mixture_of_experts import ROUTING
 from phase8.model.model import LanguageModel, OnLosses
 from phase8.pipeline_parallel.engine import Engine, Place
 from phase8.pipeline_parallel.lowering import channels_of, lower
@@ -27,6 +29,20 @@ from phase8.zero.fsdp import sum_gradients_after
 EMBEDDING = "embedding.weight"
 # Receives are posted one action ahead, so that a message travels while the action before the one that needs it is computed.
 _RECEIVES_AHEAD = 1
+
+
+class StageShares(NamedTuple):
+    """This rank's shares of what a step measures.
+
+    Args:
+        loss: Share of the mean loss without auxiliary losses, on the stage where the model ends; zero on other stages.
+        auxiliary: Shares of the auxiliary losses [n] in the order of their names; None: the model has none.
+        routing: What layers with experts measure [layers of the whole model, E + 2], zero for those of other stages; None: there are none.
+    """
+
+    loss: Tensor
+    auxiliary: Tensor | None
+    routing: Tensor | None
 
 
 class Stage:
@@ -57,6 +73,23 @@ class Stage:
         return self.chunks[0].auxiliary_losses
 
     @property
+    def routed_layers(self) -> tuple[int, ...]:
+        """The layers of the whole model that have experts."""
+        return tuple(layer for layer, is_routed in enumerate(self.chunks[0].section.has_experts) if is_routed)
+
+    def learn_from_routing(self, routing: Tensor, is_valid: Tensor) -> None:
+        """Makes the routers of this stage take account of a step.
+
+        Args:
+            routing: The sum of all ranks' shares of the routing.
+            is_valid: Scalar on the device; False: the step does not count.
+        """
+        blocks = {int(layer): block for chunk in self.chunks for layer, block in chunk.blocks.items()}
+        for measured, layer in zip(routing, self.routed_layers, strict=True):
+            if layer in blocks:
+                blocks[layer].learn_from_routing(measured, is_valid)
+
+    @property
     def copies(self) -> frozenset[str]:
         """The names of parameters that another stage has too and counts in the gradient norm."""
         is_last = self._place.stage == self._place.num_stages - 1
@@ -68,25 +101,26 @@ class Stage:
         num_targets: int | Tensor,
         *,
         report: Callable[[str], None] | None = None,
-    ) -> tuple[Tensor, Tensor | None]:
+    ) -> StageShares:
         """Adds the gradients of the mean loss, auxiliary losses included, to those of the parameters.
 
         Args:
             microbatches: Microbatches of this rank's pipeline, the same on all of its stages.
             num_targets: Divisor of the sum of the losses.
             report: Function that is called with a text before every forward and backward.
-
-        Returns:
-            This pipeline's share of the mean loss without auxiliary losses on the stage where the model ends, zero on other stages; and
-            this rank's shares of the auxiliary losses [n] in the order of their names (None: the model has none).
         """
         engine = self._engine(len(microbatches), trains=True)
+        routing = self._no_routing()
 
         def forward(chunk: int, number: int, x: Tensor | None) -> tuple[Tensor, Mapping[str, Tensor]]:
             losses: dict[str, Tensor] = {}
 
-            def add(found: Mapping[str, Tensor]) -> None:
-                losses.update({name: losses[name] + loss if name in losses else loss for name, loss in found.items()})
+            def add(layer: int, found: Mapping[str, Tensor]) -> None:
+                for name, value in found.items():
+                    if name != ROUTING:
+                        losses[name] = losses[name] + value if name in losses else value
+                    elif routing is not None:
+                        routing[self.routed_layers.index(layer)] += value.detach()
 
             output = self._call(chunk, microbatches[number], x, add)
             losses = {name: loss / num_targets for name, loss in losses.items()}
@@ -103,7 +137,7 @@ class Stage:
         names, dtype = self.auxiliary_losses, torch.get_default_dtype()
         assert auxiliary.keys() <= set(names)  # blocks return what they declare
         shares = torch.stack([self._or_zero(auxiliary.get(name), dtype) for name in names]) if names else None
-        return self._or_zero(loss, dtype), shares
+        return StageShares(self._or_zero(loss, dtype), shares, routing)
 
     def loss_sum(self, microbatches: Sequence[Microbatch]) -> Tensor:
         """The sum of the losses of all targets, float64, on the stage where the model ends, zero on other stages; without gradients."""
@@ -114,6 +148,10 @@ class Stage:
 
         loss, _ = self._engine(len(microbatches), trains=False).run(forward, self._form(microbatches))
         return self._or_zero(loss, torch.float64)
+
+    def _no_routing(self) -> Tensor | None:
+        num_layers, num_experts = len(self.routed_layers), self.chunks[0].section.num_experts
+        return torch.zeros(num_layers, num_experts + 2, dtype=torch.float64, device=self.device) if num_layers else None
 
     def _or_zero(self, loss: Tensor | None, dtype: torch.dtype) -> Tensor:
         """The loss, or zero where there is none, in the same dtype on all stages, which are about to add them."""

@@ -13,7 +13,8 @@ from phase8.data.microbatch import Microbatch
 from phase8.distributed.collectives import sum_over
 from phase8.optim.clip import step_clipped
 from phase8.topology import EVERYBODY, LOSS, TOKENS
-from phase8.train.engine.protocol import StepResult
+from phase8.train.engine.protocol import LayerRouting, StepResult
+from phase8.train.engine.stage import Stage
 from phase8.train.engine.train_state import TrainState
 
 
@@ -47,7 +48,7 @@ def train_step(
         group["lr"] = learning_rate
     numbers = StepNumbers(count_targets(microbatches), largest_loss, stop, unreadable)
     measured = update(train_state, microbatches, numbers, gradient_clip_norm=gradient_clip_norm, report=report)
-    return step_result(measured.tolist(), train_state.stage.auxiliary_losses)  # the only synchronisation of the step
+    return step_result(measured.tolist(), train_state.stage)  # the only synchronisation of the step
 
 
 @dataclass(frozen=True)
@@ -79,10 +80,10 @@ def update(
 
     Returns:
         Numbers for `step_result`: loss, gradient norm, number of ranks that were asked to stop, number of ranks that could not read their
-        data, 1 if the weights were changed or else 0, and the auxiliary losses.
+        data, 1 if the weights were changed or else 0, the auxiliary losses, and the routing of each layer with experts.
     """
     optimizer, shards, mesh, device = train_state.optimizer, train_state.shards, train_state.mesh, train_state.device
-    total, auxiliary = train_state.stage.train(microbatches, _over_all_ranks(numbers.num_targets, train_state), report=report)
+    total, auxiliary, routing = train_state.stage.train(microbatches, _over_all_ranks(numbers.num_targets, train_state), report=report)
     shards.take_gradients()
     norm = shards.gradient_norm()
     total = sum_over(total, *mesh.axes(LOSS))
@@ -94,14 +95,38 @@ def update(
     shards.drop_gradients()
     # Tensor-parallel ranks have the same main loss, but each has the auxiliary losses of its own tokens.
     found = () if auxiliary is None else sum_over(auxiliary, *mesh.axes(EVERYBODY))
-    return torch.stack((total, norm.to(total), *told, counts.to(total), *found))
+    measured = torch.stack((total, norm.to(total), *told, counts.to(total), *found))
+    if routing is None:
+        return measured
+    routing = sum_over(routing, *mesh.axes(EVERYBODY))
+    train_state.stage.learn_from_routing(routing, counts)
+    return torch.cat((measured, routing.flatten().to(measured)))
 
 
-def step_result(measured: Sequence[float], auxiliary_names: Sequence[str]) -> StepResult:
+def step_result(measured: Sequence[float], stage: Stage) -> StepResult:
     """Makes a StepResult from the numbers that `update` returns."""
-    loss, norm, num_stopped, num_unreadable, counts, *auxiliary = measured
-    named = dict(zip(auxiliary_names, auxiliary, strict=True))
-    return StepResult(loss, norm, skipped=counts == 0, stop=num_stopped > 0, unreadable=num_unreadable > 0, auxiliary_losses=named)
+    loss, norm, num_stopped, num_unreadable, counts, *more = measured
+    names, section = stage.auxiliary_losses, stage.chunks[0].section
+    auxiliary, routing = more[: len(names)], more[len(names) :]
+    per_layer = section.num_experts + 2
+    return StepResult(
+        loss,
+        norm,
+        skipped=counts == 0,
+        stop=num_stopped > 0,
+        unreadable=num_unreadable > 0,
+        auxiliary_losses=dict(zip(names, auxiliary, strict=True)),
+        routing={
+            layer: _layer_routing(routing[place * per_layer : (place + 1) * per_layer], section.top_k)
+            for place, layer in enumerate(stage.routed_layers)
+        },
+    )
+
+
+def _layer_routing(measured: Sequence[float], top_k: int) -> LayerRouting:
+    *choices, dropped, entropy = measured
+    total = max(sum(choices), 1.0)
+    return LayerRouting(tuple(count / total for count in choices), dropped / total, entropy * top_k / total)
 
 
 @torch.no_grad()

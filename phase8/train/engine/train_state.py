@@ -9,11 +9,12 @@ from torch.distributed.fsdp import FSDPModule, register_fsdp_forward_method
 
 from phase8.config.pipeline import pipeline_of
 from phase8.config.schema import RunConfig
+from phase8.distributed.collectives import ALONE
 from phase8.distributed.mesh import Mesh
 from phase8.distributed.placement import collected
 from phase8.errors import ConfigError
 from phase8.model.model import LanguageModel, build_model
-from phase8.model.parameters import decayed_parameter_names, initialise, materialise
+from phase8.model.parameters import decayed_parameter_names, initialise, materialise, shard_dims
 from phase8.model.recomputation import apply_recomputation
 from phase8.optim.adamw import build_optimizer
 from phase8.optim.state import DeclareState, declared_by
@@ -70,7 +71,8 @@ def build_train_state(config: RunConfig, *, mesh: Mesh, device: torch.device, dt
     stage = Stage(chunks, pipeline_of(config.parallel), mesh, zero=config.zero, device=device)
     # Parameters in host memory (`zero.offload_params`) have their parts there already.
     offload = config.zero.offload_optimizer == "cpu" and config.zero.offload_params == "none"
-    shards = Shards(stage.module, tensor_axis=mesh.tp, holders=mesh.axes(HOLDERS), offload=offload, copies=stage.copies)
+    experts = mesh.ep if mesh.shard.size == 1 else ALONE  # the ranks of several shards are those of ep too
+    shards = Shards(stage.module, tensor_axis=mesh.tp, holders=mesh.axes(HOLDERS), experts=experts, offload=offload, copies=stage.copies)
     optimizer = build_optimizer(shards.parts, config.optim, decayed_names=decayed_names)
     require_divisible(shards, declared_by(optimizer))
     return TrainState(stage, shards, optimizer)
@@ -95,8 +97,9 @@ def build_chunks(config: RunConfig, *, mesh: Mesh, device: torch.device, dtype: 
     layers_of_chunks = chunk_layers(config.model, pipeline_of(config.parallel), mesh.pp.index)
     chunks = [_build_chunk(config, layers, mesh=mesh, device=device, dtype=dtype) for layers in layers_of_chunks]
     for chunk in chunks:
+        dims = shard_dims(chunk)
         for block in chunk.blocks.values():
-            shard_block(block, config.zero, mesh)
+            shard_block(block, config.zero, mesh, dims)
         shard_model(chunk, config.zero, mesh)
         if isinstance(chunk, FSDPModule):
             register_fsdp_forward_method(chunk, "loss_sum")
@@ -113,13 +116,14 @@ def _build_chunk(config: RunConfig, layers: range, *, mesh: Mesh, device: torch.
         number_format=number_format(config.precision),
         layers=layers,
         context=mesh.cp,
+        expert=mesh.ep,
     )
     train = config.train
     apply_recomputation(chunk, train.recompute, every_n_layers=train.recompute_every_n_layers, slice_tokens=train.recompute_slice_tokens)
     if device.type == "meta":
-        materialise(chunk, device=device, axis=mesh.tp)
+        materialise(chunk, device=device, axis=mesh.tp, expert=mesh.ep)
     else:
-        initialise(chunk, seed=config.train.seed, axis=mesh.tp)
+        initialise(chunk, seed=config.train.seed, axis=mesh.tp, expert=mesh.ep)
     return chunk
 
 
@@ -127,11 +131,11 @@ def whole_model(train_state: TrainState, config: RunConfig) -> LanguageModel | N
     """Gathers the whole model on the first rank; returns None on every other rank. A collective of all ranks."""
     if train_state.mesh.device_mesh is None:
         return train_state.model
-    parameters = collected(dict(train_state.stage.module.named_parameters()), train_state.mesh)
+    tensors = collected(dict(train_state.stage.module.state_dict(keep_vars=True)), train_state.mesh)
     if train_state.mesh.rank != 0:
         return None
     model = build_model(config.model, dtype=compute_dtype(config.precision), device=train_state.device)
     with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            parameter.copy_(parameters[name])
+        for name, tensor in model.state_dict(keep_vars=True).items():
+            tensor.copy_(tensors[name])
     return model

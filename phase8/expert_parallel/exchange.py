@@ -1,0 +1,72 @@
+"""The way of tokens to the ranks of their experts, and back.
+
+The ranks of an axis share E experts, E / ranks consecutive ones each. A rank sends the rows of its tokens to the ranks of their experts, which
+compute the rows of all ranks together and send them back; backward goes the same way.
+
+| slots | rows that travel | what the host has to know |
+|---|---|---|
+| padded (`slots.padded_slots`) | as many for each expert, empty ones included | nothing |
+| compact (`slots.compact_slots`) | those that are filled | how many, so it waits for the router |
+
+Shapes: R ranks, E experts, S slots of a rank, D model width.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from phase8.distributed.collectives import Axis, begin_to_exchange, end_exchange, exchange_tokens
+
+# Maps rows [S, D] and the ends of each expert's rows to the rows that the experts make of them.
+ComputeRows = Callable[[Tensor, Tensor], Tensor]
+# Work beside the exchange, and what it returns.
+Beside = Callable[[], Tensor | None]
+
+
+def computed_where_experts_are(
+    rows: Tensor, ends: Tensor, compute: ComputeRows, axis: Axis, *, is_padded: bool, beside: Beside
+) -> tuple[Tensor, Tensor | None]:
+    """The rows that the experts make of a rank's rows [S, D]; and what `beside` returns.
+
+    Args:
+        rows: Rows of the slots.
+        ends: For each of the E experts, the end of its rows.
+        compute: Function that computes this rank's experts.
+        axis: Ranks that share the experts.
+        is_padded: Whether each expert has the same number of slots.
+        beside: Work that is enqueued while rows travel.
+    """
+    if axis.size == 1:
+        result = beside()
+        return compute(rows, ends), result
+    return (_padded if is_padded else _compact)(rows, ends, compute, axis, beside)
+
+
+def _padded(rows: Tensor, ends: Tensor, compute: ComputeRows, axis: Axis, beside: Beside) -> tuple[Tensor, Tensor | None]:
+    shares, num_own = [len(rows) // axis.size] * axis.size, len(ends) // axis.size
+    arriving = begin_to_exchange(rows, shares, shares, axis)
+    result = beside()
+    by_expert = end_exchange(arriving, axis).view(axis.size, num_own, -1, rows.shape[-1]).transpose(0, 1)
+    own_ends = torch.arange(1, num_own + 1, device=rows.device, dtype=torch.int32) * (len(rows) // num_own)
+    computed = compute(by_expert.flatten(0, 2), own_ends).view(by_expert.shape)
+    return end_exchange(begin_to_exchange(computed.transpose(0, 1).flatten(0, 2), shares, shares, axis), axis), result
+
+
+@torch.compiler.disable  # sizes that the host reads would be compiled anew again and again
+def _compact(rows: Tensor, ends: Tensor, compute: ComputeRows, axis: Axis, beside: Beside) -> tuple[Tensor, Tensor | None]:
+    counts = ends.diff(prepend=ends.new_zeros(1)).long()
+    shares = [len(ends) // axis.size] * axis.size
+    counts_of_ranks = exchange_tokens(counts, shares, shares, axis).view(axis.size, -1)
+    sent, received = torch.stack((counts.view(axis.size, -1).sum(1), counts_of_ranks.sum(1))).tolist()
+    arriving = begin_to_exchange(rows[: sum(sent)], sent, received, axis)
+    result = beside()
+    by_rank = end_exchange(arriving, axis)
+    experts = torch.arange(shares[0], device=rows.device).repeat(axis.size).repeat_interleave(counts_of_ranks.flatten(), output_size=sum(received))
+    order = experts.argsort(stable=True)
+    computed = compute(by_rank[order], counts_of_ranks.sum(0).cumsum(0).int())
+    back = computed[order.argsort()]  # each row once, so no direction of these reads adds up
+    returned = end_exchange(begin_to_exchange(back, received, sent, axis), axis)
+    return torch.cat((returned, returned.new_zeros(len(rows) - sum(sent), rows.shape[-1]))), result

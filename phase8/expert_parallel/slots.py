@@ -1,0 +1,149 @@
+"""Places for tokens in the rows that experts compute, and the moves of tokens to these rows and back.
+
+Each token has k choices, the experts that compute it. A choice that an expert takes gets a row of its own, its slot; a choice that is dropped gets
+none. Rows of an expert are consecutive and in the order of tokens, whatever happens to the tokens of other experts, so what an expert takes of a
+sequence depends on earlier tokens only. Neither direction adds into memory that another token adds to: results are the same in every run.
+
+Shapes: N tokens, B sequences of T tokens, k choices of a token, E experts, S slots, D model width.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Slots:
+    """The slots of all choices.
+
+    Args:
+        slot: Slot of each choice; S: the choice is dropped [N, k].
+        choice: Number of the choice (token * k + place among its choices) in each slot; N k: the slot is empty [S].
+        ends: For each expert, the end of its rows, int32 [E]; rows from the last end on belong to no expert.
+    """
+
+    slot: Tensor
+    choice: Tensor
+    ends: Tensor
+
+    @property
+    def is_kept(self) -> Tensor:
+        """Whether an expert takes the choice [N, k]."""
+        return self.slot < len(self.choice)
+
+
+def places_in_sequence(chosen: Tensor, num_experts: int) -> tuple[Tensor, Tensor]:
+    """For each choice, the number of earlier choices of the same expert in its sequence; and the number of choices of each expert.
+
+    Args:
+        chosen: Experts of each token, all different [B, T, k].
+        num_experts: Number of experts E.
+
+    Returns:
+        The places [B, T, k], and the counts [B, E].
+    """
+    is_chosen = F.one_hot(chosen.flatten(1), num_experts)
+    so_far = is_chosen.cumsum(1)
+    places = so_far.gather(2, chosen.flatten(1)[..., None])[..., 0] - 1
+    return places.view(chosen.shape), so_far[:, -1]
+
+
+def compact_slots(chosen: Tensor, is_kept: Tensor | None, num_experts: int) -> Slots:
+    """Slots without gaps, as many as there are choices: those of the first expert, of the second one, and so on; empty ones come last.
+
+    Args:
+        chosen: Experts of each token [N, k].
+        is_kept: Whether the expert takes the choice [N, k]; None: it takes all.
+        num_experts: Number of experts E.
+    """
+    of_expert = F.one_hot(chosen.flatten(), num_experts)
+    if is_kept is not None:
+        of_expert = of_expert * is_kept.view(-1, 1)
+    so_far = of_expert.cumsum(0)
+    ends = so_far[-1].cumsum(0)
+    places = (so_far - 1 + ends - so_far[-1]).gather(1, chosen.view(-1, 1)).view(chosen.shape)
+    return _slots(places if is_kept is None else places.where(is_kept, chosen.numel()), chosen.numel(), ends)
+
+
+def padded_slots(chosen: Tensor, places: Tensor, num_experts: int, capacity: int) -> Slots:
+    """The same number of slots for each expert and sequence, whatever was chosen; a choice whose place is beyond them is dropped.
+
+    Args:
+        chosen: Experts of each token [B, T, k].
+        places: Place of each choice among those of its expert in its sequence [B, T, k].
+        num_experts: Number of experts E.
+        capacity: Slots of an expert for each sequence.
+    """
+    batch, num_slots = chosen.shape[0], num_experts * chosen.shape[0] * capacity
+    sequence = torch.arange(batch, device=chosen.device).view(-1, 1, 1)
+    slot = (chosen * batch + sequence) * capacity + places
+    ends = torch.arange(1, num_experts + 1, device=chosen.device) * (batch * capacity)
+    return _slots(slot.where(places < capacity, num_slots).flatten(0, 1), num_slots, ends)
+
+
+def _slots(slot: Tensor, num_slots: int, ends: Tensor) -> Slots:
+    choices = torch.arange(slot.numel(), device=slot.device)
+    choice = torch.full((num_slots + 1,), slot.numel(), device=slot.device).scatter(0, slot.flatten(), choices)
+    return Slots(slot, choice[:-1], ends.int())  # the last place got all that is dropped
+
+
+def to_slots(x: Tensor, slots: Slots) -> Tensor:
+    """Copies each token to the slots of its choices: [N, D] -> [S, D]; empty slots are zero."""
+    return _ToSlots.apply(x, slots.slot, slots.choice)
+
+
+def from_slots(rows: Tensor, weights: Tensor, slots: Slots) -> Tensor:
+    """For each token, the weighted sum of the rows of its choices [N, D]; what is dropped does not count.
+
+    Args:
+        rows: Rows of the slots [S, D].
+        weights: Weight of each choice, fp32 or wider [N, k].
+        slots: Slots of the choices.
+    """
+    # The Function does not cast its result: torch.compile of torch 2.11 takes the gradient of a Function that ends with a cast to its own dtype for zero.
+    return _FromSlots.apply(rows, weights, slots.slot, slots.choice).to(rows.dtype)
+
+
+class _ToSlots(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, slot: Tensor, choice: Tensor) -> Tensor:
+        ctx.save_for_backward(slot)
+        ctx.num_slots = len(choice)
+        return _taken(x, choice, slot)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
+        (slot,) = ctx.saved_tensors
+        return _read(grad, slot, ctx.num_slots).sum(1), None, None
+
+
+class _FromSlots(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, rows: Tensor, weights: Tensor, slot: Tensor, choice: Tensor) -> Tensor:
+        ctx.save_for_backward(rows, weights, slot, choice)
+        return (_read(rows, slot, len(choice)) * weights[..., None]).sum(1)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None, None]:
+        rows, weights, slot, choice = ctx.saved_tensors
+        of_weights = (_read(rows, slot, len(choice)) * grad[:, None].to(weights.dtype)).sum(-1)
+        factors = torch.cat((weights.flatten(), weights.new_zeros(1)))[choice]
+        return (_taken(grad, choice, slot) * factors[:, None]).to(rows.dtype), of_weights, None, None
+
+
+def _taken(x: Tensor, choice: Tensor, slot: Tensor) -> Tensor:
+    """The token of the choice in each slot, zero where there is none."""
+    is_filled = choice < slot.numel()
+    token = torch.where(is_filled, choice, 0) // slot.shape[1]
+    return torch.where(is_filled[:, None], x[token], 0)
+
+
+def _read(rows: Tensor, slot: Tensor, num_slots: int) -> Tensor:
+    """The row of each choice [N, k, D], zero where it is dropped: rows that no expert has computed may hold anything."""
+    is_kept = slot < num_slots
+    return torch.where(is_kept[..., None], rows[torch.where(is_kept, slot, 0)], 0)

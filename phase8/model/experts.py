@@ -1,0 +1,51 @@
+"""The experts of a layer: as many gated feed-forwards, computed together. Shapes: S rows, E experts, F width of an expert, D model width."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from phase8.config.model_section import ModelSection
+from phase8.kernels.grouped_product import grouped_product
+from phase8.model.feed_forward import residual_std
+from phase8.tensor_parallel.parameters import ParameterSpec, local
+
+
+class Experts(nn.Module):
+    """The experts down(silu(gate(x)) * up(x)); a rank has some of them, and of these its part of the width.
+
+    Ranks of expert parallelism divide the experts, ranks of tensor parallelism the width F, and ZeRO the model width D, so that no dim is divided
+    twice and every rank holds as much, however few experts there are.
+
+    Args:
+        model: Model section with widths and number of experts.
+    """
+
+    def __init__(self, model: ModelSection):
+        super().__init__()
+        inner, self.top_k = (model.num_experts, model.expert_width, model.d_model), model.top_k
+        self.gate, self.up = nn.Parameter(torch.empty(inner)), nn.Parameter(torch.empty(inner))
+        self.down = nn.Parameter(torch.empty(model.num_experts, model.d_model, model.expert_width))
+        self._stds = {"gate": model.init_std, "up": model.init_std, "down": residual_std(model)}
+
+    def parameter_specs(self) -> dict[str, ParameterSpec]:
+        """Normal values with weight decay, as in a dense feed-forward."""
+        widths = {"gate": {"tp": 1, "shard": 2}, "up": {"tp": 1, "shard": 2}, "down": {"tp": 2, "shard": 1}}
+        return {name: ParameterSpec(std=self._stds[name], decay=True, divided={"ep": 0, **dims}) for name, dims in widths.items()}
+
+    @property
+    def flops_per_token(self) -> float:
+        """FLOPs of a forward for each token of the layer, which only the chosen experts compute."""
+        return 2 * self.top_k * sum(each.numel() for each in (self.gate, self.up, self.down)) / self.gate.shape[0]
+
+    def forward(self, rows: Tensor, ends: Tensor) -> Tensor:
+        """Computes the rows of each expert of this rank [S, D]; with several tensor-parallel ranks, this rank's summand.
+
+        Args:
+            rows: Rows of the experts, one expert after the other [S, D].
+            ends: End of each expert's rows, int32 [E of this rank].
+        """
+        gate, up, down = (local(weight).to(rows.dtype) for weight in (self.gate, self.up, self.down))
+        inner = F.silu(grouped_product(rows, gate, ends)) * grouped_product(rows, up, ends)
+        return grouped_product(inner, down, ends)
