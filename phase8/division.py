@@ -94,13 +94,19 @@ def region_of_rank(region: Region, dim: int, place: Place) -> Region:
     return Region(offsets, shape)
 
 
+def experts_place(shards: Place, experts: Place) -> Place:
+    """The place of a rank among those that divide the same experts, given its place among those that divide all else, of which they are a part."""
+    return Place(max(shards.size // experts.size, 1), shards.index // experts.size)
+
+
 @dataclass(frozen=True)
 class DividedShape:
     """The whole shape of a parameter, and its division over ranks.
 
     Args:
         shape: Whole shape.
-        divided: Axis -> dim that the ranks of the axis divide; along any other axis each rank has the parameter whole.
+        divided: Axis -> dim that the ranks of the axis divide; along any other axis each rank has the parameter whole. `shard` is the dim
+            that ZeRO divides, the first one if it is not named.
     """
 
     shape: tuple[int, ...]
@@ -117,3 +123,21 @@ class DividedShape:
             if axis in places:
                 found = region_of_rank(found, dim, places[axis])
         return found
+
+    @property
+    def shard_dim(self) -> int:
+        """The dim that ZeRO divides."""
+        return self.divided.get("shard", 0)
+
+    def shards(self, places: Mapping[str, Place], shards: Place) -> Place:
+        """The place of a rank among those that divide its region further.
+
+        Args:
+            places: As of `region`.
+            shards: Place of the rank among those that divide one copy of the model.
+        """
+        return experts_place(shards, places["ep"]) if "ep" in self.divided and "ep" in places else shards
+
+    def held(self, places: Mapping[str, Place], shards: Place) -> Region:
+        """The region that a rank keeps between steps; arguments as of `shards`."""
+        return region_of_rank(self.region(places), self.shard_dim, self.shards(places, shards))

@@ -82,15 +82,19 @@ def test_finer_axes_divide_the_ranks_that_read_different_tokens(topology, shard_
     dp = topology.data_parallel_size * shard_size * expert
     topology = replace(topology, data_parallel_size=dp, expert_parallel_size=expert)
     sizes = topology.axis_sizes(shard_size=shard_size)
-    assert list(sizes) == [axis for axis in AxisName if axis != "cp"] and math.prod(sizes.values()) == topology.world_size
+    assert list(sizes) == [axis for axis in AxisName if axis not in ("cp", "ep")] and math.prod(sizes.values()) == topology.world_size
     assert math.prod(sizes[axis] for axis in TOKENS) == dp * topology.degrees["cp"] == topology.num_token_ranks
     assert sizes[AxisName.SHARD] == shard_size and all(sizes[axis] == topology.degrees[axis] for axis in ("pp", "tp"))
+    for whole in (shard_size * expert, 1):  # those that divide all else, or nobody
+        sizes = topology.expert_axis_sizes(shard_size=whole)
+        assert list(sizes) == [axis for axis in AxisName if axis != "cp"] and math.prod(sizes.values()) == topology.world_size
+        assert sizes[AxisName.EXPERT] == expert and sizes[AxisName.SHARD] == max(whole // expert, 1)
 
 
 def test_sets_of_axes_name_an_axis_once_and_miss_none():
     for axes in (TOKENS, LOSS, HOLDERS, COPIES, STAGE, EVERYBODY):
         assert len(set(axes)) == len(axes)
-    assert set(EVERYBODY) == set(AxisName) - {AxisName.CONTEXT} == {*STAGE, AxisName.PIPELINE} == {*LOSS, AxisName.TENSOR} == {*HOLDERS, *COPIES}
+    assert set(EVERYBODY) == set(AxisName) - {AxisName.CONTEXT, AxisName.EXPERT} == {*STAGE, AxisName.PIPELINE} == {*LOSS, AxisName.TENSOR} == {*HOLDERS, *COPIES}
     assert AxisName.REPLICATE not in HOLDERS, "ranks along it hold the same parts"
 
 

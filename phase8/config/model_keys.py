@@ -10,16 +10,25 @@ from phase8.config.model_section import ModelSection
 FIRST_VALUES = frozenset({"memory_tokens", "init_std"})
 # Keys that change the computation, but neither number nor shapes of the weights.
 WITHOUT_SHAPE = FIRST_VALUES | {
-    "sequence_length", "rotary", "rope_base", "norm_eps", "local_window_size", "global_tokens", "decay_floor", "global_activation"
+    "sequence_length", "rotary", "rope_base", "norm_eps", "local_window_size", "global_tokens", "decay_floor", "global_activation", "top_k",
+    "capacity_factor", "router_score", "balance_loss_weight", "router_z_loss_weight", "router_bias_rate",
 }  # fmt: skip
 _OF_WINDOW = frozenset({"local_window_size", "global_tokens", "score", "global_path"})
 _OF_GLOBAL_PATH = frozenset({"chain", "decay_floor", "global_activation", "global_gate", "memory_tokens"})
+_OF_EXPERTS = frozenset({
+    "num_experts", "top_k", "expert_ffn_size", "shared_experts", "capacity_factor", "moe_every_n_layers", "first_dense_layers", "router_score",
+    "balance_loss_weight", "router_z_loss_weight", "router_bias_rate",
+})  # fmt: skip
 
 
 def keys_in_effect(model: ModelSection) -> dict[str, Any]:
     """Value of every key that a model's block reads, as plain JSON; defaults derived from other keys are filled in."""
     unread = frozenset() if model.has_global_path else _OF_GLOBAL_PATH | (_OF_WINDOW if model.block == "transformer" else frozenset())
-    written_out = {"head_size": model.head_width, "ffn_size": model.feed_forward_width, "convolution_size": model.convolution_taps}
+    unread |= frozenset() if model.ffn == "moe" else _OF_EXPERTS
+    written_out = {
+        "head_size": model.head_width, "ffn_size": model.feed_forward_width, "expert_ffn_size": model.expert_width,
+        "convolution_size": model.convolution_taps,
+    }  # fmt: skip
     return {name: value for name, value in (model.model_dump(mode="json") | written_out).items() if name not in unread}
 
 

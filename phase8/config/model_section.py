@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from typing import Annotated, Literal, TypeVar
+from typing import Annotated, Literal, NamedTuple, TypeVar
 
 from pydantic import Field
 
@@ -24,6 +24,18 @@ from phase8.config.values import (
 _Value = TypeVar("_Value")
 Windows = Annotated[tuple[NonNegativeInt, ...], Field(min_length=1, strict=False)]
 Switches = Annotated[tuple[bool, ...], Field(min_length=1, strict=False)]
+
+
+class LayerKind(NamedTuple):
+    """The properties in which layers of a model differ in cost.
+
+    Args:
+        window: Window of the local path.
+        has_experts: Whether the feed-forward is a mixture of experts.
+    """
+
+    window: int
+    has_experts: bool = False
 
 
 class ModelSection(Section):
@@ -116,6 +128,18 @@ class ModelSection(Section):
         return self.model_copy(update={"local_window_size": window} | ({"global_path": "none"} if alternates else {}))
 
     @property
+    def layer_kinds(self) -> tuple[LayerKind, ...]:
+        """The kind of each layer."""
+        return tuple(map(LayerKind, self.window_sizes, self.has_experts))
+
+    def of_kind(self, kind: LayerKind) -> ModelSection:
+        """The section of the layers of a kind, with experts in every layer or in none."""
+        if self.ffn != "moe":
+            return self.of_window(kind.window)
+        experts = {"first_dense_layers": 0, "moe_every_n_layers": 1} if kind.has_experts else {"ffn": "swiglu"}
+        return self.of_window(kind.window).model_copy(update=experts)
+
+    @property
     def has_global_path(self) -> bool:
         """Whether the blocks have a global path beside the local one."""
         return self.block == "phase8" and self.global_path != "none"
@@ -145,14 +169,18 @@ class ModelSection(Section):
     @property
     def has_experts(self) -> tuple[bool, ...]:
         """Whether the feed-forward of each layer is a mixture of experts."""
-        first, distance = self.first_dense_layers, self.moe_every_n_layers
-        return tuple(self.ffn == "moe" and layer >= first and (layer - first) % distance == 0 for layer in range(self.num_layers))
+        with_experts = range(self.first_dense_layers, self.num_layers, self.moe_every_n_layers) if self.ffn == "moe" else ()
+        return tuple(layer in with_experts for layer in range(self.num_layers))
 
     def expert_capacity(self, length: int) -> int | None:
         """Choices that an expert takes of a sequence of this many tokens in training; None: all."""
         if self.capacity_factor is None:
             return None
         return min(math.ceil(self.capacity_factor * self.top_k * length / self.num_experts), length)
+
+    def has_counted_rows(self, *, context_parallel_size: int) -> bool:
+        """Whether ranks that share experts exchange as many rows as tokens choose, which the host has to know; otherwise the same number always."""
+        return self.ffn == "moe" and (self.capacity_factor is None or context_parallel_size > 1)
 
     @property
     def convolution_taps(self) -> int:

@@ -6,6 +6,7 @@ from collections.abc import Iterator
 
 from phase8.config.batch import batch_shape, run_topology
 from phase8.config.describe import describe_value
+from phase8.config.experts import expert_problems, model_expert_problems
 from phase8.config.model_section import ModelSection
 from phase8.config.pipeline import pipeline_of, pipeline_problems
 from phase8.config.schema import DataSection, OptimSection, ParallelSection, RunConfig, TrainSection
@@ -52,6 +53,7 @@ def find_problems(config: RunConfig, *, world_size: int = 1) -> list[str]:
         *_data(config),
         *_tensor_parallel(config.model, config.parallel.tensor_parallel_size),
         *_context_parallel(config.model, config.parallel),
+        *expert_problems(config, world_size),
         *_zero(config, world_size),
         *_batch_and_pipeline(config, world_size),
         *_not_built_yet(config),
@@ -80,6 +82,7 @@ def model_problems(model: ModelSection) -> Iterator[str]:
             f"model.global_activation is {model.global_activation}, but model.global_path is none and has no queries; "
             "set model.global_activation to none."
         )
+    yield from model_expert_problems(model)
     if model.ffn == "low_rank_swiglu" and model.low_rank_rank == 0:
         yield "model.ffn is low_rank_swiglu, but model.low_rank_rank is 0; set a rank of at least 1 or use ffn: swiglu."
 
@@ -171,7 +174,8 @@ def _budget(train: TrainSection, parallel: ParallelSection) -> Iterator[str]:
             f"train.recompute_every_n_layers is {train.recompute_every_n_layers}, but train.recompute is budget, which all layers share; "
             "set it to 1."
         )
-    for axis, size in (("tensor", parallel.tensor_parallel_size), ("context", parallel.context_parallel_size)):
+    sizes = {"tensor": parallel.tensor_parallel_size, "context": parallel.context_parallel_size, "expert": parallel.expert_parallel_size}
+    for axis, size in sizes.items():
         if size > 1:
             yield (
                 f"train.recompute is budget with parallel.{axis}_parallel_size {size}, but torch.compile cannot weigh what holds a process group; "

@@ -1,7 +1,7 @@
 """Floating-point operations of a forward pass per token: the multiply-adds of linear layers, attention and recurrences, two each.
 
 Element-wise work (norms, activations, rotary, the scalar Green chain, softmax) is not counted, as usual. Linear layers are counted by their
-weights in a block built without memory; a mixer declares its other work in `mixing_flops`. A backward pass costs twice a forward.
+weights in a block built without memory, of experts those that a token chooses; a mixer declares its other work in `mixing_flops`. A backward pass costs twice a forward.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from torch import nn
 from phase8.config.model_section import ModelSection
 from phase8.distributed.collectives import ALONE
 from phase8.model.block import Block
+from phase8.model.experts import Experts
 from phase8.model.work import BACKWARD_OVER_FORWARD
 from phase8.tensor_parallel.linear import Linear
 
@@ -22,8 +23,8 @@ from phase8.tensor_parallel.linear import Linear
 def forward_flops_per_token(model: ModelSection) -> dict[str, float]:
     """Forward FLOPs per token of each part of the model, averaged over the positions of a training sequence."""
     parts: dict[str, float] = {}
-    for window, count in Counter(model.window_sizes).items():
-        for part, flops in _block_flops(model, model.window_sizes.index(window)).items():
+    for kind, count in Counter(model.layer_kinds).items():
+        for part, flops in _block_flops(model, model.layer_kinds.index(kind)).items():
             parts[part] = parts.get(part, 0) + count * flops
     return parts | {"head": 2 * model.d_model * model.vocab_size}
 
@@ -34,9 +35,9 @@ def training_flops_per_token(model: ModelSection) -> float:
 
 
 def layer_flops_per_token(model: ModelSection) -> list[float]:
-    """Forward FLOPs per token of each layer; layers differ by their window."""
-    by_window = {window: sum(_block_flops(model, model.window_sizes.index(window)).values()) for window in model.window_sizes}
-    return [by_window[window] for window in model.window_sizes]
+    """Forward FLOPs per token of each layer."""
+    of_kind = {kind: sum(_block_flops(model, model.layer_kinds.index(kind)).values()) for kind in set(model.layer_kinds)}
+    return [of_kind[kind] for kind in model.layer_kinds]
 
 
 @lru_cache(maxsize=1024)
@@ -51,5 +52,6 @@ def _block_flops(model: ModelSection, layer: int) -> dict[str, float]:
     }
 
 
-def _linear_flops(module: nn.Module) -> int:
-    return sum(2 * each.weight.numel() for each in module.modules() if isinstance(each, Linear))
+def _linear_flops(module: nn.Module) -> float:
+    dense = sum(2 * each.weight.numel() for each in module.modules() if isinstance(each, Linear))
+    return dense + sum(each.flops_per_token for each in module.modules() if isinstance(each, Experts))

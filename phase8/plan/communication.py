@@ -35,13 +35,15 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 from phase8.config.model_section import ModelSection
-from phase8.division import DividedShape, Place, padded_size, region_of_rank
-from phase8.exchanges import AnyExchange, Operation, SliceExchange
+from phase8.division import DividedShape, Place, padded_size
+from phase8.exchanges import AnyExchange, ExpertExchange, Operation, SliceExchange
 from phase8.plan.memory import FP32_BYTES
 from phase8.shared_sequence import num_sent, wanted_tokens
 from phase8.topology import EVERYBODY, HOLDERS, LOSS, TOKENS, AxisName
 
 _TARGETS_BYTES = _AGREEMENT_BYTES = 8
+# Auxiliary losses of routers, and bytes of a number that they measure or that ranks tell each other about rows.
+_ROUTER_LOSSES, _ROUTING_BYTES = 2, 8
 
 
 @dataclass(frozen=True)
@@ -75,13 +77,14 @@ class Grid:
         pipeline: Number of pipeline stages.
         replicate: Number of data-parallel ranks that hold the same shards.
         shard: Number of data-parallel ranks that hold different shards.
-        expert: Number of data-parallel ranks that hold different experts.
+        expert: Number of ranks that share the experts, which are a part of those that read different tokens.
         context: Number of ranks that share each sequence.
         tensor: Number of tensor-parallel ranks.
         stage: Position of this rank on the pipeline axis.
         shard_index: Position of this rank on the shard axis.
         tensor_index: Position of this rank on the tensor axis.
         context_index: Position of this rank among those that share its sequences.
+        expert_index: Position of this rank among those that share the experts.
     """
 
     pipeline: int = 1
@@ -94,6 +97,7 @@ class Grid:
     shard_index: int = 0
     tensor_index: int = 0
     context_index: int = 0
+    expert_index: int = 0
 
     def size(self, axis: AxisName) -> int:
         """The number of ranks along an axis."""
@@ -110,7 +114,12 @@ class Grid:
     @property
     def places(self) -> dict[str, Place]:
         """The place of this rank on each axis that a parameter may name in its division."""
-        return {AxisName.TENSOR: Place(self.tensor, self.tensor_index)}
+        return {AxisName.TENSOR: Place(self.tensor, self.tensor_index), AxisName.EXPERT: Place(self.expert, self.expert_index)}
+
+    @property
+    def shards(self) -> Place:
+        """The place of this rank among those that divide one copy of the model."""
+        return Place(self.shard, self.shard_index)
 
 
 @dataclass(frozen=True)
@@ -164,7 +173,7 @@ def step_communication(
         step: Settings of the step.
         grid: Rank grid with the place of the rank.
     """
-    found = [*_scalars(), *_messages(model, step, grid, num_chunks=len(chunks)), *_copies_of_embedding(model, chunks, grid)]
+    found = [*_scalars(model, grid), *_messages(model, step, grid, num_chunks=len(chunks)), *_copies_of_embedding(model, chunks, grid)]
     found += [*_exchanges(model, exchanges, step, grid), *_whole_gradients(chunks, step, grid)]
     for chunk in chunks:
         found += [*_parameters(chunk, step, grid)]
@@ -201,15 +210,21 @@ def _messages(model: ModelSection, step: Step, grid: Grid, *, num_chunks: int) -
 def _copies_of_embedding(model: ModelSection, chunks: Sequence[Chunk], grid: Grid) -> Iterator[Collectives]:
     if model.tie_embeddings and grid.stage in (0, grid.pipeline - 1):
         (embedding,) = (chunk.rest["embedding.weight"] for chunk in chunks if "embedding.weight" in chunk.rest)
-        part = region_of_rank(embedding.region(grid.places), 0, Place(grid.shard, grid.shard_index))
+        part = embedding.held(grid.places, grid.shards)
         yield Collectives(AxisName.PIPELINE, Operation.ALL_REDUCE, 1, part.num_elements * FP32_BYTES)
 
 
-def _scalars() -> Iterator[Collectives]:
+def _scalars(model: ModelSection, grid: Grid) -> Iterator[Collectives]:
     """The sums of scalars; each runs over the axes of its set, one after the other."""
     loss = norm = FP32_BYTES
     flags = 2 * FP32_BYTES  # the flags stop and unreadable
-    for num_bytes, axes in ((flags, EVERYBODY), (loss, LOSS), (norm, HOLDERS), (_TARGETS_BYTES, TOKENS)):
+    sums = [(flags, EVERYBODY), (loss, LOSS), (norm, HOLDERS), (_TARGETS_BYTES, TOKENS)]
+    if any(model.has_experts):
+        losses, routing = _ROUTER_LOSSES * FP32_BYTES, sum(model.has_experts) * (model.num_experts + 2) * _ROUTING_BYTES
+        sums += [(losses, EVERYBODY), (routing, EVERYBODY)]
+        if grid.shard == 1:
+            sums.append((norm, (AxisName.EXPERT,)))
+    for num_bytes, axes in sums:
         for axis in axes:
             yield Collectives(axis, Operation.ALL_REDUCE, 1, num_bytes)
 
@@ -220,14 +235,31 @@ def _exchanges(model: ModelSection, exchanges: Iterable[AnyExchange], step: Step
     num_tokens = step.micro_batch_size * slice_length
     for exchange, times in Counter(exchanges).items():
         axis, repeats = AxisName(exchange.axis), times * step.num_microbatches
-        number_bytes = max(step.compute_bytes, FP32_BYTES) if exchange.is_wide else step.compute_bytes
+        number_bytes = max(step.compute_bytes, FP32_BYTES) if not isinstance(exchange, ExpertExchange) and exchange.is_wide else step.compute_bytes
         if isinstance(exchange, SliceExchange):
             numbers = step.micro_batch_size * _parts_of_slices(exchange, slice_length, grid) * exchange.numbers // grid.tensor
             yield Collectives(axis, exchange.operation, repeats, repeats * numbers * number_bytes)
             continue
+        if isinstance(exchange, ExpertExchange):
+            yield from _rows_of_experts(model, exchange, repeats, step, grid)
+            continue
         tokens_at_once = num_tokens if exchange.tokens_per_rank is None else exchange.tokens_per_rank * grid.size(axis)
         count, num_bytes = math.ceil(num_tokens / tokens_at_once), num_tokens * exchange.numbers_per_token * number_bytes
         yield Collectives(axis, exchange.operation, repeats * count, repeats * num_bytes)
+
+
+def _rows_of_experts(model: ModelSection, exchange: ExpertExchange, repeats: int, step: Step, grid: Grid) -> Iterator[Collectives]:
+    """Exchanges of rows: with a capacity the slots of all experts, otherwise what tokens choose, and how many rows that is."""
+    axis, sequences = AxisName(exchange.axis), step.micro_batch_size
+    capacity = model.expert_capacity(model.sequence_length)
+    is_counted = model.has_counted_rows(context_parallel_size=grid.context)
+    if is_counted or capacity is None:
+        rows = sequences * model.sequence_length // grid.context * exchange.top_k
+    else:
+        rows = sequences * exchange.num_experts * capacity
+    yield Collectives(axis, exchange.operation, repeats, repeats * rows * exchange.numbers_per_row * step.compute_bytes)
+    if is_counted and exchange.tells_counts:
+        yield Collectives(axis, exchange.operation, repeats, repeats * exchange.num_experts * _ROUTING_BYTES)
 
 
 def _parts_of_slices(exchange: SliceExchange, slice_length: int, grid: Grid) -> int:
@@ -253,16 +285,28 @@ def _parameters(chunk: Chunk, step: Step, grid: Grid) -> Iterator[Collectives]:
     """FSDP's collectives for the parameters of each block, and for the rest, which stays gathered from forward to backward."""
     num_gathers = step.num_microbatches if step.zero_stage == 3 else 1
     num_sums = step.num_microbatches if step.zero_stage >= 2 else 1
-    groups = [(block, 2 if step.zero_stage == 3 else 1) for block in chunk.blocks] + [(chunk.rest, 1)] * bool(chunk.rest)
+    blocks = [group for block in chunk.blocks for group in _by_ranks(block, grid) if group]
+    groups = [(block, 2 if step.zero_stage == 3 else 1) for block in blocks] + [(chunk.rest, 1)] * bool(chunk.rest)
     for parameters, num_uses in groups:
         num_bytes = sum(_padded_numbers(parameter, grid) for parameter in parameters.values()) * FP32_BYTES
-        count = num_gathers * num_uses
-        yield Collectives(AxisName.SHARD, Operation.ALL_GATHER, count, count * num_bytes)
-        yield Collectives(AxisName.SHARD, Operation.REDUCE_SCATTER, num_sums, num_sums * num_bytes)
-        yield Collectives(AxisName.REPLICATE, Operation.ALL_REDUCE, 1, num_bytes // grid.shard)
+        count, num_shards = num_gathers * num_uses, next(iter(parameters.values())).shards(grid.places, grid.shards).size
+        is_shared = grid.expert > 1 and AxisName.EXPERT in next(iter(parameters.values())).divided
+        num_replicas = grid.replicate * grid.shard // (num_shards * (grid.expert if is_shared else 1))
+        if num_shards > 1:
+            yield Collectives(AxisName.SHARD, Operation.ALL_GATHER, count, count * num_bytes)
+            yield Collectives(AxisName.SHARD, Operation.REDUCE_SCATTER, num_sums, num_sums * num_bytes)
+        if num_replicas > 1:
+            yield Collectives(AxisName.REPLICATE, Operation.ALL_REDUCE, 1, num_bytes // num_shards)
+
+
+def _by_ranks(block: Mapping[str, DividedShape], grid: Grid) -> tuple[Mapping[str, DividedShape], ...]:
+    """The parameters of a block that FSDP handles together: those of shared experts, and all others."""
+    shared = {name: each for name, each in block.items() if grid.expert > 1 and AxisName.EXPERT in each.divided}
+    return shared, {name: each for name, each in block.items() if name not in shared}
 
 
 def _padded_numbers(parameter: DividedShape, grid: Grid) -> int:
-    """The size of this tensor-parallel rank's part, its first dim rounded up to a multiple of the shards that divide it further."""
-    rows, *others = parameter.region(grid.places).shape
-    return padded_size(rows, grid.shard) * math.prod(others)
+    """The size of this rank's part, the dim that ZeRO divides rounded up to a multiple of the shards."""
+    shape, dim = list(parameter.region(grid.places).shape), parameter.shard_dim
+    shape[dim] = padded_size(shape[dim], parameter.shards(grid.places, grid.shards).size)
+    return math.prod(shape)

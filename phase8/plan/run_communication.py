@@ -26,17 +26,19 @@ def plan_run_communication(config: RunConfig, *, world_size: int, rank: int) -> 
     topology, pipeline, train = run_topology(config.parallel, world_size=world_size), pipeline_of(config.parallel), config.train
     place = topology.coordinates(rank)
     sizes = topology.axis_sizes(shard_size=shard_size(config.zero, num_token_ranks=topology.num_token_ranks))
+    token_rank = place["dp"] * topology.context_parallel_size + place["cp"]
     grid = Grid(
         pipeline=sizes[AxisName.PIPELINE],
         replicate=sizes[AxisName.REPLICATE],
         shard=sizes[AxisName.SHARD],
-        expert=sizes[AxisName.EXPERT],
+        expert=topology.expert_parallel_size,
         context=topology.context_parallel_size,
         tensor=sizes[AxisName.TENSOR],
         stage=place["pp"],
-        shard_index=(place["dp"] * topology.context_parallel_size + place["cp"]) % sizes[AxisName.SHARD],
+        shard_index=token_rank % sizes[AxisName.SHARD],
         tensor_index=place["tp"],
         context_index=place["cp"],
+        expert_index=token_rank % topology.expert_parallel_size,
     )
     shape = batch_shape(train, config.parallel, data_parallel_size=topology.data_parallel_size)
     step = Step(

@@ -32,6 +32,7 @@ READ = set()
         {"block": "transformer"},
         {"block": "transformer", "local_qk_norm": True},
         {"block": "transformer", "tie_embeddings": True},
+        {"ffn": "moe", "num_experts": 4, "first_dense_layers": 1, "shared_experts": 1},
     ],
 )
 def test_the_keys_in_effect_are_those_that_the_model_reads(settings):
@@ -58,6 +59,8 @@ def test_the_keys_in_effect_are_those_that_the_model_reads(settings):
         ({"block": "transformer", "global_path": "delta"}, {"block": "transformer", "global_path": "none"}, {}),
         ({"block": "transformer"}, {"block": "transformer", "local_window_size": 3, "score": "lorentz", "memory_tokens": (1.0, 2.0)}, {}),
         ({"block": "transformer"}, {"convolution_size": 1}, {"block": ("transformer", "phase8")}),
+        ({}, {"num_experts": 16, "router_score": "sigmoid"}, {}),
+        ({"ffn": "moe"}, {"ffn": "moe", "expert_ffn_size": 64, "top_k": 1}, {"top_k": (2, 1)}),
         ({"num_layers": 10_000}, {}, {"num_layers": (10_000, 2)}),
     ],
 )

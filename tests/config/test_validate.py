@@ -163,7 +163,24 @@ RULES = {
     "fp8": (["precision.dtype=fp8"], "precision.dtype is 'fp8', which is not supported yet; use 'bf16' or 'fp32'."),
     "int8": (["precision.dtype=int8"], "precision.dtype is 'int8', which is not supported yet; use 'bf16' or 'fp32'."),
     "muon": (["optim.name=muon"], "optim.name is 'muon', which is not supported yet; use 'adamw'."),
-    "moe": (["model.ffn=moe"], "model.ffn is 'moe', which is not supported yet; use 'swiglu' or 'low_rank_swiglu'."),
+    "top k": (
+        ["model.ffn=moe", "model.num_experts=4", "model.top_k=5"],
+        "model.top_k 5 is above model.num_experts 4, but a token's experts all differ; choose at most as many.",
+    ),
+    "capacity": (
+        ["model.ffn=moe", "model.capacity_factor=0.9"],
+        "model.capacity_factor 0.9 is below 1, so experts would drop tokens even where all get the same number; choose at least 1, or null for no "
+        "limit.",
+    ),
+    "no layer with experts": (
+        ["model.ffn=moe", "model.num_layers=3", "model.first_dense_layers=3"],
+        "model.first_dense_layers 3 leaves none of model.num_layers 3 for experts; choose fewer, or set model.ffn to swiglu.",
+    ),
+    "experts in slices": (
+        ["model.ffn=moe", "train.recompute=slices"],
+        "train.recompute is slices, but model.capacity_factor is 1.25, which counts the tokens of whole sequences; set recompute to full, or the "
+        "factor to null.",
+    ),
 }
 
 
@@ -209,11 +226,6 @@ def test_what_lies_just_inside_the_rules_is_allowed(tmp_path, overrides):
 def test_what_does_not_go_with_tensor_parallelism(tmp_path, settings, sentence):
     config = config_with("parallel.tensor_parallel_size=2", *settings, directory=tmp_path)
     assert find_problems(config, world_size=2) == [sentence]
-
-
-def test_parallel_degrees_are_refused_until_built(tmp_path):
-    config = config_with("parallel.expert_parallel_size=2", directory=tmp_path)
-    assert "parallel.expert_parallel_size is 2, which is not supported yet; use 1." in find_problems(config, world_size=2)
 
 
 @pytest.mark.parametrize(
@@ -274,9 +286,58 @@ def test_one_rank_runs_the_config_of_a_pipeline(tmp_path):
     assert find_problems(config) == []
 
 
-def test_expert_parallelism_is_refused_until_built(tmp_path):
-    config = config_with("parallel.expert_parallel_size=2", directory=tmp_path)
-    assert find_problems(config, world_size=2) == ["parallel.expert_parallel_size is 2, which is not supported yet; use 1."]
+@pytest.mark.parametrize(
+    ("settings", "world_size", "sentence"),
+    [
+        ([], 2, None),
+        (["zero.stage=3", "zero.shard_size=2", "train.cuda_graphs=true"], 4, None),
+        (["model.capacity_factor=null", "parallel.context_parallel_size=2"], 4, None),
+        (
+            ["model.ffn=swiglu"],
+            2,
+            "parallel.expert_parallel_size is 2, but model.ffn is swiglu and has no experts; set it to 1, or model.ffn to moe.",
+        ),
+        (["model.num_experts=5"], 2, "parallel.expert_parallel_size 2 does not divide model.num_experts 5; change one of them."),
+        (
+            ["parallel.tensor_parallel_size=2", "model.expert_ffn_size=129"],
+            4,
+            "parallel.tensor_parallel_size 2 does not divide model.expert_ffn_size 129; change one of them.",
+        ),
+        (
+            ["zero.stage=1", "zero.shard_size=3"],
+            6,
+            "zero.shard_size 3 is not a multiple of parallel.expert_parallel_size 2, whose ranks hold different experts; change one of them.",
+        ),
+        (
+            ["zero.stage=3"],
+            6,
+            "zero.stage 3 divides model.d_model 512 of experts over 3 ranks unevenly; set zero.shard_size so that its quotient by "
+            "parallel.expert_parallel_size divides it.",
+        ),
+        (
+            ["model.capacity_factor=null", "train.cuda_graphs=true"],
+            2,
+            "train.cuda_graphs is true with parallel.expert_parallel_size 2 and model.capacity_factor null, where ranks exchange as many rows as "
+            "tokens choose, which the host has to read; set it to false.",
+        ),
+        (
+            ["parallel.context_parallel_size=2", "train.compile.fullgraph=true"],
+            4,
+            "train.compile.fullgraph is true with parallel.expert_parallel_size 2 and parallel.context_parallel_size 2, where ranks exchange as many "
+            "rows as tokens choose, which the host has to read; set it to false.",
+        ),
+        (
+            ["train.recompute=budget", "train.compile.enabled=true"],
+            2,
+            "train.recompute is budget with parallel.expert_parallel_size 2, but torch.compile cannot weigh what holds a process group; "
+            "set recompute to selective or full.",
+        ),
+    ],
+)
+def test_what_expert_parallelism_needs(tmp_path, settings, world_size, sentence):
+    common = ["model.ffn=moe", "parallel.expert_parallel_size=2", "train.global_batch_size=12"]
+    config = config_with(*common, *settings, directory=tmp_path)
+    assert find_problems(config, world_size=world_size) == ([] if sentence is None else [sentence])
 
 
 @pytest.mark.parametrize(

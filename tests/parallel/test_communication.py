@@ -53,9 +53,12 @@ class Counter(TorchDispatchMode):
     def __init__(self, mesh):
         super().__init__()
         self.counts, self.num_bytes = collections.Counter(), collections.Counter()
-        names = [name for name in AxisName if name != AxisName.CONTEXT and mesh.device_mesh[name].size() > 1]
-        self.context = mesh.cp.group if mesh.cp.size > 1 else None
+        names = [name for name in AxisName if name in mesh.device_mesh.mesh_dim_names and mesh.device_mesh[name].size() > 1]
         self.axes = {name: set(dist.get_process_group_ranks(mesh.device_mesh[name].get_group())) for name in names}
+        # Ranks of these groups are among those of other axes.
+        self.groups = {mesh.cp.group.group_name: AxisName.CONTEXT} if mesh.cp.size > 1 else {}
+        if mesh.expert_mesh is not None:
+            self.groups |= {mesh.expert_mesh[name].get_group().group_name: AxisName(name) for name in mesh.expert_mesh.mesh_dim_names}
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         if any(issubclass(kind, DTensor) for kind in types):
@@ -74,8 +77,8 @@ class Counter(TorchDispatchMode):
         ranks = dist.get_process_group_ranks(group)
         if len(ranks) == 1:
             return None
-        if self.context is not None and group.group_name == self.context.group_name:
-            return AxisName.CONTEXT
+        if group.group_name in self.groups:
+            return self.groups[group.group_name]
         return next((name for name, members in self.axes.items() if members.issuperset(ranks)), str(ranks))
 
     def table(self):
@@ -129,6 +132,8 @@ def case(world_size, *, tp=1, pp=1, cp=1, stage=0, micro=None, more=()):
     return world_size, (*sizes, *((f"train.micro_batch_size={micro}",) if micro else ()), *more)
 
 
+EXPERTS, EP2 = ("model.ffn=moe", "model.num_experts=4", "model.expert_ffn_size=16"), ("parallel.expert_parallel_size=2",)
+SHARED_EXPERT = ("model.shared_experts=1",)
 FULL, SELECTIVE = ("train.recompute=full",), ("train.recompute=selective",)
 TIED, WIDE = ("model.tie_embeddings=true",), ("precision.dtype=fp32",)
 CASES = {
@@ -165,6 +170,14 @@ CASES = {
     "cp2 dp2 zero 1 in pairs, selective": case(4, cp=2, stage=1, micro=2, more=(*SELECTIVE, "zero.shard_size=2")),
     "cp4 transformer": case(4, cp=4, micro=2, more=("model.block=transformer", "model.convolution_size=4")),
     "cp2 pp2, window alone": case(4, cp=2, pp=2, micro=2, more=("model.global_path=none",)),
+    "dp2 experts": case(2, more=EXPERTS),
+    "tp2 zero 3 experts, recomputed": case(4, tp=2, stage=3, micro=2, more=(*EXPERTS, *SHARED_EXPERT, *FULL)),
+    "cp2 experts": case(2, cp=2, more=EXPERTS),
+    "ep2 dp4 zero 0, accumulation": case(4, micro=1, more=(*EXPERTS, *EP2)),
+    "ep2 dp4 zero 3, accumulation": case(4, stage=3, micro=1, more=(*EXPERTS, *EP2)),
+    "ep2 dp4 zero 1 in pairs, selective": case(4, stage=1, micro=1, more=(*EXPERTS, *EP2, *SELECTIVE, "zero.shard_size=2")),
+    "ep2 tp2 zero 2, recomputed": case(4, tp=2, stage=2, micro=2, more=(*EXPERTS, *EP2, *SHARED_EXPERT, *FULL)),
+    "ep2 pp2, one dense layer": case(4, pp=2, micro=2, more=(*EXPERTS, *EP2, "model.num_layers=4", "model.first_dense_layers=1")),
     "pp2": case(2, pp=2, micro=2),
     "pp2 interleaved": case(2, pp=2, micro=2, more=("parallel.pipeline_schedule=interleaved", "parallel.pipeline_chunks=2", "model.num_layers=5")),
     "pp4": case(4, pp=4, micro=2, more=("model.num_layers=4",)),
