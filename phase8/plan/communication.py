@@ -64,7 +64,8 @@ class Collectives:
 
     def sent_bytes(self, num_ranks: int) -> int:
         """Bytes that leave this rank where collectives use a ring of `num_ranks` ranks."""
-        if self.operation in (Operation.SEND, Operation.RECEIVE, Operation.ALL_TO_ALL):
+        is_between_experts = self.axis is AxisName.EXPERT and self.operation is Operation.ALL_TO_ALL  # a rank keeps its own share
+        if not is_between_experts and self.operation in (Operation.SEND, Operation.RECEIVE, Operation.ALL_TO_ALL):
             return 0 if self.operation is Operation.RECEIVE else self.num_bytes
         return (1 + (self.operation is Operation.ALL_REDUCE)) * self.num_bytes * (num_ranks - 1) // num_ranks
 

@@ -23,9 +23,25 @@ def model_facts(model: ModelSection, *, num_parameters: int) -> list[Fact]:
     forward = sum(forward_flops_per_token(model).values())
     return [
         ("model", f"{model.block}, {model.num_layers} layers, width {model.d_model}, {model.num_heads} heads of {model.head_width}, {rank}"),
-        ("parameters", f"{format_count(num_parameters)} ({num_parameters:,})"),
+        ("parameters", f"{format_count(num_parameters)} ({num_parameters:,}){_active(model, num_parameters)}"),
+        *([("experts", _experts(model))] if any(model.has_experts) else []),
         ("FLOPs/token", f"{format_flops(training_flops_per_token(model))} training, {format_flops(forward)} forward"),
     ]
+
+
+def _active(model: ModelSection, num_parameters: int) -> str:
+    """Words about the parameters that compute a token, where those are not all."""
+    if not any(model.has_experts):
+        return ""
+    unused = 3 * model.d_model * model.expert_width * (model.num_experts - model.top_k) * sum(model.has_experts)
+    return f", of which {format_count(num_parameters - unused)} compute a token"
+
+
+def _experts(model: ModelSection) -> str:
+    capacity = "no limit of tokens" if model.capacity_factor is None else f"capacity factor {model.capacity_factor:g}"
+    shared = f", {model.shared_experts} shared" if model.shared_experts else ""
+    layers = f"{sum(model.has_experts)} of {model.num_layers} layers"
+    return f"{model.num_experts} of width {model.expert_width} in {layers}, {model.top_k} compute a token{shared}, {capacity}"
 
 
 def memory_fact(plan: MemoryPlan) -> Fact:

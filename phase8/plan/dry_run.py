@@ -67,8 +67,9 @@ def _own_gpu() -> str | None:
 def _topology_facts(config: RunConfig, world_size: int) -> list[Fact]:
     topology = run_topology(config.parallel, world_size=world_size)
     degrees = " x ".join(f"{axis} {degree}" for axis, degree in topology.degrees.items())
+    experts = f", experts shared by {topology.expert_parallel_size}" if topology.expert_parallel_size > 1 else ""
     last = ", ".join(f"{axis} {position}" for axis, position in topology.coordinates(world_size - 1).items())
-    return [("topology", f"{degrees} = {world_size} ranks; rank 0 is first on every axis, rank {world_size - 1} is {last}")]
+    return [("topology", f"{degrees} = {world_size} ranks{experts}; rank 0 is first on every axis, rank {world_size - 1} is {last}")]
 
 
 def _batch_facts(config: RunConfig, world_size: int) -> list[Fact]:

@@ -13,10 +13,10 @@ tests/plan/measured_throughput.json, within the bounds that their comments give.
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
-from phase8.config.model_section import ModelSection
+from phase8.config.model_section import LayerKind, ModelSection
 from phase8.kernels.limits import MAX_RANK
 from phase8.kernels.loss_chunks import SCRATCH_BYTES, choose_chunk_tokens
 from phase8.model.work import BACKWARD_OVER_FORWARD, mean_visible_keys
@@ -38,6 +38,9 @@ GATE_PASSES: Both = (1, 2)
 # Additional passes over [N, I] by these kernels: their times extrapolated to window and head size 0.
 KERNEL_PASSES: Both = (15, 34)
 CAUSAL_PASSES: Both = (6, 14)
+# Passes over the rows of experts [N k, D]: they are filled from tokens and read back. Not measured yet, like the kernels of a router, as pairs.
+ROW_PASSES: Both = (4, 6)
+ROUTER_KERNEL_PAIRS = 4
 # How the times of a product's FLOPs and of its operands combine: 1 means one after the other, infinity the longer of both.
 OVERLAP = 1.8
 # Kernels of a low-rank pair beyond those of one product, with the casts of its weights.
@@ -149,6 +152,7 @@ class Microbatch:
         is_compiled: Whether blocks are compiled.
         rates: Rates of the GPU.
         context_ranks: Ranks that share each sequence.
+        expert_ranks: Ranks that share the experts.
     """
 
     model: ModelSection
@@ -158,6 +162,7 @@ class Microbatch:
     is_compiled: bool
     rates: Rates
     context_ranks: int = 1
+    expert_ranks: int = 1
 
     @property
     def tokens(self) -> int:
@@ -174,16 +179,17 @@ class Microbatch:
         return math.pow(arithmetic**OVERLAP + self.moved(rows * (inner + columns)) ** OVERLAP, 1 / OVERLAP)
 
 
-def layer_cost(batch: Microbatch, window: int, *, recompute: str, budget: float) -> Cost:
+def layer_cost(batch: Microbatch, kind: LayerKind, *, recompute: str, budget: float) -> Cost:
     """Forward, backward and recomputation of one layer.
 
     Args:
         batch: The microbatch.
-        window: Window of the layer.
+        kind: Kind of the layer.
         recompute: `none`, `full`, `slices`, `selective` or `budget`.
         budget: Share of activations that `budget` keeps.
     """
-    mixer, feed_forward = _mixer(batch, window), _feed_forward(batch)
+    batch = replace(batch, model=batch.model.of_kind(kind))
+    mixer, feed_forward = _mixer(batch, kind.window), _experts(batch) if kind.has_experts else _feed_forward(batch)
     once = mixer.forward.plus(mixer.backward, feed_forward.forward, feed_forward.backward)
     if recompute == "selective":
         return once.plus(mixer.repeated)
@@ -216,7 +222,7 @@ def _style(batch: Microbatch) -> Style:
 
 
 def _mixer(batch: Microbatch, window: int) -> Half:
-    model, N, style = batch.model.of_window(window), batch.tokens, _style(batch)
+    model, N, style = batch.model, batch.tokens, _style(batch)
     inner, rank = model.attention_width / batch.tensor_ranks, model.low_rank_rank
     out = _row(batch, inner, rank)
     products = _columns(batch, 3, inner, rank) + out
@@ -253,6 +259,24 @@ def _feed_forward(batch: Microbatch) -> Half:
     down = _row(batch, width, rank)
     forward, backward = (batch.moved(batch.tokens * width * passes) for passes in style.gated)
     return _half(batch, _columns(batch, 2, width, rank) + down, (forward, backward), down, share=1 - MIXER_SHARE, num_pairs=3 if rank else 0)
+
+
+def _experts(batch: Microbatch) -> Half:
+    """A mixture of experts: router, rows copied to experts and back, their products, and those of shared experts."""
+    model, style, N = batch.model, _style(batch), batch.tokens
+    is_padded = batch.expert_ranks > 1 and not model.has_counted_rows(context_parallel_size=batch.context_ranks)
+    rows = N * model.top_k * ((model.capacity_factor or 1.0) if is_padded else 1.0)
+    width = model.expert_width / batch.tensor_ranks
+    shared = model.shared_experts * width
+    products = batch.product(N / batch.tensor_ranks, model.d_model, model.num_experts)
+    products += 2 * batch.product(rows, model.d_model, width) + batch.product(rows, width, model.d_model)
+    if shared:
+        products += batch.product(N, model.d_model, 2 * shared) + batch.product(N, shared, model.d_model)
+    forward, backward = (
+        batch.moved((rows * width + N * shared) * gated + rows * model.d_model * copied)
+        for gated, copied in zip(style.gated, ROW_PASSES, strict=True)
+    )
+    return _half(batch, products, (forward, backward), 0.0, share=1 - MIXER_SHARE, num_pairs=ROUTER_KERNEL_PAIRS)
 
 
 def _half(batch: Microbatch, products: float, others: Both, last: float, *, share: float, num_pairs: int) -> Half:

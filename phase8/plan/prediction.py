@@ -107,15 +107,15 @@ def step_work(config: RunConfig, *, world_size: int) -> StepWork:
 
 
 def _different_stages(config: RunConfig) -> list[int]:
-    """One stage of each kind: inner stages with as many layers of the same windows take equally long."""
+    """One stage of each kind: inner stages with as many layers of the same kinds take equally long."""
     pipeline = pipeline_of(config.parallel)
-    sizes = config.model.window_sizes
+    kinds_of_layers = config.model.layer_kinds
     kinds: dict[tuple[object, ...], int] = {}
     for stage in range(pipeline.num_stages):
         layers = [layer for each in chunk_layers(config.model, pipeline, stage) for layer in each]
         recomputed = sum(layer % config.train.recompute_every_n_layers == 0 for layer in layers)
-        windows = sorted(sizes[layer] for layer in layers)
-        kinds.setdefault((stage == 0, stage == pipeline.num_stages - 1, recomputed, *windows), stage)
+        sorted_kinds = sorted(kinds_of_layers[layer] for layer in layers)
+        kinds.setdefault((stage == 0, stage == pipeline.num_stages - 1, recomputed, *sorted_kinds), stage)
     return list(kinds.values())
 
 
@@ -125,11 +125,12 @@ def _stage_work(config: RunConfig, world_size: int, stage: int) -> StageWork:
     layers = chunk_layers(config.model, pipeline, stage)
     chunks = [chunk_parameters(config.model, each) for each in layers]
     parameters = [parameter for chunk in chunks for parameter in chunk.parameters.values()]
-    num_computed = sum(math.prod(each.shape) / math.prod(grid.size(AxisName(axis)) for axis in each.divided) for each in parameters)
+    num_computed = sum(each.region(grid.places).num_elements for each in parameters)
+    num_updated = sum(each.held(grid.places, grid.shards).num_elements for each in parameters)
     return StageWork(
         layers=tuple(layer for each in layers for layer in each),
         num_computed=num_computed,
-        num_updated=num_computed / grid.shard,
+        num_updated=num_updated,
         collectives=collectives,
         grid=grid,
     )

@@ -10,17 +10,18 @@ from functools import partial
 import torch
 
 from phase8.config.batch import BatchShape
-from phase8.config.model_section import ModelSection
+from phase8.config.model_section import LayerKind, ModelSection
 from phase8.config.pipeline import Pipeline
 from phase8.config.schema import TrainSection, ZeroSection
 from phase8.distributed.peer_memory import ROUNDS, ROUNDS_IN_PLACE
-from phase8.division import DividedShape, Place, region_of_rank
+from phase8.division import DividedShape, Place
 from phase8.kernels.loss_chunks import scratch_bytes
 from phase8.optim.state import DeclareState
 from phase8.pipeline_parallel.schedules import Action, build_schedule
 from phase8.plan.activations import ActivationBytes, bytes_within_budget, trace_activations
 from phase8.plan.chunks import chunk_parameters
 from phase8.plan.communication import Chunk, messages_of_stage
+from phase8.plan.expert_memory import expert_activation_bytes
 from phase8.plan.memory import FP32_BYTES, ChunkActivations, Division, Held, MemoryPlan, peak_activation_bytes, plan_memory
 from phase8.plan.stages import chunk_layers
 from phase8.topology import Topology
@@ -94,7 +95,7 @@ def plan_each_stage(work: Workload) -> tuple[StageMemory, ...]:
     """
     name, P, V = work.pipeline
     schedule = build_schedule(name, num_stages=P, num_microbatches=work.shape.num_microbatches, num_chunks=V)
-    traced, division = _trace_windows(work), _division(work)
+    traced, division = _trace_kinds(work), _division(work)
     stages = []
     for stage in range(P):
         chunks = [chunk_parameters(work.model, layers) for layers in chunk_layers(work.model, work.pipeline, stage)]
@@ -139,9 +140,9 @@ def _division(work: Workload) -> Division:
 def _held(parameters: Mapping[str, DividedShape], work: Workload) -> Held:
     """The first rank's part of some parameters, and the bytes of their optimizer state."""
     shards = Place(shard_size(work.zero, num_token_ranks=work.topology.num_token_ranks))
-    places = {axis: Place(degree) for axis, degree in work.topology.degrees.items()}
+    places = {axis: Place(degree) for axis, degree in work.topology.degrees.items()} | {"ep": Place(work.topology.expert_parallel_size)}
     whole = [parameter.region(places) for parameter in parameters.values()]
-    part = tuple(region_of_rank(region, 0, shards).num_elements for region in whole)
+    part = tuple(parameter.held(places, shards).num_elements for parameter in parameters.values())
     kept = zip(parameters.items(), part, strict=True)
     state_bytes = sum(_state_bytes(name, shape, number, work.declare_state) for (name, shape), number in kept)
     return Held(tuple(region.num_elements for region in whole), part, state_bytes)
@@ -153,23 +154,38 @@ def _state_bytes(name: str, parameter: DividedShape, num_elements: int, declare:
     return sum(tensor.num_bytes(num_elements, parameter_bytes=FP32_BYTES) for tensor in tensors)
 
 
-def _trace_windows(work: Workload) -> dict[int, ActivationBytes]:
-    """Activations of a layer for each window size: plain torch keeps the scores of the window for backward, kernels keep the same for all."""
-    windows = set(work.model.window_sizes)
-    if work.device_type == "cuda":
-        of_windows = dict.fromkeys(windows - {0}, _trace(work, max(windows)))
-        return of_windows | ({0: _trace(work, 0)} if 0 in windows else {})
-    return {window: _trace(work, window) for window in windows}
+def _trace_kinds(work: Workload) -> dict[LayerKind, ActivationBytes]:
+    """Activations of each kind of layer: plain torch keeps the scores of the window for backward, kernels keep the same for all windows."""
+    kinds = set(work.model.layer_kinds)
+    if work.device_type != "cuda":
+        return {kind: _trace_kind(work, kind) for kind in kinds}
+    largest = max(work.model.window_sizes)
+    alike = {kind: kind._replace(window=largest) if kind.window else kind for kind in kinds}
+    traced = {kind: _trace_kind(work, kind) for kind in set(alike.values())}
+    return {kind: traced[stand_in] for kind, stand_in in alike.items()}
 
 
-def _trace(work: Workload, window: int) -> ActivationBytes:
-    """Activations of a layer with one window.
+def _trace_kind(work: Workload, kind: LayerKind) -> ActivationBytes:
+    """Activations of a layer of a kind; what ranks that share experts or divide them keep differs from what one rank keeps."""
+    model = work.model.of_kind(kind)
+    found = _trace(work, model)
+    if not kind.has_experts:
+        return found
+    change = expert_activation_bytes(
+        model, work.topology, num_tokens=work.shape.micro_batch_size * _tokens_at_once(work), element_bytes=work.dtype.itemsize
+    )
+    kept = (found.block, found.block_without_mixer, found.block_within_budget)
+    return ActivationBytes(*(each + change for each in kept), found.block_input, found.head)
+
+
+def _trace(work: Workload, model: ModelSection) -> ActivationBytes:
+    """Activations of a layer of a model whose layers are all alike.
 
     For compiled layers two microbatch sizes are traced, and other sizes are interpolated linearly. A budget is traced at the
     actual size, because it selects whole tensors, and because cast weights do not grow with the microbatch.
     """
     train, size, num_tensor_ranks = work.train, work.shape.micro_batch_size, work.topology.tensor_parallel_size
-    model = work.model.of_window(window).model_copy(update={"sequence_length": _tokens_at_once(work)})
+    model = model.model_copy(update={"sequence_length": _tokens_at_once(work)})
     trace = partial(
         trace_activations, model, dtype=work.dtype, packed=work.packed, device_type=work.device_type, num_tensor_ranks=num_tensor_ranks
     )
@@ -201,13 +217,13 @@ def _states_of_slices(work: Workload, window: int) -> int:
     return work.shape.micro_batch_size * num_slices * (numbers * work.dtype.itemsize + wide_numbers * max(work.dtype.itemsize, FP32_BYTES))
 
 
-def _activations(work: Workload, chunks: Sequence[Chunk], traced: Mapping[int, ActivationBytes], *, actions: Sequence[Action], stage: int) -> int:
+def _activations(work: Workload, chunks: Sequence[Chunk], traced: Mapping[LayerKind, ActivationBytes], *, actions: Sequence[Action], stage: int) -> int:
     """The peak of a stage's activations, messages included.
 
     Args:
         work: The workload.
         chunks: Chunks of the stage.
-        traced: Activations of a layer by window.
+        traced: Activations of a layer by kind.
         actions: Actions of the stage.
         stage: Number of the stage.
     """
@@ -218,7 +234,7 @@ def _activations(work: Workload, chunks: Sequence[Chunk], traced: Mapping[int, A
     return peak_activation_bytes(actions, [_chunk_activations(work, chunk, traced) for chunk in chunks]) + messages
 
 
-def _peer_memory(work: Workload, blocks: Sequence[Held], traced: Mapping[int, ActivationBytes]) -> int:
+def _peer_memory(work: Workload, blocks: Sequence[Held], traced: Mapping[LayerKind, ActivationBytes]) -> int:
     """Bytes of memory that other GPUs write to: tokens of every tensor-parallel rank, their summands, and the gathered parts of a block."""
     places = 0
     if work.device_type == "cuda" and work.async_tensor_parallel:
@@ -256,14 +272,14 @@ def _loss_scratch(work: Workload) -> int:
     )
 
 
-def _chunk_activations(work: Workload, chunk: Chunk, traced: Mapping[int, ActivationBytes]) -> ChunkActivations:
+def _chunk_activations(work: Workload, chunk: Chunk, traced: Mapping[LayerKind, ActivationBytes]) -> ChunkActivations:
     train, model = work.train, work.model
     if train.recompute == "slices":
-        traced = {window: _of_whole_sequence(found, work) for window, found in traced.items()}
+        traced = {kind: _of_whole_sequence(found, work) for kind, found in traced.items()}
     recomputed = range(0, model.num_layers, train.recompute_every_n_layers) if train.recompute != "none" else range(0)
     kept, repeated = 0, 0
     for layer in chunk.layers:
-        found = traced[model.window_sizes[layer]]
+        found = traced[model.layer_kinds[layer]]
         if train.recompute == "slices" and layer in recomputed:
             kept += found.block_input + _states_of_slices(work, model.window_sizes[layer])
             # The outputs of the slices, which are about to be joined, or in backward their gradients.
@@ -272,7 +288,7 @@ def _chunk_activations(work: Workload, chunk: Chunk, traced: Mapping[int, Activa
         rest = _kept_when_recomputed(found, train)
         kept += rest if layer in recomputed else found.block
         repeated = max(repeated, found.block - rest + _gradients_in_a_block(work) if layer in recomputed else 0)
-    any_layer = traced[model.window_sizes[0]]
+    any_layer = traced[model.layer_kinds[0]]
     if chunk.layers.stop == model.num_layers:
         return ChunkActivations(kept, any_layer.head, repeated, _loss_scratch(work))
     # The residual stream that leaves the chunk is kept too, because backward begins there.

@@ -125,12 +125,13 @@ def _microbatch_cost(work: StepWork, stage: StageWork, rates: Rates) -> Cost:
         is_compiled=bool(train.compile.enabled),
         rates=rates,
         context_ranks=stage.grid.context,
+        expert_ranks=stage.grid.expert,
     )
     costs = [weights_cost(batch, stage.num_computed, accumulates=work.shape.num_microbatches > 1)]
     recomputed = range(0, model.num_layers, train.recompute_every_n_layers)
-    kinds = Counter((model.window_sizes[layer], train.recompute if layer in recomputed else "none") for layer in stage.layers)
-    for (window, recompute), count in kinds.items():
-        cost = layer_cost(batch, window, recompute=recompute, budget=train.activation_memory_budget)
+    kinds = Counter((model.layer_kinds[layer], train.recompute if layer in recomputed else "none") for layer in stage.layers)
+    for (kind, recompute), count in kinds.items():
+        cost = layer_cost(batch, kind, recompute=recompute, budget=train.activation_memory_budget)
         costs.append(Cost(cost.gpu * count, cost.host * count))
     if model.num_layers - 1 in stage.layers:
         costs.append(ends_cost(batch))
@@ -161,6 +162,8 @@ def _link_rate(axis: AxisName, grid: Grid, gpu: Gpu) -> float:
     """Bytes/s between ranks of an axis: of the link if all of them are in one host, otherwise of the network."""
     span = 1
     for each in reversed(AxisName):
+        if each in (AxisName.CONTEXT, AxisName.EXPERT) and each is not axis:
+            continue  # its ranks are among those of shard and replicate
         span *= grid.size(each)
         if each is axis:
             break

@@ -38,10 +38,12 @@ def describe_topology(config: RunConfig, topology: Topology) -> str:
     zero, (schedule, num_stages, num_chunks) = config.zero, pipeline_of(config.parallel)
     degrees = " x ".join(f"{axis} {degree}" for axis, degree in topology.degrees.items() if degree > 1)
     chunks = f" of {num_chunks} chunks" if num_chunks > 1 else ""
+    num_expert_ranks = topology.expert_parallel_size
     offloaded = [what for what, where in (("optimizer", zero.offload_optimizer), ("parameters", zero.offload_params)) if where != "none"]
     return ", ".join(
         [
             degrees,
+            *([f"experts shared by {num_expert_ranks}"] if num_expert_ranks > 1 else []),
             *([f"{schedule} schedule{chunks}"] if num_stages > 1 else []),
             f"ZeRO stage {zero.stage}",
             *([f"{' and '.join(offloaded)} offloaded"] if offloaded else []),

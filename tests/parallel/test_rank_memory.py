@@ -87,6 +87,7 @@ def case(world_size, *settings, tp=1, pp=1, stage=0):
     return world_size, (f"parallel.tensor_parallel_size={tp}", f"parallel.pipeline_parallel_size={pp}", f"zero.stage={stage}", *settings)
 
 
+EXPERTS, EP2 = ("model.ffn=moe", "model.num_experts=4", "model.expert_ffn_size=64"), ("parallel.expert_parallel_size=2",)
 FULL = "train.recompute=full"
 INTERLEAVED = ("parallel.pipeline_schedule=interleaved", "parallel.pipeline_chunks=2")
 CASES = {
@@ -115,6 +116,11 @@ CASES = {
     "pp2 dp2 zero 1": case(4, pp=2, stage=1),
     "pp2 dp2 zero 3": case(4, pp=2, stage=3),
     "tp2 pp2": case(4, tp=2, pp=2),
+    "one with experts": case(1, *EXPERTS),
+    "tp2 experts": case(2, *EXPERTS, tp=2),
+    "ep2 zero 0": case(2, *EXPERTS, *EP2),
+    "ep2 dp4 zero 3": case(4, *EXPERTS, *EP2, stage=3),
+    "ep2 dropless, pp2": case(4, *EXPERTS, *EP2, "model.capacity_factor=null", "model.first_dense_layers=1", pp=2),
 }
 ALSO = ("dp2 zero 3, full", "pp2 dp2 zero 1", "dp2 zero 0, one microbatch")  # their parts are in other cases
 

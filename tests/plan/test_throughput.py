@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from phase8.config.load import load_config
-from phase8.config.model_section import ModelSection
+from phase8.config.model_section import LayerKind, ModelSection
 from phase8.errors import ConfigError
 from phase8.plan.layer_cost import Microbatch, Rates, layer_cost
 from phase8.plan.prediction import predict_step, recorded_where_it_pays
@@ -87,7 +87,7 @@ def test_every_scalar_of_the_global_path_is_a_column_of_a_product():
         return Microbatch(ModelSection(**settings), 4, 1, 2, True, Rates(1e15, 3e12))
 
     def layer_seconds(**settings):
-        return layer_cost(batch(**settings), 128, recompute="none", budget=1.0).gpu
+        return layer_cost(batch(**settings), LayerKind(128), recompute="none", budget=1.0).gpu
 
     rows, width, heads = batch().tokens, batch().model.d_model, batch().model.num_heads
     two, three, four = (batch().product(rows, width, scalars * heads) for scalars in (2, 3, 4))
