@@ -21,10 +21,36 @@ def hidden_states(model, tokens):
             own = {name.removeprefix(f"blocks.{layer}."): value for name, value in p.items() if name.startswith(f"blocks.{layer}.")}
             x = x + mixer(section, layer, own, rms(x, section.norm_eps) * own["mixer_norm.weight"])
             y = rms(x, section.norm_eps) * own["feed_forward_norm.weight"]
-            gate, up = (linear(own, f"feed_forward.{name}", y) for name in ("gate", "up"))
-            x = x + linear(own, "feed_forward.down", gate * torch.sigmoid(gate) * up)
+            x = x + feed_forward(section, own, y)
         out.append(rms(x, section.norm_eps) * p["norm.weight"])
     return torch.stack(out)
+
+
+def feed_forward(section, p, y):
+    """[T, D] -> [T, D], dense or by the experts of each token."""
+    if "feed_forward.router.scores.weight" in p:
+        return torch.stack([experts_of_a_token(section, p, token) for token in y])
+    gate, up = (linear(p, f"feed_forward.{name}", y) for name in ("gate", "up"))
+    return linear(p, "feed_forward.down", swiglu(gate, up))
+
+
+def experts_of_a_token(section, p, token, bias=0.0):
+    logits = p["feed_forward.router.scores.weight"] @ token
+    scores = torch.exp(logits) / torch.exp(logits).sum() if section.router_score == "softmax" else 1 / (1 + torch.exp(-logits))
+    chosen = torch.argsort(scores + bias, descending=True)[: section.top_k].tolist()
+    total = sum(scores[expert] for expert in chosen) if len(chosen) > 1 else 1.0
+    result = torch.zeros_like(token)
+    for expert in chosen:
+        gate, up, down = (p[f"feed_forward.experts.{name}"][expert] for name in ("gate", "up", "down"))
+        result += scores[expert] / total * (down @ swiglu(gate @ token, up @ token))
+    if section.shared_experts:
+        gate, up, down = (p[f"feed_forward.shared.{name}.weight"] for name in ("gate", "up", "down"))
+        result += down @ swiglu(gate @ token, up @ token)
+    return result
+
+
+def swiglu(gate, up):
+    return gate * torch.sigmoid(gate) * up
 
 
 def mixer(section, layer, p, x):

@@ -27,6 +27,10 @@ def scaled_down(model: ModelSection, **changes) -> ModelSection:
         "low_rank_rank": min(model.low_rank_rank, 5),
         "local_window_size": 6 if isinstance(model.local_window_size, int) else (6, 14),
         "global_tokens": min(model.global_tokens, 3),
+        "num_experts": 4,
+        "expert_ffn_size": None if model.expert_ffn_size is None else 16,
+        "first_dense_layers": min(model.first_dense_layers, 1),
+        "capacity_factor": None,  # what experts drop of a sequence depends on all of it
     }
     return model.model_copy(update={**small, **changes})
 
@@ -73,6 +77,11 @@ VARIANTS = [
     ("hybrid-delta", scaled_down(ModelSection(global_path="delta"), num_layers=3, local_window_size=(0, 5, 0), global_tokens=2)),
     ("recurrence-alone", scaled_down(ModelSection(chain="both", score="lorentz"), local_window_size=0)),
     ("transformer-convolution", scaled_down(ModelSection(block="transformer", convolution_size=4))),
+    *(
+        (f"experts-{score}-{shared}-{block}", scaled_down(ModelSection(ffn="moe", router_score=score, shared_experts=shared, top_k=k, block=block)))
+        for score, shared, k, block in (("softmax", 0, 2, "phase8"), ("sigmoid", 1, 3, "phase8"), ("softmax", 2, 1, "transformer"))
+    ),
+    ("experts-in-turns", scaled_down(ModelSection(ffn="moe"), num_layers=3, first_dense_layers=0, moe_every_n_layers=2)),
     ("low-rank", scaled_down(ModelSection(low_rank_rank=5, ffn="low_rank_swiglu", tie_embeddings=True))),
 ]
 VARIANT_IDS = [name for name, _ in VARIANTS]

@@ -45,6 +45,15 @@ def test_linear_parts_equal_the_matrix_products_of_a_real_forward(block, changes
     assert (sum(parts[name] for name in LINEAR_PARTS) + zeros) * tokens.numel() == counted
 
 
+def test_experts_cost_as_much_as_a_dense_feed_forward_of_the_width_that_computes_a_token():
+    experts = {"ffn": "moe", "num_experts": 5, "top_k": 2, "expert_ffn_size": 16, "shared_experts": 1, "ffn_size": 3 * 16}
+    parts, dense = (forward_flops_per_token(ModelSection(**{**SHAPE, **changes})) for changes in (experts, {"ffn_size": 3 * 16}))
+    routers = 2 * 24 * 5
+    assert parts == {**dense, "feed-forward": dense["feed-forward"] + 3 * routers}
+    mixed = forward_flops_per_token(ModelSection(**{**SHAPE, **experts, "first_dense_layers": 1}))
+    assert mixed == {**dense, "feed-forward": dense["feed-forward"] + 2 * routers}
+
+
 def visible_keys_by_mask(length, window, global_tokens):
     query, key = torch.arange(length)[:, None], torch.arange(length)
     visible = (key <= query) & ((query - key < window) | (key < global_tokens))

@@ -12,7 +12,11 @@ from tests.model.small import LENGTH, VARIANT_IDS, VARIANT_SECTIONS, document_st
 every_variant = pytest.mark.parametrize("section", VARIANT_SECTIONS, ids=VARIANT_IDS)
 both_blocks = pytest.mark.parametrize("block", ["phase8", "transformer"])
 
-every_kind = pytest.mark.parametrize("kind", [{}, {"global_path": "delta"}, {"block": "transformer"}], ids=["phase8", "delta", "transformer"])
+every_kind = pytest.mark.parametrize(
+    "kind",
+    [{}, {"global_path": "delta"}, {"block": "transformer"}, {"ffn": "moe", "shared_experts": 1}],
+    ids=["phase8", "delta", "transformer", "experts"],
+)
 
 
 def next_token_loss(model, tokens, starts=None):
@@ -98,6 +102,7 @@ SLICED = {
     "delta": {"global_path": "delta", "chain": "both", "global_tokens": 3, "score": "lorentz"},
     "window": {"global_path": "none", "convolution_size": 1},
     "hybrid": {"global_path": "delta", "local_window_size": (0, 9)},
+    "experts": {"ffn": "moe", "shared_experts": 1},
 }
 
 
