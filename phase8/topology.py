@@ -3,8 +3,8 @@
 Rank numbers vary fastest along tp, then cp, dp, pp, so that tensor parallelism stays inside a node. Plain values, no torch.
 
 The axes over which ranks communicate divide the same ranks in another way: dp x cp is replicate x shard, the ranks that read different tokens,
-among which those along cp share their sequences, and those along ep share experts. Of the parameters of experts, replicate x shard x ep are the same
-ranks once more. Code that sums, counts or compares over ranks loops over one of these sets of axes, in its order; a new axis is added to the sets here.
+among which those along cp share their sequences, and those along ep share experts. For the parameters of experts, the same ranks are replicate x
+shard x ep. Code that sums, counts or compares over ranks loops over one of these sets of axes, in its order; a new axis is added to the sets here.
 
 | set | ranks along its axes |
 |---|---|

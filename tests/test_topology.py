@@ -94,7 +94,8 @@ def test_finer_axes_divide_the_ranks_that_read_different_tokens(topology, shard_
 def test_sets_of_axes_name_an_axis_once_and_miss_none():
     for axes in (TOKENS, LOSS, HOLDERS, COPIES, STAGE, EVERYBODY):
         assert len(set(axes)) == len(axes)
-    assert set(EVERYBODY) == set(AxisName) - {AxisName.CONTEXT, AxisName.EXPERT} == {*STAGE, AxisName.PIPELINE} == {*LOSS, AxisName.TENSOR} == {*HOLDERS, *COPIES}
+    among_others = {AxisName.CONTEXT, AxisName.EXPERT}
+    assert set(EVERYBODY) == set(AxisName) - among_others == {*STAGE, AxisName.PIPELINE} == {*LOSS, AxisName.TENSOR} == {*HOLDERS, *COPIES}
     assert AxisName.REPLICATE not in HOLDERS, "ranks along it hold the same parts"
 
 

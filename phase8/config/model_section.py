@@ -84,12 +84,12 @@ class ModelSection(Section):
     expert_ffn_size: Width | None = key(None, "width of an expert; null: that of the dense feed-forward, ffn_size")
     shared_experts: NonNegativeInt = key(0, "experts that compute every token, beside the chosen ones; together a dense feed-forward of as many widths")
     capacity_factor: PositiveFloat | None = key(
-        1.25, "tokens that an expert takes of a sequence in training, as a multiple of an even share; later ones are dropped there; null: all tokens"
+        1.25, "tokens that an expert takes of a sequence in training, as a multiple of an even share; it drops later ones; null: all tokens"
     )
     moe_every_n_layers: LayerCount = key(1, "distance n of the layers with experts; the layers between them are dense")
     first_dense_layers: NonNegativeInt = key(0, "number of first layers that are dense")
     router_score: Literal["softmax", "sigmoid"] = key("softmax", "function that makes scores of experts from the router's logits")
-    balance_loss_weight: NonNegativeFloat = key(0.01, "weight of the loss that spreads tokens over experts; a layer adds this much when they are even")
+    balance_loss_weight: NonNegativeFloat = key(0.01, "weight of the loss that spreads tokens over experts; even layers add this much")
     router_z_loss_weight: NonNegativeFloat = key(0.001, "weight of the loss that keeps the router's logits small")
     router_bias_rate: NonNegativeFloat = key(
         0.0, "change per step of a bias by which experts with fewer tokens are chosen more often, as in DeepSeek-V3; 0: no bias"

@@ -64,9 +64,19 @@ def _compact(rows: Tensor, ends: Tensor, compute: ComputeRows, axis: Axis, besid
     arriving = begin_to_exchange(rows[: sum(sent)], sent, received, axis)
     result = beside()
     by_rank = end_exchange(arriving, axis)
-    experts = torch.arange(shares[0], device=rows.device).repeat(axis.size).repeat_interleave(counts_of_ranks.flatten(), output_size=sum(received))
-    order = experts.argsort(stable=True)
+    order = _order_by_expert(counts_of_ranks, sum(received))
     computed = compute(by_rank[order], counts_of_ranks.sum(0).cumsum(0).int())
     back = computed[order.argsort()]  # each row once, so no direction of these reads adds up
     returned = end_exchange(begin_to_exchange(back, received, sent, axis), axis)
     return torch.cat((returned, returned.new_zeros(len(rows) - sum(sent), rows.shape[-1]))), result
+
+
+def _order_by_expert(counts: Tensor, num_rows: int) -> Tensor:
+    """The order in which the rows of each expert come together, of rows in the order of ranks.
+
+    Args:
+        counts: Rows from each rank for each expert of this rank [R, E / R].
+        num_rows: Their sum.
+    """
+    experts = torch.arange(counts.shape[1], device=counts.device).repeat(len(counts)).repeat_interleave(counts.flatten(), output_size=num_rows)
+    return experts.argsort(stable=True)

@@ -105,7 +105,7 @@ def from_slots(rows: Tensor, weights: Tensor, slots: Slots) -> Tensor:
         weights: Weight of each choice, fp32 or wider [N, k].
         slots: Slots of the choices.
     """
-    # The Function does not cast its result: torch.compile of torch 2.11 takes the gradient of a Function that ends with a cast to its own dtype for zero.
+    # The cast is outside: torch.compile of torch 2.11 takes the gradient of a Function that ends with a cast to its own dtype for zero.
     return _FromSlots.apply(rows, weights, slots.slot, slots.choice).to(rows.dtype)
 
 

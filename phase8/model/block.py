@@ -14,8 +14,8 @@ from phase8.distributed.collectives import ALONE, Axis
 from phase8.exchanges import Exchanges
 from phase8.model.attention import AttentionState, CausalAttention
 from phase8.model.feed_forward import build_feed_forward
-from phase8.model.mixture_of_experts import MixtureOfExperts
 from phase8.model.mixer import MixerState, Phase8Mixer
+from phase8.model.mixture_of_experts import MixtureOfExperts
 from phase8.model.norm import RMSNorm
 from phase8.precision.formats import OPERAND_DTYPE, NumberFormat
 

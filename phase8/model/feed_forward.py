@@ -82,5 +82,5 @@ def build_feed_forward(model: ModelSection, *, axis: Axis, number_format: Number
 
 
 def residual_std(model: ModelSection) -> float:
-    """Standard deviation of the last weights of a feed-forward: with it the sum of all residual branches, two per layer, keeps its variance at any depth."""
+    """Standard deviation of a feed-forward's last weights: the sum of all residual branches, two per layer, keeps its variance at any depth."""
     return model.init_std / math.sqrt(2 * model.num_layers)

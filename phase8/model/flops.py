@@ -1,7 +1,8 @@
 """Floating-point operations of a forward pass per token: the multiply-adds of linear layers, attention and recurrences, two each.
 
 Element-wise work (norms, activations, rotary, the scalar Green chain, softmax) is not counted, as usual. Linear layers are counted by their
-weights in a block built without memory, of experts those that a token chooses; a mixer declares its other work in `mixing_flops`. A backward pass costs twice a forward.
+weights in a block built without memory, experts as far as a token chooses them; a mixer declares its other work in `mixing_flops`. A backward
+pass costs twice a forward.
 """
 
 from __future__ import annotations

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 
 from phase8.config.batch import batch_shape, run_topology
@@ -16,7 +15,6 @@ from phase8.plan.chunks import chunk_parameters
 from phase8.plan.run_communication import plan_run_communication
 from phase8.plan.stages import chunk_layers
 from phase8.plan.throughput import StageWork, StepWork, step_seconds
-from phase8.topology import AxisName
 
 ASSUMED_GPU = "NVIDIA H100 80GB HBM3"
 # A recorded step keeps memory of its own, so it must be faster by at least this share.

@@ -217,7 +217,9 @@ def _states_of_slices(work: Workload, window: int) -> int:
     return work.shape.micro_batch_size * num_slices * (numbers * work.dtype.itemsize + wide_numbers * max(work.dtype.itemsize, FP32_BYTES))
 
 
-def _activations(work: Workload, chunks: Sequence[Chunk], traced: Mapping[LayerKind, ActivationBytes], *, actions: Sequence[Action], stage: int) -> int:
+def _activations(
+    work: Workload, chunks: Sequence[Chunk], traced: Mapping[LayerKind, ActivationBytes], *, actions: Sequence[Action], stage: int
+) -> int:
     """The peak of a stage's activations, messages included.
 
     Args:

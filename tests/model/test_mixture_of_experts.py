@@ -80,7 +80,7 @@ def test_gradients_are_those_of_loops():
 
 
 def test_what_is_dropped_depends_on_earlier_tokens_of_the_sequence_alone():
-    section, module = layer(capacity_factor=1.0)
+    _, module = layer(capacity_factor=1.0)
     x = stream().detach()
     before, _ = module(x, T)
     changed = x.clone()
@@ -94,7 +94,7 @@ def test_what_is_dropped_depends_on_earlier_tokens_of_the_sequence_alone():
 @pytest.mark.parametrize("bias", [[9.0, 0, 0, 0], [9.0, 0, 0, -9], [0, 0, -9, 9]])
 def test_experts_without_tokens_and_with_all_of_them(bias, capacity_factor):
     """Every parameter gets a gradient, zero where no token came by: a rank without one would leave the others waiting."""
-    section, module = layer(top_k=1, capacity_factor=capacity_factor)
+    _, module = layer(top_k=1, capacity_factor=capacity_factor)
     module.router.bias.copy_(torch.tensor(bias))
     y, found = module(stream(), T)
     y.sum().backward()
@@ -107,7 +107,7 @@ def test_experts_without_tokens_and_with_all_of_them(bias, capacity_factor):
 
 
 def test_losses_by_their_formulas():
-    section, module = layer(balance_loss_weight=0.3, router_z_loss_weight=0.1)
+    _, module = layer(balance_loss_weight=0.3, router_z_loss_weight=0.1)
     module.router.load.copy_(torch.tensor([0.4, 0.3, 0.2, 0.1]))
     x = stream()
     _, found = module(x, T)

@@ -8,8 +8,9 @@ from torch.distributed.tensor import Replicate
 
 from phase8.context_parallel import fetch, green, slices
 from phase8.distributed import collectives
+from phase8.expert_parallel import exchange
 from phase8.kernels import state_map
-from phase8.model import convolution, global_path, mixer, model, norm
+from phase8.model import convolution, global_path, mixer, mixture_of_experts, model, norm
 from phase8.pipeline_parallel import engine
 from phase8.pipeline_parallel.lowering import Payload
 from phase8.tensor_parallel import cross_entropy, embedding, linear, products
@@ -142,9 +143,9 @@ def another_ranks_part():
     from phase8.model import parameters
 
     def shifted(old):
-        def own_part(value, spec, axis):
+        def own_part(value, spec, axis, expert):
             parts = [value] if "tp" not in spec.divided or axis.size == 1 else value.chunk(axis.size, spec.divided["tp"])
-            return parts[(axis.index + 1) % len(parts)] if len({part.shape for part in parts}) == 1 else old(value, spec, axis)
+            return parts[(axis.index + 1) % len(parts)] if len({part.shape for part in parts}) == 1 else old(value, spec, axis, expert)
 
         return own_part
 
@@ -284,6 +285,64 @@ def chain_without_gradient_of_later_slices():
 
 
 # name -> what to apply; and the settings on which it must show.
+def rows_of_another_rank():
+    """What comes from the ranks of experts is taken for the rows of another rank."""
+    return replaced((exchange, "end_exchange"), by=lambda old: lambda pending, axis: old(pending, axis).roll(len(pending) // axis.size, 0))
+
+
+def rows_of_another_expert():
+    """Where counts differ, rows that arrive are given to the experts in the order of ranks."""
+    return replaced((exchange, "_order_by_expert"), by=lambda old: lambda counts, num_rows: torch.arange(num_rows))
+
+
+def gradients_of_rows_stay():
+    """The gradients of rows that were sent are not sent home."""
+    stay = staticmethod(lambda ctx, grad: (grad, None, None, None))
+    return replaced((collectives._BeginToExchange, "backward"), by=lambda old: stay)
+
+
+def norm_without_experts_of_others():
+    """The gradient norm has the experts of one rank only."""
+    return replaced((shards.Shards, "_is_of_experts"), by=lambda old: lambda self, parameter: False)
+
+
+def routers_learn_from_own_tokens():
+    """The choices of other ranks do not change the shares and biases of a router."""
+    return replaced((step, "sum_over"), by=lambda old: lambda x, *axes: x if x.ndim == 2 else old(x, *axes))
+
+
+def experts_of_another_rank():
+    """Initial weights: a rank takes the experts of its neighbour."""
+    from phase8.model import parameters
+
+    def shifted(old):
+        return lambda value, spec, axis, expert: old(value.roll(len(value) // 2, 0) if "ep" in spec.divided else value, spec, axis, expert)
+
+    return replaced((parameters, "own_part"), by=shifted)
+
+
+def router_of_one_tensor_rank():
+    """The gradient that the outputs of experts give to the router's weights is that of one rank's part of their width."""
+    def careless(old):
+        def gather(x, axis):
+            found = old(x, axis)
+            own = torch.zeros_like(found)
+            own.chunk(axis.size)[axis.index].fill_(1)
+            if found.requires_grad and found.shape[-1] == 4:  # choices and weights
+                found.register_hook(lambda gradient: gradient * own)
+            return found
+
+        return gather
+
+    return replaced((mixture_of_experts, "gather_tokens"), by=careless)
+
+
+def room_of_experts_begins_anew():
+    """In each slice of a sequence, experts have as much room as in the first one."""
+    own = lambda old: lambda counts, axis: lambda: torch.zeros_like(counts).repeat(axis.size, 1, 1)  # noqa: E731
+    return replaced((mixture_of_experts, "start_gather"), by=own)
+
+
 MUTATIONS = {
     function.__name__: function
     for function in (
@@ -294,5 +353,7 @@ MUTATIONS = {
         scalars_of_the_neighbour, gate_of_one_rank_has_its_gradient, lengths_of_the_neighbour,
         state_begins_anew, decay_of_slices_is_forgotten, tokens_one_too_early, gradients_of_fetched_tokens_stay, every_slice_begins_at_zero,
         documents_end_with_slices, chain_without_gradient_of_later_slices,
+        rows_of_another_rank, rows_of_another_expert, gradients_of_rows_stay, norm_without_experts_of_others, routers_learn_from_own_tokens,
+        experts_of_another_rank, router_of_one_tensor_rank, room_of_experts_begins_anew,
     )
 }  # fmt: skip

@@ -26,6 +26,14 @@ BLOCKS = {
     "transformer": ("model.block=transformer", "model.convolution_size=4"),
     "transformer-norm": ("model.block=transformer", "model.local_qk_norm=true"),
     "low-rank": ("model.low_rank_rank=5", "model.ffn=low_rank_swiglu", "model.chain=both"),
+    "experts": (
+        "model.ffn=moe", "model.num_experts=4", "model.expert_ffn_size=16", "model.capacity_factor=1.0", "model.balance_loss_weight=0.3",
+        "model.router_z_loss_weight=0.1", "model.router_bias_rate=0.01", "model.init_std=0.3",
+    ),
+    "experts-dropless": (
+        "model.ffn=moe", "model.num_experts=8", "model.top_k=3", "model.expert_ffn_size=8", "model.capacity_factor=null",
+        "model.router_score=sigmoid", "model.shared_experts=1", "model.init_std=0.3",
+    ),
     "tied": ("model.tie_embeddings=true",),
     "deep": ("model.num_layers=5",),
     "deep-tied": ("model.num_layers=4", "model.tie_embeddings=true"),
@@ -33,8 +41,8 @@ BLOCKS = {
 OFFLOADED = ("zero.stage=3", "zero.offload_optimizer=cpu", "zero.offload_params=cpu")
 
 
-def ranks(*, tp=1, pp=1, dp=1, cp=1, stage=0, more=()):
-    degrees = {"tensor": tp, "pipeline": pp, "context": cp}
+def ranks(*, tp=1, pp=1, dp=1, cp=1, ep=1, stage=0, more=()):
+    degrees = {"tensor": tp, "pipeline": pp, "context": cp, "expert": ep}
     return tp * pp * dp * cp, (*(f"parallel.{axis}_parallel_size={size}" for axis, size in degrees.items()), f"zero.stage={stage}", *more)
 
 
@@ -85,6 +93,14 @@ QUICK = {
     "tp2 cp2 transformer": ("transformer", ranks(tp=2, cp=2, stage=3)),
     "pp2 cp2": ("deep-tied", ranks(pp=2, cp=2, more=INTERLEAVED)),
     "tp2 pp2 cp2 zero 2": ("hybrid", ranks(tp=2, pp=2, cp=2, stage=2)),
+    "tp2 experts": ("experts-dropless", ranks(tp=2)),
+    "ep2": ("experts", ranks(dp=2, ep=2)),
+    "ep2 dp4 zero 1": ("experts-dropless", ranks(dp=4, ep=2, stage=1)),
+    "ep4 zero 2, optimizer offloaded": ("experts", ranks(dp=4, ep=4, stage=2, more=("zero.offload_optimizer=cpu",))),
+    "ep2 dp4 zero 3 offloaded": ("experts", ranks(dp=4, ep=2, more=OFFLOADED)),
+    "ep2 tp2 zero 3, accumulation": ("experts", ranks(dp=2, tp=2, ep=2, stage=3, more=("train.micro_batch_size=1",))),
+    "ep2 pp2, one dense layer": ("experts-dropless", ranks(dp=2, pp=2, ep=2, more=("model.num_layers=4", "model.first_dense_layers=1"))),
+    "ep2 cp2 dp2 zero 3, recomputation": ("experts", ranks(dp=2, cp=2, ep=2, stage=3, more=("train.recompute=full",))),
     "tp2 dp2 zero 1, selective": ("low-rank", ranks(tp=2, dp=2, stage=1, more=("train.recompute=selective",))),
 }
 # Rows that differ from two others together only: what is in them, and more, is in the table of -m full as well.
@@ -128,6 +144,12 @@ FULL = [
     for cp, tp, pp, dp in itertools.product((2, 4, 8), (1, 2), (1, 2), (1, 2))
     if cp * tp * pp * dp <= 8
     for stage in (0, 3)
+] + [
+    (block, ranks(tp=tp, pp=pp, dp=dp, cp=cp, ep=ep, stage=stage, more=(SLOWLY,)))
+    for block in ("experts", "experts-dropless")
+    for ep, tp, pp, cp, dp in itertools.product((2, 4), (1, 2), (1, 2), (1, 2), (2, 4))
+    if dp % ep == 0 and tp * pp * cp * dp <= 8
+    for stage in range(4)
 ]
 
 
@@ -183,6 +205,10 @@ SHOWS_ON = {
     "both": ("default", ranks(tp=2, dp=2, stage=2)),
     "stages": ("tied", ranks(pp=2, more=("train.micro_batch_size=2",))),
     "slices": ("whole", ranks(cp=2)),
+    "experts": ("experts", ranks(dp=2, ep=2)),
+    "counted experts": ("experts-dropless", ranks(dp=2, ep=2)),
+    "experts, tensor": ("experts", ranks(tp=2)),
+    "experts, slices": ("experts", ranks(cp=2)),
     "more slices": ("whole", ranks(cp=4)),  # of two slices, none has one before it and one after it
     "stages and data": ("tied", ranks(pp=2, dp=2, more=("train.micro_batch_size=2",))),
 }
@@ -198,6 +224,9 @@ PLACE = {
     "state_begins_anew": "slices", "decay_of_slices_is_forgotten": "more slices", "tokens_one_too_early": "slices",
     "gradients_of_fetched_tokens_stay": "slices", "every_slice_begins_at_zero": "slices", "documents_end_with_slices": "slices",
     "chain_without_gradient_of_later_slices": "slices",
+    "rows_of_another_rank": "experts", "rows_of_another_expert": "counted experts", "gradients_of_rows_stay": "experts",
+    "norm_without_experts_of_others": "experts", "routers_learn_from_own_tokens": "experts", "experts_of_another_rank": "experts",
+    "router_of_one_tensor_rank": "experts, tensor", "room_of_experts_begins_anew": "experts, slices",
 }  # fmt: skip
 
 
