@@ -82,7 +82,7 @@ class ModelSection(Section):
     num_experts: Width = key(8, "experts E of a feed-forward with ffn: moe")
     top_k: Width = key(2, "experts that compute each token")
     expert_ffn_size: Width | None = key(None, "width of an expert; null: that of the dense feed-forward, ffn_size")
-    shared_experts: NonNegativeInt = key(0, "experts that compute every token, beside the chosen ones; together a dense feed-forward of as many widths")
+    shared_experts: NonNegativeInt = key(0, "experts that compute every token, beside the chosen ones: one dense feed-forward of as many widths")
     capacity_factor: PositiveFloat | None = key(
         1.25, "tokens that an expert takes of a sequence in training, as a multiple of an even share; it drops later ones; null: all tokens"
     )

@@ -35,9 +35,25 @@ TOPOLOGIES = {
     "tp4 pp2": ranks(tp=4, pp=2),
     "dp2 zero 2, optimizer offloaded": ranks(dp=2, stage=2, more=("zero.offload_optimizer=cpu",)),
 }
+EXPERTS = ("model.ffn=moe", "model.num_experts=4", "model.expert_ffn_size=16", "model.router_bias_rate=0.01", "model.first_dense_layers=1")
+WITH_EXPERTS = {
+    "ep4 zero 1": ranks(dp=4, ep=4, stage=1, more=EXPERTS),
+    "one with experts": ranks(more=EXPERTS),
+    "ep2 tp2 pp2 zero 0": ranks(dp=2, tp=2, pp=2, ep=2, more=EXPERTS),
+    "ep2 dp4 zero 3": ranks(dp=4, ep=2, stage=3, more=EXPERTS),
+    "dp2 zero 3, all experts on each": ranks(dp=2, stage=3, more=EXPERTS),
+}
+EXPERT_RING = list(zip(WITH_EXPERTS, [*list(WITH_EXPERTS)[1:], next(iter(WITH_EXPERTS))], strict=True))
+ANY = TOPOLOGIES | WITH_EXPERTS
 # Each in turn to the next; one of eight ranks is enough here, and the other is loaded by test_the_next_loss_is_that_of_one_process.
 AROUND = [name for name in TOPOLOGIES if name != "tp4 pp2"]
 RING = list(zip(AROUND, [*AROUND[1:], AROUND[0]], strict=True))
+ALL_OTHERS = [
+    pair
+    for names, ring in ((TOPOLOGIES, RING), (WITH_EXPERTS, EXPERT_RING))
+    for pair in itertools.permutations(names, 2)
+    if pair not in ring
+]
 
 
 def start(settings, world_size):
@@ -84,25 +100,25 @@ def load_and_go_on(settings, world_size, path):
 
 def there_and_back(pool, here, there, directory):
     """Saved here, loaded and saved there, loaded here again: what differs from the first, and the losses of the next step."""
-    (saved, loss), *_ = pool.run(train_and_save, *TOPOLOGIES[here][::-1], directory / "a", world_size=TOPOLOGIES[here][0])
+    (saved, loss), *_ = pool.run(train_and_save, *ANY[here][::-1], directory / "a", world_size=ANY[here][0])
     first = directory / "a" / "step-0000000002"
-    pool.run(load_and_save, *TOPOLOGIES[there][::-1], first, directory / "b", world_size=TOPOLOGIES[there][0])
+    pool.run(load_and_save, *ANY[there][::-1], first, directory / "b", world_size=ANY[there][0])
     second = directory / "b" / "step-0000000002"
-    resumed, *_ = pool.run(load_and_go_on, *TOPOLOGIES[here][::-1], second, world_size=TOPOLOGIES[here][0])
+    resumed, *_ = pool.run(load_and_go_on, *ANY[here][::-1], second, world_size=ANY[here][0])
     checkpoint = open_checkpoint(second)
     checkpoint.verify()
     assert set(checkpoint.tensor_names) == saved.keys() and any(name.endswith("exp_avg_sq") for name in saved)
     return [name for name, tensor in saved.items() if not torch.equal(checkpoint.read(name), tensor)], loss, resumed
 
 
-@pytest.mark.parametrize(("here", "there"), RING)
+@pytest.mark.parametrize(("here", "there"), [*RING, *EXPERT_RING])
 def test_there_and_back_is_bit_equal(pool, tmp_path, here, there):
     different, loss, resumed = there_and_back(pool, here, there, tmp_path)
     assert not different and resumed == loss
 
 
 @pytest.mark.full
-@pytest.mark.parametrize(("here", "there"), [pair for pair in itertools.permutations(TOPOLOGIES, 2) if pair not in RING])
+@pytest.mark.parametrize(("here", "there"), ALL_OTHERS)
 def test_every_way_there_and_back_is_bit_equal(pool, tmp_path, here, there):
     different, loss, resumed = there_and_back(pool, here, there, tmp_path)
     assert not different and resumed == loss
