@@ -17,6 +17,9 @@ model.safetensors.index.json with its files. DST is then a checkpoint of step 0 
 optimizer: to train from with --resume DST and --set data.allow_fingerprint_change=true. tools/generate.py and checkpoint.initialise_from need no
 import. Whatever the baseline cannot compute is refused. Links in SRC are not followed.
 
+--upcycle-experts E makes a mixture of E experts of a dense SRC: every expert begins as a copy of the dense feed-forward, so that the mixture computes
+the same. DST is of step 0, without optimizer; start a run from it by checkpoint.initialise_from, with model.ffn=moe and model.num_experts=E.
+
 SRC is never touched. DST is there when everything was written, read back and compared with SRC. After an interruption (or a kill -9) the
 same command goes on: files that were complete are checked and kept, in a hidden directory beside DST.
 
@@ -44,9 +47,11 @@ if TYPE_CHECKING:
     from phase8.checkpoint.load import Checkpoint
     from phase8.checkpoint.reshard.reshard import ConsolidatedForm
     from phase8.checkpoint.weight_files import WeightFiles
+    from phase8.config.model_section import ModelSection
     from phase8.config.schema import ParallelSection, RunConfig
+    from phase8.topology import Topology
 
-LAYOUT = ("tensor_parallel_size", "pipeline_parallel_size", "shards")
+LAYOUT = ("tensor_parallel_size", "pipeline_parallel_size", "shards", "expert_parallel_size")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -71,6 +76,10 @@ def _parser() -> argparse.ArgumentParser:
     layout.add_argument("--tensor-parallel-size", type=int, metavar="T", help="ranks that divide each layer")
     layout.add_argument("--pipeline-parallel-size", type=int, metavar="P", help="stages")
     layout.add_argument("--shards", type=int, metavar="N", help="data-parallel ranks that divide the model among them (zero.stage 1 to 3)")
+    layout.add_argument("--expert-parallel-size", type=int, metavar="X", help="of the shards, those that hold different experts")
+    parser.add_argument(
+        "--upcycle-experts", type=int, metavar="E", help="DST is a mixture of E experts, each of which begins as SRC's dense feed-forward"
+    )
     return parser
 
 
@@ -85,6 +94,11 @@ def _check_options(options: argparse.Namespace) -> None:
     for name, value in given.items():
         if value < 1:
             raise ConfigError(f"{name} is {value}, but must be at least 1.")
+    shards, experts = options.shards or 1, options.expert_parallel_size or 1
+    if shards % experts:
+        raise ConfigError(f"--expert-parallel-size {experts} does not divide --shards {shards}, of which these ranks are a part; change one of them.")
+    if options.upcycle_experts is not None and options.format != "phase8":
+        raise ConfigError(f"--upcycle-experts is for --format phase8, but --format is {options.format}; leave one of them out.")
 
 
 def _rewrite(options: argparse.Namespace) -> str:
@@ -101,6 +115,9 @@ def _rewrite(options: argparse.Namespace) -> str:
         config = _config_of(source)
         if is_import := isinstance(source, WeightFiles):
             source = _checked(source, config, options, display)
+        if options.upcycle_experts is not None:
+            source, config = _upcycled(source, config, options.upcycle_experts)
+            is_import = True
         if options.format == "phase8":
             copy = _reshard(source, config, options, display, dtype=torch.float32 if is_import else None)  # master weights are fp32
             return f"{copy.path}: step {copy.step}, {len(copy.tensor_names)} tensors in {len(copy.manifest.files)} files, equal to {source.path}"
@@ -119,6 +136,38 @@ def _checked(source: WeightFiles, config: RunConfig, options: argparse.Namespace
     _parallel(config, options)
     check_destination(source.path, options.destination)
     return source.with_checksums(_metadata_of_beginning(config), on_progress=display.show)
+
+
+def _upcycled(source: Checkpoint, config: RunConfig, num_experts: int) -> tuple[Checkpoint, RunConfig]:
+    """The weights of a dense model as those of a mixture, and the config of the mixture.
+
+    Raises:
+        ConfigError: The model is not dense, or the mixture cannot be built.
+    """
+    import torch
+
+    from phase8.checkpoint.reshard.upcycle import UpcycledWeights
+    from phase8.config.validate import refuse_problems
+    from phase8.model.model import build_model
+    from phase8.model.parameters import first_buffers, first_value, iterate_specs
+
+    if config.model.ffn != "swiglu":
+        raise ConfigError(f"--upcycle-experts is for dense models, but model.ffn of {source.path} is {config.model.ffn}; give one with ffn swiglu.")
+    changed = {"ffn": "moe", "num_experts": num_experts, "expert_ffn_size": config.model.feed_forward_width, "first_dense_layers": 0}
+    config = config.model_copy(update={"model": type(config.model).model_validate(config.model.model_dump() | changed)})
+    if num_experts < config.model.top_k:
+        raise ConfigError(f"--upcycle-experts is {num_experts}, but {config.model.top_k} experts compute a token; give at least as many.")
+    refuse_problems(config, about=("model.",))
+    mixture = build_model(config.model, dtype=torch.float32, device=torch.device("meta"))
+    added = {name: first_value(name, each.shape, spec, seed=config.train.seed) for name, each, spec in iterate_specs(mixture) if ".router." in name}
+    weights = UpcycledWeights(
+        source,
+        _metadata_of_beginning(config),
+        has_experts=config.model.has_experts,
+        num_experts=num_experts,
+        added=added | first_buffers(mixture),
+    )
+    return weights, config
 
 
 def _metadata_of_beginning(config: RunConfig) -> dict[str, Any]:
@@ -173,7 +222,7 @@ def _reshard(
     from phase8.checkpoint.reshard.reshard import reshard
     from phase8.config.pipeline import pipeline_of
     from phase8.optim.state import declared_for
-    from phase8.plan.chunks import stage_parameters
+    from phase8.plan.chunks import stage_tensors
     from phase8.topology import Topology
 
     parallel = _parallel(config, options)
@@ -181,10 +230,25 @@ def _reshard(
         pipeline_parallel_size=parallel.pipeline_parallel_size,
         data_parallel_size=options.shards or 1,
         tensor_parallel_size=parallel.tensor_parallel_size,
+        expert_parallel_size=options.expert_parallel_size or 1,
     )
-    stages = stage_parameters(config.model, pipeline_of(parallel))
+    _check_experts(config.model, topology)
+    stages = stage_tensors(config.model, pipeline_of(parallel))
     declare = declared_for(config.optim)
     return reshard(source, options.destination, stages=stages, topology=topology, declare=declare, dtype=dtype, on_progress=display.show)
+
+
+def _check_experts(model: ModelSection, topology: Topology) -> None:
+    """Refuses ranks that cannot share the experts of a model.
+
+    Raises:
+        ConfigError: The model has no experts, or the ranks do not divide them.
+    """
+    num_ranks = topology.expert_parallel_size
+    if num_ranks > 1 and model.ffn != "moe":
+        raise ConfigError(f"--expert-parallel-size is {num_ranks}, but model.ffn is {model.ffn} and has no experts; leave it out.")
+    if num_ranks > 1 and model.num_experts % num_ranks:
+        raise ConfigError(f"--expert-parallel-size {num_ranks} does not divide model.num_experts {model.num_experts}; choose a divisor.")
 
 
 def _parallel(config: RunConfig, options: argparse.Namespace) -> ParallelSection:

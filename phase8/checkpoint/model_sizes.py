@@ -40,7 +40,7 @@ def sizes_problem(model: ModelSection, shapes: Mapping[str, Sequence[int]]) -> s
 
 
 def _layers_problem(model: ModelSection, shapes: Mapping[str, Sequence[int]]) -> str | None:
-    """Whether the stored layers have one form and match the number in the config."""
+    """Whether the stored layers match the number in the config, and layers of a kind have one form."""
     layers: dict[str, set[tuple[str, tuple[int, ...]]]] = {}
     for name, shape in shapes.items():
         if (found := _IN_A_BLOCK.fullmatch(name)) is not None:
@@ -48,18 +48,25 @@ def _layers_problem(model: ModelSection, shapes: Mapping[str, Sequence[int]]) ->
     # Numbers are compared last, when it is known that layers can be counted.
     if len(layers) != model.num_layers or any(str(layer) not in layers for layer in range(model.num_layers)):
         return f"model.num_layers is {shown(model.num_layers)}, but there are weights of {len(layers)} layers"
-    differing = next((layer for layer, form in layers.items() if form != layers["0"]), None)
-    return None if differing is None else f"layer {differing} has other weights than layer 0"
+    first_of_kind: dict[tuple[bool, bool], int] = {}
+    for layer, kind in enumerate(model.layer_kinds):
+        first = first_of_kind.setdefault((kind.window > 0, kind.has_experts), layer)
+        if layers[str(layer)] != layers[str(first)]:
+            return f"layer {layer} has other weights than layer {first}"
+    return None
 
 
 def _shapes_of(model: ModelSection) -> Iterator[tuple[dict[str, object], tuple[int, ...]]]:
-    """Keys, and the shape of a weight that they determine. Together they bound every width: D, V, N heads times head size, F, rank, taps."""
+    """Keys, and the shape of a weight that they determine. Together they bound every width: D, V, N heads times head size, F, rank, experts, taps."""
     D, N, F, rank = model.d_model, model.attention_width, model.feed_forward_width, model.low_rank_rank
     widths = {"model.num_heads": model.num_heads, "model.head_size": model.head_width}
     yield {"model.vocab_size": model.vocab_size, "model.d_model": D}, (model.vocab_size, D)
     yield widths | ({"model.low_rank_rank": rank} if rank else {}), (N, rank or D)
     if rank:
         yield {"model.low_rank_rank": rank}, (rank, D)
-    yield {"model.ffn_size": F}, (F, rank if rank and model.ffn == "low_rank_swiglu" else D)
+    if not all(model.has_experts):
+        yield {"model.ffn_size": F}, (F, rank if rank and model.ffn == "low_rank_swiglu" else D)
+    if any(model.has_experts):
+        yield {"model.num_experts": model.num_experts, "model.expert_ffn_size": model.expert_width}, (model.num_experts, model.expert_width, D)
     if model.convolution_taps > 1:
         yield {"model.convolution_size": model.convolution_taps}, (3, N, model.convolution_taps)

@@ -51,6 +51,11 @@ def divided_shapes(model: nn.Module) -> dict[str, DividedShape]:
     return {name: DividedShape(tuple(parameter.shape), spec.divided) for name, parameter, spec in iterate_specs(model)}
 
 
+def buffer_shapes(model: nn.Module) -> dict[str, DividedShape]:
+    """The shape of every buffer by name; every rank has buffers whole."""
+    return {name: DividedShape(tuple(buffer.shape), is_whole=True) for name, buffer in model.named_buffers()}
+
+
 def materialise(model: nn.Module, *, device: torch.device, axis: Axis, expert: Axis = ALONE) -> None:
     """Gives every parameter of a model on the meta device uninitialised memory for this rank's part of it, and every buffer its memory.
 
@@ -81,21 +86,41 @@ def initialise(model: nn.Module, *, seed: int, axis: Axis = ALONE, expert: Axis 
 
     @torch.no_grad()
     def fill(name: str, parameter: nn.Parameter, spec: ParameterSpec) -> None:
-        value = torch.as_tensor(spec.value, dtype=torch.float32).expand(parameter.shape)
-        if spec.std:
-            digest = hashlib.sha256(f"{seed}:{name}".encode()).digest()
-            generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "little") >> 1)
-            value = value + torch.randn(parameter.shape, generator=generator, dtype=torch.float32).mul_(spec.std)
         target = held_part(parameter)
-        target.copy_(own_part(value, spec, axis, expert))
+        target.copy_(own_part(first_value(name, parameter.shape, spec, seed=seed), spec, axis, expert))
 
     with ThreadPoolExecutor(max_workers=torch.get_num_threads()) as threads:
         for done in [threads.submit(fill, *parameter) for parameter in iterate_specs(model)]:
             done.result()
-    for module in model.modules():
-        if isinstance(module, OwnsBuffers):
-            for name, value in module.first_buffers().items():
-                module.get_buffer(name).fill_(value)
+    for name, value in first_buffers(model).items():
+        model.get_buffer(name).copy_(value)
+
+
+def first_value(name: str, shape: torch.Size, spec: ParameterSpec, *, seed: int) -> torch.Tensor:
+    """The whole value of a parameter before the first step, fp32.
+
+    Args:
+        name: Global name of the parameter.
+        shape: Global shape of the parameter.
+        spec: Spec of the parameter.
+        seed: Seed of the run.
+    """
+    value = torch.as_tensor(spec.value, dtype=torch.float32).expand(shape)
+    if spec.std:
+        digest = hashlib.sha256(f"{seed}:{name}".encode()).digest()
+        generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "little") >> 1)
+        value = value + torch.randn(shape, generator=generator, dtype=torch.float32).mul_(spec.std)
+    return value
+
+
+def first_buffers(model: nn.Module) -> dict[str, torch.Tensor]:
+    """The value of every buffer before the first step, by name; the model may be on the meta device."""
+    return {
+        f"{prefix}.{name}": torch.full(module.get_buffer(name).shape, value)
+        for prefix, module in model.named_modules()
+        if isinstance(module, OwnsBuffers)
+        for name, value in module.first_buffers().items()
+    }
 
 
 def shard_dims(model: nn.Module) -> dict[nn.Parameter, int]:

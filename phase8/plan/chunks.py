@@ -11,7 +11,7 @@ from phase8.config.pipeline import Pipeline
 from phase8.division import DividedShape
 from phase8.exchanges import AnyExchange
 from phase8.model.model import LanguageModel, build_model
-from phase8.model.parameters import divided_shapes
+from phase8.model.parameters import buffer_shapes, divided_shapes
 from phase8.plan.communication import Chunk
 from phase8.plan.stages import chunk_layers
 
@@ -43,14 +43,18 @@ def chunk_exchanges(model: ModelSection, layers: range, *, recompute: str, recom
     return found.forward + found.backward
 
 
-def stage_parameters(model: ModelSection, pipeline: Pipeline) -> tuple[dict[str, DividedShape], ...]:
-    """The parameters of each pipeline stage by name; a tied embedding is in the first and in the last stage.
+def stage_tensors(model: ModelSection, pipeline: Pipeline) -> tuple[dict[str, DividedShape], ...]:
+    """The parameters and buffers of each pipeline stage by name; a tied embedding is in the first and in the last stage.
 
     Raises:
         ConfigError: There are fewer layers than virtual stages.
     """
     return tuple(
-        {name: shape for layers in chunk_layers(model, pipeline, stage) for name, shape in chunk_parameters(model, layers).parameters.items()}
+        {
+            name: shape
+            for layers in chunk_layers(model, pipeline, stage)
+            for name, shape in (chunk_parameters(model, layers).parameters | buffer_shapes(_without_memory(model, layers))).items()
+        }
         for stage in range(pipeline.num_stages)
     )
 

@@ -17,7 +17,7 @@ from phase8.config.pipeline import pipeline_of
 from phase8.distributed.placement import collected
 from phase8.errors import CheckpointCorruptError, CheckpointError, CheckpointMismatchError, ConfigError
 from phase8.optim.state import ParameterState, StateTensor, adamw_state, declared_by
-from phase8.plan.chunks import stage_parameters
+from phase8.plan.chunks import stage_tensors
 from phase8.train.engine import train_state as train_state_module
 from phase8.train.engine.train_state import require_divisible
 from tests.parallel.test_checkpoints import BLOCK, TOPOLOGIES, load_and_go_on, restore, start, state_of, train_and_save
@@ -92,7 +92,7 @@ def test_it_is_saved_rewritten_and_resumed_bit_for_bit(pool, tmp_path, there):
 
     num_ranks, options = TOPOLOGIES[there]
     config = without_auto(load_config(os.devnull, [*MODEL, *BLOCK, *options]))
-    layout = {"stages": stage_parameters(config.model, pipeline_of(config.parallel)), "topology": run_topology(config.parallel, world_size=num_ranks)}
+    layout = {"stages": stage_tensors(config.model, pipeline_of(config.parallel)), "topology": run_topology(config.parallel, world_size=num_ranks)}
     with pytest.raises(CheckpointMismatchError, match="is nothing that its optimizer keeps"):
         reshard(source, tmp_path / "c", **layout, declare=adamw_state, on_progress=lambda *_: None)
     copy = reshard(source, tmp_path / "d", **layout, declare=two_kinds, on_progress=lambda *_: None)

@@ -13,8 +13,8 @@ from phase8.config.load import load_config
 from phase8.config.pipeline import pipeline_of
 from phase8.distributed.placement import collected
 from phase8.optim.state import adamw_state
-from phase8.plan.chunks import stage_parameters
-from tests.parallel.test_checkpoints import BLOCK, TOPOLOGIES, restore, start, state_of, train_and_save
+from phase8.plan.chunks import stage_tensors
+from tests.parallel.test_checkpoints import ANY, BLOCK, restore, start, state_of, train_and_save
 from tests.parallel.training import MODEL
 
 
@@ -36,15 +36,23 @@ def load_and_watch(settings, world_size, path):
     return opened, {name: tensor.clone() for name, tensor in collected(state_of(train_state), train_state.mesh).items()}
 
 
-@pytest.mark.parametrize(("name", "stage_size"), [("tp2 pp2 dp2 zero 2", 4), ("tp2 dp2 zero 3", 4), ("pp2 interleaved", 1)])
-def test_each_rank_opens_its_own_files(pool, tmp_path, name, stage_size):
-    world_size, settings = TOPOLOGIES["dp4 zero 1"]
+@pytest.mark.parametrize(
+    ("origin", "name", "stage_size"),
+    [
+        ("dp4 zero 1", "tp2 pp2 dp2 zero 2", 4),
+        ("dp4 zero 1", "tp2 dp2 zero 3", 4),
+        ("dp4 zero 1", "pp2 interleaved", 1),
+        ("dp2 zero 3, all experts on each", "ep2 dp4 zero 3", 4),
+    ],
+)
+def test_each_rank_opens_its_own_files(pool, tmp_path, origin, name, stage_size):
+    world_size, settings = ANY[origin]
     (saved, _), *_ = pool.run(train_and_save, settings, world_size, tmp_path, world_size=world_size)
     source = open_checkpoint(tmp_path / "step-0000000002")
 
-    world_size, settings = TOPOLOGIES[name]
+    world_size, settings = ANY[name]
     config = without_auto(load_config(os.devnull, [*MODEL, *BLOCK, *settings]))
-    stages = stage_parameters(config.model, pipeline_of(config.parallel))
+    stages = stage_tensors(config.model, pipeline_of(config.parallel))
     topology = run_topology(config.parallel, world_size=world_size)
     copy = reshard(source, tmp_path / "d", stages=stages, topology=topology, declare=adamw_state, on_progress=lambda *_: None)
     copy.verify()

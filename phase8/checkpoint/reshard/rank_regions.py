@@ -1,7 +1,7 @@
 """The region of each checkpoint tensor that each rank of a layout holds. Plain numbers, no tensors.
 
-The ranks of each axis divide a tensor as its parameter declares; then the shards divide each part by dim 0. A region that several ranks hold
-is assigned to the first of them.
+The ranks of each axis divide a tensor as its parameter declares; then the shards divide each part. Ranks that share experts are among the shards.
+A region that several ranks hold is assigned to the first of them.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ import itertools
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
-from phase8.division import DividedShape, Place, Region, region_of_rank, whole_region
+from phase8.division import DividedShape, Place, Region, whole_region
 from phase8.topology import Topology
 
 
@@ -50,14 +50,14 @@ def regions_by_rank(
 def _regions(tensor: TensorForm, declared: DividedShape, topology: Topology) -> Iterator[tuple[dict[str, int], Region]]:
     """Yields each non-empty region with its position on the axes that divide it; an empty or undivided tensor is one region."""
     whole = whole_region(tensor.shape)
-    if not tensor.is_divided or whole.num_elements == 0 or not tensor.shape:
+    if not tensor.is_divided or declared.is_whole or whole.num_elements == 0 or not tensor.shape:
         yield {}, whole
         return
-    degrees = [topology.degrees[axis] for axis in declared.divided]
-    for indices in itertools.product(*map(range, degrees)):
-        position = dict(zip(declared.divided, indices, strict=True))
-        own = declared.region({axis: Place(topology.degrees[axis], index) for axis, index in position.items()})
-        for shard in range(topology.data_parallel_size):
-            region = region_of_rank(own, 0, Place(topology.data_parallel_size, shard))
-            if region.num_elements > 0:
-                yield {**position, "dp": shard}, region
+    axes = {axis: topology.degrees[axis] for axis in declared.divided if axis in topology.degrees}
+    for *indices, shard in itertools.product(*map(range, axes.values()), range(topology.data_parallel_size)):
+        position = dict(zip(axes, indices, strict=True))
+        places = {axis: Place(axes[axis], index) for axis, index in position.items()}
+        places["ep"] = Place(topology.expert_parallel_size, shard % topology.expert_parallel_size)
+        region = declared.held(places, Place(topology.data_parallel_size, shard))
+        if region.num_elements > 0:
+            yield {**position, "dp": shard}, region

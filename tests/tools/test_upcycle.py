@@ -1,0 +1,100 @@
+"""A dense checkpoint as a mixture of experts, and a mixture rewritten for ranks that share its experts."""
+
+import os
+
+import pytest
+import torch
+
+from phase8.checkpoint.load import open_checkpoint
+from phase8.checkpoint.reshard.compare import compare_checkpoints
+from phase8.checkpoint.reshard.upcycle import UpcycledWeights
+from phase8.checkpoint.save import save_checkpoint
+from phase8.config.load import config_to_mapping, load_config
+from phase8.division import Region
+from phase8.generate.restore import restore_model
+from phase8.model.model import build_model
+from phase8.model.parameters import initialise
+from tests.tools.doors import load_door
+from tests.tools.test_reshard_checkpoint import MODEL
+
+EXPERTS = ("model.ffn=moe", "model.num_experts=4", "model.expert_ffn_size=16", "model.moe_every_n_layers=2", "model.first_dense_layers=1")
+
+
+@pytest.fixture(scope="module")
+def door():
+    return load_door("reshard_checkpoint")
+
+
+def write_model(root, *settings):
+    """A checkpoint of a model off its initial values, with an optimizer."""
+    config = load_config(os.devnull, (*MODEL, *settings))
+    model = build_model(config.model, dtype=torch.float32, device=torch.device("cpu"))
+    initialise(model, seed=4)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter += 0.1 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(parameter.numel()))
+    tensors = {f"model.{name}": tensor for name, tensor in model.state_dict().items()}
+    tensors |= {f"optimizer.{name}.exp_avg": torch.ones(each.shape) for name, each in model.named_parameters()}
+    return save_checkpoint(root, step=7, tensors=tensors, metadata={"config": config_to_mapping(config)}, attachments={})
+
+
+def hidden_of(path):
+    model, *_ = restore_model(path, device=torch.device("cpu"))
+    tokens = torch.randint(61, (2, 24), generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        return model(tokens)[0], model
+
+
+@pytest.mark.parametrize("layout", [(), ("--shards", "4", "--expert-parallel-size", "2"), ("--tensor-parallel-size", "2")])
+def test_a_mixture_of_copies_computes_what_the_dense_model_computes(door, tmp_path, capsys, layout):
+    source = write_model(tmp_path / "c")
+    assert door.main([str(source), str(tmp_path / "d"), "--upcycle-experts", "4", *layout]) == 0, capsys.readouterr().err
+    mixture, dense = open_checkpoint(tmp_path / "d"), open_checkpoint(source)
+    mixture.verify()
+    assert mixture.step == 0 and not any(name.startswith("optimizer.") for name in mixture.tensor_names)
+    for expert in range(4):
+        found = mixture.read("model.blocks.2.feed_forward.experts.down")[expert]
+        assert torch.equal(found, dense.read("model.blocks.2.feed_forward.down.weight"))
+    (expected, _), (hidden, model) = hidden_of(source), hidden_of(tmp_path / "d")
+    torch.testing.assert_close(hidden, expected, rtol=1e-5, atol=1e-5)
+    router = model.blocks["0"].feed_forward.router
+    assert router.load.tolist() == [0.25] * 4 and 0.01 < router.scores.weight.std() < 0.03
+
+
+def test_a_region_of_experts_is_a_region_of_the_dense_weight(tmp_path):
+    source = open_checkpoint(write_model(tmp_path / "c"))
+    weights = UpcycledWeights(source, {}, has_experts=(True, False, False, True), num_experts=3, added={"x": torch.arange(12.0).view(3, 4)})
+    name, dense = "model.blocks.0.feed_forward.experts.gate", source.read("model.blocks.0.feed_forward.gate.weight")
+    assert weights.entry(name).shape == [3, 40, 24] and "model.blocks.1.feed_forward.gate.weight" in weights.tensor_names
+    assert torch.equal(weights.read_region(name, Region([1, 5, 2], [2, 7, 9])), dense[5:12, 2:11].expand(2, 7, 9))
+    assert torch.equal(weights.read_region("model.x", Region([1, 1], [2, 2])), torch.tensor([[5.0, 6], [9, 10]]))
+
+
+def test_a_mixture_for_ranks_that_share_its_experts(door, tmp_path):
+    source = write_model(tmp_path / "c", *EXPERTS)
+    layout = ("--shards", "4", "--expert-parallel-size", "2", "--tensor-parallel-size", "2")
+    assert door.main([str(source), str(tmp_path / "d"), *layout]) == 0
+    copy = open_checkpoint(tmp_path / "d")
+    copy.verify()
+    assert not list(compare_checkpoints(open_checkpoint(source), copy))
+    # Of two experts of each rank along ep, half of the width for tensor parallelism, half of the model width for ZeRO.
+    slices = copy.entry("model.blocks.1.feed_forward.experts.gate").slices
+    assert sorted(part.offsets for part in slices) == [[e, f, d] for e in (0, 2) for f in (0, 8) for d in (0, 12)]
+    assert {part.file for part in slices if part.offsets == [2, 8, 12]} == {"model-rank00007-00000.safetensors"}
+
+
+@pytest.mark.parametrize(
+    ("settings", "options", "sentence"),
+    [
+        (EXPERTS, ["--upcycle-experts", "4"], "--upcycle-experts is for dense models, but model.ffn of"),
+        ((), ["--upcycle-experts", "1"], "--upcycle-experts is 1, but 2 experts compute a token; give at least as many."),
+        ((), ["--upcycle-experts", "4", "--format", "consolidated"], "--upcycle-experts is for --format phase8, but --format is consolidated"),
+        ((), ["--shards", "2", "--expert-parallel-size", "2"], "--expert-parallel-size is 2, but model.ffn is swiglu and has no experts"),
+        (EXPERTS, ["--shards", "3", "--expert-parallel-size", "2"], "--expert-parallel-size 2 does not divide --shards 3, of which"),
+        (EXPERTS, ["--shards", "3", "--expert-parallel-size", "3"], "--expert-parallel-size 3 does not divide model.num_experts 4; choose a"),
+    ],
+)
+def test_what_cannot_be_is_refused_and_nothing_is_written(door, tmp_path, capsys, settings, options, sentence):
+    source = write_model(tmp_path / "c", *settings)
+    assert door.main([str(source), str(tmp_path / "d"), *options]) == 2
+    assert sentence in capsys.readouterr().err and not (tmp_path / "d").exists()
