@@ -9,6 +9,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from phase8.observe.routing import RoutingHistory, routing_history
+
 Series = NDArray[np.float64]
 
 _SMOOTHING_SHARE = 0.015
@@ -33,6 +35,7 @@ class History:
         validation_steps: Steps after which the model was evaluated.
         validation_tokens_seen: Training tokens seen by then.
         validation_loss: Loss of each evaluation.
+        routing: Routing of experts; None: there is none.
         last_validation_sources: Loss (NaN where it is not finite) and number of sequences of each source of a blend in the last evaluation.
     """
 
@@ -50,6 +53,7 @@ class History:
     validation_steps: Series
     validation_tokens_seen: Series
     validation_loss: Series
+    routing: RoutingHistory | None
     last_validation_sources: Mapping[str, tuple[float, int]]
 
     @classmethod
@@ -76,6 +80,7 @@ class History:
             # An evaluation records only its step; before the first step no token was seen.
             validation_tokens_seen=np.interp(validation_steps, np.append(0.0, steps), np.append(0.0, tokens)),
             validation_loss=_column(evaluations, "validation_loss"),
+            routing=routing_history(training),
             last_validation_sources={
                 name: (np.nan if source["loss"] is None else source["loss"], source["sequences"])
                 for name, source in (evaluations[-1].get("validation_sources", {}) if evaluations else {}).items()

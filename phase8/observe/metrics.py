@@ -2,7 +2,7 @@
 
 | line | keys |
 |---|---|
-| step | the fields of `StepMetrics`; `auxiliary_losses` only where the model has some |
+| step | the fields of `StepMetrics`; `auxiliary_losses` only where the model has some, `routing` where it has experts and the step is printed |
 | evaluation | `step`, `validation_loss`, `validation_tokens`, `validation_sequences`; of a blend `validation_sources` (see `log_evaluation`) |
 | event | `step`, `event` and the event's own fields |
 
@@ -15,7 +15,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import dataclass, field, fields
 from io import FileIO
 from pathlib import Path
 from types import TracebackType
@@ -24,6 +24,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from phase8.closing import Tolerated
 from phase8.durable import append_whole, open_for_appending, replace_file, storage_errors
 from phase8.errors import StorageError
+from phase8.observe.routing import Routing, is_routing, routing_record
 from phase8.terminal import warn
 
 if TYPE_CHECKING:
@@ -62,6 +63,7 @@ class StepMetrics:
         peak_memory_bytes: Peak memory so far.
         skipped: True when loss or gradient was not finite and the weights were left alone.
         auxiliary_losses: What was minimised beside the loss, by name, per valid target.
+        routing: Routing of each layer with experts, by its number.
     """
 
     step: int
@@ -76,6 +78,7 @@ class StepMetrics:
     peak_memory_bytes: int
     skipped: bool
     auxiliary_losses: Mapping[str, float] = field(default_factory=dict)
+    routing: Mapping[int, Routing] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -97,7 +100,7 @@ class SourceLoss:
     num_sequences: int
 
 
-_STEP_KEYS = frozenset(each.name for each in fields(StepMetrics)) - {"auxiliary_losses"}
+_STEP_KEYS = frozenset(each.name for each in fields(StepMetrics)) - {"auxiliary_losses", "routing"}
 _NULLABLE = frozenset({"loss", "grad_norm", "mfu"})
 
 
@@ -133,9 +136,12 @@ class MetricsWriter:
 
     def log_step(self, metrics: StepMetrics) -> None:
         """Record a training step."""
-        record = asdict(metrics)
-        losses = {name: _finite(loss) for name, loss in record.pop("auxiliary_losses").items()}
-        self._write({**record, "auxiliary_losses": losses} if losses else record)
+        record = {name: getattr(metrics, name) for name in (each.name for each in fields(metrics)) if name in _STEP_KEYS}
+        if metrics.auxiliary_losses:
+            record["auxiliary_losses"] = {name: _finite(loss) for name, loss in metrics.auxiliary_losses.items()}
+        if metrics.routing:
+            record["routing"] = routing_record(metrics.routing)
+        self._write(record)
 
     def log_evaluation(self, step: int, *, validation_loss: float, validation_tokens: int, sources: Sequence[SourceLoss] = ()) -> None:
         """Record an evaluation made after a step.
@@ -278,6 +284,7 @@ def _is_ours(record: Mapping[str, Any]) -> bool:
         and isinstance(record["skipped"], bool)
         and all(_is_number(record[key], nullable=key in _NULLABLE) for key in numbers)
         and _are_losses(record.get("auxiliary_losses", {}))
+        and is_routing(record.get("routing", {}))
     )
 
 

@@ -15,6 +15,7 @@ from phase8.durable import replace_file, storage_errors
 from phase8.observe.formatting import format_bytes, format_count, format_ratio, format_seconds
 from phase8.observe.history import History, Series, last_finite, median, smooth
 from phase8.observe.metrics import read_metrics
+from phase8.observe.routing import RoutingHistory
 from phase8.terminal import ESCAPED
 
 _PAGE = Path(__file__).with_name("report.html")
@@ -129,6 +130,21 @@ def _chart_cards(history: History, reference_losses: Mapping[str, float]) -> Ite
     yield _series_card("Waiting for data", "per cent of the step", history.steps, waiting_percent)
     yield _series_card("Gradient norm", "before clipping", history.steps, history.grad_norm)
     yield _series_card("Learning rate", "", history.steps, history.learning_rate, is_noisy=False)
+    if history.routing is not None:
+        yield from _routing_cards(history.routing)
+
+
+def _routing_cards(routing: RoutingHistory) -> Iterator[str]:
+    """The load of every expert, what is dropped, and how sure routers are, as means over the layers."""
+    from phase8.observe.charts import render_svg
+    from phase8.observe.routing_chart import draw_load
+
+    svg = render_svg(partial(draw_load, history=routing), name="load", width=1000, height=420)
+    remark = '<span><span style="color: #2f6bde">■</span> none, <span style="color: #b9bec6">■</span> an even share, '
+    remark += '<span style="color: #d9730d">■</span> twice that or more</span>'
+    yield _card("Load of experts", f"<figure>{svg}</figure>", remark=remark)
+    yield _series_card("Dropped choices", "per cent, mean of the layers", routing.steps, 100 * np.nanmean(routing.dropped, axis=1))
+    yield _series_card("Router entropy", "nats, mean of the layers", routing.steps, np.nanmean(routing.entropy, axis=1))
 
 
 def _series_card(heading: str, unit: str, steps: Series, values: Series, *, is_noisy: bool = True) -> str:

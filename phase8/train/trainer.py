@@ -193,6 +193,7 @@ class Trainer:
             peak_memory_bytes=peak_memory_bytes(run.device),
             skipped=result.skipped,
             auxiliary_losses=result.auxiliary_losses,
+            routing=result.routing if _is_due(run.position.step, run.config.observe.log_every_n_steps) else {},
         )
 
     def record_event(self, event: str, **fields: str | int | float | None) -> None:

@@ -1,0 +1,97 @@
+"""How tokens were spread over experts, step by step: its record in `metrics.jsonl`, and as arrays.
+
+A step's record maps the number of each layer with experts to `load`, the share of the choices that each expert got, `dropped`, the share of choices
+that was dropped, and `entropy`, the mean entropy of a token's scores in nats.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+_DIGITS = 4
+_MAX_NUMBERS = 1 << 20
+
+
+class Routing(Protocol):
+    """What a step measured of a layer with experts."""
+
+    @property
+    def load(self) -> tuple[float, ...]:
+        """Share of the choices that each expert got."""
+
+    @property
+    def dropped(self) -> float:
+        """Share of the choices that were dropped."""
+
+    @property
+    def entropy(self) -> float:
+        """Mean entropy of a token's scores, in nats."""
+
+
+@dataclass(frozen=True)
+class RoutingHistory:
+    """The routing of the steps that recorded it.
+
+    Args:
+        steps: Step numbers [S].
+        layers: Numbers of the layers with experts [L].
+        load: Share of the choices that each expert got [S, L, E].
+        dropped: Share of the choices that was dropped [S, L].
+        entropy: Mean entropy of a token's scores in nats [S, L].
+    """
+
+    steps: NDArray[np.float64]
+    layers: tuple[int, ...]
+    load: NDArray[np.float64]
+    dropped: NDArray[np.float64]
+    entropy: NDArray[np.float64]
+
+
+def routing_record(routing: Mapping[int, Routing]) -> dict[str, dict[str, Any]]:
+    """The record of a step, rounded to what a picture shows; a number that is not finite is null."""
+    return {
+        str(layer): {"load": [_rounded(share) for share in each.load], "dropped": _rounded(each.dropped), "entropy": _rounded(each.entropy)}
+        for layer, each in routing.items()
+    }
+
+
+def is_routing(value: object) -> bool:
+    """Whether a value read from a file has the form of a record."""
+    return isinstance(value, dict) and all(isinstance(layer, str) and layer.isdecimal() and _is_layer(each) for layer, each in value.items())
+
+
+def routing_history(records: Sequence[Mapping[str, Any]]) -> RoutingHistory | None:
+    """The routing in the records of steps; None where no step has any. Records of other layers or experts than the last one has are left out."""
+    routed = [record for record in records if record.get("routing")]
+    if not routed:
+        return None
+    form = _form(routed[-1]["routing"])
+    routed = [record for record in routed if _form(record["routing"]) == form]
+    layers = sorted(routed[-1]["routing"], key=int)
+
+    def column(key: str) -> NDArray[np.float64]:
+        return np.array([[record["routing"][layer][key] for layer in layers] for record in routed], dtype=np.float64)
+
+    steps = np.array([record["step"] for record in routed], dtype=np.float64)
+    return RoutingHistory(steps, tuple(map(int, layers)), column("load"), column("dropped"), column("entropy"))
+
+
+def _form(record: Mapping[str, Mapping[str, Any]]) -> dict[str, int]:
+    return {layer: len(each["load"]) for layer, each in record.items()}
+
+
+def _is_layer(value: object) -> bool:
+    if not isinstance(value, dict) or not isinstance(load := value.get("load"), list) or not 0 < len(load) < _MAX_NUMBERS:
+        return False
+    numbers = (*load, value.get("dropped", ""), value.get("entropy", ""))
+    return all(each is None or (isinstance(each, int | float) and abs(each) < _MAX_NUMBERS) for each in numbers)
+
+
+def _rounded(number: float) -> float | None:
+    return round(number, _DIGITS) if math.isfinite(number) else None
