@@ -2,17 +2,24 @@
 
 import functools
 import os
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 
+import numpy as np
 import pytest
 import torch
+import torch.distributed as dist
 from rich.console import Console
 
 from phase8.config.load import load_config
+from phase8.data.indexed import IndexedWriter
 from phase8.data.token_file import TokenFile
 from phase8.observe.metrics import read_metrics
+from phase8.observe.progress import Progress
 from phase8.train.build import build_run
 from phase8.train.loop import train
+from phase8.train.signals import StopRequest
+from phase8.train.trainer import Trainer
+from phase8.train.unreadable import UnreadableData
 from tests.train.tiny_run import write_documents
 
 LENGTH, BATCH, STEPS, HELD_OUT = 24, 4, 4, 6
@@ -96,3 +103,29 @@ def test_ranks_read_their_slices_and_train_and_evaluate_as_one_process(pool, dat
         torch.testing.assert_close(losses, expected_losses, rtol=1e-4, atol=0)
         assert targets == num_targets
         assert tokens == num_sequences * (LENGTH // num_slices + 1)
+
+
+def step_without_the_last_slice(prefix, settings):
+    """What a rank is told when the file ends amid the last slice, and how many steps it has taken."""
+    config, console = load_config(os.devnull, [*SETTINGS, f"data.train={prefix}", *settings]), Console(quiet=True)
+    run = build_run(config, device=torch.device("cpu"), resume="none", console=console, world_size=dist.get_world_size())
+    if run.is_main:
+        os.truncate(f"{prefix}.bin", 2 * (LENGTH - 2))
+    dist.barrier()
+    progress = Progress(total_steps=1, start_step=0, log_every_n_steps=1, console=console, epochs=lambda: run.data.epochs(0))
+    with run.lock, closing(Trainer(run, None, progress, lambda step, doing: None)) as trainer:
+        try:
+            trainer.train_until(1, StopRequest())
+        except UnreadableData as unreadable:
+            return str(unreadable.own), run.position.step
+    return None
+
+
+@pytest.mark.parametrize("resets", [False, True])
+def test_a_slice_that_one_rank_cannot_read_ends_the_step_of_all(pool, tmp_path, resets):
+    with IndexedWriter(tmp_path / "short", dtype=np.dtype("<u2")) as writer:
+        writer.add_document(np.arange(LENGTH + 1))
+    settings = (f"run.output_dir={tmp_path}", f"data.reset_at_document_boundaries={str(resets).lower()}", "parallel.context_parallel_size=4")
+    *earlier, last = pool.run(step_without_the_last_slice, str(tmp_path / "short"), settings, world_size=4)
+    assert earlier == [("None", 0)] * 3
+    assert last[1] == 0 and "short.bin is shorter than when it was opened" in last[0]
