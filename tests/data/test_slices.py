@@ -72,6 +72,21 @@ def test_slices_are_those_of_what_one_process_reads(blend, count, num_workers, r
     are_together(slices, whole)
 
 
+@pytest.mark.parametrize("lengths", [(4_194_305,), (999_983, 3, 524_288, 2_670_031)], ids=["one long document", "packed documents"])
+def test_slices_of_a_million_tokens(tmp_path, lengths):
+    with IndexedWriter(tmp_path / "long", dtype=np.dtype("<i4")) as writer:
+        for length, end in zip(lengths, np.cumsum(lengths), strict=True):
+            writer.add_document(np.arange(end - length, end))
+    begins = set(np.cumsum(lengths).tolist())
+    for index in (0, 3, 7):
+        dataset = open_dataset(str(tmp_path / "long"), sequence_length=1 << 20, vocab_size=1 << 23, seed=5, own_slice=Slice(index, 8))
+        for window in range(4):
+            sample, first = dataset[0, window], (8 * window + index) << 17
+            assert np.array_equal(sample["tokens"], np.arange(first, first + (1 << 17) + 1))
+            found = set((sample["document_starts"].nonzero().flatten() + (window << 20)).tolist())
+            assert found == {window << 20} | {begin for begin in begins if window << 20 <= begin <= (window + 1) << 20 and begin < sum(lengths)}
+
+
 @pytest.mark.parametrize("share", [(Fraction(0), Fraction(3, 5)), (Fraction(3, 5), Fraction(1))])
 def test_slices_of_a_part_of_the_documents(blend, share):
     def part(own_slice):
