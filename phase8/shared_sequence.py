@@ -6,9 +6,30 @@ Each rank has `length` consecutive tokens, its slice, in the order of the ranks;
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import NamedTuple
 
 # For each rank the ranges of tokens that it wants.
 Wanted = Sequence[Sequence[range]]
+
+
+class Slice(NamedTuple):
+    """The part that a rank has of every sequence.
+
+    Args:
+        index: Number of the slice.
+        count: Number of slices, which are equally long.
+    """
+
+    index: int = 0
+    count: int = 1
+
+    def tokens(self, sequence_length: int) -> range:
+        """The tokens of the slice in a sequence whose length is a multiple of `count`."""
+        length = sequence_length // self.count
+        return range(self.index * length, (self.index + 1) * length)
+
+
+WHOLE = Slice()
 
 
 def wanted_tokens(length: int, num_ranks: int, *, before: int, first: int = 0) -> Wanted:

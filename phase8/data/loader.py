@@ -1,7 +1,9 @@
 """From global sample numbers to microbatches of tokens.
 
-Shapes: B sequences of a microbatch, T = sequence_length. A sample is T + 1 tokens, so that inputs are the first T and targets the
-last T of them. Which tokens sample n holds depends on the data, the seed and n alone; workers only decide who reads it.
+Shapes: B sequences of a microbatch, T = sequence_length, S tokens of a slice (S = T unless ranks share sequences). A sample is T + 1 tokens, so that
+inputs are the first T and targets the last T of them. Which tokens sample n holds depends on the data, the seed and n alone; workers only decide
+who reads it. A rank that has a slice of each sequence reads S + 1 tokens from the files. Where documents begin in the whole sequence it knows from
+the index, which is in memory.
 """
 
 from __future__ import annotations
@@ -21,11 +23,13 @@ from torch.utils.data import DataLoader, Dataset
 
 from phase8.config.schema import DataSection, DataSource
 from phase8.data.blend import BlendTable, integer_weights
+from phase8.data.microbatch import Microbatch, split_sample
 from phase8.data.sampler import SampleOrder, count_windows, evenly_spread_windows
 from phase8.data.sources import open_sources
 from phase8.data.streams import TokenStream
 from phase8.data.token_ids import first_outside, outside_vocabulary
 from phase8.errors import DataError, Phase8Error
+from phase8.shared_sequence import WHOLE, Slice
 
 # A sample: its global number in the order of training, or an explicit (source, window).
 Sample = int | tuple[int, int]
@@ -40,14 +44,23 @@ class SequenceDataset(Dataset):
         sequence_length: T.
         vocab_size: Token ids must stay below it.
         seed: Seed of the order.
+        own_slice: Slice of each sequence whose tokens are read.
     """
 
     def __init__(
-        self, sources: Sequence[TokenStream], *, weights: Sequence[int], sequence_length: int, vocab_size: int, seed: int
+        self,
+        sources: Sequence[TokenStream],
+        *,
+        weights: Sequence[int],
+        sequence_length: int,
+        vocab_size: int,
+        seed: int,
+        own_slice: Slice = WHOLE,
     ):
         self.sources = tuple(sources)
         self.sequence_length = sequence_length
         self.vocab_size = vocab_size
+        self.own_slice = own_slice
         num_windows = [count_windows(source.num_tokens, sequence_length) for source in sources]
         self.order = SampleOrder(seed=seed, num_windows=num_windows, blend=BlendTable(weights))
 
@@ -58,18 +71,18 @@ class SequenceDataset(Dataset):
             sample: Global sample number n, or (source, window) for a window outside the order of training.
 
         Shape:
-            tokens: int64 [T + 1]; document_starts: bool [T + 1], True where a token begins a document, and at the first token, since
-            a sample begins with a fresh state.
+            tokens: int64 [S + 1], the slice and the token after it; document_starts: bool [T + 1], True where a token of the whole sample
+            begins a document, and at the first token, since a sample begins with a fresh state.
 
         Raises:
-            DataError: A token id outside the vocabulary, or a file that has become shorter or cannot be read.
+            DataError: A token id of the slice outside the vocabulary, or a file that has become shorter or cannot be read.
         """
         number, window = sample if isinstance(sample, tuple) else self.order.locate(sample)
-        source, start, count = self.sources[number], window * self.sequence_length, self.sequence_length + 1
-        tokens = source.tokens(start, count)
+        source, start, own = self.sources[number], window * self.sequence_length, self.own_slice.tokens(self.sequence_length)
+        tokens = source.tokens(start + own.start, len(own) + 1)
         if (position := first_outside(tokens, self.vocab_size)) is not None:
-            raise outside_vocabulary(*source.place(start + position), int(tokens[position]), self.vocab_size)
-        document_starts = source.document_starts(start, count)
+            raise outside_vocabulary(*source.place(start + own.start + position), int(tokens[position]), self.vocab_size)
+        document_starts = source.document_starts(start, self.sequence_length + 1)
         document_starts[0] = True
         return {"tokens": torch.from_numpy(tokens.astype(np.int64)), "document_starts": torch.from_numpy(document_starts)}
 
@@ -90,9 +103,13 @@ class SequenceDataset(Dataset):
                     f"data.split leaves {source.num_documents} documents of {source.prefix} with {source.num_tokens} tokens for {name}, fewer "
                     f"than the {self.sequence_length + 1} of one sample with model.sequence_length {self.sequence_length}; make that share larger"
                 )
-        weights = self.order.blend.weights
         return SequenceDataset(
-            sources, weights=weights, sequence_length=self.sequence_length, vocab_size=self.vocab_size, seed=self.order.seed
+            sources,
+            weights=self.order.blend.weights,
+            sequence_length=self.sequence_length,
+            vocab_size=self.vocab_size,
+            seed=self.order.seed,
+            own_slice=self.own_slice,
         )
 
 
@@ -104,6 +121,7 @@ def open_dataset(
     seed: int,
     key: str = "data.train",
     ignore_sequence_modes: bool = False,
+    own_slice: Slice = WHOLE,
 ) -> SequenceDataset:
     """Opens a `.bin/.idx` prefix, all pairs that a pattern matches, or the sources of a blend.
 
@@ -114,6 +132,7 @@ def open_dataset(
         seed: Seed of the order, `train.seed`.
         key: Config key that names the data, for messages.
         ignore_sequence_modes: Treat multimodal pairs as plain text.
+        own_slice: Slice of each sequence whose tokens are read.
 
     Raises:
         DataError: A file is missing, or a source is empty or shorter than one sample.
@@ -133,7 +152,9 @@ def open_dataset(
         weights = integer_weights([entry.weight for entry in entries])
     except DataError as error:
         raise DataError(f"{key}: {error}") from error
-    return SequenceDataset(sources, weights=weights, sequence_length=sequence_length, vocab_size=vocab_size, seed=seed)
+    return SequenceDataset(
+        sources, weights=weights, sequence_length=sequence_length, vocab_size=vocab_size, seed=seed, own_slice=own_slice
+    )
 
 
 def microbatch_sample_numbers(*, samples_consumed: int, micro_batch_size: int, index: int = 0, num_readers: int = 1) -> Iterator[list[int]]:
@@ -164,20 +185,17 @@ def evaluation_microbatches(dataset: SequenceDataset, *, num_samples: int, micro
 
 def build_loader(
     dataset: SequenceDataset, section: DataSection, *, sample_numbers: Iterable[Sequence[Sample]], taken_at_once: int = 1
-) -> Iterable[dict[str, torch.Tensor]]:
-    """Yields the microbatches of `sample_numbers`, in that order for any number of workers.
+) -> Iterable[Microbatch]:
+    """Yields the microbatches of `sample_numbers`, in that order for any number of workers, each of the dataset's slice of the sequences.
 
     It does not use torch's global random generator. Iterating again starts again if `sample_numbers` is a list; an iterator
     continues, without the microbatches that workers had already fetched.
 
     Args:
         dataset: The sequences.
-        section: Settings of workers and memory; the number of workers is explicit.
+        section: Settings of workers, memory and document boundaries; the number of workers is explicit.
         sample_numbers: Sample numbers of each microbatch.
         taken_at_once: Microbatches that a step reads one after the other; the workers keep at least as many ready.
-
-    Shape:
-        tokens: int64 [B, T + 1]; document_starts: bool [B, T + 1].
 
     Raises:
         DataError: While iterating, as raised by `SequenceDataset`, also from a worker.
@@ -213,6 +231,7 @@ class _Microbatches(Dataset):
 class _MicrobatchLoader:
     def __init__(self, dataset: SequenceDataset, section: DataSection, sample_numbers: Iterable[Sequence[Sample]], taken_at_once: int):
         workers = section.num_workers > 0
+        self._section, self._own_slice = section, dataset.own_slice
         ahead = max(section.prefetch_factor, -(-taken_at_once // max(section.num_workers, 1)))
         self._loader = DataLoader(
             _Microbatches(dataset),
@@ -226,18 +245,20 @@ class _MicrobatchLoader:
             generator=torch.Generator(),  # otherwise torch would seed its workers from the global generator, and change its state
         )
 
-    def __iter__(self) -> Iterator[dict[str, torch.Tensor]]:
-        microbatches = _without_child_signals(self._loader)
+    def __iter__(self) -> Iterator[Microbatch]:
+        samples = _without_child_signals(self._loader)
         while True:
             try:
-                microbatch = next(microbatches)
+                sample = next(samples)
             except StopIteration:
                 return
             except RuntimeError as error:  # raised by torch when a worker was killed
                 raise DataError(f"a loader worker died ({str(error).splitlines()[0]}); check memory and data.num_workers") from error
-            if isinstance(microbatch, _Refusal):
-                raise microbatch.kind(microbatch.message)
-            yield microbatch
+            if isinstance(sample, _Refusal):
+                raise sample.kind(sample.message)
+            yield split_sample(
+                sample, reset_at_document_boundaries=self._section.reset_at_document_boundaries, own_slice=self._own_slice
+            )
 
 
 def _without_child_signals(loader: DataLoader) -> Iterator:

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from phase8.config.schema import DataSection
 from phase8.data.loader import SequenceDataset, build_loader, evaluation_microbatches
-from phase8.data.microbatch import Microbatch, split_sample
+from phase8.data.microbatch import Microbatch
 from phase8.data.sources import source_names
 from phase8.errors import OutOfMemoryError
 from phase8.kernels.reference.cross_entropy import IGNORED_TARGET
@@ -96,8 +96,8 @@ def evaluate_sources(
     found, done = [], 0
     for name, batches in zip(names, by_source, strict=True):
         sums, counts = torch.zeros(2, dataset.sequence_length, dtype=torch.float64, device=device)
-        for sample in build_loader(dataset, section, sample_numbers=batches):
-            microbatch = split_sample(sample, reset_at_document_boundaries=section.reset_at_document_boundaries).to(device)
+        for batch in build_loader(dataset, section, sample_numbers=batches):
+            microbatch = batch.to(device)
             losses = _token_losses(model, microbatch)
             sums += losses.sum(0, dtype=torch.float64)
             counts += (microbatch.targets != IGNORED_TARGET).sum(0)

@@ -140,7 +140,7 @@ def build_run(
     with ExitStack() as lock:
         if mesh.rank == 0:
             lock.enter_context(directory.lock())
-        data = _open_data(config, console, is_main=mesh.rank == 0)
+        data = _open_data(config, console, mesh)
         config, chosen = choose_settings(
             config,
             mesh=mesh,
@@ -237,11 +237,17 @@ def _build_mesh(config: RunConfig, device: torch.device, world_size: int) -> Mes
     )
 
 
-def _open_data(config: RunConfig, console: Console, *, is_main: bool) -> RunData:
+def _open_data(config: RunConfig, console: Console, mesh: Mesh) -> RunData:
     """Opens the data. The first rank opens them first and prepares files that are made once; every other rank waits until it has."""
+    is_main = mesh.rank == 0
 
     def open_them() -> RunData:
-        return open_run_data(config, on_progress=lambda stage, done, total: _print_stage(console, stage, done), check_ids=is_main)
+        return open_run_data(
+            config,
+            on_progress=lambda stage, done, total: _print_stage(console, stage, done),
+            check_ids=is_main,
+            own_slice=mesh.own_slice,
+        )
 
     data = open_them() if is_main else None
     broadcast_text("prepared")

@@ -16,6 +16,7 @@ from phase8.data.sources import pairs_by_pattern_in_both, source_names
 from phase8.data.token_ids import check_token_ids
 from phase8.data.tokenizer import Tokenizer, load_tokenizer
 from phase8.errors import DataError
+from phase8.shared_sequence import WHOLE, Slice
 
 
 @dataclass(frozen=True)
@@ -44,7 +45,9 @@ class RunData:
         return dict(zip(names, self.train.order.epochs(samples_consumed), strict=True))
 
 
-def open_run_data(config: RunConfig, *, on_progress: Callable[[str, int, int], None], check_ids: bool = True) -> RunData:
+def open_run_data(
+    config: RunConfig, *, on_progress: Callable[[str, int, int], None], check_ids: bool = True, own_slice: Slice = WHOLE
+) -> RunData:
     """Opens the data of a config; prepares the embedded corpus on first use.
 
     Args:
@@ -52,6 +55,7 @@ def open_run_data(config: RunConfig, *, on_progress: Callable[[str, int, int], N
         on_progress: Called with stage, amount done and amount in all.
         check_ids: Check that the tokenizer made the tokens, where their writer recorded it, and that all ids are inside the vocabulary,
             which may read all of them; one rank of a run does this.
+        own_slice: Slice of each sequence that this rank reads.
 
     Raises:
         DataError: A file is missing, damaged, too short, or does not fit the tokenizer or the model's vocabulary; a pattern mixes training
@@ -68,8 +72,8 @@ def open_run_data(config: RunConfig, *, on_progress: Callable[[str, int, int], N
             f"tokenizer {tokenizer_path} has {tokenizer.vocab_size} ids, but model.vocab_size is {config.model.vocab_size}; "
             f"set model.vocab_size to {tokenizer.vocab_size} or more."
         )
-    sequences = _open(config, train, key="data.train")
-    held_out = None if validation is None else _open(config, validation, key="data.validation")
+    sequences = _open(config, train, own_slice, key="data.train")
+    held_out = None if validation is None else _open(config, validation, own_slice, key="data.validation")
     if held_out is not None:
         _check_apart(sequences, held_out)
     if config.data.split is not None:
@@ -84,7 +88,7 @@ def open_run_data(config: RunConfig, *, on_progress: Callable[[str, int, int], N
     return RunData(sequences, held_out, tokenizer, references, fingerprint, _describe(config, sequences))
 
 
-def _open(config: RunConfig, data: str | Sequence[DataSource], *, key: str) -> SequenceDataset:
+def _open(config: RunConfig, data: str | Sequence[DataSource], own_slice: Slice, *, key: str) -> SequenceDataset:
     model = config.model
     return open_dataset(
         data,
@@ -93,6 +97,7 @@ def _open(config: RunConfig, data: str | Sequence[DataSource], *, key: str) -> S
         seed=config.train.seed,
         key=key,
         ignore_sequence_modes=config.data.ignore_sequence_modes,
+        own_slice=own_slice,
     )
 
 

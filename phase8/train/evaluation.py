@@ -8,7 +8,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 from phase8.data.loader import build_loader, evaluation_microbatches
-from phase8.data.microbatch import Microbatch, split_sample
+from phase8.data.microbatch import Microbatch
 from phase8.data.sources import source_names
 from phase8.observe.metrics import SourceLoss
 from phase8.train.build import Run
@@ -73,10 +73,9 @@ class HeldOutData:
         return Evaluation(weighted_loss(sources), sum(source.num_tokens for source in sources), tuple(sources))
 
     def _microbatches(self) -> Iterator[Microbatch]:
-        samples = iter(self._loader)
+        microbatches = iter(self._loader)
         for num_own, num_rounds in zip(self._num_own, self._num_rounds, strict=True):
-            for index, sample in enumerate(itertools.islice(samples, num_rounds)):
-                microbatch = split_sample(sample, reset_at_document_boundaries=self._run.config.data.reset_at_document_boundaries)
+            for index, microbatch in enumerate(itertools.islice(microbatches, num_rounds)):
                 yield microbatch if index < num_own else microbatch.without_targets()
 
 

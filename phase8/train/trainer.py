@@ -8,11 +8,9 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict
 
-from torch import Tensor
-
 from phase8.closing import Tolerated
 from phase8.data.loader import build_loader, microbatch_sample_numbers
-from phase8.data.microbatch import Microbatch, split_sample, stand_in
+from phase8.data.microbatch import Microbatch, stand_in
 from phase8.errors import DataError, StorageError
 from phase8.model.flops import training_flops_per_token
 from phase8.observe.memory import peak_memory_bytes, reset_peak_memory
@@ -173,8 +171,12 @@ class Trainer:
         except DataError as error:
             if self.is_alone:
                 raise
-            size = (run.shape.micro_batch_size, run.config.model.sequence_length)
-            batch = stand_in(*size, reset_at_document_boundaries=run.config.data.reset_at_document_boundaries)
+            batch = stand_in(
+                run.shape.micro_batch_size,
+                run.config.model.sequence_length,
+                reset_at_document_boundaries=run.config.data.reset_at_document_boundaries,
+                own_slice=run.engine.mesh.own_slice,
+            )
             return [batch] * run.shape.num_microbatches, error
 
     def _step_metrics(self, result: StepResult, rate: float, *, step_seconds: float, data_wait_seconds: float) -> StepMetrics:
@@ -219,11 +221,7 @@ class Trainer:
             num_readers=self.run.shape.data_parallel_size,
         )
         num_microbatches = self.run.shape.num_microbatches
-        for sample in build_loader(self.run.data.train, self.run.config.data, sample_numbers=numbers, taken_at_once=num_microbatches):
-            yield self._split(sample)
-
-    def _split(self, sample: dict[str, Tensor]) -> Microbatch:
-        return split_sample(sample, reset_at_document_boundaries=self.run.config.data.reset_at_document_boundaries)
+        return iter(build_loader(self.run.data.train, self.run.config.data, sample_numbers=numbers, taken_at_once=num_microbatches))
 
 
 def _is_due(step: int, every_n_steps: int) -> bool:

@@ -66,7 +66,7 @@ def _try(config: RunConfig, mesh: Mesh, device: torch.device, build_engine: Buil
     reset_peak_memory(device)
     try:
         engine = build_engine(config, mesh=mesh, device=device)
-        microbatch = _random_microbatch(config, shape.micro_batch_size, device)
+        microbatch = _random_microbatch(config, shape.micro_batch_size, mesh, device)
 
         def step_seconds(num_microbatches: int) -> float:
             with closing(engine):
@@ -97,8 +97,13 @@ def _give_back_memory(device: torch.device) -> None:
         torch.cuda.empty_cache()
 
 
-def _random_microbatch(config: RunConfig, batch_size: int, device: torch.device) -> Microbatch:
-    empty = stand_in(batch_size, config.model.sequence_length, reset_at_document_boundaries=config.data.reset_at_document_boundaries)
+def _random_microbatch(config: RunConfig, batch_size: int, mesh: Mesh, device: torch.device) -> Microbatch:
+    empty = stand_in(
+        batch_size,
+        config.model.sequence_length,
+        reset_at_document_boundaries=config.data.reset_at_document_boundaries,
+        own_slice=mesh.own_slice,
+    )
     generator = torch.Generator().manual_seed(0)
     tokens, targets = (torch.randint(config.model.vocab_size, empty.tokens.shape, generator=generator) for _ in range(2))
     return replace(empty, tokens=tokens, targets=targets, num_valid=tokens.numel()).to(device)

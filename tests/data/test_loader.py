@@ -22,6 +22,7 @@ from phase8.config.schema import DataSection, DataSource
 from phase8.data.fingerprint import data_fingerprint, describe_fingerprint_difference
 from phase8.data.indexed import IndexedWriter
 from phase8.data.loader import build_loader, evaluation_microbatches, microbatch_sample_numbers, open_dataset
+from phase8.data.microbatch import Microbatch
 from phase8.errors import DataError, IndexedFormatError
 
 SEQUENCE_LENGTH = 8
@@ -65,7 +66,12 @@ def consumed(dataset, num_samples: int, *, micro_batch_size: int = 4, samples_co
     numbers = microbatch_sample_numbers(samples_consumed=samples_consumed, micro_batch_size=micro_batch_size)
     loader = build_loader(dataset, DataSection(**HERE | section), sample_numbers=numbers)
     microbatches = list(islice(loader, -(-num_samples // micro_batch_size)))
-    return torch.cat([microbatch["tokens"] for microbatch in microbatches])[:num_samples].tolist()
+    return torch.cat([all_tokens(microbatch) for microbatch in microbatches])[:num_samples].tolist()
+
+
+def all_tokens(microbatch: Microbatch) -> torch.Tensor:
+    """Inputs and the last target, where boundaries are not reset."""
+    return torch.cat((microbatch.tokens, microbatch.targets[:, -1:]), dim=1)
 
 
 def test_sample_holds_one_window_and_where_documents_begin(prefix):
@@ -138,9 +144,8 @@ def test_numbers_of_a_microbatch_are_consecutive_without_end():
 def test_microbatch_has_the_promised_shapes(prefix):
     numbers = microbatch_sample_numbers(samples_consumed=0, micro_batch_size=5)
     microbatch = next(iter(build_loader(opened(prefix), DataSection(**HERE), sample_numbers=numbers)))
-    assert {name: (tuple(value.shape), value.dtype) for name, value in microbatch.items()} == {
-        "tokens": ((5, 9), torch.int64), "document_starts": ((5, 9), torch.bool)
-    }
+    assert microbatch.tokens.shape == microbatch.targets.shape == (5, 8) and microbatch.tokens.dtype == microbatch.targets.dtype == torch.int64
+    assert microbatch.starts is None and microbatch.num_valid == 40
 
 
 def test_pinning_is_harmless_without_a_gpu(prefix, recwarn):
@@ -164,7 +169,7 @@ def test_evaluation_is_the_same_every_time_and_spread_over_the_data(prefix, num_
     assert [microbatches] == evaluation_microbatches(opened(prefix, seed=99), num_samples=10, micro_batch_size=4)
     loader = build_loader(dataset, DataSection(pin_memory=False, num_workers=num_workers), sample_numbers=microbatches)
     for _ in range(2):
-        assert torch.cat([microbatch["tokens"] for microbatch in loader])[:, 0].tolist() == [40 * i for i in range(10)]
+        assert torch.cat([microbatch.tokens for microbatch in loader])[:, 0].tolist() == [40 * i for i in range(10)]
 
 
 def test_evaluation_of_little_data_takes_each_window_once(prefix):
@@ -275,13 +280,13 @@ def test_signals_to_the_whole_job_leave_the_workers_alive(prefix):
     before = multiprocessing.active_children()
     numbers = microbatch_sample_numbers(samples_consumed=0, micro_batch_size=4)
     batches = iter(build_loader(opened(prefix), DataSection(pin_memory=False, num_workers=2, prefetch_factor=1), sample_numbers=numbers))
-    received = next(batches)["tokens"].tolist() + next(batches)["tokens"].tolist()  # both workers are past their start
+    received = all_tokens(next(batches)).tolist() + all_tokens(next(batches)).tolist()  # both workers are past their start
     workers = [str(process.pid) for process in multiprocessing.active_children() if process not in before]
     assert len(workers) == 2
     for name in ("TERM", "INT", "TERM", "HUP", "USR1"):
         subprocess.run(["kill", f"-{name}", *workers], check=True)
     for _ in range(4):
-        received += next(batches)["tokens"].tolist()
+        received += all_tokens(next(batches)).tolist()
     assert received == expected
 
 
@@ -295,8 +300,8 @@ signal.signal(signal.SIGTERM, lambda *_: None)
 dataset = open_dataset({prefix!r}, sequence_length=8, vocab_size=5000, seed=0)
 numbers = microbatch_sample_numbers(samples_consumed=0, micro_batch_size=2)
 batches = iter(build_loader(dataset, DataSection(pin_memory=False, num_workers=2), sample_numbers=numbers))
-print(next(batches)["tokens"].shape)
+print(next(batches).tokens.shape)
 """
     root = Path(__file__).parents[2]
     done = subprocess.run([sys.executable, "-c", program], cwd=root, timeout=60, capture_output=True, text=True, check=False)
-    assert (done.returncode, done.stdout.strip(), done.stderr) == (0, "torch.Size([2, 9])", "")
+    assert (done.returncode, done.stdout.strip(), done.stderr) == (0, "torch.Size([2, 8])", "")

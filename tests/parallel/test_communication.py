@@ -12,7 +12,6 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from phase8.config.auto import without_auto
 from phase8.config.batch import batch_shape, run_topology
 from phase8.config.load import load_config
-from phase8.data.microbatch import split_sample
 from phase8.distributed.collectives import gather_tokens
 from phase8.distributed.mesh import build_mesh
 from phase8.exchanges import Operation
@@ -22,7 +21,7 @@ from phase8.topology import AxisName, Topology
 from phase8.train.engine.step import train_step
 from phase8.train.engine.train_state import build_train_state
 from phase8.zero.fsdp import shard_size
-from tests.parallel.training import MODEL
+from tests.parallel.training import MODEL, microbatch_of_slice
 
 CPU = torch.device("cpu")
 OFFLOADED = ("zero.stage=3", "zero.offload_optimizer=cpu", "zero.offload_params=cpu")
@@ -101,9 +100,7 @@ def step(train_state, config):
     generator = torch.Generator().manual_seed(train_state.mesh.data_parallel_index)
     size = (shape.num_microbatches, shape.micro_batch_size, config.model.sequence_length + 1)
     samples = torch.randint(0, config.model.vocab_size, size, generator=generator)
-    context = train_state.mesh.cp
-    whole = [split_sample({"tokens": tokens}, reset_at_document_boundaries=False) for tokens in samples]
-    microbatches = [microbatch.slice(context.index, context.size) for microbatch in whole]
+    microbatches = [microbatch_of_slice(tokens, None, train_state.mesh.own_slice) for tokens in samples]
     return train_step(train_state, microbatches, learning_rate=1e-3, gradient_clip_norm=1.0)
 
 

@@ -8,13 +8,12 @@ from torch._functorch import config as functorch_config
 
 from phase8.config.auto import without_auto
 from phase8.config.load import load_config
-from phase8.data.microbatch import split_sample
 from phase8.distributed.mesh import build_mesh
 from phase8.distributed.placement import gathered
 from phase8.topology import Topology
 from phase8.train.engine.train_state import build_train_state
 from phase8.zero.fsdp import shard_size
-from tests.parallel.training import perturb
+from tests.parallel.training import microbatch_of_slice, perturb
 
 SETTINGS = (
     "model.d_model=32", "model.num_layers=1", "model.num_heads=4", "model.vocab_size=64", "model.sequence_length=32", "model.ffn_size=64",
@@ -32,7 +31,7 @@ def gradients_of_both(axis, stage, budget, model, backend):
     tokens = torch.randint(64, (2, 33), generator=torch.Generator().manual_seed(0))
     starts = torch.zeros(2, 33, dtype=torch.bool)
     starts[:, [0, 13]] = True
-    batch = split_sample({"tokens": tokens, "document_starts": starts}, reset_at_document_boundaries=True).slice(mesh.cp.index, mesh.cp.size)
+    batch = microbatch_of_slice(tokens, starts, mesh.own_slice)
     torch.compiler.reset()  # or it takes what was compiled with another budget
     results, functorch_config.activation_memory_budget = [], budget
     for compiled in (False, True):

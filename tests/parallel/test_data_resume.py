@@ -48,7 +48,8 @@ class Recorded:
     """
 
     def __init__(self, dataset, path):
-        self._dataset, self._path, self.order, self.sources = dataset, path, dataset.order, dataset.sources
+        self._dataset, self._path = dataset, path
+        self.order, self.sources, self.own_slice = dataset.order, dataset.sources, dataset.own_slice
 
     def __getitem__(self, number):
         with self._path.open("a") as file:  # it may be another process that reads

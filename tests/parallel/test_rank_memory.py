@@ -12,13 +12,13 @@ from torch.utils._pytree import tree_leaves
 from phase8.config.auto import without_auto
 from phase8.config.batch import batch_shape, run_topology
 from phase8.config.load import load_config
-from phase8.data.microbatch import split_sample
 from phase8.distributed.mesh import build_mesh
 from phase8.plan.whole_config import plan_stages
 from phase8.precision.policy import compute_dtype
 from phase8.train.engine.step import train_step
 from phase8.train.engine.train_state import build_train_state
 from phase8.zero.fsdp import shard_size
+from tests.parallel.training import microbatch_of_slice
 
 # Wide enough that parameters and what is kept for backward weigh more than what lives for a moment.
 MODEL = (
@@ -72,9 +72,7 @@ def held(settings, world_size):
         mesh = build_mesh(topology, device_type="cpu", shard_size=size)
         train_state = build_train_state(config, mesh=mesh, device=torch.device("cpu"), dtype=compute_dtype(config.precision))
         samples = torch.randint(config.model.vocab_size, (shape.num_microbatches, shape.micro_batch_size, config.model.sequence_length + 1))
-        microbatches = [
-            split_sample({"tokens": tokens}, reset_at_document_boundaries=False).slice(mesh.cp.index, mesh.cp.size) for tokens in samples
-        ]
+        microbatches = [microbatch_of_slice(tokens, None, mesh.own_slice) for tokens in samples]
         for _ in range(2):
             live.peak = 0
             train_step(train_state, microbatches, learning_rate=1e-3, gradient_clip_norm=1.0)

@@ -16,6 +16,7 @@ from tests.parallel.training import MODEL, microbatches_of, new_train_state
 TOPOLOGIES = {
     "dp2 zero 3": ("zero.stage=3",),
     "tp2": ("parallel.tensor_parallel_size=2",),
+    "cp2": ("parallel.context_parallel_size=2",),
     "pp2": ("parallel.pipeline_parallel_size=2", "parallel.num_microbatches=4"),
 }
 
@@ -27,14 +28,15 @@ def step_without_data_on_the_last_rank(settings, resets):
     before = {name: part.detach().clone() for name, part in train_state.shards.parts.items()}
     is_unreadable = torch.distributed.get_rank() == 1
     if is_unreadable:
-        batches = [stand_in(*batches[0].tokens.shape, reset_at_document_boundaries=resets)] * len(batches)
+        size = (len(batches[0].tokens), config.model.sequence_length)
+        batches = [stand_in(*size, reset_at_document_boundaries=resets, own_slice=train_state.mesh.own_slice)] * len(batches)
     result = train_step(train_state, batches, learning_rate=1e-2, gradient_clip_norm=1.0, unreadable=is_unreadable)
     same = all(torch.equal(part, before[name]) for name, part in train_state.shards.parts.items())
     good = train_step(train_state, microbatches_of(train_state, config, 0), learning_rate=1e-2, gradient_clip_norm=1.0)
     return result.unreadable, result.skipped, same, good.unreadable, good.skipped
 
 
-@pytest.mark.parametrize(("topology", "resets"), [("dp2 zero 3", False), ("tp2", True), ("pp2", False)])
+@pytest.mark.parametrize(("topology", "resets"), [("dp2 zero 3", False), ("tp2", True), ("cp2", True), ("pp2", False)])
 def test_a_step_that_a_rank_has_no_data_for_changes_nothing(pool, topology, resets):
     found = pool.run(step_without_data_on_the_last_rank, TOPOLOGIES[topology], resets, world_size=2)
     assert found == [(True, True, True, False, False)] * 2

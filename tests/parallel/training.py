@@ -87,13 +87,18 @@ def microbatches_of(train_state, config, step):
     starts = torch.rand(batch, length, generator=generator) < torch.linspace(0.0, 10 / length, batch)[:, None]
     starts[:, 0] = True
     index, readers = train_state.mesh.data_parallel_index, train_state.mesh.topology.data_parallel_size
-    context = train_state.mesh.cp
+    own = train_state.mesh.own_slice
     return [
-        split_sample(
-            {"tokens": tokens[first : first + micro], "document_starts": starts[first : first + micro]}, reset_at_document_boundaries=True
-        ).slice(context.index, context.size)
+        microbatch_of_slice(tokens[first : first + micro], starts[first : first + micro], own)
         for first in range(index * micro, batch, readers * micro)
     ]
+
+
+def microbatch_of_slice(tokens, starts, own_slice):
+    """The microbatch of a slice of whole sequences, tokens and starts of documents [B, T + 1]; no starts: boundaries are not reset."""
+    own = own_slice.tokens(tokens.shape[1] - 1)
+    sample = {"tokens": tokens[:, own.start : own.stop + 1], "document_starts": starts}
+    return split_sample(sample, reset_at_document_boundaries=starts is not None, own_slice=own_slice)
 
 
 def own_slice(value, whole):

@@ -72,7 +72,6 @@ class FsdpEngine:
         report: Callable[[str], None] | None = None,
     ) -> StepResult:
         """Updates the weights once."""
-        microbatches = self._own_slices(microbatches)
         numbers = {"learning_rate": learning_rate, "gradient_clip_norm": gradient_clip_norm, "largest_loss": largest_loss}
         if not self.captures_steps:
             return train_step(self.train_state, microbatches, **numbers, stop=stop, unreadable=unreadable, report=report)
@@ -82,7 +81,7 @@ class FsdpEngine:
 
     def evaluate(self, microbatches: Iterable[Microbatch]) -> tuple[float, int]:
         """Returns the mean loss and the number of targets."""
-        return evaluate(self.train_state, self._own_slices(microbatches))
+        return evaluate(self.train_state, microbatches)
 
     def state(self) -> dict[str, Tensor]:
         """The live tensors of model and optimizer."""
@@ -132,10 +131,6 @@ class FsdpEngine:
         if self._captured is not None:
             captured, self._captured = self._captured, None
             captured.close()
-
-    def _own_slices(self, microbatches: Iterable[Microbatch]) -> list[Microbatch]:
-        """This rank's slices of sequences that it shares."""
-        return [microbatch.slice(self.mesh.cp.index, self.mesh.cp.size) for microbatch in microbatches]
 
     def _axes_of_replicas(self) -> list[tuple[Axis, set[str]]]:
         mesh, whole = self.mesh, self.train_state.shards.whole

@@ -136,7 +136,7 @@ class TrainingEngine(Protocol):
         """Updates the weights once, with the gradient of the mean loss over the valid targets of all microbatches of all ranks.
 
         Args:
-            microbatches: Microbatches of this rank, on the host or on the device.
+            microbatches: Microbatches of this rank, of its slices where ranks share sequences, on the host or on the device.
             learning_rate: Learning rate of this step.
             gradient_clip_norm: Largest global norm; 0: no clipping.
             largest_loss: Largest loss that may change the weights; losses and norms that are not finite never do.
