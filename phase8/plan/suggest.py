@@ -10,10 +10,12 @@ from bisect import bisect_left
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import product
 from typing import Any
 
 from phase8.config.batch import batch_shape, run_topology
 from phase8.config.dotted import replaced, values_of
+from phase8.config.model_section import ModelSection
 from phase8.config.schema import RunConfig
 from phase8.config.validate import find_problems
 from phase8.errors import ConfigError
@@ -41,6 +43,7 @@ SETTINGS = (
     "parallel.pipeline_parallel_size",
     "parallel.pipeline_schedule",
     "parallel.pipeline_chunks",
+    "parallel.expert_parallel_size",
     "parallel.num_microbatches",
     "zero.stage",
     "zero.shard_size",
@@ -114,7 +117,8 @@ def layout_in_words(config: RunConfig, world_size: int) -> str:
         parts.append(f"context {topology.context_parallel_size}")
     if topology.data_parallel_size > 1:
         shards = f" in shards of {zero.shard_size}" if zero.shard_size is not None else ""
-        parts.append(f"data {topology.data_parallel_size}, ZeRO {zero.stage}{shards}")
+        experts = f", experts shared by {topology.expert_parallel_size}" if topology.expert_parallel_size > 1 else ""
+        parts.append(f"data {topology.data_parallel_size}, ZeRO {zero.stage}{shards}{experts}")
     return " x ".join(parts) or "one GPU"
 
 
@@ -131,10 +135,10 @@ class _Candidate:
     prediction: StepPrediction
 
     @property
-    def degrees(self) -> tuple[int, int, int]:
+    def degrees(self) -> tuple[int, ...]:
         """The division of ranks: candidates that differ here are different layouts to a reader."""
         parallel = self.config.parallel
-        return parallel.tensor_parallel_size, parallel.pipeline_parallel_size, parallel.pipeline_chunks
+        return parallel.tensor_parallel_size, parallel.pipeline_parallel_size, parallel.pipeline_chunks, parallel.expert_parallel_size
 
     @property
     def family(self) -> tuple[object, ...]:
@@ -167,7 +171,7 @@ class _Search:
     def best(self, most: int) -> list[Suggestion]:
         """The fastest candidates that fit."""
         found: list[Suggestion] = []
-        shown: dict[tuple[int, int, int], int] = {}
+        shown: dict[tuple[int, ...], int] = {}
         most_of_a_layout = max(2, most // len({each.degrees for each in self._candidates}))
         for each in self._candidates:
             if len(found) == most:
@@ -252,22 +256,31 @@ def layouts(config: RunConfig, *, world_size: int, has_peer_memory: bool) -> Ite
             num_token_ranks = world_size // tensor // stages
             if num_token_ranks % config.parallel.context_parallel_size:
                 continue
-            for chunks in CHUNKS if stages > 1 else CHUNKS[:1]:
-                for stage, shard_size in _zero_stages(num_token_ranks, tensor, stages):
-                    yield replaced(
-                        config,
-                        {
-                            "parallel.tensor_parallel_size": tensor,
-                            "parallel.async_tensor_parallel": tensor > 1 and has_peer_memory,
-                            "parallel.pipeline_parallel_size": stages,
-                            "parallel.pipeline_schedule": "interleaved" if chunks > 1 else "1f1b",
-                            "parallel.pipeline_chunks": chunks,
-                            "parallel.num_microbatches": None,
-                            "zero.stage": stage,
-                            "zero.shard_size": shard_size,
-                            "train.compile.enabled": True,
-                        },
-                    )
+            expert_sizes = _expert_sizes(config.model, num_token_ranks // config.parallel.context_parallel_size)
+            zero_stages = _zero_stages(num_token_ranks, tensor, stages)
+            for chunks, (stage, shard_size), experts in product(CHUNKS if stages > 1 else CHUNKS[:1], zero_stages, expert_sizes):
+                yield replaced(
+                    config,
+                    {
+                        "parallel.tensor_parallel_size": tensor,
+                        "parallel.async_tensor_parallel": tensor > 1 and has_peer_memory,
+                        "parallel.pipeline_parallel_size": stages,
+                        "parallel.pipeline_schedule": "interleaved" if chunks > 1 else "1f1b",
+                        "parallel.pipeline_chunks": chunks,
+                        "parallel.expert_parallel_size": experts,
+                        "parallel.num_microbatches": None,
+                        "zero.stage": stage,
+                        "zero.shard_size": shard_size,
+                        "train.compile.enabled": True,
+                    },
+                )
+
+
+def _expert_sizes(model: ModelSection, num_data_ranks: int) -> list[int]:
+    """Numbers of ranks of a host that may share the experts."""
+    if model.ffn != "moe":
+        return [1]
+    return [size for size in divisors(num_data_ranks, min(model.num_experts, GPUS_PER_HOST)) if model.num_experts % size == 0]
 
 
 def microbatches(layout: RunConfig, *, world_size: int) -> Iterator[RunConfig]:
