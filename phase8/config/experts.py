@@ -7,6 +7,9 @@ from collections.abc import Iterator
 from phase8.config.model_section import ModelSection
 from phase8.config.schema import RunConfig
 
+# Numbers in bf16 that torch's grouped product reads at once.
+ALIGNED_WIDTH = 8
+
 
 def model_expert_problems(model: ModelSection) -> Iterator[str]:
     """The problems of a model's experts that do not depend on where it runs, one sentence each."""
@@ -43,6 +46,7 @@ def expert_problems(config: RunConfig, world_size: int) -> Iterator[str]:
         )
     yield from _shards(config, world_size)
     yield from _counted_rows(config)
+    yield from _recorded_products(config)
     if config.train.recompute == "slices" and model.capacity_factor is not None:
         yield (
             f"train.recompute is slices, but model.capacity_factor is {model.capacity_factor}, which counts the tokens of whole sequences; "
@@ -68,6 +72,24 @@ def _shards(config: RunConfig, world_size: int) -> Iterator[str]:
             f"zero.stage {zero.stage} divides model.d_model {config.model.d_model} of experts over {num_shards // num_ranks} ranks unevenly; "
             "set zero.shard_size so that its quotient by parallel.expert_parallel_size divides it."
         )
+
+
+def _recorded_products(config: RunConfig) -> Iterator[str]:
+    """A recorded step needs products of experts whose rows the device counts: torch's, for bf16 and aligned widths."""
+    if config.train.cuda_graphs is not True:
+        return
+    if config.precision.dtype != "bf16" or config.train.kernels == "reference":
+        name, value = ("precision.dtype", config.precision.dtype) if config.precision.dtype != "bf16" else ("train.kernels", "reference")
+        yield (
+            f"train.cuda_graphs is true with model.ffn moe, but {name} is {value}, for which the host counts the rows of experts; "
+            "set train.cuda_graphs to false."
+        )
+    for name, width in (("d_model", config.model.d_model), ("expert_ffn_size", config.model.expert_width // config.parallel.tensor_parallel_size)):
+        if width % ALIGNED_WIDTH:
+            yield (
+                f"train.cuda_graphs is true with model.ffn moe, but a rank's part of model.{name} is {width} and no multiple of {ALIGNED_WIDTH}, "
+                "as torch's products of experts need it; change the width, or set train.cuda_graphs to false."
+            )
 
 
 def _counted_rows(config: RunConfig) -> Iterator[str]:

@@ -290,7 +290,25 @@ def test_one_rank_runs_the_config_of_a_pipeline(tmp_path):
     ("settings", "world_size", "sentence"),
     [
         ([], 2, None),
-        (["zero.stage=3", "zero.shard_size=2", "train.cuda_graphs=true"], 4, None),
+        (["zero.stage=3", "zero.shard_size=2", "train.cuda_graphs=true", "precision.dtype=bf16"], 4, None),
+        (
+            ["precision.dtype=fp32", "train.cuda_graphs=true"],
+            2,
+            "train.cuda_graphs is true with model.ffn moe, but precision.dtype is fp32, for which the host counts the rows of experts; set "
+            "train.cuda_graphs to false.",
+        ),
+        (
+            ["train.kernels=reference", "train.cuda_graphs=true"],
+            2,
+            "train.cuda_graphs is true with model.ffn moe, but train.kernels is reference, for which the host counts the rows of experts; set "
+            "train.cuda_graphs to false.",
+        ),
+        (
+            ["model.expert_ffn_size=100", "train.cuda_graphs=true"],
+            2,
+            "train.cuda_graphs is true with model.ffn moe, but a rank's part of model.expert_ffn_size is 100 and no multiple of 8, as torch's products "
+            "of experts need it; change the width, or set train.cuda_graphs to false.",
+        ),
         (["model.capacity_factor=null", "parallel.context_parallel_size=2"], 4, None),
         (
             ["model.ffn=swiglu"],

@@ -49,8 +49,16 @@ CASES = {
     "tp2 dp2": ("default", ranks(tp=2, dp=2)),
     "tp2 dp2 recorded": ("default", ranks(tp=2, dp=2, more=(RECORDED,))),
     "tp2 pp2": ("default", ranks(tp=2, pp=2)),
+    "ep2": ("experts", ranks(dp=2, ep=2)),
+    "ep2 zero 3 compiled": ("experts", ranks(dp=2, ep=2, stage=3, more=COMPILED)),
+    "ep2 zero 3 counted": ("experts-dropless", ranks(dp=2, ep=2, stage=3)),
+    "tp2 experts": ("experts", ranks(tp=2)),
+    "ep4 zero 1": ("experts", ranks(dp=4, ep=4, stage=1)),
+    "ep2 tp2 zero 3": ("experts", ranks(dp=2, tp=2, ep=2, stage=3)),
     "dp4 zero 3 in pairs": ("default", ranks(dp=4, stage=3, more=("zero.shard_size=2",))),
 }
+# Rounding makes tokens choose other experts, so that runs in bf16 differ by more than a mistake may make.
+FLOAT32_ALONE = [name for name, (block, _) in CASES.items() if block.startswith("experts")]
 MISTAKES = {"never_synchronised": "dp2 zero 3", "same_data_everywhere": "dp2", "no_reduction_in_scatter": "tp2"}
 
 
@@ -125,6 +133,8 @@ def require_gpus(number):
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_equals_one_gpu(pool, dtype, name):
     require_gpus(CASES[name][1][0])
+    if dtype == "bf16" and name in FLOAT32_ALONE:
+        pytest.skip("experts are compared in float32")
     found = difference_to_one_process(pool, "cuda", dtype, CASES[name])
     print(f"{name}, {dtype}: {found}")
     assert found.within(TOLERANCE[dtype]), found
