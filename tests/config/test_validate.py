@@ -306,8 +306,8 @@ def test_one_rank_runs_the_config_of_a_pipeline(tmp_path):
         (
             ["model.expert_ffn_size=100", "train.cuda_graphs=true"],
             2,
-            "train.cuda_graphs is true with model.ffn moe, but a rank's part of model.expert_ffn_size is 100 and no multiple of 8, as torch's products "
-            "of experts need it; change the width, or set train.cuda_graphs to false.",
+            "train.cuda_graphs is true with model.ffn moe, but a rank's part of model.expert_ffn_size is 100 and no multiple of 8, as torch's "
+            "products of experts need it; change the width, or set train.cuda_graphs to false.",
         ),
         (["model.capacity_factor=null", "parallel.context_parallel_size=2"], 4, None),
         (

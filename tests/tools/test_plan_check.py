@@ -76,6 +76,7 @@ def test_json_has_the_numbers_and_the_text_goes_to_stderr(door, small):
         (1, ("zero.stage=3", "zero.offload_optimizer=cpu", "zero.offload_params=cpu")),
         (4, ("parallel.tensor_parallel_size=4", "model.low_rank_rank=3", "model.ffn=low_rank_swiglu")),
         (6, ("zero.stage=3", "train.global_batch_size=6")),
+        (8, ("model.ffn=moe", "parallel.expert_parallel_size=4", "zero.stage=3", "model.num_experts=4", "parallel.tensor_parallel_size=2")),
         (8, ("zero.stage=1", "zero.shard_size=2", "parallel.tensor_parallel_size=2", "model.block=transformer")),
         (8, ("parallel.pipeline_parallel_size=4", "model.tie_embeddings=true", "model.chain=both", "model.score=lorentz", "zero.stage=2")),
         (8, ("parallel.pipeline_parallel_size=2", "parallel.pipeline_schedule=interleaved", "parallel.pipeline_chunks=2", "zero.stage=3")),
