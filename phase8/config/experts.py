@@ -45,7 +45,7 @@ def expert_problems(config: RunConfig, world_size: int) -> Iterator[str]:
             "change one of them."
         )
     yield from _shards(config, world_size)
-    yield from _counted_rows(config)
+    yield from _graphs(config)
     yield from _recorded_products(config)
     if config.train.recompute == "slices" and model.capacity_factor is not None:
         yield (
@@ -92,15 +92,17 @@ def _recorded_products(config: RunConfig) -> Iterator[str]:
             )
 
 
-def _counted_rows(config: RunConfig) -> Iterator[str]:
-    """What needs to know before a step how many rows ranks exchange."""
+def _graphs(config: RunConfig) -> Iterator[str]:
+    """Graphs of blocks or of steps that cannot hold what ranks that share experts do."""
     model, parallel, train = config.model, config.parallel, config.train
-    if parallel.expert_parallel_size == 1 or not model.has_counted_rows(context_parallel_size=parallel.context_parallel_size):
+    if parallel.expert_parallel_size == 1:
         return
-    which = "model.capacity_factor null" if model.capacity_factor is None else f"parallel.context_parallel_size {parallel.context_parallel_size}"
-    for name, value in (("cuda_graphs", train.cuda_graphs), ("compile.fullgraph", train.compile.fullgraph)):
-        if value is True:
-            yield (
-                f"train.{name} is true with parallel.expert_parallel_size {parallel.expert_parallel_size} and {which}, where ranks exchange as many "
-                "rows as tokens choose, which the host has to read; set it to false."
-            )
+    where = f"parallel.expert_parallel_size {parallel.expert_parallel_size}"
+    if train.compile.fullgraph:
+        yield f"train.compile.fullgraph is true with {where}, where FSDP gathers experts between the graphs of a block; set it to false."
+    if train.cuda_graphs is True and model.has_counted_rows(context_parallel_size=parallel.context_parallel_size):
+        which = "model.capacity_factor null" if model.capacity_factor is None else f"parallel.context_parallel_size {parallel.context_parallel_size}"
+        yield (
+            f"train.cuda_graphs is true with {where} and {which}, where ranks exchange as many rows as tokens choose, which the host has to read; "
+            "set it to false."
+        )

@@ -31,6 +31,8 @@ def computed_where_experts_are(
 ) -> tuple[Tensor, Tensor | None]:
     """The rows that the experts make of a rank's rows [S, D]; and what `beside` returns.
 
+    With compact slots of several ranks it must not be compiled: sizes that the host reads would be compiled anew again and again.
+
     Args:
         rows: Rows of the slots.
         ends: For each of the E experts, the end of its rows.
@@ -55,7 +57,6 @@ def _padded(rows: Tensor, ends: Tensor, compute: ComputeRows, axis: Axis, beside
     return end_exchange(begin_to_exchange(computed.transpose(0, 1).flatten(0, 2), shares, shares, axis), axis), result
 
 
-@torch.compiler.disable  # sizes that the host reads would be compiled anew again and again
 def _compact(rows: Tensor, ends: Tensor, compute: ComputeRows, axis: Axis, beside: Beside) -> tuple[Tensor, Tensor | None]:
     counts = ends.diff(prepend=ends.new_zeros(1)).long()
     shares = [len(ends) // axis.size] * axis.size

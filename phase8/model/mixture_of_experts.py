@@ -46,6 +46,8 @@ class MixtureOfExperts(nn.Module):
         self.section, self.num_experts, self.top_k = model, model.num_experts, model.top_k
         self.router, self.experts = Router(model), Experts(model)
         shared = model.shared_experts * model.expert_width
+        is_counted = expert.size > 1 and model.has_counted_rows(context_parallel_size=context.size)
+        self.compute = torch.compiler.disable(computed_where_experts_are) if is_counted else computed_where_experts_are
         self.shared = SwiGLU(model, axis=axis, number_format=number_format, inner=shared) if shared else None
 
     @staticmethod
@@ -83,7 +85,7 @@ class MixtureOfExperts(nn.Module):
         is_padded = capacity is not None and self.context.size == 1 and self.expert.size > 1
         slots = self._slots(chosen, capacity, is_padded=is_padded)
         rows = to_slots(gather_tokens(own, self.axis), slots)
-        rows, shared = computed_where_experts_are(
+        rows, shared = self.compute(
             rows,
             slots.ends,
             self.experts,

@@ -339,10 +339,16 @@ def test_one_rank_runs_the_config_of_a_pipeline(tmp_path):
             "tokens choose, which the host has to read; set it to false.",
         ),
         (
-            ["parallel.context_parallel_size=2", "train.compile.fullgraph=true"],
+            ["parallel.context_parallel_size=2", "train.cuda_graphs=true", "precision.dtype=bf16"],
             4,
-            "train.compile.fullgraph is true with parallel.expert_parallel_size 2 and parallel.context_parallel_size 2, where ranks exchange as many "
+            "train.cuda_graphs is true with parallel.expert_parallel_size 2 and parallel.context_parallel_size 2, where ranks exchange as many "
             "rows as tokens choose, which the host has to read; set it to false.",
+        ),
+        (
+            ["train.compile.fullgraph=true"],
+            2,
+            "train.compile.fullgraph is true with parallel.expert_parallel_size 2, where FSDP gathers experts between the graphs of a block; set it "
+            "to false.",
         ),
         (
             ["train.recompute=budget", "train.compile.enabled=true"],

@@ -24,7 +24,8 @@ SETTINGS = (
 def gradients_of_both(axis, stage, budget, model, backend):
     """Largest difference between compiled and eager gradients, over the largest gradient of each parameter, and both losses."""
     config = without_auto(load_config(os.devnull, [*SETTINGS, f"zero.stage={stage}", *model]))
-    topology = Topology(**{f"{axis}_parallel_size": 2})
+    axes = ("data", "expert") if axis == "expert" else (axis,)
+    topology = Topology(**{f"{name}_parallel_size": 2 for name in axes})
     mesh = build_mesh(topology, device_type="cpu", shard_size=shard_size(config.zero, num_token_ranks=topology.num_token_ranks))
     train_state = build_train_state(config, mesh=mesh, device=torch.device("cpu"), dtype=torch.float32)
     perturb(train_state)
@@ -37,7 +38,7 @@ def gradients_of_both(axis, stage, budget, model, backend):
     for compiled in (False, True):
         if compiled:
             for block in train_state.model.blocks.values():
-                block.compile(fullgraph=True, backend=backend)
+                block.compile(fullgraph=axis != "expert", backend=backend)  # FSDP gathers shared experts between two graphs
         loss = train_state.model.loss_sum(batch.tokens, batch.targets, batch.starts)
         loss.backward()
         results.append((loss.item(), gathered({name: p.grad for name, p in train_state.model.named_parameters()}, keep=True)))
@@ -48,6 +49,8 @@ def gradients_of_both(axis, stage, budget, model, backend):
 
 
 DELTA = ("model.global_path=delta",)
+EXPERTS = ("model.ffn=moe", "model.num_experts=4", "model.expert_ffn_size=16", "model.shared_experts=1")
+DROPLESS = "model.capacity_factor=null"
 CHAIN = ("model.chain=both", "model.global_tokens=2")
 OPTIONS = (
     *DELTA, "model.global_gate=channel", "model.decay_floor=-5", "model.local_qk_norm=true", "model.global_activation=silu",
@@ -63,6 +66,7 @@ INDUCTOR, PARTITION = "inductor", "aot_eager_decomp_partition"  # with the same 
     # The compiler takes half a minute to a minute for each of the last ones, whose parts are in the others.
     [
         ("tensor", 0, 1.0, (), INDUCTOR), ("data", 3, 1.0, (), INDUCTOR), ("data", 3, 0.3, (), PARTITION), ("data", 3, 0.3, DELTA, PARTITION),
+        ("expert", 0, 1.0, EXPERTS, PARTITION), ("expert", 3, 1.0, (*EXPERTS, DROPLESS), PARTITION), ("tensor", 0, 1.0, EXPERTS, PARTITION),
         ("context", 0, 1.0, CHAIN, PARTITION), ("context", 0, 1.0, ("model.block=transformer",), PARTITION),
         *(
             pytest.param(*case, INDUCTOR, marks=pytest.mark.full)

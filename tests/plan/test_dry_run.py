@@ -141,7 +141,7 @@ def test_every_shipped_config_dry_runs(path):
     num_token_ranks = max(config.parallel.context_parallel_size, config.zero.shard_size or 1)
     world_size = config.parallel.tensor_parallel_size * num_stages * num_token_ranks
     facts, problems = facts_and_problems(config, world_size=world_size)
-    assert problems == [] and len(facts) == 9 + (world_size > 1) + (num_stages if num_stages > 1 else 0)
+    assert problems == [] and len(facts) == 9 + any(config.model.has_experts) + (world_size > 1) + (num_stages if num_stages > 1 else 0)
 
 
 def test_communication_of_several_ranks(small):
