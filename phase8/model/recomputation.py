@@ -4,12 +4,14 @@
 |---|---|---|
 | `full`, one tensor-parallel rank | all of a block | inside the block's call |
 | `full`, several ranks | all of a block | around the block's call |
-| `slices` | all of a block, for one slice of the sequence after the other, from the state that the slice before it leaves | around the block's call |
+| `slices` | all of a block, for one slice of the sequence after the other, from the state that the slice before it leaves | as `full` |
 | `selective` | the mixer and its norm | inside the block's call |
 | `none`, `budget` | nothing here | nowhere (`budget` is carried out by torch.compile) |
 
 A block recomputes itself inside its call where it can: torch.compile then sees that backward does not need the last matrix product again and
-leaves it out. Torch 2.11 would keep the result of an autograd.Function inside the call, and tensor-parallel layers are such Functions.
+leaves it out. A compiled block also has several graphs where slices differ, and a recomputation around its call may get another one than the
+forward did, which is an error. Torch 2.11 would keep the result of an autograd.Function inside the call, and tensor-parallel layers are such
+Functions.
 """
 
 from __future__ import annotations
@@ -22,7 +24,7 @@ import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from phase8.model.block import Block, BlockOutput, BlockState
+from phase8.model.block import Block, BlockOutput, BlockState, Run, call
 from phase8.model.model import LanguageModel
 
 
@@ -40,13 +42,14 @@ def apply_recomputation(model: LanguageModel, mode: str, *, every_n_layers: int 
             continue
         if mode == "selective":
             block.run_mixer = recomputed
-        elif mode == "full" and model.axis.size == 1:
-            block.run_inside = recomputed
-        elif mode == "full":
-            block.run_outside = recomputed
-        elif mode == "slices":
-            assert slice_tokens is not None  # a config has it
-            block.run_outside = partial(recomputed_in_slices, slice_tokens)
+        elif mode in ("full", "slices"):
+            run: Run = recomputed
+            if model.axis.size == 1:
+                block.run_inside, run = recomputed, call
+            if mode == "slices":
+                assert slice_tokens is not None  # a config has it
+                run = partial(_slice_by_slice, slice_tokens, run)
+            block.run_outside = run
 
 
 def recomputed(function: Callable[..., Any], *arguments: object) -> Any:
@@ -56,27 +59,29 @@ def recomputed(function: Callable[..., Any], *arguments: object) -> Any:
     return checkpoint(function, *arguments, use_reentrant=False, preserve_rng_state=False)  # nothing is random
 
 
-def recomputed_in_slices(slice_tokens: int, block: Block, x: Tensor, angles: Tensor, starts: Tensor | None) -> BlockOutput:
+def _slice_by_slice(slice_tokens: int, run: Run, block: Block, x: Tensor, angles: Tensor, starts: Tensor | None) -> BlockOutput:
     """What `block(x, angles, starts)` returns; backward recomputes one slice of the sequence after the other.
 
     What is kept of the block are its input and the state at the beginning of each slice.
 
     Args:
         slice_tokens: Tokens of a slice; the last one may have fewer.
+        run: Function that runs a part of the block, which recomputes itself in backward.
         block: Phase 8 block.
         x: Residual stream [B, T, D].
         angles: Rotary angles [T, K/2].
         starts: True where a token begins a document [B, T]; None: nowhere.
     """
     if x.shape[1] <= slice_tokens:
-        return recomputed(block, x, angles, starts)
+        output: BlockOutput = run(block, x, angles, starts)
+        return output
     state: BlockState = block.mixer.empty_state(x.shape[0], dtype=x.dtype, device=x.device)
     outputs, losses = [], {}
     # `split`, because backward of plain slices would make a gradient of the whole sequence for each of them.
     slices = x.split(slice_tokens, dim=1)
     starts_of_slices = [None] * len(slices) if starts is None else starts.split(slice_tokens, dim=1)
     for own, own_angles, own_starts in zip(slices, angles.split(slice_tokens), starts_of_slices, strict=True):
-        y, state, found = recomputed(_slice_of_block, block, own, own_angles, own_starts, state)
+        y, state, found = run(_slice_of_block, block, own, own_angles, own_starts, state)
         outputs.append(y)
         losses = {name: losses[name] + loss if name in losses else loss for name, loss in found.items()}
     return torch.cat(outputs, dim=1), None, losses
