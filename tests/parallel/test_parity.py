@@ -32,6 +32,8 @@ BLOCKS = {
 }
 OFFLOADED = ("zero.stage=3", "zero.offload_optimizer=cpu", "zero.offload_params=cpu")
 
+INPUTS_OFFLOADED = ("train.recompute=full", "train.offload_activations=cpu")
+
 
 def ranks(*, tp=1, pp=1, dp=1, cp=1, stage=0, more=()):
     degrees = {"tensor": tp, "pipeline": pp, "context": cp}
@@ -85,6 +87,8 @@ QUICK = {
     "tp2 cp2 transformer": ("transformer", ranks(tp=2, cp=2, stage=3)),
     "pp2 cp2": ("deep-tied", ranks(pp=2, cp=2, more=INTERLEAVED)),
     "tp2 pp2 cp2 zero 2": ("hybrid", ranks(tp=2, pp=2, cp=2, stage=2)),
+    "tp2 dp2 zero 3 offloaded inputs": ("whole", ranks(tp=2, dp=2, stage=3, more=INPUTS_OFFLOADED)),
+    "pp2 cp2 offloaded inputs": ("deep-tied", ranks(pp=2, cp=2, more=(*INTERLEAVED, *INPUTS_OFFLOADED))),
     "tp2 dp2 zero 1, selective": ("low-rank", ranks(tp=2, dp=2, stage=1, more=("train.recompute=selective",))),
 }
 # Rows that differ from two others together only: what is in them, and more, is in the table of -m full as well.
