@@ -63,6 +63,7 @@ FOREIGN_NAMES = {
     "train.global_batch_size": "bs batch_size train_batch_size",
     "train.micro_batch_size": "mbs per_device_train_batch_size device_batch_size",
     "train.num_steps": "max_steps max_iters train_iters train_steps total_steps iterations steps num_train_steps",
+    "train.offload_activations": "cpu_checkpointing activation_offloading activation_offload enable_activation_offloading cpu_offloading_activations",
     "train.recompute": "activation_checkpointing gradient_checkpointing recompute_granularity",
     "zero.stage": "zero_stage zero_optimization",
 }

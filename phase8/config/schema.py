@@ -179,6 +179,9 @@ class TrainSection(Section):
         0.5, "recompute budget: share of their activations that blocks may keep; 0: their inputs only"
     )
     recompute_every_n_layers: PositiveInt = key(1, "recompute layers 0, n, 2n, ...")
+    offload_activations: Literal["none", "cpu"] = key(
+        "none", "where what is kept of blocks recomputed whole or in slices, their inputs, waits for backward; cpu: in host memory"
+    )
     kernels: Literal["auto", "reference"] = key(
         "auto", "Triton kernels where GPU and toolchain allow, or the plain torch references everywhere"
     )
@@ -191,7 +194,8 @@ class TrainSection(Section):
     def recomputation(self) -> str:
         """The recomputation in words."""
         budget = f" {self.activation_memory_budget:g}" if self.recompute == "budget" else ""
-        return self.recompute + budget + (f" every {self.recompute_every_n_layers} layers" if self.recompute_every_n_layers > 1 else "")
+        every = f" every {self.recompute_every_n_layers} layers" if self.recompute_every_n_layers > 1 else ""
+        return self.recompute + budget + every + (", inputs in host memory" if self.offload_activations == "cpu" else "")
 
 
 class CheckpointSection(Section):

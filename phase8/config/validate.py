@@ -112,6 +112,11 @@ def _train(train: TrainSection, model: ModelSection, world_size: int) -> Iterato
         )
     if train.recompute == "slices" and model.block != "phase8":
         yield f"train.recompute is slices, but model.block is {model.block}, whose state grows with the sequence; set train.recompute to full."
+    if train.offload_activations != "none" and train.recompute not in ("full", "slices"):
+        yield (
+            f"train.offload_activations is {train.offload_activations}, but train.recompute is {train.recompute}, and only of blocks that are "
+            "recomputed whole nothing but the input is kept; set recompute to full or slices."
+        )
     if train.recompute_every_n_layers > model.num_layers:
         yield (
             f"train.recompute_every_n_layers {train.recompute_every_n_layers} exceeds model.num_layers {model.num_layers}; "
@@ -132,6 +137,11 @@ def _cuda_graphs(config: RunConfig) -> Iterator[str]:
         yield (
             f"train.cuda_graphs is true, but zero.offload_optimizer is {config.zero.offload_optimizer}, which no graph of the GPU can hold; "
             "set one of them back."
+        )
+    if config.train.offload_activations != "none":
+        yield (
+            f"train.cuda_graphs is true, but train.offload_activations is {config.train.offload_activations}, whose copies no graph of the GPU "
+            "can hold; set one of them back."
         )
 
 

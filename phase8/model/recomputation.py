@@ -4,17 +4,22 @@
 |---|---|---|
 | `full`, one tensor-parallel rank | all of a block | inside the block's call |
 | `full`, several ranks | all of a block | around the block's call |
-| `slices` | all of a block, for one slice of the sequence after the other, from the state that the slice before it leaves | around the block's call |
+| `slices` | all of a block, for one slice of the sequence after the other, from the state that the slice before it leaves | as `full` |
 | `selective` | the mixer and its norm | inside the block's call |
 | `none`, `budget` | nothing here | nowhere (`budget` is carried out by torch.compile) |
 
+What is kept of a block that is recomputed whole is its input. Where inputs are offloaded, host_copies.py keeps it in host memory.
+
 A block recomputes itself inside its call where it can: torch.compile then sees that backward does not need the last matrix product again and
-leaves it out. Torch 2.11 would keep the result of an autograd.Function inside the call, and tensor-parallel layers are such Functions.
+leaves it out. A compiled block also has several graphs where slices differ, and a recomputation around its call may get another one than the
+forward did, which is an error. Torch 2.11 would keep the result of an autograd.Function inside the call, and tensor-parallel layers are such
+Functions.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from typing import Any
 
@@ -22,11 +27,17 @@ import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from phase8.model.block import Block, BlockOutput, BlockState
+from phase8.model.block import Block, BlockOutput, BlockState, Run, call
+from phase8.model.host_copies import HostCopies
 from phase8.model.model import LanguageModel
 
+# Makes the context in which the input of a recomputed block, or a slice of it, is kept.
+Keep = Callable[[Tensor], AbstractContextManager[Any]]
 
-def apply_recomputation(model: LanguageModel, mode: str, *, every_n_layers: int = 1, slice_tokens: int | None = None) -> None:
+
+def apply_recomputation(
+    model: LanguageModel, mode: str, *, every_n_layers: int = 1, slice_tokens: int | None = None, offload_inputs: bool = False
+) -> None:
     """Makes blocks of a model, or of a chunk, recompute their activations in backward.
 
     Args:
@@ -34,19 +45,26 @@ def apply_recomputation(model: LanguageModel, mode: str, *, every_n_layers: int 
         mode: Mode from the table.
         every_n_layers: Distance n of the recomputed layers 0, n, 2n, ... of the whole model.
         slice_tokens: Tokens of a slice in mode `slices`.
+        offload_inputs: Whether the inputs of blocks recomputed in modes `full` and `slices` wait for backward in host memory.
     """
-    for layer, block in model.blocks.items():
+    copies = HostCopies()
+    for place, (layer, block) in enumerate(model.blocks.items()):
         if int(layer) % every_n_layers:
             continue
+        # The pipeline holds the input of a chunk until its backward, so a copy of it would free nothing.
+        keep: Keep = copies.keep if offload_inputs and (model.begins or place > 0) else nullcontext
         if mode == "selective":
             block.run_mixer = recomputed
-        elif mode == "full" and model.axis.size == 1:
-            block.run_inside = recomputed
-        elif mode == "full":
-            block.run_outside = recomputed
-        elif mode == "slices":
-            assert slice_tokens is not None  # a config has it
-            block.run_outside = partial(recomputed_in_slices, slice_tokens)
+        elif mode in ("full", "slices"):
+            run: Run = recomputed
+            if model.axis.size == 1:
+                block.run_inside, run = recomputed, call
+            if mode == "slices":
+                assert slice_tokens is not None  # a config has it
+                run = partial(_slice_by_slice, slice_tokens, keep, run)
+            elif keep is not nullcontext:
+                run = partial(_with_input_kept, keep, run)
+            block.run_outside = run
 
 
 def recomputed(function: Callable[..., Any], *arguments: object) -> Any:
@@ -56,27 +74,37 @@ def recomputed(function: Callable[..., Any], *arguments: object) -> Any:
     return checkpoint(function, *arguments, use_reentrant=False, preserve_rng_state=False)  # nothing is random
 
 
-def recomputed_in_slices(slice_tokens: int, block: Block, x: Tensor, angles: Tensor, starts: Tensor | None) -> BlockOutput:
+def _with_input_kept(keep: Keep, run: Run, block: Block, x: Tensor, *arguments: object) -> BlockOutput:
+    with keep(x):
+        output: BlockOutput = run(block, x, *arguments)
+    return output
+
+
+def _slice_by_slice(slice_tokens: int, keep: Keep, run: Run, block: Block, x: Tensor, angles: Tensor, starts: Tensor | None) -> BlockOutput:
     """What `block(x, angles, starts)` returns; backward recomputes one slice of the sequence after the other.
 
     What is kept of the block are its input and the state at the beginning of each slice.
 
     Args:
         slice_tokens: Tokens of a slice; the last one may have fewer.
+        keep: Function that makes the context in which a slice of the input is kept.
+        run: Function that runs a part of the block, which recomputes itself in backward.
         block: Phase 8 block.
         x: Residual stream [B, T, D].
         angles: Rotary angles [T, K/2].
         starts: True where a token begins a document [B, T]; None: nowhere.
     """
     if x.shape[1] <= slice_tokens:
-        return recomputed(block, x, angles, starts)
+        return _with_input_kept(keep, run, block, x, angles, starts)
     state: BlockState = block.mixer.empty_state(x.shape[0], dtype=x.dtype, device=x.device)
     outputs, losses = [], {}
     # `split`, because backward of plain slices would make a gradient of the whole sequence for each of them.
     slices = x.split(slice_tokens, dim=1)
     starts_of_slices = [None] * len(slices) if starts is None else starts.split(slice_tokens, dim=1)
-    for own, own_angles, own_starts in zip(slices, angles.split(slice_tokens), starts_of_slices, strict=True):
-        y, state, found = recomputed(_slice_of_block, block, own, own_angles, own_starts, state)
+    for piece, own_angles, own_starts in zip(slices, angles.split(slice_tokens), starts_of_slices, strict=True):
+        own = piece.contiguous()  # a copy in host memory is, and torch.compile compiles again for other strides
+        with keep(own):
+            y, state, found = run(_slice_of_block, block, own, own_angles, own_starts, state)
         outputs.append(y)
         losses = {name: losses[name] + loss if name in losses else loss for name, loss in found.items()}
     return torch.cat(outputs, dim=1), None, losses

@@ -54,6 +54,7 @@ def trace_activations(
     device_type: str,
     num_tensor_ranks: int = 1,
     is_compiled: bool = False,
+    tokens_at_once: int | None = None,
 ) -> ActivationBytes:
     """Counts the activations of a model with one window size.
 
@@ -68,15 +69,17 @@ def trace_activations(
         device_type: Device of the run: on a GPU the operators keep less than autograd does on a CPU.
         num_tensor_ranks: Tensor-parallel ranks.
         is_compiled: The blocks are compiled.
+        tokens_at_once: Tokens of a sequence whose activations a block has at the same time; None: all of them.
     """
-    forward = _Forward(_one_layer(model), dtype, micro_batch_size, packed, device_type)
+    whole = _Forward(_one_layer(model), dtype, micro_batch_size, packed, device_type)
+    forward = whole._replace(model=whole.model.model_copy(update={"sequence_length": tokens_at_once or model.sequence_length}))
     block = _block_bytes(forward, is_compiled=is_compiled)
     return ActivationBytes(
         block=block // num_tensor_ranks,
         block_without_mixer=_block_bytes(forward, recompute="selective", is_compiled=is_compiled) // num_tensor_ranks,
         block_within_budget=block // num_tensor_ranks,
         block_input=micro_batch_size * model.sequence_length * model.d_model * dtype.itemsize // num_tensor_ranks,
-        head=_head_bytes(forward, num_tensor_ranks),
+        head=_head_bytes(whole, num_tensor_ranks),
     )
 
 

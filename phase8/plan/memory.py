@@ -58,7 +58,7 @@ class MemoryPlan:
         optimizer_bytes: What the optimizer keeps of the parameters.
         activations_bytes: Kept for backward, weights cast to the compute dtype and messages between stages included.
         libraries_bytes: Workspaces of the libraries that multiply matrices.
-        host_bytes: Offloaded parameters, gradients and optimizer, and the copies for asynchronous saves, in host memory.
+        host_bytes: Offloaded parameters, gradients, optimizer and activations, and the copies for asynchronous saves, in host memory.
     """
 
     weights_bytes: int
@@ -119,16 +119,24 @@ class ChunkActivations(NamedTuple):
         head: Kept by final norm and loss, from forward to the beginning of backward.
         repeated: Added by a recomputed layer while backward recomputes it.
         scratch: Added by the loss while it is computed.
+        offloaded: Kept by its layers in host memory, from forward to backward.
     """
 
     kept: int
     head: int = 0
     repeated: int = 0
     scratch: int = 0
+    offloaded: int = 0
 
 
 def plan_memory(
-    blocks: Sequence[Held], rests: Sequence[Held], *, activations_bytes: int, division: Division, libraries_bytes: int = 0
+    blocks: Sequence[Held],
+    rests: Sequence[Held],
+    *,
+    activations_bytes: int,
+    division: Division,
+    libraries_bytes: int = 0,
+    offloaded_bytes: int = 0,
 ) -> MemoryPlan:
     """The memory of a rank that trains.
 
@@ -138,6 +146,7 @@ def plan_memory(
         activations_bytes: The result of `peak_activation_bytes`, plus whatever is allocated beside it.
         division: Division over data-parallel ranks.
         libraries_bytes: Workspaces of libraries.
+        offloaded_bytes: The result of `peak_offloaded_bytes`.
     """
     held = [*blocks, *rests]
     whole, part = sum(sum(each.whole) for each in held), sum(sum(each.part) for each in held)
@@ -152,15 +161,16 @@ def plan_memory(
             gradients = whole + max(largest[-1], largest_rest)
         else:
             gradients = on_device + rest + max(2 * largest[-1], largest_rest)
-    elif not division.accumulates:
-        # The gradients of a single microbatch replace its activations layer by layer, beginning with those of one block.
+    elif not division.accumulates and not offloaded_bytes:
+        # The gradients of a single microbatch replace its activations layer by layer, beginning with those of one block. Where activations
+        # are offloaded, every layer needs as much of the device as the one before it.
         gradients = max(whole - activations_bytes // FP32_BYTES, largest[-1] if largest else 0)
     return MemoryPlan(
         weights_bytes=weights * FP32_BYTES,
         gradients_bytes=gradients * FP32_BYTES,
         optimizer_bytes=0 if division.offload_optimizer else sum(each.state_bytes for each in held),
         activations_bytes=activations_bytes,
-        host_bytes=_host_bytes(held, division),
+        host_bytes=_host_bytes(held, division) + offloaded_bytes,
         libraries_bytes=libraries_bytes,
     )
 
@@ -173,8 +183,25 @@ def _host_bytes(held: Sequence[Held], division: Division) -> int:
     if not division.offload_optimizer:
         return copies
     is_pinned = division.offload_params and division.pins_memory
-    kept = sum(1 << max(num_bytes - 1, 0).bit_length() for num_bytes in parts) if is_pinned else sum(parts)
+    kept = sum(map(page_locked_bytes, parts)) if is_pinned else sum(parts)
     return copies + 2 * kept + state_bytes
+
+
+def page_locked_bytes(num_bytes: int) -> int:
+    """The memory that a page-locked tensor takes: the next power of two."""
+    return 1 << max(num_bytes - 1, 0).bit_length()
+
+
+def peak_offloaded_bytes(actions: Sequence[Action], chunks: Sequence[ChunkActivations]) -> int:
+    """Activations in host memory at the moment when most are there; arguments as of `peak_activation_bytes`."""
+    held = peak = 0
+    for action in actions:
+        if action.kind is Kind.FORWARD:
+            held += chunks[action.chunk].offloaded
+            peak = max(peak, held)
+        elif action.kind is Kind.BACKWARD:
+            held -= chunks[action.chunk].offloaded
+    return peak
 
 
 def peak_activation_bytes(actions: Sequence[Action], chunks: Sequence[ChunkActivations]) -> int:

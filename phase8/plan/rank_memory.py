@@ -17,12 +17,22 @@ from phase8.distributed.peer_memory import ROUNDS, ROUNDS_IN_PLACE
 from phase8.division import DividedShape, Place
 from phase8.kernels.loss_chunks import scratch_bytes
 from phase8.optim.state import DeclareState
-from phase8.pipeline_parallel.schedules import Action, build_schedule
+from phase8.pipeline_parallel.schedules import build_schedule
 from phase8.plan.activations import ActivationBytes, bytes_within_budget, trace_activations
 from phase8.plan.chunks import chunk_parameters
 from phase8.plan.communication import Chunk, messages_of_stage
 from phase8.plan.expert_memory import expert_activation_bytes
-from phase8.plan.memory import FP32_BYTES, ChunkActivations, Division, Held, MemoryPlan, peak_activation_bytes, plan_memory
+from phase8.plan.memory import (
+    FP32_BYTES,
+    ChunkActivations,
+    Division,
+    Held,
+    MemoryPlan,
+    page_locked_bytes,
+    peak_activation_bytes,
+    peak_offloaded_bytes,
+    plan_memory,
+)
 from phase8.plan.stages import chunk_layers
 from phase8.topology import Topology
 from phase8.zero.fsdp import shard_size
@@ -101,7 +111,10 @@ def plan_each_stage(work: Workload) -> tuple[StageMemory, ...]:
         chunks = [chunk_parameters(work.model, layers) for layers in chunk_layers(work.model, work.pipeline, stage)]
         blocks = [_held(block, work) for chunk in chunks for block in chunk.blocks]
         rests = [_held(chunk.rest, work) for chunk in chunks]
-        activations_bytes = _activations(work, chunks, traced, actions=schedule.actions[stage], stage=stage) + _peer_memory(work, blocks, traced)
+        actions = schedule.actions[stage]
+        activations = [_chunk_activations(work, chunk, traced) for chunk in chunks]
+        activations_bytes = peak_activation_bytes(actions, activations) + _messages(work, traced, num_chunks=len(chunks), stage=stage)
+        activations_bytes += _inputs_on_their_way(work, chunks, traced) + _peer_memory(work, blocks, traced)
         stages.append(
             StageMemory(
                 stage=stage,
@@ -113,6 +126,7 @@ def plan_each_stage(work: Workload) -> tuple[StageMemory, ...]:
                     activations_bytes=activations_bytes,
                     division=division,
                     libraries_bytes=LIBRARIES_BYTES if work.device_type == "cuda" else 0,
+                    offloaded_bytes=peak_offloaded_bytes(actions, activations),
                 ),
             )
         )
@@ -185,9 +199,14 @@ def _trace(work: Workload, model: ModelSection) -> ActivationBytes:
     actual size, because it selects whole tensors, and because cast weights do not grow with the microbatch.
     """
     train, size, num_tensor_ranks = work.train, work.shape.micro_batch_size, work.topology.tensor_parallel_size
-    model = model.model_copy(update={"sequence_length": _tokens_at_once(work)})
     trace = partial(
-        trace_activations, model, dtype=work.dtype, packed=work.packed, device_type=work.device_type, num_tensor_ranks=num_tensor_ranks
+        trace_activations,
+        model,
+        dtype=work.dtype,
+        packed=work.packed,
+        device_type=work.device_type,
+        num_tensor_ranks=num_tensor_ranks,
+        tokens_at_once=_tokens_at_once(work),
     )
     if not train.compile.enabled or work.device_type != "cuda":
         return trace(micro_batch_size=size)
@@ -217,23 +236,43 @@ def _states_of_slices(work: Workload, window: int) -> int:
     return work.shape.micro_batch_size * num_slices * (numbers * work.dtype.itemsize + wide_numbers * max(work.dtype.itemsize, FP32_BYTES))
 
 
-def _activations(
-    work: Workload, chunks: Sequence[Chunk], traced: Mapping[LayerKind, ActivationBytes], *, actions: Sequence[Action], stage: int
-) -> int:
-    """The peak of a stage's activations, messages included.
-
-    Args:
-        work: The workload.
-        chunks: Chunks of the stage.
-        traced: Activations of a layer by kind.
-        actions: Actions of the stage.
-        stage: Number of the stage.
-    """
+def _messages(work: Workload, traced: Mapping[LayerKind, ActivationBytes], *, num_chunks: int, stage: int) -> int:
+    """Bytes of a stage's messages."""
     message_bytes = next(iter(traced.values())).block_input
-    sides = sum(number > 0 for number in messages_of_stage(num_stages=work.pipeline.num_stages, num_chunks=len(chunks), stage=stage))
+    sides = sum(number > 0 for number in messages_of_stage(num_stages=work.pipeline.num_stages, num_chunks=num_chunks, stage=stage))
     # Activations leave after the last chunk and gradients arrive there; before the first chunk it is the reverse.
-    messages = 2 * sides * _COPIES_OF_MESSAGE * message_bytes
-    return peak_activation_bytes(actions, [_chunk_activations(work, chunk, traced) for chunk in chunks]) + messages
+    return 2 * sides * _COPIES_OF_MESSAGE * message_bytes
+
+
+def _recomputed_layers(work: Workload) -> range:
+    return range(0, work.model.num_layers, work.train.recompute_every_n_layers) if work.train.recompute != "none" else range(0)
+
+
+def _offloaded_layers(work: Workload, chunk: Chunk) -> list[int]:
+    """Layers whose input waits in host memory; the pipeline holds that of a chunk which another one precedes on the device."""
+    if work.train.offload_activations == "none":
+        return []
+    return [layer for layer in chunk.layers if layer in _recomputed_layers(work) and (layer == 0 or layer > chunk.layers.start)]
+
+
+def _offloaded_bytes(work: Workload, block_input: int) -> int:
+    """Bytes of the copy of a block's input in host memory, which consists of a tensor for each slice."""
+    if work.device_type != "cuda":
+        return block_input
+    length, at_once = work.model.sequence_length, _tokens_at_once(work)
+    num_whole, rest = divmod(length, at_once)
+    of_tokens = [page_locked_bytes(block_input * tokens // length) for tokens in (at_once, rest)]
+    return num_whole * of_tokens[0] + (of_tokens[1] if rest else 0)
+
+
+def _inputs_on_their_way(work: Workload, chunks: Sequence[Chunk], traced: Mapping[LayerKind, ActivationBytes]) -> int:
+    """Bytes of offloaded inputs on the device: of the block that is computed and the one beside it, and the last one of every other chunk.
+
+    Of inputs that come and go slice by slice there is no more than one at a time.
+    """
+    offloaded = [len(_offloaded_layers(work, chunk)) for chunk in chunks]
+    num_inputs = sum(min(each, 1) for each in offloaded) + (max(offloaded) > 1 and work.train.recompute == "full")
+    return num_inputs * next(iter(traced.values())).block_input
 
 
 def _peer_memory(work: Workload, blocks: Sequence[Held], traced: Mapping[LayerKind, ActivationBytes]) -> int:
@@ -257,7 +296,9 @@ def _gradients_in_a_block(work: Workload) -> int:
     """Bytes of the gradients of gate, up and residual stream, the largest that exist together with all activations of a recomputed block."""
     if work.device_type != "cuda":
         return 0
-    width = 2 * work.model.feed_forward_width + work.model.d_model
+    model = work.model
+    inner = model.top_k * model.expert_width if any(model.has_experts) else model.feed_forward_width
+    width = 2 * inner + model.d_model
     return work.shape.micro_batch_size * _tokens_at_once(work) * width * work.dtype.itemsize // work.topology.tensor_parallel_size
 
 
@@ -276,28 +317,22 @@ def _loss_scratch(work: Workload) -> int:
 
 def _chunk_activations(work: Workload, chunk: Chunk, traced: Mapping[LayerKind, ActivationBytes]) -> ChunkActivations:
     train, model = work.train, work.model
-    if train.recompute == "slices":
-        traced = {kind: _of_whole_sequence(found, work) for kind, found in traced.items()}
-    recomputed = range(0, model.num_layers, train.recompute_every_n_layers) if train.recompute != "none" else range(0)
+    recomputed, offloaded = _recomputed_layers(work), _offloaded_layers(work, chunk)
     kept, repeated = 0, 0
     for layer in chunk.layers:
         found = traced[model.layer_kinds[layer]]
         if train.recompute == "slices" and layer in recomputed:
             kept += found.block_input + _states_of_slices(work, model.window_sizes[layer])
-            # The outputs of the slices, which are about to be joined, or in backward their gradients.
-            repeated = max(repeated, found.block + found.block_input + _gradients_in_a_block(work))
+            # The outputs of the slices and what they are joined to, or in backward their gradients and those of the slices of the input.
+            repeated = max(repeated, found.block + 2 * found.block_input + _gradients_in_a_block(work))
             continue
         rest = _kept_when_recomputed(found, train)
         kept += rest if layer in recomputed else found.block
         repeated = max(repeated, found.block - rest + _gradients_in_a_block(work) if layer in recomputed else 0)
     any_layer = traced[model.layer_kinds[0]]
+    kept -= len(offloaded) * any_layer.block_input
+    on_host = len(offloaded) * _offloaded_bytes(work, any_layer.block_input)
     if chunk.layers.stop == model.num_layers:
-        return ChunkActivations(kept, any_layer.head, repeated, _loss_scratch(work))
+        return ChunkActivations(kept, any_layer.head, repeated, _loss_scratch(work), offloaded=on_host)
     # The residual stream that leaves the chunk is kept too, because backward begins there.
-    return ChunkActivations(kept + any_layer.block_input, repeated=repeated)
-
-
-def _of_whole_sequence(found: ActivationBytes, work: Workload) -> ActivationBytes:
-    """What was traced for a slice, with what there is of the whole sequence: the input of a block, and what the head keeps."""
-    length, traced = work.model.sequence_length, _tokens_at_once(work)
-    return replace(found, block_input=found.block_input * length // traced, head=found.head * length // traced)
+    return ChunkActivations(kept + any_layer.block_input, repeated=repeated, offloaded=on_host)

@@ -43,6 +43,8 @@ UPDATE_SHARE = 0.8
 UPDATE_SECONDS = Cost(0.3e-3, 2e-3)
 # Offloading: PCIe 5 to page-locked memory, and the memory of the host, on which AdamW reads four numbers and writes three.
 HOST_LINK_RATE = 43e9
+# Of the time of a layer that is recomputed whole: two forwards, and a backward that takes as long as two more.
+FORWARD_SHARE = 0.25
 HOST_MEMORY_RATE = 64e9
 HOST_UPDATED_BYTES = 7 * FP32_BYTES
 
@@ -132,10 +134,17 @@ def _microbatch_cost(work: StepWork, stage: StageWork, rates: Rates) -> Cost:
     kinds = Counter((model.layer_kinds[layer], train.recompute if layer in recomputed else "none") for layer in stage.layers)
     for (kind, recompute), count in kinds.items():
         cost = layer_cost(batch, kind, recompute=recompute, budget=train.activation_memory_budget)
-        costs.append(Cost(cost.gpu * count, cost.host * count))
+        gpu = _beside_copies(cost.gpu, batch) if recompute in ("full", "slices") and train.offload_activations != "none" else cost.gpu
+        costs.append(Cost(gpu * count, cost.host * count))
     if model.num_layers - 1 in stage.layers:
         costs.append(ends_cost(batch))
     return Cost().plus(*costs)
+
+
+def _beside_copies(gpu_seconds: float, batch: Microbatch) -> float:
+    """Seconds of a recomputed layer whose input is copied to the host during its forward, and back during the backward of the layer after it."""
+    copied = batch.tokens / batch.tensor_ranks * batch.model.d_model * batch.element_bytes / HOST_LINK_RATE
+    return max(gpu_seconds * FORWARD_SHARE, copied) + max(gpu_seconds * (1 - FORWARD_SHARE), copied)
 
 
 def _once_seconds(work: StepWork, stage: StageWork, gpu: Gpu, rates: Rates, host_ratio: float) -> float:

@@ -110,6 +110,7 @@ def _host_sentence(config: RunConfig, facts: Device, world_size: int, kind: str)
         *(["checkpoint.asynchronous=false (copies of weights and optimizer)"] if config.checkpoint.asynchronous else []),
         *(["data.pin_memory=false"] if kind and config.data.pin_memory else []),
         *(["fewer data.num_workers"] if config.data.num_workers else []),
+        *(["train.offload_activations=none"] if config.train.offload_activations != "none" else []),
         *(["zero.offload_optimizer=none"] if config.zero.offload_optimizer != "none" else []),
     ]
     remedy = f"set {' or '.join(remedies)}" if remedies else "use a host with more memory, or a smaller model or batch"

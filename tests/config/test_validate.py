@@ -22,6 +22,15 @@ RULES = {
         ["train.recompute=slices", "model.block=transformer"],
         "train.recompute is slices, but model.block is transformer, whose state grows with the sequence; set train.recompute to full.",
     ),
+    "offloaded inputs of what is not recomputed whole": (
+        ["train.offload_activations=cpu", "train.recompute=selective"],
+        "train.offload_activations is cpu, but train.recompute is selective, and only of blocks that are recomputed whole nothing but the input is "
+        "kept; set recompute to full or slices.",
+    ),
+    "recorded copies": (
+        ["train.offload_activations=cpu", "train.recompute=full", "train.cuda_graphs=true"],
+        "train.cuda_graphs is true, but train.offload_activations is cpu, whose copies no graph of the GPU can hold; set one of them back.",
+    ),
     "heads": (
         ["model.num_heads=7"],
         "model.num_heads 7 does not divide model.d_model 512; choose a divisor or set model.head_size.",

@@ -122,6 +122,20 @@ def test_recomputation_in_slices_equals_the_whole_sequence(kind, begins):
     torch.testing.assert_close(*results, rtol=1e-8, atol=1e-9)
 
 
+def test_compiled_blocks_recompute_slices_of_one_sequence():
+    """Graphs for other slices are made between a slice's forward and its recomputation, for the last slice here, which is shorter."""
+    section, results = scaled_down(ModelSection()), []
+    for compiles in (False, True):
+        model = perturbed_model(section, dtype=torch.float32)
+        apply_recomputation(model, "slices", slice_tokens=10)
+        for block in model.blocks.values() if compiles else ():
+            block.compile(backend="aot_eager")
+        loss = next_token_loss(model, random_tokens()[:1])
+        loss.backward()
+        results.append((loss.detach(), [parameter.grad for parameter in model.parameters()]))
+    torch.testing.assert_close(*results, rtol=1e-4, atol=1e-5)
+
+
 def test_the_state_after_a_slice_keeps_nothing_else_alive():
     """Parts of the state that a layer returns are views of all its keys and inputs."""
     model = perturbed_model(scaled_down(ModelSection(chain="both"), num_layers=1))

@@ -40,6 +40,8 @@ BLOCKS = {
 }
 OFFLOADED = ("zero.stage=3", "zero.offload_optimizer=cpu", "zero.offload_params=cpu")
 
+INPUTS_OFFLOADED = ("train.recompute=full", "train.offload_activations=cpu")
+
 
 def ranks(*, tp=1, pp=1, dp=1, cp=1, ep=1, stage=0, more=()):
     degrees = {"tensor": tp, "pipeline": pp, "context": cp, "expert": ep}
@@ -101,6 +103,8 @@ QUICK = {
     "ep2 tp2 zero 3, accumulation": ("experts", ranks(dp=2, tp=2, ep=2, stage=3, more=("train.micro_batch_size=1",))),
     "ep2 pp2, one dense layer": ("experts-dropless", ranks(dp=2, pp=2, ep=2, more=("model.num_layers=4", "model.first_dense_layers=1"))),
     "ep2 cp2 dp2 zero 3, recomputation": ("experts", ranks(dp=2, cp=2, ep=2, stage=3, more=("train.recompute=full",))),
+    "tp2 dp2 zero 3 offloaded inputs": ("whole", ranks(tp=2, dp=2, stage=3, more=INPUTS_OFFLOADED)),
+    "pp2 cp2 offloaded inputs": ("deep-tied", ranks(pp=2, cp=2, more=(*INTERLEAVED, *INPUTS_OFFLOADED))),
     "tp2 dp2 zero 1, selective": ("low-rank", ranks(tp=2, dp=2, stage=1, more=("train.recompute=selective",))),
 }
 # Rows that differ from two others together only: what is in them, and more, is in the table of -m full as well.

@@ -184,3 +184,45 @@ def test_memory_that_other_gpus_fill_reaches_the_plan():
     assert peak("zero.stage=3", "zero.copy_engine_gather=true") - peak("zero.stage=3") == ROUNDS_IN_PLACE * 4 * block
     for settings in ((tensor_parallel, asynchronous), ("zero.stage=3", "zero.copy_engine_gather=true")):
         assert peak(*settings, device_type="cpu") == peak(settings[0], device_type="cpu")
+
+
+OFFLOADED = ("train.recompute=full", "train.offload_activations=cpu")
+
+
+def test_inputs_of_blocks_wait_on_the_host():
+    """The device keeps two of four."""
+    (kept,), (offloaded,) = stages_of("train.recompute=full"), stages_of(*OFFLOADED)
+    one = traced(16).block_input
+    assert offloaded.memory.host_bytes == 4 * one == kept.memory.host_bytes + 4 * one
+    assert offloaded.memory.activations_bytes == kept.memory.activations_bytes - 2 * one
+    (every_third,) = stages_of(*OFFLOADED, "train.recompute_every_n_layers=3")  # layers 0 and 3
+    assert every_third.memory.host_bytes == 2 * one
+
+
+def test_page_locked_inputs_come_in_powers_of_two():
+    """An input has 48 x 32 numbers, 6,144 bytes; in slices, two tensors of 20 tokens and one of 8."""
+    whole, sliced = (
+        plan_stages(config_of(*OFFLOADED, f"train.recompute={way}", "train.recompute_slice_tokens=20"), world_size=1, device_type="cuda")[0]
+        for way in ("full", "slices")
+    )
+    assert (whole.memory.host_bytes, sliced.memory.host_bytes) == (4 * 8192, 4 * (2 * 4096 + 1024))
+
+
+def test_every_microbatch_on_its_way_through_a_pipeline_has_inputs_on_the_host():
+    """Two layers a stage: the first stage has two microbatches before their backward; the last one receives the input of its first layer."""
+    first, last = stages_of(*OFFLOADED, PP2, world_size=2)
+    one = traced(16).block_input
+    assert (first.memory.host_bytes, last.memory.host_bytes) == (2 * 2 * one, one)
+
+
+def test_gradients_take_the_place_of_activations_on_the_device_only():
+    one_microbatch = ("train.micro_batch_size=8", "train.recompute=full")
+    (kept,), (offloaded,) = stages_of(*one_microbatch), stages_of(*one_microbatch, "train.offload_activations=cpu")
+    assert kept.memory.gradients_bytes < 4 * kept.num_parameters == offloaded.memory.gradients_bytes
+
+
+def test_of_a_sequence_in_slices_the_head_sees_all():
+    """The gradient of the head is there once, not once for each slice."""
+    whole = traced(16)
+    sliced = traced(16, tokens_at_once=12)
+    assert (sliced.head, sliced.block_input) == (whole.head, whole.block_input) and sliced.block < whole.block / 3

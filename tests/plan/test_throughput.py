@@ -8,12 +8,14 @@ import pytest
 from phase8.config.load import load_config
 from phase8.config.model_section import LayerKind, ModelSection
 from phase8.errors import ConfigError
+from phase8.plan import throughput
 from phase8.plan.layer_cost import Microbatch, Rates, layer_cost
 from phase8.plan.prediction import predict_step, recorded_where_it_pays
 
 ROOT = Path(__file__).parents[2]
 MEASURED = json.loads((Path(__file__).parent / "measured_throughput.json").read_text())
 TOLERANCE = 0.10
+INPUTS_OFFLOADED = ("train.offload_activations=cpu",)
 H100 = "NVIDIA H100 80GB HBM3"
 
 
@@ -72,6 +74,15 @@ def test_recomputation_costs_time(tmp_path, recompute):
     half = predicted("phase8_1b", "train.recompute=selective", "train.recompute_every_n_layers=2", tmp_path=tmp_path)
     whole = predicted("phase8_1b", "train.recompute=selective", tmp_path=tmp_path)
     assert none.seconds < half.seconds < whole.seconds
+
+
+def test_copies_of_inputs_cost_time_only_where_they_take_longer_than_the_layer(tmp_path, monkeypatch):
+    """A token of phase8_1b has 4 KiB and keeps an H100 busy for longer than a PCIe link."""
+    copied = 24 * 2 * 256 * 4096 * 2048 * 2 / 1e9  # once to the host and once back for each layer, at 1 GB/s
+    kept, hidden = (predicted("phase8_1b", "train.recompute=full", *more, tmp_path=tmp_path).seconds for more in ((), INPUTS_OFFLOADED))
+    monkeypatch.setattr(throughput, "HOST_LINK_RATE", 1e9)
+    slow = predicted("phase8_1b", "train.recompute=full", *INPUTS_OFFLOADED, tmp_path=tmp_path).seconds
+    assert kept == hidden and copied < slow < copied + kept
 
 
 def test_the_delta_rule_takes_longer_than_the_linear_recurrence(tmp_path):

@@ -30,6 +30,7 @@ from phase8.data.tokenizer import load_tokenizer
 from phase8.data.tokenizer_training import train_sentencepiece
 from phase8.errors import CorruptionError, DataError, DivergenceError, StorageError
 from phase8.model.block import call
+from phase8.model.host_copies import HostCopies
 from phase8.model.parameters import decayed_parameter_names
 from phase8.model.recomputation import recomputed
 from phase8.observe.metrics import MetricsWriter
@@ -286,6 +287,15 @@ def test_recomputation_reaches_the_model(tiny, settings, expected):
     model = prepare(tiny, "model.num_layers=3", *settings).engine.train_state.model
     runs = [(block.run_outside, block.run_inside, block.run_mixer) for block in model.blocks.values()]
     assert runs == [{"none": (call, call, call), "full": (call, recomputed, call), "selective": (call, call, recomputed)}[how] for how in expected]
+
+
+def test_inputs_are_copied_to_the_host_if_asked(tiny, monkeypatch):
+    copied, leave = [], HostCopies._leave
+    monkeypatch.setattr(HostCopies, "_leave", lambda copies, x: (copied.append(x.shape), leave(copies, x))[1])
+    for where, count in (("none", 0), ("cpu", 3)):
+        run = prepare(tiny, "model.num_layers=3", "train.recompute=full", f"train.offload_activations={where}", f"run.name={where}")
+        run.engine.train_state.model(torch.zeros(1, 8, dtype=torch.int64))
+        assert len(copied) == count
 
 
 @pytest.mark.parametrize(("recompute", "budget"), [("budget", 0.3), ("full", 1.0), ("none", 1.0)])

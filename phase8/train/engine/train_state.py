@@ -119,7 +119,13 @@ def _build_chunk(config: RunConfig, layers: range, *, mesh: Mesh, device: torch.
         expert=mesh.ep,
     )
     train = config.train
-    apply_recomputation(chunk, train.recompute, every_n_layers=train.recompute_every_n_layers, slice_tokens=train.recompute_slice_tokens)
+    apply_recomputation(
+        chunk,
+        train.recompute,
+        every_n_layers=train.recompute_every_n_layers,
+        slice_tokens=train.recompute_slice_tokens,
+        offload_inputs=train.offload_activations == "cpu",
+    )
     if device.type == "meta":
         materialise(chunk, device=device, axis=mesh.tp, expert=mesh.ep)
     else:
