@@ -42,7 +42,7 @@ class Exchange:
 
 @dataclass(frozen=True)
 class SliceExchange:
-    """A collective of ranks that share sequences, the same whatever their length. Tensor-parallel ranks divide its numbers.
+    """A collective of ranks that share sequences, the same whatever their length.
 
     Args:
         operation: Kind of the collective.
@@ -51,6 +51,7 @@ class SliceExchange:
         before: Tokens that each rank fetches from before its slice; None: tokens are not fetched.
         first: First tokens of the sequence that each rank fetches.
         is_return: Whether the gradients of fetched tokens are sent home.
+        is_divided: Whether tensor-parallel ranks divide the numbers; otherwise each has all of them.
     """
 
     operation: Operation
@@ -59,6 +60,7 @@ class SliceExchange:
     before: int | None = None
     first: int = 0
     is_return: bool = False
+    is_divided: bool = True
     axis: str = "cp"
 
 
@@ -68,13 +70,11 @@ class ExpertExchange:
 
     Args:
         numbers_per_row: Numbers of a row.
-        top_k: Choices of a token.
         num_experts: Experts of the layer.
         tells_counts: Whether the exchange begins with the counts of rows, where these are not fixed before.
     """
 
     numbers_per_row: int
-    top_k: int
     num_experts: int
     tells_counts: bool = False
     operation: Operation = Operation.ALL_TO_ALL
@@ -142,12 +142,12 @@ def told(numbers: int, numbers_back: int | None = None) -> Exchanges:
 
 def counted(numbers: int) -> Exchanges:
     """The exchanges of a layer whose slices of a sequence tell each other counts, which have no gradient."""
-    there = (SliceExchange(Operation.ALL_GATHER, numbers, is_wide=True),)
+    there = (SliceExchange(Operation.ALL_GATHER, numbers, is_wide=True, is_divided=False),)
     return Exchanges(there, (), there)
 
 
-def computed_by_experts(numbers_per_row: int, *, top_k: int, num_experts: int) -> Exchanges:
+def computed_by_experts(numbers_per_row: int, *, num_experts: int) -> Exchanges:
     """The exchanges of a layer that sends rows to the ranks of their experts and gets them back; backward does the same with gradients."""
-    out = ExpertExchange(numbers_per_row, top_k, num_experts, tells_counts=True)
-    back = ExpertExchange(numbers_per_row, top_k, num_experts)
+    out = ExpertExchange(numbers_per_row, num_experts, tells_counts=True)
+    back = ExpertExchange(numbers_per_row, num_experts)
     return Exchanges((out, back), (back, back), (out, back))

@@ -17,8 +17,9 @@ model.safetensors.index.json with its files. DST is then a checkpoint of step 0 
 optimizer: to train from with --resume DST and --set data.allow_fingerprint_change=true. tools/generate.py and checkpoint.initialise_from need no
 import. Whatever the baseline cannot compute is refused. Links in SRC are not followed.
 
---upcycle-experts E makes a mixture of E experts of a dense SRC: every expert begins as a copy of the dense feed-forward, so that the mixture computes
-the same. DST is of step 0, without optimizer; start a run from it by checkpoint.initialise_from, with model.ffn=moe and model.num_experts=E.
+--upcycle-experts E makes a mixture of E experts, two for a token, of a dense SRC: every expert begins as a copy of the dense feed-forward, so that
+the mixture computes the same as long as none drops a token. DST is of step 0, without optimizer; start a run from it by
+checkpoint.initialise_from, with model.ffn=moe and model.num_experts=E.
 
 SRC is never touched. DST is there when everything was written, read back and compared with SRC. After an interruption (or a kill -9) the
 same command goes on: files that were complete are checked and kept, in a hidden directory beside DST.
@@ -51,6 +52,8 @@ if TYPE_CHECKING:
     from phase8.config.schema import ParallelSection, RunConfig
     from phase8.topology import Topology
 
+# Of a single expert, the weight would be its score and not one.
+UPCYCLED_TOP_K = 2
 LAYOUT = ("tensor_parallel_size", "pipeline_parallel_size", "shards", "expert_parallel_size")
 
 
@@ -147,16 +150,21 @@ def _upcycled(source: Checkpoint, config: RunConfig, num_experts: int) -> tuple[
     import torch
 
     from phase8.checkpoint.reshard.upcycle import UpcycledWeights
+    from phase8.config.model_keys import KEYS_OF_EXPERTS
+    from phase8.config.model_section import ModelSection
     from phase8.config.validate import refuse_problems
     from phase8.model.model import build_model
     from phase8.model.parameters import first_buffers, first_value, iterate_specs
 
     if config.model.ffn != "swiglu":
         raise ConfigError(f"--upcycle-experts is for dense models, but model.ffn of {source.path} is {config.model.ffn}; give one with ffn swiglu.")
-    changed = {"ffn": "moe", "num_experts": num_experts, "expert_ffn_size": config.model.feed_forward_width, "first_dense_layers": 0}
-    config = config.model_copy(update={"model": type(config.model).model_validate(config.model.model_dump() | changed)})
-    if num_experts < config.model.top_k:
-        raise ConfigError(f"--upcycle-experts is {num_experts}, but {config.model.top_k} experts compute a token; give at least as many.")
+    if num_experts < UPCYCLED_TOP_K:
+        raise ConfigError(f"--upcycle-experts is {num_experts}, but {UPCYCLED_TOP_K} experts compute a token; give at least as many.")
+    # Whatever the dense model's config says about experts was without effect.
+    experts = {name: ModelSection.model_fields[name].default for name in KEYS_OF_EXPERTS} | {
+        "ffn": "moe", "num_experts": num_experts, "top_k": UPCYCLED_TOP_K, "expert_ffn_size": config.model.feed_forward_width,
+    }  # fmt: skip
+    config = config.model_copy(update={"model": config.model.model_copy(update=experts)})
     refuse_problems(config, about=("model.",))
     mixture = build_model(config.model, dtype=torch.float32, device=torch.device("meta"))
     added = {name: first_value(name, each.shape, spec, seed=config.train.seed) for name, each, spec in iterate_specs(mixture) if ".router." in name}

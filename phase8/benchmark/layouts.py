@@ -31,7 +31,13 @@ from phase8.pipeline_parallel.schedules import SCHEDULES, bubble_ratio
 
 ONE, OFFLOAD, ASYNC, COPY, GRAPH = "one", "offload", "async", "copy", "graph"
 DEGREES = {"tp": "parallel.tensor_parallel_size", "pp": "parallel.pipeline_parallel_size", "dp": None}
-NUMBERS = {"zero": "zero.stage", "shard": "zero.shard_size", "chunks": "parallel.pipeline_chunks", "micro": "train.micro_batch_size"}
+NUMBERS = {
+    "zero": "zero.stage",
+    "shard": "zero.shard_size",
+    "ep": "parallel.expert_parallel_size",
+    "chunks": "parallel.pipeline_chunks",
+    "micro": "train.micro_batch_size",
+}
 _PART_WITH_NUMBER = re.compile(rf"({'|'.join((*DEGREES, *NUMBERS))})(\d+)")
 _RESET = {
     "parallel.tensor_parallel_size": 1,
@@ -40,6 +46,7 @@ _RESET = {
     "parallel.pipeline_schedule": ParallelSection().pipeline_schedule,
     "parallel.pipeline_chunks": 1,
     "parallel.context_parallel_size": 1,
+    "parallel.expert_parallel_size": 1,
     "parallel.num_microbatches": None,
     **{f"zero.{name}": value for name, value in ZeroSection().model_dump(exclude={"engine"}).items()},
 }

@@ -68,5 +68,8 @@ def _shapes_of(model: ModelSection) -> Iterator[tuple[dict[str, object], tuple[i
         yield {"model.ffn_size": F}, (F, rank if rank and model.ffn == "low_rank_swiglu" else D)
     if any(model.has_experts):
         yield {"model.num_experts": model.num_experts, "model.expert_ffn_size": model.expert_width}, (model.num_experts, model.expert_width, D)
+    if any(model.has_experts) and model.shared_experts:
+        keys = {"model.shared_experts": model.shared_experts, "model.expert_ffn_size": model.expert_width}
+        yield keys, (model.shared_experts * model.expert_width, D)
     if model.convolution_taps > 1:
         yield {"model.convolution_size": model.convolution_taps}, (3, N, model.convolution_taps)

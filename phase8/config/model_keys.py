@@ -15,7 +15,8 @@ WITHOUT_SHAPE = FIRST_VALUES | {
 }  # fmt: skip
 _OF_WINDOW = frozenset({"local_window_size", "global_tokens", "score", "global_path"})
 _OF_GLOBAL_PATH = frozenset({"chain", "decay_floor", "global_activation", "global_gate", "memory_tokens"})
-_OF_EXPERTS = frozenset({
+# Keys that only a model with experts reads.
+KEYS_OF_EXPERTS = frozenset({
     "num_experts", "top_k", "expert_ffn_size", "shared_experts", "capacity_factor", "moe_every_n_layers", "first_dense_layers", "router_score",
     "balance_loss_weight", "router_z_loss_weight", "router_bias_rate",
 })  # fmt: skip
@@ -24,7 +25,7 @@ _OF_EXPERTS = frozenset({
 def keys_in_effect(model: ModelSection) -> dict[str, Any]:
     """Value of every key that a model's block reads, as plain JSON; defaults derived from other keys are filled in."""
     unread = frozenset() if model.has_global_path else _OF_GLOBAL_PATH | (_OF_WINDOW if model.block == "transformer" else frozenset())
-    unread |= frozenset() if model.ffn == "moe" else _OF_EXPERTS
+    unread |= frozenset() if model.ffn == "moe" else KEYS_OF_EXPERTS
     written_out = {
         "head_size": model.head_width, "ffn_size": model.feed_forward_width, "expert_ffn_size": model.expert_width,
         "convolution_size": model.convolution_taps,
@@ -40,4 +41,7 @@ def model_differences(was: ModelSection, now: ModelSection) -> dict[str, tuple[A
         different.pop("local_window_size", None)  # the same pattern may be written in two ways
     if was.num_layers == now.num_layers and was.has_rotary == now.has_rotary:
         different.pop("rotary", None)
+    if was.num_layers == now.num_layers and was.has_experts == now.has_experts:
+        for name in ("moe_every_n_layers", "first_dense_layers"):
+            different.pop(name, None)
     return different

@@ -178,6 +178,16 @@ class ModelSection(Section):
             return None
         return min(math.ceil(self.capacity_factor * self.top_k * length / self.num_experts), length)
 
+    def rows_per_token(self, length: int, *, is_padded: bool) -> float:
+        """Rows that experts compute, over the tokens of sequences of this length: as many as a token chooses, or with padding all slots."""
+        capacity = self.expert_capacity(length)
+        return self.top_k if capacity is None or not is_padded else self.num_experts * capacity / length
+
+    @property
+    def numbers_of_routing(self) -> int:
+        """Numbers that a layer with experts measures in a step: choices of each expert, dropped choices, and the sum of entropies."""
+        return self.num_experts + 2
+
     def has_counted_rows(self, *, context_parallel_size: int) -> bool:
         """Whether ranks that share experts exchange as many rows as tokens choose, which the host has to know; otherwise the same number always."""
         return self.ffn == "moe" and (self.capacity_factor is None or context_parallel_size > 1)

@@ -198,8 +198,9 @@ def _tensor_parallel(model: ModelSection, num_ranks: int) -> Iterator[str]:
     sizes = {
         "model.num_heads": model.num_heads,
         "model.sequence_length": model.sequence_length,
-        "model.ffn_size" + (" (null)" if model.ffn_size is None else ""): model.feed_forward_width,
     }
+    if not all(model.has_experts):
+        sizes["model.ffn_size" + (" (null)" if model.ffn_size is None else "")] = model.feed_forward_width
     for name, size in sizes.items():
         if size % num_ranks:
             yield f"parallel.tensor_parallel_size {num_ranks} does not divide {name} {size}; change one of them."
@@ -225,6 +226,11 @@ def _slices(config: RunConfig) -> Iterator[str]:
     for axis, size in (("tensor", parallel.tensor_parallel_size), ("context", parallel.context_parallel_size)):
         if config.train.recompute == "slices" and size > 1:
             yield f"train.recompute is slices with parallel.{axis}_parallel_size {size}, which divides the sequence itself; set recompute to full."
+    if config.train.recompute == "slices" and parallel.expert_parallel_size > 1:
+        yield (
+            f"train.recompute is slices with parallel.expert_parallel_size {parallel.expert_parallel_size}, whose ranks would exchange rows for "
+            "every slice; set recompute to full."
+        )
 
 
 def _zero(config: RunConfig, world_size: int) -> Iterator[str]:

@@ -1,7 +1,7 @@
 """The rank grid as torch represents it: a DeviceMesh over all ranks, and its axes, which are passed to the parts of the model.
 
-Where ranks share experts, a second DeviceMesh over the same ranks places the parameters of experts, which other ranks divide than all others:
-torch slices no mesh that has both (ADR 19).
+Where ranks share experts, a second DeviceMesh over the same ranks places the parameters of experts, because ZeRO divides these over fewer ranks
+than all other parameters; torch slices no mesh that has both (ADR 19).
 """
 
 from __future__ import annotations
@@ -75,6 +75,13 @@ class Mesh:
     def data_mesh(self) -> DeviceMesh | None:
         """The ranks that read different tokens, replicate x shard; None without a process group."""
         return None if self.device_mesh is None else self.device_mesh["replicate", "shard"]
+
+    @property
+    def expert_replicate(self) -> Axis:
+        """The ranks that hold the same parts of the same experts; this rank alone where ranks do not share experts."""
+        if self.expert_mesh is None or self.expert_mesh["replicate"].size() == 1:
+            return ALONE
+        return Axis(self.expert_mesh["replicate"])
 
     @property
     def expert_data_mesh(self) -> DeviceMesh | None:

@@ -10,7 +10,7 @@ from torch.distributed.tensor._utils import compute_local_shape_and_global_offse
 
 from phase8.distributed.mesh import Mesh
 from phase8.division import Region, whole_region
-from phase8.topology import STAGE
+from phase8.topology import STAGE, AxisName
 
 
 def placed_like(part: Tensor, whole: Tensor) -> Tensor:
@@ -26,6 +26,11 @@ def placed_like(part: Tensor, whole: Tensor) -> Tensor:
 def held_part(whole: Tensor) -> Tensor:
     """The part of a tensor that this rank holds, sharing its memory; a plain tensor is held whole."""
     return whole.to_local() if isinstance(whole, DTensor) else whole
+
+
+def is_of_divided_experts(whole: Tensor) -> bool:
+    """Whether a tensor holds experts that ranks share, of which each rank has some."""
+    return isinstance(whole, DTensor) and AxisName.EXPERT in (whole.device_mesh.mesh_dim_names or ())
 
 
 def is_held_once(whole: Tensor) -> bool:

@@ -13,7 +13,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 
@@ -47,8 +46,7 @@ def places_in_sequence(chosen: Tensor, num_experts: int) -> tuple[Tensor, Tensor
     Returns:
         The places [B, T, k], and the counts [B, E].
     """
-    is_chosen = F.one_hot(chosen.flatten(1), num_experts)
-    so_far = is_chosen.cumsum(1)
+    so_far = _is_of_expert(chosen.flatten(1), num_experts).cumsum(1, dtype=torch.int32)
     places = so_far.gather(2, chosen.flatten(1)[..., None])[..., 0] - 1
     return places.view(chosen.shape), so_far[:, -1]
 
@@ -61,12 +59,13 @@ def compact_slots(chosen: Tensor, is_kept: Tensor | None, num_experts: int) -> S
         is_kept: Whether the expert takes the choice [N, k]; None: it takes all.
         num_experts: Number of experts E.
     """
-    of_expert = F.one_hot(chosen.flatten(), num_experts)
+    of_expert = _is_of_expert(chosen.flatten(), num_experts)
     if is_kept is not None:
-        of_expert = of_expert * is_kept.view(-1, 1)
-    so_far = of_expert.cumsum(0)
+        of_expert = of_expert & is_kept.view(-1, 1)
+    so_far = of_expert.cumsum(0, dtype=torch.int32)
     ends = so_far[-1].cumsum(0)
-    places = (so_far - 1 + ends - so_far[-1]).gather(1, chosen.view(-1, 1)).view(chosen.shape)
+    begins = ends - so_far[-1]
+    places = begins[chosen] + so_far.gather(1, chosen.view(-1, 1)).view(chosen.shape) - 1
     return _slots(places if is_kept is None else places.where(is_kept, chosen.numel()), chosen.numel(), ends)
 
 
@@ -84,6 +83,11 @@ def padded_slots(chosen: Tensor, places: Tensor, num_experts: int, capacity: int
     slot = (chosen * batch + sequence) * capacity + places
     ends = torch.arange(1, num_experts + 1, device=chosen.device) * (batch * capacity)
     return _slots(slot.where(places < capacity, num_slots).flatten(0, 1), num_slots, ends)
+
+
+def _is_of_expert(chosen: Tensor, num_experts: int) -> Tensor:
+    """Whether each choice is that of each expert [..., E]."""
+    return chosen[..., None] == torch.arange(num_experts, device=chosen.device)
 
 
 def _slots(slot: Tensor, num_slots: int, ends: Tensor) -> Slots:

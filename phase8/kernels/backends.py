@@ -36,6 +36,10 @@ class Backend:
 
 
 SDPA = "torch scaled_dot_product_attention"
+# Torch's grouped product reads 16 bytes at once, and is a kernel on these generations of GPUs only; elsewhere it reads on the host how many rows
+# there are.
+GROUPED = "torch's grouped product"
+_GROUPED_ALIGNED_BYTES, _GROUPED_GENERATIONS = 16, (9, 10)
 _NOT_NVIDIA = "the Triton kernels are written for NVIDIA GPUs"
 
 
@@ -88,6 +92,26 @@ def _gpu_backend(device: torch.device) -> Backend:
         return Backend("reference", f"compute capability {capability[0]}.{capability[1]} is below {OLDEST_CAPABILITY[0]}.{OLDEST_CAPABILITY[1]}")
     toolchain = prepare_toolchain(capability)
     return Backend("triton" if toolchain.usable else "reference", toolchain.reason)
+
+
+def expert_backend(device: torch.device, dtype: torch.dtype, widths: tuple[int, ...]) -> Backend:
+    """What computes the products of experts, and why; with `GROUPED` the device counts rows, otherwise the host.
+
+    Args:
+        device: Device of the model.
+        dtype: Dtype of the rows.
+        widths: Inner and outer width of the weights.
+    """
+    kernels = kernel_backend(device)
+    if kernels.name != "triton":
+        return Backend("one expert after the other", kernels.reason)
+    if dtype != torch.bfloat16:
+        return Backend("one expert after the other", f"torch's grouped product takes bf16, not {str(dtype).removeprefix('torch.')}")
+    if any(width * dtype.itemsize % _GROUPED_ALIGNED_BYTES for width in widths):
+        return Backend("one expert after the other", f"torch's grouped product needs multiples of {_GROUPED_ALIGNED_BYTES // dtype.itemsize}, not {widths}")
+    if (generation := torch.cuda.get_device_capability(device)[0]) not in _GROUPED_GENERATIONS:
+        return Backend("one expert after the other", f"torch's grouped product is for Hopper and Blackwell, not compute capability {generation}")
+    return Backend(GROUPED, "bf16 on a GPU that has it")
 
 
 def attention_backend(device: torch.device, *, dtype: torch.dtype, masked: bool) -> Backend:

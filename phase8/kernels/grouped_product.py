@@ -10,11 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from phase8.kernels.backends import uses_triton
+from phase8.kernels.backends import GROUPED, expert_backend
 from phase8.kernels.reference import grouped_product as reference
-
-# Torch's grouped product reads 16 bytes at once.
-_ALIGNED_BYTES = 16
 
 
 def grouped_product(rows: Tensor, weight: Tensor, ends: Tensor) -> Tensor:
@@ -41,8 +38,7 @@ def _backward(dy: Tensor, rows: Tensor, weight: Tensor, ends: Tensor) -> tuple[T
 
 
 def _is_grouped_by_torch(rows: Tensor, weight: Tensor) -> bool:
-    widths = (width * rows.element_size() for width in weight.shape[1:])
-    return uses_triton(rows) and rows.dtype == torch.bfloat16 and len(rows) > 0 and not any(width % _ALIGNED_BYTES for width in widths)
+    return rows.is_cuda and len(rows) > 0 and expert_backend(rows.device, rows.dtype, tuple(weight.shape[1:])).name == GROUPED
 
 
 @_forward.register_fake

@@ -90,7 +90,7 @@ class Block(nn.Module):
             is_valid: Scalar on the device; False: the step does not count.
         """
         if isinstance(self.feed_forward, MixtureOfExperts):
-            self.feed_forward.router.learn_from(measured[:-2], is_valid)
+            self.feed_forward.learn_from_routing(measured, is_valid)
 
     def forward(self, x: Tensor, angles: Tensor, starts: Tensor | None = None, state: BlockState | None = None) -> BlockOutput:
         """Applies the block to the residual stream.

@@ -55,6 +55,10 @@ class MixtureOfExperts(nn.Module):
         """Names of the auxiliary losses of a model with experts."""
         return (BALANCE, Z) if model.ffn == "moe" else ()
 
+    def learn_from_routing(self, measured: Tensor, is_valid: Tensor) -> None:
+        """Makes the router take account of a step; arguments as of the block's method."""
+        self.router.learn_from(measured[: self.num_experts], is_valid)
+
     def exchanges(self) -> Exchanges:
         """The exchanges of choices, of tokens, of counts between slices, of rows between experts, of the shared experts, and of the output."""
         width = self.section.d_model
@@ -63,7 +67,7 @@ class MixtureOfExperts(nn.Module):
             found = found.then(counted(self.num_experts))
         if self.shared is not None:
             found = found.then(self.shared.exchanges())
-        found = found.then(gathered(width)).then(computed_by_experts(width, top_k=self.top_k, num_experts=self.num_experts))
+        found = found.then(gathered(width)).then(computed_by_experts(width, num_experts=self.num_experts))
         return found.then(replace(scattered(width), repeated=()))
 
     def forward(self, x: Tensor, num_tokens: int) -> tuple[Tensor, Mapping[str, Tensor]]:
@@ -113,8 +117,8 @@ class MixtureOfExperts(nn.Module):
         if is_padded:
             return padded_slots(chosen, places, self.num_experts, capacity)
         if self.context.size > 1:
-            of_slices = start_gather(counts[None].to(torch.get_default_dtype()), self.context)()  # [slices, B, E]
-            before = of_slices[: self.context.index].sum(0).long()
+            of_slices = start_gather(counts[None], self.context)()  # [slices, B, E]
+            before = of_slices[: self.context.index].sum(0, dtype=counts.dtype)
             places = places + before.gather(1, chosen.flatten(1)).view(chosen.shape)
         return compact_slots(chosen.flatten(0, 1), (places < capacity).flatten(0, 1), self.num_experts)
 

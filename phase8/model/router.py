@@ -80,8 +80,8 @@ class Router(nn.Module):
         chosen = (scores + self.bias.to(scores.dtype)).topk(self.top_k, dim=-1).indices
         weights = scores.gather(-1, chosen)
         if self.top_k > 1:  # of a single choice the weight itself is the way by which the router learns
-            weights = weights / weights.sum(-1, keepdim=True)
-        shares = scores if self.has_softmax else scores / scores.sum(-1, keepdim=True)
+            weights = _normalised(weights)
+        shares = scores if self.has_softmax else _normalised(scores)
         balance = self.balance_weight * scores.shape[-1] * (shares.sum(0) @ self.load.to(shares.dtype))
         z = self.z_weight * logits.logsumexp(-1).square().sum()
         with torch.no_grad():
@@ -101,3 +101,8 @@ class Router(nn.Module):
         self.load.copy_(torch.where(is_valid & (total > 0), counts / total.clamp(min=1), self.load.to(counts.dtype)))
         if self.bias_rate:
             self.bias.add_(self.bias_rate * torch.sign(counts.mean() - counts).to(self.bias.dtype) * is_valid)
+
+
+def _normalised(scores: Tensor) -> Tensor:
+    """Scores over their sum; sigmoids may all be zero."""
+    return scores / scores.sum(-1, keepdim=True).clamp(min=torch.finfo(scores.dtype).tiny)

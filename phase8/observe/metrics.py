@@ -24,7 +24,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from phase8.closing import Tolerated
 from phase8.durable import append_whole, open_for_appending, replace_file, storage_errors
 from phase8.errors import StorageError
-from phase8.observe.routing import Routing, is_routing, routing_record
+from phase8.observe.routing import Routing, is_routing, routing_record, routing_scalars
 from phase8.terminal import warn
 
 if TYPE_CHECKING:
@@ -190,6 +190,7 @@ class MetricsWriter:
             append_whole(self._file, json.dumps(finite, allow_nan=False).encode() + b"\n")
         scalars = {tag: finite[key] for key, tag in _TENSORBOARD_TAGS.items() if finite.get(key) is not None}
         scalars.update({f"loss/{name}": loss for name, loss in finite.get("auxiliary_losses", {}).items() if loss is not None})
+        scalars.update(routing_scalars(finite.get("routing", {})))
         for name, source in finite.get("validation_sources", {}).items():
             if source["loss"] is not None:
                 scalars[f"loss/validation/{name}"] = source["loss"]

@@ -61,9 +61,22 @@ def routing_record(routing: Mapping[int, Routing]) -> dict[str, dict[str, Any]]:
     }
 
 
+def routing_scalars(record: Mapping[str, Mapping[str, Any]]) -> dict[str, float]:
+    """The numbers of a record that TensorBoard shows, by tag: what was dropped, the entropy, and the load of the busiest expert."""
+    scalars = {}
+    for layer, each in record.items():
+        busiest = max((share for share in each["load"] if share is not None), default=None)
+        for name, value in (("dropped", each["dropped"]), ("entropy", each["entropy"]), ("largest_load", busiest)):
+            if value is not None:
+                scalars[f"routing/layer_{layer}/{name}"] = value
+    return scalars
+
+
 def is_routing(value: object) -> bool:
     """Whether a value read from a file has the form of a record."""
-    return isinstance(value, dict) and all(isinstance(layer, str) and layer.isdecimal() and _is_layer(each) for layer, each in value.items())
+    if not isinstance(value, dict) or not all(isinstance(layer, str) and layer.isdecimal() and _is_layer(each) for layer, each in value.items()):
+        return False
+    return len({len(each["load"]) for each in value.values()}) <= 1
 
 
 def routing_history(records: Sequence[Mapping[str, Any]]) -> RoutingHistory | None:

@@ -221,7 +221,7 @@ def _scalars(model: ModelSection, grid: Grid) -> Iterator[Collectives]:
     flags = 2 * FP32_BYTES  # the flags stop and unreadable
     sums = [(flags, EVERYBODY), (loss, LOSS), (norm, HOLDERS), (_TARGETS_BYTES, TOKENS)]
     if any(model.has_experts):
-        losses, routing = _ROUTER_LOSSES * FP32_BYTES, sum(model.has_experts) * (model.num_experts + 2) * _ROUTING_BYTES
+        losses, routing = _ROUTER_LOSSES * FP32_BYTES, sum(model.has_experts) * model.numbers_of_routing * _ROUTING_BYTES
         sums += [(losses, EVERYBODY), (routing, EVERYBODY)]
         if grid.shard == 1:
             sums.append((norm, (AxisName.EXPERT,)))
@@ -236,13 +236,14 @@ def _exchanges(model: ModelSection, exchanges: Iterable[AnyExchange], step: Step
     num_tokens = step.micro_batch_size * slice_length
     for exchange, times in Counter(exchanges).items():
         axis, repeats = AxisName(exchange.axis), times * step.num_microbatches
-        number_bytes = max(step.compute_bytes, FP32_BYTES) if not isinstance(exchange, ExpertExchange) and exchange.is_wide else step.compute_bytes
-        if isinstance(exchange, SliceExchange):
-            numbers = step.micro_batch_size * _parts_of_slices(exchange, slice_length, grid) * exchange.numbers // grid.tensor
-            yield Collectives(axis, exchange.operation, repeats, repeats * numbers * number_bytes)
-            continue
         if isinstance(exchange, ExpertExchange):
             yield from _rows_of_experts(model, exchange, repeats, step, grid)
+            continue
+        number_bytes = max(step.compute_bytes, FP32_BYTES) if exchange.is_wide else step.compute_bytes
+        if isinstance(exchange, SliceExchange):
+            parts = _parts_of_slices(exchange, slice_length, grid)
+            numbers = step.micro_batch_size * parts * exchange.numbers // (grid.tensor if exchange.is_divided else 1)
+            yield Collectives(axis, exchange.operation, repeats, repeats * numbers * number_bytes)
             continue
         tokens_at_once = num_tokens if exchange.tokens_per_rank is None else exchange.tokens_per_rank * grid.size(axis)
         count, num_bytes = math.ceil(num_tokens / tokens_at_once), num_tokens * exchange.numbers_per_token * number_bytes
@@ -251,13 +252,9 @@ def _exchanges(model: ModelSection, exchanges: Iterable[AnyExchange], step: Step
 
 def _rows_of_experts(model: ModelSection, exchange: ExpertExchange, repeats: int, step: Step, grid: Grid) -> Iterator[Collectives]:
     """Exchanges of rows: with a capacity the slots of all experts, otherwise what tokens choose, and how many rows that is."""
-    axis, sequences = AxisName(exchange.axis), step.micro_batch_size
-    capacity = model.expert_capacity(model.sequence_length)
-    is_counted = model.has_counted_rows(context_parallel_size=grid.context)
-    if is_counted or capacity is None:
-        rows = sequences * model.sequence_length // grid.context * exchange.top_k
-    else:
-        rows = sequences * exchange.num_experts * capacity
+    axis, is_counted = AxisName(exchange.axis), model.has_counted_rows(context_parallel_size=grid.context)
+    num_tokens = step.micro_batch_size * model.sequence_length // grid.context
+    rows = round(num_tokens * model.rows_per_token(model.sequence_length, is_padded=not is_counted))
     yield Collectives(axis, exchange.operation, repeats, repeats * rows * exchange.numbers_per_row * step.compute_bytes)
     if is_counted and exchange.tells_counts:
         yield Collectives(axis, exchange.operation, repeats, repeats * exchange.num_experts * _ROUTING_BYTES)
@@ -291,8 +288,8 @@ def _parameters(chunk: Chunk, step: Step, grid: Grid) -> Iterator[Collectives]:
     for parameters, num_uses in groups:
         num_bytes = sum(_padded_numbers(parameter, grid) for parameter in parameters.values()) * FP32_BYTES
         count, num_shards = num_gathers * num_uses, next(iter(parameters.values())).shards(grid.places, grid.shards).size
-        is_shared = grid.expert > 1 and AxisName.EXPERT in next(iter(parameters.values())).divided
-        num_replicas = grid.replicate * grid.shard // (num_shards * (grid.expert if is_shared else 1))
+        has_divided_experts = grid.expert > 1 and AxisName.EXPERT in next(iter(parameters.values())).divided
+        num_replicas = grid.replicate * grid.shard // (num_shards * (grid.expert if has_divided_experts else 1))
         if num_shards > 1:
             yield Collectives(AxisName.SHARD, Operation.ALL_GATHER, count, count * num_bytes)
             yield Collectives(AxisName.SHARD, Operation.REDUCE_SCATTER, num_sums, num_sums * num_bytes)
@@ -301,9 +298,9 @@ def _parameters(chunk: Chunk, step: Step, grid: Grid) -> Iterator[Collectives]:
 
 
 def _by_ranks(block: Mapping[str, DividedShape], grid: Grid) -> tuple[Mapping[str, DividedShape], ...]:
-    """The parameters of a block that FSDP handles together: those of shared experts, and all others."""
-    shared = {name: each for name, each in block.items() if grid.expert > 1 and AxisName.EXPERT in each.divided}
-    return shared, {name: each for name, each in block.items() if name not in shared}
+    """The parameters of a block that FSDP handles together: those of experts that ranks share, and all others."""
+    divided = {name: each for name, each in block.items() if grid.expert > 1 and AxisName.EXPERT in each.divided}
+    return divided, {name: each for name, each in block.items() if name not in divided}
 
 
 def _padded_numbers(parameter: DividedShape, grid: Grid) -> int:

@@ -26,8 +26,7 @@ def expert_activation_bytes(model: ModelSection, topology: Topology, *, num_toke
     if expert == 1:
         return change
     if not model.has_counted_rows(context_parallel_size=topology.context_parallel_size):
-        assert model.capacity_factor is not None  # otherwise rows are counted
-        empty = int(rows * (model.capacity_factor - 1))
+        empty = int(num_tokens * model.rows_per_token(model.sequence_length, is_padded=True)) - rows
         change += empty * (_ROWS * model.d_model + _INNER_ROWS * model.expert_width // tensor) * element_bytes
     if element_bytes < FP32_BYTES:  # weights that are cast are kept, but only those of own experts
         change -= 3 * model.num_experts * model.d_model * model.expert_width * element_bytes // tensor * (expert - 1) // expert

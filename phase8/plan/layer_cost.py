@@ -265,7 +265,7 @@ def _experts(batch: Microbatch) -> Half:
     """A mixture of experts: router, rows copied to experts and back, their products, and those of shared experts."""
     model, style, N = batch.model, _style(batch), batch.tokens
     is_padded = batch.expert_ranks > 1 and not model.has_counted_rows(context_parallel_size=batch.context_ranks)
-    rows = N * model.top_k * ((model.capacity_factor or 1.0) if is_padded else 1.0)
+    rows = N * model.rows_per_token(model.sequence_length, is_padded=is_padded)
     width = model.expert_width / batch.tensor_ranks
     shared = model.shared_experts * width
     products = batch.product(N / batch.tensor_ranks, model.d_model, model.num_experts)

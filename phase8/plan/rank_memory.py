@@ -293,12 +293,13 @@ def _kept_when_recomputed(block: ActivationBytes, train: TrainSection) -> int:
 
 
 def _gradients_in_a_block(work: Workload) -> int:
-    """Bytes of the gradients of gate, up and residual stream, the largest that exist together with all activations of a recomputed block."""
+    """Bytes of the gradients of gate, up and residual stream, in layers with experts of their rows: the largest beside a recomputed block."""
     if work.device_type != "cuda":
         return 0
     model = work.model
-    inner = model.top_k * model.expert_width if any(model.has_experts) else model.feed_forward_width
-    width = 2 * inner + model.d_model
+    width = 0 if all(model.has_experts) else 2 * model.feed_forward_width + model.d_model
+    if any(model.has_experts):
+        width = max(width, model.top_k * (2 * model.expert_width + model.d_model))
     return work.shape.micro_batch_size * _tokens_at_once(work) * width * work.dtype.itemsize // work.topology.tensor_parallel_size
 
 

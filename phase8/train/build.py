@@ -31,6 +31,7 @@ from phase8.train.datasets import RunData, open_run_data
 from phase8.train.device import limit_memory, require_determinism, this_device
 from phase8.train.engine.fsdp import build_fsdp_engine
 from phase8.train.engine.protocol import TrainingEngine
+from phase8.train.experts import with_recordable_experts
 from phase8.train.initialise import Origin, initialise_run
 from phase8.train.memory_limits import memory_errors
 from phase8.train.resume import Position, attached_to, check_stop, restore_run
@@ -142,7 +143,7 @@ def build_run(
             lock.enter_context(directory.lock())
         data = _open_data(config, console, mesh)
         config, chosen = choose_settings(
-            config,
+            with_recordable_experts(config, device),
             mesh=mesh,
             device=device,
             facts=machine,

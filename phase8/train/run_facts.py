@@ -13,6 +13,7 @@ from phase8.plan.cost_facts import Fact, batch_fact, model_facts
 from phase8.precision.policy import compute_dtype
 from phase8.topology import Topology
 from phase8.train.device import device_name
+from phase8.train.experts import experts_backend
 
 
 def run_facts(config: RunConfig, *, device: torch.device, shape: BatchShape, num_parameters: int, topology: Topology) -> list[Fact]:
@@ -65,4 +66,7 @@ def implementation_facts(config: RunConfig, *, device: torch.device) -> list[Fac
         recurrence = {"delta": ", gated delta rule", "linear": ", gated linear recurrence", "none": ""}[model.global_path]
         mixer = f"{implementation} ({model.score} window{recurrence}): {backend.reason}"
     facts = [("mixer", mixer), ("loss", f"{implementation}: {backend.reason}")]
+    if any(model.has_experts):
+        found = experts_backend(config, device)
+        facts.append(("products of experts", f"{found.name} ({found.reason})"))
     return facts if hint is None else [*facts, ("optimizer", f"torch's fused AdamW; {hint}")]

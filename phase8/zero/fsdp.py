@@ -18,11 +18,12 @@ from collections.abc import Iterator, Mapping
 
 from torch import nn
 from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, OffloadPolicy, fully_shard
-from torch.distributed.tensor import DTensor, Shard
+from torch.distributed.tensor import Shard
 
 from phase8.config.schema import ZeroSection
 from phase8.distributed.mesh import Mesh
-from phase8.topology import TOKENS, AxisName
+from phase8.distributed.placement import is_of_divided_experts
+from phase8.topology import TOKENS
 from phase8.zero.copy_engine_gather import CopyEngineGather
 
 
@@ -48,7 +49,7 @@ def shard_block(block: nn.Module, zero: ZeroSection, mesh: Mesh, dims: Mapping[n
             "offload_policy": _offload(zero, mesh),
             "shard_placement_fn": lambda parameter: Shard(dims[parameter]),
         }
-        for module in _with_shared_experts(block):
+        for module in _of_divided_experts(block):
             fully_shard(module, mesh=mesh.expert_data_mesh, **options)
         divided = fully_shard(block, mesh=mesh.data_mesh, **options)
         if zero.copy_engine_gather and mesh.shard.mesh is not None and mesh.shard.mesh.device_type == "cuda":
@@ -78,11 +79,11 @@ def sum_gradients_after(model: nn.Module, zero: ZeroSection, *, is_last: bool) -
         model.set_reshard_after_backward(is_last or zero.stage == 3)
 
 
-def _with_shared_experts(block: nn.Module) -> Iterator[nn.Module]:
+def _of_divided_experts(block: nn.Module) -> Iterator[nn.Module]:
     """The modules whose own parameters are those of experts that ranks share."""
     for module in block.modules():
         own = next(module.parameters(recurse=False), None)
-        if isinstance(own, DTensor) and AxisName.EXPERT in (own.device_mesh.mesh_dim_names or ()):
+        if own is not None and is_of_divided_experts(own):
             yield module
 
 

@@ -61,7 +61,8 @@ def test_the_report_shows_the_load_as_a_picture(tmp_path, make_step):
 @pytest.mark.parametrize(
     "value",
     [[], {"x": {}}, {"1": 3}, {"1": {"load": [], "dropped": 0, "entropy": 0}}, {"1": {"load": ["a"], "dropped": 0, "entropy": 0}},
-     {"1": {"load": [0.5], "dropped": 0}}, {"1": {"load": [1e30], "dropped": 0, "entropy": 0}}],
+     {"1": {"load": [0.5], "dropped": 0}}, {"1": {"load": [0.5], "dropped": 0, "entropy": 0}, "2": {"load": [0.5, 0.5], "dropped": 0, "entropy": 0}},
+     {"1": {"load": [1e30], "dropped": 0, "entropy": 0}}],
 )  # fmt: skip
 def test_what_is_no_routing_is_not_taken_for_one(value):
     assert not is_routing(value) and is_routing(json.loads(json.dumps(routing_record(routing_of(1)))))

@@ -303,7 +303,7 @@ def gradients_of_rows_stay():
 
 def norm_without_experts_of_others():
     """The gradient norm has the experts of one rank only."""
-    return replaced((shards.Shards, "_is_of_experts"), by=lambda old: lambda self, parameter: False)
+    return replaced((shards, "is_of_divided_experts"), by=lambda old: lambda parameter: False)
 
 
 def routers_learn_from_own_tokens():

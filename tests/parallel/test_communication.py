@@ -174,6 +174,7 @@ CASES = {
     "ep2 dp4 zero 3, accumulation": case(4, stage=3, micro=1, more=(*EXPERTS, *EP2)),
     "ep2 dp4 zero 1 in pairs, selective": case(4, stage=1, micro=1, more=(*EXPERTS, *EP2, *SELECTIVE, "zero.shard_size=2")),
     "ep2 tp2 zero 2, recomputed": case(4, tp=2, stage=2, micro=2, more=(*EXPERTS, *EP2, *SHARED_EXPERT, *FULL)),
+    "cp2 tp2 experts": case(4, cp=2, tp=2, micro=2, more=EXPERTS),
     "ep2 pp2, one dense layer": case(4, pp=2, micro=2, more=(*EXPERTS, *EP2, "model.num_layers=4", "model.first_dense_layers=1")),
     "pp2": case(2, pp=2, micro=2),
     "pp2 interleaved": case(2, pp=2, micro=2, more=("parallel.pipeline_schedule=interleaved", "parallel.pipeline_chunks=2", "model.num_layers=5")),

@@ -97,7 +97,9 @@ QUICK = {
     "tp2 pp2 cp2 zero 2": ("hybrid", ranks(tp=2, pp=2, cp=2, stage=2)),
     "tp2 experts": ("experts-dropless", ranks(tp=2)),
     "ep2": ("experts", ranks(dp=2, ep=2)),
-    "ep2 dp4 zero 1": ("experts-dropless", ranks(dp=4, ep=2, stage=1)),
+    "ep2 dp4 zero 2 in pairs, accumulation": (
+        "experts-dropless", ranks(dp=4, ep=2, stage=2, more=("zero.shard_size=2", "train.micro_batch_size=1")),
+    ),
     "ep4 zero 2, optimizer offloaded": ("experts", ranks(dp=4, ep=4, stage=2, more=("zero.offload_optimizer=cpu",))),
     "ep2 dp4 zero 3 offloaded": ("experts", ranks(dp=4, ep=2, more=OFFLOADED)),
     "ep2 tp2 zero 3, accumulation": ("experts", ranks(dp=2, tp=2, ep=2, stage=3, more=("train.micro_batch_size=1",))),

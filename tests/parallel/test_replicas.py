@@ -22,6 +22,7 @@ from tests.parallel.training import MODEL, new_train_state, take_step
 
 BLOCK = (*BLOCKS["tied"], "model.num_layers=4")
 NOTHING, ALL, NORMS, TIED = "nothing", "all", "norms", "tied"
+EXPERTS = ("model.ffn=moe", "model.num_experts=4", "model.expert_ffn_size=16", "model.first_dense_layers=2")
 TOPOLOGIES = {
     "one": ranks(),
     "dp2": ranks(dp=2),
@@ -37,6 +38,9 @@ TOPOLOGIES = {
     "pp2 dp2 interleaved": ranks(pp=2, dp=2, more=INTERLEAVED),
     "tp2 pp2": ranks(tp=2, pp=2),
     "dp2 offloaded": ranks(dp=2, more=("zero.offload_optimizer=cpu",)),
+    "ep2 dp4": ranks(dp=4, ep=2, more=EXPERTS),
+    "ep2 dp4 zero 1 in pairs": ranks(dp=4, ep=2, stage=1, more=(*EXPERTS, "zero.shard_size=2")),
+    "ep2 zero 0": ranks(dp=2, ep=2, more=EXPERTS),
     "dp4 in pairs offloaded": ranks(dp=4, more=("zero.shard_size=2", *OFFLOADED)),
 }
 SHARED = {

@@ -47,7 +47,8 @@ def hidden_of(path):
 
 @pytest.mark.parametrize("layout", [(), ("--shards", "4", "--expert-parallel-size", "2"), ("--tensor-parallel-size", "2")])
 def test_a_mixture_of_copies_computes_what_the_dense_model_computes(door, tmp_path, capsys, layout):
-    source = write_model(tmp_path / "c")
+    # Keys of experts are without effect in a dense model.
+    source = write_model(tmp_path / "c", "model.top_k=1", "model.shared_experts=2", "model.moe_every_n_layers=3")
     assert door.main([str(source), str(tmp_path / "d"), "--upcycle-experts", "4", *layout]) == 0, capsys.readouterr().err
     mixture, dense = open_checkpoint(tmp_path / "d"), open_checkpoint(source)
     mixture.verify()
@@ -88,6 +89,7 @@ def test_a_mixture_for_ranks_that_share_its_experts(door, tmp_path):
     [
         (EXPERTS, ["--upcycle-experts", "4"], "--upcycle-experts is for dense models, but model.ffn of"),
         ((), ["--upcycle-experts", "1"], "--upcycle-experts is 1, but 2 experts compute a token; give at least as many."),
+        ((), ["--upcycle-experts", "0"], "--upcycle-experts is 0, but 2 experts compute a token; give at least as many."),
         ((), ["--upcycle-experts", "4", "--format", "consolidated"], "--upcycle-experts is for --format phase8, but --format is consolidated"),
         ((), ["--shards", "2", "--expert-parallel-size", "2"], "--expert-parallel-size is 2, but model.ffn is swiglu and has no experts"),
         (EXPERTS, ["--shards", "3", "--expert-parallel-size", "2"], "--expert-parallel-size 2 does not divide --shards 3, of which"),

@@ -1,6 +1,7 @@
 """Weights of a dense model read as those of a mixture of experts: each expert begins as a copy of the dense feed-forward.
 
-A token's weights of its experts add up to one, so the mixture computes what the dense model computes, whatever the router chooses.
+A token's weights of its two experts add up to one, so the mixture computes what the dense model computes, whatever the router chooses, as long as
+no expert drops a token.
 
 Source: A. Komatsuzaki et al., "Sparse upcycling" (2023).
 """
@@ -91,4 +92,3 @@ def _upcycled_name(name: str, has_experts: tuple[bool, ...]) -> str:
     if found is None or not has_experts[int(found[1])]:
         return name
     return f"{MODEL_PREFIX}blocks.{found[1]}.feed_forward.experts.{found[2]}"
-

@@ -15,11 +15,12 @@ from phase8.config.schema import RunConfig
 from phase8.data.microbatch import Microbatch
 from phase8.distributed.collectives import Axis
 from phase8.distributed.mesh import Mesh
-from phase8.distributed.placement import held_part, own_region
+from phase8.distributed.placement import held_part, is_of_divided_experts, own_region
+from phase8.division import whole_region
 from phase8.model.model import LanguageModel
 from phase8.optim.state import declared_by
 from phase8.precision.policy import compute_dtype
-from phase8.topology import COPIES, AxisName
+from phase8.topology import COPIES, STAGE, AxisName
 from phase8.train.engine.captured_step import EAGER_STEPS, CapturedStep
 from phase8.train.engine.compilation import compile_modules
 from phase8.train.engine.protocol import HOST_COPY, WEIGHT, HeldTensor, Item, Replicas, StepResult
@@ -90,7 +91,7 @@ class FsdpEngine:
     def state_sizes(self) -> list[int]:
         """The bytes of this rank's part of each tensor of `state`."""
         shards, declare = self.train_state.shards, declared_by(self.train_state.optimizer)
-        weights = [part.nbytes for part in shards.parts.values()]
+        weights = [part.nbytes for part in shards.parts.values()] + [buffer.nbytes for buffer in self._buffers.values()]
         states = (
             tensor.num_bytes(part.numel(), parameter_bytes=part.element_size())
             for name, part in shards.parts.items()
@@ -109,9 +110,12 @@ class FsdpEngine:
         state.shards.read_again()
 
     def replicas(self) -> Replicas:
-        """The parameters of which data-parallel ranks, tensor-parallel ranks, or the first and the last stage hold copies."""
-        axes = self._axes_of_replicas()
-        return Replicas(axes, dict(self._held({name for _, names in axes for name in names})))
+        """The parameters of which data-parallel ranks, tensor-parallel ranks, or the first and the last stage hold copies; and all buffers."""
+        axes, buffers = self._axes_of_replicas(), self._buffers
+        if not axes:
+            return Replicas(axes, {})
+        held = dict(self._held({name for _, names in axes for name in names}))
+        return Replicas(axes, held | {Item(name, WEIGHT): HeldTensor(buffer, whole_region(buffer.shape)) for name, buffer in buffers.items()})
 
     def whole_model(self) -> LanguageModel | None:
         """Gathers the whole model on the first rank."""
@@ -132,13 +136,28 @@ class FsdpEngine:
             captured, self._captured = self._captured, None
             captured.close()
 
+    @property
+    def _buffers(self) -> dict[str, Tensor]:
+        """The buffers of this stage, of which every rank of the stage has a copy."""
+        return dict(self.train_state.stage.module.named_buffers())
+
     def _axes_of_replicas(self) -> list[tuple[Axis, set[str]]]:
         mesh, whole = self.mesh, self.train_state.shards.whole
+        of_experts = {name for name, parameter in whole.items() if is_of_divided_experts(parameter)}
+
+        def replicated(axis_name: AxisName) -> set[str]:
+            return {name for name, parameter in whole.items() if _is_replicated(parameter, axis_name)}
+
+        copies = dict(zip(COPIES, mesh.axes(COPIES), strict=True))
         axes = [
-            (axis, {name for name, parameter in whole.items() if _is_replicated(parameter, axis_name)})
-            for axis_name, axis in zip(COPIES, mesh.axes(COPIES), strict=True)
+            (axis, replicated(axis_name) - (of_experts if axis_name is AxisName.REPLICATE else set()))
+            for axis_name, axis in copies.items()
             if axis.size > 1
         ]
+        if mesh.expert_replicate.size > 1:
+            axes.append((mesh.expert_replicate, replicated(AxisName.REPLICATE) & of_experts))
+        if self._buffers:
+            axes += [(axis, set(self._buffers)) for axis in mesh.axes(STAGE) if axis.size > 1]
         if mesh.pp.size > 1 and self._config.model.tie_embeddings:
             axes.append((mesh.pp, {EMBEDDING} if mesh.pp.index in (0, mesh.pp.size - 1) else set()))
         return axes

@@ -13,9 +13,8 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from phase8.distributed.collectives import ALONE, Axis, add_up_over, sum_over
-from phase8.distributed.placement import held_part
+from phase8.distributed.placement import held_part, is_of_divided_experts
 from phase8.optim.clip import gradient_norm
-from phase8.topology import AxisName
 
 
 class Shards:
@@ -63,7 +62,7 @@ class Shards:
         if not axes and self.experts.size == 1:
             return gradient_norm(self.parts.values())
         counted = {name: part for name, part in self.parts.items() if name not in self.copies}
-        of_experts = {name: counted.pop(name) for name in list(counted) if self.experts.size > 1 and self._is_of_experts(self.whole[name])}
+        of_experts = {name: counted.pop(name) for name in list(counted) if self.experts.size > 1 and is_of_divided_experts(self.whole[name])}
         divided = {name for name in counted if not self._is_whole_on_tensor_axis(self.whole[name])}
         squares = gradient_norm(part for name, part in counted.items() if name in divided).square()
         repeated = gradient_norm(part for name, part in counted.items() if name not in divided).square()
@@ -108,9 +107,6 @@ class Shards:
         if self.offload:
             return nn.Parameter(held_part(parameter).detach().to("cpu", copy=True))
         return nn.Parameter(held_part(parameter).detach()) if isinstance(parameter, DTensor) else parameter
-
-    def _is_of_experts(self, parameter: nn.Parameter) -> bool:
-        return isinstance(parameter, DTensor) and AxisName.EXPERT in (parameter.device_mesh.mesh_dim_names or ())
 
     def _is_whole_on_tensor_axis(self, parameter: nn.Parameter) -> bool:
         return self.tensor_axis.size > 1 and isinstance(parameter, DTensor) and parameter.placements[-1].is_replicate()

@@ -150,8 +150,8 @@ class Stage:
         return self._or_zero(loss, torch.float64)
 
     def _no_routing(self) -> Tensor | None:
-        num_layers, num_experts = len(self.routed_layers), self.chunks[0].section.num_experts
-        return torch.zeros(num_layers, num_experts + 2, dtype=torch.float64, device=self.device) if num_layers else None
+        num_layers, size = len(self.routed_layers), self.chunks[0].section.numbers_of_routing
+        return torch.zeros(num_layers, size, dtype=torch.float64, device=self.device) if num_layers else None
 
     def _or_zero(self, loss: Tensor | None, dtype: torch.dtype) -> Tensor:
         """The loss, or zero where there is none, in the same dtype on all stages, which are about to add them."""

@@ -108,7 +108,7 @@ def step_result(measured: Sequence[float], stage: Stage) -> StepResult:
     loss, norm, num_stopped, num_unreadable, counts, *more = measured
     names, section = stage.auxiliary_losses, stage.chunks[0].section
     auxiliary, routing = more[: len(names)], more[len(names) :]
-    per_layer = section.num_experts + 2
+    per_layer = section.numbers_of_routing
     return StepResult(
         loss,
         norm,
