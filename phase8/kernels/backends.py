@@ -108,7 +108,8 @@ def expert_backend(device: torch.device, dtype: torch.dtype, widths: tuple[int, 
     if dtype != torch.bfloat16:
         return Backend("one expert after the other", f"torch's grouped product takes bf16, not {str(dtype).removeprefix('torch.')}")
     if any(width * dtype.itemsize % _GROUPED_ALIGNED_BYTES for width in widths):
-        return Backend("one expert after the other", f"torch's grouped product needs multiples of {_GROUPED_ALIGNED_BYTES // dtype.itemsize}, not {widths}")
+        multiple = _GROUPED_ALIGNED_BYTES // dtype.itemsize
+        return Backend("one expert after the other", f"torch's grouped product needs multiples of {multiple}, not {widths}")
     if (generation := torch.cuda.get_device_capability(device)[0]) not in _GROUPED_GENERATIONS:
         return Backend("one expert after the other", f"torch's grouped product is for Hopper and Blackwell, not compute capability {generation}")
     return Backend(GROUPED, "bf16 on a GPU that has it")

@@ -40,7 +40,6 @@ TOPOLOGIES = {
     "dp2 offloaded": ranks(dp=2, more=("zero.offload_optimizer=cpu",)),
     "ep2 dp4": ranks(dp=4, ep=2, more=EXPERTS),
     "ep2 dp4 zero 1 in pairs": ranks(dp=4, ep=2, stage=1, more=(*EXPERTS, "zero.shard_size=2")),
-    "ep2 zero 0": ranks(dp=2, ep=2, more=EXPERTS),
     "dp4 in pairs offloaded": ranks(dp=4, more=("zero.shard_size=2", *OFFLOADED)),
 }
 SHARED = {
@@ -52,6 +51,7 @@ IN_BF16 = ("dp2", "dp4 zero 3 in pairs", "tp2", "pp2", "tp2 dp2 zero 2")
 IN_BF16_ALONE = ("dp4 zero 3 in pairs", "tp2", "tp2 dp2 zero 2")
 HEALTHY = [pytest.param(name, "float32", marks=[pytest.mark.full] if name in IN_BF16_ALONE else []) for name in TOPOLOGIES]
 HEALTHY += [(name, "bfloat16") for name in IN_BF16]
+EXPERT, ROUTER = "blocks.3.feed_forward.experts.down", "blocks.2.feed_forward.router.load"
 EMBEDDING, NORM, MATRIX = "embedding.weight", "blocks.1.mixer_norm.weight", "blocks.1.feed_forward.down.weight"
 
 
@@ -109,6 +109,8 @@ def bits_of(tensor):
 
 def item_of(train_state, name, key):
     """The own part of something that a rank holds."""
+    if key == "buffer":
+        return dict(train_state.stage.module.named_buffers())[name]
     if key == "whole":
         whole = train_state.shards.whole[name]
         return whole.to_local()
@@ -142,6 +144,8 @@ FLIPS = {
     "pp2": ("pp2", 1, EMBEDDING, WEIGHT, 1, 17, f"{EMBEDDING} should be the same on ranks 0 and 1, but is not;"),
     "pp4": ("pp4", 3, EMBEDDING, "exp_avg", 1, 17, f"exp_avg of {EMBEDDING} should be the same on ranks 0 and 3, but is not;"),
     "pp2 dp2": ("pp2 dp2 interleaved", 2, EMBEDDING, WEIGHT, 9, 3, f"{EMBEDDING} on rank 2 differs from its copies on ranks 0"),
+    "experts": ("ep2 dp4", 3, EXPERT, WEIGHT, 2, 5, f"{EXPERT} should be the same on ranks 1 and 3, but is not;"),
+    "a router's buffer": ("ep2 dp4 zero 1 in pairs", 2, ROUTER, "buffer", 20, 1, f"{ROUTER} on rank 2 differs from its copies on rank"),
     "offloaded": ("dp2 offloaded", 1, MATRIX, WEIGHT, 9, 3, f"the copy in host memory of {MATRIX} should be the same on ranks 0 and 1, but"),
     "offloaded, on the device": ("dp2 offloaded", 1, MATRIX, "whole", 9, 3, f"{MATRIX} should be the same on ranks 0 and 1, but is not;"),
 }
