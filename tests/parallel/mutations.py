@@ -284,7 +284,6 @@ def chain_without_gradient_of_later_slices():
     return replaced((green, "gradient_before_slices"), by=lambda old: lambda added, factors: 0 * old(added, factors))
 
 
-# name -> what to apply; and the settings on which it must show.
 def rows_of_another_rank():
     """What comes from the ranks of experts is taken for the rows of another rank."""
     return replaced((exchange, "end_exchange"), by=lambda old: lambda pending, axis: old(pending, axis).roll(len(pending) // axis.size, 0))
@@ -343,6 +342,7 @@ def room_of_experts_begins_anew():
     return replaced((mixture_of_experts, "start_gather"), by=own)
 
 
+# name -> what to apply; and the settings on which it must show.
 MUTATIONS = {
     function.__name__: function
     for function in (
