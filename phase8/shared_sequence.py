@@ -6,13 +6,14 @@ Each rank has `length` consecutive tokens, its slice, in the order of the ranks;
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from dataclasses import dataclass
 
 # For each rank the ranges of tokens that it wants.
 Wanted = Sequence[Sequence[range]]
 
 
-class Slice(NamedTuple):
+@dataclass(frozen=True)
+class SequenceSlice:
     """The part that a rank has of every sequence.
 
     Args:
@@ -29,7 +30,7 @@ class Slice(NamedTuple):
         return range(self.index * length, (self.index + 1) * length)
 
 
-WHOLE = Slice()
+WHOLE = SequenceSlice()
 
 
 def wanted_tokens(length: int, num_ranks: int, *, before: int, first: int = 0) -> Wanted:

@@ -29,7 +29,7 @@ from phase8.data.sources import open_sources
 from phase8.data.streams import TokenStream
 from phase8.data.token_ids import first_outside, outside_vocabulary
 from phase8.errors import DataError, Phase8Error
-from phase8.shared_sequence import WHOLE, Slice
+from phase8.shared_sequence import WHOLE, SequenceSlice
 
 # A sample: its global number in the order of training, or an explicit (source, window).
 Sample = int | tuple[int, int]
@@ -44,7 +44,7 @@ class SequenceDataset(Dataset):
         sequence_length: T.
         vocab_size: Token ids must stay below it.
         seed: Seed of the order.
-        own_slice: Slice of each sequence whose tokens are read.
+        own_slice: SequenceSlice of each sequence whose tokens are read.
     """
 
     def __init__(
@@ -55,7 +55,7 @@ class SequenceDataset(Dataset):
         sequence_length: int,
         vocab_size: int,
         seed: int,
-        own_slice: Slice = WHOLE,
+        own_slice: SequenceSlice = WHOLE,
     ):
         self.sources = tuple(sources)
         self.sequence_length = sequence_length
@@ -121,7 +121,7 @@ def open_dataset(
     seed: int,
     key: str = "data.train",
     ignore_sequence_modes: bool = False,
-    own_slice: Slice = WHOLE,
+    own_slice: SequenceSlice = WHOLE,
 ) -> SequenceDataset:
     """Opens a `.bin/.idx` prefix, all pairs that a pattern matches, or the sources of a blend.
 
@@ -132,7 +132,7 @@ def open_dataset(
         seed: Seed of the order, `train.seed`.
         key: Config key that names the data, for messages.
         ignore_sequence_modes: Treat multimodal pairs as plain text.
-        own_slice: Slice of each sequence whose tokens are read.
+        own_slice: SequenceSlice of each sequence whose tokens are read.
 
     Raises:
         DataError: A file is missing, or a source is empty or shorter than one sample.

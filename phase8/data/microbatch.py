@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from phase8.kernels.reference.cross_entropy import IGNORED_TARGET
-from phase8.shared_sequence import WHOLE, Slice
+from phase8.shared_sequence import WHOLE, SequenceSlice
 
 
 @dataclass(frozen=True)
@@ -37,14 +37,14 @@ class Microbatch:
         return Microbatch(self.tokens, torch.full_like(self.targets, IGNORED_TARGET), self.starts, 0)
 
 
-def stand_in(batch_size: int, sequence_length: int, *, reset_at_document_boundaries: bool, own_slice: Slice = WHOLE) -> Microbatch:
+def stand_in(batch_size: int, sequence_length: int, *, reset_at_document_boundaries: bool, own_slice: SequenceSlice = WHOLE) -> Microbatch:
     """A microbatch of the usual shape without targets, for a rank that has no data but must take part.
 
     Args:
         batch_size: B.
         sequence_length: T.
         reset_at_document_boundaries: Whether the microbatch has `starts`.
-        own_slice: Slice of the sequences that the rank has.
+        own_slice: SequenceSlice of the sequences that the rank has.
     """
     tokens = torch.zeros(batch_size, len(own_slice.tokens(sequence_length)), dtype=torch.int64)
     starts = None
@@ -54,14 +54,14 @@ def stand_in(batch_size: int, sequence_length: int, *, reset_at_document_boundar
     return Microbatch(tokens, torch.full_like(tokens, IGNORED_TARGET), starts, 0)
 
 
-def split_sample(sample: dict[str, Tensor], *, reset_at_document_boundaries: bool, own_slice: Slice = WHOLE) -> Microbatch:
+def split_sample(sample: dict[str, Tensor], *, reset_at_document_boundaries: bool, own_slice: SequenceSlice = WHOLE) -> Microbatch:
     """Splits S + 1 tokens into inputs and targets; with resets, the first token of a document is not predicted from another document.
 
     Args:
         sample: `tokens`, those of the slice and the one after them [B, S + 1], and where boundaries are reset, `document_starts` of the whole
             sequences and of the token after them [B, T + 1].
         reset_at_document_boundaries: Whether documents see nothing of the documents before them.
-        own_slice: Slice of the sequences that `tokens` are.
+        own_slice: SequenceSlice of the sequences that `tokens` are.
     """
     tokens, targets = sample["tokens"][:, :-1], sample["tokens"][:, 1:]
     if not reset_at_document_boundaries:

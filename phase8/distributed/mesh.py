@@ -14,7 +14,7 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 from phase8.distributed.collectives import ALONE, Axis
 from phase8.distributed.peer_memory import peer_memory
-from phase8.shared_sequence import Slice
+from phase8.shared_sequence import SequenceSlice
 from phase8.topology import AxisName, Topology
 
 
@@ -67,9 +67,9 @@ class Mesh:
         return self.topology.coordinates(self.rank)["dp"]
 
     @property
-    def own_slice(self) -> Slice:
+    def own_slice(self) -> SequenceSlice:
         """This rank's slice of each sequence that it reads."""
-        return Slice(self.cp.index, self.cp.size)
+        return SequenceSlice(self.cp.index, self.cp.size)
 
     @property
     def data_mesh(self) -> DeviceMesh | None:

@@ -31,7 +31,7 @@ def computed_where_experts_are(
 ) -> tuple[Tensor, Tensor | None]:
     """The rows that the experts make of a rank's rows [S, D]; and what `beside` returns.
 
-    With compact slots of several ranks it must not be compiled: sizes that the host reads would be compiled anew again and again.
+    With compact slots of several ranks it is not worth compiling: sizes that the host reads would be compiled anew again and again.
 
     Args:
         rows: Rows of the slots.

@@ -32,7 +32,7 @@ from __future__ import annotations
 import math
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from phase8.config.model_section import ModelSection
 from phase8.division import DividedShape, Place, padded_size
@@ -55,15 +55,18 @@ class Collectives:
         operation: Kind of the collectives.
         count: Number of collectives.
         num_bytes: Bytes of all of them, as the head of this file defines bytes.
+        num_ranks: Ranks that take part, where those are fewer than the axis has: experts that ranks share are divided over fewer ranks; 0: all.
     """
 
     axis: AxisName
     operation: Operation
     count: int
     num_bytes: int
+    num_ranks: int = 0
 
-    def sent_bytes(self, num_ranks: int) -> int:
-        """Bytes that leave this rank where collectives use a ring of `num_ranks` ranks."""
+    def sent_bytes(self, ranks_of_axis: int) -> int:
+        """Bytes that leave this rank where collectives use a ring."""
+        num_ranks = self.num_ranks or ranks_of_axis
         is_between_experts = self.axis is AxisName.EXPERT and self.operation is Operation.ALL_TO_ALL  # a rank keeps its own share
         if not is_between_experts and self.operation in (Operation.SEND, Operation.RECEIVE, Operation.ALL_TO_ALL):
             return 0 if self.operation is Operation.RECEIVE else self.num_bytes
@@ -178,13 +181,13 @@ def step_communication(
     found += [*_exchanges(model, exchanges, step, grid), *_whole_gradients(chunks, step, grid)]
     for chunk in chunks:
         found += [*_parameters(chunk, step, grid)]
-    table: dict[tuple[AxisName, Operation], Collectives] = {}
+    table: dict[tuple[AxisName, Operation, int], Collectives] = {}
     several = {axis for axis in AxisName if grid.size(axis) > 1}
     for each in found:
-        key = (each.axis, each.operation)
+        key = (each.axis, each.operation, each.num_ranks)
         if each.axis in several and each.count:
-            before = table.get(key, Collectives(*key, 0, 0))
-            table[key] = Collectives(*key, before.count + each.count, before.num_bytes + each.num_bytes)
+            before = table.get(key, replace(each, count=0, num_bytes=0))
+            table[key] = replace(before, count=before.count + each.count, num_bytes=before.num_bytes + each.num_bytes)
     return tuple(table[key] for key in sorted(table))
 
 
@@ -290,11 +293,12 @@ def _parameters(chunk: Chunk, step: Step, grid: Grid) -> Iterator[Collectives]:
         count, num_shards = num_gathers * num_uses, next(iter(parameters.values())).shards(grid.places, grid.shards).size
         has_divided_experts = grid.expert > 1 and AxisName.EXPERT in next(iter(parameters.values())).divided
         num_replicas = grid.replicate * grid.shard // (num_shards * (grid.expert if has_divided_experts else 1))
+        of_shards, of_replicas = (num_shards, num_replicas) if has_divided_experts else (0, 0)
         if num_shards > 1:
-            yield Collectives(AxisName.SHARD, Operation.ALL_GATHER, count, count * num_bytes)
-            yield Collectives(AxisName.SHARD, Operation.REDUCE_SCATTER, num_sums, num_sums * num_bytes)
+            yield Collectives(AxisName.SHARD, Operation.ALL_GATHER, count, count * num_bytes, of_shards)
+            yield Collectives(AxisName.SHARD, Operation.REDUCE_SCATTER, num_sums, num_sums * num_bytes, of_shards)
         if num_replicas > 1:
-            yield Collectives(AxisName.REPLICATE, Operation.ALL_REDUCE, 1, num_bytes // num_shards)
+            yield Collectives(AxisName.REPLICATE, Operation.ALL_REDUCE, 1, num_bytes // num_shards, of_replicas)
 
 
 def _by_ranks(block: Mapping[str, DividedShape], grid: Grid) -> tuple[Mapping[str, DividedShape], ...]:

@@ -16,7 +16,7 @@ from phase8.data.sources import pairs_by_pattern_in_both, source_names
 from phase8.data.token_ids import check_token_ids
 from phase8.data.tokenizer import Tokenizer, load_tokenizer
 from phase8.errors import DataError
-from phase8.shared_sequence import WHOLE, Slice
+from phase8.shared_sequence import WHOLE, SequenceSlice
 
 
 @dataclass(frozen=True)
@@ -46,7 +46,7 @@ class RunData:
 
 
 def open_run_data(
-    config: RunConfig, *, on_progress: Callable[[str, int, int], None], check_ids: bool = True, own_slice: Slice = WHOLE
+    config: RunConfig, *, on_progress: Callable[[str, int, int], None], check_ids: bool = True, own_slice: SequenceSlice = WHOLE
 ) -> RunData:
     """Opens the data of a config; prepares the embedded corpus on first use.
 
@@ -55,7 +55,7 @@ def open_run_data(
         on_progress: Called with stage, amount done and amount in all.
         check_ids: Check that the tokenizer made the tokens, where their writer recorded it, and that all ids are inside the vocabulary,
             which may read all of them; one rank of a run does this.
-        own_slice: Slice of each sequence that this rank reads.
+        own_slice: SequenceSlice of each sequence that this rank reads.
 
     Raises:
         DataError: A file is missing, damaged, too short, or does not fit the tokenizer or the model's vocabulary; a pattern mixes training
@@ -88,7 +88,7 @@ def open_run_data(
     return RunData(sequences, held_out, tokenizer, references, fingerprint, _describe(config, sequences))
 
 
-def _open(config: RunConfig, data: str | Sequence[DataSource], own_slice: Slice, *, key: str) -> SequenceDataset:
+def _open(config: RunConfig, data: str | Sequence[DataSource], own_slice: SequenceSlice, *, key: str) -> SequenceDataset:
     model = config.model
     return open_dataset(
         data,

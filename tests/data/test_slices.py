@@ -15,7 +15,7 @@ from phase8.data.microbatch import stand_in
 from phase8.data.token_file import TokenFile
 from phase8.errors import DataError
 from phase8.kernels.reference.cross_entropy import IGNORED_TARGET
-from phase8.shared_sequence import WHOLE, Slice
+from phase8.shared_sequence import WHOLE, SequenceSlice
 
 LENGTH = 16
 NUM_SEQUENCES = 24
@@ -68,7 +68,7 @@ def are_together(slices, whole):
 def test_slices_are_those_of_what_one_process_reads(blend, count, num_workers, resets):
     whole = microbatches(opened(blend), resets=resets)
     assert (sum(batch.num_valid for batch in whole) < NUM_SEQUENCES * LENGTH) == resets
-    slices = [microbatches(opened(blend, Slice(index, count)), resets=resets, num_workers=num_workers) for index in range(count)]
+    slices = [microbatches(opened(blend, SequenceSlice(index, count)), resets=resets, num_workers=num_workers) for index in range(count)]
     are_together(slices, whole)
 
 
@@ -79,7 +79,7 @@ def test_slices_of_a_million_tokens(tmp_path, lengths):
             writer.add_document(np.arange(end - length, end))
     begins = set(np.cumsum(lengths).tolist())
     for index in (0, 3, 7):
-        dataset = open_dataset(str(tmp_path / "long"), sequence_length=1 << 20, vocab_size=1 << 23, seed=5, own_slice=Slice(index, 8))
+        dataset = open_dataset(str(tmp_path / "long"), sequence_length=1 << 20, vocab_size=1 << 23, seed=5, own_slice=SequenceSlice(index, 8))
         for window in range(4):
             sample, first = dataset[0, window], (8 * window + index) << 17
             assert np.array_equal(sample["tokens"], np.arange(first, first + (1 << 17) + 1))
@@ -92,7 +92,7 @@ def test_slices_of_a_part_of_the_documents(blend, share):
     def part(own_slice):
         return opened(blend[:1], own_slice).part(share, name="a part")
 
-    are_together([microbatches(part(Slice(index, 4)), resets=True) for index in range(4)], microbatches(part(WHOLE), resets=True))
+    are_together([microbatches(part(SequenceSlice(index, 4)), resets=True) for index in range(4)], microbatches(part(WHOLE), resets=True))
 
 
 def test_slices_of_an_evaluation(blend):
@@ -102,7 +102,7 @@ def test_slices_of_an_evaluation(blend):
         section = DataSection(pin_memory=False, num_workers=0, reset_at_document_boundaries=True)
         return list(build_loader(dataset, section, sample_numbers=[numbers for source in by_source for numbers in source]))
 
-    are_together([read(Slice(index, 2)) for index in range(2)], read(WHOLE))
+    are_together([read(SequenceSlice(index, 2)) for index in range(2)], read(WHOLE))
 
 
 @pytest.mark.parametrize("count", [1, 2, 4])
@@ -115,7 +115,7 @@ def test_a_rank_reads_its_tokens_and_the_one_after_them(blend, count, monkeypatc
 
     monkeypatch.setattr(TokenFile, "read", counting)
     for index in range(count):
-        microbatches(opened(blend, Slice(index, count)), resets=True)
+        microbatches(opened(blend, SequenceSlice(index, count)), resets=True)
         assert sum(numbers) == NUM_SEQUENCES * (LENGTH // count + 1)
         numbers.clear()
 
@@ -123,7 +123,7 @@ def test_a_rank_reads_its_tokens_and_the_one_after_them(blend, count, monkeypatc
 def test_an_id_outside_the_vocabulary_is_named_by_who_reads_it(tmp_path):
     write(tmp_path / "text", [LENGTH + 1])  # the ids are the positions
     for index in range(4):
-        dataset = opened(str(tmp_path / "text"), Slice(index, 4), vocab_size=10)
+        dataset = opened(str(tmp_path / "text"), SequenceSlice(index, 4), vocab_size=10)
         if index < 2:
             dataset[0]  # tokens 0 to 4, and 4 to 8
         else:
@@ -133,7 +133,7 @@ def test_an_id_outside_the_vocabulary_is_named_by_who_reads_it(tmp_path):
 
 def test_what_a_file_has_lost_is_missed_by_who_reads_it(tmp_path):
     write(tmp_path / "text", [LENGTH + 1])
-    first, last = (opened(str(tmp_path / "text"), Slice(index, 2)) for index in range(2))
+    first, last = (opened(str(tmp_path / "text"), SequenceSlice(index, 2)) for index in range(2))
     os.truncate(tmp_path / "text.bin", 2 * 9)
     assert first[0]["tokens"].tolist() == list(range(9))
     with pytest.raises(DataError, match="is shorter than when it was opened"):
@@ -141,12 +141,12 @@ def test_what_a_file_has_lost_is_missed_by_who_reads_it(tmp_path):
 
 
 def test_all_ranks_record_the_same_data(blend):
-    assert data_fingerprint(opened(blend, Slice(1, 4))) == data_fingerprint(opened(blend))
+    assert data_fingerprint(opened(blend, SequenceSlice(1, 4))) == data_fingerprint(opened(blend))
 
 
 @pytest.mark.parametrize("resets", [False, True])
 def test_a_stand_in_has_the_shapes_of_what_it_stands_for(blend, resets):
-    for own_slice in (WHOLE, Slice(1, 4)):
+    for own_slice in (WHOLE, SequenceSlice(1, 4)):
         batch = microbatches(opened(blend, own_slice), resets=resets)[0]
         found = stand_in(3, LENGTH, reset_at_document_boundaries=resets, own_slice=own_slice)
         assert (found.tokens.shape, found.targets.shape) == (batch.tokens.shape, batch.targets.shape) and found.num_valid == 0
