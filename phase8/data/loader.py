@@ -185,7 +185,7 @@ def evaluation_microbatches(dataset: SequenceDataset, *, num_samples: int, micro
 
 def build_loader(
     dataset: SequenceDataset, section: DataSection, *, sample_numbers: Iterable[Sequence[Sample]], taken_at_once: int = 1
-) -> Iterable[Microbatch]:
+) -> MicrobatchLoader:
     """Yields the microbatches of `sample_numbers`, in that order for any number of workers, each of the dataset's slice of the sequences.
 
     It does not use torch's global random generator. Iterating again starts again if `sample_numbers` is a list; an iterator
@@ -200,7 +200,7 @@ def build_loader(
     Raises:
         DataError: While iterating, as raised by `SequenceDataset`, also from a worker.
     """
-    return _MicrobatchLoader(dataset, section, sample_numbers, taken_at_once)
+    return MicrobatchLoader(dataset, section, sample_numbers, taken_at_once)
 
 
 class _Refusal(NamedTuple):
@@ -228,12 +228,14 @@ class _Microbatches(Dataset):
         return {name: torch.stack([sample[name] for sample in fetched]) for name in fetched[0]}
 
 
-class _MicrobatchLoader:
+class MicrobatchLoader:
+    """Yields microbatches; `build_loader` makes it."""
+
     def __init__(self, dataset: SequenceDataset, section: DataSection, sample_numbers: Iterable[Sequence[Sample]], taken_at_once: int):
         workers = section.num_workers > 0
         self._section, self._own_slice = section, dataset.own_slice
         ahead = max(section.prefetch_factor, -(-taken_at_once // max(section.num_workers, 1)))
-        self._loader = DataLoader(
+        self._loader: DataLoader | None = DataLoader(
             _Microbatches(dataset),
             batch_size=None,
             sampler=sample_numbers,
@@ -245,7 +247,16 @@ class _MicrobatchLoader:
             generator=torch.Generator(),  # otherwise torch would seed its workers from the global generator, and change its state
         )
 
+    def close(self) -> None:
+        """Ends workers that are kept for another iteration; there must be none after this.
+
+        Torch ends workers at once when their iterator is freed. Where the garbage collector finds the iterator in a cycle, the queues by which
+        workers are told are closed before, and torch waits five seconds for each of them, in the middle of whatever else goes on.
+        """
+        self._loader = None
+
     def __iter__(self) -> Iterator[Microbatch]:
+        assert self._loader is not None  # it was not closed
         samples = _without_child_signals(self._loader)
         while True:
             try:

@@ -56,6 +56,10 @@ class HeldOutData:
         ]
         self._loader = build_loader(dataset, run.config.data, sample_numbers=list(itertools.chain.from_iterable(padded)))
 
+    def close(self) -> None:
+        """Ends the workers that wait for the next evaluation."""
+        self._loader.close()
+
     def evaluate(self) -> Evaluation:
         """Measures the losses of the present weights; every rank takes part.
 

@@ -53,7 +53,9 @@ class Trainer:
         reset_peak_memory(run.device)
 
     def close(self) -> None:
-        """Waits for the save in the background and frees the engine's memory for updates. A failure here does not change how the run ends."""
+        """Ends workers, waits for the save in the background and frees the engine's memory for updates; a failure changes nothing about the end."""
+        if self.held_out is not None:
+            self.held_out.close()
         with Tolerated("the save under way failed", self.progress.message):
             self.saver.close()
         with Tolerated("what the engine keeps for updates was not freed", self.progress.message):

@@ -124,7 +124,7 @@ def test_recomputation_in_slices_equals_the_whole_sequence(kind, begins):
 
 def test_compiled_blocks_recompute_slices_of_one_sequence():
     """Graphs for other slices are made between a slice's forward and its recomputation, for the last slice here, which is shorter."""
-    section, results = scaled_down(ModelSection()), []
+    section, results = scaled_down(ModelSection(), num_layers=1), []
     for compiles in (False, True):
         model = perturbed_model(section, dtype=torch.float32)
         apply_recomputation(model, "slices", slice_tokens=10)

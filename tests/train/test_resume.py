@@ -1,3 +1,6 @@
+import gc
+import multiprocessing
+
 import numpy as np
 import pytest
 import torch
@@ -38,6 +41,16 @@ def test_twenty_steps_equal_ten_and_ten_resumed(tiny, settings):
     for name, parameter in whole.engine.train_state.model.named_parameters():
         ours, theirs = resumed.engine.train_state.optimizer.state[weights(resumed)[name]], whole.engine.train_state.optimizer.state[parameter]
         assert all(torch.equal(ours[key], theirs[key]) for key in ("exp_avg", "exp_avg_sq", "step")), name
+
+
+def test_no_worker_outlives_the_training_that_it_read_for(tiny):
+    """Whatever the garbage collector finds of them later stops everything for five seconds a worker."""
+    gc.disable()
+    try:
+        train_tiny(tiny, "data.num_workers=2", "train.stop_at_step=10")
+        assert multiprocessing.active_children() == []
+    finally:
+        gc.enable()
 
 
 def test_two_runs_with_one_seed_are_identical_and_another_seed_is_not(tiny):
