@@ -134,7 +134,13 @@ def test_a_model_that_cannot_be_built_hides_nothing_else(small, override, beginn
     assert len(problems) == 1 and problems[0].startswith(beginning)
 
 
-@pytest.mark.parametrize("path", SHIPPED, ids=[path.stem for path in SHIPPED])
+# It is so tight on an assumed H100 that many budgets are traced, for twenty seconds.
+TIGHT = "phase8_moe_8x"
+
+
+@pytest.mark.parametrize(
+    "path", [pytest.param(path, id=path.stem, marks=pytest.mark.full if path.stem == TIGHT else ()) for path in SHIPPED]
+)
 def test_every_shipped_config_dry_runs(path):
     config = load_config(path)
     num_stages = config.parallel.pipeline_parallel_size
