@@ -47,9 +47,16 @@ def moves(monkeypatch):
     return made
 
 
-@pytest.mark.parametrize("compiles", [False, True], ids=["eager", "compiled"])
-@pytest.mark.parametrize("batch", [1, 2])
-@pytest.mark.parametrize("name", MODES)
+# Compiled slices of one sequence make a graph for each length: ten seconds, and test_model.py makes them too.
+CASES = [
+    pytest.param(name, batch, compiles, marks=[pytest.mark.full] if (name, batch, compiles) == ("slices", 1, True) else [])
+    for name in MODES
+    for batch in (1, 2)
+    for compiles in (False, True)
+]
+
+
+@pytest.mark.parametrize(("name", "batch", "compiles"), CASES)
 def test_no_bit_changes(moves, name, batch, compiles):
     results = []
     for offload in (False, True):
