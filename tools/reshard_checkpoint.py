@@ -52,7 +52,7 @@ if TYPE_CHECKING:
     from phase8.config.schema import ParallelSection, RunConfig
     from phase8.topology import Topology
 
-# Of a single expert, the weight would be its score and not one.
+# The weights of two experts add up to one; that of a single expert would be its score.
 UPCYCLED_TOP_K = 2
 LAYOUT = ("tensor_parallel_size", "pipeline_parallel_size", "shards", "expert_parallel_size")
 

@@ -27,6 +27,11 @@ class BatchShape:
     data_parallel_size: int
 
 
+def count_token_ranks(parallel: ParallelSection, *, world_size: int) -> int:
+    """The number of ranks that read different tokens; at least 1, also where the degrees do not divide the world."""
+    return max(world_size // (parallel.tensor_parallel_size * parallel.pipeline_parallel_size), 1)
+
+
 def run_topology(parallel: ParallelSection, *, world_size: int) -> Topology:
     """The rank grid of a config on a number of processes.
 

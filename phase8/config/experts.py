@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
+from phase8.config.batch import count_token_ranks
 from phase8.config.model_section import ModelSection
 from phase8.config.schema import RunConfig
 
@@ -56,11 +57,10 @@ def expert_problems(config: RunConfig, world_size: int) -> Iterator[str]:
 
 def _shards(config: RunConfig, world_size: int) -> Iterator[str]:
     """ZeRO divides the model width of experts over the ranks that hold the same ones."""
-    zero, parallel, num_ranks = config.zero, config.parallel, config.parallel.expert_parallel_size
+    zero, num_ranks = config.zero, config.parallel.expert_parallel_size
     if zero.stage == 0:
         return
-    num_token_ranks = max(world_size // (parallel.tensor_parallel_size * parallel.pipeline_parallel_size), 1)
-    num_shards = num_token_ranks if zero.shard_size is None else zero.shard_size
+    num_shards = count_token_ranks(config.parallel, world_size=world_size) if zero.shard_size is None else zero.shard_size
     if num_shards % num_ranks:
         if zero.shard_size is not None:  # otherwise the topology is refused
             yield (

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from phase8.config.batch import batch_shape, run_topology
+from phase8.config.batch import batch_shape, count_token_ranks, run_topology
 from phase8.config.describe import describe_value
 from phase8.config.experts import expert_problems, model_expert_problems
 from phase8.config.model_section import ModelSection
@@ -235,7 +235,7 @@ def _slices(config: RunConfig) -> Iterator[str]:
 
 def _zero(config: RunConfig, world_size: int) -> Iterator[str]:
     zero, parallel = config.zero, config.parallel
-    num_token_ranks = max(world_size // (parallel.tensor_parallel_size * parallel.pipeline_parallel_size), 1)
+    num_token_ranks = count_token_ranks(parallel, world_size=world_size)
     if zero.shard_size is not None and zero.stage == 0:
         yield f"zero.shard_size is {zero.shard_size}, but zero.stage is 0 and shards nothing; leave it null or choose a stage."
     elif zero.shard_size is not None and num_token_ranks % zero.shard_size:

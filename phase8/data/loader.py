@@ -44,7 +44,7 @@ class SequenceDataset(Dataset):
         sequence_length: T.
         vocab_size: Token ids must stay below it.
         seed: Seed of the order.
-        own_slice: SequenceSlice of each sequence whose tokens are read.
+        own_slice: Slice of each sequence whose tokens are read.
     """
 
     def __init__(
@@ -132,7 +132,7 @@ def open_dataset(
         seed: Seed of the order, `train.seed`.
         key: Config key that names the data, for messages.
         ignore_sequence_modes: Treat multimodal pairs as plain text.
-        own_slice: SequenceSlice of each sequence whose tokens are read.
+        own_slice: Slice of each sequence whose tokens are read.
 
     Raises:
         DataError: A file is missing, or a source is empty or shorter than one sample.

@@ -44,7 +44,7 @@ def stand_in(batch_size: int, sequence_length: int, *, reset_at_document_boundar
         batch_size: B.
         sequence_length: T.
         reset_at_document_boundaries: Whether the microbatch has `starts`.
-        own_slice: SequenceSlice of the sequences that the rank has.
+        own_slice: Slice of the sequences that the rank has.
     """
     tokens = torch.zeros(batch_size, len(own_slice.tokens(sequence_length)), dtype=torch.int64)
     starts = None
@@ -61,7 +61,7 @@ def split_sample(sample: dict[str, Tensor], *, reset_at_document_boundaries: boo
         sample: `tokens`, those of the slice and the one after them [B, S + 1], and where boundaries are reset, `document_starts` of the whole
             sequences and of the token after them [B, T + 1].
         reset_at_document_boundaries: Whether documents see nothing of the documents before them.
-        own_slice: SequenceSlice of the sequences that `tokens` are.
+        own_slice: Slice of the sequences that `tokens` are.
     """
     tokens, targets = sample["tokens"][:, :-1], sample["tokens"][:, 1:]
     if not reset_at_document_boundaries:

@@ -43,7 +43,7 @@ UPDATE_SHARE = 0.8
 UPDATE_SECONDS = Cost(0.3e-3, 2e-3)
 # Offloading: PCIe 5 to page-locked memory, and the memory of the host, on which AdamW reads four numbers and writes three.
 HOST_LINK_RATE = 43e9
-# Of the time of a layer that is recomputed whole: two forwards, and a backward that takes as long as two more.
+# A layer that is recomputed whole takes the time of two forwards, and of a backward that takes as long as two more.
 FORWARD_SHARE = 0.25
 HOST_MEMORY_RATE = 64e9
 HOST_UPDATED_BYTES = 7 * FP32_BYTES

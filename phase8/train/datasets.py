@@ -55,7 +55,7 @@ def open_run_data(
         on_progress: Called with stage, amount done and amount in all.
         check_ids: Check that the tokenizer made the tokens, where their writer recorded it, and that all ids are inside the vocabulary,
             which may read all of them; one rank of a run does this.
-        own_slice: SequenceSlice of each sequence that this rank reads.
+        own_slice: Slice of each sequence that this rank reads.
 
     Raises:
         DataError: A file is missing, damaged, too short, or does not fit the tokenizer or the model's vocabulary; a pattern mixes training

@@ -78,7 +78,7 @@ def test_a_mixture_for_ranks_that_share_its_experts(door, tmp_path):
     copy = open_checkpoint(tmp_path / "d")
     copy.verify()
     assert not list(compare_checkpoints(open_checkpoint(source), copy))
-    # Of two experts of each rank along ep, half of the width for tensor parallelism, half of the model width for ZeRO.
+    # Each rank along ep has two experts; tensor-parallel ranks halve their width, and ZeRO halves the model width.
     slices = copy.entry("model.blocks.1.feed_forward.experts.gate").slices
     assert sorted(part.offsets for part in slices) == [[e, f, d] for e in (0, 2) for f in (0, 8) for d in (0, 12)]
     assert {part.file for part in slices if part.offsets == [2, 8, 12]} == {"model-rank00007-00000.safetensors"}

@@ -7,6 +7,7 @@ and get the sum of both gradients, so they stay equal.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from functools import cached_property
 from typing import NamedTuple
 
 import torch
@@ -72,7 +73,7 @@ class Stage:
         """Names of the auxiliary losses of the whole model, the same on every stage."""
         return self.chunks[0].auxiliary_losses
 
-    @property
+    @cached_property
     def routed_layers(self) -> tuple[int, ...]:
         """The layers of the whole model that have experts."""
         return tuple(layer for layer, is_routed in enumerate(self.chunks[0].section.has_experts) if is_routed)
