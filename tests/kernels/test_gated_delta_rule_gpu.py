@@ -51,6 +51,7 @@ def offline_kernel(name, size):
     constants = {"K": size, "BLOCK_K": size, "FAST": True, "PRECISION": "tf32"}
     if name == "inverse":
         tensors = {"k": "*bf16", "inverse": "*bf16", "COLUMNS": KEY_COLUMNS}
+        del constants["BLOCK_K"]
         return OfflineKernel(f"{MODULE}_inverse:_inverse_kernel", {**gates, **constants, **strided("k"), **tensors}, num_warps=1)
     if name == "chunk gradients":
         tiles = chunk_tiles_for(size, 2)

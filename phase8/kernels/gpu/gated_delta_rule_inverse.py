@@ -50,7 +50,7 @@ def chunk_inverses(k: Tensor, gates: Gates, *, num_warps: int = 1) -> Tensor:
     inverse = torch.empty(batch, num_heads, gates.num_chunks, CHUNK_TOKENS, CHUNK_TOKENS, dtype=k.dtype, device=k.device)
     _inverse_kernel[(batch * num_heads * gates.num_chunks,)](
         k, k.stride(0), k.stride(2), k.stride(1), *gates.arguments, inverse, num_heads, gates.num_chunks,
-        K=key_size, BLOCK_K=block_size(key_size), COLUMNS=min(block_size(key_size), KEY_COLUMNS),
+        K=key_size, COLUMNS=min(block_size(key_size), KEY_COLUMNS),
         FAST=has_fast_math(), PRECISION=tensor_core_precision(), num_warps=num_warps,
     )  # fmt: skip
     return inverse
@@ -79,7 +79,7 @@ def unravel_chunk(program, num_chunks, num_heads):
 @triton.jit
 def _inverse_kernel(
     k, k_b, k_h, k_t, decay, decay_b, decay_t, decay_h, rate, rate_b, rate_t, rate_h, starts, length, inverse, num_heads, num_chunks,
-    K: tl.constexpr, BLOCK_K: tl.constexpr, COLUMNS: tl.constexpr, FAST: tl.constexpr, PRECISION: tl.constexpr,
+    K: tl.constexpr, COLUMNS: tl.constexpr, FAST: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Inverts the system of one chunk."""
     chunk, head, batch = unravel_chunk(tl.program_id(0), num_chunks, num_heads)
@@ -103,25 +103,25 @@ def _inverse_kernel(
 
     # Row i of (I + A) X = I: X_ij = -X_ii (sum of A_im X_mj over m from j to i - 1). Keys are loaded again for each block: all of them at once
     # would not fit into the registers.
-    x00 = _inverse_of_diagonal(_system(k, k_t, first, length, 0, 0, total0, total0, rate0, K, BLOCK_K, COLUMNS, FAST, PRECISION), PRECISION)
+    x00 = _inverse_of_diagonal(_system(k, k_t, first, length, 0, 0, total0, total0, rate0, K, COLUMNS, FAST, PRECISION), PRECISION)
     _store_block_row(inverse, x00, nothing, nothing, nothing)
 
-    x11 = _inverse_of_diagonal(_system(k, k_t, first, length, 1, 1, total1, total1, rate1, K, BLOCK_K, COLUMNS, FAST, PRECISION), PRECISION)
-    a10 = _system(k, k_t, first, length, 1, 0, total1, total0, rate1, K, BLOCK_K, COLUMNS, FAST, PRECISION)
+    x11 = _inverse_of_diagonal(_system(k, k_t, first, length, 1, 1, total1, total1, rate1, K, COLUMNS, FAST, PRECISION), PRECISION)
+    a10 = _system(k, k_t, first, length, 1, 0, total1, total0, rate1, K, COLUMNS, FAST, PRECISION)
     x10 = -_dot(x11, _dot(a10, x00, PRECISION), PRECISION)
     _store_block_row(inverse + BLOCK * CHUNK, x10, x11, nothing, nothing)
 
-    x22 = _inverse_of_diagonal(_system(k, k_t, first, length, 2, 2, total2, total2, rate2, K, BLOCK_K, COLUMNS, FAST, PRECISION), PRECISION)
-    a20 = _system(k, k_t, first, length, 2, 0, total2, total0, rate2, K, BLOCK_K, COLUMNS, FAST, PRECISION)
-    a21 = _system(k, k_t, first, length, 2, 1, total2, total1, rate2, K, BLOCK_K, COLUMNS, FAST, PRECISION)
+    x22 = _inverse_of_diagonal(_system(k, k_t, first, length, 2, 2, total2, total2, rate2, K, COLUMNS, FAST, PRECISION), PRECISION)
+    a20 = _system(k, k_t, first, length, 2, 0, total2, total0, rate2, K, COLUMNS, FAST, PRECISION)
+    a21 = _system(k, k_t, first, length, 2, 1, total2, total1, rate2, K, COLUMNS, FAST, PRECISION)
     x20 = -_dot(x22, _dot(a20, x00, PRECISION) + _dot(a21, x10, PRECISION), PRECISION)
     x21 = -_dot(x22, _dot(a21, x11, PRECISION), PRECISION)
     _store_block_row(inverse + 2 * BLOCK * CHUNK, x20, x21, x22, nothing)
 
-    x33 = _inverse_of_diagonal(_system(k, k_t, first, length, 3, 3, total3, total3, rate3, K, BLOCK_K, COLUMNS, FAST, PRECISION), PRECISION)
-    a30 = _system(k, k_t, first, length, 3, 0, total3, total0, rate3, K, BLOCK_K, COLUMNS, FAST, PRECISION)
-    a31 = _system(k, k_t, first, length, 3, 1, total3, total1, rate3, K, BLOCK_K, COLUMNS, FAST, PRECISION)
-    a32 = _system(k, k_t, first, length, 3, 2, total3, total2, rate3, K, BLOCK_K, COLUMNS, FAST, PRECISION)
+    x33 = _inverse_of_diagonal(_system(k, k_t, first, length, 3, 3, total3, total3, rate3, K, COLUMNS, FAST, PRECISION), PRECISION)
+    a30 = _system(k, k_t, first, length, 3, 0, total3, total0, rate3, K, COLUMNS, FAST, PRECISION)
+    a31 = _system(k, k_t, first, length, 3, 1, total3, total1, rate3, K, COLUMNS, FAST, PRECISION)
+    a32 = _system(k, k_t, first, length, 3, 2, total3, total2, rate3, K, COLUMNS, FAST, PRECISION)
     x30 = -_dot(x33, _dot(a30, x00, PRECISION) + _dot(a31, x10, PRECISION) + _dot(a32, x20, PRECISION), PRECISION)
     x31 = -_dot(x33, _dot(a31, x11, PRECISION) + _dot(a32, x21, PRECISION), PRECISION)
     x32 = -_dot(x33, _dot(a32, x22, PRECISION), PRECISION)
@@ -131,7 +131,7 @@ def _inverse_kernel(
 @triton.jit
 def _system(
     k, k_t, first, length, I: tl.constexpr, J: tl.constexpr, rows_total, columns_total, rates,
-    K: tl.constexpr, BLOCK_K: tl.constexpr, COLUMNS: tl.constexpr, FAST: tl.constexpr, PRECISION: tl.constexpr,
+    K: tl.constexpr, COLUMNS: tl.constexpr, FAST: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Block (I, J) of A, from some columns of keys at a time; on the diagonal only what lies strictly below it."""
     change = rows_total[:, None] - columns_total[None, :]
@@ -139,7 +139,7 @@ def _system(
         token = tl.arange(0, BLOCK)
         change = tl.where(token[:, None] > token[None, :], change, float("-inf"))
     products = tl.zeros([BLOCK, BLOCK], tl.float32)
-    for begin in tl.static_range(0, BLOCK_K, COLUMNS):
+    for begin in tl.static_range(0, K, COLUMNS):
         rows_key = _key_rows(k, k_t, first + I * BLOCK, begin, length, K, COLUMNS)
         columns_key = _key_rows(k, k_t, first + J * BLOCK, begin, length, K, COLUMNS)
         products = tl.dot(rows_key, tl.trans(columns_key), products, input_precision=PRECISION)
