@@ -163,6 +163,7 @@ def _upcycled(source: Checkpoint, config: RunConfig, num_experts: int) -> tuple[
     # Whatever the dense model's config says about experts was without effect.
     experts = {name: ModelSection.model_fields[name].default for name in KEYS_OF_EXPERTS} | {
         "ffn": "moe", "num_experts": num_experts, "top_k": UPCYCLED_TOP_K, "expert_ffn_size": config.model.feed_forward_width,
+        "routed_scaling_factor": 1.0,
     }  # fmt: skip
     config = config.model_copy(update={"model": config.model.model_copy(update=experts)})
     refuse_problems(config, about=("model.",))

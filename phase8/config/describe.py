@@ -37,6 +37,7 @@ FOREIGN_NAMES = {
     "model.local_window_size": "sliding_window window_size window",
     "model.norm_eps": "rms_norm_eps layernorm_epsilon norm_epsilon",
     "model.num_heads": "n_head n_heads nhead num_attention_heads",
+    "model.routed_scaling_factor": "moe_router_topk_scaling_factor route_scale",
     "model.balance_loss_weight": "moe_aux_loss_coeff router_aux_loss_coef aux_loss_alpha",
     "model.capacity_factor": "moe_expert_capacity_factor expert_capacity_factor",
     "model.expert_ffn_size": "moe_intermediate_size moe_ffn_hidden_size expert_intermediate_size",

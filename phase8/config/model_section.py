@@ -89,6 +89,7 @@ class ModelSection(Section):
     moe_every_n_layers: LayerCount = key(1, "distance n of the layers with experts; the layers between them are dense")
     first_dense_layers: NonNegativeInt = key(0, "number of first layers that are dense")
     router_score: Literal["softmax", "sigmoid"] = key("softmax", "function that makes scores of experts from the router's logits")
+    routed_scaling_factor: PositiveFloat = key(1.0, "sum of the weights with which the outputs of a token's experts are added, if top_k is above 1")
     balance_loss_weight: NonNegativeFloat = key(0.01, "weight of the loss that spreads tokens over experts; even layers add this much")
     router_z_loss_weight: NonNegativeFloat = key(0.001, "weight of the loss that keeps the router's logits small")
     router_bias_rate: NonNegativeFloat = key(

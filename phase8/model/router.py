@@ -63,7 +63,7 @@ class Router(nn.Module):
     def __init__(self, model: ModelSection):
         super().__init__()
         self.scores = WideLinear(model.d_model, model.num_experts, std=model.init_std)
-        self.top_k, self.has_softmax = model.top_k, model.router_score == "softmax"
+        self.top_k, self.sum_of_weights, self.has_softmax = model.top_k, model.routed_scaling_factor, model.router_score == "softmax"
         self.balance_weight, self.z_weight, self.bias_rate = model.balance_loss_weight, model.router_z_loss_weight, model.router_bias_rate
         # The share of choices of each expert in the step before, and what is added to scores where experts are chosen.
         self.register_buffer("load", torch.empty(model.num_experts))
@@ -80,7 +80,7 @@ class Router(nn.Module):
         chosen = (scores + self.bias.to(scores.dtype)).topk(self.top_k, dim=-1).indices
         weights = scores.gather(-1, chosen)
         if self.top_k > 1:  # of a single choice the weight itself is the way by which the router learns
-            weights = _normalised(weights)
+            weights = self.sum_of_weights * _normalised(weights)
         shares = scores if self.has_softmax else _normalised(scores)
         balance = self.balance_weight * scores.shape[-1] * (shares.sum(0) @ self.load.to(shares.dtype))
         z = self.z_weight * logits.logsumexp(-1).square().sum()

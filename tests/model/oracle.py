@@ -38,7 +38,7 @@ def experts_of_a_token(section, p, token, bias=0.0):
     logits = p["feed_forward.router.scores.weight"] @ token
     scores = torch.exp(logits) / torch.exp(logits).sum() if section.router_score == "softmax" else 1 / (1 + torch.exp(-logits))
     chosen = torch.argsort(scores + bias, descending=True)[: section.top_k].tolist()
-    total = sum(scores[expert] for expert in chosen) if len(chosen) > 1 else 1.0
+    total = sum(scores[expert] for expert in chosen) / section.routed_scaling_factor if len(chosen) > 1 else 1.0
     result = torch.zeros_like(token)
     for expert in chosen:
         gate, up, down = (p[f"feed_forward.experts.{name}"][expert] for name in ("gate", "up", "down"))

@@ -81,6 +81,7 @@ VARIANTS = [
         (f"experts-{score}-{shared}-{block}", scaled_down(ModelSection(ffn="moe", router_score=score, shared_experts=shared, top_k=k, block=block)))
         for score, shared, k, block in (("softmax", 0, 2, "phase8"), ("sigmoid", 1, 3, "phase8"), ("softmax", 2, 1, "transformer"))
     ),
+    ("experts-scaled", scaled_down(ModelSection(ffn="moe", routed_scaling_factor=2.5))),
     ("experts-in-turns", scaled_down(ModelSection(ffn="moe"), num_layers=3, first_dense_layers=0, moe_every_n_layers=2)),
     ("low-rank", scaled_down(ModelSection(low_rank_rank=5, ffn="low_rank_swiglu", tie_embeddings=True))),
 ]

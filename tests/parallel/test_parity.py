@@ -28,7 +28,8 @@ BLOCKS = {
     "low-rank": ("model.low_rank_rank=5", "model.ffn=low_rank_swiglu", "model.chain=both"),
     "experts": (
         "model.ffn=moe", "model.num_experts=4", "model.expert_ffn_size=16", "model.capacity_factor=1.0", "model.balance_loss_weight=0.3",
-        "model.router_z_loss_weight=0.1", "model.router_bias_rate=0.01", "model.init_std=0.3",
+        "model.router_z_loss_weight=0.1", "model.router_bias_rate=0.01", "model.routed_scaling_factor=1.5",
+        "model.init_std=0.3",
     ),
     "experts-dropless": (
         "model.ffn=moe", "model.num_experts=8", "model.top_k=3", "model.expert_ffn_size=8", "model.capacity_factor=null",

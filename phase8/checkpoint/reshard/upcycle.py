@@ -1,7 +1,7 @@
 """Weights of a dense model read as those of a mixture of experts: each expert begins as a copy of the dense feed-forward.
 
-A token's weights of its two experts add up to one, so the mixture computes what the dense model computes, whatever the router chooses, as long as
-no expert drops a token.
+A token's weights of its two experts add up to one (`model.routed_scaling_factor`), so the mixture computes what the dense model computes, whatever
+the router chooses, as long as no expert drops a token.
 
 Source: A. Komatsuzaki et al., "Sparse upcycling" (2023).
 """
