@@ -1,6 +1,6 @@
 r"""Trains variants of the model on the same tokens in the same order and compares their held-out losses.
 
-    python tools/ablation.py --config configs/ablation_30m.yaml --variants transformer+conv window+global --seeds 1 2 3 --jobs 2 \
+    python tools/ablation.py --config configs/ablation_30m.yaml --variants transformer+conv+norm phase8 --seeds 1 2 3 --jobs 2 \
         --output runs/ablation --set data.train=data/code_train_text_document data.validation=data/code_validation_text_document
 
 Every variant and seed is an ordinary run of launch/pretrain.py. Run the same command again after a crash or an interruption: finished

@@ -25,7 +25,7 @@ from phase8.errors import ConfigError, DataError
 from phase8.plan.whole_config import count_parameters, shapes_only
 from phase8.train.datasets import RunData
 
-REFERENCE = "transformer+conv"
+REFERENCE = "transformer+conv+norm"
 SIZE_TOLERANCE = 0.01
 # Keys that a variant may not change: with another length or vocabulary, losses cannot be compared.
 SAME_FOR_ALL = ("model.sequence_length", "model.vocab_size")
@@ -38,25 +38,34 @@ _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9.+-]*")  # no underscore: it stands fo
 Settings = tuple[str, ...]  # `section.key=value`, as --set takes them
 
 
-def _transformer(*, taps: int) -> Settings:
-    return ("model.block=transformer", f"model.convolution_size={taps}")
+def _transformer(*, taps: int, norm: str = "false") -> Settings:
+    return ("model.block=transformer", f"model.convolution_size={taps}", f"model.local_qk_norm={norm}")
 
 
-def _phase8(score: str, *, chain: str, global_path: str = "linear") -> Settings:
+_PLAIN: Settings = ("model.local_qk_norm=false", "model.global_gate=scalar", "model.global_activation=none")
+_DEFAULT: Settings = ("model.local_qk_norm=true", "model.global_gate=channel", "model.global_activation=silu")
+_IN_TURNS: Settings = ("model.ffn_size=1368", "model.local_window_size=[0,2048]")
+
+
+def _phase8(score: str, *, chain: str, global_path: str = "linear", options: Settings = _PLAIN) -> Settings:
     parts = (f"model.score={score}", f"model.global_path={global_path}", f"model.chain={chain}")
-    return ("model.block=phase8", "model.convolution_size=4", *parts)
+    return ("model.block=phase8", "model.convolution_size=4", *parts, *options)
 
 
-# Each row names every key it is about, so that changing a default changes no variant.
+# Each row names every key it is about, so that changing a default changes no variant. What gates per channel take, the feed-forward gives; its widths
+# are for configs/ablation_30m.yaml.
 VARIANTS: Mapping[str, Settings] = {
     "transformer": _transformer(taps=1),
     "transformer+conv": _transformer(taps=4),
+    "transformer+conv+norm": _transformer(taps=4, norm="true"),
+    "phase8": (*_phase8("dot", chain="none", options=_DEFAULT), "model.ffn_size=1320"),
+    "phase8+delta": (*_phase8("dot", chain="none", global_path="delta", options=_DEFAULT), "model.ffn_size=1320"),
     "window": _phase8("dot", chain="none", global_path="none"),
     "window+global": _phase8("dot", chain="none"),
     "window+delta": _phase8("dot", chain="none", global_path="delta"),
     # The hybrids that others train, from parts of this project: layers of a recurrence and layers of a window take turns.
-    "gated-deltanet": (*_phase8("dot", chain="none", global_path="delta"), "model.local_window_size=[0,1024]"),
-    "mamba2": (*_phase8("dot", chain="none"), "model.local_window_size=[0,1024]"),
+    "gated-deltanet": (*_phase8("dot", chain="none", global_path="delta", options=_DEFAULT), *_IN_TURNS),
+    "mamba2": (*_phase8("dot", chain="none", options=_DEFAULT), *_IN_TURNS),
     "window+global+decay": _phase8("dot", chain="decay"),
     "window+global+gate": _phase8("dot", chain="gate"),
     "window+global+chain": _phase8("dot", chain="both"),

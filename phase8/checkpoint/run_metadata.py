@@ -4,7 +4,8 @@ Types, ranges, and consistency with the sizes of the tensors are checked here, b
 
 | key of another release | treatment |
 |---|---|
-| a key that an earlier release did not write | has its default; `model.global_path` has `linear`, which every model was that does not say it |
+| a key of the model that an earlier release did not write | has the value that every model had by then (`_BEFORE_THE_KEY`), or else its default |
+| another key that an earlier release did not write | has its default |
 | an unknown key of `config` outside the model section | is dropped, since it only concerned training |
 | an unknown key of `config.model` or of `position` | is refused: ignoring it could misread weights or data |
 | an unknown key of `data_fingerprint` | is kept, since it is compared with that of the data |
@@ -40,6 +41,7 @@ _MOST = 2**63 - 1
 _MOST_READ = 2**53
 _LONGEST_SEQUENCE = 2**31 - 1  # the schema's bound, `TokenCount`
 _MOST_LOSSES = 1024
+_BEFORE_THE_KEY = {"global_path": "linear", "local_qk_norm": False, "global_gate": "scalar", "global_activation": "none"}
 _KEYS = {name for name, _ in iterate_keys()}
 _SECTIONS = {name.rpartition(".")[0] for name in _KEYS}
 
@@ -205,7 +207,7 @@ def stored_config(tree: dict[str, Any]) -> RunConfig:
     """
     known = _known_keys(tree)
     if isinstance(model := known.get("model", {}), dict):
-        known["model"] = {"global_path": "linear"} | model
+        known["model"] = _BEFORE_THE_KEY | model
     return config_from_mapping(known, source="config")
 
 

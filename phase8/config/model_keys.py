@@ -28,7 +28,8 @@ def keys_in_effect(model: ModelSection) -> dict[str, Any]:
     unread |= frozenset() if model.ffn == "moe" else KEYS_OF_EXPERTS
     written_out = {
         "head_size": model.head_width, "ffn_size": model.feed_forward_width, "expert_ffn_size": model.expert_width,
-        "convolution_size": model.convolution_taps,
+        "convolution_size": model.convolution_taps, "local_qk_norm": model.has_qk_norm,
+        "global_gate": "channel" if model.has_channel_gate else "scalar", "global_activation": "silu" if model.has_silu else "none",
     }  # fmt: skip
     return {name: value for name, value in (model.model_dump(mode="json") | written_out).items() if name not in unread}
 

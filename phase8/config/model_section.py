@@ -50,25 +50,29 @@ class ModelSection(Section):
     sequence_length: TokenCount = key(512, "tokens T of a training sequence")
     low_rank_rank: OptionalWidth = key(0, "rank R of the mixer's linears (and of the feed-forward's with ffn: low_rank_swiglu); 0: dense")
     local_window_size: NonNegativeInt | Windows = key(
-        (128, 128, 128, 1024),
+        (128, 128, 128, 2048),
         "window W of the local path, in tokens, the token itself included; a list is repeated over the layers. 0: the layer is the global path "
         "alone; then the layers that have a window are windows alone",
     )
     global_tokens: NonNegativeInt = key(0, "first G tokens of the sequence that every later token sees")
     score: Literal["lorentz", "dot"] = key("dot", "score of the local path: hyperbolic distance or scaled dot product")
-    local_qk_norm: bool = key(
-        False, "queries and keys of the window (transformer: of the attention) are normalised and scaled by a learned number per head; dot score only"
+    local_qk_norm: bool | None = key(
+        None,
+        "queries and keys of the window (transformer: of the attention) are normalised and scaled by a learned number per head; the Lorentz score "
+        "cannot have it; null: true for the dot score, false for the transformer, which is a Llama then",
     )
     global_path: GlobalPathName = key(
         "linear",
         "recurrence beside the window: delta replaces what a key holds, linear adds to it; none: the window alone, without gate and chain",
     )
     chain: Literal["both", "decay", "gate", "none"] = key("none", "what the Green chain modulates: the decay, the gate, both, or no chain")
-    global_gate: Literal["scalar", "channel"] = key(
-        "scalar", "gate of the global path: a number per head and token, or one per channel, by a low-rank product whose rank is the head size"
+    global_gate: Literal["scalar", "channel"] | None = key(
+        None,
+        "gate of the global path: a number per head and token, or one per channel, by a low-rank product whose rank is the head size; null: channel, "
+        "but scalar in a model with low_rank_rank",
     )
-    global_activation: Literal["none", "silu"] = key(
-        "none", "activation of the global path's queries and keys, between convolution and normalisation"
+    global_activation: Literal["none", "silu"] | None = key(
+        None, "activation of the global path's queries and keys, between convolution and normalisation; null: silu"
     )
     decay_floor: NegativeFloat | None = key(
         None, "lowest logarithm of the global path's decay, which is the floor times a sigmoid, -5 for example; null: minus a softplus, without floor"
@@ -146,11 +150,27 @@ class ModelSection(Section):
         return self.block == "phase8" and self.global_path != "none"
 
     @property
+    def has_qk_norm(self) -> bool:
+        """Whether queries and keys of a window, or of the transformer's attention, are normalised."""
+        return self.local_qk_norm if self.local_qk_norm is not None else self.block == "phase8" and self.score == "dot"
+
+    @property
+    def has_channel_gate(self) -> bool:
+        """Whether the gate of the global path is one per channel."""
+        gate = self.global_gate if self.global_gate is not None else ("scalar" if self.low_rank_rank else "channel")
+        return self.has_global_path and gate == "channel"
+
+    @property
+    def has_silu(self) -> bool:
+        """Whether queries and keys of the global path go through SiLU."""
+        return self.has_global_path and self.global_activation != "none"
+
+    @property
     def scalars_per_head(self) -> int:
         """Numbers that the global path computes for each head and token: decay step, scalar gate, potential of the chain, share of the delta rule."""
         if not self.has_global_path:
             return 0
-        return 1 + (self.global_gate == "scalar") + (self.chain != "none") + (self.global_path == "delta")
+        return 1 + (not self.has_channel_gate) + (self.chain != "none") + (self.global_path == "delta")
 
     @property
     def feed_forward_rank(self) -> int:

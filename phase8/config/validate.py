@@ -73,11 +73,11 @@ def model_problems(model: ModelSection) -> Iterator[str]:
         yield f"model.local_qk_norm is true, but model.score is {model.score}, which has lengths of its own; set model.local_qk_norm to false."
     if model.global_path == "none" and model.chain != "none":
         yield f"model.chain is {model.chain}, but model.global_path is none and has no decay or gate to modulate; set model.chain to none."
-    if model.global_path == "none" and model.global_gate != "scalar":
+    if model.global_path == "none" and model.global_gate == "channel":
         yield f"model.global_gate is {model.global_gate}, but model.global_path is none and has no gate; set model.global_gate to scalar."
     if model.global_path == "none" and model.decay_floor is not None:
         yield f"model.decay_floor is {model.decay_floor}, but model.global_path is none and has no decay; set model.decay_floor to null."
-    if model.global_path == "none" and model.global_activation != "none":
+    if model.global_path == "none" and model.global_activation == "silu":
         yield (
             f"model.global_activation is {model.global_activation}, but model.global_path is none and has no queries; "
             "set model.global_activation to none."

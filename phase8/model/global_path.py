@@ -153,7 +153,7 @@ class GlobalPath(nn.Module):
         # The order is head-major, so that heads shard as rows.
         self.scalars = WideLinear(model.d_model, model.num_heads * model.scalars_per_head, std=model.init_std)
         self.gate = None
-        if model.global_gate == "channel":
+        if model.has_channel_gate:
             self.gate = LowRankColumn(model.d_model, model.attention_width, rank=model.head_width, std=model.init_std)
         self.gates = None if self.gate is None else JointColumnLinear((self.gate,), axis, number_format)
         self.decay_bias = nn.Parameter(torch.empty(model.num_heads))

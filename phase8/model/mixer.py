@@ -101,8 +101,8 @@ class Phase8Mixer(nn.Module):
         self.earlier = EarlierSlices(context) if context.size > 1 else None
         self.convolution = ShortConvolution(inner, model.convolution_taps, num_ranks=axis.size)
         self.score = LorentzScore(model.num_heads) if model.score == "lorentz" and self.window > 0 else None
-        self.qk_norm = QueryKeyNorm(model.num_heads, model.head_width, eps=model.norm_eps) if model.local_qk_norm and self.window > 0 else None
-        self.has_silu = model.has_global_path and model.global_activation == "silu"
+        self.qk_norm = QueryKeyNorm(model.num_heads, model.head_width, eps=model.norm_eps) if model.has_qk_norm and self.window > 0 else None
+        self.has_silu = model.has_silu
         self.global_path = GlobalPath(model, axis=axis, number_format=number_format, context=context) if model.has_global_path else None
         self.out = row_linear(inner, width, rank=rank, std=0.0, axis=axis, number_format=number_format)
 

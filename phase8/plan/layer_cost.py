@@ -35,6 +35,9 @@ CAUSAL_SHARES: Both = (0.48, 0.48)
 DELTA_OVER_LINEAR = 2.15
 # Passes over [N, I] by a gate per channel: its logits are read; in backward, their gradient is written as well.
 GATE_PASSES: Both = (1, 2)
+# A recomputation slice by slice over one of the whole sequence (32 slices of phase8_1b): gradients of weights are summed for every slice, and slices
+# are split and joined.
+SLICES_OVER_FULL = 1.6
 # Additional passes over [N, I] by these kernels: their times extrapolated to window and head size 0.
 KERNEL_PASSES: Both = (15, 34)
 CAUSAL_PASSES: Both = (6, 14)
@@ -195,7 +198,7 @@ def layer_cost(batch: Microbatch, kind: LayerKind, *, recompute: str, budget: fl
         return once.plus(mixer.repeated)
     whole = mixer.repeated.plus(mixer.last, feed_forward.repeated)
     kept = next((kept for least, kept in BUDGET_STEPS if budget >= least), budget)
-    share = {"full": 1.0, "slices": 1.0, "budget": (1 - kept) ** BUDGET_EXPONENT}.get(recompute, 0.0)
+    share = {"full": 1.0, "slices": SLICES_OVER_FULL, "budget": (1 - kept) ** BUDGET_EXPONENT}.get(recompute, 0.0)
     return once.plus(Cost(whole.gpu * share, whole.host * share))
 
 
@@ -227,7 +230,7 @@ def _mixer(batch: Microbatch, window: int) -> Half:
     out = _row(batch, inner, rank)
     products = _columns(batch, 3, inner, rank) + out
     has_path = model.has_global_path
-    has_gates = has_path and model.global_gate == "channel"
+    has_gates = model.has_channel_gate
     if has_path:
         products += batch.product(N / batch.tensor_ranks, model.d_model, model.scalars_per_head * model.num_heads)
     if has_gates:

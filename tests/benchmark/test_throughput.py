@@ -61,7 +61,7 @@ def test_figures_are_medians_of_the_measured_steps(tiny, clocks, monkeypatch):
     rate = measured[0].mfu * 1e9 / measured[0].tokens_per_second  # FLOPs of a token
     assert found.mfu == pytest.approx(rate * found.tokens_per_second / 1e9) and found.mfu > 0
     assert found.first_loss == clock.steps[0].loss
-    assert found.gradients.keys() == {"q", "k", "v", "global_path.scalars", "out"}
+    assert found.gradients.keys() == {"q", "k", "v", "global_path.scalars", "global_path.gate.down", "global_path.gate.up", "out"}
     assert found.first_loss == pytest.approx(math.log(config.model.vocab_size), rel=0.1)
     assert not Path(config.run.output_dir).exists()
 

@@ -78,7 +78,7 @@ def mixer(section, layer, p, x):
         else:
             alpha = torch.exp(section.decay_floor / (1 + torch.exp(-step - decay_term)))
         gate = torch.sigmoid(gate_logits(section, p, x, scalars, h) + (p["mixer.global_path.gate_bias"][h] + gate_term).reshape(-1, 1))
-        global_q, global_k = (x[:, h] / (1 + torch.exp(-x[:, h])) if section.global_activation == "silu" else x[:, h] for x in (q, k))
+        global_q, global_k = (x[:, h] / (1 + torch.exp(-x[:, h])) if section.has_silu else x[:, h] for x in (q, k))
         if section.global_path == "delta":
             read = delta_rule(section, global_q, global_k, v[:, h], alpha, torch.sigmoid(scalars[:, h, -1]))
         else:
@@ -91,7 +91,7 @@ def mixer(section, layer, p, x):
 
 def gate_logits(section, p, x, scalars, h):
     """One head: a number per token [T, 1], or one per channel [T, K]."""
-    if section.global_gate == "scalar":
+    if not section.has_channel_gate:
         return scalars[:, h, 1:2]
     return linear(p, "mixer.global_path.gate", x)[:, h * section.head_width : (h + 1) * section.head_width]
 
@@ -139,7 +139,7 @@ def softmax_attention(section, q, k, v, h, window, rotary, p):
     """One head; a window of W tokens and the first G, or everything before."""
     length, size = len(q), q.shape[-1]
     q, k = (rotate(x[:, h], section.rope_base) if rotary else x[:, h] for x in (q, k))
-    if section.local_qk_norm:
+    if section.has_qk_norm:
         q, k = (p["mixer.qk_norm.weight"][h] * rms(x, section.norm_eps) for x in (q, k))
     if window is None or section.score == "dot":
         scores = q @ k.T / math.sqrt(size)

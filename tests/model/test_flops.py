@@ -81,7 +81,8 @@ def test_attention_is_the_visible_share_of_both_products_over_all_pairs(block):
 
 def test_a_worked_example():
     shape = {"d_model": 8, "num_layers": 2, "num_heads": 2, "vocab_size": 10, "sequence_length": 4, "local_window_size": 2, "ffn_size": 12}
-    section = ModelSection(**shape, global_tokens=1, global_path="linear")
+    shape |= {"global_tokens": 1, "global_gate": "scalar"}
+    section = ModelSection(**shape, global_path="linear")
     # Keys of tokens 0..3: 1, 2, 3 (window 2 + global), 3: 9 / 4 on average.
     assert forward_flops_per_token(section) == {
         "mixer projections": 2 * (4 * 2 * 8 * 8 + 2 * 8 * 2 * 2),
@@ -91,7 +92,7 @@ def test_a_worked_example():
         "head": 2 * 8 * 10,
         "recurrence": 2 * 2 * 2 * 2 * 4 * 4,  # layers, multiply and add, update and read-out, heads, K x K
     }
-    delta = forward_flops_per_token(ModelSection(**shape, global_tokens=1, global_path="delta"))
+    delta = forward_flops_per_token(ModelSection(**shape, global_path="delta"))
     assert delta == forward_flops_per_token(section) | {
         "mixer projections": 2 * (4 * 2 * 8 * 8 + 2 * 8 * 2 * 3),  # a third scalar of each head
         "recurrence": 2 * 2 * 3 * 2 * 4 * 4,  # read by key, update, read-out

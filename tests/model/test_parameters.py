@@ -87,7 +87,7 @@ def test_only_matrices_of_linear_layers_decay():
     decayed = decayed_parameter_names(fresh(scaled_down(ModelSection())))
     assert {name for name in decayed if not name.startswith("blocks.1")} == {
         "head.weight",
-        *(f"blocks.0.mixer.{name}.weight" for name in ("q", "k", "v", "global_path.scalars", "out")),
+        *(f"blocks.0.mixer.{name}.weight" for name in ("q", "k", "v", "global_path.scalars", "global_path.gate.down", "global_path.gate.up", "out")),
         *(f"blocks.0.feed_forward.{name}.weight" for name in ("gate", "up", "down")),
     }
 

@@ -30,6 +30,7 @@ DOCUMENT_RATIO = 0.1  # tokens that begin a document, over all tokens
 
 TINY = (
     "model.global_path=linear", "model.d_model=64", "model.num_layers=4", "model.num_heads=4", "model.ffn_size=96", "model.local_window_size=[6,20]",
+    "model.local_qk_norm=false", "model.global_gate=scalar", "model.global_activation=none",
     f"model.vocab_size={VOCABULARY_SIZE}", f"model.sequence_length={SEQUENCE_LENGTH}", "precision.dtype=fp32", "precision.tf32=false",
     f"train.num_steps={NUM_STEPS}", f"train.micro_batch_size={MICRO_BATCH_SIZE}", "optim.learning_rate=3e-3", "optim.warmup_steps=4",
 )  # fmt: skip

@@ -26,7 +26,7 @@ MODEL = (
     "optim.learning_rate=1e-3", "optim.eps=1e-3", "optim.gradient_clip_norm=1.0", "train.micro_batch_size=2",
 )  # fmt: skip
 # Experts at a width of 128: with the initial weights of the small models, sums in another order already change the choice of some tokens.
-BLOCKS = {name: (*keys, "model.init_std=0.1") if name.startswith("experts") else keys for name, keys in test_parity.BLOCKS.items()}
+BLOCKS = {name: (*keys, "model.init_std=0.05") if name.startswith("experts") else keys for name, keys in test_parity.BLOCKS.items()}
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 COMPILED = ("train.compile.enabled=true", "train.compile.fullgraph=true")
 ASYNCHRONOUS = (*COMPILED, "parallel.async_tensor_parallel=true")

@@ -57,7 +57,8 @@ def test_one_rank_communicates_nothing():
 
 def test_tensor_parallel_layers_gather_and_scatter_tokens():
     """A layer gathers for columns (twice with backward), scalars and rows in both halves; scatters as often, but for what is gathered again."""
-    found = table(section(), grid=Grid(tensor=2))
+    scalar = section(global_gate="scalar")
+    found = table(scalar, grid=Grid(tensor=2))
     scalars = 16 * 4 * 4  # two scalars of two heads in fp32
     assert found == {
         (TP, ALL_GATHER): (2 * (6 + 1) + 2, (2 * 6 + 2) * 256 + 2 * scalars),
@@ -65,7 +66,7 @@ def test_tensor_parallel_layers_gather_and_scatter_tokens():
         # Loss; gradients of three norms; both flags and norm.
         (TP, ALL_REDUCE): (2 + 1 + 2, 3 * 16 * 4 + 3 * 8 * 4 + 3 * 4),
     }
-    twice = table(section(), grid=Grid(tensor=2), microbatches=2)
+    twice = table(scalar, grid=Grid(tensor=2), microbatches=2)
     assert twice[TP, ALL_GATHER] == tuple(2 * number for number in found[TP, ALL_GATHER])
     assert twice[TP, ALL_REDUCE] == (2 * 2 + 1 + 2, 2 * 3 * 16 * 4 + 3 * 8 * 4 + 3 * 4)
 
@@ -91,7 +92,7 @@ def test_the_transformer_and_the_window_alone_have_no_scalars_and_chain_and_delt
     for changes in ({"block": "transformer"}, {"global_path": "none", "score": "dot"}):
         assert table(section(**changes), grid=Grid(tensor=2))[TP, ALL_GATHER] == expected
     for changes, scalars in (({"chain": "both"}, 3), ({"global_path": "delta"}, 3), ({"global_path": "delta", "chain": "both"}, 4)):
-        found = table(section(**changes), grid=Grid(tensor=2))[TP, ALL_GATHER]
+        found = table(section(**changes, global_gate="scalar"), grid=Grid(tensor=2))[TP, ALL_GATHER]
         assert found == (expected[0] + 2, expected[1] + 2 * 16 * 2 * scalars * 4)
 
 

@@ -10,7 +10,7 @@ from phase8.topology import AxisName
 
 def test_the_model_in_words():
     shape = {"d_model": 8, "num_layers": 2, "num_heads": 2, "vocab_size": 10, "sequence_length": 4, "local_window_size": 2, "ffn_size": 12}
-    section = ModelSection(**shape, global_tokens=1, global_path="linear")
+    section = ModelSection(**shape, global_tokens=1, global_path="linear", global_gate="scalar")
     assert dict(model_facts(section, num_parameters=1234567)) == {
         "model": "phase8, 2 layers, width 8, 2 heads of 4, dense",
         "parameters": "1.23M (1,234,567)",

@@ -90,7 +90,9 @@ def test_interleaved_stages_hold_chunks():
 
 @pytest.mark.parametrize(("setting", "scalars"), [("model.low_rank_rank=0", 2), ("model.low_rank_rank=4", 2), ("model.global_path=delta", 3)])
 def test_tensor_parallel_ranks_divide_what_can_be_divided(setting, scalars):
-    (whole,), (half,) = stages_of(setting), stages_of(setting, "parallel.tensor_parallel_size=2", world_size=2)
+    (whole,), (half,) = (
+        stages_of("model.global_gate=scalar", setting, *more, world_size=size) for more, size in (((), 1), (("parallel.tensor_parallel_size=2",), 2))
+    )
     low_rank = "=4" in setting
     # Norms and the scalars of the global path, and of low-rank pairs the matrices beside the bottleneck.
     of_a_layer = 2 * 32 + scalars * 4 * 32 + (4 * 4 * 32 if low_rank else 0)

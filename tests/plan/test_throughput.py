@@ -40,7 +40,7 @@ def test_every_measured_row_is_predicted_within_a_tenth(tmp_path):
     rows = MEASURED["rows"]
     missed = {}
     for row in rows:
-        config = config_of(row["config"], "model.global_path=linear", *row["set"].split(), tmp_path=tmp_path)  # as all rows were measured
+        config = config_of(row["config"], *MEASURED["blocks"][row.get("block", "before")].split(), *row["set"].split(), tmp_path=tmp_path)
         ratio = MEASURED["host_ratios"][row["host"]]
         speed = predict_step(config, row["world_size"], row["device"], host_ratio=ratio).tokens_per_second
         deviation = speed / row["tokens_per_second"] - 1
@@ -95,7 +95,7 @@ def test_the_delta_rule_takes_longer_than_the_linear_recurrence(tmp_path):
 
 def test_every_scalar_of_the_global_path_is_a_column_of_a_product():
     def batch(**settings):
-        return Microbatch(ModelSection(**settings), 4, 1, 2, True, Rates(1e15, 3e12))
+        return Microbatch(ModelSection(global_gate="scalar", **settings), 4, 1, 2, True, Rates(1e15, 3e12))
 
     def layer_seconds(**settings):
         return layer_cost(batch(**settings), LayerKind(128), recompute="none", budget=1.0).gpu

@@ -239,7 +239,8 @@ def test_a_key_that_an_earlier_revision_did_not_have_had_its_default(tiny):
 
 
 def test_a_value_is_shown_shortly():
-    tree = {"data": {"train": [{"path": "x" * 50, "weight": 1}] * 1000}, "model": {"global_path": "linear"}}
+    model = stored_config({}).model.model_dump(mode="json")
+    tree = {"data": {"train": [{"path": "x" * 50, "weight": 1}] * 1000}, "model": model}
     config = config_from_mapping(tree, source="test")
     (change,) = changed_keys(stored_config({}), config)
     assert len(str(change)) < 600

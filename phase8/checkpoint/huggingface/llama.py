@@ -33,7 +33,7 @@ def reasons_against(model: ModelSection) -> Iterator[str]:
         yield f"model.block {model.block}"
     if model.convolution_taps > 1:
         yield f"a convolution of {model.convolution_taps} taps (model.convolution_size)"
-    if model.local_qk_norm:
+    if model.has_qk_norm:
         yield "a norm of queries and keys (model.local_qk_norm)"
     if not all(model.has_rotary):
         yield "layers without positions (model.rotary)"
