@@ -55,7 +55,8 @@ LOW_RANK = {"low_rank_rank": 5, "ffn": "low_rank_swiglu"}
 @pytest.mark.parametrize(
     ("changes", "num_products"),
     [({}, 6), ({"block": "transformer"}, 4), (LOW_RANK, 6)],
-    ids=["phase8", "transformer", "low-rank"],  # phase8: down and up of the gates, too; low-rank: down and up of qkv, of the output; bottlenecks of gate and up; up of the last one
+    # phase8: down and up of the gates, too. low-rank: down and up of qkv, of the output; bottlenecks of gate and up; up of the last one.
+    ids=["phase8", "transformer", "low-rank"],
 )
 def test_a_format_computes_every_product_of_the_linear_layers_of_a_block(changes, num_products):
     section, chosen, tokens = SECTION.model_copy(update=changes), Counted(), torch.arange(32).reshape(2, 16)
