@@ -8,17 +8,18 @@ Shapes: B batch, T tokens of a slice.
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from phase8.distributed.collectives import Axis, exchange_tokens
+from phase8.distributed.collectives import Axis, begin_to_exchange
 from phase8.shared_sequence import Wanted, parts_of
 
 
-def fetch_tokens(x: Tensor, wanted: Wanted, axis: Axis) -> list[Tensor]:
-    """Tokens of the whole sequence, by their numbers in it.
+def begin_to_fetch(x: Tensor, wanted: Wanted, axis: Axis) -> Callable[[], list[Tensor]]:
+    """Begins to fetch tokens of the whole sequence, by their numbers in it; other work may run until they are needed, also in backward.
 
     Args:
         x: Tokens of this rank's slice [B, T, ...].
@@ -26,32 +27,34 @@ def fetch_tokens(x: Tensor, wanted: Wanted, axis: Axis) -> list[Tensor]:
         axis: Ranks that share the sequence.
 
     Returns:
-        The tokens of each of this rank's ranges [B, len(range), ...].
+        A function, to be called once, that waits for the tokens of each of this rank's ranges [B, len(range), ...] and returns them.
     """
-    own, num_ranges = wanted[axis.index], len(wanted[axis.index])
-    lengths = [len(part) for owner in range(axis.size) for part in parts_of(own, owner, x.shape[1])]
-    pieces = _FetchTokens.apply(x, wanted, axis).split(lengths)
-    return [torch.cat(pieces[place::num_ranges]).transpose(0, 1) for place in range(num_ranges)]
+    own, num_ranges, length = wanted[axis.index], len(wanted[axis.index]), x.shape[1]
+    sent = [parts_of(ranges, axis.index, length) for ranges in wanted]
+    fetched = [parts_of(own, owner, length) for owner in range(axis.size)]
+    leaving = _ChosenTokens.apply(x, [part for parts in sent for part in parts])
+    arriving = begin_to_exchange(leaving, [sum(map(len, parts)) for parts in sent], [sum(map(len, parts)) for parts in fetched], axis)
+
+    def end() -> list[Tensor]:
+        pieces = arriving().split([len(part) for parts in fetched for part in parts])
+        return [torch.cat(pieces[place::num_ranges]).transpose(0, 1) for place in range(num_ranges)]
+
+    return end
 
 
-class _FetchTokens(torch.autograd.Function):
-    """The fetched tokens first, [N, B, ...]: for each owner, its part of each range."""
+class _ChosenTokens(torch.autograd.Function):
+    """The tokens of some parts of the slice one after the other, tokens first [N, B, ...]; several parts may have the same token."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, wanted: Wanted, axis: Axis) -> Tensor:
-        ctx.axis, ctx.shape = axis, x.shape
-        length, sent = x.shape[1], [parts_of(ranges, axis.index, x.shape[1]) for ranges in wanted]
-        ctx.sent = [part for parts in sent for part in parts]
-        ctx.num_sent = [sum(map(len, parts)) for parts in sent]
-        ctx.num_fetched = [sum(map(len, parts_of(wanted[axis.index], owner, length))) for owner in range(axis.size)]
+    def forward(ctx: Any, x: Tensor, parts: Sequence[range]) -> Tensor:
+        ctx.parts, ctx.shape = parts, x.shape
         tokens = x.transpose(0, 1)
-        return exchange_tokens(torch.cat([tokens[part.start : part.stop] for part in ctx.sent]), ctx.num_sent, ctx.num_fetched, axis)
+        return torch.cat([tokens[part.start : part.stop] for part in parts])
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
-        returned = exchange_tokens(grad, ctx.num_fetched, ctx.num_sent, ctx.axis)
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
         batch, length, *rest = ctx.shape
-        home = returned.new_zeros(length, batch, *rest)
-        for part, gradient in zip(ctx.sent, returned.split([len(part) for part in ctx.sent]), strict=True):
-            home[part.start : part.stop] += gradient  # several ranks may have fetched the same token
-        return home.transpose(0, 1), None, None
+        home = grad.new_zeros(length, batch, *rest)
+        for part, gradient in zip(ctx.parts, grad.split([len(part) for part in ctx.parts]), strict=True):
+            home[part.start : part.stop] += gradient
+        return home.transpose(0, 1), None

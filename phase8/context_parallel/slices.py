@@ -6,20 +6,23 @@ on T. A slice may be shorter than the window, which then reaches over several ra
 
 Where documents begin in the whole sequence every rank knows from its data.
 
+Every exchange begins at once and returns a function that waits for it: what does not need its result may be computed in between.
+
 Shapes: B batch, T tokens of a slice, S tokens of the sequence, H heads, K head size, C channels.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from phase8.context_parallel.fetch import fetch_tokens
+from phase8.context_parallel.fetch import begin_to_fetch
 from phase8.context_parallel.green import green_scan_of_slice
-from phase8.distributed.collectives import Axis, gather_tokens
+from phase8.distributed.collectives import Axis, begin_to_gather
 from phase8.kernels.state_map import DecayMap, StateMap
 from phase8.kernels.window_state import WindowState
 from phase8.shared_sequence import Wanted, wanted_tokens
@@ -39,7 +42,7 @@ class EarlierSlices:
         """The part of `starts` [B, S] that is about this slice of `length` tokens [B, T]."""
         return None if starts is None else starts[:, self.axis.index * length :][:, :length]
 
-    def last_inputs(self, x: Tensor, count: int, starts: Tensor | None) -> Tensor:
+    def last_inputs(self, x: Tensor, count: int, starts: Tensor | None) -> Callable[[], Tensor]:
         """The inputs before the slice [B, count, C]; those of documents before the last one, and before the sequence, are 0.
 
         Args:
@@ -48,39 +51,54 @@ class EarlierSlices:
             starts: True where a token of the sequence begins a document [B, S]; None: nowhere.
         """
         wanted = wanted_tokens(x.shape[1], self.axis.size, before=count)
-        inputs, _ = fetch_tokens(x, wanted, self.axis)
-        if starts is not None:
-            documents, _ = self._documents(starts, wanted, x.shape[1])
-            inputs = inputs * (documents == 0)[..., None]
-        return F.pad(inputs, (0, 0, count - inputs.shape[1], 0))
+        fetched = begin_to_fetch(x, wanted, self.axis)
 
-    def window_state(self, k: Tensor, v: Tensor, *, window: int, global_tokens: int, starts: Tensor | None) -> WindowState:
+        def end() -> Tensor:
+            inputs, _ = fetched()
+            if starts is not None:
+                documents, _ = self._documents(starts, wanted, x.shape[1])
+                inputs = inputs * (documents == 0)[..., None]
+            return F.pad(inputs, (0, 0, count - inputs.shape[1], 0))
+
+        return end
+
+    def window_state(self, k: Tensor, v: Tensor, *, window: int, global_tokens: int, starts: Tensor | None) -> Callable[[], WindowState]:
         """The state of window attention before the slice; arguments as of `window_attention`, but `starts` of the whole sequence [B, S]."""
         length = k.shape[1]
         wanted = wanted_tokens(length, self.axis.size, before=window - 1, first=global_tokens)
-        kept, kept_globals = (part.chunk(2, dim=-1) for part in fetch_tokens(torch.cat((k, v), dim=-1), wanted, self.axis))
-        if starts is None:
-            numbers = [torch.zeros(part[0].shape[:2], dtype=torch.int32, device=k.device) for part in (kept, kept_globals)]
-        else:
-            numbers = self._documents(starts, wanted, length)
-        return WindowState(*kept, *kept_globals, *numbers, num_seen=self.axis.index * length)
+        fetched = begin_to_fetch(torch.cat((k, v), dim=-1), wanted, self.axis)
+
+        def end() -> WindowState:
+            kept, kept_globals = (part.chunk(2, dim=-1) for part in fetched())
+            if starts is None:
+                numbers = [torch.zeros(part[0].shape[:2], dtype=torch.int32, device=k.device) for part in (kept, kept_globals)]
+            else:
+                numbers = self._documents(starts, wanted, length)
+            return WindowState(*kept, *kept_globals, *numbers, num_seen=self.axis.index * length)
+
+        return end
 
     def all_keys(self, k: Tensor, v: Tensor, starts: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None]:
         """Keys and values of all tokens before the slice [B, P, H, K], and with `starts` [B, S] the numbers of their documents [B, P]."""
         length = k.shape[1]
         wanted = wanted_tokens(length, self.axis.size, before=length * self.axis.size)
-        kept, _ = fetch_tokens(torch.cat((k, v), dim=-1), wanted, self.axis)
+        kept, _ = begin_to_fetch(torch.cat((k, v), dim=-1), wanted, self.axis)()
         return *kept.chunk(2, dim=-1), None if starts is None else self._documents(starts, wanted, length)[0]
 
-    def entering_state(self, own: StateMap | DecayMap) -> Tensor:
+    def entering_state(self, own: StateMap | DecayMap) -> Callable[[], Tensor]:
         """The recurrence's state before the slice [B, H, K, V]; `own` is what this slice does to it."""
-        values = own.added.shape[-1]
+        kind, values = type(own), own.added.shape[-1]
         # One tensor: one collective, which every rank runs in backward, the first one too.
-        maps = gather_tokens(torch.cat((own.matrix, own.added), dim=-1)[None], self.axis)
-        state = maps[:0, ..., -values:].sum(0)
-        for earlier in maps[: self.axis.index]:
-            state = type(own)(earlier[..., :-values], earlier[..., -values:])(state)
-        return state
+        told = begin_to_gather(torch.cat((own.matrix, own.added), dim=-1)[None], self.axis)
+
+        def end() -> Tensor:
+            maps = told()
+            state = maps[:0, ..., -values:].sum(0)
+            for earlier in maps[: self.axis.index]:
+                state = kind(earlier[..., :-values], earlier[..., -values:])(state)
+            return state
+
+        return end
 
     def green_scan(self, potential: Tensor, energy: Tensor, eta: Tensor, hopping: Tensor, starts: Tensor | None) -> Tensor:
         """The Green function of the slice [B, T, H, 2]; arguments as of the kernel of the same name."""

@@ -63,14 +63,15 @@ def gather_tokens(x: Tensor, axis: Axis) -> Tensor:
     return x if axis.size == 1 else _GatherTokens.apply(x, axis)
 
 
-def begin_to_gather(x: Tensor, axis: Axis) -> Tensor:
-    """Begins `gather_tokens` without waiting; the result may be used only after `end_gather`, and other work may run in between."""
-    return x if axis.size == 1 else _BeginToGather.apply(x, axis)
+def begin_to_gather(x: Tensor, axis: Axis) -> Callable[[], Tensor]:
+    """Begins `gather_tokens`; returns a function, to be called once, that waits for the tokens of all ranks and returns them.
 
-
-def end_gather(pending: Tensor, axis: Axis) -> Tensor:
-    """Waits for the tokens that `begin_to_gather` has begun to gather over this axis, and returns them."""
-    return pending if axis.size == 1 else _Await.apply(pending)
+    Other work may run in between, also in backward, which begins the way back where forward waits and waits where forward begins.
+    """
+    if axis.size == 1:
+        return lambda: x
+    pending, way_back = _BeginToGather.apply(x, axis)
+    return lambda: _EndGather.apply(pending, way_back, axis)
 
 
 def scatter_tokens(x: Tensor, axis: Axis) -> Tensor:
@@ -87,17 +88,15 @@ def exchange_tokens(x: Tensor, num_sent: list[int], num_received: list[int], axi
         num_received: Tokens from each rank.
         axis: Axis of several ranks.
     """
-    return _OPS.wait_tensor(_OPS.all_to_all_single(x.contiguous(), num_received, num_sent, axis.group.group_name))
+    return _OPS.wait_tensor(_begin_to_exchange(x, num_sent, num_received, axis))
 
 
-def begin_to_exchange(x: Tensor, num_sent: list[int], num_received: list[int], axis: Axis) -> Tensor:
-    """Begins `exchange_tokens` without waiting, differentiable; only `end_exchange` may use the result, and other work may run in between."""
-    return x if axis.size == 1 else _BeginToExchange.apply(x, num_sent, num_received, axis)
-
-
-def end_exchange(pending: Tensor, axis: Axis) -> Tensor:
-    """Waits for the tokens that `begin_to_exchange` has begun to exchange over this axis, and returns them."""
-    return pending if axis.size == 1 else _Await.apply(pending)
+def begin_to_exchange(x: Tensor, num_sent: list[int], num_received: list[int], axis: Axis) -> Callable[[], Tensor]:
+    """Begins `exchange_tokens`, differentiable; returns a function that waits for the tokens, as `begin_to_gather` does."""
+    if axis.size == 1:
+        return lambda: x
+    pending, way_back = _BeginToExchange.apply(x, num_sent, num_received, axis)
+    return lambda: _EndExchange.apply(pending, way_back, num_sent, num_received, axis)
 
 
 @torch.no_grad()
@@ -154,36 +153,55 @@ class _GatherTokens(torch.autograd.Function):
         return _reduce_scatter(grad, ctx.axis), None
 
 
-class _BeginToGather(_GatherTokens):
-    """Returns a tensor that is still being gathered; `_Await` has to come between it and its users."""
+# Each of these pairs passes on a tensor that a collective still fills: forward from its beginning to its end, and backward, as the gradient of
+# `way_back`, from its end to its beginning. Nothing else may use either.
+class _BeginToGather(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, axis: Axis) -> tuple[Tensor, Tensor]:
+        ctx.set_materialize_grads(False)
+        return _begin_to_gather(x, axis), _way_back(x)
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, axis: Axis) -> Tensor:
+    def backward(ctx: Any, _: None, pending: Tensor) -> tuple[Tensor, None]:
+        return _OPS.wait_tensor(pending), None
+
+
+class _EndGather(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, pending: Tensor, way_back: Tensor, axis: Axis) -> Tensor:
         ctx.axis = axis
-        return _begin_to_gather(x, axis)
-
-
-class _BeginToExchange(torch.autograd.Function):
-    """Returns a tensor that is still being exchanged; `_Await` has to come between it and its users."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, num_sent: list[int], num_received: list[int], axis: Axis) -> Tensor:
-        ctx.num_sent, ctx.num_received, ctx.axis = num_sent, num_received, axis
-        return _OPS.all_to_all_single(x.contiguous(), num_received, num_sent, axis.group.group_name)
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None]:
-        return exchange_tokens(grad, ctx.num_received, ctx.num_sent, ctx.axis), None, None, None
-
-
-class _Await(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, pending: Tensor) -> Tensor:
         return _OPS.wait_tensor(pending)
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> Tensor:
-        return grad
+    def backward(ctx: Any, grad: Tensor) -> tuple[None, Tensor, None]:
+        return None, _begin_to_scatter(grad, ctx.axis), None
+
+
+class _BeginToExchange(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, num_sent: list[int], num_received: list[int], axis: Axis) -> tuple[Tensor, Tensor]:
+        ctx.set_materialize_grads(False)
+        return _begin_to_exchange(x, num_sent, num_received, axis), _way_back(x)
+
+    @staticmethod
+    def backward(ctx: Any, _: None, pending: Tensor) -> tuple[Tensor, None, None, None]:
+        return _OPS.wait_tensor(pending), None, None, None
+
+
+class _EndExchange(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, pending: Tensor, way_back: Tensor, num_sent: list[int], num_received: list[int], axis: Axis) -> Tensor:
+        ctx.num_sent, ctx.num_received, ctx.axis = num_sent, num_received, axis
+        return _OPS.wait_tensor(pending)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[None, Tensor, None, None, None]:
+        return None, _begin_to_exchange(grad, ctx.num_received, ctx.num_sent, ctx.axis), None, None, None
+
+
+def _way_back(x: Tensor) -> Tensor:
+    """A tensor of the shape of x, without memory for it, whose gradient is that of x."""
+    return x.new_zeros(()).expand(x.shape)
 
 
 class _ScatterTokens(torch.autograd.Function):
@@ -204,7 +222,15 @@ def start_gather(x: Tensor, axis: Axis) -> Callable[[], Tensor]:
 
 def start_scatter(x: Tensor, axis: Axis) -> Callable[[], Tensor]:
     """Begins to sum over the ranks and scatter by tokens; returns a function that waits and returns [N / size, ...]. Not differentiable."""
-    return _when_done(_OPS.reduce_scatter_tensor(x.contiguous(), "sum", axis.size, axis.group.group_name))
+    return _when_done(_begin_to_scatter(x, axis))
+
+
+def _begin_to_scatter(x: Tensor, axis: Axis) -> Tensor:
+    return _OPS.reduce_scatter_tensor(x.contiguous(), "sum", axis.size, axis.group.group_name)
+
+
+def _begin_to_exchange(x: Tensor, num_sent: list[int], num_received: list[int], axis: Axis) -> Tensor:
+    return _OPS.all_to_all_single(x.contiguous(), num_received, num_sent, axis.group.group_name)
 
 
 def _begin_to_gather(x: Tensor, axis: Axis) -> Tensor:

@@ -18,7 +18,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from phase8.distributed.collectives import Axis, begin_to_exchange, end_exchange, exchange_tokens
+from phase8.distributed.collectives import Axis, begin_to_exchange, exchange_tokens
 
 # Maps rows [S, D] and the ends of each expert's rows to the rows that the experts make of them.
 ComputeRows = Callable[[Tensor, Tensor], Tensor]
@@ -51,10 +51,10 @@ def _padded(rows: Tensor, ends: Tensor, compute: ComputeRows, axis: Axis, beside
     shares, num_own = [len(rows) // axis.size] * axis.size, len(ends) // axis.size
     arriving = begin_to_exchange(rows, shares, shares, axis)
     result = beside()
-    by_expert = end_exchange(arriving, axis).view(axis.size, num_own, -1, rows.shape[-1]).transpose(0, 1)
+    by_expert = arriving().view(axis.size, num_own, -1, rows.shape[-1]).transpose(0, 1)
     own_ends = torch.arange(1, num_own + 1, device=rows.device, dtype=torch.int32) * (len(rows) // num_own)
     computed = compute(by_expert.flatten(0, 2), own_ends).view(by_expert.shape)
-    return end_exchange(begin_to_exchange(computed.transpose(0, 1).flatten(0, 2), shares, shares, axis), axis), result
+    return begin_to_exchange(computed.transpose(0, 1).flatten(0, 2), shares, shares, axis)(), result
 
 
 def _compact(rows: Tensor, ends: Tensor, compute: ComputeRows, axis: Axis, beside: Beside) -> tuple[Tensor, Tensor | None]:
@@ -64,11 +64,11 @@ def _compact(rows: Tensor, ends: Tensor, compute: ComputeRows, axis: Axis, besid
     sent, received = torch.stack((counts.view(axis.size, -1).sum(1), counts_of_ranks.sum(1))).tolist()
     arriving = begin_to_exchange(rows[: sum(sent)], sent, received, axis)
     result = beside()
-    by_rank = end_exchange(arriving, axis)
+    by_rank = arriving()
     order = _order_by_expert(counts_of_ranks, sum(received))
     computed = compute(by_rank[order], counts_of_ranks.sum(0).cumsum(0).int())
     back = computed[order.argsort()]  # each row once, so no direction of these reads adds up
-    returned = end_exchange(begin_to_exchange(back, received, sent, axis), axis)
+    returned = begin_to_exchange(back, received, sent, axis)()
     return torch.cat((returned, returned.new_zeros(len(rows) - sum(sent), rows.shape[-1]))), result
 
 

@@ -93,7 +93,7 @@ class CausalAttention(nn.Module):
         before, own_starts = None if state is None else state.convolution, starts
         if self.earlier is not None:
             own_starts = self.earlier.own_part(starts, len(angles))
-            before = None if self.convolution.taps is None else self.earlier.last_inputs(qkv, self.convolution.num_taps - 1, starts)
+            before = None if self.convolution.taps is None else self.earlier.last_inputs(qkv, self.convolution.num_taps - 1, starts)()
         qkv, convolution = self.convolution(qkv, own_starts, before)
         q, k, v = (part.unflatten(-1, (self.num_heads, self.head_size)) for part in qkv.chunk(3, dim=-1))
         if self.qk_norm is not None:

@@ -8,6 +8,7 @@ Every part is local to a head. Shapes: B batch, T tokens, D model width, H heads
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -18,7 +19,7 @@ from torch import Tensor, nn
 from phase8.config.model_section import ModelSection
 from phase8.context_parallel.green import NUMBERS_OF_GRADIENT, NUMBERS_OF_MAP
 from phase8.context_parallel.slices import EarlierSlices
-from phase8.distributed.collectives import ALONE, Axis, begin_to_gather, end_gather
+from phase8.distributed.collectives import ALONE, Axis, begin_to_gather
 from phase8.exchanges import NO_EXCHANGES, Exchanges, gathered, told
 from phase8.kernels.gated_delta_rule import gated_delta_rule
 from phase8.kernels.gated_linear_attention import gated_linear_attention
@@ -62,11 +63,11 @@ class Projections(NamedTuple):
     """What the global path computes from the mixer's input by linear layers.
 
     Args:
-        scalars: Scalars of all heads, in fp32 [..., scalars per head * heads], which are still being gathered.
+        scalars: Function that waits for the scalars of all heads, in fp32 [..., scalars per head * heads], and returns them.
         gate: Logits of a gate per channel for all tokens and the heads of this rank [..., H K]; None: the gate is among the scalars.
     """
 
-    scalars: Tensor
+    scalars: Callable[[], Tensor]
     gate: Tensor | None
 
 
@@ -84,6 +85,18 @@ class _Modulation(NamedTuple):
     gate: Tensor
     rate: Tensor | None
     green: Tensor | None
+
+
+class Prepared(NamedTuple):
+    """What the global path has ready before its recurrence.
+
+    Args:
+        modulation: Decays, gates and rates.
+        memory: Function that waits for the memory before the first token, and returns it; None: there is none.
+    """
+
+    modulation: _Modulation
+    memory: Callable[[], Tensor | None]
 
 
 class GreenChain(nn.Module):
@@ -189,7 +202,7 @@ class GlobalPath(nn.Module):
         return GlobalState(torch.zeros(batch_size, self.num_heads, self.head_size, self.head_size, **wide), green)
 
     def begin(self, x: Tensor) -> Projections:
-        """Computes the scalars of every head and token from the mixer's input x, and begins to gather them; `forward` waits for them.
+        """Computes the scalars of every head and token from the mixer's input x, and begins to gather them; `prepare` waits for them.
 
         Each rank computes the scalars of all heads for its own tokens; the gather brings it those of all tokens. A gate per channel is computed
         for the rank's own heads.
@@ -197,34 +210,34 @@ class GlobalPath(nn.Module):
         scalars = begin_to_gather(self.scalars(x), self.axis)
         return Projections(scalars, None if self.gates is None else self.gates(x))
 
-    def forward(
-        self, projections: Projections, inputs: MixerInputs, starts: Tensor | None, state: GlobalState | None
-    ) -> tuple[Tensor, GlobalState | None]:
-        """Returns the summand for the local path [B, T, H, K], and the state for the next piece (None without `state`).
+    def prepare(self, projections: Projections, inputs: MixerInputs, starts: Tensor | None, state: GlobalState | None) -> Prepared:
+        """Prepares the recurrence; where ranks share the sequence, it begins to exchange what their slices do to the memory, and `forward` waits.
 
         Args:
             projections: Result of `begin`.
             inputs: Queries, keys and values.
             starts: Mask that is True where a token begins a document [B, T]; None: nowhere.
-            state: State after the earlier pieces of the sequence; None: the sequence begins here and no state is returned.
+            state: State after the earlier pieces of the sequence; None: the sequence begins here.
         """
-        own_heads = end_gather(projections.scalars, self.axis).chunk(self.axis.size, dim=-1)[self.axis.index]
+        own_heads = projections.scalars().chunk(self.axis.size, dim=-1)[self.axis.index]
         scalars = own_heads.reshape(*inputs.v.shape[:3], -1)
         channels = None if projections.gate is None else projections.gate.reshape(inputs.v.shape)
         modulation = self._modulation(scalars, channels, starts, None if state is None else state.green)
-        y, memory = self._recurrence(inputs, modulation, starts, None if state is None else state.memory)
-        y = self.norm(y)
-        return modulation.gate.to(y.dtype) * y, None if state is None else GlobalState(memory, modulation.green)
+        if self.earlier is None:
+            return Prepared(modulation, lambda: None if state is None else state.memory)
+        k, v, log_decay = inputs.global_k, inputs.v, modulation.log_decay
+        own = decay_map(k, v, log_decay, starts) if modulation.rate is None else state_map(k, v, log_decay, modulation.rate, starts)
+        return Prepared(modulation, self.earlier.entering_state(own))
 
-    def _recurrence(self, inputs: MixerInputs, modulation: _Modulation, starts: Tensor | None, memory: Tensor | None) -> tuple[Tensor, Tensor]:
-        """What each token reads from the memory [B, T, H, K], and the memory after the last token [B, H, K, K]."""
-        q, k, v, log_decay = inputs.global_q, inputs.global_k, inputs.v, modulation.log_decay
-        if self.earlier is not None:
-            own = decay_map(k, v, log_decay, starts) if modulation.rate is None else state_map(k, v, log_decay, modulation.rate, starts)
-            memory = self.earlier.entering_state(own)
+    def forward(self, prepared: Prepared, inputs: MixerInputs, starts: Tensor | None) -> tuple[Tensor, GlobalState]:
+        """Returns the summand for the local path [B, T, H, K], and the state after the last token; arguments as of `prepare`, and its result."""
+        modulation, q, k, v = prepared.modulation, inputs.global_q, inputs.global_k, inputs.v
         if modulation.rate is None:
-            return gated_linear_attention(q, k, v, log_decay, starts, memory)
-        return gated_delta_rule(q, k, v, log_decay, modulation.rate, starts, memory)
+            y, memory = gated_linear_attention(q, k, v, modulation.log_decay, starts, prepared.memory())
+        else:
+            y, memory = gated_delta_rule(q, k, v, modulation.log_decay, modulation.rate, starts, prepared.memory())
+        y = self.norm(y)
+        return modulation.gate.to(y.dtype) * y, GlobalState(memory, modulation.green)
 
     def _modulation(self, scalars: Tensor, channels: Tensor | None, starts: Tensor | None, state: Tensor | None) -> _Modulation:
         """What the scalars [B, T, H, scalars per head] and a gate per channel [B, T, H, K] become, with the chain's state before the first token."""

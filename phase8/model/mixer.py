@@ -5,6 +5,7 @@ Every part is local to a head. Shapes: B batch, T tokens, D model width, H heads
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -147,9 +148,10 @@ class Phase8Mixer(nn.Module):
         Returns:
             The summand for the residual stream, in the shape of x, and the state for the next piece (None without `state`).
         """
-        projections = None if self.global_path is None else self.global_path.begin(x)
+        # Whatever other ranks send is awaited where it is needed, and begun as early as possible.
         qkv = self.qkv(x)
         before = self._inputs_before(qkv.reshape(-1, len(angles), qkv.shape[-1]), starts, state)
+        projections = None if self.global_path is None else self.global_path.begin(x)
         own_starts = starts if self.earlier is None else self.earlier.own_part(starts, len(angles))
         # Either gives queries and keys of the window a length; without both they keep theirs.
         lengths = self.score if self.score is not None else self.qk_norm
@@ -161,14 +163,17 @@ class Phase8Mixer(nn.Module):
             eps=self.eps,
             silu=self.has_silu,
             starts=own_starts,
-            initial_state=before,
+            initial_state=before(),
         )
-        paths, window, path = [], None, None
-        if self.window > 0:
-            y, window = self._attend(inputs, own_starts, self._window_before(inputs, starts, state))
-            paths.append(y)
+        paths, window, path, prepared = [], None, None, None
+        window_before = self._window_before(inputs, starts, state)
         if self.global_path is not None and projections is not None:
-            y, path = self.global_path(projections, inputs, own_starts, None if state is None else state.global_path)
+            prepared = self.global_path.prepare(projections, inputs, own_starts, None if state is None else state.global_path)
+        if self.window > 0:
+            y, window = self._attend(inputs, own_starts, window_before())
+            paths.append(y)
+        if self.global_path is not None and prepared is not None:
+            y, path = self.global_path(prepared, inputs, own_starts)
             paths.append(y)
         return self.out(sum(paths[1:], start=paths[0]).flatten(2)), None if state is None else MixerState(convolution, window, path)
 
@@ -185,14 +190,14 @@ class Phase8Mixer(nn.Module):
             state=before,
         )
 
-    def _inputs_before(self, qkv: Tensor, starts: Tensor | None, state: MixerState | None) -> Tensor | None:
-        """The inputs of the convolution before these [B, taps - 1, 3 H K]; None: the sequence begins here."""
-        if self.earlier is None:
-            return None if state is None else state.convolution
-        return None if self.convolution.taps is None else self.earlier.last_inputs(qkv, self.convolution.num_taps - 1, starts)
+    def _inputs_before(self, qkv: Tensor, starts: Tensor | None, state: MixerState | None) -> Callable[[], Tensor | None]:
+        """Waits for the inputs of the convolution before these [B, taps - 1, 3 H K]; None: the sequence begins here."""
+        if self.earlier is None or self.convolution.taps is None:
+            return lambda: None if state is None else state.convolution
+        return self.earlier.last_inputs(qkv, self.convolution.num_taps - 1, starts)
 
-    def _window_before(self, inputs: MixerInputs, starts: Tensor | None, state: MixerState | None) -> WindowState | None:
-        """Keys and values that were before these; None: the sequence begins here."""
-        if self.earlier is None:
-            return None if state is None else state.window
+    def _window_before(self, inputs: MixerInputs, starts: Tensor | None, state: MixerState | None) -> Callable[[], WindowState | None]:
+        """Waits for keys and values that were before these; None: the sequence begins here."""
+        if self.earlier is None or self.window == 0:
+            return lambda: None if state is None else state.window
         return self.earlier.window_state(inputs.local_k, inputs.v, window=self.window, global_tokens=self.global_tokens, starts=starts)

@@ -67,7 +67,14 @@ def norm_of_one_shard():
 
 def scalars_of_the_neighbour():
     """The global path of a rank takes the scalars of another rank's heads."""
-    return replaced((global_path, "end_gather"), by=lambda old: lambda x, axis: (found := old(x, axis)).roll(found.shape[-1] // axis.size, -1))
+    def rolled(old):
+        def begin(x, axis):
+            end = old(x, axis)
+            return lambda: (found := end()).roll(found.shape[-1] // axis.size, -1)
+
+        return begin
+
+    return replaced((global_path, "begin_to_gather"), by=rolled)
 
 
 def gate_of_one_rank_has_its_gradient():
@@ -231,7 +238,7 @@ def synchronised_too_early():
 
 def state_begins_anew():
     """The memory of the recurrence does not cross the border of a slice."""
-    return replaced((slices.EarlierSlices, "entering_state"), by=lambda old: lambda self, own: 0 * old(self, own))
+    return replaced((slices.EarlierSlices, "entering_state"), by=lambda old: lambda self, own: (end := old(self, own)) and (lambda: 0 * end()))
 
 
 def decay_of_slices_is_forgotten():
@@ -253,8 +260,8 @@ def tokens_one_too_early():
 
 def gradients_of_fetched_tokens_stay():
     """What other ranks fetched of a slice gets no gradient from them."""
-    home = lambda old: staticmethod(lambda ctx, grad: (0 * old.__func__(ctx, grad)[0], None, None))  # noqa: E731
-    return replaced((fetch._FetchTokens, "backward"), by=home)
+    home = lambda old: staticmethod(lambda ctx, grad: (0 * old.__func__(ctx, grad)[0], None))  # noqa: E731
+    return replaced((fetch._ChosenTokens, "backward"), by=home)
 
 
 def every_slice_begins_at_zero():
@@ -286,7 +293,14 @@ def chain_without_gradient_of_later_slices():
 
 def rows_of_another_rank():
     """What comes from the ranks of experts is taken for the rows of another rank."""
-    return replaced((exchange, "end_exchange"), by=lambda old: lambda pending, axis: old(pending, axis).roll(len(pending) // axis.size, 0))
+    def rolled(old):
+        def begin(x, num_sent, num_received, axis):
+            end = old(x, num_sent, num_received, axis)
+            return lambda: (rows := end()).roll(len(rows) // axis.size, 0)
+
+        return begin
+
+    return replaced((exchange, "begin_to_exchange"), by=rolled)
 
 
 def rows_of_another_expert():

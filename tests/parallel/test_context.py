@@ -3,9 +3,10 @@
 import pytest
 import torch
 from torch.distributed.device_mesh import init_device_mesh
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from phase8.config.model_section import ModelSection
-from phase8.context_parallel.fetch import fetch_tokens
+from phase8.context_parallel.fetch import begin_to_fetch
 from phase8.distributed.collectives import ALONE, Axis
 from tests.model.small import document_starts, perturbed_model, random_tokens, scaled_down
 
@@ -88,7 +89,7 @@ def fetch(wanted, length):
     axis = context_axis(len(wanted))
     first = axis.index * length
     x = torch.arange(first, first + length, dtype=torch.float64).expand(2, length)[..., None].clone().requires_grad_()
-    found = fetch_tokens(x, wanted, axis)
+    found = begin_to_fetch(x, wanted, axis)()
     sum(((10.0**axis.index) * part).sum() for part in found).backward()
     return [part[0, :, 0].tolist() for part in found], x.grad[1, :, 0].tolist()
 
@@ -99,3 +100,47 @@ def test_each_rank_fetches_what_it_wants_and_every_gradient_goes_home(pool):
     assert first == ([[], [5.0]], [100.0, 110.0]), "token 6 does not exist"
     assert second == ([[1.0, 2.0], []], [110.0, 100.0])
     assert third == ([[0.0, 1.0, 2.0, 3.0, 4.0, 5.0], [5.0]], [100.0, 201.0])
+
+
+class WorkDuringExchanges(TorchDispatchMode):
+    """Counts products and operators of the mixer between the beginning of each exchange and the wait for it, in the order of beginnings."""
+
+    NAMES = ("all_to_all_single", "all_gather_into_tensor", "reduce_scatter_tensor")
+
+    def __init__(self):
+        super().__init__()
+        self.products = {name: [] for name in self.NAMES}
+        self._pending = {}
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        result = func(*args, **(kwargs or {}))
+        space, _, name = func.name().split(".")[0].partition("::")
+        if space == "_c10d_functional" and name in self.products:
+            self._pending[result.untyped_storage()._cdata] = counter = [0]
+            self.products[name].append(counter)
+        elif name == "wait_tensor":
+            self._pending.pop(args[0].untyped_storage()._cdata)
+        elif name in ("mm", "bmm") or space == "phase8":
+            for counter in self._pending.values():
+                counter[0] += 1
+        return result
+
+
+def work_during_exchanges(block):
+    axis, length = context_axis(2), 2 * LENGTH
+    model = perturbed_model(section(block, length), context=axis)
+    with WorkDuringExchanges() as during:
+        hidden, _ = model(random_tokens(length=length).chunk(2, dim=1)[axis.index])
+        hidden.square().sum().backward()
+    return {name: [number for (number,) in counters] for name, counters in during.products.items()}
+
+
+@pytest.mark.parametrize("block", ["linear", "delta"])
+def test_other_work_runs_while_slices_exchange_in_both_directions(pool, block):
+    """Of each layer: two exchanges of tokens forward (inputs of the convolution, keys), and two back; one gather of maps, and one sum back."""
+    for products in pool.run(work_during_exchanges, block, world_size=2):
+        num_layers = section(block, LENGTH).num_layers
+        assert {name: len(numbers) for name, numbers in products.items()} == dict(
+            all_to_all_single=4 * num_layers, all_gather_into_tensor=num_layers, reduce_scatter_tensor=num_layers
+        )
+        assert all(number > 0 for numbers in products.values() for number in numbers), products
