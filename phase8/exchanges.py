@@ -65,6 +65,22 @@ class SliceExchange:
 
 
 @dataclass(frozen=True)
+class RingExchange:
+    """What ranks that share sequences see of all tokens: one gather, or as many messages to the next rank as there are ranks.
+
+    Args:
+        operation: Kind of the collective.
+        numbers_per_token: Numbers of a token, which tensor-parallel ranks divide.
+        is_wide: As of `Exchange`.
+    """
+
+    operation: Operation
+    numbers_per_token: int
+    is_wide: bool = False
+    axis: str = "cp"
+
+
+@dataclass(frozen=True)
 class ExpertExchange:
     """An all-to-all of ranks that share experts: the rows of the experts that tokens choose, out or back.
 
@@ -81,7 +97,7 @@ class ExpertExchange:
     axis: str = "ep"
 
 
-AnyExchange = Exchange | SliceExchange | ExpertExchange
+AnyExchange = Exchange | SliceExchange | RingExchange | ExpertExchange
 
 
 @dataclass(frozen=True)
@@ -138,6 +154,12 @@ def told(numbers: int, numbers_back: int | None = None) -> Exchanges:
     there = (SliceExchange(Operation.ALL_GATHER, numbers, is_wide=True),)
     operation = Operation.REDUCE_SCATTER if numbers_back is None else Operation.ALL_GATHER
     return Exchanges(there, (SliceExchange(operation, numbers if numbers_back is None else numbers_back, is_wide=True),), there)
+
+
+def round_a_ring(numbers_per_token: int) -> Exchanges:
+    """The exchanges of a layer whose slices see numbers of all slices; in backward they do so again, and gradients go round from rank to rank."""
+    there = (RingExchange(Operation.ALL_GATHER, numbers_per_token),)
+    return Exchanges(there, (*there, RingExchange(Operation.ALL_TO_ALL, numbers_per_token, is_wide=True)), there)
 
 
 def counted(numbers: int) -> Exchanges:

@@ -52,7 +52,7 @@ def find_problems(config: RunConfig, *, world_size: int = 1) -> list[str]:
         *_async_tensor_parallel(config.parallel),
         *_data(config),
         *_tensor_parallel(config.model, config.parallel.tensor_parallel_size),
-        *_context_parallel(config.model, config.parallel),
+        *_context_parallel(config),
         *expert_problems(config, world_size),
         *_zero(config, world_size),
         *_batch_and_pipeline(config, world_size),
@@ -208,7 +208,8 @@ def _tensor_parallel(model: ModelSection, num_ranks: int) -> Iterator[str]:
         yield f"parallel.tensor_parallel_size {num_ranks} leaves ranks without any token id of model.vocab_size {model.vocab_size}; use fewer."
 
 
-def _context_parallel(model: ModelSection, parallel: ParallelSection) -> Iterator[str]:
+def _context_parallel(config: RunConfig) -> Iterator[str]:
+    model, parallel = config.model, config.parallel
     num_slices, num_ranks = parallel.context_parallel_size, parallel.tensor_parallel_size
     if num_slices == 1:
         return
@@ -218,6 +219,11 @@ def _context_parallel(model: ModelSection, parallel: ParallelSection) -> Iterato
         yield (
             f"parallel.tensor_parallel_size {num_ranks} does not divide the {model.sequence_length // num_slices} tokens of a slice "
             f"(model.sequence_length {model.sequence_length} / parallel.context_parallel_size {num_slices}); change one of them."
+        )
+    if model.block == "transformer" and config.train.compile.fullgraph:
+        yield (
+            f"train.compile.fullgraph is true with parallel.context_parallel_size {num_slices}, but the transformer's ring attention is not "
+            "compiled; set it to false."
         )
 
 

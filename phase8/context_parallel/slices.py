@@ -78,12 +78,12 @@ class EarlierSlices:
 
         return end
 
-    def all_keys(self, k: Tensor, v: Tensor, starts: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None]:
-        """Keys and values of all tokens before the slice [B, P, H, K], and with `starts` [B, S] the numbers of their documents [B, P]."""
+    def all_keys(self, k: Tensor, v: Tensor, starts: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Keys and values of all tokens before the slice [B, P, H, K], and the numbers of their documents [B, P]; `starts` is [B, S]."""
         length = k.shape[1]
         wanted = wanted_tokens(length, self.axis.size, before=length * self.axis.size)
         kept, _ = begin_to_fetch(torch.cat((k, v), dim=-1), wanted, self.axis)()
-        return *kept.chunk(2, dim=-1), None if starts is None else self._documents(starts, wanted, length)[0]
+        return *kept.chunk(2, dim=-1), self._documents(starts, wanted, length)[0]
 
     def entering_state(self, own: StateMap | DecayMap) -> Callable[[], Tensor]:
         """The recurrence's state before the slice [B, H, K, V]; `own` is what this slice does to it."""

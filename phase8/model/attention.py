@@ -13,9 +13,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from phase8.config.model_section import ModelSection
+from phase8.context_parallel.ring_attention import ring_attention
 from phase8.context_parallel.slices import EarlierSlices
 from phase8.distributed.collectives import ALONE, Axis
-from phase8.exchanges import Exchanges, fetched
+from phase8.exchanges import Exchanges, round_a_ring
 from phase8.kernels.rotary import rotate
 from phase8.model.convolution import ShortConvolution
 from phase8.model.norm import QueryKeyNorm
@@ -48,13 +49,15 @@ class CausalAttention(nn.Module):
         model: Model section with widths and heads.
         axis: Axis of tensor parallelism, whose ranks divide the heads.
         number_format: Format that computes the products of q, k, v and the output.
-        context: Axis of the ranks that share each sequence; each fetches the keys and values of all slices before its own.
+        context: Axis of the ranks that share each sequence. Keys and values go round a ring; where documents begin in the sequence, each rank fetches
+            those of all slices before its own instead, and masks them, which is right, but no way to go far.
     """
 
     def __init__(self, model: ModelSection, *, axis: Axis, number_format: NumberFormat, context: Axis = ALONE):
         super().__init__()
         self.earlier = EarlierSlices(context) if context.size > 1 else None
-        self.sequence_length = model.sequence_length
+        # It is not compiled: torch's loop over the ranks looks at their numbers.
+        self.ring = torch.compiler.disable(ring_attention)
         width, inner, rank = model.d_model, model.attention_width, model.low_rank_rank
         self.num_heads, self.head_size = model.num_heads // axis.size, model.head_width
         self.q, self.k, self.v = (column_linear(width, inner, rank=rank, std=model.init_std) for _ in range(3))
@@ -65,8 +68,8 @@ class CausalAttention(nn.Module):
         self.out = row_linear(inner, width, rank=rank, std=std, axis=axis, number_format=number_format)
 
     def exchanges(self) -> Exchanges:
-        """The exchanges of the joint product of q, k and v, of the slices of a sequence, and of the output layer."""
-        keys = fetched(2 * self.convolution.num_channels, before=self.sequence_length)
+        """The exchanges of the joint product of q, k and v, of the slices of a sequence without documents, and of the output layer."""
+        keys = round_a_ring(2 * self.convolution.num_channels)
         return self.qkv.exchanges().then(self.convolution.exchanges()).then(keys).then(self.out.exchanges())
 
     def mixing_flops(self, model: ModelSection) -> dict[str, float]:
@@ -100,10 +103,12 @@ class CausalAttention(nn.Module):
             q, k = self.qk_norm(q), self.qk_norm(k)
         q, k = rotate(q, angles), rotate(k, angles)
         documents = None if own_starts is None else own_starts.cumsum(1, dtype=torch.int32)
-        if self.earlier is not None:
+        if self.earlier is not None and documents is None:
+            y = self.ring(*(part.transpose(1, 2) for part in (q, k, v)), self.earlier.axis)
+            return self.out(y.transpose(1, 2).flatten(2)), None
+        if self.earlier is not None and starts is not None:
             keys, values, earlier_documents = self.earlier.all_keys(k, v, starts)
-            k, v = torch.cat((keys, k), 1), torch.cat((values, v), 1)
-            documents = None if documents is None else torch.cat((earlier_documents, documents), 1)
+            k, v, documents = torch.cat((keys, k), 1), torch.cat((values, v), 1), torch.cat((earlier_documents, documents), 1)
         if state is not None:
             k, v = torch.cat((state.keys, k), 1), torch.cat((state.values, v), 1)
             own = state.documents.new_zeros(q.shape[:2]) if documents is None else documents

@@ -36,7 +36,7 @@ from dataclasses import dataclass, replace
 
 from phase8.config.model_section import ModelSection
 from phase8.division import DividedShape, Place, padded_size
-from phase8.exchanges import AnyExchange, ExpertExchange, Operation, SliceExchange
+from phase8.exchanges import AnyExchange, ExpertExchange, Operation, RingExchange, SliceExchange
 from phase8.plan.memory import FP32_BYTES
 from phase8.shared_sequence import num_sent, wanted_tokens
 from phase8.topology import EVERYBODY, HOLDERS, LOSS, TOKENS, AxisName
@@ -243,6 +243,11 @@ def _exchanges(model: ModelSection, exchanges: Iterable[AnyExchange], step: Step
             yield from _rows_of_experts(model, exchange, repeats, step, grid)
             continue
         number_bytes = max(step.compute_bytes, FP32_BYTES) if exchange.is_wide else step.compute_bytes
+        if isinstance(exchange, RingExchange):
+            messages = grid.context if exchange.operation is Operation.ALL_TO_ALL else 1
+            num_bytes = num_tokens * grid.context * exchange.numbers_per_token // grid.tensor * number_bytes
+            yield Collectives(axis, exchange.operation, repeats * messages, repeats * num_bytes)
+            continue
         if isinstance(exchange, SliceExchange):
             parts = _parts_of_slices(exchange, slice_length, grid)
             numbers = step.micro_batch_size * parts * exchange.numbers // (grid.tensor if exchange.is_divided else 1)

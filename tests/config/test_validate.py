@@ -246,6 +246,11 @@ def test_what_does_not_go_with_tensor_parallelism(tmp_path, settings, sentence):
             "train.recompute is slices with parallel.context_parallel_size 4, which divides the sequence itself; set recompute to full.",
         ),
         (
+            ["model.block=transformer", "train.compile.fullgraph=true"],
+            "train.compile.fullgraph is true with parallel.context_parallel_size 4, but the transformer's ring attention is not compiled; "
+            "set it to false.",
+        ),
+        (
             ["model.sequence_length=130"],
             "parallel.context_parallel_size 4 does not divide model.sequence_length 130; change one of them.",
         ),

@@ -310,8 +310,8 @@ def rows_of_another_expert():
 
 def gradients_of_rows_stay():
     """The gradients of rows that were sent are not sent home."""
-    stay = staticmethod(lambda ctx, grad: (grad, None, None, None))
-    return replaced((collectives._BeginToExchange, "backward"), by=lambda old: stay)
+    stay = staticmethod(lambda ctx, grad: (None, grad, None, None, None))
+    return replaced((collectives._EndExchange, "backward"), by=lambda old: stay)
 
 
 def norm_without_experts_of_others():

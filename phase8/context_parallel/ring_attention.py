@@ -1,0 +1,129 @@
+"""Causal attention to a sequence that ranks share, by torch's own ring attention.
+
+Each rank keeps its queries and sees the keys of one slice after the other, so no rank has a mask, or scores, of all keys.
+
+Slices are consecutive tokens in the order of the ranks, so later ranks see more keys and earlier ones wait for them. torch can balance that by
+giving each rank an early and a late part, but neither the convolution nor the data of this project divide a sequence so.
+
+It stands on private functions of `torch.distributed.tensor.experimental`, which are the same from torch 2.11 to 2.13: its public form exchanges
+`scaled_dot_product_attention` everywhere, and knows none for CPUs.
+
+Shapes: B batch, H heads, T tokens of a slice, K head size.
+
+Source: H. Liu et al., "Ring attention with blockwise transformers for near-infinite context" (2023).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from phase8.distributed.collectives import Axis
+
+_SEQUENCE_DIM = 2
+_ATEN = torch.ops.aten
+
+
+class _Attention(NamedTuple):
+    """Attention to the keys of one slice.
+
+    Args:
+        forward: Operator that returns the output, the logarithm of the sum of exponentials, and what backward needs besides.
+        backward: Its backward.
+        gradient: Name of the gradient among the arguments of backward.
+        arguments: Arguments of forward besides queries, keys and values.
+        more: Maps what forward returns besides, and the number of tokens, to the arguments of backward.
+    """
+
+    forward: Callable[..., tuple[Any, ...]]
+    backward: Callable[..., tuple[Any, ...]]
+    gradient: str
+    arguments: dict[str, Any]
+    more: Callable[[tuple[Any, ...]], dict[str, Any]]
+
+
+_CPU = _Attention(
+    _ATEN._scaled_dot_product_flash_attention_for_cpu,
+    _ATEN._scaled_dot_product_flash_attention_for_cpu_backward,
+    "grad_out",
+    {},
+    lambda rest: {},
+)
+_FLASH = _Attention(
+    _ATEN._scaled_dot_product_flash_attention,
+    _ATEN._scaled_dot_product_flash_attention_backward,
+    "grad_out",
+    {},
+    lambda rest: dict(zip(("cum_seq_q", "cum_seq_k", "max_q", "max_k", "philox_seed", "philox_offset"), rest, strict=False)),
+)
+_EFFICIENT = _Attention(
+    _ATEN._scaled_dot_product_efficient_attention,
+    _ATEN._scaled_dot_product_efficient_attention_backward,
+    "grad_out_",
+    {"attn_bias": None, "compute_log_sumexp": True},
+    lambda rest: {"attn_bias": None, "philox_seed": rest[0], "philox_offset": rest[1], "grad_input_mask": [True, True, True, False]},
+)
+
+
+def ring_attention(q: Tensor, k: Tensor, v: Tensor, axis: Axis) -> Tensor:
+    """The output of the slice's queries, which see the keys of their own slice up to their own, and all keys of earlier slices.
+
+    Args:
+        q: Queries of this rank's slice [B, H, T, K].
+        k: Keys [B, H, T, K].
+        v: Values [B, H, T, K].
+        axis: Ranks that share the sequence; more than one.
+
+    Returns:
+        [B, H, T, K].
+    """
+    # Queries with other strides gave wrong outputs on CPUs; torch makes keys and values contiguous itself.
+    return _RingAttention.apply(q.contiguous(), k, v, axis)
+
+
+def _attention(q: Tensor) -> _Attention:
+    if q.device.type == "cpu":
+        return _CPU
+    return _FLASH if q.dtype in (torch.bfloat16, torch.float16) else _EFFICIENT
+
+
+@contextmanager
+def _consecutive_slices(dtype: torch.dtype) -> Iterator[Any]:
+    """The module, whose global options are those of this function while it is used; sums are in fp32, or in float64 where numbers are."""
+    from torch.distributed.tensor.experimental._context_parallel import _attention as ring
+
+    options, before = ring._cp_options, dict(vars(ring._cp_options))
+    options.enable_load_balance, options.convert_to_f32 = False, dtype != torch.float64
+    try:
+        yield ring
+    finally:
+        vars(options).update(before)
+
+
+class _RingAttention(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, axis: Axis) -> Tensor:
+        attention = _attention(q)
+        with _consecutive_slices(q.dtype) as ring:
+            out, logsumexp, *rest = ring._templated_ring_attention(
+                axis.group, _SEQUENCE_DIM, attention.forward, q, k, v, is_causal=True, dropout_p=0.0, **attention.arguments
+            )
+        out = out.to(q.dtype)
+        ctx.axis, ctx.more = axis, attention.more(tuple(rest))
+        ctx.save_for_backward(q, k, v, out, logsumexp)
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, Tensor, None]:
+        q, k, v, out, logsumexp = ctx.saved_tensors
+        attention = _attention(q)
+        with _consecutive_slices(q.dtype) as ring:
+            dq, dk, dv, *_ = ring._templated_ring_attention_backward(
+                ctx.axis.group, _SEQUENCE_DIM, attention.backward, grad_out=grad.contiguous(), grad_out_name=attention.gradient,
+                query=q, key=k, value=v, out=out, logsumexp=logsumexp, is_causal=True, dropout_p=0.0, **ctx.more,
+            )  # fmt: skip
+        return dq, dk, dv, None
