@@ -3,7 +3,8 @@
 | part | meaning |
 |---|---|
 | `one` | one rank |
-| `tp2`, `pp2`, `dp2` | tensor, pipeline and data parallelism of that degree (1 where not named) |
+| `tp2`, `pp2`, `cp2`, `dp2` | tensor, pipeline, context and data parallelism of that degree (1 where not named) |
+| `ep2` | ranks among those that share the experts |
 | `gpipe`, `1f1b`, `interleaved` | schedule of the pipeline; interleaved has two chunks |
 | `chunks4` | chunks per stage |
 | `zero3`, `shard2` | ZeRO stage, and how many ranks share one copy |
@@ -30,7 +31,7 @@ from phase8.errors import ConfigError
 from phase8.pipeline_parallel.schedules import SCHEDULES, bubble_ratio
 
 ONE, OFFLOAD, ASYNC, COPY, GRAPH = "one", "offload", "async", "copy", "graph"
-DEGREES = {"tp": "parallel.tensor_parallel_size", "pp": "parallel.pipeline_parallel_size", "dp": None}
+DEGREES = {"tp": "parallel.tensor_parallel_size", "pp": "parallel.pipeline_parallel_size", "cp": "parallel.context_parallel_size", "dp": None}
 NUMBERS = {
     "zero": "zero.stage",
     "shard": "zero.shard_size",
@@ -84,7 +85,7 @@ def parse_layout(name: str) -> Layout:
             world_size *= int(part.removeprefix(kind))
         settings |= found
     if not named & {ONE, *DEGREES}:
-        raise ConfigError(f"layout {name!r} does not say how many ranks there are; begin with one, tp2, pp2 or dp2, for example.")
+        raise ConfigError(f"layout {name!r} does not say how many ranks there are; begin with one, tp2, pp2, cp2 or dp2, for example.")
     if settings.get("parallel.pipeline_schedule") == "interleaved":
         settings.setdefault("parallel.pipeline_chunks", 2)
     if OFFLOAD in named and settings.get("zero.stage") == 3:
@@ -95,8 +96,8 @@ def parse_layout(name: str) -> Layout:
 def layout_config(config: RunConfig, layout: Layout, *, sequences_per_rank: int) -> RunConfig:
     """The config of a layout in which every rank has the same number of tokens per step.
 
-    Tensor and pipeline ranks work on the same sequences: t x p such ranks together take as many sequences as t x p data-parallel ranks,
-    in more microbatches of the same size.
+    Tensor, pipeline and context ranks work on the same sequences: t x p x c such ranks together take as many sequences as t x p x c data-parallel
+    ranks, in more microbatches of the same size.
 
     Args:
         config: What is trained.

@@ -55,6 +55,11 @@ def changed_keys(name, tiny, *overrides, sequences_per_rank=4):
             2,
             {"parallel.pipeline_parallel_size": 2, "parallel.pipeline_chunks": 3, "parallel.pipeline_schedule": "interleaved"},
         ),
+        (
+            "cp2-dp2-ep4-zero3",
+            4,
+            {"parallel.context_parallel_size": 2, "parallel.expert_parallel_size": 4, "zero.stage": 3},
+        ),
         ("one-zero3-offload", 1, {"zero.stage": 3, "zero.offload_optimizer": "cpu", "zero.offload_params": "cpu"}),
         ("dp2-offload-zero1", 2, {"zero.stage": 1, "zero.offload_optimizer": "cpu"}),
     ],
@@ -82,11 +87,11 @@ def test_what_is_no_layout_is_refused_in_one_sentence(name, sentence):
     assert str(error.value).startswith(sentence) and "\n" not in str(error.value)
 
 
-@pytest.mark.parametrize("name", ["one", "tp2", "pp2-gpipe", "dp4-zero2", "tp2-pp2-interleaved", "tp2-dp2-zero3", "dp2-micro1"])
+@pytest.mark.parametrize("name", ["one", "tp2", "pp2-gpipe", "dp4-zero2", "tp2-pp2-interleaved", "tp2-dp2-zero3", "cp2-tp2", "dp2-micro1"])
 def test_every_rank_has_the_same_number_of_tokens(tiny, name):
     _, topology, shape = changed_keys(name, tiny, "train.micro_batch_size=2")
     assert shape.global_batch_size == 4 * topology.world_size and shape.micro_batch_size == (1 if "micro1" in name else 2)
-    model_ranks = topology.tensor_parallel_size * topology.pipeline_parallel_size
+    model_ranks = topology.tensor_parallel_size * topology.pipeline_parallel_size * topology.context_parallel_size
     assert shape.num_microbatches == 4 * model_ranks // shape.micro_batch_size
 
 

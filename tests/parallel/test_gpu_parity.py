@@ -52,6 +52,14 @@ CASES = {
     "tp2 dp2": ("default", ranks(tp=2, dp=2)),
     "tp2 dp2 recorded": ("default", ranks(tp=2, dp=2, more=(RECORDED,))),
     "tp2 pp2": ("default", ranks(tp=2, pp=2)),
+    "cp2": ("default", ranks(cp=2)),
+    "cp2 zero 3 compiled": ("default", ranks(cp=2, stage=3, more=COMPILED)),
+    "cp2 compiled, recorded": ("default", ranks(cp=2, more=(*COMPILED, RECORDED))),
+    "cp2 delta": ("delta", ranks(cp=2)),
+    "cp2 transformer": ("transformer", ranks(cp=2)),
+    "cp4": ("default", ranks(cp=4)),
+    "cp4 zero 3": ("default", ranks(cp=4, stage=3)),
+    "cp2 tp2": ("default", ranks(cp=2, tp=2)),
     "ep2": ("experts", ranks(dp=2, ep=2)),
     "ep2 zero 3 compiled": ("experts", ranks(dp=2, ep=2, stage=3, more=COMPILED[:1])),
     "ep2 zero 3 counted": ("experts-dropless", ranks(dp=2, ep=2, stage=3)),
@@ -191,7 +199,9 @@ def test_a_number_that_is_none_is_within_nothing():
     assert difference(lost, run, start) == (math.inf, math.inf, math.inf, "a")
 
 
-@pytest.mark.parametrize(("dtype", "name"), [("bf16", "tp2"), ("fp32", "tp2"), ("fp32", "tp2 experts"), ("fp32", "ep2 zero 3 counted")])
+@pytest.mark.parametrize(
+    ("dtype", "name"), [("bf16", "tp2"), ("fp32", "tp2"), ("fp32", "cp2 transformer"), ("fp32", "tp2 experts"), ("fp32", "ep2 zero 3 counted")]
+)
 def test_two_ranks_on_the_cpu_are_within_it(pool, dtype, name):
     """This comparison itself, where there is no GPU."""
     found = difference_to_one_process(pool, "cpu", dtype, CASES[name])
