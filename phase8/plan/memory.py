@@ -135,6 +135,7 @@ def plan_memory(
     *,
     activations_bytes: int,
     division: Division,
+    first_layer_bytes: int = 0,
     libraries_bytes: int = 0,
     offloaded_bytes: int = 0,
 ) -> MemoryPlan:
@@ -145,6 +146,7 @@ def plan_memory(
         rests: Parameters outside of blocks, for each of the rank's chunks.
         activations_bytes: The result of `peak_activation_bytes`, plus whatever is allocated beside it.
         division: Division over data-parallel ranks.
+        first_layer_bytes: Activations that exist while backward computes the first layer, the last one that it comes to.
         libraries_bytes: Workspaces of libraries.
         offloaded_bytes: The result of `peak_offloaded_bytes`.
     """
@@ -161,10 +163,11 @@ def plan_memory(
             gradients = whole + max(largest[-1], largest_rest)
         else:
             gradients = on_device + rest + max(2 * largest[-1], largest_rest)
-    elif not division.accumulates and not offloaded_bytes:
-        # The gradients of a single microbatch replace its activations layer by layer, beginning with those of one block. Where activations
-        # are offloaded, every layer needs as much of the device as the one before it.
-        gradients = max(whole - activations_bytes // FP32_BYTES, largest[-1] if largest else 0)
+    elif not division.accumulates:
+        # The gradients of a single microbatch replace its activations layer by layer. Most memory is needed with all activations and the gradients of
+        # one block, with those of all blocks but one and the activations of that one, or with all gradients.
+        of_a_block = largest[-1] if largest else 0
+        gradients = max(of_a_block, whole - min(activations_bytes // FP32_BYTES, of_a_block + (activations_bytes - first_layer_bytes) // FP32_BYTES))
     return MemoryPlan(
         weights_bytes=weights * FP32_BYTES,
         gradients_bytes=gradients * FP32_BYTES,

@@ -113,8 +113,9 @@ def plan_each_stage(work: Workload) -> tuple[StageMemory, ...]:
         rests = [_held(chunk.rest, work) for chunk in chunks]
         actions = schedule.actions[stage]
         activations = [_chunk_activations(work, chunk, traced) for chunk in chunks]
-        activations_bytes = peak_activation_bytes(actions, activations) + _messages(work, traced, num_chunks=len(chunks), stage=stage)
-        activations_bytes += _inputs_on_their_way(work, chunks, traced) + _peer_memory(work, blocks, traced)
+        beside = _messages(work, traced, num_chunks=len(chunks), stage=stage)
+        beside += _inputs_on_their_way(work, chunks, traced) + _peer_memory(work, blocks, traced)
+        first = activations[0]
         stages.append(
             StageMemory(
                 stage=stage,
@@ -123,7 +124,8 @@ def plan_each_stage(work: Workload) -> tuple[StageMemory, ...]:
                 memory=plan_memory(
                     blocks,
                     rests,
-                    activations_bytes=activations_bytes,
+                    activations_bytes=peak_activation_bytes(actions, activations) + beside,
+                    first_layer_bytes=first.kept // len(chunks[0].layers) + first.repeated + beside,
                     division=division,
                     libraries_bytes=LIBRARIES_BYTES if work.device_type == "cuda" else 0,
                     offloaded_bytes=peak_offloaded_bytes(actions, activations),

@@ -141,7 +141,7 @@ def _check_model(path: Path, saved: ModelSection, current: ModelSection) -> None
     """Refuses a checkpoint of another model; only keys that the model's block reads are compared."""
     different = model_differences(saved, current)
     if different:
-        listed = ", ".join(f"model.{name} was {was} and is {now}" for name, (was, now) in different.items())
+        listed = ", ".join(f"model.{name} was {describe_value(was)} and is {describe_value(now)}" for name, (was, now) in different.items())
         remedy = ", or begin a new run with its weights by checkpoint.initialise_from" if different.keys() <= WITHOUT_SHAPE else ""
         raise CheckpointMismatchError(
             f"{path} is a checkpoint of another model: {listed}; use its config, another run.name, or --resume none{remedy}."

@@ -33,6 +33,9 @@ def test_gradients_of_a_single_microbatch_take_the_place_of_activations():
     assert few.gradients_bytes + 100 == 4 * WHOLE
     many = plan_memory(undivided[:2], undivided[2:], activations_bytes=4000, division=single)
     assert many.gradients_bytes == 4 * 100  # of the block whose backward comes first
+    # Those of all blocks but one, beside the activations of the last block that backward comes to.
+    last = plan_memory(undivided[:2], undivided[2:], activations_bytes=416, first_layer_bytes=412, division=single)
+    assert last.gradients_bytes + 416 == 4 * (WHOLE - 100) + 412
 
 
 GIB = 2**30
