@@ -137,11 +137,15 @@ def check_stop(config: RunConfig, position: Position) -> int:
     return config.train.num_steps if config.train.stop_at_step is None else config.train.stop_at_step
 
 
+def _as_written(value: object) -> str:
+    return value if isinstance(value, str) else describe_value(value)
+
+
 def _check_model(path: Path, saved: ModelSection, current: ModelSection) -> None:
     """Refuses a checkpoint of another model; only keys that the model's block reads are compared."""
     different = model_differences(saved, current)
     if different:
-        listed = ", ".join(f"model.{name} was {describe_value(was)} and is {describe_value(now)}" for name, (was, now) in different.items())
+        listed = ", ".join(f"model.{name} was {_as_written(was)} and is {_as_written(now)}" for name, (was, now) in different.items())
         remedy = ", or begin a new run with its weights by checkpoint.initialise_from" if different.keys() <= WITHOUT_SHAPE else ""
         raise CheckpointMismatchError(
             f"{path} is a checkpoint of another model: {listed}; use its config, another run.name, or --resume none{remedy}."

@@ -217,10 +217,10 @@ def test_every_microbatch_on_its_way_through_a_pipeline_has_inputs_on_the_host()
     assert (first.memory.host_bytes, last.memory.host_bytes) == (2 * 2 * one, one)
 
 
-def test_gradients_take_the_place_of_activations_on_the_device_only():
+def test_gradients_take_less_of_the_place_of_activations_that_are_offloaded():
     one_microbatch = ("train.micro_batch_size=8", "train.recompute=full")
     (kept,), (offloaded,) = stages_of(*one_microbatch), stages_of(*one_microbatch, "train.offload_activations=cpu")
-    assert kept.memory.gradients_bytes < 4 * kept.num_parameters == offloaded.memory.gradients_bytes
+    assert kept.memory.gradients_bytes < offloaded.memory.gradients_bytes <= 4 * kept.num_parameters
 
 
 def test_of_a_sequence_in_slices_the_head_sees_all():
