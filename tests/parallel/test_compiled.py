@@ -65,13 +65,13 @@ INDUCTOR, PARTITION = "inductor", "aot_eager_decomp_partition"  # with the same 
     ("axis", "stage", "budget", "model", "backend"),
     # The compiler takes half a minute to a minute for each of the last ones, whose parts are in the others.
     [
-        ("tensor", 0, 1.0, (), INDUCTOR), ("data", 3, 1.0, (), PARTITION), ("data", 3, 0.3, (), PARTITION), ("data", 3, 0.3, DELTA, PARTITION),
+        ("tensor", 0, 1.0, (), PARTITION), ("data", 3, 1.0, (), PARTITION), ("data", 3, 0.3, (), PARTITION), ("data", 3, 0.3, DELTA, PARTITION),
         ("expert", 0, 1.0, EXPERTS, PARTITION), ("expert", 3, 1.0, (*EXPERTS, DROPLESS), PARTITION), ("tensor", 0, 1.0, EXPERTS, PARTITION),
         ("context", 0, 1.0, CHAIN, PARTITION), ("context", 0, 1.0, ("model.block=transformer",), PARTITION),
         *(
             pytest.param(*case, INDUCTOR, marks=pytest.mark.full)
             for case in (
-                ("data", 3, 1.0, ()), ("data", 3, 0.3, ()),
+                ("tensor", 0, 1.0, ()), ("data", 3, 1.0, ()), ("data", 3, 0.3, ()),
                 ("data", 3, 0.3, DELTA), ("tensor", 0, 1.0, OPTIONS), ("context", 3, 1.0, CHAIN), ("context", 3, 1.0, OPTIONS),
             )
         ),

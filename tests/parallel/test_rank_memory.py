@@ -125,7 +125,7 @@ CASES = {
     "ep2 dp4 zero 3": case(4, *EXPERTS, *EP2, stage=3),
     "ep2 dropless, pp2": case(4, *EXPERTS, *EP2, "model.capacity_factor=null", "model.first_dense_layers=1", pp=2),
 }
-ALSO = ("dp2 zero 3, full", "pp2 dp2 zero 1", "dp2 zero 0, one microbatch")  # their parts are in other cases
+ALSO = ("one in slices, inputs offloaded", "dp2 zero 3, full", "pp2 dp2 zero 1", "dp2 zero 0, one microbatch")  # their parts are in other cases
 
 
 @pytest.mark.parametrize("name", [pytest.param(name, marks=pytest.mark.full) if name in ALSO else name for name in CASES])
