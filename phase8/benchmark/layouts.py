@@ -4,7 +4,7 @@
 |---|---|
 | `one` | one rank |
 | `tp2`, `pp2`, `cp2`, `dp2` | tensor, pipeline, context and data parallelism of that degree (1 where not named) |
-| `ep2` | ranks among those that share the experts |
+| `ep2` | number of ranks, among those that read different tokens, that share the experts |
 | `gpipe`, `1f1b`, `interleaved` | schedule of the pipeline; interleaved has two chunks |
 | `chunks4` | chunks per stage |
 | `zero3`, `shard2` | ZeRO stage, and how many ranks share one copy |

@@ -36,7 +36,7 @@ class _Attention(NamedTuple):
         backward: Its backward.
         gradient: Name of the gradient among the arguments of backward.
         arguments: Arguments of forward besides queries, keys and values.
-        more: Maps what forward returns besides, and the number of tokens, to the arguments of backward.
+        more: Maps what forward returns besides to arguments of backward.
     """
 
     forward: Callable[..., tuple[Any, ...]]

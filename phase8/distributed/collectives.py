@@ -201,7 +201,7 @@ class _EndExchange(torch.autograd.Function):
 
 def _way_back(x: Tensor) -> Tensor:
     """A tensor of the shape of x, without memory for it, whose gradient is that of x."""
-    return x.new_zeros(()).expand(x.shape)
+    return x.new_empty(()).expand(x.shape)
 
 
 class _ScatterTokens(torch.autograd.Function):

@@ -160,7 +160,7 @@ def test_the_shipped_config_is_what_the_ablation_is_defined_as():
     check_sizes(counts)
     assert 29e6 < min(counts.values()) <= max(counts.values()) < 31e6
     candidates = {
-        "gates": ("model.global_gate=channel", "model.ffn_size=1320"),  # the feed-forward gives what the gates take
+        "gates": ("model.global_gate=channel", "model.ffn_size=1324"),  # the feed-forward gives what the gates take
         "floor": ("model.decay_floor=-5",),
         "silu": ("model.global_activation=silu",),
         "norm": ("model.local_qk_norm=true",),
@@ -168,6 +168,7 @@ def test_the_shipped_config_is_what_the_ablation_is_defined_as():
     delta = VARIANTS["window+delta"]
     own = count_variant_parameters(SHIPPED, [], {name: (*delta, *settings) for name, settings in candidates.items()})
     check_sizes({**counts, **own})
+    assert own["gates"] == counts["window+delta"]
     assert config.model.sequence_length == 2048 and config.train.num_steps * config.train.global_batch_size * 2048 >= 100e6
     assert config.train.num_steps % config.train.evaluate_every_n_steps == 0
 

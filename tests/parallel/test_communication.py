@@ -233,7 +233,7 @@ PLANTED = {function.__name__: function for function in (gather_once_more, free_p
     [
         # Of two layers and two microbatches, each 48 tokens of 24 numbers in bf16.
         ("gather_once_more", "tp2 dp2 zero 0, accumulation", ("tp", "all_gather"), (4, 4 * 48 * 24 * 2)),
-        # Of two layers, each 6036 numbers with padding.
+        # Two layers have 6036 numbers each, with padding.
         ("free_parameters_after_forward", "dp2 zero 2", ("shard", "all_gather"), (2, 2 * 6036 * 4)),
     ],
 )

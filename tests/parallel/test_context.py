@@ -137,7 +137,7 @@ def work_during_exchanges(block):
 
 @pytest.mark.parametrize("block", ["linear", "delta"])
 def test_other_work_runs_while_slices_exchange_in_both_directions(pool, block):
-    """Of each layer: two exchanges of tokens forward (inputs of the convolution, keys), and two back; one gather of maps, and one sum back."""
+    """A layer exchanges tokens twice forward (inputs of the convolution, keys) and twice back, gathers maps once and sums their gradients once."""
     for products in pool.run(work_during_exchanges, block, world_size=2):
         num_layers = section(block, LENGTH).num_layers
         assert {name: len(numbers) for name, numbers in products.items()} == dict(
