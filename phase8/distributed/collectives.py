@@ -60,7 +60,7 @@ ALONE = Axis()
 
 def gather_tokens(x: Tensor, axis: Axis) -> Tensor:
     """Gathers the tokens of all ranks: [N / size, ...] -> [N, ...]. Backward sums the ranks' gradients of each token and scatters the sums."""
-    return x if axis.size == 1 else _GatherTokens.apply(x, axis)
+    return begin_to_gather(x, axis)()
 
 
 def begin_to_gather(x: Tensor, axis: Axis) -> Callable[[], Tensor]:
@@ -140,17 +140,6 @@ def gather_texts(text: str | None, group: dist.ProcessGroup | None = None) -> li
     texts: list[str | None] = [None] * dist.get_world_size()
     dist.all_gather_object(texts, text, group=group)
     return texts
-
-
-class _GatherTokens(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, axis: Axis) -> Tensor:
-        ctx.axis = axis
-        return _all_gather(x, axis)
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
-        return _reduce_scatter(grad, ctx.axis), None
 
 
 # Each of these pairs passes on a tensor that a collective still fills: forward from its beginning to its end, and backward, as the gradient of
