@@ -117,18 +117,25 @@ def restore_state(
         _install_created(optimizer, optimized, stored, created)
 
 
-def require_fit(checkpoint: Checkpoint, model: nn.Module, *, widen: bool = False) -> None:
-    """Refuses a checkpoint whose weights are not exactly those of a model by name, shape and dtype; reads only the manifest.
+def require_fit(checkpoint: Checkpoint, model: nn.Module, optimizer: torch.optim.Optimizer | None = None, *, widen: bool = False) -> None:
+    """Refuses a checkpoint whose tensors are not exactly those of a model and its optimizer by name, shape and dtype; reads only the manifest.
 
     Args:
-        checkpoint: Checkpoint; its optimizer state is ignored.
+        checkpoint: Checkpoint.
         model: Whole model, which may be on the meta device.
+        optimizer: Optimizer of its parameters, without state; None: the checkpoint's optimizer state is ignored.
         widen: Whether weights may be stored in a narrower dtype, as in `restore_state`.
 
     Raises:
         CheckpointMismatchError: Names, shapes or dtypes differ; the first few are listed.
+        CheckpointCorruptError: A part of a parameter's optimizer state is missing.
     """
-    _require_none(list(_model_differences(checkpoint, _model_tensors(model), is_part=False, widen=widen)), checkpoint)
+    differences = list(_model_differences(checkpoint, _model_tensors(model), is_part=False, widen=widen))
+    if optimizer is not None:
+        optimized, stored = _optimized_parameters(model, optimizer, None), _stored_optimizer_state(checkpoint)
+        _check_complete(checkpoint, stored, optimized)
+        differences += _optimizer_differences(checkpoint, stored, {}, optimized)
+    _require_none(differences, checkpoint)
 
 
 def _require_none(differences: list[str], checkpoint: Checkpoint) -> None:

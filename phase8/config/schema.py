@@ -93,10 +93,11 @@ class ZeroSection(Section):
     """Sharding of optimizer, gradients and parameters over data-parallel ranks."""
 
     stage: Annotated[int, Field(ge=0, le=3)] = key(0, "0: replicate; 1: shard optimizer; 2: and gradients; 3: and parameters")
-    engine: Literal["fsdp", "deepspeed"] = key("fsdp", "who implements the stages")
+    engine: Literal["fsdp", "deepspeed"] = key("fsdp", "who implements the stages; deepspeed: stages 1 to 3, with data and tensor parallelism")
     shard_size: PositiveInt | None = key(None, "data-parallel ranks that share one copy, a node's for example; null: all of them (stage 0: 1)")
-    offload_optimizer: Literal["none", "cpu", "nvme"] = key("none", "where optimizer states live between steps")
+    offload_optimizer: Literal["none", "cpu", "nvme"] = key("none", "where optimizer states live between steps; nvme: deepspeed only")
     offload_params: Literal["none", "cpu", "nvme"] = key("none", "where parameters live between uses")
+    nvme_path: PathText | None = key(None, "directory on an NVMe disk of every host for what is offloaded to nvme; emptied at the end")
     copy_engine_gather: bool = key(
         False, "blocks are gathered by copy engines, beside all processors of the GPU; GPUs of one NVLink domain share, no effect on a CPU"
     )

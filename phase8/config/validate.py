@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from phase8.config.batch import batch_shape, count_token_ranks, run_topology
+from phase8.config.deepspeed import deepspeed_problems
 from phase8.config.describe import describe_value
 from phase8.config.experts import expert_problems, model_expert_problems
 from phase8.config.model_section import ModelSection
@@ -55,6 +56,7 @@ def find_problems(config: RunConfig, *, world_size: int = 1) -> list[str]:
         *_context_parallel(config),
         *expert_problems(config, world_size),
         *_zero(config, world_size),
+        *deepspeed_problems(config),
         *_batch_and_pipeline(config, world_size),
         *_not_built_yet(config),
     ]
@@ -251,9 +253,9 @@ def _zero(config: RunConfig, world_size: int) -> Iterator[str]:
         yield "zero.copy_engine_gather is true, but zero.stage is 0 and nothing is gathered; set it to false or choose a stage."
     elif zero.copy_engine_gather and zero.offload_params != "none":
         yield f"zero.copy_engine_gather is true, but zero.offload_params is {zero.offload_params}, which no GPU shares; set one of them back."
-    if zero.offload_params == "cpu" and (zero.stage != 3 or zero.offload_optimizer != "cpu"):
+    if zero.offload_params != "none" and (zero.stage != 3 or zero.offload_optimizer == "none"):
         yield (
-            f"zero.offload_params is cpu, which needs zero.stage 3 and zero.offload_optimizer cpu, but they are {zero.stage} and "
+            f"zero.offload_params is {zero.offload_params}, which needs zero.stage 3 and zero.offload_optimizer cpu, but they are {zero.stage} and "
             f"{zero.offload_optimizer}; set them, or set offload_params to none."
         )
 
@@ -272,9 +274,6 @@ def _not_built_yet(config: RunConfig) -> Iterator[str]:
     """Refuses keys whose feature is not implemented yet; none of them is ignored."""
     allowed = {
         "parallel.sequence_parallel": (config.parallel.sequence_parallel, (True,)),
-        "zero.engine": (config.zero.engine, ("fsdp",)),
-        "zero.offload_optimizer": (config.zero.offload_optimizer, ("none", "cpu")),
-        "zero.offload_params": (config.zero.offload_params, ("none", "cpu")),
         "precision.dtype": (config.precision.dtype, ("bf16", "fp32")),
         "optim.name": (config.optim.name, ("adamw",)),
     }

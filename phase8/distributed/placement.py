@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.distributed.tensor import DTensor
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.tensor import DTensor, Placement
+from torch.distributed.tensor._dtensor_spec import DTensorSpec, TensorMeta
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
 from phase8.distributed.mesh import Mesh
@@ -21,6 +25,19 @@ def placed_like(part: Tensor, whole: Tensor) -> Tensor:
     if not isinstance(whole, DTensor):
         return part
     return DTensor(part, whole._spec, requires_grad=False)
+
+
+def placed(part: Tensor, shape: torch.Size, mesh: DeviceMesh, placements: Sequence[Placement]) -> DTensor:
+    """A DTensor of which `part` is this rank's part; it may lie on the host while the ranks compute on GPUs.
+
+    Args:
+        part: The part.
+        shape: Shape of the whole tensor.
+        mesh: Mesh of the ranks that divide it.
+        placements: Placement along each dim of the mesh.
+    """
+    form = TensorMeta(shape, torch.empty(shape, device="meta").stride(), part.dtype)
+    return DTensor(part, DTensorSpec(mesh, tuple(placements), tensor_meta=form), requires_grad=False)
 
 
 def held_part(whole: Tensor) -> Tensor:

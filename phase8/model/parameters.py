@@ -57,10 +57,10 @@ def buffer_shapes(model: nn.Module) -> dict[str, DividedShape]:
 
 
 def materialise(model: nn.Module, *, device: torch.device, axis: Axis, expert: Axis = ALONE) -> None:
-    """Gives every parameter of a model on the meta device uninitialised memory for this rank's part of it, and every buffer its memory.
+    """Gives every parameter on the meta device uninitialised memory for this rank's part of it, and every buffer its memory.
 
     Args:
-        model: Model on the meta device; its shared parameters stay shared.
+        model: Model, of which some parameters may have their memory already; its shared parameters stay shared.
         device: Device of the memory.
         axis: Axis of tensor parallelism.
         expert: Axis of the ranks that share experts.
@@ -69,11 +69,14 @@ def materialise(model: nn.Module, *, device: torch.device, axis: Axis, expert: A
     for module in model.modules():
         specs = module.parameter_specs() if isinstance(module, OwnsParameters) else {}
         for name, parameter in list(module.named_parameters(recurse=False)):
+            if not parameter.is_meta:
+                continue
             if parameter not in made:
                 made[parameter] = divided(parameter, specs[name], axis, device=device, expert=expert)
             setattr(module, name, made[parameter])
         for name, buffer in module.named_buffers(recurse=False):
-            setattr(module, name, torch.empty_like(buffer, device=device))
+            if buffer.is_meta:
+                setattr(module, name, torch.empty_like(buffer, device=device))
 
 
 def initialise(model: nn.Module, *, seed: int, axis: Axis = ALONE, expert: Axis = ALONE) -> None:

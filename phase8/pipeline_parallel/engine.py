@@ -45,6 +45,8 @@ class Forward(Protocol):
 
 
 OnAction = Callable[[Kind, int, int], None]
+# Computes gradients of what depends on some outputs, given the outputs and the gradient of each, or None for a scalar to minimise.
+Backward = Callable[[tuple[Tensor, ...], tuple[Tensor | None, ...]], None]
 Losses = Mapping[str, Tensor]  # scalars by name
 _Key = tuple[int, int]  # microbatch, chunk
 
@@ -79,13 +81,14 @@ class Engine:
         program: Program of this stage, with backwards or, for evaluation, without.
         place: Place of this stage.
         channels: Channels opened for `channels_of` the programs of all stages; a single stage has none.
+        backward: Function that computes gradients.
 
     Raises:
         ConfigError: The backwards of a chunk are not in the order of the microbatches, or are split.
     """
 
-    def __init__(self, program: Program, place: Place, channels: Channels):
-        self.program, self.place, self.channels = program, place, channels
+    def __init__(self, program: Program, place: Place, channels: Channels, *, backward: Backward = torch.autograd.backward):
+        self.program, self.place, self.channels, self.compute_gradients = program, place, channels, backward
         actions = [instruction.action for instruction in program if isinstance(instruction, Compute)]
         self._backwards: dict[int, list[int]] = {}  # chunk -> microbatches of its backwards, in order
         for action in actions:
@@ -201,7 +204,7 @@ class _Run:
         key = (microbatch, chunk)
         gradient = None if self._place.is_last(chunk) else self._take(Payload.GRADIENT, key)
         x, output, losses = self._held.pop(key)
-        torch.autograd.backward((output, *losses.values()), (gradient, *(None for _ in losses)))
+        self._engine.compute_gradients((output, *losses.values()), (gradient, *(None for _ in losses)))
         if x is None:
             return
         if x.grad is None:

@@ -29,7 +29,7 @@ class VocabularyParallelEmbedding(nn.Module):
     def __init__(self, vocab_size: int, width: int, *, std: float, dtype: torch.dtype, axis: Axis):
         super().__init__()
         self.weight = nn.Parameter(torch.empty(vocab_size, width))
-        self.std, self.dtype, self.axis = std, dtype, axis
+        self.vocab_size, self.std, self.dtype, self.axis = vocab_size, std, dtype, axis
 
     def parameter_specs(self) -> dict[str, ParameterSpec]:
         """Normal values without weight decay, under which rare tokens would fade between their occurrences."""
@@ -44,7 +44,7 @@ class VocabularyParallelEmbedding(nn.Module):
         weight = local(self.weight)
         if self.axis.size == 1:
             return F.embedding(tokens, weight).to(self.dtype)
-        own = tokens - first_id(self.weight.shape[0], self.axis)
+        own = tokens - first_id(self.vocab_size, self.axis)
         is_here = (own >= 0) & (own < weight.shape[0])
         found = F.embedding(own.where(is_here, 0), weight).to(self.dtype)
         return scatter_tokens(found.where(is_here[..., None], 0), self.axis)

@@ -52,7 +52,8 @@ class Linear(nn.Module):
     ):
         super().__init__()
         self.weight = nn.Parameter(torch.empty(out_features, in_features))
-        self.std, self.divided, self.number_format = std, divided or {}, number_format
+        self.in_features, self.out_features, self.std = in_features, out_features, std
+        self.divided, self.number_format = divided or {}, number_format
 
     def parameter_specs(self) -> dict[str, ParameterSpec]:
         """Normal values with weight decay."""
@@ -64,7 +65,7 @@ class Linear(nn.Module):
 
     def extra_repr(self) -> str:
         """The widths over all ranks together, for `print(model)`."""
-        return f"{self.weight.shape[1]} -> {self.weight.shape[0]}"
+        return f"{self.in_features} -> {self.out_features}"
 
 
 class ColumnParallelLinear(Linear):
@@ -97,7 +98,7 @@ class RowParallelLinear(Linear):
 
     def exchanges(self) -> Exchanges:
         """The scatter of the output. A recomputation that ends with this layer does not repeat it, because backward needs only the input."""
-        return replace(scattered(self.weight.shape[0]), repeated=())
+        return replace(scattered(self.out_features), repeated=())
 
     def forward(self, x: Tensor) -> Tensor:
         """Maps [..., in_features of this rank] of all tokens to [..., out_features] of the own tokens."""
@@ -142,7 +143,7 @@ class LowRankRow(nn.Module):
 
     def exchanges(self) -> Exchanges:
         """The scatter of the bottleneck; a recomputation repeats it, because `up` keeps the bottleneck for backward."""
-        return scattered(self.down.weight.shape[0])
+        return scattered(self.down.out_features)
 
     def forward(self, x: Tensor) -> Tensor:
         """Maps [..., in_features of this rank] of all tokens to [..., out_features] of the own tokens."""
@@ -216,8 +217,8 @@ class JointColumnLinear:
     def exchanges(self) -> Exchanges:
         """The gather of the input, repeated in backward, for dense layers; the gather of the bottlenecks for low-rank layers."""
         if isinstance(self.layers[0], LowRankColumn):
-            return gathered(sum(layer.down.weight.shape[0] for layer in self.layers))
-        once = gathered(self.layers[0].weight.shape[1])
+            return gathered(sum(layer.down.out_features for layer in self.layers))
+        once = gathered(self.layers[0].in_features)
         return replace(once, backward=once.forward + once.backward)
 
 

@@ -29,6 +29,7 @@ from phase8.precision.policy import set_matmul_precision
 from phase8.train.changed_keys import ChangedKey, changed_keys
 from phase8.train.datasets import RunData, open_run_data
 from phase8.train.device import limit_memory, require_determinism, this_device
+from phase8.train.engine.deepspeed import build_deepspeed_engine
 from phase8.train.engine.fsdp import build_fsdp_engine
 from phase8.train.engine.protocol import TrainingEngine
 from phase8.train.experts import with_recordable_experts
@@ -223,12 +224,14 @@ def build_engine(config: RunConfig, *, mesh: Mesh, device: torch.device) -> Trai
         mesh: Mesh of the ranks, which all build their engines at the same time.
         device: Device on which the model computes.
     """
-    return build_fsdp_engine(config, mesh=mesh, device=device)  # `validate` refuses every other value of zero.engine
+    build = {"fsdp": build_fsdp_engine, "deepspeed": build_deepspeed_engine}[config.zero.engine]
+    return build(config, mesh=mesh, device=device)
 
 
 def _build_mesh(config: RunConfig, device: torch.device, world_size: int) -> Mesh:
     topology = run_topology(config.parallel, world_size=world_size)
-    if world_size == 1 and config.zero.offload_params != "none" and not dist.is_initialized():  # FSDP needs a process group, even of one rank
+    needs_group = config.zero.offload_params != "none" or config.zero.engine == "deepspeed"  # even of one rank
+    if world_size == 1 and needs_group and not dist.is_initialized():
         dist.init_process_group("gloo" if device.type == "cpu" else "cpu:gloo,cuda:nccl", store=dist.HashStore(), rank=0, world_size=1)
     return build_mesh(
         topology,

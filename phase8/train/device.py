@@ -42,6 +42,12 @@ def this_device(device: torch.device, config: RunConfig) -> Device:
     return found.limited_to(config.train.device_memory_gib)
 
 
+def name_device_for_deepspeed(device: torch.device) -> None:
+    """Names the type of device, and the place of this process where no launcher did, in the environment, where DeepSpeed looks for them."""
+    os.environ.setdefault("DS_ACCELERATOR", device.type)
+    os.environ.setdefault("LOCAL_RANK", "0")
+
+
 def limit_memory(device: torch.device, limit_gib: float | None) -> None:
     """Limits torch's allocator to a share of the device's memory."""
     if device.type == "cuda" and limit_gib is not None:

@@ -38,7 +38,7 @@ def test_every_text_of_the_schema_is_a_path_or_is_listed():
     assert {name for name, field in KEYS.items() if describe_type(field).startswith("a text")} == TEXT_KEYS
     assert {name for name, field in KEYS.items() if describe_type(field).startswith("a path")} == {
         "run.output_dir", "data.train", "data.validation", "data.tokenizer", "data.cache_dir", "data.train[].path",
-        "checkpoint.initialise_from",
+        "checkpoint.initialise_from", "zero.nvme_path",
     }  # fmt: skip
 
 

@@ -17,6 +17,7 @@ def config_with(*overrides: str, directory: Path) -> RunConfig:
 
 
 # Overrides of the defaults, and the one sentence they earn.
+DEEPSPEED = ("zero.engine=deepspeed", "zero.stage=3")
 RULES = {
     "slices of a growing state": (
         ["train.recompute=slices", "model.block=transformer"],
@@ -158,8 +159,39 @@ RULES = {
         "zero.offload_params is cpu, which needs zero.stage 3 and zero.offload_optimizer cpu, but they are 3 and none; "
         "set them, or set offload_params to none.",
     ),
-    "deepspeed": (["zero.engine=deepspeed"], "zero.engine is 'deepspeed', which is not supported yet; use 'fsdp'."),
-    "offload optimizer": (["zero.offload_optimizer=nvme"], "zero.offload_optimizer is 'nvme', which is not supported yet; use 'none' or 'cpu'."),
+    "deepspeed": (
+        ["zero.engine=deepspeed"],
+        "zero.engine is deepspeed, but zero.stage is 0, and DeepSpeed divides from stage 1 on; choose a stage, or set zero.engine to fsdp.",
+    ),
+    "deepspeed with graphs": (
+        [*DEEPSPEED, "train.cuda_graphs=true"],
+        "train.cuda_graphs is true, but zero.engine is deepspeed, whose step no graph can hold; set it to false, or zero.engine to fsdp.",
+    ),
+    "deepspeed with groups of shards": (
+        [*DEEPSPEED, "zero.shard_size=1"],
+        "zero.shard_size is 1, but zero.engine is deepspeed, which divides over all data-parallel ranks; leave it null.",
+    ),
+    "deepspeed with copy engines": (
+        [*DEEPSPEED, "zero.copy_engine_gather=true"],
+        "zero.copy_engine_gather is true, but zero.engine is deepspeed, which gathers by itself; set it to false, or zero.engine to fsdp.",
+    ),
+    "nvme without deepspeed": (
+        ["zero.offload_optimizer=nvme"],
+        "zero.offload_optimizer is nvme, which only DeepSpeed offloads to, but zero.engine is fsdp; set zero.engine to deepspeed, or "
+        "zero.offload_optimizer to cpu.",
+    ),
+    "nvme without a disk": (
+        [*DEEPSPEED, "zero.offload_optimizer=nvme"],
+        "zero.offload_optimizer is nvme, but zero.nvme_path is null; name a directory on the NVMe disk of every host.",
+    ),
+    "nvme in stage 2": (
+        ["zero.engine=deepspeed", "zero.stage=2", "zero.offload_optimizer=nvme", "zero.nvme_path=swap"],
+        "zero.offload_optimizer is nvme, which needs zero.stage 3, but it is 2; set it to 3, or zero.offload_optimizer to cpu.",
+    ),
+    "a disk for nothing": (
+        [*DEEPSPEED, "zero.nvme_path=swap"],
+        "zero.nvme_path is given, but nothing is offloaded to nvme; set zero.offload_optimizer to nvme, or leave it null.",
+    ),
     "gather of nothing": (
         ["zero.copy_engine_gather=true"],
         "zero.copy_engine_gather is true, but zero.stage is 0 and nothing is gathered; set it to false or choose a stage.",
@@ -168,7 +200,6 @@ RULES = {
         ["zero.copy_engine_gather=true", "zero.stage=3", "zero.offload_optimizer=cpu", "zero.offload_params=cpu"],
         "zero.copy_engine_gather is true, but zero.offload_params is cpu, which no GPU shares; set one of them back.",
     ),
-    "offload params": (["zero.offload_params=nvme"], "zero.offload_params is 'nvme', which is not supported yet; use 'none' or 'cpu'."),
     "fp8": (["precision.dtype=fp8"], "precision.dtype is 'fp8', which is not supported yet; use 'bf16' or 'fp32'."),
     "int8": (["precision.dtype=int8"], "precision.dtype is 'int8', which is not supported yet; use 'bf16' or 'fp32'."),
     "muon": (["optim.name=muon"], "optim.name is 'muon', which is not supported yet; use 'adamw'."),
@@ -213,6 +244,7 @@ ALLOWED = {
     "budget": ["train.recompute=budget", "train.compile.enabled=true", "train.activation_memory_budget=0"],
     "own data": ["data.train=mine", "data.validation=held_out", "data.tokenizer=t.model", "observe.sample_prompt=Once"],
     "accumulation": ["train.micro_batch_size=8", "parallel.num_microbatches=4"],
+    "deepspeed": [*DEEPSPEED, "zero.offload_optimizer=cpu", "zero.offload_params=nvme", "zero.nvme_path=swap"],
     "batch from its parts": ["train.global_batch_size=null", "train.micro_batch_size=3", "parallel.num_microbatches=5"],
 }
 
@@ -432,3 +464,10 @@ def test_every_shipped_config_is_valid_and_named_after_its_file(path):
     num_token_ranks = max(parallel.context_parallel_size, config.zero.shard_size or 1)
     validate(config, world_size=parallel.tensor_parallel_size * parallel.pipeline_parallel_size * num_token_ranks)
     assert config.run.name == path.stem
+
+
+@pytest.mark.parametrize("axis", ["pipeline", "context", "expert"])
+def test_deepspeed_works_with_data_and_tensor_parallelism_alone(tmp_path, axis):
+    problems = find_problems(config_with(*DEEPSPEED, f"parallel.{axis}_parallel_size=2", directory=tmp_path), world_size=2)
+    expected = f"parallel.{axis}_parallel_size is 2, but zero.engine is deepspeed, which works with data and tensor parallelism alone; "
+    assert expected + "set zero.engine to fsdp." in problems

@@ -14,7 +14,7 @@ from phase8.model import convolution, global_path, mixer, mixture_of_experts, mo
 from phase8.pipeline_parallel import engine
 from phase8.pipeline_parallel.lowering import Payload
 from phase8.tensor_parallel import cross_entropy, embedding, linear, products
-from phase8.train.engine import shards, stage, step
+from phase8.train.engine import measured, shards, stage, step
 from phase8.zero import fsdp
 
 READERS = (convolution, global_path, mixer, norm, embedding, linear)
@@ -47,12 +47,12 @@ def swapped_neighbours():
 
 def sum_is_local():
     """No number is summed over ranks: counts of targets, norms, normalisers of the softmax."""
-    return replaced(*((module, "sum_over") for module in (step, shards, cross_entropy)), by=lambda old: lambda x, *axes: x)
+    return replaced(*((module, "sum_over") for module in (measured, shards, cross_entropy)), by=lambda old: lambda x, *axes: x)
 
 
 def local_count_of_targets():
     """Each rank divides by its own number of targets."""
-    return replaced((step, "_over_all_ranks"), by=lambda old: lambda num_targets, train_state: max(num_targets, 1))
+    return replaced((step, "targets_of_all"), by=lambda old: lambda num_targets, stage: max(num_targets, 1))
 
 
 def norm_counts_replicas_twice():
@@ -321,7 +321,7 @@ def norm_without_experts_of_others():
 
 def routers_learn_from_own_tokens():
     """The choices of other ranks do not change the shares and biases of a router."""
-    return replaced((step, "sum_over"), by=lambda old: lambda x, *axes: x if x.ndim == 2 else old(x, *axes))
+    return replaced((measured, "sum_over"), by=lambda old: lambda x, *axes: x if x.ndim == 2 else old(x, *axes))
 
 
 def experts_of_another_rank():

@@ -14,8 +14,9 @@ from phase8.data.microbatch import Microbatch
 from phase8.kernels.reference.cross_entropy import IGNORED_TARGET
 from phase8.model.model import build_model
 from phase8.plan.stages import chunk_layers
+from phase8.train.engine.measured import evaluate
 from phase8.train.engine.stage import Stage, joined
-from phase8.train.engine.step import evaluate, train_step
+from phase8.train.engine.step import train_step
 from tests.parallel.test_parity import BLOCKS, INTERLEAVED, ranks
 from tests.parallel.training import MODEL, microbatches_of, new_train_state, take_step
 
@@ -40,7 +41,7 @@ def shortened(batch, length):
 def evaluate_and_change_length(settings, world_size):
     config, train_state = start(settings, world_size)
     batches = microbatches_of(train_state, config, 0)
-    measured = [evaluate(train_state, batches), evaluate(train_state, batches[:1])]
+    measured = [evaluate(train_state.stage, batches), evaluate(train_state.stage, batches[:1])]
     short = [shortened(batch, 12) for batch in batches]
     losses = [train_step(train_state, each, learning_rate=1e-2, gradient_clip_norm=1.0).loss for each in (batches, short, batches)]
     return [loss for loss, _ in measured], [count for _, count in measured], losses

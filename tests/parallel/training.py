@@ -53,7 +53,8 @@ def train_steps(settings, num_steps, world_size=1, mutation=None, *, device_type
 
 def _train_steps(config, num_steps, world_size, device_type, dtype):
     train_state = new_train_state(config, world_size, device_type=device_type, dtype=dtype)
-    compile_modules(train_state, config)
+    torch._dynamo.reset()  # processes of the pool have compiled the blocks of earlier cases
+    compile_modules(train_state.stage.chunks, config)
     with closing(CapturedStep(train_state)) if config.train.cuda_graphs else nullcontext() as recorded:
         results = [take_step(train_state, config, step, how=recorded) for step in range(num_steps)]
     weights = collected({name: parameter.detach() for name, parameter in train_state.stage.module.named_parameters()}, train_state.mesh)

@@ -14,9 +14,10 @@ from phase8.kernels.reference.cross_entropy import IGNORED_TARGET
 from phase8.model.model import build_model
 from phase8.model.parameters import initialise
 from phase8.topology import Topology
+from phase8.train.engine.measured import evaluate
 from phase8.train.engine.shards import Shards
 from phase8.train.engine.stage import Stage
-from phase8.train.engine.step import evaluate, train_step
+from phase8.train.engine.step import train_step
 from phase8.train.engine.train_state import TrainState
 
 SECTION = ModelSection(
@@ -129,7 +130,7 @@ def test_a_step_without_any_valid_target_changes_nothing_by_gradient(model):
 def test_evaluation_is_the_mean_over_valid_targets_and_changes_nothing(model):
     batches = split(sample(starts=[(0, 2), (1, 3), (1, 5)]), sample(batch_size=1, seed=1), reset=True)
     before = snapshot(model)
-    loss, num_targets = evaluate(alone(model, None), iter(batches))
+    loss, num_targets = evaluate(alone(model, None).stage, iter(batches))
     assert num_targets == 13 + 8 and loss == pytest.approx(mean_loss(model, batches).item(), rel=1e-5)
-    assert evaluate(alone(model, None), batches) == (loss, num_targets)
+    assert evaluate(alone(model, None).stage, batches) == (loss, num_targets)
     assert all(torch.equal(value, before[name]) and value.grad is None for name, value in model.named_parameters())

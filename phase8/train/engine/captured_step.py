@@ -14,8 +14,9 @@ import torch
 from torch import Tensor
 
 from phase8.data.microbatch import Microbatch
+from phase8.train.engine.measured import StepNumbers, count_targets, step_result
 from phase8.train.engine.protocol import StepResult
-from phase8.train.engine.step import StepNumbers, count_targets, step_result, train_step, update
+from phase8.train.engine.step import train_step, update
 from phase8.train.engine.train_state import TrainState
 
 # Number of steps taken without a graph: compilation, the choice of kernels and the first state of the optimizer cannot be recorded.

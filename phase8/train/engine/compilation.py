@@ -2,26 +2,38 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
+import torch
+from torch._dynamo import config as dynamo_config
 from torch._functorch import config as functorch_config
 
 from phase8.config.schema import RunConfig
-from phase8.train.engine.train_state import TrainState
+from phase8.model.model import LanguageModel
 
 # Maps modes of the config to torch.compile's modes without CUDA graphs, which train.cuda_graphs records instead.
 COMPILE_MODES = {"default": "default", "max-autotune": "max-autotune-no-cudagraphs"}
+# With and without gradients, of one size and of any, with states and without.
+_FORMS_OF_A_LAYER = 8
 
 
-def compile_modules(train_state: TrainState, config: RunConfig) -> None:
+def compile_modules(chunks: Sequence[LanguageModel], config: RunConfig, *, are_calls_hooked: bool = False) -> None:
     """Marks every block and the final norm for compilation at its first call, if `train.compile.enabled` is set.
 
     Args:
-        train_state: Train state with the model.
+        chunks: Chunks of the model.
         config: Config with the mode of compilation and the budget for the activations that blocks keep.
+        are_calls_hooked: Whether hooks that torch.compile cannot trace surround the calls, inside of which it then compiles.
     """
     train = config.train
     if not train.compile.enabled:
         return
     functorch_config.activation_memory_budget = train.activation_memory_budget if train.recompute == "budget" else 1.0
-    chunks = train_state.stage.chunks
+    # All blocks share their code; above the limit torch.compile would leave the others uncompiled.
+    dynamo_config.recompile_limit = max(dynamo_config.recompile_limit, _FORMS_OF_A_LAYER * len(set(config.model.layer_kinds)))
+    options = {"mode": COMPILE_MODES[train.compile.mode], "fullgraph": train.compile.fullgraph}
     for module in (*(block for chunk in chunks for block in chunk.blocks.values()), *(chunk.norm for chunk in chunks if chunk.norm is not None)):
-        module.compile(mode=COMPILE_MODES[train.compile.mode], fullgraph=train.compile.fullgraph)
+        if are_calls_hooked:
+            module.forward = torch.compile(module.forward, **options)
+        else:
+            module.compile(**options)

@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 
 from phase8.checkpoint.load import Checkpoint
-from phase8.checkpoint.state import flat_state, restore_state
+from phase8.checkpoint.state import MODEL_PREFIX, flat_state, restore_state
 from phase8.config.schema import RunConfig
 from phase8.data.microbatch import Microbatch
 from phase8.distributed.collectives import Axis
@@ -23,9 +23,10 @@ from phase8.precision.policy import compute_dtype
 from phase8.topology import COPIES, STAGE, AxisName
 from phase8.train.engine.captured_step import EAGER_STEPS, CapturedStep
 from phase8.train.engine.compilation import compile_modules
+from phase8.train.engine.measured import evaluate
 from phase8.train.engine.protocol import HOST_COPY, WEIGHT, HeldTensor, Item, Replicas, StepResult
 from phase8.train.engine.stage import EMBEDDING
-from phase8.train.engine.step import evaluate, train_step
+from phase8.train.engine.step import train_step
 from phase8.train.engine.train_state import TrainState, build_train_state, whole_model
 
 
@@ -82,7 +83,7 @@ class FsdpEngine:
 
     def evaluate(self, microbatches: Iterable[Microbatch]) -> tuple[float, int]:
         """Returns the mean loss and the number of targets."""
-        return evaluate(self.train_state, microbatches)
+        return evaluate(self.train_state.stage, microbatches)
 
     def state(self) -> dict[str, Tensor]:
         """The live tensors of model and optimizer."""
@@ -91,7 +92,7 @@ class FsdpEngine:
     def state_sizes(self) -> list[int]:
         """The bytes of this rank's part of each tensor of `state`."""
         shards, declare = self.train_state.shards, declared_by(self.train_state.optimizer)
-        weights = [part.nbytes for part in shards.parts.values()] + [buffer.nbytes for buffer in self._buffers.values()]
+        weights = [held_part(tensor).nbytes for name, tensor in self.state().items() if name.startswith(MODEL_PREFIX)]
         states = (
             tensor.num_bytes(part.numel(), parameter_bytes=part.element_size())
             for name, part in shards.parts.items()
@@ -185,7 +186,7 @@ def build_fsdp_engine(config: RunConfig, *, mesh: Mesh, device: torch.device) ->
         device: Device on which the model computes.
     """
     train_state = build_train_state(config, mesh=mesh, device=device, dtype=compute_dtype(config.precision))
-    compile_modules(train_state, config)
+    compile_modules(train_state.stage.chunks, config)
     return FsdpEngine(train_state, config)
 
 

@@ -22,7 +22,7 @@ from phase8.distributed.mesh import Mesh, first_and_last_stage
 from phase8.distributed.placement import held_part
 from phase8.model.mixture_of_experts import ROUTING
 from phase8.model.model import LanguageModel, OnLosses
-from phase8.pipeline_parallel.engine import Engine, Place
+from phase8.pipeline_parallel.engine import Backward, Engine, Place
 from phase8.pipeline_parallel.lowering import channels_of, lower
 from phase8.pipeline_parallel.schedules import Kind, build_forward_only, build_schedule
 from phase8.zero.fsdp import sum_gradients_after
@@ -55,10 +55,21 @@ class Stage:
         mesh: Mesh of the ranks, which all make their stages at the same time.
         zero: ZeRO section, by which data-parallel ranks divide the chunks.
         device: Device on which the chunks compute.
+        backward: Function that computes gradients.
     """
 
-    def __init__(self, chunks: Sequence[LanguageModel], pipeline: Pipeline, mesh: Mesh, *, zero: ZeroSection, device: torch.device):
+    def __init__(
+        self,
+        chunks: Sequence[LanguageModel],
+        pipeline: Pipeline,
+        mesh: Mesh,
+        *,
+        zero: ZeroSection,
+        device: torch.device,
+        backward: Backward = torch.autograd.backward,
+    ):
         self.chunks, self.pipeline, self.mesh, self.zero, self.device = tuple(chunks), pipeline, mesh, zero, device
+        self._backward = backward
         self.module = joined(chunks)
         self._place = Place(mesh.pp.index, pipeline.num_stages, pipeline.num_chunks)
         name, P, V = pipeline
@@ -178,7 +189,7 @@ class Stage:
             sizes = {"num_stages": P, "num_microbatches": num_microbatches, "num_chunks": V}
             schedule = build_schedule(name, **sizes) if trains else build_forward_only(**sizes)
             program = lower(schedule, receives_ahead=_RECEIVES_AHEAD)[self._place.stage]
-            self._engines[key] = Engine(program, self._place, self._channels)
+            self._engines[key] = Engine(program, self._place, self._channels, backward=self._backward)
         return self._engines[key]
 
     def _form(self, microbatches: Sequence[Microbatch]) -> MessageForm:

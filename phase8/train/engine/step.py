@@ -3,18 +3,14 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
 
-import torch
 from torch import Tensor
 
 from phase8.data.microbatch import Microbatch
-from phase8.distributed.collectives import sum_over
 from phase8.optim.clip import step_clipped
-from phase8.topology import EVERYBODY, LOSS, TOKENS
-from phase8.train.engine.protocol import LayerRouting, StepResult
-from phase8.train.engine.stage import Stage
+from phase8.train.engine.measured import StepNumbers, count_targets, step_result, sum_shares, targets_of_all
+from phase8.train.engine.protocol import StepResult
 from phase8.train.engine.train_state import TrainState
 
 
@@ -51,23 +47,6 @@ def train_step(
     return step_result(measured.tolist(), train_state.stage)  # the only synchronisation of the step
 
 
-@dataclass(frozen=True)
-class StepNumbers:
-    """The numbers of a step. They are scalars on the device for a recorded step, which reads them at every replay.
-
-    Args:
-        num_targets: Number of targets on this rank, from `count_targets`.
-        largest_loss: Largest loss that may change the weights.
-        stop: Whether this rank was asked to stop.
-        unreadable: Whether this rank could not read its data.
-    """
-
-    num_targets: int | Tensor
-    largest_loss: float | Tensor
-    stop: bool | Tensor
-    unreadable: bool | Tensor
-
-
 def update(
     train_state: TrainState,
     microbatches: Sequence[Microbatch],
@@ -79,79 +58,17 @@ def update(
     """Enqueues a step's work on the device without waiting; arguments as for `train_step`. The optimizer has its learning rate already.
 
     Returns:
-        Numbers for `step_result`: loss, gradient norm, number of ranks that were asked to stop, number of ranks that could not read their
-        data, 1 if the weights were changed or else 0, the auxiliary losses, and the routing of each layer with experts.
+        Numbers for `step_result`.
     """
-    optimizer, shards, mesh, device = train_state.optimizer, train_state.shards, train_state.mesh, train_state.device
-    total, auxiliary, routing = train_state.stage.train(microbatches, _over_all_ranks(numbers.num_targets, train_state), report=report)
+    stage, shards = train_state.stage, train_state.shards
+    shares = stage.train(microbatches, targets_of_all(numbers.num_targets, stage), report=report)
     shards.take_gradients()
     norm = shards.gradient_norm()
-    total = sum_over(total, *mesh.axes(LOSS))
-    told = torch.stack([flag.to(total) if isinstance(flag, Tensor) else torch.full_like(total, flag) for flag in (numbers.stop, numbers.unreadable)])
-    told = sum_over(told, *mesh.axes(EVERYBODY))
-    counts = total.isfinite() & norm.isfinite().to(device) & (total <= numbers.largest_loss) & (told[1] == 0)
-    step_clipped(optimizer, norm, max_norm=gradient_clip_norm, counts=counts)
+    sums = sum_shares(shares, numbers, stage)
+    counts = sums.may_count(numbers) & norm.isfinite().to(stage.device)
+    step_clipped(train_state.optimizer, norm, max_norm=gradient_clip_norm, counts=counts)
     shards.write_back()
     shards.drop_gradients()
-    # Tensor-parallel ranks have the same main loss, but each has the auxiliary losses of its own tokens.
-    found = () if auxiliary is None else sum_over(auxiliary, *mesh.axes(EVERYBODY))
-    measured = torch.stack((total, norm.to(total), *told, counts.to(total), *found))
-    if routing is None:
-        return measured
-    routing = sum_over(routing, *mesh.axes(EVERYBODY))
-    train_state.stage.learn_from_routing(routing, counts)
-    return torch.cat((measured, routing.flatten().to(measured)))
-
-
-def step_result(measured: Sequence[float], stage: Stage) -> StepResult:
-    """Makes a StepResult from the numbers that `update` returns."""
-    loss, norm, num_stopped, num_unreadable, counts, *more = measured
-    names, section = stage.auxiliary_losses, stage.chunks[0].section
-    auxiliary, routing = more[: len(names)], more[len(names) :]
-    per_layer = section.numbers_of_routing
-    return StepResult(
-        loss,
-        norm,
-        skipped=counts == 0,
-        stop=num_stopped > 0,
-        unreadable=num_unreadable > 0,
-        auxiliary_losses=dict(zip(names, auxiliary, strict=True)),
-        routing={
-            layer: _layer_routing(routing[place * per_layer : (place + 1) * per_layer], section.top_k)
-            for place, layer in enumerate(stage.routed_layers)
-        },
-    )
-
-
-def _layer_routing(measured: Sequence[float], top_k: int) -> LayerRouting:
-    *choices, dropped, entropy = measured
-    total = max(sum(choices), 1.0)
-    return LayerRouting(tuple(count / total for count in choices), dropped / total, entropy * top_k / total)
-
-
-@torch.no_grad()
-def evaluate(train_state: TrainState, microbatches: Iterable[Microbatch]) -> tuple[float, int]:
-    """Returns mean loss in nats per valid target and number of targets over all ranks; every rank passes the same number of microbatches."""
-    batches = list(microbatches)
-    loss_sum = sum_over(train_state.stage.loss_sum(batches), train_state.mesh.pp)
-    sums = torch.stack((loss_sum, loss_sum.new_tensor(sum(batch.num_valid for batch in batches))))
-    loss, num_valid = sum_over(sums, *train_state.mesh.axes(TOKENS)).tolist()
-    return loss / max(num_valid, 1), int(num_valid)
-
-
-def count_targets(microbatches: Sequence[Microbatch]) -> int:
-    """The number of valid targets of a step on this rank."""
-    return sum(microbatch.num_valid for microbatch in microbatches)
-
-
-def _over_all_ranks(num_targets: int | Tensor, train_state: TrainState) -> int | Tensor:
-    """The sum over the ranks that read different tokens, but at least 1; with several ranks, and on a GPU, a scalar on the device.
-
-    A GPU multiplies by the reciprocal of a Python number, but divides by a tensor: the loss of a recorded step would differ in its last bit.
-    """
-    axes = train_state.mesh.axes(TOKENS)
-    if isinstance(num_targets, int):
-        if train_state.device.type == "cpu" and all(axis.size == 1 for axis in axes):
-            return max(num_targets, 1)
-        num_targets = torch.full((), num_targets, dtype=torch.float64, device=train_state.device)
-    return sum_over(num_targets, *axes).clamp(min=1)
+    if sums.routing is not None:
+        stage.learn_from_routing(sums.routing, counts)
+    return sums.measured(norm, counts)

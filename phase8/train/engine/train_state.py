@@ -95,8 +95,11 @@ def require_divisible(shards: Shards, declare: DeclareState) -> None:
 def build_chunks(config: RunConfig, *, mesh: Mesh, device: torch.device, dtype: torch.dtype) -> list[LanguageModel]:
     """Builds the chunks of this rank's stage with their first weights, divided over the ranks; on device `meta` they have shapes only."""
     layers_of_chunks = chunk_layers(config.model, pipeline_of(config.parallel), mesh.pp.index)
-    chunks = [_build_chunk(config, layers, mesh=mesh, device=device, dtype=dtype) for layers in layers_of_chunks]
+    chunks = [build_chunk(config, layers, mesh=mesh, dtype=dtype) for layers in layers_of_chunks]
     for chunk in chunks:
+        materialise(chunk, device=device, axis=mesh.tp, expert=mesh.ep)
+        if device.type != "meta":
+            initialise(chunk, seed=config.train.seed, axis=mesh.tp, expert=mesh.ep)
         dims = shard_dims(chunk)
         for block in chunk.blocks.values():
             shard_block(block, config.zero, mesh, dims)
@@ -106,12 +109,12 @@ def build_chunks(config: RunConfig, *, mesh: Mesh, device: torch.device, dtype: 
     return chunks
 
 
-def _build_chunk(config: RunConfig, layers: range, *, mesh: Mesh, device: torch.device, dtype: torch.dtype) -> LanguageModel:
-    """Builds some layers of the model with their first weights."""
+def build_chunk(config: RunConfig, layers: range, *, mesh: Mesh, dtype: torch.dtype) -> LanguageModel:
+    """Builds some layers of the model, with parameters of their global shapes on the meta device and with recomputation as the config says."""
     chunk = build_model(
         config.model,
         dtype=dtype,
-        device=device,
+        device=torch.device("meta"),
         axis=mesh.tp,
         number_format=number_format(config.precision),
         layers=layers,
@@ -126,10 +129,6 @@ def _build_chunk(config: RunConfig, layers: range, *, mesh: Mesh, device: torch.
         slice_tokens=train.recompute_slice_tokens,
         offload_inputs=train.offload_activations == "cpu",
     )
-    if device.type == "meta":
-        materialise(chunk, device=device, axis=mesh.tp, expert=mesh.ep)
-    else:
-        initialise(chunk, seed=config.train.seed, axis=mesh.tp, expert=mesh.ep)
     return chunk
 
 

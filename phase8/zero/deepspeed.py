@@ -1,0 +1,204 @@
+"""DeepSpeed's config made from ours, and what DeepSpeed has to know of tensor parallelism.
+
+| stage | in fp32 | in bf16 |
+|---|---|---|
+| 1 | ZeRO 1 | ZeRO 2: DeepSpeed's stage 1 in bf16 with sums of gradients in fp32 is another optimizer, which skips no step |
+| 2, 3 | the same | the same |
+
+In bf16 DeepSpeed computes with bf16 copies of all parameters, norms and scalars included, and updates fp32 master weights.
+"""
+
+from __future__ import annotations
+
+import importlib
+import logging
+import warnings
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+
+from phase8.config.batch import BatchShape
+from phase8.config.schema import ZeroSection
+from phase8.distributed.collectives import Axis
+from phase8.distributed.mesh import Mesh
+from phase8.distributed.placement import placed_like
+from phase8.errors import ConfigError
+
+_NO_REPORTS = 2**31 - 1
+
+
+def import_deepspeed() -> ModuleType:
+    """Imports DeepSpeed, quietly.
+
+    Raises:
+        ConfigError: DeepSpeed is not installed.
+    """
+    # torch deprecates what DeepSpeed calls for every bucket.
+    warnings.filterwarnings("ignore", message="`torch.distributed.* is deprecated", category=FutureWarning)
+    logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
+    try:
+        module = importlib.import_module("deepspeed")
+    except ImportError as error:
+        raise ConfigError(
+            f"zero.engine is deepspeed, but DeepSpeed cannot be imported ({error}); install it with: pip install 'phase8[deepspeed]', or set "
+            "zero.engine to fsdp."
+        ) from error
+    importlib.import_module("deepspeed.utils").logger.setLevel(logging.WARNING)
+    # On a CPU it would first compile collectives of its own, for a minute.
+    importlib.import_module("deepspeed.ops").__compatible_ops__["deepspeed_shm_comm"] = False
+    return module
+
+
+def deepspeed_config(
+    zero: ZeroSection, shape: BatchShape, *, is_bf16: bool, gradient_clip_norm: float, is_on_gpu: bool, swap_directory: Path | None
+) -> dict[str, Any]:
+    """The config that DeepSpeed gets.
+
+    Args:
+        zero: ZeRO section of the config.
+        shape: Shape of the batch.
+        is_bf16: Whether the compute dtype is bf16.
+        gradient_clip_norm: Largest global norm; 0: no clipping.
+        is_on_gpu: Whether the model computes on a GPU.
+        swap_directory: Directory for what is offloaded to NVMe; None: nothing is.
+    """
+    return {
+        "train_micro_batch_size_per_gpu": shape.micro_batch_size,
+        "gradient_accumulation_steps": shape.num_microbatches,
+        "train_batch_size": shape.micro_batch_size * shape.num_microbatches * shape.data_parallel_size,
+        "gradient_clipping": gradient_clip_norm,
+        "bf16": {"enabled": is_bf16, "check_grad_overflow": is_bf16},
+        "data_types": {"grad_accum_dtype": "fp32"},
+        "zero_optimization": _zero_config(zero, is_bf16=is_bf16, is_on_gpu=is_on_gpu, swap_directory=swap_directory),
+        "zero_allow_untested_optimizer": True,
+        "zero_force_ds_cpu_optimizer": False,
+        "steps_per_print": _NO_REPORTS,
+    }
+
+
+def _zero_config(zero: ZeroSection, *, is_bf16: bool, is_on_gpu: bool, swap_directory: Path | None) -> dict[str, Any]:
+    def offload(where: str) -> dict[str, Any]:
+        place = {"nvme_path": str(swap_directory)} if where == "nvme" else {}
+        return {"device": where, "pin_memory": is_on_gpu, **place}
+
+    stage = 2 if zero.stage == 1 and is_bf16 else zero.stage
+    section: dict[str, Any] = {
+        "stage": stage,
+        "overlap_comm": is_on_gpu and (stage == 3 or zero.offload_optimizer == "none"),
+        "contiguous_gradients": True,
+        "offload_optimizer": offload(zero.offload_optimizer),
+    }
+    if stage == 3:
+        section |= {"offload_param": offload(zero.offload_params), "stage3_param_persistence_threshold": 0}  # blocks are gathered together
+    return section
+
+
+class TensorParallelUnit:
+    """The groups of ranks as DeepSpeed asks for them (`mpu`).
+
+    Args:
+        mesh: Mesh of the ranks, several of which share layers.
+    """
+
+    def __init__(self, mesh: Mesh):
+        assert mesh.device_mesh is not None  # several ranks share layers
+        self._tensor, self._data = mesh.device_mesh["tp"], mesh.device_mesh["shard"]
+
+    def get_model_parallel_group(self) -> dist.ProcessGroup:
+        """The ranks that share layers."""
+        return self._tensor.get_group()
+
+    def get_model_parallel_rank(self) -> int:
+        """The place of this rank among those that share layers."""
+        return self._tensor.get_local_rank()
+
+    def get_model_parallel_world_size(self) -> int:
+        """The number of ranks that share layers."""
+        return self._tensor.size()
+
+    get_tensor_model_parallel_group = get_model_parallel_group
+    get_tensor_model_parallel_rank = get_model_parallel_rank
+    get_tensor_model_parallel_world_size = get_model_parallel_world_size
+
+    def get_data_parallel_group(self) -> dist.ProcessGroup:
+        """The ranks that hold the same part of the layers."""
+        return self._data.get_group()
+
+    def get_data_parallel_rank(self) -> int:
+        """The place of this rank among those that hold the same part of the layers."""
+        return self._data.get_local_rank()
+
+    def get_data_parallel_world_size(self) -> int:
+        """The number of ranks that hold the same part of the layers."""
+        return self._data.size()
+
+
+def make_plain(model: nn.Module, axis: Axis, *, prefix: str = "") -> dict[str, DTensor]:
+    """Replaces the parameters that tensor-parallel ranks divide by plain ones with this rank's part, since DeepSpeed takes no DTensors.
+
+    What every rank has whole sees only the tokens or the heads of its rank; its gradients are summed over the ranks as they come.
+
+    Args:
+        model: Model whose parameters may be DTensors over `axis`.
+        axis: Axis of tensor parallelism.
+        prefix: Beginning of the names in the result.
+
+    Returns:
+        The DTensors by parameter name, on the meta device; without tensor parallelism none.
+    """
+    divided: dict[str, DTensor] = {}
+    made: dict[nn.Parameter, nn.Parameter] = {}
+    for path, module in model.named_modules(prefix=prefix):
+        for name, parameter in list(module.named_parameters(recurse=False)):
+            if not isinstance(parameter, DTensor):
+                continue
+            if parameter not in made:
+                divided[f"{path}.{name}" if path else name] = placed_like(parameter.to_local().detach().to("meta"), parameter)
+                made[parameter] = _plain(parameter, axis)
+            setattr(module, name, made[parameter])
+    return divided
+
+
+def _plain(parameter: DTensor, axis: Axis) -> nn.Parameter:
+    plain = nn.Parameter(parameter.to_local().detach())
+    is_whole = parameter.placements[-1].is_replicate()
+    plain.tensor_model_parallel = not is_whole  # type: ignore[attr-defined]  # DeepSpeed counts others on the first rank alone
+    if is_whole:
+
+        def summed(gradient: Tensor) -> Tensor:
+            total = gradient.contiguous().clone()
+            dist.all_reduce(total, group=axis.group)
+            return total
+
+        plain.register_hook(summed)
+    return plain
+
+
+def hold_parts(deepspeed: ModuleType, module: nn.Module, config: dict[str, Any], mpu: TensorParallelUnit | None) -> None:
+    """Frees all of a module's parameters but this rank's pieces, which lie where stage 3 keeps them; in stages 1 and 2 does nothing."""
+    if config["zero_optimization"]["stage"] == 3:
+        group = None if mpu is None else mpu.get_data_parallel_group()
+        dtype = next(module.parameters()).dtype
+        deepspeed.zero.Init(module, group, config_dict_or_path=config, mem_efficient_linear=False, dtype=dtype, mpu=mpu)
+
+
+def register_outside_blocks(deepspeed: ModuleType, root: nn.Module, blocks: nn.Module) -> None:
+    """Tells stage 3 that a block's parameters are gathered together, and all others with the root: embedding, last norm and head.
+
+    Args:
+        deepspeed: The module.
+        root: Module that DeepSpeed calls.
+        blocks: Its blocks.
+    """
+    for block in blocks.children():
+        deepspeed.utils.set_z3_leaf_module(block, True)
+    in_blocks = set(blocks.parameters())
+    for parameter in root.parameters():
+        if parameter not in in_blocks:
+            deepspeed.zero.register_external_parameter(root, parameter)
+
+

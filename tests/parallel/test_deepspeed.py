@@ -1,0 +1,170 @@
+"""Under DeepSpeed the numbers are those of one process of the fsdp engine, and checkpoints go from one engine to the other."""
+
+import math
+import os
+from pathlib import Path
+
+import pytest
+import torch
+
+from phase8.checkpoint.load import open_checkpoint
+from phase8.checkpoint.save import save_checkpoint
+from phase8.config.load import load_config
+from phase8.config.validate import validate
+from phase8.distributed.mesh import build_mesh
+from phase8.distributed.placement import collected
+from phase8.kernels.backends import select_kernels
+from phase8.train import build
+from phase8.train.engine.protocol import WEIGHT
+from phase8.zero.fsdp import shard_size
+from tests.parallel.test_parity import BLOCKS, OFFLOADED, ranks
+from tests.parallel.training import MODEL, microbatches_of, run_topology, without_auto
+
+pytest.importorskip("deepspeed")
+NUM_STEPS = 3
+# An epsilon of the size of the gradients: without it AdamW makes a full step of every gradient that is nothing but rounding.
+FP32 = ("precision.dtype=fp32", "optim.eps=1e-3")
+DEEPSPEED = "zero.engine=deepspeed"
+FULL = "train.recompute=full"
+CASES = {
+    "one rank zero 3": ("default", ranks(stage=3)),
+    "dp2 zero 1, accumulating": ("default", ranks(dp=2, stage=1, more=("train.micro_batch_size=1",))),
+    "dp2 zero 2": ("low-rank", ranks(dp=2, stage=2)),
+    "dp2 zero 2 offloaded, accumulating": ("delta-options", ranks(dp=2, stage=2, more=("zero.offload_optimizer=cpu", "train.micro_batch_size=1"))),
+    "dp2 zero 3, recomputed": ("tied", ranks(dp=2, stage=3, more=(FULL, "train.micro_batch_size=2"))),
+    "dp2 zero 3 offloaded": ("whole", ranks(dp=2, more=OFFLOADED)),
+    "dp2 zero 3 experts": ("experts", ranks(dp=2, stage=3)),
+    "tp2 zero 1": ("transformer", ranks(tp=2, stage=1)),
+    "tp2 dp2 zero 2": ("default", ranks(tp=2, dp=2, stage=2)),
+    "tp2 dp2 zero 3 offloaded": ("low-rank", ranks(tp=2, dp=2, more=OFFLOADED)),
+}
+
+
+def forget_earlier_engines():
+    """DeepSpeed keeps the groups of the first engine of a process, and numbers modules and parameters on, but jobs share processes."""
+    import deepspeed.comm.comm
+    from deepspeed.runtime.zero.parameter_offload import DeepSpeedZeRoOffload
+    from deepspeed.runtime.zero.partition_parameters import Init
+    from deepspeed.utils import groups
+
+    for name, value in vars(groups).items():
+        if name.startswith("_") and name.endswith(("_GROUP", "_RANKS", "_RANK", "_SIZE")):
+            setattr(groups, name, {} if isinstance(value, dict) else None)
+    groups.mpu = deepspeed.comm.comm.cdb = None
+    Init.param_id = 0
+    DeepSpeedZeRoOffload._register_deepspeed_module.__defaults__ = ([0],)
+
+
+def new_engine(settings, world_size):
+    config = without_auto(load_config(os.devnull, [*MODEL, *settings]))
+    validate(config, world_size=world_size)
+    if config.zero.engine == "deepspeed":
+        os.environ |= {"DS_ACCELERATOR": "cpu", "LOCAL_RANK": "0"}
+        forget_earlier_engines()
+    select_kernels(config.train.kernels, torch.device("cpu"))
+    topology = run_topology(config.parallel, world_size=world_size)
+    mesh = build_mesh(topology, device_type="cpu", shard_size=shard_size(config.zero, num_token_ranks=topology.num_token_ranks))
+    return build.build_engine(config, mesh=mesh, device=torch.device("cpu")), config
+
+
+def step(engine, config, number, **more):
+    microbatches = microbatches_of(engine, config, number)
+    numbers = {"learning_rate": config.optim.learning_rate, "gradient_clip_norm": config.optim.gradient_clip_norm}
+    return engine.update(microbatches, **numbers, **more)
+
+
+def whole_tensors(engine):
+    """Everything that a checkpoint would hold, on the first rank."""
+    return {name: tensor.clone() for name, tensor in collected({name: each.detach() for name, each in engine.state().items()}, engine.mesh).items()}
+
+
+def train_with(settings, world_size, save_to=None, load_from=None, first_step=0):
+    """A job: results of the steps and everything that a checkpoint would hold."""
+    engine, config = new_engine(settings, world_size)
+    if load_from is not None:
+        engine.restore(open_checkpoint(Path(load_from)))
+    results = [step(engine, config, number) for number in range(first_step, first_step + NUM_STEPS)]
+    held_out = engine.evaluate(microbatches_of(engine, config, 100))
+    if save_to is not None:
+        save_checkpoint(Path(save_to), step=first_step + NUM_STEPS, tensors=engine.state(), metadata={}, attachments={})
+    sizes = [tensor.to_local().nbytes if hasattr(tensor, "to_local") else tensor.nbytes for tensor in engine.state().values()]
+    assert sorted(sizes) == sorted(engine.state_sizes())
+    return [(each.loss, each.grad_norm, *each.auxiliary_losses.values()) for each in results] + [held_out], whole_tensors(engine)
+
+
+def run(pool, settings, world_size, **more):
+    found = pool.run(_train_with, settings, world_size, more, world_size=world_size)
+    assert all(numbers == found[0][0] for numbers, _ in found)  # every rank reports the same
+    return found[0]
+
+
+def _train_with(settings, world_size, more):
+    return train_with(settings, world_size, **more)
+
+
+def assert_same(found, expected):
+    """Up to rounding, of which the squares of gradients that almost cancel have most; with the same layout, the engines agree to the last bits."""
+    (numbers, tensors), (expected_numbers, expected_tensors) = found, expected
+    assert tensors.keys() == expected_tensors.keys()
+    for ours, theirs in zip(numbers, expected_numbers, strict=True):
+        assert ours == pytest.approx(theirs, rel=2e-5)
+    for name, tensor in expected_tensors.items():
+        assert (tensors[name] - tensor).norm() <= (1e-3 if name.startswith("optimizer.") else 2e-5) * tensor.norm() + 1e-9, name
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_equals_one_process(pool, name):
+    block, (world_size, settings) = CASES[name]
+    expected = run(pool, (*FP32, *BLOCKS[block]), 1)
+    assert_same(run(pool, (*FP32, *BLOCKS[block], *settings, DEEPSPEED), world_size), expected)
+
+
+TURNS = {"zero 3": (ranks(dp=2, stage=3), ranks(dp=2, stage=3)), "tp2 dp2": (ranks(tp=2, dp=2, stage=1), ranks(dp=2, stage=2))}
+
+
+@pytest.mark.parametrize("name", TURNS)
+def test_engines_take_turns_as_if_there_were_one(pool, tmp_path, name):
+    def trained(engine):
+        """Three steps, three with an engine and perhaps another layout, three more."""
+        root, ((before, own), (after, others)) = tmp_path / engine, TURNS[name]
+        run(pool, (*FP32, *own), before, save_to=root)
+        run(pool, (*FP32, *others, f"zero.engine={engine}"), after, load_from=root / "step-0000000003", first_step=3, save_to=root)
+        return run(pool, (*FP32, *own), before, load_from=root / "step-0000000006", first_step=6)
+
+    assert_same(trained("deepspeed"), trained("fsdp"))
+
+
+def skip_a_step(stage, how):
+    engine, config = new_engine((*FP32, DEEPSPEED, f"zero.stage={stage}", "train.micro_batch_size=1"), 2)
+    first = step(engine, config, 0)
+    before = whole_tensors(engine)
+    skipped = step(engine, config, 1, **how)
+    unchanged = all(torch.equal(tensor, before[name]) for name, tensor in whole_tensors(engine).items())
+    return first.skipped, skipped.skipped, skipped.unreadable, skipped.grad_norm, unchanged, step(engine, config, 2).grad_norm
+
+
+def two_steps(stage):
+    engine, config = new_engine((*FP32, DEEPSPEED, f"zero.stage={stage}", "train.micro_batch_size=1"), 2)
+    return step(engine, config, 0).grad_norm, step(engine, config, 2).grad_norm
+
+
+@pytest.mark.parametrize("how", [{"largest_loss": 1.0}, {"unreadable": True}], ids=["loss too large", "unreadable"])
+@pytest.mark.parametrize("stage", [2, 3])
+def test_a_step_that_must_not_count_changes_nothing(pool, stage, how):
+    first, skipped, unreadable, norm, unchanged, next_norm = pool.run(skip_a_step, stage, how, world_size=2)[0]
+    assert not first and skipped and unchanged and math.isfinite(norm) and unreadable == ("unreadable" in how)
+    assert next_norm == pool.run(two_steps, stage, world_size=2)[0][1]  # no gradient is left over
+
+
+def copies(stage, tensor_ranks):
+    settings = (*FP32, DEEPSPEED, f"zero.stage={stage}", f"parallel.tensor_parallel_size={tensor_ranks}")
+    engine, _ = new_engine(settings, 2)
+    replicas = engine.replicas()
+    return [(axis.size, sorted(names)) for axis, names in replicas.axes], {item.parameter for item in replicas.tensors if item.key == WEIGHT}
+
+
+def test_copies_of_weights_are_known(pool):
+    ((size, names),), held = pool.run(copies, 2, 1, world_size=2)[0]
+    assert size == 2 and "embedding.weight" in names and set(names) == held
+    ((size, names),), held = pool.run(copies, 3, 2, world_size=2)[0]
+    assert size == 2 and "blocks.0.mixer_norm.weight" in names and "embedding.weight" not in names and set(names) == held
