@@ -3,6 +3,7 @@
 import ast
 import importlib.util
 import os
+import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -17,7 +18,7 @@ DOORS = sorted({*(ROOT / "launch").glob("*.py"), *(ROOT / "tools").rglob("*.py")
 TREES = {path: ast.parse(path.read_text(encoding="utf-8")) for path in [*LIBRARY, *DOORS, SHARED_BY_BENCHMARKS]}
 NO_KERNELS = {"backends", "limits", "loss_chunks", "toolchain"}  # in kernels/, but no operations: they decide which implementation runs, and how
 # In kernels/, but plain torch alone: what the operations share, what they make possible, and what the compiler fuses.
-PLAIN = {"causal_convolution", "rotary", "state_map", "window_state"}
+PLAIN = {"causal_convolution", "rotary", "running_sum", "state_map", "window_state"}
 DTYPE_RULE = "dtypes"  # in kernels/, but no operation: tested through every operation that obeys it
 KERNELS = {path.stem: path for path in LIBRARY if path.parent.name == "kernels" and path.stem not in {"__init__", *NO_KERNELS, *PLAIN, DTYPE_RULE}}
 REFERENCES = {path.stem: path for path in LIBRARY if path.parent.name == "reference" and path.stem != "__init__"}
@@ -93,6 +94,20 @@ def test_only_gpu_kernels_and_the_toolchain_import_triton():
     others = [path for path in TREES if not is_below(path, "phase8/kernels/gpu", "phase8/kernels/toolchain.py")]
     imports = nodes((ast.Import, ast.ImportFrom), others)
     assert places((path, node) for path, node in imports if any(m.split(".")[0] == "triton" for m in imported_modules(node))) == []
+
+
+def test_long_scans_are_an_operator():
+    """Inductor of torch 2.11 fails at those of several rows."""
+    compiled = ("phase8/model", "phase8/context_parallel", "phase8/tensor_parallel", "phase8/kernels")
+    apart = ("phase8/kernels/reference", "phase8/kernels/gpu", "phase8/kernels/running_sum.py")
+    paths = [path for path in TREES if is_below(path, *compiled) and not is_below(path, *apart)]
+    assert places((path, call) for path, call in nodes(ast.Call, paths) if called_name(call).rpartition(".")[2] in ("cumsum", "cumprod")) == []
+
+
+def test_a_start_imports_nothing_that_only_some_runs_need():
+    """Each costs a process of every test and of every rank half a second or more."""
+    code = "import sys, phase8.train.build; print([name for name in ('triton', 'torch._dynamo', 'deepspeed', 'matplotlib') if name in sys.modules])"
+    assert subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True, cwd=ROOT).stdout.strip() == "[]"
 
 
 def test_gpu_kernels_are_imported_inside_functions_only():

@@ -23,6 +23,7 @@ from torch import Tensor
 from phase8.context_parallel.fetch import begin_to_fetch
 from phase8.context_parallel.green import green_scan_of_slice
 from phase8.distributed.collectives import Axis, begin_to_gather
+from phase8.kernels.running_sum import running_sum
 from phase8.kernels.state_map import DecayMap, StateMap
 from phase8.kernels.window_state import WindowState
 from phase8.shared_sequence import Wanted, wanted_tokens
@@ -106,6 +107,6 @@ class EarlierSlices:
 
     def _documents(self, starts: Tensor, wanted: Wanted, length: int) -> list[Tensor]:
         """Numbers of the documents of the wanted tokens [B, P], of which the token before the slice has number 0, and earlier documents less."""
-        numbers = starts.cumsum(1, dtype=torch.int32)
+        numbers = running_sum(starts)
         newest = numbers[:, : self.axis.index * length][:, -1:].sum(1, keepdim=True, dtype=torch.int32)  # 0 where nothing is before the slice
         return [numbers[:, tokens.start : tokens.stop] - newest for tokens in wanted[self.axis.index]]

@@ -15,6 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from phase8.kernels.running_sum import running_sum
+
 
 @dataclass(frozen=True)
 class Slots:
@@ -46,7 +48,7 @@ def places_in_sequence(chosen: Tensor, num_experts: int) -> tuple[Tensor, Tensor
     Returns:
         The places [B, T, k], and the counts [B, E].
     """
-    so_far = _is_of_expert(chosen.flatten(1), num_experts).cumsum(1, dtype=torch.int32)
+    so_far = running_sum(_is_of_expert(chosen.flatten(1), num_experts))
     places = so_far.gather(2, chosen.flatten(1)[..., None])[..., 0] - 1
     return places.view(chosen.shape), so_far[:, -1]
 
@@ -62,7 +64,7 @@ def compact_slots(chosen: Tensor, is_kept: Tensor | None, num_experts: int) -> S
     of_expert = _is_of_expert(chosen.flatten(), num_experts)
     if is_kept is not None:
         of_expert = of_expert & is_kept.view(-1, 1)
-    so_far = of_expert.cumsum(0, dtype=torch.int32)
+    so_far = running_sum(of_expert[None])[0]
     ends = so_far[-1].cumsum(0)
     begins = ends - so_far[-1]
     places = begins[chosen] + so_far.gather(1, chosen.view(-1, 1)).view(chosen.shape) - 1

@@ -9,6 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from phase8.kernels.running_sum import running_sum
+
 
 def causal_convolution(
     x: Tensor, weight: Tensor, starts: Tensor | None = None, initial_state: Tensor | None = None
@@ -51,6 +53,6 @@ def inputs_to_carry(padded: Tensor, starts: Tensor) -> Tensor:
         starts: True where a token of this piece begins a document [B, T].
     """
     length = starts.shape[1]
-    later = starts.int().flip(1).cumsum(1).flip(1) - starts.int()
+    later = running_sum(starts, from_end=True) - starts.int()
     later = torch.cat(((later[:, :1] + starts[:, :1]).expand(-1, padded.shape[1] - length), later), dim=1)
     return padded[:, length:] * (later[:, length:] == 0)[..., None]

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from phase8.kernels.gated_delta_rule import gated_delta_rule
+from phase8.kernels.running_sum import running_sum
 
 
 class StateMap(NamedTuple):
@@ -56,10 +57,10 @@ def decay_map(k: Tensor, v: Tensor, log_decay: Tensor, starts: Tensor | None = N
     dtype = torch.promote_types(k.dtype, torch.float32)
     log_decay = log_decay.clamp(min=math.log(torch.finfo(log_decay.dtype).eps) - 10)  # the bound of `chunk_decays`
     # Summed from the end, where what is left is largest and has to be exact.
-    from_here = log_decay.flip(1).cumsum(1).flip(1)
+    from_here = running_sum(log_decay, from_end=True)
     to_end, keeps = (from_here - log_decay).exp(), from_here[:, 0].exp()
     if starts is not None:
-        begins = starts.int().flip(1).cumsum(1).flip(1)
+        begins = running_sum(starts, from_end=True)
         to_end, keeps = to_end * (begins - starts.int() == 0)[..., None], keeps * (begins[:, :1] == 0)
     weight = -torch.expm1(log_decay) * k.shape[-1] ** -0.5 * to_end
     added = torch.einsum("bthk,bthv->bhkv", k.to(dtype) * weight[..., None], v.to(dtype))

@@ -10,6 +10,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from phase8.kernels.running_sum import running_sum
+
 
 @dataclass(frozen=True)
 class WindowState:
@@ -92,7 +94,7 @@ def visible_keys(k: Tensor, v: Tensor, *, global_tokens: int, starts: Tensor | N
         starts: True where a token begins a document [B, T]; None: nowhere.
         state: The state that earlier pieces carried; None: the sequence begins here.
     """
-    documents = None if starts is None else starts.cumsum(1, dtype=torch.int32)
+    documents = None if starts is None else running_sum(starts)
     if state is None:
         global_documents = None if documents is None else documents[:, :global_tokens]
         return VisibleKeys(k, v, k[:, :global_tokens], v[:, :global_tokens], documents, global_documents, 0)

@@ -18,6 +18,7 @@ from phase8.context_parallel.slices import EarlierSlices
 from phase8.distributed.collectives import ALONE, Axis
 from phase8.exchanges import Exchanges, round_a_ring
 from phase8.kernels.rotary import rotate
+from phase8.kernels.running_sum import running_sum
 from phase8.model.convolution import ShortConvolution
 from phase8.model.norm import QueryKeyNorm
 from phase8.model.work import mean_visible_keys
@@ -102,7 +103,7 @@ class CausalAttention(nn.Module):
         if self.qk_norm is not None:
             q, k = self.qk_norm(q), self.qk_norm(k)
         q, k = rotate(q, angles), rotate(k, angles)
-        documents = None if own_starts is None else own_starts.cumsum(1, dtype=torch.int32)
+        documents = None if own_starts is None else running_sum(own_starts)
         if self.earlier is not None and documents is None:
             y = self.ring(*(part.transpose(1, 2) for part in (q, k, v)), self.earlier.axis)
             return self.out(y.transpose(1, 2).flatten(2)), None

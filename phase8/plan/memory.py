@@ -13,6 +13,15 @@ part of W, R what lies in no block, B the largest block. Offloaded entries are i
 In stage 0 P is as large as W: FSDP computes with a copy even where nothing is divided. Gradients of stages 0 and 1 stay whole from one
 microbatch to the next; with a single one they leave as soon as they are complete. On their way are those of R, which are complete only at
 the end, and of B twice: what backward computes, and the copy of the block before that is being summed.
+
+DeepSpeed computes with copies of the parameters in the compute dtype (c bytes a number) beside fp32 master weights:
+
+| | stage 1 | stage 2 | stage 3 |
+|---|---|---|---|
+| copies | c W | c W | c P, and c (R and two blocks) gathered in a step |
+| master weights and optimizer (of AdamW) | 12 P | 12 P | 12 P |
+| gradients | c W | 4 P, and c (R and two blocks) on their way | as stage 2 |
+| buckets in which gradients are summed | two | two | two |
 """
 
 from __future__ import annotations
@@ -74,6 +83,18 @@ class MemoryPlan:
         return self.weights_bytes + self.gradients_bytes + self.optimizer_bytes + self.activations_bytes + self.libraries_bytes
 
 
+class DeepSpeedBuffers(NamedTuple):
+    """Sizes of DeepSpeed's copies and buffers.
+
+    Args:
+        element_bytes: Bytes of a number in the compute dtype.
+        bucket: Numbers in a bucket.
+    """
+
+    element_bytes: int
+    bucket: int
+
+
 @dataclass(frozen=True)
 class Division:
     """How data-parallel ranks divide the model.
@@ -86,6 +107,7 @@ class Division:
         offload_params: Parameters and gradients are in host memory too.
         pins_memory: Offloaded parameters and gradients are in page-locked memory, which is allocated in powers of two.
         copies_state: Weights and optimizer are copied to host memory for asynchronous saves.
+        deepspeed: What DeepSpeed holds differently; None: the engine is FSDP.
     """
 
     is_divided: bool = False
@@ -95,6 +117,7 @@ class Division:
     offload_params: bool = False
     pins_memory: bool = False
     copies_state: bool = False
+    deepspeed: DeepSpeedBuffers | None = None
 
 
 class Held(NamedTuple):
@@ -150,6 +173,9 @@ def plan_memory(
         libraries_bytes: Workspaces of libraries.
         offloaded_bytes: The result of `peak_offloaded_bytes`.
     """
+    if division.deepspeed is not None:
+        sizes = {"activations_bytes": activations_bytes, "offloaded_bytes": offloaded_bytes, "libraries_bytes": libraries_bytes}
+        return _plan_of_deepspeed(blocks, rests, division, division.deepspeed, **sizes)
     held = [*blocks, *rests]
     whole, part = sum(sum(each.whole) for each in held), sum(sum(each.part) for each in held)
     largest = sorted(sum(each.whole) for each in blocks)
@@ -174,6 +200,38 @@ def plan_memory(
         optimizer_bytes=0 if division.offload_optimizer else sum(each.state_bytes for each in held),
         activations_bytes=activations_bytes,
         host_bytes=_host_bytes(held, division) + offloaded_bytes,
+        libraries_bytes=libraries_bytes,
+    )
+
+
+def _plan_of_deepspeed(
+    blocks: Sequence[Held],
+    rests: Sequence[Held],
+    division: Division,
+    buffers: DeepSpeedBuffers,
+    *,
+    activations_bytes: int,
+    offloaded_bytes: int,
+    libraries_bytes: int,
+) -> MemoryPlan:
+    """The memory of a rank that trains under DeepSpeed; arguments as of `plan_memory`."""
+    held, size = [*blocks, *rests], buffers.element_bytes
+    whole, part = sum(sum(each.whole) for each in held), sum(sum(each.part) for each in held)
+    in_use = sum(sum(each.whole) for each in rests) + sum(sorted(sum(each.whole) for each in blocks)[-2:])
+    is_divided, sums_whole = division.zero_stage == 3, division.zero_stage == 1
+    copies = size * ((0 if division.offload_params else part) + in_use if is_divided else whole)
+    masters, states = FP32_BYTES * part, sum(each.state_bytes for each in held)
+    sums = size * whole if sums_whole else FP32_BYTES * part
+    passing = 2 * size * buffers.bucket + (0 if sums_whole else size * in_use)
+    on_host = masters + states + FP32_BYTES * part if division.offload_optimizer else 0
+    on_host += size * part if division.offload_params else 0
+    saved = masters + states if division.copies_state else 0
+    return MemoryPlan(
+        weights_bytes=copies + (0 if division.offload_optimizer else masters),
+        gradients_bytes=passing + (0 if division.offload_optimizer and not sums_whole else sums),
+        optimizer_bytes=0 if division.offload_optimizer else states,
+        activations_bytes=activations_bytes,
+        host_bytes=on_host + saved + offloaded_bytes,
         libraries_bytes=libraries_bytes,
     )
 

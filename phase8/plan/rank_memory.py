@@ -25,6 +25,7 @@ from phase8.plan.expert_memory import expert_activation_bytes
 from phase8.plan.memory import (
     FP32_BYTES,
     ChunkActivations,
+    DeepSpeedBuffers,
     Division,
     Held,
     MemoryPlan,
@@ -35,6 +36,7 @@ from phase8.plan.memory import (
 )
 from phase8.plan.stages import chunk_layers
 from phase8.topology import Topology
+from phase8.zero.deepspeed import BUCKET
 from phase8.zero.fsdp import shard_size
 
 # Buffers per message between stages: one in use, and one that is arriving or has not left yet.
@@ -150,6 +152,7 @@ def _division(work: Workload) -> Division:
         offload_params=zero.offload_params != "none",
         pins_memory=work.device_type == "cuda",
         copies_state=work.saves_aside,
+        deepspeed=DeepSpeedBuffers(work.dtype.itemsize, BUCKET) if zero.engine == "deepspeed" else None,
     )
 
 

@@ -86,9 +86,9 @@ def scattered_weight_gradient(grad: Tensor, x: Tensor, axis: Axis, number_format
 
 
 def wide_product(x: Tensor, weight: Tensor) -> Tensor:
-    """Product x W^T in fp32 or wider for x [..., D] of any dtype and any number format; the weight [F, D] is fp32 or wider."""
+    """Product x W^T in fp32 or wider for x [..., D] and a weight [F, D] of any dtype and any number format."""
     if x.device.type == "cpu" or x.element_size() > 2:
-        return F.linear(at_least_fp32(x), weight)
+        return F.linear(at_least_fp32(x), at_least_fp32(weight))
     return _WideProduct.apply(x.flatten(0, -2), weight.to(x.dtype)).unflatten(0, x.shape[:-1])
 
 

@@ -10,8 +10,11 @@ In bf16 DeepSpeed computes with bf16 copies of all parameters, norms and scalars
 
 from __future__ import annotations
 
+import atexit
 import importlib
 import logging
+import shutil
+import time
 import warnings
 from pathlib import Path
 from types import ModuleType
@@ -26,9 +29,13 @@ from phase8.config.schema import ZeroSection
 from phase8.distributed.collectives import Axis
 from phase8.distributed.mesh import Mesh
 from phase8.distributed.placement import placed_like
-from phase8.errors import ConfigError
+from phase8.errors import ConfigError, StorageError
 
+# Numbers in a bucket in which gradients are summed, parameters are gathered ahead, and the optimizer updates offloaded ones. DeepSpeed's own are ten
+# times as large, gigabytes of a small card; from here on transfers are at full speed.
+BUCKET = 50_000_000
 _NO_REPORTS = 2**31 - 1
+_COMPILATION_SECONDS = 900
 
 
 def import_deepspeed() -> ModuleType:
@@ -51,6 +58,48 @@ def import_deepspeed() -> ModuleType:
     # On a CPU it would first compile collectives of its own, for a minute.
     importlib.import_module("deepspeed.ops").__compatible_ops__["deepspeed_shm_comm"] = False
     return module
+
+
+def require_async_io(deepspeed: ModuleType) -> None:
+    """Refuses NVMe where DeepSpeed cannot compile what reads and writes there, which it does once, at the first use.
+
+    Raises:
+        ConfigError: A compiler or libaio is missing, or an earlier compilation was killed.
+    """
+    from torch.utils.cpp_extension import _get_build_directory  # imports triton, which others import after settings of their own
+
+    builder = importlib.import_module("deepspeed.ops.op_builder").AsyncIOBuilder()
+    if not builder.is_compatible(verbose=False):
+        raise ConfigError(
+            "zero.offload_optimizer is nvme, but what DeepSpeed reads and writes with cannot be compiled here; install a C++ compiler, ninja and "
+            "the headers of libaio (apt install g++ ninja-build libaio-dev; dnf install gcc-c++ ninja-build libaio-devel), or set it to cpu."
+        )
+    lock = Path(_get_build_directory(builder.name, verbose=False)) / "lock"
+    if lock.exists() and time.time() - lock.stat().st_mtime > _COMPILATION_SECONDS:
+        raise ConfigError(
+            f"{lock} is older than any compilation takes, so the process that compiled DeepSpeed's {builder.name} was killed, and others would wait "
+            "for it for ever; delete the file."
+        )
+
+
+def fresh_swap_directory(parent: Path, name: str) -> Path:
+    """Makes an empty directory for a run on this host, and removes it when the process ends; a collective of all ranks.
+
+    What a killed run of this name has left there is removed.
+
+    Raises:
+        StorageError: The directory cannot be made.
+    """
+    directory = parent / f"{name}.swap"
+    if dist.get_node_local_rank(0) == 0:
+        try:
+            shutil.rmtree(directory, ignore_errors=True)
+            directory.mkdir(parents=True)
+        except OSError as error:
+            raise StorageError(f"zero.nvme_path: {directory} cannot be made ({error.strerror}); name a directory that can be written.") from error
+        atexit.register(shutil.rmtree, directory, ignore_errors=True)
+    dist.barrier()
+    return directory
 
 
 def deepspeed_config(
@@ -90,10 +139,20 @@ def _zero_config(zero: ZeroSection, *, is_bf16: bool, is_on_gpu: bool, swap_dire
         "stage": stage,
         "overlap_comm": is_on_gpu and (stage == 3 or zero.offload_optimizer == "none"),
         "contiguous_gradients": True,
+        "reduce_bucket_size": BUCKET,
+        "allgather_bucket_size": BUCKET,
         "offload_optimizer": offload(zero.offload_optimizer),
     }
     if stage == 3:
-        section |= {"offload_param": offload(zero.offload_params), "stage3_param_persistence_threshold": 0}  # blocks are gathered together
+        section |= {
+            "offload_param": offload(zero.offload_params),
+            "stage3_param_persistence_threshold": 0,  # blocks are gathered together, small parameters with them
+            "memory_efficient_linear": False,  # it would replace F.linear in the whole process
+            "stage3_prefetch_bucket_size": BUCKET,
+            "stage3_max_live_parameters": 4 * BUCKET,
+            "stage3_max_reuse_distance": 4 * BUCKET,
+            "sub_group_size": 2 * BUCKET if zero.offload_optimizer != "none" else 20 * BUCKET,
+        }
     return section
 
 

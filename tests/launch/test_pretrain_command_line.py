@@ -103,7 +103,7 @@ def test_rules_across_keys_are_checked_before_anything_is_written(call, tmp_path
     assert errors.splitlines() == [
         "error: model.num_heads 5 does not divide model.d_model 192; choose a divisor or set model.head_size.",
         "error: train.stop_at_step 9999 is after train.num_steps 900; leave it null or make it smaller.",
-        "error: zero.engine is 'deepspeed', which is not supported yet; use 'fsdp'.",
+        "error: zero.engine is deepspeed, but zero.stage is 0, and DeepSpeed divides from stage 1 on; choose a stage, or set zero.engine to fsdp.",
     ]
     assert list(tmp_path.iterdir()) == []
 

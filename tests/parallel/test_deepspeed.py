@@ -2,6 +2,9 @@
 
 import math
 import os
+import subprocess
+import sys
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -13,14 +16,16 @@ from phase8.config.load import load_config
 from phase8.config.validate import validate
 from phase8.distributed.mesh import build_mesh
 from phase8.distributed.placement import collected
+from phase8.errors import ConfigError
 from phase8.kernels.backends import select_kernels
 from phase8.train import build
 from phase8.train.engine.protocol import WEIGHT
+from phase8.zero.deepspeed import import_deepspeed, require_async_io
 from phase8.zero.fsdp import shard_size
 from tests.parallel.test_parity import BLOCKS, OFFLOADED, ranks
 from tests.parallel.training import MODEL, microbatches_of, run_topology, without_auto
 
-pytest.importorskip("deepspeed")
+pytestmark = pytest.mark.skipif(find_spec("deepspeed") is None, reason="DeepSpeed is not installed")  # it imports triton
 NUM_STEPS = 3
 # An epsilon of the size of the gradients: without it AdamW makes a full step of every gradient that is nothing but rounding.
 FP32 = ("precision.dtype=fp32", "optim.eps=1e-3")
@@ -119,6 +124,20 @@ def test_equals_one_process(pool, name):
     assert_same(run(pool, (*FP32, *BLOCKS[block], *settings, DEEPSPEED), world_size), expected)
 
 
+def in_bf16(settings, world_size):
+    engine, config = new_engine(("precision.dtype=bf16", "optim.eps=1e-3", *settings), world_size)
+    first = whole_tensors(engine)
+    return first, [step(engine, config, number).loss for number in range(NUM_STEPS)]
+
+
+@pytest.mark.parametrize("stage", [1, 3])
+def test_bf16_begins_with_the_weights_of_the_seed_and_follows_the_other_engine(pool, stage):
+    expected, expected_losses = pool.run(in_bf16, (), 1, world_size=1)[0]
+    found, losses = pool.run(in_bf16, (f"zero.stage={stage}", DEEPSPEED), 2, world_size=2)[0]
+    assert found.keys() == expected.keys() and all(torch.equal(found[name], tensor) for name, tensor in expected.items())  # fp32, not rounded
+    assert losses == pytest.approx(expected_losses, rel=5e-3)
+
+
 TURNS = {"zero 3": (ranks(dp=2, stage=3), ranks(dp=2, stage=3)), "tp2 dp2": (ranks(tp=2, dp=2, stage=1), ranks(dp=2, stage=2))}
 
 
@@ -168,3 +187,42 @@ def test_copies_of_weights_are_known(pool):
     assert size == 2 and "embedding.weight" in names and set(names) == held
     ((size, names),), held = pool.run(copies, 3, 2, world_size=2)[0]
     assert size == 2 and "blocks.0.mixer_norm.weight" in names and "embedding.weight" not in names and set(names) == held
+
+
+def test_without_deepspeed_the_package_is_named(monkeypatch):
+    monkeypatch.setitem(sys.modules, "deepspeed", None)
+    with pytest.raises(ConfigError, match=r"zero\.engine is deepspeed, but DeepSpeed cannot be imported .* pip install 'phase8\[deepspeed\]'"):
+        import_deepspeed()
+
+
+def test_swap_directories_are_empty_and_go_with_the_process(tmp_path):
+    """Another process, which ends."""
+    (tmp_path / "run.swap").mkdir()
+    (tmp_path / "run.swap" / "left").touch()
+    code = (
+        "import sys, pathlib, torch.distributed as dist\n"
+        "from phase8.zero.deepspeed import fresh_swap_directory\n"
+        "dist.init_process_group('gloo', store=dist.HashStore(), rank=0, world_size=1)\n"
+        "directory = fresh_swap_directory(pathlib.Path(sys.argv[1]), 'run')\n"
+        "assert directory.is_dir() and not list(directory.iterdir())\n"
+        "(directory / 'swapped').touch()"
+    )
+    subprocess.run([sys.executable, "-c", code, str(tmp_path)], check=True, cwd=Path(__file__).parents[2])
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_compilation_that_was_killed_is_explained(monkeypatch, tmp_path):
+    monkeypatch.setenv("TORCH_EXTENSIONS_DIR", str(tmp_path))
+    deepspeed = import_deepspeed()
+    monkeypatch.setattr("deepspeed.ops.op_builder.AsyncIOBuilder.is_compatible", lambda self, verbose: True)
+    require_async_io(deepspeed)
+    (directory,) = tmp_path.iterdir()
+    lock = directory / "lock"
+    lock.touch()
+    require_async_io(deepspeed)  # somebody compiles
+    os.utime(lock, (0, 0))
+    with pytest.raises(ConfigError, match=r"lock is older than any compilation takes, .* delete the file"):
+        require_async_io(deepspeed)
+    monkeypatch.setattr("deepspeed.ops.op_builder.AsyncIOBuilder.is_compatible", lambda self, verbose: False)
+    with pytest.raises(ConfigError, match=r"apt install g\+\+ ninja-build libaio-dev"):
+        require_async_io(deepspeed)

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
-from torch._dynamo import config as dynamo_config
 from torch._functorch import config as functorch_config
 
 from phase8.config.schema import RunConfig
@@ -29,6 +28,8 @@ def compile_modules(chunks: Sequence[LanguageModel], config: RunConfig, *, are_c
     if not train.compile.enabled:
         return
     functorch_config.activation_memory_budget = train.activation_memory_budget if train.recompute == "budget" else 1.0
+    from torch._dynamo import config as dynamo_config  # half a second, and triton, which runs that compile nothing do without
+
     # All blocks share their code; above the limit torch.compile would leave the others uncompiled.
     dynamo_config.recompile_limit = max(dynamo_config.recompile_limit, _FORMS_OF_A_LAYER * len(set(config.model.layer_kinds)))
     options = {"mode": COMPILE_MODES[train.compile.mode], "fullgraph": train.compile.fullgraph}

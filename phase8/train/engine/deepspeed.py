@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import torch
@@ -29,7 +30,16 @@ from phase8.train.engine.measured import StepNumbers, count_targets, evaluate, s
 from phase8.train.engine.protocol import Replicas, StepResult
 from phase8.train.engine.stage import Stage
 from phase8.train.engine.train_state import build_chunk
-from phase8.zero.deepspeed import TensorParallelUnit, deepspeed_config, hold_parts, import_deepspeed, make_plain, register_outside_blocks
+from phase8.zero.deepspeed import (
+    TensorParallelUnit,
+    deepspeed_config,
+    fresh_swap_directory,
+    hold_parts,
+    import_deepspeed,
+    make_plain,
+    register_outside_blocks,
+    require_async_io,
+)
 
 
 class LossSum(nn.Module):
@@ -57,10 +67,9 @@ class DeepSpeedEngine:
         config: Config without `auto` settings.
         mesh: Mesh of the ranks, which all build their engines at the same time.
         device: Device on which the model computes.
-        swap_directory: Directory for what is offloaded to NVMe; None: nothing is.
     """
 
-    def __init__(self, config: RunConfig, *, mesh: Mesh, device: torch.device, swap_directory: Path | None = None):
+    def __init__(self, config: RunConfig, *, mesh: Mesh, device: torch.device):
         self.mesh, self.device, self._config = mesh, device, config
         name_device_for_deepspeed(device)
         deepspeed, mpu = import_deepspeed(), TensorParallelUnit(mesh) if mesh.tp.size > 1 else None
@@ -73,7 +82,7 @@ class DeepSpeedEngine:
             is_bf16=is_bf16,
             gradient_clip_norm=config.optim.gradient_clip_norm,
             is_on_gpu=device.type == "cuda",
-            swap_directory=swap_directory,
+            swap_directory=_swap_directory(deepspeed, config),
         )
         model = build_chunk(config, range(config.model.num_layers), mesh=mesh, dtype=compute_dtype(config.precision))
         specs, decayed_names = {name: (parameter.shape, spec) for name, parameter, spec in iterate_specs(model)}, decayed_parameter_names(model)
@@ -212,6 +221,14 @@ class DeepSpeedEngine:
             return [torch.full_like(torch.as_tensor(each), math.nan) for each in found] if is_divided else math.nan
 
         setattr(self._zero, name, norm)
+
+
+def _swap_directory(deepspeed: ModuleType, config: RunConfig) -> Path | None:
+    """The directory for what is offloaded to NVMe; None: nothing is."""
+    if config.zero.nvme_path is None:
+        return None
+    require_async_io(deepspeed)
+    return fresh_swap_directory(Path(config.zero.nvme_path), config.run.name)
 
 
 def build_deepspeed_engine(config: RunConfig, *, mesh: Mesh, device: torch.device) -> DeepSpeedEngine:
