@@ -77,7 +77,8 @@ def _train(arguments: argparse.Namespace) -> None:
         resume = resume_after_restart(arguments.resume, directory, agents=agents)
 
         def attempt(refused: list[dict[str, object]], resume: str) -> None:
-            run = build_run(config, device=device, resume=resume, console=console, world_size=world.world_size, agents=agents, refused=refused)
+            ranks = {"world_size": world.world_size, "ranks_of_host": world.local_world_size}
+            run = build_run(config, device=device, resume=resume, console=console, **ranks, agents=agents, refused=refused)
             train(run, resume_command=_resume_command(), report=lambda step, doing: watch.report(step=step, doing=doing))
 
         retry_with_less_memory(attempt, directory, resume=resume, is_alone=world.world_size == 1, say=lambda text: print_line(text, console))

@@ -190,7 +190,9 @@ def test_no_attribute_is_read_with_a_default():
 
 def test_nothing_unpickles():
     imports = (pair for pair in nodes((ast.Import, ast.ImportFrom)) if any(m.split(".")[0] in PICKLERS for m in imported_modules(pair[1])))
-    torch_calls = (pair for pair in nodes(ast.Call) if called_name(pair[1]) in {f"torch.{name}" for name in TORCH_PICKLERS})
+    asked = "phase8/checkpoint/deepspeed_source.py"  # with --trust-pickle alone
+    others = [path for path in TREES if not is_below(path, asked)]
+    torch_calls = (pair for pair in nodes(ast.Call, others) if called_name(pair[1]) in {f"torch.{name}" for name in TORCH_PICKLERS})
     numpy_calls = (pair for pair in nodes(ast.keyword) if pair[1].arg == "allow_pickle" and ast.unparse(pair[1].value) != "False")
     assert places(imports) + places(torch_calls) + places(numpy_calls) == []
 

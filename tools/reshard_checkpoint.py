@@ -5,6 +5,7 @@
     python tools/reshard_checkpoint.py SRC DST --format hf --dtype bf16
     python tools/reshard_checkpoint.py CONSOLIDATED DST
     python tools/reshard_checkpoint.py LLAMA DST
+    python tools/reshard_checkpoint.py DEEPSPEED DST --trust-pickle --config FILE
 
 Any checkpoint loads on any ranks as it is: this makes loading read less, each rank of the layout finding its parts in files of its own. What
 several ranks hold is stored once, with the first of them. The schedule of the checkpoint's config says how many chunks a stage has.
@@ -16,6 +17,9 @@ SRC may be in either form, too: what --format consolidated wrote; or config.json
 model.safetensors.index.json with its files. DST is then a checkpoint of step 0 (of a Llama: of the transformer baseline), weights in fp32, no
 optimizer: to train from with --resume DST and --set data.allow_fingerprint_change=true. tools/generate.py and checkpoint.initialise_from need no
 import. Whatever the baseline cannot compute is refused. Links in SRC are not followed.
+
+A checkpoint that DeepSpeed itself wrote (ZeRO 1 to 3, or universal) is made of pickles, which can run any code when they are read:
+--trust-pickle says that you know its origin, and --config is the config of the model. DST is of step 0, without optimizer, as of any import.
 
 --upcycle-experts E makes a mixture of E experts, two for a token, of a dense SRC: every expert begins as a copy of the dense feed-forward, so that
 the mixture computes the same as long as none drops a token. DST is of step 0, without optimizer; start a run from it by
@@ -33,6 +37,9 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Sequence
+from contextlib import ExitStack
+from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
 
 from rich.progress import DownloadColumn, TimeRemainingColumn, TransferSpeedColumn
@@ -75,6 +82,8 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("destination", type=path_argument, metavar="DST", help="the directory to write; must not exist")
     parser.add_argument("--format", choices=("phase8", "consolidated", "hf"), default="phase8", help="of DST (default: %(default)s)")
     parser.add_argument("--dtype", choices=("bf16", "fp32"), help="convert the weights; not with --format phase8")
+    parser.add_argument("--trust-pickle", action="store_true", help="read a checkpoint that DeepSpeed wrote, whatever code it contains")
+    parser.add_argument("--config", type=path_argument, metavar="FILE", help="config of the model of a checkpoint that DeepSpeed wrote")
     layout = parser.add_argument_group("the ranks to write for (each 1 by default)")
     layout.add_argument("--tensor-parallel-size", type=int, metavar="T", help="ranks that divide each layer")
     layout.add_argument("--pipeline-parallel-size", type=int, metavar="P", help="stages")
@@ -113,9 +122,10 @@ def _rewrite(options: argparse.Namespace) -> str:
     from phase8.checkpoint.reshard.reshard import consolidate
     from phase8.checkpoint.weight_files import WeightFiles
 
-    with ProgressDisplay(DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn()) as display:
-        source = open_model(options.source)
+    with ProgressDisplay(DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn()) as display, ExitStack() as stack:
+        source = open_model(_without_pickles(options, stack))
         config = _config_of(source)
+        origin = options.source if options.trust_pickle else source.path
         if is_import := isinstance(source, WeightFiles):
             source = _checked(source, config, options, display)
         if options.upcycle_experts is not None:
@@ -123,11 +133,39 @@ def _rewrite(options: argparse.Namespace) -> str:
             is_import = True
         if options.format == "phase8":
             copy = _reshard(source, config, options, display, dtype=torch.float32 if is_import else None)  # master weights are fp32
-            return f"{copy.path}: step {copy.step}, {len(copy.tensor_names)} tensors in {len(copy.manifest.files)} files, equal to {source.path}"
+            return f"{copy.path}: step {copy.step}, {len(copy.tensor_names)} tensors in {len(copy.manifest.files)} files, equal to {origin}"
         dtype = {None: None, "bf16": torch.bfloat16, "fp32": torch.float32}[options.dtype]
         form = _consolidated_form(source, config, options)
         path = consolidate(source, options.destination, form=form, dtype=dtype, on_progress=display.show)
-    return f"{path}: {path.stat().st_size:,} bytes, the weights of {source.path}"
+    return f"{path}: {path.stat().st_size:,} bytes, the weights of {origin}"
+
+
+def _without_pickles(options: argparse.Namespace, stack: ExitStack) -> Path:
+    """SRC, or the weights of a checkpoint of DeepSpeed in a directory beside DST that goes with the stack.
+
+    Raises:
+        ConfigError: SRC is such a checkpoint, and nobody has said that it is trusted, or what its model is; or it is none.
+    """
+    from phase8.checkpoint.deepspeed_source import consolidate_deepspeed, is_deepspeed
+    from phase8.config.load import config_to_mapping, load_config
+
+    source: Path = options.source
+    if not is_deepspeed(source):
+        for option, value in (("--trust-pickle", options.trust_pickle), ("--config", options.config)):
+            if value:
+                raise ConfigError(f"{option} is for a checkpoint that DeepSpeed wrote, and {source} is none; leave it out.")
+        return source
+    if not options.trust_pickle:
+        raise ConfigError(
+            f"{source} is a checkpoint of DeepSpeed, made of pickles, which can run any code when they are read; if you know where it comes from, "
+            "give --trust-pickle."
+        )
+    if options.config is None:
+        raise ConfigError(f"{source} does not say what its model is; give the model's config with --config.")
+    config = config_to_mapping(load_config(options.config))
+    directory = Path(stack.enter_context(TemporaryDirectory(dir=options.destination.parent, prefix=f".{options.destination.name}.")))
+    consolidate_deepspeed(source, directory, config)
+    return directory
 
 
 def _checked(source: WeightFiles, config: RunConfig, options: argparse.Namespace, display: ProgressDisplay) -> Checkpoint:

@@ -16,12 +16,11 @@ from phase8.config.schema import RunConfig
 from phase8.observe.memory import peak_memory_bytes
 from phase8.observe.progress import Progress
 from phase8.processes.bootstrap import World
+from phase8.processes.host_memory import used_bytes
 from phase8.train.build import build_run
 from phase8.train.device import device_name
 from phase8.train.signals import StopRequest
 from phase8.train.trainer import Trainer
-
-MEMORY_OF_HOST = Path("/proc/meminfo")
 
 
 @dataclass(frozen=True)
@@ -71,7 +70,7 @@ def measure_rank(
     Raises:
         DivergenceError: A loss or a gradient was not finite, so the speed means nothing.
     """
-    used_before, begin = host_used_bytes(), time.perf_counter()
+    used_before, begin = used_bytes(), time.perf_counter()
     config = undisturbed(config, str(directory), num_steps=WARMUP_STEPS + num_steps)
     run = build_run(config, device=device, resume="none", console=silence(), world_size=world.world_size)
     build_seconds = time.perf_counter() - begin
@@ -84,7 +83,7 @@ def measure_rank(
     ):
         clock.begin()
         trainer.train_until(config.train.num_steps, StopRequest())
-    used_after, seconds, steps = host_used_bytes(), clock.durations[WARMUP_STEPS:], clock.steps[WARMUP_STEPS:]
+    used_after, seconds, steps = used_bytes(), clock.durations[WARMUP_STEPS:], clock.steps[WARMUP_STEPS:]
     return RankFigures(
         rank=world.rank,
         device=device_name(device),
@@ -98,11 +97,3 @@ def measure_rank(
         host_bytes=None if used_before is None or used_after is None else used_after - used_before,
         facts=dict(run.facts),
     )
-
-
-def host_used_bytes() -> int | None:
-    """Memory of this host that is not available, page-locked memory included; None where the system does not report it."""
-    if not MEMORY_OF_HOST.exists():
-        return None
-    kibibytes = {name: int(rest.split()[0]) for name, _, rest in (line.partition(":") for line in MEMORY_OF_HOST.read_text().splitlines())}
-    return 1024 * (kibibytes["MemTotal"] - kibibytes["MemAvailable"])

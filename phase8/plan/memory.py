@@ -38,6 +38,8 @@ DRIVER_BYTES = 1 << 30
 # Plans are within 2 % of what tensors hold at once; the allocator cannot use its last gaps.
 USABLE_SHARE = 0.97
 GAPS_BYTES = 256 << 20
+# Page-locked buffers in which DeepSpeed holds what is on its way from or to NVMe: flat buffers (weights, gradients, two moments), and parameters.
+_SWAP_BUFFERS = (4, 5)
 # Blocks of a recording serve nothing else. Together with the above this exceeds the 0.66 to 1.05 GiB beyond tensors measured on an H100.
 RECORDING_BYTES = 768 << 20
 
@@ -89,10 +91,16 @@ class DeepSpeedBuffers(NamedTuple):
     Args:
         element_bytes: Bytes of a number in the compute dtype.
         bucket: Numbers in a bucket.
+        group: Numbers of a flat buffer, which are on their way between NVMe and host together.
+        swaps_optimizer: Whether the optimizer's states and the gradients are on NVMe.
+        swaps_params: Whether parameters are.
     """
 
     element_bytes: int
     bucket: int
+    group: int = 0
+    swaps_optimizer: bool = False
+    swaps_params: bool = False
 
 
 @dataclass(frozen=True)
@@ -222,9 +230,13 @@ def _plan_of_deepspeed(
     copies = size * ((0 if division.offload_params else part) + in_use if is_divided else whole)
     masters, states = FP32_BYTES * part, sum(each.state_bytes for each in held)
     sums = size * whole if sums_whole else FP32_BYTES * part
-    passing = 2 * size * buffers.bucket + (0 if sums_whole else size * in_use)
-    on_host = masters + states + FP32_BYTES * part if division.offload_optimizer else 0
-    on_host += size * part if division.offload_params else 0
+    passing = 2 * size * min(buffers.bucket, whole) + (0 if sums_whole else size * in_use)
+    on_host = 0
+    if division.offload_optimizer:
+        on_host += _SWAP_BUFFERS[0] * FP32_BYTES * min(buffers.group, part) if buffers.swaps_optimizer else masters + states + FP32_BYTES * part
+    if division.offload_params:
+        largest = max(number for each in held for number in each.whole)
+        on_host += size * (_SWAP_BUFFERS[1] * largest if buffers.swaps_params else part)
     saved = masters + states if division.copies_state else 0
     return MemoryPlan(
         weights_bytes=copies + (0 if division.offload_optimizer else masters),

@@ -36,7 +36,7 @@ from phase8.plan.memory import (
 )
 from phase8.plan.stages import chunk_layers
 from phase8.topology import Topology
-from phase8.zero.deepspeed import BUCKET
+from phase8.zero.deepspeed import BUCKET, OFFLOADED_GROUP
 from phase8.zero.fsdp import shard_size
 
 # Buffers per message between stages: one in use, and one that is arriving or has not left yet.
@@ -152,8 +152,13 @@ def _division(work: Workload) -> Division:
         offload_params=zero.offload_params != "none",
         pins_memory=work.device_type == "cuda",
         copies_state=work.saves_aside,
-        deepspeed=DeepSpeedBuffers(work.dtype.itemsize, BUCKET) if zero.engine == "deepspeed" else None,
+        deepspeed=_deepspeed_buffers(zero, work.dtype.itemsize) if zero.engine == "deepspeed" else None,
     )
+
+
+def _deepspeed_buffers(zero: ZeroSection, element_bytes: int) -> DeepSpeedBuffers:
+    swaps = {"swaps_optimizer": zero.offload_optimizer == "nvme", "swaps_params": zero.offload_params == "nvme"}
+    return DeepSpeedBuffers(element_bytes, BUCKET, OFFLOADED_GROUP, **swaps)
 
 
 def _held(parameters: Mapping[str, DividedShape], work: Workload) -> Held:

@@ -34,7 +34,7 @@ from phase8.train.engine.fsdp import build_fsdp_engine
 from phase8.train.engine.protocol import TrainingEngine
 from phase8.train.experts import with_recordable_experts
 from phase8.train.initialise import Origin, initialise_run
-from phase8.train.memory_limits import memory_errors
+from phase8.train.memory_limits import memory_errors, require_host_memory
 from phase8.train.resume import Position, attached_to, check_stop, restore_run
 from phase8.train.run_directory import RunDirectory, run_directory
 from phase8.train.run_facts import run_facts
@@ -111,6 +111,7 @@ def build_run(
     resume: str,
     console: Console,
     world_size: int = 1,
+    ranks_of_host: int = 1,
     agents: Collection[str] = (),
     refused: Sequence[Mapping[str, object]] = (),
 ) -> Run:
@@ -124,6 +125,7 @@ def build_run(
         resume: `auto`, `none`, or a checkpoint directory.
         console: Console for messages; it is quiet on all ranks except the first.
         world_size: Number of processes of the run; if there are several, the process group has been initialised.
+        ranks_of_host: Number of processes of the run on this host.
         agents: Agents of torchrun that started this group of processes.
         refused: Automatic settings that have run out of memory in this process.
 
@@ -131,12 +133,7 @@ def build_run(
         Phase8Error: The run cannot start.
     """
     validate(config, world_size=world_size)
-    if config.train.deterministic:
-        require_determinism()
-    set_matmul_precision(config.precision)
-    select_kernels(config.train.kernels, device)
-    machine = this_device(device, config)
-    limit_memory(device, config.train.device_memory_gib)
+    machine = _prepare_process(config, device)
     mesh = _build_mesh(config, device, world_size)
     directory = run_directory(config.run)
     with ExitStack() as lock:
@@ -154,6 +151,7 @@ def build_run(
             say=partial(print_line, console=console),
         )
         validate(config, world_size=world_size)
+        require_host_memory(config, machine, world_size=world_size, ranks_of_host=ranks_of_host)
         with memory_errors(config, chosen, machine, world_size=world_size, has_begun=False):
             run, choice = _decide(config, mesh, directory, data, machine, chosen, device=device, resume=resume, console=console)
         if run.is_main:
@@ -164,6 +162,17 @@ def build_run(
         run.lock = lock.pop_all()
     print_banner(f"phase8 pretraining: {config.run.name}", [*run.facts, ("run directory", str(directory.path))], console)
     return run
+
+
+def _prepare_process(config: RunConfig, device: torch.device) -> Device:
+    """Makes the settings that hold for the whole process; returns the facts about its device."""
+    if config.train.deterministic:
+        require_determinism()
+    set_matmul_precision(config.precision)
+    select_kernels(config.train.kernels, device)
+    machine = this_device(device, config)
+    limit_memory(device, config.train.device_memory_gib)
+    return machine
 
 
 def _decide(

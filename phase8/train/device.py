@@ -12,6 +12,7 @@ from phase8.errors import ConfigError
 from phase8.plan.candidates import Device
 from phase8.plan.whole_config import count_parameters, shapes_only
 from phase8.processes.bootstrap import World
+from phase8.processes.host_memory import available_bytes
 
 _SAVED_BYTES_PER_PARAMETER = 12  # the weight and both moments of AdamW
 _WORTH_SAVING_ASIDE_BYTES = 4e9  # a smaller checkpoint is written in the time of a step or two
@@ -62,8 +63,14 @@ def host_settings(config: RunConfig, device_type: str) -> dict[str, object]:
         # One process keeps up with a GPU whose steps are short; a second one hides its delays.
         "data.num_workers": min(2, num_cores // 4) if is_gpu else 0,
         "data.pin_memory": is_gpu,
-        "checkpoint.asynchronous": is_gpu and _saved_bytes(config) >= _WORTH_SAVING_ASIDE_BYTES,
+        "checkpoint.asynchronous": is_gpu and _is_worth_saving_aside(_saved_bytes(config)),
     }
+
+
+def _is_worth_saving_aside(num_bytes: int) -> bool:
+    """Whether a checkpoint is large enough to be written from a copy, and the copy takes less than half of what the host has left."""
+    available = available_bytes()
+    return num_bytes >= _WORTH_SAVING_ASIDE_BYTES and (available is None or num_bytes <= available / 2)
 
 
 def _saved_bytes(config: RunConfig) -> int:

@@ -12,6 +12,7 @@ import torch
 from phase8.config.schema import RunConfig
 from phase8.errors import OutOfMemoryError
 from phase8.plan.candidates import Device, how_to_fit, nearest_that_fits, plan_on
+from phase8.processes.host_memory import available_bytes
 from phase8.train.restart import resume_own_run
 from phase8.train.run_directory import RunDirectory
 from phase8.train.tuning import Chosen
@@ -20,6 +21,30 @@ from phase8.train.tuning import Chosen
 _HOST = re.compile(r"can't allocate memory|not enough memory|Cannot allocate memory", re.IGNORECASE)
 _PINNED = re.compile(r"CUDA error: out of memory|cudaHostAlloc|cudaHostRegister", re.IGNORECASE)
 _GIB = 2**30
+
+
+def require_host_memory(config: RunConfig, facts: Device, *, world_size: int, ranks_of_host: int) -> None:
+    """Refuses a run that keeps more in host memory than there is, before it takes any: the system would kill it, or others, without a word.
+
+    Args:
+        config: Config without automatic settings.
+        facts: The device before the run used any of it.
+        world_size: Number of ranks.
+        ranks_of_host: Number of ranks on this host.
+
+    Raises:
+        OutOfMemoryError: The plan exceeds what is available.
+    """
+    planned, available = ranks_of_host * plan_on(facts, config, world_size=world_size).host_bytes, available_bytes()
+    if available is None or planned <= available:
+        return
+    ranks = f" of the {ranks_of_host} ranks here" if ranks_of_host > 1 else ""
+    raise OutOfMemoryError(
+        f"the host has too little memory: {planned / _GIB:.1f} GiB{ranks} are planned for copies and what is offloaded, and "
+        f"{available / _GIB:.1f} GiB are available, {(planned - available) / _GIB:.1f} GiB too little; {_how_to_need_less_of_the_host(config, '')}.",
+        None,
+        has_begun=False,
+    )
 
 
 @contextmanager
@@ -106,6 +131,11 @@ def _device_sentence(config: RunConfig, facts: Device, world_size: int) -> str:
 
 def _host_sentence(config: RunConfig, facts: Device, world_size: int, kind: str) -> str:
     planned = plan_on(facts, config, world_size=world_size).host_bytes
+    remedy = _how_to_need_less_of_the_host(config, kind)
+    return f"the host has too little {kind}memory; {planned / _GIB:.1f} GiB a rank are planned for copies and what is offloaded: {remedy}."
+
+
+def _how_to_need_less_of_the_host(config: RunConfig, kind: str) -> str:
     remedies = [
         *(["checkpoint.asynchronous=false (copies of weights and optimizer)"] if config.checkpoint.asynchronous else []),
         *(["data.pin_memory=false"] if kind and config.data.pin_memory else []),
@@ -113,5 +143,4 @@ def _host_sentence(config: RunConfig, facts: Device, world_size: int, kind: str)
         *(["train.offload_activations=none"] if config.train.offload_activations != "none" else []),
         *(["zero.offload_optimizer=none"] if config.zero.offload_optimizer != "none" else []),
     ]
-    remedy = f"set {' or '.join(remedies)}" if remedies else "use a host with more memory, or a smaller model or batch"
-    return f"the host has too little {kind}memory; {planned / _GIB:.1f} GiB a rank are planned for copies and what is offloaded: {remedy}."
+    return f"set {' or '.join(remedies)}" if remedies else "use a host with more memory, or a smaller model or batch"

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from importlib.metadata import version
+
 import torch
 
 from phase8.config.batch import BatchShape
 from phase8.config.pipeline import pipeline_of
-from phase8.config.schema import RunConfig
+from phase8.config.schema import RunConfig, ZeroSection
 from phase8.kernels.backends import apex_hint, attention_backend, kernel_backend
 from phase8.kernels.limits import MAX_HEAD_SIZE
 from phase8.plan.cost_facts import Fact, batch_fact, model_facts
@@ -22,6 +24,7 @@ def run_facts(config: RunConfig, *, device: torch.device, shape: BatchShape, num
     ranks = [("topology", describe_topology(config, topology))] if topology.world_size > 1 else []
     return [
         *ranks,
+        *([("engine", _deepspeed(config.zero))] if config.zero.engine == "deepspeed" else []),
         ("device", f"{device_name(device)}, torch {torch.__version__}"),
         ("precision", f"{config.precision.dtype} matmuls, fp32 master weights" + (", tf32 allowed" if config.precision.tf32 else "")),
         *model_facts(config.model, num_parameters=num_parameters),
@@ -32,6 +35,14 @@ def run_facts(config: RunConfig, *, device: torch.device, shape: BatchShape, num
         ("torch.compile", f"{compiled.mode}{', fullgraph' if compiled.fullgraph else ''}" if compiled.enabled else "off"),
         *([("CUDA graphs", "the whole step" if device.type == "cuda" else "off: no GPU")] if config.train.cuda_graphs else []),
     ]
+
+
+def _deepspeed(zero: ZeroSection) -> str:
+    """The engine, what it offloads, and whose AdamW updates the weights where."""
+    places = {"optimizer": zero.offload_optimizer, "parameters": zero.offload_params}
+    offloaded = [f"{what} on {where}" for what, where in places.items() if where != "none"]
+    update = "on the host" if zero.offload_optimizer != "none" else "on the device"
+    return ", ".join((f"DeepSpeed {version('deepspeed')}, ZeRO stage {zero.stage}", *offloaded, f"torch's fused AdamW {update}"))
 
 
 def describe_topology(config: RunConfig, topology: Topology) -> str:

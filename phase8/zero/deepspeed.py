@@ -10,13 +10,9 @@ In bf16 DeepSpeed computes with bf16 copies of all parameters, norms and scalars
 
 from __future__ import annotations
 
-import atexit
 import importlib
 import logging
-import shutil
-import time
 import warnings
-from pathlib import Path
 from types import ModuleType
 from typing import Any
 
@@ -29,13 +25,15 @@ from phase8.config.schema import ZeroSection
 from phase8.distributed.collectives import Axis
 from phase8.distributed.mesh import Mesh
 from phase8.distributed.placement import placed_like
-from phase8.errors import ConfigError, StorageError
+from phase8.errors import ConfigError
+from phase8.zero.swap import Swap
 
 # Numbers in a bucket in which gradients are summed, parameters are gathered ahead, and the optimizer updates offloaded ones. DeepSpeed's own are ten
 # times as large, gigabytes of a small card; from here on transfers are at full speed.
 BUCKET = 50_000_000
+# Numbers of a flat buffer of offloaded states, which the optimizer updates at once.
+OFFLOADED_GROUP = 2 * BUCKET
 _NO_REPORTS = 2**31 - 1
-_COMPILATION_SECONDS = 900
 
 
 def import_deepspeed() -> ModuleType:
@@ -60,50 +58,8 @@ def import_deepspeed() -> ModuleType:
     return module
 
 
-def require_async_io(deepspeed: ModuleType) -> None:
-    """Refuses NVMe where DeepSpeed cannot compile what reads and writes there, which it does once, at the first use.
-
-    Raises:
-        ConfigError: A compiler or libaio is missing, or an earlier compilation was killed.
-    """
-    from torch.utils.cpp_extension import _get_build_directory  # imports triton, which others import after settings of their own
-
-    builder = importlib.import_module("deepspeed.ops.op_builder").AsyncIOBuilder()
-    if not builder.is_compatible(verbose=False):
-        raise ConfigError(
-            "zero.offload_optimizer is nvme, but what DeepSpeed reads and writes with cannot be compiled here; install a C++ compiler, ninja and "
-            "the headers of libaio (apt install g++ ninja-build libaio-dev; dnf install gcc-c++ ninja-build libaio-devel), or set it to cpu."
-        )
-    lock = Path(_get_build_directory(builder.name, verbose=False)) / "lock"
-    if lock.exists() and time.time() - lock.stat().st_mtime > _COMPILATION_SECONDS:
-        raise ConfigError(
-            f"{lock} is older than any compilation takes, so the process that compiled DeepSpeed's {builder.name} was killed, and others would wait "
-            "for it for ever; delete the file."
-        )
-
-
-def fresh_swap_directory(parent: Path, name: str) -> Path:
-    """Makes an empty directory for a run on this host, and removes it when the process ends; a collective of all ranks.
-
-    What a killed run of this name has left there is removed.
-
-    Raises:
-        StorageError: The directory cannot be made.
-    """
-    directory = parent / f"{name}.swap"
-    if dist.get_node_local_rank(0) == 0:
-        try:
-            shutil.rmtree(directory, ignore_errors=True)
-            directory.mkdir(parents=True)
-        except OSError as error:
-            raise StorageError(f"zero.nvme_path: {directory} cannot be made ({error.strerror}); name a directory that can be written.") from error
-        atexit.register(shutil.rmtree, directory, ignore_errors=True)
-    dist.barrier()
-    return directory
-
-
 def deepspeed_config(
-    zero: ZeroSection, shape: BatchShape, *, is_bf16: bool, gradient_clip_norm: float, is_on_gpu: bool, swap_directory: Path | None
+    zero: ZeroSection, shape: BatchShape, *, is_bf16: bool, gradient_clip_norm: float, is_on_gpu: bool, swap: Swap | None
 ) -> dict[str, Any]:
     """The config that DeepSpeed gets.
 
@@ -113,7 +69,7 @@ def deepspeed_config(
         is_bf16: Whether the compute dtype is bf16.
         gradient_clip_norm: Largest global norm; 0: no clipping.
         is_on_gpu: Whether the model computes on a GPU.
-        swap_directory: Directory for what is offloaded to NVMe; None: nothing is.
+        swap: Place for what is offloaded to NVMe; None: nothing is.
     """
     return {
         "train_micro_batch_size_per_gpu": shape.micro_batch_size,
@@ -122,16 +78,16 @@ def deepspeed_config(
         "gradient_clipping": gradient_clip_norm,
         "bf16": {"enabled": is_bf16, "check_grad_overflow": is_bf16},
         "data_types": {"grad_accum_dtype": "fp32"},
-        "zero_optimization": _zero_config(zero, is_bf16=is_bf16, is_on_gpu=is_on_gpu, swap_directory=swap_directory),
+        "zero_optimization": _zero_config(zero, is_bf16=is_bf16, is_on_gpu=is_on_gpu, swap=swap),
         "zero_allow_untested_optimizer": True,
         "zero_force_ds_cpu_optimizer": False,
         "steps_per_print": _NO_REPORTS,
     }
 
 
-def _zero_config(zero: ZeroSection, *, is_bf16: bool, is_on_gpu: bool, swap_directory: Path | None) -> dict[str, Any]:
+def _zero_config(zero: ZeroSection, *, is_bf16: bool, is_on_gpu: bool, swap: Swap | None) -> dict[str, Any]:
     def offload(where: str) -> dict[str, Any]:
-        place = {"nvme_path": str(swap_directory)} if where == "nvme" else {}
+        place = {"nvme_path": str(swap.directory)} if where == "nvme" and swap is not None else {}
         return {"device": where, "pin_memory": is_on_gpu, **place}
 
     stage = 2 if zero.stage == 1 and is_bf16 else zero.stage
@@ -145,13 +101,13 @@ def _zero_config(zero: ZeroSection, *, is_bf16: bool, is_on_gpu: bool, swap_dire
     }
     if stage == 3:
         section |= {
-            "offload_param": offload(zero.offload_params),
+            "offload_param": offload(zero.offload_params) | ({"buffer_size": swap.largest_parameter} if swap is not None else {}),
             "stage3_param_persistence_threshold": 0,  # blocks are gathered together, small parameters with them
             "memory_efficient_linear": False,  # it would replace F.linear in the whole process
             "stage3_prefetch_bucket_size": BUCKET,
             "stage3_max_live_parameters": 4 * BUCKET,
             "stage3_max_reuse_distance": 4 * BUCKET,
-            "sub_group_size": 2 * BUCKET if zero.offload_optimizer != "none" else 20 * BUCKET,
+            "sub_group_size": OFFLOADED_GROUP if zero.offload_optimizer != "none" else 20 * BUCKET,
         }
     return section
 

@@ -10,7 +10,6 @@ import pytest
 from phase8.benchmark.layouts import layout_config, parse_layout, throughput_ceiling
 from phase8.benchmark.parallel import Host, first_error, measure_layouts, planned_bytes, torchrun
 from phase8.benchmark.parallel_table import LAYOUTS_HEADER, device_lines, host_lines, layout_line
-from phase8.benchmark.rank import host_used_bytes
 from phase8.benchmark.throughput import WARMUP_STEPS
 from phase8.config.batch import batch_shape, run_topology
 from phase8.errors import ConfigError
@@ -227,7 +226,3 @@ def test_a_layout_that_hangs_is_ended_with_all_its_ranks(tiny, tmp_path):
 def test_more_ranks_than_gpus_are_not_started(tiny, tmp_path):
     row = only_row(tiny, tmp_path, "raise SystemExit('error: started')", num_devices=1)
     assert row.reason == "layout dp2 needs 2 GPUs, but this host has 1." and not (tmp_path / "logs").exists()
-
-
-def test_memory_of_the_host_is_what_is_not_available():
-    assert 0 < host_used_bytes() < os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")

@@ -1,5 +1,6 @@
 """Under DeepSpeed the numbers are those of one process of the fsdp engine, and checkpoints go from one engine to the other."""
 
+import importlib
 import math
 import os
 import subprocess
@@ -9,10 +10,11 @@ from pathlib import Path
 
 import pytest
 import torch
+import yaml
 
-from phase8.checkpoint.load import open_checkpoint
+from phase8.checkpoint.load import find_checkpoint, open_checkpoint
 from phase8.checkpoint.save import save_checkpoint
-from phase8.config.load import load_config
+from phase8.config.load import config_to_mapping, load_config
 from phase8.config.validate import validate
 from phase8.distributed.mesh import build_mesh
 from phase8.distributed.placement import collected
@@ -20,10 +22,12 @@ from phase8.errors import ConfigError
 from phase8.kernels.backends import select_kernels
 from phase8.train import build
 from phase8.train.engine.protocol import WEIGHT
-from phase8.zero.deepspeed import import_deepspeed, require_async_io
+from phase8.zero.deepspeed import import_deepspeed
 from phase8.zero.fsdp import shard_size
+from phase8.zero.swap import require_async_io
 from tests.parallel.test_parity import BLOCKS, OFFLOADED, ranks
 from tests.parallel.training import MODEL, microbatches_of, run_topology, without_auto
+from tests.tools.doors import load_door
 
 pytestmark = pytest.mark.skipif(find_spec("deepspeed") is None, reason="DeepSpeed is not installed")  # it imports triton
 NUM_STEPS = 3
@@ -97,8 +101,8 @@ def train_with(settings, world_size, save_to=None, load_from=None, first_step=0)
     return [(each.loss, each.grad_norm, *each.auxiliary_losses.values()) for each in results] + [held_out], whole_tensors(engine)
 
 
-def run(pool, settings, world_size, **more):
-    found = pool.run(_train_with, settings, world_size, more, world_size=world_size)
+def run(pool, settings, world_size, timeout_seconds=120.0, **more):
+    found = pool.run(_train_with, settings, world_size, more, world_size=world_size, timeout_seconds=timeout_seconds)
     assert all(numbers == found[0][0] for numbers, _ in found)  # every rank reports the same
     return found[0]
 
@@ -199,16 +203,37 @@ def test_swap_directories_are_empty_and_go_with_the_process(tmp_path):
     """Another process, which ends."""
     (tmp_path / "run.swap").mkdir()
     (tmp_path / "run.swap" / "left").touch()
-    code = (
-        "import sys, pathlib, torch.distributed as dist\n"
-        "from phase8.zero.deepspeed import fresh_swap_directory\n"
-        "dist.init_process_group('gloo', store=dist.HashStore(), rank=0, world_size=1)\n"
-        "directory = fresh_swap_directory(pathlib.Path(sys.argv[1]), 'run')\n"
-        "assert directory.is_dir() and not list(directory.iterdir())\n"
-        "(directory / 'swapped').touch()"
-    )
-    subprocess.run([sys.executable, "-c", code, str(tmp_path)], check=True, cwd=Path(__file__).parents[2])
-    assert not list(tmp_path.iterdir())
+    def swap(num_bytes):
+        code = (
+            "import sys, pathlib, torch.distributed as dist\n"
+            "from phase8.zero.swap import fresh_swap_directory\n"
+            "dist.init_process_group('gloo', store=dist.HashStore(), rank=0, world_size=1)\n"
+            f"directory = fresh_swap_directory(pathlib.Path(sys.argv[1]), 'run', num_bytes={num_bytes})\n"
+            "assert directory.is_dir() and not list(directory.iterdir())\n"
+            "(directory / 'swapped').touch()"
+        )
+        return subprocess.run([sys.executable, "-c", code, str(tmp_path)], capture_output=True, text=True, cwd=Path(__file__).parents[2])
+
+    assert swap(1000).returncode == 0 and not list(tmp_path.iterdir())
+    full = swap(10**18)
+    assert full.returncode and "931322574.62 GiB will be offloaded to" in full.stderr and not list(tmp_path.iterdir())
+
+
+@pytest.mark.full
+def test_what_is_offloaded_to_nvme_is_what_is_offloaded_to_the_host(pool, tmp_path):
+    """DeepSpeed compiles for two minutes first. Smaller buffers than this it does not offload."""
+    os.environ["DS_ACCELERATOR"] = "cpu"
+    builder = importlib.import_module("deepspeed.ops.op_builder").AsyncIOBuilder()
+    if not builder.is_compatible(verbose=False):
+        pytest.skip("a compiler or libaio is missing")
+    large = (*FP32, "model.d_model=256", "model.ffn_size=1024", DEEPSPEED)
+    on_nvme = ("zero.stage=3", "zero.offload_optimizer=nvme", "zero.offload_params=nvme", f"zero.nvme_path={tmp_path / 'nvme'}")
+    found = {}
+    for name, settings in {"host": OFFLOADED, "nvme": on_nvme}.items():
+        run(pool, (*large, *settings), 1, save_to=tmp_path / name, timeout_seconds=400)
+        found[name] = run(pool, (*large, *settings), 1, load_from=tmp_path / name / "step-0000000003", first_step=3)
+    (numbers, tensors), (expected_numbers, expected_tensors) = found["nvme"], found["host"]
+    assert numbers == expected_numbers and all(torch.equal(tensors[name], value) for name, value in expected_tensors.items())
 
 
 def test_a_compilation_that_was_killed_is_explained(monkeypatch, tmp_path):
@@ -226,3 +251,41 @@ def test_a_compilation_that_was_killed_is_explained(monkeypatch, tmp_path):
     monkeypatch.setattr("deepspeed.ops.op_builder.AsyncIOBuilder.is_compatible", lambda self, verbose: False)
     with pytest.raises(ConfigError, match=r"apt install g\+\+ ninja-build libaio-dev"):
         require_async_io(deepspeed)
+
+
+def save_as_deepspeed_does(stage, directory):
+    engine, config = new_engine((*FP32, DEEPSPEED, f"zero.stage={stage}"), 2)
+    step(engine, config, 0)
+    engine._engine.save_checkpoint(directory, tag="global_step1")
+    return whole_tensors(engine)
+
+
+def imported(source, destination, *options):
+    code = load_door("reshard_checkpoint").main([str(source), str(destination), *options])
+    return code, open_checkpoint(find_checkpoint(destination)) if code == 0 else None
+
+
+@pytest.mark.parametrize("stage", [2, 3])
+def test_checkpoints_of_deepspeed_itself_are_imported_if_they_are_trusted(pool, tmp_path, capsys, stage):
+    expected = pool.run(save_as_deepspeed_does, stage, str(tmp_path / "theirs"), world_size=2)[0]
+    config = tmp_path / "model.yaml"
+    config.write_text(yaml.safe_dump({"model": config_to_mapping(load_config(os.devnull, [*MODEL, *FP32]))["model"], "precision": {"dtype": "fp32"}}))
+    assert imported(tmp_path / "theirs", tmp_path / "ours")[0] == 2 and "give --trust-pickle." in capsys.readouterr().err
+    assert imported(tmp_path / "theirs", tmp_path / "ours", "--trust-pickle")[0] == 2 and "with --config." in capsys.readouterr().err
+    sources = {"ours": tmp_path / "theirs"}
+    if stage == 2:  # DeepSpeed makes no universal checkpoints of stage 3 without more
+        universal = tmp_path / "global_step1_universal"
+        folders = ("--input_folder", tmp_path / "theirs" / "global_step1", "--output_folder", universal)
+        subprocess.run([sys.executable, "-m", "deepspeed.checkpoint.ds_to_universal", *folders, "--inject_missing_state"], check=True)
+        sources["universal"] = universal
+    for name, source in sources.items():
+        code, found = imported(source, tmp_path / name, "--trust-pickle", "--config", str(config))
+        assert code == 0 and found.step == 0, capsys.readouterr().err
+        weights = {key: value for key, value in expected.items() if key.startswith("model.")}
+        assert set(found.tensor_names) == set(weights) and all(torch.equal(found.read(key), value) for key, value in weights.items())
+    assert sorted(path.name for path in tmp_path.iterdir() if path.name.startswith(".")) == []
+
+
+def test_what_is_for_deepspeed_is_for_nothing_else(tmp_path, capsys):
+    assert imported(tmp_path, tmp_path / "x", "--trust-pickle")[0] == 2
+    assert "--trust-pickle is for a checkpoint that DeepSpeed wrote" in capsys.readouterr().err

@@ -2,6 +2,7 @@
 
 import io
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -11,17 +12,20 @@ from phase8.checkpoint.load import list_checkpoints, open_checkpoint
 from phase8.checkpoint.step_directories import step_directory_name
 from phase8.config.auto import automatic_keys
 from phase8.config.batch import run_topology
+from phase8.config.load import load_config
 from phase8.distributed.mesh import build_mesh
 from phase8.errors import OutOfMemoryError
 from phase8.plan.candidates import Device
-from phase8.train import tuning
+from phase8.train import device, memory_limits, tuning
 from phase8.train.build import build_engine
+from phase8.train.device import host_settings
 from phase8.train.memory_limits import memory_errors, retry_with_less_memory
 from phase8.train.run_directory import RunDirectory
 from phase8.train.trial import Trial, run_trial
 from phase8.train.tuning import Chosen, choose_settings
 from tests.train.tiny_run import losses, prepare, records, tiny_config, train_tiny, write_config
 
+ROOT = Path(__file__).parents[2]
 GPU = Device("cuda", "a GPU", memory_bytes=8 << 30, total_bytes=8 << 30)
 HOST = {"data.num_workers": 1, "data.pin_memory": True, "checkpoint.asynchronous": False}
 FREE = ("train.micro_batch_size=auto",)
@@ -204,6 +208,23 @@ def test_too_little_memory_is_one_sentence(tiny, mesh, trials, error, sentence):
     with pytest.raises(OutOfMemoryError, match=sentence) as caught, memory_errors(config, chosen, GPU, world_size=1, has_begun=True):
         raise error
     assert "\n" not in str(caught.value) and caught.value.exit_code == 9 and caught.value.values == chosen.values
+
+
+def test_more_than_the_host_has_is_refused_before_anything_is_taken(tiny, monkeypatch):
+    monkeypatch.setattr(memory_limits, "available_bytes", lambda: 64 << 10)
+    prepare(tiny)  # keeps nothing in host memory
+    settings = ("run.name=large", "zero.stage=3", "zero.offload_optimizer=cpu", "zero.offload_params=cpu", "model.d_model=192")
+    settings = (*settings, "model.ffn_size=40000")
+    sentence = r"too little memory: 0\.7 GiB are planned .*, and 0\.0 GiB are available, 0\.7 GiB too little; set zero\.offload_optimizer=none\."
+    with pytest.raises(OutOfMemoryError, match=sentence) as caught:
+        prepare(tiny, *settings)
+    assert caught.value.exit_code == 9 and caught.value.values is None and not (tiny.parent / "runs" / "large" / "config.yaml").exists()
+
+
+@pytest.mark.parametrize(("available", "expected"), [(None, True), (100e9, True), (20e9, False)])
+def test_copies_for_checkpoints_take_less_than_half_of_what_the_host_has_left(monkeypatch, available, expected):
+    monkeypatch.setattr(device, "available_bytes", lambda: available)
+    assert host_settings(load_config(ROOT / "configs/phase8_1b.yaml"), "cuda")["checkpoint.asynchronous"] is expected
 
 
 def test_other_errors_pass():

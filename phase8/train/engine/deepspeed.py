@@ -22,6 +22,7 @@ from phase8.distributed.placement import collected
 from phase8.model.model import LanguageModel, OnLosses, build_model
 from phase8.model.parameters import decayed_parameter_names, first_buffers, iterate_specs, materialise
 from phase8.optim.adamw import build_optimizer
+from phase8.plan.whole_config import shapes_only
 from phase8.precision.policy import compute_dtype
 from phase8.train.device import name_device_for_deepspeed
 from phase8.train.engine.compilation import compile_modules
@@ -33,13 +34,12 @@ from phase8.train.engine.train_state import build_chunk
 from phase8.zero.deepspeed import (
     TensorParallelUnit,
     deepspeed_config,
-    fresh_swap_directory,
     hold_parts,
     import_deepspeed,
     make_plain,
     register_outside_blocks,
-    require_async_io,
 )
+from phase8.zero.swap import Swap, fresh_swap_directory, require_async_io, swapped_bytes
 
 
 class LossSum(nn.Module):
@@ -82,7 +82,7 @@ class DeepSpeedEngine:
             is_bf16=is_bf16,
             gradient_clip_norm=config.optim.gradient_clip_norm,
             is_on_gpu=device.type == "cuda",
-            swap_directory=_swap_directory(deepspeed, config),
+            swap=_swap(deepspeed, config, num_ranks=mesh.topology.world_size),
         )
         model = build_chunk(config, range(config.model.num_layers), mesh=mesh, dtype=compute_dtype(config.precision))
         specs, decayed_names = {name: (parameter.shape, spec) for name, parameter, spec in iterate_specs(model)}, decayed_parameter_names(model)
@@ -223,12 +223,14 @@ class DeepSpeedEngine:
         setattr(self._zero, name, norm)
 
 
-def _swap_directory(deepspeed: ModuleType, config: RunConfig) -> Path | None:
-    """The directory for what is offloaded to NVMe; None: nothing is."""
+def _swap(deepspeed: ModuleType, config: RunConfig, *, num_ranks: int) -> Swap | None:
+    """The place for what is offloaded to NVMe; None: nothing is."""
     if config.zero.nvme_path is None:
         return None
     require_async_io(deepspeed)
-    return fresh_swap_directory(Path(config.zero.nvme_path), config.run.name)
+    sizes = [parameter.numel() for parameter in shapes_only(config).parameters()]
+    num_bytes = swapped_bytes(config.zero, sum(sizes) // num_ranks, is_bf16=config.precision.dtype == "bf16")
+    return Swap(fresh_swap_directory(Path(config.zero.nvme_path), config.run.name, num_bytes=num_bytes), max(sizes))
 
 
 def build_deepspeed_engine(config: RunConfig, *, mesh: Mesh, device: torch.device) -> DeepSpeedEngine:

@@ -9,7 +9,8 @@ There is no public interface to a piece without a copy on the GPU: names with an
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any, NamedTuple
 
 import torch
@@ -160,6 +161,30 @@ class DeepSpeedState:
         return hasattr(self._zero, "fp32_partitioned_groups_flat")
 
     @property
+    def _is_on_nvme(self) -> bool:
+        return self._is_stage_3 and bool(self._zero.swap_optimizer)
+
+    def _in_memory(self, name: str, *, changes: bool) -> AbstractContextManager[None]:
+        """The context in which this rank's piece of a parameter, and of its moments, is in memory."""
+        if not self._is_on_nvme:
+            return nullcontext()
+        number, *_ = self._zero.grad_position[self._zero.get_param_id(self._parameters[name])]
+        return self._group_in_memory(number, changes=changes)
+
+    @contextmanager
+    def _group_in_memory(self, number: int, *, changes: bool) -> Iterator[None]:
+        """The context in which a flat buffer and its moments are in memory; what changes is written back to NVMe."""
+        if not (self._is_on_nvme and self._zero._swappable_optimizer_subgroup(number)):
+            yield
+            return
+        self._zero._optimizer_states_and_gradient_swap_in(number)
+        yield
+        if changes:
+            self._zero._optimizer_states_and_gradient_swap_out(number)
+        else:
+            self._zero._release_swap_buffers(number)
+
+    @property
     def _steps(self) -> float | None:
         """Number of updates that the optimizer has made; None: it keeps no state yet."""
         state = self._zero.optimizer.state.get(self._flats[0])
@@ -167,22 +192,25 @@ class DeepSpeedState:
 
     def _set_steps(self, steps: float) -> None:
         """Gives the optimizer its state, if it has none yet, with a number of updates; without updates the moments are zero."""
-        for flat in self._flats:
-            state = self._zero.optimizer.state[flat]
-            state[STEP] = torch.tensor(steps, dtype=torch.float32, device=flat.device)
-            for key in MOMENTS:
-                if key not in state:
-                    state[key] = torch.zeros_like(flat)
-                elif not steps:
-                    state[key].zero_()
+        for number, flat in enumerate(self._flats):
+            with self._group_in_memory(number, changes=True):
+                state = self._zero.optimizer.state[flat]
+                state[STEP] = torch.tensor(steps, dtype=torch.float32, device=flat.device)
+                for key in MOMENTS:
+                    if key not in state:
+                        state[key] = torch.zeros_like(flat)
+                    elif not steps:
+                        state[key].zero_()
 
     def _piece(self, name: str, key: str) -> _Piece:
         """This rank's piece of a parameter's master weights or moments."""
         parameter, moment = self._parameters[name], None if key == WEIGHT else key
         if self._is_stage_3:
-            values, _ = self._zero._get_fp32_opt_state_partition(parameter, release_swap_buffers=True, optim_state_key=moment)
-            offset = self._mesh.shard.index * len(values)
-            return _Piece(offset, values.detach()[: max(self._shapes[name].numel() - offset, 0)])
+            number, begin, length = self._zero.grad_position[self._zero.get_param_id(parameter)]
+            flat = self._flats[number]
+            values = flat if moment is None else self._zero.optimizer.state[flat][moment]
+            offset = self._mesh.shard.index * length
+            return _Piece(offset, values.detach()[begin : begin + min(length, max(self._shapes[name].numel() - offset, 0))])
         mapping = parameter._hp_mapping
         if mapping is None:
             return _Piece(0, self._flats[0].detach()[:0])
@@ -192,17 +220,19 @@ class DeepSpeedState:
 
     def _write(self, name: str, key: str, value: Tensor) -> None:
         """Overwrites this rank's piece with what it has of the value of a whole parameter, or of its tensor-parallel part."""
-        offset, values = self._piece(name, key)
-        values.copy_(value.flatten()[offset : offset + len(values)])
+        with self._in_memory(name, changes=True):
+            offset, values = self._piece(name, key)
+            values.copy_(value.flatten()[offset : offset + len(values)])
 
     def _whole(self, name: str, key: str) -> Tensor:
         """This rank's tensor-parallel part of a parameter, put together from the pieces of all data-parallel ranks."""
-        shape, (offset, values) = self._shapes[name], self._piece(name, key)
-        if self._mesh.shard.size == 1:
-            return values.view(shape)
-        device = torch.device((self._mesh.shard.group._get_backend_name() == "nccl" and "cuda") or "cpu")
-        together = torch.zeros(shape.numel(), dtype=torch.float32, device=device)
-        together[offset : offset + len(values)] = values.to(device)
+        shape = self._shapes[name]
+        with self._in_memory(name, changes=False):
+            offset, values = self._piece(name, key)
+            if self._mesh.shard.size == 1:
+                return values.clone().view(shape) if self._is_on_nvme else values.view(shape)
+            together = torch.zeros(shape.numel(), dtype=torch.float32, device=self._device)
+            together[offset : offset + len(values)] = values.to(self._device)
         dist.all_reduce(together, group=self._mesh.shard.group)
         return together.view(shape)
 
@@ -240,7 +270,8 @@ class DeepSpeedState:
             return
         zero._partition_all_parameters()
         for number in range(len(self._flats)):
-            zero._reassign_or_swap_out_partitioned_parameters(number)
+            with self._group_in_memory(number, changes=False):
+                zero._reassign_or_swap_out_partitioned_parameters(number)
 
 
 def _rows_mesh(mesh: Mesh) -> DeviceMesh:

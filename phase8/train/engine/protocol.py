@@ -1,4 +1,4 @@
-"""The interface through which a run uses its engine. The fsdp engine implements it; `train/build.py` chooses the engine.
+"""The interface through which a run uses its engine: `fsdp.py` and `deepspeed.py` implement it, `train/build.py` chooses.
 
 | method | users |
 |---|---|
@@ -108,7 +108,7 @@ class Replicas:
 
 
 class TrainingEngine(Protocol):
-    """A rank's part of a model and its optimizer. Every method is a collective of all ranks, except `state`, `state_sizes` and `replicas`."""
+    """A rank's part of a model and its optimizer. Every method is a collective of all ranks, except `state_sizes` and `replicas`."""
 
     @property
     def mesh(self) -> Mesh:
@@ -150,7 +150,7 @@ class TrainingEngine(Protocol):
         """Returns mean loss in nats per valid target and number of targets over all ranks; every rank passes the same number of microbatches."""
 
     def state(self) -> dict[str, Tensor]:
-        """The live tensors (not copies) of weights and optimizer under the names of `checkpoint/state.py`; divided ones are DTensors."""
+        """The tensors of weights and optimizer under the names of `checkpoint/state.py`, valid until the next update; divided ones are DTensors."""
 
     def state_sizes(self) -> list[int]:
         """The bytes of this rank's part of each tensor of `state`, including tensors that the optimizer has not made yet."""

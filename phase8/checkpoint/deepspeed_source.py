@@ -1,0 +1,89 @@
+"""Checkpoints that DeepSpeed itself wrote, turned into consolidated weights: those of ZeRO 1 to 3, and universal ones.
+
+They are pickles, which can run any code when they are read, so nothing here is called unless somebody says that their origin is trusted. The state
+of the optimizer is not read.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+
+from phase8.checkpoint.step_directories import WEIGHTS_CONFIG_NAME, WEIGHTS_NAME
+from phase8.durable import replace_file, staged_file
+from phase8.errors import CheckpointError, CheckpointMismatchError
+
+LATEST = "latest"
+_STATES = "*_model_states.pt"
+_UNIVERSAL = "zero/*/fp32.pt"
+# Wrappers of a model put these before its names.
+_WRAPPERS = ("module.", "model.")
+
+
+def is_deepspeed(directory: Path) -> bool:
+    """Whether a directory is a checkpoint of DeepSpeed: one step of it, or the directory of several with the file `latest`."""
+    return _step(directory) is not None
+
+
+def consolidate_deepspeed(directory: Path, destination: Path, config: Mapping[str, Any]) -> None:
+    """Writes the fp32 weights as consolidated weights, all of which are in host memory meanwhile. Runs whatever code the files contain.
+
+    Args:
+        directory: A checkpoint of DeepSpeed.
+        destination: An existing directory for the weights.
+        config: Config of the run.
+
+    Raises:
+        CheckpointError: DeepSpeed is not installed, or cannot read its checkpoint.
+    """
+    step = _step(directory)
+    assert step is not None  # `is_deepspeed` says so
+    weights = _universal(step) if list(step.glob(_UNIVERSAL)) else _of_zero(step)
+    for wrapper in _WRAPPERS:
+        if all(name.startswith(wrapper) for name in weights):
+            weights = {name.removeprefix(wrapper): value for name, value in weights.items()}
+    with staged_file(destination / WEIGHTS_NAME) as partial:
+        save_file({name: value.float().contiguous() for name, value in weights.items()}, partial)
+    replace_file(destination / WEIGHTS_CONFIG_NAME, json.dumps(dict(config)).encode())
+
+
+def _step(directory: Path) -> Path | None:
+    """The directory with the files of a step."""
+    latest = directory / LATEST
+    step = directory / latest.read_text().strip() if latest.is_file() else directory
+    return step if list(step.glob(_STATES)) or list(step.glob(_UNIVERSAL)) else None
+
+
+def _of_zero(step: Path) -> dict[str, Tensor]:
+    """The weights of a checkpoint with the pieces of each data-parallel rank, put together by DeepSpeed."""
+    if len(set(path.name[: len("mp_rank_00")] for path in step.glob("mp_rank_*_model_states.pt"))) > 1:
+        raise CheckpointMismatchError(
+            f"{step} is of several tensor-parallel ranks, whose parts DeepSpeed does not put together; convert it with python -m "
+            "deepspeed.checkpoint.ds_to_universal first."
+        )
+    try:
+        from deepspeed.utils.zero_to_fp32 import get_fp32_state_dict_from_zero_checkpoint
+    except ImportError as error:
+        raise CheckpointError(f"{step} is a checkpoint of DeepSpeed, which is needed to read it; pip install 'phase8[deepspeed]'.") from error
+    with contextlib.redirect_stdout(sys.stderr):  # it reports each file
+        try:
+            return get_fp32_state_dict_from_zero_checkpoint(str(step.parent), step.name)
+        except (OSError, ValueError, KeyError, RuntimeError) as error:
+            raise CheckpointError(f"DeepSpeed cannot read {step} ({error}); use another checkpoint.") from error
+
+
+def _universal(step: Path) -> dict[str, Tensor]:
+    """The weights of a universal checkpoint, which has a directory for each parameter."""
+    found: dict[str, Tensor] = {}
+    for path in sorted(step.glob(_UNIVERSAL)):
+        content = torch.load(path, map_location="cpu", weights_only=False)
+        found[path.parent.name] = content["param"] if isinstance(content, dict) else content
+    return found

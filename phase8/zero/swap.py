@@ -1,0 +1,93 @@
+"""The place on NVMe disks for what DeepSpeed offloads there, and what it takes to read and write it."""
+
+from __future__ import annotations
+
+import atexit
+import importlib
+import platform
+import shutil
+import time
+from pathlib import Path
+from types import ModuleType
+from typing import NamedTuple
+
+import torch.distributed as dist
+
+from phase8.config.schema import ZeroSection
+from phase8.errors import ConfigError, StorageError
+
+_COMPILATION_SECONDS = 900
+
+
+def require_async_io(deepspeed: ModuleType) -> None:
+    """Refuses NVMe where DeepSpeed cannot compile what reads and writes there, which it does once, at the first use.
+
+    Raises:
+        ConfigError: A compiler or libaio is missing, or an earlier compilation was killed.
+    """
+    from torch.utils.cpp_extension import _get_build_directory  # imports triton, which others import after settings of their own
+
+    builder = importlib.import_module("deepspeed.ops.op_builder").AsyncIOBuilder()
+    if not builder.is_compatible(verbose=False):
+        raise ConfigError(
+            "zero.offload_optimizer is nvme, but what DeepSpeed reads and writes with cannot be compiled here; install a C++ compiler, ninja and "
+            "the headers of libaio (apt install g++ ninja-build libaio-dev; dnf install gcc-c++ ninja-build libaio-devel), or set it to cpu."
+        )
+    lock = Path(_get_build_directory(builder.name, verbose=False)) / "lock"
+    if lock.exists() and time.time() - lock.stat().st_mtime > _COMPILATION_SECONDS:
+        raise ConfigError(
+            f"{lock} is older than any compilation takes, so the process that compiled DeepSpeed's {builder.name} was killed, and others would wait "
+            "for it for ever; delete the file."
+        )
+
+
+class Swap(NamedTuple):
+    """The place for what is offloaded to NVMe.
+
+    Args:
+        directory: Directory on the disk of this host.
+        largest_parameter: Numbers of the largest parameter.
+    """
+
+    directory: Path
+    largest_parameter: int
+
+
+def swapped_bytes(zero: ZeroSection, num_elements: int, *, is_bf16: bool) -> int:
+    """Bytes that a rank with so many numbers of the parameters keeps on NVMe: master weights, both moments and gradients, and parameters."""
+    per_number = 16 * (zero.offload_optimizer == "nvme") + (2 if is_bf16 else 4) * (zero.offload_params == "nvme")
+    return per_number * num_elements
+
+
+def fresh_swap_directory(parent: Path, name: str, *, num_bytes: int) -> Path:
+    """Makes an empty directory for a run on this host, and removes it when the process ends; a collective of all ranks.
+
+    What a killed run of this name has left there is removed.
+
+    Args:
+        parent: Directory on the disk.
+        name: Name of the run.
+        num_bytes: Bytes that this rank will keep there.
+
+    Raises:
+        StorageError: The directory cannot be made, or the disk has too little room for the ranks of this host.
+    """
+    directory = parent / f"{name}.swap"
+    wanted: list[tuple[str, int]] = [("", 0)] * dist.get_world_size()
+    dist.all_gather_object(wanted, (platform.node(), num_bytes))
+    needed = sum(each for host, each in wanted if host == platform.node())
+    if dist.get_node_local_rank(0) == 0:
+        try:
+            shutil.rmtree(directory, ignore_errors=True)
+            directory.mkdir(parents=True)
+        except OSError as error:
+            raise StorageError(f"zero.nvme_path: {directory} cannot be made ({error.strerror}); name a directory that can be written.") from error
+        if (free := shutil.disk_usage(parent).free) < needed:
+            shutil.rmtree(directory, ignore_errors=True)
+            raise StorageError(
+                f"zero.nvme_path: {needed / 2**30:.2f} GiB will be offloaded to {parent}, which has {free / 2**30:.2f} GiB free; make room there, "
+                "or name a directory on a larger disk."
+            )
+        atexit.register(shutil.rmtree, directory, ignore_errors=True)
+    dist.barrier()
+    return directory
