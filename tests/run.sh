@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Sets up .venv and runs every check: lint, types, import contracts, tests. Arguments go to pytest.
+# Sets up .venv and runs every check: lint, types, import contracts, tests, two at a time. Arguments go to pytest.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 bash launch/setup_environment.sh test
@@ -10,5 +10,5 @@ bash launch/setup_environment.sh test
 .venv/bin/lint-imports
 .venv/bin/python -m compileall -qq -x checkpoint/released phase8 tests
 wait "$types"
-# Tests of several processes wait for each other half of the time: three at a time keep two cores busy.
-exec .venv/bin/python -m pytest -n 3 "$@"
+# A worker that has done its half takes tests of the other one.
+exec .venv/bin/python -m pytest -n 2 --dist worksteal "$@"

@@ -1,5 +1,7 @@
 """Training under torchrun: the same whatever the ranks, and checkpoints that go on elsewhere."""
 
+import pytest
+
 from tests.processes.launched import run
 
 
@@ -19,6 +21,7 @@ def test_four_ranks_train_as_one_and_one_goes_on_from_their_checkpoint(training,
     training.assert_same("four", alone, num_steps=6)
 
 
+@pytest.mark.full
 def test_two_ranks_go_on_from_the_checkpoint_of_one(training, alone):
     training.in_this_process("handed_over", "train.stop_at_step=3")
     settings = ("zero.stage=1", "zero.offload_optimizer=cpu", "train.stop_at_step=6")

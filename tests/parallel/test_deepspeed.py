@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
+from rich.console import Console
 
 from phase8.checkpoint.load import find_checkpoint, open_checkpoint
 from phase8.checkpoint.save import save_checkpoint
@@ -22,12 +23,14 @@ from phase8.errors import ConfigError
 from phase8.kernels.backends import select_kernels
 from phase8.train import build
 from phase8.train.engine.protocol import WEIGHT
+from phase8.train.loop import train
 from phase8.zero.deepspeed import import_deepspeed
 from phase8.zero.fsdp import shard_size
 from phase8.zero.swap import require_async_io
 from tests.parallel.test_parity import BLOCKS, OFFLOADED, ranks
 from tests.parallel.training import MODEL, microbatches_of, run_topology, without_auto
 from tests.tools.doors import load_door
+from tests.train.tiny_run import losses, tiny_config, write_config
 
 pytestmark = pytest.mark.skipif(find_spec("deepspeed") is None, reason="DeepSpeed is not installed")  # it imports triton
 NUM_STEPS = 3
@@ -155,6 +158,25 @@ def test_engines_take_turns_as_if_there_were_one(pool, tmp_path, name):
         return run(pool, (*FP32, *own), before, load_from=root / "step-0000000006", first_step=6)
 
     assert_same(trained("deepspeed"), trained("fsdp"))
+
+
+def train_a_run(path, settings):
+    forget_earlier_engines()
+    os.environ |= {"DS_ACCELERATOR": "cpu", "LOCAL_RANK": "0"}
+    config = tiny_config(Path(path), "train.check_replicas_every_n_steps=4", "checkpoint.every_n_steps=4", "train.num_steps=8", *settings)
+    run = build.build_run(config, device=torch.device("cpu"), resume="auto", console=Console(quiet=True), world_size=2)
+    train(run, resume_command="")
+    return losses(run) if run.is_main else None
+
+
+def test_the_train_loop_saves_compares_copies_and_goes_on(pool, tmp_path):
+    """As under the fsdp engine, under which it goes on in the end."""
+    path = write_config(tmp_path)
+    expected = pool.run(train_a_run, str(path), ("run.name=fsdp", "zero.stage=2"), world_size=2)[0]
+    for stop, engine in ((3, "deepspeed"), (6, "deepspeed"), (8, "fsdp")):
+        settings = ("run.name=turns", "zero.stage=2", f"zero.engine={engine}", f"train.stop_at_step={stop}")
+        found = pool.run(train_a_run, str(path), settings, world_size=2)[0]
+    assert found.keys() == expected.keys() and list(found.values()) == pytest.approx(list(expected.values()), rel=1e-6)
 
 
 def skip_a_step(stage, how):

@@ -114,7 +114,7 @@ def train_on_two_ranks(path, *runs, engine=None):
     mp.spawn(train_on_a_rank, (port, path, engine, runs), nprocs=NUM_RANKS)
 
 
-@pytest.mark.slow
+@pytest.mark.full  # tests/parallel/test_deepspeed.py does it in every run, with an engine that is used
 def test_the_train_loop_runs_saves_and_resumes_with_a_second_engine(tiny):
     whole, cut = "run.name=whole", "run.name=cut"
     train_on_two_ranks(tiny, (whole,), (cut, "train.stop_at_step=5"), (cut,), engine=PlainEngine)
