@@ -10,5 +10,4 @@ bash launch/setup_environment.sh test
 .venv/bin/lint-imports
 .venv/bin/python -m compileall -qq -x checkpoint/released phase8 tests
 wait "$types"
-# A worker that has done its half takes tests of the other one.
-exec .venv/bin/python -m pytest -n 2 --dist worksteal "$@"
+exec .venv/bin/python -m pytest -n 2 "$@"

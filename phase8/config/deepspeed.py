@@ -21,6 +21,8 @@ def deepspeed_problems(config: RunConfig) -> Iterator[str]:
         yield f"zero.shard_size is {zero.shard_size}, but zero.engine is deepspeed, which divides over all data-parallel ranks; leave it null."
     if zero.copy_engine_gather:
         yield "zero.copy_engine_gather is true, but zero.engine is deepspeed, which gathers by itself; set it to false, or zero.engine to fsdp."
+    if config.optim.name != "adamw":
+        yield f"optim.name is {config.optim.name}, but zero.engine is deepspeed, which runs adamw; set one of them back."
     if config.train.cuda_graphs is True:
         yield "train.cuda_graphs is true, but zero.engine is deepspeed, whose step no graph can hold; set it to false, or zero.engine to fsdp."
     for axis in ("pipeline", "context", "expert"):

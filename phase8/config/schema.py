@@ -113,7 +113,7 @@ class PrecisionSection(Section):
 class OptimSection(Section):
     """Optimizer and learning-rate schedule."""
 
-    name: Literal["adamw", "muon"] = key("adamw", "optimizer")
+    name: Literal["adamw", "muon"] = key("adamw", "optimizer; muon: for the matrices of linear layers in blocks, with adamw for all else")
     learning_rate: PositiveFloat = key(6e-4, "peak learning rate")
     min_learning_rate_ratio: Fraction = key(0.1, "final learning rate over the peak")
     schedule: Literal["cosine", "wsd", "constant"] = key("cosine", "shape after the warmup; wsd: stable, then linear decay")
@@ -121,6 +121,8 @@ class OptimSection(Section):
     decay_steps: PositiveInt | None = key(None, "steps of the final decay of wsd; null: a tenth of num_steps")
     betas: Annotated[tuple[Fraction, Fraction], Field(strict=False)] = key((0.9, 0.95), "AdamW betas")
     eps: PositiveFloat = key(1e-8, "AdamW epsilon")
+    momentum: Fraction = key(0.95, "of muon, after its warmup from 0.85")
+    momentum_warmup_steps: NonNegativeInt = key(300, "steps in which the momentum of muon rises; 0: none")
     weight_decay: NonNegativeFloat = key(0.1, "decay of matrices; vectors, norms and embeddings have none")
     gradient_clip_norm: NonNegativeFloat = key(1.0, "largest global gradient norm; 0: no clipping")
 

@@ -275,7 +275,6 @@ def _not_built_yet(config: RunConfig) -> Iterator[str]:
     allowed = {
         "parallel.sequence_parallel": (config.parallel.sequence_parallel, (True,)),
         "precision.dtype": (config.precision.dtype, ("bf16", "fp32")),
-        "optim.name": (config.optim.name, ("adamw",)),
     }
     for name, (value, values) in allowed.items():
         if value not in values:

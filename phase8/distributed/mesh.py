@@ -6,11 +6,14 @@ than all other parameters; torch slices no mesh that has both (ADR 19).
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import math
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
+from itertools import chain, combinations
 
 import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.tensor import DTensor
 
 from phase8.distributed.collectives import ALONE, Axis
 from phase8.distributed.peer_memory import peer_memory
@@ -97,6 +100,31 @@ def first_and_last_stage(mesh: Mesh) -> dist.ProcessGroup | None:
         group = dist.new_group([ranks[0], ranks[-1]])
         own = group if mesh.rank in (ranks[0], ranks[-1]) else own
     return own
+
+
+def groups_of_holders(mesh: Mesh) -> Callable[[DTensor, frozenset[str]], dist.ProcessGroup]:
+    """Makes the groups of this rank with those that hold the other parts of a parameter, for every set of axes that may divide one.
+
+    A collective of all ranks, of all pipeline stages.
+
+    Returns:
+        A function that gives the group for a parameter and the names of the axes.
+    """
+    groups: dict[tuple[bool, frozenset[str]], dist.ProcessGroup] = {}
+    for has_experts, grid in ((False, mesh.device_mesh), (True, mesh.expert_mesh)):
+        if grid is None:
+            continue
+        names = grid.mesh_dim_names
+        assert names is not None  # `build_mesh` names all dims
+        dividing = [name for name, size in zip(names, grid.shape, strict=True) if size > 1 and name not in (AxisName.PIPELINE, AxisName.REPLICATE)]
+        for axes in chain.from_iterable(combinations(dividing, number) for number in range(1, len(dividing) + 1)):
+            order = [names.index(name) for name in (*(name for name in names if name not in axes), *axes)]
+            size = math.prod(grid.shape[names.index(name)] for name in axes)
+            for ranks in grid.mesh.permute(order).reshape(-1, size).tolist():
+                group = dist.new_group(ranks)
+                if mesh.rank in ranks:
+                    groups[has_experts, frozenset(axes)] = group
+    return lambda parameter, axes: groups[AxisName.EXPERT in (parameter.device_mesh.mesh_dim_names or ()), axes]
 
 
 def build_mesh(topology: Topology, *, device_type: str, shard_size: int, async_tensor_parallel: bool = False) -> Mesh:

@@ -3,6 +3,7 @@
 | optimizer | state of each parameter |
 |---|---|
 | AdamW | `step`, a scalar; `exp_avg` and `exp_avg_sq`, shaped like the parameter |
+| Muon | of matrices `step` and `momentum`, shaped like the parameter; of the rest what AdamW keeps |
 
 An optimizer of this library declares its state by a method `declare_state` (`DeclaresState`); torch's AdamW is declared here.
 """
@@ -19,6 +20,8 @@ import torch
 from phase8.config.schema import OptimSection
 from phase8.errors import CheckpointError
 
+# The linear layers of blocks, of mixers and feed-forwards; not the scalars of heads, nor routers, whose rows have meanings of their own.
+_ORTHOGONALISED = frozenset({"q", "k", "v", "out", "gate", "up", "down"})
 _ELEMENT_BYTES = {"F64": 8, "F32": 4, "BF16": 2, "F16": 2}
 
 
@@ -58,11 +61,12 @@ class ParameterState:
 
     Args:
         tensors: Tensors of the state, in the order in which the optimizer makes them.
-        is_elementwise: Whether the update of an element needs no other element, so that ranks may divide the parameter in any way.
+        is_divisible: Whether ranks may divide the parameter in any way: the update of an element needs no other element, or the optimizer gathers
+            the parts.
     """
 
     tensors: tuple[StateTensor, ...]
-    is_elementwise: bool = True
+    is_divisible: bool = True
 
     def tensor(self, key: str) -> StateTensor | None:
         """The tensor with a key; None if the state has none."""
@@ -86,9 +90,21 @@ def adamw_state(name: str, shape: Sequence[int]) -> ParameterState:
     return ParameterState((StateTensor("step", (), "F32"), StateTensor("exp_avg"), StateTensor("exp_avg_sq")))
 
 
+def muon_state(name: str, shape: Sequence[int]) -> ParameterState:
+    """The state that Muon keeps, which gathers the matrices that ranks divide."""
+    if not is_orthogonalised(name, shape):
+        return adamw_state(name, shape)
+    return ParameterState((StateTensor("step", (), "F32"), StateTensor("momentum")))
+
+
+def is_orthogonalised(name: str, shape: Sequence[int]) -> bool:
+    """Whether Muon orthogonalises the updates of a parameter: a matrix of a linear layer in a block, or several; AdamW updates all others."""
+    return name.startswith("blocks.") and name.split(".")[-2] in _ORTHOGONALISED and len(shape) >= 2
+
+
 def declared_for(section: OptimSection) -> DeclareState:
     """The declaration of the optimizer that a config asks for; no optimizer has to be built for it."""
-    return adamw_state  # `validate` refuses every other value of optim.name
+    return {"adamw": adamw_state, "muon": muon_state}[section.name]
 
 
 def declared_by(optimizer: torch.optim.Optimizer) -> DeclareState:

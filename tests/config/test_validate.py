@@ -202,7 +202,9 @@ RULES = {
     ),
     "fp8": (["precision.dtype=fp8"], "precision.dtype is 'fp8', which is not supported yet; use 'bf16' or 'fp32'."),
     "int8": (["precision.dtype=int8"], "precision.dtype is 'int8', which is not supported yet; use 'bf16' or 'fp32'."),
-    "muon": (["optim.name=muon"], "optim.name is 'muon', which is not supported yet; use 'adamw'."),
+    "deepspeed with muon": (
+        [*DEEPSPEED, "optim.name=muon"], "optim.name is muon, but zero.engine is deepspeed, which runs adamw; set one of them back."
+    ),
     "top k": (
         ["model.ffn=moe", "model.num_experts=4", "model.top_k=5"],
         "model.top_k 5 is above model.num_experts 4, but a token's experts all differ; choose at most as many.",
@@ -244,6 +246,7 @@ ALLOWED = {
     "budget": ["train.recompute=budget", "train.compile.enabled=true", "train.activation_memory_budget=0"],
     "own data": ["data.train=mine", "data.validation=held_out", "data.tokenizer=t.model", "observe.sample_prompt=Once"],
     "accumulation": ["train.micro_batch_size=8", "parallel.num_microbatches=4"],
+    "muon": ["optim.name=muon", "zero.stage=3"],
     "deepspeed": [*DEEPSPEED, "zero.offload_optimizer=cpu", "zero.offload_params=nvme", "zero.nvme_path=swap"],
     "batch from its parts": ["train.global_batch_size=null", "train.micro_batch_size=3", "parallel.num_microbatches=5"],
 }

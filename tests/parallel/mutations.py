@@ -11,6 +11,7 @@ from phase8.distributed import collectives
 from phase8.expert_parallel import exchange
 from phase8.kernels import state_map
 from phase8.model import convolution, global_path, mixer, mixture_of_experts, model, norm
+from phase8.optim import whole_matrices
 from phase8.pipeline_parallel import engine
 from phase8.pipeline_parallel.lowering import Payload
 from phase8.tensor_parallel import cross_entropy, embedding, linear, products
@@ -357,6 +358,16 @@ def room_of_experts_begins_anew():
 
 
 # name -> what to apply; and the settings on which it must show.
+def parts_are_orthogonalised():
+    """Muon takes the part of a rank for the matrix."""
+    return replaced((whole_matrices, "_axes_that_divide"), by=lambda old: lambda matrix: frozenset())
+
+
+def elements_arrive_one_too_late():
+    """On the way to the owner of a matrix, and back."""
+    return replaced((whole_matrices, "_exchange"), by=lambda old: lambda *arguments: old(*arguments).roll(1))
+
+
 MUTATIONS = {
     function.__name__: function
     for function in (
@@ -368,6 +379,6 @@ MUTATIONS = {
         state_begins_anew, decay_of_slices_is_forgotten, tokens_one_too_early, gradients_of_fetched_tokens_stay, every_slice_begins_at_zero,
         documents_end_with_slices, chain_without_gradient_of_later_slices,
         rows_of_another_rank, rows_of_another_expert, gradients_of_rows_stay, norm_without_experts_of_others, routers_learn_from_own_tokens,
-        experts_of_another_rank, router_of_one_tensor_rank, room_of_experts_begins_anew,
+        experts_of_another_rank, router_of_one_tensor_rank, room_of_experts_begins_anew, parts_are_orthogonalised, elements_arrive_one_too_late,
     )
 }  # fmt: skip

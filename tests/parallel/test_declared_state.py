@@ -121,7 +121,7 @@ def test_an_optimizer_that_needs_whole_matrices_is_refused_where_they_are_divide
     whole, part = torch.zeros(4, 2), torch.zeros(2, 2)
 
     def declare(name, shape):
-        return ParameterState((StateTensor("momentum"),), is_elementwise=len(shape) < 2)
+        return ParameterState((StateTensor("momentum"),), is_divisible=len(shape) < 2)
 
     require_divisible(SimpleNamespace(whole={"w": whole}, parts={"w": whole}), declare)
     require_divisible(SimpleNamespace(whole={"w": whole[0]}, parts={"w": part[0]}), declare)

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import torch.distributed as dist
 import yaml
 from rich.console import Console
 
@@ -21,12 +22,16 @@ from phase8.distributed.mesh import build_mesh
 from phase8.distributed.placement import collected
 from phase8.errors import ConfigError
 from phase8.kernels.backends import select_kernels
+from phase8.precision.policy import set_matmul_precision
 from phase8.train import build
 from phase8.train.engine.protocol import WEIGHT
 from phase8.train.loop import train
 from phase8.zero.deepspeed import import_deepspeed
 from phase8.zero.fsdp import shard_size
 from phase8.zero.swap import require_async_io
+from tests.parallel.pool import NCCL
+from tests.parallel.test_gpu_parity import MODEL as GPU_MODEL
+from tests.parallel.test_gpu_parity import TOLERANCE, require_gpus
 from tests.parallel.test_parity import BLOCKS, OFFLOADED, ranks
 from tests.parallel.training import MODEL, microbatches_of, run_topology, without_auto
 from tests.tools.doors import load_door
@@ -67,16 +72,18 @@ def forget_earlier_engines():
     DeepSpeedZeRoOffload._register_deepspeed_module.__defaults__ = ([0],)
 
 
-def new_engine(settings, world_size):
+def new_engine(settings, world_size, device_type="cpu"):
     config = without_auto(load_config(os.devnull, [*MODEL, *settings]))
     validate(config, world_size=world_size)
     if config.zero.engine == "deepspeed":
-        os.environ |= {"DS_ACCELERATOR": "cpu", "LOCAL_RANK": "0"}
+        os.environ |= {"DS_ACCELERATOR": device_type, "LOCAL_RANK": str(dist.get_rank() if device_type == "cuda" else 0)}
         forget_earlier_engines()
-    select_kernels(config.train.kernels, torch.device("cpu"))
+    device = torch.device("cuda", torch.cuda.current_device()) if device_type == "cuda" else torch.device("cpu")
+    set_matmul_precision(config.precision)
+    select_kernels(config.train.kernels, device)
     topology = run_topology(config.parallel, world_size=world_size)
-    mesh = build_mesh(topology, device_type="cpu", shard_size=shard_size(config.zero, num_token_ranks=topology.num_token_ranks))
-    return build.build_engine(config, mesh=mesh, device=torch.device("cpu")), config
+    mesh = build_mesh(topology, device_type=device_type, shard_size=shard_size(config.zero, num_token_ranks=topology.num_token_ranks))
+    return build.build_engine(config, mesh=mesh, device=device), config
 
 
 def step(engine, config, number, **more):
@@ -137,10 +144,10 @@ def in_bf16(settings, world_size):
     return first, [step(engine, config, number).loss for number in range(NUM_STEPS)]
 
 
-@pytest.mark.parametrize("stage", [1, 3])
-def test_bf16_begins_with_the_weights_of_the_seed_and_follows_the_other_engine(pool, stage):
+@pytest.mark.parametrize(("stage", "settings"), [(1, ()), (2, (FULL, "train.micro_batch_size=1")), (3, (FULL,))])
+def test_bf16_begins_with_the_weights_of_the_seed_and_follows_the_other_engine(pool, stage, settings):
     expected, expected_losses = pool.run(in_bf16, (), 1, world_size=1)[0]
-    found, losses = pool.run(in_bf16, (f"zero.stage={stage}", DEEPSPEED), 2, world_size=2)[0]
+    found, losses = pool.run(in_bf16, (f"zero.stage={stage}", DEEPSPEED, *settings), 2, world_size=2)[0]
     assert found.keys() == expected.keys() and all(torch.equal(found[name], tensor) for name, tensor in expected.items())  # fp32, not rounded
     assert losses == pytest.approx(expected_losses, rel=5e-3)
 
@@ -311,3 +318,29 @@ def test_checkpoints_of_deepspeed_itself_are_imported_if_they_are_trusted(pool, 
 def test_what_is_for_deepspeed_is_for_nothing_else(tmp_path, capsys):
     assert imported(tmp_path, tmp_path / "x", "--trust-pickle")[0] == 2
     assert "--trust-pickle is for a checkpoint that DeepSpeed wrote" in capsys.readouterr().err
+
+
+ON_GPUS = {
+    "zero 2": ranks(dp=2, stage=2, more=("train.micro_batch_size=1",)),
+    "zero 3 compiled": ranks(dp=2, stage=3, more=("train.compile.enabled=true",)),
+    "zero 3 offloaded": ranks(dp=2, more=OFFLOADED),
+    "tp2 zero 2": ranks(tp=2, stage=2),
+}
+
+
+def losses_on_gpus(settings, world_size):
+    engine, config = new_engine((*GPU_MODEL, *settings), world_size, "cuda")
+    return [(result.loss, result.grad_norm) for result in (step(engine, config, number) for number in range(NUM_STEPS))]
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", ["bf16", "fp32"])
+@pytest.mark.parametrize("name", ON_GPUS)
+def test_gpus_follow_the_other_engine(pool, dtype, name):
+    world_size, settings = ON_GPUS[name]
+    require_gpus(world_size)
+    precision = f"precision.dtype={dtype}"
+    expected = pool.run(losses_on_gpus, (precision,), 1, world_size=1, backend=NCCL, timeout_seconds=240)[0]
+    found = pool.run(losses_on_gpus, (precision, *settings, DEEPSPEED), world_size, world_size=world_size, backend=NCCL, timeout_seconds=240)[0]
+    for ours, theirs in zip(found, expected, strict=True):
+        assert ours == pytest.approx(theirs, rel=TOLERANCE[dtype][0])

@@ -60,6 +60,8 @@ CASES = {
     "cp4": ("default", ranks(cp=4)),
     "cp4 zero 3": ("default", ranks(cp=4, stage=3)),
     "cp2 tp2": ("default", ranks(cp=2, tp=2)),
+    "tp2 muon": ("muon", ranks(tp=2)),
+    "dp2 zero 3 muon, compiled, recorded": ("muon", ranks(dp=2, stage=3, more=(*COMPILED, RECORDED))),
     "ep2": ("experts", ranks(dp=2, ep=2)),
     "ep2 zero 3 compiled": ("experts", ranks(dp=2, ep=2, stage=3, more=COMPILED[:1])),
     "ep2 zero 3 counted": ("experts-dropless", ranks(dp=2, ep=2, stage=3)),

@@ -35,6 +35,11 @@ BLOCKS = {
         "model.ffn=moe", "model.num_experts=8", "model.top_k=3", "model.expert_ffn_size=8", "model.capacity_factor=null",
         "model.router_score=sigmoid", "model.shared_experts=1", "model.init_std=0.3",
     ),
+    "muon": ("optim.name=muon", "optim.momentum_warmup_steps=3"),
+    "muon, low-rank": ("optim.name=muon", "model.low_rank_rank=5"),
+    "muon, experts": (
+        "optim.name=muon", "model.ffn=moe", "model.num_experts=4", "model.expert_ffn_size=16", "model.capacity_factor=1.0", "model.init_std=0.3",
+    ),
     "tied": ("model.tie_embeddings=true",),
     "deep": ("model.num_layers=5",),
     "deep-tied": ("model.num_layers=4", "model.tie_embeddings=true"),
@@ -108,6 +113,11 @@ QUICK = {
     "ep2 cp2 dp2 zero 3, recomputation": ("experts", ranks(dp=2, cp=2, ep=2, stage=3, more=("train.recompute=full",))),
     "tp2 dp2 zero 3 offloaded inputs": ("whole", ranks(tp=2, dp=2, stage=3, more=INPUTS_OFFLOADED)),
     "pp2 cp2 offloaded inputs": ("deep-tied", ranks(pp=2, cp=2, more=(*INTERLEAVED, *INPUTS_OFFLOADED))),
+    "tp2 muon": ("muon", ranks(tp=2)),
+    "dp2 zero 3 offloaded, muon": ("muon", ranks(dp=2, more=OFFLOADED)),
+    "tp2 dp2 zero 3, muon": ("muon, low-rank", ranks(tp=2, dp=2, stage=3)),
+    "pp2 dp4 zero 1 in pairs, muon": ("muon", ranks(pp=2, dp=4, stage=1, more=("zero.shard_size=2",))),
+    "ep2 tp2 zero 2, muon": ("muon, experts", ranks(dp=2, tp=2, ep=2, stage=2)),
     "tp2 dp2 zero 1, selective": ("low-rank", ranks(tp=2, dp=2, stage=1, more=("train.recompute=selective",))),
 }
 # Rows that differ from two others together only: what is in them, and more, is in the table of -m full as well.
@@ -131,7 +141,7 @@ def degrees(*, with_stages):
 FULL = [
     (block, ranks(tp=tp, dp=dp, stage=stage, more=more))
     for block in BLOCKS
-    if not block.startswith("deep")
+    if not block.startswith(("deep", "muon"))
     for tp, _, dp in degrees(with_stages=False)
     for stage in (range(4) if dp > 1 else (0,))
     for more in ((), ACCUMULATION)
@@ -217,6 +227,7 @@ SHOWS_ON = {
     "experts, tensor": ("experts", ranks(tp=2)),
     "experts, slices": ("experts", ranks(cp=2)),
     "more slices": ("whole", ranks(cp=4)),  # of two slices, none has one before it and one after it
+    "matrices in parts": ("muon", ranks(dp=2, stage=1)),
     "stages and data": ("tied", ranks(pp=2, dp=2, more=("train.micro_batch_size=2",))),
 }
 PLACE = {
@@ -233,6 +244,7 @@ PLACE = {
     "chain_without_gradient_of_later_slices": "slices",
     "rows_of_another_rank": "experts", "rows_of_another_expert": "counted experts", "gradients_of_rows_stay": "experts",
     "norm_without_experts_of_others": "experts", "routers_learn_from_own_tokens": "experts", "experts_of_another_rank": "experts",
+    "parts_are_orthogonalised": "matrices in parts", "elements_arrive_one_too_late": "matrices in parts",
     "router_of_one_tensor_rank": "experts, tensor", "room_of_experts_begins_anew": "experts, slices",
 }  # fmt: skip
 

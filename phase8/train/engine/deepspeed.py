@@ -30,7 +30,7 @@ from phase8.train.engine.deepspeed_state import DeepSpeedState
 from phase8.train.engine.measured import StepNumbers, count_targets, evaluate, step_result, sum_shares, targets_of_all
 from phase8.train.engine.protocol import Replicas, StepResult
 from phase8.train.engine.stage import Stage
-from phase8.train.engine.train_state import build_chunk
+from phase8.train.engine.train_state import build_chunk, model_with
 from phase8.zero.deepspeed import (
     TensorParallelUnit,
     deepspeed_config,
@@ -169,7 +169,8 @@ class DeepSpeedEngine:
 
     def restore(self, checkpoint: Checkpoint, *, weights_only: bool = False) -> None:
         """Puts a checkpoint's tensors into model and optimizer."""
-        self._state.restore(checkpoint, whole=self._empty_model(torch.device("meta")), weights_only=weights_only)
+        whole = build_model(self._config.model, dtype=compute_dtype(self._config.precision), device=torch.device("meta"))
+        self._state.restore(checkpoint, whole=whole, weights_only=weights_only)
 
     def replicas(self) -> Replicas:
         """The weights with which ranks compute: whole on every data-parallel rank below stage 3."""
@@ -178,13 +179,7 @@ class DeepSpeedEngine:
     def whole_model(self) -> LanguageModel | None:
         """Gathers the whole model on the first rank."""
         tensors = collected(self._state.weights(), self.mesh)
-        if self.mesh.rank != 0:
-            return None
-        model = self._empty_model(self.device)
-        with torch.no_grad():
-            for name, tensor in model.state_dict(keep_vars=True).items():
-                tensor.copy_(tensors[name])
-        return model
+        return model_with(tensors, self._config, self.device) if self.mesh.rank == 0 else None
 
     def watch_gradients(self, look: Callable[[Mapping[str, Tensor]], None]) -> None:
         """Calls `look` with the gradients between backward and optimizer step; each is gathered whole on every rank."""
@@ -192,9 +187,6 @@ class DeepSpeedEngine:
 
     def close(self) -> None:
         """Does nothing: DeepSpeed keeps its buffers for the next update."""
-
-    def _empty_model(self, device: torch.device) -> LanguageModel:
-        return build_model(self._config.model, dtype=compute_dtype(self._config.precision), device=device)
 
     def _backward(self, outputs: tuple[Tensor, ...], _: tuple[Tensor | None, ...]) -> None:
         """Adds the gradients of the loss and of the auxiliary losses to those that DeepSpeed holds."""

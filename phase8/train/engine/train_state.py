@@ -2,22 +2,26 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
+from torch import Tensor
 from torch.distributed.fsdp import FSDPModule, register_fsdp_forward_method
 
 from phase8.config.pipeline import pipeline_of
 from phase8.config.schema import RunConfig
 from phase8.distributed.collectives import ALONE
-from phase8.distributed.mesh import Mesh
+from phase8.distributed.mesh import Mesh, groups_of_holders
 from phase8.distributed.placement import collected
 from phase8.errors import ConfigError
 from phase8.model.model import LanguageModel, build_model
 from phase8.model.parameters import decayed_parameter_names, initialise, materialise, shard_dims
 from phase8.model.recomputation import apply_recomputation
 from phase8.optim.adamw import build_optimizer
+from phase8.optim.muon import Muon, matrices_of
 from phase8.optim.state import DeclareState, declared_by
+from phase8.optim.whole_matrices import WholeMatrices
 from phase8.plan.stages import chunk_layers
 from phase8.precision.policy import compute_dtype, number_format
 from phase8.topology import HOLDERS
@@ -73,7 +77,12 @@ def build_train_state(config: RunConfig, *, mesh: Mesh, device: torch.device, dt
     offload = config.zero.offload_optimizer == "cpu" and config.zero.offload_params == "none"
     experts = mesh.ep if mesh.shard.size == 1 else ALONE  # the ranks of several shards are those of ep too
     shards = Shards(stage.module, tensor_axis=mesh.tp, holders=mesh.axes(HOLDERS), experts=experts, offload=offload, copies=stage.copies)
-    optimizer = build_optimizer(shards.parts, config.optim, decayed_names=decayed_names)
+    if config.optim.name == "muon":
+        matrices = WholeMatrices(matrices_of(shards.whole), groups_of_holders(mesh), device=device)
+        heads = config.model.num_heads
+        optimizer: torch.optim.Optimizer = Muon(shards.parts, config.optim, wholes=matrices, num_heads=heads, decayed_names=decayed_names)
+    else:
+        optimizer = build_optimizer(shards.parts, config.optim, decayed_names=decayed_names)
     require_divisible(shards, declared_by(optimizer))
     return TrainState(stage, shards, optimizer)
 
@@ -85,7 +94,7 @@ def require_divisible(shards: Shards, declare: DeclareState) -> None:
         ConfigError: There is such a parameter.
     """
     for name, whole in shards.whole.items():
-        if shards.parts[name].shape != whole.shape and not declare(name, whole.shape).is_elementwise:
+        if shards.parts[name].shape != whole.shape and not declare(name, whole.shape).is_divisible:
             raise ConfigError(
                 f"optim.name is an optimizer that updates {name} as a whole, but ranks divide it; set zero.stage to 0 and "
                 "parallel.tensor_parallel_size to 1, or choose adamw."
@@ -139,8 +148,13 @@ def whole_model(train_state: TrainState, config: RunConfig) -> LanguageModel | N
     tensors = collected(dict(train_state.stage.module.state_dict(keep_vars=True)), train_state.mesh)
     if train_state.mesh.rank != 0:
         return None
-    model = build_model(config.model, dtype=compute_dtype(config.precision), device=train_state.device)
-    with torch.no_grad():
-        for name, tensor in model.state_dict(keep_vars=True).items():
-            tensor.copy_(tensors[name])
+    return model_with(tensors, config, train_state.device)
+
+
+@torch.no_grad()
+def model_with(tensors: Mapping[str, Tensor], config: RunConfig, device: torch.device) -> LanguageModel:
+    """Builds a whole model on a device with copies of tensors, which are named as in its state."""
+    model = build_model(config.model, dtype=compute_dtype(config.precision), device=device)
+    for name, tensor in model.state_dict(keep_vars=True).items():
+        tensor.copy_(tensors[name])
     return model

@@ -1,0 +1,154 @@
+"""Muon: the momentum of a matrix is replaced by the nearest orthogonal one before it changes the matrix; AdamW for all other parameters.
+
+    M <- mu M + G,   U = G + mu M,   W <- W - lr (decay W + 0.2 sqrt(max(A, B)) O(U))      for matrices A x B
+
+O replaces the singular values of U by ones, up to a third: five steps of an iteration in matrix products alone (Newton-Schulz), in bf16 on GPUs. The
+factor gives the update the size of AdamW's, so both share learning rate and decay. Queries, keys and values are one matrix for each head, experts
+one each. A step that does not count changes nothing, without a word to the host.
+
+Source: K. Jordan et al., "Muon" (2024); J. Liu et al., "Muon is scalable for LLM training" (2025), for the factor and the decay.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from phase8.config.schema import OptimSection
+from phase8.optim.state import ParameterState, is_orthogonalised, muon_state
+from phase8.optim.whole_matrices import WholeMatrices
+
+COEFFICIENTS = (3.4445, -4.7750, 2.0315)
+NUM_ITERATIONS = 5
+UPDATE_SCALE = 0.2
+FIRST_MOMENTUM = 0.85  # it rises to `optim.momentum` within `optim.momentum_warmup_steps`
+_EPS = 1e-7
+_PER_HEAD = ("q", "k", "v")
+
+
+def orthogonalise(matrix: Tensor) -> Tensor:
+    """The matrices of nearly orthogonal rows or columns next to some [..., A, B], in their dtype.
+
+    The iteration f(s) = a s + b s^3 + c s^5 acts on each singular value, which a norm of one keeps below one.
+    """
+    a, b, c = COEFFICIENTS
+    is_tall = matrix.shape[-2] > matrix.shape[-1]
+    x = matrix.mT if is_tall else matrix
+    x = x / (torch.linalg.vector_norm(x, dim=(-2, -1), keepdim=True) + _EPS)
+    for _ in range(NUM_ITERATIONS):
+        square = x @ x.mT
+        x = a * x + (b * square + c * square @ square) @ x
+    return x.mT if is_tall else x
+
+
+class Muon(torch.optim.Optimizer):
+    """Muon for the matrices of linear layers in blocks, torch's fused AdamW for the rest.
+
+    Like torch's fused optimizers it divides gradients by `grad_scale` and skips the step where `found_inf` is not zero.
+
+    Args:
+        parameters: This rank's parts of all parameters, by name.
+        section: Optimizer section.
+        wholes: Exchange of the matrices' parts.
+        num_heads: Number of heads of all ranks together.
+        decayed_names: Names of the parameters that weight decay applies to.
+        dtype: Dtype of the iteration; None: bf16 for matrices on a GPU, or else their own.
+    """
+
+    def __init__(
+        self,
+        parameters: Mapping[str, nn.Parameter],
+        section: OptimSection,
+        *,
+        wholes: WholeMatrices,
+        num_heads: int,
+        decayed_names: Sequence[str] | set[str],
+        dtype: torch.dtype | None = None,
+    ):
+        self._matrices = {name: part for name, part in parameters.items() if name in wholes}
+        others = {name: part for name, part in parameters.items() if name not in wholes}
+        groups: list[dict[str, Any]] = [{"params": list(self._matrices.values()), "weight_decay": section.weight_decay, "lr": section.learning_rate}]
+        groups[0]["capturable"] = True  # counters are on the device of their parameter, as of a fused AdamW
+        super().__init__(groups, {})
+        self._wholes, self._num_heads, self._dtype = wholes, num_heads, dtype
+        self._last_momentum, self._warmup_steps = section.momentum, section.momentum_warmup_steps
+        decays = [[part for name, part in others.items() if (name in decayed_names) is decayed] for decayed in (True, False)]
+        self._adamw = torch.optim.AdamW(
+            [{"params": decays[0], "weight_decay": section.weight_decay}, {"params": decays[1], "weight_decay": 0.0}],
+            lr=section.learning_rate, betas=section.betas, eps=section.eps, fused=True,
+        )  # fmt: skip
+        # Whoever sets a learning rate or reads state finds both optimizers here.
+        self.param_groups.extend(self._adamw.param_groups)
+        self._adamw.state = self.state
+        self.grad_scale: Tensor | None = None
+        self.found_inf: Tensor | None = None
+
+    def declare_state(self, name: str, shape: Sequence[int]) -> ParameterState:
+        """A momentum for matrices, what AdamW keeps for the rest."""
+        return muon_state(name, shape)
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], float] | None = None) -> None:
+        """Updates all parameters that have gradients; `closure` is not called."""
+        self._adamw.grad_scale, self._adamw.found_inf = self.grad_scale, self.found_inf
+        self._adamw.step()
+        group = self.param_groups[0]
+        for name, update in self._wholes.map(self._direction, self._orthogonalised, dtype=self._dtype_of_iteration()):
+            part = self._matrices[name]
+            whole_shape = self._wholes.shape(name)
+            scale = UPDATE_SCALE * math.sqrt(max(self._split(name, whole_shape)[-2:]))
+            change = group["lr"] * (group["weight_decay"] * part + scale * update.to(part))
+            part.sub_(change if self.found_inf is None else torch.where(self._counts(part), change, torch.zeros_like(change)))
+
+    def _direction(self, name: str) -> Tensor:
+        """This rank's part of G + mu M, after the momentum took account of the gradient G."""
+        part = self._matrices[name]
+        state = self.state[part]
+        if not state:
+            state["step"] = torch.zeros((), dtype=torch.float32, device=part.device)
+            state["momentum"] = torch.zeros_like(part)
+        assert part.grad is not None  # every matrix is used
+        gradient = part.grad if self.grad_scale is None else part.grad / self.grad_scale.to(part)
+        momentum = self._momentum(state["step"])
+        moved = momentum.to(part) * state["momentum"] + gradient
+        if self.found_inf is None:
+            state["step"] += 1
+            state["momentum"].copy_(moved)
+        else:
+            counts = self._counts(part)
+            state["step"] += counts
+            state["momentum"].copy_(torch.where(counts, moved, state["momentum"]))
+        return gradient + momentum.to(part) * moved
+
+    def _counts(self, part: Tensor) -> Tensor:
+        assert self.found_inf is not None
+        return self.found_inf.to(part.device) == 0
+
+    def _momentum(self, steps: Tensor) -> Tensor:
+        """The momentum after so many steps, a scalar on their device."""
+        if not self._warmup_steps:
+            return torch.full_like(steps, self._last_momentum)
+        return FIRST_MOMENTUM + (self._last_momentum - FIRST_MOMENTUM) * (steps / self._warmup_steps).clamp(max=1)
+
+    def _orthogonalised(self, name: str, whole: Tensor) -> Tensor:
+        return orthogonalise(whole.view(self._split(name, whole.shape))).reshape(whole.shape)
+
+    def _split(self, name: str, shape: Sequence[int]) -> tuple[int, ...]:
+        """The shape as matrices that are orthogonalised apart: a matrix for each head, or for each expert."""
+        if name.split(".")[-2] in _PER_HEAD:
+            return (self._num_heads, shape[0] // self._num_heads, *shape[1:])
+        return tuple(shape)
+
+    def _dtype_of_iteration(self) -> torch.dtype:
+        if self._dtype is not None:
+            return self._dtype
+        return torch.bfloat16 if self._wholes.device.type == "cuda" else next(iter(self._matrices.values())).dtype
+
+
+def matrices_of(parameters: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The parameters that Muon orthogonalises, of a model's parameters or their DTensors."""
+    return {name: parameter for name, parameter in parameters.items() if is_orthogonalised(name, parameter.shape)}
