@@ -106,7 +106,7 @@ def test_a_bug_in_the_middle_of_a_step_shows_one_traceback_and_torchrun_ends_wit
 @pytest.mark.parametrize(
     ("name", "settings"),
     [
-        ("killed", ("zero.stage=3",)),
+        pytest.param("killed", ("zero.stage=3",), marks=pytest.mark.full),  # tests/launch/test_restart.py kills ranks in every run
         pytest.param("killed_in_two", ("parallel.tensor_parallel_size=2",), marks=pytest.mark.full),
     ],
 )

@@ -5,6 +5,7 @@ import pytest
 from tests.processes.launched import run
 
 
+@pytest.mark.full
 def test_one_process_of_torchrun_is_the_plain_process_bit_for_bit(training, alone):
     code, _, errors = run(training.torchrun("torchrun", "train.stop_at_step=6", num_ranks=1))
     assert code == 0, errors

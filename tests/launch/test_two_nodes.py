@@ -84,6 +84,7 @@ def test_four_ranks_on_two_hosts_train_as_one_process(training, alone, launch_on
     training.assert_same(name, alone, num_steps=3)
 
 
+@pytest.mark.full
 def test_a_rank_killed_on_one_host_is_named_on_the_other(launch_on_both, tmp_path):
     failing = ROOT / "tests" / "processes" / "failing_rank.py"
     ends = [each.end() for each in launch_on_both(failing, "kill", 3, tmp_path, 30)]

@@ -43,8 +43,11 @@ WITH_EXPERTS = {
     "ep2 dp4 zero 3": ranks(dp=4, ep=2, stage=3, more=EXPERTS),
     "dp2 zero 3, all experts on each": ranks(dp=2, stage=3, more=EXPERTS),
 }
+MUON = ("optim.name=muon",)
+WITH_MUON = {"tp2 dp2 zero 3 muon": ranks(tp=2, dp=2, stage=3, more=MUON), "pp2 dp2 zero 1 muon": ranks(pp=2, dp=2, stage=1, more=MUON)}
+MUON_RING = [tuple(WITH_MUON)]
 EXPERT_RING = list(zip(WITH_EXPERTS, [*list(WITH_EXPERTS)[1:], next(iter(WITH_EXPERTS))], strict=True))
-ANY = TOPOLOGIES | WITH_EXPERTS
+ANY = TOPOLOGIES | WITH_EXPERTS | WITH_MUON
 # Each in turn to the next; one of eight ranks is enough here, and the other is loaded by test_the_next_loss_is_that_of_one_process.
 AROUND = [name for name in TOPOLOGIES if name != "tp4 pp2"]
 RING = list(zip(AROUND, [*AROUND[1:], AROUND[0]], strict=True))
@@ -111,7 +114,7 @@ def there_and_back(pool, here, there, directory):
     return [name for name, tensor in saved.items() if not torch.equal(checkpoint.read(name), tensor)], loss, resumed
 
 
-@pytest.mark.parametrize(("here", "there"), [*RING, *EXPERT_RING])
+@pytest.mark.parametrize(("here", "there"), [*RING, *EXPERT_RING, *MUON_RING])
 def test_there_and_back_is_bit_equal(pool, tmp_path, here, there):
     different, loss, resumed = there_and_back(pool, here, there, tmp_path)
     assert not different and resumed == loss

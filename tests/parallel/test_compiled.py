@@ -66,7 +66,11 @@ INDUCTOR, PARTITION = "inductor", "aot_eager_decomp_partition"  # with the same 
     # The compiler takes half a minute to a minute for each of the last ones, whose parts are in the others.
     [
         ("tensor", 0, 1.0, (), PARTITION), ("data", 3, 1.0, (), PARTITION), ("data", 3, 0.3, (), PARTITION), ("data", 3, 0.3, DELTA, PARTITION),
-        ("expert", 0, 1.0, EXPERTS, PARTITION), ("expert", 3, 1.0, (*EXPERTS, DROPLESS), PARTITION), ("tensor", 0, 1.0, EXPERTS, PARTITION),
+        *(
+            pytest.param(axis, 0, 1.0, EXPERTS, PARTITION, marks=pytest.mark.full)
+            for axis in ("expert", "tensor")
+        ),
+        ("expert", 3, 1.0, (*EXPERTS, DROPLESS), PARTITION),
         ("context", 0, 1.0, CHAIN, PARTITION), ("context", 0, 1.0, ("model.block=transformer",), PARTITION),
         *(
             pytest.param(*case, INDUCTOR, marks=pytest.mark.full)

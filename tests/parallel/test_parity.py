@@ -121,7 +121,10 @@ QUICK = {
     "tp2 dp2 zero 1, selective": ("low-rank", ranks(tp=2, dp=2, stage=1, more=("train.recompute=selective",))),
 }
 # Rows that differ from two others together only: what is in them, and more, is in the table of -m full as well.
-ALSO = ("pp2 interleaved", "tp2 low-rank", "tp2 transformer", "tp2 tied", "dp4 zero 1", "dp4 zero 3", "tp2 dp2 zero 2")
+ALSO = (
+    "pp2 interleaved", "tp2 low-rank", "tp2 transformer", "tp2 tied", "dp4 zero 1", "dp4 zero 3", "tp2 dp2 zero 2", "tp4", "tp2 dp2 zero 0",
+    "tp2 dp2 zero 3 offloaded inputs", "tp2 dp2 zero 1, selective", "tp2 dp2 zero 2, recomputation", "tp2 pp2 delta, selective", "tp2 delta",
+)  # fmt: skip
 ACCUMULATION = ("train.micro_batch_size=1",)
 # Eight layers at the other rate amplify 1e-15 to 7e-13 in four steps and to 0.1 in twenty.
 SLOWLY = "optim.learning_rate=1e-3"

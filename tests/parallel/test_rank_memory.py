@@ -125,7 +125,10 @@ CASES = {
     "ep2 dp4 zero 3": case(4, *EXPERTS, *EP2, stage=3),
     "ep2 dropless, pp2": case(4, *EXPERTS, *EP2, "model.capacity_factor=null", "model.first_dense_layers=1", pp=2),
 }
-ALSO = ("one in slices, inputs offloaded", "dp2 zero 3, full", "pp2 dp2 zero 1", "dp2 zero 0, one microbatch")  # their parts are in other cases
+ALSO = (  # their parts are in other cases
+    "one in slices, inputs offloaded", "dp2 zero 3, full", "pp2 dp2 zero 1", "dp2 zero 0, one microbatch", "tp2 experts", "tp2 gate per channel",
+    "tp2", "tp2 uneven vocabulary", "ep2 zero 0", "pp2 full", "pp2 gpipe", "one full", "dp2 zero 1",
+)  # fmt: skip
 
 
 @pytest.mark.parametrize("name", [pytest.param(name, marks=pytest.mark.full) if name in ALSO else name for name in CASES])

@@ -37,12 +37,14 @@ def test_a_rank_that_raises_tells_its_sentence_and_the_others_follow(tmp_path):
     ]
 
 
+@pytest.mark.full
 def test_rank_0_tells_its_own_message_only(tmp_path):
     code, _, said, root_cause = fail("error", rank=0, directory=tmp_path, num_processes=2)
     assert (code, root_cause) == (1, (0, 3))
     assert said == ["rank 0: error: shard 7 of the corpus is truncated; copy it again."]
 
 
+@pytest.mark.full
 def test_ranks_that_have_finished_wait_for_the_others_and_fail_with_them(tmp_path):
     _, output, errors = launched.torchrun(SCRIPT, "late", 0, tmp_path, 30.0)
     assert output.count(": 81") == 2 and errors.count("exitcode  : 3") == 3, errors
@@ -61,7 +63,7 @@ def test_a_bug_shows_one_traceback_and_torchrun_ends_with_it(tmp_path):
     assert account[first + 1 :] == [*(line.strip() for line in said[1:-1]), "=" * 60]
 
 
-@pytest.mark.parametrize("rank", [0, 1])
+@pytest.mark.parametrize("rank", [pytest.param(0, marks=pytest.mark.full), 1])
 def test_a_rank_that_is_killed_is_named_with_its_place(tmp_path, rank):
     code, _, said, root_cause = fail("kill", rank=rank, directory=tmp_path, num_processes=2)
     assert (code, root_cause) == (1, (rank, -signal.SIGKILL))
@@ -95,6 +97,7 @@ def test_an_error_that_one_rank_finds_before_they_meet_is_told_by_it(tmp_path):
 
 
 @pytest.mark.slow
+@pytest.mark.full
 def test_a_restart_by_torchrun_sees_nothing_of_the_attempt_before(tmp_path):
     """torchrun keeps its store over restarts: the second attempt fails like the first, with its own message."""
     _, _, errors = launched.torchrun(SCRIPT, "error", 1, tmp_path, 30.0, num_processes=2, options=["--max-restarts=1"])

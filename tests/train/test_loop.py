@@ -221,7 +221,7 @@ def test_unwritable_run_directory_is_one_sentence(tiny, tmp_path):
         prepare(tiny, f"run.output_dir={tmp_path}/file")
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("number", [signal.SIGINT, pytest.param(signal.SIGTERM, marks=pytest.mark.full)])
 def test_a_stop_signal_finishes_the_step_saves_and_says_how_to_go_on(tiny, number, tmp_path):
     command = [sys.executable, "launch/pretrain.py", "--config", str(tiny), "--set", "train.num_steps=100000", "data.num_workers=1"]
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
