@@ -243,9 +243,9 @@ class DeepSpeedState:
             return whole
         rows = self._rows(whole)
         copy = self._copies.setdefault(f"{name}.{key}", torch.empty(rows.shape, dtype=torch.float32)).copy_(rows)
-        placements: list[Placement] = [Shard(0) if whole.ndim else Replicate()]
-        if self._divided:
-            placements.insert(0, self._divided[name].placements[-1])
+        placements: list[Placement] = [self._divided[name].placements[-1]] if self._divided else []
+        if self._mesh.shard.size > 1:
+            placements.append(Shard(0) if whole.ndim else Replicate())
         shape = self._divided[name].shape if self._divided else whole.shape
         return placed(copy, shape, self._rows_mesh, placements)
 
@@ -277,8 +277,8 @@ class DeepSpeedState:
 def _rows_mesh(mesh: Mesh) -> DeviceMesh:
     """The ranks as they divide what is saved: tensor parallelism first, then by rows."""
     assert mesh.device_mesh is not None  # there are several ranks
-    if mesh.tp.size == 1:
-        return mesh.device_mesh["shard"]
+    if mesh.tp.size == 1 or mesh.shard.size == 1:
+        return mesh.device_mesh["shard" if mesh.tp.size == 1 else "tp"]
     grid = mesh.device_mesh["shard", "tp"].mesh
     return DeviceMesh(mesh.device_mesh.device_type, grid.T.contiguous(), mesh_dim_names=("tp", "shard"))
 
