@@ -147,6 +147,7 @@ def _without_pickles(options: argparse.Namespace, stack: ExitStack) -> Path:
         ConfigError: SRC is such a checkpoint, and nobody has said that it is trusted, or what its model is; or it is none.
     """
     from phase8.checkpoint.deepspeed_source import consolidate_deepspeed, is_deepspeed
+    from phase8.checkpoint.reshard.rewrite import check_destination
     from phase8.config.load import config_to_mapping, load_config
 
     source: Path = options.source
@@ -163,6 +164,8 @@ def _without_pickles(options: argparse.Namespace, stack: ExitStack) -> Path:
     if options.config is None:
         raise ConfigError(f"{source} does not say what its model is; give the model's config with --config.")
     config = config_to_mapping(load_config(options.config))
+    check_destination(source, options.destination)  # before all weights are read
+    options.destination.parent.mkdir(parents=True, exist_ok=True)
     directory = Path(stack.enter_context(TemporaryDirectory(dir=options.destination.parent, prefix=f".{options.destination.name}.")))
     consolidate_deepspeed(source, directory, config)
     return directory

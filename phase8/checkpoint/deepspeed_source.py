@@ -21,7 +21,7 @@ from phase8.checkpoint.step_directories import WEIGHTS_CONFIG_NAME, WEIGHTS_NAME
 from phase8.durable import replace_file, staged_file
 from phase8.errors import CheckpointError, CheckpointMismatchError
 
-LATEST = "latest"
+_LATEST = "latest"
 _STATES = "*_model_states.pt"
 _UNIVERSAL = "zero/*/fp32.pt"
 # Wrappers of a model put these before its names.
@@ -57,7 +57,7 @@ def consolidate_deepspeed(directory: Path, destination: Path, config: Mapping[st
 
 def _step(directory: Path) -> Path | None:
     """The directory with the files of a step."""
-    latest = directory / LATEST
+    latest = directory / _LATEST
     step = directory / latest.read_text().strip() if latest.is_file() else directory
     return step if list(step.glob(_STATES)) or list(step.glob(_UNIVERSAL)) else None
 

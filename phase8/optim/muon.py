@@ -69,8 +69,8 @@ class Muon(torch.optim.Optimizer):
         decayed_names: Sequence[str] | set[str],
         dtype: torch.dtype | None = None,
     ):
-        self._matrices = {name: part for name, part in parameters.items() if name in wholes}
-        others = {name: part for name, part in parameters.items() if name not in wholes}
+        self._matrices = {name: part for name, part in parameters.items() if name in wholes.shapes}
+        others = {name: part for name, part in parameters.items() if name not in wholes.shapes}
         groups: list[dict[str, Any]] = [{"params": list(self._matrices.values()), "weight_decay": section.weight_decay, "lr": section.learning_rate}]
         groups[0]["capturable"] = True  # counters are on the device of their parameter, as of a fused AdamW
         super().__init__(groups, {})
@@ -99,10 +99,9 @@ class Muon(torch.optim.Optimizer):
         group = self.param_groups[0]
         for name, update in self._wholes.map(self._direction, self._orthogonalised, dtype=self._dtype_of_iteration()):
             part = self._matrices[name]
-            whole_shape = self._wholes.shape(name)
-            scale = UPDATE_SCALE * math.sqrt(max(self._split(name, whole_shape)[-2:]))
+            scale = UPDATE_SCALE * math.sqrt(max(self._split(name, self._wholes.shapes[name])[-2:]))
             change = group["lr"] * (group["weight_decay"] * part + scale * update.to(part))
-            part.sub_(change if self.found_inf is None else torch.where(self._counts(part), change, torch.zeros_like(change)))
+            part.sub_(torch.where(self._counts(part), change, torch.zeros_like(change)))
 
     def _direction(self, name: str) -> Tensor:
         """This rank's part of G + mu M, after the momentum took account of the gradient G."""
@@ -115,18 +114,14 @@ class Muon(torch.optim.Optimizer):
         gradient = part.grad if self.grad_scale is None else part.grad / self.grad_scale.to(part)
         momentum = self._momentum(state["step"])
         moved = momentum.to(part) * state["momentum"] + gradient
-        if self.found_inf is None:
-            state["step"] += 1
-            state["momentum"].copy_(moved)
-        else:
-            counts = self._counts(part)
-            state["step"] += counts
-            state["momentum"].copy_(torch.where(counts, moved, state["momentum"]))
+        counts = self._counts(part)
+        state["step"] += counts
+        state["momentum"].copy_(torch.where(counts, moved, state["momentum"]))
         return gradient + momentum.to(part) * moved
 
     def _counts(self, part: Tensor) -> Tensor:
-        assert self.found_inf is not None
-        return self.found_inf.to(part.device) == 0
+        """Whether the step counts, a scalar on the device of a part."""
+        return torch.ones((), dtype=torch.bool, device=part.device) if self.found_inf is None else self.found_inf.to(part.device) == 0
 
     def _momentum(self, steps: Tensor) -> Tensor:
         """The momentum after so many steps, a scalar on their device."""

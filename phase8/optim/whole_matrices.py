@@ -49,7 +49,7 @@ class WholeMatrices:
     """
 
     def __init__(self, matrices: Mapping[str, Tensor], group_over: Callable[[DTensor, frozenset[str]], dist.ProcessGroup], *, device: torch.device):
-        self._device, self._shapes = device, {name: matrix.shape for name, matrix in matrices.items()}
+        self.device, self.shapes = device, {name: matrix.shape for name, matrix in matrices.items()}
         by_axes: dict[tuple[int, frozenset[str]], dict[str, DTensor]] = {}
         self._undivided = []
         for name, matrix in matrices.items():
@@ -60,18 +60,6 @@ class WholeMatrices:
                 self._undivided.append(name)
         self._holders = [_holders_of(members, group_over(next(iter(members.values())), axes)) for (_, axes), members in by_axes.items()]
 
-    def __contains__(self, name: str) -> bool:
-        return name in self._shapes
-
-    def shape(self, name: str) -> torch.Size:
-        """The shape of a whole matrix."""
-        return self._shapes[name]
-
-    @property
-    def device(self) -> torch.device:
-        """The device of the computation."""
-        return self._device
-
     def map(self, take: Take, compute: Compute, *, dtype: torch.dtype) -> Iterator[tuple[str, Tensor]]:
         """Computes with each whole matrix and yields the names and this rank's parts of the results; a collective of each group.
 
@@ -81,7 +69,7 @@ class WholeMatrices:
             dtype: Dtype in which matrices travel and arrive.
         """
         for name in self._undivided:
-            yield name, compute(name, take(name).to(self._device, dtype))
+            yield name, compute(name, take(name).to(self.device, dtype))
         for holders in self._holders:
             for number in range(max(map(len, holders.owned))):
                 yield from self._round(holders, number, take, compute, dtype)
@@ -92,11 +80,11 @@ class WholeMatrices:
         own, regions = names[holders.rank], holders.regions[holders.rank]
         sizes_here = [0 if name is None else regions[name].num_elements for name in names]
         sizes_of_own = [0 if own is None else each[own].num_elements for each in holders.regions]
-        parts = [take(name).to(self._device, dtype).flatten() for name in names if name is not None]
+        parts = [take(name).to(self.device, dtype).flatten() for name in names if name is not None]
         arrived = _exchange(torch.cat(parts), sizes_here, sizes_of_own, holders.group)
         result = arrived
         if own is not None:
-            whole = torch.empty(self._shapes[own], dtype=dtype, device=self._device)
+            whole = torch.empty(self.shapes[own], dtype=dtype, device=self.device)
             for part, region in zip(arrived.split(sizes_of_own), _regions_of(holders, own), strict=True):
                 whole[_slices(region)] = part.view(region.shape)
             computed = compute(own, whole)

@@ -17,12 +17,12 @@ from types import ModuleType
 from typing import Any
 
 import torch.distributed as dist
-from torch import Tensor, nn
+from torch import nn
 from torch.distributed.tensor import DTensor
 
 from phase8.config.batch import BatchShape
 from phase8.config.schema import ZeroSection
-from phase8.distributed.collectives import Axis
+from phase8.distributed.collectives import Axis, sum_over
 from phase8.distributed.mesh import Mesh
 from phase8.distributed.placement import placed_like
 from phase8.errors import ConfigError
@@ -183,13 +183,7 @@ def _plain(parameter: DTensor, axis: Axis) -> nn.Parameter:
     is_whole = parameter.placements[-1].is_replicate()
     plain.tensor_model_parallel = not is_whole  # type: ignore[attr-defined]  # DeepSpeed counts others on the first rank alone
     if is_whole:
-
-        def summed(gradient: Tensor) -> Tensor:
-            total = gradient.contiguous().clone()
-            dist.all_reduce(total, group=axis.group)
-            return total
-
-        plain.register_hook(summed)
+        plain.register_hook(lambda gradient: sum_over(gradient.contiguous(), axis))
     return plain
 
 

@@ -8,7 +8,6 @@ import platform
 import shutil
 import time
 from pathlib import Path
-from types import ModuleType
 from typing import NamedTuple
 
 import torch.distributed as dist
@@ -19,7 +18,7 @@ from phase8.errors import ConfigError, StorageError
 _COMPILATION_SECONDS = 900
 
 
-def require_async_io(deepspeed: ModuleType) -> None:
+def require_async_io() -> None:
     """Refuses NVMe where DeepSpeed cannot compile what reads and writes there, which it does once, at the first use.
 
     Raises:

@@ -267,19 +267,19 @@ def test_what_is_offloaded_to_nvme_is_what_is_offloaded_to_the_host(pool, tmp_pa
 
 def test_a_compilation_that_was_killed_is_explained(monkeypatch, tmp_path):
     monkeypatch.setenv("TORCH_EXTENSIONS_DIR", str(tmp_path))
-    deepspeed = import_deepspeed()
+    import_deepspeed()
     monkeypatch.setattr("deepspeed.ops.op_builder.AsyncIOBuilder.is_compatible", lambda self, verbose: True)
-    require_async_io(deepspeed)
+    require_async_io()
     (directory,) = tmp_path.iterdir()
     lock = directory / "lock"
     lock.touch()
-    require_async_io(deepspeed)  # somebody compiles
+    require_async_io()  # somebody compiles
     os.utime(lock, (0, 0))
     with pytest.raises(ConfigError, match=r"lock is older than any compilation takes, .* delete the file"):
-        require_async_io(deepspeed)
+        require_async_io()
     monkeypatch.setattr("deepspeed.ops.op_builder.AsyncIOBuilder.is_compatible", lambda self, verbose: False)
     with pytest.raises(ConfigError, match=r"apt install g\+\+ ninja-build libaio-dev"):
-        require_async_io(deepspeed)
+        require_async_io()
 
 
 def save_as_deepspeed_does(stage, directory):
@@ -301,18 +301,20 @@ def test_checkpoints_of_deepspeed_itself_are_imported_if_they_are_trusted(pool, 
     config.write_text(yaml.safe_dump({"model": config_to_mapping(load_config(os.devnull, [*MODEL, *FP32]))["model"], "precision": {"dtype": "fp32"}}))
     assert imported(tmp_path / "theirs", tmp_path / "ours")[0] == 2 and "give --trust-pickle." in capsys.readouterr().err
     assert imported(tmp_path / "theirs", tmp_path / "ours", "--trust-pickle")[0] == 2 and "with --config." in capsys.readouterr().err
-    sources = {"ours": tmp_path / "theirs"}
+    sources = {"deep/ours": tmp_path / "theirs"}
+    trusted = ("--trust-pickle", "--config", str(config))
+    assert imported(tmp_path / "theirs", tmp_path, *trusted)[0] == 4 and "is there already" in capsys.readouterr().err
     if stage == 2:  # DeepSpeed makes no universal checkpoints of stage 3 without more
         universal = tmp_path / "global_step1_universal"
         folders = ("--input_folder", tmp_path / "theirs" / "global_step1", "--output_folder", universal)
         subprocess.run([sys.executable, "-m", "deepspeed.checkpoint.ds_to_universal", *folders, "--inject_missing_state"], check=True)
         sources["universal"] = universal
     for name, source in sources.items():
-        code, found = imported(source, tmp_path / name, "--trust-pickle", "--config", str(config))
+        code, found = imported(source, tmp_path / name, *trusted)
         assert code == 0 and found.step == 0, capsys.readouterr().err
         weights = {key: value for key, value in expected.items() if key.startswith("model.")}
         assert set(found.tensor_names) == set(weights) and all(torch.equal(found.read(key), value) for key, value in weights.items())
-    assert sorted(path.name for path in tmp_path.iterdir() if path.name.startswith(".")) == []
+    assert not [path for path in tmp_path.rglob(".*") if path.is_dir()]
 
 
 def test_what_is_for_deepspeed_is_for_nothing_else(tmp_path, capsys):

@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import torch
@@ -19,7 +18,7 @@ from phase8.config.schema import RunConfig
 from phase8.data.microbatch import Microbatch
 from phase8.distributed.mesh import Mesh
 from phase8.distributed.placement import collected
-from phase8.model.model import LanguageModel, OnLosses, build_model
+from phase8.model.model import LanguageModel, OnLosses
 from phase8.model.parameters import decayed_parameter_names, first_buffers, iterate_specs, materialise
 from phase8.optim.adamw import build_optimizer
 from phase8.plan.whole_config import shapes_only
@@ -82,7 +81,7 @@ class DeepSpeedEngine:
             is_bf16=is_bf16,
             gradient_clip_norm=config.optim.gradient_clip_norm,
             is_on_gpu=device.type == "cuda",
-            swap=_swap(deepspeed, config, num_ranks=mesh.topology.world_size),
+            swap=_swap(config, num_ranks=mesh.topology.world_size),
         )
         model = build_chunk(config, range(config.model.num_layers), mesh=mesh, dtype=compute_dtype(config.precision))
         specs, decayed_names = {name: (parameter.shape, spec) for name, parameter, spec in iterate_specs(model)}, decayed_parameter_names(model)
@@ -169,12 +168,11 @@ class DeepSpeedEngine:
 
     def restore(self, checkpoint: Checkpoint, *, weights_only: bool = False) -> None:
         """Puts a checkpoint's tensors into model and optimizer."""
-        whole = build_model(self._config.model, dtype=compute_dtype(self._config.precision), device=torch.device("meta"))
-        self._state.restore(checkpoint, whole=whole, weights_only=weights_only)
+        self._state.restore(checkpoint, whole=shapes_only(self._config), weights_only=weights_only)
 
     def replicas(self) -> Replicas:
         """The weights with which ranks compute: whole on every data-parallel rank below stage 3."""
-        return self._state.replicas(is_divided=self._config.zero.stage == 3)
+        return self._state.replicas()
 
     def whole_model(self) -> LanguageModel | None:
         """Gathers the whole model on the first rank."""
@@ -215,11 +213,11 @@ class DeepSpeedEngine:
         setattr(self._zero, name, norm)
 
 
-def _swap(deepspeed: ModuleType, config: RunConfig, *, num_ranks: int) -> Swap | None:
+def _swap(config: RunConfig, *, num_ranks: int) -> Swap | None:
     """The place for what is offloaded to NVMe; None: nothing is."""
     if config.zero.nvme_path is None:
         return None
-    require_async_io(deepspeed)
+    require_async_io()
     sizes = [parameter.numel() for parameter in shapes_only(config).parameters()]
     num_bytes = swapped_bytes(config.zero, sum(sizes) // num_ranks, is_bf16=config.precision.dtype == "bf16")
     return Swap(fresh_swap_directory(Path(config.zero.nvme_path), config.run.name, num_bytes=num_bytes), max(sizes))

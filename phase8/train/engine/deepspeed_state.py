@@ -14,13 +14,13 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any, NamedTuple
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Placement, Replicate, Shard
 
 from phase8.checkpoint.load import Checkpoint
 from phase8.checkpoint.state import MODEL_PREFIX, OPTIMIZER_PREFIX, require_fit
+from phase8.distributed.collectives import add_up_over
 from phase8.distributed.mesh import Mesh
 from phase8.distributed.placement import own_region, placed, placed_like
 from phase8.division import Region, part, whole_region
@@ -134,12 +134,9 @@ class DeepSpeedState:
             buffer.copy_(checkpoint.read(MODEL_PREFIX + name))
         self._compute_with_masters()
 
-    def replicas(self, *, is_divided: bool) -> Replicas:
-        """The weights with which ranks compute, where several ranks hold them, and the buffers.
-
-        Args:
-            is_divided: Whether data-parallel ranks divide the weights with which they compute (stage 3).
-        """
+    def replicas(self) -> Replicas:
+        """The weights with which ranks compute, where several ranks hold them, and the buffers; in stage 3 data-parallel ranks divide the weights."""
+        is_divided = self._is_stage_3
         whole_on_tensor_axis = {name for name, parameter in self._divided.items() if parameter.placements[-1].is_replicate()}
         axes = [(self._mesh.tp, whole_on_tensor_axis | set(self._buffers))] if self._mesh.tp.size > 1 else []
         if self._mesh.shard.size > 1:
@@ -233,7 +230,7 @@ class DeepSpeedState:
                 return values.clone().view(shape) if self._is_on_nvme else values.view(shape)
             together = torch.zeros(shape.numel(), dtype=torch.float32, device=self._device)
             together[offset : offset + len(values)] = values.to(self._device)
-        dist.all_reduce(together, group=self._mesh.shard.group)
+        add_up_over(together, self._mesh.shard)
         return together.view(shape)
 
     def _own_rows(self, name: str, key: str) -> Tensor:
