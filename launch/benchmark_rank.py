@@ -12,6 +12,7 @@ from dataclasses import asdict
 from pathlib import Path
 
 from phase8.config.load import load_config
+from phase8.imports import imports_that_stay
 from phase8.terminal import run_door
 
 
@@ -24,11 +25,12 @@ def _measure() -> int:
     arguments = _parser().parse_args()
     config = load_config(arguments.config)
     # Imported late, as in launch/pretrain.py.
-    from phase8.benchmark.rank import measure_rank
-    from phase8.data.staging import write_json
-    from phase8.processes.bootstrap import world_from_environment
-    from phase8.processes.watch import Limits, running
-    from phase8.train.device import select_device, share_cores
+    with imports_that_stay():
+        from phase8.benchmark.rank import measure_rank
+        from phase8.data.staging import write_json
+        from phase8.processes.bootstrap import world_from_environment
+        from phase8.processes.watch import Limits, running
+        from phase8.train.device import select_device, share_cores
 
     os.environ.setdefault("TORCH_FR_BUFFER_SIZE", "2000")
     world = world_from_environment(os.environ)

@@ -19,6 +19,7 @@ from phase8.config.arguments import path_argument, resume_argument
 from phase8.config.describe import describe_schema
 from phase8.config.load import load_config
 from phase8.errors import ConfigError
+from phase8.imports import imports_that_stay
 from phase8.terminal import make_console, output_is_the_product, run_door
 
 DEFAULT_CONFIG = Path(__file__).resolve().parent.parent / "configs" / "quickstart.yaml"
@@ -41,7 +42,8 @@ def _run() -> int:
 
 
 def _dry_run(config, world_size: int) -> None:
-    from phase8.plan.dry_run import dry_run
+    with imports_that_stay():
+        from phase8.plan.dry_run import dry_run
 
     with output_is_the_product():
         dry_run(config, world_size=world_size, console=make_console())
@@ -50,18 +52,19 @@ def _dry_run(config, world_size: int) -> None:
 def _train(arguments: argparse.Namespace) -> None:
     config = load_config(arguments.config, arguments.set)
     # Imported late: a mistake in the config is answered before torch is loaded.
-    from phase8.config.validate import validate
-    from phase8.distributed.collectives import gather_texts
-    from phase8.observe.banner import print_line
-    from phase8.processes.bootstrap import world_from_environment
-    from phase8.processes.exit import one_voice
-    from phase8.processes.watch import Limits, running
-    from phase8.train.build import build_run
-    from phase8.train.device import select_device, share_cores
-    from phase8.train.loop import train
-    from phase8.train.memory_limits import retry_with_less_memory
-    from phase8.train.restart import resume_after_restart
-    from phase8.train.run_directory import run_directory
+    with imports_that_stay():
+        from phase8.config.validate import validate
+        from phase8.distributed.collectives import gather_texts
+        from phase8.observe.banner import print_line
+        from phase8.processes.bootstrap import world_from_environment
+        from phase8.processes.exit import one_voice
+        from phase8.processes.watch import Limits, running
+        from phase8.train.build import build_run
+        from phase8.train.device import select_device, share_cores
+        from phase8.train.loop import train
+        from phase8.train.memory_limits import retry_with_less_memory
+        from phase8.train.restart import resume_after_restart
+        from phase8.train.run_directory import run_directory
 
     os.environ.setdefault("TORCH_FR_BUFFER_SIZE", "2000")  # collectives of NCCL that a hang record shows
     world = world_from_environment(os.environ)

@@ -1,3 +1,4 @@
+import gc
 from pathlib import Path
 
 import pytest
@@ -7,6 +8,9 @@ from tests.train import tiny_run
 
 # Tiny tensors: a second thread costs more than it brings, and tests share the cores.
 torch.set_num_threads(1)
+
+# Until tests are collected: all that is made meanwhile stays, and looks for garbage among it would take most of the time.
+gc.disable()
 
 
 @pytest.fixture(scope="session")
@@ -50,6 +54,11 @@ def pytest_xdist_make_scheduler(config, log):
             return processes_of(file) or (nodeid if torch.cuda.is_available() else file)
 
     return ByFile(config, log)
+
+
+def pytest_collection_finish():
+    gc.freeze()
+    gc.enable()
 
 
 def pytest_collection_modifyitems(items):

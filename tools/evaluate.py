@@ -17,6 +17,7 @@ from pathlib import Path
 
 from phase8.config.arguments import path_argument
 from phase8.errors import ConfigError
+from phase8.imports import imports_that_stay
 from phase8.terminal import output_is_the_product, run_door
 
 
@@ -44,14 +45,15 @@ def _evaluate(parsed: argparse.Namespace) -> None:
 
     from rich.progress import TextColumn, TimeElapsedColumn
 
-    from phase8.config.schema import DataSource
-    from phase8.data.loader import open_dataset
-    from phase8.data.staging import write_json
-    from phase8.data.token_ids import check_token_ids
-    from phase8.evaluate.by_position import evaluate_sources, position_table
-    from phase8.generate.restore import restore_model
-    from phase8.observe.stage_progress import ProgressDisplay
-    from phase8.train.device import select_device
+    with imports_that_stay():
+        from phase8.config.schema import DataSource
+        from phase8.data.loader import open_dataset
+        from phase8.data.staging import write_json
+        from phase8.data.token_ids import check_token_ids
+        from phase8.evaluate.by_position import evaluate_sources, position_table
+        from phase8.generate.restore import restore_model
+        from phase8.observe.stage_progress import ProgressDisplay
+        from phase8.train.device import select_device
 
     device = select_device(parsed.device)
     model, section, checkpoint = restore_model(parsed.checkpoint, device=device)

@@ -11,6 +11,7 @@ import sys
 
 from phase8.config.arguments import path_argument
 from phase8.errors import ConfigError
+from phase8.imports import imports_that_stay
 from phase8.terminal import output_is_the_product, run_door
 
 
@@ -27,11 +28,12 @@ def _run() -> int:
 
 
 def _generate(arguments: argparse.Namespace) -> None:
-    from phase8.data.tokenizer import load_tokenizer
-    from phase8.generate.restore import restore_model, restore_tokenizer
-    from phase8.generate.sampling import SamplingOptions
-    from phase8.generate.text import prompt_tokens, stream_text
-    from phase8.train.device import select_device
+    with imports_that_stay():
+        from phase8.data.tokenizer import load_tokenizer
+        from phase8.generate.restore import restore_model, restore_tokenizer
+        from phase8.generate.sampling import SamplingOptions
+        from phase8.generate.text import prompt_tokens, stream_text
+        from phase8.train.device import select_device
 
     if arguments.max_tokens < 1:
         raise ConfigError(f"--max-tokens is {arguments.max_tokens}, but at least 1 is needed.")
