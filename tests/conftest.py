@@ -1,4 +1,5 @@
 import gc
+import os
 from pathlib import Path
 
 import pytest
@@ -6,8 +7,9 @@ import torch
 
 from tests.train import tiny_run
 
-# Tiny tensors: a second thread costs more than it brings, and tests share the cores.
+# Tiny tensors: a second thread costs more than it brings, and tests share the cores. The same for the processes that tests start.
 torch.set_num_threads(1)
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 # Until tests are collected: all that is made meanwhile stays, and looks for garbage among it would take most of the time.
 gc.disable()

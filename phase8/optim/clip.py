@@ -5,14 +5,14 @@ from __future__ import annotations
 from collections.abc import Iterable
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 EPS = 1e-6  # as in torch.nn.utils.clip_grad_norm_
 
 
-def gradient_norm(parameters: Iterable[nn.Parameter]) -> Tensor:
-    """The global norm of all gradients, a scalar on the device; parameters without a gradient do not count."""
-    return torch.nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
+def gradient_norm(gradients: Iterable[Tensor | None]) -> Tensor:
+    """The global norm of all gradients, a scalar on their device; None, the gradient of a parameter without one, does not count."""
+    return torch.nn.utils.get_total_norm([gradient for gradient in gradients if gradient is not None])
 
 
 def clipping_divisor(norm: Tensor, *, max_norm: float) -> Tensor:

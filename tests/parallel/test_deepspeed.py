@@ -323,6 +323,8 @@ def test_what_is_for_deepspeed_is_for_nothing_else(tmp_path, capsys):
 
 
 ON_GPUS = {
+    "one zero 2": ranks(stage=2, more=("train.micro_batch_size=1",)),
+    "one zero 3 compiled, offloaded": ranks(more=(*OFFLOADED, "train.compile.enabled=true")),
     "zero 2": ranks(dp=2, stage=2, more=("train.micro_batch_size=1",)),
     "zero 3 compiled": ranks(dp=2, stage=3, more=("train.compile.enabled=true",)),
     "zero 3 offloaded": ranks(dp=2, more=OFFLOADED),

@@ -127,7 +127,7 @@ CASES = {
 }
 ALSO = (  # their parts are in other cases
     "one in slices, inputs offloaded", "dp2 zero 3, full", "pp2 dp2 zero 1", "dp2 zero 0, one microbatch", "tp2 experts", "tp2 gate per channel",
-    "tp2", "tp2 uneven vocabulary", "ep2 zero 0", "pp2 full", "pp2 gpipe", "one full", "dp2 zero 1",
+    "tp2", "tp2 uneven vocabulary", "ep2 zero 0", "pp2 full", "pp2 gpipe", "one full", "dp2 zero 0", "dp2 zero 1", "dp2 zero 3", "tp2 pp2",
 )  # fmt: skip
 
 

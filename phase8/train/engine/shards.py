@@ -1,7 +1,7 @@
 """The parts of a model's parameters that this rank's optimizer updates, as plain tensors, since every update is element by element.
 
 A plain parameter is its own part. The part of a DTensor shares its memory, or, where the optimizer is offloaded, is a copy in host memory that
-is written back after each step.
+is written back after each step. On a GPU these copies and their gradients are page-locked, once for the whole run.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from torch.distributed.tensor import DTensor
 from phase8.distributed.collectives import ALONE, Axis, add_up_over, sum_over
 from phase8.distributed.placement import held_part, is_of_divided_experts
 from phase8.optim.clip import gradient_norm
+from phase8.zero.page_locked import PageLocked
 
 
 class Shards:
@@ -41,31 +42,39 @@ class Shards:
     ):
         self.tensor_axis, self.holders, self.experts, self.offload, self.copies = tensor_axis, holders, experts, offload, copies
         self.whole: dict[str, nn.Parameter] = dict(model.named_parameters())
-        self.parts: dict[str, nn.Parameter] = {name: self._part(parameter) for name, parameter in self.whole.items()}
+        held = {name: held_part(parameter).detach() for name, parameter in self.whole.items()} if offload else {}
+        # The memory in which parts and gradients lie, where the optimizer is offloaded.
+        self._on_host, self._gradients_on_host = PageLocked(held), PageLocked(held)
+        self.parts: dict[str, nn.Parameter] = {name: self._part(name, parameter) for name, parameter in self.whole.items()}
+        self._gradients: dict[str, Tensor | None] = {}
 
     def take_gradients(self) -> None:
-        """Gives each part its gradient, fully summed."""
+        """Gives each part its gradient, fully summed; one that goes to the host is there when the device has come to this point."""
         sums = self._sums_of_summands()
         for name, parameter in self.whole.items():
             part, gradient = self.parts[name], sums.get(name, parameter.grad)
-            if part is not parameter:
-                part.grad = None if gradient is None else held_part(gradient).to(part.device)
+            self._gradients[name] = None if gradient is None else held_part(gradient)
+            if self.offload:
+                part.grad = None if gradient is None else self._gradients_on_host.tensors[name].copy_(held_part(gradient), non_blocking=True)
+            elif part is not parameter:
+                part.grad = self._gradients[name]
 
     def drop_gradients(self) -> None:
-        """Frees all gradients."""
+        """Frees all gradients; where they lie on the host stays for the next ones."""
+        self._gradients.clear()
         for parameter in (*self.whole.values(), *self.parts.values()):
             parameter.grad = None
 
     def gradient_norm(self) -> Tensor:
-        """The norm of the gradient of the whole model, the same on every rank; a scalar on the device of the gradients."""
+        """The norm of the gradient of the whole model, the same on every rank; a scalar where the gradients were before they went to the host."""
         axes = [axis for axis in self.holders if axis.size > 1]
         if not axes and self.experts.size == 1:
-            return gradient_norm(self.parts.values())
-        counted = {name: part for name, part in self.parts.items() if name not in self.copies}
+            return gradient_norm(self._gradients.values())
+        counted = {name: gradient for name, gradient in self._gradients.items() if name not in self.copies}
         of_experts = {name: counted.pop(name) for name in list(counted) if self.experts.size > 1 and is_of_divided_experts(self.whole[name])}
         divided = {name for name in counted if not self._is_whole_on_tensor_axis(self.whole[name])}
-        squares = gradient_norm(part for name, part in counted.items() if name in divided).square()
-        repeated = gradient_norm(part for name, part in counted.items() if name not in divided).square()
+        squares = gradient_norm(gradient for name, gradient in counted.items() if name in divided).square()
+        repeated = gradient_norm(gradient for name, gradient in counted.items() if name not in divided).square()
         squares = squares + repeated / self.tensor_axis.size
         if self.experts.size > 1:
             squares = squares + sum_over(gradient_norm(of_experts.values()).square().to(self._device), self.experts).to(squares.device)
@@ -75,10 +84,10 @@ class Shards:
 
     @torch.no_grad()
     def write_back(self) -> None:
-        """Copies updated parts from host memory to the parameters on the device, if the optimizer is offloaded."""
+        """Copies updated parts from host memory to the parameters on the device, if the optimizer is offloaded, before what the device does next."""
         if self.offload:
             for name, parameter in self.whole.items():
-                held_part(parameter).copy_(self.parts[name])
+                held_part(parameter).copy_(self.parts[name], non_blocking=True)
 
     @torch.no_grad()
     def read_again(self) -> None:
@@ -103,9 +112,9 @@ class Shards:
         """The device on which collectives expect their tensors."""
         return next(iter(self.whole.values())).device
 
-    def _part(self, parameter: nn.Parameter) -> nn.Parameter:
+    def _part(self, name: str, parameter: nn.Parameter) -> nn.Parameter:
         if self.offload:
-            return nn.Parameter(held_part(parameter).detach().to("cpu", copy=True))
+            return nn.Parameter(self._on_host.tensors[name].copy_(held_part(parameter).detach()))
         return nn.Parameter(held_part(parameter).detach()) if isinstance(parameter, DTensor) else parameter
 
     def _is_whole_on_tensor_axis(self, parameter: nn.Parameter) -> bool:

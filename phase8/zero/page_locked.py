@@ -1,0 +1,51 @@
+"""Host memory from and to which a GPU copies by itself, at the full speed of the bus and beside other work."""
+
+from __future__ import annotations
+
+import math
+import weakref
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+
+from phase8.terminal import warn
+
+_ALIGNMENT = 256  # bytes
+
+
+class PageLocked:
+    """Uninitialised tensors in host memory, in one piece whose pages are locked while this object lives.
+
+    torch's own page-locked tensors take powers of two, half as much again for most matrices.
+
+    Args:
+        like: Tensors by name whose shapes and dtypes these have. Pages are locked if they are on a GPU; where the system does not allow it, they
+            are not, which is said and slow.
+    """
+
+    def __init__(self, like: Mapping[str, Tensor]):
+        ends, num_bytes = [], 0
+        for tensor in like.values():
+            num_bytes = math.ceil(num_bytes / _ALIGNMENT) * _ALIGNMENT + tensor.nbytes
+            ends.append(num_bytes)
+        memory = torch.empty(num_bytes, dtype=torch.uint8)
+        self.tensors = {
+            name: memory[end - tensor.nbytes : end].view(tensor.dtype).view(tensor.shape)
+            for (name, tensor), end in zip(like.items(), ends, strict=True)
+        }
+        if num_bytes and any(tensor.is_cuda for tensor in like.values()) and _is_locked(memory):
+            weakref.finalize(self, _unlock, memory)
+
+
+def _is_locked(memory: Tensor) -> bool:
+    """Locks the pages of a tensor if the system allows it."""
+    error = int(torch.cuda.cudart().cudaHostRegister(memory.data_ptr(), memory.nbytes, 0))
+    if error != 0:
+        warn(f"{memory.nbytes / 2**30:.1f} GiB of host memory for what is offloaded cannot be page-locked (CUDA error {error}): copies will be slow.")
+    return error == 0
+
+
+def _unlock(memory: Tensor) -> None:
+    torch.cuda.synchronize()  # a copy may be on its way
+    torch.cuda.cudart().cudaHostUnregister(memory.data_ptr())
