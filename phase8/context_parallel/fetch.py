@@ -32,7 +32,7 @@ def begin_to_fetch(x: Tensor, wanted: Wanted, axis: Axis) -> Callable[[], list[T
     own, num_ranges, length = wanted[axis.index], len(wanted[axis.index]), x.shape[1]
     sent = [parts_of(ranges, axis.index, length) for ranges in wanted]
     fetched = [parts_of(own, owner, length) for owner in range(axis.size)]
-    leaving = _ChosenTokens.apply(x, [part for parts in sent for part in parts])
+    leaving = _ChosenTokens.apply(x, [part for parts in sent for part in parts if part])
     arriving = begin_to_exchange(leaving, [sum(map(len, parts)) for parts in sent], [sum(map(len, parts)) for parts in fetched], axis)
 
     def end() -> list[Tensor]:
@@ -43,13 +43,16 @@ def begin_to_fetch(x: Tensor, wanted: Wanted, axis: Axis) -> Callable[[], list[T
 
 
 class _ChosenTokens(torch.autograd.Function):
-    """The tokens of some parts of the slice one after the other, tokens first [N, B, ...]; several parts may have the same token."""
+    """The tokens of some parts of the slice one after the other, tokens first [N, B, ...]; several parts may have the same token.
+
+    No part may be empty: torch.compile would keep a view of no tokens for backward, because it is small, and with it the memory of all tokens.
+    """
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, parts: Sequence[range]) -> Tensor:
         ctx.parts, ctx.shape = parts, x.shape
         tokens = x.transpose(0, 1)
-        return torch.cat([tokens[part.start : part.stop] for part in parts])
+        return torch.cat([tokens[part.start : part.stop] for part in parts]) if parts else tokens.new_empty(0, *tokens.shape[1:])
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:

@@ -23,7 +23,10 @@ def running_sum(x: Tensor, *, from_end: bool = False) -> Tensor:
 
 @torch.library.custom_op("phase8::running_sum", mutates_args=())
 def _forward(x: Tensor, from_end: bool) -> Tensor:
-    return x.flip(1).cumsum(1, dtype=x.dtype).flip(1) if from_end else x.cumsum(1, dtype=x.dtype)
+    # Tokens last and one after the other: along any other dim a GPU has a single thread add up all tokens of a column.
+    columns = x.movedim(1, -1).contiguous()
+    sums = columns.flip(-1).cumsum(-1, dtype=x.dtype).flip(-1) if from_end else columns.cumsum(-1, dtype=x.dtype)
+    return sums.movedim(-1, 1).contiguous()
 
 
 @_forward.register_fake

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import math
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from phase8.kernels.gated_delta_rule import gated_delta_rule
-from phase8.kernels.running_sum import running_sum
+from phase8.kernels.gated_linear_attention import gated_linear_attention
 
 
 class StateMap(NamedTuple):
@@ -53,17 +52,11 @@ class DecayMap(NamedTuple):
 
 
 def decay_map(k: Tensor, v: Tensor, log_decay: Tensor, starts: Tensor | None = None) -> DecayMap:
-    """The map of a slice, arguments as in `gated_linear_attention`."""
-    dtype = torch.promote_types(k.dtype, torch.float32)
-    log_decay = log_decay.clamp(min=math.log(torch.finfo(log_decay.dtype).eps) - 10)  # the bound of `chunk_decays`
-    # Summed from the end, where what is left is largest and has to be exact.
-    from_here = running_sum(log_decay, from_end=True)
-    to_end, keeps = (from_here - log_decay).exp(), from_here[:, 0].exp()
+    """The map of a slice, arguments as in `gated_linear_attention`: what it makes of no state, and what it keeps of one."""
+    _, added = gated_linear_attention(k, k, v, log_decay, starts, None)
+    keeps = log_decay.sum(1).exp()
     if starts is not None:
-        begins = running_sum(starts, from_end=True)
-        to_end, keeps = to_end * (begins - starts.int() == 0)[..., None], keeps * (begins[:, :1] == 0)
-    weight = -torch.expm1(log_decay) * k.shape[-1] ** -0.5 * to_end
-    added = torch.einsum("bthk,bthv->bhkv", k.to(dtype) * weight[..., None], v.to(dtype))
+        keeps = keeps * ~starts.any(1, keepdim=True)
     return DecayMap(keeps[..., None, None].expand(*added.shape[:-1], 1), added)
 
 

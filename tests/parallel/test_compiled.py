@@ -21,8 +21,8 @@ SETTINGS = (
 )  # fmt: skip
 
 
-def gradients_of_both(axis, stage, budget, model, backend):
-    """Largest difference between compiled and eager gradients, over the largest gradient of each parameter, and both losses."""
+def divided_model(axis, stage, model):
+    """A small model on two ranks, and a microbatch for it."""
     config = without_auto(load_config(os.devnull, [*SETTINGS, f"zero.stage={stage}", *model]))
     axes = ("data", "expert") if axis == "expert" else (axis,)
     topology = Topology(**{f"{name}_parallel_size": 2 for name in axes})
@@ -32,7 +32,12 @@ def gradients_of_both(axis, stage, budget, model, backend):
     tokens = torch.randint(64, (2, 33), generator=torch.Generator().manual_seed(0))
     starts = torch.zeros(2, 33, dtype=torch.bool)
     starts[:, [0, 13]] = True
-    batch = microbatch_of_slice(tokens, starts, mesh.own_slice)
+    return train_state, microbatch_of_slice(tokens, starts, mesh.own_slice)
+
+
+def gradients_of_both(axis, stage, budget, model, backend):
+    """Largest difference between compiled and eager gradients, over the largest gradient of each parameter, and both losses."""
+    train_state, batch = divided_model(axis, stage, model)
     torch.compiler.reset()  # or it takes what was compiled with another budget
     results, functorch_config.activation_memory_budget = [], budget
     for compiled in (False, True):
@@ -84,3 +89,30 @@ INDUCTOR, PARTITION = "inductor", "aot_eager_decomp_partition"  # with the same 
 def test_compiled_blocks_have_the_gradients_of_eager_ones(pool, axis, stage, budget, model, backend):
     difference, loss, eager_loss = pool.run(gradients_of_both, axis, stage, budget, model, backend, world_size=2, timeout_seconds=300)[0]
     assert difference < 1e-4 and loss == pytest.approx(eager_loss, rel=1e-6)
+
+
+def kept_alive(settings):
+    """Bytes that the tensors which a compiled block keeps for backward have, and bytes of the memory in which they lie."""
+    train_state, batch = divided_model("context", 0, (*settings, "train.recompute=full"))
+    torch.compiler.reset()
+    (block,) = train_state.model.blocks.values()
+    block.compile(backend=PARTITION)
+    kept = []
+
+    def keep(tensor):
+        if not isinstance(tensor, torch.nn.Parameter):
+            kept.append(tensor)
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        train_state.model.loss_sum(batch.tokens, batch.targets, None)
+    torch.compiler.reset()
+    memory = {tensor.untyped_storage().data_ptr(): tensor.untyped_storage().nbytes() for tensor in kept if not hasattr(tensor, "to_local")}
+    return sum(tensor.nbytes for tensor in kept), sum(memory.values())
+
+
+@pytest.mark.parametrize("settings", [(), CHAIN])
+def test_a_compiled_block_keeps_no_memory_of_which_backward_needs_nothing(pool, settings):
+    """A view of no tokens looks small to the compiler, and keeps the queries, keys and values of a whole slice."""
+    for own, memory in pool.run(kept_alive, settings, world_size=2, timeout_seconds=300):
+        assert 0 < memory <= own

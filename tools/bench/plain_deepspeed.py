@@ -3,13 +3,12 @@
     python tools/bench/plain_deepspeed.py --config configs/phase8_1b.yaml --stage 3 --offload cpu --set train.global_batch_size=128
 
 Model, recomputation, compiled blocks and microbatches are those of the config; the buckets and the optimizer are DeepSpeed's own choice
-(DeepSpeedCPUAdam where the optimizer is offloaded). Tokens are random. Under torchrun each rank has its part of the batch.
+(DeepSpeedCPUAdam where the optimizer is offloaded). One GPU; tokens are random.
 """
 
 from __future__ import annotations
 
 import argparse
-import os
 import statistics
 import sys
 import time
@@ -17,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 
 from phase8.config.arguments import path_argument
@@ -30,6 +30,7 @@ from phase8.model.parameters import initialise, materialise
 from phase8.precision.policy import set_matmul_precision
 from phase8.terminal import run_door
 from phase8.topology import Topology
+from phase8.train.device import name_device_for_deepspeed
 from phase8.train.engine.compilation import compile_modules
 from phase8.train.engine.train_state import build_chunk
 
@@ -59,17 +60,16 @@ def main() -> int:
 
 def _run() -> int:
     arguments = _parser().parse_args()
-    rank = int(os.environ.get("LOCAL_RANK", "0"))
-    os.environ |= {"LOCAL_RANK": str(rank), **{name: os.environ.get(name, value) for name, value in _ALONE.items()}}
+    device = torch.device("cuda", 0)
+    torch.cuda.set_device(device)
+    name_device_for_deepspeed(device)
     import deepspeed
 
-    torch.cuda.set_device(rank)
-    device = torch.device("cuda", rank)
     config = without_auto(load_config(arguments.config, arguments.set))
     engine = _engine(deepspeed, config, arguments, device)
     micro, count = config.train.micro_batch_size, engine.gradient_accumulation_steps()
     tokens = torch.randint(config.model.vocab_size, (micro, config.model.sequence_length + 1), device=device)
-    seconds, losses = [], []
+    seconds: list[float] = []
     for _ in range(arguments.steps):
         torch.cuda.synchronize()
         begin = time.perf_counter()
@@ -79,19 +79,13 @@ def _run() -> int:
             engine.step()
         torch.cuda.synchronize()
         seconds.append(time.perf_counter() - begin)
-        losses.append(float(loss))
-        if rank == 0:
-            print(f"step {len(seconds)}: {seconds[-1]:.2f} s, loss {losses[-1]:.3f}", flush=True)
-    if rank == 0:
-        rate = micro * count * config.model.sequence_length / statistics.median(seconds[SLOW_STEPS:] or seconds[-1:])
-        print(
-            f"plain DeepSpeed {deepspeed.__version__}, stage {arguments.stage}, offloaded to {arguments.offload}: {rate:,.0f} tok/s per GPU, "
-            f"device peak {torch.cuda.max_memory_allocated() / 2**30:.1f} GiB, host peak {_host_peak_bytes() / 2**30:.1f} GiB"
-        )
+        print(f"step {len(seconds)}: {seconds[-1]:.2f} s, loss {loss.item():.3f}", flush=True)
+    rate = micro * count * config.model.sequence_length / statistics.median(seconds[SLOW_STEPS:] or seconds[-1:])
+    print(
+        f"plain DeepSpeed {deepspeed.__version__}, stage {arguments.stage}, offloaded to {arguments.offload}: {rate:,.0f} tok/s, "
+        f"device peak {torch.cuda.max_memory_allocated() / 2**30:.1f} GiB, host peak {_host_peak_bytes() / 2**30:.1f} GiB"
+    )
     return 0
-
-
-_ALONE = {"RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29533"}
 
 
 def _engine(deepspeed: Any, config: RunConfig, arguments: argparse.Namespace, device: torch.device) -> Any:
@@ -99,8 +93,7 @@ def _engine(deepspeed: Any, config: RunConfig, arguments: argparse.Namespace, de
     select_kernels(config.train.kernels, device)
     alone = build_mesh(Topology(), device_type="cuda", shard_size=1)
     model = build_chunk(config, range(config.model.num_layers), mesh=alone, dtype=torch.float32)
-    place = torch.device("cpu") if arguments.stage == 3 and arguments.offload != "none" else device
-    materialise(model, device=place, axis=alone.tp)
+    materialise(model, device=device, axis=alone.tp)
     initialise(model, seed=0)
     compile_modules([model], config, are_calls_hooked=True)
     optim = config.optim
@@ -116,7 +109,8 @@ def _engine(deepspeed: Any, config: RunConfig, arguments: argparse.Namespace, de
         "zero_optimization": _zero(arguments),
         "steps_per_print": 1000000,
     }
-    module = MeanLoss(model.to(torch.bfloat16) if place.type == "cpu" else model)
+    dist.init_process_group("nccl", store=dist.HashStore(), rank=0, world_size=1)
+    module = MeanLoss(model)
     return deepspeed.initialize(model=module, model_parameters=list(module.parameters()), config=settings)[0]
 
 
