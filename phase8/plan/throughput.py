@@ -42,7 +42,7 @@ UPDATED_BYTES = 8 * FP32_BYTES
 UPDATE_SHARE = 0.8
 UPDATE_SECONDS = Cost(0.3e-3, 2e-3)
 # Offloading: PCIe 5 to page-locked memory, and the memory of the host, on which AdamW reads four numbers and writes three.
-HOST_LINK_RATE = 43e9
+HOST_LINK_RATE = 47e9
 # A layer that is recomputed whole takes the time of two forwards, and of a backward that takes as long as two more.
 FORWARD_SHARE = 0.25
 HOST_MEMORY_RATE = 64e9
@@ -103,7 +103,8 @@ def step_seconds(work: StepWork, gpu: Gpu, *, host_ratio: float = 1.0) -> float:
     rates = Rates((gpu.peak_flops(work.dtype) or gpu.fp32 * 1e12) * gpu.sustained, gpu.memory * 1e9 * MEMORY_SHARE)
     microbatch, once = [], []
     for stage in work.stages:
-        microbatch.append(_slower(_microbatch_cost(work, stage, rates), work, host_ratio))
+        cost = _microbatch_cost(work, stage, rates).plus(Cost(_fetching_seconds(work, stage)))
+        microbatch.append(_slower(cost, work, host_ratio))
         once.append(_once_seconds(work, stage, gpu, rates, host_ratio))
     P, V = work.pipeline.num_stages, work.pipeline.num_chunks
     seconds = max(microbatch) * (work.shape.num_microbatches + (P - 1) / V)
@@ -180,10 +181,14 @@ def _link_rate(axis: AxisName, grid: Grid, gpu: Gpu) -> float:
     return link if span <= GPUS_PER_HOST else min(link, NETWORK_RATE)
 
 
+def _fetching_seconds(work: StepWork, stage: StageWork) -> float:
+    """Seconds in which a microbatch's parameters arrive from the host, for forward and for backward; on one GPU nothing is computed meanwhile."""
+    return 0.0 if work.zero.offload_params == "none" else 2 * stage.num_updated * FP32_BYTES / HOST_LINK_RATE
+
+
 def _offloading_seconds(work: StepWork, stage: StageWork) -> float:
-    """Seconds for offloading: parameters arrive for each forward and backward, gradients leave after each backward; AdamW runs on the host."""
+    """Seconds of a step in which gradients go to the host, AdamW runs there and, unless they stay there, parameters come back."""
     if work.zero.offload_optimizer == "none":
         return 0.0
-    num_bytes = stage.num_updated * FP32_BYTES
-    transfers = 3 * work.shape.num_microbatches if work.zero.offload_params != "none" else 2
-    return transfers * num_bytes / HOST_LINK_RATE + stage.num_updated * HOST_UPDATED_BYTES / HOST_MEMORY_RATE
+    transfers = 2 if work.zero.offload_params == "none" else 1
+    return stage.num_updated * (transfers * FP32_BYTES / HOST_LINK_RATE + HOST_UPDATED_BYTES / HOST_MEMORY_RATE)

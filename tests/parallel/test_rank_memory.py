@@ -142,5 +142,7 @@ def test_ranks_hold_what_the_planner_says(pool, name):
         assert (num_parameters, moments) == (stage.num_parameters, 8 * stage.num_parameters)
         if INPUTS_OFFLOADED not in settings:
             assert plan.optimizer_bytes + plan.host_bytes // 2 == moments  # half of what is offloaded are moments
-        # Without a GPU host memory is all there is, and nothing is gathered or summed ahead, for which the plan has room.
-        assert 0.9 * peak < plan.total_bytes + plan.host_bytes < 1.2 * peak
+        # Without a GPU host memory is all there is, and nothing is gathered or summed ahead, for which the plan has room. Sums of gradients that
+        # go to the host are there already.
+        twice = 4 * num_parameters if "zero.offload_params=cpu" in settings else 0
+        assert 0.9 * peak < plan.total_bytes + plan.host_bytes - twice < 1.2 * peak

@@ -1,3 +1,5 @@
+from dataclasses import replace
+
 import pytest
 
 from phase8.pipeline_parallel.schedules import build_schedule
@@ -92,11 +94,15 @@ def test_three_blocks_of_stage_3_are_gathered_two_at_a_time():
 
 
 def test_what_is_offloaded_lies_on_the_host():
-    """Parameters, gradients and two moments: 16 bytes a parameter; page-locked memory comes in powers of two."""
+    """Parameters, gradients and two moments: 16 bytes a parameter; page-locked memory comes in powers of two.
+
+    Gradients are summed on the device, and go to the host after the last microbatch.
+    """
     optimizer = plan(Division(is_divided=True, zero_stage=2, offload_optimizer=True, pins_memory=True))
     assert (optimizer.weights_bytes, optimizer.optimizer_bytes, optimizer.host_bytes) == (4 * (PART + WHOLE), 0, 16 * PART)
     both = Division(is_divided=True, zero_stage=3, offload_optimizer=True, offload_params=True)
-    assert plan(both) == MemoryPlan(4 * (REST + 160), 4 * (REST + 200), 0, 77, host_bytes=16 * PART)
+    assert plan(both) == MemoryPlan(4 * (REST + 160), 4 * (PART + REST + 200), 0, 77, host_bytes=16 * PART)
+    assert plan(replace(both, accumulates=False)).gradients_bytes == 4 * (REST + 200)
     pinned = plan(Division(is_divided=True, zero_stage=3, offload_optimizer=True, offload_params=True, pins_memory=True))
     assert pinned.host_bytes == 2 * (64 + 64 + 64 + 32 + 32) + 8 * PART  # of 60, 40, 60, 32 and 20 bytes
 
