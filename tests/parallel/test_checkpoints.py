@@ -45,18 +45,10 @@ WITH_EXPERTS = {
 }
 MUON = ("optim.name=muon",)
 WITH_MUON = {"tp2 dp2 zero 3 muon": ranks(tp=2, dp=2, stage=3, more=MUON), "pp2 dp2 zero 1 muon": ranks(pp=2, dp=2, stage=1, more=MUON)}
-MUON_RING = [tuple(WITH_MUON)]
-EXPERT_RING = list(zip(WITH_EXPERTS, [*list(WITH_EXPERTS)[1:], next(iter(WITH_EXPERTS))], strict=True))
 ANY = TOPOLOGIES | WITH_EXPERTS | WITH_MUON
-# Each in turn to the next; one of eight ranks is enough here, and the other is loaded by test_the_next_loss_is_that_of_one_process.
-AROUND = [name for name in TOPOLOGIES if name != "tp4 pp2"]
-RING = list(zip(AROUND, [*AROUND[1:], AROUND[0]], strict=True))
-ALL_OTHERS = [
-    pair
-    for names, ring in ((TOPOLOGIES, RING), (WITH_EXPERTS, EXPERT_RING))
-    for pair in itertools.permutations(names, 2)
-    if pair not in ring
-]
+# One of eight ranks is enough here, and the other is loaded by test_the_next_loss_is_that_of_one_process.
+RINGS = {"dense": [name for name in TOPOLOGIES if name != "tp4 pp2"], "experts": list(WITH_EXPERTS), "muon": list(WITH_MUON)}
+PAIRS = [pair for names in (TOPOLOGIES, WITH_EXPERTS, WITH_MUON) for pair in itertools.permutations(names, 2)]
 
 
 def start(settings, world_size):
@@ -101,6 +93,17 @@ def load_and_go_on(settings, world_size, path):
     return take_step(train_state, config, 2).loss
 
 
+def pass_on(settings, world_size, path, root):
+    """Loads a checkpoint and saves it, takes a step and saves that; the loss of the step, twice: once more after the checkpoint was loaded again."""
+    config, train_state = start(settings, world_size)
+    restore(train_state, path)
+    save(train_state, root / "as loaded", step=2)
+    loss = take_step(train_state, config, 2).loss
+    save(train_state, root / "after a step", step=2)
+    restore(train_state, path)
+    return loss, take_step(train_state, config, 2).loss
+
+
 def there_and_back(pool, here, there, directory):
     """Saved here, loaded and saved there, loaded here again: what differs from the first, and the losses of the next step."""
     (saved, loss), *_ = pool.run(train_and_save, *ANY[here][::-1], directory / "a", world_size=ANY[here][0])
@@ -114,14 +117,26 @@ def there_and_back(pool, here, there, directory):
     return [name for name, tensor in saved.items() if not torch.equal(checkpoint.read(name), tensor)], loss, resumed
 
 
-@pytest.mark.parametrize(("here", "there"), [*RING, *EXPERT_RING, *MUON_RING])
-def test_there_and_back_is_bit_equal(pool, tmp_path, here, there):
-    different, loss, resumed = there_and_back(pool, here, there, tmp_path)
-    assert not different and resumed == loss
+@pytest.mark.parametrize("ring", RINGS)
+def test_every_layout_goes_on_from_the_one_before(pool, tmp_path, ring):
+    first, *others = RINGS[ring]
+    (saved, _), *_ = pool.run(train_and_save, *ANY[first][::-1], tmp_path, world_size=ANY[first][0])
+    path = tmp_path / "step-0000000002"
+    for name in (*others, first):
+        world_size, settings = ANY[name]
+        losses = pool.run(pass_on, settings, world_size, path, tmp_path / name, world_size=world_size)
+        found = open_checkpoint(tmp_path / name / "as loaded" / path.name)
+        found.verify()
+        assert set(found.tensor_names) == saved.keys() and any(each.endswith("exp_avg_sq") for each in saved)
+        assert [each for each, tensor in saved.items() if not torch.equal(found.read(each), tensor)] == [], name
+        assert all(loss == again for loss, again in losses), name
+        path = tmp_path / name / "after a step" / path.name
+        after = open_checkpoint(path)
+        saved = {each: after.read(each) for each in saved}
 
 
 @pytest.mark.full
-@pytest.mark.parametrize(("here", "there"), ALL_OTHERS)
+@pytest.mark.parametrize(("here", "there"), PAIRS)
 def test_every_way_there_and_back_is_bit_equal(pool, tmp_path, here, there):
     different, loss, resumed = there_and_back(pool, here, there, tmp_path)
     assert not different and resumed == loss
