@@ -1,8 +1,8 @@
-"""Weights that `tools/reshard_checkpoint.py --format consolidated` wrote, opened as if they were a checkpoint.
+"""Weights that `tools/reshard_checkpoint.py --format consolidated` or `tools/quantize_checkpoint.py` wrote, opened as if they were a checkpoint.
 
 | file | content |
 |---|---|
-| `config.json` | the config of the run |
+| `config.json` | the config of the run, and `quantization` where weights have eight bits |
 | `model.safetensors` | the weights under their names in the model |
 | `tokenizer.*` | becomes the attachment |
 """
@@ -38,10 +38,11 @@ def open_consolidated(directory: Path, config: dict[str, Any]) -> WeightFiles:
     """
     path = regular(directory / WEIGHTS_NAME)
     opened = open_tensor_file(path)
+    dtypes = (*STORED_DTYPES, "I8") if config.get("quantization") is not None else STORED_DTYPES
     for key, stored in opened.file.tensors.items():
-        if stored.dtype not in STORED_DTYPES:
+        if stored.dtype not in dtypes:
             raise CheckpointMismatchError(
-                f"{path}: {shown_name(key)} has dtype {stored.dtype}, but weights are {', '.join(STORED_DTYPES)}; consolidate the checkpoint again"
+                f"{path}: {shown_name(key)} has dtype {stored.dtype}, but weights are {', '.join(dtypes)}; consolidate the checkpoint again"
             )
     tokenizer = next((regular(found) for found in sorted(directory.glob("tokenizer.*"))), None)
     places = {key: (WEIGHTS_NAME, key) for key in opened.file.tensors}

@@ -16,7 +16,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, NoReturn
+from typing import Annotated, Any, Literal, NoReturn
 
 from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag, ValidationError
 
@@ -145,6 +145,34 @@ class RunMetadata:
     global_batch_size: int | None
     data_fingerprint: dict[str, Any] | None
     random_state: dict[str, Any] | None
+
+
+class Quantization(_Record):
+    """How weights of eight bits are stored and multiplied.
+
+    Args:
+        format: The number format.
+        dynamic: Whether activations are rounded to eight bits too.
+    """
+
+    format: Literal["int8"]
+    dynamic: bool
+
+
+def quantization_of(checkpoint: Checkpoint) -> Quantization | None:
+    """How the weights of a checkpoint are stored, if in eight bits; None: as they are trained.
+
+    Raises:
+        CheckpointCorruptError: They are stored in a way that this release does not know.
+    """
+    config = checkpoint.metadata.get("config")
+    found = config.get("quantization") if isinstance(config, dict) else None
+    if found is None:
+        return None
+    try:
+        return Quantization.model_validate(found)
+    except ValidationError:
+        _refuse(checkpoint.path, f'quantization is {shown(found)}, but this release reads {{"format": "int8", "dynamic": true or false}}')
 
 
 def run_metadata(checkpoint: Checkpoint, *, needed: Sequence[str] = OF_A_MODEL) -> RunMetadata:

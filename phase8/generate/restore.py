@@ -8,12 +8,15 @@ import torch
 
 from phase8.checkpoint.load import Checkpoint
 from phase8.checkpoint.model_source import open_model, tokenizer_of
-from phase8.checkpoint.run_metadata import run_metadata
+from phase8.checkpoint.run_metadata import quantization_of, run_metadata
 from phase8.checkpoint.state import require_fit, restore_state
 from phase8.config.schema import DataSection
 from phase8.data.tokenizer import Tokenizer, load_tokenizer
+from phase8.distributed.collectives import ALONE
 from phase8.errors import CheckpointError
+from phase8.model.int8_layers import hold_in_int8
 from phase8.model.model import LanguageModel, build_model
+from phase8.model.parameters import materialise
 from phase8.precision.policy import compute_dtype
 
 
@@ -21,17 +24,19 @@ def restore_model(directory: Path, *, device: torch.device) -> tuple[LanguageMod
     """Restores the model of a checkpoint, or of weights without a manifest.
 
     Args:
-        directory: A checkpoint, a run directory, a directory of checkpoints (the newest is taken), consolidated weights, or a Llama.
+        directory: A checkpoint, a run directory, a directory of checkpoints (the newest is taken), consolidated or quantised weights, or a Llama.
         device: Device of the model.
 
     Raises:
         CheckpointError: It is damaged, missing, or not from a training run.
     """
     checkpoint = open_model(directory)
-    config = run_metadata(checkpoint).config
-    dtype = compute_dtype(config.precision)
-    require_fit(checkpoint, build_model(config.model, dtype=dtype, device=torch.device("meta")), widen=True)  # before memory is allocated
-    model = build_model(config.model, dtype=dtype, device=device)
+    config, quantization = run_metadata(checkpoint).config, quantization_of(checkpoint)
+    model = build_model(config.model, dtype=compute_dtype(config.precision), device=torch.device("meta"))
+    if quantization is not None:
+        hold_in_int8(model, is_dynamic=quantization.dynamic)
+    require_fit(checkpoint, model, widen=True)  # before memory is allocated
+    materialise(model, device=device, axis=ALONE)
     restore_state(checkpoint, model, None, widen=True)
     return model, config.data, checkpoint
 

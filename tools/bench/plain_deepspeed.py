@@ -17,6 +17,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from measure import ROOT, BenchmarkError
 from torch import Tensor, nn
 
 from phase8.config.arguments import path_argument
@@ -60,6 +61,8 @@ def main() -> int:
 
 def _run() -> int:
     arguments = _parser().parse_args()
+    if not torch.cuda.is_available():
+        raise BenchmarkError("DeepSpeed is timed on a GPU only, and torch finds none.")
     device = torch.device("cuda", 0)
     torch.cuda.set_device(device)
     name_device_for_deepspeed(device)
@@ -131,7 +134,8 @@ def _host_peak_bytes() -> int:
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--config", type=path_argument, required=True, metavar="FILE", help="what to train")
+    config = ROOT / "configs" / "phase8_1b.yaml"
+    parser.add_argument("--config", type=path_argument, default=config, metavar="FILE", help="what to train (configs/phase8_1b.yaml)")
     parser.add_argument("--set", nargs="+", action="extend", default=[], metavar="a.b=c", help="override config keys")
     parser.add_argument("--stage", type=int, default=3, choices=(1, 2, 3), help="ZeRO stage (3)")
     parser.add_argument("--offload", choices=("none", "cpu", "nvme"), default="cpu", help="where the optimizer goes, in stage 3 parameters too (cpu)")

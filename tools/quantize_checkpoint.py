@@ -1,0 +1,71 @@
+"""Writes the weights of a trained model in eight bits: `python tools/quantize_checkpoint.py runs/quickstart quickstart-int8`.
+
+DST is a directory that tools/generate.py, tools/evaluate.py and tools/recall.py read in the place of a checkpoint; it has no optimizer and is
+not trained on. Dense layers of blocks have whole numbers of eight bits with a scale for each output, other matrices bf16. Exit codes as in
+launch/pretrain.py.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+
+from rich.progress import DownloadColumn, TimeRemainingColumn, TransferSpeedColumn
+
+from phase8.config.arguments import path_argument
+from phase8.imports import imports_that_stay
+from phase8.observe.stage_progress import ProgressDisplay
+from phase8.terminal import run_door
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Runs the command line and returns the exit code."""
+    return run_door(lambda: _run(arguments))
+
+
+def _run(arguments: Sequence[str] | None) -> int:
+    print(_quantize(_parser().parse_args(arguments)))
+    return 0
+
+
+def _quantize(options: argparse.Namespace) -> str:
+    with imports_that_stay():
+        import torch
+
+        from phase8.checkpoint.model_source import open_model
+        from phase8.checkpoint.reshard.quantize import QuantizedWeights
+        from phase8.checkpoint.reshard.reshard import ConsolidatedForm, consolidate
+        from phase8.checkpoint.run_metadata import quantization_of, run_metadata
+        from phase8.checkpoint.state import require_fit
+        from phase8.config.load import config_to_mapping
+        from phase8.errors import CheckpointError
+        from phase8.model.int8_layers import hold_in_int8
+        from phase8.model.model import build_model
+
+    source = open_model(options.source)
+    if quantization_of(source) is not None:
+        raise CheckpointError(f"{source.path} has eight bits already; give the checkpoint that it was made from.")
+    config = run_metadata(source).config
+    model = build_model(config.model, dtype=torch.float32, device=torch.device("meta"))
+    require_fit(source, model, widen=True)
+    layers = hold_in_int8(model, is_dynamic=options.dynamic)
+    form = ConsolidatedForm(config_to_mapping(config) | {"quantization": {"format": "int8", "dynamic": options.dynamic}})
+    with ProgressDisplay(DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn()) as display:
+        weights = QuantizedWeights(source, layers)
+        path = consolidate(weights, options.destination, form=form, dtype=None, on_progress=display.show)
+    before = sum(entry.size_bytes for name, entry in source.manifest.tensors.items() if name.startswith("model."))
+    after = path.stat().st_size
+    return f"{path}: {after:,} bytes instead of {before:,} ({after / before:.0%}), {len(layers)} layers of eight bits, the weights of {source.path}"
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("source", type=path_argument, metavar="SRC", help="a checkpoint, a run (its newest one), consolidated weights, or a Llama")
+    parser.add_argument("destination", type=path_argument, metavar="DST", help="the directory to write; must not exist")
+    parser.add_argument("--dynamic", action="store_true", help="round activations to eight bits too, with a scale for each token: faster on a CPU")
+    return parser
+
+
+if __name__ == "__main__":
+    sys.exit(main())
