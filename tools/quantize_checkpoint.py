@@ -36,16 +36,14 @@ def _quantize(options: argparse.Namespace) -> str:
         from phase8.checkpoint.model_source import open_model
         from phase8.checkpoint.reshard.quantize import QuantizedWeights
         from phase8.checkpoint.reshard.reshard import ConsolidatedForm, consolidate
-        from phase8.checkpoint.run_metadata import quantization_of, run_metadata
+        from phase8.checkpoint.run_metadata import require_as_trained, run_metadata
         from phase8.checkpoint.state import require_fit
         from phase8.config.load import config_to_mapping
-        from phase8.errors import CheckpointError
         from phase8.model.int8_layers import hold_in_int8
         from phase8.model.model import build_model
 
     source = open_model(options.source)
-    if quantization_of(source) is not None:
-        raise CheckpointError(f"{source.path} has eight bits already; give the checkpoint that it was made from.")
+    require_as_trained(source)
     config = run_metadata(source).config
     model = build_model(config.model, dtype=torch.float32, device=torch.device("meta"))
     require_fit(source, model, widen=True)

@@ -242,14 +242,12 @@ def _config_of(source: Checkpoint) -> RunConfig:
     """The config of a checkpoint; its model section describes the weights."""
     import torch
 
-    from phase8.checkpoint.run_metadata import quantization_of, run_metadata
+    from phase8.checkpoint.run_metadata import require_as_trained, run_metadata
     from phase8.checkpoint.state import require_fit
-    from phase8.errors import CheckpointError
     from phase8.model.model import build_model
 
+    require_as_trained(source)
     config = run_metadata(source).config
-    if quantization_of(source) is not None:
-        raise CheckpointError(f"{source.path} has weights of eight bits, which are for generation and evaluation; give the checkpoint they are from.")
     require_fit(source, build_model(config.model, dtype=torch.float32, device=torch.device("meta")), widen=True)
     return config
 

@@ -175,6 +175,18 @@ def quantization_of(checkpoint: Checkpoint) -> Quantization | None:
         _refuse(checkpoint.path, f'quantization is {shown(found)}, but this release reads {{"format": "int8", "dynamic": true or false}}')
 
 
+def require_as_trained(checkpoint: Checkpoint) -> None:
+    """Refuses weights of eight bits where those of training are needed.
+
+    Raises:
+        CheckpointError: The weights have eight bits.
+    """
+    if quantization_of(checkpoint) is not None:
+        raise CheckpointError(
+            f"{checkpoint.path} has weights of eight bits, which are for generation and evaluation alone; give the checkpoint that they are from"
+        )
+
+
 def run_metadata(checkpoint: Checkpoint, *, needed: Sequence[str] = OF_A_MODEL) -> RunMetadata:
     """Parses the metadata of a checkpoint that a training run or an import has written.
 

@@ -11,6 +11,7 @@ from phase8.checkpoint.model_source import open_model, tokenizer_of
 from phase8.checkpoint.reshard.quantize import QuantizedWeights
 from phase8.data.tokenizer_training import train_sentencepiece
 from phase8.division import Region
+from phase8.errors import CheckpointError
 from phase8.generate.decode import Decoder
 from phase8.generate.restore import restore_model
 from phase8.model.int8_layers import Int8Linear
@@ -132,12 +133,18 @@ def test_models_without_dense_layers_are_refused(door, tmp_path, capsys, setting
 
 def test_eight_bits_are_not_made_of_eight_bits_nor_rewritten_for_ranks(door, tmp_path, capsys):
     door.main([str(write_model(tmp_path / "c")), str(tmp_path / "d")])
-    code, error = refused(door, capsys, tmp_path / "d", tmp_path / "e")
-    assert code == 4 and "has eight bits already; give the checkpoint that it was made from" in error
-    code, error = refused(load_door("reshard_checkpoint"), capsys, tmp_path / "d", tmp_path / "e")
-    assert code == 4 and "has weights of eight bits, which are for generation and evaluation" in error
+    for other in (door, load_door("reshard_checkpoint")):
+        code, error = refused(other, capsys, tmp_path / "d", tmp_path / "e")
+        assert code == 4 and "has weights of eight bits, which are for generation and evaluation alone; give the checkpoint" in error
     code, error = refused(door, capsys, tmp_path / "c", tmp_path / "d")
     assert code == 4 and "is there already; give another DST" in error
+
+
+def test_no_run_begins_with_eight_bits(door, trained, tmp_path):
+    data, run = trained
+    door.main([str(run), str(tmp_path / "d")])
+    with pytest.raises(CheckpointError, match="has weights of eight bits"):
+        train_tiny(data / "tiny.yaml", "model.vocab_size=300", "model.chain=none", f"checkpoint.initialise_from={tmp_path / 'd'}", "run.name=next")
 
 
 @pytest.mark.parametrize("quantization", [{"format": "int4", "dynamic": False}, {"format": "int8"}, {"format": "int8", "dynamic": 1}, "int8"])
