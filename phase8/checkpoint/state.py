@@ -26,6 +26,8 @@ from phase8.optim.state import ParameterState, StateTensor, declared_by
 MODEL_PREFIX = "model."
 OPTIMIZER_PREFIX = "optimizer."
 _MAX_LISTED_DIFFERENCES = 5
+# Optimizer state may be stored in one of these and kept in another (`optim.state_dtype`).
+_ONE_FOR_THE_OTHER = {"F32", "BF16"}
 
 
 @dataclass(frozen=True)
@@ -107,7 +109,8 @@ def restore_state(
             where = optimized[parameter_name]
             declared = _declared(where, key)
             value = _read_own(checkpoint, name, where.whole) if declared.shape is None else checkpoint.read(name)
-            created[name] = value.to(where.counter_device if declared.is_scalar else where.part.device)
+            dtype = DTYPES.get(_dtype_of(declared, where) or "", value.dtype)
+            created[name] = value.to(where.counter_device if declared.is_scalar else where.part.device, dtype)
     for name, target in in_place.items():
         checkpoint.verify_region(name, own_region(target))
     with torch.no_grad():
@@ -290,11 +293,16 @@ def _declared_differences(checkpoint: Checkpoint, name: str, declared: StateTens
     """Differences between stored state and the declaration of state that the optimizer has not made yet."""
     entry = checkpoint.entry(name)
     shape = list(where.whole.shape if declared.shape is None else declared.shape)
-    dtype = DTYPE_NAMES.get(where.part.dtype) if declared.dtype is None else declared.dtype
+    dtype = _dtype_of(declared, where)
     if entry.shape != shape:
         yield f"{name} has shape {shown(entry.shape)} in the checkpoint, but the optimizer keeps {shape} of this parameter"
-    elif entry.dtype != dtype:
+    elif entry.dtype != dtype and not {entry.dtype, dtype} <= _ONE_FOR_THE_OTHER:
         yield f"{name} is {entry.dtype} in the checkpoint, but the optimizer keeps {dtype} of this parameter"
+
+
+def _dtype_of(declared: StateTensor, where: _Optimized) -> str | None:
+    """The dtype, as checkpoints name it, of state that the optimizer declares."""
+    return DTYPE_NAMES.get(where.part.dtype) if declared.dtype is None else declared.dtype
 
 
 def _entry_differences(checkpoint: Checkpoint, name: str, target: Tensor, *, widen: bool = False) -> Iterator[str]:

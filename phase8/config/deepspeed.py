@@ -23,6 +23,8 @@ def deepspeed_problems(config: RunConfig) -> Iterator[str]:
         yield "zero.copy_engine_gather is true, but zero.engine is deepspeed, which gathers by itself; set it to false, or zero.engine to fsdp."
     if config.optim.name != "adamw":
         yield f"optim.name is {config.optim.name}, but zero.engine is deepspeed, which runs adamw; set one of them back."
+    if config.optim.state_dtype != "fp32":
+        yield f"optim.state_dtype is {config.optim.state_dtype}, but zero.engine is deepspeed, which keeps fp32; set one of them back."
     if config.train.cuda_graphs is True:
         yield "train.cuda_graphs is true, but zero.engine is deepspeed, whose step no graph can hold; set it to false, or zero.engine to fsdp."
     for axis in ("pipeline", "context", "expert"):

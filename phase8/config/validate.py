@@ -90,6 +90,8 @@ def model_problems(model: ModelSection) -> Iterator[str]:
 
 
 def _schedule(optim: OptimSection, train: TrainSection) -> Iterator[str]:
+    if optim.name != "adamw" and optim.state_dtype != "fp32":
+        yield f"optim.state_dtype is {optim.state_dtype}, but optim.name is {optim.name}, which keeps fp32; set one of them back."
     decay_steps = optim.final_decay_steps(train.num_steps)
     if optim.warmup_steps >= train.num_steps and optim.warmup_steps > 0:
         yield f"optim.warmup_steps {optim.warmup_steps} is not below train.num_steps {train.num_steps}; shorten the warmup."

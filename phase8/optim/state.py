@@ -3,6 +3,7 @@
 | optimizer | state of each parameter |
 |---|---|
 | AdamW | `step`, a scalar; `exp_avg` and `exp_avg_sq`, shaped like the parameter |
+| AdamW with `optim.state_dtype: bf16` | the same, the two moments of matrices in bf16 |
 | Muon | of matrices `step` and `momentum`, shaped like the parameter; of the rest what AdamW keeps |
 
 An optimizer of this library declares its state by a method `declare_state` (`DeclaresState`); torch's AdamW is declared here.
@@ -90,6 +91,18 @@ def adamw_state(name: str, shape: Sequence[int]) -> ParameterState:
     return ParameterState((StateTensor("step", (), "F32"), StateTensor("exp_avg"), StateTensor("exp_avg_sq")))
 
 
+def adamw_bf16_state(name: str, shape: Sequence[int]) -> ParameterState:
+    """The state that AdamW keeps with moments of matrices in bf16."""
+    if not has_short_moments(shape):
+        return adamw_state(name, shape)
+    return ParameterState((StateTensor("step", (), "F32"), StateTensor("exp_avg", dtype="BF16"), StateTensor("exp_avg_sq", dtype="BF16")))
+
+
+def has_short_moments(shape: Sequence[int]) -> bool:
+    """Whether the moments of a parameter have sixteen bits with `optim.state_dtype: bf16`: those of matrices, which are nearly all numbers."""
+    return len(shape) >= 2
+
+
 def muon_state(name: str, shape: Sequence[int]) -> ParameterState:
     """The state that Muon keeps, which gathers the matrices that ranks divide."""
     if not is_orthogonalised(name, shape):
@@ -104,6 +117,8 @@ def is_orthogonalised(name: str, shape: Sequence[int]) -> bool:
 
 def declared_for(section: OptimSection) -> DeclareState:
     """The declaration of the optimizer that a config asks for; no optimizer has to be built for it."""
+    if section.state_dtype == "bf16":
+        return adamw_bf16_state
     return {"adamw": adamw_state, "muon": muon_state}[section.name]
 
 

@@ -202,6 +202,14 @@ RULES = {
     ),
     "fp8": (["precision.dtype=fp8"], "precision.dtype is 'fp8', which is not supported yet; use 'bf16' or 'fp32'."),
     "int8": (["precision.dtype=int8"], "precision.dtype is 'int8', which is not supported yet; use 'bf16' or 'fp32'."),
+    "deepspeed with bf16 moments": (
+        [*DEEPSPEED, "optim.state_dtype=bf16"],
+        "optim.state_dtype is bf16, but zero.engine is deepspeed, which keeps fp32; set one of them back.",
+    ),
+    "muon with bf16 moments": (
+        ["optim.name=muon", "optim.state_dtype=bf16"],
+        "optim.state_dtype is bf16, but optim.name is muon, which keeps fp32; set one of them back.",
+    ),
     "deepspeed with muon": (
         [*DEEPSPEED, "optim.name=muon"], "optim.name is muon, but zero.engine is deepspeed, which runs adamw; set one of them back."
     ),

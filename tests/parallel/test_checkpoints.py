@@ -45,10 +45,16 @@ WITH_EXPERTS = {
 }
 MUON = ("optim.name=muon",)
 WITH_MUON = {"tp2 dp2 zero 3 muon": ranks(tp=2, dp=2, stage=3, more=MUON), "pp2 dp2 zero 1 muon": ranks(pp=2, dp=2, stage=1, more=MUON)}
-ANY = TOPOLOGIES | WITH_EXPERTS | WITH_MUON
+SHORT = ("optim.state_dtype=bf16",)
+WITH_SHORT_MOMENTS = {
+    "tp2 dp2 zero 3 bf16": ranks(tp=2, dp=2, stage=3, more=SHORT),
+    "pp2 offloaded bf16": ranks(pp=2, stage=1, more=(*SHORT, "zero.offload_optimizer=cpu")),
+}
+ANY = TOPOLOGIES | WITH_EXPERTS | WITH_MUON | WITH_SHORT_MOMENTS
 # One of eight ranks is enough here, and the other is loaded by test_the_next_loss_is_that_of_one_process.
 RINGS = {"dense": [name for name in TOPOLOGIES if name != "tp4 pp2"], "experts": list(WITH_EXPERTS), "muon": list(WITH_MUON)}
-PAIRS = [pair for names in (TOPOLOGIES, WITH_EXPERTS, WITH_MUON) for pair in itertools.permutations(names, 2)]
+RINGS["bf16 moments"] = list(WITH_SHORT_MOMENTS)
+PAIRS = [pair for names in (TOPOLOGIES, WITH_EXPERTS, WITH_MUON, WITH_SHORT_MOMENTS) for pair in itertools.permutations(names, 2)]
 
 
 def start(settings, world_size):

@@ -40,6 +40,7 @@ BLOCKS = {
     "muon, experts": (
         "optim.name=muon", "model.ffn=moe", "model.num_experts=4", "model.expert_ffn_size=16", "model.capacity_factor=1.0", "model.init_std=0.3",
     ),
+    "bf16 moments": ("optim.state_dtype=bf16",),
     "tied": ("model.tie_embeddings=true",),
     "deep": ("model.num_layers=5",),
     "deep-tied": ("model.num_layers=4", "model.tie_embeddings=true"),
@@ -113,6 +114,8 @@ QUICK = {
     "ep2 cp2 dp2 zero 3, recomputation": ("experts", ranks(dp=2, cp=2, ep=2, stage=3, more=("train.recompute=full",))),
     "tp2 dp2 zero 3 offloaded inputs": ("whole", ranks(tp=2, dp=2, stage=3, more=INPUTS_OFFLOADED)),
     "pp2 cp2 offloaded inputs": ("deep-tied", ranks(pp=2, cp=2, more=(*INTERLEAVED, *INPUTS_OFFLOADED))),
+    "tp2 dp2 zero 3, bf16 moments": ("bf16 moments", ranks(tp=2, dp=2, stage=3)),
+    "pp2 dp2 zero 1, optimizer offloaded, bf16 moments": ("bf16 moments", ranks(pp=2, dp=2, stage=1, more=("zero.offload_optimizer=cpu",))),
     "tp2 muon": ("muon", ranks(tp=2)),
     "dp2 zero 3 offloaded, muon": ("muon", ranks(dp=2, more=OFFLOADED)),
     "tp2 dp2 zero 3, muon": ("muon, low-rank", ranks(tp=2, dp=2, stage=3)),

@@ -1,0 +1,103 @@
+"""AdamW whose moments of matrices have sixteen bits: 8 bytes a parameter of weights and moments instead of 12. Vectors and scalars keep fp32.
+
+A moment changes by less than the last of its eight significant bits in most steps. So it is rounded at random, up or down, by chances that make the
+result right on average. The chance comes from the bits of the moment itself and the number of the step, not from a generator: ranks agree, whatever
+their layout, and a run that goes on from a checkpoint goes on bit for bit.
+
+Source: I. Loshchilov and F. Hutter, "Decoupled weight decay regularization" (2019); P. Zamirai et al., "Revisiting BFloat16 training" (2020).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Collection, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from phase8.config.schema import OptimSection
+from phase8.optim.state import ParameterState, adamw_bf16_state, has_short_moments
+
+# Numbers that are updated at once: their moments in fp32 stay in the cache of a GPU.
+CHUNK = 1 << 22
+_DROPPED = 0xFFFF  # the bits of an fp32 number that bf16 has no room for
+_ALL_BUT_SIGNS = 0x1FFFF  # what is left of a number that was moved by 15 bits
+# Odd numbers with which products spread all bits of a factor (the golden ratio, and a constant of MurmurHash3).
+_OF_NUMBER, _OF_STEP = 0x9E3779B1 - (1 << 32), 0x85EBCA6B - (1 << 32)
+
+
+def rounded_at_random(x: Tensor, step: Tensor) -> Tensor:
+    """The bf16 number below or above each number of x in absolute value, the nearer one with the greater chance; exact numbers stay.
+
+    Args:
+        x: Numbers, fp32.
+        step: Number of the step, a scalar; the same numbers are rounded in another way in another step.
+    """
+    bits = x.view(torch.int32)
+    mixed = (bits ^ (step.to(torch.int32) * _OF_STEP)) * _OF_NUMBER
+    mixed = (mixed ^ ((mixed >> 15) & _ALL_BUT_SIGNS)) * _OF_STEP
+    chance = (mixed >> 16) & _DROPPED
+    return ((bits + chance) & ~_DROPPED).view(torch.float32).to(torch.bfloat16)
+
+
+class AdamWBf16(torch.optim.Optimizer):
+    """AdamW with moments of matrices in bf16, torch's fused AdamW for the rest.
+
+    Like torch's fused optimizers it divides gradients by `grad_scale` and skips the step where `found_inf` is not zero.
+
+    Args:
+        parameters: This rank's parts of all parameters, by name.
+        section: Optimizer section.
+        decayed_names: Names of the parameters that weight decay applies to.
+    """
+
+    def __init__(self, parameters: Mapping[str, nn.Parameter], section: OptimSection, *, decayed_names: Collection[str]):
+        def groups(*, short: bool) -> list[dict[str, Any]]:
+            chosen = {name: part for name, part in parameters.items() if has_short_moments(part.shape) is short}
+            decays = [[part for name, part in chosen.items() if (name in decayed_names) is decayed] for decayed in (True, False)]
+            return [{"params": part, "weight_decay": decay} for part, decay in zip(decays, (section.weight_decay, 0.0), strict=True)]
+
+        options = {"lr": section.learning_rate, "betas": section.betas, "eps": section.eps}
+        super().__init__(groups(short=True), options | {"capturable": True})  # counters are on the device of their parameter
+        self._matrices = list(self.param_groups)
+        self._adamw = torch.optim.AdamW(groups(short=False), **options, fused=True)
+        # Whoever sets a learning rate or reads state finds both optimizers here.
+        self.param_groups.extend(self._adamw.param_groups)
+        self._adamw.state = self.state
+        self.grad_scale: Tensor | None = None
+        self.found_inf: Tensor | None = None
+
+    def declare_state(self, name: str, shape: Sequence[int]) -> ParameterState:
+        """Moments in bf16 for matrices, what AdamW keeps for the rest."""
+        return adamw_bf16_state(name, shape)
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], float] | None = None) -> None:
+        """Updates all parameters that have gradients; `closure` is not called."""
+        self._adamw.grad_scale, self._adamw.found_inf = self.grad_scale, self.found_inf
+        self._adamw.step()
+        for group in self._matrices:
+            for part in group["params"]:
+                if part.grad is not None:
+                    self._update(part, part.grad, group)
+
+    def _update(self, part: nn.Parameter, gradient: Tensor, group: dict[str, Any]) -> None:
+        state = self.state[part]
+        if not state:
+            state["step"] = torch.zeros((), dtype=torch.float32, device=part.device)
+            state |= {key: torch.zeros_like(part, dtype=torch.bfloat16) for key in ("exp_avg", "exp_avg_sq")}
+        state["step"] += 1
+        rows = max(CHUNK // max(math.prod(part.shape[1:]), 1), 1)
+        pieces = (each.split(rows) for each in (part.detach(), gradient, state["exp_avg"], state["exp_avg_sq"]))
+        for weights, gradients, *moments in zip(*pieces, strict=True):
+            wide = [moment.to(part.dtype) for moment in moments]
+            torch._fused_adamw_(
+                [weights], [gradients], [wide[0]], [wide[1]], [], [state["step"]],
+                amsgrad=False, lr=group["lr"], beta1=group["betas"][0], beta2=group["betas"][1], weight_decay=group["weight_decay"], eps=group["eps"],
+                maximize=False, grad_scale=self.grad_scale, found_inf=self.found_inf,
+            )  # fmt: skip
+            for moment, value in zip(moments, wide, strict=True):
+                moment.copy_(rounded_at_random(value.float(), state["step"]))
+        if self.found_inf is not None:
+            state["step"] -= self.found_inf
