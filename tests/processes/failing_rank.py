@@ -6,13 +6,16 @@ import sys
 import time
 from pathlib import Path
 
-import torch
-import torch.distributed as dist
+from phase8.imports import imports_that_stay
 
-from phase8.errors import DataError, Phase8Error, describe_error
-from phase8.processes.bootstrap import world_from_environment
-from phase8.processes.exit import one_voice
-from phase8.processes.watch import Limits, running
+with imports_that_stay():
+    import torch
+    import torch.distributed as dist
+
+    from phase8.errors import DataError, Phase8Error, describe_error
+    from phase8.processes.bootstrap import world_from_environment
+    from phase8.processes.exit import one_voice
+    from phase8.processes.watch import Limits, running
 
 ALL = -1
 
