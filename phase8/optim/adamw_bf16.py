@@ -10,13 +10,14 @@ Source: I. Loshchilov and F. Hutter, "Decoupled weight decay regularization" (20
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from phase8.config.schema import OptimSection
+from phase8.optim.fused_adamw import BesideAdamW, decay_groups
 from phase8.optim.state import ParameterState, adamw_bf16_state, has_short_moments
 
 # Numbers that are updated at once: their moments in fp32 stay in the cache of a GPU.
@@ -41,10 +42,8 @@ def rounded_at_random(x: Tensor, step: Tensor) -> Tensor:
     return ((bits + chance) & ~_DROPPED).view(torch.float32).to(torch.bfloat16)
 
 
-class AdamWBf16(torch.optim.Optimizer):
+class AdamWBf16(BesideAdamW):
     """AdamW with moments of matrices in bf16, torch's fused AdamW for the rest.
-
-    Like torch's fused optimizers it divides gradients by `grad_scale` and skips the step where `found_inf` is not zero.
 
     Args:
         parameters: This rank's parts of all parameters, by name.
@@ -53,31 +52,21 @@ class AdamWBf16(torch.optim.Optimizer):
     """
 
     def __init__(self, parameters: Mapping[str, nn.Parameter], section: OptimSection, *, decayed_names: Collection[str]):
-        def groups(*, short: bool) -> list[dict[str, Any]]:
-            chosen = {name: part for name, part in parameters.items() if has_short_moments(part.shape) is short}
-            decays = [[part for name, part in chosen.items() if (name in decayed_names) is decayed] for decayed in (True, False)]
-            return [{"params": part, "weight_decay": decay} for part, decay in zip(decays, (section.weight_decay, 0.0), strict=True)]
-
-        options = {"lr": section.learning_rate, "betas": section.betas, "eps": section.eps}
-        super().__init__(groups(short=True), options | {"capturable": True})  # counters are on the device of their parameter
-        self._matrices = list(self.param_groups)
-        self._adamw = torch.optim.AdamW(groups(short=False), **options, fused=True)
-        # Whoever sets a learning rate or reads state finds both optimizers here.
-        self.param_groups.extend(self._adamw.param_groups)
-        self._adamw.state = self.state
-        self.grad_scale: Tensor | None = None
-        self.found_inf: Tensor | None = None
+        matrices = {name: part for name, part in parameters.items() if has_short_moments(part.shape)}
+        super().__init__(
+            decay_groups(matrices, section, decayed_names=decayed_names),
+            {"betas": section.betas, "eps": section.eps},
+            rest={name: part for name, part in parameters.items() if name not in matrices},
+            section=section,
+            decayed_names=decayed_names,
+        )
 
     def declare_state(self, name: str, shape: Sequence[int]) -> ParameterState:
         """Moments in bf16 for matrices, what AdamW keeps for the rest."""
         return adamw_bf16_state(name, shape)
 
-    @torch.no_grad()
-    def step(self, closure: Callable[[], float] | None = None) -> None:
-        """Updates all parameters that have gradients; `closure` is not called."""
-        self._adamw.grad_scale, self._adamw.found_inf = self.grad_scale, self.found_inf
-        self._adamw.step()
-        for group in self._matrices:
+    def _update_own(self) -> None:
+        for group in self._own_groups:
             for part in group["params"]:
                 if part.grad is not None:
                     self._update(part, part.grad, group)

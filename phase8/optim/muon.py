@@ -12,13 +12,13 @@ Source: K. Jordan et al., "Muon" (2024); J. Liu et al., "Muon is scalable for LL
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
 
 from phase8.config.schema import OptimSection
+from phase8.optim.fused_adamw import BesideAdamW
 from phase8.optim.state import ParameterState, is_orthogonalised, muon_state
 from phase8.optim.whole_matrices import WholeMatrices
 
@@ -45,10 +45,8 @@ def orthogonalise(matrix: Tensor) -> Tensor:
     return x.mT if is_tall else x
 
 
-class Muon(torch.optim.Optimizer):
+class Muon(BesideAdamW):
     """Muon for the matrices of linear layers in blocks, torch's fused AdamW for the rest.
-
-    Like torch's fused optimizers it divides gradients by `grad_scale` and skips the step where `found_inf` is not zero.
 
     Args:
         parameters: This rank's parts of all parameters, by name.
@@ -70,32 +68,21 @@ class Muon(torch.optim.Optimizer):
         dtype: torch.dtype | None = None,
     ):
         self._matrices = {name: part for name, part in parameters.items() if name in wholes.shapes}
-        others = {name: part for name, part in parameters.items() if name not in wholes.shapes}
-        groups: list[dict[str, Any]] = [{"params": list(self._matrices.values()), "weight_decay": section.weight_decay, "lr": section.learning_rate}]
-        groups[0]["capturable"] = True  # counters are on the device of their parameter, as of a fused AdamW
-        super().__init__(groups, {})
+        super().__init__(
+            [{"params": list(self._matrices.values()), "weight_decay": section.weight_decay}],
+            {},
+            rest={name: part for name, part in parameters.items() if name not in wholes.shapes},
+            section=section,
+            decayed_names=decayed_names,
+        )
         self._wholes, self._num_heads, self._dtype = wholes, num_heads, dtype
         self._last_momentum, self._warmup_steps = section.momentum, section.momentum_warmup_steps
-        decays = [[part for name, part in others.items() if (name in decayed_names) is decayed] for decayed in (True, False)]
-        self._adamw = torch.optim.AdamW(
-            [{"params": decays[0], "weight_decay": section.weight_decay}, {"params": decays[1], "weight_decay": 0.0}],
-            lr=section.learning_rate, betas=section.betas, eps=section.eps, fused=True,
-        )  # fmt: skip
-        # Whoever sets a learning rate or reads state finds both optimizers here.
-        self.param_groups.extend(self._adamw.param_groups)
-        self._adamw.state = self.state
-        self.grad_scale: Tensor | None = None
-        self.found_inf: Tensor | None = None
 
     def declare_state(self, name: str, shape: Sequence[int]) -> ParameterState:
         """A momentum for matrices, what AdamW keeps for the rest."""
         return muon_state(name, shape)
 
-    @torch.no_grad()
-    def step(self, closure: Callable[[], float] | None = None) -> None:
-        """Updates all parameters that have gradients; `closure` is not called."""
-        self._adamw.grad_scale, self._adamw.found_inf = self.grad_scale, self.found_inf
-        self._adamw.step()
+    def _update_own(self) -> None:
         group = self.param_groups[0]
         for name, update in self._wholes.map(self._direction, self._orthogonalised, dtype=self._dtype_of_iteration()):
             part = self._matrices[name]
