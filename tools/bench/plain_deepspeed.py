@@ -113,8 +113,9 @@ def _engine(deepspeed: Any, config: RunConfig, arguments: argparse.Namespace, de
         "steps_per_print": 1000000,
     }
     dist.init_process_group("nccl", store=dist.HashStore(), rank=0, world_size=1)
+    deepspeed.init_distributed(dist_backend=None, auto_mpi_discovery=False, verbose=False)
     module = MeanLoss(model)
-    return deepspeed.initialize(model=module, model_parameters=list(module.parameters()), config=settings)[0]
+    return deepspeed.initialize(model=module, model_parameters=list(module.parameters()), dist_init_required=False, config=settings)[0]
 
 
 def _zero(arguments: argparse.Namespace) -> dict[str, Any]:
