@@ -53,6 +53,11 @@ def whole_region(shape: Sequence[int]) -> Region:
     return Region([0] * len(shape), list(shape))
 
 
+def slices_of(region: RegionLike) -> tuple[slice, ...]:
+    """The slices of a whole tensor that are a region."""
+    return tuple(slice(offset, offset + length) for offset, length in zip(region.offsets, region.shape, strict=True))
+
+
 def common_region(a: RegionLike, b: RegionLike) -> tuple[tuple[slice, ...], tuple[slice, ...]]:
     """Slices of the elements that two overlapping regions share: in a tensor that holds region a, and in one that holds region b."""
     begins = [max(pair) for pair in zip(a.offsets, b.offsets, strict=True)]

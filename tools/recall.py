@@ -18,6 +18,7 @@ from collections.abc import Sequence
 
 from phase8.config.arguments import path_argument
 from phase8.errors import ConfigError
+from phase8.imports import imports_that_stay
 from phase8.terminal import output_is_the_product, run_door
 
 
@@ -65,11 +66,12 @@ def _write(parsed: argparse.Namespace) -> None:
 def _evaluate(parsed: argparse.Namespace) -> None:
     from dataclasses import asdict
 
-    from phase8.data.staging import write_json
-    from phase8.generate.restore import restore_model
-    from phase8.recall.evaluate import evaluate_recall, greedy_predictions, recall_table
-    from phase8.recall.tasks import Task
-    from phase8.train.device import select_device
+    with imports_that_stay():
+        from phase8.data.staging import write_json
+        from phase8.generate.restore import restore_model
+        from phase8.recall.evaluate import evaluate_recall, greedy_predictions, recall_table
+        from phase8.recall.tasks import Task
+        from phase8.train.device import select_device
 
     device = select_device(parsed.device)
     model, _, checkpoint = restore_model(parsed.checkpoint, device=device)

@@ -26,7 +26,7 @@ from phase8.optim.state import ParameterState, StateTensor, declared_by
 MODEL_PREFIX = "model."
 OPTIMIZER_PREFIX = "optimizer."
 _MAX_LISTED_DIFFERENCES = 5
-# Optimizer state may be stored in one of these and kept in another (`optim.state_dtype`).
+# State shaped like a parameter may be stored in one of these and kept in another (`optim.state_dtype`).
 _ONE_FOR_THE_OTHER = {"F32", "BF16"}
 
 
@@ -296,7 +296,7 @@ def _declared_differences(checkpoint: Checkpoint, name: str, declared: StateTens
     dtype = _dtype_of(declared, where)
     if entry.shape != shape:
         yield f"{name} has shape {shown(entry.shape)} in the checkpoint, but the optimizer keeps {shape} of this parameter"
-    elif entry.dtype != dtype and not {entry.dtype, dtype} <= _ONE_FOR_THE_OTHER:
+    elif entry.dtype != dtype and (declared.is_scalar or not {entry.dtype, dtype} <= _ONE_FOR_THE_OTHER):
         yield f"{name} is {entry.dtype} in the checkpoint, but the optimizer keeps {dtype} of this parameter"
 
 

@@ -23,6 +23,9 @@ class Int8Linear(nn.Module):
         is_dynamic: Whether activations are rounded to eight bits too.
     """
 
+    weight: Tensor
+    scale: Tensor
+
     def __init__(self, linear: Linear, *, is_dynamic: bool):
         super().__init__()
         device = linear.weight.device
@@ -32,7 +35,7 @@ class Int8Linear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Maps [..., D] to [..., F]."""
-        return int8_product(x, self.get_buffer("weight"), self.get_buffer("scale"), is_dynamic=self.is_dynamic)
+        return int8_product(x, self.weight, self.scale, is_dynamic=self.is_dynamic)
 
 
 @dataclass(frozen=True)

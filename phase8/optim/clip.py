@@ -34,6 +34,7 @@ def step_clipped(optimizer: torch.optim.Optimizer, norm: Tensor, *, max_norm: fl
         counts: Scalar on the device; False: weights and optimizer state stay as they are.
     """
     device = optimizer.param_groups[0]["params"][0].device  # the host, where the optimizer is offloaded
+    # These wait for the device, and so for gradients that are on their way to the host.
     optimizer.grad_scale = clipping_divisor(norm, max_norm=max_norm).to(device)
     optimizer.found_inf = (~counts).float().to(device)
     optimizer.step()

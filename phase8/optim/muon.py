@@ -83,7 +83,7 @@ class Muon(BesideAdamW):
         return muon_state(name, shape)
 
     def _update_own(self) -> None:
-        group = self.param_groups[0]
+        (group,) = self._own_groups
         for name, update in self._wholes.map(self._direction, self._orthogonalised, dtype=self._dtype_of_iteration()):
             part = self._matrices[name]
             scale = UPDATE_SCALE * math.sqrt(max(self._split(name, self._wholes.shapes[name])[-2:]))

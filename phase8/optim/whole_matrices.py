@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 
 from phase8.distributed.placement import own_region
-from phase8.division import Region
+from phase8.division import Region, slices_of
 
 Take = Callable[[str], Tensor]
 Compute = Callable[[str, Tensor], Tensor]
@@ -86,9 +86,9 @@ class WholeMatrices:
         if own is not None:
             whole = torch.empty(self.shapes[own], dtype=dtype, device=self.device)
             for part, region in zip(arrived.split(sizes_of_own), _regions_of(holders, own), strict=True):
-                whole[_slices(region)] = part.view(region.shape)
+                whole[slices_of(region)] = part.view(region.shape)
             computed = compute(own, whole)
-            result = torch.cat([computed[_slices(region)].flatten() for region in _regions_of(holders, own)])
+            result = torch.cat([computed[slices_of(region)].flatten() for region in _regions_of(holders, own)])
         returned = _exchange(result, sizes_of_own, sizes_here, holders.group)
         for name, part in zip(names, returned.split(sizes_here), strict=True):
             if name is not None:
@@ -125,10 +125,6 @@ def _axes_that_divide(matrix: Tensor) -> frozenset[str]:
 
 def _regions_of(holders: _Holders, name: str) -> list[Region]:
     return [regions[name] for regions in holders.regions]
-
-
-def _slices(region: Region) -> tuple[slice, ...]:
-    return tuple(slice(offset, offset + length) for offset, length in zip(region.offsets, region.shape, strict=True))
 
 
 def _exchange(x: Tensor, num_sent: list[int], num_received: list[int], group: dist.ProcessGroup) -> Tensor:

@@ -7,9 +7,9 @@ from phase8.config.schema import OptimSection
 from phase8.model.model import build_model
 from phase8.model.parameters import decayed_parameter_names, initialise
 from phase8.optim.adamw import build_optimizer
+from tests.optim.steps import RATES, take_steps
 
 SECTION = OptimSection(learning_rate=0.3, betas=(0.8, 0.9), eps=1e-6, weight_decay=0.2)
-RATES = [0.01, 0.02, 0.05, 0.03, 0.001]
 
 
 def decoupled_adam(x, gradients, *, weight_decay):
@@ -31,12 +31,7 @@ def test_equals_the_algorithm_of_the_paper_in_fp64():
     start = {name: p.detach().double() for name, p in model.named_parameters()}
     gradients = {name: [torch.randn(p.shape) for _ in RATES] for name, p in model.named_parameters()}
     optimizer = build_optimizer(dict(model.named_parameters()), SECTION, decayed_names={"weight"})
-    for step, rate in enumerate(RATES):
-        for group in optimizer.param_groups:
-            group["lr"] = rate
-        for name, parameter in model.named_parameters():
-            parameter.grad = gradients[name][step].clone()
-        optimizer.step()
+    take_steps(optimizer, dict(model.named_parameters()), gradients)
     for name, parameter in model.named_parameters():
         expected = decoupled_adam(start[name], [g.double() for g in gradients[name]], weight_decay=0.2 if name == "weight" else 0.0)
         torch.testing.assert_close(parameter.detach().double(), expected, rtol=2e-6, atol=2e-7)

@@ -8,6 +8,7 @@ from phase8.checkpoint.load import open_checkpoint
 from phase8.checkpoint.save import save_checkpoint
 from phase8.checkpoint.state import flat_state, restore_state
 from phase8.config.schema import OptimSection
+from phase8.errors import CheckpointMismatchError
 from phase8.optim import adamw_bf16
 from phase8.optim.adamw import build_optimizer
 from phase8.optim.adamw_bf16 import AdamWBf16, rounded_at_random
@@ -149,3 +150,16 @@ def test_a_run_may_go_on_with_the_other_dtype(tmp_path):
             found, expected = resumed.state[getattr(other, name)], optimizer.state[getattr(model, name)]
             assert found["exp_avg"].dtype == (kept if name == "matrix" else torch.float32) and found["step"] == 1
             torch.testing.assert_close(found["exp_avg"].float(), expected["exp_avg"].float(), rtol=0.005, atol=0)
+
+
+def test_a_counter_of_another_dtype_is_refused(tmp_path):
+    model = nn.Linear(4, 3)
+    optimizer = build_optimizer(dict(model.named_parameters()), SECTION, decayed_names=set())
+    for parameter in model.parameters():
+        parameter.grad = torch.ones_like(parameter)
+    optimizer.step()
+    tensors = {name: tensor.to(torch.bfloat16) if name.endswith(".step") else tensor for name, tensor in flat_state(model, optimizer).items()}
+    saved = open_checkpoint(save_checkpoint(tmp_path, step=1, tensors=tensors, metadata={}, attachments={}))
+    fresh = build_optimizer(dict(model.named_parameters()), SECTION, decayed_names=set())
+    with pytest.raises(CheckpointMismatchError, match="step is BF16 in the checkpoint, but the optimizer keeps F32"):
+        restore_state(saved, model, fresh)

@@ -7,9 +7,9 @@ from torch import nn
 from phase8.config.schema import OptimSection
 from phase8.optim.muon import COEFFICIENTS, NUM_ITERATIONS, Muon, matrices_of, orthogonalise
 from phase8.optim.whole_matrices import WholeMatrices
+from tests.optim.steps import RATES, take_steps
 
 SECTION = OptimSection(name="muon", learning_rate=0.3, betas=(0.8, 0.9), eps=1e-6, weight_decay=0.2, momentum=0.9, momentum_warmup_steps=4)
-RATES = [0.01, 0.02, 0.05, 0.03, 0.001]
 SHAPES = {
     "blocks.0.mixer.q.weight": (6, 5), "blocks.0.mixer.out.weight": (5, 6), "blocks.0.feed_forward.up.weight": (3, 4, 7),
     "blocks.0.mixer.global_path.scalars.weight": (4, 5), "embedding.weight": (9, 5), "norm.weight": (5,), "head.weight": (9, 5),
@@ -60,15 +60,6 @@ def by_hand(x, gradients, shape):
         update = by_decomposition((gradient + mu * m).view(shape)).view(x.shape)
         x = x - rate * (0.2 * x + 0.2 * math.sqrt(max(shape[-2:])) * update)
     return x
-
-
-def take_steps(optimizer, parts, gradients):
-    for step, rate in enumerate(RATES):
-        for group in optimizer.param_groups:
-            group["lr"] = rate
-        for name, part in parts.items():
-            part.grad = gradients[name][step].clone()
-        optimizer.step()
 
 
 def test_matrices_follow_the_formulas_and_the_rest_adamw():

@@ -52,8 +52,12 @@ WITH_SHORT_MOMENTS = {
 }
 ANY = TOPOLOGIES | WITH_EXPERTS | WITH_MUON | WITH_SHORT_MOMENTS
 # One of eight ranks is enough here, and the other is loaded by test_the_next_loss_is_that_of_one_process.
-RINGS = {"dense": [name for name in TOPOLOGIES if name != "tp4 pp2"], "experts": list(WITH_EXPERTS), "muon": list(WITH_MUON)}
-RINGS["bf16 moments"] = list(WITH_SHORT_MOMENTS)
+RINGS = {
+    "dense": [name for name in TOPOLOGIES if name != "tp4 pp2"],
+    "experts": list(WITH_EXPERTS),
+    "muon": list(WITH_MUON),
+    "bf16 moments": list(WITH_SHORT_MOMENTS),
+}
 PAIRS = [pair for names in (TOPOLOGIES, WITH_EXPERTS, WITH_MUON, WITH_SHORT_MOMENTS) for pair in itertools.permutations(names, 2)]
 
 

@@ -11,7 +11,7 @@ from phase8.checkpoint.load import Checkpoint
 from phase8.checkpoint.manifest import TensorEntry
 from phase8.checkpoint.state import MODEL_PREFIX
 from phase8.checkpoint.tensor_file import DTYPE_NAMES, DTYPES
-from phase8.division import RegionLike, whole_region
+from phase8.division import RegionLike, slices_of, whole_region
 from phase8.precision.int8 import quantized
 
 
@@ -49,8 +49,7 @@ class QuantizedWeights(Checkpoint):
             return found if into is None else into.copy_(found)
         numbers, scale = quantized(self._source.read_region(weight, whole_region(self._source.entry(weight).shape)))
         whole = numbers if name in self._weights else scale.squeeze(-1)
-        bounds = zip(region.offsets, region.shape, strict=True)
-        found = whole[tuple(slice(offset, offset + size) for offset, size in bounds)].contiguous()
+        found = whole[slices_of(region)].contiguous()
         return found if into is None else into.copy_(found)
 
     def verify_region(self, name: str, region: RegionLike) -> None:

@@ -29,7 +29,7 @@ from phase8.checkpoint.load import Checkpoint
 from phase8.checkpoint.manifest import manifest_bytes
 from phase8.checkpoint.tensor_file import DTYPE_NAMES, TensorFile, WrittenFile, byte_view, open_for_reading, write_tensor_file
 from phase8.checkpoint.untrusted import strict_json
-from phase8.division import Region
+from phase8.division import Region, slices_of
 from phase8.durable import fsync_path, replace_file, storage_errors
 from phase8.errors import CheckpointCorruptError, CheckpointError, StorageError
 
@@ -263,7 +263,7 @@ def _is_stored(file: TensorFile, key: str, expected: Tensor, checksum: str) -> b
 
 
 def _cut(tensor: Tensor, region: Region) -> Tensor:
-    return tensor[tuple(slice(offset, offset + size) for offset, size in zip(region.offsets, region.shape, strict=True))].contiguous()
+    return tensor[slices_of(region)].contiguous()
 
 
 def _num_bytes(entry: Entry) -> int:

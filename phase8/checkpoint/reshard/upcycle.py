@@ -18,7 +18,7 @@ from phase8.checkpoint.load import Checkpoint
 from phase8.checkpoint.manifest import TensorEntry
 from phase8.checkpoint.state import MODEL_PREFIX
 from phase8.checkpoint.tensor_file import DTYPE_NAMES
-from phase8.division import Region, RegionLike
+from phase8.division import Region, RegionLike, slices_of
 
 _DENSE = re.compile(r"blocks\.(\d+)\.feed_forward\.(gate|up|down)\.weight")
 
@@ -62,8 +62,7 @@ class UpcycledWeights(Checkpoint):
     def read_region(self, name: str, region: RegionLike, *, into: Tensor | None = None, for_the_last_time: bool = False) -> Tensor:
         """Reads a region of a tensor; of experts, the region of the dense weight as often as the region has experts."""
         if name in self._added:
-            bounds = zip(region.offsets, region.shape, strict=True)
-            found = self._added[name][tuple(slice(offset, offset + size) for offset, size in bounds)].clone()
+            found = self._added[name][slices_of(region)].clone()
         elif self._is_of_experts(name):
             dense = self._source.read_region(self._dense_names[name], Region(region.offsets[1:], region.shape[1:]))
             found = dense.expand(region.shape[0], *dense.shape).contiguous()

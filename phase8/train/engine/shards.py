@@ -52,12 +52,12 @@ class Shards:
         """Gives each part its gradient, fully summed; one that goes to the host is there when the device has come to this point."""
         sums = self._sums_of_summands()
         for name, parameter in self.whole.items():
-            part, gradient = self.parts[name], sums.get(name, parameter.grad)
-            self._gradients[name] = None if gradient is None else held_part(gradient)
-            if self.offload:
-                part.grad = None if gradient is None else self._gradients_on_host.tensors[name].copy_(held_part(gradient), non_blocking=True)
+            part, summed = self.parts[name], sums.get(name, parameter.grad)
+            gradient = self._gradients[name] = None if summed is None else held_part(summed)
+            if self.offload and gradient is not None:
+                part.grad = self._gradients_on_host.tensors[name].copy_(gradient, non_blocking=True)
             elif part is not parameter:
-                part.grad = self._gradients[name]
+                part.grad = gradient
 
     def drop_gradients(self) -> None:
         """Frees all gradients; where they lie on the host stays for the next ones."""
