@@ -1,16 +1,20 @@
-"""Drawing tokens from logits, and text from a prompt."""
+"""Draws the next tokens on the device of the logits, without a look at them on the host.
+
+A token is drawn by a race: the id with the largest probability over noise of an exponential distribution wins. The noise of an id is a function of the
+seed, of the token's place in its sequence and of the id alone. So a seed means the same text on every device and beside any other sequences, as
+far as logits agree.
+
+Shapes: B sequences, V ids, k candidates.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from phase8.errors import CheckpointError, ConfigError
-from phase8.generate.decode import Decoder
-from phase8.model.model import LanguageModel
+from phase8.errors import ConfigError
 
 
 @dataclass(frozen=True)
@@ -46,54 +50,63 @@ class SamplingOptions:
             raise ConfigError(problems)
 
 
-def generate_tokens(
-    model: LanguageModel, prompt: Sequence[int], *, max_tokens: int, options: SamplingOptions, num_ids: int, stop_id: int | None = None
-) -> Iterator[int]:
-    """Token ids that continue a prompt, one at a time.
+def draw_tokens(logits: Tensor, seeds: Tensor, position: Tensor, options: SamplingOptions) -> Tensor:
+    """Draws a token for each sequence.
 
     Args:
-        model: The model.
-        prompt: At least one token id.
-        max_tokens: Maximum number of tokens drawn.
-        options: Sampling options.
-        num_ids: Only ids below it are drawn, since a model's vocabulary may be padded beyond its tokenizer's.
-        stop_id: Ends the text; not yielded.
+        logits: fp32 [B, V].
+        seeds: Seed of each sequence, int64 [B].
+        position: Place of the token in its sequence, int64 [B].
+        options: Temperature and limits; the seed among them is not read.
+
+    Returns:
+        Token ids, int64 [B].
     """
-    device = model.embedding.weight.device
-    generator = torch.Generator().manual_seed(options.seed)
-    decoder = Decoder(model)
-    logits = decoder.feed(torch.tensor([list(prompt)], device=device))
-    for remaining in reversed(range(max_tokens)):
-        token = draw_token(logits[0, :num_ids], options, generator)
-        if token == stop_id:
-            return
-        yield token
-        if remaining:
-            logits = decoder.feed(torch.tensor([[token]], device=device))
-
-
-def draw_token(logits: Tensor, options: SamplingOptions, generator: torch.Generator) -> int:
-    """Draws one token id from logits [V], on the CPU, so that a seed gives the same token on every device.
-
-    Raises:
-        CheckpointError: Some logits are not finite; the weights may be arbitrary numbers.
-    """
-    logits = logits.float().cpu()
-    if not logits.isfinite().all():
-        raise CheckpointError("the model computes logits that are not finite, so its weights are damaged or diverged; use an earlier checkpoint")
     if options.temperature == 0:
-        return int(logits.argmax())
+        return logits.argmax(-1)
     # Relative to the largest, so that a tiny temperature cannot overflow.
-    kept = _keep_likely((logits - logits.max()) / options.temperature, options)
-    return int(torch.multinomial(kept.softmax(-1), 1, generator=generator))
+    logits = (logits - logits.amax(-1, keepdim=True)) / options.temperature
+    if options.top_k == 0 and options.top_p == 1:
+        ids = torch.arange(logits.shape[-1], device=logits.device).expand_as(logits)
+        probabilities = logits.softmax(-1)
+    else:
+        probabilities, ids = _likely(logits, options)
+    winner = (probabilities / _exponential_noise(seeds, position, ids)).argmax(-1, keepdim=True)
+    return ids.gather(-1, winner)[:, 0]
 
 
-def _keep_likely(logits: Tensor, options: SamplingOptions) -> Tensor:
-    """`logits` with -inf for tokens that top_k or top_p exclude; the likeliest always stays."""
-    if 0 < options.top_k < logits.numel():
-        logits = logits.masked_fill(logits < logits.topk(options.top_k).values[-1], -torch.inf)
+def _likely(logits: Tensor, options: SamplingOptions) -> tuple[Tensor, Tensor]:
+    """Probabilities of the candidates [B, k], the likeliest first and 0 for those that top_p excludes, and their ids [B, k]."""
+    if 0 < options.top_k < logits.shape[-1]:
+        ordered, ids = logits.topk(options.top_k, dim=-1)
+    else:
+        ordered, ids = logits.sort(dim=-1, descending=True)
+    probabilities = ordered.softmax(-1)
     if options.top_p < 1:
-        ordered, order = logits.sort(descending=True)
-        before = ordered.softmax(-1).cumsum(-1) - ordered.softmax(-1)
-        logits = logits.masked_fill(torch.zeros_like(logits, dtype=torch.bool).scatter(0, order, before >= options.top_p), -torch.inf)
-    return logits
+        before = probabilities.cumsum(-1) - probabilities
+        is_excluded = before >= options.top_p
+        is_excluded[:, 0] = False
+        probabilities = probabilities.masked_fill(is_excluded, 0)
+    return probabilities, ids
+
+
+def _exponential_noise(seeds: Tensor, position: Tensor, ids: Tensor) -> Tensor:
+    """Numbers of the exponential distribution for each id [B, k], fp64."""
+    key = _scrambled(_scrambled(seeds + _GOLDEN) + (position + 1) * _GOLDEN)
+    bits = _scrambled(key[:, None] + (ids + 1) * _GOLDEN)
+    return -((_shifted(bits, 12).double() + 0.5) * 2.0**-52).log()
+
+
+# SplitMix64: G. Steele, D. Lea, C. Flood, "Fast splittable pseudorandom number generators" (2014). Products of int64 wrap around, as it needs.
+_GOLDEN, _FIRST, _SECOND = (number - 2**64 for number in (0x9E3779B97F4A7C15, 0xBF58476D1CE4E5B9, 0x94D049BB133111EB))
+
+
+def _scrambled(x: Tensor) -> Tensor:
+    x = (x ^ _shifted(x, 30)) * _FIRST
+    x = (x ^ _shifted(x, 27)) * _SECOND
+    return x ^ _shifted(x, 31)
+
+
+def _shifted(x: Tensor, bits: int) -> Tensor:
+    """`x` shifted to the right, with zeros from the left."""
+    return (x >> bits) & ((1 << (64 - bits)) - 1)

@@ -12,14 +12,27 @@ from phase8.kernels.dtypes import at_least_fp32
 
 
 def rotary_angles(num_tokens: int, head_size: int, *, base: float, first_position: int, device: torch.device) -> Tensor:
-    """Angles of every position, fp32 [T, K/2]; the frequencies are computed in fp64 so that far positions keep their phase."""
-    frequencies = base ** (-torch.arange(0, head_size, 2, dtype=torch.float64, device=device) / head_size)
+    """Angles of consecutive positions, fp32 [T, K/2]."""
     positions = torch.arange(first_position, first_position + num_tokens, dtype=torch.float64, device=device)
+    return angles_at(positions, rotary_frequencies(head_size, base=base, device=device))
+
+
+def rotary_frequencies(head_size: int, *, base: float, device: torch.device) -> Tensor:
+    """Angle from one position to the next for each pair of channels [K/2], in fp64 so that far positions keep their phase."""
+    return base ** (-torch.arange(0, head_size, 2, dtype=torch.float64, device=device) / head_size)
+
+
+def angles_at(positions: Tensor, frequencies: Tensor) -> Tensor:
+    """Angles of positions [T], fp32 [T, K/2]."""
     return torch.remainder(positions[:, None] * frequencies, 2 * torch.pi).float()
 
 
 def rotate(x: Tensor, angles: Tensor) -> Tensor:
     """`x` [B, T, H, K] turned by `angles` [T, K/2]; channel i pairs with channel i + K/2."""
+    return turn(x, angles.cos()[:, None], angles.sin()[:, None])
+
+
+def turn(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """`x` [..., K] turned by angles whose cosines and sines [..., K/2] are given."""
     first, second = at_least_fp32(x).chunk(2, dim=-1)
-    cos, sin = angles.cos()[:, None], angles.sin()[:, None]
     return torch.cat((first * cos - second * sin, first * sin + second * cos), dim=-1).to(x.dtype)

@@ -19,7 +19,10 @@ from phase8.distributed.collectives import ALONE, Axis
 from phase8.exchanges import Exchanges, round_a_ring
 from phase8.kernels.rotary import rotate
 from phase8.kernels.running_sum import running_sum
+from phase8.kernels.window_state import WindowState
 from phase8.model.convolution import ShortConvolution
+from phase8.model.mixer_state import MixerState
+from phase8.model.mixer_step import MixerStep
 from phase8.model.norm import QueryKeyNorm
 from phase8.model.work import mean_visible_keys
 from phase8.precision.formats import NumberFormat
@@ -41,6 +44,12 @@ class AttentionState:
     values: Tensor
     documents: Tensor
     convolution: Tensor
+
+    def as_window(self) -> MixerState:
+        """The same state as that of a window that holds all tokens."""
+        none = self.keys[:, :0]
+        window = WindowState(self.keys, self.values, none, none, self.documents, self.documents[:, :0], self.keys.shape[1])
+        return MixerState(self.convolution, window, None)
 
 
 class CausalAttention(nn.Module):
@@ -65,6 +74,7 @@ class CausalAttention(nn.Module):
         self.qkv = JointColumnLinear((self.q, self.k, self.v), axis, number_format)
         self.convolution = ShortConvolution(inner, model.convolution_taps, num_ranks=axis.size)
         self.qk_norm = QueryKeyNorm(model.num_heads, model.head_width, eps=model.norm_eps) if model.has_qk_norm else None
+        self.eps = model.norm_eps
         std = model.init_std / math.sqrt(2 * model.num_layers)
         self.out = row_linear(inner, width, rank=rank, std=std, axis=axis, number_format=number_format)
 
@@ -87,6 +97,25 @@ class CausalAttention(nn.Module):
         nothing = torch.zeros(batch_size, 0, self.num_heads, self.head_size, dtype=dtype, device=device)
         documents = torch.zeros(batch_size, 0, dtype=torch.int32, device=device)
         return AttentionState(nothing, nothing, documents, self.convolution.empty_state(batch_size, dtype=dtype, device=device))
+
+    def prepared(self, dtype: torch.dtype, *, has_rotary: bool, capacity: int) -> MixerStep:
+        """The layer of one rank for decoding with a residual stream of a dtype: a window of `capacity` tokens, as many as are ever read."""
+        return MixerStep(
+            project=self.qkv.prepared(dtype),
+            project_scalars=None,
+            project_gate=None,
+            out=self.out.prepared(dtype),
+            taps=self.convolution.prepared(dtype),
+            scale=None if self.qk_norm is None else self.qk_norm.weight.detach()[:, None],
+            beta=None,
+            global_path=None,
+            window=capacity,
+            global_tokens=0,
+            num_heads=self.num_heads,
+            has_silu=False,
+            has_rotary=has_rotary,
+            eps=self.eps,
+        )
 
     def forward(
         self, x: Tensor, angles: Tensor, starts: Tensor | None = None, state: AttentionState | None = None

@@ -13,8 +13,10 @@ from phase8.config.model_section import ModelSection
 from phase8.distributed.collectives import ALONE, Axis
 from phase8.exchanges import Exchanges
 from phase8.model.attention import AttentionState, CausalAttention
+from phase8.model.decoding import BlockStep
 from phase8.model.feed_forward import build_feed_forward
-from phase8.model.mixer import MixerState, Phase8Mixer
+from phase8.model.mixer import Phase8Mixer
+from phase8.model.mixer_state import MixerState
 from phase8.model.mixture_of_experts import MixtureOfExperts
 from phase8.model.norm import RMSNorm
 from phase8.precision.formats import OPERAND_DTYPE, NumberFormat
@@ -76,6 +78,14 @@ class Block(nn.Module):
         block = mixer.then(self.feed_forward.exchanges())
         repeated = {"full": block.repeated, "selective": mixer.repeated}.get(recompute, ())
         return replace(block, backward=repeated + block.backward)
+
+    def prepared(self, dtype: torch.dtype, *, capacity: int) -> BlockStep:
+        """The block of one rank for decoding with a residual stream of a dtype; `capacity` as for `CausalAttention`."""
+        if isinstance(self.mixer, CausalAttention):
+            mixer = self.mixer.prepared(dtype, has_rotary=self.has_rotary, capacity=capacity)
+        else:
+            mixer = self.mixer.prepared(dtype, has_rotary=self.has_rotary)
+        return BlockStep(self.mixer_norm.prepared(), mixer, self.feed_forward_norm.prepared(), self.feed_forward.prepared(dtype))
 
     @staticmethod
     def auxiliary_losses(model: ModelSection) -> tuple[str, ...]:

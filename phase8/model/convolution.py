@@ -7,6 +7,7 @@ from torch import Tensor, nn
 
 from phase8.exchanges import NO_EXCHANGES, Exchanges, fetched
 from phase8.kernels.causal_convolution import causal_convolution
+from phase8.kernels.dtypes import at_least_fp32
 from phase8.tensor_parallel.parameters import ParameterSpec, local
 
 
@@ -50,6 +51,10 @@ class ShortConvolution(nn.Module):
     def taps(self) -> Tensor | None:
         """The taps of the C channels of this rank [C, taps]; None with one tap."""
         return None if self.num_taps == 1 else local(self.weight).flatten(0, 1)
+
+    def prepared(self, dtype: torch.dtype) -> Tensor | None:
+        """The taps of one rank for decoding with inputs of a dtype, fp32 or wider [taps, C]; None with one tap."""
+        return None if self.taps is None else at_least_fp32(self.taps.detach().to(dtype)).T.contiguous()
 
     def forward(self, x: Tensor, starts: Tensor | None, state: Tensor | None) -> tuple[Tensor, Tensor]:
         """Maps [B, T, C] to [B, T, C], and returns the state for the next piece of the sequence."""

@@ -6,7 +6,10 @@ Source: N. Shazeer, "GLU variants improve transformer" (2020).
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
+from dataclasses import dataclass
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -17,6 +20,24 @@ from phase8.kernels.low_rank_swiglu import low_rank_swiglu
 from phase8.precision.formats import NumberFormat
 from phase8.tensor_parallel.linear import ColumnParallelLinear, JointColumnLinear, LowRankColumn, LowRankRow, RowParallelLinear
 from phase8.tensor_parallel.parameters import local
+
+
+@dataclass(frozen=True)
+class GatedStep:
+    """A gated feed-forward for decoding, dense or of low rank.
+
+    Args:
+        gate_and_up: Maps [B, D] to gate and up together [B, 2 F].
+        down: Maps [B, F] to [B, D].
+    """
+
+    gate_and_up: Callable[[Tensor], Tensor]
+    down: Callable[[Tensor], Tensor]
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """Maps tokens [B, D] to [B, D]."""
+        gate, up = self.gate_and_up(x).chunk(2, dim=-1)
+        return self.down(F.silu(gate) * up)
 
 
 class SwiGLU(nn.Module):
@@ -46,6 +67,10 @@ class SwiGLU(nn.Module):
         gate, up = self.gate_and_up(x).chunk(2, dim=-1)
         return self.down(F.silu(gate) * up)
 
+    def prepared(self, dtype: torch.dtype) -> GatedStep:
+        """The feed-forward of one rank for decoding with inputs of a dtype."""
+        return GatedStep(self.gate_and_up.prepared(dtype), self.down.prepared(dtype))
+
 
 class LowRankSwiGLU(nn.Module):
     """The feed-forward of low-rank linears. One operator computes all between their bottlenecks, in the dtype of its operands.
@@ -73,6 +98,10 @@ class LowRankSwiGLU(nn.Module):
         bottlenecks = self.gate_and_up.bottlenecks(x)
         gate, up, down = (local(linear.weight) for linear in (self.gate.up, self.up.up, self.down.down))
         return self.down.finish(low_rank_swiglu(bottlenecks, gate, up, down))
+
+    def prepared(self, dtype: torch.dtype) -> GatedStep:
+        """The feed-forward of one rank for decoding with inputs of a dtype."""
+        return GatedStep(self.gate_and_up.prepared(dtype), self.down.prepared(dtype))
 
 
 def build_feed_forward(model: ModelSection, *, axis: Axis, number_format: NumberFormat) -> SwiGLU | LowRankSwiGLU:

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
@@ -26,6 +25,9 @@ from phase8.kernels.gated_linear_attention import gated_linear_attention
 from phase8.kernels.green_scan import green_scan
 from phase8.kernels.mixer_inputs import MixerInputs
 from phase8.kernels.state_map import decay_map, state_map
+from phase8.model.decay_and_gate import DecayAndGate, bounded_potential
+from phase8.model.global_step import ChainStep, GlobalStep
+from phase8.model.mixer_state import GlobalState
 from phase8.model.norm import RMSNorm
 from phase8.precision.formats import NumberFormat
 from phase8.tensor_parallel.linear import JointColumnLinear, LowRankColumn, WideLinear
@@ -33,30 +35,12 @@ from phase8.tensor_parallel.parameters import ParameterSpec, inverse_softplus, l
 
 ETA_MIN = 0.1
 INITIAL_ETA = 0.5
-POTENTIAL_MAX = 2.0
 # A memory so short that the decay would begin below this share of its floor begins there, where the sigmoid still has a gradient.
 LARGEST_SHARE_OF_FLOOR = 0.99
 # After its norm the global path is at first ten times as large as the local one: a half-open gate would drown what the local path learns
 # (docs/quality.md). Alone in its layer, it has nothing to drown.
 INITIAL_GATE = -3.0
 INITIAL_GATE_ALONE = 0.0
-
-
-@dataclass(frozen=True)
-class GlobalState:
-    """The state that the global path carries from token to token, in fp32.
-
-    Args:
-        memory: State of the recurrence [B, H, K, K].
-        green: The Green function of the last token [B, H, 2]; None without the chain.
-    """
-
-    memory: Tensor
-    green: Tensor | None
-
-    def copied(self) -> GlobalState:
-        """The same state in memory of its own."""
-        return GlobalState(self.memory.clone(), None if self.green is None else self.green.clone())
 
 
 class Projections(NamedTuple):
@@ -136,12 +120,19 @@ class GreenChain(nn.Module):
             The state for the next piece [B, H, 2] (None: another rank goes on), the log of the factor on the decay rate [B, T, H] and the
             term added to the gate [B, T, H]; each of the last two is None where the chain does not modulate it.
         """
-        potential = POTENTIAL_MAX * torch.tanh(u / POTENTIAL_MAX)
-        eta = ETA_MIN + F.softplus(local(self.eta_raw))
-        arguments = (potential, local(self.energy), eta, F.softplus(local(self.hopping_raw)), starts)
+        arguments = (bounded_potential(u), *self.coefficients(), starts)
         g, state = green_scan(*arguments, state) if self.earlier is None else (self.earlier.green_scan(*arguments), None)
         decay, gate = (None if mix is None else (g * local(mix)).sum(-1) for mix in (self.decay_mix, self.gate_mix))
         return state, decay, gate
+
+    def coefficients(self) -> tuple[Tensor, Tensor, Tensor]:
+        """Energy, imaginary part of the energy, and squared hopping [H]."""
+        return local(self.energy), ETA_MIN + F.softplus(local(self.eta_raw)), F.softplus(local(self.hopping_raw))
+
+    def prepared(self) -> ChainStep:
+        """The chain of one rank for decoding."""
+        mixes = (None if mix is None else mix.detach() for mix in (self.decay_mix, self.gate_mix))
+        return ChainStep(*(each.detach() for each in self.coefficients()), *mixes)
 
 
 class GlobalPath(nn.Module):
@@ -201,6 +192,12 @@ class GlobalPath(nn.Module):
         green = None if self.chain is None else torch.zeros(batch_size, self.num_heads, 2, **wide)
         return GlobalState(torch.zeros(batch_size, self.num_heads, self.head_size, self.head_size, **wide), green)
 
+    def prepared(self) -> GlobalStep:
+        """The global path of one rank for decoding; the mixer prepares its linear layers."""
+        biases = self.decay_bias.detach(), self.gate_bias.detach()
+        decay_and_gate = DecayAndGate(*biases, self.decay_floor, self.head_size if self.is_delta else None)
+        return GlobalStep(decay_and_gate, None if self.chain is None else self.chain.prepared(), self.norm.prepared())
+
     def begin(self, x: Tensor) -> Projections:
         """Computes the scalars of every head and token from the mixer's input x, and begins to gather them; `prepare` waits for them.
 
@@ -241,23 +238,13 @@ class GlobalPath(nn.Module):
 
     def _modulation(self, scalars: Tensor, channels: Tensor | None, starts: Tensor | None, state: Tensor | None) -> _Modulation:
         """What the scalars [B, T, H, scalars per head] and a gate per channel [B, T, H, K] become, with the chain's state before the first token."""
-        columns = iter(scalars.unbind(-1))
-        step = next(columns) + local(self.decay_bias)
-        logits = (next(columns)[..., None] if channels is None else channels) + local(self.gate_bias)[:, None]
-        decay_factor = None
-        if self.chain is not None:
-            state, decay_factor, gate_term = self.chain(next(columns), starts, state)
-            logits = logits if gate_term is None else logits + gate_term[..., None]
-        # Queries and keys are RMS-normalised: the squared length of a key is the head size.
-        rate = torch.sigmoid(next(columns)) / self.head_size if self.is_delta else None
-        return _Modulation(self._log_decay(step, decay_factor), torch.sigmoid(logits), rate, state)
+        carried = [state]
 
-    def _log_decay(self, step: Tensor, factor: Tensor | None) -> Tensor:
-        """Logarithm of the decay from its step and the chain's logarithm of a factor on it [B, T, H].
+        def chain(u: Tensor) -> tuple[Tensor | None, Tensor | None]:
+            assert self.chain is not None
+            carried[0], decay, gate = self.chain(u, starts, state)
+            return decay, gate
 
-        Source: with a floor, arXiv 2609.24797. The factor then is one on the odds, so that the floor holds, and for long memories that is the same.
-        """
-        if self.decay_floor is not None:
-            return self.decay_floor * torch.sigmoid(step if factor is None else step + factor)
-        log_decay = -F.softplus(step)
-        return log_decay if factor is None else log_decay * torch.exp(factor)
+        decay_and_gate = DecayAndGate(local(self.decay_bias), local(self.gate_bias), self.decay_floor, self.head_size if self.is_delta else None)
+        log_decay, gate, rate = decay_and_gate.of(scalars, channels, None if self.chain is None else chain)
+        return _Modulation(log_decay, gate, rate, carried[0])

@@ -37,6 +37,10 @@ class Int8Linear(nn.Module):
         """Maps [..., D] to [..., F]."""
         return int8_product(x, self.weight, self.scale, is_dynamic=self.is_dynamic)
 
+    def prepared(self, dtype: torch.dtype) -> Int8Linear:
+        """The layer for decoding: itself."""
+        return self
+
 
 @dataclass(frozen=True)
 class JointInt8:
@@ -47,6 +51,10 @@ class JointInt8:
     def __call__(self, x: Tensor) -> Tensor:
         """The outputs of the layers, concatenated."""
         return torch.cat([layer(x) for layer in self.layers], dim=-1)
+
+    def prepared(self, dtype: torch.dtype) -> JointInt8:
+        """The layers for decoding: themselves."""
+        return self
 
 
 def hold_in_int8(model: LanguageModel, *, is_dynamic: bool) -> list[str]:

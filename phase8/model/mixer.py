@@ -6,7 +6,6 @@ Every part is local to a head. Shapes: B batch, T tokens, D model width, H heads
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
@@ -20,7 +19,9 @@ from phase8.kernels.mixer_inputs import MixerInputs, mixer_inputs
 from phase8.kernels.window_attention import window_attention
 from phase8.kernels.window_state import WindowState, empty_window_state
 from phase8.model.convolution import ShortConvolution
-from phase8.model.global_path import GlobalPath, GlobalState
+from phase8.model.global_path import GlobalPath
+from phase8.model.mixer_state import MixerState
+from phase8.model.mixer_step import MixerStep
 from phase8.model.norm import QueryKeyNorm
 from phase8.model.work import mean_visible_keys
 from phase8.precision.formats import NumberFormat
@@ -30,25 +31,6 @@ from phase8.tensor_parallel.parameters import ParameterSpec, inverse_softplus, l
 INITIAL_RADIUS = 4.0
 INITIAL_BETA = 2.0
 SMALLEST_WEIGHT_BITS = 120.0
-
-
-@dataclass(frozen=True)
-class MixerState:
-    """The state that decoding keeps; its size is the same at any context length.
-
-    Args:
-        convolution: Last taps - 1 inputs of the convolution [B, taps - 1, 3 H K].
-        window: Keys and values of the window and of the global tokens; None: the layer has no window.
-        global_path: State of the global path; None: the mixer has none.
-    """
-
-    convolution: Tensor
-    window: WindowState | None
-    global_path: GlobalState | None
-
-    def copied(self) -> MixerState:
-        """The same state in memory of its own."""
-        return MixerState(*(None if part is None else part.clone() if isinstance(part, Tensor) else part.copied() for part in vars(self).values()))
 
 
 class LorentzScore(nn.Module):
@@ -133,6 +115,26 @@ class Phase8Mixer(nn.Module):
         window = None if self.window == 0 else empty_window_state(batch_size, self.num_heads, self.head_size, like=convolution)
         path = self.global_path
         return MixerState(convolution, window, None if path is None else path.empty_state(batch_size, dtype=dtype, device=device))
+
+    def prepared(self, dtype: torch.dtype, *, has_rotary: bool) -> MixerStep:
+        """The mixer of one rank for decoding with a residual stream of a dtype."""
+        path, lengths = self.global_path, self.score if self.score is not None else self.qk_norm
+        return MixerStep(
+            project=self.qkv.prepared(dtype),
+            project_scalars=None if path is None else path.scalars.prepared(dtype),
+            project_gate=None if path is None or path.gates is None else path.gates.prepared(dtype),
+            out=self.out.prepared(dtype),
+            taps=self.convolution.prepared(dtype),
+            scale=None if lengths is None else (lengths.radius.detach() * self.head_size**-0.5)[:, None],
+            beta=None if self.score is None else self.score.beta.detach(),
+            global_path=None if path is None else path.prepared(),
+            window=self.window,
+            global_tokens=self.global_tokens,
+            num_heads=self.num_heads,
+            has_silu=self.has_silu,
+            has_rotary=has_rotary,
+            eps=self.eps,
+        )
 
     def forward(
         self, x: Tensor, angles: Tensor, starts: Tensor | None = None, state: MixerState | None = None

@@ -21,6 +21,7 @@ from phase8.exchanges import Exchanges, computed_by_experts, counted, gathered, 
 from phase8.expert_parallel.exchange import computed_where_experts_are
 from phase8.expert_parallel.slots import Slots, compact_slots, from_slots, padded_slots, places_in_sequence, to_slots
 from phase8.model.experts import Experts
+from phase8.model.experts_step import ExpertsStep
 from phase8.model.feed_forward import SwiGLU
 from phase8.model.router import BALANCE, Router, Routing, Z
 from phase8.precision.formats import NumberFormat
@@ -100,6 +101,12 @@ class MixtureOfExperts(nn.Module):
         y = scatter_tokens(from_slots(rows, weights, slots), self.axis)
         measured = torch.cat((routing.counts.float(), self._num_dropped(slots).float()[None], routing.entropy.float()[None]))
         return (y if shared is None else y + shared).view(x.shape), {**routing.losses, ROUTING: measured}
+
+    def prepared(self, dtype: torch.dtype) -> ExpertsStep:
+        """The layer of one rank for decoding with inputs of a dtype."""
+        weights = (weight.detach().to(dtype) for weight in (self.experts.gate, self.experts.up, self.experts.down))
+        shared = None if self.shared is None else self.shared.prepared(dtype)
+        return ExpertsStep(self.router.scores.prepared(dtype), self.router.choose, *weights, shared)
 
     def _of_all_tokens(self, routing: Routing) -> tuple[Tensor, Tensor]:
         """Experts and weights of all tokens [N, k]; one collective brings both."""

@@ -13,6 +13,7 @@ from phase8.distributed.collectives import ALONE, Axis, gather_tokens
 from phase8.exchanges import NO_EXCHANGES, Exchanges, gathered
 from phase8.kernels.rotary import rotary_angles
 from phase8.model.block import Block, BlockState
+from phase8.model.decoding import ModelStep
 from phase8.model.norm import RMSNorm
 from phase8.model.parameters import materialise
 from phase8.precision.formats import OPERAND_DTYPE, NumberFormat
@@ -158,6 +159,15 @@ class LanguageModel(nn.Module):
         hidden = gather_tokens(hidden.flatten(0, -2), self.axis)
         first = first_id(self.section.vocab_size, self.axis)
         return parallel_cross_entropy(hidden, local(self.head_weight), targets.flatten(), first_id=first, axis=self.axis)
+
+    @torch.no_grad()
+    def prepared(self, *, capacity: int) -> ModelStep:
+        """The whole model on one rank for decoding; `capacity` as for `ModelStep`."""
+        assert self.embedding is not None and self.norm is not None
+        blocks = tuple(block.prepared(self.dtype, capacity=capacity) for block in self.blocks.values())
+        embedding = self.embedding.weight.detach().to(self.dtype)
+        head = embedding if self.head is None else self.head_weight.detach().to(self.dtype)
+        return ModelStep(self.section, capacity, embedding, blocks, self.norm.prepared(), head)
 
     def logits(self, hidden: Tensor) -> Tensor:
         """Logits of hidden states, fp32 [..., V]."""

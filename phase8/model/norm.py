@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
+from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
@@ -14,6 +15,18 @@ from torch import Tensor, nn
 
 from phase8.kernels.dtypes import at_least_fp32
 from phase8.tensor_parallel.parameters import ParameterSpec, local
+
+
+@dataclass(frozen=True)
+class PreparedNorm:
+    """The norm for decoding; arguments as of `RMSNorm`, with the weight itself."""
+
+    weight: Tensor
+    eps: float
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """Normalises `x` over its last dim; the result has its dtype."""
+        return _weighted(x, self.weight, self.eps)
 
 
 class RMSNorm(nn.Module):
@@ -36,7 +49,11 @@ class RMSNorm(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Normalises `x`; the result has its dtype."""
-        return (rms_normalise(at_least_fp32(x), self.eps) * local(self.weight)).to(x.dtype)
+        return _weighted(x, local(self.weight), self.eps)
+
+    def prepared(self) -> PreparedNorm:
+        """The norm of one rank for decoding."""
+        return PreparedNorm(self.weight.detach(), self.eps)
 
 
 class QueryKeyNorm(nn.Module):
@@ -66,9 +83,13 @@ class QueryKeyNorm(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Normalises queries or keys [..., H, K]; the result has their dtype."""
-        return (rms_normalise(at_least_fp32(x), self.eps) * local(self.weight)[:, None]).to(x.dtype)
+        return _weighted(x, local(self.weight)[:, None], self.eps)
 
 
 def rms_normalise(x: Tensor, eps: float) -> Tensor:
     """Normalises over the last dim, without a weight."""
     return F.rms_norm(x, x.shape[-1:], eps=eps)
+
+
+def _weighted(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    return (rms_normalise(at_least_fp32(x), eps) * weight).to(x.dtype)

@@ -76,11 +76,7 @@ class Router(nn.Module):
     def forward(self, x: Tensor) -> Routing:
         """Chooses the experts of own tokens [n, D]."""
         logits = self.scores(x)
-        scores = logits.softmax(-1) if self.has_softmax else logits.sigmoid()
-        chosen = (scores + self.bias.to(scores.dtype)).topk(self.top_k, dim=-1).indices
-        weights = scores.gather(-1, chosen)
-        if self.top_k > 1:  # of a single choice the weight itself is the way by which the router learns
-            weights = self.sum_of_weights * _normalised(weights)
+        scores, chosen, weights = self.choose(logits)
         shares = scores if self.has_softmax else _normalised(scores)
         balance = self.balance_weight * scores.shape[-1] * (shares.sum(0) @ self.load.to(shares.dtype))
         z = self.z_weight * logits.logsumexp(-1).square().sum()
@@ -88,6 +84,15 @@ class Router(nn.Module):
             counts = F.one_hot(chosen, scores.shape[-1]).sum((0, 1))
             entropy = -torch.special.xlogy(shares, shares).sum()
         return Routing(chosen, weights, {BALANCE: balance, Z: z}, counts, entropy)
+
+    def choose(self, logits: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Scores [n, E], chosen experts [n, k] and their weights [n, k] from the logits of own tokens [n, E]."""
+        scores = logits.softmax(-1) if self.has_softmax else logits.sigmoid()
+        chosen = (scores + self.bias.to(scores.dtype)).topk(self.top_k, dim=-1).indices
+        weights = scores.gather(-1, chosen)
+        if self.top_k > 1:  # of a single choice the weight itself is the way by which the router learns
+            weights = self.sum_of_weights * _normalised(weights)
+        return scores, chosen, weights
 
     @torch.no_grad()
     def learn_from(self, counts: Tensor, is_valid: Tensor) -> None:

@@ -21,13 +21,59 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from phase8.distributed.collectives import Axis, gather_tokens, scatter_tokens
 from phase8.exchanges import Exchanges, gathered, scattered
+from phase8.kernels.dtypes import at_least_fp32
 from phase8.precision.formats import OPERAND_DTYPE, NumberFormat
 from phase8.tensor_parallel.parameters import ParameterSpec, local
 from phase8.tensor_parallel.products import gathered_product, plain_product, scattered_product, wide_product
+
+
+@dataclass(frozen=True)
+class PreparedLinear:
+    """The product y = x W^T for decoding, where each token would wait for casts and copies of weights that are the same every time.
+
+    Args:
+        weight: Weight in the dtype of x [F, D].
+    """
+
+    weight: Tensor
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """Maps [B, D] to [B, F]."""
+        return F.linear(x, self.weight)
+
+
+@dataclass(frozen=True)
+class PreparedLowRank:
+    """The products y = up(down(x)) of n low-rank layers for decoding.
+
+    Args:
+        down: Weights down, joined [n R, D].
+        up: Weights up, stacked [n, F, R].
+    """
+
+    down: Tensor
+    up: Tensor
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """Maps [B, D] to [B, n F]."""
+        bottlenecks = F.linear(x, self.down).unflatten(1, (len(self.up), -1)).transpose(0, 1)
+        return (bottlenecks @ self.up.mT).transpose(0, 1).flatten(1)
+
+
+@dataclass(frozen=True)
+class PreparedWide:
+    """The product of a `WideLinear` for decoding; the weight is fp32 or wider, or on a GPU has the dtype of x."""
+
+    weight: Tensor
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """Maps [B, D] to fp32 or wider [B, F]."""
+        return wide_product(x, self.weight)
 
 
 class Linear(nn.Module):
@@ -62,6 +108,10 @@ class Linear(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """Maps [..., in_features] to [..., out_features of this rank]."""
         return plain_product(x, local(self.weight).to(x.dtype), self.number_format)
+
+    def prepared(self, dtype: torch.dtype) -> PreparedLinear:
+        """The layer of one rank for decoding with inputs of a dtype."""
+        return PreparedLinear(self.weight.detach().to(dtype))
 
     def extra_repr(self) -> str:
         """The widths over all ranks together, for `print(model)`."""
@@ -149,6 +199,10 @@ class LowRankRow(nn.Module):
         """Maps [..., in_features of this rank] of all tokens to [..., out_features] of the own tokens."""
         return self.up(self.down(x))
 
+    def prepared(self, dtype: torch.dtype) -> PreparedLowRank:
+        """The layer of one rank for decoding with inputs of a dtype."""
+        return PreparedLowRank(self.down.weight.detach().to(dtype), self.up.weight.detach().to(dtype)[None])
+
     def finish(self, bottleneck: Tensor) -> Tensor:
         """Computes the layer from `down` on, from this rank's summand of the bottleneck of all tokens [..., R]; result as of `forward`."""
         return self.up(scatter_tokens(bottleneck, self.down.axis))
@@ -160,6 +214,12 @@ class WideLinear(Linear):
     def forward(self, x: Tensor) -> Tensor:
         """Maps [..., in_features] to fp32 or wider [..., out_features of this rank]."""
         return wide_product(x, local(self.weight))
+
+    def prepared(self, dtype: torch.dtype) -> PreparedWide:
+        """The layer of one rank for decoding with inputs of a dtype."""
+        weight = self.weight.detach()
+        is_narrow = weight.device.type != "cpu" and dtype.itemsize <= 2  # as `wide_product` chooses
+        return PreparedWide(weight.to(dtype) if is_narrow else at_least_fp32(weight))
 
 
 def column_linear(in_features: int, out_features: int, *, rank: int, std: float) -> ColumnParallelLinear | LowRankColumn:
@@ -214,6 +274,16 @@ class JointColumnLinear:
         weight = _joint_weight(x.dtype, *(layer.down for layer in self.layers))
         return gather_tokens(plain_product(x, weight, self.number_format), self.axis)
 
+    def prepared(self, dtype: torch.dtype) -> PreparedLinear | PreparedLowRank:
+        """The layers of one rank for decoding with inputs of a dtype.
+
+        Parameters of that dtype become views of the joined weight, which keep their values: memory holds it once.
+        """
+        if isinstance(self.layers[0], LowRankColumn):
+            ups = torch.stack([layer.up.weight.detach().to(dtype) for layer in self.layers])
+            return PreparedLowRank(_held_jointly(dtype, *(layer.down for layer in self.layers)), ups)
+        return PreparedLinear(_held_jointly(dtype, *self.layers))
+
     def exchanges(self) -> Exchanges:
         """The gather of the input, repeated in backward, for dense layers; the gather of the bottlenecks for low-rank layers."""
         if isinstance(self.layers[0], LowRankColumn):
@@ -224,3 +294,14 @@ class JointColumnLinear:
 
 def _joint_weight(dtype: torch.dtype, *layers: Linear) -> Tensor:
     return torch.cat([local(layer.weight).to(dtype) for layer in layers])
+
+
+def _held_jointly(dtype: torch.dtype, *layers: Linear) -> Tensor:
+    """The joined weight, of which those of the layers become views where they have its dtype."""
+    if len(layers) == 1:
+        return layers[0].weight.detach().to(dtype)
+    joined = _joint_weight(dtype, *layers).detach()
+    for layer, part in zip(layers, joined.split([len(layer.weight) for layer in layers]), strict=True):
+        if layer.weight.dtype == dtype:
+            layer.weight.data = part
+    return joined

@@ -75,7 +75,7 @@ def _attend(blocks: _Blocks, q: Tensor, beta: Tensor | None) -> tuple[Tensor, Te
     """Output [B, T, H, K], and the masked scores and their softmax [B, N, H, Q, J]."""
     seen = blocks.seen
     keys = blocks.of_keys(at_least_fp32(seen.keys), at_least_fp32(seen.global_keys))
-    scores = _Scores(blocks.of_queries(at_least_fp32(q)), keys, beta).values.masked_fill_(~blocks.visible(), -torch.inf)
+    scores = Scores(blocks.of_queries(at_least_fp32(q)), keys, beta).values.masked_fill_(~blocks.visible(), -torch.inf)
     weights = scores.softmax(-1)
     y = torch.einsum("bnhqj,bnjhk->bnqhk", weights.to(seen.values.dtype), blocks.of_keys(seen.values, seen.global_values))
     return blocks.to_queries(y), scores, weights
@@ -98,7 +98,7 @@ def attend_backward(
     blocks = _Blocks(q.shape[1], seen, window)
     keys = blocks.of_keys(at_least_fp32(seen.keys), at_least_fp32(seen.global_keys))
     values = blocks.of_keys(at_least_fp32(seen.values), at_least_fp32(seen.global_values))
-    scores = _Scores(blocks.of_queries(at_least_fp32(q)), keys, beta)
+    scores = Scores(blocks.of_queries(at_least_fp32(q)), keys, beta)
     # The softmax is computed again; log_sum is for implementations that never hold a whole row of scores.
     weights = scores.values.masked_fill_(~blocks.visible(), -torch.inf).softmax(-1)
     wide_dy = blocks.of_queries(at_least_fp32(dy))
@@ -113,7 +113,7 @@ def attend_backward(
     return *(gradient.to(dtype) for gradient, dtype in zip(gradients, dtypes, strict=True)), dbeta
 
 
-class _Scores:
+class Scores:
     """Scores of every query with the keys of its block, `values` [B, N, H, Q, J], and their gradient.
 
     Args:

@@ -1,0 +1,94 @@
+"""The model for one new token of each of several sequences, over a state that is written in place.
+
+Every layer prepares its step once: weights are cast and joined, what depends on parameters alone is computed. A step reads the tokens and their positions
+from the device and looks at nothing on the host, so that a CUDA graph can replay it at any position.
+
+Shapes: B sequences, D model width, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from phase8.config.model_section import ModelSection
+from phase8.model.mixer_step import MixerStep, MixerStepState
+from phase8.model.norm import PreparedNorm
+from phase8.model.token_place import TokenPlace, TokenPlaces
+
+
+@dataclass(frozen=True)
+class BlockStep:
+    """A block for one token of each sequence.
+
+    Args:
+        mixer_norm: Norm of the mixer's input.
+        mixer: The mixer.
+        feed_forward_norm: Norm of the feed-forward's input.
+        feed_forward: Maps [B, D] to [B, D].
+    """
+
+    mixer_norm: PreparedNorm
+    mixer: MixerStep
+    feed_forward_norm: PreparedNorm
+    feed_forward: Callable[[Tensor], Tensor]
+
+    def __call__(self, x: Tensor, place: TokenPlace, state: MixerStepState) -> Tensor:
+        """The residual stream [B, D] after the block."""
+        x = x + self.mixer(self.mixer_norm(x), place, state)
+        return x + self.feed_forward(self.feed_forward_norm(x))
+
+
+@dataclass(frozen=True)
+class ModelStep:
+    """A whole model for one token of each sequence.
+
+    Args:
+        section: Model section.
+        capacity: Tokens of a sequence that the transformer has room for; the Phase 8 block has room for any number.
+        embedding: Vectors of the token ids, in the dtype of the residual stream [V, D].
+        blocks: The blocks.
+        norm: Final norm.
+        head: Weight of the output head [V, D].
+    """
+
+    section: ModelSection
+    capacity: int
+    embedding: Tensor
+    blocks: tuple[BlockStep, ...]
+    norm: PreparedNorm
+    head: Tensor
+
+    def empty_states(self, batch_size: int) -> list[MixerStepState]:
+        """The state of every block before the first token of each sequence."""
+        options = {"head_size": self.section.head_width, "dtype": self.embedding.dtype, "device": self.embedding.device}
+        return [block.mixer.empty_state(batch_size, **options) for block in self.blocks]
+
+    def places(self) -> TokenPlaces:
+        """What computes the places of tokens from their positions."""
+        windows = {block.mixer.window for block in self.blocks}
+        return TokenPlaces(self.section, windows, dtype=self.embedding.dtype, device=self.embedding.device)
+
+    def with_capacity(self, capacity: int) -> ModelStep:
+        """The same step of a transformer with another capacity."""
+        blocks = tuple(replace(block, mixer=replace(block.mixer, window=capacity)) for block in self.blocks)
+        return replace(self, capacity=capacity, blocks=blocks)
+
+    def __call__(self, tokens: Tensor, place: TokenPlace, states: Sequence[MixerStepState]) -> Tensor:
+        """Reads one token of each sequence [B], and writes the states.
+
+        Returns:
+            Logits of the next token, fp32 [B, V].
+        """
+        x = F.embedding(tokens, self.embedding)
+        for block, state in zip(self.blocks, states, strict=True):
+            x = block(x, place, state)
+        return self.logits(self.norm(x))
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """Logits of normalised hidden states [B, D], fp32 [B, V]."""
+        return F.linear(hidden, self.head).float()

@@ -1,0 +1,57 @@
+"""One token of each of B sequences through a mixture of experts, without a look at what the tokens have chosen.
+
+Few tokens read the weights of their choices alone; more tokens than that are computed by every expert, and what nobody has chosen does not count: either
+way shapes are fixed and each weight is read once.
+
+Shapes: k choices of a token, E experts, F width of an expert, D model width.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+# Logits [B, E] to scores [B, E], chosen experts [B, k] and their weights [B, k].
+Choose = Callable[[Tensor], tuple[Tensor, Tensor, Tensor]]
+
+
+@dataclass(frozen=True)
+class ExpertsStep:
+    """A mixture of experts for decoding.
+
+    Args:
+        score: Maps tokens [B, D] to logits of the experts [B, E], fp32 or wider.
+        choose: Chooses experts.
+        gate: Weights of the gates [E, F, D].
+        up: Weights up [E, F, D].
+        down: Weights down [E, D, F].
+        shared: Experts that compute all tokens; None: there are none.
+    """
+
+    score: Callable[[Tensor], Tensor]
+    choose: Choose
+    gate: Tensor
+    up: Tensor
+    down: Tensor
+    shared: Callable[[Tensor], Tensor] | None
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """Maps tokens [B, D] to [B, D]."""
+        _, chosen, weights = self.choose(self.score(x))
+        y = self._by_chosen(x, chosen, weights) if chosen.numel() < len(self.gate) else self._by_all(x, chosen, weights)
+        return y if self.shared is None else y + self.shared(x)
+
+    def _by_chosen(self, x: Tensor, chosen: Tensor, weights: Tensor) -> Tensor:
+        gate, up, down = (weight[chosen] for weight in (self.gate, self.up, self.down))  # [B, k, ...]
+        x = x[:, None, :, None]
+        rows = down @ (F.silu(gate @ x) * (up @ x))
+        return (rows[..., 0] * weights[..., None]).sum(1).to(x.dtype)
+
+    def _by_all(self, x: Tensor, chosen: Tensor, weights: Tensor) -> Tensor:
+        rows = (F.silu(x @ self.gate.mT) * (x @ self.up.mT)) @ self.down.mT  # [E, B, D]
+        of_all = torch.zeros(len(x), len(self.gate), dtype=weights.dtype, device=x.device).scatter_(1, chosen, weights)
+        return (rows * of_all.T[..., None]).sum(0).to(x.dtype)
