@@ -5,16 +5,15 @@ Shapes: B sequences side by side, T tokens of a prompt, n sequences of a call.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
 from phase8.errors import CheckpointError
 from phase8.generate.sampling import SamplingOptions, draw_tokens
-from phase8.model.decoding import ModelStep
-from phase8.model.mixer_step import MixerStepState
+from phase8.model.decoding import RunBlock, run_block
 from phase8.model.model import LanguageModel
 
 PIECE_TOKENS = 8192  # of a prompt at once: memory of a longer one is bounded
@@ -91,7 +90,7 @@ class DecodingLoop:
         options: Sampling options; each sequence has a seed of its own.
         num_ids: Only ids below it are drawn, since a model's vocabulary may be padded beyond its tokenizer's.
         most_at_once: Largest number of tokens of an `advance`.
-        compile_step: Function that compiles the step of a block; None: it runs as it is.
+        run: Runs the step of a block, compiled or not.
     """
 
     def __init__(
@@ -102,13 +101,12 @@ class DecodingLoop:
         options: SamplingOptions,
         num_ids: int,
         most_at_once: int = 1,
-        compile_step: Callable[[Callable[..., Tensor]], Callable[..., Tensor]] | None = None,
+        run: RunBlock = run_block,
     ):
         self._model, self._options, self._num_ids = model, options, num_ids
-        self._step = model.prepared(capacity=_CAPACITY_STEP)
+        self._step = replace(model.prepared(capacity=_CAPACITY_STEP), run=run)
         self._grows = model.section.block == "transformer"
         self._places, self._states = self._step.places(), self._step.empty_states(batch_size)
-        self._compile_step = compile_step
         device = self.device
         self._tokens, self._position, self._seeds = torch.zeros(3, batch_size, dtype=torch.int64, device=device).unbind()
         self._drawn = torch.zeros(most_at_once, batch_size, dtype=torch.int64, device=device)

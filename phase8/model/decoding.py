@@ -43,6 +43,14 @@ class BlockStep:
         return x + self.feed_forward(self.feed_forward_norm(x))
 
 
+RunBlock = Callable[[BlockStep, Tensor, TokenPlace, MixerStepState], Tensor]
+
+
+def run_block(block: BlockStep, x: Tensor, place: TokenPlace, state: MixerStepState) -> Tensor:
+    """Runs the step of a block: the default `RunBlock`, and what can be compiled once for all layers."""
+    return block(x, place, state)
+
+
 @dataclass(frozen=True)
 class ModelStep:
     """A whole model for one token of each sequence.
@@ -54,6 +62,7 @@ class ModelStep:
         blocks: The blocks.
         norm: Final norm.
         head: Weight of the output head [V, D].
+        run: Runs the step of a block, compiled or not.
     """
 
     section: ModelSection
@@ -62,6 +71,7 @@ class ModelStep:
     blocks: tuple[BlockStep, ...]
     norm: PreparedNorm
     head: Tensor
+    run: RunBlock = run_block
 
     def empty_states(self, batch_size: int) -> list[MixerStepState]:
         """The state of every block before the first token of each sequence."""
@@ -86,7 +96,7 @@ class ModelStep:
         """
         x = F.embedding(tokens, self.embedding)
         for block, state in zip(self.blocks, states, strict=True):
-            x = block(x, place, state)
+            x = self.run(block, x, place, state)
         return self.logits(self.norm(x))
 
     def logits(self, hidden: Tensor) -> Tensor:

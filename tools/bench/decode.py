@@ -1,0 +1,186 @@
+"""Times decoding: the prompt, the first token, and tokens per second at several lengths and batch sizes, on random weights.
+
+    python tools/bench/decode.py
+    python tools/bench/decode.py --config configs/phase8_1b.yaml --batch 1 64 --prompt 128 131072 --run plain compiled
+    python tools/bench/decode.py --config configs/quickstart.yaml --device cpu --prompt 128 8192 --peer
+
+A row is one loop of its own: `first` is the time from the built model to the first token after a prompt that was never read before, compilation and the
+recording included in `ready`, the time of the first steps; tok/s is that of all sequences together after them. Several runs of tokens are timed one after
+the other, the median counts. --peer times transformers' LlamaForCausalLM.generate beside it, with widths that give as many parameters.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import sys
+import time
+from collections.abc import Callable, Iterator
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from measure import ROOT, BenchmarkError
+
+from phase8.config.arguments import path_argument
+from phase8.config.auto import without_auto
+from phase8.config.load import load_config
+from phase8.config.schema import RunConfig
+from phase8.generate.decode import DecodingLoop
+from phase8.generate.sampling import SamplingOptions
+from phase8.kernels.backends import select_kernels
+from phase8.model.decoding import RunBlock, run_block
+from phase8.model.model import LanguageModel, build_model
+from phase8.model.parameters import initialise
+from phase8.precision.policy import compute_dtype
+from phase8.terminal import output_is_the_product, run_door
+
+AT_ONCE = 8  # tokens that the host launches before it waits for earlier ones
+ROUNDS = 5
+RUNS = {"plain": None, "compiled": "default", "tuned": "max-autotune-no-cudagraphs"}
+
+
+def main() -> int:
+    """Runs the command line and returns the exit code."""
+    return run_door(_run)
+
+
+def _run() -> int:
+    arguments = _parser().parse_args()
+    if arguments.device == "cuda" and not torch.cuda.is_available():
+        raise BenchmarkError("decoding is timed on a GPU, and torch finds none; with --device cpu it is timed here.")
+    device = torch.device(arguments.device)
+    config = without_auto(load_config(arguments.config, arguments.set))
+    with output_is_the_product():
+        select_kernels("auto", device)
+        model = _model(config, device)
+        rows = _rows(arguments, model)
+        num_parameters = sum(parameter.numel() for parameter in model.parameters())
+        name = torch.cuda.get_device_name(device) if device.type == "cuda" else f"CPU, {torch.get_num_threads()} threads"
+        facts = {"config": str(arguments.config), "parameters": num_parameters, "device": name, "torch": torch.__version__}
+        print("  ".join(f"{key} {value}" for key, value in facts.items()), file=sys.stderr)
+        print(_HEADER, file=sys.stderr, flush=True)
+        for row in rows:
+            print(_line(row), file=sys.stderr, flush=True)
+            print(json.dumps({**facts, **row}), flush=True)
+    return 0
+
+
+def _rows(arguments: argparse.Namespace, model: LanguageModel) -> Iterator[dict[str, Any]]:
+    for batch in arguments.batch:
+        for length in arguments.prompt:
+            for run in arguments.run:
+                yield {"run": run, "batch": batch, "prompt": length} | _of_ours(arguments, model, batch, length, run)
+            if arguments.peer:
+                yield {"run": "llama", "batch": batch, "prompt": length} | _of_llama(arguments, model, batch, length)
+
+
+def _model(config: RunConfig, device: torch.device) -> LanguageModel:
+    model = build_model(config.model, dtype=compute_dtype(config.precision), device=device)
+    initialise(model, seed=0)
+    return model
+
+
+def _compiled(mode: str | None) -> RunBlock:
+    return run_block if mode is None else torch.compile(run_block, mode=mode, dynamic=False, fullgraph=True)
+
+
+def _of_ours(arguments: argparse.Namespace, model: LanguageModel, batch: int, length: int, run: str) -> dict[str, Any]:
+    options, vocab_size = SamplingOptions(arguments.temperature, arguments.top_k, arguments.top_p), model.section.vocab_size
+    prompts = torch.randint(vocab_size, (batch, length), generator=torch.Generator().manual_seed(0))
+    begin = time.perf_counter()
+    at_once = AT_ONCE if arguments.device == "cuda" else 1
+    loop = DecodingLoop(model, batch_size=batch, options=options, num_ids=vocab_size, most_at_once=at_once, run=_compiled(RUNS[run]))
+    loop.admit(range(batch), prompts, range(batch)).wait()
+    first = time.perf_counter()
+    for _ in range(4):
+        loop.advance(1).wait()
+    ready = time.perf_counter()
+
+    def tokens() -> None:
+        waiting = loop.advance(at_once)
+        for _ in range(arguments.tokens // at_once - 1):
+            following = loop.advance(at_once)
+            waiting.wait()
+            waiting = following
+        waiting.wait()
+
+    return {"first": first - begin, "ready": ready - first, **_rate(tokens, batch * (arguments.tokens // at_once * at_once))}
+
+
+def _rate(run: Callable[[], object], num_tokens: int) -> dict[str, float]:
+    rates = []
+    for _ in range(ROUNDS):
+        begin = time.perf_counter()
+        run()
+        rates.append(num_tokens / (time.perf_counter() - begin))
+    return {"tokens_per_second": statistics.median(rates), "least": min(rates), "most": max(rates)}
+
+
+def _of_llama(arguments: argparse.Namespace, model: LanguageModel, batch: int, length: int) -> dict[str, Any]:
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    section = model.section
+    config = LlamaConfig(
+        vocab_size=section.vocab_size,
+        hidden_size=section.d_model,
+        intermediate_size=section.feed_forward_width,
+        num_hidden_layers=section.num_layers,
+        num_attention_heads=section.num_heads,
+        tie_word_embeddings=section.tie_embeddings,
+        max_position_embeddings=length + arguments.tokens + 1,
+        eos_token_id=None,
+        bos_token_id=None,
+        pad_token_id=None,
+    )
+    torch.manual_seed(0)
+    peer = LlamaForCausalLM(config).to(device=arguments.device, dtype=model.dtype).eval()
+    prompts = torch.randint(section.vocab_size, (batch, length), generator=torch.Generator().manual_seed(0)).to(arguments.device)
+    sampled = {"do_sample": True, "temperature": arguments.temperature, "top_k": arguments.top_k, "top_p": arguments.top_p}
+    options = {"do_sample": False} if arguments.temperature == 0 else sampled
+
+    def generate(num_tokens: int) -> float:
+        begin = time.perf_counter()
+        with torch.inference_mode():
+            peer.generate(prompts, max_new_tokens=num_tokens, min_new_tokens=num_tokens, use_cache=True, **options)
+        if arguments.device == "cuda":
+            torch.cuda.synchronize()
+        return time.perf_counter() - begin
+
+    first = generate(1)
+    rates = [batch * (arguments.tokens - 1) / (generate(arguments.tokens) - generate(1)) for _ in range(ROUNDS)]
+    parameters = sum(parameter.numel() for parameter in peer.parameters())
+    figures = {"tokens_per_second": statistics.median(rates), "least": min(rates), "most": max(rates)}
+    return {"first": first, "ready": 0.0, **figures, "parameters": parameters}
+
+
+_HEADER = f"{'run':10s} {'batch':>5s} {'prompt':>7s} {'first s':>9s} {'ready s':>9s} {'tok/s':>9s} {'range':>19s}"
+
+
+def _line(row: dict[str, Any]) -> str:
+    span = f"{row['least']:,.0f}-{row['most']:,.0f}"
+    return (
+        f"{row['run']:10s} {row['batch']:5d} {row['prompt']:7d} {row['first']:9.3f} {row['ready']:9.3f} {row['tokens_per_second']:9,.0f} {span:>19s}"
+    )
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--config", type=path_argument, default=ROOT / "configs" / "phase8_1b.yaml", metavar="FILE", help="model (configs/phase8_1b.yaml)")
+    parser.add_argument("--set", nargs="+", action="extend", default=[], metavar="a.b=c", help="override config keys")
+    parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
+    parser.add_argument("--batch", type=int, nargs="+", default=[1], metavar="B", help="sequences side by side (1)")
+    parser.add_argument("--prompt", type=int, nargs="+", default=[128, 8192], metavar="T", help="tokens of a prompt (128 8192)")
+    parser.add_argument("--tokens", type=int, default=256, metavar="N", help="tokens of a timed run (256)")
+    parser.add_argument("--temperature", type=float, default=0.8)
+    parser.add_argument("--top-k", type=int, default=0, metavar="K")
+    parser.add_argument("--top-p", type=float, default=0.95, metavar="P")
+    parser.add_argument("--run", nargs="+", choices=sorted(RUNS), default=["plain"], help="steps of blocks as they are, or compiled (plain)")
+    parser.add_argument("--peer", action="store_true", help="also time a Llama of transformers")
+    return parser
+
+
+if __name__ == "__main__":
+    sys.exit(main())
