@@ -18,9 +18,11 @@ DOORS = sorted({*(ROOT / "launch").glob("*.py"), *(ROOT / "tools").rglob("*.py")
 TREES = {path: ast.parse(path.read_text(encoding="utf-8")) for path in [*LIBRARY, *DOORS, SHARED_BY_BENCHMARKS]}
 NO_KERNELS = {"backends", "limits", "loss_chunks", "toolchain"}  # in kernels/, but no operations: they decide which implementation runs, and how
 # In kernels/, but plain torch alone: what the operations share, what they make possible, and what the compiler fuses.
-PLAIN = {"causal_convolution", "rotary", "running_sum", "state_map", "window_state"}
+PLAIN = {"causal_convolution", "decay_and_gate", "recurrence_step", "rotary", "running_sum", "state_map", "window_ring", "window_state"}
+TYPES = {"decoding_state"}  # in kernels/, but no operation: what an operation is given
 DTYPE_RULE = "dtypes"  # in kernels/, but no operation: tested through every operation that obeys it
-KERNELS = {path.stem: path for path in LIBRARY if path.parent.name == "kernels" and path.stem not in {"__init__", *NO_KERNELS, *PLAIN, DTYPE_RULE}}
+NO_OPERATIONS = {"__init__", *NO_KERNELS, *PLAIN, *TYPES, DTYPE_RULE}
+KERNELS = {path.stem: path for path in LIBRARY if path.parent.name == "kernels" and path.stem not in NO_OPERATIONS}
 REFERENCES = {path.stem: path for path in LIBRARY if path.parent.name == "reference" and path.stem != "__init__"}
 
 MAX_FILE_LINES = 350

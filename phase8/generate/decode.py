@@ -6,19 +6,18 @@ Shapes: B sequences side by side, T tokens of a prompt, n sequences of a call.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from phase8.errors import CheckpointError
 from phase8.generate.sampling import SamplingOptions, draw_tokens
-from phase8.model.decoding import RunBlock, run_block
 from phase8.model.model import LanguageModel
 
 PIECE_TOKENS = 8192  # of a prompt at once: memory of a longer one is bounded
 _CAPACITY_STEP = 256  # the least room that a transformer's keys and values get
-_EAGER_STEPS = 2  # what libraries and the compiler choose at a first call cannot be recorded
+_EAGER_STEPS = 2  # what libraries choose at a first call, and kernels that are compiled then, cannot be recorded
 
 
 class Decoder:
@@ -90,7 +89,6 @@ class DecodingLoop:
         options: Sampling options; each sequence has a seed of its own.
         num_ids: Only ids below it are drawn, since a model's vocabulary may be padded beyond its tokenizer's.
         most_at_once: Largest number of tokens of an `advance`.
-        run: Runs the step of a block, compiled or not.
     """
 
     def __init__(
@@ -101,13 +99,14 @@ class DecodingLoop:
         options: SamplingOptions,
         num_ids: int,
         most_at_once: int = 1,
-        run: RunBlock = run_block,
     ):
         self._model, self._options, self._num_ids = model, options, num_ids
-        self._step = replace(model.prepared(capacity=_CAPACITY_STEP), run=run)
+        self._step = model.prepared(capacity=_CAPACITY_STEP)
         self._grows = model.section.block == "transformer"
         self._places, self._states = self._step.places(), self._step.empty_states(batch_size)
         device = self.device
+        self.batch_size, self.most_at_once = batch_size, most_at_once
+        self.is_ahead = device.type == "cuda"  # the device draws while the host looks at earlier tokens
         self._tokens, self._position, self._seeds = torch.zeros(3, batch_size, dtype=torch.int64, device=device).unbind()
         self._drawn = torch.zeros(most_at_once, batch_size, dtype=torch.int64, device=device)
         self._column = torch.zeros(1, dtype=torch.int64, device=device)
@@ -126,7 +125,7 @@ class DecodingLoop:
 
         Args:
             rows: Rows of the sequences [n].
-            prompts: Token ids [n, T].
+            prompts: Token ids [n, T], or those of one prompt for all rows [1, T].
             seeds: Seed of each sequence [n].
         """
         decoder = Decoder(self._model, len(prompts))
@@ -134,11 +133,11 @@ class DecodingLoop:
         self._make_room(decoder.num_tokens)
         at = torch.tensor(list(rows), device=self.device)
         for state, step, read in zip(self._states, self._step.blocks, decoder.states, strict=True):
-            state.fill(at, read.as_window(), window=step.mixer.window)
+            step.mixer.fill(state, at, read.as_window())
         self._position[at] = decoder.num_tokens
         self._seeds[at] = torch.tensor(list(seeds), dtype=torch.int64, device=self.device)
         self._is_finite.logical_and_(logits.isfinite().all())
-        drawn = draw_tokens(logits, self._seeds[at], self._position[at], self._options)
+        drawn = draw_tokens(logits.expand(len(at), -1), self._seeds[at], self._position[at], self._options)
         self._tokens[at] = drawn
         self._longest = max(self._longest, decoder.num_tokens)
         return self._on_the_way(drawn[None])

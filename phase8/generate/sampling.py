@@ -1,8 +1,8 @@
 """Draws the next tokens on the device of the logits, without a look at them on the host.
 
-A token is drawn by a race: the id with the largest probability over noise of an exponential distribution wins. The noise of an id is a function of the
-seed, of the token's place in its sequence and of the id alone. So a seed means the same text on every device and beside any other sequences, as
-far as logits agree.
+A token is drawn by a race: the id with the largest probability over noise of an exponential distribution wins. The noise of an id is a function of
+the seed, of the token's place in its sequence and of the id alone. So a seed means the same text on every device and beside any other sequences,
+as far as logits agree.
 
 Shapes: B sequences, V ids, k candidates.
 """

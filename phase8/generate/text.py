@@ -1,13 +1,21 @@
-"""Text from a prompt: the continuation is yielded piece by piece as it is generated."""
+"""Text from prompts: each continuation is handed out piece by piece as it is generated."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field
+from typing import Literal
 
 from phase8.data.streaming_decoder import StreamingDecoder
 from phase8.data.tokenizer import Tokenizer
-from phase8.generate.sampling import SamplingOptions, generate_tokens
+from phase8.generate.continuations import Request, continue_prompts
+from phase8.generate.decode import DecodingLoop
+from phase8.generate.sampling import SamplingOptions
 from phase8.model.model import LanguageModel
+
+AT_ONCE_ON_GPU = 8  # tokens that a GPU draws without a word from the host
+Reason = Literal["end_of_document", "stop", "max_tokens"]
 
 
 def prompt_tokens(tokenizer: Tokenizer, prompt: str, *, after_document_end: bool) -> list[int]:
@@ -22,14 +30,147 @@ def prompt_tokens(tokenizer: Tokenizer, prompt: str, *, after_document_end: bool
     return [tokenizer.eod_id, *tokens] if after_document_end or not tokens else tokens
 
 
-def stream_text(
-    model: LanguageModel, tokenizer: Tokenizer, prompt: list[int], *, max_tokens: int, options: SamplingOptions
-) -> Iterator[str]:
-    """Yields the continuation of a prompt in pieces of text, until the document ends or `max_tokens` are generated."""
-    decoder = StreamingDecoder(tokenizer)
-    drawn = generate_tokens(
-        model, prompt, max_tokens=max_tokens, options=options, num_ids=tokenizer.vocab_size, stop_id=tokenizer.eod_id
-    )
-    for token in drawn:
-        yield decoder.feed(token)
-    yield decoder.flush()
+@dataclass
+class Continuation:
+    """The continuation of a prompt, as far as it has come.
+
+    Args:
+        text: Text so far, without the stop text.
+        tokens: Token ids so far, without that of the end of the document.
+        reason: What ended it; None: nothing yet.
+        seconds: Time from the start of its prompt to its last token.
+    """
+
+    text: str = ""
+    tokens: list[int] = field(default_factory=list)
+    reason: Reason | None = None
+    seconds: float = 0.0
+
+
+class TextEnd:
+    """Holds back text that may be the beginning of a stop text.
+
+    Args:
+        stops: Stop texts.
+    """
+
+    def __init__(self, stops: Sequence[str]):
+        self._stops, self._held = stops, ""
+
+    def feed(self, piece: str) -> tuple[str, bool]:
+        """The text that can be handed out now, and whether a stop text has come, after which nothing follows."""
+        text = self._held + piece
+        found = [at for at in (text.find(stop) for stop in self._stops) if at >= 0]
+        if found:
+            self._held = ""
+            return text[: min(found)], True
+        held = max((size for stop in self._stops for size in range(1, len(stop)) if text.endswith(stop[:size])), default=0)
+        self._held = text[len(text) - held :]
+        return text[: len(text) - held], False
+
+    def flush(self) -> str:
+        """The text that was held back."""
+        held, self._held = self._held, ""
+        return held
+
+
+class TextWriter:
+    """Continues prompts with text.
+
+    Args:
+        model: A whole model on one device.
+        tokenizer: Its tokenizer.
+        options: Sampling options.
+        max_tokens: Largest number of tokens of a continuation.
+        stops: Texts that end a continuation and are not part of it.
+        batch_size: Sequences side by side.
+    """
+
+    def __init__(
+        self,
+        model: LanguageModel,
+        tokenizer: Tokenizer,
+        *,
+        options: SamplingOptions,
+        max_tokens: int,
+        stops: Sequence[str] = (),
+        batch_size: int = 1,
+    ):
+        self._tokenizer, self._options, self._max_tokens, self._stops = tokenizer, options, max_tokens, tuple(stops)
+        at_once = AT_ONCE_ON_GPU if model.head_weight.is_cuda else 1
+        self._loop = DecodingLoop(
+            model, batch_size=batch_size, options=options, num_ids=tokenizer.vocab_size, most_at_once=at_once
+        )
+
+    def write(
+        self,
+        prompts: Iterable[Sequence[int]],
+        *,
+        num_samples: int = 1,
+        on_text: Callable[[int, str], None] = lambda number, piece: None,
+        on_end: Callable[[int, Continuation], None] = lambda number, continuation: None,
+    ) -> None:
+        """Continues every prompt.
+
+        Sample i of each prompt draws with the seed of the options plus i, so a prompt has the same continuations alone and beside others.
+
+        Args:
+            prompts: Token ids of each prompt; each is asked for when there is room for it.
+            num_samples: Continuations of each prompt; those of prompt p have the numbers from p * num_samples.
+            on_text: Is given the number of a continuation and its next piece of text.
+            on_end: Is given a number and the whole continuation when it ends.
+        """
+        open_ones: dict[int, _Open] = {}
+
+        def requests() -> Iterable[Request]:
+            for place, prompt in enumerate(prompts):
+                for sample in range(num_samples):
+                    number = place * num_samples + sample
+                    open_ones[number] = _Open(self._tokenizer, self._stops)
+                    yield Request(number, tuple(prompt), (self._options.seed + sample) % 2**63)
+
+        def take(number: int, token: int) -> bool:
+            current = open_ones[number]
+            piece = current.take(token, self._max_tokens)
+            if piece:
+                on_text(number, piece)
+            if current.found.reason is not None:
+                on_end(number, open_ones.pop(number).found)
+            return current.found.reason is None
+
+        continue_prompts(self._loop, requests(), max_tokens=self._max_tokens, take=take)
+
+
+class _Open:
+    """A continuation that has not ended."""
+
+    def __init__(self, tokenizer: Tokenizer, stops: Sequence[str]):
+        self.found, self._eod_id = Continuation(), tokenizer.eod_id
+        self._decoder, self._end, self._begin = StreamingDecoder(tokenizer), TextEnd(stops), time.perf_counter()
+
+    def take(self, token: int, max_tokens: int) -> str:
+        """Takes a token, and returns the text that can be handed out."""
+        piece, is_stopped = "", False
+        if token == self._eod_id:
+            self.found.reason = "end_of_document"
+        else:
+            self.found.tokens.append(token)
+            piece, is_stopped = self._end.feed(self._decoder.feed(token))
+            if is_stopped:
+                self.found.reason = "stop"
+            elif len(self.found.tokens) == max_tokens:
+                self.found.reason = "max_tokens"
+        if self.found.reason is not None and not is_stopped:
+            rest, is_stopped = self._end.feed(self._decoder.flush())
+            piece += rest if is_stopped else rest + self._end.flush()
+        self.found.text += piece
+        self.found.seconds = time.perf_counter() - self._begin
+        return piece
+
+
+def continued_text(model: LanguageModel, tokenizer: Tokenizer, prompt: Sequence[int], *, max_tokens: int, options: SamplingOptions) -> str:
+    """The continuation of a prompt, until the document ends or `max_tokens` are generated."""
+    found: list[Continuation] = []
+    writer = TextWriter(model, tokenizer, options=options, max_tokens=max_tokens)
+    writer.write([prompt], on_end=lambda _, continuation: found.append(continuation))
+    return found[0].text

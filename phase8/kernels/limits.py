@@ -4,3 +4,5 @@ from __future__ import annotations
 
 MAX_HEAD_SIZE = 256
 MAX_RANK = 64  # largest rank of a low-rank feed-forward: for wider ones, separate matrix products pay off
+MAX_STEP_HEAD_SIZE = 128  # of a decoding step, which holds the memory of a head in registers
+MAX_NORM_WIDTH = 16384  # of the norm of a decoding step, which holds a row in registers

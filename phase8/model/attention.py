@@ -17,6 +17,7 @@ from phase8.context_parallel.ring_attention import ring_attention
 from phase8.context_parallel.slices import EarlierSlices
 from phase8.distributed.collectives import ALONE, Axis
 from phase8.exchanges import Exchanges, round_a_ring
+from phase8.kernels.decoding_state import MixerConstants
 from phase8.kernels.rotary import rotate
 from phase8.kernels.running_sum import running_sum
 from phase8.kernels.window_state import WindowState
@@ -100,13 +101,9 @@ class CausalAttention(nn.Module):
 
     def prepared(self, dtype: torch.dtype, *, has_rotary: bool, capacity: int) -> MixerStep:
         """The layer of one rank for decoding with a residual stream of a dtype: a window of `capacity` tokens, as many as are ever read."""
-        return MixerStep(
-            project=self.qkv.prepared(dtype),
-            project_scalars=None,
-            project_gate=None,
-            out=self.out.prepared(dtype),
+        constants = MixerConstants(
             taps=self.convolution.prepared(dtype),
-            scale=None if self.qk_norm is None else self.qk_norm.weight.detach()[:, None],
+            scale=None if self.qk_norm is None else self.qk_norm.weight.detach(),
             beta=None,
             global_path=None,
             window=capacity,
@@ -116,6 +113,7 @@ class CausalAttention(nn.Module):
             has_rotary=has_rotary,
             eps=self.eps,
         )
+        return MixerStep(self.qkv.prepared(dtype), None, None, constants, self.out.prepared(dtype))
 
     def forward(
         self, x: Tensor, angles: Tensor, starts: Tensor | None = None, state: AttentionState | None = None

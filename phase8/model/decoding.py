@@ -1,7 +1,7 @@
 """The model for one new token of each of several sequences, over a state that is written in place.
 
-Every layer prepares its step once: weights are cast and joined, what depends on parameters alone is computed. A step reads the tokens and their positions
-from the device and looks at nothing on the host, so that a CUDA graph can replay it at any position.
+Every layer prepares its step once: weights are cast and joined, what depends on parameters alone is computed. A step reads the tokens and their
+positions from the device and looks at nothing on the host, so that a CUDA graph can replay it at any position.
 
 Shapes: B sequences, D model width, V vocabulary.
 """
@@ -11,14 +11,14 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from phase8.config.model_section import ModelSection
-from phase8.model.mixer_step import MixerStep, MixerStepState
+from phase8.kernels.decoding_state import MixerStepState, TokenPlace
+from phase8.model.mixer_step import MixerStep
 from phase8.model.norm import PreparedNorm
-from phase8.model.token_place import TokenPlace, TokenPlaces
+from phase8.model.token_place import TokenPlaces
 
 
 @dataclass(frozen=True)
@@ -37,18 +37,11 @@ class BlockStep:
     feed_forward_norm: PreparedNorm
     feed_forward: Callable[[Tensor], Tensor]
 
-    def __call__(self, x: Tensor, place: TokenPlace, state: MixerStepState) -> Tensor:
-        """The residual stream [B, D] after the block."""
-        x = x + self.mixer(self.mixer_norm(x), place, state)
-        return x + self.feed_forward(self.feed_forward_norm(x))
-
-
-RunBlock = Callable[[BlockStep, Tensor, TokenPlace, MixerStepState], Tensor]
-
-
-def run_block(block: BlockStep, x: Tensor, place: TokenPlace, state: MixerStepState) -> Tensor:
-    """Runs the step of a block: the default `RunBlock`, and what can be compiled once for all layers."""
-    return block(x, place, state)
+    def __call__(self, x: Tensor, summand: Tensor | None, place: TokenPlace, state: MixerStepState) -> tuple[Tensor, Tensor]:
+        """The residual stream [B, D] and what is still to be added to it, which the norm that follows does; arguments as the result of the last."""
+        x, normed = self.mixer_norm(x, summand)
+        x, normed = self.feed_forward_norm(x, self.mixer(normed, place, state))
+        return x, self.feed_forward(normed)
 
 
 @dataclass(frozen=True)
@@ -62,7 +55,6 @@ class ModelStep:
         blocks: The blocks.
         norm: Final norm.
         head: Weight of the output head [V, D].
-        run: Runs the step of a block, compiled or not.
     """
 
     section: ModelSection
@@ -71,7 +63,6 @@ class ModelStep:
     blocks: tuple[BlockStep, ...]
     norm: PreparedNorm
     head: Tensor
-    run: RunBlock = run_block
 
     def empty_states(self, batch_size: int) -> list[MixerStepState]:
         """The state of every block before the first token of each sequence."""
@@ -80,13 +71,16 @@ class ModelStep:
 
     def places(self) -> TokenPlaces:
         """What computes the places of tokens from their positions."""
-        windows = {block.mixer.window for block in self.blocks}
+        windows = {block.mixer.constants.window for block in self.blocks}
         return TokenPlaces(self.section, windows, dtype=self.embedding.dtype, device=self.embedding.device)
 
     def with_capacity(self, capacity: int) -> ModelStep:
         """The same step of a transformer with another capacity."""
-        blocks = tuple(replace(block, mixer=replace(block.mixer, window=capacity)) for block in self.blocks)
-        return replace(self, capacity=capacity, blocks=blocks)
+
+        def enlarged(mixer: MixerStep) -> MixerStep:
+            return replace(mixer, constants=replace(mixer.constants, window=capacity))
+
+        return replace(self, capacity=capacity, blocks=tuple(replace(block, mixer=enlarged(block.mixer)) for block in self.blocks))
 
     def __call__(self, tokens: Tensor, place: TokenPlace, states: Sequence[MixerStepState]) -> Tensor:
         """Reads one token of each sequence [B], and writes the states.
@@ -94,10 +88,11 @@ class ModelStep:
         Returns:
             Logits of the next token, fp32 [B, V].
         """
-        x = F.embedding(tokens, self.embedding)
+        x, summand = F.embedding(tokens, self.embedding), None
         for block, state in zip(self.blocks, states, strict=True):
-            x = self.run(block, x, place, state)
-        return self.logits(self.norm(x))
+            x, summand = block(x, summand, place, state)
+        _, normed = self.norm(x, summand)
+        return self.logits(normed)
 
     def logits(self, hidden: Tensor) -> Tensor:
         """Logits of normalised hidden states [B, D], fp32 [B, V]."""

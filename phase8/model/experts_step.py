@@ -1,7 +1,7 @@
 """One token of each of B sequences through a mixture of experts, without a look at what the tokens have chosen.
 
-Few tokens read the weights of their choices alone; more tokens than that are computed by every expert, and what nobody has chosen does not count: either
-way shapes are fixed and each weight is read once.
+Few tokens read the weights of their choices alone; more tokens than that are computed by every expert, and what nobody has chosen does not count:
+either way shapes are fixed.
 
 Shapes: k choices of a token, E experts, F width of an expert, D model width.
 """

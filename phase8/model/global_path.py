@@ -20,13 +20,13 @@ from phase8.context_parallel.green import NUMBERS_OF_GRADIENT, NUMBERS_OF_MAP
 from phase8.context_parallel.slices import EarlierSlices
 from phase8.distributed.collectives import ALONE, Axis, begin_to_gather
 from phase8.exchanges import NO_EXCHANGES, Exchanges, gathered, told
+from phase8.kernels.decay_and_gate import DecayAndGate, bounded_potential
+from phase8.kernels.decoding_state import GlobalConstants, GreenConstants
 from phase8.kernels.gated_delta_rule import gated_delta_rule
 from phase8.kernels.gated_linear_attention import gated_linear_attention
 from phase8.kernels.green_scan import green_scan
 from phase8.kernels.mixer_inputs import MixerInputs
 from phase8.kernels.state_map import decay_map, state_map
-from phase8.model.decay_and_gate import DecayAndGate, bounded_potential
-from phase8.model.global_step import ChainStep, GlobalStep
 from phase8.model.mixer_state import GlobalState
 from phase8.model.norm import RMSNorm
 from phase8.precision.formats import NumberFormat
@@ -129,10 +129,10 @@ class GreenChain(nn.Module):
         """Energy, imaginary part of the energy, and squared hopping [H]."""
         return local(self.energy), ETA_MIN + F.softplus(local(self.eta_raw)), F.softplus(local(self.hopping_raw))
 
-    def prepared(self) -> ChainStep:
-        """The chain of one rank for decoding."""
+    def prepared(self) -> GreenConstants:
+        """Constants of the chain of one rank for decoding."""
         mixes = (None if mix is None else mix.detach() for mix in (self.decay_mix, self.gate_mix))
-        return ChainStep(*(each.detach() for each in self.coefficients()), *mixes)
+        return GreenConstants(*(each.detach() for each in self.coefficients()), *mixes)
 
 
 class GlobalPath(nn.Module):
@@ -192,11 +192,12 @@ class GlobalPath(nn.Module):
         green = None if self.chain is None else torch.zeros(batch_size, self.num_heads, 2, **wide)
         return GlobalState(torch.zeros(batch_size, self.num_heads, self.head_size, self.head_size, **wide), green)
 
-    def prepared(self) -> GlobalStep:
-        """The global path of one rank for decoding; the mixer prepares its linear layers."""
+    def prepared(self) -> GlobalConstants:
+        """Constants of the global path of one rank for decoding; the mixer prepares its linear layers."""
         biases = self.decay_bias.detach(), self.gate_bias.detach()
         decay_and_gate = DecayAndGate(*biases, self.decay_floor, self.head_size if self.is_delta else None)
-        return GlobalStep(decay_and_gate, None if self.chain is None else self.chain.prepared(), self.norm.prepared())
+        chain = None if self.chain is None else self.chain.prepared()
+        return GlobalConstants(decay_and_gate, chain, self.norm.weight.detach())
 
     def begin(self, x: Tensor) -> Projections:
         """Computes the scalars of every head and token from the mixer's input x, and begins to gather them; `prepare` waits for them.

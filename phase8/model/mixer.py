@@ -15,6 +15,7 @@ from phase8.config.model_section import ModelSection
 from phase8.context_parallel.slices import EarlierSlices
 from phase8.distributed.collectives import ALONE, Axis
 from phase8.exchanges import NO_EXCHANGES, Exchanges, fetched
+from phase8.kernels.decoding_state import MixerConstants
 from phase8.kernels.mixer_inputs import MixerInputs, mixer_inputs
 from phase8.kernels.window_attention import window_attention
 from phase8.kernels.window_state import WindowState, empty_window_state
@@ -119,13 +120,9 @@ class Phase8Mixer(nn.Module):
     def prepared(self, dtype: torch.dtype, *, has_rotary: bool) -> MixerStep:
         """The mixer of one rank for decoding with a residual stream of a dtype."""
         path, lengths = self.global_path, self.score if self.score is not None else self.qk_norm
-        return MixerStep(
-            project=self.qkv.prepared(dtype),
-            project_scalars=None if path is None else path.scalars.prepared(dtype),
-            project_gate=None if path is None or path.gates is None else path.gates.prepared(dtype),
-            out=self.out.prepared(dtype),
+        constants = MixerConstants(
             taps=self.convolution.prepared(dtype),
-            scale=None if lengths is None else (lengths.radius.detach() * self.head_size**-0.5)[:, None],
+            scale=None if lengths is None else lengths.radius.detach() * self.head_size**-0.5,
             beta=None if self.score is None else self.score.beta.detach(),
             global_path=None if path is None else path.prepared(),
             window=self.window,
@@ -134,6 +131,13 @@ class Phase8Mixer(nn.Module):
             has_silu=self.has_silu,
             has_rotary=has_rotary,
             eps=self.eps,
+        )
+        return MixerStep(
+            self.qkv.prepared(dtype),
+            None if path is None else path.scalars.prepared(dtype),
+            None if path is None or path.gates is None else path.gates.prepared(dtype),
+            constants,
+            self.out.prepared(dtype),
         )
 
     def forward(

@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from phase8.kernels.dtypes import at_least_fp32
+from phase8.kernels.residual_norm import residual_norm
 from phase8.tensor_parallel.parameters import ParameterSpec, local
 
 
@@ -24,9 +25,9 @@ class PreparedNorm:
     weight: Tensor
     eps: float
 
-    def __call__(self, x: Tensor) -> Tensor:
-        """Normalises `x` over its last dim; the result has its dtype."""
-        return _weighted(x, self.weight, self.eps)
+    def __call__(self, x: Tensor, summand: Tensor | None) -> tuple[Tensor, Tensor]:
+        """Adds a summand to the residual stream [B, D]; returns the stream, and its norm."""
+        return residual_norm(x, summand, self.weight, self.eps)
 
 
 class RMSNorm(nn.Module):

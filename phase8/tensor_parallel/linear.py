@@ -61,6 +61,8 @@ class PreparedLowRank:
 
     def __call__(self, x: Tensor) -> Tensor:
         """Maps [B, D] to [B, n F]."""
+        if len(self.up) == 1:
+            return F.linear(F.linear(x, self.down), self.up[0])
         bottlenecks = F.linear(x, self.down).unflatten(1, (len(self.up), -1)).transpose(0, 1)
         return (bottlenecks @ self.up.mT).transpose(0, 1).flatten(1)
 

@@ -1,12 +1,12 @@
 """Times decoding: the prompt, the first token, and tokens per second at several lengths and batch sizes, on random weights.
 
     python tools/bench/decode.py
-    python tools/bench/decode.py --config configs/phase8_1b.yaml --batch 1 64 --prompt 128 131072 --run plain compiled
+    python tools/bench/decode.py --config configs/phase8_1b.yaml --batch 1 64 --prompt 128 8192 131072 --temperature 0
     python tools/bench/decode.py --config configs/quickstart.yaml --device cpu --prompt 128 8192 --peer
 
-A row is one loop of its own: `first` is the time from the built model to the first token after a prompt that was never read before, compilation and the
-recording included in `ready`, the time of the first steps; tok/s is that of all sequences together after them. Several runs of tokens are timed one after
-the other, the median counts. --peer times transformers' LlamaForCausalLM.generate beside it, with widths that give as many parameters.
+A row is one loop of its own. `first` is the time from the built model to the first token after the prompt, `ready` that of the next four tokens, in
+which a GPU records its step; both contain what is compiled in this process for the first time. tok/s is that of all sequences together: the median of
+several runs of tokens, one after the other. --peer times LlamaForCausalLM.generate of transformers with the same widths beside it.
 """
 
 from __future__ import annotations
@@ -17,8 +17,6 @@ import statistics
 import sys
 import time
 from collections.abc import Callable, Iterator
-from functools import partial
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -31,7 +29,6 @@ from phase8.config.schema import RunConfig
 from phase8.generate.decode import DecodingLoop
 from phase8.generate.sampling import SamplingOptions
 from phase8.kernels.backends import select_kernels
-from phase8.model.decoding import RunBlock, run_block
 from phase8.model.model import LanguageModel, build_model
 from phase8.model.parameters import initialise
 from phase8.precision.policy import compute_dtype
@@ -39,7 +36,6 @@ from phase8.terminal import output_is_the_product, run_door
 
 AT_ONCE = 8  # tokens that the host launches before it waits for earlier ones
 ROUNDS = 5
-RUNS = {"plain": None, "compiled": "default", "tuned": "max-autotune-no-cudagraphs"}
 
 
 def main() -> int:
@@ -71,8 +67,7 @@ def _run() -> int:
 def _rows(arguments: argparse.Namespace, model: LanguageModel) -> Iterator[dict[str, Any]]:
     for batch in arguments.batch:
         for length in arguments.prompt:
-            for run in arguments.run:
-                yield {"run": run, "batch": batch, "prompt": length} | _of_ours(arguments, model, batch, length, run)
+            yield {"run": "phase8", "batch": batch, "prompt": length} | _of_ours(arguments, model, batch, length)
             if arguments.peer:
                 yield {"run": "llama", "batch": batch, "prompt": length} | _of_llama(arguments, model, batch, length)
 
@@ -83,16 +78,12 @@ def _model(config: RunConfig, device: torch.device) -> LanguageModel:
     return model
 
 
-def _compiled(mode: str | None) -> RunBlock:
-    return run_block if mode is None else torch.compile(run_block, mode=mode, dynamic=False, fullgraph=True)
-
-
-def _of_ours(arguments: argparse.Namespace, model: LanguageModel, batch: int, length: int, run: str) -> dict[str, Any]:
+def _of_ours(arguments: argparse.Namespace, model: LanguageModel, batch: int, length: int) -> dict[str, Any]:
     options, vocab_size = SamplingOptions(arguments.temperature, arguments.top_k, arguments.top_p), model.section.vocab_size
     prompts = torch.randint(vocab_size, (batch, length), generator=torch.Generator().manual_seed(0))
     begin = time.perf_counter()
     at_once = AT_ONCE if arguments.device == "cuda" else 1
-    loop = DecodingLoop(model, batch_size=batch, options=options, num_ids=vocab_size, most_at_once=at_once, run=_compiled(RUNS[run]))
+    loop = DecodingLoop(model, batch_size=batch, options=options, num_ids=vocab_size, most_at_once=at_once)
     loop.admit(range(batch), prompts, range(batch)).wait()
     first = time.perf_counter()
     for _ in range(4):
@@ -168,7 +159,8 @@ def _line(row: dict[str, Any]) -> str:
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--config", type=path_argument, default=ROOT / "configs" / "phase8_1b.yaml", metavar="FILE", help="model (configs/phase8_1b.yaml)")
+    config = ROOT / "configs" / "phase8_1b.yaml"
+    parser.add_argument("--config", type=path_argument, default=config, metavar="FILE", help="model (configs/phase8_1b.yaml)")
     parser.add_argument("--set", nargs="+", action="extend", default=[], metavar="a.b=c", help="override config keys")
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
     parser.add_argument("--batch", type=int, nargs="+", default=[1], metavar="B", help="sequences side by side (1)")
@@ -177,7 +169,6 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--temperature", type=float, default=0.8)
     parser.add_argument("--top-k", type=int, default=0, metavar="K")
     parser.add_argument("--top-p", type=float, default=0.95, metavar="P")
-    parser.add_argument("--run", nargs="+", choices=sorted(RUNS), default=["plain"], help="steps of blocks as they are, or compiled (plain)")
     parser.add_argument("--peer", action="store_true", help="also time a Llama of transformers")
     return parser
 

@@ -1,0 +1,113 @@
+"""Inputs of decoding steps for tests, drawn at random."""
+
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from phase8.kernels.decay_and_gate import DecayAndGate
+from phase8.kernels.decoding_state import GlobalConstants, MixerConstants, MixerStepState, TokenPlace
+from phase8.kernels.rotary import angles_at, rotary_frequencies
+from phase8.kernels.window_ring import ring_place
+
+
+@dataclass(frozen=True)
+class StepCase:
+    """What a layer is like, and where its sequences stand."""
+
+    batch: int = 2
+    heads: int = 2
+    head_size: int = 8
+    window: int = 9
+    global_tokens: int = 0
+    taps: int = 4
+    scaled: bool = True
+    rotary: bool = True
+    silu: bool = False
+    global_path: str | None = "given"
+    channels: bool = True
+    delta: bool = False
+    floor: float | None = None
+    positions: tuple[int, ...] = (3, 20)
+
+    def __str__(self):
+        default = StepCase()
+        return "-".join(f"{name}={value}" for name, value in vars(self).items() if value != vars(default)[name]) or "default"
+
+
+@dataclass(frozen=True)
+class Steps:
+    """Inputs of several steps of a layer, and its state."""
+
+    case: StepCase
+    inputs: list[tuple[Tensor, Tensor | None, Tensor | None]]
+    constants: MixerConstants
+    state: MixerStepState
+    position: Tensor
+
+    def moved(self, device: torch.device, dtype: torch.dtype) -> "Steps":
+        """The same on a device: activations, keys and values in a dtype, all else in fp32, or in fp64 with it."""
+        wide = torch.promote_types(dtype, torch.float32)
+
+        def to(x, dtype):
+            return None if x is None else x.to(device, dtype, copy=True)
+
+        inputs = [(to(qkv, dtype), to(scalars, wide), to(channels, dtype)) for qkv, scalars, channels in self.inputs]
+        path = self.constants.global_path
+        if path is not None:
+            gates = replace(path.decay_and_gate, **{name: to(vars(path.decay_and_gate)[name], wide) for name in ("decay_bias", "gate_bias")})
+            path = GlobalConstants(gates, None, to(path.norm_weight, wide))
+        constants = replace(self.constants, taps=to(self.constants.taps, wide), scale=to(self.constants.scale, wide), global_path=path)
+        parts = {name: to(x, wide if name == "memory" else dtype) for name, x in vars(self.state).items()}
+        return Steps(self.case, inputs, constants, MixerStepState(**parts), self.position.to(device))
+
+    def arguments(self, step: int) -> tuple:
+        """Arguments of a step."""
+        qkv, scalars, channels = self.inputs[step]
+        position = self.position + step
+        angles = angles_at(position, rotary_frequencies(self.case.head_size, base=1e4, device=position.device))
+        wide = torch.promote_types(qkv.dtype, torch.float32)
+        window, tokens = self.case.window, self.case.global_tokens
+        rings = {window: ring_place(position, window=window, global_tokens=tokens, dtype=qkv.dtype)} if window else {}
+        return qkv, scalars, channels, self.constants, self.state, TokenPlace(position, angles.cos().to(wide), angles.sin().to(wide), rings)
+
+
+def draw_step(case: StepCase, dtype: torch.dtype, *, steps: int) -> Steps:
+    """Inputs and a state in fp64, which numbers of a dtype can hold."""
+    generator, width = torch.Generator().manual_seed(0), case.heads * case.head_size
+
+    def draw(*shape, dtype=dtype):
+        return torch.randn(*shape, generator=generator, dtype=torch.float64).to(dtype).double()
+
+    wide, has_path = torch.float32, case.global_path is not None
+    num_scalars = 1 + (not case.channels) + case.delta
+    inputs = [
+        (
+            draw(case.batch, 3 * width),
+            draw(case.batch, case.heads * num_scalars, dtype=wide) if has_path else None,
+            draw(case.batch, width) if has_path and case.channels else None,
+        )
+        for _ in range(steps)
+    ]
+    gates = DecayAndGate(draw(case.heads, dtype=wide), draw(case.heads, dtype=wide), case.floor, case.head_size if case.delta else None)
+    constants = MixerConstants(
+        taps=draw(case.taps, 3 * width) if case.taps > 1 else None,
+        scale=1 + draw(case.heads, dtype=wide).abs() if case.scaled else None,
+        beta=None,
+        global_path=GlobalConstants(gates, None, draw(case.heads, case.head_size, dtype=wide)) if has_path else None,
+        window=case.window,
+        global_tokens=case.global_tokens,
+        num_heads=case.heads,
+        has_silu=case.silu,
+        has_rotary=case.rotary,
+        eps=1e-5,
+    )
+    slots = (case.batch, case.global_tokens + case.window, case.heads, case.head_size)
+    state = MixerStepState(
+        draw(case.batch, case.taps - 1, 3 * width),
+        draw(*slots) if case.window else None,
+        draw(*slots) if case.window else None,
+        draw(case.batch, case.heads, case.head_size, case.head_size, dtype=wide) if has_path else None,
+        None,
+    )
+    return Steps(case, inputs, constants, state, torch.tensor((case.positions * case.batch)[: case.batch]))

@@ -1,0 +1,75 @@
+"""The Triton kernel of a decoding step: on a GPU on real shapes, without one in the interpreter on small ones, and its machine code."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+from phase8.kernels.reference.mixer_step import mixer_step
+from tests.kernels.mixer_steps import StepCase, draw_step
+from tests.kernels.offline import OfflineKernel, compile_offline
+
+SMALL = [
+    StepCase(), StepCase(batch=1, window=0), StepCase(global_path=None, global_tokens=3), StepCase(delta=True, global_tokens=2, taps=2, silu=True),
+    StepCase(head_size=12, heads=3, taps=1, scaled=False, channels=False), StepCase(floor=-5.0, rotary=False, positions=(0, 1)),
+    StepCase(window=5, global_tokens=3, positions=(2, 40)), StepCase(delta=True, channels=False, silu=True, positions=(5, 6)),
+]  # fmt: skip
+LARGE = [
+    StepCase(batch=3, heads=16, head_size=128, window=2048, positions=(1, 2047, 90_000)),
+    StepCase(batch=2, heads=8, head_size=64, window=300, global_tokens=4, delta=True, positions=(299, 301)),
+    StepCase(batch=1, heads=5, head_size=96, window=128, floor=-5.0, positions=(131_072,)),
+]
+TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 2e-2}
+STEPS = 3
+
+
+def check(case, device, dtype):
+    from phase8.kernels.gpu import mixer_step as gpu
+
+    steps, wide = draw_step(case, dtype, steps=STEPS), torch.float64
+    ours, exact = steps.moved(device, dtype), steps.moved(torch.device("cpu"), wide)
+    for step in range(STEPS):
+        found, expected = (run(*each.arguments(step)) for run, each in ((gpu.mixer_step, ours), (mixer_step, exact)))
+        results = {"y": (found, expected), **{name: (vars(ours.state)[name], tensor) for name, tensor in vars(exact.state).items()}}
+        for name, (mine, theirs) in results.items():
+            if theirs is None or theirs.numel() == 0:
+                continue
+            error = (mine.double().cpu() - theirs).norm() / (theirs.norm() + 1e-6)
+            assert error <= TOLERANCE[dtype], f"step {step}, {name}: {error:.1e}"
+
+
+@pytest.mark.parametrize("case", SMALL, ids=str)
+def test_small_shapes_equal_the_reference(case, kernel_device):
+    check(case, kernel_device, torch.float32)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", TOLERANCE)
+@pytest.mark.parametrize("case", LARGE, ids=str)
+def test_real_shapes_equal_the_reference(case, dtype, kernel_device):
+    check(case, kernel_device, dtype)
+
+
+@pytest.fixture(scope="module")
+def compiled():
+    types = {
+        "qkv": "*bf16", "before": "*bf16", "taps": "*fp32", "cosines": "*fp32", "sines": "*fp32", "scale": "*fp32", "keys": "*bf16",
+        "values": "*bf16", "positions": "*i64", "scalars": "*fp32", "channels": "*bf16", "decay_bias": "*fp32", "gate_bias": "*fp32", "norm_weight": "*fp32",
+        "memory": "*fp32", "out": "*bf16",
+    }  # fmt: skip
+    numbers = {
+        "qkv_stride": 6144, "scalars_stride": 16, "channels_stride": 2048, "window": 2048, "global_tokens": 0, "score_scale": 0.088, "eps": 1e-5,
+        "decay_floor": -5.0,
+    }  # fmt: skip
+    constants = {
+        "NUM_HEADS": 16, "HEAD_SIZE": 128, "BLOCK_HALF": 64, "BLOCK_K": 128, "TAPS": 4, "BLOCK_J": 128, "BLOCK_G": 1, "ROTARY": True, "SCALE": True,
+        "WINDOW": True, "GLOBALS": False, "GLOBAL_PATH": True, "CHANNELS": True, "SILU": True, "SCALARS": 1, "DELTA": False, "FLOOR": False,
+    }  # fmt: skip
+    kernel = OfflineKernel("phase8.kernels.gpu.mixer_step:_step_kernel", types | numbers | constants, num_warps=8)
+    delta = replace(kernel, arguments={**kernel.arguments, "DELTA": True, "SCALARS": 2, "GLOBALS": True, "global_tokens": 4, "BLOCK_G": 4})
+    return compile_offline({"linear": kernel, "delta": delta})
+
+
+def test_machine_code(compiled):
+    for kernel in compiled.values():
+        kernel.check(max_registers=255)

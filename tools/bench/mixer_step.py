@@ -1,0 +1,87 @@
+"""Times both paths of the mixer for one token of each sequence against plain torch.
+
+    python tools/bench/mixer_step.py
+    python tools/bench/mixer_step.py --shape 64 16 128 2048
+
+Floor: keys and values of the window read once, the memory of the global path read and written once.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Iterator
+from functools import partial
+
+import torch
+from measure import Case, benchmark, parser, require_close
+from torch import Tensor
+
+from phase8.kernels.decay_and_gate import DecayAndGate
+from phase8.kernels.decoding_state import GlobalConstants, MixerConstants, MixerStepState, TokenPlace
+from phase8.kernels.mixer_step import mixer_step
+from phase8.kernels.reference import mixer_step as reference
+from phase8.kernels.rotary import angles_at, rotary_frequencies
+from phase8.kernels.window_ring import ring_place
+from phase8.terminal import run_door
+
+TAPS, EPS = 4, 1e-5
+TOLERANCE = 0.03  # share of the largest value: the reference rounds weights and products to bf16
+SHAPES = ((1, 16, 128, 128), (1, 16, 128, 2048), (64, 16, 128, 128), (64, 16, 128, 2048))
+POSITION = 100_000
+
+
+def main() -> int:
+    """Runs the command line and returns the exit code."""
+    options = parser(__doc__)
+    metavar = ("B", "H", "K", "W")
+    options.add_argument("--shape", nargs=4, type=int, action="append", metavar=metavar, help="sequences, heads, head size, window; repeatable")
+    return run_door(lambda: benchmark("mixer_step", options.parse_args(), _cases))
+
+
+def _cases(arguments: argparse.Namespace, device: torch.device) -> Iterator[Case]:
+    for shape in arguments.shape or SHAPES:
+        found, expected = (run(*_inputs(*shape, device)) for run in (mixer_step, reference.mixer_step))
+        require_close("mixer_step", found, expected, tolerance=TOLERANCE)
+        inputs = _inputs(*shape, device)
+        state = inputs[4]
+        num_bytes = sum(x.numel() * x.element_size() for x in (state.keys, state.values, state.memory, state.memory) if x is not None)
+        case = partial(Case, " x ".join(map(str, shape)), num_bytes=num_bytes)
+        yield case("triton", partial(mixer_step, *inputs))
+        yield case("plain torch", partial(reference.mixer_step, *inputs))
+
+
+def _inputs(
+    batch: int, heads: int, size: int, window: int, device: torch.device
+) -> tuple[Tensor, Tensor, Tensor, MixerConstants, MixerStepState, TokenPlace]:
+    generator, width = torch.Generator(device).manual_seed(0), heads * size
+
+    def draw(*shape: int, dtype: torch.dtype = torch.bfloat16) -> Tensor:
+        return torch.randn(*shape, device=device, generator=generator).to(dtype)
+
+    wide = torch.float32
+    gates = DecayAndGate(draw(heads, dtype=wide), draw(heads, dtype=wide), None, None)
+    path = GlobalConstants(gates, None, draw(heads, size, dtype=wide))
+    constants = MixerConstants(
+        taps=draw(TAPS, 3 * width, dtype=wide),
+        scale=torch.ones(heads, device=device),
+        beta=None,
+        global_path=path,
+        window=window,
+        global_tokens=0,
+        num_heads=heads,
+        has_silu=True,
+        has_rotary=True,
+        eps=EPS,
+    )
+    kept = (batch, window, heads, size)
+    state = MixerStepState(draw(batch, TAPS - 1, 3 * width), draw(*kept), draw(*kept), draw(batch, heads, size, size, dtype=wide), None)
+    position = torch.full((batch,), POSITION, device=device)
+    angles = angles_at(position, rotary_frequencies(size, base=1e4, device=device))
+    ring = ring_place(position, window=window, global_tokens=0, dtype=torch.bfloat16)
+    place = TokenPlace(position, angles.cos(), angles.sin(), {window: ring})
+    return draw(batch, 3 * width), draw(batch, heads, dtype=wide), draw(batch, width), constants, state, place
+
+
+if __name__ == "__main__":
+    sys.exit(main())
