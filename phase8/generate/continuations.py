@@ -7,7 +7,7 @@ end is dropped.
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -30,7 +30,7 @@ class Request:
     seed: int
 
 
-@dataclass
+@dataclass(eq=False)
 class _Running:
     """A sequence in a row.
 
@@ -87,21 +87,23 @@ class _Run:
             if launched is not None:
                 self._hand_out(*launched)
             launched = following
-            if launched is None and not any(self._rows) and not left:
+            if launched is None and not any(self._rows):
                 return
 
     def _admit(self) -> None:
-        """Gives free rows to those who wait."""
-        free = [row for row, each in enumerate(self._rows) if each is None]
-        found = [(row, _Running(request, num_launched=1)) for row, request in zip(free, self._waiting, strict=False)]
-        for group in _read_together(found):
-            drawn = self._loop.admit([row for row, _ in group], _prompts([each.request for _, each in group]), [e.request.seed for _, e in group])
-            owners: list[_Running | None] = [each for _, each in group]
-            for row, each in group:
-                self._rows[row] = each
-            self._hand_out(drawn, owners)
+        """Gives free rows to those who wait, until there is no row or nobody waits; a first token may be the last one too."""
+        while found := [(row, _Running(request, num_launched=1)) for row, request in zip(self._free(), self._waiting, strict=False)]:
+            for group in _read_together(found):
+                rows, requests = [row for row, _ in group], [each.request for _, each in group]
+                drawn = self._loop.admit(rows, _prompts(requests), [request.seed for request in requests])
+                for row, each in group:
+                    self._rows[row] = each
+                self._hand_out(drawn, [each for _, each in group])
 
-    def _hand_out(self, drawn: Drawn, owners: list[_Running | None]) -> None:
+    def _free(self) -> list[int]:
+        return [row for row, each in enumerate(self._rows) if each is None]
+
+    def _hand_out(self, drawn: Drawn, owners: Sequence[_Running | None]) -> None:
         for tokens in drawn.wait():
             for each, token in zip(owners, tokens, strict=True):
                 if each is not None and each in self._rows and not self._goes_on(each, token):

@@ -14,10 +14,13 @@ from phase8.config.schema import DataSection
 from phase8.data.tokenizer import Tokenizer, load_tokenizer
 from phase8.distributed.collectives import ALONE
 from phase8.errors import CheckpointError
+from phase8.model.experts import Experts
 from phase8.model.int8_layers import hold_in_int8
 from phase8.model.model import LanguageModel, build_model
 from phase8.model.parameters import materialise
 from phase8.precision.policy import compute_dtype
+from phase8.tensor_parallel.embedding import VocabularyParallelEmbedding
+from phase8.tensor_parallel.linear import Linear, WideLinear
 
 
 def restore_model(directory: Path, *, device: torch.device) -> tuple[LanguageModel, DataSection, Checkpoint]:
@@ -39,6 +42,15 @@ def restore_model(directory: Path, *, device: torch.device) -> tuple[LanguageMod
     materialise(model, device=device, axis=ALONE)
     restore_state(checkpoint, model, None, widen=True)
     return model, config.data, checkpoint
+
+
+@torch.no_grad()
+def hold_in_compute_dtype(model: LanguageModel) -> None:
+    """Casts the weights that every forward would cast to the dtype of the residual stream; results stay the same, but training would lose digits."""
+    for module in model.modules():
+        is_cast = isinstance(module, Linear | Experts | VocabularyParallelEmbedding) and not isinstance(module, WideLinear)
+        for parameter in module.parameters(recurse=False) if is_cast else ():
+            parameter.data = parameter.data.to(model.dtype)
 
 
 def restore_tokenizer(checkpoint: Checkpoint, *, vocab_size: int, eod_token: str | None) -> Tokenizer:

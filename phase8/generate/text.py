@@ -118,9 +118,11 @@ class TextWriter:
             prompts: Token ids of each prompt; each is asked for when there is room for it.
             num_samples: Continuations of each prompt; those of prompt p have the numbers from p * num_samples.
             on_text: Is given the number of a continuation and its next piece of text.
-            on_end: Is given a number and the whole continuation when it ends.
+            on_end: Is given a number and the whole continuation, in the order of the numbers.
         """
         open_ones: dict[int, _Open] = {}
+        ended: dict[int, Continuation] = {}
+        next_number = 0
 
         def requests() -> Iterable[Request]:
             for place, prompt in enumerate(prompts):
@@ -130,12 +132,16 @@ class TextWriter:
                     yield Request(number, tuple(prompt), (self._options.seed + sample) % 2**63)
 
         def take(number: int, token: int) -> bool:
+            nonlocal next_number
             current = open_ones[number]
             piece = current.take(token, self._max_tokens)
             if piece:
                 on_text(number, piece)
             if current.found.reason is not None:
-                on_end(number, open_ones.pop(number).found)
+                ended[number] = open_ones.pop(number).found
+            while next_number in ended:
+                on_end(next_number, ended.pop(next_number))
+                next_number += 1
             return current.found.reason is None
 
         continue_prompts(self._loop, requests(), max_tokens=self._max_tokens, take=take)

@@ -1,46 +1,102 @@
-from dataclasses import is_dataclass
+"""Decoding token by token gives the numbers of whole sequences, for every kind of block."""
 
 import pytest
 import torch
 
 from phase8.config.model_section import ModelSection
-from phase8.generate.decode import Decoder
+from phase8.generate import decode
+from phase8.generate.decode import Decoder, DecodingLoop
+from phase8.generate.sampling import SamplingOptions
+from phase8.model.int8_layers import Int8Linear, hold_in_int8
 from tests.model.small import VARIANT_IDS, VARIANT_SECTIONS, perturbed_model, random_tokens, scaled_down
+
+GREEDY = SamplingOptions(temperature=0.0)
+
+
+@torch.no_grad()
+def logits_of_steps(model, tokens, read):
+    """Logits of the tokens after the first ones, which were read in pieces: as many in each row as `read` says. {(row, position): logits}"""
+    step = model.prepared(capacity=tokens.shape[1])
+    states, places, found = step.empty_states(len(tokens)), step.places(), {}
+    for row, length in enumerate(read):
+        decoder = Decoder(model)
+        for piece in tokens[row : row + 1, :length].split(5, dim=1) if length else ():
+            decoder.feed(piece)
+        for state, block, carried in zip(states, step.blocks, decoder.states, strict=True):
+            block.mixer.fill(state, torch.tensor([row]), carried.as_window())
+    rows, position = torch.arange(len(tokens)), torch.tensor(read)
+    for _ in range(tokens.shape[1] - max(read)):
+        logits = step(tokens[rows, position], places(position), states)
+        found |= {(row, int(at)): logits[row] for row, at in enumerate(position)}
+        position = position + 1
+    return found
 
 
 @pytest.mark.parametrize("section", VARIANT_SECTIONS, ids=VARIANT_IDS)
-@pytest.mark.parametrize("prompt_tokens", [1, 8])
-def test_decoding_one_by_one_gives_the_logits_of_the_whole(section, prompt_tokens):
-    model, tokens = perturbed_model(section), random_tokens(batch=1)
-    with torch.inference_mode():
+@pytest.mark.parametrize("read", [(0, 9), (17, 2)], ids=str)
+def test_steps_give_the_logits_of_the_whole_at_positions_of_their_own(section, read):
+    model, tokens = perturbed_model(section), random_tokens()
+    with torch.no_grad():
         expected = model.logits(model(tokens)[0])
-    decoder = Decoder(model)
-    logits = [decoder.feed(tokens[:, :prompt_tokens])]
-    logits += [decoder.feed(tokens[:, i : i + 1]) for i in range(prompt_tokens, tokens.shape[1])]
-    torch.testing.assert_close(torch.stack(logits, 1), expected[:, prompt_tokens - 1 :], rtol=1e-5, atol=1e-5)
+    found = logits_of_steps(model, tokens, read)
+    assert len(found) == 2 * (tokens.shape[1] - max(read))
+    for (row, position), logits in found.items():
+        torch.testing.assert_close(logits, expected[row, position], rtol=1e-5, atol=1e-5)
 
 
-def size_bytes(state):
-    """Bytes of the tensors in a state, which is made of dataclasses, tensors and numbers."""
-    if isinstance(state, torch.Tensor):
-        return state.numel() * state.element_size()
-    parts = state if isinstance(state, (list, tuple)) else vars(state).values() if is_dataclass(state) else ()
-    return sum(map(size_bytes, parts))
+@pytest.mark.parametrize("is_dynamic", [False, True])
+def test_layers_of_eight_bits(is_dynamic):
+    model, tokens = perturbed_model(scaled_down(ModelSection(global_path="delta")), dtype=torch.float32), random_tokens()
+    hold_in_int8(model, is_dynamic=is_dynamic)
+    generator = torch.Generator().manual_seed(3)
+    for layer in (each for each in model.modules() if isinstance(each, Int8Linear)):
+        layer.weight.random_(-127, 128, generator=generator)
+        layer.scale.uniform_(0.001, 0.003, generator=generator)
+    with torch.no_grad():
+        expected = model.logits(model(tokens)[0])
+    for (row, position), logits in logits_of_steps(model, tokens, (0, 4)).items():
+        torch.testing.assert_close(logits, expected[row, position], rtol=1e-3, atol=1e-3)
 
 
-def test_memory_is_constant_at_any_length():
-    section = scaled_down(ModelSection(global_tokens=3))
-    decoder, sizes = Decoder(perturbed_model(section)), []
-    for token in random_tokens(batch=1, length=60).split(1, dim=1):
-        decoder.feed(token)
-        sizes.append(size_bytes(decoder._states))
-    full = max(section.window_sizes) - 1 + section.global_tokens
-    assert len(set(sizes[full:])) == 1 and sizes[0] < sizes[full]
+def test_bf16_is_as_far_from_fp32_as_whole_sequences_are():
+    section, tokens = scaled_down(ModelSection()), random_tokens()
+    exact = perturbed_model(section)
+    rounded = perturbed_model(section, dtype=torch.bfloat16).float()
+    with torch.no_grad():
+        expected, whole = exact.logits(exact(tokens)[0]), rounded.logits(rounded(tokens)[0])
+    steps = torch.stack([logits for _, logits in sorted(logits_of_steps(rounded, tokens, (0, 0)).items())]).view_as(whole)
+    assert rounded.dtype == torch.bfloat16 and (steps - expected).norm() <= 1.2 * (whole - expected).norm() + 1e-6
 
 
-def test_memory_of_the_baseline_grows():
-    decoder, sizes = Decoder(perturbed_model(scaled_down(ModelSection(block="transformer")))), []
-    for token in random_tokens(batch=1, length=20).split(1, dim=1):
-        decoder.feed(token)
-        sizes.append(size_bytes(decoder._states))
-    assert sizes == sorted(set(sizes))
+def test_pieces_of_a_prompt_give_the_logits_of_the_whole(monkeypatch):
+    model, tokens = perturbed_model(scaled_down(ModelSection())), random_tokens()
+    with torch.no_grad():
+        expected = model.logits(model(tokens)[0][:, -1])
+    monkeypatch.setattr(decode, "PIECE_TOKENS", 7)
+    torch.testing.assert_close(Decoder(model, 2).feed(tokens), expected, rtol=1e-5, atol=1e-5)
+
+
+def drawn_by(loop, prompts, *, count, seeds=(0,)):
+    first = loop.admit(range(len(seeds)), prompts, seeds).wait()
+    return [first[0], *(row for _ in range(count - 1) for row in loop.advance(1).wait())]
+
+
+@pytest.mark.parametrize("block", ["phase8", "transformer"])
+def test_the_likeliest_tokens_are_those_of_the_whole_and_a_transformer_gets_room(block, monkeypatch):
+    monkeypatch.setattr(decode, "_CAPACITY_STEP", 4)
+    model, tokens = perturbed_model(scaled_down(ModelSection(block=block))), random_tokens(batch=1, length=6)
+    found = drawn_by(DecodingLoop(model, options=GREEDY, num_ids=61), tokens, count=20)
+    for (token,) in found:
+        with torch.no_grad():
+            assert model.logits(model(tokens)[0][:, -1]).argmax().item() == token
+        tokens = torch.cat((tokens, torch.tensor([[token]])), 1)
+
+
+def test_state_is_written_in_place_and_weights_are_held_once():
+    model = perturbed_model(scaled_down(ModelSection(global_tokens=3)))
+    loop = DecodingLoop(model, options=GREEDY, num_ids=61)
+    addresses = [part.data_ptr() for state in loop._states for part in vars(state).values() if part is not None]
+    drawn_by(loop, random_tokens(batch=1, length=40), count=30)
+    assert addresses == [part.data_ptr() for state in loop._states for part in vars(state).values() if part is not None]
+    mixer = model.blocks["0"].mixer
+    assert mixer.k.weight.untyped_storage().data_ptr() == loop._step.blocks[0].mixer.project.weight.untyped_storage().data_ptr()

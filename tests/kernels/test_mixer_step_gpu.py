@@ -54,7 +54,8 @@ def test_real_shapes_equal_the_reference(case, dtype, kernel_device):
 def compiled():
     types = {
         "qkv": "*bf16", "before": "*bf16", "taps": "*fp32", "cosines": "*fp32", "sines": "*fp32", "scale": "*fp32", "keys": "*bf16",
-        "values": "*bf16", "positions": "*i64", "scalars": "*fp32", "channels": "*bf16", "decay_bias": "*fp32", "gate_bias": "*fp32", "norm_weight": "*fp32",
+        "values": "*bf16", "positions": "*i64", "scalars": "*fp32", "channels": "*bf16",
+        "decay_bias": "*fp32", "gate_bias": "*fp32", "norm_weight": "*fp32",
         "memory": "*fp32", "out": "*bf16",
     }  # fmt: skip
     numbers = {

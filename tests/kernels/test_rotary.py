@@ -3,7 +3,7 @@ import math
 import pytest
 import torch
 
-from phase8.kernels.rotary import rotary_angles, rotate
+from phase8.kernels.rotary import angles_at, rotary_angles, rotary_frequencies, rotate, turn
 
 CPU = torch.device("cpu")
 
@@ -32,3 +32,12 @@ def test_products_depend_on_the_distance_only():
 
     torch.testing.assert_close(product(7, 3), product(1007, 1003), rtol=1e-5, atol=1e-5)
     assert not torch.isclose(product(7, 3), product(7, 4))
+
+
+def test_tokens_at_positions_of_their_own_turn_as_those_of_a_sequence():
+    x = torch.randn(3, 2, 8, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    angles = angles_at(torch.tensor([5, 0, 70_000]), rotary_frequencies(8, base=1e4, device=CPU))
+    turned = turn(x, angles.cos()[:, None], angles.sin()[:, None])
+    for row, position in enumerate((5, 0, 70_000)):
+        expected = rotate(x[row][None, None], rotary_angles(1, 8, base=1e4, first_position=position, device=CPU))[0, 0]
+        torch.testing.assert_close(turned[row], expected, rtol=0, atol=0)

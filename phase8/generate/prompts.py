@@ -1,0 +1,49 @@
+"""Prompts from a file: one on each line, or JSON lines with the key `prompt`."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+
+from phase8.errors import DataError
+
+
+def read_prompts(path: Path) -> list[str]:
+    """The prompts of a file, or of standard input where the path is `-`; empty lines are left out.
+
+    The file has JSON lines if its first line is a JSON object.
+
+    Raises:
+        DataError: It cannot be read, holds no prompt, or a line of JSON has none.
+    """
+    name = "standard input" if path == Path("-") else str(path)
+    try:
+        text = sys.stdin.buffer.read().decode() if path == Path("-") else path.read_text(encoding="utf-8")
+    except OSError as error:
+        raise DataError(f"--batch-file: cannot read {name}: {error.strerror}.") from error
+    except UnicodeDecodeError as error:
+        raise DataError(f"--batch-file: {name} is not UTF-8 (byte {error.start}); convert it, with iconv for example.") from error
+    lines = [(number, line) for number, line in enumerate(text.splitlines(), start=1) if line.strip()]
+    if not lines:
+        raise DataError(f"--batch-file: {name} holds no prompt; it needs one on each line.")
+    if not isinstance(_parsed(lines[0][1]), dict):
+        return [line for _, line in lines]
+    return [_prompt_of(line, f"--batch-file: line {number} of {name}") for number, line in lines]
+
+
+def _prompt_of(line: str, place: str) -> str:
+    record = _parsed(line)
+    if not isinstance(record, dict):
+        raise DataError(f"{place} is not a JSON object, as the first one is.")
+    if not isinstance(record.get("prompt"), str):
+        raise DataError(f'{place} has no text under the key "prompt".')
+    return record["prompt"]
+
+
+def _parsed(line: str) -> object:
+    """The value of a line of JSON; None: it is none."""
+    try:
+        return json.loads(line)
+    except (ValueError, RecursionError):
+        return None
