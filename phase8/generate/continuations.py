@@ -87,7 +87,7 @@ class _Run:
             if launched is not None:
                 self._hand_out(*launched)
             launched = following
-            if launched is None and not any(self._rows):
+            if launched is None and not left:
                 return
 
     def _admit(self) -> None:
