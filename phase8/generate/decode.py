@@ -103,7 +103,7 @@ class DecodingLoop:
         self._model, self._options, self._num_ids = model, options, num_ids
         self._step = model.prepared(capacity=_CAPACITY_STEP)
         self._grows = model.section.block == "transformer"
-        self._places, self._states = self._step.places(), self._step.empty_states(batch_size)
+        self._states = self._step.empty_states(batch_size)
         device = self.device
         self.batch_size, self.most_at_once = batch_size, most_at_once
         self.is_ahead = device.type == "cuda"  # the device draws while the host looks at earlier tokens
@@ -136,7 +136,7 @@ class DecodingLoop:
             step.mixer.fill(state, at, read.as_window())
         self._position[at] = decoder.num_tokens
         self._seeds[at] = torch.tensor(list(seeds), dtype=torch.int64, device=self.device)
-        self._is_finite.logical_and_(logits.isfinite().all())
+        self._is_finite.logical_and_(logits.sum().isfinite())
         drawn = draw_tokens(logits.expand(len(at), -1), self._seeds[at], self._position[at], self._options)
         self._tokens[at] = drawn
         self._longest = max(self._longest, decoder.num_tokens)
@@ -169,8 +169,8 @@ class DecodingLoop:
 
     def _advance_by_one(self) -> None:
         """A step on the device: it reads the last tokens, draws the next ones, and moves the positions on."""
-        logits = self._step(self._tokens, self._places(self._position), self._states)[:, : self._num_ids]
-        self._is_finite.logical_and_(logits.isfinite().all())
+        logits = self._step(self._tokens, self._position, self._states)[:, : self._num_ids]
+        self._is_finite.logical_and_(logits.sum().isfinite())  # a sum is one pass, and keeps what is not finite
         self._position.add_(1)
         self._tokens.copy_(draw_tokens(logits, self._seeds, self._position, self._options))
         self._drawn.index_copy_(0, self._column, self._tokens[None])
@@ -191,7 +191,6 @@ class DecodingLoop:
             return
         capacity = max(2 * self._step.capacity, -(-num_tokens // _CAPACITY_STEP) * _CAPACITY_STEP)
         self._step = self._step.with_capacity(capacity)
-        self._places = self._step.places()
         before, self._states = self._states, self._step.empty_states(len(self._tokens))
         for old, new in zip(before, self._states, strict=True):
             new.take_over(old)

@@ -65,29 +65,45 @@ def draw_tokens(logits: Tensor, seeds: Tensor, position: Tensor, options: Sampli
     if options.temperature == 0:
         return logits.argmax(-1)
     # Relative to the largest, so that a tiny temperature cannot overflow.
-    logits = (logits - logits.amax(-1, keepdim=True)) / options.temperature
+    below = (logits.amax(-1, keepdim=True) - logits) / options.temperature
     if options.top_k == 0 and options.top_p == 1:
-        ids = torch.arange(logits.shape[-1], device=logits.device).expand_as(logits)
-        probabilities = logits.softmax(-1)
+        ids = torch.arange(below.shape[-1], device=below.device).expand_as(below)
+        probabilities = (-below).softmax(-1)
     else:
-        probabilities, ids = _likely(logits, options)
+        probabilities, ids = _likely(below, options)
     winner = (probabilities / _exponential_noise(seeds, position, ids)).argmax(-1, keepdim=True)
     return ids.gather(-1, winner)[:, 0]
 
 
-def _likely(logits: Tensor, options: SamplingOptions) -> tuple[Tensor, Tensor]:
-    """Probabilities of the candidates [B, k], the likeliest first and 0 for those that top_p excludes, and their ids [B, k]."""
-    if 0 < options.top_k < logits.shape[-1]:
-        ordered, ids = logits.topk(options.top_k, dim=-1)
+def _likely(below: Tensor, options: SamplingOptions) -> tuple[Tensor, Tensor]:
+    """Probabilities of the candidates [B, k], the likeliest first and 0 for those that top_p excludes, and their ids [B, k].
+
+    Args:
+        below: How far each logit is below the largest of its row, fp32 [B, V].
+        options: Limits.
+    """
+    if 0 < options.top_k < below.shape[-1]:
+        ordered, ids = below.topk(options.top_k, dim=-1, largest=False)
     else:
-        ordered, ids = logits.sort(dim=-1, descending=True)
-    probabilities = ordered.softmax(-1)
+        ids = _order(below)
+        ordered = below.gather(-1, ids)
+    probabilities = (-ordered).softmax(-1)
     if options.top_p < 1:
         before = probabilities.cumsum(-1) - probabilities
         is_excluded = before >= options.top_p
         is_excluded[:, 0] = False
         probabilities = probabilities.masked_fill(is_excluded, 0)
     return probabilities, ids
+
+
+def _order(below: Tensor) -> Tensor:
+    """Ids in ascending order of numbers that are not negative [B, V].
+
+    A GPU sorts long rows one after the other, so all rows are sorted at once: bits of such numbers have their order, with the row before them.
+    """
+    first = torch.arange(len(below), device=below.device)[:, None]
+    keys = below.contiguous().view(torch.int32) + (first << 32)
+    return keys.flatten().sort().indices.view_as(below) - first * below.shape[-1]
 
 
 def _exponential_noise(seeds: Tensor, position: Tensor, ids: Tensor) -> Tensor:

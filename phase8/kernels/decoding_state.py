@@ -5,13 +5,13 @@ Shapes: B sequences, H heads, K head size, W window, G global tokens, J = G + W 
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
+import torch
 from torch import Tensor
 
 from phase8.kernels.decay_and_gate import DecayAndGate
-from phase8.kernels.window_ring import RingPlace
+from phase8.kernels.window_ring import RingPlace, ring_place
 
 
 @dataclass(frozen=True)
@@ -22,13 +22,19 @@ class TokenPlace:
         position: Number of tokens before it in its sequence, int64 [B].
         cos: Cosines of the rotary angles [B, K/2].
         sin: Sines of the same.
-        rings: Places in the rings of keys and values, for each window.
+        rings: Places in the rings of keys and values by window, as far as a layer has asked for them.
     """
 
     position: Tensor
     cos: Tensor
     sin: Tensor
-    rings: Mapping[int, RingPlace]
+    rings: dict[int, RingPlace] = field(default_factory=dict)
+
+    def ring(self, window: int, *, global_tokens: int, dtype: torch.dtype) -> RingPlace:
+        """The places in the ring of a window, computed for the first layer that has it; arguments as of `ring_place`."""
+        if window not in self.rings:
+            self.rings[window] = ring_place(self.position, window=window, global_tokens=global_tokens, dtype=dtype)
+        return self.rings[window]
 
 
 @dataclass(frozen=True)

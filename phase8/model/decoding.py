@@ -14,11 +14,10 @@ from dataclasses import dataclass, replace
 import torch.nn.functional as F
 from torch import Tensor
 
-from phase8.config.model_section import ModelSection
 from phase8.kernels.decoding_state import MixerStepState, TokenPlace
+from phase8.kernels.rotary import angles_at
 from phase8.model.mixer_step import MixerStep
 from phase8.model.norm import PreparedNorm
-from phase8.model.token_place import TokenPlaces
 
 
 @dataclass(frozen=True)
@@ -49,7 +48,8 @@ class ModelStep:
     """A whole model for one token of each sequence.
 
     Args:
-        section: Model section.
+        head_size: Head size K.
+        frequencies: Angle of the rotary positions from one token to the next [K/2].
         capacity: Tokens of a sequence that the transformer has room for; the Phase 8 block has room for any number.
         embedding: Vectors of the token ids, in the dtype of the residual stream [V, D].
         blocks: The blocks.
@@ -57,7 +57,8 @@ class ModelStep:
         head: Weight of the output head [V, D].
     """
 
-    section: ModelSection
+    head_size: int
+    frequencies: Tensor
     capacity: int
     embedding: Tensor
     blocks: tuple[BlockStep, ...]
@@ -66,13 +67,8 @@ class ModelStep:
 
     def empty_states(self, batch_size: int) -> list[MixerStepState]:
         """The state of every block before the first token of each sequence."""
-        options = {"head_size": self.section.head_width, "dtype": self.embedding.dtype, "device": self.embedding.device}
+        options = {"head_size": self.head_size, "dtype": self.embedding.dtype, "device": self.embedding.device}
         return [block.mixer.empty_state(batch_size, **options) for block in self.blocks]
-
-    def places(self) -> TokenPlaces:
-        """What computes the places of tokens from their positions."""
-        windows = {block.mixer.constants.window for block in self.blocks}
-        return TokenPlaces(self.section, windows, dtype=self.embedding.dtype, device=self.embedding.device)
 
     def with_capacity(self, capacity: int) -> ModelStep:
         """The same step of a transformer with another capacity."""
@@ -82,12 +78,19 @@ class ModelStep:
 
         return replace(self, capacity=capacity, blocks=tuple(replace(block, mixer=enlarged(block.mixer)) for block in self.blocks))
 
-    def __call__(self, tokens: Tensor, place: TokenPlace, states: Sequence[MixerStepState]) -> Tensor:
-        """Reads one token of each sequence [B], and writes the states.
+    def __call__(self, tokens: Tensor, position: Tensor, states: Sequence[MixerStepState]) -> Tensor:
+        """Reads one token of each sequence, and writes the states.
+
+        Args:
+            tokens: Token ids [B].
+            position: Number of tokens before each in its sequence, int64 [B].
+            states: State of every block.
 
         Returns:
             Logits of the next token, fp32 [B, V].
         """
+        angles = angles_at(position, self.frequencies)
+        place = TokenPlace(position, angles.cos(), angles.sin())
         x, summand = F.embedding(tokens, self.embedding), None
         for block, state in zip(self.blocks, states, strict=True):
             x, summand = block(x, summand, place, state)

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from phase8.config.model_section import ModelSection
 from phase8.distributed.collectives import ALONE, Axis, gather_tokens
 from phase8.exchanges import NO_EXCHANGES, Exchanges, gathered
-from phase8.kernels.rotary import rotary_angles
+from phase8.kernels.rotary import rotary_angles, rotary_frequencies
 from phase8.model.block import Block, BlockState
 from phase8.model.decoding import ModelStep
 from phase8.model.norm import RMSNorm
@@ -167,7 +167,9 @@ class LanguageModel(nn.Module):
         blocks = tuple(block.prepared(self.dtype, capacity=capacity) for block in self.blocks.values())
         embedding = self.embedding.weight.detach().to(self.dtype)
         head = embedding if self.head is None else self.head_weight.detach().to(self.dtype)
-        return ModelStep(self.section, capacity, embedding, blocks, self.norm.prepared(), head)
+        section = self.section
+        frequencies = rotary_frequencies(section.head_width, base=section.rope_base, device=embedding.device)
+        return ModelStep(section.head_width, frequencies, capacity, embedding, blocks, self.norm.prepared(), head)
 
     def logits(self, hidden: Tensor) -> Tensor:
         """Logits of hidden states, fp32 [..., V]."""

@@ -17,7 +17,7 @@ GREEDY = SamplingOptions(temperature=0.0)
 def logits_of_steps(model, tokens, read):
     """Logits of the tokens after the first ones, which were read in pieces: as many in each row as `read` says. {(row, position): logits}"""
     step = model.prepared(capacity=tokens.shape[1])
-    states, places, found = step.empty_states(len(tokens)), step.places(), {}
+    states, found = step.empty_states(len(tokens)), {}
     for row, length in enumerate(read):
         decoder = Decoder(model)
         for piece in tokens[row : row + 1, :length].split(5, dim=1) if length else ():
@@ -26,7 +26,7 @@ def logits_of_steps(model, tokens, read):
             block.mixer.fill(state, torch.tensor([row]), carried.as_window())
     rows, position = torch.arange(len(tokens)), torch.tensor(read)
     for _ in range(tokens.shape[1] - max(read)):
-        logits = step(tokens[rows, position], places(position), states)
+        logits = step(tokens[rows, position], position, states)
         found |= {(row, int(at)): logits[row] for row, at in enumerate(position)}
         position = position + 1
     return found

@@ -8,7 +8,6 @@ from torch import Tensor
 from phase8.kernels.decay_and_gate import DecayAndGate
 from phase8.kernels.decoding_state import GlobalConstants, MixerConstants, MixerStepState, TokenPlace
 from phase8.kernels.rotary import angles_at, rotary_frequencies
-from phase8.kernels.window_ring import ring_place
 
 
 @dataclass(frozen=True)
@@ -67,9 +66,7 @@ class Steps:
         position = self.position + step
         angles = angles_at(position, rotary_frequencies(self.case.head_size, base=1e4, device=position.device))
         wide = torch.promote_types(qkv.dtype, torch.float32)
-        window, tokens = self.case.window, self.case.global_tokens
-        rings = {window: ring_place(position, window=window, global_tokens=tokens, dtype=qkv.dtype)} if window else {}
-        return qkv, scalars, channels, self.constants, self.state, TokenPlace(position, angles.cos().to(wide), angles.sin().to(wide), rings)
+        return qkv, scalars, channels, self.constants, self.state, TokenPlace(position, angles.cos().to(wide), angles.sin().to(wide))
 
 
 def draw_step(case: StepCase, dtype: torch.dtype, *, steps: int) -> Steps:

@@ -22,7 +22,6 @@ from phase8.kernels.decoding_state import GlobalConstants, MixerConstants, Mixer
 from phase8.kernels.mixer_step import mixer_step
 from phase8.kernels.reference import mixer_step as reference
 from phase8.kernels.rotary import angles_at, rotary_frequencies
-from phase8.kernels.window_ring import ring_place
 from phase8.terminal import run_door
 
 TAPS, EPS = 4, 1e-5
@@ -78,8 +77,7 @@ def _inputs(
     state = MixerStepState(draw(batch, TAPS - 1, 3 * width), draw(*kept), draw(*kept), draw(batch, heads, size, size, dtype=wide), None)
     position = torch.full((batch,), POSITION, device=device)
     angles = angles_at(position, rotary_frequencies(size, base=1e4, device=device))
-    ring = ring_place(position, window=window, global_tokens=0, dtype=torch.bfloat16)
-    place = TokenPlace(position, angles.cos(), angles.sin(), {window: ring})
+    place = TokenPlace(position, angles.cos(), angles.sin())
     return draw(batch, 3 * width), draw(batch, heads, dtype=wide), draw(batch, width), constants, state, place
 
 

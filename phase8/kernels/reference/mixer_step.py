@@ -38,7 +38,8 @@ def mixer_step(
     y = None
     if constants.window and state.keys is not None and state.values is not None:
         q, k = _local(qk, constants, place).unbind(1)
-        y = ring_attention_step(q, k, v, state.keys, state.values, place.rings[constants.window], constants.beta)
+        ring = place.ring(constants.window, global_tokens=constants.global_tokens, dtype=qkv.dtype)
+        y = ring_attention_step(q, k, v, state.keys, state.values, ring, constants.beta)
     if constants.global_path is not None and scalars is not None:
         q, k = F.rms_norm(F.silu(qk) if constants.has_silu else qk, qk.shape[-1:], eps=constants.eps).unbind(1)
         gates = None if channels is None else channels.view(v.shape)
