@@ -35,7 +35,7 @@ class Decoder:
         self.states = model.empty_states(batch_size)
         self.num_tokens = 0
 
-    @torch.no_grad()
+    @torch.inference_mode()
     def feed(self, tokens: Tensor) -> Tensor:
         """Reads the next tokens.
 
@@ -119,7 +119,7 @@ class DecodingLoop:
         """Device of the model."""
         return self._step.head.device
 
-    @torch.no_grad()
+    @torch.inference_mode()
     def admit(self, rows: Sequence[int], prompts: Tensor, seeds: Sequence[int]) -> Drawn:
         """Reads prompts of one length in the place of the sequences in some rows, and draws the token after each.
 
@@ -142,7 +142,7 @@ class DecodingLoop:
         self._longest = max(self._longest, decoder.num_tokens)
         return self._on_the_way(drawn[None])
 
-    @torch.no_grad()
+    @torch.inference_mode()
     def advance(self, num_tokens: int) -> Drawn:
         """Draws the next tokens of all sequences; the host does not wait for them.
 
