@@ -116,6 +116,7 @@ class _Run:
 
 def _read_together(found: list[tuple[int, _Running]]) -> Iterator[list[tuple[int, _Running]]]:
     """Groups that are read at once: of one prompt, or of prompts of one length that fit into a piece."""
+
     def by_prompt(item: tuple[int, _Running]) -> tuple[int, tuple[int, ...]]:
         return len(item[1].request.prompt), item[1].request.prompt
 

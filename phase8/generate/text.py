@@ -98,9 +98,7 @@ class TextWriter:
     ):
         self._tokenizer, self._options, self._max_tokens, self._stops = tokenizer, options, max_tokens, tuple(stops)
         at_once = AT_ONCE_ON_GPU if model.head_weight.is_cuda else 1
-        self._loop = DecodingLoop(
-            model, batch_size=batch_size, options=options, num_ids=tokenizer.vocab_size, most_at_once=at_once
-        )
+        self._loop = DecodingLoop(model, batch_size=batch_size, options=options, num_ids=tokenizer.vocab_size, most_at_once=at_once)
 
     def write(
         self,

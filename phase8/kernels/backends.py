@@ -69,6 +69,11 @@ def select_kernels(wanted: Literal["auto", "reference"], device: torch.device) -
     _selection.attention = _select_attention(wanted, device)
 
 
+def needs_no_operator(x: Tensor) -> bool:
+    """Whether the reference may be called as it is: on a CPU without gradients. A process's first call of an operator imports torch's compiler."""
+    return x.device.type == "cpu" and torch.is_inference_mode_enabled() and not torch.compiler.is_compiling()
+
+
 def uses_triton(x: Tensor) -> bool:
     """Whether Triton kernels run on this tensor, judging by its device; dtypes and shapes are checked by the operator."""
     return x.is_cuda and kernel_backend(x.device).name == "triton"

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from phase8.kernels.backends import uses_triton
+from phase8.kernels.backends import needs_no_operator, uses_triton
 from phase8.kernels.reference import gated_delta_rule as reference
 
 MAX_HEAD_BYTES = 256  # 128 values of 16 bits: the gradients of queries and keys of a chunk must fit into the registers of a program
@@ -101,4 +101,5 @@ def gated_delta_rule(
     Returns:
         y [B, T, H, V] in the dtype of v, and the state after the last token [B, H, K, V].
     """
-    return _forward(q, k, v, log_decay, beta, starts, initial_state)
+    run = reference.gated_delta_rule if needs_no_operator(q) else _forward
+    return run(q, k, v, log_decay, beta, starts, initial_state)

@@ -17,6 +17,7 @@ import statistics
 import sys
 import time
 from collections.abc import Callable, Iterator
+from functools import partial
 from typing import Any
 
 import torch
@@ -26,6 +27,7 @@ from phase8.config.arguments import path_argument
 from phase8.config.auto import without_auto
 from phase8.config.load import load_config
 from phase8.config.schema import RunConfig
+from phase8.errors import ConfigError
 from phase8.generate.decode import DecodingLoop
 from phase8.generate.sampling import SamplingOptions
 from phase8.kernels.backends import select_kernels
@@ -47,6 +49,8 @@ def _run() -> int:
     arguments = _parser().parse_args()
     if arguments.device == "cuda" and not torch.cuda.is_available():
         raise BenchmarkError("decoding is timed on a GPU, and torch finds none; with --device cpu it is timed here.")
+    if arguments.tokens % AT_ONCE or arguments.tokens < AT_ONCE:
+        raise ConfigError(f"--tokens is {arguments.tokens}, but a multiple of {AT_ONCE} is needed.")
     device = torch.device(arguments.device)
     config = without_auto(load_config(arguments.config, arguments.set))
     with output_is_the_product():
@@ -81,14 +85,14 @@ def _model(config: RunConfig, device: torch.device) -> LanguageModel:
 def _of_ours(arguments: argparse.Namespace, model: LanguageModel, batch: int, length: int) -> dict[str, Any]:
     options, vocab_size = SamplingOptions(arguments.temperature, arguments.top_k, arguments.top_p), model.section.vocab_size
     prompts = torch.randint(vocab_size, (batch, length), generator=torch.Generator().manual_seed(0))
-    begin = time.perf_counter()
+    begin = arguments.clock()
     at_once = AT_ONCE if arguments.device == "cuda" else 1
     loop = DecodingLoop(model, batch_size=batch, options=options, num_ids=vocab_size, most_at_once=at_once)
     loop.admit(range(batch), prompts, range(batch)).wait()
-    first = time.perf_counter()
+    first = arguments.clock()
     for _ in range(4):
         loop.advance(1).wait()
-    ready = time.perf_counter()
+    ready = arguments.clock()
 
     def tokens() -> None:
         waiting = loop.advance(at_once)
@@ -98,15 +102,15 @@ def _of_ours(arguments: argparse.Namespace, model: LanguageModel, batch: int, le
             waiting = following
         waiting.wait()
 
-    return {"first": first - begin, "ready": ready - first, **_rate(tokens, batch * (arguments.tokens // at_once * at_once))}
+    return {"first": first - begin, "ready": ready - first, **_rate(arguments, tokens, batch)}
 
 
-def _rate(run: Callable[[], object], num_tokens: int) -> dict[str, float]:
+def _rate(arguments: argparse.Namespace, run: Callable[[], object], batch: int) -> dict[str, float]:
     rates = []
     for _ in range(ROUNDS):
-        begin = time.perf_counter()
+        begin = arguments.clock()
         run()
-        rates.append(num_tokens / (time.perf_counter() - begin))
+        rates.append(batch * arguments.tokens / (arguments.clock() - begin))
     return {"tokens_per_second": statistics.median(rates), "least": min(rates), "most": max(rates)}
 
 
@@ -121,7 +125,7 @@ def _of_llama(arguments: argparse.Namespace, model: LanguageModel, batch: int, l
         num_hidden_layers=section.num_layers,
         num_attention_heads=section.num_heads,
         tie_word_embeddings=section.tie_embeddings,
-        max_position_embeddings=length + arguments.tokens + 1,
+        max_position_embeddings=length + (ROUNDS + 1) * arguments.tokens + 8,
         eos_token_id=None,
         bos_token_id=None,
         pad_token_id=None,
@@ -132,19 +136,23 @@ def _of_llama(arguments: argparse.Namespace, model: LanguageModel, batch: int, l
     sampled = {"do_sample": True, "temperature": arguments.temperature, "top_k": arguments.top_k, "top_p": arguments.top_p}
     options = {"do_sample": False} if arguments.temperature == 0 else sampled
 
-    def generate(num_tokens: int) -> float:
-        begin = time.perf_counter()
+    found: Any = None
+
+    def generate(num_tokens: int) -> None:
+        nonlocal found
+        cache = {} if found is None else {"past_key_values": found.past_key_values}
+        count = {"max_new_tokens": num_tokens, "min_new_tokens": num_tokens, "return_dict_in_generate": True}
         with torch.inference_mode():
-            peer.generate(prompts, max_new_tokens=num_tokens, min_new_tokens=num_tokens, use_cache=True, **options)
+            found = peer.generate(prompts if found is None else found.sequences, **cache, **count, **options)
         if arguments.device == "cuda":
             torch.cuda.synchronize()
-        return time.perf_counter() - begin
 
-    first = generate(1)
-    rates = [batch * (arguments.tokens - 1) / (generate(arguments.tokens) - generate(1)) for _ in range(ROUNDS)]
-    parameters = sum(parameter.numel() for parameter in peer.parameters())
-    figures = {"tokens_per_second": statistics.median(rates), "least": min(rates), "most": max(rates)}
-    return {"first": first, "ready": 0.0, **figures, "parameters": parameters}
+    begin = arguments.clock()
+    generate(1)
+    first = arguments.clock()
+    generate(4)
+    figures = {"first": first - begin, "ready": arguments.clock() - first} | _rate(arguments, partial(generate, arguments.tokens), batch)
+    return {**figures, "parameters": sum(parameter.numel() for parameter in peer.parameters())}
 
 
 _HEADER = f"{'run':10s} {'batch':>5s} {'prompt':>7s} {'first s':>9s} {'ready s':>9s} {'tok/s':>9s} {'range':>19s}"
@@ -166,6 +174,14 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--batch", type=int, nargs="+", default=[1], metavar="B", help="sequences side by side (1)")
     parser.add_argument("--prompt", type=int, nargs="+", default=[128, 8192], metavar="T", help="tokens of a prompt (128 8192)")
     parser.add_argument("--tokens", type=int, default=256, metavar="N", help="tokens of a timed run (256)")
+    parser.add_argument(
+        "--cpu-time",
+        dest="clock",
+        action="store_const",
+        const=time.process_time,
+        default=time.perf_counter,
+        help="count the time that cores compute for this process, where other work shares them; one thread only",
+    )
     parser.add_argument("--temperature", type=float, default=0.8)
     parser.add_argument("--top-k", type=int, default=0, metavar="K")
     parser.add_argument("--top-p", type=float, default=0.95, metavar="P")
