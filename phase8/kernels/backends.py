@@ -71,7 +71,7 @@ def select_kernels(wanted: Literal["auto", "reference"], device: torch.device) -
 
 def needs_no_operator(x: Tensor) -> bool:
     """Whether the reference may be called as it is: on a CPU without gradients. A process's first call of an operator imports torch's compiler."""
-    return x.device.type == "cpu" and torch.is_inference_mode_enabled() and not torch.compiler.is_compiling()
+    return not torch.compiler.is_compiling() and x.device.type == "cpu" and torch.is_inference_mode_enabled()
 
 
 def uses_triton(x: Tensor) -> bool:

@@ -7,7 +7,7 @@ import sentencepiece
 import torch
 
 from phase8.errors import CheckpointError
-from phase8.generate.restore import restore_model, restore_tokenizer
+from phase8.generate.restore import hold_in_compute_dtype, restore_model, restore_tokenizer
 from tests.train.tiny_run import train_tiny
 
 
@@ -33,3 +33,15 @@ def test_a_stored_tokenizer_that_does_not_fit_is_named_by_where_it_came_from(run
     expected = re.escape(f"the tokenizer stored in {checkpoint.path} has 9 ids, but its model has 8; give the tokenizer it was trained with")
     with pytest.raises(CheckpointError, match=expected):
         restore_tokenizer(checkpoint, vocab_size=8, eod_token=data.eod_token)
+
+
+def test_a_model_held_in_its_dtype_computes_the_same(tiny):
+    model, _, _ = restore_model(train_tiny(tiny, "train.num_steps=5", "precision.dtype=bf16").directory.path, device=torch.device("cpu"))
+    tokens = torch.arange(24)[None] % 61
+    with torch.no_grad():
+        expected = model.logits(model(tokens)[0])
+        hold_in_compute_dtype(model)
+        assert torch.equal(model.logits(model(tokens)[0]), expected)
+    dtypes = {name: parameter.dtype for name, parameter in model.named_parameters()}
+    assert dtypes["blocks.0.mixer.q.weight"] == dtypes["embedding.weight"] == torch.bfloat16
+    assert dtypes["blocks.0.mixer_norm.weight"] == dtypes["blocks.0.mixer.global_path.scalars.weight"] == torch.float32

@@ -1,3 +1,5 @@
+import io
+import json
 import os
 import shutil
 import subprocess
@@ -58,6 +60,70 @@ def test_continues_the_prompt_from_a_checkpoint_alone(trained, generated_here):
     assert first.returncode == again[0] == other[0] == 0, first.stderr
     assert first.stdout.startswith("def ma") and len(first.stdout) > len("def ma\n")
     assert first.stdout == again[1] != other[1]
+
+
+def records(output: str) -> list[dict]:
+    return [json.loads(line) for line in output.splitlines()]
+
+
+def test_prompts_of_a_file_and_samples_are_what_each_is_alone(trained, generated_here, tmp_path):
+    (tmp_path / "prompts.txt").write_text("def ma\n\npass\ndef main(): pa\n")
+    options = ("--checkpoint", trained, "--max-tokens", 12, "--device", "cpu", "--json")
+    code, output, _ = generated_here(*options, "--batch-file", tmp_path / "prompts.txt", "--num-samples", 2, "--batch-size", 4)
+    found = records(output)
+    assert code == 0
+    assert [(each["prompt"], each["sample"]) for each in found] == [(p, s) for p in ("def ma", "pass", "def main(): pa") for s in (0, 1)]
+    for each in found:
+        alone = records(generated_here(*options, "--prompt", each["prompt"], "--seed", each["seed"])[1])
+        assert [alone[0][key] for key in ("text", "tokens", "reason")] == [each[key] for key in ("text", "tokens", "reason")]
+        assert (each["seconds"] > 0 and (each["reason"], each["tokens"]) == ("max_tokens", 12)) or each["reason"] == "end_of_document"
+    assert len({each["text"] for each in found}) > 3
+
+
+def test_a_stop_text_ends_the_text_and_is_not_written(trained, generated_here):
+    options = ("--checkpoint", trained, "--prompt", "def ma", "--max-tokens", 20, "--device", "cpu")
+    text = generated_here(*options)[1].removesuffix("\n").removeprefix("def ma")
+    stop = text[5:8]
+    before = text[: text.index(stop)]
+    assert generated_here(*options, "--stop", "@@@@", "--stop", stop)[1] == f"def ma{before}\n"
+    (found,) = records(generated_here(*options, "--stop", stop, "--json")[1])
+    assert (found["text"], found["reason"]) == (before, "stop")
+
+
+@pytest.mark.parametrize("text", ["def ma\n\npass\n", '{"prompt": "def ma"}\n{"prompt": "pass", "id": 7}\n'])
+def test_prompts_come_from_standard_input(trained, generated_here, monkeypatch, text):
+    options = ("--checkpoint", trained, "--max-tokens", 5, "--device", "cpu")
+    expected = [generated_here(*options, "--prompt", prompt)[1] for prompt in ("def ma", "pass")]
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(text.encode())))
+    assert generated_here(*options, "--batch-file", "-")[1] == f"[prompt 1, sample 1]\n{expected[0]}[prompt 2, sample 1]\n{expected[1]}"
+    monkeypatch.setattr(sys, "stdin", io.StringIO("def ma\n \npass"))
+    typed = generated_here(*options, "--interactive")[1]
+    assert typed == "".join(text.removeprefix(prompt) for text, prompt in zip(expected, ("def ma", "pass"), strict=True))
+
+
+@pytest.mark.parametrize(
+    ("options", "code", "sentence"),
+    [
+        (("--stop", ""), 2, "--stop is empty"),
+        (("--num-samples", 0, "--batch-size", -1), 2, "--num-samples is 0, but at least 1 is needed."),
+        (("--interactive", "--num-samples", 2), 2, "--num-samples is 2, but --interactive writes one"),
+        (("--batch-file", "nothing.txt"), 3, "cannot read nothing.txt: No such file"),
+        (("--batch-file", "empty.txt"), 3, "empty.txt holds no prompt"),
+        (("--batch-file", "latin.txt"), 3, "latin.txt is not UTF-8 (byte 1)"),
+        (("--batch-file", "text.jsonl"), 3, "line 3 of text.jsonl is not a JSON object"),
+        (("--batch-file", "key.jsonl"), 3, 'line 2 of key.jsonl has no text under the key "prompt"'),
+        (("--batch-file", "first.jsonl"), 3, 'line 1 of first.jsonl has no text under the key "prompt"'),
+    ],
+)
+def test_bad_input_is_one_sentence_before_anything_is_loaded(generated_here, tmp_path, monkeypatch, options, code, sentence):
+    monkeypatch.chdir(tmp_path)
+    for name, content in {
+        "empty.txt": b" \n\n", "latin.txt": b"a\xe9", "text.jsonl": b'{"prompt": "a"}\n\nb\n', "key.jsonl": b'{"prompt": "a"}\n{"prompt": 3}\n',
+        "first.jsonl": b'{"text": "a"}\n',
+    }.items():  # fmt: skip
+        (tmp_path / name).write_bytes(content)
+    found, output, error = generated_here("--checkpoint", tmp_path / "none", *options)
+    assert (found, output) == (code, "") and sentence in error and "Traceback" not in error
 
 
 def test_problems_are_one_line_with_a_documented_exit_code(trained, tmp_path, generated_here):
