@@ -111,7 +111,7 @@ class DecodingLoop:
         self._drawn = torch.zeros(most_at_once, batch_size, dtype=torch.int64, device=device)
         self._column = torch.zeros(1, dtype=torch.int64, device=device)
         self._is_finite = torch.ones((), dtype=torch.bool, device=device)
-        self._longest = 0
+        self._longest = 0  # largest position of a sequence, in a row that is in use or not
         self._num_eager_steps, self._graph = 0, None
 
     @property
@@ -150,10 +150,10 @@ class DecodingLoop:
             num_tokens: Tokens of each sequence n, at most `most_at_once`.
         """
         self._make_room(self._longest + num_tokens)
-        self._longest += num_tokens
         self._column.zero_()
         for _ in range(num_tokens):
             self._take_step()
+            self._longest += 1
         return self._on_the_way(self._drawn[:num_tokens])
 
     def _take_step(self) -> None:
@@ -169,7 +169,8 @@ class DecodingLoop:
 
     def _advance_by_one(self) -> None:
         """A step on the device: it reads the last tokens, draws the next ones, and moves the positions on."""
-        logits = self._step(self._tokens, self._position, self._states)[:, : self._num_ids]
+        longest = None if self.is_ahead else self._longest  # a recorded step is the same at any length
+        logits = self._step(self._tokens, self._position, self._states, longest=longest)[:, : self._num_ids]
         self._is_finite.logical_and_(logits.sum().isfinite())  # a sum is one pass, and keeps what is not finite
         self._position.add_(1)
         self._tokens.copy_(draw_tokens(logits, self._seeds, self._position, self._options))

@@ -22,18 +22,20 @@ class TokenPlace:
         position: Number of tokens before it in its sequence, int64 [B].
         cos: Cosines of the rotary angles [B, K/2].
         sin: Sines of the same.
+        longest: Largest position, if the host may know it; None: the device alone knows.
         rings: Places in the rings of keys and values by window, as far as a layer has asked for them.
     """
 
     position: Tensor
     cos: Tensor
     sin: Tensor
+    longest: int | None = None
     rings: dict[int, RingPlace] = field(default_factory=dict)
 
     def ring(self, window: int, *, global_tokens: int, dtype: torch.dtype) -> RingPlace:
         """The places in the ring of a window, computed for the first layer that has it; arguments as of `ring_place`."""
         if window not in self.rings:
-            self.rings[window] = ring_place(self.position, window=window, global_tokens=global_tokens, dtype=dtype)
+            self.rings[window] = ring_place(self.position, window=window, global_tokens=global_tokens, dtype=dtype, longest=self.longest)
         return self.rings[window]
 
 

@@ -26,7 +26,7 @@ class RingPlace:
     Args:
         rows: Number of each sequence [B, 1], or with global tokens [B, 2].
         slots: Slots that the token is written to, of the same shape.
-        bias: Summand of the scores: 0 for visible slots, else -inf [B, 1, 1, J].
+        bias: Summand of the scores: 0 for visible slots, else -inf [B, 1, 1, slots that are in use].
     """
 
     rows: Tensor
@@ -34,13 +34,21 @@ class RingPlace:
     bias: Tensor
 
 
-def ring_place(position: Tensor, *, window: int, global_tokens: int, dtype: torch.dtype) -> RingPlace:
-    """The places of the tokens at some positions [B], int64; `dtype` is that of the queries."""
+def ring_place(position: Tensor, *, window: int, global_tokens: int, dtype: torch.dtype, longest: int | None = None) -> RingPlace:
+    """The places of tokens.
+
+    Args:
+        position: Their positions, int64 [B].
+        window: Window W.
+        global_tokens: Global tokens G.
+        dtype: Dtype of the queries.
+        longest: The largest of the positions or more, so that slots beyond it are not read; None: all slots are read.
+    """
     device = position.device
     last = global_tokens + position % window
     slots = last[:, None] if global_tokens == 0 else torch.stack((position.where(position < global_tokens, last), last), dim=1)
     # Slot W + s is visible from position s on. A global token counts once: through the window while it is inside, through its own slot afterwards.
-    visible_from = torch.arange(window, device=device)
+    visible_from = torch.arange(window if longest is None else min(window, longest + 1), device=device)
     if global_tokens:
         visible_from = torch.cat((torch.arange(window, window + global_tokens, device=device), visible_from))
     hidden = visible_from > position[:, None]
@@ -66,6 +74,7 @@ def ring_attention_step(q: Tensor, k: Tensor, v: Tensor, keys: Tensor, values: T
     """
     keys.index_put_((place.rows, place.slots), k[:, None].expand(-1, place.slots.shape[1], -1, -1))
     values.index_put_((place.rows, place.slots), v[:, None].expand(-1, place.slots.shape[1], -1, -1))
+    keys, values = keys[:, : place.bias.shape[-1]], values[:, : place.bias.shape[-1]]
     if beta is None:
         return F.scaled_dot_product_attention(q[:, :, None], keys.transpose(1, 2), values.transpose(1, 2), attn_mask=place.bias)[:, :, 0]
     scores = Scores(at_least_fp32(q)[:, None, None], at_least_fp32(keys)[:, None], beta).values[:, 0]

@@ -78,19 +78,20 @@ class ModelStep:
 
         return replace(self, capacity=capacity, blocks=tuple(replace(block, mixer=enlarged(block.mixer)) for block in self.blocks))
 
-    def __call__(self, tokens: Tensor, position: Tensor, states: Sequence[MixerStepState]) -> Tensor:
+    def __call__(self, tokens: Tensor, position: Tensor, states: Sequence[MixerStepState], *, longest: int | None = None) -> Tensor:
         """Reads one token of each sequence, and writes the states.
 
         Args:
             tokens: Token ids [B].
             position: Number of tokens before each in its sequence, int64 [B].
             states: State of every block.
+            longest: As in `TokenPlace`.
 
         Returns:
             Logits of the next token, fp32 [B, V].
         """
         angles = angles_at(position, self.frequencies)
-        place = TokenPlace(position, angles.cos(), angles.sin())
+        place = TokenPlace(position, angles.cos(), angles.sin(), longest)
         x, summand = F.embedding(tokens, self.embedding), None
         for block, state in zip(self.blocks, states, strict=True):
             x, summand = block(x, summand, place, state)

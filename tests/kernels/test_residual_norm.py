@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from phase8.kernels.reference.residual_norm import residual_norm
+from phase8.kernels.reference.residual_norm import normalised, residual_norm
 from tests.kernels.offline import OfflineKernel, compile_offline
 
 EPS = 1e-5
@@ -21,6 +21,7 @@ def test_the_norm_is_that_of_the_sum(adds):
     summed, normed = residual_norm(x, summand, weight, EPS)
     expected = x + summand if adds else x
     torch.testing.assert_close(summed, expected)
+    torch.testing.assert_close(normalised(expected, EPS), torch.nn.functional.rms_norm(expected, (10,), eps=EPS))
     torch.testing.assert_close(normed, expected / (expected.square().mean(-1, keepdim=True) + EPS).sqrt() * weight)
 
 

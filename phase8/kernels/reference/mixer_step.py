@@ -13,6 +13,7 @@ from phase8.kernels.decay_and_gate import bounded_potential
 from phase8.kernels.decoding_state import GlobalConstants, GreenConstants, MixerConstants, MixerStepState, TokenPlace
 from phase8.kernels.dtypes import at_least_fp32
 from phase8.kernels.recurrence_step import delta_rule_step, green_step, linear_attention_step
+from phase8.kernels.reference.residual_norm import normalised
 from phase8.kernels.rotary import turn
 from phase8.kernels.window_ring import ring_attention_step
 
@@ -41,7 +42,7 @@ def mixer_step(
         ring = place.ring(constants.window, global_tokens=constants.global_tokens, dtype=qkv.dtype)
         y = ring_attention_step(q, k, v, state.keys, state.values, ring, constants.beta)
     if constants.global_path is not None and scalars is not None:
-        q, k = F.rms_norm(F.silu(qk) if constants.has_silu else qk, qk.shape[-1:], eps=constants.eps).unbind(1)
+        q, k = normalised(F.silu(qk) if constants.has_silu else qk, constants.eps).unbind(1)
         gates = None if channels is None else channels.view(v.shape)
         summand = _global(scalars.unflatten(1, (constants.num_heads, -1)), gates, (q, k, v), constants.global_path, state, constants.eps)
         y = summand.to(v.dtype) if y is None else y + summand.to(v.dtype)
@@ -64,7 +65,7 @@ def _local(qk: Tensor, constants: MixerConstants, place: TokenPlace) -> Tensor:
         qk = turn(qk, place.cos[:, None, None], place.sin[:, None, None])
     if constants.scale is None:
         return qk
-    return (F.rms_norm(at_least_fp32(qk), qk.shape[-1:], eps=constants.eps) * constants.scale[:, None]).to(qk.dtype)
+    return (normalised(at_least_fp32(qk), constants.eps) * constants.scale[:, None]).to(qk.dtype)
 
 
 def _global(
@@ -77,7 +78,7 @@ def _global(
     log_decay, gate, rate = constants.decay_and_gate.of(scalars, channels, run)
     q, k, v = (at_least_fp32(part) for part in inputs)
     y = linear_attention_step(q, k, v, log_decay, memory) if rate is None else delta_rule_step(q, k, v, log_decay, rate, memory)
-    return gate * (F.rms_norm(y, y.shape[-1:], eps=eps) * constants.norm_weight)
+    return gate * (normalised(y, eps) * constants.norm_weight)
 
 
 def _chain(u: Tensor, constants: GreenConstants, green: Tensor) -> tuple[Tensor | None, Tensor | None]:
