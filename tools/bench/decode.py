@@ -36,6 +36,8 @@ from phase8.model.parameters import initialise
 from phase8.precision.policy import compute_dtype
 from phase8.terminal import output_is_the_product, run_door
 
+# What was measured until a loop was ready, and what draws the tokens of a timed run.
+Prepared = tuple[dict[str, Any], Callable[[], None]]
 AT_ONCE = 8  # tokens that the host launches before it waits for earlier ones
 ROUNDS = 5
 
@@ -71,9 +73,18 @@ def _run() -> int:
 def _rows(arguments: argparse.Namespace, model: LanguageModel) -> Iterator[dict[str, Any]]:
     for batch in arguments.batch:
         for length in arguments.prompt:
-            yield {"run": "phase8", "batch": batch, "prompt": length} | _of_ours(arguments, model, batch, length)
+            prepared = {"phase8": _ours(arguments, model, batch, length)}
             if arguments.peer:
-                yield {"run": "llama", "batch": batch, "prompt": length} | _of_llama(arguments, model, batch, length)
+                prepared["llama"] = _llama(arguments, model, batch, length)
+            rates: dict[str, list[float]] = {run: [] for run in prepared}
+            for _ in range(ROUNDS):  # in turns, so that what else the machine does meets both
+                for run, (_, draw) in prepared.items():
+                    begin = arguments.clock()
+                    draw()
+                    rates[run].append(batch * arguments.tokens / (arguments.clock() - begin))
+            for run, (figures, _) in prepared.items():
+                speed = {"tokens_per_second": statistics.median(rates[run]), "least": min(rates[run]), "most": max(rates[run])}
+                yield {"run": run, "batch": batch, "prompt": length, **figures, **speed}
 
 
 def _model(config: RunConfig, device: torch.device) -> LanguageModel:
@@ -82,7 +93,7 @@ def _model(config: RunConfig, device: torch.device) -> LanguageModel:
     return model
 
 
-def _of_ours(arguments: argparse.Namespace, model: LanguageModel, batch: int, length: int) -> dict[str, Any]:
+def _ours(arguments: argparse.Namespace, model: LanguageModel, batch: int, length: int) -> Prepared:
     options, vocab_size = SamplingOptions(arguments.temperature, arguments.top_k, arguments.top_p), model.section.vocab_size
     prompts = torch.randint(vocab_size, (batch, length), generator=torch.Generator().manual_seed(0))
     begin = arguments.clock()
@@ -102,19 +113,10 @@ def _of_ours(arguments: argparse.Namespace, model: LanguageModel, batch: int, le
             waiting = following
         waiting.wait()
 
-    return {"first": first - begin, "ready": ready - first, **_rate(arguments, tokens, batch)}
+    return {"first": first - begin, "ready": ready - first}, tokens
 
 
-def _rate(arguments: argparse.Namespace, run: Callable[[], object], batch: int) -> dict[str, float]:
-    rates = []
-    for _ in range(ROUNDS):
-        begin = arguments.clock()
-        run()
-        rates.append(batch * arguments.tokens / (arguments.clock() - begin))
-    return {"tokens_per_second": statistics.median(rates), "least": min(rates), "most": max(rates)}
-
-
-def _of_llama(arguments: argparse.Namespace, model: LanguageModel, batch: int, length: int) -> dict[str, Any]:
+def _llama(arguments: argparse.Namespace, model: LanguageModel, batch: int, length: int) -> Prepared:
     from transformers import LlamaConfig, LlamaForCausalLM
 
     section = model.section
@@ -140,7 +142,7 @@ def _of_llama(arguments: argparse.Namespace, model: LanguageModel, batch: int, l
 
     def generate(num_tokens: int) -> None:
         nonlocal found
-        cache = {} if found is None else {"past_key_values": found.past_key_values}
+        cache = {} if found is None else {"past_key_values": found.past_key_values}  # older versions do not know the name `cache`
         count = {"max_new_tokens": num_tokens, "min_new_tokens": num_tokens, "return_dict_in_generate": True}
         with torch.inference_mode():
             found = peer.generate(prompts if found is None else found.sequences, **cache, **count, **options)
@@ -151,8 +153,8 @@ def _of_llama(arguments: argparse.Namespace, model: LanguageModel, batch: int, l
     generate(1)
     first = arguments.clock()
     generate(4)
-    figures = {"first": first - begin, "ready": arguments.clock() - first} | _rate(arguments, partial(generate, arguments.tokens), batch)
-    return {**figures, "parameters": sum(parameter.numel() for parameter in peer.parameters())}
+    parameters = sum(parameter.numel() for parameter in peer.parameters())
+    return {"first": first - begin, "ready": arguments.clock() - first, "parameters": parameters}, partial(generate, arguments.tokens)
 
 
 _HEADER = f"{'run':10s} {'batch':>5s} {'prompt':>7s} {'first s':>9s} {'ready s':>9s} {'tok/s':>9s} {'range':>19s}"
