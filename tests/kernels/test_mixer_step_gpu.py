@@ -19,8 +19,15 @@ LARGE = [
     StepCase(batch=2, heads=8, head_size=64, window=300, global_tokens=4, delta=True, positions=(299, 301)),
     StepCase(batch=1, heads=5, head_size=96, window=128, floor=-5.0, positions=(131_072,)),
 ]
+PARTS = [StepCase(window=70, positions=(3, 200)), StepCase(window=50, global_path=None, global_tokens=3, positions=(60, 0))]
 TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 2e-2}
 STEPS = 3
+
+
+@pytest.fixture(autouse=True)
+def poisoned(poisoned_memory):
+    """Memory that a kernel does not write shows as NaN."""
+    pytest.importorskip("triton")
 
 
 def check(case, device, dtype):
@@ -43,6 +50,16 @@ def test_small_shapes_equal_the_reference(case, kernel_device):
     check(case, kernel_device, torch.float32)
 
 
+@pytest.mark.parametrize("case", PARTS, ids=str)
+def test_parts_of_a_window_are_merged(case, kernel_device, monkeypatch):
+    from phase8.kernels.gpu import mixer_step as gpu
+
+    monkeypatch.setattr(gpu, "SLOTS_OF_A_PART", 16)
+    monkeypatch.setattr(gpu, "tile_slots", lambda block: 16)
+    assert gpu.num_parts(case.batch * case.heads, case.window) == case.window // 16
+    check(case, kernel_device, torch.float32)
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize("dtype", TOLERANCE)
 @pytest.mark.parametrize("case", LARGE, ids=str)
@@ -56,7 +73,7 @@ def compiled():
         "qkv": "*bf16", "before": "*bf16", "taps": "*fp32", "cosines": "*fp32", "sines": "*fp32", "scale": "*fp32", "keys": "*bf16",
         "values": "*bf16", "positions": "*i64", "scalars": "*fp32", "channels": "*bf16",
         "decay_bias": "*fp32", "gate_bias": "*fp32", "norm_weight": "*fp32",
-        "memory": "*fp32", "out": "*bf16",
+        "memory": "*fp32", "out": "*bf16", "partial": "*fp32",
     }  # fmt: skip
     numbers = {
         "qkv_stride": 6144, "scalars_stride": 16, "channels_stride": 2048, "window": 2048, "global_tokens": 0, "score_scale": 0.088, "eps": 1e-5,
@@ -65,10 +82,15 @@ def compiled():
     constants = {
         "NUM_HEADS": 16, "HEAD_SIZE": 128, "BLOCK_HALF": 64, "BLOCK_K": 128, "TAPS": 4, "BLOCK_J": 128, "BLOCK_G": 1, "ROTARY": True, "SCALE": True,
         "WINDOW": True, "GLOBALS": False, "GLOBAL_PATH": True, "CHANNELS": True, "SILU": True, "SCALARS": 1, "DELTA": False, "FLOOR": False,
+        "PARTS": 1,
     }  # fmt: skip
-    kernel = OfflineKernel("phase8.kernels.gpu.mixer_step:_step_kernel", types | numbers | constants, num_warps=8)
+    kernel = OfflineKernel("phase8.kernels.gpu.mixer_step:_step_kernel", types | numbers | constants, num_warps=4)
     delta = replace(kernel, arguments={**kernel.arguments, "DELTA": True, "SCALARS": 2, "GLOBALS": True, "global_tokens": 4, "BLOCK_G": 4})
-    return compile_offline({"linear": kernel, "delta": delta})
+    parts = replace(kernel, arguments={**kernel.arguments, "PARTS": 8})
+    merged = {name: value for name, value in (types | numbers).items() if name in ("qkv", "qkv_stride", "before", "out", "partial")}
+    merged |= {name: constants[name] for name in ("NUM_HEADS", "HEAD_SIZE", "BLOCK_K", "TAPS", "GLOBAL_PATH")} | {"PARTS": 8, "BLOCK_P": 8}
+    merge = OfflineKernel("phase8.kernels.gpu.mixer_step:_merge_kernel", merged, num_warps=4)
+    return compile_offline({"linear": kernel, "delta": delta, "parts": parts, "merge": merge})
 
 
 def test_machine_code(compiled):
