@@ -16,6 +16,7 @@ pair exchanges a bottleneck of R numbers per token instead of D, and no rank rep
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
@@ -295,7 +296,20 @@ class JointColumnLinear:
 
 
 def _joint_weight(dtype: torch.dtype, *layers: Linear) -> Tensor:
-    return torch.cat([local(layer.weight).to(dtype) for layer in layers])
+    weights = [local(layer.weight).to(dtype) for layer in layers]
+    if not torch.compiler.is_compiling() and torch.is_inference_mode_enabled() and _are_neighbours(weights):
+        return weights[0].as_strided((sum(map(len, weights)), weights[0].shape[1]), weights[0].stride())
+    return torch.cat(weights)
+
+
+def _are_neighbours(weights: list[Tensor]) -> bool:
+    """Whether weights are parts of one joined weight already, one after the other, as `JointColumnLinear.prepared` leaves them."""
+    return all(
+        before.untyped_storage().data_ptr() == after.untyped_storage().data_ptr()
+        and before.stride() == after.stride()
+        and before.storage_offset() + len(before) * before.stride(0) == after.storage_offset()
+        for before, after in itertools.pairwise(weights)
+    )
 
 
 def for_few_tokens(weight: Tensor) -> Tensor:

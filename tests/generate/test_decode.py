@@ -8,6 +8,7 @@ from phase8.generate import decode
 from phase8.generate.decode import Decoder, DecodingLoop
 from phase8.generate.sampling import SamplingOptions
 from phase8.model.int8_layers import Int8Linear, hold_in_int8
+from phase8.tensor_parallel import linear
 from tests.model.small import VARIANT_IDS, VARIANT_SECTIONS, perturbed_model, random_tokens, scaled_down
 
 GREEDY = SamplingOptions(temperature=0.0)
@@ -100,3 +101,14 @@ def test_state_is_written_in_place_and_weights_are_held_once():
     assert addresses == [part.data_ptr() for state in loop._states for part in vars(state).values() if part is not None]
     mixer = model.blocks["0"].mixer
     assert mixer.k.weight.untyped_storage().data_ptr() == loop._step.blocks[0].mixer.project.weight.untyped_storage().data_ptr()
+
+
+@pytest.mark.parametrize("rank", [0, 5])
+def test_prompts_are_read_from_the_joined_weights(rank, monkeypatch):
+    model, tokens = perturbed_model(scaled_down(ModelSection(low_rank_rank=rank))), random_tokens()
+    expected = Decoder(model, 2).feed(tokens)
+    model.prepared(capacity=64)
+    cat, joined = torch.cat, []
+    monkeypatch.setattr(linear.torch, "cat", lambda parts, *rest, **named: joined.append(parts) or cat(parts, *rest, **named))
+    torch.testing.assert_close(Decoder(model, 2).feed(tokens), expected)
+    assert not [parts for parts in joined if parts[0].dim() == 2 and parts[0].shape[1] == model.section.d_model]
