@@ -121,7 +121,8 @@ class _Output:
     def tell_speed(self) -> None:
         """Tells the number of tokens and their speed on standard error."""
         if self._num_tokens:
-            warn(f"{self._num_tokens:,} tokens in {self._seconds:.2f} s, {self._num_tokens / self._seconds:,.1f} tok/s")
+            count = "1 token" if self._num_tokens == 1 else f"{self._num_tokens:,} tokens"
+            warn(f"{count} in {self._seconds:.2f} s, {self._num_tokens / self._seconds:,.1f} tok/s")
 
     def _print_json(self, prompt: str, sample: int, continuation: Continuation) -> None:
         num_tokens, seconds = len(continuation.tokens), continuation.seconds

@@ -26,8 +26,10 @@ from phase8.checkpoint.save import save_checkpoint
 from phase8.checkpoint.state import restore_state
 from phase8.checkpoint.weight_files import read_object, regular
 from phase8.errors import CheckpointMismatchError, Phase8Error
+from phase8.generate.continuations import Request, continue_prompts
+from phase8.generate.decode import DecodingLoop
 from phase8.generate.restore import restore_model
-from phase8.generate.sampling import SamplingOptions, generate_tokens
+from phase8.generate.sampling import SamplingOptions
 from phase8.model.model import build_model
 from tests.checkpoint.fuzzing import Tally, Watch, fuzz, mutated_bytes, mutated_json
 from tests.tools.doors import TOOLS, load_door
@@ -134,7 +136,10 @@ def test_bf16_weights_become_the_fp32_master_weights_of_a_bf16_model(tmp_path, i
     assert list(copy.manifest.attachments) == ["tokenizer.json"] and copy.attachment("tokenizer.json").read_bytes() == b"{}"
     model, _, _ = restore_model(copy.path, device=torch.device("cpu"))
     assert (model.dtype, model.section.rope_base, model.section.norm_eps, model.section.block) == (torch.bfloat16, 500.0, 1e-4, "transformer")
-    assert len(list(generate_tokens(model, [1, 2], max_tokens=3, options=SamplingOptions(), num_ids=61))) == 3
+    drawn: list[int] = []
+    loop = DecodingLoop(model, options=SamplingOptions(), num_ids=61)
+    continue_prompts(loop, [Request(0, (1, 2), seed=0)], max_tokens=3, take=lambda _, token: drawn.append(token) is None)
+    assert len(drawn) == 3
     assert {path.name: path.read_bytes() for path in source.iterdir()} == before
 
 
