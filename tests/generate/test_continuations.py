@@ -75,3 +75,13 @@ def test_logits_that_are_not_finite_are_one_sentence(temperature, number):
         damaged.head_weight[3, 0] = number
     with pytest.raises(CheckpointError, match="not finite"):
         continued(damaged, REQUESTS, batch_size=2, options=SamplingOptions(temperature=temperature))
+
+
+@pytest.mark.parametrize("number", [float("nan"), float("inf")])
+def test_logits_that_are_not_finite_are_found_after_the_first_token_too(number):
+    damaged, options = perturbed_model(scaled_down(ModelSection())), SamplingOptions(temperature=0.0)
+    first = continued(damaged, REQUESTS[:1], batch_size=1, options=options)[0][0]
+    with torch.no_grad():
+        damaged.embedding.weight[first] = number
+    with pytest.raises(CheckpointError, match="not finite"):
+        continued(damaged, REQUESTS[:1], batch_size=1, options=options)

@@ -78,6 +78,10 @@ def test_prompts_of_a_file_and_samples_are_what_each_is_alone(trained, generated
         assert [alone[0][key] for key in ("text", "tokens", "reason")] == [each[key] for key in ("text", "tokens", "reason")]
         assert (each["seconds"] > 0 and (each["reason"], each["tokens"]) == ("max_tokens", 12)) or each["reason"] == "end_of_document"
     assert len({each["text"] for each in found}) > 3
+    stopped = records(generated_here(*options, "--batch-file", tmp_path / "prompts.txt", "--num-samples", 2, "--batch-size", 4, "--stop", "a")[1])
+    assert [(each["prompt"], each["sample"]) for each in stopped] == [(each["prompt"], each["sample"]) for each in found]
+    lengths = [each["tokens"] for each in stopped]
+    assert lengths[:4] != sorted(lengths[:4])  # some ended before others that come first
 
 
 def test_a_stop_text_ends_the_text_and_is_not_written(trained, generated_here):
