@@ -24,8 +24,8 @@ def precision_problems(config: RunConfig) -> Iterator[str]:
         return
     if 2 * precision.bf16_layers >= model.num_layers:
         yield (
-            f"{begin} precision.bf16_layers is {precision.bf16_layers} at either end of model.num_layers {model.num_layers}, so no block has such products; "
-            "lower it, or set precision.linear to null."
+            f"{begin} precision.bf16_layers is {precision.bf16_layers} at either end of model.num_layers {model.num_layers}, so no block has "
+            "such products; lower it, or set precision.linear to null."
         )
     degree = config.parallel.tensor_parallel_size
     for name, width in _widths(model).items():

@@ -110,6 +110,10 @@ class PrecisionSection(Section):
     linear: Literal["fp8"] | None = key(None, "format of the products of dense linear layers in blocks; null: that of precision.dtype")
     fp8_scaling: Literal["row", "tensor"] = key("tensor", "what numbers of fp8 share a scale: a row of a factor, or all of it")
     bf16_layers: int = Field(default=1, ge=0, description="blocks at either end of the model whose products stay in precision.dtype")
+
+    def fp8_layers(self, num_layers: int) -> range:
+        """The layers of a model whose linear layers compute in fp8."""
+        return range(0) if self.linear is None else range(self.bf16_layers, num_layers - self.bf16_layers)
     tf32: bool = key(True, "let fp32 matmuls use tf32 on GPUs that have it")
 
 

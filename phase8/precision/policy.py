@@ -26,7 +26,7 @@ def compute_dtype(section: PrecisionSection) -> torch.dtype:
 
 
 def number_format(section: PrecisionSection) -> NumberFormat:
-    """The number format that computes the products of the linear layers in blocks, but for `precision.bf16_layers` at either end."""
+    """The number format of the linear layers in blocks, but for `precision.bf16_layers` blocks at either end."""
     return OPERAND_DTYPE if section.linear is None else format_named(f"{section.linear}-{section.fp8_scaling}")
 
 
@@ -46,8 +46,8 @@ def require_matrix_units(section: PrecisionSection, device: torch.device) -> Non
     capability = torch.cuda.get_device_capability(device)
     if capability < FP8_CAPABILITY:
         raise ConfigError(
-            f"precision.linear is {section.linear}, but {torch.cuda.get_device_name(device)} (compute capability {'.'.join(map(str, capability))}) has no "
-            f"matrix units for it, which begin with {'.'.join(map(str, FP8_CAPABILITY))}; set precision.linear to null, it computes in bf16 and fp32."
+            f"precision.linear is {section.linear}, but {torch.cuda.get_device_name(device)} (compute capability {'.'.join(map(str, capability))}) "
+            f"has no matrix units for it, which begin with {'.'.join(map(str, FP8_CAPABILITY))}; set precision.linear to null: bf16 and fp32 remain."
         )
 
 

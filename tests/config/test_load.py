@@ -60,8 +60,8 @@ PROBLEMS = {
     "text for bool": ("train: {deterministic: 'true'}", "FILE: train.deterministic is 'true', but true or false is needed."),
     "bool for path": ("run: {output_dir: true}", "FILE: run.output_dir is true, but a path is needed."),
     "bool for path or null": ("data: {tokenizer: false}", "FILE: data.tokenizer is false, but a path or null is needed."),
-    "unknown choice": ("precision: {dtype: fp16}", "FILE: precision.dtype is 'fp16', but one of bf16, fp32, fp8, int8 is needed."),
-    "number for choice": ("precision: {dtype: 16}", "FILE: precision.dtype is 16, but one of bf16, fp32, fp8, int8 is needed."),
+    "unknown choice": ("precision: {dtype: fp16}", "FILE: precision.dtype is 'fp16', but one of bf16, fp32 is needed."),
+    "number for choice": ("precision: {dtype: 16}", "FILE: precision.dtype is 16, but one of bf16, fp32 is needed."),
     "mapping for key": ("train: {num_steps: {a: 1}}", "FILE: train.num_steps is {'a': 1}, but a whole number at least 1 is needed."),
     "list for key": ("train: {seed: [1]}", "FILE: train.seed is [1], but a whole number at least 0 and at most 9223372036854775807 is needed."),
     # out of range
@@ -165,7 +165,7 @@ def test_all_problems_of_file_and_overrides_are_reported_together(tmp_path):
             "FILE: unknown key model.d_modle; did you mean model.d_model?",
             "FILE: model.num_heads is 0, but a whole number at least 1 is needed.",
             "FILE: section run holds 3, but a mapping of keys is needed.",
-            "FILE: precision.dtype is 'fp16', but one of bf16, fp32, fp8, int8 is needed.",
+            "FILE: precision.dtype is 'fp16', but one of bf16, fp32 is needed.",
         ]
     )
 

@@ -17,6 +17,7 @@ def config_with(*overrides: str, directory: Path) -> RunConfig:
 
 
 # Overrides of the defaults, and the one sentence they earn.
+FP8 = ["precision.linear=fp8", "model.d_model=256", "model.num_heads=4", "model.num_layers=4", "model.ffn_size=512"]
 DEEPSPEED = ("zero.engine=deepspeed", "zero.stage=3")
 RULES = {
     "slices of a growing state": (
@@ -200,8 +201,23 @@ RULES = {
         ["zero.copy_engine_gather=true", "zero.stage=3", "zero.offload_optimizer=cpu", "zero.offload_params=cpu"],
         "zero.copy_engine_gather is true, but zero.offload_params is cpu, which no GPU shares; set one of them back.",
     ),
-    "fp8": (["precision.dtype=fp8"], "precision.dtype is 'fp8', which is not supported yet; use 'bf16' or 'fp32'."),
-    "int8": (["precision.dtype=int8"], "precision.dtype is 'int8', which is not supported yet; use 'bf16' or 'fp32'."),
+    "fp8 in fp32": (
+        [*FP8, "precision.dtype=fp32"],
+        "precision.linear is fp8, but precision.dtype is fp32; set it to bf16, in which results of these products are.",
+    ),
+    "fp8 of low rank": (
+        [*FP8, "model.low_rank_rank=16"],
+        "precision.linear is fp8, but model.low_rank_rank is 16: products so thin wait for memory; set precision.linear to null.",
+    ),
+    "fp8 nowhere": (
+        [*FP8, "precision.bf16_layers=2"],
+        "precision.linear is fp8, but precision.bf16_layers is 2 at either end of model.num_layers 4, so no block has such products; "
+        "lower it, or set precision.linear to null.",
+    ),
+    "fp8 that does not fit": (
+        [*FP8, "model.ffn_size=520"],
+        "precision.linear is fp8, but model.ffn_size is 520; a multiple of 16 of at least 256 is needed, or precision.linear null.",
+    ),
     "deepspeed with bf16 moments": (
         [*DEEPSPEED, "optim.state_dtype=bf16"],
         "optim.state_dtype is bf16, but zero.engine is deepspeed, which keeps fp32; set one of them back.",

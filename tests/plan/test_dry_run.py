@@ -125,7 +125,6 @@ def test_a_batch_that_does_not_fit_hides_nothing_else(small):
         ("model.num_heads=5", "model.num_heads 5 does not divide"),
         ("model.ffn=low_rank_swiglu", "model.ffn is low_rank_swiglu, but"),
         ("model.head_size=7", "model.head_size 7 is odd"),
-        ("precision.dtype=fp8", "precision.dtype is 'fp8', which is not supported yet"),
     ],
 )
 def test_a_model_that_cannot_be_built_hides_nothing_else(small, override, beginning):
