@@ -15,7 +15,6 @@ WITHOUT_SHAPE = FIRST_VALUES | {
 }  # fmt: skip
 _OF_WINDOW = frozenset({"local_window_size", "global_tokens", "score", "global_path"})
 _OF_GLOBAL_PATH = frozenset({"chain", "decay_floor", "global_activation", "global_gate", "memory_tokens"})
-_OF_TRANSFORMER = frozenset({"num_kv_heads", "rope_scaling"})
 # Keys that only a model with experts reads.
 KEYS_OF_EXPERTS = frozenset({
     "num_experts", "top_k", "expert_ffn_size", "shared_experts", "capacity_factor", "moe_every_n_layers", "first_dense_layers", "router_score",
@@ -27,7 +26,7 @@ def keys_in_effect(model: ModelSection) -> dict[str, Any]:
     """Value of every key that a model's block reads, as plain JSON; defaults derived from other keys are filled in."""
     unread = frozenset() if model.has_global_path else _OF_GLOBAL_PATH | (_OF_WINDOW if model.block == "transformer" else frozenset())
     unread |= frozenset() if model.ffn == "moe" else KEYS_OF_EXPERTS
-    unread |= frozenset() if model.block == "transformer" else _OF_TRANSFORMER
+    unread |= frozenset() if model.block == "transformer" else {"num_kv_heads"}
     written_out = {
         "num_kv_heads": model.key_value_heads, "head_size": model.head_width, "rope_scaling": model.rope_scaling.in_effect,
         "ffn_size": model.feed_forward_width, "expert_ffn_size": model.expert_width,

@@ -42,15 +42,15 @@ def null_is_unscaled(value: object) -> object:
     return {} if value is None else value
 
 
-def scaling_problems(scaling: RopeScaling, *, block: str) -> Iterator[str]:
+def scaling_problems(rope_scaling: RopeScaling, *, block: str) -> Iterator[str]:
     """The problems of a scaling in a model with these blocks, one sentence each."""
-    if scaling.type != "none" and block != "transformer":
+    if rope_scaling.type != "none" and block != "transformer":
         yield (
-            f"model.rope_scaling.type is {scaling.type}, but model.block is {block}, whose rotary positions are those of a window and need no "
+            f"model.rope_scaling.type is {rope_scaling.type}, but model.block is {block}, whose rotary positions are those of a window and need no "
             "scaling for longer sequences; set model.rope_scaling.type to none."
         )
-    if scaling.type == "llama3" and scaling.high_frequency_factor <= scaling.low_frequency_factor:
+    if rope_scaling.type == "llama3" and rope_scaling.high_frequency_factor <= rope_scaling.low_frequency_factor:
         yield (
-            f"model.rope_scaling.high_frequency_factor {scaling.high_frequency_factor} is not above model.rope_scaling.low_frequency_factor "
-            f"{scaling.low_frequency_factor}; choose a larger one, 4 and 1 for example."
+            f"model.rope_scaling.high_frequency_factor {rope_scaling.high_frequency_factor} is not above model.rope_scaling.low_frequency_factor "
+            f"{rope_scaling.low_frequency_factor}; choose a larger one, 4 and 1 for example."
         )

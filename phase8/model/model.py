@@ -121,7 +121,12 @@ class LanguageModel(nn.Module):
         first_position += self.context.index * sequence_length
         section = self.section
         angles = rotary_angles(
-            sequence_length, section.head_width, base=section.rope_base, scaling=section.rope_scaling, first_position=first_position, device=x.device
+            sequence_length,
+            section.head_width,
+            base=section.rope_base,
+            rope_scaling=section.rope_scaling,
+            first_position=first_position,
+            device=x.device,
         )
         carried = []
         for place, (layer, block) in enumerate(self.blocks.items()):

@@ -137,7 +137,7 @@ def _block_bytes(forward: _Forward, *, recompute: Literal["none", "selective"] =
     model = forward.model
     with forward.traced(recompute=recompute) as (whole, x):
         angles = rotary_angles(
-            model.sequence_length, model.head_width, base=model.rope_base, scaling=model.rope_scaling, first_position=0, device=x.device
+            model.sequence_length, model.head_width, base=model.rope_base, rope_scaling=model.rope_scaling, first_position=0, device=x.device
         )
         starts = torch.empty(x.shape[:2], dtype=torch.bool, device=x.device) if forward.packed else None
         if is_compiled:
