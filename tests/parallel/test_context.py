@@ -6,9 +6,11 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from phase8.config.model_section import ModelSection
+from phase8.context_parallel import ring_attention
 from phase8.context_parallel.fetch import begin_to_fetch
 from phase8.distributed.collectives import ALONE, Axis
 from tests.model.small import document_starts, perturbed_model, random_tokens, scaled_down
+from tests.parallel.mutations import replaced
 
 LENGTH = 24  # slices of 12, 6 and 3 tokens; the windows are 6 and 14
 BLOCKS = {
@@ -25,6 +27,7 @@ BLOCKS = {
     },
     "transformer": {"block": "transformer", "convolution_size": 4},
     "transformer without convolution": {"block": "transformer", "local_qk_norm": True},
+    "transformer with fewer heads of keys": {"block": "transformer", "num_kv_heads": 2, "convolution_size": 4},
     "hybrid": {"global_path": "delta", "local_window_size": (0, 9)},
 }  # fmt: skip
 DOCUMENTS = {"one document": (), "documents": (0, 5, 12, 13, 20)}
@@ -69,6 +72,17 @@ def whole():
 def test_slices_together_are_the_whole(pool, whole, block, documents, world_size):
     slices = pool.run(forward_and_backward, block, DOCUMENTS[documents], world_size, world_size=world_size)
     are_together(slices, whole(block, documents))
+
+
+def with_repeated_keys(*arguments):
+    """As on GPUs in fp32, where torch's operator needs as many heads of keys as of queries."""
+    with replaced((ring_attention, "_attention"), by=lambda old: lambda q, k: ring_attention._with_repeated_keys(old(q, k))):
+        return forward_and_backward(*arguments)
+
+
+def test_keys_are_repeated_where_an_operator_needs_as_many_as_queries(pool, whole):
+    block = "transformer with fewer heads of keys"
+    are_together(pool.run(with_repeated_keys, block, (), 4, world_size=4), whole(block, "one document"))
 
 
 @pytest.mark.parametrize("block", BLOCKS)

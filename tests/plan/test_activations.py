@@ -23,6 +23,7 @@ BLOCKS = {
     "delta": {"global_path": "delta"},
     "gates": {"global_path": "delta", "global_gate": "channel", "decay_floor": -5.0, "local_qk_norm": True, "global_activation": "silu"},
     "transformer": {"block": "transformer"},
+    "transformer with fewer heads of keys": {"block": "transformer", "num_kv_heads": 1},
     "transformer with norm": {"block": "transformer", "local_qk_norm": True},
 }
 RECOMPUTE = [("none", 1), ("full", 1), ("full", 2), ("selective", 1), ("selective", 2)]

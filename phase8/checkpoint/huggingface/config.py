@@ -131,15 +131,14 @@ def _scaling(rope: dict[str, Any], section: str, path: Path) -> RopeScaling:
     if len(set(types.values())) > 1:
         _refuse(path, f"{' and '.join(f'{section}.{key} {rope_type}' for key, rope_type in types.items())} contradict each other")
     rope_type = next(iter(types.values()), "default")
-    read = RopeScaling(type=_ROPE_TYPES[rope_type]).in_effect.keys() - {"type"}
-    names = {ROPE_KEYS[key] for key in read}
+    read = {ours: theirs for ours, theirs in ROPE_KEYS.items() if ours in RopeScaling(type=_ROPE_TYPES[rope_type]).in_effect}
     for name, value in rope.items():
-        if name not in (*names, *_TYPE_KEYS, "rope_theta") and (name, value) not in (("partial_rotary_factor", 1), ("partial_rotary_factor", None)):
+        if name not in (*read.values(), *_TYPE_KEYS, "rope_theta") and (name, value) not in (("partial_rotary_factor", 1), ("partial_rotary_factor", None)):
             _refuse(path, f"{section}.{shown_name(name)} is {shown(value)}, but the transformer baseline does not read it with rope_type {rope_type}")
     values: dict[str, Any] = {}
-    for key in read:
-        read_number = _whole if key == "original_sequence_length" else _positive
-        values[key] = read_number(rope, ROPE_KEYS[key], path, shown_as=f"{section}.{ROPE_KEYS[key]}")
+    for ours, theirs in read.items():
+        read_number = _whole if ours == "original_sequence_length" else _positive
+        values[ours] = read_number(rope, theirs, path, shown_as=f"{section}.{theirs}")
     if values.get("factor", 1) < 1:
         _refuse(path, f"{section}.factor is {values['factor']}, but a number of at least 1 is needed")
     try:
