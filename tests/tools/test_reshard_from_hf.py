@@ -136,7 +136,7 @@ def test_a_llama_3_that_transformers_saved_computes_generates_and_returns_the_sa
     transformers = pytest.importorskip("transformers")
     config = transformers.LlamaConfig(
         vocab_size=61, hidden_size=24, intermediate_size=40, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2, head_dim=8,
-        max_position_embeddings=64, rope_parameters=rope | {"rope_theta": 300.0}, initializer_range=0.2, tie_word_embeddings=True,
+        max_position_embeddings=64, rope_theta=300.0, rope_scaling=dict(rope), initializer_range=0.2, tie_word_embeddings=True,
         bos_token_id=None, eos_token_id=None,
     )  # fmt: skip
     llama = transformers.LlamaForCausalLM(config).eval()

@@ -133,7 +133,8 @@ def _scaling(rope: dict[str, Any], section: str, path: Path) -> RopeScaling:
     rope_type = next(iter(types.values()), "default")
     read = {ours: theirs for ours, theirs in ROPE_KEYS.items() if ours in RopeScaling(type=_ROPE_TYPES[rope_type]).in_effect}
     for name, value in rope.items():
-        if name not in (*read.values(), *_TYPE_KEYS, "rope_theta") and (name, value) not in (("partial_rotary_factor", 1), ("partial_rotary_factor", None)):
+        has_no_effect = name == "partial_rotary_factor" and value in (1, None)
+        if name not in (*read.values(), *_TYPE_KEYS, "rope_theta") and not has_no_effect:
             _refuse(path, f"{section}.{shown_name(name)} is {shown(value)}, but the transformer baseline does not read it with rope_type {rope_type}")
     values: dict[str, Any] = {}
     for ours, theirs in read.items():
