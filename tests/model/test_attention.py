@@ -4,6 +4,7 @@ import math
 
 import pytest
 import torch
+import torch.nn.functional as F
 
 from phase8.model.attention import _attend
 
@@ -52,3 +53,22 @@ def test_flash_attention_takes_keys_that_are_shared_as_they_are():
     with torch.autograd.graph.saved_tensors_hooks(lambda x: kept.append(x) or x, lambda x: x):
         _attend(q, keys, values, None)
     assert sum(x.shape[1] == q.shape[1] for x in kept if x.dim() == 4) == 2
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_a_gpu_keeps_no_scores_where_keys_are_shared(dtype):
+    length, heads = 4096, 8
+    q = torch.randn(1, heads, length, 64, device="cuda", dtype=dtype, requires_grad=True)
+    keys, values = (torch.randn(1, 2, length, 64, device="cuda", dtype=dtype, requires_grad=True) for _ in range(2))
+    before = torch.cuda.memory_allocated()
+    torch.cuda.reset_peak_memory_stats()
+    _attend(q, keys, values, None).sum().backward()
+    scores = heads * length * length * q.element_size()
+    assert torch.cuda.max_memory_allocated() - before < scores / 2
+    found = [x.grad.cpu().double() for x in (q, keys, values)]
+    exact = [x.detach().cpu().double().requires_grad_() for x in (q, keys, values)]
+    repeated = (x.repeat_interleave(heads // 2, dim=1) for x in exact[1:])
+    F.scaled_dot_product_attention(exact[0], *repeated, is_causal=True).sum().backward()
+    for ours, theirs in zip(found, (x.grad for x in exact), strict=True):
+        assert (ours - theirs).norm() < (2e-2 if dtype == torch.bfloat16 else 1e-4) * theirs.norm()
