@@ -10,6 +10,7 @@ from phase8.config.describe import describe_value
 from phase8.config.experts import expert_problems, model_expert_problems
 from phase8.config.model_section import ModelSection
 from phase8.config.pipeline import pipeline_of, pipeline_problems
+from phase8.config.precision import precision_problems
 from phase8.config.rope_scaling import scaling_problems
 from phase8.config.schema import DataSection, OptimSection, ParallelSection, RunConfig, TrainSection
 from phase8.config.split import split_problems
@@ -58,6 +59,7 @@ def find_problems(config: RunConfig, *, world_size: int = 1) -> list[str]:
         *expert_problems(config, world_size),
         *_zero(config, world_size),
         *deepspeed_problems(config),
+        *precision_problems(config),
         *_batch_and_pipeline(config, world_size),
         *_not_built_yet(config),
     ]
@@ -287,7 +289,6 @@ def _not_built_yet(config: RunConfig) -> Iterator[str]:
     """Refuses keys whose feature is not implemented yet; none of them is ignored."""
     allowed = {
         "parallel.sequence_parallel": (config.parallel.sequence_parallel, (True,)),
-        "precision.dtype": (config.precision.dtype, ("bf16", "fp32")),
     }
     for name, (value, values) in allowed.items():
         if value not in values:

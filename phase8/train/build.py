@@ -25,7 +25,7 @@ from phase8.observe.devices import peak_flops
 from phase8.plan.candidates import Device, plan_on
 from phase8.plan.cost_facts import memory_fact
 from phase8.plan.whole_config import count_parameters, shapes_only
-from phase8.precision.policy import set_matmul_precision
+from phase8.precision.policy import require_matrix_units, set_matmul_precision
 from phase8.train.changed_keys import ChangedKey, changed_keys
 from phase8.train.datasets import RunData, open_run_data
 from phase8.train.device import limit_memory, require_determinism, this_device
@@ -168,6 +168,7 @@ def _prepare_process(config: RunConfig, device: torch.device) -> Device:
     """Makes the settings that hold for the whole process; returns the facts about its device."""
     if config.train.deterministic:
         require_determinism()
+    require_matrix_units(config.precision, device)
     set_matmul_precision(config.precision)
     select_kernels(config.train.kernels, device)
     machine = this_device(device, config)

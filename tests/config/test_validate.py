@@ -58,6 +58,11 @@ RULES = {
         "model.rope_scaling.high_frequency_factor 4.0 is not above model.rope_scaling.low_frequency_factor 4.0; choose a larger one, 4 and 1 for "
         "example.",
     ),
+    "eight bits for shared keys": (
+        ["precision.linear=fp8", "model.block=transformer", "model.num_kv_heads=1", "model.head_size=36", "model.num_heads=12"],
+        "precision.linear is fp8, but (model.num_heads + 2 * model.num_kv_heads) * head size is 504; a multiple of 16 of at least 256 is needed, or "
+        "precision.linear null.",
+    ),
     "odd head": (
         ["model.d_model=24", "model.num_heads=8"],
         "model.head_size 3 (model.d_model 24 / model.num_heads 8) is odd, but rotary positions need an even one; set an even model.head_size.",

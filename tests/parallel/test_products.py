@@ -13,7 +13,7 @@ from phase8.model.block import Block
 from phase8.model.model import build_model
 from phase8.model.parameters import initialise
 from phase8.precision import policy
-from phase8.precision.formats import OPERAND_DTYPE, OperandDtype
+from phase8.precision.formats import OPERAND_DTYPE, OperandDtype, linear_by_products
 from phase8.tensor_parallel import overlapped, products
 from tests.parallel.pool import GLOO
 from tests.parallel.test_overlapped import CollectiveMemory, axis_of_all, gradients, relative_difference
@@ -23,10 +23,12 @@ class Counted(OperandDtype):
     """A format of its own, whose every product is counted."""
 
     name = "counted"
-    is_differentiable = False
 
     def __init__(self):
         self.calls = []
+
+    def linear(self, x, weight):
+        return linear_by_products(x, weight, self)
 
     def output(self, x, weight, **where):
         self.calls.append("output")
@@ -45,7 +47,9 @@ class Plain(OperandDtype):
     """A format of its own."""
 
     name = "plain"
-    is_differentiable = False
+
+    def linear(self, x, weight):
+        return linear_by_products(x, weight, self)
 
 
 SECTION = ModelSection(d_model=24, num_layers=1, num_heads=4, ffn_size=40, vocab_size=61, sequence_length=16, local_window_size=6)

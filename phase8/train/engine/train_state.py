@@ -126,6 +126,7 @@ def build_chunk(config: RunConfig, layers: range, *, mesh: Mesh, dtype: torch.dt
         device=torch.device("meta"),
         axis=mesh.tp,
         number_format=number_format(config.precision),
+        plain_layers=config.precision.bf16_layers,
         layers=layers,
         context=mesh.cp,
         expert=mesh.ep,
