@@ -121,7 +121,7 @@ def compiled_bytes(section, *, micro_batch_size, recompute="none"):
     return sum(storage.nbytes() for storage in storages.values())
 
 
-ALSO = ("delta", "transformer with norm")  # their parts are in other blocks
+ALSO = ("delta", "transformer", "transformer with norm")  # their parts are in other blocks
 COMPILED = [pytest.param(block, marks=[pytest.mark.full] if name in ALSO else [], id=name) for name, block in BLOCKS.items()]
 
 
