@@ -38,4 +38,6 @@ def precision_problems(config: RunConfig) -> Iterator[str]:
 def _widths(model: ModelSection) -> dict[str, int]:
     """The widths of the dense layers that are in every block, by the keys that set them."""
     widths = {"model.d_model": model.d_model, "model.num_heads * head size": model.attention_width}
+    if model.num_kv_heads is not None:  # queries, keys and values are one product
+        widths["(model.num_heads + 2 * model.num_kv_heads) * head size"] = model.attention_width + 2 * model.key_value_width
     return widths if all(model.has_experts) else widths | {"model.ffn_size": model.feed_forward_width}

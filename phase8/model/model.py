@@ -124,8 +124,14 @@ class LanguageModel(nn.Module):
         if self.begins:
             x, sequence_length = self.embedding(tokens), tokens.shape[1]
         first_position += self.context.index * sequence_length
+        section = self.section
         angles = rotary_angles(
-            sequence_length, self.section.head_width, base=self.section.rope_base, first_position=first_position, device=x.device
+            sequence_length,
+            section.head_width,
+            base=section.rope_base,
+            rope_scaling=section.rope_scaling,
+            first_position=first_position,
+            device=x.device,
         )
         carried = []
         for place, (layer, block) in enumerate(self.blocks.items()):

@@ -145,7 +145,9 @@ class _Forward(NamedTuple):
 def _block_bytes(forward: _Forward, *, recompute: Literal["none", "selective"] = "none", is_compiled: bool, budget: float = 1.0) -> int:
     model = forward.model
     with forward.traced(recompute=recompute) as (whole, x):
-        angles = rotary_angles(model.sequence_length, model.head_width, base=model.rope_base, first_position=0, device=x.device)
+        angles = rotary_angles(
+            model.sequence_length, model.head_width, base=model.rope_base, rope_scaling=model.rope_scaling, first_position=0, device=x.device
+        )
         starts = torch.empty(x.shape[:2], dtype=torch.bool, device=x.device) if forward.packed else None
         if is_compiled:
             return _saved_bytes_compiled(whole.blocks["0"], x, angles, starts, budget=budget)

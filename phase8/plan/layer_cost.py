@@ -4,7 +4,7 @@ A layer is two halves, mixer and feed-forward, each with a forward and a backwar
 time of its products (FLOPs at the sustained rate, or the memory traffic of the operands if that takes longer), of the kernels of the
 mixer, of all other passes at the speed of memory, and of the gaps between kernels.
 
-    N  tokens of a microbatch    D  model width    I  width of q, k and v    F  feed-forward width    V  vocabulary    R  low rank
+    N  tokens of a microbatch    D  model width    I  mean width of q, k and v    F  feed-forward width    V  vocabulary    R  low rank
 
 A pass reads or writes one tensor in the format of the residual stream. The constants were calibrated on the rows of
 tests/plan/measured_throughput.json, within the bounds that their comments give.
@@ -234,7 +234,8 @@ def _mixer(batch: Microbatch, window: int) -> Half:
     model, N, style = batch.model, batch.tokens, _style(batch)
     inner, rank = model.attention_width / batch.tensor_ranks, model.low_rank_rank
     out = _row(batch, inner, rank)
-    products = _columns(batch, 3, inner, rank) + out
+    joint = inner + 2 * model.key_value_width / batch.tensor_ranks
+    products = _columns(batch, 3, joint, rank) + out
     has_path = model.has_global_path
     has_gates = model.has_channel_gate
     if has_path:
@@ -251,7 +252,7 @@ def _mixer(batch: Microbatch, window: int) -> Half:
             over_linear = DELTA_OVER_LINEAR if model.global_path == "delta" else 1
             seconds += over_linear * flops * model.head_width / RECURRENCE_SHARES[direction]
         passes = (CAUSAL_PASSES if is_causal else KERNEL_PASSES)[direction] + style.mixed[direction] + has_gates * GATE_PASSES[direction]
-        return seconds + batch.moved(N * inner * passes)
+        return seconds + batch.moved(N * joint / 3 * passes)
 
     return _half(batch, products, (others(0), others(1)), out, share=MIXER_SHARE, num_pairs=(4 if rank else 0) + has_gates)
 
@@ -267,7 +268,7 @@ def _feed_forward(batch: Microbatch) -> Half:
         return _half(batch, products, between, batch.product(own, rank, model.d_model), share=1 - MIXER_SHARE, num_pairs=2)
     down = _row(batch, width, rank)
     forward, backward = (batch.moved(batch.tokens * width * passes) for passes in style.gated)
-    return _half(batch, _columns(batch, 2, width, rank) + down, (forward, backward), down, share=1 - MIXER_SHARE, num_pairs=3 if rank else 0)
+    return _half(batch, _columns(batch, 2, 2 * width, rank) + down, (forward, backward), down, share=1 - MIXER_SHARE, num_pairs=3 if rank else 0)
 
 
 def _experts(batch: Microbatch) -> Half:
@@ -312,12 +313,12 @@ def _half(batch: Microbatch, products: float, others: Both, last: float, *, shar
 
 
 def _columns(batch: Microbatch, count: int, width: float, rank: int) -> float:
-    """Seconds of several linears with the same input."""
+    """Seconds of `count` linears with the same input, of so many outputs together."""
     N, D = batch.tokens, batch.model.d_model
     if not rank:
-        return batch.product(N, D, count * width)
+        return batch.product(N, D, width)
     # One product after the bottlenecks, with zeros between its blocks.
-    return batch.product(N / batch.tensor_ranks, D, count * rank) + batch.product(N, count * rank, count * width)
+    return batch.product(N / batch.tensor_ranks, D, count * rank) + batch.product(N, count * rank, width)
 
 
 def _row(batch: Microbatch, width: float, rank: int) -> float:

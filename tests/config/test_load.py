@@ -7,6 +7,7 @@ from pydantic import ValidationError
 
 from phase8.config.describe import describe_type, describe_value, iterate_keys
 from phase8.config.load import config_from_mapping, config_to_mapping, load_config
+from phase8.config.rope_scaling import RopeScaling
 from phase8.config.schema import RunConfig
 from phase8.errors import ConfigError
 
@@ -289,6 +290,14 @@ def test_the_global_path_of_earlier_releases_has_its_present_name(tmp_path, spel
     tree = config_to_mapping(load_config(path))
     assert tree["model"]["global_path"] == name
     assert config_from_mapping({"model": {"global_path": yaml.safe_load(spelling)}}, source="test") == load_config(path)
+
+
+def test_scaling_of_positions_is_a_section_and_null_is_none(tmp_path):
+    llama = "{type: llama3, factor: 32, original_sequence_length: 8192}"
+    scaled = load_config(write(tmp_path, f"model: {{rope_scaling: {llama}}}")).model.rope_scaling
+    assert scaled == RopeScaling(type="llama3", factor=32.0) and hash(scaled)
+    assert load_config(write(tmp_path, "model: {rope_scaling: null}")).model == RunConfig().model
+    assert load_config(write(tmp_path, ""), ["model.rope_scaling.type=linear"]).model.rope_scaling.in_effect == {"type": "linear", "factor": 8.0}
 
 
 def test_a_stored_config_with_a_problem_names_its_source():

@@ -37,6 +37,33 @@ RULES = {
         ["model.num_heads=7"],
         "model.num_heads 7 does not divide model.d_model 512; choose a divisor or set model.head_size.",
     ),
+    "heads of keys": (
+        ["model.block=transformer", "model.num_kv_heads=3"],
+        "model.num_kv_heads 3 does not divide model.num_heads 8; choose a divisor or null.",
+    ),
+    "more heads of keys than of queries": (
+        ["model.block=transformer", "model.num_kv_heads=16"],
+        "model.num_kv_heads 16 does not divide model.num_heads 8; choose a divisor or null.",
+    ),
+    "shared keys in the window": (
+        ["model.num_kv_heads=8"],
+        "model.num_kv_heads is 8, but model.block is phase8, whose heads have keys and values of their own; set model.num_kv_heads to null.",
+    ),
+    "scaled positions of a window": (
+        ["model.rope_scaling.type=llama3"],
+        "model.rope_scaling.type is llama3, but model.block is phase8, whose rotary positions are those of a window and need no scaling for longer "
+        "sequences; set model.rope_scaling.type to none.",
+    ),
+    "nothing between low and high": (
+        ["model.block=transformer", "model.rope_scaling.type=llama3", "model.rope_scaling.low_frequency_factor=4"],
+        "model.rope_scaling.high_frequency_factor 4.0 is not above model.rope_scaling.low_frequency_factor 4.0; choose a larger one, 4 and 1 for "
+        "example.",
+    ),
+    "eight bits for shared keys": (
+        ["precision.linear=fp8", "model.block=transformer", "model.num_kv_heads=1", "model.head_size=36", "model.num_heads=12"],
+        "precision.linear is fp8, but (model.num_heads + 2 * model.num_kv_heads) * head size is 504; a multiple of 16 of at least 256 is needed, or "
+        "precision.linear null.",
+    ),
     "odd head": (
         ["model.d_model=24", "model.num_heads=8"],
         "model.head_size 3 (model.d_model 24 / model.num_heads 8) is odd, but rotary positions need an even one; set an even model.head_size.",
@@ -262,6 +289,7 @@ def test_every_rule_is_one_sentence(tmp_path, overrides, sentence):
 ALLOWED = {
     "head size without division": ["model.num_heads=7", "model.head_size=32"],
     "low rank": ["model.ffn=low_rank_swiglu", "model.low_rank_rank=4"],
+    "one head of keys": ["model.block=transformer", "model.num_kv_heads=1", "model.rope_scaling.type=linear"],
     "no warmup": ["optim.warmup_steps=0", "train.num_steps=1"],
     "longest warmup": ["train.num_steps=101"],
     "wsd from warmup to end": ["optim.schedule=wsd", "optim.decay_steps=900"],
@@ -284,6 +312,10 @@ def test_what_lies_just_inside_the_rules_is_allowed(tmp_path, overrides):
 @pytest.mark.parametrize(
     ("settings", "sentence"),
     [
+        (
+            ["model.block=transformer", "model.num_kv_heads=1"],
+            "parallel.tensor_parallel_size 2 does not divide model.num_kv_heads 1; change one of them.",
+        ),
         (
             ["train.recompute=budget", "train.compile.enabled=true"],
             "train.recompute is budget with parallel.tensor_parallel_size 2, but torch.compile cannot weigh what holds a process group; "

@@ -96,6 +96,17 @@ def test_parameters_are_those_of_the_real_model(small, block, tie):
     assert facts_and_problems(config)[0]["parameters"].endswith(f"({real:,})")
 
 
+LLAMA_3_8B = """
+model: {block: transformer, d_model: 4096, num_layers: 32, num_heads: 32, num_kv_heads: 8, ffn_size: 14336, vocab_size: 128256, rope_base: 500000}
+"""
+
+
+def test_a_llama_3_of_eight_billion_parameters_has_as_many_as_they_say(tmp_path):
+    path = tmp_path / "llama.yaml"
+    path.write_text(LLAMA_3_8B, encoding="utf-8")
+    assert count_parameters(shapes_only(load_config(path))) == 8_030_261_248
+
+
 def test_a_world_of_eight_is_planned(small):
     facts, problems = facts_and_problems(small("train.micro_batch_size=null"), world_size=8)
     assert facts["topology"] == "pp 1 x dp 8 x cp 1 x tp 1 = 8 ranks; rank 0 is first on every axis, rank 7 is pp 0, dp 7, cp 0, tp 0"
