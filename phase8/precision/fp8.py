@@ -121,6 +121,8 @@ class _Linear(torch.autograd.Function):
 
 def product(left: Factor, right: Factor, dtype: torch.dtype) -> Tensor:
     """Computes left right^T [M, N] in a dtype from factors [M, K] and [N, K]; sums of e4m3 are kept in the matrix units, which is faster."""
+    if left.numbers.device.type == "cpu":  # torch 2.11 knows no scales of rows there
+        return (left.numbers.float() @ right.numbers.float().T * left.scale * right.scale.T).to(dtype)
     is_fast = left.numbers.dtype == E4M3
     scales = {"scale_a": left.scale.flatten().unsqueeze(1), "scale_b": right.scale.flatten().unsqueeze(0)}  # with the strides that torch asks for
     return torch._scaled_mm(left.numbers, right.numbers.T, **scales, out_dtype=dtype, use_fast_accum=is_fast)
