@@ -12,12 +12,14 @@ import time
 from collections.abc import Mapping
 from io import FileIO
 from pathlib import Path
+from typing import Any
 
 from tensorboard.compat.proto.event_pb2 import Event, SessionLog
 from tensorboard.compat.proto.summary_pb2 import Summary
 from tensorboard.summary.writer.record_writer import RecordWriter
 
 from phase8.durable import append_whole
+from phase8.observe.scalars import scalars_of
 
 _VERSION = "brain.Event:2"
 
@@ -41,17 +43,18 @@ class EventFile:
         self._add(Event(file_version=_VERSION))
         self._add(Event(step=first_step, session_log=SessionLog(status=SessionLog.START)))
 
-    def add_scalars(self, step: int, values: Mapping[str, float]) -> None:
-        """Records figures of a step.
+    def log(self, record: Mapping[str, Any]) -> None:
+        """Records the figures of a metrics line.
 
         Args:
-            step: Its number.
-            values: Tag -> figure.
+            record: The line.
 
         Raises:
             OSError: The file cannot be written; it holds whole events only.
         """
-        self._add(Event(step=step, summary=Summary(value=[Summary.Value(tag=tag, simple_value=value) for tag, value in values.items()])))
+        values = [Summary.Value(tag=tag, simple_value=value) for tag, value in scalars_of(record).items()]
+        if values:
+            self._add(Event(step=record["step"], summary=Summary(value=values)))
 
     def write(self, record: bytes) -> None:
         """Appends an event that `RecordWriter` has encoded."""

@@ -46,7 +46,7 @@ def report(directory, **changes) -> tuple[Page, np.ndarray]:
 
 @pytest.fixture
 def trained(tmp_path, make_step, make_skipped):
-    with MetricsWriter(tmp_path, resume_step=0, tensorboard=False) as writer:
+    with MetricsWriter(tmp_path, resume_step=0) as writer:
         for step in range(1, 61):
             writer.log_step(make_skipped(step) if step == 30 else make_step(step))
             if step % 20 == 0:
@@ -106,7 +106,7 @@ def test_the_picture_shows_training_and_validation(trained):
 
 
 def test_one_line_of_metrics_is_enough(tmp_path, make_step):
-    with MetricsWriter(tmp_path, resume_step=0, tensorboard=False) as writer:
+    with MetricsWriter(tmp_path, resume_step=0) as writer:
         writer.log_step(make_step(1, loss=5.5))
     page, picture = report(tmp_path)
     assert "5.500" in page.text and "no evaluation" in page.text and "Sample" not in page.text
@@ -114,7 +114,7 @@ def test_one_line_of_metrics_is_enough(tmp_path, make_step):
 
 
 def test_a_run_of_skipped_steps_only_says_so(tmp_path, make_skipped):
-    with MetricsWriter(tmp_path, resume_step=0, tensorboard=False) as writer:
+    with MetricsWriter(tmp_path, resume_step=0) as writer:
         for step in (1, 2, 3):
             writer.log_step(make_skipped(step))
     page, _ = report(tmp_path)
@@ -130,7 +130,7 @@ def test_an_empty_record_and_no_facts_still_make_a_page(tmp_path):
 
 
 def test_evaluations_alone_make_a_page(tmp_path):
-    with MetricsWriter(tmp_path, resume_step=0, tensorboard=False) as writer:
+    with MetricsWriter(tmp_path, resume_step=0) as writer:
         writer.log_evaluation(0, validation_loss=9.5, validation_tokens=8)
     page, _ = report(tmp_path)
     assert "step 0, 2.79 above unigram entropy" in page.text
@@ -138,7 +138,7 @@ def test_evaluations_alone_make_a_page(tmp_path):
 
 def test_the_sources_of_the_last_evaluation_are_listed(tmp_path):
     few, many = (SourceLoss(name=name, weight=1, loss=loss, num_tokens=64, num_sequences=1) for name, loss in (("few", 6.25), ("many", math.inf)))
-    with MetricsWriter(tmp_path, resume_step=0, tensorboard=False) as writer:
+    with MetricsWriter(tmp_path, resume_step=0) as writer:
         writer.log_evaluation(1, validation_loss=9.0, validation_tokens=128, sources=[many, few])
         writer.log_evaluation(2, validation_loss=8.0, validation_tokens=128, sources=[few, many])
     page, _ = report(tmp_path)

@@ -71,7 +71,7 @@ def step_metrics(step):
 
 def test_metrics_have_the_report_and_the_page_is_still_drawn(tmp_path):
     report = summarise(times([0.01, 0.01, 0.01], waits=[0.0, 1.0, 0.0]))
-    with MetricsWriter(tmp_path, resume_step=0, tensorboard=False) as writer:
+    with MetricsWriter(tmp_path, resume_step=0) as writer:
         writer.log_step(step_metrics(1))
         writer.log_event(1, "stragglers", **asdict(report))
         writer.log_step(step_metrics(2))
