@@ -59,7 +59,7 @@ class LenientLogger:
 
     def close(self) -> None:
         """Closes the logger."""
-        with Tolerated(f"{self._name} may lack the last figures", self._say):
+        with Tolerated(f"{self._name} may lack the last figures", self._say_once):
             self._logger.close()
 
     def _say_once(self, sentence: str) -> None:
@@ -170,7 +170,7 @@ def _open_trackio(section: ObserveSection, directory: Path, name: str, config: M
     import trackio
 
     run = trackio.init(project=section.project, name=f"{name}-{_run_id(directory)}", resume="allow", config=dict(config), embed=False)
-    return Tracker(lambda scalars, step: run.log(scalars, step=step), run.finish)
+    return Tracker(lambda scalars, step: run.log(scalars, step=step), trackio.finish)
 
 
 def _run_id(directory: Path) -> str:

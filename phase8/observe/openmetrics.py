@@ -1,5 +1,6 @@
 """A file with the latest figures of a run for the textfile collector of Prometheus' node exporter, in the OpenMetrics text format.
 
+The node exporter takes the file; of counters, which older formats name otherwise, it passes on the value without type.
 The file is replaced as a whole, at most every few seconds. A killed run leaves its last figures there: `phase8_updated_timestamp_seconds` stands
 still then, while `phase8_training` is 0 after an orderly end. Source of the format: OpenMetrics 1.0, prometheus.io/docs/specs/om.
 """
