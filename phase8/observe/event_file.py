@@ -29,19 +29,25 @@ class EventFile:
 
     Args:
         directory: Directory of the file; it is created if missing.
-        first_step: Events of this and later steps in older files of the directory are hidden from the curves.
 
     Raises:
         OSError: It cannot be written.
     """
 
-    def __init__(self, directory: Path, *, first_step: int):
+    def __init__(self, directory: Path):
         directory.mkdir(parents=True, exist_ok=True)
         name = f"events.out.tfevents.{int(time.time()):010d}.{socket.gethostname()}.{os.getpid()}.{time.monotonic_ns()}"
         self._file = FileIO(directory / name, "xb")
         self._records = RecordWriter(self)
         self._add(Event(file_version=_VERSION))
-        self._add(Event(step=first_step, session_log=SessionLog(status=SessionLog.START)))
+
+    def begin(self, resume_step: int) -> None:
+        """Hides what was recorded of the steps after `resume_step`, in this file and in older ones of its directory; 0: of all.
+
+        Raises:
+            OSError: The file cannot be written.
+        """
+        self._add(Event(step=resume_step + 1 if resume_step > 0 else 0, session_log=SessionLog(status=SessionLog.START)))
 
     def log(self, record: Mapping[str, Any]) -> None:
         """Records the figures of a metrics line.

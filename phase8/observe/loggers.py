@@ -2,20 +2,22 @@
 
 | key of `observe` | what is written | where a resumed run goes on |
 |---|---|---|
-| `tensorboard` | events under `<run>/tensorboard` | a new event file, which hides the steps that are taken again |
+| `tensorboard` | events under `<run>/tensorboard` | a new event file; steps that are taken again are hidden |
 | `wandb` | a run in wandb, or under `<run>/wandb` when offline | the same run, by the id in `<run>/logger.json` |
 | `trackio` | a run in trackio's local data base | the same run, `<name>-<id>` |
 | `openmetrics` | one text file, see `openmetrics.py` | the file is replaced |
 
-Only the first rank opens loggers. No logger ends training: what fails is said once. wandb refuses steps that are not above the last one, and
-after a rollback or from an earlier checkpoint a run takes steps again; so there the step is a figure of its own, over which charts are drawn.
+Only the first rank opens loggers, once for all rollbacks. No logger ends training: what fails is said once. wandb refuses steps that are not
+above the last one, and after a rollback or from an earlier checkpoint a run takes steps again; so there the step is a figure of its own, over
+which charts are drawn.
 """
 
 from __future__ import annotations
 
 import json
 import secrets
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Protocol
@@ -31,6 +33,9 @@ _FINISH_SECONDS = 60
 
 class Logger(Protocol):
     """A receiver of the lines of `metrics.jsonl`."""
+
+    def begin(self, resume_step: int) -> None:
+        """Says that lines follow of the steps after this one, which may have been taken before; 0: of a new run."""
 
     def log(self, record: Mapping[str, Any]) -> None:
         """Takes a line, whose numbers are finite or None."""
@@ -51,6 +56,11 @@ class LenientLogger:
     def __init__(self, name: str, logger: Logger, say: Callable[[str], None]):
         self._name, self._logger, self._say = name, logger, say
         self._has_failed = False
+
+    def begin(self, resume_step: int) -> None:
+        """Says which steps follow."""
+        with Tolerated(f"step {resume_step}: {self._name} does not know that steps are taken again", self._say_once):
+            self._logger.begin(resume_step)
 
     def log(self, record: Mapping[str, Any]) -> None:
         """Takes a line."""
@@ -79,6 +89,9 @@ class Tracker:
     def __init__(self, log: Callable[[dict[str, float], int], None], finish: Callable[[], None]):
         self._log, self.close = log, finish
 
+    def begin(self, resume_step: int) -> None:
+        """Does nothing: every value has its step."""
+
     def log(self, record: Mapping[str, Any]) -> None:
         """Records the scalars of a line."""
         if scalars := scalars_of(record):
@@ -101,22 +114,22 @@ def require_packages(section: ObserveSection) -> None:
         raise ConfigError(problems)
 
 
+@contextmanager
 def open_loggers(
-    section: ObserveSection, directory: Path, *, name: str, config: Mapping[str, Any], resume_step: int, say: Callable[[str], None]
-) -> list[Logger]:
-    """Opens the loggers that a config asks for; one that cannot be opened is reported and left out.
+    section: ObserveSection, directory: Path, *, name: str, config: Mapping[str, Any], say: Callable[[str], None]
+) -> Iterator[list[Logger]]:
+    """A context with the loggers that a config asks for; one that cannot be opened is reported and left out.
 
     Args:
         section: The section `observe`.
         directory: Directory of the run, which keeps the id of the run in trackers.
         name: Name of the run.
         config: The whole config as plain values, which trackers show.
-        resume_step: Last step of the checkpoint from which the run continues; 0 for a new run.
         say: Shows a sentence.
     """
     openers: dict[str, Callable[[], Logger]] = {}
     if section.tensorboard:
-        openers["TensorBoard"] = lambda: _open_tensorboard(directory / "tensorboard", resume_step)
+        openers["TensorBoard"] = lambda: _open_tensorboard(directory / "tensorboard")
     if section.wandb != "none":
         openers["wandb"] = lambda: _open_wandb(section, directory, name, config)
     if section.trackio:
@@ -128,16 +141,20 @@ def open_loggers(
     for what, open_logger in openers.items():
         with Tolerated(f"{what} gets nothing of this run", say):
             loggers.append(LenientLogger(what, open_logger(), say))
-    return loggers
+    try:
+        yield loggers
+    finally:
+        for logger in loggers:
+            logger.close()
 
 
 # Each imports its package itself: that costs seconds of start-up, which a run without the logger does not owe.
 
 
-def _open_tensorboard(directory: Path, resume_step: int) -> Logger:
+def _open_tensorboard(directory: Path) -> Logger:
     from phase8.observe.event_file import EventFile
 
-    return EventFile(directory, first_step=resume_step + 1 if resume_step > 0 else 0)
+    return EventFile(directory)
 
 
 def _open_openmetrics(path: Path, name: str) -> Logger:

@@ -100,7 +100,7 @@ class MetricsWriter:
     Args:
         directory: The run directory, created when missing.
         resume_step: Last step of the checkpoint the run goes on from; 0 starts an empty record.
-        loggers: Get every line after it was written; they are closed with the file.
+        loggers: Get every line after it was written.
         say: Shows a sentence.
 
     Raises:
@@ -116,6 +116,8 @@ class MetricsWriter:
         with storage_errors(self._path):
             # Unbuffered: nothing is left behind that a failed write could hold back until close.
             self._file = FileIO(open_for_appending(self._path), "ab")
+        for logger in loggers:
+            logger.begin(resume_step)
 
     def log_step(self, metrics: StepMetrics) -> None:
         """Record a training step."""
@@ -155,11 +157,9 @@ class MetricsWriter:
         self._write({"step": step, "event": event, **fields})
 
     def close(self) -> None:
-        """Close the metrics file and the loggers; an error is only reported, because every line has been written before."""
+        """Close the file; an error is only reported, because every line has been written before."""
         with Tolerated(f"{self._path.parent} may lack the last metrics", self._say):
             self._file.close()
-        for logger in self._loggers:
-            logger.close()
 
     def __enter__(self) -> MetricsWriter:
         return self

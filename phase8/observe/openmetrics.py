@@ -51,6 +51,9 @@ class OpenMetricsFile:
         self._written_at = float("-inf")
         self._is_training = True
 
+    def begin(self, resume_step: int) -> None:
+        """Does nothing: the file holds the latest figures alone."""
+
     def log(self, record: Mapping[str, Any]) -> None:
         """Takes a line, and writes the file if it is older than a few seconds.
 

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from contextlib import nullcontext
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 
 from phase8.closing import Tolerated
 from phase8.config.load import config_to_mapping
 from phase8.distributed.collectives import broadcast_text
 from phase8.errors import CorruptionError, DivergenceError, Phase8Error
-from phase8.observe.loggers import open_loggers
+from phase8.observe.loggers import Logger, open_loggers
 from phase8.observe.metrics import MetricsWriter
 from phase8.observe.progress import Progress
 from phase8.observe.report import write_report
@@ -73,12 +73,21 @@ def finish(run: Run) -> None:
 def _train_with_rollbacks(run: Run, stop_step: int, report: Callable[[int, str], None]) -> str | None:
     """Trains and saves, and after an anomaly rolls back and trains on; returns the name of the signal that stopped it, or None."""
     rollback: dict[str, str | int] | None = None
-    while True:
-        try:
-            return _train_until(run, stop_step, report, rollback=rollback)
-        except RollbackAsked as asked:
-            report(run.position.step, "rolling back")
-            rollback = roll_back(run, asked.anomaly)
+    with _loggers(run) as loggers:
+        while True:
+            try:
+                return _train_until(run, stop_step, report, loggers=loggers, rollback=rollback)
+            except RollbackAsked as asked:
+                report(run.position.step, "rolling back")
+                rollback = roll_back(run, asked.anomaly)
+
+
+def _loggers(run: Run) -> AbstractContextManager[Sequence[Logger]]:
+    """The loggers of the first rank; the others have none."""
+    if not run.is_main:
+        return nullcontext(())
+    config = run.config
+    return open_loggers(config.observe, run.directory.path, name=config.run.name, config=config_to_mapping(config), say=run.say)
 
 
 def _stop_request(run: Run) -> StopRequest:
@@ -88,15 +97,14 @@ def _stop_request(run: Run) -> StopRequest:
     return StopRequest("all ranks stop after this step" if run.is_main else None)
 
 
-def _train_until(run: Run, stop_step: int, report: Callable[[int, str], None], *, rollback: dict[str, str | int] | None) -> str | None:
+def _train_until(
+    run: Run, stop_step: int, report: Callable[[int, str], None], *, loggers: Sequence[Logger], rollback: dict[str, str | int] | None
+) -> str | None:
     """Trains and saves; returns the name of the signal that stopped it, or None. `rollback` is recorded as an event."""
     config = run.config
     metrics = None
     if run.is_main:
-        directory, step = run.directory.path, run.position.step
-        whole = config_to_mapping(config)
-        loggers = open_loggers(config.observe, directory, name=config.run.name, config=whole, resume_step=step, say=run.say)
-        metrics = MetricsWriter(directory, resume_step=step, loggers=loggers, say=run.say)
+        metrics = MetricsWriter(run.directory.path, resume_step=run.position.step, loggers=loggers, say=run.say)
     progress = Progress(
         total_steps=stop_step,
         start_step=run.position.step,

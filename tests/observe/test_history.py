@@ -21,8 +21,10 @@ def test_lines_are_sorted_into_arrays_and_evaluations_find_their_tokens(make_ste
     assert history.steps.tolist() == [1, 2, 3]
     assert np.isnan(history.loss).tolist() == [False, True, False]
     assert np.isnan(history.mfu).tolist() == [False, False, True]
-    assert history.num_skipped == 1
-    assert history.validation_tokens_seen.tolist() == [0, 2 * 8192]
+    assert history.skipped_steps == (2,)
+    at_evaluations = history.places.at(history.validation_steps)
+    assert at_evaluations.tokens.tolist() == [0, 2 * 8192]
+    np.testing.assert_allclose(at_evaluations.seconds, [0, 2 * 0.17])
     assert history.validation_loss[0] == 9.5 and np.isnan(history.validation_loss[1])
 
 

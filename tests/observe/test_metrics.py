@@ -4,14 +4,17 @@ import json
 import resource
 import subprocess
 import sys
+from contextlib import contextmanager
 from io import FileIO
 
 import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+from phase8.config.schema import ObserveSection
 from phase8.errors import StorageError
 from phase8.observe import metrics
 from phase8.observe.history import History
+from phase8.observe.loggers import open_loggers
 from phase8.observe.metrics import MetricsWriter, read_metrics
 
 
@@ -21,6 +24,15 @@ def reject_constant(name):
 
 def strict_lines(path):
     return [json.loads(line, parse_constant=reject_constant) for line in path.read_text().splitlines()]
+
+
+@contextmanager
+def writer_with_tensorboard(directory, *, resume_step=0, say=print):
+    with (
+        open_loggers(ObserveSection(), directory, name="x", config={}, say=say) as loggers,
+        MetricsWriter(directory, resume_step=resume_step, loggers=loggers, say=say) as writer,
+    ):
+        yield writer
 
 
 def steps_of(directory):
@@ -48,7 +60,7 @@ def test_a_step_is_one_strict_json_object_with_every_documented_key(tmp_path, ma
 
 
 def test_auxiliary_losses_are_named_where_there_are_some(tmp_path, make_step):
-    with MetricsWriter(tmp_path, resume_step=0, tensorboard=True) as writer:
+    with writer_with_tensorboard(tmp_path) as writer:
         writer.log_step(make_step(1, auxiliary_losses={"balance": 0.25, "z": float("nan")}))
         writer.log_step(make_step(2))
     first, second = read_metrics(tmp_path / "metrics.jsonl")
@@ -245,10 +257,10 @@ def test_a_directory_that_cannot_be_made_is_a_storage_error(tmp_path):
 
 
 def test_tensorboard_shows_each_step_of_a_resumed_run_once(tmp_path, make_step, make_skipped):
-    with MetricsWriter(tmp_path, resume_step=0, tensorboard=True) as writer:
+    with writer_with_tensorboard(tmp_path) as writer:
         for step in (1, 2, 3, 4):
             writer.log_step(make_step(step, loss=float(step)))
-    with MetricsWriter(tmp_path, resume_step=2, tensorboard=True) as writer:
+    with writer_with_tensorboard(tmp_path, resume_step=2) as writer:
         writer.log_step(make_step(3, loss=30.0, mfu=None))
         writer.log_step(make_skipped(4))
         writer.log_evaluation(4, validation_loss=4.5, validation_tokens=8)
@@ -261,7 +273,7 @@ def test_tensorboard_shows_each_step_of_a_resumed_run_once(tmp_path, make_step, 
 
 def test_events_that_a_full_disk_refuses_are_lost_alone_and_said_once(tmp_path, make_step, monkeypatch):
     said = []
-    with MetricsWriter(tmp_path, resume_step=0, tensorboard=True, say=said.append) as writer:
+    with writer_with_tensorboard(tmp_path, say=said.append) as writer:
         writer.log_step(make_step(1))
         (file,) = (tmp_path / "tensorboard").iterdir()
         limits, size = resource.getrlimit(resource.RLIMIT_FSIZE), file.stat().st_size
@@ -274,7 +286,7 @@ def test_events_that_a_full_disk_refuses_are_lost_alone_and_said_once(tmp_path, 
             resource.setrlimit(resource.RLIMIT_FSIZE, limits)
         assert file.stat().st_size == size
         writer.log_step(make_step(4))
-    assert said == ["step 2: TensorBoard events are lost, training goes on: File too large"]
+    assert said == ["step 2: TensorBoard loses figures, training goes on: OSError: [Errno 27] File too large"]
     events = EventAccumulator(str(tmp_path / "tensorboard")).Reload()
     assert [event.step for event in events.Scalars("loss/train")] == [1, 4]
 
@@ -282,9 +294,9 @@ def test_events_that_a_full_disk_refuses_are_lost_alone_and_said_once(tmp_path, 
 def test_a_place_for_events_that_cannot_be_made_does_not_keep_a_run_from_starting(tmp_path, make_step):
     (tmp_path / "tensorboard").write_text("in the way")
     said = []
-    with MetricsWriter(tmp_path, resume_step=0, tensorboard=True, say=said.append) as writer:
+    with writer_with_tensorboard(tmp_path, say=said.append) as writer:
         writer.log_step(make_step(1))
-    assert len(said) == 1 and said[0].startswith("TensorBoard gets no events of this run: FileExistsError: ")
+    assert len(said) == 1 and said[0].startswith("TensorBoard gets nothing of this run: FileExistsError: ")
     assert steps_of(tmp_path) == [1]
 
 

@@ -42,7 +42,7 @@ def test_a_run_without_experts_has_none(tmp_path, make_step):
     with MetricsWriter(tmp_path, resume_step=0) as metrics:
         metrics.log_step(make_step(1))
     assert History.from_records(read_metrics(tmp_path / "metrics.jsonl")).routing is None
-    assert "Load of experts" not in write_report(tmp_path, title="t", facts=[], reference_losses={}).read_text()
+    assert "Load of experts" not in write_report(tmp_path).read_text()
 
 
 def test_steps_of_another_model_are_left_out():
@@ -53,7 +53,7 @@ def test_steps_of_another_model_are_left_out():
 
 def test_the_report_shows_the_load_as_a_picture(tmp_path, make_step):
     write_run(tmp_path, make_step)
-    page = write_report(tmp_path, title="t", facts=[], reference_losses={}).read_text()
+    page = write_report(tmp_path).read_text()
     assert all(heading in page for heading in ("Load of experts", "Dropped choices", "Router entropy", "layer 11"))
     assert page.count("data:image/png;base64,") == 1
 

@@ -81,4 +81,4 @@ def test_metrics_have_the_report_and_the_page_is_still_drawn(tmp_path):
         "probe_seconds": 0.01, "median_probe_seconds": 0.01, "data_wait_seconds": 1.0, "median_data_wait_seconds": 0.0,
     }  # fmt: skip
     assert History.from_records(records).steps.tolist() == [1, 2]
-    assert "After step 2" in write_report(tmp_path, title="t", facts=[], reference_losses={}).read_text()
+    assert "After step 2" in write_report(tmp_path).read_text()
