@@ -211,16 +211,15 @@ def _reference_labels(chart: Chart) -> str:
 
 
 def _cut_label(chart: Chart, axis: str, largest: float) -> str:
-    """The largest value that is cut off, at its place; empty if none is."""
+    """The largest value that is cut off, at its place or as near as its text has room; empty if none is."""
     cut = [(float(np.nanmax(curve.values)), curve) for curve in chart.curves if np.isfinite(curve.values).any()]
     value, curve = max(cut, key=lambda each: each[0], default=(-np.inf, None))
     if curve is None or value <= chart.limits[1]:
         return ""
     at = int(np.nanargmax(curve.values))
     share = float(axis_of(curve.places, axis)[at]) / largest
-    side = f"left:{100 * share:.2f}%" if share < 0.5 else f"right:{100 - 100 * share:.2f}%"
     text = f"▲ up to {chart.format_value(value)} at step {int(curve.places.steps[at]):,}"
-    return f'<span class="cut" style="{side}">{escape(text)}</span>'
+    return f'<span class="cut" style="left:clamp(0%,{100 * share:.2f}%,100% - {len(text)}ch)">{escape(text)}</span>'
 
 
 def _ticks(low: float, high: float, *, most: int) -> list[tuple[float, float]]:

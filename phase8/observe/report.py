@@ -212,8 +212,8 @@ def _text_cards(run: RecordedRun) -> Iterator[str]:
     names = dict.fromkeys([*events.epochs, *history.validation_sources])
     if names:
         rows = [(name, *_source_row(run, name)) for name in names]
-        columns = ("source", "epochs", "validation loss", *["sequences"] * bool(history.validation_sequences))
-        yield card("Data", table(columns, [row[: len(columns)] for row in rows]), remark="at the last save and evaluation")
+        columns = ("source", "epochs", "loss", *["sequences"] * bool(history.validation_sequences))
+        yield card("Data", table(columns, [row[: len(columns)] for row in rows]), remark="epochs at the last save, loss of the last evaluation")
     if events.settings:
         yield card("Settings chosen", facts_table(dict(events.settings)), width="wide")
     if events.samples:

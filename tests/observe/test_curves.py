@@ -51,12 +51,12 @@ def test_what_is_cut_off_is_said_and_an_evaluation_outside_does_not_vanish():
     loss = Curve("train", "c0", places_of([1, 2, 3]), np.array([12.25, 5.0, 4.0]))
     validation = Curve("validation", "c1", places_of([1, 3]), np.array([12.0, 4.0]), "points")
     html = on("steps", drawing([loss, validation]))
-    assert re.search(r'class="cut" style="left:32\.94%">▲ up to 12\.2 at step 1<', html)
+    assert re.search(r'class="cut" style="left:clamp\(0%,32\.94%,100% - 22ch\)">▲ up to 12\.2 at step 1<', html)
     (dots,) = re.findall(r'class="dots" [^>]*d="([^"]*)"', html)
     assert [tuple(map(float, dot.split(" "))) for dot in re.findall(r"M([\d. ]+)h0", dots)] == [(329.4, 12.0), (988.1, 600.0)]
     assert 'class="cut"' not in drawing([loss], limits=(0, 13))
     late = Curve("train", "c0", places_of([1, 2, 3]), np.array([1.0, 2.0, 99.0]))
-    assert 'style="right:' in on("steps", drawing([late])) and "▲ up to 99.0 at step 3" in drawing([late])
+    assert "clamp(0%,98.81%," in on("steps", drawing([late])) and "▲ up to 99.0 at step 3" in drawing([late])
 
 
 def test_a_noisy_curve_keeps_its_spikes_beside_its_average():

@@ -565,7 +565,8 @@ def test_generation_does_not_run_the_compiled_blocks(tiny):
 def test_samples_at_evaluations_are_recorded_and_change_nothing(tiny, tokenizer, console):
     settings = [f"data.tokenizer={tokenizer}", "model.vocab_size=300", "train.num_steps=6", "train.evaluate_every_n_steps=2"]
     plain = train_tiny(tiny, *settings, "run.name=plain")
-    run = prepare(tiny, *settings, "observe.sample_at_evaluations=true", f"observe.sample_prompt={PROMPT}", "observe.sample_tokens=4", console=console)
+    sampled = ("observe.sample_at_evaluations=true", f"observe.sample_prompt={PROMPT}", "observe.sample_tokens=4")
+    run = prepare(tiny, *settings, *sampled, console=console)
     train(run, resume_command="")
     samples = {record["step"]: record["text"] for record in records(run) if record.get("event") == "sample"}
     assert list(samples) == [2, 4, 6] and all(text.startswith(PROMPT) for text in samples.values()) and len(set(samples.values())) > 1
