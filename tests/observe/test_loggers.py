@@ -133,8 +133,8 @@ def test_the_death_of_wandbs_process_is_said_once_and_training_goes_on(tmp_path)
     assert [record["step"] for record in read_metrics(tmp_path / "metrics.jsonl")] == list(range(1, 200))
 
 
-def test_a_run_of_several_ranks_is_one_run_of_its_loggers_and_another_start_keeps_the_id(tiny, tmp_path):
-    """Only the first rank opens loggers (tests/launch/test_torchrun.py counts them); here a run goes on, and one is begun anew."""
+def test_a_run_that_goes_on_keeps_its_id_and_one_that_is_begun_anew_gets_another(tiny, tmp_path):
+    """That only the first rank opens loggers is tested in tests/launch/test_torchrun.py."""
     metrics = tmp_path / "out" / "run.prom"
     first = train_tiny(tiny, "train.stop_at_step=5", f"observe.openmetrics={metrics}")
     assert 'phase8_step{run="tiny"} 5' in metrics.read_text() and not (first.directory.path / "logger.json").exists()
