@@ -227,9 +227,15 @@ class ObserveSection(Section):
     log_every_n_steps: PositiveInt = key(10, "steps between printed lines when the output is not a terminal")
     stragglers_every_n_steps: NonNegativeInt = key(100, "steps between looks for the slowest of several ranks; 0: never")
     tensorboard: bool = key(True, "write TensorBoard events")
+    wandb: Literal["none", "online", "offline"] = key("none", "log to Weights & Biases, or into the run directory for `wandb sync`")
+    wandb_entity: Text | None = key(None, "user or team that owns the run in wandb; null: the account's default")
+    trackio: bool = key(False, "log to trackio's local data base")
+    project: Text = key("phase8", "project of the run in wandb and trackio")
+    openmetrics: PathText | None = key(None, "file of latest figures for the textfile collector of Prometheus' node exporter, *.prom; null: none")
     report: bool = key(True, "draw report/loss.png and report/index.html when the run ends")
     sample_prompt: Text | None = key(None, "prompt of a sample printed at the end; null: none")
     sample_tokens: TokenCount = key(100, "tokens of that sample")
+    sample_at_evaluations: bool = key(False, "also sample at every evaluation, for the report; several ranks gather the whole model for it")
     peak_flops: PositiveFloat | None = key(None, "FLOP/s of the device that count as MFU 1; null: known GPUs, else no MFU")
 
 

@@ -12,7 +12,7 @@ from phase8.config.model_section import ModelSection
 from phase8.config.pipeline import pipeline_of, pipeline_problems
 from phase8.config.precision import precision_problems
 from phase8.config.rope_scaling import scaling_problems
-from phase8.config.schema import DataSection, OptimSection, ParallelSection, RunConfig, TrainSection
+from phase8.config.schema import DataSection, ObserveSection, OptimSection, ParallelSection, RunConfig, TrainSection
 from phase8.config.split import split_problems
 from phase8.division import part
 from phase8.errors import ConfigError
@@ -54,6 +54,7 @@ def find_problems(config: RunConfig, *, world_size: int = 1) -> list[str]:
         *_slices(config),
         *_async_tensor_parallel(config.parallel),
         *_data(config),
+        *_observe(config.observe),
         *_tensor_parallel(config.model, config.parallel.tensor_parallel_size),
         *_context_parallel(config),
         *expert_problems(config, world_size),
@@ -283,6 +284,13 @@ def _batch_and_pipeline(config: RunConfig, world_size: int) -> Iterator[str]:
     except ConfigError as error:
         yield from error.problems
     yield from pipeline_problems(pipeline_of(config.parallel), num_layers=config.model.num_layers, num_microbatches=num_microbatches)
+
+
+def _observe(observe: ObserveSection) -> Iterator[str]:
+    if observe.openmetrics is not None and not observe.openmetrics.endswith(".prom"):
+        yield f"observe.openmetrics is {observe.openmetrics}, but Prometheus' node exporter reads files named *.prom only; add the suffix."
+    if "/" in observe.project:
+        yield f"observe.project is {observe.project}, but a project's name has no slash; name the team in observe.wandb_entity."
 
 
 def _not_built_yet(config: RunConfig) -> Iterator[str]:
