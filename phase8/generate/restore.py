@@ -24,7 +24,7 @@ from phase8.tensor_parallel.linear import Linear, WideLinear
 
 
 def restore_model(directory: Path, *, device: torch.device) -> tuple[LanguageModel, DataSection, Checkpoint]:
-    """Restores the model of a checkpoint, or of weights without a manifest.
+    """Restores the model of a checkpoint, or of weights without a manifest; it is not trained.
 
     Args:
         directory: A checkpoint, a run directory, a directory of checkpoints (the newest is taken), consolidated or quantised weights, or a Llama.
@@ -41,7 +41,7 @@ def restore_model(directory: Path, *, device: torch.device) -> tuple[LanguageMod
     require_fit(checkpoint, model, widen=True)  # before memory is allocated
     materialise(model, device=device, axis=ALONE)
     restore_state(checkpoint, model, None, widen=True)
-    return model, config.data, checkpoint
+    return model.requires_grad_(False), config.data, checkpoint
 
 
 @torch.no_grad()

@@ -1,6 +1,6 @@
 """What one token of a mixer is computed with: numbers that depend on parameters alone, the place of the token, and the state that it writes.
 
-Shapes: B sequences, H heads, K head size, W window, G global tokens, J = G + W slots.
+Shapes: B sequences, H heads of queries, J heads of keys and values, K head size, W window, G global tokens, S = G + W slots.
 """
 
 from __future__ import annotations
@@ -78,13 +78,14 @@ class MixerConstants:
     """Constants of a mixer.
 
     Args:
-        taps: Taps of the convolution [taps, 3 H K], fp32 or wider; None: there is no convolution.
-        scale: Length of local queries and keys over the root of the head size [H]; None: they keep their length.
+        taps: Taps of the convolution [taps, (H + 2 J) K], fp32 or wider; None: there is no convolution.
+        scale: Length of local queries, then of keys, over the root of the head size [H + J]; None: they keep their length.
         beta: Inverse temperature of the `lorentz` score [H]; None: `dot` score.
         global_path: Those of the global path; None: there is none.
         window: Window W; 0: no local path.
         global_tokens: Global tokens G.
-        num_heads: Heads H.
+        num_heads: Heads H of queries.
+        num_key_heads: Heads J of keys and values; with a global path or the `lorentz` score as many as of queries.
         has_silu: Whether queries and keys of the global path go through SiLU.
         has_rotary: Whether queries and keys of the window have rotary positions.
         eps: Summand of the mean squares.
@@ -97,6 +98,7 @@ class MixerConstants:
     window: int
     global_tokens: int
     num_heads: int
+    num_key_heads: int
     has_silu: bool
     has_rotary: bool
     eps: float
@@ -107,8 +109,8 @@ class MixerStepState:
     """The state of B sequences, in memory that stays where it is.
 
     Args:
-        convolution: Last taps - 1 inputs of the convolution [B, taps - 1, 3 H K].
-        keys: Keys of the slots [B, J, H, K]; None without a window.
+        convolution: Last taps - 1 inputs of the convolution [B, taps - 1, (H + 2 J) K].
+        keys: Keys of the slots [B, S, J, K]; None without a window.
         values: Values of the slots.
         memory: State of the recurrence [B, H, K, K]; None without a global path.
         green: State of the chain [B, H, 2]; None without a chain.

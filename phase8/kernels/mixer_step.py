@@ -11,10 +11,14 @@ from phase8.kernels.reference import mixer_step as reference
 
 
 def _runs_on_gpu(qkv: Tensor, constants: MixerConstants) -> bool:
-    """Whether the kernel computes these layers: it knows the defaults of the block, not the Lorentz score nor the chain."""
-    path, head_size = constants.global_path, qkv.shape[1] // (3 * constants.num_heads)
+    """Whether the kernel computes these layers: it knows neither the Lorentz score nor the chain, nor a convolution of keys that several heads share.
+
+    The programs of those heads would read inputs that one of them has moved up.
+    """
+    path, head_size = constants.global_path, qkv.shape[1] // (constants.num_heads + 2 * constants.num_key_heads)
     is_known = constants.beta is None and (path is None or path.chain is None) and head_size <= MAX_STEP_HEAD_SIZE
-    return is_known and uses_triton(qkv) and qkv.element_size() <= 4
+    is_alone = constants.num_heads == constants.num_key_heads or constants.taps is None
+    return is_known and is_alone and uses_triton(qkv) and qkv.element_size() <= 4
 
 
 def mixer_step(

@@ -3,7 +3,9 @@
 The first G slots hold the first G tokens of the sequence, and the token at position p has slot G + p mod W. Each sequence has a position of its own,
 on the device, so that one recording serves every position.
 
-Shapes: B sequences, H heads, K head size, W window, G global tokens, J = G + W slots.
+Shapes: B sequences, H heads of queries, J heads of keys and values, K head size, W window, G global tokens, S = G + W slots.
+
+Head h of the queries reads head h J / H of the keys, rounded down.
 """
 
 from __future__ import annotations
@@ -62,12 +64,12 @@ def ring_attention_step(q: Tensor, k: Tensor, v: Tensor, keys: Tensor, values: T
 
     Args:
         q: Query [B, H, K].
-        k: Key [B, H, K].
-        v: Value [B, H, K].
-        keys: Keys of all slots [B, J, H, K], written in place.
+        k: Key [B, J, K].
+        v: Value [B, J, K].
+        keys: Keys of all slots [B, S, J, K], written in place.
         values: Values of all slots, written in place.
         place: Places of the token.
-        beta: Inverse temperature of the `lorentz` score [H]; None: `dot` score.
+        beta: Inverse temperature of the `lorentz` score [H], which has a head of keys for each head of queries; None: `dot` score.
 
     Returns:
         y [B, H, K].
@@ -76,7 +78,8 @@ def ring_attention_step(q: Tensor, k: Tensor, v: Tensor, keys: Tensor, values: T
     values.index_put_((place.rows, place.slots), v[:, None].expand(-1, place.slots.shape[1], -1, -1))
     keys, values = keys[:, : place.bias.shape[-1]], values[:, : place.bias.shape[-1]]
     if beta is None:
-        return F.scaled_dot_product_attention(q[:, :, None], keys.transpose(1, 2), values.transpose(1, 2), attn_mask=place.bias)[:, :, 0]
+        queries = q.unflatten(1, (k.shape[1], -1))  # the heads that share a key are its queries, so that no key is copied
+        return F.scaled_dot_product_attention(queries, keys.transpose(1, 2), values.transpose(1, 2), attn_mask=place.bias).flatten(1, 2)
     scores = Scores(at_least_fp32(q)[:, None, None], at_least_fp32(keys)[:, None], beta).values[:, 0]
     weights = (scores + place.bias).softmax(-1).to(values.dtype)
     return (weights @ values.transpose(1, 2))[:, :, 0]
@@ -86,7 +89,7 @@ def fill_ring(keys: Tensor, values: Tensor, rows: Tensor, state: WindowState, *,
     """Copies the state after the first tokens of some sequences to their slots.
 
     Args:
-        keys: Keys of all slots [B, J, H, K], written in place.
+        keys: Keys of all slots [B, S, J, K], written in place.
         values: Values of all slots.
         rows: Numbers of the sequences [n].
         state: State of n sequences.

@@ -83,7 +83,7 @@ class Phase8Mixer(nn.Module):
         self.q, self.k, self.v = (column_linear(width, inner, rank=rank, std=model.init_std) for _ in range(3))
         self.qkv = JointColumnLinear((self.q, self.k, self.v), axis, number_format)
         self.earlier = EarlierSlices(context) if context.size > 1 else None
-        self.convolution = ShortConvolution(inner, model.convolution_taps, num_ranks=axis.size)
+        self.convolution = ShortConvolution(inner, model.convolution_taps, num_ranks=axis.size, head_size=model.head_width)
         self.score = LorentzScore(model.num_heads) if model.score == "lorentz" and self.window > 0 else None
         self.qk_norm = QueryKeyNorm(model.num_heads, model.head_width, eps=model.norm_eps) if model.has_qk_norm and self.window > 0 else None
         self.has_silu = model.has_silu
@@ -120,14 +120,16 @@ class Phase8Mixer(nn.Module):
     def prepared(self, dtype: torch.dtype, *, has_rotary: bool) -> MixerStep:
         """The mixer of one rank for decoding with a residual stream of a dtype."""
         path, lengths = self.global_path, self.score if self.score is not None else self.qk_norm
+        scale = None if lengths is None else lengths.radius.detach() * self.head_size**-0.5
         constants = MixerConstants(
             taps=self.convolution.prepared(dtype),
-            scale=None if lengths is None else lengths.radius.detach() * self.head_size**-0.5,
+            scale=None if scale is None else torch.cat((scale, scale)),
             beta=None if self.score is None else self.score.beta.detach(),
             global_path=None if path is None else path.prepared(),
             window=self.window,
             global_tokens=self.global_tokens,
             num_heads=self.num_heads,
+            num_key_heads=self.num_heads,
             has_silu=self.has_silu,
             has_rotary=has_rotary,
             eps=self.eps,

@@ -2,7 +2,7 @@
 
 It computes what `Phase8Mixer.forward` computes for a piece of one token, without what only pieces need.
 
-Shapes: B sequences, D model width, H heads, K head size.
+Shapes: B sequences, D model width, H heads of queries, J heads of keys and values, K head size.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ class MixerStep:
     """The mixer for one token of each sequence.
 
     Args:
-        project: Maps the mixer's input [B, D] to q, k and v together [B, 3 H K].
+        project: Maps the mixer's input [B, D] to q, k and v together [B, (H + 2 J) K].
         project_scalars: Maps it to the scalars of the heads, in fp32; None without a global path.
         project_gate: Maps it to a gate per channel [B, H K]; None: the gate is among the scalars.
         constants: What is computed between the linear layers.
@@ -39,7 +39,8 @@ class MixerStep:
 
     def empty_state(self, batch_size: int, *, head_size: int, dtype: torch.dtype, device: torch.device) -> MixerStepState:
         """The state before the first token."""
-        constants, heads = self.constants, (self.constants.num_heads, head_size)
+        constants = self.constants
+        heads, key_heads = (constants.num_heads, head_size), (constants.num_key_heads, head_size)
 
         def zeros(*shape: int, of: torch.dtype = dtype) -> Tensor:
             return torch.zeros(batch_size, *shape, dtype=of, device=device)
@@ -47,9 +48,9 @@ class MixerStep:
         num_taps, wide = 1 if constants.taps is None else len(constants.taps), torch.promote_types(dtype, torch.float32)
         slots, path = constants.global_tokens + constants.window, constants.global_path
         return MixerStepState(
-            zeros(num_taps - 1, 3 * heads[0] * head_size),
-            zeros(slots, *heads) if constants.window else None,
-            zeros(slots, *heads) if constants.window else None,
+            zeros(num_taps - 1, (heads[0] + 2 * key_heads[0]) * head_size),
+            zeros(slots, *key_heads) if constants.window else None,
+            zeros(slots, *key_heads) if constants.window else None,
             None if path is None else zeros(*heads, head_size, of=wide),
             None if path is None or path.chain is None else zeros(heads[0], 2, of=wide),
         )

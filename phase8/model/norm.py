@@ -50,7 +50,7 @@ class RMSNorm(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Normalises `x`; the result has its dtype."""
-        return _weighted(x, local(self.weight), self.eps)
+        return (rms_normalise(at_least_fp32(x), self.eps) * local(self.weight)).to(x.dtype)
 
     def prepared(self) -> PreparedNorm:
         """The norm of one rank for decoding."""
@@ -58,12 +58,12 @@ class RMSNorm(nn.Module):
 
 
 class QueryKeyNorm(nn.Module):
-    """The norm x / rms(x) of queries and keys, times a learned number per head that both share.
+    """The norm x / rms(x) of queries and keys, times a learned number per head of keys that the head and its queries share.
 
     Source: A. Henry et al., "Query-key normalization for transformers" (2020).
 
     Args:
-        num_heads: Number of heads H.
+        num_heads: Number of heads H of keys; queries have as many or several times as many.
         head_size: Head size K.
         eps: Summand of the mean square.
     """
@@ -83,14 +83,12 @@ class QueryKeyNorm(nn.Module):
         return local(self.weight) * math.sqrt(self.head_size)
 
     def forward(self, x: Tensor) -> Tensor:
-        """Normalises queries or keys [..., H, K]; the result has their dtype."""
-        return _weighted(x, local(self.weight)[:, None], self.eps)
+        """Normalises queries or keys [..., any multiple of H, K]; the result has their dtype."""
+        lengths = local(self.weight)[:, None, None]
+        return (rms_normalise(at_least_fp32(x), self.eps).unflatten(-2, (len(lengths), -1)) * lengths).flatten(-3, -2).to(x.dtype)
 
 
 def rms_normalise(x: Tensor, eps: float) -> Tensor:
     """Normalises over the last dim, without a weight."""
     return F.rms_norm(x, x.shape[-1:], eps=eps)
 
-
-def _weighted(x: Tensor, weight: Tensor, eps: float) -> Tensor:
-    return (rms_normalise(at_least_fp32(x), eps) * weight).to(x.dtype)

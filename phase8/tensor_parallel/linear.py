@@ -50,7 +50,7 @@ class PreparedLinear:
 
 @dataclass(frozen=True)
 class PreparedLowRank:
-    """The products y = up(down(x)) of n low-rank layers for decoding.
+    """The products y = up(down(x)) of n low-rank layers for decoding; layers of several widths are one, whose weight up has them on its diagonal.
 
     Args:
         down: Weights down, joined [n R, D].
@@ -280,11 +280,13 @@ class JointColumnLinear:
     def prepared(self, dtype: torch.dtype) -> PreparedLinear | PreparedLowRank:
         """The layers of one rank for decoding with inputs of a dtype.
 
-        Parameters of that dtype become views of the joined weight, which keep their values: memory holds it once.
+        Parameters of that dtype that are not trained become views of the joined weight, which keep their values: memory holds it once.
         """
         if isinstance(self.layers[0], LowRankColumn):
-            ups = torch.stack([layer.up.weight.detach().to(dtype) for layer in self.layers])
-            return PreparedLowRank(_held(dtype, *(layer.down for layer in self.layers)), ups)
+            ups = [layer.up.weight.detach().to(dtype) for layer in self.layers]
+            is_even = len({len(up) for up in ups}) == 1
+            joined = torch.stack(ups) if is_even else torch.block_diag(*ups)[None]
+            return PreparedLowRank(_held(dtype, *(layer.down for layer in self.layers)), joined)
         return PreparedLinear(_held(dtype, *self.layers))
 
     def exchanges(self) -> Exchanges:
@@ -319,9 +321,10 @@ def for_few_tokens(weight: Tensor) -> Tensor:
 
 
 def _held(dtype: torch.dtype, *layers: Linear) -> Tensor:
-    """The weights of layers, joined, for few tokens; those of the layers become views of them where they have the dtype."""
+    """The weights of layers, joined, for few tokens; those of the layers become views of them where they have the dtype and are not trained."""
     joined = for_few_tokens(_joint_weight(dtype, *layers).detach() if len(layers) > 1 else layers[0].weight.detach().to(dtype))
     for layer, part in zip(layers, joined.split([len(layer.weight) for layer in layers]), strict=True):
-        if layer.weight.dtype == dtype:
+        # A recorded training step, or an optimizer that has joined parameters, finds them by their address.
+        if layer.weight.dtype == dtype and not layer.weight.requires_grad:
             layer.weight.data = part
     return joined

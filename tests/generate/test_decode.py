@@ -94,7 +94,7 @@ def test_the_likeliest_tokens_are_those_of_the_whole_and_a_transformer_gets_room
 
 
 def test_state_is_written_in_place_and_weights_are_held_once():
-    model = perturbed_model(scaled_down(ModelSection(global_tokens=3)))
+    model = perturbed_model(scaled_down(ModelSection(global_tokens=3))).requires_grad_(False)
     loop = DecodingLoop(model, options=GREEDY, num_ids=61)
     addresses = [part.data_ptr() for state in loop._states for part in vars(state).values() if part is not None]
     drawn_by(loop, random_tokens(batch=1, length=40), count=30)
@@ -105,10 +105,30 @@ def test_state_is_written_in_place_and_weights_are_held_once():
 
 @pytest.mark.parametrize("rank", [0, 5])
 def test_prompts_are_read_from_the_joined_weights(rank, monkeypatch):
-    model, tokens = perturbed_model(scaled_down(ModelSection(low_rank_rank=rank))), random_tokens()
+    model, tokens = perturbed_model(scaled_down(ModelSection(low_rank_rank=rank))).requires_grad_(False), random_tokens()
     expected = Decoder(model, 2).feed(tokens)
     model.prepared(capacity=64)
     cat, joined = torch.cat, []
     monkeypatch.setattr(linear.torch, "cat", lambda parts, *rest, **named: joined.append(parts) or cat(parts, *rest, **named))
     torch.testing.assert_close(Decoder(model, 2).feed(tokens), expected)
     assert not [parts for parts in joined if parts[0].dim() == 2 and parts[0].shape[1] == model.section.d_model]
+
+
+def test_weights_in_training_stay_where_they_are():
+    """A recorded training step finds them by their address."""
+    model = perturbed_model(scaled_down(ModelSection()), dtype=torch.float32)
+    before = {name: (x.data_ptr(), x.stride()) for name, x in model.named_parameters()}
+    drawn_by(DecodingLoop(model, options=GREEDY, num_ids=61), random_tokens(batch=1), count=3)
+    assert before == {name: (x.data_ptr(), x.stride()) for name, x in model.named_parameters()}
+
+
+def test_the_baseline_keeps_as_many_heads_as_keys_have():
+    sizes = []
+    for heads in (None, 1):
+        model = perturbed_model(scaled_down(ModelSection(block="transformer", num_kv_heads=heads)))
+        (state, _), capacity = model.prepared(capacity=20).empty_states(3), 20
+        sizes.append(state.keys.nbytes + state.values.nbytes)
+        read = Decoder(model)
+        read.feed(random_tokens(batch=1, length=20))
+        assert read.states[0].keys.shape[2:] == state.keys.shape[2:]
+    assert sizes[0] == 4 * sizes[1] == 3 * 2 * capacity * 24 * 8

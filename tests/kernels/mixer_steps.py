@@ -16,6 +16,7 @@ class StepCase:
 
     batch: int = 2
     heads: int = 2
+    key_heads: int | None = None  # None: as many
     head_size: int = 8
     window: int = 9
     global_tokens: int = 0
@@ -32,6 +33,11 @@ class StepCase:
     def __str__(self):
         default = StepCase()
         return "-".join(f"{name}={value}" for name, value in vars(self).items() if value != vars(default)[name]) or "default"
+
+
+    @property
+    def num_key_heads(self):
+        return self.key_heads or self.heads
 
 
 @dataclass(frozen=True)
@@ -72,6 +78,7 @@ class Steps:
 def draw_step(case: StepCase, dtype: torch.dtype, *, steps: int) -> Steps:
     """Inputs and a state in fp64, which numbers of a dtype can hold."""
     generator, width = torch.Generator().manual_seed(0), case.heads * case.head_size
+    row = width + 2 * case.num_key_heads * case.head_size
 
     def draw(*shape, dtype=dtype):
         return torch.randn(*shape, generator=generator, dtype=torch.float64).to(dtype).double()
@@ -80,7 +87,7 @@ def draw_step(case: StepCase, dtype: torch.dtype, *, steps: int) -> Steps:
     num_scalars = 1 + (not case.channels) + case.delta
     inputs = [
         (
-            draw(case.batch, 3 * width),
+            draw(case.batch, row),
             draw(case.batch, case.heads * num_scalars, dtype=wide) if has_path else None,
             draw(case.batch, width) if has_path and case.channels else None,
         )
@@ -88,20 +95,21 @@ def draw_step(case: StepCase, dtype: torch.dtype, *, steps: int) -> Steps:
     ]
     gates = DecayAndGate(draw(case.heads, dtype=wide), draw(case.heads, dtype=wide), case.floor, case.head_size if case.delta else None)
     constants = MixerConstants(
-        taps=draw(case.taps, 3 * width) if case.taps > 1 else None,
-        scale=1 + draw(case.heads, dtype=wide).abs() if case.scaled else None,
+        taps=draw(case.taps, row) if case.taps > 1 else None,
+        scale=1 + draw(case.heads + case.num_key_heads, dtype=wide).abs() if case.scaled else None,
         beta=None,
         global_path=GlobalConstants(gates, None, draw(case.heads, case.head_size, dtype=wide)) if has_path else None,
         window=case.window,
         global_tokens=case.global_tokens,
         num_heads=case.heads,
+        num_key_heads=case.num_key_heads,
         has_silu=case.silu,
         has_rotary=case.rotary,
         eps=1e-5,
     )
-    slots = (case.batch, case.global_tokens + case.window, case.heads, case.head_size)
+    slots = (case.batch, case.global_tokens + case.window, case.num_key_heads, case.head_size)
     state = MixerStepState(
-        draw(case.batch, case.taps - 1, 3 * width),
+        draw(case.batch, case.taps - 1, row),
         draw(*slots) if case.window else None,
         draw(*slots) if case.window else None,
         draw(case.batch, case.heads, case.head_size, case.head_size, dtype=wide) if has_path else None,

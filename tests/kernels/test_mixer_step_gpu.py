@@ -13,13 +13,19 @@ SMALL = [
     StepCase(), StepCase(batch=1, window=0), StepCase(global_path=None, global_tokens=3), StepCase(delta=True, global_tokens=2, taps=2, silu=True),
     StepCase(head_size=12, heads=3, taps=1, scaled=False, channels=False), StepCase(floor=-5.0, rotary=False, positions=(0, 1)),
     StepCase(window=5, global_tokens=3, positions=(2, 40)), StepCase(delta=True, channels=False, silu=True, positions=(5, 6)),
+    StepCase(heads=6, key_heads=2, taps=1, global_path=None, global_tokens=2),
+    StepCase(heads=4, key_heads=1, taps=1, global_path=None, scaled=False, positions=(2, 9)),
 ]  # fmt: skip
 LARGE = [
     StepCase(batch=3, heads=16, head_size=128, window=2048, positions=(1, 2047, 90_000)),
     StepCase(batch=2, heads=8, head_size=64, window=300, global_tokens=4, delta=True, positions=(299, 301)),
     StepCase(batch=1, heads=5, head_size=96, window=128, floor=-5.0, positions=(131_072,)),
+    StepCase(batch=2, heads=32, key_heads=8, head_size=128, window=4096, taps=1, global_path=None, scaled=False, positions=(1500, 4095)),
 ]
-PARTS = [StepCase(window=70, positions=(3, 200)), StepCase(window=50, global_path=None, global_tokens=3, positions=(60, 0))]
+PARTS = [
+    StepCase(window=70, positions=(3, 200)), StepCase(window=50, global_path=None, global_tokens=3, positions=(60, 0)),
+    StepCase(window=50, heads=6, key_heads=2, taps=1, global_path=None, positions=(49, 7)),
+]  # fmt: skip
 TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 2e-2}
 STEPS = 3
 
@@ -80,17 +86,18 @@ def compiled():
         "decay_floor": -5.0,
     }  # fmt: skip
     constants = {
-        "NUM_HEADS": 16, "HEAD_SIZE": 128, "BLOCK_HALF": 64, "BLOCK_K": 128, "TAPS": 4, "BLOCK_J": 128, "BLOCK_G": 1, "ROTARY": True, "SCALE": True,
-        "WINDOW": True, "GLOBALS": False, "GLOBAL_PATH": True, "CHANNELS": True, "SILU": True, "SCALARS": 1, "DELTA": False, "FLOOR": False,
-        "PARTS": 1,
+        "NUM_HEADS": 16, "KEY_HEADS": 16, "HEAD_SIZE": 128, "BLOCK_HALF": 64, "BLOCK_K": 128, "TAPS": 4, "BLOCK_J": 128, "BLOCK_G": 1,
+        "ROTARY": True, "SCALE": True, "WINDOW": True, "GLOBALS": False, "GLOBAL_PATH": True,
+        "CHANNELS": True, "SILU": True, "SCALARS": 1, "DELTA": False, "FLOOR": False, "PARTS": 1,
     }  # fmt: skip
     kernel = OfflineKernel("phase8.kernels.gpu.mixer_step:_step_kernel", types | numbers | constants, num_warps=4)
     delta = replace(kernel, arguments={**kernel.arguments, "DELTA": True, "SCALARS": 2, "GLOBALS": True, "global_tokens": 4, "BLOCK_G": 4})
     parts = replace(kernel, arguments={**kernel.arguments, "PARTS": 8})
+    shared = replace(kernel, arguments={**kernel.arguments, "NUM_HEADS": 32, "KEY_HEADS": 8, "TAPS": 1, "GLOBAL_PATH": False, "CHANNELS": False})
     merged = {name: value for name, value in (types | numbers).items() if name in ("qkv", "qkv_stride", "before", "out", "partial")}
     merged |= {name: constants[name] for name in ("NUM_HEADS", "HEAD_SIZE", "BLOCK_K", "TAPS", "GLOBAL_PATH")} | {"PARTS": 8, "BLOCK_P": 8}
     merge = OfflineKernel("phase8.kernels.gpu.mixer_step:_merge_kernel", merged, num_warps=4)
-    return compile_offline({"linear": kernel, "delta": delta, "parts": parts, "merge": merge})
+    return compile_offline({"linear": kernel, "delta": delta, "parts": parts, "shared": shared, "merge": merge})
 
 
 def test_machine_code(compiled):

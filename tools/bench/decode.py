@@ -90,7 +90,7 @@ def _rows(arguments: argparse.Namespace, model: LanguageModel) -> Iterator[dict[
 def _model(config: RunConfig, device: torch.device) -> LanguageModel:
     model = build_model(config.model, dtype=compute_dtype(config.precision), device=device)
     initialise(model, seed=0)
-    return model
+    return model.requires_grad_(False)
 
 
 def _ours(arguments: argparse.Namespace, model: LanguageModel, batch: int, length: int) -> Prepared:
@@ -126,6 +126,7 @@ def _llama(arguments: argparse.Namespace, model: LanguageModel, batch: int, leng
         intermediate_size=section.feed_forward_width,
         num_hidden_layers=section.num_layers,
         num_attention_heads=section.num_heads,
+        num_key_value_heads=section.key_value_heads,
         tie_word_embeddings=section.tie_embeddings,
         max_position_embeddings=length + (ROUNDS + 1) * arguments.tokens + 8,
         eos_token_id=None,

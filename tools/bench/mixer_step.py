@@ -63,12 +63,13 @@ def _inputs(
     path = GlobalConstants(gates, None, draw(heads, size, dtype=wide))
     constants = MixerConstants(
         taps=draw(TAPS, 3 * width, dtype=wide),
-        scale=torch.ones(heads, device=device),
+        scale=torch.ones(2 * heads, device=device),
         beta=None,
         global_path=path,
         window=window,
         global_tokens=0,
         num_heads=heads,
+        num_key_heads=heads,
         has_silu=True,
         has_rotary=True,
         eps=EPS,

@@ -5,7 +5,10 @@ Where sequences are few and the window is large, several programs share it: each
 A head is held as two halves where a rotation mixes the channels i and i + K/2, and whole elsewhere. The token itself takes part in the window from
 registers, so that no program reads what another thread has just written.
 
-Shapes: B sequences, H heads, K head size, W window, G global tokens; 3: queries, keys, values.
+Each of the heads of queries that share a head of keys reads it, and the first of them writes it. They have no convolution here: one program would
+move up its inputs before another has read them.
+
+Shapes: B sequences, H heads of queries, J heads of keys and values, K head size, W window, G global tokens.
 """
 
 import torch
@@ -25,9 +28,9 @@ NO_SCORE = tl.constexpr(-1e30)  # below every score
 def mixer_step(
     qkv: Tensor, scalars: Tensor | None, channels: Tensor | None, constants: MixerConstants, state: MixerStepState, place: TokenPlace
 ) -> Tensor:
-    """Computes the reference `mixer_step`, without the Lorentz score and without the chain."""
+    """Computes the reference `mixer_step`, without the Lorentz score, without the chain, and with a convolution only where J is H."""
     batch, num_heads = len(qkv), constants.num_heads
-    head_size = qkv.shape[1] // (3 * num_heads)
+    head_size = qkv.shape[1] // (num_heads + 2 * constants.num_key_heads)
     path = constants.global_path
     decay_and_gate = None if path is None else path.decay_and_gate
     out = torch.empty(batch, num_heads * head_size, dtype=qkv.dtype, device=qkv.device)
@@ -49,7 +52,7 @@ def mixer_step(
         0.0 if decay_and_gate is None or decay_and_gate.decay_floor is None else decay_and_gate.decay_floor,
         BLOCK_HALF=triton.next_power_of_2(head_size // 2), BLOCK_J=tile_slots(block), BLOCK_G=triton.next_power_of_2(max(constants.global_tokens, 1)),
         ROTARY=constants.has_rotary, SCALE=constants.scale is not None, WINDOW=constants.window > 0, GLOBALS=constants.global_tokens > 0,
-        CHANNELS=channels is not None, SILU=constants.has_silu,
+        KEY_HEADS=constants.num_key_heads, CHANNELS=channels is not None, SILU=constants.has_silu,
         SCALARS=0 if scalars is None else scalars.shape[1] // num_heads,
         DELTA=decay_and_gate is not None and decay_and_gate.delta_size is not None,
         FLOOR=decay_and_gate is not None and decay_and_gate.decay_floor is not None,
@@ -165,7 +168,7 @@ def _step_kernel(
     qkv, qkv_stride, before, taps, cosines, sines, scale, keys, values, positions,
     scalars, scalars_stride, channels, channels_stride, decay_bias, gate_bias, norm_weight, memory, out, partial,
     window, global_tokens, score_scale, eps, decay_floor,
-    NUM_HEADS: tl.constexpr, HEAD_SIZE: tl.constexpr, BLOCK_HALF: tl.constexpr, BLOCK_K: tl.constexpr, TAPS: tl.constexpr,
+    NUM_HEADS: tl.constexpr, KEY_HEADS: tl.constexpr, HEAD_SIZE: tl.constexpr, BLOCK_HALF: tl.constexpr, BLOCK_K: tl.constexpr, TAPS: tl.constexpr,
     BLOCK_J: tl.constexpr, BLOCK_G: tl.constexpr, ROTARY: tl.constexpr, SCALE: tl.constexpr, WINDOW: tl.constexpr, GLOBALS: tl.constexpr,
     GLOBAL_PATH: tl.constexpr, CHANNELS: tl.constexpr, SILU: tl.constexpr, SCALARS: tl.constexpr, DELTA: tl.constexpr, FLOOR: tl.constexpr,
     PARTS: tl.constexpr,
@@ -174,35 +177,39 @@ def _step_kernel(
     is_first = part == 0
     HALF: tl.constexpr = HEAD_SIZE // 2
     WIDTH: tl.constexpr = NUM_HEADS * HEAD_SIZE
+    KEY_WIDTH: tl.constexpr = KEY_HEADS * HEAD_SIZE
+    ROW: tl.constexpr = WIDTH + 2 * KEY_WIDTH
     TYPE: tl.constexpr = qkv.dtype.element_ty
     half, channel = tl.arange(0, BLOCK_HALF), tl.arange(0, BLOCK_K)
     inside_half, inside = half < HALF, channel < HEAD_SIZE
     first = head * HEAD_SIZE
+    key_head, is_writer = head // (NUM_HEADS // KEY_HEADS), is_first & (head % (NUM_HEADS // KEY_HEADS) == 0)
+    to_key = WIDTH + (key_head - head) * HEAD_SIZE  # from the queries of the head
+    to_value = to_key + KEY_WIDTH
     x = qkv + row * qkv_stride + first
-    before += row * (TAPS - 1) * (3 * WIDTH) + first
+    before += row * (TAPS - 1) * ROW + first
     taps += first
-    v = _convolved(x + 2 * WIDTH, before + 2 * WIDTH, taps + 2 * WIDTH, channel, inside, 3 * WIDTH, TAPS)
+    v = _convolved(x + to_value, before + to_value, taps + to_value, channel, inside, ROW, TAPS)
     y = tl.zeros((BLOCK_K,), tl.float32)
     if WINDOW:
         position = tl.load(positions + row)
-        q_low = _convolved(x, before, taps, half, inside_half, 3 * WIDTH, TAPS)
-        q_high = _convolved(x + HALF, before + HALF, taps + HALF, half, inside_half, 3 * WIDTH, TAPS)
-        k_low = _convolved(x + WIDTH, before + WIDTH, taps + WIDTH, half, inside_half, 3 * WIDTH, TAPS)
-        k_high = _convolved(x + WIDTH + HALF, before + WIDTH + HALF, taps + WIDTH + HALF, half, inside_half, 3 * WIDTH, TAPS)
+        q_low = _convolved(x, before, taps, half, inside_half, ROW, TAPS)
+        q_high = _convolved(x + HALF, before + HALF, taps + HALF, half, inside_half, ROW, TAPS)
+        k_low = _convolved(x + to_key, before + to_key, taps + to_key, half, inside_half, ROW, TAPS)
+        k_high = _convolved(x + to_key + HALF, before + to_key + HALF, taps + to_key + HALF, half, inside_half, ROW, TAPS)
         if ROTARY:
             cosine = tl.load(cosines + row * HALF + half, mask=inside_half, other=0.0)
             sine = tl.load(sines + row * HALF + half, mask=inside_half, other=0.0)
             q_low, q_high = q_low * cosine - q_high * sine, q_low * sine + q_high * cosine
             k_low, k_high = k_low * cosine - k_high * sine, k_low * sine + k_high * cosine
         if SCALE:
-            length = tl.load(scale + head)
-            q_factor = length / tl.sqrt((tl.sum(q_low * q_low, 0) + tl.sum(q_high * q_high, 0)) / HEAD_SIZE + eps)
-            k_factor = length / tl.sqrt((tl.sum(k_low * k_low, 0) + tl.sum(k_high * k_high, 0)) / HEAD_SIZE + eps)
+            q_factor = tl.load(scale + head) / tl.sqrt((tl.sum(q_low * q_low, 0) + tl.sum(q_high * q_high, 0)) / HEAD_SIZE + eps)
+            k_factor = tl.load(scale + NUM_HEADS + key_head) / tl.sqrt((tl.sum(k_low * k_low, 0) + tl.sum(k_high * k_high, 0)) / HEAD_SIZE + eps)
             q_low, q_high, k_low, k_high = q_low * q_factor, q_high * q_factor, k_low * k_factor, k_high * k_factor
         q_low, q_high = q_low.to(TYPE).to(tl.float32), q_high.to(TYPE).to(tl.float32)
         k_low, k_high = k_low.to(TYPE).to(tl.float32), k_high.to(TYPE).to(tl.float32)
-        keys += row * (global_tokens + window) * WIDTH + first
-        values += row * (global_tokens + window) * WIDTH + first
+        keys += row * (global_tokens + window) * KEY_WIDTH + key_head * HEAD_SIZE
+        values += row * (global_tokens + window) * KEY_WIDTH + key_head * HEAD_SIZE
         # The first part has the token itself; the others begin with a finite number, so that no difference of two infinities can occur.
         largest = tl.where(is_first, (tl.sum(q_low * k_low, 0) + tl.sum(q_high * k_high, 0)) * score_scale, NO_SCORE)
         total, y = tl.where(is_first, 1.0, 0.0), tl.where(is_first, v, 0.0)
@@ -213,13 +220,13 @@ def _step_kernel(
             visible = (slot < num_seen) & (slot != own)
             largest, total, y = _attended(
                 keys, values, inside_half, half, inside, channel, visible, global_tokens + slot, q_low, q_high, largest, total, y, score_scale,
-                WIDTH, HALF,
+                KEY_WIDTH, HALF,
             )  # fmt: skip
         if GLOBALS:
             slot = tl.arange(0, BLOCK_G)
             visible = (slot < global_tokens) & (slot <= position - window) & is_first
             largest, total, y = _attended(
-                keys, values, inside_half, half, inside, channel, visible, slot, q_low, q_high, largest, total, y, score_scale, WIDTH, HALF,
+                keys, values, inside_half, half, inside, channel, visible, slot, q_low, q_high, largest, total, y, score_scale, KEY_WIDTH, HALF,
             )  # fmt: skip
         if PARTS > 1:
             at = ((row * NUM_HEADS + head) * PARTS + part) * (HEAD_SIZE + 2)
@@ -229,13 +236,13 @@ def _step_kernel(
             y = tl.zeros((BLOCK_K,), tl.float32)
         else:
             y = (y / total).to(TYPE).to(tl.float32)
-        at = (global_tokens + own) * WIDTH
-        tl.store(keys + at + half, k_low.to(TYPE), mask=inside_half & is_first)
-        tl.store(keys + at + HALF + half, k_high.to(TYPE), mask=inside_half & is_first)
-        tl.store(values + at + channel, v.to(TYPE), mask=inside & is_first)
+        at = (global_tokens + own) * KEY_WIDTH
+        tl.store(keys + at + half, k_low.to(TYPE), mask=inside_half & is_writer)
+        tl.store(keys + at + HALF + half, k_high.to(TYPE), mask=inside_half & is_writer)
+        tl.store(values + at + channel, v.to(TYPE), mask=inside & is_writer)
         if GLOBALS:
-            is_global = (position < global_tokens) & is_first
-            at = position * WIDTH
+            is_global = (position < global_tokens) & is_writer
+            at = position * KEY_WIDTH
             tl.store(keys + at + half, k_low.to(TYPE), mask=inside_half & is_global)
             tl.store(keys + at + HALF + half, k_high.to(TYPE), mask=inside_half & is_global)
             tl.store(values + at + channel, v.to(TYPE), mask=inside & is_global)

@@ -1,6 +1,6 @@
 """One token of both paths of the mixer, between its linear layers, for each of several sequences, whose state is written in place.
 
-Shapes: B sequences, H heads, K head size; 3: queries, keys, values.
+Shapes: B sequences, H heads of queries, J heads of keys and values, K head size.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ def mixer_step(
     """Both paths, and their sum.
 
     Args:
-        qkv: Projections [B, 3 H K].
+        qkv: Projections to queries, keys and values [B, (H + 2 J) K].
         scalars: Scalars of each head, fp32 or wider [B, H * scalars per head]; None without a global path.
         channels: Logits of a gate per channel [B, H K]; None: the gate is among the scalars.
         constants: Constants of the layer.
@@ -34,17 +34,18 @@ def mixer_step(
     Returns:
         The sum of the paths [B, H K], in the dtype of qkv.
     """
-    inputs = _convolved(qkv, constants.taps, state.convolution).unflatten(1, (3, constants.num_heads, -1))
-    qk, v = inputs[:, :2], inputs[:, 2]
+    num_heads, num_key_heads = constants.num_heads, constants.num_key_heads
+    inputs = _convolved(qkv, constants.taps, state.convolution).unflatten(1, (num_heads + 2 * num_key_heads, -1))
+    qk, v = inputs[:, :-num_key_heads], inputs[:, -num_key_heads:]
     y = None
     if constants.window and state.keys is not None and state.values is not None:
-        q, k = _local(qk, constants, place).unbind(1)
+        q, k = _local(qk, constants, place).split((num_heads, num_key_heads), dim=1)
         ring = place.ring(constants.window, global_tokens=constants.global_tokens, dtype=qkv.dtype)
         y = ring_attention_step(q, k, v, state.keys, state.values, ring, constants.beta)
     if constants.global_path is not None and scalars is not None:
-        q, k = normalised(F.silu(qk) if constants.has_silu else qk, constants.eps).unbind(1)
+        q, k = normalised(F.silu(qk) if constants.has_silu else qk, constants.eps).chunk(2, dim=1)
         gates = None if channels is None else channels.view(v.shape)
-        summand = _global(scalars.unflatten(1, (constants.num_heads, -1)), gates, (q, k, v), constants.global_path, state, constants.eps)
+        summand = _global(scalars.unflatten(1, (num_heads, -1)), gates, (q, k, v), constants.global_path, state, constants.eps)
         y = summand.to(v.dtype) if y is None else y + summand.to(v.dtype)
     assert y is not None  # a mixer has at least one path
     return y.flatten(1)
@@ -60,9 +61,9 @@ def _convolved(x: Tensor, taps: Tensor | None, before: Tensor) -> Tensor:
 
 
 def _local(qk: Tensor, constants: MixerConstants, place: TokenPlace) -> Tensor:
-    """Queries and keys of the window [B, 2, H, K]."""
+    """Queries and keys of the window [B, H + J, K]."""
     if constants.has_rotary:
-        qk = turn(qk, place.cos[:, None, None], place.sin[:, None, None])
+        qk = turn(qk, place.cos[:, None], place.sin[:, None])
     if constants.scale is None:
         return qk
     return (normalised(at_least_fp32(qk), constants.eps) * constants.scale[:, None]).to(qk.dtype)
