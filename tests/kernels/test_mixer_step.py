@@ -2,8 +2,10 @@
 
 from dataclasses import replace
 
+import pytest
 import torch
 
+from phase8.kernels import mixer_step as dispatch
 from phase8.kernels.mixer_step import mixer_step
 from phase8.kernels.reference import mixer_step as reference
 from tests.kernels.mixer_steps import StepCase, draw_step
@@ -50,3 +52,10 @@ def test_rows_do_not_see_each_other():
         if part is not None:
             part[1] += 1
     torch.testing.assert_close(reference.mixer_step(*other.arguments(0))[0], y[0], rtol=0, atol=0)
+
+
+@pytest.mark.parametrize(("key_heads", "taps", "expected"), [(None, 4, True), (1, 1, True), (1, 4, False)])
+def test_shared_keys_with_a_convolution_take_the_plain_operations(key_heads, taps, expected, monkeypatch):
+    monkeypatch.setattr(dispatch, "uses_triton", lambda x: True)
+    qkv, _, _, constants, *_ = draw_step(StepCase(key_heads=key_heads, taps=taps, global_path=None), torch.float32, steps=1).arguments(0)
+    assert dispatch._runs_on_gpu(qkv.float(), constants) is expected
