@@ -18,7 +18,7 @@ import yaml
 from hypothesis import given
 from hypothesis import strategies as st
 
-from phase8.checkpoint.huggingface.source import open_llama
+from phase8.checkpoint.huggingface.source import open_hugging_face
 from phase8.checkpoint.load import Checkpoint, open_checkpoint
 from phase8.checkpoint.reshard.compare import compare_checkpoints
 from phase8.checkpoint.reshard.rewrite import WORK_PREFIX
@@ -430,7 +430,7 @@ def test_destinations_that_cannot_be_are_refused_before_the_weights_are_read(tmp
 
 
 def opened(source):
-    return open_llama(source, read_object(regular(source / "config.json"))).with_checksums({}, on_progress=lambda *_: None)
+    return open_hugging_face(source, read_object(regular(source / "config.json"))).with_checksums({}, on_progress=lambda *_: None)
 
 
 def test_whatever_its_files_say_nothing_else_is_touched(tmp_path):

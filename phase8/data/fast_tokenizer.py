@@ -1,0 +1,114 @@
+"""A sentencepiece model as a `tokenizer.json`, which the `tokenizers` package reads, where that gives the same ids.
+
+It does for models that leave text as it is, spell what they do not know in bytes, and have no pieces of several characters that users defined: those
+of `tokenizer_training.py` are so. Pieces contain the space itself instead of U+2581, so that a U+2581 of the text is spelled in bytes.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Sequence
+from typing import Any, NamedTuple
+
+from phase8.data.protobuf import fields
+
+_SPACE_MARK = "\u2581"
+# Fields of sentencepiece's messages.
+_PIECES, _TRAINER, _NORMALIZER = 1, 2, 3
+_PIECE, _SCORE, _TYPE = 1, 2, 3
+_MODEL_TYPE, _SPACE_AS_SUFFIX, _BYTE_FALLBACK = 3, 24, 35
+_CHARSMAP, _ADD_DUMMY_PREFIX, _REMOVE_EXTRA_WHITESPACES, _ESCAPE_WHITESPACES, _RULES = 2, 3, 4, 5, 6
+# Values of its enumerations.
+_UNIGRAM, _BPE = 1, 2
+_NORMAL, _UNKNOWN, _CONTROL, _USER_DEFINED, _UNUSED = 1, 2, 3, 4, 5
+# Far below every score: the best path never takes such a piece.
+_NEVER = -1e5
+
+
+class _Piece(NamedTuple):
+    text: str
+    score: float
+    kind: int
+
+    @property
+    def is_text(self) -> bool:
+        """Whether text may become this piece directly; bytes are what unknown characters become."""
+        return self.kind in (_NORMAL, _USER_DEFINED)
+
+
+def fast_tokenizer(model: bytes) -> bytes | None:
+    """The content of a `tokenizer.json` that encodes as a sentencepiece model does; None where none is known.
+
+    Args:
+        model: A serialised ModelProto that sentencepiece has read.
+    """
+    parts = list(fields(model))
+    trainer, normalizer = (dict(fields(dict(parts).get(number, b""))) for number in (_TRAINER, _NORMALIZER))
+    pieces = [_piece(dict(fields(part))) for number, part in parts if number == _PIECES]
+    algorithm = trainer.get(_MODEL_TYPE, _UNIGRAM)
+    is_possible = algorithm == _BPE or (algorithm == _UNIGRAM and _are_spelled(pieces))
+    if not is_possible or not _leaves_text(trainer, normalizer) or not _are_plain(pieces):
+        return None
+    unknown = next(i for i, piece in enumerate(pieces) if piece.kind == _UNKNOWN)
+    content = _bpe(pieces, unknown) if algorithm == _BPE else _unigram(pieces, unknown)
+    return json.dumps(_file(content, pieces), ensure_ascii=False).encode() + b"\n"
+
+
+def _piece(message: dict[int, Any]) -> _Piece:
+    kind = message.get(_TYPE, _NORMAL)
+    return _Piece(message[_PIECE].decode().replace(_SPACE_MARK, " "), message.get(_SCORE, 0.0), kind)
+
+
+def _leaves_text(trainer: dict[int, Any], normalizer: dict[int, Any]) -> bool:
+    """Whether text reaches the model as it is, and unknown characters become bytes."""
+    is_changed = normalizer.get(_CHARSMAP) or normalizer.get(_RULES) or not normalizer.get(_ESCAPE_WHITESPACES, 1)
+    has_other_spaces = normalizer.get(_ADD_DUMMY_PREFIX, 1) or normalizer.get(_REMOVE_EXTRA_WHITESPACES, 1) or trainer.get(_SPACE_AS_SUFFIX, 0)
+    return not is_changed and not has_other_spaces and bool(trainer.get(_BYTE_FALLBACK, 0))
+
+
+def _are_plain(pieces: Sequence[_Piece]) -> bool:
+    """Whether every piece is of a known kind, and its text its own."""
+    is_known = all(piece.kind != _UNUSED and not (piece.kind == _USER_DEFINED and len(piece.text) > 1) for piece in pieces)
+    return is_known and len({piece.text for piece in pieces}) == len(pieces)
+
+
+def _are_spelled(pieces: Sequence[_Piece]) -> bool:
+    """Whether text that looks like a special piece can be spelled in learned characters: a unigram model prefers these to such a piece."""
+    characters = {piece.text for piece in pieces if piece.is_text}
+    return all(set(piece.text) <= characters for piece in pieces if not piece.is_text)
+
+
+def _unigram(pieces: Sequence[_Piece], unknown: int) -> dict[str, Any]:
+    vocabulary = [(piece.text, piece.score if piece.is_text else _NEVER) for piece in pieces]
+    return {"type": "Unigram", "unk_id": unknown, "vocab": vocabulary, "byte_fallback": True}
+
+
+def _bpe(pieces: Sequence[_Piece], unknown: int) -> dict[str, Any]:
+    """Every way to put a learned piece together from two others, better pieces first.
+
+    Of several ways to one piece sentencepiece takes the leftmost in the text; here that with the longer left part comes first, which is the same
+    unless both are there at once.
+    """
+    learned = {piece.text: piece.score for piece in pieces if piece.kind == _NORMAL}
+
+    def merges() -> Iterator[tuple[float, int, str, str]]:
+        for text, score in learned.items():
+            for cut in range(1, len(text)):
+                if text[:cut] in learned and text[cut:] in learned:
+                    yield -score, -cut, text[:cut], text[cut:]
+
+    return {
+        "type": "BPE", "dropout": None, "unk_token": pieces[unknown].text, "continuing_subword_prefix": None, "end_of_word_suffix": None,
+        "fuse_unk": False, "byte_fallback": True, "ignore_merges": False, "vocab": {piece.text: i for i, piece in enumerate(pieces)},
+        "merges": [[left, right] for *_, left, right in sorted(merges())],
+    }  # fmt: skip
+
+
+def _file(algorithm: dict[str, Any], pieces: Sequence[_Piece]) -> dict[str, Any]:
+    flags = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False, "special": True}
+    special = [{"id": i, "content": piece.text, **flags} for i, piece in enumerate(pieces) if piece.kind in (_UNKNOWN, _CONTROL)]
+    decoder = {"type": "Sequence", "decoders": [{"type": "ByteFallback"}, {"type": "Fuse"}]}
+    return {
+        "version": "1.0", "truncation": None, "padding": None, "added_tokens": special, "normalizer": None, "pre_tokenizer": None,
+        "post_processor": None, "decoder": decoder, "model": algorithm,
+    }  # fmt: skip
