@@ -83,7 +83,7 @@ def _run(arguments: Sequence[str] | None) -> int:
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("source", type=path_argument, metavar="SRC", help="a checkpoint, a run (its newest one), consolidated weights, or Hugging Face's form")
+    parser.add_argument("source", type=path_argument, metavar="SRC", help="a checkpoint, a run (its newest one), or weights in another form")
     parser.add_argument("destination", type=path_argument, metavar="DST", help="the directory to write; must not exist")
     parser.add_argument("--format", choices=("phase8", "consolidated", "hf"), default="phase8", help="of DST (default: %(default)s)")
     parser.add_argument("--dtype", choices=("bf16", "fp32"), help="convert the weights; not with --format phase8")
@@ -276,18 +276,16 @@ def _exported_tokenizer(source: Checkpoint, config: RunConfig) -> ExportedTokeni
     from phase8.checkpoint.huggingface.text_files import ExportedTokenizer
     from phase8.checkpoint.model_source import tokenizer_of
     from phase8.data.fast_tokenizer import fast_tokenizer
-    from phase8.data.tokenizer import HuggingFaceTokenizer
     from phase8.generate.restore import restore_tokenizer
 
     path = tokenizer_of(source)
     if path is None:
         return None
     tokenizer = restore_tokenizer(source, vocab_size=config.model.vocab_size, eod_token=config.data.eod_token)
-    content = path.read_bytes()
     pad_id = tokenizer.eod_id if tokenizer.pad_id is None else tokenizer.pad_id
     return ExportedTokenizer(
         file_name=path.name,
-        fast=content if isinstance(tokenizer, HuggingFaceTokenizer) else fast_tokenizer(content),
+        fast=fast_tokenizer(path.read_bytes()),
         num_ids=tokenizer.vocab_size,
         end=(tokenizer.eod_token, tokenizer.eod_id),
         padding=(tokenizer.piece_of(pad_id), pad_id),

@@ -1,7 +1,8 @@
-"""A sentencepiece model as a `tokenizer.json`, which the `tokenizers` package reads, where that gives the same ids.
+"""A tokenizer as a `tokenizer.json` that gives the same ids to whoever reads it with the `tokenizers` package, where there is one.
 
-It does for models that leave text as it is, spell what they do not know in bytes, and have no pieces of several characters that users defined: those
-of `tokenizer_training.py` are so. Pieces contain the space itself instead of U+2581, so that a U+2581 of the text is spelled in bytes.
+A `tokenizer.json` loses what adds tokens, cuts or pads, which phase8 does not apply. A sentencepiece model is converted where that is exact: if it
+leaves text as it is, spells what it does not know in bytes, and has no pieces of several characters that users defined, as those of
+`tokenizer_training.py`. Its pieces then contain the space itself instead of U+2581, so that a U+2581 of the text is spelled in bytes.
 """
 
 from __future__ import annotations
@@ -36,12 +37,33 @@ class _Piece(NamedTuple):
         return self.kind in (_NORMAL, _USER_DEFINED)
 
 
-def fast_tokenizer(model: bytes) -> bytes | None:
-    """The content of a `tokenizer.json` that encodes as a sentencepiece model does; None where none is known.
+def fast_tokenizer(content: bytes) -> bytes | None:
+    """The content of a `tokenizer.json` that encodes as a tokenizer does; None where none is known.
 
     Args:
-        model: A serialised ModelProto that sentencepiece has read.
+        content: A `tokenizer.json`, or a serialised ModelProto, that has been read as a tokenizer.
     """
+    return _bare(content) if content.lstrip().startswith(b"{") else _converted(content)
+
+
+def _bare(content: bytes) -> bytes:
+    """A `tokenizer.json` without what changes the ids afterwards; the same bytes if there is nothing such."""
+    parsed = json.loads(content)
+    removed = {name: None for name in ("truncation", "padding") if parsed.get(name) is not None}
+    if _adds_tokens(parsed.get("post_processor")):
+        removed["post_processor"] = None
+    return json.dumps(parsed | removed, ensure_ascii=False).encode() + b"\n" if removed else content
+
+
+def _adds_tokens(post_processor: dict[str, Any] | None) -> bool:
+    """Whether a post-processor does anything but trim offsets."""
+    if post_processor is None:
+        return False
+    return any(map(_adds_tokens, post_processor["processors"])) if "processors" in post_processor else post_processor.get("type") != "ByteLevel"
+
+
+def _converted(model: bytes) -> bytes | None:
+    """A sentencepiece model as a `tokenizer.json`; None where none encodes as it does."""
     parts = list(fields(model))
     trainer, normalizer = (dict(fields(dict(parts).get(number, b""))) for number in (_TRAINER, _NORMALIZER))
     pieces = [_piece(dict(fields(part))) for number, part in parts if number == _PIECES]

@@ -41,7 +41,8 @@ def escaped(text: str) -> str:
 
 def _description(metadata: RunMetadata, num_parameters: int) -> list[str]:
     kind = "Phase 8 block" if metadata.config.model.block == "phase8" else "transformer block"
-    return [f"A language model of {metadata.config.model.num_layers} layers of the {kind} with {num_parameters:,} parameters, pretrained with phase8."]
+    num_layers = metadata.config.model.num_layers
+    return [f"A language model of {num_layers} layers of the {kind} with {num_parameters:,} parameters, pretrained with phase8."]
 
 
 def _training(metadata: RunMetadata) -> Iterator[tuple[str, str]]:
@@ -71,7 +72,7 @@ def _usage(is_llama: bool, has_tokenizer: bool) -> list[str]:
         "from transformers import AutoModelForCausalLM, AutoTokenizer",
         "",
         model,
-        'tokenizer = AutoTokenizer.from_pretrained("DIRECTORY")',
+        f'tokenizer = AutoTokenizer.from_pretrained("DIRECTORY"{code})',
         'inputs = tokenizer("Once upon a time", return_tensors="pt")',
         "print(tokenizer.decode(model.generate(**inputs, max_new_tokens=50)[0]))",
     ]
@@ -83,8 +84,8 @@ def _remarks(model: ModelSection, is_llama: bool, has_tokenizer: bool) -> Iterat
         yield f"The code of the model lies beside the weights (plain PyTorch); generation keeps {state}. Masked tokens are as if they were not there."
     if has_tokenizer:
         yield (
-            "The tokenizer adds no token, and special pieces inside a text are text, as in training; with `split_special_tokens=False` they are special. "
-            "In training, the end-of-document token stood between documents."
+            "The tokenizer adds no token, and special pieces inside a text are text, as in training; with `split_special_tokens=False` they are "
+            "special. In training, the end-of-document token stood between documents."
         )
     if model.ffn == "moe":
         yield "Experts drop no token, and fine-tuning adds no loss that balances them."

@@ -21,15 +21,18 @@ from phase8.config.model_section import ModelSection
 from phase8.errors import CheckpointMismatchError
 
 MODEL_TYPE = "phase8"
-CODE_FILES = tuple(sorted(Path(__file__).with_name("remote_code").glob("*_phase8.py")))
+CODE = Path(__file__).with_name("remote_code")
+CODE_FILES = tuple(CODE / f"{name}_phase8.py" for name in ("cache", "configuration", "experts", "layers", "modeling", "operations"))
 # What a user of transformers looks for under another name, or what has another meaning under ours.
 _RENAMED = {"tie_embeddings": "tie_word_embeddings", "top_k": "num_experts_per_tok"}
 _OUTSIDE = {"embedding": "model.embed_tokens", "norm": "model.norm", "head": "lm_head"}
 _LAYER = re.compile(r"blocks\.([0-9]+)\.(.+)")
 _EXPORTED_LAYER = re.compile(r"model\.layers\.(0|[1-9][0-9]{0,8})\.([a-z_.]+)")
 _OWNERS = {theirs: ours for ours, theirs in _OUTSIDE.items()}
-# Parameters with which the model computes in fp32 whatever its dtype, by a part of their name.
-_IN_FP32 = re.compile(r"norm|\.scalars\.|\.router\.|decay_bias|gate_bias|\.chain\.|\.score\.")
+# Parameters with which the model computes in fp32 whatever its dtype, by a component of their name; `modeling_phase8.py` says the same.
+_IN_FP32 = frozenset({
+    "norm", "mixer_norm", "feed_forward_norm", "qk_norm", "scalars", "decay_bias", "gate_bias", "chain", "score", "router",
+})  # fmt: skip
 
 
 def exported_name(name: str) -> str:
@@ -50,7 +53,7 @@ def own_name(key: str) -> str | None:
 
 def stays_in_fp32(name: str) -> bool:
     """Whether a parameter keeps its dtype where the weights of products are rounded to another."""
-    return _IN_FP32.search(name) is not None
+    return not _IN_FP32.isdisjoint(name.split("."))
 
 
 def exported_config(model: ModelSection, *, dtype: str) -> dict[str, Any]:
@@ -82,14 +85,17 @@ def section_of(config: dict[str, Any], path: Path) -> ModelSection:
         path: Path of the file, for error messages.
 
     Raises:
-        CheckpointMismatchError: A value that no model has.
+        CheckpointMismatchError: A key is missing, or has a value that no model has.
     """
     keys = {name: config[key] for name in ModelSection.model_fields if (key := _RENAMED.get(name, name)) in config}
     try:
-        return ModelSection(**keys)
+        model = ModelSection(**keys)
     except ValidationError as error:
         problem = error.errors(include_url=False, include_context=False)[0]
         name = str(problem["loc"][0])
         raise CheckpointMismatchError(
             f"{path}: {_RENAMED.get(name, name)} is {shown(problem['input'])}, which no model here has ({problem['msg']}); use another copy"
         ) from None
+    if missing := [_RENAMED.get(name, name) for name in keys_in_effect(model) if name not in keys]:
+        raise CheckpointMismatchError(f"{path} lacks {missing[0]}, with which the model computes; use another copy")
+    return model

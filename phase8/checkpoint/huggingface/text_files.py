@@ -6,11 +6,13 @@ import json
 from dataclasses import dataclass
 from typing import Any
 
+from phase8.checkpoint.huggingface.phase8_model import CODE
 from phase8.checkpoint.huggingface.source import CONVERTED_FROM, TOKENIZER_CONFIG_NAME
 from phase8.config.model_section import ModelSection
 
 GENERATION_CONFIG_NAME = "generation_config.json"
 FAST_TOKENIZER_NAME = "tokenizer.json"
+TOKENIZER_CODE = CODE / "tokenization_phase8.py"
 
 
 @dataclass(frozen=True)
@@ -19,7 +21,7 @@ class ExportedTokenizer:
 
     Args:
         file_name: Name of its file among the attachments.
-        fast: Content of a `tokenizer.json` that encodes as that file does; None: there is no such.
+        fast: Content of a `tokenizer.json` that encodes as that file does; None: there is none, and `TOKENIZER_CODE` runs the sentencepiece model.
         num_ids: Number of token ids that text may become.
         end: Piece and id of the end of a document, which in training also stood before each document.
         padding: Piece and id for places without text.
@@ -50,29 +52,30 @@ def text_files(model: ModelSection, tokenizer: ExportedTokenizer | None) -> dict
         return {GENERATION_CONFIG_NAME: _as_json({})}
     # The embedding may be longer than the vocabulary; ids beyond have never been trained.
     beyond = list(range(tokenizer.num_ids, model.vocab_size))
-    files = {
+    return {
         GENERATION_CONFIG_NAME: _as_json(tokenizer.ids | ({"suppress_tokens": beyond} if beyond else {})),
         TOKENIZER_CONFIG_NAME: _as_json(_tokenizer_config(model, tokenizer)),
+        **({TOKENIZER_CODE.name: TOKENIZER_CODE.read_bytes()} if tokenizer.fast is None else {FAST_TOKENIZER_NAME: tokenizer.fast}),
     }
-    return files if tokenizer.fast is None or tokenizer.file_name == FAST_TOKENIZER_NAME else files | {FAST_TOKENIZER_NAME: tokenizer.fast}
 
 
 def _tokenizer_config(model: ModelSection, tokenizer: ExportedTokenizer) -> dict[str, Any]:
-    is_converted = tokenizer.fast is not None and tokenizer.file_name != FAST_TOKENIZER_NAME
+    if tokenizer.fast is None:
+        kind = {"tokenizer_class": "Phase8Tokenizer", "auto_map": {"AutoTokenizer": [f"{TOKENIZER_CODE.stem}.Phase8Tokenizer", None]}}
+    else:
+        kind = {"tokenizer_class": "PreTrainedTokenizerFast"}
     return {
-        "tokenizer_class": "LlamaTokenizer" if tokenizer.fast is None else "PreTrainedTokenizerFast",
+        **kind,
         "bos_token": tokenizer.end[0],
         "eos_token": tokenizer.end[0],
         "pad_token": tokenizer.padding[0],
         "unk_token": tokenizer.unknown,
-        # Text is encoded as in training: nothing is added, and a special piece that a text contains is text.
-        "add_bos_token": False,
-        "add_eos_token": False,
+        # Text is encoded as in training: a special piece that a text contains is text.
         "split_special_tokens": True,
         "clean_up_tokenization_spaces": False,
-        "model_max_length": model.sequence_length if model.block == "transformer" else 10**12,
         "padding_side": "left",
-        **({CONVERTED_FROM: tokenizer.file_name} if is_converted else {}),
+        **({"model_max_length": model.sequence_length} if model.block == "transformer" else {}),
+        **({} if tokenizer.fast is None or tokenizer.file_name == FAST_TOKENIZER_NAME else {CONVERTED_FROM: tokenizer.file_name}),
     }
 
 

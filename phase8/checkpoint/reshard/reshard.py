@@ -33,7 +33,7 @@ class ConsolidatedForm:
         config: Content of config.json.
         rename: Maps the name of a parameter to its name in the file.
         keeps_dtype: Whether a parameter of this name is stored as it is where others are converted.
-        files: Further files, by name.
+        files: Further files, by name; they take the place of attachments of these names.
         max_file_bytes: Size beyond which weights are divided over several files, with an index as transformers writes it; None: one file.
     """
 
@@ -116,13 +116,13 @@ def consolidate(
         target = _target_dtype(source, name, None if form.keeps_dtype(key) else dtype)
         entries[form.rename(key)] = Entry(name, whole_region(source.entry(name).shape), target)
     files = _files_of_size(entries, form.max_file_bytes)
-    beside = {WEIGHTS_CONFIG_NAME: json.dumps(form.config, indent=1).encode() + b"\n", **_index(files), **form.files}
-    if (taken := {WEIGHTS_NAME, *beside} & source.manifest.attachments.keys()) != set():
+    beside = {WEIGHTS_CONFIG_NAME: json.dumps(form.config, indent=1).encode() + b"\n", **_index(files)}
+    if (taken := {*beside, *(file.name for file in files)} & source.manifest.attachments.keys()) != set():
         raise CheckpointError(f"{source.path} has an attachment {min(taken)}, the name of a file to be written; choose --format phase8")
     with rewriting(source, destination, files) as rewrite:
         written = rewrite.write(on_progress)
         _add_attachments(source, rewrite)
-        for name, content in beside.items():
+        for name, content in (beside | form.files).items():
             rewrite.add(name, iter([content]))
         rewrite.compare(written, on_progress)
         rewrite.commit()

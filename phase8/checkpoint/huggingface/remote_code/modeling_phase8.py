@@ -18,11 +18,13 @@ from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutpu
 from .cache_phase8 import LayerState, Phase8Cache
 from .configuration_phase8 import Phase8Config
 from .experts_phase8 import MixtureOfExperts
-from .layers_phase8 import Mixer, RMSNorm, SwiGLU
+from .layers_phase8 import Linear, Mixer, RMSNorm, SwiGLU
 from .operations_phase8 import Piece, rotary_angles
 
 # Earlier releases of transformers call the cache past_key_values, in outputs and arguments.
 CACHE = "cache" if "cache" in CausalLMOutputWithPast.__dataclass_fields__ else "past_key_values"
+# Weights with which the model computes in fp32, whatever its dtype, by a component of their name.
+IN_FP32 = ("norm", "mixer_norm", "feed_forward_norm", "qk_norm", "scalars", "decay_bias", "gate_bias", "chain", "score", "router")
 
 
 class Phase8Block(GradientCheckpointingLayer):
@@ -57,14 +59,25 @@ class Phase8PreTrainedModel(PreTrainedModel):
     _is_stateful = True  # no way back to earlier tokens
     _no_split_modules = ["Phase8Block"]  # noqa: RUF012
     _skip_keys_device_placement = ["cache", "past_key_values"]  # noqa: RUF012
-    # Weights with which the model computes in fp32, whatever its dtype.
-    _keep_in_fp32_modules_strict = ["norm", "scalars", "scores", "decay_bias", "gate_bias", "chain", "score", "router"]  # noqa: RUF012
 
+    def post_init(self) -> None:
+        """Names the weights that stay in fp32; earlier releases of transformers refuse names that the model does not have."""
+        components = {component for name, _ in self.named_parameters() for component in name.split(".")}
+        self._keep_in_fp32_modules_strict = sorted(components.intersection(IN_FP32))
+        super().post_init()
+
+    @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
+        own = [*module.parameters(recurse=False), *module.buffers(recurse=False)]
+        loaded = [(each, each.clone()) for each in own if hasattr(each, "_is_hf_initialized")]
+        if len(loaded) == len(own):
+            return
         if isinstance(module, nn.Embedding):
             nn.init.normal_(module.weight, std=self.config.init_std)
         elif hasattr(module, "reset_parameters"):
             module.reset_parameters()
+        for each, value in loaded:
+            each.copy_(value)
 
 
 class Phase8Model(Phase8PreTrainedModel):
@@ -154,7 +167,7 @@ class Phase8ForCausalLM(Phase8PreTrainedModel, GenerationMixin):
         super().__init__(config)
         self.model = Phase8Model(config)
         self.vocab_size = config.vocab_size
-        self.lm_head = nn.Linear(config.d_model, config.vocab_size, bias=False)
+        self.lm_head = Linear(config.d_model, config.vocab_size, std=config.init_std)
         self.post_init()
 
     def forward(
@@ -201,7 +214,7 @@ class Phase8ForCausalLM(Phase8PreTrainedModel, GenerationMixin):
         kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
         logits = self.lm_head(found.last_hidden_state[:, kept])
         loss = None if labels is None else self.loss_function(logits=logits, labels=labels, vocab_size=self.config.vocab_size, **kwargs)
-        result = CausalLMOutputWithPast(loss=loss, logits=logits, hidden_states=found.hidden_states, **{CACHE: found[CACHE] if CACHE in found else None})
+        result = CausalLMOutputWithPast(loss=loss, logits=logits, hidden_states=found.hidden_states, **{CACHE: found.get(CACHE)})
         return result.to_tuple() if return_dict is False else result
 
     def prepare_inputs_for_generation(
@@ -209,6 +222,7 @@ class Phase8ForCausalLM(Phase8PreTrainedModel, GenerationMixin):
         input_ids: Tensor,
         *,
         attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
         inputs_embeds: Tensor | None = None,
         use_cache: bool | None = None,
         logits_to_keep: int | None = None,
@@ -217,7 +231,8 @@ class Phase8ForCausalLM(Phase8PreTrainedModel, GenerationMixin):
         """The tokens that the cache has not read, and their mask."""
         cache = kwargs.get(CACHE)
         num_read = 0 if cache is None else cache.get_seq_length()
-        total = input_ids.shape[1] if attention_mask is None else attention_mask.shape[1]
+        # Where a prompt came as vectors, or its ids belong to an earlier call, `input_ids` holds less than the cache has read.
+        total = next(each.shape[-1] for each in (attention_mask, position_ids, input_ids) if each is not None)
         inputs: dict[str, Any] = {"attention_mask": attention_mask, "use_cache": use_cache, CACHE: cache, "logits_to_keep": logits_to_keep or 0}
         if inputs_embeds is not None and num_read == 0:
             return inputs | {"inputs_embeds": inputs_embeds}
@@ -226,7 +241,7 @@ class Phase8ForCausalLM(Phase8PreTrainedModel, GenerationMixin):
     def _prepare_cache_for_generation(self, generation_config: Any, model_kwargs: dict[str, Any], *args: Any, **kwargs: Any) -> None:
         if generation_config.cache_implementation is not None:
             raise ValueError(
-                f"cache_implementation is {generation_config.cache_implementation!r}, but the state of this model has a constant size anyway; leave it out"
+                f"cache_implementation is {generation_config.cache_implementation!r}, but this model keeps a state of its own; leave it out"
             )
         if generation_config.use_cache and model_kwargs.get(CACHE) is None:
             model_kwargs[CACHE] = Phase8Cache(self.config.num_layers)
