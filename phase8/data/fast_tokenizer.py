@@ -1,8 +1,9 @@
 """A tokenizer as a `tokenizer.json` that gives the same ids to whoever reads it with the `tokenizers` package, where there is one.
 
-A `tokenizer.json` loses what adds tokens, cuts or pads, which phase8 does not apply. A sentencepiece model is converted where that is exact: if it
-leaves text as it is, spells what it does not know in bytes, and has no pieces of several characters that users defined, as those of
-`tokenizer_training.py`. Its pieces then contain the space itself instead of U+2581, so that a U+2581 of the text is spelled in bytes.
+A `tokenizer.json` loses what adds tokens, cuts or pads, which phase8 does not apply. A byte-pair encoding of sentencepiece is converted if it leaves
+text as it is, spells what it does not know in bytes, and has no pieces of several characters that users defined, as those of
+`tokenizer_training.py`. Its pieces then contain the space itself instead of U+2581, so that a U+2581 of the text is spelled in bytes. Unigram models
+are not: of two segmentations with the same score, the package chooses another than sentencepiece.
 """
 
 from __future__ import annotations
@@ -20,21 +21,14 @@ _PIECE, _SCORE, _TYPE = 1, 2, 3
 _MODEL_TYPE, _SPACE_AS_SUFFIX, _BYTE_FALLBACK = 3, 24, 35
 _CHARSMAP, _ADD_DUMMY_PREFIX, _REMOVE_EXTRA_WHITESPACES, _ESCAPE_WHITESPACES, _RULES = 2, 3, 4, 5, 6
 # Values of its enumerations.
-_UNIGRAM, _BPE = 1, 2
+_BPE = 2
 _NORMAL, _UNKNOWN, _CONTROL, _USER_DEFINED, _UNUSED = 1, 2, 3, 4, 5
-# Far below every score: the best path never takes such a piece.
-_NEVER = -1e5
 
 
 class _Piece(NamedTuple):
     text: str
     score: float
     kind: int
-
-    @property
-    def is_text(self) -> bool:
-        """Whether text may become this piece directly; bytes are what unknown characters become."""
-        return self.kind in (_NORMAL, _USER_DEFINED)
 
 
 def fast_tokenizer(content: bytes) -> bytes | None:
@@ -67,13 +61,9 @@ def _converted(model: bytes) -> bytes | None:
     parts = list(fields(model))
     trainer, normalizer = (dict(fields(dict(parts).get(number, b""))) for number in (_TRAINER, _NORMALIZER))
     pieces = [_piece(dict(fields(part))) for number, part in parts if number == _PIECES]
-    algorithm = trainer.get(_MODEL_TYPE, _UNIGRAM)
-    is_possible = algorithm == _BPE or (algorithm == _UNIGRAM and _are_spelled(pieces))
-    if not is_possible or not _leaves_text(trainer, normalizer) or not _are_plain(pieces):
+    if trainer.get(_MODEL_TYPE) != _BPE or not _leaves_text(trainer, normalizer) or not _are_plain(pieces):
         return None
-    unknown = next(i for i, piece in enumerate(pieces) if piece.kind == _UNKNOWN)
-    content = _bpe(pieces, unknown) if algorithm == _BPE else _unigram(pieces, unknown)
-    return json.dumps(_file(content, pieces), ensure_ascii=False).encode() + b"\n"
+    return json.dumps(_file(_bpe(pieces), pieces), ensure_ascii=False).encode() + b"\n"
 
 
 def _piece(message: dict[int, Any]) -> _Piece:
@@ -94,23 +84,13 @@ def _are_plain(pieces: Sequence[_Piece]) -> bool:
     return is_known and len({piece.text for piece in pieces}) == len(pieces)
 
 
-def _are_spelled(pieces: Sequence[_Piece]) -> bool:
-    """Whether text that looks like a special piece can be spelled in learned characters: a unigram model prefers these to such a piece."""
-    characters = {piece.text for piece in pieces if piece.is_text}
-    return all(set(piece.text) <= characters for piece in pieces if not piece.is_text)
-
-
-def _unigram(pieces: Sequence[_Piece], unknown: int) -> dict[str, Any]:
-    vocabulary = [(piece.text, piece.score if piece.is_text else _NEVER) for piece in pieces]
-    return {"type": "Unigram", "unk_id": unknown, "vocab": vocabulary, "byte_fallback": True}
-
-
-def _bpe(pieces: Sequence[_Piece], unknown: int) -> dict[str, Any]:
+def _bpe(pieces: Sequence[_Piece]) -> dict[str, Any]:
     """Every way to put a learned piece together from two others, better pieces first.
 
     Of several ways to one piece sentencepiece takes the leftmost in the text; here that with the longer left part comes first, which is the same
     unless both are there at once.
     """
+    unknown = next(piece.text for piece in pieces if piece.kind == _UNKNOWN)
     learned = {piece.text: piece.score for piece in pieces if piece.kind == _NORMAL}
 
     def merges() -> Iterator[tuple[float, int, str, str]]:
@@ -120,7 +100,7 @@ def _bpe(pieces: Sequence[_Piece], unknown: int) -> dict[str, Any]:
                     yield -score, -cut, text[:cut], text[cut:]
 
     return {
-        "type": "BPE", "dropout": None, "unk_token": pieces[unknown].text, "continuing_subword_prefix": None, "end_of_word_suffix": None,
+        "type": "BPE", "dropout": None, "unk_token": unknown, "continuing_subword_prefix": None, "end_of_word_suffix": None,
         "fuse_unk": False, "byte_fallback": True, "ignore_merges": False, "vocab": {piece.text: i for i, piece in enumerate(pieces)},
         "merges": [[left, right] for *_, left, right in sorted(merges())],
     }  # fmt: skip

@@ -43,7 +43,7 @@ class Tokenizer(ABC):
     """
 
     def __init__(
-        self, path: Path, content: bytes, *, vocab_size: int, eod_id: int, eod_token: str, unknown_id: int | None, pad_id: int | None
+        self, path: Path, content: bytes, *, vocab_size: int, eod_id: int, eod_token: str, unknown_id: int | None, pad_id: int | None = None
     ):
         self.path = path
         self.sha256 = hashlib.sha256(content).hexdigest()

@@ -22,11 +22,11 @@ def hugging_face_form(metadata: RunMetadata, tokenizer: ExportedTokenizer | None
         num_parameters: Number of parameters.
     """
     model = metadata.config.model
-    is_llama = not any(reasons_against(model))
+    differences = list(reasons_against(model))
     ids = dict.fromkeys(("bos_token_id", "eos_token_id", "pad_token_id")) if tokenizer is None else tokenizer.ids
-    card = model_card(metadata, num_parameters=num_parameters, is_llama=is_llama, has_tokenizer=tokenizer is not None)
+    card = model_card(metadata, num_parameters=num_parameters, differences=differences, has_tokenizer=tokenizer is not None)
     files = text_files(model, tokenizer) | {MODEL_CARD_NAME: card}
-    if is_llama:
+    if not differences:
         return ConsolidatedForm(llama_config(model, dtype=dtype) | ids, llama_name, files=files, max_file_bytes=MAX_FILE_BYTES)
     return ConsolidatedForm(
         exported_config(model, dtype=dtype) | ids,

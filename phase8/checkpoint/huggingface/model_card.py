@@ -5,7 +5,7 @@ from __future__ import annotations
 import html
 import json
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 from phase8.checkpoint.run_metadata import RunMetadata
 from phase8.checkpoint.untrusted import shortened
@@ -16,19 +16,19 @@ MODEL_CARD_NAME = "README.md"
 _MARKUP = str.maketrans({character: f"\\{character}" for character in "\\`*_{}[]()#+-.!|~$:@"})
 
 
-def model_card(metadata: RunMetadata, *, num_parameters: int, is_llama: bool, has_tokenizer: bool) -> bytes:
+def model_card(metadata: RunMetadata, *, num_parameters: int, differences: Sequence[str], has_tokenizer: bool) -> bytes:
     """Content of the model card.
 
     Args:
         metadata: The config and the progress of the run.
         num_parameters: Number of parameters.
-        is_llama: Whether transformers knows the model as a Llama; otherwise its code lies beside the weights.
+        differences: What the model has that no Llama has, in which case its code lies beside the weights; none: it is a Llama.
         has_tokenizer: Whether the tokenizer is exported.
     """
     lines = ["---", "library_name: transformers", "pipeline_tag: text-generation", "tags:", "- phase8", "---", ""]
     lines += [f"# {escaped(metadata.config.run.name)}", "", *_description(metadata, num_parameters), ""]
     lines += ["| training | |", "|---|---|", *(f"| {name} | {value} |" for name, value in _training(metadata)), ""]
-    lines += ["```python", *_usage(is_llama, has_tokenizer), "```", "", *_remarks(metadata.config.model, is_llama, has_tokenizer)]
+    lines += ["```python", *_usage(not differences, has_tokenizer), "```", "", *_remarks(metadata.config.model, differences, has_tokenizer)]
     lines += ["", "## Model", "```json", _shown_model(metadata.config.model), "```", ""]
     return "\n".join(lines).encode("ascii", "backslashreplace")
 
@@ -78,10 +78,11 @@ def _usage(is_llama: bool, has_tokenizer: bool) -> list[str]:
     ]
 
 
-def _remarks(model: ModelSection, is_llama: bool, has_tokenizer: bool) -> Iterator[str]:
-    if not is_llama:
+def _remarks(model: ModelSection, differences: Sequence[str], has_tokenizer: bool) -> Iterator[str]:
+    if differences:
         state = "keys and values of all tokens" if model.block == "transformer" else "a state of constant size"
-        yield f"The code of the model lies beside the weights (plain PyTorch); generation keeps {state}. Masked tokens are as if they were not there."
+        yield f"It differs from a Llama by {' and '.join(map(escaped, differences))}, so its code, plain PyTorch, lies beside the weights."
+        yield f"Generation keeps {state}. Masked tokens are as if they were not there."
     if has_tokenizer:
         yield (
             "The tokenizer adds no token, and special pieces inside a text are text, as in training; with `split_special_tokens=False` they are "

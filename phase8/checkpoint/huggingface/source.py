@@ -61,9 +61,12 @@ def open_hugging_face(directory: Path, config: dict[str, Any]) -> WeightFiles:
     places = _own_places(directory, model, found) if is_own else _places(directory, model, found)
     names = [name for name in places if not (is_own and stays_in_fp32(name))]
     is_bf16 = {found[key].file.tensors[key].dtype for _, key in map(places.__getitem__, names)} == {"BF16"}  # every weight that may be
-    ours = {"model": model.model_dump(mode="json"), "precision": {"dtype": "bf16" if is_bf16 else "fp32"}}
+    ours: dict[str, Any] = {"model": model.model_dump(mode="json"), "precision": {"dtype": "bf16" if is_bf16 else "fp32"}}
+    tokenizer, said = _tokenizer_of(directory), _tokenizer_config(directory)
+    if is_own and tokenizer is not None and isinstance(said.get("eos_token"), str):
+        ours["data"] = {"eod_token": said["eos_token"]}  # a run may have named another one than the tokenizer does
     try:
-        return weights_of(directory, files, places, config=ours, tokenizer=_tokenizer_of(directory), form="hf")
+        return weights_of(directory, files, places, config=ours, tokenizer=tokenizer, form="hf")
     except ValidationError:
         raise CheckpointCorruptError(f"{directory} holds a name or a shape that no tensor of a model has; use another copy") from None
 
@@ -71,10 +74,16 @@ def open_hugging_face(directory: Path, config: dict[str, Any]) -> WeightFiles:
 def _tokenizer_of(directory: Path) -> Path | None:
     """The file of the tokenizer; of two, the one of which the other was made."""
     found = [regular(directory / name) for name in _TOKENIZERS if os.path.lexists(directory / name)]
-    if len(found) > 1 and os.path.lexists(directory / TOKENIZER_CONFIG_NAME):
-        original = read_object(regular(directory / TOKENIZER_CONFIG_NAME)).get(CONVERTED_FROM)
+    if len(found) > 1:
+        original = _tokenizer_config(directory).get(CONVERTED_FROM)
         found = [path for path in found if path.name == original] or found
     return found[0] if found else None
+
+
+def _tokenizer_config(directory: Path) -> dict[str, Any]:
+    """Content of tokenizer_config.json; empty without one."""
+    path = directory / TOKENIZER_CONFIG_NAME
+    return read_object(regular(path)) if os.path.lexists(path) else {}
 
 
 def _own_places(directory: Path, model: ModelSection, found: Mapping[str, OpenedFile]) -> dict[str, tuple[str, str]]:

@@ -15,6 +15,7 @@ from phase8.checkpoint.huggingface.phase8_model import CODE, exported_config, ex
 from phase8.config.model_keys import keys_in_effect
 from phase8.config.model_section import ModelSection
 from phase8.data.microbatch import IGNORED_TARGET
+from phase8.generate.restore import restore_model
 from phase8.generate.sampling import SamplingOptions, generate_tokens
 from phase8.model.model import build_model
 from phase8.model.parameters import initialise
@@ -120,7 +121,7 @@ def test_loss_and_gradients_are_ours_with_and_without_checkpointing(tmp_path, na
 def test_trainer_teaches_it_saves_it_and_what_it_saved_comes_back_here(tmp_path):
     pytest.importorskip("accelerate")
     section = scaled_down(ModelSection(global_path="delta", tie_embeddings=True, global_tokens=2))
-    model, directory = exported(tmp_path, section)
+    _, directory = exported(tmp_path, section)
     other, tokens = loaded(directory), random_tokens(batch=8)
     rows = [{"input_ids": row, "labels": row} for row in tokens]
     options = transformers.TrainingArguments(
@@ -136,8 +137,6 @@ def test_trainer_teaches_it_saves_it_and_what_it_saved_comes_back_here(tmp_path)
         expected = other.eval()(tokens).logits
         torch.testing.assert_close(loaded(tmp_path / "taught")(tokens).logits, expected)
     assert run(tmp_path / "taught", tmp_path / "back") == 0
-    from phase8.generate.restore import restore_model
-
     back, _, _ = restore_model(tmp_path / "back", device=torch.device("cpu"))
     assert back.section == restore_model(tmp_path / "taught", device=torch.device("cpu"))[0].section
     assert keys_in_effect(back.section) == keys_in_effect(section)
