@@ -305,3 +305,12 @@ def test_exported_code_imports_neither_phase8_nor_what_is_not_exported(path: Pat
         elif isinstance(node, ast.ImportFrom):
             known = {"__future__", "collections", "dataclasses", "pathlib", "typing", "torch", "transformers"}
             assert (CODE / f"{node.module}.py").exists() if node.level else node.module.partition(".")[0] in known
+
+
+def test_a_piece_follows_the_layers_to_other_devices():
+    from accelerate.utils import send_to_device
+
+    from phase8.checkpoint.huggingface.remote_code.operations_phase8 import Piece
+
+    piece = send_to_device((Piece(torch.zeros(1), torch.ones(2), torch.zeros(1, 3, 2)),), "meta")[0]
+    assert {piece.seen.device.type, piece.lengths.device.type, piece.angles.device.type} == {"meta"}

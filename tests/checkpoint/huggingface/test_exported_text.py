@@ -60,8 +60,7 @@ CASES = {
 }
 
 
-@pytest.mark.parametrize("block", ["phase8", "transformer"])
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize(("name", "block"), [*((name, "phase8") for name in CASES), ("bpe", "transformer"), ("json", "transformer")])
 def test_tokenizers_encode_decode_and_come_back(tmp_path, name, block):
     file_name, make, is_fast, end, padding = CASES[name]
     content = make(tmp_path)

@@ -34,6 +34,11 @@ class Piece:
     lengths: Tensor | None
     angles: Tensor
 
+    def to(self, device: torch.device | str | int, non_blocking: bool = False) -> Piece:
+        """The same on another device; accelerate calls it where layers are spread over several."""
+        lengths = None if self.lengths is None else self.lengths.to(device, non_blocking=non_blocking)
+        return Piece(self.seen.to(device, non_blocking=non_blocking), lengths, self.angles.to(device, non_blocking=non_blocking))
+
     def is_token(self, num_tokens: int) -> Tensor | None:
         """Whether a place of a row is one of its tokens [B, T]; None: all are."""
         if self.lengths is None:
