@@ -37,6 +37,8 @@ setup(
             "mypy>=1.11",
             "types-PyYAML",
             "tokenizers>=0.20",
+            "transformers>=5.24,<6",
+            "accelerate>=1.1",  # the Trainer of transformers
             "pyarrow>=15",
             "zstandard>=0.22",
             "deepspeed>=0.19.8,<0.20",  # no wheel for torch, no compiler: what it compiles it compiles when it needs it

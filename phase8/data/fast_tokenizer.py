@@ -3,7 +3,7 @@
 A `tokenizer.json` loses what adds tokens, cuts or pads, which phase8 does not apply. A byte-pair encoding of sentencepiece is converted if it leaves
 text as it is, spells what it does not know in bytes, and has no pieces of several characters that users defined, as those of
 `tokenizer_training.py`. Its pieces then contain the space itself instead of U+2581, so that a U+2581 of the text is spelled in bytes. Unigram models
-are not: of two segmentations with the same score, the package chooses another than sentencepiece.
+are not converted: of two segmentations with the same score, the package chooses another than sentencepiece.
 """
 
 from __future__ import annotations
@@ -87,8 +87,8 @@ def _are_plain(pieces: Sequence[_Piece]) -> bool:
 def _bpe(pieces: Sequence[_Piece]) -> dict[str, Any]:
     """Every way to put a learned piece together from two others, better pieces first.
 
-    Of several ways to one piece sentencepiece takes the leftmost in the text; here that with the longer left part comes first, which is the same
-    unless both are there at once.
+    Of two ways to one piece, sentencepiece takes the leftmost in the text, the package the first one here. The same symbols would have to be parts of
+    both, x y = y z as in `- -- -`; but while `--` was made, the leftmost of equal pairs came first.
     """
     unknown = next(piece.text for piece in pieces if piece.kind == _UNKNOWN)
     learned = {piece.text: piece.score for piece in pieces if piece.kind == _NORMAL}

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import io
 import json
+import struct
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -13,6 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from phase8.data.fast_tokenizer import fast_tokenizer
+from phase8.data.protobuf import fields
 from phase8.data.tokenizer import Tokenizer, load_tokenizer
 from phase8.data.tokenizer_training import train_sentencepiece
 
@@ -29,9 +32,46 @@ PARTS = (
 def both(tmp_path_factory) -> tuple[Tokenizer, tokenizers.Tokenizer]:
     path = tmp_path_factory.mktemp("tokenizer") / "tokenizer.model"
     train_sentencepiece(TEXTS, path, vocab_size=1200)
+    return both_of(path)
+
+
+def both_of(path: Path) -> tuple[Tokenizer, tokenizers.Tokenizer]:
     fast = tokenizers.Tokenizer.from_str(fast_tokenizer(path.read_bytes()).decode())
     fast.encode_special_tokens = True
     return load_tokenizer(path), fast
+
+
+def rewritten(model: bytes, change: Callable[[list[dict]], None]) -> bytes:
+    """The model after a change of the list of its learned pieces."""
+    pieces = [dict(fields(value)) for number, value in fields(model) if number == 1]
+    places = [place for place, piece in enumerate(pieces) if piece.get(3, 1) == 1]
+    learned = [pieces[place] for place in places]
+    change(learned)
+    for place, piece in zip(places, learned, strict=True):
+        pieces[place] = piece
+
+    def field(number: int, content: bytes) -> bytes:
+        length = len(content)
+        return bytes([number << 3 | 2]) + (bytes([length]) if length < 128 else bytes([length & 127 | 128, length >> 7])) + content
+
+    bodies = [field(1, piece[1]) + b"\x15" + struct.pack("<f", piece[2]) + bytes([0x18, piece.get(3, 1)]) for piece in pieces]
+    others = [(number, value) for number, value in fields(model) if number != 1]
+    return b"".join(field(1, body) for body in bodies) + b"".join(field(number, value) for number, value in others)
+
+
+def reverse_scores(learned: list[dict]) -> None:
+    for piece, score in zip(learned, [piece[2] for piece in reversed(learned)], strict=True):
+        piece[2] = score
+
+
+@pytest.mark.parametrize("change", [list.reverse, reverse_scores])
+def test_pieces_in_another_order_than_that_of_their_scores(both, tmp_path, change):
+    path = tmp_path / "tokenizer.model"
+    path.write_bytes(rewritten(both[0].path.read_bytes(), change))
+    other = both_of(path)
+    assert other[0].encode(TEXTS[0]) != both[0].encode(TEXTS[0])
+    for text in TEXTS:
+        check(other, text)
 
 
 def check(both: tuple[Tokenizer, tokenizers.Tokenizer], text: str) -> None:

@@ -11,6 +11,7 @@ import pytest
 import torch
 import transformers
 
+from phase8.checkpoint.huggingface import phase8_model
 from phase8.checkpoint.huggingface.phase8_model import CODE, exported_config, exported_name
 from phase8.config.model_keys import keys_in_effect
 from phase8.config.model_section import ModelSection
@@ -182,6 +183,12 @@ def test_first_weights_are_distributed_as_here():
                 torch.testing.assert_close(other, value, rtol=1e-4, atol=1e-6, msg=name)
 
 
+def test_both_sides_name_the_same_weights_that_stay_in_fp32():
+    from phase8.checkpoint.huggingface.remote_code.modeling_phase8 import IN_FP32
+
+    assert set(IN_FP32) == phase8_model._IN_FP32
+
+
 def _classes():
     from phase8.checkpoint.huggingface.remote_code.configuration_phase8 import Phase8Config
     from phase8.checkpoint.huggingface.remote_code.modeling_phase8 import Phase8ForCausalLM
@@ -247,6 +254,11 @@ def test_what_it_cannot_do_it_says(tmp_path):
         other.generate(tokens, cache_implementation="static", **GREEDY)
     with pytest.raises(ValueError, match="exactly one of input_ids and inputs_embeds"):
         other()
+    cache = other(tokens).cache
+    other.train()
+    other.gradient_checkpointing_enable()
+    with pytest.raises(ValueError, match="would advance the cache again"):
+        other(tokens, cache=cache)
 
 
 @torch.no_grad()
@@ -267,6 +279,20 @@ def test_other_ways_to_call_it(tmp_path):
     first = other.generate(tokens[:, :20], return_dict_in_generate=True, use_cache=True, **GREEDY)
     longer = torch.cat((first.sequences, tokens[:, 20:]), dim=1)
     assert torch.equal(other.generate(longer, cache=first.cache, **GREEDY), other.generate(longer, **GREEDY))
+    # Rows of a padded batch may change their places, or be repeated.
+    ids, mask, _ = masked(tokens, "left")
+    whole = other(ids, attention_mask=mask).logits
+    cache = other(ids[:, :20], attention_mask=mask[:, :20]).cache
+    cache.batch_repeat_interleave(2)
+    cache.batch_select_indices(torch.tensor([2, 1]))
+    found = other(ids[:, 20:24].flip(0), attention_mask=mask[:, :24].flip(0), cache=cache).logits
+    torch.testing.assert_close(found.flip(0), whole[:, 20:24], rtol=0, atol=1e-5)
+    cache.reorder_cache(torch.tensor([1, 0]))
+    torch.testing.assert_close(other(ids[:, 24:], attention_mask=mask, cache=cache).logits, whole[:, 24:], rtol=0, atol=1e-5)
+    cache.reset()
+    torch.testing.assert_close(other(tokens, cache=cache).logits, expected, rtol=0, atol=1e-5)
+    other.resize_token_embeddings(70)
+    assert other(tokens).logits.shape[-1] == other.config.vocab_size == 70
     body = transformers.AutoModel.from_pretrained(directory, trust_remote_code=True)
     torch.testing.assert_close(body(tokens).last_hidden_state, model(tokens)[0], rtol=0, atol=1e-5)
 

@@ -127,6 +127,8 @@ class Phase8Model(Phase8PreTrainedModel):
         use_cache = (self.config.use_cache and not self.training) if use_cache is None else use_cache
         if use_cache and cache is None and not (self.gradient_checkpointing and self.training):
             cache = Phase8Cache(self.config.num_layers)
+        if cache is not None and self.gradient_checkpointing and self.training:
+            raise ValueError("layers that are computed again in backward would advance the cache again; leave it out, or disable checkpointing")
         if cache is not None and not isinstance(cache, Phase8Cache):
             raise ValueError(f"the cache is a {type(cache).__name__}, but this model keeps a Phase8Cache; leave it out")
         num_columns = x.shape[1]

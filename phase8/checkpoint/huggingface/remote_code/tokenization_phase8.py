@@ -31,7 +31,7 @@ class Phase8Tokenizer(PreTrainedTokenizer):
         keeps_spaces = SPACE_MARK not in "".join(processor.encode("a", out_type=str)) and processor.decode(processor.encode("  a  ")) == "  a  "
         # A mark that belongs to the text is spelled in bytes, or it would be decoded to a space; a model that rewrites spaces is used as it is.
         self._spelled_mark = spelled if keeps_spaces and all(processor.is_byte(processor.piece_to_id(piece)) for piece in spelled) else None
-        super().__init__(**kwargs)
+        super().__init__(**{"special_tokens_pattern": "none", **kwargs})
 
     @property
     def vocab_size(self) -> int:
@@ -41,6 +41,10 @@ class Phase8Tokenizer(PreTrainedTokenizer):
     def get_vocab(self) -> dict[str, int]:
         """Every piece with its id."""
         return {self._processor.id_to_piece(i): i for i in range(self.vocab_size)} | self.added_tokens_encoder
+
+    def build_inputs_with_special_tokens(self, token_ids_0: list[int], token_ids_1: list[int] | None = None) -> list[int]:
+        """The ids of one text or two, without any others."""
+        return token_ids_0 + (token_ids_1 or [])
 
     def convert_tokens_to_string(self, tokens: list[str]) -> str:
         """The text of pieces."""
