@@ -276,16 +276,18 @@ def _exported_tokenizer(source: Checkpoint, config: RunConfig) -> ExportedTokeni
     from phase8.checkpoint.huggingface.text_files import ExportedTokenizer
     from phase8.checkpoint.model_source import tokenizer_of
     from phase8.data.fast_tokenizer import fast_tokenizer
+    from phase8.data.tokenizer import SentencePieceTokenizer
     from phase8.generate.restore import restore_tokenizer
 
     path = tokenizer_of(source)
     if path is None:
         return None
     tokenizer = restore_tokenizer(source, vocab_size=config.model.vocab_size, eod_token=config.data.eod_token)
+    content = path.read_bytes()
     pad_id = tokenizer.eod_id if tokenizer.pad_id is None else tokenizer.pad_id
     return ExportedTokenizer(
-        file_name=path.name,
-        fast=fast_tokenizer(path.read_bytes()),
+        sentencepiece=content if isinstance(tokenizer, SentencePieceTokenizer) else None,
+        fast=fast_tokenizer(content),
         num_ids=tokenizer.vocab_size,
         end=(tokenizer.eod_token, tokenizer.eod_id),
         padding=(tokenizer.piece_of(pad_id), pad_id),

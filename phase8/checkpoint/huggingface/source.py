@@ -62,9 +62,9 @@ def open_hugging_face(directory: Path, config: dict[str, Any]) -> WeightFiles:
     names = [name for name in places if not (is_own and stays_in_fp32(name))]
     is_bf16 = {found[key].file.tensors[key].dtype for _, key in map(places.__getitem__, names)} == {"BF16"}  # every weight that may be
     ours: dict[str, Any] = {"model": model.model_dump(mode="json"), "precision": {"dtype": "bf16" if is_bf16 else "fp32"}}
-    tokenizer, said = _tokenizer_of(directory), _tokenizer_config(directory)
-    if is_own and tokenizer is not None and isinstance(said.get("eos_token"), str):
-        ours["data"] = {"eod_token": said["eos_token"]}  # a run may have named another one than the tokenizer does
+    tokenizer = _tokenizer_of(directory)
+    if is_own and tokenizer is not None and isinstance(end := _tokenizer_config(directory).get("eos_token"), str):
+        ours["data"] = {"eod_token": end}  # a run may have named another one than the tokenizer does
     try:
         return weights_of(directory, files, places, config=ours, tokenizer=tokenizer, form="hf")
     except ValidationError:

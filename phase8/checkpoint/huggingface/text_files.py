@@ -11,7 +11,7 @@ from phase8.checkpoint.huggingface.source import CONVERTED_FROM, TOKENIZER_CONFI
 from phase8.config.model_section import ModelSection
 
 GENERATION_CONFIG_NAME = "generation_config.json"
-FAST_TOKENIZER_NAME = "tokenizer.json"
+FAST_TOKENIZER_NAME, SENTENCEPIECE_NAME = "tokenizer.json", "tokenizer.model"
 TOKENIZER_CODE = CODE / "tokenization_phase8.py"
 
 
@@ -20,15 +20,15 @@ class ExportedTokenizer:
     """What exported files say about the tokenizer of a model.
 
     Args:
-        file_name: Name of its file among the attachments.
-        fast: Content of a `tokenizer.json` that encodes as that file does; None: there is none, and `TOKENIZER_CODE` runs the sentencepiece model.
+        sentencepiece: The sentencepiece model that it is; None: it is a `tokenizer.json`.
+        fast: Content of a `tokenizer.json` that encodes as it does; None: there is none, and `TOKENIZER_CODE` runs the sentencepiece model.
         num_ids: Number of token ids that text may become.
         end: Piece and id of the end of a document, which in training also stood before each document.
         padding: Piece and id for places without text.
         unknown: Piece of the unknown token; None: there is none.
     """
 
-    file_name: str
+    sentencepiece: bytes | None
     fast: bytes | None
     num_ids: int
     end: tuple[str, int]
@@ -56,6 +56,7 @@ def text_files(model: ModelSection, tokenizer: ExportedTokenizer | None) -> dict
         GENERATION_CONFIG_NAME: _as_json(tokenizer.ids | ({"suppress_tokens": beyond} if beyond else {})),
         TOKENIZER_CONFIG_NAME: _as_json(_tokenizer_config(model, tokenizer)),
         **({TOKENIZER_CODE.name: TOKENIZER_CODE.read_bytes()} if tokenizer.fast is None else {FAST_TOKENIZER_NAME: tokenizer.fast}),
+        **({} if tokenizer.sentencepiece is None else {SENTENCEPIECE_NAME: tokenizer.sentencepiece}),
     }
 
 
@@ -75,7 +76,7 @@ def _tokenizer_config(model: ModelSection, tokenizer: ExportedTokenizer) -> dict
         "clean_up_tokenization_spaces": False,
         "padding_side": "left",
         **({"model_max_length": model.sequence_length} if model.block == "transformer" else {}),
-        **({} if tokenizer.fast is None or tokenizer.file_name == FAST_TOKENIZER_NAME else {CONVERTED_FROM: tokenizer.file_name}),
+        **({} if tokenizer.fast is None or tokenizer.sentencepiece is None else {CONVERTED_FROM: SENTENCEPIECE_NAME}),
     }
 
 

@@ -113,6 +113,14 @@ def test_text_is_continued_as_here_and_the_tools_read_the_directory(tmp_path, ca
     assert tool(directory) == tool(tmp_path / "c") != "def main("
 
 
+def test_a_sentencepiece_model_of_another_suffix_is_found(tmp_path):
+    content = foreign_model()
+    _, directory = exported(tmp_path, scaled_down(ModelSection(), vocab_size=500), attachments={"tokenizer.spm": content})
+    found, ours = AutoTokenizer.from_pretrained(directory, trust_remote_code=True), load_tokenizer(directory / "tokenizer.spm")
+    assert found(TEXTS[0])["input_ids"] == ours.encode(TEXTS[0])
+    assert run(directory, tmp_path / "back") == 0 and (tmp_path / "back" / "tokenizer.model").read_bytes() == content
+
+
 def test_a_named_end_of_document_is_the_end_there_and_when_it_comes_back(tmp_path):
     tokenizer = tokenizers.Tokenizer.from_str(byte_level(adds_tokens=False).decode())
     tokenizer.add_special_tokens(["<stop>"])

@@ -9,13 +9,20 @@ from pathlib import Path
 import pytest
 import safetensors.torch
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 
 from phase8.checkpoint.huggingface import export
 from phase8.checkpoint.load import open_checkpoint
+from phase8.checkpoint.model_source import open_model
 from phase8.checkpoint.run_metadata import run_metadata
+from phase8.checkpoint.state import require_fit
 from phase8.checkpoint.step_directories import INDEX_NAME
 from phase8.config.model_keys import keys_in_effect, model_differences
 from phase8.config.model_section import ModelSection
+from phase8.errors import Phase8Error
+from phase8.model.model import build_model
+from tests.checkpoint.fuzzing import Tally, Watch, fuzz, mutated_bytes, mutated_json
 from tests.checkpoint.huggingface.exported import checkpoint_of, exported, loaded, run
 from tests.model.small import VARIANTS, random_tokens, scaled_down
 
@@ -101,6 +108,11 @@ def changed_config(**changes: object):
     return change
 
 
+def with_linked_tokenizer_config(directory: Path) -> None:
+    (directory / "tokenizer.model").write_bytes(b"words")
+    (directory / "tokenizer_config.json").symlink_to("/etc/passwd")
+
+
 @pytest.mark.parametrize(
     ("change", "sentence"),
     [
@@ -117,7 +129,7 @@ def changed_config(**changes: object):
         (changed_weights(model__layers__00__mixer_norm__weight=torch.ones(24)), "holds 'model.layers.00.mixer_norm.weight', which is no parameter"),
         (changed_weights(model__norm__weight=None), "norm.weight"),
         (changed_weights(model__norm__weight=torch.ones(24).double()), "has dtype F64, but weights are F32, BF16, F16"),
-        (lambda directory: (directory / "tokenizer_config.json").symlink_to("/etc/passwd"), "is a link"),
+        (with_linked_tokenizer_config, "tokenizer_config.json is a link"),
     ],
 )
 def test_what_is_no_model_of_ours_is_refused_and_nothing_is_written(tmp_path, capsys, change, sentence):
@@ -127,3 +139,36 @@ def test_what_is_no_model_of_ours_is_refused_and_nothing_is_written(tmp_path, ca
     assert run(directory, tmp_path / "back") == 4
     error = [line for line in capsys.readouterr().err.splitlines() if "reading:" not in line]
     assert len(error) == 1 and sentence in error[0] and sorted(os.listdir(tmp_path)) == ["c", "hf"]
+
+
+def test_whatever_its_files_say_it_is_opened_or_refused(tmp_path):
+    """Fuzzed config, weights and tokenizer config."""
+    model, directory = exported(tmp_path, scaled_down(ModelSection()))
+    (directory / "tokenizer.model").write_bytes(b"words")
+    (directory / "tokenizer_config.json").write_text('{"eos_token": "</s>", "converted_from": "tokenizer.model"}')
+    names = ("config.json", "model.safetensors", "tokenizer_config.json")
+    originals = {name: (directory / name).read_bytes() for name in names}
+    watch, tally = Watch(), Tally()
+
+    @given(data=st.data(), name=st.sampled_from(["config.json", *names]))
+    def check(data: st.DataObject, name: str) -> None:
+        if name == "model.safetensors":
+            content = data.draw(mutated_bytes(originals[name]))
+        else:
+            document = json.loads(originals[name])
+            content = data.draw(mutated_json(document, *document, "phase8", "delta")).encode("utf-8", "surrogatepass")
+        (directory / name).write_bytes(content)
+        try:
+            with watch.over(directory):
+                checkpoint = open_model(directory)
+                section = run_metadata(checkpoint).config.model
+                require_fit(checkpoint, build_model(section, dtype=torch.float32, device=torch.device("meta")), widen=True)
+        except Phase8Error as error:
+            tally.refused(error)
+        else:
+            tally.count("opened")
+            assert len(checkpoint.tensor_names) == len(model.state_dict())
+        (directory / name).write_bytes(originals[name])
+
+    fuzz(check, num_inputs=100, derandomize=True)()
+    tally.check("an exported model's files", at_least=100, among={"opened", "CheckpointCorruptError", "CheckpointMismatchError"})
