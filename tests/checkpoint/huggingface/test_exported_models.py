@@ -253,6 +253,8 @@ def test_what_it_cannot_do_it_says(tmp_path):
         other(tokens, cache=transformers.DynamicCache())
     with pytest.raises(ValueError, match="cache_implementation is 'static'"):
         other.generate(tokens, cache_implementation="static", **GREEDY)
+    with pytest.raises(ValueError, match="assisted generation is not supported with stateful models"):
+        other.generate(tokens[:1], prompt_lookup_num_tokens=2, **GREEDY)
     with pytest.raises(ValueError, match="exactly one of input_ids and inputs_embeds"):
         other()
     cache = other(tokens).cache

@@ -111,7 +111,7 @@ def attention(
     """
     num_queries, num_carried = q.shape[1], keys.shape[1] - q.shape[1]
     if window is None and num_carried == 0 and beta is None:
-        return _heads_last(F.scaled_dot_product_attention(*map(_heads_first, (q, keys, values)), is_causal=True))
+        return _swapped(F.scaled_dot_product_attention(*map(_swapped, (q, keys, values)), is_causal=True))
     at_once = num_queries if window is None else max(window, QUERIES_AT_ONCE)
     found = []
     for begin in range(0, num_queries, at_once):
@@ -128,8 +128,8 @@ def attention(
             outside = torch.arange(shared[0].shape[1], device=q.device) <= query + piece.seen[:, None, None] - window
             visible = torch.cat((visible.expand(len(outside), -1, -1), outside), dim=-1)
             block_keys, block_values = torch.cat((block_keys, shared[0]), dim=1), torch.cat((block_values, shared[1]), dim=1)
-        found.append(_attend(*map(_heads_first, (q[:, begin:end], block_keys, block_values)), visible[:, None], beta))
-    return _heads_last(torch.cat(found, dim=2))
+        found.append(_attend(*map(_swapped, (q[:, begin:end], block_keys, block_values)), visible[:, None], beta))
+    return _swapped(torch.cat(found, dim=2))
 
 
 def first_tokens(x: Tensor, before: Tensor | None, num_global: int, piece: Piece) -> Tensor:
@@ -140,11 +140,8 @@ def first_tokens(x: Tensor, before: Tensor | None, num_global: int, piece: Piece
     return torch.where(is_here[..., None, None], here, torch.zeros_like(here) if before is None else before)
 
 
-def _heads_first(x: Tensor) -> Tensor:
-    return x.transpose(1, 2)
-
-
-def _heads_last(x: Tensor) -> Tensor:
+def _swapped(x: Tensor) -> Tensor:
+    """[B, T, H, K] -> [B, H, T, K], or back."""
     return x.transpose(1, 2)
 
 
