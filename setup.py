@@ -41,6 +41,9 @@ setup(
             "accelerate>=1.1",  # the Trainer of transformers
             "pyarrow>=15",
             "zstandard>=0.22",
+            "wandb>=0.27",
+            "trackio>=0.40",
+            "prometheus-client>=0.20",  # its parsers read what the OpenMetrics file says
             "deepspeed>=0.19.8,<0.20",  # no wheel for torch, no compiler: what it compiles it compiles when it needs it
             # The release that torch 2.13 brings on a GPU machine: tests look at the machine code it makes.
             "triton>=3.7.1,<3.8; sys_platform == 'linux'",
@@ -48,6 +51,8 @@ setup(
         "tokenizers": ["tokenizers>=0.20"],
         "data": ["pyarrow>=15", "zstandard>=0.22"],
         "deepspeed": ["deepspeed>=0.19.8,<0.20"],  # the engine knows names of these releases that are not public
+        "wandb": ["wandb>=0.27"],
+        "trackio": ["trackio>=0.40"],
         "mpi": ["mpi4py>=4.0"],
         "fla": ["fla-core>=0.5"],
         "liger": ["liger-kernel>=0.8"],

@@ -31,8 +31,8 @@ TORCH_PICKLERS = {"load", "save"}
 # The tokenizers package raises nothing narrower; nothing that goes wrong in a periodic save may end training.
 MAY_CATCH_EXCEPTION = {"phase8/data/tokenizer.py", "phase8/train/saver.py"}
 MAY_TOLERATE = {  # any error, said in a sentence: at the end of work that is done, and of an extra of it
-    "phase8/closing.py", "phase8/processes/rendezvous.py", "phase8/observe/metrics.py", "phase8/observe/progress.py",
-    "phase8/observe/stage_progress.py", "phase8/train/loop.py", "phase8/train/trainer.py",
+    "phase8/closing.py", "phase8/processes/rendezvous.py", "phase8/observe/loggers.py", "phase8/observe/metrics.py",
+    "phase8/observe/progress.py",    "phase8/observe/stage_progress.py", "phase8/train/loop.py", "phase8/train/trainer.py",
 }  # fmt: skip
 # Into fresh names and directories of their own, into what a launcher or a user has named.
 MAY_OPEN_TO_WRITE = {

@@ -201,7 +201,7 @@ class RunProcesses:
         evaluations, history = _metrics(run, say=self.on_message)
         if not evaluations or evaluations[-1]["step"] != run.config.train.num_steps:
             return None
-        seen = history.validation_tokens_seen.astype(int).tolist()
+        seen = history.places.at(history.validation_steps).tokens.astype(int).tolist()
         return Record(
             variant=run.variant,
             seed=run.seed,
@@ -210,7 +210,7 @@ class RunProcesses:
             validation_loss=evaluations[-1]["validation_loss"],
             validation_tokens=evaluations[-1]["validation_tokens"],
             tokens_per_second=median(history.tokens_per_second),
-            skipped_steps=history.num_skipped,
+            skipped_steps=len(history.skipped_steps),
             device=self.machine.device,
             torch_version=str(torch.__version__),
             jobs=self.machine.jobs,

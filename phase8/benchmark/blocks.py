@@ -15,6 +15,11 @@ from phase8.config.load import with_settings
 from phase8.config.schema import RunConfig, TrainSection
 
 BLOCKS = ("phase8", "transformer")
+# What the transformer alone can have is left out of the other one.
+_SETTINGS: Mapping[str, Mapping[str, object]] = {
+    "phase8": {"model.block": "phase8", "model.num_kv_heads": None, "model.rope_scaling": None},
+    "transformer": {"model.block": "transformer"},
+}
 # Budgets that fit where keeping all activations does not, measured on an H100 with 1.3B parameters from 65,536 tokens on.
 _BUDGETS = (0.35, 0.1)
 _Settings = dict[str, object]
@@ -49,7 +54,7 @@ def compare_blocks(
     with on_random_tokens(config) as config:
         for block in BLOCKS:
             profile_to = None if profile_directory is None else profile_directory / f"{block}.txt"
-            changed = with_settings(config, {"model.block": block})
+            changed = with_settings(config, _SETTINGS[block])
             yield block, measure_alone(changed, device=device, num_steps=num_steps, profile_to=profile_to)
 
 
@@ -82,7 +87,7 @@ def sweep_lengths(
         blocks = {}
         with on_random_tokens(with_settings(config, shape)) as shaped:
             for block in BLOCKS:
-                of_block = with_settings(shaped, {"model.block": block})
+                of_block = with_settings(shaped, _SETTINGS[block])
                 blocks[block], ways[block] = _with_enough_recomputed(of_block, ways[block], device=device, num_steps=num_steps)
         yield LengthSpeed(length, batch_size, blocks)
 

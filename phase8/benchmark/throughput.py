@@ -104,7 +104,7 @@ class StepClock(MetricsWriter):
     """A metrics writer that also remembers when each step ended."""
 
     def __init__(self, directory: Path):
-        super().__init__(directory, resume_step=0, tensorboard=False)
+        super().__init__(directory, resume_step=0)
         self.steps: list[StepMetrics] = []
         self.ends: list[float] = []
 

@@ -62,6 +62,8 @@ def _shapes_of(model: ModelSection) -> Iterator[tuple[dict[str, object], tuple[i
     widths = {"model.num_heads": model.num_heads, "model.head_size": model.head_width}
     yield {"model.vocab_size": model.vocab_size, "model.d_model": D}, (model.vocab_size, D)
     yield widths | ({"model.low_rank_rank": rank} if rank else {}), (N, rank or D)
+    if model.num_kv_heads is not None:
+        yield {"model.num_kv_heads": model.num_kv_heads, "model.head_size": model.head_width}, (model.key_value_width, rank or D)
     if rank:
         yield {"model.low_rank_rank": rank}, (rank, D)
     if not all(model.has_experts):
@@ -72,4 +74,4 @@ def _shapes_of(model: ModelSection) -> Iterator[tuple[dict[str, object], tuple[i
         keys = {"model.shared_experts": model.shared_experts, "model.expert_ffn_size": model.expert_width}
         yield keys, (model.shared_experts * model.expert_width, D)
     if model.convolution_taps > 1:
-        yield {"model.convolution_size": model.convolution_taps}, (3, N, model.convolution_taps)
+        yield {"model.convolution_size": model.convolution_taps}, (model.queries_per_key + 2, model.key_value_width, model.convolution_taps)

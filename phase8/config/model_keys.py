@@ -10,8 +10,8 @@ from phase8.config.model_section import ModelSection
 FIRST_VALUES = frozenset({"memory_tokens", "init_std"})
 # Keys that change the computation, but neither number nor shapes of the weights.
 WITHOUT_SHAPE = FIRST_VALUES | {
-    "sequence_length", "rotary", "rope_base", "norm_eps", "local_window_size", "global_tokens", "decay_floor", "global_activation", "top_k",
-    "capacity_factor", "router_score", "routed_scaling_factor", "balance_loss_weight", "router_z_loss_weight", "router_bias_rate",
+    "sequence_length", "rotary", "rope_base", "rope_scaling", "norm_eps", "local_window_size", "global_tokens", "decay_floor", "global_activation",
+    "top_k", "capacity_factor", "router_score", "routed_scaling_factor", "balance_loss_weight", "router_z_loss_weight", "router_bias_rate",
 }  # fmt: skip
 _OF_WINDOW = frozenset({"local_window_size", "global_tokens", "score", "global_path"})
 _OF_GLOBAL_PATH = frozenset({"chain", "decay_floor", "global_activation", "global_gate", "memory_tokens"})
@@ -26,8 +26,10 @@ def keys_in_effect(model: ModelSection) -> dict[str, Any]:
     """Value of every key that a model's block reads, as plain JSON; defaults derived from other keys are filled in."""
     unread = frozenset() if model.has_global_path else _OF_GLOBAL_PATH | (_OF_WINDOW if model.block == "transformer" else frozenset())
     unread |= frozenset() if model.ffn == "moe" else KEYS_OF_EXPERTS
+    unread |= frozenset() if model.block == "transformer" else {"num_kv_heads"}
     written_out = {
-        "head_size": model.head_width, "ffn_size": model.feed_forward_width, "expert_ffn_size": model.expert_width,
+        "num_kv_heads": model.key_value_heads, "head_size": model.head_width, "rope_scaling": model.rope_scaling.in_effect,
+        "ffn_size": model.feed_forward_width, "expert_ffn_size": model.expert_width,
         "convolution_size": model.convolution_taps, "local_qk_norm": model.has_qk_norm,
         "global_gate": "channel" if model.has_channel_gate else "scalar", "global_activation": "silu" if model.has_silu else "none",
     }  # fmt: skip

@@ -5,8 +5,9 @@ from __future__ import annotations
 import math
 from typing import Annotated, Literal, NamedTuple, TypeVar
 
-from pydantic import Field
+from pydantic import BeforeValidator, Field
 
+from phase8.config.rope_scaling import UNSCALED, RopeScaling, null_is_unscaled
 from phase8.config.section import Section, key
 from phase8.config.values import (
     GlobalPathName,
@@ -45,6 +46,9 @@ class ModelSection(Section):
     d_model: Width = key(512, "width D of the residual stream")
     num_layers: LayerCount = key(8, "number of blocks")
     num_heads: Width = key(8, "number of heads H")
+    num_kv_heads: Width | None = key(
+        None, "transformer: number of heads of keys and values, each shared by as many heads of queries (grouped-query attention); null: num_heads"
+    )
     head_size: Width | None = key(None, "size K of a head, even; null: d_model / num_heads")
     vocab_size: TokenCount = key(16384, "number of token ids; the tokenizer and the data must stay below it")
     sequence_length: TokenCount = key(512, "tokens T of a training sequence")
@@ -104,6 +108,7 @@ class ModelSection(Section):
         True, "rotary positions of the window's queries and keys (transformer: of the attention's); a list is repeated over the layers"
     )
     rope_base: PositiveFloat = key(10000.0, "base of the rotary frequencies")
+    rope_scaling: Annotated[RopeScaling, BeforeValidator(null_is_unscaled)] = key(UNSCALED, "scaling of the rotary frequencies")
     norm_eps: PositiveFloat = key(1e-5, "epsilon of every RMS norm")
     init_std: PositiveFloat = key(0.02, "standard deviation of the initial weights")
 
@@ -114,8 +119,23 @@ class ModelSection(Section):
 
     @property
     def attention_width(self) -> int:
-        """Width H * K of q, k and v."""
+        """Width H * K of q, and of k and v unless queries share them."""
         return self.num_heads * self.head_width
+
+    @property
+    def key_value_heads(self) -> int:
+        """Number of heads of keys and values."""
+        return self.num_kv_heads if self.num_kv_heads is not None else self.num_heads
+
+    @property
+    def key_value_width(self) -> int:
+        """Width of k and v."""
+        return self.key_value_heads * self.head_width
+
+    @property
+    def queries_per_key(self) -> int:
+        """Number of heads of queries that share a head of keys and values."""
+        return self.num_heads // self.key_value_heads
 
     @property
     def window_sizes(self) -> tuple[int, ...]:

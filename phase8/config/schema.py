@@ -106,7 +106,14 @@ class ZeroSection(Section):
 class PrecisionSection(Section):
     """Number formats. Master weights, gradients, reductions, norms and the Green chain are fp32 in every mode."""
 
-    dtype: Literal["bf16", "fp32", "fp8", "int8"] = key("bf16", "format of matmuls and of the residual stream")
+    dtype: Literal["bf16", "fp32"] = key("bf16", "format of matmuls and of the residual stream")
+    linear: Literal["fp8"] | None = key(None, "format of the products of dense linear layers in blocks; null: that of precision.dtype")
+    fp8_scaling: Literal["row", "tensor"] = key("tensor", "what numbers of fp8 share a scale: a row of a factor, or all of it")
+    bf16_layers: int = Field(default=1, ge=0, description="blocks at either end of the model whose products stay in precision.dtype")
+
+    def fp8_layers(self, num_layers: int) -> range:
+        """The layers of a model whose linear layers compute in fp8."""
+        return range(0) if self.linear is None else range(self.bf16_layers, num_layers - self.bf16_layers)
     tf32: bool = key(True, "let fp32 matmuls use tf32 on GPUs that have it")
 
 
@@ -220,9 +227,15 @@ class ObserveSection(Section):
     log_every_n_steps: PositiveInt = key(10, "steps between printed lines when the output is not a terminal")
     stragglers_every_n_steps: NonNegativeInt = key(100, "steps between looks for the slowest of several ranks; 0: never")
     tensorboard: bool = key(True, "write TensorBoard events")
+    wandb: Literal["none", "online", "offline"] = key("none", "log to Weights & Biases, or into the run directory for `wandb sync`")
+    wandb_entity: Text | None = key(None, "user or team that owns the run in wandb; null: the account's default")
+    trackio: bool = key(False, "log to trackio's local data base")
+    project: Text = key("phase8", "project of the run in wandb and trackio")
+    openmetrics: PathText | None = key(None, "file of latest figures for the textfile collector of Prometheus' node exporter, *.prom; null: none")
     report: bool = key(True, "draw report/loss.png and report/index.html when the run ends")
     sample_prompt: Text | None = key(None, "prompt of a sample printed at the end; null: none")
     sample_tokens: TokenCount = key(100, "tokens of that sample")
+    sample_at_evaluations: bool = key(False, "also sample at every evaluation, for the report; several ranks gather the whole model for it")
     peak_flops: PositiveFloat | None = key(None, "FLOP/s of the device that count as MFU 1; null: known GPUs, else no MFU")
 
 

@@ -10,7 +10,9 @@ from phase8.config.describe import describe_value
 from phase8.config.experts import expert_problems, model_expert_problems
 from phase8.config.model_section import ModelSection
 from phase8.config.pipeline import pipeline_of, pipeline_problems
-from phase8.config.schema import DataSection, OptimSection, ParallelSection, RunConfig, TrainSection
+from phase8.config.precision import precision_problems
+from phase8.config.rope_scaling import scaling_problems
+from phase8.config.schema import DataSection, ObserveSection, OptimSection, ParallelSection, RunConfig, TrainSection
 from phase8.config.split import split_problems
 from phase8.division import part
 from phase8.errors import ConfigError
@@ -52,11 +54,13 @@ def find_problems(config: RunConfig, *, world_size: int = 1) -> list[str]:
         *_slices(config),
         *_async_tensor_parallel(config.parallel),
         *_data(config),
+        *_observe(config.observe),
         *_tensor_parallel(config.model, config.parallel.tensor_parallel_size),
         *_context_parallel(config),
         *expert_problems(config, world_size),
         *_zero(config, world_size),
         *deepspeed_problems(config),
+        *precision_problems(config),
         *_batch_and_pipeline(config, world_size),
         *_not_built_yet(config),
     ]
@@ -69,6 +73,14 @@ def model_problems(model: ModelSection) -> Iterator[str]:
     elif model.head_width % 2:
         origin = "" if model.head_size is not None else f" (model.d_model {model.d_model} / model.num_heads {model.num_heads})"
         yield f"model.head_size {model.head_width}{origin} is odd, but rotary positions need an even one; set an even model.head_size."
+    if model.num_kv_heads is not None and model.block != "transformer":
+        yield (
+            f"model.num_kv_heads is {model.num_kv_heads}, but model.block is {model.block}, whose heads have keys and values of their own; "
+            "set model.num_kv_heads to null."
+        )
+    elif model.num_heads % model.key_value_heads:
+        yield f"model.num_kv_heads {model.num_kv_heads} does not divide model.num_heads {model.num_heads}; choose a divisor or null."
+    yield from scaling_problems(model.rope_scaling, block=model.block)
     if model.block == "phase8" and model.global_path == "none" and 0 in model.window_sizes:
         yield "model.local_window_size has layers with a window of 0, but model.global_path is none, so they would mix nothing; give them a window."
     if model.local_qk_norm and model.block == "phase8" and model.score != "dot":
@@ -203,6 +215,8 @@ def _tensor_parallel(model: ModelSection, num_ranks: int) -> Iterator[str]:
         "model.num_heads": model.num_heads,
         "model.sequence_length": model.sequence_length,
     }
+    if model.num_kv_heads is not None:
+        sizes["model.num_kv_heads"] = model.num_kv_heads
     if not all(model.has_experts):
         sizes["model.ffn_size" + (" (null)" if model.ffn_size is None else "")] = model.feed_forward_width
     for name, size in sizes.items():
@@ -272,11 +286,17 @@ def _batch_and_pipeline(config: RunConfig, world_size: int) -> Iterator[str]:
     yield from pipeline_problems(pipeline_of(config.parallel), num_layers=config.model.num_layers, num_microbatches=num_microbatches)
 
 
+def _observe(observe: ObserveSection) -> Iterator[str]:
+    if observe.openmetrics is not None and not observe.openmetrics.endswith(".prom"):
+        yield f"observe.openmetrics is {observe.openmetrics}, but Prometheus' node exporter reads files named *.prom only; add the suffix."
+    if "/" in observe.project:
+        yield f"observe.project is {observe.project}, but a project's name has no slash; name the team in observe.wandb_entity."
+
+
 def _not_built_yet(config: RunConfig) -> Iterator[str]:
     """Refuses keys whose feature is not implemented yet; none of them is ignored."""
     allowed = {
         "parallel.sequence_parallel": (config.parallel.sequence_parallel, (True,)),
-        "precision.dtype": (config.precision.dtype, ("bf16", "fp32")),
     }
     for name, (value, values) in allowed.items():
         if value not in values:

@@ -80,6 +80,7 @@ NonNegativeFloat = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 NegativeFloat = Annotated[float, Field(lt=0, allow_inf_nan=False)]
 PositiveNumber = Annotated[int | float, Field(gt=0, allow_inf_nan=False), at_most(_LARGEST)]
 Fraction = Annotated[float, Field(ge=0, le=1)]
+ScalingFactor = Annotated[float, Field(ge=1, allow_inf_nan=False)]
 
 Width = Annotated[PositiveInt, at_most(2**24)]
 OptionalWidth = Annotated[NonNegativeInt, at_most(2**24)]

@@ -8,7 +8,9 @@ giving each rank an early and a late part, but neither the convolution nor the d
 It stands on private functions of `torch.distributed.tensor.experimental`, which are the same from torch 2.11 to 2.13: its public form exchanges
 `scaled_dot_product_attention` everywhere, and knows none for CPUs.
 
-Shapes: B batch, H heads, T tokens of a slice, K head size.
+Keys may have fewer heads than queries: these go round the ring as they are, and where torch's operator needs as many, they are repeated for each use.
+
+Shapes: B batch, H heads of queries, J heads of keys and values, T tokens of a slice, K head size.
 
 Source: H. Liu et al., "Ring attention with blockwise transformers for near-infinite context" (2023).
 """
@@ -74,8 +76,8 @@ def ring_attention(q: Tensor, k: Tensor, v: Tensor, axis: Axis) -> Tensor:
 
     Args:
         q: Queries of this rank's slice [B, H, T, K].
-        k: Keys [B, H, T, K].
-        v: Values [B, H, T, K].
+        k: Keys [B, J, T, K]; J divides H.
+        v: Values [B, J, T, K].
         axis: Ranks that share the sequence; more than one.
 
     Returns:
@@ -85,10 +87,28 @@ def ring_attention(q: Tensor, k: Tensor, v: Tensor, axis: Axis) -> Tensor:
     return _RingAttention.apply(q.contiguous(), k, v, axis)
 
 
-def _attention(q: Tensor) -> _Attention:
+def _attention(q: Tensor, k: Tensor) -> _Attention:
     if q.device.type == "cpu":
         return _CPU
-    return _FLASH if q.dtype in (torch.bfloat16, torch.float16) else _EFFICIENT
+    if q.dtype in (torch.bfloat16, torch.float16):
+        return _FLASH
+    return _EFFICIENT if q.shape[1] == k.shape[1] else _with_repeated_keys(_EFFICIENT)
+
+
+def _with_repeated_keys(attention: _Attention) -> _Attention:
+    """An attention to fewer heads of keys than of queries, by one that needs as many of both."""
+
+    def forward(q: Tensor, k: Tensor, v: Tensor, **arguments: Any) -> tuple[Any, ...]:
+        count = q.shape[1] // k.shape[1]
+        return attention.forward(q, *(x.repeat_interleave(count, dim=1) for x in (k, v)), **arguments)
+
+    def backward(*, query: Tensor, key: Tensor, value: Tensor, **arguments: Any) -> tuple[Any, ...]:
+        count = query.shape[1] // key.shape[1]
+        k, v = (x.repeat_interleave(count, dim=1) for x in (key, value))
+        dq, dk, dv, *rest = attention.backward(query=query, key=k, value=v, **arguments)
+        return dq, *(x.unflatten(1, (-1, count)).sum(2) for x in (dk, dv)), *rest
+
+    return attention._replace(forward=forward, backward=backward)
 
 
 @contextmanager
@@ -107,7 +127,7 @@ def _consecutive_slices(dtype: torch.dtype) -> Iterator[Any]:
 class _RingAttention(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, axis: Axis) -> Tensor:
-        attention = _attention(q)
+        attention = _attention(q, k)
         with _consecutive_slices(q.dtype) as ring:
             out, logsumexp, *rest = ring._templated_ring_attention(
                 axis.group, _SEQUENCE_DIM, attention.forward, q, k, v, is_causal=True, dropout_p=0.0, **attention.arguments
@@ -120,7 +140,7 @@ class _RingAttention(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, Tensor, None]:
         q, k, v, out, logsumexp = ctx.saved_tensors
-        attention = _attention(q)
+        attention = _attention(q, k)
         with _consecutive_slices(q.dtype) as ring:
             dq, dk, dv, *_ = ring._templated_ring_attention_backward(
                 ctx.axis.group, _SEQUENCE_DIM, attention.backward, grad_out=grad.contiguous(), grad_out_name=attention.gradient,

@@ -1,6 +1,10 @@
 """Full causal attention of the transformer baseline.
 
-Shapes: B batch, T tokens, D model width, H heads, K head size, P carried tokens.
+Shapes: B batch, T tokens, D model width, H heads of queries, J heads of keys and values, K head size, P carried tokens.
+
+With grouped-query attention J is below H, and head h of the queries reads head h J / H of the keys, rounded down.
+
+Source: J. Ainslie et al., "GQA" (2023).
 """
 
 from __future__ import annotations
@@ -25,16 +29,20 @@ from phase8.model.work import mean_visible_keys
 from phase8.precision.formats import NumberFormat
 from phase8.tensor_parallel.linear import JointColumnLinear, column_linear, row_linear
 
+# Of torch's attention that keeps no scores, flash attention alone shares keys on a GPU: without a mask, in these dtypes, up to this head size.
+_GROUPED_DTYPES = (torch.bfloat16, torch.float16)
+_GROUPED_SIZE = 256
+
 
 @dataclass(frozen=True)
 class AttentionState:
     """Keys and values of every earlier token; they grow with the sequence.
 
     Args:
-        keys: Keys [B, P, H, K].
-        values: Values [B, P, H, K].
+        keys: Keys [B, P, J, K].
+        values: Values [B, P, J, K].
         documents: Number of the document of each key [B, P]; the last token seen so far has number 0, earlier documents less.
-        convolution: Last taps - 1 inputs of the convolution [B, taps - 1, 3 H K].
+        convolution: Last taps - 1 inputs of the convolution [B, taps - 1, (H + 2 J) K].
     """
 
     keys: Tensor
@@ -59,12 +67,15 @@ class CausalAttention(nn.Module):
         self.earlier = EarlierSlices(context) if context.size > 1 else None
         # It is not compiled: torch's loop over the ranks looks at their numbers.
         self.ring = torch.compiler.disable(ring_attention)
-        width, inner, rank = model.d_model, model.attention_width, model.low_rank_rank
-        self.num_heads, self.head_size = model.num_heads // axis.size, model.head_width
-        self.q, self.k, self.v = (column_linear(width, inner, rank=rank, std=model.init_std) for _ in range(3))
+        width, inner, keys, rank = model.d_model, model.attention_width, model.key_value_width, model.low_rank_rank
+        self.num_key_heads, self.head_size = model.key_value_heads // axis.size, model.head_width
+        self.widths = [size // axis.size for size in (inner, keys, keys)]  # of q, k and v on this rank
+        self.q, self.k, self.v = (column_linear(width, size, rank=rank, std=model.init_std) for size in (inner, keys, keys))
         self.qkv = JointColumnLinear((self.q, self.k, self.v), axis, number_format)
-        self.convolution = ShortConvolution(inner, model.convolution_taps, num_ranks=axis.size)
-        self.qk_norm = QueryKeyNorm(model.num_heads, model.head_width, eps=model.norm_eps) if model.has_qk_norm else None
+        self.convolution = ShortConvolution(
+            keys, model.convolution_taps, num_ranks=axis.size, head_size=model.head_width, queries_per_key=model.queries_per_key
+        )
+        self.qk_norm = QueryKeyNorm(model.key_value_heads, model.head_width, eps=model.norm_eps) if model.has_qk_norm else None
         std = model.init_std / math.sqrt(2 * model.num_layers)
         self.out = row_linear(inner, width, rank=rank, std=std, axis=axis, number_format=number_format)
 
@@ -84,7 +95,7 @@ class CausalAttention(nn.Module):
 
     def empty_state(self, batch_size: int, *, dtype: torch.dtype, device: torch.device) -> AttentionState:
         """The state before the first token: no keys, no values, and zeros for the convolution."""
-        nothing = torch.zeros(batch_size, 0, self.num_heads, self.head_size, dtype=dtype, device=device)
+        nothing = torch.zeros(batch_size, 0, self.num_key_heads, self.head_size, dtype=dtype, device=device)
         documents = torch.zeros(batch_size, 0, dtype=torch.int32, device=device)
         return AttentionState(nothing, nothing, documents, self.convolution.empty_state(batch_size, dtype=dtype, device=device))
 
@@ -99,7 +110,7 @@ class CausalAttention(nn.Module):
             own_starts = self.earlier.own_part(starts, len(angles))
             before = None if self.convolution.taps is None else self.earlier.last_inputs(qkv, self.convolution.num_taps - 1, starts)()
         qkv, convolution = self.convolution(qkv, own_starts, before)
-        q, k, v = (part.unflatten(-1, (self.num_heads, self.head_size)) for part in qkv.chunk(3, dim=-1))
+        q, k, v = (part.unflatten(-1, (-1, self.head_size)) for part in qkv.split(self.widths, dim=-1))
         if self.qk_norm is not None:
             q, k = self.qk_norm(q), self.qk_norm(k)
         q, k = rotate(q, angles), rotate(k, angles)
@@ -120,11 +131,20 @@ class CausalAttention(nn.Module):
 
 
 def _attend(q: Tensor, keys: Tensor, values: Tensor, documents: Tensor | None) -> Tensor:
-    """Attention of the last queries [B, H, T, K] to all keys up to their own [B, H, P + T, K]; with documents [B, P + T], to those of their own."""
-    if documents is None and q.shape[2] == keys.shape[2]:
-        return F.scaled_dot_product_attention(q, keys, values, is_causal=True)
+    """Attention of the last queries [B, H, T, K] to all keys up to their own [B, J, P + T, K]; with documents [B, P + T], to those of their own."""
+    is_whole = documents is None and q.shape[2] == keys.shape[2]
     # torch's mask for "the last queries" without T x (P + T) numbers, `causal_lower_right`, fails under dispatch modes.
-    return F.scaled_dot_product_attention(q, keys, values, attn_mask=_mask(q.shape[2], keys.shape[2], documents, q.device))
+    mask = None if is_whole else _mask(q.shape[2], keys.shape[2], documents, q.device)
+    num_groups, queries_per_key = keys.shape[1], q.shape[1] // keys.shape[1]
+    if queries_per_key == 1:
+        return F.scaled_dot_product_attention(q, keys, values, attn_mask=mask, is_causal=is_whole)
+    if q.shape[2] == 1:  # the heads that share a key are its queries, so no key is copied while text is generated
+        y = F.scaled_dot_product_attention(q.view(len(q), num_groups, queries_per_key, -1), keys, values, attn_mask=mask)
+        return y.reshape(q.shape)
+    if is_whole and q.dtype in _GROUPED_DTYPES and q.shape[-1] <= _GROUPED_SIZE:
+        return F.scaled_dot_product_attention(q, keys, values, is_causal=True, enable_gqa=True)
+    keys, values = (x.repeat_interleave(queries_per_key, dim=1) for x in (keys, values))
+    return F.scaled_dot_product_attention(q, keys, values, attn_mask=mask, is_causal=is_whole)
 
 
 def _mask(num_queries: int, num_keys: int, documents: Tensor | None, device: torch.device) -> Tensor:

@@ -100,7 +100,7 @@ class Phase8Mixer(nn.Module):
         self.q, self.k, self.v = (column_linear(width, inner, rank=rank, std=model.init_std) for _ in range(3))
         self.qkv = JointColumnLinear((self.q, self.k, self.v), axis, number_format)
         self.earlier = EarlierSlices(context) if context.size > 1 else None
-        self.convolution = ShortConvolution(inner, model.convolution_taps, num_ranks=axis.size)
+        self.convolution = ShortConvolution(inner, model.convolution_taps, num_ranks=axis.size, head_size=model.head_width)
         self.score = LorentzScore(model.num_heads) if model.score == "lorentz" and self.window > 0 else None
         self.qk_norm = QueryKeyNorm(model.num_heads, model.head_width, eps=model.norm_eps) if model.has_qk_norm and self.window > 0 else None
         self.has_silu = model.has_silu

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -35,6 +36,7 @@ class LanguageModel(nn.Module):
         dtype: Dtype of the residual stream and of the matmuls.
         axis: Axis of tensor parallelism.
         number_format: Format that computes the products of the linear layers of blocks.
+        plain_layers: Blocks at either end of the whole model that compute them in the dtype of their operands instead.
         layers: Layers of the chunk; None: all layers.
         context: Axis of the ranks that share each sequence: each is given its slice, in their order.
         expert: Axis of the ranks that share the experts of each layer.
@@ -47,6 +49,7 @@ class LanguageModel(nn.Module):
         dtype: torch.dtype,
         axis: Axis = ALONE,
         number_format: NumberFormat = OPERAND_DTYPE,
+        plain_layers: int = 0,
         layers: range | None = None,
         context: Axis = ALONE,
         expert: Axis = ALONE,
@@ -61,8 +64,10 @@ class LanguageModel(nn.Module):
             if self.begins or (self.ends and model.tie_embeddings)
             else None
         )
-        options = {"axis": axis, "number_format": number_format, "context": context, "expert": expert}
-        self.blocks = nn.ModuleDict({str(layer): Block(model, layer, **options) for layer in layers})
+        inner = range(plain_layers, model.num_layers - plain_layers)
+        formats = {layer: number_format if layer in inner else OPERAND_DTYPE for layer in layers}
+        options = {"axis": axis, "context": context, "expert": expert}
+        self.blocks = nn.ModuleDict({str(layer): Block(model, layer, number_format=formats[layer], **options) for layer in layers})
         self.norm = RMSNorm(model.d_model, eps=model.norm_eps) if self.ends else None
         self.head = ColumnParallelLinear(model.d_model, model.vocab_size, std=model.init_std) if self.ends and not model.tie_embeddings else None
 
@@ -119,8 +124,14 @@ class LanguageModel(nn.Module):
         if self.begins:
             x, sequence_length = self.embedding(tokens), tokens.shape[1]
         first_position += self.context.index * sequence_length
+        section = self.section
         angles = rotary_angles(
-            sequence_length, self.section.head_width, base=self.section.rope_base, first_position=first_position, device=x.device
+            sequence_length,
+            section.head_width,
+            base=section.rope_base,
+            rope_scaling=section.rope_scaling,
+            first_position=first_position,
+            device=x.device,
         )
         carried = []
         for place, (layer, block) in enumerate(self.blocks.items()):
@@ -170,14 +181,15 @@ def build_model(
     dtype: torch.dtype,
     device: torch.device,
     axis: Axis = ALONE,
-    number_format: NumberFormat = OPERAND_DTYPE,
-    layers: range | None = None,
-    context: Axis = ALONE,
     expert: Axis = ALONE,
+    **options: Any,
 ) -> LanguageModel:
-    """Builds a model or a chunk with uninitialised parameters on a device (`meta`: shapes only); `parameters.initialise` fills them."""
+    """Builds a model or a chunk with uninitialised parameters on a device (`meta`: shapes only); `parameters.initialise` fills them.
+
+    The other arguments are those of `LanguageModel`.
+    """
     with torch.device("meta"):
-        built = LanguageModel(model, dtype=dtype, axis=axis, number_format=number_format, layers=layers, context=context, expert=expert)
+        built = LanguageModel(model, dtype=dtype, axis=axis, expert=expert, **options)
     if device.type != "meta":
         materialise(built, device=device, axis=axis, expert=expert)
     return built

@@ -40,12 +40,12 @@ class RMSNorm(nn.Module):
 
 
 class QueryKeyNorm(nn.Module):
-    """The norm x / rms(x) of queries and keys, times a learned number per head that both share.
+    """The norm x / rms(x) of queries and keys, times a learned number per head of keys that the head and its queries share.
 
     Source: A. Henry et al., "Query-key normalization for transformers" (2020).
 
     Args:
-        num_heads: Number of heads H.
+        num_heads: Number of heads H of keys; queries have as many or several times as many.
         head_size: Head size K.
         eps: Summand of the mean square.
     """
@@ -65,8 +65,9 @@ class QueryKeyNorm(nn.Module):
         return local(self.weight) * math.sqrt(self.head_size)
 
     def forward(self, x: Tensor) -> Tensor:
-        """Normalises queries or keys [..., H, K]; the result has their dtype."""
-        return (rms_normalise(at_least_fp32(x), self.eps) * local(self.weight)[:, None]).to(x.dtype)
+        """Normalises queries or keys [..., any multiple of H, K]; the result has their dtype."""
+        lengths = local(self.weight)[:, None, None]
+        return (rms_normalise(at_least_fp32(x), self.eps).unflatten(-2, (len(lengths), -1)) * lengths).flatten(-3, -2).to(x.dtype)
 
 
 def rms_normalise(x: Tensor, eps: float) -> Tensor:

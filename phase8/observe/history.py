@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,6 +14,26 @@ from phase8.observe.routing import RoutingHistory, routing_history
 Series = NDArray[np.float64]
 
 _SMOOTHING_SHARE = 0.015
+
+
+@dataclass(frozen=True)
+class Places:
+    """Where the values of a curve stand, on each axis that a chart may have.
+
+    Args:
+        steps: Step numbers.
+        tokens: Training tokens seen by then.
+        seconds: Time spent in steps by then; evaluations, saves and pauses between processes are not in it.
+    """
+
+    steps: Series
+    tokens: Series
+    seconds: Series
+
+    def at(self, steps: Series) -> Places:
+        """The places of other steps, between these; before the first step nothing was seen."""
+        known = np.append(0.0, self.steps)
+        return Places(steps, *(np.interp(steps, known, np.append(0.0, values)) for values in (self.tokens, self.seconds)))
 
 
 @dataclass(frozen=True)
@@ -31,12 +51,13 @@ class History:
         data_wait_seconds: Part of the duration spent waiting for data.
         mfu: Model FLOPs utilisation as a ratio.
         peak_memory_bytes: Peak memory so far.
-        num_skipped: Steps skipped because loss or gradient was not finite.
+        skipped_steps: Steps that were skipped because of an anomaly.
+        auxiliary_losses: What was minimised beside the loss, by name, NaN where it was not recorded.
         validation_steps: Steps after which the model was evaluated.
-        validation_tokens_seen: Training tokens seen by then.
         validation_loss: Loss of each evaluation.
+        validation_sources: Loss of each source of a blend in each evaluation, by name.
+        validation_sequences: Number of sequences of each source of a blend in the last evaluation.
         routing: Routing of experts; None: there is none.
-        last_validation_sources: Loss (NaN where it is not finite) and number of sequences of each source of a blend in the last evaluation.
     """
 
     steps: Series
@@ -49,12 +70,13 @@ class History:
     data_wait_seconds: Series
     mfu: Series
     peak_memory_bytes: Series
-    num_skipped: int
+    skipped_steps: tuple[int, ...]
+    auxiliary_losses: Mapping[str, Series]
     validation_steps: Series
-    validation_tokens_seen: Series
     validation_loss: Series
+    validation_sources: Mapping[str, Series]
+    validation_sequences: Mapping[str, float]
     routing: RoutingHistory | None
-    last_validation_sources: Mapping[str, tuple[float, int]]
 
     @classmethod
     def from_records(cls, records: Sequence[Mapping[str, Any]]) -> History:
@@ -62,11 +84,9 @@ class History:
         figures = [record for record in records if "event" not in record]
         training = [record for record in figures if "loss" in record]
         evaluations = [record for record in figures if "validation_loss" in record]
-        steps, tokens = _column(training, "step"), _column(training, "tokens")
-        validation_steps = _column(evaluations, "step")
         return cls(
-            steps=steps,
-            tokens=tokens,
+            steps=_column(training, "step"),
+            tokens=_column(training, "tokens"),
             loss=_column(training, "loss"),
             learning_rate=_column(training, "learning_rate"),
             grad_norm=_column(training, "grad_norm"),
@@ -75,17 +95,19 @@ class History:
             data_wait_seconds=_column(training, "data_wait_seconds"),
             mfu=_column(training, "mfu"),
             peak_memory_bytes=_column(training, "peak_memory_bytes"),
-            num_skipped=sum(record["skipped"] for record in training),
-            validation_steps=validation_steps,
-            # An evaluation records only its step; before the first step no token was seen.
-            validation_tokens_seen=np.interp(validation_steps, np.append(0.0, steps), np.append(0.0, tokens)),
+            skipped_steps=tuple(record["step"] for record in training if record["skipped"]),
+            auxiliary_losses=_columns(training, "auxiliary_losses", lambda loss: loss),
+            validation_steps=_column(evaluations, "step"),
             validation_loss=_column(evaluations, "validation_loss"),
+            validation_sources=_columns(evaluations, "validation_sources", lambda source: source["loss"]),
+            validation_sequences={name: source["sequences"] for name, source in (evaluations or [{}])[-1].get("validation_sources", {}).items()},
             routing=routing_history(training),
-            last_validation_sources={
-                name: (np.nan if source["loss"] is None else source["loss"], source["sequences"])
-                for name, source in (evaluations[-1].get("validation_sources", {}) if evaluations else {}).items()
-            },
         )
+
+    @property
+    def places(self) -> Places:
+        """The places of the training steps."""
+        return Places(self.steps, self.tokens, np.cumsum(self.step_seconds))
 
 
 def smooth(values: Series) -> Series:
@@ -130,5 +152,45 @@ def median(values: Series) -> float | None:
     return float(np.median(finite)) if finite.size else None
 
 
+def loss_limits(loss: Series, validation_loss: Series, reference_losses: Mapping[str, float]) -> tuple[float, float]:
+    """Limits of a loss axis: they cut off the initial drop from the untrained loss, which would flatten the rest.
+
+    The references and the validation losses of the second half are always inside.
+    """
+    smoothed = smooth(loss)[np.isfinite(loss)]
+    validation = validation_loss[np.isfinite(validation_loss)]
+    inside = [*reference_losses.values(), *validation[len(validation) // 2 :]]
+    if smoothed.size:
+        inside += [float(np.nanquantile(loss, 0.001)), float(np.quantile(smoothed, 0.98))]
+    if not inside:
+        return 0.0, 1.0
+    low, high = min(inside), max(inside)
+    margin = max(0.06 * (high - low), 0.1)
+    return max(0.0, low - margin), high + margin
+
+
+def thin_out(x: Series, y: Series, *, most: int) -> tuple[Series, Series]:
+    """A curve with no more points than a picture can show; minimum and maximum of each stretch are kept, and with them spikes."""
+    if len(x) <= most:
+        return x, y
+    keep: list[int] = []
+    for stretch in np.array_split(np.arange(len(x)), most // 2):
+        finite = stretch[np.isfinite(y[stretch])]
+        extremes = {int(finite[np.argmin(y[finite])]), int(finite[np.argmax(y[finite])])} if finite.size else {int(stretch[0])}
+        keep.extend(sorted(extremes))
+    return x[keep], y[keep]
+
+
 def _column(records: Sequence[Mapping[str, Any]], key: str) -> Series:
     return np.array([np.nan if record[key] is None else record[key] for record in records], dtype=np.float64)
+
+
+def _columns(records: Sequence[Mapping[str, Any]], key: str, value_of: Callable[[Any], float | None]) -> dict[str, Series]:
+    """The series of each name under a key that holds a mapping; NaN where a record lacks the name."""
+    names = dict.fromkeys(name for record in records for name in record.get(key, {}))
+
+    def value(record: Mapping[str, Any], name: str) -> float:
+        found = value_of(record[key][name]) if name in record.get(key, {}) else None
+        return np.nan if found is None else found
+
+    return {name: np.array([value(record, name) for record in records], dtype=np.float64) for name in names}

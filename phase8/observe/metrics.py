@@ -1,4 +1,4 @@
-"""`metrics.jsonl`: what every step of a run measured, one strict JSON object per line, and the same as TensorBoard events.
+"""`metrics.jsonl`: what every step of a run measured, one strict JSON object per line, which loggers get too.
 
 | line | keys |
 |---|---|
@@ -19,28 +19,15 @@ from dataclasses import dataclass, field, fields
 from io import FileIO
 from pathlib import Path
 from types import TracebackType
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 from phase8.closing import Tolerated
 from phase8.durable import append_whole, open_for_appending, replace_file, storage_errors
 from phase8.errors import StorageError
-from phase8.observe.routing import Routing, is_routing, routing_record, routing_scalars
+from phase8.observe.loggers import Logger
+from phase8.observe.routing import Routing, is_routing, routing_record
 from phase8.terminal import warn
 
-if TYPE_CHECKING:
-    from phase8.observe.event_file import EventFile
-
-_TENSORBOARD_TAGS = {
-    "loss": "loss/train",
-    "validation_loss": "loss/validation",
-    "learning_rate": "optimizer/learning_rate",
-    "grad_norm": "optimizer/grad_norm",
-    "tokens_per_second": "speed/tokens_per_second",
-    "step_seconds": "speed/step_seconds",
-    "data_wait_seconds": "speed/data_wait_seconds",
-    "mfu": "speed/mfu",
-    "peak_memory_bytes": "memory/peak_bytes",
-}
 _LARGEST_COUNT = 2**63
 _LARGEST_NUMBER = 1e300  # arrays hold it
 _MAX_LINES_NAMED = 5
@@ -108,20 +95,20 @@ class MetricsWriter:
     """The open `metrics.jsonl` of a run.
 
     Every line reaches the operating system at once, so a kill loses at most the line being written. Opening first drops what a
-    resumed run is going to write again, so each step appears once. TensorBoard is optional: an error of it is reported once.
+    resumed run is going to write again, so each step appears once.
 
     Args:
         directory: The run directory, created when missing.
         resume_step: Last step of the checkpoint the run goes on from; 0 starts an empty record.
-        tensorboard: Also write TensorBoard events under `<directory>/tensorboard`.
+        loggers: Get every line after it was written.
         say: Shows a sentence.
 
     Raises:
         StorageError: When the directory cannot be written.
     """
 
-    def __init__(self, directory: Path, *, resume_step: int, tensorboard: bool, say: Callable[[str], None] = warn):
-        self._say, self._events_failed = say, False
+    def __init__(self, directory: Path, *, resume_step: int, loggers: Sequence[Logger] = (), say: Callable[[str], None] = warn):
+        self._say, self._loggers = say, loggers
         self._path = directory / "metrics.jsonl"
         with storage_errors(directory):
             directory.mkdir(parents=True, exist_ok=True)
@@ -129,10 +116,8 @@ class MetricsWriter:
         with storage_errors(self._path):
             # Unbuffered: nothing is left behind that a failed write could hold back until close.
             self._file = FileIO(open_for_appending(self._path), "ab")
-        self._events: EventFile | None = None
-        if tensorboard:
-            with Tolerated("TensorBoard gets no events of this run", say):
-                self._events = _open_events(directory / "tensorboard", resume_step)
+        for logger in loggers:
+            logger.begin(resume_step)
 
     def log_step(self, metrics: StepMetrics) -> None:
         """Record a training step."""
@@ -161,22 +146,20 @@ class MetricsWriter:
             }
         self._write(record)
 
-    def log_event(self, step: int, event: str, /, **fields: str | int | float | bool | None) -> None:
+    def log_event(self, step: int, event: str, /, **fields: Any) -> None:
         """Record something that happened after a step: a checkpoint, a resume, a skipped step, a straggler.
 
         Args:
             step: The last finished step.
             event: Kind of event, one word.
-            **fields: What is known about it, `message` among others.
+            **fields: What is known about it, as plain JSON: `message` among others.
         """
         self._write({"step": step, "event": event, **fields})
 
     def close(self) -> None:
-        """Close the metrics file and the TensorBoard events; an error is only reported, because every line has been written before."""
-        for file in (self._file, self._events):
-            if file is not None:
-                with Tolerated(f"{self._path.parent} may lack the last metrics", self._say):
-                    file.close()
+        """Close the file; an error is only reported, because every line has been written before."""
+        with Tolerated(f"{self._path.parent} may lack the last metrics", self._say):
+            self._file.close()
 
     def __enter__(self) -> MetricsWriter:
         return self
@@ -188,20 +171,8 @@ class MetricsWriter:
         finite = {key: _finite(value) for key, value in record.items()}
         with storage_errors(self._path):
             append_whole(self._file, json.dumps(finite, allow_nan=False).encode() + b"\n")
-        scalars = {tag: finite[key] for key, tag in _TENSORBOARD_TAGS.items() if finite.get(key) is not None}
-        scalars.update({f"loss/{name}": loss for name, loss in finite.get("auxiliary_losses", {}).items() if loss is not None})
-        scalars.update(routing_scalars(finite.get("routing", {})))
-        for name, source in finite.get("validation_sources", {}).items():
-            if source["loss"] is not None:
-                scalars[f"loss/validation/{name}"] = source["loss"]
-        if self._events is None or not scalars:
-            return
-        try:
-            self._events.add_scalars(finite["step"], scalars)
-        except OSError as error:
-            if not self._events_failed:
-                self._say(f"step {finite['step']}: TensorBoard events are lost, training goes on: {error.strerror or error}")
-            self._events_failed = True
+        for logger in self._loggers:
+            logger.log(finite)
 
 
 def _finite(value: Any) -> Any:
@@ -327,10 +298,3 @@ def _drop_later_lines(path: Path, resume_step: int, say: Callable[[str], None]) 
     last_step = resume_step if resume_step > 0 else -1  # a run that begins anew records the evaluation of step 0 anew
     kept = [line.content for line in lines if line.record is None or line.record["step"] <= last_step]
     replace_file(path, b"".join(line + b"\n" for line in kept))
-
-
-def _open_events(directory: Path, resume_step: int) -> EventFile:
-    # Imported here: it costs seconds of start-up that a run without TensorBoard does not owe.
-    from phase8.observe.event_file import EventFile
-
-    return EventFile(directory, first_step=resume_step + 1 if resume_step > 0 else 0)

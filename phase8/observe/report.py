@@ -1,93 +1,112 @@
-"""`report/`: the curves of a run as a picture and as one self-contained page."""
+"""`report/`: the curves of a run as a picture and as one self-contained page, drawn from its `metrics.jsonl` alone."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from functools import partial
-from html import escape
 from pathlib import Path
-from string import Template
 from typing import NamedTuple
 
 import numpy as np
 
 from phase8.durable import replace_file, storage_errors
+from phase8.observe.curves import Chart, Curve, Mark, Span, limits_from_zero
 from phase8.observe.formatting import format_bytes, format_count, format_ratio, format_seconds
-from phase8.observe.history import History, Series, last_finite, median, smooth
+from phase8.observe.history import History, Places, Series, last_finite, loss_limits, median, smooth
 from phase8.observe.metrics import read_metrics
+from phase8.observe.page import Charts, Tile, card, facts_table, page, samples, table
 from phase8.observe.routing import RoutingHistory
+from phase8.observe.routing_chart import EVEN, FEWER, MORE, draw_load
+from phase8.observe.run_events import RunEvents
+from phase8.paths import real_path
 from phase8.terminal import ESCAPED
 
-_PAGE = Path(__file__).with_name("report.html")
+_MAX_EVENTS = 40
+format_loss = "{:.3f}".format
+_format_rate = "{:.3g}".format
+_format_percent = "{:.3g} %".format
 
 
-class Tile(NamedTuple):
-    """A headline figure: its name, its value and a remark."""
+class RecordedRun(NamedTuple):
+    """A run as its metrics describe it.
+
+    Args:
+        name: Name of its directory.
+        history: Its figures.
+        events: Its events.
+    """
 
     name: str
-    value: str
-    note: str = ""
-    is_warning: bool = False
+    history: History
+    events: RunEvents
 
 
-def write_report(
-    directory: Path,
-    *,
-    title: str,
-    facts: Sequence[tuple[str, str]],
-    reference_losses: Mapping[str, float],
-    sample: str | None = None,
-    say: Callable[[str], None] | None = None,
-) -> Path:
-    """Draw `report/loss.png` and `report/index.html` of a run from its `metrics.jsonl`.
+def read_run(directory: Path, *, say: Callable[[str], None] | None = None) -> RecordedRun:
+    """Reads the metrics of a run.
 
     Args:
         directory: The run directory.
-        title: Heading of picture and page.
-        facts: Facts about the run, as pairs of name and value.
-        reference_losses: Losses to compare with, in nats per token, drawn as dashed lines under their names.
-        sample: Text the model wrote, if any.
+        say: Shows a sentence about lines that are not metrics.
+
+    Raises:
+        StorageError: The metrics cannot be read.
+    """
+    records = read_metrics(directory / "metrics.jsonl", say=say)
+    return RecordedRun(real_path(directory).name, History.from_records(records), RunEvents.from_records(records))
+
+
+def write_report(directory: Path, *, say: Callable[[str], None] | None = None) -> Path:
+    """Draws `report/loss.png` and `report/index.html` of a run, which may still be training.
+
+    Args:
+        directory: The run directory.
         say: Shows a sentence about lines that are not metrics.
 
     Returns:
         The page.
 
     Raises:
-        StorageError: When the metrics cannot be read or the report cannot be written.
+        StorageError: The metrics cannot be read or the report cannot be written.
     """
     from phase8.observe.charts import loss_png  # late: of all ranks one draws, at the end, and matplotlib takes a third of a second
 
-    history = History.from_records(read_metrics(directory / "metrics.jsonl", say=say))
-    page = Template(_PAGE.read_text(encoding="utf-8")).substitute(
-        title=escape(title),
-        subtitle=escape(_subtitle(history)),
-        tiles="\n".join(_tile_html(tile) for tile in headline(history, reference_losses)),
-        charts="\n".join(_chart_cards(history, reference_losses)),
-        sample="" if sample is None else _card("Sample", f"<pre>{escape(sample)}</pre>"),
-        facts=_sources_card(history) + (_card("Run", _facts_table(facts)) if facts else ""),
-    )
+    run = read_run(directory, say=say)
+    content = run_page(run).encode(errors=ESCAPED)
     report_directory = directory / "report"
     with storage_errors(report_directory):
         report_directory.mkdir(exist_ok=True)
-    replace_file(report_directory / "loss.png", loss_png(history, title=title, reference_losses=reference_losses))
-    replace_file(report_directory / "index.html", page.encode(errors=ESCAPED))
+    replace_file(report_directory / "loss.png", loss_png(run.history, title=run.name, reference_losses=run.events.reference_losses))
+    replace_file(report_directory / "index.html", content)
     return report_directory / "index.html"
 
 
-def headline(history: History, reference_losses: Mapping[str, float]) -> list[Tile]:
+def run_page(run: RecordedRun) -> str:
+    """The page of a run."""
+    history, events = run.history, run.events
+    charts = Charts(Span.of([history.places]), _marks(history, events))
+    cards = [*_chart_cards(run, charts), *_routing_cards(history, charts), *_text_cards(run)]
+    return page(run.name, [_progress(history), events.origin], tiles=headline(history, events), cards=cards, charts=charts)
+
+
+def headline(history: History, events: RunEvents) -> list[Tile]:
     """The main figures of a run; a figure that was not measured is a dash."""
-    total_seconds = float(np.sum(history.step_seconds))
-    waiting = f"{format_ratio(float(np.sum(history.data_wait_seconds)) / total_seconds)} waiting for data" if total_seconds > 0 else ""
+    total_seconds, planned = float(np.sum(history.step_seconds)), events.planned_memory_bytes
+    waiting = _or_dash(float(np.sum(history.data_wait_seconds)) / total_seconds if total_seconds > 0 else None, format_ratio)
     mfu = median(history.mfu)
     return [
-        Tile("Training loss", _or_dash(last_finite(smooth(history.loss)), "{:.3f}".format), "nats per token, smoothed"),
-        _validation_tile(history, reference_losses),
+        Tile("Training loss", _or_dash(last_finite(smooth(history.loss)), format_loss), "nats per token, smoothed"),
+        _validation_tile(history, events.reference_losses),
         Tile("Tokens", _or_dash(last_finite(history.tokens), format_count), f"up to step {int(history.steps[-1]):,}" if history.steps.size else ""),
-        Tile("Time in steps", format_seconds(total_seconds), waiting),
+        Tile("Time in steps", format_seconds(total_seconds), "without evaluations and saves" if mfu is None else f"{waiting} waiting for data"),
         Tile("Throughput", _or_dash(median(history.tokens_per_second), lambda rate: f"{format_count(rate)} tok/s"), "median"),
-        Tile("MFU", _or_dash(mfu, format_ratio), "median" if mfu is not None else "peak FLOP/s of the device unknown"),
-        Tile("Peak memory", _or_dash(last_finite(history.peak_memory_bytes), format_bytes)),
-        Tile("Skipped steps", f"{history.num_skipped:,}", "loss or gradient not finite", is_warning=history.num_skipped > 0),
+        Tile("Waiting for data", waiting, "of the time in steps") if mfu is None else Tile("MFU", format_ratio(mfu), "median"),
+        Tile(
+            "Peak memory",
+            _or_dash(last_finite(history.peak_memory_bytes), format_bytes),
+            "" if planned is None else f"planned {format_bytes(planned)}",
+        ),
+        Tile("Skipped steps", f"{len(history.skipped_steps):,}", "not finite, or a spike", is_warning=bool(history.skipped_steps)),
     ]
 
 
@@ -99,81 +118,114 @@ def _validation_tile(history: History, reference_losses: Mapping[str, float]) ->
     note = f"step {int(history.validation_steps[best]):,}"
     for name, reference in list(reference_losses.items())[:1]:
         note += f", {abs(reference - loss):.2f} {'below' if loss < reference else 'above'} {name}"
-    return Tile("Best validation loss", f"{loss:.3f}", note)
+    return Tile("Best validation loss", format_loss(loss), note)
 
 
 def _or_dash(value: float | None, format_value: Callable[[float], str]) -> str:
     return "–" if value is None else format_value(value)
 
 
-def _subtitle(history: History) -> str:
+def _progress(history: History) -> str:
     if not history.steps.size:
         return "No training step was recorded."
     return f"After step {int(history.steps[-1]):,} and {format_count(history.tokens[-1])} tokens"
 
 
-def _chart_cards(history: History, reference_losses: Mapping[str, float]) -> Iterator[str]:
-    """The loss chart over the whole width, in a light and a dark version, and the smaller charts in pairs."""
-    from phase8.observe.charts import draw_loss, render_svg
+def _marks(history: History, events: RunEvents) -> list[Mark]:
+    """Restarts after the first step, rollbacks and skipped steps."""
+    restarts = [step for step in events.steps.get("start", ()) if step > 0]
+    kinds = {"restart": restarts, "rollback": events.steps.get("rollback", ()), "skipped": history.skipped_steps}
+    return [Mark(kind, np.array(steps, dtype=np.float64)) for kind, steps in kinds.items()]
 
-    draw = partial(draw_loss, history=history, reference_losses=reference_losses)
-    legend = '<span class="key train">train</span>' + '<span class="key validation">validation</span>' * bool(history.validation_loss.size)
-    yield _card(
-        "Loss",
-        f'<figure class="wide-screen">{render_svg(draw, name="loss", width=1000, height=420)}</figure>'
-        f'<figure class="narrow-screen">{render_svg(draw, name="loss-narrow", width=360, height=300)}</figure>',
-        remark=legend,
-    )
+
+def _chart_cards(run: RecordedRun, charts: Charts) -> Iterator[str]:
+    history, events, places = run.history, run.events, run.history.places
+    series = partial(_series, places=places)
+    at_evaluations = places.at(history.validation_steps)
+    validation = Curve("validation", "c1", at_evaluations, history.validation_loss, "points")
+    yield charts.card(loss_chart([Curve("train", "c0", places, history.loss, "noisy"), validation], history, events.reference_losses))
+    yield charts.card(series("Throughput", "tokens per second", history.tokens_per_second, format_count))
+    if np.isfinite(history.mfu).any():
+        yield charts.card(series("MFU", "per cent", 100 * history.mfu, _format_percent))
+    yield charts.card(memory_chart([Curve("peak", "c0", places, history.peak_memory_bytes)], events.planned_memory_bytes))
+    yield charts.card(series("Gradient norm", "before clipping", history.grad_norm, _format_rate))
+    yield charts.card(series("Learning rate", "", history.learning_rate, _format_rate, style="line"))
     # A step of zero duration did not wait.
-    waiting_percent = 100 * history.data_wait_seconds / np.maximum(history.step_seconds, 1e-9)
-    yield _series_card("Throughput", "tokens per second", history.steps, history.tokens_per_second)
-    yield _series_card("Waiting for data", "per cent of the step", history.steps, waiting_percent)
-    yield _series_card("Gradient norm", "before clipping", history.steps, history.grad_norm)
-    yield _series_card("Learning rate", "", history.steps, history.learning_rate, is_noisy=False)
-    if history.routing is not None:
-        yield from _routing_cards(history.routing)
+    waiting = 100 * history.data_wait_seconds / np.maximum(history.step_seconds, 1e-9)
+    yield charts.card(series("Waiting for data", "per cent of the step", waiting, _format_percent))
+    for name, losses in history.auxiliary_losses.items():
+        yield charts.card(series(f"Loss {name}", "per valid target", losses, _format_rate))
+    if history.validation_sources:
+        curves = [Curve(name, f"c{n % 8}", at_evaluations, losses, "points") for n, (name, losses) in enumerate(history.validation_sources.items())]
+        limits = loss_limits(np.concatenate([curve.values for curve in curves]), np.array([]), {})
+        yield charts.card(Chart("Validation loss by source", "nats per token", curves, limits, format_loss))
 
 
-def _routing_cards(routing: RoutingHistory) -> Iterator[str]:
+def loss_chart(curves: Sequence[Curve], history: History, reference_losses: Mapping[str, float]) -> Chart:
+    """The chart of losses, with limits for the losses of a history."""
+    limits = loss_limits(history.loss, history.validation_loss, reference_losses)
+    return Chart("Loss", "nats per token", curves, limits, format_loss, references=reference_losses, is_wide=True)
+
+
+def memory_chart(curves: Sequence[Curve], planned: float | None) -> Chart:
+    """The chart of peak memory in bytes, with what was planned."""
+    values = [*(curve.values for curve in curves), np.array([] if planned is None else [planned])]
+    unit, name = (2**30, "GiB") if limits_from_zero(*values)[1] >= 2**30 else (2**20, "MiB")
+    scaled = [replace(curve, values=curve.values / unit) for curve in curves]
+    references = {} if planned is None else {"planned": planned / unit}
+    limits = limits_from_zero(*(each / unit for each in values))
+    return Chart("Peak memory", f"{name}, first rank", scaled, limits, lambda value: f"{value:.3g} {name}", references=references)
+
+
+def _series(heading: str, unit: str, values: Series, format_value: Callable[[float], str], *, places: Places, style: str = "noisy") -> Chart:
+    return Chart(heading, unit, [Curve("", "c0", places, values, style)], limits_from_zero(values), format_value)
+
+
+def _routing_cards(history: History, charts: Charts) -> Iterator[str]:
     """The load of every expert, what is dropped, and how sure routers are, as means over the layers."""
-    from phase8.observe.charts import render_svg
-    from phase8.observe.routing_chart import draw_load
-
-    svg = render_svg(partial(draw_load, history=routing), name="load", width=1000, height=420)
-    remark = '<span><span style="color: #2f6bde">■</span> none, <span style="color: #b9bec6">■</span> an even share, '
-    remark += '<span style="color: #d9730d">■</span> twice that or more</span>'
-    yield _card("Load of experts", f"<figure>{svg}</figure>", remark=remark)
-    yield _series_card("Dropped choices", "per cent, mean of the layers", routing.steps, 100 * np.nanmean(routing.dropped, axis=1))
-    yield _series_card("Router entropy", "nats, mean of the layers", routing.steps, np.nanmean(routing.entropy, axis=1))
-
-
-def _series_card(heading: str, unit: str, steps: Series, values: Series, *, is_noisy: bool = True) -> str:
-    from phase8.observe.charts import draw_series, render_svg
-
-    draw = partial(draw_series, steps=steps, values=values, is_noisy=is_noisy)
-    svg = render_svg(draw, name=heading, width=420, height=225)
-    return _card(heading, f"<figure>{svg}</figure>", remark=f"<span>{unit}</span>", is_wide=False)
+    routing = history.routing
+    if routing is None:
+        return
+    places = history.places.at(routing.steps)
+    busiest = Curve("busiest expert", "c1", places, _busiest(routing))
+    chart = Chart("Load of experts", "blue: none, grey: an even share, orange: twice that", [busiest], (0, 1), "{:.2f} times an even share".format)
+    keys = [f'<span class="key" style="--key:{colour}">{name}</span>' for colour, name in ((FEWER, "none"), (EVEN, "even"), (MORE, "twice"))]
+    keys.append(f'<span class="read">busiest <b>{chart.format_value(float(busiest.values[-1]))}</b></span>')
+    yield charts.drawn(chart.heading, "share of the choices", draw_load(routing, places, charts.span), keys, chart, is_wide=False)
+    series = partial(_series, places=places)
+    with np.errstate(all="ignore"):
+        yield charts.card(series("Dropped choices", "per cent, mean of the layers", 100 * np.nanmean(routing.dropped, axis=1), _format_percent))
+        yield charts.card(series("Router entropy", "nats, mean of the layers", np.nanmean(routing.entropy, axis=1), _format_rate))
 
 
-def _card(heading: str, content: str, *, remark: str = "", is_wide: bool = True) -> str:
-    """A section of the page; content and remark are HTML."""
-    return f'<section class="card{" wide" if is_wide else ""}">\n<h2>{escape(heading)}{remark}</h2>\n{content}\n</section>'
+def _busiest(routing: RoutingHistory) -> Series:
+    """Share of the busiest expert of all layers at each step, as a multiple of an even share."""
+    return routing.load.shape[2] * np.nanmax(routing.load, axis=(1, 2))
 
 
-def _sources_card(history: History) -> str:
-    """The last evaluation by source; empty with a single source."""
-    sources = history.last_validation_sources
-    rows = [(name, f"{loss:.4f} on {num_sequences:,} sequences") for name, (loss, num_sequences) in sources.items()]
-    return _card("Validation loss by source", _facts_table(rows), remark="<span>last evaluation</span>") if rows else ""
+def _text_cards(run: RecordedRun) -> Iterator[str]:
+    history, events = run.history, run.events
+    if events.rows:
+        rows = [(f"{row.step:,}", row.kind, row.text) for row in events.rows[-_MAX_EVENTS:][::-1]]
+        left_out = len(events.rows) - len(rows)
+        yield card("Events", table(("step", "event", ""), rows), remark=f"the last {len(rows)}, {left_out} more" if left_out else "", width="wide")
+    names = dict.fromkeys([*events.epochs, *history.validation_sources])
+    if names:
+        rows = [(name, *_source_row(run, name)) for name in names]
+        columns = ("source", "epochs", "loss", *["sequences"] * bool(history.validation_sequences))
+        yield card("Data", table(columns, [row[: len(columns)] for row in rows]), remark="epochs at the last save, loss of the last evaluation")
+    if events.settings:
+        yield card("Settings chosen", facts_table(dict(events.settings)), width="wide")
+    if events.samples:
+        yield card("Samples", samples(events.samples), width="wide")
+    if events.facts:
+        yield card("Run", facts_table(events.facts), width="whole")
 
 
-def _tile_html(tile: Tile) -> str:
-    return (
-        f'<div class="tile{" warning" if tile.is_warning else ""}"><div class="name">{escape(tile.name)}</div>'
-        f'<div class="value">{escape(tile.value)}</div><div class="note">{escape(tile.note)}</div></div>'
-    )
-
-
-def _facts_table(facts: Sequence[tuple[str, str]]) -> str:
-    rows = "\n".join(f'<tr><th scope="row">{escape(name)}</th><td>{escape(value)}</td></tr>' for name, value in facts)
-    return f"<table>\n{rows}\n</table>"
+def _source_row(run: RecordedRun, name: str) -> tuple[str, str, str]:
+    """Epochs, and last validation loss and its number of sequences, of a source; a single source has the loss of the whole."""
+    history, epochs = run.history, run.events.epochs.get(name)
+    losses = history.validation_sources.get(name, np.array([]) if history.validation_sources else history.validation_loss)
+    loss = float(losses[-1]) if losses.size and np.isfinite(losses[-1]) else None
+    count = history.validation_sequences.get(name)
+    return _or_dash(epochs, "{:.3g}".format), _or_dash(loss, "{:.4f}".format), _or_dash(count, "{:,.0f}".format)

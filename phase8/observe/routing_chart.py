@@ -1,45 +1,47 @@
-"""The load of experts as a heat map: a row for each expert of each layer, a column for each stretch of steps."""
+"""The load of experts as a heat map in the report page: a row for each expert of each layer, a column for each stretch of steps."""
 
 from __future__ import annotations
 
+import io
+from base64 import b64encode
+
 import numpy as np
-from matplotlib.axes import Axes
-from matplotlib.colors import LinearSegmentedColormap
-from matplotlib.ticker import FixedFormatter, FixedLocator, MaxNLocator
 from numpy.typing import NDArray
 
-from phase8.observe.charts import Theme
+from phase8.observe.curves import AXES, Span, axis_of
+from phase8.observe.history import Places
 from phase8.observe.routing import RoutingHistory
 
+# Blue: fewer tokens than an even share, grey: as many, orange: more. The colours stand on light and on dark pages.
+FEWER, EVEN, MORE = "#2f6bde", "#b9bec6", "#d9730d"
 _MAX_COLUMNS = 200
 _MAX_LABELS = 12
 _MOST = 2.0  # times an even share; more has the same colour
-# Blue: fewer tokens than an even share, grey: as many, orange: more. The colours stand on light and on dark pages.
-_COLOURS = LinearSegmentedColormap.from_list("load", ["#2f6bde", "#b9bec6", "#d9730d"])
 
 
-def draw_load(axes: Axes, theme: Theme, history: RoutingHistory) -> None:
-    """Draws the load of every expert over the steps, as a multiple of an even share.
+def draw_load(history: RoutingHistory, places: Places, span: Span) -> str:
+    """The heat map as HTML: the load of every expert, as a multiple of an even share.
 
     Args:
-        axes: Axes to draw into.
-        theme: Colours of labels.
         history: Routing of the steps.
+        places: Where these steps stand.
+        span: What the horizontal axes of the page show.
     """
     num_layers, num_experts = history.load.shape[1:]
     relative = num_experts * history.load.reshape(len(history.steps), -1)
-    first, last = float(history.steps[0]), float(history.steps[-1])
-    extent = (first - 0.5, last + 0.5, num_layers * num_experts - 0.5, -0.5)
-    axes.imshow(means_of_stretches(relative).T, cmap=_COLOURS, vmin=0, vmax=_MOST, aspect="auto", interpolation="nearest", extent=extent)
-    for border in range(1, num_layers):
-        axes.axhline(border * num_experts - 0.5, color=theme.surface, linewidth=1.5)
+    source = f"data:image/png;base64,{b64encode(_picture(means_of_stretches(relative).T)).decode()}"
+    style = ""
+    for axis in AXES:
+        first, last = (float(axis_of(places, axis)[end]) / span.largest[axis] for end in (0, -1))
+        style += f"--{axis}-left:{100 * first:.2f}%;--{axis}-width:{max(100 * (last - first), 0.5):.2f}%;"
     every = -(-num_layers // _MAX_LABELS)
-    shown = range(0, num_layers, every)
-    axes.yaxis.set_major_locator(FixedLocator([place * num_experts + (num_experts - 1) / 2 for place in shown]))
-    axes.yaxis.set_major_formatter(FixedFormatter([f"layer {history.layers[place]}" for place in shown]))
-    axes.xaxis.set_major_locator(MaxNLocator(6, integer=True))
-    axes.grid(visible=False)
-    axes.set_xlabel("step")
+    labels = "".join(
+        f'<span class="y" style="top:{100 * (place + 0.5) / num_layers:.2f}%">layer {history.layers[place]}</span>'
+        for place in range(0, num_layers, every)
+    )
+    borders = "".join(f'<i class="border" style="top:{100 * border / num_layers:.2f}%"></i>' for border in range(1, num_layers))
+    image = f'<img src="{source}" style="{style}" alt="load of each expert of each layer">'
+    return f'<div class="plot heat"><div class="ys">{labels}</div>{image}{borders}<div class="cross"></div></div>'
 
 
 def means_of_stretches(values: NDArray[np.float64]) -> NDArray[np.float64]:
@@ -47,3 +49,13 @@ def means_of_stretches(values: NDArray[np.float64]) -> NDArray[np.float64]:
     if len(values) <= _MAX_COLUMNS:
         return values
     return np.array([np.nanmean(stretch, axis=0) for stretch in np.array_split(values, _MAX_COLUMNS)])
+
+
+def _picture(relative: NDArray[np.float64]) -> bytes:
+    """A PNG with a pixel for each value."""
+    from matplotlib.colors import LinearSegmentedColormap  # late: see `write_report`
+    from matplotlib.image import imsave
+
+    buffer = io.BytesIO()
+    imsave(buffer, relative, format="png", cmap=LinearSegmentedColormap.from_list("load", [FEWER, EVEN, MORE]), vmin=0, vmax=_MOST)
+    return buffer.getvalue()

@@ -1,9 +1,15 @@
-"""The timeline of a pipeline schedule as a picture: a row for each stage, a box for each action, idle time in between."""
+"""The timeline of a pipeline schedule as a picture: a row for each stage, a box for each action, idle time in between.
+
+Where the boxes would be too narrow to see, three windows are drawn instead of the whole: the begin with the warm-up, as much around the middle,
+where the schedule repeats itself, and the end with the cool-down.
+"""
 
 from __future__ import annotations
 
 import io
 from collections.abc import Sequence
+from itertools import pairwise
+from typing import NamedTuple
 
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
@@ -12,9 +18,10 @@ from matplotlib.colors import to_rgb
 from matplotlib.figure import Figure
 from matplotlib.layout_engine import ConstrainedLayoutEngine
 from matplotlib.patches import Patch, Rectangle
-from matplotlib.ticker import MaxNLocator
+from matplotlib.ticker import FixedFormatter, FixedLocator, MaxNLocator
 
 from phase8.observe.charts import LIGHT, style_axes
+from phase8.observe.formatting import format_count
 from phase8.observe.schedule_text import Box
 
 # Colours from the first to the last chunk: mixed between a dark and a light end.
@@ -30,10 +37,45 @@ _ROW_HEIGHT = 0.8  # share of a row; the rest is the gap to the next row
 _INCHES_PER_ROW = 0.6
 _MIN_WIDTH, _MAX_WIDTH = 10.0, 18.0  # inches
 _BOX_WIDTH = 0.24  # inches of the shortest box, if the picture may be that wide
+_LEAST_BOX_WIDTH = 0.08  # inches of the shortest box; where it would be narrower, windows are drawn
+_GAP = 0.35  # inches between windows
 _EDGE = 0.8  # points between boxes; less between short boxes, so that it is not taken for idle time
 _INCHES_PER_NAME = 1.9  # width of a column of the legend
 _BESIDE = {"textcoords": "offset points", "color": LIGHT.muted}
 _MAX_FONT, _MIN_FONT = 9.0, 4.5  # points
+
+
+class Window(NamedTuple):
+    """A stretch of time that is drawn.
+
+    Args:
+        start: Its begin.
+        end: Its end.
+        left: Where it begins in the picture, in units of time.
+    """
+
+    start: float
+    end: float
+    left: float
+
+
+def windows_of(makespan: float, *, visible: float, gap: float) -> list[Window]:
+    """The whole timeline, or where no more than `visible` of it can be shown, its begin, middle and end, apart by `gap`."""
+    if makespan <= visible:
+        return [Window(0.0, makespan, 0.0)]
+    length = (visible - 2 * gap) / 3
+    starts = (0.0, (makespan - length) / 2, makespan - length)
+    return [Window(start, start + length, place * (length + gap)) for place, start in enumerate(starts)]
+
+
+def _within(boxes: Sequence[Box], windows: Sequence[Window]) -> list[Box]:
+    """The parts of the boxes inside the windows, where these stand in the picture."""
+    return [
+        box._replace(start=max(box.start, window.start) - window.start + window.left, end=min(box.end, window.end) - window.start + window.left)
+        for window in windows
+        for box in boxes
+        if min(box.end, window.end) - max(box.start, window.start) > 1e-6 * (box.end - box.start)
+    ]
 
 
 def schedule_png(boxes: Sequence[Box], *, title: str, subtitle: str, notes: Sequence[str]) -> bytes:
@@ -47,6 +89,8 @@ def schedule_png(boxes: Sequence[Box], *, title: str, subtitle: str, notes: Sequ
     """
     makespan, shortest = max(box.end for box in boxes), min(box.end - box.start for box in boxes)
     width = min(max(_BOX_WIDTH * makespan / shortest, _MIN_WIDTH), _MAX_WIDTH)
+    visible = min(makespan, shortest * _MAX_WIDTH / _LEAST_BOX_WIDTH)  # units of time
+    windows = windows_of(makespan, visible=visible, gap=visible * _GAP / width)
     figure = Figure(
         figsize=(width + 2, _INCHES_PER_ROW * len(notes) + 1.9),
         dpi=150,
@@ -56,15 +100,16 @@ def schedule_png(boxes: Sequence[Box], *, title: str, subtitle: str, notes: Sequ
     axes = figure.add_subplot()
     style_axes(axes, LIGHT, font_size=10.5)
     axes.grid(False)
-    axes.set_xlim(0, makespan)
+    axes.set_xlim(0, visible)
     axes.set_ylim(len(notes) - 0.5, -0.5)
     axes.set_yticks(range(len(notes)), [f"stage {stage}" for stage in range(len(notes))])
-    axes.xaxis.set_major_locator(MaxNLocator(12, steps=[1, 2, 2.5, 5, 10], integer=makespan >= 12))
+    _set_ticks(axes, windows)
     axes.set_xlabel("time", loc="right")
     num_chunks = max(box.chunk for box in boxes) + 1
-    _draw_idle(axes, makespan, len(notes))
-    _draw_boxes(axes, boxes, num_chunks, edge=min(_EDGE, 0.06 * 72 * width * shortest / makespan))
-    _write_numbers(axes, boxes, num_chunks, points_per_unit=72 * width / makespan)
+    shown = _within(boxes, windows)
+    _draw_idle(axes, windows, len(notes))
+    _draw_boxes(axes, shown, num_chunks, edge=min(_EDGE, 0.06 * 72 * width * shortest / visible))
+    _write_numbers(axes, shown, num_chunks, points_per_unit=72 * width / visible)
     for stage, note in enumerate(notes):
         axes.annotate(note, (1, stage), xytext=(8, 0), xycoords=("axes fraction", "data"), **_BESIDE, va="center", linespacing=1.35, fontsize=9.5)
     axes.set_title(title, loc="left", color=LIGHT.ink, fontsize=14, fontweight="bold", pad=34)
@@ -81,9 +126,28 @@ def _shade(box_kind: str, chunk: int, num_chunks: int) -> tuple[float, ...]:
     return tuple(a + share * (b - a) for a, b in zip(dark, light, strict=True))
 
 
-def _draw_idle(axes: Axes, makespan: float, num_stages: int) -> None:
+def _set_ticks(axes: Axes, windows: Sequence[Window]) -> None:
+    """Labels the time in each window, and marks with dots that time is left out between two."""
+    most = max(12 // len(windows), 2)
+    places, labels = [], []
+    for window in windows:
+        locator = MaxNLocator(most, steps=[1, 2, 2.5, 5, 10], integer=windows[-1].end >= 12)
+        for value in locator.tick_values(window.start, window.end):
+            if window.start <= value <= window.end:
+                places.append(value - window.start + window.left)
+                labels.append(format_count(value) if len(windows) == 1 else f"{value:,.4g}")
+    axes.xaxis.set_major_locator(FixedLocator(places))
+    axes.xaxis.set_major_formatter(FixedFormatter(labels))
+    for before, after in pairwise(windows):
+        middle = (before.left + before.end - before.start + after.left) / 2
+        axes.annotate("⋯", (middle, 0.5), xycoords=("data", "axes fraction"), ha="center", va="center", color=LIGHT.muted, fontsize=16)
+
+
+def _draw_idle(axes: Axes, windows: Sequence[Window], num_stages: int) -> None:
     """Draws a pale band behind each row, which remains visible where a stage is idle."""
-    bands = [Rectangle((0, stage - _ROW_HEIGHT / 2), makespan, _ROW_HEIGHT) for stage in range(num_stages)]
+    bands = [
+        Rectangle((window.left, stage - _ROW_HEIGHT / 2), window.end - window.start, _ROW_HEIGHT) for stage in range(num_stages) for window in windows
+    ]
     axes.add_collection(PatchCollection(bands, facecolor=_IDLE, linewidth=0))
 
 

@@ -9,14 +9,16 @@ Source: I. Loshchilov and F. Hutter, "Decoupled weight decay regularization" (20
 
 from __future__ import annotations
 
+import functools
 import math
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from phase8.config.schema import OptimSection
+from phase8.kernels.backends import uses_triton
 from phase8.optim.fused_adamw import BesideAdamW, decay_groups
 from phase8.optim.state import ParameterState, adamw_bf16_state, has_short_moments
 
@@ -40,6 +42,12 @@ def rounded_at_random(x: Tensor, step: Tensor) -> Tensor:
     mixed = (mixed ^ ((mixed >> 15) & _ALL_BUT_SIGNS)) * _OF_STEP
     chance = (mixed >> 16) & _DROPPED
     return ((bits + chance) & ~_DROPPED).view(torch.float32).to(torch.bfloat16)
+
+
+@functools.cache
+def compiled_rounding() -> Callable[[Tensor, Tensor], Tensor]:
+    """`rounded_at_random` in one kernel for all lengths: on a GPU its dozen operations cost more than the rest of the step."""
+    return torch.compile(rounded_at_random, dynamic=True, fullgraph=True)
 
 
 class AdamWBf16(BesideAdamW):
@@ -86,7 +94,8 @@ class AdamWBf16(BesideAdamW):
                 amsgrad=False, lr=group["lr"], beta1=group["betas"][0], beta2=group["betas"][1], weight_decay=group["weight_decay"], eps=group["eps"],
                 maximize=False, grad_scale=self.grad_scale, found_inf=self.found_inf,
             )  # fmt: skip
+            rounded = compiled_rounding() if uses_triton(weights) else rounded_at_random
             for moment, value in zip(moments, wide, strict=True):
-                moment.copy_(rounded_at_random(value.float(), state["step"]))
+                moment.copy_(rounded(value.float().flatten(), state["step"]).view_as(moment))
         if self.found_inf is not None:
             state["step"] -= self.found_inf

@@ -52,7 +52,7 @@ class Muon(BesideAdamW):
         parameters: This rank's parts of all parameters, by name.
         section: Optimizer section.
         wholes: Exchange of the matrices' parts.
-        num_heads: Number of heads of all ranks together.
+        head_size: Size of a head of queries, keys and values.
         decayed_names: Names of the parameters that weight decay applies to.
         dtype: Dtype of the iteration; None: bf16 for matrices on a GPU, or else their own.
     """
@@ -63,7 +63,7 @@ class Muon(BesideAdamW):
         section: OptimSection,
         *,
         wholes: WholeMatrices,
-        num_heads: int,
+        head_size: int,
         decayed_names: Sequence[str] | set[str],
         dtype: torch.dtype | None = None,
     ):
@@ -75,7 +75,7 @@ class Muon(BesideAdamW):
             section=section,
             decayed_names=decayed_names,
         )
-        self._wholes, self._num_heads, self._dtype = wholes, num_heads, dtype
+        self._wholes, self._head_size, self._dtype = wholes, head_size, dtype
         self._last_momentum, self._warmup_steps = section.momentum, section.momentum_warmup_steps
 
     def declare_state(self, name: str, shape: Sequence[int]) -> ParameterState:
@@ -122,7 +122,7 @@ class Muon(BesideAdamW):
     def _split(self, name: str, shape: Sequence[int]) -> tuple[int, ...]:
         """The shape as matrices that are orthogonalised apart: a matrix for each head, or for each expert."""
         if name.split(".")[-2] in _PER_HEAD:
-            return (self._num_heads, shape[0] // self._num_heads, *shape[1:])
+            return (shape[0] // self._head_size, self._head_size, *shape[1:])
         return tuple(shape)
 
     def _dtype_of_iteration(self) -> torch.dtype:

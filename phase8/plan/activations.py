@@ -23,6 +23,7 @@ from phase8.kernels.cross_entropy import linear_cross_entropy
 from phase8.kernels.rotary import rotary_angles
 from phase8.model.model import LanguageModel
 from phase8.model.recomputation import apply_recomputation
+from phase8.precision.formats import OPERAND_DTYPE, NumberFormat
 
 
 @dataclass(frozen=True)
@@ -52,6 +53,7 @@ def trace_activations(
     micro_batch_size: int,
     packed: bool,
     device_type: str,
+    number_format: NumberFormat = OPERAND_DTYPE,
     num_tensor_ranks: int = 1,
     is_compiled: bool = False,
     tokens_at_once: int | None = None,
@@ -67,11 +69,12 @@ def trace_activations(
         micro_batch_size: Sequences of a forward.
         packed: Document boundaries are reset, which adds masks.
         device_type: Device of the run: on a GPU the operators keep less than autograd does on a CPU.
+        number_format: Format that computes the products of the linear layers.
         num_tensor_ranks: Tensor-parallel ranks.
         is_compiled: The blocks are compiled.
         tokens_at_once: Tokens of a sequence whose activations a block has at the same time; None: all of them.
     """
-    whole = _Forward(_one_layer(model), dtype, micro_batch_size, packed, device_type)
+    whole = _Forward(_one_layer(model), dtype, micro_batch_size, packed, device_type, number_format)
     forward = whole._replace(model=whole.model.model_copy(update={"sequence_length": tokens_at_once or model.sequence_length}))
     block = _block_bytes(forward, is_compiled=is_compiled)
     return ActivationBytes(
@@ -83,7 +86,9 @@ def trace_activations(
     )
 
 
-def bytes_within_budget(model: ModelSection, budget: float, *, dtype: torch.dtype, micro_batch_size: int, packed: bool) -> int:
+def bytes_within_budget(
+    model: ModelSection, budget: float, *, dtype: torch.dtype, micro_batch_size: int, packed: bool, number_format: NumberFormat = OPERAND_DTYPE
+) -> int:
     """What a compiled block of a model with one window size keeps on a GPU under a budget.
 
     Args:
@@ -92,8 +97,10 @@ def bytes_within_budget(model: ModelSection, budget: float, *, dtype: torch.dtyp
         dtype: Dtype of the residual stream.
         micro_batch_size: Sequences of a forward.
         packed: Document boundaries are reset, which adds masks.
+        number_format: Format that computes the products of the linear layers.
     """
-    return _block_bytes(_Forward(_one_layer(model), dtype, micro_batch_size, packed, "cuda"), is_compiled=True, budget=budget)
+    forward = _Forward(_one_layer(model), dtype, micro_batch_size, packed, "cuda", number_format)
+    return _block_bytes(forward, is_compiled=True, budget=budget)
 
 
 def _one_layer(model: ModelSection) -> ModelSection:
@@ -109,6 +116,7 @@ class _Forward(NamedTuple):
         micro_batch_size: Sequences.
         packed: Document boundaries are reset.
         device_type: Device of the run.
+        number_format: Format that computes the products of the linear layers.
     """
 
     model: ModelSection
@@ -116,6 +124,7 @@ class _Forward(NamedTuple):
     micro_batch_size: int
     packed: bool
     device_type: str
+    number_format: NumberFormat
 
     @contextmanager
     def traced(self, *, recompute: Literal["none", "selective"] = "none") -> Iterator[tuple[LanguageModel, Tensor]]:
@@ -125,7 +134,7 @@ class _Forward(NamedTuple):
         on_meta = self.device_type == "cuda" and self.model.block == "phase8"
         with nullcontext() if on_meta else FakeTensorMode():
             with torch.device("meta" if on_meta else "cpu"):
-                whole = LanguageModel(self.model, dtype=self.dtype)
+                whole = LanguageModel(self.model, dtype=self.dtype, number_format=self.number_format)
                 apply_recomputation(whole, recompute)
                 x = torch.empty(self.micro_batch_size, self.model.sequence_length, self.model.d_model, dtype=self.dtype, requires_grad=True)
             yield whole, x
@@ -136,7 +145,9 @@ class _Forward(NamedTuple):
 def _block_bytes(forward: _Forward, *, recompute: Literal["none", "selective"] = "none", is_compiled: bool, budget: float = 1.0) -> int:
     model = forward.model
     with forward.traced(recompute=recompute) as (whole, x):
-        angles = rotary_angles(model.sequence_length, model.head_width, base=model.rope_base, first_position=0, device=x.device)
+        angles = rotary_angles(
+            model.sequence_length, model.head_width, base=model.rope_base, rope_scaling=model.rope_scaling, first_position=0, device=x.device
+        )
         starts = torch.empty(x.shape[:2], dtype=torch.bool, device=x.device) if forward.packed else None
         if is_compiled:
             return _saved_bytes_compiled(whole.blocks["0"], x, angles, starts, budget=budget)

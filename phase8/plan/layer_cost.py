@@ -4,7 +4,7 @@ A layer is two halves, mixer and feed-forward, each with a forward and a backwar
 time of its products (FLOPs at the sustained rate, or the memory traffic of the operands if that takes longer), of the kernels of the
 mixer, of all other passes at the speed of memory, and of the gaps between kernels.
 
-    N  tokens of a microbatch    D  model width    I  width of q, k and v    F  feed-forward width    V  vocabulary    R  low rank
+    N  tokens of a microbatch    D  model width    I  mean width of q, k and v    F  feed-forward width    V  vocabulary    R  low rank
 
 A pass reads or writes one tensor in the format of the residual stream. The constants were calibrated on the rows of
 tests/plan/measured_throughput.json, within the bounds that their comments give.
@@ -44,6 +44,9 @@ CAUSAL_PASSES: Both = (6, 14)
 # Passes over the rows of experts [N k, D]: they are filled from tokens and read back. Not measured yet, like the kernels of a router, as pairs.
 ROW_PASSES: Both = (4, 6)
 ROUTER_KERNEL_PAIRS = 4
+# fp8: products of phase8_1b's shapes take 0.54 of the time in bf16. Of each input and gradient the largest number is found, then it is rounded twice.
+FP8_GAIN = 1.83
+FP8_PASSES = 1.6
 # How the times of a product's FLOPs and of its operands combine: 1 means one after the other, infinity the longer of both.
 OVERLAP = 1.8
 # Kernels of a low-rank pair beyond those of one product, with the casts of its weights.
@@ -156,6 +159,7 @@ class Microbatch:
         rates: Rates of the GPU.
         context_ranks: Ranks that share each sequence.
         expert_ranks: Ranks that share the experts.
+        is_fp8: Whether linear layers compute in fp8.
     """
 
     model: ModelSection
@@ -166,6 +170,7 @@ class Microbatch:
     rates: Rates
     context_ranks: int = 1
     expert_ranks: int = 1
+    is_fp8: bool = False
 
     @property
     def tokens(self) -> int:
@@ -178,8 +183,9 @@ class Microbatch:
 
     def product(self, rows: float, inner: float, columns: float) -> float:
         """Seconds of [rows, inner] times [inner, columns]; the memory traffic of the weight is neglected."""
-        arithmetic = 2 * rows * inner * columns / (self.rates.peak * PRODUCT_SHARE)
-        return math.pow(arithmetic**OVERLAP + self.moved(rows * (inner + columns)) ** OVERLAP, 1 / OVERLAP)
+        arithmetic = 2 * rows * inner * columns / (self.rates.peak * PRODUCT_SHARE * (FP8_GAIN if self.is_fp8 else 1))
+        operands = self.moved(rows * (inner + columns))
+        return math.pow(arithmetic**OVERLAP + operands**OVERLAP, 1 / OVERLAP) + (FP8_PASSES * operands if self.is_fp8 else 0)
 
 
 def layer_cost(batch: Microbatch, kind: LayerKind, *, recompute: str, budget: float) -> Cost:
@@ -228,7 +234,8 @@ def _mixer(batch: Microbatch, window: int) -> Half:
     model, N, style = batch.model, batch.tokens, _style(batch)
     inner, rank = model.attention_width / batch.tensor_ranks, model.low_rank_rank
     out = _row(batch, inner, rank)
-    products = _columns(batch, 3, inner, rank) + out
+    joint = inner + 2 * model.key_value_width / batch.tensor_ranks
+    products = _columns(batch, 3, joint, rank) + out
     has_path = model.has_global_path
     has_gates = model.has_channel_gate
     if has_path:
@@ -245,7 +252,7 @@ def _mixer(batch: Microbatch, window: int) -> Half:
             over_linear = DELTA_OVER_LINEAR if model.global_path == "delta" else 1
             seconds += over_linear * flops * model.head_width / RECURRENCE_SHARES[direction]
         passes = (CAUSAL_PASSES if is_causal else KERNEL_PASSES)[direction] + style.mixed[direction] + has_gates * GATE_PASSES[direction]
-        return seconds + batch.moved(N * inner * passes)
+        return seconds + batch.moved(N * joint / 3 * passes)
 
     return _half(batch, products, (others(0), others(1)), out, share=MIXER_SHARE, num_pairs=(4 if rank else 0) + has_gates)
 
@@ -261,7 +268,7 @@ def _feed_forward(batch: Microbatch) -> Half:
         return _half(batch, products, between, batch.product(own, rank, model.d_model), share=1 - MIXER_SHARE, num_pairs=2)
     down = _row(batch, width, rank)
     forward, backward = (batch.moved(batch.tokens * width * passes) for passes in style.gated)
-    return _half(batch, _columns(batch, 2, width, rank) + down, (forward, backward), down, share=1 - MIXER_SHARE, num_pairs=3 if rank else 0)
+    return _half(batch, _columns(batch, 2, 2 * width, rank) + down, (forward, backward), down, share=1 - MIXER_SHARE, num_pairs=3 if rank else 0)
 
 
 def _experts(batch: Microbatch) -> Half:
@@ -306,12 +313,12 @@ def _half(batch: Microbatch, products: float, others: Both, last: float, *, shar
 
 
 def _columns(batch: Microbatch, count: int, width: float, rank: int) -> float:
-    """Seconds of several linears with the same input."""
+    """Seconds of `count` linears with the same input, of so many outputs together."""
     N, D = batch.tokens, batch.model.d_model
     if not rank:
-        return batch.product(N, D, count * width)
+        return batch.product(N, D, width)
     # One product after the bottlenecks, with zeros between its blocks.
-    return batch.product(N / batch.tensor_ranks, D, count * rank) + batch.product(N, count * rank, count * width)
+    return batch.product(N / batch.tensor_ranks, D, count * rank) + batch.product(N, count * rank, width)
 
 
 def _row(batch: Microbatch, width: float, rank: int) -> float:

@@ -99,6 +99,7 @@ def step_work(config: RunConfig, *, world_size: int) -> StepWork:
         zero=config.zero,
         shape=batch_shape(config.train, config.parallel, data_parallel_size=topology.data_parallel_size),
         dtype="tf32" if dtype == "fp32" and config.precision.tf32 else dtype,
+        fp8_layers=config.precision.fp8_layers(config.model.num_layers),
         pipeline=pipeline_of(config.parallel),
         stages=tuple(_stage_work(config, world_size, stage) for stage in _different_stages(config)),
     )

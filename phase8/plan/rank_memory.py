@@ -35,6 +35,7 @@ from phase8.plan.memory import (
     plan_memory,
 )
 from phase8.plan.stages import chunk_layers
+from phase8.precision.formats import NumberFormat
 from phase8.topology import Topology
 from phase8.zero.deepspeed import BUCKET, OFFLOADED_GROUP
 from phase8.zero.fsdp import shard_size
@@ -76,6 +77,7 @@ class Workload:
         topology: Topology of the ranks.
         shape: Shape of the batch.
         dtype: Dtype of the residual stream.
+        number_format: Format that computes the products of the linear layers; the few blocks that keep the dtype are counted like the others.
         packed: Whether attention and states are reset at document boundaries.
         declare_state: Declaration of the state that the optimizer keeps for each parameter.
         device_type: Type of device: `cuda`, or `cpu`, where operators keep more for backward.
@@ -91,6 +93,7 @@ class Workload:
     topology: Topology
     shape: BatchShape
     dtype: torch.dtype
+    number_format: NumberFormat
     packed: bool
     declare_state: DeclareState
     device_type: str
@@ -209,25 +212,18 @@ def _trace(work: Workload, model: ModelSection) -> ActivationBytes:
     actual size, because it selects whole tensors, and because cast weights do not grow with the microbatch.
     """
     train, size, num_tensor_ranks = work.train, work.shape.micro_batch_size, work.topology.tensor_parallel_size
-    trace = partial(
-        trace_activations,
-        model,
-        dtype=work.dtype,
-        packed=work.packed,
-        device_type=work.device_type,
-        num_tensor_ranks=num_tensor_ranks,
-        tokens_at_once=_tokens_at_once(work),
-    )
+    same = {"dtype": work.dtype, "packed": work.packed, "number_format": work.number_format}
+    where = {"device_type": work.device_type, "num_tensor_ranks": num_tensor_ranks, "tokens_at_once": _tokens_at_once(work)}
+    trace = partial(trace_activations, model, **same, **where)
     if not train.compile.enabled or work.device_type != "cuda":
         return trace(micro_batch_size=size)
     small, large = (trace(micro_batch_size=traced, is_compiled=True) for traced in _TRACED_SIZES)
     share = (size - _TRACED_SIZES[0]) / (_TRACED_SIZES[1] - _TRACED_SIZES[0])
-    found = ActivationBytes(
-        *(round(before + share * (after - before)) for before, after in zip(vars(small).values(), vars(large).values(), strict=True))
-    )
+    pairs = zip(vars(small).values(), vars(large).values(), strict=True)
+    found = ActivationBytes(*(round(before + share * (after - before)) for before, after in pairs))
     if train.recompute != "budget":
         return found
-    within = bytes_within_budget(model, train.activation_memory_budget, dtype=work.dtype, micro_batch_size=size, packed=work.packed)
+    within = bytes_within_budget(model, train.activation_memory_budget, micro_batch_size=size, **same)
     return replace(found, block_within_budget=within // num_tensor_ranks)
 
 

@@ -8,7 +8,7 @@ in full even beside computation, because products slow down by about what a coll
 from __future__ import annotations
 
 from collections import Counter
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 from phase8.config.batch import BatchShape
@@ -78,6 +78,7 @@ class StepWork:
         zero: Section that says what is offloaded.
         shape: Sequences and microbatches of a step.
         dtype: `bf16`, `fp32`, or `tf32` for fp32 on tf32 units.
+        fp8_layers: Layers whose linear layers compute in fp8.
         pipeline: The pipeline settings.
         stages: One of each kind.
     """
@@ -88,6 +89,7 @@ class StepWork:
     zero: ZeroSection
     shape: BatchShape
     dtype: str
+    fp8_layers: range
     pipeline: Pipeline
     stages: tuple[StageWork, ...]
 
@@ -132,9 +134,11 @@ def _microbatch_cost(work: StepWork, stage: StageWork, rates: Rates) -> Cost:
     )
     costs = [weights_cost(batch, stage.num_computed, accumulates=work.shape.num_microbatches > 1)]
     recomputed = range(0, model.num_layers, train.recompute_every_n_layers)
-    kinds = Counter((model.layer_kinds[layer], train.recompute if layer in recomputed else "none") for layer in stage.layers)
-    for (kind, recompute), count in kinds.items():
-        cost = layer_cost(batch, kind, recompute=recompute, budget=train.activation_memory_budget)
+    kinds = Counter(
+        (model.layer_kinds[layer], train.recompute if layer in recomputed else "none", layer in work.fp8_layers) for layer in stage.layers
+    )
+    for (kind, recompute, is_fp8), count in kinds.items():
+        cost = layer_cost(replace(batch, is_fp8=is_fp8), kind, recompute=recompute, budget=train.activation_memory_budget)
         gpu = _beside_copies(cost.gpu, batch) if recompute in ("full", "slices") and train.offload_activations != "none" else cost.gpu
         costs.append(Cost(gpu * count, cost.host * count))
     if model.num_layers - 1 in stage.layers:

@@ -12,7 +12,7 @@ from phase8.config.validate import MODEL_SECTIONS, refuse_problems
 from phase8.model.model import LanguageModel, build_model
 from phase8.optim.state import declared_for
 from phase8.plan.rank_memory import StageMemory, Workload, plan_each_stage
-from phase8.precision.policy import COMPUTE_DTYPES
+from phase8.precision.policy import COMPUTE_DTYPES, number_format
 
 
 def shapes_only(config: RunConfig) -> LanguageModel:
@@ -53,6 +53,7 @@ def plan_stages(config: RunConfig, *, world_size: int, device_type: str, device_
             topology=topology,
             shape=batch_shape(config.train, config.parallel, data_parallel_size=topology.data_parallel_size),
             dtype=COMPUTE_DTYPES[config.precision.dtype],
+            number_format=number_format(config.precision),
             packed=config.data.reset_at_document_boundaries,
             declare_state=declared_for(config.optim),
             device_type=device_type,

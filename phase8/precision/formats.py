@@ -8,9 +8,10 @@ Shapes: N tokens, D width of the input, F width of the output. x [N, D], weight 
 
 from __future__ import annotations
 
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 
@@ -23,8 +24,9 @@ class NumberFormat(Protocol):
 
     name: str
     """By which operators, whose arguments are tensors and plain values, find the format."""
-    is_differentiable: bool
-    """`F.linear` computes in this format, so that autograd and torch.compile know the product and its gradients themselves."""
+
+    def linear(self, x: Tensor, weight: Tensor) -> Tensor:
+        """Computes x W^T [N, F] with its gradients, on a rank that has all of both; x may be [..., D]. Without a better way: `linear_by_products`."""
 
     def output(self, x: Tensor, weight: Tensor, *, out: Tensor | None = None, plus: Tensor | None = None) -> Tensor:
         """Computes x W^T [N, F]."""
@@ -40,7 +42,10 @@ class OperandDtype:
     """Products in the dtype of their operands: fp32 (or tf32) and bf16."""
 
     name = "operand-dtype"
-    is_differentiable = True
+
+    def linear(self, x: Tensor, weight: Tensor) -> Tensor:
+        """Computes x W^T by `F.linear`, which autograd and torch.compile know."""
+        return F.linear(x, weight)
 
     def output(self, x: Tensor, weight: Tensor, *, out: Tensor | None = None, plus: Tensor | None = None) -> Tensor:
         """Computes x W^T by `torch.mm`."""
@@ -53,6 +58,24 @@ class OperandDtype:
     def weight_gradient(self, grad: Tensor, x: Tensor, *, out: Tensor | None = None, plus: Tensor | None = None) -> Tensor:
         """Computes grad^T x by `torch.mm`."""
         return _product(grad.T, x, out, plus)
+
+
+def linear_by_products(x: Tensor, weight: Tensor, number_format: NumberFormat) -> Tensor:
+    """Computes x W^T [..., F] of x [..., D] and its gradients by the three products of a format."""
+    return _LinearByProducts.apply(x.flatten(0, -2), weight, number_format).unflatten(0, x.shape[:-1])
+
+
+class _LinearByProducts(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, number_format: NumberFormat) -> Tensor:
+        ctx.save_for_backward(x, weight)
+        ctx.number_format = number_format
+        return number_format.output(x, weight)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None]:
+        x, weight = ctx.saved_tensors
+        return ctx.number_format.input_gradient(grad, weight), ctx.number_format.weight_gradient(grad, x), None
 
 
 def _product(left: Tensor, right: Tensor, out: Tensor | None, plus: Tensor | None) -> Tensor:

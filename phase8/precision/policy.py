@@ -9,12 +9,15 @@ from __future__ import annotations
 import torch
 
 from phase8.config.schema import PrecisionSection
+from phase8.errors import ConfigError
 from phase8.precision.formats import OPERAND_DTYPE, NumberFormat
+from phase8.precision.fp8 import Fp8
 
-# The keys of both tables are the values of precision.dtype.
+# The keys are the values of precision.dtype.
 COMPUTE_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
-NUMBER_FORMATS: dict[str, NumberFormat] = {"fp32": OPERAND_DTYPE, "bf16": OPERAND_DTYPE}
-_FORMATS_BY_NAME = {each.name: each for each in NUMBER_FORMATS.values()}
+FP8_CAPABILITY = (8, 9)  # Ada; Hopper is 9.0
+_FORMATS: tuple[NumberFormat, ...] = (OPERAND_DTYPE, Fp8("row"), Fp8("tensor"))
+_FORMATS_BY_NAME = {each.name: each for each in _FORMATS}
 
 
 def compute_dtype(section: PrecisionSection) -> torch.dtype:
@@ -23,13 +26,29 @@ def compute_dtype(section: PrecisionSection) -> torch.dtype:
 
 
 def number_format(section: PrecisionSection) -> NumberFormat:
-    """The number format that computes the products of the linear layers in blocks."""
-    return NUMBER_FORMATS[section.dtype]
+    """The number format of the linear layers in blocks, but for `precision.bf16_layers` blocks at either end."""
+    return OPERAND_DTYPE if section.linear is None else format_named(f"{section.linear}-{section.fp8_scaling}")
 
 
 def format_named(name: str) -> NumberFormat:
     """The number format with a name, for custom operators, whose arguments can only be tensors and plain values."""
     return _FORMATS_BY_NAME[name]
+
+
+def require_matrix_units(section: PrecisionSection, device: torch.device) -> None:
+    """Refuses a GPU whose matrix units do not know the format of the linear layers; a CPU computes every format.
+
+    Raises:
+        ConfigError: The GPU has no such matrix units.
+    """
+    if section.linear is None or device.type != "cuda":
+        return
+    capability = torch.cuda.get_device_capability(device)
+    if capability < FP8_CAPABILITY:
+        raise ConfigError(
+            f"precision.linear is {section.linear}, but {torch.cuda.get_device_name(device)} (compute capability {'.'.join(map(str, capability))}) "
+            f"has no matrix units for it, which begin with {'.'.join(map(str, FP8_CAPABILITY))}; set precision.linear to null: bf16 and fp32 remain."
+        )
 
 
 def set_matmul_precision(section: PrecisionSection) -> None:

@@ -31,9 +31,7 @@ from phase8.tensor_parallel import overlapped
 
 def plain_product(x: Tensor, weight: Tensor, number_format: NumberFormat) -> Tensor:
     """Product x W^T [..., F] of x [..., D] and a weight [F, D]; the number format computes its gradients too."""
-    if number_format.is_differentiable:
-        return F.linear(x, weight)
-    return _PlainProduct.apply(x.flatten(0, -2), weight, number_format).unflatten(0, x.shape[:-1])
+    return number_format.linear(x, weight)
 
 
 def gathered_product(x: Tensor, weight: Tensor, axis: Axis, number_format: NumberFormat) -> Tensor:
@@ -94,21 +92,6 @@ def wide_product(x: Tensor, weight: Tensor) -> Tensor:
 
 def _start_input_gradient(grad: Tensor, weight: Tensor, axis: Axis, number_format: NumberFormat) -> Callable[[], Tensor]:
     return start_scatter(number_format.input_gradient(grad, weight), axis)
-
-
-class _PlainProduct(torch.autograd.Function):
-    """The product in a format that `F.linear` does not know."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, number_format: NumberFormat) -> Tensor:
-        ctx.save_for_backward(x, weight)
-        ctx.number_format = number_format
-        return number_format.output(x, weight)
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None]:
-        x, weight = ctx.saved_tensors
-        return ctx.number_format.input_gradient(grad, weight), ctx.number_format.weight_gradient(grad, x), None
 
 
 class _GatheredProduct(torch.autograd.Function):

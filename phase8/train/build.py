@@ -22,10 +22,11 @@ from phase8.errors import DataError
 from phase8.kernels.backends import select_kernels
 from phase8.observe.banner import print_banner, print_line
 from phase8.observe.devices import peak_flops
+from phase8.observe.loggers import require_packages
 from phase8.plan.candidates import Device, plan_on
 from phase8.plan.cost_facts import memory_fact
 from phase8.plan.whole_config import count_parameters, shapes_only
-from phase8.precision.policy import set_matmul_precision
+from phase8.precision.policy import require_matrix_units, set_matmul_precision
 from phase8.train.changed_keys import ChangedKey, changed_keys
 from phase8.train.datasets import RunData, open_run_data
 from phase8.train.device import limit_memory, require_determinism, this_device
@@ -66,6 +67,7 @@ class Run:
         facts: Facts that banner and report show.
         host_group: Process group of all ranks for data in host memory; None: the run has a single process.
         peak_flops: FLOP/s of one rank that count as MFU 1; None: unknown.
+        planned_memory_bytes: Planned memory of a GPU, on the first rank; None: there is no GPU, or this is another rank.
         console: Console for messages.
     """
 
@@ -87,6 +89,7 @@ class Run:
     facts: list[tuple[str, str]]
     host_group: dist.ProcessGroup | None
     peak_flops: float | None
+    planned_memory_bytes: int | None
     console: Console
 
     @property
@@ -138,6 +141,7 @@ def build_run(
     directory = run_directory(config.run)
     with ExitStack() as lock:
         if mesh.rank == 0:
+            require_packages(config.observe)
             lock.enter_context(directory.lock())
         data = _open_data(config, console, mesh)
         config, chosen = choose_settings(
@@ -168,6 +172,7 @@ def _prepare_process(config: RunConfig, device: torch.device) -> Device:
     """Makes the settings that hold for the whole process; returns the facts about its device."""
     if config.train.deterministic:
         require_determinism()
+    require_matrix_units(config.precision, device)
     set_matmul_precision(config.precision)
     select_kernels(config.train.kernels, device)
     machine = this_device(device, config)
@@ -192,8 +197,11 @@ def _decide(
     origin = initialise_run(config, engine, data.tokenizer, directory=directory, resume=resume, say=partial(print_line, console=console))
     shape = batch_shape(config.train, config.parallel, data_parallel_size=mesh.topology.data_parallel_size)
     facts = run_facts(config, device=device, shape=shape, num_parameters=count_parameters(shapes_only(config)), topology=mesh.topology)
+    planned_memory_bytes = None
     if mesh.rank == 0:  # only this rank shows facts
-        facts.append(memory_fact(plan_on(machine, config, world_size=mesh.topology.world_size)))
+        plan = plan_on(machine, config, world_size=mesh.topology.world_size)
+        facts.append(memory_fact(plan))
+        planned_memory_bytes = plan.total_bytes if device.type == "cuda" else None
     facts.append(("data", data.description))
     if chosen.reason:
         facts.append(("settings", chosen.reason))
@@ -218,6 +226,7 @@ def _decide(
         facts=facts,
         host_group=None if mesh.device_mesh is None else dist.new_group(backend="gloo"),
         peak_flops=_peak(config, device),
+        planned_memory_bytes=planned_memory_bytes,
         console=console,
     )
     choice = _go_on(run, resume)

@@ -2,21 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from contextlib import nullcontext
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 
 from phase8.closing import Tolerated
+from phase8.config.load import config_to_mapping
 from phase8.distributed.collectives import broadcast_text
 from phase8.errors import CorruptionError, DivergenceError, Phase8Error
-from phase8.observe.formatting import format_epochs
+from phase8.observe.loggers import Logger, open_loggers
 from phase8.observe.metrics import MetricsWriter
 from phase8.observe.progress import Progress
 from phase8.observe.report import write_report
 from phase8.train.build import Run
 from phase8.train.faults.anomaly import RollbackAsked
 from phase8.train.faults.rollback import roll_back
-from phase8.train.final_sample import write_sample
 from phase8.train.memory_limits import memory_errors
+from phase8.train.provenance import start_record
 from phase8.train.signals import StopRequest
 from phase8.train.trainer import Trainer
 from phase8.train.unreadable import UnreadableData
@@ -62,35 +63,31 @@ def _is_reported(run: Run) -> bool:
 
 
 def finish(run: Run) -> None:
-    """Prints a sample and writes the report. The run is already saved, so a failure of either does not change how it ends."""
-    sample = None
-    if run.config.observe.sample_prompt is not None and run.data.tokenizer is not None:
-        model = run.engine.whole_model()
-        if model is not None:
-            with Tolerated("no sample, but the run is saved", run.say):
-                sample = write_sample(model, run.data.tokenizer, run.config, run.console)
+    """Writes the report. The run is already saved, so a failure does not change how it ends."""
     if run.config.observe.report and run.is_main:
         with Tolerated("no report, but the run is saved", run.say):
-            page = write_report(
-                run.directory.path,
-                title=f"phase8: {run.config.run.name}",
-                facts=[*run.facts, ("epochs", format_epochs(run.data.epochs(run.position.samples_consumed)))],
-                reference_losses=run.data.reference_losses,
-                sample=sample,
-                say=run.say,
-            )
+            page = write_report(run.directory.path, say=run.say)
             run.say(f"report: {page}")
 
 
 def _train_with_rollbacks(run: Run, stop_step: int, report: Callable[[int, str], None]) -> str | None:
     """Trains and saves, and after an anomaly rolls back and trains on; returns the name of the signal that stopped it, or None."""
     rollback: dict[str, str | int] | None = None
-    while True:
-        try:
-            return _train_until(run, stop_step, report, rollback=rollback)
-        except RollbackAsked as asked:
-            report(run.position.step, "rolling back")
-            rollback = roll_back(run, asked.anomaly)
+    with _loggers(run) as loggers:
+        while True:
+            try:
+                return _train_until(run, stop_step, report, loggers=loggers, rollback=rollback)
+            except RollbackAsked as asked:
+                report(run.position.step, "rolling back")
+                rollback = roll_back(run, asked.anomaly)
+
+
+def _loggers(run: Run) -> AbstractContextManager[Sequence[Logger]]:
+    """The loggers of the first rank; the others have none."""
+    if not run.is_main:
+        return nullcontext(())
+    config = run.config
+    return open_loggers(config.observe, run.directory.path, name=config.run.name, config=config_to_mapping(config), say=run.say)
 
 
 def _stop_request(run: Run) -> StopRequest:
@@ -100,12 +97,14 @@ def _stop_request(run: Run) -> StopRequest:
     return StopRequest("all ranks stop after this step" if run.is_main else None)
 
 
-def _train_until(run: Run, stop_step: int, report: Callable[[int, str], None], *, rollback: dict[str, str | int] | None) -> str | None:
+def _train_until(
+    run: Run, stop_step: int, report: Callable[[int, str], None], *, loggers: Sequence[Logger], rollback: dict[str, str | int] | None
+) -> str | None:
     """Trains and saves; returns the name of the signal that stopped it, or None. `rollback` is recorded as an event."""
     config = run.config
     metrics = None
     if run.is_main:
-        metrics = MetricsWriter(run.directory.path, resume_step=run.position.step, tensorboard=config.observe.tensorboard, say=run.say)
+        metrics = MetricsWriter(run.directory.path, resume_step=run.position.step, loggers=loggers, say=run.say)
     progress = Progress(
         total_steps=stop_step,
         start_step=run.position.step,
@@ -115,6 +114,8 @@ def _train_until(run: Run, stop_step: int, report: Callable[[int, str], None], *
     )
     with metrics or nullcontext(), _stop_request(run) as stop, progress:
         trainer = Trainer(run, metrics, progress, report)
+        if rollback is None and run.is_main:
+            trainer.record_event("start", **start_record(run))
         if run.chosen.values and rollback is None:
             trainer.record_event("settings", **run.chosen.values, device=run.chosen.device, reason=run.chosen.reason)
         if run.origin is not None and run.position.step == 0:
@@ -142,4 +143,6 @@ def _train_until(run: Run, stop_step: int, report: Callable[[int, str], None], *
             trainer.save(must_succeed=True)
         finally:
             trainer.close()
+        if run.position.step >= stop_step:
+            trainer.show_sample()
     return (stop.received or "another rank was asked to stop") if asked_to_stop else None

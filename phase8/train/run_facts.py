@@ -8,7 +8,7 @@ import torch
 
 from phase8.config.batch import BatchShape
 from phase8.config.pipeline import pipeline_of
-from phase8.config.schema import RunConfig, ZeroSection
+from phase8.config.schema import PrecisionSection, RunConfig, ZeroSection
 from phase8.kernels.backends import apex_hint, attention_backend, kernel_backend
 from phase8.kernels.limits import MAX_HEAD_SIZE
 from phase8.plan.cost_facts import Fact, batch_fact, model_facts
@@ -26,7 +26,7 @@ def run_facts(config: RunConfig, *, device: torch.device, shape: BatchShape, num
         *ranks,
         *([("engine", _deepspeed(config.zero))] if config.zero.engine == "deepspeed" else []),
         ("device", f"{device_name(device)}, torch {torch.__version__}"),
-        ("precision", f"{config.precision.dtype} matmuls, fp32 master weights" + (", tf32 allowed" if config.precision.tf32 else "")),
+        ("precision", _precision(config.precision)),
         *model_facts(config.model, num_parameters=num_parameters),
         *implementation_facts(config, device=device),
         batch_fact(shape, sequence_length=config.model.sequence_length),
@@ -35,6 +35,12 @@ def run_facts(config: RunConfig, *, device: torch.device, shape: BatchShape, num
         ("torch.compile", f"{compiled.mode}{', fullgraph' if compiled.fullgraph else ''}" if compiled.enabled else "off"),
         *([("CUDA graphs", "the whole step" if device.type == "cuda" else "off: no GPU")] if config.train.cuda_graphs else []),
     ]
+
+
+def _precision(precision: PrecisionSection) -> str:
+    """Formats of products and weights."""
+    linear = f", linear layers of all but {2 * precision.bf16_layers} blocks in {precision.linear} ({precision.fp8_scaling} scaling)"
+    return f"{precision.dtype} matmuls{linear if precision.linear else ''}, fp32 master weights{', tf32 allowed' if precision.tf32 else ''}"
 
 
 def _deepspeed(zero: ZeroSection) -> str:

@@ -17,6 +17,7 @@ from phase8.distributed.collectives import gather_texts
 from phase8.observe.metrics import MetricsWriter
 from phase8.processes.exit import is_echo, summary
 from phase8.train.build import Run
+from phase8.train.provenance import now
 from phase8.train.resume import checkpoint_metadata
 
 
@@ -142,9 +143,8 @@ class Saver:
             return
         stall = self._stall_seconds
         self._say(f"step {step:,}  saved; training stood still for {stall:.2f} s")
-        self._record(
-            lambda metrics: metrics.log_event(run.position.step, "checkpoint", checkpoint_step=step, checkpoint_stall_seconds=stall)
-        )
+        fields = {"checkpoint_step": step, "checkpoint_stall_seconds": stall, "time": now(), "epochs": run.data.epochs(run.position.samples_consumed)}
+        self._record(lambda metrics: metrics.log_event(run.position.step, "checkpoint", **fields))
         with self._survived("retention failed"):
             apply_retention(
                 run.directory.checkpoints,

@@ -7,6 +7,7 @@ import math
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict
+from typing import Any
 
 from phase8.closing import Tolerated
 from phase8.data.loader import build_loader, microbatch_sample_numbers
@@ -23,6 +24,7 @@ from phase8.train.evaluation import HeldOutData
 from phase8.train.faults.anomaly import largest_loss, take_note
 from phase8.train.faults.replicas import check_replicas
 from phase8.train.faults.stragglers import probe_ranks
+from phase8.train.sample import sample_text
 from phase8.train.saver import Saver
 from phase8.train.signals import StopRequest
 from phase8.train.unreadable import UnreadableData
@@ -82,6 +84,8 @@ class Trainer:
                 return True  # somebody waits for this process to end, so an evaluation that is due now is left out
             if is_last or _is_due(position.step, config.train.evaluate_every_n_steps):
                 self.evaluate()
+                if config.observe.sample_at_evaluations and not is_last:
+                    self.sample()
             if not is_last and _is_due(position.step, config.checkpoint.every_n_steps):
                 self.save(must_succeed=False)
         return asked_to_stop
@@ -120,6 +124,27 @@ class Trainer:
             )
         )
         self.progress.evaluation(step, found.loss, found.sources)
+
+    def sample(self) -> str | None:
+        """Records a text sample of the present weights; every rank takes part. Returns it on the first rank; a failure there is only reported."""
+        run, step = self.run, self.run.position.step
+        if run.config.observe.sample_prompt is None or run.data.tokenizer is None:
+            return None
+        self.report(step, "writing a sample")
+        model, text = run.engine.whole_model(), None
+        if model is not None:
+            with Tolerated(f"step {step}: no sample", self.progress.message):
+                text = sample_text(model, run.data.tokenizer, run.config)
+                self.record_event("sample", text=text)
+        return text
+
+    def show_sample(self) -> None:
+        """Prints a sample at the end of a run, which is saved."""
+        text = self.sample()
+        if text is not None:
+            self.run.console.rule("sample")
+            self.run.say(text)
+            self.run.console.rule()
 
     def save(self, *, must_succeed: bool) -> None:
         """Saves the current step after replicas were compared, if that is enabled; arguments and errors as in `Saver.save`."""
@@ -200,7 +225,7 @@ class Trainer:
             routing=result.routing if _is_due(run.position.step, run.config.observe.log_every_n_steps) else {},
         )
 
-    def record_event(self, event: str, **fields: str | int | float | None) -> None:
+    def record_event(self, event: str, **fields: Any) -> None:
         """Records an event that happened after the current step."""
         self._record(lambda metrics: metrics.log_event(self.run.position.step, event, **fields))
 

@@ -45,6 +45,7 @@ _WORTH_A_TRIAL = 1.08
 # In a shorter run, compilation would take more time than it saves.
 _LONG_ENOUGH_TO_COMPILE_SECONDS = 120.0
 _UNLIMITED = 1 << 60
+_AS_BEFORE = "as the run began: "
 _Try = Callable[[RunConfig], Trial | str]
 _CHOSEN_KEYS = (*OFF, *WITH_RECOMPUTE)
 
@@ -244,7 +245,7 @@ def _kept(config: RunConfig, recorded: object, facts: Device, world_size: int, s
         return None
     if find_problems(with_values(config, stored.values), world_size=world_size):
         return None
-    return Chosen(stored.values, stored.device, stored.world_size, f"as the run began: {stored.reason}")
+    return Chosen(stored.values, stored.device, stored.world_size, f"{_AS_BEFORE}{stored.reason.removeprefix(_AS_BEFORE)}")
 
 
 def _parse(value: object, config: RunConfig) -> Chosen | None:

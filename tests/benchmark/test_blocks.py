@@ -4,6 +4,7 @@ import torch
 from phase8.benchmark import blocks as module
 from phase8.benchmark.blocks import compare_blocks, speed_ratio, sweep_lengths
 from phase8.benchmark.throughput import Measurement
+from phase8.config.validate import model_problems
 from tests.benchmark.benchmark_figures import measured
 from tests.train.tiny_run import tiny_config
 
@@ -45,6 +46,15 @@ def test_the_blocks_differ_in_nothing_else(tiny, memory):
     ours, theirs = memory.tried
     assert ours.model.model_copy(update={"block": "transformer"}) == theirs.model and (ours.train, ours.data) == (theirs.train, theirs.data)
     assert speed_ratio(blocks) == 2.0 and speed_ratio({**blocks, "transformer": OUT_OF_MEMORY}) is None
+
+
+def test_a_transformer_with_shared_keys_is_compared_with_the_block_that_has_none(tiny, memory):
+    shared = ("model.block=transformer", "model.num_kv_heads=1", "model.rope_scaling.type=llama3")
+    dict(compare_blocks(tiny_config(tiny, *shared), device=CPU, num_steps=2))
+    sweep(tiny_config(tiny, *shared), 16)
+    for ours, theirs in (memory.tried[:2], memory.tried[2:]):
+        assert not list(model_problems(ours.model)) and (ours.model.num_kv_heads, ours.model.rope_scaling.type) == (None, "none")
+        assert (theirs.model.num_kv_heads, theirs.model.rope_scaling.type) == (1, "llama3")
 
 
 def test_each_block_s_kernels_go_to_a_file_of_its_own(tiny, memory, tmp_path):

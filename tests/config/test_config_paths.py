@@ -18,7 +18,7 @@ ROOT = Path(__file__).parents[2]
 KEYS = {**dict(iterate_keys()), **{f"data.train[].{name}": field for name, field in DataSource.model_fields.items()}}
 PATH_KEYS = [name for name, field in iterate_keys() if describe_type(field).startswith("a path")]
 # What is neither a path nor a number nor one of several words. A key or an option that is none of these is a path.
-TEXT_KEYS = {"run.name", "data.eod_token", "data.split", "observe.sample_prompt"}
+TEXT_KEYS = {"run.name", "data.eod_token", "data.split", "observe.sample_prompt", "observe.project", "observe.wandb_entity"}
 TEXT_OPTIONS = {
     "--set", "--prompt", "--json-key", "--variants", "--define", "--layouts", "--schedule",
     "--eod-token", "--document-separator", "--gpu",
@@ -38,7 +38,7 @@ def test_every_text_of_the_schema_is_a_path_or_is_listed():
     assert {name for name, field in KEYS.items() if describe_type(field).startswith("a text")} == TEXT_KEYS
     assert {name for name, field in KEYS.items() if describe_type(field).startswith("a path")} == {
         "run.output_dir", "data.train", "data.validation", "data.tokenizer", "data.cache_dir", "data.train[].path",
-        "checkpoint.initialise_from", "zero.nvme_path",
+        "checkpoint.initialise_from", "zero.nvme_path", "observe.openmetrics",
     }  # fmt: skip
 
 

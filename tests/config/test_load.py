@@ -7,6 +7,7 @@ from pydantic import ValidationError
 
 from phase8.config.describe import describe_type, describe_value, iterate_keys
 from phase8.config.load import config_from_mapping, config_to_mapping, load_config
+from phase8.config.rope_scaling import RopeScaling
 from phase8.config.schema import RunConfig
 from phase8.errors import ConfigError
 
@@ -60,8 +61,8 @@ PROBLEMS = {
     "text for bool": ("train: {deterministic: 'true'}", "FILE: train.deterministic is 'true', but true or false is needed."),
     "bool for path": ("run: {output_dir: true}", "FILE: run.output_dir is true, but a path is needed."),
     "bool for path or null": ("data: {tokenizer: false}", "FILE: data.tokenizer is false, but a path or null is needed."),
-    "unknown choice": ("precision: {dtype: fp16}", "FILE: precision.dtype is 'fp16', but one of bf16, fp32, fp8, int8 is needed."),
-    "number for choice": ("precision: {dtype: 16}", "FILE: precision.dtype is 16, but one of bf16, fp32, fp8, int8 is needed."),
+    "unknown choice": ("precision: {dtype: fp16}", "FILE: precision.dtype is 'fp16', but one of bf16, fp32 is needed."),
+    "number for choice": ("precision: {dtype: 16}", "FILE: precision.dtype is 16, but one of bf16, fp32 is needed."),
     "mapping for key": ("train: {num_steps: {a: 1}}", "FILE: train.num_steps is {'a': 1}, but a whole number at least 1 is needed."),
     "list for key": ("train: {seed: [1]}", "FILE: train.seed is [1], but a whole number at least 0 and at most 9223372036854775807 is needed."),
     # out of range
@@ -165,7 +166,7 @@ def test_all_problems_of_file_and_overrides_are_reported_together(tmp_path):
             "FILE: unknown key model.d_modle; did you mean model.d_model?",
             "FILE: model.num_heads is 0, but a whole number at least 1 is needed.",
             "FILE: section run holds 3, but a mapping of keys is needed.",
-            "FILE: precision.dtype is 'fp16', but one of bf16, fp32, fp8, int8 is needed.",
+            "FILE: precision.dtype is 'fp16', but one of bf16, fp32 is needed.",
         ]
     )
 
@@ -289,6 +290,14 @@ def test_the_global_path_of_earlier_releases_has_its_present_name(tmp_path, spel
     tree = config_to_mapping(load_config(path))
     assert tree["model"]["global_path"] == name
     assert config_from_mapping({"model": {"global_path": yaml.safe_load(spelling)}}, source="test") == load_config(path)
+
+
+def test_scaling_of_positions_is_a_section_and_null_is_none(tmp_path):
+    llama = "{type: llama3, factor: 32, original_sequence_length: 8192}"
+    scaled = load_config(write(tmp_path, f"model: {{rope_scaling: {llama}}}")).model.rope_scaling
+    assert scaled == RopeScaling(type="llama3", factor=32.0) and hash(scaled)
+    assert load_config(write(tmp_path, "model: {rope_scaling: null}")).model == RunConfig().model
+    assert load_config(write(tmp_path, ""), ["model.rope_scaling.type=linear"]).model.rope_scaling.in_effect == {"type": "linear", "factor": 8.0}
 
 
 def test_a_stored_config_with_a_problem_names_its_source():

@@ -3,9 +3,11 @@ import torch
 
 from phase8.config.model_keys import keys_in_effect, model_differences
 from phase8.config.model_section import ModelSection
+from phase8.config.rope_scaling import RopeScaling
 from phase8.model.model import build_model
 from phase8.model.parameters import initialise
 
+LINEAR = RopeScaling(type="linear", factor=4.0)
 SMALL = {"d_model": 24, "num_layers": 2, "num_heads": 4, "vocab_size": 61, "sequence_length": 24, "local_window_size": 6}
 
 
@@ -32,6 +34,7 @@ READ = set()
         {"block": "transformer"},
         {"block": "transformer", "local_qk_norm": True},
         {"block": "transformer", "tie_embeddings": True},
+        {"block": "transformer", "num_kv_heads": 2},
         {"ffn": "moe", "num_experts": 4, "first_dense_layers": 1, "shared_experts": 1},
     ],
 )
@@ -63,6 +66,10 @@ def test_the_keys_in_effect_are_those_that_the_model_reads(settings):
         ({}, {"local_qk_norm": False, "global_gate": "scalar"}, {"local_qk_norm": (True, False), "global_gate": ("channel", "scalar")}),
         ({"score": "lorentz"}, {"score": "lorentz", "local_qk_norm": False}, {}),
         ({"low_rank_rank": 5}, {"low_rank_rank": 5, "global_gate": "scalar"}, {}),
+        ({"block": "transformer"}, {"block": "transformer", "num_kv_heads": 4}, {}),
+        ({"block": "transformer"}, {"block": "transformer", "num_kv_heads": 2}, {"num_kv_heads": (4, 2)}),
+        ({}, {"rope_scaling": RopeScaling(factor=4.0)}, {}),
+        ({}, {"rope_scaling": LINEAR}, {"rope_scaling": ({"type": "none"}, {"type": "linear", "factor": 4.0})}),
         ({}, {"num_experts": 16, "router_score": "sigmoid"}, {}),
         ({"ffn": "moe"}, {"ffn": "moe", "expert_ffn_size": 64, "top_k": 1}, {"top_k": (2, 1)}),
         ({"num_layers": 10_000}, {}, {"num_layers": (10_000, 2)}),

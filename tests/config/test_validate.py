@@ -17,6 +17,7 @@ def config_with(*overrides: str, directory: Path) -> RunConfig:
 
 
 # Overrides of the defaults, and the one sentence they earn.
+FP8 = ["precision.linear=fp8", "model.d_model=256", "model.num_heads=4", "model.num_layers=4", "model.ffn_size=512"]
 DEEPSPEED = ("zero.engine=deepspeed", "zero.stage=3")
 RULES = {
     "slices of a growing state": (
@@ -35,6 +36,33 @@ RULES = {
     "heads": (
         ["model.num_heads=7"],
         "model.num_heads 7 does not divide model.d_model 512; choose a divisor or set model.head_size.",
+    ),
+    "heads of keys": (
+        ["model.block=transformer", "model.num_kv_heads=3"],
+        "model.num_kv_heads 3 does not divide model.num_heads 8; choose a divisor or null.",
+    ),
+    "more heads of keys than of queries": (
+        ["model.block=transformer", "model.num_kv_heads=16"],
+        "model.num_kv_heads 16 does not divide model.num_heads 8; choose a divisor or null.",
+    ),
+    "shared keys in the window": (
+        ["model.num_kv_heads=8"],
+        "model.num_kv_heads is 8, but model.block is phase8, whose heads have keys and values of their own; set model.num_kv_heads to null.",
+    ),
+    "scaled positions of a window": (
+        ["model.rope_scaling.type=llama3"],
+        "model.rope_scaling.type is llama3, but model.block is phase8, whose rotary positions are those of a window and need no scaling for longer "
+        "sequences; set model.rope_scaling.type to none.",
+    ),
+    "nothing between low and high": (
+        ["model.block=transformer", "model.rope_scaling.type=llama3", "model.rope_scaling.low_frequency_factor=4"],
+        "model.rope_scaling.high_frequency_factor 4.0 is not above model.rope_scaling.low_frequency_factor 4.0; choose a larger one, 4 and 1 for "
+        "example.",
+    ),
+    "eight bits for shared keys": (
+        ["precision.linear=fp8", "model.block=transformer", "model.num_kv_heads=1", "model.head_size=36", "model.num_heads=12"],
+        "precision.linear is fp8, but (model.num_heads + 2 * model.num_kv_heads) * head size is 504; a multiple of 16 of at least 256 is needed, or "
+        "precision.linear null.",
     ),
     "odd head": (
         ["model.d_model=24", "model.num_heads=8"],
@@ -200,8 +228,23 @@ RULES = {
         ["zero.copy_engine_gather=true", "zero.stage=3", "zero.offload_optimizer=cpu", "zero.offload_params=cpu"],
         "zero.copy_engine_gather is true, but zero.offload_params is cpu, which no GPU shares; set one of them back.",
     ),
-    "fp8": (["precision.dtype=fp8"], "precision.dtype is 'fp8', which is not supported yet; use 'bf16' or 'fp32'."),
-    "int8": (["precision.dtype=int8"], "precision.dtype is 'int8', which is not supported yet; use 'bf16' or 'fp32'."),
+    "fp8 in fp32": (
+        [*FP8, "precision.dtype=fp32"],
+        "precision.linear is fp8, but precision.dtype is fp32; set it to bf16, in which results of these products are.",
+    ),
+    "fp8 of low rank": (
+        [*FP8, "model.low_rank_rank=16"],
+        "precision.linear is fp8, but model.low_rank_rank is 16: products so thin wait for memory; set precision.linear to null.",
+    ),
+    "fp8 nowhere": (
+        [*FP8, "precision.bf16_layers=2"],
+        "precision.linear is fp8, but precision.bf16_layers is 2 at either end of model.num_layers 4, so no block has such products; "
+        "lower it, or set precision.linear to null.",
+    ),
+    "fp8 that does not fit": (
+        [*FP8, "model.ffn_size=520"],
+        "precision.linear is fp8, but model.ffn_size is 520; a multiple of 16 of at least 256 is needed, or precision.linear null.",
+    ),
     "deepspeed with bf16 moments": (
         [*DEEPSPEED, "optim.state_dtype=bf16"],
         "optim.state_dtype is bf16, but zero.engine is deepspeed, which keeps fp32; set one of them back.",
@@ -246,6 +289,7 @@ def test_every_rule_is_one_sentence(tmp_path, overrides, sentence):
 ALLOWED = {
     "head size without division": ["model.num_heads=7", "model.head_size=32"],
     "low rank": ["model.ffn=low_rank_swiglu", "model.low_rank_rank=4"],
+    "one head of keys": ["model.block=transformer", "model.num_kv_heads=1", "model.rope_scaling.type=linear"],
     "no warmup": ["optim.warmup_steps=0", "train.num_steps=1"],
     "longest warmup": ["train.num_steps=101"],
     "wsd from warmup to end": ["optim.schedule=wsd", "optim.decay_steps=900"],
@@ -268,6 +312,10 @@ def test_what_lies_just_inside_the_rules_is_allowed(tmp_path, overrides):
 @pytest.mark.parametrize(
     ("settings", "sentence"),
     [
+        (
+            ["model.block=transformer", "model.num_kv_heads=1"],
+            "parallel.tensor_parallel_size 2 does not divide model.num_kv_heads 1; change one of them.",
+        ),
         (
             ["train.recompute=budget", "train.compile.enabled=true"],
             "train.recompute is budget with parallel.tensor_parallel_size 2, but torch.compile cannot weigh what holds a process group; "

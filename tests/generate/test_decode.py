@@ -44,3 +44,13 @@ def test_memory_of_the_baseline_grows():
         decoder.feed(token)
         sizes.append(size_bytes(decoder._states))
     assert sizes == sorted(set(sizes))
+
+
+def test_the_baseline_keeps_as_many_heads_as_keys_have():
+    sizes = []
+    for heads in (None, 1):
+        decoder = Decoder(perturbed_model(scaled_down(ModelSection(block="transformer", num_kv_heads=heads))))
+        decoder.feed(random_tokens(batch=1, length=20))
+        state = decoder._states[0]
+        sizes.append(size_bytes(state.keys) + size_bytes(state.values))
+    assert sizes[0] == 4 * sizes[1] == 2 * 20 * 24 * 8

@@ -58,12 +58,16 @@ def mixer(section, layer, p, x):
     patterns = (value if isinstance(value, tuple) else [value] for value in (section.local_window_size, section.rotary))
     (pattern, window), (_, rotary) = ((pattern, pattern[layer % len(pattern)]) for pattern in patterns)
     heads, size, length = section.num_heads, section.head_width, len(x)
+    shared = heads // (section.num_kv_heads or heads)  # heads of queries on each head of keys
     qkv = torch.cat([linear(p, f"mixer.{name}", x) for name in "qkv"], dim=-1)
     if "mixer.convolution.weight" in p:
-        taps = p["mixer.convolution.weight"].flatten(0, 1)
+        weight = p["mixer.convolution.weight"]  # [shared + 2, channels of k, taps]: queries in turn, keys, values
+        of_queries = [weight[h % shared, h // shared * size : (h // shared + 1) * size] for h in range(heads)]
+        taps = torch.cat([*of_queries, *weight[-2:]])
         shifted = [torch.cat((torch.zeros_like(qkv[:j]), qkv[: length - j])) for j in range(taps.shape[1])]
         qkv = sum(shifted[j][:length] * taps[:, -1 - j] for j in range(taps.shape[1]))
-    q, k, v = (part.reshape(length, heads, size) for part in qkv.chunk(3, dim=-1))
+    q, k, v = (part.reshape(length, -1, size) for part in qkv.split([heads * size, heads // shared * size, heads // shared * size], dim=-1))
+    k, v = (torch.stack([part[:, h // shared] for h in range(heads)], dim=1) for part in (k, v))
     if section.block == "transformer":
         return linear(p, "mixer.out", torch.cat([softmax_attention(section, q, k, v, h, None, rotary, p) for h in range(heads)], dim=-1))
     if section.global_path == "none" or (window > 0 and 0 in pattern):
@@ -138,9 +142,10 @@ def chain_terms(p, scalars, h):
 def softmax_attention(section, q, k, v, h, window, rotary, p):
     """One head; a window of W tokens and the first G, or everything before."""
     length, size = len(q), q.shape[-1]
-    q, k = (rotate(x[:, h], section.rope_base) if rotary else x[:, h] for x in (q, k))
+    q, k = (rotate(x[:, h], section) if rotary else x[:, h] for x in (q, k))
     if section.has_qk_norm:
-        q, k = (p["mixer.qk_norm.weight"][h] * rms(x, section.norm_eps) for x in (q, k))
+        of_head = h * len(p["mixer.qk_norm.weight"]) // section.num_heads
+        q, k = (p["mixer.qk_norm.weight"][of_head] * rms(x, section.norm_eps) for x in (q, k))
     if window is None or section.score == "dot":
         scores = q @ k.T / math.sqrt(size)
     else:
@@ -153,12 +158,26 @@ def softmax_attention(section, q, k, v, h, window, rotary, p):
     return scores.masked_fill(~visible, -math.inf).softmax(-1) @ v[:, h]
 
 
-def rotate(x, base):
+def rotate(x, section):
     """Pairs (c, c + K/2) as complex numbers, turned."""
     half = x.shape[-1] // 2
-    frequency = base ** (-torch.arange(half, dtype=torch.float64) / half)
+    frequency = torch.tensor([scaled_frequency(section.rope_base ** (-c / half), section.rope_scaling) for c in range(half)], dtype=torch.float64)
     turned = torch.complex(x[:, :half], x[:, half:]) * torch.exp(1j * torch.arange(len(x))[:, None] * frequency)
     return torch.cat((turned.real, turned.imag), dim=-1)
+
+
+def scaled_frequency(frequency, scaling):
+    """As Meta's code for Llama 3.1 has it, in wavelengths."""
+    if scaling.type == "none":
+        return frequency
+    wavelength = 2 * math.pi / frequency
+    original, low, high = scaling.original_sequence_length, scaling.low_frequency_factor, scaling.high_frequency_factor
+    if scaling.type == "linear" or wavelength > original / low:
+        return frequency / scaling.factor
+    if wavelength < original / high:
+        return frequency
+    smooth = (original / wavelength - low) / (high - low)
+    return (1 - smooth) * frequency / scaling.factor + smooth * frequency
 
 
 def rms(x, eps):

@@ -6,12 +6,15 @@ import torch
 
 from phase8.config.load import load_config
 from phase8.config.model_section import ModelSection
+from phase8.config.rope_scaling import RopeScaling
 from phase8.distributed.collectives import ALONE, Axis
 from phase8.model.model import LanguageModel, build_model
 from phase8.model.parameters import initialise
 
 CONFIGS = sorted((Path(__file__).parents[2] / "configs").glob("*.yaml"))
 LENGTH = 29
+# Of the three frequencies of a head of six channels, the first is kept, the second divided by 1.8, the third by 4.
+LLAMA3 = RopeScaling(type="llama3", factor=4.0, low_frequency_factor=0.15, high_frequency_factor=0.5, original_sequence_length=40)
 
 
 def scaled_down(model: ModelSection, **changes) -> ModelSection:
@@ -76,6 +79,14 @@ VARIANTS = [
     ("windows", scaled_down(ModelSection(), num_layers=3, local_window_size=(3, 9), global_tokens=2, memory_tokens=(4.0, 90.0))),
     ("hybrid-delta", scaled_down(ModelSection(global_path="delta"), num_layers=3, local_window_size=(0, 5, 0), global_tokens=2)),
     ("recurrence-alone", scaled_down(ModelSection(chain="both", score="lorentz"), local_window_size=0)),
+    (
+        "transformer-grouped",
+        scaled_down(ModelSection(block="transformer", num_kv_heads=2, convolution_size=4, local_qk_norm=True, rope_scaling=LLAMA3)),
+    ),
+    (
+        "transformer-one-head-of-keys",
+        scaled_down(ModelSection(block="transformer", num_kv_heads=1, low_rank_rank=5, rope_scaling=RopeScaling(type="linear", factor=3.0))),
+    ),
     ("transformer-convolution", scaled_down(ModelSection(block="transformer", convolution_size=4))),
     *(
         (f"experts-{score}-{shared}-{block}", scaled_down(ModelSection(ffn="moe", router_score=score, shared_experts=shared, top_k=k, block=block)))

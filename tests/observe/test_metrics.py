@@ -4,14 +4,17 @@ import json
 import resource
 import subprocess
 import sys
+from contextlib import contextmanager
 from io import FileIO
 
 import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+from phase8.config.schema import ObserveSection
 from phase8.errors import StorageError
 from phase8.observe import metrics
 from phase8.observe.history import History
+from phase8.observe.loggers import open_loggers
 from phase8.observe.metrics import MetricsWriter, read_metrics
 
 
@@ -23,12 +26,21 @@ def strict_lines(path):
     return [json.loads(line, parse_constant=reject_constant) for line in path.read_text().splitlines()]
 
 
+@contextmanager
+def writer_with_tensorboard(directory, *, resume_step=0, say=print):
+    with (
+        open_loggers(ObserveSection(), directory, name="x", config={}, say=say) as loggers,
+        MetricsWriter(directory, resume_step=resume_step, loggers=loggers, say=say) as writer,
+    ):
+        yield writer
+
+
 def steps_of(directory):
     return [record["step"] for record in read_metrics(directory / "metrics.jsonl")]
 
 
 def test_a_step_is_one_strict_json_object_with_every_documented_key(tmp_path, make_step):
-    with MetricsWriter(tmp_path / "runs" / "x", resume_step=0, tensorboard=False) as writer:
+    with MetricsWriter(tmp_path / "runs" / "x", resume_step=0) as writer:
         writer.log_step(make_step(1, loss=8.5, mfu=None))
     assert strict_lines(tmp_path / "runs" / "x" / "metrics.jsonl") == [
         {
@@ -48,7 +60,7 @@ def test_a_step_is_one_strict_json_object_with_every_documented_key(tmp_path, ma
 
 
 def test_auxiliary_losses_are_named_where_there_are_some(tmp_path, make_step):
-    with MetricsWriter(tmp_path, resume_step=0, tensorboard=True) as writer:
+    with writer_with_tensorboard(tmp_path) as writer:
         writer.log_step(make_step(1, auxiliary_losses={"balance": 0.25, "z": float("nan")}))
         writer.log_step(make_step(2))
     first, second = read_metrics(tmp_path / "metrics.jsonl")
@@ -58,7 +70,7 @@ def test_auxiliary_losses_are_named_where_there_are_some(tmp_path, make_step):
 
 
 def test_evaluations_and_events_are_lines_of_their_own(tmp_path):
-    with MetricsWriter(tmp_path, resume_step=0, tensorboard=False) as writer:
+    with MetricsWriter(tmp_path, resume_step=0) as writer:
         writer.log_evaluation(5, validation_loss=4.5, validation_tokens=1024)
         writer.log_event(5, "checkpoint", message="saved", seconds=0.5)
     assert strict_lines(tmp_path / "metrics.jsonl") == [
@@ -68,7 +80,7 @@ def test_evaluations_and_events_are_lines_of_their_own(tmp_path):
 
 
 def test_what_is_not_finite_is_null(tmp_path, make_step):
-    with MetricsWriter(tmp_path, resume_step=0, tensorboard=False) as writer:
+    with MetricsWriter(tmp_path, resume_step=0) as writer:
         writer.log_step(make_step(1, loss=None, grad_norm=float("inf"), skipped=True))
         writer.log_evaluation(1, validation_loss=float("nan"), validation_tokens=8)
     step, evaluation = strict_lines(tmp_path / "metrics.jsonl")
@@ -80,7 +92,7 @@ def test_a_killed_process_loses_no_finished_line(tmp_path):
     program = (
         "import os, sys, pathlib\n"
         "from phase8.observe.metrics import MetricsWriter\n"
-        "writer = MetricsWriter(pathlib.Path(sys.argv[1]), resume_step=0, tensorboard=False)\n"
+        "writer = MetricsWriter(pathlib.Path(sys.argv[1]), resume_step=0)\n"
         "for step in range(1, 8): writer.log_evaluation(step, validation_loss=1.0, validation_tokens=1)\n"
         "os.kill(os.getpid(), 9)\n"
     )
@@ -89,13 +101,13 @@ def test_a_killed_process_loses_no_finished_line(tmp_path):
 
 
 def test_a_resumed_run_has_each_step_once(tmp_path, make_step):
-    with MetricsWriter(tmp_path, resume_step=0, tensorboard=False) as writer:
+    with MetricsWriter(tmp_path, resume_step=0) as writer:
         for step in range(1, 8):
             writer.log_step(make_step(step))
             writer.log_event(step, "note")
     with (tmp_path / "metrics.jsonl").open("a") as file:
         file.write('{"step": 8, "lo')
-    with MetricsWriter(tmp_path, resume_step=5, tensorboard=False) as writer:
+    with MetricsWriter(tmp_path, resume_step=5) as writer:
         for step in (6, 7, 8):
             writer.log_step(make_step(step))
     assert steps_of(tmp_path) == [1, 1, 2, 2, 3, 3, 4, 4, 5, 5, 6, 7, 8]
@@ -105,7 +117,7 @@ def test_a_resumed_run_has_each_step_once(tmp_path, make_step):
 
 def test_a_torn_last_line_within_the_kept_steps_is_dropped(tmp_path, make_step):
     (tmp_path / "metrics.jsonl").write_text('{"step": 1, "event": "a"}\n{"step": 2, "ev')
-    with MetricsWriter(tmp_path, resume_step=2, tensorboard=False) as writer:
+    with MetricsWriter(tmp_path, resume_step=2) as writer:
         writer.log_step(make_step(3))
     assert steps_of(tmp_path) == [1, 3]
     assert len(strict_lines(tmp_path / "metrics.jsonl")) == 2
@@ -113,14 +125,14 @@ def test_a_torn_last_line_within_the_kept_steps_is_dropped(tmp_path, make_step):
 
 def test_a_whole_last_line_without_its_line_break_is_kept(tmp_path, make_step):
     (tmp_path / "metrics.jsonl").write_text('{"step": 1, "event": "a"}')
-    with MetricsWriter(tmp_path, resume_step=1, tensorboard=False) as writer:
+    with MetricsWriter(tmp_path, resume_step=1) as writer:
         writer.log_step(make_step(2))
     assert steps_of(tmp_path) == [1, 2]
 
 
 def test_a_new_run_starts_an_empty_record(tmp_path, make_step):
     (tmp_path / "metrics.jsonl").write_text('{"step": 0, "validation_loss": 9.7, "validation_tokens": 8}\n{"step": 1, "event": "a"}\n')
-    MetricsWriter(tmp_path, resume_step=0, tensorboard=False).close()
+    MetricsWriter(tmp_path, resume_step=0).close()
     assert steps_of(tmp_path) == []
 
 
@@ -133,7 +145,7 @@ def test_a_crash_while_dropping_lines_keeps_the_old_record(tmp_path, monkeypatch
 
     monkeypatch.setattr("os.fsync", fail)
     with pytest.raises(StorageError, match="No space left"):
-        MetricsWriter(tmp_path, resume_step=1, tensorboard=False)
+        MetricsWriter(tmp_path, resume_step=1)
     assert steps_of(tmp_path) == [1, 2]
 
 
@@ -163,7 +175,7 @@ FOREIGN = {
 @pytest.fixture
 def recorded(tmp_path, make_step):
     """The record of three steps."""
-    with MetricsWriter(tmp_path, resume_step=0, tensorboard=False) as writer:
+    with MetricsWriter(tmp_path, resume_step=0) as writer:
         for step in (1, 2, 3):
             writer.log_step(make_step(step))
     return tmp_path / "metrics.jsonl"
@@ -187,7 +199,7 @@ def test_a_foreign_line_is_named_and_left_out(recorded, line):
 def test_a_resumed_run_keeps_a_foreign_line_where_it_is(recorded, make_step, line):
     insert_line(recorded, line, number=2)
     before, said = recorded.read_bytes().split(b"\n"), []
-    with MetricsWriter(recorded.parent, resume_step=2, tensorboard=False, say=said.append) as writer:
+    with MetricsWriter(recorded.parent, resume_step=2, say=said.append) as writer:
         writer.log_step(make_step(3, loss=9.0))
     assert recorded.read_bytes().split(b"\n")[:3] == before[:3] and steps_of(recorded.parent) == [1, 2, 3]
     assert len(said) == 1 and "line 2 is no record of this run" in said[0]
@@ -196,7 +208,7 @@ def test_a_resumed_run_keeps_a_foreign_line_where_it_is(recorded, make_step, lin
 def test_a_new_run_keeps_foreign_lines_too(recorded):
     insert_line(recorded, b"mine", number=2)
     said = []
-    MetricsWriter(recorded.parent, resume_step=0, tensorboard=False, say=said.append).close()
+    MetricsWriter(recorded.parent, resume_step=0, say=said.append).close()
     assert recorded.read_bytes() == b"mine\n" and len(said) == 1
 
 
@@ -209,7 +221,7 @@ def test_of_many_foreign_lines_the_first_are_named(recorded):
 
 
 def test_an_event_may_have_fields_with_the_names_of_figures(recorded):
-    with MetricsWriter(recorded.parent, resume_step=3, tensorboard=False) as writer:
+    with MetricsWriter(recorded.parent, resume_step=3) as writer:
         writer.log_event(3, "note", loss=1.0, validation_loss=2.0)
     history = History.from_records(read_metrics(recorded))
     assert history.steps.tolist() == [1, 2, 3] and history.validation_loss.size == 0
@@ -221,7 +233,7 @@ def test_a_missing_record_is_named(tmp_path):
 
 
 def test_a_full_disk_is_one_sentence_and_leaves_only_whole_lines(tmp_path, make_step):
-    writer = MetricsWriter(tmp_path, resume_step=0, tensorboard=False)
+    writer = MetricsWriter(tmp_path, resume_step=0)
     writer.log_step(make_step(1))
     size = (tmp_path / "metrics.jsonl").stat().st_size
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
@@ -241,14 +253,14 @@ def test_a_full_disk_is_one_sentence_and_leaves_only_whole_lines(tmp_path, make_
 def test_a_directory_that_cannot_be_made_is_a_storage_error(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(StorageError, match=r"cannot write .*file/x: Not a directory"):
-        MetricsWriter(tmp_path / "file" / "x", resume_step=0, tensorboard=False)
+        MetricsWriter(tmp_path / "file" / "x", resume_step=0)
 
 
 def test_tensorboard_shows_each_step_of_a_resumed_run_once(tmp_path, make_step, make_skipped):
-    with MetricsWriter(tmp_path, resume_step=0, tensorboard=True) as writer:
+    with writer_with_tensorboard(tmp_path) as writer:
         for step in (1, 2, 3, 4):
             writer.log_step(make_step(step, loss=float(step)))
-    with MetricsWriter(tmp_path, resume_step=2, tensorboard=True) as writer:
+    with writer_with_tensorboard(tmp_path, resume_step=2) as writer:
         writer.log_step(make_step(3, loss=30.0, mfu=None))
         writer.log_step(make_skipped(4))
         writer.log_evaluation(4, validation_loss=4.5, validation_tokens=8)
@@ -261,7 +273,7 @@ def test_tensorboard_shows_each_step_of_a_resumed_run_once(tmp_path, make_step, 
 
 def test_events_that_a_full_disk_refuses_are_lost_alone_and_said_once(tmp_path, make_step, monkeypatch):
     said = []
-    with MetricsWriter(tmp_path, resume_step=0, tensorboard=True, say=said.append) as writer:
+    with writer_with_tensorboard(tmp_path, say=said.append) as writer:
         writer.log_step(make_step(1))
         (file,) = (tmp_path / "tensorboard").iterdir()
         limits, size = resource.getrlimit(resource.RLIMIT_FSIZE), file.stat().st_size
@@ -274,7 +286,7 @@ def test_events_that_a_full_disk_refuses_are_lost_alone_and_said_once(tmp_path, 
             resource.setrlimit(resource.RLIMIT_FSIZE, limits)
         assert file.stat().st_size == size
         writer.log_step(make_step(4))
-    assert said == ["step 2: TensorBoard events are lost, training goes on: File too large"]
+    assert said == ["step 2: TensorBoard loses figures, training goes on: OSError: [Errno 27] File too large"]
     events = EventAccumulator(str(tmp_path / "tensorboard")).Reload()
     assert [event.step for event in events.Scalars("loss/train")] == [1, 4]
 
@@ -282,9 +294,9 @@ def test_events_that_a_full_disk_refuses_are_lost_alone_and_said_once(tmp_path, 
 def test_a_place_for_events_that_cannot_be_made_does_not_keep_a_run_from_starting(tmp_path, make_step):
     (tmp_path / "tensorboard").write_text("in the way")
     said = []
-    with MetricsWriter(tmp_path, resume_step=0, tensorboard=True, say=said.append) as writer:
+    with writer_with_tensorboard(tmp_path, say=said.append) as writer:
         writer.log_step(make_step(1))
-    assert len(said) == 1 and said[0].startswith("TensorBoard gets no events of this run: FileExistsError: ")
+    assert len(said) == 1 and said[0].startswith("TensorBoard gets nothing of this run: FileExistsError: ")
     assert steps_of(tmp_path) == [1]
 
 
@@ -296,9 +308,9 @@ def test_a_record_that_cannot_be_closed_hides_no_error_and_makes_none(tmp_path, 
 
     said = []
     monkeypatch.setattr(metrics, "FileIO", Failing)
-    with MetricsWriter(tmp_path, resume_step=0, tensorboard=False, say=said.append):
+    with MetricsWriter(tmp_path, resume_step=0, say=said.append):
         pass
-    with pytest.raises(ZeroDivisionError), MetricsWriter(tmp_path, resume_step=0, tensorboard=False, say=said.append):
+    with pytest.raises(ZeroDivisionError), MetricsWriter(tmp_path, resume_step=0, say=said.append):
         1 / 0  # noqa: B018
     assert said == 2 * [f"{tmp_path} may lack the last metrics: OSError: [Errno 28] No space left on device"]
 
@@ -307,7 +319,7 @@ def test_without_tensorboard_it_is_not_imported(tmp_path):
     program = (
         "import sys, pathlib\n"
         "from phase8.observe.metrics import MetricsWriter\n"
-        "MetricsWriter(pathlib.Path(sys.argv[1]), resume_step=0, tensorboard=False).close()\n"
+        "MetricsWriter(pathlib.Path(sys.argv[1]), resume_step=0).close()\n"
         "sys.exit('tensorboard' in sys.modules)\n"
     )
     assert subprocess.run([sys.executable, "-c", program, str(tmp_path)]).returncode == 0

@@ -22,7 +22,7 @@ def routing_of(step):
 
 
 def write_run(directory, make_step):
-    with MetricsWriter(directory, resume_step=0, tensorboard=False) as metrics:
+    with MetricsWriter(directory, resume_step=0) as metrics:
         for step in range(1, 7):
             metrics.log_step(make_step(step, routing=routing_of(step) if step % 2 == 0 else {}))
 
@@ -39,10 +39,10 @@ def test_steps_with_routing_become_arrays(tmp_path, make_step):
 
 
 def test_a_run_without_experts_has_none(tmp_path, make_step):
-    with MetricsWriter(tmp_path, resume_step=0, tensorboard=False) as metrics:
+    with MetricsWriter(tmp_path, resume_step=0) as metrics:
         metrics.log_step(make_step(1))
     assert History.from_records(read_metrics(tmp_path / "metrics.jsonl")).routing is None
-    assert "Load of experts" not in write_report(tmp_path, title="t", facts=[], reference_losses={}).read_text()
+    assert "Load of experts" not in write_report(tmp_path).read_text()
 
 
 def test_steps_of_another_model_are_left_out():
@@ -53,7 +53,7 @@ def test_steps_of_another_model_are_left_out():
 
 def test_the_report_shows_the_load_as_a_picture(tmp_path, make_step):
     write_run(tmp_path, make_step)
-    page = write_report(tmp_path, title="t", facts=[], reference_losses={}).read_text()
+    page = write_report(tmp_path).read_text()
     assert all(heading in page for heading in ("Load of experts", "Dropped choices", "Router entropy", "layer 11"))
     assert page.count("data:image/png;base64,") == 1
 

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from matplotlib.image import imread
 
-from phase8.observe.schedule_chart import schedule_png
+from phase8.observe.schedule_chart import Window, schedule_png, windows_of
 from phase8.observe.schedule_text import Box
 
 IDLE = "#e6e9ee"
@@ -67,3 +67,22 @@ def test_numbers_are_written_where_they_have_room():
 def test_pictures_have_a_size_that_can_be_looked_at(num_chunks):
     height, width, _ = draw([Box(s, m, m + 1, "forward", m, m % num_chunks) for s in range(3) for m in range(600)], 3).shape
     assert 1500 <= width <= 3200 and 500 <= height <= 1500
+
+
+def test_a_long_schedule_is_drawn_in_windows_and_a_short_one_whole():
+    assert windows_of(10.0, visible=10.0, gap=1.0) == [Window(0.0, 10.0, 0.0)]
+    begin, middle, end = windows_of(1000.0, visible=32.0, gap=1.0)
+    assert begin == Window(0.0, 10.0, 0.0) and middle == Window(495.0, 505.0, 11.0) and end == Window(990.0, 1000.0, 22.0)
+
+
+def test_windows_show_the_begin_the_middle_and_the_end_of_every_row():
+    boxes = [Box(stage, m, m + 1, "forward" if m < 1500 else "backward", m, 0) for stage in range(2) for m in range(3000)]
+    picture = draw(boxes, 2)
+    blue, orange = picture[..., 2] - picture[..., 0] > 60, picture[..., 0] - picture[..., 2] > 60
+    (row,) = np.flatnonzero(blue[:, : picture.shape[1] // 3].sum(1) > 0.1 * picture.shape[1])[:1]
+    columns = np.flatnonzero(blue[row + 1] | orange[row + 1])
+    gaps = np.flatnonzero(np.diff(columns) > 20)
+    first, second, third = np.split(columns, gaps + 1)
+    assert len(gaps) == 2 and len(first) == pytest.approx(len(third), rel=0.05) == pytest.approx(len(second), rel=0.05)
+    assert blue[row + 1, first].all() and orange[row + 1, third].all()
+    assert blue[row + 1, second].sum() == pytest.approx(orange[row + 1, second].sum(), rel=0.1)

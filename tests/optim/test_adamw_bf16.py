@@ -163,3 +163,11 @@ def test_a_counter_of_another_dtype_is_refused(tmp_path):
     fresh = build_optimizer(dict(model.named_parameters()), SECTION, decayed_names=set())
     with pytest.raises(CheckpointMismatchError, match="step is BF16 in the checkpoint, but the optimizer keeps F32"):
         restore_state(saved, model, fresh)
+
+
+@pytest.mark.gpu
+def test_one_kernel_rounds_as_the_operations_do():
+    for length in (1, 1000, 70_001):
+        x = noise(length).cuda() * 1e-3
+        for step in steps(3):
+            assert torch.equal(adamw_bf16.compiled_rounding()(x, step.cuda()), rounded_at_random(x, step.cuda()))

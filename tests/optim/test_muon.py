@@ -11,11 +11,12 @@ from tests.optim.steps import RATES, take_steps
 
 SECTION = OptimSection(name="muon", learning_rate=0.3, betas=(0.8, 0.9), eps=1e-6, weight_decay=0.2, momentum=0.9, momentum_warmup_steps=4)
 SHAPES = {
-    "blocks.0.mixer.q.weight": (6, 5), "blocks.0.mixer.out.weight": (5, 6), "blocks.0.feed_forward.up.weight": (3, 4, 7),
+    "blocks.0.mixer.q.weight": (6, 5), "blocks.0.mixer.k.weight": (3, 5), "blocks.0.mixer.v.weight": (9, 5),
+    "blocks.0.mixer.out.weight": (5, 6), "blocks.0.feed_forward.up.weight": (3, 4, 7),
     "blocks.0.mixer.global_path.scalars.weight": (4, 5), "embedding.weight": (9, 5), "norm.weight": (5,), "head.weight": (9, 5),
 }  # fmt: skip
-DECAYED = {"blocks.0.mixer.q.weight", "blocks.0.mixer.out.weight", "blocks.0.feed_forward.up.weight", "head.weight"}
-NUM_HEADS = 2
+DECAYED = {*(f"blocks.0.mixer.{name}.weight" for name in ("q", "k", "v", "out")), "blocks.0.feed_forward.up.weight", "head.weight"}
+HEAD_SIZE = 3
 
 
 def iterated(singular_values):
@@ -48,7 +49,7 @@ def parameters(dtype=torch.float64):
 
 def muon(parts):
     wholes = WholeMatrices(matrices_of(parts), None, device=torch.device("cpu"))
-    return Muon(parts, SECTION, wholes=wholes, num_heads=NUM_HEADS, decayed_names=DECAYED)
+    return Muon(parts, SECTION, wholes=wholes, head_size=HEAD_SIZE, decayed_names=DECAYED)
 
 
 def by_hand(x, gradients, shape):
@@ -63,11 +64,12 @@ def by_hand(x, gradients, shape):
 
 
 def test_matrices_follow_the_formulas_and_the_rest_adamw():
-    """Queries are a matrix for each head."""
+    """Queries, keys and values are a matrix for each head, however many heads each of them has."""
     parts, begin = parameters(), parameters()
     gradients = {name: [torch.randn_like(part) for _ in RATES] for name, part in parts.items()}
     take_steps(muon(parts), parts, gradients)
-    shapes = {name: SHAPES[name] for name in DECAYED - {"head.weight"}} | {"blocks.0.mixer.q.weight": (NUM_HEADS, 3, 5)}
+    shapes = {name: SHAPES[name] for name in DECAYED - {"head.weight"}}
+    shapes |= {f"blocks.0.mixer.{name}.weight": (count, HEAD_SIZE, 5) for name, count in (("q", 2), ("k", 1), ("v", 3))}
     for name, shape in shapes.items():
         torch.testing.assert_close(parts[name].detach(), by_hand(begin[name].detach(), gradients[name], shape), rtol=1e-6, atol=1e-6)
     rest = {name: part for name, part in begin.items() if name not in shapes}

@@ -147,6 +147,7 @@ CASES = {
     "tp2 low-rank": case(2, tp=2, more=LOW_RANK),
     "tp2 low-rank mixer": case(2, tp=2, more=LOW_RANK[:1]),
     "tp2 transformer": case(2, tp=2, more=("model.block=transformer",)),
+    "tp2 fewer heads of keys": case(2, tp=2, more=("model.block=transformer", "model.num_kv_heads=2")),
     "tp2 tied": case(2, tp=2, more=TIED),
     "tp2 full": case(2, tp=2, more=FULL),
     "tp2 full low-rank": case(2, tp=2, more=(*FULL, *LOW_RANK)),
@@ -170,7 +171,9 @@ CASES = {
     "cp4 delta, chain, slices shorter than the window": case(4, cp=4, stage=3, micro=2, more=("model.global_path=delta", "model.chain=both")),
     "cp2 tp2, full, global tokens": case(4, cp=2, tp=2, stage=2, micro=2, more=(*FULL, "model.global_tokens=3", "model.convolution_size=1")),
     "cp2 dp2 zero 1 in pairs, selective": case(4, cp=2, stage=1, micro=2, more=(*SELECTIVE, "zero.shard_size=2")),
-    "cp4 transformer": case(4, cp=4, micro=2, more=("model.block=transformer", "model.convolution_size=4")),
+    "cp4 transformer, fewer heads of keys": case(
+        4, cp=4, micro=2, more=("model.block=transformer", "model.convolution_size=4", "model.num_kv_heads=1")
+    ),
     "cp2 pp2, window alone": case(4, cp=2, pp=2, micro=2, more=("model.global_path=none",)),
     "dp2 experts": case(2, more=EXPERTS),
     "tp2 zero 3 experts, recomputed": case(4, tp=2, stage=3, micro=2, more=(*EXPERTS, *SHARED_EXPERT, *FULL)),

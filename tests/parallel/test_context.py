@@ -2,13 +2,18 @@
 
 import pytest
 import torch
+import torch.distributed as dist
+import torch.nn.functional as F
 from torch.distributed.device_mesh import init_device_mesh
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from phase8.config.model_section import ModelSection
+from phase8.context_parallel import ring_attention
 from phase8.context_parallel.fetch import begin_to_fetch
 from phase8.distributed.collectives import ALONE, Axis
 from tests.model.small import document_starts, perturbed_model, random_tokens, scaled_down
+from tests.parallel.mutations import replaced
+from tests.parallel.pool import GLOO, NCCL
 
 LENGTH = 24  # slices of 12, 6 and 3 tokens; the windows are 6 and 14
 BLOCKS = {
@@ -25,6 +30,7 @@ BLOCKS = {
     },
     "transformer": {"block": "transformer", "convolution_size": 4},
     "transformer without convolution": {"block": "transformer", "local_qk_norm": True},
+    "transformer with fewer heads of keys": {"block": "transformer", "num_kv_heads": 2, "convolution_size": 4},
     "hybrid": {"global_path": "delta", "local_window_size": (0, 9)},
 }  # fmt: skip
 DOCUMENTS = {"one document": (), "documents": (0, 5, 12, 13, 20)}
@@ -69,6 +75,56 @@ def whole():
 def test_slices_together_are_the_whole(pool, whole, block, documents, world_size):
     slices = pool.run(forward_and_backward, block, DOCUMENTS[documents], world_size, world_size=world_size)
     are_together(slices, whole(block, documents))
+
+
+def with_repeated_keys(*arguments):
+    """As on GPUs in fp32, where torch's operator needs as many heads of keys as of queries."""
+    with replaced((ring_attention, "_attention"), by=lambda old: lambda q, k: ring_attention._with_repeated_keys(old(q, k))):
+        return forward_and_backward(*arguments)
+
+
+def test_keys_are_repeated_where_an_operator_needs_as_many_as_queries(pool, whole):
+    block = "transformer with fewer heads of keys"
+    are_together(pool.run(with_repeated_keys, block, (), 4, world_size=4), whole(block, "one document"))
+
+
+def attention_round_the_ring(device_type, dtype, num_key_heads):
+    """Output of this rank's slice and gradients of its queries, keys and values, in fp64 on the host."""
+    world_size = dist.get_world_size()
+    axis = Axis(init_device_mesh(device_type, (world_size,)))
+    *qkv, weights = (x.chunk(world_size, dim=2)[axis.index].to(device_type, dtype) for x in whole_attention(num_key_heads))
+    qkv = [x.requires_grad_() for x in qkv]
+    out = ring_attention.ring_attention(*qkv, axis)
+    (out * weights).sum().backward()
+    return [x.detach().cpu().double() for x in (out, *(x.grad for x in qkv))]
+
+
+def whole_attention(num_key_heads):
+    """Queries, keys, values [2, heads, 32, 16], and weights of the output."""
+    generator = torch.Generator().manual_seed(0)
+    return [torch.randn(2, heads, 32, 16, generator=generator, dtype=torch.float64) for heads in (6, num_key_heads, num_key_heads, 6)]
+
+
+@pytest.mark.parametrize("num_key_heads", [6, 2])
+@pytest.mark.parametrize(
+    ("device_type", "dtype", "tolerance"),
+    [
+        pytest.param("cpu", torch.float64, 1e-9, id="cpu"),
+        pytest.param("cuda", torch.float32, 1e-4, id="cuda-fp32", marks=pytest.mark.gpu),
+        pytest.param("cuda", torch.bfloat16, 5e-2, id="cuda-bf16", marks=pytest.mark.gpu),
+    ],
+)
+def test_attention_round_the_ring_is_that_of_one_process(pool, device_type, dtype, tolerance, num_key_heads):
+    if device_type == "cuda" and torch.cuda.device_count() < 2:
+        pytest.skip("needs 2 GPUs")
+    backend = NCCL if device_type == "cuda" else GLOO
+    slices = pool.run(attention_round_the_ring, device_type, dtype, num_key_heads, world_size=2, backend=backend)
+    *qkv, weights = whole_attention(num_key_heads)
+    qkv = [x.requires_grad_() for x in qkv]
+    out = F.scaled_dot_product_attention(qkv[0], *(x.repeat_interleave(6 // num_key_heads, dim=1) for x in qkv[1:]), is_causal=True)
+    (out * weights).sum().backward()
+    for found, expected in zip(zip(*slices, strict=True), (out, *(x.grad for x in qkv)), strict=True):
+        torch.testing.assert_close(torch.cat(found, dim=2), expected, rtol=tolerance, atol=tolerance)
 
 
 @pytest.mark.parametrize("block", BLOCKS)

@@ -57,6 +57,8 @@ CASES = {
     "cp2 compiled, recorded": ("default", ranks(cp=2, more=(*COMPILED, RECORDED))),
     "cp2 delta": ("delta", ranks(cp=2)),
     "cp2 transformer": ("transformer", ranks(cp=2)),
+    "cp2 tp2 grouped": ("grouped", ranks(cp=2, tp=2)),
+    "tp2 grouped, compiled": ("grouped", ranks(tp=2, more=COMPILED)),
     "cp4": ("default", ranks(cp=4)),
     "cp4 zero 3": ("default", ranks(cp=4, stage=3)),
     "cp2 tp2": ("default", ranks(cp=2, tp=2)),

@@ -25,6 +25,10 @@ BLOCKS = {
     ),
     "transformer": ("model.block=transformer", "model.convolution_size=4"),
     "transformer-norm": ("model.block=transformer", "model.local_qk_norm=true"),
+    "grouped": (
+        "model.block=transformer", "model.num_kv_heads=2", "model.convolution_size=4", "model.local_qk_norm=true", "optim.name=muon",
+        "model.rope_scaling.type=llama3", "model.rope_scaling.original_sequence_length=24",
+    ),
     "low-rank": ("model.low_rank_rank=5", "model.ffn=low_rank_swiglu", "model.chain=both"),
     "experts": (
         "model.ffn=moe", "model.num_experts=4", "model.expert_ffn_size=16", "model.capacity_factor=1.0", "model.balance_loss_weight=0.3",
@@ -100,6 +104,8 @@ QUICK = {
     "cp2 dp2 zero 1 in pairs": ("whole", ranks(cp=2, dp=2, stage=1, more=("zero.shard_size=2",))),
     "tp2 cp2": ("low-rank", ranks(tp=2, cp=2, more=("train.recompute=selective",))),
     "tp2 cp2 transformer": ("transformer", ranks(tp=2, cp=2, stage=3)),
+    "tp2 pp2 dp2 zero 3, grouped": ("grouped", ranks(tp=2, pp=2, dp=2, stage=3)),
+    "tp2 cp2 zero 3, grouped": ("grouped", ranks(tp=2, cp=2, stage=3)),
     "pp2 cp2": ("deep-tied", ranks(pp=2, cp=2, more=INTERLEAVED)),
     "tp2 pp2 cp2 zero 2": ("hybrid", ranks(tp=2, pp=2, cp=2, stage=2)),
     "tp2 experts": ("experts-dropless", ranks(tp=2)),
@@ -127,6 +133,7 @@ QUICK = {
 ALSO = (
     "pp2 interleaved", "tp2 low-rank", "tp2 transformer", "tp2 tied", "dp4 zero 1", "dp4 zero 3", "tp2 dp2 zero 2", "tp4", "tp2 dp2 zero 0",
     "tp2 dp2 zero 3 offloaded inputs", "tp2 dp2 zero 1, selective", "tp2 dp2 zero 2, recomputation", "tp2 pp2 delta, selective", "tp2 delta",
+    "tp2 cp2 transformer", "tp2 transformer, norm of queries and keys",
 )  # fmt: skip
 ACCUMULATION = ("train.micro_batch_size=1",)
 # Eight layers at the other rate amplify 1e-15 to 7e-13 in four steps and to 0.1 in twenty.

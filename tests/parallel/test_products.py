@@ -13,7 +13,7 @@ from phase8.model.block import Block
 from phase8.model.model import build_model
 from phase8.model.parameters import initialise
 from phase8.precision import policy
-from phase8.precision.formats import OPERAND_DTYPE, OperandDtype
+from phase8.precision.formats import OPERAND_DTYPE, OperandDtype, linear_by_products
 from phase8.tensor_parallel import overlapped, products
 from tests.parallel.pool import GLOO
 from tests.parallel.test_overlapped import CollectiveMemory, axis_of_all, gradients, relative_difference
@@ -23,10 +23,12 @@ class Counted(OperandDtype):
     """A format of its own, whose every product is counted."""
 
     name = "counted"
-    is_differentiable = False
 
     def __init__(self):
         self.calls = []
+
+    def linear(self, x, weight):
+        return linear_by_products(x, weight, self)
 
     def output(self, x, weight, **where):
         self.calls.append("output")
@@ -45,7 +47,9 @@ class Plain(OperandDtype):
     """A format of its own."""
 
     name = "plain"
-    is_differentiable = False
+
+    def linear(self, x, weight):
+        return linear_by_products(x, weight, self)
 
 
 SECTION = ModelSection(d_model=24, num_layers=1, num_heads=4, ffn_size=40, vocab_size=61, sequence_length=16, local_window_size=6)
@@ -126,3 +130,27 @@ def test_on_one_rank_all_products_are_the_plain_one(number_format):
         of_input, of_weight = (getattr(products, f"{kind}_{what}_gradient") for what in ("input", "weight"))
         assert torch.equal(of_input(grad, weight, ALONE, number_format), expected[1])
         assert torch.equal(of_weight(grad, x, ALONE, number_format), expected[2])
+
+
+def fp8_error(scaling, has_peer_memory):
+    """Largest relative error of the products of two ranks, and of their gradients, in fp8 against fp32."""
+    axis = axis_of_all("cpu")
+    axis, number_format = type(axis)(axis.mesh, has_peer_memory=has_peer_memory), policy.format_named(f"fp8-{scaling}")
+    generator = torch.Generator().manual_seed(axis.index)
+    own, every, weight, grad = (torch.randn(size, 256, generator=generator) for size in (256, 256 * axis.size, 256, 256 * axis.size))
+    worst = 0.0
+    with mock.patch.object(overlapped, "peer_memory", functools.cache(CollectiveMemory)):
+        for product, x, gradient in ((products.gathered_product, own, grad), (products.scattered_product, every, grad[:256])):
+            found, expected = (
+                gradients(lambda x, w: product(x, w, axis, number_format), x, weight, gradient)  # noqa: B023
+                for number_format in (number_format, OPERAND_DTYPE)
+            )
+            worst = max(worst, *(((ours - theirs).norm() / theirs.norm()).item() for ours, theirs in zip(found, expected, strict=True)))
+    return worst
+
+
+@pytest.mark.parametrize("scaling", ["row", "tensor"])
+@pytest.mark.parametrize("has_peer_memory", [False, True], ids=["collectives", "peer memory"])
+def test_ranks_multiply_in_fp8(pool, scaling, has_peer_memory):
+    for worst in pool.run(fp8_error, scaling, has_peer_memory, world_size=2, backend=GLOO, timeout_seconds=120):
+        assert 0.01 < worst < (0.05 if scaling == "row" else 0.09)  # as one rank's, tests/precision/test_fp8.py

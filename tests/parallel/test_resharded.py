@@ -42,6 +42,7 @@ def load_and_watch(settings, world_size, path):
         ("dp4 zero 1", "tp2 pp2 dp2 zero 2", 4),
         ("dp4 zero 1", "tp2 dp2 zero 3", 4),
         ("dp4 zero 1", "pp2 interleaved", 1),
+        ("dp4 zero 1, shared keys", "tp2 dp2 zero 3, shared keys", 4),
         ("dp2 zero 3, all experts on each", "ep2 dp4 zero 3", 4),
     ],
 )

@@ -23,6 +23,7 @@ BLOCKS = {
     "delta": {"global_path": "delta"},
     "gates": {"global_path": "delta", "global_gate": "channel", "decay_floor": -5.0, "local_qk_norm": True, "global_activation": "silu"},
     "transformer": {"block": "transformer"},
+    "transformer with fewer heads of keys": {"block": "transformer", "num_kv_heads": 1},
     "transformer with norm": {"block": "transformer", "local_qk_norm": True},
 }
 RECOMPUTE = [("none", 1), ("full", 1), ("full", 2), ("selective", 1), ("selective", 2)]
@@ -120,7 +121,7 @@ def compiled_bytes(section, *, micro_batch_size, recompute="none"):
     return sum(storage.nbytes() for storage in storages.values())
 
 
-ALSO = ("delta", "transformer with norm")  # their parts are in other blocks
+ALSO = ("delta", "transformer", "transformer with norm")  # their parts are in other blocks
 COMPILED = [pytest.param(block, marks=[pytest.mark.full] if name in ALSO else [], id=name) for name, block in BLOCKS.items()]
 
 

@@ -18,6 +18,8 @@ def test_the_model_in_words():
     }
     low_rank = section.model_copy(update={"block": "transformer", "head_size": 6, "low_rank_rank": 3})
     assert dict(model_facts(low_rank, num_parameters=1))["model"] == "transformer, 2 layers, width 8, 2 heads of 6, low rank 3"
+    grouped = section.model_copy(update={"block": "transformer", "num_kv_heads": 1})
+    assert dict(model_facts(grouped, num_parameters=1))["model"] == "transformer, 2 layers, width 8, 2 heads of 4 on 1 of keys, dense"
 
 
 def test_planned_memory_by_kind():

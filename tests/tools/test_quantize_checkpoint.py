@@ -25,6 +25,7 @@ BLOCKS = {
     "delta, gate per channel": ("model.global_path=delta", "model.global_gate=channel", "model.chain=both"),
     "low-rank mixer": ("model.low_rank_rank=5", "model.ffn=swiglu"),
     "transformer": ("model.block=transformer",),
+    "transformer, fewer heads of keys": ("model.block=transformer", "model.num_kv_heads=1"),
 }
 
 

@@ -33,7 +33,7 @@ from phase8.generate.sampling import SamplingOptions, generate_tokens
 from phase8.model.model import build_model
 from tests.checkpoint.fuzzing import Tally, Watch, fuzz, mutated_bytes, mutated_json
 from tests.tools.doors import TOOLS, load_door
-from tests.tools.test_reshard_to_hf import trained
+from tests.tools.test_reshard_to_hf import LLAMA_3, trained
 from tests.train import tiny_run
 
 CONFIG = {
@@ -92,7 +92,12 @@ def imported(source: Path, *options: object) -> Checkpoint:
 
 
 @pytest.mark.parametrize(
-    ("settings", "options"), [((), ("--pipeline-parallel-size", 2, "--shards", 2)), (("model.tie_embeddings=true", "model.head_size=10"), ())]
+    ("settings", "options"),
+    [
+        ((), ("--pipeline-parallel-size", 2, "--shards", 2)),
+        (("model.tie_embeddings=true", "model.head_size=10"), ()),
+        (LLAMA_3, ("--tensor-parallel-size", 2, "--shards", 2)),
+    ],
 )
 def test_there_and_back_is_bit_equal(tmp_path, settings, options):
     _, path = trained(tmp_path, "model.init_std=0.03", *settings)
@@ -127,6 +132,63 @@ def test_the_logits_are_those_of_the_llama_that_transformers_saved(tmp_path, is_
     tokens = torch.randint(0, 61, (2, 24), generator=torch.Generator().manual_seed(2))
     with torch.no_grad():
         torch.testing.assert_close(model.logits(model(tokens)[0]), llama(tokens).logits, rtol=1e-5, atol=1e-5)
+
+
+LLAMA3_NUMBERS = {"factor": 4.0, "low_freq_factor": 0.15, "high_freq_factor": 2.0, "original_max_position_embeddings": 16}
+LLAMA3_ROPE = {"rope_type": "llama3", **LLAMA3_NUMBERS}
+LINEAR_ROPE = {"rope_type": "linear", "factor": 2.0}
+
+
+@pytest.mark.parametrize("rope", [LLAMA3_ROPE, LINEAR_ROPE], ids=["llama3", "linear"])
+def test_a_llama_3_that_transformers_saved_computes_generates_and_returns_the_same(tmp_path, rope):
+    """Fewer heads of keys, scaled rotary frequencies, one embedding for both ends, several files."""
+    transformers = pytest.importorskip("transformers")
+    config = transformers.LlamaConfig(
+        vocab_size=61, hidden_size=24, intermediate_size=40, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2, head_dim=8,
+        max_position_embeddings=64, rope_theta=300.0, rope_scaling=dict(rope), initializer_range=0.2, tie_word_embeddings=True,
+        bos_token_id=None, eos_token_id=None,
+    )  # fmt: skip
+    llama = transformers.LlamaForCausalLM(config).eval()
+    llama.save_pretrained(tmp_path / "llama", max_shard_size=5000)
+    copy = imported(tmp_path / "llama", "--tensor-parallel-size", 2)
+    model, _, _ = restore_model(copy.path, device=torch.device("cpu"))
+    assert model.section.num_kv_heads == 2 and model.section.rope_scaling.type == rope["rope_type"]
+    tokens = torch.randint(0, 61, (2, 64), generator=torch.Generator().manual_seed(2))
+    with torch.no_grad():
+        torch.testing.assert_close(model.logits(model(tokens)[0]), llama(tokens).logits, rtol=1e-5, atol=1e-5)
+    theirs = llama.generate(tokens[:1, :7], do_sample=False, max_new_tokens=40, attention_mask=torch.ones(1, 7, dtype=torch.int64))
+    ours = list(generate_tokens(model, tokens[0, :7].tolist(), max_tokens=40, options=SamplingOptions(temperature=0.0), num_ids=61))
+    assert ours == theirs[0, 7:].tolist() and len(set(ours)) > 1
+    assert run(copy.path, tmp_path / "again", "--format", "hf") == 0
+    again = safetensors.torch.load_file(tmp_path / "again" / "model.safetensors")
+    assert again.keys() == {name for name in llama.state_dict() if name != "lm_head.weight"}
+    assert all(torch.equal(again[name], value) for name, value in llama.state_dict().items() if name != "lm_head.weight")
+    found = transformers.AutoConfig.from_pretrained(tmp_path / "again").to_dict()
+    assert {name: found[name] for name in ("rope_parameters", "num_key_value_heads", "head_dim")} == {
+        "rope_parameters": rope | {"rope_theta": 300.0}, "num_key_value_heads": 2, "head_dim": 8
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    "places",
+    [
+        {"rope_theta": 500.0, "rope_scaling": LLAMA3_ROPE, "rope_parameters": None},
+        {"rope_theta": 500.0, "rope_scaling": {"type": "llama3", **LLAMA3_NUMBERS}, "rope_parameters": None},
+        {"rope_parameters": LLAMA3_ROPE | {"rope_theta": 500}},
+        {"rope_theta": 500.0, "rope_scaling": LLAMA3_ROPE, "rope_parameters": LLAMA3_ROPE | {"rope_theta": 500.0}},
+    ],
+    ids=["4.x", "old names", "5.x", "both"],
+)
+def test_scaling_is_found_where_each_release_writes_it(tmp_path, places):
+    source = write_llama(tmp_path / "llama", **places)
+    # The first frequency turns 2.5 times in 16 tokens, the second 0.32 times, the third 0.04 times.
+    kept = (16 * frequencies()[1] / (2 * torch.pi) - 0.15) / (2 - 0.15)
+    between = kept * frequencies()[1] + (1 - kept) * frequencies()[1] / 4
+    add_to(source, model__rotary_emb__inv_freq=torch.stack((frequencies()[0], between, frequencies()[2] / 4)))
+    section = imported(source).metadata["config"]["model"]
+    assert section["rope_base"] == 500.0 and section["rope_scaling"] == {
+        "type": "llama3", "factor": 4.0, "low_frequency_factor": 0.15, "high_frequency_factor": 2.0, "original_sequence_length": 16
+    }  # fmt: skip
 
 
 @pytest.mark.parametrize("is_sharded", [False, True])
@@ -264,7 +326,9 @@ NESTED = "[" * 100_000
     [
         ({"model_type": "mistral"}, "model_type is 'mistral', but only 'llama'"),
         ({"architectures": ["LlamaModel"]}, "architectures is ['LlamaModel']"),
-        ({"num_key_value_heads": 2}, "num_key_value_heads is 2 and num_attention_heads 4, but the transformer baseline has no grouped-query"),
+        ({"num_key_value_heads": 2}, "'model.layers.0.self_attn.k_proj.weight' has shape [24, 24], by config.json it has [12, 24]"),
+        ({"num_key_value_heads": 3}, "num_key_value_heads 3 does not divide num_attention_heads 4"),
+        ({"num_key_value_heads": 0}, "num_key_value_heads is 0, but a whole number of at least 1"),
         ({"attention_bias": True}, "attention_bias is True"),
         ({"mlp_bias": True}, "mlp_bias is True"),
         ({"attention_dropout": 0.1}, "attention_dropout is 0.1"),
@@ -273,8 +337,26 @@ NESTED = "[" * 100_000
         ({"quantization_config": {"bits": 4}}, "quantization_config is {'bits': 4}"),
         ({"auto_map": {"AutoModel": "code.py"}}, "auto_map is {'AutoModel': 'code.py'}"),
         ({"partial_rotary_factor": 0.5}, "partial_rotary_factor is 0.5"),
-        ({"rope_scaling": {"type": "linear", "factor": 2.0}}, "rope_scaling.'type' is 'linear', but the transformer baseline does not scale"),
-        ({"rope_parameters": {"rope_type": "llama3", "rope_theta": 5e5}}, "rope_parameters.'rope_type' is 'llama3'"),
+        ({"rope_scaling": {"type": "yarn", "factor": 2.0}}, "rope_scaling.type is 'yarn', but the transformer baseline knows default, linear"),
+        ({"rope_scaling": {"type": "linear", "factor": 2.0}}, "rope_scaling and rope_parameters contradict each other"),
+        ({"rope_scaling": LINEAR_ROPE | {"type": "llama3"}}, "rope_scaling.rope_type linear and rope_scaling.type llama3 contradict each other"),
+        ({"rope_parameters": LINEAR_ROPE | {"factor": 0.5}}, "rope_parameters.factor is 0.5, but a number of at least 1 is needed"),
+        ({"rope_parameters": LINEAR_ROPE | {"factor": "2"}}, "rope_parameters.factor is '2', but a finite number above 0"),
+        ({"rope_parameters": LINEAR_ROPE | {"low_freq_factor": 1}}, "rope_parameters.'low_freq_factor' is 1, but the transformer baseline does not"),
+        ({"rope_parameters": {"rope_type": "llama3", "rope_theta": 5e5}}, "rope_parameters.factor is None, but a finite number above 0 is needed"),
+        ({"rope_parameters": LLAMA3_ROPE | {"high_freq_factor": 0.1}}, "rope_parameters.high_freq_factor 0.1 is not above low_freq_factor 0.15"),
+        (
+            {"rope_parameters": LLAMA3_ROPE | {"original_max_position_embeddings": 16.0}},
+            "rope_parameters.original_max_position_embeddings is 16.0, but a whole number",
+        ),
+        (
+            {"rope_parameters": LLAMA3_ROPE | {"original_max_position_embeddings": 2**40}},
+            "whose original_max_position_embeddings is more than a model can have here",
+        ),
+        (
+            {"rope_parameters": LLAMA3_ROPE, "original_max_position_embeddings": 8},
+            "original_max_position_embeddings is 8, but 16 in rope_parameters",
+        ),
         ({"rope_parameters": {"rope_type": "default", "factor": 8}}, "rope_parameters.'factor' is 8"),
         ({"rope_parameters": [1]}, "rope_parameters is [1]"),
         ({"rope_theta": 100.0}, "rope_theta 100.0 and rope_parameters.rope_theta 500.0 contradict each other"),

@@ -20,6 +20,12 @@ MODEL = ("model.block=transformer", "model.d_model=24", "model.num_layers=2", "m
          "model.ffn_size=40", "model.norm_eps=1e-4", "model.rope_base=500.0")  # fmt: skip
 
 
+# As in the models of Llama 3.2, with a tied head.
+LLAMA_3 = ("model.num_heads=4", "model.num_kv_heads=2", "model.tie_embeddings=true", "model.rope_scaling.type=llama3", "model.rope_scaling.factor=4",
+           "model.rope_scaling.low_frequency_factor=0.15", "model.rope_scaling.high_frequency_factor=2",
+           "model.rope_scaling.original_sequence_length=16")  # fmt: skip
+
+
 def trained(directory, *settings):
     """A model whose every weight matters, and its checkpoint."""
     config = load_config(os.devnull, [*MODEL, *settings])
@@ -47,7 +53,17 @@ def test_every_weight_is_there_under_its_name(tmp_path, settings):
     assert config["initializer_range"] == 0.02
 
 
-@pytest.mark.parametrize("settings", [(), ("model.tie_embeddings=true", "model.head_size=10")])
+def test_keys_of_llama_3_have_the_names_of_both_releases_of_transformers(tmp_path):
+    _, source = trained(tmp_path, *LLAMA_3)
+    assert load_door("reshard_checkpoint").main([str(source), str(tmp_path / "hf"), "--format", "hf"]) == 0
+    config = json.loads((tmp_path / "hf" / "config.json").read_text())
+    rope = {"rope_type": "llama3", "factor": 4.0, "low_freq_factor": 0.15, "high_freq_factor": 2.0, "original_max_position_embeddings": 16}
+    assert (config["num_attention_heads"], config["num_key_value_heads"], config["rope_scaling"]) == (4, 2, rope)
+    assert config["rope_parameters"] == rope | {"rope_theta": 500.0}
+    assert safetensors.torch.load_file(tmp_path / "hf" / "model.safetensors")["model.layers.1.self_attn.v_proj.weight"].shape == (12, 24)
+
+
+@pytest.mark.parametrize("settings", [(), ("model.tie_embeddings=true", "model.head_size=10"), LLAMA_3, ("model.rope_scaling.type=linear",)])
 def test_transformers_computes_the_same_logits(tmp_path, settings):
     transformers = pytest.importorskip("transformers")
     model, source = trained(tmp_path, *settings)

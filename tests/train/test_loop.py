@@ -13,6 +13,7 @@ from phase8.checkpoint.load import list_checkpoints, open_checkpoint
 from phase8.data.tokenizer_training import train_sentencepiece
 from phase8.errors import DataError, DivergenceError, StorageError
 from phase8.observe.event_file import EventFile
+from phase8.observe.metrics import read_metrics
 from phase8.terminal import make_console
 from phase8.train import loop, saver, trainer
 from phase8.train.engine import captured_step, fsdp
@@ -157,11 +158,12 @@ def test_progress_and_report_tell_the_epochs_of_each_source(tiny, tmp_path, caps
     expected = f"many {many:.2f}, few {few:.2f}"
     (last,) = [line for line in capsys.readouterr().out.splitlines() if line.startswith("step 10/10")]
     assert f"epochs {expected}" in last and few > 1
-    assert expected in (run.directory.path / "report" / "index.html").read_text()
+    page = (run.directory.path / "report" / "index.html").read_text()
+    assert f"<td>many</td><td>{many:.3g}</td>" in page and f"<td>few</td><td>{few:.3g}</td>" in page
 
 
 @pytest.mark.parametrize("error", [StorageError("cannot write it"), RuntimeError("no font"), MemoryError()])
-@pytest.mark.parametrize("name", ["write_report", "write_sample"])
+@pytest.mark.parametrize("name", ["write_report", "sample_text"])
 def test_a_run_that_is_saved_needs_neither_report_nor_sample(tiny, tokenizer, monkeypatch, capsys, name, error):
     settings = ("model.vocab_size=300", f"data.tokenizer={tokenizer}", "observe.report=true", "observe.sample_prompt=def", "observe.sample_tokens=3")
     run = prepare(tiny, *SHORT, *settings, console=make_console())
@@ -169,14 +171,15 @@ def test_a_run_that_is_saved_needs_neither_report_nor_sample(tiny, tokenizer, mo
     def fail(*_, **__):
         raise error
 
-    monkeypatch.setattr(loop, name, fail)
+    monkeypatch.setattr(trainer if name == "sample_text" else loop, name, fail)
     train(run, resume_command="")
     reason = {StorageError: "cannot write it", RuntimeError: "RuntimeError: no font", MemoryError: "MemoryError"}[type(error)]
     output = capsys.readouterr().out
-    assert f"no {name.removeprefix('write_')}, but the run is saved: {reason}\n" in output
+    sentence = {"write_report": "no report, but the run is saved", "sample_text": "step 2: no sample"}[name]
+    assert f"{sentence}: {reason}\n" in output
     assert [path.name for path in list_checkpoints(run.directory.checkpoints)] == ["step-0000000002"]
     has_report = (run.directory.path / "report" / "index.html").exists()
-    assert has_report == (name == "write_sample") == ("report: " in output)
+    assert has_report == (name == "sample_text") == ("report: " in output)
 
 
 def test_what_closes_last_does_not_hide_that_the_last_save_failed(tiny, monkeypatch, capsys):
@@ -237,4 +240,4 @@ def test_a_stop_signal_finishes_the_step_saves_and_says_how_to_go_on(tiny, numbe
     newest.verify()
     assert f"{signal.Signals(number).name}: saved at step {newest.step}" in output
     assert f"launch/pretrain.py --config {tiny} --set train.num_steps=100000" in output
-    assert newest.step == sum('"loss"' in line for line in metrics.read_text().splitlines())
+    assert newest.step == len([record for record in read_metrics(metrics) if "loss" in record])

@@ -35,12 +35,12 @@ from phase8.model.parameters import decayed_parameter_names
 from phase8.model.recomputation import recomputed
 from phase8.observe.metrics import MetricsWriter
 from phase8.optim.schedule import learning_rate
-from phase8.train import loop, saver, trainer
+from phase8.train import loop, sample, saver, trainer
 from phase8.train.datasets import open_run_data
 from phase8.train.engine import fsdp
 from phase8.train.loop import train
 from phase8.train.signals import StopRequest
-from tests.train.tiny_run import losses, prepare, records, tiny_config, train_tiny, weights, with_blend, write_documents
+from tests.train.tiny_run import assert_same_weights, losses, prepare, records, tiny_config, train_tiny, weights, with_blend, write_documents
 
 ROOT = Path(__file__).parents[2]
 PROMPT = "def <ma"
@@ -560,3 +560,29 @@ def test_generation_does_not_run_the_compiled_blocks(tiny):
     for block in run.engine.train_state.model.blocks.values():
         block.compile(backend=lambda *_: pytest.fail("compiled"))
     run.engine.train_state.model(torch.zeros(1, 3, dtype=torch.int64), states=run.engine.train_state.model.empty_states(1))
+
+
+def test_samples_at_evaluations_are_recorded_and_change_nothing(tiny, tokenizer, console):
+    settings = [f"data.tokenizer={tokenizer}", "model.vocab_size=300", "train.num_steps=6", "train.evaluate_every_n_steps=2"]
+    plain = train_tiny(tiny, *settings, "run.name=plain")
+    sampled = ("observe.sample_at_evaluations=true", f"observe.sample_prompt={PROMPT}", "observe.sample_tokens=4")
+    run = prepare(tiny, *settings, *sampled, console=console)
+    train(run, resume_command="")
+    samples = {record["step"]: record["text"] for record in records(run) if record.get("event") == "sample"}
+    assert list(samples) == [2, 4, 6] and all(text.startswith(PROMPT) for text in samples.values()) and len(set(samples.values())) > 1
+    assert console.file.getvalue().count("sample ") == 1  # the last one is printed
+    assert losses(run) == losses(plain)
+    assert_same_weights(run, plain)
+
+
+def test_samples_of_compiled_blocks_are_taken_from_blocks_that_are_not(tiny, tokenizer, monkeypatch):
+    settings = [f"data.tokenizer={tokenizer}", "model.vocab_size=300", "observe.sample_tokens=2", "observe.sample_prompt=def"]
+    run = prepare(tiny, *settings, "train.compile.enabled=true", "train.num_steps=4")
+    stances = []
+
+    def stream(*_, **__):
+        stances.append(torch._dynamo.eval_frame._stance.stance)
+        return iter(["x"])
+
+    monkeypatch.setattr(sample, "stream_text", stream)
+    assert sample.sample_text(run.engine.whole_model(), run.data.tokenizer, run.config) == "defx" and stances == ["force_eager"]

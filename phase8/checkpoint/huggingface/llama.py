@@ -2,7 +2,7 @@
 
 Source: the parameters and config.json of transformers' Llama (4.x and 5.x).
 
-Shapes: V vocabulary, D model width, N heads times head size, F width of the feed-forward.
+Shapes: V vocabulary, D model width, N heads times head size, M heads of keys times head size, F width of the feed-forward.
 """
 
 from __future__ import annotations
@@ -24,6 +24,13 @@ _IN_A_LAYER = {
     "feed_forward.down": "mlp.down_proj",
 }
 _OUTSIDE = {"embedding": "model.embed_tokens", "norm": "model.norm", "head": "lm_head"}
+# The keys of `model.rope_scaling` that are not `type`.
+ROPE_KEYS = {
+    "factor": "factor",
+    "low_frequency_factor": "low_freq_factor",
+    "high_frequency_factor": "high_freq_factor",
+    "original_sequence_length": "original_max_position_embeddings",
+}
 _LAYER = re.compile(r"blocks\.(\d+)\.(.+)")
 
 
@@ -55,12 +62,12 @@ def llama_tensors(model: ModelSection) -> Iterator[tuple[str, list[int]]]:
     Args:
         model: A model without `reasons_against`.
     """
-    D, N, F, V = model.d_model, model.attention_width, model.feed_forward_width, model.vocab_size
+    D, N, M, F, V = model.d_model, model.attention_width, model.key_value_width, model.feed_forward_width, model.vocab_size
     shapes = {
         "mixer_norm": [D],
         "mixer.q": [N, D],
-        "mixer.k": [N, D],
-        "mixer.v": [N, D],
+        "mixer.k": [M, D],
+        "mixer.v": [M, D],
         "mixer.out": [D, N],
         "feed_forward_norm": [D],
         "feed_forward.gate": [F, D],
@@ -83,6 +90,10 @@ def llama_config(model: ModelSection, *, dtype: str) -> dict[str, object]:
         model: A model without `reasons_against`.
         dtype: Dtype of the weights, by its name in torch.
     """
+    scaling = model.rope_scaling.in_effect
+    rope = {"rope_type": "default"}
+    if (rope_type := scaling.pop("type")) != "none":
+        rope = {"rope_type": rope_type} | {ROPE_KEYS[key]: value for key, value in scaling.items()}
     return {
         "architectures": ["LlamaForCausalLM"],
         "model_type": "llama",
@@ -91,14 +102,15 @@ def llama_config(model: ModelSection, *, dtype: str) -> dict[str, object]:
         "intermediate_size": model.feed_forward_width,
         "num_hidden_layers": model.num_layers,
         "num_attention_heads": model.num_heads,
-        "num_key_value_heads": model.num_heads,
+        "num_key_value_heads": model.key_value_heads,
         "head_dim": model.head_width,
         "hidden_act": "silu",
         "initializer_range": model.init_std,
         "max_position_embeddings": model.sequence_length,
         "rms_norm_eps": model.norm_eps,
         "rope_theta": model.rope_base,
-        "rope_parameters": {"rope_type": "default", "rope_theta": model.rope_base},
+        **({"rope_scaling": rope} if rope_type != "none" else {}),  # its place in 4.x
+        "rope_parameters": rope | {"rope_theta": model.rope_base},
         "attention_bias": False,
         "mlp_bias": False,
         "tie_word_embeddings": model.tie_embeddings,

@@ -24,7 +24,7 @@ MODEL_TYPE = "phase8"
 CODE = Path(__file__).with_name("remote_code")
 CODE_FILES = tuple(CODE / f"{name}_phase8.py" for name in ("cache", "configuration", "experts", "layers", "modeling", "operations"))
 # What a user of transformers looks for under another name, or what has another meaning under ours.
-_RENAMED = {"tie_embeddings": "tie_word_embeddings", "top_k": "num_experts_per_tok"}
+_RENAMED = {"tie_embeddings": "tie_word_embeddings", "top_k": "num_experts_per_tok", "rope_scaling": "rotary_scaling"}
 _OUTSIDE = {"embedding": "model.embed_tokens", "norm": "model.norm", "head": "lm_head"}
 _LAYER = re.compile(r"blocks\.([0-9]+)\.(.+)")
 _EXPORTED_LAYER = re.compile(r"model\.layers\.(0|[1-9][0-9]{0,8})\.([a-z_.]+)")
@@ -96,6 +96,8 @@ def section_of(config: dict[str, Any], path: Path) -> ModelSection:
         raise CheckpointMismatchError(
             f"{path}: {_RENAMED.get(name, name)} is {shown(problem['input'])}, which no model here has ({problem['msg']}); use another copy"
         ) from None
-    if missing := [_RENAMED.get(name, name) for name in keys_in_effect(model) if name not in keys]:
+    read = keys_in_effect(model)
+    if missing := [_RENAMED.get(name, name) for name in read if name not in keys]:
         raise CheckpointMismatchError(f"{path} lacks {missing[0]}, with which the model computes; use another copy")
-    return model
+    # transformers writes all keys; what the model does not read has its default.
+    return ModelSection(**{name: value for name, value in keys.items() if name in read})

@@ -2,7 +2,7 @@
 
 | tensor | what it must be |
 |---|---|
-| `model.layers.<n>.self_attn.rotary_emb.inv_freq`, `model.rotary_emb.inv_freq` | the rotary frequencies of `rope_theta`, to rounding |
+| `model.layers.<n>.self_attn.rotary_emb.inv_freq`, `model.rotary_emb.inv_freq` | the config's rotary frequencies, to rounding |
 | `lm_head.weight` with `tie_word_embeddings` | `model.embed_tokens.weight`, bit for bit |
 """
 
@@ -20,6 +20,7 @@ from phase8.checkpoint.untrusted import shown_name
 from phase8.checkpoint.weight_files import STORED_DTYPES, OpenedFile
 from phase8.config.model_section import ModelSection
 from phase8.errors import CheckpointMismatchError
+from phase8.kernels.rotary import rotary_frequencies
 
 _FREQUENCIES = re.compile(r"model\.(?:layers\.([0-9]{1,9})\.self_attn\.)?rotary_emb\.inv_freq")
 _ROUNDING_OF_POWERS = 4e-6  # rounding of the fp32 arithmetic that computes them
@@ -52,7 +53,8 @@ def require_repeat(key: str, found: Mapping[str, OpenedFile], model: ModelSectio
     if not _are_frequencies(opened, key, model):
         raise CheckpointMismatchError(
             f"{opened.file.path}: {key!r} does not hold the {model.head_width // 2} rotary frequencies of base {model.rope_base:g} "
-            f"(rope_theta of {WEIGHTS_CONFIG_NAME}), with which the transformer baseline would compute; correct the base, or use another model"
+            f"(rope_theta of {WEIGHTS_CONFIG_NAME}; scaling: {model.rope_scaling.type}), with which the transformer baseline would compute; "
+            "correct them, or use another model"
         )
 
 
@@ -65,14 +67,14 @@ def _are_equal(one: OpenedFile, key: str, other: OpenedFile, other_key: str) -> 
 
 
 def _are_frequencies(opened: OpenedFile, key: str, model: ModelSection) -> bool:
-    """Whether a tensor holds base^(-2i/K), with head size K, as exactly as its dtype allows."""
+    """Whether a tensor holds the rotary frequencies of the model, as exactly as its dtype allows."""
     stored = opened.file.tensors[key]
     if stored.shape != [model.head_width // 2] or stored.dtype not in STORED_DTYPES:
         return False
     values = torch.empty(stored.shape, dtype=DTYPES[stored.dtype])
     opened.file.read_into(key, values)
-    exponents = torch.arange(0, model.head_width, 2, dtype=torch.float64) / model.head_width
+    expected = rotary_frequencies(model.head_width, base=model.rope_base, rope_scaling=model.rope_scaling, device=values.device)
     precision = torch.finfo(values.dtype)
     return torch.allclose(
-        values.double(), model.rope_base**-exponents, rtol=max(precision.eps, _ROUNDING_OF_POWERS), atol=precision.smallest_normal * precision.eps
+        values.double(), expected, rtol=max(precision.eps, _ROUNDING_OF_POWERS), atol=precision.smallest_normal * precision.eps
     )

@@ -79,8 +79,8 @@ def build_train_state(config: RunConfig, *, mesh: Mesh, device: torch.device, dt
     shards = Shards(stage.module, tensor_axis=mesh.tp, holders=mesh.axes(HOLDERS), experts=experts, offload=offload, copies=stage.copies)
     if config.optim.name == "muon":
         matrices = WholeMatrices(matrices_of(shards.whole), groups_of_holders(mesh), device=device)
-        heads = config.model.num_heads
-        optimizer: torch.optim.Optimizer = Muon(shards.parts, config.optim, wholes=matrices, num_heads=heads, decayed_names=decayed_names)
+        size = config.model.head_width
+        optimizer: torch.optim.Optimizer = Muon(shards.parts, config.optim, wholes=matrices, head_size=size, decayed_names=decayed_names)
     else:
         optimizer = build_optimizer(shards.parts, config.optim, decayed_names=decayed_names)
     require_divisible(shards, declared_by(optimizer))
@@ -126,6 +126,7 @@ def build_chunk(config: RunConfig, layers: range, *, mesh: Mesh, dtype: torch.dt
         device=torch.device("meta"),
         axis=mesh.tp,
         number_format=number_format(config.precision),
+        plain_layers=config.precision.bf16_layers,
         layers=layers,
         context=mesh.cp,
         expert=mesh.ep,

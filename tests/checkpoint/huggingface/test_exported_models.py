@@ -26,9 +26,10 @@ from tests.model.small import LENGTH, VARIANTS, random_tokens, scaled_down
 # Together they have every option; the others are run with -m full.
 COVERING = {
     "delta-chain-both", "gate-channel-linear-chain-decay", "decay-floor-delta-chain-both", "score-lorentz-chain-both", "windows", "hybrid-delta",
-    "recurrence-alone", "positions-in-turns", "transformer-convolution", "experts-sigmoid-1-phase8", "experts-in-turns", "low-rank",
+    "recurrence-alone", "positions-in-turns", "transformer-grouped", "transformer-one-head-of-keys", "experts-sigmoid-1-phase8",
+    "experts-in-turns", "low-rank",
 }  # fmt: skip
-GENERATING = {"delta-chain-both", "score-lorentz-chain-both", "windows", "hybrid-delta", "transformer-convolution", "experts-sigmoid-1-phase8"}
+GENERATING = {"delta-chain-both", "score-lorentz-chain-both", "windows", "hybrid-delta", "transformer-grouped", "experts-sigmoid-1-phase8"}
 LENGTHS = (LENGTH, 11)  # of the two rows
 GREEDY = {"do_sample": False, "max_new_tokens": 6, "eos_token_id": None, "pad_token_id": 0}
 
@@ -96,7 +97,7 @@ def test_generated_tokens_are_ours_alone_in_a_padded_batch_and_without_cache(tmp
     assert torch.equal(*beams)
 
 
-GRADIENTS = ("delta-chain-both", "score-lorentz-chain-both", "experts-scaled", "transformer-convolution")
+GRADIENTS = ("delta-chain-both", "score-lorentz-chain-both", "experts-scaled", "transformer-grouped")
 
 
 @pytest.mark.parametrize("name", GRADIENTS)

@@ -1,6 +1,6 @@
 """What the model keeps between two pieces of a sequence: the same size at any length, but for layers of full attention.
 
-Shapes: B batch, H heads, K head size, W window, G global tokens.
+Shapes: B batch, H heads, J heads of keys and values, K head size, W window, G global tokens.
 """
 
 from __future__ import annotations
@@ -17,10 +17,10 @@ class LayerState:
     """The state of a layer; None for what the layer does not have, or has not begun.
 
     Args:
-        convolution: Last taps - 1 inputs of the convolution [B, taps - 1, 3 H K].
-        keys: Keys of the last W - 1 tokens at most, the newest last; of a row that has seen fewer, the first ones mean nothing [B, <W, H, K].
+        convolution: Last taps - 1 inputs of the convolution [B, taps - 1, (H + 2 J) K].
+        keys: Keys of the last W - 1 tokens at most, the newest last; of a row that has seen fewer, the first ones mean nothing [B, <W, J, K].
         values: Their values.
-        global_keys: Keys of the first G tokens [B, G, H, K].
+        global_keys: Keys of the first G tokens [B, G, J, K].
         global_values: Their values.
         memory: State of the recurrence, fp32 [B, H, K, K].
         chain: The chain's Green function of the last token, fp32 [B, H, 2].

@@ -12,6 +12,7 @@ _DEFAULTS: dict[str, Any] = {
     "d_model": 512,
     "num_layers": 8,
     "num_heads": 8,
+    "num_kv_heads": 8,  # of the transformer; other blocks have num_heads
     "head_size": 64,
     "vocab_size": 16384,
     "sequence_length": 512,  # of training; longer ones work
@@ -39,6 +40,7 @@ _DEFAULTS: dict[str, Any] = {
     "routed_scaling_factor": 1.0,
     "rotary": True,
     "rope_base": 10000.0,
+    "rotary_scaling": {"type": "none"},  # or linear, llama3; rope_scaling in phase8, which transformers reads otherwise
     "norm_eps": 1e-5,
     "init_std": 0.02,
     # What only training in phase8 reads: here no expert drops a token, and routers learn from the loss alone.
@@ -76,8 +78,13 @@ class Phase8Config(PretrainedConfig):
 
     @property
     def attention_width(self) -> int:
-        """Width H * K of queries, keys and values."""
+        """Width H * K of queries."""
         return self.num_heads * self.head_size
+
+    @property
+    def key_heads(self) -> int:
+        """Number of heads of keys and values."""
+        return self.num_kv_heads if self.block == "transformer" else self.num_heads
 
     def window_of(self, layer: int) -> int | None:
         """Tokens that the attention of a layer sees, the token itself included; 0: it has no attention; None: it sees all."""

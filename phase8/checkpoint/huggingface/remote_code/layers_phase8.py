@@ -1,6 +1,7 @@
 """The layers of the model. Weights have the names of phase8; `reset_parameters` gives them the values with which a training begins there.
 
-Shapes: B batch, T tokens of a piece, D model width, H heads, K head size, E experts, k choices of a token, R low rank.
+Shapes: B batch, T tokens of a piece, D model width, H heads, J heads of keys and values (H, but for grouped-query attention), K head size,
+R low rank.
 """
 
 from __future__ import annotations
@@ -93,11 +94,12 @@ class RMSNorm(nn.Module):
 
 
 class QueryKeyNorm(RMSNorm):
-    """The norm of queries and keys, with a learned number per head that both share."""
+    """The norm of queries and keys, with a learned number per head of keys that the head and its queries share."""
 
     def forward(self, x: Tensor) -> Tensor:
-        """Normalises [B, T, H, K]."""
-        return (rms_normalise(at_least_fp32(x), self.eps) * self.weight[:, None]).to(x.dtype)
+        """Normalises [B, T, any multiple of J, K]."""
+        lengths = self.weight.repeat_interleave(x.shape[-2] // len(self.weight))
+        return (rms_normalise(at_least_fp32(x), self.eps) * lengths[:, None]).to(x.dtype)
 
 
 def rms_normalise(x: Tensor, eps: float) -> Tensor:
@@ -142,13 +144,13 @@ class ShortConvolution(nn.Module):
     """The causal depthwise convolution of queries, keys and values.
 
     Args:
-        num_channels: Channels of each of the three.
-        num_taps: Tokens that an output sees.
+        config: Config of the model.
     """
 
-    def __init__(self, num_channels: int, num_taps: int):
+    def __init__(self, config: Phase8Config):
         super().__init__()
-        self.weight = nn.Parameter(torch.empty(3, num_channels, num_taps))
+        self.head_size, queries_per_key = config.head_size, config.num_heads // config.key_heads
+        self.weight = nn.Parameter(torch.empty(queries_per_key + 2, config.key_heads * config.head_size, config.convolution_size))
 
     def reset_parameters(self) -> None:
         """Begins as the identity."""
@@ -156,8 +158,11 @@ class ShortConvolution(nn.Module):
         nn.init.ones_(self.weight[..., -1])
 
     def forward(self, x: Tensor, piece: Piece, state: LayerState | None) -> Tensor:
-        """Maps [B, T, 3 H K] to the same shape."""
-        y, carried = causal_convolution(x, self.weight.flatten(0, 1), None if state is None else state.convolution, piece)
+        """Maps [B, T, (H + 2 J) K] to the same shape."""
+        # The heads of queries that share a head of keys stand side by side.
+        of_queries = self.weight[:-2].unflatten(1, (-1, self.head_size)).transpose(0, 1).flatten(0, 2)
+        taps = torch.cat((of_queries, self.weight[-2:].flatten(0, 1)))
+        y, carried = causal_convolution(x, taps, None if state is None else state.convolution, piece)
         if state is not None:
             state.convolution = carried
         return y
@@ -174,13 +179,13 @@ class Mixer(nn.Module):
     def __init__(self, config: Phase8Config, layer: int):
         super().__init__()
         width, inner, rank, eps = config.d_model, config.attention_width, config.low_rank_rank, config.norm_eps
-        self.num_heads, self.head_size = config.num_heads, config.head_size
+        self.head_size, self.widths = config.head_size, [heads * config.head_size for heads in (config.num_heads, config.key_heads, config.key_heads)]
         self.window, self.num_global, self.has_rotary = config.window_of(layer), config.global_tokens, config.has_rotary(layer)
-        self.q, self.k, self.v = (linear(width, inner, rank=rank, std=config.init_std) for _ in range(3))
-        self.convolution = ShortConvolution(inner, config.convolution_size) if config.convolution_size > 1 else None
+        self.q, self.k, self.v = (linear(width, size, rank=rank, std=config.init_std) for size in self.widths)
+        self.convolution = ShortConvolution(config) if config.convolution_size > 1 else None
         is_hyperbolic = config.block == "phase8" and config.score == "lorentz"
         self.score = LorentzScore(config.num_heads, eps=eps) if is_hyperbolic and self.window != 0 else None
-        self.qk_norm = QueryKeyNorm(config.num_heads, eps=eps) if config.local_qk_norm and self.window != 0 else None
+        self.qk_norm = QueryKeyNorm(config.key_heads, eps=eps) if config.local_qk_norm and self.window != 0 else None
         self.global_path = GlobalPath(config) if config.has_global_path(layer) else None
         self.out = linear(inner, width, rank=rank, std=0.0 if config.block == "phase8" else config.init_std / math.sqrt(2 * config.num_layers))
 
@@ -188,7 +193,7 @@ class Mixer(nn.Module):
         """Maps the normalised stream [B, T, D] to a summand for it, and advances the state (None: the sequence begins and ends here)."""
         qkv = torch.cat((self.q(x), self.k(x), self.v(x)), dim=-1)
         qkv = qkv if self.convolution is None else self.convolution(qkv, piece, state)
-        q, k, v = qkv.unflatten(-1, (3, self.num_heads, self.head_size)).unbind(2)
+        q, k, v = (part.unflatten(-1, (-1, self.head_size)) for part in qkv.split(self.widths, dim=-1))
         paths = []
         if self.window != 0:
             paths.append(self._attend(q, k, v, piece, state))

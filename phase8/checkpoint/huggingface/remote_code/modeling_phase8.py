@@ -151,9 +151,10 @@ class Phase8Model(Phase8PreTrainedModel):
         )
 
     def _piece(self, num_columns: int, lengths: Tensor | None, cache: Phase8Cache | None, device: torch.device) -> Piece:
+        config = self.config
         seen = torch.zeros(1, dtype=torch.long, device=device) if cache is None else cache.seen_before(device)
         positions = seen[:, None] + torch.arange(num_columns, device=device)
-        return Piece(seen, lengths, rotary_angles(positions, self.config.head_size, self.config.rope_base))
+        return Piece(seen, lengths, rotary_angles(positions, config.head_size, base=config.rope_base, scaling=config.rotary_scaling))
 
 
 class Phase8ForCausalLM(Phase8PreTrainedModel, GenerationMixin):

@@ -2,13 +2,16 @@
 
 A row may have fewer tokens in a piece than others: what follows its own tokens is arbitrary, is seen by none of them, and leaves no trace.
 
-Shapes: B batch, T tokens of the piece, P carried tokens, H heads, K head size, W window, G global tokens, N chunks, C tokens of a chunk.
+Shapes: B batch, T tokens of the piece, P carried tokens, H heads, J heads of keys and values (H, but for grouped-query attention), K head size,
+W window, G global tokens, N chunks, C tokens of a chunk.
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -17,6 +20,7 @@ from torch import Tensor
 ARCCOSH_EPS = 1e-3
 QUERIES_AT_ONCE = 512
 CHUNK_TOKENS = 64
+_ENDS = ("low", "high")
 _Map = tuple[Tensor, Tensor, Tensor, Tensor]
 
 
@@ -63,10 +67,15 @@ def at_least_fp32(x: Tensor) -> Tensor:
     return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
-def rotary_angles(positions: Tensor, head_size: int, base: float) -> Tensor:
+def rotary_angles(positions: Tensor, head_size: int, *, base: float, scaling: Mapping[str, Any]) -> Tensor:
     """Angles of positions [rows, T], fp32 [rows, T, K/2], computed in fp64 where the device has it, so that far positions keep their phase."""
     wide = torch.float32 if positions.device.type == "mps" else torch.float64
     frequencies = base ** (-torch.arange(0, head_size, 2, dtype=wide, device=positions.device) / head_size)
+    if scaling["type"] == "linear":
+        frequencies = frequencies / scaling["factor"]
+    elif scaling["type"] == "llama3":  # low frequencies are divided, high ones are kept, and those between are blended
+        turns, low, high = scaling["original_sequence_length"] * frequencies / (2 * torch.pi), *(scaling[f"{end}_frequency_factor"] for end in _ENDS)
+        frequencies = (frequencies / scaling["factor"]).lerp(frequencies, ((turns - low) / (high - low)).clamp(0, 1))
     return torch.remainder(positions[..., None] * frequencies, 2 * torch.pi).float()
 
 
@@ -102,7 +111,7 @@ def attention(
 
     Args:
         q: Queries [B, T, H, K].
-        keys: Carried keys and those of the piece [B, P + T, H, K].
+        keys: Carried keys and those of the piece [B, P + T, J, K].
         values: Their values.
         shared: Keys and values of the first G tokens of the sequence [B, G, H, K]; None: no token is global.
         window: W, the token itself included; None: all earlier tokens.
@@ -111,7 +120,7 @@ def attention(
     """
     num_queries, num_carried = q.shape[1], keys.shape[1] - q.shape[1]
     if window is None and num_carried == 0 and beta is None:
-        return _swapped(F.scaled_dot_product_attention(*map(_swapped, (q, keys, values)), is_causal=True))
+        return _swapped(_dot_product_attention(*map(_swapped, (q, keys, values)), None))
     at_once = num_queries if window is None else max(window, QUERIES_AT_ONCE)
     found = []
     for begin in range(0, num_queries, at_once):
@@ -145,6 +154,16 @@ def _swapped(x: Tensor) -> Tensor:
     return x.transpose(1, 2)
 
 
+def _dot_product_attention(q: Tensor, keys: Tensor, values: Tensor, visible: Tensor | None) -> Tensor:
+    """Attention [B, H, queries, K] to the visible keys [B, J, keys, K]; None: causal. Head h of the queries reads head h J / H, rounded down."""
+    queries_per_key = q.shape[1] // keys.shape[1]
+    if queries_per_key > 1 and q.shape[2] == 1 and visible is not None:  # the heads that share a key are its queries, and no key is copied
+        return F.scaled_dot_product_attention(q.unflatten(1, (-1, queries_per_key)).squeeze(3), keys, values, attn_mask=visible).reshape(q.shape)
+    if queries_per_key > 1:
+        keys, values = (x.repeat_interleave(queries_per_key, dim=1) for x in (keys, values))
+    return F.scaled_dot_product_attention(q, keys, values, attn_mask=visible, is_causal=visible is None)
+
+
 def _attend(q: Tensor, keys: Tensor, values: Tensor, visible: Tensor, beta: Tensor | None) -> Tensor:
     """Attention [B, H, queries, K] to the visible keys.
 
@@ -152,7 +171,7 @@ def _attend(q: Tensor, keys: Tensor, values: Tensor, visible: Tensor, beta: Tens
     u = q0 k0 - q.k - 1.
     """
     if beta is None:
-        return F.scaled_dot_product_attention(q, keys, values, attn_mask=visible)
+        return _dot_product_attention(q, keys, values, visible)
     with torch.autocast(q.device.type, enabled=False):
         q, wide_keys = at_least_fp32(q), at_least_fp32(keys)
         query_height, key_height = _height(q)[..., None], _height(wide_keys)[..., None, :]

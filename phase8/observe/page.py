@@ -1,0 +1,145 @@
+"""The pieces of a report page: cards, tables, charts with what a pointer reads off them, and the page around them.
+
+Every text from outside (names, paths, prompts, samples) is escaped here, in `escape` or in the JSON for the page's script; content that a
+function takes as HTML says so. The page is one file and its policy allows no request.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
+from html import escape
+from pathlib import Path
+from string import Template
+from typing import Literal, NamedTuple
+
+import numpy as np
+
+from phase8.observe.curves import AXES, Chart, Curve, Mark, Span, draw, readings
+
+_PAGE = Path(__file__).with_name("report.html")
+_MARKS = {"restart": "restart", "rollback": "rollback", "skipped": "skipped step"}
+
+
+class Tile(NamedTuple):
+    """A headline figure: its name, its value and a remark."""
+
+    name: str
+    value: str
+    note: str = ""
+    is_warning: bool = False
+
+
+class Charts:
+    """Charts of a page, which collects what a pointer reads off them.
+
+    Args:
+        span: What their horizontal axes show.
+        marks: Marks on each of them.
+    """
+
+    def __init__(self, span: Span, marks: Sequence[Mark] = ()):
+        self.span, self._marks = span, marks
+        self._readings: list[list[dict[str, object]]] = []
+
+    def card(self, chart: Chart) -> str:
+        """A card with a chart; what its values are at the pointer, and at the end without one, stands in the heading."""
+        chart = replace(chart, curves=[curve for curve in chart.curves if curve.values.size])
+        keys = [_key(curve, self._last(curve, chart)) for curve in chart.curves]
+        marks = [mark for mark in self._marks if mark.steps.size] if chart.is_wide else []
+        keys += [f'<span class="mark-key {escape(mark.kind)}">{_MARKS[mark.kind]}</span>' for mark in marks]
+        return self.drawn(chart.heading, chart.unit, draw(chart, self.span, self._marks), keys, chart, is_wide=chart.is_wide)
+
+    def drawn(self, heading: str, unit: str, drawing: str, keys: Sequence[str], chart: Chart, *, is_wide: bool) -> str:
+        """A card with a drawing (HTML), whose pointer reads off the curves of a chart."""
+        self._readings.append([readings(curve, chart.format_value) for curve in chart.curves])
+        number = len(self._readings) - 1
+        head = f'<h2>{escape(heading)} <small>{escape(unit)}</small></h2><p class="keys"><b class="at"></b>{"".join(keys)}</p>'
+        return f'<section class="card chart{" wide" if is_wide else ""}" data-chart="{number}">\n{head}\n{drawing}\n</section>'
+
+    @property
+    def data(self) -> str:
+        """What pointers read off, as JSON that may stand in a script element."""
+        data = {"largest": {axis: self.span.largest[axis] for axis in AXES}, "charts": self._readings}
+        text = json.dumps(data, separators=(",", ":"))
+        return text.replace("<", "\\u003c").replace(">", "\\u003e").replace("&", "\\u0026")
+
+    @staticmethod
+    def _last(curve: Curve, chart: Chart) -> str:
+        finite = curve.values[np.isfinite(curve.values)]
+        return chart.format_value(float(finite[-1])) if finite.size else "–"
+
+
+def page(title: str, subtitle: Iterable[str], *, tiles: Sequence[Tile], cards: Iterable[str], charts: Charts) -> str:
+    """The whole page.
+
+    Args:
+        title: Heading.
+        subtitle: Lines below it; an empty one is left out.
+        tiles: Headline figures.
+        cards: Cards in order, as HTML.
+        charts: The charts among the cards.
+    """
+    return Template(_PAGE.read_text(encoding="utf-8")).substitute(
+        title=escape(title),
+        subtitle="".join(f"<p>{escape(line)}</p>" for line in subtitle if line),
+        tiles=f'<section class="card tiles" aria-label="Headline figures">{"".join(map(_tile, tiles))}</section>' if tiles else "",
+        cards="\n".join(cards),
+        data=charts.data,
+    )
+
+
+def card(heading: str, content: str, *, remark: str = "", width: Literal["", "wide", "whole"] = "") -> str:
+    """A card of one or two columns or of the whole width; its content is HTML."""
+    return f'<section class="card {width}">\n<h2>{escape(heading)} <small>{escape(remark)}</small></h2>\n{content}\n</section>'
+
+
+def facts_table(facts: Mapping[str, str]) -> str:
+    """A table of names and values, as HTML."""
+    rows = "\n".join(f'<tr><th scope="row">{_breakable(name)}</th><td>{escape(value)}</td></tr>' for name, value in facts.items())
+    return f'<table class="facts">\n{rows}\n</table>'
+
+
+def table(columns: Sequence[str], rows: Iterable[Sequence[str]], *, colours: Sequence[str] = ()) -> str:
+    """A table with a head, as HTML; it scrolls where the page is narrower.
+
+    Args:
+        columns: Headings.
+        rows: Texts of the rows.
+        colours: Names of the colours with which rows are marked, without `--`.
+    """
+    head = "".join(f'<th scope="col">{escape(column)}</th>' for column in columns)
+    marks = [f'<i class="swatch" style="background:var(--{colour})"></i>' for colour in colours]
+    cells = [[f"<td>{escape(text)}</td>" for text in row] for row in rows]
+    for mark, row in zip(marks, cells, strict=False):
+        row[0] = row[0].replace("<td>", f"<td>{mark}", 1)
+    body = "\n".join(f"<tr>{''.join(row)}</tr>" for row in cells)
+    return f'<div class="scroll"><table>\n<thead><tr>{head}</tr></thead>\n<tbody>\n{body}\n</tbody></table></div>'
+
+
+def samples(texts: Mapping[int, str]) -> str:
+    """Texts by step as HTML, the newest open."""
+    newest = max(texts)
+    return "\n".join(
+        f"<details{' open' if step == newest else ''}><summary>step {step:,}</summary><pre>{escape(text)}</pre></details>"
+        for step, text in sorted(texts.items(), reverse=True)
+    )
+
+
+def _breakable(name: str) -> str:
+    """A name as HTML, which may be broken after its dots and underscores."""
+    return escape(name).replace("_", "_<wbr>").replace(".", ".<wbr>")
+
+
+def _key(curve: Curve, value: str) -> str:
+    if not curve.label:
+        return f'<span class="read"><b>{escape(value)}</b></span>'
+    return f'<span class="key" style="--key:var(--{curve.colour})">{escape(curve.label)} <b>{escape(value)}</b></span>'
+
+
+def _tile(tile: Tile) -> str:
+    return (
+        f'<div class="tile{" warning" if tile.is_warning else ""}"><div class="name">{escape(tile.name)}</div>'
+        f'<div class="value">{escape(tile.value)}</div><div class="note">{escape(tile.note)}</div></div>'
+    )
