@@ -63,7 +63,7 @@ def _parser() -> argparse.ArgumentParser:
         required=True,
         type=path_argument,
         metavar="DIR",
-        help="a checkpoint, a run (its newest one), consolidated weights, or a Hugging Face Llama",
+        help="a checkpoint, a run (its newest one), consolidated weights, or Hugging Face's form",
     )
     parser.add_argument("--prompt", default="", help="text to continue")
     parser.add_argument("--max-tokens", type=int, default=200, metavar="N", help="tokens written at most")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import random
@@ -13,12 +14,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 import safetensors.torch
+import sentencepiece
 import torch
 import yaml
 from hypothesis import given
 from hypothesis import strategies as st
 
-from phase8.checkpoint.huggingface.source import open_llama
+from phase8.checkpoint.huggingface.source import open_hugging_face
 from phase8.checkpoint.load import Checkpoint, open_checkpoint
 from phase8.checkpoint.reshard.compare import compare_checkpoints
 from phase8.checkpoint.reshard.rewrite import WORK_PREFIX
@@ -69,6 +71,14 @@ def write_llama(directory: Path, *, dtype: torch.dtype = torch.float32, is_shard
     return directory
 
 
+def small_sentencepiece() -> bytes:
+    """A model with fewer ids than the model here has."""
+    buffer = io.BytesIO()
+    text = iter(["a few words about nothing"] * 9)
+    sentencepiece.SentencePieceTrainer.train(sentence_iterator=text, model_writer=buffer, vocab_size=20, model_type="char", minloglevel=2)
+    return buffer.getvalue()
+
+
 def run(*arguments: object) -> int:
     return load_door("reshard_checkpoint").main([str(argument) for argument in arguments])
 
@@ -92,16 +102,15 @@ def imported(source: Path, *options: object) -> Checkpoint:
 def test_there_and_back_is_bit_equal(tmp_path, settings, options):
     _, path = trained(tmp_path, "model.init_std=0.03", *settings)
     source = open_checkpoint(path)
-    tokenizer = tmp_path / "tokenizer.model"
-    tokenizer.write_bytes(b"words")
+    words = small_sentencepiece()
     tensors = {name: source.read(name) for name in source.tensor_names}
-    attachments = {"tokenizer.model": tokenizer.read_bytes()}
+    attachments = {"tokenizer.model": words}
     path = save_checkpoint(tmp_path / "with", step=7, tensors=tensors, metadata=source.metadata, attachments=attachments)
     assert run(path, tmp_path / "hf", "--format", "hf") == 0
     copy = imported(tmp_path / "hf", *options)
     assert not list(compare_checkpoints(source, copy)) and copy.step == 0
     assert copy.metadata["config"]["model"] == source.metadata["config"]["model"] and copy.metadata["config"]["precision"]["dtype"] == "fp32"
-    assert copy.attachment("tokenizer.model").read_bytes() == b"words"
+    assert copy.attachment("tokenizer.model").read_bytes() == words
     assert len(copy.manifest.files) == (4 if options else 1) and not list(tmp_path.glob(".*"))
 
 
@@ -512,7 +521,7 @@ def test_destinations_that_cannot_be_are_refused_before_the_weights_are_read(tmp
 
 
 def opened(source):
-    return open_llama(source, read_object(regular(source / "config.json"))).with_checksums({}, on_progress=lambda *_: None)
+    return open_hugging_face(source, read_object(regular(source / "config.json"))).with_checksums({}, on_progress=lambda *_: None)
 
 
 def test_whatever_its_files_say_nothing_else_is_touched(tmp_path):
