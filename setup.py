@@ -37,6 +37,8 @@ setup(
             "mypy>=1.11",
             "types-PyYAML",
             "tokenizers>=0.20",
+            "transformers>=5.24,<6",
+            "accelerate>=1.1",  # the Trainer of transformers
             "pyarrow>=15",
             "zstandard>=0.22",
             "wandb>=0.27",

@@ -159,7 +159,7 @@ def _parser() -> argparse.ArgumentParser:
         required=True,
         type=path_argument,
         metavar="DIR",
-        help="a checkpoint, a run (its newest one), consolidated weights, or a Hugging Face Llama",
+        help="a checkpoint, a run (its newest one), consolidated weights, or Hugging Face's form",
     )
     source = parser.add_mutually_exclusive_group()
     source.add_argument("--prompt", default="", help="text to continue")

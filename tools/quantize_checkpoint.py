@@ -59,7 +59,7 @@ def _quantize(options: argparse.Namespace) -> str:
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("source", type=path_argument, metavar="SRC", help="a checkpoint, a run (its newest one), consolidated weights, or a Llama")
+    parser.add_argument("source", type=path_argument, metavar="SRC", help="a checkpoint, a run (its newest one), or weights in another form")
     parser.add_argument("destination", type=path_argument, metavar="DST", help="the directory to write; must not exist")
     parser.add_argument("--dynamic", action="store_true", help="round activations to eight bits too, with a scale for each token: faster on a CPU")
     return parser

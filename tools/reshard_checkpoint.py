@@ -1,22 +1,25 @@
-"""Rewrites a checkpoint for other ranks, merges its weights into one file, or imports such a file, or a Llama of Hugging Face's transformers.
+"""Rewrites a checkpoint for other ranks, merges its weights into one file, writes them for Hugging Face's transformers, or imports either form.
 
     python tools/reshard_checkpoint.py SRC DST --tensor-parallel-size 8 --pipeline-parallel-size 4 --shards 16
     python tools/reshard_checkpoint.py SRC DST --format consolidated --dtype bf16
     python tools/reshard_checkpoint.py SRC DST --format hf --dtype bf16
     python tools/reshard_checkpoint.py CONSOLIDATED DST
-    python tools/reshard_checkpoint.py LLAMA DST
+    python tools/reshard_checkpoint.py HUGGING_FACE DST
     python tools/reshard_checkpoint.py DEEPSPEED DST --trust-pickle --config FILE
 
 Any checkpoint loads on any ranks as it is: this makes loading read less, each rank of the layout finding its parts in files of its own. What
 several ranks hold is stored once, with the first of them. The schedule of the checkpoint's config says how many chunks a stage has.
 
 consolidated: DST has model.safetensors (plain names, no optimizer), config.json and the tokenizer.
-hf: the same for LlamaForCausalLM of Hugging Face's transformers; for model.block transformer without convolution and low rank, which is a Llama.
+hf: the same for AutoModelForCausalLM of Hugging Face's transformers, with generation_config.json, tokenizer_config.json and a model card. A
+transformer that is a Llama (no convolution, norm of queries and keys, low rank or experts, rotary positions in every layer) becomes one; every
+other model brings its code, plain PyTorch in *_phase8.py, which trust_remote_code=True runs without phase8. bf16 leaves in fp32 what the model
+computes in fp32.
 
-SRC may be in either form, too: what --format consolidated wrote; or config.json with model_type llama, and model.safetensors, or
+SRC may be in either form, too: what --format consolidated wrote; or config.json with model_type llama or phase8, and model.safetensors, or
 model.safetensors.index.json with its files. DST is then a checkpoint of step 0 (of a Llama: of the transformer baseline), weights in fp32, no
 optimizer: to train from with --resume DST and --set data.allow_fingerprint_change=true. tools/generate.py and checkpoint.initialise_from need no
-import. Whatever the baseline cannot compute is refused. Links in SRC are not followed.
+import. Whatever no model here computes is refused. Links in SRC are not followed, and code in it is not run.
 
 A checkpoint that DeepSpeed itself wrote (ZeRO 1 to 3, or universal) is made of pickles, which can run any code when they are read:
 --trust-pickle says that you know its origin, and --config is the config of the model. DST is of step 0, without optimizer, as of any import.
@@ -35,6 +38,7 @@ DST that cannot be used; 5 DST cannot be written; 130 interrupted.
 from __future__ import annotations
 
 import argparse
+import math
 import sys
 from collections.abc import Sequence
 from contextlib import ExitStack
@@ -52,6 +56,7 @@ from phase8.terminal import run_door
 if TYPE_CHECKING:
     import torch
 
+    from phase8.checkpoint.huggingface.text_files import ExportedTokenizer
     from phase8.checkpoint.load import Checkpoint
     from phase8.checkpoint.reshard.reshard import ConsolidatedForm
     from phase8.checkpoint.weight_files import WeightFiles
@@ -78,7 +83,7 @@ def _run(arguments: Sequence[str] | None) -> int:
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("source", type=path_argument, metavar="SRC", help="a checkpoint, a run (its newest one), consolidated weights, or a Llama")
+    parser.add_argument("source", type=path_argument, metavar="SRC", help="a checkpoint, a run (its newest one), or weights in another form")
     parser.add_argument("destination", type=path_argument, metavar="DST", help="the directory to write; must not exist")
     parser.add_argument("--format", choices=("phase8", "consolidated", "hf"), default="phase8", help="of DST (default: %(default)s)")
     parser.add_argument("--dtype", choices=("bf16", "fp32"), help="convert the weights; not with --format phase8")
@@ -253,18 +258,41 @@ def _config_of(source: Checkpoint) -> RunConfig:
 
 
 def _consolidated_form(source: Checkpoint, config: RunConfig, options: argparse.Namespace) -> ConsolidatedForm:
-    from phase8.checkpoint.huggingface.llama import llama_config, llama_name, reasons_against
+    from phase8.checkpoint.huggingface.export import hugging_face_form
     from phase8.checkpoint.reshard.reshard import ConsolidatedForm
+    from phase8.checkpoint.run_metadata import run_metadata
+    from phase8.checkpoint.state import MODEL_PREFIX
     from phase8.config.load import config_to_mapping
 
     if options.format == "consolidated":
         return ConsolidatedForm(config_to_mapping(config))
-    reasons = list(reasons_against(config.model))
-    if reasons:
-        raise ConfigError(
-            f"--format hf is for what transformers calls Llama, but {source.path} has {' and '.join(reasons)}; use --format consolidated."
-        )
-    return ConsolidatedForm(llama_config(config.model, dtype="bfloat16" if options.dtype == "bf16" else "float32"), llama_name)
+    num_parameters = sum(math.prod(source.entry(name).shape) for name in source.tensor_names if name.startswith(MODEL_PREFIX))
+    dtype = "bfloat16" if options.dtype == "bf16" else "float32"
+    return hugging_face_form(run_metadata(source), _exported_tokenizer(source, config), dtype=dtype, num_parameters=num_parameters)
+
+
+def _exported_tokenizer(source: Checkpoint, config: RunConfig) -> ExportedTokenizer | None:
+    """What exported weights say about the tokenizer stored with them; None: there is none."""
+    from phase8.checkpoint.huggingface.text_files import ExportedTokenizer
+    from phase8.checkpoint.model_source import tokenizer_of
+    from phase8.data.fast_tokenizer import fast_tokenizer
+    from phase8.data.tokenizer import SentencePieceTokenizer
+    from phase8.generate.restore import restore_tokenizer
+
+    path = tokenizer_of(source)
+    if path is None:
+        return None
+    tokenizer = restore_tokenizer(source, vocab_size=config.model.vocab_size, eod_token=config.data.eod_token)
+    content = path.read_bytes()
+    pad_id = tokenizer.eod_id if tokenizer.pad_id is None else tokenizer.pad_id
+    return ExportedTokenizer(
+        sentencepiece=content if isinstance(tokenizer, SentencePieceTokenizer) else None,
+        fast=fast_tokenizer(content),
+        num_ids=tokenizer.vocab_size,
+        end=(tokenizer.eod_token, tokenizer.eod_id),
+        padding=(tokenizer.piece_of(pad_id), pad_id),
+        unknown=None if tokenizer.unknown_id is None else tokenizer.piece_of(tokenizer.unknown_id),
+    )
 
 
 def _reshard(

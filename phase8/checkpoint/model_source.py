@@ -1,4 +1,4 @@
-"""Opens whatever directory holds a model: a checkpoint, a run, consolidated weights, or a Llama of Hugging Face's transformers.
+"""Opens whatever directory holds a model: a checkpoint, a run, consolidated weights, or a model for Hugging Face's transformers.
 
 The config is in `metadata["config"]` in every case, and the tokenizer is an attachment; only a checkpoint has an optimizer and a position.
 """
@@ -9,7 +9,7 @@ from pathlib import Path
 
 from phase8.checkpoint.consolidated_source import is_consolidated, open_consolidated
 from phase8.checkpoint.deepspeed_source import is_deepspeed
-from phase8.checkpoint.huggingface.source import open_llama
+from phase8.checkpoint.huggingface.source import open_hugging_face
 from phase8.checkpoint.load import Checkpoint, find_checkpoint, open_checkpoint
 from phase8.checkpoint.step_directories import WEIGHTS_CONFIG_NAME, holds_weights_only
 from phase8.checkpoint.weight_files import read_object, regular
@@ -30,7 +30,7 @@ def open_model(directory: Path) -> Checkpoint:
     if not holds_weights_only(directory):
         return open_checkpoint(find_checkpoint(directory))
     config = read_object(regular(directory / WEIGHTS_CONFIG_NAME))
-    return open_consolidated(directory, config) if is_consolidated(config) else open_llama(directory, config)
+    return open_consolidated(directory, config) if is_consolidated(config) else open_hugging_face(directory, config)
 
 
 def tokenizer_of(checkpoint: Checkpoint) -> Path | None:

@@ -27,6 +27,7 @@ from phase8.durable import fsync_path
 MANIFEST_NAME = "manifest.json"
 WEIGHTS_CONFIG_NAME = "config.json"  # config of weights without a manifest: consolidated, or in Hugging Face's format
 WEIGHTS_NAME = "model.safetensors"
+INDEX_NAME = "model.safetensors.index.json"  # of weights in several files
 SAVING_PREFIX = ".saving-"
 REMOVING_PREFIX = ".removing-"
 RESAVED_SUFFIX = ".resaved"

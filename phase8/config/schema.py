@@ -217,7 +217,7 @@ class CheckpointSection(Section):
     keep_last: PositiveInt = key(3, "newest checkpoints kept")
     keep_every_n_steps: PositiveInt | None = key(None, "also keep every checkpoint whose step is a multiple of this")
     initialise_from: PathText | None = key(
-        None, "first weights of a new run: a checkpoint, a run, consolidated weights or a Hugging Face Llama; null: random ones from the seed"
+        None, "first weights of a new run: a checkpoint, a run, consolidated weights or Hugging Face's form; null: random ones from the seed"
     )
 
 

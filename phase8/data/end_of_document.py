@@ -11,6 +11,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
+from phase8.data.protobuf import LENGTH_DELIMITED, varint
 from phase8.errors import DataError
 
 END_OF_DOCUMENT = "<|endoftext|>"
@@ -19,8 +20,8 @@ END_OF_DOCUMENT = "<|endoftext|>"
 KNOWN_PIECES = (END_OF_DOCUMENT, "<|end_of_text|>", "</s>", "<eos>", "[EOS]", "<｜end▁of▁sentence｜>")
 # U+FFFE is not a character, so no valid text contains a piece with this name.
 _UNWRITTEN = "\ufffe"
-# Fields of sentencepiece's ModelProto and SentencePiece, each with its wire type (2: length-delimited).
-_PIECES, _SELF_TEST, _LENGTH_DELIMITED = 1, 4, 2
+# Fields of sentencepiece's ModelProto and SentencePiece.
+_PIECES, _SELF_TEST = 1, 4
 _TYPE_IS_CONTROL = bytes([3 << 3, 3])
 
 
@@ -70,10 +71,10 @@ def sentencepiece_without(model: bytes, piece_id: int) -> bytes:
     parts, position, num_pieces = [], 0, 0
     while position < len(model):
         start = position
-        tag, position = _varint(model, position)
-        if tag & 7 != _LENGTH_DELIMITED:
+        tag, position = varint(model, position)
+        if tag & 7 != LENGTH_DELIMITED:
             raise ValueError(f"field {tag >> 3} of the model is not one of sentencepiece's")
-        length, position = _varint(model, position)
+        length, position = varint(model, position)
         content, position = model[position : position + length], position + length
         if tag >> 3 == _SELF_TEST:
             continue  # the self-test samples may contain the piece
@@ -109,17 +110,6 @@ def hugging_face_without(content: dict[str, Any], piece: str) -> str:
             token |= {"content": renamed, "special": True}  # special tokens are not searched for in text
     content["post_processor"] = None  # it may refer to the piece, and is not used
     return json.dumps(content, ensure_ascii=False)
-
-
-def _varint(data: bytes, position: int) -> tuple[int, int]:
-    """Reads a protobuf varint; returns it and the position of the next field."""
-    value = shift = 0
-    while True:
-        byte = data[position]
-        value |= (byte & 0x7F) << shift
-        position, shift = position + 1, shift + 7
-        if byte < 0x80:
-            return value, position
 
 
 def _as_varint(value: int) -> bytes:

@@ -25,6 +25,8 @@ from phase8.errors import DataError
 _SPACE_MARK = "\u2581"
 # Options of a Hugging Face model that make it give other ids for the same text at every call.
 _RANDOMNESS = ("dropout", "alpha", "nbest_size")
+# Names of the token for places without text in common models.
+_PADDING = ("<pad>", "<|pad|>", "<|padding|>", "<|finetune_right_pad_id|>", "[PAD]", "<PAD>")
 
 
 class Tokenizer(ABC):
@@ -37,15 +39,19 @@ class Tokenizer(ABC):
         eod_id: The end-of-document token; `encode` never returns it, whatever the text contains.
         eod_token: Its piece.
         unknown_id: The token for text that has no other; None: there is none.
+        pad_id: A token that `encode` never returns, for places without text; None: there is none beside the end-of-document token.
     """
 
-    def __init__(self, path: Path, content: bytes, *, vocab_size: int, eod_id: int, eod_token: str, unknown_id: int | None):
+    def __init__(
+        self, path: Path, content: bytes, *, vocab_size: int, eod_id: int, eod_token: str, unknown_id: int | None, pad_id: int | None = None
+    ):
         self.path = path
         self.sha256 = hashlib.sha256(content).hexdigest()
         self.vocab_size = vocab_size
         self.eod_id = eod_id
         self.eod_token = eod_token
         self.unknown_id = unknown_id
+        self.pad_id = pad_id
 
     def encode(self, text: str) -> list[int]:
         """Token ids of `text`, without an end-of-document token. Safe to call from several threads.
@@ -101,6 +107,10 @@ class Tokenizer(ABC):
         )
 
     @abstractmethod
+    def piece_of(self, token_id: int) -> str:
+        """Piece of the vocabulary with an id."""
+
+    @abstractmethod
     def _encode(self, text: str, *, without_eod: bool) -> list[int]:
         """Ids from the library, with or without the end-of-document piece in its vocabulary."""
 
@@ -133,14 +143,22 @@ class SentencePieceTokenizer(Tokenizer):
             ids = {piece: i for piece, i in ids.items() if self._processor.id_to_piece(i) == piece}  # unknown pieces have the id of <unk>
             control = {piece for piece, i in ids.items() if self._processor.is_control(i)}
             eod_id = choose_end_of_document(ids, path, named=eod_token, own_words=[control])
-        size, eod_token = self._processor.vocab_size(), self._processor.id_to_piece(eod_id)
-        super().__init__(path, model, vocab_size=size, eod_id=eod_id, eod_token=eod_token, unknown_id=self._processor.unk_id())
         self._space_mark_ids = [self._processor.piece_to_id(f"<0x{byte:02X}>") for byte in _SPACE_MARK.encode()]
         has_bytes = all(self._processor.is_byte(i) for i in self._space_mark_ids)
+        size, unknown_id, pad_id = self._processor.vocab_size(), self._processor.unk_id(), self._processor.pad_id()
+        if pad_id < 0:  # a text spelled in bytes has no unknown part
+            pad_id = unknown_id if has_bytes and unknown_id != eod_id else None
+        super().__init__(
+            path, model, vocab_size=size, eod_id=eod_id, eod_token=self.piece_of(eod_id), unknown_id=unknown_id, pad_id=pad_id
+        )
         adds_space = any(_SPACE_MARK in piece for piece in self._processor.encode("a", out_type=str))
         # A model that rewrites spaces anyway is used unchanged.
         keeps_spaces = not adds_space and self._processor.decode(self._processor.encode("  a  ")) == "  a  "
         self._spell_space_mark = has_bytes and keeps_spaces
+
+    def piece_of(self, token_id: int) -> str:
+        """Piece of the vocabulary with an id."""
+        return self._processor.id_to_piece(token_id)
 
     def _encode(self, text: str, *, without_eod: bool) -> list[int]:
         processor = self._without_eod if without_eod else self._processor
@@ -194,7 +212,12 @@ class HuggingFaceTokenizer(Tokenizer):
         special = {token.content for token in self._tokenizer.get_added_tokens_decoder().values() if token.special}
         eod_id = choose_end_of_document(ids, path, named=eod_token, own_words=[special, set(added)])
         size, eod_token = max(ids.values()) + 1, self._tokenizer.id_to_token(eod_id)
-        super().__init__(path, content, vocab_size=size, eod_id=eod_id, eod_token=eod_token, unknown_id=_unknown_id(parsed["model"], ids))
+        unknown_id, pad_id = _unknown_id(parsed["model"], ids), next((ids[piece] for piece in _PADDING if piece in ids and piece in special), None)
+        super().__init__(path, content, vocab_size=size, eod_id=eod_id, eod_token=eod_token, unknown_id=unknown_id, pad_id=pad_id)
+
+    def piece_of(self, token_id: int) -> str:
+        """Piece of the vocabulary with an id."""
+        return self._tokenizer.id_to_token(token_id)
 
     def _encode(self, text: str, *, without_eod: bool) -> list[int]:
         return self._encoding(text, without_eod=without_eod).ids

@@ -27,7 +27,7 @@ def restore_model(directory: Path, *, device: torch.device) -> tuple[LanguageMod
     """Restores the model of a checkpoint, or of weights without a manifest; it is not trained.
 
     Args:
-        directory: A checkpoint, a run directory, a directory of checkpoints (the newest is taken), consolidated or quantised weights, or a Llama.
+        directory: A checkpoint, a run directory, a directory of checkpoints (the newest is taken), or weights in another form.
         device: Device of the model.
 
     Raises:

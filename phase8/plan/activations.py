@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch._functorch import config as functorch_config
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._pytree import tree_leaves
 
 from phase8.config.model_section import ModelSection
 from phase8.division import part_size
@@ -190,5 +191,14 @@ def _saved_by(forward: Callable[[], object], weights: set[Tensor]) -> int:
         return x
 
     with torch.autograd.graph.saved_tensors_hooks(remember, lambda x: x):
-        forward()
+        results = forward()
+    for x in _kept_past_hooks(results):
+        remember(x)
     return sum(storage.nbytes() for storage in saved.values())
+
+
+def _kept_past_hooks(results: object) -> Iterator[Tensor]:
+    """Tensors that a compiled function keeps on its node of the graph, where hooks of saved tensors do not see them (torch 2.11 to 2.13)."""
+    for result in tree_leaves(results):
+        if isinstance(result, Tensor) and "_tensors_no_vc_check" in dir(result.grad_fn):
+            yield from result.grad_fn._tensors_no_vc_check

@@ -107,7 +107,7 @@ class _Linear(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, number_format: Fp8) -> Tensor:
         lying, transposed = number_format.both(x, E4M3)
-        ctx.save_for_backward(*transposed, weight)
+        ctx.save_for_backward(transposed.numbers, transposed.scale, weight)
         ctx.number_format = number_format
         return product(lying, number_format.lying(weight), x.dtype)
 

@@ -65,5 +65,5 @@ def test_tensors_that_cannot_be_weights_are_refused(weights, tensors, sentence):
 
 def test_a_config_of_neither_form_is_refused(weights):
     (weights / "config.json").write_text(json.dumps({"model": 3}))
-    with pytest.raises(CheckpointMismatchError, match=r"model_type is None, but only 'llama' can be read"):
+    with pytest.raises(CheckpointMismatchError, match=r"model_type is None, but only 'llama' and 'phase8' can be read"):
         open_model(weights)

@@ -128,6 +128,9 @@ class WordTokenizer(Tokenizer):
     def __init__(self):
         super().__init__(Path("none"), b"", vocab_size=300, eod_id=1, eod_token="</s>", unknown_id=None)
 
+    def piece_of(self, token_id: int) -> str:
+        raise NotImplementedError
+
     def _encode(self, text: str, *, without_eod: bool) -> list[int]:
         return [7] * (len(text) // 4)
 

@@ -1,3 +1,5 @@
+import functools
+
 import pytest
 import torch
 
@@ -6,7 +8,9 @@ from phase8.kernels.rotary import rotary_angles
 from phase8.model.model import build_model
 from phase8.model.parameters import initialise
 from phase8.model.recomputation import apply_recomputation
+from phase8.plan import activations
 from phase8.plan.activations import bytes_within_budget, trace_activations
+from phase8.precision.policy import format_named
 
 NUM_LAYERS = 3
 SHAPE = {
@@ -142,3 +146,17 @@ def test_a_budget_keeps_less_and_nothing_without_the_compiler():
     assert compiled.block_input < within < 0.8 * compiled.block
     eager = trace_activations(ModelSection(**SHAPE), **case)
     assert eager.block_within_budget == eager.block
+
+
+def test_numbers_of_fp8_that_hooks_do_not_see_are_counted(monkeypatch):
+    section = ModelSection(d_model=256, num_layers=1, num_heads=4, ffn_size=512, vocab_size=256, sequence_length=256, local_window_size=32)
+    options = {"dtype": torch.bfloat16, "micro_batch_size": 2, "packed": False, "device_type": "cuda", "is_compiled": True}
+    trace = functools.partial(trace_activations, section, **options, number_format=format_named("fp8-tensor"))
+    found = trace().block
+    assert found < trace_activations(section, **options).block
+    monkeypatch.setattr(activations, "_kept_past_hooks", lambda results: [])
+    trace_activations.cache_clear()
+    activations._block_bytes.cache_clear()
+    assert found - trace().block == 2 * 256 * (3 * 256 + 512)  # a byte for each number of the inputs of q, k, v, of out, of gate and up, and of down
+    trace_activations.cache_clear()
+    activations._block_bytes.cache_clear()

@@ -143,14 +143,15 @@ def test_problems_are_one_line_with_a_documented_exit_code(trained, tmp_path, ge
     assert code == 4 and "error: " in error and "Traceback" not in error
 
 
-@pytest.mark.parametrize("format", ["consolidated", "hf"])
-def test_weights_without_a_manifest_write_what_their_checkpoint_writes(tmp_path, trained, trained_transformer, generated_here, format):
-    source = trained if format == "consolidated" else trained_transformer
+@pytest.mark.parametrize(("format", "block"), [("consolidated", "phase8"), ("hf", "phase8"), ("hf", "transformer")])
+def test_weights_without_a_manifest_write_what_their_checkpoint_writes(tmp_path, trained, trained_transformer, generated_here, format, block):
+    source = {"phase8": trained, "transformer": trained_transformer}[block]
     assert load_door("reshard_checkpoint").main([str(source), str(tmp_path / "weights"), "--format", format]) == 0
     options = ("--prompt", "def ma", "--max-tokens", 20, "--device", "cpu")
     of_checkpoint, of_weights = (generated_here("--checkpoint", path, *options) for path in (source, tmp_path / "weights"))
     assert of_checkpoint[0] == 0 and of_weights == of_checkpoint and len(of_weights[1]) > len("def ma\n")
-    (tmp_path / "weights" / "tokenizer.model").unlink()
+    for tokenizer in (tmp_path / "weights").glob("tokenizer.*"):
+        tokenizer.unlink()
     code, _, error = generated_here("--checkpoint", tmp_path / "weights", *options)
     assert code == 4 and "holds no tokenizer" in error
 

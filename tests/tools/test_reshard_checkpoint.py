@@ -82,12 +82,6 @@ def test_consolidated(door, source: Path, tmp_path: Path):
 @pytest.mark.parametrize(
     ("options", "exit_code", "sentence"),
     [
-        (
-            ["--format", "hf"],
-            2,
-            "has model.block phase8 and a convolution of 4 taps (model.convolution_size) and a norm of queries and keys (model.local_qk_norm); "
-            "use --format consolidated",
-        ),
         (["--format", "hf", "--shards", "2"], 2, "--shards is for --format phase8"),
         (["--dtype", "bf16"], 2, "goes on bit for bit"),
         (["--format", "consolidated", "--shards", "2"], 2, "--shards is for --format phase8"),

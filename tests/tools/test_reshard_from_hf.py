@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import random
@@ -13,12 +14,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 import safetensors.torch
+import sentencepiece
 import torch
 import yaml
 from hypothesis import given
 from hypothesis import strategies as st
 
-from phase8.checkpoint.huggingface.source import open_llama
+from phase8.checkpoint.huggingface.source import open_hugging_face
 from phase8.checkpoint.load import Checkpoint, open_checkpoint
 from phase8.checkpoint.reshard.compare import compare_checkpoints
 from phase8.checkpoint.reshard.rewrite import WORK_PREFIX
@@ -26,12 +28,11 @@ from phase8.checkpoint.save import save_checkpoint
 from phase8.checkpoint.state import restore_state
 from phase8.checkpoint.weight_files import read_object, regular
 from phase8.errors import CheckpointMismatchError, Phase8Error
-from phase8.generate.continuations import Request, continue_prompts
-from phase8.generate.decode import DecodingLoop
 from phase8.generate.restore import restore_model
 from phase8.generate.sampling import SamplingOptions
 from phase8.model.model import build_model
 from tests.checkpoint.fuzzing import Tally, Watch, fuzz, mutated_bytes, mutated_json
+from tests.generate.drawn import drawn_tokens
 from tests.tools.doors import TOOLS, load_door
 from tests.tools.test_reshard_to_hf import LLAMA_3, trained
 from tests.train import tiny_run
@@ -71,6 +72,14 @@ def write_llama(directory: Path, *, dtype: torch.dtype = torch.float32, is_shard
     return directory
 
 
+def small_sentencepiece() -> bytes:
+    """A model with fewer ids than the model here has."""
+    buffer = io.BytesIO()
+    text = iter(["a few words about nothing"] * 9)
+    sentencepiece.SentencePieceTrainer.train(sentence_iterator=text, model_writer=buffer, vocab_size=20, model_type="char", minloglevel=2)
+    return buffer.getvalue()
+
+
 def run(*arguments: object) -> int:
     return load_door("reshard_checkpoint").main([str(argument) for argument in arguments])
 
@@ -94,16 +103,15 @@ def imported(source: Path, *options: object) -> Checkpoint:
 def test_there_and_back_is_bit_equal(tmp_path, settings, options):
     _, path = trained(tmp_path, "model.init_std=0.03", *settings)
     source = open_checkpoint(path)
-    tokenizer = tmp_path / "tokenizer.model"
-    tokenizer.write_bytes(b"words")
+    words = small_sentencepiece()
     tensors = {name: source.read(name) for name in source.tensor_names}
-    attachments = {"tokenizer.model": tokenizer.read_bytes()}
+    attachments = {"tokenizer.model": words}
     path = save_checkpoint(tmp_path / "with", step=7, tensors=tensors, metadata=source.metadata, attachments=attachments)
     assert run(path, tmp_path / "hf", "--format", "hf") == 0
     copy = imported(tmp_path / "hf", *options)
     assert not list(compare_checkpoints(source, copy)) and copy.step == 0
     assert copy.metadata["config"]["model"] == source.metadata["config"]["model"] and copy.metadata["config"]["precision"]["dtype"] == "fp32"
-    assert copy.attachment("tokenizer.model").read_bytes() == b"words"
+    assert copy.attachment("tokenizer.model").read_bytes() == words
     assert len(copy.manifest.files) == (4 if options else 1) and not list(tmp_path.glob(".*"))
 
 
@@ -130,13 +138,6 @@ def test_the_logits_are_those_of_the_llama_that_transformers_saved(tmp_path, is_
 LLAMA3_NUMBERS = {"factor": 4.0, "low_freq_factor": 0.15, "high_freq_factor": 2.0, "original_max_position_embeddings": 16}
 LLAMA3_ROPE = {"rope_type": "llama3", **LLAMA3_NUMBERS}
 LINEAR_ROPE = {"rope_type": "linear", "factor": 2.0}
-
-
-def drawn_tokens(model, prompt, *, max_tokens, options):
-    drawn: list[int] = []
-    loop = DecodingLoop(model, options=options, num_ids=61)
-    continue_prompts(loop, [Request(0, tuple(prompt), seed=0)], max_tokens=max_tokens, take=lambda _, token: drawn.append(token) is None)
-    return drawn
 
 
 @pytest.mark.parametrize("rope", [LLAMA3_ROPE, LINEAR_ROPE], ids=["llama3", "linear"])
@@ -521,7 +522,7 @@ def test_destinations_that_cannot_be_are_refused_before_the_weights_are_read(tmp
 
 
 def opened(source):
-    return open_llama(source, read_object(regular(source / "config.json"))).with_checksums({}, on_progress=lambda *_: None)
+    return open_hugging_face(source, read_object(regular(source / "config.json"))).with_checksums({}, on_progress=lambda *_: None)
 
 
 def test_whatever_its_files_say_nothing_else_is_touched(tmp_path):

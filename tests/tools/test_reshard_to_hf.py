@@ -9,6 +9,7 @@ import pytest
 import safetensors.torch
 import torch
 
+from phase8.checkpoint.huggingface.model_card import escaped
 from phase8.checkpoint.save import save_checkpoint
 from phase8.config.load import config_to_mapping, load_config
 from phase8.model.model import build_model
@@ -83,7 +84,8 @@ def test_transformers_computes_the_same_logits(tmp_path, settings):
         ("model.block=phase8", "model.block phase8"),
     ],
 )
-def test_what_is_no_llama_is_refused(tmp_path, capsys, setting, reason):
+def test_what_is_no_llama_brings_its_code(tmp_path, setting, reason):
     _, source = trained(tmp_path, setting, "model.local_window_size=4")
-    assert load_door("reshard_checkpoint").main([str(source), str(tmp_path / "hf"), "--format", "hf"]) == 2
-    assert reason in capsys.readouterr().err and not (tmp_path / "hf").exists()
+    assert load_door("reshard_checkpoint").main([str(source), str(tmp_path / "hf"), "--format", "hf"]) == 0
+    assert json.loads((tmp_path / "hf" / "config.json").read_text())["model_type"] == "phase8" and (tmp_path / "hf" / "modeling_phase8.py").exists()
+    assert escaped(reason) in (tmp_path / "hf" / "README.md").read_text()

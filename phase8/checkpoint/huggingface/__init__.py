@@ -1,1 +1,1 @@
-"""Reading and writing Llama-shaped weights in Hugging Face's format."""
+"""Weights in the format of Hugging Face's transformers: Llamas, and models that bring their own code."""

@@ -55,7 +55,7 @@ def model_section_of(config: dict[str, Any], path: Path) -> ModelSection:
         CheckpointMismatchError: A key is missing, or has a value that the baseline does not support.
     """
     if config.get("model_type") != MODEL_TYPE:
-        _refuse(path, f"model_type is {shown(config.get('model_type'))}, but only {MODEL_TYPE!r} can be read")
+        _refuse(path, f"model_type is {shown(config.get('model_type'))}, but only {MODEL_TYPE!r} and 'phase8' can be read")
     for key, allowed in _ALLOWED.items():
         _check(config, key, allowed, path)
     tie = config.get("tie_word_embeddings", False)

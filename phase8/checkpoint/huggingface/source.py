@@ -1,4 +1,4 @@
-"""Opens a directory written by Hugging Face's transformers for a Llama as if it were a checkpoint of phase8.
+"""Opens a directory of Hugging Face's transformers, a Llama or what `--format hf` wrote, as if it were a checkpoint of phase8. It runs no code of it.
 
 | file | content |
 |---|---|
@@ -6,6 +6,7 @@
 | `model.safetensors`, or | its weights |
 | `model.safetensors.index.json` and `*.safetensors` | which of several files has which of them |
 | `tokenizer.json` or `tokenizer.model` | becomes the attachment |
+| `tokenizer_config.json` | may say that the former was made of the latter, which is the attachment then |
 """
 
 from __future__ import annotations
@@ -16,22 +17,26 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from pydantic import ValidationError
+
 from phase8.checkpoint.huggingface.config import model_section_of
 from phase8.checkpoint.huggingface.llama import llama_name, llama_tensors
+from phase8.checkpoint.huggingface.phase8_model import MODEL_TYPE, exported_name, own_name, section_of, stays_in_fp32
 from phase8.checkpoint.huggingface.repeats import require_repeat
 from phase8.checkpoint.manifest import FILE_NAME_PATTERN, TENSOR_FILE_SUFFIX
-from phase8.checkpoint.step_directories import WEIGHTS_CONFIG_NAME, WEIGHTS_NAME
+from phase8.checkpoint.step_directories import INDEX_NAME, WEIGHTS_CONFIG_NAME, WEIGHTS_NAME
 from phase8.checkpoint.untrusted import shown, shown_name
 from phase8.checkpoint.weight_files import STORED_DTYPES, OpenedFile, WeightFiles, open_tensor_file, read_object, regular, weights_of
 from phase8.config.model_section import ModelSection
 from phase8.errors import CheckpointCorruptError, CheckpointMismatchError
 
-INDEX_FILE = "model.safetensors.index.json"
 _PICKLES = ("pytorch_model.bin", "pytorch_model.bin.index.json")
 _TOKENIZERS = ("tokenizer.json", "tokenizer.model")  # transformers prefers the first one too
+TOKENIZER_CONFIG_NAME = "tokenizer_config.json"
+CONVERTED_FROM = "converted_from"  # its key for the name of the file of which tokenizer.json was made
 
 
-def open_llama(directory: Path, config: dict[str, Any]) -> WeightFiles:
+def open_hugging_face(directory: Path, config: dict[str, Any]) -> WeightFiles:
     """Opens a directory in Hugging Face's format, after checking that config, index and headers agree.
 
     Args:
@@ -40,23 +45,64 @@ def open_llama(directory: Path, config: dict[str, Any]) -> WeightFiles:
 
     Raises:
         CheckpointCorruptError: A file is missing, damaged, a pickle, or a link out of the directory.
-        CheckpointMismatchError: The transformer baseline cannot represent the model.
+        CheckpointMismatchError: No model of phase8 can represent it.
     """
-    model = model_section_of(config, directory / WEIGHTS_CONFIG_NAME)
+    path, is_own = directory / WEIGHTS_CONFIG_NAME, config.get("model_type") == MODEL_TYPE
+    model = section_of(config, path) if is_own else model_section_of(config, path)
     files: dict[str, OpenedFile] = {}
     found: dict[str, OpenedFile] = {}
     for name, expected in _tensor_files(directory).items():
         files[name] = opened = open_tensor_file(regular(directory / name))
         if expected is not None and (differing := opened.file.tensors.keys() ^ expected) != set():
             raise CheckpointCorruptError(
-                f"{directory / INDEX_FILE}: weight_map and {name} disagree whether {shown_name(min(differing))} lies there; use another copy"
+                f"{directory / INDEX_NAME}: weight_map and {name} disagree whether {shown_name(min(differing))} lies there; use another copy"
             )
         found |= dict.fromkeys(opened.file.tensors, opened)
-    places = _places(directory, model, found)
-    tokenizer = next((regular(directory / name) for name in _TOKENIZERS if os.path.lexists(directory / name)), None)
-    is_bf16 = {found[key].file.tensors[key].dtype for _, key in places.values()} == {"BF16"}  # every weight is stored in bf16
-    ours = {"model": model.model_dump(mode="json"), "precision": {"dtype": "bf16" if is_bf16 else "fp32"}}
-    return weights_of(directory, files, places, config=ours, tokenizer=tokenizer, form="hf")
+    places = _own_places(directory, model, found) if is_own else _places(directory, model, found)
+    names = [name for name in places if not (is_own and stays_in_fp32(name))]
+    is_bf16 = {found[key].file.tensors[key].dtype for _, key in map(places.__getitem__, names)} == {"BF16"}  # every weight that may be
+    ours: dict[str, Any] = {"model": model.model_dump(mode="json"), "precision": {"dtype": "bf16" if is_bf16 else "fp32"}}
+    tokenizer = _tokenizer_of(directory)
+    if is_own and tokenizer is not None and isinstance(end := _tokenizer_config(directory).get("eos_token"), str):
+        ours["data"] = {"eod_token": end}  # a run may have named another one than the tokenizer does
+    try:
+        return weights_of(directory, files, places, config=ours, tokenizer=tokenizer, form="hf")
+    except ValidationError:
+        raise CheckpointCorruptError(f"{directory} holds a name or a shape that no tensor of a model has; use another copy") from None
+
+
+def _tokenizer_of(directory: Path) -> Path | None:
+    """The file of the tokenizer; of two, the one of which the other was made."""
+    found = [regular(directory / name) for name in _TOKENIZERS if os.path.lexists(directory / name)]
+    if len(found) > 1:
+        original = _tokenizer_config(directory).get(CONVERTED_FROM)
+        found = [path for path in found if path.name == original] or found
+    return found[0] if found else None
+
+
+def _tokenizer_config(directory: Path) -> dict[str, Any]:
+    """Content of tokenizer_config.json; empty without one."""
+    path = directory / TOKENIZER_CONFIG_NAME
+    return read_object(regular(path)) if os.path.lexists(path) else {}
+
+
+def _own_places(directory: Path, model: ModelSection, found: Mapping[str, OpenedFile]) -> dict[str, tuple[str, str]]:
+    """As `_places`, for a model that is no Llama; shapes and missing tensors are found when the weights are loaded into a model.
+
+    Raises:
+        CheckpointMismatchError: A tensor is superfluous, or of another dtype.
+    """
+    result = {}
+    for key, opened in found.items():
+        path, name, stored = opened.file.path, own_name(key), opened.file.tensors[key]
+        if name is None:
+            raise CheckpointMismatchError(f"{path} holds {shown_name(key)}, which is no parameter of a model here; use another copy")
+        if name == "head.weight" and model.tie_embeddings and exported_name("embedding.weight") in found:
+            require_repeat(key, found, model)
+            continue
+        _require_weight(path, key, stored.dtype)
+        result[name] = path.name, key
+    return result
 
 
 def _places(directory: Path, model: ModelSection, found: Mapping[str, OpenedFile]) -> dict[str, tuple[str, str]]:
@@ -75,14 +121,16 @@ def _places(directory: Path, model: ModelSection, found: Mapping[str, OpenedFile
             raise CheckpointMismatchError(
                 f"{path}: {key!r} has shape {shown(stored.shape)}, by {WEIGHTS_CONFIG_NAME} it has {shown(shape)}; use another copy"
             )
-        if stored.dtype not in STORED_DTYPES:
-            raise CheckpointMismatchError(
-                f"{path}: {key!r} has dtype {stored.dtype}, but weights are {', '.join(STORED_DTYPES)}; convert them before"
-            )
+        _require_weight(path, key, stored.dtype)
         result[name] = path.name, key
     for key in sorted(found.keys() - {key for _, key in result.values()}):
         require_repeat(key, found, model)
     return result
+
+
+def _require_weight(path: Path, key: str, dtype: str) -> None:
+    if dtype not in STORED_DTYPES:
+        raise CheckpointMismatchError(f"{path}: {shown_name(key)} has dtype {dtype}, but weights are {', '.join(STORED_DTYPES)}; convert them before")
 
 
 def _tensor_files(directory: Path) -> Mapping[str, set[str] | None]:
@@ -91,16 +139,16 @@ def _tensor_files(directory: Path) -> Mapping[str, set[str] | None]:
     Raises:
         CheckpointCorruptError: There are no files, files of several sets, or an index that names a missing file.
     """
-    single, index = (os.path.lexists(directory / name) for name in (WEIGHTS_NAME, INDEX_FILE))
+    single, index = (os.path.lexists(directory / name) for name in (WEIGHTS_NAME, INDEX_NAME))
     if single and index:
-        raise CheckpointCorruptError(f"{directory} holds {WEIGHTS_NAME} and {INDEX_FILE}; remove the one that is not meant")
+        raise CheckpointCorruptError(f"{directory} holds {WEIGHTS_NAME} and {INDEX_NAME}; remove the one that is not meant")
     if single:
         return {WEIGHTS_NAME: None}
     if not index:
         pickle = next((name for name in _PICKLES if os.path.lexists(directory / name)), None)
         reason = "" if pickle is None else f" but {pickle}, a pickle, which may run code and is never read"
-        raise CheckpointCorruptError(f"{directory} holds no {WEIGHTS_NAME} and no {INDEX_FILE}{reason}; save the weights as safetensors")
-    path = regular(directory / INDEX_FILE)
+        raise CheckpointCorruptError(f"{directory} holds no {WEIGHTS_NAME} and no {INDEX_NAME}{reason}; save the weights as safetensors")
+    path = regular(directory / INDEX_NAME)
     names = read_object(path).get("weight_map")
     if not isinstance(names, dict) or not names:
         raise CheckpointCorruptError(f"{path}: weight_map is {shown(names)}, but an object of file names is needed; use another copy")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
@@ -15,7 +15,7 @@ from phase8.checkpoint.manifest import TENSOR_FILE_SUFFIX, Manifest, Slice, Tens
 from phase8.checkpoint.reshard.rank_regions import TensorForm, regions_by_rank
 from phase8.checkpoint.reshard.rewrite import Entry, OnProgress, PlannedFile, Rewrite, rewriting
 from phase8.checkpoint.state import MODEL_PREFIX, OPTIMIZER_PREFIX
-from phase8.checkpoint.step_directories import MANIFEST_NAME, WEIGHTS_CONFIG_NAME, WEIGHTS_NAME, step_of
+from phase8.checkpoint.step_directories import INDEX_NAME, MANIFEST_NAME, WEIGHTS_CONFIG_NAME, WEIGHTS_NAME, step_of
 from phase8.checkpoint.tensor_file import DTYPE_NAMES, DTYPES, WrittenFile, open_for_reading
 from phase8.checkpoint.untrusted import shortened, shown
 from phase8.checkpoint.writer import group_of, key_of
@@ -27,15 +27,21 @@ from phase8.topology import Topology
 
 @dataclass(frozen=True)
 class ConsolidatedForm:
-    """Names and config of weights in one file.
+    """Names and config of weights for any ranks, and what lies beside them.
 
     Args:
         config: Content of config.json.
         rename: Maps the name of a parameter to its name in the file.
+        keeps_dtype: Whether a parameter of this name is stored as it is where others are converted.
+        files: Further files, by name; they take the place of attachments of these names.
+        max_file_bytes: Size beyond which weights are divided over several files, with an index as transformers writes it; None: one file.
     """
 
     config: Mapping[str, object]
     rename: Callable[[str], str] = str
+    keeps_dtype: Callable[[str], bool] = lambda _: False
+    files: Mapping[str, bytes] = field(default_factory=dict)
+    max_file_bytes: int | None = None
 
 
 def reshard(
@@ -85,14 +91,17 @@ def reshard(
 def consolidate(
     source: Checkpoint, destination: Path, *, form: ConsolidatedForm, dtype: torch.dtype | None, on_progress: OnProgress
 ) -> Path:
-    """Writes the weights to one safetensors file, beside a config and the attachments; returns that file.
+    """Writes the weights to one safetensors file, or several, beside a config, the attachments and the files of the form.
 
     Args:
         source: The checkpoint; it is not changed.
         destination: A directory that must not exist.
-        form: Names of the weights, and the config.
+        form: Names of the weights, the config, and further files.
         dtype: Floating-point tensors are converted to it; None: no conversion.
         on_progress: Called with the bytes written and verified.
+
+    Returns:
+        The file of the weights, or the index of the files.
 
     Raises:
         CheckpointError: The original is damaged or has no weights, or the destination cannot be used.
@@ -101,17 +110,48 @@ def consolidate(
     names = [name for name in source.tensor_names if name.startswith(MODEL_PREFIX)]
     if not names:
         raise CheckpointError(f"{source.path} holds no weights; give a checkpoint of launch/pretrain.py")
-    if (taken := {WEIGHTS_NAME, WEIGHTS_CONFIG_NAME} & source.manifest.attachments.keys()) != set():
+    entries = {}
+    for name in names:
+        key = key_of(name)
+        target = _target_dtype(source, name, None if form.keeps_dtype(key) else dtype)
+        entries[form.rename(key)] = Entry(name, whole_region(source.entry(name).shape), target)
+    files = _files_of_size(entries, form.max_file_bytes)
+    beside = {WEIGHTS_CONFIG_NAME: json.dumps(form.config, indent=1).encode() + b"\n", **_index(files)}
+    if (taken := {*beside, *(file.name for file in files)} & source.manifest.attachments.keys()) != set():
         raise CheckpointError(f"{source.path} has an attachment {min(taken)}, the name of a file to be written; choose --format phase8")
-    entries = {form.rename(key_of(name)): Entry(name, whole_region(source.entry(name).shape), _target_dtype(source, name, dtype)) for name in names}
-    file = PlannedFile(WEIGHTS_NAME, entries)
-    with rewriting(source, destination, [file]) as rewrite:
+    with rewriting(source, destination, files) as rewrite:
         written = rewrite.write(on_progress)
         _add_attachments(source, rewrite)
-        rewrite.add(WEIGHTS_CONFIG_NAME, iter([json.dumps(form.config, indent=1).encode() + b"\n"]))
+        for name, content in (beside | form.files).items():
+            rewrite.add(name, iter([content]))
         rewrite.compare(written, on_progress)
         rewrite.commit()
-    return destination / WEIGHTS_NAME
+    return destination / (files[0].name if len(files) == 1 else INDEX_NAME)
+
+
+def _files_of_size(entries: Mapping[str, Entry], max_bytes: int | None) -> list[PlannedFile]:
+    """The entries in files of at most this size, or of one entry that is larger."""
+    groups: list[dict[str, Entry]] = []
+    size = 0
+    for key, entry in entries.items():
+        if not groups or (max_bytes is not None and size + entry.num_bytes > max_bytes):
+            groups.append({})
+            size = 0
+        groups[-1][key] = entry
+        size += entry.num_bytes
+    if len(groups) == 1:
+        return [PlannedFile(WEIGHTS_NAME, groups[0])]
+    stem, suffix = WEIGHTS_NAME.removesuffix(TENSOR_FILE_SUFFIX), TENSOR_FILE_SUFFIX
+    return [PlannedFile(f"{stem}-{number:05d}-of-{len(groups):05d}{suffix}", group) for number, group in enumerate(groups, start=1)]
+
+
+def _index(files: Sequence[PlannedFile]) -> dict[str, bytes]:
+    """The index of several files, by its name; a single one has none."""
+    if len(files) == 1:
+        return {}
+    total = sum(entry.num_bytes for file in files for entry in file.entries.values())
+    places = {key: file.name for file in files for key in file.entries}
+    return {INDEX_NAME: json.dumps({"metadata": {"total_size": total}, "weight_map": places}, indent=1).encode() + b"\n"}
 
 
 def _form(source: Checkpoint, name: str, stages: Sequence[Mapping[str, DividedShape]], declare: DeclareState) -> TensorForm:

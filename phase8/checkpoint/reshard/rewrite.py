@@ -56,6 +56,11 @@ class Entry:
         """Dtype and shape of the entry."""
         return torch.empty(self.region.shape, dtype=self.dtype, device="meta")
 
+    @property
+    def num_bytes(self) -> int:
+        """Bytes of the entry."""
+        return self.form.numel() * self.dtype.itemsize
+
 
 @dataclass(frozen=True)
 class PlannedFile:
@@ -150,7 +155,7 @@ class Rewrite:
         Raises:
             CheckpointCorruptError: The original is damaged.
         """
-        total = sum(_num_bytes(entry) for file in self._files for entry in file.entries.values())
+        total = sum(entry.num_bytes for file in self._files for entry in file.entries.values())
         self._remove_unfinished()
         result, done = {}, 0
         for file in self._files:
@@ -158,7 +163,7 @@ class Rewrite:
             if written is None:
                 written = self._write(file, lambda num_bytes, done=done: on_progress("writing", done + num_bytes, total))
             result[file.name] = written
-            done += sum(map(_num_bytes, file.entries.values()))
+            done += sum(entry.num_bytes for entry in file.entries.values())
             on_progress("writing", done, total)
         return result
 
@@ -182,7 +187,7 @@ class Rewrite:
             file = self._open(written[planned.name], planned.name)
             for key, entry in planned.entries.items():
                 places.setdefault(entry.tensor, []).append((file, key, entry, written[planned.name].checksums[key]))
-        total = sum(_num_bytes(entry) for regions in places.values() for _, _, entry, _ in regions)
+        total = sum(entry.num_bytes for regions in places.values() for _, _, entry, _ in regions)
         done = 0
         for name, regions in places.items():
             original = self._source.read(name)
@@ -190,7 +195,7 @@ class Rewrite:
                 if not _is_stored(file, key, _cut(original, entry.region).to(entry.dtype), checksum):
                     self._record(file.path.name).unlink()  # the next call writes it again
                     raise StorageError(f"{file.path}: entry {key!r} is not as it was written; run the same command again, or use another disk")
-                done += _num_bytes(entry)
+                done += entry.num_bytes
                 on_progress("verifying", done, total)
             del original  # before the next one is read
 
@@ -220,7 +225,7 @@ class Rewrite:
             nonlocal num_bytes
             on_bytes(num_bytes)
             entry = file.entries[key]
-            num_bytes += _num_bytes(entry)
+            num_bytes += entry.num_bytes
             return self._source.read_region(entry.tensor, entry.region).to(entry.dtype)
 
         written = write_tensor_file(path, {key: entry.form for key, entry in file.entries.items()}, read=read)
@@ -264,7 +269,3 @@ def _is_stored(file: TensorFile, key: str, expected: Tensor, checksum: str) -> b
 
 def _cut(tensor: Tensor, region: Region) -> Tensor:
     return tensor[slices_of(region)].contiguous()
-
-
-def _num_bytes(entry: Entry) -> int:
-    return entry.form.numel() * entry.dtype.itemsize

@@ -1,0 +1,84 @@
+"""The files beside exported weights that say how text is tokenized and generated."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from typing import Any
+
+from phase8.checkpoint.huggingface.phase8_model import CODE
+from phase8.checkpoint.huggingface.source import CONVERTED_FROM, TOKENIZER_CONFIG_NAME
+from phase8.config.model_section import ModelSection
+
+GENERATION_CONFIG_NAME = "generation_config.json"
+FAST_TOKENIZER_NAME, SENTENCEPIECE_NAME = "tokenizer.json", "tokenizer.model"
+TOKENIZER_CODE = CODE / "tokenization_phase8.py"
+
+
+@dataclass(frozen=True)
+class ExportedTokenizer:
+    """What exported files say about the tokenizer of a model.
+
+    Args:
+        sentencepiece: The sentencepiece model that it is; None: it is a `tokenizer.json`.
+        fast: Content of a `tokenizer.json` that encodes as it does; None: there is none, and `TOKENIZER_CODE` runs the sentencepiece model.
+        num_ids: Number of token ids that text may become.
+        end: Piece and id of the end of a document, which in training also stood before each document.
+        padding: Piece and id for places without text.
+        unknown: Piece of the unknown token; None: there is none.
+    """
+
+    sentencepiece: bytes | None
+    fast: bytes | None
+    num_ids: int
+    end: tuple[str, int]
+    padding: tuple[str, int]
+    unknown: str | None
+
+    @property
+    def ids(self) -> dict[str, int]:
+        """The special token ids, under the keys of transformers' configs."""
+        return {"bos_token_id": self.end[1], "eos_token_id": self.end[1], "pad_token_id": self.padding[1]}
+
+
+def text_files(model: ModelSection, tokenizer: ExportedTokenizer | None) -> dict[str, bytes]:
+    """Content of the files of tokenizer and generation, by name.
+
+    Args:
+        model: Section of the model.
+        tokenizer: Its tokenizer; None: it has none.
+    """
+    if tokenizer is None:
+        return {GENERATION_CONFIG_NAME: _as_json({})}
+    # The embedding may be longer than the vocabulary; ids beyond have never been trained.
+    beyond = list(range(tokenizer.num_ids, model.vocab_size))
+    return {
+        GENERATION_CONFIG_NAME: _as_json(tokenizer.ids | ({"suppress_tokens": beyond} if beyond else {})),
+        TOKENIZER_CONFIG_NAME: _as_json(_tokenizer_config(model, tokenizer)),
+        **({TOKENIZER_CODE.name: TOKENIZER_CODE.read_bytes()} if tokenizer.fast is None else {FAST_TOKENIZER_NAME: tokenizer.fast}),
+        **({} if tokenizer.sentencepiece is None else {SENTENCEPIECE_NAME: tokenizer.sentencepiece}),
+    }
+
+
+def _tokenizer_config(model: ModelSection, tokenizer: ExportedTokenizer) -> dict[str, Any]:
+    if tokenizer.fast is None:
+        kind = {"tokenizer_class": "Phase8Tokenizer", "auto_map": {"AutoTokenizer": [f"{TOKENIZER_CODE.stem}.Phase8Tokenizer", None]}}
+    else:
+        kind = {"tokenizer_class": "PreTrainedTokenizerFast"}
+    return {
+        **kind,
+        "bos_token": tokenizer.end[0],
+        "eos_token": tokenizer.end[0],
+        "pad_token": tokenizer.padding[0],
+        "unk_token": tokenizer.unknown,
+        # Text is encoded as in training: a special piece that a text contains is text.
+        "split_special_tokens": True,
+        "clean_up_tokenization_spaces": False,
+        "padding_side": "left",
+        **({"model_max_length": model.sequence_length} if model.block == "transformer" else {}),
+        **({} if tokenizer.fast is None or tokenizer.sentencepiece is None else {CONVERTED_FROM: SENTENCEPIECE_NAME}),
+    }
+
+
+def _as_json(content: dict[str, Any]) -> bytes:
+    return json.dumps(content, indent=1).encode() + b"\n"
