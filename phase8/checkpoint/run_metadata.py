@@ -30,7 +30,6 @@ from phase8.config.load import config_from_mapping
 from phase8.config.schema import RunConfig
 from phase8.config.values import SequenceCount
 from phase8.errors import CheckpointCorruptError, CheckpointError, ConfigError
-from phase8.precision.policy import COMPUTE_DTYPES
 
 OF_A_MODEL = ("config",)
 OF_A_RUN = ("config", "position", "data_fingerprint", "random_state")
@@ -208,8 +207,6 @@ def run_metadata(checkpoint: Checkpoint, *, needed: Sequence[str] = OF_A_MODEL) 
         config = stored_config(found["config"])
     except ConfigError as error:
         _refuse(path, error.problems[0].removesuffix("."))
-    if config.precision.dtype not in COMPUTE_DTYPES:
-        _refuse(path, f"config: precision.dtype is {config.precision.dtype}, but this release computes in {' or '.join(COMPUTE_DTYPES)}")
     try:
         metadata = _Metadata.model_validate(found)
     except ValidationError as error:

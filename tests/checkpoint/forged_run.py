@@ -28,7 +28,7 @@ FORGERIES: list[tuple[str, Any, str]] = [
     ("config.model.convolution_size", 10**9, "convolution_size"),
     ("config.model.local_window_size", ["x"] * 1000, "local_window_size"),
     ("config.model.x\x1b[2J", 1, "unknown key"),
-    ("config.precision.dtype", "fp8", "precision.dtype is fp8"),
+    ("config.precision.dtype", "fp8", "precision.dtype is 'fp8', but one of bf16, fp32 is needed"),
     ("config.train.seed", -1, "train.seed"),
     ("position", None, "holds no position"),
     ("position", 7, "position is 7"),
