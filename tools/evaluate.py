@@ -5,14 +5,15 @@
     python tools/evaluate.py --checkpoint runs/long --text book.txt --carry-state                     # position 100,000 has seen 99,999 tokens
     torchrun --nproc_per_node=8 tools/evaluate.py --checkpoint runs/phase8_7b_3d --data A B
 
-Every token is predicted once. --data names .bin/.idx pairs that the tokenizer of the model has made; their windows follow each other across documents,
-as in training. --text names files or directories that tools/prepare_data.py can read; every document is read by itself, after an end-of-document token.
-A window has the length of the training unless --length says otherwise; the last one of a text reaches back, so that it is full. With --stride S every
-window predicts S tokens more than the one before and has the rest as context. --sequences N takes N windows of --data as an evaluation during
-training does: evenly spread, the same ones every time.
+Every token is predicted once. --data names .bin/.idx pairs that the tokenizer of the model has made; their windows follow each other across
+documents, as in training. --text names files or directories that tools/prepare_data.py can read; each document is read by itself, after an
+end-of-document token. A window has the length of the training unless --length says otherwise; the last one reaches back, so that it is full.
+With --stride S every window predicts S tokens more than the one before and has the rest as context. --sequences N takes N windows of --data
+as an evaluation during training does: evenly spread, the same ones every time.
 
 The bytes of a text are those of its UTF-8. Those of a pair are known if its record names the model's tokenizer and this one rewrites no text;
-otherwise bits per byte are `unknown` (null in JSON). Under torchrun each rank holds the whole model and reads its share; the result is that of one process.
+otherwise bits per byte are `unknown` (null in JSON). Under torchrun each rank holds the whole model and reads its share; the result is that of
+one process.
 
 Progress goes to standard error, the result to standard output. Exit codes as in launch/pretrain.py.
 """

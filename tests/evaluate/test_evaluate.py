@@ -1,44 +1,23 @@
 """The losses of sources: against a loop over single predictions, over windows, documents, ranks and batches."""
 
-import dataclasses
+import itertools
 import math
 
 import numpy as np
 import pytest
 import torch
 
-from phase8.config.model_section import ModelSection
-from phase8.config.schema import DataSection
 from phase8.data.indexed import IndexedWriter
 from phase8.data.made_with import made_with
 from phase8.data.tokenizer import load_tokenizer
 from phase8.data.tokenizer_training import train_sentencepiece
-from phase8.distributed.collectives import Axis
 from phase8.errors import ConfigError, DataError, OutOfMemoryError
 from phase8.evaluate import score
 from phase8.evaluate.results import position_bounds, source_result, table
-from phase8.evaluate.score import Forward, evaluate
-from phase8.evaluate.selection import select_pieces
-from phase8.evaluate.sources import open_pairs, read_text_sources
-from phase8.model.model import build_model
-from phase8.model.parameters import initialise
-from tests.parallel.conftest import pool  # noqa: F401  the fixture
+from tests.evaluate.measuring import DOCUMENTS, LENGTH, VOCABULARY, measure, pairs, texts, tiny_model, write_pairs
 
-VOCABULARY, LENGTH, CPU = 300, 70, torch.device("cpu")
 SENTENCE = "Größe, 日本語 and naïve 🙂 text; plain words too.\n"
-
-
-def tiny_model(**overrides):
-    section = ModelSection(
-        **{"d_model": 16, "num_layers": 2, "num_heads": 2, "vocab_size": VOCABULARY, "sequence_length": LENGTH, "local_window_size": 8, **overrides}
-    )
-    model = build_model(section, dtype=torch.float32, device=CPU)
-    initialise(model, seed=0)
-    generator = torch.Generator().manual_seed(0)
-    with torch.no_grad():
-        for parameter in model.parameters():  # predictions that differ, and paths that matter
-            parameter.add_(0.3 * torch.randn(parameter.shape, generator=generator))
-    return model
+BEGINS = [0, *itertools.accumulate(DOCUMENTS["a"])]
 
 
 @pytest.fixture(scope="module")
@@ -54,42 +33,19 @@ def tokenizer(tmp_path_factory):
 
 @pytest.fixture
 def prefixes(tmp_path):
-    """Two sources of random documents, 35 to 200 tokens long: 1,041 tokens and 330."""
-    for name, sizes in (("a", [35, 200, 90, 41, 180, 175, 160, 160]), ("b", [70, 60, 200])):
-        generator = np.random.default_rng(len(sizes))
-        with IndexedWriter(tmp_path / name, dtype=np.dtype(np.uint16)) as writer:
-            for size in sizes:
-                writer.add_document(generator.integers(0, VOCABULARY, size=size))
-    return [tmp_path / name for name in "ab"]
-
-
-def pairs(prefixes, *, resets=False, tokenizer=None):
-    section = DataSection(reset_at_document_boundaries=resets, cache_dir=str(prefixes[0].parent / "cache"))
-    return open_pairs(prefixes, tokenizer, section, vocab_size=VOCABULARY, on_progress=lambda *_: None)
-
-
-def texts(paths, tokenizer, **options):
-    options = {"json_key": "text", "document_separator": None, **options}
-    return read_text_sources(paths, tokenizer, on_progress=lambda *_: None, **options)
-
-
-def measure(model, sources, *, batch_size=4, ranks=None, adjustable=True, **how):
-    sources, pieces = select_pieces(sources, length=LENGTH, **how)
-    options = {} if ranks is None else {"ranks": ranks}
-    return evaluate(model, sources, pieces, Forward(LENGTH, batch_size, is_adjustable=adjustable, device=CPU), **options)
+    return write_pairs(tmp_path)
 
 
 @torch.no_grad()
-def losses_by_hand(model, tokens, num_seen):
-    """The loss of tokens[i + 1] after the last `num_seen[i]` tokens up to i, in a forward of its own; None: it is not predicted."""
-    found = []
-    for i, number in enumerate(num_seen):
-        if number is None:
-            continue
-        hidden, _ = model(torch.tensor(tokens[i + 1 - number : i + 1])[None])
-        scores = model.logits(hidden[0, -1]).double()
-        found.append((number - 1, float(scores.logsumexp(0) - scores[tokens[i + 1]])))
-    return found
+def losses_by_hand(model, readings):
+    """The loss of the last token of each reading after all tokens before it, whose predictions nothing else shares; readings of one length at once."""
+    losses = {}
+    for length in {len(reading) for reading in readings}:
+        numbers = [i for i, reading in enumerate(readings) if len(reading) == length]
+        rows = torch.tensor(np.stack([readings[i] for i in numbers]))
+        scores = model.logits(model(rows[:, :-1])[0][:, -1]).double()
+        losses |= zip(numbers, (scores.logsumexp(1) - scores.gather(1, rows[:, -1:])[:, 0]).tolist(), strict=True)
+    return [losses[i] for i in range(len(readings))]
 
 
 def assert_is(result, by_hand):
@@ -115,8 +71,9 @@ def test_windows_of_pairs_are_the_means_of_single_predictions(model, prefixes, s
         tokens = tokens_of(prefix)
         number = len(tokens) - 1
         ends = [*range(LENGTH, number, step), number]
-        seen = [i + 1 if i < LENGTH else i - (next(end for end in ends if end > i) - LENGTH) + 1 for i in range(number)]
-        by_hand = losses_by_hand(model, tokens, seen)
+        firsts = [0 if i < LENGTH else next(end for end in ends if end > i) - LENGTH for i in range(number)]
+        losses = losses_by_hand(model, [tokens[first : i + 2] for i, first in enumerate(firsts)])
+        by_hand = [(i - first, loss) for i, (first, loss) in enumerate(zip(firsts, losses, strict=True))]
         assert_is(result, by_hand)
         every += by_hand
     assert_is(results[-1], every)
@@ -126,15 +83,16 @@ def test_windows_of_pairs_are_the_means_of_single_predictions(model, prefixes, s
 
 def test_documents_that_see_nothing_of_others_are_not_predicted_from_them(model, prefixes):
     result, _, _ = measure(model, pairs(prefixes, resets=True))
-    tokens, number = tokens_of(prefixes[0]), 1040
-    begins = np.cumsum([0, 35, 200, 90, 41, 180, 175, 160, 160])
+    tokens, number = tokens_of(prefixes[0]), BEGINS[-1] - 1
+    begins = np.array(BEGINS)
     firsts = [*range(0, number - LENGTH, LENGTH), number - LENGTH]
-    by_hand = []
+    places, readings = [], []
     for i in range(number):
-        window = max(first for first in firsts[: i // LENGTH + 1]) if i // LENGTH < len(firsts) else firsts[-1]
-        number_seen = i + 1 - max(window, begins[begins <= i][-1])
+        window = firsts[min(i // LENGTH, len(firsts) - 1)]
         if i + 1 not in begins:
-            by_hand.append((i - window, losses_by_hand(model, tokens[i + 1 - number_seen : i + 2], [None] * (number_seen - 1) + [number_seen])[0][1]))
+            places.append(i - window)
+            readings.append(tokens[max(window, begins[begins <= i][-1]) : i + 2])
+    by_hand = list(zip(places, losses_by_hand(model, readings), strict=True))
     assert_is(result, by_hand)
 
 
@@ -143,16 +101,15 @@ def test_documents_that_see_nothing_of_others_are_not_predicted_from_them(model,
 def test_a_carried_state_equals_the_whole_document_at_once(prefixes, resets, block):
     model = tiny_model(block=block)
     result, _, _ = measure(model, pairs(prefixes, resets=resets), carry_state=True)
-    tokens, begins = tokens_of(prefixes[0]), np.cumsum([0, 35, 200, 90, 41, 180, 175, 160, 160]).tolist()
-    by_hand = []
-    for first, end in zip(begins, begins[1:], strict=False):
+    tokens, by_hand = tokens_of(prefixes[0]), []
+    for first, end in itertools.pairwise(BEGINS):
         document = torch.from_numpy(tokens[first if resets or not first else first - 1 : end])
         with torch.no_grad():
             scores = model.logits(model(document[None, :-1])[0])[0].double()
         losses = scores.logsumexp(1) - scores.gather(1, document[1:, None])[:, 0]
         by_hand += enumerate(losses.tolist())
     assert_is(result, by_hand)
-    assert result.positions[-1].end == 200 - resets and result.num_sequences == 8
+    assert result.positions[-1].end == 120 - resets and result.num_sequences == 4
 
 
 def test_texts_are_read_each_by_itself_and_their_bytes_counted(model, tokenizer, tmp_path):
@@ -165,7 +122,7 @@ def test_texts_are_read_each_by_itself_and_their_bytes_counted(model, tokenizer,
         by_hand = []
         for document in found:
             tokens = [tokenizer.eod_id, *tokenizer.encode(document)]
-            by_hand += losses_by_hand(model, tokens, range(1, len(tokens)))
+            by_hand += enumerate(losses_by_hand(model, [np.array(tokens[:end]) for end in range(2, len(tokens) + 1)]))
         assert_is(result, by_hand)
         assert result.num_bytes == sum(len(document.encode()) for document in found)
         bits = math.fsum(loss for _, loss in by_hand) / math.log(2)
@@ -213,38 +170,21 @@ def test_neither_batches_nor_the_order_of_sources_matter(model, prefixes):
             assert other.num_tokens == result.num_tokens and other.loss == pytest.approx(result.loss, rel=1e-6)
 
 
-def of_rank(directory, carry_state):
-    from torch.distributed.device_mesh import init_device_mesh
-
-    ranks = Axis(init_device_mesh("cpu", (2,)))
-    return measure(tiny_model(), pairs([directory / name for name in "ab"]), ranks=ranks, batch_size=2, carry_state=carry_state)
-
-
-@pytest.mark.parametrize("carry_state", [False, True])
-def test_two_ranks_find_what_one_finds(pool, prefixes, carry_state):  # noqa: F811
-    expected = measure(tiny_model(), pairs(prefixes), batch_size=2, carry_state=carry_state)
-    for found in pool.run(of_rank, prefixes[0].parent, carry_state, world_size=2):
-        for result, one in zip(found, expected, strict=True):
-            assert dataclasses.replace(result, loss=0, positions=()) == dataclasses.replace(one, loss=0, positions=())
-            assert result.loss == pytest.approx(one.loss, rel=1e-12)
-            assert [position.num_tokens for position in result.positions] == [position.num_tokens for position in one.positions]
-
-
 def test_a_batch_that_does_not_fit_is_halved_and_nothing_counted_twice(model, prefixes, monkeypatch):
     expected, sizes, losses = measure(model, pairs(prefixes)), [], score._losses
 
-    def fits_two(model, tokens, *arguments, **options):
+    def fits_three(model, tokens, *arguments, **options):
         sizes.append(len(tokens))
-        if len(tokens) > 2:
+        if len(tokens) > 3:
             raise torch.OutOfMemoryError
         return losses(model, tokens, *arguments, **options)
 
-    monkeypatch.setattr(score, "_losses", fits_two)
+    monkeypatch.setattr(score, "_losses", fits_three)
     found = measure(model, pairs(prefixes), batch_size=8)
-    assert sizes[:3] == [8, 4, 2] and set(sizes[2:]) <= {1, 2}
+    assert sizes == [7, 3, 3, 1]
     assert [result.num_tokens for result in found] == [result.num_tokens for result in expected]
     assert [result.loss for result in found] == pytest.approx([result.loss for result in expected], rel=1e-6)
-    with pytest.raises(OutOfMemoryError, match="8 sequences of 70 tokens do not fit into the device's memory; give a smaller --batch-size"):
+    with pytest.raises(OutOfMemoryError, match="7 sequences of 70 tokens do not fit into the device's memory; give a smaller --batch-size"):
         measure(model, pairs(prefixes), batch_size=8, adjustable=False)
 
 
@@ -258,7 +198,7 @@ def test_what_cannot_be_evaluated_is_refused(model, prefixes, tokenizer, tmp_pat
     with pytest.raises(ConfigError, match="--stride is 71, but a window has 70 tokens"):
         measure(model, pairs(prefixes), stride=71)
     short = write_pair(tmp_path / "short", tokenizer, ["word"])
-    with pytest.raises(DataError, match="short holds . tokens, fewer than the 71 of one sequence"):
+    with pytest.raises(DataError, match=r"short holds \d+ tokens, fewer than the 71 of one sequence"):
         measure(model, pairs([short]), num_sequences=4)
     with IndexedWriter(tmp_path / "single", dtype=np.dtype(np.uint16)) as writer:
         writer.add_document(np.array([5]))
