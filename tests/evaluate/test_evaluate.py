@@ -5,6 +5,7 @@ import math
 
 import numpy as np
 import pytest
+import sentencepiece
 import torch
 
 from phase8.data.indexed import IndexedWriter
@@ -38,7 +39,7 @@ def prefixes(tmp_path):
 
 @torch.no_grad()
 def losses_by_hand(model, readings):
-    """The loss of the last token of each reading after all tokens before it, whose predictions nothing else shares; readings of one length at once."""
+    """The loss of the last token of each reading after all tokens before it, with a forward of its own; readings of one length side by side."""
     losses = {}
     for length in {len(reading) for reading in readings}:
         numbers = [i for i, reading in enumerate(readings) if len(reading) == length]
@@ -160,6 +161,19 @@ def test_bytes_that_nobody_knows_are_not_guessed(model, tokenizer, tmp_path):
     assert [result.bits_per_byte is None for result in results] == [True, False, True]
     assert measure(model, pairs([named]))[0].bits_per_byte is None  # a model without a tokenizer
     assert "| unnamed | " in table(results) and " | unknown | " in table(results)
+
+
+def test_texts_with_unknown_tokens_have_no_known_bytes(model, tmp_path):
+    with (tmp_path / "t.model").open("wb") as file:
+        options = {"normalization_rule_name": "identity", "add_dummy_prefix": False, "remove_extra_whitespaces": False, "eos_piece": "</s>"}
+        sentencepiece.SentencePieceTrainer.train(
+            sentence_iterator=iter(["ab c"] * 9), model_writer=file, vocab_size=7, model_type="char", minloglevel=2, **options
+        )
+    characters = load_tokenizer(tmp_path / "t.model")
+    for name, text in (("known", "a b"), ("unknown", "a d")):
+        (tmp_path / name).write_text(text)
+    results = measure(model, texts([tmp_path / "known", tmp_path / "unknown"], characters))
+    assert [result.num_bytes for result in results] == [3, None, None]
 
 
 def test_neither_batches_nor_the_order_of_sources_matter(model, prefixes):
