@@ -32,6 +32,16 @@ def tokenizer(tmp_path_factory):
     return load_tokenizer(train_sentencepiece(texts, tmp_path_factory.mktemp("tokenizer") / "t.model", vocab_size=300))
 
 
+@pytest.fixture(scope="module")
+def characters(tmp_path_factory):
+    """A tokenizer of the characters `a`, `b`, `c` and the space, to which all others are unknown."""
+    path = tmp_path_factory.mktemp("characters") / "t.model"
+    options = {"normalization_rule_name": "identity", "add_dummy_prefix": False, "remove_extra_whitespaces": False, "minloglevel": 2}
+    with path.open("wb") as file:
+        sentencepiece.SentencePieceTrainer.train(sentence_iterator=iter(["ab c"] * 9), model_writer=file, vocab_size=7, model_type="char", **options)
+    return load_tokenizer(path)
+
+
 @pytest.fixture
 def prefixes(tmp_path):
     return write_pairs(tmp_path)
@@ -154,7 +164,12 @@ def test_bytes_of_a_pair_are_those_of_its_predicted_tokens(model, tokenizer, tmp
     assert resets.num_bytes == whole.num_bytes + first - firsts
 
 
-def test_bytes_that_nobody_knows_are_not_guessed(model, tokenizer, tmp_path):
+def test_bytes_that_nobody_knows_are_not_guessed(model, tokenizer, characters, tmp_path):
+    foreign = write_pair(tmp_path / "foreign", characters, ["ab c"])
+    assert measure(model, pairs([foreign], tokenizer=characters))[0].num_bytes == 3  # all but the first
+    assert measure(model, pairs([foreign], tokenizer=tokenizer))[0].num_bytes is None
+    unknown = write_pair(tmp_path / "unknown", characters, ["ab d"])
+    assert measure(model, pairs([unknown], tokenizer=characters))[0].num_bytes is None
     unnamed = write_pair(tmp_path / "unnamed", tokenizer, [SENTENCE], named=False)
     named = write_pair(tmp_path / "named", tokenizer, [SENTENCE])
     results = measure(model, pairs([unnamed, named], tokenizer=tokenizer))
@@ -163,13 +178,7 @@ def test_bytes_that_nobody_knows_are_not_guessed(model, tokenizer, tmp_path):
     assert "| unnamed | " in table(results) and " | unknown | " in table(results)
 
 
-def test_texts_with_unknown_tokens_have_no_known_bytes(model, tmp_path):
-    with (tmp_path / "t.model").open("wb") as file:
-        options = {"normalization_rule_name": "identity", "add_dummy_prefix": False, "remove_extra_whitespaces": False, "eos_piece": "</s>"}
-        sentencepiece.SentencePieceTrainer.train(
-            sentence_iterator=iter(["ab c"] * 9), model_writer=file, vocab_size=7, model_type="char", minloglevel=2, **options
-        )
-    characters = load_tokenizer(tmp_path / "t.model")
+def test_texts_with_unknown_tokens_have_no_known_bytes(model, characters, tmp_path):
     for name, text in (("known", "a b"), ("unknown", "a d")):
         (tmp_path / name).write_text(text)
     results = measure(model, texts([tmp_path / "known", tmp_path / "unknown"], characters))
