@@ -113,12 +113,23 @@ def test_bytes_of_ids_add_up_to_those_of_the_text(kind: str, request: pytest.Fix
 
 def test_a_tokenizer_that_rewrites_text_does_not_tell_the_bytes_of_its_ids(llama_like: Tokenizer, tmp_path: Path):
     assert llama_like.bytes_per_id is None
-    for change in ({"normalizer": {"type": "Lowercase"}}, {"decoder": {"type": "Fuse"}}, {"pre_tokenizer": {"add_prefix_space": True}}):
+    rare = {"normalizer": {"type": "Replace", "pattern": {"String": "colour"}, "content": "color"}}
+    for change in (rare, {"normalizer": {"type": "Lowercase"}}, {"decoder": {"type": "Fuse"}}, {"pre_tokenizer": {"add_prefix_space": True}}):
         content = json.loads(byte_level_tokenizer(tmp_path / "tokenizer.json").read_text())
         for key, value in change.items():
             content[key] = (content[key] or {}) | value
         (tmp_path / "tokenizer.json").write_text(json.dumps(content))
         assert load_tokenizer(tmp_path / "tokenizer.json").bytes_per_id is None
+
+
+def test_a_space_that_only_the_tokenizer_puts_in_front_makes_bytes_unknown(tmp_path: Path):
+    with (tmp_path / "t.model").open("wb") as file:
+        sentencepiece.SentencePieceTrainer.train(
+            sentence_iterator=iter(TEXTS), model_writer=file, vocab_size=420, model_type="bpe", byte_fallback=True,
+            normalization_rule_name="identity", remove_extra_whitespaces=False, minloglevel=2,
+        )  # fmt: skip
+    tokenizer = load_tokenizer(tmp_path / "t.model")
+    assert tokenizer.decode(tokenizer.encode("a")) == "a" and tokenizer.bytes_per_id is None
 
 
 def test_unknown_tokens_have_no_known_bytes(tmp_path: Path):
