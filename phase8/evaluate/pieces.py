@@ -17,6 +17,8 @@ from typing import NamedTuple
 from phase8.data.blend import BlendTable
 from phase8.data.sampler import count_windows, evenly_spread_windows
 
+SHAPE_STEP = 64  # lengths are padded to a multiple: kernels are compiled and tuned for shapes, and texts of every length would each bring one
+
 
 class Range(NamedTuple):
     """Tokens that belong together.
@@ -81,7 +83,18 @@ def evenly_spread_pieces(num_tokens: Sequence[int], *, num_pieces: int, length: 
     return [Piece(source, window * length, length) for source, window in spread]
 
 
-def batches(pieces: Iterable[Piece], batch_size: int) -> list[list[Piece]]:
-    """Pieces of about the same length side by side, the longest first; they depend on the pieces alone, not on the ranks."""
-    ordered = sorted(pieces, key=lambda piece: (-piece.length, piece))
-    return [ordered[first : first + batch_size] for first in range(0, len(ordered), batch_size)]
+def batches(pieces: Iterable[Piece], batch_size: int, *, tokens_at_once: int = 0) -> list[list[Piece]]:
+    """Pieces side by side, the longest first, none less than half as long as the longest; they depend on the pieces alone, not on the ranks.
+
+    Args:
+        pieces: The pieces.
+        batch_size: Pieces of a batch.
+        tokens_at_once: More of them, if they are so short that all together have no more tokens than this.
+    """
+    found: list[list[Piece]] = []
+    for piece in sorted(pieces, key=lambda piece: (-piece.length, piece)):
+        longest = max(found[-1][0].length, SHAPE_STEP) if found else 0
+        if not found or len(found[-1]) == max(batch_size, tokens_at_once // longest) or 2 * max(piece.length, SHAPE_STEP) < longest:
+            found.append([])
+        found[-1].append(piece)
+    return found

@@ -16,16 +16,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from phase8.distributed.collectives import ALONE, Axis, sum_over
+from phase8.distributed.collectives import ALONE, Axis, maximum_over, sum_over
 from phase8.errors import OutOfMemoryError
-from phase8.evaluate.pieces import Piece, batches
+from phase8.evaluate.pieces import SHAPE_STEP, Piece, batches
 from phase8.evaluate.results import TOTAL, SourceResult, position_bounds, source_result
 from phase8.evaluate.sources import Source
 from phase8.kernels.reference.cross_entropy import IGNORED_TARGET
 from phase8.model.model import LanguageModel
 
 _LOGITS_AT_ONCE = 1 << 28  # numbers of fp32: 1 GiB
-_SHAPE_STEP = 64  # kernels are compiled and tuned for shapes: texts of every length would each bring one
 
 OnProgress = Callable[[int, int], None]
 
@@ -40,8 +39,8 @@ class Forward:
 
     Args:
         length: T, tokens of a forward; a longer piece is read T tokens at a time with carried state.
-        batch_size: Pieces side by side.
-        is_adjustable: Half as many pieces are read where these do not fit into the device's memory.
+        batch_size: Pieces side by side; of several ranks, the smallest number counts.
+        is_adjustable: More pieces are read side by side where they are shorter than T, and half as many where they do not fit into the memory.
         device: Device of the model.
     """
 
@@ -108,20 +107,24 @@ def evaluate(
     """
     bounds = position_bounds(max(piece.length for piece in pieces))
     sums = _Sums(len(sources), bounds, forward.device)
-    own = batches(pieces, forward.batch_size)[ranks.index :: ranks.size]
-    done, total, limit = 0, sum(piece.length for batch in own for piece in batch), forward.batch_size
+    # A plan of memory may give every rank another number, but batches must be the same ones.
+    batch_size = -int(maximum_over(torch.tensor(-forward.batch_size), ranks))
+    tokens_at_once = batch_size * forward.length
+    own = batches(pieces, batch_size, tokens_at_once=tokens_at_once * forward.is_adjustable)[ranks.index :: ranks.size]
+    done, total = 0, sum(piece.length for batch in own for piece in batch)
     on_progress(done, total)
     for batch in own:
+        length = min(max(batch[0].length, SHAPE_STEP), forward.length)
         while batch:
-            part = batch[:limit]
+            part = batch[: max(tokens_at_once // length, 1)] if forward.is_adjustable else batch
             try:
                 _add_batch(sums, model, sources, part, forward)
             except torch.OutOfMemoryError as error:
                 if len(part) == 1 or not forward.is_adjustable:
                     raise _out_of_memory(part, forward) from error
-                limit = len(part) // 2
+                tokens_at_once = len(part) // 2 * length
                 continue
-            batch = batch[limit:]
+            batch = batch[len(part) :]
             done += sum(piece.length for piece in part)
             on_progress(done, total)
     return _results(sources, pieces, sums, bounds, ranks)
@@ -145,7 +148,7 @@ def _add_batch(sums: _Sums, model: LanguageModel, sources: Sequence[Source], bat
 
 def _read(sources: Sequence[Source], batch: Sequence[Piece]) -> tuple[Tensor, Tensor, Tensor | None]:
     """Tokens, targets (IGNORED_TARGET where a prediction does not count) and starts of documents of a batch [B, L]."""
-    longest = -(-max(piece.length for piece in batch) // _SHAPE_STEP) * _SHAPE_STEP
+    longest = -(-max(piece.length for piece in batch) // SHAPE_STEP) * SHAPE_STEP
     tokens = torch.zeros(len(batch), longest, dtype=torch.int64)
     targets = torch.full_like(tokens, IGNORED_TARGET)
     starts = torch.zeros(len(batch), longest, dtype=torch.bool)
@@ -163,7 +166,7 @@ def _read(sources: Sequence[Source], batch: Sequence[Piece]) -> tuple[Tensor, Te
 
 def _losses(model: LanguageModel, tokens: Tensor, targets: Tensor, starts: Tensor | None, *, length: int) -> Iterator[Tensor]:
     """Yields the cross-entropies of consecutive targets, fp32 [B, T], 0 where a target is ignored."""
-    is_carried = tokens.shape[1] > -(-length // _SHAPE_STEP) * _SHAPE_STEP
+    is_carried = tokens.shape[1] > -(-length // SHAPE_STEP) * SHAPE_STEP
     states = model.empty_states(len(tokens)) if is_carried else None
     step = length if is_carried else tokens.shape[1]
     for first in range(0, tokens.shape[1], step):

@@ -30,3 +30,10 @@ def test_batches_depend_on_the_pieces_alone():
     expected = batches(pieces, 2)
     assert all(batches(order, 2) == expected for order in itertools.permutations(pieces))
     assert [[piece.length for piece in batch] for batch in expected] == [[9, 9], [5, 5], [2]]
+
+
+def test_pieces_side_by_side_have_about_the_same_length_and_short_ones_fill_a_batch():
+    pieces = [Piece(0, 1000 * i, length) for i, length in enumerate([1000, 600, 499, 300, 240, 100, 90, *[9] * 5])]
+    assert [[piece.length for piece in batch] for batch in batches(pieces, 2)] == [[1000, 600], [499, 300], [240], [100, 90], [9, 9], [9, 9], [9]]
+    filled = batches(pieces, 2, tokens_at_once=400)
+    assert [[piece.length for piece in batch] for batch in filled] == [[1000, 600], [499, 300], [240], [100, 90, 9, 9], [9, 9, 9]]

@@ -12,7 +12,7 @@ def of_rank(directory, carry_state):
     from torch.distributed.device_mesh import init_device_mesh
 
     ranks = Axis(init_device_mesh("cpu", (2,)))
-    return measure(tiny_model(), pairs([directory / name for name in "ab"]), ranks=ranks, batch_size=2, carry_state=carry_state)
+    return measure(tiny_model(), pairs([directory / name for name in "ab"]), ranks=ranks, batch_size=2 + ranks.index, carry_state=carry_state)
 
 
 @pytest.mark.parametrize("carry_state", [False, True])
