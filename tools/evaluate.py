@@ -1,24 +1,48 @@
-"""Measures the loss of a checkpoint on held-out tokens, for each source and for each place in the sequence.
+"""Measures a model on held-out text: loss, perplexity and bits per byte, by source and by position.
 
-    python tools/evaluate.py --checkpoint runs/ablation_30m --data data/python_validation_text_document
-    python tools/evaluate.py --checkpoint runs/ablation_30m --data A B --length 8192 --sequences 256 --output losses.json
+    python tools/evaluate.py --checkpoint runs/quickstart --text book.txt articles.jsonl.gz
+    python tools/evaluate.py --checkpoint runs/ablation_30m --data data/python_validation_text_document --json
+    python tools/evaluate.py --checkpoint runs/long --text book.txt --carry-state                     # position 100,000 has seen 99,999 tokens
+    torchrun --nproc_per_node=8 tools/evaluate.py --checkpoint runs/phase8_7b_3d --data A B
 
---data names .bin/.idx pairs that the tokenizer of the model's training has made. The sequences are those that an evaluation during training
-takes: evenly spread over each source, the same ones every time. --length may be longer than that of the training. The table goes to standard
-output; what later positions gain over earlier ones is what the model makes of a longer context.
+Every token is predicted once. --data names .bin/.idx pairs that the tokenizer of the model has made; their windows follow each other across
+documents, as in training. --text names files or directories that tools/prepare_data.py can read; each document is read by itself, after an
+end-of-document token. A window has the length of the training unless --length says otherwise; the last one reaches back, so that it is full.
+With --stride S every window predicts S tokens more than the one before and has the rest as context. --sequences N takes N windows of --data
+as an evaluation during training does: evenly spread, the same ones every time.
+
+The bytes of a text are those of its UTF-8. Those of a pair are known if its record names the model's tokenizer and this one rewrites no text;
+otherwise bits per byte are `unknown` (null in JSON). Under torchrun each rank holds the whole model and reads its share; the result is that of
+one process.
+
+Progress goes to standard error, the result to standard output. Exit codes as in launch/pretrain.py.
 """
 
 from __future__ import annotations
 
 import argparse
+import json
+import os
 import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import partial
-from pathlib import Path
+from typing import TYPE_CHECKING
 
 from phase8.config.arguments import path_argument
-from phase8.errors import ConfigError
+from phase8.errors import ConfigError, Phase8Error
 from phase8.imports import imports_that_stay
-from phase8.terminal import output_is_the_product, run_door
+from phase8.processes.bootstrap import World, world_from_environment
+from phase8.terminal import output_is_the_product, run_door, warn
+
+if TYPE_CHECKING:
+    from phase8.checkpoint.load import Checkpoint
+    from phase8.config.schema import DataSection
+    from phase8.data.tokenizer import Tokenizer
+    from phase8.evaluate.results import SourceResult
+    from phase8.evaluate.sources import Source
+
+Show = Callable[[str, int, int], None]
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -28,69 +52,165 @@ def main(arguments: list[str] | None = None) -> int:
 
 def _run(arguments: list[str] | None) -> int:
     parsed = _parser().parse_args(arguments)
-    problems = [
-        f"--{name.replace('_', '-')} is {vars(parsed)[name]}; it must be at least 1"
-        for name in ("sequences", "batch_size", "length")
-        if vars(parsed)[name] is not None and vars(parsed)[name] < 1
-    ]
-    if problems:
-        raise ConfigError(problems)
+    _check(parsed)
     with output_is_the_product():
-        _evaluate(parsed)
+        _evaluate(parsed, world_from_environment(os.environ))
     return 0
 
 
-def _evaluate(parsed: argparse.Namespace) -> None:
-    from dataclasses import asdict
-
-    from rich.progress import TextColumn, TimeElapsedColumn
-
+def _evaluate(parsed: argparse.Namespace, world: World) -> None:
+    # Imported late: a mistake in the arguments is answered before torch is loaded.
     with imports_that_stay():
-        from phase8.config.schema import DataSource
-        from phase8.data.loader import open_dataset
-        from phase8.data.staging import write_json
-        from phase8.data.token_ids import check_token_ids
-        from phase8.evaluate.by_position import evaluate_sources, position_table
+        from torch.distributed.device_mesh import init_device_mesh
+
+        from phase8.distributed.collectives import ALONE, Axis
+        from phase8.evaluate.batch_size import planned_batch_size
+        from phase8.evaluate.score import Forward, evaluate
+        from phase8.evaluate.selection import select_pieces
         from phase8.generate.restore import restore_model
-        from phase8.observe.stage_progress import ProgressDisplay
+        from phase8.processes.exit import one_voice
+        from phase8.processes.watch import running
         from phase8.train.device import select_device
 
-    device = select_device(parsed.device)
-    model, section, checkpoint = restore_model(parsed.checkpoint, device=device)
-    dataset = open_dataset(
-        [DataSource(path=str(prefix), weight=1) for prefix in parsed.data],
-        sequence_length=parsed.length or model.section.sequence_length,
-        vocab_size=model.section.vocab_size,
-        seed=0,
-        key="--data",
-        ignore_sequence_modes=section.ignore_sequence_modes,
-    )
-    with ProgressDisplay(TextColumn("{task.percentage:3.0f} %"), TimeElapsedColumn()) as display:
-        for pair in (pair for source in dataset.sources for pair in source.pairs):
-            check_token_ids(pair, vocab_size=model.section.vocab_size, cache_dir=Path(section.cache_dir), on_progress=display.show)
-        found = evaluate_sources(
+    with one_voice(world):
+        device = select_device(parsed.device, local_rank=world.local_rank)
+    with running(world, device_type=device.type) as watch, _progress(world, watch.report) as show:
+        model, section, checkpoint = restore_model(parsed.checkpoint, device=device)
+        length = parsed.length or model.section.sequence_length
+        sources = _sources(parsed, section, checkpoint, vocab_size=model.section.vocab_size, show=show)
+        how = {"length": length, "stride": parsed.stride, "carry_state": parsed.carry_state, "num_sequences": parsed.sequences}
+        sources, pieces = select_pieces(sources, **how)
+        size = parsed.batch_size or planned_batch_size(model, length=length, packed=section.reset_at_document_boundaries, device=device)
+        found = evaluate(
             model,
-            dataset,
-            section.model_copy(update={"num_workers": 0, "pin_memory": False}),
-            num_sequences=parsed.sequences,
-            micro_batch_size=parsed.batch_size,
-            device=device,
-            on_progress=partial(display.show, "evaluating"),
+            sources,
+            pieces,
+            Forward(length, size, is_adjustable=parsed.batch_size is None, device=device),
+            ranks=ALONE if world.world_size == 1 else Axis(init_device_mesh("cpu", (world.world_size,))),
+            on_progress=partial(show, "evaluating"),
         )
+        if world.rank == 0:
+            _report(parsed, {"checkpoint": str(checkpoint.path), **how}, found)
+
+
+@contextmanager
+def _progress(world: World, report: Callable[..., None]) -> Iterator[Show]:
+    """A context manager for the progress: on rank 0 for people, on every rank for the watch over the ranks."""
+    from rich.progress import TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+    from phase8.observe.stage_progress import ProgressDisplay
+
+    with ProgressDisplay(TextColumn("{task.percentage:3.0f} %"), TimeElapsedColumn(), TimeRemainingColumn()) as display:
+
+        def show(stage: str, done: int, total: int) -> None:
+            report(step=1, doing=f"{stage}, {done} of {total}")
+            if world.rank == 0:
+                display.show(stage, done, total)
+
+        yield show
+
+
+def _sources(parsed: argparse.Namespace, section: DataSection, checkpoint: Checkpoint, *, vocab_size: int, show: Show) -> list[Source]:
+    from phase8.evaluate.sources import open_pairs, read_text_sources
+
+    if parsed.data is not None:
+        tokenizer = _tokenizer_if_any(parsed, section, checkpoint, vocab_size=vocab_size)
+        return open_pairs(parsed.data, tokenizer, section, vocab_size=vocab_size, on_progress=show)
+    return read_text_sources(
+        parsed.text,
+        _tokenizer(parsed, section, checkpoint, vocab_size=vocab_size),
+        json_key=parsed.json_key,
+        document_separator=parsed.document_separator,
+        on_progress=partial(show, "tokenizing"),
+    )
+
+
+def _tokenizer(parsed: argparse.Namespace, section: DataSection, checkpoint: Checkpoint, *, vocab_size: int) -> Tokenizer:
+    from phase8.data.tokenizer import load_tokenizer
+    from phase8.generate.restore import restore_tokenizer
+
+    eod_token = parsed.eod_token or section.eod_token
+    if parsed.tokenizer is None:
+        return restore_tokenizer(checkpoint, vocab_size=vocab_size, eod_token=eod_token)
+    tokenizer = load_tokenizer(parsed.tokenizer, eod_token=eod_token)
+    if tokenizer.vocab_size > vocab_size:
+        raise ConfigError(
+            f"--tokenizer {parsed.tokenizer} has {tokenizer.vocab_size} ids, but the model has {vocab_size}; give the tokenizer it was trained with."
+        )
+    return tokenizer
+
+
+def _tokenizer_if_any(parsed: argparse.Namespace, section: DataSection, checkpoint: Checkpoint, *, vocab_size: int) -> Tokenizer | None:
+    """The tokenizer, which pairs need for nothing but their bytes; None if the model has none that can be used."""
+    from phase8.checkpoint.model_source import tokenizer_of
+
+    if parsed.tokenizer is None and tokenizer_of(checkpoint) is None:
+        return None
+    try:
+        return _tokenizer(parsed, section, checkpoint, vocab_size=vocab_size)
+    except Phase8Error as error:
+        if parsed.tokenizer is not None:
+            raise
+        warn(f"bits per byte are unknown: {error}")
+        return None
+
+
+def _report(parsed: argparse.Namespace, how: dict[str, object], found: list[SourceResult]) -> None:
+    """Prints the result, and writes it where --output says."""
+    from phase8.data.staging import write_json
+    from phase8.evaluate.results import TOTAL, table
+
+    sources = found[:-1] if len(found) > 1 else found  # the last of several is that of all
+    tree = how | {"sources": [source.as_json() for source in sources], "total": found[-1].as_json() | {"name": TOTAL}}
     if parsed.output is not None:
-        results = [asdict(source) | {"perplexity": source.perplexity} for source in found]
-        write_json(parsed.output, {"checkpoint": str(checkpoint.path), "sequence_length": dataset.sequence_length, "sources": results})
-    print(position_table(found), end="")
+        write_json(parsed.output, tree)
+    print(json.dumps(tree, indent=1) if parsed.json else table(found), end="\n" if parsed.json else "")
+
+
+def _check(parsed: argparse.Namespace) -> None:
+    names = ("sequences", "batch_size", "length", "stride")
+    problems = [
+        f"--{name.replace('_', '-')} is {vars(parsed)[name]}; it must be at least 1"
+        for name in names
+        if vars(parsed)[name] is not None and vars(parsed)[name] < 1
+    ]
+    if parsed.sequences is not None and parsed.text is not None:
+        problems.append("--sequences takes some windows of --data, but a --text is read as a whole; leave it out")
+    given = {"--sequences": parsed.sequences is not None, "--stride": parsed.stride is not None, "--carry-state": parsed.carry_state}
+    together = [name for name, is_given in given.items() if is_given]
+    if len(together) > 1:
+        problems.append(f"{' and '.join(together)} are different ways to read the tokens; give one of them")
+    if parsed.data is not None and parsed.document_separator is not None:
+        problems.append("--document-separator is for --text: pairs know where their documents begin; leave it out")
+    if problems:
+        raise ConfigError(problems)
 
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--checkpoint", required=True, type=path_argument, metavar="DIR", help="a checkpoint, or a run (its newest one)")
-    parser.add_argument("--data", required=True, nargs="+", type=path_argument, metavar="PREFIX", help="pairs .bin/.idx, each a source of its own")
-    parser.add_argument("--sequences", type=int, default=256, metavar="N", help="sequences in all (default: %(default)s)")
-    parser.add_argument("--batch-size", type=int, default=8, metavar="N", help="sequences of a forward (default: %(default)s)")
-    parser.add_argument("--length", type=int, metavar="T", help="tokens of a sequence (default: as trained)")
-    parser.add_argument("--output", type=path_argument, metavar="FILE", help="JSON with all results")
+    parser.add_argument(
+        "--checkpoint",
+        required=True,
+        type=path_argument,
+        metavar="DIR",
+        help="a checkpoint, a run (its newest one), consolidated or quantised weights, or a Hugging Face directory",
+    )
+    what = parser.add_mutually_exclusive_group(required=True)
+    what.add_argument("--data", nargs="+", type=path_argument, metavar="PREFIX", help="pairs .bin/.idx or patterns of them, each a source of its own")
+    what.add_argument("--text", nargs="+", type=path_argument, metavar="FILE", help="text, source, .jsonl or .parquet files, or directories of them")
+    reading = parser.add_argument_group("reading")
+    reading.add_argument("--length", type=int, metavar="T", help="tokens of a window (default: as trained)")
+    reading.add_argument("--stride", type=int, metavar="S", help="tokens that each window adds (default: T)")
+    reading.add_argument("--carry-state", action="store_true", help="read every document whole, T tokens at a time, with the state carried over")
+    reading.add_argument("--sequences", type=int, metavar="N", help="windows of --data in all, evenly spread (default: all)")
+    reading.add_argument("--batch-size", type=int, metavar="N", help="windows or documents of a forward (default: what the memory holds)")
+    texts = parser.add_argument_group("texts")
+    texts.add_argument("--json-key", default="text", metavar="KEY", help="where a JSON line or a Parquet row holds its text (default: text)")
+    texts.add_argument("--document-separator", metavar="LINE", help="lines of text files that stand between two documents (default: none)")
+    texts.add_argument("--tokenizer", type=path_argument, metavar="FILE", help="instead of the one in the checkpoint")
+    texts.add_argument("--eod-token", metavar="NAME", help="piece between documents (default: data.eod_token, else the tokenizer's own)")
+    parser.add_argument("--json", action="store_true", help="print one JSON object instead of the table")
+    parser.add_argument("--output", type=path_argument, metavar="FILE", help="write that object to a file, too")
     parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto", help="auto: the GPU if there is one")
     return parser
 

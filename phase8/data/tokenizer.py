@@ -15,6 +15,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import sentencepiece
 
 from phase8.data.end_of_document import KNOWN_PIECES, choose_end_of_document, hugging_face_without, sentencepiece_without
@@ -27,6 +28,8 @@ _SPACE_MARK = "\u2581"
 _RANDOMNESS = ("dropout", "alpha", "nbest_size")
 # Names of the token for places without text in common models.
 _PADDING = ("<pad>", "<|pad|>", "<|padding|>", "<|finetune_right_pad_id|>", "[PAD]", "<PAD>")
+# What tokenizers rewrite: spaces at ends and in runs, case, compatible and composed characters, invisible ones.
+_PROBES = ("a", " a", "a  b \t\n", "  A\u00c0\u00e9e\u0301 ", "\ufb01\u2460\uff21\u212b\u00bd", "\u00a0\u200b\u3000\u2028\r\n", "\U0001f642\u65e5")
 
 
 class Tokenizer(ABC):
@@ -83,6 +86,24 @@ class Tokenizer(ABC):
                     return part
         return None
 
+    @cached_property
+    def bytes_per_id(self) -> np.ndarray | None:
+        """UTF-8 bytes of the text behind each id, 0 for special tokens and -1 for the unknown one; None where the tokenizer rewrites text.
+
+        Shape:
+            int64 [vocab_size].
+        """
+        counts = self._bytes_per_id()
+        if counts is None:
+            return None
+        found = np.array(counts, np.int64)
+        if self.unknown_id is not None:
+            found[self.unknown_id] = -1
+        found[self.eod_id] = 0
+        known = [(text, ids) for text, ids in ((probe, self.encode(probe)) for probe in _PROBES) if self.unknown_id not in ids]
+        keeps_text = all(self.decode(ids) == text and found[ids].sum() == len(text.encode()) for text, ids in known)
+        return found if known and keeps_text else None
+
     def drops(self, character: str, *, without_eod: bool = False) -> bool:
         """Whether a character leaves no trace in the ids, between letters or alone (white space alone separates words)."""
         between, bare, alone = (self._encode(text, without_eod=without_eod) for text in (f"x{character}x", "xx", character))
@@ -120,6 +141,10 @@ class Tokenizer(ABC):
 
     @abstractmethod
     def _decode(self, ids: list[int]) -> str: ...
+
+    @abstractmethod
+    def _bytes_per_id(self) -> list[int] | None:
+        """UTF-8 bytes of each piece as it is in a text; None where a piece does not tell."""
 
 
 class SentencePieceTokenizer(Tokenizer):
@@ -178,6 +203,11 @@ class SentencePieceTokenizer(Tokenizer):
     def _decode(self, ids: list[int]) -> str:
         return self._processor.decode(ids)
 
+    def _bytes_per_id(self) -> list[int]:
+        pieces = self._processor
+        sizes = [len(pieces.id_to_piece(i).replace(_SPACE_MARK, " ").encode()) for i in range(self.vocab_size)]
+        return [1 if pieces.is_byte(i) else 0 if pieces.is_control(i) or pieces.is_unused(i) else size for i, size in enumerate(sizes)]
+
     @cached_property
     def _without_eod(self) -> sentencepiece.SentencePieceProcessor:
         try:
@@ -235,6 +265,17 @@ class HuggingFaceTokenizer(Tokenizer):
 
     def _decode(self, ids: list[int]) -> str:
         return self._tokenizer.decode(ids, skip_special_tokens=True)
+
+    def _bytes_per_id(self) -> list[int] | None:
+        parsed = json.loads(self._tokenizer.to_str())
+        if (parsed["decoder"] or {}).get("type") != "ByteLevel" or parsed["normalizer"] is not None:
+            return None
+        counts = [0] * self.vocab_size
+        for piece, i in self._tokenizer.get_vocab(with_added_tokens=False).items():
+            counts[i] = len(piece)  # a character for each byte
+        for i, token in self._tokenizer.get_added_tokens_decoder().items():
+            counts[i] = 0 if token.special else len(token.content.encode())
+        return counts
 
     @cached_property
     def _without_eod(self) -> Any:

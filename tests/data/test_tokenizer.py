@@ -103,6 +103,46 @@ def test_the_end_of_document_decodes_to_nothing(kind: str, request: pytest.Fixtu
     assert tokenizer.decode([*ids, tokenizer.eod_id]) == tokenizer.decode(ids) == "value"
 
 
+@pytest.mark.parametrize("kind", ["exact", "hugging_face"])
+def test_bytes_of_ids_add_up_to_those_of_the_text(kind: str, request: pytest.FixtureRequest):
+    tokenizer: Tokenizer = request.getfixturevalue(kind)
+    assert tokenizer.bytes_per_id is not None and tokenizer.bytes_per_id[tokenizer.eod_id] == 0
+    for text in [*TRICKY, *TEXTS]:
+        assert tokenizer.bytes_per_id[tokenizer.encode(text)].sum() == len(text.encode())
+
+
+def test_a_tokenizer_that_rewrites_text_does_not_tell_the_bytes_of_its_ids(llama_like: Tokenizer, tmp_path: Path):
+    assert llama_like.bytes_per_id is None
+    rare = {"normalizer": {"type": "Replace", "pattern": {"String": "colour"}, "content": "color"}}
+    for change in (rare, {"normalizer": {"type": "Lowercase"}}, {"decoder": {"type": "Fuse"}}, {"pre_tokenizer": {"add_prefix_space": True}}):
+        content = json.loads(byte_level_tokenizer(tmp_path / "tokenizer.json").read_text())
+        for key, value in change.items():
+            content[key] = (content[key] or {}) | value
+        (tmp_path / "tokenizer.json").write_text(json.dumps(content))
+        assert load_tokenizer(tmp_path / "tokenizer.json").bytes_per_id is None
+
+
+def test_a_space_that_only_the_tokenizer_puts_in_front_makes_bytes_unknown(tmp_path: Path):
+    with (tmp_path / "t.model").open("wb") as file:
+        sentencepiece.SentencePieceTrainer.train(
+            sentence_iterator=iter(TEXTS), model_writer=file, vocab_size=420, model_type="bpe", byte_fallback=True,
+            normalization_rule_name="identity", remove_extra_whitespaces=False, minloglevel=2,
+        )  # fmt: skip
+    tokenizer = load_tokenizer(tmp_path / "t.model")
+    assert tokenizer.decode(tokenizer.encode("a")) == "a" and tokenizer.bytes_per_id is None
+
+
+def test_unknown_tokens_have_no_known_bytes(tmp_path: Path):
+    with (tmp_path / "t.model").open("wb") as file:
+        sentencepiece.SentencePieceTrainer.train(
+            sentence_iterator=iter(TEXTS), model_writer=file, vocab_size=90, model_type="char", normalization_rule_name="identity",
+            add_dummy_prefix=False, remove_extra_whitespaces=False, minloglevel=2,
+        )  # fmt: skip
+    tokenizer = load_tokenizer(tmp_path / "t.model")
+    assert tokenizer.bytes_per_id is not None
+    assert tokenizer.bytes_per_id[tokenizer.encode("a\u4e0db")].tolist() == [1, -1, 1]
+
+
 def test_trained_vocabulary_is_exact_and_starts_with_the_documented_ids(exact: Tokenizer):
     assert isinstance(exact, SentencePieceTokenizer)
     assert exact.vocab_size == 420

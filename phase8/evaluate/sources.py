@@ -1,0 +1,170 @@
+"""What is evaluated: the pairs of `--data`, and the texts of `--text`, each a source of its own.
+
+| | `--data` | `--text` |
+|---|---|---|
+| a source is | a pair, or all pairs that a pattern matches | a file or a directory |
+| read together are | all its tokens, across documents, as in training | the tokens of a document, after an end-of-document token |
+| the first token | is not predicted, since nothing is before it | is predicted from the end-of-document token |
+| bytes are those | of each token, if the pair's record names the tokenizer and this one rewrites no text | of the texts, if no token is unknown |
+
+A text is predicted without an end-of-document token behind it, so that tokens and bytes are those of the text alone.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import NoReturn
+
+import numpy as np
+
+from phase8.config.schema import DataSection, DataSource
+from phase8.data.documents import cut_shards
+from phase8.data.input_files import find_sources
+from phase8.data.shards import DocumentRules, encode_document, read_texts
+from phase8.data.sources import open_sources, source_names
+from phase8.data.streams import TokenStream
+from phase8.data.token_ids import OnProgress, check_token_ids
+from phase8.data.tokenizer import Tokenizer
+from phase8.data.utf8 import num_encoded_bytes
+from phase8.errors import DataError
+from phase8.evaluate.pieces import Range
+
+_WHOLE_FILES = 1 << 62
+_CHUNK_TOKENS = 1 << 24
+
+
+@dataclass(frozen=True)
+class Source:
+    """The tokens of a source, and what is known of their bytes.
+
+    Args:
+        name: Its name.
+        num_tokens: Number of tokens.
+        read: The tokens from a position on: called with the position and their number.
+        starts: Where documents begin among them, which see nothing before them: called with the same; None: boundaries inside a range do not count.
+        ranges: What is read together: called without arguments.
+        documents: The documents: called without arguments.
+        text_bytes: UTF-8 bytes of all predicted tokens; None: `bytes_per_id` tells, if anything does.
+        bytes_per_id: UTF-8 bytes of each token, -1 where it has none that is known; None: unknown.
+    """
+
+    name: str
+    num_tokens: int
+    read: Callable[[int, int], np.ndarray]
+    starts: Callable[[int, int], np.ndarray] | None
+    ranges: Callable[[], Iterable[Range]]
+    documents: Callable[[], Iterable[Range]]
+    text_bytes: int | None = None
+    bytes_per_id: np.ndarray | None = None
+
+
+def open_pairs(
+    prefixes: Sequence[Path], tokenizer: Tokenizer | None, section: DataSection, *, vocab_size: int, on_progress: OnProgress
+) -> list[Source]:
+    """Opens `.bin/.idx` pairs.
+
+    Args:
+        prefixes: Prefixes or patterns, each a source.
+        tokenizer: The tokenizer of the model; None: unknown.
+        section: Settings of the data with which the model was trained, such as whether documents see nothing of those before them.
+        vocab_size: Every id is below it.
+        on_progress: Called with stage, tokens read and tokens in all, where all ids have to be read.
+
+    Raises:
+        DataError: A file is missing, a source has too few tokens for a prediction, or an id is outside the vocabulary.
+        IndexedFormatError: A damaged or foreign pair.
+    """
+    entries = [DataSource(path=str(prefix), weight=1) for prefix in prefixes]
+    streams = open_sources(entries, key="--data", ignore_sequence_modes=section.ignore_sequence_modes)
+    for stream in streams:
+        if stream.num_tokens < 2:
+            raise DataError(f"--data: {stream.prefix} holds {stream.num_tokens} tokens, but a prediction takes two; prepare it from more text")
+        for pair in (pair for pair in stream.pairs if pair.num_tokens):
+            check_token_ids(pair, vocab_size=vocab_size, cache_dir=Path(section.cache_dir), on_progress=on_progress)
+    names = source_names([stream.prefix for stream in streams])
+    resets = section.reset_at_document_boundaries
+    return [_of_stream(name, stream, tokenizer, resets=resets) for name, stream in zip(names, streams, strict=True)]
+
+
+def _of_stream(name: str, stream: TokenStream, tokenizer: Tokenizer | None, *, resets: bool) -> Source:
+    is_known = tokenizer is not None and all(
+        pair.record is not None and pair.record.made_with is not None and pair.record.made_with.tokenizer_sha256 == tokenizer.sha256
+        for pair in stream.pairs
+    )
+    return Source(
+        name=name,
+        num_tokens=stream.num_tokens,
+        read=stream.tokens,
+        starts=stream.document_starts if resets else None,
+        ranges=lambda: [Range(0, stream.num_tokens - 1)],
+        documents=lambda: _documents(stream, resets=resets),
+        bytes_per_id=tokenizer.bytes_per_id if is_known else None,
+    )
+
+
+def _documents(stream: TokenStream, *, resets: bool) -> Iterator[Range]:
+    """Documents of a stream; where boundaries are not reset, the token before a document predicts its first one."""
+    chunks = range(0, stream.num_tokens, _CHUNK_TOKENS)
+    found = [first + np.flatnonzero(stream.document_starts(first, min(_CHUNK_TOKENS, stream.num_tokens - first))) for first in chunks]
+    bounds = [*np.concatenate(found).tolist(), stream.num_tokens]
+    for first, end in itertools.pairwise(bounds):
+        begin = first if resets or first == 0 else first - 1
+        if end - begin > 1:
+            yield Range(begin, end - begin - 1)
+
+
+def read_text_sources(
+    inputs: Sequence[Path], tokenizer: Tokenizer, *, json_key: str, document_separator: str | None, on_progress: Callable[[int, int], None]
+) -> list[Source]:
+    """Reads and tokenises texts.
+
+    Args:
+        inputs: Files and directories, each a source.
+        tokenizer: The tokenizer of the model.
+        json_key: Key of the text in JSON lines; the column in Parquet.
+        document_separator: Content of the lines between the documents of a text file; None: a file is one document.
+        on_progress: Called with the number of bytes that were tokenised and that there are.
+
+    Raises:
+        DataError: An input cannot be read, is not text, or holds none.
+    """
+    found = [find_sources([path])[0] for path in inputs]
+    done, total = 0, sum(file.size_bytes for files in found for file in files)
+    rules, sources = DocumentRules(json_key=json_key, document_separator=document_separator), []
+    for name, path, files in zip(source_names([str(path) for path in inputs]), inputs, found, strict=True):
+        tokens, text_bytes = [], 0
+        spans = itertools.chain.from_iterable(cut_shards(files, _WHOLE_FILES))
+        for text, source_bytes in read_texts(spans, rules, _refuse):
+            encoded, done = encode_document(text, tokenizer), done + source_bytes
+            if encoded.size:
+                tokens.append(encoded)
+                text_bytes += num_encoded_bytes(text)
+            on_progress(done, total)
+        if not tokens:
+            raise DataError(f"--text: {path} holds no text; give a file or directory with some")
+        sources.append(_of_texts(name, tokens, text_bytes, tokenizer))
+    return sources
+
+
+def _of_texts(name: str, texts: Sequence[np.ndarray], text_bytes: int, tokenizer: Tokenizer) -> Source:
+    end = np.array([tokenizer.eod_id], texts[0].dtype)
+    stream = np.concatenate([part for text in texts for part in (end, text)])
+    has_unknown = tokenizer.unknown_id is not None and bool((stream == tokenizer.unknown_id).any())
+    firsts = np.cumsum([0, *(text.size + 1 for text in texts)])
+    documents = [Range(int(first), text.size) for first, text in zip(firsts, texts, strict=False)]
+    return Source(
+        name=name,
+        num_tokens=stream.size,
+        read=lambda start, count: stream[start : start + count],
+        starts=None,
+        ranges=lambda: documents,
+        documents=lambda: documents,
+        text_bytes=None if has_unknown else text_bytes,
+    )
+
+
+def _refuse(error: DataError) -> NoReturn:
+    raise error

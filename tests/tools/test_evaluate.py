@@ -1,0 +1,97 @@
+"""The command line of tools/evaluate.py: results, formats of the model, several ranks, and what is refused."""
+
+import json
+
+import pytest
+
+from phase8.data.tokenizer_training import train_sentencepiece
+from tests.processes.launched import ROOT, torchrun
+from tests.tools.doors import load_door
+from tests.train.tiny_run import records, train_tiny, write_config
+
+TEXT = "Größe und 日本語, naïve words; plain words too.\n"
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    """A run of ten steps with a tokenizer, and its directory."""
+    directory = tmp_path_factory.mktemp("evaluated")
+    train_sentencepiece([TEXT * 3], directory / "t.model", vocab_size=300)
+    tokenizer = f"data.tokenizer={directory / 't.model'}"
+    run = train_tiny(write_config(directory), "train.num_steps=10", "train.evaluate_every_n_steps=10", tokenizer, "model.vocab_size=300")
+    return run, directory
+
+
+def evaluate(capsys, *arguments):
+    code = load_door("evaluate").main([*map(str, arguments), "--device", "cpu"])
+    output, errors = capsys.readouterr()
+    return code, output, errors
+
+
+def test_a_checkpoint_is_evaluated_as_its_training_did(trained, tmp_path, capsys):
+    run, directory = trained
+    out = tmp_path / "out.json"
+    common = ["--checkpoint", run.directory.path, "--data", directory / "validation"]
+    code, output, errors = evaluate(capsys, *common, "--sequences", 4, "--output", out)
+    (loss,) = [record["validation_loss"] for record in records(run) if "validation_loss" in record]
+    found = json.loads(out.read_text())
+    assert code == 0 and found["sources"][0]["loss"] == pytest.approx(loss, rel=1e-5) and found["sources"][0]["num_sequences"] == 4
+    assert output.startswith("| loss, nats per token | all |") and "| validation | " in output and "evaluating: 100 %" in errors
+    code, output, _ = evaluate(capsys, *common, "--length", 48, "--stride", 20, "--json")
+    found = json.loads(output)  # nothing but the object
+    assert (found["length"], found["stride"], found["total"]["bits_per_byte"]) == (48, 20, None)
+    assert found["total"] == found["sources"][0] | {"name": "total"}
+
+
+def test_every_form_of_a_model_gives_the_same_result(trained, tmp_path, capsys):
+    run, _ = trained
+    (tmp_path / "book.txt").write_text(TEXT * 20)
+    weights, int8 = tmp_path / "weights", tmp_path / "int8"
+    assert load_door("reshard_checkpoint").main([str(run.directory.path), str(weights), "--format", "consolidated"]) == 0
+    assert load_door("quantize_checkpoint").main([str(run.directory.path), str(int8)]) == 0
+    capsys.readouterr()
+    options = ("--text", tmp_path / "book.txt", "--carry-state", "--json")
+    first, second, third = (json.loads(evaluate(capsys, "--checkpoint", each, *options)[1])["total"] for each in (run.directory.path, weights, int8))
+    assert first == second and first["num_bytes"] == len(TEXT.encode()) * 20 and first["positions"][-1]["end"] == first["num_tokens"] > 24
+    assert third["num_tokens"] == first["num_tokens"] and third["bits_per_byte"] == pytest.approx(first["bits_per_byte"], rel=0.02)
+
+
+def test_ranks_of_torchrun_print_the_result_of_one_process_once(trained, tmp_path, capsys):
+    run, _ = trained
+    for i in range(3):
+        (tmp_path / f"{i}.txt").write_text(TEXT * (i + 1))
+    arguments = ["--checkpoint", run.directory.path, "--text", tmp_path, "--json", "--batch-size", "1"]
+    _, expected, _ = evaluate(capsys, *arguments)
+    code, output, errors = torchrun(ROOT / "tools/evaluate.py", *arguments, "--device", "cpu", num_processes=2)
+    assert code == 0, errors
+    found, one = json.loads(output)["total"], json.loads(expected)["total"]
+    assert found["loss"] == pytest.approx(one["loss"], rel=1e-12) and found["num_bytes"] == one["num_bytes"] == 6 * len(TEXT.encode())
+    assert [each["num_tokens"] for each in found["positions"]] == [each["num_tokens"] for each in one["positions"]]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "sentence"),
+    [
+        (["--data", "x", "--length", "0", "--batch-size", "-1"], "--length is 0; it must be at least 1"),
+        (["--text", "x", "--sequences", "4"], "--sequences takes some windows of --data, but a --text is read as a whole"),
+        (["--data", "x", "--stride", "4", "--carry-state"], "--stride and --carry-state are different ways to read the tokens; give one of them"),
+        (["--data", "x", "--document-separator", "%"], "--document-separator is for --text"),
+    ],
+)
+def test_options_that_contradict_each_other_are_refused_before_anything_is_read(arguments, sentence, tmp_path, capsys):
+    code, output, errors = evaluate(capsys, "--checkpoint", tmp_path / "missing", *arguments)
+    assert (code, output) == (2, "") and f"error: {sentence}" in errors
+
+
+def test_what_cannot_be_read_has_its_exit_code(trained, tmp_path, capsys):
+    run, directory = trained
+    checkpoint = ("--checkpoint", run.directory.path)
+    for code, arguments, sentence in (
+        (4, ["--checkpoint", tmp_path, "--data", directory / "validation"], str(tmp_path)),
+        (3, [*checkpoint, "--data", tmp_path / "nothing"], "nothing.bin and"),
+        (3, [*checkpoint, "--text", tmp_path / "nothing.txt"], "cannot read the input"),
+        (3, [*checkpoint, "--text", tmp_path / "x", "--tokenizer", tmp_path / "none.model"], "cannot read the tokenizer"),
+        (2, [*checkpoint, "--data", directory / "validation", "--stride", "25"], "--stride is 25, but a window has 24 tokens"),
+    ):
+        found, output, errors = evaluate(capsys, *arguments)
+        assert (found, output) == (code, "") and sentence in errors, errors
