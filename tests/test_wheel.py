@@ -31,23 +31,36 @@ class Installed:
         return self.run([self.site / "bin" / f"phase8-{name}"], *arguments)
 
 
+def build(kind, sources, directory):
+    """What pip asks setuptools for, without a network: a wheel, or an editable one."""
+    command = [sys.executable, "-c", f"import sys; from setuptools import build_meta; build_meta.build_{kind}(sys.argv[1])", directory]
+    subprocess.run(command, cwd=sources, check=True, capture_output=True, text=True)
+    (wheel,) = directory.glob("*.whl")
+    return wheel
+
+
+def install(wheel, site):
+    pip = [sys.executable, "-m", "pip", "--disable-pip-version-check", "install", "--quiet", "--no-index", "--no-deps", "--no-compile"]
+    subprocess.run([*pip, "--target", site, wheel], cwd=wheel.parent, check=True, capture_output=True, text=True)
+
+
 @pytest.fixture(scope="module")
-def installed(tmp_path_factory):
-    directory = tmp_path_factory.mktemp("wheel")
-    sources = directory / "sources"  # a build leaves files beside what it builds
-    sources.mkdir()
+def sources(tmp_path_factory):
+    """A copy of what is built: a build leaves files beside it."""
+    sources = tmp_path_factory.mktemp("sources")
     for name in SOURCES:
         source = ROOT / name
         if source.is_dir():
             shutil.copytree(source, sources / name, ignore=shutil.ignore_patterns("__pycache__"))
         else:
             shutil.copy(source, sources / name)
-    build = [sys.executable, "-c", "import sys; from setuptools import build_meta; build_meta.build_wheel(sys.argv[1])", directory]
-    subprocess.run(build, cwd=sources, check=True, capture_output=True, text=True)
-    shutil.rmtree(sources)
-    (wheel,) = directory.glob("*.whl")
-    pip = [sys.executable, "-m", "pip", "--disable-pip-version-check", "install", "--quiet", "--no-index", "--no-deps", "--no-compile"]
-    subprocess.run([*pip, "--target", directory / "site", wheel], cwd=directory, check=True, capture_output=True, text=True)
+    return sources
+
+
+@pytest.fixture(scope="module")
+def installed(sources, tmp_path_factory):
+    directory = tmp_path_factory.mktemp("wheel")
+    install(build("wheel", sources, directory), directory / "site")
     (directory / "empty").mkdir()
     return Installed(directory / "site", directory / "empty")
 
@@ -56,12 +69,22 @@ def test_every_door_has_a_command_but_those_that_torchrun_starts(installed):
     doors = {path.stem for folder in ("launch", "tools") for path in (ROOT / folder).glob("*.py")}
     entry_points = next(installed.site.glob("*.dist-info/entry_points.txt")).read_text().splitlines()
     commands = dict(line.split(" = ") for line in entry_points if " = " in line)
-    modules = {target.removesuffix(":main").rpartition(".")[2] for target in commands.values()}
+    paths = {name: target.removesuffix(":main").removeprefix("phase8.doors.").replace(".", "/") for name, target in commands.items()}
+    page = (ROOT / "docs/howto/install.md").read_text(encoding="utf-8")
+    assert [name for name, path in paths.items() if f"| `{name}` | `{path}.py` |" not in page] == []
+    modules = {path.rpartition("/")[2] for path in paths.values()}
     assert doors - modules == {"__init__", "benchmark_rank", "benchmark_checkpoint"} and modules <= doors
     assert {path.name for path in (installed.site / "bin").iterdir()} == set(commands)
     folder = installed.site / "phase8" / "doors"
     assert {path.stem for path in (folder / "launch").glob("*.py")} | {path.stem for path in (folder / "tools").glob("*.py")} == doors
     assert {path.name for path in (folder / "configs").iterdir()} == {path.name for path in (ROOT / "configs").iterdir()}
+
+
+def test_commands_of_an_editable_installation_find_their_doors(sources, tmp_path):
+    install(build("editable", sources, tmp_path), tmp_path / "site")
+    find = "import importlib.util, site, sys; site.addsitedir(sys.argv[1]); print(importlib.util.find_spec('phase8.doors.launch.pretrain').origin)"
+    done = subprocess.run([sys.executable, "-I", "-S", "-c", find, tmp_path / "site"], cwd=tmp_path, capture_output=True, text=True)
+    assert done.stdout.strip() == str(sources / "launch/pretrain.py"), done.stderr
 
 
 def test_a_command_shows_its_help(installed):
