@@ -30,7 +30,7 @@ FEW_STEPS = (
     "parallel.tensor_parallel_size=1", "parallel.context_parallel_size=1", "parallel.expert_parallel_size=1",
 )  # fmt: skip
 INSTEAD = {"tools/generate.py": ["--max-tokens", "4"], "tools/evaluate.py": ["--sequences", "2", "--length", "128"]}
-STEPS_FOR_ONE = 50
+STEPS_FOR_ONE = 100
 PROGRAMS = {"python": [sys.executable], "torchrun": [sys.executable, "-m", "torch.distributed.run", "--standalone"]}
 
 
