@@ -36,3 +36,8 @@ def test_an_installed_package_has_them_beside_its_doors(tmp_path, monkeypatch):
         (tmp_path / folder).mkdir(parents=True)
     (tmp_path / "phase8/doors/configs/mine.yaml").touch()
     assert shipped_names() == ["mine"] and config_file(shipped_configs() / "mine.yaml").is_file()
+
+
+def test_a_name_that_no_file_can_have_is_one_sentence():
+    with pytest.raises(ConfigError, match=r"^Config file x+ cannot be read \(File name too long\)"):
+        load_config("x" * 300)
