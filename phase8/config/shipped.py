@@ -13,7 +13,7 @@ def config_file(path: Path) -> Path:
 
     `phase8_1b`, `phase8_1b.yaml` and `configs/phase8_1b.yaml` are names of one. Any other path is returned as it is.
     """
-    if os.path.exists(path) or path.parent not in (Path("."), Path("configs")) or path.suffix not in ("", ".yaml"):
+    if os.path.lexists(path) or path.parent not in (Path("."), Path("configs")) or path.suffix not in ("", ".yaml"):
         return path
     shipped = shipped_configs() / f"{path.stem}.yaml"
     return shipped if os.path.isfile(shipped) else path  # os.path: whatever is wrong with a name, reading it says so

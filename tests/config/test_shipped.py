@@ -20,6 +20,13 @@ def test_a_file_of_that_name_comes_first(tmp_path, monkeypatch):
     assert load_config("phase8_1b").run.name == "phase8_1b"
 
 
+def test_a_link_that_leads_nowhere_is_not_replaced(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "phase8_1b.yaml").symlink_to("absent")
+    with pytest.raises(ConfigError, match="Config file phase8_1b.yaml does not exist"):
+        load_config("phase8_1b.yaml")
+
+
 @pytest.mark.parametrize("name", ["other/phase8_1b.yaml", "phase8_1b.yml", "/phase8_1b.yaml", "phase8_2b"])
 def test_another_path_is_only_itself(name, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
