@@ -23,7 +23,7 @@ def test_a_file_of_that_name_comes_first(tmp_path, monkeypatch):
 def test_a_link_that_leads_nowhere_is_not_replaced(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "phase8_1b.yaml").symlink_to("absent")
-    with pytest.raises(ConfigError, match="Config file phase8_1b.yaml does not exist"):
+    with pytest.raises(ConfigError, match=r"Config file phase8_1b\.yaml does not exist"):
         load_config("phase8_1b.yaml")
 
 
