@@ -4,6 +4,24 @@ from pathlib import Path
 
 from setuptools import find_packages, setup
 
+# The command lines of the repository, in an installed package: phase8/doors holds the same files in the same places to each other.
+DOORS = {f"phase8.doors.{folder}": folder for folder in ("launch", "tools", "configs")}
+COMMANDS = {
+    "pretrain": "launch.pretrain",
+    "prepare": "tools.prepare_data",
+    "collect": "tools.collect_text",
+    "generate": "tools.generate",
+    "evaluate": "tools.evaluate",
+    "recall": "tools.recall",
+    "plan": "tools.plan",
+    "report": "tools.report",
+    "inspect": "tools.inspect_checkpoint",
+    "reshard": "tools.reshard_checkpoint",
+    "quantize": "tools.quantize_checkpoint",
+    "benchmark": "tools.benchmark",
+    "ablation": "tools.ablation",
+}
+
 setup(
     name="phase8",
     version="0.1.0",
@@ -12,8 +30,10 @@ setup(
     long_description_content_type="text/markdown",
     license="MIT",
     python_requires=">=3.11",
-    packages=find_packages(include=["phase8", "phase8.*"]),
-    package_data={"phase8.observe": ["*.html"]},
+    packages=[*find_packages(include=["phase8", "phase8.*"]), *DOORS],
+    package_dir=DOORS,
+    package_data={"phase8.observe": ["*.html"], "phase8.doors.configs": ["*.yaml"]},
+    entry_points={"console_scripts": [f"phase8-{name} = phase8.doors.{door}:main" for name, door in COMMANDS.items()]},
     # launch/setup_environment.sh installs torch 2.13.0 before this package, so the range installs nothing more.
     install_requires=[
         "torch>=2.11,<2.16",

@@ -103,7 +103,7 @@ def _parser() -> argparse.ArgumentParser:
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,  # `_resume_command` knows the options by their full names
     )
-    parser.add_argument("--config", type=path_argument, default=DEFAULT_CONFIG, metavar="FILE", help="YAML config (configs/quickstart.yaml)")
+    parser.add_argument("--config", type=path_argument, default=DEFAULT_CONFIG, metavar="FILE", help="YAML file, or a name in configs/ (quickstart)")
     parser.add_argument("--set", nargs="+", action="extend", default=[], metavar="a.b=c", help="override config keys")
     parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto", help="auto: the GPU if there is one")
     parser.add_argument(

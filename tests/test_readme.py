@@ -2,15 +2,12 @@
 
 import os
 import re
-import runpy
-import sys
-from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).parents[1]
+from tests.documented_commands import ROOT, TRAIN, check_options, commands_of, config_of
+
 README = (ROOT / "README.md").read_text(encoding="utf-8")
-COMMANDS = [line.split(" #")[0].strip() for block in re.findall(r"```bash\n(.*?)```", README, re.S) for line in block.splitlines()]
 
 
 @pytest.mark.parametrize("target", sorted(set(re.findall(r"\]\(([^)]+)\)", README))))
@@ -18,24 +15,17 @@ def test_every_link_leads_to_a_file(target):
     assert (ROOT / target).exists()
 
 
-@pytest.mark.parametrize("command", COMMANDS)
+@pytest.mark.parametrize("command", commands_of(README), ids=str)
 def test_every_command_names_a_door_and_options_that_exist(command, monkeypatch, capfd):
-    words = command.split()
-    if words[0] == "source":
+    if command.words[0] == "source":
         return
-    if words[0] == "torchrun":  # its own options come before the script
-        words = ["python", *words[words.index("launch/pretrain.py") :]]
-    script = ROOT / (words[1] if words[0] == "python" else words[0])
-    assert script.is_file()
-    if words[0] == "python":
-        subcommand = [words[2]] if len(words) > 2 and words[1] == "tools/plan.py" else []
-        monkeypatch.setattr(sys, "argv", [str(script), *subcommand, "--help"])
-        with pytest.raises(SystemExit) as exit_of_parser:
-            runpy.run_path(str(script), run_name="__main__")
-        shown = capfd.readouterr().out
-        assert exit_of_parser.value.code == 0 and all(word in shown for word in words if word.startswith("--"))
-    else:
-        assert os.access(script, os.X_OK)
+    if command.door is None:
+        assert os.access(ROOT / command.words[0], os.X_OK)
+        return
+    assert (ROOT / command.door).is_file() and command.words[0] in ("python", "torchrun")
+    check_options(command, monkeypatch, capfd)
+    if command.door == TRAIN and "--help" not in command.words:
+        config_of(command)
 
 
 def test_fits_one_screen():

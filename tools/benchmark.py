@@ -250,7 +250,7 @@ def _parser() -> argparse.ArgumentParser:
     model.add_argument("--profile", type=path_argument, metavar="DIR", help="write each block's kernels and their times to DIR/<block>.txt")
     scaling = command("scaling", _scaling, "tok/s of both blocks against the length of the sequence", iterations=10)
     scaling.add_argument(
-        "--config", type=path_argument, default=CONFIGS / "phase8_1b.yaml", metavar="FILE", help="YAML config (configs/phase8_1b.yaml)"
+        "--config", type=path_argument, default=CONFIGS / "phase8_1b.yaml", metavar="FILE", help="YAML file, or a name in configs/ (phase8_1b)"
     )
     scaling.add_argument("--sequence-lengths", type=int, nargs="+", default=[4096, 16384, 65536, 131072], metavar="T", help="lengths to measure")
     scaling.add_argument(

@@ -57,7 +57,7 @@ def _run(arguments: list[str] | None) -> int:
     _print(collection)
     command = _command(parsed, collection)
     if not parsed.prepare:
-        print(f"prepare it with: {shlex.join(command[1:])}")
+        print(f"prepare it with: {shlex.join(command)}")
         return 0
     sys.stdout.flush()
     return subprocess.run(command, check=False).returncode

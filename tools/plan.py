@@ -273,7 +273,7 @@ def _add_suggest(commands: Any) -> None:
 
 
 def _add_config_options(command: argparse.ArgumentParser) -> None:
-    command.add_argument("--config", required=True, type=path_argument, metavar="FILE", help="YAML config")
+    command.add_argument("--config", required=True, type=path_argument, metavar="FILE", help="YAML file, or a name in configs/")
     command.add_argument("--set", nargs="+", action="extend", default=[], metavar="a.b=c", help="override config keys")
     command.add_argument("--world-size", type=int, default=1, metavar="N", help="processes of the run, one per GPU (1)")
     command.add_argument("--json", action="store_true", help="print one JSON object; the text goes to stderr")

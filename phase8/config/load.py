@@ -17,6 +17,7 @@ from pydantic.fields import FieldInfo
 from phase8.config.describe import alternatives, describe_value, entry_section, iterate_keys, section_names, shortened, unknown_key
 from phase8.config.schema import RunConfig
 from phase8.config.sentences import problem_sentences
+from phase8.config.shipped import config_file, shipped_names
 from phase8.config.values import EXPAND_PATHS
 from phase8.config.yaml_text import read_yaml
 from phase8.errors import ConfigError
@@ -28,7 +29,7 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
     """Loads a config file and applies overrides.
 
     Args:
-        path: YAML file with the sections of `schema.py`.
+        path: YAML file with the sections of `schema.py`; or the name of a config that comes with phase8, if there is no such file.
         overrides: `section.key=value` strings; the value is read as the key's type.
 
     Paths are expanded, see `phase8/paths.py`.
@@ -36,7 +37,8 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
     Raises:
         ConfigError: All problems of the file and of the overrides, one sentence each.
     """
-    tree = _read_file(Path(path))
+    path = config_file(Path(path))
+    tree = _read_file(path)
     problems: list[str] = []
     overridden: dict[str, str] = {}
     for override in overrides:
@@ -114,7 +116,8 @@ def _text_of(path: Path) -> str:
             raise ConfigError(f"Config file {path} holds more than {MAX_FILE_BYTES} bytes, which no config does; give the YAML file of a config.")
         return data.decode()
     except FileNotFoundError:
-        raise ConfigError(f"Config file {path} does not exist; give a YAML file with --config, for example configs/quickstart.yaml.") from None
+        names = ", ".join(shipped_names())
+        raise ConfigError(f"Config file {path} does not exist; give a YAML file with --config, or one that comes with phase8: {names}.") from None
     except (OSError, UnicodeDecodeError) as error:
         reason = os.strerror(error.errno) if isinstance(error, OSError) and error.errno else error
         raise ConfigError(f"Config file {path} cannot be read ({reason}); give a readable UTF-8 YAML file.") from None
