@@ -1,5 +1,6 @@
 import gc
 import os
+import sys
 from pathlib import Path
 
 import pytest
@@ -10,6 +11,13 @@ from tests.train import tiny_run
 # Tiny tensors: a second thread costs more than it brings, and tests share the cores. The same for the processes that tests start.
 torch.set_num_threads(1)
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+# Without a GPU Triton interprets kernels. It reads the variable when a kernel is decorated, those of its own library included, and other libraries
+# (transformers) import it while tests are collected; it reads it again when a kernel is launched. torch.compile uses no Triton on a CPU.
+if not torch.cuda.is_available():
+    if "triton" in sys.modules and os.environ.get("TRITON_INTERPRET") != "1":
+        raise pytest.UsageError("triton was imported before tests/conftest.py could set TRITON_INTERPRET: import kernels inside functions.")
+    os.environ["TRITON_INTERPRET"] = "1"
 
 # Until tests are collected: all that is made meanwhile stays, and looks for garbage among it would take most of the time.
 gc.disable()

@@ -98,6 +98,7 @@ def test_a_config_comes_with_it(installed, name, world_size):
     assert done.returncode == 0 and done.stdout.startswith(f"dry run: {Path(name).stem}, world size {world_size}\n"), done.stderr
 
 
+@pytest.mark.full
 def test_a_run_trains_on_the_embedded_corpus(installed):
     done = installed.command("pretrain", "--device", "cpu", "--set", "run.name=one", *SMALL)
     assert done.returncode == 0 and "step 3/3" in done.stdout, done.stderr

@@ -21,7 +21,7 @@ PATH_KEYS = [name for name, field in iterate_keys() if describe_type(field).star
 TEXT_KEYS = {"run.name", "data.eod_token", "data.split", "observe.sample_prompt", "observe.project", "observe.wandb_entity"}
 TEXT_OPTIONS = {
     "--set", "--prompt", "--json-key", "--variants", "--define", "--layouts", "--schedule",
-    "--eod-token", "--document-separator", "--gpu",
+    "--eod-token", "--document-separator", "--gpu", "--stop",
 }  # fmt: skip
 # Started by a tool of ours, which gives it paths and not what somebody has typed.
 NOT_BY_HAND = {ROOT / "launch/benchmark_rank.py"}

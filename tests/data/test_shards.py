@@ -137,6 +137,9 @@ class WordTokenizer(Tokenizer):
     def _parts(self, text: str, *, without_eod: bool) -> list[tuple[int, str]]:
         raise NotImplementedError
 
+    def _bytes_per_id(self) -> None:
+        return None
+
     def _decode(self, ids: list[int]) -> str:
         raise DataError("it cannot")
 

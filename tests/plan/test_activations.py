@@ -150,13 +150,8 @@ def test_a_budget_keeps_less_and_nothing_without_the_compiler():
 
 def test_numbers_of_fp8_that_hooks_do_not_see_are_counted(monkeypatch):
     section = ModelSection(d_model=256, num_layers=1, num_heads=4, ffn_size=512, vocab_size=256, sequence_length=256, local_window_size=32)
-    options = {"dtype": torch.bfloat16, "micro_batch_size": 2, "packed": False, "device_type": "cuda", "is_compiled": True}
-    trace = functools.partial(trace_activations, section, **options, number_format=format_named("fp8-tensor"))
-    found = trace().block
-    assert found < trace_activations(section, **options).block
+    forward = activations._Forward(section, torch.bfloat16, 2, False, "cuda", format_named("fp8-tensor"))
+    count = functools.partial(activations._block_bytes.__wrapped__, forward, is_compiled=True)
+    found = count()
     monkeypatch.setattr(activations, "_kept_past_hooks", lambda results: [])
-    trace_activations.cache_clear()
-    activations._block_bytes.cache_clear()
-    assert found - trace().block == 2 * 256 * (3 * 256 + 512)  # a byte for each number of the inputs of q, k, v, of out, of gate and up, and of down
-    trace_activations.cache_clear()
-    activations._block_bytes.cache_clear()
+    assert found - count() == 2 * 256 * (3 * 256 + 512)  # a byte for each number of the inputs of q, k, v, of out, of gate and up, and of down

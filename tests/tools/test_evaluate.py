@@ -56,6 +56,7 @@ def test_every_form_of_a_model_gives_the_same_result(trained, tmp_path, capsys):
     assert third["num_tokens"] == first["num_tokens"] and third["bits_per_byte"] == pytest.approx(first["bits_per_byte"], rel=0.02)
 
 
+@pytest.mark.full  # the sums of two ranks are compared in tests/parallel
 def test_ranks_of_torchrun_print_the_result_of_one_process_once(trained, tmp_path, capsys):
     run, _ = trained
     for i in range(3):
