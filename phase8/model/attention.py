@@ -33,7 +33,7 @@ from phase8.model.work import mean_visible_keys
 from phase8.precision.formats import NumberFormat
 from phase8.tensor_parallel.linear import JointColumnLinear, column_linear, row_linear
 
-# Of torch's attention that keeps no scores, flash attention alone shares keys on a GPU: without a mask, in these dtypes, up to this head size.
+# Flash attention is the only backend of torch that shares keys on a GPU and keeps no scores: without a mask, in these dtypes, up to this head size.
 _GROUPED_DTYPES = (torch.bfloat16, torch.float16)
 _GROUPED_SIZE = 256
 

@@ -13,7 +13,7 @@ from phase8.model.parameters import initialise
 
 CONFIGS = sorted((Path(__file__).parents[2] / "configs").glob("*.yaml"))
 LENGTH = 29
-# Of the three frequencies of a head of six channels, the first is kept, the second divided by 1.8, the third by 4.
+# A head of six channels has three frequencies: this scaling keeps the first, divides the second by 1.8, and the third by 4.
 LLAMA3 = RopeScaling(type="llama3", factor=4.0, low_frequency_factor=0.15, high_frequency_factor=0.5, original_sequence_length=40)
 
 
