@@ -40,7 +40,7 @@ MAY_TOLERATE = {  # any error, said in a sentence: at the end of work that is do
 # Into fresh names and directories of their own, into what a launcher or a user has named.
 MAY_OPEN_TO_WRITE = {
     "phase8/durable.py", "phase8/terminal.py", "phase8/data/staging.py", "phase8/data/tokenizer_training.py", "phase8/processes/exit.py",
-    "phase8/ablation/runs.py", "phase8/benchmark/parallel.py", "phase8/benchmark/profile.py",
+    "phase8/ablation/runs.py", "phase8/benchmark/parallel.py", "phase8/observe/step_profile.py",
 }  # fmt: skip
 VAGUE_NAMES = {"utils", "util", "helpers", "common", "misc", "manager"}
 

@@ -21,7 +21,6 @@ import torch
 from rich.console import Console
 from torch import Tensor
 
-from phase8.benchmark.profile import profile_steps, write_profile
 from phase8.checkpoint.state import MODEL_PREFIX
 from phase8.config.auto import without_auto
 from phase8.config.load import with_settings
@@ -29,6 +28,7 @@ from phase8.config.schema import RunConfig
 from phase8.model.flops import training_flops_per_token
 from phase8.observe.metrics import MetricsWriter, StepMetrics
 from phase8.observe.progress import Progress
+from phase8.observe.step_profile import profile_steps, write_profile
 from phase8.plan.whole_config import count_parameters, shapes_only
 from phase8.tensor_parallel.linear import Linear
 from phase8.terminal import make_console
@@ -154,8 +154,8 @@ def measure_throughput(config: RunConfig, *, device: torch.device, num_steps: in
             trainer.train_until(WARMUP_STEPS + num_steps, StopRequest())
             found = _figures(run, clock, gradients=gradients)
             if profile_to is not None:
-                rows = profile_steps(lambda: trainer.train_until(total_steps, StopRequest()), device=device, num_steps=PROFILED_STEPS)
-                write_profile(profile_to, rows, title=f"{found.block} on {found.device}", step_seconds=found.step_seconds)
+                profile = profile_steps(lambda: trainer.train_until(total_steps, StopRequest()), device=device, num_steps=PROFILED_STEPS)
+                write_profile(profile_to, profile, title=f"{found.block} on {found.device}", step_seconds=found.step_seconds)
     return found
 
 

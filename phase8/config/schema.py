@@ -236,6 +236,9 @@ class ObserveSection(Section):
     sample_prompt: Text | None = key(None, "prompt of a sample printed at the end; null: none")
     sample_tokens: TokenCount = key(100, "tokens of that sample")
     sample_at_evaluations: bool = key(False, "also sample at every evaluation, for the report; several ranks gather the whole model for it")
+    profile_at_step: PositiveInt | None = key(
+        None, "step whose kernels every rank records, as a table and a trace for Perfetto in profile/; null: none"
+    )
     peak_flops: PositiveFloat | None = key(None, "FLOP/s of the device that count as MFU 1; null: known GPUs, else no MFU")
 
 

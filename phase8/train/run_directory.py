@@ -44,6 +44,11 @@ class RunDirectory:
         """Path of the metrics file."""
         return self.path / "metrics.jsonl"
 
+    @property
+    def profiles(self) -> Path:
+        """Directory of profiles of steps, a table and a trace for each rank."""
+        return self.path / "profile"
+
     def owns(self, checkpoint: Path) -> bool:
         """Whether a checkpoint belongs to this run."""
         return real_path(checkpoint).parent == real_path(self.checkpoints)

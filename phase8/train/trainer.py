@@ -17,6 +17,7 @@ from phase8.model.flops import training_flops_per_token
 from phase8.observe.memory import peak_memory_bytes, reset_peak_memory
 from phase8.observe.metrics import MetricsWriter, StepMetrics
 from phase8.observe.progress import Progress
+from phase8.observe.step_profile import profile_steps, write_profile
 from phase8.optim.schedule import learning_rate
 from phase8.train.build import Run
 from phase8.train.engine.protocol import StepResult
@@ -74,7 +75,8 @@ class Trainer:
         microbatches = self._microbatches()
         asked_to_stop = stop.received is not None and self.is_alone
         while position.step < stop_step and not asked_to_stop:
-            result = self._take_step(microbatches, stop=stop.received is not None)
+            take = self._take_profiled_step if position.step + 1 == config.observe.profile_at_step else self._take_step
+            result = take(microbatches, stop=stop.received is not None)
             self.saver.hear()
             self._check_ranks()
             is_last = position.step == stop_step
@@ -152,6 +154,22 @@ class Trainer:
             self._compare_replicas()
         self.report(self.run.position.step, "saving a checkpoint")
         self.saver.save(must_succeed=must_succeed)
+
+    def _take_profiled_step(self, microbatches: Iterator[Microbatch], *, stop: bool) -> StepResult:
+        """Takes a step and writes where its time went; what fails in writing is only reported."""
+        run, step = self.run, self.run.position.step + 1
+        name, results = f"step_{step}_rank_{run.engine.mesh.rank}", list[StepResult]()
+
+        def take() -> None:
+            results.append(self._take_step(microbatches, stop=stop))
+
+        profile = profile_steps(take, device=run.device, num_steps=1)
+        with Tolerated("the profile is lost", self.progress.message):
+            profile.write_trace(run.directory.profiles / f"{name}.json.gz")
+            table = run.directory.profiles / f"{name}.txt"
+            write_profile(table, profile, title=f"step {step}, rank {run.engine.mesh.rank}")
+            self.progress.message(f"step {step}: its profile is in {table}")
+        return results[0]
 
     def _take_step(self, microbatches: Iterator[Microbatch], *, stop: bool) -> StepResult:
         run, config, position = self.run, self.run.config, self.run.position

@@ -3,7 +3,7 @@
     python tools/bench/plain_deepspeed.py --config configs/phase8_1b.yaml --stage 3 --offload cpu --set train.global_batch_size=128
 
 Model, recomputation, compiled blocks and microbatches are those of the config; the buckets and the optimizer are DeepSpeed's own choice
-(DeepSpeedCPUAdam where the optimizer is offloaded). One GPU; tokens are random.
+(DeepSpeedCPUAdam where the optimizer is offloaded). Tokens are random. Started by torchrun, its ranks, of one host, divide the batch and the state.
 """
 
 from __future__ import annotations
@@ -63,7 +63,11 @@ def _run() -> int:
     arguments = _parser().parse_args()
     if not torch.cuda.is_available():
         raise BenchmarkError("DeepSpeed is timed on a GPU only, and torch finds none.")
-    device = torch.device("cuda", 0)
+    # Where torchrun did not start this process, it meets nobody.
+    place = {} if dist.is_torchelastic_launched() else {"store": dist.HashStore(), "rank": 0, "world_size": 1}
+    dist.init_process_group("nccl", **place)
+    rank, num_ranks = dist.get_rank(), dist.get_world_size()
+    device = torch.device("cuda", rank % torch.cuda.device_count())
     torch.cuda.set_device(device)
     name_device_for_deepspeed(device)
     import deepspeed
@@ -82,12 +86,14 @@ def _run() -> int:
             engine.step()
         torch.cuda.synchronize()
         seconds.append(time.perf_counter() - begin)
-        print(f"step {len(seconds)}: {seconds[-1]:.2f} s, loss {loss.item():.3f}", flush=True)
-    rate = micro * count * config.model.sequence_length / statistics.median(seconds[SLOW_STEPS:] or seconds[-1:])
-    print(
-        f"plain DeepSpeed {deepspeed.__version__}, stage {arguments.stage}, offloaded to {arguments.offload}: {rate:,.0f} tok/s, "
-        f"device peak {torch.cuda.max_memory_allocated() / 2**30:.1f} GiB, host peak {_host_peak_bytes() / 2**30:.1f} GiB"
-    )
+        if rank == 0:
+            print(f"step {len(seconds)}: {seconds[-1]:.2f} s, loss {loss.item():.3f}", flush=True)
+    rate = micro * count * num_ranks * config.model.sequence_length / statistics.median(seconds[SLOW_STEPS:] or seconds[-1:])
+    if rank == 0:
+        peaks = f"device peak {torch.cuda.max_memory_allocated() / 2**30:.1f} GiB, host peak of a rank {_host_peak_bytes() / 2**30:.1f} GiB"
+        where = f"stage {arguments.stage}, offloaded to {arguments.offload}, {num_ranks} ranks"
+        print(f"plain DeepSpeed {deepspeed.__version__}, {where}: {rate:,.0f} tok/s, {peaks}")
+    dist.destroy_process_group()
     return 0
 
 
@@ -112,7 +118,6 @@ def _engine(deepspeed: Any, config: RunConfig, arguments: argparse.Namespace, de
         "zero_optimization": _zero(arguments),
         "steps_per_print": 1000000,
     }
-    dist.init_process_group("nccl", store=dist.HashStore(), rank=0, world_size=1)
     deepspeed.init_distributed(dist_backend=None, auto_mpi_discovery=False, verbose=False)
     module = MeanLoss(model)
     return deepspeed.initialize(model=module, model_parameters=list(module.parameters()), dist_init_required=False, config=settings)[0]

@@ -1,0 +1,162 @@
+"""Profile of training steps: time by kernel, what exchanges between ranks take and how much of it nothing hides, and a trace of the device."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from torch.autograd import DeviceType
+from torch.profiler import ProfilerActivity, profile
+
+from phase8.durable import storage_errors
+from phase8.terminal import ESCAPED
+
+MAX_ROWS = 60
+MAX_NAME_CHARACTERS = 120
+# What names of kernels and copies that move numbers between ranks contain: those of NCCL, and of copies from one GPU to another.
+EXCHANGES = ("nccl", "memcpy ptop")
+
+
+@dataclass(frozen=True)
+class KernelTime:
+    """One kernel of a GPU, or one operator of torch on the CPU.
+
+    Args:
+        name: Name given by the profiler.
+        seconds_per_step: Time in the kernel itself, without the operators it calls.
+        calls_per_step: Number of calls.
+    """
+
+    name: str
+    seconds_per_step: float
+    calls_per_step: float
+
+
+@dataclass(frozen=True)
+class StepProfile:
+    """Where the time of a step goes.
+
+    Args:
+        kernels: The longest first.
+        seconds: From the first kernel to the end of the last one, a step; 0 on a CPU, and so are the others.
+        exchange_seconds: Time of a step in which an exchange between ranks runs, alone or not. An exchange that waits for another rank runs.
+        exposed_seconds: The part of it in which nothing else runs.
+        idle_seconds: Time in which nothing runs.
+        profiler: What recorded it, for the trace.
+    """
+
+    kernels: list[KernelTime]
+    profiler: profile | None = field(default=None, repr=False, compare=False)
+    seconds: float = 0.0
+    exchange_seconds: float = 0.0
+    exposed_seconds: float = 0.0
+    idle_seconds: float = 0.0
+
+    def describe(self) -> str:
+        """Exchanges and gaps in one line."""
+        return (
+            f"{1e3 * self.exchange_seconds:.2f} ms of exchanges between ranks, {1e3 * self.exposed_seconds:.2f} ms of them exposed, "
+            f"{1e3 * self.idle_seconds:.2f} ms with nothing to do, of {1e3 * self.seconds:.2f} ms"
+        )
+
+    def write_trace(self, path: Path) -> None:
+        """Writes what ran when, as chrome://tracing and Perfetto read it, *.json.gz.
+
+        Raises:
+            StorageError: The file cannot be written.
+        """
+        with storage_errors(path):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            if self.profiler is not None:
+                self.profiler.export_chrome_trace(str(path))
+
+
+def profile_steps(take_steps: Callable[[], object], *, device: torch.device, num_steps: int) -> StepProfile:
+    """Measures some steps.
+
+    Args:
+        take_steps: Trains for `num_steps` steps.
+        device: Device to train on.
+        num_steps: Number of steps, by which the times are divided.
+    """
+    on_gpu = device.type == "cuda"
+    if on_gpu:
+        torch.cuda.synchronize(device)  # waits for the optimizer of the step before
+    with profile(activities=[ProfilerActivity.CUDA if on_gpu else ProfilerActivity.CPU]) as profiler:
+        take_steps()
+        if on_gpu:
+            torch.cuda.synchronize(device)
+    rows = []
+    for event in profiler.key_averages():
+        if on_gpu and event.device_type == DeviceType.CUDA and not event.is_user_annotation:
+            rows.append(KernelTime(event.key, event.self_device_time_total / 1e6 / num_steps, event.count / num_steps))
+        elif not on_gpu:
+            rows.append(KernelTime(event.key, event.self_cpu_time_total / 1e6 / num_steps, event.count / num_steps))
+    kernels = sorted(rows, key=lambda row: -row.seconds_per_step)
+    if not on_gpu:
+        return StepProfile(kernels, profiler)
+    on_device = [event for event in profiler.events() or () if event.device_type == DeviceType.CUDA and not event.is_user_annotation]
+    spans = [(event.name, event.time_range.start, event.time_range.end) for event in on_device]
+    return StepProfile(kernels, profiler, *(microseconds / 1e6 / num_steps for microseconds in shares(spans)))
+
+
+def shares(spans: Iterable[tuple[str, float, float]]) -> tuple[float, float, float, float]:
+    """Divides the time of kernels, which may overlap.
+
+    Args:
+        spans: Name, beginning and end of each kernel.
+
+    Returns:
+        From the first beginning to the last end; the time in which exchanges run; in which nothing but exchanges; in which nothing at all.
+    """
+    # +1 and -1 where a kernel begins and ends, apart for exchanges and for the rest.
+    changes: list[tuple[float, int, int]] = []
+    for name, begin, end in spans:
+        exchanges = any(part in name.lower() for part in EXCHANGES)
+        changes += [(begin, 1, exchanges), (end, -1, exchanges)]
+    running, before = [0, 0], None
+    whole = exchanged = exposed = idle = 0.0
+    for time, change, exchanges in sorted(changes):
+        passed = 0.0 if before is None else time - before
+        others, exchanging = running
+        whole += passed
+        exchanged += passed if exchanging else 0.0
+        exposed += passed if exchanging and not others else 0.0
+        idle += 0.0 if exchanging or others else passed
+        running[exchanges] += change
+        before = time
+    return whole, exchanged, exposed, idle
+
+
+def write_profile(path: Path, found: StepProfile, *, title: str, step_seconds: float | None = None) -> None:
+    """Writes the table.
+
+    Args:
+        path: The file; its directory is created.
+        found: From `profile_steps`.
+        title: First line.
+        step_seconds: Duration of a step measured without the profiler, if it is known.
+
+    Raises:
+        StorageError: The file cannot be written.
+    """
+    rows: Sequence[KernelTime] = found.kernels
+    busy = sum(row.seconds_per_step for row in rows)
+    whole = "" if step_seconds is None else f" of {1e3 * step_seconds:.2f} ms without the profiler ({100 * busy / step_seconds:.0f} %)"
+    lines = [
+        title,
+        f"{1e3 * busy:.2f} ms in kernels per step{whole}",
+        found.describe() if found.seconds else "",
+        f"{'share':>7} {'ms/step':>9} {'calls/step':>10}  name",
+    ]
+    for row in rows[:MAX_ROWS]:
+        share = 100 * row.seconds_per_step / busy if busy else 0.0
+        lines.append(f"{share:5.1f} % {1e3 * row.seconds_per_step:9.3f} {row.calls_per_step:10.1f}  {row.name[:MAX_NAME_CHARACTERS]}")
+    if len(rows) > MAX_ROWS:
+        rest = sum(row.seconds_per_step for row in rows[MAX_ROWS:])
+        lines.append(f"{100 * rest / busy:5.1f} % {1e3 * rest:9.3f} {'':10}  ({len(rows) - MAX_ROWS} more)")
+    with storage_errors(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text("\n".join(lines) + "\n", encoding="utf-8", errors=ESCAPED)
