@@ -329,6 +329,8 @@ ON_GPUS = {
     "zero 3 compiled": ranks(dp=2, stage=3, more=("train.compile.enabled=true",)),
     "zero 3 offloaded": ranks(dp=2, more=OFFLOADED),
     "tp2 zero 2": ranks(tp=2, stage=2),
+    "tp2 dp2 zero 2": ranks(tp=2, dp=2, stage=2),
+    "tp2 dp2 zero 3": ranks(tp=2, dp=2, stage=3),
 }
 
 

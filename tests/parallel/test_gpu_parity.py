@@ -61,6 +61,7 @@ CASES = {
     "tp2 grouped, compiled": ("grouped", ranks(tp=2, more=COMPILED)),
     "cp4": ("default", ranks(cp=4)),
     "cp4 zero 3": ("default", ranks(cp=4, stage=3)),
+    "cp4 zero 3 compiled, recorded": ("default", ranks(cp=4, stage=3, more=(*COMPILED, RECORDED))),
     "cp2 tp2": ("default", ranks(cp=2, tp=2)),
     "tp2 muon": ("muon", ranks(tp=2)),
     "dp2 zero 3 muon, compiled, recorded": ("muon", ranks(dp=2, stage=3, more=(*COMPILED, RECORDED))),
