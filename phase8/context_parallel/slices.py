@@ -24,7 +24,7 @@ from phase8.context_parallel.fetch import begin_to_fetch
 from phase8.context_parallel.green import green_scan_of_slice
 from phase8.distributed.collectives import Axis, begin_to_gather
 from phase8.kernels.running_sum import running_sum
-from phase8.kernels.state_map import DecayMap, StateMap
+from phase8.kernels.state_map import StateMap
 from phase8.kernels.window_state import WindowState
 from phase8.shared_sequence import Wanted, wanted_tokens
 
@@ -86,9 +86,9 @@ class EarlierSlices:
         kept, _ = begin_to_fetch(torch.cat((k, v), dim=-1), wanted, self.axis)()
         return *kept.chunk(2, dim=-1), self._documents(starts, wanted, length)[0]
 
-    def entering_state(self, own: StateMap | DecayMap) -> Callable[[], Tensor]:
-        """The recurrence's state before the slice [B, H, K, V]; `own` is what this slice does to it."""
-        kind, values = type(own), own.added.shape[-1]
+    def entering_state(self, own: StateMap) -> Callable[[], Tensor]:
+        """The delta rule's state before the slice [B, H, K, V]; `own` is what this slice does to it."""
+        values = own.added.shape[-1]
         # One tensor: one collective, which every rank runs in backward, the first one too.
         told = begin_to_gather(torch.cat((own.matrix, own.added), dim=-1)[None], self.axis)
 
@@ -96,7 +96,7 @@ class EarlierSlices:
             maps = told()
             state = maps[:0, ..., -values:].sum(0)
             for earlier in maps[: self.axis.index]:
-                state = kind(earlier[..., :-values], earlier[..., -values:])(state)
+                state = StateMap(earlier[..., :-values], earlier[..., -values:])(state)
             return state
 
         return end

@@ -11,7 +11,7 @@ Tokens are the first dim, in the order of the ranks. Only `add_up_over` reduces 
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -148,18 +148,18 @@ class _BeginToGather(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, axis: Axis) -> tuple[Tensor, Tensor]:
         ctx.set_materialize_grads(False)
-        return _begin_to_gather(x, axis), _way_back(x)
+        return pending_gather(x, axis), placeholder(x.shape, x)
 
     @staticmethod
     def backward(ctx: Any, _: None, pending: Tensor) -> tuple[Tensor, None]:
-        return _OPS.wait_tensor(pending), None
+        return wait_for(pending), None
 
 
 class _EndGather(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, pending: Tensor, way_back: Tensor, axis: Axis) -> Tensor:
         ctx.axis = axis
-        return _OPS.wait_tensor(pending)
+        return wait_for(pending)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[None, Tensor, None]:
@@ -170,27 +170,27 @@ class _BeginToExchange(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, num_sent: list[int], num_received: list[int], axis: Axis) -> tuple[Tensor, Tensor]:
         ctx.set_materialize_grads(False)
-        return _begin_to_exchange(x, num_sent, num_received, axis), _way_back(x)
+        return _begin_to_exchange(x, num_sent, num_received, axis), placeholder(x.shape, x)
 
     @staticmethod
     def backward(ctx: Any, _: None, pending: Tensor) -> tuple[Tensor, None, None, None]:
-        return _OPS.wait_tensor(pending), None, None, None
+        return wait_for(pending), None, None, None
 
 
 class _EndExchange(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, pending: Tensor, way_back: Tensor, num_sent: list[int], num_received: list[int], axis: Axis) -> Tensor:
         ctx.num_sent, ctx.num_received, ctx.axis = num_sent, num_received, axis
-        return _OPS.wait_tensor(pending)
+        return wait_for(pending)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[None, Tensor, None, None, None]:
         return None, _begin_to_exchange(grad, ctx.num_received, ctx.num_sent, ctx.axis), None, None, None
 
 
-def _way_back(x: Tensor) -> Tensor:
-    """A tensor of the shape of x, without memory for it, whose gradient is that of x."""
-    return x.new_empty(()).expand(x.shape)
+def placeholder(shape: Sequence[int], like: Tensor) -> Tensor:
+    """A tensor without memory for its numbers, which nothing reads: its gradient is a way for a tensor of that shape from one backward to another."""
+    return like.new_empty(()).expand(shape)
 
 
 class _ScatterTokens(torch.autograd.Function):
@@ -206,7 +206,7 @@ class _ScatterTokens(torch.autograd.Function):
 
 def start_gather(x: Tensor, axis: Axis) -> Callable[[], Tensor]:
     """Begins to gather the tokens of all ranks; returns a function that waits for them and returns them [N, ...]. Not differentiable."""
-    return _when_done(_begin_to_gather(x, axis))
+    return _when_done(pending_gather(x, axis))
 
 
 def start_scatter(x: Tensor, axis: Axis) -> Callable[[], Tensor]:
@@ -222,12 +222,18 @@ def _begin_to_exchange(x: Tensor, num_sent: list[int], num_received: list[int], 
     return _OPS.all_to_all_single(x.contiguous(), num_received, num_sent, axis.group.group_name)
 
 
-def _begin_to_gather(x: Tensor, axis: Axis) -> Tensor:
+def pending_gather(x: Tensor, axis: Axis) -> Tensor:
+    """The tokens of all ranks [N, ...], which a collective still fills: only `wait_for` may use them. Not differentiable."""
     return _OPS.all_gather_into_tensor(x.contiguous(), axis.size, axis.group.group_name)
 
 
+def wait_for(pending: Tensor) -> Tensor:
+    """What a collective has filled, once it is done."""
+    return _OPS.wait_tensor(pending)
+
+
 def _when_done(pending: Tensor) -> Callable[[], Tensor]:
-    return lambda: _OPS.wait_tensor(pending)
+    return lambda: wait_for(pending)
 
 
 def _all_gather(x: Tensor, axis: Axis) -> Tensor:

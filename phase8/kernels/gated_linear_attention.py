@@ -50,6 +50,20 @@ def _backward(
     return dq, dk, dv, dlog_decay, dinitial
 
 
+@torch.library.custom_op("phase8::added_state", mutates_args=())
+def _added_state(key: Tensor, value: Tensor, log_decay: Tensor, starts: Tensor | None, backwards: bool) -> Tensor:
+    if _runs_on_triton(key, value):
+        from phase8.kernels.gpu.gated_linear_attention import added_state as add
+
+        return add(key, value, log_decay, starts, backwards=backwards)
+    return reference.added_state(key, value, log_decay, starts, backwards=backwards).contiguous()
+
+
+@_added_state.register_fake
+def _(key: Tensor, value: Tensor, log_decay: Tensor, starts: Tensor | None, backwards: bool) -> Tensor:
+    return _fake_state(key, value)
+
+
 @_forward.register_fake
 def _(q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor, starts: Tensor | None, initial_state: Tensor | None) -> tuple[Tensor, Tensor]:
     return v.new_empty(v.shape), _fake_state(q, v)
@@ -101,3 +115,31 @@ def gated_linear_attention(
     """
     run = reference.gated_linear_attention if needs_no_operator(q) else _forward
     return run(q, k, v, log_decay, starts, initial_state)
+
+
+def gated_linear_attention_backward(
+    dy: Tensor,
+    dstate: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    log_decay: Tensor,
+    starts: Tensor | None,
+    initial_state: Tensor,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """The gradients, for a function whose backward knows more than autograd does; arguments and results as in the reference of the same name."""
+    return _backward(dy, dstate, q, k, v, log_decay, starts, initial_state)
+
+
+def added_state(key: Tensor, value: Tensor, log_decay: Tensor, starts: Tensor | None = None, *, backwards: bool = False) -> Tensor:
+    """What a piece of a sequence adds to the state, fp32 [B, H, K, V], without any result; not differentiable.
+
+    Args:
+        key: Keys [B, T, H, K]; backwards, queries.
+        value: Values [B, T, H, V]; backwards, gradients of the results.
+        log_decay: log alpha [B, T, H].
+        starts: As in `gated_linear_attention`.
+        backwards: Whether to walk from the last token to the first: what the piece adds to the gradient of the state before it.
+    """
+    run = reference.added_state if needs_no_operator(key) else _added_state
+    return run(key, value, log_decay, starts, backwards=backwards)

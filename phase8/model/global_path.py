@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from phase8.config.model_section import ModelSection
 from phase8.context_parallel.green import NUMBERS_OF_GRADIENT, NUMBERS_OF_MAP
+from phase8.context_parallel.linear_attention import begin_linear_attention, linear_attention_exchanges
 from phase8.context_parallel.slices import EarlierSlices
 from phase8.distributed.collectives import ALONE, Axis, begin_to_gather
 from phase8.exchanges import NO_EXCHANGES, Exchanges, gathered, told
@@ -26,7 +27,7 @@ from phase8.kernels.gated_delta_rule import gated_delta_rule
 from phase8.kernels.gated_linear_attention import gated_linear_attention
 from phase8.kernels.green_scan import green_scan
 from phase8.kernels.mixer_inputs import MixerInputs
-from phase8.kernels.state_map import decay_map, state_map
+from phase8.kernels.state_map import state_map
 from phase8.model.mixer_state import GlobalState
 from phase8.model.norm import RMSNorm
 from phase8.precision.formats import NumberFormat
@@ -76,11 +77,12 @@ class Prepared(NamedTuple):
 
     Args:
         modulation: Decays, gates and rates.
-        memory: Function that waits for the memory before the first token, and returns it; None: there is none.
+        recurrence: Function that waits for what was before the first token, and returns y [B, T, H, K] and the memory after the last one; None:
+            another rank goes on.
     """
 
     modulation: _Modulation
-    memory: Callable[[], Tensor | None]
+    recurrence: Callable[[], tuple[Tensor, Tensor | None]]
 
 
 class GreenChain(nn.Module):
@@ -182,8 +184,8 @@ class GlobalPath(nn.Module):
         gate = NO_EXCHANGES if self.gates is None else self.gates.exchanges()
         num_heads = len(self.decay_bias)
         chain = NO_EXCHANGES if self.chain is None else told(NUMBERS_OF_MAP * num_heads, NUMBERS_OF_GRADIENT * num_heads)
-        columns = self.head_size + (self.head_size if self.is_delta else 1)
-        memory = told(num_heads * self.head_size * columns)
+        size = self.head_size
+        memory = told(2 * num_heads * size * size) if self.is_delta else linear_attention_exchanges(num_heads, size)
         return gathered(self.scalars.weight.shape[0], is_wide=True).then(gate).then(chain).then(memory)
 
     def empty_state(self, batch_size: int, *, dtype: torch.dtype, device: torch.device) -> GlobalState:
@@ -209,7 +211,7 @@ class GlobalPath(nn.Module):
         return Projections(scalars, None if self.gates is None else self.gates(x))
 
     def prepare(self, projections: Projections, inputs: MixerInputs, starts: Tensor | None, state: GlobalState | None) -> Prepared:
-        """Prepares the recurrence; where ranks share the sequence, it begins to exchange what their slices do to the memory, and `forward` waits.
+        """Prepares the recurrence; where ranks share the sequence, they begin to exchange what their slices do to the memory, and `forward` waits.
 
         Args:
             projections: Result of `begin`.
@@ -221,21 +223,28 @@ class GlobalPath(nn.Module):
         scalars = own_heads.reshape(*inputs.v.shape[:3], -1)
         channels = None if projections.gate is None else projections.gate.reshape(inputs.v.shape)
         modulation = self._modulation(scalars, channels, starts, None if state is None else state.green)
-        if self.earlier is None:
-            return Prepared(modulation, lambda: None if state is None else state.memory)
-        k, v, log_decay = inputs.global_k, inputs.v, modulation.log_decay
-        own = decay_map(k, v, log_decay, starts) if modulation.rate is None else state_map(k, v, log_decay, modulation.rate, starts)
-        return Prepared(modulation, self.earlier.entering_state(own))
+        return Prepared(modulation, self._begin_recurrence(modulation, inputs, starts, None if state is None else state.memory))
 
-    def forward(self, prepared: Prepared, inputs: MixerInputs, starts: Tensor | None) -> tuple[Tensor, GlobalState]:
-        """Returns the summand for the local path [B, T, H, K], and the state after the last token; arguments as of `prepare`, and its result."""
-        modulation, q, k, v = prepared.modulation, inputs.global_q, inputs.global_k, inputs.v
-        if modulation.rate is None:
-            y, memory = gated_linear_attention(q, k, v, modulation.log_decay, starts, prepared.memory())
-        else:
-            y, memory = gated_delta_rule(q, k, v, modulation.log_decay, modulation.rate, starts, prepared.memory())
-        y = self.norm(y)
-        return modulation.gate.to(y.dtype) * y, GlobalState(memory, modulation.green)
+    def _begin_recurrence(
+        self, modulation: _Modulation, inputs: MixerInputs, starts: Tensor | None, memory: Tensor | None
+    ) -> Callable[[], tuple[Tensor, Tensor | None]]:
+        """Begins what other ranks are needed for, and returns the function of `Prepared`."""
+        (q, k, v), log_decay, rate, earlier = (inputs.global_q, inputs.global_k, inputs.v), modulation.log_decay, modulation.rate, self.earlier
+        if earlier is None:
+            if rate is None:
+                return lambda: gated_linear_attention(q, k, v, log_decay, starts, memory)
+            return lambda: gated_delta_rule(q, k, v, log_decay, rate, starts, memory)
+        if rate is None:
+            attended = begin_linear_attention(q, k, v, log_decay, starts, earlier.axis)
+            return lambda: (attended(), None)
+        entering = earlier.entering_state(state_map(k, v, log_decay, rate, starts))
+        return lambda: (gated_delta_rule(q, k, v, log_decay, rate, starts, entering())[0], None)
+
+    def forward(self, prepared: Prepared) -> tuple[Tensor, GlobalState | None]:
+        """Returns the summand for the local path [B, T, H, K], and the state after the last token (None: another rank goes on)."""
+        y, memory = prepared.recurrence()
+        y, modulation = self.norm(y), prepared.modulation
+        return modulation.gate.to(y.dtype) * y, None if memory is None else GlobalState(memory, modulation.green)
 
     def _modulation(self, scalars: Tensor, channels: Tensor | None, starts: Tensor | None, state: Tensor | None) -> _Modulation:
         """What the scalars [B, T, H, scalars per head] and a gate per channel [B, T, H, K] become, with the chain's state before the first token."""

@@ -181,7 +181,7 @@ class Phase8Mixer(nn.Module):
             y, window = self._attend(inputs, own_starts, window_before())
             paths.append(y)
         if self.global_path is not None and prepared is not None:
-            y, path = self.global_path(prepared, inputs, own_starts)
+            y, path = self.global_path(prepared)
             paths.append(y)
         return self.out(sum(paths[1:], start=paths[0]).flatten(2)), None if state is None else MixerState(convolution, window, path)
 

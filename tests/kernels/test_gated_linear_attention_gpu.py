@@ -6,7 +6,7 @@ import torch
 from phase8.kernels import gated_linear_attention as operator
 from phase8.kernels.reference import gated_linear_attention as reference
 from tests.kernels.offline import OfflineKernel, compile_offline
-from tests.kernels.recurrence_kernels import TOLERANCE, VARIANTS, RecurrenceKernelTests, exact_fp32_products  # noqa: F401  (a fixture for all tests here)
+from tests.kernels.recurrence_kernels import TOLERANCE, VARIANTS, RecurrenceKernelTests, exact_fp32_products, moved  # noqa: F401  (a fixture for all tests here)
 
 pytest.importorskip("triton")
 
@@ -23,6 +23,18 @@ class TestGatedLinearAttention(RecurrenceKernelTests):
     @pytest.mark.parametrize("variant", VARIANTS)
     def test_segments_equal_the_reference(self, variant, kernel_device, poisoned_memory):
         self.check((1, 330, 1, 16, 16), variant, torch.float32, kernel_device, segment_chunks=2)
+
+    @pytest.mark.parametrize("segment_chunks", [2, 99, None])
+    @pytest.mark.parametrize("backwards", [False, True])
+    def test_what_a_piece_adds_equals_the_reference(self, backwards, segment_chunks, kernel_device, poisoned_memory):
+        from phase8.kernels.gpu.gated_linear_attention import added_state
+
+        (q, k, v, log_decay, starts, _), dy, _ = self.problem((2, 330, 2, 16, 16), "packed with a state")
+        arguments = (q, dy, log_decay, starts) if backwards else (k, v, log_decay, starts)
+        found = added_state(*moved(arguments, torch.float32, kernel_device), backwards=backwards, segment_chunks=segment_chunks)
+        expected = reference.added_state(*arguments, backwards=backwards)
+        assert found.dtype == torch.float32 and found.shape == expected.shape
+        torch.testing.assert_close(found.cpu().double(), expected, rtol=1e-4, atol=1e-5)
 
     @pytest.mark.parametrize("segment_chunks", [4, None])
     def test_sequences_with_several_borders_equal_the_reference(self, segment_chunks, kernel_device, poisoned_memory):

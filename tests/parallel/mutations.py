@@ -6,7 +6,7 @@ import torch
 import torch.distributed as dist
 from torch.distributed.tensor import Replicate
 
-from phase8.context_parallel import fetch, green, slices
+from phase8.context_parallel import fetch, green, linear_attention, slices
 from phase8.distributed import collectives
 from phase8.expert_parallel import exchange
 from phase8.kernels import state_map
@@ -239,6 +239,16 @@ def synchronised_too_early():
 
 def state_begins_anew():
     """The memory of the recurrence does not cross the border of a slice."""
+    return replaced((linear_attention._Attend, "forward"), by=lambda old: staticmethod(lambda *given: old(*given[:10], 0 * given[10], given[11])))
+
+
+def gradient_of_the_memory_stays():
+    """The gradient of the memory does not cross the border of a slice."""
+    return replaced((linear_attention, "wait_for"), by=lambda old: lambda pending: 0 * old(pending))
+
+
+def memory_of_the_delta_rule_begins_anew():
+    """The memory of the delta rule does not cross the border of a slice."""
     return replaced((slices.EarlierSlices, "entering_state"), by=lambda old: lambda self, own: (end := old(self, own)) and (lambda: 0 * end()))
 
 
@@ -376,7 +386,8 @@ MUTATIONS = {
         gradient_stays_a_summand, embedding_of_one_rank, first_id_of_the_first, extra_all_reduce,
         copies_not_summed, copies_counted_twice, gradient_of_another_microbatch, synchronised_too_early,
         scalars_of_the_neighbour, gate_of_one_rank_has_its_gradient, lengths_of_the_neighbour,
-        state_begins_anew, decay_of_slices_is_forgotten, tokens_one_too_early, gradients_of_fetched_tokens_stay, every_slice_begins_at_zero,
+        state_begins_anew, gradient_of_the_memory_stays, memory_of_the_delta_rule_begins_anew,
+        decay_of_slices_is_forgotten, tokens_one_too_early, gradients_of_fetched_tokens_stay, every_slice_begins_at_zero,
         documents_end_with_slices, chain_without_gradient_of_later_slices,
         rows_of_another_rank, rows_of_another_expert, gradients_of_rows_stay, norm_without_experts_of_others, routers_learn_from_own_tokens,
         experts_of_another_rank, router_of_one_tensor_rank, room_of_experts_begins_anew, parts_are_orthogonalised, elements_arrive_one_too_late,

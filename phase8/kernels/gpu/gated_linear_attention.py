@@ -118,21 +118,55 @@ def gated_linear_attention(
 
 def entering_states(key: Tensor, value: Tensor, decays: Decays, initial: Tensor | None, *, segment_chunks: int, turn: int) -> Tensor | None:
     """The state that enters each segment, fp32 [B, S, H, I, O], None: 0; with `turn` -1, at the end of the segment."""
-    (batch, _, num_heads, inner), outer = key.shape, value.shape[-1]
     num_segments = triton.cdiv(decays.num_chunks, segment_chunks)
     initial = None if initial is None else initial.float().contiguous()
     if num_segments == 1:
         return initial
+    states, shares = _segment_states(key, value, decays, segment_chunks=segment_chunks, turn=turn)
+    _scan(states, shares, initial, None, turn=turn)
+    return states
+
+
+def added_state(
+    key: Tensor, value: Tensor, log_decay: Tensor, starts: Tensor | None, *, backwards: bool, segment_chunks: int | None = None
+) -> Tensor:
+    """Computes the reference with this name; `segment_chunks` overrides the choice for the shape."""
+    (batch, _, num_heads, key_size), value_size = key.shape, value.shape[-1]
+    key, value = (with_rows_contiguous(x.to(value.dtype)) for x in (key, value))
+    decays, turn = prepare_decays(log_decay, starts, key_size), -1 if backwards else 1
+    if segment_chunks is None:
+        columns = walk_tiles(key_size, value_size, value.element_size()).columns
+        num_programs = batch * num_heads * triton.cdiv(value_size, columns)
+        segment_chunks = choose_segment_chunks(num_programs, decays.num_chunks, num_processors(value.device))
+    states, shares = _segment_states(key, value, decays, segment_chunks=segment_chunks, turn=turn)
+    if states.shape[1] == 1:
+        return states[:, 0]
+    final = torch.empty_like(states[:, 0])
+    _scan(states, shares, None, final, turn=turn)
+    return final
+
+
+def _segment_states(key: Tensor, value: Tensor, decays: Decays, *, segment_chunks: int, turn: int) -> tuple[Tensor, Tensor]:
+    """The state that each segment adds, fp32 [B, S, H, I, O], and the share of a state that it keeps [B, S, H]."""
+    (batch, _, num_heads, inner), outer = key.shape, value.shape[-1]
+    num_segments = triton.cdiv(decays.num_chunks, segment_chunks)
     states = torch.empty(batch, num_segments, num_heads, inner, outer, dtype=torch.float32, device=key.device)
     shares = torch.empty(batch, num_segments, num_heads, dtype=torch.float32, device=key.device)
-    tiles, size = walk_tiles(inner, outer, value.element_size()), inner * outer
+    tiles = walk_tiles(inner, outer, value.element_size())
     _states_kernel[(batch * num_segments * num_heads * triton.cdiv(outer, tiles.columns),)](
         key, value, *decays.arguments, states, shares, *strides(key, value), num_heads, segment_chunks, num_segments,
         TURN=turn, INNER=inner, OUTER=outer, BLOCK_INNER=block_size(inner), **walk_constants(tiles),
     )  # fmt: skip
+    return states, shares
+
+
+def _scan(states: Tensor, shares: Tensor, initial: Tensor | None, final: Tensor | None, *, turn: int) -> None:
+    """Replaces the state that each segment adds by the one that enters it, and writes the one after all of them to `final` where it is wanted."""
+    batch, num_segments, num_heads, inner, outer = states.shape
+    size = inner * outer
     block = min(triton.next_power_of_2(size), 1024)
-    _scan_kernel[(batch * num_heads, triton.cdiv(size, block))](states, shares, initial, num_heads, num_segments, size, TURN=turn, BLOCK=block)
-    return states
+    grid = (batch * num_heads, triton.cdiv(size, block))
+    _scan_kernel[grid](states, shares, initial, final, num_heads, num_segments, size, TURN=turn, BLOCK=block)
 
 
 def walk_constants(tiles: Tiles) -> dict[str, object]:
@@ -210,8 +244,8 @@ def _states_kernel(
 
 
 @triton.jit
-def _scan_kernel(states, shares, initial, num_heads, num_segments, size, TURN: tl.constexpr, BLOCK: tl.constexpr):
-    """Replaces the state that each segment adds by the state that enters it."""
+def _scan_kernel(states, shares, initial, final, num_heads, num_segments, size, TURN: tl.constexpr, BLOCK: tl.constexpr):
+    """Replaces the state that each segment adds by the state that enters it; `final` is the one after all."""
     sequence, entry = tl.cast(tl.program_id(0), tl.int64), tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     batch, head, mask = sequence // num_heads, sequence % num_heads, entry < size
     state = tl.zeros([BLOCK], tl.float32) if initial is None else tl.load(initial + sequence * size + entry, mask, 0.0)
@@ -221,3 +255,5 @@ def _scan_kernel(states, shares, initial, num_heads, num_segments, size, TURN: t
         added = tl.load(states + row * size + entry, mask, 0.0)
         tl.store(states + row * size + entry, state, mask)
         state = state * tl.load(shares + row) + added
+    if final is not None:
+        tl.store(final + sequence * size + entry, state, mask)

@@ -95,6 +95,24 @@ def gated_linear_attention_backward(
     return *(gradient.to(x.dtype) for gradient, x in zip(gradients, (q, k, v, log_decay), strict=True)), dinitial
 
 
+def added_state(key: Tensor, value: Tensor, log_decay: Tensor, starts: Tensor | None, *, backwards: bool) -> Tensor:
+    """The state after the last token where there was none before the first, or with `backwards` dS before the first token.
+
+    Args:
+        key: Keys [B, T, H, K]; with `backwards`, queries.
+        value: Values [B, T, H, V]; with `backwards`, gradients of y.
+        log_decay: log alpha.
+        starts: Document boundaries.
+        backwards: The direction.
+    """
+    decays = chunk_decays(log_decay, starts)
+    keys, values = chunks(key), chunks(value)
+    if backwards:
+        return _states(((keys * decays.from_start[..., None]).mT @ values).flip(1), decays.keeps.flip(1), None)[1]
+    values = values * _weight(decays.log_decay, key.shape[-1])[..., None]
+    return _states((keys * decays.to_end[..., None]).mT @ values, decays.keeps, None)[1]
+
+
 def _weight(log_decay: Tensor, key_size: int) -> Tensor:
     """The weight w of every token."""
     return -torch.expm1(log_decay) * key_size**-0.5

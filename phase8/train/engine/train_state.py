@@ -80,7 +80,14 @@ def build_train_state(config: RunConfig, *, mesh: Mesh, device: torch.device, dt
     if config.optim.name == "muon":
         matrices = WholeMatrices(matrices_of(shards.whole), groups_of_holders(mesh), device=device)
         size = config.model.head_width
-        optimizer: torch.optim.Optimizer = Muon(shards.parts, config.optim, wholes=matrices, head_size=size, decayed_names=decayed_names)
+        optimizer: torch.optim.Optimizer = Muon(
+            shards.parts,
+            config.optim,
+            wholes=matrices,
+            head_size=size,
+            decayed_names=decayed_names,
+            dtype=None if dtype == torch.bfloat16 else dtype,  # who trains in wider numbers wants no rounding
+        )
     else:
         optimizer = build_optimizer(shards.parts, config.optim, decayed_names=decayed_names)
     require_divisible(shards, declared_by(optimizer))
