@@ -113,11 +113,13 @@ class DividedShape:
         divided: Axis -> dim that the ranks of the axis divide; along any other axis each rank has the parameter whole. `shard` is the dim
             that ZeRO divides, the first one if it is not named.
         is_whole: Whether no rank divides it, ZeRO included, as buffers are.
+        is_rounded: Whether its layer rounds it to the dtype of the residual stream before anything else.
     """
 
     shape: tuple[int, ...]
     divided: Mapping[str, int] = field(default_factory=dict)
     is_whole: bool = False
+    is_rounded: bool = False
 
     def region(self, places: Mapping[str, Place]) -> Region:
         """The region that a rank has.

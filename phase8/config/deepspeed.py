@@ -19,6 +19,8 @@ def deepspeed_problems(config: RunConfig) -> Iterator[str]:
         yield "zero.engine is deepspeed, but zero.stage is 0, and DeepSpeed divides from stage 1 on; choose a stage, or set zero.engine to fsdp."
     if zero.shard_size is not None:
         yield f"zero.shard_size is {zero.shard_size}, but zero.engine is deepspeed, which divides over all data-parallel ranks; leave it null."
+    if zero.gather_dtype is not None:
+        yield f"zero.gather_dtype is {zero.gather_dtype}, but zero.engine is deepspeed, which gathers in precision.dtype; set one of them back."
     if zero.copy_engine_gather:
         yield "zero.copy_engine_gather is true, but zero.engine is deepspeed, which gathers by itself; set it to false, or zero.engine to fsdp."
     if config.optim.name != "adamw":

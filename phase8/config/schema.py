@@ -98,6 +98,9 @@ class ZeroSection(Section):
     offload_optimizer: Literal["none", "cpu", "nvme"] = key("none", "where optimizer states live between steps; nvme: deepspeed only")
     offload_params: Literal["none", "cpu", "nvme"] = key("none", "where parameters live between uses")
     nvme_path: PathText | None = key(None, "directory on an NVMe disk of every host for what is offloaded to nvme; emptied at the end")
+    gather_dtype: Literal["fp32"] | None = key(
+        None, "dtype in which stage 3 gathers the matrices of blocks; null: that of precision.dtype, to which layers round them anyway"
+    )
     copy_engine_gather: bool = key(
         False, "blocks are gathered by copy engines, beside all processors of the GPU; GPUs of one NVLink domain share, no effect on a CPU"
     )

@@ -32,7 +32,8 @@ class Experts(nn.Module):
     def parameter_specs(self) -> dict[str, ParameterSpec]:
         """Normal values with weight decay, as in a dense feed-forward."""
         widths = {"gate": {"tp": 1, "shard": 2}, "up": {"tp": 1, "shard": 2}, "down": {"tp": 2, "shard": 1}}
-        return {name: ParameterSpec(std=self._stds[name], decay=True, divided={"ep": 0, **dims}) for name, dims in widths.items()}
+        same = {"decay": True, "is_rounded": True}
+        return {name: ParameterSpec(std=self._stds[name], divided={"ep": 0, **dims}, **same) for name, dims in widths.items()}
 
     @property
     def flops_per_token(self) -> float:

@@ -88,6 +88,8 @@ class LowRankSwiGLU(nn.Module):
         self.up = LowRankColumn(width, inner, rank=rank, std=model.init_std)
         self.down = LowRankRow(inner, width, rank=rank, std=residual_std(model), axis=axis, number_format=number_format)
         self.gate_and_up = JointColumnLinear((self.gate, self.up), axis, number_format)
+        for linear in (self.gate.up, self.up.up, self.down.down):
+            linear.is_rounded = False  # the operator rounds weights, but not their gradients
 
     def exchanges(self) -> Exchanges:
         """The exchanges of the joint product of gate and up, then of the output layer."""

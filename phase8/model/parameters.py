@@ -48,7 +48,9 @@ def iterate_specs(model: nn.Module) -> Iterator[tuple[str, nn.Parameter, Paramet
 
 def divided_shapes(model: nn.Module) -> dict[str, DividedShape]:
     """The global shape and the division of every parameter by name; the model is one without parallelism, for example on the meta device."""
-    return {name: DividedShape(tuple(parameter.shape), spec.divided) for name, parameter, spec in iterate_specs(model)}
+    return {
+        name: DividedShape(tuple(parameter.shape), spec.divided, is_rounded=spec.is_rounded) for name, parameter, spec in iterate_specs(model)
+    }
 
 
 def buffer_shapes(model: nn.Module) -> dict[str, DividedShape]:
@@ -129,6 +131,11 @@ def first_buffers(model: nn.Module) -> dict[str, torch.Tensor]:
 def shard_dims(model: nn.Module) -> dict[nn.Parameter, int]:
     """The dim of each parameter that ZeRO divides."""
     return {parameter: spec.divided.get("shard", 0) for _, parameter, spec in iterate_specs(model)}
+
+
+def rounded_parameters(model: nn.Module) -> set[nn.Parameter]:
+    """The parameters that layers round to the dtype of the residual stream before anything else."""
+    return {parameter for _, parameter, spec in iterate_specs(model) if spec.is_rounded}
 
 
 def decayed_parameter_names(model: nn.Module) -> set[str]:

@@ -23,6 +23,7 @@ from phase8.division import part_size
 from phase8.kernels.cross_entropy import linear_cross_entropy
 from phase8.kernels.rotary import rotary_angles
 from phase8.model.model import LanguageModel
+from phase8.model.parameters import rounded_parameters
 from phase8.model.recomputation import apply_recomputation
 from phase8.precision.formats import OPERAND_DTYPE, NumberFormat
 
@@ -58,6 +59,7 @@ def trace_activations(
     num_tensor_ranks: int = 1,
     is_compiled: bool = False,
     tokens_at_once: int | None = None,
+    gathers_rounded: bool = False,
 ) -> ActivationBytes:
     """Counts the activations of a model with one window size.
 
@@ -74,8 +76,9 @@ def trace_activations(
         num_tensor_ranks: Tensor-parallel ranks.
         is_compiled: The blocks are compiled.
         tokens_at_once: Tokens of a sequence whose activations a block has at the same time; None: all of them.
+        gathers_rounded: Weights that layers round to the dtype of the residual stream are gathered in it, and freed between uses.
     """
-    whole = _Forward(_one_layer(model), dtype, micro_batch_size, packed, device_type, number_format)
+    whole = _Forward(_one_layer(model), dtype, micro_batch_size, packed, device_type, number_format, gathers_rounded)
     forward = whole._replace(model=whole.model.model_copy(update={"sequence_length": tokens_at_once or model.sequence_length}))
     block = _block_bytes(forward, is_compiled=is_compiled)
     return ActivationBytes(
@@ -88,7 +91,14 @@ def trace_activations(
 
 
 def bytes_within_budget(
-    model: ModelSection, budget: float, *, dtype: torch.dtype, micro_batch_size: int, packed: bool, number_format: NumberFormat = OPERAND_DTYPE
+    model: ModelSection,
+    budget: float,
+    *,
+    dtype: torch.dtype,
+    micro_batch_size: int,
+    packed: bool,
+    number_format: NumberFormat = OPERAND_DTYPE,
+    gathers_rounded: bool = False,
 ) -> int:
     """What a compiled block of a model with one window size keeps on a GPU under a budget.
 
@@ -99,8 +109,9 @@ def bytes_within_budget(
         micro_batch_size: Sequences of a forward.
         packed: Document boundaries are reset, which adds masks.
         number_format: Format that computes the products of the linear layers.
+        gathers_rounded: As for `trace_activations`.
     """
-    forward = _Forward(_one_layer(model), dtype, micro_batch_size, packed, "cuda", number_format)
+    forward = _Forward(_one_layer(model), dtype, micro_batch_size, packed, "cuda", number_format, gathers_rounded)
     return _block_bytes(forward, is_compiled=True, budget=budget)
 
 
@@ -118,6 +129,7 @@ class _Forward(NamedTuple):
         packed: Document boundaries are reset.
         device_type: Device of the run.
         number_format: Format that computes the products of the linear layers.
+        gathers_rounded: Weights that layers round have the dtype of the residual stream already.
     """
 
     model: ModelSection
@@ -126,6 +138,7 @@ class _Forward(NamedTuple):
     packed: bool
     device_type: str
     number_format: NumberFormat
+    gathers_rounded: bool = False
 
     @contextmanager
     def traced(self, *, recompute: Literal["none", "selective"] = "none") -> Iterator[tuple[LanguageModel, Tensor]]:
@@ -136,6 +149,8 @@ class _Forward(NamedTuple):
         with nullcontext() if on_meta else FakeTensorMode():
             with torch.device("meta" if on_meta else "cpu"):
                 whole = LanguageModel(self.model, dtype=self.dtype, number_format=self.number_format)
+                for parameter in rounded_parameters(whole.blocks) if self.gathers_rounded else ():
+                    parameter.data = parameter.data.to(self.dtype)
                 apply_recomputation(whole, recompute)
                 x = torch.empty(self.micro_batch_size, self.model.sequence_length, self.model.d_model, dtype=self.dtype, requires_grad=True)
             yield whole, x

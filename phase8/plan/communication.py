@@ -5,7 +5,7 @@ send or a receive those of the message. `Collectives.sent_bytes` computes the by
 
     N  tokens of a microbatch    D  width of the residual stream    n  numbers per token that a layer declares
     c  bytes of the compute dtype
-    C  the larger of c and 4
+    C  the larger of c and 4   g  4, with ZeRO 3 c for weights that layers round to the compute dtype (`zero.gather_dtype`)
 
 | axis | collectives | number per microbatch | bytes of each |
 |---|---|---|---|
@@ -14,7 +14,7 @@ send or a receive those of the message. `Collectives.sent_bytes` computes the by
 | cp | what slices do to a recurrence's state: all-gather, in backward reduce-scatter or all-gather | 1 each way | C per number, for all slices |
 | tp | one rank that reads tokens: all-reduce of all gradients of parameters that every rank has whole | once a step | 4 per number |
 | tp | several ranks that read different tokens: all-reduce of each of these gradients | 1; with ZeRO 0 and 1 once a step | 4 per number |
-| shard | parameters of a block: all-gather | 2 with ZeRO 3; below once a step | 4 per number, padded |
+| shard | parameters of a block: all-gather | 2 with ZeRO 3; below once a step | g per number, padded |
 | shard | all parameters outside blocks: all-gather | 1 with ZeRO 3; below once a step | 4 per number, padded |
 | shard | gradients of either group of parameters: reduce-scatter | 1; with ZeRO 0 and 1 once a step | 4 per number, padded |
 | replicate | the rank's part of the gradients: all-reduce | once a step | 4 per number, padded |
@@ -136,6 +136,7 @@ class Step:
         compute_bytes: Bytes per number of the residual stream.
         zero_stage: ZeRO stage, 0 to 3.
         offload_params: Whether parameters lie in host memory, so that FSDP sums gradients even with one data-parallel rank.
+        gathered_bytes: Bytes per number of a block's weights that layers round, while they are gathered.
     """
 
     num_microbatches: int
@@ -143,6 +144,7 @@ class Step:
     compute_bytes: int
     zero_stage: int = 0
     offload_params: bool = False
+    gathered_bytes: int = FP32_BYTES
 
 
 @dataclass(frozen=True)
@@ -292,15 +294,18 @@ def _parameters(chunk: Chunk, step: Step, grid: Grid) -> Iterator[Collectives]:
     num_gathers = step.num_microbatches if step.zero_stage == 3 else 1
     num_sums = step.num_microbatches if step.zero_stage >= 2 else 1
     blocks = [group for block in chunk.blocks for group in _by_ranks(block, grid) if group]
-    groups = [(block, 2 if step.zero_stage == 3 else 1) for block in blocks] + [(chunk.rest, 1)] * bool(chunk.rest)
-    for parameters, num_uses in groups:
-        num_bytes = sum(_padded_numbers(parameter, grid) for parameter in parameters.values()) * FP32_BYTES
+    groups = [(block, 2 if step.zero_stage == 3 else 1, step.gathered_bytes) for block in blocks]
+    groups += [(chunk.rest, 1, FP32_BYTES)] * bool(chunk.rest)
+    for parameters, num_uses, rounded_bytes in groups:
+        numbers = {name: _padded_numbers(parameter, grid) for name, parameter in parameters.items()}
+        gathered = sum(number * (rounded_bytes if parameters[name].is_rounded else FP32_BYTES) for name, number in numbers.items())
+        num_bytes = sum(numbers.values()) * FP32_BYTES
         count, num_shards = num_gathers * num_uses, next(iter(parameters.values())).shards(grid.places, grid.shards).size
         has_divided_experts = grid.expert > 1 and AxisName.EXPERT in next(iter(parameters.values())).divided
         num_replicas = grid.replicate * grid.shard // (num_shards * (grid.expert if has_divided_experts else 1))
         of_shards, of_replicas = (num_shards, num_replicas) if has_divided_experts else (0, 0)
         if num_shards > 1:
-            yield Collectives(AxisName.SHARD, Operation.ALL_GATHER, count, count * num_bytes, of_shards)
+            yield Collectives(AxisName.SHARD, Operation.ALL_GATHER, count, count * gathered, of_shards)
             yield Collectives(AxisName.SHARD, Operation.REDUCE_SCATTER, num_sums, num_sums * num_bytes, of_shards)
         if num_replicas > 1:
             yield Collectives(AxisName.REPLICATE, Operation.ALL_REDUCE, 1, num_bytes // num_shards, of_replicas)

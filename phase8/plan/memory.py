@@ -6,7 +6,7 @@ part of W, R what lies in no block, B the largest block. Offloaded entries are i
 | | one rank, not divided | stages 0 and 1 | stage 2 | stage 3 |
 |---|---|---|---|---|
 | parameters between steps | W | P | P | P |
-| parameters gathered in a step | | W | W | R and two blocks |
+| parameters gathered in a step | | W | W | R and two blocks (half of their weights that layers round to bf16) |
 | gradients | W | W and a copy of B or R on its way, or P and those on their way | P and those on their way | as stage 2 |
 | optimizer (of AdamW) | 2 W | 2 P | 2 P | 2 P |
 
@@ -65,7 +65,7 @@ class MemoryPlan:
     """Memory of one rank by kind, in bytes.
 
     Args:
-        weights_bytes: fp32 master weights.
+        weights_bytes: fp32 master weights, and what is gathered of them.
         gradients_bytes: Gradients, fp32.
         optimizer_bytes: What the optimizer keeps of the parameters.
         activations_bytes: Kept for backward, weights cast to the compute dtype and messages between stages included.
@@ -136,11 +136,18 @@ class Held(NamedTuple):
         whole: Numbers of each parameter with which the rank computes: all of it, or its tensor-parallel part.
         part: Numbers of each parameter that the rank keeps between steps.
         state_bytes: Bytes that the optimizer keeps of all these parts.
+        narrow_bytes: Bytes that gathering some of them in a narrower dtype than fp32 saves, with ZeRO 3.
     """
 
     whole: tuple[int, ...]
     part: tuple[int, ...]
     state_bytes: int
+    narrow_bytes: int = 0
+
+    @property
+    def gathered_bytes(self) -> int:
+        """Bytes of what the rank computes with, while it is gathered."""
+        return sum(self.whole) * FP32_BYTES - self.narrow_bytes
 
 
 class ChunkActivations(NamedTuple):
@@ -190,10 +197,12 @@ def plan_memory(
     largest = sorted(sum(each.whole) for each in blocks)
     rest = sum(sum(each.whole) for each in rests)
     largest_rest = max((sum(each.whole) for each in rests), default=0)
-    weights, gradients = whole, whole
+    weights_bytes, gradients = whole * FP32_BYTES, whole
     if division.is_divided:
         on_device = 0 if division.offload_params else part
-        weights = on_device + (rest + sum(largest[-2:]) if division.zero_stage == 3 else whole)
+        blocks_bytes = sorted(each.gathered_bytes for each in blocks)
+        in_a_step = rest * FP32_BYTES + sum(blocks_bytes[-2:]) if division.zero_stage == 3 else whole * FP32_BYTES
+        weights_bytes = on_device * FP32_BYTES + in_a_step
         if division.zero_stage < 2 and division.accumulates:
             gradients = whole + max(largest[-1], largest_rest)
         else:
@@ -206,7 +215,7 @@ def plan_memory(
         of_a_block = largest[-1] if largest else 0
         gradients = max(of_a_block, whole - min(activations_bytes // FP32_BYTES, of_a_block + (activations_bytes - first_layer_bytes) // FP32_BYTES))
     return MemoryPlan(
-        weights_bytes=weights * FP32_BYTES,
+        weights_bytes=weights_bytes,
         gradients_bytes=gradients * FP32_BYTES,
         optimizer_bytes=0 if division.offload_optimizer else sum(each.state_bytes for each in held),
         activations_bytes=activations_bytes,

@@ -84,6 +84,7 @@ class Workload:
         saves_aside: Whether checkpoints are saved asynchronously, from copies in host memory.
         async_tensor_parallel: Whether tensor-parallel GPUs exchange tokens through each other's memory.
         device_bytes: Memory of the device, which limits how many logits exist at once; None: a large device.
+        gathered_dtype: Dtype in which weights of blocks that layers round are gathered.
     """
 
     model: ModelSection
@@ -100,7 +101,7 @@ class Workload:
     saves_aside: bool = False
     async_tensor_parallel: bool = False
     device_bytes: int | None = None
-
+    gathered_dtype: torch.dtype = torch.float32
 
 def plan_each_stage(work: Workload) -> tuple[StageMemory, ...]:
     """Plans the stages in order.
@@ -168,11 +169,12 @@ def _held(parameters: Mapping[str, DividedShape], work: Workload) -> Held:
     """The first rank's part of some parameters, and the bytes of their optimizer state."""
     shards = Place(shard_size(work.zero, num_token_ranks=work.topology.num_token_ranks))
     places = {axis: Place(degree) for axis, degree in work.topology.degrees.items()} | {"ep": Place(work.topology.expert_parallel_size)}
-    whole = [parameter.region(places) for parameter in parameters.values()]
+    whole = [parameter.region(places).num_elements for parameter in parameters.values()]
     part = tuple(parameter.held(places, shards).num_elements for parameter in parameters.values())
     kept = zip(parameters.items(), part, strict=True)
     state_bytes = sum(_state_bytes(name, shape, number, work.declare_state) for (name, shape), number in kept)
-    return Held(tuple(region.num_elements for region in whole), part, state_bytes)
+    rounded = sum(number for parameter, number in zip(parameters.values(), whole, strict=True) if parameter.is_rounded)
+    return Held(tuple(whole), part, state_bytes, rounded * (FP32_BYTES - work.gathered_dtype.itemsize))
 
 
 def _state_bytes(name: str, parameter: DividedShape, num_elements: int, declare: DeclareState) -> int:
@@ -198,9 +200,9 @@ def _trace_kind(work: Workload, kind: LayerKind) -> ActivationBytes:
     found = _trace(work, model)
     if not kind.has_experts:
         return found
-    change = expert_activation_bytes(
-        model, work.topology, num_tokens=work.shape.micro_batch_size * _tokens_at_once(work), element_bytes=work.dtype.itemsize
-    )
+    num_tokens = work.shape.micro_batch_size * _tokens_at_once(work)
+    style = {"element_bytes": work.dtype.itemsize, "keeps_weights": work.dtype != work.gathered_dtype}
+    change = expert_activation_bytes(model, work.topology, num_tokens=num_tokens, **style)
     kept = (found.block, found.block_without_mixer, found.block_within_budget)
     return ActivationBytes(*(each + change for each in kept), found.block_input, found.head)
 
@@ -212,7 +214,8 @@ def _trace(work: Workload, model: ModelSection) -> ActivationBytes:
     actual size, because it selects whole tensors, and because cast weights do not grow with the microbatch.
     """
     train, size, num_tensor_ranks = work.train, work.shape.micro_batch_size, work.topology.tensor_parallel_size
-    same = {"dtype": work.dtype, "packed": work.packed, "number_format": work.number_format}
+    rounded = {"gathers_rounded": work.gathered_dtype != torch.float32}
+    same = {"dtype": work.dtype, "packed": work.packed, "number_format": work.number_format, **rounded}
     where = {"device_type": work.device_type, "num_tensor_ranks": num_tensor_ranks, "tokens_at_once": _tokens_at_once(work)}
     trace = partial(trace_activations, model, **same, **where)
     if not train.compile.enabled or work.device_type != "cuda":
@@ -288,7 +291,7 @@ def _peer_memory(work: Workload, blocks: Sequence[Held], traced: Mapping[LayerKi
         own_tokens = next(iter(traced.values())).block_input
         places += 2 * ROUNDS * work.topology.tensor_parallel_size * own_tokens
     if work.device_type == "cuda" and work.zero.copy_engine_gather:
-        places += ROUNDS_IN_PLACE * FP32_BYTES * max(sum(block.whole) for block in blocks)
+        places += ROUNDS_IN_PLACE * max(block.gathered_bytes for block in blocks)
     return places
 
 

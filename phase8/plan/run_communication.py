@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import torch
+
 from phase8.config.auto import without_auto
 from phase8.config.batch import batch_shape, run_topology
 from phase8.config.pipeline import pipeline_of
@@ -12,7 +14,7 @@ from phase8.plan.communication import Collectives, Grid, Step, step_communicatio
 from phase8.plan.stages import chunk_layers
 from phase8.precision.policy import COMPUTE_DTYPES
 from phase8.topology import AxisName
-from phase8.zero.fsdp import shard_size
+from phase8.zero.fsdp import gathered_dtype, shard_size
 
 
 def plan_run_communication(config: RunConfig, *, world_size: int, rank: int) -> tuple[tuple[Collectives, ...], Grid]:
@@ -41,12 +43,14 @@ def plan_run_communication(config: RunConfig, *, world_size: int, rank: int) -> 
         expert_index=token_rank % topology.expert_parallel_size,
     )
     shape = batch_shape(train, config.parallel, data_parallel_size=topology.data_parallel_size)
+    compute = COMPUTE_DTYPES[config.precision.dtype]
     step = Step(
         num_microbatches=shape.num_microbatches,
         micro_batch_size=shape.micro_batch_size,
-        compute_bytes=COMPUTE_DTYPES[config.precision.dtype].itemsize,
+        compute_bytes=compute.itemsize,
         zero_stage=config.zero.stage,
         offload_params=config.zero.offload_params != "none",
+        gathered_bytes=gathered_dtype(config.zero, compute, torch.float32).itemsize,
     )
     chunks, exchanges = [], []
     for layers in chunk_layers(config.model, pipeline, grid.stage):

@@ -13,6 +13,7 @@ from phase8.model.model import LanguageModel, build_model
 from phase8.optim.state import declared_for
 from phase8.plan.rank_memory import StageMemory, Workload, plan_each_stage
 from phase8.precision.policy import COMPUTE_DTYPES, number_format
+from phase8.zero.fsdp import gathered_dtype
 
 
 def shapes_only(config: RunConfig) -> LanguageModel:
@@ -44,6 +45,7 @@ def plan_stages(config: RunConfig, *, world_size: int, device_type: str, device_
     """
     config = without_auto(config)
     topology = run_topology(config.parallel, world_size=world_size)
+    dtype, is_divided = COMPUTE_DTYPES[config.precision.dtype], topology.num_token_ranks > 1 or config.zero.offload_params != "none"
     return plan_each_stage(
         Workload(
             model=config.model.model_copy(update={"sequence_length": config.model.sequence_length // topology.context_parallel_size}),
@@ -52,7 +54,8 @@ def plan_stages(config: RunConfig, *, world_size: int, device_type: str, device_
             pipeline=pipeline_of(config.parallel),
             topology=topology,
             shape=batch_shape(config.train, config.parallel, data_parallel_size=topology.data_parallel_size),
-            dtype=COMPUTE_DTYPES[config.precision.dtype],
+            dtype=dtype,
+            gathered_dtype=gathered_dtype(config.zero, dtype, torch.float32) if is_divided else torch.float32,
             number_format=number_format(config.precision),
             packed=config.data.reset_at_document_boundaries,
             declare_state=declared_for(config.optim),

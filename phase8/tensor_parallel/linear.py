@@ -103,10 +103,11 @@ class Linear(nn.Module):
         self.weight = nn.Parameter(torch.empty(out_features, in_features))
         self.in_features, self.out_features, self.std = in_features, out_features, std
         self.divided, self.number_format = divided or {}, number_format
+        self.is_rounded = True  # what computes with the weight in another way says so
 
     def parameter_specs(self) -> dict[str, ParameterSpec]:
         """Normal values with weight decay."""
-        return {"weight": ParameterSpec(std=self.std, decay=True, divided=self.divided)}
+        return {"weight": ParameterSpec(std=self.std, decay=True, divided=self.divided, is_rounded=self.is_rounded)}
 
     def forward(self, x: Tensor) -> Tensor:
         """Maps [..., in_features] to [..., out_features of this rank]."""
@@ -213,6 +214,10 @@ class LowRankRow(nn.Module):
 
 class WideLinear(Linear):
     """The layer y = x W^T in fp32 whatever the dtype of x, for results that are too sensitive to be rounded to that dtype."""
+
+    def parameter_specs(self) -> dict[str, ParameterSpec]:
+        """As of a linear layer, but for a weight that is not rounded."""
+        return {"weight": replace(super().parameter_specs()["weight"], is_rounded=False)}
 
     def forward(self, x: Tensor) -> Tensor:
         """Maps [..., in_features] to fp32 or wider [..., out_features of this rank]."""

@@ -24,12 +24,14 @@ class ParameterSpec:
         decay: Whether weight decay applies; True for the matrices of linear layers.
         divided: Axis -> dim that the ranks of the axis divide; along any other axis each rank has the parameter whole. `shard` is the dim
             that ZeRO divides, the first one if it is not named.
+        is_rounded: Whether its layer rounds it to the dtype of the residual stream before anything else, so that its gradient is rounded too.
     """
 
     std: float = 0.0
     value: float | Tensor = 0.0
     decay: bool = False
     divided: Mapping[str, int] = field(default_factory=dict)
+    is_rounded: bool = False
 
 
 def local(parameter: Tensor) -> Tensor:

@@ -8,14 +8,15 @@
 | 3 | sharded, gathered for each use | sharded | sharded |
 
 Stage 0 is a shard group of one rank: nothing is divided, gradients are summed over the replicas; FSDP computes with a copy of the parameters
-even so. Gradients are sums, not means: losses
+even so. Stage 3 gathers the matrices of blocks in the dtype in which they are multiplied (cast_gather.py). Gradients are sums, not means: losses
 are divided by the global number of targets.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 
+import torch
 from torch import nn
 from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, OffloadPolicy, fully_shard
 from torch.distributed.tensor import Shard
@@ -24,6 +25,7 @@ from phase8.config.schema import ZeroSection
 from phase8.distributed.mesh import Mesh
 from phase8.distributed.placement import is_of_divided_experts
 from phase8.topology import TOKENS
+from phase8.zero.cast_gather import Owned, gather_in
 from phase8.zero.copy_engine_gather import CopyEngineGather
 
 
@@ -34,7 +36,16 @@ def shard_size(zero: ZeroSection, *, num_token_ranks: int) -> int:
     return num_token_ranks if zero.shard_size is None else zero.shard_size
 
 
-def shard_block(block: nn.Module, zero: ZeroSection, mesh: Mesh, dims: Mapping[nn.Parameter, int]) -> None:
+def gathered_dtype(zero: ZeroSection, compute_dtype: torch.dtype, parameter_dtype: torch.dtype) -> torch.dtype:
+    """The dtype in which weights of blocks that layers round are gathered: that of computation where this is less to send, else their own."""
+    is_narrow = compute_dtype.itemsize < parameter_dtype.itemsize
+    is_rounded = zero.engine == "fsdp" and zero.stage == 3 and zero.gather_dtype is None
+    return compute_dtype if is_narrow and is_rounded else parameter_dtype
+
+
+def shard_block(
+    block: nn.Module, zero: ZeroSection, mesh: Mesh, dims: Mapping[nn.Parameter, int], *, rounded: Collection[nn.Parameter], dtype: torch.dtype
+) -> None:
     """Divides one block, whose parameters must be initialised; the parts of other ranks are freed.
 
     Args:
@@ -42,6 +53,8 @@ def shard_block(block: nn.Module, zero: ZeroSection, mesh: Mesh, dims: Mapping[n
         zero: ZeRO section.
         mesh: Mesh of the ranks.
         dims: Dim of each parameter that is divided; along any other than the first, the ranks have to divide it evenly.
+        rounded: Parameters that layers round to the dtype in which they compute.
+        dtype: That dtype.
     """
     if _is_divided(zero, mesh):
         options = {
@@ -49,9 +62,19 @@ def shard_block(block: nn.Module, zero: ZeroSection, mesh: Mesh, dims: Mapping[n
             "offload_policy": _offload(zero, mesh),
             "shard_placement_fn": lambda parameter: Shard(dims[parameter]),
         }
-        for module in _of_divided_experts(block):
+        owned = [
+            Owned(owner, name, dims[parameter])
+            for owner in block.modules()
+            for name, parameter in owner.named_parameters(recurse=False)
+            if parameter in rounded and gathered_dtype(zero, dtype, parameter.dtype) != parameter.dtype and not parameter.is_meta
+        ]
+        experts = list(_of_divided_experts(block))
+        for module in experts:
             fully_shard(module, mesh=mesh.expert_data_mesh, **options)
         divided = fully_shard(block, mesh=mesh.data_mesh, **options)
+        for module in experts:
+            gather_in(dtype, [each for each in owned if each.owner is module], module)
+        gather_in(dtype, [each for each in owned if each.owner not in experts], divided)
         if zero.copy_engine_gather and mesh.shard.mesh is not None and mesh.shard.mesh.device_type == "cuda":
             divided.set_custom_all_gather(CopyEngineGather(mesh.shard.group))
 

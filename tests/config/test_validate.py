@@ -199,6 +199,10 @@ RULES = {
         [*DEEPSPEED, "zero.shard_size=1"],
         "zero.shard_size is 1, but zero.engine is deepspeed, which divides over all data-parallel ranks; leave it null.",
     ),
+    "deepspeed with another dtype of gathers": (
+        [*DEEPSPEED, "zero.gather_dtype=fp32"],
+        "zero.gather_dtype is fp32, but zero.engine is deepspeed, which gathers in precision.dtype; set one of them back.",
+    ),
     "deepspeed with copy engines": (
         [*DEEPSPEED, "zero.copy_engine_gather=true"],
         "zero.copy_engine_gather is true, but zero.engine is deepspeed, which gathers by itself; set it to false, or zero.engine to fsdp.",

@@ -157,6 +157,7 @@ CASES = {
     "tp4": case(4, tp=4, more=FULL),
     **{f"dp2 zero {stage}": case(2, stage=stage) for stage in range(4)},
     **{f"dp2 zero {stage}, accumulation": case(2, stage=stage, micro=2) for stage in range(4)},
+    "dp2 zero 3 gathered in fp32": case(2, stage=3, more=("zero.gather_dtype=fp32",)),
     "dp2 zero 3, full": case(2, stage=3, more=FULL),
     "dp2 zero 3 offloaded": case(2, more=OFFLOADED),
     "dp2 zero 2 tied": case(2, stage=2, more=TIED),

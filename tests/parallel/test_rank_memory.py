@@ -105,6 +105,7 @@ CASES = {
     "tp2 delta, chain": case(2, "model.global_path=delta", "model.chain=both", tp=2),
     **{f"dp2 zero {stage}": case(2, stage=stage) for stage in range(4)},
     "dp2 zero 0, one microbatch": case(2, "train.micro_batch_size=4"),
+    "dp2 zero 3 in bf16": case(2, "precision.dtype=bf16", stage=3),
     "dp2 zero 3, full": case(2, FULL, stage=3),
     "dp4 zero 1 in pairs": case(4, "zero.shard_size=2", stage=1),
     "dp2 zero 1, offloaded optimizer": case(2, "zero.offload_optimizer=cpu", stage=1),
