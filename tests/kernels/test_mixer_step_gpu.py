@@ -80,17 +80,24 @@ def test_real_shapes_equal_the_reference(case, dtype, kernel_device):
 @pytest.mark.gpu
 def test_a_recorded_step_equals_the_launched_one(kernel_device):
     """Parts are merged by the program that comes last, whichever it is, and kernels overlap: many steps in a row show a race."""
+    from phase8.kernels.gpu import decoding_product
     from phase8.kernels.gpu import mixer_step as gpu
 
     case = StepCase(batch=4, heads=16, head_size=128, window=2048, rank=128, silu=True, positions=(1, 2047, 90_000, 500))
     launched, recorded = (draw_step(case, torch.bfloat16, steps=1).moved(kernel_device, torch.bfloat16) for _ in range(2))
     expected = [gpu.mixer_step(*launched.arguments(0)) for _ in range(60)]
-    arguments = recorded.arguments(0)
+    arguments, weight = recorded.arguments(0), torch.randn(512, 2048, device=kernel_device, dtype=torch.bfloat16)
+
+    def step_of_a_model():
+        y = gpu.mixer_step(*arguments)
+        decoding_product.product(y, weight, is_wide=False)  # the layer that follows, after which the state may be read again
+        return y
+
     for _ in range(2):
-        gpu.mixer_step(*arguments)
+        step_of_a_model()
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
-        found = [gpu.mixer_step(*arguments) for _ in range(2)]
+        found = [step_of_a_model() for _ in range(2)]
     for step in range(2, 60, 2):
         graph.replay()
         for ours, theirs in zip(found, expected[step : step + 2], strict=True):

@@ -1,8 +1,11 @@
-"""One token of both paths of the mixer in one Triton kernel. Several programs share a head of a sequence.
+"""One token of both paths of the mixer in one Triton kernel, where several programs share a head of a sequence.
 
 Each has a part of the window, whose softmax it computes for itself, or some columns of the memory of the global path, which it holds in registers. It
 leaves its part in a buffer, and the last one of a head that arrives merges the parts: so reading the state has as many programs as memory
 needs to be busy, and a layer has one launch.
+
+A program reads its part of the global path's memory before the kernels in front have ended, so two steps of a layer need another kernel between
+them, as the layer's output is.
 
 Each of the heads of queries that share a head of keys reads it, and the first of them writes it. They have no convolution here: one program would
 move up its inputs before another has read them.
