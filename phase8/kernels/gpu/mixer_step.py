@@ -48,9 +48,8 @@ class Tiling:
 
 # Candidates that tools/bench/mixer_step.py --tilings times.
 TILINGS = (
-    Tiling(), Tiling(columns=16), Tiling(columns=64), Tiling(columns=128, num_warps=8), Tiling(slots=64), Tiling(slots=64, columns=64),
+    Tiling(), Tiling(max_registers=96), Tiling(columns=64, max_registers=168), Tiling(slots=64), Tiling(slots=64, columns=64, max_registers=168),
     Tiling(slots=64, num_warps=8), Tiling(slots=16, columns=16, num_warps=2), Tiling(num_programs=4096), Tiling(num_programs=512),
-    Tiling(part_tiles=4), Tiling(max_registers=168), Tiling(max_registers=96), Tiling(slots=64, columns=64, max_registers=168),
 )  # fmt: skip
 TILING = Tiling()
 
