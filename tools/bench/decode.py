@@ -60,6 +60,8 @@ def _run() -> int:
     config = without_auto(load_config(arguments.config, arguments.set))
     with output_is_the_product():
         select_kernels("auto", device)
+        if arguments.no_overlap:
+            _end_overlap()
         model = _model(config, device)
         rows = _rows(arguments, model)
         num_parameters = sum(parameter.numel() for parameter in model.parameters())
@@ -71,6 +73,12 @@ def _run() -> int:
             print(_line(row), file=sys.stderr, flush=True)
             print(json.dumps({**facts, **row}), flush=True)
     return 0
+
+
+def _end_overlap() -> None:
+    from phase8.kernels.gpu import overlap
+
+    overlap.IS_WANTED = False
 
 
 def _rows(arguments: argparse.Namespace, model: LanguageModel) -> Iterator[dict[str, Any]]:
@@ -203,6 +211,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--temperature", type=float, default=0.8)
     parser.add_argument("--top-k", type=int, default=0, metavar="K")
     parser.add_argument("--top-p", type=float, default=0.95, metavar="P")
+    parser.add_argument("--no-overlap", action="store_true", help="kernels of a GPU's step begin when those before them have ended")
     parser.add_argument("--profile", action="store_true", help="also show the kernels of a step")
     parser.add_argument("--peer", action="store_true", help="also time a Llama of transformers")
     return parser
