@@ -57,12 +57,12 @@ class Drawn:
 
     Args:
         tokens: Token ids [n, B], on the host.
-        is_finite: Whether all logits were finite, on the host.
+        checksum: Sum of all logits so far, which is finite if they were, on the host.
         arrived: Event after the copies; None: they are there.
     """
 
     tokens: Tensor
-    is_finite: Tensor
+    checksum: Tensor
     arrived: torch.cuda.Event | None
 
     def wait(self) -> list[list[int]]:
@@ -73,7 +73,7 @@ class Drawn:
         """
         if self.arrived is not None:
             self.arrived.synchronize()
-        if not self.is_finite.item():
+        if not self.checksum.isfinite():
             raise CheckpointError("the model computes logits that are not finite, so its weights are damaged or diverged; use an earlier checkpoint")
         return self.tokens.tolist()
 
@@ -110,14 +110,14 @@ class DecodingLoop:
         self._tokens, self._position, self._seeds = torch.zeros(3, batch_size, dtype=torch.int64, device=device).unbind()
         self._drawn = torch.zeros(most_at_once, batch_size, dtype=torch.int64, device=device)
         self._column = torch.zeros(1, dtype=torch.int64, device=device)
-        self._is_finite = torch.ones((), dtype=torch.bool, device=device)
+        self._checksum = torch.zeros((), device=device)
         self._longest = 0  # largest position of a sequence, in a row that is in use or not
         self._num_eager_steps, self._graph = 0, None
 
     @property
     def device(self) -> torch.device:
         """Device of the model."""
-        return self._step.head.device
+        return self._step.head.weight.device
 
     @torch.inference_mode()
     def admit(self, rows: Sequence[int], prompts: Tensor, seeds: Sequence[int]) -> Drawn:
@@ -136,7 +136,7 @@ class DecodingLoop:
             step.mixer.fill(state, at, read.as_window())
         self._position[at] = decoder.num_tokens
         self._seeds[at] = torch.tensor(list(seeds), dtype=torch.int64, device=self.device)
-        self._is_finite.logical_and_(logits.sum().isfinite())
+        self._checksum.add_(logits.sum())
         drawn = draw_tokens(logits.expand(len(at), -1), self._seeds[at], self._position[at], self._options)
         self._tokens[at] = drawn
         self._longest = max(self._longest, decoder.num_tokens)
@@ -171,7 +171,7 @@ class DecodingLoop:
         """A step on the device: it reads the last tokens, draws the next ones, and moves the positions on."""
         longest = None if self.is_ahead else self._longest  # a recorded step is the same at any length
         logits = self._step(self._tokens, self._position, self._states, longest=longest)[:, : self._num_ids]
-        self._is_finite.logical_and_(logits.sum().isfinite())  # a sum is one pass, and keeps what is not finite
+        self._checksum.add_(logits.sum())  # a sum is one pass, and keeps what is not finite
         self._position.add_(1)
         self._tokens.copy_(draw_tokens(logits, self._seeds, self._position, self._options))
         self._drawn.index_copy_(0, self._column, self._tokens[None])
@@ -179,9 +179,9 @@ class DecodingLoop:
 
     def _on_the_way(self, tokens: Tensor) -> Drawn:
         if self.device.type != "cuda":
-            return Drawn(tokens.clone(), self._is_finite, None)
+            return Drawn(tokens.clone(), self._checksum, None)
         hosts = []
-        for source in (tokens, self._is_finite):
+        for source in (tokens, self._checksum):
             host = torch.empty(source.shape, dtype=source.dtype, pin_memory=True)
             hosts.append(host.copy_(source, non_blocking=True))
         return Drawn(*hosts, torch.cuda.current_stream(self.device).record_event())

@@ -1,6 +1,6 @@
 """What one token of a mixer is computed with: numbers that depend on parameters alone, the place of the token, and the state that it writes.
 
-Shapes: B sequences, H heads of queries, J heads of keys and values, K head size, W window, G global tokens, S = G + W slots.
+Shapes: B sequences, H heads of queries, J heads of keys and values, K head size, W window, G global tokens, S = G + W slots, R rank of a gate.
 """
 
 from __future__ import annotations
@@ -82,6 +82,7 @@ class MixerConstants:
         scale: Length of local queries, then of keys, over the root of the head size [H + J]; None: they keep their length.
         beta: Inverse temperature of the `lorentz` score [H]; None: `dot` score.
         global_path: Those of the global path; None: there is none.
+        gate_up: Second weight of a gate per channel, whose bottleneck the mixer is given [H K, R]; None: the gate is among the scalars.
         window: Window W; 0: no local path.
         global_tokens: Global tokens G.
         num_heads: Heads H of queries.
@@ -95,6 +96,7 @@ class MixerConstants:
     scale: Tensor | None
     beta: Tensor | None
     global_path: GlobalConstants | None
+    gate_up: Tensor | None
     window: int
     global_tokens: int
     num_heads: int
@@ -114,6 +116,7 @@ class MixerStepState:
         values: Values of the slots.
         memory: State of the recurrence [B, H, K, K]; None without a global path.
         green: State of the chain [B, H, 2]; None without a chain.
+        arrivals: Zeros, in which the programs of a kernel count themselves during a step, int32 [B, H].
     """
 
     convolution: Tensor
@@ -121,6 +124,7 @@ class MixerStepState:
     values: Tensor | None
     memory: Tensor | None
     green: Tensor | None
+    arrivals: Tensor
 
     def take_over(self, other: MixerStepState) -> None:
         """Copies a state of a smaller window that has not been full yet."""

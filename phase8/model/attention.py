@@ -27,7 +27,7 @@ from phase8.kernels.running_sum import running_sum
 from phase8.kernels.window_state import WindowState
 from phase8.model.convolution import ShortConvolution
 from phase8.model.mixer_state import MixerState
-from phase8.model.mixer_step import MixerStep
+from phase8.model.mixer_step import MixerStep, SeparateProjections
 from phase8.model.norm import QueryKeyNorm
 from phase8.model.work import mean_visible_keys
 from phase8.precision.formats import NumberFormat
@@ -119,6 +119,7 @@ class CausalAttention(nn.Module):
             scale=None if lengths is None else torch.cat((lengths.repeat_interleave(queries_per_key), lengths)),
             beta=None,
             global_path=None,
+            gate_up=None,
             window=capacity,
             global_tokens=0,
             num_heads=queries_per_key * self.num_key_heads,
@@ -127,7 +128,7 @@ class CausalAttention(nn.Module):
             has_rotary=has_rotary,
             eps=self.eps,
         )
-        return MixerStep(self.qkv.prepared(dtype), None, None, constants, self.out.prepared(dtype))
+        return MixerStep(SeparateProjections(self.qkv.prepared(dtype)), constants, self.out.prepared(dtype))
 
     def forward(
         self, x: Tensor, angles: Tensor, starts: Tensor | None = None, state: AttentionState | None = None

@@ -8,8 +8,9 @@ Shapes: B sequences, D model width, V vocabulary.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import Protocol
 
 import torch.nn.functional as F
 from torch import Tensor
@@ -18,6 +19,14 @@ from phase8.kernels.decoding_state import MixerStepState, TokenPlace
 from phase8.kernels.rotary import angles_at
 from phase8.model.mixer_step import MixerStep
 from phase8.model.norm import PreparedNorm
+from phase8.tensor_parallel.linear import PreparedLinear
+
+
+class FeedForwardStep(Protocol):
+    """A feed-forward for decoding."""
+
+    def after_norm(self, norm: PreparedNorm, x: Tensor, summand: Tensor | None) -> tuple[Tensor, Tensor]:
+        """The residual stream [B, D] after a summand, and the feed-forward of its norm [B, D]."""
 
 
 @dataclass(frozen=True)
@@ -28,19 +37,18 @@ class BlockStep:
         mixer_norm: Norm of the mixer's input.
         mixer: The mixer.
         feed_forward_norm: Norm of the feed-forward's input.
-        feed_forward: Maps [B, D] to [B, D].
+        feed_forward: The feed-forward.
     """
 
     mixer_norm: PreparedNorm
     mixer: MixerStep
     feed_forward_norm: PreparedNorm
-    feed_forward: Callable[[Tensor], Tensor]
+    feed_forward: FeedForwardStep
 
     def __call__(self, x: Tensor, summand: Tensor | None, place: TokenPlace, state: MixerStepState) -> tuple[Tensor, Tensor]:
         """The residual stream [B, D] and what is still to be added to it, which the norm that follows does; arguments as the result of the last."""
-        x, normed = self.mixer_norm(x, summand)
-        x, normed = self.feed_forward_norm(x, self.mixer(normed, place, state))
-        return x, self.feed_forward(normed)
+        x, summand = self.mixer(self.mixer_norm, x, summand, place, state)
+        return self.feed_forward.after_norm(self.feed_forward_norm, x, summand)
 
 
 @dataclass(frozen=True)
@@ -54,7 +62,7 @@ class ModelStep:
         embedding: Vectors of the token ids, in the dtype of the residual stream [V, D].
         blocks: The blocks.
         norm: Final norm.
-        head: Weight of the output head [V, D].
+        head: The output head, with a weight [V, D].
     """
 
     head_size: int
@@ -63,7 +71,7 @@ class ModelStep:
     embedding: Tensor
     blocks: tuple[BlockStep, ...]
     norm: PreparedNorm
-    head: Tensor
+    head: PreparedLinear
 
     def empty_states(self, batch_size: int) -> list[MixerStepState]:
         """The state of every block before the first token of each sequence."""
@@ -95,9 +103,4 @@ class ModelStep:
         x, summand = F.embedding(tokens, self.embedding), None
         for block, state in zip(self.blocks, states, strict=True):
             x, summand = block(x, summand, place, state)
-        _, normed = self.norm(x, summand)
-        return self.logits(normed)
-
-    def logits(self, hidden: Tensor) -> Tensor:
-        """Logits of normalised hidden states [B, D], fp32 [B, V]."""
-        return F.linear(hidden, self.head).float()
+        return self.norm.then(self.head, x, summand)[1].float()

@@ -15,6 +15,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from phase8.model.norm import PreparedNorm
+
 # Logits [B, E] to scores [B, E], chosen experts [B, k] and their weights [B, k].
 Choose = Callable[[Tensor], tuple[Tensor, Tensor, Tensor]]
 
@@ -44,6 +46,11 @@ class ExpertsStep:
         _, chosen, weights = self.choose(self.score(x))
         y = self._by_chosen(x, chosen, weights) if chosen.numel() < len(self.gate) else self._by_all(x, chosen, weights)
         return y if self.shared is None else y + self.shared(x)
+
+    def after_norm(self, norm: PreparedNorm, x: Tensor, summand: Tensor | None) -> tuple[Tensor, Tensor]:
+        """The residual stream [B, D] after a summand, and the experts of its norm."""
+        x, normed = norm(x, summand)
+        return x, self(normed)
 
     def _by_chosen(self, x: Tensor, chosen: Tensor, weights: Tensor) -> Tensor:
         gate, up, down = (weight[chosen] for weight in (self.gate, self.up, self.down))  # [B, k, ...]

@@ -16,7 +16,9 @@ from torch import Tensor, nn
 from phase8.config.model_section import ModelSection
 from phase8.distributed.collectives import Axis
 from phase8.exchanges import Exchanges
+from phase8.kernels.decoding_product import gated
 from phase8.kernels.low_rank_swiglu import low_rank_swiglu
+from phase8.model.norm import PreparedNorm
 from phase8.precision.formats import NumberFormat
 from phase8.tensor_parallel.linear import ColumnParallelLinear, JointColumnLinear, LowRankColumn, LowRankRow, RowParallelLinear
 from phase8.tensor_parallel.parameters import local
@@ -36,8 +38,12 @@ class GatedStep:
 
     def __call__(self, x: Tensor) -> Tensor:
         """Maps tokens [B, D] to [B, D]."""
-        gate, up = self.gate_and_up(x).chunk(2, dim=-1)
-        return self.down(F.silu(gate) * up)
+        return self.down(gated(self.gate_and_up(x)))
+
+    def after_norm(self, norm: PreparedNorm, x: Tensor, summand: Tensor | None) -> tuple[Tensor, Tensor]:
+        """The residual stream [B, D] after a summand, and the feed-forward of its norm."""
+        x, y = norm.then(self.gate_and_up, x, summand, is_gated=True)
+        return x, self.down(y)
 
 
 class SwiGLU(nn.Module):

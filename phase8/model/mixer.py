@@ -15,6 +15,7 @@ from phase8.config.model_section import ModelSection
 from phase8.context_parallel.slices import EarlierSlices
 from phase8.distributed.collectives import ALONE, Axis
 from phase8.exchanges import NO_EXCHANGES, Exchanges, fetched
+from phase8.kernels.backends import uses_triton
 from phase8.kernels.decoding_state import MixerConstants
 from phase8.kernels.mixer_inputs import MixerInputs, mixer_inputs
 from phase8.kernels.window_attention import window_attention
@@ -22,11 +23,19 @@ from phase8.kernels.window_state import WindowState, empty_window_state
 from phase8.model.convolution import ShortConvolution
 from phase8.model.global_path import GlobalPath
 from phase8.model.mixer_state import MixerState
-from phase8.model.mixer_step import MixerStep
+from phase8.model.mixer_step import JointProjections, MixerStep, SeparateProjections
 from phase8.model.norm import QueryKeyNorm
 from phase8.model.work import mean_visible_keys
 from phase8.precision.formats import NumberFormat
-from phase8.tensor_parallel.linear import JointColumnLinear, column_linear, row_linear
+from phase8.tensor_parallel.linear import (
+    ColumnParallelLinear,
+    JointColumnLinear,
+    PreparedLinear,
+    PreparedLowRank,
+    column_linear,
+    held,
+    row_linear,
+)
 from phase8.tensor_parallel.parameters import ParameterSpec, inverse_softplus, local
 
 INITIAL_RADIUS = 4.0
@@ -121,11 +130,13 @@ class Phase8Mixer(nn.Module):
         """The mixer of one rank for decoding with a residual stream of a dtype."""
         path, lengths = self.global_path, self.score if self.score is not None else self.qk_norm
         scale = None if lengths is None else lengths.radius.detach() * self.head_size**-0.5
+        project, gates = self._prepared_projections(dtype)
         constants = MixerConstants(
             taps=self.convolution.prepared(dtype),
             scale=None if scale is None else torch.cat((scale, scale)),
             beta=None if self.score is None else self.score.beta.detach(),
             global_path=None if path is None else path.prepared(),
+            gate_up=None if gates is None else gates.up[0],
             window=self.window,
             global_tokens=self.global_tokens,
             num_heads=self.num_heads,
@@ -134,13 +145,20 @@ class Phase8Mixer(nn.Module):
             has_rotary=has_rotary,
             eps=self.eps,
         )
-        return MixerStep(
-            self.qkv.prepared(dtype),
-            None if path is None else path.scalars.prepared(dtype),
-            None if path is None or path.gates is None else path.gates.prepared(dtype),
-            constants,
-            self.out.prepared(dtype),
-        )
+        return MixerStep(project, constants, self.out.prepared(dtype))
+
+    def _prepared_projections(self, dtype: torch.dtype) -> tuple[SeparateProjections | JointProjections, PreparedLowRank | None]:
+        """The linear layers before the mixer for decoding, and those of a gate per channel, whose second one the mixer computes itself."""
+        path = self.global_path
+        if path is None:
+            return SeparateProjections(self.qkv.prepared(dtype)), None
+        gates = None if path.gates is None else path.gates.prepared(dtype)
+        if uses_triton(path.scalars.weight) and isinstance(self.qkv, JointColumnLinear) and isinstance(self.q, ColumnParallelLinear):
+            bottleneck = () if path.gate is None else (path.gate.down,)
+            weight = held(dtype, self.q, self.k, self.v, *bottleneck, path.scalars)
+            return JointProjections(weight, num_scalars=len(path.scalars.weight), rank=0 if gates is None else len(gates.down)), gates
+        gate = None if gates is None else PreparedLinear(gates.down)
+        return SeparateProjections(self.qkv.prepared(dtype), path.scalars.prepared(dtype), gate), gates
 
     def forward(
         self, x: Tensor, angles: Tensor, starts: Tensor | None = None, state: MixerState | None = None

@@ -20,7 +20,7 @@ from phase8.model.parameters import materialise
 from phase8.precision.formats import OPERAND_DTYPE, NumberFormat
 from phase8.tensor_parallel.cross_entropy import loss_exchanges, parallel_cross_entropy
 from phase8.tensor_parallel.embedding import VocabularyParallelEmbedding, first_id
-from phase8.tensor_parallel.linear import ColumnParallelLinear, for_few_tokens
+from phase8.tensor_parallel.linear import ColumnParallelLinear, PreparedLinear, for_few_tokens
 from phase8.tensor_parallel.parameters import local
 
 # Called with the number of a layer and what its block returns beside the stream.
@@ -177,7 +177,7 @@ class LanguageModel(nn.Module):
         assert self.embedding is not None and self.norm is not None
         blocks = tuple(block.prepared(self.dtype, capacity=capacity) for block in self.blocks.values())
         embedding = self.embedding.weight.detach().to(self.dtype)
-        head = for_few_tokens(embedding) if self.head is None else self.head.prepared(self.dtype).weight
+        head = PreparedLinear(for_few_tokens(embedding)) if self.head is None else self.head.prepared(self.dtype)
         section = self.section
         frequencies = rotary_frequencies(
             section.head_width, base=section.rope_base, rope_scaling=section.rope_scaling, device=embedding.device

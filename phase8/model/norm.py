@@ -6,15 +6,17 @@ Source: B. Zhang and R. Sennrich, "Root mean square layer normalization" (2019).
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from phase8.kernels.decoding_product import gated, normed_product
 from phase8.kernels.dtypes import at_least_fp32
 from phase8.kernels.residual_norm import residual_norm
+from phase8.tensor_parallel.linear import PreparedLinear
 from phase8.tensor_parallel.parameters import ParameterSpec, local
 
 
@@ -28,6 +30,20 @@ class PreparedNorm:
     def __call__(self, x: Tensor, summand: Tensor | None) -> tuple[Tensor, Tensor]:
         """Adds a summand to the residual stream [B, D]; returns the stream, and its norm."""
         return residual_norm(x, summand, self.weight, self.eps)
+
+    def then(self, layer: Callable[[Tensor], Tensor], x: Tensor, summand: Tensor | None, *, is_gated: bool = False) -> tuple[Tensor, Tensor]:
+        """The same with a layer of the norm, which on a GPU is one kernel for few tokens; returns the stream, and the layer's outputs.
+
+        Args:
+            layer: Layer for decoding; maps [B, D] to [B, F].
+            x: Residual stream.
+            summand: What is added to it; None: nothing.
+            is_gated: Whether the first half of the outputs gates the second.
+        """
+        if isinstance(layer, PreparedLinear):
+            return normed_product(x, summand, self.weight, self.eps, layer.weight, is_gated=is_gated)
+        x, normed = self(x, summand)
+        return x, gated(layer(normed)) if is_gated else layer(normed)
 
 
 class RMSNorm(nn.Module):

@@ -27,6 +27,7 @@ from torch import Tensor, nn
 
 from phase8.distributed.collectives import Axis, gather_tokens, scatter_tokens
 from phase8.exchanges import Exchanges, gathered, scattered
+from phase8.kernels.decoding_product import product
 from phase8.kernels.dtypes import at_least_fp32
 from phase8.precision.formats import OPERAND_DTYPE, NumberFormat
 from phase8.tensor_parallel.parameters import ParameterSpec, local
@@ -45,7 +46,7 @@ class PreparedLinear:
 
     def __call__(self, x: Tensor) -> Tensor:
         """Maps [B, D] to [B, F]."""
-        return F.linear(x, self.weight)
+        return product(x, self.weight)
 
 
 @dataclass(frozen=True)
@@ -115,7 +116,7 @@ class Linear(nn.Module):
 
     def prepared(self, dtype: torch.dtype) -> PreparedLinear:
         """The layer of one rank for decoding with inputs of a dtype."""
-        return PreparedLinear(_held(dtype, self))
+        return PreparedLinear(held(dtype, self))
 
     def extra_repr(self) -> str:
         """The widths over all ranks together, for `print(model)`."""
@@ -205,7 +206,7 @@ class LowRankRow(nn.Module):
 
     def prepared(self, dtype: torch.dtype) -> PreparedLowRank:
         """The layer of one rank for decoding with inputs of a dtype."""
-        return PreparedLowRank(_held(dtype, self.down), _held(dtype, self.up)[None])
+        return PreparedLowRank(held(dtype, self.down), held(dtype, self.up)[None])
 
     def finish(self, bottleneck: Tensor) -> Tensor:
         """Computes the layer from `down` on, from this rank's summand of the bottleneck of all tokens [..., R]; result as of `forward`."""
@@ -291,8 +292,8 @@ class JointColumnLinear:
             ups = [layer.up.weight.detach().to(dtype) for layer in self.layers]
             is_even = len({len(up) for up in ups}) == 1
             joined = torch.stack(ups) if is_even else torch.block_diag(*ups)[None]
-            return PreparedLowRank(_held(dtype, *(layer.down for layer in self.layers)), joined)
-        return PreparedLinear(_held(dtype, *self.layers))
+            return PreparedLowRank(held(dtype, *(layer.down for layer in self.layers)), joined)
+        return PreparedLinear(held(dtype, *self.layers))
 
     def exchanges(self) -> Exchanges:
         """The gather of the input, repeated in backward, for dense layers; the gather of the bottlenecks for low-rank layers."""
@@ -325,8 +326,8 @@ def for_few_tokens(weight: Tensor) -> Tensor:
     return weight.t().contiguous().t() if is_turned else weight
 
 
-def _held(dtype: torch.dtype, *layers: Linear) -> Tensor:
-    """The weights of layers, joined, for few tokens; those of the layers become views of them where they have the dtype and are not trained."""
+def held(dtype: torch.dtype, *layers: Linear) -> Tensor:
+    """The weights of layers of one rank, joined, for few tokens; those of the layers become views of them if they have the dtype, untrained."""
     joined = for_few_tokens(_joint_weight(dtype, *layers).detach() if len(layers) > 1 else layers[0].weight.detach().to(dtype))
     for layer, part in zip(layers, joined.split([len(layer.weight) for layer in layers]), strict=True):
         # A recorded training step, or an optimizer that has joined parameters, finds them by their address.

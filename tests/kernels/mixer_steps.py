@@ -26,6 +26,7 @@ class StepCase:
     silu: bool = False
     global_path: str | None = "given"
     channels: bool = True
+    rank: int = 5  # of the gate per channel
     delta: bool = False
     floor: float | None = None
     positions: tuple[int, ...] = (3, 20)
@@ -49,6 +50,7 @@ class Steps:
     constants: MixerConstants
     state: MixerStepState
     position: Tensor
+    is_joint: bool = False  # one product has computed all inputs, in fp32
 
     def moved(self, device: torch.device, dtype: torch.dtype) -> "Steps":
         """The same on a device: activations, keys and values in a dtype, all else in fp32, or in fp64 with it."""
@@ -57,14 +59,18 @@ class Steps:
         def to(x, dtype):
             return None if x is None else x.to(device, dtype, copy=True)
 
-        inputs = [(to(qkv, dtype), to(scalars, wide), to(channels, dtype)) for qkv, scalars, channels in self.inputs]
+        of_gate = wide if self.is_joint else dtype
+        inputs = [(to(qkv, of_gate), to(scalars, wide), to(channels, of_gate)) for qkv, scalars, channels in self.inputs]
         path = self.constants.global_path
         if path is not None:
             gates = replace(path.decay_and_gate, **{name: to(vars(path.decay_and_gate)[name], wide) for name in ("decay_bias", "gate_bias")})
             path = GlobalConstants(gates, None, to(path.norm_weight, wide))
-        constants = replace(self.constants, taps=to(self.constants.taps, wide), scale=to(self.constants.scale, wide), global_path=path)
-        parts = {name: to(x, wide if name == "memory" else dtype) for name, x in vars(self.state).items()}
-        return Steps(self.case, inputs, constants, MixerStepState(**parts), self.position.to(device))
+        constants = self.constants
+        taps, scale, gate_up = to(constants.taps, wide), to(constants.scale, wide), to(constants.gate_up, dtype)
+        constants = replace(constants, taps=taps, scale=scale, gate_up=gate_up, global_path=path)
+        dtypes = {"memory": wide, "arrivals": torch.int32}
+        parts = {name: to(x, dtypes.get(name, dtype)) for name, x in vars(self.state).items()}
+        return replace(self, inputs=inputs, constants=constants, state=MixerStepState(**parts), position=self.position.to(device))
 
     def arguments(self, step: int) -> tuple:
         """Arguments of a step."""
@@ -89,7 +95,7 @@ def draw_step(case: StepCase, dtype: torch.dtype, *, steps: int) -> Steps:
         (
             draw(case.batch, row),
             draw(case.batch, case.heads * num_scalars, dtype=wide) if has_path else None,
-            draw(case.batch, width) if has_path and case.channels else None,
+            draw(case.batch, case.rank) if has_path and case.channels else None,
         )
         for _ in range(steps)
     ]
@@ -99,6 +105,7 @@ def draw_step(case: StepCase, dtype: torch.dtype, *, steps: int) -> Steps:
         scale=1 + draw(case.heads + case.num_key_heads, dtype=wide).abs() if case.scaled else None,
         beta=None,
         global_path=GlobalConstants(gates, None, draw(case.heads, case.head_size, dtype=wide)) if has_path else None,
+        gate_up=draw(width, case.rank) * case.rank**-0.5 if has_path and case.channels else None,
         window=case.window,
         global_tokens=case.global_tokens,
         num_heads=case.heads,
@@ -114,5 +121,6 @@ def draw_step(case: StepCase, dtype: torch.dtype, *, steps: int) -> Steps:
         draw(*slots) if case.window else None,
         draw(case.batch, case.heads, case.head_size, case.head_size, dtype=wide) if has_path else None,
         None,
+        torch.zeros(case.batch, case.heads, dtype=torch.int32),
     )
     return Steps(case, inputs, constants, state, torch.tensor((case.positions * case.batch)[: case.batch]))

@@ -54,6 +54,15 @@ def test_rows_do_not_see_each_other():
     torch.testing.assert_close(reference.mixer_step(*other.arguments(0))[0], y[0], rtol=0, atol=0)
 
 
+def test_wide_projections_are_rounded_to_the_dtype_of_the_state():
+    steps, narrow, cpu = draw_step(StepCase(rotary=False), torch.bfloat16, steps=1), torch.bfloat16, torch.device("cpu")
+    y = mixer_step(*steps.moved(cpu, narrow).arguments(0))
+    qkv, scalars, channels, *rest = replace(steps, is_joint=True).moved(cpu, narrow).arguments(0)
+    assert y.dtype == narrow and qkv.dtype == channels.dtype == torch.float32
+    unseen = 1 + 2.0**-12  # it moves no number to another one of bf16
+    torch.testing.assert_close(mixer_step(qkv * unseen, scalars, channels * unseen, *rest), y, rtol=0, atol=0)
+
+
 @pytest.mark.parametrize(("key_heads", "taps", "expected"), [(None, 4, True), (1, 1, True), (1, 4, False)])
 def test_shared_keys_with_a_convolution_take_the_plain_operations(key_heads, taps, expected, monkeypatch):
     monkeypatch.setattr(dispatch, "uses_triton", lambda x: True)

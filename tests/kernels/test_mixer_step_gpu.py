@@ -36,10 +36,10 @@ def poisoned(poisoned_memory):
     pytest.importorskip("triton")
 
 
-def check(case, device, dtype):
+def check(case, device, dtype, *, is_joint=False):
     from phase8.kernels.gpu import mixer_step as gpu
 
-    steps, wide = draw_step(case, dtype, steps=STEPS), torch.float64
+    steps, wide = replace(draw_step(case, dtype, steps=STEPS), is_joint=is_joint), torch.float64
     ours, exact = steps.moved(device, dtype), steps.moved(torch.device("cpu"), wide)
     for step in range(STEPS):
         found, expected = (run(*each.arguments(step)) for run, each in ((gpu.mixer_step, ours), (mixer_step, exact)))
@@ -47,7 +47,7 @@ def check(case, device, dtype):
         for name, (mine, theirs) in results.items():
             if theirs is None or theirs.numel() == 0:
                 continue
-            error = (mine.double().cpu() - theirs).norm() / (theirs.norm() + 1e-6)
+            error = (mine.double().cpu() - theirs).norm() / (theirs.double().norm() + 1e-6)
             assert error <= TOLERANCE[dtype], f"step {step}, {name}: {error:.1e}"
 
 
@@ -60,46 +60,76 @@ def test_small_shapes_equal_the_reference(case, kernel_device):
 def test_parts_of_a_window_are_merged(case, kernel_device, monkeypatch):
     from phase8.kernels.gpu import mixer_step as gpu
 
-    monkeypatch.setattr(gpu, "SLOTS_OF_A_PART", 16)
-    monkeypatch.setattr(gpu, "tile_slots", lambda block: 16)
+    monkeypatch.setattr(gpu, "TILING", gpu.Tiling(slots=16, columns=4))
     assert gpu.num_parts(case.batch * case.heads, case.window) == case.window // 16
     check(case, kernel_device, torch.float32)
+
+
+@pytest.mark.parametrize("case", [StepCase(delta=True, channels=False), StepCase(silu=True)], ids=str)
+def test_results_of_a_joint_product_are_rounded(case, kernel_device):
+    check(case, kernel_device, torch.bfloat16, is_joint=True)
 
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("dtype", TOLERANCE)
 @pytest.mark.parametrize("case", LARGE, ids=str)
 def test_real_shapes_equal_the_reference(case, dtype, kernel_device):
-    check(case, kernel_device, dtype)
+    check(case, kernel_device, dtype, is_joint=dtype == torch.bfloat16)
+
+
+@pytest.mark.gpu
+def test_a_recorded_step_equals_the_launched_one(kernel_device):
+    """Parts are merged by the program that comes last, whichever it is, and kernels overlap: many steps in a row show a race."""
+    from phase8.kernels.gpu import decoding_product
+    from phase8.kernels.gpu import mixer_step as gpu
+
+    case = StepCase(batch=4, heads=16, head_size=128, window=2048, rank=128, silu=True, positions=(1, 2047, 90_000, 500))
+    launched, recorded = (draw_step(case, torch.bfloat16, steps=1).moved(kernel_device, torch.bfloat16) for _ in range(2))
+    expected = [gpu.mixer_step(*launched.arguments(0)) for _ in range(60)]
+    arguments, weight = recorded.arguments(0), torch.randn(512, 2048, device=kernel_device, dtype=torch.bfloat16)
+
+    def step_of_a_model():
+        y = gpu.mixer_step(*arguments)
+        decoding_product.product(y, weight, is_wide=False)  # the layer that follows, after which the state may be read again
+        return y
+
+    for _ in range(2):
+        step_of_a_model()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        found = [step_of_a_model() for _ in range(2)]
+    for step in range(2, 60, 2):
+        graph.replay()
+        for ours, theirs in zip(found, expected[step : step + 2], strict=True):
+            torch.testing.assert_close(ours, theirs, rtol=0, atol=0)
+    assert not recorded.state.arrivals.any()
 
 
 @pytest.fixture(scope="module")
 def compiled():
     types = {
-        "qkv": "*bf16", "before": "*bf16", "taps": "*fp32", "cosines": "*fp32", "sines": "*fp32", "scale": "*fp32", "keys": "*bf16",
-        "values": "*bf16", "positions": "*i64", "scalars": "*fp32", "channels": "*bf16",
+        "qkv": "*fp32", "before": "*bf16", "taps": "*fp32", "cosines": "*fp32", "sines": "*fp32", "scale": "*fp32", "keys": "*bf16",
+        "values": "*bf16", "positions": "*i64", "scalars": "*fp32", "channels": "*fp32", "gate_up": "*bf16",
         "decay_bias": "*fp32", "gate_bias": "*fp32", "norm_weight": "*fp32",
-        "memory": "*fp32", "out": "*bf16", "partial": "*fp32",
+        "memory": "*fp32", "out": "*bf16", "parts": "*fp32", "arrivals": "*i32",
     }  # fmt: skip
     numbers = {
-        "qkv_stride": 6144, "scalars_stride": 16, "channels_stride": 2048, "window": 2048, "global_tokens": 0, "score_scale": 0.088, "eps": 1e-5,
+        "qkv_stride": 6288, "scalars_stride": 6288, "channels_stride": 6288, "window": 2048, "global_tokens": 0, "score_scale": 0.088, "eps": 1e-5,
         "decay_floor": -5.0,
     }  # fmt: skip
     constants = {
-        "NUM_HEADS": 16, "KEY_HEADS": 16, "HEAD_SIZE": 128, "BLOCK_HALF": 64, "BLOCK_K": 128, "TAPS": 4, "BLOCK_J": 128, "BLOCK_G": 1,
-        "ROTARY": True, "SCALE": True, "WINDOW": True, "GLOBALS": False, "GLOBAL_PATH": True,
-        "CHANNELS": True, "SILU": True, "SCALARS": 1, "DELTA": False, "FLOOR": False, "PARTS": 1,
+        "NUM_HEADS": 16, "KEY_HEADS": 16, "HEAD_SIZE": 128, "BLOCK_HALF": 64, "BLOCK_K": 128, "TAPS": 4, "BLOCK_J": 32, "BLOCK_V": 32, "BLOCK_G": 1,
+        "BLOCK_P": 64, "WINDOW_PARTS": 64, "MEMORY_PARTS": 4, "ROTARY": True, "SCALE": True, "GLOBALS": False, "RANK": 128, "BLOCK_R": 128,
+        "SILU": True, "SCALARS": 1, "DELTA": False, "FLOOR": False, "OVERLAPS": True,
     }  # fmt: skip
-    kernel = OfflineKernel("phase8.kernels.gpu.mixer_step:_step_kernel", types | numbers | constants, num_warps=4)
+    kernel = OfflineKernel("phase8.kernels.gpu.mixer_step:_step_kernel", types | numbers | constants, num_warps=4, options={"maxnreg": 128})
+    short = replace(kernel, arguments={**kernel.arguments, "WINDOW_PARTS": 1, "BLOCK_P": 1})
     delta = replace(kernel, arguments={**kernel.arguments, "DELTA": True, "SCALARS": 2, "GLOBALS": True, "global_tokens": 4, "BLOCK_G": 4})
-    parts = replace(kernel, arguments={**kernel.arguments, "PARTS": 8})
-    shared = replace(kernel, arguments={**kernel.arguments, "NUM_HEADS": 32, "KEY_HEADS": 8, "TAPS": 1, "GLOBAL_PATH": False, "CHANNELS": False})
-    merged = {name: value for name, value in (types | numbers).items() if name in ("qkv", "qkv_stride", "before", "out", "partial")}
-    merged |= {name: constants[name] for name in ("NUM_HEADS", "HEAD_SIZE", "BLOCK_K", "TAPS", "GLOBAL_PATH")} | {"PARTS": 8, "BLOCK_P": 8}
-    merge = OfflineKernel("phase8.kernels.gpu.mixer_step:_merge_kernel", merged, num_warps=4)
-    return compile_offline({"linear": kernel, "delta": delta, "parts": parts, "shared": shared, "merge": merge})
+    shared = replace(kernel, arguments={**kernel.arguments, "NUM_HEADS": 32, "KEY_HEADS": 8, "TAPS": 1, "MEMORY_PARTS": 0, "OVERLAPS": False})
+    return compile_offline({"linear": kernel, "short": short, "delta": delta, "shared": shared})
 
 
 def test_machine_code(compiled):
+    """So few registers leave a processor several programs, which wait for memory in turns."""
     for kernel in compiled.values():
-        kernel.check(max_registers=255)
+        kernel.check(max_registers=128)

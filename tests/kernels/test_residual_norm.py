@@ -48,5 +48,6 @@ def test_real_rows_equal_the_reference(width, kernel_device):
 def test_machine_code():
     pytest.importorskip("triton")
     arguments = {"x": "*bf16", "summand": "*bf16", "summand_stride": 2048, "weight": "*fp32", "summed": "*bf16", "normed": "*bf16", "eps": 1e-5}
-    kernel = OfflineKernel("phase8.kernels.gpu.residual_norm:_norm_kernel", {**arguments, "WIDTH": 2048, "BLOCK": 2048, "ADDS": True}, num_warps=8)
+    arguments |= {"WIDTH": 2048, "BLOCK": 2048, "ADDS": True, "OVERLAPS": True}
+    kernel = OfflineKernel("phase8.kernels.gpu.residual_norm:_norm_kernel", arguments, num_warps=8)
     compile_offline({"norm": kernel})["norm"].check(max_registers=64)

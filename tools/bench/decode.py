@@ -2,11 +2,13 @@
 
     python tools/bench/decode.py
     python tools/bench/decode.py --config configs/phase8_1b.yaml --batch 1 64 --prompt 128 8192 131072 --temperature 0
+    python tools/bench/decode.py --batch 1 64 --prompt 128 --temperature 0 --profile
     python tools/bench/decode.py --config configs/quickstart.yaml --device cpu --prompt 128 8192 --peer
 
 A row is one loop of its own. `first` is the time from the built model to the first token after the prompt, `ready` that of the next four tokens, in
 which a GPU records its step; both contain what is compiled in this process for the first time. tok/s is that of all sequences together: the median of
-several runs of tokens, one after the other. --peer times LlamaForCausalLM.generate of transformers with the same widths beside it.
+several runs of tokens, one after the other. --profile shows the kernels of a step, the longest first. --peer times LlamaForCausalLM.generate of
+transformers with the same widths beside it.
 """
 
 from __future__ import annotations
@@ -17,12 +19,12 @@ import statistics
 import sys
 import time
 from collections.abc import Callable, Iterator
-from functools import partial
 from typing import Any
 
 import torch
 from measure import ROOT, BenchmarkError
 
+from phase8.benchmark.profile import profile_steps
 from phase8.config.arguments import path_argument
 from phase8.config.auto import without_auto
 from phase8.config.load import load_config
@@ -36,10 +38,11 @@ from phase8.model.parameters import initialise
 from phase8.precision.policy import compute_dtype
 from phase8.terminal import output_is_the_product, run_door
 
-# What was measured until a loop was ready, and what draws the tokens of a timed run.
-Prepared = tuple[dict[str, Any], Callable[[], None]]
+# What was measured until a loop was ready, and what draws the tokens of a timed run, so many.
+Prepared = tuple[dict[str, Any], Callable[[int], None]]
 AT_ONCE = 8  # tokens that the host launches before it waits for earlier ones
 ROUNDS = 5
+PROFILED_STEPS, PROFILE_ROWS = 32, 30
 
 
 def main() -> int:
@@ -57,6 +60,8 @@ def _run() -> int:
     config = without_auto(load_config(arguments.config, arguments.set))
     with output_is_the_product():
         select_kernels("auto", device)
+        if arguments.no_overlap:
+            _end_overlap()
         model = _model(config, device)
         rows = _rows(arguments, model)
         num_parameters = sum(parameter.numel() for parameter in model.parameters())
@@ -70,6 +75,12 @@ def _run() -> int:
     return 0
 
 
+def _end_overlap() -> None:
+    from phase8.kernels.gpu import overlap
+
+    overlap.IS_WANTED = False
+
+
 def _rows(arguments: argparse.Namespace, model: LanguageModel) -> Iterator[dict[str, Any]]:
     for batch in arguments.batch:
         for length in arguments.prompt:
@@ -80,11 +91,23 @@ def _rows(arguments: argparse.Namespace, model: LanguageModel) -> Iterator[dict[
             for _ in range(ROUNDS):  # in turns, so that what else the machine does meets both
                 for run, (_, draw) in prepared.items():
                     begin = arguments.clock()
-                    draw()
+                    draw(arguments.tokens)
                     rates[run].append(batch * arguments.tokens / (arguments.clock() - begin))
             for run, (figures, _) in prepared.items():
                 speed = {"tokens_per_second": statistics.median(rates[run]), "least": min(rates[run]), "most": max(rates[run])}
                 yield {"run": run, "batch": batch, "prompt": length, **figures, **speed}
+            if arguments.profile:
+                _show_profile(prepared["phase8"][1], torch.device(arguments.device))
+
+
+def _show_profile(draw: Callable[[int], None], device: torch.device) -> None:
+    rows = profile_steps(lambda: draw(PROFILED_STEPS), device=device, num_steps=PROFILED_STEPS)
+    print(f"{'us a step':>10s} {'calls':>7s} {'us each':>8s}", file=sys.stderr)
+    for row in rows[:PROFILE_ROWS]:
+        microseconds = 1e6 * row.seconds_per_step
+        print(f"{microseconds:10.1f} {row.calls_per_step:7.1f} {microseconds / row.calls_per_step:8.2f}  {row.name[:100]}", file=sys.stderr)
+    total, calls = (sum(values) for values in zip(*((row.seconds_per_step, row.calls_per_step) for row in rows), strict=True))
+    print(f"{1e6 * total:10.1f} {calls:7.1f}           all kernels; those that overlap count twice", file=sys.stderr, flush=True)
 
 
 def _model(config: RunConfig, device: torch.device) -> LanguageModel:
@@ -105,9 +128,9 @@ def _ours(arguments: argparse.Namespace, model: LanguageModel, batch: int, lengt
         loop.advance(1).wait()
     ready = arguments.clock()
 
-    def tokens() -> None:
+    def tokens(num_tokens: int) -> None:
         waiting = loop.advance(at_once)
-        for _ in range(arguments.tokens // at_once - 1):
+        for _ in range(num_tokens // at_once - 1):
             following = loop.advance(at_once)
             waiting.wait()
             waiting = following
@@ -155,7 +178,7 @@ def _llama(arguments: argparse.Namespace, model: LanguageModel, batch: int, leng
     first = arguments.clock()
     generate(4)
     parameters = sum(parameter.numel() for parameter in peer.parameters())
-    return {"first": first - begin, "ready": arguments.clock() - first, "parameters": parameters}, partial(generate, arguments.tokens)
+    return {"first": first - begin, "ready": arguments.clock() - first, "parameters": parameters}, generate
 
 
 _HEADER = f"{'run':10s} {'batch':>5s} {'prompt':>7s} {'first s':>9s} {'ready s':>9s} {'tok/s':>9s} {'range':>19s}"
@@ -188,6 +211,8 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--temperature", type=float, default=0.8)
     parser.add_argument("--top-k", type=int, default=0, metavar="K")
     parser.add_argument("--top-p", type=float, default=0.95, metavar="P")
+    parser.add_argument("--no-overlap", action="store_true", help="kernels of a GPU's step begin when those before them have ended")
+    parser.add_argument("--profile", action="store_true", help="also show the kernels of a step")
     parser.add_argument("--peer", action="store_true", help="also time a Llama of transformers")
     return parser
 

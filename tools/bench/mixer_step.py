@@ -2,6 +2,7 @@
 
     python tools/bench/mixer_step.py
     python tools/bench/mixer_step.py --shape 64 16 128 2048
+    python tools/bench/mixer_step.py --tilings --repeats 30 --shape 1 16 128 2048 --shape 64 16 128 128
 
 Floor: keys and values of the window read once, the memory of the global path read and written once.
 """
@@ -10,7 +11,7 @@ from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from functools import partial
 
 import torch
@@ -35,6 +36,7 @@ def main() -> int:
     options = parser(__doc__)
     metavar = ("B", "H", "K", "W")
     options.add_argument("--shape", nargs=4, type=int, action="append", metavar=metavar, help="sequences, heads, head size, window; repeatable")
+    options.add_argument("--tilings", action="store_true", help="time every way to divide the state over programs")
     return run_door(lambda: benchmark("mixer_step", options.parse_args(), _cases))
 
 
@@ -47,7 +49,23 @@ def _cases(arguments: argparse.Namespace, device: torch.device) -> Iterator[Case
         num_bytes = sum(x.numel() * x.element_size() for x in (state.keys, state.values, state.memory, state.memory) if x is not None)
         case = partial(Case, " x ".join(map(str, shape)), num_bytes=num_bytes)
         yield case("triton", partial(mixer_step, *inputs))
+        if arguments.tilings:
+            yield from _tilings(case, partial(mixer_step, *inputs))
         yield case("plain torch", partial(reference.mixer_step, *inputs))
+
+
+def _tilings(case: Callable[..., Case], run: Callable[[], Tensor]) -> Iterator[Case]:
+    from phase8.kernels.gpu import mixer_step as gpu
+
+    def tiled(tiling: gpu.Tiling) -> Tensor:
+        chosen, gpu.TILING = gpu.TILING, tiling
+        try:
+            return run()
+        finally:
+            gpu.TILING = chosen
+
+    for tiling in gpu.TILINGS:
+        yield case(" ".join(map(str, vars(tiling).values())), partial(tiled, tiling))
 
 
 def _inputs(
@@ -66,6 +84,7 @@ def _inputs(
         scale=torch.ones(2 * heads, device=device),
         beta=None,
         global_path=path,
+        gate_up=draw(width, size),
         window=window,
         global_tokens=0,
         num_heads=heads,
@@ -74,12 +93,13 @@ def _inputs(
         has_rotary=True,
         eps=EPS,
     )
+    arrivals = torch.zeros(batch, heads, dtype=torch.int32, device=device)
     kept = (batch, window, heads, size)
-    state = MixerStepState(draw(batch, TAPS - 1, 3 * width), draw(*kept), draw(*kept), draw(batch, heads, size, size, dtype=wide), None)
+    state = MixerStepState(draw(batch, TAPS - 1, 3 * width), draw(*kept), draw(*kept), draw(batch, heads, size, size, dtype=wide), None, arrivals)
     position = torch.full((batch,), POSITION, device=device)
     angles = angles_at(position, rotary_frequencies(size, base=1e4, device=device))
     place = TokenPlace(position, angles.cos(), angles.sin())
-    return draw(batch, 3 * width), draw(batch, heads, dtype=wide), draw(batch, width), constants, state, place
+    return draw(batch, 3 * width, dtype=wide), draw(batch, heads, dtype=wide), draw(batch, size, dtype=wide), constants, state, place
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
 """One token of both paths of the mixer, between its linear layers, for each of several sequences, whose state is written in place.
 
-Shapes: B sequences, H heads of queries, J heads of keys and values, K head size.
+Shapes: B sequences, H heads of queries, J heads of keys and values, K head size, R rank of the gate per channel.
 """
 
 from __future__ import annotations
@@ -24,16 +24,17 @@ def mixer_step(
     """Both paths, and their sum.
 
     Args:
-        qkv: Projections to queries, keys and values [B, (H + 2 J) K].
+        qkv: Projections to queries, keys and values [B, (H + 2 J) K]; what is wider than the state is rounded to its dtype.
         scalars: Scalars of each head, fp32 or wider [B, H * scalars per head]; None without a global path.
-        channels: Logits of a gate per channel [B, H K]; None: the gate is among the scalars.
+        channels: Bottleneck of a gate per channel [B, R]; None: the gate is among the scalars.
         constants: Constants of the layer.
         state: State before the token; after the call it is that after the token.
         place: Places of the tokens.
 
     Returns:
-        The sum of the paths [B, H K], in the dtype of qkv.
+        The sum of the paths [B, H K], in the dtype of the state.
     """
+    qkv = qkv.to(state.convolution.dtype)
     num_heads, num_key_heads = constants.num_heads, constants.num_key_heads
     inputs = _convolved(qkv, constants.taps, state.convolution).unflatten(1, (num_heads + 2 * num_key_heads, -1))
     qk, v = inputs[:, :-num_key_heads], inputs[:, -num_key_heads:]
@@ -44,7 +45,7 @@ def mixer_step(
         y = ring_attention_step(q, k, v, state.keys, state.values, ring, constants.beta)
     if constants.global_path is not None and scalars is not None:
         q, k = normalised(F.silu(qk) if constants.has_silu else qk, constants.eps).chunk(2, dim=1)
-        gates = None if channels is None else channels.view(v.shape)
+        gates = None if channels is None or constants.gate_up is None else F.linear(channels.to(v.dtype), constants.gate_up).view(v.shape)
         summand = _global(scalars.unflatten(1, (num_heads, -1)), gates, (q, k, v), constants.global_path, state, constants.eps)
         y = summand.to(v.dtype) if y is None else y + summand.to(v.dtype)
     assert y is not None  # a mixer has at least one path
