@@ -24,7 +24,6 @@ from typing import Any
 import torch
 from measure import ROOT, BenchmarkError
 
-from phase8.benchmark.profile import profile_steps
 from phase8.config.arguments import path_argument
 from phase8.config.auto import without_auto
 from phase8.config.load import load_config
@@ -35,6 +34,7 @@ from phase8.generate.sampling import SamplingOptions
 from phase8.kernels.backends import select_kernels
 from phase8.model.model import LanguageModel, build_model
 from phase8.model.parameters import initialise
+from phase8.observe.step_profile import profile_steps
 from phase8.precision.policy import compute_dtype
 from phase8.terminal import output_is_the_product, run_door
 
@@ -101,7 +101,7 @@ def _rows(arguments: argparse.Namespace, model: LanguageModel) -> Iterator[dict[
 
 
 def _show_profile(draw: Callable[[int], None], device: torch.device) -> None:
-    rows = profile_steps(lambda: draw(PROFILED_STEPS), device=device, num_steps=PROFILED_STEPS)
+    rows = profile_steps(lambda: draw(PROFILED_STEPS), device=device, num_steps=PROFILED_STEPS).kernels
     print(f"{'us a step':>10s} {'calls':>7s} {'us each':>8s}", file=sys.stderr)
     for row in rows[:PROFILE_ROWS]:
         microseconds = 1e6 * row.seconds_per_step
