@@ -20,6 +20,7 @@ from torch import nn
 from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, OffloadPolicy, fully_shard
 from torch.distributed.tensor import Shard
 
+from phase8.accelerator import locks_pages, reaches_peers
 from phase8.config.schema import ZeroSection
 from phase8.distributed.mesh import Mesh
 from phase8.distributed.placement import is_of_divided_experts
@@ -52,7 +53,7 @@ def shard_block(block: nn.Module, zero: ZeroSection, mesh: Mesh, dims: Mapping[n
         for module in _of_divided_experts(block):
             fully_shard(module, mesh=mesh.expert_data_mesh, **options)
         divided = fully_shard(block, mesh=mesh.data_mesh, **options)
-        if zero.copy_engine_gather and mesh.shard.mesh is not None and mesh.shard.mesh.device_type == "cuda":
+        if zero.copy_engine_gather and mesh.shard.mesh is not None and reaches_peers(mesh.shard.mesh.device_type):
             divided.set_custom_all_gather(CopyEngineGather(mesh.shard.group))
 
 
@@ -95,4 +96,4 @@ def _offload(zero: ZeroSection, mesh: Mesh) -> OffloadPolicy:
     if zero.offload_params == "none":
         return OffloadPolicy()
     assert mesh.device_mesh is not None
-    return CPUOffloadPolicy(pin_memory=mesh.device_mesh.device_type == "cuda")
+    return CPUOffloadPolicy(pin_memory=locks_pages(mesh.device_mesh.device_type))
