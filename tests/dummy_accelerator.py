@@ -14,6 +14,7 @@ ON_HOST, OF_AN_EXTENSION = 1, 12  # types of devices in DLPack, a field of whose
 _TYPE_OFFSET_BYTES = 8
 _structure = ctypes.pythonapi.PyCapsule_GetPointer
 _structure.restype, _structure.argtypes = ctypes.c_void_p, (ctypes.py_object, ctypes.c_char_p)
+_COPIES = (torch.ops.aten._copy_from, torch.ops.aten.copy_)
 _library = torch.library.Library("_", "IMPL")
 
 
@@ -35,7 +36,11 @@ def _on_host(operator, *args, **kwargs):
     def to_host(value):
         if isinstance(value, torch.device) and value.type == NAME:
             return torch.device("cpu")
-        if not isinstance(value, torch.Tensor) or value.device.type != NAME:
+        if not isinstance(value, torch.Tensor):
+            return value
+        if value.device.type != NAME:
+            if value.ndim and operator.overloadpacket not in _COPIES:
+                raise RuntimeError(f"{operator} is given a tensor on {value.device} beside those on {NAME}")
             return value
         host = _declared(value.detach(), ON_HOST) if value.numel() else torch.empty(value.shape, dtype=value.dtype)
         pairs[id(host)] = value, host

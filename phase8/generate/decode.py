@@ -107,7 +107,7 @@ class DecodingLoop:
         self._states = self._step.empty_states(batch_size)
         device = self.device
         self.batch_size, self.most_at_once = batch_size, most_at_once
-        self.is_ahead = accelerator.locks_pages(device.type)  # the device draws while the host looks at earlier tokens
+        self.is_ahead = accelerator.records_steps(device.type)  # the device draws while the host looks at earlier tokens
         self._tokens, self._position, self._seeds = torch.zeros(3, batch_size, dtype=torch.int64, device=device).unbind()
         self._drawn = torch.zeros(most_at_once, batch_size, dtype=torch.int64, device=device)
         self._column = torch.zeros(1, dtype=torch.int64, device=device)
@@ -179,7 +179,7 @@ class DecodingLoop:
         self._column.add_(1)
 
     def _on_the_way(self, tokens: Tensor) -> Drawn:
-        if not self.is_ahead:
+        if not accelerator.locks_pages(self.device.type):
             return Drawn(tokens.clone(), self._is_finite, None)
         hosts = []
         for source in (tokens, self._is_finite):
