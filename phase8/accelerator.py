@@ -19,7 +19,6 @@ from __future__ import annotations
 
 import re
 from contextlib import AbstractContextManager
-from types import ModuleType
 
 import torch
 import torch.distributed as dist
@@ -103,7 +102,7 @@ def take(device_type: str, *, local_rank: int) -> torch.device:
     module = torch.get_device_module(device_type)
     if local_rank < count(device_type):  # too many processes are refused at the rendezvous
         set_current(torch.device(device_type, local_rank))
-    device = torch.device(device_type, module.current_device() if _has(module, "current_device") else torch.accelerator.current_device_index())
+    device = torch.device(device_type, module.current_device() if hasattr(module, "current_device") else torch.accelerator.current_device_index())
     if not has_kernels(device_type):
         _require_wide_floats(device)
     return device
@@ -122,7 +121,7 @@ def _require_wide_floats(device: torch.device) -> None:
 def set_current(device: torch.device) -> None:
     """Makes a device the current one of this thread."""
     module = torch.get_device_module(device)
-    if _has(module, "set_device"):
+    if hasattr(module, "set_device"):
         module.set_device(device)
     else:
         torch.accelerator.set_device_index(device)
@@ -136,7 +135,7 @@ def own_gpu() -> torch.device:
 def name_of(device: torch.device | str) -> str:
     """The vendor's name of an accelerator; of a type: of its current one."""
     module = torch.get_device_module(device)
-    if not _has(module, "get_device_name"):
+    if not hasattr(module, "get_device_name"):
         return str(device)
     return str(module.get_device_name() if isinstance(device, str) else module.get_device_name(device))
 
@@ -160,19 +159,19 @@ def synchronize(device: torch.device) -> None:
 def free_and_total_bytes(device: torch.device) -> tuple[int, int] | None:
     """Memory of an accelerator that is free, and all of it; None: torch does not say."""
     module = torch.get_device_module(device)
-    return module.mem_get_info(device) if _has(module, "mem_get_info") else None
+    return module.mem_get_info(device) if hasattr(module, "mem_get_info") else None
 
 
 def peak_bytes(device: torch.device) -> int | None:
     """Largest memory of tensors on an accelerator since `reset_peak`; None: torch does not say."""
     module = torch.get_device_module(device)
-    return int(module.max_memory_allocated(device)) if is_accelerator(device.type) and _has(module, "max_memory_allocated") else None
+    return int(module.max_memory_allocated(device)) if is_accelerator(device.type) and hasattr(module, "max_memory_allocated") else None
 
 
 def reset_peak(device: torch.device) -> None:
     """Starts `peak_bytes` afresh."""
     module = torch.get_device_module(device)
-    if is_accelerator(device.type) and _has(module, "reset_peak_memory_stats"):
+    if is_accelerator(device.type) and hasattr(module, "reset_peak_memory_stats"):
         module.reset_peak_memory_stats(device)
 
 
@@ -181,7 +180,7 @@ def give_back_memory(device_type: str | None) -> None:
     if device_type is None or not is_accelerator(device_type):
         return
     module = torch.get_device_module(device_type)
-    if _has(module, "empty_cache"):
+    if hasattr(module, "empty_cache"):
         module.empty_cache()
 
 
@@ -192,7 +191,7 @@ def limit_memory(device: torch.device, num_bytes: float) -> None:
         ConfigError: torch has no such limit there.
     """
     module = torch.get_device_module(device)
-    if not (_has(module, "set_per_process_memory_fraction") and _has(module, "get_device_properties")):
+    if not (hasattr(module, "set_per_process_memory_fraction") and hasattr(module, "get_device_properties")):
         raise ConfigError(f"train.device_memory_gib is set, but torch limits no memory on {device.type}; leave it out.")
     total = module.get_device_properties(device).total_memory
     module.set_per_process_memory_fraction(min(num_bytes / total, 1.0), device)
@@ -204,7 +203,7 @@ def limit_memory(device: torch.device, num_bytes: float) -> None:
 def generator_state(device: torch.device) -> Tensor | None:
     """State of an accelerator's random generator, uint8 on the host; None: on a CPU, or where torch has none."""
     module = torch.get_device_module(device)
-    return module.get_rng_state(device).cpu() if is_accelerator(device.type) and _has(module, "get_rng_state") else None
+    return module.get_rng_state(device).cpu() if is_accelerator(device.type) and hasattr(module, "get_rng_state") else None
 
 
 def set_generator_state(device: torch.device, state: Tensor) -> None:
@@ -286,7 +285,3 @@ def collectives(device_type: str) -> str:
 def records_collectives_of_nccl(device_type: str) -> bool:
     """Whether the last collectives of a process are in the flight recorder of NCCL, which has one of its own."""
     return collectives(device_type).endswith(":nccl")
-
-
-def _has(module: ModuleType, name: str) -> bool:
-    return hasattr(module, name)

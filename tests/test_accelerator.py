@@ -10,6 +10,7 @@ import torch
 from phase8 import accelerator
 from phase8.config.arguments import add_device_option
 from phase8.errors import ConfigError
+from phase8.kernels.backends import Backend, kernel_backend
 from phase8.train.device import device_type, host_settings, select_device, this_device
 from tests.train.tiny_run import tiny_config
 
@@ -51,6 +52,10 @@ def test_fast_paths_run_on_gpus_alone_and_the_document_says_what_others_do(capab
     assert ask("cuda") and not any(ask(name) for name in ("cpu", "xpu", "mps", "tpu", "neuron"))
     documents = (accelerator.__doc__, (ROOT / "docs/accelerators.md").read_text(encoding="utf-8"))
     assert all(re.search(rf"^\| `{capability}` \|", text, flags=re.MULTILINE) for text in documents)
+
+
+def test_the_banner_says_why_another_accelerator_runs_references():
+    assert kernel_backend(torch.device("xpu", 0)) == Backend("reference", "the Triton kernels are written for NVIDIA GPUs")
 
 
 def test_backends_of_collectives_are_those_that_torch_names():

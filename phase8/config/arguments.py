@@ -1,4 +1,4 @@
-"""Types of command-line arguments, for argparse."""
+"""Types of command-line arguments, and the option that many command lines share, for argparse."""
 
 from __future__ import annotations
 

@@ -83,7 +83,7 @@ def uses_triton(x: Tensor) -> bool:
 def kernel_backend(device: torch.device) -> Backend:
     """The implementation of the project's own operations."""
     if not accelerator.has_kernels(device.type):
-        return Backend("reference", "the Triton kernels need a GPU")
+        return Backend("reference", _NOT_NVIDIA if accelerator.is_accelerator(device.type) else "the Triton kernels need a GPU")
     # Checked whatever is wanted: it also prepares the assembler, which torch.compile needs as well.
     found = _gpu_backend(device)
     return Backend("reference", f"train.kernels is reference ({found.reason})") if _selection.wanted == "reference" else found
