@@ -15,7 +15,7 @@ import shlex
 import sys
 from pathlib import Path
 
-from phase8.config.arguments import path_argument, resume_argument
+from phase8.config.arguments import add_device_option, path_argument, resume_argument
 from phase8.config.describe import describe_schema
 from phase8.config.load import load_config
 from phase8.errors import ConfigError
@@ -105,7 +105,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--config", type=path_argument, default=DEFAULT_CONFIG, metavar="FILE", help="YAML file, or a name in configs/ (quickstart)")
     parser.add_argument("--set", nargs="+", action="extend", default=[], metavar="a.b=c", help="override config keys")
-    parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto", help="auto: the GPU if there is one")
+    add_device_option(parser)
     parser.add_argument(
         "--resume",
         type=resume_argument,

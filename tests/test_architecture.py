@@ -3,6 +3,7 @@
 import ast
 import importlib.util
 import os
+import re
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -42,6 +43,9 @@ MAY_OPEN_TO_WRITE = {
     "phase8/durable.py", "phase8/terminal.py", "phase8/data/staging.py", "phase8/data/tokenizer_training.py", "phase8/processes/exit.py",
     "phase8/ablation/runs.py", "phase8/benchmark/parallel.py", "phase8/observe/step_profile.py",
 }  # fmt: skip
+# The key of an option and what it is called, and a mode of torch.compile without it; a language of texts, and where its headers lie.
+NAMES_NO_RUNTIME = re.compile(r"cuda_graphs|CUDA graphs?\b|no-cudagraphs", re.IGNORECASE)
+OF_TEXTS = ("tools/collect_text.py", "phase8/data/collect/roots.py")
 VAGUE_NAMES = {"utils", "util", "helpers", "common", "misc", "manager"}
 
 
@@ -97,6 +101,18 @@ def test_only_gpu_kernels_and_the_toolchain_import_triton():
     others = [path for path in TREES if not is_below(path, "phase8/kernels/gpu", "phase8/kernels/toolchain.py")]
     imports = nodes((ast.Import, ast.ImportFrom), others)
     assert places((path, node) for path, node in imports if any(m.split(".")[0] == "triton" for m in imported_modules(node))) == []
+
+
+def lines_that_name_a_vendors_runtime(path: Path) -> list[str]:
+    """Code, comments and help texts: whoever names it in words will name it in code."""
+    lines = enumerate(path.read_text(encoding="utf-8").splitlines(), 1)
+    return [f"{relative(path)}:{number}" for number, line in lines if "cuda" in NAMES_NO_RUNTIME.sub("", line).lower()]
+
+
+def test_one_file_besides_kernels_and_their_benchmarks_names_a_vendors_runtime():
+    allowed = ("phase8/accelerator.py", "phase8/kernels/gpu", "tools/bench", *OF_TEXTS)
+    assert [place for path in TREES if not is_below(path, *allowed) for place in lines_that_name_a_vendors_runtime(path)] == []
+    assert lines_that_name_a_vendors_runtime(ROOT / "phase8/accelerator.py") != []
 
 
 def test_long_scans_are_an_operator():

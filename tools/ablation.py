@@ -19,7 +19,7 @@ import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from phase8.config.arguments import path_argument
+from phase8.config.arguments import add_device_option, path_argument
 from phase8.config.load import load_config
 from phase8.errors import ConfigError
 from phase8.terminal import EXIT_INTERRUPTED, run_door
@@ -49,6 +49,7 @@ def _ablate() -> int:
         plan_runs,
         record_study,
     )
+    from phase8.accelerator import has_kernels
     from phase8.train.datasets import open_run_data
     from phase8.train.device import device_name, select_device, visible_gpus
 
@@ -66,7 +67,7 @@ def _ablate() -> int:
     waiting = [run for run in runs if not record_path(run, output).exists()]
     _say(f"{len(runs)} runs, {len(runs) - len(waiting)} of them finished earlier")
 
-    gpus = visible_gpus() if device.type == "cuda" else []
+    gpus = visible_gpus() if has_kernels(device.type) else []
     machine = Machine(_command(arguments), device=device_name(device), jobs=arguments.jobs, gpus=gpus)
     processes = RunProcesses(machine, output, num_parameters=num_parameters, on_message=_say)
     processes.train(waiting, on_record=lambda: write_results(study, read_records(output), output))
@@ -114,7 +115,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--jobs", type=int, default=1, metavar="N", help="runs side by side on each GPU, or on the CPU (default: 1)")
     parser.add_argument("--output", required=True, type=path_argument, metavar="DIR", help="where everything is written")
     parser.add_argument("--set", nargs="+", action="extend", default=[], metavar="a.b=c", help="override config keys of all runs")
-    parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto", help="auto: the GPU if there is one")
+    add_device_option(parser)
     parser.add_argument("--any-size", action="store_true", help="compare variants whose numbers of parameters differ by more than 1 %%")
     return parser
 

@@ -26,7 +26,7 @@ from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
-from phase8.config.arguments import path_argument
+from phase8.config.arguments import add_device_option, path_argument
 from phase8.config.load import config_to_mapping, load_config
 from phase8.errors import ConfigError
 from phase8.terminal import output_is_the_product, run_door
@@ -138,18 +138,16 @@ def _scaling(arguments: argparse.Namespace, show: Callable[[str], None]) -> dict
 
 def _parallel(arguments: argparse.Namespace, show: Callable[[str], None]) -> dict:
     config = load_config(arguments.config, arguments.set)
-    import torch
-
+    from phase8.accelerator import count, is_accelerator
     from phase8.benchmark.layouts import parse_layout
     from phase8.benchmark.parallel import Host, measure_layouts, torchrun
     from phase8.benchmark.parallel_table import LAYOUTS_HEADER, device_lines, host_lines, layout_line
+    from phase8.train.device import device_type
 
     layouts, rows = [parse_layout(name) for name in arguments.layouts], []
-    # Counted without a CUDA context in this process, which would take memory of the first GPU.
-    num_devices = None if arguments.device == "cpu" or not torch.cuda.is_available() else torch.cuda.device_count()
-    if arguments.device == "cuda" and num_devices is None:
-        raise ConfigError("--device is cuda, but torch finds no usable GPU; use --device cpu, or install a CUDA build of torch and its driver.")
-    host = Host(torchrun(ROOT / "launch" / "benchmark_rank.py"), "cpu" if num_devices is None else "cuda", num_devices, arguments.timeout)
+    on = device_type(arguments.device)
+    num_devices = count(on) if is_accelerator(on) else None  # this process takes none of them, which would take memory of the first
+    host = Host(torchrun(ROOT / "launch" / "benchmark_rank.py"), on, num_devices, arguments.timeout)
     show(f"{config.model.block}: {_model_line(config)}\n{_settings_line(config)}\n{LAYOUTS_HEADER}")
     with nullcontext(arguments.logs) if arguments.logs is not None else TemporaryDirectory() as logs:
         options = {"sequences_per_rank": arguments.sequences_per_rank, "num_steps": arguments.iterations, "host": host, "logs": Path(logs)}
@@ -177,12 +175,13 @@ def _shape_settings(arguments: argparse.Namespace) -> list[str]:
 
 
 def _require_flash_attn2(device) -> None:
+    from phase8.accelerator import has_kernels
     from phase8.kernels.backends import installed_flash_attention
 
     if 2 not in installed_flash_attention():
         raise ConfigError("--use-flash-attn2 was given, but flash-attn 2 is not installed; install it, or leave the option out.")
-    if device.type != "cuda":
-        raise ConfigError("--use-flash-attn2 was given, but flash-attn needs a GPU; use --device cuda, or leave the option out.")
+    if not has_kernels(device.type):
+        raise ConfigError("--use-flash-attn2 was given, but flash-attn needs a GPU; use a machine with one, or leave the option out.")
 
 
 def _check_at_least_one(arguments: argparse.Namespace) -> None:
@@ -234,7 +233,7 @@ def _parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(dest="command", required=True, metavar="quickstart|speed|model|scaling|parallel")
     common = argparse.ArgumentParser(add_help=False)
     common.add_argument("--set", nargs="+", action="extend", default=[], metavar="a.b=c", help="override config keys")
-    common.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto", help="auto: the GPU if there is one")
+    add_device_option(common)
     common.add_argument("--json", action="store_true", help="print one JSON object; the table goes to stderr")
 
     def command(name: str, run: Callable, text: str, *, iterations: int) -> argparse.ArgumentParser:

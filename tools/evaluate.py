@@ -29,7 +29,7 @@ from contextlib import contextmanager
 from functools import partial
 from typing import TYPE_CHECKING
 
-from phase8.config.arguments import path_argument
+from phase8.config.arguments import add_device_option, path_argument
 from phase8.errors import ConfigError, Phase8Error
 from phase8.imports import imports_that_stay
 from phase8.processes.bootstrap import World, world_from_environment
@@ -211,7 +211,7 @@ def _parser() -> argparse.ArgumentParser:
     texts.add_argument("--eod-token", metavar="NAME", help="piece between documents (default: data.eod_token, else the tokenizer's own)")
     parser.add_argument("--json", action="store_true", help="print one JSON object instead of the table")
     parser.add_argument("--output", type=path_argument, metavar="FILE", help="write that object to a file, too")
-    parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto", help="auto: the GPU if there is one")
+    add_device_option(parser)
     return parser
 
 

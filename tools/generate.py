@@ -21,7 +21,7 @@ from collections.abc import Iterator
 from functools import partial
 from typing import TYPE_CHECKING
 
-from phase8.config.arguments import path_argument
+from phase8.config.arguments import add_device_option, path_argument
 from phase8.errors import ConfigError
 from phase8.imports import imports_that_stay
 from phase8.terminal import output_is_the_product, run_door, warn
@@ -176,7 +176,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--seed", type=int, default=0, help="of the first sample; each further one has the next")
     parser.add_argument("--tokenizer", type=path_argument, metavar="FILE", help="instead of the one in the checkpoint")
     parser.add_argument("--eod-token", metavar="NAME", help="piece between documents (default: data.eod_token, else the tokenizer's own)")
-    parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
+    add_device_option(parser)
     return parser
 
 

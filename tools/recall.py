@@ -16,7 +16,7 @@ import argparse
 import sys
 from collections.abc import Sequence
 
-from phase8.config.arguments import path_argument
+from phase8.config.arguments import add_device_option, path_argument
 from phase8.errors import ConfigError
 from phase8.imports import imports_that_stay
 from phase8.terminal import output_is_the_product, run_door
@@ -146,7 +146,7 @@ def _parser() -> argparse.ArgumentParser:
     evaluate.add_argument("--sequences", type=int, default=64, metavar="N", help="sequences of each length and size (default: %(default)s)")
     evaluate.add_argument("--vocab-size", type=int, metavar="N", help="that of the training data (default: that of the model)")
     evaluate.add_argument("--output", type=path_argument, metavar="FILE", help="JSON with all results")
-    evaluate.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto", help="auto: the GPU if there is one")
+    add_device_option(evaluate)
     return parser
 
 

@@ -73,7 +73,7 @@ class Machine:
         command: The words that start a run, given its overrides.
         device: Name of the device.
         jobs: Runs side by side on each device.
-        gpus: Value of CUDA_VISIBLE_DEVICES for a run on each GPU; empty: there is one device, and nothing to choose.
+        gpus: Name of the GPU that a run sees, for each; empty: there is one device, and nothing to choose.
     """
 
     command: Callable[[Sequence[str]], list[str]]

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 
 import torch
 
+from phase8.accelerator import is_accelerator, records_steps
 from phase8.benchmark.data import on_random_tokens
 from phase8.benchmark.throughput import Measurement, Throughput, measure_alone
 from phase8.config.auto import without_auto
@@ -140,7 +141,7 @@ def _measure_rung(
 
 
 def _missing_compiler(device: torch.device, settings: Mapping[str, object]) -> str | None:
-    if device.type == "cuda":
+    if is_accelerator(device.type):
         return None
     # Imported here: torch's compiler takes seconds to load.
     from torch._inductor.cpp_builder import get_cpp_compiler
@@ -160,4 +161,4 @@ def _missing_kernels(device: torch.device, settings: Mapping[str, object]) -> st
 
 
 def _missing_graphs(device: torch.device, settings: Mapping[str, object]) -> str | None:
-    return None if device.type == "cuda" else "CUDA graphs need a GPU"
+    return None if records_steps(device.type) else "CUDA graphs need a GPU"

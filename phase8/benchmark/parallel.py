@@ -41,7 +41,7 @@ class Host:
 
     Args:
         command: Returns the words that start a number of ranks of `launch/benchmark_rank.py`, without its options.
-        device_type: `cpu` or `cuda`.
+        device_type: Type of the devices.
         num_devices: Number of GPUs; None for a CPU, which takes any number of ranks.
         timeout_seconds: Limit for each layout, its start included.
     """

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import torch
 
+from phase8.accelerator import is_accelerator
 from phase8.benchmark.throughput import WARMUP_STEPS, StepClock, silence, undisturbed
 from phase8.config.schema import RunConfig
 from phase8.observe.memory import peak_memory_bytes
@@ -92,7 +93,7 @@ def measure_rank(
         data_wait_ratio=statistics.median(step.data_wait_seconds / duration for step, duration in zip(steps, seconds, strict=True)),
         build_seconds=build_seconds,
         warmup_seconds=sum(clock.durations[:WARMUP_STEPS]),
-        peak_memory_bytes=peak_memory_bytes(device) if device.type == "cuda" else None,
+        peak_memory_bytes=peak_memory_bytes(device) if is_accelerator(device.type) else None,
         peak_resident_bytes=peak_memory_bytes(torch.device("cpu")),
         host_bytes=None if used_before is None or used_after is None else used_after - used_before,
         facts=dict(run.facts),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 
+from phase8.accelerator import is_accelerator
 from phase8.benchmark.blocks import BLOCKS, LengthSpeed, speed_ratio
 from phase8.benchmark.ladder import RungSpeed, total_gain
 from phase8.benchmark.throughput import Measurement, Throughput
@@ -83,7 +84,7 @@ def peak_memory(found: Throughput) -> str:
 
 
 def _measures_memory(found: Throughput) -> bool:
-    return found.device_type == "cuda"
+    return is_accelerator(found.device_type)
 
 
 def _recompute(measurement: Measurement) -> str:

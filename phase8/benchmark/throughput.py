@@ -21,6 +21,7 @@ import torch
 from rich.console import Console
 from torch import Tensor
 
+from phase8.accelerator import give_back_memory
 from phase8.checkpoint.state import MODEL_PREFIX
 from phase8.config.auto import without_auto
 from phase8.config.load import with_settings
@@ -47,7 +48,7 @@ class Throughput:
 
     Args:
         device: Name of the device.
-        device_type: `cpu` or `cuda`.
+        device_type: Type of the device.
         torch_version: Version of torch.
         block: `phase8` or `transformer`.
         num_parameters: Parameters of the model.
@@ -166,8 +167,7 @@ def measure_alone(config: RunConfig, *, device: torch.device, num_steps: int, pr
     if config.train.compile.enabled:
         torch.compiler.reset()
     gc.collect()
-    if device.type == "cuda":
-        torch.cuda.empty_cache()
+    give_back_memory(device.type)
     return measurement
 
 

@@ -13,6 +13,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from phase8.accelerator import is_accelerator, set_current
 from phase8.checkpoint.host_copies import HostCopies
 
 Save = Callable[[dict[str, Tensor]], Path]
@@ -26,8 +27,8 @@ class BackgroundSaver:
     """
 
     def __init__(self, device: torch.device):
-        # Every thread has its own current GPU, at first GPU 0; page-locking memory would otherwise allocate there.
-        choose = (torch.cuda.set_device, (device,)) if device.type == "cuda" else (None, ())
+        # Every thread has its own current device, at first number 0; page-locking memory would otherwise allocate there.
+        choose = (set_current, (device,)) if is_accelerator(device.type) else (None, ())
         self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="phase8-save", initializer=choose[0], initargs=choose[1])
         self._copies = HostCopies(device)
         self._saving: Future[Path] | None = None

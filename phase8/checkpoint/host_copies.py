@@ -7,6 +7,7 @@ from collections.abc import Iterable, Mapping
 import torch
 from torch import Tensor
 
+from phase8 import accelerator
 from phase8.distributed.placement import held_part, placed_like
 
 # Torch rounds page-locked memory up to a power of two, so tensors share slabs of such a size.
@@ -39,8 +40,7 @@ class HostCopies:
         for (name, part), place in zip(own.items(), places, strict=True):
             copy = place.view(part.dtype).view(part.shape)
             copies[name] = placed_like(copy.copy_(part, non_blocking=True), tensors[name])
-        if self._device.type == "cuda":
-            torch.cuda.synchronize(self._device)
+        accelerator.synchronize(self._device)
         return copies
 
     def _places(self, sizes: Iterable[int]) -> list[Tensor]:
@@ -56,4 +56,4 @@ class HostCopies:
         return places
 
     def _take(self, num_bytes: int) -> Tensor:
-        return torch.empty(num_bytes, dtype=torch.uint8, pin_memory=self._device.type == "cuda")
+        return torch.empty(num_bytes, dtype=torch.uint8, pin_memory=accelerator.locks_pages(self._device.type))

@@ -10,26 +10,28 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 
+from phase8.accelerator import generator_state, set_generator_state
 from phase8.checkpoint.untrusted import printable, shortened, shown
 from phase8.errors import CheckpointCorruptError, CheckpointMismatchError
 
 _NUMPY_WORDS = 624
+_OF_EVERY_RUN = ("python", "numpy", "torch")
 
 
 class _States(NamedTuple):
-    """Arguments of the generators; `cuda` is None where the run had no such device."""
+    """Arguments of the generators; those of accelerators by the type of device."""
 
     python: tuple[Any, ...]
     numpy: tuple[Any, ...]
     torch: bytes
-    cuda: bytes | None
+    accelerators: dict[str, bytes]
 
 
 def capture_random_state(device: torch.device) -> dict[str, Any]:
     """States of Python's, numpy's and torch's global generators; bytes are base64.
 
     Args:
-        device: The run's device; its own generator is included when it is a CUDA device.
+        device: The run's device; the generator of an accelerator is included, by the type of device.
     """
     version, words, gauss_next = random.getstate()
     numpy_state = np.random.get_state(legacy=False)
@@ -43,15 +45,15 @@ def capture_random_state(device: torch.device) -> dict[str, Any]:
         },
         "torch": _encode(torch.get_rng_state().numpy().tobytes()),
     }
-    if device.type == "cuda":
-        state["cuda"] = _encode(torch.cuda.get_rng_state(device).numpy().tobytes())
+    if (of_device := generator_state(device)) is not None:
+        state[device.type] = _encode(of_device.numpy().tobytes())
     return state
 
 
 def restore_random_state(state: dict[str, Any], device: torch.device) -> None:
     """Sets the generators to what `capture_random_state` returned, all of them or none.
 
-    A CUDA state is used on a CUDA device only; a CUDA device whose state is not in `state` keeps its own.
+    An accelerator's state is used on the same type of device only; one whose state is not in `state` keeps its own.
 
     Raises:
         CheckpointCorruptError: `state` does not have the form of a captured one.
@@ -61,8 +63,8 @@ def restore_random_state(state: dict[str, Any], device: torch.device) -> None:
     random.setstate(states.python)
     np.random.set_state(states.numpy)
     torch.set_rng_state(_as_tensor(states.torch))
-    if device.type == "cuda" and states.cuda is not None:
-        torch.cuda.set_rng_state(_as_tensor(states.cuda), device)
+    if (of_device := states.accelerators.get(device.type)) is not None:
+        set_generator_state(device, _as_tensor(of_device))
 
 
 def check_random_state(state: dict[str, Any], device: torch.device | None = None) -> _States:
@@ -86,7 +88,7 @@ def check_random_state(state: dict[str, Any], device: torch.device | None = None
             python=(python["version"], python_words, python["gauss_next"]),
             numpy=("MT19937", numpy_words, numpy_state["position"], numpy_state["has_gauss"], numpy_state["gauss"]),
             torch=_decode(state["torch"]),
-            cuda=_decode(state["cuda"]) if "cuda" in state else None,
+            accelerators={name: _decode(text) for name, text in state.items() if name not in _OF_EVERY_RUN},
         )
         random.Random(0).setstate(states.python)
         np.random.RandomState(0).set_state(states.numpy)
@@ -97,8 +99,9 @@ def check_random_state(state: dict[str, Any], device: torch.device | None = None
         raise CheckpointCorruptError(f"the random state in the checkpoint's metadata is not valid ({reason}); use another checkpoint") from error
     if device is not None:
         _check_size(states.torch, own_bytes)
-        if device.type == "cuda" and states.cuda is not None:
-            _check_size(states.cuda, torch.cuda.get_rng_state(device).numel())
+        of_device, own = states.accelerators.get(device.type), generator_state(device)
+        if of_device is not None and own is not None:
+            _check_size(of_device, own.numel())
     return states
 
 

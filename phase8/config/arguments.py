@@ -1,4 +1,4 @@
-"""Types of command-line arguments, for argparse."""
+"""Types of command-line arguments, and the option that many command lines share, for argparse."""
 
 from __future__ import annotations
 
@@ -20,3 +20,9 @@ def path_argument(text: str) -> Path:
 def resume_argument(text: str) -> str:
     """`auto`, `none`, or the path of a checkpoint."""
     return text if text in ("auto", "none") else str(path_argument(text))
+
+
+def add_device_option(parser: argparse.ArgumentParser) -> None:
+    """Adds `--device`, which `phase8.train.device.select_device` takes."""
+    text = "auto: the GPU if there is one, else the CPU; NAME: an accelerator that torch finds, by the type of its devices (default: auto)"
+    parser.add_argument("--device", default="auto", metavar="auto|cpu|NAME", help=text)

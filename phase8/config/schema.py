@@ -147,6 +147,7 @@ class CompileSection(Section):
 
     enabled: bool | Auto = key("auto", "compile the blocks")
     mode: Literal["default", "max-autotune"] = key("default", "torch.compile mode; CUDA graphs: train.cuda_graphs")
+    backend: str | None = key(None, "compiler behind torch.compile, by the name under which an extension registers it; null: torch's own")
     fullgraph: bool = key(False, "fail on a graph break instead of splitting the graph")
 
 

@@ -50,6 +50,7 @@ def find_problems(config: RunConfig, *, world_size: int = 1) -> list[str]:
         *_schedule(config.optim, config.train),
         *_train(config.train, config.model, world_size),
         *_cuda_graphs(config),
+        *_compiler(config),
         *_budget(config.train, config.parallel),
         *_slices(config),
         *_async_tensor_parallel(config.parallel),
@@ -138,6 +139,12 @@ def _train(train: TrainSection, model: ModelSection, world_size: int) -> Iterato
             f"train.recompute_every_n_layers {train.recompute_every_n_layers} exceeds model.num_layers {model.num_layers}; "
             "choose a smaller interval."
         )
+
+
+def _compiler(config: RunConfig) -> Iterator[str]:
+    mode, backend = config.train.compile.mode, config.train.compile.backend
+    if backend is not None and mode != "default":
+        yield f"train.compile.mode is {mode}, which only torch's own compiler knows, but train.compile.backend is {backend}; set one of them only."
 
 
 def _cuda_graphs(config: RunConfig) -> Iterator[str]:

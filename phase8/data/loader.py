@@ -21,6 +21,7 @@ import numpy as np
 import torch
 from torch.utils.data import DataLoader, Dataset
 
+from phase8.accelerator import GPU, present
 from phase8.config.schema import DataSection, DataSource
 from phase8.data.blend import BlendTable, integer_weights
 from phase8.data.microbatch import Microbatch, split_sample
@@ -240,7 +241,7 @@ class MicrobatchLoader:
             batch_size=None,
             sampler=sample_numbers,
             num_workers=section.num_workers,
-            pin_memory=section.pin_memory and torch.cuda.is_available(),
+            pin_memory=section.pin_memory and present() == GPU,
             prefetch_factor=ahead if workers else None,
             persistent_workers=section.persistent_workers and workers,
             worker_init_fn=_leave_signals_to_trainer,

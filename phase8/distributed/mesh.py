@@ -15,6 +15,7 @@ import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.tensor import DTensor
 
+from phase8.accelerator import reaches_peers
 from phase8.distributed.collectives import ALONE, Axis
 from phase8.distributed.peer_memory import peer_memory
 from phase8.shared_sequence import SequenceSlice
@@ -132,7 +133,7 @@ def build_mesh(topology: Topology, *, device_type: str, shard_size: int, async_t
 
     Args:
         topology: Topology with the world size of the process group.
-        device_type: Type of device, `cpu` or `cuda`.
+        device_type: Type of device.
         shard_size: Number of ranks that divide parameters and optimizer among them; it divides the ranks that read different tokens.
         async_tensor_parallel: Whether tensor-parallel GPUs exchange tokens through each other's memory.
 
@@ -149,7 +150,7 @@ def build_mesh(topology: Topology, *, device_type: str, shard_size: int, async_t
     mesh = Mesh(topology, device_mesh, **axes)
     if topology.expert_parallel_size > 1:
         mesh = _with_experts(mesh, device_type, shard_size)
-    if async_tensor_parallel and device_type == "cuda" and mesh.tp.size > 1:
+    if async_tensor_parallel and reaches_peers(device_type) and mesh.tp.size > 1:
         peer_memory(mesh.tp.group.group_name)
         return replace(mesh, tp=replace(mesh.tp, has_peer_memory=True))
     return mesh

@@ -27,6 +27,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed import _symmetric_memory as symmetric_memory
 
+from phase8 import accelerator
 from phase8.errors import ConfigError
 
 ROUNDS = 4
@@ -49,16 +50,16 @@ class PeerMemory:
         # Each rank begins with its neighbour, so that no two write to the same rank at a time.
         self.others = [(self.rank + step) % self.size for step in range(1, self.size)]
         _Room(group, 1, rounds=1)  # raises now, not in the first step, if the GPUs do not reach each other
-        self._copies = torch.cuda.Stream(priority=-1)
+        self._copies = accelerator.new_stream(priority=-1)
         self._gathering, self._adding = (_Ring(group, rounds=ROUNDS) for _ in range(2))
         self._gathering_in_place = _Ring(group, rounds=ROUNDS_IN_PLACE, asks_every_time=True)
 
     @contextmanager
     def gathering(self, x: Tensor) -> Iterator[Exchange]:
         """A context in which the own tokens x [n, D] of every rank are copied to every other rank; `of` waits for the tokens of one rank."""
-        current = torch.cuda.current_stream()
+        current = accelerator.current_stream()
         self._copies.wait_stream(current)
-        with torch.cuda.stream(self._copies):
+        with accelerator.on_stream(self._copies):
             exchange = self._gathering.begin(x.shape, x.dtype)
             for rank in self.others:
                 exchange.place_on(rank).copy_(x)
@@ -95,7 +96,7 @@ class _Ring:
         if not self._rooms or num_bytes > self._rooms[-1].num_bytes:
             self._rooms.append(_Room(self._group, num_bytes, rounds=self._rounds))  # smaller rooms stay: a recorded step may use them
             self._next = 0
-        if torch.cuda.is_current_stream_capturing() != self._is_recorded:  # a recording begins with the first set, and so do the exchanges after it
+        if accelerator.is_recording() != self._is_recorded:  # a recording begins with the first set, and so do the exchanges after it
             self._is_recorded = not self._is_recorded
             self._next = 0
         room, number = self._rooms[-1], self._next
@@ -121,8 +122,7 @@ class _Room:
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore", FutureWarning)  # newer versions of torch do not need the call
                 symmetric_memory.enable_symm_mem_for_group(group.group_name)
-            device = torch.device("cuda", torch.cuda.current_device())
-            self._own = symmetric_memory.empty(rounds * self.num_bytes, dtype=torch.uint8, device=device)
+            self._own = symmetric_memory.empty(rounds * self.num_bytes, dtype=torch.uint8, device=accelerator.own_gpu())
             self.handle = symmetric_memory.rendezvous(self._own, group)
             self._parts = [self.handle.get_remote_tensor(rank, self._own.shape, torch.uint8) for rank in range(self.size)]
         except torch.OutOfMemoryError:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 
+from phase8 import accelerator
 from phase8.model.model import LanguageModel
 from phase8.plan.activations import trace_activations
 from phase8.plan.memory import usable_bytes
@@ -24,10 +25,10 @@ def planned_batch_size(model: LanguageModel, *, length: int, packed: bool, devic
         packed: Document boundaries are reset.
         device: The device.
     """
-    if device.type != "cuda":
+    memory = accelerator.free_and_total_bytes(device) if accelerator.is_accelerator(device.type) else None
+    if memory is None:
         return max(_TOKENS_ON_CPU // length, 1)
     section = model.section.model_copy(update={"sequence_length": length})
-    block = trace_activations(section, dtype=model.dtype, micro_batch_size=1, packed=packed, device_type="cuda").block
-    free_bytes, _ = torch.cuda.mem_get_info(device)
-    fits = (usable_bytes(free_bytes, is_recorded=False) - _LOGITS_BYTES) // (2 * block)
+    block = trace_activations(section, dtype=model.dtype, micro_batch_size=1, packed=packed, device_type=device.type).block
+    fits = (usable_bytes(memory[0], is_recorded=False) - _LOGITS_BYTES) // (2 * block)
     return max(min(fits, _TOKENS_ON_GPU // length), 1)

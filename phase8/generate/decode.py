@@ -11,6 +11,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from phase8 import accelerator
 from phase8.errors import CheckpointError
 from phase8.generate.sampling import SamplingOptions, draw_tokens
 from phase8.model.model import LanguageModel
@@ -63,7 +64,7 @@ class Drawn:
 
     tokens: Tensor
     checksum: Tensor
-    arrived: torch.cuda.Event | None
+    arrived: torch.Event | None
 
     def wait(self) -> list[list[int]]:
         """The tokens of each step, for all sequences.
@@ -106,7 +107,7 @@ class DecodingLoop:
         self._states = self._step.empty_states(batch_size)
         device = self.device
         self.batch_size, self.most_at_once = batch_size, most_at_once
-        self.is_ahead = device.type == "cuda"  # the device draws while the host looks at earlier tokens
+        self.is_ahead = accelerator.records_steps(device.type)  # the device draws while the host looks at earlier tokens
         self._tokens, self._position, self._seeds = torch.zeros(3, batch_size, dtype=torch.int64, device=device).unbind()
         self._drawn = torch.zeros(most_at_once, batch_size, dtype=torch.int64, device=device)
         self._column = torch.zeros(1, dtype=torch.int64, device=device)
@@ -157,13 +158,13 @@ class DecodingLoop:
         return self._on_the_way(self._drawn[:num_tokens])
 
     def _take_step(self) -> None:
-        if self.device.type != "cuda" or self._num_eager_steps < _EAGER_STEPS:
+        if not accelerator.records_steps(self.device.type) or self._num_eager_steps < _EAGER_STEPS:
             self._num_eager_steps += 1
             self._advance_by_one()
             return
         if self._graph is None:
-            self._graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(self._graph, capture_error_mode="thread_local"):
+            self._graph = accelerator.Graph()
+            with accelerator.recording(self._graph):
                 self._advance_by_one()
         self._graph.replay()
 
@@ -178,13 +179,13 @@ class DecodingLoop:
         self._column.add_(1)
 
     def _on_the_way(self, tokens: Tensor) -> Drawn:
-        if self.device.type != "cuda":
+        if not accelerator.locks_pages(self.device.type):
             return Drawn(tokens.clone(), self._checksum, None)
         hosts = []
         for source in (tokens, self._checksum):
             host = torch.empty(source.shape, dtype=source.dtype, pin_memory=True)
             hosts.append(host.copy_(source, non_blocking=True))
-        return Drawn(*hosts, torch.cuda.current_stream(self.device).record_event())
+        return Drawn(*hosts, accelerator.current_stream(self.device).record_event())
 
     def _make_room(self, num_tokens: int) -> None:
         """Gives a transformer room for the keys and values of so many tokens, at least twice as much as before; its step is recorded again."""

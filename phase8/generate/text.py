@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
+from phase8.accelerator import records_steps
 from phase8.data.streaming_decoder import StreamingDecoder
 from phase8.data.tokenizer import Tokenizer
 from phase8.generate.continuations import Request, continue_prompts
@@ -97,7 +98,7 @@ class TextWriter:
         batch_size: int = 1,
     ):
         self._tokenizer, self._options, self._max_tokens, self._stops = tokenizer, options, max_tokens, tuple(stops)
-        at_once = AT_ONCE_ON_GPU if model.head_weight.is_cuda else 1
+        at_once = AT_ONCE_ON_GPU if records_steps(model.head_weight.device.type) else 1
         self._loop = DecodingLoop(model, batch_size=batch_size, options=options, num_ids=tokenizer.vocab_size, most_at_once=at_once)
 
     def write(

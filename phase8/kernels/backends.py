@@ -16,6 +16,7 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
+from phase8 import accelerator
 from phase8.kernels.toolchain import prepare_toolchain
 
 OLDEST_CAPABILITY = (8, 0)  # Ampere: bf16 and tf32 in the matrix units
@@ -76,13 +77,13 @@ def needs_no_operator(x: Tensor) -> bool:
 
 def uses_triton(x: Tensor) -> bool:
     """Whether Triton kernels run on this tensor, judging by its device; dtypes and shapes are checked by the operator."""
-    return x.is_cuda and kernel_backend(x.device).name == "triton"
+    return accelerator.has_kernels(x.device.type) and kernel_backend(x.device).name == "triton"
 
 
 def kernel_backend(device: torch.device) -> Backend:
     """The implementation of the project's own operations."""
-    if device.type != "cuda":
-        return Backend("reference", "the Triton kernels need a GPU")
+    if not accelerator.has_kernels(device.type):
+        return Backend("reference", _NOT_NVIDIA if accelerator.is_accelerator(device.type) else "the Triton kernels need a GPU")
     # Checked whatever is wanted: it also prepares the assembler, which torch.compile needs as well.
     found = _gpu_backend(device)
     return Backend("reference", f"train.kernels is reference ({found.reason})") if _selection.wanted == "reference" else found
@@ -92,7 +93,7 @@ def kernel_backend(device: torch.device) -> Backend:
 def _gpu_backend(device: torch.device) -> Backend:
     if torch.version.hip is not None:
         return Backend("reference", _NOT_NVIDIA)
-    capability = torch.cuda.get_device_capability(device)
+    capability = accelerator.compute_capability(device)
     if capability < OLDEST_CAPABILITY:
         return Backend("reference", f"compute capability {capability[0]}.{capability[1]} is below {OLDEST_CAPABILITY[0]}.{OLDEST_CAPABILITY[1]}")
     toolchain = prepare_toolchain(capability)
@@ -115,7 +116,7 @@ def expert_backend(device: torch.device, dtype: torch.dtype, widths: tuple[int, 
     if any(width * dtype.itemsize % _GROUPED_ALIGNED_BYTES for width in widths):
         multiple = _GROUPED_ALIGNED_BYTES // dtype.itemsize
         return Backend("one expert after the other", f"torch's grouped product needs multiples of {multiple}, not {widths}")
-    if (generation := torch.cuda.get_device_capability(device)[0]) not in _GROUPED_GENERATIONS:
+    if (generation := accelerator.compute_capability(device)[0]) not in _GROUPED_GENERATIONS:
         return Backend("one expert after the other", f"torch's grouped product is for Hopper and Blackwell, not compute capability {generation}")
     return Backend(GROUPED, "bf16 on a GPU that has it")
 
@@ -128,7 +129,7 @@ def attention_backend(device: torch.device, *, dtype: torch.dtype, masked: bool)
         dtype: Dtype of queries, keys and values.
         masked: Whether a mask is passed, because documents do not see each other.
     """
-    if device.type != "cuda":
+    if not accelerator.has_kernels(device.type):
         return Backend(SDPA, "flash-attn needs a GPU")
     if masked:
         return Backend(SDPA, "flash-attn takes no document mask")
@@ -140,10 +141,10 @@ def attention_backend(device: torch.device, *, dtype: torch.dtype, masked: bool)
 def _select_attention(wanted: str, device: torch.device) -> Backend:
     """Makes torch's scaled_dot_product_attention use flash-attn 3 or 4 where one is installed; torch itself contains neither."""
     _use_flash_attention(None)
-    if wanted == "reference" or device.type != "cuda":
+    if wanted == "reference" or not accelerator.has_kernels(device.type):
         return Backend(SDPA, "train.kernels is reference" if wanted == "reference" else "flash-attn needs a GPU")
     packages = installed_flash_attention()
-    generation = choose_flash_attention(torch.cuda.get_device_capability(device), packages)
+    generation = choose_flash_attention(accelerator.compute_capability(device), packages)
     if generation is not None:
         name = f"flash-attn {packages[generation]}"
         try:
@@ -186,10 +187,10 @@ def _use_flash_attention(implementation: str | None) -> None:
         return
     if implementation is not None:
         nn.attention.activate_flash_attention_impl(implementation)
-        torch.backends.cuda.enable_cudnn_sdp(False)
+        accelerator.allow_cudnn_attention(False)
     elif nn.attention.current_flash_attention_impl() is not None:
         nn.attention.restore_flash_attention_impl()
-        torch.backends.cuda.enable_cudnn_sdp(True)
+        accelerator.allow_cudnn_attention(True)
 
 
 def apex_hint() -> str | None:

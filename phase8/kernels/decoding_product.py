@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from phase8.accelerator import has_kernels
 from phase8.kernels.backends import uses_triton
 from phase8.kernels.limits import MAX_FEW_TOKENS, MAX_PRODUCT_WIDTH
 from phase8.kernels.reference import decoding_product as reference
@@ -30,7 +31,7 @@ def product(x: Tensor, weight: Tensor, *, is_wide: bool = False) -> Tensor:
         from phase8.kernels.gpu import decoding_product as gpu
 
         return gpu.product(x, weight, is_wide=is_wide)
-    if is_wide and x.is_cuda and x.element_size() < 4:  # the matrix units accumulate in fp32: no operand need be widened
+    if is_wide and has_kernels(x.device.type) and x.element_size() < 4:  # the matrix units accumulate in fp32: no operand need be widened
         return torch.mm(x, weight.T, out_dtype=torch.float32)
     return reference.product(x, weight, is_wide=is_wide)
 

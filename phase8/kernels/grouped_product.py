@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from phase8.accelerator import has_kernels
 from phase8.kernels.backends import GROUPED, expert_backend
 from phase8.kernels.reference import grouped_product as reference
 
@@ -38,7 +39,7 @@ def _backward(dy: Tensor, rows: Tensor, weight: Tensor, ends: Tensor) -> tuple[T
 
 
 def _is_grouped_by_torch(rows: Tensor, weight: Tensor) -> bool:
-    return rows.is_cuda and len(rows) > 0 and expert_backend(rows.device, rows.dtype, tuple(weight.shape[1:])).name == GROUPED
+    return has_kernels(rows.device.type) and len(rows) > 0 and expert_backend(rows.device, rows.dtype, tuple(weight.shape[1:])).name == GROUPED
 
 
 @_forward.register_fake

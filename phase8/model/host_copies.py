@@ -21,6 +21,8 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import saved_tensors_hooks
 
+from phase8 import accelerator
+
 
 @dataclass(eq=False)
 class _Copy:
@@ -42,7 +44,7 @@ class _Copy:
     on_device: Tensor | None
     is_awaited: bool = True
     is_leaving: bool = True
-    moved: torch.cuda.Event | None = None
+    moved: torch.Event | None = None
 
 
 class HostCopies:
@@ -51,7 +53,7 @@ class HostCopies:
     def __init__(self) -> None:
         self._newest: weakref.ref[_Copy] | None = None
         self._moving: _Copy | None = None
-        self._stream: torch.cuda.Stream | None = None
+        self._stream: torch.Stream | None = None
 
     @contextmanager
     def keep(self, x: Tensor) -> Iterator[None]:
@@ -75,7 +77,7 @@ class HostCopies:
     def _leave(self, x: Tensor) -> _Copy:
         """Begins to copy a tensor to the host."""
         self._settle()
-        copy = _Copy(torch.empty_like(x, device="cpu", pin_memory=x.is_cuda), x.device, self._newest, x.detach())
+        copy = _Copy(torch.empty_like(x, device="cpu", pin_memory=accelerator.locks_pages(x.device.type)), x.device, self._newest, x.detach())
         self._move(copy, copy.host, x.detach())
         self._newest = weakref.ref(copy)
         return copy
@@ -100,13 +102,13 @@ class HostCopies:
     def _move(self, copy: _Copy, to: Tensor, source: Tensor) -> None:
         """Copies after all that the computation has begun so far, beside what it begins from now on."""
         self._moving = copy
-        if copy.device.type != "cuda":
+        if not accelerator.locks_pages(copy.device.type):
             to.copy_(source)
             return
         if self._stream is None:
-            self._stream = torch.cuda.Stream(copy.device)
-        self._stream.wait_stream(torch.cuda.current_stream(copy.device))
-        with torch.cuda.stream(self._stream):
+            self._stream = accelerator.new_stream(copy.device)
+        self._stream.wait_stream(accelerator.current_stream(copy.device))
+        with accelerator.on_stream(self._stream):
             to.copy_(source, non_blocking=True)
         copy.moved = self._stream.record_event()
 
@@ -116,6 +118,6 @@ class HostCopies:
         if copy is None:
             return
         if copy.moved is not None:
-            torch.cuda.current_stream(copy.device).wait_event(copy.moved)
+            accelerator.current_stream(copy.device).wait_event(copy.moved)
         if copy.is_leaving and copy is not needed:
             copy.on_device = None

@@ -96,7 +96,7 @@ def find_gpu(device_name: str) -> Gpu | None:
     """The GPU of that name; None: it is not in the table.
 
     Args:
-        device_name: As `torch.cuda.get_device_name` reports it, or the bare name in any case: `h100`, `rtx 4090`.
+        device_name: As torch reports it, or the bare name in any case: `h100`, `rtx 4090`.
     """
     name = re.sub(r"^(NVIDIA |Tesla |GeForce )*", "", device_name, flags=re.IGNORECASE)
     return next((gpu for gpu in _GPUS if re.fullmatch(gpu.name, name, flags=re.IGNORECASE)), None)
@@ -106,7 +106,7 @@ def peak_flops(device_name: str, dtype: str) -> float | None:
     """Dense peak FLOP/s of a GPU for matmuls in one number format.
 
     Args:
-        device_name: As `torch.cuda.get_device_name` reports it.
+        device_name: As torch reports it.
         dtype: `bf16`, `fp16`, `tf32` or `fp32`.
 
     Returns:

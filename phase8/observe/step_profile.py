@@ -8,8 +8,10 @@ from pathlib import Path
 
 import torch
 from torch.autograd import DeviceType
+from torch.autograd.profiler_util import FunctionEvent, FunctionEventAvg
 from torch.profiler import ProfilerActivity, profile
 
+from phase8.accelerator import is_accelerator, synchronize
 from phase8.durable import storage_errors
 from phase8.terminal import ESCAPED
 
@@ -81,25 +83,27 @@ def profile_steps(take_steps: Callable[[], object], *, device: torch.device, num
         device: Device to train on.
         num_steps: Number of steps, by which the times are divided.
     """
-    on_gpu = device.type == "cuda"
-    if on_gpu:
-        torch.cuda.synchronize(device)  # waits for the optimizer of the step before
-    with profile(activities=[ProfilerActivity.CUDA if on_gpu else ProfilerActivity.CPU]) as profiler:
+    on_accelerator = is_accelerator(device.type)
+    synchronize(device)  # waits for the optimizer of the step before
+    activity = ProfilerActivity.__members__.get(device.type.upper(), ProfilerActivity.PrivateUse1)
+    with profile(activities=[activity]) as profiler:
         take_steps()
-        if on_gpu:
-            torch.cuda.synchronize(device)
+        synchronize(device)
     rows = []
     for event in profiler.key_averages():
-        if on_gpu and event.device_type == DeviceType.CUDA and not event.is_user_annotation:
+        if on_accelerator and _is_on_device(event):
             rows.append(KernelTime(event.key, event.self_device_time_total / 1e6 / num_steps, event.count / num_steps))
-        elif not on_gpu:
+        elif not on_accelerator:
             rows.append(KernelTime(event.key, event.self_cpu_time_total / 1e6 / num_steps, event.count / num_steps))
     kernels = sorted(rows, key=lambda row: -row.seconds_per_step)
-    if not on_gpu:
+    if not on_accelerator:
         return StepProfile(kernels, profiler)
-    on_device = [event for event in profiler.events() or () if event.device_type == DeviceType.CUDA and not event.is_user_annotation]
-    spans = [(event.name, event.time_range.start, event.time_range.end) for event in on_device]
+    spans = [(event.name, event.time_range.start, event.time_range.end) for event in profiler.events() or () if _is_on_device(event)]
     return StepProfile(kernels, profiler, *(microseconds / 1e6 / num_steps for microseconds in shares(spans)))
+
+
+def _is_on_device(event: FunctionEvent | FunctionEventAvg) -> bool:
+    return event.device_type != DeviceType.CPU and not event.is_user_annotation
 
 
 def shares(spans: Iterable[tuple[str, float, float]]) -> tuple[float, float, float, float]:

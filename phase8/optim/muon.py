@@ -17,6 +17,7 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor, nn
 
+from phase8.accelerator import is_accelerator
 from phase8.config.schema import OptimSection
 from phase8.optim.fused_adamw import BesideAdamW
 from phase8.optim.state import ParameterState, is_orthogonalised, muon_state
@@ -54,7 +55,7 @@ class Muon(BesideAdamW):
         wholes: Exchange of the matrices' parts.
         head_size: Size of a head of queries, keys and values.
         decayed_names: Names of the parameters that weight decay applies to.
-        dtype: Dtype of the iteration; None: bf16 for matrices on a GPU, or else their own.
+        dtype: Dtype of the iteration; None: bf16 for matrices on an accelerator, or else their own.
     """
 
     def __init__(
@@ -128,7 +129,7 @@ class Muon(BesideAdamW):
     def _dtype_of_iteration(self) -> torch.dtype:
         if self._dtype is not None:
             return self._dtype
-        return torch.bfloat16 if self._wholes.device.type == "cuda" else next(iter(self._matrices.values())).dtype
+        return torch.bfloat16 if is_accelerator(self._wholes.device.type) else next(iter(self._matrices.values())).dtype
 
 
 def matrices_of(parameters: Mapping[str, Tensor]) -> dict[str, Tensor]:

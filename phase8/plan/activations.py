@@ -18,6 +18,7 @@ from torch._functorch import config as functorch_config
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._pytree import tree_leaves
 
+from phase8.accelerator import GPU, has_kernels
 from phase8.config.model_section import ModelSection
 from phase8.division import part_size
 from phase8.kernels.cross_entropy import linear_cross_entropy
@@ -111,7 +112,7 @@ def bytes_within_budget(
         number_format: Format that computes the products of the linear layers.
         gathers_rounded: As for `trace_activations`.
     """
-    forward = _Forward(_one_layer(model), dtype, micro_batch_size, packed, "cuda", number_format, gathers_rounded)
+    forward = _Forward(_one_layer(model), dtype, micro_batch_size, packed, GPU, number_format, gathers_rounded)
     return _block_bytes(forward, is_compiled=True, budget=budget)
 
 
@@ -145,7 +146,7 @@ class _Forward(NamedTuple):
         """The model and its residual stream, on a device without memory."""
         # Meta tensors go through the operators as on a GPU. Torch's own attention takes its plain form there, but on fake CPU tensors
         # keeps what it keeps on a GPU. (Fake GPU tensors cannot be sliced by a CPU build of torch.)
-        on_meta = self.device_type == "cuda" and self.model.block == "phase8"
+        on_meta = has_kernels(self.device_type) and self.model.block == "phase8"
         with nullcontext() if on_meta else FakeTensorMode():
             with torch.device("meta" if on_meta else "cpu"):
                 whole = LanguageModel(self.model, dtype=self.dtype, number_format=self.number_format)

@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
+from phase8.accelerator import has_kernels, is_accelerator, records_steps
 from phase8.config.auto import AUTO, automatic_keys, with_values
 from phase8.config.batch import batch_shape, run_topology
 from phase8.config.dotted import values_of
@@ -44,10 +45,10 @@ class Device:
     """The device of a rank.
 
     Args:
-        type: `cuda` or `cpu`.
+        type: Type of device, as torch names it.
         name: The vendor's name.
         memory_bytes: Memory that the run may use; ignored on a CPU.
-        total_bytes: Memory that the device has.
+        total_bytes: Memory that the device has; 0: unknown.
         can_compile: Whether torch.compile finds what it needs.
     """
 
@@ -56,6 +57,11 @@ class Device:
     memory_bytes: int
     total_bytes: int
     can_compile: bool = True
+
+    @property
+    def is_limited(self) -> bool:
+        """Whether it has memory of its own, of a known size."""
+        return is_accelerator(self.type) and self.total_bytes > 0
 
     def limited_to(self, limit_gib: float | None) -> Device:
         """The same device with its memory limited to `train.device_memory_gib`; None: no limit."""
@@ -131,7 +137,7 @@ def find_candidates(
         """The candidate with its plan; None if it does not fit."""
         candidate = _planned(setting, world_size, device)
         usable = usable_bytes(device.memory_bytes, is_recorded=setting.config.train.cuda_graphs is True)
-        too_much = device.type == "cuda" and candidate.planned_bytes > usable
+        too_much = device.is_limited and candidate.planned_bytes > usable
         return None if too_much or (below_bytes is not None and candidate.planned_bytes >= below_bytes) else candidate
 
     found: list[Candidate] = []
@@ -165,7 +171,7 @@ def smallest_candidate(config: RunConfig, *, world_size: int, device: Device) ->
 
 def nearest_that_fits(config: RunConfig, facts: Device, *, world_size: int, below_bytes: int) -> Candidate | None:
     """The fastest settings below `below_bytes`: with another microbatch if that is enough, otherwise with more recomputation."""
-    if facts.type != "cuda":
+    if not facts.is_limited:
         return None
     train = config.train.model_copy(update={"micro_batch_size": AUTO})
     for changed in (train, train.model_copy(update={"recompute": AUTO, "recompute_every_n_layers": 1})):
@@ -184,10 +190,10 @@ def how_to_fit(config: RunConfig, nearest: Candidate) -> str:
 
 def _settings(config: RunConfig, *, world_size: int, device: Device, compiles: bool) -> Iterator[list[_Setting]]:
     """Every combination that can run, one list per microbatch, the smallest first; on a CPU only the fastest one."""
-    automatic, is_gpu = automatic_keys(config), device.type == "cuda"
-    compiled = config.train.recompute == "budget" or (compiles and device.can_compile and is_gpu)
-    sizes, ways = _microbatch_sizes(config, world_size), _WAYS if "train.recompute" in automatic and is_gpu else _WAYS[:1]
-    if not is_gpu:
+    automatic = automatic_keys(config)
+    compiled = config.train.recompute == "budget" or (compiles and device.can_compile and has_kernels(device.type))
+    sizes, ways = _microbatch_sizes(config, world_size), _WAYS if "train.recompute" in automatic and device.is_limited else _WAYS[:1]
+    if not device.is_limited:
         sizes = [size for size in sizes if size * config.model.sequence_length <= _CPU_TOKENS][-1:] or sizes[:1]
     for size in sizes:
         settled = []
@@ -206,7 +212,7 @@ def _settings(config: RunConfig, *, world_size: int, device: Device, compiles: b
             if not has_budget and not is_one_slice and not find_problems(each, world_size=world_size):
                 settled.append(each)
         if settled:
-            yield _predicted(settled, world_size, device, may_record=is_gpu and "train.cuda_graphs" in automatic)
+            yield _predicted(settled, world_size, device, may_record=records_steps(device.type) and "train.cuda_graphs" in automatic)
 
 
 def _predicted(settled: Sequence[RunConfig], world_size: int, device: Device, *, may_record: bool) -> list[_Setting]:

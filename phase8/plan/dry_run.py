@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import torch
 from rich.console import Console
 
+from phase8 import accelerator
 from phase8.config.auto import automatic_keys, without_auto
 from phase8.config.batch import batch_shape, run_topology
 from phase8.config.schema import RunConfig
@@ -56,12 +56,12 @@ def _device(config: RunConfig) -> Device:
     """This machine's GPU, or an H100 if it has no known GPU."""
     name = _own_gpu() or ASSUMED_GPU
     total = int((find_gpu(name) or assumed_gpu()).memory_gib * 2**30)
-    return Device("cuda", name, memory_bytes=free_bytes(total), total_bytes=total).limited_to(config.train.device_memory_gib)
+    return Device(accelerator.GPU, name, memory_bytes=free_bytes(total), total_bytes=total).limited_to(config.train.device_memory_gib)
 
 
 def _own_gpu() -> str | None:
     """The name of this machine's GPU, or None."""
-    return torch.cuda.get_device_name() if torch.cuda.is_available() else None
+    return accelerator.name_of(accelerator.GPU) if accelerator.present() == accelerator.GPU else None
 
 
 def _topology_facts(config: RunConfig, world_size: int) -> list[Fact]:
@@ -85,7 +85,7 @@ def _model_facts(config: RunConfig, world_size: int) -> list[Fact]:
 
 def _memory_facts(config: RunConfig, world_size: int) -> list[Fact]:
     refuse_problems(config, about=MODEL_SECTIONS)
-    return memory_facts(plan_stages(config, world_size=world_size, device_type="cuda", device_bytes=_device(config).total_bytes))
+    return memory_facts(plan_stages(config, world_size=world_size, device_type=accelerator.GPU, device_bytes=_device(config).total_bytes))
 
 
 def _communication_facts(config: RunConfig, world_size: int) -> list[Fact]:

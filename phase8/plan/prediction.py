@@ -44,7 +44,7 @@ def predict_step(config: RunConfig, world_size: int, device_name: str | Gpu, *, 
     Args:
         config: A config that can run on `world_size` ranks.
         world_size: Ranks.
-        device_name: As `torch.cuda.get_device_name` reports it, or the bare name in any case: `h100`. An unknown device is
+        device_name: As torch reports it, or the bare name in any case: `h100`. An unknown device is
             predicted as if it were an H100, which is good enough to rank settings.
         host_ratio: Kernel launch time of the host over that of the host on which the constants were measured.
 

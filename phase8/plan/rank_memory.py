@@ -9,6 +9,7 @@ from functools import partial
 
 import torch
 
+from phase8.accelerator import has_kernels, locks_pages, reaches_peers
 from phase8.config.batch import BatchShape
 from phase8.config.model_section import LayerKind, ModelSection
 from phase8.config.pipeline import Pipeline
@@ -80,7 +81,7 @@ class Workload:
         number_format: Format that computes the products of the linear layers; the few blocks that keep the dtype are counted like the others.
         packed: Whether attention and states are reset at document boundaries.
         declare_state: Declaration of the state that the optimizer keeps for each parameter.
-        device_type: Type of device: `cuda`, or `cpu`, where operators keep more for backward.
+        device_type: Type of device: those without kernels keep more for backward.
         saves_aside: Whether checkpoints are saved asynchronously, from copies in host memory.
         async_tensor_parallel: Whether tensor-parallel GPUs exchange tokens through each other's memory.
         device_bytes: Memory of the device, which limits how many logits exist at once; None: a large device.
@@ -133,7 +134,7 @@ def plan_each_stage(work: Workload) -> tuple[StageMemory, ...]:
                     activations_bytes=peak_activation_bytes(actions, activations) + beside,
                     first_layer_bytes=first.kept // len(chunks[0].layers) + first.repeated + beside,
                     division=division,
-                    libraries_bytes=LIBRARIES_BYTES if work.device_type == "cuda" else 0,
+                    libraries_bytes=LIBRARIES_BYTES if has_kernels(work.device_type) else 0,
                     offloaded_bytes=peak_offloaded_bytes(actions, activations),
                 ),
             )
@@ -154,7 +155,7 @@ def _division(work: Workload) -> Division:
         accumulates=work.shape.num_microbatches > 1,
         offload_optimizer=zero.offload_optimizer != "none",
         offload_params=zero.offload_params != "none",
-        pins_memory=work.device_type == "cuda",
+        pins_memory=locks_pages(work.device_type),
         copies_state=work.saves_aside,
         deepspeed=_deepspeed_buffers(zero, work.dtype.itemsize) if zero.engine == "deepspeed" else None,
     )
@@ -186,7 +187,7 @@ def _state_bytes(name: str, parameter: DividedShape, num_elements: int, declare:
 def _trace_kinds(work: Workload) -> dict[LayerKind, ActivationBytes]:
     """Activations of each kind of layer: plain torch keeps the scores of the window for backward, kernels keep the same for all windows."""
     kinds = set(work.model.layer_kinds)
-    if work.device_type != "cuda":
+    if not has_kernels(work.device_type):
         return {kind: _trace_kind(work, kind) for kind in kinds}
     largest = max(work.model.window_sizes)
     alike = {kind: kind._replace(window=largest) if kind.window else kind for kind in kinds}
@@ -218,7 +219,7 @@ def _trace(work: Workload, model: ModelSection) -> ActivationBytes:
     same = {"dtype": work.dtype, "packed": work.packed, "number_format": work.number_format, **rounded}
     where = {"device_type": work.device_type, "num_tensor_ranks": num_tensor_ranks, "tokens_at_once": _tokens_at_once(work)}
     trace = partial(trace_activations, model, **same, **where)
-    if not train.compile.enabled or work.device_type != "cuda":
+    if not train.compile.enabled or not has_kernels(work.device_type):
         return trace(micro_batch_size=size)
     small, large = (trace(micro_batch_size=traced, is_compiled=True) for traced in _TRACED_SIZES)
     share = (size - _TRACED_SIZES[0]) / (_TRACED_SIZES[1] - _TRACED_SIZES[0])
@@ -266,7 +267,7 @@ def _offloaded_layers(work: Workload, chunk: Chunk) -> list[int]:
 
 def _offloaded_bytes(work: Workload, block_input: int) -> int:
     """Bytes of the copy of a block's input in host memory, which consists of a tensor for each slice."""
-    if work.device_type != "cuda":
+    if not locks_pages(work.device_type):
         return block_input
     length, at_once = work.model.sequence_length, _tokens_at_once(work)
     num_whole, rest = divmod(length, at_once)
@@ -287,10 +288,10 @@ def _inputs_on_their_way(work: Workload, chunks: Sequence[Chunk], traced: Mappin
 def _peer_memory(work: Workload, blocks: Sequence[Held], traced: Mapping[LayerKind, ActivationBytes]) -> int:
     """Bytes of memory that other GPUs write to: tokens of every tensor-parallel rank, their summands, and the gathered parts of a block."""
     places = 0
-    if work.device_type == "cuda" and work.async_tensor_parallel:
+    if reaches_peers(work.device_type) and work.async_tensor_parallel:
         own_tokens = next(iter(traced.values())).block_input
         places += 2 * ROUNDS * work.topology.tensor_parallel_size * own_tokens
-    if work.device_type == "cuda" and work.zero.copy_engine_gather:
+    if reaches_peers(work.device_type) and work.zero.copy_engine_gather:
         places += ROUNDS_IN_PLACE * max(block.gathered_bytes for block in blocks)
     return places
 
@@ -303,7 +304,7 @@ def _kept_when_recomputed(block: ActivationBytes, train: TrainSection) -> int:
 
 def _gradients_in_a_block(work: Workload) -> int:
     """Bytes of the gradients of gate, up and residual stream, in layers with experts of their rows: the largest beside a recomputed block."""
-    if work.device_type != "cuda":
+    if not has_kernels(work.device_type):
         return 0
     model = work.model
     width = 0 if all(model.has_experts) else 2 * model.feed_forward_width + model.d_model
@@ -314,7 +315,7 @@ def _gradients_in_a_block(work: Workload) -> int:
 
 def _loss_scratch(work: Workload) -> int:
     """Bytes of the logits of a chunk and of the cast head; with several tensor-parallel ranks or on a CPU, chunks are too short to count."""
-    if work.device_type != "cuda" or work.topology.tensor_parallel_size > 1:
+    if not has_kernels(work.device_type) or work.topology.tensor_parallel_size > 1:
         return 0
     return scratch_bytes(
         work.shape.micro_batch_size * work.model.sequence_length,

@@ -13,6 +13,7 @@ from functools import cached_property
 from itertools import product
 from typing import Any
 
+from phase8.accelerator import GPU
 from phase8.config.batch import batch_shape, run_topology
 from phase8.config.dotted import replaced, values_of
 from phase8.config.model_section import ModelSection
@@ -203,7 +204,7 @@ class _Search:
     def _plan(self, candidate: _Candidate) -> int:
         """Planned memory of the fullest rank."""
         if candidate.config not in self._planned:
-            stages = plan_stages(candidate.config, world_size=self._world_size, device_type="cuda", device_bytes=self._memory_bytes)
+            stages = plan_stages(candidate.config, world_size=self._world_size, device_type=GPU, device_bytes=self._memory_bytes)
             self._planned[candidate.config] = fullest(stages).memory.total_bytes
         return self._planned[candidate.config]
 

@@ -37,7 +37,7 @@ def plan_stages(config: RunConfig, *, world_size: int, device_type: str, device_
     Args:
         config: Config from which a model can be built; `auto` settings count as with `train.tuning: off`.
         world_size: Number of ranks.
-        device_type: Type of device, `cuda` or `cpu`.
+        device_type: Type of device.
         device_bytes: Memory of the device; None: a large device.
 
     Raises:

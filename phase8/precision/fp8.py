@@ -23,6 +23,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from phase8.accelerator import multiplies_fp8
 from phase8.config.precision import DIVISOR, LEAST_WIDTH
 from phase8.kernels.fp8_numbers import fp8_numbers
 from phase8.precision.formats import OPERAND_DTYPE
@@ -121,7 +122,7 @@ class _Linear(torch.autograd.Function):
 
 def product(left: Factor, right: Factor, dtype: torch.dtype) -> Tensor:
     """Computes left right^T [M, N] in a dtype from factors [M, K] and [N, K]; sums of e4m3 are kept in the matrix units, which is faster."""
-    if left.numbers.device.type == "cpu":  # torch 2.11 knows no scales of rows there
+    if not multiplies_fp8(left.numbers.device.type):  # torch 2.11 knows no scales of rows on a CPU
         return (left.numbers.float() @ right.numbers.float().T * left.scale * right.scale.T).to(dtype)
     is_fast = left.numbers.dtype == E4M3
     scales = {"scale_a": left.scale.flatten().unsqueeze(1), "scale_b": right.scale.flatten().unsqueeze(0)}  # with the strides that torch asks for

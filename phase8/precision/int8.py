@@ -14,6 +14,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from phase8.accelerator import has_kernels, is_accelerator
+
 LARGEST = 127  # -128 has no counterpart
 # torch's product of few tokens with packed weights reads each weight once; beyond, or with other widths, it is slow or crashes (torch 2.13).
 _FEW_TOKENS = 8
@@ -56,8 +58,10 @@ def int8_product(x: Tensor, weight: Tensor, scale: Tensor, *, is_dynamic: bool) 
 
 
 def _has_whole_product(rows: Tensor, weight: Tensor) -> bool:
-    if not rows.is_cuda:
+    if not is_accelerator(rows.device.type):
         return True
+    if not has_kernels(rows.device.type):
+        return False
     return len(rows) >= _LEAST_ROWS_ON_GPU and not any(width % _WIDTHS_ON_GPU for width in weight.shape)
 
 

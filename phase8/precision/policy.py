@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import torch
 
+from phase8 import accelerator
 from phase8.config.schema import PrecisionSection
 from phase8.errors import ConfigError
 from phase8.precision.formats import OPERAND_DTYPE, NumberFormat
@@ -36,17 +37,21 @@ def format_named(name: str) -> NumberFormat:
 
 
 def require_matrix_units(section: PrecisionSection, device: torch.device) -> None:
-    """Refuses a GPU whose matrix units do not know the format of the linear layers; a CPU computes every format.
+    """Refuses a device whose matrix units do not know the format of the linear layers; a CPU computes every format.
 
     Raises:
-        ConfigError: The GPU has no such matrix units.
+        ConfigError: The device has no such matrix units.
     """
-    if section.linear is None or device.type != "cuda":
+    if section.linear is None or not accelerator.is_accelerator(device.type):
         return
-    capability = torch.cuda.get_device_capability(device)
+    if not accelerator.multiplies_fp8(device.type):
+        raise ConfigError(
+            f"precision.linear is {section.linear}, which is computed on NVIDIA GPUs and CPUs, not on {device.type}; set precision.linear to null."
+        )
+    capability = accelerator.compute_capability(device)
     if capability < FP8_CAPABILITY:
         raise ConfigError(
-            f"precision.linear is {section.linear}, but {torch.cuda.get_device_name(device)} (compute capability {'.'.join(map(str, capability))}) "
+            f"precision.linear is {section.linear}, but {accelerator.name_of(device)} (compute capability {'.'.join(map(str, capability))}) "
             f"has no matrix units for it, which begin with {'.'.join(map(str, FP8_CAPABILITY))}; set precision.linear to null: bf16 and fp32 remain."
         )
 

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import torch
 
+from phase8.accelerator import records_collectives_of_nccl
 from phase8.durable import replace_file
 from phase8.terminal import ESCAPED
 
@@ -22,12 +23,12 @@ def write_hang_record(directory: Path, *, rank: int, device_type: str) -> None:
     Args:
         directory: Directory of the records; it is created if missing.
         rank: Number of this rank.
-        device_type: `cuda`: collectives of NCCL are recorded; otherwise those of gloo.
+        device_type: Type of the device, whose backend's collectives are recorded.
     """
     directory.mkdir(parents=True, exist_ok=True)
     frames = sys._current_frames()
     main = threading.main_thread().ident
     replace_file(directory / f"rank-{rank}.stack.txt", "".join(traceback.format_stack(frames[main])).encode(errors=ESCAPED))
     recorder = torch._C._distributed_c10d
-    collectives = recorder._dump_nccl_trace_json() if device_type == "cuda" else recorder._dump_fr_trace_json()
+    collectives = recorder._dump_nccl_trace_json() if records_collectives_of_nccl(device_type) else recorder._dump_fr_trace_json()
     replace_file(directory / f"rank-{rank}.collectives.json", collectives)

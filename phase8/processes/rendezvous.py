@@ -12,9 +12,9 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import timedelta
 
-import torch
 import torch.distributed as dist
 
+from phase8 import accelerator
 from phase8.closing import Tolerated
 from phase8.errors import CommunicationError, ConfigError
 from phase8.processes.bootstrap import World
@@ -36,24 +36,25 @@ def process_group(world: World, *, device_type: str = "cpu", timeout_seconds: fl
 
     Args:
         world: From `world_from_environment`.
-        device_type: `cuda` adds NCCL for tensors on GPUs; tensors on the host always go through gloo.
+        device_type: An accelerator adds its own backend, NCCL on GPUs; tensors on the host always go through gloo.
         timeout_seconds: How long to wait for the other ranks.
 
     Raises:
         CommunicationError: The store cannot be reached, or some ranks did not arrive in time.
-        ConfigError: There are more processes than GPUs on this host.
+        ConfigError: There are more processes than accelerators on this host, or no backend joins these.
     """
     if world.address is None:
         yield None
         return
-    if device_type == "cuda" and torch.cuda.device_count() < world.local_world_size:
+    backends = accelerator.collectives(device_type)
+    if accelerator.is_accelerator(device_type) and accelerator.count(device_type) < world.local_world_size:
         raise ConfigError(
-            f"{world.local_world_size} processes were started on a host with {torch.cuda.device_count()} usable GPUs; "
-            "start one process per GPU (torchrun --nproc_per_node), or use --device cpu."
+            f"{world.local_world_size} processes were started on a host with {accelerator.in_words(device_type, accelerator.count(device_type))}; "
+            "start one process per device (torchrun --nproc_per_node), or use --device cpu."
         )
     store = connect(world, timeout_seconds=timeout_seconds, serve=world.hosts_store)
     attempt = meet(store, world, timeout_seconds=timeout_seconds)
-    _initialise(world, dist.PrefixStore(f"{attempt}/group", store), device_type=device_type, timeout_seconds=timeout_seconds)
+    _initialise(world, dist.PrefixStore(f"{attempt}/group", store), backends=backends, timeout_seconds=timeout_seconds)
     completed = False
     try:
         yield attempt
@@ -139,11 +140,10 @@ def _incomplete(world: World, missing: list[int], timeout_seconds: float) -> Com
     )
 
 
-def _initialise(world: World, store: dist.Store, *, device_type: str, timeout_seconds: float) -> None:
-    backend = "cpu:gloo,cuda:nccl" if device_type == "cuda" else "gloo"
+def _initialise(world: World, store: dist.Store, *, backends: str, timeout_seconds: float) -> None:
     timeout = timedelta(seconds=timeout_seconds + BACKEND_MARGIN_SECONDS)
     try:
-        dist.init_process_group(backend, store=store, rank=world.rank, world_size=world.world_size, timeout=timeout)
+        dist.init_process_group(backends, store=store, rank=world.rank, world_size=world.world_size, timeout=timeout)
     except RuntimeError as error:  # gloo raises nothing narrower
         raise CommunicationError(
             f"all {world.world_size} ranks met, but rank {world.rank} cannot connect to the others ({first_line(error)}); "

@@ -84,7 +84,7 @@ def running(world: World, *, device_type: str = "cpu", limits: Limits | None = N
 
     Args:
         world: From `world_from_environment`.
-        device_type: `cpu` or `cuda`.
+        device_type: Type of the device.
         limits: The time-outs.
         hang_directory: Directory for hang records; None: none are written.
 

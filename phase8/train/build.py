@@ -11,6 +11,7 @@ import torch
 import torch.distributed as dist
 from rich.console import Console
 
+from phase8 import accelerator
 from phase8.checkpoint.load import Checkpoint
 from phase8.checkpoint.step_directories import step_of
 from phase8.config.batch import BatchShape, batch_shape, run_topology
@@ -201,7 +202,7 @@ def _decide(
     if mesh.rank == 0:  # only this rank shows facts
         plan = plan_on(machine, config, world_size=mesh.topology.world_size)
         facts.append(memory_fact(plan))
-        planned_memory_bytes = plan.total_bytes if device.type == "cuda" else None
+        planned_memory_bytes = plan.total_bytes if accelerator.is_accelerator(device.type) else None
     facts.append(("data", data.description))
     if chosen.reason:
         facts.append(("settings", chosen.reason))
@@ -250,7 +251,7 @@ def _build_mesh(config: RunConfig, device: torch.device, world_size: int) -> Mes
     topology = run_topology(config.parallel, world_size=world_size)
     needs_group = config.zero.offload_params != "none" or config.zero.engine == "deepspeed"  # even of one rank
     if world_size == 1 and needs_group and not dist.is_initialized():
-        dist.init_process_group("gloo" if device.type == "cpu" else "cpu:gloo,cuda:nccl", store=dist.HashStore(), rank=0, world_size=1)
+        dist.init_process_group(accelerator.collectives(device.type), store=dist.HashStore(), rank=0, world_size=1)
     return build_mesh(
         topology,
         device_type=device.type,
@@ -313,10 +314,10 @@ def _go_on(run: Run, resume: str) -> Choice:
 
 
 def _peak(config: RunConfig, device: torch.device) -> float | None:
-    if config.observe.peak_flops is not None or device.type != "cuda":
+    if config.observe.peak_flops is not None or not accelerator.is_accelerator(device.type):
         return config.observe.peak_flops
     dtype = "tf32" if config.precision.dtype == "fp32" and config.precision.tf32 else config.precision.dtype
-    return peak_flops(torch.cuda.get_device_name(device), dtype)
+    return peak_flops(accelerator.name_of(device), dtype)
 
 
 def _print_stage(console: Console, stage: str, done: int) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 
+from phase8.accelerator import records_steps
 from phase8.config.dotted import replaced
 from phase8.config.schema import RunConfig
 from phase8.errors import ConfigError
@@ -23,7 +24,7 @@ def with_recordable_experts(config: RunConfig, device: torch.device) -> RunConfi
     Raises:
         ConfigError: The config asks for recorded steps there.
     """
-    if not any(config.model.has_experts) or device.type != "cuda" or (found := experts_backend(config, device)).name == GROUPED:
+    if not any(config.model.has_experts) or not records_steps(device.type) or (found := experts_backend(config, device)).name == GROUPED:
         return config
     if config.train.cuda_graphs is True:
         raise ConfigError(

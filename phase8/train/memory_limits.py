@@ -9,6 +9,7 @@ from contextlib import contextmanager
 
 import torch
 
+from phase8 import accelerator
 from phase8.config.schema import RunConfig
 from phase8.errors import OutOfMemoryError
 from phase8.plan.candidates import Device, how_to_fit, nearest_that_fits, plan_on
@@ -17,9 +18,8 @@ from phase8.train.restart import resume_own_run
 from phase8.train.run_directory import RunDirectory
 from phase8.train.tuning import Chosen
 
-# Messages of torch for errors without a class of their own: out of host memory, and out of page-locked host memory.
+# Messages of torch for errors without a class of their own: out of host memory.
 _HOST = re.compile(r"can't allocate memory|not enough memory|Cannot allocate memory", re.IGNORECASE)
-_PINNED = re.compile(r"CUDA error: out of memory|cudaHostAlloc|cudaHostRegister", re.IGNORECASE)
 _GIB = 2**30
 
 
@@ -69,7 +69,7 @@ def memory_errors(config: RunConfig, chosen: Chosen, facts: Device, *, world_siz
     except MemoryError:
         sentence = _host_sentence(config, facts, world_size, "")
     except RuntimeError as error:
-        if _PINNED.search(str(error)):
+        if accelerator.PAGES_NOT_LOCKED.search(str(error)):
             sentence = _host_sentence(config, facts, world_size, "page-locked ")
         elif _HOST.search(str(error)):
             sentence = _host_sentence(config, facts, world_size, "")
@@ -113,8 +113,7 @@ def retry_with_less_memory(
             if error.has_begun:
                 resume = resume_own_run(resume, directory)
         gc.collect()
-        if torch.cuda.is_available():
-            torch.cuda.empty_cache()
+        accelerator.give_back_memory(accelerator.present())
 
 
 def _device_sentence(config: RunConfig, facts: Device, world_size: int) -> str:

@@ -6,6 +6,7 @@ import torch
 import torch.distributed as dist
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
+from phase8.accelerator import GPU
 from phase8.config.batch import run_topology
 from phase8.config.schema import RunConfig
 from phase8.config.validate import validate
@@ -19,7 +20,7 @@ from phase8.train.engine.train_state import build_chunks
 from phase8.zero.fsdp import shard_size
 
 
-def check_stages(config: RunConfig, *, world_size: int, device_type: str = "cuda") -> tuple[StageMemory, ...]:
+def check_stages(config: RunConfig, *, world_size: int, device_type: str = GPU) -> tuple[StageMemory, ...]:
     """The plan of every stage, after building its first rank as a run of `world_size` processes would.
 
     Args:

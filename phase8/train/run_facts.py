@@ -6,6 +6,7 @@ from importlib.metadata import version
 
 import torch
 
+from phase8.accelerator import records_steps
 from phase8.config.batch import BatchShape
 from phase8.config.pipeline import pipeline_of
 from phase8.config.schema import PrecisionSection, RunConfig, ZeroSection
@@ -33,7 +34,7 @@ def run_facts(config: RunConfig, *, device: torch.device, shape: BatchShape, num
         ("steps", f"{config.train.num_steps:,}, {config.optim.schedule} schedule, {config.optim.warmup_steps} warmup"),
         ("recomputation", config.train.recomputation),
         ("torch.compile", f"{compiled.mode}{', fullgraph' if compiled.fullgraph else ''}" if compiled.enabled else "off"),
-        *([("CUDA graphs", "the whole step" if device.type == "cuda" else "off: no GPU")] if config.train.cuda_graphs else []),
+        *([("CUDA graphs", "the whole step" if records_steps(device.type) else "off: no GPU")] if config.train.cuda_graphs else []),
     ]
 
 

@@ -12,6 +12,7 @@ from functools import partial
 
 import torch
 
+from phase8.accelerator import give_back_memory
 from phase8.config.batch import batch_shape
 from phase8.config.schema import RunConfig
 from phase8.data.microbatch import Microbatch, stand_in
@@ -93,8 +94,7 @@ def _try(config: RunConfig, mesh: Mesh, device: torch.device, build_engine: Buil
 
 def _give_back_memory(device: torch.device) -> None:
     gc.collect()
-    if device.type == "cuda":
-        torch.cuda.empty_cache()
+    give_back_memory(device.type)
 
 
 def _random_microbatch(config: RunConfig, batch_size: int, mesh: Mesh, device: torch.device) -> Microbatch:

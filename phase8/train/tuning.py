@@ -21,6 +21,7 @@ from typing import Any
 
 import torch
 
+from phase8.accelerator import has_kernels
 from phase8.config.auto import OFF, WITH_RECOMPUTE, automatic_keys, with_values, without_auto
 from phase8.config.dotted import values_of
 from phase8.config.load import config_to_mapping, with_settings
@@ -124,7 +125,7 @@ def _choose(
     if (found := _read_cache(cache, config)) is not None and not refused:
         return found
     search = _Search(config, mesh, try_settings, facts, refused, say)
-    if facts.type != "cuda" or world_size > 1 or config.train.tuning == "plan":
+    if not has_kernels(facts.type) or world_size > 1 or config.train.tuning == "plan":
         best = search.candidates(compiles=search.is_long(None))[0]
         return Chosen(values_of(best.config, _CHOSEN_KEYS), facts.name, world_size, f"{best}, by plan")
     chosen = search.measure()

@@ -21,6 +21,7 @@ from torch import nn
 from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, OffloadPolicy, fully_shard
 from torch.distributed.tensor import Shard
 
+from phase8.accelerator import locks_pages, reaches_peers
 from phase8.config.schema import ZeroSection
 from phase8.distributed.mesh import Mesh
 from phase8.distributed.placement import is_of_divided_experts
@@ -75,7 +76,7 @@ def shard_block(
         for module in experts:
             gather_in(dtype, [each for each in owned if each.owner is module], module)
         gather_in(dtype, [each for each in owned if each.owner not in experts], divided)
-        if zero.copy_engine_gather and mesh.shard.mesh is not None and mesh.shard.mesh.device_type == "cuda":
+        if zero.copy_engine_gather and mesh.shard.mesh is not None and reaches_peers(mesh.shard.mesh.device_type):
             divided.set_custom_all_gather(CopyEngineGather(mesh.shard.group))
 
 
@@ -118,4 +119,4 @@ def _offload(zero: ZeroSection, mesh: Mesh) -> OffloadPolicy:
     if zero.offload_params == "none":
         return OffloadPolicy()
     assert mesh.device_mesh is not None
-    return CPUOffloadPolicy(pin_memory=mesh.device_mesh.device_type == "cuda")
+    return CPUOffloadPolicy(pin_memory=locks_pages(mesh.device_mesh.device_type))

@@ -9,6 +9,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
+from phase8 import accelerator
 from phase8.terminal import warn
 
 _ALIGNMENT = 256  # bytes
@@ -34,18 +35,13 @@ class PageLocked:
             name: memory[end - tensor.nbytes : end].view(tensor.dtype).view(tensor.shape)
             for (name, tensor), end in zip(like.items(), ends, strict=True)
         }
-        if num_bytes and any(tensor.is_cuda for tensor in like.values()) and _is_locked(memory):
-            weakref.finalize(self, _unlock, memory)
+        if num_bytes and any(accelerator.locks_pages(tensor.device.type) for tensor in like.values()) and _is_locked(memory):
+            weakref.finalize(self, accelerator.unlock_pages, memory)
 
 
 def _is_locked(memory: Tensor) -> bool:
     """Locks the pages of a tensor if the system allows it."""
-    error = int(torch.cuda.cudart().cudaHostRegister(memory.data_ptr(), memory.nbytes, 0))
+    error = accelerator.lock_pages(memory)
     if error != 0:
-        warn(f"{memory.nbytes / 2**30:.1f} GiB of host memory for what is offloaded cannot be page-locked (CUDA error {error}): copies will be slow.")
+        warn(f"{memory.nbytes / 2**30:.1f} GiB of host memory for what is offloaded cannot be page-locked (error {error}): copies will be slow.")
     return error == 0
-
-
-def _unlock(memory: Tensor) -> None:
-    torch.cuda.synchronize()  # a copy may be on its way
-    torch.cuda.cudart().cudaHostUnregister(memory.data_ptr())

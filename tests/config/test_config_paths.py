@@ -18,7 +18,9 @@ ROOT = Path(__file__).parents[2]
 KEYS = {**dict(iterate_keys()), **{f"data.train[].{name}": field for name, field in DataSource.model_fields.items()}}
 PATH_KEYS = [name for name, field in iterate_keys() if describe_type(field).startswith("a path")]
 # What is neither a path nor a number nor one of several words. A key or an option that is none of these is a path.
-TEXT_KEYS = {"run.name", "data.eod_token", "data.split", "observe.sample_prompt", "observe.project", "observe.wandb_entity"}
+TEXT_KEYS = {
+    "run.name", "data.eod_token", "data.split", "observe.sample_prompt", "observe.project", "observe.wandb_entity", "train.compile.backend",
+}  # fmt: skip
 TEXT_OPTIONS = {
     "--set", "--prompt", "--json-key", "--variants", "--define", "--layouts", "--schedule",
     "--eod-token", "--document-separator", "--gpu", "--stop",

@@ -534,3 +534,10 @@ def test_deepspeed_works_with_data_and_tensor_parallelism_alone(tmp_path, axis):
     problems = find_problems(config_with(*DEEPSPEED, f"parallel.{axis}_parallel_size=2", directory=tmp_path), world_size=2)
     expected = f"parallel.{axis}_parallel_size is 2, but zero.engine is deepspeed, which works with data and tensor parallelism alone; "
     assert expected + "set zero.engine to fsdp." in problems
+
+
+def test_modes_of_compilation_are_those_of_torchs_compiler(tmp_path):
+    settings = ["train.compile.backend=neuron", "train.compile.mode=max-autotune"]
+    sentence = "train.compile.mode is max-autotune, which only torch's own compiler knows, but train.compile.backend is neuron; set one of them only."
+    assert find_problems(config_with(*settings, directory=tmp_path), world_size=1) == [sentence]
+    assert find_problems(config_with(settings[0], directory=tmp_path), world_size=1) == []

@@ -66,7 +66,7 @@ def test_everything_is_printed(small):
     ],
 )
 def test_the_speed_is_predicted_for_the_gpu_of_this_machine_or_an_h100(small, monkeypatch, name, gpu):
-    monkeypatch.setattr("torch.cuda.is_available", lambda: name is not None)
+    monkeypatch.setattr("phase8.accelerator.present", lambda: None if name is None else "cuda")
     monkeypatch.setattr("torch.cuda.get_device_name", lambda: name)
     facts, _ = facts_and_problems(small(), world_size=2)
     assert re.fullmatch(rf"[\d,]+ tok/s, MFU [\d.]+ %, .+ for the whole run, on 2 x {gpu}", facts["predicted speed"])

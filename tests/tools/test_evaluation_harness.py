@@ -1,4 +1,4 @@
-"""An exported Llama has the same log-likelihood of a text in EleutherAI's lm-evaluation-harness (package lm_eval) as here."""
+"""EleutherAI's lm-evaluation-harness (package lm_eval), called as docs/quality.md says, finds the log-likelihoods of a text that are found here."""
 
 import json
 import math
@@ -15,7 +15,7 @@ from phase8.model.parameters import initialise
 from tests.tools.doors import load_door
 
 TEXT = "Größe und 日本語, naïve words; plain words too.\n" * 7
-MODEL = ("model.block=transformer", "model.d_model=24", "model.num_layers=2", "model.num_heads=3", "model.vocab_size=300", "model.sequence_length=64",
+MODEL = ("model.d_model=24", "model.num_layers=2", "model.num_heads=3", "model.vocab_size=300", "model.sequence_length=64",
          "model.ffn_size=40", "precision.dtype=fp32")  # fmt: skip
 
 
@@ -29,10 +29,15 @@ def byte_level_tokenizer(path):
     return path
 
 
+# The first one is exported as a Llama, the others bring their code.
+BLOCKS = [("model.block=transformer",), (), ("model.local_window_size=[8,64]", "model.chain=both", "model.global_path=delta")]
+
+
 @pytest.mark.full
-def test_the_harness_finds_the_log_likelihood_that_evaluate_finds(tmp_path, capsys):
-    transformers, api, models = (pytest.importorskip(name) for name in ("transformers", "lm_eval.api.instance", "lm_eval.models.huggingface"))
-    config = load_config(os.devnull, MODEL)
+@pytest.mark.parametrize("settings", BLOCKS, ids=["llama", "phase8", "phase8-options"])
+def test_the_harness_finds_the_log_likelihood_that_evaluate_finds(tmp_path, capsys, settings):
+    api, models = (pytest.importorskip(name) for name in ("lm_eval.api.instance", "lm_eval.models.huggingface"))
+    config = load_config(os.devnull, (*MODEL, *settings))
     model = build_model(config.model, dtype=torch.float32, device=torch.device("cpu"))
     initialise(model, seed=0)
     with torch.no_grad():
@@ -49,9 +54,8 @@ def test_the_harness_finds_the_log_likelihood_that_evaluate_finds(tmp_path, caps
     assert load_door("evaluate").main(arguments) == 0
     found = json.loads(capsys.readouterr().out)["total"]
 
-    fast = transformers.PreTrainedTokenizerFast(tokenizer_file=str(tokenizer), eos_token="<|endoftext|>", pad_token="<|endoftext|>")
-    llama = transformers.LlamaForCausalLM.from_pretrained(tmp_path / "hf", dtype=torch.float32)
-    harness = models.HFLM(pretrained=llama, tokenizer=fast, max_length=64, batch_size=2, device="cpu")
+    model_args = f"pretrained={tmp_path / 'hf'},trust_remote_code=True,dtype=float32,prefix_token_id=0"  # the length is the model's
+    harness = models.HFLM.create_from_arg_string(model_args, {"batch_size": 2, "device": "cpu"})
     request = api.Instance(request_type="loglikelihood_rolling", doc={}, arguments=(TEXT,), idx=0)
     (log_likelihood,) = harness.loglikelihood_rolling([request], disable_tqdm=True)
     assert found["num_tokens"] > 2 * 64 and found["num_tokens"] % 64

@@ -28,7 +28,7 @@ from phase8.data.made_with import made_with
 from phase8.data.pair_record import record_path
 from phase8.data.tokenizer import load_tokenizer
 from phase8.data.tokenizer_training import train_sentencepiece
-from phase8.errors import CorruptionError, DataError, DivergenceError, StorageError
+from phase8.errors import ConfigError, CorruptionError, DataError, DivergenceError, StorageError
 from phase8.model.block import call
 from phase8.model.host_copies import HostCopies
 from phase8.model.parameters import decayed_parameter_names
@@ -272,6 +272,15 @@ def test_compile_compiles_every_block_as_asked(tiny, monkeypatch, enabled):
     options = {"mode": "max-autotune-no-cudagraphs", "fullgraph": True}  # graphs are train.cuda_graphs
     model = run.engine.train_state.model
     assert compiled == ([(module, options) for module in (*model.blocks.values(), model.norm)] if enabled else [])
+
+
+def test_the_compiler_is_the_one_that_the_config_names(tiny, monkeypatch):
+    compiled = []
+    monkeypatch.setattr(torch.nn.Module, "compile", lambda module, **options: compiled.append(options))
+    prepare(tiny, "train.compile.enabled=true", "train.compile.backend=aot_eager")
+    assert compiled == [{"mode": "default", "fullgraph": False, "backend": "aot_eager"}] * 3
+    with pytest.raises(ConfigError, match=r"train\.compile\.backend is neuron, but torch knows .*inductor.*; name one of these, or install"):
+        prepare(tiny, "train.compile.enabled=true", "train.compile.backend=neuron", "run.name=other")
 
 
 @pytest.mark.parametrize(

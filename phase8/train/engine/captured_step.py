@@ -13,6 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from phase8 import accelerator
 from phase8.data.microbatch import Microbatch
 from phase8.train.engine.measured import StepNumbers, count_targets, step_result
 from phase8.train.engine.protocol import StepResult
@@ -59,7 +60,7 @@ class CapturedStep:
 
     def __init__(self, train_state: TrainState):
         self._train_state, self._num_eager_steps = train_state, 0
-        self._graph: torch.cuda.CUDAGraph | None = None
+        self._graph: accelerator.Graph | None = None
 
     def __call__(
         self,
@@ -99,15 +100,14 @@ class CapturedStep:
             self._graph.reset()
             self._graph = None
 
-    def _record(self, microbatches: Sequence[Microbatch], *, gradient_clip_norm: float) -> torch.cuda.CUDAGraph:
+    def _record(self, microbatches: Sequence[Microbatch], *, gradient_clip_norm: float) -> accelerator.Graph:
         """Records a step for batches of this shape, without changing any weights."""
-        device, graph = self._train_state.device, torch.cuda.CUDAGraph()
+        device, graph = self._train_state.device, accelerator.Graph()
         static = tuple(batch.to(device) for batch in microbatches)
         numbers = StepNumbers(*(torch.zeros((), dtype=torch.float64, device=device) for _ in range(4)))
         self._inputs = _Inputs(static, numbers, learning_rate=torch.zeros((), device=device))
         for group in self._train_state.optimizer.param_groups:
             group.update(lr=self._inputs.learning_rate, capturable=True)
-        # This mode lets the threads that page-lock the next batches continue meanwhile.
-        with torch.cuda.graph(graph, capture_error_mode="thread_local"):
+        with accelerator.recording(graph):
             self._measured = update(self._train_state, static, numbers, gradient_clip_norm=gradient_clip_norm)
         return graph

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch._functorch import config as functorch_config
 
 from phase8.config.schema import RunConfig
+from phase8.errors import ConfigError
 from phase8.model.model import LanguageModel
 
 # Maps modes of the config to torch.compile's modes without CUDA graphs, which train.cuda_graphs records instead.
@@ -21,8 +23,11 @@ def compile_modules(chunks: Sequence[LanguageModel], config: RunConfig, *, are_c
 
     Args:
         chunks: Chunks of the model.
-        config: Config with the mode of compilation and the budget for the activations that blocks keep.
+        config: Config with the mode of compilation, its backend, and the budget for the activations that blocks keep.
         are_calls_hooked: Whether hooks that torch.compile cannot trace surround the calls, inside of which it then compiles.
+
+    Raises:
+        ConfigError: torch knows no such backend.
     """
     train = config.train
     if not train.compile.enabled:
@@ -32,9 +37,18 @@ def compile_modules(chunks: Sequence[LanguageModel], config: RunConfig, *, are_c
 
     # All blocks share their code; above the limit torch.compile would leave the others uncompiled.
     dynamo_config.recompile_limit = max(dynamo_config.recompile_limit, _FORMS_OF_A_LAYER * len(set(config.model.layer_kinds)))
-    options = {"mode": COMPILE_MODES[train.compile.mode], "fullgraph": train.compile.fullgraph}
+    options: dict[str, Any] = {"mode": COMPILE_MODES[train.compile.mode], "fullgraph": train.compile.fullgraph}
+    if train.compile.backend is not None:
+        options["backend"] = _known(train.compile.backend)
     for module in (*(block for chunk in chunks for block in chunk.blocks.values()), *(chunk.norm for chunk in chunks if chunk.norm is not None)):
         if are_calls_hooked:
             module.forward = torch.compile(module.forward, **options)
         else:
             module.compile(**options)
+
+
+def _known(backend: str) -> str:
+    if backend not in torch.compiler.list_backends(exclude_tags=()):
+        known = ", ".join(torch.compiler.list_backends())  # without those for debugging
+        raise ConfigError(f"train.compile.backend is {backend}, but torch knows {known}; name one of these, or install what registers it.")
+    return backend

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
+from phase8.accelerator import is_accelerator
 from phase8.checkpoint.load import Checkpoint
 from phase8.config.batch import batch_shape
 from phase8.config.pipeline import pipeline_of
@@ -80,7 +81,7 @@ class DeepSpeedEngine:
             shape,
             is_bf16=is_bf16,
             gradient_clip_norm=config.optim.gradient_clip_norm,
-            is_on_gpu=device.type == "cuda",
+            is_on_gpu=is_accelerator(device.type),
             swap=_swap(config, num_ranks=mesh.topology.world_size),
         )
         model = build_chunk(config, range(config.model.num_layers), mesh=mesh, dtype=compute_dtype(config.precision))

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
+from phase8.accelerator import records_steps
 from phase8.checkpoint.load import Checkpoint
 from phase8.checkpoint.state import MODEL_PREFIX, flat_state, restore_state
 from phase8.config.schema import RunConfig
@@ -55,7 +56,7 @@ class FsdpEngine:
     @property
     def captures_steps(self) -> bool:
         """Whether steps are replayed as one CUDA graph."""
-        return self._config.train.cuda_graphs and self.device.type == "cuda"
+        return self._config.train.cuda_graphs and records_steps(self.device.type)
 
     @property
     def num_slow_updates(self) -> int:

@@ -17,10 +17,13 @@ import platform
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Literal
 
 import torch
 import torch.distributed as dist
+
+from phase8 import accelerator
 
 NUM_TRIALS = 3
 
@@ -111,7 +114,7 @@ def probe_ranks(
         work: Work of the probe; None: chosen for the device.
     """
     if work is None:
-        work = GPU_WORK if device.type == "cuda" else CPU_WORK
+        work = GPU_WORK if accelerator.is_accelerator(device.type) else CPU_WORK
     if dist.is_initialized():
         dist.barrier()  # from here on no rank computes or sends anything else
     own = RankTimes(host=platform.node(), probe=_probe_seconds(device, work), data_wait=data_wait_seconds, step=step_seconds)
@@ -170,19 +173,21 @@ def _probe_seconds(device: torch.device, work: ProbeWork) -> float:
         for _ in range(work.num_copies):
             copy.copy_(source)
 
-    timed = _timed_on_gpu if device.type == "cuda" else _timed
+    timed = _timed_on_gpu if accelerator.has_kernels(device.type) else partial(_timed, device)
     do_work()
     return min(timed(do_work) for _ in range(NUM_TRIALS))
 
 
-def _timed(do_work: Callable[[], None]) -> float:
+def _timed(device: torch.device, do_work: Callable[[], None]) -> float:
+    accelerator.synchronize(device)
     begin = time.perf_counter()
     do_work()
+    accelerator.synchronize(device)
     return time.perf_counter() - begin
 
 
 def _timed_on_gpu(do_work: Callable[[], None]) -> float:
-    begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+    begin, end = accelerator.timing_event(), accelerator.timing_event()
     begin.record()
     do_work()
     end.record()
