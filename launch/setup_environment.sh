@@ -22,7 +22,7 @@ find_python() {
 
 # What the environment was made from: any change to it makes it anew.
 stamp="$venv/.made-from-${extra:-base}"
-wanted="$(cat "$root/setup.py" "${BASH_SOURCE[0]}" | cksum)"
+wanted="$(cat "$root/setup.py" "$root/tests/harness_requirements.txt" "${BASH_SOURCE[0]}" | cksum)"
 if [ -x "$venv/bin/python" ] && [ "$(cat "$stamp" 2>/dev/null)" = "$wanted" ]; then
     exit 0
 fi
@@ -37,6 +37,9 @@ fi
 install=("$venv/bin/python" -m pip install --quiet --disable-pip-version-check --no-compile)
 "${install[@]}" "torch==2.13.0"
 "${install[@]}" --editable "$package"
+if [ "$extra" = test ]; then
+    "$venv/bin/python" -m pip install --quiet --disable-pip-version-check --no-compile --no-deps --requirement "$root/tests/harness_requirements.txt"
+fi
 # pip compiles on one core. What does not compile is not imported either: templates and files for other versions of Python.
 "$venv/bin/python" -m compileall -qq -j 0 "$venv"/lib/python3*/site-packages || true
 echo "$wanted" > "$stamp"

@@ -33,7 +33,6 @@ def byte_level_tokenizer(path):
 BLOCKS = [("model.block=transformer",), (), ("model.local_window_size=[8,64]", "model.chain=both", "model.global_path=delta")]
 
 
-@pytest.mark.full
 @pytest.mark.parametrize("settings", BLOCKS, ids=["llama", "phase8", "phase8-options"])
 def test_the_harness_finds_the_log_likelihood_that_evaluate_finds(tmp_path, capsys, settings):
     api, models = (pytest.importorskip(name) for name in ("lm_eval.api.instance", "lm_eval.models.huggingface"))
