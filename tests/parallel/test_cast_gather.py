@@ -6,6 +6,7 @@ from contextlib import nullcontext
 
 import pytest
 import torch
+from torch._functorch import config as functorch_config
 
 from phase8.config.auto import without_auto
 from phase8.config.load import load_config
@@ -19,6 +20,7 @@ from phase8.train.engine.train_state import build_train_state
 from phase8.zero import fsdp
 from tests.parallel.mutations import replaced
 from tests.parallel.test_communication import Counter, step
+from tests.parallel.test_compiled import PARTITION
 from tests.parallel.test_parity import BLOCKS, OFFLOADED, ranks
 from tests.parallel.training import MODEL, train_steps
 
@@ -97,6 +99,28 @@ def test_experts_are_gathered_in_bf16_too_and_a_mistake_changes_bits(pool):
     expected = pool.run(trained, settings, world_size, "zero.gather_dtype=fp32", world_size=world_size)
     for mistake in (None, *MISTAKES):
         assert are_equal(pool.run(with_mistake, settings, world_size, mistake, world_size=world_size), expected) is (mistake is None), mistake
+
+
+def gradients_of_compiled(*settings):
+    """Gradients of a model whose blocks are compiled without a graph break, under a budget that makes backward repeat what it can."""
+    config = without_auto(load_config(os.devnull, [*MODEL, "zero.stage=3", *settings]))
+    mesh = build_mesh(Topology(data_parallel_size=2), device_type="cpu", shard_size=2)
+    train_state = build_train_state(config, mesh=mesh, device=torch.device("cpu"), dtype=torch.bfloat16)
+    torch.compiler.reset()
+    with functorch_config.patch(activation_memory_budget=0.3):
+        for block in train_state.model.blocks.values():
+            block.compile(fullgraph=True, backend=PARTITION)
+        tokens = torch.randint(config.model.vocab_size, (2, config.model.sequence_length), generator=torch.Generator().manual_seed(mesh.rank))
+        train_state.model.loss_sum(tokens, tokens.roll(-1, 1)).backward()
+    torch.compiler.reset()  # or the process groups stay with the compiled blocks
+    return {name: parameter.grad.to_local() for name, parameter in train_state.model.named_parameters()}
+
+
+@pytest.mark.full
+def test_compiled_blocks_have_the_same_gradients(pool):
+    found, expected = (pool.run(gradients_of_compiled, *more, world_size=2, timeout_seconds=300) for more in ((), ("zero.gather_dtype=fp32",)))
+    for ours, theirs in zip(found, expected, strict=True):
+        assert all(gradient.dtype == torch.float32 and torch.equal(gradient, theirs[name]) for name, gradient in ours.items())
 
 
 def padded(parameter):
