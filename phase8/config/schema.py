@@ -131,7 +131,10 @@ class OptimSection(Section):
     decay_steps: PositiveInt | None = key(None, "steps of the final decay of wsd; null: a tenth of num_steps")
     betas: Annotated[tuple[Fraction, Fraction], Field(strict=False)] = key((0.9, 0.95), "AdamW betas")
     eps: PositiveFloat = key(1e-8, "AdamW epsilon")
-    state_dtype: Literal["fp32", "bf16"] = key("fp32", "dtype of the moments that adamw keeps of matrices; bf16: rounded at random, right on average")
+    state_dtype: Literal["fp32", "bf16", "fp8"] = key(
+        "fp32", "dtype of the moments that adamw keeps of matrices; bf16 and fp8 (eight bits, the first as its ratio to the root of the second): "
+        "rounded at random, right on average"
+    )
     momentum: Fraction = key(0.95, "of muon, after its warmup from 0.85")
     momentum_warmup_steps: NonNegativeInt = key(300, "steps in which the momentum of muon rises; 0: none")
     weight_decay: NonNegativeFloat = key(0.1, "decay of matrices; vectors, norms and embeddings have none")

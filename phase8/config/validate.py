@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 
 from phase8.config.batch import batch_shape, count_token_ranks, run_topology
@@ -19,6 +20,8 @@ from phase8.errors import ConfigError
 
 # Sections from which a model can be built.
 MODEL_SECTIONS = ("model.", "precision.")
+# First moments over the root of the second that eight bits have room for, half of what they hold, since the second is rounded too.
+LARGEST_RATIO = 7.75
 
 
 def validate(config: RunConfig, *, world_size: int = 1) -> None:
@@ -105,6 +108,11 @@ def model_problems(model: ModelSection) -> Iterator[str]:
 def _schedule(optim: OptimSection, train: TrainSection) -> Iterator[str]:
     if optim.name != "adamw" and optim.state_dtype != "fp32":
         yield f"optim.state_dtype is {optim.state_dtype}, but optim.name is {optim.name}, which keeps fp32; set one of them back."
+    if optim.state_dtype == "fp8" and (ratio := _largest_ratio(*optim.betas)) > LARGEST_RATIO:
+        yield (
+            f"optim.state_dtype is fp8, which has room for first moments of {LARGEST_RATIO:g} times the root of the second, but optim.betas "
+            f"{list(optim.betas)} let them reach {ratio:.3g} times; raise the first or lower the second, or set state_dtype to bf16."
+        )
     decay_steps = optim.final_decay_steps(train.num_steps)
     if optim.warmup_steps >= train.num_steps and optim.warmup_steps > 0:
         yield f"optim.warmup_steps {optim.warmup_steps} is not below train.num_steps {train.num_steps}; shorten the warmup."
@@ -117,6 +125,13 @@ def _schedule(optim: OptimSection, train: TrainSection) -> Iterator[str]:
         yield f"optim.decay_steps is {optim.decay_steps}, but optim.schedule is {optim.schedule}; only wsd has decay_steps, leave it null."
     if optim.betas[0] == 1 or optim.betas[1] == 1:
         yield f"optim.betas is {list(optim.betas)}, but each must be below 1; use [0.9, 0.95], for example."
+
+
+def _largest_ratio(first: float, second: float) -> float:
+    """The largest ratio of a first moment of AdamW to the root of the second one, by the inequality of Cauchy and Schwarz."""
+    if first**2 >= second or second == 1:
+        return math.inf
+    return (1 - first) / math.sqrt((1 - second) * (1 - first**2 / second))
 
 
 def _train(train: TrainSection, model: ModelSection, world_size: int) -> Iterator[str]:

@@ -38,10 +38,14 @@ def rounded_at_random(x: Tensor, step: Tensor) -> Tensor:
         step: Number of the step, a scalar; the same numbers are rounded in another way in another step.
     """
     bits = x.view(torch.int32)
-    mixed = (bits ^ (step.to(torch.int32) * _OF_STEP)) * _OF_NUMBER
-    mixed = (mixed ^ ((mixed >> 15) & _ALL_BUT_SIGNS)) * _OF_STEP
-    chance = (mixed >> 16) & _DROPPED
+    chance = (mixed(bits, step) >> 16) & _DROPPED
     return ((bits + chance) & ~_DROPPED).view(torch.float32).to(torch.bfloat16)
+
+
+def mixed(bits: Tensor, step: Tensor) -> Tensor:
+    """Bits that look random, int32, made from those of numbers and from the number of the step; the highest ones depend on all of them."""
+    spread = (bits ^ (step.to(torch.int32) * _OF_STEP)) * _OF_NUMBER
+    return (spread ^ ((spread >> 15) & _ALL_BUT_SIGNS)) * _OF_STEP
 
 
 @functools.cache
@@ -69,6 +73,8 @@ class AdamWBf16(BesideAdamW):
             decayed_names=decayed_names,
         )
 
+    moment_dtype = torch.bfloat16
+
     def declare_state(self, name: str, shape: Sequence[int]) -> ParameterState:
         """Moments in bf16 for matrices, what AdamW keeps for the rest."""
         return adamw_bf16_state(name, shape)
@@ -83,19 +89,29 @@ class AdamWBf16(BesideAdamW):
         state = self.state[part]
         if not state:
             state["step"] = torch.zeros((), dtype=torch.float32, device=part.device)
-            state |= {key: torch.zeros_like(part, dtype=torch.bfloat16) for key in ("exp_avg", "exp_avg_sq")}
+            state |= {key: torch.zeros_like(part, dtype=self.moment_dtype) for key in ("exp_avg", "exp_avg_sq")}
         state["step"] += 1
         rows = max(CHUNK // max(math.prod(part.shape[1:]), 1), 1)
         pieces = (each.split(rows) for each in (part.detach(), gradient, state["exp_avg"], state["exp_avg_sq"]))
         for weights, gradients, *moments in zip(*pieces, strict=True):
-            wide = [moment.to(part.dtype) for moment in moments]
+            wide = [moment.to(part.dtype) for moment in self._widened(*moments)]
             torch._fused_adamw_(
                 [weights], [gradients], [wide[0]], [wide[1]], [], [state["step"]],
                 amsgrad=False, lr=group["lr"], beta1=group["betas"][0], beta2=group["betas"][1], weight_decay=group["weight_decay"], eps=group["eps"],
                 maximize=False, grad_scale=self.grad_scale, found_inf=self.found_inf,
             )  # fmt: skip
-            rounded = compiled_rounding() if uses_triton(weights) else rounded_at_random
-            for moment, value in zip(moments, wide, strict=True):
-                moment.copy_(rounded(value.float().flatten(), state["step"]).view_as(moment))
+            for moment, short in zip(moments, self._shortened(*(value.float().flatten() for value in wide), step=state["step"]), strict=True):
+                short = short.view_as(moment)
+                # A step that does not count leaves a moment as it is, even one that widening has rounded.
+                moment.copy_(short if self.found_inf is None else torch.where(self.found_inf == 0, short, moment))
         if self.found_inf is not None:
             state["step"] -= self.found_inf
+
+    def _widened(self, first: Tensor, second: Tensor) -> tuple[Tensor, Tensor]:
+        """The numbers that both moments of a piece stand for, fp32 or of fewer bits."""
+        return first, second
+
+    def _shortened(self, first: Tensor, second: Tensor, *, step: Tensor) -> tuple[Tensor, Tensor]:
+        """Both moments as they are kept, rounded at random from fp32 [n]."""
+        rounded = compiled_rounding() if uses_triton(first) else rounded_at_random
+        return rounded(first, step), rounded(second, step)

@@ -4,6 +4,7 @@
 |---|---|
 | AdamW | `step`, a scalar; `exp_avg` and `exp_avg_sq`, shaped like the parameter |
 | AdamW with `optim.state_dtype: bf16` | the same, the two moments of matrices in bf16 |
+| AdamW with `optim.state_dtype: fp8` | the same, the two moments of matrices in codes of eight bits |
 | Muon | of matrices `step` and `momentum`, shaped like the parameter; of the rest what AdamW keeps |
 
 An optimizer of this library declares its state by a method `declare_state` (`DeclaresState`); torch's AdamW is declared here.
@@ -23,7 +24,7 @@ from phase8.errors import CheckpointError
 
 # The linear layers of blocks, of mixers and feed-forwards; not the scalars of heads, nor routers, whose rows have meanings of their own.
 _ORTHOGONALISED = frozenset({"q", "k", "v", "out", "gate", "up", "down"})
-_ELEMENT_BYTES = {"F64": 8, "F32": 4, "BF16": 2, "F16": 2}
+_ELEMENT_BYTES = {"F64": 8, "F32": 4, "BF16": 2, "F16": 2, "U8": 1}
 
 
 @dataclass(frozen=True)
@@ -98,8 +99,15 @@ def adamw_bf16_state(name: str, shape: Sequence[int]) -> ParameterState:
     return ParameterState((StateTensor("step", (), "F32"), StateTensor("exp_avg", dtype="BF16"), StateTensor("exp_avg_sq", dtype="BF16")))
 
 
+def adamw_fp8_state(name: str, shape: Sequence[int]) -> ParameterState:
+    """The state that AdamW keeps with moments of matrices in eight bits."""
+    if not has_short_moments(shape):
+        return adamw_state(name, shape)
+    return ParameterState((StateTensor("step", (), "F32"), StateTensor("exp_avg", dtype="U8"), StateTensor("exp_avg_sq", dtype="U8")))
+
+
 def has_short_moments(shape: Sequence[int]) -> bool:
-    """Whether the moments of a parameter have sixteen bits with `optim.state_dtype: bf16`: those of matrices, which are nearly all numbers."""
+    """Whether the moments of a parameter have fewer bits where `optim.state_dtype` says so: those of matrices, which are nearly all numbers."""
     return len(shape) >= 2
 
 
@@ -117,8 +125,8 @@ def is_orthogonalised(name: str, shape: Sequence[int]) -> bool:
 
 def declared_for(section: OptimSection) -> DeclareState:
     """The declaration of the optimizer that a config asks for; no optimizer has to be built for it."""
-    if section.state_dtype == "bf16":
-        return adamw_bf16_state
+    if section.state_dtype != "fp32":
+        return {"bf16": adamw_bf16_state, "fp8": adamw_fp8_state}[section.state_dtype]
     return {"adamw": adamw_state, "muon": muon_state}[section.name]
 
 

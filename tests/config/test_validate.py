@@ -257,6 +257,11 @@ RULES = {
         ["optim.name=muon", "optim.state_dtype=bf16"],
         "optim.state_dtype is bf16, but optim.name is muon, which keeps fp32; set one of them back.",
     ),
+    "decays that eight bits have no room for": (
+        ["optim.state_dtype=fp8", "optim.betas=[0.9,0.9999]"],
+        "optim.state_dtype is fp8, which has room for first moments of 7.75 times the root of the second, but optim.betas [0.9, 0.9999] let them "
+        "reach 22.9 times; raise the first or lower the second, or set state_dtype to bf16.",
+    ),
     "deepspeed with muon": (
         [*DEEPSPEED, "optim.name=muon"], "optim.name is muon, but zero.engine is deepspeed, which runs adamw; set one of them back."
     ),

@@ -6,6 +6,7 @@ from contextlib import nullcontext
 
 import pytest
 import torch
+from torch._functorch import config as functorch_config
 
 from phase8.config.auto import without_auto
 from phase8.config.load import load_config
@@ -19,6 +20,7 @@ from phase8.train.engine.train_state import build_train_state
 from phase8.zero import fsdp
 from tests.parallel.mutations import replaced
 from tests.parallel.test_communication import Counter, step
+from tests.parallel.test_compiled import PARTITION
 from tests.parallel.test_parity import BLOCKS, OFFLOADED, ranks
 from tests.parallel.training import MODEL, train_steps
 
@@ -33,11 +35,11 @@ CASES = {
     "dp2": ("default", ranks(dp=2, stage=3)),
     "dp2 offloaded": ("whole", ranks(dp=2, more=OFFLOADED)),
     "dp4 in pairs, accumulation": ("transformer", ranks(dp=4, stage=3, more=("zero.shard_size=2", *ACCUMULATION))),
-    "ep2 dp4": ("experts-dropless", ranks(dp=4, ep=2, stage=3)),
+    "ep2 dp4, counted": ("experts-dropless", ranks(dp=4, ep=2, stage=3)),
     "pp2 dp2 tied": ("deep-tied", ranks(pp=2, dp=2, stage=3, more=INTERLEAVED)),
     "cp2, muon": ("muon", ranks(cp=2, stage=3)),
 }  # fmt: skip
-QUICK = ("dp4 low-rank, slices", "tp2 dp2 delta, recomputed", "ep2 tp2, accumulation", "dp1 offloaded")  # the others consist of their parts
+QUICK = ("dp4 low-rank, slices", "tp2 dp2 delta, recomputed", "dp1 offloaded")  # the others consist of their parts, and of the experts below
 
 
 def trained(settings, world_size, *more, mistake=None):
@@ -91,12 +93,34 @@ def gradients_of_experts_stay_narrow():
 MISTAKES = {function.__name__: function for function in (norms_are_rounded, gradients_of_experts_stay_narrow)}
 
 
-def test_a_mistake_changes_bits(pool):
+def test_experts_are_gathered_in_bf16_too_and_a_mistake_changes_bits(pool):
     world_size, settings = ranks(dp=4, ep=2, stage=3)
     settings = (*BLOCKS["experts"], *settings)
     expected = pool.run(trained, settings, world_size, "zero.gather_dtype=fp32", world_size=world_size)
-    for mistake in MISTAKES:
-        assert not are_equal(pool.run(with_mistake, settings, world_size, mistake, world_size=world_size), expected), mistake
+    for mistake in (None, *MISTAKES):
+        assert are_equal(pool.run(with_mistake, settings, world_size, mistake, world_size=world_size), expected) is (mistake is None), mistake
+
+
+def gradients_of_compiled(*settings):
+    """Gradients of a model whose blocks are compiled without a graph break, under a budget that makes backward repeat what it can."""
+    config = without_auto(load_config(os.devnull, [*MODEL, "zero.stage=3", *settings]))
+    mesh = build_mesh(Topology(data_parallel_size=2), device_type="cpu", shard_size=2)
+    train_state = build_train_state(config, mesh=mesh, device=torch.device("cpu"), dtype=torch.bfloat16)
+    torch.compiler.reset()
+    with functorch_config.patch(activation_memory_budget=0.3):
+        for block in train_state.model.blocks.values():
+            block.compile(fullgraph=True, backend=PARTITION)
+        tokens = torch.randint(config.model.vocab_size, (2, config.model.sequence_length), generator=torch.Generator().manual_seed(mesh.rank))
+        train_state.model.loss_sum(tokens, tokens.roll(-1, 1)).backward()
+    torch.compiler.reset()  # or the process groups stay with the compiled blocks
+    return {name: parameter.grad.to_local() for name, parameter in train_state.model.named_parameters()}
+
+
+@pytest.mark.full
+def test_compiled_blocks_have_the_same_gradients(pool):
+    found, expected = (pool.run(gradients_of_compiled, *more, world_size=2, timeout_seconds=300) for more in ((), ("zero.gather_dtype=fp32",)))
+    for ours, theirs in zip(found, expected, strict=True):
+        assert all(gradient.dtype == torch.float32 and torch.equal(gradient, theirs[name]) for name, gradient in ours.items())
 
 
 def padded(parameter):

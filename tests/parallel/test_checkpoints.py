@@ -50,18 +50,21 @@ WITH_SHORT_MOMENTS = {
     "tp2 dp2 zero 3 bf16": ranks(tp=2, dp=2, stage=3, more=SHORT),
     "pp2 offloaded bf16": ranks(pp=2, stage=1, more=(*SHORT, "zero.offload_optimizer=cpu")),
 }
+FP8 = ("optim.state_dtype=fp8",)
+WITH_FP8_MOMENTS = {"tp2 dp2 zero 3 fp8": ranks(tp=2, dp=2, stage=3, more=FP8), "pp2 fp8": ranks(pp=2, stage=1, more=FP8)}
 SHARED = ("model.block=transformer", "model.num_kv_heads=2", "model.convolution_size=4", "model.rope_scaling.type=linear")
 WITH_SHARED_KEYS = {
     "dp4 zero 1, shared keys": ranks(dp=4, stage=1, more=SHARED),
     "tp2 dp2 zero 3, shared keys": ranks(tp=2, dp=2, stage=3, more=SHARED),
 }
-ANY = TOPOLOGIES | WITH_EXPERTS | WITH_MUON | WITH_SHORT_MOMENTS | WITH_SHARED_KEYS
+ANY = TOPOLOGIES | WITH_EXPERTS | WITH_MUON | WITH_SHORT_MOMENTS | WITH_FP8_MOMENTS | WITH_SHARED_KEYS
 # One of eight ranks is enough here, and the other is loaded by test_the_next_loss_is_that_of_one_process.
 RINGS = {
     "dense": [name for name in TOPOLOGIES if name != "tp4 pp2"],
     "experts": list(WITH_EXPERTS),
     "muon": list(WITH_MUON),
     "bf16 moments": list(WITH_SHORT_MOMENTS),
+    "fp8 moments": list(WITH_FP8_MOMENTS),
 }
 PAIRS = [pair for names in (TOPOLOGIES, WITH_EXPERTS, WITH_MUON, WITH_SHORT_MOMENTS, WITH_SHARED_KEYS) for pair in itertools.permutations(names, 2)]
 

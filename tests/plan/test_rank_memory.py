@@ -42,11 +42,12 @@ def test_one_process_holds_the_model():
     assert (stage.memory.weights_bytes, stage.memory.optimizer_bytes) == (4 * stage.num_parameters, 8 * stage.num_parameters)
 
 
-def test_moments_of_matrices_may_have_sixteen_bits():
-    (stage,), (short,) = stages_of(), stages_of("optim.state_dtype=bf16")
+@pytest.mark.parametrize(("dtype", "num_bytes"), [("bf16", 4), ("fp8", 2)])
+def test_moments_of_matrices_may_have_fewer_bits(dtype, num_bytes):
+    (stage,), (short,) = stages_of(), stages_of(f"optim.state_dtype={dtype}")
     in_vectors = sum(parameter.numel() for parameter in shapes_only(config_of()).parameters() if parameter.ndim < 2)
     assert 0 < in_vectors < 0.1 * stage.num_parameters
-    assert short.memory.optimizer_bytes == 4 * (stage.num_parameters - in_vectors) + 8 * in_vectors
+    assert short.memory.optimizer_bytes == num_bytes * (stage.num_parameters - in_vectors) + 8 * in_vectors
     assert short.memory.weights_bytes == stage.memory.weights_bytes
 
 
