@@ -97,6 +97,9 @@ class ZeroSection(Section):
     shard_size: PositiveInt | None = key(None, "data-parallel ranks that share one copy, a node's for example; null: all of them (stage 0: 1)")
     offload_optimizer: Literal["none", "cpu", "nvme"] = key("none", "where optimizer states live between steps; nvme: deepspeed only")
     offload_params: Literal["none", "cpu", "nvme"] = key("none", "where parameters live between uses")
+    offload_gradients: bool = key(
+        False, "beside offloaded parameters: sums of gradients over microbatches in host memory too, 4 bytes a parameter less on the device"
+    )
     nvme_path: PathText | None = key(None, "directory on an NVMe disk of every host for what is offloaded to nvme; emptied at the end")
     gather_dtype: Literal["fp32"] | None = key(
         None, "dtype in which stage 3 gathers the matrices of blocks; null: that of precision.dtype, to which layers round them anyway"

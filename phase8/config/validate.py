@@ -296,6 +296,13 @@ def _zero(config: RunConfig, world_size: int) -> Iterator[str]:
             f"zero.offload_params is {zero.offload_params}, which needs zero.stage 3 and zero.offload_optimizer cpu, but they are {zero.stage} and "
             f"{zero.offload_optimizer}; set them, or set offload_params to none."
         )
+    if zero.offload_gradients and zero.engine == "deepspeed":
+        yield "zero.offload_gradients is true, but zero.engine is deepspeed, which sums gradients where the optimizer is; leave it false."
+    elif zero.offload_gradients and zero.offload_params == "none":
+        yield (
+            "zero.offload_gradients is true, but zero.offload_params is none, and gradients are summed where parameters are; set offload_params to "
+            "cpu, or offload_gradients to false."
+        )
 
 
 def _batch_and_pipeline(config: RunConfig, world_size: int) -> Iterator[str]:

@@ -136,6 +136,7 @@ class Step:
         compute_bytes: Bytes per number of the residual stream.
         zero_stage: ZeRO stage, 0 to 3.
         offload_params: Whether parameters lie in host memory, so that FSDP sums gradients even with one data-parallel rank.
+        offload_gradients: Whether gradients go there after every microbatch, once they are summed over all ranks.
         gathered_bytes: Bytes per number of a block's weights that layers round, while they are gathered.
     """
 
@@ -144,6 +145,7 @@ class Step:
     compute_bytes: int
     zero_stage: int = 0
     offload_params: bool = False
+    offload_gradients: bool = False
     gathered_bytes: int = FP32_BYTES
 
 
@@ -308,7 +310,8 @@ def _parameters(chunk: Chunk, step: Step, grid: Grid) -> Iterator[Collectives]:
             yield Collectives(AxisName.SHARD, Operation.ALL_GATHER, count, count * gathered, of_shards)
             yield Collectives(AxisName.SHARD, Operation.REDUCE_SCATTER, num_sums, num_sums * num_bytes, of_shards)
         if num_replicas > 1:
-            yield Collectives(AxisName.REPLICATE, Operation.ALL_REDUCE, 1, num_bytes // num_shards, of_replicas)
+            count = num_sums if step.offload_gradients else 1
+            yield Collectives(AxisName.REPLICATE, Operation.ALL_REDUCE, count, count * num_bytes // num_shards, of_replicas)
 
 
 def _by_ranks(block: Mapping[str, DividedShape], grid: Grid) -> tuple[Mapping[str, DividedShape], ...]:

@@ -12,8 +12,8 @@ part of W, R what lies in no block, B the largest block. Offloaded entries are i
 
 In stage 0 P is as large as W: FSDP computes with a copy even where nothing is divided. Gradients of stages 0 and 1 stay whole from one
 microbatch to the next; with a single one they leave as soon as they are complete. Sums over microbatches are on the device even where
-parameters are offloaded, and go to the host with the last one. On their way are those of R, which are complete only at the end, and of B
-twice: what backward computes, and the copy of the block before that is being summed.
+parameters are offloaded, and go to the host with the last one, unless gradients are offloaded too. On their way are those of R, which are
+complete only at the end, and of B twice: what backward computes, and the copy of the block before that is being summed.
 
 DeepSpeed computes with copies of the parameters in the compute dtype (c bytes a number) beside fp32 master weights:
 
@@ -114,6 +114,7 @@ class Division:
         accumulates: A step has several microbatches.
         offload_optimizer: Optimizer states are in host memory.
         offload_params: Parameters are in host memory too, and gradients after the last microbatch.
+        offload_gradients: And after every other one.
         pins_memory: Offloaded parameters and gradients are in page-locked memory, which is allocated in powers of two.
         copies_state: Weights and optimizer are copied to host memory for asynchronous saves.
         deepspeed: What DeepSpeed holds differently; None: the engine is FSDP.
@@ -124,6 +125,7 @@ class Division:
     accumulates: bool = True
     offload_optimizer: bool = False
     offload_params: bool = False
+    offload_gradients: bool = False
     pins_memory: bool = False
     copies_state: bool = False
     deepspeed: DeepSpeedBuffers | None = None
@@ -206,8 +208,8 @@ def plan_memory(
         if division.zero_stage < 2 and division.accumulates:
             gradients = whole + max(largest[-1], largest_rest)
         else:
-            # FSDP sums over microbatches on the device, and offloads the sum.
-            sums = part if division.accumulates else on_device
+            # FSDP sums over microbatches on the device and offloads the sum, unless it is told to offload each summand.
+            sums = part if division.accumulates and not division.offload_gradients else on_device
             gradients = sums + rest + max(2 * largest[-1], largest_rest)
     elif not division.accumulates:
         # The gradients of a single microbatch replace its activations layer by layer. Most memory is needed with all activations and the gradients of

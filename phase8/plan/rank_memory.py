@@ -153,6 +153,7 @@ def _division(work: Workload) -> Division:
         is_divided=work.topology.num_token_ranks > 1 or zero.offload_params != "none",
         zero_stage=zero.stage,
         accumulates=work.shape.num_microbatches > 1,
+        offload_gradients=zero.offload_gradients,
         offload_optimizer=zero.offload_optimizer != "none",
         offload_params=zero.offload_params != "none",
         pins_memory=locks_pages(work.device_type),

@@ -50,6 +50,7 @@ def plan_run_communication(config: RunConfig, *, world_size: int, rank: int) -> 
         compute_bytes=compute.itemsize,
         zero_stage=config.zero.stage,
         offload_params=config.zero.offload_params != "none",
+        offload_gradients=config.zero.offload_gradients,
         gathered_bytes=gathered_dtype(config.zero, compute, torch.float32).itemsize,
     )
     chunks, exchanges = [], []

@@ -59,6 +59,7 @@ def describe_topology(config: RunConfig, topology: Topology) -> str:
     chunks = f" of {num_chunks} chunks" if num_chunks > 1 else ""
     num_expert_ranks = topology.expert_parallel_size
     offloaded = [what for what, where in (("optimizer", zero.offload_optimizer), ("parameters", zero.offload_params)) if where != "none"]
+    offloaded += ["sums of gradients"] * zero.offload_gradients
     return ", ".join(
         [
             degrees,

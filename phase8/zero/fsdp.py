@@ -95,11 +95,11 @@ def sum_gradients_after(model: nn.Module, zero: ZeroSection, *, is_last: bool) -
     """Sets what the backward of the next microbatch communicates: gradients that may wait for the last microbatch do.
 
     From stage 2 on, gradients are summed over the shard group after every microbatch, since they are kept sharded; over replicas once. Below stage 3
-    parameters stay gathered.
+    parameters stay gathered. What is summed over all ranks goes to offloaded parameters, which add it up on the host; until then the device does.
     """
     if isinstance(model, FSDPModule):
         model.set_requires_gradient_sync(is_last or zero.stage >= 2)
-        model.set_requires_all_reduce(is_last)
+        model.set_requires_all_reduce(is_last or zero.offload_gradients)
         model.set_reshard_after_backward(is_last or zero.stage == 3)
 
 

@@ -29,6 +29,15 @@ RULES = {
         "train.offload_activations is cpu, but train.recompute is selective, and only of blocks that are recomputed whole nothing but the input is "
         "kept; set recompute to full or slices.",
     ),
+    "sums on the host for parameters on the device": (
+        ["zero.offload_gradients=true", "zero.stage=3"],
+        "zero.offload_gradients is true, but zero.offload_params is none, and gradients are summed where parameters are; set offload_params to cpu, "
+        "or offload_gradients to false.",
+    ),
+    "sums on the host under DeepSpeed": (
+        [*DEEPSPEED, "zero.offload_gradients=true"],
+        "zero.offload_gradients is true, but zero.engine is deepspeed, which sums gradients where the optimizer is; leave it false.",
+    ),
     "recorded copies": (
         ["train.offload_activations=cpu", "train.recompute=full", "train.cuda_graphs=true"],
         "train.cuda_graphs is true, but train.offload_activations is cpu, whose copies no graph of the GPU can hold; set one of them back.",

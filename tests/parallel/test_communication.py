@@ -160,6 +160,7 @@ CASES = {
     "dp2 zero 3 gathered in fp32": case(2, stage=3, more=("zero.gather_dtype=fp32",)),
     "dp2 zero 3, full": case(2, stage=3, more=FULL),
     "dp2 zero 3 offloaded": case(2, more=OFFLOADED),
+    "dp4 zero 3 in pairs, sums offloaded": case(4, micro=2, more=(*OFFLOADED, "zero.offload_gradients=true", "zero.shard_size=2")),
     "dp2 zero 2 tied": case(2, stage=2, more=TIED),
     "dp4 zero 3 in pairs": case(4, stage=3, micro=1, more=("zero.shard_size=2",)),
     "dp4 zero 1 in pairs": case(4, stage=1, micro=1, more=("zero.shard_size=2",)),

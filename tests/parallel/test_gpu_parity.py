@@ -14,7 +14,7 @@ import torch
 
 from tests.parallel import test_parity
 from tests.parallel.pool import GLOO, NCCL, RankError
-from tests.parallel.test_parity import INTERLEAVED, OFFLOADED, ranks
+from tests.parallel.test_parity import INTERLEAVED, OFFLOADED, SUMS_OFFLOADED, ranks
 from tests.parallel.training import train_steps
 
 NUM_STEPS = 3  # a recorded step is the third
@@ -38,6 +38,7 @@ CASES = {
     "dp2 zero 2": ("default", ranks(dp=2, stage=2)),
     "dp2 zero 3": ("default", ranks(dp=2, stage=3)),
     "dp2 zero 3 offloaded": ("default", ranks(dp=2, more=OFFLOADED)),
+    "dp2 zero 3, sums offloaded": ("default", ranks(dp=2, more=(*OFFLOADED, SUMS_OFFLOADED))),
     "pp2 1f1b": ("default", ranks(pp=2)),
     "pp2 interleaved": ("default", ranks(pp=2, more=INTERLEAVED)),
     "tp2 compiled": ("default", ranks(tp=2, more=COMPILED)),

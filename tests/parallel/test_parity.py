@@ -50,6 +50,7 @@ BLOCKS = {
     "deep": ("model.num_layers=5",),
     "deep-tied": ("model.num_layers=4", "model.tie_embeddings=true"),
 }
+SUMS_OFFLOADED = "zero.offload_gradients=true"
 OFFLOADED = ("zero.stage=3", "zero.offload_optimizer=cpu", "zero.offload_params=cpu")
 
 INPUTS_OFFLOADED = ("train.recompute=full", "train.offload_activations=cpu")
@@ -96,6 +97,7 @@ QUICK = {
     "dp4 zero 3 in pairs": ("whole", ranks(dp=4, stage=3, more=("zero.shard_size=2",))),
     "dp2 zero 1, optimizer offloaded": ("default", ranks(dp=2, stage=1, more=("zero.offload_optimizer=cpu",))),
     "dp2 zero 3 offloaded": ("default", ranks(dp=2, more=OFFLOADED)),
+    "dp2 whole, sums offloaded": ("default", ranks(dp=2, more=(*OFFLOADED, SUMS_OFFLOADED, "zero.shard_size=1", "train.micro_batch_size=1"))),
     "tp2 dp2 zero 2": ("default", ranks(tp=2, dp=2, stage=2)),
     "tp2 dp2 zero 0": ("whole", ranks(tp=2, dp=2)),
     "tp2 dp2 zero 3, accumulation": ("default", ranks(tp=2, dp=2, stage=3, more=("train.micro_batch_size=1",))),

@@ -102,7 +102,7 @@ def test_what_is_offloaded_lies_on_the_host():
     assert (optimizer.weights_bytes, optimizer.optimizer_bytes, optimizer.host_bytes) == (4 * (PART + WHOLE), 0, 16 * PART)
     both = Division(is_divided=True, zero_stage=3, offload_optimizer=True, offload_params=True)
     assert plan(both) == MemoryPlan(4 * (REST + 160), 4 * (PART + REST + 200), 0, 77, host_bytes=16 * PART)
-    assert plan(replace(both, accumulates=False)).gradients_bytes == 4 * (REST + 200)
+    assert plan(replace(both, accumulates=False)).gradients_bytes == plan(replace(both, offload_gradients=True)).gradients_bytes == 4 * (REST + 200)
     pinned = plan(Division(is_divided=True, zero_stage=3, offload_optimizer=True, offload_params=True, pins_memory=True))
     assert pinned.host_bytes == 2 * (64 + 64 + 64 + 32 + 32) + 8 * PART  # of 60, 40, 60, 32 and 20 bytes
 
