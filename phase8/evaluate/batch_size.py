@@ -27,7 +27,7 @@ def planned_batch_size(model: LanguageModel, *, length: int, packed: bool, devic
     if device.type != "cuda":
         return max(_TOKENS_ON_CPU // length, 1)
     section = model.section.model_copy(update={"sequence_length": length})
-    block = trace_activations(section, dtype=model.dtype, micro_batch_size=1, packed=packed, device_type="cuda").block
+    block = trace_activations(section, dtype=model.dtype, micro_batch_size=1, packed=packed, device_type="cuda", without_mixer=False).block
     free_bytes, _ = torch.cuda.mem_get_info(device)
     fits = (usable_bytes(free_bytes, is_recorded=False) - _LOGITS_BYTES) // (2 * block)
     return max(min(fits, _TOKENS_ON_GPU // length), 1)

@@ -43,9 +43,9 @@ WITH_EXPERTS = {
     "ep2 dp4 zero 3": ranks(dp=4, ep=2, stage=3, more=EXPERTS),
     "dp2 zero 3, all experts on each": ranks(dp=2, stage=3, more=EXPERTS),
 }
-MUON = ("optim.name=muon",)
+MUON = ("optim.name=muon", "model.num_layers=2")
 WITH_MUON = {"tp2 dp2 zero 3 muon": ranks(tp=2, dp=2, stage=3, more=MUON), "pp2 dp2 zero 1 muon": ranks(pp=2, dp=2, stage=1, more=MUON)}
-SHORT = ("optim.state_dtype=bf16",)
+SHORT = ("optim.state_dtype=bf16", "model.num_layers=2")
 WITH_SHORT_MOMENTS = {
     "tp2 dp2 zero 3 bf16": ranks(tp=2, dp=2, stage=3, more=SHORT),
     "pp2 offloaded bf16": ranks(pp=2, stage=1, more=(*SHORT, "zero.offload_optimizer=cpu")),
@@ -56,9 +56,11 @@ WITH_SHARED_KEYS = {
     "tp2 dp2 zero 3, shared keys": ranks(tp=2, dp=2, stage=3, more=SHARED),
 }
 ANY = TOPOLOGIES | WITH_EXPERTS | WITH_MUON | WITH_SHORT_MOMENTS | WITH_SHARED_KEYS
-# One of eight ranks is enough here, and the other is loaded by test_the_next_loss_is_that_of_one_process.
+# One of eight ranks is enough here, and the other is loaded by test_the_next_loss_is_that_of_one_process. What divides the rest of those that are
+# left out is in layouts of the ring as well; -m full takes every one to every other.
+NOT_IN_RING = ("tp4 pp2", "tp2", "pp2 dp2 zero 0", "dp2 zero 2, optimizer offloaded")
 RINGS = {
-    "dense": [name for name in TOPOLOGIES if name != "tp4 pp2"],
+    "dense": [name for name in TOPOLOGIES if name not in NOT_IN_RING],
     "experts": list(WITH_EXPERTS),
     "muon": list(WITH_MUON),
     "bf16 moments": list(WITH_SHORT_MOMENTS),
@@ -87,10 +89,9 @@ def save(train_state, root, *, step, **options):
 
 
 def train_and_save(settings, world_size, root):
-    """Two steps and a save; then what was saved, and the loss of the next step."""
+    """A step and a save, as the second one; then what was saved, and the loss of the next step."""
     config, train_state = start(settings, world_size)
-    for step in range(2):
-        take_step(train_state, config, step)
+    take_step(train_state, config, 1)
     save(train_state, root, step=2)
     saved = {name: tensor.clone() for name, tensor in collected(state_of(train_state), train_state.mesh).items()}
     return saved, take_step(train_state, config, 2).loss
@@ -188,8 +189,7 @@ def save_aside(settings, world_size, root):
     """Saves step 2 on a thread of each rank while the ranks train on; what there was when it began."""
     config, train_state = start(settings, world_size)
     group, background = dist.new_group(backend="gloo"), BackgroundSaver(torch.device("cpu"))
-    for step in range(2):
-        take_step(train_state, config, step)
+    take_step(train_state, config, 1)
     expected = {name: tensor.clone() for name, tensor in collected(state_of(train_state), train_state.mesh).items()}
     copies = background.copy(state_of(train_state))
     background.start(copies, lambda copies: save_checkpoint(root, step=2, tensors=copies, metadata={}, attachments={}, group=group))
