@@ -31,9 +31,10 @@ def injected(tmp_path):
 
 
 @pytest.mark.slow
-def test_training_and_the_reshard_tool_survive_two_kills_of_each_kind(injected):
-    faults, runs = injected(num_faults=6, kinds=SHORT, topologies=("data-2-zero-3",))
-    assert len(faults) == sum(run["faults"] for run in runs) == 6
+def test_training_and_the_reshard_tool_survive_a_kill_of_each_kind(injected):
+    """What follows a kill that followed another is in the fifty below."""
+    faults, runs = injected(num_faults=len(SHORT), kinds=SHORT, topologies=("data-2-zero-3",))
+    assert len(faults) == sum(run["faults"] for run in runs) == len(SHORT)
 
 
 @pytest.mark.full

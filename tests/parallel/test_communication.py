@@ -212,8 +212,8 @@ def test_what_slices_exchange_does_not_depend_on_the_length(pool, block):
     found = []
     for length in (48, 192):
         settings = (*CASES["cp2"][1], *block, f"model.sequence_length={length}")
-        found.append([step["cp", "all_to_all"] for step, _ in pool.run(counted, settings, 2, world_size=2)])
-        found[-1] += [step["cp", "all_gather"] for step, _ in pool.run(counted, settings, 2, world_size=2)]
+        steps = [step for step, _ in pool.run(counted, settings, 2, world_size=2)]
+        found.append([step["cp", operation] for operation in ("all_to_all", "all_gather") for step in steps])
     assert found[0] == found[1]
 
 

@@ -133,7 +133,7 @@ QUICK = {
 ALSO = (
     "pp2 interleaved", "tp2 low-rank", "tp2 transformer", "tp2 tied", "dp4 zero 1", "dp4 zero 3", "tp2 dp2 zero 2", "tp4", "tp2 dp2 zero 0",
     "tp2 dp2 zero 3 offloaded inputs", "tp2 dp2 zero 1, selective", "tp2 dp2 zero 2, recomputation", "tp2 pp2 delta, selective", "tp2 delta",
-    "tp2 cp2 transformer", "tp2 transformer, norm of queries and keys",
+    "tp2 cp2 transformer", "tp2 transformer, norm of queries and keys", "tp2 pp2 dp2 zero 3", "pp2 dp2 zero 0",
 )  # fmt: skip
 ACCUMULATION = ("train.micro_batch_size=1",)
 # Eight layers at the other rate amplify 1e-15 to 7e-13 in four steps and to 0.1 in twenty.

@@ -1,5 +1,6 @@
 """What ranks really hold is what the planner says: parameters and optimizer to the byte, the peak of a step nearly."""
 
+import math
 import os
 
 import pytest
@@ -78,8 +79,7 @@ def held(settings, world_size):
         train_state = build_train_state(config, mesh=mesh, device=torch.device("cpu"), dtype=compute_dtype(config.precision))
         samples = torch.randint(config.model.vocab_size, (shape.num_microbatches, shape.micro_batch_size, config.model.sequence_length + 1))
         microbatches = [microbatch_of_slice(tokens, None, mesh.own_slice) for tokens in samples]
-        for _ in range(2):
-            live.peak = 0
+        for live.peak in (math.inf, 0):  # what is highest in the first step is not looked for
             train_step(train_state, microbatches, learning_rate=1e-3, gradient_clip_norm=1.0)
     parameters = [each.to_local() if isinstance(each, DTensor) else each for each in train_state.stage.module.parameters()]
     moments = [value for state in train_state.optimizer.state.values() for name, value in state.items() if name != "step"]

@@ -20,9 +20,10 @@ from phase8.train.faults.replicas import Holding, bit_hash, check_replicas, desc
 from tests.parallel.test_parity import BLOCKS, INTERLEAVED, OFFLOADED, ranks
 from tests.parallel.training import MODEL, new_train_state, take_step
 
-BLOCK = (*BLOCKS["tied"], "model.num_layers=4")
+BLOCK = (*BLOCKS["tied"], "model.num_layers=2")
+DEEP = ("model.num_layers=4",)
 NOTHING, ALL, NORMS, TIED = "nothing", "all", "norms", "tied"
-EXPERTS = ("model.ffn=moe", "model.num_experts=4", "model.expert_ffn_size=16", "model.first_dense_layers=2")
+EXPERTS = ("model.ffn=moe", "model.num_experts=4", "model.expert_ffn_size=16", "model.first_dense_layers=2", *DEEP)
 TOPOLOGIES = {
     "one": ranks(),
     "dp2": ranks(dp=2),
@@ -32,10 +33,10 @@ TOPOLOGIES = {
     "tp2": ranks(tp=2),
     "pp2": ranks(pp=2),
     "pp2 not tied": ranks(pp=2, more=("model.tie_embeddings=false",)),
-    "pp4": ranks(pp=4),
+    "pp4": ranks(pp=4, more=DEEP),
     "tp2 dp2 zero 2": ranks(tp=2, dp=2, stage=2),
     "tp2 dp2": ranks(tp=2, dp=2),
-    "pp2 dp2 interleaved": ranks(pp=2, dp=2, more=INTERLEAVED),
+    "pp2 dp2 interleaved": ranks(pp=2, dp=2, more=(*INTERLEAVED, *DEEP)),
     "tp2 pp2": ranks(tp=2, pp=2),
     "dp2 offloaded": ranks(dp=2, more=("zero.offload_optimizer=cpu",)),
     "ep2 dp4": ranks(dp=4, ep=2, more=EXPERTS),

@@ -53,7 +53,7 @@ def saved_by(pool, tmp_path_factory):
 @pytest.mark.parametrize(
     ("origin", "name", "stage_size"),
     [
-        ("dp4 zero 1", "tp2 pp2 dp2 zero 2", 4),
+        pytest.param("dp4 zero 1", "tp2 pp2 dp2 zero 2", 4, marks=pytest.mark.full),  # stages are in a case below, what divides them in the next
         ("dp4 zero 1", "tp2 dp2 zero 3", 4),
         ("dp4 zero 1", "pp2 interleaved", 1),
         ("dp4 zero 1, shared keys", "tp2 dp2 zero 3, shared keys", 4),
