@@ -33,10 +33,7 @@ if ! "$venv/bin/python" -m pip --version >/dev/null 2>&1; then
     echo "setting up $venv with $("$python" --version) (once; downloads torch, a few minutes)"
     "$python" -m venv "$venv" || { echo "error: 'python -m venv' failed; install your system's venv package (python3-venv)." >&2; exit 2; }
 fi
-# torch first: the package's own range then installs nothing more.
-install=("$venv/bin/python" -m pip install --quiet --disable-pip-version-check --no-compile)
-"${install[@]}" "torch==2.13.0"
-"${install[@]}" --editable "$package"
+"$venv/bin/python" -m pip install --quiet --disable-pip-version-check --no-compile "torch==2.13.0" --editable "$package"
 # pip compiles on one core. What does not compile is not imported either: templates and files for other versions of Python.
 "$venv/bin/python" -m compileall -qq -j 0 "$venv"/lib/python3*/site-packages || true
 echo "$wanted" > "$stamp"
