@@ -200,7 +200,12 @@ CASES = {
 }
 
 
-@pytest.mark.parametrize("name", CASES)
+ALSO = (  # their parts are in other cases
+    "tp2 full", "tp2 low-rank", "tp2 transformer", *(f"dp2 zero {stage}" for stage in range(4)), "pp2 dp2 zero 1", "cp2 experts", "dp2 experts",
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("name", [pytest.param(name, marks=pytest.mark.full) if name in ALSO else name for name in CASES])
 def test_a_step_communicates_what_the_planner_says(pool, name):
     world_size, settings = CASES[name]
     for rank, steps in enumerate(pool.run(counted, settings, world_size, world_size=world_size)):
