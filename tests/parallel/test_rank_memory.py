@@ -92,6 +92,7 @@ def case(world_size, *settings, tp=1, pp=1, stage=0):
 
 EXPERTS, EP2 = ("model.ffn=moe", "model.num_experts=4", "model.expert_ffn_size=64"), ("parallel.expert_parallel_size=2",)
 FULL, INPUTS_OFFLOADED = "train.recompute=full", "train.offload_activations=cpu"
+SHALLOW = ("model.num_layers=2",)
 LONG = ("model.sequence_length=256", "train.global_batch_size=2")
 SLICES = ("train.recompute=slices", "train.recompute_slice_tokens=32", *LONG)
 INTERLEAVED = ("parallel.pipeline_schedule=interleaved", "parallel.pipeline_chunks=2")
@@ -111,7 +112,7 @@ CASES = {
     **{f"dp2 zero {stage}": case(2, stage=stage) for stage in range(4)},
     "dp2 zero 0, one microbatch": case(2, "train.global_batch_size=8", "train.micro_batch_size=4"),
     "dp2 zero 3, full": case(2, FULL, stage=3),
-    "dp4 zero 1 in pairs": case(4, "zero.shard_size=2", "train.global_batch_size=8", stage=1),
+    "dp4 zero 1 in pairs": case(4, *SHALLOW, "zero.shard_size=2", "train.global_batch_size=8", stage=1),
     "dp2 zero 1, offloaded optimizer": case(2, "zero.offload_optimizer=cpu", stage=1),
     "dp2 zero 3, offloaded": case(2, "zero.offload_optimizer=cpu", "zero.offload_params=cpu", stage=3),
     "pp2": case(2, pp=2),
@@ -120,14 +121,14 @@ CASES = {
     "pp2 gpipe": case(2, "parallel.pipeline_schedule=gpipe", pp=2),
     "pp2 interleaved": case(2, *INTERLEAVED, pp=2),
     "pp2 tied": case(2, "model.tie_embeddings=true", pp=2),
-    "tp2 dp2 zero 1": case(4, tp=2, stage=1),
+    "tp2 dp2 zero 1": case(4, *SHALLOW, tp=2, stage=1),
     "pp2 dp2 zero 1": case(4, "train.global_batch_size=8", pp=2, stage=1),
     "pp2 dp2 zero 3": case(4, "train.global_batch_size=8", pp=2, stage=3),
     "tp2 pp2": case(4, tp=2, pp=2),
     "one with experts": case(1, *EXPERTS),
     "tp2 experts": case(2, *EXPERTS, tp=2),
     "ep2 zero 0": case(2, *EXPERTS, *EP2),
-    "ep2 dp4 zero 3": case(4, *EXPERTS, *EP2, "train.global_batch_size=8", stage=3),
+    "ep2 dp4 zero 3": case(4, *EXPERTS, *EP2, "model.num_layers=3", "train.global_batch_size=8", stage=3),
     "ep2 dropless, pp2": case(4, *EXPERTS, *EP2, "model.capacity_factor=null", "model.first_dense_layers=1", pp=2),
 }
 ALSO = (  # their parts are in other cases
