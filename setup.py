@@ -34,7 +34,7 @@ setup(
     package_dir=DOORS,
     package_data={"phase8.observe": ["*.html"], "phase8.doors.configs": ["*.yaml"]},
     entry_points={"console_scripts": [f"phase8-{name} = phase8.doors.{door}:main" for name, door in COMMANDS.items()]},
-    # launch/setup_environment.sh installs torch 2.13.0 before this package, so the range installs nothing more.
+    # launch/setup_environment.sh installs torch 2.13.0 together with this package, of the versions in the range.
     install_requires=[
         "torch>=2.11,<2.16",
         "numpy>=1.26",

@@ -33,12 +33,10 @@ if ! "$venv/bin/python" -m pip --version >/dev/null 2>&1; then
     echo "setting up $venv with $("$python" --version) (once; downloads torch, a few minutes)"
     "$python" -m venv "$venv" || { echo "error: 'python -m venv' failed; install your system's venv package (python3-venv)." >&2; exit 2; }
 fi
-# torch first: the package's own range then installs nothing more.
 install=("$venv/bin/python" -m pip install --quiet --disable-pip-version-check --no-compile)
-"${install[@]}" "torch==2.13.0"
-"${install[@]}" --editable "$package"
+"${install[@]}" "torch==2.13.0" --editable "$package"
 if [ "$extra" = test ]; then
-    "$venv/bin/python" -m pip install --quiet --disable-pip-version-check --no-compile --no-deps --requirement "$root/tests/harness_requirements.txt"
+    "${install[@]}" --no-deps --requirement "$root/tests/harness_requirements.txt"
 fi
 # pip compiles on one core. What does not compile is not imported either: templates and files for other versions of Python.
 "$venv/bin/python" -m compileall -qq -j 0 "$venv"/lib/python3*/site-packages || true

@@ -29,6 +29,8 @@ def planned_batch_size(model: LanguageModel, *, length: int, packed: bool, devic
     if memory is None:
         return max(_TOKENS_ON_CPU // length, 1)
     section = model.section.model_copy(update={"sequence_length": length})
-    block = trace_activations(section, dtype=model.dtype, micro_batch_size=1, packed=packed, device_type=device.type).block
-    fits = (usable_bytes(memory[0], is_recorded=False) - _LOGITS_BYTES) // (2 * block)
+    traced = trace_activations(
+        section, dtype=model.dtype, micro_batch_size=1, packed=packed, device_type=device.type, without_mixer=False
+    )
+    fits = (usable_bytes(memory[0], is_recorded=False) - _LOGITS_BYTES) // (2 * traced.block)
     return max(min(fits, _TOKENS_ON_GPU // length), 1)

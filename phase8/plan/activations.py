@@ -35,7 +35,7 @@ class ActivationBytes:
 
     Args:
         block: Kept by a block without recomputation.
-        block_without_mixer: Kept by a block whose mixer is recomputed.
+        block_without_mixer: Kept by a block whose mixer is recomputed; equal to `block` if that was not asked for.
         block_within_budget: Kept by a compiled block under a budget; equal to `block` without a budget.
         block_input: Kept by a block that is recomputed whole.
         head: Kept by final norm and loss, the gradient of the head included.
@@ -61,6 +61,7 @@ def trace_activations(
     is_compiled: bool = False,
     tokens_at_once: int | None = None,
     gathers_rounded: bool = False,
+    without_mixer: bool = True,
 ) -> ActivationBytes:
     """Counts the activations of a model with one window size.
 
@@ -78,13 +79,15 @@ def trace_activations(
         is_compiled: The blocks are compiled.
         tokens_at_once: Tokens of a sequence whose activations a block has at the same time; None: all of them.
         gathers_rounded: Weights that layers round to the dtype of the residual stream are gathered in it, and freed between uses.
+        without_mixer: Whether a block whose mixer is recomputed is traced too, which takes as long as the block itself: a second if compiled.
     """
     whole = _Forward(_one_layer(model), dtype, micro_batch_size, packed, device_type, number_format, gathers_rounded)
     forward = whole._replace(model=whole.model.model_copy(update={"sequence_length": tokens_at_once or model.sequence_length}))
     block = _block_bytes(forward, is_compiled=is_compiled)
+    recomputed = _block_bytes(forward, recompute="selective", is_compiled=is_compiled) if without_mixer else block
     return ActivationBytes(
         block=block // num_tensor_ranks,
-        block_without_mixer=_block_bytes(forward, recompute="selective", is_compiled=is_compiled) // num_tensor_ranks,
+        block_without_mixer=recomputed // num_tensor_ranks,
         block_within_budget=block // num_tensor_ranks,
         block_input=micro_batch_size * model.sequence_length * model.d_model * dtype.itemsize // num_tensor_ranks,
         head=_head_bytes(whole, num_tensor_ranks),

@@ -219,7 +219,7 @@ def _trace(work: Workload, model: ModelSection) -> ActivationBytes:
     rounded = {"gathers_rounded": work.gathered_dtype != torch.float32}
     same = {"dtype": work.dtype, "packed": work.packed, "number_format": work.number_format, **rounded}
     where = {"device_type": work.device_type, "num_tensor_ranks": num_tensor_ranks, "tokens_at_once": _tokens_at_once(work)}
-    trace = partial(trace_activations, model, **same, **where)
+    trace = partial(trace_activations, model, **same, **where, without_mixer=train.recompute == "selective")
     if not train.compile.enabled or not has_kernels(work.device_type):
         return trace(micro_batch_size=size)
     small, large = (trace(micro_batch_size=traced, is_compiled=True) for traced in _TRACED_SIZES)

@@ -9,7 +9,8 @@ from tests.chaos.chaos_reshard import KIND
 from tests.chaos.chaos_training import SAVES, VICTIMS, Kind
 from tests.chaos.inject_faults import KINDS, inject, summarise
 
-SHORT = [*(Kind(victims, saves) for victims, saves in zip(VICTIMS, SAVES, strict=True)), KIND]
+# A rank killed between saves is what tests/launch/test_restart.py has in every run.
+SHORT = [Kind(VICTIMS[-1], list(SAVES)[-1]), KIND]
 
 
 @pytest.fixture
@@ -31,9 +32,10 @@ def injected(tmp_path):
 
 
 @pytest.mark.slow
-def test_training_and_the_reshard_tool_survive_two_kills_of_each_kind(injected):
-    faults, runs = injected(num_faults=6, kinds=SHORT, topologies=("data-2-zero-3",))
-    assert len(faults) == sum(run["faults"] for run in runs) == 6
+def test_training_and_the_reshard_tool_survive_a_kill_of_each_kind(injected):
+    """Of all ranks during asynchronous saves, and of the tool; what follows a kill that followed another is in the fifty below."""
+    faults, runs = injected(num_faults=len(SHORT), kinds=SHORT, topologies=("data-2-zero-3",))
+    assert len(faults) == sum(run["faults"] for run in runs) == len(SHORT)
 
 
 @pytest.mark.full

@@ -13,14 +13,15 @@ def test_one_process_of_torchrun_is_the_plain_process_bit_for_bit(training, alon
     assert training.losses_held_out("torchrun") == training.losses_held_out(alone)[:1]
 
 
-def test_four_ranks_train_as_one_and_one_goes_on_from_their_checkpoint(training, alone):
-    settings = ("parallel.tensor_parallel_size=2", "zero.stage=3", "observe.wandb=offline")
-    code, output, errors = run(training.torchrun("four", *settings, "train.stop_at_step=3", num_ranks=4))
+@pytest.mark.parametrize("num_ranks", [2, pytest.param(4, marks=pytest.mark.full)])  # the jobs of tests/parallel have four in every run
+def test_ranks_train_as_one_and_one_goes_on_from_their_checkpoint(training, alone, num_ranks):
+    name, settings = f"of_{num_ranks}", ("parallel.tensor_parallel_size=2", "zero.stage=3", "observe.wandb=offline")
+    code, output, errors = run(training.torchrun(name, *settings, "train.stop_at_step=3", num_ranks=num_ranks))
     assert code == 0, errors
-    assert len(list((training.directory / "runs" / "four" / "wandb").glob("offline-run-*"))) == 1  # only the first rank logs
+    assert len(list((training.directory / "runs" / name / "wandb").glob("offline-run-*"))) == 1  # only the first rank logs
     assert "tp 2" in output and "ZeRO stage 3" in output
-    assert training.in_this_process("four", "train.stop_at_step=6") == 3
-    training.assert_same("four", alone, num_steps=6)
+    assert training.in_this_process(name, "train.stop_at_step=6") == 3
+    training.assert_same(name, alone, num_steps=6)
 
 
 @pytest.mark.full

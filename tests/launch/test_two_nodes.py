@@ -55,12 +55,12 @@ def two_hosts():
 
 @pytest.fixture
 def launch_on_both(two_hosts, launch):
-    """Starts torchrun with two ranks on each host; the first has the rendezvous."""
+    """Starts torchrun with two ranks, or another number, on each host; the first has the rendezvous."""
 
-    def launch_on_both(*arguments):
+    def launch_on_both(*arguments, ranks_of_each=2):
         started = []
         for number, (host, address) in enumerate(zip(two_hosts, ADDRESSES, strict=True)):
-            options = ["--nnodes=2", "--nproc_per_node=2", "--rdzv-id=two-nodes", "--rdzv-backend=c10d", f"--local-addr={address}"]
+            options = ["--nnodes=2", f"--nproc_per_node={ranks_of_each}", "--rdzv-id=two-nodes", "--rdzv-backend=c10d", f"--local-addr={address}"]
             options += [f"--rdzv-endpoint={ADDRESSES[0]}:{PORT}", f"--rdzv-conf=is_host={number == 0}"]
             command = ["ip", "netns", "exec", host, sys.executable, "-m", "torch.distributed.run", *options, *arguments]
             started.append(launch(command, GLOO_SOCKET_IFNAME="cable"))
@@ -70,14 +70,16 @@ def launch_on_both(two_hosts, launch):
 
 
 @pytest.mark.parametrize(
-    ("name", "settings"),
+    ("name", "ranks_of_each", "settings"),
     [
-        ("hosts", ("parallel.tensor_parallel_size=2", "zero.stage=3")),
-        pytest.param("hosts_as_stages", ("parallel.tensor_parallel_size=2", "parallel.pipeline_parallel_size=2"), marks=pytest.mark.full),
+        ("hosts", 1, ("parallel.tensor_parallel_size=2", "zero.stage=3")),
+        pytest.param("hosts_of_two", 2, ("parallel.tensor_parallel_size=2", "zero.stage=3"), marks=pytest.mark.full),
+        pytest.param("hosts_as_stages", 2, ("parallel.tensor_parallel_size=2", "parallel.pipeline_parallel_size=2"), marks=pytest.mark.full),
     ],
 )
-def test_four_ranks_on_two_hosts_train_as_one_process(training, alone, launch_on_both, name, settings):
-    started = launch_on_both(*training.door(name, *settings, "parallel.num_microbatches=2", "train.stop_at_step=3"))
+def test_ranks_on_two_hosts_train_as_one_process(training, alone, launch_on_both, name, ranks_of_each, settings):
+    arguments = training.door(name, *settings, "parallel.num_microbatches=2", "train.stop_at_step=3")
+    started = launch_on_both(*arguments, ranks_of_each=ranks_of_each)
     ends = [each.end() for each in started]
     assert [code for code, _, _ in ends] == [0, 0], ends
     assert sum("ZeRO stage" in output for _, output, _ in ends) == 1, ends  # the banner, of rank 0

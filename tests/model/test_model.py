@@ -122,14 +122,20 @@ def test_recomputation_in_slices_equals_the_whole_sequence(kind, begins):
     torch.testing.assert_close(*results, rtol=1e-8, atol=1e-9)
 
 
-def test_compiled_blocks_recompute_slices_of_one_sequence():
+# Graphs and their breaks are made before any backend sees them. Of the graphs of forward and backward, those of a plan (tests/plan) and of divided
+# blocks (tests/parallel/test_compiled.py) are made in every run; here for the full tests.
+backends = pytest.mark.parametrize("backend", ["eager", pytest.param("aot_eager", marks=pytest.mark.full)])
+
+
+@backends
+def test_compiled_blocks_recompute_slices_of_one_sequence(backend):
     """Graphs for other slices are made between a slice's forward and its recomputation, for the last slice here, which is shorter."""
     section, results = scaled_down(ModelSection(), num_layers=1), []
     for compiles in (False, True):
         model = perturbed_model(section, dtype=torch.float32)
-        apply_recomputation(model, "slices", slice_tokens=10)
+        apply_recomputation(model, "slices", slice_tokens=15)  # of 29
         for block in model.blocks.values() if compiles else ():
-            block.compile(backend="aot_eager")
+            block.compile(backend=backend)
         loss = next_token_loss(model, random_tokens()[:1])
         loss.backward()
         results.append((loss.detach(), [parameter.grad for parameter in model.parameters()]))
@@ -207,13 +213,14 @@ def test_tied_embeddings_share_one_parameter():
 
 
 @pytest.mark.slow
+@backends
 @every_kind
-def test_compiles_without_a_graph_break(kind):
+def test_compiles_without_a_graph_break(kind, backend):
     torch.compiler.reset()  # of one function only so many graphs are made, and other tests of the process have made some
     model, tokens = perturbed_model(scaled_down(ModelSection(**kind)), dtype=torch.float32), random_tokens()
     expected = next_token_loss(model, tokens)
     for layer in model.blocks.values():
-        layer.compile(fullgraph=True, backend="aot_eager")
+        layer.compile(fullgraph=True, backend=backend)
     loss = next_token_loss(model, tokens)
     loss.backward()
     torch.testing.assert_close(loss, expected)

@@ -14,7 +14,7 @@ from tests.parallel.mutations import replaced
 from tests.parallel.test_parity import INTERLEAVED, ranks
 from tests.parallel.training import MODEL, new_train_state, take_step
 
-NUM_STEPS = 3
+NUM_STEPS = 2
 TOPOLOGIES = {
     "pp2": ranks(pp=2, more=("model.num_layers=4",)),
     "pp2 interleaved": ranks(pp=2, more=(*INTERLEAVED, "model.num_layers=4")),

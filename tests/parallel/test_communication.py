@@ -49,6 +49,11 @@ class Counter(TorchDispatchMode):
     }
     SILENT = ("_c10d_functional::wait_tensor", "_c10d_functional::_wrap_tensor_autograd")
 
+    @classmethod
+    def _should_skip_dynamo(cls):
+        """Nothing is compiled here: without the guard that keeps the compiler out, an operator takes half the time."""
+        return False
+
     def __init__(self, mesh):
         super().__init__()
         self.counts, self.num_bytes = collections.Counter(), collections.Counter()
@@ -140,7 +145,7 @@ FULL, SELECTIVE = ("train.recompute=full",), ("train.recompute=selective",)
 TIED, WIDE = ("model.tie_embeddings=true",), ("precision.dtype=fp32",)
 CASES = {
     "tp2": case(2, tp=2),
-    "tp2 fp32, chain, accumulation": case(2, tp=2, micro=2, more=(*WIDE, "model.chain=both")),
+    "tp2 fp32, chain, accumulation": case(2, tp=2, micro=4, more=(*WIDE, "model.chain=both")),
     "tp2 without global path": case(2, tp=2, more=("model.global_path=none",)),
     "tp2 delta, chain": case(2, tp=2, more=("model.global_path=delta", "model.chain=both")),
     "tp2 gate per channel": case(2, tp=2, more=("model.global_path=delta", "model.global_gate=channel")),
@@ -167,16 +172,16 @@ CASES = {
     "tp2 dp2 zero 0, accumulation": case(4, tp=2, micro=2),
     "tp2 dp2 zero 3": case(4, tp=2, stage=3, micro=2),
     "tp2 dp2 zero 2, selective low-rank": case(4, tp=2, stage=2, micro=2, more=(*SELECTIVE, *LOW_RANK)),
-    "tp2 zero 3 without data ranks": case(2, tp=2, stage=3, micro=2),
-    "tp2 offloaded": case(2, tp=2, micro=2, more=OFFLOADED),
+    "tp2 zero 3 without data ranks": case(2, tp=2, stage=3, micro=4),
+    "tp2 offloaded": case(2, tp=2, micro=4, more=OFFLOADED),
     "cp2": case(2, cp=2),
-    "cp4 delta, chain, slices shorter than the window": case(4, cp=4, stage=3, micro=2, more=("model.global_path=delta", "model.chain=both")),
-    "cp2 tp2, full, global tokens": case(4, cp=2, tp=2, stage=2, micro=2, more=(*FULL, "model.global_tokens=3", "model.convolution_size=1")),
+    "cp4 delta, chain, slices shorter than the window": case(4, cp=4, stage=3, micro=4, more=("model.global_path=delta", "model.chain=both")),
+    "cp2 tp2, full, global tokens": case(4, cp=2, tp=2, stage=2, micro=4, more=(*FULL, "model.global_tokens=3", "model.convolution_size=1")),
     "cp2 dp2 zero 1 in pairs, selective": case(4, cp=2, stage=1, micro=2, more=(*SELECTIVE, "zero.shard_size=2")),
     "cp4 transformer, fewer heads of keys": case(
-        4, cp=4, micro=2, more=("model.block=transformer", "model.convolution_size=4", "model.num_kv_heads=1")
+        4, cp=4, micro=4, more=("model.block=transformer", "model.convolution_size=4", "model.num_kv_heads=1")
     ),
-    "cp2 pp2, window alone": case(4, cp=2, pp=2, micro=2, more=("model.global_path=none",)),
+    "cp2 pp2, window alone": case(4, cp=2, pp=2, micro=4, more=("model.global_path=none",)),
     "dp2 experts": case(2, more=EXPERTS),
     "tp2 zero 3 experts, recomputed": case(4, tp=2, stage=3, micro=2, more=(*EXPERTS, *SHARED_EXPERT, *FULL)),
     "cp2 experts": case(2, cp=2, more=EXPERTS),
@@ -184,20 +189,25 @@ CASES = {
     "ep2 dp4 zero 3, accumulation": case(4, stage=3, micro=1, more=(*EXPERTS, *EP2)),
     "ep2 dp4 zero 1 in pairs, selective": case(4, stage=1, micro=1, more=(*EXPERTS, *EP2, *SELECTIVE, "zero.shard_size=2")),
     "ep2 tp2 zero 2, recomputed": case(4, tp=2, stage=2, micro=2, more=(*EXPERTS, *EP2, *SHARED_EXPERT, *FULL)),
-    "cp2 tp2 experts": case(4, cp=2, tp=2, micro=2, more=EXPERTS),
+    "cp2 tp2 experts": case(4, cp=2, tp=2, micro=4, more=EXPERTS),
     "ep2 pp2, one dense layer": case(4, pp=2, micro=2, more=(*EXPERTS, *EP2, "model.num_layers=4", "model.first_dense_layers=1")),
     "pp2": case(2, pp=2, micro=2),
     "pp2 interleaved": case(2, pp=2, micro=2, more=("parallel.pipeline_schedule=interleaved", "parallel.pipeline_chunks=2", "model.num_layers=5")),
     "pp4": case(4, pp=4, micro=2, more=("model.num_layers=4",)),
-    "pp2 tied, dp2 zero 3": case(4, pp=2, stage=3, micro=1, more=TIED),
-    "pp2 tp2, full": case(4, pp=2, tp=2, micro=2, more=FULL),
+    "pp2 tied, dp2 zero 3": case(4, pp=2, stage=3, micro=2, more=TIED),
+    "pp2 tp2, full": case(4, pp=2, tp=2, micro=4, more=FULL),
     "pp2 dp2 zero 0, gpipe": case(4, pp=2, micro=2, more=("parallel.pipeline_schedule=gpipe",)),
-    "pp2 dp2 zero 1, gpipe": case(4, pp=2, stage=1, micro=1, more=("parallel.pipeline_schedule=gpipe",)),
-    **{f"pp2 dp2 zero {stage}": case(4, pp=2, stage=stage, micro=1) for stage in range(1, 4)},
+    "pp2 dp2 zero 1, gpipe": case(4, pp=2, stage=1, micro=2, more=("parallel.pipeline_schedule=gpipe",)),
+    **{f"pp2 dp2 zero {stage}": case(4, pp=2, stage=stage, micro=2) for stage in range(1, 4)},
 }
 
 
-@pytest.mark.parametrize("name", CASES)
+ALSO = (  # their parts are in other cases
+    "tp2 full", "tp2 low-rank", "tp2 transformer", *(f"dp2 zero {stage}" for stage in range(4)), "pp2 dp2 zero 1", "cp2 experts", "dp2 experts",
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("name", [pytest.param(name, marks=pytest.mark.full) if name in ALSO else name for name in CASES])
 def test_a_step_communicates_what_the_planner_says(pool, name):
     world_size, settings = CASES[name]
     for rank, steps in enumerate(pool.run(counted, settings, world_size, world_size=world_size)):
@@ -209,8 +219,8 @@ def test_what_slices_exchange_does_not_depend_on_the_length(pool, block):
     found = []
     for length in (48, 192):
         settings = (*CASES["cp2"][1], *block, f"model.sequence_length={length}")
-        found.append([step["cp", "all_to_all"] for step, _ in pool.run(counted, settings, 2, world_size=2)])
-        found[-1] += [step["cp", "all_gather"] for step, _ in pool.run(counted, settings, 2, world_size=2)]
+        steps = [step for step, _ in pool.run(counted, settings, 2, world_size=2)]
+        found.append([step["cp", operation] for operation in ("all_to_all", "all_gather") for step in steps])
     assert found[0] == found[1]
 
 

@@ -68,9 +68,10 @@ INDUCTOR, PARTITION = "inductor", "aot_eager_decomp_partition"  # with the same 
 
 @pytest.mark.parametrize(
     ("axis", "stage", "budget", "model", "backend"),
-    # The compiler takes half a minute to a minute for each of the last ones, whose parts are in the others.
+    # The compiler takes half a minute to a minute for each of the last ones. What is for the full tests has its parts in the others.
     [
-        ("tensor", 0, 1.0, (), PARTITION), ("data", 3, 1.0, (), PARTITION), ("data", 3, 0.3, (), PARTITION), ("data", 3, 0.3, DELTA, PARTITION),
+        ("tensor", 0, 1.0, (), PARTITION), ("data", 3, 0.3, DELTA, PARTITION),
+        *(pytest.param("data", 3, budget, (), PARTITION, marks=pytest.mark.full) for budget in (1.0, 0.3)),
         *(
             pytest.param(axis, 0, 1.0, EXPERTS, PARTITION, marks=pytest.mark.full)
             for axis in ("expert", "tensor")
@@ -111,7 +112,7 @@ def kept_alive(settings):
     return sum(tensor.nbytes for tensor in kept), sum(memory.values())
 
 
-@pytest.mark.parametrize("settings", [(), CHAIN])
+@pytest.mark.parametrize("settings", [pytest.param((), marks=pytest.mark.full), CHAIN])  # with a chain there is all that is without
 def test_a_compiled_block_keeps_no_memory_of_which_backward_needs_nothing(pool, settings):
     """A view of no tokens looks small to the compiler, and keeps the queries, keys and values of a whole slice."""
     for own, memory in pool.run(kept_alive, settings, world_size=2, timeout_seconds=300):

@@ -22,12 +22,12 @@ from phase8.train.trainer import Trainer
 from phase8.train.unreadable import UnreadableData
 from tests.train.tiny_run import write_documents
 
-LENGTH, BATCH, STEPS, HELD_OUT = 24, 4, 4, 6
+LENGTH, BATCH, STEPS, HELD_OUT = 24, 4, 2, 6
 SETTINGS = (
     "model.d_model=24", "model.num_layers=2", "model.num_heads=4", "model.vocab_size=61", f"model.sequence_length={LENGTH}", "model.ffn_size=40",
     "model.local_window_size=6", "model.global_tokens=3", "precision.dtype=fp32", f"train.global_batch_size={BATCH}", "train.micro_batch_size=2",
     f"train.num_steps={STEPS}", f"train.evaluate_every_n_steps={STEPS}", f"train.evaluation_sequences={HELD_OUT}", "optim.learning_rate=1e-2",
-    "optim.warmup_steps=2", "data.num_workers=0", "observe.tensorboard=false", "observe.report=false",
+    "optim.warmup_steps=1", "data.num_workers=0", "observe.tensorboard=false", "observe.report=false",
 )  # fmt: skip
 
 LAYOUTS = {  # number of slices and of ranks
@@ -89,8 +89,11 @@ def of_one_process(data, tmp_path_factory):
     return functools.cache(lambda resets: run_of([*data, resets, f"run.output_dir={tmp_path_factory.mktemp('one')}"], 1))
 
 
-@pytest.mark.parametrize("layout", LAYOUTS)
-@pytest.mark.parametrize("resets", [False, True])
+# Without resets nothing depends on where documents begin: one layout shows it in every run.
+@pytest.mark.parametrize(
+    ("resets", "layout"),
+    [pytest.param(resets, name, marks=[] if resets or name == "cp4 zero 3" else [pytest.mark.full]) for resets in (False, True) for name in LAYOUTS],
+)
 def test_ranks_read_their_slices_and_train_and_evaluate_as_one_process(pool, data, of_one_process, tmp_path, resets, layout):
     num_slices, world_size, settings = LAYOUTS[layout]
     resets_setting, num_sequences = f"data.reset_at_document_boundaries={str(resets).lower()}", STEPS * BATCH + HELD_OUT

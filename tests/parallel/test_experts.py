@@ -32,7 +32,7 @@ def train_one_sided(settings, world_size, bias):
         for module in train_state.stage.module.modules():
             if isinstance(module, MixtureOfExperts):
                 module.router.bias.copy_(torch.tensor(bias))
-        results = [take_step(train_state, config, step) for step in range(3)]
+        results = [take_step(train_state, config, step) for step in range(2)]
         weights = collected({name: parameter.detach() for name, parameter in train_state.stage.module.named_parameters()}, train_state.mesh)
     finally:
         torch.set_default_dtype(torch.float32)

@@ -28,6 +28,7 @@ MODEL = (
 # Experts at a width of 128: with the initial weights of the small models, sums in another order already change the choice of some tokens.
 BLOCKS = {name: (*keys, "model.init_std=0.05") if name.startswith("experts") else keys for name, keys in test_parity.BLOCKS.items()}
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
+SMALLER = {"cuda": (), "cpu": ("model.num_layers=2", "model.sequence_length=128", "train.global_batch_size=4")}
 COMPILED = ("train.compile.enabled=true", "train.compile.fullgraph=true")
 ASYNCHRONOUS = (*COMPILED, "parallel.async_tensor_parallel=true")
 RECORDED = "train.cuda_graphs=true"
@@ -107,7 +108,7 @@ TOLERANCE = {"bf16": (2e-2, 0.15, 2.5), "fp32": (1e-4, 1e-4, 1e-3)}
 
 def train_on(device_type, dtype, settings, num_steps=NUM_STEPS, world_size=1, mutation=None):
     """A job: losses and gradient norms, and the final weights."""
-    settings = (*settings, f"precision.dtype={dtype}")
+    settings = (*settings, f"precision.dtype={dtype}", *SMALLER[device_type])
     return train_steps(settings, num_steps, world_size, mutation, device_type=device_type, dtype=DTYPES[dtype], model=MODEL)
 
 

@@ -10,7 +10,7 @@ from tests.parallel.mutations import MUTATIONS
 from tests.parallel.pool import RankError
 from tests.parallel.training import train_steps
 
-TOLERANCE = 1e-9  # float64, after three AdamW steps; what differs is the order of sums
+TOLERANCE = 1e-9  # float64, after two steps, the second with what the first left; what differs is the order of sums
 # After twenty at this learning rate: the steps of a recurrence amplify a difference tenfold in four, those of the transformer do not at all.
 LONG_TOLERANCE = 1e-5
 BLOCKS = {
@@ -138,7 +138,7 @@ QUICK = {
 ALSO = (
     "pp2 interleaved", "tp2 low-rank", "tp2 transformer", "tp2 tied", "dp4 zero 1", "dp4 zero 3", "tp2 dp2 zero 2", "tp4", "tp2 dp2 zero 0",
     "tp2 dp2 zero 3 offloaded inputs", "tp2 dp2 zero 1, selective", "tp2 dp2 zero 2, recomputation", "tp2 pp2 delta, selective", "tp2 delta",
-    "tp2 cp2 transformer", "tp2 transformer, norm of queries and keys",
+    "tp2 cp2 transformer", "tp2 transformer, norm of queries and keys", "tp2 pp2 dp2 zero 3", "pp2 dp2 zero 0",
 )  # fmt: skip
 ACCUMULATION = ("train.micro_batch_size=1",)
 # Eight layers at the other rate amplify 1e-15 to 7e-13 in four steps and to 0.1 in twenty.
@@ -190,7 +190,8 @@ FULL = [
 
 @functools.cache
 def one_process(block, num_steps, settings=()):
-    return train_steps((*BLOCKS[block], *settings), num_steps)
+    """All sequences in one microbatch: nothing depends on how they are cut."""
+    return train_steps((*BLOCKS[block], *settings, "train.micro_batch_size=8"), num_steps)
 
 
 def largest_difference(found, expected):
@@ -219,7 +220,7 @@ def difference_to_one_process(pool, block, world_size, settings, *, num_steps, m
 @pytest.mark.parametrize("name", [pytest.param(name, marks=pytest.mark.full) if name in ALSO else name for name in QUICK])
 def test_equals_one_process(pool, name):
     block, (world_size, settings) = QUICK[name]
-    difference, where = difference_to_one_process(pool, block, world_size, settings, num_steps=3)
+    difference, where = difference_to_one_process(pool, block, world_size, settings, num_steps=2)
     assert difference < TOLERANCE, where
 
 

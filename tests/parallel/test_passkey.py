@@ -84,7 +84,7 @@ def recall_of(run_directory, length, *, num_sequences):
     return result
 
 
-@pytest.mark.parametrize("length", [16384, pytest.param(65536, marks=pytest.mark.full), pytest.param(262144, marks=pytest.mark.full)])
+@pytest.mark.parametrize("length", [8192, pytest.param(65536, marks=pytest.mark.full), pytest.param(262144, marks=pytest.mark.full)])
 def test_slices_train_on_long_sequences_as_one_process(pool, tmp_path, length):
     write(tmp_path, length, num_sequences=NUM_STEPS)
     write(tmp_path, SHORT, num_sequences=NUM_STEPS * length // SHORT + 2, held_out=length // SHORT + 2)

@@ -51,7 +51,7 @@ def evaluate_and_change_length(settings, world_size):
 def test_evaluation_and_other_lengths(pool, name):
     world_size, settings = TOPOLOGIES[name]
     (measured, counts, losses), *others = pool.run(evaluate_and_change_length, settings, world_size, world_size=world_size)
-    (expected, expected_counts, expected_losses), *_ = pool.run(evaluate_and_change_length, (), 1, world_size=1)
+    (expected, expected_counts, expected_losses), *_ = pool.run(evaluate_and_change_length, ("train.micro_batch_size=2",), 1, world_size=1)
     assert all(other == (measured, counts, losses) for other in others)
     assert counts == expected_counts and measured == pytest.approx(expected, rel=1e-5) and losses == pytest.approx(expected_losses, rel=1e-5)
 
@@ -85,8 +85,7 @@ def losses_of_compiled(settings, world_size, compiled):
 
 
 def test_compiled_blocks_of_stages(pool):
-    world_size, settings = TOPOLOGIES["pp2 dp2 zero 3"]
-    settings = (*settings, "model.num_layers=2")  # one block a stage: each is compiled by itself
+    world_size, settings = ranks(pp=2, stage=3, more=("model.num_layers=2",))  # one block a stage: each is compiled by itself, within FSDP's hooks
     compiled, plain = ([*pool.run(losses_of_compiled, settings, world_size, flag, world_size=world_size)] for flag in (True, False))
     assert compiled[0] == pytest.approx(plain[0], rel=1e-5)
 

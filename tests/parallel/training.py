@@ -83,11 +83,13 @@ def take_step(train_state, config, step, how=None):
 def microbatches_of(train_state, config, step):
     """Packed documents of unequal numbers, ten in the last sequence, so that microbatches differ in how many targets count."""
     generator = torch.Generator().manual_seed(step)
-    length, micro, batch = config.model.sequence_length + 1, config.train.micro_batch_size or 2, config.train.global_batch_size
+    length, batch = config.model.sequence_length + 1, config.train.global_batch_size
     tokens = torch.randint(0, config.model.vocab_size, (batch, length), generator=generator)
     starts = torch.rand(batch, length, generator=generator) < torch.linspace(0.0, 10 / length, batch)[:, None]
     starts[:, 0] = True
     index, readers = train_state.mesh.data_parallel_index, train_state.mesh.topology.data_parallel_size
+    at_least = batch // readers // 2 if train_state.mesh.pp.size == 1 else 2  # two microbatches accumulate as more do; stages pass on more of them
+    micro = config.train.micro_batch_size or max(2, at_least)
     own = train_state.mesh.own_slice
     return [
         microbatch_of_slice(tokens[first : first + micro], starts[first : first + micro], own)

@@ -145,7 +145,7 @@ def test_a_model_that_cannot_be_built_hides_nothing_else(small, override, beginn
 
 
 # One of each kind; tools/plan.py check, whose tests build every config, needs no compiler.
-QUICK = {"quickstart", "phase8_1b", "phase8_7b_3d", "phase8_medium_8gb"}
+QUICK = {"quickstart", "phase8_1b", "phase8_7b_3d"}
 
 
 @pytest.mark.parametrize(

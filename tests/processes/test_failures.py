@@ -23,8 +23,8 @@ def fail(how, *, rank, directory, timeout_seconds=30.0, **keywords):
 
 
 def test_nothing_happens_to_ranks_that_do_not_fail(tmp_path):
-    code, output, said, _ = fail("fine", rank=1, directory=tmp_path)
-    assert code == 0 and [output.count(f"rank {rank}: 81") for rank in range(3)] == [1, 1, 1], (output, said)
+    code, output, said, _ = fail("fine", rank=1, directory=tmp_path, num_processes=2)
+    assert code == 0 and [output.count(f"rank {rank}: 24") for rank in range(2)] == [1, 1], (output, said)
     assert said == [] and list(tmp_path.iterdir()) == []
 
 
@@ -52,11 +52,11 @@ def test_ranks_that_have_finished_wait_for_the_others_and_fail_with_them(tmp_pat
 
 
 def test_a_bug_shows_one_traceback_and_torchrun_ends_with_it(tmp_path):
-    code, _, errors = launched.torchrun(SCRIPT, "bug", 2, tmp_path / "hang", 30.0)
+    code, _, errors = launched.torchrun(SCRIPT, "bug", 1, tmp_path / "hang", 30.0, num_processes=2)
     said = launched.own_lines(errors)
-    assert (code, launched.code_of_first_failure(errors)) == (1, (2, 1))
-    assert said[0] == "rank 2: Traceback (most recent call last):"
-    assert said[-2:] == ["IndexError: list index out of range", "error: stopped because rank 2 failed: IndexError: list index out of range"]
+    assert (code, launched.code_of_first_failure(errors)) == (1, (1, 1))
+    assert said[0] == "rank 1: Traceback (most recent call last):"
+    assert said[-2:] == ["IndexError: list index out of range", "error: stopped because rank 1 failed: IndexError: list index out of range"]
     assert sum("Traceback" in line for line in said) == 1
     account = [line.strip() for line in errors[errors.index("Root Cause") :].splitlines()]
     first = account.index(f"traceback : {said[0]}")
@@ -87,7 +87,7 @@ def test_a_hang_names_the_rank_that_is_behind_and_every_rank_leaves_a_record(tmp
 
 
 def test_an_error_that_all_find_before_they_meet_is_told_once(tmp_path):
-    code, _, said, root_cause = fail("before", rank=-1, directory=tmp_path)
+    code, _, said, root_cause = fail("before", rank=-1, directory=tmp_path, num_processes=2)
     assert (code, root_cause) == (1, (0, 3)) and said == ["error: the corpus is missing; prepare it."]
 
 
