@@ -12,7 +12,7 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Callable, Collection, Mapping, Sequence
-from typing import Any
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -22,8 +22,11 @@ from phase8.kernels.backends import uses_triton
 from phase8.optim.fused_adamw import BesideAdamW, decay_groups
 from phase8.optim.state import ParameterState, adamw_bf16_state, has_short_moments
 
-# Numbers that are updated at once: their moments in fp32 stay in the cache of a GPU.
+# Numbers that a CPU updates at once.
 CHUNK = 1 << 22
+Moments = tuple[Tensor, Tensor]
+Widen = Callable[[Tensor, Tensor], Moments]
+Shorten = Callable[[Tensor, Tensor, Tensor], Moments]
 _DROPPED = 0xFFFF  # the bits of an fp32 number that bf16 has no room for
 _ALL_BUT_SIGNS = 0x1FFFF  # what is left of a number that was moved by 15 bits
 # Odd numbers with which products spread all bits of a factor (the golden ratio, and a constant of MurmurHash3).
@@ -48,10 +51,76 @@ def mixed(bits: Tensor, step: Tensor) -> Tensor:
     return (spread ^ ((spread >> 15) & _ALL_BUT_SIGNS)) * _OF_STEP
 
 
+class Scalars(NamedTuple):
+    """Numbers that change from step to step, scalars on the device of what is updated.
+
+    Args:
+        rate: Learning rate.
+        step: Number of the step, from 1.
+        scale: What gradients are divided by; None: nothing.
+        found_inf: The step counts where it is 0; None: it counts.
+    """
+
+    rate: Tensor
+    step: Tensor
+    scale: Tensor | None
+    found_inf: Tensor | None
+
+
+class Rule(NamedTuple):
+    """What AdamW does to the parameters of a group.
+
+    Args:
+        betas: Decays of both moments.
+        eps: Epsilon.
+        decay: Weight decay.
+    """
+
+    betas: tuple[float, float]
+    eps: float
+    decay: float
+
+
+def update(
+    weights: Tensor, gradients: Tensor, moments: Moments, scalars: Scalars, *, rule: Rule, widen: Widen, shorten: Shorten
+) -> None:
+    """Takes a step of AdamW in place, from the moments as they are kept to the moments as they are kept: one kernel where it is compiled.
+
+    Args:
+        weights: Weights, fp32 [n], like all that follow.
+        gradients: Their gradients.
+        moments: Both moments as they are kept.
+        scalars: Numbers of the step.
+        rule: Numbers of the group.
+        widen: Makes fp32 of moments as they are kept.
+        shorten: The inverse, given the number of the step.
+    """
+    rate, step, scale, found_inf = scalars
+    gradients = gradients if scale is None else gradients / scale
+    first, second = widen(*moments)
+    first = torch.lerp(first.float(), gradients, 1 - rule.betas[0])
+    second = rule.betas[1] * second.float() + (1 - rule.betas[1]) * gradients.square()
+    corrected, root = first / (1 - rule.betas[0] ** step), (second / (1 - rule.betas[1] ** step)).sqrt()
+    changed = weights * (1 - rate * rule.decay) - rate * corrected / (root + rule.eps)
+    for kept, new in zip((weights, *moments), (changed, *shorten(first, second, step)), strict=True):
+        # A step that does not count leaves everything as it is, even a moment that widening has rounded.
+        kept.copy_(new if found_inf is None else torch.where(found_inf == 0, new, kept))
+
+
 @functools.cache
-def compiled_rounding() -> Callable[[Tensor, Tensor], Tensor]:
-    """`rounded_at_random` in one kernel for all lengths: on a GPU its dozen operations cost more than the rest of the step."""
-    return torch.compile(rounded_at_random, dynamic=True, fullgraph=True)
+def compiled_update(rule: Rule, widen: Widen, shorten: Shorten) -> Callable[[Tensor, Tensor, Moments, Scalars], None]:
+    """`update` in one kernel for all lengths. As operations on a GPU it takes phase8_1b 150 ms instead of the 7 that its memory traffic needs."""
+    return torch.compile(functools.partial(update, rule=rule, widen=widen, shorten=shorten), dynamic=True, fullgraph=True)
+
+
+def as_they_are(first: Tensor, second: Tensor) -> Moments:
+    """Moments in bf16 stand for themselves."""
+    return first, second
+
+
+def both_rounded_at_random(first: Tensor, second: Tensor, step: Tensor) -> Moments:
+    """Both moments in bf16; arguments as of `rounded_at_random`."""
+    return rounded_at_random(first, step), rounded_at_random(second, step)
 
 
 class AdamWBf16(BesideAdamW):
@@ -74,6 +143,8 @@ class AdamWBf16(BesideAdamW):
         )
 
     moment_dtype = torch.bfloat16
+    widen: ClassVar[Widen] = staticmethod(as_they_are)
+    shorten: ClassVar[Shorten] = staticmethod(both_rounded_at_random)
 
     def declare_state(self, name: str, shape: Sequence[int]) -> ParameterState:
         """Moments in bf16 for matrices, what AdamW keeps for the rest."""
@@ -91,27 +162,28 @@ class AdamWBf16(BesideAdamW):
             state["step"] = torch.zeros((), dtype=torch.float32, device=part.device)
             state |= {key: torch.zeros_like(part, dtype=self.moment_dtype) for key in ("exp_avg", "exp_avg_sq")}
         state["step"] += 1
-        rows = max(CHUNK // max(math.prod(part.shape[1:]), 1), 1)
-        pieces = (each.split(rows) for each in (part.detach(), gradient, state["exp_avg"], state["exp_avg_sq"]))
-        for weights, gradients, *moments in zip(*pieces, strict=True):
-            wide = [moment.to(part.dtype) for moment in self._widened(*moments)]
-            torch._fused_adamw_(
-                [weights], [gradients], [wide[0]], [wide[1]], [], [state["step"]],
-                amsgrad=False, lr=group["lr"], beta1=group["betas"][0], beta2=group["betas"][1], weight_decay=group["weight_decay"], eps=group["eps"],
-                maximize=False, grad_scale=self.grad_scale, found_inf=self.found_inf,
-            )  # fmt: skip
-            for moment, short in zip(moments, self._shortened(*(value.float().flatten() for value in wide), step=state["step"]), strict=True):
-                short = short.view_as(moment)
-                # A step that does not count leaves a moment as it is, even one that widening has rounded.
-                moment.copy_(short if self.found_inf is None else torch.where(self.found_inf == 0, short, moment))
+        moments = state["exp_avg"], state["exp_avg_sq"]
+        if uses_triton(part):
+            rate = group["lr"] if isinstance(group["lr"], Tensor) else torch.full((), group["lr"], device=part.device)
+            scalars = Scalars(rate, state["step"], self.grad_scale, self.found_inf)
+            run = compiled_update(Rule(tuple(group["betas"]), group["eps"], group["weight_decay"]), self.widen, self.shorten)
+            run(part.detach().view(-1), gradient.reshape(-1), (moments[0].view(-1), moments[1].view(-1)), scalars)
+        else:
+            self._update_in_pieces(part.detach(), gradient, moments, state["step"], group)
         if self.found_inf is not None:
             state["step"] -= self.found_inf
 
-    def _widened(self, first: Tensor, second: Tensor) -> tuple[Tensor, Tensor]:
-        """The numbers that both moments of a piece stand for, fp32 or of fewer bits."""
-        return first, second
-
-    def _shortened(self, first: Tensor, second: Tensor, *, step: Tensor) -> tuple[Tensor, Tensor]:
-        """Both moments as they are kept, rounded at random from fp32 [n]."""
-        rounded = compiled_rounding() if uses_triton(first) else rounded_at_random
-        return rounded(first, step), rounded(second, step)
+    def _update_in_pieces(self, part: Tensor, gradient: Tensor, moments: Moments, step: Tensor, group: dict[str, Any]) -> None:
+        """As `update`, by torch's fused AdamW on a CPU, for so many numbers that their moments in fp32 stay in its cache."""
+        rows = max(CHUNK // max(math.prod(part.shape[1:]), 1), 1)
+        pieces = (each.split(rows) for each in (part, gradient, *moments))
+        for weights, gradients, *short in zip(*pieces, strict=True):
+            wide = [moment.to(part.dtype) for moment in self.widen(*short)]
+            torch._fused_adamw_(
+                [weights], [gradients], [wide[0]], [wide[1]], [], [step],
+                amsgrad=False, lr=group["lr"], beta1=group["betas"][0], beta2=group["betas"][1], weight_decay=group["weight_decay"], eps=group["eps"],
+                maximize=False, grad_scale=self.grad_scale, found_inf=self.found_inf,
+            )  # fmt: skip
+            for moment, new in zip(short, self.shorten(*(value.float().flatten() for value in wide), step), strict=True):
+                new = new.view_as(moment)
+                moment.copy_(new if self.found_inf is None else torch.where(self.found_inf == 0, new, moment))

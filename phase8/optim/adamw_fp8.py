@@ -14,13 +14,11 @@ Source: T. Dettmers et al., "8-bit optimizers via block-wise quantization" (2022
 
 from __future__ import annotations
 
-import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
-from phase8.kernels.backends import uses_triton
 from phase8.optim.adamw_bf16 import AdamWBf16, mixed
 from phase8.optim.state import ParameterState, adamw_fp8_state
 
@@ -67,28 +65,15 @@ def packed(first: Tensor, second: Tensor, step: Tensor) -> tuple[Tensor, Tensor]
     return torch.where(ratio < 0, magnitude + _SIGN, magnitude).to(torch.uint8), square.to(torch.uint8)
 
 
-@functools.cache
-def _compiled() -> tuple[Callable[[Tensor, Tensor], tuple[Tensor, Tensor]], Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]]:
-    """`unpacked` and `packed`, each in one kernel for all lengths."""
-    return torch.compile(unpacked, dynamic=True, fullgraph=True), torch.compile(packed, dynamic=True, fullgraph=True)
-
-
 class AdamWFp8(AdamWBf16):
     """AdamW with moments of matrices in eight bits; arguments as of `AdamWBf16`."""
 
     moment_dtype = torch.uint8
+    widen, shorten = staticmethod(unpacked), staticmethod(packed)
 
     def declare_state(self, name: str, shape: Sequence[int]) -> ParameterState:
         """Codes of moments for matrices, what AdamW keeps for the rest."""
         return adamw_fp8_state(name, shape)
-
-    def _widened(self, first: Tensor, second: Tensor) -> tuple[Tensor, Tensor]:
-        widen = _compiled()[0] if uses_triton(first) else unpacked
-        return widen(first, second)
-
-    def _shortened(self, first: Tensor, second: Tensor, *, step: Tensor) -> tuple[Tensor, Tensor]:
-        shorten = _compiled()[1] if uses_triton(first) else packed
-        return shorten(first, second, step)
 
 
 def _square_of(code: Tensor) -> Tensor:
