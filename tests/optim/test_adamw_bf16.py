@@ -108,18 +108,22 @@ def test_pieces_change_no_number(monkeypatch):
             torch.testing.assert_close(optimizer.state[found[name]][key], value, rtol=0.01, atol=1e-6)
 
 
-def test_a_step_that_does_not_count_changes_nothing():
-    found, optimizer = train(SECTION, 3, skipped=(2,))
-    expected, other = train(SECTION, 2)
+@pytest.mark.parametrize("state_dtype", ["bf16", "fp8"])
+def test_a_step_that_does_not_count_changes_nothing(state_dtype):
+    section = SECTION.model_copy(update={"state_dtype": state_dtype})
+    found, optimizer = train(section, 3, skipped=(2,))
+    expected, other = train(section, 2)
     for name, parameter in expected.items():
         assert torch.equal(found[name], parameter)
         assert all(torch.equal(optimizer.state[found[name]][key], value) for key, value in other.state[parameter].items())
 
 
-def test_gradients_are_divided_by_the_scale():
-    (found, _), (expected, _) = train(SECTION, 3, scale=4.0), train(SECTION, 3)
+@pytest.mark.parametrize(("state_dtype", "tolerance"), [("bf16", 2e-3), ("fp8", 5e-3)])
+def test_gradients_are_divided_by_the_scale(state_dtype, tolerance):
+    section = SECTION.model_copy(update={"state_dtype": state_dtype})
+    (found, _), (expected, _) = train(section, 3, scale=4.0), train(section, 3)
     for name, parameter in expected.items():
-        torch.testing.assert_close(found[name], parameter, rtol=0, atol=2e-3)
+        torch.testing.assert_close(found[name], parameter, rtol=0, atol=tolerance)
 
 
 def test_the_state_is_what_is_declared():
