@@ -23,7 +23,7 @@ TEXT_KEYS = {
 }  # fmt: skip
 TEXT_OPTIONS = {
     "--set", "--prompt", "--json-key", "--variants", "--define", "--layouts", "--schedule",
-    "--eod-token", "--document-separator", "--gpu", "--stop",
+    "--eod-token", "--document-separator", "--gpu", "--stop", "--shape",
 }  # fmt: skip
 # Started by a tool of ours, which gives it paths and not what somebody has typed.
 NOT_BY_HAND = {ROOT / "launch/benchmark_rank.py"}
