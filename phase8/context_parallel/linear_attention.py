@@ -18,7 +18,7 @@ from torch import Tensor
 from phase8.distributed.collectives import Axis, pending_gather, placeholder, start_gather, wait_for
 from phase8.exchanges import Exchanges, told
 from phase8.kernels.gated_linear_attention import added_state, gated_linear_attention, gated_linear_attention_backward
-from phase8.kernels.state_map import DecayMap, decay_map
+from phase8.kernels.state_map import DecayMap, decay_map, state_after
 
 
 def linear_attention_exchanges(num_heads: int, head_size: int) -> Exchanges:
@@ -53,7 +53,7 @@ class _Attend(torch.autograd.Function):
         q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor, starts: Tensor | None, maps: Tensor, axis: Axis,
     ) -> Tensor:  # fmt: skip
         keeps, added = maps[..., :1], maps[..., 1:]
-        entering = state_after(keeps[: axis.index], added[: axis.index])
+        entering = state_after(DecayMap, keeps[: axis.index], added[: axis.index])
         y, _ = gated_linear_attention(q, k, v, log_decay, starts, entering)
         ctx.axis = axis
         ctx.save_for_backward(q, log_decay, starts, entering, keeps)
@@ -84,14 +84,6 @@ class _ReceiveGradients(torch.autograd.Function):
         q, k, v, log_decay, starts = ctx.saved_tensors
         later = slice(ctx.axis.index + 1, None)
         # The last slice comes first: gradients of states go from the end of the sequence to its beginning.
-        dstate = state_after(keeps[later].flip(0), wait_for(pending)[later].flip(0))
+        dstate = state_after(DecayMap, keeps[later].flip(0), wait_for(pending)[later].flip(0))
         *gradients, _ = gated_linear_attention_backward(grad, dstate, q, k, v, log_decay, starts, entering)
         return *gradients, None, None, None
-
-
-def state_after(keeps: Tensor, added: Tensor) -> Tensor:
-    """The state after slices that keep a share and add something [n, B, H, K, 1 and V], one after the other, from a state of zeros."""
-    state = added[:0].sum(0)
-    for keep, add in zip(keeps, added, strict=True):
-        state = DecayMap(keep, add)(state)
-    return state

@@ -24,7 +24,7 @@ from phase8.context_parallel.fetch import begin_to_fetch
 from phase8.context_parallel.green import green_scan_of_slice
 from phase8.distributed.collectives import Axis, begin_to_gather
 from phase8.kernels.running_sum import running_sum
-from phase8.kernels.state_map import StateMap
+from phase8.kernels.state_map import StateMap, state_after
 from phase8.kernels.window_state import WindowState
 from phase8.shared_sequence import Wanted, wanted_tokens
 
@@ -93,11 +93,8 @@ class EarlierSlices:
         told = begin_to_gather(torch.cat((own.matrix, own.added), dim=-1)[None], self.axis)
 
         def end() -> Tensor:
-            maps = told()
-            state = maps[:0, ..., -values:].sum(0)
-            for earlier in maps[: self.axis.index]:
-                state = StateMap(earlier[..., :-values], earlier[..., -values:])(state)
-            return state
+            earlier = told()[: self.axis.index]
+            return state_after(StateMap, earlier[..., :-values], earlier[..., -values:])
 
         return end
 

@@ -51,6 +51,20 @@ class DecayMap(NamedTuple):
         return DecayMap(later.matrix * self.matrix, later(self.added))
 
 
+def state_after(kind: type[StateMap] | type[DecayMap], matrices: Tensor, added: Tensor) -> Tensor:
+    """The state after slices of a kind, one after the other, from a state of zeros [B, H, K, V].
+
+    Args:
+        kind: What the slices are.
+        matrices: Their matrices [n, B, H, K, K or 1]; n may be 0.
+        added: What they add [n, B, H, K, V].
+    """
+    state = added[:0].sum(0)
+    for matrix, add in zip(matrices, added, strict=True):
+        state = kind(matrix, add)(state)
+    return state
+
+
 def decay_map(k: Tensor, v: Tensor, log_decay: Tensor, starts: Tensor | None = None) -> DecayMap:
     """The map of a slice, arguments as in `gated_linear_attention`: what it makes of no state, and what it keeps of one. Not differentiable."""
     added = added_state(k, v, log_decay, starts)

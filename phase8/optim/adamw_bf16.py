@@ -152,19 +152,19 @@ class AdamWBf16(BesideAdamW):
 
     def _update_own(self) -> None:
         for group in self._own_groups:
-            for part in group["params"]:
-                if part.grad is not None:
-                    self._update(part, part.grad, group)
+            parts = [part for part in group["params"] if part.grad is not None]
+            rate = _on_device(group["lr"], parts[0]) if parts and uses_triton(parts[0]) else None
+            for part in parts:
+                self._update(part, part.grad, group, rate)
 
-    def _update(self, part: nn.Parameter, gradient: Tensor, group: dict[str, Any]) -> None:
+    def _update(self, part: nn.Parameter, gradient: Tensor, group: dict[str, Any], rate: Tensor | None) -> None:
         state = self.state[part]
         if not state:
             state["step"] = torch.zeros((), dtype=torch.float32, device=part.device)
             state |= {key: torch.zeros_like(part, dtype=self.moment_dtype) for key in ("exp_avg", "exp_avg_sq")}
         state["step"] += 1
         moments = state["exp_avg"], state["exp_avg_sq"]
-        if uses_triton(part):
-            rate = group["lr"] if isinstance(group["lr"], Tensor) else torch.full((), group["lr"], device=part.device)
+        if rate is not None:
             scalars = Scalars(rate, state["step"], self.grad_scale, self.found_inf)
             run = compiled_update(Rule(tuple(group["betas"]), group["eps"], group["weight_decay"]), self.widen, self.shorten)
             run(part.detach().view(-1), gradient.reshape(-1), (moments[0].view(-1), moments[1].view(-1)), scalars)
@@ -187,3 +187,8 @@ class AdamWBf16(BesideAdamW):
             for moment, new in zip(short, self.shorten(*(value.float().flatten() for value in wide), step), strict=True):
                 new = new.view_as(moment)
                 moment.copy_(new if self.found_inf is None else torch.where(self.found_inf == 0, new, moment))
+
+
+def _on_device(rate: float | Tensor, like: Tensor) -> Tensor:
+    """A learning rate as a tensor, by which compiled code does not change from step to step."""
+    return rate if isinstance(rate, Tensor) else torch.full((), rate, device=like.device)

@@ -22,7 +22,7 @@ from torch import Tensor
 from phase8.optim.adamw_bf16 import AdamWBf16, mixed
 from phase8.optim.state import ParameterState, adamw_fp8_state
 
-# Of the bits of an fp32 number the second moment has no room for.
+# Bits of an fp32 number that the second moment has no room for.
 _DROPPED_BITS = 21
 _DROPPED = (1 << _DROPPED_BITS) - 1
 _BELOW = (127 - 56) << 2  # bits that are kept of 2^-56, which the code 0 would be, were it not zero

@@ -33,7 +33,7 @@ def injected(tmp_path):
 
 @pytest.mark.slow
 def test_training_and_the_reshard_tool_survive_a_kill_of_each_kind(injected):
-    """Of all ranks during asynchronous saves, and of the tool; what follows a kill that followed another is in the fifty below."""
+    """The kills end all ranks during asynchronous saves, and the tool; what follows a kill that followed another is in the fifty below."""
     faults, runs = injected(num_faults=len(SHORT), kinds=SHORT, topologies=("data-2-zero-3",))
     assert len(faults) == sum(run["faults"] for run in runs) == len(SHORT)
 

@@ -105,6 +105,6 @@ def compiled():
 def test_machine_code(compiled):
     for kernel in compiled.values():
         kernel.check(max_registers=128)
-    # Of a thread: the whole tile, sixteen bytes at once, and nothing beyond the end of a row.
+    # A thread loads its whole tile, sixteen bytes at once, and nothing beyond the end of a row.
     assert [compiled[name].count("LDG.E.EF.128") for name in ("normed", "plain", "few")] == [16, 12, 8]
     assert [compiled[name].count("ACQBULK") for name in ("normed", "plain", "few")] == [1, 0, 1]

@@ -3,7 +3,7 @@ import torch
 
 from phase8.kernels.gated_delta_rule import gated_delta_rule
 from phase8.kernels.gated_linear_attention import added_state, gated_linear_attention, gated_linear_attention_backward
-from phase8.kernels.state_map import DecayMap, decay_map, state_map
+from phase8.kernels.state_map import DecayMap, decay_map, state_after, state_map
 from tests.kernels.recurrences import initial_state, random_starts
 from tests.kernels.test_gated_delta_rule import problem
 
@@ -30,6 +30,9 @@ def test_maps_of_slices_compose_to_the_whole_forwards_and_backwards(recurrence, 
     y, final = attend(*arguments, starts, state)
     torch.testing.assert_close(torch.cat(pieces, 1), y)
     torch.testing.assert_close(composed(state), final)
+    from_nothing = state_after(type(composed), *(torch.stack(parts) for parts in zip(*maps, strict=True)))
+    torch.testing.assert_close(from_nothing, composed.added)
+    assert not state_after(type(composed), composed.matrix[None][:0], composed.added[None][:0]).any()
     associated = maps[0].then(maps[1].then(maps[2]))
     torch.testing.assert_close((associated.matrix, associated.added), (composed.matrix, composed.added))
     if not is_differentiable:

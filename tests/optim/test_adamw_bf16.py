@@ -172,13 +172,13 @@ def test_a_counter_of_another_dtype_is_refused(tmp_path):
         restore_state(saved, model, fresh)
 
 
-def updated(function, widen, shorten, moment_dtype, device="cpu", num_steps=5):
-    """Weights and moments after some steps of a function, the third of which does not count."""
-    weights, moments = noise(70_001).to(device), tuple(torch.zeros(70_001, dtype=moment_dtype, device=device) for _ in range(2))
-    for step in range(1, num_steps + 1):
-        scalars = (torch.tensor(value, device=device) for value in (0.01, float(step), 4.0, float(step == 3)))
+def updated(function, kind, device="cpu"):
+    """Weights and moments after five steps of a function, the third of which does not count."""
+    weights, moments = noise(70_001).to(device), tuple(torch.zeros(70_001, dtype=kind.moment_dtype, device=device) for _ in range(2))
+    for step, number in ((1, 1), (2, 2), (3, 3), (4, 3), (5, 4)):
+        scalars = (torch.tensor(value, device=device) for value in (0.01, float(number), 4.0, float(step == 3)))
         function(weights, 4 * noise(70_001, seed=step).to(device), moments, Scalars(*scalars))
-    return weights, widen(*moments)
+    return weights, kind.widen(*moments)
 
 
 def are_close(weights, expected_weights, moments, expected_moments):
@@ -201,15 +201,9 @@ def test_the_update_of_gpus_is_that_of_torch(kind):
         optimizer.grad_scale, optimizer.found_inf = torch.tensor(4.0), torch.tensor(float(step == 3))
         optimizer.step()
     state = optimizer.state[held["matrix"]]
-    # The third step does not count, and is not counted: here the numbers of steps go on.
-    function = functools.partial(update, rule=rule, widen=kind.widen, shorten=kind.shorten)
-    weights, moments = noise(70_001), (torch.zeros(70_001, dtype=kind.moment_dtype), torch.zeros(70_001, dtype=kind.moment_dtype))
-    for step, number in ((1, 1), (2, 2), (3, 3), (4, 3), (5, 4)):
-        scalars = (torch.tensor(value) for value in (0.01, float(number), 4.0, float(step == 3)))
-        function(weights, 4 * noise(70_001, seed=step), moments, Scalars(*scalars))
     assert state["step"] == 4
-    expected = kind.widen(state["exp_avg"][0], state["exp_avg_sq"][0])
-    are_close(weights, held["matrix"].detach()[0], kind.widen(*moments), expected)
+    weights, moments = updated(functools.partial(update, rule=rule, widen=kind.widen, shorten=kind.shorten), kind)
+    are_close(weights, held["matrix"].detach()[0], moments, kind.widen(state["exp_avg"][0], state["exp_avg_sq"][0]))
 
 
 @pytest.mark.gpu
@@ -217,6 +211,6 @@ def test_the_update_of_gpus_is_that_of_torch(kind):
 def test_one_kernel_updates_as_the_operations_do(kind):
     rule = Rule((0.9, 0.95), 1e-8, 0.1)
     operations = functools.partial(update, rule=rule, widen=kind.widen, shorten=kind.shorten)
-    expected = updated(operations, kind.widen, kind.shorten, kind.moment_dtype, "cuda")
-    found = updated(compiled_update(rule, kind.widen, kind.shorten), kind.widen, kind.shorten, kind.moment_dtype, "cuda")
+    expected = updated(operations, kind, "cuda")
+    found = updated(compiled_update(rule, kind.widen, kind.shorten), kind, "cuda")
     are_close(found[0], expected[0], found[1], expected[1])

@@ -147,7 +147,7 @@ def test_matrices_travel_in_two_bytes_and_all_else_in_four(pool):
     for (_, num_bytes), dtypes, matrices, rest in pool.run(gathered, world_size=2):
         assert len(matrices) == 9 and {name for name, (dtype, _) in dtypes.items() if dtype == torch.bfloat16} == matrices
         assert {dtype for name, (dtype, _) in dtypes.items() if name not in matrices} == {torch.float32}
-        # Of two layers alike, in forward and backward.
+        # Two equal layers are gathered in forward and in backward.
         assert num_bytes == 2 * 2 * sum(number * (2 if name in matrices else 4) for name, (_, number) in dtypes.items()) + 4 * rest
 
 

@@ -58,7 +58,7 @@ WITH_SHARED_KEYS = {
     "tp2 dp2 zero 3, shared keys": ranks(tp=2, dp=2, stage=3, more=SHARED),
 }
 ANY = TOPOLOGIES | WITH_EXPERTS | WITH_MUON | WITH_SHORT_MOMENTS | WITH_FP8_MOMENTS | WITH_SHARED_KEYS
-# Of each kind of layout one, of two layers: -m full takes every layout to every other. Those of eight ranks are saved and loaded by
+# The rings have one layout of each kind, with two layers: -m full takes every layout to every other. Those of eight ranks are saved and loaded by
 # test_the_next_loss_is_that_of_one_process; interleaved stages need more layers, and tests/parallel/test_resharded.py loads into them.
 RING_SETTINGS = ("model.num_layers=2",)
 RINGS = {

@@ -1,24 +1,17 @@
 """A local task of EleutherAI's lm-evaluation-harness (package lm_eval) on exported models: its accuracy is that computed by hand."""
 
 import json
-import os
 
 import pytest
-import tokenizers
 import torch
 import yaml
 
-from phase8.checkpoint.save import save_checkpoint
-from phase8.config.load import config_to_mapping, load_config
-from phase8.model.model import build_model
-from phase8.model.parameters import initialise
-from tests.tools.doors import load_door
+from tests.tools.exported_model import export
 
 BLOCKS = {
-    "phase8": ("model.local_window_size=8", "model.ffn_size=40"),
-    "transformer": ("model.block=transformer", "model.ffn_size=40"),
+    "phase8": ("model.local_window_size=8",),
+    "transformer": ("model.block=transformer",),
 }
-SIZES = ("model.d_model=24", "model.num_layers=2", "model.num_heads=3", "model.vocab_size=300", "model.sequence_length=64", "precision.dtype=fp32")
 WORDS = ("red", "tan", "sky", "ash")  # of one length, or else the shortest one is the likeliest
 QUESTIONS = [
     {"question": f"Which colour has {3 * chr(ord('a') + number)}", "choices": list(WORDS), "answer": number % len(WORDS)} for number in range(12)
@@ -41,26 +34,6 @@ def offline(tmp_path, monkeypatch):
         monkeypatch.setenv(name, value)
 
 
-def exported(directory, block):
-    """A model with large random weights, its tokenizer, and the directory of its export."""
-    config = load_config(os.devnull, (*SIZES, *BLOCKS[block]))
-    model = build_model(config.model, dtype=torch.float32, device=torch.device("cpu"))
-    initialise(model, seed=0)
-    with torch.no_grad():
-        for number, parameter in enumerate(model.parameters()):
-            parameter.add_(torch.randn(parameter.shape, generator=torch.Generator().manual_seed(number)), alpha=0.5)
-    tokenizer = tokenizers.Tokenizer(tokenizers.models.BPE())
-    tokenizer.pre_tokenizer, tokenizer.decoder = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False), tokenizers.decoders.ByteLevel()
-    alphabet = tokenizers.pre_tokenizers.ByteLevel.alphabet()
-    trainer = tokenizers.trainers.BpeTrainer(vocab_size=290, special_tokens=["<|endoftext|>"], initial_alphabet=alphabet, show_progress=False)
-    tokenizer.train_from_iterator([question["question"] for question in QUESTIONS], trainer)
-    tensors = {f"model.{name}": parameter.detach() for name, parameter in model.named_parameters()}
-    attachments = {"tokenizer.json": tokenizer.to_str().encode()}
-    saved = save_checkpoint(directory / "c", step=1, tensors=tensors, metadata={"config": config_to_mapping(config)}, attachments=attachments)
-    assert load_door("reshard_checkpoint").main([str(saved), str(directory / "exported"), "--format", "hf"]) == 0
-    return model, tokenizer, directory / "exported"
-
-
 def chosen_by_hand(model, tokenizer, question):
     """The choice whose tokens have the greatest probability after the question and a space."""
     scores = []
@@ -77,7 +50,8 @@ def chosen_by_hand(model, tokenizer, question):
 @pytest.mark.parametrize("block", BLOCKS)
 def test_the_accuracy_of_a_task_is_that_computed_by_hand(tmp_path, block):
     lm_eval, tasks = pytest.importorskip("lm_eval"), pytest.importorskip("lm_eval.tasks")
-    model, tokenizer, directory = exported(tmp_path, block)
+    texts = [question["question"] for question in QUESTIONS]
+    model, tokenizer, directory = export(tmp_path, BLOCKS[block], texts=texts, noise=0.4)
     chosen = [chosen_by_hand(model, tokenizer, question) for question in QUESTIONS]
     assert len(set(chosen)) > 1  # the model does not choose the same word always
     (tmp_path / "questions.jsonl").write_text("\n".join(json.dumps(question) for question in QUESTIONS))
