@@ -22,6 +22,8 @@ from torch.distributed.device_mesh import DeviceMesh
 
 # The operators of torch's functional collectives: torch.compile traces them, and `wait_tensor` waits for their results.
 _OPS = torch.ops._c10d_functional
+# The collectives that exchange tokens or states; the last argument of each is the name of its process group.
+EXCHANGES = frozenset({_OPS.all_gather_into_tensor.default, _OPS.reduce_scatter_tensor.default, _OPS.all_to_all_single.default})
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from phase8.config.model_section import ModelSection
 from phase8.distributed.collectives import ALONE, Axis
-from phase8.exchanges import Exchanges
+from phase8.exchanges import Exchanges, SliceExchange
 from phase8.model.attention import AttentionState, CausalAttention
 from phase8.model.decoding import BlockStep
 from phase8.model.feed_forward import build_feed_forward
@@ -68,15 +68,23 @@ class Block(nn.Module):
         self.run_inside: Run = call
         self.run_mixer: Run = call
 
-    def exchanges(self, *, recompute: str) -> Exchanges:
+    @property
+    def fetches_little(self) -> bool:
+        """Whether what the block exchanges with other slices of a sequence is small, so that a recomputation keeps it instead of exchanging again."""
+        return isinstance(self.mixer, Phase8Mixer)
+
+    def exchanges(self, *, recompute: str, is_divided: bool) -> Exchanges:
         """The exchanges of mixer and feed-forward; those of a recomputed forward come first in backward.
 
         Args:
             recompute: Mode: `none`, `full` (all of the block), `selective` (mixer and its norm) or `budget` (on one tensor-parallel rank only).
+            is_divided: Whether tensor-parallel ranks divide the block, which is then recomputed around its call, with all its exchanges.
         """
         mixer = self.mixer.exchanges()
         block = mixer.then(self.feed_forward.exchanges())
         repeated = {"full": block.repeated, "selective": mixer.repeated}.get(recompute, ())
+        if self.fetches_little and (recompute == "selective" or not is_divided):
+            repeated = tuple(each for each in repeated if not isinstance(each, SliceExchange))
         return replace(block, backward=repeated + block.backward)
 
     def prepared(self, dtype: torch.dtype, *, capacity: int) -> BlockStep:

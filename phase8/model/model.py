@@ -79,17 +79,18 @@ class LanguageModel(nn.Module):
         assert owner is not None  # a chunk that does not end the model has no head
         return owner.weight
 
-    def exchanges(self, *, recompute: str, recompute_every_n_layers: int) -> Exchanges:
+    def exchanges(self, *, recompute: str, is_divided: bool, recompute_every_n_layers: int) -> Exchanges:
         """The exchanges of embedding, blocks, final hidden states and loss.
 
         Args:
             recompute: Mode, as in `Block.exchanges`.
+            is_divided: As in `Block.exchanges`.
             recompute_every_n_layers: Distance n of the recomputed layers 0, n, 2n, ...
         """
         recomputed = range(0, self.section.num_layers, recompute_every_n_layers)
         found = self.embedding.exchanges() if self.begins and self.embedding is not None else NO_EXCHANGES
         for layer, block in self.blocks.items():
-            found = found.then(block.exchanges(recompute=recompute if int(layer) in recomputed else "none"))
+            found = found.then(block.exchanges(recompute=recompute if int(layer) in recomputed else "none", is_divided=is_divided))
         return found.then(gathered(self.section.d_model)).then(loss_exchanges()) if self.ends else found
 
     def empty_states(self, batch_size: int) -> list[BlockState]:

@@ -25,8 +25,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils.checkpoint import checkpoint
+from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
+from phase8.distributed.collectives import EXCHANGES, Axis
 from phase8.model.block import Block, BlockOutput, BlockState, Run, call
 from phase8.model.host_copies import HostCopies
 from phase8.model.model import LanguageModel
@@ -48,17 +49,19 @@ def apply_recomputation(
         offload_inputs: Whether the inputs of blocks recomputed in modes `full` and `slices` wait for backward in host memory.
     """
     copies = HostCopies()
+    without_exchanges = recomputed if model.context.size == 1 else _without_exchanges(model.context)
     for place, (layer, block) in enumerate(model.blocks.items()):
         if int(layer) % every_n_layers:
             continue
         # The pipeline holds the input of a chunk until its backward, so a copy of it would free nothing.
         keep: Keep = copies.keep if offload_inputs and (model.begins or place > 0) else nullcontext
+        inside = without_exchanges if block.fetches_little else recomputed
         if mode == "selective":
-            block.run_mixer = recomputed
+            block.run_mixer = inside
         elif mode in ("full", "slices"):
             run: Run = recomputed
             if model.axis.size == 1:
-                block.run_inside, run = recomputed, call
+                block.run_inside, run = inside, call
             if mode == "slices":
                 assert slice_tokens is not None  # a config has it
                 run = partial(_slice_by_slice, slice_tokens, keep, run)
@@ -72,6 +75,27 @@ def recomputed(function: Callable[..., Any], *arguments: object) -> Any:
     if not torch.is_grad_enabled():
         return function(*arguments)
     return checkpoint(function, *arguments, use_reentrant=False, preserve_rng_state=False)  # nothing is random
+
+
+def _without_exchanges(context: Axis) -> Run:
+    """`recomputed` for functions that exchange with other slices of a sequence: it keeps what they have sent instead of exchanging again.
+
+    That is little, whatever the length. And the compiler leaves out of a rank's recomputation what this rank does not need, such as what the first
+    slice fetches from before it, so that the other ranks would wait for it forever.
+    """
+    group = context.group.group_name
+
+    def policy(_: object, operation: object, *arguments: object, **__: object) -> CheckpointPolicy:
+        return CheckpointPolicy.MUST_SAVE if operation in EXCHANGES and arguments[-1] == group else CheckpointPolicy.MUST_RECOMPUTE
+
+    kept = partial(create_selective_checkpoint_contexts, policy)
+
+    def run(function: Callable[..., Any], *arguments: object) -> Any:
+        if not torch.is_grad_enabled():
+            return function(*arguments)
+        return checkpoint(function, *arguments, use_reentrant=False, preserve_rng_state=False, context_fn=kept)
+
+    return run
 
 
 def _with_input_kept(keep: Keep, run: Run, block: Block, x: Tensor, *arguments: object) -> BlockOutput:

@@ -30,17 +30,28 @@ def chunk_parameters(model: ModelSection, layers: range) -> Chunk:
 
 
 @lru_cache(maxsize=1024)
-def chunk_exchanges(model: ModelSection, layers: range, *, recompute: str, recompute_every_n_layers: int) -> tuple[AnyExchange, ...]:
+def chunk_exchanges(
+    model: ModelSection, layers: range, *, recompute: str, is_divided: bool, recompute_every_n_layers: int
+) -> tuple[AnyExchange, ...]:
     """The exchanges of the layers of a chunk for a microbatch, forward and backward.
 
     Args:
         model: Model section with the shapes.
         layers: Layers of the chunk.
         recompute: Mode of recomputation: `none`, `full`, `selective` or `budget`.
+        is_divided: Whether tensor-parallel ranks divide the layers.
         recompute_every_n_layers: Distance n of the recomputed layers 0, n, 2n, ...
     """
-    found = _without_memory(model, layers).exchanges(recompute=recompute, recompute_every_n_layers=recompute_every_n_layers)
+    how = {"recompute": recompute, "is_divided": is_divided, "recompute_every_n_layers": recompute_every_n_layers}
+    found = _without_memory(model, layers).exchanges(**how)
     return found.forward + found.backward
+
+
+@lru_cache(maxsize=1024)
+def mixer_exchanges(model: ModelSection) -> tuple[AnyExchange, ...]:
+    """The exchanges of the first layer's mixer in the forward of a microbatch."""
+    (block,) = _without_memory(model, range(1)).blocks.values()
+    return block.mixer.exchanges().forward
 
 
 def stage_tensors(model: ModelSection, pipeline: Pipeline) -> tuple[dict[str, DividedShape], ...]:

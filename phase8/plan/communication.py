@@ -23,7 +23,8 @@ send or a receive those of the message. `Collectives.sent_bytes` computes the by
 | pp | gradient of a tied embedding: all-reduce over first and last stage | once a step | 4 per number of the rank's part |
 | each set | targets, loss, flags (stop, unreadable), norm: all-reduces of scalars | once a step | 8, 4, 8, 4 |
 
-A recomputed block declares the exchanges that the recomputation repeats. A compiled block that is recomputed whole also repeats its last
+A recomputed block declares the exchanges that the recomputation repeats; what slices of a sequence exchanged is kept instead, but where
+tensor-parallel ranks divide a block that is recomputed whole. A compiled block that is recomputed whole also repeats its last
 exchange, which is not counted. ADR 16 says why layers declare their exchanges instead of being watched.
 """
 

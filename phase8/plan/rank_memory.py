@@ -23,6 +23,7 @@ from phase8.plan.activations import ActivationBytes, bytes_within_budget, trace_
 from phase8.plan.chunks import chunk_parameters
 from phase8.plan.communication import Chunk, messages_of_stage
 from phase8.plan.expert_memory import expert_activation_bytes
+from phase8.plan.kept_states import kept_of_exchanges, states_of_slices
 from phase8.plan.memory import (
     FP32_BYTES,
     ChunkActivations,
@@ -238,15 +239,6 @@ def _tokens_at_once(work: Workload) -> int:
     return min(length, work.train.recompute_slice_tokens) if work.train.recompute == "slices" else length
 
 
-def _states_of_slices(work: Workload, window: int) -> int:
-    """Bytes of the states that a block recomputed in slices keeps, one for each slice."""
-    model = work.model.of_window(window)
-    numbers = 3 * (model.convolution_taps - 1) * model.attention_width + 2 * min(max(window - 1, 0), model.sequence_length) * model.attention_width
-    wide_numbers = model.attention_width * model.head_width if model.has_global_path else 0
-    num_slices = math.ceil(model.sequence_length / _tokens_at_once(work))
-    return work.shape.micro_batch_size * num_slices * (numbers * work.dtype.itemsize + wide_numbers * max(work.dtype.itemsize, FP32_BYTES))
-
-
 def _messages(work: Workload, traced: Mapping[LayerKind, ActivationBytes], *, num_chunks: int, stage: int) -> int:
     """Bytes of a stage's messages."""
     message_bytes = next(iter(traced.values())).block_input
@@ -330,15 +322,18 @@ def _loss_scratch(work: Workload) -> int:
 def _chunk_activations(work: Workload, chunk: Chunk, traced: Mapping[LayerKind, ActivationBytes]) -> ChunkActivations:
     train, model = work.train, work.model
     recomputed, offloaded = _recomputed_layers(work), _offloaded_layers(work, chunk)
+    sizes = {"batch_size": work.shape.micro_batch_size, "element_bytes": work.dtype.itemsize}
     kept, repeated = 0, 0
     for layer in chunk.layers:
-        found = traced[model.layer_kinds[layer]]
+        kind = model.layer_kinds[layer]
+        found = traced[kind]
         if train.recompute == "slices" and layer in recomputed:
-            kept += found.block_input + _states_of_slices(work, model.window_sizes[layer])
+            num_slices = math.ceil(model.sequence_length / _tokens_at_once(work))
+            kept += found.block_input + states_of_slices(model.of_window(kind.window), num_slices=num_slices, **sizes)
             # The outputs of the slices and what they are joined to, or in backward their gradients and those of the slices of the input.
             repeated = max(repeated, found.block + 2 * found.block_input + _gradients_in_a_block(work))
             continue
-        rest = _kept_when_recomputed(found, train)
+        rest = _kept_when_recomputed(found, train) + kept_of_exchanges(model.of_kind(kind), work.topology, recompute=train.recompute, **sizes)
         kept += rest if layer in recomputed else found.block
         repeated = max(repeated, found.block - rest + _gradients_in_a_block(work) if layer in recomputed else 0)
     any_layer = traced[model.layer_kinds[0]]

@@ -53,8 +53,9 @@ def plan_run_communication(config: RunConfig, *, world_size: int, rank: int) -> 
         offload_gradients=config.zero.offload_gradients,
         gathered_bytes=gathered_dtype(config.zero, compute, torch.float32).itemsize,
     )
+    recomputation = {"recompute": train.recompute, "recompute_every_n_layers": train.recompute_every_n_layers, "is_divided": grid.tensor > 1}
     chunks, exchanges = [], []
     for layers in chunk_layers(config.model, pipeline, grid.stage):
         chunks.append(chunk_parameters(config.model, layers))
-        exchanges += chunk_exchanges(config.model, layers, recompute=train.recompute, recompute_every_n_layers=train.recompute_every_n_layers)
+        exchanges += chunk_exchanges(config.model, layers, **recomputation)
     return step_communication(config.model, chunks, exchanges, step=step, grid=grid), grid

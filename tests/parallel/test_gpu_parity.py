@@ -56,6 +56,7 @@ CASES = {
     "tp2 pp2": ("default", ranks(tp=2, pp=2)),
     "cp2": ("default", ranks(cp=2)),
     "cp2 zero 3 compiled": ("default", ranks(cp=2, stage=3, more=COMPILED)),
+    "cp2 zero 3 compiled, recomputed": ("default", ranks(cp=2, stage=3, more=(*COMPILED, "train.recompute=full"))),
     "cp2 compiled, recorded": ("default", ranks(cp=2, more=(*COMPILED, RECORDED))),
     "cp2 delta": ("delta", ranks(cp=2)),
     "cp2 transformer": ("transformer", ranks(cp=2)),

@@ -44,7 +44,7 @@ def chunks_of(model, *layers):
 
 def table(model, *, grid, microbatches=1, chunks=None, exchanges=None, recompute="none", recompute_every_n_layers=1, **step):
     step, chunks = Step(num_microbatches=microbatches, **{"micro_batch_size": 1, "compute_bytes": 2, **step}), chunks or chunks_of(model)
-    how = {"recompute": recompute, "recompute_every_n_layers": recompute_every_n_layers}
+    how = {"recompute": recompute, "recompute_every_n_layers": recompute_every_n_layers, "is_divided": grid.tensor > 1}
     declared = [exchange for chunk in chunks for exchange in chunk_exchanges(model, chunk.layers, **how)] if exchanges is None else exchanges
     found = step_communication(model, chunks, declared, step=step, grid=grid)
     assert [(each.axis, each.operation) for each in found] == sorted({(each.axis, each.operation) for each in found})

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 from typing import Any
 
@@ -33,6 +34,8 @@ def compile_modules(chunks: Sequence[LanguageModel], config: RunConfig, *, are_c
     if not train.compile.enabled:
         return
     functorch_config.activation_memory_budget = train.activation_memory_budget if train.recompute == "budget" else 1.0
+    # A warning about operations in place under `context_fn` of a recomputation, of which blocks have none.
+    logging.getLogger("torch._higher_order_ops.wrap").addFilter(lambda record: "context_fn" not in record.getMessage())
     from torch._dynamo import config as dynamo_config  # half a second, and triton, which runs that compile nothing do without
 
     # All blocks share their code; above the limit torch.compile would leave the others uncompiled.
