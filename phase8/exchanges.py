@@ -133,6 +133,19 @@ def scattered(numbers_per_token: int, *, is_wide: bool = False) -> Exchanges:
     return _dual(Operation.REDUCE_SCATTER, Operation.ALL_GATHER, numbers_per_token, is_wide)
 
 
+# More groups hide more of the exchanges, but their products are smaller.
+_MOST_GROUPS = 4
+
+
+def groups_of_experts(num_own: int) -> int:
+    """The number of groups, equally large, one after the other of which a rank exchanges and computes, so that rows travel beside products.
+
+    Args:
+        num_own: Number of experts of a rank.
+    """
+    return next(count for count in range(min(num_own, _MOST_GROUPS), 0, -1) if num_own % count == 0)
+
+
 def _dual(forward: Operation, backward: Operation, numbers_per_token: int, is_wide: bool) -> Exchanges:
     there = (Exchange(forward, numbers_per_token, is_wide),)
     return Exchanges(there, (Exchange(backward, numbers_per_token, is_wide),), there)

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from phase8.exchanges import groups_of_experts
 from phase8.kernels.running_sum import running_sum
 
 
@@ -25,7 +26,7 @@ class Slots:
     Args:
         slot: Slot of each choice; S: the choice is dropped [N, k].
         choice: Number of the choice (token * k + place among its choices) in each slot; N k: the slot is empty [S].
-        ends: For each expert, the end of its rows, int32 [E]; rows from the last end on belong to no expert.
+        ends: For each expert, in the order of the rows, the end of its rows, int32 [E]; rows from the last end on belong to no expert.
     """
 
     slot: Tensor
@@ -71,18 +72,25 @@ def compact_slots(chosen: Tensor, is_kept: Tensor | None, num_experts: int) -> S
     return _slots(places if is_kept is None else places.where(is_kept, chosen.numel()), chosen.numel(), ends)
 
 
-def padded_slots(chosen: Tensor, places: Tensor, num_experts: int, capacity: int) -> Slots:
+def padded_slots(chosen: Tensor, places: Tensor, num_experts: int, capacity: int, *, num_ranks: int = 1) -> Slots:
     """The same number of slots for each expert and sequence, whatever was chosen; a choice whose place is beyond them is dropped.
+
+    Rows are in the order in which they travel: those of every rank's first group of experts, those of every rank's second one, and so on.
 
     Args:
         chosen: Experts of each token [B, T, k].
         places: Place of each choice among those of its expert in its sequence [B, T, k].
         num_experts: Number of experts E.
         capacity: Slots of an expert for each sequence.
+        num_ranks: Ranks that share the experts.
     """
     batch, num_slots = chosen.shape[0], num_experts * chosen.shape[0] * capacity
     sequence = torch.arange(batch, device=chosen.device).view(-1, 1, 1)
-    slot = (chosen * batch + sequence) * capacity + places
+    own = num_experts // num_ranks
+    in_group = own // groups_of_experts(own)
+    rank, number = chosen // own, chosen % own
+    travelling = (number // in_group * num_ranks + rank) * in_group + number % in_group
+    slot = (travelling * batch + sequence) * capacity + places
     ends = torch.arange(1, num_experts + 1, device=chosen.device) * (batch * capacity)
     return _slots(slot.where(places < capacity, num_slots).flatten(0, 1), num_slots, ends)
 

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -40,13 +44,32 @@ class Experts(nn.Module):
         """FLOPs of a forward for each token of the layer, which only the chosen experts compute."""
         return 2 * self.top_k * sum(each.numel() for each in (self.gate, self.up, self.down)) / self.gate.shape[0]
 
-    def forward(self, rows: Tensor, ends: Tensor) -> Tensor:
-        """Computes the rows of each expert of this rank [S, D]; with several tensor-parallel ranks, this rank's summand.
+    def forward(self, rows: Tensor, ends: Tensor, run: Callable[..., Any]) -> Any:
+        """Has the experts of this rank computed; with several tensor-parallel ranks, this rank's summand.
+
+        The exchange of rows is a part of this call, because ZeRO gathers the experts around it and takes one call a forward.
 
         Args:
-            rows: Rows of the experts, one expert after the other [S, D].
-            ends: End of each expert's rows, int32 [E of this rank].
+            rows: Rows of the experts [S, D].
+            ends: End of each expert's rows, int32 [E].
+            run: `computed_where_experts_are` without its `rows`, `ends` and `experts`.
         """
-        gate, up, down = (local(weight).to(rows.dtype) for weight in (self.gate, self.up, self.down))
-        inner = F.silu(grouped_product(rows, gate, ends)) * grouped_product(rows, up, ends)
-        return grouped_product(inner, down, ends)
+        return run(rows, ends, partial(self._in_groups, rows.dtype))
+
+    def _in_groups(self, dtype: torch.dtype, count: int) -> list[Callable[[Tensor, Tensor], Tensor]]:
+        weights = [local(weight).to(dtype) for weight in (self.gate, self.up, self.down)]
+        if count == 1:
+            return [partial(_several, *weights)]
+        groups = zip(*(weight.split(len(weight) // count) for weight in weights), strict=True)
+        return [partial(_single if len(group[0]) == 1 else _several, *group) for group in groups]
+
+
+def _several(gate: Tensor, up: Tensor, down: Tensor, rows: Tensor, ends: Tensor) -> Tensor:
+    """The rows that experts make of rows [S, D], which come one expert after the other; rows after the last end get any value."""
+    inner = F.silu(grouped_product(rows, gate, ends)) * grouped_product(rows, up, ends)
+    return grouped_product(inner, down, ends)
+
+
+def _single(gate: Tensor, up: Tensor, down: Tensor, rows: Tensor, _: Tensor) -> Tensor:
+    """As `_several` for one expert, whose rows are all of them: a plain product takes less time than that of a group."""
+    return F.linear(F.silu(F.linear(rows, gate[0])) * F.linear(rows, up[0]), down[0])

@@ -37,7 +37,7 @@ from dataclasses import dataclass, replace
 
 from phase8.config.model_section import ModelSection
 from phase8.division import DividedShape, Place, padded_size
-from phase8.exchanges import AnyExchange, ExpertExchange, Operation, RingExchange, SliceExchange
+from phase8.exchanges import AnyExchange, ExpertExchange, Operation, RingExchange, SliceExchange, groups_of_experts
 from phase8.plan.memory import FP32_BYTES
 from phase8.shared_sequence import num_sent, wanted_tokens
 from phase8.topology import EVERYBODY, HOLDERS, LOSS, TOKENS, AxisName
@@ -268,7 +268,8 @@ def _rows_of_experts(model: ModelSection, exchange: ExpertExchange, repeats: int
     axis, is_counted = AxisName(exchange.axis), model.has_counted_rows(context_parallel_size=grid.context)
     num_tokens = step.micro_batch_size * model.sequence_length // grid.context
     rows = round(num_tokens * model.rows_per_token(model.sequence_length, is_padded=not is_counted))
-    yield Collectives(axis, exchange.operation, repeats, repeats * rows * exchange.numbers_per_row * step.compute_bytes)
+    groups = 1 if is_counted else groups_of_experts(exchange.num_experts // grid.expert)
+    yield Collectives(axis, exchange.operation, repeats * groups, repeats * rows * exchange.numbers_per_row * step.compute_bytes)
     if is_counted and exchange.tells_counts:
         yield Collectives(axis, exchange.operation, repeats, repeats * exchange.num_experts * _ROUTING_BYTES)
 
