@@ -9,6 +9,7 @@ from phase8.config.auto import without_auto
 from phase8.config.load import load_config
 from phase8.distributed.placement import collected
 from phase8.model.mixture_of_experts import MixtureOfExperts
+from tests.parallel.test_context import WorkDuringExchanges
 from tests.parallel.test_parity import BLOCKS, ranks
 from tests.parallel.training import MODEL, new_train_state, take_step
 
@@ -59,3 +60,19 @@ def test_equals_one_process(pool, name, side, top_k):
         torch.testing.assert_close(weights[weight_name], weight, rtol=1e-8, atol=1e-9)
     unused = sum(share == 0 for share in steps[0][2][0].load)
     assert unused == {"one rank": 2, "one expert": 3 if top_k == 1 else 0, "never one": 1}[side] or top_k == 1
+
+
+def products_during_exchanges(settings):
+    config = without_auto(load_config(os.devnull, [*MODEL, *BLOCKS["experts"], *settings]))
+    train_state = new_train_state(config, 2, device_type="cpu", dtype=torch.float32)
+    (layer,) = [module for module in train_state.stage.module.modules() if isinstance(module, MixtureOfExperts)][:1]
+    x = torch.randn(1, config.model.sequence_length, config.model.d_model, requires_grad=True)
+    with WorkDuringExchanges() as during:
+        layer(x, config.model.sequence_length)[0].square().sum().backward()
+    return [number for (number,) in during.products["all_to_all_single"]]
+
+
+def test_rows_of_one_expert_travel_beside_the_products_of_another(pool):
+    """Each of a rank's two experts has its rows sent to it and back, and gradients in the same way: of four exchanges two are beside products."""
+    for numbers in pool.run(products_during_exchanges, ranks(dp=2, ep=2)[1], world_size=2):
+        assert [number > 0 for number in numbers] == [False, True, True, False] * 2
