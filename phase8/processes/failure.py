@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import asdict, dataclass
 
 
@@ -67,7 +67,7 @@ class Failure:
         rank: The rank that failed, is lost or is behind.
         exit_code: Exit code of every rank.
         sentence: Description of the failure.
-        kind: `error`: the rank raised and reports it itself; `lost`: its process is gone; `stall`: no rank moves.
+        kind: `error`: the rank raised and reports it itself; `loss`: its process is gone; `stall`: no rank moves, or a living rank is silent.
     """
 
     rank: int
@@ -93,19 +93,41 @@ def describe_loss(rank: int, beat: Beat, *, reason: str) -> str:
     )
 
 
+def describe_silence(rank: int, beats: Sequence[Beat], *, silent: Collection[int], timeout_seconds: float) -> str:
+    """The sentence about a silent rank whose process lives.
+
+    Args:
+        rank: The rank.
+        beats: The last beats of all ranks.
+        silent: All silent ranks.
+        timeout_seconds: How long the rank has been silent.
+    """
+    return (
+        f"rank {rank} has been silent for {timeout_seconds:g} s: its process lives, but is stopped, or waits for its device while it holds the "
+        f"interpreter's lock ({_places(beats, silent=silent)}); raise the time-out if this may take longer."
+    )
+
+
 def find_stall(beats: Sequence[Beat], *, timeout_seconds: float) -> tuple[int, str] | None:
-    """The rank that is furthest behind and a sentence about it, if no rank has moved for the time-out; otherwise None."""
+    """The rank that is furthest behind and a sentence about it, if no rank has moved for the time-out; otherwise None.
+
+    The last beat of a silent rank says how long the rank had not moved by then. If that is less than the time-out, this finds no stall; the
+    rank that watches the silent one does (`heartbeat.Neighbour.find_silence`).
+    """
     if min(beat.age_seconds for beat in beats) < timeout_seconds:
         return None
-    positions = [beat.position for beat in beats]
-    slowest = min(position.order for position in positions)
-    behind = [rank for rank, position in enumerate(positions) if position.order == slowest]
-    places: dict[str, list[int]] = {}
-    for rank in sorted(range(len(positions)), key=lambda rank: positions[rank].order):
-        places.setdefault(str(positions[rank]), []).append(rank)
-    where = "; ".join(f"{describe_ranks(ranks)}: {place}" for place, ranks in places.items())
+    slowest = min(beat.position.order for beat in beats)
+    behind = [rank for rank, beat in enumerate(beats) if beat.position.order == slowest]
     who = "all are at the same place" if len(behind) == len(beats) else f"{describe_ranks(behind)} {'is' if len(behind) == 1 else 'are'} behind"
-    return behind[0], f"no rank has moved for {timeout_seconds:g} s and {who} ({where}); raise the time-out if this may take longer."
+    return behind[0], f"no rank has moved for {timeout_seconds:g} s and {who} ({_places(beats)}); raise the time-out if this may take longer."
+
+
+def _places(beats: Sequence[Beat], *, silent: Collection[int] = ()) -> str:
+    """The positions of all ranks, those that are behind first."""
+    places: dict[str, list[int]] = {}
+    for rank in sorted(range(len(beats)), key=lambda rank: beats[rank].position.order):
+        places.setdefault(f"{'silent, last at ' if rank in silent else ''}{beats[rank].position}", []).append(rank)
+    return "; ".join(f"{describe_ranks(ranks)}: {place}" for place, ranks in places.items())
 
 
 def describe_ranks(ranks: Sequence[int]) -> str:

@@ -7,9 +7,12 @@ second and reads those of other ranks. The other ends the process if the first i
 |---|---|
 | all ranks find the same error before they meet | the first rank of each host reports it (`exit.one_voice`) |
 | a rank raises | it prints its message and exits with its code; the rest, in collectives that it never joins, follow; rank 0 prints the reason |
-| a rank is killed | the ranks that watch it see that its process is gone, or on another host that its beat stops; all exit with 7 |
+| a rank is killed | the rank of its host that watches it sees that its process is gone; all exit with 7 |
+| a host is lost | the ranks of the host before it see that the beats of all its ranks have stopped for `heartbeat_seconds`; all exit with 7 |
+| a rank is silent, but its process lives | it is no loss (`heartbeat.py` says why); after the time-out the rank that watches it reports a stall |
 | a collective breaks | gloo raises where a peer is gone; the rank treats this as an echo and waits for the record of the actual failure |
 | no rank moves for the time-out | rank 0 reads all positions and names the rank that is behind; every rank writes a hang record; all exit with 7 |
+| rank 0 is silent or lost | the rank that found the failure prints the reason instead |
 | the store is gone | the host of rank 0 is lost: one rank of each host says so; all exit with 7 |
 | SIGTERM, SIGHUP, SIGUSR1 | a failure after which the launcher signals gets time to be reported; then the rank exits with 128 + number |
 
@@ -53,7 +56,8 @@ from phase8.processes.heartbeat import neighbours_of
 from phase8.processes.rendezvous import connect, process_group
 from phase8.terminal import tell
 
-FAILURE, ACKNOWLEDGED, LEFT, FINISHED, EVERYONE_FINISHED = "failure", "acknowledged", "left", "finished", "everyone_finished"
+FAILURE, RANK_0_TELLS, ACKNOWLEDGED, LEFT = "failure", "rank_0_tells", "acknowledged", "left"
+FINISHED, EVERYONE_FINISHED = "finished", "everyone_finished"
 # torchrun polls its processes ten times a second; the first failed rank must be gone for this long before the rest follow.
 FOLLOW_SECONDS = 1.0
 PATIENCE_SECONDS = 5.0  # time for ranks that do not answer while the run ends
@@ -65,14 +69,16 @@ class Limits:
     """Time-outs of a run.
 
     Args:
-        timeout_seconds: How long the ranks may take to meet, and how long all of them may stay at one position.
-        heartbeat_seconds: How long a rank of another host may be silent. A process that is stopped or holds the interpreter lock is silent
-            too.
+        timeout_seconds: How long the ranks may take to meet, how long all of them may stay at one position, and how long a rank may be silent
+            whose process lives.
+        heartbeat_seconds: How long all ranks of another host may be silent, and how long the store may take to answer. A rank is silent while
+            its main thread waits for its device with the interpreter's lock held. Other ranks keep a device waiting as long as they compile
+            at the first step, which may take more than half a minute.
         tick_seconds: Time between two beats.
     """
 
     timeout_seconds: float = 600.0
-    heartbeat_seconds: float = 30.0
+    heartbeat_seconds: float = 120.0
     tick_seconds: float = 1.0
 
 
@@ -178,7 +184,8 @@ class Watch:
             for number in (*self._handlers, signal.SIGINT):  # it is ending already
                 signal.signal(number, signal.SIG_IGN)
         if is_echo(error):
-            time.sleep(self.limits.heartbeat_seconds + 3 * self.limits.tick_seconds)  # the watch ends this process once it knows the reason
+            # The watch ends this process once it knows the reason. A tick takes longer than `tick_seconds`, by the answers of the store.
+            time.sleep(1.25 * self.limits.heartbeat_seconds + 3 * self.limits.tick_seconds)
             error = CommunicationError(
                 f"a collective failed at {self._position}, but no rank is known to have failed ({first_line(error)}); "
                 "look at the network between the hosts."
@@ -235,11 +242,11 @@ class Watch:
         if self._store.check([FAILURE]):
             failure = Failure.from_json(self._store.get(FAILURE))
             if failure.kind != "error" or failure.rank != self.world.rank:
-                self._end(failure, tells=self.world.rank == 0)
+                self._end(failure)
             return
         found = self._find_loss() or self._find_stall()
         if found is not None and self._claim(found):
-            self._end(found, tells=self.world.rank == 0 or found.rank == 0)
+            self._end(found, found_here=True)
 
     def _claim(self, failure: Failure) -> bool:
         """Records a failure; False if another was recorded before."""
@@ -254,22 +261,39 @@ class Watch:
         return None
 
     def _find_stall(self) -> Failure | None:
-        """Rank 0 looks for a stall of any rank, once it does not move itself."""
-        timeout_seconds = self.limits.timeout_seconds
+        """Every rank looks for the silence of those that it watches; rank 0 for a stall of any rank, once it does not move itself."""
+        tick_seconds, timeout_seconds = self.limits.tick_seconds, self.limits.timeout_seconds
+        for neighbour in self._neighbours:
+            sentence = neighbour.find_silence(self._beats, tick_seconds=tick_seconds, timeout_seconds=timeout_seconds)
+            if sentence is not None:
+                return Failure(neighbour.rank, CommunicationError.exit_code, sentence, "stall")
         if self.world.rank != 0 or time.monotonic() - self._moved_at < timeout_seconds:
             return None
-        stall = find_stall([self._beat_of(rank) for rank in range(self.world.world_size)], timeout_seconds=timeout_seconds)
+        stall = find_stall(self._beats(), timeout_seconds=timeout_seconds)
         return None if stall is None else Failure(stall[0], CommunicationError.exit_code, stall[1], "stall")
+
+    def _beats(self) -> list[Beat]:
+        return [self._beat_of(rank) for rank in range(self.world.world_size)]
 
     def _beat_of(self, rank: int) -> Beat:
         key = f"beat/{rank}"
         return Beat.from_json(self._store.get(key)) if self._store.check([key]) else Beat()
 
-    def _end(self, failure: Failure, *, tells: bool) -> NoReturn:
-        """Ends this process because of another rank, or because no rank moves."""
+    def _end(self, failure: Failure, *, found_here: bool = False) -> NoReturn:
+        """Ends this process because of another rank, or because no rank moves.
+
+        Rank 0 tells the reason. The rank that found the failure does if rank 0 is the failed one, or does not answer.
+        """
+        tells = self.world.rank == 0 or (found_here and failure.rank == 0)
+        if self.world.rank == 0:
+            with contextlib.suppress(dist.DistError):
+                self._store.set(RANK_0_TELLS, "")
         directory = self._hang_directory
         if failure.kind == "stall" and directory is not None:
             within(PATIENCE_SECONDS, lambda: write_hang_record(directory, rank=self.world.rank, device_type=self._device_type))
+        if found_here and not tells:
+            with contextlib.suppress(dist.DistError):
+                tells = not self._wait_until(lambda: self._store.check([RANK_0_TELLS]))
         if tells:
             time.sleep(POLL_SECONDS)  # the failed rank prints its own message first
             tell(f"error: {f'stopped because rank {failure.rank} failed: ' if failure.kind == 'error' else ''}{failure.sentence}\n")
@@ -289,7 +313,9 @@ class Watch:
             )
         leave(CommunicationError.exit_code)
 
-    def _wait_until(self, condition: Callable[[], bool]) -> None:
+    def _wait_until(self, condition: Callable[[], bool]) -> bool:
+        """Whether the condition holds within `PATIENCE_SECONDS`."""
         deadline = time.monotonic() + PATIENCE_SECONDS
-        while not condition() and time.monotonic() < deadline:
+        while not (holds := condition()) and time.monotonic() < deadline:
             time.sleep(POLL_SECONDS)
+        return holds

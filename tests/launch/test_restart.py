@@ -5,6 +5,7 @@ import os
 import re
 import signal
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -12,6 +13,7 @@ from tests.processes.launched import free_port, own_lines, run
 
 pytestmark = pytest.mark.slow
 
+IMPATIENT = Path(__file__).with_name("impatient.py")
 STEPS = 24
 SETTINGS = (f"train.num_steps={STEPS}", "train.evaluate_every_n_steps=0", "checkpoint.every_n_steps=4")
 RESTARTS = "--max-restarts=3"
@@ -101,7 +103,8 @@ def agent(training, name, port, number, *settings):
     options = ["--nnodes=1:2", "--nproc_per_node=1", RESTARTS, "--rdzv-id=elastic", "--rdzv-backend=c10d", f"--rdzv-endpoint=127.0.0.1:{port}"]
     # A lost agent is missed after six seconds, and the others wait as long for one more; torchrun's own times are fifteen and thirty.
     options += [f"--rdzv-conf=is_host={number == 0},last_call_timeout=6,keep_alive_interval=2", "--local-addr=127.0.0.1"]
-    return [sys.executable, "-m", "torch.distributed.run", *options, *training.door(name, *SETTINGS, "zero.stage=2", *settings)]
+    _, *arguments = training.door(name, *SETTINGS, "zero.stage=2", *settings)
+    return [sys.executable, "-m", "torch.distributed.run", *options, str(IMPATIENT), *arguments]
 
 
 def test_the_host_that_is_left_goes_on_alone_with_the_same_batches(training, undisturbed, launch):
@@ -123,7 +126,7 @@ def test_the_host_that_is_left_goes_on_alone_with_the_same_batches(training, und
     for (loss, _), (expected_loss, _) in zip(found, expected, strict=True):
         assert loss == pytest.approx(expected_loss, rel=1e-6)
     (line,) = [line for line in own_lines(errors) if line.startswith("error: ")]
-    assert re.match(r"error: rank 1 is lost: ", line), line
+    assert re.match(r"error: rank 1 is lost: nothing was heard from it for 15 s; ", line), line
 
 
 @pytest.mark.full

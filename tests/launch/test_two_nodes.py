@@ -14,7 +14,7 @@ import pytest
 
 from tests.processes.launched import ROOT, code_of_first_failure, own_lines
 
-SCRIPT = Path(__file__).with_name("meeting.py")
+SCRIPT, IMPATIENT = (Path(__file__).with_name(name) for name in ("meeting.py", "impatient.py"))
 ADDRESSES = ("10.88.0.1", "10.88.0.2")
 PORT = 29400  # in a namespace of its own: nobody else has it
 
@@ -97,15 +97,26 @@ def test_a_rank_killed_on_one_host_is_named_on_the_other(launch_on_both, tmp_pat
 
 
 @pytest.mark.full
+def test_a_silent_rank_of_a_host_that_lives_is_named_after_the_time_out(launch_on_both, tmp_path):
+    failing = ROOT / "tests" / "processes" / "failing_rank.py"
+    ends = [each.end() for each in launch_on_both(failing, "hold", 3, tmp_path / "hang", 9)]  # a host is lost after 5 s
+    told = [line for _, _, errors in ends for line in errors.splitlines() if line.startswith(("error: ", "rank "))]
+    assert len(told) == 1 and told[0].startswith("error: rank 3 has been silent for 9 s: its process lives, but is stopped, or waits"), told
+    assert "(rank 3: silent, last at step 2, forward of microbatch 0; ranks 0-2: step 2, reduction of gradients)" in told[0], told
+
+
+@pytest.mark.full
 def test_a_cable_that_is_cut_in_the_middle_of_training_ends_both_hosts(training, alone, two_hosts, launch_on_both):
-    started = launch_on_both(*training.door("cut", "zero.stage=3", "train.stop_at_step=20"))
+    _, *arguments = training.door("cut", "zero.stage=3", "train.stop_at_step=20")
+    started = launch_on_both(IMPATIENT, *arguments)
     first, second = started
     first.wait_until(lambda: len(training.figures("cut")) >= 4)
     ip("-n", two_hosts[1], "link", "set", "cable", "down")
     code, _, errors = first.end()
     (lost,) = own_lines(errors)
     assert (code, code_of_first_failure(errors)[1]) == (1, 7)
-    assert re.match(r"error: rank [0-3] is lost: nothing was heard from it for 30 s; it was last at step \d+, ", lost), lost
+    reason = r"nothing was heard from any rank of its host \(ranks 2-3\) for 15 s"
+    assert re.match(rf"error: rank [23] is lost: {reason}; it was last at step \d+, ", lost), lost
     second.wait_until(lambda: not any(second.processes(LOCAL_RANK=rank) for rank in range(2)))
     # torchrun, without a rank left, asks its store for minutes; Slurm ends it with the step (--kill-on-bad-exit).
     (gone,) = own_lines(second.kill()[1])

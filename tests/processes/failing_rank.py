@@ -1,5 +1,6 @@
-"""What the processes of test_failures.py run: all-reduces under `running`, until one rank does what the command line says."""
+"""What the processes of test_failures.py run: all-reduces under `running`, until some ranks do what the command line says."""
 
+import ctypes
 import os
 import signal
 import sys
@@ -31,28 +32,32 @@ def misbehave(how, begun):
         [][1]
     if how == "kill":
         os.kill(os.getpid(), signal.SIGKILL)
+    if how == "stop":
+        os.kill(os.getpid(), signal.SIGSTOP)
+    if how == "hold":  # as in the launch of a kernel behind a full queue: PyDLL keeps the interpreter's lock
+        ctypes.PyDLL(None).sleep(3600)
     if how == "hang":
         begun.touch()
         time.sleep(3600)
 
 
 def main() -> int:
-    how, who, hang_directory = sys.argv[1], int(sys.argv[2]), Path(sys.argv[3])
+    how, who, hang_directory = sys.argv[1], set(map(int, sys.argv[2].split(","))), Path(sys.argv[3])
     limits = Limits(timeout_seconds=float(sys.argv[4]), heartbeat_seconds=5.0, tick_seconds=0.2)
     world = world_from_environment(os.environ)
     try:
         with one_voice(world, still_seconds=5.0):
-            if how == "before" and who in (world.rank, ALL):
+            if how == "before" and who & {world.rank, ALL}:
                 raise DataError("the corpus is missing; prepare it.")
             with running(world, limits=limits, hang_directory=hang_directory) as watch:
                 value = torch.ones(3)
                 for step in range(1, 4):
                     watch.report(step=step, doing="forward of microbatch 0")
-                    if (step, world.rank) == (2, who) and how != "late":
+                    if step == 2 and world.rank in who and how != "late":
                         misbehave(how, hang_directory.with_suffix(".begun"))
                     watch.report(step=step, doing="reduction of gradients")
                     dist.all_reduce(value)
-                if (how, who) == ("late", world.rank):
+                if how == "late" and world.rank in who:
                     misbehave("error", hang_directory.with_suffix(".begun"))
                 print(f"rank {world.rank}: {value.sum().item():g}", flush=True)
     except Phase8Error as error:

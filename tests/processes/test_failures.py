@@ -63,9 +63,9 @@ def test_a_bug_shows_one_traceback_and_torchrun_ends_with_it(tmp_path):
     assert account[first + 1 :] == [*(line.strip() for line in said[1:-1]), "=" * 60]
 
 
-@pytest.mark.parametrize("rank", [pytest.param(0, marks=pytest.mark.full), 1])
-def test_a_rank_that_is_killed_is_named_with_its_place(tmp_path, rank):
-    code, _, said, root_cause = fail("kill", rank=rank, directory=tmp_path, num_processes=2)
+@pytest.mark.parametrize("rank", [pytest.param(0, marks=pytest.mark.full), 2])
+def test_a_rank_that_is_killed_is_named_once_with_its_place(tmp_path, rank):
+    code, _, said, root_cause = fail("kill", rank=rank, directory=tmp_path)
     assert (code, root_cause) == (1, (rank, -signal.SIGKILL))
     (line,) = said
     assert f"rank {rank} is lost: its process " in line and "it was last at step 2, forward of microbatch 0;" in line, line
@@ -120,19 +120,17 @@ def test_a_store_that_nobody_opened_is_one_sentence(tmp_path):
     assert code == 7 and len(own) == 1 and own[0].startswith(f"error: rank 1 of 2 cannot reach the store at 127.0.0.1:{place['MASTER_PORT']}"), errors
 
 
-def start_two(how, directory):
-    """Two ranks without a launcher: nobody ends the other."""
-    shared = {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "1", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free_port()}
-    command = [sys.executable, str(SCRIPT), how, "1", str(directory / "hang"), "30"]
-    return [
-        subprocess.Popen(command, cwd=launched.ROOT, env=launched.environment(**shared, RANK=str(rank)), text=True, stderr=subprocess.PIPE)
-        for rank in range(2)
-    ]
+def start(how, directory, *, who="1", timeout_seconds=30.0, of_each=({"LOCAL_RANK": "0"}, {"LOCAL_RANK": "0"}), **shared):
+    """Ranks without a launcher: nobody ends the others."""
+    shared = {"LOCAL_WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free_port(), "WORLD_SIZE": str(len(of_each)), **shared}
+    command = [sys.executable, str(SCRIPT), how, who, str(directory / "hang"), str(timeout_seconds)]
+    environments = [launched.environment(**shared, **own, RANK=str(rank)) for rank, own in enumerate(of_each)]
+    return [subprocess.Popen(command, cwd=launched.ROOT, env=each, text=True, stderr=subprocess.PIPE) for each in environments]
 
 
 def start_two_that_hang(directory):
     """The same, once the second hangs while the first waits for it."""
-    processes = start_two("hang", directory)
+    processes = start("hang", directory)
     deadline = time.monotonic() + launched.LONG
     while not (directory / "hang.begun").exists() and time.monotonic() < deadline:
         time.sleep(0.1)
@@ -157,10 +155,40 @@ def ends_of(processes):
 
 
 def test_without_a_launcher_the_silence_of_a_rank_is_enough(tmp_path):
-    ends = ends_of(start_two("kill", tmp_path))
+    ends = ends_of(start("kill", tmp_path))
     assert ends[1] == (-signal.SIGKILL, [])
     code, (line,) = ends[0]
     assert code == 7 and line.startswith("error: rank 1 is lost: nothing was heard from it for 5 s; it was last at step 2, forward of microbatch 0;")
+
+
+SILENT = "its process lives, but is stopped, or waits for its device while it holds the interpreter's lock"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("how", "silent", "num_ranks", "place"),
+    [
+        # Rank 1 watches rank 2. Rank 0 tells what rank 1 has found, if it can.
+        pytest.param("stop", [2], 3, "rank 2: silent, last at {0}; ranks 0-1: {1}", id="stopped"),
+        pytest.param("hold", [0, 2], 3, "ranks 0, 2: silent, last at {0}; rank 1: {1}", id="two hold the lock"),
+        pytest.param("hold", [0], 2, "rank 0: silent, last at {0}; rank 1: {1}", id="rank 0 holds the lock", marks=pytest.mark.full),
+    ],
+)
+def test_a_silent_rank_is_found_by_the_time_out_and_not_before(tmp_path, how, silent, num_ranks, place):
+    """The time-out is longer than the time after which another host is lost. torchrun would wait for half a minute for a stopped process."""
+    of_each, as_torchrun = [{"LOCAL_RANK": str(rank)} for rank in range(num_ranks)], {"TORCHELASTIC_RUN_ID": "x", "LOCAL_WORLD_SIZE": str(num_ranks)}
+    processes = start(how, tmp_path, who=",".join(map(str, silent)), timeout_seconds=6.0, of_each=of_each, **as_torchrun)
+    others = [process for rank, process in enumerate(processes) if rank not in silent]
+    try:
+        said = [line for process in others for line in launched.own_lines(process.communicate(timeout=launched.LONG)[1])]
+        assert [process.returncode for process in others] == [7] * len(others) and [processes[rank].poll() for rank in silent] == [None] * len(silent)
+    finally:
+        for process in processes:
+            process.kill()
+    said += [line for rank in silent for line in launched.own_lines(processes[rank].communicate()[1])]
+    places = place.format("step 2, forward of microbatch 0", "step 2, reduction of gradients")
+    assert said == [f"error: rank {silent[-1]} has been silent for 6 s: {SILENT} ({places}); raise the time-out if this may take longer."]
+    assert len(list((tmp_path / "hang").glob("rank-*.stack.txt"))) == len(others)
 
 
 def test_the_end_of_the_host_of_the_store_ends_the_others(tmp_path):

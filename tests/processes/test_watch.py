@@ -13,7 +13,7 @@ from torch.distributed.elastic.multiprocessing.errors import ProcessFailure
 from phase8.errors import CommunicationError, ConfigError
 from phase8.processes.bootstrap import World
 from phase8.processes.exit import exit_code_of, is_echo, leave_word, own_message, summary
-from phase8.processes.failure import Beat, Failure, Position, describe_ranks, find_stall
+from phase8.processes.failure import Beat, Failure, Position, describe_ranks, describe_silence, find_stall
 from phase8.processes.heartbeat import Neighbour, neighbours_of
 from phase8.processes.watch import Limits, running
 from tests.processes.launched import free_port
@@ -56,6 +56,14 @@ def test_as_long_as_one_rank_moves_nothing_stalls():
     assert find_stall([*beats(REDUCTION, REDUCTION), moving], timeout_seconds=600) is None
 
 
+def test_the_sentence_about_a_silent_rank_names_it_and_says_which_others_are_silent_too():
+    assert describe_silence(3, beats(REDUCTION, FORWARD, REDUCTION, FORWARD), silent=[1, 2, 3], timeout_seconds=600) == (
+        "rank 3 has been silent for 600 s: its process lives, but is stopped, or waits for its device while it holds the interpreter's lock "
+        "(ranks 1, 3: silent, last at step 12, forward of microbatch 3; rank 0: step 12, reduction of gradients; rank 2: silent, last at "
+        "step 12, reduction of gradients); raise the time-out if this may take longer."
+    )
+
+
 def test_beats_and_failures_survive_the_store():
     beat, failure = beats(FORWARD)[0], Failure(3, 7, "rank 3 is lost: \u2013", "loss")
     assert Beat.from_json(beat.to_json().encode()) == beat and Failure.from_json(failure.to_json().encode()) == failure
@@ -68,26 +76,33 @@ def place(rank, *, launcher="torchrun", local=4, world_size=8):
 @pytest.mark.parametrize(
     ("world", "ranks"),
     [
-        (place(1), {2: True}),
-        (place(3), {0: True, 4: False}),
-        (place(7), {0: False, 4: True}),
-        (place(0, local=1, world_size=2), {1: False}),
-        (place(2, launcher="mpirun"), {3: False}),
+        (place(1), {2: (True, []), 5: (False, [4, 6, 7])}),
+        (place(3), {0: (True, []), 7: (False, [4, 5, 6])}),
+        (place(7), {4: (True, []), 3: (False, [0, 1, 2])}),
+        (place(2, world_size=4), {3: (True, [])}),
+        (place(0, local=1, world_size=2), {1: (False, [])}),
+        (place(2, launcher="mpirun"), {3: (False, [])}),
         (place(0, local=1, world_size=1), {}),
+        (place(3, world_size=6), {0: (True, []), 5: (False, [4])}),  # the other host has fewer ranks
     ],
 )
-def test_each_rank_watches_the_next_and_the_next_of_its_host(world, ranks):
-    assert {neighbour.rank: neighbour._has_same_launcher for neighbour in neighbours_of(world)} == ranks
+def test_each_rank_watches_the_next_of_its_host_and_one_of_the_next_host(world, ranks):
+    assert {neighbour.rank: (neighbour._has_same_launcher, neighbour._others) for neighbour in neighbours_of(world)} == ranks
 
 
-def test_every_rank_is_watched_from_its_own_host():
-    watched = {neighbour.rank for rank in range(8) for neighbour in neighbours_of(place(rank)) if neighbour._has_same_launcher}
-    assert watched == set(range(8))
+@pytest.mark.parametrize("has_same_launcher", [True, False])
+def test_every_rank_is_watched_once_from_its_own_host_and_once_from_another(has_same_launcher):
+    neighbours = [neighbour for rank in range(8) for neighbour in neighbours_of(place(rank))]
+    assert sorted(each.rank for each in neighbours if each._has_same_launcher is has_same_launcher) == list(range(8))
 
 
 def losses(neighbour, beats_read, *, tick_seconds=1.0, heartbeat_seconds=3.0):
-    read = iter(beats_read)
-    return [neighbour.find_loss(lambda rank: next(read), tick_seconds=tick_seconds, heartbeat_seconds=heartbeat_seconds) for _ in beats_read]
+    """What the neighbour finds at every tick; with lists of beats, rank N of its host has number N."""
+    found = []
+    for beat in beats_read:
+        read = beat.__getitem__ if isinstance(beat, list) else lambda rank, beat=beat: beat
+        found.append(neighbour.find_loss(read, tick_seconds=tick_seconds, heartbeat_seconds=heartbeat_seconds))
+    return found
 
 
 def alive(count, **changes):
@@ -95,18 +110,76 @@ def alive(count, **changes):
 
 
 def test_a_rank_is_lost_after_the_heartbeat_time_out_and_not_before():
-    found = losses(Neighbour(3, has_same_launcher=False), [alive(0), alive(1), *[alive(2)] * 5])
+    found = losses(Neighbour(3), [alive(0), alive(1), *[alive(2)] * 5])
     assert found[:-1] == [None] * 6
     assert found[-1].startswith("rank 3 is lost: nothing was heard from it for 3 s; it was last at step 12, forward of microbatch 3;")
 
 
 def test_a_sign_of_life_starts_the_count_again():
-    assert losses(Neighbour(3, has_same_launcher=True), [alive(0), *[alive(1)] * 4, *[alive(2)] * 4]) == [None] * 9
+    assert losses(Neighbour(3), [alive(0), *[alive(1)] * 4, *[alive(2)] * 4]) == [None] * 9
 
 
-def test_a_rank_that_never_said_anything_is_lost_too():
-    found = losses(Neighbour(3, has_same_launcher=True), [Beat()] * 4)
+@pytest.mark.parametrize("has_same_launcher", [True, False])
+def test_a_rank_that_never_said_anything_is_lost_too(has_same_launcher):
+    found = losses(Neighbour(3, has_same_launcher=has_same_launcher), [Beat()] * 4)
     assert found[-1].startswith("rank 3 is lost: nothing was heard from it for 3 s; it was last at step 0, starting")
+
+
+def test_a_silent_rank_whose_process_lives_is_not_lost():
+    assert losses(Neighbour(3, has_same_launcher=True), [alive(0)] * 99) == [None] * 99
+
+
+def of_host(*counts):
+    return [alive(count) for count in counts]
+
+
+def test_a_silent_rank_is_not_lost_while_another_rank_of_its_host_beats():
+    beats_read = [of_host(tick, 7, 7, tick // 3) for tick in range(99)]  # slower than this rank looks
+    assert losses(Neighbour(2, host=range(4)), beats_read) == [None] * 99
+
+
+def test_a_rank_that_beats_is_not_lost_with_the_silent_ranks_of_its_host():
+    assert losses(Neighbour(2, host=range(4)), [of_host(7, 7, tick, 7) for tick in range(99)]) == [None] * 99
+
+
+def test_a_rank_is_lost_when_all_ranks_of_its_host_have_been_silent_together():
+    beats_read = [of_host(tick, 7, 7, 7) for tick in range(9)] + [of_host(8, 7, 7, 7)] * 4
+    found = losses(Neighbour(2, host=range(4)), beats_read)
+    assert found[:-1] == [None] * 12
+    assert found[-1].startswith("rank 2 is lost: nothing was heard from any rank of its host (ranks 0-3) for 3 s; it was last at step 12,")
+
+
+def test_a_host_that_never_said_anything_is_lost_too():
+    assert losses(Neighbour(0, host=range(2)), [[Beat(), Beat()]] * 4)[3].startswith("rank 0 is lost: nothing was heard from any rank of its host")
+
+
+def silences(neighbour, beats_read, *, timeout_seconds=6.0):
+    """What the neighbour finds at every tick; it is never lost."""
+    found = []
+    for read in beats_read:
+        assert neighbour.find_loss(read.__getitem__, tick_seconds=1.0, heartbeat_seconds=3.0) is None
+        found.append(neighbour.find_silence(lambda read=read: read, tick_seconds=1.0, timeout_seconds=timeout_seconds))
+    return found
+
+
+def test_a_living_rank_that_is_silent_for_the_time_out_is_named_with_those_that_are_silent_too():
+    neighbour = Neighbour(1, has_same_launcher=True)
+    found = silences(neighbour, [of_host(tick, 7, 7 + (tick > 7), 7) for tick in range(9)])
+    assert found[:6] == [None] * 6 and found[6].startswith("rank 1 has been silent for 6 s: its process lives, but is stopped")
+    assert "; ranks 1-3: silent, last at step 12, forward of microbatch 3)" in found[6]
+    assert "; ranks 1, 3: silent, last at step 12, forward of microbatch 3)" in found[8]
+
+
+def test_a_word_within_the_time_out_is_enough_and_what_was_heard_before_does_not_count():
+    neighbour = Neighbour(1, has_same_launcher=True)
+    assert silences(neighbour, [of_host(0, tick // 6, 7) for tick in range(36)]) == [None] * 36
+    found = silences(neighbour, [of_host(tick, 9, 8) for tick in range(7)])
+    assert found[:6] == [None] * 6 and "; ranks 1-2: silent, last at" in found[6]
+
+
+def test_the_silence_of_another_host_is_for_the_ranks_there():
+    neighbour = Neighbour(1, host=range(2))
+    assert silences(neighbour, [of_host(tick, 7) for tick in range(99)]) == [None] * 99
 
 
 @pytest.fixture
@@ -116,21 +189,33 @@ def ended_process():
     return process.pid
 
 
-def test_a_process_that_is_gone_is_lost_at_once(ended_process):
-    gone = Beat(count=1, process=ended_process, position=FORWARD)
+@pytest.fixture
+def zombie():
+    process = subprocess.Popen([sys.executable, "-c", ""])
+    os.waitid(os.P_PID, process.pid, os.WEXITED | os.WNOWAIT)
+    yield process.pid
+    process.wait()
+
+
+@pytest.mark.parametrize("process", ["ended_process", "zombie"])
+def test_a_process_that_has_ended_is_lost_at_once(process, request):
+    ended = request.getfixturevalue(process)
+    gone = Beat(count=1, process=ended, position=FORWARD)
     found = losses(Neighbour(3, has_same_launcher=True), [gone, replace(gone, count=2)])
-    assert found[0] is None and f"its process {ended_process} has ended without a word; it was last at step 12" in found[1]
+    assert found[0] is None and f"its process {ended} has ended without a word; it was last at step 12" in found[1]
 
 
 def test_the_process_id_of_another_host_means_nothing(ended_process):
     gone = Beat(count=1, process=ended_process, position=FORWARD)
-    assert losses(Neighbour(3, has_same_launcher=False), [gone, replace(gone, count=2)]) == [None, None]
+    assert losses(Neighbour(3), [gone, replace(gone, count=2)]) == [None, None]
 
 
 def test_a_rank_that_has_finished_may_go(ended_process):
     going = Beat(count=1, process=ended_process, position=FORWARD)
     done = Beat(count=2, process=ended_process, position=replace(FORWARD, finished=True))
-    assert losses(Neighbour(3, has_same_launcher=True), [going, done, *[done] * 9]) == [None] * 11
+    neighbour = Neighbour(3, has_same_launcher=True)
+    assert losses(neighbour, [going, done, *[done] * 9]) == [None] * 11
+    assert neighbour.find_silence(lambda: [done] * 4, tick_seconds=1.0, timeout_seconds=4.0) is None
 
 
 @pytest.mark.parametrize(
