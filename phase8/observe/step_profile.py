@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -37,6 +38,29 @@ class KernelTime:
 
 
 @dataclass(frozen=True)
+class ExchangeTime:
+    """The exchanges between ranks that a stream of the device runs with one kernel.
+
+    Args:
+        name: Name of the kernel.
+        stream: Number of the stream: each group of ranks has its own.
+        seconds_per_step: Time in which they run, waiting for other ranks included.
+        exposed_seconds: The part of it in which nothing else runs; several exchanges share it equally.
+        calls_per_step: Number of them.
+    """
+
+    name: str
+    stream: int
+    seconds_per_step: float
+    exposed_seconds: float
+    calls_per_step: float
+
+
+# Name, stream, beginning and end of a kernel.
+Span = tuple[str, int, float, float]
+
+
+@dataclass(frozen=True)
 class StepProfile:
     """Where the time of a step goes.
 
@@ -47,6 +71,7 @@ class StepProfile:
         exposed_seconds: The part of it in which nothing else runs.
         idle_seconds: Time in which nothing runs.
         profiler: What recorded it, for the trace.
+        exchanges: The exchanges between ranks, what leaves most exposed first.
     """
 
     kernels: list[KernelTime]
@@ -55,6 +80,7 @@ class StepProfile:
     exchange_seconds: float = 0.0
     exposed_seconds: float = 0.0
     idle_seconds: float = 0.0
+    exchanges: Sequence[ExchangeTime] = ()
 
     def describe(self) -> str:
         """Exchanges and gaps in one line."""
@@ -98,40 +124,80 @@ def profile_steps(take_steps: Callable[[], object], *, device: torch.device, num
     kernels = sorted(rows, key=lambda row: -row.seconds_per_step)
     if not on_accelerator:
         return StepProfile(kernels, profiler)
-    spans = [(event.name, event.time_range.start, event.time_range.end) for event in profiler.events() or () if _is_on_device(event)]
-    return StepProfile(kernels, profiler, *(microseconds / 1e6 / num_steps for microseconds in shares(spans)))
+    spans = [
+        (event.name, event.device_resource_id, event.time_range.start / 1e6 / num_steps, event.time_range.end / 1e6 / num_steps)
+        for event in profiler.events() or ()
+        if _is_on_device(event)
+    ]
+    return StepProfile(kernels, profiler, *shares(spans), exchanges=exchange_times(spans, num_steps=num_steps))
 
 
 def _is_on_device(event: FunctionEvent | FunctionEventAvg) -> bool:
     return event.device_type != DeviceType.CPU and not event.is_user_annotation
 
 
-def shares(spans: Iterable[tuple[str, float, float]]) -> tuple[float, float, float, float]:
+def shares(spans: Iterable[Span]) -> tuple[float, float, float, float]:
     """Divides the time of kernels, which may overlap.
-
-    Args:
-        spans: Name, beginning and end of each kernel.
 
     Returns:
         From the first beginning to the last end; the time in which exchanges run; in which nothing but exchanges; in which nothing at all.
     """
-    # +1 and -1 where a kernel begins and ends, apart for exchanges and for the rest.
-    changes: list[tuple[float, int, int]] = []
-    for name, begin, end in spans:
-        exchanges = any(part in name.lower() for part in EXCHANGES)
-        changes += [(begin, 1, exchanges), (end, -1, exchanges)]
-    running, before = [0, 0], None
     whole = exchanged = exposed = idle = 0.0
-    for time, change, exchanges in sorted(changes):
-        passed = 0.0 if before is None else time - before
-        others, exchanging = running
+    for passed, others, exchanges in _intervals(spans):
         whole += passed
-        exchanged += passed if exchanging else 0.0
-        exposed += passed if exchanging and not others else 0.0
-        idle += 0.0 if exchanging or others else passed
-        running[exchanges] += change
-        before = time
+        exchanged += passed if exchanges else 0.0
+        exposed += passed if exchanges and not others else 0.0
+        idle += 0.0 if exchanges or others else passed
     return whole, exchanged, exposed, idle
+
+
+def exchange_times(spans: Sequence[Span], *, num_steps: int) -> list[ExchangeTime]:
+    """Divides what exchanges leave exposed among them, the largest part first."""
+    calls = Counter((name, stream) for name, stream, *_ in spans if _is_exchange(name))
+    seconds: Counter[tuple[str, int]] = Counter()
+    exposed: Counter[tuple[str, int]] = Counter()
+    for passed, others, exchanges in _intervals(spans):
+        for each in exchanges:
+            seconds[each] += passed
+            exposed[each] += 0.0 if others else passed / len(exchanges)
+    times = [ExchangeTime(*each, seconds[each], exposed[each], count / num_steps) for each, count in calls.items()]
+    return sorted(times, key=lambda each: -each.exposed_seconds)
+
+
+def _intervals(spans: Iterable[Span]) -> Iterator[tuple[float, int, list[tuple[str, int]]]]:
+    """Length of each interval in which the same kernels run, the number of those that exchange nothing, and name and stream of the exchanges."""
+    # +1 and -1 where a kernel begins and ends.
+    changes: list[tuple[float, int, str, int]] = []
+    for name, stream, begin, end in spans:
+        changes += [(begin, 1, name, stream), (end, -1, name, stream)]
+    others, before = 0, None
+    running: Counter[tuple[str, int]] = Counter()
+    for time, change, name, stream in sorted(changes):
+        if before is not None and time > before:
+            yield time - before, others, [each for each, count in running.items() if count]
+        before = time
+        if _is_exchange(name):
+            running[name, stream] += change
+        else:
+            others += change
+
+
+def _is_exchange(name: str) -> bool:
+    return any(part in name.lower() for part in EXCHANGES)
+
+
+def _exchange_lines(exchanges: Sequence[ExchangeTime]) -> list[str]:
+    if not exchanges:
+        return []
+    head = f"{'ms/step':>9} {'exposed':>9} {'calls/step':>10} {'stream':>6}  exchange"
+    return [
+        head,
+        *(
+            f"{1e3 * each.seconds_per_step:9.3f} {1e3 * each.exposed_seconds:9.3f} {each.calls_per_step:10.1f} {each.stream:6d}"
+            f"  {each.name[:MAX_NAME_CHARACTERS]}"
+            for each in exchanges
+        ),
+    ]
 
 
 def write_profile(path: Path, found: StepProfile, *, title: str, step_seconds: float | None = None) -> None:
@@ -153,6 +219,7 @@ def write_profile(path: Path, found: StepProfile, *, title: str, step_seconds: f
         title,
         f"{1e3 * busy:.2f} ms in kernels per step{whole}",
         found.describe() if found.seconds else "",
+        *_exchange_lines(found.exchanges),
         f"{'share':>7} {'ms/step':>9} {'calls/step':>10}  name",
     ]
     for row in rows[:MAX_ROWS]:

@@ -8,7 +8,16 @@ import torch
 from rich.console import Console
 
 from phase8.errors import StorageError
-from phase8.observe.step_profile import MAX_ROWS, KernelTime, StepProfile, profile_steps, shares, write_profile
+from phase8.observe.step_profile import (
+    MAX_ROWS,
+    ExchangeTime,
+    KernelTime,
+    StepProfile,
+    exchange_times,
+    profile_steps,
+    shares,
+    write_profile,
+)
 from phase8.train.loop import train
 from tests.train.tiny_run import losses, prepare, train_tiny
 
@@ -55,13 +64,27 @@ def test_a_place_that_cannot_be_written_is_one_sentence(tmp_path):
 
 def test_what_an_exchange_leaves_exposed():
     """Products from 0 to 4 and 6 to 8, an exchange beside the end of the first, a copy beside nothing and the second, a gap."""
-    spans = [("gemm", 0, 4), ("ncclDevKernel_AllGather_RING_LL", 3, 5), ("Memcpy PtoP (Device -> Device)", 5.5, 7), ("gemm", 6, 8)]
+    gather, copy = "ncclDevKernel_AllGather_RING_LL", "Memcpy PtoP (Device -> Device)"
+    spans = [("gemm", 7, 0, 4), (gather, 8, 3, 5), (copy, 9, 5.5, 7), ("gemm", 7, 6, 8)]
     assert shares(spans) == (8, 3.5, 1.5, 0.5)
-    assert shares([]) == (0, 0, 0, 0)
-    within = [("gemm", 0, 10), ("norm", 2, 3), ("nccl", 4, 5), ("nccl", 4.5, 6)]
+    assert exchange_times(spans, num_steps=1) == [ExchangeTime(gather, 8, 2, 1, 1), ExchangeTime(copy, 9, 1.5, 0.5, 1)]
+    assert shares([]) == (0, 0, 0, 0) and exchange_times([], num_steps=1) == []
+    within = [("gemm", 7, 0, 10), ("norm", 7, 2, 3), ("nccl", 8, 4, 5), ("nccl", 8, 4.5, 6)]
     assert shares(reversed(within)) == (10, 2, 0, 0)
     found = StepProfile([KernelTime("gemm", 0.006, 2)], None, *(part / 1e3 for part in shares(spans)))
     assert found.describe() == "3.50 ms of exchanges between ranks, 1.50 ms of them exposed, 0.50 ms with nothing to do, of 8.00 ms"
+
+
+def test_exchanges_of_two_groups_share_what_they_leave_exposed_together(tmp_path):
+    """The same kernel for layers and for parameters, of two steps: a wait for both from 2 to 4, and for one of them from 4 to 5."""
+    spans = [("gemm", 7, 0, 2), ("nccl gather", 8, 1, 4), ("nccl gather", 13, 2, 5), ("gemm", 7, 5, 6)]
+    found = exchange_times(spans, num_steps=2)
+    assert found == [ExchangeTime("nccl gather", 13, 3, 2, 0.5), ExchangeTime("nccl gather", 8, 3, 1, 0.5)]
+    assert sum(each.exposed_seconds for each in found) == shares(spans)[2]
+    write_profile(tmp_path / "table.txt", StepProfile([], None, *shares(spans), exchanges=found), title="title")
+    head, first, second = (tmp_path / "table.txt").read_text().splitlines()[3:6]
+    assert head.split() == ["ms/step", "exposed", "calls/step", "stream", "exchange"]
+    assert first.split() == ["3000.000", "2000.000", "0.5", "13", "nccl", "gather"] and second.split()[1] == "1000.000"
 
 
 def test_a_run_records_the_step_that_it_was_asked_for(tiny):
