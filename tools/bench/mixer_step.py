@@ -2,9 +2,13 @@
 
     python tools/bench/mixer_step.py
     python tools/bench/mixer_step.py --shape 64 16 128 2048
-    python tools/bench/mixer_step.py --tilings --repeats 30 --shape 1 16 128 2048 --shape 64 16 128 128
+    python tools/bench/mixer_step.py --tilings --repeats 30
 
 Floor: keys and values of the window read once, the memory of the global path read and written once.
+
+--tilings times every candidate of phase8/kernels/gpu/mixer_step_tiling.py, by default with 1 to 256 sequences, after a check at the timed size.
+`whole s32 w8 r128` is one program for a head, tiles of 32 slots, 8 warps and 128 registers a thread; `c32 ... n1024 t2` are programs for 32 columns
+of a memory each, and up to 1,024 for the windows, with 2 tiles at least. `triton` is what is chosen.
 """
 
 from __future__ import annotations
@@ -28,6 +32,7 @@ from phase8.terminal import run_door
 TAPS, EPS = 4, 1e-5
 TOLERANCE = 0.03  # share of the largest value: the reference rounds weights and products to bf16
 SHAPES = ((1, 16, 128, 128), (1, 16, 128, 2048), (64, 16, 128, 128), (64, 16, 128, 2048))
+SHAPES_OF_TILINGS = tuple((batch, 16, 128, window) for batch in (1, 8, 64, 256) for window in (128, 2048))
 POSITION = 100_000
 
 
@@ -41,31 +46,32 @@ def main() -> int:
 
 
 def _cases(arguments: argparse.Namespace, device: torch.device) -> Iterator[Case]:
-    for shape in arguments.shape or SHAPES:
-        found, expected = (run(*_inputs(*shape, device)) for run in (mixer_step, reference.mixer_step))
-        require_close("mixer_step", found, expected, tolerance=TOLERANCE)
-        inputs = _inputs(*shape, device)
+    for shape in arguments.shape or (SHAPES_OF_TILINGS if arguments.tilings else SHAPES):
+        inputs, before = _inputs(*shape, device), _inputs(*shape, device)[4]
+        expected = reference.mixer_step(*_inputs(*shape, device))
         state = inputs[4]
         num_bytes = sum(x.numel() * x.element_size() for x in (state.keys, state.values, state.memory, state.memory) if x is not None)
-        case = partial(Case, " x ".join(map(str, shape)), num_bytes=num_bytes)
-        yield case("triton", partial(mixer_step, *inputs))
-        if arguments.tilings:
-            yield from _tilings(case, partial(mixer_step, *inputs))
+        case, run = partial(Case, " x ".join(map(str, shape)), num_bytes=num_bytes), partial(mixer_step, *inputs)
+        for name, timed in {"triton": run, **(_tilings(run) if arguments.tilings else {})}.items():
+            state.take_over(before)
+            require_close(f"mixer_step ({name})", timed(), expected, tolerance=TOLERANCE)
+            yield case(name, timed)
         yield case("plain torch", partial(reference.mixer_step, *inputs))
 
 
-def _tilings(case: Callable[..., Case], run: Callable[[], Tensor]) -> Iterator[Case]:
+def _tilings(run: Callable[[], Tensor]) -> dict[str, Callable[[], Tensor]]:
+    """The same with every candidate, by name."""
     from phase8.kernels.gpu import mixer_step as gpu
+    from phase8.kernels.gpu.mixer_step_tiling import CANDIDATES, Tiling
 
-    def tiled(tiling: gpu.Tiling) -> Tensor:
-        chosen, gpu.TILING = gpu.TILING, tiling
+    def tiled(tiling: Tiling) -> Tensor:
+        chosen, gpu.tiling_for = gpu.tiling_for, lambda num_heads, num_processors: tiling
         try:
             return run()
         finally:
-            gpu.TILING = chosen
+            gpu.tiling_for = chosen
 
-    for tiling in gpu.TILINGS:
-        yield case(" ".join(map(str, vars(tiling).values())), partial(tiled, tiling))
+    return {str(tiling): partial(tiled, tiling) for tiling in CANDIDATES}
 
 
 def _inputs(
