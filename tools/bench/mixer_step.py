@@ -7,8 +7,8 @@
 Floor: keys and values of the window read once, the memory of the global path read and written once.
 
 --tilings times every candidate of phase8/kernels/gpu/mixer_step_tiling.py, by default with 1 to 256 sequences, after a check at the timed size.
-`whole s32 w8 r128` is one program for a head, tiles of 32 slots, 8 warps and 128 registers a thread; `c32 ... n1024 t2` are programs for 32 columns
-of a memory each, and up to 1,024 for the windows, with 2 tiles at least. `triton` is what is chosen.
+`whole s32 w4 r255` is one program for a head, tiles of 32 slots, 4 warps and 255 registers a thread; `c32 ... n256 t2` are programs for 32 columns
+of a memory each, and up to 256 for the windows, with 2 tiles at least. `triton` is what is chosen.
 """
 
 from __future__ import annotations

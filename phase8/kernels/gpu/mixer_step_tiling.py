@@ -43,20 +43,18 @@ class Tiling:
         return max(1, min(wanted, window // (self.slots * self.part_tiles)))
 
 
-SPLIT = Tiling()
-WHOLE = Tiling(is_whole=True, slots=32, num_warps=8, gate_tile=32)
+SPLIT = Tiling(num_programs=256)
+WHOLE = Tiling(is_whole=True, slots=32, num_warps=4, max_registers=255, gate_tile=32)
 
 # From how many heads of all sequences together on, for each processor, which tiling is taken; the first that fits.
-CHOICES = ((1.5, WHOLE), (0.0, SPLIT))
+CHOICES = ((0.9, WHOLE), (0.0, SPLIT))
 
 # Left out since they spill: whole with 16 warps or with 64 slots, split with 96 registers, with 32 slots, or with 2 warps.
 CANDIDATES = (
     WHOLE,
-    Tiling(is_whole=True, slots=16, num_warps=8, gate_tile=32),
-    Tiling(is_whole=True, slots=32, num_warps=4, max_registers=255, gate_tile=32),
+    Tiling(is_whole=True, slots=32, num_warps=8, gate_tile=32),
     SPLIT,
-    Tiling(part_tiles=1),
-    Tiling(num_programs=256),
+    Tiling(),
     Tiling(slots=32, columns=64, max_registers=168, part_tiles=1),
 )
 

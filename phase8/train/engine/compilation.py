@@ -38,6 +38,11 @@ def compile_modules(chunks: Sequence[LanguageModel], config: RunConfig, *, are_c
     logging.getLogger("torch._higher_order_ops.wrap").addFilter(lambda record: "context_fn" not in record.getMessage())
     from torch._dynamo import config as dynamo_config  # half a second, and triton, which runs that compile nothing do without
 
+    from torch._inductor import config as inductor_config
+
+    # To save memory, the compiler would begin exchanges late and wait for them at once, with nothing beside them, and on each rank in its own order.
+    exchanges = max(config.parallel.context_parallel_size, config.parallel.expert_parallel_size) > 1
+    inductor_config.reorder_for_peak_memory = inductor_config.reorder_for_locality = not exchanges
     # All blocks share their code; above the limit torch.compile would leave the others uncompiled.
     dynamo_config.recompile_limit = max(dynamo_config.recompile_limit, _FORMS_OF_A_LAYER * len(set(config.model.layer_kinds)))
     options: dict[str, Any] = {"mode": COMPILE_MODES[train.compile.mode], "fullgraph": train.compile.fullgraph}
