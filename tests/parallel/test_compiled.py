@@ -1,16 +1,21 @@
 """torch.compile of divided blocks: without a graph break, collectives included, and with the gradients of the eager ones."""
 
 import os
+import re
+from itertools import groupby
 
 import pytest
 import torch
 from torch._functorch import config as functorch_config
+from torch._inductor import config as inductor_config
+from torch._inductor.utils import run_and_get_code
 
 from phase8.config.auto import without_auto
 from phase8.config.load import load_config
 from phase8.distributed.mesh import build_mesh
 from phase8.distributed.placement import gathered
 from phase8.topology import Topology
+from phase8.train.engine.compilation import compile_modules
 from phase8.train.engine.train_state import build_train_state
 from phase8.zero.fsdp import shard_size
 from tests.parallel.training import microbatch_of_slice, perturb
@@ -120,3 +125,35 @@ def test_a_compiled_block_keeps_no_memory_of_which_backward_needs_nothing(pool, 
     """A view of no tokens looks small to the compiler, and keeps the queries, keys and values of a whole slice."""
     for own, memory in pool.run(kept_alive, settings, world_size=2, timeout_seconds=300):
         assert 0 < memory <= own
+
+
+def order_of_work(settings):
+    """Exchanges and operations of the mixer in the code that inductor writes for a block's forward, each once where it is repeated."""
+    config = without_auto(load_config(os.devnull, [*SETTINGS, "parallel.context_parallel_size=2", "train.compile.enabled=true", *settings]))
+    train_state, batch = divided_model("context", 0, settings)
+    torch.compiler.reset()
+    compile_modules(train_state.stage.chunks, config)
+    _, codes = run_and_get_code(lambda: train_state.model.loss_sum(batch.tokens, batch.targets, batch.starts).backward())
+    torch.compiler.reset()
+    called = re.compile(r"= (?:torch\.ops\._c10d_functional|torch\.ops\.phase8|extern_kernels)\.(\w+)|extern_kernels\.(bmm)\(")
+    names = [[first or second for first, second in called.findall(code)] for code in codes]
+    (forward,) = [each for each in names if "added_state" in each and "gated_linear_attention_backward" not in each]
+    watched = ("all_to_all_single", "all_gather_into_tensor", "added_state", "bmm", "gated_linear_attention")
+    return [name for name, _ in groupby(name for name in forward if name in watched)]
+
+
+@pytest.mark.full
+def test_the_compiler_leaves_exchanges_where_they_begin(pool):
+    """It would save memory by beginning them late, the first rank after its recurrence: then all others wait for it, with nothing to do."""
+    for order in pool.run(order_of_work, ("train.recompute=full",), world_size=2, timeout_seconds=300):
+        assert order == ["all_to_all_single", "added_state", "all_gather_into_tensor", "bmm", "gated_linear_attention"]
+
+
+SHARED_SEQUENCES, SHARED_EXPERTS = ("parallel.context_parallel_size=2",), ("parallel.expert_parallel_size=2",)
+
+
+@pytest.mark.parametrize(("settings", "is_kept"), [((), False), (SHARED_SEQUENCES, True), (SHARED_EXPERTS, True)])
+def test_only_blocks_that_exchange_keep_their_order(settings, is_kept):
+    with inductor_config.patch(reorder_for_peak_memory=is_kept, reorder_for_locality=is_kept):
+        compile_modules([], without_auto(load_config(os.devnull, ["train.compile.enabled=true", *settings])))
+        assert inductor_config.reorder_for_peak_memory is inductor_config.reorder_for_locality is (not is_kept)
