@@ -70,11 +70,17 @@ def apply_recomputation(
             block.run_outside = run
 
 
-def recomputed(function: Callable[..., Any], *arguments: object) -> Any:
-    """Calls the function and returns what it returns; where gradients are enabled, backward calls it again instead of keeping activations."""
+def recomputed(function: Callable[..., Any], *arguments: object, **how: Any) -> Any:
+    """Calls the function and returns what it returns; where gradients are enabled, backward calls it again instead of keeping activations.
+
+    Args:
+        function: The function.
+        arguments: Its arguments.
+        how: Options of torch's checkpoint.
+    """
     if not torch.is_grad_enabled():
         return function(*arguments)
-    return checkpoint(function, *arguments, use_reentrant=False, preserve_rng_state=False)  # nothing is random
+    return checkpoint(function, *arguments, use_reentrant=False, preserve_rng_state=False, **how)  # nothing is random
 
 
 def _without_exchanges(context: Axis) -> Run:
@@ -88,14 +94,7 @@ def _without_exchanges(context: Axis) -> Run:
     def policy(_: object, operation: object, *arguments: object, **__: object) -> CheckpointPolicy:
         return CheckpointPolicy.MUST_SAVE if operation in EXCHANGES and arguments[-1] == group else CheckpointPolicy.MUST_RECOMPUTE
 
-    kept = partial(create_selective_checkpoint_contexts, policy)
-
-    def run(function: Callable[..., Any], *arguments: object) -> Any:
-        if not torch.is_grad_enabled():
-            return function(*arguments)
-        return checkpoint(function, *arguments, use_reentrant=False, preserve_rng_state=False, context_fn=kept)
-
-    return run
+    return partial(recomputed, context_fn=partial(create_selective_checkpoint_contexts, policy))
 
 
 def _with_input_kept(keep: Keep, run: Run, block: Block, x: Tensor, *arguments: object) -> BlockOutput:

@@ -37,7 +37,6 @@ def compile_modules(chunks: Sequence[LanguageModel], config: RunConfig, *, are_c
     # A warning about operations in place under `context_fn` of a recomputation, of which blocks have none.
     logging.getLogger("torch._higher_order_ops.wrap").addFilter(lambda record: "context_fn" not in record.getMessage())
     from torch._dynamo import config as dynamo_config  # half a second, and triton, which runs that compile nothing do without
-
     from torch._inductor import config as inductor_config
 
     # To save memory, the compiler would begin exchanges late and wait for them at once, with nothing beside them, and on each rank in its own order.
