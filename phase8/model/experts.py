@@ -58,9 +58,8 @@ class Experts(nn.Module):
 
     def _in_groups(self, dtype: torch.dtype, count: int) -> list[Callable[[Tensor, Tensor], Tensor]]:
         weights = [local(weight).to(dtype) for weight in (self.gate, self.up, self.down)]
-        if count == 1:
-            return [partial(_several, *weights)]
-        groups = zip(*(weight.split(len(weight) // count) for weight in weights), strict=True)
+        # Backward of a split copies the gradients.
+        groups = [weights] if count == 1 else zip(*(weight.split(len(weight) // count) for weight in weights), strict=True)
         return [partial(_single if len(group[0]) == 1 else _several, *group) for group in groups]
 
 
@@ -71,5 +70,5 @@ def _several(gate: Tensor, up: Tensor, down: Tensor, rows: Tensor, ends: Tensor)
 
 
 def _single(gate: Tensor, up: Tensor, down: Tensor, rows: Tensor, _: Tensor) -> Tensor:
-    """As `_several` for one expert, whose rows are all of them: a plain product takes less time than that of a group."""
+    """As `_several` for one expert, by plain products, which take less time. Rows after its last one are zero, and so are their gradients."""
     return F.linear(F.silu(F.linear(rows, gate[0])) * F.linear(rows, up[0]), down[0])

@@ -70,6 +70,7 @@ CASES = {
     "dp2 zero 3 muon, compiled, recorded": ("muon", ranks(dp=2, stage=3, more=(*COMPILED, RECORDED))),
     "ep2": ("experts", ranks(dp=2, ep=2)),
     "ep2 zero 3 compiled": ("experts", ranks(dp=2, ep=2, stage=3, more=COMPILED[:1])),
+    "ep2 zero 1 compiled, recorded": ("experts", ranks(dp=2, ep=2, stage=1, more=(*COMPILED[:1], RECORDED))),
     "ep2 zero 3 counted": ("experts-dropless", ranks(dp=2, ep=2, stage=3)),
     "tp2 experts": ("experts", ranks(tp=2)),
     "ep4 zero 1": ("experts", ranks(dp=4, ep=4, stage=1)),
