@@ -169,7 +169,7 @@ SILENT = "its process lives, but is stopped, or waits for its device while it ho
     ("how", "silent", "num_ranks", "place"),
     [
         # Rank 1 watches rank 2. Rank 0 tells what rank 1 has found, if it can.
-        pytest.param("stop", [2], 3, "rank 2: silent, last at {0}; ranks 0-1: {1}", id="stopped"),
+        pytest.param("stop", [2], 3, "rank 2: silent, last at {0}; ranks 0-1: {1}", id="stopped", marks=pytest.mark.full),
         pytest.param("hold", [0, 2], 3, "ranks 0, 2: silent, last at {0}; rank 1: {1}", id="two hold the lock"),
         pytest.param("hold", [0], 2, "rank 0: silent, last at {0}; rank 1: {1}", id="rank 0 holds the lock", marks=pytest.mark.full),
     ],
