@@ -24,13 +24,13 @@ from phase8.exchanges import groups_of_experts
 # Maps rows [S, D] and the ends of each expert's rows to the rows that the experts make of them.
 ComputeRows = Callable[[Tensor, Tensor], Tensor]
 # Divides the experts of this rank into as many groups, equally large, and returns the function that computes each of them.
-Experts = Callable[[int], list[ComputeRows]]
+DivideExperts = Callable[[int], list[ComputeRows]]
 # Work beside the exchange, and what it returns.
 Beside = Callable[[], Tensor | None]
 
 
 def computed_where_experts_are(
-    rows: Tensor, ends: Tensor, experts: Experts, axis: Axis, *, is_padded: bool, beside: Beside
+    rows: Tensor, ends: Tensor, experts: DivideExperts, axis: Axis, *, is_padded: bool, beside: Beside
 ) -> tuple[Tensor, Tensor | None]:
     """The rows that the experts make of a rank's rows [S, D]; and what `beside` returns.
 
@@ -50,7 +50,7 @@ def computed_where_experts_are(
     return (_padded if is_padded else _compact)(rows, ends, experts, axis, beside)
 
 
-def _padded(rows: Tensor, ends: Tensor, experts: Experts, axis: Axis, beside: Beside) -> tuple[Tensor, Tensor | None]:
+def _padded(rows: Tensor, ends: Tensor, experts: DivideExperts, axis: Axis, beside: Beside) -> tuple[Tensor, Tensor | None]:
     num_own = len(ends) // axis.size
     num_groups = groups_of_experts(num_own)
     shares = [len(rows) // num_groups // axis.size] * axis.size
@@ -71,7 +71,7 @@ def _by_expert(rows: Tensor, num_experts: int, compute: ComputeRows, axis: Axis)
     return compute(by_expert.flatten(0, 2), ends).view(by_expert.shape).transpose(0, 1).flatten(0, 2)
 
 
-def _compact(rows: Tensor, ends: Tensor, experts: Experts, axis: Axis, beside: Beside) -> tuple[Tensor, Tensor | None]:
+def _compact(rows: Tensor, ends: Tensor, experts: DivideExperts, axis: Axis, beside: Beside) -> tuple[Tensor, Tensor | None]:
     (compute,) = experts(1)
     counts = ends.diff(prepend=ends.new_zeros(1)).long()
     shares = [len(ends) // axis.size] * axis.size

@@ -9,6 +9,7 @@ from phase8.config.model_section import ModelSection
 from phase8.exchanges import SliceExchange
 from phase8.plan.chunks import mixer_exchanges
 from phase8.plan.memory import FP32_BYTES
+from phase8.shared_sequence import wanted_tokens
 from phase8.topology import Topology
 
 
@@ -41,10 +42,14 @@ def kept_of_exchanges(model: ModelSection, topology: Topology, *, recompute: str
     is_repeated = recompute == "full" and topology.tensor_parallel_size > 1
     if num_ranks == 1 or model.block != "phase8" or recompute not in ("full", "selective") or is_repeated:
         return 0
-    before_last, found = (num_ranks - 1) * model.sequence_length, 0
+    found = 0
     for exchange in mixer_exchanges(model):
         if isinstance(exchange, SliceExchange):
-            parts = num_ranks if exchange.before is None else min(exchange.before, before_last) + min(exchange.first, before_last)
+            parts = num_ranks if exchange.before is None else _fetched_by_the_last(exchange.before, exchange.first, model.sequence_length, num_ranks)
             numbers = parts * exchange.numbers // (topology.tensor_parallel_size if exchange.is_divided else 1)
             found += numbers * (max(element_bytes, FP32_BYTES) if exchange.is_wide else element_bytes)
     return batch_size * found
+
+
+def _fetched_by_the_last(before: int, first: int, length: int, num_ranks: int) -> int:
+    return sum(map(len, wanted_tokens(length, num_ranks, before=before, first=first)[-1]))

@@ -83,7 +83,7 @@ INDUCTOR, PARTITION = "inductor", "aot_eager_decomp_partition"  # with the same 
         ),
         ("expert", 3, 1.0, (*EXPERTS, DROPLESS), PARTITION),
         ("context", 0, 1.0, CHAIN, PARTITION), ("context", 0, 1.0, ("model.block=transformer",), PARTITION),
-        # Of ranks that share sequences, each compiles what its own slice needs: no other rank may wait for what it leaves out.
+        # Each rank that shares sequences compiles what its own slice needs; no other rank may wait for what it leaves out.
         ("context", 0, 1.0, (*CHAIN, "train.recompute=full"), PARTITION),
         ("context", 0, 1.0, (*DELTA, "train.recompute=selective"), PARTITION),
         *(
