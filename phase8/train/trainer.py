@@ -25,6 +25,7 @@ from phase8.train.evaluation import HeldOutData
 from phase8.train.faults.anomaly import largest_loss, take_note
 from phase8.train.faults.replicas import check_replicas
 from phase8.train.faults.stragglers import probe_ranks
+from phase8.train.garbage import GarbageBetweenSteps
 from phase8.train.sample import sample_text
 from phase8.train.saver import Saver
 from phase8.train.signals import StopRequest
@@ -71,12 +72,17 @@ class Trainer:
 
     def train_until(self, stop_step: int, stop: StopRequest) -> bool:
         """Takes steps, and evaluates and saves between them. Returns whether any rank was asked to stop."""
+        with GarbageBetweenSteps(self.run.engine.num_slow_updates) as garbage:
+            return self._train_until(stop_step, stop, garbage)
+
+    def _train_until(self, stop_step: int, stop: StopRequest, garbage: GarbageBetweenSteps) -> bool:
         config, position = self.run.config, self.run.position
         microbatches = self._microbatches()
         asked_to_stop = stop.received is not None and self.is_alone
         while position.step < stop_step and not asked_to_stop:
             take = self._take_profiled_step if position.step + 1 == config.observe.profile_at_step else self._take_step
             result = take(microbatches, stop=stop.received is not None)
+            garbage.after_step()
             self.saver.hear()
             self._check_ranks()
             is_last = position.step == stop_step

@@ -2,7 +2,8 @@
 
 import os
 import re
-from itertools import groupby
+from functools import partial
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -14,8 +15,11 @@ from phase8.config.auto import without_auto
 from phase8.config.load import load_config
 from phase8.distributed.mesh import build_mesh
 from phase8.distributed.placement import gathered
+from phase8.kernels import mixer_inputs, window_attention
+from phase8.model import mixer
 from phase8.topology import Topology
 from phase8.train.engine.compilation import compile_modules
+from phase8.train.engine.source_order import in_source_order
 from phase8.train.engine.train_state import build_train_state
 from phase8.zero.fsdp import shard_size
 from tests.parallel.training import microbatch_of_slice, perturb
@@ -26,11 +30,11 @@ SETTINGS = (
 )  # fmt: skip
 
 
-def divided_model(axis, stage, model):
-    """A small model on two ranks, and a microbatch for it."""
+def divided_model(axis, stage, model, num_ranks=2):
+    """A small model on two ranks or more, and a microbatch for it."""
     config = without_auto(load_config(os.devnull, [*SETTINGS, f"zero.stage={stage}", *model]))
     axes = ("data", "expert") if axis == "expert" else (axis,)
-    topology = Topology(**{f"{name}_parallel_size": 2 for name in axes})
+    topology = Topology(**{f"{name}_parallel_size": num_ranks for name in axes})
     mesh = build_mesh(topology, device_type="cpu", shard_size=shard_size(config.zero, num_token_ranks=topology.num_token_ranks))
     train_state = build_train_state(config, mesh=mesh, device=torch.device("cpu"), dtype=torch.float32)
     perturb(train_state)
@@ -128,25 +132,58 @@ def test_a_compiled_block_keeps_no_memory_of_which_backward_needs_nothing(pool, 
 
 
 def order_of_work(settings):
-    """Exchanges and operations of the mixer in the code that inductor writes for a block's forward, each once where it is repeated."""
-    config = without_auto(load_config(os.devnull, [*SETTINGS, "parallel.context_parallel_size=2", "train.compile.enabled=true", *settings]))
-    train_state, batch = divided_model("context", 0, settings)
+    """Exchanges and operations of the mixer in the code that inductor writes for a block's forward and backward; all are operators, as on a GPU."""
+    config = without_auto(load_config(os.devnull, [*SETTINGS, "parallel.context_parallel_size=4", "train.compile.enabled=true", *settings]))
+    train_state, batch = divided_model("context", 0, settings, num_ranks=4)
     torch.compiler.reset()
     compile_modules(train_state.stage.chunks, config)
-    _, codes = run_and_get_code(lambda: train_state.model.loss_sum(batch.tokens, batch.targets, batch.starts).backward())
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(mixer, "window_attention", partial(window_attention._by_operator, beta=None))
+        patch.setattr(mixer, "mixer_inputs", mixer_inputs_by_operator)
+        # Of several sequences, whose numbers lie otherwise, fewer operations fuse.
+        _, codes = run_and_get_code(lambda: train_state.model.loss_sum(batch.tokens[:1], batch.targets[:1], None).backward())
     torch.compiler.reset()
-    called = re.compile(r"= (?:torch\.ops\._c10d_functional|torch\.ops\.phase8|extern_kernels)\.(\w+)|extern_kernels\.(bmm)\(")
-    names = [[first or second for first, second in called.findall(code)] for code in codes]
-    (forward,) = [each for each in names if "added_state" in each and "gated_linear_attention_backward" not in each]
-    watched = ("all_to_all_single", "all_gather_into_tensor", "added_state", "bmm", "gated_linear_attention")
-    return [name for name, _ in groupby(name for name in forward if name in watched)]
+    called = re.compile(r"torch\.ops\.(?:_c10d_functional|phase8)\.(\w+)\S*\(")  # without what comments and messages name
+    names = [called.findall(re.split(r"(?m)^ *def call\(", code)[-1]) for code in codes]
+    (forward,) = [each for each in names if "added_state" in each and "mixer_inputs_backward" not in each]
+    (backward,) = [each for each in names if "mixer_inputs_backward" in each]
+    return forward, backward[backward.index("added_state") :]
+
+
+def mixer_inputs_by_operator(qkv, weight, angles, radius, *, initial_state, **options):
+    return mixer_inputs._of_piece(qkv, weight, angles, radius, initial_state=initial_state, **options)
 
 
 @pytest.mark.full
-def test_the_compiler_leaves_exchanges_where_they_begin(pool):
-    """It would save memory by beginning them late, the first rank after its recurrence: then all others wait for it, with nothing to do."""
-    for order in pool.run(order_of_work, ("train.recompute=full",), world_size=2, timeout_seconds=300):
-        assert order == ["all_to_all_single", "added_state", "all_gather_into_tensor", "bmm", "gated_linear_attention"]
+def test_the_compiler_leaves_work_where_it_is_written(pool):
+    """Else a rank waits before it begins what hides the exchange and what its neighbours wait for, and each rank in another place."""
+    send, gather, wait = "all_to_all_single", "all_gather_into_tensor", "wait_tensor"
+    for forward, backward in pool.run(order_of_work, ("train.recompute=full",), world_size=4, timeout_seconds=300):
+        assert forward == [
+            send, wait, "mixer_inputs", send, "added_state", gather, wait, "window_attention", wait, "gated_linear_attention",
+        ]  # fmt: skip
+        assert backward == [
+            "added_state", gather, "window_attention_backward", send, wait, "gated_linear_attention_backward", wait,
+            "mixer_inputs_backward", send, wait,
+        ]  # fmt: skip
+
+
+class Kernel:
+    """A node of inductor's scheduler: the place of its earliest operation, what it needs and what it writes."""
+
+    def __init__(self, min_order, needs, *writes):
+        self.min_order, self.writes, self.unmet_dependencies = min_order, writes, [SimpleNamespace(name=name) for name in needs]
+
+    def get_buffer_names(self):
+        return set(self.writes)
+
+
+def test_a_fused_kernel_brings_nothing_forward():
+    begin, meanwhile, wait = Kernel(0, [], "pending"), Kernel(2, [], "window"), Kernel(3, ["pending"], "told")
+    # Its earliest operation stands before the others, its last one reads what a wait returns; it writes for itself, and an input has no writer.
+    fused = Kernel(1, ["told", "given", "sum"], "sum", "rest")
+    last = Kernel(4, ["window", "rest"], "y")
+    assert in_source_order([begin, wait, fused, meanwhile, last]) == [begin, meanwhile, wait, fused, last]
 
 
 SHARED_SEQUENCES, SHARED_EXPERTS = ("parallel.context_parallel_size=2",), ("parallel.expert_parallel_size=2",)
@@ -154,6 +191,8 @@ SHARED_SEQUENCES, SHARED_EXPERTS = ("parallel.context_parallel_size=2",), ("para
 
 @pytest.mark.parametrize(("settings", "is_kept"), [((), False), (SHARED_SEQUENCES, True), (SHARED_EXPERTS, True)])
 def test_only_blocks_that_exchange_keep_their_order(settings, is_kept):
-    with inductor_config.patch(reorder_for_peak_memory=is_kept, reorder_for_locality=is_kept):
+    with inductor_config.patch(reorder_for_peak_memory=is_kept, reorder_for_locality=is_kept, reorder_for_compute_comm_overlap=not is_kept):
         compile_modules([], without_auto(load_config(os.devnull, ["train.compile.enabled=true", *settings])))
         assert inductor_config.reorder_for_peak_memory is inductor_config.reorder_for_locality is (not is_kept)
+        assert inductor_config.reorder_for_compute_comm_overlap is is_kept
+        assert inductor_config.reorder_for_compute_comm_overlap_passes == [in_source_order]

@@ -12,6 +12,7 @@ from torch._functorch import config as functorch_config
 from phase8.config.schema import RunConfig
 from phase8.errors import ConfigError
 from phase8.model.model import LanguageModel
+from phase8.train.engine.source_order import in_source_order
 
 # Maps modes of the config to torch.compile's modes without CUDA graphs, which train.cuda_graphs records instead.
 COMPILE_MODES = {"default": "default", "max-autotune": "max-autotune-no-cudagraphs"}
@@ -39,9 +40,11 @@ def compile_modules(chunks: Sequence[LanguageModel], config: RunConfig, *, are_c
     from torch._dynamo import config as dynamo_config  # half a second, and triton, which runs that compile nothing do without
     from torch._inductor import config as inductor_config
 
-    # To save memory, the compiler would begin exchanges late and wait for them at once, with nothing beside them, and on each rank in its own order.
+    # Left to itself, the compiler begins exchanges late and waits for them at once, with nothing beside them, and on each rank in another order.
     exchanges = max(config.parallel.context_parallel_size, config.parallel.expert_parallel_size) > 1
     inductor_config.reorder_for_peak_memory = inductor_config.reorder_for_locality = not exchanges
+    inductor_config.reorder_for_compute_comm_overlap = exchanges
+    inductor_config.reorder_for_compute_comm_overlap_passes = [in_source_order]
     # All blocks share their code; above the limit torch.compile would leave the others uncompiled.
     dynamo_config.recompile_limit = max(dynamo_config.recompile_limit, _FORMS_OF_A_LAYER * len(set(config.model.layer_kinds)))
     options: dict[str, Any] = {"mode": COMPILE_MODES[train.compile.mode], "fullgraph": train.compile.fullgraph}
