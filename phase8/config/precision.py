@@ -9,6 +9,8 @@ from phase8.config.schema import RunConfig
 
 # Matrix units take sixteen numbers of a row at once. Thinner products wait for memory, where rounding both factors costs more than it saves.
 DIVISOR, LEAST_WIDTH = 16, 256
+# Of a layer's three products on an H200, with the scales of their sums: tools/bench/eight_bit_products.py. On a GPU where it is below 1 they would pay.
+INT8_OVER_BF16 = 1.10
 
 
 def precision_problems(config: RunConfig) -> Iterator[str]:
@@ -17,6 +19,9 @@ def precision_problems(config: RunConfig) -> Iterator[str]:
     if precision.linear is None:
         return
     begin = f"precision.linear is {precision.linear}, but"
+    if precision.linear == "int8":
+        yield f"{begin} in training such products take {INT8_OVER_BF16} times as long as those in bf16 (docs/performance.md); set it to fp8 or null."
+        return
     if precision.dtype != "bf16":
         yield f"{begin} precision.dtype is {precision.dtype}; set it to bf16, in which results of these products are."
     if model.low_rank_rank:

@@ -113,7 +113,9 @@ class PrecisionSection(Section):
     """Number formats. Master weights, gradients, reductions, norms and the Green chain are fp32 in every mode."""
 
     dtype: Literal["bf16", "fp32"] = key("bf16", "format of matmuls and of the residual stream")
-    linear: Literal["fp8"] | None = key(None, "format of the products of dense linear layers in blocks; null: that of precision.dtype")
+    linear: Literal["fp8", "int8"] | None = key(
+        None, "format of the products of dense linear layers in blocks; null: that of precision.dtype; int8: refused, with what was measured"
+    )
     fp8_scaling: Literal["row", "tensor"] = key("tensor", "what numbers of fp8 share a scale: a row of a factor, or all of it")
     bf16_layers: int = Field(default=1, ge=0, description="blocks at either end of the model whose products stay in precision.dtype")
 

@@ -29,7 +29,7 @@ def causal_convolution(
     length, taps = x.shape[1], weight.shape[1]
     weight = weight.to(x.dtype)
     padded = F.pad(x, (0, 0, taps - 1, 0)) if initial_state is None else torch.cat((initial_state.to(x.dtype), x), dim=1)
-    final_state = padded[:, length:] if starts is None or initial_state is None else inputs_to_carry(padded, starts)
+    final_state = padded[:, length:] if starts is None or initial_state is None else inputs_to_carry(padded[:, length:], starts)
     if starts is None and x.device.type == "cpu":
         return F.conv1d(padded.transpose(1, 2), weight[:, None], groups=weight.shape[0]).transpose(1, 2), final_state
     # Computed as shifted products, which the compiler fuses with their surroundings; a convolution would be a kernel of its own in another layout.
@@ -45,14 +45,13 @@ def causal_convolution(
     return y, final_state
 
 
-def inputs_to_carry(padded: Tensor, starts: Tensor) -> Tensor:
-    """The last taps - 1 inputs [B, taps - 1, C], 0 where a later token begins a document: the next piece does not know of it.
+def inputs_to_carry(last: Tensor, starts: Tensor) -> Tensor:
+    """The inputs to carry on, 0 where a later token begins a document: the next piece does not know of it.
 
     Args:
-        padded: The carried inputs and those of this piece [B, taps - 1 + T, C].
+        last: The last taps - 1 inputs, carried ones among them where the piece is shorter [B, taps - 1, C].
         starts: True where a token of this piece begins a document [B, T].
     """
-    length = starts.shape[1]
     later = running_sum(starts, from_end=True) - starts.int()
-    later = torch.cat(((later[:, :1] + starts[:, :1]).expand(-1, padded.shape[1] - length), later), dim=1)
-    return padded[:, length:] * (later[:, length:] == 0)[..., None]
+    later = torch.cat(((later[:, :1] + starts[:, :1]).expand(-1, last.shape[1]), later), dim=1)
+    return last * (later[:, starts.shape[1] :] == 0)[..., None]

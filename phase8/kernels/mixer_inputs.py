@@ -5,7 +5,6 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from phase8.kernels.backends import uses_triton
@@ -19,13 +18,20 @@ SHORTEST_PIECE = 64
 
 @torch.library.custom_op("phase8::mixer_inputs", mutates_args=())
 def _forward(
-    qkv: Tensor, weight: Tensor | None, angles: Tensor, radius: Tensor | None, starts: Tensor | None, eps: float, silu: bool
+    qkv: Tensor,
+    weight: Tensor | None,
+    angles: Tensor,
+    radius: Tensor | None,
+    starts: Tensor | None,
+    initial_state: Tensor | None,
+    eps: float,
+    silu: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     if uses_triton(qkv) and qkv.dtype != torch.float64:
         from phase8.kernels.gpu.mixer_inputs import prepare
 
-        return prepare(qkv, weight, angles, radius, starts, eps, silu)
-    inputs, _ = reference.mixer_inputs(qkv, weight, angles, radius, eps=eps, silu=silu, starts=starts)
+        return prepare(qkv, weight, angles, radius, starts, initial_state, eps, silu)
+    inputs, _ = reference.mixer_inputs(qkv, weight, angles, radius, eps=eps, silu=silu, starts=starts, initial_state=initial_state)
     return tuple(x.clone(memory_format=torch.contiguous_format) for x in inputs)
 
 
@@ -37,14 +43,17 @@ def _backward(
     angles: Tensor,
     radius: Tensor | None,
     starts: Tensor | None,
+    initial_state: Tensor | None,
     eps: float,
     silu: bool,
 ) -> list[Tensor]:
     if uses_triton(qkv) and qkv.dtype != torch.float64:
         from phase8.kernels.gpu.mixer_inputs_backward import prepare_backward
 
-        return prepare_backward(gradients, qkv, weight, angles, radius, starts, eps, silu)
-    found = reference.mixer_inputs_backward(MixerInputs(*gradients), qkv, weight, angles, radius, eps=eps, silu=silu, starts=starts)
+        return prepare_backward(gradients, qkv, weight, angles, radius, starts, initial_state, eps, silu)
+    found = reference.mixer_inputs_backward(
+        MixerInputs(*gradients), qkv, weight, angles, radius, eps=eps, silu=silu, starts=starts, initial_state=initial_state
+    )
     return [x.contiguous() for x in found if x is not None]
 
 
@@ -55,8 +64,19 @@ def _(qkv: Tensor, *rest: Any) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
 
 
 @_backward.register_fake
-def _(gradients: list[Tensor], qkv: Tensor, weight: Tensor | None, angles: Tensor, radius: Tensor | None, *rest: Any) -> list[Tensor]:
-    return [x.new_empty(x.shape) for x in (qkv, weight, radius) if x is not None]
+def _(
+    gradients: list[Tensor],
+    qkv: Tensor,
+    weight: Tensor | None,
+    angles: Tensor,
+    radius: Tensor | None,
+    starts: Tensor | None,
+    initial_state: Tensor | None,
+    *rest: Any,
+) -> list[Tensor]:
+    num_before = 0 if initial_state is None else initial_state.shape[1]
+    dqkv = qkv.new_empty(qkv.shape[0], num_before + qkv.shape[1], *qkv.shape[2:])
+    return [dqkv, *(x.new_empty(x.shape) for x in (weight, radius) if x is not None)]
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
@@ -65,11 +85,14 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]
 
 
 def _autograd(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
-    qkv, weight, angles, radius, starts = ctx.saved_tensors
-    found = iter(_backward(list(gradients), qkv, weight, angles, radius, starts, ctx.eps, ctx.silu))
-    dqkv = next(found)
+    qkv, weight, angles, radius, starts, initial_state = ctx.saved_tensors
+    found = iter(_backward(list(gradients), qkv, weight, angles, radius, starts, initial_state, ctx.eps, ctx.silu))
+    dqkv, dinitial = next(found), None
+    if initial_state is not None:
+        num_before = initial_state.shape[1]
+        dqkv, dinitial = dqkv[:, num_before:], dqkv[:, :num_before].flatten(2)
     dweight = None if weight is None else next(found)
-    return dqkv, dweight, None, None if radius is None else next(found), None, None, None
+    return dqkv, dweight, None, None if radius is None else next(found), None, dinitial, None, None
 
 
 _forward.register_autograd(_autograd, setup_context=_setup_context)
@@ -91,20 +114,25 @@ def mixer_inputs(
     if qkv.device.type == "cpu" or is_short:
         # Decoding is short; on a CPU, autograd keeps what the operator's backward would recompute.
         return reference.mixer_inputs(qkv, weight, angles, radius, eps=eps, silu=silu, starts=starts, initial_state=initial_state)
-    if initial_state is not None and weight is not None:
-        return _of_piece(qkv, weight, angles, radius, eps=eps, silu=silu, starts=starts, initial_state=initial_state)
-    num_carried = 0 if weight is None else weight.shape[1] - 1
-    return MixerInputs(*_forward(qkv, weight, angles, radius, starts, eps, silu)), qkv.flatten(2)[:, qkv.shape[1] - num_carried :]
+    return _by_operator(qkv, weight, angles, radius, eps=eps, silu=silu, starts=starts, initial_state=initial_state)
 
 
-def _of_piece(
-    qkv: Tensor, weight: Tensor, angles: Tensor, radius: Tensor | None, *, eps: float, silu: bool, starts: Tensor | None, initial_state: Tensor
+def _by_operator(
+    qkv: Tensor,
+    weight: Tensor | None,
+    angles: Tensor,
+    radius: Tensor | None,
+    *,
+    eps: float,
+    silu: bool,
+    starts: Tensor | None,
+    initial_state: Tensor | None,
 ) -> tuple[MixerInputs, Tensor]:
-    """The operator for a piece of a sequence: the carried projections are tokens before it, whose results are dropped."""
-    num_carried = weight.shape[1] - 1
-    padded = torch.cat((initial_state.to(qkv.dtype).unflatten(2, qkv.shape[2:]), qkv), dim=1)
-    padded_starts = None if starts is None else F.pad(starts, (num_carried, 0))
-    inputs = _forward(padded, weight, F.pad(angles, (0, 0, num_carried, 0)), radius, padded_starts, eps, silu)
-    flat = padded.flatten(2)
-    state = flat[:, qkv.shape[1] :] if starts is None else inputs_to_carry(flat, starts)
-    return MixerInputs(*(x[:, num_carried:].contiguous() for x in inputs)), state
+    num_carried = 0 if weight is None else weight.shape[1] - 1
+    last = qkv.flatten(2)[:, max(0, qkv.shape[1] - num_carried) :]
+    if initial_state is None or weight is None:
+        return MixerInputs(*_forward(qkv, weight, angles, radius, starts, None, eps, silu)), last
+    initial_state = initial_state.to(qkv.dtype)
+    last = torch.cat((initial_state, last), dim=1)[:, last.shape[1] :]
+    carried = last if starts is None else inputs_to_carry(last, starts)
+    return MixerInputs(*_forward(qkv, weight, angles, radius, starts, initial_state.contiguous(), eps, silu)), carried

@@ -35,6 +35,9 @@ CAUSAL_SHARES: Both = (0.48, 0.48)
 DELTA_OVER_LINEAR = 2.15
 # Passes over [N, I] by a gate per channel: its logits are read; in backward, their gradient is written as well.
 GATE_PASSES: Both = (1, 2)
+# Additional passes over [N, I] where ranks share the sequence: keys and values are copied behind those of the neighbour and their gradients taken
+# apart, gradients of what neighbours read are added, and the state that a slice adds is a walk over it, in either direction. Counted, not fitted.
+SLICE_PASSES: Both = (8, 14)
 # A recomputation slice by slice over one of the whole sequence (32 slices of phase8_1b): gradients of weights are summed for every slice, and slices
 # are split and joined.
 SLICES_OVER_FULL = 1.6
@@ -252,6 +255,8 @@ def _mixer(batch: Microbatch, window: int) -> Half:
             over_linear = DELTA_OVER_LINEAR if model.global_path == "delta" else 1
             seconds += over_linear * flops * model.head_width / RECURRENCE_SHARES[direction]
         passes = (CAUSAL_PASSES if is_causal else KERNEL_PASSES)[direction] + style.mixed[direction] + has_gates * GATE_PASSES[direction]
+        if batch.context_ranks > 1 and not is_causal:
+            passes += SLICE_PASSES[direction]
         return seconds + batch.moved(N * joint / 3 * passes)
 
     return _half(batch, products, (others(0), others(1)), out, share=MIXER_SHARE, num_pairs=(4 if rank else 0) + has_gates)

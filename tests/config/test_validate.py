@@ -241,6 +241,10 @@ RULES = {
         ["zero.copy_engine_gather=true", "zero.stage=3", "zero.offload_optimizer=cpu", "zero.offload_params=cpu"],
         "zero.copy_engine_gather is true, but zero.offload_params is cpu, which no GPU shares; set one of them back.",
     ),
+    "int8 in training": (
+        ["precision.linear=int8"],
+        "precision.linear is int8, but in training such products take 1.1 times as long as those in bf16 (docs/performance.md); set it to fp8 or null.",
+    ),
     "fp8 in fp32": (
         [*FP8, "precision.dtype=fp32"],
         "precision.linear is fp8, but precision.dtype is fp32; set it to bf16, in which results of these products are.",

@@ -6,6 +6,7 @@ from phase8.kernels.reference.mixer_inputs import MixerInputs, mixer_inputs, mix
 from phase8.kernels.rotary import rotary_angles
 
 EPS = 1e-5
+both_beginnings = pytest.mark.parametrize("continued", [False, True], ids=["begun", "continued"])
 both_activations = pytest.mark.parametrize("silu", [False, True], ids=["none", "silu"])
 # length, heads, head size, taps (0: no convolution), radius given, documents
 CASES = [(21, 2, 8, 4, True, False), (17, 3, 12, 4, False, True), (1, 1, 4, 3, True, False), (5, 2, 16, 1, True, True), (9, 1, 6, 0, False, False)]
@@ -25,6 +26,13 @@ def problem(case, batch=2):
     angles = rotary_angles(length, head_size, base=1e4, first_position=0, device=torch.device("cpu"))
     starts = torch.rand(batch, length, generator=generator) < 0.2 if packed else None
     return (qkv, weight, angles, radius), starts, [draw(batch, length, heads, head_size) for _ in MixerInputs._fields]
+
+
+def projections_before(case, batch=2):
+    """The projections before the first token [B, taps - 1, 3 H K]; None without a convolution."""
+    _, heads, head_size, taps, *_ = case
+    generator = torch.Generator().manual_seed(1)
+    return torch.randn(batch, taps - 1, 3 * heads * head_size, generator=generator, dtype=torch.float64).requires_grad_() if taps else None
 
 
 def detached(arguments):
@@ -50,12 +58,18 @@ def test_lengths_and_angles_are_those_of_the_definition(case, silu):
 
 
 @both_activations
+@both_beginnings
 @pytest.mark.parametrize("case", CASES)
-def test_backward_is_that_of_autograd(case, silu):
+def test_backward_is_that_of_autograd(case, continued, silu):
     arguments, starts, gradients = problem(case)
-    inputs, _ = mixer_inputs(*arguments, eps=EPS, silu=silu, starts=starts)
-    expected = torch.autograd.grad(inputs, [x for x in arguments if x is not None and x.requires_grad], gradients)
-    found = mixer_inputs_backward(MixerInputs(*gradients), *detached(arguments), eps=EPS, silu=silu, starts=starts)
+    before = projections_before(case) if continued else None
+    inputs, _ = mixer_inputs(*arguments, eps=EPS, silu=silu, starts=starts, initial_state=before)
+    wanted = [x for x in (*arguments, before) if x is not None and x.requires_grad]
+    expected = [*torch.autograd.grad(inputs, wanted, gradients, allow_unused=True, materialize_grads=True)]  # one tap reads nothing before
+    if before is not None:  # the projections before and those of the piece are one tensor
+        expected[0] = torch.cat((expected.pop().unflatten(2, expected[0].shape[2:]), expected[0]), dim=1)
+        before = before.detach()
+    found = mixer_inputs_backward(MixerInputs(*gradients), *detached(arguments), eps=EPS, silu=silu, starts=starts, initial_state=before)
     for ours, theirs in zip([x for x in found if x is not None], expected, strict=True):
         torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-6)  # angles are fp32, so a turn back is not quite the inverse
 
@@ -77,11 +91,13 @@ def test_pieces_with_carried_state_equal_the_whole(pieces, silu):
 
 @both_activations
 @pytest.mark.parametrize("packed", [False, True])
-def test_the_operator_takes_a_piece_as_plain_torch_does(packed, silu):
-    (qkv, weight, angles, radius), starts, gradients = problem((12, 2, 8, 4, True, packed))
-    state = torch.randn(2, 3, 48, dtype=torch.float64, requires_grad=True)
+@pytest.mark.parametrize("length", [12, 2, 1])
+def test_the_operator_takes_a_piece_as_plain_torch_does(length, packed, silu):
+    case = (length, 2, 8, 4, True, packed)
+    (qkv, weight, angles, radius), starts, gradients = problem(case)
+    state = projections_before(case)
     results = []
-    for function in (kernel._of_piece, mixer_inputs):
+    for function in (kernel._by_operator, mixer_inputs):
         inputs, carried = function(qkv, weight, angles, radius, eps=EPS, silu=silu, starts=starts, initial_state=state)
         results.append((inputs, carried, torch.autograd.grad(inputs, [qkv, weight, radius, state], gradients)))
     torch.testing.assert_close(*results, rtol=1e-5, atol=1e-6)  # as above
@@ -91,5 +107,6 @@ def test_the_operator_takes_a_piece_as_plain_torch_does(packed, silu):
 @pytest.mark.parametrize("case", CASES)
 def test_opcheck(case, silu):
     arguments, starts, gradients = problem(case)
-    torch.library.opcheck(kernel._forward, (*arguments, starts, EPS, silu))
-    torch.library.opcheck(kernel._backward, (gradients, *detached(arguments), starts, EPS, silu))
+    before = projections_before(case) if silu else None
+    torch.library.opcheck(kernel._forward, (*arguments, starts, before, EPS, silu))
+    torch.library.opcheck(kernel._backward, (gradients, *detached(arguments), starts, *detached([before]), EPS, silu))

@@ -7,12 +7,18 @@ from phase8.kernels.reference.mixer_inputs import MixerInputs, mixer_inputs, mix
 from phase8.kernels.rotary import rotary_angles
 from tests.kernels.offline import OfflineKernel, compile_offline, count
 
-# batch, length, heads, head size, taps (0: no convolution), radius given, documents
+# batch, length, heads, head size, taps (0: no convolution), radius given, documents, projections before the first token given
 SMALL = [
-    (2, 21, 2, 8, 4, True, False), (2, 17, 3, 12, 4, False, True), (1, 1, 1, 4, 3, True, False), (1, 5, 2, 16, 1, True, True),
-    (2, 9, 1, 6, 0, False, False), (1, 2, 2, 8, 4, True, True), (2, 12, 4, 4, 4, True, True), (1, 16, 2, 4, 3, False, False),
+    (2, 21, 2, 8, 4, True, False, False), (2, 17, 3, 12, 4, False, True, False), (1, 1, 1, 4, 3, True, False, False),
+    (1, 5, 2, 16, 1, True, True, False), (2, 9, 1, 6, 0, False, False, False), (1, 2, 2, 8, 4, True, True, False),
+    (2, 12, 4, 4, 4, True, True, False), (1, 16, 2, 4, 3, False, False, False),
+    (2, 21, 2, 8, 4, True, False, True), (2, 17, 3, 12, 4, False, True, True), (2, 1, 1, 4, 4, True, False, True),
+    (1, 2, 2, 8, 4, True, True, True), (1, 16, 2, 4, 3, False, False, True), (2, 5, 1, 4, 1, True, False, True),
 ]  # fmt: skip
-LARGE = [(2, 2048, 8, 128, 4, True, True), (1, 1537, 16, 64, 4, False, False), (3, 257, 6, 96, 3, True, False), (2, 63, 4, 256, 4, False, True)]
+LARGE = [
+    (2, 2048, 8, 128, 4, True, True, False), (1, 1537, 16, 64, 4, False, False, False), (3, 257, 6, 96, 3, True, False, False),
+    (2, 63, 4, 256, 4, False, True, False), (1, 4096, 16, 128, 4, True, False, True), (2, 1537, 8, 64, 4, True, True, True),
+]  # fmt: skip
 EPS = 1e-5
 both_activations = pytest.mark.parametrize("silu", [False, True], ids=["none", "silu"])
 TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 1e-2}
@@ -32,7 +38,7 @@ def check(case, device, dtype, *, silu):
     from phase8.kernels.gpu.mixer_inputs import prepare
     from phase8.kernels.gpu.mixer_inputs_backward import prepare_backward
 
-    batch, length, heads, head_size, taps, with_radius, packed = case
+    batch, length, heads, head_size, taps, with_radius, packed, continued = case
     generator = torch.Generator().manual_seed(0)
 
     def draw(*shape, dtype=dtype):
@@ -43,14 +49,18 @@ def check(case, device, dtype, *, silu):
     radius = 1 + draw(heads, dtype=torch.float32).abs() if with_radius else None
     angles = rotary_angles(length, head_size, base=1e4, first_position=0, device=torch.device("cpu"))
     starts = torch.rand(batch, length, generator=generator) < 0.1 if packed else None
-    expected = [*mixer_inputs(qkv, weight, angles, radius, eps=EPS, silu=silu, starts=starts)[0]]
-    backward = mixer_inputs_backward(MixerInputs(*gradients), qkv, weight, angles, radius, eps=EPS, silu=silu, starts=starts)
+    if starts is not None:
+        starts[:, [length // 8, -1]] = True  # near the projections before, and where a read before the next sequence would end
+    before = draw(batch, taps - 1, 3 * heads * head_size) if continued else None
+    options = {"eps": EPS, "silu": silu, "starts": starts, "initial_state": before}
+    expected = [*mixer_inputs(qkv, weight, angles, radius, **options)[0]]
+    backward = mixer_inputs_backward(MixerInputs(*gradients), qkv, weight, angles, radius, **options)
     expected += [x for x in backward if x is not None]
 
     def moved(x, dtype):
         return None if x is None else x.to(device, dtype)
 
-    arguments = (moved(qkv, dtype), *(moved(x, torch.float32) for x in (weight, angles, radius)), moved(starts, torch.bool))
+    arguments = (moved(qkv, dtype), *(moved(x, torch.float32) for x in (weight, angles, radius)), moved(starts, torch.bool), moved(before, dtype))
     found = [*prepare(*arguments, EPS, silu), *prepare_backward([moved(x, dtype) for x in gradients], *arguments, EPS, silu)]
     for index, (ours, theirs) in enumerate(zip(found, expected, strict=True)):
         error = (ours.double().cpu() - theirs).norm() / (theirs.norm() + 1e-6)
@@ -82,8 +92,11 @@ def test_real_shapes_equal_the_reference(case, dtype, silu, kernel_device):
 @pytest.fixture(scope="module")
 def compiled():
     pytest.importorskip("triton")
-    shape = {"NUM_HEADS": 16, "HEAD_SIZE": 128, "BLOCK_HALF": 64, "TAPS": 4, "CONVOLUTION": True, "RADIUS": True, "SILU": False, "DOCUMENTS": False}
-    common = {"qkv": "*bf16", "weight": "*fp32", "cosines": "*fp32", "sines": "*fp32", "radius": "*fp32", "starts": None, "length": 4096, "eps": 1e-5}
+    shape = {"NUM_HEADS": 16, "HEAD_SIZE": 128, "BLOCK_HALF": 64, "TAPS": 4, "CONVOLUTION": True, "RADIUS": True, "SILU": False}
+    shape |= {"DOCUMENTS": False, "CONTINUED": False}
+    common = dict.fromkeys(("weight", "cosines", "sines", "radius"), "*fp32")
+    common |= {"qkv": "*bf16", "starts": None, "initial": None, "length": 4096, "eps": 1e-5}
+    continued = {"initial": "*bf16", "CONTINUED": True, "SILU": True, "radius": None, "RADIUS": False}  # a slice of the default block
     results = dict.fromkeys(("local_q", "local_k", "global_q", "global_k", "v"), "*bf16") | {"BLOCK_T": 32}
     gradients = dict.fromkeys(("dlocal_q", "dlocal_k", "dglobal_q", "dglobal_k", "dv", "dqkv"), "*bf16")
     gradients |= {"dtaps_parts": "*fp32", "dradius_parts": "*fp32", "HEADS": 1, "PIECE": 128, "TOKENS": 4, "STAGES": 3}
@@ -92,6 +105,10 @@ def compiled():
         {
             "forward": OfflineKernel("phase8.kernels.gpu.mixer_inputs:_prepare_kernel", common | results | shape, num_warps=8),
             "forward, silu": OfflineKernel("phase8.kernels.gpu.mixer_inputs:_prepare_kernel", common | results | shape | {"SILU": True}, num_warps=8),
+            "forward, continued": OfflineKernel(
+                "phase8.kernels.gpu.mixer_inputs:_prepare_kernel", common | results | shape | continued, num_warps=8
+            ),
+            "backward, continued": OfflineKernel(backward, common | gradients | shape | continued, num_warps=1),
             "backward, silu": OfflineKernel(backward, common | gradients | shape | {"SILU": True}, num_warps=1),
             "backward, dot, silu": OfflineKernel(
                 backward, common | gradients | shape | {"radius": None, "RADIUS": False, "SILU": True}, num_warps=1
@@ -103,7 +120,7 @@ def compiled():
     )
 
 
-@pytest.mark.parametrize("name", ["forward", "forward, silu"])
+@pytest.mark.parametrize("name", ["forward", "forward, silu", "forward, continued"])
 def test_machine_code_of_forward_has_no_spills_and_loads_whole_vectors(compiled, name):
     code = compiled[name]
     code.check(max_registers=160)  # twelve warps on a multiprocessor at least
@@ -111,7 +128,7 @@ def test_machine_code_of_forward_has_no_spills_and_loads_whole_vectors(compiled,
     assert code.count("LDG.E.128") > code.count("LDG.E") - code.count("LDG.E.128")
 
 
-@pytest.mark.parametrize("name", ["backward", "backward, dot", "backward, documents", "backward, silu", "backward, dot, silu"])
+@pytest.mark.parametrize("name", ["backward", "backward, dot", "backward, documents", "backward, silu", "backward, dot, silu", "backward, continued"])
 def test_machine_code_of_backward_has_no_spills_and_reads_and_writes_everything_once(compiled, name):
     # Sixteen warps on a multiprocessor, twelve where both paths have a normalisation of their own; of bf16 no single channel, so that a warp
     # reads and writes whole lines.

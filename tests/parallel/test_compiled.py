@@ -139,7 +139,7 @@ def order_of_work(settings):
     compile_modules(train_state.stage.chunks, config)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(mixer, "window_attention", partial(window_attention._by_operator, beta=None))
-        patch.setattr(mixer, "mixer_inputs", mixer_inputs_by_operator)
+        patch.setattr(mixer, "mixer_inputs", mixer_inputs._by_operator)
         # Of several sequences, whose numbers lie otherwise, fewer operations fuse.
         _, codes = run_and_get_code(lambda: train_state.model.loss_sum(batch.tokens[:1], batch.targets[:1], None).backward())
     torch.compiler.reset()
@@ -148,10 +148,6 @@ def order_of_work(settings):
     (forward,) = [each for each in names if "added_state" in each and "mixer_inputs_backward" not in each]
     (backward,) = [each for each in names if "mixer_inputs_backward" in each]
     return forward, backward[backward.index("added_state") :]
-
-
-def mixer_inputs_by_operator(qkv, weight, angles, radius, *, initial_state, **options):
-    return mixer_inputs._of_piece(qkv, weight, angles, radius, initial_state=initial_state, **options)
 
 
 @pytest.mark.full

@@ -25,21 +25,30 @@ def by_tap(weight: Tensor | None) -> Tensor | None:
 
 
 def prepare(
-    qkv: Tensor, weight: Tensor | None, angles: Tensor, radius: Tensor | None, starts: Tensor | None, eps: float, silu: bool
+    qkv: Tensor,
+    weight: Tensor | None,
+    angles: Tensor,
+    radius: Tensor | None,
+    starts: Tensor | None,
+    initial_state: Tensor | None,
+    eps: float,
+    silu: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Computes the reference `mixer_inputs` from the beginning of a sequence."""
+    """Computes the reference `mixer_inputs`."""
     qkv = qkv.contiguous()
     batch, length, _, num_heads, head_size = qkv.shape
     outputs = tuple(torch.empty(batch, length, num_heads, head_size, dtype=qkv.dtype, device=qkv.device) for _ in range(5))
     tokens = tile_tokens()
     _prepare_kernel[(triton.cdiv(length, tokens), num_heads, batch)](
-        qkv, by_tap(weight), angles.cos(), angles.sin(), radius, starts, *outputs, length, eps,
-        **constants(qkv, weight, radius, starts, silu), BLOCK_T=tokens, num_warps=NUM_WARPS,
+        qkv, by_tap(weight), angles.cos(), angles.sin(), radius, starts, initial_state, *outputs, length, eps,
+        **constants(qkv, weight, radius, starts, initial_state, silu), BLOCK_T=tokens, num_warps=NUM_WARPS,
     )  # fmt: skip
     return outputs
 
 
-def constants(qkv: Tensor, weight: Tensor | None, radius: Tensor | None, starts: Tensor | None, silu: bool) -> dict[str, object]:
+def constants(
+    qkv: Tensor, weight: Tensor | None, radius: Tensor | None, starts: Tensor | None, initial_state: Tensor | None, silu: bool
+) -> dict[str, object]:
     """Compile-time constants of the kernels of this operation."""
     _, _, _, num_heads, head_size = qkv.shape
     return {
@@ -51,15 +60,19 @@ def constants(qkv: Tensor, weight: Tensor | None, radius: Tensor | None, starts:
         "RADIUS": radius is not None,
         "SILU": silu,
         "DOCUMENTS": starts is not None,
+        "CONTINUED": initial_state is not None,
     }
 
 
 @triton.jit
 def convolved_half(
-    x, weight, starts, token, channel, inside_channel, length,
-    ROW: tl.constexpr, TAPS: tl.constexpr, CONVOLUTION: tl.constexpr, DOCUMENTS: tl.constexpr,
+    x, weight, starts, initial, token, channel, inside_channel, length,
+    ROW: tl.constexpr, TAPS: tl.constexpr, CONVOLUTION: tl.constexpr, DOCUMENTS: tl.constexpr, CONTINUED: tl.constexpr,
 ):  # fmt: skip
-    """The convolution of some channels at some tokens, fp32 [tokens, channels]; `x` points at the first token."""
+    """The convolution of some channels at some tokens, fp32 [tokens, channels].
+
+    `x` points at the first token, and where a sequence is continued, `initial` at the taps - 1 projections before it.
+    """
     mask = (token < length)[:, None] & inside_channel[None, :]
     offsets = tl.cast(token, tl.int64)[:, None] * ROW + channel[None, :]
     values = tl.load(x + offsets, mask=mask, other=0.0).to(tl.float32)
@@ -68,20 +81,27 @@ def convolved_half(
         connected = token < length
         for distance in tl.static_range(1, TAPS):
             # Token t is connected to t - distance while none of t, ..., t - distance + 1 begins a document.
-            connected = connected & (token >= distance)
+            if not CONTINUED:
+                connected = connected & (token >= distance)
             if DOCUMENTS:
-                connected = connected & (tl.load(starts + token - (distance - 1), mask=connected, other=1) == 0)
+                begins = tl.load(starts + token - (distance - 1), mask=connected & (token >= distance - 1), other=0)
+                connected = connected & (begins == 0)
             tap = tl.load(weight + (TAPS - 1 - distance) * ROW + channel, mask=inside_channel, other=0.0).to(tl.float32)
-            earlier = tl.load(x + offsets - distance * ROW, mask=connected[:, None] & inside_channel[None, :], other=0.0)
-            values += earlier.to(tl.float32) * tap[None, :]
+            here = connected & (token >= distance) if CONTINUED else connected
+            earlier = tl.load(x + offsets - distance * ROW, mask=here[:, None] & inside_channel[None, :], other=0.0).to(tl.float32)
+            if CONTINUED:
+                before = tl.cast(TAPS - 1 - distance + token, tl.int64)[:, None] * ROW + channel[None, :]
+                there = connected & (token < distance)
+                earlier += tl.load(initial + before, mask=there[:, None] & inside_channel[None, :], other=0.0).to(tl.float32)
+            values += earlier * tap[None, :]
     return values
 
 
 @triton.jit
 def _prepare_kernel(
-    qkv, weight, cosines, sines, radius, starts, local_q, local_k, global_q, global_k, v, length, eps,
-    NUM_HEADS: tl.constexpr, HEAD_SIZE: tl.constexpr, BLOCK_HALF: tl.constexpr, TAPS: tl.constexpr,
-    CONVOLUTION: tl.constexpr, RADIUS: tl.constexpr, SILU: tl.constexpr, DOCUMENTS: tl.constexpr, BLOCK_T: tl.constexpr,
+    qkv, weight, cosines, sines, radius, starts, initial, local_q, local_k, global_q, global_k, v, length, eps,
+    NUM_HEADS: tl.constexpr, HEAD_SIZE: tl.constexpr, BLOCK_HALF: tl.constexpr, TAPS: tl.constexpr, CONVOLUTION: tl.constexpr,
+    RADIUS: tl.constexpr, SILU: tl.constexpr, DOCUMENTS: tl.constexpr, CONTINUED: tl.constexpr, BLOCK_T: tl.constexpr,
 ):  # fmt: skip
     head, batch = tl.program_id(1), tl.cast(tl.program_id(2), tl.int64)
     token = tl.program_id(0) * BLOCK_T + tl.arange(0, BLOCK_T)
@@ -92,13 +112,16 @@ def _prepare_kernel(
     mask = (token < length)[:, None] & inside[None, :]
     x = qkv + batch * length * (3 * WIDTH)
     starts = starts + batch * length if DOCUMENTS else qkv
+    initial = initial + batch * (TAPS - 1) * (3 * WIDTH) if CONTINUED else qkv
     cosine = tl.load(cosines + token[:, None] * HALF + half[None, :], mask=mask, other=0.0)
     sine = tl.load(sines + token[:, None] * HALF + half[None, :], mask=mask, other=0.0)
     out = (batch * length + token)[:, None] * WIDTH + (head * HEAD_SIZE + half)[None, :]
     for part in tl.static_range(3):
         channel = part * WIDTH + head * HEAD_SIZE + half
-        low = convolved_half(x, weight, starts, token, channel, inside, length, 3 * WIDTH, TAPS, CONVOLUTION, DOCUMENTS)
-        high = convolved_half(x, weight, starts, token, channel + HALF, inside, length, 3 * WIDTH, TAPS, CONVOLUTION, DOCUMENTS)
+        low = convolved_half(x, weight, starts, initial, token, channel, inside, length, 3 * WIDTH, TAPS, CONVOLUTION, DOCUMENTS, CONTINUED)
+        high = convolved_half(
+            x, weight, starts, initial, token, channel + HALF, inside, length, 3 * WIDTH, TAPS, CONVOLUTION, DOCUMENTS, CONTINUED
+        )  # fmt: skip
         if part == 2:
             tl.store(v + out, low.to(v.dtype.element_ty), mask=mask)
             tl.store(v + out + HALF, high.to(v.dtype.element_ty), mask=mask)

@@ -26,21 +26,22 @@ STAGES = 3
 
 
 def prepare_backward(
-    gradients: list[Tensor], qkv: Tensor, weight: Tensor | None, angles: Tensor, radius: Tensor | None, starts: Tensor | None, eps: float,
-    silu: bool,
+    gradients: list[Tensor], qkv: Tensor, weight: Tensor | None, angles: Tensor, radius: Tensor | None, starts: Tensor | None,
+    initial_state: Tensor | None, eps: float, silu: bool,
 ) -> list[Tensor]:
-    """Gradients of qkv, and of weight and radius if they exist."""
+    """Gradients of qkv, with those of the projections before it in front, and of weight and radius if they exist."""
     qkv = qkv.contiguous()
     batch, length, _, num_heads, _ = qkv.shape
-    shared = constants(qkv, weight, radius, starts, silu)
+    shared = constants(qkv, weight, radius, starts, initial_state, silu)
     heads, num_warps = _heads_of_a_program(num_heads, shared["BLOCK_HALF"])
     piece = 8 if triton.knobs.runtime.interpret else PIECE_TOKENS
     num_pieces = triton.cdiv(length, piece)
-    dqkv = torch.empty_like(qkv)
+    num_before = 0 if initial_state is None else initial_state.shape[1]
+    dqkv = torch.empty(batch, num_before + length, *qkv.shape[2:], dtype=qkv.dtype, device=qkv.device)
     dtaps_parts = torch.empty(batch, num_pieces, shared["TAPS"], qkv[0, 0].numel(), dtype=torch.float32, device=qkv.device)
     dradius_parts = torch.empty(batch, num_pieces, 2, num_heads, dtype=torch.float32, device=qkv.device)
     _backward_kernel[(3 * (num_heads // heads), num_pieces, batch)](
-        qkv, by_tap(weight), angles.cos(), angles.sin(), radius, starts, *(gradient.contiguous() for gradient in gradients),
+        qkv, by_tap(weight), angles.cos(), angles.sin(), radius, starts, initial_state, *(gradient.contiguous() for gradient in gradients),
         dqkv, dtaps_parts, dradius_parts, length, eps,
         **shared, HEADS=heads, PIECE=piece, TOKENS=math.gcd(length, TOKENS_AT_A_TIME), STAGES=STAGES, num_warps=num_warps,
     )  # fmt: skip
@@ -60,9 +61,9 @@ def _heads_of_a_program(num_heads: int, block_half: int) -> tuple[int, int]:
 
 @triton.jit
 def _backward_kernel(
-    qkv, weight, cosines, sines, radius, starts, dlocal_q, dlocal_k, dglobal_q, dglobal_k, dv, dqkv, dtaps_parts, dradius_parts, length, eps,
-    NUM_HEADS: tl.constexpr, HEAD_SIZE: tl.constexpr, BLOCK_HALF: tl.constexpr, TAPS: tl.constexpr,
-    CONVOLUTION: tl.constexpr, RADIUS: tl.constexpr, SILU: tl.constexpr, DOCUMENTS: tl.constexpr, HEADS: tl.constexpr,
+    qkv, weight, cosines, sines, radius, starts, initial, dlocal_q, dlocal_k, dglobal_q, dglobal_k, dv, dqkv, dtaps_parts, dradius_parts, length,
+    eps, NUM_HEADS: tl.constexpr, HEAD_SIZE: tl.constexpr, BLOCK_HALF: tl.constexpr, TAPS: tl.constexpr, CONVOLUTION: tl.constexpr,
+    RADIUS: tl.constexpr, SILU: tl.constexpr, DOCUMENTS: tl.constexpr, CONTINUED: tl.constexpr, HEADS: tl.constexpr,
     PIECE: tl.constexpr, TOKENS: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     part = tl.program_id(0) // (NUM_HEADS // HEADS)
@@ -71,21 +72,21 @@ def _backward_kernel(
         if part == 1:
             dlocal, dglobal = dlocal_k, dglobal_k
         _walk(
-            qkv, weight, cosines, sines, radius, starts, dlocal, dglobal, dqkv, dtaps_parts, dradius_parts, part, length, eps,
-            NUM_HEADS, HEAD_SIZE, BLOCK_HALF, TAPS, CONVOLUTION, True, RADIUS, SILU, DOCUMENTS, HEADS, PIECE, TOKENS, STAGES,
+            qkv, weight, cosines, sines, radius, starts, initial, dlocal, dglobal, dqkv, dtaps_parts, dradius_parts, part, length, eps,
+            NUM_HEADS, HEAD_SIZE, BLOCK_HALF, TAPS, CONVOLUTION, True, RADIUS, SILU, DOCUMENTS, CONTINUED, HEADS, PIECE, TOKENS, STAGES,
         )  # fmt: skip
     else:
         _walk(
-            qkv, weight, cosines, sines, radius, starts, dv, dv, dqkv, dtaps_parts, dradius_parts, part, length, eps,
-            NUM_HEADS, HEAD_SIZE, BLOCK_HALF, TAPS, CONVOLUTION, False, False, False, DOCUMENTS, HEADS, PIECE, TOKENS, STAGES,
+            qkv, weight, cosines, sines, radius, starts, initial, dv, dv, dqkv, dtaps_parts, dradius_parts, part, length, eps,
+            NUM_HEADS, HEAD_SIZE, BLOCK_HALF, TAPS, CONVOLUTION, False, False, False, DOCUMENTS, CONTINUED, HEADS, PIECE, TOKENS, STAGES,
         )  # fmt: skip
 
 
 @triton.jit
 def _walk(
-    qkv, weight, cosines, sines, radius, starts, dlocal, dglobal, dqkv, dtaps_parts, dradius_parts, part, length, eps,
+    qkv, weight, cosines, sines, radius, starts, initial, dlocal, dglobal, dqkv, dtaps_parts, dradius_parts, part, length, eps,
     NUM_HEADS: tl.constexpr, HEAD_SIZE: tl.constexpr, BLOCK_HALF: tl.constexpr, TAPS: tl.constexpr, CONVOLUTION: tl.constexpr,
-    NORMALISED: tl.constexpr, RADIUS: tl.constexpr, SILU: tl.constexpr, DOCUMENTS: tl.constexpr, HEADS: tl.constexpr,
+    NORMALISED: tl.constexpr, RADIUS: tl.constexpr, SILU: tl.constexpr, DOCUMENTS: tl.constexpr, CONTINUED: tl.constexpr, HEADS: tl.constexpr,
     PIECE: tl.constexpr, TOKENS: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """Walks over a piece of the sequence for some heads, which are either normalised and rotated, or values."""
@@ -99,7 +100,11 @@ def _walk(
     column = head * HEAD_SIZE + half
     channel = part * WIDTH + column
     first_row = batch * length
-    x, dx = qkv + first_row * (3 * WIDTH) + channel, dqkv + first_row * (3 * WIDTH) + channel
+    # Where a sequence is continued, rows of gradients for the tokens before it precede those of each sequence.
+    NUM_BEFORE: tl.constexpr = TAPS - 1 if CONTINUED else 0
+    x, dx = qkv + first_row * (3 * WIDTH) + channel, dqkv + (first_row + (batch + 1) * NUM_BEFORE) * (3 * WIDTH) + channel
+    initial = initial + (batch + 1) * (NUM_BEFORE * 3 * WIDTH) + channel if CONTINUED else x
+    first_stored = tl.where(begin == 0, -NUM_BEFORE, begin) if CONTINUED else begin
     dlocal, dglobal = dlocal + first_row * WIDTH + column, dglobal + first_row * WIDTH + column
     starts = starts + first_row if DOCUMENTS else x
     root: tl.constexpr = HEAD_SIZE**-0.5
@@ -113,18 +118,21 @@ def _walk(
     for distance in tl.static_range(TAPS - 1, 0, -1):
         token = tl.cast(begin - distance, tl.int64)
         if DOCUMENTS:
-            age = tl.where(tl.load(starts + token, mask=token >= 0, other=1) == 0, age + 1, 0)
+            age = tl.where(tl.load(starts + token, mask=token >= 0, other=0 if CONTINUED else 1) == 0, age + 1, 0)
         low, high = _halves(x + token * (3 * WIDTH), inside & (token >= 0), HALF)
+        if CONTINUED:
+            low_before, high_before = _halves(initial + token * (3 * WIDTH), inside & (token < 0), HALF)
+            low, high = low + low_before, high + high_before
         seen_low, seen_high = _shifted(low, seen_low, age, TAPS, False), _shifted(high, seen_high, age, TAPS, False)
     state = (seen_low, seen_high, nothing, nothing, nothing, nothing, zero, age)
     for first in tl.range(begin, end, TOKENS, num_stages=STAGES):
         state = _advance(
-            state, taps_low, taps_high, x, dlocal, dglobal, cosines + half, sines + half, starts, dx, inside, scale, first, begin, length, eps,
+            state, taps_low, taps_high, x, dlocal, dglobal, cosines + half, sines + half, starts, dx, inside, scale, first, first_stored, length, eps,
             WIDTH, HEAD_SIZE, TAPS, NORMALISED, RADIUS, SILU, DOCUMENTS, TOKENS, False,
         )  # fmt: skip
     if TAPS > 1:
         state = _advance(
-            state, taps_low, taps_high, x, dlocal, dglobal, cosines + half, sines + half, starts, dx, inside, scale, end, begin, length, eps,
+            state, taps_low, taps_high, x, dlocal, dglobal, cosines + half, sines + half, starts, dx, inside, scale, end, first_stored, length, eps,
             WIDTH, HEAD_SIZE, TAPS, NORMALISED, RADIUS, SILU, DOCUMENTS, TAPS - 1, True,
         )  # fmt: skip
     piece = batch * tl.num_programs(1) + tl.program_id(1)
@@ -139,7 +147,7 @@ def _walk(
 
 @triton.jit
 def _advance(
-    state, taps_low, taps_high, x, dlocal, dglobal, cosines, sines, starts, dx, inside, scale, first, begin, length, eps,
+    state, taps_low, taps_high, x, dlocal, dglobal, cosines, sines, starts, dx, inside, scale, first, first_stored, length, eps,
     WIDTH: tl.constexpr, HEAD_SIZE: tl.constexpr, TAPS: tl.constexpr, NORMALISED: tl.constexpr, RADIUS: tl.constexpr,
     SILU: tl.constexpr, DOCUMENTS: tl.constexpr, TOKENS: tl.constexpr, BEHIND: tl.constexpr,
 ):  # fmt: skip
@@ -186,8 +194,8 @@ def _advance(
     for index in tl.static_range(TOKENS):
         token = first + index - (TAPS - 1)  # the last token that uses it has passed
         row = dx + tl.cast(token, tl.int64) * (3 * WIDTH)
-        tl.store(row, finished[index][0], mask=inside & (token >= begin))
-        tl.store(row + HALF, finished[index][1], mask=inside & (token >= begin))
+        tl.store(row, finished[index][0], mask=inside & (token >= first_stored))
+        tl.store(row + HALF, finished[index][1], mask=inside & (token >= first_stored))
     return (seen_low, seen_high, sums_low, sums_high, dtaps_low, dtaps_high, dradius, age)
 
 

@@ -91,10 +91,14 @@ def mixer_inputs_backward(
     eps: float,
     silu: bool = False,
     starts: Tensor | None,
+    initial_state: Tensor | None = None,
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
-    """Gradients of qkv, weight and radius, without autograd; the arguments as in the forward, from the beginning of a sequence."""
+    """Gradients of qkv, weight and radius, without autograd; arguments as in the forward.
+
+    With an initial state the first one is that of the projections before the first token and of qkv, [B, taps - 1 + T, 3, H, K].
+    """
     x = qkv.flatten(2)
-    convolved = x if weight is None else causal_convolution(x, weight, starts)[0]
+    convolved = x if weight is None else causal_convolution(x, weight, starts, initial_state)[0]
     q, k, _ = at_least_fp32(convolved).unflatten(2, qkv.shape[2:]).unbind(2)
     dlocal_q, dlocal_k, dglobal_q, dglobal_k, dv = (at_least_fp32(gradient) for gradient in gradients)
     dq, dradius_q = _backward_of_one(q, dlocal_q, dglobal_q, angles, radius, eps=eps, silu=silu)
@@ -103,8 +107,12 @@ def mixer_inputs_backward(
     dradius = None if radius is None else (dradius_q + dradius_k).to(radius.dtype)
     if weight is None:
         return dconvolved.to(qkv.dtype).view(qkv.shape), None, dradius
+    if initial_state is not None:
+        num_before = initial_state.shape[1]
+        x, dconvolved = torch.cat((initial_state.to(x.dtype), x), dim=1), F.pad(dconvolved, (0, 0, num_before, 0))
+        starts = None if starts is None else F.pad(starts, (num_before, 0))
     dx, dweight = _convolution_backward(dconvolved, at_least_fp32(x), at_least_fp32(weight), starts)
-    return dx.to(qkv.dtype).view(qkv.shape), dweight.to(weight.dtype), dradius
+    return dx.to(qkv.dtype).unflatten(2, qkv.shape[2:]), dweight.to(weight.dtype), dradius
 
 
 def _backward_of_one(
