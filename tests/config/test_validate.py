@@ -243,7 +243,8 @@ RULES = {
     ),
     "int8 in training": (
         ["precision.linear=int8"],
-        "precision.linear is int8, but in training such products take 1.1 times as long as those in bf16 (docs/performance.md); set it to fp8 or null.",
+        "precision.linear is int8, but in training such products take 1.1 times as long as those in bf16 (docs/performance.md); "
+        "set it to fp8 or null.",
     ),
     "fp8 in fp32": (
         [*FP8, "precision.dtype=fp32"],
