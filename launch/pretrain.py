@@ -15,7 +15,7 @@ import shlex
 import sys
 from pathlib import Path
 
-from phase8.config.arguments import add_device_option, path_argument, resume_argument
+from phase8.config.arguments import add_device_option, path_argument, require_world_size, resume_argument
 from phase8.config.describe import describe_schema
 from phase8.config.load import load_config
 from phase8.errors import ConfigError
@@ -35,7 +35,9 @@ def _run() -> int:
     if arguments.world_size is not None and not arguments.dry_run:
         raise ConfigError(f"--world-size {arguments.world_size} is for --dry-run: a run has the processes that were started; leave it out.")
     if arguments.dry_run:
-        _dry_run(load_config(arguments.config, arguments.set), 1 if arguments.world_size is None else arguments.world_size)
+        world_size = 1 if arguments.world_size is None else arguments.world_size
+        require_world_size(world_size)
+        _dry_run(load_config(arguments.config, arguments.set), world_size)
     else:
         _train(arguments)
     return 0

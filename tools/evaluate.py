@@ -162,9 +162,9 @@ def _report(parsed: argparse.Namespace, how: dict[str, object], found: list[Sour
 
     sources = found[:-1] if len(found) > 1 else found  # the last of several is that of all
     tree = how | {"sources": [source.as_json() for source in sources], "total": found[-1].as_json() | {"name": TOTAL}}
+    print(json.dumps(tree, indent=1) if parsed.json else table(found), end="\n" if parsed.json else "", flush=True)
     if parsed.output is not None:
         write_json(parsed.output, tree)
-    print(json.dumps(tree, indent=1) if parsed.json else table(found), end="\n" if parsed.json else "")
 
 
 def _check(parsed: argparse.Namespace) -> None:

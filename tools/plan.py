@@ -32,7 +32,7 @@ from collections.abc import Callable, Sequence
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
-from phase8.config.arguments import path_argument
+from phase8.config.arguments import path_argument, require_world_size
 from phase8.durable import replace_file
 from phase8.errors import ConfigError
 from phase8.observe.formatting import format_bytes, format_ratio, format_seconds
@@ -101,6 +101,7 @@ def _schedule(arguments: argparse.Namespace, show: Callable[[str], None]) -> dic
 
 
 def _check(arguments: argparse.Namespace, show: Callable[[str], None]) -> dict[str, Any]:
+    require_world_size(arguments.world_size)
     # Imported late: schedules need no torch.
     from phase8.config.load import load_config
     from phase8.plan.cost_facts import layers_in_words
@@ -132,13 +133,12 @@ def _check(arguments: argparse.Namespace, show: Callable[[str], None]) -> dict[s
 
 
 def _suggest(arguments: argparse.Namespace, show: Callable[[str], None]) -> dict[str, Any]:
+    require_world_size(arguments.world_size)
     # Imported late: schedules need no torch.
     from phase8.config.load import load_config
     from phase8.plan.suggest import suggest
 
     gpu = _gpu(arguments.gpu)
-    if arguments.world_size < 1:
-        raise ConfigError(f"--world-size is {arguments.world_size}, but at least 1 is needed.")
     memory_gib = gpu.memory_gib if arguments.memory is None else arguments.memory
     if not 0 < memory_gib < float("inf"):
         raise ConfigError(f"--memory is {memory_gib:g}, but it must be above 0, in GiB.")

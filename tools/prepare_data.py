@@ -17,7 +17,7 @@ import sys
 
 from rich.progress import TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-from phase8.config.arguments import path_argument
+from phase8.config.arguments import path_argument, prefix_argument
 from phase8.data.input_files import describe_suffixes
 from phase8.data.lost_text import LostText
 from phase8.data.made_with import made_with
@@ -36,7 +36,7 @@ def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
     """The command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("inputs", nargs="*", type=path_argument, metavar="INPUT", help="text, source, .jsonl or .parquet file, or a directory")
-    parser.add_argument("--output-prefix", type=path_argument, required=True, metavar="P", help="begin of every path that is written")
+    parser.add_argument("--output-prefix", type=prefix_argument, required=True, metavar="P", help="begin of every path that is written")
     parser.add_argument("--json-key", default="text", metavar="KEY", help="where a JSON line or a Parquet row holds its text (default: text)")
     foreign = parser.add_argument_group("data that are tokens already, instead of inputs")
     foreign.add_argument(

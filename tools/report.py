@@ -27,6 +27,9 @@ def _run() -> int:
     arguments = _parser().parse_args()
     if len(arguments.runs) == 1 and arguments.output is not None:
         raise ConfigError(f"--output {arguments.output} is for several runs: the report of one is drawn in its directory; leave it out.")
+    for run in arguments.runs:
+        if not (run / "metrics.jsonl").is_file():
+            raise ConfigError(f"there is no run at {run}: it holds no metrics.jsonl; give the directory of a run, such as runs/NAME.")
     # Imported late: what is wrong on the command line is answered at once.
     from phase8.observe.comparison import write_comparison
     from phase8.observe.report import write_report

@@ -19,7 +19,26 @@ def path_argument(text: str) -> Path:
 
 def resume_argument(text: str) -> str:
     """`auto`, `none`, or the path of a checkpoint."""
+    if not text:
+        raise argparse.ArgumentTypeError("it is empty, but auto, none or a checkpoint is needed")
     return text if text in ("auto", "none") else str(path_argument(text))
+
+
+def require_world_size(number: int) -> None:
+    """Refuses a `--world-size` of no process.
+
+    Raises:
+        ConfigError: The number is below 1.
+    """
+    if number < 1:
+        raise ConfigError(f"--world-size is {number}, but at least 1 is needed.")
+
+
+def prefix_argument(text: str) -> Path:
+    """The beginning of the paths of files, which ends in a name."""
+    if not text or text.endswith(("/", ".")):
+        raise argparse.ArgumentTypeError(f"{text!r} ends in no name; add the one with which files begin, such as {text.rstrip('.') or 'data/'}mine")
+    return path_argument(text)
 
 
 def add_device_option(parser: argparse.ArgumentParser) -> None:

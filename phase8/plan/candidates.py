@@ -22,6 +22,8 @@ from phase8.plan.prediction import predict_step, recorded_where_it_pays
 from phase8.plan.rank_memory import fullest
 from phase8.plan.whole_config import plan_stages
 
+_GIB = 2**30
+
 # Larger microbatches are no faster.
 MOST_TOKENS = 131_072
 _CPU_TOKENS = 4096  # tokens at once; the caches of a CPU hold no more
@@ -79,11 +81,13 @@ class Candidate:
         config: The config with these values; settings of the host may still be `auto`.
         planned_bytes: Planned memory of the fullest rank.
         step_seconds: Predicted; for an H100 if the device is unknown.
+        is_recorded: Whether the device records steps where `train.cuda_graphs` is set.
     """
 
     config: RunConfig
     planned_bytes: int
     step_seconds: float
+    is_recorded: bool = True
 
     @property
     def values(self) -> dict[str, Any]:
@@ -97,7 +101,7 @@ class Candidate:
             f"micro batch {train.micro_batch_size}",
             "nothing recomputed" if train.recompute == "none" else f"recompute {train.recomputation}",
             *(["compiled"] if train.compile.enabled else []),
-            *(["CUDA graphs"] if train.cuda_graphs else []),
+            *(["CUDA graphs"] if train.cuda_graphs and self.is_recorded else []),
         ]
         return ", ".join(how)
 
@@ -160,7 +164,8 @@ def _first_that_fits(settings: Sequence[_Setting], planned: Callable[[_Setting],
 
 
 def _planned(setting: _Setting, world_size: int, device: Device) -> Candidate:
-    return Candidate(setting.config, plan_on(device, setting.config, world_size=world_size).total_bytes, setting.step_seconds)
+    planned = plan_on(device, setting.config, world_size=world_size).total_bytes
+    return Candidate(setting.config, planned, setting.step_seconds, records_steps(device.type))
 
 
 def smallest_candidate(config: RunConfig, *, world_size: int, device: Device) -> Candidate:
@@ -186,6 +191,19 @@ def how_to_fit(config: RunConfig, nearest: Candidate) -> str:
     before = values_of(config, _STEP_KEYS)
     overrides = " ".join(f"{name}={value}" for name, value in nearest.values.items() if before[name] != value)
     return f"{overrides} fits with {nearest.planned_bytes / 2**30:.1f} GiB, or leave these keys auto"
+
+
+def nothing_fits(config: RunConfig, facts: Device, *, world_size: int) -> str:
+    """A sentence about a device whose memory no settings of a config fit into: what is missing, and what to change."""
+    smallest = smallest_candidate(config, world_size=world_size, device=facts)
+    needed = f"{smallest} needs {smallest.planned_bytes / _GIB:.1f} GiB by plan"
+    if not facts.is_limited:
+        return f"no other settings are left for {facts.name}: {needed}; make the model, its sequences or its batch smaller."
+    nearest = nearest_that_fits(config, facts, world_size=world_size, below_bytes=smallest.planned_bytes)
+    remedy = "make the model smaller, use more ranks with zero.stage=3, or offload with zero.offload_optimizer=cpu"
+    if nearest is not None:
+        remedy = how_to_fit(smallest.config, nearest)
+    return f"no settings fit into the {facts.memory_bytes / _GIB:.1f} GiB that are free on {facts.name}: {needed}; {remedy}."
 
 
 def _settings(config: RunConfig, *, world_size: int, device: Device, compiles: bool) -> Iterator[list[_Setting]]:

@@ -9,10 +9,10 @@ from phase8.config.auto import automatic_keys, without_auto
 from phase8.config.batch import batch_shape, run_topology
 from phase8.config.schema import RunConfig
 from phase8.config.validate import MODEL_SECTIONS, find_problems, refuse_problems
-from phase8.errors import ConfigError
+from phase8.errors import ConfigError, OutOfMemoryError
 from phase8.observe.banner import print_banner
 from phase8.observe.devices import find_gpu
-from phase8.plan.candidates import Device, find_candidates, smallest_candidate
+from phase8.plan.candidates import Device, find_candidates, nothing_fits, smallest_candidate
 from phase8.plan.cost_facts import Fact, batch_fact, communication_fact, memory_facts, model_facts, speed_fact
 from phase8.plan.memory import free_bytes
 from phase8.plan.prediction import ASSUMED_GPU, assumed_gpu, predict_step
@@ -25,11 +25,13 @@ def dry_run(config: RunConfig, *, world_size: int, console: Console) -> None:
 
     Raises:
         ConfigError: The config cannot run; raised after everything that can be printed has been.
+        OutOfMemoryError: No settings fit into the memory of the GPU; raised after everything, too.
     """
     problems = find_problems(config, world_size=world_size)
     facts: list[Fact] = []
+    too_large = None
     if not problems:
-        config, facts = _settled(config, world_size)
+        config, facts, too_large = _settled(config, world_size)
     # Each part is printed if the config allows it: a topology that does not fit must not hide the size of the model.
     for describe in (_topology_facts, _batch_facts, _model_facts, _memory_facts, _communication_facts, _speed_facts):
         try:
@@ -39,17 +41,25 @@ def dry_run(config: RunConfig, *, world_size: int, console: Console) -> None:
     print_banner(f"dry run: {config.run.name}, world size {world_size}", facts, console)
     if problems:
         raise ConfigError(problems)
+    if too_large is not None:
+        raise OutOfMemoryError(too_large)
 
 
-def _settled(config: RunConfig, world_size: int) -> tuple[RunConfig, list[Fact]]:
-    """The config with the settings that would be chosen by plan on this machine's GPU, or on an H100 if it has no known GPU."""
+def _settled(config: RunConfig, world_size: int) -> tuple[RunConfig, list[Fact], str | None]:
+    """The config with the settings that would be chosen by plan on this machine's GPU, or on an H100 if it has no known GPU.
+
+    Returns:
+        The config, the row about the settings, and where nothing fits a sentence about that.
+    """
     if not any(name.startswith("train.") for name in automatic_keys(config)) or config.train.tuning == "off":
-        return without_auto(config), []
+        return without_auto(config), [], None
     device = _device(config)
     found = find_candidates(config, world_size=world_size, device=device, most=1)
-    settled = without_auto(found[0].config if found else smallest_candidate(config, world_size=world_size, device=device).config)
-    reason = f"{found[0]}" if found else f"nothing fits into {device.memory_bytes / 2**30:.1f} GiB"
-    return settled, [("settings", f"{reason}, by plan")]
+    if found:
+        return without_auto(found[0].config), [("settings", f"{found[0]}, by plan")], None
+    settled = without_auto(smallest_candidate(config, world_size=world_size, device=device).config)
+    reason = f"nothing fits into {device.memory_bytes / 2**30:.1f} GiB"
+    return settled, [("settings", f"{reason}, by plan")], nothing_fits(config, device, world_size=world_size)
 
 
 def _device(config: RunConfig) -> Device:

@@ -35,12 +35,18 @@ def require_host_memory(config: RunConfig, facts: Device, *, world_size: int, ra
     Raises:
         OutOfMemoryError: The plan exceeds what is available.
     """
-    planned, available = ranks_of_host * plan_on(facts, config, world_size=world_size).host_bytes, available_bytes()
+    plan, available = plan_on(facts, config, world_size=world_size), available_bytes()
+    # A model on the host itself needs at least its weights, their gradients and the optimizer's state; what a CPU keeps for backward is not planned
+    # so well that a run should be refused for it.
+    computes = not accelerator.is_accelerator(facts.type)
+    state = plan.weights_bytes + plan.gradients_bytes + plan.optimizer_bytes if computes else 0
+    planned = ranks_of_host * (plan.host_bytes + state)
     if available is None or planned <= available:
         return
     ranks = f" of the {ranks_of_host} ranks here" if ranks_of_host > 1 else ""
+    what = "weights, gradients and optimizer" if computes else "copies and what is offloaded"
     raise OutOfMemoryError(
-        f"the host has too little memory: {planned / _GIB:.1f} GiB{ranks} are planned for copies and what is offloaded, and "
+        f"the host has too little memory: {planned / _GIB:.1f} GiB{ranks} are planned for {what}, and "
         f"{available / _GIB:.1f} GiB are available, {(planned - available) / _GIB:.1f} GiB too little; {_how_to_need_less_of_the_host(config, '')}.",
         None,
         has_begun=False,
@@ -129,9 +135,11 @@ def _device_sentence(config: RunConfig, facts: Device, world_size: int) -> str:
 
 
 def _host_sentence(config: RunConfig, facts: Device, world_size: int, kind: str) -> str:
-    planned = plan_on(facts, config, world_size=world_size).host_bytes
-    remedy = _how_to_need_less_of_the_host(config, kind)
-    return f"the host has too little {kind}memory; {planned / _GIB:.1f} GiB a rank are planned for copies and what is offloaded: {remedy}."
+    plan, remedy = plan_on(facts, config, world_size=world_size), _how_to_need_less_of_the_host(config, kind)
+    planned, what = plan.host_bytes, "copies and what is offloaded"
+    if not accelerator.is_accelerator(facts.type):
+        planned, what = plan.host_bytes + plan.total_bytes, "the run"
+    return f"the host has too little {kind}memory; {planned / _GIB:.1f} GiB a rank are planned for {what}: {remedy}."
 
 
 def _how_to_need_less_of_the_host(config: RunConfig, kind: str) -> str:

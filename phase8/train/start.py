@@ -13,7 +13,7 @@ from phase8.checkpoint.step_directories import step_of
 from phase8.config.schema import RunConfig
 from phase8.distributed.collectives import broadcast_text
 from phase8.durable import staged_directory
-from phase8.errors import CheckpointError
+from phase8.errors import CheckpointError, StorageError
 from phase8.observe.metrics import read_metrics
 from phase8.paths import real_path
 from phase8.train.restart import record_agents, recorded_agents
@@ -28,11 +28,13 @@ class Choice:
     Args:
         checkpoint: Checkpoint that was restored; None: the run starts from the beginning.
         sets_run_aside: Whether an earlier run of the same name is renamed.
+        lacks_checkpoint: Whether that is because it has taken steps and left no checkpoint, though the run was to go on.
         later: Checkpoints of this run that are moved because it continues from an earlier one.
     """
 
     checkpoint: Checkpoint | None = None
     sets_run_aside: bool = False
+    lacks_checkpoint: bool = False
     later: tuple[Path, ...] = ()
 
     @property
@@ -71,7 +73,10 @@ def choice_of(asked: str, directory: RunDirectory, checkpoint: Checkpoint | None
     """Decides what has to be moved for a run that continues from the checkpoint of `restore_asked` (None: from the beginning)."""
     if asked == "none":
         return Choice(sets_run_aside=directory.exists())
-    if checkpoint is None or asked == "auto":
+    if checkpoint is None:
+        lost = _has_taken_steps(directory)
+        return Choice(sets_run_aside=lost, lacks_checkpoint=lost)
+    if asked == "auto":
         return Choice(checkpoint)
     if not directory.owns(checkpoint.path):
         return Choice(checkpoint, sets_run_aside=directory.exists())
@@ -81,6 +86,16 @@ def choice_of(asked: str, directory: RunDirectory, checkpoint: Checkpoint | None
         if (step_of(path.name) or 0) >= checkpoint.step and real_path(path) != real_path(checkpoint.path)
     ]
     return Choice(checkpoint, later=tuple(later))
+
+
+def _has_taken_steps(directory: RunDirectory) -> bool:
+    """Whether the directory holds metrics of steps, or a file of metrics that cannot be read."""
+    if not directory.metrics.exists():
+        return False
+    try:
+        return any(record["step"] > 0 for record in read_metrics(directory.metrics))
+    except StorageError:
+        return True
 
 
 def recorded_settings(asked: str, directory: RunDirectory, *, is_first: bool) -> object:
@@ -145,7 +160,8 @@ def make_way(
             new.keep(name, content)
         record_agents(new, agents=agents)
         if choice.sets_run_aside:
-            on_message(f"the earlier run of this name is now {directory.set_aside()}")
+            why = "the earlier run of this name has no checkpoint to go on from; it" if choice.lacks_checkpoint else "the earlier run of this name"
+            on_message(f"{why} is now {directory.set_aside()}")
     if choice.later:
         directory.set_aside_checkpoints(choice.later)
         on_message(f"{len(choice.later)} later checkpoints were moved to {directory.superseded}")

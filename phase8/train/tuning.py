@@ -32,7 +32,7 @@ from phase8.distributed.collectives import broadcast_text, gather_texts
 from phase8.distributed.mesh import Mesh
 from phase8.errors import ConfigError, OutOfMemoryError, Phase8Error
 from phase8.observe.formatting import format_count
-from phase8.plan.candidates import Candidate, Device, find_candidates, how_to_fit, nearest_that_fits, plan_on, smallest_candidate
+from phase8.plan.candidates import Candidate, Device, find_candidates, nothing_fits, plan_on
 from phase8.plan.prediction import predict_step
 from phase8.train.device import host_settings
 from phase8.train.engine.protocol import BuildEngine
@@ -163,7 +163,7 @@ class _Search:
         """
         found = self._fitting(compiles=compiles)
         if not found:
-            raise OutOfMemoryError(_nothing_fits(self._config, self._world_size, self._facts))
+            raise OutOfMemoryError(nothing_fits(self._config, self._facts, world_size=self._world_size))
         return found
 
     def _fitting(self, *, compiles: bool) -> list[Candidate]:
@@ -289,18 +289,6 @@ def _agreed(choose: Callable[[], Chosen], mesh: Mesh) -> Chosen:
     if said is None:
         raise OutOfMemoryError("the first rank found no settings that fit; see its message")
     return Chosen(**json.loads(said))
-
-
-def _nothing_fits(config: RunConfig, world_size: int, facts: Device) -> str:
-    smallest = smallest_candidate(config, world_size=world_size, device=facts)
-    nearest = nearest_that_fits(config, facts, world_size=world_size, below_bytes=smallest.planned_bytes)
-    remedy = "make the model smaller, use more ranks with zero.stage=3, or offload with zero.offload_optimizer=cpu"
-    if nearest is not None:
-        remedy = how_to_fit(smallest.config, nearest)
-    return (
-        f"no settings fit into the {facts.memory_bytes / 2**30:.1f} GiB that are free on {facts.name}: {smallest} needs "
-        f"{smallest.planned_bytes / 2**30:.1f} GiB by plan; {remedy}."
-    )
 
 
 def _cache_file(config: RunConfig, facts: Device, world_size: int) -> Path:

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from phase8.config.arguments import path_argument, resume_argument
+from phase8.config.arguments import path_argument, prefix_argument, resume_argument
 from phase8.config.describe import describe_type, iterate_keys
 from phase8.config.dotted import value_of
 from phase8.config.load import config_from_mapping, config_to_mapping, load_config
@@ -76,9 +76,15 @@ def test_what_is_stored_is_expanded_already_and_stays(monkeypatch):
 def test_arguments_are_expanded_or_refused():
     assert path_argument("~/x") == Path("/home/somebody/x") and path_argument("$SCRATCH/x") == Path("/scratch/x")
     assert [resume_argument(text) for text in ("auto", "none", "~/c", "c")] == ["auto", "none", "/home/somebody/c", "c"]
-    for kind in (path_argument, resume_argument):
+    for kind in (path_argument, resume_argument, prefix_argument):
         with pytest.raises(argparse.ArgumentTypeError, match="UNSET_HERE, which is not set"):
             kind("$UNSET_HERE/x")
+    with pytest.raises(argparse.ArgumentTypeError, match="it is empty, but auto, none or a checkpoint is needed"):
+        resume_argument("")  # a variable of a shell that is not set
+    assert prefix_argument("$SCRATCH/data/mine.v1") == Path("/scratch/data/mine.v1")
+    for text in ("data/", "", ".", "data/.."):  # a Path forgets the slash, and files would lie beside the directory
+        with pytest.raises(argparse.ArgumentTypeError, match="ends in no name"):
+            prefix_argument(text)
 
 
 def options(path: Path):
@@ -94,5 +100,5 @@ def options(path: Path):
 def test_every_option_of_a_door_is_expanded_or_is_listed():
     doors = {*(ROOT / "launch").glob("*.py"), *(ROOT / "tools").rglob("*.py")} - NOT_BY_HAND
     found = {(name, kind) for door in doors for name, kind in options(door)}
-    assert {name for name, kind in found if kind not in ("path_argument", "resume_argument")} == TEXT_OPTIONS
+    assert {name for name, kind in found if kind not in ("path_argument", "prefix_argument", "resume_argument")} == TEXT_OPTIONS
     assert {"--config", "--resume", "--checkpoint", "--tokenizer", "inputs", "source", "destination"} <= {name for name, _ in found}

@@ -115,6 +115,15 @@ def test_a_missing_config_file(call):
     assert errors.endswith(", quickstart.\n") and errors.count("\n") == 1
 
 
+def test_a_world_of_no_process_is_refused(call):
+    assert call("--dry-run", "--world-size", "0") == (2, "", "error: --world-size is 0, but at least 1 is needed.\n")
+
+
+def test_a_dry_run_of_what_fits_nowhere_ends_as_the_run_would(call):
+    code, output, errors = call("--config", "configs/phase8_1b.yaml", "--dry-run", "--set", "train.device_memory_gib=2")
+    assert code == 9 and "nothing fits into 2.0 GiB" in output and errors.startswith("error: no settings fit into the 2.0 GiB that are free on")
+
+
 def test_a_world_size_without_dry_run_is_refused(call):
     code, _, errors = call("--world-size", "8")
     assert (code, errors) == (2, "error: --world-size 8 is for --dry-run: a run has the processes that were started; leave it out.\n")

@@ -96,3 +96,11 @@ def test_what_cannot_be_read_has_its_exit_code(trained, tmp_path, capsys):
     ):
         found, output, errors = evaluate(capsys, *arguments)
         assert (found, output) == (code, "") and sentence in errors, errors
+
+
+def test_a_result_that_cannot_be_written_is_printed(trained, tmp_path, capsys):
+    """An evaluation may take hours."""
+    run, directory = trained
+    arguments = ("--checkpoint", run.directory.path, "--data", directory / "validation", "--sequences", "2", "--output", tmp_path)
+    code, output, errors = evaluate(capsys, *arguments)
+    assert code == 5 and "loss" in output and f"cannot write {tmp_path}" in errors

@@ -31,7 +31,11 @@ def test_a_run_is_drawn_and_several_are_compared(tmp_path):
 
 @pytest.mark.parametrize(
     ("arguments", "code", "sentence"),
-    [(["{}/none"], 5, "cannot read {}/none/metrics.jsonl"), (["{}/a", "--output", "x"], 2, "--output x is for several runs"), ([], 2, "RUN")],
+    [
+        (["{}/none"], 2, "there is no run at {}/none: it holds no metrics.jsonl; give the directory of a run"),
+        (["{}/a", "--output", "x"], 2, "--output x is for several runs"),
+        ([], 2, "RUN"),
+    ],
 )
 def test_what_cannot_be_drawn_is_one_sentence(tmp_path, arguments, code, sentence):
     found, output, errors = call(*(argument.format(tmp_path) for argument in arguments))

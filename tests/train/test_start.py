@@ -1,6 +1,7 @@
 """How a run starts: what belongs together is compared, what has changed is said, and a start that is refused leaves the run as it was."""
 
 import io
+import json
 import shutil
 import stat
 
@@ -244,3 +245,25 @@ def test_a_value_is_shown_shortly():
     config = config_from_mapping(tree, source="test")
     (change,) = changed_keys(stored_config({}), config)
     assert len(str(change)) < 600
+
+
+@pytest.mark.parametrize("metrics", ["steps", "unreadable", "no steps", "none"])
+def test_a_run_that_lost_its_checkpoints_is_kept_under_another_name(start, runs, metrics):
+    """Its metrics would else be taken for those of steps that are taken again."""
+    (runs / "k" / "checkpoints").rename(runs / "elsewhere")
+    path = runs / "k" / "metrics.jsonl"
+    if metrics == "no steps":
+        path.write_text("".join(line for line in path.read_text().splitlines(True) if json.loads(line)["step"] == 0))
+    elif metrics == "unreadable":
+        path.unlink()
+        path.mkdir()
+    elif metrics == "none":
+        path.unlink()
+    before, console = tree(runs / "k"), Console(file=io.StringIO(), width=500)
+    run = start(console=console)
+    has_moved = metrics in ("steps", "unreadable")
+    assert run.position.step == 0 and (runs / "k.1").exists() == has_moved
+    if has_moved:
+        assert tree(runs / "k.1") == before and not run.directory.metrics.exists()
+        told = f"the earlier run of this name has no checkpoint to go on from; it is now {runs / 'k.1'}\n"
+        assert told in console.file.getvalue()

@@ -212,11 +212,13 @@ def test_too_little_memory_is_one_sentence(tiny, mesh, trials, error, sentence):
 
 
 def test_more_than_the_host_has_is_refused_before_anything_is_taken(tiny, monkeypatch):
-    monkeypatch.setattr(memory_limits, "available_bytes", lambda: 64 << 10)
-    prepare(tiny)  # keeps nothing in host memory
+    monkeypatch.setattr(memory_limits, "available_bytes", lambda: 64 << 20)
+    prepare(tiny)  # has some KiB of weights, gradients and optimizer on a CPU, and nothing else in host memory
+    with pytest.raises(OutOfMemoryError, match=r"0\.2 GiB are planned for weights, gradients and optimizer, and 0\.1 GiB are available"):
+        prepare(tiny, "run.name=wide", "model.d_model=192", "model.ffn_size=14000")
     settings = ("run.name=large", "zero.stage=3", "zero.offload_optimizer=cpu", "zero.offload_params=cpu", "model.d_model=192")
     settings = (*settings, "model.ffn_size=40000")
-    sentence = r"too little memory: 0\.7 GiB are planned .*, and 0\.0 GiB are available, 0\.7 GiB too little; set zero\.offload_optimizer=none\."
+    sentence = r"too little memory: 1\.2 GiB are planned .*, and 0\.1 GiB are available, 1\.1 GiB too little; set zero\.offload_optimizer=none\."
     with pytest.raises(OutOfMemoryError, match=sentence) as caught:
         prepare(tiny, *settings)
     dist.destroy_process_group()  # of one rank, for offloaded parameters: tests after this one are without any
