@@ -32,6 +32,7 @@ def test_every_weight_is_within_half_a_step_of_its_number(inputs):
     steps = stored["scale"].abs().double().repeat_interleave(32, dim=1)[:, :inputs]
     error = (weight_of(stored, inputs) - weight.double()).abs()
     assert (error <= HALF_A_STEP * steps).all() and (error[1] == 0).all() and (stored["scale"][1] == 0).all()
+    assert (stored["weight"][1] == 0x88).all()  # numbers 0, not what is left of a division by 0
     finest = weight.abs().amax() / 7.4  # no step is coarser than this
     assert (steps <= finest).all()
 
@@ -54,6 +55,13 @@ def test_all_numbers_survive_every_layout_bit_for_bit():
     assert torch.equal(FORMAT.unpacked(packed).view(128, 64), values)
     for block in (64, 32):
         assert torch.equal(Int4OfTorch(32, block)._unpacked(in_blocks(values, block)), values.T)
+
+
+@pytest.mark.parametrize(("capability", "block"), [("AVX512", 64), ("AVX2", 32)])
+def test_the_layouts_of_torch_are_known(capability, block):
+    if torch.backends.cpu.get_cpu_capability() != capability:
+        pytest.skip(f"torch does not compute with {capability} here")
+    assert block_of_torch() == block
 
 
 @needs_operator
