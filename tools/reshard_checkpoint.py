@@ -247,7 +247,8 @@ def _config_of(source: Checkpoint) -> RunConfig:
     """The config of a checkpoint; its model section describes the weights."""
     import torch
 
-    from phase8.checkpoint.run_metadata import require_as_trained, run_metadata
+    from phase8.checkpoint.quantization import require_as_trained
+    from phase8.checkpoint.run_metadata import run_metadata
     from phase8.checkpoint.state import require_fit
     from phase8.model.model import build_model
 

@@ -2,7 +2,7 @@
 
 | file | content |
 |---|---|
-| `config.json` | the config of the run, and `quantization` where weights have eight bits |
+| `config.json` | the config of the run, and `quantization` where weights have eight or four bits |
 | `model.safetensors` | the weights under their names in the model |
 | `tokenizer.*` | becomes the attachment |
 """
@@ -14,6 +14,7 @@ from typing import Any
 
 from pydantic import ValidationError
 
+from phase8.checkpoint.quantization import NUMBER_DTYPES
 from phase8.checkpoint.step_directories import WEIGHTS_NAME
 from phase8.checkpoint.untrusted import shown_name
 from phase8.checkpoint.weight_files import STORED_DTYPES, WeightFiles, open_tensor_file, regular, weights_of
@@ -38,7 +39,7 @@ def open_consolidated(directory: Path, config: dict[str, Any]) -> WeightFiles:
     """
     path = regular(directory / WEIGHTS_NAME)
     opened = open_tensor_file(path)
-    dtypes = (*STORED_DTYPES, "I8") if config.get("quantization") is not None else STORED_DTYPES
+    dtypes = (*STORED_DTYPES, *NUMBER_DTYPES) if config.get("quantization") is not None else STORED_DTYPES
     for key, stored in opened.file.tensors.items():
         if stored.dtype not in dtypes:
             raise CheckpointMismatchError(

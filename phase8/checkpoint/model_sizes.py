@@ -6,7 +6,7 @@ A model that passes may still differ, which comparing exact shapes shows; but bu
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 
 from phase8.checkpoint.untrusted import shown
 from phase8.config.model_section import ModelSection
@@ -16,12 +16,15 @@ EMBEDDING = "embedding.weight"
 _IN_A_BLOCK = re.compile(r"blocks\.([0-9]{1,18})\.(.+)")
 
 
-def sizes_problem(model: ModelSection, shapes: Mapping[str, Sequence[int]]) -> str | None:
+def sizes_problem(
+    model: ModelSection, shapes: Mapping[str, Sequence[int]], *, packed: Callable[[int, int], tuple[int, ...]] | None = None
+) -> str | None:
     """Why a model cannot have these parameters, or None.
 
     Args:
         model: Model section of a file whose origin is not trusted.
         shapes: Shapes of the stored parameters, by their name in the model.
+        packed: The shape in which a matrix [F, D] is stored if its numbers have few bits; None: as it is.
     """
     if (problem := next(model_problems(model), None)) is not None:
         return problem.removesuffix(".")
@@ -29,7 +32,8 @@ def sizes_problem(model: ModelSection, shapes: Mapping[str, Sequence[int]]) -> s
         return problem
     stored = {tuple(shape) for shape in shapes.values()}
     for keys, shape in _shapes_of(model):
-        if shape not in stored:
+        is_packed = packed is not None and len(shape) == 2 and packed(shape[0], shape[1]) in stored
+        if shape not in stored and not is_packed:
             sizes = " and ".join(f"{key} {shown(value)}" for key, value in keys.items())
             return f"{sizes} {'make' if len(keys) > 1 else 'makes'} a weight of shape {shown(list(shape))}, and none has it"
     embedding = shapes.get(EMBEDDING)

@@ -16,12 +16,13 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, Literal, NoReturn
+from typing import Annotated, Any, NoReturn
 
 from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag, ValidationError
 
 from phase8.checkpoint.load import Checkpoint
 from phase8.checkpoint.model_sizes import sizes_problem
+from phase8.checkpoint.quantization import quantization_of
 from phase8.checkpoint.random_state import check_random_state
 from phase8.checkpoint.state import MODEL_PREFIX
 from phase8.checkpoint.untrusted import printable, shortened, shown
@@ -146,46 +147,6 @@ class RunMetadata:
     random_state: dict[str, Any] | None
 
 
-class Quantization(_Record):
-    """How weights of eight bits are stored and multiplied.
-
-    Args:
-        format: The number format.
-        dynamic: Whether activations are rounded to eight bits too.
-    """
-
-    format: Literal["int8"]
-    dynamic: bool
-
-
-def quantization_of(checkpoint: Checkpoint) -> Quantization | None:
-    """How the weights of a checkpoint are stored, if in eight bits; None: as they are trained.
-
-    Raises:
-        CheckpointCorruptError: They are stored in a way that this release does not know.
-    """
-    config = checkpoint.metadata.get("config")
-    found = config.get("quantization") if isinstance(config, dict) else None
-    if found is None:
-        return None
-    try:
-        return Quantization.model_validate(found)
-    except ValidationError:
-        _refuse(checkpoint.path, f'quantization is {shown(found)}, but this release reads {{"format": "int8", "dynamic": true or false}}')
-
-
-def require_as_trained(checkpoint: Checkpoint) -> None:
-    """Refuses weights of eight bits where those of training are needed.
-
-    Raises:
-        CheckpointError: The weights have eight bits.
-    """
-    if quantization_of(checkpoint) is not None:
-        raise CheckpointError(
-            f"{checkpoint.path} has weights of eight bits, which are for generation and evaluation alone; give the checkpoint that they are from"
-        )
-
-
 def run_metadata(checkpoint: Checkpoint, *, needed: Sequence[str] = OF_A_MODEL) -> RunMetadata:
     """Parses the metadata of a checkpoint that a training run or an import has written.
 
@@ -220,7 +181,9 @@ def run_metadata(checkpoint: Checkpoint, *, needed: Sequence[str] = OF_A_MODEL) 
     shapes = {
         name.removeprefix(MODEL_PREFIX): checkpoint.entry(name).shape for name in checkpoint.tensor_names if name.startswith(MODEL_PREFIX)
     }
-    if (problem := sizes_problem(config.model, shapes)) is not None:
+    quantization = quantization_of(checkpoint)
+    packed = None if quantization is None else lambda outputs, inputs: quantization.tensors(outputs, inputs)["weight"][1]
+    if (problem := sizes_problem(config.model, shapes, packed=packed)) is not None:
         _refuse(path, f"its config does not fit its tensors: {problem}")
     if metadata.random_state is not None:
         try:

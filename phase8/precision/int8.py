@@ -10,11 +10,14 @@ Shapes: N tokens, D width of the input, F width of the output.
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from phase8.accelerator import has_kernels, is_accelerator
+from phase8.precision.weight_format import WeightProduct
 
 LARGEST = 127  # -128 has no counterpart
 # torch's product of few tokens with packed weights reads each weight once; beyond, or with other widths, it is slow or crashes (torch 2.13).
@@ -22,6 +25,39 @@ _FEW_TOKENS = 8
 _WIDTHS = 64
 # torch's product of whole numbers on a GPU wants more than 16 rows, and widths that eight divides.
 _LEAST_ROWS_ON_GPU, _WIDTHS_ON_GPU = 17, 8
+
+
+@dataclass(frozen=True)
+class Int8:
+    """`weight` [F, D], int8, and `scale` [F], fp32.
+
+    Args:
+        is_dynamic: Whether activations are rounded to eight bits too.
+    """
+
+    is_dynamic: bool
+
+    @property
+    def bits(self) -> int:
+        """Bits of a number."""
+        return 8
+
+    def tensors(self, outputs: int, inputs: int) -> dict[str, tuple[torch.dtype, tuple[int, ...]]]:
+        """Dtype and shape of `weight` and `scale`."""
+        return {"weight": (torch.int8, (outputs, inputs)), "scale": (torch.float32, (outputs,))}
+
+    def quantized(self, weight: Tensor) -> dict[str, Tensor]:
+        """The nearest numbers and their scales."""
+        numbers, scale = quantized(weight)
+        return {"weight": numbers, "scale": scale.squeeze(-1)}
+
+    def product(self, x: Tensor, weight: Tensor, scale: Tensor) -> Tensor:
+        """The product x W^T [..., F] in the dtype of x [..., D]."""
+        return int8_product(x, weight, scale, is_dynamic=self.is_dynamic)
+
+    def arranged(self, weight: Tensor, scale: Tensor) -> tuple[WeightProduct, Tensor, Tensor]:
+        """What is given."""
+        return self, weight, scale
 
 
 def quantized(x: Tensor) -> tuple[Tensor, Tensor]:

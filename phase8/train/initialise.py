@@ -9,7 +9,8 @@ from typing import Any
 
 from phase8.checkpoint.load import Checkpoint, list_checkpoints
 from phase8.checkpoint.model_source import open_model, tokenizer_of
-from phase8.checkpoint.run_metadata import require_as_trained, run_metadata
+from phase8.checkpoint.quantization import require_as_trained
+from phase8.checkpoint.run_metadata import run_metadata
 from phase8.checkpoint.state import require_fit
 from phase8.checkpoint.weight_files import WeightFiles
 from phase8.config.describe import describe_value

@@ -8,8 +8,10 @@ from phase8.generate import decode
 from phase8.generate.decode import Decoder, DecodingLoop
 from phase8.generate.sampling import SamplingOptions
 from phase8.model import mixer
-from phase8.model.int8_layers import Int8Linear, hold_in_int8
 from phase8.model.mixer_step import JointProjections
+from phase8.model.quantized_layers import QuantizedLinear, hold_quantized
+from phase8.precision.int4 import Int4
+from phase8.precision.int8 import Int8
 from phase8.tensor_parallel import linear
 from tests.model.small import VARIANT_IDS, VARIANT_SECTIONS, perturbed_model, random_tokens, scaled_down
 
@@ -79,14 +81,14 @@ def test_a_gpu_draws_tokens_that_are_the_likeliest_of_the_whole(batch):
     assert share <= 0.02 and behind.max() <= 0.6 * logits.std(), f"{share:.3f} of the tokens, at most {behind.max() / logits.std():.2f} behind"
 
 
-@pytest.mark.parametrize("is_dynamic", [False, True])
-def test_layers_of_eight_bits(is_dynamic):
+@pytest.mark.parametrize("weight_format", [Int8(is_dynamic=False), Int8(is_dynamic=True), Int4()], ids=str)
+def test_layers_of_few_bits(weight_format):
     model, tokens = perturbed_model(scaled_down(ModelSection(global_path="delta")), dtype=torch.float32), random_tokens()
-    hold_in_int8(model, is_dynamic=is_dynamic)
+    hold_quantized(model, weight_format)
     generator = torch.Generator().manual_seed(3)
-    for layer in (each for each in model.modules() if isinstance(each, Int8Linear)):
-        layer.weight.random_(-127, 128, generator=generator)
-        layer.scale.uniform_(0.001, 0.003, generator=generator)
+    for layer in (each for each in model.modules() if isinstance(each, QuantizedLinear)):
+        layer.weight.random_(*((-127, 128) if weight_format.bits == 8 else (0, 256)), generator=generator)
+        layer.scale.uniform_(0.25 / 2**weight_format.bits, 0.75 / 2**weight_format.bits, generator=generator)
     with torch.no_grad():
         expected = model.logits(model(tokens)[0])
     for (row, position), logits in logits_of_steps(model, tokens, (0, 4)).items():

@@ -1,4 +1,4 @@
-"""Trained models in eight bits: what is written, that every tool reads it, and how little the losses change."""
+"""Trained models in eight and four bits: what is written, that every tool reads it, and how little the losses change."""
 
 import json
 import sys
@@ -14,7 +14,11 @@ from phase8.division import Region
 from phase8.errors import CheckpointError
 from phase8.generate.decode import Decoder
 from phase8.generate.restore import restore_model
-from phase8.model.int8_layers import Int8Linear
+from phase8.model.quantized_layers import QuantizedLinear
+from phase8.precision import int4
+from phase8.precision.int4 import Int4, block_of_torch
+from phase8.precision.int8 import Int8
+from phase8.precision.weight_format import IN_WORDS
 from tests.tools.doors import load_door
 from tests.tools.test_upcycle import hidden_of, write_model
 from tests.train.tiny_run import train_tiny, write_config
@@ -27,6 +31,13 @@ BLOCKS = {
     "transformer": ("model.block=transformer",),
     "transformer, fewer heads of keys": ("model.block=transformer", "model.num_kv_heads=1"),
 }
+# Options of the command, the format that they choose, and by how much what a model off its first weights computes may change.
+FORMATS = {
+    "int8": ((), Int8(is_dynamic=False), 0.03),
+    "dynamic": (("--dynamic",), Int8(is_dynamic=True), 0.03),
+    "int4": (("--bits", "4"), Int4(), 0.3),
+}
+FOUR = ("--bits", "4")
 
 
 @pytest.fixture(scope="module")
@@ -39,16 +50,16 @@ def refused(door, capsys, *arguments):
     return code, capsys.readouterr().err
 
 
-@pytest.mark.parametrize("options", [(), ("--dynamic",)])
+@pytest.mark.parametrize(("options", "weight_format", "bound"), FORMATS.values(), ids=FORMATS)
 @pytest.mark.parametrize("block", BLOCKS)
-def test_what_a_model_computes_changes_little(door, tmp_path, capsys, block, options):
+def test_what_a_model_computes_changes_little(door, tmp_path, capsys, block, options, weight_format, bound):
     source = write_model(tmp_path / "c", *BLOCKS[block])
     assert door.main([str(source), str(tmp_path / "d"), *options]) == 0, capsys.readouterr().err
     (expected, _), (hidden, model) = hidden_of(source), hidden_of(tmp_path / "d")
-    layers = [layer for layer in model.modules() if isinstance(layer, Int8Linear)]
-    assert layers and all(layer.is_dynamic == bool(options) for layer in layers)
-    assert 0 < ((hidden - expected).norm() / expected.norm()).item() < 0.03
-    assert f"{len(layers)} layers of eight bits" in capsys.readouterr().out
+    layers = [layer for layer in model.modules() if isinstance(layer, QuantizedLinear)]
+    assert layers and all(layer.weight_format == weight_format for layer in layers)
+    assert 0 < ((hidden - expected).norm() / expected.norm()).item() < bound
+    assert f"{len(layers)} layers of {IN_WORDS[weight_format.bits]} bits" in capsys.readouterr().out
 
 
 def test_what_is_written(door, tmp_path):
@@ -69,8 +80,44 @@ def test_what_is_written(door, tmp_path):
     assert all(dtype == ("BF16" if len(found.entry(name).shape) > 1 else "F32") for name, dtype in others.items())
 
 
-def test_pieces_of_a_sequence_continue_each_other(door, tmp_path):
-    door.main([str(write_model(tmp_path / "c")), str(tmp_path / "d")])
+def test_what_is_written_in_four_bits(door, tmp_path):
+    source = open_checkpoint(write_model(tmp_path / "c", "model.d_model=64", "model.num_heads=2"))
+    assert door.main([str(source.path), str(tmp_path / "d"), *FOUR]) == 0
+    found = open_model(tmp_path / "d")
+    found.verify()
+    assert json.loads((tmp_path / "d" / "config.json").read_text())["quantization"] == {"format": "int4", "group": 32}
+    num_weights = 0
+    for name in (name for name in found.tensor_names if found.entry(name).dtype == "U8"):
+        weight, scale = source.read(name), found.read(name.removesuffix("weight") + "scale")
+        outputs, inputs = weight.shape
+        steps = scale.float().repeat_interleave(32, 1)[:, :inputs]
+        values = Int4().unpacked(found.read(name)).flatten(1)[:, :inputs]
+        assert scale.dtype == torch.bfloat16 and list(found.entry(name).shape) == [outputs, -(-inputs // 32) * 16]
+        assert ((values * steps - weight).abs() <= 0.54 * steps.abs()).all()
+        num_weights += weight.numel()
+    small = [name for name in found.tensor_names if not name.endswith(".scale") and found.entry(name).dtype != "U8"]
+    others = sum(found.read(name).nbytes for name in small)
+    file_bytes = (tmp_path / "d" / "model.safetensors").stat().st_size
+    assert num_weights and 0 <= file_bytes - others - num_weights * 4.5 / 8 < 0.1 * num_weights * 4.5 / 8 + 8192  # ragged groups; the header
+
+
+@pytest.mark.skipif(block_of_torch() is None, reason="torch's operator has no fast product on this CPU")
+def test_logits_of_torchs_operator_are_those_of_unpacked_weights(door, tmp_path, monkeypatch):
+    settings = ("model.d_model=64", "model.num_heads=2", "model.ffn_size=128")
+    door.main([str(write_model(tmp_path / "c", *settings)), str(tmp_path / "d"), *FOUR])
+    model, *_ = restore_model(tmp_path / "d", device=CPU)
+    layers = [layer for layer in model.modules() if isinstance(layer, QuantizedLinear)]
+    assert layers and all(layer.weight.nbytes == layer.weight.shape[1] * layer.scale.shape[1] // 2 for layer in layers)
+    monkeypatch.setattr(int4, "block_of_torch", lambda: None)
+    reference, *_ = restore_model(tmp_path / "d", device=CPU)
+    tokens = torch.randint(61, (1, 20), generator=torch.Generator().manual_seed(0))
+    found, expected = (Decoder(each).feed(tokens) for each in (model, reference))
+    assert 0 < (found - expected).norm() < 0.02 * expected.norm()
+
+
+@pytest.mark.parametrize("options", [(), FOUR])
+def test_pieces_of_a_sequence_continue_each_other(door, tmp_path, options):
+    door.main([str(write_model(tmp_path / "c")), str(tmp_path / "d"), *options])
     model, *_ = restore_model(tmp_path / "d", device=CPU)
     tokens = torch.randint(61, (1, 20), generator=torch.Generator().manual_seed(0))
     whole, pieces = Decoder(model).feed(tokens), Decoder(model)
@@ -87,7 +134,7 @@ def trained(tmp_path_factory):
     return directory, run.directory.path
 
 
-@pytest.mark.parametrize("options", [(), ("--dynamic",)])
+@pytest.mark.parametrize("options", [(), ("--dynamic",), FOUR])
 def test_the_loss_of_a_trained_model_is_the_same_within_a_hundredth(door, trained, tmp_path, options):
     data, run = trained
     assert door.main([str(run), str(tmp_path / "d"), *options]) == 0
@@ -101,54 +148,69 @@ def test_the_loss_of_a_trained_model_is_the_same_within_a_hundredth(door, traine
     assert losses[0] < 0.9 * torch.tensor(300.0).log()  # it has learnt something
 
 
-def test_text_is_written_with_the_tokenizer_of_the_original(door, trained, tmp_path, monkeypatch, capsys):
-    door.main([str(trained[1]), str(tmp_path / "d")])
+@pytest.mark.parametrize("options", [(), FOUR])
+def test_text_is_written_with_the_tokenizer_of_the_original(door, trained, tmp_path, monkeypatch, capsys, options):
+    door.main([str(trained[1]), str(tmp_path / "d"), *options])
     assert tokenizer_of(open_model(tmp_path / "d")) is not None
     monkeypatch.setattr(sys.stdout, "reconfigure", lambda **options: None, raising=False)
-    options = ["--prompt", "def ma", "--max-tokens", "5", "--device", "cpu"]
-    monkeypatch.setattr(sys, "argv", ["generate.py", "--checkpoint", str(tmp_path / "d"), *options])
+    arguments = ["--prompt", "def ma", "--max-tokens", "5", "--device", "cpu"]
+    monkeypatch.setattr(sys, "argv", ["generate.py", "--checkpoint", str(tmp_path / "d"), *arguments])
     capsys.readouterr()
     assert load_door("generate").main() == 0 and capsys.readouterr().out.startswith("def ma")
 
 
-def test_a_region_is_a_part_of_the_whole(tmp_path):
+@pytest.mark.parametrize("weight_format", [Int8(is_dynamic=False), Int4()], ids=str)
+def test_a_region_is_a_part_of_the_whole(tmp_path, weight_format):
     source = open_checkpoint(write_model(tmp_path / "c"))
-    weights, name = QuantizedWeights(source, ["blocks.0.mixer.q"]), "model.blocks.0.mixer.q.weight"
+    weights, name = QuantizedWeights(source, ["blocks.0.mixer.q"], weight_format), "model.blocks.0.mixer.q.weight"
     whole, scale = weights.read(name), weights.read("model.blocks.0.mixer.q.scale")
     assert torch.equal(weights.read_region(name, Region([2, 1], [3, 4])), whole[2:5, 1:5])
-    assert torch.equal(weights.read_region("model.blocks.0.mixer.q.scale", Region([2], [3])), scale[2:5])
+    ends = list(scale.shape[1:])
+    assert torch.equal(weights.read_region("model.blocks.0.mixer.q.scale", Region([2] + [0] * len(ends), [3, *ends])), scale[2:5])
     weights.verify()
 
 
+@pytest.mark.parametrize(("options", "bits"), [((), "eight"), (FOUR, "four")])
 @pytest.mark.parametrize(
     ("settings", "sentence"),
     [
-        (("model.ffn=moe", "model.num_experts=4", "model.expert_ffn_size=16"), "model.ffn is moe, whose experts cannot have eight bits yet"),
-        (("model.low_rank_rank=5", "model.ffn=low_rank_swiglu"), "no block has a dense layer, whose weights could have eight bits"),
+        (("model.ffn=moe", "model.num_experts=4", "model.expert_ffn_size=16"), "model.ffn is moe, whose experts cannot have {} bits yet"),
+        (("model.low_rank_rank=5", "model.ffn=low_rank_swiglu"), "no block has a dense layer, whose weights could have {} bits"),
     ],
 )
-def test_models_without_dense_layers_are_refused(door, tmp_path, capsys, settings, sentence):
-    code, error = refused(door, capsys, write_model(tmp_path / "c", *settings), tmp_path / "d")
-    assert code == 2 and sentence in error and not (tmp_path / "d").exists()
+def test_models_without_dense_layers_are_refused(door, tmp_path, capsys, settings, sentence, options, bits):
+    code, error = refused(door, capsys, write_model(tmp_path / "c", *settings), tmp_path / "d", *options)
+    assert code == 2 and sentence.format(bits) in error and not (tmp_path / "d").exists()
 
 
-def test_eight_bits_are_not_made_of_eight_bits_nor_rewritten_for_ranks(door, tmp_path, capsys):
-    door.main([str(write_model(tmp_path / "c")), str(tmp_path / "d")])
-    for other in (door, load_door("reshard_checkpoint")):
-        code, error = refused(other, capsys, tmp_path / "d", tmp_path / "e")
-        assert code == 4 and "has weights of eight bits, which are for generation and evaluation alone; give the checkpoint" in error
+def test_four_bits_have_no_rounded_activations(door, tmp_path, capsys):
+    code, error = refused(door, capsys, tmp_path / "c", tmp_path / "d", *FOUR, "--dynamic")
+    assert code == 2 and "--dynamic is set and --bits is 4, but" in error and not (tmp_path / "d").exists()
+
+
+@pytest.mark.parametrize(("options", "bits"), [((), "eight"), (FOUR, "four")])
+def test_few_bits_are_not_made_of_few_bits_nor_rewritten(door, tmp_path, capsys, options, bits):
+    door.main([str(write_model(tmp_path / "c")), str(tmp_path / "d"), *options])
+    reshard = load_door("reshard_checkpoint")
+    for other, more in ((door, ()), (door, FOUR), (reshard, ()), (reshard, ("--format", "hf")), (reshard, ("--format", "consolidated"))):
+        code, error = refused(other, capsys, tmp_path / "d", tmp_path / "e", *more)
+        assert code == 4 and f"has weights of {bits} bits, which are for generation and evaluation alone; give the checkpoint" in error
     code, error = refused(door, capsys, tmp_path / "c", tmp_path / "d")
     assert code == 4 and "is there already; give another DST" in error
 
 
-def test_no_run_begins_with_eight_bits(door, trained, tmp_path):
+@pytest.mark.parametrize(("options", "bits"), [((), "eight"), (FOUR, "four")])
+def test_no_run_begins_with_few_bits(door, trained, tmp_path, options, bits):
     data, run = trained
-    door.main([str(run), str(tmp_path / "d")])
-    with pytest.raises(CheckpointError, match="has weights of eight bits"):
+    door.main([str(run), str(tmp_path / "d"), *options])
+    with pytest.raises(CheckpointError, match=f"has weights of {bits} bits"):
         train_tiny(data / "tiny.yaml", "model.vocab_size=300", "model.chain=none", f"checkpoint.initialise_from={tmp_path / 'd'}", "run.name=next")
 
 
-@pytest.mark.parametrize("quantization", [{"format": "int4", "dynamic": False}, {"format": "int8"}, {"format": "int8", "dynamic": 1}, "int8"])
+OTHERS = [{"format": "int8"}, {"format": "int8", "dynamic": 1}, "int8", {"format": "int4"}, {"format": "int4", "group": 48}]
+
+
+@pytest.mark.parametrize("quantization", [*OTHERS, {"format": "int4", "group": 32, "dynamic": False}, {"format": "int2", "group": 32}])
 def test_other_kinds_of_quantisation_are_refused(door, tmp_path, quantization):
     door.main([str(write_model(tmp_path / "c")), str(tmp_path / "d")])
     config = json.loads((tmp_path / "d" / "config.json").read_text())
@@ -158,8 +220,19 @@ def test_other_kinds_of_quantisation_are_refused(door, tmp_path, quantization):
     assert caught.value.exit_code == 4
 
 
-def test_damaged_numbers_are_noticed(door, tmp_path):
-    door.main([str(write_model(tmp_path / "c")), str(tmp_path / "d")])
+@pytest.mark.parametrize(("options", "other"), [((), {"format": "int4", "group": 32}), (FOUR, {"format": "int8", "dynamic": False})])
+def test_numbers_are_not_read_as_those_of_the_other_format(door, tmp_path, options, other):
+    door.main([str(write_model(tmp_path / "c")), str(tmp_path / "d"), *options])
+    config = json.loads((tmp_path / "d" / "config.json").read_text())
+    (tmp_path / "d" / "config.json").write_text(json.dumps(config | {"quantization": other}))
+    with pytest.raises(CheckpointError) as caught:
+        restore_model(tmp_path / "d", device=CPU)
+    assert caught.value.exit_code == 4
+
+
+@pytest.mark.parametrize("options", [(), FOUR])
+def test_damaged_numbers_are_noticed(door, tmp_path, options):
+    door.main([str(write_model(tmp_path / "c")), str(tmp_path / "d"), *options])
     path = tmp_path / "d" / "model.safetensors"
     path.write_bytes(path.read_bytes()[:-10])
     with pytest.raises(Exception) as caught:
