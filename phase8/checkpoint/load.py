@@ -206,8 +206,9 @@ def find_checkpoint(path: Path) -> Path:
             return found[0]
     if holds_weights_only(path):
         raise CheckpointError(
-            f"{path} holds weights alone (consolidated, or a model of Hugging Face's form), no optimizer and no position in the data; begin a new "
-            f"run with them by --set checkpoint.initialise_from={path}, or make a checkpoint of them with tools/reshard_checkpoint.py SRC DST"
+            f"{path} holds weights alone (consolidated, quantised, or a model of Hugging Face's form), no optimizer and no position in the data; "
+            f"begin a new run with them by --set checkpoint.initialise_from={path}, or make a checkpoint of them with tools/reshard_checkpoint.py "
+            "SRC DST; quantised ones only generate and evaluate"
         )
     raise CheckpointError(f"there is no checkpoint at {path}; give a step-... directory, or a directory of them, or a run directory")
 
