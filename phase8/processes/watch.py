@@ -301,7 +301,8 @@ class Watch:
             self._store.add(ACKNOWLEDGED, 1)
             if failure.kind == "error":
                 self._wait_until(lambda: self._store.check([LEFT]))
-                time.sleep(FOLLOW_SECONDS)
+        if failure.kind != "stall":
+            time.sleep(FOLLOW_SECONDS)  # torchrun, which looks from time to time, sees the failed rank end before this one
         leave(failure.exit_code)
 
     def _end_without_store(self, reason: str) -> NoReturn:
