@@ -9,7 +9,7 @@ from phase8.config.schema import RunConfig
 
 # Matrix units take sixteen numbers of a row at once. Thinner products wait for memory, where rounding both factors costs more than it saves.
 DIVISOR, LEAST_WIDTH = 16, 256
-# Of a layer's three products on an H200, with the scales of their sums (tools/bench/eight_bit_products.py). Where it is below 1 they would pay.
+# The time of a layer's three products in int8, scales included, over that in bf16, on an H200 (tools/bench/eight_bit_products.py). int8 pays below 1.
 INT8_OVER_BF16 = 1.10
 
 

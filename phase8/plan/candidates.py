@@ -190,12 +190,11 @@ def how_to_fit(config: RunConfig, nearest: Candidate) -> str:
     """The overrides that make a config fit that needs too much memory, in words."""
     before = values_of(config, _STEP_KEYS)
     overrides = " ".join(f"{name}={value}" for name, value in nearest.values.items() if before[name] != value)
-    return f"{overrides} fits with {nearest.planned_bytes / 2**30:.1f} GiB, or leave these keys auto"
+    return f"{overrides} fits with {nearest.planned_bytes / _GIB:.1f} GiB, or leave these keys auto"
 
 
-def nothing_fits(config: RunConfig, facts: Device, *, world_size: int) -> str:
-    """A sentence about a device whose memory no settings of a config fit into: what is missing, and what to change."""
-    smallest = smallest_candidate(config, world_size=world_size, device=facts)
+def nothing_fits(config: RunConfig, smallest: Candidate, facts: Device, *, world_size: int) -> str:
+    """A sentence about a device whose memory not even the smallest candidate of a config fits into: what is missing, and what to change."""
     needed = f"{smallest} needs {smallest.planned_bytes / _GIB:.1f} GiB by plan"
     if not facts.is_limited:
         return f"no other settings are left for {facts.name}: {needed}; make the model, its sequences or its batch smaller."

@@ -57,9 +57,9 @@ def _settled(config: RunConfig, world_size: int) -> tuple[RunConfig, list[Fact],
     found = find_candidates(config, world_size=world_size, device=device, most=1)
     if found:
         return without_auto(found[0].config), [("settings", f"{found[0]}, by plan")], None
-    settled = without_auto(smallest_candidate(config, world_size=world_size, device=device).config)
+    smallest = smallest_candidate(config, world_size=world_size, device=device)
     reason = f"nothing fits into {device.memory_bytes / 2**30:.1f} GiB"
-    return settled, [("settings", f"{reason}, by plan")], nothing_fits(config, device, world_size=world_size)
+    return without_auto(smallest.config), [("settings", f"{reason}, by plan")], nothing_fits(config, smallest, device, world_size=world_size)
 
 
 def _device(config: RunConfig) -> Device:

@@ -32,7 +32,7 @@ from phase8.distributed.collectives import broadcast_text, gather_texts
 from phase8.distributed.mesh import Mesh
 from phase8.errors import ConfigError, OutOfMemoryError, Phase8Error
 from phase8.observe.formatting import format_count
-from phase8.plan.candidates import Candidate, Device, find_candidates, nothing_fits, plan_on
+from phase8.plan.candidates import Candidate, Device, find_candidates, nothing_fits, plan_on, smallest_candidate
 from phase8.plan.prediction import predict_step
 from phase8.train.device import host_settings
 from phase8.train.engine.protocol import BuildEngine
@@ -163,7 +163,8 @@ class _Search:
         """
         found = self._fitting(compiles=compiles)
         if not found:
-            raise OutOfMemoryError(nothing_fits(self._config, self._facts, world_size=self._world_size))
+            smallest = smallest_candidate(self._config, world_size=self._world_size, device=self._facts)
+            raise OutOfMemoryError(nothing_fits(self._config, smallest, self._facts, world_size=self._world_size))
         return found
 
     def _fitting(self, *, compiles: bool) -> list[Candidate]:

@@ -140,7 +140,7 @@ def order_of_work(settings):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(mixer, "window_attention", partial(window_attention._by_operator, beta=None))
         patch.setattr(mixer, "mixer_inputs", mixer_inputs._by_operator)
-        # Of several sequences, whose numbers lie otherwise, fewer operations fuse.
+        # The compiler fuses fewer operations of several sequences, whose numbers lie otherwise in memory; so there is one.
         _, codes = run_and_get_code(lambda: train_state.model.loss_sum(batch.tokens[:1], batch.targets[:1], None).backward())
     torch.compiler.reset()
     called = re.compile(r"torch\.ops\.(?:_c10d_functional|phase8)\.(\w+)\S*\(")  # without what comments and messages name
