@@ -21,6 +21,7 @@ from phase8.config.load import with_settings
 from phase8.config.schema import RunConfig
 from phase8.errors import ConfigError, DivergenceError
 from phase8.kernels.backends import kernel_backend, select_kernels
+from phase8.kernels.toolchain import missing_cpp_compiler
 
 MAX_WORKERS = 4
 
@@ -141,17 +142,7 @@ def _measure_rung(
 
 
 def _missing_compiler(device: torch.device, settings: Mapping[str, object]) -> str | None:
-    if is_accelerator(device.type):
-        return None
-    # Imported here: torch's compiler takes seconds to load.
-    from torch._inductor.cpp_builder import get_cpp_compiler
-    from torch._inductor.exc import InvalidCxxCompiler
-
-    try:
-        get_cpp_compiler()
-    except InvalidCxxCompiler:
-        return "torch.compile needs a C++ compiler on a CPU, and there is none"
-    return None
+    return None if is_accelerator(device.type) else missing_cpp_compiler()
 
 
 def _missing_kernels(device: torch.device, settings: Mapping[str, object]) -> str | None:

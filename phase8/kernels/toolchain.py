@@ -49,6 +49,19 @@ class Toolchain:
     reason: str
 
 
+def missing_cpp_compiler() -> str | None:
+    """Why torch.compile can make no code for the CPU; None: it can."""
+    # Imported here: torch's compiler takes seconds to load.
+    from torch._inductor.cpp_builder import get_cpp_compiler
+    from torch._inductor.exc import InvalidCxxCompiler
+
+    try:
+        get_cpp_compiler()
+    except InvalidCxxCompiler:
+        return "torch.compile needs a C++ compiler on a CPU, and there is none"
+    return None
+
+
 def prepare_toolchain(capability: tuple[int, int]) -> Toolchain:
     """Makes Triton use an assembler that is good for the GPU, if the installation has one.
 

@@ -206,6 +206,37 @@ def test_the_update_of_gpus_is_that_of_torch(kind):
     are_close(weights, held["matrix"].detach()[0], moments, kind.widen(state["exp_avg"][0], state["exp_avg_sq"][0]))
 
 
+@pytest.mark.parametrize("compiler", ["there", "missing"])
+def test_offloaded_parameters_are_updated_in_one_loop_where_a_compiler_is_there(compiler, monkeypatch):
+    """On the host of a GPU; with eight bits, in several lengths, a clipped step and one that does not count."""
+
+    def trained():
+        held = {"long": nn.Parameter(noise(70_001)[None]), "matrix": nn.Parameter(noise(40, 24, seed=1)), "vector": nn.Parameter(noise(24, seed=2))}
+        optimizer = AdamWFp8(held, OptimSection(learning_rate=0.01, weight_decay=0.1), decayed_names={"long", "matrix"})
+        for step in range(1, 5):
+            for number, parameter in enumerate(held.values()):
+                parameter.grad = 4 * noise(*parameter.shape, seed=10 * step + number)
+            optimizer.grad_scale, optimizer.found_inf = torch.tensor(4.0), torch.tensor(float(step == 3))
+            optimizer.step()
+        return held, optimizer
+
+    expected, pieces = trained()
+    monkeypatch.setattr(adamw_bf16.accelerator, "present", lambda: "cuda")
+    monkeypatch.setattr(adamw_bf16, "missing_cpp_compiler", lambda: None if compiler == "there" else "there is none")
+    compiled = []
+    monkeypatch.setattr(adamw_bf16, "compiled_update", lambda *how: compiled.append(how) or compiled_update(*how))
+    found, optimizer = trained()
+    assert len(compiled) == (8 if compiler == "there" else 0)  # two matrices in four steps
+    for name, parameter in expected.items():
+        state, other = optimizer.state[found[name]], pieces.state[parameter]
+        moments, others = ([each[key] for key in ("exp_avg", "exp_avg_sq")] for each in (state, other))
+        assert state["step"] == 3
+        if name == "vector" or compiler == "missing":
+            assert torch.equal(found[name], parameter)
+        else:
+            are_close(found[name].detach(), parameter.detach(), AdamWFp8.widen(*moments), AdamWFp8.widen(*others))
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize("kind", [AdamWBf16, AdamWFp8])
 def test_one_kernel_updates_as_the_operations_do(kind):
