@@ -8,11 +8,14 @@ assembles for Hopper. The version that Triton would run is checked, because Trit
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 HOPPER_MAJOR = 9
 GOOD_ON_HOPPER = (13, 1)
 HOPPER_ARCHITECTURE, BLACKWELL_ARCHITECTURE = 90, 100
+ARCHITECTURES_VARIABLE = "TORCH_CUDA_ARCH_LIST"
 HOPPER_VARIABLE, BLACKWELL_VARIABLE = "TRITON_PTXAS_PATH", "TRITON_PTXAS_BLACKWELL_PATH"
 
 
@@ -60,6 +63,20 @@ def missing_cpp_compiler() -> str | None:
     except InvalidCxxCompiler:
         return "torch.compile needs a C++ compiler on a CPU, and there is none"
     return None
+
+
+@contextmanager
+def without_architectures() -> Iterator[None]:
+    """Puts aside the GPUs that the environment names for compilations of torch's extensions, while one without code for GPUs is compiled.
+
+    DeepSpeed reads them all the same, and knows none like 9.0a, which images for Hopper name.
+    """
+    architectures = os.environ.pop(ARCHITECTURES_VARIABLE, None)
+    try:
+        yield
+    finally:
+        if architectures is not None:
+            os.environ[ARCHITECTURES_VARIABLE] = architectures
 
 
 def prepare_toolchain(capability: tuple[int, int]) -> Toolchain:

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
+from collections import deque
+from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from itertools import chain
 from typing import Protocol, runtime_checkable
 
 import torch
@@ -85,20 +87,76 @@ def initialise(model: nn.Module, *, seed: int, axis: Axis = ALONE, expert: Axis 
     """Fills every parameter from a seed derived from its global name and shape, so that every topology starts from the same weights.
 
     Buffers get their first values.
-
-    A generator makes its random numbers one by one, so several parameters are filled at once, in as many threads as torch computes with.
     """
+    specs = list(iterate_specs(model))
+    values = _own_values([(name, parameter.shape, spec) for name, parameter, spec in specs], seed, axis, expert)
+    _fill([parameter for _, parameter, _ in specs], values)
+    _fill_buffers(model)
 
-    @torch.no_grad()
-    def fill(name: str, parameter: nn.Parameter, spec: ParameterSpec) -> None:
-        target = held_part(parameter)
-        target.copy_(own_part(first_value(name, parameter.shape, spec, seed=seed), spec, axis, expert))
 
-    with ThreadPoolExecutor(max_workers=torch.get_num_threads()) as threads:
-        for done in [threads.submit(fill, *parameter) for parameter in iterate_specs(model)]:
-            done.result()
+def initialised_parts(
+    model: nn.Module, parts: Sequence[nn.Module], *, device: torch.device, seed: int, axis: Axis, expert: Axis = ALONE
+) -> Iterator[nn.Module]:
+    """Gives memory and first values, those of `initialise`, to one part of a model after the other, and yields each.
+
+    A part that ZeRO divides, or moves to the host, before the next one is asked for leaves no more of itself on the device than its share.
+
+    Args:
+        model: Model on the meta device.
+        parts: Modules of it that have nothing in common, and the model itself last.
+        device: Device of the memory; on device `meta` parameters have their local shapes only.
+        seed: Seed of the run.
+        axis: Axis of tensor parallelism.
+        expert: Axis of the ranks that share experts.
+    """
+    if device.type == "meta":
+        materialise(model, device=device, axis=axis, expert=expert)
+        yield from parts
+        return
+    inside = {parameter: part for part in parts[:-1] for parameter in part.parameters()}
+    wanted: dict[nn.Module, list[tuple[str, torch.Size, ParameterSpec]]] = {part: [] for part in parts}
+    for name, parameter, spec in iterate_specs(model):
+        wanted[inside.get(parameter, model)].append((name, parameter.shape, spec))
+    values = _own_values(chain.from_iterable(wanted.values()), seed, axis, expert)
+    for part in parts:
+        materialise(part, device=device, axis=axis, expert=expert)
+        names = {name for name, _, _ in wanted[part]}
+        _fill([parameter for name, parameter, _ in iterate_specs(part) if part is not model or name in names], values)
+        if part is model:
+            _fill_buffers(model)
+        yield part
+
+
+@torch.no_grad()
+def _fill(parameters: Iterable[nn.Parameter], values: Iterator[torch.Tensor]) -> None:
+    for parameter in parameters:
+        held_part(parameter).copy_(next(values))
+
+
+def _fill_buffers(model: nn.Module) -> None:
     for name, value in first_buffers(model).items():
         model.get_buffer(name).copy_(value)
+
+
+def _own_values(
+    parameters: Iterable[tuple[str, torch.Size, ParameterSpec]], seed: int, axis: Axis, expert: Axis
+) -> Iterator[torch.Tensor]:
+    """Yields this rank's part of the first value of each parameter, given by global name and shape.
+
+    A generator makes its random numbers one by one, so several values are made at once, ahead, in as many threads as torch computes with.
+    """
+
+    def own_value(name: str, shape: torch.Size, spec: ParameterSpec) -> torch.Tensor:
+        return own_part(first_value(name, shape, spec, seed=seed), spec, axis, expert)
+
+    num_threads, ahead = torch.get_num_threads(), deque[Future[torch.Tensor]]()
+    with ThreadPoolExecutor(max_workers=num_threads) as threads:
+        for parameter in parameters:
+            ahead.append(threads.submit(own_value, *parameter))
+            if len(ahead) > num_threads:
+                yield ahead.popleft().result()
+        while ahead:
+            yield ahead.popleft().result()
 
 
 def first_value(name: str, shape: torch.Size, spec: ParameterSpec, *, seed: int) -> torch.Tensor:

@@ -14,6 +14,7 @@ import torch.distributed as dist
 
 from phase8.config.schema import ZeroSection
 from phase8.errors import ConfigError, StorageError
+from phase8.kernels.toolchain import without_architectures
 
 _COMPILATION_SECONDS = 900
 
@@ -38,6 +39,12 @@ def require_async_io() -> None:
             f"{lock} is older than any compilation takes, so the process that compiled DeepSpeed's {builder.name} was killed, and others would wait "
             "for it for ever; delete the file."
         )
+
+
+def load_async_io() -> None:
+    """Loads what DeepSpeed reads and writes with, which it otherwise does at the first use, and compiles it the first time."""
+    with without_architectures():
+        importlib.import_module("deepspeed.ops.op_builder").AsyncIOBuilder().load(verbose=False)
 
 
 class Swap(NamedTuple):

@@ -5,7 +5,7 @@ from torch import nn
 from phase8.config.model_section import ModelSection
 from phase8.distributed.collectives import ALONE
 from phase8.model.model import build_model
-from phase8.model.parameters import decayed_parameter_names, initialise, iterate_specs
+from phase8.model.parameters import decayed_parameter_names, initialise, initialised_parts, iterate_specs
 from phase8.tensor_parallel.linear import Linear, LowRankColumn
 from phase8.tensor_parallel.parameters import ParameterSpec, divided
 from tests.model.small import VARIANT_IDS, VARIANT_SECTIONS, scaled_down
@@ -35,6 +35,20 @@ def test_values_depend_on_seed_and_name_only():
     assert not torch.equal(deep["blocks.0.mixer.q.weight"], deep["blocks.1.mixer.q.weight"])
     other_seed = fresh(scaled_down(ModelSection()), seed=1).blocks["0"].mixer.q.weight
     assert not torch.equal(deep["blocks.0.mixer.q.weight"], other_seed)
+
+
+@pytest.mark.parametrize("section", VARIANT_SECTIONS, ids=VARIANT_IDS)
+def test_parts_get_memory_and_the_same_values_one_after_the_other(section):
+    expected = dict(fresh(section).named_parameters())
+    model = build_model(section, dtype=torch.float32, device=torch.device("meta"))
+    parts, done = (*model.blocks.values(), model), set()
+    for part in initialised_parts(model, parts, device=torch.device("cpu"), seed=0, axis=ALONE):
+        done |= set(part.parameters())
+        assert {parameter for parameter in model.parameters() if not parameter.is_meta} == done
+        for parameter in part.parameters():
+            assert parameter.isfinite().all()
+    assert all(torch.equal(parameter, expected.pop(name)) for name, parameter in model.named_parameters()) and not expected
+    assert all(torch.equal(buffer, dict(fresh(section).named_buffers())[name]) for name, buffer in model.named_buffers())
 
 
 def test_golden_first_values():

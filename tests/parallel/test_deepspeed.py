@@ -28,7 +28,7 @@ from phase8.train.engine.protocol import WEIGHT
 from phase8.train.loop import train
 from phase8.zero.deepspeed import import_deepspeed
 from phase8.zero.fsdp import shard_size
-from phase8.zero.swap import require_async_io
+from phase8.zero.swap import load_async_io, require_async_io
 from tests.parallel.pool import NCCL
 from tests.parallel.test_gpu_parity import MODEL as GPU_MODEL
 from tests.parallel.test_gpu_parity import TOLERANCE, require_gpus
@@ -295,6 +295,24 @@ def test_a_compilation_that_was_killed_is_explained(monkeypatch, tmp_path):
     monkeypatch.setattr("deepspeed.ops.op_builder.AsyncIOBuilder.is_compatible", lambda self, verbose: False)
     with pytest.raises(ConfigError, match=r"apt install g\+\+ ninja-build libaio-dev"):
         require_async_io()
+
+
+@pytest.mark.parametrize("architectures", ["9.0a", None])
+def test_names_of_gpus_that_deepspeed_cannot_read_are_put_aside_while_it_compiles(architectures, monkeypatch):
+    import_deepspeed()
+    name, seen = "TORCH_CUDA_ARCH_LIST", []
+    monkeypatch.delenv(name, raising=False)
+    if architectures is not None:
+        monkeypatch.setenv(name, architectures)
+
+    def load(self, verbose):
+        seen.append(os.environ.get(name))
+        raise RuntimeError
+
+    monkeypatch.setattr("deepspeed.ops.op_builder.AsyncIOBuilder.load", load)
+    with pytest.raises(RuntimeError):
+        load_async_io()
+    assert seen == [None] and os.environ.get(name) == architectures
 
 
 def save_as_deepspeed_does(stage, directory):

@@ -39,7 +39,7 @@ from phase8.zero.deepspeed import (
     make_plain,
     register_outside_blocks,
 )
-from phase8.zero.swap import Swap, fresh_swap_directory, require_async_io, swapped_bytes
+from phase8.zero.swap import Swap, fresh_swap_directory, load_async_io, require_async_io, swapped_bytes
 
 
 class LossSum(nn.Module):
@@ -219,6 +219,7 @@ def _swap(config: RunConfig, *, num_ranks: int) -> Swap | None:
     if config.zero.nvme_path is None:
         return None
     require_async_io()
+    load_async_io()
     sizes = [parameter.numel() for parameter in shapes_only(config).parameters()]
     num_bytes = swapped_bytes(config.zero, sum(sizes) // num_ranks, is_bf16=config.precision.dtype == "bf16")
     return Swap(fresh_swap_directory(Path(config.zero.nvme_path), config.run.name, num_bytes=num_bytes), max(sizes))

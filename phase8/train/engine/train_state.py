@@ -16,7 +16,7 @@ from phase8.distributed.mesh import Mesh, groups_of_holders
 from phase8.distributed.placement import collected
 from phase8.errors import ConfigError
 from phase8.model.model import LanguageModel, build_model
-from phase8.model.parameters import decayed_parameter_names, initialise, materialise, rounded_parameters, shard_dims
+from phase8.model.parameters import decayed_parameter_names, initialised_parts, rounded_parameters, shard_dims
 from phase8.model.recomputation import apply_recomputation
 from phase8.optim.adamw import build_optimizer
 from phase8.optim.muon import Muon, matrices_of
@@ -113,13 +113,12 @@ def build_chunks(config: RunConfig, *, mesh: Mesh, device: torch.device, dtype: 
     layers_of_chunks = chunk_layers(config.model, pipeline_of(config.parallel), mesh.pp.index)
     chunks = [build_chunk(config, layers, mesh=mesh, dtype=dtype) for layers in layers_of_chunks]
     for chunk in chunks:
-        materialise(chunk, device=device, axis=mesh.tp, expert=mesh.ep)
-        if device.type != "meta":
-            initialise(chunk, seed=config.train.seed, axis=mesh.tp, expert=mesh.ep)
-        dims, rounded = shard_dims(chunk), rounded_parameters(chunk)
-        for block in chunk.blocks.values():
-            shard_block(block, config.zero, mesh, dims, rounded=rounded, dtype=dtype)
-        shard_model(chunk, config.zero, mesh)
+        parts = (*chunk.blocks.values(), chunk)
+        for part in initialised_parts(chunk, parts, device=device, seed=config.train.seed, axis=mesh.tp, expert=mesh.ep):
+            if part is chunk:
+                shard_model(chunk, config.zero, mesh)
+            else:
+                shard_block(part, config.zero, mesh, shard_dims(part), rounded=rounded_parameters(part), dtype=dtype)
         if isinstance(chunk, FSDPModule):
             register_fsdp_forward_method(chunk, "loss_sum")
     return chunks
