@@ -138,9 +138,7 @@ def _fill_buffers(model: nn.Module) -> None:
         model.get_buffer(name).copy_(value)
 
 
-def _own_values(
-    parameters: Iterable[tuple[str, torch.Size, ParameterSpec]], seed: int, axis: Axis, expert: Axis
-) -> Iterator[torch.Tensor]:
+def _own_values(parameters: Iterable[tuple[str, torch.Size, ParameterSpec]], seed: int, axis: Axis, expert: Axis) -> Iterator[torch.Tensor]:
     """Yields this rank's part of the first value of each parameter, given by global name and shape.
 
     A generator makes its random numbers one by one, so several values are made at once, ahead, in as many threads as torch computes with.

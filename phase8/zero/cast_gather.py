@@ -19,6 +19,7 @@ from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 
 from phase8.division import part_size
+from phase8.zero.arrivals import Arrivals, Part
 
 
 class Owned(NamedTuple):
@@ -52,6 +53,7 @@ class CastPart(Tensor):
     __torch_function__ = torch._C._disabled_torch_function_impl
     gathered_dtype: torch.dtype
     divided_dim: int
+    arrivals: tuple[Arrivals, int] | None = None  # what fetches the part ahead where it is offloaded, and the number of its block there
 
     def __new__(cls, part: Tensor, dtype: torch.dtype, dim: int) -> Self:
         """Makes the tensor, without a copy."""
@@ -61,6 +63,9 @@ class CastPart(Tensor):
 
     def to(self, *arguments: Any, **options: Any) -> CastPart:
         """The same part elsewhere: FSDP copies an offloaded part to the device before it asks for what is sent."""
+        if self.arrivals is not None and options == {"non_blocking": True} and isinstance(arguments[0], torch.device):
+            arrivals, block = self.arrivals
+            return CastPart(arrivals.take(block, self, arguments[0]), self.gathered_dtype, self.divided_dim)
         return CastPart(super().to(*arguments, **options), self.gathered_dtype, self.divided_dim)
 
     def fsdp_pre_all_gather(
@@ -69,6 +74,8 @@ class CastPart(Tensor):
         """Returns what this rank sends, as many numbers as every other rank; FSDP calls this before a gather."""
         shape, dim = list(outer_size), self.divided_dim
         shape[dim] = part_size(shape[dim], mesh.size())
+        if self.dtype == self.gathered_dtype and list(self.shape) == shape:
+            return (self.detach(),), None
         sent = torch.empty(shape, dtype=self.gathered_dtype, device=self.device)
         sent.narrow(dim, 0, self.shape[dim]).copy_(self)
         sent.narrow(dim, self.shape[dim], shape[dim] - self.shape[dim]).zero_()
@@ -81,23 +88,29 @@ class CastPart(Tensor):
         return (gathered[0], ()) if out is None else None
 
 
-def gather_in(dtype: torch.dtype, parameters: Sequence[Owned], unit: nn.Module) -> None:
+def gather_in(dtype: torch.dtype, parameters: Sequence[Owned], unit: nn.Module, arrivals: Arrivals | None = None) -> None:
     """Makes FSDP gather some parameters of a unit in another dtype; a collective of the ranks that divide the unit.
 
     Args:
         dtype: Dtype to which the layers of these parameters round them.
         parameters: Some parameters of the unit, which are initialised.
         unit: Module that FSDP has divided but not gathered yet.
+        arrivals: What fetches their parts from the host ahead, block by block; None: FSDP fetches them.
     """
     if not parameters:
         return
     assert isinstance(unit, FSDPModule)
-    kept = [each.parameter.dtype for each in parameters]
+    kept, parts = [each.parameter.dtype for each in parameters], []
     for each in parameters:
         sharded = cast(DTensor, each.parameter)
         sharded._local_tensor = CastPart(sharded._local_tensor, dtype, each.dim)
+        parts.append(sharded._local_tensor)
     # FSDP makes a gathered parameter once, at the first gather, and autograd reads the dtype of its gradient at the first use.
     unit.unshard()
     for each, dtype_of_gradient in zip(parameters, kept, strict=True):
         each.parameter.grad_dtype = dtype_of_gradient
     unit.reshard()
+    if arrivals is not None:
+        block = arrivals.add_block([Part(part, dtype) for part in parts])
+        for part in parts:
+            part.arrivals = arrivals, block

@@ -26,6 +26,7 @@ from phase8.config.schema import ZeroSection
 from phase8.distributed.mesh import Mesh
 from phase8.distributed.placement import is_of_divided_experts
 from phase8.topology import TOKENS
+from phase8.zero.arrivals import Arrivals
 from phase8.zero.cast_gather import Owned, gather_in
 from phase8.zero.copy_engine_gather import CopyEngineGather
 
@@ -45,7 +46,14 @@ def gathered_dtype(zero: ZeroSection, compute_dtype: torch.dtype, parameter_dtyp
 
 
 def shard_block(
-    block: nn.Module, zero: ZeroSection, mesh: Mesh, dims: Mapping[nn.Parameter, int], *, rounded: Collection[nn.Parameter], dtype: torch.dtype
+    block: nn.Module,
+    zero: ZeroSection,
+    mesh: Mesh,
+    dims: Mapping[nn.Parameter, int],
+    *,
+    rounded: Collection[nn.Parameter],
+    dtype: torch.dtype,
+    arrivals: Arrivals | None = None,
 ) -> None:
     """Divides one block, whose parameters must be initialised; the parts of other ranks are freed.
 
@@ -56,6 +64,7 @@ def shard_block(
         dims: Dim of each parameter that is divided; along any other than the first, the ranks have to divide it evenly.
         rounded: Parameters that layers round to the dtype in which they compute.
         dtype: That dtype.
+        arrivals: What fetches offloaded blocks of the chunk ahead, to which they are added in their order; None: FSDP does.
     """
     if _is_divided(zero, mesh):
         options = {
@@ -75,9 +84,14 @@ def shard_block(
         divided = fully_shard(block, mesh=mesh.data_mesh, **options)
         for module in experts:
             gather_in(dtype, [each for each in owned if each.owner is module], module)
-        gather_in(dtype, [each for each in owned if each.owner not in experts], divided)
+        gather_in(dtype, [each for each in owned if each.owner not in experts], divided, None if experts else arrivals)
         if zero.copy_engine_gather and mesh.shard.mesh is not None and reaches_peers(mesh.shard.mesh.device_type):
             divided.set_custom_all_gather(CopyEngineGather(mesh.shard.group))
+
+
+def arrivals_of_chunk(zero: ZeroSection, mesh: Mesh) -> Arrivals | None:
+    """What fetches the offloaded blocks of a chunk ahead; None: nothing is offloaded, or FSDP does it, as it does for several ranks."""
+    return Arrivals() if zero.offload_params != "none" and mesh.shard.size == 1 else None
 
 
 def shard_model(model: nn.Module, zero: ZeroSection, mesh: Mesh) -> None:

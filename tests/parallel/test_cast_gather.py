@@ -77,8 +77,8 @@ def norms_are_rounded():
 def gradients_of_experts_stay_narrow():
     """Gradients of experts, which FSDP divides by themselves, are added up over ranks in the dtype in which their products are computed."""
     def careless(old):
-        def gather_in(dtype, parameters, unit):
-            old(dtype, parameters, unit)
+        def gather_in(dtype, parameters, unit, arrivals=None):
+            old(dtype, parameters, unit, arrivals)
             if isinstance(unit, Experts):
                 unit.unshard()
                 for each in parameters:

@@ -27,7 +27,7 @@ from phase8.precision.policy import compute_dtype, number_format
 from phase8.topology import HOLDERS
 from phase8.train.engine.shards import Shards
 from phase8.train.engine.stage import Stage
-from phase8.zero.fsdp import shard_block, shard_model
+from phase8.zero.fsdp import arrivals_of_chunk, shard_block, shard_model
 
 
 @dataclass(frozen=True)
@@ -113,12 +113,13 @@ def build_chunks(config: RunConfig, *, mesh: Mesh, device: torch.device, dtype: 
     layers_of_chunks = chunk_layers(config.model, pipeline_of(config.parallel), mesh.pp.index)
     chunks = [build_chunk(config, layers, mesh=mesh, dtype=dtype) for layers in layers_of_chunks]
     for chunk in chunks:
-        parts = (*chunk.blocks.values(), chunk)
+        parts, arrivals = (*chunk.blocks.values(), chunk), arrivals_of_chunk(config.zero, mesh)
         for part in initialised_parts(chunk, parts, device=device, seed=config.train.seed, axis=mesh.tp, expert=mesh.ep):
             if part is chunk:
                 shard_model(chunk, config.zero, mesh)
             else:
-                shard_block(part, config.zero, mesh, shard_dims(part), rounded=rounded_parameters(part), dtype=dtype)
+                dims, rounded = shard_dims(part), rounded_parameters(part)
+                shard_block(part, config.zero, mesh, dims, rounded=rounded, dtype=dtype, arrivals=arrivals)
         if isinstance(chunk, FSDPModule):
             register_fsdp_forward_method(chunk, "loss_sum")
     return chunks
