@@ -126,19 +126,28 @@ def _prepare_kernel(
             tl.store(v + out, low.to(v.dtype.element_ty), mask=mask)
             tl.store(v + out + HALF, high.to(v.dtype.element_ty), mask=mask)
         else:
-            reciprocal = 1.0 / tl.sqrt((tl.sum(low * low, 1) + tl.sum(high * high, 1)) / HEAD_SIZE + eps)
-            normal_low, normal_high = low * reciprocal[:, None], high * reciprocal[:, None]
+            scale = tl.load(radius + head).to(tl.float32) * (1.0 / tl.sqrt(HEAD_SIZE * 1.0)) if RADIUS else 1.0
             to_global, to_local = (global_q, local_q) if part == 0 else (global_k, local_k)
-            global_low, global_high = normal_low, normal_high
-            if SILU:
-                global_low, global_high = low * tl.sigmoid(low), high * tl.sigmoid(high)
-                mean_square = (tl.sum(global_low * global_low, 1) + tl.sum(global_high * global_high, 1)) / HEAD_SIZE
-                reciprocal = 1.0 / tl.sqrt(mean_square + eps)
-                global_low, global_high = global_low * reciprocal[:, None], global_high * reciprocal[:, None]
-            tl.store(to_global + out, global_low.to(v.dtype.element_ty), mask=mask)
-            tl.store(to_global + out + HALF, global_high.to(v.dtype.element_ty), mask=mask)
-            if RADIUS:
-                scale = tl.load(radius + head).to(tl.float32) * (1.0 / tl.sqrt(HEAD_SIZE * 1.0))
-                low, high = normal_low * scale, normal_high * scale
-            tl.store(to_local + out, (low * cosine - high * sine).to(v.dtype.element_ty), mask=mask)
-            tl.store(to_local + out + HALF, (low * sine + high * cosine).to(v.dtype.element_ty), mask=mask)
+            store_normalised(low, high, to_global + out, to_local + out, cosine, sine, scale, mask, eps, HEAD_SIZE, RADIUS, SILU)
+
+
+@triton.jit
+def store_normalised(
+    low, high, to_global, to_local, cosine, sine, scale, mask, eps, HEAD_SIZE: tl.constexpr, RADIUS: tl.constexpr, SILU: tl.constexpr
+):  # fmt: skip
+    """Writes queries or keys of both paths from the halves of a head after the convolution, fp32 [tokens, K/2]."""
+    HALF: tl.constexpr = HEAD_SIZE // 2
+    reciprocal = 1.0 / tl.sqrt((tl.sum(low * low, 1) + tl.sum(high * high, 1)) / HEAD_SIZE + eps)
+    normal_low, normal_high = low * reciprocal[:, None], high * reciprocal[:, None]
+    global_low, global_high = normal_low, normal_high
+    if SILU:
+        global_low, global_high = low * tl.sigmoid(low), high * tl.sigmoid(high)
+        mean_square = (tl.sum(global_low * global_low, 1) + tl.sum(global_high * global_high, 1)) / HEAD_SIZE
+        reciprocal = 1.0 / tl.sqrt(mean_square + eps)
+        global_low, global_high = global_low * reciprocal[:, None], global_high * reciprocal[:, None]
+    tl.store(to_global, global_low.to(to_global.dtype.element_ty), mask=mask)
+    tl.store(to_global + HALF, global_high.to(to_global.dtype.element_ty), mask=mask)
+    if RADIUS:
+        low, high = normal_low * scale, normal_high * scale
+    tl.store(to_local, (low * cosine - high * sine).to(to_local.dtype.element_ty), mask=mask)
+    tl.store(to_local + HALF, (low * sine + high * cosine).to(to_local.dtype.element_ty), mask=mask)

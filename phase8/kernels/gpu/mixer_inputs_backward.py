@@ -178,7 +178,7 @@ def _advance(
             sine = tl.load(sines + token * HALF, mask=there, other=0.0)
             # The adjoint of a rotation is the inverse rotation.
             dlow, dhigh = dlow * cosine + dhigh * sine, dhigh * cosine - dlow * sine
-            dlow, dhigh, dscale = _before_normalisation(
+            dlow, dhigh, dscale = before_normalisation(
                 _convolved(seen_low, taps_low, TAPS), _convolved(seen_high, taps_high, TAPS), dlow, dhigh, *dglobals[index],
                 scale, eps, HEAD_SIZE, RADIUS, SILU,
             )  # fmt: skip
@@ -200,7 +200,7 @@ def _advance(
 
 
 @triton.jit
-def _before_normalisation(
+def before_normalisation(
     low, high, dlow, dhigh, dnormal_low, dnormal_high, scale, eps, HEAD_SIZE: tl.constexpr, RADIUS: tl.constexpr, SILU: tl.constexpr
 ):  # fmt: skip
     """Gradients before normalisation from those after the inverse rotation and those of the global path; also each channel's share of the radius."""

@@ -1,0 +1,91 @@
+"""The Triton kernels: on a GPU on real shapes, without one in the interpreter on small ones, and their machine code."""
+
+import dataclasses
+
+import pytest
+import torch
+
+from phase8.kernels.reference.low_rank_mixer_inputs import low_rank_mixer_inputs, low_rank_mixer_inputs_backward
+from phase8.kernels.reference.mixer_inputs import MixerInputs
+from phase8.kernels.rotary import rotary_angles
+from tests.kernels.offline import OfflineKernel, compile_offline
+
+# batch, length, heads, head size, rank, taps (0: no convolution), radius given, documents, SiLU
+SMALL = [
+    (2, 21, 2, 32, 16, 4, True, False, True), (3, 17, 1, 32, 24, 4, False, True, False), (2, 9, 1, 64, 5, 0, True, False, False),
+    (1, 1, 1, 32, 16, 3, True, False, False), (2, 13, 1, 32, 16, 2, False, True, True), (1, 35, 1, 64, 32, 4, True, True, True),
+    (2, 6, 2, 32, 16, 1, False, True, False), (5, 4, 1, 32, 16, 4, True, True, False),
+]  # fmt: skip
+LARGE = [
+    (16, 512, 8, 64, 16, 4, True, False, True), (3, 1537, 4, 64, 32, 4, True, True, True), (5, 257, 6, 64, 24, 3, False, False, False),
+    (2, 63, 4, 32, 16, 4, True, True, False), (1, 4096, 2, 64, 16, 0, True, False, True), (70, 100, 2, 32, 32, 2, False, True, True),
+]  # fmt: skip
+EPS = 1e-5
+TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 1e-2}
+
+
+@pytest.fixture(autouse=True)
+def exact(monkeypatch):
+    """Products of fp32 as exact as can be; memory that a kernel does not write shows as NaN."""
+    pytest.importorskip("triton")
+    for name in ("empty", "empty_like"):
+        make = getattr(torch, name)
+        for module in ("low_rank_mixer_inputs", "low_rank_mixer_inputs_backward"):
+            monkeypatch.setattr(f"phase8.kernels.gpu.{module}.torch.{name}", lambda *a, make=make, **k: make(*a, **k).fill_(float("nan")))
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("highest")
+    yield
+    torch.set_float32_matmul_precision(before)
+
+
+def check(case, device, dtype):
+    from phase8.kernels.gpu.low_rank_mixer_inputs import prepare
+    from phase8.kernels.gpu.low_rank_mixer_inputs_backward import prepare_backward
+
+    batch, length, heads, head_size, rank, num_taps, with_radius, packed, silu = case
+    generator = torch.Generator().manual_seed(0)
+
+    def draw(*shape, dtype=torch.float32, scale=1.0):
+        return (scale * torch.randn(*shape, generator=generator, dtype=torch.float64)).to(dtype).double()
+
+    bottlenecks = draw(batch, length, 3 * rank, dtype=dtype)
+    gradients = [draw(batch, length, heads, head_size, dtype=dtype) for _ in MixerInputs._fields]
+    ups = [draw(heads * head_size, rank, scale=rank**-0.5) for _ in range(3)]
+    taps = draw(3 * heads * head_size, num_taps) if num_taps else None
+    radius = 1 + draw(heads).abs() if with_radius else None
+    angles = rotary_angles(length, head_size, base=1e4, first_position=0, device=torch.device("cpu"))
+    starts = torch.rand(batch, length, generator=generator) < 0.1 if packed else None
+    if starts is not None:
+        starts[:, [length // 8, -1]] = True  # near the beginning, and where a read before the next sequence would end
+    options = {"num_heads": heads, "eps": EPS, "silu": silu, "starts": starts}
+    expected = [*low_rank_mixer_inputs(bottlenecks, ups, taps, angles, radius, **options)]
+    dbottlenecks, dups, dtaps, dradius = low_rank_mixer_inputs_backward(
+        MixerInputs(*gradients), bottlenecks, ups, taps, angles, radius, **options
+    )
+    expected += [dbottlenecks, *(x.flatten() for x in (*dups, dtaps, dradius) if x is not None)]
+
+    def moved(x, dtype=torch.float32):
+        return None if x is None else x.to(device, dtype)
+
+    arguments = (moved(bottlenecks, dtype), [moved(up) for up in ups], moved(taps), moved(angles), moved(radius), moved(starts, torch.bool))
+    found = [*prepare(*arguments, heads, EPS, silu)]
+    ours, row = prepare_backward([moved(x, dtype) for x in gradients], *arguments, heads, EPS, silu)
+    if with_radius:
+        row = torch.cat((row[: -2 * heads], row[-2 * heads :].view(2, heads).sum(0)))
+    found += [ours, *row.split([x.numel() for x in expected[6:]])]
+    for index, (ours, theirs) in enumerate(zip(found, expected, strict=True)):
+        error = (ours.double().cpu() - theirs).norm() / (theirs.norm() + 1e-6)
+        assert error <= TOLERANCE[dtype], f"result {index}: {error:.1e}"
+        assert ours.is_contiguous(), f"result {index}"
+
+
+@pytest.mark.parametrize("case", SMALL)
+def test_small_shapes_equal_the_reference(case, kernel_device):
+    check(case, kernel_device, torch.float32)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", TOLERANCE)
+@pytest.mark.parametrize("case", LARGE)
+def test_real_shapes_equal_the_reference(case, dtype, kernel_device):
+    check(case, kernel_device, dtype)
