@@ -16,7 +16,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from phase8.kernels.gpu.fast_math import tensor_core_precision
+from phase8.kernels.gpu.fast_math import has_fast_math, tensor_core_precision
 from phase8.kernels.gpu.mixer_inputs import store_normalised
 
 FOLDED_CHANNELS = 64
@@ -84,6 +84,7 @@ def constants(
         "RADIUS": radius is not None,
         "SILU": silu,
         "DOCUMENTS": starts is not None,
+        "FAST": has_fast_math(),
         "PRECISION": tensor_core_precision(),
     }
 
@@ -151,7 +152,8 @@ def load_seen(x, token, age, there, RANK: tl.constexpr, BLOCK_R: tl.constexpr, T
 def _forward_kernel(
     bottlenecks, folded, cosines, sines, radius, starts, local_q, local_k, global_q, global_k, v, num_tokens, length, eps,
     NUM_HEADS: tl.constexpr, HEAD_SIZE: tl.constexpr, RANK: tl.constexpr, BLOCK_R: tl.constexpr, TAPS: tl.constexpr, BLOCK_TAPS: tl.constexpr,
-    RADIUS: tl.constexpr, SILU: tl.constexpr, DOCUMENTS: tl.constexpr, PRECISION: tl.constexpr, BLOCK_N: tl.constexpr, STEPS: tl.constexpr,
+    RADIUS: tl.constexpr, SILU: tl.constexpr, DOCUMENTS: tl.constexpr, FAST: tl.constexpr, PRECISION: tl.constexpr, BLOCK_N: tl.constexpr,
+    STEPS: tl.constexpr,
 ):  # fmt: skip
     HALF: tl.constexpr = HEAD_SIZE // 2
     WIDTH: tl.constexpr = NUM_HEADS * HEAD_SIZE
@@ -163,7 +165,7 @@ def _forward_kernel(
     for part in tl.static_range(3):
         channel = part * WIDTH + head * HEAD_SIZE
         weights += ((load_folded(folded, channel, HALF, COLUMNS), load_folded(folded, channel + HALF, HALF, COLUMNS)),)
-    for step in range(STEPS):
+    for step in tl.range(0, STEPS, num_stages=1):
         token = tl.cast((tl.program_id(1) * STEPS + step) * BLOCK_N, tl.int64) + tl.arange(0, BLOCK_N)
         there = token < num_tokens
         position = (token % length).to(tl.int32)
@@ -181,4 +183,4 @@ def _forward_kernel(
                 tl.store(v + out + HALF, high.to(v.dtype.element_ty), mask=mask)
             else:
                 to_global, to_local = (global_q, local_q) if part == 0 else (global_k, local_k)
-                store_normalised(low, high, to_global + out, to_local + out, cosine, sine, scale, mask, eps, HEAD_SIZE, RADIUS, SILU)
+                store_normalised(low, high, to_global + out, to_local + out, cosine, sine, scale, mask, eps, HEAD_SIZE, RADIUS, SILU, FAST)

@@ -14,9 +14,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from phase8.kernels.gpu.fast_math import sigmoid
 from phase8.kernels.gpu.gated_linear_attention import num_processors
 from phase8.kernels.gpu.low_rank_mixer_inputs import choose_tiles, constants, fold, load_ages, load_folded, load_seen
-from phase8.kernels.gpu.mixer_inputs_backward import before_normalisation
 
 PIECE_TOKENS = (8, 128)  # shortest, so that what is owed to the piece before is little; longest
 SUMMED_TOKENS = 64
@@ -69,7 +69,7 @@ def _backward_kernel(
     bottlenecks, folded, up_q, up_k, up_v, taps, cosines, sines, radius, starts, dlocal_q, dlocal_k, dglobal_q, dglobal_k, dv, by_head, owed, sums,
     num_streams, batch, length, piece, num_sums, eps,
     NUM_HEADS: tl.constexpr, HEAD_SIZE: tl.constexpr, RANK: tl.constexpr, BLOCK_R: tl.constexpr, TAPS: tl.constexpr, BLOCK_TAPS: tl.constexpr,
-    RADIUS: tl.constexpr, SILU: tl.constexpr, DOCUMENTS: tl.constexpr, PRECISION: tl.constexpr, CONVOLUTION: tl.constexpr, ROWS: tl.constexpr,
+    RADIUS: tl.constexpr, SILU: tl.constexpr, DOCUMENTS: tl.constexpr, FAST: tl.constexpr, PRECISION: tl.constexpr, CONVOLUTION: tl.constexpr, ROWS: tl.constexpr,
     STAGES: tl.constexpr,
 ):  # fmt: skip
     part = tl.program_id(2)
@@ -81,13 +81,13 @@ def _backward_kernel(
         _walk(
             bottlenecks, folded, up, taps, cosines, sines, radius, starts, dlocal, dglobal, by_head, owed, sums, part,
             num_streams, batch, length, piece, eps, NUM_HEADS, HEAD_SIZE, RANK, BLOCK_R, TAPS, BLOCK_TAPS,
-            True, RADIUS, SILU, DOCUMENTS, PRECISION, CONVOLUTION, ROWS, STAGES,
+            True, RADIUS, SILU, DOCUMENTS, FAST, PRECISION, CONVOLUTION, ROWS, STAGES,
         )  # fmt: skip
     else:
         _walk(
             bottlenecks, folded, up_v, taps, cosines, sines, radius, starts, dv, dv, by_head, owed, sums, part,
             num_streams, batch, length, piece, eps, NUM_HEADS, HEAD_SIZE, RANK, BLOCK_R, TAPS, BLOCK_TAPS,
-            False, False, False, DOCUMENTS, PRECISION, CONVOLUTION, ROWS, STAGES,
+            False, False, False, DOCUMENTS, FAST, PRECISION, CONVOLUTION, ROWS, STAGES,
         )  # fmt: skip
 
 
@@ -96,7 +96,7 @@ def _walk(
     bottlenecks, folded, up, taps, cosines, sines, radius, starts, dlocal, dglobal, by_head, owed, sums, part,
     num_streams, batch, length, piece, eps,
     NUM_HEADS: tl.constexpr, HEAD_SIZE: tl.constexpr, RANK: tl.constexpr, BLOCK_R: tl.constexpr, TAPS: tl.constexpr, BLOCK_TAPS: tl.constexpr,
-    NORMALISED: tl.constexpr, RADIUS: tl.constexpr, SILU: tl.constexpr, DOCUMENTS: tl.constexpr, PRECISION: tl.constexpr,
+    NORMALISED: tl.constexpr, RADIUS: tl.constexpr, SILU: tl.constexpr, DOCUMENTS: tl.constexpr, FAST: tl.constexpr, PRECISION: tl.constexpr,
     CONVOLUTION: tl.constexpr, ROWS: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """Walks through the pieces of some streams for one head, which is either normalised and rotated, or values."""
@@ -129,19 +129,19 @@ def _walk(
         dlow = tl.load(dlocal + row, mask=mask, other=0.0).to(tl.float32)
         dhigh = tl.load(dlocal + row + HALF, mask=mask, other=0.0).to(tl.float32)
         if NORMALISED:
-            dglobal_low = tl.load(dglobal + row, mask=mask, other=0.0).to(tl.float32)
-            dglobal_high = tl.load(dglobal + row + HALF, mask=mask, other=0.0).to(tl.float32)
             cosine = tl.load(cosines + position[:, None] * HALF + half[None, :], mask=mask, other=0.0)
             sine = tl.load(sines + position[:, None] * HALF + half[None, :], mask=mask, other=0.0)
+            dglobal_low = tl.load(dglobal + row, mask=mask, other=0.0)
+            dglobal_high = tl.load(dglobal + row + HALF, mask=mask, other=0.0)
             low = tl.dot(seen, tl.trans(weight_low), input_precision=PRECISION)
             high = tl.dot(seen, tl.trans(weight_high), input_precision=PRECISION)
             # The adjoint of a rotation is the inverse rotation.
             dlow, dhigh = dlow * cosine + dhigh * sine, dhigh * cosine - dlow * sine
-            dlow, dhigh, dscale = before_normalisation(
-                low, high, dlow, dhigh, dglobal_low, dglobal_high, scale, eps, HEAD_SIZE, RADIUS, SILU
+            dlow, dhigh, row_dscale = _before_normalisation(
+                low, high, dlow, dhigh, dglobal_low.to(tl.float32), dglobal_high.to(tl.float32), scale, eps, HEAD_SIZE, RADIUS, SILU, FAST
             )  # fmt: skip
             if RADIUS:
-                dradius += tl.sum(dscale, 1)
+                dradius += row_dscale
         dlow, dhigh = dlow.to(seen.dtype), dhigh.to(seen.dtype)
         dlow_sum = tl.dot(tl.trans(seen), dlow, dlow_sum, input_precision=PRECISION)
         dhigh_sum = tl.dot(tl.trans(seen), dhigh, dhigh_sum, input_precision=PRECISION)
@@ -159,6 +159,36 @@ def _walk(
     if RADIUS:
         before: tl.constexpr = 3 * WIDTH * (RANK + (TAPS if CONVOLUTION else 0))
         tl.store(sums + before + part * NUM_HEADS + head, tl.sum(dradius, 0) * HEAD_SIZE**-0.5)
+
+
+@triton.jit
+def _before_normalisation(
+    low, high, dlow, dhigh, dglobal_low, dglobal_high, scale, eps,
+    HEAD_SIZE: tl.constexpr, RADIUS: tl.constexpr, SILU: tl.constexpr, FAST: tl.constexpr,
+):  # fmt: skip
+    """Gradients before normalisation from those after the inverse rotation and those of the global path; also each token's share of the radius.
+
+    The same as of `mixer_inputs_backward`, with as few operations as a token of many threads allows.
+    """
+    reciprocal = tl.rsqrt(tl.sum(low * low + high * high, 1) / HEAD_SIZE + eps)
+    dscale = reciprocal
+    if RADIUS:
+        dscale = tl.sum(low * dlow + high * dhigh, 1) * reciprocal
+        along = (dscale * scale * reciprocal * reciprocal / HEAD_SIZE)[:, None]
+        factor = (scale * reciprocal)[:, None]
+        dlow, dhigh = dlow * factor - low * along, dhigh * factor - high * along
+    if SILU:
+        sigmoid_low, sigmoid_high = sigmoid(low, FAST), sigmoid(high, FAST)
+        low, high = low * sigmoid_low, high * sigmoid_high
+        reciprocal = tl.rsqrt(tl.sum(low * low + high * high, 1) / HEAD_SIZE + eps)
+    along = (tl.sum(low * dglobal_low + high * dglobal_high, 1) * (reciprocal * reciprocal * reciprocal / HEAD_SIZE))[:, None]
+    dglobal_low, dglobal_high = dglobal_low * reciprocal[:, None] - low * along, dglobal_high * reciprocal[:, None] - high * along
+    if SILU:
+        dlow += dglobal_low * (sigmoid_low + low * (1.0 - sigmoid_low))
+        dhigh += dglobal_high * (sigmoid_high + high * (1.0 - sigmoid_high))
+    else:
+        dlow, dhigh = dlow + dglobal_low, dhigh + dglobal_high
+    return dlow, dhigh, dscale
 
 
 @triton.jit

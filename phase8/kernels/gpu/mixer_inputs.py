@@ -11,6 +11,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from phase8.kernels.gpu.fast_math import has_fast_math, sigmoid
+
 NUM_WARPS = 8
 
 
@@ -61,6 +63,7 @@ def constants(
         "SILU": silu,
         "DOCUMENTS": starts is not None,
         "CONTINUED": initial_state is not None,
+        "FAST": has_fast_math(),
     }
 
 
@@ -101,7 +104,7 @@ def convolved_half(
 def _prepare_kernel(
     qkv, weight, cosines, sines, radius, starts, initial, local_q, local_k, global_q, global_k, v, length, eps,
     NUM_HEADS: tl.constexpr, HEAD_SIZE: tl.constexpr, BLOCK_HALF: tl.constexpr, TAPS: tl.constexpr, CONVOLUTION: tl.constexpr,
-    RADIUS: tl.constexpr, SILU: tl.constexpr, DOCUMENTS: tl.constexpr, CONTINUED: tl.constexpr, BLOCK_T: tl.constexpr,
+    RADIUS: tl.constexpr, SILU: tl.constexpr, DOCUMENTS: tl.constexpr, CONTINUED: tl.constexpr, FAST: tl.constexpr, BLOCK_T: tl.constexpr,
 ):  # fmt: skip
     head, batch = tl.program_id(1), tl.cast(tl.program_id(2), tl.int64)
     token = tl.program_id(0) * BLOCK_T + tl.arange(0, BLOCK_T)
@@ -128,12 +131,13 @@ def _prepare_kernel(
         else:
             scale = tl.load(radius + head).to(tl.float32) * (1.0 / tl.sqrt(HEAD_SIZE * 1.0)) if RADIUS else 1.0
             to_global, to_local = (global_q, local_q) if part == 0 else (global_k, local_k)
-            store_normalised(low, high, to_global + out, to_local + out, cosine, sine, scale, mask, eps, HEAD_SIZE, RADIUS, SILU)
+            store_normalised(low, high, to_global + out, to_local + out, cosine, sine, scale, mask, eps, HEAD_SIZE, RADIUS, SILU, FAST)
 
 
 @triton.jit
 def store_normalised(
-    low, high, to_global, to_local, cosine, sine, scale, mask, eps, HEAD_SIZE: tl.constexpr, RADIUS: tl.constexpr, SILU: tl.constexpr
+    low, high, to_global, to_local, cosine, sine, scale, mask, eps,
+    HEAD_SIZE: tl.constexpr, RADIUS: tl.constexpr, SILU: tl.constexpr, FAST: tl.constexpr,
 ):  # fmt: skip
     """Writes queries or keys of both paths from the halves of a head after the convolution, fp32 [tokens, K/2]."""
     HALF: tl.constexpr = HEAD_SIZE // 2
@@ -141,7 +145,7 @@ def store_normalised(
     normal_low, normal_high = low * reciprocal[:, None], high * reciprocal[:, None]
     global_low, global_high = normal_low, normal_high
     if SILU:
-        global_low, global_high = low * tl.sigmoid(low), high * tl.sigmoid(high)
+        global_low, global_high = low * sigmoid(low, FAST), high * sigmoid(high, FAST)
         mean_square = (tl.sum(global_low * global_low, 1) + tl.sum(global_high * global_high, 1)) / HEAD_SIZE
         reciprocal = 1.0 / tl.sqrt(mean_square + eps)
         global_low, global_high = global_low * reciprocal[:, None], global_high * reciprocal[:, None]
