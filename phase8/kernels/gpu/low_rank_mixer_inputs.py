@@ -166,9 +166,8 @@ def _forward_kernel(
         channel = part * WIDTH + head * HEAD_SIZE
         weights += ((load_folded(folded, channel, HALF, COLUMNS), load_folded(folded, channel + HALF, HALF, COLUMNS)),)
     for step in tl.range(0, STEPS, num_stages=1):
-        token = tl.cast((tl.program_id(1) * STEPS + step) * BLOCK_N, tl.int64) + tl.arange(0, BLOCK_N)
-        there = token < num_tokens
-        position = (token % length).to(tl.int32)
+        token = (tl.program_id(1) * STEPS + step) * BLOCK_N + tl.arange(0, BLOCK_N)
+        there, position = token < num_tokens, token % length
         mask = there[:, None] & (half < HALF)[None, :]
         cosine = tl.load(cosines + position[:, None] * HALF + half[None, :], mask=mask, other=0.0)
         sine = tl.load(sines + position[:, None] * HALF + half[None, :], mask=mask, other=0.0)

@@ -109,8 +109,8 @@ def _walk(
     weight_low, weight_high = load_folded(folded, channel, HALF, COLUMNS), load_folded(folded, channel + HALF, HALF, COLUMNS)
     # The pieces of all sequences that begin at the same position are neighbours, so that rows of a tile read the same angles.
     stream = tl.program_id(1) * ROWS + tl.arange(0, ROWS)
-    begin = stream // batch * piece
-    first_token = tl.cast(stream % batch, tl.int64) * length + begin
+    begin = tl.where(stream < num_streams, stream // batch * piece, length)
+    before = stream % batch * length  # tokens of earlier sequences
     column = (head * HEAD_SIZE + half)[None, :]
     scale = tl.load(radius + head).to(tl.float32) * HEAD_SIZE**-0.5 if RADIUS else 1.0
     # Of each token, its head's share of the gradient of its bottleneck.
@@ -120,8 +120,8 @@ def _walk(
     dradius = tl.zeros([ROWS], tl.float32)
     for step in tl.range(0, piece, num_stages=STAGES):
         index = piece - 1 - step
-        position, token = begin + index, first_token + index
-        there = (stream < num_streams) & (position < length)
+        position = begin + index
+        there, token = position < length, before + position
         age = load_ages(starts, token, position, there, TAPS, DOCUMENTS)
         seen = load_seen(bottlenecks + part * RANK, token, age, there, RANK, BLOCK_R, TAPS, BLOCK_TAPS)
         row = token[:, None] * WIDTH + column
@@ -131,12 +131,12 @@ def _walk(
         if NORMALISED:
             cosine = tl.load(cosines + position[:, None] * HALF + half[None, :], mask=mask, other=0.0)
             sine = tl.load(sines + position[:, None] * HALF + half[None, :], mask=mask, other=0.0)
-            dglobal_low = tl.load(dglobal + row, mask=mask, other=0.0)
-            dglobal_high = tl.load(dglobal + row + HALF, mask=mask, other=0.0)
-            low = tl.dot(seen, tl.trans(weight_low), input_precision=PRECISION)
-            high = tl.dot(seen, tl.trans(weight_high), input_precision=PRECISION)
             # The adjoint of a rotation is the inverse rotation.
             dlow, dhigh = dlow * cosine + dhigh * sine, dhigh * cosine - dlow * sine
+            low = tl.dot(seen, tl.trans(weight_low), input_precision=PRECISION)
+            high = tl.dot(seen, tl.trans(weight_high), input_precision=PRECISION)
+            dglobal_low = tl.load(dglobal + row, mask=mask, other=0.0)
+            dglobal_high = tl.load(dglobal + row + HALF, mask=mask, other=0.0)
             dlow, dhigh, row_dscale = _before_normalisation(
                 low, high, dlow, dhigh, dglobal_low.to(tl.float32), dglobal_high.to(tl.float32), scale, eps, HEAD_SIZE, RADIUS, SILU, FAST
             )  # fmt: skip
@@ -157,8 +157,8 @@ def _walk(
     _store_weights(dlow_sum, up, taps, sums, part, head * HEAD_SIZE, WIDTH, HALF, RANK, BLOCK_R, TAPS, BLOCK_TAPS, CONVOLUTION)
     _store_weights(dhigh_sum, up, taps, sums, part, head * HEAD_SIZE + HALF, WIDTH, HALF, RANK, BLOCK_R, TAPS, BLOCK_TAPS, CONVOLUTION)
     if RADIUS:
-        before: tl.constexpr = 3 * WIDTH * (RANK + (TAPS if CONVOLUTION else 0))
-        tl.store(sums + before + part * NUM_HEADS + head, tl.sum(dradius, 0) * HEAD_SIZE**-0.5)
+        of_radius: tl.constexpr = 3 * WIDTH * (RANK + (TAPS if CONVOLUTION else 0))
+        tl.store(sums + of_radius + part * NUM_HEADS + head, tl.sum(dradius, 0) * HEAD_SIZE**-0.5)
 
 
 @triton.jit
