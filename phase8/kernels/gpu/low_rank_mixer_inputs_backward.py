@@ -170,24 +170,27 @@ def _before_normalisation(
 
     The same as of `mixer_inputs_backward`, with as few operations as a token of many threads allows.
     """
-    reciprocal = tl.rsqrt(tl.sum(low * low + high * high, 1) / HEAD_SIZE + eps)
-    dscale = reciprocal
+    # All sums precede what is computed of them, for each channel in one go, so that few values are held at a time.
+    local = tl.rsqrt(tl.sum(low * low + high * high, 1) / HEAD_SIZE + eps)
+    dscale = local
     if RADIUS:
-        dscale = tl.sum(low * dlow + high * dhigh, 1) * reciprocal
-        along = (dscale * scale * reciprocal * reciprocal / HEAD_SIZE)[:, None]
-        factor = (scale * reciprocal)[:, None]
-        dlow, dhigh = dlow * factor - low * along, dhigh * factor - high * along
+        dscale = tl.sum(low * dlow + high * dhigh, 1) * local
     if SILU:
         sigmoid_low, sigmoid_high = sigmoid(low, FAST), sigmoid(high, FAST)
-        low, high = low * sigmoid_low, high * sigmoid_high
-        reciprocal = tl.rsqrt(tl.sum(low * low + high * high, 1) / HEAD_SIZE + eps)
-    along = (tl.sum(low * dglobal_low + high * dglobal_high, 1) * (reciprocal * reciprocal * reciprocal / HEAD_SIZE))[:, None]
-    dglobal_low, dglobal_high = dglobal_low * reciprocal[:, None] - low * along, dglobal_high * reciprocal[:, None] - high * along
-    if SILU:
-        dlow += dglobal_low * (sigmoid_low + low * (1.0 - sigmoid_low))
-        dhigh += dglobal_high * (sigmoid_high + high * (1.0 - sigmoid_high))
+        active_low, active_high = low * sigmoid_low, high * sigmoid_high
+        shared = tl.rsqrt(tl.sum(active_low * active_low + active_high * active_high, 1) / HEAD_SIZE + eps)
     else:
-        dlow, dhigh = dlow + dglobal_low, dhigh + dglobal_high
+        active_low, active_high, shared = low, high, local
+    along = (tl.sum(active_low * dglobal_low + active_high * dglobal_high, 1) * (shared * shared * shared / HEAD_SIZE))[:, None]
+    dglobal_low = dglobal_low * shared[:, None] - active_low * along
+    dglobal_high = dglobal_high * shared[:, None] - active_high * along
+    if SILU:
+        dglobal_low *= sigmoid_low + active_low * (1.0 - sigmoid_low)
+        dglobal_high *= sigmoid_high + active_high * (1.0 - sigmoid_high)
+    if RADIUS:
+        along, factor = (dscale * scale * local * local / HEAD_SIZE)[:, None], (scale * local)[:, None]
+        dlow, dhigh = dlow * factor - low * along, dhigh * factor - high * along
+    dlow, dhigh = dlow + dglobal_low, dhigh + dglobal_high
     return dlow, dhigh, dscale
 
 
