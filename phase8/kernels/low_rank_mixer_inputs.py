@@ -11,14 +11,24 @@ import torch
 from torch import Tensor
 
 from phase8.kernels.backends import uses_triton
+from phase8.kernels.dtypes import at_least_fp32
 from phase8.kernels.limits import BOTTLENECK_HEAD_SIZES, MAX_BOTTLENECK_RANK, MAX_BOTTLENECK_TAPS
 from phase8.kernels.reference import low_rank_mixer_inputs as reference
 from phase8.kernels.reference.mixer_inputs import MixerInputs
 
 
-def takes_bottlenecks(device: torch.device, *, rank: int, head_size: int, num_taps: int) -> bool:
-    """Whether the operator computes low-rank q, k and v of these sizes; elsewhere they are formed by a product, for `mixer_inputs`."""
-    return device.type != "cpu" and rank <= MAX_BOTTLENECK_RANK and head_size in BOTTLENECK_HEAD_SIZES and num_taps <= MAX_BOTTLENECK_TAPS
+def takes_bottlenecks(device: torch.device, *, rank: int, head_size: int, num_taps: int, num_outputs: int) -> bool:
+    """Whether the operator computes low-rank q, k and v of these sizes; elsewhere they are formed by a product, for `mixer_inputs`.
+
+    Args:
+        device: Device of the bottlenecks. On a CPU, autograd keeps what the operator's backward would recompute.
+        rank: R.
+        head_size: K.
+        num_taps: Taps of the convolution; 1: none.
+        num_outputs: B T H K, whose positions the kernel counts in 32 bits.
+    """
+    is_small = rank <= MAX_BOTTLENECK_RANK and num_taps <= MAX_BOTTLENECK_TAPS and num_outputs < 2**31
+    return device.type != "cpu" and head_size in BOTTLENECK_HEAD_SIZES and is_small
 
 
 def low_rank_mixer_inputs(
@@ -83,8 +93,8 @@ def _backward(
     dbottlenecks, dups, dtaps, dradius = reference.low_rank_mixer_inputs_backward(
         MixerInputs(*gradients), bottlenecks, ups, taps, angles, radius, num_heads=num_heads, eps=eps, silu=silu, starts=starts
     )
-    dradii = [] if dradius is None else [dradius, torch.zeros_like(dradius)]
-    return dbottlenecks, torch.cat([x.flatten() for x in (*dups, dtaps, *dradii) if x is not None])
+    dradii = None if dradius is None else torch.stack((dradius, torch.zeros_like(dradius)))
+    return dbottlenecks, torch.cat([at_least_fp32(x).flatten() for x in (*dups, dtaps, dradii) if x is not None])
 
 
 @_forward.register_fake

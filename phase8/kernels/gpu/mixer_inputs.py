@@ -142,16 +142,17 @@ def store_normalised(
     """Writes queries or keys of both paths from the halves of a head after the convolution, fp32 [tokens, K/2]."""
     HALF: tl.constexpr = HEAD_SIZE // 2
     reciprocal = 1.0 / tl.sqrt((tl.sum(low * low, 1) + tl.sum(high * high, 1)) / HEAD_SIZE + eps)
-    normal_low, normal_high = low * reciprocal[:, None], high * reciprocal[:, None]
-    global_low, global_high = normal_low, normal_high
+    length = (reciprocal * scale)[:, None] if RADIUS else 1.0
     if SILU:
         global_low, global_high = low * sigmoid(low, FAST), high * sigmoid(high, FAST)
         mean_square = (tl.sum(global_low * global_low, 1) + tl.sum(global_high * global_high, 1)) / HEAD_SIZE
         reciprocal = 1.0 / tl.sqrt(mean_square + eps)
-        global_low, global_high = global_low * reciprocal[:, None], global_high * reciprocal[:, None]
+    else:
+        global_low, global_high = low, high
+    global_low, global_high = global_low * reciprocal[:, None], global_high * reciprocal[:, None]
     tl.store(to_global, global_low.to(to_global.dtype.element_ty), mask=mask)
     tl.store(to_global + HALF, global_high.to(to_global.dtype.element_ty), mask=mask)
     if RADIUS:
-        low, high = normal_low * scale, normal_high * scale
+        low, high = low * length, high * length
     tl.store(to_local, (low * cosine - high * sine).to(to_local.dtype.element_ty), mask=mask)
     tl.store(to_local + HALF, (low * sine + high * cosine).to(to_local.dtype.element_ty), mask=mask)
