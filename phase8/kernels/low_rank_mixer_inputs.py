@@ -12,23 +12,8 @@ from torch import Tensor
 
 from phase8.kernels.backends import uses_triton
 from phase8.kernels.dtypes import at_least_fp32
-from phase8.kernels.limits import BOTTLENECK_HEAD_SIZES, MAX_BOTTLENECK_RANK, MAX_BOTTLENECK_TAPS
 from phase8.kernels.reference import low_rank_mixer_inputs as reference
 from phase8.kernels.reference.mixer_inputs import MixerInputs
-
-
-def takes_bottlenecks(device: torch.device, *, rank: int, head_size: int, num_taps: int, num_outputs: int) -> bool:
-    """Whether the operator computes low-rank q, k and v of these sizes; elsewhere they are formed by a product, for `mixer_inputs`.
-
-    Args:
-        device: Device of the bottlenecks. On a CPU, autograd keeps what the operator's backward would recompute.
-        rank: R.
-        head_size: K.
-        num_taps: Taps of the convolution; 1: none.
-        num_outputs: B T H K, whose positions the kernel counts in 32 bits.
-    """
-    is_small = rank <= MAX_BOTTLENECK_RANK and num_taps <= MAX_BOTTLENECK_TAPS and num_outputs < 2**31
-    return device.type != "cpu" and head_size in BOTTLENECK_HEAD_SIZES and is_small
 
 
 def low_rank_mixer_inputs(
@@ -43,7 +28,10 @@ def low_rank_mixer_inputs(
     silu: bool = False,
     starts: Tensor | None = None,
 ) -> MixerInputs:
-    """Products, convolution, rotation and normalisation; arguments and results as in the reference of the same name."""
+    """Products, convolution, rotation and normalisation; arguments and results as in the reference of the same name.
+
+    `limits.takes_bottlenecks` says for which sizes.
+    """
     return MixerInputs(*_forward(bottlenecks, ups, taps, angles, radius, starts, num_heads, eps, silu))
 
 

@@ -1,6 +1,5 @@
 """The Triton kernels: on a GPU on real shapes, without one in the interpreter on small ones, and their machine code."""
 
-import dataclasses
 
 import pytest
 import torch
@@ -8,7 +7,6 @@ import torch
 from phase8.kernels.reference.low_rank_mixer_inputs import low_rank_mixer_inputs, low_rank_mixer_inputs_backward
 from phase8.kernels.reference.mixer_inputs import MixerInputs
 from phase8.kernels.rotary import rotary_angles
-from tests.kernels.offline import OfflineKernel, compile_offline
 
 # batch, length, heads, head size, rank, taps (0: no convolution), radius given, documents, SiLU
 SMALL = [

@@ -58,7 +58,7 @@ def _num_sums(ups: list[Tensor], taps: Tensor | None, radius: Tensor | None, num
 
 
 def _piece_tokens(length: int, num_steps: int, num_programs: int) -> int:
-    """Tokens of a piece, a power of two, such that walks of altogether so many steps make at least so many programs where pieces can be that short."""
+    """Tokens of a piece, a power of two: walks of altogether so many steps make at least so many programs, where pieces can be that short."""
     shortest, longest = (4, 8) if triton.knobs.runtime.interpret else PIECE_TOKENS
     wanted = max(shortest, min(longest, num_steps // num_programs))
     return min(1 << (wanted.bit_length() - 1), triton.next_power_of_2(length))
@@ -69,8 +69,8 @@ def _backward_kernel(
     bottlenecks, folded, up_q, up_k, up_v, taps, cosines, sines, radius, starts, dlocal_q, dlocal_k, dglobal_q, dglobal_k, dv, by_head, owed, sums,
     num_streams, batch, length, piece, num_sums, eps,
     NUM_HEADS: tl.constexpr, HEAD_SIZE: tl.constexpr, RANK: tl.constexpr, BLOCK_R: tl.constexpr, TAPS: tl.constexpr, BLOCK_TAPS: tl.constexpr,
-    RADIUS: tl.constexpr, SILU: tl.constexpr, DOCUMENTS: tl.constexpr, FAST: tl.constexpr, PRECISION: tl.constexpr, CONVOLUTION: tl.constexpr, ROWS: tl.constexpr,
-    STAGES: tl.constexpr,
+    RADIUS: tl.constexpr, SILU: tl.constexpr, DOCUMENTS: tl.constexpr, FAST: tl.constexpr, PRECISION: tl.constexpr, CONVOLUTION: tl.constexpr,
+    ROWS: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     part = tl.program_id(2)
     sums += tl.cast(tl.program_id(1), tl.int64) * num_sums

@@ -87,8 +87,8 @@ def _backward_kernel(
 def _walk(
     qkv, weight, cosines, sines, radius, starts, initial, dlocal, dglobal, dqkv, dtaps_parts, dradius_parts, part, length, eps,
     NUM_HEADS: tl.constexpr, HEAD_SIZE: tl.constexpr, BLOCK_HALF: tl.constexpr, TAPS: tl.constexpr, CONVOLUTION: tl.constexpr,
-    NORMALISED: tl.constexpr, RADIUS: tl.constexpr, SILU: tl.constexpr, DOCUMENTS: tl.constexpr, CONTINUED: tl.constexpr, FAST: tl.constexpr, HEADS: tl.constexpr,
-    PIECE: tl.constexpr, TOKENS: tl.constexpr, STAGES: tl.constexpr,
+    NORMALISED: tl.constexpr, RADIUS: tl.constexpr, SILU: tl.constexpr, DOCUMENTS: tl.constexpr, CONTINUED: tl.constexpr, FAST: tl.constexpr,
+    HEADS: tl.constexpr, PIECE: tl.constexpr, TOKENS: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """Walks over a piece of the sequence for some heads, which are either normalised and rotated, or values."""
     HALF: tl.constexpr = HEAD_SIZE // 2

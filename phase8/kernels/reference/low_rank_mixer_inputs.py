@@ -41,10 +41,10 @@ def low_rank_mixer_inputs(
     Returns:
         The inputs.
     """
-    return mixer_inputs(projected(bottlenecks, ups, num_heads), taps, angles, radius, eps=eps, silu=silu, starts=starts)[0]
+    return mixer_inputs(_projected(bottlenecks, ups, num_heads), taps, angles, radius, eps=eps, silu=silu, starts=starts)[0]
 
 
-def projected(bottlenecks: Tensor, ups: list[Tensor], num_heads: int) -> Tensor:
+def _projected(bottlenecks: Tensor, ups: list[Tensor], num_heads: int) -> Tensor:
     """q, k and v [B, T, 3, H, K]."""
     parts = (F.linear(h, up.to(h.dtype)) for h, up in zip(bottlenecks.chunk(3, dim=-1), ups, strict=True))
     return torch.stack([part.unflatten(2, (num_heads, -1)) for part in parts], dim=2)
@@ -65,7 +65,7 @@ def low_rank_mixer_inputs_backward(
 ) -> tuple[Tensor, list[Tensor], Tensor | None, Tensor | None]:
     """Gradients of bottlenecks, up weights, taps and radius, without autograd; arguments as in the forward."""
     wide, ups_wide = at_least_fp32(bottlenecks), [at_least_fp32(up) for up in ups]
-    qkv = projected(wide, ups_wide, num_heads)
+    qkv = _projected(wide, ups_wide, num_heads)
     dqkv, dtaps, dradius = mixer_inputs_backward(gradients, qkv, taps, angles, radius, eps=eps, silu=silu, starts=starts)
     parts = [part.flatten(0, 1) for part in dqkv.flatten(3).unbind(2)]
     dbottlenecks = torch.cat([part @ up for part, up in zip(parts, ups_wide, strict=True)], dim=-1).to(bottlenecks.dtype)
