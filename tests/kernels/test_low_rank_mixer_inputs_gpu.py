@@ -7,6 +7,7 @@ import torch
 from phase8.kernels.reference.low_rank_mixer_inputs import low_rank_mixer_inputs, low_rank_mixer_inputs_backward
 from phase8.kernels.reference.mixer_inputs import MixerInputs
 from phase8.kernels.rotary import rotary_angles
+from tests.kernels.offline import OfflineKernel, compile_offline, count
 
 # batch, length, heads, head size, rank, taps (0: no convolution), radius given, documents, SiLU
 SMALL = [
@@ -87,3 +88,42 @@ def test_small_shapes_equal_the_reference(case, kernel_device):
 @pytest.mark.parametrize("case", LARGE)
 def test_real_shapes_equal_the_reference(case, dtype, kernel_device):
     check(case, kernel_device, dtype)
+
+
+@pytest.fixture(scope="module")
+def compiled():
+    pytest.importorskip("triton")
+    names = ("up_q", "up_k", "up_v", "taps", "cosines", "sines", "radius", "sums")
+    fp32, tokens = dict.fromkeys(names, "*fp32"), {"bottlenecks": "*bf16", "folded": "*bf16", "starts": None, "length": 512, "eps": 1e-5}
+    shape = {"NUM_HEADS": 8, "HEAD_SIZE": 64, "RANK": 16, "BLOCK_R": 16, "TAPS": 4, "BLOCK_TAPS": 4, "RADIUS": True, "SILU": True, "DOCUMENTS": False}
+    shape |= {"FAST": True, "PRECISION": "tf32"}
+    medium = {"NUM_HEADS": 16, "RANK": 32, "BLOCK_R": 32, "length": 1024}
+    forward = {name: fp32[name] for name in ("cosines", "sines", "radius")} | tokens | shape
+    forward |= dict.fromkeys(("local_q", "local_k", "global_q", "global_k", "v"), "*bf16") | {"num_tokens": 8192, "BLOCK_N": 64, "STEPS": 1}
+    backward = fp32 | tokens | shape | dict.fromkeys(("dlocal_q", "dlocal_k", "dglobal_q", "dglobal_k", "dv", "by_head", "owed"), "*bf16")
+    backward |= {"num_streams": 1024, "batch": 16, "piece": 8, "num_sums": 30736, "CONVOLUTION": True, "ROWS": 64, "STAGES": 2}
+    documents, plain = {"starts": "*i1", "DOCUMENTS": True}, {"SILU": False, "radius": None, "RADIUS": False}
+    module = "phase8.kernels.gpu.low_rank_mixer_inputs"
+    sizes = {"num_tokens": 8192, "num_streams": 1024, "batch": 16, "length": 512, "piece": 8, "NUM_HEADS": 8, "RANK": 16, "BLOCK_R": 16, "TAPS": 4}
+    return compile_offline(
+        {
+            "forward": OfflineKernel(f"{module}:_forward_kernel", forward, num_warps=4),
+            "forward, documents": OfflineKernel(f"{module}:_forward_kernel", forward | documents, num_warps=4),
+            "forward, medium": OfflineKernel(f"{module}:_forward_kernel", forward | medium, num_warps=4),
+            "backward": OfflineKernel(f"{module}_backward:_backward_kernel", backward, num_warps=4),
+            "backward, plain": OfflineKernel(f"{module}_backward:_backward_kernel", backward | plain, num_warps=4),
+            "backward, documents": OfflineKernel(f"{module}_backward:_backward_kernel", backward | documents, num_warps=4),
+            "backward, medium": OfflineKernel(f"{module}_backward:_backward_kernel", backward | medium, num_warps=4),
+            "sum": OfflineKernel(
+                f"{module}_backward:_sum_kernel",
+                sizes | dict.fromkeys(("by_head", "owed", "dbottlenecks"), "*bf16") | {"BLOCK_N": 64},
+                num_warps=2,
+            ),
+            "fold": OfflineKernel(
+                f"{module}:_fold_kernel",
+                {name: fp32[name] for name in ("up_q", "up_k", "up_v", "taps")}
+                | {"folded": "*bf16", "width": 512, "RANK": 16, "BLOCK_R": 16, "TAPS": 4, "BLOCK_TAPS": 4, "CONVOLUTION": True, "BLOCK_C": 64},
+                num_warps=4,
+            ),
+        }
+    )

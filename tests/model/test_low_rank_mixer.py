@@ -1,0 +1,89 @@
+"""Low-rank q, k and v are the same whether a product forms them or the operator that makes the inputs of both paths."""
+
+import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from phase8.config.model_section import ModelSection
+from phase8.model.recomputation import apply_recomputation
+from tests.model.small import document_starts, perturbed_model, random_tokens, scaled_down
+
+OPERATOR = "phase8::low_rank_mixer_inputs"
+KINDS = {
+    "default": {},
+    "lorentz": {"score": "lorentz", "chain": "both"},
+    "dot, one tap": {"score": "dot", "chain": "none", "convolution_size": 1, "global_activation": "none"},
+    "window alone": {"global_path": "none"},
+    "feed-forward too": {"ffn": "low_rank_swiglu", "global_path": "delta"},
+}
+
+
+class Count(TorchDispatchMode):
+    """Counts the calls of the operator."""
+
+    def __init__(self):
+        super().__init__()
+        self.calls = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.calls += func._schema.name == OPERATOR
+        return func(*args, **(kwargs or {}))
+
+
+def made(kind):
+    return perturbed_model(scaled_down(ModelSection(low_rank_rank=5, **KINDS[kind])))
+
+
+def loss_and_gradients(model, starts):
+    tokens = random_tokens()
+    loss = model.loss_sum(tokens[:, :-1], tokens[:, 1:], None if starts is None else starts[:, :-1])
+    loss.backward()
+    return loss.detach(), {name: parameter.grad for name, parameter in model.named_parameters()}
+
+
+@pytest.fixture
+def inside(monkeypatch):
+    """Chooses whether models on a CPU use the operator, as they do on a GPU."""
+    return lambda chosen: monkeypatch.setattr("phase8.model.mixer.takes_bottlenecks", lambda *args, **kwargs: chosen)
+
+
+@pytest.mark.parametrize("packed", [False, True])
+@pytest.mark.parametrize("kind", KINDS)
+def test_loss_and_gradients_are_the_same_either_way(kind, packed, inside):
+    starts = document_starts(0, 11, 13) if packed else None
+    found = []
+    for chosen in (True, False):
+        inside(chosen)
+        with Count() as count:
+            found.append(loss_and_gradients(made(kind), starts))
+        assert count.calls == (2 if chosen else 0)  # of two layers
+    torch.testing.assert_close(*found, rtol=1e-5, atol=1e-5)  # angles are fp32, so a turn back is not quite the inverse
+
+
+@pytest.mark.parametrize("mode", ["selective", "full"])
+def test_recomputation_changes_no_bit(mode, inside):
+    inside(True)
+    plain, recomputed = made("default"), made("default")
+    apply_recomputation(recomputed, mode)
+    torch.testing.assert_close(loss_and_gradients(recomputed, None), loss_and_gradients(plain, None), rtol=0, atol=0)
+
+
+def test_compiled_blocks_have_no_graph_break(inside):
+    inside(True)
+    torch.compiler.reset()  # of one function only so many graphs are made, and other tests of the process have made some
+    plain, compiled = made("default"), made("default")
+    for layer in compiled.blocks.values():
+        layer.compile(fullgraph=True, backend="aot_eager")
+    torch.testing.assert_close(loss_and_gradients(compiled, None), loss_and_gradients(plain, None), rtol=1e-5, atol=1e-5)
+
+
+def test_pieces_of_a_sequence_are_left_to_the_product(inside):
+    inside(True)
+    model, tokens = made("default"), random_tokens()
+    with Count() as whole:
+        expected, _ = model(tokens)
+    with Count() as pieces:
+        first, states = model(tokens[:, :10], states=model.empty_states(2))
+        rest, _ = model(tokens[:, 10:], states=states, first_position=10)
+    assert (whole.calls, pieces.calls) == (2, 0)
+    torch.testing.assert_close(torch.cat((first, rest), dim=1), expected, rtol=1e-5, atol=1e-5)
