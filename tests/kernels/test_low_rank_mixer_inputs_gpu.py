@@ -99,9 +99,9 @@ def compiled():
     shape |= {"FAST": True, "PRECISION": "tf32"}
     medium = {"NUM_HEADS": 16, "RANK": 32, "BLOCK_R": 32, "length": 1024}
     forward = {name: fp32[name] for name in ("cosines", "sines", "radius")} | tokens | shape
-    forward |= dict.fromkeys(("local_q", "local_k", "global_q", "global_k", "v"), "*bf16") | {"num_tokens": 8192, "BLOCK_N": 64, "STEPS": 1}
+    forward |= dict.fromkeys(("local_q", "local_k", "global_q", "global_k", "v"), "*bf16") | {"num_tokens": 8192, "BLOCK_N": 64, "STEPS": 1, "EVEN": True}
     backward = fp32 | tokens | shape | dict.fromkeys(("dlocal_q", "dlocal_k", "dglobal_q", "dglobal_k", "dv", "by_head", "owed"), "*bf16")
-    backward |= {"num_streams": 1024, "batch": 16, "piece": 8, "num_sums": 30736, "CONVOLUTION": True, "ROWS": 64, "STAGES": 2}
+    backward |= {"num_streams": 1024, "batch": 16, "piece": 8, "num_sums": 30736, "CONVOLUTION": True, "ROWS": 64, "STAGES": 2, "EVEN": True}
     documents, plain = {"starts": "*i1", "DOCUMENTS": True}, {"SILU": False, "radius": None, "RADIUS": False}
     module = "phase8.kernels.gpu.low_rank_mixer_inputs"
     sizes = {"num_tokens": 8192, "num_streams": 1024, "batch": 16, "length": 512, "piece": 8, "NUM_HEADS": 8, "RANK": 16, "BLOCK_R": 16, "TAPS": 4}

@@ -61,9 +61,10 @@ def prepare(
     tiles, shared = choose_tiles(), constants(ups, taps, radius, starts, num_heads, silu)
     shape = (batch, length, num_heads, shared["HEAD_SIZE"])
     outputs = tuple(torch.empty(shape, dtype=bottlenecks.dtype, device=bottlenecks.device) for _ in range(5))
-    _forward_kernel[(num_heads, triton.cdiv(batch * length, tiles.tokens * tiles.steps))](
+    tokens = tiles.tokens * tiles.steps
+    _forward_kernel[(num_heads, triton.cdiv(batch * length, tokens))](
         bottlenecks, fold(bottlenecks, ups, taps, shared), angles.cos(), angles.sin(), radius, starts, *outputs, batch * length, length, eps,
-        **shared, BLOCK_N=tiles.tokens, STEPS=tiles.steps, num_warps=tiles.num_warps,
+        **shared, BLOCK_N=tiles.tokens, STEPS=tiles.steps, EVEN=batch * length % tokens == 0, num_warps=tiles.num_warps,
     )  # fmt: skip
     return outputs
 
@@ -130,21 +131,26 @@ def load_folded(folded, channel, BLOCK_HALF: tl.constexpr, COLUMNS: tl.constexpr
 
 @triton.jit
 def load_ages(starts, token, position, there, TAPS: tl.constexpr, DOCUMENTS: tl.constexpr):
-    """How many tokens before each one its convolution may see, or more: those of its sequence, or of its document [tokens]."""
-    age = position
+    """How many tokens before each one its convolution may see, or more: those of its sequence, or of its document; -1 where none is [tokens]."""
+    age = tl.where(there, position, -1)
     if DOCUMENTS:
         for back in tl.static_range(TAPS - 2, -1, -1):
-            begins = tl.load(starts + token - back, mask=there & (position >= back), other=0)
-            age = tl.where(begins != 0, tl.minimum(back, position), age)
+            begins = tl.load(starts + token - back, mask=age >= back, other=0)
+            age = tl.where(begins != 0, tl.minimum(back, age), age)
     return age
 
 
 @triton.jit
-def load_seen(x, token, age, there, RANK: tl.constexpr, BLOCK_R: tl.constexpr, TAPS: tl.constexpr, BLOCK_TAPS: tl.constexpr):
+def load_seen(x, token, age, RANK: tl.constexpr, BLOCK_R: tl.constexpr, TAPS: tl.constexpr, BLOCK_TAPS: tl.constexpr):
     """The bottlenecks of tokens and of those before them, by distance and rank [tokens, X]; zero where there is none. `x` is that of a part."""
     column = tl.arange(0, BLOCK_TAPS * BLOCK_R)
     distance, rank = column // BLOCK_R, column % BLOCK_R
-    mask = there[:, None] & (age[:, None] >= distance[None, :]) & ((rank < RANK) & (distance < TAPS))[None, :]
+    mask = age[:, None] >= distance[None, :]
+    # What is always true is not asked for: it would cost registers.
+    if RANK < BLOCK_R:
+        mask = mask & (rank < RANK)[None, :]
+    if TAPS < BLOCK_TAPS:
+        mask = mask & (distance < TAPS)[None, :]
     return tl.load(x + (token[:, None] - distance[None, :]) * (3 * RANK) + rank[None, :], mask=mask, other=0.0)
 
 
@@ -153,7 +159,7 @@ def _forward_kernel(
     bottlenecks, folded, cosines, sines, radius, starts, local_q, local_k, global_q, global_k, v, num_tokens, length, eps,
     NUM_HEADS: tl.constexpr, HEAD_SIZE: tl.constexpr, RANK: tl.constexpr, BLOCK_R: tl.constexpr, TAPS: tl.constexpr, BLOCK_TAPS: tl.constexpr,
     RADIUS: tl.constexpr, SILU: tl.constexpr, DOCUMENTS: tl.constexpr, FAST: tl.constexpr, PRECISION: tl.constexpr, BLOCK_N: tl.constexpr,
-    STEPS: tl.constexpr,
+    STEPS: tl.constexpr, EVEN: tl.constexpr,
 ):  # fmt: skip
     HALF: tl.constexpr = HEAD_SIZE // 2
     WIDTH: tl.constexpr = NUM_HEADS * HEAD_SIZE
@@ -167,14 +173,14 @@ def _forward_kernel(
         weights += ((load_folded(folded, channel, HALF, COLUMNS), load_folded(folded, channel + HALF, HALF, COLUMNS)),)
     for step in tl.range(0, STEPS, num_stages=1):
         token = (tl.program_id(1) * STEPS + step) * BLOCK_N + tl.arange(0, BLOCK_N)
-        there, position = token < num_tokens, token % length
-        mask = there[:, None] & (half < HALF)[None, :]
+        there, position = tl.full([BLOCK_N], True, tl.int1) if EVEN else token < num_tokens, token % length
+        mask = tl.broadcast_to(there[:, None], [BLOCK_N, HALF])
         cosine = tl.load(cosines + position[:, None] * HALF + half[None, :], mask=mask, other=0.0)
         sine = tl.load(sines + position[:, None] * HALF + half[None, :], mask=mask, other=0.0)
         age = load_ages(starts, token, position, there, TAPS, DOCUMENTS)
         out = token[:, None] * WIDTH + (head * HEAD_SIZE + half)[None, :]
         for part in tl.static_range(3):
-            seen = load_seen(bottlenecks + part * RANK, token, age, there, RANK, BLOCK_R, TAPS, BLOCK_TAPS)
+            seen = load_seen(bottlenecks + part * RANK, token, age, RANK, BLOCK_R, TAPS, BLOCK_TAPS)
             low = tl.dot(seen, tl.trans(weights[part][0]), input_precision=PRECISION)
             high = tl.dot(seen, tl.trans(weights[part][1]), input_precision=PRECISION)
             if part == 2:

@@ -42,7 +42,8 @@ def prepare_backward(
         bottlenecks, fold(bottlenecks, ups, taps, shared), *(up.contiguous() for up in ups), None if taps is None else taps.contiguous(),
         angles.cos(), angles.sin(), radius, starts, *(gradient.contiguous() for gradient in gradients), by_head, owed, sums,
         num_streams, batch, length, piece, num_sums, eps,
-        **shared, CONVOLUTION=taps is not None, ROWS=tiles.rows, STAGES=tiles.stages, num_warps=tiles.backward_warps,
+        **shared, CONVOLUTION=taps is not None, ROWS=tiles.rows, STAGES=tiles.stages,
+        EVEN=length % piece == 0 and num_streams % tiles.rows == 0, num_warps=tiles.backward_warps,
     )  # fmt: skip
     dbottlenecks = torch.empty_like(bottlenecks)
     sizes = {name: shared[name] for name in ("NUM_HEADS", "RANK", "BLOCK_R", "TAPS")}
@@ -70,7 +71,7 @@ def _backward_kernel(
     num_streams, batch, length, piece, num_sums, eps,
     NUM_HEADS: tl.constexpr, HEAD_SIZE: tl.constexpr, RANK: tl.constexpr, BLOCK_R: tl.constexpr, TAPS: tl.constexpr, BLOCK_TAPS: tl.constexpr,
     RADIUS: tl.constexpr, SILU: tl.constexpr, DOCUMENTS: tl.constexpr, FAST: tl.constexpr, PRECISION: tl.constexpr, CONVOLUTION: tl.constexpr,
-    ROWS: tl.constexpr, STAGES: tl.constexpr,
+    ROWS: tl.constexpr, STAGES: tl.constexpr, EVEN: tl.constexpr,
 ):  # fmt: skip
     part = tl.program_id(2)
     sums += tl.cast(tl.program_id(1), tl.int64) * num_sums
@@ -81,13 +82,13 @@ def _backward_kernel(
         _walk(
             bottlenecks, folded, up, taps, cosines, sines, radius, starts, dlocal, dglobal, by_head, owed, sums, part,
             num_streams, batch, length, piece, eps, NUM_HEADS, HEAD_SIZE, RANK, BLOCK_R, TAPS, BLOCK_TAPS,
-            True, RADIUS, SILU, DOCUMENTS, FAST, PRECISION, CONVOLUTION, ROWS, STAGES,
+            True, RADIUS, SILU, DOCUMENTS, FAST, PRECISION, CONVOLUTION, ROWS, STAGES, EVEN,
         )  # fmt: skip
     else:
         _walk(
             bottlenecks, folded, up_v, taps, cosines, sines, radius, starts, dv, dv, by_head, owed, sums, part,
             num_streams, batch, length, piece, eps, NUM_HEADS, HEAD_SIZE, RANK, BLOCK_R, TAPS, BLOCK_TAPS,
-            False, False, False, DOCUMENTS, FAST, PRECISION, CONVOLUTION, ROWS, STAGES,
+            False, False, False, DOCUMENTS, FAST, PRECISION, CONVOLUTION, ROWS, STAGES, EVEN,
         )  # fmt: skip
 
 
@@ -97,7 +98,7 @@ def _walk(
     num_streams, batch, length, piece, eps,
     NUM_HEADS: tl.constexpr, HEAD_SIZE: tl.constexpr, RANK: tl.constexpr, BLOCK_R: tl.constexpr, TAPS: tl.constexpr, BLOCK_TAPS: tl.constexpr,
     NORMALISED: tl.constexpr, RADIUS: tl.constexpr, SILU: tl.constexpr, DOCUMENTS: tl.constexpr, FAST: tl.constexpr, PRECISION: tl.constexpr,
-    CONVOLUTION: tl.constexpr, ROWS: tl.constexpr, STAGES: tl.constexpr,
+    CONVOLUTION: tl.constexpr, ROWS: tl.constexpr, STAGES: tl.constexpr, EVEN: tl.constexpr,
 ):  # fmt: skip
     """Walks through the pieces of some streams for one head, which is either normalised and rotated, or values."""
     HALF: tl.constexpr = HEAD_SIZE // 2
@@ -109,7 +110,8 @@ def _walk(
     weight_low, weight_high = load_folded(folded, channel, HALF, COLUMNS), load_folded(folded, channel + HALF, HALF, COLUMNS)
     # The pieces of all sequences that begin at the same position are neighbours, so that rows of a tile read the same angles.
     stream = tl.program_id(1) * ROWS + tl.arange(0, ROWS)
-    begin = tl.where(stream < num_streams, stream // batch * piece, length)
+    exists = tl.full([ROWS], True, tl.int1) if EVEN else stream < num_streams
+    begin = tl.where(exists, stream // batch * piece, length)
     before = stream % batch * length  # tokens of earlier sequences
     column = (head * HEAD_SIZE + half)[None, :]
     scale = tl.load(radius + head).to(tl.float32) * HEAD_SIZE**-0.5 if RADIUS else 1.0
@@ -121,11 +123,11 @@ def _walk(
     for step in tl.range(0, piece, num_stages=STAGES):
         index = piece - 1 - step
         position = begin + index
-        there, token = position < length, before + position
+        there, token = tl.full([ROWS], True, tl.int1) if EVEN else position < length, before + position
         age = load_ages(starts, token, position, there, TAPS, DOCUMENTS)
-        seen = load_seen(bottlenecks + part * RANK, token, age, there, RANK, BLOCK_R, TAPS, BLOCK_TAPS)
+        seen = load_seen(bottlenecks + part * RANK, token, age, RANK, BLOCK_R, TAPS, BLOCK_TAPS)
         row = token[:, None] * WIDTH + column
-        mask = there[:, None] & (half < HALF)[None, :]
+        mask = tl.broadcast_to(there[:, None], [ROWS, HALF])
         dlow = tl.load(dlocal + row, mask=mask, other=0.0).to(tl.float32)
         dhigh = tl.load(dlocal + row + HALF, mask=mask, other=0.0).to(tl.float32)
         if NORMALISED:
@@ -148,12 +150,11 @@ def _walk(
         owes = tl.dot(dlow, weight_low, input_precision=PRECISION)
         owes = tl.dot(dhigh, weight_high, owes, input_precision=PRECISION)
         share, debts = _paid(_by_distance(owes, ROWS, BLOCK_R, BLOCK_TAPS), debts, age, TAPS)
-        tl.store(shares + token[:, None] * RANK, share.to(by_head.dtype.element_ty), mask=there[:, None] & (rank < RANK)[None, :])
+        tl.store(shares + token[:, None] * RANK, share.to(by_head.dtype.element_ty), mask=_of_ranks(there, rank, RANK, BLOCK_R))
     for distance in tl.static_range(1, TAPS):
         place = tl.cast(part * NUM_HEADS + head, tl.int64) * num_streams + stream
         out = owed + (place[:, None] * (TAPS - 1) + (distance - 1)) * RANK + rank[None, :]
-        mask = (stream < num_streams)[:, None] & (rank < RANK)[None, :]
-        tl.store(out, debts[distance - 1].to(owed.dtype.element_ty), mask=mask)
+        tl.store(out, debts[distance - 1].to(owed.dtype.element_ty), mask=_of_ranks(exists, rank, RANK, BLOCK_R))
     _store_weights(dlow_sum, up, taps, sums, part, head * HEAD_SIZE, WIDTH, HALF, RANK, BLOCK_R, TAPS, BLOCK_TAPS, CONVOLUTION)
     _store_weights(dhigh_sum, up, taps, sums, part, head * HEAD_SIZE + HALF, WIDTH, HALF, RANK, BLOCK_R, TAPS, BLOCK_TAPS, CONVOLUTION)
     if RADIUS:
@@ -192,6 +193,13 @@ def _before_normalisation(
         dlow, dhigh = dlow * factor - low * along, dhigh * factor - high * along
     dlow, dhigh = dlow + dglobal_low, dhigh + dglobal_high
     return dlow, dhigh, dscale
+
+
+@triton.jit
+def _of_ranks(rows, rank, RANK: tl.constexpr, BLOCK_R: tl.constexpr):
+    """The mask of some rows and of the ranks that are not padded [rows, R]."""
+    mask = tl.broadcast_to(rows[:, None], [rows.shape[0], BLOCK_R])
+    return mask & (rank < RANK)[None, :] if RANK < BLOCK_R else mask
 
 
 @triton.jit
