@@ -14,6 +14,7 @@ SMALL = [
     (2, 21, 2, 32, 16, 4, True, False, True), (3, 17, 1, 32, 24, 4, False, True, False), (2, 9, 1, 64, 5, 0, True, False, False),
     (1, 1, 1, 32, 16, 3, True, False, False), (2, 13, 1, 32, 16, 2, False, True, True), (1, 35, 1, 64, 32, 4, True, True, True),
     (2, 6, 2, 32, 16, 1, False, True, False), (5, 4, 1, 32, 16, 4, True, True, False),
+    (16, 16, 1, 32, 16, 4, True, False, True),
 ]  # fmt: skip
 LARGE = [
     (16, 512, 8, 64, 16, 4, True, False, True), (3, 1537, 4, 64, 32, 4, True, True, True), (5, 257, 6, 64, 24, 3, False, False, False),
@@ -99,18 +100,21 @@ def compiled():
     shape |= {"FAST": True, "PRECISION": "tf32"}
     medium = {"NUM_HEADS": 16, "RANK": 32, "BLOCK_R": 32, "length": 1024}
     forward = {name: fp32[name] for name in ("cosines", "sines", "radius")} | tokens | shape
-    forward |= dict.fromkeys(("local_q", "local_k", "global_q", "global_k", "v"), "*bf16") | {"num_tokens": 8192, "BLOCK_N": 64, "STEPS": 1, "EVEN": True}
+    forward |= dict.fromkeys(("local_q", "local_k", "global_q", "global_k", "v"), "*bf16") | {"batch": 16, "BLOCK_N": 64, "STEPS": 1, "EVEN": True}
     backward = fp32 | tokens | shape | dict.fromkeys(("dlocal_q", "dlocal_k", "dglobal_q", "dglobal_k", "dv", "by_head", "owed"), "*bf16")
-    backward |= {"num_streams": 1024, "batch": 16, "piece": 8, "num_sums": 30736, "CONVOLUTION": True, "ROWS": 64, "STAGES": 2, "EVEN": True}
+    backward |= {"num_streams": 1024, "batch": 16, "piece": 8, "num_sums": 30736, "CONVOLUTION": True, "ROWS": 64, "STAGES": 2, "EVEN": True, "ALIGNED": False}
     documents, plain = {"starts": "*i1", "DOCUMENTS": True}, {"SILU": False, "radius": None, "RADIUS": False}
+    aligned = {"batch": 256, "num_streams": 2048, "piece": 64, "ALIGNED": True}
     module = "phase8.kernels.gpu.low_rank_mixer_inputs"
     sizes = {"num_tokens": 8192, "num_streams": 1024, "batch": 16, "length": 512, "piece": 8, "NUM_HEADS": 8, "RANK": 16, "BLOCK_R": 16, "TAPS": 4}
     return compile_offline(
         {
             "forward": OfflineKernel(f"{module}:_forward_kernel", forward, num_warps=4),
+            "forward, four sequences": OfflineKernel(f"{module}:_forward_kernel", forward | {"STEPS": 4}, num_warps=4),
             "forward, documents": OfflineKernel(f"{module}:_forward_kernel", forward | documents, num_warps=4),
             "forward, medium": OfflineKernel(f"{module}:_forward_kernel", forward | medium, num_warps=4),
             "backward": OfflineKernel(f"{module}_backward:_backward_kernel", backward, num_warps=4),
+            "backward, aligned": OfflineKernel(f"{module}_backward:_backward_kernel", backward | aligned, num_warps=4),
             "backward, plain": OfflineKernel(f"{module}_backward:_backward_kernel", backward | plain, num_warps=4),
             "backward, documents": OfflineKernel(f"{module}_backward:_backward_kernel", backward | documents, num_warps=4),
             "backward, medium": OfflineKernel(f"{module}_backward:_backward_kernel", backward | medium, num_warps=4),

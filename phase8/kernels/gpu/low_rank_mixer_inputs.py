@@ -4,7 +4,7 @@ Product and convolution are one product: with up weights U and taps w, the chann
 h[t - d, r] (w[c, d] U[c, r]). Its left factor holds the bottlenecks of a token and of those before it, side by side, and its right factor is
 folded once and rounded to the dtype of the bottlenecks; sums are fp32. So q, k and v are never in memory.
 
-A head is held as two halves, the channels i and i + K/2 that a rotation mixes. Tokens of all sequences are one row.
+A head is held as two halves, the channels i and i + K/2 that a rotation mixes.
 
 Shapes: B batch, T tokens of a sequence, N = B T, H heads, K head size, R rank; 3: queries, keys, values; of a program: X = taps * R, both padded.
 """
@@ -27,7 +27,7 @@ class Tiles(NamedTuple):
 
     Args:
         tokens: Tokens of a tile of the forward.
-        steps: Tiles of a program of the forward, which share the loads of its weights.
+        steps: Tiles of a program of the forward, at the same positions of different sequences, which share the loads of weights and angles.
         num_warps: Warps of a program of the forward.
         rows: Pieces of sequences through which a program of the backward walks at once.
         backward_warps: Warps of a program of the backward.
@@ -61,10 +61,10 @@ def prepare(
     tiles, shared = choose_tiles(), constants(ups, taps, radius, starts, num_heads, silu)
     shape = (batch, length, num_heads, shared["HEAD_SIZE"])
     outputs = tuple(torch.empty(shape, dtype=bottlenecks.dtype, device=bottlenecks.device) for _ in range(5))
-    tokens = tiles.tokens * tiles.steps
-    _forward_kernel[(num_heads, triton.cdiv(batch * length, tokens))](
-        bottlenecks, fold(bottlenecks, ups, taps, shared), angles.cos(), angles.sin(), radius, starts, *outputs, batch * length, length, eps,
-        **shared, BLOCK_N=tiles.tokens, STEPS=tiles.steps, EVEN=batch * length % tokens == 0, num_warps=tiles.num_warps,
+    num_programs = triton.cdiv(length, tiles.tokens) * triton.cdiv(batch, tiles.steps)
+    _forward_kernel[(num_heads, num_programs)](
+        bottlenecks, fold(bottlenecks, ups, taps, shared), angles.cos(), angles.sin(), radius, starts, *outputs, batch, length, eps, **shared,
+        BLOCK_N=tiles.tokens, STEPS=tiles.steps, EVEN=length % tiles.tokens == 0 and batch % tiles.steps == 0, num_warps=tiles.num_warps,
     )  # fmt: skip
     return outputs
 
@@ -156,7 +156,7 @@ def load_seen(x, token, age, RANK: tl.constexpr, BLOCK_R: tl.constexpr, TAPS: tl
 
 @triton.jit
 def _forward_kernel(
-    bottlenecks, folded, cosines, sines, radius, starts, local_q, local_k, global_q, global_k, v, num_tokens, length, eps,
+    bottlenecks, folded, cosines, sines, radius, starts, local_q, local_k, global_q, global_k, v, batch, length, eps,
     NUM_HEADS: tl.constexpr, HEAD_SIZE: tl.constexpr, RANK: tl.constexpr, BLOCK_R: tl.constexpr, TAPS: tl.constexpr, BLOCK_TAPS: tl.constexpr,
     RADIUS: tl.constexpr, SILU: tl.constexpr, DOCUMENTS: tl.constexpr, FAST: tl.constexpr, PRECISION: tl.constexpr, BLOCK_N: tl.constexpr,
     STEPS: tl.constexpr, EVEN: tl.constexpr,
@@ -171,12 +171,17 @@ def _forward_kernel(
     for part in tl.static_range(3):
         channel = part * WIDTH + head * HEAD_SIZE
         weights += ((load_folded(folded, channel, HALF, COLUMNS), load_folded(folded, channel + HALF, HALF, COLUMNS)),)
-    for step in tl.range(0, STEPS, num_stages=1):
-        token = (tl.program_id(1) * STEPS + step) * BLOCK_N + tl.arange(0, BLOCK_N)
-        there, position = tl.full([BLOCK_N], True, tl.int1) if EVEN else token < num_tokens, token % length
+    num_tiles = tl.cdiv(length, BLOCK_N)
+    first = tl.program_id(1) // num_tiles * STEPS
+    position = tl.program_id(1) % num_tiles * BLOCK_N + tl.arange(0, BLOCK_N)
+    in_sequence = tl.full([BLOCK_N], True, tl.int1) if EVEN else position < length
+    mask = tl.broadcast_to(in_sequence[:, None], [BLOCK_N, HALF])
+    cosine = tl.load(cosines + position[:, None] * HALF + half[None, :], mask=mask, other=0.0)
+    sine = tl.load(sines + position[:, None] * HALF + half[None, :], mask=mask, other=0.0)
+    for sequence in tl.range(first, first + STEPS, num_stages=1):
+        token = sequence * length + position
+        there = in_sequence if EVEN else in_sequence & (sequence < batch)
         mask = tl.broadcast_to(there[:, None], [BLOCK_N, HALF])
-        cosine = tl.load(cosines + position[:, None] * HALF + half[None, :], mask=mask, other=0.0)
-        sine = tl.load(sines + position[:, None] * HALF + half[None, :], mask=mask, other=0.0)
         age = load_ages(starts, token, position, there, TAPS, DOCUMENTS)
         out = token[:, None] * WIDTH + (head * HEAD_SIZE + half)[None, :]
         for part in tl.static_range(3):

@@ -34,6 +34,7 @@ def prepare_backward(
     piece = _piece_tokens(length, num_tokens * 3 * num_heads // tiles.rows, tiles.programs * num_processors(device))
     num_streams = batch * triton.cdiv(length, piece)
     num_programs = triton.cdiv(num_streams, tiles.rows)
+    is_even = length % piece == 0 and num_streams % tiles.rows == 0
     by_head = torch.empty(3, num_heads, num_tokens, rank, dtype=bottlenecks.dtype, device=device)
     owed = torch.empty(3, num_heads, num_streams, num_taps - 1, rank, dtype=bottlenecks.dtype, device=device)
     num_sums = _num_sums(ups, taps, radius, num_heads)
@@ -42,8 +43,8 @@ def prepare_backward(
         bottlenecks, fold(bottlenecks, ups, taps, shared), *(up.contiguous() for up in ups), None if taps is None else taps.contiguous(),
         angles.cos(), angles.sin(), radius, starts, *(gradient.contiguous() for gradient in gradients), by_head, owed, sums,
         num_streams, batch, length, piece, num_sums, eps,
-        **shared, CONVOLUTION=taps is not None, ROWS=tiles.rows, STAGES=tiles.stages,
-        EVEN=length % piece == 0 and num_streams % tiles.rows == 0, num_warps=tiles.backward_warps,
+        **shared, CONVOLUTION=taps is not None, ROWS=tiles.rows, STAGES=tiles.stages, EVEN=is_even, ALIGNED=is_even and batch % tiles.rows == 0,
+        num_warps=tiles.backward_warps,
     )  # fmt: skip
     dbottlenecks = torch.empty_like(bottlenecks)
     sizes = {name: shared[name] for name in ("NUM_HEADS", "RANK", "BLOCK_R", "TAPS")}
@@ -71,7 +72,7 @@ def _backward_kernel(
     num_streams, batch, length, piece, num_sums, eps,
     NUM_HEADS: tl.constexpr, HEAD_SIZE: tl.constexpr, RANK: tl.constexpr, BLOCK_R: tl.constexpr, TAPS: tl.constexpr, BLOCK_TAPS: tl.constexpr,
     RADIUS: tl.constexpr, SILU: tl.constexpr, DOCUMENTS: tl.constexpr, FAST: tl.constexpr, PRECISION: tl.constexpr, CONVOLUTION: tl.constexpr,
-    ROWS: tl.constexpr, STAGES: tl.constexpr, EVEN: tl.constexpr,
+    ROWS: tl.constexpr, STAGES: tl.constexpr, EVEN: tl.constexpr, ALIGNED: tl.constexpr,
 ):  # fmt: skip
     part = tl.program_id(2)
     sums += tl.cast(tl.program_id(1), tl.int64) * num_sums
@@ -82,13 +83,13 @@ def _backward_kernel(
         _walk(
             bottlenecks, folded, up, taps, cosines, sines, radius, starts, dlocal, dglobal, by_head, owed, sums, part,
             num_streams, batch, length, piece, eps, NUM_HEADS, HEAD_SIZE, RANK, BLOCK_R, TAPS, BLOCK_TAPS,
-            True, RADIUS, SILU, DOCUMENTS, FAST, PRECISION, CONVOLUTION, ROWS, STAGES, EVEN,
+            True, RADIUS, SILU, DOCUMENTS, FAST, PRECISION, CONVOLUTION, ROWS, STAGES, EVEN, ALIGNED,
         )  # fmt: skip
     else:
         _walk(
             bottlenecks, folded, up_v, taps, cosines, sines, radius, starts, dv, dv, by_head, owed, sums, part,
             num_streams, batch, length, piece, eps, NUM_HEADS, HEAD_SIZE, RANK, BLOCK_R, TAPS, BLOCK_TAPS,
-            False, False, False, DOCUMENTS, FAST, PRECISION, CONVOLUTION, ROWS, STAGES, EVEN,
+            False, False, False, DOCUMENTS, FAST, PRECISION, CONVOLUTION, ROWS, STAGES, EVEN, ALIGNED,
         )  # fmt: skip
 
 
@@ -98,7 +99,7 @@ def _walk(
     num_streams, batch, length, piece, eps,
     NUM_HEADS: tl.constexpr, HEAD_SIZE: tl.constexpr, RANK: tl.constexpr, BLOCK_R: tl.constexpr, TAPS: tl.constexpr, BLOCK_TAPS: tl.constexpr,
     NORMALISED: tl.constexpr, RADIUS: tl.constexpr, SILU: tl.constexpr, DOCUMENTS: tl.constexpr, FAST: tl.constexpr, PRECISION: tl.constexpr,
-    CONVOLUTION: tl.constexpr, ROWS: tl.constexpr, STAGES: tl.constexpr, EVEN: tl.constexpr,
+    CONVOLUTION: tl.constexpr, ROWS: tl.constexpr, STAGES: tl.constexpr, EVEN: tl.constexpr, ALIGNED: tl.constexpr,
 ):  # fmt: skip
     """Walks through the pieces of some streams for one head, which is either normalised and rotated, or values."""
     HALF: tl.constexpr = HEAD_SIZE // 2
@@ -108,7 +109,7 @@ def _walk(
     half, rank = tl.arange(0, HALF), tl.arange(0, BLOCK_R)
     channel = part * WIDTH + head * HEAD_SIZE
     weight_low, weight_high = load_folded(folded, channel, HALF, COLUMNS), load_folded(folded, channel + HALF, HALF, COLUMNS)
-    # The pieces of all sequences that begin at the same position are neighbours, so that rows of a tile read the same angles.
+    # The pieces of all sequences that begin at the same position are neighbours, so that rows of a tile read the same angles where they can.
     stream = tl.program_id(1) * ROWS + tl.arange(0, ROWS)
     exists = tl.full([ROWS], True, tl.int1) if EVEN else stream < num_streams
     begin = tl.where(exists, stream // batch * piece, length)
@@ -131,8 +132,12 @@ def _walk(
         dlow = tl.load(dlocal + row, mask=mask, other=0.0).to(tl.float32)
         dhigh = tl.load(dlocal + row + HALF, mask=mask, other=0.0).to(tl.float32)
         if NORMALISED:
-            cosine = tl.load(cosines + position[:, None] * HALF + half[None, :], mask=mask, other=0.0)
-            sine = tl.load(sines + position[:, None] * HALF + half[None, :], mask=mask, other=0.0)
+            if ALIGNED:  # all rows have one position
+                angle = (tl.program_id(1) * ROWS // batch * piece + index) * HALF + half[None, :]
+                cosine, sine = tl.load(cosines + angle), tl.load(sines + angle)
+            else:
+                angle = position[:, None] * HALF + half[None, :]
+                cosine, sine = tl.load(cosines + angle, mask=mask, other=0.0), tl.load(sines + angle, mask=mask, other=0.0)
             # The adjoint of a rotation is the inverse rotation.
             dlow, dhigh = dlow * cosine + dhigh * sine, dhigh * cosine - dlow * sine
             low = tl.dot(seen, tl.trans(weight_low), input_precision=PRECISION)
