@@ -14,15 +14,14 @@ MAX_BOTTLENECK_TAPS = 4
 BOTTLENECK_HEAD_SIZES = (32, 64)
 
 
-def takes_bottlenecks(device_type: str, *, rank: int, head_size: int, num_taps: int, num_outputs: int) -> bool:
-    """Whether `low_rank_mixer_inputs` computes low-rank q, k and v of these sizes; elsewhere they are formed by a product, for `mixer_inputs`.
+def takes_bottlenecks(*, rank: int, head_size: int, num_taps: int, num_outputs: int) -> bool:
+    """Whether `low_rank_mixer_inputs` computes low-rank q, k and v of these sizes; others are formed by a product, for `mixer_inputs`.
 
     Args:
-        device_type: Device of the bottlenecks. On a CPU, autograd keeps what the operator's backward would recompute.
         rank: R.
         head_size: K.
         num_taps: Taps of the convolution; 1: none.
         num_outputs: Numbers of q, whose positions the kernels count in 32 bits.
     """
     is_small = rank <= MAX_BOTTLENECK_RANK and num_taps <= MAX_BOTTLENECK_TAPS and num_outputs < 2**31
-    return device_type != "cpu" and head_size in BOTTLENECK_HEAD_SIZES and is_small
+    return is_small and head_size in BOTTLENECK_HEAD_SIZES

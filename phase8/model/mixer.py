@@ -231,13 +231,16 @@ class Phase8Mixer(nn.Module):
         )  # fmt: skip
 
     def _takes_bottlenecks(self, x: Tensor, state: MixerState | None) -> bool:
-        """Whether q, k and v are computed where the inputs of both paths are: they are of low rank, of whole sequences and of sizes that can be."""
-        if not isinstance(self.q, LowRankColumn) or state is not None or self.earlier is not None:
+        """Whether q, k and v are computed where the inputs of both paths are: they are of low rank, of whole sequences and of sizes that can be.
+
+        On a CPU they are not: autograd keeps what the operator's backward would recompute.
+        """
+        if not isinstance(self.q, LowRankColumn) or x.device.type == "cpu" or state is not None or self.earlier is not None:
             return False
-        rank, width = self.q.down.out_features, self.q.up.out_features
-        num_outputs = x.numel() // x.shape[-1] * width  # also with several ranks, which have a part of the tokens and all features
-        taps = self.convolution.num_taps
-        return takes_bottlenecks(x.device.type, rank=rank, head_size=self.head_size, num_taps=taps, num_outputs=num_outputs)
+        num_outputs = x.numel() // x.shape[-1] * self.q.up.out_features  # also with several ranks, which have a part of the tokens and all features
+        return takes_bottlenecks(
+            rank=self.q.down.out_features, head_size=self.head_size, num_taps=self.convolution.num_taps, num_outputs=num_outputs
+        )  # fmt: skip
 
     def _inputs_before(self, qkv: Tensor, starts: Tensor | None, state: MixerState | None) -> Callable[[], Tensor | None]:
         """Waits for the inputs of the convolution before these [B, taps - 1, 3 H K]; None: the sequence begins here."""

@@ -5,7 +5,10 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from phase8.config.model_section import ModelSection
+from phase8.model.mixer import Phase8Mixer
+from phase8.model.model import LanguageModel
 from phase8.model.recomputation import apply_recomputation
+from phase8.precision.formats import OPERAND_DTYPE
 from tests.model.small import document_starts, perturbed_model, random_tokens, scaled_down
 
 OPERATOR = "phase8::low_rank_mixer_inputs"
@@ -44,7 +47,7 @@ def loss_and_gradients(model, starts):
 @pytest.fixture
 def inside(monkeypatch):
     """Chooses whether models on a CPU use the operator, as they do on a GPU."""
-    return lambda chosen: monkeypatch.setattr("phase8.model.mixer.takes_bottlenecks", lambda *args, **kwargs: chosen)
+    return lambda chosen: monkeypatch.setattr(Phase8Mixer, "_takes_bottlenecks", lambda self, x, state: chosen)
 
 
 @pytest.mark.parametrize("packed", [False, True])
@@ -77,13 +80,16 @@ def test_compiled_blocks_have_no_graph_break(inside):
     torch.testing.assert_close(loss_and_gradients(compiled, None), loss_and_gradients(plain, None), rtol=1e-5, atol=1e-5)
 
 
-def test_pieces_of_a_sequence_are_left_to_the_product(inside):
-    inside(True)
-    model, tokens = made("default"), random_tokens()
-    with Count() as whole:
-        expected, _ = model(tokens)
-    with Count() as pieces:
-        first, states = model(tokens[:, :10], states=model.empty_states(2))
-        rest, _ = model(tokens[:, 10:], states=states, first_position=10)
-    assert (whole.calls, pieces.calls) == (2, 0)
-    torch.testing.assert_close(torch.cat((first, rest), dim=1), expected, rtol=1e-5, atol=1e-5)
+def calls_on(device, *, pieces=False, **changes):
+    """How often two layers call the operator; the device meta stands for every one but a CPU."""
+    shape = {"num_layers": 2, "d_model": 128, "num_heads": 2, "sequence_length": 32, "vocab_size": 61, "low_rank_rank": 16}
+    with torch.device(device), Count() as count:
+        model = LanguageModel(ModelSection(**shape | changes), dtype=torch.float32, number_format=OPERAND_DTYPE)
+        model(torch.zeros(2, 32, dtype=torch.int64), states=model.empty_states(2) if pieces else None)
+    return count.calls
+
+
+def test_the_operator_computes_low_rank_q_k_and_v_of_whole_sequences_where_it_can():
+    assert [calls_on("meta"), calls_on("meta", low_rank_rank=32), calls_on("meta", head_size=32)] == [2, 2, 2]
+    assert [calls_on("cpu"), calls_on("meta", low_rank_rank=33), calls_on("meta", low_rank_rank=0), calls_on("meta", head_size=128)] == [0] * 4
+    assert calls_on("meta", pieces=True) == 0
