@@ -102,7 +102,8 @@ def compiled():
     forward = {name: fp32[name] for name in ("cosines", "sines", "radius")} | tokens | shape
     forward |= dict.fromkeys(("local_q", "local_k", "global_q", "global_k", "v"), "*bf16") | {"batch": 16, "BLOCK_N": 64, "STEPS": 1, "EVEN": True}
     backward = fp32 | tokens | shape | dict.fromkeys(("dlocal_q", "dlocal_k", "dglobal_q", "dglobal_k", "dv", "by_head", "owed"), "*bf16")
-    backward |= {"num_streams": 1024, "batch": 16, "piece": 8, "num_sums": 30736, "CONVOLUTION": True, "ROWS": 64, "STAGES": 2, "EVEN": True, "ALIGNED": False}
+    backward |= {"num_streams": 1024, "batch": 16, "piece": 8, "num_sums": 30736, "CONVOLUTION": True}
+    backward |= {"ROWS": 64, "STAGES": 2, "EVEN": True, "ALIGNED": False}
     documents, plain = {"starts": "*i1", "DOCUMENTS": True}, {"SILU": False, "radius": None, "RADIUS": False}
     aligned = {"batch": 256, "num_streams": 2048, "piece": 64, "ALIGNED": True}
     module = "phase8.kernels.gpu.low_rank_mixer_inputs"
@@ -131,3 +132,29 @@ def compiled():
             ),
         }
     )
+
+
+@pytest.mark.parametrize("name", ["forward", "forward, four sequences", "forward, documents", "forward, medium"])
+def test_machine_code_of_forward_has_no_spills_and_moves_whole_vectors(compiled, name):
+    code = compiled[name]
+    code.check(max_registers=168 if name == "forward, four sequences" else 128, contains=("HGMMA",), lacks=("LDG.E.U16", "STG.E.U16"))
+    assert code.count("STG.E.128") == code.count("STG.E") == 5 * 4  # five results of a tile of 64 tokens: halves of 32 channels, two rows a thread
+    assert code.count("LDG.E.128") > 0.7 * code.count("LDG.E")
+
+
+@pytest.mark.parametrize("name", ["backward", "backward, aligned", "backward, plain", "backward, documents"])
+def test_machine_code_of_backward_has_no_spills_and_reads_ahead(compiled, name):
+    compiled[name].check(contains=("HGMMA",), lacks=("LDG.E.U16", "STG.E.U16", "RED", "ATOM"))  # eight warps on a multiprocessor
+    for loop, products in zip(compiled[name].loops, (20, 12), strict=True):  # of q or k, of v, for which nothing is computed again
+        assert count(loop, "HGMMA") == products and count(loop, "LDGSTS.E") >= 8 and count(loop, "BAR") <= 4
+
+
+def test_a_rank_of_32_spills_only_what_a_walk_reads(compiled):
+    """Its gradients of weights and debts take 112 registers."""
+    loops = compiled["backward, medium"].loops
+    assert [count(loop, "STL") for loop in loops] == [0, 0] and count(loops[0], "LDL") < 0.03 * sum(loops[0].values())
+
+
+def test_machine_code_of_the_small_kernels(compiled):
+    for name in ("sum", "fold"):
+        compiled[name].check(max_registers=80, lacks=("LDG.E.U16", "STG.E.U16"))

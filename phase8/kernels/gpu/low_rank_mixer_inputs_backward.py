@@ -121,7 +121,7 @@ def _walk(
     dlow_sum, dhigh_sum = tl.zeros([COLUMNS, HALF], tl.float32), tl.zeros([COLUMNS, HALF], tl.float32)
     debts = (tl.zeros([ROWS, BLOCK_R], tl.float32),) * (TAPS - 1)
     dradius = tl.zeros([ROWS], tl.float32)
-    for step in tl.range(0, piece, num_stages=STAGES):
+    for step in tl.range(0, piece, num_stages=STAGES, disable_licm=True):
         index = piece - 1 - step
         position = begin + index
         there, token = tl.full([ROWS], True, tl.int1) if EVEN else position < length, before + position
