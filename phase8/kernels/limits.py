@@ -14,7 +14,7 @@ MAX_BOTTLENECK_TAPS = 4
 BOTTLENECK_HEAD_SIZES = (32, 64)
 
 
-def takes_bottlenecks(*, rank: int, head_size: int, num_taps: int, num_outputs: int) -> bool:
+def takes_bottlenecks(*, rank: int, head_size: int, num_taps: int, num_outputs: int, element_bytes: int) -> bool:
     """Whether `low_rank_mixer_inputs` computes low-rank q, k and v of these sizes; others are formed by a product, for `mixer_inputs`.
 
     Args:
@@ -22,6 +22,7 @@ def takes_bottlenecks(*, rank: int, head_size: int, num_taps: int, num_outputs: 
         head_size: K.
         num_taps: Taps of the convolution; 1: none.
         num_outputs: Numbers of q, whose positions the kernels count in 32 bits.
+        element_bytes: Of a number in the bottlenecks: tiles of fp32 do not fit into registers.
     """
     is_small = rank <= MAX_BOTTLENECK_RANK and num_taps <= MAX_BOTTLENECK_TAPS and num_outputs < 2**31
-    return is_small and head_size in BOTTLENECK_HEAD_SIZES
+    return is_small and element_bytes <= 2 and head_size in BOTTLENECK_HEAD_SIZES

@@ -237,10 +237,13 @@ class Phase8Mixer(nn.Module):
         """
         if not isinstance(self.q, LowRankColumn) or x.device.type == "cpu" or state is not None or self.earlier is not None:
             return False
-        num_outputs = x.numel() // x.shape[-1] * self.q.up.out_features  # also with several ranks, which have a part of the tokens and all features
         return takes_bottlenecks(
-            rank=self.q.down.out_features, head_size=self.head_size, num_taps=self.convolution.num_taps, num_outputs=num_outputs
-        )  # fmt: skip
+            rank=self.q.down.out_features,
+            head_size=self.head_size,
+            num_taps=self.convolution.num_taps,
+            num_outputs=x.numel() // x.shape[-1] * self.q.up.out_features,  # also of several ranks: each has a part of the tokens
+            element_bytes=x.element_size(),
+        )
 
     def _inputs_before(self, qkv: Tensor, starts: Tensor | None, state: MixerState | None) -> Callable[[], Tensor | None]:
         """Waits for the inputs of the convolution before these [B, taps - 1, 3 H K]; None: the sequence begins here."""

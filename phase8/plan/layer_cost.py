@@ -272,8 +272,8 @@ def _has_unwritten_projections(batch: Microbatch) -> bool:
     model = batch.model
     if not model.low_rank_rank or model.block == "transformer" or batch.context_ranks > 1:
         return False
-    num_outputs = batch.tokens * model.attention_width
-    return takes_bottlenecks(rank=model.low_rank_rank, head_size=model.head_width, num_taps=model.convolution_taps, num_outputs=num_outputs)
+    sizes = {"rank": model.low_rank_rank, "head_size": model.head_width, "num_taps": model.convolution_taps}
+    return takes_bottlenecks(**sizes, num_outputs=batch.tokens * model.attention_width, element_bytes=batch.element_bytes)
 
 
 def _feed_forward(batch: Microbatch) -> Half:

@@ -80,11 +80,11 @@ def test_compiled_blocks_have_no_graph_break(inside):
     torch.testing.assert_close(loss_and_gradients(compiled, None), loss_and_gradients(plain, None), rtol=1e-5, atol=1e-5)
 
 
-def calls_on(device, *, pieces=False, **changes):
+def calls_on(device, *, pieces=False, dtype=torch.bfloat16, **changes):
     """How often two layers call the operator; the device meta stands for every one but a CPU."""
     shape = {"num_layers": 2, "d_model": 128, "num_heads": 2, "sequence_length": 32, "vocab_size": 61, "low_rank_rank": 16}
     with torch.device(device), Count() as count:
-        model = LanguageModel(ModelSection(**shape | changes), dtype=torch.float32, number_format=OPERAND_DTYPE)
+        model = LanguageModel(ModelSection(**shape | changes), dtype=dtype, number_format=OPERAND_DTYPE)
         model(torch.zeros(2, 32, dtype=torch.int64), states=model.empty_states(2) if pieces else None)
     return count.calls
 
@@ -92,4 +92,4 @@ def calls_on(device, *, pieces=False, **changes):
 def test_the_operator_computes_low_rank_q_k_and_v_of_whole_sequences_where_it_can():
     assert [calls_on("meta"), calls_on("meta", low_rank_rank=32), calls_on("meta", head_size=32)] == [2, 2, 2]
     assert [calls_on("cpu"), calls_on("meta", low_rank_rank=33), calls_on("meta", low_rank_rank=0), calls_on("meta", head_size=128)] == [0] * 4
-    assert calls_on("meta", pieces=True) == 0
+    assert [calls_on("meta", pieces=True), calls_on("meta", dtype=torch.float32)] == [0, 0]
