@@ -29,8 +29,11 @@ SHAPES = [[16, 512, 8, 64, 16], [256, 512, 8, 64, 16], [32, 1024, 16, 64, 32]]
 TAPS, EPS = 4, 1e-5
 TOLERANCE = 0.05  # share of the largest value: the product rounds q, k and v, the operator their weights times the taps
 # Changes to the fields of `Tiles`, for --tiles all: of the forward, then of the backward.
-FORWARD_TILES = [{"steps": 1}, {"steps": 4}, {"tokens": 128, "num_warps": 8, "steps": 1}, {"num_warps": 8, "steps": 1}]
-BACKWARD_TILES = [{"stages": 1}, {"stages": 3}, {"rows": 128, "backward_warps": 8}, {"programs": 2}, {"programs": 8}]
+FORWARD_TILES = [{"steps": 1}, {"steps": 2}, {"steps": 4}, {"steps": 8}, {"tokens": 128, "num_warps": 8, "steps": 1}, {"num_warps": 8, "steps": 1}]
+BACKWARD_TILES = [
+    {"stages": 1}, {"stages": 3}, {"rows": 128, "backward_warps": 8}, {"rows": 128, "backward_warps": 8, "stages": 1},
+    {"programs": 1}, {"programs": 2}, {"programs": 8},
+]  # fmt: skip
 
 
 def main() -> int:
@@ -91,8 +94,8 @@ def _with_tiles(changes: dict[str, int], run: Callable[[], object]) -> object:
     """Runs with other tiles than those chosen."""
     from phase8.kernels.gpu.low_rank_mixer_inputs import choose_tiles
 
-    def changed() -> object:
-        return choose_tiles()._replace(**changes)
+    def changed(num_tokens: int, num_heads: int, device: torch.device) -> object:
+        return choose_tiles(num_tokens, num_heads, device)._replace(**changes)
 
     gpu = "phase8.kernels.gpu.low_rank_mixer_inputs"
     with patch(f"{gpu}.choose_tiles", changed), patch(f"{gpu}_backward.choose_tiles", changed):

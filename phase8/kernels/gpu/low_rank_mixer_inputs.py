@@ -17,6 +17,7 @@ import triton.language as tl
 from torch import Tensor
 
 from phase8.kernels.gpu.fast_math import has_fast_math, tensor_core_precision
+from phase8.kernels.gpu.gated_linear_attention import num_processors
 from phase8.kernels.gpu.mixer_inputs import store_normalised
 
 FOLDED_CHANNELS = 64
@@ -36,7 +37,7 @@ class Tiles(NamedTuple):
     """
 
     tokens: int = 64
-    steps: int = 2
+    steps: int = 1
     num_warps: int = 4
     rows: int = 64
     backward_warps: int = 4
@@ -44,11 +45,17 @@ class Tiles(NamedTuple):
     programs: int = 4
 
 
-def choose_tiles() -> Tiles:
+# Programs of the forward take several tiles where there are at least so many tiles for each processor: one tile takes 128 registers, several 168.
+MANY_TILES = 32
+
+
+def choose_tiles(num_tokens: int, num_heads: int, device: torch.device) -> Tiles:
     """Chooses as many rows as four warps multiply at once."""
     if triton.knobs.runtime.interpret:
-        return Tiles(tokens=16, rows=16)
-    return Tiles()
+        return Tiles(tokens=16, steps=2, rows=16)
+    tiles = Tiles()
+    has_many = num_tokens * num_heads >= MANY_TILES * tiles.tokens * num_processors(device)
+    return tiles._replace(steps=4) if has_many else tiles
 
 
 def prepare(
@@ -58,7 +65,8 @@ def prepare(
     """Computes the reference `low_rank_mixer_inputs`."""
     bottlenecks = bottlenecks.contiguous()
     batch, length, _ = bottlenecks.shape
-    tiles, shared = choose_tiles(), constants(ups, taps, radius, starts, num_heads, silu)
+    tiles = choose_tiles(batch * length, num_heads, bottlenecks.device)
+    shared = constants(ups, taps, radius, starts, num_heads, silu)
     shape = (batch, length, num_heads, shared["HEAD_SIZE"])
     outputs = tuple(torch.empty(shape, dtype=bottlenecks.dtype, device=bottlenecks.device) for _ in range(5))
     num_programs = triton.cdiv(length, tiles.tokens) * triton.cdiv(batch, tiles.steps)

@@ -29,7 +29,8 @@ def prepare_backward(
     """Gradients of the bottlenecks, and those of the weights in one row: the three up weights, the taps, and of the radius those by q and by k."""
     bottlenecks = bottlenecks.contiguous()
     batch, length, _ = bottlenecks.shape
-    tiles, shared = choose_tiles(), constants(ups, taps, radius, starts, num_heads, silu)
+    tiles = choose_tiles(batch * length, num_heads, bottlenecks.device)
+    shared = constants(ups, taps, radius, starts, num_heads, silu)
     num_tokens, rank, num_taps, device = batch * length, shared["RANK"], shared["TAPS"], bottlenecks.device
     piece = _piece_tokens(length, num_tokens * 3 * num_heads // tiles.rows, tiles.programs * num_processors(device))
     num_streams = batch * triton.cdiv(length, piece)
@@ -269,7 +270,7 @@ def _sum_kernel(
     stream = next_piece * batch + token // length
     is_owed = ((token < num_tokens) & (distance < TAPS) & (next_piece * piece < length))[:, None] & inside
     total = tl.zeros([BLOCK_N, BLOCK_R], tl.float32)
-    for head in range(NUM_HEADS):
+    for head in tl.range(0, NUM_HEADS, loop_unroll_factor=4):  # so that loads are in flight together
         place = tl.cast(part * NUM_HEADS + head, tl.int64)
         total += tl.load(by_head + (place * num_tokens + token)[:, None] * RANK + rank[None, :], mask=mask, other=0.0).to(tl.float32)
         if TAPS > 1:
