@@ -6,7 +6,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from phase8.config.model_section import ModelSection
 from phase8.model.mixer import Phase8Mixer
-from phase8.model.model import LanguageModel
+from phase8.model.model import LanguageModel, build_model
+from phase8.model.parameters import initialise
 from phase8.model.recomputation import apply_recomputation
 from phase8.precision.formats import OPERAND_DTYPE
 from tests.model.small import document_starts, perturbed_model, random_tokens, scaled_down
@@ -93,3 +94,23 @@ def test_the_operator_computes_low_rank_q_k_and_v_of_whole_sequences_where_it_ca
     assert [calls_on("meta"), calls_on("meta", low_rank_rank=32), calls_on("meta", head_size=32)] == [2, 2, 2]
     assert [calls_on("cpu"), calls_on("meta", low_rank_rank=33), calls_on("meta", low_rank_rank=0), calls_on("meta", head_size=128)] == [0] * 4
     assert [calls_on("meta", pieces=True), calls_on("meta", dtype=torch.float32)] == [0, 0]
+
+
+@pytest.mark.gpu
+def test_a_gpu_computes_the_same_either_way(inside):
+    device, found = torch.device("cuda"), []
+    section = ModelSection(d_model=128, num_heads=2, num_layers=2, sequence_length=96, vocab_size=256, low_rank_rank=16, ffn="low_rank_swiglu")
+    tokens = torch.randint(256, (2, 97), generator=torch.Generator().manual_seed(0)).to(device)
+    for chosen in (True, False):
+        inside(chosen)
+        model = build_model(section, dtype=torch.bfloat16, device=device)
+        initialise(model, seed=0)
+        generator = torch.Generator(device).manual_seed(1)
+        with torch.no_grad():
+            for parameter in model.parameters():  # some begin as zeros, which would hide what is behind them
+                parameter += 0.02 * torch.randn(parameter.shape, device=device, generator=generator)
+        model.loss_sum(tokens[:, :-1], tokens[:, 1:], None).backward()
+        found.append({name: parameter.grad for name, parameter in model.named_parameters()})
+    for name, ours in found[0].items():
+        theirs = found[1][name]
+        assert (ours - theirs).norm() <= 0.05 * theirs.norm(), name
