@@ -31,7 +31,8 @@ TOLERANCE = 0.05  # share of the largest value: the product rounds q, k and v, t
 # Changes to the fields of `Tiles`, for --tiles all: of the forward, then of the backward.
 FORWARD_TILES = [{"steps": 1}, {"steps": 2}, {"steps": 4}, {"steps": 8}, {"tokens": 128, "num_warps": 8, "steps": 1}, {"num_warps": 8, "steps": 1}]
 BACKWARD_TILES = [
-    {"stages": 1}, {"stages": 3}, {"rows": 128, "backward_warps": 8}, {"rows": 128, "backward_warps": 8, "stages": 1},
+    {"stages": 1}, {"stages": 2}, {"stages": 3}, {"stages": 4}, {"rows": 128, "backward_warps": 8, "stages": 1},
+    {"rows": 128, "backward_warps": 8, "stages": 2},
     {"programs": 1}, {"programs": 2}, {"programs": 8},
 ]  # fmt: skip
 
@@ -94,8 +95,8 @@ def _with_tiles(changes: dict[str, int], run: Callable[[], object]) -> object:
     """Runs with other tiles than those chosen."""
     from phase8.kernels.gpu.low_rank_mixer_inputs import choose_tiles
 
-    def changed(num_tokens: int, num_heads: int, device: torch.device) -> object:
-        return choose_tiles(num_tokens, num_heads, device)._replace(**changes)
+    def changed(num_tokens: int, num_heads: int, rank: int, device: torch.device) -> object:
+        return choose_tiles(num_tokens, num_heads, rank, device)._replace(**changes)
 
     gpu = "phase8.kernels.gpu.low_rank_mixer_inputs"
     with patch(f"{gpu}.choose_tiles", changed), patch(f"{gpu}_backward.choose_tiles", changed):

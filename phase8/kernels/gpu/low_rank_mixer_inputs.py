@@ -32,7 +32,7 @@ class Tiles(NamedTuple):
         num_warps: Warps of a program of the forward.
         rows: Pieces of sequences through which a program of the backward walks at once.
         backward_warps: Warps of a program of the backward.
-        stages: Steps of the walk whose loads are in flight together.
+        stages: Stages of the walk: with three, the loads of a step are in flight during all of the step before; with two, they are awaited at once.
         programs: Programs of the backward per processor, which the length of a piece is chosen for.
     """
 
@@ -41,7 +41,7 @@ class Tiles(NamedTuple):
     num_warps: int = 4
     rows: int = 64
     backward_warps: int = 4
-    stages: int = 2
+    stages: int = 3
     programs: int = 4
 
 
@@ -49,11 +49,11 @@ class Tiles(NamedTuple):
 MANY_TILES = 32
 
 
-def choose_tiles(num_tokens: int, num_heads: int, device: torch.device) -> Tiles:
-    """Chooses as many rows as four warps multiply at once."""
+def choose_tiles(num_tokens: int, num_heads: int, rank: int, device: torch.device) -> Tiles:
+    """Chooses as many rows as four warps multiply at once, and stages such that two programs of the backward are on a multiprocessor."""
     if triton.knobs.runtime.interpret:
         return Tiles(tokens=16, steps=2, rows=16)
-    tiles = Tiles()
+    tiles = Tiles(stages=3 if rank <= 16 else 2)
     has_many = num_tokens * num_heads >= MANY_TILES * tiles.tokens * num_processors(device)
     return tiles._replace(steps=4) if has_many else tiles
 
@@ -65,7 +65,7 @@ def prepare(
     """Computes the reference `low_rank_mixer_inputs`."""
     bottlenecks = bottlenecks.contiguous()
     batch, length, _ = bottlenecks.shape
-    tiles = choose_tiles(batch * length, num_heads, bottlenecks.device)
+    tiles = choose_tiles(batch * length, num_heads, ups[0].shape[1], bottlenecks.device)
     shared = constants(ups, taps, radius, starts, num_heads, silu)
     shape = (batch, length, num_heads, shared["HEAD_SIZE"])
     outputs = tuple(torch.empty(shape, dtype=bottlenecks.dtype, device=bottlenecks.device) for _ in range(5))

@@ -29,7 +29,7 @@ def prepare_backward(
     """Gradients of the bottlenecks, and those of the weights in one row: the three up weights, the taps, and of the radius those by q and by k."""
     bottlenecks = bottlenecks.contiguous()
     batch, length, _ = bottlenecks.shape
-    tiles = choose_tiles(batch * length, num_heads, bottlenecks.device)
+    tiles = choose_tiles(batch * length, num_heads, ups[0].shape[1], bottlenecks.device)
     shared = constants(ups, taps, radius, starts, num_heads, silu)
     num_tokens, rank, num_taps, device = batch * length, shared["RANK"], shared["TAPS"], bottlenecks.device
     piece = _piece_tokens(length, num_tokens * 3 * num_heads // tiles.rows, tiles.programs * num_processors(device))
