@@ -17,6 +17,8 @@ from phase8.distributed.collectives import ALONE, Axis
 from phase8.exchanges import NO_EXCHANGES, Exchanges, fetched
 from phase8.kernels.backends import uses_triton
 from phase8.kernels.decoding_state import MixerConstants
+from phase8.kernels.limits import takes_bottlenecks
+from phase8.kernels.low_rank_mixer_inputs import low_rank_mixer_inputs
 from phase8.kernels.mixer_inputs import MixerInputs, mixer_inputs
 from phase8.kernels.window_attention import window_attention
 from phase8.kernels.window_state import WindowState, empty_window_state
@@ -30,6 +32,7 @@ from phase8.precision.formats import NumberFormat
 from phase8.tensor_parallel.linear import (
     ColumnParallelLinear,
     JointColumnLinear,
+    LowRankColumn,
     PreparedLinear,
     PreparedLowRank,
     column_linear,
@@ -91,6 +94,9 @@ class Phase8Mixer(nn.Module):
         self.window, self.global_tokens, self.eps = model.window_sizes[0], model.global_tokens, model.norm_eps  # the section is that of one layer
         self.q, self.k, self.v = (column_linear(width, inner, rank=rank, std=model.init_std) for _ in range(3))
         self.qkv = JointColumnLinear((self.q, self.k, self.v), axis, number_format)
+        for linear in (self.q, self.k, self.v):
+            if isinstance(linear, LowRankColumn):
+                linear.up.is_rounded = False  # the operator rounds weights, but not their gradients
         self.earlier = EarlierSlices(context) if context.size > 1 else None
         self.convolution = ShortConvolution(inner, model.convolution_taps, num_ranks=axis.size, head_size=model.head_width)
         self.score = LorentzScore(model.num_heads) if model.score == "lorentz" and self.window > 0 else None
@@ -175,22 +181,10 @@ class Phase8Mixer(nn.Module):
             The summand for the residual stream, in the shape of x, and the state for the next piece (None without `state`).
         """
         # Whatever other ranks send is awaited where it is needed, and begun as early as possible.
-        qkv = self.qkv(x)
-        before = self._inputs_before(qkv.reshape(-1, len(angles), qkv.shape[-1]), starts, state)
-        projections = None if self.global_path is None else self.global_path.begin(x)
         own_starts = starts if self.earlier is None else self.earlier.own_part(starts, len(angles))
-        # Either gives queries and keys of the window a length; without both they keep theirs.
-        lengths = self.score if self.score is not None else self.qk_norm
-        inputs, convolution = mixer_inputs(
-            qkv.reshape(-1, len(angles), 3, self.num_heads, self.head_size),
-            self.convolution.taps,
-            angles,
-            None if lengths is None else lengths.radius,
-            eps=self.eps,
-            silu=self.has_silu,
-            starts=own_starts,
-            initial_state=before(),
-        )
+        finish = self._begin_inputs(x, angles, starts, own_starts, state)
+        projections = None if self.global_path is None else self.global_path.begin(x)
+        inputs, convolution = finish()
         paths, window, path, prepared = [], None, None, None
         window_before = self._window_before(inputs, starts, state)
         if self.global_path is not None and projections is not None:
@@ -214,6 +208,41 @@ class Phase8Mixer(nn.Module):
             beta=None if self.score is None else self.score.beta,
             starts=starts,
             state=before,
+        )
+
+    def _begin_inputs(
+        self, x: Tensor, angles: Tensor, starts: Tensor | None, own_starts: Tensor | None, state: MixerState | None
+    ) -> Callable[[], tuple[MixerInputs, Tensor | None]]:
+        """Computes what the inputs of both paths are made of; the result makes them, and the convolution's state for the next piece."""
+        # Either gives queries and keys of the window a length; without both they keep theirs.
+        lengths = self.score if self.score is not None else self.qk_norm
+        taps, radius = self.convolution.taps, None if lengths is None else lengths.radius
+        if self._takes_bottlenecks(x, state):
+            bottlenecks = self.qkv.bottlenecks(x)
+            bottlenecks = bottlenecks.reshape(-1, len(angles), bottlenecks.shape[-1])
+            ups = [local(linear.up.weight) for linear in (self.q, self.k, self.v)]
+            fixed = {"num_heads": self.num_heads, "eps": self.eps, "silu": self.has_silu, "starts": own_starts}
+            return lambda: (low_rank_mixer_inputs(bottlenecks, ups, taps, angles, radius, **fixed), None)
+        qkv = self.qkv(x)
+        before = self._inputs_before(qkv.reshape(-1, len(angles), qkv.shape[-1]), starts, state)
+        qkv = qkv.reshape(-1, len(angles), 3, self.num_heads, self.head_size)
+        return lambda: mixer_inputs(
+            qkv, taps, angles, radius, eps=self.eps, silu=self.has_silu, starts=own_starts, initial_state=before()
+        )  # fmt: skip
+
+    def _takes_bottlenecks(self, x: Tensor, state: MixerState | None) -> bool:
+        """Whether q, k and v are computed where the inputs of both paths are: they are of low rank, of whole sequences and of sizes that can be.
+
+        On a CPU they are not: autograd keeps what the operator's backward would recompute.
+        """
+        if not isinstance(self.q, LowRankColumn) or x.device.type == "cpu" or state is not None or self.earlier is not None:
+            return False
+        return takes_bottlenecks(
+            rank=self.q.down.out_features,
+            head_size=self.head_size,
+            num_taps=self.convolution.num_taps,
+            num_outputs=x.numel() // x.shape[-1] * self.q.up.out_features,  # also of several ranks: each has a part of the tokens
+            element_bytes=x.element_size(),
         )
 
     def _inputs_before(self, qkv: Tensor, starts: Tensor | None, state: MixerState | None) -> Callable[[], Tensor | None]:

@@ -17,7 +17,7 @@ from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 from phase8.config.model_section import LayerKind, ModelSection
-from phase8.kernels.limits import MAX_RANK
+from phase8.kernels.limits import MAX_RANK, takes_bottlenecks
 from phase8.kernels.loss_chunks import SCRATCH_BYTES, choose_chunk_tokens
 from phase8.model.work import BACKWARD_OVER_FORWARD, mean_visible_keys
 from phase8.plan.memory import FP32_BYTES
@@ -44,6 +44,8 @@ SLICES_OVER_FULL = 1.6
 # Additional passes over [N, I] by these kernels: their times extrapolated to window and head size 0.
 KERNEL_PASSES: Both = (15, 34)
 CAUSAL_PASSES: Both = (6, 14)
+# Passes among these that low-rank q, k and v save which are never in memory: they are read; in backward, their gradient is written as well. Counted.
+UNWRITTEN_PASSES: Both = (3, 6)
 # Passes over the rows of experts [N k, D]: they are filled from tokens and read back. Not measured yet, like the kernels of a router, as pairs.
 ROW_PASSES: Both = (4, 6)
 ROUTER_KERNEL_PAIRS = 4
@@ -238,7 +240,8 @@ def _mixer(batch: Microbatch, window: int) -> Half:
     inner, rank = model.attention_width / batch.tensor_ranks, model.low_rank_rank
     out = _row(batch, inner, rank)
     joint = inner + 2 * model.key_value_width / batch.tensor_ranks
-    products = _columns(batch, 3, joint, rank) + out
+    is_unwritten = _has_unwritten_projections(batch)
+    products = out + (batch.product(N / batch.tensor_ranks, model.d_model, 3 * rank) if is_unwritten else _columns(batch, 3, joint, rank))
     has_path = model.has_global_path
     has_gates = model.has_channel_gate
     if has_path:
@@ -257,9 +260,20 @@ def _mixer(batch: Microbatch, window: int) -> Half:
         passes = (CAUSAL_PASSES if is_causal else KERNEL_PASSES)[direction] + style.mixed[direction] + has_gates * GATE_PASSES[direction]
         if batch.context_ranks > 1 and not is_causal:
             passes += SLICE_PASSES[direction]
+        passes -= is_unwritten * UNWRITTEN_PASSES[direction]
         return seconds + batch.moved(N * joint / 3 * passes)
 
-    return _half(batch, products, (others(0), others(1)), out, share=MIXER_SHARE, num_pairs=(4 if rank else 0) + has_gates)
+    # Where q, k and v are unwritten, weights are folded and sums added by kernels of about a pair more.
+    return _half(batch, products, (others(0), others(1)), out, share=MIXER_SHARE, num_pairs=(4 + is_unwritten if rank else 0) + has_gates)
+
+
+def _has_unwritten_projections(batch: Microbatch) -> bool:
+    """Whether one operator computes q, k and v from their bottlenecks and all that follows, as the mixer chooses where nothing is sliced."""
+    model = batch.model
+    if not model.low_rank_rank or model.block == "transformer" or batch.context_ranks > 1:
+        return False
+    sizes = {"rank": model.low_rank_rank, "head_size": model.head_width, "num_taps": model.convolution_taps}
+    return takes_bottlenecks(**sizes, num_outputs=batch.tokens * model.attention_width, element_bytes=batch.element_bytes)
 
 
 def _feed_forward(batch: Microbatch) -> Half:

@@ -5,7 +5,7 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from phase8.kernels.limits import MAX_RANK
+from phase8.kernels.limits import MAX_BOTTLENECK_RANK, MAX_RANK, takes_bottlenecks
 from phase8.kernels.low_rank_swiglu import low_rank_swiglu
 
 
@@ -29,3 +29,9 @@ def test_a_rank_above_the_limit_is_left_to_the_compiler(rank, is_kernel):
     assert y.shape == (3, 5, rank)
     assert ("phase8::low_rank_swiglu" in operators.names) == is_kernel
 
+
+def test_what_the_kernel_of_bottlenecks_is_not_made_for_is_left_to_a_product():
+    usual = {"rank": MAX_BOTTLENECK_RANK, "head_size": 64, "num_taps": 4, "num_outputs": 1 << 20, "element_bytes": 2}
+    assert takes_bottlenecks(**usual)
+    others = {"rank": MAX_BOTTLENECK_RANK + 1, "head_size": 128, "num_taps": 5, "num_outputs": 1 << 31, "element_bytes": 4}
+    assert [name for name, value in others.items() if takes_bottlenecks(**(usual | {name: value}))] == []

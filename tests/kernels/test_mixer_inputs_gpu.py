@@ -93,7 +93,7 @@ def test_real_shapes_equal_the_reference(case, dtype, silu, kernel_device):
 def compiled():
     pytest.importorskip("triton")
     shape = {"NUM_HEADS": 16, "HEAD_SIZE": 128, "BLOCK_HALF": 64, "TAPS": 4, "CONVOLUTION": True, "RADIUS": True, "SILU": False}
-    shape |= {"DOCUMENTS": False, "CONTINUED": False}
+    shape |= {"DOCUMENTS": False, "CONTINUED": False, "FAST": True}
     common = dict.fromkeys(("weight", "cosines", "sines", "radius"), "*fp32")
     common |= {"qkv": "*bf16", "starts": None, "initial": None, "length": 4096, "eps": 1e-5}
     continued = {"initial": "*bf16", "CONTINUED": True, "SILU": True, "radius": None, "RADIUS": False}  # a slice of the default block

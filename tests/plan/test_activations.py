@@ -95,6 +95,14 @@ def test_the_delta_rule_keeps_a_share_for_each_head_and_token_and_no_state():
     assert delta.block_without_mixer == linear.block_without_mixer
 
 
+def test_low_rank_q_k_and_v_are_not_kept_where_an_operator_computes_them():
+    """A rank of 33 is too large for it."""
+    case = {"dtype": torch.bfloat16, "micro_batch_size": 2, "packed": False, "device_type": "cuda"}
+    inside, outside = (trace_activations(ModelSection(**SHAPE, head_size=32, low_rank_rank=rank), **case) for rank in (32, 33))
+    numbers = 3 * 4 * 32 * (2 * 128 + 3 * 33)  # of tokens, and of the matrix of up weights that a product needs
+    assert outside.block - inside.block == pytest.approx(2 * numbers, rel=0.05)
+
+
 def test_recomputation_keeps_less():
     traced = trace_activations(ModelSection(**SHAPE), dtype=torch.float32, micro_batch_size=2, packed=False, device_type="cpu")
     assert traced.block > 2 * traced.block_without_mixer > 2 * traced.block_input

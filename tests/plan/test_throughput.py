@@ -108,6 +108,17 @@ def test_every_scalar_of_the_global_path_is_a_column_of_a_product():
         assert chain - without == pytest.approx(forward_and_backward * (most - least), rel=1e-6)
 
 
+def test_low_rank_q_k_and_v_are_written_and_read_only_where_no_operator_computes_them():
+    def cost(rank):
+        model = ModelSection(d_model=512, num_heads=8, low_rank_rank=rank)
+        batch = Microbatch(model, 64, 1, 2, True, Rates(1e15, 3e12))
+        return batch, layer_cost(batch, LayerKind(128), recompute="none", budget=1.0).gpu
+
+    (batch, inside), (_, outside) = cost(32), cost(33)
+    passes = batch.moved((3 + 6) * batch.tokens * 512)
+    assert outside - inside == pytest.approx(3 * batch.product(batch.tokens, 3 * 33, 3 * 512) + passes, rel=0.1)
+
+
 def test_a_gate_per_channel_takes_time(tmp_path):
     scalar, channel = (predicted("phase8_1b", f"model.global_gate={gate}", tmp_path=tmp_path) for gate in ("scalar", "channel"))
     assert 1.005 < channel.seconds / scalar.seconds < 1.05

@@ -49,3 +49,13 @@ def rsqrt(x, FAST: tl.constexpr):
         return tl.inline_asm_elementwise("rsqrt.approx.ftz.f32 $0, $1;", "=f,f", [x], dtype=tl.float32, is_pure=True, pack=1)
     else:
         return 1.0 / tl.sqrt(x)
+
+
+@triton.jit
+def sigmoid(x, FAST: tl.constexpr):
+    """1 / (1 + exp(-x))."""
+    if FAST:
+        below = 1.0 + exp2(-1.4426950408889634 * x, FAST)
+        return tl.inline_asm_elementwise("rcp.approx.ftz.f32 $0, $1;", "=f,f", [below], dtype=tl.float32, is_pure=True, pack=1)
+    else:
+        return tl.sigmoid(x)

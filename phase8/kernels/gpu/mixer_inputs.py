@@ -11,6 +11,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from phase8.kernels.gpu.fast_math import has_fast_math, sigmoid
+
 NUM_WARPS = 8
 
 
@@ -61,6 +63,7 @@ def constants(
         "SILU": silu,
         "DOCUMENTS": starts is not None,
         "CONTINUED": initial_state is not None,
+        "FAST": has_fast_math(),
     }
 
 
@@ -101,7 +104,7 @@ def convolved_half(
 def _prepare_kernel(
     qkv, weight, cosines, sines, radius, starts, initial, local_q, local_k, global_q, global_k, v, length, eps,
     NUM_HEADS: tl.constexpr, HEAD_SIZE: tl.constexpr, BLOCK_HALF: tl.constexpr, TAPS: tl.constexpr, CONVOLUTION: tl.constexpr,
-    RADIUS: tl.constexpr, SILU: tl.constexpr, DOCUMENTS: tl.constexpr, CONTINUED: tl.constexpr, BLOCK_T: tl.constexpr,
+    RADIUS: tl.constexpr, SILU: tl.constexpr, DOCUMENTS: tl.constexpr, CONTINUED: tl.constexpr, FAST: tl.constexpr, BLOCK_T: tl.constexpr,
 ):  # fmt: skip
     head, batch = tl.program_id(1), tl.cast(tl.program_id(2), tl.int64)
     token = tl.program_id(0) * BLOCK_T + tl.arange(0, BLOCK_T)
@@ -126,19 +129,30 @@ def _prepare_kernel(
             tl.store(v + out, low.to(v.dtype.element_ty), mask=mask)
             tl.store(v + out + HALF, high.to(v.dtype.element_ty), mask=mask)
         else:
-            reciprocal = 1.0 / tl.sqrt((tl.sum(low * low, 1) + tl.sum(high * high, 1)) / HEAD_SIZE + eps)
-            normal_low, normal_high = low * reciprocal[:, None], high * reciprocal[:, None]
+            scale = tl.load(radius + head).to(tl.float32) * (1.0 / tl.sqrt(HEAD_SIZE * 1.0)) if RADIUS else 1.0
             to_global, to_local = (global_q, local_q) if part == 0 else (global_k, local_k)
-            global_low, global_high = normal_low, normal_high
-            if SILU:
-                global_low, global_high = low * tl.sigmoid(low), high * tl.sigmoid(high)
-                mean_square = (tl.sum(global_low * global_low, 1) + tl.sum(global_high * global_high, 1)) / HEAD_SIZE
-                reciprocal = 1.0 / tl.sqrt(mean_square + eps)
-                global_low, global_high = global_low * reciprocal[:, None], global_high * reciprocal[:, None]
-            tl.store(to_global + out, global_low.to(v.dtype.element_ty), mask=mask)
-            tl.store(to_global + out + HALF, global_high.to(v.dtype.element_ty), mask=mask)
-            if RADIUS:
-                scale = tl.load(radius + head).to(tl.float32) * (1.0 / tl.sqrt(HEAD_SIZE * 1.0))
-                low, high = normal_low * scale, normal_high * scale
-            tl.store(to_local + out, (low * cosine - high * sine).to(v.dtype.element_ty), mask=mask)
-            tl.store(to_local + out + HALF, (low * sine + high * cosine).to(v.dtype.element_ty), mask=mask)
+            store_normalised(low, high, to_global + out, to_local + out, cosine, sine, scale, mask, eps, HEAD_SIZE, RADIUS, SILU, FAST)
+
+
+@triton.jit
+def store_normalised(
+    low, high, to_global, to_local, cosine, sine, scale, mask, eps,
+    HEAD_SIZE: tl.constexpr, RADIUS: tl.constexpr, SILU: tl.constexpr, FAST: tl.constexpr,
+):  # fmt: skip
+    """Writes queries or keys of both paths from the halves of a head after the convolution, fp32 [tokens, K/2]."""
+    HALF: tl.constexpr = HEAD_SIZE // 2
+    reciprocal = 1.0 / tl.sqrt((tl.sum(low * low, 1) + tl.sum(high * high, 1)) / HEAD_SIZE + eps)
+    length = (reciprocal * scale)[:, None] if RADIUS else 1.0
+    if SILU:
+        global_low, global_high = low * sigmoid(low, FAST), high * sigmoid(high, FAST)
+        mean_square = (tl.sum(global_low * global_low, 1) + tl.sum(global_high * global_high, 1)) / HEAD_SIZE
+        reciprocal = 1.0 / tl.sqrt(mean_square + eps)
+    else:
+        global_low, global_high = low, high
+    global_low, global_high = global_low * reciprocal[:, None], global_high * reciprocal[:, None]
+    tl.store(to_global, global_low.to(to_global.dtype.element_ty), mask=mask)
+    tl.store(to_global + HALF, global_high.to(to_global.dtype.element_ty), mask=mask)
+    if RADIUS:
+        low, high = low * length, high * length
+    tl.store(to_local, (low * cosine - high * sine).to(to_local.dtype.element_ty), mask=mask)
+    tl.store(to_local + HALF, (low * sine + high * cosine).to(to_local.dtype.element_ty), mask=mask)

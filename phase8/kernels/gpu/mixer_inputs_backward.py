@@ -17,6 +17,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from phase8.kernels.gpu.fast_math import sigmoid
 from phase8.kernels.gpu.mixer_inputs import by_tap, constants
 
 NUM_WARPS = 1
@@ -63,7 +64,7 @@ def _heads_of_a_program(num_heads: int, block_half: int) -> tuple[int, int]:
 def _backward_kernel(
     qkv, weight, cosines, sines, radius, starts, initial, dlocal_q, dlocal_k, dglobal_q, dglobal_k, dv, dqkv, dtaps_parts, dradius_parts, length,
     eps, NUM_HEADS: tl.constexpr, HEAD_SIZE: tl.constexpr, BLOCK_HALF: tl.constexpr, TAPS: tl.constexpr, CONVOLUTION: tl.constexpr,
-    RADIUS: tl.constexpr, SILU: tl.constexpr, DOCUMENTS: tl.constexpr, CONTINUED: tl.constexpr, HEADS: tl.constexpr,
+    RADIUS: tl.constexpr, SILU: tl.constexpr, DOCUMENTS: tl.constexpr, CONTINUED: tl.constexpr, FAST: tl.constexpr, HEADS: tl.constexpr,
     PIECE: tl.constexpr, TOKENS: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     part = tl.program_id(0) // (NUM_HEADS // HEADS)
@@ -73,12 +74,12 @@ def _backward_kernel(
             dlocal, dglobal = dlocal_k, dglobal_k
         _walk(
             qkv, weight, cosines, sines, radius, starts, initial, dlocal, dglobal, dqkv, dtaps_parts, dradius_parts, part, length, eps,
-            NUM_HEADS, HEAD_SIZE, BLOCK_HALF, TAPS, CONVOLUTION, True, RADIUS, SILU, DOCUMENTS, CONTINUED, HEADS, PIECE, TOKENS, STAGES,
+            NUM_HEADS, HEAD_SIZE, BLOCK_HALF, TAPS, CONVOLUTION, True, RADIUS, SILU, DOCUMENTS, CONTINUED, FAST, HEADS, PIECE, TOKENS, STAGES,
         )  # fmt: skip
     else:
         _walk(
             qkv, weight, cosines, sines, radius, starts, initial, dv, dv, dqkv, dtaps_parts, dradius_parts, part, length, eps,
-            NUM_HEADS, HEAD_SIZE, BLOCK_HALF, TAPS, CONVOLUTION, False, False, False, DOCUMENTS, CONTINUED, HEADS, PIECE, TOKENS, STAGES,
+            NUM_HEADS, HEAD_SIZE, BLOCK_HALF, TAPS, CONVOLUTION, False, False, False, DOCUMENTS, CONTINUED, FAST, HEADS, PIECE, TOKENS, STAGES,
         )  # fmt: skip
 
 
@@ -86,8 +87,8 @@ def _backward_kernel(
 def _walk(
     qkv, weight, cosines, sines, radius, starts, initial, dlocal, dglobal, dqkv, dtaps_parts, dradius_parts, part, length, eps,
     NUM_HEADS: tl.constexpr, HEAD_SIZE: tl.constexpr, BLOCK_HALF: tl.constexpr, TAPS: tl.constexpr, CONVOLUTION: tl.constexpr,
-    NORMALISED: tl.constexpr, RADIUS: tl.constexpr, SILU: tl.constexpr, DOCUMENTS: tl.constexpr, CONTINUED: tl.constexpr, HEADS: tl.constexpr,
-    PIECE: tl.constexpr, TOKENS: tl.constexpr, STAGES: tl.constexpr,
+    NORMALISED: tl.constexpr, RADIUS: tl.constexpr, SILU: tl.constexpr, DOCUMENTS: tl.constexpr, CONTINUED: tl.constexpr, FAST: tl.constexpr,
+    HEADS: tl.constexpr, PIECE: tl.constexpr, TOKENS: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """Walks over a piece of the sequence for some heads, which are either normalised and rotated, or values."""
     HALF: tl.constexpr = HEAD_SIZE // 2
@@ -128,12 +129,12 @@ def _walk(
     for first in tl.range(begin, end, TOKENS, num_stages=STAGES):
         state = _advance(
             state, taps_low, taps_high, x, dlocal, dglobal, cosines + half, sines + half, starts, dx, inside, scale, first, first_stored, length, eps,
-            WIDTH, HEAD_SIZE, TAPS, NORMALISED, RADIUS, SILU, DOCUMENTS, TOKENS, False,
+            WIDTH, HEAD_SIZE, TAPS, NORMALISED, RADIUS, SILU, DOCUMENTS, FAST, TOKENS, False,
         )  # fmt: skip
     if TAPS > 1:
         state = _advance(
             state, taps_low, taps_high, x, dlocal, dglobal, cosines + half, sines + half, starts, dx, inside, scale, end, first_stored, length, eps,
-            WIDTH, HEAD_SIZE, TAPS, NORMALISED, RADIUS, SILU, DOCUMENTS, TAPS - 1, True,
+            WIDTH, HEAD_SIZE, TAPS, NORMALISED, RADIUS, SILU, DOCUMENTS, FAST, TAPS - 1, True,
         )  # fmt: skip
     piece = batch * tl.num_programs(1) + tl.program_id(1)
     if CONVOLUTION:
@@ -149,7 +150,7 @@ def _walk(
 def _advance(
     state, taps_low, taps_high, x, dlocal, dglobal, cosines, sines, starts, dx, inside, scale, first, first_stored, length, eps,
     WIDTH: tl.constexpr, HEAD_SIZE: tl.constexpr, TAPS: tl.constexpr, NORMALISED: tl.constexpr, RADIUS: tl.constexpr,
-    SILU: tl.constexpr, DOCUMENTS: tl.constexpr, TOKENS: tl.constexpr, BEHIND: tl.constexpr,
+    SILU: tl.constexpr, DOCUMENTS: tl.constexpr, FAST: tl.constexpr, TOKENS: tl.constexpr, BEHIND: tl.constexpr,
 ):  # fmt: skip
     """Advances by some tokens, in the piece or after its end; those after the end are not counted, since the next piece counts them."""
     HALF: tl.constexpr = HEAD_SIZE // 2
@@ -180,7 +181,7 @@ def _advance(
             dlow, dhigh = dlow * cosine + dhigh * sine, dhigh * cosine - dlow * sine
             dlow, dhigh, dscale = _before_normalisation(
                 _convolved(seen_low, taps_low, TAPS), _convolved(seen_high, taps_high, TAPS), dlow, dhigh, *dglobals[index],
-                scale, eps, HEAD_SIZE, RADIUS, SILU,
+                scale, eps, HEAD_SIZE, RADIUS, SILU, FAST,
             )  # fmt: skip
         if BEHIND:
             dlow, dhigh = tl.where(there, dlow, 0.0), tl.where(there, dhigh, 0.0)
@@ -201,13 +202,14 @@ def _advance(
 
 @triton.jit
 def _before_normalisation(
-    low, high, dlow, dhigh, dnormal_low, dnormal_high, scale, eps, HEAD_SIZE: tl.constexpr, RADIUS: tl.constexpr, SILU: tl.constexpr
+    low, high, dlow, dhigh, dnormal_low, dnormal_high, scale, eps,
+    HEAD_SIZE: tl.constexpr, RADIUS: tl.constexpr, SILU: tl.constexpr, FAST: tl.constexpr,
 ):  # fmt: skip
     """Gradients before normalisation from those after the inverse rotation and those of the global path; also each channel's share of the radius."""
     reciprocal = tl.rsqrt(tl.sum(low * low + high * high, 1, keep_dims=True) / HEAD_SIZE + eps)
     dscale = reciprocal * (low * dlow + high * dhigh)
     if SILU:
-        sigmoid_low, sigmoid_high = tl.sigmoid(low), tl.sigmoid(high)
+        sigmoid_low, sigmoid_high = sigmoid(low, FAST), sigmoid(high, FAST)
         active_low, active_high = low * sigmoid_low, high * sigmoid_high
         by_rms = tl.rsqrt(tl.sum(active_low * active_low + active_high * active_high, 1, keep_dims=True) / HEAD_SIZE + eps)
         mean = tl.sum(active_low * dnormal_low + active_high * dnormal_high, 1, keep_dims=True) * (by_rms * by_rms / HEAD_SIZE)
