@@ -206,6 +206,13 @@ def load_memory(memory, channel, inside, column, inside_columns, HEAD_SIZE: tl.c
 
 
 @triton.jit
+def load_columns(memory, channel, inside, number, HEAD_SIZE: tl.constexpr, BLOCK_V: tl.constexpr):
+    """One tile of BLOCK_V columns of the memory of a head [K, BLOCK_V]."""
+    column = number * BLOCK_V + tl.arange(0, BLOCK_V)
+    return load_memory(memory, channel, inside, column, column < HEAD_SIZE, HEAD_SIZE)
+
+
+@triton.jit
 def recall(state, q, k, v, qk, decay, rate, score_scale, DELTA: tl.constexpr):
     """What the token writes to some columns of a memory, and what the query reads of them with it [columns]."""
     read = tl.sum(state * q[:, None], 0)
@@ -218,45 +225,6 @@ def remember(state, memory, channel, inside, column, inside_columns, k, written,
     """Writes some columns of the memory of a head."""
     mask = inside[:, None] & inside_columns[None, :]
     tl.store(memory + channel[:, None] * HEAD_SIZE + column[None, :], state * decay + k[:, None] * written[None, :], mask=mask)
-
-
-@triton.jit
-def _load_tile(memory, channel, inside, number, HEAD_SIZE: tl.constexpr, BLOCK_V: tl.constexpr):
-    """One tile of columns of the memory of a head [K, BLOCK_V]."""
-    column = number * BLOCK_V + tl.arange(0, BLOCK_V)
-    return load_memory(memory, channel, inside, column, column < HEAD_SIZE, HEAD_SIZE)
-
-
-@triton.jit
-def first_tiles(memory, channel, inside, HEAD_SIZE: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_V: tl.constexpr, AHEAD: tl.constexpr):
-    """The first tiles of columns of the memory of a head, as many as are on their way at a time."""
-    tiles = ()
-    for number in tl.static_range(min(AHEAD, BLOCK_K // BLOCK_V)):
-        tiles += (_load_tile(memory, channel, inside, number, HEAD_SIZE, BLOCK_V),)
-    return tiles
-
-
-@triton.jit
-def recall_tile_by_tile(
-    tiles, memory, channel, inside, q, k, v, qk, decay, rate, score_scale,
-    HEAD_SIZE: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_V: tl.constexpr, AHEAD: tl.constexpr, DELTA: tl.constexpr,
-):  # fmt: skip
-    """What the query reads of the whole memory of a head with the token [K]; it writes the memory.
-
-    The first tiles are given. Each further one is loaded before the tile that makes room for it is written, since loads are not moved across stores.
-    """
-    NUM_TILES: tl.constexpr = BLOCK_K // BLOCK_V
-    number_of_tile = tl.arange(0, NUM_TILES)[:, None]
-    parts_of_v, reads = tl.reshape(v, (NUM_TILES, BLOCK_V)), tl.zeros((NUM_TILES, BLOCK_V), tl.float32)
-    for number in tl.static_range(NUM_TILES):
-        if number + AHEAD < NUM_TILES:
-            tiles += (_load_tile(memory, channel, inside, number + AHEAD, HEAD_SIZE, BLOCK_V),)
-        column = number * BLOCK_V + tl.arange(0, BLOCK_V)
-        part_of_v = tl.sum(tl.where(number_of_tile == number, parts_of_v, 0.0), 0)
-        written, read = recall(tiles[number], q, k, part_of_v, qk, decay, rate, score_scale, DELTA)
-        remember(tiles[number], memory, channel, inside, column, column < HEAD_SIZE, k, written, decay, HEAD_SIZE)
-        reads = tl.where(number_of_tile == number, read[None, :], reads)
-    return tl.reshape(reads, (BLOCK_K,))
 
 
 @triton.jit

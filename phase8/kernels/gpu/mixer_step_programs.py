@@ -13,11 +13,11 @@ from phase8.kernels.gpu.mixer_step_parts import (
     convolved,
     convolved_before,
     decay_of,
-    first_tiles,
     gated,
     gates_of,
     keep_token,
     lengths,
+    load_columns,
     load_memory,
     load_slots,
     load_up,
@@ -25,7 +25,6 @@ from phase8.kernels.gpu.mixer_step_parts import (
     normalised,
     rate_of,
     recall,
-    recall_tile_by_tile,
     remember,
     scaled,
     slots_of_part,
@@ -51,8 +50,11 @@ def both_paths(
     """
     channel = tl.arange(0, BLOCK_K)
     inside = channel < HEAD_SIZE
+    NUM_TILES: tl.constexpr = BLOCK_K // BLOCK_V
     if MEMORY:
-        tiles = first_tiles(memory, channel, inside, HEAD_SIZE, BLOCK_K, BLOCK_V, AHEAD)
+        tiles = ()
+        for number in tl.static_range(min(AHEAD, NUM_TILES)):
+            tiles += (load_columns(memory, channel, inside, number, HEAD_SIZE, BLOCK_V),)
         decay_offset, gate_offset = tl.load(decay_bias), tl.load(gate_bias)
     if WINDOW:
         position = tl.cast(tl.load(positions), tl.int32)
@@ -79,7 +81,17 @@ def both_paths(
     move_up(x, before, HEAD_SIZE, BLOCK_K, KEY_WIDTH, TAPS)
     sum_of_paths = tl.zeros((BLOCK_K,), tl.float32)
     if MEMORY:
-        read = recall_tile_by_tile(tiles, memory, channel, inside, q, k, v, qk, decay, rate, score_scale, HEAD_SIZE, BLOCK_K, BLOCK_V, AHEAD, DELTA)
+        number_of_tile = tl.arange(0, NUM_TILES)[:, None]
+        parts_of_v, reads = tl.reshape(v, (NUM_TILES, BLOCK_V)), tl.zeros((NUM_TILES, BLOCK_V), tl.float32)
+        for number in tl.static_range(NUM_TILES):
+            if number + AHEAD < NUM_TILES:
+                tiles += (load_columns(memory, channel, inside, number + AHEAD, HEAD_SIZE, BLOCK_V),)
+            value_of_tile = tl.sum(tl.where(number_of_tile == number, parts_of_v, 0.0), 0)
+            written, read = recall(tiles[number], q, k, value_of_tile, qk, decay, rate, score_scale, DELTA)
+            column = number * BLOCK_V + tl.arange(0, BLOCK_V)
+            remember(tiles[number], memory, channel, inside, column, column < HEAD_SIZE, k, written, decay, HEAD_SIZE)
+            reads = tl.where(number_of_tile == number, read[None, :], reads)
+        read = tl.reshape(reads, (BLOCK_K,))
     if WINDOW:
         key = load_slots(keys, begin, end, position, channel, inside, window, global_tokens, BLOCK_J, KEY_WIDTH, GLOBALS)
         value = load_slots(values, begin, end, position, channel, inside, window, global_tokens, BLOCK_J, KEY_WIDTH, GLOBALS)

@@ -35,8 +35,7 @@ class Tiling:
 
     def __str__(self) -> str:
         shared = f"s{self.slots} w{self.num_warps} r{self.max_registers}"
-        whole, divided = f"whole c{self.columns} a{self.ahead} {shared}", f"c{self.columns} {shared} n{self.num_programs} t{self.part_tiles}"
-        return whole if self.is_whole else divided
+        return f"whole c{self.columns} a{self.ahead} {shared}" if self.is_whole else f"c{self.columns} {shared} n{self.num_programs} t{self.part_tiles}"
 
     def window_parts(self, num_heads: int, window: int) -> int:
         """Number of programs that share the window of each of so many heads, of all sequences together; 0 without a window."""
