@@ -155,10 +155,10 @@ def kernel(tiling, **changes):
         "decay_floor": -5.0,
     }  # fmt: skip
     window_parts = tiling.window_parts(16, 2048)
-    columns = tiling.columns
+    columns = 128 if tiling.is_whole else tiling.columns
     constants = {
         "NUM_HEADS": 16, "KEY_HEADS": 16, "HEAD_SIZE": 128, "BLOCK_K": 128, "TAPS": 4, "BLOCK_J": tiling.slots, "ROWS": max(4, tiling.num_warps),
-        "BLOCK_V": columns, "AHEAD": tiling.ahead, "BLOCK_P": window_parts, "WINDOW_PARTS": window_parts, "MEMORY_PARTS": 128 // columns, "IS_WHOLE": tiling.is_whole,
+        "BLOCK_V": columns, "BLOCK_P": window_parts, "WINDOW_PARTS": window_parts, "MEMORY_PARTS": 128 // columns, "IS_WHOLE": tiling.is_whole,
         "ROTARY": True, "SCALE": True, "GLOBALS": False, "RANK": 128, "BLOCK_R": 128, "TILE_R": tiling.gate_tile, "SILU": True, "SCALARS": 1,
         "DELTA": False, "FLOOR": False, "OVERLAPS": True,
     }  # fmt: skip

@@ -41,7 +41,7 @@ def mixer_step(
     out = torch.empty(batch, num_heads * head_size, dtype=state.convolution.dtype, device=qkv.device)
     tiling = tiling_for(batch * num_heads, _num_processors(qkv.device))
     block = triton.next_power_of_2(head_size)
-    columns = min(tiling.columns, block)
+    columns = block if tiling.is_whole else min(tiling.columns, block)
     window_parts, memory_parts = tiling.window_parts(batch * num_heads, window), 0 if path is None else triton.cdiv(head_size, columns)
     left = 0 if tiling.is_whole else window_parts * (head_size + 2) + 2 * head_size
     parts = torch.empty(batch, num_heads, left, dtype=torch.float32, device=qkv.device)
@@ -62,7 +62,7 @@ def mixer_step(
         window, constants.global_tokens, head_size**-0.5, constants.eps,
         0.0 if decay_and_gate is None or decay_and_gate.decay_floor is None else decay_and_gate.decay_floor,
         NUM_HEADS=num_heads, KEY_HEADS=constants.num_key_heads, HEAD_SIZE=head_size, BLOCK_K=block, BLOCK_J=tiling.slots,
-        ROWS=max(4, tiling.num_warps), BLOCK_V=columns, AHEAD=tiling.ahead, BLOCK_P=triton.next_power_of_2(max(window_parts, 1)), WINDOW_PARTS=window_parts,
+        ROWS=max(4, tiling.num_warps), BLOCK_V=columns, BLOCK_P=triton.next_power_of_2(max(window_parts, 1)), WINDOW_PARTS=window_parts,
         MEMORY_PARTS=memory_parts, IS_WHOLE=tiling.is_whole, TAPS=1 if constants.taps is None else len(constants.taps), ROTARY=constants.has_rotary,
         SCALE=constants.scale is not None, GLOBALS=constants.global_tokens > 0, RANK=rank, BLOCK_R=block_of_rank,
         TILE_R=min(tiling.gate_tile, block_of_rank), SILU=constants.has_silu, SCALARS=0 if scalars is None else scalars.shape[1] // num_heads,
@@ -84,7 +84,7 @@ def _step_kernel(
     scalars, scalars_stride, channels, channels_stride, gate_up, decay_bias, gate_bias, norm_weight, memory, out, parts, arrivals,
     window, global_tokens, score_scale, eps, decay_floor,
     NUM_HEADS: tl.constexpr, KEY_HEADS: tl.constexpr, HEAD_SIZE: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_J: tl.constexpr, ROWS: tl.constexpr,
-    BLOCK_V: tl.constexpr, AHEAD: tl.constexpr, BLOCK_P: tl.constexpr, WINDOW_PARTS: tl.constexpr, MEMORY_PARTS: tl.constexpr, IS_WHOLE: tl.constexpr,
+    BLOCK_V: tl.constexpr, BLOCK_P: tl.constexpr, WINDOW_PARTS: tl.constexpr, MEMORY_PARTS: tl.constexpr, IS_WHOLE: tl.constexpr,
     TAPS: tl.constexpr, ROTARY: tl.constexpr, SCALE: tl.constexpr, GLOBALS: tl.constexpr, RANK: tl.constexpr, BLOCK_R: tl.constexpr,
     TILE_R: tl.constexpr, SILU: tl.constexpr, SCALARS: tl.constexpr, DELTA: tl.constexpr, FLOOR: tl.constexpr, OVERLAPS: tl.constexpr,
 ):  # fmt: skip
@@ -115,7 +115,7 @@ def _step_kernel(
             x, before, taps, to_key, cosines, sines, scale + head, scale + NUM_HEADS + key_head, keys + slots, values + slots,
             positions + row, is_writer, scalars, channels, gate_up, decay_bias + head, gate_bias + head, norm_weight, memory,
             window, global_tokens, score_scale, eps, decay_floor, TYPE, ROW, KEY_WIDTH, HEAD_SIZE, BLOCK_K, BLOCK_J, ROWS, TAPS,
-            WINDOW_PARTS > 0, ROTARY, SCALE, GLOBALS, MEMORY_PARTS > 0, BLOCK_V, AHEAD, SILU, RANK, BLOCK_R, TILE_R, SCALARS, DELTA, FLOOR, OVERLAPS,
+            WINDOW_PARTS > 0, ROTARY, SCALE, GLOBALS, MEMORY_PARTS > 0, SILU, RANK, BLOCK_R, TILE_R, SCALARS, DELTA, FLOOR, OVERLAPS,
         )  # fmt: skip
         tl.store(out, y.to(TYPE), mask=inside)
     else:

@@ -206,13 +206,6 @@ def load_memory(memory, channel, inside, column, inside_columns, HEAD_SIZE: tl.c
 
 
 @triton.jit
-def load_columns(memory, channel, inside, number, HEAD_SIZE: tl.constexpr, BLOCK_V: tl.constexpr):
-    """One tile of BLOCK_V columns of the memory of a head [K, BLOCK_V]."""
-    column = number * BLOCK_V + tl.arange(0, BLOCK_V)
-    return load_memory(memory, channel, inside, column, column < HEAD_SIZE, HEAD_SIZE)
-
-
-@triton.jit
 def recall(state, q, k, v, qk, decay, rate, score_scale, DELTA: tl.constexpr):
     """What the token writes to some columns of a memory, and what the query reads of them with it [columns]."""
     read = tl.sum(state * q[:, None], 0)

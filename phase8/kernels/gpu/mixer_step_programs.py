@@ -17,7 +17,6 @@ from phase8.kernels.gpu.mixer_step_parts import (
     gates_of,
     keep_token,
     lengths,
-    load_columns,
     load_memory,
     load_slots,
     load_up,
@@ -40,21 +39,17 @@ def both_paths(
     scalars, channels, gate_up, decay_bias, gate_bias, norm_weight, memory, window, global_tokens, score_scale, eps, decay_floor,
     TYPE: tl.constexpr, ROW: tl.constexpr, KEY_WIDTH: tl.constexpr, HEAD_SIZE: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_J: tl.constexpr,
     ROWS: tl.constexpr, TAPS: tl.constexpr, WINDOW: tl.constexpr, ROTARY: tl.constexpr, SCALE: tl.constexpr, GLOBALS: tl.constexpr,
-    MEMORY: tl.constexpr, BLOCK_V: tl.constexpr, AHEAD: tl.constexpr, SILU: tl.constexpr, RANK: tl.constexpr, BLOCK_R: tl.constexpr,
-    TILE_R: tl.constexpr, SCALARS: tl.constexpr, DELTA: tl.constexpr, FLOOR: tl.constexpr, OVERLAPS: tl.constexpr,
+    MEMORY: tl.constexpr, SILU: tl.constexpr, RANK: tl.constexpr, BLOCK_R: tl.constexpr, TILE_R: tl.constexpr, SCALARS: tl.constexpr,
+    DELTA: tl.constexpr, FLOOR: tl.constexpr, OVERLAPS: tl.constexpr,
 ):  # fmt: skip
     """The sum of both paths of a head [K], fp32; it writes all of the state.
 
-    The first columns of the memory are on their way while the inputs are normalised, later ones while those in front of them are written, and the
-    window while the last ones are: so they do not need registers at once, and processors have room for more programs.
+    The memory is on its way while the inputs are normalised, and the window while the memory is written: so the two do not need registers at once.
     """
     channel = tl.arange(0, BLOCK_K)
     inside = channel < HEAD_SIZE
-    NUM_TILES: tl.constexpr = BLOCK_K // BLOCK_V
     if MEMORY:
-        tiles = ()
-        for number in tl.static_range(min(AHEAD, NUM_TILES)):
-            tiles += (load_columns(memory, channel, inside, number, HEAD_SIZE, BLOCK_V),)
+        state = load_memory(memory, channel, inside, channel, inside, HEAD_SIZE)
         decay_offset, gate_offset = tl.load(decay_bias), tl.load(gate_bias)
     if WINDOW:
         position = tl.cast(tl.load(positions), tl.int32)
@@ -81,17 +76,8 @@ def both_paths(
     move_up(x, before, HEAD_SIZE, BLOCK_K, KEY_WIDTH, TAPS)
     sum_of_paths = tl.zeros((BLOCK_K,), tl.float32)
     if MEMORY:
-        number_of_tile = tl.arange(0, NUM_TILES)[:, None]
-        parts_of_v, reads = tl.reshape(v, (NUM_TILES, BLOCK_V)), tl.zeros((NUM_TILES, BLOCK_V), tl.float32)
-        for number in tl.static_range(NUM_TILES):
-            if number + AHEAD < NUM_TILES:
-                tiles += (load_columns(memory, channel, inside, number + AHEAD, HEAD_SIZE, BLOCK_V),)
-            value_of_tile = tl.sum(tl.where(number_of_tile == number, parts_of_v, 0.0), 0)
-            written, read = recall(tiles[number], q, k, value_of_tile, qk, decay, rate, score_scale, DELTA)
-            column = number * BLOCK_V + tl.arange(0, BLOCK_V)
-            remember(tiles[number], memory, channel, inside, column, column < HEAD_SIZE, k, written, decay, HEAD_SIZE)
-            reads = tl.where(number_of_tile == number, read[None, :], reads)
-        read = tl.reshape(reads, (BLOCK_K,))
+        written, read = recall(state, q, k, v, qk, decay, rate, score_scale, DELTA)
+        remember(state, memory, channel, inside, channel, inside, k, written, decay, HEAD_SIZE)
     if WINDOW:
         key = load_slots(keys, begin, end, position, channel, inside, window, global_tokens, BLOCK_J, KEY_WIDTH, GLOBALS)
         value = load_slots(values, begin, end, position, channel, inside, window, global_tokens, BLOCK_J, KEY_WIDTH, GLOBALS)

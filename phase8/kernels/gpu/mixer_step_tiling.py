@@ -17,8 +17,7 @@ class Tiling:
         num_warps: Warps of a program.
         max_registers: Registers of a thread at most.
         gate_tile: Inputs of a gate per channel that are in registers at a time.
-        columns: Columns of the memory of a program, or of a tile of it where programs are whole.
-        ahead: Tiles of the memory that are on their way at a time, where programs are whole.
+        columns: Columns of the memory of a program, where programs are not whole.
         num_programs: Programs that the windows of all heads are divided over, as far as each has `part_tiles` tiles; where they are not whole.
         part_tiles: The fewest tiles of a window that are worth a program of their own.
     """
@@ -29,13 +28,12 @@ class Tiling:
     max_registers: int = 128
     gate_tile: int = 128
     columns: int = 32
-    ahead: int = 1
     num_programs: int = 1024
     part_tiles: int = 2
 
     def __str__(self) -> str:
         shared = f"s{self.slots} w{self.num_warps} r{self.max_registers}"
-        return f"whole c{self.columns} a{self.ahead} {shared}" if self.is_whole else f"c{self.columns} {shared} n{self.num_programs} t{self.part_tiles}"
+        return f"whole {shared}" if self.is_whole else f"c{self.columns} {shared} n{self.num_programs} t{self.part_tiles}"
 
     def window_parts(self, num_heads: int, window: int) -> int:
         """Number of programs that share the window of each of so many heads, of all sequences together; 0 without a window."""
@@ -46,7 +44,7 @@ class Tiling:
 
 
 SPLIT = Tiling(num_programs=256)
-WHOLE = Tiling(is_whole=True, slots=32, num_warps=4, max_registers=255, gate_tile=32, columns=128)
+WHOLE = Tiling(is_whole=True, slots=32, num_warps=4, max_registers=255, gate_tile=32)
 
 # From how many heads of all sequences together on, for each processor, which tiling is taken; the first that fits.
 CHOICES = ((0.9, WHOLE), (0.0, SPLIT))
@@ -54,10 +52,7 @@ CHOICES = ((0.9, WHOLE), (0.0, SPLIT))
 # Left out since they spill: whole with 16 warps or with 64 slots, split with 96 registers, with 32 slots, or with 2 warps.
 CANDIDATES = (
     WHOLE,
-    Tiling(is_whole=True, slots=32, num_warps=8, gate_tile=32, columns=128),
-    Tiling(is_whole=True, slots=16, max_registers=168, gate_tile=32),
-    Tiling(is_whole=True, slots=32, max_registers=168, gate_tile=32),
-    Tiling(is_whole=True, slots=16, max_registers=168, gate_tile=32, columns=16, ahead=4),
+    Tiling(is_whole=True, slots=32, num_warps=8, gate_tile=32),
     SPLIT,
     Tiling(),
     Tiling(slots=32, columns=64, max_registers=168, part_tiles=1),
