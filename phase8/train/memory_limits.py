@@ -65,9 +65,9 @@ def memory_errors(config: RunConfig, chosen: Chosen, facts: Device, *, world_siz
         has_begun: Whether the run directory belongs to this run already.
 
     Raises:
-        OutOfMemoryError: In place of what torch or Python raises; with the automatic values, if there are any.
+        OutOfMemoryError: In place of what torch or Python raises; with the automatic values, if others can be chosen in their place.
     """
-    values = chosen.values or None
+    values = (chosen.values or None) if chosen.can_change else None
     try:
         yield
     except torch.OutOfMemoryError:

@@ -57,7 +57,7 @@ class Chosen:
 
     Args:
         values: Values by dotted name; empty: the config had no automatic settings.
-        device: Name of the device.
+        device: Name of the device; empty: `train.tuning` is off.
         world_size: Number of ranks.
         reason: Reason for the banner.
     """
@@ -66,6 +66,11 @@ class Chosen:
     device: str = ""
     world_size: int = 1
     reason: str = ""
+
+    @property
+    def can_change(self) -> bool:
+        """Whether others can be chosen in their place: not where nothing is tuned."""
+        return bool(self.device)
 
     def as_record(self) -> dict[str, Any] | None:
         """The record for the run's checkpoints; None: nothing was chosen."""

@@ -211,6 +211,14 @@ def test_too_little_memory_is_one_sentence(tiny, mesh, trials, error, sentence):
     assert "\n" not in str(caught.value) and caught.value.exit_code == 9 and caught.value.values == chosen.values
 
 
+def test_settings_that_nothing_tunes_are_not_tried_again(tiny, mesh, trials):
+    config, chosen = choose(tiny, mesh, "train.tuning=off")
+    assert chosen.values
+    with pytest.raises(OutOfMemoryError) as caught, memory_errors(config, chosen, GPU, world_size=1, has_begun=True):
+        raise torch.OutOfMemoryError("CUDA out of memory.")
+    assert caught.value.values is None
+
+
 def test_more_than_the_host_has_is_refused_before_anything_is_taken(tiny, monkeypatch):
     monkeypatch.setattr(memory_limits, "available_bytes", lambda: 64 << 20)
     prepare(tiny)  # has some KiB of weights, gradients and optimizer on a CPU, and nothing else in host memory
