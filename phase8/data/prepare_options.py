@@ -89,7 +89,7 @@ class PrepareReport:
         first_invalid: Reason for skipping the first of them.
         lost: Text that the tokenizer could not keep.
         eod_token: The piece between documents, where the user named one.
-        num_passed_over: Files in directories that were not read because of their suffix, by suffix.
+        not_read: How many files and directories below the inputs are not read and why; None: all are.
         dangling_links: Symbolic links in directories without a target.
         is_reused: Whether everything existed already, made from the same inputs and options.
     """
@@ -105,7 +105,7 @@ class PrepareReport:
     first_invalid: str | None
     lost: LostText
     eod_token: str | None
-    num_passed_over: dict[str, int] = field(default_factory=dict)
+    not_read: str | None = None
     dangling_links: list[str] = field(default_factory=list)
     is_reused: bool = False
 
