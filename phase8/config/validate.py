@@ -58,7 +58,7 @@ def find_problems(config: RunConfig, *, world_size: int = 1) -> list[str]:
         *_slices(config),
         *_async_tensor_parallel(config.parallel),
         *_data(config),
-        *_observe(config.observe),
+        *_observe(config.observe, config.train),
         *_tensor_parallel(config.model, config.parallel.tensor_parallel_size),
         *_context_parallel(config),
         *expert_problems(config, world_size),
@@ -315,7 +315,9 @@ def _batch_and_pipeline(config: RunConfig, world_size: int) -> Iterator[str]:
     yield from pipeline_problems(pipeline_of(config.parallel), num_layers=config.model.num_layers, num_microbatches=num_microbatches)
 
 
-def _observe(observe: ObserveSection) -> Iterator[str]:
+def _observe(observe: ObserveSection, train: TrainSection) -> Iterator[str]:
+    if observe.profile_at_step is not None and observe.profile_at_step > train.num_steps:
+        yield f"observe.profile_at_step {observe.profile_at_step} is after train.num_steps {train.num_steps}; leave it null or make it smaller."
     if observe.openmetrics is not None and not observe.openmetrics.endswith(".prom"):
         yield f"observe.openmetrics is {observe.openmetrics}, but Prometheus' node exporter reads files named *.prom only; add the suffix."
     if "/" in observe.project:

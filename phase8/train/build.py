@@ -320,6 +320,13 @@ def _say_beginning(run: Run, restored: Checkpoint | None) -> None:
         run.say(f"resumed from {restored.path} (step {run.position.step}, {run.position.tokens_seen:,} tokens seen)")
     for change in run.changed_keys:
         run.say(f"  {change}")
+    step = run.config.observe.profile_at_step
+    if step is None or run.directory.profile(step=step, rank=0).exists():
+        return
+    if step <= run.position.step:
+        run.say(f"observe.profile_at_step is {step}, but the run goes on after step {run.position.step}: nothing is recorded; name a later step.")
+    elif step > run.stop_step:
+        run.say(f"observe.profile_at_step is {step}, but this start ends after step {run.stop_step}: a later start records it.")
 
 
 def _peak(config: RunConfig, device: torch.device) -> float | None:

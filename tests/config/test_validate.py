@@ -133,6 +133,10 @@ RULES = {
         ["train.stop_at_step=1001"],
         "train.stop_at_step 1001 is after train.num_steps 1000; leave it null or make it smaller.",
     ),
+    "profile": (
+        ["observe.profile_at_step=1001"],
+        "observe.profile_at_step 1001 is after train.num_steps 1000; leave it null or make it smaller.",
+    ),
     "recompute interval without recomputation": (
         ["train.recompute_every_n_layers=2"],
         "train.recompute_every_n_layers is 2, but train.recompute is auto; set it to full or selective.",
@@ -317,6 +321,7 @@ ALLOWED = {
     "longest warmup": ["train.num_steps=101"],
     "wsd from warmup to end": ["optim.schedule=wsd", "optim.decay_steps=900"],
     "stop at the end": ["train.stop_at_step=1000"],
+    "a profile of the last step": ["observe.profile_at_step=1000"],
     "recompute every layer but the first": ["train.recompute=selective", "train.recompute_every_n_layers=8"],
     "budget": ["train.recompute=budget", "train.compile.enabled=true", "train.activation_memory_budget=0"],
     "own data": ["data.train=mine", "data.validation=held_out", "data.tokenizer=t.model", "observe.sample_prompt=Once"],
