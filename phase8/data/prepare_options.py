@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from phase8.data.lost_text import LostText
+from phase8.data.shard_pool import worker_problems
 from phase8.data.shards import DocumentRules
 from phase8.data.staging import sweep_partial
 
@@ -44,8 +45,9 @@ class PrepareOptions:
 
     def problems(self) -> list[str]:
         """The problems of the options, one sentence each."""
-        limits = {"--tokenizer-sample-bytes": self.tokenizer_sample_bytes, "--shard-bytes": self.shard_bytes, "--workers": self.num_workers}
+        limits = {"--tokenizer-sample-bytes": self.tokenizer_sample_bytes, "--shard-bytes": self.shard_bytes}
         found = [f"{name} is {value}; it must be at least 1" for name, value in limits.items() if value < 1]
+        found += worker_problems(self.num_workers)
         if (self.tokenizer is None) != self.train_tokenizer:
             found.append("choose one tokenizer: an existing file with --tokenizer FILE, or --train-tokenizer --vocab-size N")
         elif self.train_tokenizer != (self.vocab_size is not None):

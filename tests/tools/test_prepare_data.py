@@ -132,6 +132,7 @@ def test_a_tokenizer_whose_end_of_document_text_can_give(tmp_path: Path):
         ([__file__, "--import-muse", "x", "--train-tokenizer"], 2, "--import-muse takes the place of inputs"),
         ([__file__, "--train-tokenizer", "--vocab-size", "300", "--eod-token", "</s>"], 2, "--eod-token belongs to --tokenizer"),
         ([__file__, "--tokenizer", "/dev/zero"], 3, "cannot read the tokenizer /dev/zero: it is a pipe or device"),
+        ([__file__, "--train-tokenizer", "--vocab-size", "300", "--workers", "100000"], 2, "--workers is 100000, but this machine has "),
         ([__file__, "--workers", "none"], 2, "invalid int value: 'none'"),
     ],
 )
