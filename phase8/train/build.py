@@ -164,9 +164,8 @@ def build_run(
         gather_texts(None)  # waits until every rank has accepted the start; only after this the disk may change
         if run.is_main and (choice.moves or not run.is_complete):
             make_way(choice, directory, config, attachments=run.attachments, agents=agents, on_message=run.say)
-        if run.is_main:
-            _say_beginning(run, choice.checkpoint)
         run.lock = lock.pop_all()
+    _say_beginning(run, choice.checkpoint)
     print_banner(f"phase8 pretraining: {config.run.name}", [*run.facts, ("run directory", str(directory.path))], console)
     return run
 
@@ -313,7 +312,7 @@ def _go_on(run: Run, resume: str) -> Choice:
 
 
 def _say_beginning(run: Run, restored: Checkpoint | None) -> None:
-    """Says where the run begins, once nothing can refuse the start any more; `restored` is the checkpoint from which it goes on."""
+    """Says where the run begins, once nothing can refuse the start any more; `restored` is the checkpoint from which it goes on (first rank)."""
     if run.origin is not None:
         run.say("\n  ".join([str(run.origin), *run.origin.differences]))
     if restored is not None:
