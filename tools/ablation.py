@@ -85,6 +85,8 @@ def _ablate() -> int:
 def _check_numbers(arguments: argparse.Namespace) -> None:
     if arguments.jobs < 1:
         raise ConfigError(f"--jobs is {arguments.jobs}, but at least 1 is needed.")
+    if min(arguments.seeds) < 0:
+        raise ConfigError(f"--seeds names {min(arguments.seeds)}, but whole numbers of at least 0 are needed.")
     repeated = {seed for seed in arguments.seeds if arguments.seeds.count(seed) > 1}
     if repeated:
         raise ConfigError(f"--seeds names {min(repeated)} more than once; name each once.")

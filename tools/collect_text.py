@@ -29,6 +29,7 @@ from rich.progress import TextColumn, TimeElapsedColumn
 from phase8.config.arguments import path_argument
 from phase8.data.collect.collect import Collection, collect
 from phase8.data.collect.roots import KINDS, default_roots
+from phase8.data.shard_pool import worker_problems
 from phase8.errors import ConfigError
 from phase8.observe.stage_progress import ProgressDisplay
 from phase8.terminal import run_door
@@ -64,11 +65,9 @@ def _run(arguments: list[str] | None) -> int:
 
 
 def _check(parsed: argparse.Namespace) -> None:
-    problems = [
-        f"{option} is {value}; it must be at least 1"
-        for option, value in {"--limit-bytes": parsed.limit_bytes, "--workers": parsed.workers}.items()
-        if value is not None and value < 1
-    ]
+    problems = list(worker_problems(parsed.workers))
+    if parsed.limit_bytes is not None and parsed.limit_bytes < 1:
+        problems.append(f"--limit-bytes is {parsed.limit_bytes}; it must be at least 1")
     problems += [f"--roots names {root}, which is not a directory; name existing directories" for root in parsed.roots if not root.is_dir()]
     if problems:
         raise ConfigError(problems)

@@ -77,7 +77,7 @@ def _evaluate(parsed: argparse.Namespace, world: World) -> None:
     with running(world, device_type=device.type) as watch, _progress(world, watch.report) as show:
         model, section, checkpoint = restore_model(parsed.checkpoint, device=device)
         length = parsed.length or model.section.sequence_length
-        sources = _sources(parsed, section, checkpoint, vocab_size=model.section.vocab_size, show=show)
+        sources = _sources(parsed, section, checkpoint, vocab_size=model.section.vocab_size, show=show, say=warn if world.rank == 0 else _silent)
         how = {"length": length, "stride": parsed.stride, "carry_state": parsed.carry_state, "num_sequences": parsed.sequences}
         sources, pieces = select_pieces(sources, **how)
         size = parsed.batch_size or planned_batch_size(model, length=length, packed=section.reset_at_document_boundaries, device=device)
@@ -110,7 +110,13 @@ def _progress(world: World, report: Callable[..., None]) -> Iterator[Show]:
         yield show
 
 
-def _sources(parsed: argparse.Namespace, section: DataSection, checkpoint: Checkpoint, *, vocab_size: int, show: Show) -> list[Source]:
+def _silent(sentence: str) -> None:
+    """Says nothing, since rank 0 says it."""
+
+
+def _sources(
+    parsed: argparse.Namespace, section: DataSection, checkpoint: Checkpoint, *, vocab_size: int, show: Show, say: Callable[[str], None]
+) -> list[Source]:
     from phase8.evaluate.sources import open_pairs, read_text_sources
 
     if parsed.data is not None:
@@ -122,6 +128,7 @@ def _sources(parsed: argparse.Namespace, section: DataSection, checkpoint: Check
         json_key=parsed.json_key,
         document_separator=parsed.document_separator,
         on_progress=partial(show, "tokenizing"),
+        on_message=say,
     )
 
 

@@ -4,8 +4,9 @@
 
 Text and source files are one document each (or many, with --document-separator), lines of .jsonl files one document each; both may be
 compressed (.gz, .zst). Rows of .parquet files are one document each, with their text in the column --json-key. Of a directory all text,
-source, .jsonl and .parquet files are read, in order of their path; symbolic links are followed. Run the same command again after an
-interruption (or a kill -9): it goes on with what is missing, and the output is the same, byte for byte, as without it.
+source, .jsonl and .parquet files are read, in order of their path; symbolic links are followed, hidden names and Python's caches are left
+out and counted. Run the same command again after an interruption (or a kill -9): it goes on with what is missing, and the output is the
+same, byte for byte, as without it.
 """
 
 from __future__ import annotations
@@ -18,7 +19,6 @@ import sys
 from rich.progress import TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from phase8.config.arguments import path_argument, prefix_argument
-from phase8.data.input_files import describe_suffixes
 from phase8.data.lost_text import LostText
 from phase8.data.made_with import made_with
 from phase8.data.muse import MuseReport, import_muse
@@ -90,9 +90,8 @@ def print_report(report: PrepareReport) -> None:
     if report.num_empty:
         print(f"empty documents left out: {report.num_empty:,}")
     print_lost(report.lost)
-    if report.num_passed_over:
-        suffixes = describe_suffixes(report.num_passed_over)
-        print(f"files of directories passed over, not being text by their suffix: {sum(report.num_passed_over.values()):,} ({suffixes})")
+    if report.not_read is not None:
+        print(report.not_read)
     if report.dangling_links:
         print(f"symbolic links of directories that lead to nothing: {len(report.dangling_links):,}, the first: {report.dangling_links[0]}")
     print_settings(report.settings)

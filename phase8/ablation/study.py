@@ -140,8 +140,8 @@ def choose_variants(names: Sequence[str], definitions: Sequence[Sequence[str]]) 
         known[name] = _defined(name, rest, known)
     repeated = [name for name in dict.fromkeys(names) if names.count(name) > 1]
     if repeated:
-        raise ConfigError(f"variant {repeated[0]} is named {names.count(repeated[0])} times; name each once.")
-    return {name: _known_settings(name, known) for name in names}
+        raise ConfigError(f"--variants names {repeated[0]} {names.count(repeated[0])} times; name each once.")
+    return {name: _known_settings(name, known, option="--variants") for name in names}
 
 
 def plan_runs(
@@ -266,11 +266,11 @@ def _defined(name: str, rest: Sequence[str], known: Mapping[str, Settings]) -> S
         key = change.partition("=")[0]
         if not key.startswith(("model.", "optim.")) or key in SAME_FOR_ALL:
             raise ConfigError(f"--define {name}: {change} is not about the model or the optimizer alone; give it to all variants with --set.")
-    return (*_known_settings(base, known), *changes)
+    return (*_known_settings(base, known, option=f"--define {name}"), *changes)
 
 
-def _known_settings(name: str, known: Mapping[str, Settings]) -> Settings:
+def _known_settings(name: str, known: Mapping[str, Settings], *, option: str) -> Settings:
     if name not in known:
         (nearest,) = difflib.get_close_matches(name, known, n=1, cutoff=0)
-        raise ConfigError(f"unknown variant {name}; did you mean {nearest}? There are {', '.join(known)}.")
+        raise ConfigError(f"{option}: unknown variant {name}; did you mean {nearest}? There are {', '.join(known)}.")
     return known[name]

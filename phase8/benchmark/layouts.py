@@ -79,13 +79,13 @@ def parse_layout(name: str) -> Layout:
     for part in name.split("-"):
         kind, found = _read_part(part, layout=name)
         if kind in named:
-            raise ConfigError(f"layout {name!r} names {kind} twice; name each once.")
+            raise ConfigError(f"--layouts: {name!r} names {kind} twice; name each once.")
         named.add(kind)
         if kind in DEGREES:
             world_size *= int(part.removeprefix(kind))
         settings |= found
     if not named & {ONE, *DEGREES}:
-        raise ConfigError(f"layout {name!r} does not say how many ranks there are; begin with one, tp2, pp2, cp2 or dp2, for example.")
+        raise ConfigError(f"--layouts: {name!r} does not say how many ranks there are; begin with one, tp2, pp2, cp2 or dp2, for example.")
     if settings.get("parallel.pipeline_schedule") == "interleaved":
         settings.setdefault("parallel.pipeline_chunks", 2)
     if OFFLOAD in named and settings.get("zero.stage") == 3:
@@ -144,7 +144,7 @@ def _read_part(part: str, *, layout: str) -> tuple[str, dict[str, object]]:
     found = _PART_WITH_NUMBER.fullmatch(part)
     if found is None or (found[1] in DEGREES and int(found[2]) < 1):
         known = ", ".join((*simple, *(f"{kind}N" for kind in (*DEGREES, *NUMBERS))))
-        raise ConfigError(f"layout {layout!r} has the part {part!r}, but the parts are {known}; correct it.")
+        raise ConfigError(f"--layouts: {layout!r} has the part {part!r}, but the parts are {known}; correct it.")
     kind, number = found[1], int(found[2])
     key = {**DEGREES, **NUMBERS}[kind]
     return kind, {} if key is None else {key: number}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from functools import lru_cache
 from typing import Annotated, Literal, NamedTuple, TypeVar
 
 from pydantic import BeforeValidator, Field
@@ -140,12 +141,12 @@ class ModelSection(Section):
     @property
     def window_sizes(self) -> tuple[int, ...]:
         """Window of the local path in each layer."""
-        return _over_layers(self.local_window_size, self.num_layers)
+        return _windows(self.local_window_size, self.num_layers)
 
     @property
     def has_rotary(self) -> tuple[bool, ...]:
         """Whether queries and keys of each layer have rotary positions."""
-        return _over_layers(self.rotary, self.num_layers)
+        return _switches(self.rotary, self.num_layers)
 
     def of_window(self, window: int) -> ModelSection:
         """The section of the layers that have this window: where others have none, these layers leave the global path to them."""
@@ -155,7 +156,7 @@ class ModelSection(Section):
     @property
     def layer_kinds(self) -> tuple[LayerKind, ...]:
         """The kind of each layer."""
-        return tuple(map(LayerKind, self.window_sizes, self.has_experts))
+        return _layer_kinds(self.window_sizes, self.has_experts)
 
     def of_kind(self, kind: LayerKind) -> ModelSection:
         """The section of the layers of a kind, with experts in every layer or in none."""
@@ -210,8 +211,8 @@ class ModelSection(Section):
     @property
     def has_experts(self) -> tuple[bool, ...]:
         """Whether the feed-forward of each layer is a mixture of experts."""
-        with_experts = range(self.first_dense_layers, self.num_layers, self.moe_every_n_layers) if self.ffn == "moe" else ()
-        return tuple(layer in with_experts for layer in range(self.num_layers))
+        with_experts = range(self.first_dense_layers, self.num_layers, self.moe_every_n_layers) if self.ffn == "moe" else range(0)
+        return _marked(with_experts, self.num_layers)
 
     def expert_capacity(self, length: int) -> int | None:
         """Choices that an expert takes of a sequence of this many tokens in training; None: all."""
@@ -245,3 +246,26 @@ def _over_layers(value: _Value | tuple[_Value, ...], num_layers: int) -> tuple[_
     """The value of each layer; a list is repeated."""
     pattern = value if isinstance(value, tuple) else (value,)
     return tuple(pattern[layer % len(pattern)] for layer in range(num_layers))
+
+
+# Models and plans ask for these in every layer, so they are made once. A section cannot keep them: a copy with other keys would keep them, too.
+@lru_cache(maxsize=64)
+def _windows(window: int | tuple[int, ...], num_layers: int) -> tuple[int, ...]:
+    return _over_layers(window, num_layers)
+
+
+@lru_cache(maxsize=64)
+def _switches(switch: bool | tuple[bool, ...], num_layers: int) -> tuple[bool, ...]:
+    return _over_layers(switch, num_layers)
+
+
+@lru_cache(maxsize=64)
+def _marked(layers: range, num_layers: int) -> tuple[bool, ...]:
+    """Whether each layer is one of `layers`."""
+    return tuple(layer in layers for layer in range(num_layers))
+
+
+@lru_cache(maxsize=64)
+def _layer_kinds(windows: tuple[int, ...], has_experts: tuple[bool, ...]) -> tuple[LayerKind, ...]:
+    """The kind of each layer."""
+    return tuple(map(LayerKind, windows, has_experts))

@@ -6,6 +6,7 @@ import math
 from collections.abc import Iterator
 
 from phase8.config.batch import batch_shape, count_token_ranks, run_topology
+from phase8.config.data import data_problems
 from phase8.config.deepspeed import deepspeed_problems
 from phase8.config.describe import describe_value
 from phase8.config.experts import expert_problems, model_expert_problems
@@ -13,8 +14,7 @@ from phase8.config.model_section import ModelSection
 from phase8.config.pipeline import pipeline_of, pipeline_problems
 from phase8.config.precision import precision_problems
 from phase8.config.rope_scaling import scaling_problems
-from phase8.config.schema import DataSection, ObserveSection, OptimSection, ParallelSection, RunConfig, TrainSection
-from phase8.config.split import split_problems
+from phase8.config.schema import ObserveSection, OptimSection, ParallelSection, RunConfig, TrainSection
 from phase8.division import part
 from phase8.errors import ConfigError
 
@@ -57,8 +57,8 @@ def find_problems(config: RunConfig, *, world_size: int = 1) -> list[str]:
         *_budget(config.train, config.parallel),
         *_slices(config),
         *_async_tensor_parallel(config.parallel),
-        *_data(config),
-        *_observe(config.observe),
+        *data_problems(config),
+        *_observe(config.observe, config.train),
         *_tensor_parallel(config.model, config.parallel.tensor_parallel_size),
         *_context_parallel(config),
         *expert_problems(config, world_size),
@@ -183,27 +183,6 @@ def _cuda_graphs(config: RunConfig) -> Iterator[str]:
         )
 
 
-def _data(config: RunConfig) -> Iterator[str]:
-    data = config.data
-    if data.train is None:
-        for name, value in (("validation", data.validation), ("tokenizer", data.tokenizer), ("eod_token", data.eod_token)):
-            if value is not None:
-                yield f"data.{name} is {describe_value(value)}, but data.train is null and the embedded corpus brings its own; set data.train too."
-    elif data.eod_token is not None and data.tokenizer is None:
-        yield f"data.eod_token is {describe_value(data.eod_token)}, but data.tokenizer is null; give the tokenizer with this piece, or leave it null."
-    yield from _repeated_sources(data)
-    yield from split_problems(data)
-    if data.train is not None and config.observe.sample_prompt is not None and data.tokenizer is None:
-        yield "observe.sample_prompt is set, but data.tokenizer is null; give the tokenizer of the data, or leave the prompt null."
-
-
-def _repeated_sources(data: DataSection) -> Iterator[str]:
-    for name, sources in (("train", data.train), ("validation", data.validation)):
-        paths = [] if sources is None or isinstance(sources, str) else [source.path for source in sources]
-        for path in sorted({path for path in paths if paths.count(path) > 1}):
-            yield f"data.{name} lists {path} more than once; keep one entry and add the weights up."
-
-
 def _async_tensor_parallel(parallel: ParallelSection) -> Iterator[str]:
     if parallel.async_tensor_parallel and parallel.tensor_parallel_size == 1:
         yield (
@@ -315,7 +294,9 @@ def _batch_and_pipeline(config: RunConfig, world_size: int) -> Iterator[str]:
     yield from pipeline_problems(pipeline_of(config.parallel), num_layers=config.model.num_layers, num_microbatches=num_microbatches)
 
 
-def _observe(observe: ObserveSection) -> Iterator[str]:
+def _observe(observe: ObserveSection, train: TrainSection) -> Iterator[str]:
+    if observe.profile_at_step is not None and observe.profile_at_step > train.num_steps:
+        yield f"observe.profile_at_step {observe.profile_at_step} is after train.num_steps {train.num_steps}; leave it null or make it smaller."
     if observe.openmetrics is not None and not observe.openmetrics.endswith(".prom"):
         yield f"observe.openmetrics is {observe.openmetrics}, but Prometheus' node exporter reads files named *.prom only; add the suffix."
     if "/" in observe.project:

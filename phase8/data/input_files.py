@@ -24,6 +24,7 @@ _SCRIPTS = {".py", ".pyi", ".js", ".jsx", ".mjs", ".ts", ".tsx", ".rb", ".php", 
 _OTHER_CODE = {".hs", ".ml", ".mli", ".erl", ".ex", ".exs", ".clj", ".lisp", ".el", ".f", ".f90", ".proto", ".cmake"}
 TEXT_SUFFIXES = frozenset(_PROSE | _C_FAMILY | _SCRIPTS | _OTHER_CODE)
 JSON_LINES_SUFFIXES = frozenset({".jsonl", ".ndjson", ".jsonlines"})
+_CACHE = "__pycache__"
 _MAX_NAMED_SUFFIXES = 10
 _MAX_NAMED_KEYS = 20
 
@@ -81,15 +82,66 @@ OnInvalid = Callable[[DataError], None]
 
 @dataclass
 class LeftOut:
-    """Entries of directories that are not read.
+    """Entries of directories that are not read, each once however often it is met.
 
     Attributes:
-        num_by_suffix: Number of files by suffix, for suffixes that are not read.
+        suffixes: Suffix of each file whose suffix is not read.
+        hidden_files: Files whose names begin with a dot.
+        hidden_directories: Directories whose names do; what they hold is not counted.
+        caches: Directories in which Python keeps what it compiled.
         dangling_links: Symbolic links without a target.
     """
 
-    num_by_suffix: Counter[str] = field(default_factory=Counter)
+    suffixes: dict[Path, str] = field(default_factory=dict)
+    hidden_files: set[Path] = field(default_factory=set)
+    hidden_directories: set[Path] = field(default_factory=set)
+    caches: set[Path] = field(default_factory=set)
     dangling_links: list[str] = field(default_factory=list)
+
+    @property
+    def num_by_suffix(self) -> Counter[str]:
+        """Number of files by suffix, for suffixes that are not read."""
+        return Counter(self.suffixes.values())
+
+    def add(self, other: LeftOut) -> None:
+        """Adds what another directory leaves out."""
+        self.suffixes |= other.suffixes
+        self.hidden_files |= other.hidden_files
+        self.hidden_directories |= other.hidden_directories
+        self.caches |= other.caches
+        self.dangling_links += [link for link in other.dangling_links if link not in self.dangling_links]
+
+    def remove(self, read: Collection[Path]) -> None:
+        """Removes what is read after all, since another input names it or a link with another name leads to it."""
+        self.suffixes = {path: suffix for path, suffix in self.suffixes.items() if path not in read}
+        self.hidden_files.difference_update(read)
+        if self.hidden_directories or self.caches:
+            entered = {directory for parent in {path.parent for path in read} for directory in (parent, *parent.parents)}
+            self.hidden_directories -= entered
+            self.caches -= entered
+
+    @property
+    def reasons(self) -> list[str]:
+        """How many entries are not read and why, a clause for each reason; without links that lead to nothing."""
+        files, hidden, directories, caches = map(len, (self.suffixes, self.hidden_files, self.hidden_directories, self.caches))
+        counts = {
+            f"{_counted(files, 'file has', 'files have')} no suffix of text ({describe_suffixes(self.num_by_suffix)})": files,
+            f"{_counted(hidden, 'file is', 'files are')} hidden by a dot before the name": hidden,
+            f"{_counted(directories, 'directory is', 'directories are')} hidden in the same way, with all below": directories,
+            f"{_counted(caches, 'directory is a cache', 'directories are caches')} of Python": caches,
+        }
+        return [clause for clause, number in counts.items() if number]
+
+    @property
+    def sentence(self) -> str | None:
+        """What is not read and how to read it, in words; None where there is nothing but links that lead to nothing."""
+        if not self.reasons:
+            return None
+        return f"not everything below the inputs is read: {', '.join(self.reasons)}; name a file or a directory itself to read it"
+
+
+def _counted(number: int, one: str, many: str) -> str:
+    return f"{number:,} {one if number == 1 else many}"
 
 
 def find_sources(inputs: Iterable[str | Path]) -> tuple[list[Source], LeftOut]:
@@ -108,6 +160,7 @@ def find_sources(inputs: Iterable[str | Path]) -> tuple[list[Source], LeftOut]:
             if identity not in sources:
                 sources[identity] = find_source(path)
                 _check_package(sources[identity])
+    left_out.remove(sources)
     return list(sources.values()), left_out
 
 
@@ -153,29 +206,31 @@ def describe_suffixes(num_by_suffix: dict[str, int]) -> str:
 
 
 def _files_of_directory(directory: Path, left_out: LeftOut) -> Iterator[Path]:
-    """The files of a directory in a supported format, by path; other files are counted."""
-    passed_over: Counter[str] = Counter()
-    found = sorted(_files_below(directory), key=lambda path: path.relative_to(directory).as_posix())
+    """The files of a directory in a supported format, by path; what it holds besides is added to `left_out`."""
+    besides = LeftOut()
+    found = sorted(_files_below(directory, besides), key=lambda path: path.relative_to(directory).as_posix())
     is_empty = True
     for path in found:
         if path.is_symlink() and not path.exists():
-            left_out.dangling_links.append(str(path))
+            besides.dangling_links.append(str(real_path(path.parent) / path.name))
         elif not _is_read(path):
-            passed_over[path.suffix.lower() or "without a suffix"] += 1
+            besides.suffixes[real_path(path)] = path.suffix.lower() or "without a suffix"
         else:
             is_empty = False
             yield path
     if is_empty:
-        instead = f", only {describe_suffixes(passed_over)}" if passed_over else ""
+        instead = f" ({', '.join(besides.reasons)})" if besides.reasons else ""
         raise DataError(
-            f"the directory {directory} holds no text, source code, .jsonl or .parquet file{instead}; name the files themselves to read "
-            "other suffixes"
+            f"the directory {directory} holds no text, source code, .jsonl or .parquet file{instead}; name the files themselves to read others"
         )
-    left_out.num_by_suffix.update(passed_over)
+    left_out.add(besides)
 
 
-def _files_below(root: Path) -> Iterator[Path]:
-    """Every file below a directory, following links; a directory is visited once, under its own name rather than that of a link."""
+def _files_below(root: Path, left_out: LeftOut) -> Iterator[Path]:
+    """Every file below a directory, following links; a directory is visited once, under its own name rather than that of a link.
+
+    Hidden names and caches are added to `left_out` instead.
+    """
 
     def refuse(error: OSError) -> None:
         raise DataError(f"cannot read the input {error.filename}: {error.strerror}; make it readable or leave it out") from error
@@ -190,7 +245,10 @@ def _files_below(root: Path) -> Iterator[Path]:
                 subdirectories.clear()
                 continue
             visited.add((found.st_dev, found.st_ino))
-            subdirectories[:] = [name for name in subdirectories if not name.startswith(".") and name != "__pycache__"]
+            left_out.hidden_files.update(real_path(Path(directory, name)) for name in files if name.startswith("."))
+            left_out.hidden_directories.update(real_path(Path(directory, name)) for name in subdirectories if name.startswith("."))
+            left_out.caches.update(real_path(Path(directory, name)) for name in subdirectories if name == _CACHE)
+            subdirectories[:] = [name for name in subdirectories if not name.startswith(".") and name != _CACHE]
             paths = [os.path.join(directory, name) for name in subdirectories]
             linked += filter(os.path.islink, paths)  # os.walk lists links but does not enter them
             yield from (Path(directory, name) for name in files if not name.startswith("."))

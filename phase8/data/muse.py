@@ -91,7 +91,7 @@ def import_muse(
         StorageError: The destination cannot be written.
     """
     if eod_id is not None and not 0 <= eod_id < vocab_size:
-        raise DataError(f"eod_id {eod_id} is outside the vocabulary of {vocab_size}; give an id below it, or none")
+        raise DataError(f"the end-of-document id {eod_id} is outside the vocabulary of {vocab_size}; give the data's own --tokenizer")
     bin_path, idx_path = Path(f"{source_prefix}.bin"), Path(f"{source_prefix}.idx")
     try:
         layout, offsets, lengths = _read_documents(idx_path)
@@ -183,8 +183,8 @@ def _copy_documents(writer: IndexedWriter, tokens: TokenFile, ranges: np.ndarray
         document = tokens.read(offset, length, TOKEN_TYPE)
         if document.max() > largest_allowed:
             raise DataError(
-                f"{tokens.path}: the document at token {offset} holds id {document.max()}, but with a vocab_size of {vocab_size} at most "
-                f"{largest_allowed} is allowed; give the vocab_size of the tokenizer that made the data"
+                f"{tokens.path}: the document at token {offset} holds id {document.max()}, but the tokenizer has {vocab_size} ids and at most "
+                f"{largest_allowed} is allowed; name the tokenizer that made the data with --tokenizer"
             )
         writer.add_document(document)
         last_tokens.append(int(document[-1]))

@@ -12,7 +12,7 @@ import operator
 import shutil
 from collections.abc import Callable, Iterator
 from contextlib import suppress
-from dataclasses import asdict, replace
+from dataclasses import asdict, fields, replace
 from pathlib import Path
 
 import numpy as np
@@ -70,7 +70,7 @@ def prepare(options: PrepareOptions, *, on_progress: OnProgress | None = None) -
                     layout.work.rmdir()
             write_json(layout.record, {"made_from": made_from, "report": asdict(report)})
         shutil.rmtree(layout.work, ignore_errors=True)
-    return replace(report, num_passed_over=dict(left_out.num_by_suffix), dangling_links=left_out.dangling_links)
+    return replace(report, not_read=left_out.sentence, dangling_links=left_out.dangling_links)
 
 
 def _silent(stage: str, completed: int, total: int) -> None:
@@ -105,6 +105,7 @@ def _finished_report(options: PrepareOptions, layout: Layout, made_from: dict[st
     splits = {name: _prepared_split(pair) for name, pair in pairs.items()}
     for name, split in splits.items():
         is_whole &= (split.num_documents, split.num_tokens) == (stored["splits"][name]["num_documents"], stored["splits"][name]["num_tokens"])
+    stored = {field.name: stored[field.name] for field in fields(PrepareReport) if field.name in stored}  # earlier versions wrote more
     return PrepareReport(**stored | {"splits": splits, "lost": lost, "tokenizer": tokenizer, "is_reused": True}) if is_whole else None
 
 

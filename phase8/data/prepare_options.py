@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from phase8.data.lost_text import LostText
+from phase8.data.shard_pool import worker_problems
 from phase8.data.shards import DocumentRules
 from phase8.data.staging import sweep_partial
 
@@ -44,8 +45,9 @@ class PrepareOptions:
 
     def problems(self) -> list[str]:
         """The problems of the options, one sentence each."""
-        limits = {"--tokenizer-sample-bytes": self.tokenizer_sample_bytes, "--shard-bytes": self.shard_bytes, "--workers": self.num_workers}
+        limits = {"--tokenizer-sample-bytes": self.tokenizer_sample_bytes, "--shard-bytes": self.shard_bytes}
         found = [f"{name} is {value}; it must be at least 1" for name, value in limits.items() if value < 1]
+        found += worker_problems(self.num_workers)
         if (self.tokenizer is None) != self.train_tokenizer:
             found.append("choose one tokenizer: an existing file with --tokenizer FILE, or --train-tokenizer --vocab-size N")
         elif self.train_tokenizer != (self.vocab_size is not None):
@@ -89,7 +91,7 @@ class PrepareReport:
         first_invalid: Reason for skipping the first of them.
         lost: Text that the tokenizer could not keep.
         eod_token: The piece between documents, where the user named one.
-        num_passed_over: Files in directories that were not read because of their suffix, by suffix.
+        not_read: How many files and directories below the inputs are not read and why; None: all are.
         dangling_links: Symbolic links in directories without a target.
         is_reused: Whether everything existed already, made from the same inputs and options.
     """
@@ -105,7 +107,7 @@ class PrepareReport:
     first_invalid: str | None
     lost: LostText
     eod_token: str | None
-    num_passed_over: dict[str, int] = field(default_factory=dict)
+    not_read: str | None = None
     dangling_links: list[str] = field(default_factory=list)
     is_reused: bool = False
 

@@ -20,8 +20,19 @@ from phase8.data.shards import OnBytes, Shard, ShardCounts, ignore_progress, mak
 from phase8.errors import DataError
 
 SECONDS_BETWEEN_REPORTS = 1.0
+_MOST_PER_CORE = 4
 
 OnDone = Callable[[Shard, ShardCounts], None]
+
+
+def worker_problems(num_workers: int) -> Iterator[str]:
+    """What is wrong with the number of processes that `--workers` asks for; a process each computes all the time and has memory of its own."""
+    num_cores = os.cpu_count() or 1
+    most = max(_MOST_PER_CORE * num_cores, 16)
+    if num_workers < 1:
+        yield f"--workers is {num_workers}; it must be at least 1"
+    elif num_workers > most:
+        yield f"--workers is {num_workers}, but this machine has {num_cores} cores; give one worker for each core, and at most {most}"
 
 
 def make_shards(shards: Sequence[Shard], *, num_workers: int, on_done: OnDone, on_bytes: OnBytes = ignore_progress) -> None:

@@ -36,6 +36,18 @@ def open_sources(entries: Sequence[DataSource], *, key: str, ignore_sequence_mod
     return streams
 
 
+def missing_pairs(entries: Sequence[DataSource], *, key: str) -> list[str]:
+    """A sentence for each pair of a blend that lacks a file, and each pattern that matches none; the arguments are those of `open_sources`."""
+    sentences = []
+    for entry in entries:
+        try:
+            for prefix in _prefixes(entry.path, key):
+                _check_files(prefix, key)
+        except DataError as error:
+            sentences.append(str(error))
+    return sentences
+
+
 def source_names(prefixes: Sequence[str]) -> list[str]:
     """Names of the sources: the last part of each path if these differ, otherwise the paths."""
     names = [Path(prefix).name for prefix in prefixes]

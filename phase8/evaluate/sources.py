@@ -117,7 +117,13 @@ def _documents(stream: TokenStream, *, resets: bool) -> Iterator[Range]:
 
 
 def read_text_sources(
-    inputs: Sequence[Path], tokenizer: Tokenizer, *, json_key: str, document_separator: str | None, on_progress: Callable[[int, int], None]
+    inputs: Sequence[Path],
+    tokenizer: Tokenizer,
+    *,
+    json_key: str,
+    document_separator: str | None,
+    on_progress: Callable[[int, int], None],
+    on_message: Callable[[str], None],
 ) -> list[Source]:
     """Reads and tokenises texts.
 
@@ -127,11 +133,17 @@ def read_text_sources(
         json_key: Key of the text in JSON lines; the column in Parquet.
         document_separator: Content of the lines between the documents of a text file; None: a file is one document.
         on_progress: Called with the number of bytes that were tokenised and that there are.
+        on_message: Called with a sentence about what of each directory is not read.
 
     Raises:
         DataError: An input cannot be read, is not text, or holds none.
     """
-    found = [find_sources([path])[0] for path in inputs]
+    found = []
+    for path in inputs:
+        files, left_out = find_sources([path])
+        found.append(files)
+        if left_out.sentence is not None:
+            on_message(f"--text {path}: {left_out.sentence}")
     done, total = 0, sum(file.size_bytes for files in found for file in files)
     rules, sources = DocumentRules(json_key=json_key, document_separator=document_separator), []
     for name, path, files in zip(source_names([str(path) for path in inputs]), inputs, found, strict=True):

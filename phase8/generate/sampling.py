@@ -28,7 +28,7 @@ class SamplingOptions:
         seed: Seed of the random draws.
 
     Raises:
-        ConfigError: A value is out of range.
+        ConfigError: A value is out of range; the sentences name the options of the command lines.
     """
 
     temperature: float = 0.8
@@ -39,13 +39,13 @@ class SamplingOptions:
     def __post_init__(self):
         problems = []
         if not 0 <= self.temperature < float("inf"):
-            problems.append(f"temperature is {self.temperature}, but a number of at least 0 is needed.")
+            problems.append(f"--temperature is {self.temperature}, but a number of at least 0 is needed.")
         if self.top_k < 0:
-            problems.append(f"top_k is {self.top_k}, but a whole number of at least 0 is needed; 0 keeps every token.")
+            problems.append(f"--top-k is {self.top_k}, but a whole number of at least 0 is needed; 0 keeps every token.")
         if not 0 <= self.seed < 2**63:
-            problems.append(f"seed is {self.seed}, but a whole number from 0 to {2**63 - 1} is needed.")
+            problems.append(f"--seed is {self.seed}, but a whole number from 0 to {2**63 - 1} is needed.")
         if not 0 < self.top_p <= 1:
-            problems.append(f"top_p is {self.top_p}, but a number above 0 and at most 1 is needed; 1 keeps every token.")
+            problems.append(f"--top-p is {self.top_p}, but a number above 0 and at most 1 is needed; 1 keeps every token.")
         if problems:
             raise ConfigError(problems)
 

@@ -34,6 +34,7 @@ import math
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 
 from phase8.config.model_section import ModelSection
 from phase8.division import DividedShape, Place, padded_size
@@ -169,16 +170,30 @@ class Chunk:
         """All parameters of the chunk by name."""
         return {name: shape for group in (*self.blocks, self.rest) for name, shape in group.items()}
 
+    @cached_property
+    def counted_blocks(self) -> list[tuple[Mapping[str, DividedShape], int]]:
+        """A block of each kind, and how many there are; blocks that share their shapes, as those of `chunk_parameters` do, are of one kind."""
+        counted: dict[tuple[int, ...], list[Mapping[str, DividedShape]]] = {}
+        for block in self.blocks:
+            counted.setdefault(tuple(map(id, block.values())), []).append(block)
+        return [(alike[0], len(alike)) for alike in counted.values()]
+
+    @property
+    def counted_parameters(self) -> Iterator[tuple[DividedShape, int]]:
+        """A parameter of each kind, and how many there are."""
+        for block, times in (*self.counted_blocks, (self.rest, 1)):
+            yield from ((parameter, times) for parameter in block.values())
+
 
 def step_communication(
-    model: ModelSection, chunks: Sequence[Chunk], exchanges: Iterable[AnyExchange], *, step: Step, grid: Grid
+    model: ModelSection, chunks: Sequence[Chunk], exchanges: Iterable[AnyExchange] | Mapping[AnyExchange, int], *, step: Step, grid: Grid
 ) -> tuple[Collectives, ...]:
     """The collectives of one rank in a step, joined by axis and operation; axes of one rank are left out.
 
     Args:
         model: Model section with the shapes.
         chunks: Chunks of the rank's stage.
-        exchanges: Exchanges of the layers of these chunks for a microbatch, forward and backward.
+        exchanges: Exchanges of the layers of these chunks for a microbatch, forward and backward, one by one or counted.
         step: Settings of the step.
         grid: Rank grid with the place of the rank.
     """
@@ -238,7 +253,9 @@ def _scalars(model: ModelSection, grid: Grid) -> Iterator[Collectives]:
             yield Collectives(axis, Operation.ALL_REDUCE, 1, num_bytes)
 
 
-def _exchanges(model: ModelSection, exchanges: Iterable[AnyExchange], step: Step, grid: Grid) -> Iterator[Collectives]:
+def _exchanges(
+    model: ModelSection, exchanges: Iterable[AnyExchange] | Mapping[AnyExchange, int], step: Step, grid: Grid
+) -> Iterator[Collectives]:
     """The collectives of the exchanges that the layers declare."""
     slice_length = model.sequence_length // grid.context
     num_tokens = step.micro_batch_size * slice_length
@@ -284,23 +301,24 @@ def _parts_of_slices(exchange: SliceExchange, slice_length: int, grid: Grid) -> 
 
 def _whole_gradients(chunks: Sequence[Chunk], step: Step, grid: Grid) -> Iterator[Collectives]:
     """Sums of the gradients of parameters that tensor-parallel ranks have whole. FSDP sums each of them by itself before it divides it."""
-    parameters = [parameter for chunk in chunks for parameter in chunk.parameters.values()]
-    sizes = [math.prod(parameter.shape) * FP32_BYTES for parameter in parameters if AxisName.TENSOR not in parameter.divided]
+    parameters = [(parameter, times) for chunk in chunks for parameter, times in chunk.counted_parameters]
+    whole = [(math.prod(parameter.shape) * FP32_BYTES, times) for parameter, times in parameters if AxisName.TENSOR not in parameter.divided]
+    count, num_bytes = sum(times for _, times in whole), sum(size * times for size, times in whole)
     if grid.replicate * grid.shard > 1 or step.offload_params:
         repeats = step.num_microbatches if step.zero_stage >= 2 else 1
-        yield Collectives(AxisName.TENSOR, Operation.ALL_REDUCE, repeats * len(sizes), repeats * sum(sizes))
-    elif sizes:
-        yield Collectives(AxisName.TENSOR, Operation.ALL_REDUCE, 1, sum(sizes))
+        yield Collectives(AxisName.TENSOR, Operation.ALL_REDUCE, repeats * count, repeats * num_bytes)
+    elif whole:
+        yield Collectives(AxisName.TENSOR, Operation.ALL_REDUCE, 1, num_bytes)
 
 
 def _parameters(chunk: Chunk, step: Step, grid: Grid) -> Iterator[Collectives]:
     """FSDP's collectives for the parameters of each block, and for the rest, which stays gathered from forward to backward."""
     num_gathers = step.num_microbatches if step.zero_stage == 3 else 1
     num_sums = step.num_microbatches if step.zero_stage >= 2 else 1
-    blocks = [group for block in chunk.blocks for group in _by_ranks(block, grid) if group]
-    groups = [(block, 2 if step.zero_stage == 3 else 1, step.gathered_bytes) for block in blocks]
-    groups += [(chunk.rest, 1, FP32_BYTES)] * bool(chunk.rest)
-    for parameters, num_uses, rounded_bytes in groups:
+    blocks = [(group, times) for block, times in chunk.counted_blocks for group in _by_ranks(block, grid) if group]
+    groups = [(block, times, 2 if step.zero_stage == 3 else 1, step.gathered_bytes) for block, times in blocks]
+    groups += [(chunk.rest, 1, 1, FP32_BYTES)] * bool(chunk.rest)
+    for parameters, times, num_uses, rounded_bytes in groups:
         numbers = {name: _padded_numbers(parameter, grid) for name, parameter in parameters.items()}
         gathered = sum(number * (rounded_bytes if parameters[name].is_rounded else FP32_BYTES) for name, number in numbers.items())
         num_bytes = sum(numbers.values()) * FP32_BYTES
@@ -309,11 +327,11 @@ def _parameters(chunk: Chunk, step: Step, grid: Grid) -> Iterator[Collectives]:
         num_replicas = grid.replicate * grid.shard // (num_shards * (grid.expert if has_divided_experts else 1))
         of_shards, of_replicas = (num_shards, num_replicas) if has_divided_experts else (0, 0)
         if num_shards > 1:
-            yield Collectives(AxisName.SHARD, Operation.ALL_GATHER, count, count * gathered, of_shards)
-            yield Collectives(AxisName.SHARD, Operation.REDUCE_SCATTER, num_sums, num_sums * num_bytes, of_shards)
+            yield Collectives(AxisName.SHARD, Operation.ALL_GATHER, times * count, times * count * gathered, of_shards)
+            yield Collectives(AxisName.SHARD, Operation.REDUCE_SCATTER, times * num_sums, times * num_sums * num_bytes, of_shards)
         if num_replicas > 1:
             count = num_sums if step.offload_gradients else 1
-            yield Collectives(AxisName.REPLICATE, Operation.ALL_REDUCE, count, count * num_bytes // num_shards, of_replicas)
+            yield Collectives(AxisName.REPLICATE, Operation.ALL_REDUCE, times * count, times * (count * num_bytes // num_shards), of_replicas)
 
 
 def _by_ranks(block: Mapping[str, DividedShape], grid: Grid) -> tuple[Mapping[str, DividedShape], ...]:

@@ -15,13 +15,14 @@ from phase8.observe.devices import find_gpu
 from phase8.plan.candidates import Device, find_candidates, nothing_fits, smallest_candidate
 from phase8.plan.cost_facts import Fact, batch_fact, communication_fact, memory_facts, model_facts, speed_fact
 from phase8.plan.memory import free_bytes
+from phase8.plan.missing_inputs import missing_inputs
 from phase8.plan.prediction import ASSUMED_GPU, assumed_gpu, predict_step
 from phase8.plan.run_communication import plan_run_communication
-from phase8.plan.whole_config import count_parameters, plan_stages, shapes_only
+from phase8.plan.whole_config import num_parameters, plan_stages
 
 
 def dry_run(config: RunConfig, *, world_size: int, console: Console) -> None:
-    """Prints what a config would do and cost on `world_size` processes.
+    """Prints what a config would do and cost on `world_size` processes, and which of the paths that it reads lead to nothing on this machine.
 
     Raises:
         ConfigError: The config cannot run; raised after everything that can be printed has been.
@@ -38,6 +39,8 @@ def dry_run(config: RunConfig, *, world_size: int, console: Console) -> None:
             facts += describe(config, world_size)
         except ConfigError as error:
             problems += [problem for problem in error.problems if problem not in problems]
+    missing = missing_inputs(config.data, initialise_from=config.checkpoint.initialise_from)
+    facts += [("missing here", sentence) for sentence in missing]
     print_banner(f"dry run: {config.run.name}, world size {world_size}", facts, console)
     if problems:
         raise ConfigError(problems)
@@ -90,7 +93,7 @@ def _batch_facts(config: RunConfig, world_size: int) -> list[Fact]:
 
 
 def _model_facts(config: RunConfig, world_size: int) -> list[Fact]:
-    return model_facts(config.model, num_parameters=count_parameters(shapes_only(config)))
+    return model_facts(config.model, num_parameters=num_parameters(config))
 
 
 def _memory_facts(config: RunConfig, world_size: int) -> list[Fact]:

@@ -123,9 +123,9 @@ def _stage_work(config: RunConfig, world_size: int, stage: int) -> StageWork:
     collectives, grid = plan_run_communication(config, world_size=world_size, rank=stage * world_size // pipeline.num_stages)
     layers = chunk_layers(config.model, pipeline, stage)
     chunks = [chunk_parameters(config.model, each) for each in layers]
-    parameters = [parameter for chunk in chunks for parameter in chunk.parameters.values()]
-    num_computed = sum(each.region(grid.places).num_elements for each in parameters)
-    num_updated = sum(each.held(grid.places, grid.shards).num_elements for each in parameters)
+    parameters = [counted for chunk in chunks for counted in chunk.counted_parameters]
+    num_computed = sum(times * each.region(grid.places).num_elements for each, times in parameters)
+    num_updated = sum(times * each.held(grid.places, grid.shards).num_elements for each, times in parameters)
     return StageWork(
         layers=tuple(layer for each in layers for layer in each),
         num_computed=num_computed,

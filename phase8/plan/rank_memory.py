@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
@@ -117,7 +118,7 @@ def plan_each_stage(work: Workload) -> tuple[StageMemory, ...]:
     stages = []
     for stage in range(P):
         chunks = [chunk_parameters(work.model, layers) for layers in chunk_layers(work.model, work.pipeline, stage)]
-        blocks = [_held(block, work) for chunk in chunks for block in chunk.blocks]
+        blocks = [held for chunk in chunks for block, times in chunk.counted_blocks for held in [_held(block, work)] * times]
         rests = [_held(chunk.rest, work) for chunk in chunks]
         actions = schedule.actions[stage]
         activations = [_chunk_activations(work, chunk, traced) for chunk in chunks]
@@ -255,7 +256,8 @@ def _offloaded_layers(work: Workload, chunk: Chunk) -> list[int]:
     """Layers whose input waits in host memory; the pipeline holds that of a chunk which another one precedes on the device."""
     if work.train.offload_activations == "none":
         return []
-    return [layer for layer in chunk.layers if layer in _recomputed_layers(work) and (layer == 0 or layer > chunk.layers.start)]
+    recomputed = _recomputed_layers(work)
+    return [layer for layer in chunk.layers if layer in recomputed and (layer == 0 or layer > chunk.layers.start)]
 
 
 def _offloaded_bytes(work: Workload, block_input: int) -> int:
@@ -323,20 +325,19 @@ def _chunk_activations(work: Workload, chunk: Chunk, traced: Mapping[LayerKind, 
     train, model = work.train, work.model
     recomputed, offloaded = _recomputed_layers(work), _offloaded_layers(work, chunk)
     sizes = {"batch_size": work.shape.micro_batch_size, "element_bytes": work.dtype.itemsize}
-    kept, repeated = 0, 0
-    for layer in chunk.layers:
-        kind = model.layer_kinds[layer]
+    kept, repeated, kind_of = 0, 0, model.layer_kinds
+    for (kind, is_recomputed), times in Counter((kind_of[layer], layer in recomputed) for layer in chunk.layers).items():
         found = traced[kind]
-        if train.recompute == "slices" and layer in recomputed:
+        if train.recompute == "slices" and is_recomputed:
             num_slices = math.ceil(model.sequence_length / _tokens_at_once(work))
-            kept += found.block_input + states_of_slices(model.of_window(kind.window), num_slices=num_slices, **sizes)
+            kept += times * (found.block_input + states_of_slices(model.of_window(kind.window), num_slices=num_slices, **sizes))
             # The outputs of the slices and what they are joined to, or in backward their gradients and those of the slices of the input.
             repeated = max(repeated, found.block + 2 * found.block_input + _gradients_in_a_block(work))
             continue
         rest = _kept_when_recomputed(found, train) + kept_of_exchanges(model.of_kind(kind), work.topology, recompute=train.recompute, **sizes)
-        kept += rest if layer in recomputed else found.block
-        repeated = max(repeated, found.block - rest + _gradients_in_a_block(work) if layer in recomputed else 0)
-    any_layer = traced[model.layer_kinds[0]]
+        kept += times * (rest if is_recomputed else found.block)
+        repeated = max(repeated, found.block - rest + _gradients_in_a_block(work) if is_recomputed else 0)
+    any_layer = traced[kind_of[0]]
     kept -= len(offloaded) * any_layer.block_input
     on_host = len(offloaded) * _offloaded_bytes(work, any_layer.block_input)
     if chunk.layers.stop == model.num_layers:

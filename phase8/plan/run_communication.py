@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections import Counter
+
 import torch
 
 from phase8.config.auto import without_auto
@@ -9,6 +11,7 @@ from phase8.config.batch import batch_shape, run_topology
 from phase8.config.pipeline import pipeline_of
 from phase8.config.schema import RunConfig
 from phase8.config.validate import MODEL_SECTIONS, refuse_problems
+from phase8.exchanges import AnyExchange
 from phase8.plan.chunks import chunk_exchanges, chunk_parameters
 from phase8.plan.communication import Collectives, Grid, Step, step_communication
 from phase8.plan.stages import chunk_layers
@@ -54,8 +57,8 @@ def plan_run_communication(config: RunConfig, *, world_size: int, rank: int) -> 
         gathered_bytes=gathered_dtype(config.zero, compute, torch.float32).itemsize,
     )
     recomputation = {"recompute": train.recompute, "recompute_every_n_layers": train.recompute_every_n_layers, "is_divided": grid.tensor > 1}
-    chunks, exchanges = [], []
+    chunks, exchanges = [], Counter[AnyExchange]()
     for layers in chunk_layers(config.model, pipeline, grid.stage):
         chunks.append(chunk_parameters(config.model, layers))
-        exchanges += chunk_exchanges(config.model, layers, **recomputation)
+        exchanges.update(chunk_exchanges(config.model, layers, **recomputation))
     return step_communication(config.model, chunks, exchanges, step=step, grid=grid), grid

@@ -133,10 +133,8 @@ def _microbatch_cost(work: StepWork, stage: StageWork, rates: Rates) -> Cost:
         expert_ranks=stage.grid.expert,
     )
     costs = [weights_cost(batch, stage.num_computed, accumulates=work.shape.num_microbatches > 1)]
-    recomputed = range(0, model.num_layers, train.recompute_every_n_layers)
-    kinds = Counter(
-        (model.layer_kinds[layer], train.recompute if layer in recomputed else "none", layer in work.fp8_layers) for layer in stage.layers
-    )
+    recomputed, kind_of = range(0, model.num_layers, train.recompute_every_n_layers), model.layer_kinds
+    kinds = Counter((kind_of[layer], train.recompute if layer in recomputed else "none", layer in work.fp8_layers) for layer in stage.layers)
     for (kind, recompute, is_fp8), count in kinds.items():
         cost = layer_cost(replace(batch, is_fp8=is_fp8), kind, recompute=recompute, budget=train.activation_memory_budget)
         gpu = _beside_copies(cost.gpu, batch) if recompute in ("full", "slices") and train.offload_activations != "none" else cost.gpu

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 
 from phase8.config.auto import without_auto
@@ -11,6 +13,7 @@ from phase8.config.schema import RunConfig
 from phase8.config.validate import MODEL_SECTIONS, refuse_problems
 from phase8.model.model import LanguageModel, build_model
 from phase8.optim.state import declared_for
+from phase8.plan.chunks import chunk_parameters
 from phase8.plan.rank_memory import StageMemory, Workload, plan_each_stage
 from phase8.precision.policy import COMPUTE_DTYPES, number_format
 from phase8.zero.fsdp import gathered_dtype
@@ -29,6 +32,17 @@ def shapes_only(config: RunConfig) -> LanguageModel:
 def count_parameters(model: torch.nn.Module) -> int:
     """The number of parameters; a shared one counts once."""
     return sum(parameter.numel() for parameter in model.parameters())
+
+
+def num_parameters(config: RunConfig) -> int:
+    """The number of parameters of the model, found without building all its layers.
+
+    Raises:
+        ConfigError: No model can be built from the config.
+    """
+    refuse_problems(config, about=MODEL_SECTIONS)
+    whole = chunk_parameters(config.model, range(config.model.num_layers))
+    return sum(times * math.prod(parameter.shape) for parameter, times in whole.counted_parameters)
 
 
 def plan_stages(config: RunConfig, *, world_size: int, device_type: str, device_bytes: int | None = None) -> tuple[StageMemory, ...]:

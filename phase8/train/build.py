@@ -165,6 +165,7 @@ def build_run(
         if run.is_main and (choice.moves or not run.is_complete):
             make_way(choice, directory, config, attachments=run.attachments, agents=agents, on_message=run.say)
         run.lock = lock.pop_all()
+    _say_beginning(run, choice.checkpoint)
     print_banner(f"phase8 pretraining: {config.run.name}", [*run.facts, ("run directory", str(directory.path))], console)
     return run
 
@@ -195,7 +196,7 @@ def _decide(
 ) -> tuple[Run, Choice]:
     """Builds the run, and the choice of what has to be moved for it. Nothing is written to the run directory."""
     engine = build_engine(config, mesh=mesh, device=device)
-    origin = initialise_run(config, engine, data.tokenizer, directory=directory, resume=resume, say=partial(print_line, console=console))
+    origin = initialise_run(config, engine, data.tokenizer, directory=directory, resume=resume)
     shape = batch_shape(config.train, config.parallel, data_parallel_size=mesh.topology.data_parallel_size)
     facts = run_facts(config, device=device, shape=shape, num_parameters=count_parameters(shapes_only(config)), topology=mesh.topology)
     planned_memory_bytes = None
@@ -307,10 +308,24 @@ def _go_on(run: Run, resume: str) -> Choice:
     is_own = run.directory.owns(checkpoint.path) and step_of(checkpoint.path.name) is not None  # `auto` finds no copy of another name
     run.saved_step = run.position.step if is_own else None
     run.changed_keys = changed_keys(saved, run.config)
-    run.say(f"resumed from {checkpoint.path} (step {run.position.step}, {run.position.tokens_seen:,} tokens seen)")
+    return choice
+
+
+def _say_beginning(run: Run, restored: Checkpoint | None) -> None:
+    """Says where the run begins, once nothing can refuse the start any more; `restored` is the checkpoint from which it goes on (first rank)."""
+    if run.origin is not None:
+        run.say("\n  ".join([str(run.origin), *run.origin.differences]))
+    if restored is not None:
+        run.say(f"resumed from {restored.path} (step {run.position.step}, {run.position.tokens_seen:,} tokens seen)")
     for change in run.changed_keys:
         run.say(f"  {change}")
-    return choice
+    step = run.config.observe.profile_at_step
+    if step is None or run.directory.profile(step=step, rank=0).exists():
+        return
+    if step <= run.position.step:
+        run.say(f"observe.profile_at_step is {step}, but the run goes on after step {run.position.step}: nothing is recorded; name a later step.")
+    elif step > run.stop_step:
+        run.say(f"observe.profile_at_step is {step}, but this start ends after step {run.stop_step}: a later start records it.")
 
 
 def _peak(config: RunConfig, device: torch.device) -> float | None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -55,7 +55,7 @@ class Origin:
 
 
 def initialise_run(
-    config: RunConfig, engine: TrainingEngine, tokenizer: Tokenizer | None, *, directory: RunDirectory, resume: str, say: Callable[[str], None]
+    config: RunConfig, engine: TrainingEngine, tokenizer: Tokenizer | None, *, directory: RunDirectory, resume: str
 ) -> Origin | None:
     """Loads the weights that the config names into a new run, on all ranks; returns None if it names none, or if the run resumes.
 
@@ -65,7 +65,6 @@ def initialise_run(
         tokenizer: Tokenizer of the run's data.
         directory: Directory of the run; nothing is written there.
         resume: As for `build_run`.
-        say: Shows a line of text.
 
     Raises:
         CheckpointError: The weights are missing or damaged, or do not fit the model.
@@ -92,9 +91,7 @@ def initialise_run(
         raise type(error)(f"checkpoint.initialise_from: {error}") from None
     if checkpoint is None:
         return None
-    origin = Origin(checkpoint.path, None if isinstance(checkpoint, WeightFiles) else checkpoint.step, tuple(differences))
-    say("\n  ".join([str(origin), *differences]))
-    return origin
+    return Origin(checkpoint.path, None if isinstance(checkpoint, WeightFiles) else checkpoint.step, tuple(differences))
 
 
 def _check_fit(checkpoint: Checkpoint, config: RunConfig, different: _Differences) -> None:

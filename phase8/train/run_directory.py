@@ -49,6 +49,10 @@ class RunDirectory:
         """Directory of profiles of steps, a table and a trace for each rank."""
         return self.path / "profile"
 
+    def profile(self, *, step: int, rank: int) -> Path:
+        """The table of a step that a rank recorded."""
+        return self.profiles / f"step_{step}_rank_{rank}.txt"
+
     def owns(self, checkpoint: Path) -> bool:
         """Whether a checkpoint belongs to this run."""
         return real_path(checkpoint).parent == real_path(self.checkpoints)

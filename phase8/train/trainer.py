@@ -164,15 +164,14 @@ class Trainer:
     def _take_profiled_step(self, microbatches: Iterator[Microbatch], *, stop: bool) -> StepResult:
         """Takes a step and writes where its time went; what fails in writing is only reported."""
         run, step = self.run, self.run.position.step + 1
-        name, results = f"step_{step}_rank_{run.engine.mesh.rank}", list[StepResult]()
+        table, results = run.directory.profile(step=step, rank=run.engine.mesh.rank), list[StepResult]()
 
         def take() -> None:
             results.append(self._take_step(microbatches, stop=stop))
 
         profile = profile_steps(take, device=run.device, num_steps=1)
         with Tolerated("the profile is lost", self.progress.message):
-            profile.write_trace(run.directory.profiles / f"{name}.json.gz")
-            table = run.directory.profiles / f"{name}.txt"
+            profile.write_trace(table.with_suffix(".json.gz"))
             write_profile(table, profile, title=f"step {step}, rank {run.engine.mesh.rank}")
             self.progress.message(f"step {step}: its profile is in {table}")
         return results[0]

@@ -196,10 +196,10 @@ def test_a_defined_variant_begins_as_another_one():
 @pytest.mark.parametrize(
     ("names", "definitions", "text"),
     [
-        (["window+globl"], [], "unknown variant window+globl; did you mean window+global?"),
+        (["window+globl"], [], "--variants: unknown variant window+globl; did you mean window+global?"),
         (["x"], [], "did you mean"),
-        (["transformer", "transformer"], [], "named 2 times"),
-        (["a"], [["a", "transfomer", "model.ffn_size=4"]], "unknown variant transfomer; did you mean transformer?"),
+        (["transformer", "transformer"], [], "--variants names transformer 2 times"),
+        (["a"], [["a", "transfomer", "model.ffn_size=4"]], "--define a: unknown variant transfomer; did you mean transformer?"),
         (["a"], [["a"]], "--define a needs"),
         (["a"], [["a", "transformer"]], "--define a needs"),
         (["a"], [["a_b", "transformer", "model.ffn_size=4"]], "--define a_b: a new name is needed"),

@@ -71,13 +71,13 @@ def test_the_parts_of_a_name_are_config_keys(name, world_size, settings):
 @pytest.mark.parametrize(
     ("name", "sentence"),
     [
-        ("tp2-zero", "layout 'tp2-zero' has the part 'zero', but the parts are one, async, copy, graph, offload, gpipe, "),
-        ("tp0", "layout 'tp0' has the part 'tp0'"),
-        ("xtp2", "layout 'xtp2' has the part 'xtp2'"),
-        ("", "layout '' has the part ''"),
-        ("tp2-tp2", "layout 'tp2-tp2' names tp twice"),
-        ("pp2-1f1b-gpipe", "layout 'pp2-1f1b-gpipe' names a schedule twice"),
-        ("zero3", "layout 'zero3' does not say how many ranks there are"),
+        ("tp2-zero", "--layouts: 'tp2-zero' has the part 'zero', but the parts are one, async, copy, graph, offload, gpipe, "),
+        ("tp0", "--layouts: 'tp0' has the part 'tp0'"),
+        ("xtp2", "--layouts: 'xtp2' has the part 'xtp2'"),
+        ("", "--layouts: '' has the part ''"),
+        ("tp2-tp2", "--layouts: 'tp2-tp2' names tp twice"),
+        ("pp2-1f1b-gpipe", "--layouts: 'pp2-1f1b-gpipe' names a schedule twice"),
+        ("zero3", "--layouts: 'zero3' does not say how many ranks there are"),
     ],
 )
 def test_what_is_no_layout_is_refused_in_one_sentence(name, sentence):

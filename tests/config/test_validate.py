@@ -133,6 +133,20 @@ RULES = {
         ["train.stop_at_step=1001"],
         "train.stop_at_step 1001 is after train.num_steps 1000; leave it null or make it smaller.",
     ),
+    "loader workers": (
+        ["data.num_workers=1000"],
+        "data.num_workers is 1000, but every rank starts as many processes, and 64 is the most that is allowed; leave it auto, or set a smaller "
+        "number.",
+    ),
+    "prefetched microbatches": (
+        ["data.prefetch_factor=1000000"],
+        "data.prefetch_factor is 1000000, but every worker keeps as many microbatches in memory, and 1024 is the most that is allowed; set a smaller "
+        "number.",
+    ),
+    "profile": (
+        ["observe.profile_at_step=1001"],
+        "observe.profile_at_step 1001 is after train.num_steps 1000; leave it null or make it smaller.",
+    ),
     "recompute interval without recomputation": (
         ["train.recompute_every_n_layers=2"],
         "train.recompute_every_n_layers is 2, but train.recompute is auto; set it to full or selective.",
@@ -317,6 +331,8 @@ ALLOWED = {
     "longest warmup": ["train.num_steps=101"],
     "wsd from warmup to end": ["optim.schedule=wsd", "optim.decay_steps=900"],
     "stop at the end": ["train.stop_at_step=1000"],
+    "a loader with many workers": ["data.num_workers=64", "data.prefetch_factor=1024"],
+    "a profile of the last step": ["observe.profile_at_step=1000"],
     "recompute every layer but the first": ["train.recompute=selective", "train.recompute_every_n_layers=8"],
     "budget": ["train.recompute=budget", "train.compile.enabled=true", "train.activation_memory_budget=0"],
     "own data": ["data.train=mine", "data.validation=held_out", "data.tokenizer=t.model", "observe.sample_prompt=Once"],

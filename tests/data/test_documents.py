@@ -261,7 +261,7 @@ def test_missing_and_unusable_inputs_are_named(tmp_path: Path):
     with pytest.raises(DataError, match=r"cannot read the input .*absent\.txt: No such file"):
         find_sources([tmp_path / "absent.txt"])
     (tmp_path / "image.png").write_bytes(b"")
-    with pytest.raises(DataError, match=r"holds no text, source code, \.jsonl or \.parquet file, only \.png: 1; name"):
+    with pytest.raises(DataError, match=r"holds no text, source code, \.jsonl or \.parquet file \(1 file has no suffix of text \(\.png: 1\)\); name"):
         find_sources([tmp_path])
     os.mkfifo(tmp_path / "pipe")
     with pytest.raises(DataError, match="pipe is not a regular file"):

@@ -86,6 +86,31 @@ def test_what_is_left_out_is_counted_by_suffix(tmp_path: Path):
     assert describe_suffixes(left_out.num_by_suffix) == ".pdf: 3, .docx: 1, .gz: 1, without a suffix: 1"
 
 
+def test_hidden_names_and_caches_are_counted_and_named_in_one_sentence(tmp_path: Path):
+    for name in ("a.txt", ".env", "deep/.note.txt", ".git/config", ".git/hooks/x.sh", "__pycache__/a.py", "b.pdf"):
+        write(tmp_path / name)
+    _, left_out = find_sources([tmp_path])
+    assert left_out.sentence == (
+        "not everything below the inputs is read: 1 file has no suffix of text (.pdf: 1), 2 files are hidden by a dot before the name, "
+        "1 directory is hidden in the same way, with all below, 1 directory is a cache of Python; name a file or a directory itself to read it"
+    )
+    assert find_sources([tmp_path / "a.txt"])[1].sentence is None
+    with pytest.raises(DataError, match=r"holds no text, .* file \(1 file is hidden by a dot before the name\); name the files themselves"):
+        find_sources([tmp_path / "deep"])
+
+
+def test_what_is_left_out_is_counted_once_and_not_where_another_input_names_it(tmp_path: Path):
+    for name in ("deep/a.txt", "deep/b.pdf", "deep/.c", ".hidden/d.txt", ".hidden/e.txt", "__pycache__/f.py"):
+        write(tmp_path / name)
+    (tmp_path / "deep" / "link.pdf").symlink_to("b.pdf")
+    (tmp_path / "deep" / "gone.txt").symlink_to("/no/such/file")
+    _, left_out = find_sources([tmp_path, tmp_path / "deep", tmp_path / "deep" / ".." / "deep"])
+    assert left_out.num_by_suffix == {".pdf": 1}
+    assert list(map(len, (left_out.hidden_files, left_out.hidden_directories, left_out.caches, left_out.dangling_links))) == [1, 1, 1, 1]
+    sources, left_out = find_sources([tmp_path, *(tmp_path / name for name in ("deep/b.pdf", "deep/.c", ".hidden", "__pycache__"))])
+    assert (len(sources), left_out.sentence) == (6, None)
+
+
 def test_counts_by_suffix_are_bounded_and_printable():
     words = describe_suffixes({f".{i:03d}": 1 for i in range(500)} | {".\x1b[31m": 7})
     assert words.startswith("'.\\x1b[31m': 7, .000: 1, ")

@@ -130,7 +130,7 @@ def test_damaged_index_is_named(tmp_path, content, message):
 
 def test_other_refusals(tmp_path):
     prefix = muse(tmp_path / "train", [(0, 8)])
-    with pytest.raises(DataError, match="eod_id 1000 is outside the vocabulary of 1000"):
+    with pytest.raises(DataError, match=r"end-of-document id 1000 is outside the vocabulary of 1000; .* --tokenizer"):
         imported(prefix, eod_id=1000)
     with pytest.raises(DataError, match=r"absent.idx: No such file"):
         imported(tmp_path / "absent")

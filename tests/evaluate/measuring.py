@@ -1,6 +1,7 @@
 """A tiny model and what is evaluated with it."""
 
 import numpy as np
+import pytest
 import torch
 
 from phase8.config.model_section import ModelSection
@@ -45,7 +46,7 @@ def pairs(prefixes, *, resets=False, tokenizer=None):
 
 
 def texts(paths, tokenizer, **options):
-    options = {"json_key": "text", "document_separator": None, **options}
+    options = {"json_key": "text", "document_separator": None, "on_message": pytest.fail, **options}
     return read_text_sources(paths, tokenizer, on_progress=lambda *_: None, **options)
 
 

@@ -243,3 +243,13 @@ def test_numbers_that_are_none_are_null_in_json():
     result = source_result("a", loss_sums=[math.nan], num_tokens=[3], num_bytes=2, num_sequences=1, bounds=[0, 8])
     assert [result.as_json()[key] for key in ("loss", "perplexity", "bits_per_byte")] == [None, None, None]
     assert source_result("a", loss_sums=[3000.0], num_tokens=[3], num_bytes=2, num_sequences=1, bounds=[0, 8]).as_json()["perplexity"] is None
+
+
+def test_what_a_directory_holds_besides_texts_is_said(tmp_path, tokenizer):
+    for name in ("a.txt", ".b.txt", "c.pdf"):
+        (tmp_path / name).write_text("some text")
+    said: list[str] = []
+    (source,) = texts([tmp_path], tokenizer, on_message=said.append)
+    assert source.text_bytes == len("some text")
+    assert len(said) == 1
+    assert said[0].startswith(f"--text {tmp_path}: not everything below the inputs is read: 1 file has no suffix of text (.pdf: 1), 1 file is hidden")

@@ -53,4 +53,4 @@ def test_noise_depends_on_seed_and_place_alone():
 def test_bad_options_are_one_sentence_each():
     with pytest.raises(ConfigError) as caught:
         SamplingOptions(temperature=-1, top_k=-2, top_p=0)
-    assert [problem.split()[0] for problem in caught.value.problems] == ["temperature", "top_k", "top_p"]
+    assert [problem.split()[0] for problem in caught.value.problems] == ["--temperature", "--top-k", "--top-p"]

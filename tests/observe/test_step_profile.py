@@ -97,6 +97,22 @@ def test_a_run_records_the_step_that_it_was_asked_for(tiny):
     assert set(losses(run)) == {1, 2, 3}
 
 
+def test_a_step_that_this_start_does_not_take_is_named(tiny):
+    def said(*overrides):
+        console = Console(file=io.StringIO(), width=300)
+        run = prepare(tiny, "train.num_steps=4", "optim.warmup_steps=1", *overrides, console=console)
+        train(run, resume_command="")
+        return [line for line in console.file.getvalue().splitlines() if "profile_at_step is" in line]
+
+    assert said("observe.profile_at_step=3", "train.stop_at_step=2") == [
+        "observe.profile_at_step is 3, but this start ends after step 2: a later start records it."
+    ]
+    assert said("observe.profile_at_step=2", "train.stop_at_step=3") == [
+        "observe.profile_at_step is 2, but the run goes on after step 2: nothing is recorded; name a later step."
+    ]
+    assert said("observe.profile_at_step=4") == said("observe.profile_at_step=4") == []
+
+
 def test_a_profile_that_cannot_be_written_does_not_end_the_run(tiny):
     console = Console(file=io.StringIO(), width=300)
     run = prepare(tiny, "train.num_steps=2", "optim.warmup_steps=1", "observe.profile_at_step=1", console=console)

@@ -48,7 +48,7 @@ def initialised(settings, world_size, path, directory):
     config = without_auto(load_config(os.devnull, [*MODEL, *settings]))
     train_state = new_train_state(config, world_size, device_type="cpu", dtype=torch.float32)
     engine = FsdpEngine(train_state, config)
-    return train_state, initialise_run(config, engine, None, directory=run_directory(config.run), resume="auto", say=lambda text: None)
+    return train_state, initialise_run(config, engine, None, directory=run_directory(config.run), resume="auto")
 
 
 def begin(settings, world_size, path, directory):

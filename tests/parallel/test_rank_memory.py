@@ -1,4 +1,4 @@
-"""What ranks really hold is what the planner says: parameters and optimizer to the byte, the peak of a step nearly."""
+"""What ranks really hold is what the planner says: parameters and optimizer to the byte, the peak of a step in a known ratio."""
 
 import math
 import os
@@ -102,6 +102,8 @@ CASES = {
     "one in slices": case(1, *SLICES),
     "one full, inputs offloaded": case(1, FULL, INPUTS_OFFLOADED, *LONG),
     "one in slices, inputs offloaded": case(1, *SLICES, INPUTS_OFFLOADED),
+    "one full, one microbatch": case(1, FULL, "train.global_batch_size=1"),
+    "cp2 full": case(2, FULL, "parallel.context_parallel_size=2", "model.sequence_length=64"),
     "cp2": case(2, "parallel.context_parallel_size=2", "model.sequence_length=64"),
     "tp2": case(2, tp=2),
     "tp2 uneven vocabulary": case(2, "model.vocab_size=637", tp=2),
@@ -138,18 +140,37 @@ ALSO = (  # their parts are in other cases
 )  # fmt: skip
 
 
+# Planned bytes over those that were measured, for each stage. Without a GPU nothing is gathered or summed ahead, for which the plan has room, and
+# what lives for a moment weighs more in such small models than in large ones. The ratios are the same every time but for some hundred bytes, so
+# whatever a plan forgets shows: the least of it, a message between stages, is 0.6 %. Another ratio needs a reason.
+PLANNED_OVER_MEASURED = {
+    "one": (0.977,), "one full": (0.985,), "one in slices": (0.954,), "one full, inputs offloaded": (0.946,),
+    "one in slices, inputs offloaded": (0.963,), "one full, one microbatch": (1.009,), "cp2 full": (1.036,), "cp2": (1.012,), "tp2": (0.959,),
+    "tp2 uneven vocabulary": (0.959,), "tp2 low-rank": (0.919,), "one delta": (0.977,), "tp2 gate per channel": (0.960,),
+    "tp2 delta, chain": (0.960,), "dp2 zero 0": (1.018,), "dp2 zero 1": (1.022,), "dp2 zero 2": (1.098,), "dp2 zero 3": (1.122,),
+    "dp2 zero 0, one microbatch": (1.154,), "dp2 zero 3 in bf16": (1.136,), "dp2 zero 3, full": (1.065,), "dp4 zero 1 in pairs": (1.037,),
+    "dp2 zero 1, offloaded optimizer": (1.018,), "dp2 zero 3, offloaded": (1.122,), "pp2": (0.984, 0.958), "pp2 full": (0.975, 0.976),
+    "pp2 full, inputs offloaded": (0.976, 0.976), "pp2 gpipe": (1.085, 1.069), "pp2 interleaved": (0.987, 0.961), "pp2 tied": (0.984, 0.958),
+    "tp2 dp2 zero 1": (1.009,), "pp2 dp2 zero 1": (1.034, 1.016), "pp2 dp2 zero 3": (1.124, 1.166), "tp2 pp2": (0.971, 0.931),
+    "one with experts": (0.978,), "tp2 experts": (0.961,), "ep2 zero 0": (1.019,), "ep2 dp4 zero 3": (1.197,),
+    "ep2 dropless, pp2": (1.171, 1.006),
+}  # fmt: skip
+TOLERANCE = 0.005
+
+
 @pytest.mark.parametrize("name", [pytest.param(name, marks=pytest.mark.full) if name in ALSO else name for name in CASES])
 def test_ranks_hold_what_the_planner_says(pool, name):
     world_size, settings = CASES[name]
     stages = plan_stages(without_auto(load_config(os.devnull, [*MODEL, *settings])), world_size=world_size, device_type="cpu")
     found = pool.run(held, settings, world_size, world_size=world_size)
+    ratios = []
     for stage in stages:
         num_parameters, moments, peak = found[stage.stage * world_size // len(stages)]
         plan = stage.memory
         assert (num_parameters, moments) == (stage.num_parameters, 8 * stage.num_parameters)
         if INPUTS_OFFLOADED not in settings:
             assert plan.optimizer_bytes + plan.host_bytes // 2 == moments  # half of what is offloaded are moments
-        # Without a GPU host memory is all there is, and nothing is gathered or summed ahead, for which the plan has room. Sums of gradients that
-        # go to the host are there already.
+        # Without a GPU host memory is all there is. Sums of gradients that go to the host are there already.
         twice = 4 * num_parameters if "zero.offload_params=cpu" in settings else 0
-        assert 0.9 * peak < plan.total_bytes + plan.host_bytes - twice < 1.2 * peak
+        ratios.append((plan.total_bytes + plan.host_bytes - twice) / peak)
+    assert ratios == pytest.approx(PLANNED_OVER_MEASURED[name], abs=TOLERANCE)

@@ -1,5 +1,7 @@
 """The figures by hand, on a model small enough for it; that ranks really do so is tested in tests/parallel/test_communication.py."""
 
+from collections import Counter
+
 import pytest
 
 from phase8.config.model_section import ModelSection
@@ -45,7 +47,8 @@ def chunks_of(model, *layers):
 def table(model, *, grid, microbatches=1, chunks=None, exchanges=None, recompute="none", recompute_every_n_layers=1, **step):
     step, chunks = Step(num_microbatches=microbatches, **{"micro_batch_size": 1, "compute_bytes": 2, **step}), chunks or chunks_of(model)
     how = {"recompute": recompute, "recompute_every_n_layers": recompute_every_n_layers, "is_divided": grid.tensor > 1}
-    declared = [exchange for chunk in chunks for exchange in chunk_exchanges(model, chunk.layers, **how)] if exchanges is None else exchanges
+    counted = [chunk_exchanges(model, chunk.layers, **how) for chunk in chunks] if exchanges is None else [Counter(exchanges)]
+    declared = sum(counted, Counter())
     found = step_communication(model, chunks, declared, step=step, grid=grid)
     assert [(each.axis, each.operation) for each in found] == sorted({(each.axis, each.operation) for each in found})
     return {(each.axis, each.operation): (each.count, each.num_bytes) for each in found}

@@ -57,6 +57,27 @@ def test_everything_is_printed(small):
     assert list(facts) == ["topology", "batch", "run", "model", "parameters", "FLOPs/token", "planned memory per rank", "predicted speed"]
 
 
+def test_what_a_run_would_not_find_is_said_and_is_no_problem(small, tmp_path):
+    def missing(*overrides):
+        output = io.StringIO()
+        dry_run(small(*overrides), world_size=1, console=Console(file=output))
+        return [line.strip() for line in output.getvalue().splitlines() if "missing here" in line]
+
+    for name in ("a.bin", "a.idx", "b.bin", "t.model"):
+        (tmp_path / name).touch()
+    assert missing() == missing(f"data.train={tmp_path}/a", f"data.tokenizer={tmp_path}/t.model") == []
+    train, validation, tokenizer, weights = missing(
+        f"data.train=[{{path: {tmp_path}/a, weight: 1}}, {{path: {tmp_path}/none, weight: 1}}]", f"data.validation={tmp_path}/*c",
+        f"data.tokenizer={tmp_path}/none.model", f"checkpoint.initialise_from={tmp_path}/run",
+    )  # fmt: skip
+    assert f"data.train: {tmp_path}/none.bin and {tmp_path}/none.idx must both exist and neither does; " in train
+    assert "make the pair with tools/prepare_data.py" in train and f"data.validation: no .bin/.idx pair matches {tmp_path}/*c; " in validation
+    assert f"data.tokenizer: {tmp_path}/none.model is missing; " in tokenizer and tokenizer.endswith("tools/prepare_data.py --train-tokenizer")
+    assert f"checkpoint.initialise_from: {tmp_path}/run is missing; " in weights
+    (half,) = missing(f"data.train={tmp_path}/b")
+    assert f"data.train: {tmp_path}/b.bin exists, but {tmp_path}/b.idx" in half
+
+
 @pytest.mark.parametrize(
     ("name", "gpu"),
     [

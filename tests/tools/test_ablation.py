@@ -109,7 +109,7 @@ def test_130_when_stopped_before_all_runs_are_finished(door, monkeypatch):
         ([], NAMES, 2, "window+global has "),
         (["--jobs", 0], NAMES, 2, "--jobs is 0, but at least 1 is needed."),
         (["--seeds", 1, 2, 1], NAMES, 2, "--seeds names 1 more than once"),
-        (["--seeds", -1], NAMES, 2, "train.seed is -1"),
+        (["--seeds", -1], NAMES, 2, "--seeds names -1, but whole numbers of at least 0 are needed"),
         (["--set", "model.colour=red"], NAMES, 2, "unknown key model.colour"),
         (["--set", "optim.warmup_steps=30"], NAMES, 2, "optim.warmup_steps 30 is not below train.num_steps 20"),
         (["--set", "data.validation=null"], NAMES, 2, "data.validation is null, but"),

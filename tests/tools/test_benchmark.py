@@ -192,7 +192,7 @@ def test_layouts_as_a_table_and_as_json(door, tiny, tmp_path, monkeypatch):
         (["scaling", "--sequence-lengths", 8, 0], "--sequence-lengths is 0"),
         (["scaling", "--tokens-per-step", 0], "--tokens-per-step is 0"),
         (["parallel", "--config", "absent.yaml"], "absent.yaml does not exist"),
-        (["parallel", "--config", QUICKSTART, "--layouts", "one", "tp2-warp9"], "layout 'tp2-warp9' has the part 'warp9'"),
+        (["parallel", "--config", QUICKSTART, "--layouts", "one", "tp2-warp9"], "--layouts: 'tp2-warp9' has the part 'warp9'"),
         (["parallel", "--config", QUICKSTART, "--sequences-per-rank", 0], "--sequences-per-rank is 0"),
         (["parallel", "--config", QUICKSTART, "--timeout", 0], "--timeout is 0"),
     ],

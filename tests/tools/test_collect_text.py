@@ -48,3 +48,8 @@ def test_bad_input_gets_one_sentence(tmp_path, capsys, options, code, message):
     given = [option.format(empty=tmp_path) for option in options]
     assert load_door("collect_text").main(["python", "--output", str(tmp_path), *given]) == code
     assert message in capsys.readouterr().err
+
+
+def test_more_workers_than_the_machine_has_cores_for_are_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    assert load_door("collect_text").main(["python", "--output", str(tmp_path), "--workers", "100000"]) == 2
+    assert "--workers is 100000, but this machine has " in capsys.readouterr().err

@@ -134,7 +134,7 @@ def test_problems_are_one_line_with_a_documented_exit_code(trained, tmp_path, ge
     code, _, error = generated_here("--checkpoint", tmp_path / "nothing")
     assert code == 4 and error.startswith("error: there is no checkpoint") and error.count("\n") == 1
     code, _, error = generated_here("--checkpoint", trained, "--top-p", "3")
-    assert code == 2 and error.startswith("error: top_p is 3.0")
+    assert code == 2 and error.startswith("error: --top-p is 3.0")
     damaged = tmp_path / "step-0000000005"
     shutil.copytree(trained / "checkpoints" / "step-0000000005", damaged)
     file = next(damaged.glob("model-*.safetensors"))

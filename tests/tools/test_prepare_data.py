@@ -42,6 +42,7 @@ def inputs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (directory / "lines.jsonl").write_text("".join(json.dumps({"content": text}) + "\n" for text in TEXTS))
     (directory / "note.txt").write_text("a note\n")
     (directory / "picture.png").write_bytes(b"\x89PNG")
+    (directory / ".hidden.txt").write_text("a hidden note\n")
     return directory
 
 
@@ -64,7 +65,8 @@ def test_a_whole_preparation_from_the_command_line(inputs: Path, tmp_path: Path)
         f"{prefix}_train_content_document.bin/.idx: {train.num_documents} documents, {train.num_tokens:,} tokens",
         f"{prefix}_validation_content_document.bin/.idx: {validation.num_documents} documents, {validation.num_tokens:,} tokens",
         f"in all: 81 documents, {num_tokens:,} tokens of uint16, {num_bytes / num_tokens:.2f} bytes per token",
-        "files of directories passed over, not being text by their suffix: 1 (.png: 1)",
+        "not everything below the inputs is read: 1 file has no suffix of text (.png: 1), 1 file is hidden by a dot before the name; "
+        "name a file or a directory itself to read it",
         f"train on it with: --set data.train={prefix}_train_content_document data.validation={prefix}_validation_content_document "
         f"data.tokenizer={prefix}_content_tokenizer.model model.vocab_size=290",
     ]
@@ -130,6 +132,7 @@ def test_a_tokenizer_whose_end_of_document_text_can_give(tmp_path: Path):
         ([__file__, "--import-muse", "x", "--train-tokenizer"], 2, "--import-muse takes the place of inputs"),
         ([__file__, "--train-tokenizer", "--vocab-size", "300", "--eod-token", "</s>"], 2, "--eod-token belongs to --tokenizer"),
         ([__file__, "--tokenizer", "/dev/zero"], 3, "cannot read the tokenizer /dev/zero: it is a pipe or device"),
+        ([__file__, "--train-tokenizer", "--vocab-size", "300", "--workers", "100000"], 2, "--workers is 100000, but this machine has "),
         ([__file__, "--workers", "none"], 2, "invalid int value: 'none'"),
     ],
 )

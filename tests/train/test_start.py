@@ -111,10 +111,11 @@ REFUSED = {
 @pytest.mark.parametrize("name", REFUSED)
 def test_a_start_that_is_refused_leaves_everything_as_it_was(start, runs, trained, name):
     overrides, resume, error, message = REFUSED[name]
-    before = tree(runs)
+    before, console = tree(runs), Console(file=io.StringIO(), width=500)
     with pytest.raises(error, match=message) as caught:
-        start(*(override.format(trained=trained) for override in overrides), resume=resume.format(runs=runs))
+        start(*(override.format(trained=trained) for override in overrides), resume=resume.format(runs=runs), console=console)
     assert "\n" not in str(caught.value) and tree(runs) == before
+    assert "resumed" not in console.file.getvalue()
 
 
 def spoil_record(runs):
@@ -148,10 +149,10 @@ SPOILT = {
 def test_what_is_spoilt_is_found_before_anything_changes(start, runs, name):
     spoil, overrides, resume, error = SPOILT[name]
     spoil(runs)
-    before = tree(runs)
+    before, console = tree(runs), Console(file=io.StringIO(), width=500)
     with pytest.raises(error):
-        start(*(override.format(runs=runs) for override in overrides), resume=resume.format(runs=runs), agents=["a"])
-    assert tree(runs) == before
+        start(*(override.format(runs=runs) for override in overrides), resume=resume.format(runs=runs), agents=["a"], console=console)
+    assert tree(runs) == before and "resumed" not in console.file.getvalue()
 
 
 def refuse(*_, **__):
@@ -161,16 +162,17 @@ def refuse(*_, **__):
 @pytest.mark.parametrize("resume", ["none", "{runs}/longer", STEP_5])
 @pytest.mark.parametrize("obstacle", ["a rank that refuses", "a place that cannot be written", "a file that cannot be written"])
 def test_nothing_moves_before_everything_else_is_done(start, runs, monkeypatch, obstacle, resume):
+    settings = [f"checkpoint.initialise_from={runs}/longer"] if resume == "none" else []
     if obstacle == "a rank that refuses":
         monkeypatch.setattr(build, "gather_texts", lambda text: refuse())
     elif obstacle == "a place that cannot be written":
         monkeypatch.setattr(build, "check_place", refuse)
     else:
         monkeypatch.setattr(RunDirectory, "record", refuse)
-    before = tree(runs)
+    before, console = tree(runs), Console(file=io.StringIO(), width=500)
     with pytest.raises((StorageError, CommunicationError)):
-        start(resume=resume.format(runs=runs))
-    assert tree(runs) == before
+        start(*settings, resume=resume.format(runs=runs), console=console)
+    assert tree(runs) == before and not {"resumed", "initialised"} & set(console.file.getvalue().split())
 
 
 def test_a_start_that_has_nothing_to_do_changes_nothing(start, runs):
