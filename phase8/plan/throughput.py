@@ -43,6 +43,8 @@ UPDATE_SHARE = 0.8
 UPDATE_SECONDS = Cost(0.3e-3, 2e-3)
 # Offloading: PCIe 5 to page-locked memory, and the memory of the host, on which AdamW reads four numbers and writes three.
 HOST_LINK_RATE = 47e9
+# The share of offloaded parameters that nothing is computed beside: embedding and head, the first block, and what rounds and copies the others.
+ARRIVING_ALONE = 0.15
 # A layer that is recomputed whole takes the time of two forwards, and of a backward that takes as long as two more.
 FORWARD_SHARE = 0.25
 HOST_MEMORY_RATE = 64e9
@@ -105,7 +107,8 @@ def step_seconds(work: StepWork, gpu: Gpu, *, host_ratio: float = 1.0) -> float:
     rates = Rates((gpu.peak_flops(work.dtype) or gpu.fp32 * 1e12) * gpu.sustained, gpu.memory * 1e9 * MEMORY_SHARE)
     microbatch, once = [], []
     for stage in work.stages:
-        cost = _microbatch_cost(work, stage, rates).plus(Cost(_fetching_seconds(work, stage)))
+        cost = _microbatch_cost(work, stage, rates)
+        cost = cost.plus(Cost(_fetching_seconds(work, stage, cost.gpu)))
         microbatch.append(_slower(cost, work, host_ratio))
         once.append(_once_seconds(work, stage, gpu, rates, host_ratio))
     P, V = work.pipeline.num_stages, work.pipeline.num_chunks
@@ -183,9 +186,12 @@ def _link_rate(axis: AxisName, grid: Grid, gpu: Gpu) -> float:
     return link if span <= GPUS_PER_HOST else min(link, NETWORK_RATE)
 
 
-def _fetching_seconds(work: StepWork, stage: StageWork) -> float:
-    """Seconds in which a microbatch's parameters arrive from the host, for forward and for backward; on one GPU nothing is computed meanwhile."""
-    return 0.0 if work.zero.offload_params == "none" else 2 * stage.num_updated * FP32_BYTES / HOST_LINK_RATE
+def _fetching_seconds(work: StepWork, stage: StageWork, gpu_seconds: float) -> float:
+    """Seconds in which a microbatch waits for parameters from the host, which arrive while forward and backward compute, once for each."""
+    if work.zero.offload_params == "none":
+        return 0.0
+    arriving = stage.num_updated * FP32_BYTES / HOST_LINK_RATE
+    return sum(ARRIVING_ALONE * arriving + max(0.0, arriving - share * gpu_seconds) for share in (FORWARD_SHARE, 1 - FORWARD_SHARE))
 
 
 def _offloading_seconds(work: StepWork, stage: StageWork) -> float:
