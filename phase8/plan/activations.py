@@ -90,7 +90,7 @@ def trace_activations(
         block_without_mixer=recomputed // num_tensor_ranks,
         block_within_budget=block // num_tensor_ranks,
         block_input=micro_batch_size * model.sequence_length * model.d_model * dtype.itemsize // num_tensor_ranks,
-        head=_head_bytes(whole, num_tensor_ranks),
+        head=_head_bytes(whole, num_tensor_ranks, is_compiled=is_compiled),
     )
 
 
@@ -174,14 +174,15 @@ def _block_bytes(forward: _Forward, *, recompute: Literal["none", "selective"] =
         return _saved_bytes(whole.blocks["0"], x, angles, starts)
 
 
-def _head_bytes(forward: _Forward, num_tensor_ranks: int) -> int:
+def _head_bytes(forward: _Forward, num_tensor_ranks: int, *, is_compiled: bool) -> int:
     model = forward.model
     with forward.traced() as (whole, x):
         targets = torch.empty(x.shape[:2], dtype=torch.int64, device=x.device).flatten()
         head = torch.empty(part_size(model.vocab_size, num_tensor_ranks), model.d_model, device=x.device, requires_grad=True)
         # Every rank has the gradient of the hidden states of all tokens, from its own share of the vocabulary.
         loss = _saved_by(lambda: linear_cross_entropy(x.flatten(0, 1), head, targets), {head})
-        return _saved_bytes(whole.norm, x) // num_tensor_ranks + loss
+        norm = _saved_bytes_compiled(whole.norm, x, budget=1.0) if is_compiled else _saved_bytes(whole.norm, x)
+        return norm // num_tensor_ranks + loss
 
 
 def _saved_bytes(module: nn.Module, *arguments: Tensor | None) -> int:

@@ -29,6 +29,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import chain
 from typing import NamedTuple
 
 from phase8.pipeline_parallel.schedules import Action, Kind
@@ -204,13 +205,18 @@ def plan_memory(
         on_device = 0 if division.offload_params else part
         blocks_bytes = sorted(each.gathered_bytes for each in blocks)
         in_a_step = rest * FP32_BYTES + sum(blocks_bytes[-2:]) if division.zero_stage == 3 else whole * FP32_BYTES
-        weights_bytes = on_device * FP32_BYTES + in_a_step
+        # Where one rank has offloaded parameters alone, the largest of a block arrives as it lies on the host.
+        is_alone = division.offload_params and part == whole
+        arriving = max(chain.from_iterable(each.whole for each in blocks), default=0) if is_alone else 0
+        weights_bytes = (on_device + arriving) * FP32_BYTES + in_a_step
         if division.zero_stage < 2 and division.accumulates:
             gradients = whole + max(largest[-1], largest_rest)
         else:
             # FSDP sums over microbatches on the device and offloads the sum, unless it is told to offload each summand.
             sums = part if division.accumulates and not division.offload_gradients else on_device
-            gradients = sums + rest + max(2 * largest[-1], largest_rest)
+            # What FSDP gives to its reduction, and, of one rank, what the reduction of the block before has left on its way to the host.
+            num_copies = 3 if is_alone else 2
+            gradients = sums + rest + max(num_copies * largest[-1], largest_rest)
     elif not division.accumulates:
         # The gradients of a single microbatch replace its activations layer by layer. Most memory is needed with all activations and the gradients of
         # one block, with those of all blocks but one and the activations of that one, or with all gradients.

@@ -309,16 +309,15 @@ def _gradients_in_a_block(work: Workload) -> int:
 
 
 def _loss_scratch(work: Workload) -> int:
-    """Bytes of the logits of a chunk and of the cast head; with several tensor-parallel ranks or on a CPU, chunks are too short to count."""
+    """Bytes of the normalised stream, which waits for its loss, of the logits of a chunk, and of the cast head.
+
+    With several tensor-parallel ranks or on a CPU, chunks are too short to count.
+    """
     if not has_kernels(work.device_type) or work.topology.tensor_parallel_size > 1:
         return 0
-    return scratch_bytes(
-        work.shape.micro_batch_size * work.model.sequence_length,
-        work.model.vocab_size,
-        work.model.d_model,
-        element_bytes=work.dtype.itemsize,
-        device_bytes=work.device_bytes,
-    )
+    tokens, width = work.shape.micro_batch_size * work.model.sequence_length, work.model.d_model
+    of_loss = scratch_bytes(tokens, work.model.vocab_size, width, element_bytes=work.dtype.itemsize, device_bytes=work.device_bytes)
+    return tokens * width * work.dtype.itemsize + of_loss
 
 
 def _chunk_activations(work: Workload, chunk: Chunk, traced: Mapping[LayerKind, ActivationBytes]) -> ChunkActivations:

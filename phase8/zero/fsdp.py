@@ -101,7 +101,8 @@ def shard_model(model: nn.Module, zero: ZeroSection, mesh: Mesh) -> None:
     fully_shard(model, mesh=mesh.data_mesh, reshard_after_forward=False, offload_policy=_offload(zero, mesh))
     for module in model.modules():
         if isinstance(module, FSDPModule):
-            module.set_gradient_divide_factor(1.0)
+            if _has_several_ranks(mesh):
+                module.set_gradient_divide_factor(1.0)  # for one rank FSDP would divide, into a copy of all gradients of a block
             module.set_force_sum_reduction_for_comms(True)  # gloo has no other, and a factor of one needs no other
 
 
@@ -126,7 +127,11 @@ def _of_divided_experts(block: nn.Module) -> Iterator[nn.Module]:
 
 
 def _is_divided(zero: ZeroSection, mesh: Mesh) -> bool:
-    return mesh.device_mesh is not None and (any(axis.size > 1 for axis in mesh.axes(TOKENS)) or zero.offload_params != "none")
+    return mesh.device_mesh is not None and (_has_several_ranks(mesh) or zero.offload_params != "none")
+
+
+def _has_several_ranks(mesh: Mesh) -> bool:
+    return any(axis.size > 1 for axis in mesh.axes(TOKENS))
 
 
 def _offload(zero: ZeroSection, mesh: Mesh) -> OffloadPolicy:

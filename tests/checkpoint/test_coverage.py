@@ -119,11 +119,11 @@ MANY = {
 @pytest.mark.parametrize(("shape", "regions"), MANY.values(), ids=MANY)
 def test_thousands_of_slices_are_compared_in_seconds(shape: list[int], regions: list[SimpleNamespace]):
     """Each was compared with all others that a sweep met at the same time: 19 s, or hours."""
-    begin = time.perf_counter()
+    begin = time.thread_time()
     assert coverage_problem(shape, regions) is None
     assert "none of them" in coverage_problem(shape, regions[:-1])
     assert "overlap" in coverage_problem(shape, [*regions, regions[77]])
-    assert time.perf_counter() - begin < 10  # a tenth of it on an idle core
+    assert time.thread_time() - begin < 10  # a tenth of it on an idle core
 
 
 def test_what_no_layout_writes_is_refused_soon():
@@ -132,9 +132,9 @@ def test_what_no_layout_writes_is_refused_soon():
     regions = [
         region([generator.randrange(2) for _ in range(64)], [generator.randrange(1, 3) for _ in range(64)]) for _ in range(1000)
     ]
-    begin = time.perf_counter()
+    begin = time.thread_time()
     assert "too many dims" in coverage_problem([4] * 64, regions)
-    assert time.perf_counter() - begin < 20
+    assert time.thread_time() - begin < 20
 
 
 def test_messages_about_many_dims_are_short():

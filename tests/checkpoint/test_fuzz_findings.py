@@ -96,10 +96,10 @@ def test_a_shape_that_the_file_does_not_have_is_refused(directory: Path):
 def test_a_header_of_a_hundred_thousand_dims_is_refused_at_once(tmp_path: Path):
     """The product of its sizes, a number of a megabyte, took minutes."""
     header = json.dumps({"a": {"dtype": "U8", "shape": [2**62] * 100_000, "data_offsets": [0, 2]}})
-    begin = time.perf_counter()
+    begin = time.thread_time()
     with pytest.raises(CheckpointCorruptError, match="at most 64"):
         write_header(tmp_path / "a.safetensors", header.encode(), b"ab")
-    assert time.perf_counter() - begin < 2
+    assert time.thread_time() - begin < 2
 
 
 @pytest.mark.parametrize("encoding", ["utf-8-sig", "utf-16", "utf-16-le", "utf-32", "utf-32-be"])
