@@ -16,11 +16,14 @@ def kernel_device():
 
 @pytest.fixture
 def poisoned_memory(monkeypatch):
-    """Memory that torch.empty hands out is full of NaN, so that what a kernel does not write shows."""
-    empty = torch.empty
+    """Memory that torch.empty and torch.empty_like hand out is full of NaN, so that what a kernel does not write shows."""
 
-    def poisoned(*args, **kwargs):
-        x = empty(*args, **kwargs)
-        return x.fill_(float("nan")) if x.is_floating_point() else x
+    def poisoned(make):
+        def made(*args, **kwargs):
+            x = make(*args, **kwargs)
+            return x.fill_(float("nan")) if x.is_floating_point() else x
 
-    monkeypatch.setattr(torch, "empty", poisoned)
+        return made
+
+    for make in (torch.empty, torch.empty_like):
+        monkeypatch.setattr(torch, make.__name__, poisoned(make))

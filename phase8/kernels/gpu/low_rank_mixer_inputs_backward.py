@@ -117,7 +117,7 @@ def _walk(
     before = stream % batch * length  # tokens of earlier sequences
     column = (head * HEAD_SIZE + half)[None, :]
     scale = tl.load(radius + head).to(tl.float32) * HEAD_SIZE**-0.5 if RADIUS else 1.0
-    # Of each token, its head's share of the gradient of its bottleneck.
+    # Where this program writes the head's share of the gradient of each token's bottleneck.
     shares = by_head + tl.cast(part * NUM_HEADS + head, tl.int64) * (tl.cast(batch, tl.int64) * length * RANK) + rank[None, :]
     dlow_sum, dhigh_sum = tl.zeros([COLUMNS, HALF], tl.float32), tl.zeros([COLUMNS, HALF], tl.float32)
     debts = (tl.zeros([ROWS, BLOCK_R], tl.float32),) * (TAPS - 1)
