@@ -87,7 +87,7 @@ class ExpertExchange:
     Args:
         numbers_per_row: Numbers of a row.
         num_experts: Experts of the layer.
-        tells_counts: Whether the exchange begins with the counts of rows, where these are not fixed before.
+        tells_counts: Whether the exchange begins with the counts of rows.
     """
 
     numbers_per_row: int

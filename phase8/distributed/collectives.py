@@ -90,7 +90,12 @@ def exchange_tokens(x: Tensor, num_sent: list[int], num_received: list[int], axi
         num_received: Tokens from each rank.
         axis: Axis of several ranks.
     """
-    return _OPS.wait_tensor(_begin_to_exchange(x, num_sent, num_received, axis))
+    return start_exchange(x, num_sent, num_received, axis)()
+
+
+def start_exchange(x: Tensor, num_sent: list[int], num_received: list[int], axis: Axis) -> Callable[[], Tensor]:
+    """Begins `exchange_tokens`; returns a function that waits for the tokens."""
+    return _when_done(_begin_to_exchange(x, num_sent, num_received, axis))
 
 
 def begin_to_exchange(x: Tensor, num_sent: list[int], num_received: list[int], axis: Axis) -> Callable[[], Tensor]:

@@ -8,7 +8,9 @@ compute the rows of all ranks together and send them back; backward goes the sam
 | padded (`slots.padded_slots`) | as many for each expert, empty ones too; those of one group of experts beside products of another | nothing |
 | compact (`slots.compact_slots`) | those that are filled | how many, so it waits for the router |
 
-Shapes: R ranks, E experts, S slots of a rank, D model width.
+Only filled slots are computed in both cases: the ranks tell each other how many there are.
+
+Shapes: R ranks, E experts, B sequences of a rank, C slots of an expert for each, S slots of a rank, D model width.
 """
 
 from __future__ import annotations
@@ -18,8 +20,9 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from phase8.distributed.collectives import Axis, begin_to_exchange, exchange_tokens
+from phase8.distributed.collectives import Axis, begin_to_exchange, exchange_tokens, start_exchange
 from phase8.exchanges import groups_of_experts
+from phase8.expert_parallel.slots import Slots, inverse, moved
 
 # Maps rows [S, D] and the ends of each expert's rows to the rows that the experts make of them.
 ComputeRows = Callable[[Tensor, Tensor], Tensor]
@@ -30,7 +33,7 @@ Beside = Callable[[], Tensor | None]
 
 
 def computed_where_experts_are(
-    rows: Tensor, ends: Tensor, experts: DivideExperts, axis: Axis, *, is_padded: bool, beside: Beside
+    rows: Tensor, slots: Slots, experts: DivideExperts, axis: Axis, *, beside: Beside
 ) -> tuple[Tensor, Tensor | None]:
     """The rows that the experts make of a rank's rows [S, D]; and what `beside` returns.
 
@@ -38,37 +41,55 @@ def computed_where_experts_are(
 
     Args:
         rows: Rows of the slots.
-        ends: For each of the E experts, the end of its rows.
+        slots: The slots.
         experts: This rank's experts.
         axis: Ranks that share the experts.
-        is_padded: Whether each expert has the same number of slots.
         beside: Work that is enqueued while rows travel.
     """
     if axis.size == 1:
         (compute,), result = experts(1), beside()
-        return compute(rows, ends), result
-    return (_padded if is_padded else _compact)(rows, ends, experts, axis, beside)
+        return compute(rows, slots.ends), result
+    if slots.filled is None:
+        return _compact(rows, slots.ends, experts, axis, beside)
+    return _padded(rows, slots.filled, experts, axis, beside)
 
 
-def _padded(rows: Tensor, ends: Tensor, experts: DivideExperts, axis: Axis, beside: Beside) -> tuple[Tensor, Tensor | None]:
-    num_own = len(ends) // axis.size
+def _padded(rows: Tensor, filled: Tensor, experts: DivideExperts, axis: Axis, beside: Beside) -> tuple[Tensor, Tensor | None]:
+    num_own = len(filled) // axis.size
     num_groups = groups_of_experts(num_own)
     shares = [len(rows) // num_groups // axis.size] * axis.size
+    told = start_exchange(filled, [num_own] * axis.size, [num_own] * axis.size, axis)
     arriving = [begin_to_exchange(of_group, shares, shares, axis) for of_group in rows.chunk(num_groups)]
     result = beside()
+    filled_by_rank = told().view(axis.size, num_own, -1)
     returning = []
-    for compute, arrived in zip(experts(num_groups), arriving, strict=True):
-        computed = _by_expert(arrived(), num_own // num_groups, compute, axis)
+    for compute, arrived, of_group in zip(experts(num_groups), arriving, filled_by_rank.chunk(num_groups, dim=1), strict=True):
+        computed = _computed_where_filled(arrived(), of_group, compute)
         returning.append(begin_to_exchange(computed, shares, shares, axis))
     return torch.cat([returned() for returned in returning]), result
 
 
-def _by_expert(rows: Tensor, num_experts: int, compute: ComputeRows, axis: Axis) -> Tensor:
-    """What a group of experts makes of rows [S, D], which are in the order of the ranks that sent them, and then of the experts."""
-    by_rank = rows.view(axis.size, num_experts, -1, rows.shape[-1])
-    ends = torch.arange(1, num_experts + 1, device=rows.device, dtype=torch.int32) * (len(rows) // num_experts)
-    by_expert = by_rank.transpose(0, 1)  # of one expert without a copy
-    return compute(by_expert.flatten(0, 2), ends).view(by_expert.shape).transpose(0, 1).flatten(0, 2)
+def _computed_where_filled(rows: Tensor, filled: Tensor, compute: ComputeRows) -> Tensor:
+    """What a group of e experts makes of the rows in filled slots; empty ones get zeros.
+
+    Args:
+        rows: Rows in the order of the ranks that sent them, then of the experts, then of the sequences [R e B C, D].
+        filled: Filled slots of each of these, the first ones [R, e, B].
+        compute: The experts.
+    """
+    place, ends = _places_by_expert(filled, len(rows))
+    slot = inverse(place, len(rows))
+    return moved(compute(moved(rows, slot, place), ends), place, slot)
+
+
+def _places_by_expert(filled: Tensor, num_slots: int) -> tuple[Tensor, Tensor]:
+    """Places without gaps, those of one expert after the other: the place of each filled slot, S for an empty one [S]; and the ends [e]."""
+    by_expert = filled.transpose(0, 1)
+    ends = by_expert.flatten().cumsum(0).view(by_expert.shape)
+    begins = (ends - by_expert).transpose(0, 1)
+    number = torch.arange(num_slots // filled.numel(), device=filled.device)
+    place = torch.where(number < filled[..., None], begins[..., None] + number, num_slots)
+    return place.flatten(), ends[:, -1, -1].int()
 
 
 def _compact(rows: Tensor, ends: Tensor, experts: DivideExperts, axis: Axis, beside: Beside) -> tuple[Tensor, Tensor | None]:

@@ -27,11 +27,13 @@ class Slots:
         slot: Slot of each choice; S: the choice is dropped [N, k].
         choice: Number of the choice (token * k + place among its choices) in each slot; N k: the slot is empty [S].
         ends: For each expert, in the order of the rows, the end of its rows, int32 [E]; rows from the last end on belong to no expert.
+        filled: Number of slots that each expert fills of those it has for each sequence, the first ones [E, B]; None: there are no gaps.
     """
 
     slot: Tensor
     choice: Tensor
     ends: Tensor
+    filled: Tensor | None = None
 
     @property
     def is_kept(self) -> Tensor:
@@ -72,7 +74,7 @@ def compact_slots(chosen: Tensor, is_kept: Tensor | None, num_experts: int) -> S
     return _slots(places if is_kept is None else places.where(is_kept, chosen.numel()), chosen.numel(), ends)
 
 
-def padded_slots(chosen: Tensor, places: Tensor, num_experts: int, capacity: int, *, num_ranks: int = 1) -> Slots:
+def padded_slots(chosen: Tensor, places: Tensor, counts: Tensor, capacity: int, *, num_ranks: int = 1) -> Slots:
     """The same number of slots for each expert and sequence, whatever was chosen; a choice whose place is beyond them is dropped.
 
     Rows are in the order in which they travel: those of every rank's first group of experts, those of every rank's second one, and so on.
@@ -80,11 +82,12 @@ def padded_slots(chosen: Tensor, places: Tensor, num_experts: int, capacity: int
     Args:
         chosen: Experts of each token [B, T, k].
         places: Place of each choice among those of its expert in its sequence [B, T, k].
-        num_experts: Number of experts E.
+        counts: Choices of each expert in each sequence [B, E].
         capacity: Slots of an expert for each sequence.
         num_ranks: Ranks that share the experts.
     """
-    batch, num_slots = chosen.shape[0], num_experts * chosen.shape[0] * capacity
+    batch, num_experts = counts.shape
+    num_slots = num_experts * batch * capacity
     sequence = torch.arange(batch, device=chosen.device).view(-1, 1, 1)
     own = num_experts // num_ranks
     in_group = own // groups_of_experts(own)
@@ -92,7 +95,7 @@ def padded_slots(chosen: Tensor, places: Tensor, num_experts: int, capacity: int
     travelling = (number // in_group * num_ranks + rank) * in_group + number % in_group
     slot = (travelling * batch + sequence) * capacity + places
     ends = torch.arange(1, num_experts + 1, device=chosen.device) * (batch * capacity)
-    return _slots(slot.where(places < capacity, num_slots).flatten(0, 1), num_slots, ends)
+    return _slots(slot.where(places < capacity, num_slots).flatten(0, 1), num_slots, ends, counts.T.clamp(max=capacity).long())
 
 
 def _is_of_expert(chosen: Tensor, num_experts: int) -> Tensor:
@@ -100,10 +103,20 @@ def _is_of_expert(chosen: Tensor, num_experts: int) -> Tensor:
     return chosen[..., None] == torch.arange(num_experts, device=chosen.device)
 
 
-def _slots(slot: Tensor, num_slots: int, ends: Tensor) -> Slots:
-    choices = torch.arange(slot.numel(), device=slot.device)
-    choice = torch.full((num_slots + 1,), slot.numel(), device=slot.device).scatter(0, slot.flatten(), choices)
-    return Slots(slot, choice[:-1], ends.int())  # the last place got all that is dropped
+def _slots(slot: Tensor, num_slots: int, ends: Tensor, filled: Tensor | None = None) -> Slots:
+    return Slots(slot, inverse(slot.flatten(), num_slots), ends.int(), filled)
+
+
+def inverse(target: Tensor, size: int) -> Tensor:
+    """For each of `size` places the source that goes there, and the number of sources for a place that gets none.
+
+    Args:
+        target: Place of each source, all different; `size`: it goes nowhere.
+        size: Number of places.
+    """
+    sources = torch.arange(len(target), device=target.device)
+    source = torch.full((size + 1,), len(target), device=target.device).scatter(0, target, sources)
+    return source[:-1]  # the last place got all that goes nowhere
 
 
 def to_slots(x: Tensor, slots: Slots) -> Tensor:
@@ -121,6 +134,17 @@ def from_slots(rows: Tensor, weights: Tensor, slots: Slots) -> Tensor:
     """
     # The cast is outside: torch.compile of torch 2.11 takes the gradient of a Function that ends with a cast to its own dtype for zero.
     return _FromSlots.apply(rows, weights, slots.slot, slots.choice).to(rows.dtype)
+
+
+def moved(rows: Tensor, source: Tensor, target: Tensor) -> Tensor:
+    """Moves rows to other places [S, D] -> [P, D]; a place without a source gets zeros.
+
+    Args:
+        rows: The rows; those without a target may hold anything.
+        source: Row that goes to each place; S: none [P].
+        target: Place to which each row goes, the inverse of `source`; P: none [S].
+    """
+    return _Moved.apply(rows, source, target)
 
 
 class _ToSlots(torch.autograd.Function):
@@ -150,6 +174,19 @@ class _FromSlots(torch.autograd.Function):
         return (_taken(grad, choice, slot) * factors[:, None]).to(rows.dtype), of_weights, None, None
 
 
+class _Moved(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, rows: Tensor, source: Tensor, target: Tensor) -> Tensor:
+        ctx.save_for_backward(target)
+        ctx.num_places = len(source)
+        return _read(rows, source, len(target))
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
+        (target,) = ctx.saved_tensors
+        return _read(grad, target, ctx.num_places), None, None
+
+
 def _taken(x: Tensor, choice: Tensor, slot: Tensor) -> Tensor:
     """The token of the choice in each slot, zero where there is none."""
     is_filled = choice < slot.numel()
@@ -158,6 +195,6 @@ def _taken(x: Tensor, choice: Tensor, slot: Tensor) -> Tensor:
 
 
 def _read(rows: Tensor, slot: Tensor, num_slots: int) -> Tensor:
-    """The row of each choice [N, k, D], zero where it is dropped: rows that no expert has computed may hold anything."""
+    """The row of each choice [..., D], zero where it is dropped: rows that no expert has computed may hold anything."""
     is_kept = slot < num_slots
     return torch.where(is_kept[..., None], rows[torch.where(is_kept, slot, 0)], 0)

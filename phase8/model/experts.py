@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from phase8.config.model_section import ModelSection
+from phase8.expert_parallel.slots import Slots
 from phase8.kernels.grouped_product import grouped_product
 from phase8.model.feed_forward import residual_std
 from phase8.tensor_parallel.parameters import ParameterSpec, local
@@ -44,31 +45,27 @@ class Experts(nn.Module):
         """FLOPs of a forward for each token of the layer, which only the chosen experts compute."""
         return 2 * self.top_k * sum(each.numel() for each in (self.gate, self.up, self.down)) / self.gate.shape[0]
 
-    def forward(self, rows: Tensor, ends: Tensor, run: Callable[..., Any]) -> Any:
+    def forward(self, rows: Tensor, slots: Slots, run: Callable[..., Any]) -> Any:
         """Has the experts of this rank computed; with several tensor-parallel ranks, this rank's summand.
 
         The exchange of rows is a part of this call, because ZeRO gathers the experts around it and takes one call a forward.
 
         Args:
             rows: Rows of the experts [S, D].
-            ends: End of each expert's rows, int32 [E].
-            run: `computed_where_experts_are` without its `rows`, `ends` and `experts`.
+            slots: Slots of the rows.
+            run: `computed_where_experts_are` without its `rows`, `slots` and `experts`.
         """
-        return run(rows, ends, partial(self._in_groups, rows.dtype))
+        return run(rows, slots, partial(self._in_groups, rows.dtype))
 
     def _in_groups(self, dtype: torch.dtype, count: int) -> list[Callable[[Tensor, Tensor], Tensor]]:
         weights = [local(weight).to(dtype) for weight in (self.gate, self.up, self.down)]
         # Backward of a split copies the gradients.
         groups = [weights] if count == 1 else zip(*(weight.split(len(weight) // count) for weight in weights), strict=True)
-        return [partial(_single if len(group[0]) == 1 else _several, *group) for group in groups]
+        return [partial(_computed, *group) for group in groups]
 
 
-def _several(gate: Tensor, up: Tensor, down: Tensor, rows: Tensor, ends: Tensor) -> Tensor:
+def _computed(gate: Tensor, up: Tensor, down: Tensor, rows: Tensor, ends: Tensor) -> Tensor:
     """The rows that experts make of rows [S, D], which come one expert after the other; rows after the last end get any value."""
     inner = F.silu(grouped_product(rows, gate, ends)) * grouped_product(rows, up, ends)
     return grouped_product(inner, down, ends)
 
-
-def _single(gate: Tensor, up: Tensor, down: Tensor, rows: Tensor, _: Tensor) -> Tensor:
-    """As `_several` for one expert, by plain products, which take less time. Rows after its last one are zero, and so are their gradients."""
-    return F.linear(F.silu(F.linear(rows, gate[0])) * F.linear(rows, up[0]), down[0])

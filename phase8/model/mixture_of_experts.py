@@ -91,8 +91,8 @@ class MixtureOfExperts(nn.Module):
         is_padded = capacity is not None and self.context.size == 1 and self.expert.size > 1
         slots = self._slots(chosen, capacity, is_padded=is_padded)
         rows = to_slots(gather_tokens(own, self.axis), slots)
-        run = partial(self.compute, axis=self.expert, is_padded=is_padded, beside=lambda: None if self.shared is None else self.shared(own))
-        rows, shared = self.experts(rows, slots.ends, run)
+        run = partial(self.compute, axis=self.expert, beside=lambda: None if self.shared is None else self.shared(own))
+        rows, shared = self.experts(rows, slots, run)
         y = scatter_tokens(from_slots(rows, weights, slots), self.axis)
         measured = torch.cat((routing.counts.float(), self._num_dropped(slots).float()[None], routing.entropy.float()[None]))
         return (y if shared is None else y + shared).view(x.shape), {**routing.losses, ROUTING: measured}
@@ -117,7 +117,7 @@ class MixtureOfExperts(nn.Module):
             return compact_slots(chosen.flatten(0, 1), None, self.num_experts)
         places, counts = places_in_sequence(chosen, self.num_experts)
         if is_padded:
-            return padded_slots(chosen, places, self.num_experts, capacity, num_ranks=self.expert.size)
+            return padded_slots(chosen, places, counts, capacity, num_ranks=self.expert.size)
         if self.context.size > 1:
             of_slices = start_gather(counts[None], self.context)()  # [slices, B, E]
             before = of_slices[: self.context.index].sum(0, dtype=counts.dtype)

@@ -281,14 +281,15 @@ def _exchanges(
 
 
 def _rows_of_experts(model: ModelSection, exchange: ExpertExchange, repeats: int, step: Step, grid: Grid) -> Iterator[Collectives]:
-    """Exchanges of rows: with a capacity the slots of all experts, otherwise what tokens choose, and how many rows that is."""
+    """Exchanges of rows: with a capacity the slots of all experts, otherwise what tokens choose; and of how many of them hold a token."""
     axis, is_counted = AxisName(exchange.axis), model.has_counted_rows(context_parallel_size=grid.context)
     num_tokens = step.micro_batch_size * model.sequence_length // grid.context
     rows = round(num_tokens * model.rows_per_token(model.sequence_length, is_padded=not is_counted))
     groups = 1 if is_counted else groups_of_experts(exchange.num_experts // grid.expert)
     yield Collectives(axis, exchange.operation, repeats * groups, repeats * rows * exchange.numbers_per_row * step.compute_bytes)
-    if is_counted and exchange.tells_counts:
-        yield Collectives(axis, exchange.operation, repeats, repeats * exchange.num_experts * _ROUTING_BYTES)
+    if exchange.tells_counts:
+        num_counts = exchange.num_experts * (1 if is_counted else step.micro_batch_size)
+        yield Collectives(axis, exchange.operation, repeats, repeats * num_counts * _ROUTING_BYTES)
 
 
 def _parts_of_slices(exchange: SliceExchange, slice_length: int, grid: Grid) -> int:

@@ -48,6 +48,8 @@ CAUSAL_PASSES: Both = (6, 14)
 UNWRITTEN_PASSES: Both = (3, 6)
 # Passes over the rows of experts [N k, D]: they are filled from tokens and read back. Not measured yet, like the kernels of a router, as pairs.
 ROW_PASSES: Both = (4, 6)
+# More of these where ranks exchange all slots: those that are filled are brought together, and put in their places again. Counted.
+FILLED_PASSES = 4
 ROUTER_KERNEL_PAIRS = 4
 # fp8: products of phase8_1b's shapes take 0.54 of the time in bf16. Of each input and gradient the largest number is found, then it is rounded twice.
 FP8_GAIN = 1.83
@@ -294,15 +296,16 @@ def _experts(batch: Microbatch) -> Half:
     """A mixture of experts: router, rows copied to experts and back, their products, and those of shared experts."""
     model, style, N = batch.model, _style(batch), batch.tokens
     is_padded = batch.expert_ranks > 1 and not model.has_counted_rows(context_parallel_size=batch.context_ranks)
-    rows = N * model.rows_per_token(model.sequence_length, is_padded=is_padded)
+    filled, rows = (N * model.rows_per_token(model.sequence_length, is_padded=padded) for padded in (False, is_padded))
     width = model.expert_width / batch.tensor_ranks
     shared = model.shared_experts * width
     products = batch.product(N / batch.tensor_ranks, model.d_model, model.num_experts)
-    products += 2 * batch.product(rows, model.d_model, width) + batch.product(rows, width, model.d_model)
+    products += 2 * batch.product(filled, model.d_model, width) + batch.product(filled, width, model.d_model)
+    more = FILLED_PASSES if is_padded else 0
     if shared:
         products += batch.product(N, model.d_model, 2 * shared) + batch.product(N, shared, model.d_model)
     forward, backward = (
-        batch.moved((rows * width + N * shared) * gated + rows * model.d_model * copied)
+        batch.moved((rows * width + N * shared) * gated + rows * model.d_model * (copied + more))
         for gated, copied in zip(style.gated, ROW_PASSES, strict=True)
     )
     return _half(batch, products, (forward, backward), 0.0, share=1 - MIXER_SHARE, num_pairs=ROUTER_KERNEL_PAIRS)

@@ -7,7 +7,7 @@ from phase8.kernels import grouped_product as kernel
 from phase8.kernels.reference.grouped_product import grouped_product, grouped_product_backward
 
 # rows, ends of the groups, inner width, outer width
-CASES = [(7, [3, 3, 6], 4, 5), (5, [0, 5], 2, 3), (4, [0, 0, 0], 3, 2), (0, [0, 0], 3, 2), (1, [1], 1, 1)]
+CASES = [(7, [3, 3, 6], 4, 5), (5, [0, 5], 2, 3), (4, [0, 0, 0], 3, 2), (0, [0, 0], 3, 2), (1, [1], 1, 1), (6, [4], 3, 2), (3, [0], 2, 2)]
 
 
 def problem(case):

@@ -20,15 +20,25 @@ def grouped_product(rows: Tensor, weight: Tensor, ends: Tensor) -> Tensor:
     Returns:
         Products [S, F].
     """
+    if len(weight) == 1:
+        return F.linear(_until(ends, rows), weight[0])
     products = [F.linear(rows[begin:end], each) for (begin, end), each in zip(_groups(ends), weight.unbind(), strict=True)]
     return _filled_up(torch.cat(products), len(rows))
 
 
 def grouped_product_backward(dy: Tensor, rows: Tensor, weight: Tensor, ends: Tensor) -> tuple[Tensor, Tensor]:
     """Gradients of rows [S, D], zero after the last group, and of the weights [E, F, D], zero where a group is empty; from that of the products."""
+    if len(weight) == 1:
+        dy, rows = _until(ends, dy), _until(ends, rows)
+        return dy @ weight[0], (dy.T @ rows)[None]
     groups = _groups(ends)
     drows = torch.cat([dy[begin:end] @ each for (begin, end), each in zip(groups, weight.unbind(), strict=True)])
     return _filled_up(drows, len(rows)), torch.stack([dy[begin:end].T @ rows[begin:end] for begin, end in groups])
+
+
+def _until(end: Tensor, rows: Tensor) -> Tensor:
+    """The rows of a single group, and zeros for those after it: the host need not know their number, and may record the product."""
+    return torch.where(torch.arange(len(rows), device=rows.device)[:, None] < end, rows, 0)
 
 
 def _groups(ends: Tensor) -> list[tuple[int, int]]:

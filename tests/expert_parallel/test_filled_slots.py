@@ -1,0 +1,53 @@
+"""Of the rows that arrive, experts compute those in filled slots only, one expert after the other."""
+
+import pytest
+import torch
+
+from phase8.expert_parallel.exchange import _computed_where_filled
+from phase8.expert_parallel.slots import padded_slots, places_in_sequence
+
+RANKS, EXPERTS, SEQUENCES, CAPACITY, WIDTH = 2, 3, 2, 4, 5
+FILLS = {"some": None, "none": 0, "all": CAPACITY}
+
+
+def arrived(fill):
+    """Rows of which empty slots hold zeros, as ranks send them, the filled slots, and the expert of each row."""
+    generator = torch.Generator().manual_seed(0)
+    segments = (RANKS, EXPERTS, SEQUENCES)
+    filled = torch.randint(0, CAPACITY + 1, segments, generator=generator) if fill is None else torch.full(segments, fill)
+    is_filled = torch.arange(CAPACITY) < filled[..., None]
+    rows = torch.randn(*segments, CAPACITY, WIDTH, generator=generator, dtype=torch.float64) * is_filled[..., None]
+    expert = torch.arange(EXPERTS)[:, None, None].expand(*segments, CAPACITY)
+    return rows.flatten(0, 3), filled, is_filled.flatten(), expert.flatten()
+
+
+@pytest.mark.parametrize("fill", FILLS)
+def test_filled_rows_are_computed_by_their_expert_and_empty_ones_by_none(fill):
+    rows, filled, is_filled, expert = arrived(FILLS[fill])
+    rows.requires_grad_()
+    seen = []
+
+    def compute(rows, ends):
+        """Multiplies by the number of the expert; what belongs to none becomes no number, in the gradient too."""
+        seen.append((rows.detach(), ends))
+        number = (torch.arange(len(rows))[:, None] >= ends).sum(1)
+        return rows * torch.where(number < EXPERTS, number + 1.0, torch.nan)[:, None]
+
+    y = _computed_where_filled(rows, filled, compute)
+    factor = ((expert + 1.0) * is_filled)[:, None]
+    assert torch.equal(y, rows * factor)
+    dy = torch.randn_like(y)
+    (found,) = torch.autograd.grad(y, rows, dy)
+    assert torch.equal(found, dy * factor)
+    ((computed, ends),) = seen
+    assert ends.tolist() == [int(is_filled[expert <= last].sum()) for last in range(EXPERTS)]
+    by_expert = [rows[is_filled & (expert == each)] for each in range(EXPERTS)]
+    assert torch.equal(computed[: ends[-1]], torch.cat(by_expert))
+
+
+def test_padded_slots_know_how_many_of_them_are_filled():
+    chosen = torch.tensor([[[0, 1], [0, 2], [0, 1]], [[2, 3], [3, 1], [2, 3]]])
+    places, counts = places_in_sequence(chosen, 4)
+    slots = padded_slots(chosen, places, counts, 2, num_ranks=2)
+    assert slots.filled.tolist() == [[2, 0], [2, 1], [1, 2], [0, 2]]
+    assert slots.filled.sum() == (slots.choice < chosen.numel()).sum() == slots.is_kept.sum()
