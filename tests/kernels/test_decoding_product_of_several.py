@@ -59,7 +59,8 @@ def test_a_gate_is_rounded_as_in_the_definition(shape, small_tiles, kernel_devic
     x, *_, weight = draw(*sizes, device=kernel_device)
     found = small_tiles(splits).product(x, weight, is_gated=True)
     both = small_tiles(splits).product(x, weight)
-    torch.testing.assert_close(found, gated(both), atol=1e-6, rtol=2e-3)  # a step of fp16 where silu differs in its last place
+    torch.testing.assert_close(found, gated(both), atol=1e-6, rtol=2e-3)
+    assert (found == gated(both)).double().mean() >= 0.99  # silu may differ in its last place in fp32, rarely in fp16
     assert error(found, gated(product(x.double(), weight.double()))) <= 1e-3
 
 
@@ -125,15 +126,19 @@ def test_tiles_fill_the_device_and_fit_into_it():
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("tokens", [5, 32, 64])
-@pytest.mark.parametrize("shape", SHAPES, ids=str)
-def test_real_shapes_equal_the_definition(shape, tokens, kernel_device):
+@pytest.mark.parametrize(("tokens", "shape"), [*((64, shape) for shape in SHAPES), (5, SHAPES[0]), (33, SHAPES[2]), (17, SHAPES[3])], ids=str)
+def test_real_shapes_equal_the_definition(tokens, shape, kernel_device):
     width, outputs, is_gated = shape
     inputs = draw(tokens, width, outputs, dtype=torch.bfloat16, device=kernel_device)
     exact = [part.double() if isinstance(part, torch.Tensor) else part for part in inputs]
     for mine, theirs in zip(dispatch.normed_product(*inputs, is_gated=is_gated), normed_product(*exact, is_gated=is_gated), strict=True):
         assert error(mine, theirs) <= 1e-2
-    assert error(dispatch.product(inputs[0], inputs[-1], is_wide=True), product(exact[0], exact[-1])) <= 1e-5
+
+
+@pytest.mark.gpu
+def test_a_wide_product_of_a_real_shape_is_not_rounded(kernel_device):
+    x, *_, weight = draw(64, 2048, 6288, dtype=torch.bfloat16, device=kernel_device)
+    assert error(dispatch.product(x, weight, is_wide=True), product(x.double(), weight.double())) <= 1e-5
 
 
 @pytest.mark.gpu
@@ -144,18 +149,19 @@ def test_replays_of_a_recorded_step_count_from_zero(kernel_device, monkeypatch):
     monkeypatch.setattr(gpu, "_ARRIVALS", {})
     x, *_, weight = draw(64, 5376, 2048, dtype=torch.bfloat16, device=kernel_device)
     monkeypatch.setattr(gpu, "tile_for", lambda *_: Tile(128, 64, num_warps=4, num_stages=4, splits=4))
-    for is_recorded_first in (True, False):
-        if not is_recorded_first:
-            gpu.product(x, weight)
+    for has_counts in (True, False):  # those of earlier launches, or those of the graph
+        rounded, y = gpu.product(x, weight), gpu.product(x, weight, is_wide=True)
+        if not has_counts:
+            gpu._ARRIVALS.clear()
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph):
             rounded, y = gpu.product(x, weight), gpu.product(x, weight, is_wide=True)
+        assert len(gpu._ARRIVALS) == has_counts
         for _ in range(3):
             y.fill_(float("nan"))
             graph.replay()
             assert error(y, product(x.double(), weight.double())) <= 1e-5
             assert torch.equal(rounded, y.bfloat16())
-        assert len(gpu._ARRIVALS) == (0 if is_recorded_first else 1)
 
 
 def offline(tile, *, width=2048, outputs=2048, tokens=64, is_gated=False, is_wide=False):
@@ -178,7 +184,6 @@ def compiled():
     return compile_offline({
         "split": offline(replace(small, splits=5), outputs=6288, is_wide=True),
         "narrow": offline(replace(narrow, splits=8), width=5376, tokens=16),
-        "gated": offline(small, outputs=10752, is_gated=True),
         "gated, split": offline(replace(large, splits=3), outputs=10752, is_gated=True),
         "large": offline(large, outputs=32000),
     })  # fmt: skip

@@ -1,8 +1,8 @@
 """Times the products of decoding against torch's, whose norm and gate are kernels of their own.
 
     python tools/bench/decoding_product.py
-    python tools/bench/decoding_product.py --tiles --repeats 30
-    python tools/bench/decoding_product.py --tiles --tokens 8 16 32 64
+    python tools/bench/decoding_product.py --tiles --tokens 1 --repeats 30
+    python tools/bench/decoding_product.py --tiles --tokens 64 --repeats 30
     python tools/bench/decoding_product.py --shape 1 4096 14336 gated
 
 A tile of several tokens is named by its rows of the weight (f), inputs (d), warps (w), stages (s), programs that share the width (n), and KiB that
