@@ -296,16 +296,15 @@ def _experts(batch: Microbatch) -> Half:
     """A mixture of experts: router, rows copied to experts and back, their products, and those of shared experts."""
     model, style, N = batch.model, _style(batch), batch.tokens
     is_padded = batch.expert_ranks > 1 and not model.has_counted_rows(context_parallel_size=batch.context_ranks)
-    filled, rows = (N * model.rows_per_token(model.sequence_length, is_padded=padded) for padded in (False, is_padded))
+    filled, rows = N * model.top_k, N * model.rows_per_token(model.sequence_length, is_padded=is_padded)
     width = model.expert_width / batch.tensor_ranks
     shared = model.shared_experts * width
     products = batch.product(N / batch.tensor_ranks, model.d_model, model.num_experts)
     products += 2 * batch.product(filled, model.d_model, width) + batch.product(filled, width, model.d_model)
-    more = FILLED_PASSES if is_padded else 0
     if shared:
         products += batch.product(N, model.d_model, 2 * shared) + batch.product(N, shared, model.d_model)
     forward, backward = (
-        batch.moved((rows * width + N * shared) * gated + rows * model.d_model * (copied + more))
+        batch.moved((rows * width + N * shared) * gated + rows * model.d_model * (copied + FILLED_PASSES * is_padded))
         for gated, copied in zip(style.gated, ROW_PASSES, strict=True)
     )
     return _half(batch, products, (forward, backward), 0.0, share=1 - MIXER_SHARE, num_pairs=ROUTER_KERNEL_PAIRS)

@@ -15,7 +15,7 @@ from tests.kernels.test_vocabulary_shard import columns_of, in_shards, problem
 NAN = float("nan")
 COMMON = {
     "num_rows": 4096, "leading": 16000, "vocabulary": 16000,
-    "IGNORED": IGNORED_TARGET, "LOWEST": -3.0e38, "LOG2E": 1 / math.log(2), "PADDED": False, "FAST": True, "BLOCK": 8192, "VECTOR": 8,
+    "IGNORED": IGNORED_TARGET, "LOWEST": -3.0e38, "LOG2E": 1 / math.log(2), "FAST": True, "BLOCK": 8192, "VECTOR": 8,
 }  # fmt: skip
 MODULE = "phase8.kernels.gpu.vocabulary_shard"
 OFFLINE = {

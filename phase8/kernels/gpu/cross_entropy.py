@@ -88,13 +88,14 @@ def row_constants(logits: Tensor, vocabulary: int, block: int | None = None) -> 
     leading = logits.shape[1]
     if block is None:
         # Two vectors for each of 1024 threads hide the latency of memory, and the rows being processed stay in the L2 cache (132
-        # rows of 256 kB) until the second pass. Shorter rows use 512 threads, so that two programs share a multiprocessor.
+        # rows of 256 kB) until the second pass. Short rows use 512 threads, so that two programs share a multiprocessor; those between, 1024
+        # with one vector each: for 50,257 ids 0.54 ms instead of 0.58 to 0.61.
         block = min(triton.next_power_of_2(leading), 16384 if leading > 65536 else 8192)
     vector = VECTOR_BYTES // logits.element_size()
     return {
         "IGNORED": IGNORED_TARGET, "LOWEST": LOWEST, "LOG2E": 1 / math.log(2),
-        "PADDED": leading != vocabulary, "FAST": has_fast_math(), "BLOCK": block, "VECTOR": vector,
-        "num_warps": max(1, min(32, block // (32 * 2 * vector))),
+        "FAST": has_fast_math(), "BLOCK": block, "VECTOR": vector,
+        "num_warps": max(1, min(32, block // (32 * vector * (1 if 32768 < leading <= 65536 else 2)))),
     }  # fmt: skip
 
 
@@ -102,7 +103,7 @@ def row_constants(logits: Tensor, vocabulary: int, block: int | None = None) -> 
 def loss_kernel(
     logits, targets, losses, leading, vocabulary,
     IGNORED: tl.constexpr, LOWEST: tl.constexpr, LOG2E: tl.constexpr,
-    WRITES_GRADIENT: tl.constexpr, PADDED: tl.constexpr, FAST: tl.constexpr, BLOCK: tl.constexpr, VECTOR: tl.constexpr,
+    WRITES_GRADIENT: tl.constexpr, FAST: tl.constexpr, BLOCK: tl.constexpr, VECTOR: tl.constexpr,
 ):  # fmt: skip
     """Computes the loss of one row of logits [L], and its gradient in place."""
     row, logits, columns = row_and_columns(logits, leading, BLOCK, VECTOR)
@@ -115,10 +116,10 @@ def loss_kernel(
     is_known = (target >= 0) & (target < vocabulary)
     target_logit = tl.load(logits + target, mask=is_known, other=float("nan")).to(tl.float32)
 
-    highest, partition = partition_of_row(logits, columns, leading, vocabulary, LOWEST, LOG2E, PADDED, FAST, BLOCK, VECTOR)
+    highest, partition = partition_of_row(logits, columns, leading, vocabulary, LOWEST, LOG2E, FAST, BLOCK, VECTOR)
     tl.store(losses + row, (tl.fma(target_logit, -LOG2E, highest) + log2(partition, FAST)) / LOG2E)
     if WRITES_GRADIENT:
-        write_gradient_of_row(logits, columns, leading, vocabulary, target, target_logit, is_known, highest, partition, LOG2E, PADDED, FAST, BLOCK)
+        write_gradient_of_row(logits, columns, leading, vocabulary, target, target_logit, is_known, highest, partition, LOG2E, FAST, BLOCK)
 
 
 @triton.jit
@@ -134,39 +135,50 @@ def row_and_columns(logits, leading, BLOCK: tl.constexpr, VECTOR: tl.constexpr):
 @triton.jit
 def partition_of_row(
     logits, columns, leading, vocabulary,
-    LOWEST: tl.constexpr, LOG2E: tl.constexpr, PADDED: tl.constexpr, FAST: tl.constexpr, BLOCK: tl.constexpr, VECTOR: tl.constexpr,
+    LOWEST: tl.constexpr, LOG2E: tl.constexpr, FAST: tl.constexpr, BLOCK: tl.constexpr, VECTOR: tl.constexpr,
 ):  # fmt: skip
     """The rounded base-2 logarithm of the largest term of a row, and the sum of all terms relative to it."""
     # In base 2, relative to m = the rounded logarithm of the largest term; the products with LOG2E are exact up to the subtraction of
     # m, so large logits lose no precision. Each thread keeps maximum and sum of its vectors: one rescaling per vector, no exchange.
     m = tl.full([BLOCK // VECTOR], LOWEST, tl.float32)
     total = tl.zeros([BLOCK // VECTOR], tl.float32)
-    for begin in range(0, leading, BLOCK):
-        mask = begin + columns < leading
-        x = tl.load(logits + begin + columns, mask=mask, other=float("-inf"), eviction_policy="evict_last").to(tl.float32)
-        if PADDED:
-            x = tl.where(begin + columns < vocabulary, x, float("-inf"))
-        new_m = tl.maximum(m, tl.max(x, axis=1) * LOG2E)
-        total = total * exp2(m - new_m, FAST) + tl.sum(exp2(tl.fma(x, LOG2E, -new_m[:, None]), FAST), axis=1)
-        m = new_m
+    whole = vocabulary // BLOCK * BLOCK  # comparisons would be a quarter of the instructions
+    for begin in range(0, whole, BLOCK):
+        m, total = _with_block(m, total, logits, begin + columns, leading, vocabulary, LOG2E, False, FAST)
+    for begin in range(whole, leading, BLOCK):
+        m, total = _with_block(m, total, logits, begin + columns, leading, vocabulary, LOG2E, True, FAST)
     highest = tl.max(m, axis=0)
     return highest, tl.sum(total * exp2(m - highest, FAST), axis=0)
 
 
 @triton.jit
+def _with_block(m, total, logits, columns, leading, vocabulary, LOG2E: tl.constexpr, IS_CUT: tl.constexpr, FAST: tl.constexpr):
+    """Largest terms and sums of the vectors after some columns of each; only of a block that is cut may columns lie outside the vocabulary."""
+    if IS_CUT:
+        x = tl.load(logits + columns, mask=columns < leading, other=float("-inf"), eviction_policy="evict_last").to(tl.float32)
+        x = tl.where(columns < vocabulary, x, float("-inf"))
+    else:
+        x = tl.load(logits + columns, eviction_policy="evict_last").to(tl.float32)
+    new_m = tl.maximum(m, tl.max(x, axis=1) * LOG2E)
+    return new_m, total * exp2(m - new_m, FAST) + tl.sum(exp2(tl.fma(x, LOG2E, -new_m[:, None]), FAST), axis=1)
+
+
+@triton.jit
 def write_gradient_of_row(
     logits, columns, leading, vocabulary, target, target_logit, has_target, highest, partition,
-    LOG2E: tl.constexpr, PADDED: tl.constexpr, FAST: tl.constexpr, BLOCK: tl.constexpr,
+    LOG2E: tl.constexpr, FAST: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """Replaces the logits of a row by the gradient of its loss."""
     normaliser = 1.0 / partition
-    for begin in range(0, leading, BLOCK):
-        mask = begin + columns < leading
-        x = tl.load(logits + begin + columns, mask=mask, other=0.0, eviction_policy="evict_first").to(tl.float32)
+    whole = vocabulary // BLOCK * BLOCK
+    for begin in range(0, whole, BLOCK):
+        x = tl.load(logits + begin + columns, eviction_policy="evict_first").to(tl.float32)
+        tl.store(logits + begin + columns, exp2(tl.fma(x, LOG2E, -highest), FAST) * normaliser)
+    for begin in range(whole, leading, BLOCK):
+        column = begin + columns
+        x = tl.load(logits + column, mask=column < leading, other=0.0, eviction_policy="evict_first").to(tl.float32)
         probabilities = exp2(tl.fma(x, LOG2E, -highest), FAST) * normaliser
-        if PADDED:
-            probabilities = tl.where(begin + columns < vocabulary, probabilities, 0.0)
-        tl.store(logits + begin + columns, probabilities, mask=mask)
+        tl.store(logits + column, tl.where(column < vocabulary, probabilities, 0.0), mask=column < leading)
     # The target's column is corrected last, once per row instead of by a comparison per element; the barrier orders the two stores.
     tl.debug_barrier()
     tl.store(logits + target, exp2(tl.fma(target_logit, LOG2E, -highest), FAST) * normaliser - 1.0, mask=has_target)

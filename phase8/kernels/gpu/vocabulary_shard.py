@@ -66,7 +66,7 @@ def write_row_gradients(logits: Tensor, columns: Tensor, whole: Tensor, *, vocab
 def statistics_kernel(
     logits, columns, statistics, num_rows, leading, vocabulary,
     IGNORED: tl.constexpr, LOWEST: tl.constexpr, LOG2E: tl.constexpr,
-    PADDED: tl.constexpr, FAST: tl.constexpr, BLOCK: tl.constexpr, VECTOR: tl.constexpr,
+    FAST: tl.constexpr, BLOCK: tl.constexpr, VECTOR: tl.constexpr,
 ):  # fmt: skip
     """Computes one row's statistics: logarithm of the largest term, sum of terms relative to it, logit of the target."""
     row, logits, places = row_and_columns(logits, leading, BLOCK, VECTOR)
@@ -77,7 +77,7 @@ def statistics_kernel(
         tl.store(statistics + num_rows, 1.0)
         tl.store(statistics + 2 * num_rows, 0.0)
         return
-    highest, partition = partition_of_row(logits, places, leading, vocabulary, LOWEST, LOG2E, PADDED, FAST, BLOCK, VECTOR)
+    highest, partition = partition_of_row(logits, places, leading, vocabulary, LOWEST, LOG2E, FAST, BLOCK, VECTOR)
     tl.store(statistics, highest)
     tl.store(statistics + num_rows, partition)
     tl.store(statistics + 2 * num_rows, tl.load(logits + column, mask=column >= 0, other=0.0).to(tl.float32))
@@ -87,7 +87,7 @@ def statistics_kernel(
 def gradient_kernel(
     logits, columns, whole, num_rows, leading, vocabulary,
     IGNORED: tl.constexpr, LOWEST: tl.constexpr, LOG2E: tl.constexpr,
-    PADDED: tl.constexpr, FAST: tl.constexpr, BLOCK: tl.constexpr, VECTOR: tl.constexpr,
+    FAST: tl.constexpr, BLOCK: tl.constexpr, VECTOR: tl.constexpr,
 ):  # fmt: skip
     """Computes the gradient of one row from the statistics over the whole vocabulary."""
     row, logits, places = row_and_columns(logits, leading, BLOCK, VECTOR)
@@ -97,4 +97,4 @@ def gradient_kernel(
         return
     target_logit = tl.load(logits + column, mask=column >= 0, other=0.0).to(tl.float32)
     highest, partition = tl.load(whole + row), tl.load(whole + num_rows + row)
-    write_gradient_of_row(logits, places, leading, vocabulary, column, target_logit, column >= 0, highest, partition, LOG2E, PADDED, FAST, BLOCK)
+    write_gradient_of_row(logits, places, leading, vocabulary, column, target_logit, column >= 0, highest, partition, LOG2E, FAST, BLOCK)
