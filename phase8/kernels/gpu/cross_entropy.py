@@ -89,7 +89,7 @@ def row_constants(logits: Tensor, vocabulary: int, block: int | None = None) -> 
     if block is None:
         # Two vectors for each of 1024 threads hide the latency of memory, and the rows being processed stay in the L2 cache (132
         # rows of 256 kB) until the second pass. Short rows use 512 threads, so that two programs share a multiprocessor; those between, 1024
-        # with one vector each: for 50,257 ids 0.54 ms instead of 0.58 to 0.61.
+        # with one vector each: 8,192 rows of 50,257 ids take 0.54 ms instead of 0.61.
         block = min(triton.next_power_of_2(leading), 16384 if leading > 65536 else 8192)
     vector = VECTOR_BYTES // logits.element_size()
     return {
