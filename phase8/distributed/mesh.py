@@ -77,8 +77,8 @@ class Mesh:
 
     @property
     def data_mesh(self) -> DeviceMesh | None:
-        """The ranks that read different tokens, replicate x shard; None without a process group."""
-        return None if self.device_mesh is None else self.device_mesh["replicate", "shard"]
+        """The ranks that read different tokens, replicate x shard; without replicas shard alone; None without a process group."""
+        return None if self.device_mesh is None else _without_replicas(self.device_mesh)
 
     @property
     def expert_replicate(self) -> Axis:
@@ -89,8 +89,13 @@ class Mesh:
 
     @property
     def expert_data_mesh(self) -> DeviceMesh | None:
-        """The ranks that hold the same experts, replicate x shard; None where ranks do not share experts."""
-        return None if self.expert_mesh is None else self.expert_mesh["replicate", "shard"]
+        """The ranks that hold the same experts, replicate x shard; without replicas shard alone; None where ranks do not share experts."""
+        return None if self.expert_mesh is None else _without_replicas(self.expert_mesh)
+
+
+def _without_replicas(grid: DeviceMesh) -> DeviceMesh:
+    """Ranks for FSDP. Of a dim of replicas, if only of one, it would keep the summed gradients of all blocks until the end of backward."""
+    return grid["shard"] if grid["replicate"].size() == 1 else grid["replicate", "shard"]
 
 
 def first_and_last_stage(mesh: Mesh) -> dist.ProcessGroup | None:
