@@ -15,6 +15,15 @@ class Cycle:
         self.itself = self
 
 
+@pytest.fixture(autouse=True)
+def _runs_collect(monkeypatch):
+    """As outside of tests; for other tests, what there is is frozen again."""
+    monkeypatch.setattr(garbage, "gc", gc)
+    yield
+    gc.collect()
+    gc.freeze()
+
+
 @pytest.fixture
 def collections():
     """The generations that are collected, in order."""
