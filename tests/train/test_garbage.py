@@ -15,11 +15,12 @@ class Cycle:
         self.itself = self
 
 
-@pytest.fixture(autouse=True)
-def _runs_collect(monkeypatch):
-    """As outside of tests; for other tests, what there is is frozen again."""
-    monkeypatch.setattr(garbage, "gc", gc)
-    yield
+@pytest.fixture(autouse=True, scope="module")
+def _runs_collect():
+    """As outside of tests; for the tests of other files, what there is is frozen again."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(garbage, "gc", gc)
+        yield
     gc.collect()
     gc.freeze()
 
