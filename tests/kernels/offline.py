@@ -21,11 +21,13 @@ A test names its kernels as values, all of a file in one dict, and gets back wha
 The arguments are those of the launch, tensors replaced by their type ("*bf16"), and are specialised as a launch would: pointers and
 integers that 16 divides are known to be so, 1 and None become constants.
 
-Run as a program this file is the compiler: in its own process, since kernels decorated under TRITON_INTERPRET cannot be compiled.
+Run as a program this file is the compiler: in its own process, since kernels decorated under TRITON_INTERPRET cannot be compiled. It stays for
+the next file of tests, as its imports take longer than most kernels.
 """
 
 from __future__ import annotations
 
+import functools
 import importlib
 import importlib.util
 import json
@@ -107,15 +109,12 @@ def count(opcodes: Mapping[str, int], opcode: str) -> int:
 
 
 def compile_offline(kernels: Mapping[str, OfflineKernel]) -> dict[str, Compiled]:
-    """Compiles kernels for Hopper in one process of its own; skips the test where that cannot be done."""
+    """Compiles kernels for Hopper in another process; skips the test where that cannot be done."""
     if importlib.util.find_spec("triton") is None:
         pytest.skip("triton is not installed")
-    request = json.dumps({name: asdict(kernel) for name, kernel in kernels.items()})
-    environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
+    environment = {key: value for key, value in os.environ.items() if key not in ("TRITON_INTERPRET", "PYTEST_CURRENT_TEST")}
     environment["PYTHONPATH"] = os.pathsep.join([str(ROOT), *filter(None, [environment.get("PYTHONPATH")])])
-    done = subprocess.run([sys.executable, __file__], input=request, capture_output=True, text=True, env=environment)
-    assert done.returncode == 0, done.stderr
-    answer = json.loads(done.stdout.splitlines()[-1])
+    answer = _compiler(frozenset(environment.items())).answer({name: asdict(kernel) for name, kernel in kernels.items()})
     if "unusable" in answer:
         pytest.skip(answer["unusable"])
     failed = {name: result["error"] for name, result in answer.items() if "error" in result}
@@ -123,14 +122,47 @@ def compile_offline(kernels: Mapping[str, OfflineKernel]) -> dict[str, Compiled]
     return {name: Compiled(**result) for name, result in answer.items()}
 
 
+class _Compiler:
+    """The process of the compiler, which ends with this one: a request and its answer are a line each.
+
+    Args:
+        environment: Its variables.
+    """
+
+    def __init__(self, environment: Mapping[str, str]):
+        self._errors = tempfile.TemporaryFile("w+")  # noqa: SIM115
+        self._process = subprocess.Popen(
+            [sys.executable, __file__], stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self._errors, text=True, env=environment
+        )
+
+    def answer(self, request: Mapping[str, Any]) -> dict[str, Any]:
+        try:
+            print(json.dumps(request), file=self._process.stdin, flush=True)
+            line = self._process.stdout.readline()
+        except BrokenPipeError:
+            line = ""
+        if not line:
+            _compiler.cache_clear()  # the next test has another one
+            self._errors.seek(0)
+            raise AssertionError(f"the compiler ended with exit code {self._process.wait()}\n{self._errors.read()}")
+        return json.loads(line)
+
+
+@functools.cache
+def _compiler(environment: frozenset[tuple[str, str]]) -> _Compiler:
+    return _Compiler(dict(environment))
+
+
 def _main() -> None:
+    answers = os.fdopen(os.dup(sys.stdout.fileno()), "w")
+    os.dup2(sys.stderr.fileno(), sys.stdout.fileno())  # whatever else is printed is no answer
     from phase8.kernels.toolchain import prepare_toolchain
 
     toolchain = prepare_toolchain((HOPPER // 10, HOPPER % 10))
-    if not toolchain.usable:
-        print(json.dumps({"unusable": toolchain.reason}))
-        return
-    print(json.dumps({name: _compile(OfflineKernel(**kernel)) for name, kernel in json.load(sys.stdin).items()}))
+    for line in sys.stdin:
+        request = {name: OfflineKernel(**kernel) for name, kernel in json.loads(line).items()}
+        compiled = {name: _compile(kernel) for name, kernel in request.items()} if toolchain.usable else {"unusable": toolchain.reason}
+        print(json.dumps(compiled), file=answers, flush=True)
 
 
 def _compile(kernel: OfflineKernel) -> dict[str, Any]:

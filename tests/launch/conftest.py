@@ -12,9 +12,8 @@ def training(tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def alone(training):
-    """The run of one plain process, to its end."""
-    code, _, errors = launched.run(training.plain("alone"))
-    assert code == 0, errors
+    """The run of one process, this one, to its end."""
+    training.in_this_process("alone")
     assert len(training.figures("alone")) == 24
     return "alone"
 

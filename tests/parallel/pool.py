@@ -165,7 +165,11 @@ def work(rank, port, connection):
     import torch
     import torch.distributed as dist
 
+    from tests import garbage
+
     torch.set_num_threads(1)
+    if not torch.cuda.is_available():
+        garbage.leave_frozen()  # and after each job, below
     store = dist.TCPStore("127.0.0.1", port, is_master=False)
     while True:
         try:

@@ -204,6 +204,8 @@ CASES = {
 
 ALSO = (  # their parts are in other cases
     "tp2 full", "tp2 low-rank", "tp2 transformer", *(f"dp2 zero {stage}" for stage in range(4)), "pp2 dp2 zero 1", "cp2 experts", "dp2 experts",
+    "tp4", "dp2 zero 3, full", "dp2 zero 3 offloaded", "dp4 zero 1 in pairs", "pp2 dp2 zero 3", "tp2 dp2 zero 3",
+    "tp2 dp2 zero 0, accumulation",  # counted with a collective too many below
 )  # fmt: skip
 
 

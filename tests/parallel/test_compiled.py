@@ -86,7 +86,8 @@ INDUCTOR, PARTITION = "inductor", "aot_eager_decomp_partition"  # with the same 
             for axis in ("expert", "tensor")
         ),
         ("expert", 3, 1.0, (*EXPERTS, DROPLESS), PARTITION),
-        ("context", 0, 1.0, CHAIN, PARTITION), ("context", 0, 1.0, ("model.block=transformer",), PARTITION),
+        pytest.param("context", 0, 1.0, CHAIN, PARTITION, marks=pytest.mark.full),
+        ("context", 0, 1.0, ("model.block=transformer",), PARTITION),
         # Each rank that shares sequences compiles what its own slice needs; no other rank may wait for what it leaves out.
         ("context", 0, 1.0, (*CHAIN, "train.recompute=full"), PARTITION),
         ("context", 0, 1.0, (*DELTA, "train.recompute=selective"), PARTITION),

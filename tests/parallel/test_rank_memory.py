@@ -48,23 +48,29 @@ class LiveBytes(TorchDispatchMode):
             if isinstance(tensor, torch.Tensor):
                 storage = tensor.untyped_storage()
                 if storage._cdata not in self._storages or self._storages[storage._cdata].expired():
+                    self._at_most += storage.nbytes() - self._sizes.get(storage._cdata, 0)
                     self._storages[storage._cdata] = StorageWeakRef(storage)
                     self._sizes[storage._cdata] = storage.nbytes()
-                    self._at_most += storage.nbytes()
         if self._at_most > self.peak:
             self.peak = max(self.peak, self.now())
         return result
 
     def now(self):
         """Bytes of the tensors that are still there; FSDP empties some without freeing them, and fills them again."""
-        alive, sizes, total = {}, {}, 0
+        opened, sizes, total, gone = torch.UntypedStorage._new_with_weak_ptr, self._sizes, 0, []
         for key, reference in self._storages.items():
-            storage = torch.UntypedStorage._new_with_weak_ptr(reference.cdata)
-            if storage is not None:
+            storage = opened(reference.cdata)
+            if storage is None:
+                gone.append(key)
+            else:
                 size = storage.nbytes()
-                alive[key], sizes[key] = reference, max(size, self._sizes[key])
                 total += size
-        self._storages, self._sizes, self._at_most = alive, sizes, sum(sizes.values())
+                if size > sizes[key]:
+                    self._at_most += size - sizes[key]
+                    sizes[key] = size
+        for key in gone:
+            del self._storages[key]
+            self._at_most -= sizes.pop(key)
         return total
 
 

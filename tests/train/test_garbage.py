@@ -15,6 +15,16 @@ class Cycle:
         self.itself = self
 
 
+@pytest.fixture(autouse=True, scope="module")
+def _runs_collect():
+    """As outside of tests; for the tests of other files, what there is is frozen again."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(garbage, "gc", gc)
+        yield
+    gc.collect()
+    gc.freeze()
+
+
 @pytest.fixture
 def collections():
     """The generations that are collected, in order."""
