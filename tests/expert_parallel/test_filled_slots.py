@@ -5,6 +5,7 @@ import torch
 
 from phase8.expert_parallel.exchange import _computed_where_filled
 from phase8.expert_parallel.slots import padded_slots, places_in_sequence
+from phase8.kernels.grouped_product import grouped_product
 
 RANKS, EXPERTS, SEQUENCES, CAPACITY, WIDTH = 2, 3, 2, 4, 5
 FILLS = {"some": None, "none": 0, "all": CAPACITY}
@@ -51,3 +52,30 @@ def test_padded_slots_know_how_many_of_them_are_filled():
     slots = padded_slots(chosen, places, counts, 2, num_ranks=2)
     assert slots.filled.tolist() == [[2, 0], [2, 1], [1, 2], [0, 2]]
     assert slots.filled.sum() == (slots.choice < chosen.numel()).sum() == slots.is_kept.sum()
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("experts", [1, 2])
+@pytest.mark.parametrize("compiles", [False, True])
+def test_bf16_on_a_gpu_equals_the_products_of_each_row(experts, compiles):
+    """Rows that no expert computes hold anything there; nothing of it arrives, and the sizes are those of a microbatch."""
+    ranks, sequences, capacity, width, inner = 2, 4, 640, 512, 384
+    generator = torch.Generator("cuda").manual_seed(0)
+    filled = torch.randint(0, capacity + 1, (ranks, experts, sequences), device="cuda", generator=generator)
+    is_filled = (torch.arange(capacity, device="cuda") < filled[..., None])[..., None]
+    shape = (ranks, experts, sequences, capacity, width)
+    rows = (torch.randn(shape, device="cuda", generator=generator).bfloat16() * is_filled).flatten(0, 3).requires_grad_()
+    weights = [torch.randn(experts, *each, device="cuda", generator=generator).mul(each[1] ** -0.5).bfloat16() for each in ((inner, width), (width, inner))]
+    up, down = (weight.requires_grad_() for weight in weights)
+
+    def through_experts(rows, filled, up, down):
+        return _computed_where_filled(rows, filled, lambda x, ends: grouped_product(grouped_product(x, up, ends), down, ends))
+
+    y = (torch.compile(through_experts) if compiles else through_experts)(rows, filled, up, down)
+    dy = torch.randn(y.shape, device="cuda", generator=generator).bfloat16() * is_filled.flatten(0, 3)
+    found = (y, *torch.autograd.grad(y, (rows, up, down), dy))
+    exact = [each.detach().double().requires_grad_() for each in (rows, up, down)]
+    expected = torch.einsum("rebcd,efd,egf->rebcg", exact[0].view(shape), exact[1], exact[2]).flatten(0, 3)
+    expected = (expected, *torch.autograd.grad(expected, exact, dy.double()))
+    for ours, theirs in zip(found, expected, strict=True):
+        assert (ours.double() - theirs).norm() <= 2**-6 * theirs.norm()
