@@ -65,8 +65,8 @@ def test_bf16_on_a_gpu_equals_the_products_of_each_row(experts, compiles):
     is_filled = (torch.arange(capacity, device="cuda") < filled[..., None])[..., None]
     shape = (ranks, experts, sequences, capacity, width)
     rows = (torch.randn(shape, device="cuda", generator=generator).bfloat16() * is_filled).flatten(0, 3).requires_grad_()
-    weights = [torch.randn(experts, *each, device="cuda", generator=generator).mul(each[1] ** -0.5).bfloat16() for each in ((inner, width), (width, inner))]
-    up, down = (weight.requires_grad_() for weight in weights)
+    sizes = ((experts, inner, width), (experts, width, inner))
+    up, down = (torch.randn(each, device="cuda", generator=generator).mul(each[2] ** -0.5).bfloat16().requires_grad_() for each in sizes)
 
     def through_experts(rows, filled, up, down):
         return _computed_where_filled(rows, filled, lambda x, ends: grouped_product(grouped_product(x, up, ends), down, ends))
