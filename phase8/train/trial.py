@@ -43,6 +43,17 @@ class Trial:
     seconds: float
 
 
+def trial_seconds(config: RunConfig, step_seconds: float) -> float:
+    """The duration of a trial's steps in one process, as many slow ones as measured ones, without building and compilation.
+
+    Args:
+        config: Config of the trial.
+        step_seconds: Duration of a step of all microbatches.
+    """
+    shape = batch_shape(config.train, config.parallel, data_parallel_size=1)
+    return 2 * MEASURED_STEPS * step_seconds * min(1.0, MOST_MICROBATCHES / shape.num_microbatches)
+
+
 def run_trial(config: RunConfig, *, mesh: Mesh, device: torch.device, build_engine: BuildEngine) -> Trial | str:
     """Trains for a few steps as a run would, without data, metrics or checkpoints; returns the reason as text where it cannot.
 

@@ -4,7 +4,7 @@
 |---|---|
 | a run that resumes on the same device and ranks | it keeps its settings, so its steps stay the same bit for bit |
 | a cached choice for such a run (`data.cache_dir/tuning`) | it is used |
-| one process on a GPU, `train.tuning: measure` | the best few candidates that fit by plan are tried, the fastest is taken |
+| one process on a GPU, `train.tuning: measure` | the best few candidates that fit by plan are tried, unless one has no rival and long steps |
 | several ranks, or `train.tuning: plan` | the best by plan is taken: a trial that runs out of memory on one rank would leave the rest waiting |
 | a CPU, or `train.tuning: off` | a fixed rule applies |
 """
@@ -36,7 +36,7 @@ from phase8.plan.candidates import Candidate, Device, find_candidates, nothing_f
 from phase8.plan.prediction import predict_step
 from phase8.train.device import host_settings
 from phase8.train.engine.protocol import BuildEngine
-from phase8.train.trial import OUT_OF_MEMORY, Trial, run_trial
+from phase8.train.trial import OUT_OF_MEMORY, Trial, run_trial, trial_seconds
 
 # Must be raised when the same machine may choose otherwise than before.
 TUNING_VERSION = 3
@@ -45,6 +45,8 @@ _MOST_TRIALS = 3
 _WORTH_A_TRIAL = 1.08
 # In a shorter run, compilation would take more time than it saves.
 _LONG_ENOUGH_TO_COMPILE_SECONDS = 120.0
+# Where the steps of a trial would take longer, by their prediction, a candidate without a rival is taken untried.
+_WORTH_A_TRIAL_OF_ONE_SECONDS = 30.0
 _UNLIMITED = 1 << 60
 _AS_BEFORE = "as the run began: "
 _Try = Callable[[RunConfig], Trial | str]
@@ -199,6 +201,10 @@ class _Search:
             OutOfMemoryError: No candidate could run.
         """
         if self.is_long(None):
+            best, *others = self.candidates(compiles=True)
+            has_rival = any(other.step_seconds <= best.step_seconds * _WORTH_A_TRIAL for other in others)
+            if not has_rival and trial_seconds(best.config, best.step_seconds) > _WORTH_A_TRIAL_OF_ONE_SECONDS:
+                return Chosen(values_of(best.config, _CHOSEN_KEYS), self._facts.name, 1, f"{best}, by plan, which finds nothing as fast")
             self._try(compiles=True, most=_MOST_TRIALS)
         else:
             self._try(compiles=False, most=1)

@@ -73,6 +73,21 @@ def test_the_fastest_that_was_tried_is_taken(tiny, mesh, trials):
     assert "300 tok/s measured" in chosen.reason and "next best: micro batch 4" in chosen.reason
 
 
+@pytest.mark.parametrize(("step_seconds", "has_rival", "is_tried"), [(100.0, False, False), (100.0, True, True), (1.0, False, True)])
+def test_a_candidate_without_a_rival_is_taken_untried_if_its_steps_are_long(tiny, mesh, trials, monkeypatch, step_seconds, has_rival, is_tried):
+    _, made = trials
+    find = tuning.find_candidates
+
+    def found(config, **others):
+        best, second, *_ = find(config, **others)
+        return [replace(best, step_seconds=step_seconds), replace(second, step_seconds=step_seconds * (1.05 if has_rival else 1.2))]
+
+    monkeypatch.setattr(tuning, "find_candidates", found)
+    config, chosen = choose(tiny, mesh, "train.num_steps=10000000")
+    assert bool(made) == is_tried and config.train.micro_batch_size == 4
+    assert ("by plan" in chosen.reason) != is_tried
+
+
 def test_a_short_run_is_not_compiled(tiny, mesh, trials):
     speeds, made = trials
     speeds[4, False] = 1e6
