@@ -22,6 +22,7 @@ from functools import partial
 from typing import TYPE_CHECKING
 
 from phase8.config.arguments import add_device_option, path_argument
+from phase8.data.utf8 import lone_surrogate
 from phase8.errors import ConfigError
 from phase8.imports import imports_that_stay
 from phase8.terminal import output_is_the_product, run_door, warn
@@ -148,7 +149,9 @@ def _typed() -> Iterator[list[str]]:
         line = stream.readline()
         if not line:
             return
-        if line.strip():
+        if lone_surrogate(line):
+            warn("that line is not UTF-8 and is passed over")
+        elif line.strip():
             yield [line.rstrip("\n")]
 
 

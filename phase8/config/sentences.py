@@ -29,11 +29,15 @@ def problem_sentences(error: ValidationError, tree: Mapping[str, Any], *, source
     """
     fields = dict(iterate_keys())
     places: dict[str, list[ErrorDetails]] = {}
+    dotted: list[list[str]] = []
     for problem in error.errors():
         parts = [str(part) for part in problem["loc"]]
+        if problem["type"] == "extra_forbidden" and "." in parts[-1]:
+            dotted.append(parts)
+            continue
         name = next((key for n in range(len(parts), 0, -1) if (key := ".".join(parts[:n])) in fields), ".".join(parts))
         places.setdefault(name, []).append(problem)
-    sentences: list[str] = []
+    sentences = [f"{source}: {_about_dots(parts, fields)}" for parts in dotted[:MAX_PROBLEMS]]
     for name, problems in places.items():
         where = overridden.get(name, source)
         about = _about_key(name, fields[name], problems, tree) if name in fields else _about_place(name, problems[0])
@@ -41,6 +45,16 @@ def problem_sentences(error: ValidationError, tree: Mapping[str, Any], *, source
         if len(sentences) > MAX_PROBLEMS:
             return [*sentences[:MAX_PROBLEMS], f"{source}: there are more problems than these {MAX_PROBLEMS}; correct them first."]
     return sentences
+
+
+def _about_dots(parts: Sequence[str], fields: Mapping[str, FieldInfo]) -> str:
+    """The sentence about a key that a file writes with dots, as command lines do."""
+    name = ".".join(parts)
+    if not any(key == name or key.startswith(f"{name}.") for key in fields):
+        return unknown_key(name)
+    *outer, last = name.split(".")
+    nested = functools.reduce(lambda inner, section: f"{section}: {{{inner}}}", reversed(outer), f"{last}: ...")
+    return f"{shortened(parts[-1])} is written with dots, as for --set; in a file a key stands inside its section: {nested}."
 
 
 def _about_place(name: str, problem: ErrorDetails) -> Iterator[str]:

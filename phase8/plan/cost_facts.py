@@ -19,11 +19,11 @@ Fact = tuple[str, str]
 
 def model_facts(model: ModelSection, *, num_parameters: int) -> list[Fact]:
     """Shape, parameters and arithmetic."""
-    rank = f"low rank {model.low_rank_rank}" if model.low_rank_rank else "dense"
+    rank = f", low rank {model.low_rank_rank}" if model.low_rank_rank else "" if any(model.has_experts) else ", dense"
     heads = f"{model.num_heads} heads of {model.head_width}" + (f" on {model.num_kv_heads} of keys" if model.queries_per_key > 1 else "")
     forward = sum(forward_flops_per_token(model).values())
     return [
-        ("model", f"{model.block}, {model.num_layers} layers, width {model.d_model}, {heads}, {rank}"),
+        ("model", f"{model.block}, {model.num_layers} layers, width {model.d_model}, {heads}{rank}"),
         ("parameters", f"{format_count(num_parameters)} ({num_parameters:,}){_active(model, num_parameters)}"),
         *([("experts", _experts(model))] if any(model.has_experts) else []),
         ("FLOPs/token", f"{format_flops(training_flops_per_token(model))} training, {format_flops(forward)} forward"),

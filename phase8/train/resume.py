@@ -91,13 +91,14 @@ def restore_run(
         The position of the checkpoint, and the config of the run that saved it.
 
     Raises:
-        CheckpointMismatchError: The checkpoint has another model, other data or another tokenizer, or the number of ranks would change the
-            batch although the config does not ask for it.
+        CheckpointMismatchError: The checkpoint has another model, another optimizer, other data or another tokenizer, or the number of ranks
+            would change the batch although the config does not ask for it.
     """
     metadata = run_metadata(checkpoint, needed=OF_A_RUN)
     saved, saved_fingerprint, random_state = metadata.config, metadata.data_fingerprint, metadata.random_state
     position = Position(**metadata.position.model_dump())
     _check_model(checkpoint.path, saved.model, config.model)
+    _check_optimizer(checkpoint.path, saved, config)
     _check_batch(checkpoint.path, metadata.global_batch_size, config, engine.mesh.topology.data_parallel_size)
     attached = attached_to(checkpoint)  # a damaged tokenizer is found now, not at the first generation
     if not config.data.allow_fingerprint_change:
@@ -149,6 +150,17 @@ def _check_model(path: Path, saved: ModelSection, current: ModelSection) -> None
         remedy = ", or begin a new run with its weights by checkpoint.initialise_from" if different.keys() <= WITHOUT_SHAPE else ""
         raise CheckpointMismatchError(
             f"{path} is a checkpoint of another model: {listed}; use its config, another run.name, or --resume none{remedy}."
+        )
+
+
+def _check_optimizer(path: Path, saved: RunConfig, current: RunConfig) -> None:
+    """Refuses a checkpoint whose optimizer keeps other state; moments in fp32 and in bf16 are converted into each other."""
+    pairs = [(key, value_of(saved, key), value_of(current, key)) for key in ("optim.name", "optim.state_dtype")]
+    listed = ", ".join(f"{key} was {was} and is {now}" for key, was, now in pairs if was != now and (key == "optim.name" or "fp8" in (was, now)))
+    if listed:
+        raise CheckpointMismatchError(
+            f"{path} holds the state of another optimizer: {listed}; restore the key, or begin a new run with its weights by "
+            "checkpoint.initialise_from."
         )
 
 

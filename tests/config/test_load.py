@@ -48,6 +48,23 @@ PROBLEMS = {
     "other section": ("model: {learning_rate: 3}", "FILE: unknown key model.learning_rate; did you mean optim.learning_rate?"),
     "no section": ("d_model: 256", "FILE: unknown key d_model; did you mean model.d_model?"),
     "nested section outside its own": ("compile: {enabled: true}", "FILE: unknown key compile; did you mean train.compile?"),
+    "dots": (
+        "train.num_steps: 3",
+        "FILE: train.num_steps is written with dots, as for --set; in a file a key stands inside its section: train: {num_steps: ...}.",
+    ),
+    "dots beside the section": (
+        "{train.num_steps: 3, train: {num_steps: 20}}",
+        "FILE: train.num_steps is written with dots, as for --set; in a file a key stands inside its section: train: {num_steps: ...}.",
+    ),
+    "dots inside a section": (
+        "train: {anomaly.policy: stop}",
+        "FILE: anomaly.policy is written with dots, as for --set; in a file a key stands inside its section: train: {anomaly: {policy: ...}}.",
+    ),
+    "dots of a section": (
+        "train.compile: {enabled: true}",
+        "FILE: train.compile is written with dots, as for --set; in a file a key stands inside its section: train: {compile: ...}.",
+    ),
+    "misspelt dots": ("train.nun_steps: 3", "FILE: unknown key train.nun_steps; did you mean train.num_steps?"),
     "misspelt section": ("modle: {d_model: 256}", "FILE: unknown key modle; did you mean model?"),
     "like nothing": ("zzz: 1", f"FILE: unknown key zzz; the sections are {SECTIONS}."),
     "a number as key": ("7: 1", f"FILE: unknown key 7; the sections are {SECTIONS}."),

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from phase8 import terminal
 from phase8.data.tokenizer_training import train_sentencepiece
 from tests.tools.doors import load_door
 from tests.train.tiny_run import train_tiny, write_config
@@ -100,8 +101,12 @@ def test_prompts_come_from_standard_input(trained, generated_here, monkeypatch, 
     expected = [generated_here(*options, "--prompt", prompt)[1] for prompt in ("def ma", "pass")]
     monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(text.encode())))
     assert generated_here(*options, "--batch-file", "-")[1] == f"[prompt 1, sample 1]\n{expected[0]}[prompt 2, sample 1]\n{expected[1]}"
-    monkeypatch.setattr(sys, "stdin", io.StringIO("def ma\n \npass"))
+    # A byte that is not UTF-8 reaches Python as a lone surrogate; the lines around it are continued.
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(b"def ma\n \n\xff\npass"), errors="surrogateescape"))
+    told = []
+    monkeypatch.setattr(terminal, "tell", told.append)
     typed = generated_here(*options, "--interactive")[1]
+    assert told[0] == "that line is not UTF-8 and is passed over\n"
     assert typed == "".join(text.removeprefix(prompt) for text, prompt in zip(expected, ("def ma", "pass"), strict=True))
 
 

@@ -113,6 +113,15 @@ def test_checkpoint_of_another_model_is_refused(tiny):
     assert prepare(tiny, "model.global_path=true").position.step == 5
 
 
+def test_state_of_another_optimizer_is_refused_by_the_key(tiny):
+    train_tiny(tiny, "train.stop_at_step=5")
+    for change in ("optim.name was adamw and is muon", "optim.state_dtype was fp32 and is fp8"):
+        key, value = change.split(" was ")[0], change.split(" is ")[1]
+        with pytest.raises(CheckpointMismatchError, match=f"holds the state of another optimizer: {change}; .* by checkpoint.initialise_from"):
+            prepare(tiny, f"{key}={value}")
+    assert prepare(tiny, "optim.state_dtype=bf16").position.step == 5
+
+
 def test_keys_that_the_block_does_not_read_and_other_spellings_are_no_other_model(tiny):
     of_phase8 = ("model.local_window_size=9", "model.score=dot", "model.chain=none", "model.global_path=none", "model.memory_tokens=[1.0,2.0]")
     train_tiny(tiny, "model.block=transformer", "train.stop_at_step=5")
