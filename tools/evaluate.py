@@ -5,11 +5,12 @@
     python tools/evaluate.py --checkpoint runs/long --text book.txt --carry-state                     # position 100,000 has seen 99,999 tokens
     torchrun --nproc_per_node=8 tools/evaluate.py --checkpoint runs/phase8_7b_3d --data A B
 
-Every token is predicted once. --data names .bin/.idx pairs that the tokenizer of the model has made; their windows follow each other across
-documents, as in training. --text names files or directories that tools/prepare_data.py can read; each document is read by itself, after an
-end-of-document token. A window has the length of the training unless --length says otherwise; the last one reaches back, so that it is full.
-With --stride S every window predicts S tokens more than the one before and has the rest as context. --sequences N takes N windows of --data
-as an evaluation during training does: evenly spread, the same ones every time.
+Every token is predicted once. --data names .bin/.idx pairs that the tokenizer of the model has made (one whose record names another
+tokenizer is refused); their windows follow each other across documents, as in training. --text names files or directories that
+tools/prepare_data.py can read; each document is read by itself, after an end-of-document token. A window has the length of the training
+unless --length says otherwise; the last one reaches back, so that it is full. With --stride S every window predicts S tokens more than the
+one before and has the rest as context. --sequences N takes N windows of --data as an evaluation during training does: evenly spread, the
+same ones every time.
 
 The bytes of a text are those of its UTF-8. Those of a pair are known if its record names the model's tokenizer and this one rewrites no text;
 otherwise bits per byte are `unknown` (null in JSON). Under torchrun each rank holds the whole model and reads its share; the result is that of
@@ -120,11 +121,11 @@ def _sources(
     from phase8.evaluate.sources import open_pairs, read_text_sources
 
     if parsed.data is not None:
-        tokenizer = _tokenizer_if_any(parsed, section, checkpoint, vocab_size=vocab_size)
+        tokenizer = _tokenizer_if_any(parsed, section, checkpoint, vocab_size=vocab_size, say=say)
         return open_pairs(parsed.data, tokenizer, section, vocab_size=vocab_size, on_progress=show)
     return read_text_sources(
         parsed.text,
-        _tokenizer(parsed, section, checkpoint, vocab_size=vocab_size),
+        _tokenizer(parsed, section, checkpoint, vocab_size=vocab_size, say=say),
         json_key=parsed.json_key,
         document_separator=parsed.document_separator,
         on_progress=partial(show, "tokenizing"),
@@ -132,33 +133,27 @@ def _sources(
     )
 
 
-def _tokenizer(parsed: argparse.Namespace, section: DataSection, checkpoint: Checkpoint, *, vocab_size: int) -> Tokenizer:
-    from phase8.data.tokenizer import load_tokenizer
-    from phase8.generate.restore import restore_tokenizer
+def _tokenizer(parsed: argparse.Namespace, section: DataSection, checkpoint: Checkpoint, *, vocab_size: int, say: Callable[[str], None]) -> Tokenizer:
+    from phase8.generate.restore import choose_tokenizer
 
     eod_token = parsed.eod_token or section.eod_token
-    if parsed.tokenizer is None:
-        return restore_tokenizer(checkpoint, vocab_size=vocab_size, eod_token=eod_token)
-    tokenizer = load_tokenizer(parsed.tokenizer, eod_token=eod_token)
-    if tokenizer.vocab_size > vocab_size:
-        raise ConfigError(
-            f"--tokenizer {parsed.tokenizer} has {tokenizer.vocab_size} ids, but the model has {vocab_size}; give the tokenizer it was trained with."
-        )
-    return tokenizer
+    return choose_tokenizer(checkpoint, parsed.tokenizer, vocab_size=vocab_size, eod_token=eod_token, on_message=say)
 
 
-def _tokenizer_if_any(parsed: argparse.Namespace, section: DataSection, checkpoint: Checkpoint, *, vocab_size: int) -> Tokenizer | None:
-    """The tokenizer, which pairs need for nothing but their bytes; None if the model has none that can be used."""
+def _tokenizer_if_any(
+    parsed: argparse.Namespace, section: DataSection, checkpoint: Checkpoint, *, vocab_size: int, say: Callable[[str], None]
+) -> Tokenizer | None:
+    """The tokenizer, which pairs need for their bytes and to be compared with theirs; None if the model has none that can be used."""
     from phase8.checkpoint.model_source import tokenizer_of
 
     if parsed.tokenizer is None and tokenizer_of(checkpoint) is None:
         return None
     try:
-        return _tokenizer(parsed, section, checkpoint, vocab_size=vocab_size)
+        return _tokenizer(parsed, section, checkpoint, vocab_size=vocab_size, say=say)
     except Phase8Error as error:
         if parsed.tokenizer is not None:
             raise
-        warn(f"bits per byte are unknown: {error}")
+        say(f"bits per byte are unknown: {error}")
         return None
 
 

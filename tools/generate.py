@@ -55,9 +55,8 @@ def _run() -> int:
 
 def _generate(arguments: argparse.Namespace) -> None:
     with imports_that_stay():
-        from phase8.data.tokenizer import load_tokenizer
         from phase8.generate.prompts import read_prompts
-        from phase8.generate.restore import hold_in_compute_dtype, restore_model, restore_tokenizer
+        from phase8.generate.restore import choose_tokenizer, hold_in_compute_dtype, restore_model
         from phase8.generate.sampling import SamplingOptions
         from phase8.generate.text import TextWriter, prompt_tokens
         from phase8.train.device import select_device
@@ -67,15 +66,7 @@ def _generate(arguments: argparse.Namespace) -> None:
     model, data, checkpoint = restore_model(arguments.checkpoint, device=select_device(arguments.device))
     hold_in_compute_dtype(model)
     vocab_size, eod_token = model.section.vocab_size, arguments.eod_token or data.eod_token
-    if arguments.tokenizer is None:
-        tokenizer = restore_tokenizer(checkpoint, vocab_size=vocab_size, eod_token=eod_token)
-    else:
-        tokenizer = load_tokenizer(arguments.tokenizer, eod_token=eod_token)
-        if tokenizer.vocab_size > vocab_size:
-            raise ConfigError(
-                f"--tokenizer {arguments.tokenizer} has {tokenizer.vocab_size} ids, but the model has {vocab_size}; "
-                "give the tokenizer it was trained with."
-            )
+    tokenizer = choose_tokenizer(checkpoint, arguments.tokenizer, vocab_size=vocab_size, eod_token=eod_token, on_message=warn)
     batch_size = min(arguments.batch_size, len(prompts) * arguments.num_samples)
     limits = {"max_tokens": arguments.max_tokens, "stops": arguments.stop, "batch_size": batch_size}
     output = _Output(arguments, TextWriter(model, tokenizer, options=options, **limits))

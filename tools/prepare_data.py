@@ -89,6 +89,8 @@ def print_report(report: PrepareReport) -> None:
         print(f"invalid documents skipped: {report.num_invalid:,}, the first: {report.first_invalid}")
     if report.num_empty:
         print(f"empty documents left out: {report.num_empty:,}")
+    if report.num_with_nul:
+        print(f"documents with NUL bytes, which text rarely has, kept as they are: {report.num_with_nul:,}")
     print_lost(report.lost)
     if report.not_read is not None:
         print(report.not_read)

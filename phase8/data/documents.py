@@ -6,6 +6,8 @@
 | `.jsonl` and similar | the text under a key of each line (json_lines.py) | yes |
 | `.parquet` | the text in a column of each row (parquet.py) | yes, by row groups |
 | `.gz`, `.zst` of the first two | as uncompressed | no |
+
+A tar or zip archive is no document, whatever its name says.
 """
 
 from __future__ import annotations
@@ -14,6 +16,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import BinaryIO, TypeVar
 
+from phase8.data.archives import archive_problem
 from phase8.data.compression import DamagedStreamError, decompressed
 from phase8.data.input_files import Document, OnInvalid, Source, Span
 from phase8.data.json_lines import read_json_lines
@@ -83,7 +86,10 @@ def read_documents(span: Span, *, json_key: str, on_invalid: OnInvalid, document
         return
     try:
         with _opened(source) as (file, stored):
-            if source.is_json_lines:
+            if (problem := archive_problem(source.path)) is not None:
+                if span.start == 0:  # once for a file that is cut
+                    on_invalid(DataError(problem))
+            elif source.is_json_lines:
                 yield from read_json_lines(file, stored, span, json_key=json_key, on_invalid=on_invalid)
             elif document_separator is not None:
                 yield from _between_separators(file, stored, span, document_separator.encode(), on_invalid)

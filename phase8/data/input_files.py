@@ -11,6 +11,7 @@ from itertools import islice
 from pathlib import Path
 from typing import NamedTuple
 
+from phase8.data.archives import archive_problem
 from phase8.data.compression import COMPRESSED_SUFFIXES
 from phase8.data.content import WHOLE_BYTES, content_digest
 from phase8.data.optional_packages import import_parquet, import_zstandard
@@ -150,16 +151,20 @@ def find_sources(inputs: Iterable[str | Path]) -> tuple[list[Source], LeftOut]:
     Symbolic links are followed; a directory or file that is reached in several ways is read once.
 
     Raises:
-        DataError: An input is missing or cannot be read, its format needs a package that is not installed, or a directory holds nothing to read.
+        DataError: An input is missing or cannot be read, is an archive, its format needs a package that is not installed, or a directory holds
+            nothing to read.
     """
     sources: dict[Path, Source] = {}
     left_out = LeftOut()
     for name in map(Path, inputs):
-        for path in _files_of_directory(name, left_out) if name.is_dir() else [name]:
+        is_directory = name.is_dir()
+        for path in _files_of_directory(name, left_out) if is_directory else [name]:
             identity = real_path(path)
             if identity not in sources:
                 sources[identity] = find_source(path)
                 _check_package(sources[identity])
+            if not is_directory:
+                _refuse_archive(sources[identity])
     left_out.remove(sources)
     return list(sources.values()), left_out
 
@@ -271,3 +276,13 @@ def _check_package(source: Source) -> None:
         import_parquet(source.path)
     elif source.path.endswith(".zst"):
         import_zstandard(source.path)
+
+
+def _refuse_archive(source: Source) -> None:
+    """Refuses an archive that is named as an input at once; one among the files of a directory is found when these are read."""
+    try:
+        problem = None if source.is_parquet else archive_problem(source.path)
+    except OSError as error:
+        raise DataError(f"cannot read the input {source.path}: {error.strerror or error}; it was there a moment ago") from error
+    if problem is not None:
+        raise DataError(f"the input {problem}")

@@ -37,7 +37,7 @@ from phase8.errors import ConfigError, DataError
 OnProgress = Callable[[str, int, int], None]
 
 # Must be raised when the same inputs and options give other bytes or another record than before.
-FORMAT_VERSION = 2
+FORMAT_VERSION = 3
 TOKENIZING = "tokenizing"
 _SAMPLE_BYTES_PER_SHARD = 1 << 20
 
@@ -125,7 +125,8 @@ def _prepare(options: PrepareOptions, sources: list[Source], layout: Layout, on_
     ]
     counts = _tokenise(shards, options.num_workers, on_progress)
     check_unchanged(sources)
-    _check_splits(counts, options.rules)
+    num_empty = sum(found.num_empty for found in counts) + _num_empty_files(sources)
+    _check_splits(counts, options.rules, num_empty)
     splits = {name: _merge(shards, name, layout.split(name), dtype, maker, on_progress) for name in options.rules.splits}
     if options.tokenizer is None:
         with staged_file(layout.tokenizer) as partial:
@@ -137,7 +138,8 @@ def _prepare(options: PrepareOptions, sources: list[Source], layout: Layout, on_
         vocab_size=tokenizer.vocab_size,
         dtype=dtype.name,
         text_bytes=sum(found.text_bytes for found in counts),
-        num_empty=sum(found.num_empty for found in counts),
+        num_empty=num_empty,
+        num_with_nul=sum(found.num_with_nul for found in counts),
         num_invalid=sum(found.num_invalid for found in counts),
         first_invalid=next((found.first_invalid for found in counts if found.first_invalid), None),
         lost=functools.reduce(operator.add, (found.lost for found in counts)),
@@ -193,12 +195,18 @@ def _tokenise(shards: list[Shard], num_workers: int, on_progress: OnProgress) ->
     return [counts[shard.directory] for shard in shards]
 
 
-def _check_splits(counts: list[ShardCounts], rules: DocumentRules) -> None:
+def _num_empty_files(sources: list[Source]) -> int:
+    """Files without bytes, of which no shard has a part; where an empty file is damaged, its reader counts it."""
+    return sum(source.size_bytes == 0 and not (source.is_compressed or source.is_parquet) for source in sources)
+
+
+def _check_splits(counts: list[ShardCounts], rules: DocumentRules, num_empty: int) -> None:
     num_documents = {name: sum(found.num_documents[name] for found in counts) for name in rules.splits}
     total = sum(num_documents.values())
     if total == 0:
-        skipped = sum(found.num_invalid + found.num_empty for found in counts)
-        raise DataError(f"the inputs hold no document with text ({skipped} were empty or invalid); give other inputs or another --json-key")
+        skipped = sum(found.num_invalid for found in counts) + num_empty
+        why = f" ({skipped:,} {'was' if skipped == 1 else 'were'} empty or invalid)" if skipped else ""
+        raise DataError(f"the inputs hold no document with text{why}; give other inputs or another --json-key")
     for name, number in num_documents.items():
         if number == 0:
             raise DataError(

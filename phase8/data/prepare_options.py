@@ -86,7 +86,8 @@ class PrepareReport:
         vocab_size: Its number of ids.
         dtype: Type of the tokens in the files.
         text_bytes: UTF-8 bytes of all documents written.
-        num_empty: Documents without tokens, which are not written.
+        num_empty: Documents without tokens, which are not written, and files without bytes.
+        num_with_nul: Documents written that hold NUL bytes.
         num_invalid: Number of inputs that were skipped because they are not documents.
         first_invalid: Reason for skipping the first of them.
         lost: Text that the tokenizer could not keep.
@@ -103,6 +104,7 @@ class PrepareReport:
     dtype: str
     text_bytes: int
     num_empty: int
+    num_with_nul: int
     num_invalid: int
     first_invalid: str | None
     lost: LostText

@@ -110,6 +110,7 @@ class ShardCounts:
         num_documents: Documents written, by split.
         text_bytes: UTF-8 bytes of the documents written.
         num_empty: Documents without tokens, which are not written.
+        num_with_nul: Documents written that hold NUL bytes.
         num_invalid: Number of inputs that were skipped because they are not documents.
         first_invalid: Reason for skipping the first of them.
         lost: Text that the tokenizer could not keep.
@@ -118,6 +119,7 @@ class ShardCounts:
     num_documents: dict[str, int]
     text_bytes: int
     num_empty: int
+    num_with_nul: int
     num_invalid: int
     first_invalid: str | None
     lost: LostText
@@ -171,7 +173,7 @@ def _stored_counts(values: object, num_documents: dict[str, int]) -> ShardCounts
     """The counts in a record; None if it is malformed, or disagrees with the files about the number of documents."""
     if not isinstance(values, dict) or values.keys() != {field.name for field in fields(ShardCounts)}:
         return None
-    numbers, reason = [values[name] for name in ("text_bytes", "num_empty", "num_invalid")], values["first_invalid"]
+    numbers, reason = [values[name] for name in ("text_bytes", "num_empty", "num_with_nul", "num_invalid")], values["first_invalid"]
     lost = stored_lost_text(values["lost"])
     is_whole = all(type(number) is int and number >= 0 for number in numbers) and (reason is None or isinstance(reason, str))
     if lost is None or not is_whole or values["num_documents"] != num_documents:
@@ -196,7 +198,7 @@ def make_shard(shard: Shard, *, on_bytes: OnBytes = ignore_progress) -> ShardCou
     dtype = best_dtype(tokenizer.vocab_size)
     end = np.array([tokenizer.eod_id] if rules.append_eod else [], dtype)
     num_documents = dict.fromkeys(rules.splits, 0)
-    text_bytes = num_empty = bytes_done = 0
+    text_bytes = num_empty = num_with_nul = bytes_done = 0
     with staged_directory(shard.directory) as directory:
         with ExitStack() as stack:
             writers = {split: stack.enter_context(IndexedWriter(directory / split, dtype=dtype)) for split in rules.splits}
@@ -216,11 +218,13 @@ def make_shard(shard: Shard, *, on_bytes: OnBytes = ignore_progress) -> ShardCou
                 writers[split].add_document(tokens)
                 num_documents[split] += 1
                 text_bytes += num_encoded_bytes(text)
+                num_with_nul += "\0" in text
                 del text, tokens  # otherwise they would be in memory while the next document is read
         counts = ShardCounts(
             num_documents=num_documents,
             text_bytes=text_bytes,
             num_empty=num_empty,
+            num_with_nul=num_with_nul,
             num_invalid=invalid.count,
             first_invalid=invalid.first,
             lost=lost.total,

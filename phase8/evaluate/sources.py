@@ -4,6 +4,7 @@
 |---|---|---|
 | a source is | a pair, or all pairs that a pattern matches | a file or a directory |
 | read together are | all its tokens, across documents, as in training | the tokens of a document, after an end-of-document token |
+| refused are | pairs whose record names another tokenizer, as in training | inputs that hold no text |
 | the first token | is not predicted, since nothing is before it | is predicted from the end-of-document token |
 | bytes are those | of each token, if the pair's record names the tokenizer and this one rewrites no text | of the texts, if no token is unknown |
 
@@ -23,6 +24,7 @@ import numpy as np
 from phase8.config.schema import DataSection, DataSource
 from phase8.data.documents import cut_shards
 from phase8.data.input_files import find_sources
+from phase8.data.made_with import Wording, check_tokenizer
 from phase8.data.shards import DocumentRules, encode_document, read_texts
 from phase8.data.sources import open_sources, source_names
 from phase8.data.streams import TokenStream
@@ -34,6 +36,11 @@ from phase8.evaluate.pieces import Range
 
 _WHOLE_FILES = 1 << 62
 _CHUNK_TOKENS = 1 << 24
+_WORDING = Wording(
+    named="the evaluation's",
+    other_tokenizer="give pairs that it has made, or name the tokenizer of these with --tokenizer if its ids mean the same",
+    other_end="name the piece of the data with --eod-token",
+)
 
 
 @dataclass(frozen=True)
@@ -74,7 +81,8 @@ def open_pairs(
         on_progress: Called with stage, tokens read and tokens in all, where all ids have to be read.
 
     Raises:
-        DataError: A file is missing, a source has too few tokens for a prediction, or an id is outside the vocabulary.
+        DataError: A file is missing, another tokenizer made a pair, a source has too few tokens for a prediction, or an id is outside the
+            vocabulary.
         IndexedFormatError: A damaged or foreign pair.
     """
     entries = [DataSource(path=str(prefix), weight=1) for prefix in prefixes]
@@ -82,6 +90,8 @@ def open_pairs(
     for stream in streams:
         if stream.num_tokens < 2:
             raise DataError(f"--data: {stream.prefix} holds {stream.num_tokens} tokens, but a prediction takes two; prepare it from more text")
+        if tokenizer is not None and not section.allow_fingerprint_change:  # as in training
+            check_tokenizer(stream.pairs, tokenizer, wording=_WORDING)
         for pair in (pair for pair in stream.pairs if pair.num_tokens):
             check_token_ids(pair, vocab_size=vocab_size, cache_dir=Path(section.cache_dir), on_progress=on_progress)
     names = source_names([stream.prefix for stream in streams])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -12,9 +13,10 @@ from phase8.checkpoint.quantization import quantization_of
 from phase8.checkpoint.run_metadata import run_metadata
 from phase8.checkpoint.state import require_fit, restore_state
 from phase8.config.schema import DataSection
+from phase8.data.content import content_digest
 from phase8.data.tokenizer import Tokenizer, load_tokenizer
 from phase8.distributed.collectives import ALONE
-from phase8.errors import CheckpointError
+from phase8.errors import CheckpointError, ConfigError
 from phase8.model.experts import Experts
 from phase8.model.model import LanguageModel, build_model
 from phase8.model.parameters import materialise
@@ -77,3 +79,53 @@ def restore_tokenizer(checkpoint: Checkpoint, *, vocab_size: int, eod_token: str
             "give the tokenizer it was trained with, with --tokenizer."
         )
     return tokenizer
+
+
+def choose_tokenizer(
+    checkpoint: Checkpoint, given: Path | None, *, vocab_size: int, eod_token: str | None, on_message: Callable[[str], None]
+) -> Tokenizer:
+    """The tokenizer that a command line names, else the one stored in a checkpoint.
+
+    Args:
+        checkpoint: The checkpoint.
+        given: The file that --tokenizer names; None: it names none.
+        vocab_size: Vocabulary size of the model.
+        eod_token: The piece between documents; None: the tokenizer's own.
+        on_message: Called with a sentence if the checkpoint has another tokenizer than the one that is named.
+
+    Raises:
+        CheckpointError: None is named, and there is none in the checkpoint, or it has more ids than the model.
+        ConfigError: The one that is named has more ids than the model.
+        DataError: It cannot be used.
+    """
+    if given is None:
+        return restore_tokenizer(checkpoint, vocab_size=vocab_size, eod_token=eod_token)
+    tokenizer = load_tokenizer(given, eod_token=eod_token)
+    if tokenizer.vocab_size > vocab_size:
+        raise ConfigError(
+            f"--tokenizer {given} has {tokenizer.vocab_size} ids, but the model has {vocab_size}; give the tokenizer it was trained with."
+        )
+    try:
+        sentence = about_another_tokenizer(checkpoint, tokenizer, of="--tokenizer")
+    except CheckpointError:  # the stored one is damaged, and the one that is named takes its place
+        sentence = None
+    if sentence is not None:
+        on_message(sentence)
+    return tokenizer
+
+
+def about_another_tokenizer(checkpoint: Checkpoint, tokenizer: Tokenizer, *, of: str) -> str | None:
+    """A sentence that says that a checkpoint has another tokenizer; None if it has the same one or none.
+
+    Args:
+        checkpoint: The checkpoint.
+        tokenizer: The tokenizer that is used with its weights.
+        of: What names that tokenizer.
+
+    Raises:
+        CheckpointError: The stored tokenizer is damaged.
+    """
+    theirs = tokenizer_of(checkpoint)
+    if theirs is None or content_digest(theirs) == content_digest(tokenizer.path):
+        return None
+    return f"{theirs} is the tokenizer of these weights, but that of {of}, {tokenizer.path}, is another: an id may mean other text"

@@ -16,9 +16,9 @@ from phase8.checkpoint.weight_files import WeightFiles
 from phase8.config.describe import describe_value
 from phase8.config.model_keys import FIRST_VALUES, model_differences
 from phase8.config.schema import RunConfig
-from phase8.data.content import content_digest
 from phase8.data.tokenizer import Tokenizer
 from phase8.errors import CheckpointError, CheckpointMismatchError
+from phase8.generate.restore import about_another_tokenizer
 from phase8.plan.whole_config import shapes_only
 from phase8.train.engine.protocol import TrainingEngine
 from phase8.train.restore import restore_together
@@ -119,10 +119,8 @@ def _model_sentences(different: _Differences) -> Iterator[str]:
 
 def _tokenizer_sentences(checkpoint: Checkpoint, tokenizer: Tokenizer | None) -> Iterator[str]:
     """Sentences about token ids that may mean other text in the run's data than in the data that trained the weights."""
-    theirs = tokenizer_of(checkpoint)
-    if theirs is None:
-        return
-    if tokenizer is None:
+    if tokenizer is not None:
+        sentence = about_another_tokenizer(checkpoint, tokenizer, of="the run")
+        yield from () if sentence is None else (sentence,)
+    elif (theirs := tokenizer_of(checkpoint)) is not None:
         yield f"{theirs} is the tokenizer of these weights, but the run has none: data.tokenizer is null"
-    elif content_digest(theirs) != content_digest(tokenizer.path):
-        yield f"{theirs} is the tokenizer of these weights, but that of the run, {tokenizer.path}, is another: an id may mean other text"

@@ -60,7 +60,7 @@ def _fuzz(shard: Shard, watch: Watch, *, num_inputs: int, derandomize: bool) -> 
         found = json.loads(content)
         assert found["made_from"] == record["made_from"] and asdict(counts) == found["counts"]
         assert counts.num_documents == record["counts"]["num_documents"]
-        assert all(type(number) is int and number >= 0 for number in (counts.text_bytes, counts.num_empty, counts.num_invalid))
+        assert all(type(number) is int and number >= 0 for number in (counts.text_bytes, counts.num_empty, counts.num_with_nul, counts.num_invalid))
         assert counts.first_invalid is None or type(counts.first_invalid) is str
 
     try:
@@ -87,6 +87,7 @@ def test_many_records_of_shards(shard: Shard) -> None:
         {"text_bytes": "many"},
         {"num_empty": -1},
         {"num_invalid": True},
+        {"num_with_nul": None},
         {"first_invalid": 1},
         {"more": 1},
     ],

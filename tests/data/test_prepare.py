@@ -7,6 +7,7 @@ import gzip
 import json
 import os
 import pickle
+import re
 import signal
 import subprocess
 import sys
@@ -406,16 +407,37 @@ def test_data_without_ends_of_documents_fit_every_end_of_document(tmp_path: Path
     assert not prepare(of_words(tmp_path, "fox dog", "fox <end>", eod_token="</s>")).is_reused
 
 
-@pytest.mark.parametrize("lines", ["", "\n\n", '{"text": ""}\n'])
-def test_an_empty_corpus_is_refused(tmp_path: Path, tokenizer_path: Path, lines: str):
-    path = tmp_path / "a.jsonl"
+@pytest.mark.parametrize(
+    ("name", "lines", "count"),
+    [
+        ("a.jsonl", "", " (1 was empty or invalid)"),
+        ("a.txt", "", " (1 was empty or invalid)"),
+        ("a.jsonl", "\n\n", ""),
+        ("a.jsonl", '{"text": ""}\n' * 2, " (2 were empty or invalid)"),
+    ],
+)
+def test_an_empty_corpus_is_refused(tmp_path: Path, tokenizer_path: Path, name: str, lines: str, count: str):
+    path = tmp_path / name
     path.write_text(lines)
     given = {"train_tokenizer": False, "vocab_size": None, "tokenizer": tokenizer_path}
-    with pytest.raises(DataError, match="the inputs hold no document with text"):
+    with pytest.raises(DataError, match=re.escape(f"the inputs hold no document with text{count}; give other inputs")):
         prepare(options(path, tmp_path / "out" / "x", **given))
     with pytest.raises(DataError, match="no text to train"):
         prepare(options(path, tmp_path / "out" / "x"))
     assert list((tmp_path / "out").glob("*_document.*")) == []
+
+
+def test_empty_files_and_documents_with_nul_bytes_are_counted(inputs: Path, tmp_path: Path, tokenizer_path: Path):
+    for name in ("empty.jsonl", "empty.txt"):
+        (inputs / name).write_bytes(b"")
+    (inputs / "mark.txt").write_bytes(b"\xef\xbb\xbf")
+    (inputs / "nul.txt").write_bytes("wide".encode("utf-16-le") * 2)
+    given = {"train_tokenizer": False, "vocab_size": None, "tokenizer": tokenizer_path}
+    report = prepare(options(inputs, tmp_path / "out" / "x", rules=DocumentRules(), shard_bytes=300, num_workers=2, **given))
+    assert (report.num_empty, report.num_with_nul, report.num_documents) == (3, 1, len(TEXTS) + 1)
+    assert "w\0i\0d\0e\0" * 2 in stored_texts(report.splits["train"].prefix, tokenizer_path)
+    again = prepare(options(inputs, tmp_path / "out" / "x", rules=DocumentRules(), **given))
+    assert again == dataclasses.replace(report, is_reused=True)
 
 
 def test_a_split_without_a_document_is_refused(tmp_path: Path, tokenizer_path: Path):

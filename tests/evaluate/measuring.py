@@ -40,8 +40,8 @@ def write_pairs(directory):
     return [directory / name for name in DOCUMENTS]
 
 
-def pairs(prefixes, *, resets=False, tokenizer=None):
-    section = DataSection(reset_at_document_boundaries=resets, cache_dir=str(prefixes[0].parent / "cache"))
+def pairs(prefixes, *, resets=False, tokenizer=None, **settings):
+    section = DataSection(reset_at_document_boundaries=resets, cache_dir=str(prefixes[0].parent / "cache"), **settings)
     return open_pairs(prefixes, tokenizer, section, vocab_size=VOCABULARY, on_progress=lambda *_: None)
 
 

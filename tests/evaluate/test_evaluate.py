@@ -143,8 +143,8 @@ def test_texts_are_read_each_by_itself_and_their_bytes_counted(model, tokenizer,
     assert [(each.num_tokens, each.num_bytes) for each in windows] == [(each.num_tokens, each.num_bytes) for each in (one, two, total)]
 
 
-def write_pair(prefix, tokenizer, documents, *, named=True):
-    maker = made_with(tokenizer, eod_id=tokenizer.eod_id) if named else None
+def write_pair(prefix, tokenizer, documents, *, named=True, eod_id=None):
+    maker = made_with(tokenizer, eod_id=tokenizer.eod_id if eod_id is None else eod_id) if named else None
     with IndexedWriter(prefix, dtype=np.dtype(np.uint16), made_with=maker) as writer:
         for document in documents:
             writer.add_document(np.array([*tokenizer.encode(document), tokenizer.eod_id]))
@@ -167,7 +167,6 @@ def test_bytes_of_a_pair_are_those_of_its_predicted_tokens(model, tokenizer, tmp
 def test_bytes_that_nobody_knows_are_not_guessed(model, tokenizer, characters, tmp_path):
     foreign = write_pair(tmp_path / "foreign", characters, ["ab c"])
     assert measure(model, pairs([foreign], tokenizer=characters))[0].num_bytes == 3  # all but the first
-    assert measure(model, pairs([foreign], tokenizer=tokenizer))[0].num_bytes is None
     unknown = write_pair(tmp_path / "unknown", characters, ["ab d"])
     assert measure(model, pairs([unknown], tokenizer=characters))[0].num_bytes is None
     unnamed = write_pair(tmp_path / "unnamed", tokenizer, [SENTENCE], named=False)
@@ -176,6 +175,28 @@ def test_bytes_that_nobody_knows_are_not_guessed(model, tokenizer, characters, t
     assert [result.bits_per_byte is None for result in results] == [True, False, True]
     assert measure(model, pairs([named]))[0].bits_per_byte is None  # a model without a tokenizer
     assert "| unnamed | " in table(results) and " | unknown | " in table(results)
+
+
+def test_pairs_of_another_tokenizer_are_refused_as_in_training(tokenizer, characters, tmp_path):
+    """Their loss was printed, although an id means other text there."""
+    for name in ("first", "last"):
+        write_pair(tmp_path / f"own_{name}", tokenizer, [SENTENCE])
+    unnamed = write_pair(tmp_path / "unnamed", characters, ["ab c"], named=False)
+    foreign = write_pair(tmp_path / "own_middle", characters, ["ab c"])
+    for given in ([foreign], [tmp_path / "own_first", foreign], [tmp_path / "own_*"]):
+        with pytest.raises(DataError) as caught:
+            pairs(given, tokenizer=tokenizer)
+        assert str(caught.value) == (
+            f"{foreign} was made with a tokenizer of sha256 {characters.sha256[:12]}, but that of the evaluation's {tokenizer.path} is "
+            f"{tokenizer.sha256[:12]}; give pairs that it has made, or name the tokenizer of these with --tokenizer if its ids mean the same"
+        )
+    ended = write_pair(tmp_path / "ended", tokenizer, [SENTENCE], eod_id=5)
+    with pytest.raises(DataError, match=rf"documents of {ended} end in token 5, but those of .*; name the piece of the data with --eod-token"):
+        pairs([ended], tokenizer=tokenizer)
+    assert len(pairs([unnamed, tmp_path / "own_first"], tokenizer=tokenizer)) == 2  # what no record says
+    assert len(pairs([unnamed, tmp_path / "own_*"])) == 2  # a model without a tokenizer
+    (accepted,) = pairs([foreign], tokenizer=tokenizer, allow_fingerprint_change=True)  # a model that was trained so
+    assert accepted.bytes_per_id is None
 
 
 def test_texts_with_unknown_tokens_have_no_known_bytes(model, characters, tmp_path):

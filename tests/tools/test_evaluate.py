@@ -2,8 +2,12 @@
 
 import json
 
+import numpy as np
 import pytest
 
+from phase8.data.indexed import IndexedWriter
+from phase8.data.made_with import made_with
+from phase8.data.tokenizer import load_tokenizer
 from phase8.data.tokenizer_training import train_sentencepiece
 from tests.processes.launched import ROOT, torchrun
 from tests.tools.doors import load_door
@@ -96,6 +100,23 @@ def test_what_cannot_be_read_has_its_exit_code(trained, tmp_path, capsys):
     ):
         found, output, errors = evaluate(capsys, *arguments)
         assert (found, output) == (code, "") and sentence in errors, errors
+
+
+def test_data_and_tokenizers_of_others_are_refused_or_said(trained, tmp_path, capfd):
+    run, directory = trained
+    path = train_sentencepiece([TEXT[::-1] * 3], tmp_path / "other.model", vocab_size=300)
+    other = load_tokenizer(path)
+    with IndexedWriter(tmp_path / "foreign", dtype=np.dtype(np.uint16), made_with=made_with(other, eod_id=other.eod_id)) as writer:
+        writer.add_document(np.array(other.encode(TEXT * 3)))
+    arguments = ("--checkpoint", run.directory.path, "--json", "--data")
+    code, output, errors = evaluate(capfd, *arguments, directory / "validation", tmp_path / "foreign")
+    assert (code, output) == (3, "") and f"error: {tmp_path / 'foreign'} was made with a tokenizer of sha256 {other.sha256[:12]}" in errors
+    stored = next((run.directory.path / "checkpoints").glob("*10")) / "tokenizer.model"
+    sentence = f"{stored} is the tokenizer of these weights, but that of --tokenizer, {path}, is another: an id may mean other text\n"
+    code, output, errors = evaluate(capfd, *arguments, tmp_path / "foreign", "--tokenizer", path)
+    assert code == 0 and errors.count(sentence) == 1 and json.loads(output)["total"]["bits_per_byte"] > 0
+    code, _, errors = evaluate(capfd, *arguments, directory / "validation", "--sequences", 2, "--tokenizer", directory / "t.model")
+    assert code == 0 and "tokenizer" not in errors
 
 
 def test_a_result_that_cannot_be_written_is_printed(trained, tmp_path, capsys):

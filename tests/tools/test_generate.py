@@ -135,6 +135,21 @@ def test_bad_input_is_one_sentence_before_anything_is_loaded(generated_here, tmp
     assert (found, output) == (code, "") and sentence in error and "Traceback" not in error
 
 
+def test_another_tokenizer_is_said(trained, tmp_path, generated_here, monkeypatch):
+    said = []
+    monkeypatch.setattr("phase8.terminal.tell", said.append)
+    other = train_sentencepiece(["for x in many: more\n"] * 50, tmp_path / "other.model", vocab_size=280)
+    stored = trained / "checkpoints/step-0000000005/tokenizer.model"
+    options = ("--checkpoint", trained, "--prompt", "def ma", "--max-tokens", 3, "--device", "cpu", "--tokenizer")
+    assert generated_here(*options, stored)[0] == generated_here(*options, other)[0] == 0
+    assert [sentence for sentence in said if "tok/s" not in sentence] == [
+        f"{stored} is the tokenizer of these weights, but that of --tokenizer, {other}, is another: an id may mean other text\n"
+    ]
+    larger = train_sentencepiece(["Größe und 日本語, naïve words; plain words too.\n" * 9], tmp_path / "larger.model", vocab_size=301)
+    code, output, error = generated_here(*options, larger)
+    assert (code, output) == (2, "") and "has 301 ids, but the model has 300; give the tokenizer it was trained with." in error
+
+
 def test_problems_are_one_line_with_a_documented_exit_code(trained, tmp_path, generated_here):
     code, _, error = generated_here("--checkpoint", tmp_path / "nothing")
     assert code == 4 and error.startswith("error: there is no checkpoint") and error.count("\n") == 1

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import tarfile
 from pathlib import Path
 
 import numpy as np
@@ -101,3 +102,18 @@ def test_mistakes_are_one_sentence(run, tmp_path: Path, monkeypatch: pytest.Monk
     assert (found, lines) == (exit_code, [])
     assert finding in errors
     assert not (tmp_path / "out" / "x_text_document.idx").exists()
+
+
+def test_an_archive_is_refused_and_nul_bytes_are_told(run, tokenizer_path: Path, tmp_path: Path):
+    (tmp_path / "inputs").mkdir()
+    (tmp_path / "inputs" / "a.txt").write_text("a text\n")
+    (tmp_path / "inputs" / "nul.txt").write_bytes(b"a\0b")
+    with tarfile.open(tmp_path / "d.tar.gz", "w:gz") as archive:
+        archive.add(tmp_path / "inputs", "d")
+    options = ["--tokenizer", tokenizer_path, "--workers", 1, "--output-prefix", tmp_path / "x"]
+    exit_code, lines, errors = run(tmp_path / "d.tar.gz", *options)
+    assert (exit_code, lines) == (3, [])
+    assert errors == f"error: the input {tmp_path}/d.tar.gz is a tar archive and not a text; unpack it and give the directory with its files\n"
+    exit_code, lines, errors = run(tmp_path / "inputs", *options)
+    assert exit_code == 0, errors
+    assert "documents with NUL bytes, which text rarely has, kept as they are: 1" in lines
