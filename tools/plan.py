@@ -12,14 +12,15 @@ The costs of a schedule are those of one microbatch in a whole stage, in any uni
 forward and =12 the backward of microbatch 12, a letter behind it names the chunk, blank is idle.
 
 A check builds what the run would build, on a process group that only pretends to be there, and compares it with the plan; the parameters
-are those that a rank keeps between steps, the memory is the planned peak of its GPU.
+are those that a rank keeps between steps, the memory is the planned peak of its GPU: this machine's, or an H100. Settings that are `auto` are those
+that a run would choose by plan, explicit ones are obeyed; a stage that needs more than the GPU has is named.
 
 A suggestion keeps model, batch and precision, compiles the blocks, and chooses layout, microbatch, recomputation and CUDA graph. How the
-predicted speed compares with measured ones is in docs/performance.md.
+predicted speed compares with measured ones is in docs/performance.md. Of --memory and train.device_memory_gib the smaller counts.
 
 With --json one JSON object is printed and the text goes to stderr. Exit codes: 0 done; 1 a rank holds something else than planned; 2 a
 schedule that does not exist, numbers that do not suit it, a config that cannot run, or one of which no layout fits; 5 the picture or the
-output cannot be written; 141 whoever read the output has gone.
+output cannot be written; 9 a check of settings that need more memory than the GPU has; 141 whoever read the output has gone.
 """
 
 from __future__ import annotations
@@ -34,7 +35,7 @@ from typing import TYPE_CHECKING, Any
 
 from phase8.config.arguments import path_argument, require_world_size
 from phase8.durable import replace_file
-from phase8.errors import ConfigError
+from phase8.errors import ConfigError, OutOfMemoryError
 from phase8.observe.formatting import format_bytes, format_ratio, format_seconds
 from phase8.observe.schedule_text import Box, timeline_text
 from phase8.pipeline_parallel.lowering import lower
@@ -59,6 +60,8 @@ def _run() -> int:
         result = arguments.run(arguments, partial(print, file=sys.stderr if arguments.json else sys.stdout, flush=True))
         if arguments.json:
             print(json.dumps(result))
+    if result.get("too_large") is not None:
+        raise OutOfMemoryError(result["too_large"])
     return 0
 
 
@@ -105,11 +108,13 @@ def _check(arguments: argparse.Namespace, show: Callable[[str], None]) -> dict[s
     # Imported late: schedules need no torch.
     from phase8.config.load import load_config
     from phase8.plan.cost_facts import layers_in_words
-    from phase8.train.plan_check import check_stages
+    from phase8.train.plan_check import check_plan
 
     config = load_config(arguments.config, arguments.set)
-    stages = check_stages(config, world_size=arguments.world_size)
-    show(f"{config.run.name}, world size {arguments.world_size}: the first rank of each pipeline stage, as built and as planned\n")
+    checked = check_plan(config, world_size=arguments.world_size)
+    settled, stages = checked.settled, checked.stages
+    settings = "" if settled.chosen is None else f"settings   {settled.chosen}\n"
+    show(f"{config.run.name}, world size {arguments.world_size}: the first rank of each pipeline stage, as built and as planned\n{settings}")
     head = ("stage", "layers", "parameters", *(name.removesuffix("_bytes") for name in _memory(stages[0])))
     rows = [
         (str(each.stage), layers_in_words(each.layers), f"{each.num_parameters:,}", *map(format_bytes, _memory(each).values())) for each in stages
@@ -119,6 +124,8 @@ def _check(arguments: argparse.Namespace, show: Callable[[str], None]) -> dict[s
     return {
         "run": config.run.name,
         "world_size": arguments.world_size,
+        "settings": settled.chosen,
+        "too_large": checked.too_large,
         "stages": [
             {
                 "stage": each.stage,
@@ -139,11 +146,12 @@ def _suggest(arguments: argparse.Namespace, show: Callable[[str], None]) -> dict
     from phase8.plan.suggest import suggest
 
     gpu = _gpu(arguments.gpu)
-    memory_gib = gpu.memory_gib if arguments.memory is None else arguments.memory
-    if not 0 < memory_gib < float("inf"):
-        raise ConfigError(f"--memory is {memory_gib:g}, but it must be above 0, in GiB.")
+    whole_gib = gpu.memory_gib if arguments.memory is None else arguments.memory
+    if not 0 < whole_gib < float("inf"):
+        raise ConfigError(f"--memory is {whole_gib:g}, but it must be above 0, in GiB.")
     config = load_config(arguments.config, arguments.set)
-    found = suggest(config, world_size=arguments.world_size, gpu=gpu, memory_bytes=int(memory_gib * 2**30))
+    memory_gib = min(whole_gib, config.train.device_memory_gib or whole_gib)
+    found = suggest(config, world_size=arguments.world_size, gpu=gpu, memory_bytes=int(whole_gib * 2**30))
     show(f"{config.run.name} on {_count(arguments.world_size, 'GPU')} ({arguments.gpu}, {memory_gib:g} GiB): layouts that fit, by predicted speed\n")
     for line in _table([("layout", "micro batch", "recompute", "CUDA graph", "tok/s", "MFU", "planned"), *map(_suggestion_row, found)], left=1):
         show(line)
@@ -269,7 +277,7 @@ def _add_suggest(commands: Any) -> None:
     command.set_defaults(run=_suggest)
     _add_config_options(command)
     command.add_argument("--gpu", default="h100", metavar="NAME", help="kind of the GPUs: h100, h200, a100, 'rtx 4090' ... (h100)")
-    command.add_argument("--memory", type=float, metavar="GiB", help="memory of each (that of the kind)")
+    command.add_argument("--memory", type=float, metavar="GiB", help="memory of each (that of the kind); train.device_memory_gib limits it")
 
 
 def _add_config_options(command: argparse.ArgumentParser) -> None:

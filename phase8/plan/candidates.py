@@ -190,7 +190,15 @@ def how_to_fit(config: RunConfig, nearest: Candidate) -> str:
     """The overrides that make a config fit that needs too much memory, in words."""
     before = values_of(config, _STEP_KEYS)
     overrides = " ".join(f"{name}={value}" for name, value in nearest.values.items() if before[name] != value)
-    return f"{overrides} fits with {nearest.planned_bytes / _GIB:.1f} GiB, or leave these keys auto"
+    otherwise = "" if config.train.tuning == "off" else ", or leave these keys auto"
+    return f"{overrides} fits with {nearest.planned_bytes / _GIB:.1f} GiB{otherwise}"
+
+
+def remedy_for(config: RunConfig, settled: RunConfig, facts: Device, *, world_size: int, planned_bytes: int) -> str:
+    """What to change, in words, where a config with its `auto` settings settled needs `planned_bytes`, which is too much."""
+    nearest = nearest_that_fits(config, facts, world_size=world_size, below_bytes=planned_bytes)
+    general = "make the model smaller, use more ranks with zero.stage=3, or offload with zero.offload_optimizer=cpu"
+    return general if nearest is None else how_to_fit(settled, nearest)
 
 
 def nothing_fits(config: RunConfig, smallest: Candidate, facts: Device, *, world_size: int) -> str:
@@ -198,10 +206,7 @@ def nothing_fits(config: RunConfig, smallest: Candidate, facts: Device, *, world
     needed = f"{smallest} needs {smallest.planned_bytes / _GIB:.1f} GiB by plan"
     if not facts.is_limited:
         return f"no other settings are left for {facts.name}: {needed}; make the model, its sequences or its batch smaller."
-    nearest = nearest_that_fits(config, facts, world_size=world_size, below_bytes=smallest.planned_bytes)
-    remedy = "make the model smaller, use more ranks with zero.stage=3, or offload with zero.offload_optimizer=cpu"
-    if nearest is not None:
-        remedy = how_to_fit(smallest.config, nearest)
+    remedy = remedy_for(config, smallest.config, facts, world_size=world_size, planned_bytes=smallest.planned_bytes)
     return f"no settings fit into the {facts.memory_bytes / _GIB:.1f} GiB that are free on {facts.name}: {needed}; {remedy}."
 
 

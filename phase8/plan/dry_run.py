@@ -5,19 +5,16 @@ from __future__ import annotations
 from rich.console import Console
 
 from phase8 import accelerator
-from phase8.config.auto import automatic_keys, without_auto
 from phase8.config.batch import batch_shape, run_topology
 from phase8.config.schema import RunConfig
 from phase8.config.validate import MODEL_SECTIONS, find_problems, refuse_problems
 from phase8.errors import ConfigError, OutOfMemoryError
 from phase8.observe.banner import print_banner
-from phase8.observe.devices import find_gpu
-from phase8.plan.candidates import Device, find_candidates, nothing_fits, smallest_candidate
 from phase8.plan.cost_facts import Fact, batch_fact, communication_fact, memory_facts, model_facts, speed_fact
-from phase8.plan.memory import free_bytes
 from phase8.plan.missing_inputs import missing_inputs
-from phase8.plan.prediction import ASSUMED_GPU, assumed_gpu, predict_step
+from phase8.plan.prediction import ASSUMED_GPU, predict_step
 from phase8.plan.run_communication import plan_run_communication
+from phase8.plan.settle import own_gpu, planned_gpu, settle
 from phase8.plan.whole_config import num_parameters, plan_stages
 
 
@@ -32,7 +29,9 @@ def dry_run(config: RunConfig, *, world_size: int, console: Console) -> None:
     facts: list[Fact] = []
     too_large = None
     if not problems:
-        config, facts, too_large = _settled(config, world_size)
+        settled = settle(config, world_size=world_size)
+        config, too_large = settled.config, settled.too_large
+        facts += [] if settled.chosen is None else [("settings", settled.chosen)]
     # Each part is printed if the config allows it: a topology that does not fit must not hide the size of the model.
     for describe in (_topology_facts, _batch_facts, _model_facts, _memory_facts, _communication_facts, _speed_facts):
         try:
@@ -46,35 +45,6 @@ def dry_run(config: RunConfig, *, world_size: int, console: Console) -> None:
         raise ConfigError(problems)
     if too_large is not None:
         raise OutOfMemoryError(too_large)
-
-
-def _settled(config: RunConfig, world_size: int) -> tuple[RunConfig, list[Fact], str | None]:
-    """The config with the settings that would be chosen by plan on this machine's GPU, or on an H100 if it has no known GPU.
-
-    Returns:
-        The config, the row about the settings, and where nothing fits a sentence about that.
-    """
-    if not any(name.startswith("train.") for name in automatic_keys(config)) or config.train.tuning == "off":
-        return without_auto(config), [], None
-    device = _device(config)
-    found = find_candidates(config, world_size=world_size, device=device, most=1)
-    if found:
-        return without_auto(found[0].config), [("settings", f"{found[0]}, by plan")], None
-    smallest = smallest_candidate(config, world_size=world_size, device=device)
-    reason = f"nothing fits into {device.memory_bytes / 2**30:.1f} GiB"
-    return without_auto(smallest.config), [("settings", f"{reason}, by plan")], nothing_fits(config, smallest, device, world_size=world_size)
-
-
-def _device(config: RunConfig) -> Device:
-    """This machine's GPU, or an H100 if it has no known GPU."""
-    name = _own_gpu() or ASSUMED_GPU
-    total = int((find_gpu(name) or assumed_gpu()).memory_gib * 2**30)
-    return Device(accelerator.GPU, name, memory_bytes=free_bytes(total), total_bytes=total).limited_to(config.train.device_memory_gib)
-
-
-def _own_gpu() -> str | None:
-    """The name of this machine's GPU, or None."""
-    return accelerator.name_of(accelerator.GPU) if accelerator.present() == accelerator.GPU else None
 
 
 def _topology_facts(config: RunConfig, world_size: int) -> list[Fact]:
@@ -98,7 +68,7 @@ def _model_facts(config: RunConfig, world_size: int) -> list[Fact]:
 
 def _memory_facts(config: RunConfig, world_size: int) -> list[Fact]:
     refuse_problems(config, about=MODEL_SECTIONS)
-    return memory_facts(plan_stages(config, world_size=world_size, device_type=accelerator.GPU, device_bytes=_device(config).total_bytes))
+    return memory_facts(plan_stages(config, world_size=world_size, device_type=accelerator.GPU, device_bytes=planned_gpu(config).total_bytes))
 
 
 def _communication_facts(config: RunConfig, world_size: int) -> list[Fact]:
@@ -115,7 +85,7 @@ def _speed_facts(config: RunConfig, world_size: int) -> list[Fact]:
     """Predicted speed on this machine's GPU, or on an H100 if it has no known GPU. Plain-torch references are not predicted."""
     if config.train.kernels == "reference":
         return []
-    own = _own_gpu()
+    own = own_gpu()
     predicted = predict_step(config, world_size, own or ASSUMED_GPU)
     missing = "this machine has no GPU" if own is None else f"{own} is not known"
     return [

@@ -22,7 +22,7 @@ from phase8.config.validate import find_problems
 from phase8.errors import ConfigError
 from phase8.observe.devices import Gpu
 from phase8.observe.formatting import format_bytes
-from phase8.plan.candidates import MOST_TOKENS, divisors
+from phase8.plan.candidates import MOST_TOKENS, Device, divisors
 from phase8.plan.memory import free_bytes, usable_bytes
 from phase8.plan.prediction import StepPrediction, predict_step, recorded_where_it_pays
 from phase8.plan.rank_memory import fullest
@@ -90,7 +90,7 @@ def suggest(config: RunConfig, *, world_size: int, gpu: Gpu, memory_bytes: int, 
         config: Model, batch and precision; layout, microbatch and recomputation are replaced.
         world_size: Number of GPUs.
         gpu: Kind of GPU.
-        memory_bytes: Memory of each GPU.
+        memory_bytes: Memory of each GPU, of which `train.device_memory_gib` may leave a part.
         most: Maximum number of suggestions.
 
     Raises:
@@ -160,11 +160,13 @@ class _Search:
         config: The config to lay out.
         world_size: Number of GPUs.
         gpu: Kind of GPU.
-        memory_bytes: Memory of each GPU.
+        memory_bytes: Memory of each GPU, of which `train.device_memory_gib` may leave a part.
     """
 
     def __init__(self, config: RunConfig, world_size: int, gpu: Gpu, memory_bytes: int):
-        self._config, self._world_size, self._gpu, self._memory_bytes = config, world_size, gpu, memory_bytes
+        self._config, self._world_size, self._gpu = config, world_size, gpu
+        whole = Device(GPU, gpu.name, memory_bytes=free_bytes(memory_bytes), total_bytes=memory_bytes)
+        self._device = whole.limited_to(config.train.device_memory_gib)
         self._planned: dict[RunConfig, int] = {}
         self._smallest: dict[tuple[object, ...], _Candidate] = {}
         self._largest_sizes: dict[tuple[object, ...], int] = {}
@@ -204,13 +206,13 @@ class _Search:
     def _plan(self, candidate: _Candidate) -> int:
         """Planned memory of the fullest rank."""
         if candidate.config not in self._planned:
-            stages = plan_stages(candidate.config, world_size=self._world_size, device_type=GPU, device_bytes=self._memory_bytes)
+            stages = plan_stages(candidate.config, world_size=self._world_size, device_type=GPU, device_bytes=self._device.total_bytes)
             self._planned[candidate.config] = fullest(stages).memory.total_bytes
         return self._planned[candidate.config]
 
     def _usable(self, candidate: _Candidate) -> int:
         """Bytes that the plan may fill."""
-        return usable_bytes(free_bytes(self._memory_bytes), is_recorded=candidate.config.train.cuda_graphs is True)
+        return usable_bytes(self._device.memory_bytes, is_recorded=candidate.config.train.cuda_graphs is True)
 
     def _has_room(self, candidate: _Candidate) -> bool:
         return self._plan(candidate) <= self._usable(candidate)
@@ -238,7 +240,7 @@ class _Search:
         how = f"train.micro_batch_size {smallest.size} and train.recompute {smallest.config.train.recompute}"
         gpus = "one GPU" if self._world_size == 1 else f"{self._world_size} GPUs"
         return (
-            f"no layout of {self._config.run.name} fits on {gpus} of {format_bytes(self._memory_bytes)}: the smallest planned, "
+            f"no layout of {self._config.run.name} fits on {gpus} of {format_bytes(self._device.total_bytes)}: the smallest planned, "
             f"{layout} with {how}, takes {format_bytes(self._plan(smallest))} of {format_bytes(self._usable(smallest))} that can be used; "
             "take more or larger GPUs, or a smaller model."
         )

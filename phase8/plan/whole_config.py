@@ -49,7 +49,7 @@ def plan_stages(config: RunConfig, *, world_size: int, device_type: str, device_
     """The memory of each pipeline stage.
 
     Args:
-        config: Config from which a model can be built; `auto` settings count as with `train.tuning: off`.
+        config: Config from which a model can be built; `auto` settings count as with `train.tuning: off`; `settle` chooses them as a run would.
         world_size: Number of ranks.
         device_type: Type of device.
         device_bytes: Memory of the device; None: a large device.

@@ -55,6 +55,16 @@ def test_what_is_suggested_can_run_fits_and_is_sorted_by_speed(config, planned):
     assert found[0].config.train.cuda_graphs  # so small a model waits for its host
 
 
+def test_what_a_run_may_take_of_a_gpu_is_not_exceeded(config, planned):
+    """The limit is that of the process: what the driver takes is beside it."""
+    found = suggest(config("train.device_memory_gib=5.5"), world_size=1, gpu=H100, memory_bytes=80 * GIB)
+    limits = [usable_bytes(GIB * 11 // 2, is_recorded=each.config.train.cuda_graphs) for each in found]
+    assert all(each.planned_bytes <= limit for each, limit in zip(found, limits, strict=True))
+    assert max(each.planned_bytes for each in found) == 4 * GIB  # beside the driver's GiB there would be no room for it
+    wider = suggest(config("train.device_memory_gib=90"), world_size=1, gpu=H100, memory_bytes=5 * GIB)
+    assert wider[0].planned_bytes == suggest(config(), world_size=1, gpu=H100, memory_bytes=5 * GIB)[0].planned_bytes
+
+
 def test_layouts_keep_the_context_parallelism_of_the_config(config, planned):
     found = suggest(config("parallel.context_parallel_size=4"), world_size=8, gpu=H100, memory_bytes=5 * GIB)
     assert {each.layout.split(" x ")[0] for each in found} >= {"tensor 2 asynchronous", "pipeline 2 (1f1b)", "context 4"}

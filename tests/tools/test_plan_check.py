@@ -1,14 +1,19 @@
 """`tools/plan.py check`: each stage is built and compared with its plan, on more ranks than there could be."""
 
+import io
 import json
+import re
 import sys
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch.distributed as dist
+from rich.console import Console
 
 from phase8.config.load import load_config
+from phase8.observe.formatting import format_bytes
+from phase8.plan.dry_run import dry_run
 from phase8.plan.whole_config import plan_stages
 from tests.tools.doors import load_door
 
@@ -18,7 +23,7 @@ SHIPPED = sorted((ROOT / "configs").glob("*.yaml"))
 SMALL = """
 run: {name: small}
 model: {d_model: 32, num_layers: 5, num_heads: 4, vocab_size: 66, sequence_length: 48, local_window_size: 16, ffn_size: 64}
-train: {global_batch_size: 64, micro_batch_size: 1, num_steps: 1000}
+train: {global_batch_size: 64, micro_batch_size: 1, num_steps: 1000, tuning: off}
 """
 KINDS = ("weights_bytes", "gradients_bytes", "optimizer_bytes", "activations_bytes", "libraries_bytes")
 
@@ -62,7 +67,7 @@ def test_a_line_for_each_stage(door, small):
 def test_json_has_the_numbers_and_the_text_goes_to_stderr(door, small):
     result, text = check(door, small, 8, "parallel.pipeline_parallel_size=2", "zero.stage=2", "parallel.tensor_parallel_size=2")
     stages = result.pop("stages")
-    assert result == {"run": "small", "world_size": 8} and text.startswith("small, world size 8: ")
+    assert result == {"run": "small", "world_size": 8, "settings": None, "too_large": None} and text.startswith("small, world size 8: ")
     assert [(each["stage"], each["rank"], each["layers"]) for each in stages] == [(0, 0, [[0, 3]]), (1, 4, [[3, 5]])]
     for each in stages:
         assert each["total_bytes"] == sum(each[kind] for kind in KINDS)
@@ -95,7 +100,8 @@ def test_every_shipped_config(door, path):
     config = load_config(path)
     num_token_ranks = max(config.parallel.context_parallel_size, config.zero.shard_size or 1)
     smallest = config.parallel.tensor_parallel_size * config.parallel.pipeline_parallel_size * num_token_ranks
-    result, _ = check(door, path, smallest)
+    # To choose settings takes a while, and dry runs of every config do that.
+    result, _ = check(door, path, smallest, "train.tuning=off", "train.micro_batch_size=1", "train.recompute=full")
     assert len(result["stages"]) == config.parallel.pipeline_parallel_size
 
 
@@ -104,6 +110,58 @@ def test_the_flagship_fits_on_its_gpus_and_on_a_thousand(door, world_size):
     result, _ = check(door, ROOT / "configs/phase8_7b_3d.yaml", world_size)
     assert [stage["rank"] for stage in result["stages"]] == [0, world_size // 2]
     assert max(stage["total_bytes"] for stage in result["stages"]) < 70e9
+
+
+WIDE = ("model.d_model=256", "model.vocab_size=1024", "model.sequence_length=4096", "train.device_memory_gib=1", "train.global_batch_size=16")
+AUTOMATIC = (*WIDE, "train.tuning=plan", "train.micro_batch_size=auto", "train.recompute=none", "train.compile.enabled=false")
+EXPLICIT = (*AUTOMATIC, "train.micro_batch_size=8", "train.cuda_graphs=false")
+
+
+def test_automatic_settings_are_those_of_a_dry_run_and_have_room(door, small):
+    result, text = check(door, small, 2, *AUTOMATIC)
+    output = io.StringIO()
+    dry_run(load_config(small, AUTOMATIC), world_size=2, console=Console(file=output))
+    assert re.search(r"settings +(.+)\n", text)[1] == re.search(r"settings +(.+)\n", output.getvalue())[1] == result["settings"]
+    (stage,) = result["stages"]
+    assert f"planned memory per rank {format_bytes(stage['total_bytes'])}: " in re.sub(" +", " ", output.getvalue())
+    assert stage["total_bytes"] < 2**30 and "micro batch 8" not in result["settings"]
+
+
+def too_large(door, small, world_size, *settings):
+    """The sentence about settings that need more than the GPU has, and the result, which is printed all the same."""
+    code, out, text = door("--config", small, "--world-size", world_size, "--json", "--set", *settings)
+    result = json.loads(out)
+    assert code == 9 and text.endswith(f"\nerror: {result['too_large']}\n")
+    return result["too_large"], result
+
+
+def test_explicit_settings_are_obeyed_and_a_stage_without_room_is_named(door, small):
+    sentence, result = too_large(door, small, 2, *EXPLICIT)
+    assert result["settings"] is None
+    (planned,) = plan_stages(load_config(small, EXPLICIT), world_size=2, device_type="cuda", device_bytes=2**30)
+    assert [stage["total_bytes"] for stage in result["stages"]] == [planned.memory.total_bytes]
+    needed = f"{planned.memory.total_bytes / 2**30:.1f} GiB by plan, more than the 1.0 GiB that are free on "
+    assert sentence.startswith(f"pipeline stage 0 needs {needed}")
+    override = re.search(r"; train\.micro_batch_size=(\d+) fits with [\d.]+ GiB, or leave these keys auto\.$", sentence)
+    assert check(door, small, 2, *EXPLICIT, f"train.micro_batch_size={override[1]}")[0]["too_large"] is None
+
+
+def test_every_stage_without_room_is_named(door, small):
+    sentence, result = too_large(door, small, 2, *EXPLICIT, "train.micro_batch_size=16", "parallel.pipeline_parallel_size=2")
+    most = max(stage["total_bytes"] for stage in result["stages"])
+    assert sentence.startswith(f"pipeline stages 0, 1 need up to {most / 2**30:.1f} GiB by plan, ")
+
+
+def test_without_tuning_no_settings_are_chosen_and_auto_is_no_advice(door, small):
+    sentence, result = too_large(door, small, 2, *AUTOMATIC, "train.tuning=off")
+    assert result["settings"] is None and sentence.startswith("pipeline stage 0 needs ")
+    assert " fits with " in sentence and "auto" not in sentence
+
+
+def test_where_nothing_fits_the_smallest_settings_are_planned(door, small):
+    sentence, result = too_large(door, small, 1, *AUTOMATIC, "train.device_memory_gib=0.1")
+    assert result["settings"] == "nothing fits into 0.1 GiB, by plan"
+    assert sentence.startswith("no settings fit into the 0.1 GiB that are free on ") and len(result["stages"]) == 1
 
 
 def test_another_number_than_planned_is_a_bug(door, small, monkeypatch):

@@ -56,6 +56,19 @@ def test_json_has_numbers_and_settings(door):
 
 
 @pytest.mark.parametrize(
+    ("words", "gib"),
+    [
+        ([], 8),
+        (["--memory", 40], 8),
+        (["--memory", 6.5], 6.5),
+    ],
+)
+def test_the_smaller_of_the_memory_and_what_the_run_may_take_counts(door, words, gib):
+    code, out, text = door(*words, "--json", "--set", "train.device_memory_gib=8")
+    assert code == 0 and text.startswith(f"small on 1 GPU (h100, {gib:g} GiB): ") and json.loads(out)["memory_gib"] == gib
+
+
+@pytest.mark.parametrize(
     ("words", "sentence"),
     [
         (["--gpu", "h1000"], "--gpu is 'h1000', which is no GPU whose speed is known; give h100, h200,"),
@@ -63,6 +76,7 @@ def test_json_has_numbers_and_settings(door):
         (["--memory", 0], "--memory is 0, but it must be above 0, in GiB."),
         (["--memory", "nan"], "--memory is nan, but it must be above 0, in GiB."),
         (["--memory", 1.2], "no layout of small fits on one GPU of 1.2 GiB: the smallest planned, one GPU with train.micro_batch_size 1 and"),
+        (["--set", "train.device_memory_gib=1.2"], "no layout of small fits on one GPU of 1.2 GiB: the smallest planned, one GPU with"),
     ],
 )
 def test_what_cannot_be_is_one_sentence(door, words, sentence):
