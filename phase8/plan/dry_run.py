@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 from rich.console import Console
 
 from phase8 import accelerator
@@ -14,7 +16,7 @@ from phase8.plan.cost_facts import Fact, batch_fact, communication_fact, memory_
 from phase8.plan.missing_inputs import missing_inputs
 from phase8.plan.prediction import ASSUMED_GPU, predict_step
 from phase8.plan.run_communication import plan_run_communication
-from phase8.plan.settle import own_gpu, planned_gpu, settle
+from phase8.plan.settle import lacking_room, own_gpu, planned_gpu, settle
 from phase8.plan.whole_config import num_parameters, plan_stages
 
 
@@ -33,7 +35,8 @@ def dry_run(config: RunConfig, *, world_size: int, console: Console) -> None:
         config, too_large = settled.config, settled.too_large
         facts += [] if settled.chosen is None else [("settings", settled.chosen)]
     # Each part is printed if the config allows it: a topology that does not fit must not hide the size of the model.
-    for describe in (_topology_facts, _batch_facts, _model_facts, _memory_facts, _communication_facts, _speed_facts):
+    memory = partial(_memory_facts, tells_room=too_large is None)  # otherwise the sentence about that ends the dry run
+    for describe in (_topology_facts, _batch_facts, _model_facts, memory, _communication_facts, _speed_facts):
         try:
             facts += describe(config, world_size)
         except ConfigError as error:
@@ -66,9 +69,12 @@ def _model_facts(config: RunConfig, world_size: int) -> list[Fact]:
     return model_facts(config.model, num_parameters=num_parameters(config))
 
 
-def _memory_facts(config: RunConfig, world_size: int) -> list[Fact]:
+def _memory_facts(config: RunConfig, world_size: int, *, tells_room: bool) -> list[Fact]:
     refuse_problems(config, about=MODEL_SECTIONS)
-    return memory_facts(plan_stages(config, world_size=world_size, device_type=accelerator.GPU, device_bytes=planned_gpu(config).total_bytes))
+    device = planned_gpu(config)
+    planned = plan_stages(config, world_size=world_size, device_type=accelerator.GPU, device_bytes=device.total_bytes)
+    lacking = lacking_room(planned, device) if tells_room else None
+    return memory_facts(planned) + ([] if lacking is None else [("no room", f"{lacking}; `tools/plan.py check` names settings that fit")])
 
 
 def _communication_facts(config: RunConfig, world_size: int) -> list[Fact]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from phase8 import accelerator
@@ -11,6 +12,7 @@ from phase8.observe.devices import find_gpu
 from phase8.plan.candidates import Device, find_candidates, nothing_fits, smallest_candidate
 from phase8.plan.memory import free_bytes
 from phase8.plan.prediction import ASSUMED_GPU, assumed_gpu
+from phase8.plan.rank_memory import StageMemory
 
 
 @dataclass(frozen=True)
@@ -46,6 +48,18 @@ def settle(config: RunConfig, *, world_size: int) -> Settled:
     smallest = smallest_candidate(config, world_size=world_size, device=device)
     chosen = f"nothing fits into {device.memory_bytes / 2**30:.1f} GiB, by plan"
     return Settled(without_auto(smallest.config), device, chosen, nothing_fits(config, smallest, device, world_size=world_size))
+
+
+def lacking_room(planned: Sequence[StageMemory], device: Device) -> str | None:
+    """The stages that need more memory than a GPU has, in words without a full stop; None: there are none."""
+    needed = {stage.stage: stage.memory.total_bytes for stage in planned if stage.memory.total_bytes > device.memory_bytes}
+    if not needed:
+        return None
+    stages = "pipeline stage {} needs" if len(needed) == 1 else "pipeline stages {} need up to"
+    return (
+        f"{stages.format(', '.join(map(str, needed)))} {max(needed.values()) / 2**30:.1f} GiB by plan, more than the "
+        f"{device.memory_bytes / 2**30:.1f} GiB that are free on {device.name}"
+    )
 
 
 def planned_gpu(config: RunConfig) -> Device:

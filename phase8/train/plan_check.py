@@ -16,8 +16,8 @@ from phase8.distributed.mesh import build_mesh
 from phase8.distributed.placement import held_part
 from phase8.errors import Phase8Error
 from phase8.plan.candidates import remedy_for
-from phase8.plan.rank_memory import StageMemory
-from phase8.plan.settle import Settled, settle
+from phase8.plan.rank_memory import StageMemory, fullest
+from phase8.plan.settle import Settled, lacking_room, settle
 from phase8.plan.whole_config import plan_stages
 from phase8.precision.policy import compute_dtype
 from phase8.train.engine.train_state import build_chunks
@@ -65,17 +65,11 @@ def check_plan(config: RunConfig, *, world_size: int) -> CheckedPlan:
 
 def _too_large(config: RunConfig, settled: Settled, planned: Sequence[StageMemory], world_size: int) -> str | None:
     """A sentence about the stages that need more memory than the GPU has, or None."""
-    device = settled.device
-    needed = {stage.stage: stage.memory.total_bytes for stage in planned if stage.memory.total_bytes > device.memory_bytes}
-    if not needed:
+    lacking = lacking_room(planned, settled.device)
+    if lacking is None:
         return None
-    most = max(needed.values())
-    stages = "pipeline stage {} needs" if len(needed) == 1 else "pipeline stages {} need up to"
-    remedy = remedy_for(config, settled.config, device, world_size=world_size, planned_bytes=most)
-    return (
-        f"{stages.format(', '.join(map(str, needed)))} {most / 2**30:.1f} GiB by plan, more than the {device.memory_bytes / 2**30:.1f} GiB "
-        f"that are free on {device.name}; {remedy}."
-    )
+    most = fullest(planned).memory.total_bytes
+    return f"{lacking}; {remedy_for(config, settled.config, settled.device, world_size=world_size, planned_bytes=most)}."
 
 
 def _count_built(config: RunConfig, *, world_size: int, rank: int) -> int:

@@ -57,6 +57,11 @@ def test_everything_is_printed(small):
     assert list(facts) == ["topology", "batch", "run", "model", "parameters", "FLOPs/token", "planned memory per rank", "predicted speed"]
 
 
+def test_explicit_settings_without_room_are_said_and_are_no_problem(small):
+    facts, problems = facts_and_problems(small("train.device_memory_gib=0.0001"))
+    assert problems == [] and facts["no room"].startswith("pipeline stage 0 needs ") and "more than the 0.0 GiB that are free on" in facts["no room"]
+
+
 def test_what_a_run_would_not_find_is_said_and_is_no_problem(small, tmp_path):
     def missing(*overrides):
         output = io.StringIO()
