@@ -319,6 +319,11 @@ def rows_of_another_expert():
     return replaced((exchange, "_order_by_expert"), by=lambda old: lambda counts, num_rows: torch.arange(num_rows))
 
 
+def counts_are_not_told():
+    """The rows that arrive are taken to fill as many slots as those that were sent."""
+    return replaced((exchange, "start_exchange"), by=lambda old: lambda counts, num_sent, num_received, axis: lambda: counts)
+
+
 def gradients_of_rows_stay():
     """The gradients of rows that were sent are not sent home."""
     stay = staticmethod(lambda ctx, grad: (None, grad, None, None, None))
@@ -389,7 +394,8 @@ MUTATIONS = {
         state_begins_anew, gradient_of_the_memory_stays, memory_of_the_delta_rule_begins_anew,
         decay_of_slices_is_forgotten, tokens_one_too_early, gradients_of_fetched_tokens_stay, every_slice_begins_at_zero,
         documents_end_with_slices, chain_without_gradient_of_later_slices,
-        rows_of_another_rank, rows_of_another_expert, gradients_of_rows_stay, norm_without_experts_of_others, routers_learn_from_own_tokens,
-        experts_of_another_rank, router_of_one_tensor_rank, room_of_experts_begins_anew, parts_are_orthogonalised, elements_arrive_one_too_late,
+        rows_of_another_rank, rows_of_another_expert, counts_are_not_told, gradients_of_rows_stay, norm_without_experts_of_others,
+        routers_learn_from_own_tokens, experts_of_another_rank, router_of_one_tensor_rank, room_of_experts_begins_anew,
+        parts_are_orthogonalised, elements_arrive_one_too_late,
     )
 }  # fmt: skip

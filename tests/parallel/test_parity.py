@@ -264,6 +264,7 @@ PLACE = {
     "gradients_of_fetched_tokens_stay": "slices", "every_slice_begins_at_zero": "slices", "documents_end_with_slices": "slices",
     "chain_without_gradient_of_later_slices": "slices",
     "rows_of_another_rank": "experts", "rows_of_another_expert": "counted experts", "gradients_of_rows_stay": "experts",
+    "counts_are_not_told": "experts",
     "norm_without_experts_of_others": "experts", "routers_learn_from_own_tokens": "experts", "experts_of_another_rank": "experts",
     "parts_are_orthogonalised": "matrices in parts", "elements_arrive_one_too_late": "matrices in parts",
     "router_of_one_tensor_rank": "experts, tensor", "room_of_experts_begins_anew": "experts, slices",
