@@ -79,6 +79,19 @@ def _computed_where_filled(rows: Tensor, filled: Tensor, compute: ComputeRows) -
     """
     place, ends = _places_by_expert(filled, len(rows))
     slot = inverse(place, len(rows))
+    return _computed_in_order(rows, slot, place, ends, compute)
+
+
+def _computed_in_order(rows: Tensor, slot: Tensor, place: Tensor, ends: Tensor, compute: ComputeRows) -> Tensor:
+    """What experts make of rows [S, D], in the order of the rows.
+
+    Args:
+        rows: The rows.
+        slot: Row in each place of the order in which the rows of an expert come together [S].
+        place: Place of each row in that order [S].
+        ends: End of each expert's rows in that order.
+        compute: The experts.
+    """
     return moved(compute(moved(rows, slot, place), ends), place, slot)
 
 
@@ -102,8 +115,7 @@ def _compact(rows: Tensor, ends: Tensor, experts: DivideExperts, axis: Axis, bes
     result = beside()
     by_rank = arriving()
     order = _order_by_expert(counts_of_ranks, sum(received))
-    computed = compute(by_rank[order], counts_of_ranks.sum(0).cumsum(0).int())
-    back = computed[order.argsort()]  # each row once, so no direction of these reads adds up
+    back = _computed_in_order(by_rank, order, inverse(order, len(order)), counts_of_ranks.sum(0).cumsum(0).int(), compute)
     returned = begin_to_exchange(back, received, sent, axis)()
     return torch.cat((returned, returned.new_zeros(len(rows) - sum(sent), rows.shape[-1]))), result
 
