@@ -39,7 +39,7 @@ from phase8.train.engine.protocol import BuildEngine
 from phase8.train.trial import OUT_OF_MEMORY, Trial, run_trial, trial_seconds
 
 # Must be raised when the same machine may choose otherwise than before.
-TUNING_VERSION = 3
+TUNING_VERSION = 4
 _MOST_TRIALS = 3
 # Candidates are tried if their predicted time is within this ratio of the best.
 _WORTH_A_TRIAL = 1.08
@@ -134,7 +134,7 @@ def _choose(
     search = _Search(config, mesh, try_settings, facts, refused, say)
     if not has_kernels(facts.type) or world_size > 1 or config.train.tuning == "plan":
         best = search.candidates(compiles=search.is_long(None))[0]
-        return Chosen(values_of(best.config, _CHOSEN_KEYS), facts.name, world_size, f"{best}, by plan")
+        return _by_plan(best, facts, world_size)
     chosen = search.measure()
     if not refused:
         _write_cache(cache, chosen, say)
@@ -201,22 +201,21 @@ class _Search:
             OutOfMemoryError: No candidate could run.
         """
         if self.is_long(None):
-            best, *others = self.candidates(compiles=True)
+            best, *others = candidates = self.candidates(compiles=True)
             has_rival = any(other.step_seconds <= best.step_seconds * _WORTH_A_TRIAL for other in others)
             if not has_rival and trial_seconds(best.config, best.step_seconds) > _WORTH_A_TRIAL_OF_ONE_SECONDS:
-                return Chosen(values_of(best.config, _CHOSEN_KEYS), self._facts.name, 1, f"{best}, by plan, which finds nothing as fast")
-            self._try(compiles=True, most=_MOST_TRIALS)
+                return _by_plan(best, self._facts, 1, ", which finds nothing as fast")
+            self._try(candidates, compiles=True, most=_MOST_TRIALS)
         else:
-            self._try(compiles=False, most=1)
+            self._try(self.candidates(compiles=False), compiles=False, most=1)
             if self._found and self.is_long(self._found[0][0].step_seconds):
-                self._try(compiles=True, most=_MOST_TRIALS)
+                self._try(self.candidates(compiles=True), compiles=True, most=_MOST_TRIALS)
         if not self._found:
             raise OutOfMemoryError("none of the settings that fit by plan could be used; give train.micro_batch_size and train.recompute")
         return _fastest(self._found, self._facts)
 
-    def _try(self, *, compiles: bool, most: int) -> None:
+    def _try(self, candidates: list[Candidate], *, compiles: bool, most: int) -> None:
         """Tries the candidates close to the best, and further ones only if none of these can run."""
-        candidates = self.candidates(compiles=compiles)
         limit, num_found, tried = candidates[0].step_seconds * _WORTH_A_TRIAL, len(self._found), list[RunConfig]()
         while candidates:
             candidate, *candidates = candidates
@@ -233,6 +232,10 @@ class _Search:
             if trial == OUT_OF_MEMORY:
                 self._too_much = candidate.planned_bytes
                 candidates = [each for each in self._fitting(compiles=compiles) if each.config not in tried]
+
+
+def _by_plan(best: Candidate, facts: Device, world_size: int, remark: str = "") -> Chosen:
+    return Chosen(values_of(best.config, _CHOSEN_KEYS), facts.name, world_size, f"{best}, by plan{remark}")
 
 
 def _fastest(found: Sequence[tuple[Trial, Candidate]], facts: Device) -> Chosen:
