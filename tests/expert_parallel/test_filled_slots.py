@@ -1,4 +1,4 @@
-"""Of the rows that arrive, experts compute those in filled slots only, one expert after the other."""
+"""Experts compute the rows in filled slots alone, those of one expert after those of the other."""
 
 import pytest
 import torch
