@@ -15,8 +15,9 @@ from torch import Tensor
 
 from phase8.kernels.gpu.fast_math import exp2
 from phase8.kernels.gpu.gated_delta_rule_inverse import Gates, chunk_inverses, prepare_gates, token_gates
-from phase8.kernels.gpu.gated_linear_attention import Tiles, block_size, num_processors, strides, walk_constants, with_rows_contiguous
+from phase8.kernels.gpu.gated_linear_attention import Tiles, block_size, num_processors, strides, walk_constants
 from phase8.kernels.gpu.gated_linear_attention_walk import CHUNK, load_state, store_state, tile_mask, tile_pointers, unravel
+from phase8.kernels.gpu.layout import with_rows_contiguous
 
 MIN_COLUMNS = 16  # as matrix products need
 
@@ -65,7 +66,7 @@ def gated_delta_rule(
 ) -> tuple[Tensor, Tensor]:
     """Computes the reference with this name; `tiles` overrides the choice for the shape."""
     (batch, _, num_heads, key_size), value_size = q.shape, v.shape[-1]
-    q, k, v = (with_rows_contiguous(x.to(v.dtype)) for x in (q, k, v))
+    q, k, v = with_rows_contiguous(*(x.to(v.dtype) for x in (q, k, v)))
     gates = prepare_gates(log_decay, beta, starts)
     y = torch.empty(v.shape, dtype=v.dtype, device=v.device)
     final = torch.empty(batch, num_heads, key_size, value_size, dtype=torch.float32, device=v.device)

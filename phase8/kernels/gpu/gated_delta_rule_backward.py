@@ -22,8 +22,9 @@ from phase8.kernels.gpu.gated_delta_rule_inverse import (
     token_gates,
     unravel_chunk,
 )
-from phase8.kernels.gpu.gated_linear_attention import Tiles, block_size, strides, walk_constants, with_rows_contiguous
+from phase8.kernels.gpu.gated_linear_attention import Tiles, block_size, strides, walk_constants
 from phase8.kernels.gpu.gated_linear_attention_walk import CHUNK, load_state, store_state, tile_mask, tile_pointers, unravel
+from phase8.kernels.gpu.layout import with_rows_contiguous
 
 
 def gated_delta_rule_backward(
@@ -42,7 +43,7 @@ def gated_delta_rule_backward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Computes the reference with this name; `tiles` of the walks and `chunk_tiles` of the last kernel override the choice for the shape."""
     (batch, _, num_heads, key_size), value_size = q.shape, v.shape[-1]
-    inputs = [with_rows_contiguous(x.to(v.dtype)) for x in (q, k, v, dy)]
+    inputs = with_rows_contiguous(*(x.to(v.dtype) for x in (q, k, v, dy)))
     gates = prepare_gates(log_decay, beta, starts)
     inverse = chunk_inverses(inputs[1], gates)
     kept = walk_again(inputs[1], inputs[2], gates, inverse, initial_state, tiles=tiles)

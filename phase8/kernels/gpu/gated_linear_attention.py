@@ -15,6 +15,7 @@ from torch import Tensor
 
 from phase8.kernels.gpu.fast_math import has_fast_math, tensor_core_precision
 from phase8.kernels.gpu.gated_linear_attention_walk import CHUNK_TOKENS, chunks_of, load_state, store_state, unravel, walk
+from phase8.kernels.gpu.layout import with_rows_contiguous
 
 MIN_SEGMENT_CHUNKS = 8
 
@@ -100,7 +101,7 @@ def gated_linear_attention(
 ) -> tuple[Tensor, Tensor]:
     """Computes the reference with this name; `tiles` and `segment_chunks` override the choice for the shape."""
     (batch, _, num_heads, key_size), value_size = q.shape, v.shape[-1]
-    q, k, v = (with_rows_contiguous(x.to(v.dtype)) for x in (q, k, v))
+    q, k, v = with_rows_contiguous(*(x.to(v.dtype) for x in (q, k, v)))
     decays, tiles = prepare_decays(log_decay, starts, key_size), tiles or walk_tiles(key_size, value_size, v.element_size())
     num_programs = batch * num_heads * triton.cdiv(value_size, tiles.columns)
     if segment_chunks is None:
@@ -132,7 +133,7 @@ def added_state(
 ) -> Tensor:
     """Computes the reference with this name; `segment_chunks` overrides the choice for the shape."""
     (batch, _, num_heads, key_size), value_size = key.shape, value.shape[-1]
-    key, value = (with_rows_contiguous(x.to(value.dtype)) for x in (key, value))
+    key, value = with_rows_contiguous(*(x.to(value.dtype) for x in (key, value)))
     decays, turn = prepare_decays(log_decay, starts, key_size), -1 if backwards else 1
     if segment_chunks is None:
         columns = walk_tiles(key_size, value_size, value.element_size()).columns
@@ -183,11 +184,6 @@ def walk_constants(tiles: Tiles) -> dict[str, object]:
 def strides(*tensors: Tensor) -> list[int]:
     """Strides of a tensor [B, T, H, ...] for batches, heads and tokens, in this order."""
     return [x.stride(dim) for dim in (0, 2, 1) for x in tensors]
-
-
-def with_rows_contiguous(x: Tensor) -> Tensor:
-    """The tensor with a contiguous last dim, which the kernels require; views of a wider buffer already have one."""
-    return x if x.stride(-1) == 1 else x.contiguous()
 
 
 def num_processors(device: torch.device) -> int:

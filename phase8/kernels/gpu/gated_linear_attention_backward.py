@@ -23,7 +23,6 @@ from phase8.kernels.gpu.gated_linear_attention import (
     strides,
     walk_constants,
     walk_tiles,
-    with_rows_contiguous,
 )
 from phase8.kernels.gpu.gated_linear_attention_walk import (
     BORDER,
@@ -37,6 +36,7 @@ from phase8.kernels.gpu.gated_linear_attention_walk import (
     unravel,
     walk,
 )
+from phase8.kernels.gpu.layout import with_rows_contiguous
 
 
 def gated_linear_attention_backward(
@@ -54,7 +54,7 @@ def gated_linear_attention_backward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Computes the reference with this name; `tiles` and `segment_chunks` override the choice for the shape."""
     (batch, length, num_heads, key_size), value_size = q.shape, v.shape[-1]
-    inputs = [with_rows_contiguous(x.to(v.dtype)) for x in (q, k, v, dy)]
+    inputs = with_rows_contiguous(*(x.to(v.dtype) for x in (q, k, v, dy)))
     decays = prepare_decays(log_decay, starts, key_size)
     tiles = tiles or walk_tiles(max(key_size, value_size), min(key_size, value_size), v.element_size())
     # First role, number of roles, I and O: dq and dk have the shape of q, dv that of v; with equal shapes all three share a launch.

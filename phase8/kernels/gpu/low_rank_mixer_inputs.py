@@ -18,6 +18,7 @@ from torch import Tensor
 
 from phase8.kernels.gpu.fast_math import has_fast_math, tensor_core_precision
 from phase8.kernels.gpu.gated_linear_attention import num_processors
+from phase8.kernels.gpu.layout import contiguous
 from phase8.kernels.gpu.mixer_inputs import store_normalised
 
 FOLDED_CHANNELS = 64
@@ -71,7 +72,8 @@ def prepare(
     outputs = tuple(torch.empty(shape, dtype=bottlenecks.dtype, device=bottlenecks.device) for _ in range(5))
     num_programs = triton.cdiv(length, tiles.tokens) * triton.cdiv(batch, tiles.steps)
     _forward_kernel[(num_heads, num_programs)](
-        bottlenecks, fold(bottlenecks, ups, taps, shared), angles.cos(), angles.sin(), radius, starts, *outputs, batch, length, eps, **shared,
+        bottlenecks, fold(bottlenecks, ups, taps, shared), *contiguous(angles.cos(), angles.sin(), radius, starts), *outputs, batch, length, eps,
+        **shared,
         BLOCK_N=tiles.tokens, STEPS=tiles.steps, EVEN=length % tiles.tokens == 0 and batch % tiles.steps == 0, num_warps=tiles.num_warps,
     )  # fmt: skip
     return outputs
@@ -104,7 +106,7 @@ def fold(bottlenecks: Tensor, ups: list[Tensor], taps: Tensor | None, shared: di
     folded = torch.empty(3 * width, columns, dtype=bottlenecks.dtype, device=bottlenecks.device)
     sizes = {name: shared[name] for name in ("RANK", "BLOCK_R", "TAPS", "BLOCK_TAPS")}
     _fold_kernel[(triton.cdiv(width, FOLDED_CHANNELS), 3)](
-        *(up.contiguous() for up in ups), None if taps is None else taps.contiguous(), folded, width,
+        *contiguous(*ups, taps), folded, width,
         **sizes, CONVOLUTION=taps is not None, BLOCK_C=FOLDED_CHANNELS, num_warps=4,
     )  # fmt: skip
     return folded

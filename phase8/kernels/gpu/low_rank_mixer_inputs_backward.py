@@ -16,6 +16,7 @@ from torch import Tensor
 
 from phase8.kernels.gpu.fast_math import sigmoid
 from phase8.kernels.gpu.gated_linear_attention import num_processors
+from phase8.kernels.gpu.layout import contiguous
 from phase8.kernels.gpu.low_rank_mixer_inputs import choose_tiles, constants, fold, load_ages, load_folded, load_seen
 
 PIECE_TOKENS = (8, 128)  # shortest, so that what is owed to the piece before is little; longest
@@ -41,8 +42,8 @@ def prepare_backward(
     num_sums = _num_sums(ups, taps, radius, num_heads)
     sums = torch.empty(num_programs, num_sums, dtype=torch.float32, device=device)
     _backward_kernel[(num_heads, num_programs, 3)](
-        bottlenecks, fold(bottlenecks, ups, taps, shared), *(up.contiguous() for up in ups), None if taps is None else taps.contiguous(),
-        angles.cos(), angles.sin(), radius, starts, *(gradient.contiguous() for gradient in gradients), by_head, owed, sums,
+        bottlenecks, fold(bottlenecks, ups, taps, shared), *contiguous(*ups, taps, angles.cos(), angles.sin(), radius, starts, *gradients),
+        by_head, owed, sums,
         num_streams, batch, length, piece, num_sums, eps,
         **shared, CONVOLUTION=taps is not None, ROWS=tiles.rows, STAGES=tiles.stages, EVEN=is_even, ALIGNED=is_even and batch % tiles.rows == 0,
         num_warps=tiles.backward_warps,

@@ -12,6 +12,7 @@ import triton.language as tl
 from torch import Tensor
 
 from phase8.kernels.gpu.fast_math import has_fast_math, sigmoid
+from phase8.kernels.gpu.layout import contiguous
 
 NUM_WARPS = 8
 
@@ -21,9 +22,12 @@ def tile_tokens() -> int:
     return 8 if triton.knobs.runtime.interpret else 32
 
 
-def by_tap(weight: Tensor | None) -> Tensor | None:
-    """The taps in the layout of the kernels, whole vectors of neighbouring channels: [C, taps] -> [taps, C]."""
-    return None if weight is None else weight.t().contiguous()
+def read_tensors(
+    qkv: Tensor, weight: Tensor | None, angles: Tensor, radius: Tensor | None, starts: Tensor | None, initial_state: Tensor | None
+) -> list[Tensor | None]:
+    """What the kernels read, in their order, without gaps; taps are whole vectors of neighbouring channels: [C, taps] -> [taps, C]."""
+    by_tap = None if weight is None else weight.t()
+    return contiguous(qkv, by_tap, angles.cos(), angles.sin(), radius, starts, initial_state)
 
 
 def prepare(
@@ -37,12 +41,11 @@ def prepare(
     silu: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Computes the reference `mixer_inputs`."""
-    qkv = qkv.contiguous()
     batch, length, _, num_heads, head_size = qkv.shape
     outputs = tuple(torch.empty(batch, length, num_heads, head_size, dtype=qkv.dtype, device=qkv.device) for _ in range(5))
     tokens = tile_tokens()
     _prepare_kernel[(triton.cdiv(length, tokens), num_heads, batch)](
-        qkv, by_tap(weight), angles.cos(), angles.sin(), radius, starts, initial_state, *outputs, length, eps,
+        *read_tensors(qkv, weight, angles, radius, starts, initial_state), *outputs, length, eps,
         **constants(qkv, weight, radius, starts, initial_state, silu), BLOCK_T=tokens, num_warps=NUM_WARPS,
     )  # fmt: skip
     return outputs

@@ -18,7 +18,8 @@ import triton.language as tl
 from torch import Tensor
 
 from phase8.kernels.gpu.fast_math import sigmoid
-from phase8.kernels.gpu.mixer_inputs import by_tap, constants
+from phase8.kernels.gpu.layout import contiguous
+from phase8.kernels.gpu.mixer_inputs import constants, read_tensors
 
 NUM_WARPS = 1
 TOKENS_AT_A_TIME = 4  # at least the number of taps: only then does Triton overlap the next loads with the work
@@ -31,7 +32,6 @@ def prepare_backward(
     initial_state: Tensor | None, eps: float, silu: bool,
 ) -> list[Tensor]:
     """Gradients of qkv, with those of the projections before it in front, and of weight and radius if they exist."""
-    qkv = qkv.contiguous()
     batch, length, _, num_heads, _ = qkv.shape
     shared = constants(qkv, weight, radius, starts, initial_state, silu)
     heads, num_warps = _heads_of_a_program(num_heads, shared["BLOCK_HALF"])
@@ -42,7 +42,7 @@ def prepare_backward(
     dtaps_parts = torch.empty(batch, num_pieces, shared["TAPS"], qkv[0, 0].numel(), dtype=torch.float32, device=qkv.device)
     dradius_parts = torch.empty(batch, num_pieces, 2, num_heads, dtype=torch.float32, device=qkv.device)
     _backward_kernel[(3 * (num_heads // heads), num_pieces, batch)](
-        qkv, by_tap(weight), angles.cos(), angles.sin(), radius, starts, initial_state, *(gradient.contiguous() for gradient in gradients),
+        *read_tensors(qkv, weight, angles, radius, starts, initial_state), *contiguous(*gradients),
         dqkv, dtaps_parts, dradius_parts, length, eps,
         **shared, HEADS=heads, PIECE=piece, TOKENS=math.gcd(length, TOKENS_AT_A_TIME), STAGES=STAGES, num_warps=num_warps,
     )  # fmt: skip

@@ -14,6 +14,7 @@ import triton.language as tl
 from torch import Tensor
 
 from phase8.kernels.gpu.fast_math import dot_precision, exp2, has_fast_math, log2, rsqrt
+from phase8.kernels.gpu.layout import with_rows_contiguous
 from phase8.kernels.reference.window_attention import ARCCOSH_EPS
 from phase8.kernels.window_state import VisibleKeys
 
@@ -53,14 +54,14 @@ def forward_tiles(head_size: int, element_bytes: int, *, lorentz: bool) -> Tiles
 def attend(q: Tensor, seen: VisibleKeys, beta: Tensor | None, window: int) -> tuple[Tensor, Tensor]:
     """Computes the reference with this name: y [B, T, H, K] and the logarithm of the sum of weights, fp32 [B, T, H]."""
     batch, num_queries, num_heads, head_size = q.shape
-    q, keys, values, global_keys, global_values = rows_contiguous(q, seen.keys, seen.values, seen.global_keys, seen.global_values)
+    q, keys, values, global_keys, global_values = with_rows_contiguous(q, seen.keys, seen.values, seen.global_keys, seen.global_values)
     tiles = forward_tiles(head_size, q.element_size(), lorentz=beta is not None)
     y = torch.empty(q.shape, dtype=values.dtype, device=q.device)
     log_sum = torch.empty(batch, num_heads, num_queries, dtype=torch.float32, device=q.device)
     key_heights, global_heights = (None, None) if beta is None else (heights(keys), heights(global_keys))
     _forward_kernel[(triton.cdiv(num_queries, tiles.queries), num_heads, batch)](
         q, keys, values, global_keys, global_values, key_heights, global_heights,
-        None if beta is None else beta.float(), *documents_of(seen), y, log_sum,
+        None if beta is None else beta.float().contiguous(), *documents_of(seen), y, log_sum,
         *q.stride()[:3], *keys.stride()[:3], *values.stride()[:3], *global_keys.stride()[:3], *global_values.stride()[:3], *y.stride()[:3],
         num_queries, keys.shape[1] - num_queries, global_keys.shape[1], seen.num_seen, window, head_size**-0.5 * LOG2_E.value,
         **common_constants(q, beta, seen), BLOCK_M=tiles.queries, BLOCK_N=tiles.keys, SPLIT=tiles.split,
@@ -80,11 +81,6 @@ def common_constants(q: Tensor, beta: Tensor | None, seen: VisibleKeys) -> dict[
         "FAST": has_fast_math(),
         "PRECISION": dot_precision(),
     }
-
-
-def rows_contiguous(*tensors: Tensor) -> list[Tensor]:
-    """The tensors with a contiguous last dim, which the kernels require; views of a wider buffer already have one."""
-    return [x if x.stride(-1) == 1 else x.contiguous() for x in tensors]
 
 
 def documents_of(seen: VisibleKeys) -> tuple[Tensor | None, Tensor | None]:

@@ -12,6 +12,7 @@ import triton.language as tl
 from torch import Tensor
 
 from phase8.kernels.gpu.fast_math import exp2
+from phase8.kernels.gpu.layout import with_rows_contiguous
 from phase8.kernels.gpu.window_attention import (
     LN_2,
     LOG2_E,
@@ -23,7 +24,6 @@ from phase8.kernels.gpu.window_attention import (
     in_window,
     load_rows,
     lorentz_distance,
-    rows_contiguous,
     window_ranges,
 )
 from phase8.kernels.window_state import VisibleKeys
@@ -56,10 +56,10 @@ def attend_backward(
     dy: Tensor, y: Tensor, log_sum: Tensor, q: Tensor, seen: VisibleKeys, beta: Tensor | None, window: int
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Computes the reference with this name."""
-    dy, y, q, k, v, gk, gv = rows_contiguous(dy, y, q, seen.keys, seen.values, seen.global_keys, seen.global_values)
+    dy, y, q, k, v, gk, gv = with_rows_contiguous(dy, y, q, seen.keys, seen.values, seen.global_keys, seen.global_values)
     batch, num_queries, num_heads, head_size = q.shape
     num_keys, num_globals = k.shape[1], gk.shape[1]
-    wide_beta = None if beta is None else beta.float()
+    wide_beta = None if beta is None else beta.float().contiguous()
     key_heights, global_heights = (None, None) if beta is None else (heights(k), heights(gk))
     log_sum = log_sum.transpose(1, 2).contiguous()
     constants = common_constants(q, beta, seen)
