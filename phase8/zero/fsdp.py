@@ -118,6 +118,13 @@ def sum_gradients_after(model: nn.Module, zero: ZeroSection, *, is_last: bool) -
         model.set_reshard_after_backward(is_last or zero.stage == 3)
 
 
+def free_gathered(model: nn.Module) -> None:
+    """Frees what forwards without a backward have gathered; weights that are gathered are not gathered again, even if their parts have changed."""
+    for module in model.modules():
+        if isinstance(module, FSDPModule):
+            module.reshard()
+
+
 def _of_divided_experts(block: nn.Module) -> Iterator[nn.Module]:
     """The modules whose own parameters are those of experts that ranks share."""
     for module in block.modules():

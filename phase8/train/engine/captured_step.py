@@ -19,6 +19,7 @@ from phase8.train.engine.measured import StepNumbers, count_targets, step_result
 from phase8.train.engine.protocol import StepResult
 from phase8.train.engine.step import train_step, update
 from phase8.train.engine.train_state import TrainState
+from phase8.zero.fsdp import free_gathered
 
 # Number of steps taken without a graph: compilation, the choice of kernels and the first state of the optimizer cannot be recorded.
 EAGER_STEPS = 2
@@ -42,6 +43,8 @@ class _Inputs:
         """Copies the inputs of a step, asynchronously from page-locked memory; the end of the step waits for the copies."""
         for to, batch in zip(self.microbatches, microbatches, strict=True):
             for static, new in ((to.tokens, batch.tokens), (to.targets, batch.targets), (to.starts, batch.starts)):
+                if (static is None) != (new is None):
+                    raise ValueError("A recorded step takes either packed documents or whole ones, as the step that was recorded.")
                 if static is not None and new is not None:
                     static.copy_(new, non_blocking=True)
         self.numbers.num_targets.fill_(numbers.num_targets)
@@ -108,6 +111,7 @@ class CapturedStep:
         self._inputs = _Inputs(static, numbers, learning_rate=torch.zeros((), device=device))
         for group in self._train_state.optimizer.param_groups:
             group.update(lr=self._inputs.learning_rate, capturable=True)
+        free_gathered(self._train_state.stage.module)  # every replay has to gather the weights
         with accelerator.recording(graph):
             self._measured = update(self._train_state, static, numbers, gradient_clip_norm=gradient_clip_norm)
         return graph

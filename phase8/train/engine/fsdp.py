@@ -29,6 +29,7 @@ from phase8.train.engine.protocol import HOST_COPY, WEIGHT, HeldTensor, Item, Re
 from phase8.train.engine.stage import EMBEDDING
 from phase8.train.engine.step import train_step
 from phase8.train.engine.train_state import TrainState, build_train_state, whole_model
+from phase8.zero.fsdp import free_gathered
 
 
 class FsdpEngine:
@@ -84,7 +85,11 @@ class FsdpEngine:
 
     def evaluate(self, microbatches: Iterable[Microbatch]) -> tuple[float, int]:
         """Returns the mean loss and the number of targets."""
-        return evaluate(self.train_state.stage, microbatches)
+        try:
+            return evaluate(self.train_state.stage, microbatches)
+        finally:
+            # Else they stay gathered until a backward, which a recorded step does not run in Python: the next evaluation would find old weights.
+            free_gathered(self.train_state.stage.module)
 
     def state(self) -> dict[str, Tensor]:
         """The live tensors of model and optimizer."""
