@@ -216,17 +216,18 @@ class _Refusal(NamedTuple):
 
 
 class _Microbatches(Dataset):
-    """A dataset of microbatches by their lists of samples, so that one fetch of a worker is one microbatch."""
+    """A dataset of microbatches by their lists of samples, so that one fetch of a worker is one microbatch, as the trainer takes it."""
 
-    def __init__(self, dataset: SequenceDataset):
-        self._dataset = dataset
+    def __init__(self, dataset: SequenceDataset, *, reset_at_document_boundaries: bool):
+        self._dataset, self._resets = dataset, reset_at_document_boundaries
 
-    def __getitem__(self, samples: Sequence[Sample]) -> dict[str, torch.Tensor] | _Refusal:
+    def __getitem__(self, samples: Sequence[Sample]) -> Microbatch | _Refusal:
         try:
             fetched = [self._dataset[sample] for sample in samples]
         except Phase8Error as error:
             return _Refusal(type(error), str(error))
-        return {name: torch.stack([sample[name] for sample in fetched]) for name in fetched[0]}
+        whole = {name: torch.stack([sample[name] for sample in fetched]) for name in fetched[0]}
+        return split_sample(whole, reset_at_document_boundaries=self._resets, own_slice=self._dataset.own_slice)
 
 
 class MicrobatchLoader:
@@ -234,10 +235,9 @@ class MicrobatchLoader:
 
     def __init__(self, dataset: SequenceDataset, section: DataSection, sample_numbers: Iterable[Sequence[Sample]], taken_at_once: int):
         workers = section.num_workers > 0
-        self._section, self._own_slice = section, dataset.own_slice
         ahead = max(section.prefetch_factor, -(-taken_at_once // max(section.num_workers, 1)))
         self._loader: DataLoader | None = DataLoader(
-            _Microbatches(dataset),
+            _Microbatches(dataset, reset_at_document_boundaries=section.reset_at_document_boundaries),
             batch_size=None,
             sampler=sample_numbers,
             num_workers=section.num_workers,
@@ -258,19 +258,17 @@ class MicrobatchLoader:
 
     def __iter__(self) -> Iterator[Microbatch]:
         assert self._loader is not None  # it was not closed
-        samples = _without_child_signals(self._loader)
+        fetched = _without_child_signals(self._loader)
         while True:
             try:
-                sample = next(samples)
+                microbatch = next(fetched)
             except StopIteration:
                 return
             except RuntimeError as error:  # raised by torch when a worker was killed
                 raise DataError(f"a loader worker died ({str(error).splitlines()[0]}); check memory and data.num_workers") from error
-            if isinstance(sample, _Refusal):
-                raise sample.kind(sample.message)
-            yield split_sample(
-                sample, reset_at_document_boundaries=self._section.reset_at_document_boundaries, own_slice=self._own_slice
-            )
+            if isinstance(microbatch, _Refusal):
+                raise microbatch.kind(microbatch.message)
+            yield microbatch
 
 
 def _without_child_signals(loader: DataLoader) -> Iterator:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -29,8 +30,14 @@ class Microbatch:
 
     def to(self, device: torch.device) -> Microbatch:
         """A copy on a device."""
-        tokens, targets, starts = (None if x is None else x.to(device, non_blocking=True) for x in (self.tokens, self.targets, self.starts))
-        return Microbatch(tokens, targets, starts, self.num_valid)
+        return self._copied(lambda x: x.to(device, non_blocking=True))
+
+    def pin_memory(self) -> Microbatch:
+        """A copy in page-locked memory; torch's loader calls it."""
+        return self._copied(lambda x: x.pin_memory())
+
+    def _copied(self, copy: Callable[[Tensor], Tensor]) -> Microbatch:
+        return Microbatch(copy(self.tokens), copy(self.targets), None if self.starts is None else copy(self.starts), self.num_valid)
 
     def without_targets(self) -> Microbatch:
         """A copy without targets."""
@@ -57,16 +64,18 @@ def stand_in(batch_size: int, sequence_length: int, *, reset_at_document_boundar
 def split_sample(sample: dict[str, Tensor], *, reset_at_document_boundaries: bool, own_slice: SequenceSlice = WHOLE) -> Microbatch:
     """Splits S + 1 tokens into inputs and targets; with resets, the first token of a document is not predicted from another document.
 
+    The tensors are contiguous: a view with gaps is copied to a device by way of other memory, which is not page-locked, and the host waits for it.
+
     Args:
         sample: `tokens`, those of the slice and the one after them [B, S + 1], and where boundaries are reset, `document_starts` of the whole
             sequences and of the token after them [B, T + 1].
         reset_at_document_boundaries: Whether documents see nothing of the documents before them.
         own_slice: Slice of the sequences that `tokens` are.
     """
-    tokens, targets = sample["tokens"][:, :-1], sample["tokens"][:, 1:]
+    tokens, targets = sample["tokens"][:, :-1].contiguous(), sample["tokens"][:, 1:].contiguous()
     if not reset_at_document_boundaries:
         return Microbatch(tokens, targets, None, targets.numel())
     starts = sample["document_starts"]
     own = own_slice.tokens(starts.shape[1] - 1)
     targets = targets.masked_fill(starts[:, own.start + 1 : own.stop + 1], IGNORED_TARGET)
-    return Microbatch(tokens, targets, starts[:, :-1], int((targets != IGNORED_TARGET).sum()))
+    return Microbatch(tokens, targets, starts[:, :-1].contiguous(), int((targets != IGNORED_TARGET).sum()))

@@ -148,6 +148,24 @@ def test_microbatch_has_the_promised_shapes(prefix):
     assert microbatch.starts is None and microbatch.num_valid == 40
 
 
+@pytest.mark.parametrize("resets", [False, True])
+@pytest.mark.parametrize("num_workers", [0, 1])
+def test_tensors_are_without_gaps(prefix, num_workers, resets):
+    """Else a device would copy them by way of memory that is not page-locked."""
+    section = DataSection(num_workers=num_workers, pin_memory=False, reset_at_document_boundaries=resets)
+    (microbatch,) = build_loader(opened(prefix), section, sample_numbers=[[0, 1, 2]])
+    assert (microbatch.starts is not None) == resets
+    assert all(x.is_contiguous() for x in (microbatch.tokens, microbatch.targets, microbatch.starts) if x is not None)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("num_workers", [0, 1])
+def test_what_a_gpu_copies_is_page_locked(prefix, num_workers):
+    section = DataSection(num_workers=num_workers, pin_memory=True, reset_at_document_boundaries=True)
+    (microbatch,) = build_loader(opened(prefix), section, sample_numbers=[[0, 1, 2]])
+    assert all(x.is_pinned() and x.is_contiguous() for x in (microbatch.tokens, microbatch.targets, microbatch.starts))
+
+
 def test_pinning_is_harmless_without_a_gpu(prefix, recwarn):
     assert consumed(opened(prefix), 8, pin_memory=True) == consumed(opened(prefix), 8)
     assert not [warning for warning in recwarn if "pin_memory" in str(warning.message)]
