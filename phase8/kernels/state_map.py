@@ -77,11 +77,11 @@ def decay_map(k: Tensor, v: Tensor, log_decay: Tensor, starts: Tensor | None = N
 def state_map(k: Tensor, v: Tensor, log_decay: Tensor, beta: Tensor, starts: Tensor | None = None) -> StateMap:
     """The map of a slice of the gated delta rule, arguments as in `gated_delta_rule`; its gradient is the map that backward needs.
 
-    The columns of a state do not meet, so K columns that begin as the identity and are offered no values carry the matrix along.
+    The columns of a state do not meet: K of them, which begin as the identity and are offered no values, become the matrix, and V others what is
+    added. Together they would be wider than the kernels take.
     """
     batch, _, num_heads, key_size = k.shape
     identity = torch.eye(key_size, dtype=torch.promote_types(k.dtype, torch.float32), device=k.device).expand(batch, num_heads, -1, -1)
-    columns = torch.cat((torch.zeros_like(k), v), dim=-1)
-    entering = torch.cat((identity, identity.new_zeros(*identity.shape[:-1], v.shape[-1])), dim=-1)
-    _, final = gated_delta_rule(k, k, columns, log_decay, beta, starts, entering)
-    return StateMap(*final.split((key_size, v.shape[-1]), dim=-1))
+    _, matrix = gated_delta_rule(k, k, torch.zeros_like(k), log_decay, beta, starts, identity)
+    _, added = gated_delta_rule(k, k, v, log_decay, beta, starts)
+    return StateMap(matrix, added)

@@ -96,5 +96,6 @@ def gradient_kernel(
         write_zeros_over_row(logits, places, leading, BLOCK, VECTOR)
         return
     target_logit = tl.load(logits + column, mask=column >= 0, other=0.0).to(tl.float32)
+    tl.debug_barrier()  # every thread loads it, and none may have written the gradient there before
     highest, partition = tl.load(whole + row), tl.load(whole + num_rows + row)
     write_gradient_of_row(logits, places, leading, vocabulary, column, target_logit, column >= 0, highest, partition, LOG2E, FAST, BLOCK)
