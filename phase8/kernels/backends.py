@@ -75,6 +75,11 @@ def needs_no_operator(x: Tensor) -> bool:
     return not torch.compiler.is_compiling() and x.device.type == "cpu" and torch.is_inference_mode_enabled()
 
 
+def keeps_for_backward(x: Tensor) -> bool:
+    """Whether autograd of a reference is faster than its operator: on a CPU it keeps what the operator's backward would compute again."""
+    return x.device.type == "cpu"
+
+
 def uses_triton(x: Tensor) -> bool:
     """Whether Triton kernels run on this tensor, judging by its device; dtypes and shapes are checked by the operator."""
     return accelerator.has_kernels(x.device.type) and kernel_backend(x.device).name == "triton"

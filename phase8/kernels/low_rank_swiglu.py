@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from phase8.kernels.backends import uses_triton
+from phase8.kernels.backends import keeps_for_backward, uses_triton
 from phase8.kernels.limits import MAX_RANK
 from phase8.kernels.reference import low_rank_swiglu as reference
 
@@ -18,7 +18,7 @@ from phase8.kernels.reference import low_rank_swiglu as reference
 def low_rank_swiglu(bottlenecks: Tensor, gate: Tensor, up: Tensor, down: Tensor) -> Tensor:
     """down(silu(gate(x)) * up(x')); arguments and result as in the reference of the same name."""
     rank = gate.shape[1]
-    if bottlenecks.device.type == "cpu" or rank > MAX_RANK:
+    if keeps_for_backward(bottlenecks) or rank > MAX_RANK:
         return reference.low_rank_swiglu(bottlenecks, gate, up, down)
     return _forward(bottlenecks.reshape(-1, 2 * rank), gate, up, down).unflatten(0, bottlenecks.shape[:-1])
 

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from phase8.kernels.backends import uses_triton
+from phase8.kernels.backends import keeps_for_backward, uses_triton
 from phase8.kernels.causal_convolution import inputs_to_carry
 from phase8.kernels.reference import mixer_inputs as reference
 from phase8.kernels.reference.mixer_inputs import MixerInputs
@@ -111,8 +111,7 @@ def mixer_inputs(
 ) -> tuple[MixerInputs, Tensor]:
     """Convolution, rotation and normalisation; arguments and results as in the reference of the same name."""
     is_short = initial_state is not None and qkv.shape[1] < SHORTEST_PIECE
-    if qkv.device.type == "cpu" or is_short:
-        # Decoding is short; on a CPU, autograd keeps what the operator's backward would recompute.
+    if keeps_for_backward(qkv) or is_short:
         return reference.mixer_inputs(qkv, weight, angles, radius, eps=eps, silu=silu, starts=starts, initial_state=initial_state)
     return _by_operator(qkv, weight, angles, radius, eps=eps, silu=silu, starts=starts, initial_state=initial_state)
 

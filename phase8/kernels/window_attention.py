@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from phase8.kernels.backends import uses_triton
+from phase8.kernels.backends import keeps_for_backward, uses_triton
 from phase8.kernels.limits import MAX_HEAD_SIZE
 from phase8.kernels.reference import window_attention as reference
 from phase8.kernels.window_state import VisibleKeys, WindowState, visible_keys
@@ -144,8 +144,7 @@ def window_attention(
     state: WindowState | None = None,
 ) -> tuple[Tensor, WindowState | None]:
     """Attention of every token to its window and to the global tokens; arguments and results as in the reference of the same name."""
-    if q.device.type == "cpu":
-        # Computed under autograd, which keeps the weights: on a CPU this is faster than recomputing them in backward.
+    if keeps_for_backward(q):
         return reference.window_attention(q, k, v, window=window, global_tokens=global_tokens, beta=beta, starts=starts, state=state)
     return _by_operator(q, k, v, window=window, global_tokens=global_tokens, beta=beta, starts=starts, state=state)
 

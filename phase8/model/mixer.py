@@ -15,7 +15,7 @@ from phase8.config.model_section import ModelSection
 from phase8.context_parallel.slices import EarlierSlices
 from phase8.distributed.collectives import ALONE, Axis
 from phase8.exchanges import NO_EXCHANGES, Exchanges, fetched
-from phase8.kernels.backends import uses_triton
+from phase8.kernels.backends import keeps_for_backward, uses_triton
 from phase8.kernels.decoding_state import MixerConstants
 from phase8.kernels.limits import takes_bottlenecks
 from phase8.kernels.low_rank_mixer_inputs import low_rank_mixer_inputs
@@ -235,7 +235,7 @@ class Phase8Mixer(nn.Module):
 
         On a CPU they are not: autograd keeps what the operator's backward would recompute.
         """
-        if not isinstance(self.q, LowRankColumn) or x.device.type == "cpu" or state is not None or self.earlier is not None:
+        if not isinstance(self.q, LowRankColumn) or keeps_for_backward(x) or state is not None or self.earlier is not None:
             return False
         return takes_bottlenecks(
             rank=self.q.down.out_features,
