@@ -110,6 +110,17 @@ def restore_run(
     return position, saved
 
 
+def what_another_order_means(checkpoint: Checkpoint, config: RunConfig, fingerprint: dict[str, Any], position: Position) -> str | None:
+    """What an accepted change of data, blend or seed means for the samples that follow, in a sentence; None: their order is the checkpoint's."""
+    metadata = run_metadata(checkpoint, needed=OF_A_RUN)
+    if not describe_fingerprint_difference(metadata.data_fingerprint, fingerprint) and metadata.config.train.seed == config.train.seed:
+        return None
+    return (
+        f"samples go on with number {position.samples_consumed:,} in the order of the data as they are now, as if they had been so from the "
+        "beginning: some windows come again and others are left out, and epochs are counted so too"
+    )
+
+
 def attached_to(checkpoint: Checkpoint) -> dict[str, bytes]:
     """The files that are attached to a checkpoint, by name.
 

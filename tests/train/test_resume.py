@@ -1,9 +1,11 @@
 import gc
+import io
 import multiprocessing
 
 import numpy as np
 import pytest
 import torch
+from rich.console import Console
 
 from phase8.checkpoint.load import open_checkpoint
 from phase8.checkpoint.reshard.reshard import ConsolidatedForm, consolidate
@@ -162,7 +164,11 @@ def test_other_data_are_refused_unless_allowed(tiny, tmp_path):
         prepare(tiny, other)
     with pytest.raises(CheckpointMismatchError, match=r"train.seed was 1234 and is 1"):
         prepare(tiny, "train.seed=1")
-    assert prepare(tiny, other, "data.allow_fingerprint_change=true").position.step == 5
+    for change, is_other in ((other, True), ("train.seed=1", True), ("optim.learning_rate=1e-4", False)):
+        console = Console(file=io.StringIO(), width=500)
+        run = prepare(tiny, change, "data.allow_fingerprint_change=true", console=console)
+        said = f"samples go on with number {run.position.samples_consumed:,} in the order of the data as they are now" in console.file.getvalue()
+        assert run.position.step == 5 and said == is_other
 
 
 def test_other_data_of_the_same_shape_are_refused(tiny, tmp_path):
