@@ -22,11 +22,13 @@ from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from phase8.distributed.collectives import Axis
 
 _SEQUENCE_DIM = 2
+_PADDED_QUERIES = 32  # of torch's memory-efficient attention
 _ATEN = torch.ops.aten
 
 
@@ -92,7 +94,23 @@ def _attention(q: Tensor, k: Tensor) -> _Attention:
         return _CPU
     if q.dtype in (torch.bfloat16, torch.float16):
         return _FLASH
-    return _EFFICIENT if q.shape[1] == k.shape[1] else _with_repeated_keys(_EFFICIENT)
+    efficient = _without_padding(_EFFICIENT)
+    return efficient if q.shape[1] == k.shape[1] else _with_repeated_keys(efficient)
+
+
+def _without_padding(attention: _Attention) -> _Attention:
+    """An attention with a logarithm of the sum for each query, as the ring merges them, by one that pads them to whole tiles of queries."""
+
+    def forward(q: Tensor, k: Tensor, v: Tensor, **arguments: Any) -> tuple[Any, ...]:
+        out, logsumexp, *rest = attention.forward(q, k, v, **arguments)
+        return out, logsumexp[..., : q.shape[_SEQUENCE_DIM]], *rest
+
+    def backward(*, logsumexp: Tensor, **arguments: Any) -> tuple[Any, ...]:
+        # Infinity: a query that is none has no weight.
+        padded = F.pad(logsumexp, (0, -logsumexp.shape[-1] % _PADDED_QUERIES), value=torch.inf)
+        return attention.backward(logsumexp=padded, **arguments)
+
+    return attention._replace(forward=forward, backward=backward)
 
 
 def _with_repeated_keys(attention: _Attention) -> _Attention:

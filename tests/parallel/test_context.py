@@ -95,6 +95,29 @@ def test_keys_are_repeated_where_an_operator_needs_as_many_as_queries(pool, whol
     are_together(pool.run(with_repeated_keys, block, (), 4, world_size=4), whole(block, "one document"))
 
 
+def padding(attention):
+    """Like torch's memory-efficient attention: logarithms of sums come in whole tiles of 32 queries."""
+
+    def forward(q, k, v, **arguments):
+        out, logsumexp, *rest = attention.forward(q, k, v, **arguments)
+        return out, F.pad(logsumexp, (0, -logsumexp.shape[-1] % 32), value=torch.nan), *rest
+
+    def backward(*, logsumexp, query, **arguments):
+        assert logsumexp.shape[-1] % 32 == 0
+        return attention.backward(logsumexp=logsumexp[..., : query.shape[2]], query=query, **arguments)
+
+    return attention._replace(forward=forward, backward=backward)
+
+
+def with_padded_sums(*arguments):
+    with replaced((ring_attention, "_attention"), by=lambda old: lambda q, k: ring_attention._without_padding(padding(old(q, k)))):
+        return forward_and_backward(*arguments)
+
+
+def test_sums_that_an_operator_pads_are_merged_without_padding(pool, whole):
+    are_together(pool.run(with_padded_sums, "transformer", (), 2, world_size=2), whole("transformer", "one document"))
+
+
 def attention_round_the_ring(device_type, dtype, num_key_heads):
     """Output of this rank's slice and gradients of its queries, keys and values, in fp64 on the host."""
     world_size = dist.get_world_size()
