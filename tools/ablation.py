@@ -6,7 +6,7 @@ r"""Trains variants of the model on the same tokens in the same order and compar
 Every variant and seed is an ordinary run of launch/pretrain.py. Run the same command again after a crash or an interruption: finished
 runs are skipped, the rest continue from their checkpoints. More variants and seeds may be added to the same output directory; the table
 shows all there are. Written there: table.md, results.json, curves.png; runs/ and logs/ of the single runs; records/ and study.json, which
-alone make a finished run count.
+alone make a finished run count. What each run gets from its variant, its seed and --output, --set cannot name.
 
 Exit codes: 0 all runs are finished; that of the first run that failed (1 if a signal killed it); 130 stopped before all were finished;
 2 to 5 as for launch/pretrain.py.
@@ -41,6 +41,7 @@ def _ablate() -> int:
     from phase8.ablation.results import write_results
     from phase8.ablation.runs import Machine, RunProcesses, read_records, record_path
     from phase8.ablation.study import (
+        check_shared_settings,
         check_sizes,
         choose_variants,
         count_variant_parameters,
@@ -55,6 +56,7 @@ def _ablate() -> int:
 
     output, device = arguments.output, select_device(arguments.device)
     variants = choose_variants(arguments.variants, arguments.define)
+    check_shared_settings(config, settings, variants)
     runs = plan_runs(arguments.config, settings, variants, arguments.seeds, output=output)
     data = open_run_data(config, on_progress=lambda stage, done, total: None if done else _say(f"{stage} (once) ..."))
     study = joined_study(current_study(config, data, variants), output)

@@ -126,7 +126,7 @@ def _sources(
     return read_text_sources(
         parsed.text,
         _tokenizer(parsed, section, checkpoint, vocab_size=vocab_size, say=say),
-        json_key=parsed.json_key,
+        json_key="text" if parsed.json_key is None else parsed.json_key,
         document_separator=parsed.document_separator,
         on_progress=partial(show, "tokenizing"),
         on_message=say,
@@ -143,15 +143,15 @@ def _tokenizer(parsed: argparse.Namespace, section: DataSection, checkpoint: Che
 def _tokenizer_if_any(
     parsed: argparse.Namespace, section: DataSection, checkpoint: Checkpoint, *, vocab_size: int, say: Callable[[str], None]
 ) -> Tokenizer | None:
-    """The tokenizer, which pairs need for their bytes and to be compared with theirs; None if the model has none that can be used."""
-    from phase8.checkpoint.model_source import tokenizer_of
+    """The tokenizer, which pairs need for their bytes and to be compared with theirs; None if the model has none that can be used.
 
-    if parsed.tokenizer is None and tokenizer_of(checkpoint) is None:
-        return None
+    Raises:
+        Phase8Error: The one that an option names, or whose piece an option names, cannot be used.
+    """
     try:
         return _tokenizer(parsed, section, checkpoint, vocab_size=vocab_size, say=say)
     except Phase8Error as error:
-        if parsed.tokenizer is not None:
+        if parsed.tokenizer is not None or parsed.eod_token is not None:
             raise
         say(f"bits per byte are unknown: {error}")
         return None
@@ -184,6 +184,8 @@ def _check(parsed: argparse.Namespace) -> None:
         problems.append(f"{' and '.join(together)} are different ways to read the tokens; give one of them")
     if parsed.data is not None and parsed.document_separator is not None:
         problems.append("--document-separator is for --text: pairs know where their documents begin; leave it out")
+    if parsed.data is not None and parsed.json_key is not None:
+        problems.append("--json-key is for --text: pairs hold tokens; leave it out")
     if problems:
         raise ConfigError(problems)
 
@@ -207,7 +209,7 @@ def _parser() -> argparse.ArgumentParser:
     reading.add_argument("--sequences", type=int, metavar="N", help="windows of --data in all, evenly spread (default: all)")
     reading.add_argument("--batch-size", type=int, metavar="N", help="windows or documents of a forward (default: what the memory holds)")
     texts = parser.add_argument_group("texts")
-    texts.add_argument("--json-key", default="text", metavar="KEY", help="where a JSON line or a Parquet row holds its text (default: text)")
+    texts.add_argument("--json-key", metavar="KEY", help="where a JSON line or a Parquet row holds its text (default: text)")
     texts.add_argument("--document-separator", metavar="LINE", help="lines of text files that stand between two documents (default: none)")
     texts.add_argument("--tokenizer", type=path_argument, metavar="FILE", help="instead of the one in the checkpoint")
     texts.add_argument("--eod-token", metavar="NAME", help="piece between documents (default: data.eod_token, else the tokenizer's own)")

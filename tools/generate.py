@@ -7,8 +7,9 @@
 
 Decoding is recurrent: memory and time per token are constant at any length. Sample i of a prompt draws with --seed plus i, whatever is continued
 beside it. With --json each line is an object with prompt, sample, seed, text, tokens (their number), reason (end_of_document, stop or max_tokens),
-seconds and tokens_per_second. Standard error gets the number of tokens and their speed. Exit codes as in launch/pretrain.py; 141 whoever read the
-text has gone.
+seconds and tokens_per_second. Blank lines of a --batch-file are left out ({"prompt": ""} is an empty prompt); with --json each object has line, too,
+the number of the prompt's line in that file. Standard error gets the number of tokens and their speed. Exit codes as in launch/pretrain.py; 141
+whoever read the text has gone.
 """
 
 from __future__ import annotations
@@ -28,6 +29,7 @@ from phase8.imports import imports_that_stay
 from phase8.terminal import output_is_the_product, run_door, warn
 
 if TYPE_CHECKING:
+    from phase8.generate.prompts import Prompt
     from phase8.generate.text import Continuation, TextWriter
 
 
@@ -55,14 +57,14 @@ def _run() -> int:
 
 def _generate(arguments: argparse.Namespace) -> None:
     with imports_that_stay():
-        from phase8.generate.prompts import read_prompts
+        from phase8.generate.prompts import Prompt, read_prompts
         from phase8.generate.restore import choose_tokenizer, hold_in_compute_dtype, restore_model
         from phase8.generate.sampling import SamplingOptions
         from phase8.generate.text import TextWriter, prompt_tokens
         from phase8.train.device import select_device
 
     options = SamplingOptions(arguments.temperature, arguments.top_k, arguments.top_p, arguments.seed)
-    prompts = [arguments.prompt] if arguments.batch_file is None else read_prompts(arguments.batch_file)
+    prompts = [Prompt(arguments.prompt)] if arguments.batch_file is None else read_prompts(arguments.batch_file)
     model, data, checkpoint = restore_model(arguments.checkpoint, device=select_device(arguments.device))
     hold_in_compute_dtype(model)
     vocab_size, eod_token = model.section.vocab_size, arguments.eod_token or data.eod_token
@@ -70,9 +72,9 @@ def _generate(arguments: argparse.Namespace) -> None:
     batch_size = min(arguments.batch_size, len(prompts) * arguments.num_samples)
     limits = {"max_tokens": arguments.max_tokens, "stops": arguments.stop, "batch_size": batch_size}
     output = _Output(arguments, TextWriter(model, tokenizer, options=options, **limits))
-    for some in _typed() if arguments.interactive else [prompts]:
+    for some in ([Prompt(text)] for text in _typed()) if arguments.interactive else [prompts]:
         after_document_end = not data.reset_at_document_boundaries
-        output.continue_prompts(some, [prompt_tokens(tokenizer, prompt, after_document_end=after_document_end) for prompt in some])
+        output.continue_prompts(some, [prompt_tokens(tokenizer, prompt.text, after_document_end=after_document_end) for prompt in some])
     output.tell_speed()
 
 
@@ -88,7 +90,7 @@ class _Output:
         self._arguments, self._writer = arguments, writer
         self._num_tokens, self._seconds = 0, 0.0
 
-    def continue_prompts(self, prompts: list[str], tokens: list[list[int]]) -> None:
+    def continue_prompts(self, prompts: list[Prompt], tokens: list[list[int]]) -> None:
         """Continues prompts, given with their tokens."""
         arguments = self._arguments
         is_streamed = len(prompts) * arguments.num_samples == 1 and not arguments.json
@@ -99,10 +101,10 @@ class _Output:
             if arguments.json:
                 self._print_json(prompts[place], sample, continuation)
             elif not is_streamed:
-                print(f"[prompt {place + 1}, sample {sample + 1}]\n{prompts[place]}{continuation.text}", flush=True)
+                print(f"[prompt {place + 1}, sample {sample + 1}]\n{prompts[place].text}{continuation.text}", flush=True)
 
         if is_streamed and not arguments.interactive:
-            print(prompts[0], end="", flush=True)
+            print(prompts[0].text, end="", flush=True)
         begin = time.perf_counter()
         show = partial(print, end="", flush=True) if is_streamed else (lambda piece: None)
         self._writer.write(tokens, num_samples=arguments.num_samples, on_text=lambda _, piece: show(piece), on_end=end)
@@ -116,10 +118,11 @@ class _Output:
             count = "1 token" if self._num_tokens == 1 else f"{self._num_tokens:,} tokens"
             warn(f"{count} in {self._seconds:.2f} s, {self._num_tokens / self._seconds:,.1f} tok/s")
 
-    def _print_json(self, prompt: str, sample: int, continuation: Continuation) -> None:
+    def _print_json(self, prompt: Prompt, sample: int, continuation: Continuation) -> None:
         num_tokens, seconds = len(continuation.tokens), continuation.seconds
         facts = {
-            "prompt": prompt,
+            "prompt": prompt.text,
+            **({} if prompt.line is None else {"line": prompt.line}),
             "sample": sample,
             "seed": self._arguments.seed + sample,
             "text": continuation.text,
@@ -131,8 +134,8 @@ class _Output:
         print(json.dumps(facts, ensure_ascii=False), flush=True)
 
 
-def _typed() -> Iterator[list[str]]:
-    """Prompts that are typed, or come through a pipe, each alone, until the input ends."""
+def _typed() -> Iterator[str]:
+    """Prompts that are typed, or come through a pipe, until the input ends."""
     stream = sys.stdin
     while stream is not None:
         if stream.isatty():
@@ -143,7 +146,7 @@ def _typed() -> Iterator[list[str]]:
         if lone_surrogate(line):
             warn("that line is not UTF-8 and is passed over")
         elif line.strip():
-            yield [line.rstrip("\n")]
+            yield line.rstrip("\n")
 
 
 def _parser() -> argparse.ArgumentParser:

@@ -6,8 +6,8 @@ r"""Tests recall: writes sequences to train on, and measures how many tokens of 
 
 `mqar`: pairs of key and value, then filler, then every key is asked for its value (in training data mostly in many rounds). `passkey`: one
 passkey at a random depth of filler, asked for at the end. phase8/recall/tasks.py says more. Sequences are drawn from --seed, those of an
-evaluation apart from those of training. To train on several lengths at once, write several and blend them in data.train, with
-data.reset_at_document_boundaries=true. The table goes to standard output, one column for each length.
+evaluation apart from those of training; files of other settings are not replaced. To train on several lengths at once, write several and blend
+them in data.train, with data.reset_at_document_boundaries=true. The table goes to standard output, one column for each length.
 """
 
 from __future__ import annotations
@@ -20,6 +20,8 @@ from phase8.config.arguments import add_device_option, path_argument
 from phase8.errors import ConfigError
 from phase8.imports import imports_that_stay
 from phase8.terminal import output_is_the_product, run_door
+
+PAIRS, KEY_TOKENS, ONCE_RATIO = (64, 128, 256), 6, 0.25  # defaults
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -53,7 +55,7 @@ def _write(parsed: argparse.Namespace) -> None:
             parsed.output,
             length=parsed.length,
             num_sequences=num_sequences,
-            once_ratio=parsed.once_ratio,
+            once_ratio=ONCE_RATIO if parsed.once_ratio is None else parsed.once_ratio,
             seed=parsed.seed,
             on_progress=display.show,
         )
@@ -95,7 +97,9 @@ def _evaluate(parsed: argparse.Namespace) -> None:
 
 def _sizes(parsed: argparse.Namespace) -> tuple[int, ...]:
     """Numbers of tokens to recall."""
-    return tuple(dict.fromkeys(parsed.pairs)) if parsed.task == "mqar" else (parsed.key_tokens,)
+    if parsed.task == "mqar":
+        return PAIRS if parsed.pairs is None else tuple(dict.fromkeys(parsed.pairs))
+    return (KEY_TOKENS if parsed.key_tokens is None else parsed.key_tokens,)
 
 
 def _check(parsed: argparse.Namespace) -> None:
@@ -103,7 +107,10 @@ def _check(parsed: argparse.Namespace) -> None:
     names = ("length", "tokens", "validation_sequences") if is_data else ("lengths", "sequences")
     given = {name: vars(parsed)[name] for name in names} | {"vocab_size": parsed.vocab_size}
     problems = [f"--{name.replace('_', '-')} is {value}; it must be at least 1" for name, value in given.items() if not _is_positive(value)]
-    if is_data and not 0 <= parsed.once_ratio <= 1:
+    for name, task in (("pairs", "mqar"), ("once_ratio", "mqar"), ("key_tokens", "passkey")):
+        if vars(parsed).get(name) is not None and parsed.task != task:
+            problems.append(f"--{name.replace('_', '-')} is for --task {task}; leave it out")
+    if is_data and parsed.once_ratio is not None and not 0 <= parsed.once_ratio <= 1:
         problems.append(f"--once-ratio is {parsed.once_ratio}; it must be between 0 and 1")
     if parsed.seed < 0:
         problems.append(f"--seed is {parsed.seed}; it must be at least 0")
@@ -120,8 +127,8 @@ def _parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(dest="command", required=True)
     shared = argparse.ArgumentParser(add_help=False)
     shared.add_argument("--task", required=True, choices=("mqar", "passkey"), help="what is recalled")
-    shared.add_argument("--pairs", nargs="+", type=int, default=[64, 128, 256], metavar="N", help="mqar: numbers of pairs (default: 64 128 256)")
-    shared.add_argument("--key-tokens", type=int, default=6, metavar="N", help="passkey: its tokens (default: %(default)s)")
+    shared.add_argument("--pairs", nargs="+", type=int, metavar="N", help=f"mqar: numbers of pairs (default: {' '.join(map(str, PAIRS))})")
+    shared.add_argument("--key-tokens", type=int, metavar="N", help=f"passkey: its tokens (default: {KEY_TOKENS})")
     shared.add_argument("--seed", type=int, default=1, metavar="N", help="seed of the sequences (default: %(default)s)")
 
     data = commands.add_parser("data", parents=[shared], help="write sequences to train on")
@@ -134,10 +141,9 @@ def _parser() -> argparse.ArgumentParser:
     data.add_argument(
         "--once-ratio",
         type=float,
-        default=0.25,
         metavar="X",
         help="mqar: share of sequences that ask for every key once, as an evaluation does; the rest ask in as many rounds as fit "
-        "(default: %(default)s; at 1 too few of the targets are answers, and models learn late)",
+        f"(default: {ONCE_RATIO}; at 1 too few of the targets are answers, and models learn late)",
     )
 
     evaluate = commands.add_parser("evaluate", parents=[shared], help="measure the recall of a checkpoint")

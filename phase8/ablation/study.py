@@ -33,6 +33,8 @@ SAME_FOR_ALL = ("model.sequence_length", "model.vocab_size")
 # themselves are compared by their fingerprint.
 _UNCOMPARED_SECTIONS = ("run", "data", "checkpoint", "observe")
 _UNCOMPARED_KEYS = ("train.seed", "train.stop_at_step")
+# Keys that each run gets from the study, and what sets them.
+_SET_BY_STUDY = {"train.seed": "--seeds", "run.name": "--variants and --seeds", "run.output_dir": "--output"}
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9.+-]*")  # no underscore: it stands for + in the names of runs
 
 Settings = tuple[str, ...]  # `section.key=value`, as --set takes them
@@ -142,6 +144,32 @@ def choose_variants(names: Sequence[str], definitions: Sequence[Sequence[str]]) 
     if repeated:
         raise ConfigError(f"--variants names {repeated[0]} {names.count(repeated[0])} times; name each once.")
     return {name: _known_settings(name, known, option="--variants") for name in names}
+
+
+def check_shared_settings(config: RunConfig, settings: Sequence[str], variants: Mapping[str, Settings]) -> None:
+    """Refuses settings that would have no effect, and those with which no run reaches its last step.
+
+    Args:
+        config: The config with these settings.
+        settings: What `--set` gives to all runs.
+        variants: Settings of the chosen variants, which come after these.
+
+    Raises:
+        ConfigError: The study or every variant sets one of the keys itself, or runs are to stop before `train.num_steps`.
+    """
+    of_all = set.intersection(*({setting.partition("=")[0] for setting in changes} for changes in variants.values()))
+    sets = dict.fromkeys(of_all, "--variants, or a new variant of --define") | _SET_BY_STUDY
+    given = dict.fromkeys(setting.partition("=")[0] for setting in settings)
+    ignored = [f"{key} (set by {sets[key]})" for key in given if key in sets]
+    problems = [f"--set names what an ablation sets for each run: {', '.join(ignored)}; leave it out of --set."] if ignored else []
+    stop, last = config.train.stop_at_step, config.train.num_steps
+    if stop is not None and stop < last:
+        problems.append(
+            f"train.stop_at_step {stop} is below train.num_steps {last}, but only a run that reaches its last step is compared; "
+            "set train.stop_at_step to null."
+        )
+    if problems:
+        raise ConfigError(problems)
 
 
 def plan_runs(

@@ -3,19 +3,30 @@
 from __future__ import annotations
 
 import json
+import re
 import sys
 from pathlib import Path
+from typing import NamedTuple
 
 from phase8.errors import DataError
 
+_LINE_END = re.compile(r"\r\n|\r|\n")  # str.splitlines also ends lines within texts, at U+2028 for example
 
-def read_prompts(path: Path) -> list[str]:
-    """The prompts of a file, or of standard input where the path is `-`; empty lines are left out.
+
+class Prompt(NamedTuple):
+    """A text to continue, and the number of its line in a file, from 1; None: it comes from no file."""
+
+    text: str
+    line: int | None = None
+
+
+def read_prompts(path: Path) -> list[Prompt]:
+    """The prompts of a file, or of standard input where the path is `-`; blank lines are left out.
 
     The file has JSON lines if its first line is a JSON object.
 
     Raises:
-        DataError: It cannot be read, holds no prompt, or a line of JSON has none.
+        DataError: It cannot be read, holds no prompt, or a line of JSON has none or has more.
     """
     name = "standard input" if path == Path("-") else str(path)
     try:
@@ -24,12 +35,12 @@ def read_prompts(path: Path) -> list[str]:
         raise DataError(f"--batch-file: cannot read {name}: {error.strerror}.") from error
     except UnicodeDecodeError as error:
         raise DataError(f"--batch-file: {name} is not UTF-8 (byte {error.start}); convert it, with iconv for example.") from error
-    lines = [(number, line) for number, line in enumerate(text.splitlines(), start=1) if line.strip()]
+    lines = [(number, line) for number, line in enumerate(_LINE_END.split(text), start=1) if line.strip()]
     if not lines:
         raise DataError(f"--batch-file: {name} holds no prompt; it needs one on each line.")
     if not isinstance(_parsed(lines[0][1]), dict):
-        return [line for _, line in lines]
-    return [_prompt_of(line, f"--batch-file: line {number} of {name}") for number, line in lines]
+        return [Prompt(line, number) for number, line in lines]
+    return [Prompt(_prompt_of(line, f"--batch-file: line {number} of {name}"), number) for number, line in lines]
 
 
 def _prompt_of(line: str, place: str) -> str:
@@ -38,6 +49,9 @@ def _prompt_of(line: str, place: str) -> str:
         raise DataError(f"{place} is not a JSON object, as the first one is.")
     if not isinstance(record.get("prompt"), str):
         raise DataError(f'{place} has no text under the key "prompt".')
+    others = [json.dumps(key, ensure_ascii=False) for key in record if key != "prompt"]
+    if others:
+        raise DataError(f'{place} has the key {others[0]}, but "prompt" alone is allowed; leave it out: options apply to all prompts.')
     return record["prompt"]
 
 

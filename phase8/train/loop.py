@@ -43,7 +43,12 @@ def train(run: Run, *, resume_command: str, report: Callable[[int, str], None] =
     """
     with run.lock, memory_errors(run.config, run.chosen, run.machine, world_size=run.engine.mesh.topology.world_size, has_begun=True):
         if not run.is_complete:  # a run that was resumed from elsewhere and has no steps to take is saved here
-            stopped_by = _train_with_rollbacks(run, run.stop_step, report)
+            try:
+                stopped_by = _train_with_rollbacks(run, run.stop_step, report)
+            except DivergenceError:
+                finish(run, otherwise="no report")
+                broadcast_text(None)  # a rank that ended earlier would make the launcher end the first one while it writes
+                raise
             if stopped_by is not None and run.position.step < run.stop_step:
                 run.say(f"{stopped_by}: saved at step {run.position.step}; go on with:\n  {resume_command}")
                 return
@@ -62,10 +67,10 @@ def _is_reported(run: Run) -> bool:
     return broadcast_text("reported" if is_reported else None) is not None
 
 
-def finish(run: Run) -> None:
-    """Writes the report. The run is already saved, so a failure does not change how it ends."""
+def finish(run: Run, *, otherwise: str = "no report, but the run is saved") -> None:
+    """Writes the report. What is to be saved is saved already, so a failure, which `otherwise` describes, does not change how the run ends."""
     if run.config.observe.report and run.is_main:
-        with Tolerated("no report, but the run is saved", run.say):
+        with Tolerated(otherwise, run.say):
             page = write_report(run.directory.path, say=run.say)
             run.say(f"report: {page}")
 
@@ -79,7 +84,19 @@ def _train_with_rollbacks(run: Run, stop_step: int, report: Callable[[int, str],
                 return _train_until(run, stop_step, report, loggers=loggers, rollback=rollback)
             except RollbackAsked as asked:
                 report(run.position.step, "rolling back")
-                rollback = roll_back(run, asked.anomaly)
+                try:
+                    rollback = roll_back(run, asked.anomaly)
+                except DivergenceError as diverged:
+                    _record_end(run, diverged, loggers)
+                    raise
+
+
+def _record_end(run: Run, diverged: DivergenceError, loggers: Sequence[Logger]) -> None:
+    """Records that a run ended because it could not be rolled back, which is found when its metrics are closed."""
+    if run.is_main:
+        step, directory = run.position.step, run.directory.path
+        with Tolerated("the metrics lack the end of the run", run.say), MetricsWriter(directory, resume_step=step, loggers=loggers) as metrics:
+            metrics.log_event(step, "diverged", message=str(diverged))
 
 
 def _loggers(run: Run) -> AbstractContextManager[Sequence[Logger]]:

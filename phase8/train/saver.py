@@ -11,9 +11,12 @@ from pathlib import Path
 from torch import Tensor
 
 from phase8.checkpoint.background import BackgroundSaver
+from phase8.checkpoint.load import list_checkpoints
 from phase8.checkpoint.retention import apply_retention
 from phase8.checkpoint.save import save_checkpoint
+from phase8.checkpoint.step_directories import step_of
 from phase8.distributed.collectives import gather_texts
+from phase8.errors import CheckpointError
 from phase8.observe.metrics import MetricsWriter
 from phase8.processes.exit import is_echo, summary
 from phase8.train.build import Run
@@ -75,6 +78,14 @@ class Saver:
             saved = self._background.finished(wait=wait)
         if saved is not None:
             self._has_saved(self._step_under_way, saved)
+
+    def newest_step(self) -> int | None:
+        """Step of the newest checkpoint of the run directory, after a save under way has ended; None: there is none."""
+        self.hear(wait=True)
+        try:
+            return next((step_of(path.name) for path in list_checkpoints(self._run.directory.checkpoints)), None)
+        except CheckpointError:  # the directory cannot be listed
+            return self.saved_step
 
     def close(self) -> None:
         """Waits for the save in the background and ends the background saver."""

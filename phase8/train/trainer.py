@@ -12,7 +12,7 @@ from typing import Any
 from phase8.closing import Tolerated
 from phase8.data.loader import build_loader, microbatch_sample_numbers
 from phase8.data.microbatch import Microbatch, stand_in
-from phase8.errors import DataError, StorageError
+from phase8.errors import DataError, DivergenceError, StorageError
 from phase8.model.flops import training_flops_per_token
 from phase8.observe.memory import peak_memory_bytes, reset_peak_memory
 from phase8.observe.metrics import MetricsWriter, StepMetrics
@@ -204,10 +204,21 @@ class Trainer:
         record = self.last_step = self._step_metrics(result, rate, step_seconds=step_seconds, data_wait_seconds=data_wait_seconds)
         self._record(lambda metrics: metrics.log_step(record))
         self.progress.step(record)
-        anomaly = take_note(position, result, config.train.anomaly, largest_loss=loss_limit, samples=samples)
+        try:
+            anomaly = take_note(position, result, config.train.anomaly, largest_loss=loss_limit, samples=samples)
+        except DivergenceError as diverged:
+            raise self._recorded(diverged) from None
         if anomaly is not None:
             self.record_event("skipped", message=str(anomaly))
         return result
+
+    def _recorded(self, diverged: DivergenceError) -> DivergenceError:
+        """The error with how to go on after it, recorded as the event that ends the run."""
+        step = self.saver.newest_step()
+        ending = "start again: no checkpoint was saved yet" if step is None else f"resume from the last checkpoint, that of step {step}"
+        whole = DivergenceError(f"{diverged}, then {ending}.")
+        self.record_event("diverged", message=str(whole))
+        return whole
 
     def _read(self, microbatches: Iterator[Microbatch]) -> tuple[list[Microbatch], DataError | None]:
         """Reads the microbatches of a step. Where that fails and other ranks wait for this one, returns stand-ins and the error.

@@ -94,6 +94,32 @@ def test_from_data_to_a_table_by_the_command_line(tiny, tmp_path, capsys):
     assert "--vocab-size is 101, but the model has 100 ids" in capsys.readouterr().err
 
 
+def test_data_of_other_settings_are_not_replaced(tmp_path, capsys):
+    recall = load_door("recall")
+    options = ["data", "--task", "mqar", "--length", "40", "--tokens", "400", "--validation-sequences", "2", "--vocab-size", "100"]
+    options += ["--output", str(tmp_path), "--pairs"]
+    assert recall.main([*options, "2", "4"]) == 0
+    written = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+    assert recall.main([*options, "2"]) == 2
+    sentence = f"error: {tmp_path / 'mqar_40.json'} is of data with other settings (sizes was [2, 4] and is [2]); choose another --output\n"
+    assert capsys.readouterr().err.endswith(sentence)
+    assert recall.main([*options, "2", "4"]) == 0  # again the same, such as after an interruption
+    assert written == {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+    (tmp_path / "mqar_40.json").unlink()
+    assert recall.main([*options, "2", "4"]) == 2
+    assert f"{tmp_path / 'mqar_40_train'}.bin exists, and nothing says of which settings it is" in capsys.readouterr().err
+
+
+def test_options_of_the_other_task_are_refused(tmp_path, capsys):
+    recall = load_door("recall")
+    ignored = (("passkey", "--pairs", "5", "mqar"), ("passkey", "--once-ratio", "1", "mqar"), ("mqar", "--key-tokens", "3", "passkey"))
+    for task, option, value, of in ignored:
+        assert recall.main(["data", "--task", task, "--length", "64", "--output", str(tmp_path), option, value]) == 2
+        assert f"error: {option} is for --task {of}; leave it out" in capsys.readouterr().err
+    assert recall.main(["evaluate", "--checkpoint", str(tmp_path), "--task", "passkey", "--pairs", "5"]) == 2
+    assert "error: --pairs is for --task mqar; leave it out" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [

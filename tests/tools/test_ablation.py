@@ -114,6 +114,10 @@ def test_130_when_stopped_before_all_runs_are_finished(door, monkeypatch):
         (["--set", "optim.warmup_steps=30"], NAMES, 2, "optim.warmup_steps 30 is not below train.num_steps 20"),
         (["--set", "data.validation=null"], NAMES, 2, "data.validation is null, but"),
         (["--set", "data.train=absent"], NAMES, 3, "absent.bin and absent.idx must both exist"),
+        (["--set", "train.seed=7"], NAMES, 2, "what an ablation sets for each run: train.seed (set by --seeds); leave"),
+        (["--set", "run.name=x", "run.output_dir=/tmp"], NAMES, 2, "run.name (set by --variants and --seeds), run.output_dir (set by --output);"),
+        (["--set", "model.block=phase8"], NAMES, 2, "model.block (set by --variants, or a new variant of --define); leave"),
+        (["--set", "train.stop_at_step=5"], NAMES, 2, "train.stop_at_step 5 is below train.num_steps 20, but only a run that reaches"),
         (["--define", "a", "transformer", "train.num_steps=4"], ["a"], 2, "--define a: train.num_steps=4 is not about"),
     ],
 )

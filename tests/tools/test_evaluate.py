@@ -81,6 +81,7 @@ def test_ranks_of_torchrun_print_the_result_of_one_process_once(trained, tmp_pat
         (["--text", "x", "--sequences", "4"], "--sequences takes some windows of --data, but a --text is read as a whole"),
         (["--data", "x", "--stride", "4", "--carry-state"], "--stride and --carry-state are different ways to read the tokens; give one of them"),
         (["--data", "x", "--document-separator", "%"], "--document-separator is for --text"),
+        (["--data", "x", "--json-key", "text"], "--json-key is for --text: pairs hold tokens; leave it out"),
     ],
 )
 def test_options_that_contradict_each_other_are_refused_before_anything_is_read(arguments, sentence, tmp_path, capsys):
@@ -96,10 +97,20 @@ def test_what_cannot_be_read_has_its_exit_code(trained, tmp_path, capsys):
         (3, [*checkpoint, "--data", tmp_path / "nothing"], "nothing.bin and"),
         (3, [*checkpoint, "--text", tmp_path / "nothing.txt"], "cannot read the input"),
         (3, [*checkpoint, "--text", tmp_path / "x", "--tokenizer", tmp_path / "none.model"], "cannot read the tokenizer"),
+        (3, [*checkpoint, "--data", directory / "validation", "--eod-token", "nope"], "has no piece 'nope'"),
         (2, [*checkpoint, "--data", directory / "validation", "--stride", "25"], "--stride is 25, but a window has 24 tokens"),
     ):
         found, output, errors = evaluate(capsys, *arguments)
         assert (found, output) == (code, "") and sentence in errors, errors
+
+
+def test_a_name_of_a_piece_needs_a_tokenizer_and_other_unknown_bytes_a_reason(trained, tiny, capfd):
+    run = train_tiny(tiny, "train.num_steps=1", "optim.warmup_steps=0", "train.evaluate_every_n_steps=0")
+    arguments = ("--checkpoint", run.directory.path, "--data", trained[1] / "validation", "--sequences", 1)
+    code, output, errors = evaluate(capfd, *arguments, "--eod-token", "</s>")
+    assert (code, output) == (4, "") and "holds no tokenizer" in errors
+    code, output, errors = evaluate(capfd, *arguments)
+    assert code == 0 and "unknown" in output and errors.count("bits per byte are unknown: ") == 1, errors
 
 
 def test_data_and_tokenizers_of_others_are_refused_or_said(trained, tmp_path, capfd):

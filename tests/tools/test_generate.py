@@ -10,6 +10,7 @@ import pytest
 
 from phase8 import terminal
 from phase8.data.tokenizer_training import train_sentencepiece
+from phase8.generate.prompts import Prompt, read_prompts
 from tests.tools.doors import load_door
 from tests.train.tiny_run import train_tiny, write_config
 
@@ -73,7 +74,8 @@ def test_prompts_of_a_file_and_samples_are_what_each_is_alone(trained, generated
     code, output, _ = generated_here(*options, "--batch-file", tmp_path / "prompts.txt", "--num-samples", 2, "--batch-size", 4)
     found = records(output)
     assert code == 0
-    assert [(each["prompt"], each["sample"]) for each in found] == [(p, s) for p in ("def ma", "pass", "def main(): pa") for s in (0, 1)]
+    expected = [(line, p, s) for line, p in ((1, "def ma"), (3, "pass"), (4, "def main(): pa")) for s in (0, 1)]  # a blank line is left out
+    assert [(each["line"], each["prompt"], each["sample"]) for each in found] == expected
     for each in found:
         alone = records(generated_here(*options, "--prompt", each["prompt"], "--seed", each["seed"])[1])
         assert [alone[0][key] for key in ("text", "tokens", "reason")] == [each[key] for key in ("text", "tokens", "reason")]
@@ -95,7 +97,7 @@ def test_a_stop_text_ends_the_text_and_is_not_written(trained, generated_here):
     assert (found["text"], found["reason"]) == (before, "stop")
 
 
-@pytest.mark.parametrize("text", ["def ma\n\npass\n", '{"prompt": "def ma"}\n{"prompt": "pass", "id": 7}\n'])
+@pytest.mark.parametrize("text", ["def ma\n\npass\n", '{"prompt": "def ma"}\n{"prompt": "pass"}\n'])
 def test_prompts_come_from_standard_input(trained, generated_here, monkeypatch, text):
     options = ("--checkpoint", trained, "--max-tokens", 5, "--device", "cpu")
     expected = [generated_here(*options, "--prompt", prompt)[1] for prompt in ("def ma", "pass")]
@@ -121,6 +123,7 @@ def test_prompts_come_from_standard_input(trained, generated_here, monkeypatch, 
         (("--batch-file", "latin.txt"), 3, "latin.txt is not UTF-8 (byte 1)"),
         (("--batch-file", "text.jsonl"), 3, "line 3 of text.jsonl is not a JSON object"),
         (("--batch-file", "key.jsonl"), 3, 'line 2 of key.jsonl has no text under the key "prompt"'),
+        (("--batch-file", "more.jsonl"), 3, 'line 3 of more.jsonl has the key "max_tokens", but "prompt" alone is allowed'),
         (("--batch-file", "first.jsonl"), 3, 'line 1 of first.jsonl has no text under the key "prompt"'),
     ],
 )
@@ -128,11 +131,18 @@ def test_bad_input_is_one_sentence_before_anything_is_loaded(generated_here, tmp
     monkeypatch.chdir(tmp_path)
     for name, content in {
         "empty.txt": b" \n\n", "latin.txt": b"a\xe9", "text.jsonl": b'{"prompt": "a"}\n\nb\n', "key.jsonl": b'{"prompt": "a"}\n{"prompt": 3}\n',
-        "first.jsonl": b'{"text": "a"}\n',
+        "first.jsonl": b'{"text": "a"}\n', "more.jsonl": b'{"prompt": "a"}\n\n{"prompt": "y", "max_tokens": 3}\n',
     }.items():  # fmt: skip
         (tmp_path / name).write_bytes(content)
     found, output, error = generated_here("--checkpoint", tmp_path / "none", *options)
     assert (found, output) == (code, "") and sentence in error and "Traceback" not in error
+
+
+def test_lines_of_a_batch_file_end_as_lines_of_a_file_do(tmp_path):
+    (tmp_path / "p.jsonl").write_bytes('{"prompt": "a\u2028b"}\r\n\r\n{"prompt": "c\x85"}'.encode())
+    assert read_prompts(tmp_path / "p.jsonl") == [Prompt("a\u2028b", 1), Prompt("c\x85", 3)]
+    (tmp_path / "p.txt").write_bytes(b"a\x0cb\n \n c \n")
+    assert read_prompts(tmp_path / "p.txt") == [Prompt("a\x0cb", 1), Prompt(" c ", 3)]
 
 
 def test_another_tokenizer_is_said(trained, tmp_path, generated_here, monkeypatch):

@@ -102,12 +102,23 @@ def test_a_non_finite_step_is_skipped_and_counted(tiny):
 
 
 def test_too_many_non_finite_steps_stop_the_run_with_all_that_is_needed(tiny):
-    run = prepare(tiny, "train.anomaly.max_consecutive=3")
+    run = prepare(tiny, "train.anomaly.max_consecutive=3", "observe.report=true")
     poison(run, set(range(7, 21)))
-    with pytest.raises(DivergenceError, match=r"step 9: loss nan and gradient norm nan .* samples 32\.\.35, the last of 3 in a row"):
+    with pytest.raises(DivergenceError, match=r"step 9: loss nan and gradient norm nan .* samples 32\.\.35, the last of 3 in a row") as diverged:
         train(run, resume_command="")
+    assert str(diverged.value).endswith(", then resume from the last checkpoint, that of step 5.")
+    assert records(run)[-1] == {"step": 9, "event": "diverged", "message": str(diverged.value)}
+    assert "the last of 3 in a row" in (run.directory.path / "report" / "index.html").read_text()
     newest = open_checkpoint(list_checkpoints(run.directory.checkpoints)[0])
     assert newest.step == 5 and newest.read("model.embedding.weight").isfinite().all()
+
+
+def test_a_run_that_ends_before_its_first_checkpoint_is_not_told_to_resume(tiny):
+    run = prepare(tiny, "train.anomaly.policy=stop")
+    poison(run, {2})
+    with pytest.raises(DivergenceError, match=r"step 2: .* is stop; lower .* samples, then start again: no checkpoint was saved yet\.$"):
+        train(run, resume_command="")
+    assert records(run)[-1]["event"] == "diverged"
 
 
 def full_disk(*_, **__):

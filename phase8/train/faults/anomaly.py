@@ -82,7 +82,7 @@ def take_note(position: Position, result: StepResult, section: AnomalySection, *
         samples: Global numbers of its samples.
 
     Raises:
-        DivergenceError: The policy is to stop, or there were too many anomalies in a row.
+        DivergenceError: The policy is to stop, or there were too many anomalies in a row; the trainer adds how to go on.
         RollbackAsked: The policy is to roll back.
     """
     if not result.skipped:
@@ -93,7 +93,7 @@ def take_note(position: Position, result: StepResult, section: AnomalySection, *
     position.consecutive_skipped += 1
     position.total_skipped += 1
     anomaly = Anomaly(position.step, result.loss, result.grad_norm, largest_loss, samples)
-    advice = "lower optim.learning_rate or inspect those samples, then resume from the last checkpoint."
+    advice = "lower optim.learning_rate or inspect those samples"
     if section.policy == "stop":
         raise DivergenceError(f"{anomaly}, and train.anomaly.policy is stop; {advice}")
     if position.consecutive_skipped >= section.max_consecutive:

@@ -160,8 +160,10 @@ def test_the_weights_after_a_rollback_are_those_of_a_run_that_never_saw_the_samp
 def test_a_rollback_needs_a_checkpoint(tiny):
     run = prepare(tiny, "train.anomaly.policy=rollback")
     spoil(run, 2 * 4, factor=math.nan)
-    with pytest.raises(DivergenceError, match=r"^step 3: .* but there is no checkpoint to go back to yet; lower"):
+    with pytest.raises(DivergenceError, match=r"^step 3: .* but there is no checkpoint to go back to yet; lower") as diverged:
         train(run, resume_command="")
+    assert records(run)[-1] == {"step": 3, "event": "diverged", "message": str(diverged.value)}
+    assert [record["step"] for record in records(run) if "loss" in record] == [1, 2, 3]
 
 
 def test_rollbacks_to_the_same_checkpoint_end(tiny, taken):
