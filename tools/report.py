@@ -16,6 +16,7 @@ from pathlib import Path
 from phase8.config.arguments import path_argument
 from phase8.errors import ConfigError
 from phase8.terminal import run_door, warn
+from phase8.train.outputs import require_own_output
 
 
 def main() -> int:
@@ -30,6 +31,7 @@ def _run() -> int:
     for run in arguments.runs:
         if not (run / "metrics.jsonl").is_file():
             raise ConfigError(f"there is no run at {run}: it holds no metrics.jsonl; give the directory of a run, such as runs/NAME.")
+    require_own_output(arguments.output)
     # Imported late: what is wrong on the command line is answered at once.
     from phase8.observe.comparison import write_comparison
     from phase8.observe.report import write_report
