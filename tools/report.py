@@ -3,7 +3,7 @@
     python tools/report.py runs/quickstart                     runs/quickstart/report/index.html and loss.png, also while the run trains
     python tools/report.py runs/a runs/b [--output FILE]       one page with the curves of both (default: comparison.html)
 
-The page is one file, which asks nothing of the network. Exit codes: 0 done; 2 command line, or a run without metrics; 5 a place that cannot be
+The page is one file, which asks nothing of the network. Exit codes: 0 done; 2 command line, or a run without metrics of steps or evaluations; 5 a place that cannot be
 written.
 """
 
@@ -34,8 +34,10 @@ def _run() -> int:
     require_own_output(arguments.output)
     # Imported late: what is wrong on the command line is answered at once.
     from phase8.observe.comparison import write_comparison
-    from phase8.observe.report import write_report
+    from phase8.observe.report import require_figures, write_report
 
+    for run in arguments.runs:
+        require_figures(run)
     if len(arguments.runs) == 1:
         page = write_report(arguments.runs[0], say=warn)
     else:

@@ -67,7 +67,9 @@ class MuseReport:
 
 
 def import_muse(
-    source_prefix: str | Path, destination_prefix: str | Path, *, vocab_size: int, eod_id: int | None, tokenizer: str, made_with: MadeWith | None = None
+    source_prefix: str | Path,
+    destination_prefix: str | Path,
+    *, vocab_size: int, eod_id: int | None, tokenizer: str, made_with: MadeWith | None = None,
 ) -> MuseReport:
     """Converts a MUSE pair to a Megatron pair, each document to one document of one sequence, in the same order.
 
