@@ -3,8 +3,8 @@
     python tools/report.py runs/quickstart                     runs/quickstart/report/index.html and loss.png, also while the run trains
     python tools/report.py runs/a runs/b [--output FILE]       one page with the curves of both (default: comparison.html)
 
-The page is one file, which asks nothing of the network. Exit codes: 0 done; 2 command line, or a run without metrics of steps or evaluations; 5 a place that cannot be
-written.
+The page is one file, which asks nothing of the network. Exit codes: 0 done; 2 command line, or a run without metrics of steps
+or evaluations; 5 a place that cannot be written.
 """
 
 from __future__ import annotations

@@ -84,6 +84,22 @@ def test_a_run_that_began_inside_a_model_is_read_as_a_run(trained, model):
     assert load_door("inspect_checkpoint").main([str(directory), "--json"]) == 0
 
 
+@pytest.mark.parametrize("model", ["hf", "consolidated", "quantised"], indirect=True)
+def test_who_inspects_weights_alone_is_told_what_can_be_inspected(trained, model, capsys):
+    form, directory = model
+    capsys.readouterr()
+    other = "" if form == "quantised" else f" or one that tools/reshard_checkpoint.py {directory} DST makes of them"
+    sentence = f"but only checkpoints of training are inspected; give the one that they are from{other}"
+    for words in ([], ["--diff", str(directory)]):
+        path = trained.parent / "runs/source" if words else directory
+        assert load_door("inspect_checkpoint").main([str(path), *words]) == 4
+        errors = capsys.readouterr().err
+        assert sentence in errors and errors.count("\n") == 1 and "initialise_from" not in errors
+    if other:
+        copy = str(directory.with_name("copy"))
+        assert load_door("reshard_checkpoint").main([str(directory), copy]) == load_door("inspect_checkpoint").main([copy]) == 0
+
+
 def test_a_config_without_weights_is_no_model(trained, tmp_path):
     directory = tmp_path / "foo"
     directory.mkdir()
