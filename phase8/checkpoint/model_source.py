@@ -22,7 +22,7 @@ def open_model(directory: Path) -> Checkpoint:
     Raises:
         CheckpointError: There is no model, it is damaged, or its format cannot be read.
     """
-    if is_deepspeed(directory):
+    if is_deepspeed(directory) and not is_saved_run(directory):
         raise CheckpointError(
             f"{directory} is a checkpoint of DeepSpeed; import it: tools/reshard_checkpoint.py {directory} DST --trust-pickle --config FILE, with "
             "the config of its model."

@@ -9,15 +9,15 @@ from contextlib import AbstractContextManager, ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 
+from phase8.checkpoint.deepspeed_source import is_deepspeed
 from phase8.checkpoint.load import Checkpoint, find_checkpoint, is_saved_run, list_checkpoints, open_checkpoint
 from phase8.checkpoint.model_source import open_model
 from phase8.checkpoint.quantization import require_as_trained
 from phase8.checkpoint.run_metadata import run_metadata
 from phase8.checkpoint.step_directories import MANIFEST_NAME, holds_weights_only, step_of
-from phase8.checkpoint.weight_files import WeightFiles
 from phase8.config.schema import RunConfig
 from phase8.distributed.collectives import broadcast_text
-from phase8.durable import staged_directory
+from phase8.durable import staged_directory, storage_errors
 from phase8.errors import CheckpointError, ConfigError, StorageError
 from phase8.observe.metrics import read_metrics
 from phase8.paths import real_path
@@ -100,7 +100,8 @@ def claimed(directory: RunDirectory) -> AbstractContextManager[None]:
         ConfigError: No run can begin there.
         StorageError: As for `RunDirectory.lock`.
     """
-    _require_no_model(directory)
+    with storage_errors(directory.path):  # a directory that may not be entered
+        _require_no_model(directory)
     return directory.lock()
 
 
@@ -111,10 +112,16 @@ def _require_no_model(directory: RunDirectory) -> None:
         ConfigError: It is one; the sentence has the ways to use it that work.
     """
     path = directory.path
-    is_checkpoint = os.path.lexists(path / MANIFEST_NAME)
-    if is_saved_run(path) or not (is_checkpoint or (holds_weights_only(path) and any(path.glob("*.safetensors")))):
+    if is_saved_run(path):
         return
-    kind = "a checkpoint" if is_checkpoint else "an exported model"
+    if os.path.lexists(path / MANIFEST_NAME):
+        kind = "a checkpoint"
+    elif holds_weights_only(path) and any(path.glob("*.safetensors")):
+        kind = "an exported model"
+    elif is_deepspeed(path):
+        kind = "a checkpoint of DeepSpeed"
+    else:
+        return
     raise ConfigError(f"run.name is {path.name}, but {path} itself is {kind}, where no run can begin; give another run.name{_uses(path)}.")
 
 
@@ -126,7 +133,8 @@ def _uses(path: Path) -> str:
         run_metadata(model)
     except CheckpointError:
         return ""
-    resume = "" if isinstance(model, WeightFiles) else f", with --resume {path} to go on from it"
+    is_trained = model.step > 0  # one of step 0 has no position in data: weights alone, or made of such
+    resume = "" if not is_trained else f", with --resume {path} to go on from it"
     return f"{resume}{' or' if resume else ', with'} checkpoint.initialise_from={path} to begin with its weights"
 
 

@@ -100,6 +100,26 @@ def test_who_inspects_weights_alone_is_told_what_can_be_inspected(trained, model
         assert load_door("reshard_checkpoint").main([str(directory), copy]) == load_door("inspect_checkpoint").main([copy]) == 0
 
 
+@pytest.mark.parametrize("model", ["consolidated"], indirect=True)
+def test_a_checkpoint_of_step_0_is_only_begun_with(trained, model):
+    _, directory = model
+    made = directory.with_name("made")
+    assert load_door("reshard_checkpoint").main([str(directory), str(made)]) == 0
+    with pytest.raises(ConfigError, match=rf"made itself is a checkpoint, .* run.name{re.escape(WAYS['consolidated'].format(made))}\.$"):
+        start(trained, directory, name="made")
+
+
+def test_a_checkpoint_of_deepspeed_is_no_place_for_a_run_either(trained, tmp_path):
+    directory = tmp_path / "foo"
+    (directory / "global_step3").mkdir(parents=True)
+    (directory / "latest").write_text("global_step3")
+    (directory / "global_step3" / "mp_rank_00_model_states.pt").touch()
+    with pytest.raises(ConfigError, match=r"foo itself is a checkpoint of DeepSpeed, where no run can begin; give another run.name\.$"):
+        start(trained, directory)
+    shutil.copytree(trained.parent / "runs/source/checkpoints", directory / "checkpoints")
+    assert open_model(directory).step == start(trained, directory).position.step == 5
+
+
 def test_a_config_without_weights_is_no_model(trained, tmp_path):
     directory = tmp_path / "foo"
     directory.mkdir()
