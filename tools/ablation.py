@@ -23,6 +23,7 @@ from phase8.config.arguments import add_device_option, path_argument
 from phase8.config.load import load_config
 from phase8.errors import ConfigError
 from phase8.terminal import EXIT_INTERRUPTED, run_door
+from phase8.train.outputs import require_own_output
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -37,6 +38,7 @@ def _ablate() -> int:
     settings = arguments.set
     config = load_config(arguments.config, settings)
     _check_numbers(arguments)
+    require_own_output(arguments.output, inputs=[arguments.config])
     # Imported late: a mistake in the config is answered before torch is loaded.
     from phase8.ablation.results import write_results
     from phase8.ablation.runs import Machine, RunProcesses, read_records, record_path

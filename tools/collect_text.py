@@ -33,6 +33,7 @@ from phase8.data.shard_pool import worker_problems
 from phase8.errors import ConfigError
 from phase8.observe.stage_progress import ProgressDisplay
 from phase8.terminal import run_door
+from phase8.train.outputs import require_own_output
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -45,6 +46,7 @@ def main(arguments: list[str] | None = None) -> int:
 def _run(arguments: list[str] | None) -> int:
     parsed = _parser().parse_args(arguments)
     _check(parsed)
+    require_own_output(parsed.output)
     roots = parsed.roots or default_roots(parsed.kind)
     with ProgressDisplay(TextColumn("{task.percentage:3.0f} %"), TextColumn("{task.fields[amount]}"), TimeElapsedColumn()) as display:
         collection = collect(

@@ -35,6 +35,7 @@ from phase8.errors import ConfigError, Phase8Error
 from phase8.imports import imports_that_stay
 from phase8.processes.bootstrap import World, world_from_environment
 from phase8.terminal import output_is_the_product, run_door, warn
+from phase8.train.outputs import require_own_output
 
 if TYPE_CHECKING:
     from phase8.checkpoint.load import Checkpoint
@@ -54,6 +55,8 @@ def main(arguments: list[str] | None = None) -> int:
 def _run(arguments: list[str] | None) -> int:
     parsed = _parser().parse_args(arguments)
     _check(parsed)
+    texts = [*(parsed.text or []), *([parsed.tokenizer] if parsed.tokenizer is not None else [])]
+    require_own_output(parsed.output, inputs=texts, pairs=parsed.data or [])
     with output_is_the_product():
         _evaluate(parsed, world_from_environment(os.environ))
     return 0

@@ -15,15 +15,19 @@ import json
 import math
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from phase8.checkpoint.load import Checkpoint, find_checkpoint, open_checkpoint
+from phase8.checkpoint.load import Checkpoint, find_checkpoint, is_saved_run, open_checkpoint
+from phase8.checkpoint.model_source import open_model
+from phase8.checkpoint.quantization import require_as_trained
 from phase8.checkpoint.reshard.compare import TensorDifference, compare_checkpoints
 from phase8.checkpoint.run_metadata import run_metadata
+from phase8.checkpoint.step_directories import holds_weights_only
 from phase8.checkpoint.untrusted import shortened
 from phase8.config.arguments import path_argument
 from phase8.errors import CheckpointError
@@ -43,16 +47,36 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def _inspect(arguments: Sequence[str] | None) -> int:
     options = _parser().parse_args(arguments)
     with output_is_the_product():
-        checkpoint = open_checkpoint(find_checkpoint(options.checkpoint))
+        checkpoint = _open(options.checkpoint)
         if options.verify:
             checkpoint.verify()
         if options.diff is None:
             _show_checkpoint(checkpoint, as_json=options.json, verified=options.verify)
             return 0
-        other = open_checkpoint(find_checkpoint(options.diff))
+        other = _open(options.diff)
         if options.verify:
             other.verify()
         return _show_differences(checkpoint, other, as_json=options.json)
+
+
+def _open(path: Path) -> Checkpoint:
+    """The checkpoint that a path stands for; weights alone are refused with what can be inspected instead."""
+    if holds_weights_only(path) and not is_saved_run(path):
+        made = f"one that tools/reshard_checkpoint.py {path} DST makes of them" if _are_as_trained(path) else ""
+        raise CheckpointError(
+            f"{path} holds weights alone (consolidated, quantised, or a model of Hugging Face's form), but only checkpoints of training are "
+            f"inspected; give the one that they are from{' or ' if made else ''}{made}"
+        )
+    return open_checkpoint(find_checkpoint(path))
+
+
+def _are_as_trained(path: Path) -> bool:
+    """Whether weights alone can be read and do not have few bits, so that a checkpoint can be made of them."""
+    try:
+        require_as_trained(open_model(path))
+    except CheckpointError:
+        return False
+    return True
 
 
 def _parser() -> argparse.ArgumentParser:

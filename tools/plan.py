@@ -42,6 +42,7 @@ from phase8.pipeline_parallel.lowering import lower
 from phase8.pipeline_parallel.schedules import SCHEDULES, Schedule, bubble_ratio, build_schedule, peak_activations
 from phase8.pipeline_parallel.simulate import Simulation, simulate, uniform_costs
 from phase8.terminal import output_is_the_product, run_door
+from phase8.train.outputs import require_own_output
 
 if TYPE_CHECKING:
     from phase8.observe.devices import Gpu
@@ -253,6 +254,7 @@ def _check_schedule_options(arguments: argparse.Namespace) -> None:
         raise ConfigError(f"--receives-ahead is {arguments.receives_ahead}, but it must be 0 or more.")
     if arguments.output is not None and arguments.output.suffix.lower() != ".png":
         raise ConfigError(f"--output is {arguments.output}, but the picture is a PNG; give it a name that ends in .png.")
+    require_own_output(arguments.output)
 
 
 def _parser() -> argparse.ArgumentParser:

@@ -20,6 +20,7 @@ from phase8.config.arguments import add_device_option, path_argument
 from phase8.errors import ConfigError
 from phase8.imports import imports_that_stay
 from phase8.terminal import output_is_the_product, run_door
+from phase8.train.outputs import require_own_output
 
 PAIRS, KEY_TOKENS, ONCE_RATIO = (64, 128, 256), 6, 0.25  # defaults
 
@@ -32,6 +33,7 @@ def main(arguments: list[str] | None = None) -> int:
 def _run(arguments: list[str] | None) -> int:
     parsed = _parser().parse_args(arguments)
     _check(parsed)
+    require_own_output(parsed.output)
     if parsed.command == "data":
         _write(parsed)
     else:

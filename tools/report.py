@@ -3,8 +3,8 @@
     python tools/report.py runs/quickstart                     runs/quickstart/report/index.html and loss.png, also while the run trains
     python tools/report.py runs/a runs/b [--output FILE]       one page with the curves of both (default: comparison.html)
 
-The page is one file, which asks nothing of the network. Exit codes: 0 done; 2 command line, or a run without metrics; 5 a place that cannot be
-written.
+The page is one file, which asks nothing of the network. Exit codes: 0 done; 2 command line, or a run without metrics of steps
+or evaluations; 5 a place that cannot be written.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from pathlib import Path
 from phase8.config.arguments import path_argument
 from phase8.errors import ConfigError
 from phase8.terminal import run_door, warn
+from phase8.train.outputs import require_own_output
 
 
 def main() -> int:
@@ -30,10 +31,13 @@ def _run() -> int:
     for run in arguments.runs:
         if not (run / "metrics.jsonl").is_file():
             raise ConfigError(f"there is no run at {run}: it holds no metrics.jsonl; give the directory of a run, such as runs/NAME.")
+    require_own_output(arguments.output)
     # Imported late: what is wrong on the command line is answered at once.
     from phase8.observe.comparison import write_comparison
-    from phase8.observe.report import write_report
+    from phase8.observe.report import require_figures, write_report
 
+    for run in arguments.runs:
+        require_figures(run)
     if len(arguments.runs) == 1:
         page = write_report(arguments.runs[0], say=warn)
     else:

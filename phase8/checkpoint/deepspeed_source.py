@@ -58,7 +58,7 @@ def consolidate_deepspeed(directory: Path, destination: Path, config: Mapping[st
 def _step(directory: Path) -> Path | None:
     """The directory with the files of a step."""
     latest = directory / _LATEST
-    step = directory / latest.read_text().strip() if latest.is_file() else directory
+    step = directory / latest.read_text(errors="replace").strip() if latest.is_file() else directory
     return step if list(step.glob(_STATES)) or list(step.glob(_UNIVERSAL)) else None
 
 

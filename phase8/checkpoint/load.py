@@ -14,7 +14,7 @@ from torch import Tensor
 from phase8.checkpoint.checksum import checksum_of_next
 from phase8.checkpoint.manifest import MAX_MANIFEST_BYTES, Manifest, Slice, TensorEntry, parse_manifest
 from phase8.checkpoint.renamed_tensors import in_present_form
-from phase8.checkpoint.step_directories import MANIFEST_NAME, committed_directories, holds_weights_only, step_of
+from phase8.checkpoint.step_directories import MANIFEST_NAME, RUN_CHECKPOINTS_NAME, committed_directories, holds_weights_only, step_of
 from phase8.checkpoint.tensor_file import DTYPES, TensorFile, open_for_reading
 from phase8.checkpoint.untrusted import shortened, shown, shown_name
 from phase8.division import RegionLike, common_region, overlap, whole_region
@@ -192,16 +192,28 @@ def list_checkpoints(root: Path) -> list[Path]:
         raise CheckpointError(f"the checkpoints under {root} cannot be listed ({error.strerror}); give a directory you can read") from error
 
 
+def is_saved_run(path: Path) -> bool:
+    """Whether a directory is a run with checkpoints, which it stays where it began inside a checkpoint or an exported model.
+
+    Raises:
+        CheckpointError: Its checkpoints cannot be listed.
+    """
+    root = path / RUN_CHECKPOINTS_NAME
+    return step_of(path.name) is None and os.path.isdir(root) and bool(list_checkpoints(root))
+
+
 def find_checkpoint(path: Path) -> Path:
     """Finds the checkpoint that a path stands for: `path` itself, or the newest one in it if it is a `checkpoints` or a run directory.
 
     Raises:
         CheckpointError: There is none.
     """
+    if is_saved_run(path):
+        return list_checkpoints(path / RUN_CHECKPOINTS_NAME)[0]
     is_checkpoint = os.path.lexists(path / MANIFEST_NAME) or (step_of(path.name) is not None and not holds_weights_only(path))
     if is_checkpoint:
         return path
-    for root in (path, path / "checkpoints"):
+    for root in (path, path / RUN_CHECKPOINTS_NAME):
         if found := list_checkpoints(root):
             return found[0]
     if holds_weights_only(path):

@@ -10,7 +10,7 @@ from pathlib import Path
 from phase8.checkpoint.consolidated_source import is_consolidated, open_consolidated
 from phase8.checkpoint.deepspeed_source import is_deepspeed
 from phase8.checkpoint.huggingface.source import open_hugging_face
-from phase8.checkpoint.load import Checkpoint, find_checkpoint, open_checkpoint
+from phase8.checkpoint.load import Checkpoint, find_checkpoint, is_saved_run, open_checkpoint
 from phase8.checkpoint.step_directories import WEIGHTS_CONFIG_NAME, holds_weights_only
 from phase8.checkpoint.weight_files import read_object, regular
 from phase8.errors import CheckpointError
@@ -22,12 +22,12 @@ def open_model(directory: Path) -> Checkpoint:
     Raises:
         CheckpointError: There is no model, it is damaged, or its format cannot be read.
     """
-    if is_deepspeed(directory):
+    if is_deepspeed(directory) and not is_saved_run(directory):
         raise CheckpointError(
             f"{directory} is a checkpoint of DeepSpeed; import it: tools/reshard_checkpoint.py {directory} DST --trust-pickle --config FILE, with "
             "the config of its model."
         )
-    if not holds_weights_only(directory):
+    if is_saved_run(directory) or not holds_weights_only(directory):
         return open_checkpoint(find_checkpoint(directory))
     config = read_object(regular(directory / WEIGHTS_CONFIG_NAME))
     return open_consolidated(directory, config) if is_consolidated(config) else open_hugging_face(directory, config)

@@ -25,6 +25,7 @@ from pathlib import Path
 from phase8.durable import fsync_path
 
 MANIFEST_NAME = "manifest.json"
+RUN_CHECKPOINTS_NAME = "checkpoints"  # directory of a run's checkpoints in its own
 WEIGHTS_CONFIG_NAME = "config.json"  # config of weights without a manifest: consolidated, or in Hugging Face's format
 WEIGHTS_NAME = "model.safetensors"
 INDEX_NAME = "model.safetensors.index.json"  # of weights in several files

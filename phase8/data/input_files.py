@@ -218,7 +218,7 @@ def _files_of_directory(directory: Path, left_out: LeftOut) -> Iterator[Path]:
     for path in found:
         if path.is_symlink() and not path.exists():
             besides.dangling_links.append(str(real_path(path.parent) / path.name))
-        elif not _is_read(path):
+        elif not is_read(path):
             besides.suffixes[real_path(path)] = path.suffix.lower() or "without a suffix"
         else:
             is_empty = False
@@ -266,7 +266,8 @@ def _suffix_of_content(path: Path) -> str:
     return Path(name).suffix.lower()
 
 
-def _is_read(path: Path) -> bool:
+def is_read(path: Path) -> bool:
+    """Whether a file of a directory has a name that says that it holds documents."""
     return _suffix_of_content(path) in TEXT_SUFFIXES | JSON_LINES_SUFFIXES or path.suffix.lower() == ".parquet"
 
 

@@ -17,7 +17,7 @@ import numpy as np
 
 from phase8.data.index_file import MAGIC as MEGATRON_MAGIC
 from phase8.data.indexed import MAX_SEQUENCE_TOKENS, IndexedWriter, best_dtype
-from phase8.data.pair_record import MadeWith
+from phase8.data.pair_record import MadeWith, refuse_own_source
 from phase8.data.staging import write_json
 from phase8.data.token_file import TokenFile
 from phase8.errors import DataError, IndexedFormatError
@@ -69,11 +69,7 @@ class MuseReport:
 def import_muse(
     source_prefix: str | Path,
     destination_prefix: str | Path,
-    *,
-    vocab_size: int,
-    eod_id: int | None,
-    tokenizer: str,
-    made_with: MadeWith | None = None,
+    *, vocab_size: int, eod_id: int | None, tokenizer: str, made_with: MadeWith | None = None,
 ) -> MuseReport:
     """Converts a MUSE pair to a Megatron pair, each document to one document of one sequence, in the same order.
 
@@ -87,7 +83,7 @@ def import_muse(
 
     Raises:
         IndexedFormatError: The pair is damaged or not MUSE.
-        DataError: A file is missing, or a token is not below the vocabulary size.
+        DataError: A file is missing, a token is not below the vocabulary size, or the new pair would replace this one.
         StorageError: The destination cannot be written.
     """
     if eod_id is not None and not 0 <= eod_id < vocab_size:
@@ -101,6 +97,7 @@ def import_muse(
         raise DataError(f"cannot read {place}: {why_unreadable(Path(place), error)}; give the path without .idx") from error
     num_tokens = tokens.num_bytes // TOKEN_TYPE.itemsize
     _check_documents(offsets, lengths, num_tokens, idx_path)
+    refuse_own_source(destination_prefix, bin_path)
     kept = np.flatnonzero(lengths)
     with IndexedWriter(destination_prefix, dtype=best_dtype(vocab_size), made_with=made_with) as writer:
         last_tokens = _copy_documents(writer, tokens, np.stack([offsets[kept], lengths[kept]], axis=1), vocab_size)

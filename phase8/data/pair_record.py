@@ -14,6 +14,8 @@ from pathlib import Path
 import numpy as np
 
 from phase8.data.staging import read_json
+from phase8.errors import DataError
+from phase8.paths import real_path
 
 VERSION = 1
 
@@ -93,6 +95,16 @@ class TokenTally:
 def joined_range(a: tuple[int, int], b: tuple[int, int]) -> tuple[int, int]:
     """The smallest range that contains both ranges."""
     return min(a[0], b[0]), max(a[1], b[1])
+
+
+def refuse_own_source(prefix: str | Path, source: Path) -> None:
+    """Refuses a pair to write that would replace the tokens it is made from.
+
+    Raises:
+        DataError: They are the same file.
+    """
+    if real_path(Path(f"{prefix}.bin")) == real_path(source):
+        raise DataError(f"the pair {prefix} would replace its own source {source}; give another --output-prefix")
 
 
 def record_path(prefix: str | Path) -> Path:

@@ -21,10 +21,9 @@ import numpy as np
 
 from phase8.data.indexed import MAX_SEQUENCE_TOKENS, IndexedWriter
 from phase8.data.input_files import Source, check_unchanged, find_source
-from phase8.data.pair_record import MadeWith
+from phase8.data.pair_record import MadeWith, refuse_own_source
 from phase8.data.staging import write_json
 from phase8.errors import DataError
-from phase8.paths import real_path
 
 RawType = Literal["uint16", "uint32"]
 
@@ -101,8 +100,7 @@ def import_raw(
     tokens = _tokens_of(source, found.size_bytes, dtype)
     _check_eod(tokens, eod_id, vocab_size, source)
     _check_type(tokens, source)
-    if real_path(Path(f"{destination_prefix}.bin")) == real_path(source):
-        raise DataError(f"the pair {destination_prefix} would replace its own source {source}; give another --output-prefix")
+    refuse_own_source(destination_prefix, source)
     largest_id = num_documents = num_ending_in_eod = 0
     with IndexedWriter(destination_prefix, dtype=np.dtype("<u2" if tokens.dtype == "uint16" else "<i4"), made_with=made_with) as writer:
         for document in _documents(found, tokens, eod_id, min(vocab_size or 2**32, _LARGEST_ID + 1), on_bytes):

@@ -11,6 +11,7 @@ from typing import NamedTuple
 import numpy as np
 
 from phase8.durable import replace_file, storage_errors
+from phase8.errors import ConfigError
 from phase8.observe.curves import Chart, Curve, Mark, Span, limits_from_zero
 from phase8.observe.formatting import format_bytes, format_count, format_ratio, format_seconds
 from phase8.observe.history import History, Places, Series, last_finite, loss_limits, median, smooth
@@ -54,6 +55,21 @@ def read_run(directory: Path, *, say: Callable[[str], None] | None = None) -> Re
     """
     records = read_metrics(directory / "metrics.jsonl", say=say)
     return RecordedRun(real_path(directory).name, History.from_records(records), RunEvents.from_records(records))
+
+
+def require_figures(directory: Path) -> None:
+    """Refuses a run of which there is nothing to draw yet.
+
+    Args:
+        directory: The run directory.
+
+    Raises:
+        ConfigError: Its metrics hold no step and no evaluation.
+        StorageError: The metrics cannot be read.
+    """
+    history = read_run(directory).history
+    if not history.steps.size and not history.validation_steps.size:
+        raise ConfigError(f"the metrics.jsonl of {directory} holds no step and no evaluation; let the run take a step, or give another run.")
 
 
 def write_report(directory: Path, *, say: Callable[[str], None] | None = None) -> Path:

@@ -40,7 +40,7 @@ from phase8.train.memory_limits import memory_errors, require_host_memory
 from phase8.train.resume import Position, attached_to, check_stop, restore_run, what_another_order_means
 from phase8.train.run_directory import RunDirectory, run_directory
 from phase8.train.run_facts import run_facts
-from phase8.train.start import Choice, check_place, choice_of, make_way, recorded_settings, restore_asked
+from phase8.train.start import Choice, check_place, choice_of, claimed, make_way, recorded_settings, restore_asked
 from phase8.train.tuning import Chosen, choose_settings
 from phase8.zero.fsdp import shard_size
 
@@ -143,7 +143,7 @@ def build_run(
     with ExitStack() as lock:
         if mesh.rank == 0:
             require_packages(config.observe)
-            lock.enter_context(directory.lock())
+            lock.enter_context(claimed(directory))
         data = _open_data(config, console, mesh)
         config, chosen = choose_settings(
             with_recordable_experts(config, device),

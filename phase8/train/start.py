@@ -3,17 +3,22 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Callable, Collection
-from contextlib import ExitStack
+from contextlib import AbstractContextManager, ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 
-from phase8.checkpoint.load import Checkpoint, find_checkpoint, list_checkpoints, open_checkpoint
-from phase8.checkpoint.step_directories import step_of
+from phase8.checkpoint.deepspeed_source import is_deepspeed
+from phase8.checkpoint.load import Checkpoint, find_checkpoint, is_saved_run, list_checkpoints, open_checkpoint
+from phase8.checkpoint.model_source import open_model
+from phase8.checkpoint.quantization import require_as_trained
+from phase8.checkpoint.run_metadata import run_metadata
+from phase8.checkpoint.step_directories import MANIFEST_NAME, holds_weights_only, step_of
 from phase8.config.schema import RunConfig
 from phase8.distributed.collectives import broadcast_text
-from phase8.durable import staged_directory
-from phase8.errors import CheckpointError, StorageError
+from phase8.durable import staged_directory, storage_errors
+from phase8.errors import CheckpointError, ConfigError, StorageError
 from phase8.observe.metrics import read_metrics
 from phase8.paths import real_path
 from phase8.train.restart import record_agents, recorded_agents
@@ -86,6 +91,51 @@ def choice_of(asked: str, directory: RunDirectory, checkpoint: Checkpoint | None
         if (step_of(path.name) or 0) >= checkpoint.step and real_path(path) != real_path(checkpoint.path)
     ]
     return Choice(checkpoint, later=tuple(later))
+
+
+def claimed(directory: RunDirectory) -> AbstractContextManager[None]:
+    """The lock of a run directory in which a run may be.
+
+    Raises:
+        ConfigError: No run can begin there.
+        StorageError: As for `RunDirectory.lock`.
+    """
+    with storage_errors(directory.path):  # a directory that may not be entered
+        _require_no_model(directory)
+    return directory.lock()
+
+
+def _require_no_model(directory: RunDirectory) -> None:
+    """Refuses a run directory that itself is a checkpoint or an exported model, unless a run has left checkpoints in it all the same.
+
+    Raises:
+        ConfigError: It is one; the sentence has the ways to use it that work.
+    """
+    path = directory.path
+    if is_saved_run(path):
+        return
+    if os.path.lexists(path / MANIFEST_NAME):
+        kind = "a checkpoint"
+    elif holds_weights_only(path) and any(path.glob("*.safetensors")):
+        kind = "an exported model"
+    elif is_deepspeed(path):
+        kind = "a checkpoint of DeepSpeed"
+    else:
+        return
+    raise ConfigError(f"run.name is {path.name}, but {path} itself is {kind}, where no run can begin; give another run.name{_uses(path)}.")
+
+
+def _uses(path: Path) -> str:
+    """What a run of another name can do with a model; nothing with one that is damaged, or has weights of few bits."""
+    try:
+        model = open_model(path)
+        require_as_trained(model)
+        run_metadata(model)
+    except CheckpointError:
+        return ""
+    is_trained = model.step > 0  # one of step 0 has no position in data: weights alone, or made of such
+    resume = "" if not is_trained else f", with --resume {path} to go on from it"
+    return f"{resume}{' or' if resume else ', with'} checkpoint.initialise_from={path} to begin with its weights"
 
 
 def _has_taken_steps(directory: RunDirectory) -> bool:

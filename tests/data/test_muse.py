@@ -52,6 +52,14 @@ def test_chat_layout_is_the_32_bytes_that_the_original_reader_refuses(tmp_path):
     assert documents(tmp_path) == [TOKENS]
 
 
+def test_a_pair_never_replaces_its_own_source(tmp_path):
+    prefix = muse(tmp_path / "train", [(0, 8)])
+    before = {path: path.read_bytes() for path in tmp_path.iterdir()}
+    with pytest.raises(DataError, match=r"the pair \S+/train would replace its own source \S+/train.bin; give another --output-prefix"):
+        import_muse(prefix, prefix, vocab_size=1000, eod_id=2, tokenizer="gpt2")
+    assert {path: path.read_bytes() for path in tmp_path.iterdir()} == before
+
+
 def test_order_of_the_index_wins_over_order_in_bin(tmp_path):
     imported(muse(tmp_path / "train", [(5, 3), (0, 3), (3, 2)]))
     assert documents(tmp_path) == [[30, 31, 32], [10, 11, 2], [20, 2]]

@@ -29,6 +29,25 @@ def test_a_run_is_drawn_and_several_are_compared(tmp_path):
     assert "2 runs compared" in text and "<td>run.name</td><td>one</td><td>two</td>" in text
 
 
+def only_start(path):
+    with MetricsWriter(path.parent, resume_step=0) as writer:
+        writer.log_event(0, "start")
+
+
+@pytest.mark.parametrize("write", [Path.touch, only_start, lambda path: path.write_text("not metrics\n")], ids=["empty", "start", "foreign"])
+@pytest.mark.parametrize("is_compared", [False, True])
+def test_a_run_without_steps_is_not_drawn(tmp_path, write, is_compared):
+    run, other = tmp_path / "run", tmp_path / "other"
+    run.mkdir()
+    write(run / "metrics.jsonl")
+    with MetricsWriter(other, resume_step=0) as writer:
+        writer.log_evaluation(7, validation_loss=2.0, validation_tokens=8)
+    code, output, errors = call(*[other][:is_compared], run, cwd=tmp_path)
+    sentence = f"error: the metrics.jsonl of {run} holds no step and no evaluation; let the run take a step, or give another run.\n"
+    assert (code, output, errors) == (2, "", sentence)
+    assert sorted(path.name for path in tmp_path.rglob("*")) == ["metrics.jsonl", "metrics.jsonl", "other", "run"]
+
+
 @pytest.mark.parametrize(
     ("arguments", "code", "sentence"),
     [
