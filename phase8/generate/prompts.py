@@ -11,6 +11,8 @@ from typing import NamedTuple
 from phase8.errors import DataError
 
 _LINE_END = re.compile(r"\r\n|\r|\n")  # str.splitlines also ends lines within texts, at U+2028 for example
+# Options that a line of JSON could be thought to set; other keys, such as an id, are the reader's own.
+_OPTIONS = frozenset({"max_tokens", "stop", "num_samples", "temperature", "top_k", "top_p", "seed", "eod_token"})
 
 
 class Prompt(NamedTuple):
@@ -26,7 +28,7 @@ def read_prompts(path: Path) -> list[Prompt]:
     The file has JSON lines if its first line is a JSON object.
 
     Raises:
-        DataError: It cannot be read, holds no prompt, or a line of JSON has none or has more.
+        DataError: It cannot be read, holds no prompt, or a line of JSON has none, or an option of the command.
     """
     name = "standard input" if path == Path("-") else str(path)
     try:
@@ -49,9 +51,8 @@ def _prompt_of(line: str, place: str) -> str:
         raise DataError(f"{place} is not a JSON object, as the first one is.")
     if not isinstance(record.get("prompt"), str):
         raise DataError(f'{place} has no text under the key "prompt".')
-    others = [json.dumps(key, ensure_ascii=False) for key in record if key != "prompt"]
-    if others:
-        raise DataError(f'{place} has the key {others[0]}, but "prompt" alone is allowed; leave it out: options apply to all prompts.')
+    if options := sorted(_OPTIONS.intersection(record)):
+        raise DataError(f'{place} has the key "{options[0]}", but --{options[0].replace("_", "-")} applies to all prompts; give the option instead.')
     return record["prompt"]
 
 

@@ -97,7 +97,7 @@ def test_a_stop_text_ends_the_text_and_is_not_written(trained, generated_here):
     assert (found["text"], found["reason"]) == (before, "stop")
 
 
-@pytest.mark.parametrize("text", ["def ma\n\npass\n", '{"prompt": "def ma"}\n{"prompt": "pass"}\n'])
+@pytest.mark.parametrize("text", ["def ma\n\npass\n", '{"prompt": "def ma"}\n{"prompt": "pass", "id": 7}\n'])
 def test_prompts_come_from_standard_input(trained, generated_here, monkeypatch, text):
     options = ("--checkpoint", trained, "--max-tokens", 5, "--device", "cpu")
     expected = [generated_here(*options, "--prompt", prompt)[1] for prompt in ("def ma", "pass")]
@@ -123,7 +123,7 @@ def test_prompts_come_from_standard_input(trained, generated_here, monkeypatch, 
         (("--batch-file", "latin.txt"), 3, "latin.txt is not UTF-8 (byte 1)"),
         (("--batch-file", "text.jsonl"), 3, "line 3 of text.jsonl is not a JSON object"),
         (("--batch-file", "key.jsonl"), 3, 'line 2 of key.jsonl has no text under the key "prompt"'),
-        (("--batch-file", "more.jsonl"), 3, 'line 3 of more.jsonl has the key "max_tokens", but "prompt" alone is allowed'),
+        (("--batch-file", "more.jsonl"), 3, 'line 3 of more.jsonl has the key "max_tokens", but --max-tokens applies to all prompts'),
         (("--batch-file", "first.jsonl"), 3, 'line 1 of first.jsonl has no text under the key "prompt"'),
     ],
 )
