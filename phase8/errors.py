@@ -81,7 +81,7 @@ class StorageError(Phase8Error):
 
 
 class DivergenceError(Phase8Error):
-    """Training stopped because loss or gradient was not finite too many times in a row."""
+    """Training stopped because a loss or gradient was not finite or too large, and the policy, or the number of such steps, allows no other way."""
 
     exit_code = 6
 

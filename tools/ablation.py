@@ -6,7 +6,7 @@ r"""Trains variants of the model on the same tokens in the same order and compar
 Every variant and seed is an ordinary run of launch/pretrain.py. Run the same command again after a crash or an interruption: finished
 runs are skipped, the rest continue from their checkpoints. More variants and seeds may be added to the same output directory; the table
 shows all there are. Written there: table.md, results.json, curves.png; runs/ and logs/ of the single runs; records/ and study.json, which
-alone make a finished run count. What each run gets from its variant, its seed and --output, --set cannot name.
+alone make a finished run count. What every run gets from its variant, its seed and --output, --set cannot name.
 
 Exit codes: 0 all runs are finished; that of the first run that failed (1 if a signal killed it); 130 stopped before all were finished;
 2 to 5 as for launch/pretrain.py.

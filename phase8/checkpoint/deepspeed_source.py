@@ -59,7 +59,10 @@ def _step(directory: Path) -> Path | None:
     """The directory with the files of a step."""
     latest = directory / _LATEST
     step = directory / latest.read_text(errors="replace").strip() if latest.is_file() else directory
-    return step if list(step.glob(_STATES)) or list(step.glob(_UNIVERSAL)) else None
+    try:
+        return step if list(step.glob(_STATES)) or list(step.glob(_UNIVERSAL)) else None
+    except OSError:  # what `latest` names is no name of a directory
+        return None
 
 
 def _of_zero(step: Path) -> dict[str, Tensor]:

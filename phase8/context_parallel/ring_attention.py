@@ -106,7 +106,7 @@ def _without_padding(attention: _Attention) -> _Attention:
         return out, logsumexp[..., : q.shape[_SEQUENCE_DIM]], *rest
 
     def backward(*, logsumexp: Tensor, **arguments: Any) -> tuple[Any, ...]:
-        # Infinity: a query that is none has no weight.
+        # With infinity the padded queries have the weight 0.
         padded = F.pad(logsumexp, (0, -logsumexp.shape[-1] % _PADDED_QUERIES), value=torch.inf)
         return attention.backward(logsumexp=padded, **arguments)
 

@@ -11,8 +11,8 @@ from typing import NamedTuple
 from phase8.errors import DataError
 
 _LINE_END = re.compile(r"\r\n|\r|\n")  # str.splitlines also ends lines within texts, at U+2028 for example
-# Options that a line of JSON could be thought to set; other keys, such as an id, are the reader's own.
-_OPTIONS = frozenset({"max_tokens", "stop", "num_samples", "temperature", "top_k", "top_p", "seed", "eod_token"})
+# Options that a line of JSON could be thought to set; other keys, such as an id, or the seed in an object of --json, are the reader's own.
+_OPTIONS = frozenset({"max_tokens", "stop", "num_samples", "temperature", "top_k", "top_p", "eod_token"})
 
 
 class Prompt(NamedTuple):

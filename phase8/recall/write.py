@@ -88,4 +88,4 @@ def _check_earlier(record: Path, drawn_from: dict[str, Any], prefixes: Iterable[
         return
     changes = [f"{name} was {earlier.get(name)} and is {value}" for name, value in now.items() if earlier.get(name) != value]
     if changes:
-        raise ConfigError(f"{record} is of data with other settings ({'; '.join(changes)}); choose another --output")
+        raise ConfigError(f"{record} is of data with other settings ({'; '.join(changes)}); choose another --output or remove it")

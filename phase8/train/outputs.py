@@ -1,4 +1,4 @@
-"""Refuses an `--output` that would replace what it is made from, or what training wrote; an earlier result may be replaced."""
+"""Refuses an `--output` that would replace what it is made from or what training wrote, or lie in a checkpoint; an earlier result may be replaced."""
 
 from __future__ import annotations
 
@@ -14,8 +14,11 @@ from phase8.paths import real_path
 from phase8.train.run_directory import RunDirectory
 
 _WEIGHTS = "*.safetensors"
-# Other files of a model's directory, by how their names begin.
-_OF_A_MODEL = (WEIGHTS_CONFIG_NAME, "model.", "model-", "tokenizer", "generation_config.", "special_tokens_map.", "added_tokens.", "vocab", "merges")
+# Other files of a model's directory.
+_OF_A_MODEL = (
+    WEIGHTS_CONFIG_NAME, "model.safetensors.index.json", "generation_config.json", "tokenizer.json", "tokenizer.model", "tokenizer_config.json",
+    "special_tokens_map.json", "added_tokens.json", "vocab.json", "vocab.txt", "merges.txt",
+)  # fmt: skip
 _OF_A_PAIR = ("", ".bin", ".idx", ".meta.json")
 _OF_A_RUN = ("metrics.jsonl", "config.yaml", "launchers.json", "checkpoints", "superseded")
 # Directories of a run in which a new file is in nobody's way.
@@ -53,9 +56,9 @@ def _files_of(pairs: Iterable[Path]) -> Iterator[Path]:
 
 def _is_in(place: Path, path: Path) -> bool:
     """Whether an existing file is an input under another name, or one of the files of an input directory that are read."""
-    if path.is_dir():
+    if os.path.isdir(path):
         return is_read(place) and place.is_relative_to(real_path(path))
-    return path.exists() and path.samefile(place)
+    return os.path.exists(path) and os.path.samefile(path, place)
 
 
 def _owner(place: Path) -> str | None:
@@ -68,20 +71,20 @@ def _owner(place: Path) -> str | None:
     for directory in place.parents:
         if _is_run(RunDirectory(directory)):
             part = place.relative_to(directory).parts[0]
-            if part in _OF_A_RUN or part.startswith("tokenizer.") or (part in _SHARED and place.is_file()):
+            if part in _OF_A_RUN or part.startswith("tokenizer.") or (part in _SHARED and os.path.isfile(place)):
                 return f"what training wrote of the run {directory}"
     return None
 
 
 def _is_of_a_model(place: Path) -> bool:
     """Whether a file exists and is part of weights without a manifest."""
-    is_named = place.name.startswith(_OF_A_MODEL) or place.match(_WEIGHTS)
-    return is_named and place.is_file() and os.path.lexists(place.parent / WEIGHTS_CONFIG_NAME) and _holds_weights(place.parent)
+    is_named = place.name in _OF_A_MODEL or place.match(_WEIGHTS)
+    return is_named and os.path.isfile(place) and os.path.lexists(place.parent / WEIGHTS_CONFIG_NAME) and _holds_weights(place.parent)
 
 
 def _holds_weights(directory: Path) -> bool:
-    return any(directory.glob(_WEIGHTS))
+    return bool(glob.glob(os.path.join(glob.escape(str(directory)), _WEIGHTS)))  # nothing where it may not be read
 
 
 def _is_run(directory: RunDirectory) -> bool:
-    return directory.metrics.is_file() or (directory.checkpoints.is_dir() and (directory.path / "config.yaml").is_file())
+    return os.path.isfile(directory.metrics) or (os.path.isdir(directory.checkpoints) and os.path.isfile(directory.path / "config.yaml"))

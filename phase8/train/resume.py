@@ -117,7 +117,7 @@ def what_another_order_means(checkpoint: Checkpoint, config: RunConfig, fingerpr
         return None
     return (
         f"samples go on with number {position.samples_consumed:,} in the order of the data as they are now, as if they had been so from the "
-        "beginning: some windows come again and others are left out, and epochs are counted so too"
+        "beginning: some windows come again and others are left out, and epochs count as if it had been so"
     )
 
 

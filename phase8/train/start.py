@@ -114,7 +114,7 @@ def _require_no_model(directory: RunDirectory) -> None:
     path = directory.path
     if is_saved_run(path):
         return
-    if os.path.lexists(path / MANIFEST_NAME):
+    if os.path.lexists(path / MANIFEST_NAME) and any(path.glob("*.safetensors")):
         kind = "a checkpoint"
     elif holds_weights_only(path) and any(path.glob("*.safetensors")):
         kind = "an exported model"

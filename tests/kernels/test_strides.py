@@ -77,6 +77,11 @@ CASES = {
     },
     "low_rank_swiglu": {"_forward": of_low_rank_swiglu, "_backward": lambda: (drawn(LENGTH, 16), *of_low_rank_swiglu())},
     "fp8_numbers": {"_forward": lambda: (drawn(LENGTH, 24), drawn(LENGTH).abs(), drawn(24).abs(), torch.float8_e4m3fn)},
+    "residual_norm": {"residual_norm": lambda: (drawn(LENGTH, 24), drawn(LENGTH, 24) + 1, drawn(24), 1e-5)},
+    "decoding_product": {
+        "normed_product": lambda: (drawn(3, 24), drawn(3, 24) + 1, drawn(24), 1e-5, drawn(32, 24)),
+        "gated": lambda: (drawn(3, 32),),
+    },
     "cross_entropy": {"_forward": lambda: (drawn(LENGTH, 16), drawn(48, 16), torch.arange(LENGTH) % 48, None, True, True)},
 }  # fmt: skip
 

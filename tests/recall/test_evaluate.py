@@ -101,7 +101,8 @@ def test_data_of_other_settings_are_not_replaced(tmp_path, capsys):
     assert recall.main([*options, "2", "4"]) == 0
     written = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
     assert recall.main([*options, "2"]) == 2
-    sentence = f"error: {tmp_path / 'mqar_40.json'} is of data with other settings (sizes was [2, 4] and is [2]); choose another --output\n"
+    changed = "sizes was [2, 4] and is [2]"
+    sentence = f"error: {tmp_path / 'mqar_40.json'} is of data with other settings ({changed}); choose another --output or remove it\n"
     assert capsys.readouterr().err.endswith(sentence)
     assert recall.main([*options, "2", "4"]) == 0  # again the same, such as after an interruption
     assert written == {path.name: path.read_bytes() for path in tmp_path.iterdir()}

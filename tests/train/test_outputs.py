@@ -12,7 +12,7 @@ CHECKPOINT = "run/checkpoints/step-0000000005"
 FILES = (
     "run/metrics.jsonl", "run/config.yaml", "run/tokenizer.model", "run/report/index.html", "run/found.json", "run/tensorboard/events.1",
     f"{CHECKPOINT}/manifest.json", f"{CHECKPOINT}/model-0.safetensors", "copy/manifest.json", "copy/model-0.safetensors",
-    "hf/config.json", "hf/model.safetensors", "hf/tokenizer.json", "hf/found.json",
+    "hf/config.json", "hf/model.safetensors", "hf/tokenizer.json", "hf/found.json", "hf/model-eval.json",
     "web/manifest.json", "web/config.json", "web/metrics.csv",
     "texts/a.txt", "texts/a.json", "book.txt", "pair.bin", "pair.idx", "pair.meta.json", "found.json",
 )  # fmt: skip
@@ -78,6 +78,7 @@ def test_inputs_are_kept(files, output, read):
 @pytest.mark.parametrize(
     "output",
     ["run/found.json", "run/new.json", "run/report/index.html", "run/tensorboard/new.json", "hf/found.json", "hf/new.json", "web/manifest.json",
+     "hf/model-eval.json", f"{'long' * 100}/new.json",
      "web/config.json", "web/new.json", "texts/a.json", "texts/new.txt", "found.json", "new.json", "new/deep/x.json", "run"],
 )  # fmt: skip
 def test_results_are_written_as_before(files, output):

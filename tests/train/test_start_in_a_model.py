@@ -120,6 +120,13 @@ def test_a_checkpoint_of_deepspeed_is_no_place_for_a_run_either(trained, tmp_pat
     assert open_model(directory).step == start(trained, directory).position.step == 5
 
 
+@pytest.mark.parametrize(("name", "content"), [("manifest.json", '{"name": "web"}'), ("latest", "long " * 100)])
+def test_files_that_only_have_the_names_of_a_checkpoint_are_in_nobodys_way(trained, tmp_path, name, content):
+    (tmp_path / "foo").mkdir()
+    (tmp_path / "foo" / name).write_text(content)
+    assert start(trained, tmp_path / "foo").position.step == 0
+
+
 def test_a_config_without_weights_is_no_model(trained, tmp_path):
     directory = tmp_path / "foo"
     directory.mkdir()

@@ -13,6 +13,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from phase8.kernels.gpu.layout import contiguous, with_rows_contiguous
 from phase8.kernels.gpu.overlap import await_results, overlap_options
 
 GATED_BLOCK = 1024
@@ -50,6 +51,7 @@ def product(x: Tensor, weight: Tensor, *, is_wide: bool) -> Tensor:
 
 def gated(y: Tensor) -> Tensor:
     """Computes the reference `gated`."""
+    (y,) = with_rows_contiguous(y)
     num_tokens, width = y.shape
     result = torch.empty(num_tokens, width // 2, dtype=y.dtype, device=y.device)
     grid = (triton.cdiv(width // 2, GATED_BLOCK), num_tokens)
@@ -60,7 +62,8 @@ def gated(y: Tensor) -> Tensor:
 def _launch(
     x: Tensor, summand: Tensor | None, norm_weight: Tensor | None, eps: float, weight: Tensor, *, is_gated: bool, is_wide: bool
 ) -> tuple[Tensor, Tensor]:
-    x, weight = x.contiguous(), weight.contiguous()
+    x, norm_weight, weight = contiguous(x, norm_weight, weight)
+    (summand,) = with_rows_contiguous(summand)
     num_tokens, width = x.shape
     num_outputs = len(weight) // 2 if is_gated else len(weight)
     block = triton.next_power_of_2(width)

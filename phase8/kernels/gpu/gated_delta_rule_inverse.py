@@ -17,6 +17,7 @@ from torch import Tensor
 from phase8.kernels.gpu.fast_math import exp2, has_fast_math, tensor_core_precision
 from phase8.kernels.gpu.gated_linear_attention import block_size
 from phase8.kernels.gpu.gated_linear_attention_walk import BOUNDARY, CHUNK, CHUNK_TOKENS, LOG2_E, LOWEST, tile_mask, tile_pointers
+from phase8.kernels.gpu.layout import as_bytes
 
 BLOCK_TOKENS = 16
 BLOCK = tl.constexpr(BLOCK_TOKENS)
@@ -40,8 +41,7 @@ class Gates:
 def prepare_gates(log_decay: Tensor, beta: Tensor, starts: Tensor | None) -> Gates:
     """Prepares the tensors of the public function."""
     log_decay, beta, length = log_decay.float(), beta.float(), log_decay.shape[1]
-    starts = None if starts is None else starts.contiguous().view(torch.uint8)
-    return Gates((log_decay, *log_decay.stride(), beta, *beta.stride(), starts, length), triton.cdiv(length, CHUNK_TOKENS))
+    return Gates((log_decay, *log_decay.stride(), beta, *beta.stride(), as_bytes(starts), length), triton.cdiv(length, CHUNK_TOKENS))
 
 
 def chunk_inverses(k: Tensor, gates: Gates, *, num_warps: int = 1) -> Tensor:

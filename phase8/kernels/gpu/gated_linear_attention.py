@@ -15,7 +15,7 @@ from torch import Tensor
 
 from phase8.kernels.gpu.fast_math import has_fast_math, tensor_core_precision
 from phase8.kernels.gpu.gated_linear_attention_walk import CHUNK_TOKENS, chunks_of, load_state, store_state, unravel, walk
-from phase8.kernels.gpu.layout import with_rows_contiguous
+from phase8.kernels.gpu.layout import as_bytes, with_rows_contiguous
 
 MIN_SEGMENT_CHUNKS = 8
 
@@ -84,8 +84,7 @@ class Decays:
 def prepare_decays(log_decay: Tensor, starts: Tensor | None, key_size: int) -> Decays:
     """Prepares the tensors of the public function."""
     log_decay, length = log_decay.float(), log_decay.shape[1]
-    starts = None if starts is None else starts.contiguous().view(torch.uint8)
-    return Decays((log_decay, *log_decay.stride(), starts, length, key_size**-0.5), triton.cdiv(length, CHUNK_TOKENS))
+    return Decays((log_decay, *log_decay.stride(), as_bytes(starts), length, key_size**-0.5), triton.cdiv(length, CHUNK_TOKENS))
 
 
 def gated_linear_attention(

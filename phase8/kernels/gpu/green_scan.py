@@ -18,6 +18,7 @@ import triton.language as tl
 from torch import Tensor
 
 from phase8.kernels.gpu.fast_math import has_fast_math
+from phase8.kernels.gpu.layout import as_bytes, contiguous
 
 FULL_CHIP = 96  # number of programs that counts as filling a GPU
 
@@ -83,18 +84,12 @@ def green_scan(
         potential = potential.contiguous()
     g = torch.empty(*potential.shape, 2, dtype=torch.float32, device=potential.device)
     forward_kernel[(triton.cdiv(num_heads, schedule.heads), batch_size)](
-        potential, energy.contiguous(), eta.contiguous(), hopping.contiguous(), *contiguous(starts, initial_state), g,
+        potential, *contiguous(energy, eta, hopping), as_bytes(starts), *contiguous(initial_state), g,
         length, potential.stride(0), STRIDE_T=potential.stride(1), H=num_heads,
         N=schedule.heads, S=schedule.segments, L=schedule.tokens, EVEN=schedule.divides(length, num_heads), FAST=has_fast_math(),
         num_warps=schedule.num_warps,
     )  # fmt: skip
     return g
-
-
-def contiguous(starts: Tensor | None, initial_state: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
-    """Makes the optional tensors contiguous."""
-    starts = None if starts is None else starts.contiguous().view(torch.uint8)
-    return starts, None if initial_state is None else initial_state.contiguous()
 
 
 @triton.jit

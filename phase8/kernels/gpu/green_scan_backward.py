@@ -15,7 +15,6 @@ from torch import Tensor
 
 from phase8.kernels.gpu.green_scan import (
     Schedule,
-    contiguous,
     from_lane_before,
     heads_of_a_program,
     load,
@@ -27,6 +26,7 @@ from phase8.kernels.gpu.green_scan import (
     store,
     unless_started,
 )
+from phase8.kernels.gpu.layout import as_bytes, contiguous
 
 
 def backward_schedule(batch_size: int, length: int, num_heads: int) -> Schedule:
@@ -54,7 +54,7 @@ def green_scan_backward(
     dscalars = torch.empty(3, batch_size, num_heads, dtype=torch.float32, device=g.device)
     dinitial = torch.empty(batch_size, num_heads, 2, dtype=torch.float32, device=g.device)
     backward_kernel[(triton.cdiv(num_heads, schedule.heads), batch_size)](
-        grad.contiguous(), g.contiguous(), hopping.contiguous(), *contiguous(starts, initial_state), dpotential, dscalars, dinitial,
+        *contiguous(grad, g, hopping), as_bytes(starts), *contiguous(initial_state), dpotential, dscalars, dinitial,
         batch_size, length, H=num_heads,
         N=schedule.heads, S=schedule.segments, L=schedule.tokens, EVEN=schedule.divides(length, num_heads),
         num_warps=schedule.num_warps,

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from typing import Any
+
+import torch
 from torch import Tensor
 
 
@@ -10,6 +13,11 @@ def contiguous(*tensors: Tensor | None) -> list[Tensor | None]:
     return [None if x is None else x.contiguous() for x in tensors]
 
 
-def with_rows_contiguous(*tensors: Tensor) -> list[Tensor]:
-    """The tensors with a contiguous last dim, for kernels that are told the other strides; views of a wider buffer already have one."""
-    return [x if x.stride(-1) == 1 else x.contiguous() for x in tensors]
+def with_rows_contiguous(*tensors: Tensor | None) -> list[Any]:
+    """The tensors, those that there are with a contiguous last dim, for kernels that are told the other strides; slices of rows have one."""
+    return [x if x is None or x.stride(-1) == 1 else x.contiguous() for x in tensors]
+
+
+def as_bytes(starts: Tensor | None) -> Tensor | None:
+    """Where documents begin, as bytes without gaps."""
+    return None if starts is None else starts.contiguous().view(torch.uint8)

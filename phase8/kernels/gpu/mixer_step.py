@@ -22,6 +22,7 @@ import triton.language as tl
 from torch import Tensor
 
 from phase8.kernels.decoding_state import MixerConstants, MixerStepState, TokenPlace
+from phase8.kernels.gpu.layout import with_rows_contiguous
 from phase8.kernels.gpu.mixer_step_parts import move_up
 from phase8.kernels.gpu.mixer_step_programs import both_paths, columns_of_memory, merged, part_of_window
 from phase8.kernels.gpu.mixer_step_tiling import tiling_for
@@ -34,6 +35,7 @@ def mixer_step(
     qkv: Tensor, scalars: Tensor | None, channels: Tensor | None, constants: MixerConstants, state: MixerStepState, place: TokenPlace
 ) -> Tensor:
     """Computes the reference `mixer_step`, without the Lorentz score, without the chain, and with a convolution only where J is H."""
+    qkv, scalars, channels = with_rows_contiguous(qkv, scalars, channels)
     batch, num_heads, window = len(qkv), constants.num_heads, constants.window
     head_size = qkv.shape[1] // (num_heads + 2 * constants.num_key_heads)
     path = constants.global_path

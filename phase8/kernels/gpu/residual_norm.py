@@ -5,6 +5,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from phase8.kernels.gpu.layout import with_rows_contiguous
 from phase8.kernels.gpu.overlap import await_results, overlap_options
 
 NUM_WARPS = 8
@@ -12,7 +13,8 @@ NUM_WARPS = 8
 
 def residual_norm(x: Tensor, summand: Tensor | None, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
     """Computes the reference `residual_norm`."""
-    x = x.contiguous()
+    x, weight = x.contiguous(), weight.contiguous()
+    (summand,) = with_rows_contiguous(summand)
     summed = x if summand is None else torch.empty_like(x)
     normed = torch.empty_like(x)
     width = x.shape[1]
