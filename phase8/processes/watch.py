@@ -133,7 +133,7 @@ class Watch:
         self._position, self._moved_at = Position(), time.monotonic()  # written by the main thread only
         self._count, self._beating = 0, threading.Lock()
         self._neighbours = neighbours_of(world)
-        self._done = threading.Event()
+        self._done, self._is_ending = threading.Event(), False
         self._threads = [threading.Thread(target=work, name=f"phase8{work.__name__}", daemon=True) for work in (self._watch, self._guard)]
         self._handlers: dict[signal.Signals, object] = {}  # handlers to be restored
 
@@ -227,8 +227,10 @@ class Watch:
         while not self._done.wait(self.limits.tick_seconds):
             silent_ticks = silent_ticks + 1 if count == self._count else 0
             count = self._count
-            if silent_ticks * self.limits.tick_seconds > self.limits.heartbeat_seconds:
-                self._end_without_store(f"no answer for {self.limits.heartbeat_seconds:g} s")
+            # Who ends sends no beats, but has the reason to tell, and may wait for others before.
+            patience = self.limits.heartbeat_seconds + (3 * PATIENCE_SECONDS if self._is_ending else 0.0)
+            if silent_ticks * self.limits.tick_seconds > patience:
+                self._end_without_store(f"no answer for {patience:g} s")
 
     def _send_beat(self) -> None:
         with self._beating:  # a beat must not overtake a more recent one
@@ -284,6 +286,7 @@ class Watch:
 
         Rank 0 tells the reason. The rank that found the failure does if rank 0 is the failed one, or does not answer.
         """
+        self._is_ending = True
         tells = self.world.rank == 0 or (found_here and failure.rank == 0)
         if self.world.rank == 0:
             with contextlib.suppress(dist.DistError):
