@@ -22,12 +22,13 @@ def open_model(directory: Path) -> Checkpoint:
     Raises:
         CheckpointError: There is no model, it is damaged, or its format cannot be read.
     """
-    if is_deepspeed(directory) and not is_saved_run(directory):
+    is_run = is_saved_run(directory)
+    if not is_run and is_deepspeed(directory):
         raise CheckpointError(
             f"{directory} is a checkpoint of DeepSpeed; import it: tools/reshard_checkpoint.py {directory} DST --trust-pickle --config FILE, with "
             "the config of its model."
         )
-    if is_saved_run(directory) or not holds_weights_only(directory):
+    if is_run or not holds_weights_only(directory):
         return open_checkpoint(find_checkpoint(directory))
     config = read_object(regular(directory / WEIGHTS_CONFIG_NAME))
     return open_consolidated(directory, config) if is_consolidated(config) else open_hugging_face(directory, config)

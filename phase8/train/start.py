@@ -114,9 +114,10 @@ def _require_no_model(directory: RunDirectory) -> None:
     path = directory.path
     if is_saved_run(path):
         return
-    if os.path.lexists(path / MANIFEST_NAME) and any(path.glob("*.safetensors")):
+    has_weights = any(path.glob("*.safetensors"))
+    if has_weights and os.path.lexists(path / MANIFEST_NAME):
         kind = "a checkpoint"
-    elif holds_weights_only(path) and any(path.glob("*.safetensors")):
+    elif has_weights and holds_weights_only(path):
         kind = "an exported model"
     elif is_deepspeed(path):
         kind = "a checkpoint of DeepSpeed"

@@ -13,7 +13,7 @@ from tests.parallel import test_gpu_parity, training
 from tests.parallel.pool import NCCL
 from tests.parallel.test_gpu_parity import RECORDED, TOLERANCE, require_gpus
 from tests.parallel.test_parity import BLOCKS, OFFLOADED, ranks
-from tests.parallel.training import microbatches_of, new_train_state
+from tests.parallel.training import microbatches_of, new_train_state, take_step
 
 LAYOUTS = {
     "dp2": ("default", ranks(dp=2)),
@@ -32,9 +32,8 @@ def new_engine(settings, world_size, *, device_type="cpu", dtype=torch.float64, 
     return FsdpEngine(new_train_state(config, world_size, device_type=device_type, dtype=dtype), config), config
 
 
-def take_step(engine, config, number):
-    numbers = {"learning_rate": config.optim.learning_rate, "gradient_clip_norm": config.optim.gradient_clip_norm}
-    return engine.update(microbatches_of(engine, config, number), **numbers).loss
+def loss_of_step(engine, config, number):
+    return take_step(engine, config, number, how=engine.update).loss
 
 
 def held_out_loss(engine, config):
@@ -45,10 +44,10 @@ def losses_of_weights_that_python_does_not_see_change(settings, world_size):
     """A job. A replay changes the parts of the weights, and nothing of FSDP runs."""
     torch.set_default_dtype(torch.float64)
     engine, config = new_engine(settings, world_size)
-    found = [take_step(engine, config, 0), held_out_loss(engine, config)]
+    found = [loss_of_step(engine, config, 0), held_out_loss(engine, config)]
     for part in engine.train_state.shards.parts.values():
         part.detach().mul_(1.3)
-    found += [held_out_loss(engine, config), take_step(engine, config, 1), held_out_loss(engine, config)]
+    found += [held_out_loss(engine, config), loss_of_step(engine, config, 1), held_out_loss(engine, config)]
     torch.set_default_dtype(torch.float32)
     return found
 
@@ -68,7 +67,7 @@ def losses_on_gpus(settings, world_size):
     with closing(engine):
         found = []
         for number in range(8):
-            found.append(take_step(engine, config, number))
+            found.append(loss_of_step(engine, config, number))
             if number >= 1:
                 found.append(held_out_loss(engine, config))
         return found
