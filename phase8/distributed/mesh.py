@@ -75,10 +75,13 @@ class Mesh:
         """This rank's slice of each sequence that it reads."""
         return SequenceSlice(self.cp.index, self.cp.size)
 
-    @property
-    def data_mesh(self) -> DeviceMesh | None:
-        """The ranks that read different tokens, replicate x shard; without replicas shard alone; None without a process group."""
-        return None if self.device_mesh is None else _without_replicas(self.device_mesh)
+    def data_mesh(self, *, is_summed_late: bool) -> DeviceMesh | None:
+        """The ranks that read different tokens, as FSDP wants them; None without a process group.
+
+        Args:
+            is_summed_late: FSDP keeps sums over microbatches on the device until the last one.
+        """
+        return None if self.device_mesh is None else _for_fsdp(self.device_mesh, is_summed_late)
 
     @property
     def expert_replicate(self) -> Axis:
@@ -87,15 +90,18 @@ class Mesh:
             return ALONE
         return Axis(self.expert_mesh["replicate"])
 
-    @property
-    def expert_data_mesh(self) -> DeviceMesh | None:
-        """The ranks that hold the same experts, replicate x shard; without replicas shard alone; None where ranks do not share experts."""
-        return None if self.expert_mesh is None else _without_replicas(self.expert_mesh)
+    def expert_data_mesh(self, *, is_summed_late: bool) -> DeviceMesh | None:
+        """The ranks that hold the same experts, as `data_mesh`; None where ranks do not share experts."""
+        return None if self.expert_mesh is None else _for_fsdp(self.expert_mesh, is_summed_late)
 
 
-def _without_replicas(grid: DeviceMesh) -> DeviceMesh:
-    """Ranks for FSDP. Of a dim of replicas, if only of one, it would keep the summed gradients of all blocks until the end of backward."""
-    return grid["shard"] if grid["replicate"].size() == 1 else grid["replicate", "shard"]
+def _for_fsdp(grid: DeviceMesh, is_summed_late: bool) -> DeviceMesh:
+    """The dims replicate x shard, or shard alone.
+
+    FSDP sums over replicas last. Until then, even if a rank is the only one, it keeps what each block has to sum, on the device: of offloaded
+    parameters it would else add every microbatch up on the host.
+    """
+    return grid["replicate", "shard"] if is_summed_late or grid["replicate"].size() > 1 else grid["shard"]
 
 
 def first_and_last_stage(mesh: Mesh) -> dist.ProcessGroup | None:

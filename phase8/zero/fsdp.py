@@ -53,6 +53,7 @@ def shard_block(
     *,
     rounded: Collection[nn.Parameter],
     dtype: torch.dtype,
+    num_microbatches: int,
     arrivals: Arrivals | None = None,
 ) -> None:
     """Divides one block, whose parameters must be initialised; the parts of other ranks are freed.
@@ -64,6 +65,7 @@ def shard_block(
         dims: Dim of each parameter that is divided; along any other than the first, the ranks have to divide it evenly.
         rounded: Parameters that layers round to the dtype in which they compute.
         dtype: That dtype.
+        num_microbatches: Microbatches of a step.
         arrivals: What fetches offloaded blocks of the chunk ahead, to which they are added in their order; None: FSDP does.
     """
     if _is_divided(zero, mesh):
@@ -79,9 +81,10 @@ def shard_block(
             if parameter in rounded and gathered_dtype(zero, dtype, parameter.dtype) != parameter.dtype and not parameter.is_meta
         ]
         experts = list(_of_divided_experts(block))
+        is_summed_late = _is_summed_late(zero, num_microbatches)
         for module in experts:
-            fully_shard(module, mesh=mesh.expert_data_mesh, **options)
-        divided = fully_shard(block, mesh=mesh.data_mesh, **options)
+            fully_shard(module, mesh=mesh.expert_data_mesh(is_summed_late=is_summed_late), **options)
+        divided = fully_shard(block, mesh=mesh.data_mesh(is_summed_late=is_summed_late), **options)
         for module in experts:
             gather_in(dtype, [each for each in owned if each.owner is module], module)
         gather_in(dtype, [each for each in owned if each.owner not in experts], divided, None if experts else arrivals)
@@ -94,11 +97,12 @@ def arrivals_of_chunk(zero: ZeroSection, mesh: Mesh) -> Arrivals | None:
     return Arrivals() if zero.offload_params != "none" and mesh.shard.size == 1 else None
 
 
-def shard_model(model: nn.Module, zero: ZeroSection, mesh: Mesh) -> None:
+def shard_model(model: nn.Module, zero: ZeroSection, mesh: Mesh, *, num_microbatches: int) -> None:
     """Divides what is in no block, after all blocks; embedding and head stay gathered from forward to backward, being used at both ends."""
     if not _is_divided(zero, mesh):
         return
-    fully_shard(model, mesh=mesh.data_mesh, reshard_after_forward=False, offload_policy=_offload(zero, mesh))
+    ranks = mesh.data_mesh(is_summed_late=_is_summed_late(zero, num_microbatches))
+    fully_shard(model, mesh=ranks, reshard_after_forward=False, offload_policy=_offload(zero, mesh))
     for module in model.modules():
         if isinstance(module, FSDPModule):
             if _has_several_ranks(mesh):
@@ -110,7 +114,8 @@ def sum_gradients_after(model: nn.Module, zero: ZeroSection, *, is_last: bool) -
     """Sets what the backward of the next microbatch communicates: gradients that may wait for the last microbatch do.
 
     From stage 2 on, gradients are summed over the shard group after every microbatch, since they are kept sharded; over replicas once. Below stage 3
-    parameters stay gathered. What is summed over all ranks goes to offloaded parameters, which add it up on the host; until then the device does.
+    parameters stay gathered. What is summed over all ranks goes to offloaded parameters, which add it up on the host; until then the device does,
+    for which the ranks need a dim of replicas (`_is_summed_late`).
     """
     if isinstance(model, FSDPModule):
         model.set_requires_gradient_sync(is_last or zero.stage >= 2)
@@ -135,6 +140,11 @@ def _of_divided_experts(block: nn.Module) -> Iterator[nn.Module]:
 
 def _is_divided(zero: ZeroSection, mesh: Mesh) -> bool:
     return mesh.device_mesh is not None and (_has_several_ranks(mesh) or zero.offload_params != "none")
+
+
+def _is_summed_late(zero: ZeroSection, num_microbatches: int) -> bool:
+    """Whether gradients of offloaded parameters stay on the device until the last microbatch."""
+    return zero.offload_params != "none" and not zero.offload_gradients and num_microbatches > 1
 
 
 def _has_several_ranks(mesh: Mesh) -> bool:

@@ -113,8 +113,8 @@ def plain_to_local():
 def average_over_data_ranks():
     """Gradients are means over the replicas, as FSDP has it by default."""
     def averaging(old):
-        def shard(model, zero, mesh):
-            old(model, zero, mesh)
+        def shard(model, zero, mesh, **how):
+            old(model, zero, mesh, **how)
             for module in model.modules():
                 if isinstance(module, fsdp.FSDPModule):
                     module.set_gradient_divide_factor(float(mesh.topology.data_parallel_size))

@@ -2,6 +2,7 @@
 
 import math
 import os
+from unittest import mock
 
 import pytest
 import torch
@@ -16,10 +17,12 @@ from phase8.config.load import load_config
 from phase8.distributed.mesh import build_mesh
 from phase8.plan.whole_config import plan_stages
 from phase8.precision.policy import compute_dtype
+from phase8.train.engine import stage as stage_module
 from phase8.train.engine.step import train_step
 from phase8.train.engine.train_state import build_train_state
-from phase8.zero.fsdp import shard_size
-from tests.parallel.training import microbatch_of_slice
+from phase8.zero.fsdp import shard_size, sum_gradients_after
+from tests.parallel.test_parity import OFFLOADED, SUMS_OFFLOADED
+from tests.parallel.training import microbatch_of_slice, new_train_state, take_step
 
 # Wide enough that parameters and what is kept for backward weigh more than what lives for a moment.
 MODEL = (
@@ -182,11 +185,33 @@ def test_ranks_hold_what_the_planner_says(pool, name):
     assert ratios == pytest.approx(PLANNED_OVER_MEASURED[name], abs=TOLERANCE)
 
 
+def offloaded_parts_with_gradients(settings, world_size):
+    """A job: before the backward of each microbatch, of how many offloaded parameters the host has gradients."""
+    config = without_auto(load_config(os.devnull, [*MODEL, *OFFLOADED, *settings]))
+    state = new_train_state(config, world_size, device_type="cpu", dtype=torch.float32)
+    found, parts = [], list(state.model.parameters())  # later those of embedding and head are the gathered ones
+
+    def counted(model, zero, *, is_last):
+        found.append(sum(part.grad is not None for part in parts))
+        sum_gradients_after(model, zero, is_last=is_last)
+
+    with mock.patch.object(stage_module, "sum_gradients_after", counted):
+        take_step(state, config, 0)
+    return found, len(parts)
+
+
+@pytest.mark.parametrize("world_size", [1, 2])
+@pytest.mark.parametrize("is_told_to", [False, True])
+def test_gradients_go_to_the_host_once_a_step_unless_it_is_told_to_sum_them(pool, world_size, is_told_to):
+    """A microbatch of phase8_1b has 5 GB of them."""
+    settings = (f"train.global_batch_size={3 * world_size}", f"zero.offload_gradients={str(is_told_to).lower()}")
+    for found, number in pool.run(offloaded_parts_with_gradients, settings, world_size, world_size=world_size):
+        assert found == [0, *(2 * [number if is_told_to else 0])]
+
+
 def names_of_meshes(settings, world_size):
     config = without_auto(load_config(os.devnull, [*MODEL, *settings]))
-    topology = run_topology(config.parallel, world_size=world_size)
-    mesh = build_mesh(topology, device_type="cpu", shard_size=shard_size(config.zero, num_token_ranks=topology.num_token_ranks))
-    state = build_train_state(config, mesh=mesh, device=torch.device("cpu"), dtype=torch.float32)
+    state = new_train_state(config, world_size, device_type="cpu", dtype=torch.float32)
     return {parameter.device_mesh.mesh_dim_names for parameter in state.stage.module.parameters()}
 
 
@@ -196,9 +221,11 @@ def names_of_meshes(settings, world_size):
         (("zero.stage=3",), {("shard",)}),
         (("zero.stage=3", "zero.shard_size=1"), {("replicate", "shard")}),
         (("zero.stage=1", "parallel.expert_parallel_size=2", "model.ffn=moe", "model.num_experts=2"), {("shard",), ("shard", "ep")}),
+        ((*OFFLOADED, "train.global_batch_size=2"), {("shard",)}),
+        ((*OFFLOADED, SUMS_OFFLOADED), {("shard",)}),
     ],
 )
-def test_fsdp_has_a_dim_of_replicas_only_where_there_are_some(pool, settings, expected):
+def test_fsdp_has_a_dim_of_replicas_only_where_it_sums_late(pool, settings, expected):
     """With one, if only of one rank, it keeps the summed gradients of each block until the end of backward: of 48 offloaded ones 36 GB."""
     for found in pool.run(names_of_meshes, settings, 2, world_size=2):
         assert found == expected

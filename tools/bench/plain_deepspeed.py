@@ -26,6 +26,7 @@ from phase8.config.load import load_config
 from phase8.config.schema import RunConfig
 from phase8.distributed.mesh import build_mesh
 from phase8.kernels.backends import select_kernels
+from phase8.kernels.toolchain import without_architectures
 from phase8.model.model import LanguageModel
 from phase8.model.parameters import initialise, materialise
 from phase8.precision.policy import set_matmul_precision
@@ -120,7 +121,8 @@ def _engine(deepspeed: Any, config: RunConfig, arguments: argparse.Namespace, de
     }
     deepspeed.init_distributed(dist_backend=None, auto_mpi_discovery=False, verbose=False)
     module = MeanLoss(model)
-    return deepspeed.initialize(model=module, model_parameters=list(module.parameters()), dist_init_required=False, config=settings)[0]
+    with without_architectures():  # DeepSpeed cannot read all of their names, such as 9.0a
+        return deepspeed.initialize(model=module, model_parameters=list(module.parameters()), dist_init_required=False, config=settings)[0]
 
 
 def _zero(arguments: argparse.Namespace) -> dict[str, Any]:

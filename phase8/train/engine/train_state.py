@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from torch.distributed.fsdp import FSDPModule, register_fsdp_forward_method
 
+from phase8.config.batch import batch_shape
 from phase8.config.pipeline import pipeline_of
 from phase8.config.schema import RunConfig
 from phase8.distributed.collectives import ALONE
@@ -112,14 +113,15 @@ def build_chunks(config: RunConfig, *, mesh: Mesh, device: torch.device, dtype: 
     """Builds the chunks of this rank's stage with their first weights, divided over the ranks; on device `meta` they have shapes only."""
     layers_of_chunks = chunk_layers(config.model, pipeline_of(config.parallel), mesh.pp.index)
     chunks = [build_chunk(config, layers, mesh=mesh, dtype=dtype) for layers in layers_of_chunks]
+    num_microbatches = batch_shape(config.train, config.parallel, data_parallel_size=mesh.topology.data_parallel_size).num_microbatches
     for chunk in chunks:
         parts, arrivals = (*chunk.blocks.values(), chunk), arrivals_of_chunk(config.zero, mesh)
         for part in initialised_parts(chunk, parts, device=device, seed=config.train.seed, axis=mesh.tp, expert=mesh.ep):
             if part is chunk:
-                shard_model(chunk, config.zero, mesh)
+                shard_model(chunk, config.zero, mesh, num_microbatches=num_microbatches)
             else:
                 dims, rounded = shard_dims(part), rounded_parameters(part)
-                shard_block(part, config.zero, mesh, dims, rounded=rounded, dtype=dtype, arrivals=arrivals)
+                shard_block(part, config.zero, mesh, dims, rounded=rounded, dtype=dtype, num_microbatches=num_microbatches, arrivals=arrivals)
         if isinstance(chunk, FSDPModule):
             register_fsdp_forward_method(chunk, "loss_sum")
     return chunks
