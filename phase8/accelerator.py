@@ -19,6 +19,7 @@ from __future__ import annotations
 
 import re
 from contextlib import AbstractContextManager
+from types import TracebackType
 
 import torch
 import torch.distributed as dist
@@ -236,7 +237,29 @@ def timing_event() -> torch.Event:
 
 def recording(graph: Graph) -> AbstractContextManager[None]:
     """A context in which work is recorded, not done. Other threads, such as those that lock pages for the next batches, go on meanwhile."""
-    return torch.cuda.graph(graph, capture_error_mode="thread_local")
+    return _Recording(graph)
+
+
+class _Recording(AbstractContextManager[None]):
+    """A recording whose errors are raised as they are.
+
+    Where work of another stream is not waited for, as after an error in the middle of a step of several ranks, torch's context raises an error of its
+    own in their place when it ends, and leaves its stream the current one.
+    """
+
+    def __init__(self, graph: Graph):
+        self._context, self._stream = torch.cuda.graph(graph, capture_error_mode="thread_local"), torch.cuda.current_stream()
+
+    def __enter__(self) -> None:
+        self._context.__enter__()
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        try:
+            self._context.__exit__(kind, error, trace)
+        except RuntimeError:
+            torch.cuda.set_stream(self._stream)
+            if error is None:
+                raise
 
 
 def is_recording() -> bool:

@@ -119,3 +119,46 @@ def test_memory_of_an_accelerator_that_torch_does_not_know_limits_no_plan(tiny, 
     monkeypatch.setattr(accelerator, "free_and_total_bytes", lambda device: (1 << 30, 2 << 30))
     assert this_device(torch.device("xpu", 0), tiny_config(tiny)).is_limited
     assert host_settings(tiny_config(tiny), "xpu")["data.pin_memory"] is False
+
+
+class UnjoinedRecording:
+    """What torch's context of a recording does where work on another stream was not waited for."""
+
+    def __init__(self, graph, **options):
+        pass
+
+    def __enter__(self):
+        torch.cuda.set_stream("that of the recording")
+
+    def __exit__(self, *error):
+        raise RuntimeError("CUDA error: capturing stream has unjoined work")
+
+
+def test_an_error_in_a_recording_is_raised_as_it_is(monkeypatch):
+    """Else a run that is out of memory would end without the sentence that says so."""
+    streams = ["the usual one"]
+    monkeypatch.setattr(torch.cuda, "graph", UnjoinedRecording)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda: streams[-1])
+    monkeypatch.setattr(torch.cuda, "set_stream", streams.append)
+    with pytest.raises(torch.OutOfMemoryError, match="too little"), accelerator.recording(None):
+        raise torch.OutOfMemoryError("too little")
+    assert streams == ["the usual one", "that of the recording", "the usual one"]
+    with pytest.raises(RuntimeError, match="unjoined"), accelerator.recording(None):
+        pass
+
+
+@pytest.mark.gpu
+def test_an_error_in_a_recording_on_a_gpu_is_raised_as_it_is():
+    stream, x = torch.cuda.Stream(), torch.zeros(4, device="cuda")
+    before = torch.cuda.current_stream()
+    with pytest.raises(torch.OutOfMemoryError, match="too little"), accelerator.recording(accelerator.Graph()):
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):
+            x.add_(1)
+        raise torch.OutOfMemoryError("too little")
+    assert torch.cuda.current_stream() == before and x.add(2).sum().item() == 8
+    graph = accelerator.Graph()
+    with accelerator.recording(graph):
+        x.add_(1)
+    graph.replay()
+    assert x.sum().item() == 4

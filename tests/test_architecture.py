@@ -44,7 +44,7 @@ MAY_OPEN_TO_WRITE = {
     "phase8/ablation/runs.py", "phase8/benchmark/parallel.py", "phase8/observe/step_profile.py",
 }  # fmt: skip
 # The key of an option and what it is called, and a mode of torch.compile without it; a language of texts, and where its headers lie.
-NAMES_NO_RUNTIME = re.compile(r"cuda_graphs|CUDA graphs?\b|no-cudagraphs", re.IGNORECASE)
+NAMES_NO_RUNTIME = re.compile(r"cuda_graphs|CUDA graphs?\b|cudagraphs", re.IGNORECASE)
 OF_TEXTS = ("tools/collect_text.py", "phase8/data/collect/roots.py")
 VAGUE_NAMES = {"utils", "util", "helpers", "common", "misc", "manager"}
 

@@ -22,6 +22,8 @@ from phase8.errors import ConfigError
 MODEL_SECTIONS = ("model.", "precision.")
 # First moments over the root of the second that eight bits have room for, half of what they hold, since the second is rounded too.
 LARGEST_RATIO = 7.75
+# The compiler of torch that makes graphs of its own of what it compiles.
+_RECORDING_BACKEND = "cudagraphs"
 
 
 def validate(config: RunConfig, *, world_size: int = 1) -> None:
@@ -180,6 +182,13 @@ def _cuda_graphs(config: RunConfig) -> Iterator[str]:
         yield (
             f"train.cuda_graphs is true, but train.offload_activations is {config.train.offload_activations}, whose copies no graph of the GPU "
             "can hold; set one of them back."
+        )
+
+
+    if config.train.compile.enabled and config.train.compile.backend == _RECORDING_BACKEND:
+        yield (
+            f"train.cuda_graphs is true, but train.compile.backend is {_RECORDING_BACKEND}, which records parts of a step by itself, and no "
+            "recording holds another; set one of them back."
         )
 
 

@@ -29,8 +29,8 @@ class Microbatch:
     num_valid: int
 
     def to(self, device: torch.device) -> Microbatch:
-        """A copy on a device."""
-        return self._copied(lambda x: x.to(device, non_blocking=True))
+        """A copy on a device, also of what is there already."""
+        return self._copied(lambda x: x.to(device, non_blocking=True, copy=True))
 
     def pin_memory(self) -> Microbatch:
         """A copy in page-locked memory; torch's loader calls it."""

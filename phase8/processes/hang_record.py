@@ -18,7 +18,8 @@ def write_hang_record(directory: Path, *, rank: int, device_type: str) -> None:
     """Writes `rank-N.stack.txt` and `rank-N.collectives.json` for rank N.
 
     The collectives come from torch's flight recorder, which keeps the number that TORCH_FR_BUFFER_SIZE gave when the process group was
-    created. Its JSON form is used, because the other form is a pickle.
+    created. Its JSON form is used, because the other form is a pickle. Those of a recorded step (`train.cuda_graphs`) are not among them: nothing
+    launches them.
 
     Args:
         directory: Directory of the records; it is created if missing.

@@ -536,6 +536,10 @@ def test_cuda_graphs_hold_no_pipeline_and_no_offloading(tmp_path):
     assert problem.startswith("train.cuda_graphs is true, but parallel.pipeline_parallel_size is 2") and problem.endswith("set it to false.")
     (problem,) = find_problems(config_with("train.cuda_graphs=true", "zero.offload_optimizer=cpu", directory=tmp_path))
     assert problem.startswith("train.cuda_graphs is true, but zero.offload_optimizer is cpu")
+    backend = ("train.compile.enabled=auto", "train.compile.backend=cudagraphs")
+    (problem,) = find_problems(config_with("train.cuda_graphs=true", *backend, directory=tmp_path))
+    assert problem.startswith("train.cuda_graphs is true, but train.compile.backend is cudagraphs, which records parts of a step by itself")
+    assert find_problems(config_with("train.cuda_graphs=auto", *backend, directory=tmp_path)) == []
 
 
 def test_zero_is_allowed_on_the_ranks_there_are(tmp_path):

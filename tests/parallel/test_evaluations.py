@@ -61,23 +61,33 @@ def test_an_evaluation_sees_the_weights_of_its_moment(pool, layout):
 
 
 def losses_on_gpus(settings, world_size):
-    """A job: losses of eight steps, with evaluations after the second, before a recording, and after each replay."""
+    """A job: losses of twelve steps, with evaluations after the second, before a recording, and after each replay; a recording is freed once."""
     settings = (*settings, "precision.dtype=fp32")
     engine, config = new_engine(settings, world_size, device_type="cuda", dtype=torch.float32, model=test_gpu_parity.MODEL)
     with closing(engine):
         found = []
-        for number in range(8):
+        for number in range(12):
+            if number == 8:
+                engine.close()
             found.append(loss_of_step(engine, config, number))
             if number >= 1:
                 found.append(held_out_loss(engine, config))
         return found
 
 
+RECORDED_LAYOUTS = {
+    **{f"dp2 zero {stage}": ranks(dp=2, stage=stage) for stage in range(4)},
+    "dp2 zero 3 gathered by copies": ranks(dp=2, stage=3, more=("zero.copy_engine_gather=true",)),
+    "tp2 asynchronous": ranks(tp=2, more=("parallel.async_tensor_parallel=true",)),
+    "cp2 zero 1": ranks(cp=2, stage=1),
+}
+
+
 @pytest.mark.gpu
-@pytest.mark.parametrize("stage", [0, 1, 3])
-def test_recorded_steps_and_evaluations_do_not_disturb_each_other(pool, stage):
+@pytest.mark.parametrize("name", RECORDED_LAYOUTS)
+def test_recorded_steps_and_evaluations_do_not_disturb_each_other(pool, name):
     require_gpus(2)
-    world_size, settings = ranks(dp=2, stage=stage)
+    world_size, settings = RECORDED_LAYOUTS[name]
     more = {"world_size": world_size, "backend": NCCL, "timeout_seconds": 240}
     (launched, _), (recorded, _) = (
         pool.run(losses_on_gpus, (*settings, *how), world_size, **more) for how in ((), (RECORDED,))

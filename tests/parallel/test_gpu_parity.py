@@ -60,6 +60,7 @@ CASES = {
     "cp2 compiled, recorded": ("default", ranks(cp=2, more=(*COMPILED, RECORDED))),
     "cp2 delta": ("delta", ranks(cp=2)),
     "cp2 transformer": ("transformer", ranks(cp=2)),
+    "cp2 transformer, recorded": ("transformer", ranks(cp=2, more=(RECORDED,))),
     "cp2 tp2 grouped": ("grouped", ranks(cp=2, tp=2)),
     "tp2 grouped, compiled": ("grouped", ranks(tp=2, more=COMPILED)),
     "cp4": ("default", ranks(cp=4)),
@@ -160,10 +161,11 @@ def test_equals_one_gpu(pool, dtype, name):
 
 
 @pytest.mark.gpu
-def test_recorded_experts_compute_what_those_compute_that_are_not_recorded(pool):
+@pytest.mark.parametrize("degrees", [{"dp": 2, "ep": 2, "stage": 1}, {"tp": 2}], ids=str)
+def test_recorded_experts_compute_what_those_compute_that_are_not_recorded(pool, degrees):
     """In bf16, where the device counts the rows of experts: float32 cannot be recorded. The kernels are the same, and so is what they compute."""
     require_gpus(2)
-    world_size, settings = ranks(dp=2, ep=2, stage=1, more=COMPILED[:1])
+    world_size, settings = ranks(**degrees, more=COMPILED[:1])
     settings = (*BLOCKS["experts"], *settings)
 
     def run(*more):

@@ -40,12 +40,18 @@ class _Inputs:
     learning_rate: Tensor
 
     def fill(self, microbatches: Sequence[Microbatch], numbers: StepNumbers, learning_rate: float) -> None:
-        """Copies the inputs of a step, asynchronously from page-locked memory; the end of the step waits for the copies."""
+        """Copies the inputs of a step, asynchronously from page-locked memory; the end of the step waits for the copies.
+
+        Raises:
+            ValueError: The microbatches are not like those of the recorded step.
+        """
         for to, batch in zip(self.microbatches, microbatches, strict=True):
             for static, new in ((to.tokens, batch.tokens), (to.targets, batch.targets), (to.starts, batch.starts)):
                 if (static is None) != (new is None):
                     raise ValueError("A recorded step takes either packed documents or whole ones, as the step that was recorded.")
                 if static is not None and new is not None:
+                    if static.shape != new.shape:  # a copy would repeat a smaller one
+                        raise ValueError(f"A recorded step takes microbatches of {list(static.shape)}, as recorded, not {list(new.shape)}.")
                     static.copy_(new, non_blocking=True)
         self.numbers.num_targets.fill_(numbers.num_targets)
         self.numbers.largest_loss.fill_(numbers.largest_loss)
@@ -76,7 +82,11 @@ class CapturedStep:
         unreadable: bool = False,
         report: Callable[[str], None] | None = None,
     ) -> StepResult:
-        """Takes a step; arguments as for `train_step`. `gradient_clip_norm` has to be that of the recorded step."""
+        """Takes a step; arguments as for `train_step`.
+
+        Raises:
+            ValueError: The step differs from the recorded one in what a recording keeps: `gradient_clip_norm`, or the form of the microbatches.
+        """
         if self._num_eager_steps < EAGER_STEPS:
             self._num_eager_steps += 1
             return train_step(
@@ -90,7 +100,9 @@ class CapturedStep:
                 report=report,
             )
         if self._graph is None:
-            self._graph = self._record(microbatches, gradient_clip_norm=gradient_clip_norm)
+            self._graph, self._clip_norm = self._record(microbatches, gradient_clip_norm=gradient_clip_norm), gradient_clip_norm
+        if gradient_clip_norm != self._clip_norm:
+            raise ValueError(f"A recorded step clips gradients at {self._clip_norm}, as recorded, not at {gradient_clip_norm}.")
         if report is not None:
             report("the recorded step")
         self._inputs.fill(microbatches, StepNumbers(count_targets(microbatches), largest_loss, stop, unreadable), learning_rate)

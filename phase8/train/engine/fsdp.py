@@ -108,6 +108,7 @@ class FsdpEngine:
 
     def restore(self, checkpoint: Checkpoint, *, weights_only: bool = False) -> None:
         """Puts a checkpoint's tensors into model and optimizer."""
+        self.close()  # a checkpoint without the optimizer's state frees tensors that a recorded step writes
         state = self.train_state
         is_part = self.mesh.pp.size > 1
         if weights_only:

@@ -173,7 +173,10 @@ class TrainingEngine(Protocol):
         """Gathers the whole model on the first rank; returns None on every other rank."""
 
     def watch_gradients(self, look: Callable[[Mapping[str, Tensor]], None]) -> None:
-        """Makes every later update call `look` with its gradients by parameter name, fully summed and not yet clipped."""
+        """Makes every later update call `look` with its gradients by parameter name, fully summed and not yet clipped.
+
+        While a step is recorded `look` is called once, and what it computes is a part of the step; a replay calls nothing.
+        """
 
     def close(self) -> None:
         """Frees memory that only updates need, such as a recorded step; weights and optimizer stay. A later update allocates it again."""
