@@ -176,6 +176,12 @@ def reset_peak(device: torch.device) -> None:
         module.reset_peak_memory_stats(device)
 
 
+def num_cache_flushes(device: torch.device) -> int | None:
+    """How often torch found no memory for a tensor, gave back what it keeps for later ones, and asked anew; None: torch does not say."""
+    module = torch.get_device_module(device)
+    return module.memory_stats(device).get("num_alloc_retries") if is_accelerator(device.type) and hasattr(module, "memory_stats") else None
+
+
 def give_back_memory(device_type: str | None) -> None:
     """Gives memory that torch keeps for later tensors back to the accelerator; None, or a CPU: there is nothing to give back."""
     if device_type is None or not is_accelerator(device_type):

@@ -183,8 +183,6 @@ def _cuda_graphs(config: RunConfig) -> Iterator[str]:
             f"train.cuda_graphs is true, but train.offload_activations is {config.train.offload_activations}, whose copies no graph of the GPU "
             "can hold; set one of them back."
         )
-
-
     if config.train.compile.enabled and config.train.compile.backend == _RECORDING_BACKEND:
         yield (
             f"train.cuda_graphs is true, but train.compile.backend is {_RECORDING_BACKEND}, which records parts of a step by itself, and no "

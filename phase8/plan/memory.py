@@ -277,7 +277,9 @@ def _host_bytes(held: Sequence[Held], division: Division) -> int:
         return copies
     is_pinned = division.offload_params and division.pins_memory
     kept = sum(map(page_locked_bytes, parts)) if is_pinned else sum(parts)
-    return copies + 2 * kept + state_bytes
+    # A new sum of a block's gradients arrives while the one before is read.
+    passing = max(sum(page_locked_bytes(number * FP32_BYTES) for number in each.part) for each in held) if division.offload_gradients else 0
+    return copies + 2 * kept + state_bytes + (passing if is_pinned and division.accumulates else 0)
 
 
 def page_locked_bytes(num_bytes: int) -> int:

@@ -195,11 +195,11 @@ def _fetching_seconds(work: StepWork, stage: StageWork, gpu_seconds: float) -> f
 
 
 def _offloading_seconds(work: StepWork, stage: StageWork) -> float:
-    """Seconds of a step in which gradients go to the host, are added up and AdamW runs there, and parameters that do not stay there come back."""
+    """Seconds of a step in which gradients go to the host, AdamW runs there, and parameters that do not stay there come back."""
     if work.zero.offload_optimizer == "none":
         return 0.0
     transfers = 2 if work.zero.offload_params == "none" else 1
     num_added = work.shape.num_microbatches - 1 if work.zero.offload_gradients else 0
-    # A sum is read, and so is what is added to it, before it is written.
-    added = num_added * (FP32_BYTES / HOST_LINK_RATE + 3 * FP32_BYTES / HOST_MEMORY_RATE)
+    # The sum so far comes back in the direction in which parameters arrive; the new one goes the other way meanwhile.
+    added = num_added * FP32_BYTES / HOST_LINK_RATE
     return stage.num_updated * (transfers * FP32_BYTES / HOST_LINK_RATE + HOST_UPDATED_BYTES / HOST_MEMORY_RATE + added)

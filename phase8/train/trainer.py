@@ -22,6 +22,7 @@ from phase8.optim.schedule import learning_rate
 from phase8.train.build import Run
 from phase8.train.engine.protocol import StepResult
 from phase8.train.evaluation import HeldOutData
+from phase8.train.faults.allocator import FullMemory
 from phase8.train.faults.anomaly import largest_loss, take_note
 from phase8.train.faults.replicas import check_replicas
 from phase8.train.faults.stragglers import probe_ranks
@@ -77,13 +78,16 @@ class Trainer:
 
     def _train_until(self, stop_step: int, stop: StopRequest, garbage: GarbageBetweenSteps) -> bool:
         config, position = self.run.config, self.run.position
-        microbatches = self._microbatches()
+        microbatches, memory = self._microbatches(), FullMemory(self.run.device, num_slow_steps=self.run.engine.num_slow_updates)
         asked_to_stop = stop.received is not None and self.is_alone
         while position.step < stop_step and not asked_to_stop:
             take = self._take_profiled_step if position.step + 1 == config.observe.profile_at_step else self._take_step
             result = take(microbatches, stop=stop.received is not None)
             garbage.after_step()
             self.saver.hear()
+            if (sentence := memory.after_step(position.step)) is not None:
+                self.record_event("full_memory", message=sentence)
+                self.progress.message(sentence)
             self._check_ranks()
             is_last = position.step == stop_step
             # Several ranks stop after the same step, in which all of them have learnt of the signal.

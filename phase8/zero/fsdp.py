@@ -29,6 +29,7 @@ from phase8.topology import TOKENS
 from phase8.zero.arrivals import Arrivals
 from phase8.zero.cast_gather import Owned, gather_in
 from phase8.zero.copy_engine_gather import CopyEngineGather
+from phase8.zero.host_sums import add_on_device
 
 
 def shard_size(zero: ZeroSection, *, num_token_ranks: int) -> int:
@@ -114,10 +115,12 @@ def sum_gradients_after(model: nn.Module, zero: ZeroSection, *, is_last: bool) -
     """Sets what the backward of the next microbatch communicates: gradients that may wait for the last microbatch do.
 
     From stage 2 on, gradients are summed over the shard group after every microbatch, since they are kept sharded; over replicas once. Below stage 3
-    parameters stay gathered. What is summed over all ranks goes to offloaded parameters, which add it up on the host; until then the device does,
-    for which the ranks need a dim of replicas (`_is_summed_late`).
+    parameters stay gathered. What is summed over all ranks goes to offloaded parameters on the host; until then it stays on the device, for which
+    the ranks need a dim of replicas (`_is_summed_late`).
     """
     if isinstance(model, FSDPModule):
+        if zero.offload_gradients:
+            add_on_device(model)
         model.set_requires_gradient_sync(is_last or zero.stage >= 2)
         model.set_requires_all_reduce(is_last or zero.offload_gradients)
         model.set_reshard_after_backward(is_last or zero.stage == 3)

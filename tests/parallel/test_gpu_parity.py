@@ -196,7 +196,10 @@ def survives(pool, device_type, mutation):
 
 @pytest.mark.parametrize(
     ("device_type", "block"),
-    [pytest.param("cpu", "default", marks=pytest.mark.full), *(pytest.param("cuda", block, marks=pytest.mark.gpu) for block in ("default", "whole", "delta"))],
+    [
+        pytest.param("cpu", "default", marks=pytest.mark.full),
+        *(pytest.param("cuda", block, marks=pytest.mark.gpu) for block in ("default", "whole", "delta")),
+    ],
 )
 def test_the_tolerance_is_what_rounding_costs_one_process(device_type, block):
     """What no mistake made is within it: the rounding of bf16 as a whole, and the order of sums over other microbatches."""

@@ -105,6 +105,9 @@ def test_what_is_offloaded_lies_on_the_host():
     assert plan(replace(both, accumulates=False)).gradients_bytes == plan(replace(both, offload_gradients=True)).gradients_bytes == 4 * (REST + 200)
     pinned = plan(Division(is_divided=True, zero_stage=3, offload_optimizer=True, offload_params=True, pins_memory=True))
     assert pinned.host_bytes == 2 * (64 + 64 + 64 + 32 + 32) + 8 * PART  # of 60, 40, 60, 32 and 20 bytes
+    summed_there = Division(is_divided=True, zero_stage=3, offload_optimizer=True, offload_params=True, offload_gradients=True, pins_memory=True)
+    assert plan(summed_there).host_bytes == pinned.host_bytes + 64 + 64  # of the largest block, whose new sum arrives while the old one is read
+    assert plan(replace(summed_there, accumulates=False)).host_bytes == pinned.host_bytes
 
 
 def test_copies_that_are_saved_aside_lie_on_the_host_too():
