@@ -89,7 +89,10 @@ def _by_several_keys(config: RunConfig) -> Iterator[tuple[str, str]]:
             yield name, _stated(config, "data.validation")
     if observe.wandb == "none" and not observe.trackio:
         yield "observe.project", f"{_stated(config, 'observe.wandb')} and {_stated(config, 'observe.trackio')}"
-    if not any(model.has_rotary):
+    if model.block == "phase8" and not any(model.window_sizes):
+        for name in ("score", "local_qk_norm", "global_tokens", "rotary", "rope_base"):
+            yield f"model.{name}", _stated(config, "model.local_window_size")
+    elif not any(model.has_rotary):
         yield "model.rope_base", _stated(config, "model.rotary")
     for name in type(model.rope_scaling).model_fields.keys() - model.rope_scaling.in_effect.keys():
         yield f"model.rope_scaling.{name}", _stated(config, "model.rope_scaling.type")

@@ -26,6 +26,11 @@ CASES = {
     "a factor without its scaling": (
         ["model.block=transformer", "model.rope_scaling.factor=4.0"], {"model.rope_scaling.type is none": {"model.rope_scaling.factor"}},
     ),
+    "the score of no window": (
+        ["model.local_window_size=0", "model.score=lorentz", "model.global_tokens=4", "model.rope_base=5e5"],
+        {"model.local_window_size is 0": {"model.score", "model.global_tokens", "model.rope_base"}},
+    ),
+    "the score of some windows": (["model.local_window_size=[0,8]", "model.score=lorentz"], {}),
     "a base of no rotation": (["model.rotary=false", "model.rope_base=5e5"], {"model.rotary is false": {"model.rope_base"}}),
     "momentum of AdamW": (["optim.momentum=0.9"], {"optim.name is adamw": {"optim.momentum"}}),
     "momentum of Muon": (["optim.name=muon", "optim.momentum=0.9"], {}),

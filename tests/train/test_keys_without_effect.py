@@ -26,17 +26,25 @@ OF_THE_BLOCK = {
 }  # fmt: skip
 
 
-WITH_ANOTHER = "train.compile.mode"  # the other compiler has no modes
+# A model, and what else of it nothing reads.
+MODELS = {
+    "block": ([], {}),
+    "transformer": (["model.block=transformer"], OF_THE_BLOCK),
+    "global path alone": (
+        ["model.local_window_size=0"], {"model.score": "dot", "model.global_tokens": 1, "model.rotary": "false", "model.rope_base": 5e5},
+    ),
+}  # fmt: skip
+NOT_TOGETHER = {"train.compile.mode", "model.local_qk_norm"}  # of which others of these keys allow no other value
 
 
-@pytest.mark.parametrize("block", ["phase8", "transformer"])
-def test_what_is_said_to_be_without_effect_changes_nothing(tiny, block):
+@pytest.mark.parametrize(("model", "of_model"), MODELS.values(), ids=MODELS)
+def test_what_is_said_to_be_without_effect_changes_nothing(tiny, model, of_model):
     shared = [
-        f"model.block={block}", "optim.schedule=constant", "data.num_workers=0", "train.recompute=none", "train.compile.enabled=false",
+        *model, "optim.schedule=constant", "data.num_workers=0", "train.recompute=none", "train.compile.enabled=false",
         "train.evaluate_every_n_steps=0", "train.num_steps=4", "checkpoint.every_n_steps=0",
     ]  # fmt: skip
-    others = OTHERS | (OF_THE_BLOCK if block == "transformer" else {})
-    assert unread_keys(load_config(tiny, shared)).keys() == {*others, WITH_ANOTHER}
+    others = OTHERS | of_model
+    assert unread_keys(load_config(tiny, shared)).keys() - NOT_TOGETHER == others.keys()
     plain, changed = (
         train_tiny(tiny, *shared, f"run.name={name}", *(f"{key}={value}" for key, value in given.items()))
         for name, given in (("plain", {}), ("changed", others))
