@@ -102,9 +102,11 @@ def restore_run(
     _check_optimizer(checkpoint.path, saved, config)
     _check_batch(checkpoint.path, metadata.global_batch_size, config, engine.mesh.topology.data_parallel_size)
     attached = attached_to(checkpoint)  # a damaged tokenizer is found now, not at the first generation
+    differences = describe_fingerprint_difference(saved_fingerprint, fingerprint) + _changed_for_data(saved, config)
     if not config.data.allow_fingerprint_change:
-        differences = describe_fingerprint_difference(saved_fingerprint, fingerprint) + _changed_for_data(saved, config)
         _check_data(checkpoint.path, differences + _changed_tokenizer(checkpoint.path, attached, attachments))
+    elif differences:
+        position.recent_losses.clear()  # beside losses on other data, all that follow might seem spikes
     check_random_state(random_state, engine.device)  # this raises before anything is changed
     engine.restore(checkpoint)
     restore_random_state(random_state, engine.device)
