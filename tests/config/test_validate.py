@@ -38,6 +38,11 @@ RULES = {
         [*DEEPSPEED, "zero.offload_gradients=true"],
         "zero.offload_gradients is true, but zero.engine is deepspeed, which sums gradients where the optimizer is; leave it false.",
     ),
+    "a gradient for every slice under DeepSpeed": (
+        [*DEEPSPEED, "train.recompute=slices"],
+        "train.recompute is slices with zero.stage 3, but zero.engine is deepspeed, which there takes a single gradient of each parameter from a "
+        "backward; set recompute to full, or zero.engine to fsdp.",
+    ),
     "recorded copies": (
         ["train.offload_activations=cpu", "train.recompute=full", "train.cuda_graphs=true"],
         "train.cuda_graphs is true, but train.offload_activations is cpu, whose copies no graph of the GPU can hold; set one of them back.",
@@ -346,6 +351,7 @@ ALLOWED = {
     "accumulation": ["train.micro_batch_size=8", "parallel.num_microbatches=4"],
     "muon": ["optim.name=muon", "zero.stage=3"],
     "deepspeed": [*DEEPSPEED, "zero.offload_optimizer=cpu", "zero.offload_params=nvme", "zero.nvme_path=swap"],
+    "slices under stage 2 of deepspeed": ["zero.engine=deepspeed", "zero.stage=2", "train.recompute=slices"],
     "batch from its parts": ["train.global_batch_size=null", "train.micro_batch_size=3", "parallel.num_microbatches=5"],
 }
 
