@@ -315,6 +315,7 @@ def _cache_file(config: RunConfig, facts: Device, world_size: int) -> Path:
     key = {
         "version": TUNING_VERSION,
         "config": matters,
+        "optimizer": [config.optim.name, config.optim.state_dtype],  # what it keeps and how long it takes
         "packed": config.data.reset_at_document_boundaries,
         "device": facts.name,
         "memory_gib": round(facts.memory_bytes / 2**30),

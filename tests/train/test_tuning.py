@@ -140,8 +140,12 @@ def test_the_choice_is_remembered_for_such_a_run_and_for_no_other(tiny, mesh, tr
     first = choose(tiny, mesh)
     num_trials = len(made)
     assert choose(tiny, mesh) == first and choose(tiny, mesh, "train.seed=7") == (tiny_config_of(first, seed=7), first[1]) and len(made) == num_trials
-    choose(tiny, mesh, facts=replace(GPU, name="another GPU"))
-    assert len(made) > num_trials
+    choose(tiny, mesh, "optim.learning_rate=1e-3")
+    assert len(made) == num_trials
+    for settings, facts in (((), replace(GPU, name="another GPU")), (["optim.state_dtype=fp8"], GPU), (["optim.name=muon"], GPU)):
+        choose(tiny, mesh, *settings, facts=facts)
+        assert len(made) > num_trials
+        num_trials = len(made)
 
 
 def tiny_config_of(first, *, seed):
