@@ -29,6 +29,11 @@ def deepspeed_problems(config: RunConfig) -> Iterator[str]:
         yield f"optim.state_dtype is {config.optim.state_dtype}, but zero.engine is deepspeed, which keeps fp32; set one of them back."
     if config.train.cuda_graphs is True:
         yield "train.cuda_graphs is true, but zero.engine is deepspeed, whose step no graph can hold; set it to false, or zero.engine to fsdp."
+    if config.train.recompute == "slices" and zero.stage == 3:
+        yield (
+            "train.recompute is slices with zero.stage 3, but zero.engine is deepspeed, which there takes a single gradient of each parameter from a "
+            "backward; set recompute to full, or zero.engine to fsdp."
+        )
     for axis in ("pipeline", "context", "expert"):
         size = getattr(config.parallel, f"{axis}_parallel_size")
         if size > 1:

@@ -13,8 +13,10 @@ WITHOUT_SHAPE = FIRST_VALUES | {
     "sequence_length", "rotary", "rope_base", "rope_scaling", "norm_eps", "local_window_size", "global_tokens", "decay_floor", "global_activation",
     "top_k", "capacity_factor", "router_score", "routed_scaling_factor", "balance_loss_weight", "router_z_loss_weight", "router_bias_rate",
 }  # fmt: skip
-_OF_WINDOW = frozenset({"local_window_size", "global_tokens", "score", "global_path"})
-_OF_GLOBAL_PATH = frozenset({"chain", "decay_floor", "global_activation", "global_gate", "memory_tokens"})
+# Keys that only the Phase 8 block reads.
+KEYS_OF_WINDOW = frozenset({"local_window_size", "global_tokens", "score", "global_path"})
+# Keys that only a block with a global path reads.
+KEYS_OF_GLOBAL_PATH = frozenset({"chain", "decay_floor", "global_activation", "global_gate", "memory_tokens"})
 # Keys that only a model with experts reads.
 KEYS_OF_EXPERTS = frozenset({
     "num_experts", "top_k", "expert_ffn_size", "shared_experts", "capacity_factor", "moe_every_n_layers", "first_dense_layers", "router_score",
@@ -24,7 +26,7 @@ KEYS_OF_EXPERTS = frozenset({
 
 def keys_in_effect(model: ModelSection) -> dict[str, Any]:
     """Value of every key that a model's block reads, as plain JSON; defaults derived from other keys are filled in."""
-    unread = frozenset() if model.has_global_path else _OF_GLOBAL_PATH | (_OF_WINDOW if model.block == "transformer" else frozenset())
+    unread = frozenset() if model.has_global_path else KEYS_OF_GLOBAL_PATH | (KEYS_OF_WINDOW if model.block == "transformer" else frozenset())
     unread |= frozenset() if model.ffn == "moe" else KEYS_OF_EXPERTS
     unread |= frozenset() if model.block == "transformer" else {"num_kv_heads"}
     written_out = {

@@ -14,7 +14,7 @@ from phase8.config.model_section import ModelSection
 from phase8.config.pipeline import pipeline_of, pipeline_problems
 from phase8.config.precision import precision_problems
 from phase8.config.rope_scaling import scaling_problems
-from phase8.config.schema import ObserveSection, OptimSection, ParallelSection, RunConfig, TrainSection
+from phase8.config.schema import CheckpointSection, ObserveSection, OptimSection, ParallelSection, RunConfig, TrainSection
 from phase8.division import part
 from phase8.errors import ConfigError
 
@@ -61,6 +61,7 @@ def find_problems(config: RunConfig, *, world_size: int = 1) -> list[str]:
         *_async_tensor_parallel(config.parallel),
         *data_problems(config),
         *_observe(config.observe, config.train),
+        *_checkpoint(config.checkpoint),
         *_tensor_parallel(config.model, config.parallel.tensor_parallel_size),
         *_context_parallel(config),
         *expert_problems(config, world_size),
@@ -308,6 +309,16 @@ def _observe(observe: ObserveSection, train: TrainSection) -> Iterator[str]:
         yield f"observe.openmetrics is {observe.openmetrics}, but Prometheus' node exporter reads files named *.prom only; add the suffix."
     if "/" in observe.project:
         yield f"observe.project is {observe.project}, but a project's name has no slash; name the team in observe.wandb_entity."
+
+
+def _checkpoint(checkpoint: CheckpointSection) -> Iterator[str]:
+    """All steps whose checkpoints are to be kept must be saved, unless all that are saved are kept."""
+    saved, kept = checkpoint.every_n_steps, checkpoint.keep_every_n_steps
+    if saved and kept is not None and kept % saved and saved % kept:
+        yield (
+            f"checkpoint.keep_every_n_steps {kept} is not a multiple of checkpoint.every_n_steps {saved}, so a checkpoint would be kept every "
+            f"{math.lcm(saved, kept)} steps only; use {max(round(kept / saved), 1) * saved}, for example."
+        )
 
 
 def _not_built_yet(config: RunConfig) -> Iterator[str]:

@@ -23,6 +23,7 @@ from phase8.distributed.collectives import ALONE, Axis, begin_to_gather
 from phase8.exchanges import NO_EXCHANGES, Exchanges, gathered, told
 from phase8.kernels.decay_and_gate import DecayAndGate, bounded_potential
 from phase8.kernels.decoding_state import GlobalConstants, GreenConstants
+from phase8.kernels.dtypes import at_least_fp32
 from phase8.kernels.gated_delta_rule import gated_delta_rule
 from phase8.kernels.gated_linear_attention import gated_linear_attention
 from phase8.kernels.green_scan import green_scan
@@ -128,8 +129,9 @@ class GreenChain(nn.Module):
         return state, decay, gate
 
     def coefficients(self) -> tuple[Tensor, Tensor, Tensor]:
-        """Energy, imaginary part of the energy, and squared hopping [H]."""
-        return local(self.energy), ETA_MIN + F.softplus(local(self.eta_raw)), F.softplus(local(self.hopping_raw))
+        """Energy, imaginary part of the energy, and squared hopping [H], in fp32 even of an engine that computes with parameters in bf16."""
+        energy, eta_raw, hopping_raw = (at_least_fp32(local(each)) for each in (self.energy, self.eta_raw, self.hopping_raw))
+        return energy, ETA_MIN + F.softplus(eta_raw), F.softplus(hopping_raw)
 
     def prepared(self) -> GreenConstants:
         """Constants of the chain of one rank for decoding."""

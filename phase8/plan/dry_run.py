@@ -10,6 +10,7 @@ from phase8 import accelerator
 from phase8.config.batch import batch_shape, run_topology
 from phase8.config.schema import RunConfig
 from phase8.config.validate import MODEL_SECTIONS, find_problems, refuse_problems
+from phase8.config.without_effect import facts_without_effect
 from phase8.errors import ConfigError, OutOfMemoryError
 from phase8.observe.banner import print_banner
 from phase8.plan.cost_facts import Fact, batch_fact, communication_fact, memory_facts, model_facts, speed_fact
@@ -28,9 +29,10 @@ def dry_run(config: RunConfig, *, world_size: int, console: Console) -> None:
         OutOfMemoryError: No settings fit into the memory of the GPU; raised after everything, too.
     """
     problems = find_problems(config, world_size=world_size)
-    facts: list[Fact] = []
+    facts, ineffective = list[Fact](), list[Fact]()
     too_large = None
     if not problems:
+        ineffective = facts_without_effect(config)
         settled = settle(config, world_size=world_size)
         config, too_large = settled.config, settled.too_large
         facts += [] if settled.chosen is None else [("settings", settled.chosen)]
@@ -42,7 +44,7 @@ def dry_run(config: RunConfig, *, world_size: int, console: Console) -> None:
         except ConfigError as error:
             problems += [problem for problem in error.problems if problem not in problems]
     missing = missing_inputs(config.data, initialise_from=config.checkpoint.initialise_from)
-    facts += [("missing here", sentence) for sentence in missing]
+    facts += [*ineffective, *(("missing here", sentence) for sentence in missing)]
     print_banner(f"dry run: {config.run.name}, world size {world_size}", facts, console)
     if problems:
         raise ConfigError(problems)

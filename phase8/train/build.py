@@ -17,6 +17,7 @@ from phase8.checkpoint.step_directories import step_of
 from phase8.config.batch import BatchShape, batch_shape, run_topology
 from phase8.config.schema import RunConfig
 from phase8.config.validate import validate
+from phase8.config.without_effect import facts_without_effect
 from phase8.distributed.collectives import broadcast_text, gather_texts
 from phase8.distributed.mesh import Mesh, build_mesh
 from phase8.errors import DataError
@@ -37,7 +38,7 @@ from phase8.train.engine.protocol import TrainingEngine
 from phase8.train.experts import with_recordable_experts
 from phase8.train.initialise import Origin, initialise_run
 from phase8.train.memory_limits import memory_errors, require_host_memory
-from phase8.train.resume import Position, attached_to, check_stop, restore_run, what_another_order_means
+from phase8.train.resume import Position, attached_to, check_stop, restore_run, what_another_order_means, what_another_schedule_means
 from phase8.train.run_directory import RunDirectory, run_directory
 from phase8.train.run_facts import run_facts
 from phase8.train.start import Choice, check_place, choice_of, claimed, make_way, recorded_settings, restore_asked
@@ -145,7 +146,7 @@ def build_run(
             require_packages(config.observe)
             lock.enter_context(claimed(directory))
         data = _open_data(config, console, mesh)
-        config, chosen = choose_settings(
+        settled, chosen = choose_settings(
             with_recordable_experts(config, device),
             mesh=mesh,
             device=device,
@@ -155,15 +156,15 @@ def build_run(
             refused=refused,
             say=partial(print_line, console=console),
         )
-        validate(config, world_size=world_size)
-        require_host_memory(config, machine, world_size=world_size, ranks_of_host=ranks_of_host)
-        with memory_errors(config, chosen, machine, world_size=world_size, has_begun=False):
-            run, choice = _decide(config, mesh, directory, data, machine, chosen, device=device, resume=resume, console=console)
+        validate(settled, world_size=world_size)
+        require_host_memory(settled, machine, world_size=world_size, ranks_of_host=ranks_of_host)
+        with memory_errors(settled, chosen, machine, world_size=world_size, has_begun=False):
+            run, choice = _decide(settled, mesh, directory, data, machine, chosen, asked=config, device=device, resume=resume, console=console)
         if run.is_main:
             check_place(choice, directory, agents=agents)
         gather_texts(None)  # waits until every rank has accepted the start; only after this the disk may change
         if run.is_main and (choice.moves or not run.is_complete):
-            make_way(choice, directory, config, attachments=run.attachments, agents=agents, on_message=run.say)
+            make_way(choice, directory, settled, attachments=run.attachments, agents=agents, on_message=run.say)
         run.lock = lock.pop_all()
     _say_beginning(run, choice.checkpoint)
     print_banner(f"phase8 pretraining: {config.run.name}", [*run.facts, ("run directory", str(directory.path))], console)
@@ -190,11 +191,12 @@ def _decide(
     machine: Device,
     chosen: Chosen,
     *,
+    asked: RunConfig,
     device: torch.device,
     resume: str,
     console: Console,
 ) -> tuple[Run, Choice]:
-    """Builds the run, and the choice of what has to be moved for it. Nothing is written to the run directory."""
+    """Builds the run of a settled config, and the choice of what has to be moved for it. Nothing is written to the run directory."""
     engine = build_engine(config, mesh=mesh, device=device)
     origin = initialise_run(config, engine, data.tokenizer, directory=directory, resume=resume)
     shape = batch_shape(config.train, config.parallel, data_parallel_size=mesh.topology.data_parallel_size)
@@ -209,6 +211,7 @@ def _decide(
         facts.append(("settings", chosen.reason))
     if origin is not None:
         facts.append(("first weights", str(origin)))
+    facts += facts_without_effect(asked, config)
     run = Run(
         config=config,
         device=device,
@@ -319,8 +322,11 @@ def _say_beginning(run: Run, restored: Checkpoint | None) -> None:
         run.say(f"resumed from {restored.path} (step {run.position.step}, {run.position.tokens_seen:,} tokens seen)")
     for change in run.changed_keys:
         run.say(f"  {change}")
-    if restored is not None and (sentence := what_another_order_means(restored, run.config, run.data.fingerprint, run.position)):
-        run.say(f"  {sentence}")
+    if restored is not None:
+        order = what_another_order_means(restored, run.config, run.data.fingerprint, run.position)
+        rate = what_another_schedule_means(restored, run.config, run.position)
+        for sentence in filter(None, (order, rate)):
+            run.say(f"  {sentence}")
     step = run.config.observe.profile_at_step
     if step is None or run.directory.profile(step=step, rank=0).exists():
         return

@@ -12,11 +12,12 @@ from phase8.checkpoint.untrusted import shortened
 from phase8.config.describe import describe_value, iterate_keys
 from phase8.config.load import config_to_mapping
 from phase8.config.schema import RunConfig
+from phase8.config.without_effect import unread_keys
 
-# Keys for where a run is kept, what it shows, when it saves and stops, and how data are fetched: the steps are the same.
-_WITHOUT_EFFECT = (
-    "run.", "observe.", "checkpoint.", "data.cache_dir", "data.num_workers", "data.prefetch_factor", "data.persistent_workers", "data.pin_memory",
-    "data.allow_fingerprint_change", "parallel.timeout_seconds", "train.stop_at_step",
+# Keys for where a run is kept, what it shows, when it saves and stops, and how data are fetched: the steps are the same, and nothing is removed.
+_OF_NO_CONCERN = (
+    "run.", "observe.", "checkpoint.every_n_steps", "checkpoint.asynchronous", "data.cache_dir", "data.num_workers", "data.prefetch_factor",
+    "data.persistent_workers", "data.pin_memory", "data.allow_fingerprint_change", "parallel.timeout_seconds", "train.stop_at_step",
 )  # fmt: skip
 # A user who changes one of these expects other weights.
 _FIRST_WEIGHTS = "checkpoint.initialise_from"
@@ -24,14 +25,22 @@ _FIRST_WEIGHTS = "checkpoint.initialise_from"
 
 @dataclass(frozen=True)
 class ChangedKey:
-    """A key with its two values as JSON."""
+    """A key with its two values as JSON.
+
+    Args:
+        name: Its dotted name.
+        old: Its value in the checkpoint.
+        new: Its value now.
+        unread_because: Why nothing reads it; None: it has an effect.
+    """
 
     name: str
     old: Any
     new: Any
+    unread_because: str | None = None
 
     def __str__(self) -> str:
-        effect = ", without effect: the run goes on from a checkpoint" if self.name == _FIRST_WEIGHTS else ""
+        effect = "" if self.unread_because is None else f", without effect: {self.unread_because}"
         return f"{self.name}: {_in_words(self.old)} -> {_in_words(self.new)}{effect}"
 
     @property
@@ -49,9 +58,8 @@ def changed_keys(saved: RunConfig, config: RunConfig) -> list[ChangedKey]:
     """
     before, now = config_to_mapping(saved), config_to_mapping(config)
     pairs = ((name, _value(before, name), _value(now, name)) for name, _ in iterate_keys())
-    return [
-        ChangedKey(name, old, new) for name, old, new in pairs if old != new and (name == _FIRST_WEIGHTS or not name.startswith(_WITHOUT_EFFECT))
-    ]
+    unread = unread_keys(config) | {_FIRST_WEIGHTS: "the run goes on from a checkpoint"}
+    return [ChangedKey(name, old, new, unread.get(name)) for name, old, new in pairs if old != new and not name.startswith(_OF_NO_CONCERN)]
 
 
 def _value(tree: Mapping[str, Any], name: str) -> Any:

@@ -21,6 +21,7 @@ from phase8.config.model_section import ModelSection
 from phase8.config.schema import RunConfig
 from phase8.data.fingerprint import describe_fingerprint_difference
 from phase8.errors import CheckpointMismatchError, ConfigError
+from phase8.optim.schedule import learning_rate
 from phase8.train.engine.protocol import TrainingEngine
 
 
@@ -101,9 +102,11 @@ def restore_run(
     _check_optimizer(checkpoint.path, saved, config)
     _check_batch(checkpoint.path, metadata.global_batch_size, config, engine.mesh.topology.data_parallel_size)
     attached = attached_to(checkpoint)  # a damaged tokenizer is found now, not at the first generation
+    differences = describe_fingerprint_difference(saved_fingerprint, fingerprint) + _changed_for_data(saved, config)
     if not config.data.allow_fingerprint_change:
-        differences = describe_fingerprint_difference(saved_fingerprint, fingerprint) + _changed_for_data(saved, config)
         _check_data(checkpoint.path, differences + _changed_tokenizer(checkpoint.path, attached, attachments))
+    elif differences:
+        position.recent_losses.clear()  # beside losses on other data, all that follow might seem spikes
     check_random_state(random_state, engine.device)  # this raises before anything is changed
     engine.restore(checkpoint)
     restore_random_state(random_state, engine.device)
@@ -119,6 +122,22 @@ def what_another_order_means(checkpoint: Checkpoint, config: RunConfig, fingerpr
         f"samples go on with number {position.samples_consumed:,} in the order of the data as they are now, as if they had been so from the "
         "beginning: some windows come again and others are left out, and epochs count as if it had been so"
     )
+
+
+def what_another_schedule_means(checkpoint: Checkpoint, config: RunConfig, position: Position) -> str | None:
+    """The learning rate with which a run goes on, in a sentence, where that is not the next one of the checkpoint's schedule; None: it is."""
+    saved, step = run_metadata(checkpoint, needed=OF_A_RUN).config, position.step
+    if step == 0 or step == config.train.num_steps:
+        return None
+    last, rate = _rate(saved, step), _rate(config, step + 1)
+    is_over = step == saved.train.num_steps  # then the rate goes on only if it stays
+    if rate == (last if is_over else _rate(saved, step + 1)):
+        return None
+    return f"the learning rate of step {step + 1:,} is {rate:.3g}, after {last:.3g} in step {step:,}"
+
+
+def _rate(config: RunConfig, step: int) -> float:
+    return learning_rate(step, config.optim, num_steps=config.train.num_steps)
 
 
 def attached_to(checkpoint: Checkpoint) -> dict[str, bytes]:

@@ -259,9 +259,13 @@ def _kept(config: RunConfig, recorded: object, facts: Device, world_size: int, s
     if changed:
         say(f"settings are chosen anew: {', '.join(changed)}")
         return None
-    if find_problems(with_values(config, stored.values), world_size=world_size):
+    settled = with_values(config, stored.values)
+    if find_problems(settled, world_size=world_size):
         return None
-    return Chosen(stored.values, stored.device, stored.world_size, f"{_AS_BEFORE}{stored.reason.removeprefix(_AS_BEFORE)}")
+    values = values_of(settled, tuple(stored.values))
+    explicit = [name for name, value in values.items() if value != stored.values[name]]
+    but_for = f", but for {', '.join(explicit)}" if explicit else ""
+    return Chosen(values, stored.device, stored.world_size, f"{_AS_BEFORE}{stored.reason.removeprefix(_AS_BEFORE)}{but_for}")
 
 
 def _parse(value: object, config: RunConfig) -> Chosen | None:
@@ -315,6 +319,7 @@ def _cache_file(config: RunConfig, facts: Device, world_size: int) -> Path:
     key = {
         "version": TUNING_VERSION,
         "config": matters,
+        "optimizer": [config.optim.name, config.optim.state_dtype],  # what it keeps and how long it takes
         "packed": config.data.reset_at_document_boundaries,
         "device": facts.name,
         "memory_gib": round(facts.memory_bytes / 2**30),

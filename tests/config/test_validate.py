@@ -38,6 +38,11 @@ RULES = {
         [*DEEPSPEED, "zero.offload_gradients=true"],
         "zero.offload_gradients is true, but zero.engine is deepspeed, which sums gradients where the optimizer is; leave it false.",
     ),
+    "a gradient for every slice under DeepSpeed": (
+        [*DEEPSPEED, "train.recompute=slices"],
+        "train.recompute is slices with zero.stage 3, but zero.engine is deepspeed, which there takes a single gradient of each parameter from a "
+        "backward; set recompute to full, or zero.engine to fsdp.",
+    ),
     "recorded copies": (
         ["train.offload_activations=cpu", "train.recompute=full", "train.cuda_graphs=true"],
         "train.cuda_graphs is true, but train.offload_activations is cpu, whose copies no graph of the GPU can hold; set one of them back.",
@@ -293,6 +298,11 @@ RULES = {
     "deepspeed with muon": (
         [*DEEPSPEED, "optim.name=muon"], "optim.name is muon, but zero.engine is deepspeed, which runs adamw; set one of them back."
     ),
+    "steps to keep that are not saved": (
+        ["checkpoint.every_n_steps=500", "checkpoint.keep_every_n_steps=700"],
+        "checkpoint.keep_every_n_steps 700 is not a multiple of checkpoint.every_n_steps 500, so a checkpoint would be kept every 3500 steps only; "
+        "use 500, for example.",
+    ),
     "top k": (
         ["model.ffn=moe", "model.num_experts=4", "model.top_k=5"],
         "model.top_k 5 is above model.num_experts 4, but a token's experts all differ; choose at most as many.",
@@ -330,6 +340,8 @@ ALLOWED = {
     "no warmup": ["optim.warmup_steps=0", "train.num_steps=1"],
     "longest warmup": ["train.num_steps=101"],
     "wsd from warmup to end": ["optim.schedule=wsd", "optim.decay_steps=900"],
+    "all that is saved is kept": ["checkpoint.every_n_steps=500", "checkpoint.keep_every_n_steps=250"],
+    "nothing is saved but the end": ["checkpoint.every_n_steps=0", "checkpoint.keep_every_n_steps=7"],
     "stop at the end": ["train.stop_at_step=1000"],
     "a loader with many workers": ["data.num_workers=64", "data.prefetch_factor=1024"],
     "a profile of the last step": ["observe.profile_at_step=1000"],
@@ -339,6 +351,7 @@ ALLOWED = {
     "accumulation": ["train.micro_batch_size=8", "parallel.num_microbatches=4"],
     "muon": ["optim.name=muon", "zero.stage=3"],
     "deepspeed": [*DEEPSPEED, "zero.offload_optimizer=cpu", "zero.offload_params=nvme", "zero.nvme_path=swap"],
+    "slices under stage 2 of deepspeed": ["zero.engine=deepspeed", "zero.stage=2", "train.recompute=slices"],
     "batch from its parts": ["train.global_batch_size=null", "train.micro_batch_size=3", "parallel.num_microbatches=5"],
 }
 

@@ -32,6 +32,16 @@ def test_equals_the_independent_oracle(section):
 
 
 @every_variant
+def test_all_parameters_may_be_in_bf16_as_those_of_deepspeed_are(section):
+    model = perturbed_model(section, dtype=torch.bfloat16)
+    loss = next_token_loss(model, random_tokens())
+    loss.backward()
+    exact = next_token_loss(perturbed_model(section), random_tokens())
+    assert loss.item() == pytest.approx(exact.item(), rel=0.02)
+    assert all(parameter.grad.dtype == torch.bfloat16 and parameter.grad.isfinite().all() for parameter in model.parameters())
+
+
+@every_variant
 @pytest.mark.parametrize("packed", [False, True])
 def test_every_parameter_gets_a_gradient(section, packed):
     model = perturbed_model(section)

@@ -62,6 +62,12 @@ def test_explicit_settings_without_room_are_said_and_are_no_problem(small):
     assert problems == [] and facts["no room"].startswith("pipeline stage 0 needs ") and "more than the 0.0 GiB that are free on" in facts["no room"]
 
 
+def test_keys_without_effect_are_said_and_are_no_problem(small):
+    facts, problems = facts_and_problems(small("optim.momentum=0.9", "train.compile.fullgraph=true"))  # whether anything is compiled is open
+    assert problems == [] and facts["without effect"] == "optim.momentum, because optim.name is adamw"
+    assert "without effect" not in facts_and_problems(small())[0]
+
+
 def test_what_a_run_would_not_find_is_said_and_is_no_problem(small, tmp_path):
     def missing(*overrides):
         output = io.StringIO()

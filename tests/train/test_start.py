@@ -1,6 +1,7 @@
 """How a run starts: what belongs together is compared, what has changed is said, and a start that is refused leaves the run as it was."""
 
 import io
+import itertools
 import json
 import shutil
 import stat
@@ -19,7 +20,7 @@ from phase8.train.build import build_run
 from phase8.train.changed_keys import changed_keys
 from phase8.train.loop import train
 from phase8.train.run_directory import RunDirectory
-from tests.train.tiny_run import records, tiny_config, train_tiny, write_documents
+from tests.train.tiny_run import prepare, records, tiny_config, train_tiny, write_documents
 
 
 @pytest.fixture(scope="module")
@@ -229,6 +230,52 @@ def test_keys_that_have_changed_are_said_and_recorded(start):
         {"step": 10, "key": "train.global_batch_size", "old": 4, "new": 8},
         {"step": 10, "key": "train.num_steps", "old": 20, "new": 12},
     ]
+
+
+def lines_after_resuming(start, *changes):
+    console = Console(file=io.StringIO(), width=500)
+    start(*changes, console=console).lock.close()
+    lines = console.file.getvalue().splitlines()
+    first = next(number for number, line in enumerate(lines) if line.startswith("resumed from"))
+    return list(itertools.takewhile(lambda line: line.startswith("  "), lines[first + 1 :]))
+
+
+def test_a_changed_key_that_nothing_reads_and_one_that_removes_checkpoints_are_said(start):
+    said = lines_after_resuming(start, "model.num_experts=4", "optim.momentum=0.9", "checkpoint.keep_last=1", "checkpoint.every_n_steps=7")
+    assert said == [
+        "  model.num_experts: 8 -> 4, without effect: model.ffn is swiglu", "  optim.momentum: 0.95 -> 0.9, without effect: optim.name is adamw",
+        "  checkpoint.keep_last: 3 -> 1",
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        (["train.num_steps=40"], "the learning rate of step 11 is 0.009, after 0.00673 in step 10"),
+        (["optim.warmup_steps=15"], "the learning rate of step 11 is 0.00733, after 0.00673 in step 10"),
+        (["train.num_steps=10"], None),  # no step follows
+        (["optim.weight_decay=0.2"], None),
+    ],
+)
+def test_another_schedule_is_told_by_the_rate_with_which_it_goes_on(start, changes, said):
+    *keys, last = lines_after_resuming(start, *changes)
+    assert last.strip() == said if said else not keys and "learning rate" not in last
+
+
+LONGER = {
+    "cosine": ([], "the learning rate of step 5 is 0.00689, after 0.001 in step 4"),
+    "constant": (["optim.schedule=constant"], None),
+    "at the last rate": (["optim.schedule=constant", "optim.learning_rate=1e-3"], None),
+}
+
+
+@pytest.mark.parametrize(("changes", "said"), LONGER.values(), ids=LONGER)
+def test_a_run_that_is_made_longer_tells_the_rate_unless_it_stays(tiny, changes, said):
+    train_tiny(tiny, "train.num_steps=4", *([] if len(changes) == 2 else changes))
+    console = Console(file=io.StringIO(), width=500)
+    prepare(tiny, *changes, "train.num_steps=8", console=console).lock.close()
+    text = console.file.getvalue()
+    assert said in text if said else "learning rate of step" not in text
 
 
 def test_a_key_that_an_earlier_revision_did_not_have_had_its_default(tiny):

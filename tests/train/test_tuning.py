@@ -140,8 +140,12 @@ def test_the_choice_is_remembered_for_such_a_run_and_for_no_other(tiny, mesh, tr
     first = choose(tiny, mesh)
     num_trials = len(made)
     assert choose(tiny, mesh) == first and choose(tiny, mesh, "train.seed=7") == (tiny_config_of(first, seed=7), first[1]) and len(made) == num_trials
-    choose(tiny, mesh, facts=replace(GPU, name="another GPU"))
-    assert len(made) > num_trials
+    choose(tiny, mesh, "optim.learning_rate=1e-3")
+    assert len(made) == num_trials
+    for settings, facts in (((), replace(GPU, name="another GPU")), (["optim.state_dtype=fp8"], GPU), (["optim.name=muon"], GPU)):
+        choose(tiny, mesh, *settings, facts=facts)
+        assert len(made) > num_trials
+        num_trials = len(made)
 
 
 def tiny_config_of(first, *, seed):
@@ -155,6 +159,12 @@ def test_a_run_that_goes_on_keeps_its_settings_while_device_and_ranks_are_the_sa
     made.clear()
     kept, again = choose(tiny, mesh, "optim.learning_rate=1e-5", recorded=chosen.as_record())
     assert made == [] and kept.train == config.train and again.values == chosen.values and again.reason.startswith("as the run began")
+    explicit = ("train.micro_batch_size=1", "train.recompute=full")
+    changed, told = choose(tiny, mesh, *explicit, recorded=again.as_record())
+    assert changed.train.micro_batch_size == told.values["train.micro_batch_size"] == 1
+    assert changed.train.recompute == told.values["train.recompute"] == "full"
+    assert told.reason == f"{again.reason}, but for train.micro_batch_size, train.recompute"
+    assert choose(tiny, mesh, *explicit, recorded=told.as_record()) == (changed, told)
     said = []
     choose(tiny, mesh, recorded=chosen.as_record() | {"device": "an older GPU"}, say=said.append)
     assert said[0] == "settings are chosen anew: the device was an older GPU and is a GPU"

@@ -87,8 +87,8 @@ def take_note(position: Position, result: StepResult, section: AnomalySection, *
     """
     if not result.skipped:
         position.consecutive_skipped = 0
-        if section.spike_deviations is not None:
-            position.recent_losses = [*position.recent_losses, result.loss][-SPIKE_WINDOW:]
+        # Where no spikes are looked for, no loss is remembered: it would be an old one when somebody looks again.
+        position.recent_losses = [] if section.spike_deviations is None else [*position.recent_losses, result.loss][-SPIKE_WINDOW:]
         return None
     position.consecutive_skipped += 1
     position.total_skipped += 1

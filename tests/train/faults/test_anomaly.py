@@ -3,6 +3,7 @@
 import math
 import statistics
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
@@ -10,6 +11,7 @@ from hypothesis import strategies as st
 
 from phase8.checkpoint.load import list_checkpoints, open_checkpoint
 from phase8.config.schema import AnomalySection
+from phase8.data.indexed import IndexedWriter
 from phase8.errors import DivergenceError
 from phase8.train import trainer
 from phase8.train.engine.protocol import StepResult
@@ -54,6 +56,9 @@ def test_only_losses_that_counted_are_remembered():
         note(position, result, SPIKES, limit=3.0)
     assert position.recent_losses == [1.0] * SPIKE_WINDOW
     position = Position()
+    note(position, GOOD)
+    assert position.recent_losses == []
+    position = Position(recent_losses=[5.0] * SPIKE_WINDOW)  # from before spikes were no longer looked for
     note(position, GOOD)
     assert position.recent_losses == []
 
@@ -123,6 +128,19 @@ def test_a_spike_is_left_out_and_recorded(tiny, taken):
     before, at = (open_checkpoint(run.directory.checkpoints / f"step-00000000{step}") for step in (17, 18))
     assert all(torch.equal(before.read(name), at.read(name)) for name in before.manifest.tensors if name.startswith("model."))
     assert run.position.total_skipped == 1 and len(run.position.recent_losses) == 19
+
+
+def test_losses_on_other_data_make_no_spikes_of_those_that_follow(tiny, tmp_path):
+    with IndexedWriter(tmp_path / "easy", dtype=np.dtype(np.uint16)) as writer:
+        for _ in range(200):
+            writer.add_document(np.arange(40) % 5)
+    spikes, easy = ("train.anomaly.spike_deviations=8", "optim.schedule=constant", "train.num_steps=40"), f"data.train={tmp_path}/easy"
+    assert len(train_tiny(tiny, *spikes, easy, "train.stop_at_step=30").position.recent_losses) == 30
+    same = prepare(tiny, *spikes, easy, "data.allow_fingerprint_change=true")
+    same.lock.close()
+    assert len(same.position.recent_losses) == 30
+    harder = train_tiny(tiny, *spikes, "data.allow_fingerprint_change=true", "train.stop_at_step=32")
+    assert harder.position.total_skipped == 0 and len(harder.position.recent_losses) == 2
 
 
 def test_a_run_without_spikes_is_the_same_as_without_looking_for_them(tiny):
