@@ -8,7 +8,7 @@ Types, ranges, and consistency with the sizes of the tensors are checked here, b
 | another key that an earlier release did not write | has its default |
 | an unknown key of `config` outside the model section | is dropped, since it only concerned training |
 | an unknown key of `config.model` or of `position` | is refused: ignoring it could misread weights or data |
-| an unknown key of `data_fingerprint` | is kept, since it is compared with that of the data |
+| an unknown key of `data_fingerprint` or `validation_fingerprint` | is kept, since it is compared with that of the data |
 """
 
 from __future__ import annotations
@@ -124,6 +124,7 @@ class _Metadata(_Record):
     position: StoredPosition | None = None
     global_batch_size: SequenceCount | None = None
     data_fingerprint: _Fingerprint | None = None
+    validation_fingerprint: _Fingerprint | None = None
     random_state: dict[str, Any] | None = None
     torch_version: Annotated[str, Field(max_length=1000)] | None = None
 
@@ -137,6 +138,7 @@ class RunMetadata:
         position: Progress of the run.
         global_batch_size: Sequences of its last step.
         data_fingerprint: Fingerprint of its data, as plain JSON.
+        validation_fingerprint: The same of what it was evaluated on.
         random_state: Argument of `restore_random_state`.
     """
 
@@ -144,6 +146,7 @@ class RunMetadata:
     position: StoredPosition | None
     global_batch_size: int | None
     data_fingerprint: dict[str, Any] | None
+    validation_fingerprint: dict[str, Any] | None
     random_state: dict[str, Any] | None
 
 
@@ -195,6 +198,7 @@ def run_metadata(checkpoint: Checkpoint, *, needed: Sequence[str] = OF_A_MODEL) 
         position=metadata.position,
         global_batch_size=metadata.global_batch_size,
         data_fingerprint=found.get("data_fingerprint"),
+        validation_fingerprint=found.get("validation_fingerprint"),
         random_state=metadata.random_state,
     )
 

@@ -38,7 +38,7 @@ from phase8.train.engine.protocol import TrainingEngine
 from phase8.train.experts import with_recordable_experts
 from phase8.train.initialise import Origin, initialise_run
 from phase8.train.memory_limits import memory_errors, require_host_memory
-from phase8.train.resume import Position, attached_to, check_stop, restore_run, what_another_order_means, what_another_schedule_means
+from phase8.train.resume import Position, attached_to, check_stop, restore_run, what_changes_mean
 from phase8.train.run_directory import RunDirectory, run_directory
 from phase8.train.run_facts import run_facts
 from phase8.train.start import Choice, check_place, choice_of, claimed, make_way, recorded_settings, restore_asked
@@ -323,9 +323,7 @@ def _say_beginning(run: Run, restored: Checkpoint | None) -> None:
     for change in run.changed_keys:
         run.say(f"  {change}")
     if restored is not None:
-        order = what_another_order_means(restored, run.config, run.data.fingerprint, run.position)
-        rate = what_another_schedule_means(restored, run.config, run.position)
-        for sentence in filter(None, (order, rate)):
+        for sentence in what_changes_mean(restored, run.config, run.data, run.position):
             run.say(f"  {sentence}")
     step = run.config.observe.profile_at_step
     if step is None or run.directory.profile(step=step, rank=0).exists():

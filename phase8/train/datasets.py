@@ -29,6 +29,7 @@ class RunData:
         tokenizer: The tokenizer; None if the config names none.
         reference_losses: Losses to compare with, by name, in nats per token.
         fingerprint: What determines, with the seed, the tokens of each sample; computed once, and recorded in every checkpoint.
+        validation_fingerprint: The same of the held-out sequences; None: there are none.
         description: Text for the banner.
     """
 
@@ -37,6 +38,7 @@ class RunData:
     tokenizer: Tokenizer | None
     reference_losses: dict[str, float]
     fingerprint: dict[str, object]
+    validation_fingerprint: dict[str, object] | None
     description: str
 
     def epochs(self, samples_consumed: int) -> dict[str, float]:
@@ -78,14 +80,14 @@ def open_run_data(
         _check_apart(sequences, held_out)
     if config.data.split is not None:
         sequences, held_out = _split(sequences, config.data.split)
-    fingerprint = data_fingerprint(sequences)
+    fingerprint, of_held_out = data_fingerprint(sequences), None if held_out is None else data_fingerprint(held_out)
     if check_ids:
         pairs = {pair.prefix: pair for dataset in (sequences, held_out) if dataset for source in dataset.sources for pair in source.pairs}
         if tokenizer is not None and not config.data.allow_fingerprint_change:
             check_tokenizer(pairs.values(), tokenizer)
         for pair in pairs.values():
             check_token_ids(pair, vocab_size=config.model.vocab_size, cache_dir=Path(config.data.cache_dir), on_progress=on_progress)
-    return RunData(sequences, held_out, tokenizer, references, fingerprint, _describe(config, sequences))
+    return RunData(sequences, held_out, tokenizer, references, fingerprint, of_held_out, _describe(config, sequences))
 
 
 def _open(config: RunConfig, data: str | Sequence[DataSource], own_slice: SequenceSlice, *, key: str) -> SequenceDataset:

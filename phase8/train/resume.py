@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -22,6 +22,7 @@ from phase8.config.schema import RunConfig
 from phase8.data.fingerprint import describe_fingerprint_difference
 from phase8.errors import CheckpointMismatchError, ConfigError
 from phase8.optim.schedule import learning_rate
+from phase8.train.datasets import RunData
 from phase8.train.engine.protocol import TrainingEngine
 
 
@@ -57,11 +58,13 @@ def checkpoint_metadata(
     global_batch_size: int | None,
     fingerprint: dict[str, Any],
     device: torch.device,
+    validation_fingerprint: dict[str, Any] | None = None,
     settings: dict[str, Any] | None = None,
 ) -> dict[str, Any]:
     """The metadata of a checkpoint, as plain JSON. Batch size None: none was chosen yet; settings None: no setting was automatic."""
     return {
         **({} if settings is None else {"settings": settings}),
+        **({} if validation_fingerprint is None else {"validation_fingerprint": validation_fingerprint}),
         "config": config_to_mapping(config),
         "position": asdict(position),
         "global_batch_size": global_batch_size,
@@ -113,20 +116,31 @@ def restore_run(
     return position, saved
 
 
-def what_another_order_means(checkpoint: Checkpoint, config: RunConfig, fingerprint: dict[str, Any], position: Position) -> str | None:
-    """What an accepted change of data, blend or seed means for the samples that follow, in a sentence; None: their order is the checkpoint's."""
+def what_changes_mean(checkpoint: Checkpoint, config: RunConfig, data: RunData, position: Position) -> Iterator[str]:
+    """What changes mean, in sentences, that no key of the config tells alone: of data, whose samples follow, of held-out data, and of the schedule.
+
+    Args:
+        checkpoint: Checkpoint from which the run continues.
+        config: Config of the run.
+        data: Data of the run.
+        position: Position of the checkpoint.
+    """
     metadata = run_metadata(checkpoint, needed=OF_A_RUN)
-    if not describe_fingerprint_difference(metadata.data_fingerprint, fingerprint) and metadata.config.train.seed == config.train.seed:
-        return None
-    return (
-        f"samples go on with number {position.samples_consumed:,} in the order of the data as they are now, as if they had been so from the "
-        "beginning: some windows come again and others are left out, and epochs count as if it had been so"
-    )
+    if describe_fingerprint_difference(metadata.data_fingerprint, data.fingerprint) or metadata.config.train.seed != config.train.seed:
+        yield (
+            f"samples go on with number {position.samples_consumed:,} in the order of the data as they are now, as if they had been so from the "
+            "beginning: some windows come again and others are left out, and epochs count as if it had been so"
+        )
+    if metadata.validation_fingerprint is not None and data.validation_fingerprint is not None:
+        differences = describe_fingerprint_difference(metadata.validation_fingerprint, data.validation_fingerprint)
+        if differences:
+            yield f"evaluations are on other data, whose losses do not compare with those before: {differences[0]}"
+    if (sentence := _another_schedule(metadata.config, config, position.step)) is not None:
+        yield sentence
 
 
-def what_another_schedule_means(checkpoint: Checkpoint, config: RunConfig, position: Position) -> str | None:
+def _another_schedule(saved: RunConfig, config: RunConfig, step: int) -> str | None:
     """The learning rate with which a run goes on, in a sentence, where that is not the next one of the checkpoint's schedule; None: it is."""
-    saved, step = run_metadata(checkpoint, needed=OF_A_RUN).config, position.step
     if step == 0 or step == config.train.num_steps:
         return None
     last, rate = _rate(saved, step), _rate(config, step + 1)

@@ -114,6 +114,7 @@ class Saver:
                 run.position,
                 global_batch_size=run.shape.global_batch_size,
                 fingerprint=run.data.fingerprint,
+                validation_fingerprint=run.data.validation_fingerprint,
                 device=run.device,
                 settings=run.chosen.as_record(),
             ),

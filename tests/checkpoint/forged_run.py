@@ -58,6 +58,8 @@ FORGERIES: list[tuple[str, Any, str]] = [
     ("data_fingerprint.sources.0.documents", [1], "data_fingerprint.sources.0.documents is"),
     ("data_fingerprint.sources.0.files", [{"name": "a"}], "data_fingerprint.sources.0.files.0 lacks idx_sha256"),
     ("data_fingerprint.sources.0.files", 3, "data_fingerprint.sources.0.files is 3"),
+    ("validation_fingerprint", 3, "validation_fingerprint is 3"),
+    ("validation_fingerprint.sources.0.num_tokens", -1, "validation_fingerprint.sources.0.num_tokens is -1"),
     ("random_state", [1], "random_state is [1]"),
     ("random_state", {}, "the random state in the checkpoint's metadata is not valid"),
     ("random_state.numpy.position", 10**6, "numpy's position is 1000000"),
