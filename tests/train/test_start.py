@@ -262,19 +262,21 @@ def test_another_schedule_is_told_by_the_rate_with_which_it_goes_on(start, chang
     assert last.strip() == said if said else not keys and "learning rate" not in last
 
 
-def test_other_data_under_the_path_of_the_evaluations_are_said(tiny):
+def test_other_data_under_the_path_of_the_evaluations_are_said(tiny, tmp_path):
     """They may change, since no step depends on them; but a jump of the validation loss would look like one of the model."""
-    train_tiny(tiny, "train.num_steps=4")
+    held_out = tmp_path / "held_out"
+    write_documents(held_out, num_documents=20, seed=1)
+    settings = (f"data.validation={held_out}", "train.num_steps=4")
+    train_tiny(tiny, *settings)
 
     def start():
         console = Console(file=io.StringIO(), width=500)
-        prepare(tiny, "train.num_steps=8", console=console).lock.close()
+        prepare(tiny, *settings, console=console).lock.close()
         return console.file.getvalue()
 
-    sentence = "  evaluations are on other data, whose losses do not compare with those before: source 0 (validation, now validation): the number of tokens"
-    assert sentence not in start()
-    write_documents(tiny.parent / "validation", num_documents=21, seed=1)
-    assert sentence in start()
+    assert "evaluations are on" not in start()
+    write_documents(held_out, num_documents=21, seed=1)
+    assert "  evaluations are on other data, whose losses do not compare with those before: source 0 (held_out, now held_out): the number" in start()
 
 
 LONGER = {
