@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import math
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict
 from typing import Any
 
@@ -24,6 +24,7 @@ from phase8.train.engine.protocol import StepResult
 from phase8.train.evaluation import HeldOutData
 from phase8.train.faults.allocator import FullMemory
 from phase8.train.faults.anomaly import largest_loss, take_note
+from phase8.train.faults.collapse import CollapsedRouters
 from phase8.train.faults.replicas import check_replicas
 from phase8.train.faults.stragglers import probe_ranks
 from phase8.train.garbage import GarbageBetweenSteps
@@ -78,16 +79,16 @@ class Trainer:
 
     def _train_until(self, stop_step: int, stop: StopRequest, garbage: GarbageBetweenSteps) -> bool:
         config, position = self.run.config, self.run.position
-        microbatches, memory = self._microbatches(), FullMemory(self.run.device, num_slow_steps=self.run.engine.num_slow_updates)
+        memory, routers = FullMemory(self.run.device, num_slow_steps=self.run.engine.num_slow_updates), CollapsedRouters(config.model)
+        looks = {"full_memory": memory.after_step, "collapsed_routers": routers.after_step}
+        microbatches = self._microbatches()
         asked_to_stop = stop.received is not None and self.is_alone
         while position.step < stop_step and not asked_to_stop:
             take = self._take_profiled_step if position.step + 1 == config.observe.profile_at_step else self._take_step
             result = take(microbatches, stop=stop.received is not None)
             garbage.after_step()
             self.saver.hear()
-            if (sentence := memory.after_step(position.step)) is not None:
-                self.record_event("full_memory", message=sentence)
-                self.progress.message(sentence)
+            self._tell_what_is_seen(looks)
             self._check_ranks()
             is_last = position.step == stop_step
             # Several ranks stop after the same step, in which all of them have learnt of the signal.
@@ -101,6 +102,13 @@ class Trainer:
             if not is_last and _is_due(position.step, config.checkpoint.every_n_steps):
                 self.save(must_succeed=False)
         return asked_to_stop
+
+    def _tell_what_is_seen(self, looks: Mapping[str, Callable[[StepMetrics], str | None]]) -> None:
+        """Shows and records the sentences about the last step, by event."""
+        for event, look in looks.items():
+            if (sentence := look(self.last_step)) is not None:
+                self.record_event(event, message=sentence)
+                self.progress.message(sentence)
 
     def _check_ranks(self) -> None:
         """Compares replicas and looks for stragglers, where this is due after the current step."""

@@ -8,6 +8,7 @@ from __future__ import annotations
 import torch
 
 from phase8 import accelerator
+from phase8.observe.metrics import StepMetrics
 
 
 class FullMemory:
@@ -23,12 +24,8 @@ class FullMemory:
         self._num_before = accelerator.num_cache_flushes(device) or 0
         self._is_told = False
 
-    def after_step(self, step: int) -> str | None:
-        """A sentence, the first time that the allocator has flushed its cache since the step before; None: there is nothing to say.
-
-        Args:
-            step: Number of the step.
-        """
+    def after_step(self, metrics: StepMetrics) -> str | None:
+        """A sentence, the first time that the allocator has flushed its cache since the step before; None: there is nothing to say."""
         num_flushes = accelerator.num_cache_flushes(self._device) or 0
         num_new, self._num_before = num_flushes - self._num_before, num_flushes
         if self._num_slow_steps > 0:
@@ -38,7 +35,7 @@ class FullMemory:
             return None
         self._is_told = True
         return (
-            f"step {step}: the memory of the device is nearly full: {num_new:,} times since the step before torch gave back what it keeps for later "
-            "tensors, and asked anew, while the device waited; lower train.micro_batch_size, let train.recompute keep less, or set "
+            f"step {metrics.step}: the memory of the device is nearly full: {num_new:,} times since the step before torch gave back what it keeps "
+            "for later tensors, and asked anew, while the device waited; lower train.micro_batch_size, let train.recompute keep less, or set "
             "PYTORCH_ALLOC_CONF=expandable_segments:True in the environment."
         )

@@ -10,6 +10,7 @@ from phase8 import accelerator
 from phase8.train.build import build_run
 from phase8.train.faults.allocator import FullMemory
 from phase8.train.loop import train
+from tests.train.faults.step_metrics import step_metrics
 from tests.train.tiny_run import records, tiny_config
 
 
@@ -22,7 +23,7 @@ def numbers(monkeypatch, *flushes):
 def test_it_is_said_once_and_of_later_steps_alone(monkeypatch):
     numbers(monkeypatch, 2, 5, 5, 9, 30)
     memory = FullMemory(torch.device("cpu"), num_slow_steps=1)
-    said = [memory.after_step(step) for step in (1, 2, 3, 4)]
+    said = [memory.after_step(step_metrics(step)) for step in (1, 2, 3, 4)]
     assert [sentence is not None for sentence in said] == [False, False, True, False]
     assert said[2].startswith("step 3: the memory of the device is nearly full") and "4 times since the step before" in said[2]
     assert "train.micro_batch_size" in said[2] and "expandable_segments" in said[2]
@@ -31,7 +32,7 @@ def test_it_is_said_once_and_of_later_steps_alone(monkeypatch):
 def test_a_device_that_does_not_say_is_never_full(monkeypatch):
     numbers(monkeypatch, None, None, None)
     memory = FullMemory(torch.device("cpu"), num_slow_steps=0)
-    assert memory.after_step(1) is None and memory.after_step(2) is None
+    assert memory.after_step(step_metrics(1)) is None and memory.after_step(step_metrics(2)) is None
 
 
 def test_a_run_records_and_shows_it(tiny, monkeypatch):

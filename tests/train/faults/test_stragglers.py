@@ -7,9 +7,10 @@ import pytest
 import torch
 
 from phase8.observe.history import History
-from phase8.observe.metrics import MetricsWriter, StepMetrics, read_metrics
+from phase8.observe.metrics import MetricsWriter, read_metrics
 from phase8.observe.report import write_report
 from phase8.train.faults.stragglers import ProbeWork, RankTimes, probe_ranks, summarise
+from tests.train.faults.step_metrics import step_metrics
 
 
 def times(probes, waits=None, step=1.0):
@@ -62,11 +63,6 @@ def test_one_process_is_its_own_median():
     work = ProbeWork(width=8, num_products=1, num_copied=8, num_copies=1, dtype=torch.float32)
     report = probe_ranks(torch.device("cpu"), data_wait_seconds=0.25, step_seconds=1.0, work=work)
     assert (report.slowest_rank, report.ratio, report.data_wait_seconds) == (0, 1.0, 0.25) and report.probe_seconds > 0
-
-
-def step_metrics(step):
-    fields = {"learning_rate": 1e-3, "grad_norm": 1.0, "tokens": 8 * step, "tokens_per_second": 8.0, "step_seconds": 1.0, "data_wait_seconds": 0.1}
-    return StepMetrics(step=step, loss=2.0, mfu=None, peak_memory_bytes=0, skipped=False, **fields)
 
 
 def test_metrics_have_the_report_and_the_page_is_still_drawn(tmp_path):
