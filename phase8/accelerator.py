@@ -18,7 +18,7 @@ Callers ask by the type of a device, a string, so that the answers are constants
 from __future__ import annotations
 
 import re
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, suppress
 from types import TracebackType
 
 import torch
@@ -278,7 +278,16 @@ def is_recording() -> bool:
 
 def lock_pages(memory: Tensor) -> int:
     """Locks the pages of a tensor on the host; returns the number of the error, 0 without one."""
-    return int(torch.cuda.cudart().cudaHostRegister(memory.data_ptr(), memory.nbytes, 0))
+    error = int(torch.cuda.cudart().cudaHostRegister(memory.data_ptr(), memory.nbytes, 0))
+    if error != 0:
+        _forget_last_error()
+    return error
+
+
+def _forget_last_error() -> None:
+    """Takes the error of a call that torch does not check from the runtime, which would raise it at the next kernel; a kernel is torch's only way."""
+    with suppress(RuntimeError):
+        torch.empty(1, device=own_gpu()).fill_(0)
 
 
 def unlock_pages(memory: Tensor) -> None:

@@ -9,7 +9,7 @@ Every rank has a place for each rank of the group, which that rank fills:
 |---|---|---|
 | `gathering` | tokens of the other rank | by copy engine |
 | `adding` | the other rank's summand | by a matrix product |
-| `gathering_in_place` | the other rank's part of a whole tensor | by copy engine |
+| `places_of_gathers` | the other rank's part of a whole tensor | by copy engine |
 
 The first two exchanges have `ROUNDS` sets of places each. An exchange takes the next set without asking whether it is free. All ranks wait for
 each other only before the first set is used again, so a late rank finds its data untouched. The memory is torch's symmetric memory. All ranks of
@@ -31,7 +31,7 @@ from phase8 import accelerator
 from phase8.errors import ConfigError
 
 ROUNDS = 4
-# Sets of places of `gathering_in_place`: one is in use while the next is filled.
+# Sets of places of a gather in place: one is in use while the next is filled.
 ROUNDS_IN_PLACE = 2
 
 
@@ -51,8 +51,7 @@ class PeerMemory:
         self.others = [(self.rank + step) % self.size for step in range(1, self.size)]
         _Room(group, 1, rounds=1)  # raises now, not in the first step, if the GPUs do not reach each other
         self._copies = accelerator.new_stream(priority=-1)
-        self._gathering, self._adding = (_Ring(group, rounds=ROUNDS) for _ in range(2))
-        self._gathering_in_place = _Ring(group, rounds=ROUNDS_IN_PLACE, asks_every_time=True)
+        self._gathering, self._adding = (Ring(group, rounds=ROUNDS) for _ in range(2))
 
     @contextmanager
     def gathering(self, x: Tensor) -> Iterator[Exchange]:
@@ -71,12 +70,16 @@ class PeerMemory:
         """Begins an exchange of summands: a rank writes one to `place_on(rank)`, calls `filled(rank)`, and reads those of its peers by `of(rank)`."""
         return self._adding.begin(shape, dtype)
 
-    def gathering_in_place(self, shape: Sequence[int], dtype: torch.dtype) -> Exchange:
-        """Begins a gather of every rank's part, of this shape, into `whole` on every rank. One `whole` at most may be in use meanwhile."""
-        return self._gathering_in_place.begin(shape, dtype)
+    def places_of_gathers(self) -> Ring:
+        """Places for gathers of every rank's part into `whole` on every rank, of which one at most may be in use while the next is filled.
+
+        The stream on which a gather begins has to come after what reads the `whole` before the last one. So who gathers on other streams, which wait
+        for other readers, needs places of his own.
+        """
+        return Ring(self.group, rounds=ROUNDS_IN_PLACE, asks_every_time=True)
 
 
-class _Ring:
+class Ring:
     """Sets of places that exchanges of one kind use in turn.
 
     Args:

@@ -123,7 +123,7 @@ def plan_each_stage(work: Workload) -> tuple[StageMemory, ...]:
         actions = schedule.actions[stage]
         activations = [_chunk_activations(work, chunk, traced) for chunk in chunks]
         beside = _messages(work, traced, num_chunks=len(chunks), stage=stage)
-        beside += _inputs_on_their_way(work, chunks, traced) + _peer_memory(work, blocks, traced)
+        beside += _inputs_on_their_way(work, chunks, traced) + _peer_memory(work, chunks, traced)
         first = activations[0]
         stages.append(
             StageMemory(
@@ -280,14 +280,14 @@ def _inputs_on_their_way(work: Workload, chunks: Sequence[Chunk], traced: Mappin
     return num_inputs * next(iter(traced.values())).block_input
 
 
-def _peer_memory(work: Workload, blocks: Sequence[Held], traced: Mapping[LayerKind, ActivationBytes]) -> int:
-    """Bytes of memory that other GPUs write to: tokens of every tensor-parallel rank, their summands, and the gathered parts of a block."""
+def _peer_memory(work: Workload, chunks: Sequence[Chunk], traced: Mapping[LayerKind, ActivationBytes]) -> int:
+    """Bytes of memory that other GPUs write to: tokens of every tensor-parallel rank, their summands, and gathered blocks of each chunk."""
     places = 0
     if reaches_peers(work.device_type) and work.async_tensor_parallel:
         own_tokens = next(iter(traced.values())).block_input
         places += 2 * ROUNDS * work.topology.tensor_parallel_size * own_tokens
     if reaches_peers(work.device_type) and work.zero.copy_engine_gather:
-        places += ROUNDS_IN_PLACE * max(block.gathered_bytes for block in blocks)
+        places += ROUNDS_IN_PLACE * sum(max(_held(block, work).gathered_bytes for block, _ in chunk.counted_blocks) for chunk in chunks)
     return places
 
 

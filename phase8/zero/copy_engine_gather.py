@@ -13,7 +13,9 @@ from phase8.distributed.peer_memory import Exchange, peer_memory
 
 
 class CopyEngineGather(AllGather):
-    """Gathers the parameters of one module; FSDP calls both methods in turn, and keeps a result until the one after the next begins.
+    """Gathers the parameters of the modules of one chunk; FSDP calls both methods in turn, and keeps a result until the one after the next begins.
+
+    FSDP gathers for each chunk on streams of their own, which wait for the readers of that chunk's results alone: so no two chunks share places.
 
     Args:
         group: Ranks that divide the parameters; GPUs of one NVLink domain.
@@ -21,12 +23,13 @@ class CopyEngineGather(AllGather):
 
     def __init__(self, group: dist.ProcessGroup):
         self._memory = peer_memory(group.group_name)
+        self._places = self._memory.places_of_gathers()
         self._exchange: Exchange | None = None
 
     def allocate(self, size: Sequence[int | torch.SymInt], *, dtype: torch.dtype, device: torch.device) -> Tensor:
         """Allocates the buffer for the parts of all ranks [size]; FSDP writes this rank's part into its place before the call."""
         (numel,) = size
-        self._exchange = self._memory.gathering_in_place((int(numel) // self._memory.size,), dtype)
+        self._exchange = self._places.begin((int(numel) // self._memory.size,), dtype)
         return self._exchange.whole()
 
     def __call__(self, output_tensor: Tensor, input_tensor: Tensor, group: dist.ProcessGroup, async_op: bool = False) -> None:

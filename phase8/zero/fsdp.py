@@ -56,6 +56,7 @@ def shard_block(
     dtype: torch.dtype,
     num_microbatches: int,
     arrivals: Arrivals | None = None,
+    copies: CopyEngineGather | None = None,
 ) -> None:
     """Divides one block, whose parameters must be initialised; the parts of other ranks are freed.
 
@@ -68,6 +69,7 @@ def shard_block(
         dtype: That dtype.
         num_microbatches: Microbatches of a step.
         arrivals: What fetches offloaded blocks of the chunk ahead, to which they are added in their order; None: FSDP does.
+        copies: What gathers the blocks of the chunk, but for experts that ranks share; None: FSDP's own collective.
     """
     if _is_divided(zero, mesh):
         options = {
@@ -89,13 +91,19 @@ def shard_block(
         for module in experts:
             gather_in(dtype, [each for each in owned if each.owner is module], module)
         gather_in(dtype, [each for each in owned if each.owner not in experts], divided, None if experts else arrivals)
-        if zero.copy_engine_gather and mesh.shard.mesh is not None and reaches_peers(mesh.shard.mesh.device_type):
-            divided.set_custom_all_gather(CopyEngineGather(mesh.shard.group))
+        if copies is not None:
+            divided.set_custom_all_gather(copies)
 
 
 def arrivals_of_chunk(zero: ZeroSection, mesh: Mesh) -> Arrivals | None:
     """What fetches the offloaded blocks of a chunk ahead; None: nothing is offloaded, or FSDP does it, as it does for several ranks."""
     return Arrivals() if zero.offload_params != "none" and mesh.shard.size == 1 else None
+
+
+def copies_of_chunk(zero: ZeroSection, mesh: Mesh) -> CopyEngineGather | None:
+    """What gathers the blocks of a chunk by copy engines; None: nothing is gathered, or not so. The first call is a collective of the shard group."""
+    shard = mesh.shard
+    return CopyEngineGather(shard.group) if zero.copy_engine_gather and shard.mesh is not None and reaches_peers(shard.mesh.device_type) else None
 
 
 def shard_model(model: nn.Module, zero: ZeroSection, mesh: Mesh, *, num_microbatches: int) -> None:

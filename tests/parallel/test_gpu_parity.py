@@ -75,6 +75,9 @@ CASES = {
     "tp2 experts": ("experts", ranks(tp=2)),
     "ep4 zero 1": ("experts", ranks(dp=4, ep=4, stage=1)),
     "ep2 tp2 zero 3": ("experts", ranks(dp=2, tp=2, ep=2, stage=3)),
+    "pp2 dp2 zero 3 interleaved, gathered by copies": (
+        "default", ranks(pp=2, dp=2, stage=3, more=(*INTERLEAVED, "zero.copy_engine_gather=true"))
+    ),
     "dp4 zero 3 in pairs": ("default", ranks(dp=4, stage=3, more=("zero.shard_size=2",))),
 }
 # Rounding makes tokens choose other experts, so that runs in bf16 differ by more than a mistake may make.

@@ -5,6 +5,7 @@ On CPUs a stand-in with collectives takes the place of the memory of other GPUs:
 
 import functools
 import math
+import os
 from contextlib import contextmanager
 from dataclasses import replace
 from unittest import mock
@@ -15,6 +16,9 @@ import torch.distributed as dist
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 
+from phase8.config.auto import without_auto
+from phase8.config.batch import run_topology
+from phase8.config.load import load_config
 from phase8.distributed import peer_memory
 from phase8.distributed.collectives import Axis, gather_tokens, scatter_tokens
 from phase8.distributed.mesh import build_mesh
@@ -22,11 +26,12 @@ from phase8.errors import ConfigError
 from phase8.precision.formats import OPERAND_DTYPE
 from phase8.tensor_parallel import overlapped
 from phase8.topology import Topology
-from phase8.zero import copy_engine_gather
+from phase8.train.engine.train_state import build_chunks
+from phase8.zero import copy_engine_gather, fsdp
 from tests.parallel import training
 from tests.parallel.pool import GLOO, NCCL
 from tests.parallel.test_gpu_parity import require_gpus
-from tests.parallel.test_parity import BLOCKS, ranks
+from tests.parallel.test_parity import BLOCKS, INTERLEAVED, ranks
 
 
 class CollectiveMemory:
@@ -47,8 +52,8 @@ class CollectiveMemory:
         for tokens in gathered:
             tokens.fill_(torch.nan)
 
-    def gathering_in_place(self, shape, dtype):
-        return Parts(self, torch.full((self.size, *shape), torch.nan, dtype=dtype))
+    def places_of_gathers(self):
+        return mock.Mock(begin=lambda shape, dtype: Parts(self, torch.full((self.size, *shape), torch.nan, dtype=dtype)))
 
     def adding(self, shape, dtype):
         return Summands(self, torch.full((self.size, *shape), torch.nan, dtype=dtype))
@@ -201,10 +206,11 @@ def gather_parameters():
             torch.manual_seed(0)
             # One that does not divide evenly, and two that are gathered one after the other while the first is in use.
             model = torch.nn.Sequential(torch.nn.Linear(5, 7), torch.nn.Linear(7, 3), torch.nn.Linear(3, 5))
+            copies = copy_engine_gather.CopyEngineGather(mesh.get_group())
             for layer in model:
                 fully_shard(layer, mesh=mesh)
                 if is_copied:
-                    layer.set_custom_all_gather(copy_engine_gather.CopyEngineGather(mesh.get_group()))
+                    layer.set_custom_all_gather(copies)
             y = model(torch.randn(4, 5))
             y.square().sum().backward()
             found.append([y.detach(), *(parameter.grad.full_tensor() for parameter in model.parameters())])
@@ -214,6 +220,25 @@ def gather_parameters():
 def test_parameters_are_gathered_as_by_fsdp(pool):
     for differences in pool.run(gather_parameters, world_size=2, backend=GLOO, timeout_seconds=60):
         assert len(differences) == 7 and not any(differences)
+
+
+def gathers_of_blocks():
+    """Of each block of each chunk: what gathers it, and the places that it gathers through."""
+    world_size, settings = ranks(pp=2, dp=2, stage=3, more=(*INTERLEAVED, "zero.copy_engine_gather=true", "model.num_layers=8"))
+    config = without_auto(load_config(os.devnull, [*training.MODEL, *settings]))
+    mesh = build_mesh(run_topology(config.parallel, world_size=world_size), device_type="cpu", shard_size=2)
+    reaches = mock.patch.object(fsdp, "reaches_peers", return_value=True)
+    with reaches, mock.patch.object(copy_engine_gather, "peer_memory", functools.cache(CollectiveMemory)):
+        chunks = build_chunks(config, mesh=mesh, device=torch.device("cpu"), dtype=torch.float32)
+    gathers = [[block._get_fsdp_state()._fsdp_param_group._all_gather_comm for block in chunk.blocks.values()] for chunk in chunks]
+    return [[(id(gather), id(gather._places)) for gather in of_chunk] for of_chunk in gathers]
+
+
+def test_no_two_chunks_gather_through_the_same_places(pool):
+    """Their streams do not wait for each other's readers, so one would overwrite what another has not read yet."""
+    for chunks in pool.run(gathers_of_blocks, world_size=4, backend=GLOO, timeout_seconds=60):
+        (first,), (second,) = map(set, chunks)
+        assert len(chunks[0]) == 2 and first[0] != second[0] and first[1] != second[1]
 
 
 def products_on_gpus():
@@ -248,6 +273,44 @@ def _replayed(axis, device):
     torch.cuda.synchronize()
     graph.reset()
     return worst
+
+
+def chunks_on_gpus():
+    """Worst difference of gradients to FSDP's own collective, where the backward of a chunk is begun while the forward of another one computes."""
+    mesh, found = init_device_mesh("cuda", (dist.get_world_size(),)), []
+    for is_copied in (False, True):
+        torch.manual_seed(0)
+        chunks = [torch.nn.Sequential(*(Slow(256) for _ in range(5))).cuda() for _ in range(2)]
+        for chunk in chunks:
+            copies = copy_engine_gather.CopyEngineGather(mesh.get_group()) if is_copied else None
+            for layer in chunk:
+                fully_shard(layer, mesh=mesh)
+                if copies is not None:
+                    layer.set_custom_all_gather(copies)
+            fully_shard(chunk, mesh=mesh, reshard_after_forward=False)
+        for _ in range(3):
+            outputs = [chunk(torch.randn(64, 256, device="cuda")) for chunk in chunks]
+            for y in outputs:
+                y.square().sum().backward()
+        found.append([parameter.grad.full_tensor() for chunk in chunks for parameter in chunk.parameters()])
+    return max(relative_difference(*pair) for pair in zip(*found, strict=True))
+
+
+class Slow(torch.nn.Linear):
+    """A layer that takes a millisecond before it reads its weights, so that the host is far ahead."""
+
+    def __init__(self, width):
+        super().__init__(width, width)
+
+    def forward(self, x):
+        torch.cuda._sleep(2_000_000)
+        return super().forward(x)
+
+
+@pytest.mark.gpu
+def test_chunks_do_not_overwrite_what_others_have_gathered(pool):
+    require_gpus(2)
+    assert max(pool.run(chunks_on_gpus, world_size=2, backend=NCCL, timeout_seconds=120)) < 1e-6
 
 
 @pytest.mark.gpu

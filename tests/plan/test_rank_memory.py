@@ -184,8 +184,8 @@ def test_the_loss_needs_logits_of_a_chunk_and_the_cast_head():
 
 
 def test_memory_that_other_gpus_fill_reaches_the_plan():
-    def peak(*settings, device_type="cuda"):
-        (stage,) = plan_stages(config_of(*settings), world_size=2, device_type=device_type)
+    def peak(*settings, device_type="cuda", world_size=2):
+        stage, *_ = plan_stages(config_of(*settings), world_size=world_size, device_type=device_type)
         return stage.memory.total_bytes
 
     tensor_parallel, asynchronous = "parallel.tensor_parallel_size=2", "parallel.async_tensor_parallel=true"
@@ -193,6 +193,8 @@ def test_memory_that_other_gpus_fill_reaches_the_plan():
     assert peak(tensor_parallel, asynchronous) - peak(tensor_parallel) == 2 * ROUNDS * tokens
     block = sum(parameter.numel() for parameter in shapes_only(config_of()).blocks["0"].parameters())
     assert peak("zero.stage=3", "zero.copy_engine_gather=true") - peak("zero.stage=3") == ROUNDS_IN_PLACE * 4 * block
+    two_chunks, copied = (*INTERLEAVED, "zero.stage=3"), "zero.copy_engine_gather=true"
+    assert peak(*two_chunks, copied, world_size=4) - peak(*two_chunks, world_size=4) == 2 * ROUNDS_IN_PLACE * 4 * block
     for settings in ((tensor_parallel, asynchronous), ("zero.stage=3", "zero.copy_engine_gather=true")):
         assert peak(*settings, device_type="cpu") == peak(settings[0], device_type="cpu")
 

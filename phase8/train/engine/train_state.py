@@ -28,7 +28,7 @@ from phase8.precision.policy import compute_dtype, number_format
 from phase8.topology import HOLDERS
 from phase8.train.engine.shards import Shards
 from phase8.train.engine.stage import Stage
-from phase8.zero.fsdp import arrivals_of_chunk, shard_block, shard_model
+from phase8.zero.fsdp import arrivals_of_chunk, copies_of_chunk, shard_block, shard_model
 
 
 @dataclass(frozen=True)
@@ -115,13 +115,16 @@ def build_chunks(config: RunConfig, *, mesh: Mesh, device: torch.device, dtype: 
     chunks = [build_chunk(config, layers, mesh=mesh, dtype=dtype) for layers in layers_of_chunks]
     num_microbatches = batch_shape(config.train, config.parallel, data_parallel_size=mesh.topology.data_parallel_size).num_microbatches
     for chunk in chunks:
-        parts, arrivals = (*chunk.blocks.values(), chunk), arrivals_of_chunk(config.zero, mesh)
+        parts, arrivals, copies = (*chunk.blocks.values(), chunk), arrivals_of_chunk(config.zero, mesh), copies_of_chunk(config.zero, mesh)
         for part in initialised_parts(chunk, parts, device=device, seed=config.train.seed, axis=mesh.tp, expert=mesh.ep):
             if part is chunk:
                 shard_model(chunk, config.zero, mesh, num_microbatches=num_microbatches)
             else:
                 dims, rounded = shard_dims(part), rounded_parameters(part)
-                shard_block(part, config.zero, mesh, dims, rounded=rounded, dtype=dtype, num_microbatches=num_microbatches, arrivals=arrivals)
+                shard_block(
+                    part, config.zero, mesh, dims,
+                    rounded=rounded, dtype=dtype, num_microbatches=num_microbatches, arrivals=arrivals, copies=copies,
+                )  # fmt: skip
         if isinstance(chunk, FSDPModule):
             register_fsdp_forward_method(chunk, "loss_sum")
     return chunks
