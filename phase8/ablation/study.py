@@ -19,7 +19,8 @@ from phase8.config.describe import describe_value
 from phase8.config.load import config_to_mapping, load_config
 from phase8.config.schema import RunConfig
 from phase8.config.validate import validate
-from phase8.data.fingerprint import content_of, data_fingerprint, describe_fingerprint_difference
+from phase8.data.fingerprint import data_fingerprint
+from phase8.data.fingerprint_difference import content_of, describe_fingerprint_difference
 from phase8.data.staging import read_json, write_json
 from phase8.errors import ConfigError, DataError
 from phase8.plan.whole_config import count_parameters, shapes_only

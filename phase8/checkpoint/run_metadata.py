@@ -116,6 +116,24 @@ class _Fingerprint(_Record):
     ]
 
 
+class _Draws(_Record):
+    key: ReadCount
+    drawn: ReadCount
+
+
+class _Left(_Record):
+    source: Annotated[Annotated[_Source, Tag(_ONE_PAIR)] | Annotated[_SourceOfPairs, Tag(_SEVERAL_PAIRS)], Discriminator(_kind_of_source)]
+    draws: _Draws
+
+
+class _OrderHistory(_Record):
+    """An order of samples that is not that of the first blend, as `data.order_history.OrderHistory.record` gives it."""
+
+    begin: ReadCount
+    draws: list[_Draws]
+    left: list[_Left]
+
+
 class _Metadata(_Record):
     """The keys beside the config, any of which an imported model may lack; unknown keys are ignored."""
 
@@ -125,6 +143,7 @@ class _Metadata(_Record):
     global_batch_size: SequenceCount | None = None
     data_fingerprint: _Fingerprint | None = None
     validation_fingerprint: _Fingerprint | None = None
+    order_history: _OrderHistory | None = None
     random_state: dict[str, Any] | None = None
     torch_version: Annotated[str, Field(max_length=1000)] | None = None
 
@@ -139,6 +158,7 @@ class RunMetadata:
         global_batch_size: Sequences of its last step.
         data_fingerprint: Fingerprint of its data, as plain JSON.
         validation_fingerprint: The same of what it was evaluated on.
+        order_history: What came before its blend, as plain JSON; None: nothing.
         random_state: Argument of `restore_random_state`.
     """
 
@@ -147,6 +167,7 @@ class RunMetadata:
     global_batch_size: int | None
     data_fingerprint: dict[str, Any] | None
     validation_fingerprint: dict[str, Any] | None
+    order_history: dict[str, Any] | None
     random_state: dict[str, Any] | None
 
 
@@ -181,6 +202,8 @@ def run_metadata(checkpoint: Checkpoint, *, needed: Sequence[str] = OF_A_MODEL) 
         _refuse(path, f"{'.'.join([*places, name])} is {shown(first['input'])}: {first['msg']}")
     if metadata.position is not None and (problem := _position_problem(metadata.position, checkpoint.step)) is not None:
         _refuse(path, problem)
+    if metadata.order_history is not None and (problem := _history_problem(metadata, metadata.order_history)) is not None:
+        _refuse(path, problem)
     shapes = {
         name.removeprefix(MODEL_PREFIX): checkpoint.entry(name).shape for name in checkpoint.tensor_names if name.startswith(MODEL_PREFIX)
     }
@@ -199,6 +222,7 @@ def run_metadata(checkpoint: Checkpoint, *, needed: Sequence[str] = OF_A_MODEL) 
         global_batch_size=metadata.global_batch_size,
         data_fingerprint=found.get("data_fingerprint"),
         validation_fingerprint=found.get("validation_fingerprint"),
+        order_history=found.get("order_history"),
         random_state=metadata.random_state,
     )
 
@@ -245,6 +269,16 @@ def _position_problem(position: StoredPosition, step: int) -> str | None:
     if position.rolled_back_to is not None and position.rolled_back_to > position.step:
         return f"position.rolled_back_to is {position.rolled_back_to}, but the checkpoint is of step {position.step}"
     return None
+
+
+def _history_problem(metadata: _Metadata, history: _OrderHistory) -> str | None:
+    """Why no order of samples can have come about like this, or None."""
+    if metadata.position is not None and history.begin > metadata.position.samples_consumed:
+        return f"order_history.begin is {history.begin}, but the run has read {metadata.position.samples_consumed} samples"
+    if metadata.data_fingerprint is not None and len(history.draws) != len(metadata.data_fingerprint.sources):
+        return f"order_history.draws has {len(history.draws)} entries, but data_fingerprint has {len(metadata.data_fingerprint.sources)} sources"
+    keys = [draws.key for draws in (*history.draws, *(left.draws for left in history.left))]
+    return None if len(set(keys)) == len(keys) else "order_history has the same key twice"
 
 
 def _refuse(path: Path, problem: str) -> NoReturn:

@@ -25,6 +25,7 @@ from phase8.accelerator import GPU, present
 from phase8.config.schema import DataSection, DataSource
 from phase8.data.blend import BlendTable, integer_weights
 from phase8.data.microbatch import Microbatch, split_sample
+from phase8.data.order_history import OrderHistory
 from phase8.data.sampler import SampleOrder, count_windows, evenly_spread_windows
 from phase8.data.sources import open_sources
 from phase8.data.streams import TokenStream
@@ -64,6 +65,15 @@ class SequenceDataset(Dataset):
         self.own_slice = own_slice
         num_windows = [count_windows(source.num_tokens, sequence_length) for source in sources]
         self.order = SampleOrder(seed=seed, num_windows=num_windows, blend=BlendTable(weights))
+        self.history = OrderHistory()
+
+    def follow(self, history: OrderHistory) -> None:
+        """Takes the order that comes after other blends of the run."""
+        order = self.order
+        self.history = history
+        self.order = SampleOrder(
+            seed=order.seed, num_windows=order.num_windows, blend=order.blend, begin=history.begin, draws=history.draws
+        )  # fmt: skip
 
     def __getitem__(self, sample: Sample) -> dict[str, torch.Tensor]:
         """One sample.

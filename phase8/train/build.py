@@ -299,7 +299,7 @@ def _go_on(run: Run, resume: str) -> Choice:
     def restore(checkpoint: Checkpoint) -> None:
         nonlocal saved
         run.position, saved = restore_run(
-            checkpoint, run.config, fingerprint=run.data.fingerprint, attachments=run.attachments, engine=run.engine
+            checkpoint, run.config, data=run.data, attachments=run.attachments, engine=run.engine
         )
 
     checkpoint = restore_asked(resume, run.directory, restore, is_first=run.is_main, on_message=run.say)

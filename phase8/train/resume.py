@@ -19,7 +19,8 @@ from phase8.config.load import config_to_mapping
 from phase8.config.model_keys import WITHOUT_SHAPE, model_differences
 from phase8.config.model_section import ModelSection
 from phase8.config.schema import RunConfig
-from phase8.data.fingerprint import describe_fingerprint_difference
+from phase8.data.fingerprint_difference import describe_fingerprint_difference
+from phase8.data.order_history import OrderHistory, changed, history_of
 from phase8.errors import CheckpointMismatchError, ConfigError
 from phase8.optim.schedule import learning_rate
 from phase8.train.datasets import RunData
@@ -59,12 +60,14 @@ def checkpoint_metadata(
     fingerprint: dict[str, Any],
     device: torch.device,
     validation_fingerprint: dict[str, Any] | None = None,
+    order_history: dict[str, Any] | None = None,
     settings: dict[str, Any] | None = None,
 ) -> dict[str, Any]:
     """The metadata of a checkpoint, as plain JSON. Batch size None: none was chosen yet; settings None: no setting was automatic."""
     return {
         **({} if settings is None else {"settings": settings}),
         **({} if validation_fingerprint is None else {"validation_fingerprint": validation_fingerprint}),
+        **({} if order_history is None else {"order_history": order_history}),
         "config": config_to_mapping(config),
         "position": asdict(position),
         "global_batch_size": global_batch_size,
@@ -78,16 +81,16 @@ def restore_run(
     checkpoint: Checkpoint,
     config: RunConfig,
     *,
-    fingerprint: dict[str, Any],
+    data: RunData,
     attachments: Mapping[str, bytes],
     engine: TrainingEngine,
 ) -> tuple[Position, RunConfig]:
-    """Loads weights, optimizer and random state, after checking that config and data continue those of the checkpoint.
+    """Loads weights, optimizer, random state and the order of the data, after checking that config and data continue those of the checkpoint.
 
     Args:
         checkpoint: Checkpoint from which the run continues.
         config: Config of the run.
-        fingerprint: Fingerprint of the run's data.
+        data: Data of the run, whose samples get the order that follows that of the checkpoint.
         attachments: Files that the run attaches to its checkpoints: the tokenizer, if it has one.
         engine: Engine into which the checkpoint is loaded.
 
@@ -105,7 +108,8 @@ def restore_run(
     _check_optimizer(checkpoint.path, saved, config)
     _check_batch(checkpoint.path, metadata.global_batch_size, config, engine.mesh.topology.data_parallel_size)
     attached = attached_to(checkpoint)  # a damaged tokenizer is found now, not at the first generation
-    differences = describe_fingerprint_difference(saved_fingerprint, fingerprint) + _changed_for_data(saved, config)
+    of_data = describe_fingerprint_difference(saved_fingerprint, data.fingerprint)
+    differences = of_data + _changed_for_data(saved, config)
     if not config.data.allow_fingerprint_change:
         _check_data(checkpoint.path, differences + _changed_tokenizer(checkpoint.path, attached, attachments))
     elif differences:
@@ -113,7 +117,17 @@ def restore_run(
     check_random_state(random_state, engine.device)  # this raises before anything is changed
     engine.restore(checkpoint)
     restore_random_state(random_state, engine.device)
+    history = history_of(metadata.order_history)
+    data.train.follow(_continued(history, saved_fingerprint, data, position) if of_data else history)
     return position, saved
+
+
+def _continued(history: OrderHistory, before: dict[str, Any], data: RunData, position: Position) -> OrderHistory:
+    """The order of data that are others than those of a checkpoint. Where samples are cut otherwise, they are numbered as if they always were."""
+    now = data.fingerprint
+    if any(before[key] != now[key] for key in ("order_version", "sequence_length")):
+        return OrderHistory()
+    return changed(history, before, now, num_samples=position.samples_consumed)
 
 
 def what_changes_mean(checkpoint: Checkpoint, config: RunConfig, data: RunData, position: Position) -> Iterator[str]:
@@ -126,11 +140,17 @@ def what_changes_mean(checkpoint: Checkpoint, config: RunConfig, data: RunData, 
         position: Position of the checkpoint.
     """
     metadata = run_metadata(checkpoint, needed=OF_A_RUN)
-    if describe_fingerprint_difference(metadata.data_fingerprint, data.fingerprint) or metadata.config.train.seed != config.train.seed:
+    is_changed = bool(describe_fingerprint_difference(metadata.data_fingerprint, data.fingerprint))
+    if is_changed and data.train.order.begin == position.samples_consumed:
+        epochs = data.epochs(position.samples_consumed).items()
+        yield "data: " + ", ".join(f"{name} {'begins' if read == 0 else f'goes on after {read:.4g} epochs'}" for name, read in epochs)
+    elif is_changed:
         yield (
             f"samples go on with number {position.samples_consumed:,} in the order of the data as they are now, as if they had been so from the "
             "beginning: some windows come again and others are left out, and epochs count as if it had been so"
         )
+    if metadata.config.train.seed != config.train.seed:
+        yield "samples come in the order of another seed: of the epochs that have begun some windows come again, and others are left out"
     if metadata.validation_fingerprint is not None and data.validation_fingerprint is not None:
         differences = describe_fingerprint_difference(metadata.validation_fingerprint, data.validation_fingerprint)
         if differences:

@@ -115,6 +115,7 @@ class Saver:
                 global_batch_size=run.shape.global_batch_size,
                 fingerprint=run.data.fingerprint,
                 validation_fingerprint=run.data.validation_fingerprint,
+                order_history=run.data.train.history.record,
                 device=run.device,
                 settings=run.chosen.as_record(),
             ),

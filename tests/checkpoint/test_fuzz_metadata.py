@@ -81,7 +81,7 @@ class Readers:
             found, _ = restore_run(
                 open_checkpoint(self.checkpoint),
                 self.run.config,
-                fingerprint=self.run.data.fingerprint,
+                data=self.run.data,
                 attachments=self.run.attachments,
                 engine=self.run.engine,
             )

@@ -73,7 +73,7 @@ def test_a_refused_checkpoint_changes_nothing(path: str, value: Any, directory: 
     before = {name: tensor.clone() for name, tensor in run.engine.state().items()}
     generator = torch.get_rng_state()
     with pytest.raises(CheckpointError):
-        restore_run(open_checkpoint(directory), run.config, fingerprint=run.data.fingerprint, attachments=run.attachments, engine=run.engine)
+        restore_run(open_checkpoint(directory), run.config, data=run.data, attachments=run.attachments, engine=run.engine)
     after = run.engine.state()
     assert all(torch.equal(tensor, after[name]) for name, tensor in before.items()) and torch.equal(torch.get_rng_state(), generator)
 

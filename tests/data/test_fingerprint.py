@@ -14,7 +14,8 @@ import pytest
 
 from phase8.config.schema import DataSource
 from phase8.data import content
-from phase8.data.fingerprint import content_of, data_fingerprint, describe_fingerprint_difference
+from phase8.data.fingerprint import data_fingerprint
+from phase8.data.fingerprint_difference import content_of, describe_fingerprint_difference
 from phase8.data.indexed import IndexedWriter
 from phase8.data.loader import open_dataset
 from phase8.data.pair_record import record_path

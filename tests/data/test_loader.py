@@ -19,7 +19,8 @@ import pytest
 import torch
 
 from phase8.config.schema import DataSection, DataSource
-from phase8.data.fingerprint import data_fingerprint, describe_fingerprint_difference
+from phase8.data.fingerprint import data_fingerprint
+from phase8.data.fingerprint_difference import describe_fingerprint_difference
 from phase8.data.indexed import IndexedWriter
 from phase8.data.loader import build_loader, evaluation_microbatches, microbatch_sample_numbers, open_dataset
 from phase8.data.microbatch import Microbatch

@@ -49,7 +49,8 @@ class Recorded:
 
     def __init__(self, dataset, path):
         self._dataset, self._path = dataset, path
-        self.order, self.sources, self.own_slice = dataset.order, dataset.sources, dataset.own_slice
+        self.order, self.history, self.sources, self.own_slice = dataset.order, dataset.history, dataset.sources, dataset.own_slice
+        self.follow = dataset.follow  # the blend stays, so it changes nothing
 
     def __getitem__(self, number):
         with self._path.open("a") as file:  # it may be another process that reads

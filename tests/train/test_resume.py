@@ -1,6 +1,7 @@
 import gc
 import io
 import multiprocessing
+import shutil
 
 import numpy as np
 import pytest
@@ -11,6 +12,7 @@ from phase8.checkpoint.load import open_checkpoint
 from phase8.checkpoint.reshard.reshard import ConsolidatedForm, consolidate
 from phase8.data.indexed import IndexedWriter
 from phase8.errors import CheckpointError, CheckpointMismatchError, ConfigError, DataError
+from phase8.train.loop import train
 from tests.train.tiny_run import assert_same_weights, losses, prepare, records, tiny_config, train_tiny, weights, with_blend, write_documents
 
 SETTINGS = {
@@ -164,11 +166,44 @@ def test_other_data_are_refused_unless_allowed(tiny, tmp_path):
         prepare(tiny, other)
     with pytest.raises(CheckpointMismatchError, match=r"train.seed was 1234 and is 1"):
         prepare(tiny, "train.seed=1")
-    for change, is_other in ((other, True), ("train.seed=1", True), ("optim.learning_rate=1e-4", False)):
+    sentences = {other: "  data: other begins\n", "train.seed=1": "  samples come in the order of another seed", "optim.learning_rate=1e-4": None}
+    for change, sentence in sentences.items():
         console = Console(file=io.StringIO(), width=500)
         run = prepare(tiny, change, "data.allow_fingerprint_change=true", console=console)
-        said = f"samples go on with number {run.position.samples_consumed:,} in the order of the data as they are now" in console.file.getvalue()
-        assert run.position.step == 5 and said == is_other
+        said = [each for each in sentences.values() if each and each in console.file.getvalue()]
+        assert run.position.step == 5 and said == ([sentence] if sentence else [])
+
+
+def test_a_blend_that_changes_goes_on_where_its_sources_were(tiny, tmp_path):
+    """Learning is as good as off, so that losses are those of samples. Stopping once more, or going back to before the change, changes nothing."""
+    more, web = tmp_path / "more", tmp_path / "web"
+    for path, seed in ((more, 3), (web, 7)):
+        write_documents(path, num_documents=30, seed=seed)
+    still = (
+        "optim.learning_rate=1e-12", "optim.warmup_steps=0", "train.micro_batch_size=1", "train.global_batch_size=1", "train.num_steps=40",
+        "train.evaluate_every_n_steps=0", "checkpoint.every_n_steps=5", "checkpoint.keep_last=10",
+    )  # fmt: skip
+    alone, both = f"data.train={more}", with_blend(tiny, more, web)
+    accepted = ("data.allow_fingerprint_change=true", *still)
+    run = train_tiny(tiny, alone, *still)
+    of_more = list(losses(run).values())
+    shutil.rmtree(run.directory.path)
+    train_tiny(tiny, alone, *still, "train.stop_at_step=10")
+    console = Console(file=io.StringIO(), width=500)
+    first = prepare(both, *accepted, "train.stop_at_step=22", console=console)
+    read = 10 / first.data.train.order.num_windows[0]
+    assert f"  data: more goes on after {read:.4g} epochs, web begins\n" in console.file.getvalue()
+    train(first, resume_command="")
+    second = train_tiny(both, *still)  # the blend is now that of the checkpoint
+    found = list(losses(second).values())
+    drawn = [second.data.train.order.blend.locate(number)[0] for number in range(30)]
+    assert found[:10] == pytest.approx(of_more[:10], rel=1e-6) and drawn.count(0) == 15
+    assert [loss for loss, source in zip(found[10:], drawn, strict=True) if source == 0] == pytest.approx(of_more[10:25], rel=1e-6)
+    epochs = second.data.epochs(40)
+    assert epochs == {"more": 25 / second.data.train.order.num_windows[0], "web": 15 / second.data.train.order.num_windows[1]}
+    # Back to a checkpoint of before the change: the new blend begins there.
+    back = prepare(both, *accepted, resume=str(second.directory.checkpoints / "step-0000000005"))
+    assert back.data.train.order.begin == 5 and [draws.drawn for draws in back.data.train.order.draws] == [5, 0]
 
 
 def test_other_data_of_the_same_shape_are_refused(tiny, tmp_path):

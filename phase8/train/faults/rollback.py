@@ -28,7 +28,7 @@ def roll_back(run: Run, anomaly: Anomaly) -> dict[str, str | int]:
 
     def restore(checkpoint: Checkpoint) -> None:
         nonlocal restored
-        restored, _ = restore_run(checkpoint, run.config, fingerprint=run.data.fingerprint, attachments=run.attachments, engine=run.engine)
+        restored, _ = restore_run(checkpoint, run.config, data=run.data, attachments=run.attachments, engine=run.engine)
 
     checkpoint = restore_asked("auto", run.directory, restore, is_first=run.is_main, on_message=run.say)
     if checkpoint is None:
