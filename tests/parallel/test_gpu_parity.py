@@ -106,9 +106,9 @@ class Difference(NamedTuple):
 
 
 # (steps, way, weight). On an H200, in bf16: one process against itself in float32 (8e-3, 0.09, 0.85: a scalar of a head is the worst weight), with
-# another microbatch (7e-3, 0.03, 0.08); in float32 with another microbatch (3e-7, 6e-6, 6e-5). Two runs that both round differ from each other
-# by more than one from float32.
-TOLERANCE = {"bf16": (2e-2, 0.15, 2.5), "fp32": (1e-4, 1e-4, 1e-3)}
+# another microbatch (7e-3, 0.03, 0.08); in float32 with another microbatch (3e-7, 6e-6, 6e-5), of the delta rule (8e-8, 4e-6, 1.3e-3: the last bit of
+# a scalar that hardly moves). Two runs that both round differ from each other by more than one from float32.
+TOLERANCE = {"bf16": (2e-2, 0.15, 2.5), "fp32": (1e-4, 1e-4, 5e-3)}
 
 
 def train_on(device_type, dtype, settings, num_steps=NUM_STEPS, world_size=1, mutation=None):
