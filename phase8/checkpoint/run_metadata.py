@@ -50,6 +50,7 @@ ReadCount = Annotated[int, Field(ge=0, le=_MOST_READ)]
 PositiveCount = Annotated[int, Field(ge=1, le=_MOST)]
 Name = Annotated[str, Field(max_length=4096)]
 Weight = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+_Loss = Annotated[float, Field(allow_inf_nan=False)]
 
 
 class _Record(BaseModel):
@@ -64,7 +65,7 @@ class StoredPosition(_Record):
     tokens_seen: ReadCount
     consecutive_skipped: Count = 0
     total_skipped: Count = 0
-    recent_losses: Annotated[list[Annotated[float, Field(allow_inf_nan=False)]], Field(max_length=_MOST_LOSSES)] = []
+    recent_losses: Annotated[list[_Loss], Field(max_length=_MOST_LOSSES)] = []
     rolled_back_to: Count | None = None
     rollbacks_in_a_row: Count = 0
 
@@ -134,6 +135,15 @@ class _OrderHistory(_Record):
     left: list[_Left]
 
 
+class StoredLosses(_Record):
+    """What a run had measured of late, as `train.recent_losses.RecentLosses.record` gives it."""
+
+    training: _Loss
+    num_steps: PositiveCount
+    validation_step: Count | None = None
+    validation: _Loss | None = None
+
+
 class _Metadata(_Record):
     """The keys beside the config, any of which an imported model may lack; unknown keys are ignored."""
 
@@ -144,6 +154,7 @@ class _Metadata(_Record):
     data_fingerprint: _Fingerprint | None = None
     validation_fingerprint: _Fingerprint | None = None
     order_history: _OrderHistory | None = None
+    losses: StoredLosses | None = None
     random_state: dict[str, Any] | None = None
     torch_version: Annotated[str, Field(max_length=1000)] | None = None
 
@@ -160,6 +171,7 @@ class RunMetadata:
         validation_fingerprint: The same of what it was evaluated on.
         order_history: What came before its blend, as plain JSON; None: nothing.
         random_state: Argument of `restore_random_state`.
+        losses: What the run had measured of late.
     """
 
     config: RunConfig
@@ -169,6 +181,7 @@ class RunMetadata:
     validation_fingerprint: dict[str, Any] | None
     order_history: dict[str, Any] | None
     random_state: dict[str, Any] | None
+    losses: StoredLosses | None
 
 
 def run_metadata(checkpoint: Checkpoint, *, needed: Sequence[str] = OF_A_MODEL) -> RunMetadata:
@@ -224,6 +237,7 @@ def run_metadata(checkpoint: Checkpoint, *, needed: Sequence[str] = OF_A_MODEL) 
         validation_fingerprint=found.get("validation_fingerprint"),
         order_history=found.get("order_history"),
         random_state=metadata.random_state,
+        losses=metadata.losses,
     )
 
 

@@ -61,6 +61,7 @@ def checkpoint_metadata(
     device: torch.device,
     validation_fingerprint: dict[str, Any] | None = None,
     order_history: dict[str, Any] | None = None,
+    losses: dict[str, Any] | None = None,
     settings: dict[str, Any] | None = None,
 ) -> dict[str, Any]:
     """The metadata of a checkpoint, as plain JSON. Batch size None: none was chosen yet; settings None: no setting was automatic."""
@@ -68,6 +69,7 @@ def checkpoint_metadata(
         **({} if settings is None else {"settings": settings}),
         **({} if validation_fingerprint is None else {"validation_fingerprint": validation_fingerprint}),
         **({} if order_history is None else {"order_history": order_history}),
+        **({} if losses is None else {"losses": losses}),
         "config": config_to_mapping(config),
         "position": asdict(position),
         "global_batch_size": global_batch_size,

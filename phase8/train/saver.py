@@ -21,6 +21,7 @@ from phase8.observe.metrics import MetricsWriter
 from phase8.processes.exit import is_echo, summary
 from phase8.train.build import Run
 from phase8.train.provenance import now
+from phase8.train.recent_losses import RecentLosses
 from phase8.train.resume import checkpoint_metadata
 
 
@@ -40,6 +41,7 @@ class Saver:
     def __init__(self, run: Run, *, record: Callable[[Callable[[MetricsWriter], None]], None], say: Callable[[str], None]):
         self._run, self._record, self._say = run, record, say
         self.saved_step = run.saved_step
+        self.losses = RecentLosses()
         self._background = BackgroundSaver(run.device) if run.config.checkpoint.asynchronous else None
         self._step_under_way, self._stall_seconds = 0, 0.0
         if self._background is not None:
@@ -116,6 +118,7 @@ class Saver:
                 fingerprint=run.data.fingerprint,
                 validation_fingerprint=run.data.validation_fingerprint,
                 order_history=run.data.train.history.record,
+                losses=self.losses.record,
                 device=run.device,
                 settings=run.chosen.as_record(),
             ),

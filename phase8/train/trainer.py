@@ -144,6 +144,7 @@ class Trainer:
             )
         )
         self.progress.evaluation(step, found.loss, found.sources)
+        self.saver.losses.validation = step, found.loss
 
     def sample(self) -> str | None:
         """Records a text sample of the present weights; every rank takes part. Returns it on the first rank; a failure there is only reported."""
@@ -216,6 +217,8 @@ class Trainer:
         record = self.last_step = self._step_metrics(result, rate, step_seconds=step_seconds, data_wait_seconds=data_wait_seconds)
         self._record(lambda metrics: metrics.log_step(record))
         self.progress.step(record)
+        if record.loss is not None and not record.skipped:
+            self.saver.losses.training.append(record.loss)
         try:
             anomaly = take_note(position, result, config.train.anomaly, largest_loss=loss_limit, samples=samples)
         except DivergenceError as diverged:

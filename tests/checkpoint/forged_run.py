@@ -60,6 +60,7 @@ FORGERIES: list[tuple[str, Any, str]] = [
     ("data_fingerprint.sources.0.files", 3, "data_fingerprint.sources.0.files is 3"),
     ("validation_fingerprint", 3, "validation_fingerprint is 3"),
     ("validation_fingerprint.sources.0.num_tokens", -1, "validation_fingerprint.sources.0.num_tokens is -1"),
+    ("losses", {"training": "low", "num_steps": 3}, "losses.training is 'low'"),
     ("order_history", 3, "order_history is 3"),
     ("order_history", {"begin": 10**9, "draws": [{"key": 0, "drawn": 1}], "left": []}, "order_history.begin is 1000000000, but the run has read"),
     ("order_history", {"begin": 1, "draws": [], "left": []}, "order_history.draws has 0 entries, but data_fingerprint has 1 sources"),

@@ -12,12 +12,13 @@ from rich.console import Console
 
 from phase8.checkpoint.background import BackgroundSaver
 from phase8.checkpoint.load import list_checkpoints, open_checkpoint
+from phase8.checkpoint.run_metadata import run_metadata
 from phase8.data.tokenizer_training import train_sentencepiece
 from phase8.errors import CheckpointError, OutOfMemoryError, StorageError
 from phase8.train import saver
 from phase8.train.engine import fsdp
 from phase8.train.loop import train
-from tests.train.tiny_run import losses, prepare, records, weights
+from tests.train.tiny_run import losses, prepare, records, train_tiny, weights
 
 ASIDE = "checkpoint.asynchronous=true"
 EACH = ("checkpoint.every_n_steps=5", "checkpoint.keep_last=10")
@@ -248,3 +249,14 @@ def test_what_fails_aside_is_raised_once():
         background.finished(wait=True)
     assert background.finished(wait=True) is None
     background.close()
+
+
+def test_checkpoints_name_the_losses_of_late(tiny):
+    run = train_tiny(tiny, "train.evaluate_every_n_steps=8", "checkpoint.keep_last=9")
+    losses_by_step = losses(run)
+    for step, evaluated in ((5, None), (10, 8), (20, 20)):
+        found = run_metadata(open_checkpoint(run.directory.checkpoints / f"step-{step:010}")).losses
+        assert found.num_steps == step and found.training == pytest.approx(sum(losses_by_step[n] for n in range(1, step + 1)) / step)
+        assert found.validation_step == evaluated
+        validation = {record["step"]: record["validation_loss"] for record in records(run) if "validation_loss" in record}
+        assert found.validation == validation.get(evaluated)

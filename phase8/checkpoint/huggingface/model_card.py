@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import html
 import json
-import math
 from collections.abc import Iterator, Sequence
 
 from phase8.checkpoint.run_metadata import RunMetadata
@@ -53,9 +52,10 @@ def _training(metadata: RunMetadata) -> Iterator[tuple[str, str]]:
     if position is not None and position.step:
         yield "steps", f"{position.step:,}"
         yield "tokens", f"{position.tokens_seen:,}"
-        if losses := position.recent_losses:
-            mean = math.fsum(losses) / len(losses)
-            yield "training loss", f"{mean:.4f} nats per token, mean of the last {len(losses)} steps"
+    if (losses := metadata.losses) is not None:
+        yield "training loss", f"{losses.training:.4f} nats per token, mean of the last {losses.num_steps} steps"
+        if losses.validation is not None:
+            yield "validation loss", f"{losses.validation:.4f} nats per token, after step {losses.validation_step:,}"
     yield "sequence length", f"{config.model.sequence_length:,} tokens"
     if metadata.global_batch_size is not None:
         yield "sequences in a step", f"{metadata.global_batch_size:,}"

@@ -18,7 +18,8 @@ EVIL = "a\n# b\r<script>x</script> | [c](http://d) `e` ![f](g) \u2028&amp; \\ ..
 def metadata(name: str) -> dict:
     source = {"idx_sha256": "0" * 64, "bin_bytes": 8, "num_tokens": 4, "weight": 0.25, "name": name}
     return {
-        "position": {"step": 7, "samples_consumed": 14, "tokens_seen": 12_345, "recent_losses": [2.5, 2.25]}, "global_batch_size": 2,
+        "position": {"step": 7, "samples_consumed": 14, "tokens_seen": 12_345}, "global_batch_size": 2,
+        "losses": {"training": 2.375, "num_steps": 2, "validation_step": 6, "validation": 2.5},
         "data_fingerprint": {"order_version": 1, "sequence_length": 29, "sources": [source, source | {"name": "books", "weight": 0.75}]},
     }  # fmt: skip
 
@@ -34,7 +35,8 @@ def test_what_it_says(tmp_path):
     rows = dict(line.strip("| ").split(" | ") for line in body.splitlines() if line.startswith("| ") and not line.startswith("| training | |"))
     assert rows == {
         "data": "web\\.train (weight 0.25), books (weight 0.75)", "steps": "7", "tokens": "12,345",
-        "training loss": "2.3750 nats per token, mean of the last 2 steps", "sequence length": "29 tokens", "sequences in a step": "2",
+        "training loss": "2.3750 nats per token, mean of the last 2 steps", "validation loss": "2.5000 nats per token, after step 6",
+        "sequence length": "29 tokens", "sequences in a step": "2",
         "optimizer": "adamw, learning rate 0.002, cosine", "precision": "bf16",
     }  # fmt: skip
     assert "# first\\_run" in body and "trust_remote_code=True" in body and "Experts drop no token" in body and '"num_experts": 4' in body
