@@ -227,8 +227,8 @@ class ModelSection(Section):
 
     @property
     def numbers_of_routing(self) -> int:
-        """Numbers that a layer with experts measures in a step: choices of each expert, dropped choices, and the sum of entropies."""
-        return self.num_experts + 2
+        """Numbers that a layer with experts measures in a step: choices of each expert, dropped choices, and the sums of entropy and imbalance."""
+        return self.num_experts + 3
 
     def has_counted_rows(self, *, context_parallel_size: int) -> bool:
         """Whether ranks that share experts exchange as many rows as tokens choose, which the host has to know; otherwise the same number always."""

@@ -104,7 +104,7 @@ class Block(nn.Module):
         """Makes the router of a block with experts take account of a step.
 
         Args:
-            measured: What the layer measured in the step, summed over the global batch [E + 2].
+            measured: What the layer measured in the step, summed over the global batch [E + 3].
             is_valid: Scalar on the device; False: the step does not count.
         """
         if isinstance(self.feed_forward, MixtureOfExperts):

@@ -27,7 +27,7 @@ from phase8.model.feed_forward import SwiGLU
 from phase8.model.router import BALANCE, Router, Routing, Z
 from phase8.precision.formats import NumberFormat
 
-# What a layer measures beside its losses: choices of each expert, dropped choices, and the sum of entropies [E + 2].
+# What a layer measures beside its losses: choices of each expert, dropped choices, and the sums of entropy and imbalance [E + 3].
 ROUTING = "routing"
 
 
@@ -94,7 +94,8 @@ class MixtureOfExperts(nn.Module):
         run = partial(self.compute, axis=self.expert, beside=lambda: None if self.shared is None else self.shared(own))
         rows, shared = self.experts(rows, slots, run)
         y = scatter_tokens(from_slots(rows, weights, slots), self.axis)
-        measured = torch.cat((routing.counts.float(), self._num_dropped(slots).float()[None], routing.entropy.float()[None]))
+        sums = torch.stack((self._num_dropped(slots).float(), routing.entropy.float(), routing.imbalance.float()))
+        measured = torch.cat((routing.counts.float(), sums))
         return (y if shared is None else y + shared).view(x.shape), {**routing.losses, ROUTING: measured}
 
     def prepared(self, dtype: torch.dtype) -> ExpertsStep:

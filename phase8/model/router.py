@@ -41,6 +41,7 @@ class Routing:
         losses: Auxiliary losses by name, sums over the tokens.
         counts: Number of choices of each expert [E].
         entropy: Sum over the tokens of the entropy of their scores in nats.
+        imbalance: Sum over the tokens of what the balance loss weighs: E * sum over experts of (share of choices) * score; 1 each where balanced.
     """
 
     experts: Tensor
@@ -48,6 +49,7 @@ class Routing:
     losses: Mapping[str, Tensor]
     counts: Tensor
     entropy: Tensor
+    imbalance: Tensor
 
 
 class Router(nn.Module):
@@ -78,12 +80,12 @@ class Router(nn.Module):
         logits = self.scores(x)
         scores, chosen, weights = self.choose(logits)
         shares = scores if self.has_softmax else _normalised(scores)
-        balance = self.balance_weight * scores.shape[-1] * (shares.sum(0) @ self.load.to(shares.dtype))
+        imbalance = scores.shape[-1] * (shares.sum(0) @ self.load.to(shares.dtype))
         z = self.z_weight * logits.logsumexp(-1).square().sum()
         with torch.no_grad():
             counts = F.one_hot(chosen, scores.shape[-1]).sum((0, 1))
             entropy = -torch.special.xlogy(shares, shares).sum()
-        return Routing(chosen, weights, {BALANCE: balance, Z: z}, counts, entropy)
+        return Routing(chosen, weights, {BALANCE: self.balance_weight * imbalance, Z: z}, counts, entropy, imbalance.detach())
 
     def choose(self, logits: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Scores [n, E], chosen experts [n, k] and their weights [n, k] from the logits of own tokens [n, E]."""

@@ -212,6 +212,9 @@ def _routing_cards(history: History, charts: Charts) -> Iterator[str]:
     with np.errstate(all="ignore"):
         yield charts.card(series("Dropped choices", "per cent, mean of the layers", 100 * np.nanmean(routing.dropped, axis=1), _format_percent))
         yield charts.card(series("Router entropy", "nats, mean of the layers", np.nanmean(routing.entropy, axis=1), _format_rate))
+        if not np.isnan(routing.imbalance).all():  # records of earlier releases have none
+            chart = "what the balance loss weighs, 1: balanced, mean of the layers"
+            yield charts.card(series("Imbalance of experts", chart, np.nanmean(routing.imbalance, axis=1), _format_rate))
 
 
 def _busiest(routing: RoutingHistory) -> Series:

@@ -115,7 +115,9 @@ def test_losses_by_their_formulas():
     scores = logits.softmax(-1)
     torch.testing.assert_close(found["balance"] / (B * T), 0.3 * E * (module.router.load * scores.mean(0)).sum())
     torch.testing.assert_close(found["router_z"] / (B * T), 0.1 * logits.exp().sum(-1).log().square().mean())
-    torch.testing.assert_close(found[ROUTING][-1].double(), -(scores * scores.log()).sum().detach(), rtol=1e-6, atol=0)
+    entropy, imbalance = found[ROUTING][-2:].double()
+    torch.testing.assert_close(entropy, -(scores * scores.log()).sum().detach(), rtol=1e-6, atol=0)
+    torch.testing.assert_close(imbalance, found["balance"].detach() / 0.3, rtol=1e-6, atol=0)
 
 
 def test_a_router_learns_shares_and_bias_from_a_step_that_counts():

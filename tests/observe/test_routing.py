@@ -15,6 +15,7 @@ class Layer(NamedTuple):
     load: tuple
     dropped: float
     entropy: float
+    imbalance: float = 1.0
 
 
 def routing_of(step):
@@ -31,11 +32,17 @@ def test_steps_with_routing_become_arrays(tmp_path, make_step):
     write_run(tmp_path, make_step)
     records = read_metrics(tmp_path / "metrics.jsonl")
     assert [("routing" in record) for record in records] == [False, True] * 3
-    assert records[1]["routing"]["11"] == {"load": [1.0, 0.0], "dropped": None, "entropy": 0.1235}
+    assert records[1]["routing"]["11"] == {"load": [1.0, 0.0], "dropped": None, "entropy": 0.1235, "imbalance": 1.0}
     history = History.from_records(records).routing
     assert history.layers == (3, 11) and history.steps.tolist() == [2, 4, 6] and history.load.shape == (3, 2, 2)
     np.testing.assert_allclose(history.load[:, 0, 0], [0.27, 0.29, 0.31])
     assert np.isnan(history.dropped[:, 1]).all() and history.dropped[0, 0] == 0.125
+
+
+def test_records_of_earlier_releases_are_read():
+    """They have no imbalance."""
+    record = {"step": 1, "routing": {"3": {"load": [0.5, 0.5], "dropped": 0.0, "entropy": 0.6}}}
+    assert is_routing(record["routing"]) and np.isnan(routing_history([record]).imbalance).all()
 
 
 def test_a_run_without_experts_has_none(tmp_path, make_step):
@@ -54,7 +61,7 @@ def test_steps_of_another_model_are_left_out():
 def test_the_report_shows_the_load_as_a_picture(tmp_path, make_step):
     write_run(tmp_path, make_step)
     page = write_report(tmp_path).read_text()
-    assert all(heading in page for heading in ("Load of experts", "Dropped choices", "Router entropy", "layer 11"))
+    assert all(heading in page for heading in ("Load of experts", "Dropped choices", "Router entropy", "Imbalance of experts", "layer 11"))
     assert page.count("data:image/png;base64,") == 1
 
 
@@ -62,7 +69,7 @@ def test_the_report_shows_the_load_as_a_picture(tmp_path, make_step):
     "value",
     [[], {"x": {}}, {"1": 3}, {"1": {"load": [], "dropped": 0, "entropy": 0}}, {"1": {"load": ["a"], "dropped": 0, "entropy": 0}},
      {"1": {"load": [0.5], "dropped": 0}}, {"1": {"load": [0.5], "dropped": 0, "entropy": 0}, "2": {"load": [0.5, 0.5], "dropped": 0, "entropy": 0}},
-     {"1": {"load": [1e30], "dropped": 0, "entropy": 0}}],
+     {"1": {"load": [1e30], "dropped": 0, "entropy": 0}}, {"1": {"load": [0.5], "dropped": 0, "entropy": 0, "imbalance": "x"}}],
 )  # fmt: skip
 def test_what_is_no_routing_is_not_taken_for_one(value):
     assert not is_routing(value) and is_routing(json.loads(json.dumps(routing_record(routing_of(1)))))

@@ -40,7 +40,7 @@ class StepSums(NamedTuple):
         loss: Mean loss without auxiliary losses.
         told: Number of ranks that were asked to stop, and number of ranks that could not read their data [2].
         auxiliary: Auxiliary losses [n]; None: the model has none.
-        routing: What layers with experts measure [layers, E + 2]; None: there are none.
+        routing: What layers with experts measure [layers, E + 3]; None: there are none.
     """
 
     loss: Tensor
@@ -98,9 +98,9 @@ def step_result(measured: Sequence[float], stage: Stage) -> StepResult:
 
 
 def _layer_routing(measured: Sequence[float], top_k: int) -> LayerRouting:
-    *choices, dropped, entropy = measured
+    *choices, dropped, entropy, imbalance = measured
     total = max(sum(choices), 1.0)
-    return LayerRouting(tuple(count / total for count in choices), dropped / total, entropy * top_k / total)
+    return LayerRouting(tuple(count / total for count in choices), dropped / total, entropy * top_k / total, imbalance * top_k / total)
 
 
 @torch.no_grad()

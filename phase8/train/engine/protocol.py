@@ -34,11 +34,13 @@ class LayerRouting(NamedTuple):
         load: Share of the choices that each expert got.
         dropped: Share of the choices that were dropped.
         entropy: Mean entropy of a token's scores, in nats.
+        imbalance: What the balance loss weighs, 1 where experts are balanced.
     """
 
     load: tuple[float, ...]
     dropped: float
     entropy: float
+    imbalance: float
 
 
 @dataclass(frozen=True)

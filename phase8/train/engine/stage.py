@@ -38,7 +38,7 @@ class StageShares(NamedTuple):
     Args:
         loss: Share of the mean loss without auxiliary losses, on the stage where the model ends; zero on other stages.
         auxiliary: Shares of the auxiliary losses [n] in the order of their names; None: the model has none.
-        routing: What layers with experts measure [layers of the whole model, E + 2], zero for those of other stages; None: there are none.
+        routing: What layers with experts measure [layers of the whole model, E + 3], zero for those of other stages; None: there are none.
     """
 
     loss: Tensor

@@ -15,9 +15,9 @@ from phase8.train.loop import train
 from tests.train.faults.step_metrics import step_metrics
 from tests.train.tiny_run import records, tiny_config
 
-BALANCED = LayerRouting((0.125,) * 8, 0.0, 2.0)
+BALANCED = LayerRouting((0.125,) * 8, 0.0, 2.0, 1.0)
 # As a run of phase8_moe_8x measured it after a warm-up of two steps: two experts of eight have all but 2 % of the choices.
-COLLAPSED = LayerRouting((0.0, 0.02, 0.0, 0.0, 0.5, 0.0, 0.48, 0.0), 0.67, 1.95)
+COLLAPSED = LayerRouting((0.0, 0.02, 0.0, 0.0, 0.5, 0.0, 0.48, 0.0), 0.67, 1.95, 3.2)
 
 
 def said_of(layers, **model):
@@ -36,7 +36,7 @@ def test_a_collapsed_router_is_named_once():
     [
         ([BALANCED] * 3, {}),
         ([], {}),  # a step that is not printed measures nothing
-        ([LayerRouting((0.5, 0.5, 0.0), 0.0, 1.0)], {"num_experts": 3}),  # of three experts any two are most
+        ([LayerRouting((0.5, 0.5, 0.0), 0.0, 1.0, 1.4)], {"num_experts": 3}),  # of three experts any two are most
         ([COLLAPSED], {"ffn": "swiglu"}),
     ],
 )
