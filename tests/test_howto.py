@@ -36,9 +36,11 @@ PROGRAMS = {"python": [sys.executable], "torchrun": [sys.executable, "-m", "torc
 
 
 def write_configs(text, directory):
-    """The files that a page asks to be saved: blocks that begin with their name."""
+    """The files that a page asks to be saved: configs that begin with their name, and texts behind theirs."""
     for block in blocks_of(text, "yaml"):
         (directory / re.match(r"# (\S+\.yaml)\n", block)[1]).write_text(block)
+    for name, block in re.findall(r"`(\S+)`:\n```text\n(.*?)```", text, re.S):
+        (directory / name).write_text(block)
 
 
 @pytest.fixture(scope="module")
