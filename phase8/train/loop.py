@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 
+from phase8.accelerator import has_kernels
 from phase8.closing import Tolerated
 from phase8.config.load import config_to_mapping
 from phase8.distributed.collectives import broadcast_text
@@ -131,17 +132,9 @@ def _train_until(
     )
     with metrics or nullcontext(), _stop_request(run) as stop, progress:
         trainer = Trainer(run, metrics, progress, report)
-        if rollback is None and run.is_main:
-            trainer.record_event("start", **start_record(run))
-        if run.chosen.values and rollback is None:
-            trainer.record_event("settings", **run.chosen.values, device=run.chosen.device, reason=run.chosen.reason)
-        if run.origin is not None and run.position.step == 0:
-            trainer.record_event("initialised", **run.origin.fields)
-        if rollback is not None:
-            trainer.record_event("rollback", **rollback)
-        else:
-            for change in run.changed_keys:
-                trainer.record_event("config_changed", **change.record)
+        _record_beginning(trainer, run, rollback)
+        if rollback is None and run.position.step < stop_step and (config.train.compile.enabled or has_kernels(run.device.type)):
+            progress.message("the first step compiles what the others run, which may take minutes")
         try:
             asked_to_stop = trainer.train_until(stop_step, stop)
         except UnreadableData as unreadable:
@@ -163,3 +156,18 @@ def _train_until(
         if run.position.step >= stop_step:
             trainer.show_sample()
     return (stop.received or "another rank was asked to stop") if asked_to_stop else None
+
+
+def _record_beginning(trainer: Trainer, run: Run, rollback: dict[str, str | int] | None) -> None:
+    """Records how the run begins, or goes on after a rollback."""
+    if rollback is None and run.is_main:
+        trainer.record_event("start", **start_record(run))
+    if run.chosen.values and rollback is None:
+        trainer.record_event("settings", **run.chosen.values, device=run.chosen.device, reason=run.chosen.reason)
+    if run.origin is not None and run.position.step == 0:
+        trainer.record_event("initialised", **run.origin.fields)
+    if rollback is not None:
+        trainer.record_event("rollback", **rollback)
+    else:
+        for change in run.changed_keys:
+            trainer.record_event("config_changed", **change.record)

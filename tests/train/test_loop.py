@@ -1,3 +1,4 @@
+import io
 import math
 import os
 import signal
@@ -8,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from rich.console import Console
 
 from phase8.checkpoint.load import list_checkpoints, open_checkpoint
 from phase8.data.tokenizer_training import train_sentencepiece
@@ -252,3 +254,14 @@ def test_a_stop_signal_finishes_the_step_saves_and_says_how_to_go_on(tiny, numbe
     assert f"{signal.Signals(number).name}: saved at step {newest.step}" in output
     assert f"launch/pretrain.py --config {tiny} --set train.num_steps=100000" in output
     assert newest.step == len([record for record in read_metrics(metrics) if "loss" in record])
+
+
+def test_a_first_step_that_compiles_is_announced(tiny):
+    """It takes so long that a run without a line since its banner looks like one that hangs."""
+    for settings, is_announced in ((("train.compile.enabled=true", "train.compile.backend=eager"), True), ((), False)):
+        shown = io.StringIO()
+        changes = (*settings, f"run.name={is_announced}", "train.num_steps=4", "observe.log_every_n_steps=1")
+        run = prepare(tiny, *changes, console=Console(file=shown, width=200))
+        train(run, resume_command="")
+        before, _, after = shown.getvalue().partition("step 1/4")
+        assert ("the first step compiles" in before) == is_announced and after and "the first step compiles" not in after
