@@ -8,6 +8,8 @@ from phase8.observe.routing import Routing
 
 # Share of a layer's choices; where experts are balanced, it is top_k / num_experts.
 NEARLY_ALL = 0.9
+# Measured steps in a row: in a few steps of few tokens a router may look like that and recover.
+IN_A_ROW = 3
 
 
 class CollapsedRouters:
@@ -19,13 +21,15 @@ class CollapsedRouters:
 
     def __init__(self, model: ModelSection):
         self._model, self._is_told = model, model.ffn != "moe" or model.num_experts < 2 * model.top_k
+        self._num_in_a_row = 0
 
     def after_step(self, metrics: StepMetrics) -> str | None:
-        """A sentence, the first time that a layer's tokens go to as few experts as a single token takes; None: there is nothing to say."""
-        if self._is_told:
+        """A sentence, the first time that a layer's tokens go on going to as few experts as a single token takes; None: there is nothing to say."""
+        if self._is_told or not metrics.routing:
             return None
         collapsed = [layer for layer in metrics.routing.values() if self._is_collapsed(layer)]
-        if not collapsed:
+        self._num_in_a_row = self._num_in_a_row + 1 if collapsed else 0
+        if self._num_in_a_row < IN_A_ROW:
             return None
         self._is_told = True
         dropped = sum(layer.dropped for layer in collapsed) / len(collapsed)

@@ -20,15 +20,21 @@ BALANCED = LayerRouting((0.125,) * 8, 0.0, 2.0, 1.0)
 COLLAPSED = LayerRouting((0.0, 0.02, 0.0, 0.0, 0.5, 0.0, 0.48, 0.0), 0.67, 1.95, 3.2)
 
 
-def said_of(layers, **model):
+def said_of(*steps, **model):
     routers = CollapsedRouters(ModelSection(**({"ffn": "moe"} | model)))
-    return [routers.after_step(step_metrics(step, routing=dict(enumerate(layers)))) for step in (1, 2)]
+    return [routers.after_step(step_metrics(number, routing=dict(enumerate(layers)))) for number, layers in enumerate(steps, start=1)]
 
 
-def test_a_collapsed_router_is_named_once():
-    first, second = said_of([BALANCED, COLLAPSED, COLLAPSED])
-    assert first.startswith("step 1: 2 of 3 routers send 90% of all choices or more to 2 of 8 experts, and 67% of them are") and second is None
-    assert "optim.warmup_steps" in first and "model.balance_loss_weight" in first
+def test_routers_that_stay_collapsed_are_named_once():
+    layers, unmeasured = [BALANCED, COLLAPSED, COLLAPSED], []
+    *before, sentence, after = said_of(layers, layers, unmeasured, layers, layers)
+    assert before == [None] * 3 and after is None
+    assert sentence.startswith("step 4: 2 of 3 routers send 90% of all choices or more to 2 of 8 experts, and 67% of them are dropped")
+    assert "optim.warmup_steps" in sentence and "model.balance_loss_weight" in sentence
+
+
+def test_routers_that_recover_are_not_named():
+    assert said_of([COLLAPSED], [COLLAPSED], [BALANCED], [COLLAPSED], [COLLAPSED]) == [None] * 5
 
 
 @pytest.mark.parametrize(
@@ -41,14 +47,14 @@ def test_a_collapsed_router_is_named_once():
     ],
 )
 def test_nothing_is_said_of_others(layers, model):
-    assert said_of(layers, **model) == [None, None]
+    assert said_of(*[layers] * 5, **model) == [None] * 5
 
 
 def test_a_run_records_and_shows_it(tiny, monkeypatch):
     monkeypatch.setattr(collapse, "NEARLY_ALL", 0.0)
     shown = io.StringIO()
-    settings = ("model.ffn=moe", "model.num_experts=4", "model.expert_ffn_size=16", "train.num_steps=4", "observe.log_every_n_steps=2")
+    settings = ("model.ffn=moe", "model.num_experts=4", "model.expert_ffn_size=16", "train.num_steps=8", "observe.log_every_n_steps=2")
     run = build_run(tiny_config(tiny, *settings), device=torch.device("cpu"), resume="none", console=Console(file=shown, width=400))
     train(run, resume_command="")
     (event,) = [record for record in records(run) if record.get("event") == "collapsed_routers"]
-    assert event["step"] == 2 and event["message"] in shown.getvalue()
+    assert event["step"] == 6 and event["message"] in shown.getvalue()
