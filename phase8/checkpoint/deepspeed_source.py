@@ -17,10 +17,11 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
+from phase8.accelerator import memory_that_ran_out
 from phase8.checkpoint.step_directories import WEIGHTS_CONFIG_NAME, WEIGHTS_NAME
 from phase8.checkpoint.untrusted import printable, shortened
 from phase8.durable import replace_file, staged_file
-from phase8.errors import CheckpointCorruptError, CheckpointError, CheckpointMismatchError
+from phase8.errors import CheckpointCorruptError, CheckpointError, CheckpointMismatchError, OutOfMemoryError
 
 _LATEST = "latest"
 _STATES = "*_model_states.pt"
@@ -119,10 +120,13 @@ def _read(path: Path) -> Any:
 
     Raises:
         CheckpointCorruptError: It cannot be read.
+        OutOfMemoryError: The host has too little memory for it.
     """
     try:
         return torch.load(path, map_location="cpu", weights_only=False)
     except Exception as error:  # a pickle that is cut off or altered can raise any
+        if memory_that_ran_out(error) is not None:
+            raise OutOfMemoryError(f"the host has too little memory for {path}; read it on a host with more.") from error
         raise CheckpointCorruptError(f"{path} cannot be read ({_reason(error)}), so it is truncated or damaged; use another checkpoint.") from error
 
 

@@ -3,11 +3,8 @@
 from __future__ import annotations
 
 import gc
-import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-
-import torch
 
 from phase8 import accelerator
 from phase8.config.schema import RunConfig
@@ -18,8 +15,6 @@ from phase8.train.restart import resume_own_run
 from phase8.train.run_directory import RunDirectory
 from phase8.train.tuning import Chosen
 
-# Messages of torch for errors without a class of their own: out of host memory.
-_HOST = re.compile(r"can't allocate memory|not enough memory|Cannot allocate memory", re.IGNORECASE)
 _GIB = 2**30
 
 
@@ -70,17 +65,14 @@ def memory_errors(config: RunConfig, chosen: Chosen, facts: Device, *, world_siz
     values = (chosen.values or None) if chosen.can_change else None
     try:
         yield
-    except torch.OutOfMemoryError:
-        sentence = _device_sentence(config, facts, world_size)
-    except MemoryError:
-        sentence = _host_sentence(config, facts, world_size, "")
-    except RuntimeError as error:
-        if accelerator.PAGES_NOT_LOCKED.search(str(error)):
-            sentence = _host_sentence(config, facts, world_size, "page-locked ")
-        elif _HOST.search(str(error)):
-            sentence = _host_sentence(config, facts, world_size, "")
-        else:
+    except (MemoryError, RuntimeError) as error:
+        lacking = accelerator.memory_that_ran_out(error)
+        if lacking is None:
             raise
+        if lacking == "device":
+            sentence = _device_sentence(config, facts, world_size)
+        else:
+            sentence = _host_sentence(config, facts, world_size, "page-locked " if lacking == "page-locked" else "")
     else:
         return
     # Raised here, where the frames that hold model and optimizer have ended, so that whoever catches it can use their memory.

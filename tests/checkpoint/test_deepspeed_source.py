@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from phase8.checkpoint.deepspeed_source import consolidate_deepspeed, is_deepspeed
-from phase8.errors import CheckpointCorruptError, CheckpointError
+from phase8.errors import CheckpointCorruptError, CheckpointError, OutOfMemoryError
 
 MODEL_STATES, OPTIMIZER_STATES, UNIVERSAL = "mp_rank_00_model_states.pt", "zero_pp_rank_0_mp_rank_00_optim_states.pt", "zero/layer.weight/fp32.pt"
 WEIGHT = torch.arange(6.0).view(2, 3)
@@ -73,6 +73,16 @@ def test_a_damaged_file_is_named(step, tmp_path, name):
     message = str(caught.value)
     assert message.startswith(f"{path} ") and message.endswith("; use another checkpoint.") and "\n" not in message
     assert not list((tmp_path / "destination").iterdir())
+
+
+@pytest.mark.parametrize("error", [MemoryError(), RuntimeError("DefaultCPUAllocator: can't allocate memory")])
+def test_too_little_memory_is_no_damage(step, tmp_path, monkeypatch, error):
+    def fail(*_, **__):
+        raise error
+
+    monkeypatch.setattr(torch, "load", fail)
+    with pytest.raises(OutOfMemoryError, match=r"the host has too little memory for .*\.pt; read it on a host with more\.$"):
+        read(step[0], tmp_path)
 
 
 @pytest.mark.parametrize("key", ["param_shapes", "shared_params", "module", "buffer_names"])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -175,10 +176,10 @@ class DeepSpeedEngine:
         """The weights with which ranks compute: whole on every data-parallel rank below stage 3."""
         return self._state.replicas()
 
-    def whole_model(self) -> LanguageModel | None:
+    def whole_model(self) -> Callable[[], LanguageModel] | None:
         """Gathers the whole model on the first rank."""
         tensors = collected(self._state.weights(), self.mesh)
-        return model_with(tensors, self._config, self.device) if self.mesh.rank == 0 else None
+        return partial(model_with, tensors, self._config, self.device) if self.mesh.rank == 0 else None
 
     def watch_gradients(self, look: Callable[[Mapping[str, Tensor]], None]) -> None:
         """Calls `look` with the gradients between backward and optimizer step; each is gathered whole on every rank."""
