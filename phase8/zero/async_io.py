@@ -13,6 +13,7 @@ from pathlib import Path
 from phase8.errors import ConfigError
 from phase8.kernels.toolchain import without_architectures
 from phase8.terminal import warn
+from phase8.zero.reserved_writes import reserve_room
 
 # Another op, which it needs.
 _LOADED_FIRST = "pin_memory"
@@ -37,7 +38,7 @@ def require_async_io() -> None:
 
 
 def load_async_io(*, speaks: bool = True) -> None:
-    """Loads it, and compiles it the first time, which takes one to two minutes.
+    """Loads it, and compiles it the first time, which takes one to two minutes. It then reserves the room of what it writes.
 
     Args:
         speaks: Whether this process says that it compiles, or waits for another one.
@@ -56,7 +57,7 @@ def load_async_io(*, speaks: bool = True) -> None:
     if is_new:
         say(f"compiling DeepSpeed's {builder.name} once, for one to two minutes; later runs find it in {libraries[-1].parent}")
     with without_architectures():
-        builder.load(verbose=False)
+        reserve_room(builder.load(verbose=False))
     if is_new:
         say(f"DeepSpeed's {builder.name} is compiled ({time.monotonic() - begin:.0f} s)")
 

@@ -10,6 +10,7 @@ import sys
 from contextlib import nullcontext
 from importlib.util import find_spec
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -302,6 +303,7 @@ def lock(request, monkeypatch, tmp_path):
 
     def load(self, verbose):
         (tmp_path / "async_io" / "async_io.so").touch()
+        return SimpleNamespace(aio_handle=object)
 
     monkeypatch.setattr("deepspeed.ops.op_builder.AsyncIOBuilder.load", load)
     monkeypatch.setattr(async_io, "_SECONDS_BETWEEN_LOOKS", 0.0)
