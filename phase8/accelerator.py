@@ -20,6 +20,7 @@ from __future__ import annotations
 import re
 from contextlib import AbstractContextManager, suppress
 from types import TracebackType
+from typing import Literal
 
 import torch
 import torch.distributed as dist
@@ -30,8 +31,9 @@ from phase8.errors import ConfigError
 CPU = "cpu"
 # Type of the device for which the fast paths are written, and of the GPUs that are planned for where there is none.
 GPU = "cuda"
-# Messages of torch for errors without a class of their own: out of page-locked host memory.
-PAGES_NOT_LOCKED = re.compile(r"CUDA error: out of memory|cudaHostAlloc|cudaHostRegister", re.IGNORECASE)
+# Messages of torch for errors without a class of their own: out of page-locked host memory, and out of host memory.
+_PAGES_NOT_LOCKED = re.compile(r"CUDA error: out of memory|cudaHostAlloc|cudaHostRegister", re.IGNORECASE)
+_HOST_TOO_SMALL = re.compile(r"can't allocate memory|not enough memory|Cannot allocate memory", re.IGNORECASE)
 # The environment variable that names the GPUs which a process sees.
 VISIBLE_GPUS = "CUDA_VISIBLE_DEVICES"
 _NO_ACCELERATORS = (CPU, "meta")
@@ -189,6 +191,17 @@ def give_back_memory(device_type: str | None) -> None:
     module = torch.get_device_module(device_type)
     if hasattr(module, "empty_cache"):
         module.empty_cache()
+
+
+def memory_that_ran_out(error: BaseException) -> Literal["device", "page-locked", "host"] | None:
+    """Which memory an error says is used up; None: it is another error."""
+    if isinstance(error, torch.OutOfMemoryError):
+        return "device"
+    if isinstance(error, MemoryError):
+        return "host"
+    if not isinstance(error, RuntimeError):
+        return None
+    return "page-locked" if _PAGES_NOT_LOCKED.search(str(error)) else "host" if _HOST_TOO_SMALL.search(str(error)) else None
 
 
 def limit_memory(device: torch.device, num_bytes: float) -> None:

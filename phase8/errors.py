@@ -80,6 +80,10 @@ class StorageError(Phase8Error):
     exit_code = 5
 
 
+class SwapError(StorageError):
+    """What is offloaded to a disk cannot be written there, in the middle of an update: the weights are neither those before it nor those after it."""
+
+
 class DivergenceError(Phase8Error):
     """Training stopped because a loss or gradient was not finite or too large, and the policy, or the number of such steps, allows no other way."""
 
@@ -111,13 +115,14 @@ class OutOfMemoryError(Phase8Error):
         sentence: What is needed, what is available, and the nearest setting that fits.
         values: The automatic settings that ran out of memory; None: there were none.
         has_begun: The run directory belongs to this run; otherwise it may still hold an earlier run.
+        of_host: The host has too little, not the device.
     """
 
     exit_code = 9
 
-    def __init__(self, sentence: str, values: Mapping[str, object] | None = None, *, has_begun: bool = True):
+    def __init__(self, sentence: str, values: Mapping[str, object] | None = None, *, has_begun: bool = True, of_host: bool = False):
         super().__init__(sentence)
-        self.values, self.has_begun = values, has_begun
+        self.values, self.has_begun, self.of_host = values, has_begun, of_host
 
 
 def describe_error(error: Phase8Error) -> str:

@@ -57,6 +57,8 @@ def _run() -> int:
 
 def _generate(arguments: argparse.Namespace) -> None:
     with imports_that_stay():
+        from phase8.accelerator import is_accelerator
+        from phase8.generate.memory import FEWER_BITS, memory_errors
         from phase8.generate.prompts import Prompt, read_prompts
         from phase8.generate.restore import choose_tokenizer, hold_in_compute_dtype, restore_model
         from phase8.generate.sampling import SamplingOptions
@@ -65,16 +67,22 @@ def _generate(arguments: argparse.Namespace) -> None:
 
     options = SamplingOptions(arguments.temperature, arguments.top_k, arguments.top_p, arguments.seed)
     prompts = [Prompt(arguments.prompt)] if arguments.batch_file is None else read_prompts(arguments.batch_file)
-    model, data, checkpoint = restore_model(arguments.checkpoint, device=select_device(arguments.device))
-    hold_in_compute_dtype(model)
+    device = select_device(arguments.device)
+    elsewhere = ("--device cpu",) if is_accelerator(device.type) else ()
+    with memory_errors("the model was loaded", device, (FEWER_BITS, *elsewhere)):
+        model, data, checkpoint = restore_model(arguments.checkpoint, device=device)
+        hold_in_compute_dtype(model)
     vocab_size, eod_token = model.section.vocab_size, arguments.eod_token or data.eod_token
     tokenizer = choose_tokenizer(checkpoint, arguments.tokenizer, vocab_size=vocab_size, eod_token=eod_token, on_message=warn)
     batch_size = min(arguments.batch_size, len(prompts) * arguments.num_samples)
     limits = {"max_tokens": arguments.max_tokens, "stops": arguments.stop, "batch_size": batch_size}
-    output = _Output(arguments, TextWriter(model, tokenizer, options=options, **limits))
-    for some in ([Prompt(text)] for text in _typed()) if arguments.interactive else [prompts]:
-        after_document_end = not data.reset_at_document_boundaries
-        output.continue_prompts(some, [prompt_tokens(tokenizer, prompt.text, after_document_end=after_document_end) for prompt in some])
+    fewer = (f"a --batch-size below {batch_size}",) if batch_size > 1 else ()
+    one_or_more = f"{batch_size} sequences were" if batch_size > 1 else "a sequence was"
+    with memory_errors(f"{one_or_more} continued", device, (*fewer, "shorter prompts", "a smaller --max-tokens", FEWER_BITS, *elsewhere)):
+        output = _Output(arguments, TextWriter(model, tokenizer, options=options, **limits))
+        for some in ([Prompt(text)] for text in _typed()) if arguments.interactive else [prompts]:
+            after_document_end = not data.reset_at_document_boundaries
+            output.continue_prompts(some, [prompt_tokens(tokenizer, prompt.text, after_document_end=after_document_end) for prompt in some])
     output.tell_speed()
 
 

@@ -17,13 +17,17 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
+from phase8.accelerator import memory_that_ran_out
 from phase8.checkpoint.step_directories import WEIGHTS_CONFIG_NAME, WEIGHTS_NAME
+from phase8.checkpoint.untrusted import printable, shortened
 from phase8.durable import replace_file, staged_file
-from phase8.errors import CheckpointError, CheckpointMismatchError
+from phase8.errors import CheckpointCorruptError, CheckpointError, CheckpointMismatchError, OutOfMemoryError
 
 _LATEST = "latest"
 _STATES = "*_model_states.pt"
 _UNIVERSAL = "zero/*/fp32.pt"
+# What DeepSpeed looks for in its files, by their names.
+_CONTENT = {_STATES: {"buffer_names", "module", "param_shapes", "shared_params"}, "*_optim_states.pt": {"optimizer_state_dict"}}
 # Wrappers of a model put these before its names.
 _WRAPPERS = ("module.", "model.")
 
@@ -42,6 +46,7 @@ def consolidate_deepspeed(directory: Path, destination: Path, config: Mapping[st
         config: Config of the run.
 
     Raises:
+        CheckpointCorruptError: A file is truncated or damaged.
         CheckpointError: DeepSpeed is not installed, or cannot read its checkpoint.
     """
     step = _step(directory)
@@ -79,14 +84,52 @@ def _of_zero(step: Path) -> dict[str, Tensor]:
     with contextlib.redirect_stdout(sys.stderr):  # it reports each file
         try:
             return get_fp32_state_dict_from_zero_checkpoint(str(step.parent), step.name)
-        except (OSError, ValueError, KeyError, RuntimeError) as error:
-            raise CheckpointError(f"DeepSpeed cannot read {step} ({error}); use another checkpoint.") from error
+        except Exception as error:  # a pickle that is cut off or altered can raise any
+            _refuse_damaged_files(step)
+            raise CheckpointError(f"DeepSpeed cannot read {step} ({_reason(error)}); use another checkpoint.") from error
+
+
+def _refuse_damaged_files(step: Path) -> None:
+    """Names the first file that is the reason for DeepSpeed's error, which names none.
+
+    Raises:
+        CheckpointCorruptError: There is such a file.
+    """
+    for pattern, expected in _CONTENT.items():
+        for path in sorted(step.glob(pattern)):
+            found = _read(path)
+            missing = sorted(expected - found.keys() if isinstance(found, dict) else expected)
+            if missing:
+                raise CheckpointCorruptError(f"{path} lacks {', '.join(missing)}, so it is damaged or of another kind; use another checkpoint.")
 
 
 def _universal(step: Path) -> dict[str, Tensor]:
     """The weights of a universal checkpoint, which has a directory for each parameter."""
     found: dict[str, Tensor] = {}
     for path in sorted(step.glob(_UNIVERSAL)):
-        content = torch.load(path, map_location="cpu", weights_only=False)
-        found[path.parent.name] = content["param"] if isinstance(content, dict) else content
+        content = _read(path)
+        weight = content.get("param") if isinstance(content, dict) else content
+        if not isinstance(weight, Tensor):
+            raise CheckpointCorruptError(f"{path} holds no weight, so it is damaged or of another kind; use another checkpoint.")
+        found[path.parent.name] = weight
     return found
+
+
+def _read(path: Path) -> Any:
+    """What was pickled into a file.
+
+    Raises:
+        CheckpointCorruptError: It cannot be read.
+        OutOfMemoryError: The host has too little memory for it.
+    """
+    try:
+        return torch.load(path, map_location="cpu", weights_only=False)
+    except Exception as error:  # a pickle that is cut off or altered can raise any
+        if memory_that_ran_out(error) is not None:
+            raise OutOfMemoryError(f"the host has too little memory for {path}; read it on a host with more.") from error
+        raise CheckpointCorruptError(f"{path} cannot be read ({_reason(error)}), so it is truncated or damaged; use another checkpoint.") from error
+
+
+def _reason(error: Exception) -> str:
+    """An error in a few words on one line."""
+    return printable(shortened(f"{type(error).__name__}: {error}".partition("\n")[0].removesuffix(".")))

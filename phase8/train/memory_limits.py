@@ -3,11 +3,8 @@
 from __future__ import annotations
 
 import gc
-import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-
-import torch
 
 from phase8 import accelerator
 from phase8.config.schema import RunConfig
@@ -16,10 +13,8 @@ from phase8.plan.candidates import Device, how_to_fit, nearest_that_fits, plan_o
 from phase8.processes.host_memory import available_bytes
 from phase8.train.restart import resume_own_run
 from phase8.train.run_directory import RunDirectory
-from phase8.train.tuning import Chosen
+from phase8.train.tuning import COPIES, Chosen
 
-# Messages of torch for errors without a class of their own: out of host memory.
-_HOST = re.compile(r"can't allocate memory|not enough memory|Cannot allocate memory", re.IGNORECASE)
 _GIB = 2**30
 
 
@@ -70,21 +65,19 @@ def memory_errors(config: RunConfig, chosen: Chosen, facts: Device, *, world_siz
     values = (chosen.values or None) if chosen.can_change else None
     try:
         yield
-    except torch.OutOfMemoryError:
-        sentence = _device_sentence(config, facts, world_size)
-    except MemoryError:
-        sentence = _host_sentence(config, facts, world_size, "")
-    except RuntimeError as error:
-        if accelerator.PAGES_NOT_LOCKED.search(str(error)):
-            sentence = _host_sentence(config, facts, world_size, "page-locked ")
-        elif _HOST.search(str(error)):
-            sentence = _host_sentence(config, facts, world_size, "")
-        else:
+    except (MemoryError, RuntimeError) as error:
+        lacking = accelerator.memory_that_ran_out(error)
+        if lacking is None:
             raise
+        of_host = lacking != "device"
+        if not of_host:
+            sentence = _device_sentence(config, facts, world_size)
+        else:
+            sentence = _host_sentence(config, facts, world_size, "page-locked " if lacking == "page-locked" else "")
     else:
         return
     # Raised here, where the frames that hold model and optimizer have ended, so that whoever catches it can use their memory.
-    raise OutOfMemoryError(sentence, values, has_begun=has_begun)
+    raise OutOfMemoryError(sentence, values, has_begun=has_begun, of_host=of_host)
 
 
 def retry_with_less_memory(
@@ -112,14 +105,22 @@ def retry_with_less_memory(
         try:
             return attempt(refused, resume)
         except OutOfMemoryError as error:
-            if error.values is None or not is_alone or dict(error.values) in refused:
+            given_up = _to_give_up(error, refused)
+            if given_up is None or not is_alone:
                 raise
-            refused.append(dict(error.values))
+            refused.append(given_up)
             say(f"{error} Trying the next best settings.")
             if error.has_begun:
                 resume = resume_own_run(resume, directory)
         gc.collect()
         accelerator.give_back_memory(accelerator.present())
+
+
+def _to_give_up(error: OutOfMemoryError, refused: Sequence[Mapping[str, object]]) -> dict[str, object] | None:
+    """The values to do without: copies for checkpoints where the host has no room for them, or else all that were chosen together; None: none."""
+    values = dict(error.values or {})
+    has_copies = error.of_host and COPIES.items() <= values.items()
+    return next((each for each in ([COPIES] if has_copies else []) + [values] if each and each not in refused), None)
 
 
 def _device_sentence(config: RunConfig, facts: Device, world_size: int) -> str:

@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict
 from typing import Any
 
+from phase8.accelerator import give_back_memory
 from phase8.closing import Tolerated
 from phase8.data.loader import build_loader, microbatch_sample_numbers
 from phase8.data.microbatch import Microbatch, stand_in
@@ -152,11 +153,13 @@ class Trainer:
         if run.config.observe.sample_prompt is None or run.data.tokenizer is None:
             return None
         self.report(step, "writing a sample")
-        model, text = run.engine.whole_model(), None
-        if model is not None:
+        whole_model, text = run.engine.whole_model(), None
+        if whole_model is not None:
             with Tolerated(f"step {step}: no sample", self.progress.message):
-                text = sample_text(model, run.data.tokenizer, run.config)
+                text = sample_text(whole_model, run.data.tokenizer, run.config, run.device)
                 self.record_event("sample", text=text)
+            if text is None:  # what it held is in pieces that the next step may not fit into
+                give_back_memory(run.device.type)
         return text
 
     def show_sample(self) -> None:

@@ -48,6 +48,8 @@ _LONG_ENOUGH_TO_COMPILE_SECONDS = 120.0
 # Where the steps of a trial would take longer, by their prediction, a candidate without a rival is taken untried.
 _WORTH_A_TRIAL_OF_ONE_SECONDS = 30.0
 _UNLIMITED = 1 << 60
+# Among refused values: the host has no room for copies of what is saved.
+COPIES: dict[str, Any] = {"checkpoint.asynchronous": True}
 _AS_BEFORE = "as the run began: "
 _Try = Callable[[RunConfig], Trial | str]
 _CHOSEN_KEYS = (*OFF, *WITH_RECOMPUTE)
@@ -105,6 +107,8 @@ def choose_settings(
     Raises:
         OutOfMemoryError: Nothing fits.
     """
+    if COPIES in refused:
+        config, refused = with_values(config, dict.fromkeys(COPIES, False)), [each for each in refused if each != COPIES]
     automatic, world_size = automatic_keys(config), mesh.topology.world_size
     if not automatic:
         return config, Chosen()
@@ -116,7 +120,8 @@ def choose_settings(
     if known is None:
         try_settings = partial(run_trial, mesh=mesh, device=device, build_engine=build_engine)
         known = _agreed(lambda: _choose(config, mesh, try_settings, facts, refused, say), mesh)
-    return with_values(config, known.values), known
+    settled = with_values(config, known.values)
+    return settled, replace(known, values=values_of(settled, tuple(known.values)))  # a cached choice does not know what is explicit now
 
 
 def _choose(

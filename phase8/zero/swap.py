@@ -1,50 +1,17 @@
-"""The place on NVMe disks for what DeepSpeed offloads there, and what it takes to read and write it."""
+"""The place on NVMe disks for what DeepSpeed offloads there."""
 
 from __future__ import annotations
 
 import atexit
-import importlib
 import platform
 import shutil
-import time
 from pathlib import Path
 from typing import NamedTuple
 
 import torch.distributed as dist
 
 from phase8.config.schema import ZeroSection
-from phase8.errors import ConfigError, StorageError
-from phase8.kernels.toolchain import without_architectures
-
-_COMPILATION_SECONDS = 900
-
-
-def require_async_io() -> None:
-    """Refuses NVMe where DeepSpeed cannot compile what reads and writes there, which it does once, at the first use.
-
-    Raises:
-        ConfigError: A compiler or libaio is missing, or an earlier compilation was killed.
-    """
-    from torch.utils.cpp_extension import _get_build_directory  # imports triton, which others import after settings of their own
-
-    builder = importlib.import_module("deepspeed.ops.op_builder").AsyncIOBuilder()
-    if not builder.is_compatible(verbose=False):
-        raise ConfigError(
-            "zero.offload_optimizer is nvme, but what DeepSpeed reads and writes with cannot be compiled here; install a C++ compiler, ninja and "
-            "the headers of libaio (apt install g++ ninja-build libaio-dev; dnf install gcc-c++ ninja-build libaio-devel), or set it to cpu."
-        )
-    lock = Path(_get_build_directory(builder.name, verbose=False)) / "lock"
-    if lock.exists() and time.time() - lock.stat().st_mtime > _COMPILATION_SECONDS:
-        raise ConfigError(
-            f"{lock} is older than any compilation takes, so the process that compiled DeepSpeed's {builder.name} was killed, and others would wait "
-            "for it for ever; delete the file."
-        )
-
-
-def load_async_io() -> None:
-    """Loads what DeepSpeed reads and writes with, which it otherwise does at the first use, and compiles it the first time."""
-    with without_architectures():
-        importlib.import_module("deepspeed.ops.op_builder").AsyncIOBuilder().load(verbose=False)
+from phase8.errors import StorageError
 
 
 class Swap(NamedTuple):

@@ -4,10 +4,13 @@ import functools
 import importlib
 import math
 import os
+import re
 import subprocess
 import sys
+from contextlib import nullcontext
 from importlib.util import find_spec
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -27,9 +30,10 @@ from phase8.precision.policy import set_matmul_precision
 from phase8.train import build
 from phase8.train.engine.protocol import WEIGHT
 from phase8.train.loop import train
+from phase8.zero import async_io
+from phase8.zero.async_io import load_async_io, require_async_io
 from phase8.zero.deepspeed import import_deepspeed
 from phase8.zero.fsdp import shard_size
-from phase8.zero.swap import load_async_io, require_async_io
 from tests.parallel.pool import NCCL
 from tests.parallel.test_gpu_parity import MODEL as GPU_MODEL
 from tests.parallel.test_gpu_parity import TOLERANCE, require_gpus
@@ -292,21 +296,76 @@ def test_what_is_offloaded_to_nvme_is_what_is_offloaded_to_the_host(pool, tmp_pa
     assert numbers == expected_numbers and all(torch.equal(tensors[name], value) for name, value in expected_tensors.items())
 
 
-def test_a_compilation_that_was_killed_is_explained(monkeypatch, tmp_path):
-    monkeypatch.setenv("TORCH_EXTENSIONS_DIR", str(tmp_path))
+@pytest.fixture(params=["pin_memory", "async_io"])
+def lock(request, monkeypatch, tmp_path):
+    """The lock of a compilation that never needs a compiler, of either op, and what is said meanwhile."""
+    import_deepspeed()
+
+    def load(self, verbose):
+        (tmp_path / "async_io" / "async_io.so").touch()
+        return SimpleNamespace(aio_handle=object)
+
+    monkeypatch.setattr("deepspeed.ops.op_builder.AsyncIOBuilder.load", load)
+    monkeypatch.setattr(async_io, "_SECONDS_BETWEEN_LOOKS", 0.0)
+    monkeypatch.setattr(async_io, "_SECONDS_BEFORE_A_WORD", 0.0)
+    monkeypatch.setattr("torch.utils.cpp_extension._get_build_directory", lambda name, verbose: str(tmp_path / name))
+    for name in ("pin_memory", "async_io"):
+        (tmp_path / name).mkdir()
+    said = []
+    path = tmp_path / request.param / "lock"
+    monkeypatch.setattr(async_io, "warn", said.append)
+    return path, said
+
+
+def test_what_cannot_be_compiled_is_refused(monkeypatch):
     import_deepspeed()
     monkeypatch.setattr("deepspeed.ops.op_builder.AsyncIOBuilder.is_compatible", lambda self, verbose: True)
     require_async_io()
-    (directory,) = tmp_path.iterdir()
-    lock = directory / "lock"
-    lock.touch()
-    require_async_io()  # somebody compiles
-    os.utime(lock, (0, 0))
-    with pytest.raises(ConfigError, match=r"lock is older than any compilation takes, .* delete the file"):
-        require_async_io()
     monkeypatch.setattr("deepspeed.ops.op_builder.AsyncIOBuilder.is_compatible", lambda self, verbose: False)
     with pytest.raises(ConfigError, match=r"apt install g\+\+ ninja-build libaio-dev"):
         require_async_io()
+
+
+def test_a_compilation_says_when_it_begins_and_ends(lock):
+    path, said = lock
+    load_async_io(speaks=False)
+    assert said == []
+    (path.parents[1] / "async_io" / "async_io.so").unlink()
+    load_async_io()
+    assert len(said) == 2 and re.fullmatch(r"compiling DeepSpeed's async_io once, for one to two minutes; later runs find it in \S+", said[0])
+    assert re.fullmatch(r"DeepSpeed's async_io is compiled \(\d+ s\)", said[1])
+    load_async_io()  # it is there
+    assert len(said) == 2
+
+
+def test_a_compilation_that_was_killed_is_explained(lock):
+    path, _ = lock
+    path.touch()
+    os.utime(path, (0, 0))
+    with pytest.raises(ConfigError, match=r"lock is older than any compilation takes, .* delete the file"):
+        load_async_io()
+
+
+@pytest.mark.parametrize("is_held", [True, False])
+def test_who_waits_for_a_compilation_says_for_whom_and_since_when(lock, monkeypatch, is_held):
+    """The lock goes at the second look after the sentence."""
+    path, said = lock
+    path.touch()
+    looks = []
+
+    def sleep(seconds):
+        looks.append(len(said))
+        if len(looks) == 3:
+            path.unlink()
+
+    monkeypatch.setattr(async_io.time, "sleep", sleep)
+    with path.open() if is_held else nullcontext():
+        load_async_io()
+    since = r"since \d\d:\d\d:\d\d"
+    expected = rf"waiting for process {os.getpid()}, which has been compiling DeepSpeed's {path.parent.name} {since}"
+    if not is_held:
+        expected = rf"waiting for a compilation of DeepSpeed's {path.parent.name} {since}, but no process of this host .* was killed: delete {path}"
+    assert re.fullmatch(expected, said[0]) and looks == [1, 1, 1] and [text.split()[0] for text in said[1:]] == ["compiling", "DeepSpeed's"]
 
 
 @pytest.mark.parametrize("architectures", ["9.0a", None])

@@ -127,8 +127,22 @@ def test_mpi4py_of_another_mpi_is_refused(monkeypatch):
 def test_mpirun_without_mpi4py_is_refused(monkeypatch):
     monkeypatch.setitem(sys.modules, "mpi4py", None)
     monkeypatch.setitem(sys.modules, "mpi4py.MPI", None)
-    with pytest.raises(ConfigError, match=r"mpirun started 2 processes, but mpi4py, .* install the extra phase8\[mpi\]"):
+    with pytest.raises(ConfigError, match=r"mpirun started 2 processes, but mpi4py, .* install it with: pip install 'phase8\[mpi\]', or"):
         world_from_environment({"OMPI_COMM_WORLD_RANK": "1", "OMPI_COMM_WORLD_SIZE": "2"})
+
+
+def test_mpi4py_without_an_mpi_is_refused(monkeypatch, tmp_path):
+    """What mpi4py's wheels do where they find no library."""
+    (package := tmp_path / "mpi4py").mkdir()
+    (package / "__init__.py").touch()
+    (package / "MPI.py").write_text("raise RuntimeError('cannot load MPI library\\nlibmpi.so.40: cannot open shared object file')")
+    for name in ("mpi4py", "mpi4py.MPI"):
+        monkeypatch.delitem(sys.modules, name, raising=False)
+    monkeypatch.syspath_prepend(tmp_path)
+    expected = r"finds no MPI \(cannot load MPI library\); install one with: apt install openmpi-bin, .* or start them with torchrun\.$"
+    with pytest.raises(ConfigError, match=expected) as caught:
+        world_from_environment({"OMPI_COMM_WORLD_RANK": "1", "OMPI_COMM_WORLD_SIZE": "2"})
+    assert len(caught.value.problems) == 1 and "\n" not in str(caught.value)
 
 
 def world_of(rank, world_size, port, **keywords):

@@ -7,9 +7,11 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 from phase8 import terminal
 from phase8.data.tokenizer_training import train_sentencepiece
+from phase8.generate import decode, restore
 from phase8.generate.prompts import Prompt, read_prompts
 from tests.tools.doors import load_door
 from tests.train.tiny_run import train_tiny, write_config
@@ -62,6 +64,46 @@ def test_continues_the_prompt_from_a_checkpoint_alone(trained, generated_here):
     assert first.returncode == again[0] == other[0] == 0, first.stderr
     assert first.stdout.startswith("def ma") and len(first.stdout) > len("def ma\n")
     assert first.stdout == again[1] != other[1]
+
+
+OUT_OF_MEMORY = torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 MiB.\nSee documentation")
+HOST = RuntimeError("[enforce fail at alloc_cpu.cpp:118] err == 0. DefaultCPUAllocator: can't allocate memory: you tried to allocate 2 bytes.")
+FEWER_BITS = "weights of fewer bits (tools/quantize_checkpoint.py SRC DST --bits 4)"
+
+
+def fail_with(error, monkeypatch, owner, name):
+    def fail(*_, **__):
+        raise error
+
+    monkeypatch.setattr(owner, name, fail)
+
+
+@pytest.mark.parametrize("error", [OUT_OF_MEMORY, HOST, MemoryError()])
+def test_a_model_that_does_not_fit_into_memory_is_one_sentence(trained, generated_here, monkeypatch, error):
+    fail_with(error, monkeypatch, restore, "restore_state")
+    where = "cpu" if error is OUT_OF_MEMORY else "the host"
+    expected = f"error: the memory of {where} did not suffice while the model was loaded; give {FEWER_BITS}.\n"
+    assert generated_here("--checkpoint", trained, "--device", "cpu") == (9, "", expected)
+
+
+@pytest.mark.parametrize("name", ["Decoder.feed", "DecodingLoop.advance", "DecodingLoop.__init__"])
+@pytest.mark.parametrize(("num_samples", "fewer"), [(1, ""), (3, "a --batch-size below 3, or ")])
+def test_text_that_does_not_fit_into_memory_is_one_sentence(trained, generated_here, monkeypatch, name, num_samples, fewer):
+    owner, method = name.split(".")
+    fail_with(HOST, monkeypatch, vars(decode)[owner], method)
+    code, output, errors = generated_here("--checkpoint", trained, "--device", "cpu", "--prompt", "def", "--num-samples", num_samples)
+    doing = "a sequence was continued" if num_samples == 1 else "3 sequences were continued"
+    assert (code, errors.count("\n")) == (9, 1)
+    assert errors == (
+        f"error: the memory of the host did not suffice while {doing}; give {fewer}shorter prompts, or a smaller --max-tokens, or {FEWER_BITS}.\n"
+    )
+    assert output.startswith("def") or num_samples > 1 or name == "DecodingLoop.__init__"
+
+
+def test_other_errors_of_generation_are_no_lack_of_memory(trained, generated_here, monkeypatch):
+    fail_with(RuntimeError("a shape"), monkeypatch, decode.Decoder, "feed")
+    with pytest.raises(RuntimeError, match="a shape"):
+        generated_here("--checkpoint", trained, "--device", "cpu")
 
 
 def records(output: str) -> list[dict]:

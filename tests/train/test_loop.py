@@ -13,7 +13,7 @@ from rich.console import Console
 
 from phase8.checkpoint.load import list_checkpoints, open_checkpoint
 from phase8.data.tokenizer_training import train_sentencepiece
-from phase8.errors import DataError, DivergenceError, StorageError
+from phase8.errors import DataError, DivergenceError, StorageError, SwapError
 from phase8.observe.event_file import EventFile
 from phase8.observe.metrics import read_metrics
 from phase8.terminal import make_console
@@ -193,6 +193,22 @@ def test_a_run_that_is_saved_needs_neither_report_nor_sample(tiny, tokenizer, mo
     assert [path.name for path in list_checkpoints(run.directory.checkpoints)] == ["step-0000000002"]
     has_report = (run.directory.path / "report" / "index.html").exists()
     assert has_report == (name == "sample_text") == ("report: " in output)
+
+
+def test_an_update_that_did_not_end_is_not_saved(tiny, monkeypatch):
+    """Some of the weights are of this step, others of the last one."""
+    run = prepare(tiny, *SHORT, "train.num_steps=4", "checkpoint.every_n_steps=2")
+    update = run.engine.update
+
+    def fail_late(*arguments, **options):
+        if run.position.step == 3:
+            raise SwapError("zero.nvme_path: 3.0 MiB cannot be written to disk")
+        return update(*arguments, **options)
+
+    monkeypatch.setattr(run.engine, "update", fail_late)
+    with pytest.raises(SwapError):
+        train(run, resume_command="")
+    assert [path.name for path in list_checkpoints(run.directory.checkpoints)] == ["step-0000000002"]
 
 
 def test_what_closes_last_does_not_hide_that_the_last_save_failed(tiny, monkeypatch, capsys):

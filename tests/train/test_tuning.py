@@ -23,7 +23,7 @@ from phase8.train.device import host_settings
 from phase8.train.memory_limits import memory_errors, retry_with_less_memory
 from phase8.train.run_directory import RunDirectory
 from phase8.train.trial import Trial, run_trial
-from phase8.train.tuning import Chosen, choose_settings
+from phase8.train.tuning import COPIES, Chosen, choose_settings
 from tests.train.tiny_run import losses, prepare, records, tiny_config, train_tiny, write_config
 
 ROOT = Path(__file__).parents[2]
@@ -304,6 +304,61 @@ def test_explicit_settings_and_ranks_beside_others_end_the_run(tmp_path, values,
 
     with pytest.raises(OutOfMemoryError):
         retry_with_less_memory(attempt, RunDirectory(tmp_path), resume="auto", is_alone=is_alone, say=lambda text: None)
+
+
+STEP = {"train.micro_batch_size": 4}
+
+
+@pytest.mark.parametrize(
+    ("of_host", "copies", "expected"),
+    [
+        (True, True, [COPIES, STEP | {"checkpoint.asynchronous": False}]),
+        (True, False, [STEP | {"checkpoint.asynchronous": False}]),
+        (False, True, [STEP | COPIES]),
+    ],
+)
+def test_a_host_without_room_does_without_copies_before_anything_else(tmp_path, of_host, copies, expected):
+    seen = []
+
+    def attempt(refused, resume):
+        seen[:] = refused
+        if len(refused) < len(expected):
+            raise OutOfMemoryError("too little.", STEP | {"checkpoint.asynchronous": copies and COPIES not in refused}, of_host=of_host)
+
+    retry_with_less_memory(attempt, RunDirectory(tmp_path), resume="none", is_alone=True, say=lambda text: None)
+    assert seen == expected
+
+
+def test_copies_that_were_asked_for_stay_and_the_rest_is_chosen_anew(tmp_path):
+    seen = []
+
+    def attempt(refused, resume):
+        seen[:] = refused
+        raise OutOfMemoryError("too little.", STEP | COPIES, of_host=True)
+
+    with pytest.raises(OutOfMemoryError):
+        retry_with_less_memory(attempt, RunDirectory(tmp_path), resume="none", is_alone=True, say=lambda text: None)
+    assert seen == [COPIES, STEP | COPIES]
+
+
+def test_without_copies_steps_are_the_same(tiny, mesh, trials, monkeypatch):
+    monkeypatch.setattr(tuning, "host_settings", lambda config, device_type: HOST | COPIES)
+    config, chosen = choose(tiny, mesh, "checkpoint.asynchronous=auto")
+    assert config.checkpoint.asynchronous is True
+    for record in (None, chosen.as_record()):
+        without, again = choose(tiny, mesh, "checkpoint.asynchronous=auto", recorded=record, refused=[COPIES])
+        assert without.checkpoint.asynchronous is False and without.train == config.train
+        assert again.values == chosen.values | {"checkpoint.asynchronous": False}
+    explicit, _ = choose(tiny, mesh, "checkpoint.asynchronous=true", refused=[COPIES])
+    assert explicit.checkpoint.asynchronous is True
+
+
+@pytest.mark.parametrize(("error", "of_host"), [(MemoryError(), True), (torch.OutOfMemoryError("CUDA out of memory."), False)])
+def test_which_memory_is_lacking_is_known(tiny, mesh, trials, error, of_host):
+    config, chosen = choose(tiny, mesh)
+    with pytest.raises(OutOfMemoryError) as caught, memory_errors(config, chosen, GPU, world_size=1, has_begun=True):
+        raise error
+    assert caught.value.of_host is of_host
 
 
 def test_refused_values_are_not_tried_again(tiny, mesh, trials):

@@ -11,6 +11,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import weakref
 from dataclasses import replace
 from multiprocessing.connection import wait
 from pathlib import Path
@@ -29,6 +30,7 @@ from phase8.data.pair_record import record_path
 from phase8.data.tokenizer import load_tokenizer
 from phase8.data.tokenizer_training import train_sentencepiece
 from phase8.errors import ConfigError, CorruptionError, DataError, DivergenceError, StorageError
+from phase8.generate import decode
 from phase8.model.block import call
 from phase8.model.host_copies import HostCopies
 from phase8.model.parameters import decayed_parameter_names
@@ -584,6 +586,40 @@ def test_samples_at_evaluations_are_recorded_and_change_nothing(tiny, tokenizer,
     assert_same_weights(run, plain)
 
 
+@pytest.mark.parametrize("place", ["model", "text"])
+def test_a_sample_that_does_not_fit_into_memory_costs_the_sample_and_leaves_its_memory(tiny, tokenizer, console, monkeypatch, place):
+    """In a loop in which Python collects no garbage by itself."""
+    settings = [f"data.tokenizer={tokenizer}", "model.vocab_size=300", "train.num_steps=4", "train.evaluate_every_n_steps=2"]
+    plain = train_tiny(tiny, *settings, "run.name=plain")
+    held, given_back = [], []
+
+    def run_out(*_):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 MiB.\nSee documentation")
+
+    class Loop(decode.DecodingLoop):
+        def __init__(self, *arguments, **options):
+            super().__init__(*arguments, **options)
+            held.append(weakref.ref(self))
+
+        advance = run_out
+
+    def give_back(device_type):
+        given_back.append((device_type, [each() for each in held]))
+
+    run = prepare(tiny, *settings, "observe.sample_at_evaluations=true", f"observe.sample_prompt={PROMPT}", console=console)
+    if place == "text":
+        monkeypatch.setattr("phase8.generate.text.DecodingLoop", Loop)
+    else:
+        monkeypatch.setattr(run.engine, "whole_model", lambda: run_out)
+    monkeypatch.setattr("phase8.train.trainer.give_back_memory", give_back)
+    train(run, resume_command="")
+    sentence = "no sample: the memory of cpu did not suffice while a sample was written; give a shorter observe.sample_prompt, or a smaller "
+    assert all(f"step {step}: {sentence}" in console.file.getvalue().replace("\n", " ") for step in (2, 4))
+    assert given_back == [("cpu", [None] * number if place == "text" else []) for number in (1, 2)]
+    assert losses(run) == losses(plain)
+    assert_same_weights(run, plain)
+
+
 def test_samples_of_compiled_blocks_are_taken_from_blocks_that_are_not(tiny, tokenizer, monkeypatch):
     settings = [f"data.tokenizer={tokenizer}", "model.vocab_size=300", "observe.sample_tokens=2", "observe.sample_prompt=def"]
     run = prepare(tiny, *settings, "train.compile.enabled=true", "train.num_steps=4")
@@ -594,4 +630,4 @@ def test_samples_of_compiled_blocks_are_taken_from_blocks_that_are_not(tiny, tok
         return "x"
 
     monkeypatch.setattr(sample, "continued_text", continued)
-    assert sample.sample_text(run.engine.whole_model(), run.data.tokenizer, run.config) == "defx" and stances == ["force_eager"]
+    assert sample.sample_text(run.engine.whole_model(), run.data.tokenizer, run.config, run.device) == "defx" and stances == ["force_eager"]

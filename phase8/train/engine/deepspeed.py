@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
@@ -31,6 +33,7 @@ from phase8.train.engine.measured import StepNumbers, count_targets, evaluate, s
 from phase8.train.engine.protocol import Replicas, StepResult
 from phase8.train.engine.stage import Stage
 from phase8.train.engine.train_state import build_chunk, model_with
+from phase8.zero.async_io import load_async_io, require_async_io
 from phase8.zero.deepspeed import (
     TensorParallelUnit,
     deepspeed_config,
@@ -39,7 +42,7 @@ from phase8.zero.deepspeed import (
     make_plain,
     register_outside_blocks,
 )
-from phase8.zero.swap import Swap, fresh_swap_directory, load_async_io, require_async_io, swapped_bytes
+from phase8.zero.swap import Swap, fresh_swap_directory, swapped_bytes
 
 
 class LossSum(nn.Module):
@@ -175,10 +178,10 @@ class DeepSpeedEngine:
         """The weights with which ranks compute: whole on every data-parallel rank below stage 3."""
         return self._state.replicas()
 
-    def whole_model(self) -> LanguageModel | None:
+    def whole_model(self) -> Callable[[], LanguageModel] | None:
         """Gathers the whole model on the first rank."""
         tensors = collected(self._state.weights(), self.mesh)
-        return model_with(tensors, self._config, self.device) if self.mesh.rank == 0 else None
+        return partial(model_with, tensors, self._config, self.device) if self.mesh.rank == 0 else None
 
     def watch_gradients(self, look: Callable[[Mapping[str, Tensor]], None]) -> None:
         """Calls `look` with the gradients between backward and optimizer step; each is gathered whole on every rank."""
@@ -219,7 +222,7 @@ def _swap(config: RunConfig, *, num_ranks: int) -> Swap | None:
     if config.zero.nvme_path is None:
         return None
     require_async_io()
-    load_async_io()
+    load_async_io(speaks=dist.get_node_local_rank(0) == 0)
     sizes = [parameter.numel() for parameter in shapes_only(config).parameters()]
     num_bytes = swapped_bytes(config.zero, sum(sizes) // num_ranks, is_bf16=config.precision.dtype == "bf16")
     return Swap(fresh_swap_directory(Path(config.zero.nvme_path), config.run.name, num_bytes=num_bytes), max(sizes))

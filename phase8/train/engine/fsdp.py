@@ -125,7 +125,7 @@ class FsdpEngine:
         held = dict(self._held({name for _, names in axes for name in names}))
         return Replicas(axes, held | {Item(name, WEIGHT): HeldTensor(buffer, whole_region(buffer.shape)) for name, buffer in buffers.items()})
 
-    def whole_model(self) -> LanguageModel | None:
+    def whole_model(self) -> Callable[[], LanguageModel] | None:
         """Gathers the whole model on the first rank."""
         return whole_model(self.train_state, self._config)
 

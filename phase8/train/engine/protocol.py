@@ -171,8 +171,11 @@ class TrainingEngine(Protocol):
     def replicas(self) -> Replicas:
         """The tensors of which several ranks hold copies; no communication takes place."""
 
-    def whole_model(self) -> LanguageModel | None:
-        """Gathers the whole model on the first rank; returns None on every other rank."""
+    def whole_model(self) -> Callable[[], LanguageModel] | None:
+        """Gathers the tensors of the whole model on the first rank; returns what puts it together there, None on every other rank.
+
+        It may fail without another rank noticing.
+        """
 
     def watch_gradients(self, look: Callable[[Mapping[str, Tensor]], None]) -> None:
         """Makes every later update call `look` with its gradients by parameter name, fully summed and not yet clipped.

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -154,14 +155,14 @@ def build_chunk(config: RunConfig, layers: range, *, mesh: Mesh, dtype: torch.dt
     return chunk
 
 
-def whole_model(train_state: TrainState, config: RunConfig) -> LanguageModel | None:
-    """Gathers the whole model on the first rank; returns None on every other rank. A collective of all ranks."""
+def whole_model(train_state: TrainState, config: RunConfig) -> Callable[[], LanguageModel] | None:
+    """Gathers the tensors of the whole model on the first rank, a collective of all ranks; returns what puts it together there, None elsewhere."""
     if train_state.mesh.device_mesh is None:
-        return train_state.model
+        return lambda: train_state.model
     tensors = collected(dict(train_state.stage.module.state_dict(keep_vars=True)), train_state.mesh)
     if train_state.mesh.rank != 0:
         return None
-    return model_with(tensors, config, train_state.device)
+    return partial(model_with, tensors, config, train_state.device)
 
 
 @torch.no_grad()
