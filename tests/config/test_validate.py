@@ -316,6 +316,11 @@ RULES = {
         ["model.ffn=moe", "model.num_layers=3", "model.first_dense_layers=3"],
         "model.first_dense_layers 3 leaves none of model.num_layers 3 for experts; choose fewer, or set model.ffn to swiglu.",
     ),
+    "experts farther apart than layers": (
+        ["model.ffn=moe", "model.num_layers=4", "model.first_dense_layers=1", "model.moe_every_n_layers=99"],
+        "model.moe_every_n_layers 99 is above model.num_layers 4, so that of all layers only layer 1 has experts; choose 1 for experts in every "
+        "layer, or another distance of at most 4.",
+    ),
     "experts in slices": (
         ["model.ffn=moe", "train.recompute=slices"],
         "train.recompute is slices, but model.capacity_factor is 1.25, which counts the tokens of whole sequences; set recompute to full, or the "
