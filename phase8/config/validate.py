@@ -98,7 +98,9 @@ def model_problems(model: ModelSection) -> Iterator[str]:
         yield f"model.global_gate is {model.global_gate}, but model.global_path is none and has no gate; set model.global_gate to scalar."
     if model.global_path == "none" and model.decay_floor is not None:
         yield f"model.decay_floor is {model.decay_floor}, but model.global_path is none and has no decay; set model.decay_floor to null."
-    if model.global_path == "none" and model.global_activation == "silu":
+    if model.global_path == "none" and model.global_gate_activation == "silu":
+        yield "model.global_gate_activation is silu, but model.global_path is none and has no gate; set model.global_gate_activation to sigmoid."
+    if model.global_path == "none" and model.global_activation not in ("none", None):
         yield (
             f"model.global_activation is {model.global_activation}, but model.global_path is none and has no queries; "
             "set model.global_activation to none."

@@ -90,6 +90,7 @@ class MixerConstants:
         has_silu: Whether queries and keys of the global path go through SiLU.
         has_rotary: Whether queries and keys of the window have rotary positions.
         eps: Summand of the mean squares.
+        has_silu_of_values: Whether the values that the global path reads go through SiLU.
     """
 
     taps: Tensor | None
@@ -104,6 +105,7 @@ class MixerConstants:
     has_silu: bool
     has_rotary: bool
     eps: float
+    has_silu_of_values: bool = False
 
 
 @dataclass(frozen=True)

@@ -157,6 +157,7 @@ class GlobalPath(nn.Module):
         self.num_heads, self.head_size, self.memory_tokens = model.num_heads // axis.size, model.head_width, model.memory_tokens
         self.chain = GreenChain(model.num_heads, model.chain, earlier=self.earlier) if model.chain != "none" else None
         self.is_delta, self.decay_floor = model.global_path == "delta", model.decay_floor
+        self.has_silu_gate = model.global_gate_activation == "silu"
         # Each head and token has a decay step, a gate unless every channel has one, with the chain a potential, and for the delta rule a share.
         # The order is head-major, so that heads shard as rows.
         self.scalars = WideLinear(model.d_model, model.num_heads * model.scalars_per_head, std=model.init_std)
@@ -198,8 +199,7 @@ class GlobalPath(nn.Module):
 
     def prepared(self) -> GlobalConstants:
         """Constants of the global path of one rank for decoding; the mixer prepares its linear layers."""
-        biases = self.decay_bias.detach(), self.gate_bias.detach()
-        decay_and_gate = DecayAndGate(*biases, self.decay_floor, self.head_size if self.is_delta else None)
+        decay_and_gate = self._decay_and_gate(self.decay_bias.detach(), self.gate_bias.detach())
         chain = None if self.chain is None else self.chain.prepared()
         return GlobalConstants(decay_and_gate, chain, self.norm.weight.detach())
 
@@ -257,6 +257,10 @@ class GlobalPath(nn.Module):
             carried[0], decay, gate = self.chain(u, starts, state)
             return decay, gate
 
-        decay_and_gate = DecayAndGate(local(self.decay_bias), local(self.gate_bias), self.decay_floor, self.head_size if self.is_delta else None)
+        decay_and_gate = self._decay_and_gate(local(self.decay_bias), local(self.gate_bias))
         log_decay, gate, rate = decay_and_gate.of(scalars, channels, None if self.chain is None else chain)
         return _Modulation(log_decay, gate, rate, carried[0])
+
+    def _decay_and_gate(self, decay_bias: Tensor, gate_bias: Tensor) -> DecayAndGate:
+        """How scalars become decay, gate and rate, from biases of this rank's heads."""
+        return DecayAndGate(decay_bias, gate_bias, self.decay_floor, self.head_size if self.is_delta else None, self.has_silu_gate)

@@ -269,7 +269,7 @@ class GlobalPath(nn.Module):
 
     def __init__(self, config: Phase8Config):
         super().__init__()
-        self.config, self.is_delta, self.has_silu = config, config.global_path == "delta", config.global_activation == "silu"
+        self.config, self.is_delta, self.has_silu = config, config.global_path == "delta", config.global_activation != "none"
         has_channels = config.global_gate == "channel"
         # Each head and token has a decay step, a gate unless every channel has one, with the chain a potential, and for the delta rule a rate.
         num_scalars = 1 + (not has_channels) + (config.chain != "none") + self.is_delta
@@ -303,11 +303,13 @@ class GlobalPath(nn.Module):
             logits = logits if term is None else logits + term[..., None]
         rate = torch.sigmoid(next(scalars)) / q.shape[-1] if self.is_delta else None
         q, k = (rms_normalise(F.silu(each) if self.has_silu else each, self.config.norm_eps) for each in (q, k))
+        v = F.silu(v) if self.config.global_activation == "silu_with_values" else v
         y, memory = recurrence(q, k, v, self._log_decay(step, factor), rate, None if state is None else state.memory, piece)
         if state is not None:
             state.memory = memory
         y = self.norm(y)
-        return torch.sigmoid(logits).to(y.dtype) * y
+        gate = F.silu(logits) if self.config.global_gate_activation == "silu" else torch.sigmoid(logits)
+        return gate.to(y.dtype) * y
 
     def _log_decay(self, step: Tensor, factor: Tensor | None) -> Tensor:
         """Logarithm of the decay, from its step and the chain's logarithm of a factor [B, T, H]."""
