@@ -77,6 +77,7 @@ class ModelSection(Section):
         "but scalar in a model with low_rank_rank",
     )
     global_gate_activation: Literal["sigmoid", "silu"] = key("sigmoid", "function that makes the gate of the global path from its logits")
+    global_skip: bool = key(False, "the global path adds the value of a token, times a learned number per head, to what it reads, before its norm")
     global_activation: Literal["none", "silu", "silu_with_values"] | None = key(
         None,
         "activation of the global path's queries and keys, between convolution and normalisation; silu_with_values: of the values that it reads, "

@@ -66,11 +66,13 @@ class GlobalConstants:
         decay_and_gate: What the scalars of a head become.
         chain: The Green chain; None: there is none.
         norm_weight: Weight of the norm of what the recurrence returns [H, K].
+        skip: Share of a token's value that is added before the norm [H]; None: none.
     """
 
     decay_and_gate: DecayAndGate
     chain: GreenConstants | None
     norm_weight: Tensor
+    skip: Tensor | None = None
 
 
 @dataclass(frozen=True)

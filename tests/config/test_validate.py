@@ -114,6 +114,14 @@ RULES = {
         ["model.global_path=none", "model.global_activation=silu"],
         "model.global_activation is silu, but model.global_path is none and has no queries; set model.global_activation to none.",
     ),
+    "activation of a gate without a path": (
+        ["model.global_path=none", "model.global_gate_activation=silu"],
+        "model.global_gate_activation is silu, but model.global_path is none and has no gate; set model.global_gate_activation to sigmoid.",
+    ),
+    "skip without a path": (
+        ["model.global_path=none", "model.global_skip=true"],
+        "model.global_skip is true, but model.global_path is none and adds nothing; set model.global_skip to false.",
+    ),
     "warmup": (
         ["train.num_steps=100"],
         "optim.warmup_steps 100 is not below train.num_steps 100; shorten the warmup.",

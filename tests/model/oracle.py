@@ -91,6 +91,7 @@ def mixer(section, layer, p, x):
             read = delta_rule(section, global_q, global_k, global_v, alpha, torch.sigmoid(scalars[:, h, -1]))
         else:
             read = linear_attention(section, global_q, global_k, global_v, alpha)
+        read = read + p["mixer.global_path.skip"][h] * global_v if section.global_skip else read
         y_global = rms(read, section.norm_eps) * p["mixer.global_path.norm.weight"][h]
         local = softmax_attention(section, q, k, v, h, window, rotary, p) if window > 0 else 0
         outputs.append(local + gate * y_global)

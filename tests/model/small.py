@@ -81,9 +81,14 @@ VARIANTS = [
         ),
     ),
     (
-        "silu-everywhere-beside-a-window",
+        "mamba2",
+        scaled_down(ModelSection(global_activation="silu_with_values", global_gate_activation="silu", global_skip=True), local_window_size=(0, 6)),
+    ),
+    (
+        "silu-and-skip-beside-a-window",
         scaled_down(
-            ModelSection(chain="gate", global_gate="scalar", global_activation="silu_with_values", global_gate_activation="silu", low_rank_rank=5)
+            ModelSection(chain="gate", global_gate="scalar", global_activation="silu_with_values", global_gate_activation="silu", low_rank_rank=5),
+            global_skip=True,
         ),
     ),
     ("positions-in-turns", scaled_down(ModelSection(), num_layers=3, rotary=(True, False))),

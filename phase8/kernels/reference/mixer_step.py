@@ -81,6 +81,7 @@ def _global(
     log_decay, gate, rate = constants.decay_and_gate.of(scalars, channels, run)
     q, k, v = (at_least_fp32(part) for part in inputs)
     y = linear_attention_step(q, k, v, log_decay, memory) if rate is None else delta_rule_step(q, k, v, log_decay, rate, memory)
+    y = y if constants.skip is None else y + constants.skip[:, None] * v
     return gate * (normalised(y, eps) * constants.norm_weight)
 
 

@@ -25,6 +25,7 @@ _DEFAULTS: dict[str, Any] = {
     "chain": "none",  # or decay, gate, both
     "global_gate": "channel",  # or scalar
     "global_gate_activation": "sigmoid",  # or silu
+    "global_skip": False,
     "global_activation": "silu",  # or none, silu_with_values
     "decay_floor": None,
     "memory_tokens": [2.0, 500.0],

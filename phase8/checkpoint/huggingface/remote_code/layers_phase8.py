@@ -279,6 +279,7 @@ class GlobalPath(nn.Module):
             self.gate = LowRankLinear(config.d_model, config.attention_width, rank=config.head_size, std=config.init_std)
         self.chain = GreenChain(config.num_heads, config.chain) if config.chain != "none" else None
         self.decay_bias, self.gate_bias = nn.Parameter(torch.empty(config.num_heads)), nn.Parameter(torch.empty(config.num_heads))
+        self.skip = nn.Parameter(torch.empty(config.num_heads)) if config.global_skip else None
         self.norm = RMSNorm(config.num_heads, config.head_size, eps=config.norm_eps)
 
     @torch.no_grad()
@@ -289,6 +290,8 @@ class GlobalPath(nn.Module):
         floor = self.config.decay_floor
         share = None if floor is None else (-1 / (memory * floor)).clamp(max=LARGEST_SHARE_OF_FLOOR)
         self.decay_bias.copy_(torch.log(torch.expm1(1 / memory)) if share is None else torch.logit(share))
+        if self.skip is not None:
+            nn.init.ones_(self.skip)
         windows = self.config.local_window_size
         nn.init.constant_(self.gate_bias, 0.0 if windows == 0 or (isinstance(windows, list) and 0 in windows) else INITIAL_GATE)
 
@@ -307,7 +310,7 @@ class GlobalPath(nn.Module):
         y, memory = recurrence(q, k, v, self._log_decay(step, factor), rate, None if state is None else state.memory, piece)
         if state is not None:
             state.memory = memory
-        y = self.norm(y)
+        y = self.norm(y if self.skip is None else y + self.skip.to(y.dtype)[:, None] * v)
         gate = F.silu(logits) if self.config.global_gate_activation == "silu" else torch.sigmoid(logits)
         return gate.to(y.dtype) * y
 
