@@ -76,6 +76,5 @@ setup(
         "mpi": ["mpi4py>=4.0"],
         "fla": ["fla-core>=0.5"],
         "liger": ["liger-kernel>=0.8"],
-        "torchao": ["torchao>=0.17"],
     },
 )

@@ -47,7 +47,8 @@ def _transformer(*, taps: int, norm: str = "false") -> Settings:
 
 _PLAIN: Settings = ("model.local_qk_norm=false", "model.global_gate=scalar", "model.global_activation=none")
 _DEFAULT: Settings = ("model.local_qk_norm=true", "model.global_gate=channel", "model.global_activation=silu")
-_IN_TURNS: Settings = ("model.ffn_size=1368", "model.local_window_size=[0,2048]")
+_OF_PAPERS: Settings = ("model.local_qk_norm=true", "model.global_gate=channel", "model.global_activation=silu_with_values")
+_IN_TURNS: Settings = ("model.global_gate_activation=silu", "model.ffn_size=1368", "model.local_window_size=[0,2048]")
 
 
 def _phase8(score: str, *, chain: str, global_path: str = "linear", options: Settings = _PLAIN) -> Settings:
@@ -66,9 +67,13 @@ VARIANTS: Mapping[str, Settings] = {
     "window": _phase8("dot", chain="none", global_path="none"),
     "window+global": _phase8("dot", chain="none"),
     "window+delta": _phase8("dot", chain="none", global_path="delta"),
-    # The hybrids that others train, from parts of this project: layers of a recurrence and layers of a window take turns.
-    "gated-deltanet": (*_phase8("dot", chain="none", global_path="delta", options=_DEFAULT), *_IN_TURNS),
-    "mamba2": (*_phase8("dot", chain="none", options=_DEFAULT), *_IN_TURNS),
+    # The hybrids that others train: layers of a recurrence and layers of a window of 2048 take turns, which at T 2048 see all that came before.
+    # Gated DeltaNet-H1, arXiv 2412.06464: convolutions and SiLU of q, k and v, keys and queries of length one, a norm, then a SiLU gate per channel.
+    # Other than there: the gate's matrix is a product of rank K, and window layers keep the convolution and the norm that our transformer has.
+    "gated-deltanet": (*_phase8("dot", chain="none", global_path="delta", options=_OF_PAPERS), *_IN_TURNS),
+    # Mamba-2, arXiv 2405.21060: the same convolutions and SiLU, a decay per head, the skip D. Other than there: q and k are normalised and each head
+    # has its own, no step of the decay scales values, the gate comes after the norm and from the low-rank matrix; window layers as above.
+    "mamba2": (*_phase8("dot", chain="none", options=_OF_PAPERS), *_IN_TURNS, "model.global_skip=true"),
     "window+global+decay": _phase8("dot", chain="decay"),
     "window+global+gate": _phase8("dot", chain="gate"),
     "window+global+chain": _phase8("dot", chain="both"),

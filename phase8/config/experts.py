@@ -28,6 +28,11 @@ def model_expert_problems(model: ModelSection) -> Iterator[str]:
             f"model.first_dense_layers {model.first_dense_layers} leaves none of model.num_layers {model.num_layers} for experts; "
             "choose fewer, or set model.ffn to swiglu."
         )
+    elif model.moe_every_n_layers > model.num_layers:
+        yield (
+            f"model.moe_every_n_layers {model.moe_every_n_layers} is above model.num_layers {model.num_layers}, so that of all layers only layer "
+            f"{model.first_dense_layers} has experts; choose 1 for experts in every layer, or another distance of at most {model.num_layers}."
+        )
 
 
 def expert_problems(config: RunConfig, world_size: int) -> Iterator[str]:

@@ -11,12 +11,15 @@ FIRST_VALUES = frozenset({"memory_tokens", "init_std"})
 # Keys that change the computation, but neither number nor shapes of the weights.
 WITHOUT_SHAPE = FIRST_VALUES | {
     "sequence_length", "rotary", "rope_base", "rope_scaling", "norm_eps", "local_window_size", "global_tokens", "decay_floor", "global_activation",
+    "global_gate_activation",
     "top_k", "capacity_factor", "router_score", "routed_scaling_factor", "balance_loss_weight", "router_z_loss_weight", "router_bias_rate",
 }  # fmt: skip
 # Keys that only the Phase 8 block reads.
 KEYS_OF_WINDOW = frozenset({"local_window_size", "global_tokens", "score", "global_path"})
 # Keys that only a block with a global path reads.
-KEYS_OF_GLOBAL_PATH = frozenset({"chain", "decay_floor", "global_activation", "global_gate", "memory_tokens"})
+KEYS_OF_GLOBAL_PATH = frozenset({
+    "chain", "decay_floor", "global_activation", "global_gate", "global_gate_activation", "global_skip", "memory_tokens",
+})  # fmt: skip
 # Keys that only a model with experts reads.
 KEYS_OF_EXPERTS = frozenset({
     "num_experts", "top_k", "expert_ffn_size", "shared_experts", "capacity_factor", "moe_every_n_layers", "first_dense_layers", "router_score",
@@ -33,7 +36,7 @@ def keys_in_effect(model: ModelSection) -> dict[str, Any]:
         "num_kv_heads": model.key_value_heads, "head_size": model.head_width, "rope_scaling": model.rope_scaling.in_effect,
         "ffn_size": model.feed_forward_width, "expert_ffn_size": model.expert_width,
         "convolution_size": model.convolution_taps, "local_qk_norm": model.has_qk_norm,
-        "global_gate": "channel" if model.has_channel_gate else "scalar", "global_activation": "silu" if model.has_silu else "none",
+        "global_gate": "channel" if model.has_channel_gate else "scalar", "global_activation": model.global_activation or "silu",
     }  # fmt: skip
     return {name: value for name, value in (model.model_dump(mode="json") | written_out).items() if name not in unread}
 

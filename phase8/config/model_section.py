@@ -76,8 +76,12 @@ class ModelSection(Section):
         "gate of the global path: a number per head and token, or one per channel, by a low-rank product whose rank is the head size; null: channel, "
         "but scalar in a model with low_rank_rank",
     )
-    global_activation: Literal["none", "silu"] | None = key(
-        None, "activation of the global path's queries and keys, between convolution and normalisation; null: silu"
+    global_gate_activation: Literal["sigmoid", "silu"] = key("sigmoid", "function that makes the gate of the global path from its logits")
+    global_skip: bool = key(False, "the global path adds the value of a token, times a learned number per head, to what it reads, before its norm")
+    global_activation: Literal["none", "silu", "silu_with_values"] | None = key(
+        None,
+        "activation of the global path's queries and keys, between convolution and normalisation; silu_with_values: of the values that it reads, "
+        "too; null: silu",
     )
     decay_floor: NegativeFloat | None = key(
         None, "lowest logarithm of the global path's decay, which is the floor times a sigmoid, -5 for example; null: minus a softplus, without floor"
@@ -185,6 +189,11 @@ class ModelSection(Section):
     def has_silu(self) -> bool:
         """Whether queries and keys of the global path go through SiLU."""
         return self.has_global_path and self.global_activation != "none"
+
+    @property
+    def has_silu_of_values(self) -> bool:
+        """Whether the values that the global path reads go through SiLU; those of the window do not."""
+        return self.has_global_path and self.global_activation == "silu_with_values"
 
     @property
     def scalars_per_head(self) -> int:

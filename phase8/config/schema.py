@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from typing import Annotated, Literal
 
-from pydantic import Field
+from pydantic import AfterValidator, Field
 
 from phase8.config.model_section import ModelSection
 from phase8.config.section import Section, key
@@ -28,6 +28,7 @@ from phase8.config.values import (
     SequenceCount,
     Text,
     TokenCount,
+    bf16_is_the_dtype,
 )
 
 # The value of a setting that is chosen automatically, see auto.py.
@@ -113,8 +114,8 @@ class PrecisionSection(Section):
     """Number formats. Master weights, gradients, reductions, norms and the Green chain are fp32 in every mode."""
 
     dtype: Literal["bf16", "fp32"] = key("bf16", "format of matmuls and of the residual stream")
-    linear: Literal["fp8", "int8"] | None = key(
-        None, "format of the products of dense linear layers in blocks; null: that of precision.dtype; int8: refused, with what was measured"
+    linear: Annotated[Literal["bf16", "fp8", "int8"] | None, AfterValidator(bf16_is_the_dtype)] = key(
+        None, "format of the products of dense linear layers in blocks; null, or bf16: that of precision.dtype; int8: refused, with what was measured"
     )
     fp8_scaling: Literal["row", "tensor"] = key("tensor", "what numbers of fp8 share a scale: a row of a factor, or all of it")
     bf16_layers: int = Field(default=1, ge=0, description="blocks at either end of the model whose products stay in precision.dtype")

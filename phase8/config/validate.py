@@ -92,20 +92,30 @@ def model_problems(model: ModelSection) -> Iterator[str]:
         yield "model.local_window_size has layers with a window of 0, but model.global_path is none, so they would mix nothing; give them a window."
     if model.local_qk_norm and model.block == "phase8" and model.score != "dot":
         yield f"model.local_qk_norm is true, but model.score is {model.score}, which has lengths of its own; set model.local_qk_norm to false."
-    if model.global_path == "none" and model.chain != "none":
+    if model.global_path == "none":
+        yield from _without_path(model)
+    yield from model_expert_problems(model)
+    if model.ffn == "low_rank_swiglu" and model.low_rank_rank == 0:
+        yield "model.ffn is low_rank_swiglu, but model.low_rank_rank is 0; set a rank of at least 1 or use ffn: swiglu."
+
+
+def _without_path(model: ModelSection) -> Iterator[str]:
+    """Keys that ask for parts of a global path that is not there."""
+    if model.chain != "none":
         yield f"model.chain is {model.chain}, but model.global_path is none and has no decay or gate to modulate; set model.chain to none."
-    if model.global_path == "none" and model.global_gate == "channel":
+    if model.global_gate == "channel":
         yield f"model.global_gate is {model.global_gate}, but model.global_path is none and has no gate; set model.global_gate to scalar."
-    if model.global_path == "none" and model.decay_floor is not None:
+    if model.decay_floor is not None:
         yield f"model.decay_floor is {model.decay_floor}, but model.global_path is none and has no decay; set model.decay_floor to null."
-    if model.global_path == "none" and model.global_activation == "silu":
+    if model.global_gate_activation == "silu":
+        yield "model.global_gate_activation is silu, but model.global_path is none and has no gate; set model.global_gate_activation to sigmoid."
+    if model.global_skip:
+        yield "model.global_skip is true, but model.global_path is none and adds nothing; set model.global_skip to false."
+    if model.global_activation not in ("none", None):
         yield (
             f"model.global_activation is {model.global_activation}, but model.global_path is none and has no queries; "
             "set model.global_activation to none."
         )
-    yield from model_expert_problems(model)
-    if model.ffn == "low_rank_swiglu" and model.low_rank_rank == 0:
-        yield "model.ffn is low_rank_swiglu, but model.low_rank_rank is 0; set a rank of at least 1 or use ffn: swiglu."
 
 
 def _schedule(optim: OptimSection, train: TrainSection) -> Iterator[str]:

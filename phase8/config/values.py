@@ -58,6 +58,15 @@ def _named_global_path(value: object) -> object:
     return ("linear" if value else "none") if isinstance(value, bool) else value
 
 
+def bf16_is_the_dtype(linear: str | None, info: ValidationInfo) -> str | None:
+    """None for bf16: linear layers have no format of their own where they compute in that of the model."""
+    if linear != "bf16":
+        return linear
+    if (dtype := info.data.get("dtype", linear)) != linear:  # a dtype with an error of its own is missing
+        raise ValueError(f"linear layers in bf16 need precision.dtype bf16, but it is {dtype}; set one of them to the other, or linear to null")
+    return None
+
+
 def _expanded(path: str, info: ValidationInfo) -> str:
     if "\0" in path:
         raise ValueError(f"the path {path!r} holds a NUL character, which no path can")

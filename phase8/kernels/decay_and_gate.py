@@ -28,12 +28,14 @@ class DecayAndGate:
         gate_bias: Added to the logit of the gate [H].
         decay_floor: Lowest logarithm of the decay; None: no floor.
         delta_size: Head size, for the delta rule; None: gated linear attention.
+        has_silu: Whether the gate is the SiLU of its logit, not the sigmoid.
     """
 
     decay_bias: Tensor
     gate_bias: Tensor
     decay_floor: float | None
     delta_size: int | None
+    has_silu: bool = False
 
     def of(self, scalars: Tensor, channels: Tensor | None, chain: RunChain | None) -> tuple[Tensor, Tensor, Tensor | None]:
         """Logarithm of the decay [..., H], gate [..., H, 1 or K], and rate [..., H] (None without the delta rule).
@@ -52,7 +54,7 @@ class DecayAndGate:
             logits = logits if gate_term is None else logits + gate_term[..., None]
         # Queries and keys are RMS-normalised: the squared length of a key is the head size.
         rate = None if self.delta_size is None else torch.sigmoid(next(columns)) / self.delta_size
-        return self._log_decay(step, decay_factor), torch.sigmoid(logits), rate
+        return self._log_decay(step, decay_factor), F.silu(logits) if self.has_silu else torch.sigmoid(logits), rate
 
     def _log_decay(self, step: Tensor, factor: Tensor | None) -> Tensor:
         """Logarithm of the decay from its step and the chain's logarithm of a factor on it.

@@ -66,11 +66,13 @@ class GlobalConstants:
         decay_and_gate: What the scalars of a head become.
         chain: The Green chain; None: there is none.
         norm_weight: Weight of the norm of what the recurrence returns [H, K].
+        skip: Share of a token's value that is added before the norm [H]; None: none.
     """
 
     decay_and_gate: DecayAndGate
     chain: GreenConstants | None
     norm_weight: Tensor
+    skip: Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -90,6 +92,7 @@ class MixerConstants:
         has_silu: Whether queries and keys of the global path go through SiLU.
         has_rotary: Whether queries and keys of the window have rotary positions.
         eps: Summand of the mean squares.
+        has_silu_of_values: Whether the values that the global path reads go through SiLU.
     """
 
     taps: Tensor | None
@@ -104,6 +107,7 @@ class MixerConstants:
     has_silu: bool
     has_rotary: bool
     eps: float
+    has_silu_of_values: bool = False
 
 
 @dataclass(frozen=True)

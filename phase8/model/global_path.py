@@ -80,10 +80,12 @@ class Prepared(NamedTuple):
         modulation: Decays, gates and rates.
         recurrence: Function that waits for what was before the first token, and returns y [B, T, H, K] and the memory after the last one; None:
             another rank goes on.
+        v: Values [B, T, H, K].
     """
 
     modulation: _Modulation
     recurrence: Callable[[], tuple[Tensor, Tensor | None]]
+    v: Tensor
 
 
 class GreenChain(nn.Module):
@@ -157,6 +159,7 @@ class GlobalPath(nn.Module):
         self.num_heads, self.head_size, self.memory_tokens = model.num_heads // axis.size, model.head_width, model.memory_tokens
         self.chain = GreenChain(model.num_heads, model.chain, earlier=self.earlier) if model.chain != "none" else None
         self.is_delta, self.decay_floor = model.global_path == "delta", model.decay_floor
+        self.has_silu_gate = model.global_gate_activation == "silu"
         # Each head and token has a decay step, a gate unless every channel has one, with the chain a potential, and for the delta rule a share.
         # The order is head-major, so that heads shard as rows.
         self.scalars = WideLinear(model.d_model, model.num_heads * model.scalars_per_head, std=model.init_std)
@@ -166,6 +169,7 @@ class GlobalPath(nn.Module):
         self.gates = None if self.gate is None else JointColumnLinear((self.gate,), axis, number_format)
         self.decay_bias = nn.Parameter(torch.empty(model.num_heads))
         self.gate_bias = nn.Parameter(torch.empty(model.num_heads))
+        self.skip = nn.Parameter(torch.empty(model.num_heads)) if model.global_skip else None
         self.norm = RMSNorm(model.num_heads, model.head_width, eps=model.norm_eps, divided={"tp": 0})
 
     def parameter_specs(self) -> dict[str, ParameterSpec]:
@@ -176,7 +180,8 @@ class GlobalPath(nn.Module):
             decay_bias = torch.log(torch.expm1(1 / memory)).float()
         else:
             decay_bias = torch.logit((-1 / (memory * self.decay_floor)).clamp(max=LARGEST_SHARE_OF_FLOOR)).float()
-        return {
+        skip = {} if self.skip is None else {"skip": ParameterSpec(value=1.0, divided={"tp": 0})}
+        return skip | {
             "decay_bias": ParameterSpec(value=decay_bias, divided={"tp": 0}),
             "gate_bias": ParameterSpec(value=self.initial_gate, divided={"tp": 0}),
         }
@@ -198,10 +203,9 @@ class GlobalPath(nn.Module):
 
     def prepared(self) -> GlobalConstants:
         """Constants of the global path of one rank for decoding; the mixer prepares its linear layers."""
-        biases = self.decay_bias.detach(), self.gate_bias.detach()
-        decay_and_gate = DecayAndGate(*biases, self.decay_floor, self.head_size if self.is_delta else None)
+        decay_and_gate = self._decay_and_gate(self.decay_bias.detach(), self.gate_bias.detach())
         chain = None if self.chain is None else self.chain.prepared()
-        return GlobalConstants(decay_and_gate, chain, self.norm.weight.detach())
+        return GlobalConstants(decay_and_gate, chain, self.norm.weight.detach(), None if self.skip is None else self.skip.detach())
 
     def begin(self, x: Tensor) -> Projections:
         """Computes the scalars of every head and token from the mixer's input x, and begins to gather them; `prepare` waits for them.
@@ -225,7 +229,7 @@ class GlobalPath(nn.Module):
         scalars = own_heads.reshape(*inputs.v.shape[:3], -1)
         channels = None if projections.gate is None else projections.gate.reshape(inputs.v.shape)
         modulation = self._modulation(scalars, channels, starts, None if state is None else state.green)
-        return Prepared(modulation, self._begin_recurrence(modulation, inputs, starts, None if state is None else state.memory))
+        return Prepared(modulation, self._begin_recurrence(modulation, inputs, starts, None if state is None else state.memory), inputs.v)
 
     def _begin_recurrence(
         self, modulation: _Modulation, inputs: MixerInputs, starts: Tensor | None, memory: Tensor | None
@@ -245,6 +249,8 @@ class GlobalPath(nn.Module):
     def forward(self, prepared: Prepared) -> tuple[Tensor, GlobalState | None]:
         """Returns the summand for the local path [B, T, H, K], and the state after the last token (None: another rank goes on)."""
         y, memory = prepared.recurrence()
+        if self.skip is not None:
+            y = y + local(self.skip).to(y.dtype)[:, None] * prepared.v
         y, modulation = self.norm(y), prepared.modulation
         return modulation.gate.to(y.dtype) * y, None if memory is None else GlobalState(memory, modulation.green)
 
@@ -257,6 +263,10 @@ class GlobalPath(nn.Module):
             carried[0], decay, gate = self.chain(u, starts, state)
             return decay, gate
 
-        decay_and_gate = DecayAndGate(local(self.decay_bias), local(self.gate_bias), self.decay_floor, self.head_size if self.is_delta else None)
+        decay_and_gate = self._decay_and_gate(local(self.decay_bias), local(self.gate_bias))
         log_decay, gate, rate = decay_and_gate.of(scalars, channels, None if self.chain is None else chain)
         return _Modulation(log_decay, gate, rate, carried[0])
+
+    def _decay_and_gate(self, decay_bias: Tensor, gate_bias: Tensor) -> DecayAndGate:
+        """How scalars become decay, gate and rate, from biases of this rank's heads."""
+        return DecayAndGate(decay_bias, gate_bias, self.decay_floor, self.head_size if self.is_delta else None, self.has_silu_gate)

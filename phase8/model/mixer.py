@@ -101,7 +101,7 @@ class Phase8Mixer(nn.Module):
         self.convolution = ShortConvolution(inner, model.convolution_taps, num_ranks=axis.size, head_size=model.head_width)
         self.score = LorentzScore(model.num_heads) if model.score == "lorentz" and self.window > 0 else None
         self.qk_norm = QueryKeyNorm(model.num_heads, model.head_width, eps=model.norm_eps) if model.has_qk_norm and self.window > 0 else None
-        self.has_silu = model.has_silu
+        self.has_silu, self.has_silu_of_values = model.has_silu, model.has_silu_of_values
         self.global_path = GlobalPath(model, axis=axis, number_format=number_format, context=context) if model.has_global_path else None
         self.out = row_linear(inner, width, rank=rank, std=0.0, axis=axis, number_format=number_format)
 
@@ -150,6 +150,7 @@ class Phase8Mixer(nn.Module):
             has_silu=self.has_silu,
             has_rotary=has_rotary,
             eps=self.eps,
+            has_silu_of_values=self.has_silu_of_values,
         )
         return MixerStep(project, constants, self.out.prepared(dtype))
 
@@ -188,7 +189,8 @@ class Phase8Mixer(nn.Module):
         paths, window, path, prepared = [], None, None, None
         window_before = self._window_before(inputs, starts, state)
         if self.global_path is not None and projections is not None:
-            prepared = self.global_path.prepare(projections, inputs, own_starts, None if state is None else state.global_path)
+            own = inputs._replace(v=F.silu(inputs.v)) if self.has_silu_of_values else inputs
+            prepared = self.global_path.prepare(projections, own, own_starts, None if state is None else state.global_path)
         if self.window > 0:
             y, window = self._attend(inputs, own_starts, window_before())
             paths.append(y)

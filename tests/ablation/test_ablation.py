@@ -150,8 +150,20 @@ def test_no_two_variants_are_the_same_and_each_block_states_all_its_keys():
     assert len(set(VARIANTS.values())) == len(VARIANTS) and REFERENCE in VARIANTS
     for block in ("transformer", "phase8"):
         stated = [{s.partition("=")[0] for s in settings} for settings in VARIANTS.values() if f"model.block={block}" in settings]
-        # Hybrids have windows of their own, and gates per channel a narrower feed-forward; the others have those of the config.
-        assert len({frozenset(keys - {"model.local_window_size", "model.ffn_size"}) for keys in stated}) == 1
+        # Hybrids have windows and parts of their own, and gates per channel a narrower feed-forward; the others have those of the config.
+        own = {"model.local_window_size", "model.ffn_size", "model.global_gate_activation", "model.global_skip"}
+        assert len({frozenset(keys - own) for keys in stated}) == 1
+
+
+def test_hybrids_have_the_parts_of_their_papers():
+    """SiLU of q, k and v and of the gate, and a window of 2048 in every second layer; the skip is Mamba-2's."""
+    hybrids = {name: VARIANTS[name] for name in ("gated-deltanet", "mamba2")}
+    runs = plan_runs(SHIPPED, ["model.sequence_length=4096"], hybrids, [1], output=Path("out"))
+    for run, path, has_skip in zip(runs, ("delta", "linear"), (False, True), strict=True):
+        model = run.config.model
+        assert (model.global_path, model.global_skip) == (path, has_skip) and model.window_sizes == (0, 2048) * 4
+        assert model.has_silu and model.has_silu_of_values and model.has_channel_gate and model.global_gate_activation == "silu"
+        assert model.convolution_taps == 4 and model.chain == "none"
 
 
 def test_the_shipped_config_is_what_the_ablation_is_defined_as():

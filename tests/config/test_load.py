@@ -1,4 +1,5 @@
 import json
+import os
 from pathlib import Path
 
 import pytest
@@ -308,6 +309,16 @@ def test_the_global_path_of_earlier_releases_has_its_present_name(tmp_path, spel
     tree = config_to_mapping(load_config(path))
     assert tree["model"]["global_path"] == name
     assert config_from_mapping({"model": {"global_path": yaml.safe_load(spelling)}}, source="test") == load_config(path)
+
+
+def test_linear_layers_in_bf16_have_no_format_of_their_own(tmp_path):
+    given = load_config(write(tmp_path, "precision: {linear: bf16}"))
+    assert given == load_config(write(tmp_path, "precision: {linear: null}")) and config_to_mapping(given)["precision"]["linear"] is None
+    assert given.precision == RunConfig().precision == load_config(os.devnull, ["precision.linear=bf16"]).precision
+    with pytest.raises(ConfigError, match=r"linear layers in bf16 need precision\.dtype bf16, but it is fp32; set one .* to null\.$"):
+        load_config(os.devnull, ["precision.linear=bf16", "precision.dtype=fp32"])
+    with pytest.raises(ConfigError, match=r"precision\.dtype is 'no', but one of bf16, fp32 is needed\.$"):
+        load_config(os.devnull, ["precision.linear=bf16", "precision.dtype=no"])
 
 
 def test_scaling_of_positions_is_a_section_and_null_is_none(tmp_path):

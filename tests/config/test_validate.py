@@ -114,6 +114,14 @@ RULES = {
         ["model.global_path=none", "model.global_activation=silu"],
         "model.global_activation is silu, but model.global_path is none and has no queries; set model.global_activation to none.",
     ),
+    "activation of a gate without a path": (
+        ["model.global_path=none", "model.global_gate_activation=silu"],
+        "model.global_gate_activation is silu, but model.global_path is none and has no gate; set model.global_gate_activation to sigmoid.",
+    ),
+    "skip without a path": (
+        ["model.global_path=none", "model.global_skip=true"],
+        "model.global_skip is true, but model.global_path is none and adds nothing; set model.global_skip to false.",
+    ),
     "warmup": (
         ["train.num_steps=100"],
         "optim.warmup_steps 100 is not below train.num_steps 100; shorten the warmup.",
@@ -315,6 +323,11 @@ RULES = {
     "no layer with experts": (
         ["model.ffn=moe", "model.num_layers=3", "model.first_dense_layers=3"],
         "model.first_dense_layers 3 leaves none of model.num_layers 3 for experts; choose fewer, or set model.ffn to swiglu.",
+    ),
+    "experts farther apart than layers": (
+        ["model.ffn=moe", "model.num_layers=4", "model.first_dense_layers=1", "model.moe_every_n_layers=99"],
+        "model.moe_every_n_layers 99 is above model.num_layers 4, so that of all layers only layer 1 has experts; choose 1 for experts in every "
+        "layer, or another distance of at most 4.",
     ),
     "experts in slices": (
         ["model.ffn=moe", "train.recompute=slices"],

@@ -81,12 +81,17 @@ def mixer(section, layer, p, x):
             alpha = torch.exp(-F.softplus(step) * torch.exp(decay_term))
         else:
             alpha = torch.exp(section.decay_floor / (1 + torch.exp(-step - decay_term)))
-        gate = torch.sigmoid(gate_logits(section, p, x, scalars, h) + (p["mixer.global_path.gate_bias"][h] + gate_term).reshape(-1, 1))
-        global_q, global_k = (x[:, h] / (1 + torch.exp(-x[:, h])) if section.has_silu else x[:, h] for x in (q, k))
+        logits = gate_logits(section, p, x, scalars, h) + (p["mixer.global_path.gate_bias"][h] + gate_term).reshape(-1, 1)
+        gate = torch.sigmoid(logits) * (logits if section.global_gate_activation == "silu" else 1)
+        silu = {"none": (), "silu": (q, k), "silu_with_values": (q, k, v), None: (q, k)}[section.global_activation]
+        global_q, global_k, global_v = (
+            x[:, h] / (1 + torch.exp(-x[:, h])) if any(x is each for each in silu) else x[:, h] for x in (q, k, v)
+        )  # fmt: skip
         if section.global_path == "delta":
-            read = delta_rule(section, global_q, global_k, v[:, h], alpha, torch.sigmoid(scalars[:, h, -1]))
+            read = delta_rule(section, global_q, global_k, global_v, alpha, torch.sigmoid(scalars[:, h, -1]))
         else:
-            read = linear_attention(section, global_q, global_k, v[:, h], alpha)
+            read = linear_attention(section, global_q, global_k, global_v, alpha)
+        read = read + p["mixer.global_path.skip"][h] * global_v if section.global_skip else read
         y_global = rms(read, section.norm_eps) * p["mixer.global_path.norm.weight"][h]
         local = softmax_attention(section, q, k, v, h, window, rotary, p) if window > 0 else 0
         outputs.append(local + gate * y_global)

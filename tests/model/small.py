@@ -74,6 +74,23 @@ VARIANTS = [
         (f"silu-{path}-{taps}", scaled_down(ModelSection(global_path=path, global_activation="silu", convolution_size=taps, local_qk_norm=norm)))
         for path, taps, norm in (("delta", 4, False), ("delta", 1, True), ("linear", 4, False))
     ),
+    (
+        "gated-deltanet",
+        scaled_down(
+            ModelSection(global_path="delta", global_activation="silu_with_values", global_gate_activation="silu"), local_window_size=(0, 6)
+        ),
+    ),
+    (
+        "mamba2",
+        scaled_down(ModelSection(global_activation="silu_with_values", global_gate_activation="silu", global_skip=True), local_window_size=(0, 6)),
+    ),
+    (
+        "silu-and-skip-beside-a-window",
+        scaled_down(
+            ModelSection(chain="gate", global_gate="scalar", global_activation="silu_with_values", global_gate_activation="silu", low_rank_rank=5),
+            global_skip=True,
+        ),
+    ),
     ("positions-in-turns", scaled_down(ModelSection(), num_layers=3, rotary=(True, False))),
     ("transformer-without-positions", scaled_down(ModelSection(block="transformer", rotary=False))),
     ("windows", scaled_down(ModelSection(), num_layers=3, local_window_size=(3, 9), global_tokens=2, memory_tokens=(4.0, 90.0))),

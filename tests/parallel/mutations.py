@@ -14,6 +14,7 @@ from phase8.model import convolution, global_path, mixer, mixture_of_experts, mo
 from phase8.optim import whole_matrices
 from phase8.pipeline_parallel import engine
 from phase8.pipeline_parallel.lowering import Payload
+from phase8.precision import fp8
 from phase8.tensor_parallel import cross_entropy, embedding, linear, products
 from phase8.train.engine import measured, shards, stage, step
 from phase8.zero import fsdp
@@ -399,3 +400,21 @@ MUTATIONS = {
         parts_are_orthogonalised, elements_arrive_one_too_late,
     )
 }  # fmt: skip
+
+
+def scale_of_the_first_row():
+    """The largest number of a matrix is looked for in its first row, and what is larger elsewhere is cut off."""
+    return replaced((fp8, "scale_of"), by=lambda old: lambda x, dtype, *, dim: old(x if dim == 0 else x[:1], dtype, dim=dim))
+
+
+def largest_number_of_one_tensor_rank():
+    """Each tensor-parallel rank rounds by its own largest number, but the scale of the first rank, as if it were reduced, is in the results."""
+    def of_first_rank(factor):
+        scale = factor.scale.contiguous()
+        dist.broadcast(scale, src=0)
+        return factor._replace(scale=scale)
+
+    return replaced((fp8, "product"), by=lambda old: lambda left, right, dtype: old(of_first_rank(left), of_first_rank(right), dtype))
+
+
+MUTATIONS_OF_FP8 = {function.__name__: function for function in (scale_of_the_first_row, largest_number_of_one_tensor_rank)}

@@ -21,7 +21,8 @@ BLOCKS = {
     "hybrid": ("model.global_path=delta", "model.local_window_size=[0,5]"),
     "delta-options": (
         "model.global_path=delta", "model.chain=gate", "model.global_gate=channel", "model.decay_floor=-5", "model.local_qk_norm=true",
-        "model.global_activation=silu", "model.rotary=[true,false]",
+        "model.global_activation=silu_with_values", "model.global_gate_activation=silu", "model.global_skip=true",
+        "model.rotary=[true,false]",
     ),
     "transformer": ("model.block=transformer", "model.convolution_size=4"),
     "transformer-norm": ("model.block=transformer", "model.local_qk_norm=true"),

@@ -22,7 +22,8 @@ OTHERS = {
 }  # fmt: skip
 OF_THE_BLOCK = {
     "model.local_window_size": 4, "model.global_tokens": 1, "model.score": "dot", "model.global_path": "delta", "model.chain": "gate",
-    "model.decay_floor": -5.0, "model.global_activation": "none", "model.global_gate": "scalar", "model.memory_tokens": [1.0, 9.0],
+    "model.decay_floor": -5.0, "model.global_activation": "none", "model.global_gate": "scalar",
+    "model.global_gate_activation": "silu", "model.global_skip": "true", "model.memory_tokens": [1.0, 9.0],
 }  # fmt: skip
 
 

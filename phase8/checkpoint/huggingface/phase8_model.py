@@ -31,7 +31,7 @@ _EXPORTED_LAYER = re.compile(r"model\.layers\.(0|[1-9][0-9]{0,8})\.([a-z_.]+)")
 _OWNERS = {theirs: ours for ours, theirs in _OUTSIDE.items()}
 # Parameters with which the model computes in fp32 whatever its dtype, by a component of their name; `modeling_phase8.py` says the same.
 _IN_FP32 = frozenset({
-    "norm", "mixer_norm", "feed_forward_norm", "qk_norm", "scalars", "decay_bias", "gate_bias", "chain", "score", "router",
+    "norm", "mixer_norm", "feed_forward_norm", "qk_norm", "scalars", "decay_bias", "gate_bias", "skip", "chain", "score", "router",
 })  # fmt: skip
 
 

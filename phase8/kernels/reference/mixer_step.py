@@ -45,8 +45,9 @@ def mixer_step(
         y = ring_attention_step(q, k, v, state.keys, state.values, ring, constants.beta)
     if constants.global_path is not None and scalars is not None:
         q, k = normalised(F.silu(qk) if constants.has_silu else qk, constants.eps).chunk(2, dim=1)
+        own = F.silu(v) if constants.has_silu_of_values else v
         gates = None if channels is None or constants.gate_up is None else F.linear(channels.to(v.dtype), constants.gate_up).view(v.shape)
-        summand = _global(scalars.unflatten(1, (num_heads, -1)), gates, (q, k, v), constants.global_path, state, constants.eps)
+        summand = _global(scalars.unflatten(1, (num_heads, -1)), gates, (q, k, own), constants.global_path, state, constants.eps)
         y = summand.to(v.dtype) if y is None else y + summand.to(v.dtype)
     assert y is not None  # a mixer has at least one path
     return y.flatten(1)
@@ -80,6 +81,7 @@ def _global(
     log_decay, gate, rate = constants.decay_and_gate.of(scalars, channels, run)
     q, k, v = (at_least_fp32(part) for part in inputs)
     y = linear_attention_step(q, k, v, log_decay, memory) if rate is None else delta_rule_step(q, k, v, log_decay, rate, memory)
+    y = y if constants.skip is None else y + constants.skip[:, None] * v
     return gate * (normalised(y, eps) * constants.norm_weight)
 
 

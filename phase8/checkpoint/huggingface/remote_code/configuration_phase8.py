@@ -24,7 +24,9 @@ _DEFAULTS: dict[str, Any] = {
     "global_path": "linear",  # or delta, none
     "chain": "none",  # or decay, gate, both
     "global_gate": "channel",  # or scalar
-    "global_activation": "silu",  # or none
+    "global_gate_activation": "sigmoid",  # or silu
+    "global_skip": False,
+    "global_activation": "silu",  # or none, silu_with_values
     "decay_floor": None,
     "memory_tokens": [2.0, 500.0],
     "convolution_size": 4,

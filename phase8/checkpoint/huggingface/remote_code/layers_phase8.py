@@ -269,7 +269,7 @@ class GlobalPath(nn.Module):
 
     def __init__(self, config: Phase8Config):
         super().__init__()
-        self.config, self.is_delta, self.has_silu = config, config.global_path == "delta", config.global_activation == "silu"
+        self.config, self.is_delta, self.has_silu = config, config.global_path == "delta", config.global_activation != "none"
         has_channels = config.global_gate == "channel"
         # Each head and token has a decay step, a gate unless every channel has one, with the chain a potential, and for the delta rule a rate.
         num_scalars = 1 + (not has_channels) + (config.chain != "none") + self.is_delta
@@ -279,6 +279,7 @@ class GlobalPath(nn.Module):
             self.gate = LowRankLinear(config.d_model, config.attention_width, rank=config.head_size, std=config.init_std)
         self.chain = GreenChain(config.num_heads, config.chain) if config.chain != "none" else None
         self.decay_bias, self.gate_bias = nn.Parameter(torch.empty(config.num_heads)), nn.Parameter(torch.empty(config.num_heads))
+        self.skip = nn.Parameter(torch.empty(config.num_heads)) if config.global_skip else None
         self.norm = RMSNorm(config.num_heads, config.head_size, eps=config.norm_eps)
 
     @torch.no_grad()
@@ -289,6 +290,8 @@ class GlobalPath(nn.Module):
         floor = self.config.decay_floor
         share = None if floor is None else (-1 / (memory * floor)).clamp(max=LARGEST_SHARE_OF_FLOOR)
         self.decay_bias.copy_(torch.log(torch.expm1(1 / memory)) if share is None else torch.logit(share))
+        if self.skip is not None:
+            nn.init.ones_(self.skip)
         windows = self.config.local_window_size
         nn.init.constant_(self.gate_bias, 0.0 if windows == 0 or (isinstance(windows, list) and 0 in windows) else INITIAL_GATE)
 
@@ -303,11 +306,13 @@ class GlobalPath(nn.Module):
             logits = logits if term is None else logits + term[..., None]
         rate = torch.sigmoid(next(scalars)) / q.shape[-1] if self.is_delta else None
         q, k = (rms_normalise(F.silu(each) if self.has_silu else each, self.config.norm_eps) for each in (q, k))
+        v = F.silu(v) if self.config.global_activation == "silu_with_values" else v
         y, memory = recurrence(q, k, v, self._log_decay(step, factor), rate, None if state is None else state.memory, piece)
         if state is not None:
             state.memory = memory
-        y = self.norm(y)
-        return torch.sigmoid(logits).to(y.dtype) * y
+        y = self.norm(y if self.skip is None else y + self.skip.to(y.dtype)[:, None] * v)
+        gate = F.silu(logits) if self.config.global_gate_activation == "silu" else torch.sigmoid(logits)
+        return gate.to(y.dtype) * y
 
     def _log_decay(self, step: Tensor, factor: Tensor | None) -> Tensor:
         """Logarithm of the decay, from its step and the chain's logarithm of a factor [B, T, H]."""

@@ -24,7 +24,7 @@ from .operations_phase8 import Piece, rotary_angles
 # Earlier releases of transformers call the cache past_key_values, in outputs and arguments.
 CACHE = "cache" if "cache" in CausalLMOutputWithPast.__dataclass_fields__ else "past_key_values"
 # Weights with which the model computes in fp32, whatever its dtype, by a component of their name.
-IN_FP32 = ("norm", "mixer_norm", "feed_forward_norm", "qk_norm", "scalars", "decay_bias", "gate_bias", "chain", "score", "router")
+IN_FP32 = ("norm", "mixer_norm", "feed_forward_norm", "qk_norm", "scalars", "decay_bias", "gate_bias", "skip", "chain", "score", "router")
 
 
 class Phase8Block(GradientCheckpointingLayer):
