@@ -25,7 +25,7 @@ from phase8.topology import AxisName
 
 # Linear layers whose matrix is one for each head.
 _PER_HEAD = ("q", "k", "v")
-_PLACES = {"cpu": "host memory", "nvme": "NVMe"}
+_PLACES = {"cpu": "in host memory", "nvme": "on NVMe"}
 
 
 @dataclass(frozen=True)
@@ -58,8 +58,12 @@ def _matrices(name: str, shape: Sequence[int], model: ModelSection) -> list[Matr
     if not is_orthogonalised(name, shape):
         return []
     *others, rows, columns = shape
-    heads = rows // model.head_width if name.split(".")[-2] in _PER_HEAD else 1
+    heads = rows // model.head_width if _is_per_head(name) else 1
     return [Matrices(math.prod(others) * heads, *sorted((rows // heads, columns)))]
+
+
+def _is_per_head(name: str) -> bool:
+    return name.split(".")[-2] in _PER_HEAD
 
 
 def update_work(optim: OptimSection, model: ModelSection, chunks: Iterable[Chunk], grid: Grid) -> UpdateWork:
@@ -139,10 +143,10 @@ def optimizer_fact(optim: OptimSection, zero: ZeroSection, model: ModelSection, 
     short = "moments in fp32" if optim.state_dtype == "fp32" else f"moments of matrices in {optim.state_dtype}"
     adamw, muon = f"learning rate {optim.learning_rate:g}, {short}", []
     if optim.name == "muon":
-        found = matrices_in(model, range(model.num_layers)).values()
-        count, flops = sum(each.count for each in found), sum(each.flops for each in found)
-        apart = "those of heads and experts apart" if any(model.has_experts) else "those of heads apart"
-        muon = [f"muon on {count:,} matrices ({apart}) with momentum {optim.momentum:g} in fp32, {format_flops(flops)} a step; adamw on all else"]
-    where = [f"state in {_PLACES[zero.offload_optimizer]}"] if zero.offload_optimizer != "none" else []
+        found = matrices_in(model, range(model.num_layers))
+        count, flops = sum(each.count for each in found.values()), sum(each.flops for each in found.values())
+        apart = " (heads apart)" if any(_is_per_head(name) for name in found) else ""
+        muon = [f"muon on {count:,} matrices{apart} with momentum {optim.momentum:g} in fp32, {format_flops(flops)} a step; adamw on all else"]
+    where = [f"state {_PLACES[zero.offload_optimizer]}"] if zero.offload_optimizer != "none" else []
     predicted = [f"{format_ratio(share)} of a step by prediction"] if share is not None else []
     return "optimizer", ", ".join([*(muon or ["adamw"]), adamw, *where, *predicted])

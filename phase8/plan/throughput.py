@@ -40,6 +40,8 @@ PIPELINE_SHARE = 0.97
 TURNS_EXPONENT = 8
 # Offloading: PCIe 5 to page-locked memory, and the memory of the host.
 HOST_LINK_RATE = 47e9
+# Bytes/s of an NVMe disk for each GPU; assumed, not measured.
+NVME_RATE = 6e9
 # The share of offloaded parameters that nothing is computed beside: embedding and head, the first block, and what rounds and copies the others.
 ARRIVING_ALONE = 0.15
 # A layer that is recomputed whole takes the time of two forwards, and of a backward that takes as long as two more.
@@ -199,7 +201,7 @@ def _fetching_seconds(work: StepWork, stage: StageWork, gpu_seconds: float) -> f
     """Seconds in which a microbatch waits for parameters from the host, which arrive while forward and backward compute, once for each."""
     if work.zero.offload_params == "none":
         return 0.0
-    arriving = stage.update.num_updated * FP32_BYTES / HOST_LINK_RATE
+    arriving = stage.update.num_updated * FP32_BYTES / (NVME_RATE if work.zero.offload_params == "nvme" else HOST_LINK_RATE)
     return sum(ARRIVING_ALONE * arriving + max(0.0, arriving - share * gpu_seconds) for share in (FORWARD_SHARE, 1 - FORWARD_SHARE))
 
 
@@ -212,4 +214,5 @@ def _offloading_seconds(work: StepWork, stage: StageWork) -> float:
     num_added = work.shape.num_microbatches - 1 if work.zero.offload_gradients else 0
     # The sum so far comes back in the direction in which parameters arrive; the new one goes the other way meanwhile.
     copied = stage.update.num_updated * (transfers + num_added) * FP32_BYTES + stage.update.muon.num_parts * 2 * _element_bytes(work)
-    return copied / HOST_LINK_RATE + host_bytes(stage.update) / HOST_MEMORY_RATE
+    moved = host_bytes(stage.update)
+    return copied / HOST_LINK_RATE + moved / HOST_MEMORY_RATE + (moved / NVME_RATE if work.zero.offload_optimizer == "nvme" else 0.0)

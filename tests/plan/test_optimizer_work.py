@@ -145,13 +145,15 @@ def test_a_slow_network_makes_muon_slower(config, monkeypatch):
         (["optim.name=adamw"], "adamw, learning rate 0.0006, moments in fp32"),
         (["optim.name=adamw", "optim.state_dtype=bf16"], "adamw, learning rate 0.0006, moments of matrices in bf16"),
         (["optim.name=adamw", "optim.state_dtype=fp8", "optim.learning_rate=1e-4"], "adamw, learning rate 0.0001, moments of matrices in fp8"),
+        (["optim.name=adamw", "zero.offload_optimizer=cpu"], "adamw, learning rate 0.0006, moments in fp32, state in host memory"),
+        (["optim.name=adamw", "zero.offload_optimizer=nvme"], "adamw, learning rate 0.0006, moments in fp32, state on NVMe"),
         (
-            ["optim.name=adamw", "zero.offload_optimizer=cpu"],
-            "adamw, learning rate 0.0006, moments in fp32, state in host memory",
+            ["model.num_layers=1", "model.low_rank_rank=8", "model.ffn_size=128", "model.global_path=none"],
+            "muon on 11 matrices with momentum 0.95 in fp32, 40 MFLOP a step; adamw on all else, learning rate 0.0006, moments in fp32",
         ),
         (
             ["model.num_layers=2", "model.num_heads=2", "model.ffn_size=128", "model.global_path=none"],
-            "muon on 20 matrices (those of heads apart) with momentum 0.95 in fp32, 114 MFLOP a step; adamw on all else, learning rate 0.0006"
+            "muon on 20 matrices (heads apart) with momentum 0.95 in fp32, 114 MFLOP a step; adamw on all else, learning rate 0.0006"
             ", moments in fp32",
         ),
     ],
