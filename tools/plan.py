@@ -15,10 +15,10 @@ A check builds what the run would build, on a process group that only pretends t
 are those that a rank keeps between steps, the memory is the planned peak of its GPU: this machine's, or an H100. Settings that are `auto` are those
 that a run would choose by plan, explicit ones are obeyed; a stage that needs more than the GPU has is named.
 
-A suggestion keeps model, batch and precision, compiles the blocks, and chooses layout, microbatch, recomputation and CUDA graph; where nothing
-fits, it also puts optimizer, parameters and sums of gradients into host memory (the column host, for each GPU), but for keys of zero.offload_*
-that the config sets. How the predicted speed compares with measured ones is in docs/performance.md. Of --memory and train.device_memory_gib the
-smaller counts.
+A suggestion keeps model, batch and precision, compiles the blocks, and chooses layout, microbatch, recomputation and CUDA graph. Where nothing
+fits, it also puts optimizer, parameters, sums of gradients and, of long sequences, inputs of layers into host memory (the column host, for each
+GPU), but for keys that the config sets. How the predicted speed compares with measured ones is in docs/performance.md. Of --memory and
+train.device_memory_gib the smaller counts.
 
 With --json one JSON object is printed and the text goes to stderr. Exit codes: 0 done; 1 a rank holds something else than planned; 2 a
 schedule that does not exist, numbers that do not suit it, a config that cannot run, or one of which no layout fits; 5 the picture or the

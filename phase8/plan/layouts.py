@@ -23,6 +23,8 @@ CHUNKS = (1, 2, 4)
 MOST_ZERO_IN_PIPELINE = 1
 # Keys that put something into host memory, each of which needs those before it.
 OFFLOADING: dict[str, Any] = {"zero.offload_optimizer": "cpu", "zero.offload_params": "cpu", "zero.offload_gradients": True}
+# Keys of all that may be in host memory; inputs of layers that are recomputed are most of what is on the device where sequences are long.
+PLACES = (*OFFLOADING, "train.offload_activations")
 # Keys that a layout sets.
 SETTINGS = (
     "parallel.tensor_parallel_size",
@@ -34,7 +36,7 @@ SETTINGS = (
     "parallel.num_microbatches",
     "zero.stage",
     "zero.shard_size",
-    *OFFLOADING,
+    *PLACES,
     "train.global_batch_size",
     "train.micro_batch_size",
     "train.recompute",
@@ -80,8 +82,11 @@ def _offloaded_in_words(zero: ZeroSection) -> str:
 
 
 def offloaded(config: RunConfig) -> list[RunConfig]:
-    """The config with its optimizer in host memory, with its parameters there too, and with sums of gradients, as far as its keys leave that open."""
-    found = []
+    """The config with its optimizer in host memory, with its parameters there too, and with sums of gradients, as far as its keys leave that open.
+
+    Where a sequence has several slices, each of these and the config itself are there with inputs of layers in host memory, too.
+    """
+    found, own, train = [], config, config.train
     for name, value in OFFLOADING.items():
         key = name.removeprefix("zero.")
         if getattr(config.zero, key) in ("none", False):
@@ -89,6 +94,9 @@ def offloaded(config: RunConfig) -> list[RunConfig]:
                 break
             config = replaced(config, {name: value})
             found.append(config)
+    is_long = config.model.sequence_length > train.recompute_slice_tokens
+    if is_long and train.offload_activations == "none" and "offload_activations" not in train.model_fields_set:
+        found += [replaced(each, {"train.offload_activations": "cpu"}) for each in (own, *found)]
     return found
 
 

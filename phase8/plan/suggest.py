@@ -22,7 +22,7 @@ from phase8.errors import ConfigError
 from phase8.observe.devices import Gpu
 from phase8.observe.formatting import format_bytes
 from phase8.plan.candidates import Device
-from phase8.plan.layouts import OFFLOADING, RECOMPUTATIONS, layout_in_words, layouts, microbatches, offloaded, settings_of
+from phase8.plan.layouts import PLACES, RECOMPUTATIONS, layout_in_words, layouts, microbatches, offloaded, settings_of
 from phase8.plan.memory import free_bytes, usable_bytes
 from phase8.plan.prediction import StepPrediction, predict_step, recorded_where_it_pays
 from phase8.plan.rank_memory import fullest
@@ -30,6 +30,8 @@ from phase8.plan.whole_config import plan_stages
 
 # NVLink lets GPUs use each other's memory; PCIe is slower.
 PEER_LINK = 100
+# Predictions nearer to each other than this are alike.
+NO_SLOWER = 0.999
 
 
 @dataclass(frozen=True)
@@ -64,7 +66,8 @@ class Suggestion:
 def suggest(config: RunConfig, *, world_size: int, gpu: Gpu, memory_bytes: int, most: int = 10) -> list[Suggestion]:
     """The fastest layouts that fit, the best first; only some for each division into tensor, pipeline and data ranks.
 
-    Where none fits, optimizer, parameters and sums of gradients go to host memory, as far as the config says nothing about them.
+    Where none fits, optimizer, parameters, sums of gradients, and inputs of layers of long sequences go to host memory, as far as the config says
+    nothing about them.
 
     Args:
         config: Model, batch and precision; layout, microbatch and recomputation are replaced.
@@ -94,14 +97,14 @@ def price_of_offloading(best: Suggestion, before: RunConfig, gpu: Gpu) -> str | 
         before: The original config.
         gpu: Kind of GPU.
     """
-    own = values_of(before, tuple(OFFLOADING))
-    if values_of(best.config, tuple(OFFLOADING)) == own:
+    own = values_of(before, PLACES)
+    if values_of(best.config, PLACES) == own:
         return None
     whole = predict_step(replaced(best.config, own), best.world_size, gpu)
-    return (
-        "nothing fits with everything on the GPUs, so host memory holds a part, and steps are slower: with room on the GPUs the first would make "
-        f"{whole.tokens_per_second:,.0f} tok/s instead of {best.prediction.tokens_per_second:,.0f}"
-    )
+    fact, speed = "nothing fits with everything on the GPUs, so host memory holds a part", best.prediction.tokens_per_second
+    if speed > NO_SLOWER * whole.tokens_per_second:
+        return f"{fact}; what travels does so beside computation, so the first is predicted to be no slower"
+    return f"{fact}, and steps are slower: with room on the GPUs the first would make {whole.tokens_per_second:,.0f} tok/s instead of {speed:,.0f}"
 
 
 def _with_batch(config: RunConfig, world_size: int) -> RunConfig:
@@ -130,7 +133,7 @@ class _Candidate:
         """The division of ranks, and what is offloaded: candidates that differ here are different layouts to a reader."""
         parallel = self.config.parallel
         ranks = parallel.tensor_parallel_size, parallel.pipeline_parallel_size, parallel.pipeline_chunks, parallel.expert_parallel_size
-        return *ranks, *values_of(self.config, tuple(OFFLOADING)).values()
+        return *ranks, *values_of(self.config, PLACES).values()
 
     @property
     def family(self) -> tuple[object, ...]:

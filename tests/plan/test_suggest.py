@@ -9,10 +9,10 @@ from phase8.config.validate import find_problems
 from phase8.errors import ConfigError
 from phase8.observe.devices import find_gpu
 from phase8.plan import suggest as module
-from phase8.plan.layouts import layout_in_words, layouts, microbatches, settings_of
+from phase8.plan.layouts import layout_in_words, layouts, microbatches, offloaded, settings_of
 from phase8.plan.memory import free_bytes, usable_bytes
 from phase8.plan.prediction import predict_step
-from phase8.plan.suggest import price_of_offloading, suggest
+from phase8.plan.suggest import Suggestion, price_of_offloading, suggest
 
 GIB = 2**30
 FIXED_BYTES = 3 * GIB  # optimizer and parameters of the model `large`, each
@@ -196,6 +196,14 @@ def test_where_nothing_fits_a_part_goes_to_host_memory_and_the_fastest_comes_fir
     assert on_device > speeds[0] and price.endswith(f"would make {on_device:,.0f} tok/s instead of {speeds[0]:,.0f}")
 
 
+def test_what_travels_beside_computation_is_not_called_slower(config, planned):
+    before = config("run.name=large", "model.sequence_length=512", "train.recompute_slice_tokens=128")
+    step = ("train.recompute=full", "train.micro_batch_size=1", "train.compile.enabled=true", "train.cuda_graphs=false")
+    settled = config("train.offload_activations=cpu", *step)
+    price = price_of_offloading(Suggestion(settled, 1, predict_step(settled, 1, H100), 0), before, H100)
+    assert price.endswith("so the first is predicted to be no slower") and "steps are slower" not in price
+
+
 def test_several_ranks_offload_too(config, planned):
     found = suggest(config("run.name=large"), world_size=2, gpu=H100, memory_bytes=7 * GIB)
     assert any(each.layout.startswith("data 2, ZeRO 3, optimizer and parameters on the host") for each in found)
@@ -212,6 +220,16 @@ def test_several_ranks_offload_too(config, planned):
 def test_explicit_keys_of_offloading_are_obeyed(config, planned, settings, offloaded):
     found = suggest(config("run.name=large", *settings), world_size=1, gpu=H100, memory_bytes=7 * GIB)
     assert {tuple(places(each.config).values()) for each in found} == offloaded
+
+
+def test_inputs_of_layers_go_to_host_memory_where_sequences_are_long(config):
+    def ways(*settings):
+        return [(*places(each).values(), each.train.offload_activations) for each in offloaded(config("zero.offload_params=none", *settings))]
+
+    optimizer = ("cpu", "none", False)
+    long = ("model.sequence_length=512", "train.recompute_slice_tokens=128")
+    assert ways() == ways(*long, "train.offload_activations=none") == [(*optimizer, "none")]
+    assert ways(*long) == [(*optimizer, "none"), ("none", "none", False, "cpu"), (*optimizer, "cpu")]
 
 
 def test_a_config_that_keeps_its_optimizer_on_the_device_is_not_offloaded(config, planned):
