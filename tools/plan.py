@@ -15,8 +15,10 @@ A check builds what the run would build, on a process group that only pretends t
 are those that a rank keeps between steps, the memory is the planned peak of its GPU: this machine's, or an H100. Settings that are `auto` are those
 that a run would choose by plan, explicit ones are obeyed; a stage that needs more than the GPU has is named.
 
-A suggestion keeps model, batch and precision, compiles the blocks, and chooses layout, microbatch, recomputation and CUDA graph. How the
-predicted speed compares with measured ones is in docs/performance.md. Of --memory and train.device_memory_gib the smaller counts.
+A suggestion keeps model, batch and precision, compiles the blocks, and chooses layout, microbatch, recomputation and CUDA graph. Where nothing
+fits, it also puts optimizer, parameters, sums of gradients and, of long sequences, inputs of layers into host memory (the column host, for each
+GPU), but for keys that the config sets. How the predicted speed compares with measured ones is in docs/performance.md. Of --memory and
+train.device_memory_gib the smaller counts.
 
 With --json one JSON object is printed and the text goes to stderr. Exit codes: 0 done; 1 a rank holds something else than planned; 2 a
 schedule that does not exist, numbers that do not suit it, a config that cannot run, or one of which no layout fits; 5 the picture or the
@@ -144,7 +146,7 @@ def _suggest(arguments: argparse.Namespace, show: Callable[[str], None]) -> dict
     require_world_size(arguments.world_size)
     # Imported late: schedules need no torch.
     from phase8.config.load import load_config
-    from phase8.plan.suggest import suggest
+    from phase8.plan.suggest import price_of_offloading, suggest
 
     gpu = _gpu(arguments.gpu)
     whole_gib = gpu.memory_gib if arguments.memory is None else arguments.memory
@@ -154,9 +156,13 @@ def _suggest(arguments: argparse.Namespace, show: Callable[[str], None]) -> dict
     memory_gib = min(whole_gib, config.train.device_memory_gib or whole_gib)
     found = suggest(config, world_size=arguments.world_size, gpu=gpu, memory_bytes=int(whole_gib * 2**30))
     show(f"{config.run.name} on {_count(arguments.world_size, 'GPU')} ({arguments.gpu}, {memory_gib:g} GiB): layouts that fit, by predicted speed\n")
-    for line in _table([("layout", "micro batch", "recompute", "CUDA graph", "tok/s", "MFU", "planned"), *map(_suggestion_row, found)], left=1):
+    has_host = any(each.host_bytes for each in found)
+    head = "layout", "micro batch", "recompute", "CUDA graph", "tok/s", "MFU", "planned", *(["host"] if has_host else [])
+    for line in _table([head, *(_suggestion_row(each, has_host=has_host) for each in found)], left=1):
         show(line)
     best = found[0]
+    if (price := price_of_offloading(best, config, gpu)) is not None:
+        show(f"\n{price}")
     settings = " ".join(f"{name}={value if isinstance(value, str) else json.dumps(value)}" for name, value in best.changes(config).items())
     seconds = best.prediction.seconds * config.train.num_steps
     show(f"\nthe first: {f'--set {settings}' if settings else 'the config as it is'}")
@@ -166,6 +172,7 @@ def _suggest(arguments: argparse.Namespace, show: Callable[[str], None]) -> dict
         "world_size": arguments.world_size,
         "gpu": arguments.gpu,
         "memory_gib": memory_gib,
+        "price_of_offloading": price,
         "suggestions": [
             {
                 "layout": each.layout,
@@ -174,16 +181,18 @@ def _suggest(arguments: argparse.Namespace, show: Callable[[str], None]) -> dict
                 "tokens_per_second": each.prediction.tokens_per_second,
                 "mfu": each.prediction.mfu,
                 "planned_bytes": each.planned_bytes,
+                "host_bytes": each.host_bytes,
             }
             for each in found
         ],
     }
 
 
-def _suggestion_row(each: Suggestion) -> tuple[str, ...]:
+def _suggestion_row(each: Suggestion, *, has_host: bool) -> tuple[str, ...]:
     train = each.config.train
     settings = str(train.micro_batch_size), train.recomputation, "yes" if train.cuda_graphs else "no"
-    return each.layout, *settings, f"{each.prediction.tokens_per_second:,.0f}", format_ratio(each.prediction.mfu), format_bytes(each.planned_bytes)
+    speed = f"{each.prediction.tokens_per_second:,.0f}", format_ratio(each.prediction.mfu)
+    return each.layout, *settings, *speed, format_bytes(each.planned_bytes), *([format_bytes(each.host_bytes)] if has_host else [])
 
 
 def _gpu(name: str) -> Gpu:

@@ -15,6 +15,7 @@ from phase8.errors import ConfigError, OutOfMemoryError
 from phase8.observe.banner import print_banner
 from phase8.plan.cost_facts import Fact, batch_fact, communication_fact, memory_facts, model_facts, speed_fact
 from phase8.plan.missing_inputs import missing_inputs
+from phase8.plan.optimizer_work import optimizer_fact
 from phase8.plan.prediction import ASSUMED_GPU, predict_step
 from phase8.plan.run_communication import plan_run_communication
 from phase8.plan.settle import lacking_room, own_gpu, planned_gpu, settle
@@ -38,7 +39,7 @@ def dry_run(config: RunConfig, *, world_size: int, console: Console) -> None:
         facts += [] if settled.chosen is None else [("settings", settled.chosen)]
     # Each part is printed if the config allows it: a topology that does not fit must not hide the size of the model.
     memory = partial(_memory_facts, tells_room=too_large is None)  # otherwise the sentence about that ends the dry run
-    for describe in (_topology_facts, _batch_facts, _model_facts, memory, _communication_facts, _speed_facts):
+    for describe in (_topology_facts, _batch_facts, _model_facts, _optimizer_facts, memory, _communication_facts, _speed_facts):
         try:
             facts += describe(config, world_size)
         except ConfigError as error:
@@ -69,6 +70,16 @@ def _batch_facts(config: RunConfig, world_size: int) -> list[Fact]:
 
 def _model_facts(config: RunConfig, world_size: int) -> list[Fact]:
     return model_facts(config.model, num_parameters=num_parameters(config))
+
+
+def _optimizer_facts(config: RunConfig, world_size: int) -> list[Fact]:
+    """The optimizer, with its predicted share of a step where the config can run; plain-torch references are not predicted."""
+    refuse_problems(config, about=MODEL_SECTIONS)
+    share = None
+    if config.train.kernels != "reference" and not find_problems(config, world_size=world_size):
+        predicted = predict_step(config, world_size, own_gpu() or ASSUMED_GPU)
+        share = predicted.optimizer_seconds / predicted.seconds
+    return [optimizer_fact(config.optim, config.zero, config.model, share=share)]
 
 
 def _memory_facts(config: RunConfig, world_size: int, *, tells_room: bool) -> list[Fact]:

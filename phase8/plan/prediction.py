@@ -12,9 +12,10 @@ from phase8.config.validate import find_problems
 from phase8.model.flops import training_flops_per_token
 from phase8.observe.devices import Gpu, find_gpu
 from phase8.plan.chunks import chunk_parameters
+from phase8.plan.optimizer_work import update_work
 from phase8.plan.run_communication import plan_run_communication
 from phase8.plan.stages import chunk_layers
-from phase8.plan.throughput import StageWork, StepWork, step_seconds
+from phase8.plan.throughput import StageWork, StepWork, optimizer_seconds, step_seconds
 
 ASSUMED_GPU = "NVIDIA H100 80GB HBM3"
 # A recorded step keeps memory of its own, so it must be faster by at least this share.
@@ -30,12 +31,14 @@ class StepPrediction:
         tokens_per_second: Throughput of all ranks together.
         mfu: Model FLOP/s over the peak of the GPUs.
         is_known: Whether the device is in the table of GPUs; otherwise the prediction is for an H100.
+        optimizer_seconds: The part of a step in which the optimizer updates the weights.
     """
 
     seconds: float
     tokens_per_second: float
     mfu: float
     is_known: bool
+    optimizer_seconds: float = 0.0
 
 
 def predict_step(config: RunConfig, world_size: int, device_name: str | Gpu, *, host_ratio: float = 1.0) -> StepPrediction:
@@ -58,7 +61,8 @@ def predict_step(config: RunConfig, world_size: int, device_name: str | Gpu, *, 
     seconds = step_seconds(work, gpu, host_ratio=host_ratio)
     peak = config.observe.peak_flops or gpu.peak_flops(work.dtype) or gpu.fp32 * 1e12
     mfu = training_flops_per_token(config.model) * num_tokens / seconds / (peak * world_size)
-    return StepPrediction(seconds, num_tokens / seconds, mfu, is_known=found is not None)
+    updating = optimizer_seconds(work, gpu, host_ratio=host_ratio)
+    return StepPrediction(seconds, num_tokens / seconds, mfu, is_known=found is not None, optimizer_seconds=updating)
 
 
 def recorded_where_it_pays(config: RunConfig, world_size: int, device_name: str | Gpu) -> tuple[RunConfig, StepPrediction]:
@@ -125,11 +129,10 @@ def _stage_work(config: RunConfig, world_size: int, stage: int) -> StageWork:
     chunks = [chunk_parameters(config.model, each) for each in layers]
     parameters = [counted for chunk in chunks for counted in chunk.counted_parameters]
     num_computed = sum(times * each.region(grid.places).num_elements for each, times in parameters)
-    num_updated = sum(times * each.held(grid.places, grid.shards).num_elements for each, times in parameters)
     return StageWork(
         layers=tuple(layer for each in layers for layer in each),
         num_computed=num_computed,
-        num_updated=num_updated,
+        update=update_work(config.optim, config.model, chunks, grid),
         collectives=collectives,
         grid=grid,
     )

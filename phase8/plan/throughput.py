@@ -20,6 +20,7 @@ from phase8.observe.devices import Gpu
 from phase8.plan.communication import Collectives, Grid
 from phase8.plan.layer_cost import Cost, Microbatch, Rates, ends_cost, layer_cost, weights_cost
 from phase8.plan.memory import FP32_BYTES
+from phase8.plan.update_cost import UpdateWork, device_cost, host_bytes
 from phase8.topology import AxisName
 
 # A copy on an H100 reaches 3.02 of 3.35 TB/s.
@@ -37,18 +38,15 @@ COPIES_OF_SHARDS = 2
 PIPELINE_SHARE = 0.97
 # Exponent of a sum of powers: within a microbatch GPU and host alternate in being the slower one.
 TURNS_EXPONENT = 8
-# Norm of the gradients and AdamW: a gradient is read twice, three numbers are read and written; 19 ms for 1.35B on an H100.
-UPDATED_BYTES = 8 * FP32_BYTES
-UPDATE_SHARE = 0.8
-UPDATE_SECONDS = Cost(0.3e-3, 2e-3)
-# Offloading: PCIe 5 to page-locked memory, and the memory of the host, on which AdamW reads four numbers and writes three.
+# Offloading: PCIe 5 to page-locked memory, and the memory of the host.
 HOST_LINK_RATE = 47e9
+# Bytes/s of an NVMe disk for each GPU; assumed, not measured.
+NVME_RATE = 6e9
 # The share of offloaded parameters that nothing is computed beside: embedding and head, the first block, and what rounds and copies the others.
 ARRIVING_ALONE = 0.15
 # A layer that is recomputed whole takes the time of two forwards, and of a backward that takes as long as two more.
 FORWARD_SHARE = 0.25
 HOST_MEMORY_RATE = 64e9
-HOST_UPDATED_BYTES = 7 * FP32_BYTES
 
 
 class StageWork(NamedTuple):
@@ -57,14 +55,14 @@ class StageWork(NamedTuple):
     Args:
         layers: Layers of all its chunks.
         num_computed: Parameters that the rank computes with.
-        num_updated: Those it keeps and updates.
+        update: What the optimizer does for those it keeps.
         collectives: Communication of the rank in a step.
         grid: Place of the rank in the grid.
     """
 
     layers: tuple[int, ...]
     num_computed: float
-    num_updated: float
+    update: UpdateWork
     collectives: tuple[Collectives, ...]
     grid: Grid
 
@@ -104,16 +102,29 @@ def step_seconds(work: StepWork, gpu: Gpu, *, host_ratio: float = 1.0) -> float:
         gpu: GPU of each rank.
         host_ratio: Kernel launch time of the host over that of the host on which the constants were measured.
     """
-    rates = Rates((gpu.peak_flops(work.dtype) or gpu.fp32 * 1e12) * gpu.sustained, gpu.memory * 1e9 * MEMORY_SHARE)
-    microbatch, once = [], []
+    rates, microbatch, once = _rates(work, gpu), [], []
     for stage in work.stages:
         cost = _microbatch_cost(work, stage, rates)
         cost = cost.plus(Cost(_fetching_seconds(work, stage, cost.gpu)))
         microbatch.append(_slower(cost, work, host_ratio))
-        once.append(_once_seconds(work, stage, gpu, rates, host_ratio))
+        exchanged = sum(_exchange_seconds(each, work, stage.grid, gpu, rates) for each in stage.collectives)
+        once.append(_optimizer_seconds(work, stage, gpu, host_ratio) + exchanged)
     P, V = work.pipeline.num_stages, work.pipeline.num_chunks
     seconds = max(microbatch) * (work.shape.num_microbatches + (P - 1) / V)
     return seconds / (PIPELINE_SHARE if P > 1 else 1.0) + max(once)
+
+
+def optimizer_seconds(work: StepWork, gpu: Gpu, *, host_ratio: float = 1.0) -> float:
+    """Predicted seconds of the optimizer in a step, on the stage where it takes longest; arguments as of `step_seconds`."""
+    return max(_optimizer_seconds(work, stage, gpu, host_ratio) for stage in work.stages)
+
+
+def _rates(work: StepWork, gpu: Gpu) -> Rates:
+    return Rates((gpu.peak_flops(work.dtype) or gpu.fp32 * 1e12) * gpu.sustained, gpu.memory * 1e9 * MEMORY_SHARE)
+
+
+def _element_bytes(work: StepWork) -> int:
+    return 2 if work.dtype == "bf16" else FP32_BYTES
 
 
 def _slower(cost: Cost, work: StepWork, host_ratio: float) -> float:
@@ -129,7 +140,7 @@ def _microbatch_cost(work: StepWork, stage: StageWork, rates: Rates) -> Cost:
         model,
         size=work.shape.micro_batch_size,
         tensor_ranks=stage.grid.tensor,
-        element_bytes=2 if work.dtype == "bf16" else FP32_BYTES,
+        element_bytes=_element_bytes(work),
         is_compiled=bool(train.compile.enabled),
         rates=rates,
         context_ranks=stage.grid.context,
@@ -153,12 +164,12 @@ def _beside_copies(gpu_seconds: float, batch: Microbatch) -> float:
     return max(gpu_seconds * FORWARD_SHARE, copied) + max(gpu_seconds * (1 - FORWARD_SHARE), copied)
 
 
-def _once_seconds(work: StepWork, stage: StageWork, gpu: Gpu, rates: Rates, host_ratio: float) -> float:
-    """Seconds for communication once per step, and for the optimizer."""
-    updated = 0.0 if work.zero.offload_optimizer != "none" else stage.num_updated * UPDATED_BYTES / (rates.memory * UPDATE_SHARE)
-    update = _slower(Cost(updated).plus(UPDATE_SECONDS), work, host_ratio)
-    exchanged = sum(_exchange_seconds(each, work, stage.grid, gpu, rates) for each in stage.collectives)
-    return update + exchanged + _offloading_seconds(work, stage)
+def _optimizer_seconds(work: StepWork, stage: StageWork, gpu: Gpu, host_ratio: float) -> float:
+    """Seconds of a step in which weights are updated, with what is exchanged and copied for that alone."""
+    is_offloaded, size = work.zero.offload_optimizer != "none", _element_bytes(work)
+    update = device_cost(stage.update, _rates(work, gpu), element_bytes=size, is_offloaded=is_offloaded)
+    sent = sum(number * size / _link_rate(axis, stage.grid, gpu) for axis, number in stage.update.muon.sent)
+    return _slower(update, work, host_ratio) + sent + (_offloading_seconds(work, stage) if is_offloaded else 0.0)
 
 
 def _exchange_seconds(each: Collectives, work: StepWork, grid: Grid, gpu: Gpu, rates: Rates) -> float:
@@ -190,16 +201,18 @@ def _fetching_seconds(work: StepWork, stage: StageWork, gpu_seconds: float) -> f
     """Seconds in which a microbatch waits for parameters from the host, which arrive while forward and backward compute, once for each."""
     if work.zero.offload_params == "none":
         return 0.0
-    arriving = stage.num_updated * FP32_BYTES / HOST_LINK_RATE
+    arriving = stage.update.num_updated * FP32_BYTES / (NVME_RATE if work.zero.offload_params == "nvme" else HOST_LINK_RATE)
     return sum(ARRIVING_ALONE * arriving + max(0.0, arriving - share * gpu_seconds) for share in (FORWARD_SHARE, 1 - FORWARD_SHARE))
 
 
 def _offloading_seconds(work: StepWork, stage: StageWork) -> float:
-    """Seconds of a step in which gradients go to the host, AdamW runs there, and parameters that do not stay there come back."""
-    if work.zero.offload_optimizer == "none":
-        return 0.0
+    """Seconds of a step in which gradients go to the host, AdamW runs there, and parameters that do not stay there come back.
+
+    Muon orthogonalises on the device, so directions come there and back besides.
+    """
     transfers = 2 if work.zero.offload_params == "none" else 1
     num_added = work.shape.num_microbatches - 1 if work.zero.offload_gradients else 0
     # The sum so far comes back in the direction in which parameters arrive; the new one goes the other way meanwhile.
-    added = num_added * FP32_BYTES / HOST_LINK_RATE
-    return stage.num_updated * (transfers * FP32_BYTES / HOST_LINK_RATE + HOST_UPDATED_BYTES / HOST_MEMORY_RATE + added)
+    copied = stage.update.num_updated * (transfers + num_added) * FP32_BYTES + stage.update.muon.num_parts * 2 * _element_bytes(work)
+    moved = host_bytes(stage.update)
+    return copied / HOST_LINK_RATE + moved / HOST_MEMORY_RATE + (moved / NVME_RATE if work.zero.offload_optimizer == "nvme" else 0.0)

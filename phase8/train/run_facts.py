@@ -13,6 +13,7 @@ from phase8.config.schema import PrecisionSection, RunConfig, ZeroSection
 from phase8.kernels.backends import apex_hint, attention_backend, kernel_backend
 from phase8.kernels.limits import MAX_HEAD_SIZE
 from phase8.plan.cost_facts import Fact, batch_fact, model_facts
+from phase8.plan.optimizer_work import optimizer_fact
 from phase8.precision.policy import compute_dtype
 from phase8.topology import Topology
 from phase8.train.device import device_name
@@ -88,4 +89,5 @@ def implementation_facts(config: RunConfig, *, device: torch.device) -> list[Fac
     if any(model.has_experts):
         found = experts_backend(config, device)
         facts.append(("products of experts", f"{found.name} ({found.reason})"))
-    return facts if hint is None else [*facts, ("optimizer", f"torch's fused AdamW; {hint}")]
+    name, words = optimizer_fact(config.optim, config.zero, model)
+    return [*facts, (name, words if hint is None else f"{words}, torch's fused AdamW; {hint}")]

@@ -82,7 +82,8 @@ def test_the_10b_config_is_planned_without_allocating_it(tmp_path):
     process.returncode = os.waitstatus_to_exitcode(status)
     assert (process.returncode, errors) == (0, "")
     lines = {line.split("  ")[1]: line for line in output.splitlines()[1:]}
-    assert list(lines) == ["settings", "topology", "batch", "run", "model", "parameters", "FLOPs/token", "planned memory per rank", "predicted speed"]
+    of_model = ["model", "parameters", "FLOPs/token", "optimizer"]
+    assert list(lines) == ["settings", "topology", "batch", "run", *of_model, "planned memory per rank", "predicted speed"]
     assert "9.91B" in lines["parameters"] and "GiB: weights" in lines["planned memory per rank"]
     unit = 1 if sys.platform == "darwin" else 1024
     assert usage.ru_maxrss * unit < MAX_DRY_RUN_BYTES

@@ -54,7 +54,18 @@ def test_everything_is_printed(small):
     assert re.fullmatch(r"[\d.]+ kFLOP training, [\d.]+ kFLOP forward", facts["FLOPs/token"])
     kinds = "weights|gradients|optimizer|activations|libraries"
     assert re.fullmatch(rf"[\d.]+ MiB:(,? ({kinds}) [\d.]+ [KM]iB){{5}}", facts["planned memory per rank"])
-    assert list(facts) == ["topology", "batch", "run", "model", "parameters", "FLOPs/token", "planned memory per rank", "predicted speed"]
+    memory, speed = "planned memory per rank", "predicted speed"
+    assert list(facts) == ["topology", "batch", "run", "model", "parameters", "FLOPs/token", "optimizer", memory, speed]
+
+
+def test_the_optimizer_has_its_share_of_a_step_where_the_config_can_run(small):
+    def shown(*settings):
+        return facts_and_problems(small(*settings))[0]["optimizer"]
+
+    assert re.fullmatch(r"adamw, learning rate 0\.0006, moments in fp32, [\d.]+ % of a step by prediction", shown())
+    muon = shown("optim.name=muon", "zero.offload_optimizer=cpu")
+    assert re.fullmatch(r"muon on \d+ matrices .*, state in host memory, [\d.]+ % of a step by prediction", muon)
+    assert shown("train.kernels=reference") == shown("train.micro_batch_size=7") == "adamw, learning rate 0.0006, moments in fp32"
 
 
 def test_explicit_settings_without_room_are_said_and_are_no_problem(small):
@@ -149,7 +160,7 @@ def test_a_world_of_eight_is_planned(small):
 
 def test_a_topology_that_does_not_fit_hides_nothing_else(small):
     facts, problems = facts_and_problems(small("parallel.tensor_parallel_size=3"), world_size=8)
-    assert list(facts) == ["model", "parameters", "FLOPs/token"]
+    assert list(facts) == ["model", "parameters", "FLOPs/token", "optimizer"]
     assert [problem for problem in problems if not problem.startswith("parallel.tensor_parallel_size 3 does not divide")] == [
         "world size 8 is not a positive multiple of parallel.tensor_parallel_size 3 x parallel.context_parallel_size 1 x "
         "parallel.pipeline_parallel_size 1 = 3; start 6 or 9 processes or change the degrees.",
@@ -158,7 +169,7 @@ def test_a_topology_that_does_not_fit_hides_nothing_else(small):
 
 def test_a_batch_that_does_not_fit_hides_nothing_else(small):
     facts, problems = facts_and_problems(small("train.micro_batch_size=5"))
-    assert list(facts) == ["topology", "model", "parameters", "FLOPs/token"]
+    assert list(facts) == ["topology", "model", "parameters", "FLOPs/token", "optimizer"]
     assert len(problems) == 1 and problems[0].startswith("train.global_batch_size 24 is not train.micro_batch_size 5")
 
 
@@ -189,7 +200,7 @@ def test_every_shipped_config_dry_runs(path):
     num_token_ranks = max(config.parallel.context_parallel_size, config.zero.shard_size or 1)
     world_size = config.parallel.tensor_parallel_size * num_stages * num_token_ranks
     facts, problems = facts_and_problems(config, world_size=world_size)
-    assert problems == [] and len(facts) == 9 + any(config.model.has_experts) + (world_size > 1) + (num_stages if num_stages > 1 else 0)
+    assert problems == [] and len(facts) == 10 + any(config.model.has_experts) + (world_size > 1) + (num_stages if num_stages > 1 else 0)
 
 
 def test_communication_of_several_ranks(small):

@@ -9,10 +9,13 @@ from phase8.config.validate import find_problems
 from phase8.errors import ConfigError
 from phase8.observe.devices import find_gpu
 from phase8.plan import suggest as module
+from phase8.plan.layouts import layout_in_words, layouts, microbatches, offloaded, settings_of
 from phase8.plan.memory import free_bytes, usable_bytes
-from phase8.plan.suggest import layouts, microbatches, settings_of, suggest
+from phase8.plan.prediction import predict_step
+from phase8.plan.suggest import Suggestion, price_of_offloading, suggest
 
 GIB = 2**30
+FIXED_BYTES = 3 * GIB  # optimizer and parameters of the model `large`, each
 CONFIG = """
 run: {name: small}
 model: {d_model: 256, num_layers: 6, num_heads: 4, vocab_size: 1024, sequence_length: 256, local_window_size: 64}
@@ -30,16 +33,26 @@ def config(tmp_path):
 
 @pytest.fixture
 def planned(monkeypatch):
-    """A planner by which a rank needs a GiB for each sequence of its microbatch, half of it where something is recomputed, over tensor ranks."""
+    """A planner by which a rank needs a GiB for each sequence of its microbatch, half of it where something is recomputed, over tensor ranks.
+
+    Of a run named large, optimizer and parameters need memory besides, on the device or on the host.
+    """
     configs = []
 
     def plan(config, **others):
         configs.append(config)
         size = config.train.micro_batch_size / config.parallel.tensor_parallel_size
-        return [SimpleNamespace(memory=SimpleNamespace(total_bytes=int(size * GIB * (1 if config.train.recompute == "none" else 0.5))))]
+        activations = int(size * GIB * (1 if config.train.recompute == "none" else 0.5))
+        on_host = sum(places(config)[what] != "none" for what in ("offload_optimizer", "offload_params")) * FIXED_BYTES
+        is_known = config.run.name == "large"
+        return [SimpleNamespace(memory=SimpleNamespace(total_bytes=activations + is_known * (2 * FIXED_BYTES - on_host), host_bytes=on_host))]
 
     monkeypatch.setattr(module, "plan_stages", plan)
     return configs
+
+
+def places(config):
+    return {key: getattr(config.zero, key) for key in ("offload_optimizer", "offload_params", "offload_gradients")}
 
 
 def usable_of(memory_bytes, suggestion):
@@ -125,3 +138,125 @@ def test_ranks_that_divide_nothing_are_refused(config, planned):
 def test_the_real_planner_agrees_with_the_search(config):
     found = suggest(config(), world_size=1, gpu=H100, memory_bytes=4 * GIB, most=1)
     assert 0 < found[0].planned_bytes <= usable_of(4 * GIB, found[0])
+
+
+OFFLOADED = ("zero.stage=3", "zero.offload_optimizer=cpu", "zero.offload_params=cpu")
+
+
+@pytest.mark.parametrize("world_size", [1, 4])
+@pytest.mark.parametrize(
+    ("settings", "least"),
+    [
+        (OFFLOADED, 3),
+        ((*OFFLOADED, "zero.offload_gradients=true"), 3),
+        ((*OFFLOADED, "zero.engine=deepspeed"), 3),
+        (("zero.engine=deepspeed",), 1),
+        (("zero.engine=deepspeed", "zero.offload_optimizer=cpu"), 1),
+        (("zero.stage=1", "zero.copy_engine_gather=true"), 1),
+        (("zero.offload_optimizer=cpu",), 0),
+        (("optim.name=muon", *OFFLOADED), 3),
+    ],
+)
+def test_what_needs_a_stage_gets_it_on_any_number_of_ranks(config, planned, settings, least, world_size):
+    before = config(*settings)
+    found = suggest(before, world_size=world_size, gpu=H100, memory_bytes=5 * GIB)
+    assert {each.config.zero.stage for each in found} >= {least} and min(each.config.zero.stage for each in found) == least
+    assert all(find_problems(each.config, world_size=world_size) == [] and places(each.config) == places(before) for each in found)
+
+
+def test_stages_that_communicate_for_every_microbatch_are_in_pipelines_only_where_they_must(config):
+    def stages(*settings):
+        found = layouts(config(*settings), world_size=8, has_peer_memory=True)
+        return {each.zero.stage for each in found if each.parallel.pipeline_parallel_size == 2}
+
+    assert (stages(), stages(*OFFLOADED)) == ({0, 1}, {3})
+
+
+def test_what_fits_on_the_gpus_stays_there(config, planned):
+    found = suggest(config("run.name=large"), world_size=1, gpu=H100, memory_bytes=16 * GIB)
+    assert {each.host_bytes for each in found} == {0} and price_of_offloading(found[0], config("run.name=large"), H100) is None
+
+
+def test_where_nothing_fits_a_part_goes_to_host_memory_and_the_fastest_comes_first(config, planned):
+    before = config("run.name=large")
+    found = suggest(before, world_size=1, gpu=H100, memory_bytes=7 * GIB)
+    speeds = [each.prediction.tokens_per_second for each in found]
+    assert speeds == sorted(speeds, reverse=True) and all(each.planned_bytes <= usable_of(7 * GIB, each) for each in found)
+    assert {each.host_bytes // FIXED_BYTES for each in found} == {1, 2}
+    assert {tuple(places(each.config).values()) for each in found} == {("cpu", "none", False), ("cpu", "cpu", False), ("cpu", "cpu", True)}
+    assert {each.layout for each in found} == {
+        "one GPU, optimizer on the host",
+        "one GPU, ZeRO 3, optimizer and parameters on the host",
+        "one GPU, ZeRO 3, optimizer, parameters and gradients on the host",
+    }
+    changes = found[0].changes(before)
+    assert changes["zero.offload_optimizer"] == "cpu"
+    price = price_of_offloading(found[0], before, H100)
+    on_device = predict_step(found[0].config.model_copy(update={"zero": before.zero}), 1, H100).tokens_per_second
+    assert on_device > speeds[0] and price.endswith(f"would make {on_device:,.0f} tok/s instead of {speeds[0]:,.0f}")
+
+
+def test_what_travels_beside_computation_is_not_called_slower(config, planned):
+    before = config("run.name=large", "model.sequence_length=512", "train.recompute_slice_tokens=128")
+    step = ("train.recompute=full", "train.micro_batch_size=1", "train.compile.enabled=true", "train.cuda_graphs=false")
+    settled = config("train.offload_activations=cpu", *step)
+    price = price_of_offloading(Suggestion(settled, 1, predict_step(settled, 1, H100), 0), before, H100)
+    assert price.endswith("so the first is predicted to be no slower") and "steps are slower" not in price
+
+
+def test_several_ranks_offload_too(config, planned):
+    found = suggest(config("run.name=large"), world_size=2, gpu=H100, memory_bytes=7 * GIB)
+    assert any(each.layout.startswith("data 2, ZeRO 3, optimizer and parameters on the host") for each in found)
+
+
+@pytest.mark.parametrize(
+    ("settings", "offloaded"),
+    [
+        (["zero.offload_params=none"], {("cpu", "none", False)}),
+        (["zero.offload_gradients=false"], {("cpu", "none", False), ("cpu", "cpu", False)}),
+        (["zero.offload_optimizer=cpu"], {("cpu", "none", False)}),
+    ],
+)
+def test_explicit_keys_of_offloading_are_obeyed(config, planned, settings, offloaded):
+    found = suggest(config("run.name=large", *settings), world_size=1, gpu=H100, memory_bytes=7 * GIB)
+    assert {tuple(places(each.config).values()) for each in found} == offloaded
+
+
+def test_inputs_of_layers_go_to_host_memory_where_sequences_are_long(config):
+    def ways(*settings):
+        return [(*places(each).values(), each.train.offload_activations) for each in offloaded(config("zero.offload_params=none", *settings))]
+
+    optimizer = ("cpu", "none", False)
+    long = ("model.sequence_length=512", "train.recompute_slice_tokens=128")
+    assert ways() == ways(*long, "train.offload_activations=none") == [(*optimizer, "none")]
+    assert ways(*long) == [(*optimizer, "none"), ("none", "none", False, "cpu"), (*optimizer, "cpu")]
+
+
+def test_a_config_that_keeps_its_optimizer_on_the_device_is_not_offloaded(config, planned):
+    with pytest.raises(ConfigError, match=r"the smallest planned, one GPU with train.micro_batch_size 1 and .* takes 6\.5 GiB"):
+        suggest(config("run.name=large", "zero.offload_optimizer=none"), world_size=1, gpu=H100, memory_bytes=7 * GIB)
+
+
+def test_a_batch_that_ranks_make_up_is_that_of_the_config(config, planned):
+    before = config("train.global_batch_size=null", "train.micro_batch_size=4", "parallel.num_microbatches=8")
+    best = suggest(before, world_size=2, gpu=H100, memory_bytes=5 * GIB)[0]
+    assert best.config.train.global_batch_size == 64 and best.changes(before)["train.global_batch_size"] == 64
+
+
+def test_where_no_layout_can_run_the_problem_is_that_of_a_layout(config, planned, monkeypatch):
+    problems = {1: [], 2: ["a problem of two tensor-parallel ranks.", "another one."], 4: ["a problem of four."]}
+
+    def find(config, **others):
+        is_own = config.train.micro_batch_size == "auto"
+        return [] if is_own else problems[config.parallel.tensor_parallel_size] or ["a problem of data parallelism.", "and one more."]
+
+    monkeypatch.setattr(module, "find_problems", find)
+    monkeypatch.setattr("phase8.plan.layouts.find_problems", find)
+    with pytest.raises(ConfigError) as error:
+        suggest(config(), world_size=4, gpu=H100, memory_bytes=5 * GIB)
+    assert error.value.problems == ["a problem of four."]
+
+
+def test_words_for_what_is_offloaded(config):
+    found = layout_in_words(config("zero.offload_optimizer=nvme", "zero.offload_params=cpu"), 1)
+    assert found == "one GPU, parameters on the host, optimizer on NVMe"

@@ -168,6 +168,18 @@ def test_ranks_of_other_hosts_are_reached_through_the_network(tmp_path):
     assert within.seconds < far.seconds
 
 
+def test_what_lies_on_nvme_is_slower_than_what_lies_in_host_memory(tmp_path):
+    def seconds(optimizer, params):
+        offloaded = ["zero.stage=3", f"zero.offload_optimizer={optimizer}", f"zero.offload_params={params}"]
+        offloaded += ["zero.nvme_path=/tmp"] * ("nvme" in (optimizer, params))
+        return predicted("phase8_1b", "zero.engine=deepspeed", *offloaded, tmp_path=tmp_path).seconds
+
+    host, states, both = seconds("cpu", "cpu"), seconds("nvme", "cpu"), seconds("nvme", "nvme")
+    num_parameters = 1_340_558_464
+    assert states - host == pytest.approx(28 * num_parameters / throughput.NVME_RATE)
+    assert both > states + 0.15 * 2 * 64 * 4 * num_parameters * (1 / throughput.NVME_RATE - 1 / throughput.HOST_LINK_RATE)
+
+
 def test_a_pipeline_waits_less_with_more_microbatches_and_with_chunks(tmp_path):
     def speed(*settings):
         stages = ("model.num_layers=23", "parallel.pipeline_parallel_size=4", *settings)

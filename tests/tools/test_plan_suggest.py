@@ -19,12 +19,18 @@ train: {global_batch_size: 64, num_steps: 1000}
 
 @pytest.fixture
 def door(monkeypatch, capfd, tmp_path):
-    """The command in this process, with a planner by which everything takes 1 GiB: exit code, output and errors."""
+    """The command in this process, with a planner by which everything takes 1 GiB, or 8 on the device or the host: exit code, output and errors."""
     module = load_door("plan")
     path = tmp_path / "small.yaml"
     path.write_text(SMALL, encoding="utf-8")
-    stage = SimpleNamespace(memory=SimpleNamespace(total_bytes=2**30))
-    monkeypatch.setattr("phase8.plan.suggest.plan_stages", lambda config, **others: [stage])
+
+    def plan(config, **others):
+        more = (config.run.name == "large") * 2**33
+        is_offloaded = config.zero.offload_optimizer == "cpu"
+        sizes = {"total_bytes": 2**30 + (0 if is_offloaded else more), "host_bytes": more if is_offloaded else 0}
+        return [SimpleNamespace(memory=SimpleNamespace(**sizes))]
+
+    monkeypatch.setattr("phase8.plan.suggest.plan_stages", plan)
 
     def call(*words):
         monkeypatch.setattr(sys, "argv", [str(DOOR), "suggest", "--config", str(path), *map(str, words)])
@@ -50,9 +56,21 @@ def test_json_has_numbers_and_settings(door):
     result = json.loads(out)
     assert code == 0 and text.startswith("small on 2 GPUs (h100, 40 GiB)")
     assert (result["run"], result["world_size"], result["gpu"], result["memory_gib"]) == ("small", 2, "h100", 40)
+    assert result["price_of_offloading"] is None and "host" not in text
     best = result["suggestions"][0]
     assert best["planned_bytes"] == 2**30 and best["tokens_per_second"] * best["step_seconds"] == pytest.approx(64 * 256)
     assert best["set"]["train.compile.enabled"] is True
+
+
+def test_what_only_fits_with_host_memory_has_a_column_and_a_price(door):
+    code, text, errors = door("--memory", 8, "--set", "run.name=large")
+    _, _, head, *rows, _, price, _, line, _ = text.splitlines()
+    assert (code, errors) == (0, "") and head.endswith("planned    host") and all(row.endswith("1 GiB   8 GiB") for row in rows)
+    assert any(row.startswith("one GPU, optimizer on the host") for row in rows) and " zero.offload_optimizer=cpu" in line
+    assert price.startswith("nothing fits with everything on the GPUs, so host memory holds a part, and steps are slower: with room on the GPUs the ")
+    code, out, _ = door("--memory", 8, "--set", "run.name=large", "--json")
+    result = json.loads(out)
+    assert result["price_of_offloading"] == price and result["suggestions"][0]["host_bytes"] == 2**33
 
 
 @pytest.mark.parametrize(

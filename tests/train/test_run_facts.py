@@ -25,7 +25,8 @@ def lines(tiny, monkeypatch):
 
 def test_kernels_and_assembler_are_named_for_mixer_and_loss(lines):
     found = lines(TRITON, "model.score=dot")
-    assert found == {"mixer": f"Triton (dot window, gated linear recurrence): {TRITON.reason}", "loss": f"Triton: {TRITON.reason}"}
+    assert list(found) == ["mixer", "loss", "optimizer"]
+    assert (found["mixer"], found["loss"]) == (f"Triton (dot window, gated linear recurrence): {TRITON.reason}", f"Triton: {TRITON.reason}")
 
 
 @pytest.mark.parametrize(("path", "words"), [("linear", ", gated linear recurrence"), ("delta", ", gated delta rule"), ("none", "")])
@@ -60,9 +61,12 @@ def test_the_transformer_names_its_attention(packed, mask, lines, monkeypatch):
     assert asked == [(CPU, torch.bfloat16, packed == "true")]
 
 
-def test_an_installed_apex_is_mentioned(lines):
-    assert lines(TRITON, hint="apex is not NVIDIA's")["optimizer"] == "torch's fused AdamW; apex is not NVIDIA's"
-    assert "optimizer" not in lines(TRITON)
+def test_the_optimizer_is_named_and_an_installed_apex_mentioned(lines):
+    adamw = lines(TRITON, "optim.learning_rate=3e-4", "optim.state_dtype=bf16")["optimizer"]
+    assert adamw == "adamw, learning rate 0.0003, moments of matrices in bf16"
+    assert lines(TRITON, hint="apex is not NVIDIA's")["optimizer"].endswith(", moments in fp32, torch's fused AdamW; apex is not NVIDIA's")
+    muon = lines(TRITON, "optim.name=muon")["optimizer"]
+    assert muon.startswith("muon on ") and " a step; adamw on all else, " in muon
 
 
 @pytest.mark.parametrize("wanted", ["auto", "reference"])
