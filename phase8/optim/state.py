@@ -120,7 +120,8 @@ def muon_state(name: str, shape: Sequence[int]) -> ParameterState:
 
 def is_orthogonalised(name: str, shape: Sequence[int]) -> bool:
     """Whether Muon orthogonalises the updates of a parameter: a matrix of a linear layer in a block, or several; AdamW updates all others."""
-    return name.startswith("blocks.") and name.split(".")[-2] in _ORTHOGONALISED and len(shape) >= 2
+    layer = name.removesuffix(".weight").rpartition(".")[2]  # those of experts are parameters of one module
+    return name.startswith("blocks.") and layer in _ORTHOGONALISED and len(shape) >= 2
 
 
 def declared_for(section: OptimSection) -> DeclareState:

@@ -4,7 +4,9 @@ import pytest
 import torch
 from torch import nn
 
+from phase8.config.model_section import ModelSection
 from phase8.config.schema import OptimSection
+from phase8.model.model import build_model
 from phase8.optim.muon import COEFFICIENTS, NUM_ITERATIONS, Muon, matrices_of, orthogonalise
 from phase8.optim.whole_matrices import WholeMatrices
 from tests.optim.steps import RATES, take_steps
@@ -12,10 +14,10 @@ from tests.optim.steps import RATES, take_steps
 SECTION = OptimSection(name="muon", learning_rate=0.3, betas=(0.8, 0.9), eps=1e-6, weight_decay=0.2, momentum=0.9, momentum_warmup_steps=4)
 SHAPES = {
     "blocks.0.mixer.q.weight": (6, 5), "blocks.0.mixer.k.weight": (3, 5), "blocks.0.mixer.v.weight": (9, 5),
-    "blocks.0.mixer.out.weight": (5, 6), "blocks.0.feed_forward.up.weight": (3, 4, 7),
+    "blocks.0.mixer.out.weight": (5, 6), "blocks.0.feed_forward.experts.up": (3, 4, 7),
     "blocks.0.mixer.global_path.scalars.weight": (4, 5), "embedding.weight": (9, 5), "norm.weight": (5,), "head.weight": (9, 5),
 }  # fmt: skip
-DECAYED = {*(f"blocks.0.mixer.{name}.weight" for name in ("q", "k", "v", "out")), "blocks.0.feed_forward.up.weight", "head.weight"}
+DECAYED = {*(f"blocks.0.mixer.{name}.weight" for name in ("q", "k", "v", "out")), "blocks.0.feed_forward.experts.up", "head.weight"}
 HEAD_SIZE = 3
 
 
@@ -108,3 +110,12 @@ def test_the_state_is_what_is_declared():
         declared = optimizer.declare_state(name, part.shape)
         assert [tensor.key for tensor in declared.tensors] == list(optimizer.state[part]) and declared.is_divisible
         assert optimizer.state[part]["step"] == len(RATES)
+
+
+def test_matrices_of_experts_are_orthogonalised_and_those_of_routers_are_not():
+    """They are parameters of one module, which has no layer for each."""
+    model = ModelSection(ffn="moe", num_experts=4, shared_experts=1, num_layers=1)
+    built = build_model(model, dtype=torch.float32, device=torch.device("meta"))
+    prefix, layers = "blocks.0.feed_forward.", ("gate", "up", "down")
+    found = {name.removeprefix(prefix) for name in matrices_of(dict(built.named_parameters())) if name.startswith(prefix)}
+    assert found == {*(f"experts.{layer}" for layer in layers), *(f"shared.{layer}.weight" for layer in layers)}
