@@ -180,8 +180,8 @@ def reset_peak(device: torch.device) -> None:
 
 def num_cache_flushes(device: torch.device) -> int | None:
     """How often torch found no memory for a tensor, gave back what it keeps for later ones, and asked anew; None: torch does not say."""
-    module = torch.get_device_module(device)
-    return module.memory_stats(device).get("num_alloc_retries") if is_accelerator(device.type) and hasattr(module, "memory_stats") else None
+    module, name = torch.get_device_module(device), "memory_stats_as_nested_dict"  # `memory_stats` sorts hundreds of numbers, in every step
+    return getattr(module, name)(device).get("num_alloc_retries") if is_accelerator(device.type) and hasattr(module, name) else None
 
 
 def give_back_memory(device_type: str | None) -> None:
@@ -193,7 +193,10 @@ def give_back_memory(device_type: str | None) -> None:
         module.empty_cache()
 
 
-def memory_that_ran_out(error: BaseException) -> Literal["device", "page-locked", "host"] | None:
+Memory = Literal["device", "page-locked", "host"]
+
+
+def memory_that_ran_out(error: BaseException) -> Memory | None:
     """Which memory an error says is used up; None: it is another error."""
     if isinstance(error, torch.OutOfMemoryError):
         return "device"

@@ -7,7 +7,7 @@ then. One that is no longer read is remembered, and goes on if it comes back. Da
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Any
 
 from phase8.data.blend import BlendTable
@@ -48,7 +48,7 @@ class OrderHistory:
         if not self.begin and not self.left:
             return None
         left = [{"source": each.source, "draws": each.draws._asdict()} for each in self.left]
-        return {**asdict(self), "draws": [each._asdict() for each in self.draws], "left": left}
+        return {"begin": self.begin, "draws": [each._asdict() for each in self.draws], "left": left}
 
 
 def history_of(record: dict[str, Any] | None) -> OrderHistory:

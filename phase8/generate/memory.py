@@ -2,19 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
+from contextlib import AbstractContextManager
 
 import torch
 
-from phase8 import accelerator
 from phase8.errors import OutOfMemoryError
+from phase8.memory_errors import told_by
 
 FEWER_BITS = "weights of fewer bits (tools/quantize_checkpoint.py SRC DST --bits 4)"
 
 
-@contextmanager
-def memory_errors(doing: str, device: torch.device, remedies: Sequence[str]) -> Iterator[None]:
+def memory_errors(doing: str, device: torch.device, remedies: Sequence[str]) -> AbstractContextManager[None]:
     """A context manager that turns running out of memory into one sentence.
 
     Args:
@@ -25,14 +24,5 @@ def memory_errors(doing: str, device: torch.device, remedies: Sequence[str]) -> 
     Raises:
         OutOfMemoryError: In place of what torch or Python raises.
     """
-    try:
-        yield
-    except (MemoryError, RuntimeError) as error:
-        lacking = accelerator.memory_that_ran_out(error)
-        if lacking is None:
-            raise
-    else:
-        return
-    where = {"device": str(device), "host": "the host", "page-locked": f"{device}, or the page-locked memory of the host,"}[lacking]
-    # Raised here, where the frames that held tensors have ended, so that whoever catches it can use their memory.
-    raise OutOfMemoryError(f"the memory of {where} did not suffice while {doing}; give {', or '.join(remedies)}.")
+    where = {"device": str(device), "host": "the host", "page-locked": f"{device}, or the page-locked memory of the host,"}
+    return told_by(lambda lacking: OutOfMemoryError(f"the memory of {where[lacking]} did not suffice while {doing}; give {', or '.join(remedies)}."))

@@ -121,15 +121,22 @@ class Muon(BesideAdamW):
         return orthogonalise(whole.view(self._split(name, whole.shape))).reshape(whole.shape)
 
     def _split(self, name: str, shape: Sequence[int]) -> tuple[int, ...]:
-        """The shape as matrices that are orthogonalised apart: a matrix for each head, or for each expert."""
-        if name.split(".")[-2] in _PER_HEAD:
-            return (shape[0] // self._head_size, self._head_size, *shape[1:])
-        return tuple(shape)
+        return shape_apart(name, shape, head_size=self._head_size)
 
     def _dtype_of_iteration(self) -> torch.dtype:
         if self._dtype is not None:
             return self._dtype
         return torch.bfloat16 if is_accelerator(self._wholes.device.type) else next(iter(self._matrices.values())).dtype
+
+
+def shape_apart(name: str, shape: Sequence[int], *, head_size: int) -> tuple[int, ...]:
+    """The shape of a parameter as matrices that are orthogonalised apart [..., A, B]: a matrix for each head, or for each expert."""
+    return (shape[0] // head_size, head_size, *shape[1:]) if has_heads(name) else tuple(shape)
+
+
+def has_heads(name: str) -> bool:
+    """Whether a matrix that Muon orthogonalises is one for each head."""
+    return name.split(".")[-2] in _PER_HEAD
 
 
 def matrices_of(parameters: Mapping[str, Tensor]) -> dict[str, Tensor]:

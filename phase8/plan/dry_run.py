@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from functools import partial
+from collections.abc import Callable
+from functools import cache, partial
 
 from rich.console import Console
 
@@ -16,7 +17,7 @@ from phase8.observe.banner import print_banner
 from phase8.plan.cost_facts import Fact, batch_fact, communication_fact, memory_facts, model_facts, speed_fact
 from phase8.plan.missing_inputs import missing_inputs
 from phase8.plan.optimizer_work import optimizer_fact
-from phase8.plan.prediction import ASSUMED_GPU, predict_step
+from phase8.plan.prediction import ASSUMED_GPU, StepPrediction, predict_step
 from phase8.plan.run_communication import plan_run_communication
 from phase8.plan.settle import lacking_room, own_gpu, planned_gpu, settle
 from phase8.plan.whole_config import num_parameters, plan_stages
@@ -39,7 +40,9 @@ def dry_run(config: RunConfig, *, world_size: int, console: Console) -> None:
         facts += [] if settled.chosen is None else [("settings", settled.chosen)]
     # Each part is printed if the config allows it: a topology that does not fit must not hide the size of the model.
     memory = partial(_memory_facts, tells_room=too_large is None)  # otherwise the sentence about that ends the dry run
-    for describe in (_topology_facts, _batch_facts, _model_facts, _optimizer_facts, memory, _communication_facts, _speed_facts):
+    predict = cache(partial(predict_step, config, world_size, own_gpu() or ASSUMED_GPU))
+    optimizer, speed = (partial(each, predict=predict) for each in (_optimizer_facts, _speed_facts))
+    for describe in (_topology_facts, _batch_facts, _model_facts, optimizer, memory, _communication_facts, speed):
         try:
             facts += describe(config, world_size)
         except ConfigError as error:
@@ -72,12 +75,12 @@ def _model_facts(config: RunConfig, world_size: int) -> list[Fact]:
     return model_facts(config.model, num_parameters=num_parameters(config))
 
 
-def _optimizer_facts(config: RunConfig, world_size: int) -> list[Fact]:
+def _optimizer_facts(config: RunConfig, world_size: int, *, predict: Callable[[], StepPrediction]) -> list[Fact]:
     """The optimizer, with its predicted share of a step where the config can run; plain-torch references are not predicted."""
     refuse_problems(config, about=MODEL_SECTIONS)
     share = None
     if config.train.kernels != "reference" and not find_problems(config, world_size=world_size):
-        predicted = predict_step(config, world_size, own_gpu() or ASSUMED_GPU)
+        predicted = predict()
         share = predicted.optimizer_seconds / predicted.seconds
     return [optimizer_fact(config.optim, config.zero, config.model, share=share)]
 
@@ -100,12 +103,11 @@ def _communication_facts(config: RunConfig, world_size: int) -> list[Fact]:
     return [communication_fact(*max(plans, key=lambda plan: sum(each.sent_bytes(plan[1].size(each.axis)) for each in plan[0])))]
 
 
-def _speed_facts(config: RunConfig, world_size: int) -> list[Fact]:
+def _speed_facts(config: RunConfig, world_size: int, *, predict: Callable[[], StepPrediction]) -> list[Fact]:
     """Predicted speed on this machine's GPU, or on an H100 if it has no known GPU. Plain-torch references are not predicted."""
     if config.train.kernels == "reference":
         return []
-    own = own_gpu()
-    predicted = predict_step(config, world_size, own or ASSUMED_GPU)
+    own, predicted = own_gpu(), predict()
     missing = "this machine has no GPU" if own is None else f"{own} is not known"
     return [
         speed_fact(

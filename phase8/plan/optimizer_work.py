@@ -14,7 +14,7 @@ from phase8.config.model_section import ModelSection
 from phase8.config.schema import OptimSection, ZeroSection
 from phase8.division import DividedShape
 from phase8.observe.formatting import format_flops, format_ratio
-from phase8.optim.muon import NUM_ITERATIONS
+from phase8.optim.muon import NUM_ITERATIONS, has_heads, shape_apart
 from phase8.optim.state import declared_for, is_orthogonalised
 from phase8.plan.chunks import chunk_parameters
 from phase8.plan.communication import Chunk, Grid
@@ -23,8 +23,6 @@ from phase8.plan.memory import FP32_BYTES
 from phase8.plan.update_cost import MuonWork, UpdateWork
 from phase8.topology import AxisName
 
-# Linear layers whose matrix is one for each head.
-_PER_HEAD = ("q", "k", "v")
 _PLACES = {"cpu": "in host memory", "nvme": "on NVMe"}
 
 
@@ -57,13 +55,8 @@ def _matrices(name: str, shape: Sequence[int], model: ModelSection) -> list[Matr
     """The matrices of a parameter; none if Muon leaves it to AdamW."""
     if not is_orthogonalised(name, shape):
         return []
-    *others, rows, columns = shape
-    heads = rows // model.head_width if _is_per_head(name) else 1
-    return [Matrices(math.prod(others) * heads, *sorted((rows // heads, columns)))]
-
-
-def _is_per_head(name: str) -> bool:
-    return name.split(".")[-2] in _PER_HEAD
+    *others, rows, columns = shape_apart(name, shape, head_size=model.head_width)
+    return [Matrices(math.prod(others), *sorted((rows, columns)))]
 
 
 def update_work(optim: OptimSection, model: ModelSection, chunks: Iterable[Chunk], grid: Grid) -> UpdateWork:
@@ -145,7 +138,7 @@ def optimizer_fact(optim: OptimSection, zero: ZeroSection, model: ModelSection, 
     if optim.name == "muon":
         found = matrices_in(model, range(model.num_layers))
         count, flops = sum(each.count for each in found.values()), sum(each.flops for each in found.values())
-        apart = " (heads apart)" if any(_is_per_head(name) for name in found) else ""
+        apart = " (heads apart)" if any(map(has_heads, found)) else ""
         muon = [f"muon on {count:,} matrices{apart} with momentum {optim.momentum:g} in fp32, {format_flops(flops)} a step; adamw on all else"]
     where = [f"state {_PLACES[zero.offload_optimizer]}"] if zero.offload_optimizer != "none" else []
     predicted = [f"{format_ratio(share)} of a step by prediction"] if share is not None else []

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import gc
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
 
 from phase8 import accelerator
 from phase8.config.schema import RunConfig
 from phase8.errors import OutOfMemoryError
+from phase8.memory_errors import told_by
 from phase8.plan.candidates import Device, how_to_fit, nearest_that_fits, plan_on
 from phase8.processes.host_memory import available_bytes
 from phase8.train.restart import resume_own_run
@@ -48,8 +49,7 @@ def require_host_memory(config: RunConfig, facts: Device, *, world_size: int, ra
     )
 
 
-@contextmanager
-def memory_errors(config: RunConfig, chosen: Chosen, facts: Device, *, world_size: int, has_begun: bool) -> Iterator[None]:
+def memory_errors(config: RunConfig, chosen: Chosen, facts: Device, *, world_size: int, has_begun: bool) -> AbstractContextManager[None]:
     """A context manager that turns running out of memory into one sentence.
 
     Args:
@@ -63,21 +63,15 @@ def memory_errors(config: RunConfig, chosen: Chosen, facts: Device, *, world_siz
         OutOfMemoryError: In place of what torch or Python raises; with the automatic values, if others can be chosen in their place.
     """
     values = (chosen.values or None) if chosen.can_change else None
-    try:
-        yield
-    except (MemoryError, RuntimeError) as error:
-        lacking = accelerator.memory_that_ran_out(error)
-        if lacking is None:
-            raise
-        of_host = lacking != "device"
-        if not of_host:
+
+    def tell(lacking: accelerator.Memory) -> OutOfMemoryError:
+        if lacking == "device":
             sentence = _device_sentence(config, facts, world_size)
         else:
             sentence = _host_sentence(config, facts, world_size, "page-locked " if lacking == "page-locked" else "")
-    else:
-        return
-    # Raised here, where the frames that hold model and optimizer have ended, so that whoever catches it can use their memory.
-    raise OutOfMemoryError(sentence, values, has_begun=has_begun, of_host=of_host)
+        return OutOfMemoryError(sentence, values, has_begun=has_begun, of_host=lacking != "device")
+
+    return told_by(tell)
 
 
 def retry_with_less_memory(

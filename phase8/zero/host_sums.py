@@ -7,8 +7,8 @@ new sum to the host as it does the first one, while other blocks compute. Both d
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import cast
+from collections.abc import Callable, Sequence
+from typing import Any, cast
 
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
@@ -22,22 +22,22 @@ def add_on_device(model: nn.Module) -> None:
         model: Model whose offloaded units FSDP has divided.
     """
     for unit in model.modules():
-        if isinstance(unit, FSDPModule) and (group := unit._get_fsdp_state()._fsdp_param_group) is not None:
+        group = unit._get_fsdp_state()._fsdp_param_group if isinstance(unit, FSDPModule) else None
+        if group is not None and group._all_reduce_hook is None:
             # FSDP frees what it has summed in the stream in which it sums over shards, so that is where it has to be read. A sum over replicas, which
             # has a stream of its own, is kept until it has been read.
             stream = None if group._is_hsdp else group.comm_ctx.reduce_scatter_stream
-            unit.set_all_reduce_hook(_adding(unit), stream=stream)
+            unit.set_all_reduce_hook(_adding(group.fsdp_params), stream=stream)
 
 
-def _adding(unit: FSDPModule) -> Callable[[Tensor], None]:
+def _adding(parameters: Sequence[Any]) -> Callable[[Tensor], None]:
+    sizes = [each.padded_sharded_param_size.numel() for each in parameters]
+
     def add(summed: Tensor) -> None:
         """Adds to what FSDP has summed over ranks, flat: the parts of the unit's parameters, each with the room of the largest rank's."""
-        group = unit._get_fsdp_state()._fsdp_param_group
-        assert group is not None
-        sizes = [each.padded_sharded_param_size.numel() for each in group.fsdp_params]
         if sum(sizes) != summed.numel():
             return  # some parameter has no gradient this time, and FSDP adds on the host
-        for each, values in zip(group.fsdp_params, summed.split(sizes), strict=True):
+        for each, values in zip(parameters, summed.split(sizes), strict=True):
             if each.sharded_param.grad is not None:
                 so_far = cast(DTensor, each.sharded_param.grad)._local_tensor
                 values[: so_far.numel()].view_as(so_far).add_(so_far.to(values.device, non_blocking=True))

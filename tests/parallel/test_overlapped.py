@@ -223,7 +223,7 @@ def test_parameters_are_gathered_as_by_fsdp(pool):
 
 
 def gathers_of_blocks():
-    """Of each block of each chunk: what gathers it, and the places that it gathers through."""
+    """A job: for each block of each chunk, which object gathers its parameters, and which object's places it gathers through."""
     world_size, settings = ranks(pp=2, dp=2, stage=3, more=(*INTERLEAVED, "zero.copy_engine_gather=true", "model.num_layers=8"))
     config = without_auto(load_config(os.devnull, [*training.MODEL, *settings]))
     mesh = build_mesh(run_topology(config.parallel, world_size=world_size), device_type="cpu", shard_size=2)
