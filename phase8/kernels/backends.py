@@ -82,7 +82,12 @@ def keeps_for_backward(x: Tensor) -> bool:
 
 def uses_triton(x: Tensor) -> bool:
     """Whether Triton kernels run on this tensor, judging by its device; dtypes and shapes are checked by the operator."""
-    return accelerator.has_kernels(x.device.type) and kernel_backend(x.device).name == "triton"
+    return has_triton(x.device)
+
+
+def has_triton(device: torch.device) -> bool:
+    """Whether Triton kernels run on a device."""
+    return accelerator.has_kernels(device.type) and kernel_backend(device).name == "triton"
 
 
 def kernel_backend(device: torch.device) -> Backend:

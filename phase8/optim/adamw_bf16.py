@@ -18,14 +18,17 @@ import torch
 from torch import Tensor, nn
 
 from phase8 import accelerator
+from phase8.accelerator import CPU
 from phase8.config.schema import OptimSection
-from phase8.kernels.backends import uses_triton
-from phase8.kernels.toolchain import missing_cpp_compiler
+from phase8.kernels.backends import has_triton
 from phase8.optim.fused_adamw import BesideAdamW, decay_groups
+from phase8.optim.passage import Passage
 from phase8.optim.state import ParameterState, adamw_bf16_state, has_short_moments
+from phase8.page_locked import is_locked, locked
 
 # Numbers that a CPU updates at once.
 CHUNK = 1 << 22
+_MOMENTS = ("exp_avg", "exp_avg_sq")
 Moments = tuple[Tensor, Tensor]
 Widen = Callable[[Tensor, Tensor], Moments]
 Shorten = Callable[[Tensor, Tensor, Tensor], Moments]
@@ -109,16 +112,13 @@ def update(
         kept.copy_(new if found_inf is None else torch.where(found_inf == 0, new, kept))
 
 
-def updates_in_one_kernel(part: Tensor) -> bool:
-    """Whether the update of a parameter is compiled: on a GPU, and on the host of one, where a C++ compiler is there.
+def updating_device(part: Tensor) -> torch.device | None:
+    """The device that updates a part in one kernel: its own, or the GPU of a part in page-locked host memory; None: the host does it in pieces.
 
-    On the host it takes a twelfth of the time of pieces with eight bits, a quarter with sixteen. A run without a GPU keeps to pieces: compiled loops
-    compute their last numbers in another way than the others, so the weights would depend on how ranks divide a matrix.
+    The cores of a host need many times as long as the link to the device: for moments of eight bits 16 of them took 15 s for ten billion parameters.
     """
-    if uses_triton(part):
-        return True
-    is_offloaded = part.device.type == "cpu" and accelerator.present() is not None
-    return is_offloaded and part.dtype == torch.float32 and missing_cpp_compiler() is None
+    device = accelerator.own_gpu() if part.device.type == CPU and part.dtype == torch.float32 and is_locked(part) else part.device
+    return device if has_triton(device) else None
 
 
 @functools.cache
@@ -165,27 +165,61 @@ class AdamWBf16(BesideAdamW):
         return adamw_bf16_state(name, shape)
 
     def _update_own(self) -> None:
+        passage: Passage | None = None
         for group in self._own_groups:
             parts = [part for part in group["params"] if part.grad is not None]
-            rate = _on_device(group["lr"], parts[0]) if parts and updates_in_one_kernel(parts[0]) else None
+            device = updating_device(parts[0]) if parts else None
+            scalars = None if device is None else self._scalars(group["lr"], device)
+            if device is not None and passage is None and parts[0].device.type == CPU:
+                passage = Passage(device, largest=max(part.numel() for each in self._own_groups for part in each["params"]))
             for part in parts:
-                self._update(part, part.grad, group, rate)
+                state = self._counted_state(part, None if passage is None else device)
+                if scalars is None:
+                    self._update_in_pieces(part.detach(), part.grad, (state["exp_avg"], state["exp_avg_sq"]), state["step"], group)
+                else:
+                    self._update_at_once(part.detach(), part.grad, state, scalars, group, passage)
+                if self.found_inf is not None:
+                    state["step"] -= self.found_inf
+        if passage is not None:
+            passage.finish()
 
-    def _update(self, part: nn.Parameter, gradient: Tensor, group: dict[str, Any], rate: Tensor | None) -> None:
+    def _scalars(self, rate: float | Tensor, device: torch.device) -> Scalars:
+        """The numbers of the step on a device, without the number of the step, which each parameter counts."""
+        scale, found_inf = (None if number is None else number.to(device) for number in (self.grad_scale, self.found_inf))
+        # A tensor, by which compiled code does not change from step to step.
+        rate = rate if isinstance(rate, Tensor) else torch.full((), rate, device=device)
+        return Scalars(rate, torch.empty(()), scale, found_inf)
+
+    def _counted_state(self, part: nn.Parameter, device: torch.device | None) -> dict[str, Tensor]:
+        """The state of a parameter, which is made at its first step, with this step counted.
+
+        Args:
+            part: Parameter.
+            device: Device to which its moments, in host memory, are sent; None: they are not sent.
+        """
         state = self.state[part]
         if not state:
             state["step"] = torch.zeros((), dtype=torch.float32, device=part.device)
-            state |= {key: torch.zeros_like(part, dtype=self.moment_dtype) for key in ("exp_avg", "exp_avg_sq")}
+            state |= {key: torch.zeros_like(part, dtype=self.moment_dtype) for key in _MOMENTS}
+        if device is not None:  # also those that a checkpoint brought
+            state |= {key: locked(state[key], device) for key in _MOMENTS}
         state["step"] += 1
-        moments = state["exp_avg"], state["exp_avg_sq"]
-        if rate is not None:
-            scalars = Scalars(rate, state["step"], self.grad_scale, self.found_inf)
-            run = compiled_update(Rule(tuple(group["betas"]), group["eps"], group["weight_decay"]), self.widen, self.shorten)
-            run(part.detach().view(-1), gradient.reshape(-1), (moments[0].view(-1), moments[1].view(-1)), scalars)
-        else:
-            self._update_in_pieces(part.detach(), gradient, moments, state["step"], group)
-        if self.found_inf is not None:
-            state["step"] -= self.found_inf
+        return state
+
+    def _update_at_once(
+        self, part: Tensor, gradient: Tensor, state: Mapping[str, Tensor], scalars: Scalars, group: dict[str, Any], passage: Passage | None
+    ) -> None:
+        run = compiled_update(Rule(tuple(group["betas"]), group["eps"], group["weight_decay"]), self.widen, self.shorten)
+        if passage is None:
+            moments = state["exp_avg"].view(-1), state["exp_avg_sq"].view(-1)
+            run(part.view(-1), gradient.reshape(-1), moments, scalars._replace(step=state["step"]))
+            return
+        scalars = scalars._replace(step=torch.full((), state["step"].item(), device=scalars.rate.device))
+
+        def compute(weights: Tensor, first: Tensor, second: Tensor, gradients: Tensor) -> None:
+            run(weights, gradients, (first, second), scalars)
+
+        passage.take(compute, (part, state["exp_avg"], state["exp_avg_sq"]), (gradient,))
 
     def _update_in_pieces(self, part: Tensor, gradient: Tensor, moments: Moments, step: Tensor, group: dict[str, Any]) -> None:
         """As `update`, by torch's fused AdamW on a CPU, for so many numbers that their moments in fp32 stay in its cache."""
@@ -201,8 +235,3 @@ class AdamWBf16(BesideAdamW):
             for moment, new in zip(short, self.shorten(*(value.float().flatten() for value in wide), step), strict=True):
                 new = new.view_as(moment)
                 moment.copy_(new if self.found_inf is None else torch.where(self.found_inf == 0, new, moment))
-
-
-def _on_device(rate: float | Tensor, like: Tensor) -> Tensor:
-    """A learning rate as a tensor, by which compiled code does not change from step to step."""
-    return rate if isinstance(rate, Tensor) else torch.full((), rate, device=like.device)

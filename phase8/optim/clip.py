@@ -7,12 +7,25 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor
 
+from phase8.accelerator import CPU
+
+_FEW = 16  # rows that are not worth it
+_ROW = 1 << 16  # numbers whose norm one core of a host takes at a time
 EPS = 1e-6  # as in torch.nn.utils.clip_grad_norm_
 
 
 def gradient_norm(gradients: Iterable[Tensor | None]) -> Tensor:
     """The global norm of all gradients, a scalar on their device; None, the gradient of a parameter without one, does not count."""
-    return torch.nn.utils.get_total_norm([gradient for gradient in gradients if gradient is not None])
+    return torch.nn.utils.get_total_norm([part for gradient in gradients if gradient is not None for part in _parts(gradient)])
+
+
+def _parts(gradient: Tensor) -> list[Tensor]:
+    """Tensors whose norm is that of a gradient: of a large one on a host the norms of rows, since torch takes a norm there on one core."""
+    if gradient.device.type != CPU or gradient.numel() < _FEW * _ROW or not gradient.is_contiguous():
+        return [gradient]
+    flat = gradient.view(-1)
+    whole = flat.numel() // _ROW * _ROW
+    return [torch.linalg.vector_norm(flat[:whole].view(-1, _ROW), dim=1), flat[whole:]]
 
 
 def clipping_divisor(norm: Tensor, *, max_norm: float) -> Tensor:

@@ -20,7 +20,7 @@ from phase8.observe.devices import Gpu
 from phase8.plan.communication import Collectives, Grid
 from phase8.plan.layer_cost import Cost, Microbatch, Rates, ends_cost, layer_cost, weights_cost
 from phase8.plan.memory import FP32_BYTES
-from phase8.plan.update_cost import UpdateWork, device_cost, host_bytes
+from phase8.plan.update_cost import UpdateWork, device_cost, host_bytes, sent_bytes
 from phase8.topology import AxisName
 
 # A copy on an H100 reaches 3.02 of 3.35 TB/s.
@@ -206,7 +206,7 @@ def _fetching_seconds(work: StepWork, stage: StageWork, gpu_seconds: float) -> f
 
 
 def _offloading_seconds(work: StepWork, stage: StageWork) -> float:
-    """Seconds of a step in which gradients go to the host, AdamW runs there, and parameters that do not stay there come back.
+    """Seconds of a step in which gradients go to the host, parameters there are updated, and those that do not stay there come back.
 
     Muon orthogonalises on the device, so directions come there and back besides.
     """
@@ -215,4 +215,5 @@ def _offloading_seconds(work: StepWork, stage: StageWork) -> float:
     # The sum so far comes back in the direction in which parameters arrive; the new one goes the other way meanwhile.
     copied = stage.update.num_updated * (transfers + num_added) * FP32_BYTES + stage.update.muon.num_parts * 2 * _element_bytes(work)
     moved = host_bytes(stage.update)
+    copied += sent_bytes(stage.update)
     return copied / HOST_LINK_RATE + moved / HOST_MEMORY_RATE + (moved / NVME_RATE if work.zero.offload_optimizer == "nvme" else 0.0)

@@ -21,8 +21,8 @@ SQUARE_PASSES = 60
 MUON_KERNELS = 70
 # The host launches an operation within about this.
 LAUNCH_SECONDS = 8e-6
-# On the host AdamW reads four numbers and writes three. Shorter moments are computed rather than moved there, so they are no faster.
-HOST_UPDATED_BYTES = 7 * FP32_BYTES
+# On the host AdamW reads four numbers and writes three; where it runs on the device, the norm reads one there.
+HOST_UPDATED_BYTES, HOST_NORM_BYTES = 7 * FP32_BYTES, FP32_BYTES
 
 
 class MuonWork(NamedTuple):
@@ -80,5 +80,17 @@ def device_cost(work: UpdateWork, rates: Rates, *, element_bytes: int, is_offloa
 
 
 def host_bytes(work: UpdateWork) -> float:
-    """Bytes that the host moves through its memory where it updates the parameters."""
-    return (work.num_updated - work.muon.num_parts) * HOST_UPDATED_BYTES + work.muon.num_parts * PART_PASSES * FP32_BYTES
+    """Bytes that the host moves through its memory where parameters are offloaded, to update them or to take the norm of their gradients alone."""
+    of_adamw = work.num_updated - work.muon.num_parts
+    moved = HOST_NORM_BYTES if _is_sent(work) else HOST_UPDATED_BYTES
+    return of_adamw * moved + work.muon.num_parts * PART_PASSES * FP32_BYTES
+
+
+def sent_bytes(work: UpdateWork) -> float:
+    """Bytes that the device fetches where it updates offloaded parameters, those with short moments; less goes back, at the same time."""
+    return (work.num_updated - work.muon.num_parts) * 2 * FP32_BYTES + work.moments_bytes if _is_sent(work) else 0.0
+
+
+def _is_sent(work: UpdateWork) -> bool:
+    """Whether moments are shorter than those of torch's AdamW, but for vectors and scalars."""
+    return work.moments_bytes < 2 * FP32_BYTES * (work.num_updated - work.muon.num_parts)

@@ -6,12 +6,13 @@ import pytest
 import torch
 from torch import nn
 
+from phase8 import page_locked
 from phase8.checkpoint.load import open_checkpoint
 from phase8.checkpoint.save import save_checkpoint
 from phase8.checkpoint.state import flat_state, restore_state
 from phase8.config.schema import OptimSection
 from phase8.errors import CheckpointMismatchError
-from phase8.optim import adamw_bf16
+from phase8.optim import adamw_bf16, passage
 from phase8.optim.adamw import build_optimizer
 from phase8.optim.adamw_bf16 import AdamWBf16, Rule, Scalars, compiled_update, rounded_at_random, update
 from phase8.optim.adamw_fp8 import AdamWFp8
@@ -206,44 +207,82 @@ def test_the_update_of_gpus_is_that_of_torch(kind):
     are_close(weights, held["matrix"].detach()[0], moments, kind.widen(state["exp_avg"][0], state["exp_avg_sq"][0]))
 
 
-@pytest.mark.parametrize("compiler", [pytest.param("there", marks=pytest.mark.full), "as operations", "missing"])
-def test_offloaded_parameters_are_updated_in_one_loop_where_a_compiler_is_there(compiler, monkeypatch):
-    """On the host of a GPU; with eight bits, in several lengths, a clipped step and one that does not count."""
+def trained_on_host(kind, device="cpu", pin=False):
+    """Parameters, in host memory if `pin` says so, and optimizer after four steps of several lengths, clipped, of which the third does not count."""
+    values = {"long": noise(70_001)[None], "matrix": noise(40, 24, seed=1), "vector": noise(24, seed=2)}
+    held = {name: nn.Parameter(value.pin_memory() if pin else value.to(device)) for name, value in values.items()}
+    optimizer = kind(held, OptimSection(learning_rate=0.01, weight_decay=0.1), decayed_names={"long", "matrix"})
+    for step in range(1, 5):
+        for number, parameter in enumerate(held.values()):
+            gradient = 4 * noise(*parameter.shape, seed=10 * step + number)
+            parameter.grad = gradient.pin_memory() if pin else gradient.to(device)
+        optimizer.grad_scale, optimizer.found_inf = (
+            torch.tensor(4.0, device=parameter.device),
+            torch.tensor(float(step == 3), device=parameter.device),
+        )
+        optimizer.step()
+    return held, optimizer
 
-    def trained():
-        held = {"long": nn.Parameter(noise(70_001)[None]), "matrix": nn.Parameter(noise(40, 24, seed=1)), "vector": nn.Parameter(noise(24, seed=2))}
-        optimizer = AdamWFp8(held, OptimSection(learning_rate=0.01, weight_decay=0.1), decayed_names={"long", "matrix"})
-        for step in range(1, 5):
-            for number, parameter in enumerate(held.values()):
-                parameter.grad = 4 * noise(*parameter.shape, seed=10 * step + number)
-            optimizer.grad_scale, optimizer.found_inf = torch.tensor(4.0), torch.tensor(float(step == 3))
-            optimizer.step()
-        return held, optimizer
 
-    expected, pieces = trained()
-    monkeypatch.setattr(adamw_bf16.accelerator, "present", lambda: "cuda")
-    monkeypatch.setattr(adamw_bf16, "missing_cpp_compiler", lambda: "there is none" if compiler == "missing" else None)
-    compiled = []
+@pytest.mark.parametrize("kind", [AdamWBf16, AdamWFp8])
+def test_the_device_updates_offloaded_parameters_in_pieces(kind, monkeypatch):
+    """Bit for bit the same for pieces of all lengths, and close to what the host computes."""
 
-    def chosen(rule, widen, shorten):
-        compiled.append(rule)
-        own = functools.partial(update, rule=rule, widen=widen, shorten=shorten)
-        return compiled_update(rule, widen, shorten) if compiler == "there" else own
+    def function(rule, widen, shorten):
+        return functools.partial(update, rule=rule, widen=widen, shorten=shorten)
 
-    monkeypatch.setattr(adamw_bf16, "compiled_update", chosen)
-    found, optimizer = trained()
-    assert len(compiled) == (0 if compiler == "missing" else 8)  # two matrices in four steps
-    for name, parameter in expected.items():
-        state, other = optimizer.state[found[name]], pieces.state[parameter]
-        moments, others = ([each[key] for key in ("exp_avg", "exp_avg_sq")] for each in (state, other))
-        assert state["step"] == 3
-        if name == "vector" or compiler == "missing":
-            assert torch.equal(found[name], parameter)
-        else:
-            are_close(found[name].detach(), parameter.detach(), AdamWFp8.widen(*moments), AdamWFp8.widen(*others))
+    by_host = trained_on_host(kind)
+    monkeypatch.setattr(adamw_bf16, "updating_device", lambda part: torch.device("cpu"))
+    monkeypatch.setattr(adamw_bf16, "compiled_update", function)
+    whole = trained_on_host(kind)
+    monkeypatch.setattr(passage, "PIECE", 1000)
+    for (held, optimizer), are_same in ((trained_on_host(kind), torch.equal), (by_host, None)):
+        for name, parameter in held.items():
+            state, other = optimizer.state[parameter], whole[1].state[whole[0][name]]
+            moments, others = ([each[key] for key in ("exp_avg", "exp_avg_sq")] for each in (state, other))
+            assert state["step"] == other["step"] == 3
+            if are_same is not None or name == "vector":
+                assert torch.equal(parameter, whole[0][name]) and all(map(torch.equal, moments, others))
+            else:
+                are_close(whole[0][name].detach(), parameter.detach(), kind.widen(*others), kind.widen(*moments))
+
+
+def test_only_page_locked_parameters_are_sent_to_a_gpu(monkeypatch):
+    monkeypatch.setattr(adamw_bf16.accelerator, "own_gpu", lambda: torch.device("cuda", 0))
+    monkeypatch.setattr(adamw_bf16, "has_triton", lambda device: device.type == "cuda")
+    part = noise(40, 24)
+    assert adamw_bf16.updating_device(part) is None
+    monkeypatch.setattr(adamw_bf16, "is_locked", lambda part: True)
+    assert adamw_bf16.updating_device(part) == torch.device("cuda", 0)
+    assert adamw_bf16.updating_device(part.double()) is None
+
+
+@pytest.fixture
+def fresh_compiler():
+    """torch compiles a function for so many callers only."""
+    torch.compiler.reset()
+    compiled_update.cache_clear()
 
 
 @pytest.mark.gpu
+@pytest.mark.usefixtures("fresh_compiler")
+@pytest.mark.parametrize("kind", [AdamWBf16, AdamWFp8])
+def test_a_gpu_updates_offloaded_parameters_as_its_own(kind, monkeypatch):
+    """Bit for bit; the moments that a checkpoint brings are page-locked by the next step, large and small ones."""
+    own, optimizer = trained_on_host(kind, "cuda")
+    monkeypatch.setattr(passage, "PIECE", 1000)
+    for threshold in (1, 1 << 25):
+        monkeypatch.setattr(page_locked, "_OWN_PAGES", threshold)
+        held, offloaded = trained_on_host(kind, pin=True)
+        for name in ("long", "matrix"):
+            assert torch.equal(held[name], own[name].cpu())
+            state, other = offloaded.state[held[name]], optimizer.state[own[name]]
+            for key in ("exp_avg", "exp_avg_sq"):
+                assert state[key].is_pinned() and torch.equal(state[key], other[key].cpu())
+
+
+@pytest.mark.gpu
+@pytest.mark.usefixtures("fresh_compiler")
 @pytest.mark.parametrize("kind", [AdamWBf16, AdamWFp8])
 def test_one_kernel_updates_as_the_operations_do(kind):
     rule = Rule((0.9, 0.95), 1e-8, 0.1)

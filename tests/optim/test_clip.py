@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from phase8.optim.clip import clipping_divisor, gradient_norm, step_clipped
+from phase8.optim.clip import _parts, clipping_divisor, gradient_norm, step_clipped
 
 
 def parameters_with_gradients(scale=1.0):
@@ -68,3 +68,15 @@ def test_a_step_that_is_not_finite_leaves_weights_and_state_alone():
 
 def test_no_gradient_at_all_has_norm_zero():
     assert gradient_norm(gradients([nn.Parameter(torch.zeros(2))])).item() == 0.0
+
+
+@pytest.mark.parametrize("count", [16 << 16, (17 << 16) + 5])
+def test_the_norm_of_a_large_gradient_on_the_host_is_taken_by_rows(count):
+    gradient = torch.randn(count, generator=torch.Generator().manual_seed(0))
+    parts = _parts(gradient)
+    assert [part.numel() for part in parts] == [count >> 16, count % (1 << 16)]
+    torch.testing.assert_close(gradient_norm([gradient, torch.ones(3)]).double(), (gradient.double().square().sum() + 3).sqrt(), rtol=1e-6, atol=0)
+    gradient[-1] = math.nan
+    assert gradient_norm([gradient]).isnan()
+    few = torch.ones((16 << 16) - 1)
+    assert _parts(few)[0] is few

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from phase8 import accelerator
-from phase8.zero.page_locked import PageLocked
+from phase8.page_locked import PageLocked
 
 
 def likes(device="cpu"):

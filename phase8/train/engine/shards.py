@@ -15,7 +15,7 @@ from torch.distributed.tensor import DTensor
 from phase8.distributed.collectives import ALONE, Axis, add_up_over, sum_over
 from phase8.distributed.placement import held_part, is_of_divided_experts
 from phase8.optim.clip import gradient_norm
-from phase8.zero.page_locked import PageLocked
+from phase8.page_locked import PageLocked
 
 
 class Shards:

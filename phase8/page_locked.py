@@ -13,6 +13,7 @@ from phase8 import accelerator
 from phase8.terminal import warn
 
 _ALIGNMENT = 256  # bytes
+_OWN_PAGES = 1 << 25  # bytes from which on an allocation shares no page with others
 
 
 class PageLocked:
@@ -35,11 +36,27 @@ class PageLocked:
             name: memory[end - tensor.nbytes : end].view(tensor.dtype).view(tensor.shape)
             for (name, tensor), end in zip(like.items(), ends, strict=True)
         }
-        if num_bytes and any(accelerator.locks_pages(tensor.device.type) for tensor in like.values()) and _is_locked(memory):
+        if num_bytes and any(accelerator.locks_pages(tensor.device.type) for tensor in like.values()) and _locks(memory):
             weakref.finalize(self, accelerator.unlock_pages, memory)
 
 
-def _is_locked(memory: Tensor) -> bool:
+def is_locked(tensor: Tensor) -> bool:
+    """Whether a GPU copies from and to a tensor in host memory by itself."""
+    return tensor.is_pinned()
+
+
+def locked(tensor: Tensor, device: torch.device) -> Tensor:
+    """A tensor in host memory whose pages are locked while it lives, if the device copies from such: itself if it is large, a copy if it is small."""
+    if not accelerator.locks_pages(device.type) or is_locked(tensor):
+        return tensor
+    if tensor.nbytes < _OWN_PAGES:
+        return tensor.pin_memory()
+    if _locks(memory := tensor.view(-1)):
+        weakref.finalize(tensor, accelerator.unlock_pages, memory)
+    return tensor
+
+
+def _locks(memory: Tensor) -> bool:
     """Locks the pages of a tensor if the system allows it."""
     error = accelerator.lock_pages(memory)
     if error != 0:
