@@ -32,7 +32,12 @@ SMALLER = {"cuda": (), "cpu": ("model.num_layers=2", "model.sequence_length=128"
 COMPILED = ("train.compile.enabled=true", "train.compile.fullgraph=true")
 ASYNCHRONOUS = (*COMPILED, "parallel.async_tensor_parallel=true")
 RECORDED = "train.cuda_graphs=true"
+BLOCKS["eight bits"] = ("optim.state_dtype=fp8",)
 CASES = {
+    "offloaded": ("default", ranks(more=OFFLOADED)),
+    "sums offloaded, compiled": ("default", ranks(more=(*OFFLOADED, SUMS_OFFLOADED, *COMPILED))),
+    "optimizer offloaded, moments of eight bits": ("eight bits", ranks(more=("zero.stage=1", "zero.offload_optimizer=cpu"))),
+    "offloaded, moments of eight bits": ("eight bits", ranks(more=OFFLOADED)),
     "tp2": ("default", ranks(tp=2)),
     "tp2 whole": ("whole", ranks(tp=2)),
     "dp2": ("default", ranks(dp=2)),
