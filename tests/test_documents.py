@@ -14,6 +14,7 @@ import subprocess
 import sys
 
 import pytest
+import torch
 
 from phase8.config.load import load_config
 from tests.documented_commands import (
@@ -250,6 +251,15 @@ def test_every_command_is_in_a_block_of_commands_and_runs_or_has_a_reason():
         assert all((ROOT / path).is_file() for path in re.findall(r"tests/\S+\.py", reason))
 
 
+@pytest.fixture
+def same_products():
+    """Doors choose how products of float32 are computed, and end with their process; here other tests follow."""
+    precision = torch.get_float32_matmul_precision()
+    yield
+    torch.set_float32_matmul_precision(precision)
+
+
+@pytest.mark.usefixtures("same_products")
 @pytest.mark.parametrize("page", [page for page, text in PAGES.items() if commands_of(text)])
 def test_a_page_runs_in_its_order(page, text, monkeypatch, tmp_path, capfd):
     monkeypatch.chdir(tmp_path)
