@@ -15,7 +15,7 @@ from phase8.durable import replace_file
 from phase8.observe.curves import Chart, Curve, Span, limits_from_zero
 from phase8.observe.formatting import format_count
 from phase8.observe.history import Series, loss_limits, smooth
-from phase8.observe.page import Charts, card, page, table
+from phase8.observe.page import Charts, Fold, Overview, card, page, table
 from phase8.observe.report import RecordedRun, format_loss, headline, memory_chart, read_run
 from phase8.observe.run_events import in_words
 from phase8.terminal import ESCAPED
@@ -47,14 +47,15 @@ def _comparison_page(runs: Sequence[RecordedRun], configs: Sequence[Mapping[str,
     figures = [{tile.name: tile for tile in headline(run.history, run.events)} for run in runs]
     columns = list(dict.fromkeys(name for tiles in figures for name in tiles))
     rows = [[name, *(tiles[column].value if column in tiles else "–" for column in columns)] for name, tiles in zip(names, figures, strict=True)]
-    cards = [*_chart_cards(runs, colours, charts), card("Runs", table(["run", *columns], rows, colours=colours), width="whole")]
+    training, validation, *small = _chart_cards(runs, colours, charts)
+    texts = [card("Runs", table(["run", *columns], rows, colours=colours))]
     different = _differences(configs)
     if different:
-        cards.append(card("Config keys that differ", table(["key", *names], different), width="whole"))
+        texts.append(card("Config keys that differ", table(["key", *names], different)))
     origins = [[run.name, run.events.origin] for run in runs if run.events.origin]
-    if origins:
-        cards.append(card("Origin", table(["run", "started"], origins), width="whole"))
-    return page(", ".join(names), [f"{len(runs)} runs compared"], tiles=[], cards=cards, charts=charts)
+    origin = [card("Origin", table(["run", "started"], origins))] if origins else []
+    overview = Overview([training, validation], small, texts)
+    return page(", ".join(names), [f"{len(runs)} runs compared"], tiles=[], overview=overview, folds=[Fold("When they began", origin)], charts=charts)
 
 
 def _chart_cards(runs: Sequence[RecordedRun], colours: Sequence[str], charts: Charts) -> Iterator[str]:

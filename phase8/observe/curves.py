@@ -68,7 +68,7 @@ class Chart:
         limits: Lower and upper end of the value axis.
         format_value: How a value is written.
         references: Values to compare with, by name: dashed lines.
-        is_wide: Twice as wide and high as others.
+        is_wide: Whether it is a main chart, larger than others, which has more ticks and names the marks.
     """
 
     heading: str

@@ -1,5 +1,8 @@
 """The pieces of a report page: cards, tables, charts with what a pointer reads off them, and the page around them.
 
+A page is one screen: headline figures, charts and texts that share the height of the window; narrow screens stack them. What goes further is
+folded below.
+
 Every text from outside (names, paths, prompts, samples) is escaped here, in `escape` or in the JSON for the page's script; content that a
 function takes as HTML says so. The page is one file and its policy allows no request.
 """
@@ -12,13 +15,14 @@ from dataclasses import replace
 from html import escape
 from pathlib import Path
 from string import Template
-from typing import Literal, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 
 from phase8.observe.curves import AXES, Chart, Curve, Mark, Span, draw, readings
 
 _PAGE = Path(__file__).with_name("report.html")
+_SMALL_IN_TWO_COLUMNS = 4
 _MARKS = {"restart": "restart", "rollback": "rollback", "skipped": "skipped step"}
 
 
@@ -29,6 +33,32 @@ class Tile(NamedTuple):
     value: str
     note: str = ""
     is_warning: bool = False
+
+
+class Overview(NamedTuple):
+    """The first screen: cards as HTML.
+
+    Args:
+        large: The main charts, one above the other.
+        small: Charts beside them, in two rows.
+        texts: Cards with texts and tables, below in one row.
+    """
+
+    large: Sequence[str]
+    small: Sequence[str]
+    texts: Sequence[str]
+
+
+class Fold(NamedTuple):
+    """Cards below the first screen, which their heading opens.
+
+    Args:
+        heading: What they are.
+        cards: The cards, as HTML; without any the fold is left out.
+    """
+
+    heading: str
+    cards: Sequence[str]
 
 
 class Charts:
@@ -49,14 +79,14 @@ class Charts:
         keys = [_key(curve, self._last(curve, chart)) for curve in chart.curves]
         marks = [mark for mark in self._marks if mark.steps.size] if chart.is_wide else []
         keys += [f'<span class="mark-key {escape(mark.kind)}">{_MARKS[mark.kind]}</span>' for mark in marks]
-        return self.drawn(chart.heading, chart.unit, draw(chart, self.span, self._marks), keys, chart, is_wide=chart.is_wide)
+        return self.drawn(draw(chart, self.span, self._marks), keys, chart)
 
-    def drawn(self, heading: str, unit: str, drawing: str, keys: Sequence[str], chart: Chart, *, is_wide: bool) -> str:
+    def drawn(self, drawing: str, keys: Sequence[str], chart: Chart) -> str:
         """A card with a drawing (HTML), whose pointer reads off the curves of a chart."""
         self._readings.append([readings(curve, chart.format_value) for curve in chart.curves])
         number = len(self._readings) - 1
-        head = f'<h2>{escape(heading)} <small>{escape(unit)}</small></h2><p class="keys"><b class="at"></b>{"".join(keys)}</p>'
-        return f'<section class="card chart{" wide" if is_wide else ""}" data-chart="{number}">\n{head}\n{drawing}\n</section>'
+        head = f'{_heading(chart.heading, chart.unit)}<p class="keys"><b class="at"></b>{"".join(keys)}</p>'
+        return f'<section class="card chart" data-chart="{number}">\n<div class="head">{head}</div>\n{drawing}\n</section>'
 
     @property
     def data(self) -> str:
@@ -71,28 +101,30 @@ class Charts:
         return chart.format_value(float(finite[-1])) if finite.size else "–"
 
 
-def page(title: str, subtitle: Iterable[str], *, tiles: Sequence[Tile], cards: Iterable[str], charts: Charts) -> str:
+def page(title: str, subtitle: Iterable[str], *, tiles: Sequence[Tile], overview: Overview, folds: Iterable[Fold], charts: Charts) -> str:
     """The whole page.
 
     Args:
         title: Heading.
-        subtitle: Lines below it; an empty one is left out.
+        subtitle: Lines beside it; an empty one is left out.
         tiles: Headline figures.
-        cards: Cards in order, as HTML.
+        overview: The first screen.
+        folds: What is below.
         charts: The charts among the cards.
     """
     return Template(_PAGE.read_text(encoding="utf-8")).substitute(
         title=escape(title),
-        subtitle="".join(f"<p>{escape(line)}</p>" for line in subtitle if line),
+        subtitle="".join(f'<p title="{escape(line)}">{escape(line)}</p>' for line in subtitle if line),
         tiles=f'<section class="card tiles" aria-label="Headline figures">{"".join(map(_tile, tiles))}</section>' if tiles else "",
-        cards="\n".join(cards),
+        overview=_overview(overview),
+        folds="\n".join(_fold(fold) for fold in folds if fold.cards),
         data=charts.data,
     )
 
 
-def card(heading: str, content: str, *, remark: str = "", width: Literal["", "wide", "whole"] = "") -> str:
-    """A card of one or two columns or of the whole width; its content is HTML."""
-    return f'<section class="card {width}">\n<h2>{escape(heading)} <small>{escape(remark)}</small></h2>\n{content}\n</section>'
+def card(heading: str, content: str, *, remark: str = "") -> str:
+    """A card with a text or a table; its content is HTML."""
+    return f'<section class="card text">\n{_heading(heading, remark)}\n<div>{content}</div>\n</section>'
 
 
 def facts_table(facts: Mapping[str, str]) -> str:
@@ -125,6 +157,21 @@ def samples(texts: Mapping[int, str]) -> str:
         f"<details{' open' if step == newest else ''}><summary>step {step:,}</summary><pre>{escape(text)}</pre></details>"
         for step, text in sorted(texts.items(), reverse=True)
     )
+
+
+def _overview(overview: Overview) -> str:
+    parts = (f'<div class="{name}">\n{"".join(cards)}\n</div>' for name, cards in overview._asdict().items() if cards)
+    is_narrow = len(overview.small) <= _SMALL_IN_TWO_COLUMNS
+    return f'<div class="overview{" narrow" if is_narrow else ""}">\n{"".join(parts)}\n</div>'
+
+
+def _fold(fold: Fold) -> str:
+    return f'<details class="fold"><summary>{escape(fold.heading)}</summary><div class="more">\n{"".join(fold.cards)}\n</div></details>'
+
+
+def _heading(text: str, remark: str) -> str:
+    """A heading as HTML; where there is no room for the remark, it is cut off, and shown in whole by a pointer that rests on it."""
+    return f'<h2 title="{escape(remark)}">{escape(text)} <small>{escape(remark)}</small></h2>'
 
 
 def _breakable(name: str) -> str:

@@ -16,7 +16,7 @@ from phase8.observe.curves import Chart, Curve, Mark, Span, limits_from_zero
 from phase8.observe.formatting import format_bytes, format_count, format_ratio, format_seconds
 from phase8.observe.history import History, Places, Series, last_finite, loss_limits, median, smooth
 from phase8.observe.metrics import read_metrics
-from phase8.observe.page import Charts, Tile, card, facts_table, page, samples, table
+from phase8.observe.page import Charts, Fold, Overview, Tile, card, facts_table, page, samples, table
 from phase8.observe.routing import RoutingHistory
 from phase8.observe.routing_chart import EVEN, FEWER, MORE, draw_load
 from phase8.observe.run_events import RunEvents
@@ -24,6 +24,7 @@ from phase8.paths import real_path
 from phase8.terminal import ESCAPED
 
 _MAX_EVENTS = 40
+_MOST_SMALL = 6  # charts beside the losses on the first screen
 format_loss = "{:.3f}".format
 _format_rate = "{:.3g}".format
 _format_percent = "{:.3g} %".format
@@ -101,8 +102,11 @@ def run_page(run: RecordedRun) -> str:
     """The page of a run."""
     history, events = run.history, run.events
     charts = Charts(Span.of([history.places]), _marks(history, events))
-    cards = [*_chart_cards(run, charts), *_routing_cards(history, charts), *_text_cards(run)]
-    return page(run.name, [_progress(history), events.origin], tiles=headline(history, events), cards=cards, charts=charts)
+    losses, *others = _chart_cards(run, charts)
+    overview = Overview([losses], others[:_MOST_SMALL], [*_text_cards(run)])
+    facts = [card("Run", facts_table(events.facts))] if events.facts else []
+    folds = [Fold("More charts", others[_MOST_SMALL:]), Fold("The run as its banner described it", facts)]
+    return page(run.name, [_progress(history), events.origin], tiles=headline(history, events), overview=overview, folds=folds, charts=charts)
 
 
 def headline(history: History, events: RunEvents) -> list[Tile]:
@@ -155,6 +159,7 @@ def _marks(history: History, events: RunEvents) -> list[Mark]:
 
 
 def _chart_cards(run: RecordedRun, charts: Charts) -> Iterator[str]:
+    """Cards with charts, the most important first."""
     history, events, places = run.history, run.events, run.history.places
     series = partial(_series, places=places)
     at_evaluations = places.at(history.validation_steps)
@@ -166,15 +171,19 @@ def _chart_cards(run: RecordedRun, charts: Charts) -> Iterator[str]:
     yield charts.card(memory_chart([Curve("peak", "c0", places, history.peak_memory_bytes)], events.planned_memory_bytes))
     yield charts.card(series("Gradient norm", "before clipping", history.grad_norm, _format_rate))
     yield charts.card(series("Learning rate", "", history.learning_rate, _format_rate, style="line"))
+    if history.routing is not None:
+        yield _load_card(history.routing, charts, places.at(history.routing.steps))
+    if history.validation_sources:
+        curves = [Curve(name, f"c{n % 8}", at_evaluations, losses, "points") for n, (name, losses) in enumerate(history.validation_sources.items())]
+        limits = loss_limits(np.concatenate([curve.values for curve in curves]), np.array([]), {})
+        yield charts.card(Chart("Validation loss by source", "nats per token", curves, limits, format_loss))
     # A step of zero duration did not wait.
     waiting = 100 * history.data_wait_seconds / np.maximum(history.step_seconds, 1e-9)
     yield charts.card(series("Waiting for data", "per cent of the step", waiting, _format_percent))
     for name, losses in history.auxiliary_losses.items():
         yield charts.card(series(f"Loss {name}", "per valid target", losses, _format_rate))
-    if history.validation_sources:
-        curves = [Curve(name, f"c{n % 8}", at_evaluations, losses, "points") for n, (name, losses) in enumerate(history.validation_sources.items())]
-        limits = loss_limits(np.concatenate([curve.values for curve in curves]), np.array([]), {})
-        yield charts.card(Chart("Validation loss by source", "nats per token", curves, limits, format_loss))
+    if history.routing is not None:
+        yield from _routing_cards(history.routing, charts, places.at(history.routing.steps))
 
 
 def loss_chart(curves: Sequence[Curve], history: History, reference_losses: Mapping[str, float]) -> Chart:
@@ -197,24 +206,24 @@ def _series(heading: str, unit: str, values: Series, format_value: Callable[[flo
     return Chart(heading, unit, [Curve("", "c0", places, values, style)], limits_from_zero(values), format_value)
 
 
-def _routing_cards(history: History, charts: Charts) -> Iterator[str]:
-    """The load of every expert, what is dropped, and how sure routers are, as means over the layers."""
-    routing = history.routing
-    if routing is None:
-        return
-    places = history.places.at(routing.steps)
+def _load_card(routing: RoutingHistory, charts: Charts, places: Places) -> str:
+    """The load of every expert."""
     busiest = Curve("busiest expert", "c1", places, _busiest(routing))
-    chart = Chart("Load of experts", "blue: none, grey: an even share, orange: twice that", [busiest], (0, 1), "{:.2f} times an even share".format)
-    keys = [f'<span class="key" style="--key:{colour}">{name}</span>' for colour, name in ((FEWER, "none"), (EVEN, "even"), (MORE, "twice"))]
+    chart = Chart("Load of experts", "in even shares of the choices", [busiest], (0, 1), "{:.2f}×".format)
+    keys = [f'<span class="key" style="--key:{colour}">{name}</span>' for colour, name in ((FEWER, "none"), (EVEN, "even"), (MORE, "2×"))]
     keys.append(f'<span class="read">busiest <b>{chart.format_value(float(busiest.values[-1]))}</b></span>')
-    yield charts.drawn(chart.heading, "share of the choices", draw_load(routing, places, charts.span), keys, chart, is_wide=False)
+    return charts.drawn(draw_load(routing, places, charts.span), keys, chart)
+
+
+def _routing_cards(routing: RoutingHistory, charts: Charts, places: Places) -> Iterator[str]:
+    """What is dropped, how sure routers are, and how uneven the load is, as means over the layers."""
     series = partial(_series, places=places)
     with np.errstate(all="ignore"):
         yield charts.card(series("Dropped choices", "per cent, mean of the layers", 100 * np.nanmean(routing.dropped, axis=1), _format_percent))
         yield charts.card(series("Router entropy", "nats, mean of the layers", np.nanmean(routing.entropy, axis=1), _format_rate))
         if not np.isnan(routing.imbalance).all():  # records of earlier releases have none
-            chart = "what the balance loss weighs, 1: balanced, mean of the layers"
-            yield charts.card(series("Imbalance of experts", chart, np.nanmean(routing.imbalance, axis=1), _format_rate))
+            unit = "what the balance loss weighs, 1: balanced, mean of the layers"
+            yield charts.card(series("Imbalance of experts", unit, np.nanmean(routing.imbalance, axis=1), _format_rate))
 
 
 def _busiest(routing: RoutingHistory) -> Series:
@@ -227,18 +236,17 @@ def _text_cards(run: RecordedRun) -> Iterator[str]:
     if events.rows:
         rows = [(f"{row.step:,}", row.kind, row.text) for row in events.rows[-_MAX_EVENTS:][::-1]]
         left_out = len(events.rows) - len(rows)
-        yield card("Events", table(("step", "event", ""), rows), remark=f"the last {len(rows)}, {left_out} more" if left_out else "", width="wide")
+        yield card("Events", table(("step", "event", ""), rows), remark=f"the last {len(rows)}, {left_out} more" if left_out else "")
     names = dict.fromkeys([*events.epochs, *history.validation_sources])
     if names:
         rows = [(name, *_source_row(run, name)) for name in names]
         columns = ("source", "epochs", "loss", *["sequences"] * bool(history.validation_sequences))
         yield card("Data", table(columns, [row[: len(columns)] for row in rows]), remark="epochs at the last save, loss of the last evaluation")
     if events.settings:
-        yield card("Settings chosen", facts_table(dict(events.settings)), width="wide")
+        chosen = {name: value for name, value in events.settings.items() if name != "reason"}
+        yield card("Settings chosen", facts_table(chosen), remark=events.settings.get("reason", ""))
     if events.samples:
-        yield card("Samples", samples(events.samples), width="wide")
-    if events.facts:
-        yield card("Run", facts_table(events.facts), width="whole")
+        yield card("Samples", samples(events.samples))
 
 
 def _source_row(run: RecordedRun, name: str) -> tuple[str, str, str]:

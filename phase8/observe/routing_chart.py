@@ -15,7 +15,8 @@ from phase8.observe.routing import RoutingHistory
 # Blue: fewer tokens than an even share, grey: as many, orange: more. The colours stand on light and on dark pages.
 FEWER, EVEN, MORE = "#2f6bde", "#b9bec6", "#d9730d"
 _MAX_COLUMNS = 200
-_MAX_LABELS = 12
+_MAX_LABELS = 6  # that have room in a small chart
+_MAX_BORDERED = 12  # layers; borders between more would cover what they divide
 _MOST = 2.0  # times an even share; more has the same colour
 
 
@@ -39,7 +40,8 @@ def draw_load(history: RoutingHistory, places: Places, span: Span) -> str:
         f'<span class="y" style="top:{100 * (place + 0.5) / num_layers:.2f}%">layer {history.layers[place]}</span>'
         for place in range(0, num_layers, every)
     )
-    borders = "".join(f'<i class="border" style="top:{100 * border / num_layers:.2f}%"></i>' for border in range(1, num_layers))
+    bordered = range(1, num_layers if num_layers <= _MAX_BORDERED else 0)
+    borders = "".join(f'<i class="border" style="top:{100 * border / num_layers:.2f}%"></i>' for border in bordered)
     image = f'<img src="{source}" style="{style}" alt="load of each expert of each layer">'
     return f'<div class="plot heat"><div class="ys">{labels}</div>{image}{borders}<div class="cross"></div></div>'
 

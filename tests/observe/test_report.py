@@ -3,6 +3,7 @@ from __future__ import annotations
 import json
 import math
 import re
+import shutil
 import subprocess
 import sys
 from html.parser import HTMLParser
@@ -17,6 +18,7 @@ from phase8.observe.history import History
 from phase8.observe.metrics import MetricsWriter, SourceLoss, read_metrics
 from phase8.observe.report import RecordedRun, headline, run_page, write_report
 from phase8.observe.run_events import RunEvents
+from tests.observe.test_routing import Layer
 
 HOSTILE = "</script><script>alert(1)</script><img src=x onerror='alert(2)'>\" onload=\"&amp;]]>"
 START = {
@@ -53,9 +55,20 @@ class Page(HTMLParser):
         return json.loads(self.scripts[0])
 
     @property
+    def parts(self):
+        """Headings of the cards in each part of the first screen, and in each fold by its heading."""
+        parts = {}
+        for part, fold, card in re.findall(r'<div class="(\w+)">|<summary>([^<]*)</summary><div|<h2 [^>]*>(.*?) <small>', self.source):
+            if part in ("large", "small", "texts") or fold:
+                headings = parts.setdefault(part or fold, [])
+            elif card:
+                headings.append(card)
+        return parts
+
+    @property
     def charts(self):
         """Chart heading -> texts of each curve."""
-        headings = re.findall(r'data-chart="(\d+)">\n<h2>(.*?) <small>', self.source)
+        headings = re.findall(r'data-chart="(\d+)">\n<div class="head"><h2 title="[^"]*">(.*?) <small>', self.source)
         return {heading: [curve["text"] for curve in self.data["charts"][int(number)]] for number, heading in headings}
 
 
@@ -114,6 +127,44 @@ def test_the_page_holds_figures_charts_events_facts_and_samples(trained):
     assert not {"i", "7"} & set(page.tags) and "<td>web</td><td>1.25</td>" in page.source
 
 
+def test_one_screen_has_what_matters_and_the_rest_is_folded(trained, make_step):
+    routing = {layer: Layer((0.25, 0.75), 0.1, 0.5) for layer in (0, 1)}
+    with MetricsWriter(trained, resume_step=60) as writer:
+        writer.log_step(make_step(61, routing=routing, auxiliary_losses={"balance": 0.1}))
+        writer.log_event(61, "settings", **{"train.recompute": "none", "reason": "by plan"})
+        writer.log_event(61, "sample", text="text")
+    page, _ = report(trained)
+    assert page.parts == {
+        "large": ["Loss"],
+        "small": ["Throughput", "MFU", "Peak memory", "Gradient norm", "Learning rate", "Load of experts"],
+        "texts": ["Events", "Data", "Settings chosen", "Samples"],
+        "More charts": ["Waiting for data", "Loss balance", "Dropped choices", "Router entropy", "Imbalance of experts"],
+        "The run as its banner described it": ["Run"],
+    }
+    assert page.source.count('<details class="fold">') == 2 and page.source.count("<details open>") == 1  # the newest sample
+
+
+def test_what_there_is_takes_the_room_of_what_there_is_not(tmp_path, make_step):
+    with MetricsWriter(tmp_path, resume_step=0) as writer:
+        writer.log_step(make_step(1, mfu=None))
+    page, _ = report(tmp_path)
+    assert page.parts == {"large": ["Loss"], "small": ["Throughput", "Peak memory", "Gradient norm", "Learning rate", "Waiting for data"]}
+    assert "fold" not in [value for name, value in page.attributes if name == "class"]
+
+
+@pytest.mark.skipif(shutil.which("chromium") is None, reason="needs chromium")
+@pytest.mark.parametrize(("width", "height"), [(1440, 900), (1280, 720), (500, 800)])
+def test_a_browser_shows_it_on_one_screen_and_narrow_ones_scroll_down_only(trained, tmp_path, width, height):
+    page = write_report(trained).read_text(encoding="utf-8")
+    measure = "const e = document.documentElement; e.dataset.found = [e.scrollWidth, innerWidth, e.scrollHeight, innerHeight];"
+    (tmp_path / "measured.html").write_text(page.replace("</body>", f"<script>{measure}</script></body>"), encoding="utf-8")
+    options = ["--headless=new", "--no-sandbox", "--disable-gpu", f"--user-data-dir={tmp_path / 'profile'}", f"--window-size={width},{height}"]
+    command = ["chromium", *options, "--dump-dom", (tmp_path / "measured.html").as_uri()]
+    shown = subprocess.run(command, capture_output=True, text=True, timeout=120).stdout
+    page_width, window_width, page_height, window_height = map(int, re.search(r'data-found="([\d,]+)"', shown)[1].split(","))
+    assert page_width <= window_width and (page_height <= window_height) == (width > 1000)
+
+
 def test_a_pointer_reads_the_values_of_every_curve_on_every_axis(trained):
     page, _ = report(trained)
     train, validation = page.charts["Loss"]
@@ -153,7 +204,7 @@ def test_names_texts_and_sources_from_outside_are_never_markup(tmp_path, make_st
             writer.log_evaluation(1, validation_loss=2.0, validation_tokens=16, sources=sources)
             writer.log_event(1, text, message=text)
             writer.log_event(1, "rollback", message=text)
-            writer.log_event(1, "settings", **{text: text})
+            writer.log_event(1, "settings", **{text: text, "reason": text})
             writer.log_event(1, "config_changed", key=text, old=text, new=[text])
             writer.log_event(1, "stragglers", ratio=2.0, slowest_host=text, slowest_rank=text)
             writer.log_event(1, "sample", text=text)

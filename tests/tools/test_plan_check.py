@@ -100,16 +100,9 @@ def test_every_shipped_config(door, path):
     config = load_config(path)
     num_token_ranks = max(config.parallel.context_parallel_size, config.zero.shard_size or 1)
     smallest = config.parallel.tensor_parallel_size * config.parallel.pipeline_parallel_size * num_token_ranks
-    # To choose settings takes a while, and dry runs of every config do that.
-    result, _ = check(door, path, smallest, "train.tuning=off", "train.micro_batch_size=1", "train.recompute=full")
+    # To choose settings and to compile take a while: dry runs of every config do the first, tests/test_documents.py has both, on up to 1024 GPUs.
+    result, _ = check(door, path, smallest, "train.tuning=off", "train.compile.enabled=false", "train.micro_batch_size=1", "train.recompute=full")
     assert len(result["stages"]) == config.parallel.pipeline_parallel_size
-
-
-@pytest.mark.parametrize("world_size", [32, 1024])
-def test_the_flagship_fits_on_its_gpus_and_on_a_thousand(door, world_size):
-    result, _ = check(door, ROOT / "configs/phase8_7b_3d.yaml", world_size)
-    assert [stage["rank"] for stage in result["stages"]] == [0, world_size // 2]
-    assert max(stage["total_bytes"] for stage in result["stages"]) < 70e9
 
 
 WIDE = ("model.d_model=256", "model.vocab_size=1024", "model.sequence_length=4096", "train.device_memory_gib=1", "train.global_batch_size=16")

@@ -1,6 +1,6 @@
 """A training step on a machine without Triton: by itself, as one compiled graph, and exported. `python -m tests.train.step_without_triton BACKEND`.
 
-The block is that of configs/quickstart.yaml, once, between its embedding and head. What was found is printed as JSON.
+The model is the whole one of configs/quickstart.yaml, from its embedding to its loss, with shorter sequences. What was found is printed as JSON.
 """
 
 import copy
@@ -26,7 +26,7 @@ from phase8.model.model import build_model  # noqa: E402
 from phase8.model.parameters import decayed_parameter_names, initialise  # noqa: E402
 from phase8.optim.adamw import build_optimizer  # noqa: E402
 
-CONFIG, ONE_BLOCK = "configs/quickstart.yaml", ("model.num_layers=1", "model.local_window_size=32")
+CONFIG, SHORT = "configs/quickstart.yaml", ("model.sequence_length=64", "model.local_window_size=[32,32,32,64]")
 
 
 class LossSum(torch.nn.Module):
@@ -36,11 +36,6 @@ class LossSum(torch.nn.Module):
 
     def forward(self, tokens, targets):
         return self.model.loss_sum(tokens, targets, None)
-
-
-class Logits(LossSum):
-    def forward(self, tokens):
-        return self.model.logits(self.model(tokens)[0])
 
 
 def step(root, batch, config, compiled=None):
@@ -56,20 +51,23 @@ def difference(found, expected):
     return max(((found[name] - x).abs().max() / x.abs().max()).item() for name, x in expected.items())
 
 
-def exported_gradients(root, batch):
-    """Gradients that the exported joint graph of forward and backward gives."""
-    from torch.export.experimental import _export_forward_backward
+def exported(root, batch):
+    """What two exported graphs compute: the loss of that of the forward pass; loss and gradients of that of forward and backward."""
+    from torch.export.experimental import _export_forward_backward  # torch has no public name for it
 
-    program = _export_forward_backward(torch.export.export(root, batch))
-    results = program.graph_module(*dict(root.named_parameters()).values(), *batch)
-    of = {output.arg.name: target for output in program.graph_signature.output_specs if (target := output.target) is not None}
-    names = [output.arg.name for output in program.graph_signature.output_specs]
-    return {of[name]: result for name, result in zip(names, results, strict=True) if name in of}
+    program = torch.export.export(root, batch)
+    joint = _export_forward_backward(program)
+    results = joint.graph_module(*dict(root.named_parameters()).values(), *batch)
+    outputs = {output.kind.name: {} for output in joint.graph_signature.output_specs}
+    for output, result in zip(joint.graph_signature.output_specs, results, strict=True):
+        outputs[output.kind.name][output.target] = result
+    (loss,) = outputs["LOSS_OUTPUT"].values()
+    return program.module()(*batch), loss, outputs["GRADIENT_TO_PARAMETER"]
 
 
 def main(backend):
     torch.set_num_threads(1)
-    config = without_auto(load_config(CONFIG, ONE_BLOCK))
+    config = without_auto(load_config(CONFIG, SHORT))
     model = build_model(config.model, dtype=torch.float64, device=torch.device("cpu")).double()  # so that AdamW divides no rounding errors
     initialise(model, seed=0)
     generator = torch.Generator().manual_seed(0)
@@ -78,9 +76,7 @@ def main(backend):
             parameter.add_(torch.randn(parameter.shape, generator=generator, dtype=parameter.dtype), alpha=0.02)
     batch = tuple(torch.randint(config.model.vocab_size, (2, config.model.sequence_length), generator=generator) for _ in range(2))
     root = LossSum(model)
-    logits = Logits(model)(batch[0])
-    program = torch.export.export(Logits(model), (batch[0],)).module()
-    found = {"logits": difference({"": program(batch[0])}, {"": logits})}
+    found = {"num_blocks": len(model.blocks)}
     eager, compiled = copy.deepcopy(root), copy.deepcopy(root)
     found["loss"] = step(eager, batch, config)
     found["compiled_loss"] = step(compiled, batch, config, torch.compile(compiled, fullgraph=True, backend=backend))
@@ -88,9 +84,9 @@ def main(backend):
     found["gradients"] = difference({name: x.grad for name, x in compiled.named_parameters()}, {name: x.grad for name, x in after.items()})
     found["weights"] = difference(dict(compiled.named_parameters()), after)
     found["unmoved"] = [name for name, x in after.items() if torch.equal(x, before[name])]
-    if backend == "inductor":
-        gradients = exported_gradients(root, batch)
-        found["exported_gradients"] = difference(gradients, {name: x.grad * batch[1].numel() for name, x in after.items()})
+    loss, joint_loss, gradients = exported(root, batch)
+    found["exported_losses"] = [each.item() / batch[1].numel() for each in (loss, joint_loss)]
+    found["exported_gradients"] = difference(gradients, {name: x.grad * batch[1].numel() for name, x in after.items()})
     found["triton"] = "triton" in sys.modules
     print(json.dumps(found))
 
