@@ -8,11 +8,14 @@ import torch
 from torch import Tensor
 
 from phase8.kernels.backends import uses_triton
+from phase8.kernels.limits import MAX_SCANNED
 from phase8.kernels.reference import green_scan as reference
 
 
 def _takes_triton(x: Tensor) -> bool:
-    return uses_triton(x) and x.dtype == torch.float32 and x.numel() > 0
+    """Whether a potential [B, T, H] or g [B, T, H, 2] is scanned by the kernel, which steps over a potential in place and writes a g without gaps."""
+    num_scanned = x.shape[1] * max(x.stride(1), 2 * x.shape[2])
+    return uses_triton(x) and x.dtype == torch.float32 and x.numel() > 0 and num_scanned < MAX_SCANNED
 
 
 @torch.library.custom_op("phase8::green_scan", mutates_args=())

@@ -6,6 +6,7 @@ MAX_HEAD_SIZE = 256
 MAX_RANK = 64  # largest rank of a low-rank feed-forward: for wider ones, separate matrix products pay off
 MAX_STEP_HEAD_SIZE = 128  # of a decoding step, which holds the memory of a head in registers
 MAX_NORM_WIDTH = 16384  # of the norm of a decoding step, which holds a row in registers
+MAX_SCANNED = 2**31  # of the Green scan, which counts the numbers of a sequence in 32 bits
 MAX_FEW_TOKENS = 4  # for more tokens torch's matrix products read weights as fast as the kernel of a few
 MAX_PRODUCT_WIDTH = 8192  # of the input of a product with few tokens, which holds a row of the weight in registers
 # Low-rank q, k and v that `low_rank_mixer_inputs` computes itself: it holds the gradients of a head's weights in registers.

@@ -119,8 +119,8 @@ def _prepare_kernel(
     x = qkv + batch * length * (3 * WIDTH)
     starts = starts + batch * length if DOCUMENTS else qkv
     initial = initial + batch * (TAPS - 1) * (3 * WIDTH) if CONTINUED else qkv
-    cosine = tl.load(cosines + token[:, None] * HALF + half[None, :], mask=mask, other=0.0)
-    sine = tl.load(sines + token[:, None] * HALF + half[None, :], mask=mask, other=0.0)
+    angle = tl.cast(token, tl.int64)[:, None] * HALF + half[None, :]
+    cosine, sine = tl.load(cosines + angle, mask=mask, other=0.0), tl.load(sines + angle, mask=mask, other=0.0)
     out = (batch * length + token)[:, None] * WIDTH + (head * HEAD_SIZE + half)[None, :]
     for part in tl.static_range(3):
         channel = part * WIDTH + head * HEAD_SIZE + half
