@@ -1,8 +1,8 @@
 """Writes the weights of a trained model in eight or four bits: `python tools/quantize_checkpoint.py runs/quickstart quickstart-int8`.
 
 DST is a directory that tools/generate.py, tools/evaluate.py and tools/recall.py read in the place of a checkpoint; it has no optimizer and is
-not trained on. Dense layers of blocks have whole numbers of eight bits with a scale for each output, or of four bits with a scale for each 32
-inputs of an output; other matrices are bf16. Exit codes as in launch/pretrain.py.
+not trained on. Dense and low-rank layers of blocks and experts have whole numbers of eight bits with a scale for each output, or of four bits
+with a scale for each 32 inputs of an output; other matrices are bf16. Exit codes as in launch/pretrain.py.
 """
 
 from __future__ import annotations
@@ -55,14 +55,14 @@ def _quantize(options: argparse.Namespace) -> str:
     model = build_model(config.model, dtype=torch.float32, device=torch.device("meta"))
     require_fit(source, model, widen=True)
     weight_format = Int8(is_dynamic=options.dynamic) if options.bits == 8 else Int4()
-    layers = hold_quantized(model, weight_format)
+    names = hold_quantized(model, weight_format)
     form = ConsolidatedForm(config_to_mapping(config) | {"quantization": as_record(weight_format)})
     with ProgressDisplay(DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn()) as display:
-        weights = QuantizedWeights(source, layers, weight_format)
+        weights = QuantizedWeights(source, names, weight_format)
         path = consolidate(weights, options.destination, form=form, dtype=None, on_progress=display.show)
     before = sum(entry.size_bytes for name, entry in source.manifest.tensors.items() if name.startswith("model."))
     after = path.stat().st_size
-    made = f"{len(layers)} layers of {IN_WORDS[weight_format.bits]} bits"
+    made = f"{len(names)} weights of {IN_WORDS[weight_format.bits]} bits"
     return f"{path}: {after:,} bytes instead of {before:,} ({after / before:.0%}), {made}, the weights of {source.path}"
 
 

@@ -17,14 +17,14 @@ _IN_A_BLOCK = re.compile(r"blocks\.([0-9]{1,18})\.(.+)")
 
 
 def sizes_problem(
-    model: ModelSection, shapes: Mapping[str, Sequence[int]], *, packed: Callable[[int, int], tuple[int, ...]] | None = None
+    model: ModelSection, shapes: Mapping[str, Sequence[int]], *, packed: Callable[[tuple[int, ...]], tuple[int, ...]] | None = None
 ) -> str | None:
     """Why a model cannot have these parameters, or None.
 
     Args:
         model: Model section of a file whose origin is not trusted.
         shapes: Shapes of the stored parameters, by their name in the model.
-        packed: The shape in which a matrix [F, D] is stored if its numbers have few bits; None: as it is.
+        packed: The shape in which matrices [..., F, D] are stored if their numbers have few bits; None: as they are.
     """
     if (problem := next(model_problems(model), None)) is not None:
         return problem.removesuffix(".")
@@ -32,8 +32,7 @@ def sizes_problem(
         return problem
     stored = {tuple(shape) for shape in shapes.values()}
     for keys, shape in _shapes_of(model):
-        is_packed = packed is not None and len(shape) == 2 and packed(shape[0], shape[1]) in stored
-        if shape not in stored and not is_packed:
+        if shape not in stored and (packed is None or packed(shape) not in stored):
             sizes = " and ".join(f"{key} {shown(value)}" for key, value in keys.items())
             return f"{sizes} {'make' if len(keys) > 1 else 'makes'} a weight of shape {shown(list(shape))}, and none has it"
     embedding = shapes.get(EMBEDDING)

@@ -22,7 +22,7 @@ from phase8.precision.int8 import Int8
 from phase8.precision.weight_format import IN_WORDS, WeightFormat
 
 # What weights of few bits are stored in beside the dtypes of other weights.
-NUMBER_DTYPES = tuple(DTYPE_NAMES[each.tensors(1, 1)["weight"][0]] for each in (Int8(is_dynamic=False), Int4()))
+NUMBER_DTYPES = tuple(DTYPE_NAMES[each.tensors((1, 1))["weight"][0]] for each in (Int8(is_dynamic=False), Int4()))
 _READ = '{"format": "int8", "dynamic": true or false} and {"format": "int4", "group": 32, 64, 128 or 256}'
 
 

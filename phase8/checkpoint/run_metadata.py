@@ -221,7 +221,7 @@ def run_metadata(checkpoint: Checkpoint, *, needed: Sequence[str] = OF_A_MODEL) 
         name.removeprefix(MODEL_PREFIX): checkpoint.entry(name).shape for name in checkpoint.tensor_names if name.startswith(MODEL_PREFIX)
     }
     quantization = quantization_of(checkpoint)
-    packed = None if quantization is None else lambda outputs, inputs: quantization.tensors(outputs, inputs)["weight"][1]
+    packed = None if quantization is None else lambda shape: quantization.tensors(shape)["weight"][1]
     if (problem := sizes_problem(config.model, shapes, packed=packed)) is not None:
         _refuse(path, f"its config does not fit its tensors: {problem}")
     if metadata.random_state is not None:

@@ -11,16 +11,16 @@ from phase8.checkpoint.load import Checkpoint
 from phase8.checkpoint.model_source import open_model, tokenizer_of
 from phase8.checkpoint.quantization import quantization_of
 from phase8.checkpoint.run_metadata import run_metadata
-from phase8.checkpoint.state import require_fit, restore_state
+from phase8.checkpoint.state import MODEL_PREFIX, require_fit, restore_state
 from phase8.config.schema import DataSection
 from phase8.data.content import content_digest
 from phase8.data.tokenizer import Tokenizer, load_tokenizer
 from phase8.distributed.collectives import ALONE
-from phase8.errors import CheckpointError, ConfigError
+from phase8.errors import CheckpointCorruptError, CheckpointError, ConfigError
 from phase8.model.experts import Experts
 from phase8.model.model import LanguageModel, build_model
 from phase8.model.parameters import materialise
-from phase8.model.quantized_layers import arrange, hold_quantized
+from phase8.model.quantized_layers import arrange, hold_quantized, scale_without_value
 from phase8.precision.policy import compute_dtype
 from phase8.tensor_parallel.embedding import VocabularyParallelEmbedding
 from phase8.tensor_parallel.linear import Linear, WideLinear
@@ -40,10 +40,12 @@ def restore_model(directory: Path, *, device: torch.device) -> tuple[LanguageMod
     config, quantization = run_metadata(checkpoint).config, quantization_of(checkpoint)
     model = build_model(config.model, dtype=compute_dtype(config.precision), device=torch.device("meta"))
     if quantization is not None:
-        hold_quantized(model, quantization)
+        hold_quantized(model, quantization, stored={name.removeprefix(MODEL_PREFIX) for name in checkpoint.tensor_names})
     require_fit(checkpoint, model, widen=True)  # before memory is allocated
     materialise(model, device=device, axis=ALONE)
     restore_state(checkpoint, model, None, widen=True)
+    if (name := scale_without_value(model)) is not None:
+        raise CheckpointCorruptError(f"{checkpoint.path}: {name} has a scale that is no finite number; quantise the checkpoint again")
     arrange(model)
     return model.requires_grad_(False), config.data, checkpoint
 

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from phase8.config.model_section import ModelSection
 from phase8.expert_parallel.slots import Slots
 from phase8.kernels.grouped_product import grouped_product
+from phase8.model.experts_step import PreparedExperts
 from phase8.model.feed_forward import residual_std
 from phase8.tensor_parallel.parameters import ParameterSpec, local
 
@@ -56,6 +57,10 @@ class Experts(nn.Module):
             run: `computed_where_experts_are` without its `rows`, `slots` and `experts`.
         """
         return run(rows, slots, partial(self._in_groups, rows.dtype))
+
+    def prepared(self, dtype: torch.dtype) -> PreparedExperts:
+        """The experts of one rank for decoding with inputs of a dtype."""
+        return PreparedExperts(*(weight.detach().to(dtype) for weight in (self.gate, self.up, self.down)))
 
     def _in_groups(self, dtype: torch.dtype, count: int) -> list[Callable[[Tensor, Tensor], Tensor]]:
         weights = [local(weight).to(dtype) for weight in (self.gate, self.up, self.down)]

@@ -100,9 +100,8 @@ class MixtureOfExperts(nn.Module):
 
     def prepared(self, dtype: torch.dtype) -> ExpertsStep:
         """The layer of one rank for decoding with inputs of a dtype."""
-        weights = (weight.detach().to(dtype) for weight in (self.experts.gate, self.experts.up, self.experts.down))
         shared = None if self.shared is None else self.shared.prepared(dtype)
-        return ExpertsStep(self.router.scores.prepared(dtype), self.router.choose, *weights, shared)
+        return ExpertsStep(self.router.scores.prepared(dtype), self.router.choose, self.experts.prepared(dtype), shared)
 
     def _of_all_tokens(self, routing: Routing) -> tuple[Tensor, Tensor]:
         """Experts and weights of all tokens [N, k]; one collective brings both."""

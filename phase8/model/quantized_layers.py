@@ -1,18 +1,36 @@
-"""Linear layers of trained models whose weights have eight or four bits."""
+"""The matrices of trained models whose weights have eight or four bits, in the places of those of training.
+
+Shapes: D model width, E experts, F width of a layer, S rows.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass
+from functools import partial
+from typing import Any, NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from phase8.errors import ConfigError
+from phase8.expert_parallel.slots import Slots
+from phase8.model.experts import Experts
+from phase8.model.feed_forward import GatedStep, LowRankSwiGLU
+from phase8.model.global_path import GlobalPath
 from phase8.model.model import LanguageModel
-from phase8.precision.weight_format import IN_WORDS, WeightFormat, WeightProduct
+from phase8.precision.weight_format import IN_WORDS, WeightFormat, WeightProduct, is_worthwhile
 from phase8.tensor_parallel.linear import ColumnParallelLinear, JointColumnLinear, Linear, LowRankColumn, LowRankRow, RowParallelLinear
 
 _DENSE = (Linear, ColumnParallelLinear, RowParallelLinear)  # not the sums in fp32 of routers and scalars
+
+
+class QuantizedName(NamedTuple):
+    """The names in a model of a weight of few bits and of its scales."""
+
+    weight: str
+    scale: str
 
 
 class QuantizedLinear(nn.Module):
@@ -30,7 +48,7 @@ class QuantizedLinear(nn.Module):
         super().__init__()
         self.weight_format = weight_format
         self._product: WeightProduct = weight_format
-        for name, (dtype, shape) in weight_format.tensors(linear.out_features, linear.in_features).items():
+        for name, (dtype, shape) in weight_format.tensors(linear.weight.shape).items():
             self.register_buffer(name, torch.empty(shape, dtype=dtype, device=linear.weight.device))
 
     def forward(self, x: Tensor) -> Tensor:
@@ -46,11 +64,32 @@ class QuantizedLinear(nn.Module):
         return self
 
 
+class QuantizedPair(nn.Module):
+    """The layer y = up(down(x)) of thin matrices, of which at least one has few bits.
+
+    Args:
+        down: First product.
+        up: Second product.
+    """
+
+    def __init__(self, down: nn.Module, up: nn.Module):
+        super().__init__()
+        self.down, self.up = down, up
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Maps [..., D] to [..., F]."""
+        return self.up(self.down(x))
+
+    def prepared(self, dtype: torch.dtype) -> QuantizedPair:
+        """The layer for decoding: itself."""
+        return self
+
+
 @dataclass(frozen=True)
 class JointQuantized:
     """Several layers of the same input, in the place of a `JointColumnLinear`."""
 
-    layers: tuple[QuantizedLinear, ...]
+    layers: tuple[nn.Module, ...]
 
     def __call__(self, x: Tensor) -> Tensor:
         """The outputs of the layers, concatenated."""
@@ -61,43 +100,140 @@ class JointQuantized:
         return self
 
 
-def hold_quantized(model: LanguageModel, weight_format: WeightFormat) -> list[str]:
-    """Replaces the dense linear layers of all blocks by ones of few bits, without values yet.
+class QuantizedSwiGLU(nn.Module):
+    """The feed-forward down(silu(gate(x)) * up(x)) of low-rank pairs, in the place of a `LowRankSwiGLU`, whose operator takes no weights of few bits.
 
-    Embedding, head, norms, convolutions, scalars and low-rank pairs stay as they are.
+    Args:
+        gate: Pair of the gate.
+        up: Pair of what it multiplies.
+        down: Pair of the output.
+    """
+
+    def __init__(self, gate: nn.Module, up: nn.Module, down: nn.Module):
+        super().__init__()
+        self.gate, self.up, self.down = gate, up, down
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Maps [..., D] to [..., D]."""
+        return self.down(F.silu(self.gate(x)) * self.up(x))
+
+    def prepared(self, dtype: torch.dtype) -> GatedStep:
+        """The feed-forward for decoding."""
+        return GatedStep(JointQuantized((self.gate, self.up)), self.down)
+
+
+class QuantizedExperts(nn.Module):
+    """The experts of a layer, one product after the other; in the place of `Experts`.
+
+    Args:
+        experts: Experts whose widths and device these have; their weights are not read.
+        weight_format: Format of their weights.
+    """
+
+    PARTS = ("gate", "up", "down")
+
+    def __init__(self, experts: Experts, weight_format: WeightFormat):
+        super().__init__()
+        self.weight_format, self.num_experts = weight_format, len(experts.gate)
+        for name in self.PARTS:
+            weight = getattr(experts, name)
+            for part, (dtype, shape) in weight_format.tensors(weight.shape).items():
+                self.register_buffer(name if part == "weight" else _scale_of(name), torch.empty(shape, dtype=dtype, device=weight.device))
+
+    def forward(self, rows: Tensor, slots: Slots, run: Callable[..., Any]) -> Any:
+        """Has the experts computed; arguments as of `Experts.forward`."""
+        return run(rows, slots, lambda count: [self._in_order])
+
+    def prepared(self, dtype: torch.dtype) -> QuantizedExperts:
+        """The experts for decoding: themselves."""
+        return self
+
+    def of_chosen(self, x: Tensor, chosen: Tensor) -> Tensor:
+        """What the chosen experts [B, k] make of tokens [B, D]: [B, k, D]; the numbers of these are copied, and no others are read."""
+        gate, up, down = (
+            partial(self.weight_format.product_of_each, weight=weight[chosen], scale=scale[chosen]) for weight, scale in self._weights()
+        )
+        x = x[:, None]
+        return down(F.silu(gate(x)) * up(x))
+
+    def of_all(self, x: Tensor) -> Tensor:
+        """What every expert makes of tokens [B, D]: [E, B, D]."""
+        return torch.stack([self._of(expert, x) for expert in range(self.num_experts)])
+
+    def _in_order(self, rows: Tensor, ends: Tensor) -> Tensor:
+        """What the experts make of rows [S, D], which come one expert after the other; rows after the last end stay as they are."""
+        *sizes, rest = torch.cat((ends, ends.new_tensor([len(rows)]))).diff(prepend=ends.new_zeros(1)).tolist()
+        *groups, left = rows.split([*sizes, rest])
+        return torch.cat([*(self._of(expert, group) for expert, group in enumerate(groups) if len(group)), left])
+
+    def _of(self, expert: int, x: Tensor) -> Tensor:
+        gate, up, down = (partial(self.weight_format.product, weight=weight[expert], scale=scale[expert]) for weight, scale in self._weights())
+        return down(F.silu(gate(x)) * up(x))
+
+    def _weights(self) -> Iterator[tuple[Tensor, Tensor]]:
+        return ((self.get_buffer(name), self.get_buffer(_scale_of(name))) for name in self.PARTS)
+
+
+def hold_quantized(model: LanguageModel, weight_format: WeightFormat, *, stored: Collection[str] | None = None) -> list[QuantizedName]:
+    """Replaces matrices of all blocks by ones of few bits, without values yet: of dense and of low-rank layers, and of experts.
+
+    Embedding, head, norms, convolutions, scalars, routers and the pair of a gate per channel stay as they are.
 
     Args:
         model: Model of one rank.
         weight_format: Format of their weights.
+        stored: Names of the tensors of a checkpoint: what has a scale there is replaced. None: what takes fewer bytes so.
 
     Returns:
-        The names of the layers.
+        The names of the weights.
 
     Raises:
-        ConfigError: The model has no such layers, or has experts.
+        ConfigError: No weight of the model takes fewer bytes with few bits.
     """
-    bits = f"{IN_WORDS[weight_format.bits]} bits"
-    if any(model.section.has_experts):
-        raise ConfigError(f"model.ffn is moe, whose experts cannot have {bits} yet; use the weights as they are.")
-    names = []
+    names: list[QuantizedName] = []
+
+    def are_chosen(weights: dict[str, Tensor], scale_of: Callable[[str], str]) -> bool:
+        found = [QuantizedName(name, scale_of(name)) for name in weights]
+        if stored is None:
+            is_chosen = all(is_worthwhile(weight_format, weight.shape) for weight in weights.values())
+        else:
+            is_chosen = all(name.scale in stored for name in found)
+        names.extend(found if is_chosen else ())
+        return is_chosen
+
+    def replaced(layer: nn.Module, path: str) -> nn.Module:
+        """The layer of few bits; or the layer itself."""
+        if type(layer) in _DENSE:
+            is_chosen = are_chosen({f"{path}.weight": layer.weight}, lambda name: f"{name.removesuffix('weight')}scale")
+            return QuantizedLinear(layer, weight_format) if is_chosen else layer
+        if isinstance(layer, Experts):
+            weights = {f"{path}.{name}": getattr(layer, name) for name in QuantizedExperts.PARTS}
+            return QuantizedExperts(layer, weight_format) if are_chosen(weights, _scale_of) else layer
+        parts = {LowRankColumn: ("down", "up"), LowRankRow: ("down", "up"), LowRankSwiGLU: ("gate", "up", "down")}.get(type(layer), ())
+        made = [replaced(getattr(layer, name), f"{path}.{name}") for name in parts]
+        if all(new is getattr(layer, name) for new, name in zip(made, parts, strict=True)):
+            return layer
+        return QuantizedSwiGLU(*made) if isinstance(layer, LowRankSwiGLU) else QuantizedPair(*made)
+
     for path, owner in list(model.blocks.named_modules(prefix="blocks")):
-        if isinstance(owner, LowRankColumn | LowRankRow):
-            continue
-        replaced: dict[nn.Module, QuantizedLinear] = {}
-        for name, layer in list(owner.named_children()):
-            if type(layer) in _DENSE:
-                replaced[layer] = QuantizedLinear(layer, weight_format)
-                setattr(owner, name, replaced[layer])
-                names.append(f"{path}.{name}")
-        for name, joint in vars(owner).items():
-            if isinstance(joint, JointColumnLinear) and joint.layers[0] in replaced:
-                setattr(owner, name, JointQuantized(tuple(replaced[layer] for layer in joint.layers)))
+        if not isinstance(owner, GlobalPath | LowRankColumn | LowRankRow | LowRankSwiGLU):
+            _replace_layers(owner, lambda layer, name, path=path: replaced(layer, f"{path}.{name}"))
     if not names:
         raise ConfigError(
-            f"model.low_rank_rank is {model.section.low_rank_rank} and model.ffn is {model.section.ffn}: no block has a dense layer, whose weights "
-            f"could have {bits}; use the weights as they are."
+            f"model.d_model is {model.section.d_model}: no weight of a block takes fewer bytes with {IN_WORDS[weight_format.bits]} bits and its "
+            "scales than in bf16; use the weights as they are."
         )
     return names
+
+
+def scale_without_value(model: LanguageModel) -> str | None:
+    """The name of a tensor of scales of which one is no finite number; None: there is none."""
+    for path, module in model.named_modules():
+        if isinstance(module, QuantizedLinear | QuantizedExperts):
+            for name, values in module.named_buffers(recurse=False):
+                if values.is_floating_point() and not values.isfinite().all():
+                    return f"{path}.{name}"
+    return None
 
 
 def arrange(model: LanguageModel) -> None:
@@ -105,3 +241,19 @@ def arrange(model: LanguageModel) -> None:
     for module in model.modules():
         if isinstance(module, QuantizedLinear):
             module.arrange()
+
+
+def _replace_layers(owner: nn.Module, replaced: Callable[[nn.Module, str], nn.Module]) -> None:
+    """Puts other layers in the places of those of an owner, and what computes several of them together in the place of that."""
+    changed = {}
+    for name, layer in list(owner.named_children()):
+        if (new := replaced(layer, name)) is not layer:
+            changed[layer] = new
+            setattr(owner, name, new)
+    for name, joint in vars(owner).items():
+        if isinstance(joint, JointColumnLinear) and not changed.keys().isdisjoint(joint.layers):
+            setattr(owner, name, JointQuantized(tuple(changed.get(layer, layer) for layer in joint.layers)))
+
+
+def _scale_of(expert_weight: str) -> str:
+    return f"{expert_weight}_scale"

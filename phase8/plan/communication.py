@@ -26,6 +26,7 @@ send or a receive those of the message. `Collectives.sent_bytes` computes the by
 A recomputed block declares the exchanges that the recomputation repeats; what slices of a sequence exchanged is kept instead, but where
 tensor-parallel ranks divide a block that is recomputed whole. A compiled block that is recomputed whole also repeats its last
 exchange, which is not counted. ADR 16 says why layers declare their exchanges instead of being watched.
+Tokens that travel as numbers of fp8 (ADR 30) are counted in the compute dtype.
 """
 
 from __future__ import annotations

@@ -13,7 +13,8 @@ part of W, R what lies in no block, B the largest block. Offloaded entries are i
 In stage 0 P is as large as W: FSDP computes with a copy even where nothing is divided. Gradients of stages 0 and 1 stay whole from one
 microbatch to the next; with a single one they leave as soon as they are complete. Sums over microbatches are on the device even where
 parameters are offloaded, and go to the host with the last one, unless gradients are offloaded too. On their way are those of R, which are
-complete only at the end, and of B twice: what backward computes, and the copy of the block before that is being summed.
+complete only at the end, and of B twice: what backward computes, and the copy of the block before that is being summed. They are so only during
+a backward, when what the loss needed is gone: the plan is that of the moment that needs more.
 
 DeepSpeed computes with copies of the parameters in the compute dtype (c bytes a number) beside fp32 master weights:
 
@@ -177,6 +178,7 @@ def plan_memory(
     *,
     activations_bytes: int,
     division: Division,
+    backward_bytes: int | None = None,
     first_layer_bytes: int = 0,
     libraries_bytes: int = 0,
     offloaded_bytes: int = 0,
@@ -188,6 +190,7 @@ def plan_memory(
         rests: Parameters outside of blocks, for each of the rank's chunks.
         activations_bytes: The result of `peak_activation_bytes`, plus whatever is allocated beside it.
         division: Division over data-parallel ranks.
+        backward_bytes: The same while backward computes a block, which is when gradients are on their way; None: as many.
         first_layer_bytes: Activations that exist while backward computes the first layer, the last one that it comes to.
         libraries_bytes: Workspaces of libraries.
         offloaded_bytes: The result of `peak_offloaded_bytes`.
@@ -216,12 +219,10 @@ def plan_memory(
             sums = part if division.accumulates and not division.offload_gradients else on_device
             # What FSDP gives to its reduction, and, of one rank, what the reduction of the block before has left on its way to the host.
             num_copies = 3 if is_alone else 2
-            gradients = sums + rest + max(num_copies * largest[-1], largest_rest)
+            passing = rest + max(num_copies * largest[-1], largest_rest)
+            gradients, activations_bytes = _heavier_moment(sums, passing, activations_bytes, backward_bytes)
     elif not division.accumulates:
-        # The gradients of a single microbatch replace its activations layer by layer. Most memory is needed with all activations and the gradients of
-        # one block, with those of all blocks but one and the activations of that one, or with all gradients.
-        of_a_block = largest[-1] if largest else 0
-        gradients = max(of_a_block, whole - min(activations_bytes // FP32_BYTES, of_a_block + (activations_bytes - first_layer_bytes) // FP32_BYTES))
+        gradients = _beside_activations(whole, largest[-1] if largest else 0, activations_bytes, first_layer_bytes)
     return MemoryPlan(
         weights_bytes=weights_bytes,
         gradients_bytes=gradients * FP32_BYTES,
@@ -230,6 +231,27 @@ def plan_memory(
         host_bytes=_host_bytes(held, division) + offloaded_bytes,
         libraries_bytes=libraries_bytes,
     )
+
+
+def _beside_activations(whole: int, of_a_block: int, activations_bytes: int, first_layer_bytes: int) -> int:
+    """Numbers of gradients beside the largest activations, where those of a single microbatch replace its activations layer by layer.
+
+    Most memory is needed with all activations and the gradients of one block, with those of all blocks but one and the activations of that one, or
+    with all gradients.
+    """
+    return max(of_a_block, whole - min(activations_bytes // FP32_BYTES, of_a_block + (activations_bytes - first_layer_bytes) // FP32_BYTES))
+
+
+def _heavier_moment(sums: int, passing: int, activations_bytes: int, backward_bytes: int | None) -> tuple[int, int]:
+    """Numbers of gradients, and bytes of activations, of a backward or of a forward, whichever needs more.
+
+    Between a backward and the next forward no gradients are on their way (`passing`), but those that stay (`sums`): what the loss needs is never
+    beside the former. Other arguments as of `plan_memory`.
+    """
+    in_backward = activations_bytes if backward_bytes is None else backward_bytes
+    if passing * FP32_BYTES + in_backward > activations_bytes:
+        return sums + passing, in_backward
+    return sums, activations_bytes
 
 
 def _plan_of_deepspeed(
@@ -299,14 +321,21 @@ def peak_offloaded_bytes(actions: Sequence[Action], chunks: Sequence[ChunkActiva
     return peak
 
 
-def peak_activation_bytes(actions: Sequence[Action], chunks: Sequence[ChunkActivations]) -> int:
-    """Activations at the moment when most exist.
+class PeakActivations(NamedTuple):
+    """Activations at the moment when most exist, and while backward computes a block when most exist then."""
+
+    ever: int
+    in_backward: int
+
+
+def peak_activation_bytes(actions: Sequence[Action], chunks: Sequence[ChunkActivations]) -> PeakActivations:
+    """The largest activations of a stage.
 
     Args:
         actions: Actions of the rank's stage, in order.
         chunks: Chunks of the stage.
     """
-    held = peak = 0
+    held = peak = in_backward = 0
     for action in actions:
         chunk = chunks[action.chunk]
         if action.kind is Kind.FORWARD:
@@ -314,6 +343,6 @@ def peak_activation_bytes(actions: Sequence[Action], chunks: Sequence[ChunkActiv
             peak = max(peak, held + chunk.scratch)
         elif action.kind is Kind.BACKWARD:
             # The activations of the head are freed before the first layer is recomputed.
-            peak = max(peak, held - chunk.head + chunk.repeated)
+            in_backward = max(in_backward, held - chunk.head + chunk.repeated)
             held -= chunk.kept + chunk.head
-    return peak
+    return PeakActivations(max(peak, in_backward), in_backward)

@@ -124,7 +124,7 @@ def plan_each_stage(work: Workload) -> tuple[StageMemory, ...]:
         activations = [_chunk_activations(work, chunk, traced) for chunk in chunks]
         beside = _messages(work, traced, num_chunks=len(chunks), stage=stage)
         beside += _inputs_on_their_way(work, chunks, traced) + _peer_memory(work, chunks, traced)
-        first = activations[0]
+        first, peak = activations[0], peak_activation_bytes(actions, activations)
         stages.append(
             StageMemory(
                 stage=stage,
@@ -133,7 +133,8 @@ def plan_each_stage(work: Workload) -> tuple[StageMemory, ...]:
                 memory=plan_memory(
                     blocks,
                     rests,
-                    activations_bytes=peak_activation_bytes(actions, activations) + beside,
+                    activations_bytes=peak.ever + beside,
+                    backward_bytes=peak.in_backward + beside,
                     first_layer_bytes=first.kept // len(chunks[0].layers) + first.repeated + beside,
                     division=division,
                     libraries_bytes=LIBRARIES_BYTES if has_kernels(work.device_type) else 0,

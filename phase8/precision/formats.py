@@ -37,6 +37,9 @@ class NumberFormat(Protocol):
     def weight_gradient(self, grad: Tensor, x: Tensor, *, out: Tensor | None = None, plus: Tensor | None = None) -> Tensor:
         """Computes grad^T x [F, D] from the gradient of the output [N, F]."""
 
+    def sends_numbers(self, x: Tensor, weight: Tensor, num_ranks: int) -> bool:
+        """Whether ranks round their own tokens x [n, D] before they gather them (tensor_parallel/gathered_numbers.py), or send them as they are."""
+
 
 class OperandDtype:
     """Products in the dtype of their operands: fp32 (or tf32) and bf16."""
@@ -58,6 +61,10 @@ class OperandDtype:
     def weight_gradient(self, grad: Tensor, x: Tensor, *, out: Tensor | None = None, plus: Tensor | None = None) -> Tensor:
         """Computes grad^T x by `torch.mm`."""
         return _product(grad.T, x, out, plus)
+
+    def sends_numbers(self, x: Tensor, weight: Tensor, num_ranks: int) -> bool:
+        """No: the operands are what is multiplied."""
+        return False
 
 
 def linear_by_products(x: Tensor, weight: Tensor, number_format: NumberFormat) -> Tensor:

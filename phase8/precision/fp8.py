@@ -17,6 +17,7 @@ Shapes: N tokens, D width of the input, F width of the output.
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -52,8 +53,8 @@ class Fp8:
 
     def __init__(self, scaling: str):
         self.name = f"fp8-{scaling}"
-        self._by_row = scaling == "row"
-        self._of_gradients = E4M3 if self._by_row else E5M2
+        self.by_row = scaling == "row"
+        self._of_gradients = E4M3 if self.by_row else E5M2
 
     def linear(self, x: Tensor, weight: Tensor) -> Tensor:
         """Computes x W^T [..., F] with its gradients."""
@@ -78,21 +79,34 @@ class Fp8:
             return OPERAND_DTYPE.weight_gradient(grad, x, out=out, plus=plus)
         return _placed(product(self.transposed(grad, self._of_gradients), self.transposed(x), grad.dtype), out, plus)
 
-    def lying(self, x: Tensor, dtype: torch.dtype = E4M3) -> Factor:
-        """The factor of a product that is summed over the columns of x [M, K]."""
-        scale = scale_of(x, dtype, dim=-1 if self._by_row else None)
-        largest = torch.finfo(dtype).max
-        return Factor((x.float() * scale.reciprocal()).clamp(-largest, largest).to(dtype).contiguous(), scale)
+    def sends_numbers(self, x: Tensor, weight: Tensor, num_ranks: int) -> bool:
+        """Whether the matrix units multiply the tokens of all ranks in fp8."""
+        return _gains_shape((num_ranks * x.shape[0], *x.shape[1:])) and _gains(weight)
+
+    def lying(self, x: Tensor, dtype: torch.dtype = E4M3, *, shared: Callable[[Tensor], Tensor] | None = None) -> Factor:
+        """The factor of a product that is summed over the columns of x [M, K].
+
+        Args:
+            x: Matrix, or some rows of one.
+            dtype: Dtype of the numbers.
+            shared: Maps the scale of these rows to that of all of them; None: these are all. The scales of rows do not depend on other rows.
+        """
+        scale = scale_of(x, dtype, dim=-1 if self.by_row else None)
+        return _numbers(x, scale if shared is None or self.by_row else shared(scale), dtype)
+
+    def by_columns(self, x: Tensor, *, shared: Callable[[Tensor], Tensor]) -> Factor:
+        """Rows of what `transposed` makes of a matrix, before it is transposed, with scales [1, K] or [1, 1]; arguments as of `lying`."""
+        return _numbers(x, shared(scale_of(x, E4M3, dim=0 if self.by_row else None)), E4M3)
 
     def transposed(self, x: Tensor, dtype: torch.dtype = E4M3) -> Factor:
         """The factor [K, M] of a product that is summed over the rows of x [M, K]."""
-        scale = scale_of(x, dtype, dim=0 if self._by_row else None)
+        scale = scale_of(x, dtype, dim=0 if self.by_row else None)
         return Factor(fp8_numbers(x, None, scale.reciprocal(), dtype)[1], scale.T)
 
     def both(self, x: Tensor, dtype: torch.dtype) -> tuple[Factor, Factor]:
         """Both factors, from one reading of x [M, K]."""
-        of_row = scale_of(x, dtype, dim=-1 if self._by_row else None)
-        of_column = scale_of(x, dtype, dim=0) if self._by_row else of_row
+        of_row = scale_of(x, dtype, dim=-1 if self.by_row else None)
+        of_column = scale_of(x, dtype, dim=0) if self.by_row else of_row
         numbers, transposed = fp8_numbers(x, of_row.reciprocal(), of_column.reciprocal(), dtype)
         assert numbers is not None  # since there are factors of rows
         return Factor(numbers, of_row), Factor(transposed, of_column.T)
@@ -138,8 +152,17 @@ def scale_of(x: Tensor, dtype: torch.dtype, *, dim: int | None) -> Tensor:
     return (magnitude.float() / torch.finfo(dtype).max).clamp(min=torch.finfo(torch.float32).tiny)
 
 
+def _numbers(x: Tensor, scale: Tensor, dtype: torch.dtype) -> Factor:
+    largest = torch.finfo(dtype).max
+    return Factor((x.float() * scale.reciprocal()).clamp(-largest, largest).to(dtype).contiguous(), scale)
+
+
 def _gains(*operands: Tensor) -> bool:
-    return all(dim >= LEAST_WIDTH and dim % DIVISOR == 0 for operand in operands for dim in operand.shape)
+    return all(_gains_shape(operand.shape) for operand in operands)
+
+
+def _gains_shape(shape: Sequence[int]) -> bool:
+    return all(dim >= LEAST_WIDTH and dim % DIVISOR == 0 for dim in shape)
 
 
 def _placed(result: Tensor, out: Tensor | None, plus: Tensor | None) -> Tensor:

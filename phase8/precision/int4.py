@@ -8,6 +8,7 @@ Shapes: N tokens, D inputs, F outputs, S inputs in a group, G groups; where S do
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
 
@@ -29,8 +30,8 @@ _BLOCKS = (64, 32)  # outputs in a block of torch's layout, with AVX512 and with
 class Int4:
     """Two numbers to a byte.
 
-    `weight` [F, G S / 2], uint8: of each group, byte i has the number of input i in its low half and that of input i + S / 2 in its high half.
-    `scale` [F, G], bf16.
+    `weight` [..., F, G S / 2], uint8: of each group, byte i has the number of input i in its low half and that of input i + S / 2 in its high half.
+    `scale` [..., F, G], bf16.
 
     Args:
         group: Inputs of an output that share a scale, S.
@@ -43,26 +44,35 @@ class Int4:
         """Bits of a number."""
         return 4
 
-    def tensors(self, outputs: int, inputs: int) -> dict[str, tuple[torch.dtype, tuple[int, ...]]]:
+    def tensors(self, shape: Sequence[int]) -> dict[str, tuple[torch.dtype, tuple[int, ...]]]:
         """Dtype and shape of `weight` and `scale`."""
+        *outputs, inputs = shape
         groups = -(-inputs // self.group)
-        return {"weight": (torch.uint8, (outputs, groups * self.group // 2)), "scale": (torch.bfloat16, (outputs, groups))}
+        return {"weight": (torch.uint8, (*outputs, groups * self.group // 2)), "scale": (torch.bfloat16, (*outputs, groups))}
 
     def quantized(self, weight: Tensor) -> dict[str, Tensor]:
-        """The nearest numbers [F, D], two to a byte; every weight is within half a step of its number, but for the rounding of scales."""
-        groups = F.pad(weight.float(), (0, -weight.shape[1] % self.group)).unflatten(1, (-1, self.group))
+        """The nearest numbers [..., F, D], two to a byte; every weight is within half a step of its number, but for the rounding of scales."""
+        groups = F.pad(weight.float(), (0, -weight.shape[-1] % self.group)).unflatten(-1, (-1, self.group))
         numbers, scale = _numbers(groups)
         low, high = (numbers + _OFFSET).to(torch.uint8).chunk(2, dim=-1)
-        return {"weight": (low | high << 4).flatten(1), "scale": scale}
+        return {"weight": (low | high << 4).flatten(-2), "scale": scale}
 
     def product(self, x: Tensor, weight: Tensor, scale: Tensor) -> Tensor:
         """The product x W^T [..., F] in the dtype of x [..., D], by weights that are unpacked to it."""
+        return F.linear(x, self._widened(weight, scale, x))
+
+    def product_of_each(self, x: Tensor, weight: Tensor, scale: Tensor) -> Tensor:
+        """The products of tokens with a weight each."""
+        return (self._widened(weight, scale, x) @ x[..., None])[..., 0]
+
+    def _widened(self, weight: Tensor, scale: Tensor, x: Tensor) -> Tensor:
+        """The weight [..., F, D] in the dtype of x [..., D]."""
         numbers = self.unpacked(weight).to(x.dtype).mul_(scale.to(x.dtype)[..., None])
-        return F.linear(x, numbers.flatten(1)[:, : x.shape[-1]])
+        return numbers.flatten(-2)[..., : x.shape[-1]]
 
     def unpacked(self, weight: Tensor) -> Tensor:
-        """The numbers by group [F, G, S], int8."""
-        low, high = _halves(weight.unflatten(1, (-1, self.group // 2)))
+        """The numbers by group [..., F, G, S], int8."""
+        low, high = _halves(weight.unflatten(-1, (-1, self.group // 2)))
         return torch.cat((low, high), dim=-1)
 
     def arranged(self, weight: Tensor, scale: Tensor) -> tuple[WeightProduct, Tensor, Tensor]:
@@ -114,7 +124,7 @@ class Int4OfTorch:
 
 
 def _numbers(groups: Tensor) -> tuple[Tensor, Tensor]:
-    """The whole numbers of groups [F, G, S], in their dtype, and the scales [F, G], bf16; a group of zeros has scale 0."""
+    """The whole numbers of groups [..., S], in their dtype, and the scales [...], bf16; a group of zeros has scale 0."""
     positive, negative = groups.amax(dim=-1).clamp(min=0), -groups.amin(dim=-1).clamp(max=0)
     largest, other = torch.maximum(positive, negative), torch.minimum(positive, negative)
     # The other end may have to be as far out as 7.5 steps, where it is rounded to the 7th.

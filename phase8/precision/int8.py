@@ -10,6 +10,7 @@ Shapes: N tokens, D width of the input, F width of the output.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -29,7 +30,7 @@ _LEAST_ROWS_ON_GPU, _WIDTHS_ON_GPU = 17, 8
 
 @dataclass(frozen=True)
 class Int8:
-    """`weight` [F, D], int8, and `scale` [F], fp32.
+    """`weight` [..., F, D], int8, and `scale` [..., F], fp32.
 
     Args:
         is_dynamic: Whether activations are rounded to eight bits too.
@@ -42,9 +43,9 @@ class Int8:
         """Bits of a number."""
         return 8
 
-    def tensors(self, outputs: int, inputs: int) -> dict[str, tuple[torch.dtype, tuple[int, ...]]]:
+    def tensors(self, shape: Sequence[int]) -> dict[str, tuple[torch.dtype, tuple[int, ...]]]:
         """Dtype and shape of `weight` and `scale`."""
-        return {"weight": (torch.int8, (outputs, inputs)), "scale": (torch.float32, (outputs,))}
+        return {"weight": (torch.int8, tuple(shape)), "scale": (torch.float32, tuple(shape[:-1]))}
 
     def quantized(self, weight: Tensor) -> dict[str, Tensor]:
         """The nearest numbers and their scales."""
@@ -54,6 +55,12 @@ class Int8:
     def product(self, x: Tensor, weight: Tensor, scale: Tensor) -> Tensor:
         """The product x W^T [..., F] in the dtype of x [..., D]."""
         return int8_product(x, weight, scale, is_dynamic=self.is_dynamic)
+
+    def product_of_each(self, x: Tensor, weight: Tensor, scale: Tensor) -> Tensor:
+        """The products of tokens with a weight each."""
+        numbers, scale_of_token = quantized(x) if self.is_dynamic else (x, 1)
+        y = weight.to(x.dtype) @ numbers.to(x.dtype)[..., None]
+        return (y[..., 0] * scale * scale_of_token).to(x.dtype)
 
     def arranged(self, weight: Tensor, scale: Tensor) -> tuple[WeightProduct, Tensor, Tensor]:
         """What is given."""

@@ -8,7 +8,8 @@
 
 The two gradients are two calls, so that the second may come later than the first; where autograd wants both at once, products hide the exchange.
 Two things are passed in: the number format, which computes (precision/formats.py), and the axis, which says how tokens travel: by collectives, in
-this module, or through memory of the other ranks (overlapped.py). On an axis of one rank all three are the plain product.
+this module, or through memory of the other ranks (overlapped.py). By collectives, a format may send numbers in the place of tokens
+(gathered_numbers.py). On an axis of one rank all three are the plain product.
 
     n  own tokens        D  width outside the layers
     N  n * ranks tokens  F  this rank's features inside them
@@ -26,7 +27,7 @@ from torch import Tensor
 from phase8.distributed.collectives import Axis, gather_tokens, scatter_tokens, start_gather, start_scatter
 from phase8.kernels.dtypes import at_least_fp32
 from phase8.precision.formats import NumberFormat
-from phase8.tensor_parallel import overlapped
+from phase8.tensor_parallel import gathered_numbers, overlapped
 
 
 def plain_product(x: Tensor, weight: Tensor, number_format: NumberFormat) -> Tensor:
@@ -40,6 +41,8 @@ def gathered_product(x: Tensor, weight: Tensor, axis: Axis, number_format: Numbe
         return plain_product(x, weight, number_format)
     if axis.has_peer_memory:
         return overlapped.gathered_product(x, weight, axis, number_format)
+    if number_format.sends_numbers(x, weight, axis.size):
+        return gathered_numbers.gathered_product(x, weight, axis, number_format)
     return _GatheredProduct.apply(x, weight, axis, number_format)
 
 

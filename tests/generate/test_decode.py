@@ -9,13 +9,20 @@ from phase8.generate.decode import Decoder, DecodingLoop
 from phase8.generate.sampling import SamplingOptions
 from phase8.model import mixer
 from phase8.model.mixer_step import JointProjections
-from phase8.model.quantized_layers import QuantizedLinear, hold_quantized
+from phase8.model.quantized_layers import QuantizedExperts, QuantizedLinear, hold_quantized
 from phase8.precision.int4 import Int4
 from phase8.precision.int8 import Int8
 from phase8.tensor_parallel import linear
 from tests.model.small import VARIANT_IDS, VARIANT_SECTIONS, perturbed_model, random_tokens, scaled_down
 
 GREEDY = SamplingOptions(temperature=0.0)
+_MIXTURE = ModelSection(ffn="moe", shared_experts=1, top_k=2, expert_ffn_size=16)
+OF_FEW_BITS = {
+    "delta": scaled_down(ModelSection(global_path="delta")),
+    "low-rank": scaled_down(ModelSection(ffn="low_rank_swiglu"), low_rank_rank=12),
+    "all experts of two tokens": scaled_down(_MIXTURE),
+    "chosen experts of two tokens": scaled_down(_MIXTURE, num_experts=8),
+}
 
 
 @torch.no_grad()
@@ -82,13 +89,17 @@ def test_a_gpu_draws_tokens_that_are_the_likeliest_of_the_whole(batch):
 
 
 @pytest.mark.parametrize("weight_format", [Int8(is_dynamic=False), Int8(is_dynamic=True), Int4()], ids=str)
-def test_layers_of_few_bits(weight_format):
-    model, tokens = perturbed_model(scaled_down(ModelSection(global_path="delta")), dtype=torch.float32), random_tokens()
+@pytest.mark.parametrize("kind", OF_FEW_BITS)
+def test_layers_of_few_bits(weight_format, kind):
+    model, tokens = perturbed_model(OF_FEW_BITS[kind], dtype=torch.float32), random_tokens()
     hold_quantized(model, weight_format)
     generator = torch.Generator().manual_seed(3)
-    for layer in (each for each in model.modules() if isinstance(each, QuantizedLinear)):
-        layer.weight.random_(*((-127, 128) if weight_format.bits == 8 else (0, 256)), generator=generator)
-        layer.scale.uniform_(0.25 / 2**weight_format.bits, 0.75 / 2**weight_format.bits, generator=generator)
+    for layer in (each for each in model.modules() if isinstance(each, QuantizedLinear | QuantizedExperts)):
+        for name, values in layer.named_buffers():
+            if name.endswith("scale"):
+                values.uniform_(0.25 / 2**weight_format.bits, 0.75 / 2**weight_format.bits, generator=generator)
+            else:
+                values.random_(*((-127, 128) if weight_format.bits == 8 else (0, 256)), generator=generator)
     with torch.no_grad():
         expected = model.logits(model(tokens)[0])
     for (row, position), logits in logits_of_steps(model, tokens, (0, 4)).items():

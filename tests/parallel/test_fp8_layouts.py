@@ -9,8 +9,9 @@ same up to the order of sums, as without fp8. Three things cut a matrix, and rou
 | tensor parallelism | parts | of the inner width parts, of the outer width whole (tokens are gathered first) |
 | slices of a sequence, by context parallelism or recomputation; other microbatches | whole | fewer rows |
 
-No scale is reduced over ranks: each part is multiplied back by its own scale before anything is summed over them. Such layouts compute other numbers
-by design, no nearer to and no further from the exact ones.
+Each part is multiplied back by its own scale before anything is summed over ranks. The scale of gathered tokens is that of all of them, whether they
+are rounded before or after the gather (test_gathered_numbers.py). Such layouts compute other numbers by design, no nearer to and no further from the
+exact ones.
 """
 
 import functools

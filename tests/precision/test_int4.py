@@ -28,7 +28,7 @@ def test_every_weight_is_within_half_a_step_of_its_number(inputs):
     weight = numbers(6, inputs)
     weight[1], weight[2, 3], weight[3], weight[4, :2] = 0.0, -1e4, weight[3].abs(), torch.tensor([3.0, -2.99])
     stored = FORMAT.quantized(weight)
-    assert {name: (each.dtype, tuple(each.shape)) for name, each in stored.items()} == FORMAT.tensors(6, inputs)
+    assert {name: (each.dtype, tuple(each.shape)) for name, each in stored.items()} == FORMAT.tensors((6, inputs))
     steps = stored["scale"].abs().double().repeat_interleave(32, dim=1)[:, :inputs]
     error = (weight_of(stored, inputs) - weight.double()).abs()
     assert (error <= HALF_A_STEP * steps).all() and (error[1] == 0).all() and (stored["scale"][1] == 0).all()
