@@ -3,14 +3,16 @@
     python tools/evaluate.py --checkpoint runs/quickstart --text book.txt articles.jsonl.gz
     python tools/evaluate.py --checkpoint runs/ablation_30m --data data/python_validation_text_document --json
     python tools/evaluate.py --checkpoint runs/long --text book.txt --carry-state                     # position 100,000 has seen 99,999 tokens
+    python tools/evaluate.py --checkpoint runs/ablation_30m --held-out --sequences 256
     torchrun --nproc_per_node=8 tools/evaluate.py --checkpoint runs/phase8_7b_3d --data A B
 
 Every token is predicted once. --data names .bin/.idx pairs that the tokenizer of the model has made (one whose record names another
-tokenizer is refused); their windows follow each other across documents, as in training. --text names files or directories that
+tokenizer is refused); their windows follow each other across documents, as in training. --held-out reads in the same way what the training
+run of the checkpoint was evaluated on. --text names files or directories that
 tools/prepare_data.py can read; each document is read by itself, after an end-of-document token. A window has the length of the training
 unless --length says otherwise; the last one reaches back, so that it is full. With --stride S every window predicts S tokens more than the
 one before and has the rest as context. --sequences N takes N windows of --data as an evaluation during training does: evenly spread, the
-same ones every time.
+same ones every time; with --held-out they are those of the evaluations of its training.
 
 The bytes of a text are those of its UTF-8. Those of a pair are known if its record names the model's tokenizer and this one rewrites no text;
 otherwise bits per byte are `unknown` (null in JSON). Under torchrun each rank holds the whole model and reads its share; the result is that of
@@ -31,7 +33,7 @@ from functools import partial
 from typing import TYPE_CHECKING
 
 from phase8.config.arguments import add_device_option, path_argument
-from phase8.errors import ConfigError, Phase8Error
+from phase8.errors import CheckpointError, ConfigError, DataError, Phase8Error
 from phase8.imports import imports_that_stay
 from phase8.processes.bootstrap import World, world_from_environment
 from phase8.terminal import output_is_the_product, run_door, warn
@@ -40,6 +42,7 @@ from phase8.train.outputs import require_own_output
 if TYPE_CHECKING:
     from phase8.checkpoint.load import Checkpoint
     from phase8.config.schema import DataSection
+    from phase8.data.loader import SequenceDataset
     from phase8.data.tokenizer import Tokenizer
     from phase8.evaluate.results import SourceResult
     from phase8.evaluate.sources import Source
@@ -121,10 +124,12 @@ def _silent(sentence: str) -> None:
 def _sources(
     parsed: argparse.Namespace, section: DataSection, checkpoint: Checkpoint, *, vocab_size: int, show: Show, say: Callable[[str], None]
 ) -> list[Source]:
-    from phase8.evaluate.sources import open_pairs, read_text_sources
+    from phase8.evaluate.sources import held_out_sources, open_pairs, read_text_sources
 
-    if parsed.data is not None:
+    if parsed.text is None:
         tokenizer = _tokenizer_if_any(parsed, section, checkpoint, vocab_size=vocab_size, say=say)
+        if parsed.held_out:
+            return held_out_sources(_held_out_data(checkpoint, show), tokenizer, resets=section.reset_at_document_boundaries)
         return open_pairs(parsed.data, tokenizer, section, vocab_size=vocab_size, on_progress=show)
     return read_text_sources(
         parsed.text,
@@ -134,6 +139,23 @@ def _sources(
         on_progress=partial(show, "tokenizing"),
         on_message=say,
     )
+
+
+def _held_out_data(checkpoint: Checkpoint, show: Show) -> SequenceDataset:
+    from phase8.checkpoint.run_metadata import run_metadata
+    from phase8.data.fingerprint_difference import describe_fingerprint_difference
+    from phase8.train.datasets import open_run_data
+
+    metadata = run_metadata(checkpoint)
+    if metadata.validation_fingerprint is None:
+        raise CheckpointError(f"{checkpoint.path} records no held-out data, as a training run with data.validation or data.split does; give --data")
+    data = open_run_data(metadata.config, on_progress=show)
+    if data.validation is None or data.validation_fingerprint is None:
+        raise CheckpointError(f"{checkpoint.path} records held-out data, but its config names none; give --data")
+    differences = describe_fingerprint_difference(metadata.validation_fingerprint, data.validation_fingerprint)
+    if differences:
+        raise DataError(f"--held-out: the data are not those of the training: {'; '.join(differences)}; restore them, or name others with --data")
+    return data.validation
 
 
 def _tokenizer(parsed: argparse.Namespace, section: DataSection, checkpoint: Checkpoint, *, vocab_size: int, say: Callable[[str], None]) -> Tokenizer:
@@ -180,14 +202,14 @@ def _check(parsed: argparse.Namespace) -> None:
         if vars(parsed)[name] is not None and vars(parsed)[name] < 1
     ]
     if parsed.sequences is not None and parsed.text is not None:
-        problems.append("--sequences takes some windows of --data, but a --text is read as a whole; leave it out")
+        problems.append("--sequences takes some windows of --data or --held-out, but a --text is read as a whole; leave it out")
     given = {"--sequences": parsed.sequences is not None, "--stride": parsed.stride is not None, "--carry-state": parsed.carry_state}
     together = [name for name, is_given in given.items() if is_given]
     if len(together) > 1:
         problems.append(f"{' and '.join(together)} are different ways to read the tokens; give one of them")
-    if parsed.data is not None and parsed.document_separator is not None:
+    if parsed.text is None and parsed.document_separator is not None:
         problems.append("--document-separator is for --text: pairs know where their documents begin; leave it out")
-    if parsed.data is not None and parsed.json_key is not None:
+    if parsed.text is None and parsed.json_key is not None:
         problems.append("--json-key is for --text: pairs hold tokens; leave it out")
     if problems:
         raise ConfigError(problems)
@@ -204,12 +226,13 @@ def _parser() -> argparse.ArgumentParser:
     )
     what = parser.add_mutually_exclusive_group(required=True)
     what.add_argument("--data", nargs="+", type=path_argument, metavar="PREFIX", help="pairs .bin/.idx or patterns of them, each a source of its own")
+    what.add_argument("--held-out", action="store_true", help="the held-out data of the training run")
     what.add_argument("--text", nargs="+", type=path_argument, metavar="FILE", help="text, source, .jsonl or .parquet files, or directories of them")
     reading = parser.add_argument_group("reading")
     reading.add_argument("--length", type=int, metavar="T", help="tokens of a window (default: as trained)")
     reading.add_argument("--stride", type=int, metavar="S", help="tokens that each window adds (default: T)")
     reading.add_argument("--carry-state", action="store_true", help="read every document whole, T tokens at a time, with the state carried over")
-    reading.add_argument("--sequences", type=int, metavar="N", help="windows of --data in all, evenly spread (default: all)")
+    reading.add_argument("--sequences", type=int, metavar="N", help="windows of --data or --held-out in all, evenly spread (default: all)")
     reading.add_argument("--batch-size", type=int, metavar="N", help="windows or documents of a forward (default: what the memory holds)")
     texts = parser.add_argument_group("texts")
     texts.add_argument("--json-key", metavar="KEY", help="where a JSON line or a Parquet row holds its text (default: text)")

@@ -24,9 +24,10 @@ import. Whatever no model here computes is refused. Links in SRC are not followe
 A checkpoint that DeepSpeed itself wrote (ZeRO 1 to 3, or universal) is made of pickles, which can run any code when they are read:
 --trust-pickle says that you know its origin, and --config is the config of the model. DST is of step 0, without optimizer, as of any import.
 
---upcycle-experts E makes a mixture of E experts, two for a token, of a dense SRC: every expert begins as a copy of the dense feed-forward, so that
-the mixture computes the same as long as none drops a token. DST is of step 0, without optimizer; start a run from it by
-checkpoint.initialise_from, with model.ffn=moe and model.num_experts=E.
+--upcycle-experts E makes a mixture of E experts, two for a token (--upcycle-top-k K), of a dense SRC: every expert begins as a copy of the dense
+feed-forward, so that the mixture computes the same as long as none drops a token. With K 1 it computes almost the same: the weight of a single
+expert is its score, so experts begin E times as large and routers near zero. DST is of step 0, without optimizer; start a run from it by
+checkpoint.initialise_from, with model.ffn=moe, model.num_experts=E and model.top_k=K.
 
 SRC is never touched. DST is there when everything was written, read back and compared with SRC. After an interruption (or a kill -9) the
 same command goes on: files that were complete are checked and kept, in a hidden directory beside DST.
@@ -84,6 +85,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--upcycle-experts", type=int, metavar="E", help="DST is a mixture of E experts, each of which begins as SRC's dense feed-forward"
     )
+    parser.add_argument("--upcycle-top-k", type=int, metavar="K", help="experts of it that compute a token (default: 2)")
     return parser
 
 

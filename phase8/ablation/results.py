@@ -1,4 +1,4 @@
-"""Results of an ablation: a table, a chart, and all figures as JSON.
+"""Results of an ablation: a page with tables and charts, and all figures as JSON.
 
 The difference of two variants is the mean, over the seeds that both have, of their relative difference. Runs with the same seed see
 the same tokens in the same order, so the influence of the order on the loss cancels.
@@ -12,7 +12,8 @@ from pathlib import Path
 from statistics import fmean, median
 from typing import Any
 
-from phase8.ablation.chart import validation_png
+from phase8.ablation.chart import positions_png, validation_png
+from phase8.ablation.learning_rates import markdown_table, search_lines, searched
 from phase8.ablation.runs import Record
 from phase8.ablation.study import REFERENCE, Study
 from phase8.data.staging import write_json
@@ -48,25 +49,32 @@ class Summary:
 
 
 def write_results(study: Study, records: Sequence[Record], output: Path) -> str:
-    """Writes `table.md`, `results.json` and `curves.png` into the output directory, and returns the table.
+    """Writes `table.md`, `results.json` and the charts `curves.png` and `positions.png` into the output directory, and returns the tables.
 
     Args:
         study: What all runs share.
-        records: Records of the finished runs, at least one.
+        records: Records of the finished runs, those of searches for learning rates included, at least one.
         output: The output directory.
 
     Raises:
         StorageError: It cannot be written.
     """
-    by_variant = {name: sorted((r for r in records if r.variant == name), key=lambda record: record.seed) for name in study.variants}
-    runs = {name: found for name, found in by_variant.items() if found}
+    runs = _compared(study, records)
     summaries = summarise(runs)
-    table = table_text(study, runs, summaries)
+    search = search_lines(study, records)
+    positions = {name: by_seed for name, found in runs.items() if (by_seed := {r.seed: _by_position(r) for r in found if r.positions})}
+    parts = [[_conditions(study, [record for found in runs.values() for record in found] or records)]]
+    if runs:
+        parts += [[*_table_lines(summaries), "", _legend(study, runs)], ["![Held-out loss against tokens and against seconds](curves.png)"]]
+        curves = {name: {record.seed: dict(record.curve) for record in found} for name, found in runs.items()}
+        speeds = {name: summary.tokens_per_second for name, summary in summaries.items() if summary.tokens_per_second is not None}
+        replace_file(output / "curves.png", validation_png(curves, reference=REFERENCE, speeds=speeds))
+    if positions:
+        parts += [_position_lines(runs), ["![Held-out loss by position in the sequence](positions.png)"]]
+        replace_file(output / "positions.png", positions_png(positions, reference=REFERENCE))
+    table = "\n\n".join("\n".join(part) for part in [*parts, *([search] if search else [])]) + "\n"
     replace_file(output / "table.md", table.encode(errors=ESCAPED))
-    write_json(output / "results.json", _tree(study, runs, summaries))
-    curves = {name: {record.seed: dict(record.curve) for record in found} for name, found in runs.items()}
-    speeds = {name: summary.tokens_per_second for name, summary in summaries.items() if summary.tokens_per_second is not None}
-    replace_file(output / "curves.png", validation_png(curves, reference=REFERENCE, speeds=speeds))
+    write_json(output / "results.json", _tree(study, runs, summaries, records))
     return table
 
 
@@ -76,8 +84,17 @@ def summarise(runs: Mapping[str, Sequence[Record]]) -> dict[str, Summary]:
     return {name: _summary(found, losses[name], losses.get(REFERENCE, {})) for name, found in runs.items()}
 
 
-def table_text(study: Study, runs: Mapping[str, Sequence[Record]], summaries: Mapping[str, Summary]) -> str:
-    """Returns the table as Markdown, with the training described above it and the columns explained below it."""
+def _compared(study: Study, records: Sequence[Record]) -> dict[str, list[Record]]:
+    """The runs to compare, by variant and in the order of their seeds: whole ones, with the learning rate that was found, if one was searched."""
+    runs = {
+        name: [r for r in records if r.variant == name and r.search_steps is None and r.learning_rate == study.learning_rates.get(name)]
+        for name in study.variants
+    }
+    return {name: sorted(found, key=lambda record: record.seed) for name, found in runs.items() if found}
+
+
+def _table_lines(summaries: Mapping[str, Summary]) -> list[str]:
+    """The table of losses over the seeds, as Markdown."""
     seeds = sorted({seed for summary in summaries.values() for seed in summary.losses})
     head = ["variant", "parameters", "tokens", *(f"seed {seed}" for seed in seeds), "mean", "spread", f"against {REFERENCE}", "tok/s"]
     rows = [
@@ -93,11 +110,25 @@ def table_text(study: Study, runs: Mapping[str, Sequence[Record]], summaries: Ma
         ]
         for name, summary in summaries.items()
     ]
-    records = [record for found in runs.values() for record in found]
-    lines = ["| " + " | ".join(cells) + " |" for cells in (head, ["---", *["---:"] * (len(head) - 1)], *rows)]
-    skipped = _skipped(records)
-    remarks = [f"Steps skipped because loss or gradient was not finite: {skipped}."] if skipped else []
-    return "\n".join([_conditions(study, records), "", *lines, "", _legend(records), *remarks]) + "\n"
+    return markdown_table(head, rows)
+
+
+def _position_lines(runs: Mapping[str, Sequence[Record]]) -> list[str]:
+    """The table of losses by position, with what it says, as Markdown."""
+    ranges = list(dict.fromkeys((first, end) for found in runs.values() for record in found for first, end, _ in record.positions or ()))
+    head = ["variant", *(f"{first:,} to {end - 1:,}" for first, end in ranges)]
+    rows = []
+    for name, found in runs.items():
+        own = [{(first, end): loss for first, end, loss in record.positions} for record in found if record.positions]
+        losses = [[of_run[place] for of_run in own if place in of_run] for place in ranges]
+        rows.append([name, *(NOTHING if not each else _loss(None if None in each else fmean(each)) for each in losses)])
+    legend = "Loss on the same held-out sequences by the position of the prediction in its sequence, mean over the seeds."
+    return [*markdown_table(head, rows), "", legend]
+
+
+def _by_position(record: Record) -> dict[int, float | None]:
+    """Losses by the end of their range."""
+    return {end: loss for _, end, loss in record.positions or ()}
 
 
 def _summary(found: Sequence[Record], losses: dict[int, float | None], reference: Mapping[int, float | None]) -> Summary:
@@ -130,22 +161,28 @@ def _difference(name: str, summary: Summary) -> str:
 
 def _conditions(study: Study, records: Sequence[Record]) -> str:
     config, num_tokens = study.config, _num_training_tokens(study)
-    passes = f" ({records[0].tokens / num_tokens:.2f} passes a run)" if len(study.data["train"]["sources"]) == 1 else ""
+    longest = max(records, key=lambda record: record.tokens)
+    passes = f" ({longest.tokens / num_tokens:.2f} passes a run)" if len(study.data["train"]["sources"]) == 1 else ""
     return (
         f"{', '.join(_distinct(record.device for record in records))}, torch {', '.join(_distinct(record.torch_version for record in records))}; "
         f"{config['precision.dtype']}, T {config['model.sequence_length']}, {config['train.num_steps']:,} steps, peak learning rate "
-        f"{config['optim.learning_rate']:g}; training data of {num_tokens:,} tokens{passes}, validation on "
-        f"{records[0].validation_tokens:,} tokens; config hash {study.digest}."
+        f"{config['optim.learning_rate']:g}{' where none was searched' if study.learning_rates else ''}; training data of {num_tokens:,} "
+        f"tokens{passes}, validation on {longest.validation_tokens:,} tokens; config hash {study.digest}."
     )
 
 
-def _legend(records: Sequence[Record]) -> str:
+def _legend(study: Study, runs: Mapping[str, Sequence[Record]]) -> str:
+    records = [record for found in runs.values() for record in found]
+    rates = ", ".join(f"{name} {study.learning_rates[name]:g}" for name in runs if name in study.learning_rates)
+    skipped = _skipped(records)
+    remarks = [f"\nPeak learning rates that were found: {rates}."] if rates else []
+    remarks += [f"\nSteps skipped because loss or gradient was not finite: {skipped}."] if skipped else []
     jobs = " or ".join(_distinct(str(record.jobs) for record in records))
     return (
         "Loss on held-out data after the last step, nats per token. Spread: largest minus smallest over the seeds. "
         f"Against {REFERENCE}: mean over the seeds of both of the relative difference. "
         f"tok/s: median over a run's steps, with at most {jobs} runs side by side on the device."
-    )
+    ) + "".join(remarks)
 
 
 def _skipped(records: Sequence[Record]) -> str:
@@ -153,7 +190,9 @@ def _skipped(records: Sequence[Record]) -> str:
     return ", ".join(f"{record.variant} seed {record.seed}: {record.skipped_steps}" for record in records if record.skipped_steps)
 
 
-def _tree(study: Study, runs: Mapping[str, Sequence[Record]], summaries: Mapping[str, Summary]) -> dict[str, Any]:
+def _tree(
+    study: Study, runs: Mapping[str, Sequence[Record]], summaries: Mapping[str, Summary], records: Sequence[Record]
+) -> dict[str, Any]:
     """All figures as plain JSON."""
     return {
         "config_hash": study.digest,
@@ -164,6 +203,8 @@ def _tree(study: Study, runs: Mapping[str, Sequence[Record]], summaries: Mapping
             name: {**asdict(summary), "settings": study.variants[name], "runs": [asdict(record) for record in runs[name]]}
             for name, summary in summaries.items()
         },
+        "learning_rates": study.learning_rates,
+        "search": [asdict(record) for record in searched(records)],
     }
 
 

@@ -12,16 +12,16 @@ import subprocess
 import time
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, fields
+from dataclasses import MISSING, asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from phase8.ablation.study import PlannedRun
+from phase8.ablation.planned_runs import PlannedRun
 from phase8.data.staging import read_json, write_json
 from phase8.durable import open_for_appending, storage_errors
-from phase8.errors import StorageError
+from phase8.errors import DivergenceError, StorageError
 from phase8.observe.history import History, last_finite, median
 from phase8.observe.metrics import read_metrics
 from phase8.terminal import ESCAPED
@@ -49,6 +49,11 @@ class Record:
         torch_version: Version of torch.
         jobs: Runs that could be side by side on that device.
         curve: Tokens seen and validation loss, of every evaluation.
+        learning_rate: Peak learning rate that was searched or tried; None: that of config and variant.
+        search_steps: Steps of a run of a shortened search; None: a run like all others.
+        is_search: Its loss decided about the learning rate.
+        positions: First position of a range, the one after its last, and the loss of the predictions there, on the sequences of the last
+            evaluation; None: not measured, as in shortened runs and in records of earlier releases.
     """
 
     variant: str
@@ -63,6 +68,10 @@ class Record:
     torch_version: str
     jobs: int
     curve: list[list[float | None]]
+    learning_rate: float | None = None
+    search_steps: int | None = None
+    is_search: bool = False
+    positions: list[list[float | None]] | None = None
 
 
 @dataclass(frozen=True)
@@ -71,12 +80,14 @@ class Machine:
 
     Args:
         command: The words that start a run, given its overrides.
+        measure: The words that measure the loss of a trained run by position, given the run and the file of the result.
         device: Name of the device.
         jobs: Runs side by side on each device.
         gpus: Name of the GPU that a run sees, for each; empty: there is one device, and nothing to choose.
     """
 
     command: Callable[[Sequence[str]], list[str]]
+    measure: Callable[[PlannedRun, Path], list[str]]
     device: str
     jobs: int
     gpus: Sequence[str] = ()
@@ -93,6 +104,7 @@ class _Started:
     process: subprocess.Popen
     log: Path
     gpu: str | None
+    is_measuring: bool
 
 
 def read_records(output: Path) -> list[Record]:
@@ -110,7 +122,7 @@ def record_path(run: PlannedRun, output: Path) -> Path:
 
 
 class RunProcesses:
-    """Starts runs, watches them, and records those that reach their last step.
+    """Starts runs, watches them, and records those that reach their last step; before that, another process measures their loss by position.
 
     Args:
         machine: The machine that trains the runs.
@@ -122,6 +134,7 @@ class RunProcesses:
     def __init__(self, machine: Machine, output: Path, *, num_parameters: Mapping[str, int], on_message: Callable[[str], None]):
         self.machine, self.output, self.num_parameters, self.on_message = machine, output, num_parameters, on_message
         self.failures: list[int] = []  # exit codes; negative: the signal that killed the process
+        self.is_stopping = False
         self._running: list[_Started] = []
 
     def train(self, runs: Sequence[PlannedRun], *, on_record: Callable[[], None]) -> None:
@@ -135,13 +148,13 @@ class RunProcesses:
             StorageError: Logs or records cannot be written; the running processes are killed.
             KeyboardInterrupt: A second Ctrl-C; the running processes are killed.
         """
-        waiting, is_stopping = deque(runs), False
+        waiting = deque(runs)
         next_line = time.monotonic() + SECONDS_BETWEEN_LINES
         with StopRequest() as stop:
             try:
                 while self._running or waiting:
-                    if stop.received is not None and not is_stopping:
-                        is_stopping = True
+                    if stop.received is not None and not self.is_stopping:
+                        self.is_stopping = True
                         waiting.clear()
                         for started in self._running:
                             started.process.terminate()
@@ -149,7 +162,7 @@ class RunProcesses:
                         self._start(waiting.popleft())
                     for started in [started for started in self._running if started.process.poll() is not None]:
                         self._running.remove(started)
-                        if self._settle(started, is_stopping=is_stopping):
+                        if self._settle(started):
                             on_record()
                     if time.monotonic() > next_line:
                         next_line = time.monotonic() + SECONDS_BETWEEN_LINES
@@ -161,7 +174,11 @@ class RunProcesses:
                     started.process.wait()
 
     def _start(self, run: PlannedRun) -> None:
-        command, log, gpu = self.machine.command(run.settings), self.output / "logs" / f"{run.name}.log", self._least_busy_gpu()
+        log, gpu = self.output / "logs" / f"{run.name}.log", self._least_busy_gpu()
+        self._run(run, self.machine.command(run.settings), log=log, gpu=gpu, is_measuring=False)
+        self.on_message(f"{run.name}: started{'' if gpu is None else f' on GPU {gpu}'}, log in {log}")
+
+    def _run(self, run: PlannedRun, command: Sequence[str], *, log: Path, gpu: str | None, is_measuring: bool) -> None:
         with storage_errors(log):
             log.parent.mkdir(parents=True, exist_ok=True)
             with open(open_for_appending(log), "ab") as file:
@@ -171,24 +188,30 @@ class RunProcesses:
                 process = subprocess.Popen(
                     command, stdin=subprocess.DEVNULL, stdout=file, stderr=subprocess.STDOUT, start_new_session=True, env=environment_with_gpu(gpu)
                 )
-                self._running.append(_Started(run, process, log, gpu))
-        self.on_message(f"{run.name}: started{'' if gpu is None else f' on GPU {gpu}'}, log in {log}")
+                self._running.append(_Started(run, process, log, gpu, is_measuring))
 
     def _least_busy_gpu(self) -> str | None:
         busy = [started.gpu for started in self._running]
         return min(self.machine.gpus, key=busy.count, default=None)
 
-    def _settle(self, started: _Started, *, is_stopping: bool) -> bool:
-        """Reports how a process ended, and returns whether its run left a record."""
+    def _settle(self, started: _Started) -> bool:
+        """Reports how a process ended, starts the measurement of a run that is trained, and returns whether the run left a record."""
         run, code = started.run, started.process.returncode
-        if code == 0:
-            record = self._record(run)
-            if record is not None:
-                write_json(record_path(run, self.output), asdict(record))
-                loss = "not finite" if record.validation_loss is None else f"{record.validation_loss:.4f}"
-                self.on_message(f"{run.name}: finished, validation loss {loss}")
-                return True
-        if code == 0 or (is_stopping and code == -signal.SIGTERM):  # it was asked before its handler was installed
+        # A search goes on without the rates with which training diverges.
+        has_diverged = code == DivergenceError.exit_code and run.is_search and not started.is_measuring
+        record = self._record(run, has_diverged=has_diverged) if code == 0 or has_diverged else None
+        if record is not None and not has_diverged and run.search_steps is None:
+            if not started.is_measuring and not self.is_stopping:
+                self._measure(started)
+                return False
+            record = replace(record, positions=_positions(self._positions_path(run))) if started.is_measuring else None
+        if record is not None:
+            write_json(record_path(run, self.output), asdict(record))
+            loss = "not finite" if record.validation_loss is None else f"{record.validation_loss:.4f}"
+            self.on_message(f"{run.name}: finished, validation loss {loss}")
+            return True
+        # A process that was asked before its handler was installed is killed by the signal.
+        if code == 0 or (self.is_stopping and (code == -signal.SIGTERM or started.is_measuring)):
             self.on_message(f"{run.name}: stopped at {_progress(run)}")
             return False
         self.failures.append(code)
@@ -196,31 +219,50 @@ class RunProcesses:
         self.on_message(f"{run.name}: failed at {_progress(run)}: {end}; the end of {started.log} is: {_last_line(started.log)}")
         return False
 
-    def _record(self, run: PlannedRun) -> Record | None:
-        """What a run measured; None if it has not reached its last step."""
+    def _measure(self, trained: _Started) -> None:
+        """Starts the measurement of the loss by position, in the place of the training."""
+        run, path = trained.run, self._positions_path(trained.run)
+        with storage_errors(path):
+            path.parent.mkdir(parents=True, exist_ok=True)
+        self._run(run, self.machine.measure(run, path), log=trained.log, gpu=trained.gpu, is_measuring=True)
+
+    def _positions_path(self, run: PlannedRun) -> Path:
+        return self.output / "positions" / f"{run.name}.json"
+
+    def _record(self, run: PlannedRun, *, has_diverged: bool) -> Record | None:
+        """What a run measured; None if it has not reached its last step, unless it has diverged."""
         evaluations, history = _metrics(run, say=self.on_message)
-        if not evaluations or evaluations[-1]["step"] != run.config.train.num_steps:
+        if not has_diverged and (not evaluations or evaluations[-1]["step"] != run.config.train.num_steps):
             return None
         seen = history.places.at(history.validation_steps).tokens.astype(int).tolist()
         return Record(
             variant=run.variant,
             seed=run.seed,
             num_parameters=self.num_parameters[run.variant],
-            tokens=int(history.tokens[-1]),
-            validation_loss=evaluations[-1]["validation_loss"],
-            validation_tokens=evaluations[-1]["validation_tokens"],
+            tokens=int(history.tokens[-1]) if history.tokens.size else 0,
+            validation_loss=None if has_diverged else evaluations[-1]["validation_loss"],
+            validation_tokens=evaluations[-1]["validation_tokens"] if evaluations else 0,
             tokens_per_second=median(history.tokens_per_second),
             skipped_steps=len(history.skipped_steps),
             device=self.machine.device,
             torch_version=str(torch.__version__),
             jobs=self.machine.jobs,
             curve=[[tokens, evaluation["validation_loss"]] for tokens, evaluation in zip(seen, evaluations, strict=True)],
+            learning_rate=run.learning_rate,
+            search_steps=run.search_steps,
+            is_search=run.is_search,
         )
+
+
+def _positions(path: Path) -> list[list[float | None]]:
+    """The loss by position from the result of tools/evaluate.py, where there are predictions."""
+    return [[each["first"], each["end"], each["loss"]] for each in read_json(path)["total"]["positions"] if each["num_tokens"]]
 
 
 def _read_record(path: Path) -> Record:
     tree = read_json(path)
-    if not isinstance(tree, dict) or tree.keys() != {field.name for field in fields(Record)}:
+    needed = {field.name for field in fields(Record) if field.default is MISSING}  # the others are missing in records of earlier releases
+    if not isinstance(tree, dict) or not needed <= tree.keys() <= {field.name for field in fields(Record)}:
         raise StorageError(f"{path} is not the record of a finished run; delete it, and the run is finished again from its directory")
     return Record(**tree)
 

@@ -1,4 +1,4 @@
-"""The plan of an ablation: its variants and runs, and whether their results may be compared.
+"""An ablation: its variants, and whether the results of their runs may be compared.
 
 Every variant is trained with every seed, each as an ordinary run. The seed gives the initial weights and the order of the data, so with
 one seed all variants see the same tokens in the same order. A variant changes a few config keys; all other keys are the same.
@@ -11,14 +11,13 @@ import hashlib
 import json
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 from phase8.config.describe import describe_value
 from phase8.config.load import config_to_mapping, load_config
 from phase8.config.schema import RunConfig
-from phase8.config.validate import validate
 from phase8.data.fingerprint import data_fingerprint
 from phase8.data.fingerprint_difference import content_of, describe_fingerprint_difference
 from phase8.data.staging import read_json, write_json
@@ -62,7 +61,9 @@ VARIANTS: Mapping[str, Settings] = {
     "transformer": _transformer(taps=1),
     "transformer+conv": _transformer(taps=4),
     "transformer+conv+norm": _transformer(taps=4, norm="true"),
+    "transformer+conv+norm+embedding": (*_transformer(taps=4, norm="true"), "model.embedding_scalars=true"),
     "phase8": (*_phase8("dot", chain="none", options=_DEFAULT), "model.ffn_size=1320"),
+    "phase8+embedding": (*_phase8("dot", chain="none", options=_DEFAULT), "model.ffn_size=1320", "model.embedding_scalars=true"),
     "phase8+delta": (*_phase8("dot", chain="none", global_path="delta", options=_DEFAULT), "model.ffn_size=1320"),
     "window": _phase8("dot", chain="none", global_path="none"),
     "window+global": _phase8("dot", chain="none"),
@@ -86,33 +87,6 @@ VARIANTS: Mapping[str, Settings] = {
 
 
 @dataclass(frozen=True)
-class PlannedRun:
-    """One variant with one seed.
-
-    Args:
-        variant: Its name.
-        seed: Seed of weights and data order.
-        settings: All overrides that turn the config file into this run's config.
-        config: The resulting config.
-    """
-
-    variant: str
-    seed: int
-    settings: Settings
-    config: RunConfig
-
-    @property
-    def name(self) -> str:
-        """Name of the run and of its directory."""
-        return self.config.run.name
-
-    @property
-    def directory(self) -> Path:
-        """Its run directory."""
-        return Path(self.config.run.output_dir) / self.name
-
-
-@dataclass(frozen=True)
 class Study:
     """The settings that all runs in one output directory share, and their variants; stored there as `study.json`.
 
@@ -120,11 +94,13 @@ class Study:
         config: Every key that affects the weights, before the variants change theirs.
         data: Fingerprints of the training and of the held-out data.
         variants: Settings of every variant by name, those of earlier commands included.
+        learning_rates: Learning rate of every variant for which one was searched.
     """
 
     config: dict[str, Any]
     data: dict[str, dict[str, Any]]
     variants: dict[str, Settings]
+    learning_rates: dict[str, float] = field(default_factory=dict)
 
     @property
     def digest(self) -> str:
@@ -178,25 +154,6 @@ def check_shared_settings(config: RunConfig, settings: Sequence[str], variants: 
         raise ConfigError(problems)
 
 
-def plan_runs(
-    config_path: Path, settings: Sequence[str], variants: Mapping[str, Settings], seeds: Sequence[int], *, output: Path
-) -> list[PlannedRun]:
-    """Lists all runs, with all variants of one seed before the next seed.
-
-    Raises:
-        ConfigError: The config of a run is not valid.
-    """
-    runs = []
-    for seed in seeds:
-        for variant, changes in variants.items():
-            name = f"{variant.replace('+', '_')}-seed{seed}"
-            own = (*settings, *changes, f"train.seed={seed}", f"run.name={name}", f"run.output_dir={output / 'runs'}")
-            config = load_config(config_path, own)
-            validate(config)
-            runs.append(PlannedRun(variant, seed, own, config))
-    return runs
-
-
 def count_variant_parameters(config_path: Path, settings: Sequence[str], variants: Mapping[str, Settings]) -> dict[str, int]:
     """Counts the parameters of each variant without allocating any."""
     return {name: count_parameters(shapes_only(load_config(config_path, [*settings, *changes]))) for name, changes in variants.items()}
@@ -242,7 +199,8 @@ def joined_study(study: Study, output: Path) -> Study:
     if not path.exists():
         return study
     tree = read_json(path)
-    if not isinstance(tree, dict) or tree.keys() != asdict(study).keys():
+    # Studies of earlier releases searched no learning rates.
+    if not isinstance(tree, dict) or {"learning_rates": {}, **tree}.keys() != asdict(study).keys():
         raise ConfigError(f"{path} is not the record of an ablation; choose another --output.")
     earlier = {name: tuple(map(_present_spelling, settings)) for name, settings in tree["variants"].items()}
     different = [
@@ -261,7 +219,7 @@ def joined_study(study: Study, output: Path) -> Study:
         sentences = describe_fingerprint_difference(tree["data"][split], fingerprint)
         if sentences:
             raise DataError(f"{output} holds an ablation on other data.{split}: {'; '.join(sentences)}; restore them or choose another --output.")
-    return Study(study.config, study.data, {**earlier, **study.variants})
+    return Study(study.config, study.data, {**earlier, **study.variants}, tree.get("learning_rates", {}))
 
 
 def _present_spelling(setting: str) -> str:

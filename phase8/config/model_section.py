@@ -109,6 +109,7 @@ class ModelSection(Section):
         0.0, "change per step of a bias by which experts with fewer tokens are chosen more often, as in DeepSeek-V3; 0: no bias"
     )
     tie_embeddings: bool = key(False, "use the embedding as the output head")
+    embedding_scalars: bool = key(False, "every block's input is the stream plus the embedding's output times a learned number of the block")
     rotary: bool | Switches = key(
         True, "rotary positions of the window's queries and keys (transformer: of the attention's); a list is repeated over the layers"
     )
@@ -116,6 +117,11 @@ class ModelSection(Section):
     rope_scaling: Annotated[RopeScaling, BeforeValidator(null_is_unscaled)] = key(UNSCALED, "scaling of the rotary frequencies")
     norm_eps: PositiveFloat = key(1e-5, "epsilon of every RMS norm")
     init_std: PositiveFloat = key(0.02, "standard deviation of the initial weights")
+
+    @property
+    def num_streams(self) -> int:
+        """Number of tensors [N, D] that go from stage to stage for N tokens: the residual stream, and the embedding's output if blocks add it."""
+        return 2 if self.embedding_scalars else 1
 
     @property
     def head_width(self) -> int:

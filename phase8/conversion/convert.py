@@ -48,7 +48,7 @@ def convert(options: ConversionOptions, *, on_progress: OnProgress) -> str:
         if is_import := isinstance(source, WeightFiles):
             source = checked(source, config, options, on_progress=on_progress)
         if options.upcycle_experts is not None:
-            source, config = upcycled(source, config, options.upcycle_experts)
+            source, config = upcycled(source, config, options.upcycle_experts, top_k=options.upcycle_top_k)
             is_import = True
         if options.format == "phase8":
             copy = _reshard(source, config, options, on_progress, dtype=torch.float32 if is_import else None)  # master weights are fp32

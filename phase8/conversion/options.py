@@ -27,6 +27,7 @@ class ConversionOptions:
         shards: Data-parallel ranks that divide the model among them.
         expert_parallel_size: Of the shards, those that hold different experts.
         upcycle_experts: Experts of the mixture that is made of a dense model; None: none is made.
+        upcycle_top_k: Experts of it that compute a token; None: two.
     """
 
     source: Path
@@ -40,6 +41,7 @@ class ConversionOptions:
     shards: int | None = None
     expert_parallel_size: int | None = None
     upcycle_experts: int | None = None
+    upcycle_top_k: int | None = None
 
     def check(self) -> None:
         """Refuses options that contradict each other.
@@ -64,3 +66,7 @@ class ConversionOptions:
             )
         if self.upcycle_experts is not None and self.format != "phase8":
             raise ConfigError(f"--upcycle-experts is for --format phase8, but --format is {self.format}; leave one of them out.")
+        if self.upcycle_top_k is not None and self.upcycle_experts is None:
+            raise ConfigError(f"--upcycle-top-k is {self.upcycle_top_k}, but no mixture is made; give --upcycle-experts too, or leave it out.")
+        if self.upcycle_top_k is not None and self.upcycle_top_k < 1:
+            raise ConfigError(f"--upcycle-top-k is {self.upcycle_top_k}, but must be at least 1.")

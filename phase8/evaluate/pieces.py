@@ -70,16 +70,17 @@ def carried(source: int, tokens: Range) -> Piece:
     return Piece(source, tokens.first, tokens.num_predictions)
 
 
-def evenly_spread_pieces(num_tokens: Sequence[int], *, num_pieces: int, length: int) -> list[Piece]:
-    """The windows that an evaluation during training takes from sources of equal weight.
+def evenly_spread_pieces(num_tokens: Sequence[int], *, weights: Sequence[int], num_pieces: int, length: int) -> list[Piece]:
+    """The windows that an evaluation during training takes.
 
     Args:
         num_tokens: Tokens of each source.
+        weights: Weight of each source in the blend.
         num_pieces: Windows in all, evenly spread over each source.
         length: T, tokens of a window.
     """
     num_windows = [count_windows(number, length) for number in num_tokens]
-    spread = evenly_spread_windows(num_pieces, num_windows=num_windows, blend=BlendTable([1] * len(num_tokens)))
+    spread = evenly_spread_windows(num_pieces, num_windows=num_windows, blend=BlendTable(weights))
     return [Piece(source, window * length, length) for source, window in spread]
 
 

@@ -35,10 +35,11 @@ def select_pieces(
         for source in sources:
             if source.num_tokens <= length:
                 raise DataError(
-                    f"--data: {source.name} holds {source.num_tokens} tokens, fewer than the {length + 1} of one sequence; shorten it with --length, "
+                    f"{source.name} holds {source.num_tokens} tokens, fewer than the {length + 1} of one sequence; shorten it with --length, "
                     "or leave --sequences out"
                 )
-        return list(sources), evenly_spread_pieces([source.num_tokens for source in sources], num_pieces=num_sequences, length=length)
+        num_tokens, weights = zip(*((source.num_tokens, source.weight) for source in sources), strict=True)
+        return list(sources), evenly_spread_pieces(num_tokens, weights=weights, num_pieces=num_sequences, length=length)
     if carry_state:
         sources = [replace(source, starts=None) for source in sources]  # a document has no boundary inside
         pieces = [carried(i, document) for i, source in enumerate(sources) for document in source.documents()]

@@ -1,4 +1,4 @@
-"""What is evaluated: the pairs of `--data`, and the texts of `--text`, each a source of its own.
+"""What is evaluated: the pairs of `--data` or of the training's held-out data, and the texts of `--text`, each a source of its own.
 
 | | `--data` | `--text` |
 |---|---|---|
@@ -24,6 +24,7 @@ import numpy as np
 from phase8.config.schema import DataSection, DataSource
 from phase8.data.documents import cut_shards
 from phase8.data.input_files import find_sources
+from phase8.data.loader import SequenceDataset
 from phase8.data.made_with import Wording, check_tokenizer
 from phase8.data.shards import DocumentRules, encode_document, read_texts
 from phase8.data.sources import open_sources, source_names
@@ -56,6 +57,7 @@ class Source:
         documents: The documents: called without arguments.
         text_bytes: UTF-8 bytes of all predicted tokens; None: `bytes_per_id` tells, if anything does.
         bytes_per_id: UTF-8 bytes of each token, -1 where it has none that is known; None: unknown.
+        weight: Share of the windows where only some are read.
     """
 
     name: str
@@ -66,6 +68,7 @@ class Source:
     documents: Callable[[], Iterable[Range]]
     text_bytes: int | None = None
     bytes_per_id: np.ndarray | None = None
+    weight: int = 1
 
 
 def open_pairs(
@@ -94,12 +97,26 @@ def open_pairs(
             check_tokenizer(stream.pairs, tokenizer, wording=_WORDING)
         for pair in (pair for pair in stream.pairs if pair.num_tokens):
             check_token_ids(pair, vocab_size=vocab_size, cache_dir=Path(section.cache_dir), on_progress=on_progress)
+    return _of_streams(streams, [1] * len(streams), tokenizer, resets=section.reset_at_document_boundaries)
+
+
+def held_out_sources(dataset: SequenceDataset, tokenizer: Tokenizer | None, *, resets: bool) -> list[Source]:
+    """The sources of the held-out data of a training run.
+
+    Args:
+        dataset: Its held-out sequences.
+        tokenizer: The tokenizer of the model; None: unknown.
+        resets: Documents see nothing of those before them.
+    """
+    return _of_streams(dataset.sources, dataset.order.blend.weights, tokenizer, resets=resets)
+
+
+def _of_streams(streams: Sequence[TokenStream], weights: Sequence[int], tokenizer: Tokenizer | None, *, resets: bool) -> list[Source]:
     names = source_names([stream.prefix for stream in streams])
-    resets = section.reset_at_document_boundaries
-    return [_of_stream(name, stream, tokenizer, resets=resets) for name, stream in zip(names, streams, strict=True)]
+    return [_of_stream(*each, tokenizer, resets=resets) for each in zip(names, streams, weights, strict=True)]
 
 
-def _of_stream(name: str, stream: TokenStream, tokenizer: Tokenizer | None, *, resets: bool) -> Source:
+def _of_stream(name: str, stream: TokenStream, weight: int, tokenizer: Tokenizer | None, *, resets: bool) -> Source:
     is_known = tokenizer is not None and all(
         pair.record is not None and pair.record.made_with is not None and pair.record.made_with.tokenizer_sha256 == tokenizer.sha256
         for pair in stream.pairs
@@ -112,6 +129,7 @@ def _of_stream(name: str, stream: TokenStream, tokenizer: Tokenizer | None, *, r
         ranges=lambda: [Range(0, stream.num_tokens - 1)],
         documents=lambda: _documents(stream, resets=resets),
         bytes_per_id=tokenizer.bytes_per_id if is_known else None,
+        weight=weight,
     )
 
 

@@ -14,6 +14,7 @@ from phase8.distributed.collectives import ALONE, Axis
 from phase8.exchanges import Exchanges, SliceExchange
 from phase8.model.attention import AttentionState, CausalAttention
 from phase8.model.decoding import BlockStep
+from phase8.model.embedding_scalar import EmbeddingScalar
 from phase8.model.feed_forward import build_feed_forward
 from phase8.model.mixer import Phase8Mixer
 from phase8.model.mixer_state import MixerState
@@ -50,6 +51,7 @@ class Block(nn.Module):
         expert: Axis = ALONE,
     ):
         super().__init__()
+        self.embedding_scalar = EmbeddingScalar() if model.embedding_scalars else None
         self.mixer_norm = RMSNorm(model.d_model, eps=model.norm_eps)
         self.has_rotary = model.has_rotary[layer]
         self.mixer = (
@@ -93,7 +95,8 @@ class Block(nn.Module):
             mixer = self.mixer.prepared(dtype, has_rotary=self.has_rotary, capacity=capacity)
         else:
             mixer = self.mixer.prepared(dtype, has_rotary=self.has_rotary)
-        return BlockStep(self.mixer_norm.prepared(), mixer, self.feed_forward_norm.prepared(), self.feed_forward.prepared(dtype))
+        scalar = None if self.embedding_scalar is None else self.embedding_scalar.prepared(dtype)
+        return BlockStep(self.mixer_norm.prepared(), mixer, self.feed_forward_norm.prepared(), self.feed_forward.prepared(dtype), scalar)
 
     @staticmethod
     def auxiliary_losses(model: ModelSection) -> tuple[str, ...]:
@@ -110,8 +113,17 @@ class Block(nn.Module):
         if isinstance(self.feed_forward, MixtureOfExperts):
             self.feed_forward.learn_from_routing(measured, is_valid)
 
-    def forward(self, x: Tensor, angles: Tensor, starts: Tensor | None = None, state: BlockState | None = None) -> BlockOutput:
+    def forward(
+        self, x: Tensor, angles: Tensor, starts: Tensor | None = None, state: BlockState | None = None, embedded: Tensor | None = None
+    ) -> BlockOutput:
         """Applies the block to the residual stream.
+
+        Args:
+            x: Residual stream [B, T, D], with several ranks the own tokens [n, D].
+            angles: Rotary angles [T, K/2].
+            starts: True where a token begins a document [B, T]; None: nowhere.
+            state: State after the earlier pieces of the sequence; None: it begins here.
+            embedded: Output of the embedding, shaped as `x`, which a block with an embedding scalar adds.
 
         Returns:
             The stream [B, T, D] after the block, with several ranks the own tokens [n, D]; the state for the next piece (None without
@@ -119,9 +131,11 @@ class Block(nn.Module):
             tokens of this rank, like the main loss, and the step divides it by the same number of targets. A layer with experts also
             returns what it measures, as `ROUTING`.
         """
-        return self.run_inside(self._forward, x, angles, starts, state)
+        return self.run_inside(self._forward, x, angles, starts, state, embedded)
 
-    def _forward(self, x: Tensor, angles: Tensor, starts: Tensor | None, state: BlockState | None) -> BlockOutput:
+    def _forward(self, x: Tensor, angles: Tensor, starts: Tensor | None, state: BlockState | None, embedded: Tensor | None) -> BlockOutput:
+        if self.embedding_scalar is not None:
+            x = self.embedding_scalar(x, embedded)
         y, state = self.run_mixer(self._mix, x, angles, starts, state)
         x = x + y
         y = self.feed_forward_norm(x)

@@ -38,15 +38,22 @@ class BlockStep:
         mixer: The mixer.
         feed_forward_norm: Norm of the feed-forward's input.
         feed_forward: The feed-forward.
+        embedding_scalar: Factor of the embedding's output in the block's input [1]; None: it is not added.
     """
 
     mixer_norm: PreparedNorm
     mixer: MixerStep
     feed_forward_norm: PreparedNorm
     feed_forward: FeedForwardStep
+    embedding_scalar: Tensor | None = None
 
-    def __call__(self, x: Tensor, summand: Tensor | None, place: TokenPlace, state: MixerStepState) -> tuple[Tensor, Tensor]:
-        """The residual stream [B, D] and what is still to be added to it, which the norm that follows does; arguments as the result of the last."""
+    def __call__(
+        self, x: Tensor, summand: Tensor | None, place: TokenPlace, state: MixerStepState, embedded: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """The residual stream [B, D] and what is still to be added to it, which the norm that follows does; x and summand as the last result."""
+        if self.embedding_scalar is not None:
+            of_embedding = embedded * self.embedding_scalar
+            summand = of_embedding if summand is None else summand + of_embedding
         x, summand = self.mixer(self.mixer_norm, x, summand, place, state)
         return self.feed_forward.after_norm(self.feed_forward_norm, x, summand)
 
@@ -100,7 +107,8 @@ class ModelStep:
         """
         angles = angles_at(position, self.frequencies)
         place = TokenPlace(position, angles.cos(), angles.sin(), longest)
-        x, summand = F.embedding(tokens, self.embedding), None
+        embedded = F.embedding(tokens, self.embedding)
+        x, summand = embedded, None
         for block, state in zip(self.blocks, states, strict=True):
-            x, summand = block(x, summand, place, state)
+            x, summand = block(x, summand, place, state, embedded)
         return self.norm.then(self.head, x, summand)[1].float()

@@ -121,10 +121,11 @@ class LanguageModel(nn.Module):
 
         Returns:
             Normalised hidden states [B, T, D], with several tensor-parallel ranks those of the own tokens [n, D] (before the norm where
-            another chunk follows); and the states for the next piece (None without `states`).
+            another chunk follows, and then with the embedding's output beside them [2, ...] if blocks add it); and the states for the next
+            piece (None without `states`).
         """
-        if self.begins:
-            x, sequence_length = self.embedding(tokens), tokens.shape[1]
+        x, embedded = self._input(tokens, x)
+        sequence_length = tokens.shape[1] if self.begins else sequence_length
         first_position += self.context.index * sequence_length
         section = self.section
         angles = rotary_angles(
@@ -138,16 +139,26 @@ class LanguageModel(nn.Module):
         carried = []
         for place, (layer, block) in enumerate(self.blocks.items()):
             if states is None:
-                x, _, losses = block.run_outside(block, x, angles, starts)
+                x, _, losses = block.run_outside(block, x, angles, starts, None, embedded)
             else:
                 # This runs `forward`, not the call, for block and norm: a compiled module would be compiled again for every length of its state.
-                x, state, losses = block.forward(x, angles, starts, states[place])
+                x, state, losses = block.forward(x, angles, starts, states[place], embedded)
                 carried.append(state)
             if losses and on_losses is not None:
                 on_losses(int(layer), losses)
         if self.norm is not None:
             x = self.norm(x) if states is None else self.norm.forward(x)
+        elif embedded is not None:
+            x = torch.stack([x, embedded])
         return x, None if states is None else carried
+
+    def _input(self, tokens: Tensor | None, x: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        """The residual stream before the first block, and the output of the embedding where blocks add it."""
+        if self.begins:
+            x = self.embedding(tokens)
+            # A view, because torch.compile would make another graph for a block that gets the same tensor twice.
+            return x, x.view_as(x) if self.section.embedding_scalars else None
+        return x.unbind() if self.section.embedding_scalars else (x, None)
 
     def loss_sum(
         self,

@@ -53,8 +53,9 @@ def apply_recomputation(
     for place, (layer, block) in enumerate(model.blocks.items()):
         if int(layer) % every_n_layers:
             continue
-        # The pipeline holds the input of a chunk until its backward, so a copy of it would free nothing.
-        keep: Keep = copies.keep if offload_inputs and (model.begins or place > 0) else nullcontext
+        # The pipeline holds the input of a chunk until its backward, and blocks that add the embedding's output hold that: a copy would free nothing.
+        is_held = place == 0 and not (model.begins and not model.section.embedding_scalars)
+        keep: Keep = copies.keep if offload_inputs and not is_held else nullcontext
         inside = without_exchanges if block.fetches_little else recomputed
         if mode == "selective":
             block.run_mixer = inside
@@ -103,8 +104,10 @@ def _with_input_kept(keep: Keep, run: Run, block: Block, x: Tensor, *arguments: 
     return output
 
 
-def _slice_by_slice(slice_tokens: int, keep: Keep, run: Run, block: Block, x: Tensor, angles: Tensor, starts: Tensor | None) -> BlockOutput:
-    """What `block(x, angles, starts)` returns; backward recomputes one slice of the sequence after the other.
+def _slice_by_slice(
+    slice_tokens: int, keep: Keep, run: Run, block: Block, x: Tensor, angles: Tensor, starts: Tensor | None, state: None, embedded: Tensor | None
+) -> BlockOutput:
+    """What `block(x, angles, starts, state, embedded)` returns; backward recomputes one slice of the sequence after the other.
 
     What is kept of the block are its input and the state at the beginning of each slice.
 
@@ -116,23 +119,29 @@ def _slice_by_slice(slice_tokens: int, keep: Keep, run: Run, block: Block, x: Te
         x: Residual stream [B, T, D].
         angles: Rotary angles [T, K/2].
         starts: True where a token begins a document [B, T]; None: nowhere.
+        state: None, because the sequence begins here.
+        embedded: Output of the embedding [B, T, D]; None: the block does not add it.
     """
     if x.shape[1] <= slice_tokens:
-        return _with_input_kept(keep, run, block, x, angles, starts)
-    state: BlockState = block.mixer.empty_state(x.shape[0], dtype=x.dtype, device=x.device)
+        return _with_input_kept(keep, run, block, x, angles, starts, state, embedded)
+    carried: BlockState = block.mixer.empty_state(x.shape[0], dtype=x.dtype, device=x.device)
     outputs, losses = [], {}
     # `split`, because backward of plain slices would make a gradient of the whole sequence for each of them.
     slices = x.split(slice_tokens, dim=1)
     starts_of_slices = [None] * len(slices) if starts is None else starts.split(slice_tokens, dim=1)
-    for piece, own_angles, own_starts in zip(slices, angles.split(slice_tokens), starts_of_slices, strict=True):
+    # These stay views: every block would keep a copy.
+    embedded_slices = [None] * len(slices) if embedded is None else embedded.split(slice_tokens, dim=1)
+    for piece, own_angles, own_starts, own_embedded in zip(slices, angles.split(slice_tokens), starts_of_slices, embedded_slices, strict=True):
         own = piece.contiguous()  # a copy in host memory is, and torch.compile compiles again for other strides
         with keep(own):
-            y, state, found = run(_slice_of_block, block, own, own_angles, own_starts, state)
+            y, carried, found = run(_slice_of_block, block, own, own_angles, own_starts, carried, own_embedded)
         outputs.append(y)
         losses = {name: losses[name] + loss if name in losses else loss for name, loss in found.items()}
     return torch.cat(outputs, dim=1), None, losses
 
 
-def _slice_of_block(block: Block, x: Tensor, angles: Tensor, starts: Tensor | None, state: BlockState) -> BlockOutput:
-    y, state, losses = block(x, angles, starts, state)
+def _slice_of_block(
+    block: Block, x: Tensor, angles: Tensor, starts: Tensor | None, state: BlockState, embedded: Tensor | None
+) -> BlockOutput:
+    y, state, losses = block(x, angles, starts, state, embedded)
     return y, state.copied(), losses  # parts of it are views, which would keep all keys and values of the slice

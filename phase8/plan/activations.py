@@ -169,9 +169,10 @@ def _block_bytes(forward: _Forward, *, recompute: Literal["none", "selective"] =
             model.sequence_length, model.head_width, base=model.rope_base, rope_scaling=model.rope_scaling, first_position=0, device=x.device
         )
         starts = torch.empty(x.shape[:2], dtype=torch.bool, device=x.device) if forward.packed else None
+        embedded = (None, torch.empty_like(x, requires_grad=True)) if model.embedding_scalars else ()
         if is_compiled:
-            return _saved_bytes_compiled(whole.blocks["0"], x, angles, starts, budget=budget)
-        return _saved_bytes(whole.blocks["0"], x, angles, starts)
+            return _saved_bytes_compiled(whole.blocks["0"], x, angles, starts, *embedded, budget=budget)
+        return _saved_bytes(whole.blocks["0"], x, angles, starts, *embedded)
 
 
 def _head_bytes(forward: _Forward, num_tensor_ranks: int, *, is_compiled: bool) -> int:
@@ -185,9 +186,10 @@ def _head_bytes(forward: _Forward, num_tensor_ranks: int, *, is_compiled: bool) 
         return norm // num_tensor_ranks + loss
 
 
-def _saved_bytes(module: nn.Module, *arguments: Tensor | None) -> int:
-    """Bytes that the forward of a module keeps, its fp32 weights left out."""
-    return _saved_by(lambda: module(*arguments), set(module.parameters()))
+def _saved_bytes(module: nn.Module, x: Tensor, angles: Tensor | None = None, starts: Tensor | None = None, *embedded: Tensor | None) -> int:
+    """Bytes that the forward of a module keeps; its fp32 weights, and the embedding's output, which all blocks share, are left out."""
+    arguments = (x,) if angles is None else (x, angles, starts, *embedded)
+    return _saved_by(lambda: module(*arguments), {*module.parameters(), *(each for each in embedded if each is not None)})
 
 
 def _saved_bytes_compiled(module: nn.Module, *arguments: Tensor | None, budget: float) -> int:

@@ -1,14 +1,17 @@
 """Candidate values for the settings that are `auto`: those whose plan fits into the memory of a device, the fastest prediction first.
 
 Predicting is cheap and planning memory is not. For each microbatch the settings are ordered: more recomputation is slower and needs less
-memory. So the fastest setting that fits is found by bisection, and skipped where it cannot be faster than one already found.
+memory. So the fastest setting that fits is found by bisection, and skipped where it cannot be faster than one already found. Where no budget can
+be had and every layer would be recomputed, every n-th one may do.
 """
 
 from __future__ import annotations
 
+import math
 from bisect import bisect_left
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import cache, partial
 from typing import Any, NamedTuple
 
 from phase8.accelerator import has_kernels, is_accelerator, records_steps
@@ -32,6 +35,9 @@ _CPU_TOKENS = 4096  # tokens at once; the caches of a CPU hold no more
 _BUDGETS = (0.9, 0.5, 0.4, 0.35, 0.3, 0.25, 0.2, 0.15, 0.1)
 # In the order from the fastest to the smallest memory. A budget is faster than `selective` and needs less.
 _WAYS = (("none", 0.5), *(("budget", budget) for budget in _BUDGETS), ("selective", 0.5), ("full", 0.5), ("slices", 0.5))
+# Recomputation of layers 0, n, 2n, ... alone, the fastest first. With budgets all layers keep a part, which is faster than some that keep nothing.
+_INTERVALS = (8, 4, 3, 2)
+_OF_SOME_LAYERS = ("selective", "full")
 _STEP_KEYS = (
     "train.micro_batch_size",
     "train.recompute",
@@ -118,6 +124,18 @@ class _Setting(NamedTuple):
     step_seconds: float
 
 
+class _OfSize(NamedTuple):
+    """Settings of a microbatch size.
+
+    Args:
+        settings: From the fastest one to that with the smallest memory.
+        of_some_layers: Predicts those that recompute some of the layers: for each way a list like `settings`.
+    """
+
+    settings: list[_Setting]
+    of_some_layers: Callable[[], list[list[_Setting]]]
+
+
 def plan_on(device: Device, config: RunConfig, *, world_size: int) -> MemoryPlan:
     """Planned memory of the fullest rank on such devices."""
     return fullest(plan_stages(config, world_size=world_size, device_type=device.type, device_bytes=device.total_bytes or None)).memory
@@ -137,6 +155,7 @@ def find_candidates(
         below_bytes: Candidates must need less than this, which was too much.
     """
 
+    @cache
     def planned(setting: _Setting) -> Candidate | None:
         """The candidate with its plan; None if it does not fit."""
         candidate = _planned(setting, world_size, device)
@@ -145,13 +164,35 @@ def find_candidates(
         return None if too_much or (below_bytes is not None and candidate.planned_bytes >= below_bytes) else candidate
 
     found: list[Candidate] = []
-    all_settings = list(_settings(config, world_size=world_size, device=device, compiles=compiles))
+    all_sizes = list(_settings(config, world_size=world_size, device=device, compiles=compiles))
     # Settings that need no search come first: they show how fast the rest must be.
-    for settings in sorted(all_settings, key=lambda each: planned(each[0]) is None):
+    for of_size in sorted(all_sizes, key=lambda each: planned(each.settings[0]) is None):
         limit = found[-1].step_seconds if len(found) == most else float("inf")
-        best = _first_that_fits([each for each in settings if each.step_seconds < limit], planned)
+        best = _fastest_that_fits(of_size, planned, limit, may_search=below_bytes is None)
         found = sorted([*found, *([] if best is None else [best])], key=lambda each: each.step_seconds)[:most]
     return found
+
+
+def _fastest_that_fits(
+    of_size: _OfSize, planned: Callable[[_Setting], Candidate | None], limit: float, *, may_search: bool
+) -> Candidate | None:
+    """The fastest settings of a microbatch size that fit and take less than `limit`; None: there are none.
+
+    Args:
+        of_size: The settings.
+        planned: Plans settings; None where they do not fit.
+        limit: Seconds of a step.
+        may_search: Recomputing some of the layers is an option. Where a plan was too small, one that is little smaller would be so, too.
+    """
+    settings = of_size.settings
+    best = _first_that_fits([each for each in settings if each.step_seconds < limit], planned)
+    # What recomputes only some layers needs more than what recomputes all of them in the same way.
+    if not may_search or planned(settings[0]) is not None or planned(settings[-1]) is None:
+        return best
+    for family in of_size.of_some_layers():
+        fastest = limit if best is None else best.step_seconds
+        best = _first_that_fits([each for each in family if each.step_seconds < fastest], planned) or best
+    return best
 
 
 def _first_that_fits(settings: Sequence[_Setting], planned: Callable[[_Setting], Candidate | None]) -> Candidate | None:
@@ -171,7 +212,7 @@ def _planned(setting: _Setting, world_size: int, device: Device) -> Candidate:
 def smallest_candidate(config: RunConfig, *, world_size: int, device: Device) -> Candidate:
     """The settings that need least memory, whether or not they fit."""
     smallest, *_ = _settings(config, world_size=world_size, device=device, compiles=True)
-    return _planned(smallest[-1], world_size, device)
+    return _planned(smallest.settings[-1], world_size, device)
 
 
 def nearest_that_fits(config: RunConfig, facts: Device, *, world_size: int, below_bytes: int) -> Candidate | None:
@@ -210,31 +251,44 @@ def nothing_fits(config: RunConfig, smallest: Candidate, facts: Device, *, world
     return f"no settings fit into the {facts.memory_bytes / _GIB:.1f} GiB that are free on {facts.name}: {needed}; {remedy}."
 
 
-def _settings(config: RunConfig, *, world_size: int, device: Device, compiles: bool) -> Iterator[list[_Setting]]:
-    """Every combination that can run, one list per microbatch, the smallest first; on a CPU only the fastest one."""
+def _settings(config: RunConfig, *, world_size: int, device: Device, compiles: bool) -> Iterator[_OfSize]:
+    """Every combination that can run, by microbatch, the smallest first; on a CPU only the fastest one."""
     automatic = automatic_keys(config)
     compiled = config.train.recompute == "budget" or (compiles and device.can_compile and has_kernels(device.type))
     sizes, ways = _microbatch_sizes(config, world_size), _WAYS if "train.recompute" in automatic and device.is_limited else _WAYS[:1]
     if not device.is_limited:
         sizes = [size for size in sizes if size * config.model.sequence_length <= _CPU_TOKENS][-1:] or sizes[:1]
+    predicted = partial(_predicted, world_size=world_size, device=device, may_record=records_steps(device.type) and "train.cuda_graphs" in automatic)
+
+    def settled(size: int, way: str, *, budget: float = 0.5, every: int = 1) -> list[RunConfig]:
+        """The config with these settings; empty if it cannot run."""
+        values = {
+            "train.micro_batch_size": size,
+            "train.recompute": way,
+            "train.activation_memory_budget": budget,
+            "train.recompute_every_n_layers": every,
+            "train.compile.enabled": compiled,
+            "train.cuda_graphs": False,
+        }
+        each = with_values(config, values)
+        return [] if find_problems(each, world_size=world_size) else [each]
+
+    def of_some_layers(size: int) -> list[list[_Setting]]:
+        # Of distances with which as many layers are recomputed, the smallest spreads them best.
+        intervals = {math.ceil(config.model.num_layers / every): every for every in _INTERVALS}.values()
+        families = [[each for every in intervals for each in settled(size, way, every=every)] for way in _OF_SOME_LAYERS]
+        return [predicted(family) for family in families if family]
+
     for size in sizes:
-        settled = []
+        found: list[RunConfig] = []
+        has_budgets = False
         for way, budget in ways:
-            values = {
-                "train.micro_batch_size": size,
-                "train.recompute": way,
-                "train.activation_memory_budget": budget,
-                "train.recompute_every_n_layers": 1,
-                "train.compile.enabled": compiled,
-                "train.cuda_graphs": False,
-            }
-            each = with_values(config, values)
-            has_budget = way == "selective" and any(before.train.recompute == "budget" for before in settled)
+            has_budgets = any(before.train.recompute == "budget" for before in found)
             is_one_slice = way == "slices" and config.model.sequence_length <= config.train.recompute_slice_tokens
-            if not has_budget and not is_one_slice and not find_problems(each, world_size=world_size):
-                settled.append(each)
-        if settled:
-            yield _predicted(settled, world_size, device, may_record=records_steps(device.type) and "train.cuda_graphs" in automatic)
+            if not (way == "selective" and has_budgets) and not is_one_slice:
+                found += settled(size, way, budget=budget)
+        if found:
+            yield _OfSize(predicted(found), list if has_budgets else partial(of_some_layers, size))
 
 
 def _predicted(settled: Sequence[RunConfig], world_size: int, device: Device, *, may_record: bool) -> list[_Setting]:

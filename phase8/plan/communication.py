@@ -225,7 +225,8 @@ def messages_of_stage(*, num_stages: int, num_chunks: int, stage: int) -> tuple[
 
 
 def _messages(model: ModelSection, step: Step, grid: Grid, *, num_chunks: int) -> Iterator[Collectives]:
-    message_bytes = step.micro_batch_size * model.sequence_length // (grid.context * grid.tensor) * model.d_model * step.compute_bytes
+    num_tokens = step.micro_batch_size * model.sequence_length // (grid.context * grid.tensor)
+    message_bytes = num_tokens * model.num_streams * model.d_model * step.compute_bytes
     for boundaries in messages_of_stage(num_stages=grid.pipeline, num_chunks=num_chunks, stage=grid.stage):
         agreements, count = bool(boundaries), boundaries * step.num_microbatches
         for operation in (Operation.SEND, Operation.RECEIVE):

@@ -33,8 +33,9 @@ RECURRENCE_SHARES: Both = (0.13, 0.13)
 CAUSAL_SHARES: Both = (0.48, 0.48)
 # Time of the gated delta rule over that of the gated linear recurrence, forward and backward, B 4, T 4096, 16 heads of 128 (docs/performance.md).
 DELTA_OVER_LINEAR = 2.15
-# Passes over [N, I] by a gate per channel: its logits are read; in backward, their gradient is written as well.
+# Passes over [N, I] by a gate per channel: its logits are read; in backward, their gradient is written, too. Over [N, D] by an embedding scalar.
 GATE_PASSES: Both = (1, 2)
+EMBEDDING_PASSES: Both = (3, 7)
 # Additional passes over [N, I] where ranks share the sequence: keys and values are copied behind those of the neighbour and their gradients taken
 # apart, gradients of what neighbours read are added, and the state that a slice adds is a walk over it, in either direction. Counted, not fitted.
 SLICE_PASSES: Both = (8, 14)
@@ -65,8 +66,7 @@ BOTTLENECK_SHARES: Both = (0.13, 0.10)
 KERNEL_SECONDS = 2.75e-6
 # Adding the gradients of a microbatch to the accumulated ones: two numbers are read, one is written.
 ACCUMULATED_BYTES = 3 * FP32_BYTES
-# Time in which the host launches embedding and head.
-ENDS_HOST_SECONDS = 0.5e-3
+ENDS_HOST_SECONDS = 0.5e-3  # in which the host launches embedding and head
 # torch.compile recomputes cheap operations first: a budget of one half costs less than a third of full recomputation. It makes one graph for
 # all budgets from 0.8 on (little is recomputed), one for those from 0.5 to 0.8 (products are kept), and only below selects tensors one by one.
 BUDGET_EXPONENT = 1.45
@@ -244,8 +244,7 @@ def _mixer(batch: Microbatch, window: int) -> Half:
     joint = inner + 2 * model.key_value_width / batch.tensor_ranks
     is_unwritten = _has_unwritten_projections(batch)
     products = out + (batch.product(N / batch.tensor_ranks, model.d_model, 3 * rank) if is_unwritten else _columns(batch, 3, joint, rank))
-    has_path = model.has_global_path
-    has_gates = model.has_channel_gate
+    has_path, has_gates = model.has_global_path, model.has_channel_gate
     if has_path:
         products += batch.product(N / batch.tensor_ranks, model.d_model, model.scalars_per_head * model.num_heads)
     if has_gates:
@@ -324,7 +323,8 @@ def _half(batch: Microbatch, products: float, others: Both, last: float, *, shar
     style = _style(batch)
 
     def cost(direction: int) -> Cost:
-        stream = batch.moved(batch.tokens * batch.model.d_model / batch.tensor_ranks * style.stream[direction] / 2)
+        passes = (style.stream[direction] + EMBEDDING_PASSES[direction] * batch.model.embedding_scalars) / 2
+        stream = batch.moved(batch.tokens * batch.model.d_model / batch.tensor_ranks * passes)
         num_kernels = share * style.kernels[direction] + num_pairs * PAIR_KERNELS[direction]
         gpu = products * (BACKWARD_OVER_FORWARD if direction else 1) + others[direction] + stream + num_kernels * KERNEL_SECONDS
         return Cost(gpu, share * style.host[direction] + num_pairs * style.pair_host[direction])

@@ -246,7 +246,7 @@ def _messages(work: Workload, traced: Mapping[LayerKind, ActivationBytes], *, nu
     message_bytes = next(iter(traced.values())).block_input
     sides = sum(number > 0 for number in messages_of_stage(num_stages=work.pipeline.num_stages, num_chunks=num_chunks, stage=stage))
     # Activations leave after the last chunk and gradients arrive there; before the first chunk it is the reverse.
-    return 2 * sides * _COPIES_OF_MESSAGE * message_bytes
+    return 2 * sides * _COPIES_OF_MESSAGE * message_bytes * work.model.num_streams
 
 
 def _recomputed_layers(work: Workload) -> range:
@@ -254,11 +254,11 @@ def _recomputed_layers(work: Workload) -> range:
 
 
 def _offloaded_layers(work: Workload, chunk: Chunk) -> list[int]:
-    """Layers whose input waits in host memory; the pipeline holds that of a chunk which another one precedes on the device."""
+    """Layers whose input waits in host memory; that of a chunk is held on the device by the pipeline, or by blocks that add the embedding."""
     if work.train.offload_activations == "none":
         return []
-    recomputed = _recomputed_layers(work)
-    return [layer for layer in chunk.layers if layer in recomputed and (layer == 0 or layer > chunk.layers.start)]
+    recomputed, begins_on_host = _recomputed_layers(work), chunk.layers.start == 0 and not work.model.embedding_scalars
+    return [layer for layer in chunk.layers if layer in recomputed and (begins_on_host or layer > chunk.layers.start)]
 
 
 def _offloaded_bytes(work: Workload, block_input: int) -> int:
@@ -338,9 +338,11 @@ def _chunk_activations(work: Workload, chunk: Chunk, traced: Mapping[LayerKind, 
         kept += times * (rest if is_recomputed else found.block)
         repeated = max(repeated, found.block - rest + _gradients_in_a_block(work) if is_recomputed else 0)
     any_layer = traced[kind_of[0]]
+    if model.embedding_scalars:  # all blocks share the embedding's output and add to its gradient
+        kept, repeated = kept + any_layer.block_input, repeated + any_layer.block_input
     kept -= len(offloaded) * any_layer.block_input
     on_host = len(offloaded) * _offloaded_bytes(work, any_layer.block_input)
     if chunk.layers.stop == model.num_layers:
         return ChunkActivations(kept, any_layer.head, repeated, _loss_scratch(work), offloaded=on_host)
     # The residual stream that leaves the chunk is kept too, because backward begins there.
-    return ChunkActivations(kept + any_layer.block_input, repeated=repeated, offloaded=on_host)
+    return ChunkActivations(kept + model.num_streams * any_layer.block_input, repeated=repeated, offloaded=on_host)

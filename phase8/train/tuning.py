@@ -38,18 +38,15 @@ from phase8.train.device import host_settings
 from phase8.train.engine.protocol import BuildEngine
 from phase8.train.trial import OUT_OF_MEMORY, Trial, run_trial, trial_seconds
 
-# Must be raised when the same machine may choose otherwise than before.
-TUNING_VERSION = 4
+TUNING_VERSION = 5  # must be raised when the same machine may choose otherwise than before
 _MOST_TRIALS = 3
 # Candidates are tried if their predicted time is within this ratio of the best.
 _WORTH_A_TRIAL = 1.08
-# In a shorter run, compilation would take more time than it saves.
-_LONG_ENOUGH_TO_COMPILE_SECONDS = 120.0
+_LONG_ENOUGH_TO_COMPILE_SECONDS = 120.0  # in a shorter run, compilation would take more time than it saves
 # Where the steps of a trial would take longer, by their prediction, a candidate without a rival is taken untried.
 _WORTH_A_TRIAL_OF_ONE_SECONDS = 30.0
 _UNLIMITED = 1 << 60
-# Among refused values: the host has no room for copies of what is saved.
-COPIES: dict[str, Any] = {"checkpoint.asynchronous": True}
+COPIES: dict[str, Any] = {"checkpoint.asynchronous": True}  # among refused values: the host has no room for copies of what is saved
 _AS_BEFORE = "as the run began: "
 _Try = Callable[[RunConfig], Trial | str]
 _CHOSEN_KEYS = (*OFF, *WITH_RECOMPUTE)
@@ -138,8 +135,7 @@ def _choose(
         return found
     search = _Search(config, mesh, try_settings, facts, refused, say)
     if not has_kernels(facts.type) or world_size > 1 or config.train.tuning == "plan":
-        best = search.candidates(compiles=search.is_long(None))[0]
-        return _by_plan(best, facts, world_size)
+        return _by_plan(search.candidates(compiles=search.is_long(None)), facts, world_size)
     chosen = search.measure()
     if not refused:
         _write_cache(cache, chosen, say)
@@ -209,7 +205,7 @@ class _Search:
             best, *others = candidates = self.candidates(compiles=True)
             has_rival = any(other.step_seconds <= best.step_seconds * _WORTH_A_TRIAL for other in others)
             if not has_rival and trial_seconds(best.config, best.step_seconds) > _WORTH_A_TRIAL_OF_ONE_SECONDS:
-                return _by_plan(best, self._facts, 1, ", which finds nothing as fast")
+                return _by_plan(candidates, self._facts, 1, ", which finds nothing as fast")
             self._try(candidates, compiles=True, most=_MOST_TRIALS)
         else:
             self._try(self.candidates(compiles=False), compiles=False, most=1)
@@ -239,8 +235,12 @@ class _Search:
                 candidates = [each for each in self._fitting(compiles=compiles) if each.config not in tried]
 
 
-def _by_plan(best: Candidate, facts: Device, world_size: int, remark: str = "") -> Chosen:
-    return Chosen(values_of(best.config, _CHOSEN_KEYS), facts.name, world_size, f"{best}, by plan{remark}")
+def _by_plan(candidates: Sequence[Candidate], facts: Device, world_size: int, remark: str = "") -> Chosen:
+    (best, *others), compared = candidates, ""
+    if others:  # on a CPU, whose speed is not predicted, there are none
+        speeds = [format_count(predict_step(each.config, world_size, facts.name).tokens_per_second) for each in candidates[:2]]
+        compared = f": {speeds[0]} tok/s predicted; next best: {others[0]}, {speeds[1]} tok/s"
+    return Chosen(values_of(best.config, _CHOSEN_KEYS), facts.name, world_size, f"{best}, by plan{remark}{compared}")
 
 
 def _fastest(found: Sequence[tuple[Trial, Candidate]], facts: Device) -> Chosen:

@@ -11,7 +11,9 @@ import numpy as np
 import pytest
 
 from phase8.ablation import chart
-from phase8.ablation.chart import validation_png
+from phase8.ablation.chart import positions_png, validation_png
+from phase8.ablation.learning_rates import best_rates, check_search, describe_choice
+from phase8.ablation.planned_runs import plan_runs, plan_search
 from phase8.ablation.results import summarise, write_results
 from phase8.ablation.runs import Machine, Record, RunProcesses, read_records, record_path
 from phase8.ablation.study import (
@@ -22,63 +24,17 @@ from phase8.ablation.study import (
     count_variant_parameters,
     current_study,
     joined_study,
-    plan_runs,
     record_study,
 )
 from phase8.config.describe import iterate_keys
 from phase8.config.load import config_to_mapping, load_config
-from phase8.errors import ConfigError, DataError, StorageError
+from phase8.errors import ConfigError, DataError, DivergenceError, StorageError
 from phase8.train.datasets import open_run_data
+from tests.ablation.stub_runs import MEASURE, STUB
 from tests.train.tiny_run import write_documents
 
 SHIPPED = Path(__file__).parents[2] / "configs" / "ablation_30m.yaml"
 NUM_STEPS = 20
-# What launch/pretrain.py does, without training: it reads how it is to behave from <directory>/<name of the run>.
-STUB = """
-import json, os, pathlib, signal, sys, time
-settings = dict(word.split("=", 1) for word in sys.argv[2:])
-directory = pathlib.Path(settings["run.output_dir"]) / settings["run.name"]
-plan = pathlib.Path(sys.argv[1])
-behaviour = (plan / settings["run.name"]).read_text()
-directory.mkdir(parents=True, exist_ok=True)
-asked = []
-signal.signal(signal.SIGTERM, lambda *_: asked.append(1))
-(directory / "pid").write_text(str(os.getpid()))
-(plan / (settings["run.name"] + ".gpu")).write_text(os.environ.get("CUDA_VISIBLE_DEVICES", "as it was"))
-assert os.getsid(0) == os.getpid()  # the terminal's Ctrl-C must not reach it
-
-def reach(step):
-    lines = [dict(step=n, loss=9 - n / 10, learning_rate=1, grad_norm=1, tokens=96 * n, tokens_per_second=100 * n, step_seconds=1,
-                  data_wait_seconds=0, mfu=None, peak_memory_bytes=1, skipped=n == 3) for n in range(1, step + 1)]
-    lines += [dict(step=n, validation_loss=8 - n / 10, validation_tokens=48) for n in (10, 20) if n <= step]
-    text = "".join(json.dumps(line) + chr(10) for line in sorted(lines, key=lambda line: line["step"]))
-    (directory / "metrics.jsonl").write_text(text)
-
-def wait_for(condition):
-    deadline = time.monotonic() + 30
-    while not condition():
-        assert time.monotonic() < deadline
-        time.sleep(0.01)
-
-if behaviour == "crash":
-    reach(7)
-    print("error: the disk is full", flush=True)
-    sys.exit(5)
-if behaviour == "kill":
-    reach(12)
-    os.kill(os.getpid(), signal.SIGKILL)
-if behaviour == "stop when asked":
-    reach(7)
-    wait_for(lambda: asked)
-    sys.exit(0)
-if behaviour == "deaf":
-    time.sleep(20)
-if behaviour.startswith("together with"):
-    other = plan / behaviour.split()[-1]
-    (plan / (settings["run.name"] + ".here")).touch()
-    wait_for(other.exists)
-reach(20)
-"""
 
 
 def plan(tiny, output, names=("transformer", "window+global"), seeds=(1, 2), settings=(), definitions=()):
@@ -104,7 +60,10 @@ def stub(tiny, tmp_path):
             def command(settings):
                 return [sys.executable, "-I", "-S", "-c", STUB, str(plans), *settings]
 
-            machine = Machine(command, device="the device", jobs=jobs, gpus=gpus)
+            def measure(run, result):
+                return [sys.executable, "-I", "-S", "-c", MEASURE, str(plans), run.name, str(result)]
+
+            machine = Machine(command, measure, device="the device", jobs=jobs, gpus=gpus)
             processes = RunProcesses(machine, output, num_parameters={"transformer": 70, "window+global": 71}, on_message=on_message)
             processes.train(waiting, on_record=lambda: recorded.append(len(read_records(output))))
             return processes
@@ -150,8 +109,9 @@ def test_no_two_variants_are_the_same_and_each_block_states_all_its_keys():
     assert len(set(VARIANTS.values())) == len(VARIANTS) and REFERENCE in VARIANTS
     for block in ("transformer", "phase8"):
         stated = [{s.partition("=")[0] for s in settings} for settings in VARIANTS.values() if f"model.block={block}" in settings]
-        # Hybrids have windows and parts of their own, and gates per channel a narrower feed-forward; the others have those of the config.
-        own = {"model.local_window_size", "model.ffn_size", "model.global_gate_activation", "model.global_skip"}
+        # Hybrids have windows and parts of their own, gates per channel a narrower feed-forward, and two variants embedding scalars; the others have
+        # those of the config.
+        own = {"model.embedding_scalars", "model.local_window_size", "model.ffn_size", "model.global_gate_activation", "model.global_skip"}
         assert len({frozenset(keys - own) for keys in stated}) == 1
 
 
@@ -303,6 +263,7 @@ def test_every_run_reaches_its_end_and_leaves_a_record(stub):
     ]  # fmt: skip
     (first, *_) = records
     assert (first.tokens, first.validation_loss, first.validation_tokens, first.skipped_steps) == (96 * NUM_STEPS, 6.0, 48, 1)
+    assert first.positions == [[0, 8, 7.0], [8, 24, None]] and (first.learning_rate, first.search_steps, first.is_search) == (None, None, False)
     assert first.curve == [[960, 7.0], [1920, 6.0]] and first.tokens_per_second == 1050 and (first.device, first.jobs) == ("the device", 1)
     assert stub.log("transformer-seed1").startswith("$ ") and "train.seed=1 run.name=transformer-seed1" in stub.log("transformer-seed1")
     assert "transformer-seed1: finished, validation loss 6.0000" in stub.messages
@@ -326,6 +287,7 @@ def test_runs_spread_over_the_gpus(stub):
     stub.train(jobs=2, gpus=["3", "GPU-a1"])
     assert stub.finished() == names
     places = {name: (stub.plans / f"{name}.gpu").read_text() for name in names}
+    assert places == {name: (stub.plans / f"{name}.measured").read_text() for name in names}
     assert sorted(places.values()) == ["3", "3", "GPU-a1", "GPU-a1"]
     assert f"{names[0]}: started on GPU 3, log in {stub.output / 'logs' / names[0]}.log" in stub.messages
 
@@ -341,7 +303,7 @@ def test_what_crashes_or_is_killed_is_reported_and_the_others_go_on(stub):
 
     stub.behave()
     assert stub.train([run for run in stub.runs if run.name not in stub.finished()]).failures == [] and len(stub.finished()) == 4
-    assert stub.log("transformer-seed1").count("$ ") == 2 and stub.log("transformer-seed2").count("$ ") == 1
+    assert stub.log("transformer-seed1").count("$ ") == 3 and stub.log("transformer-seed2").count("$ ") == 2
 
 
 def test_a_stop_signal_stops_every_run_and_starts_no_other(stub):
@@ -384,6 +346,39 @@ def test_a_run_that_ends_before_its_last_step_is_not_finished(stub):
     record_path(run, stub.output).unlink()
     assert stub.train([longer]).failures == [] and stub.finished() == []
     assert "transformer-seed1: stopped at step 20 of 30, loss 7.000" in stub.messages
+
+
+def test_a_run_whose_loss_by_position_cannot_be_measured_has_failed_and_is_measured_the_next_time(stub):
+    stub.behave(transformer_seed1="immeasurable")
+    processes = stub.train(stub.runs[:1])
+    assert processes.failures == [9] and stub.finished() == []
+    assert stub.messages[-1].startswith("transformer-seed1: failed at step 20 of 20, loss 7.000: exit code 9; the end of")
+    stub.behave()
+    assert stub.train(stub.runs[:1]).failures == [] and stub.finished() == ["transformer-seed1"]
+
+
+def test_a_run_that_ends_when_all_stop_is_measured_the_next_time(stub):
+    def stop(message):
+        stub.messages.append(message)
+        if ": started" in message:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    stub.behave(transformer_seed1="finish when asked")
+    processes = stub.train(stub.runs[:2], on_message=stop)
+    assert processes.is_stopping and processes.failures == [] and stub.finished() == []
+    assert not (stub.plans / "transformer-seed1.measured").exists()
+
+
+def test_records_of_earlier_releases_count(stub):
+    stub.train(stub.runs[:1])
+    path = record_path(stub.runs[0], stub.output)
+    tree = json.loads(path.read_text())
+    path.write_text(json.dumps({key: value for key, value in tree.items() if key not in ("positions", "learning_rate", "search_steps", "is_search")}))
+    (found,) = read_records(stub.output)
+    assert found.validation_loss == 6.0 and found.positions is None
+    path.write_text(json.dumps({key: value for key, value in tree.items() if key != "seed"}))
+    with pytest.raises(StorageError, match="is not the record of a finished run"):
+        read_records(stub.output)
 
 
 def test_a_damaged_record_is_named(stub):
@@ -484,3 +479,138 @@ def test_a_single_evaluation_and_a_loss_that_is_not_finite_can_be_drawn(drawn, l
     assert validation_png({"a": {1: {10: loss}}, REFERENCE: {2: {10: 2.0}}}, reference=REFERENCE, speeds={}).startswith(b"\x89PNG")
     (axes,) = drawn  # no seed in common: no lower half
     assert [text.get_text() for text in axes.figure.legends[0].get_texts()][-1] == ("not finite  a" if loss is None else f"2.000  {REFERENCE}")
+
+
+# ---- the search for a learning rate
+
+
+RATES = [0.05, 0.012, 0.002]
+
+
+@pytest.mark.parametrize(
+    ("rates", "options", "text"),
+    [
+        ([], {"num_steps": 5}, "--learning-rate-steps is 5, but there is no search without --learning-rates"),
+        ([1e-3], {}, "--learning-rates names 0.001; name at least two rates, each once."),
+        ([1e-3, 2e-3, 1e-3], {}, "name at least two rates, each once."),
+        ([1e-3, 0.0], {}, "--learning-rates names 0; a rate is above 0 and finite."),
+        ([1e-3, float("nan")], {}, "--learning-rates names nan; a rate is above 0"),
+        ([1e-3, 2e-3], {"num_steps": 0}, "--learning-rate-steps is 0, but at least 1 is needed."),
+        ([1e-3, 2e-3], {"settings": ["optim.learning_rate=1"]}, "--set sets optim.learning_rate, which --learning-rates chooses"),
+        ([1e-3, 2e-3], {"variants": {"fast": ("optim.learning_rate=1",)}}, "the variant fast sets optim.learning_rate, which --learning-rates"),
+    ],
+)
+def test_searches_that_cannot_be_made_are_refused_in_one_sentence(rates, options, text):
+    with pytest.raises(ConfigError) as refusal:
+        check_search(rates, **{"num_steps": None, "settings": [], "variants": {"a": ("optim.eps=1e-6",)}, **options})
+    assert text in str(refusal.value) and len(refusal.value.problems) == 1
+
+
+def test_the_runs_of_a_search_are_those_of_the_first_seed_or_shorter(tiny, tmp_path):
+    variants = choose_variants(["transformer", REFERENCE], [])
+    long, short = (
+        plan_search(tiny, ["optim.eps=1e-6"], variants, RATES, num_steps=num_steps, seed=4, output=tmp_path) for num_steps in (None, 7)
+    )
+    assert [(run.variant, run.learning_rate) for run in long] == [(name, rate) for rate in RATES for name in variants]
+    own = {"transformer": variants["transformer"]}
+    (same,) = plan_runs(tiny, ["optim.eps=1e-6"], own, [4], output=tmp_path, learning_rates={"transformer": 0.012})
+    assert same == replace(long[2], is_search=False) and same.name == "transformer-lr0.012-seed4"
+    assert (same.config.optim.learning_rate, same.config.train.num_steps, same.config.train.seed) == (0.012, 20, 4)
+    assert short[2].name == "transformer-lr0.012-steps7-seed4" and short[2].config.train.num_steps == short[2].search_steps == 7
+    assert all(run.is_search for run in long + short) and len({run.name for run in long + short}) == 12
+    with pytest.raises(ConfigError, match=r"optim.warmup_steps 3 is not below train.num_steps 2"):
+        plan_search(tiny, [], variants, RATES, num_steps=2, seed=4, output=tmp_path)
+
+
+def test_the_best_rate_has_the_lowest_loss_of_all_finished_ones(stub, tiny):
+    search = plan_search(tiny, [], choose_variants(["transformer", "window+global"], []), RATES, num_steps=None, seed=1, output=stub.output)
+    for run in search:
+        (stub.plans / run.name).write_text("finish")
+    (stub.plans / "window_global-lr0.002-seed1").write_text("crash")
+    processes = stub.train(search)
+    assert processes.failures == [5] and best_rates(search, read_records(stub.output)) == {"transformer": 0.012}
+    (stub.plans / "window_global-lr0.002-seed1").write_text("diverge")
+    (stub.plans / "window_global-lr0.012-seed1").write_text("diverge")
+    record_path(search[3], stub.output).unlink()
+    assert stub.train([search[3], search[5]]).failures == []
+    found = {(record.variant, record.learning_rate): record for record in read_records(stub.output)}
+    diverged = found["window+global", 0.002]
+    assert (diverged.validation_loss, diverged.tokens, diverged.curve, diverged.positions) == (None, 96 * 12, [[960, 7.008]], None)
+    assert found["transformer", 0.012].positions == [[0, 8, 7.0], [8, 24, None]] and found["transformer", 0.012].is_search
+    assert best_rates(search, found.values()) == {"transformer": 0.012, "window+global": 0.05}
+    none = [replace(record, validation_loss=None) for record in found.values()]
+    with pytest.raises(DivergenceError, match=r"transformer has no finite loss with any of --learning-rates 0.05, 0.012, 0.002; name smaller"):
+        best_rates(search, none)
+
+
+def test_a_run_that_diverges_outside_a_search_has_failed(stub):
+    stub.behave(transformer_seed1="diverge")
+    assert stub.train(stub.runs[:1]).failures == [6] and stub.finished() == []
+
+
+def test_shortened_runs_are_not_measured_by_position(stub, tiny):
+    search = plan_search(tiny, [], choose_variants(["transformer"], []), RATES[:2], num_steps=10, seed=1, output=stub.output)
+    for run in search:
+        (stub.plans / run.name).write_text("finish")
+    assert stub.train(search).failures == []
+    assert [(r.search_steps, r.tokens, r.positions) for r in read_records(stub.output)] == 2 * [(10, 960, None)]
+    assert not list(stub.plans.glob("*.measured"))
+
+
+def test_the_choice_says_whether_it_is_at_an_end():
+    assert describe_choice("a", 0.002, [0.001, 0.004, 0.002]) == "a: learning rate 0.002 of 0.001, 0.004, 0.002"
+    assert describe_choice("a", 0.004, [0.001, 0.004]).endswith("0.004, the largest of 0.001, 0.004: a larger one may be better")
+    assert describe_choice("a", 0.001, [0.001, 0.004]).endswith("the smallest of 0.001, 0.004: a smaller one may be better")
+
+
+def test_a_study_keeps_the_rates_that_were_found_and_one_of_an_earlier_release_has_none(tiny, tmp_path):
+    study = study_of(tiny, ["transformer"])
+    record_study(replace(study, learning_rates={"transformer": 0.012}), tmp_path)
+    assert joined_study(study_of(tiny, ["window"]), tmp_path).learning_rates == {"transformer": 0.012}
+    tree = json.loads((tmp_path / "study.json").read_text())
+    (tmp_path / "study.json").write_text(json.dumps({key: value for key, value in tree.items() if key != "learning_rates"}))
+    assert joined_study(study, tmp_path) == study
+
+
+def test_the_page_shows_the_search_and_compares_the_runs_with_the_rate_that_was_found(tiny, tmp_path):
+    study = replace(study_of(tiny), learning_rates={"window+global": 0.002})
+    tried = [record("window+global", 1, loss, learning_rate=rate, is_search=True) for rate, loss in ((0.002, 1.8), (0.004, 1.9), (0.008, None))]
+    short = record("transformer", 1, 2.5, learning_rate=0.004, search_steps=7, is_search=True)
+    others = [record("window+global", 2, 1.7, learning_rate=0.002), record(REFERENCE, 1, 2.0), record("transformer", 1, 2.2)]
+    text = write_results(study, [*tried, short, *others], tmp_path)
+    rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in text.splitlines() if line.startswith("|")]
+    assert ["window+global", "1,000", "80", "1.8000", "1.7000", "1.7500", "0.1000", "-10.00 % (1 of 2 seeds)", "500"] in rows
+    assert ["transformer", "1,000", "80", "2.2000", "-", "2.2000", "-", "+10.00 %", "500"] in rows  # searched, but not yet chosen
+    assert rows[-4:] == [
+        ["variant", "seed", "steps", "0.002", "0.004", "0.008"],
+        ["---", *["---:"] * 5],
+        ["window+global", "1", "all", "**1.8000**", "1.9000", "not finite"],
+        ["transformer", "1", "7", "-", "2.5000", "-"],
+    ]
+    assert "peak learning rate 0.01 where none was searched;" in text and "Peak learning rates that were found: window+global 0.002." in text
+    tree = json.loads((tmp_path / "results.json").read_text())
+    assert tree["learning_rates"] == {"window+global": 0.002} and len(tree["search"]) == 4
+    assert write_results(replace(study, learning_rates={}), [short], tmp_path).count("![") == 0  # before the first choice
+
+
+# ---- by position
+
+
+def test_the_page_has_the_mean_loss_by_position_and_a_chart_of_it(tiny, tmp_path):
+    two = [record("window+global", seed, 2.0, positions=[[0, 64, 3.0 + seed], [64, 128, 1.0], [128, 2048, None]]) for seed in (1, 2)]
+    text = write_results(study_of(tiny), [*two, record(REFERENCE, 1, 2.0), record("transformer", 1, 2.0, positions=[[0, 64, 5.0]])], tmp_path)
+    rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in text.splitlines() if line.startswith("|")]
+    head = rows.index(["variant", "0 to 63", "64 to 127", "128 to 2,047"])
+    assert rows[head + 2 :] == [["transformer", "5.0000", "-", "-"], [REFERENCE, "-", "-", "-"], ["window+global", "4.5000", "1.0000", "not finite"]]
+    assert "![Held-out loss by position in the sequence](positions.png)" in text and (tmp_path / "positions.png").read_bytes().startswith(b"\x89PNG")
+    assert json.loads((tmp_path / "results.json").read_text())["variants"]["transformer"]["runs"][0]["positions"] == [[0, 64, 5.0]]
+
+
+def test_the_chart_by_position_shows_all_positions_and_differences(drawn):
+    ours, theirs = {1: {64: 5.0, 2048: 2.0}, 2: {64: 5.0, 2048: 3.0}}, {1: {64: 4.0, 2048: 4.0}}
+    assert positions_png({"ours": ours, REFERENCE: theirs}, reference=REFERENCE).startswith(b"\x89PNG")
+    upper, lower = drawn
+    assert lines(upper) == {"ours": ([64, 2048], [5.0, 2.5]), REFERENCE: ([64, 2048], [4.0, 4.0])}
+    assert lines(lower) == {"ours": ([64, 2048], [25.0, -50.0])}
+    assert upper.get_xlim()[0] < 64 and upper.get_ylim()[1] > 5
+    assert upper.get_xlabel() == "end of the range of positions in the sequence"

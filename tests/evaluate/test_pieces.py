@@ -21,8 +21,10 @@ def test_windows_without_a_stride_follow_each_other():
 
 
 def test_spread_windows_are_those_of_an_evaluation_during_training():
-    found = evenly_spread_pieces([81, 30], num_pieces=6, length=8)
+    found = evenly_spread_pieces([81, 30], weights=[1, 1], num_pieces=6, length=8)
     assert found == [*(Piece(0, window * 8, 8) for window in (0, 3, 6)), *(Piece(1, window * 8, 8) for window in (0, 1, 2))]
+    found = evenly_spread_pieces([81, 30], weights=[2, 1], num_pieces=6, length=8)
+    assert found == [*(Piece(0, window * 8, 8) for window in (0, 2, 5, 7)), *(Piece(1, window * 8, 8) for window in (0, 1))]
 
 
 def test_batches_depend_on_the_pieces_alone():

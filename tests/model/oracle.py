@@ -16,9 +16,11 @@ def hidden_states(model, tokens):
     section, p = model.section, {name: value.detach().double() for name, value in model.named_parameters()}
     out = []
     for row in tokens:
-        x = p["embedding.weight"][row]
+        x = embedded = p["embedding.weight"][row]
         for layer in range(section.num_layers):
             own = {name.removeprefix(f"blocks.{layer}."): value for name, value in p.items() if name.startswith(f"blocks.{layer}.")}
+            if section.embedding_scalars:
+                x = x + own["embedding_scalar.weight"] * embedded
             x = x + mixer(section, layer, own, rms(x, section.norm_eps) * own["mixer_norm.weight"])
             y = rms(x, section.norm_eps) * own["feed_forward_norm.weight"]
             x = x + feed_forward(section, own, y)

@@ -20,8 +20,9 @@ MODES = {
 }
 
 
-def recomputing_model(offload, *, mode, compiles=False, layers=4, dtype=torch.float32, **options):
-    model = perturbed_model(scaled_down(ModelSection(global_path="delta", chain="both"), num_layers=layers), dtype=dtype)
+def recomputing_model(offload, *, mode, compiles=False, layers=4, dtype=torch.float32, embedding_scalars=False, **options):
+    section = ModelSection(global_path="delta", chain="both", embedding_scalars=embedding_scalars)
+    model = perturbed_model(scaled_down(section, num_layers=layers), dtype=dtype)
     apply_recomputation(model, mode, offload_inputs=offload, **options)
     for block in model.blocks.values() if compiles else ():
         block.compile(backend="aot_eager")
@@ -67,6 +68,17 @@ def test_no_bit_changes(moves, name, batch, compiles):
         results.append((loss, *(parameter.grad for parameter in model.parameters() if parameter.grad is not None)))
     assert all(torch.equal(*pair) for pair in zip(*results, strict=True))
     assert len([copy for copy, leaves in moves if leaves]) == {"full": 4, "full every two layers": 2, "slices": 12, "one slice": 4}[name]
+
+
+def test_the_embedding_that_every_block_adds_stays_on_the_device(moves):
+    results = []
+    for offload in (False, True):
+        model = recomputing_model(offload, mode="full", embedding_scalars=True)
+        loss = forward(model, 2)
+        loss.backward()
+        results.append((loss, *(parameter.grad for parameter in model.parameters() if parameter.grad is not None)))
+    assert all(torch.equal(*pair) for pair in zip(*results, strict=True))
+    assert [copy for copy, leaves in moves if leaves] == [0, 1, 2]  # the inputs of four blocks but for the first one, which is the embedding
 
 
 def test_each_input_is_fetched_once_while_the_block_after_it_is_recomputed(moves, monkeypatch):

@@ -5,6 +5,7 @@ from phase8.config.model_section import ModelSection
 from phase8.kernels.reference.cross_entropy import IGNORED_TARGET
 from phase8.kernels.rotary import rotary_angles
 from phase8.model.mixer import LorentzScore
+from phase8.model.parameters import initialise
 from phase8.model.recomputation import _slice_of_block, apply_recomputation
 from tests.model.oracle import hidden_states
 from tests.model.small import LENGTH, VARIANT_IDS, VARIANT_SECTIONS, document_starts, perturbed_model, random_tokens, scaled_down
@@ -113,6 +114,7 @@ SLICED = {
     "window": {"global_path": "none", "convolution_size": 1},
     "hybrid": {"global_path": "delta", "local_window_size": (0, 9)},
     "experts": {"ffn": "moe", "shared_experts": 1},
+    "embedding scalars": {"embedding_scalars": True},
 }
 
 
@@ -152,12 +154,47 @@ def test_compiled_blocks_recompute_slices_of_one_sequence(backend):
     torch.testing.assert_close(*results, rtol=1e-4, atol=1e-5)
 
 
+def test_blocks_that_add_the_embedding_are_one_graph():
+    """The first one gets the embedding twice, which the compiler would notice."""
+    graphs = []
+
+    def count(graph, inputs):
+        graphs.append(graph)
+        return graph
+
+    section = scaled_down(ModelSection(), num_layers=3, local_window_size=6, embedding_scalars=True)
+    model = perturbed_model(section, dtype=torch.float32)
+    expected, _ = model(random_tokens())
+    torch.compiler.reset()
+    for block in model.blocks.values():
+        block.compile(backend=count, fullgraph=True)
+    found, _ = model(random_tokens())
+    torch.compiler.reset()
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
+    assert len(graphs) == 1
+
+
+def test_the_embedding_is_added_before_every_block_and_by_none_at_first():
+    section = scaled_down(ModelSection(), num_layers=3, embedding_scalars=True)
+    model, without = (perturbed_model(each) for each in (section, section.model_copy(update={"embedding_scalars": False})))
+    names = [name for name, _ in model.named_parameters() if "embedding_scalar" in name]
+    assert names == [f"blocks.{layer}.embedding_scalar.weight" for layer in range(3)]
+    without.load_state_dict({name: value for name, value in model.state_dict().items() if name not in names})
+    expected, _ = without(random_tokens())
+    initialise(model, seed=0)
+    assert all(model.get_parameter(name).item() == 0 for name in names)
+    model.load_state_dict({**without.state_dict(), **{name: torch.zeros(1, dtype=torch.float64) for name in names}})
+    assert torch.equal(model(random_tokens())[0], expected)
+    next_token_loss(model, random_tokens()).backward()
+    assert all(model.get_parameter(name).grad.item() != 0 for name in names)  # they leave zero with the first step
+
+
 def test_the_state_after_a_slice_keeps_nothing_else_alive():
     """Parts of the state that a layer returns are views of all its keys and inputs."""
     model = perturbed_model(scaled_down(ModelSection(chain="both"), num_layers=1))
     block, x = model.blocks["0"], torch.randn(2, 20, 24, dtype=torch.float64)
     angles = rotary_angles(20, 6, base=1e4, first_position=0, device=x.device)
-    _, state, _ = _slice_of_block(block, x, angles, None, block.mixer.empty_state(2, dtype=x.dtype, device=x.device))
+    _, state, _ = _slice_of_block(block, x, angles, None, block.mixer.empty_state(2, dtype=x.dtype, device=x.device), None)
     tensors = [part for each in (state, state.window, state.global_path) for part in vars(each).values() if isinstance(part, torch.Tensor)]
     assert len(tensors) == 9 and all(part.untyped_storage().nbytes() == part.nbytes for part in tensors)
 

@@ -193,6 +193,8 @@ CASES = {
     "ep2 pp2, one dense layer": case(4, pp=2, micro=2, more=(*EXPERTS, *EP2, "model.num_layers=4", "model.first_dense_layers=1")),
     "pp2": case(2, pp=2, micro=2),
     "pp2 interleaved": case(2, pp=2, micro=2, more=("parallel.pipeline_schedule=interleaved", "parallel.pipeline_chunks=2", "model.num_layers=5")),
+    "pp2 embedding scalars": case(2, pp=2, micro=2, more=("model.embedding_scalars=true",)),
+    "tp2 embedding scalars": case(2, tp=2, more=("model.embedding_scalars=true",)),
     "pp4": case(4, pp=4, micro=2, more=("model.num_layers=4",)),
     "pp2 tied, dp2 zero 3": case(4, pp=2, stage=3, micro=2, more=TIED),
     "pp2 tp2, full": case(4, pp=2, tp=2, micro=4, more=FULL),

@@ -80,6 +80,7 @@ INDUCTOR, PARTITION = "inductor", "aot_eager_decomp_partition"  # with the same 
     # The compiler takes half a minute to a minute for each of the last ones. What is for the full tests has its parts in the others.
     [
         ("tensor", 0, 1.0, (), PARTITION), ("data", 3, 0.3, DELTA, PARTITION),
+        pytest.param("tensor", 0, 1.0, ("model.embedding_scalars=true", "model.num_layers=2"), PARTITION, marks=pytest.mark.full),
         *(pytest.param("data", 3, budget, (), PARTITION, marks=pytest.mark.full) for budget in (1.0, 0.3)),
         *(
             pytest.param(axis, 0, 1.0, EXPERTS, PARTITION, marks=pytest.mark.full)

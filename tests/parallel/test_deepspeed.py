@@ -54,6 +54,7 @@ CASES = {
     "dp2 zero 2": ("low-rank", ranks(dp=2, stage=2)),
     "dp2 zero 2 offloaded, accumulating": ("delta-options", ranks(dp=2, stage=2, more=("zero.offload_optimizer=cpu", "train.micro_batch_size=1"))),
     "dp2 zero 3, recomputed": ("tied", ranks(dp=2, stage=3, more=(FULL, "train.micro_batch_size=2"))),
+    "dp2 zero 3, embedding scalars": ("embedding scalars", ranks(dp=2, stage=3, more=(FULL,))),
     "dp2 zero 3 offloaded": ("whole", ranks(dp=2, more=OFFLOADED)),
     "dp2 zero 3 experts": ("experts", ranks(dp=2, stage=3)),
     "tp2 zero 1": ("transformer", ranks(tp=2, stage=1)),

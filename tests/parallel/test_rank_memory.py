@@ -130,6 +130,10 @@ CASES = {
     "one zero 3, offloaded": case(1, *OFFLOADED[1:], SUMS_OFFLOADED, FULL, "train.global_batch_size=1", stage=3),
     "pp2": case(2, pp=2),
     "pp2 full": case(2, FULL, pp=2),
+    "one embedding scalars": case(1, "model.embedding_scalars=true"),
+    "one full, embedding scalars, inputs offloaded": case(1, FULL, INPUTS_OFFLOADED, *LONG, "model.embedding_scalars=true"),
+    "pp2 full, embedding scalars": case(2, FULL, "model.embedding_scalars=true", pp=2),
+    "pp2 interleaved, embedding scalars": case(2, *INTERLEAVED, "model.embedding_scalars=true", pp=2),
     "pp2 full, inputs offloaded": case(2, FULL, INPUTS_OFFLOADED, pp=2),
     "pp2 gpipe": case(2, "parallel.pipeline_schedule=gpipe", pp=2),
     "pp2 interleaved": case(2, *INTERLEAVED, pp=2),
@@ -165,6 +169,8 @@ PLANNED_OVER_MEASURED = {
     "tp2 dp2 zero 1": (1.009,), "pp2 dp2 zero 1": (1.034, 1.016), "pp2 dp2 zero 3": (1.124, 1.107), "tp2 pp2": (0.971, 0.931),
     "one with experts": (0.978,), "tp2 experts": (0.961,), "ep2 zero 0": (1.019,), "ep2 dp4 zero 3": (1.140,),
     "ep2 dropless, pp2": (1.171, 1.006),
+    "one embedding scalars": (0.977,), "one full, embedding scalars, inputs offloaded": (0.961,), "pp2 full, embedding scalars": (0.979, 0.978),
+    "pp2 interleaved, embedding scalars": (0.988, 0.957),
 }  # fmt: skip
 TOLERANCE = 0.005
 

@@ -40,6 +40,8 @@ def planned(monkeypatch):
         train = config.train
         configs.append(train)
         kept = {"none": 1.0, "selective": 0.5, "full": 0.05, "budget": 0.8 * train.activation_memory_budget}[train.recompute]
+        share = -(-config.model.num_layers // train.recompute_every_n_layers) / config.model.num_layers  # of the layers, recomputed
+        kept = share * kept + 1 - share
         return [SimpleNamespace(memory=SimpleNamespace(total_bytes=int((1 + train.micro_batch_size * kept) * GIB)))]
 
     monkeypatch.setattr(module, "plan_stages", plan)
@@ -112,10 +114,42 @@ def test_where_something_was_too_much_all_need_less(planned):
     assert now.micro_batch_size == 16 and now.activation_memory_budget < before.activation_memory_budget
 
 
-def test_tensor_ranks_have_no_budgets_and_recompute_the_mixer(planned):
-    two = {"world_size": 2, "device": replace(GPU, memory_bytes=11 * GIB), "most": 6}
-    ways = {each.config.train.recompute for each in find_candidates(config_of("parallel.tensor_parallel_size=2"), **two)}
-    assert ways == {"none", "selective"}
+def of_two(gib, *settings, **options):
+    """The candidate with the largest microbatch of two tensor-parallel ranks, which have no budgets, on devices of which a plan may fill so much."""
+    two = {"world_size": 2, "device": with_usable(gib * GIB), "most": 6, **options}
+    found = find_candidates(config_of("parallel.tensor_parallel_size=2", *settings), **two)
+    return max(found, key=lambda each: each.config.train.micro_batch_size)
+
+
+# Of four layers. A microbatch of 16 sequences needs 17 GiB, 15 if one mixer in four is recomputed, 13.2 with one layer in four, 13 with every second
+# mixer, 9.4 with every second layer, 9 with all mixers, and 1.8 with all layers.
+@pytest.mark.parametrize(
+    ("gib", "way"),
+    [
+        (18, "nothing recomputed"), (16, "recompute selective every 4 layers"), (14, "recompute full every 4 layers"),
+        (13.1, "recompute selective every 2 layers"), (10, "recompute full every 2 layers"), (9.2, "recompute selective"), (4, "recompute full"),
+    ],
+)  # fmt: skip
+def test_without_budgets_as_few_layers_are_recomputed_as_fit(planned, gib, way):
+    best = of_two(gib)
+    assert str(best) == f"micro batch 16, {way}, compiled, CUDA graphs"
+    of_largest = [train for train in planned if train.micro_batch_size == 16 and not train.cuda_graphs]
+    assert len({(train.recompute, train.recompute_every_n_layers) for train in of_largest}) <= 7
+
+
+def test_recomputing_some_layers_is_no_option_where_budgets_are_or_where_a_plan_was_too_small(planned):
+    for device in (replace(GPU, memory_bytes=int(gib * GIB)) for gib in (17.5, 15, 11, 4)):
+        found(compiles=True, device=device)
+    assert {train.recompute_every_n_layers for train in planned} == {1}
+    whole = of_two(20)
+    assert of_two(20, below_bytes=whole.planned_bytes).config.train.recompute_every_n_layers == 1
+    assert {train.recompute_every_n_layers for train in planned} == {1}
+
+
+def test_recomputing_some_layers_is_left_alone_where_the_config_says_what_is_recomputed(planned):
+    best = of_two(11, "train.recompute=full")
+    assert (best.config.train.recompute, best.config.train.recompute_every_n_layers) == ("full", 1)
+    assert of_two(11, "train.recompute=full", "train.recompute_every_n_layers=4").config.train.recompute_every_n_layers == 4
 
 
 def test_what_is_explicit_stays():

@@ -212,6 +212,11 @@ def test_inputs_of_blocks_wait_on_the_host():
     assert every_third.memory.host_bytes == 2 * one
 
 
+def test_the_embedding_that_every_block_adds_is_no_input_that_waits_on_the_host():
+    (kept,), (offloaded,) = (stages_of(*ways, "model.embedding_scalars=true") for ways in (("train.recompute=full",), OFFLOADED))
+    assert offloaded.memory.host_bytes == kept.memory.host_bytes + 3 * traced(16).block_input
+
+
 def test_page_locked_inputs_come_in_powers_of_two():
     """An input has 48 x 32 numbers, 6,144 bytes; in slices, two tensors of 20 tokens and one of 8."""
     whole, sliced = (

@@ -93,6 +93,15 @@ def test_the_delta_rule_takes_longer_than_the_linear_recurrence(tmp_path):
     assert window.seconds < with_path.seconds
 
 
+def test_an_embedding_scalar_is_ten_passes_over_the_stream():
+    def seconds(**settings):
+        batch = Microbatch(ModelSection(**settings), 4, 1, 2, True, Rates(1e15, 3e12))
+        return batch, layer_cost(batch, LayerKind(128), recompute="none", budget=1.0).gpu
+
+    (batch, without), (_, added) = seconds(), seconds(embedding_scalars=True)
+    assert added - without == pytest.approx(10 * batch.tokens * batch.model.d_model * 2 / 3e12, rel=1e-6)
+
+
 def test_every_scalar_of_the_global_path_is_a_column_of_a_product():
     def batch(**settings):
         return Microbatch(ModelSection(global_gate="scalar", **settings), 4, 1, 2, True, Rates(1e15, 3e12))

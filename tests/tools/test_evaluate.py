@@ -4,6 +4,7 @@ import json
 
 import numpy as np
 import pytest
+import yaml
 
 from phase8.data.indexed import IndexedWriter
 from phase8.data.made_with import made_with
@@ -11,7 +12,7 @@ from phase8.data.tokenizer import load_tokenizer
 from phase8.data.tokenizer_training import train_sentencepiece
 from tests.processes.launched import ROOT, torchrun
 from tests.tools.doors import load_door
-from tests.train.tiny_run import records, train_tiny, write_config
+from tests.train.tiny_run import records, train_tiny, write_config, write_documents
 
 TEXT = "Größe und 日本語, naïve words; plain words too.\n"
 
@@ -47,6 +48,41 @@ def test_a_checkpoint_is_evaluated_as_its_training_did(trained, tmp_path, capsys
     assert found["total"] == found["sources"][0] | {"name": "total"}
 
 
+@pytest.mark.parametrize("data", ["validation", "split", "blend"])
+def test_held_out_data_are_those_of_the_evaluations_of_the_training(data, tiny, tmp_path, capsys):
+    directory, config = tmp_path / "data", tiny
+    directory.mkdir()
+    for number in range(2):
+        write_documents(directory / f"part{number}", num_documents=40, seed=number)
+    options = {"split": ["data.validation=null", "data.split=80,20,0"], "blend": []}.get(data, [])
+    if data == "blend":
+        tree = yaml.safe_load(tiny.read_text())
+        tree["data"]["validation"] = [{"path": str(directory / f"part{number}"), "weight": weight} for number, weight in ((0, 1), (1, 3))]
+        config = tmp_path / "blend.yaml"
+        config.write_text(yaml.safe_dump(tree))
+    run = train_tiny(config, "train.num_steps=4", "train.evaluate_every_n_steps=4", "train.evaluation_sequences=8", *options)
+    code, output, errors = evaluate(capsys, "--checkpoint", run.directory.path, "--held-out", "--sequences", 8, "--json")
+    assert code == 0, errors
+    found = json.loads(output)
+    (measured,) = [record for record in records(run) if "validation_loss" in record]
+    assert found["total"]["loss"] == pytest.approx(measured["validation_loss"], rel=1e-6)
+    assert [source["num_sequences"] for source in found["sources"]] == ([2, 6] if data == "blend" else [8])
+    assert found["total"]["num_tokens"] == measured["validation_tokens"]
+
+
+def test_held_out_data_that_are_gone_or_unknown_are_refused(tiny, tmp_path, capsys):
+    prefix = tmp_path / "own"
+    write_documents(prefix, num_documents=20, seed=1)
+    run = train_tiny(tiny, "train.num_steps=4", "train.evaluate_every_n_steps=0", f"data.validation={prefix}")
+    write_documents(prefix, num_documents=21, seed=2)
+    code, output, errors = evaluate(capsys, "--checkpoint", run.directory.path, "--held-out")
+    assert (code, output) == (3, "") and "error: --held-out: the data are not those of the training: source 0" in errors
+    assert load_door("reshard_checkpoint").main([str(run.directory.path), str(tmp_path / "weights"), "--format", "consolidated"]) == 0
+    capsys.readouterr()
+    code, output, errors = evaluate(capsys, "--checkpoint", tmp_path / "weights", "--held-out")
+    assert (code, output) == (4, "") and f"error: {tmp_path / 'weights'} records no held-out data, as a training run" in errors
+
+
 def test_every_form_of_a_model_gives_the_same_result(trained, tmp_path, capsys):
     run, _ = trained
     (tmp_path / "book.txt").write_text(TEXT * 20)
@@ -78,9 +114,10 @@ def test_ranks_of_torchrun_print_the_result_of_one_process_once(trained, tmp_pat
     ("arguments", "sentence"),
     [
         (["--data", "x", "--length", "0", "--batch-size", "-1"], "--length is 0; it must be at least 1"),
-        (["--text", "x", "--sequences", "4"], "--sequences takes some windows of --data, but a --text is read as a whole"),
+        (["--text", "x", "--sequences", "4"], "--sequences takes some windows of --data or --held-out, but a --text is read as a whole"),
         (["--data", "x", "--stride", "4", "--carry-state"], "--stride and --carry-state are different ways to read the tokens; give one of them"),
         (["--data", "x", "--document-separator", "%"], "--document-separator is for --text"),
+        (["--held-out", "--document-separator", "%"], "--document-separator is for --text"),
         (["--data", "x", "--json-key", "text"], "--json-key is for --text: pairs hold tokens; leave it out"),
     ],
 )

@@ -45,6 +45,31 @@ def hidden_of(path):
         return model(tokens)[0], model
 
 
+@pytest.mark.parametrize(("experts", "top_k"), [(4, None), (4, 3), (6, 6), (2, 2), (1, 1), (4, 1), (6, 1)])
+def test_whatever_the_number_of_experts_of_a_token_logits_are_those_of_the_dense_model(door, tmp_path, capsys, experts, top_k):
+    source = write_model(tmp_path / "c", "precision.dtype=fp32")
+    options = ["--upcycle-experts", str(experts), *([] if top_k is None else ["--upcycle-top-k", str(top_k)])]
+    assert door.main([str(source), str(tmp_path / "d"), *options]) == 0, capsys.readouterr().err
+    (hidden, dense), (found, mixture) = hidden_of(source), hidden_of(tmp_path / "d")
+    expected, found = dense.logits(hidden), mixture.logits(found)
+    assert (mixture.section.num_experts, mixture.section.top_k) == (experts, top_k or 2)
+    # A single one of several experts has its score for a weight, which is 1 / E but for what makes experts differ.
+    tolerance = 1e-5 if top_k != 1 or experts == 1 else 2e-3
+    assert (found - expected).abs().max() <= tolerance * expected.abs().max()
+
+
+def test_a_mixture_of_single_experts_spreads_tokens_and_trains_on(door, tmp_path):
+    source = write_model(tmp_path / "c")
+    assert door.main([str(source), str(tmp_path / "d"), "--upcycle-experts", "4", "--upcycle-top-k", "1"]) == 0
+    model, *_ = restore_model(tmp_path / "d", device=torch.device("cpu"))
+    shares = []
+    tokens = torch.randint(61, (8, 24), generator=torch.Generator().manual_seed(0))
+    model.requires_grad_(True)
+    model.loss_sum(tokens[:, :-1], tokens[:, 1:], on_losses=lambda _, found: shares.append(found["routing"][:4] / (8 * 23))).backward()
+    assert len(shares) == len(model.blocks) and all(share.max() < 0.8 for share in shares)
+    assert all(block.feed_forward.router.scores.weight.grad.abs().max() > 0 for block in model.blocks.values())
+
+
 @pytest.mark.parametrize("layout", [(), ("--shards", "4", "--expert-parallel-size", "2"), ("--tensor-parallel-size", "2")])
 def test_a_mixture_of_copies_computes_what_the_dense_model_computes(door, tmp_path, capsys, layout):
     # Keys of experts are without effect in a dense model.
@@ -68,6 +93,10 @@ def test_a_region_of_experts_is_a_region_of_the_dense_weight(tmp_path):
     name, dense = "model.blocks.0.feed_forward.experts.gate", source.read("model.blocks.0.feed_forward.gate.weight")
     assert weights.entry(name).shape == [3, 40, 24] and "model.blocks.1.feed_forward.gate.weight" in weights.tensor_names
     assert torch.equal(weights.read_region(name, Region([1, 5, 2], [2, 7, 9])), dense[5:12, 2:11].expand(2, 7, 9))
+    tripled = UpcycledWeights(source, {}, has_experts=(True, False, False, True), num_experts=3, factor=3, added={})
+    assert torch.equal(tripled.read_region(name, Region([1, 5, 2], [2, 7, 9])), dense[5:12, 2:11].expand(2, 7, 9))
+    down, last = "model.blocks.0.feed_forward.experts.down", source.read("model.blocks.0.feed_forward.down.weight")
+    assert torch.equal(tripled.read_region(down, Region([1, 5, 2], [2, 7, 9])), 3 * last[5:12, 2:11].expand(2, 7, 9))
     assert torch.equal(weights.read_region("model.x", Region([1, 1], [2, 2])), torch.tensor([[5.0, 6], [9, 10]]))
 
 
@@ -88,8 +117,14 @@ def test_a_mixture_for_ranks_that_share_its_experts(door, tmp_path):
     ("settings", "options", "sentence"),
     [
         (EXPERTS, ["--upcycle-experts", "4"], "--upcycle-experts is for dense models, but model.ffn of"),
-        ((), ["--upcycle-experts", "1"], "--upcycle-experts is 1, but 2 experts compute a token; give at least as many."),
-        ((), ["--upcycle-experts", "0"], "--upcycle-experts is 0, but 2 experts compute a token; give at least as many."),
+        ((), ["--upcycle-experts", "1"], "--upcycle-experts is 1, but 2 experts compute a token (--upcycle-top-k); give at least as many."),
+        ((), ["--upcycle-experts", "0"], "--upcycle-experts is 0, but 2 experts compute a token (--upcycle-top-k); give at least as many."),
+        (
+            (), ["--upcycle-experts", "4", "--upcycle-top-k", "5"],
+            "--upcycle-experts is 4, but 5 experts compute a token (--upcycle-top-k); give at least as many.",
+        ),
+        ((), ["--upcycle-experts", "4", "--upcycle-top-k", "0"], "--upcycle-top-k is 0, but must be at least 1."),
+        ((), ["--upcycle-top-k", "2"], "--upcycle-top-k is 2, but no mixture is made; give --upcycle-experts too, or leave it out."),
         ((), ["--upcycle-experts", "4", "--format", "consolidated"], "--upcycle-experts is for --format phase8, but --format is consolidated"),
         ((), ["--shards", "2", "--expert-parallel-size", "2"], "--expert-parallel-size is 2, but model.ffn is swiglu and has no experts"),
         (EXPERTS, ["--shards", "3", "--expert-parallel-size", "2"], "--expert-parallel-size 2 does not divide --shards 3, of which"),

@@ -1,8 +1,10 @@
 """Automatic settings of a run: measured on a GPU (played by others here), kept when it goes on, the same where nothing changed."""
 
 import io
+import re
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -182,9 +184,25 @@ def test_a_forged_record_is_no_record(tiny, mesh, trials, forged):
 def test_the_plan_alone_decides_when_asked(tiny, mesh, trials):
     _, made = trials
     config, chosen = choose(tiny, mesh, "train.tuning=plan")
-    assert made == [] and config.train.micro_batch_size == 4 and "by plan" in chosen.reason
+    assert made == [] and config.train.micro_batch_size == 4
+    found = re.fullmatch(
+        r"micro batch 4, nothing recomputed, CUDA graphs, by plan: (\S+)k tok/s predicted; next best: micro batch 2, nothing recomputed, CUDA graphs"
+        r", (\S+)k tok/s",
+        chosen.reason,
+    )
+    assert found is not None and float(found[1]) > float(found[2]) > 0, chosen.reason
     off, chosen = choose(tiny, mesh, "train.tuning=off")
     assert off.train.compile.enabled is False and chosen.reason == "train.tuning is off"
+
+
+def test_several_ranks_say_what_the_next_best_by_plan_would_have_made(tiny):
+    config, mesh = tiny_config(tiny, *FREE), SimpleNamespace(topology=SimpleNamespace(world_size=2))
+
+    def reason(facts):
+        return tuning._choose(config, mesh, pytest.fail, facts, [], pytest.fail).reason
+
+    assert re.fullmatch(r"micro batch 2, .*, by plan: \S+ tok/s predicted; next best: micro batch 1, .*, \S+ tok/s", reason(GPU))
+    assert reason(replace(GPU, type="cpu", name="CPU")).endswith(", by plan")  # predictions are those of GPUs
 
 
 def test_nothing_fits_is_one_sentence(tiny, mesh, trials):

@@ -42,6 +42,8 @@ def reasons_against(model: ModelSection) -> Iterator[str]:
         yield f"a convolution of {model.convolution_taps} taps (model.convolution_size)"
     if model.has_qk_norm:
         yield "a norm of queries and keys (model.local_qk_norm)"
+    if model.embedding_scalars:
+        yield "blocks that add the embedding (model.embedding_scalars)"
     if not all(model.has_rotary):
         yield "layers without positions (model.rotary)"
     if model.low_rank_rank or model.ffn != "swiglu":

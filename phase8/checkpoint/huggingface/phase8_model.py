@@ -25,6 +25,8 @@ CODE = Path(__file__).with_name("remote_code")
 CODE_FILES = tuple(CODE / f"{name}_phase8.py" for name in ("cache", "configuration", "experts", "layers", "modeling", "operations"))
 # What a user of transformers looks for under another name, or what has another meaning under ours.
 _RENAMED = {"tie_embeddings": "tie_word_embeddings", "top_k": "num_experts_per_tok", "rope_scaling": "rotary_scaling"}
+# What exports of earlier releases lack; their models have the default.
+_LATER_KEYS = frozenset({"embedding_scalars", "global_gate_activation", "global_skip"})
 _OUTSIDE = {"embedding": "model.embed_tokens", "norm": "model.norm", "head": "lm_head"}
 _LAYER = re.compile(r"blocks\.([0-9]+)\.(.+)")
 _EXPORTED_LAYER = re.compile(r"model\.layers\.(0|[1-9][0-9]{0,8})\.([a-z_.]+)")
@@ -32,6 +34,7 @@ _OWNERS = {theirs: ours for ours, theirs in _OUTSIDE.items()}
 # Parameters with which the model computes in fp32 whatever its dtype, by a component of their name; `modeling_phase8.py` says the same.
 _IN_FP32 = frozenset({
     "norm", "mixer_norm", "feed_forward_norm", "qk_norm", "scalars", "decay_bias", "gate_bias", "skip", "chain", "score", "router",
+    "embedding_scalar",
 })  # fmt: skip
 
 
@@ -97,7 +100,7 @@ def section_of(config: dict[str, Any], path: Path) -> ModelSection:
             f"{path}: {_RENAMED.get(name, name)} is {shown(problem['input'])}, which no model here has ({problem['msg']}); use another copy"
         ) from None
     read = keys_in_effect(model)
-    if missing := [_RENAMED.get(name, name) for name in read if name not in keys]:
+    if missing := [_RENAMED.get(name, name) for name in read if name not in keys and name not in _LATER_KEYS]:
         raise CheckpointMismatchError(f"{path} lacks {missing[0]}, with which the model computes; use another copy")
     # transformers writes all keys; what the model does not read has its default.
     return ModelSection(**{name: value for name, value in keys.items() if name in read})

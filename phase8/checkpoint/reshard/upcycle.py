@@ -1,7 +1,8 @@
 """Weights of a dense model read as those of a mixture of experts: each expert begins as a copy of the dense feed-forward.
 
-A token's weights of its two experts add up to one (`model.routed_scaling_factor`), so the mixture computes what the dense model computes, whatever
-the router chooses, as long as no expert drops a token.
+The weights of a token's experts add up to one (`model.routed_scaling_factor`), so the mixture computes what the dense model computes, whatever the
+router chooses, as long as no expert drops a token. Of a single expert the weight is its score, by which the router learns: about 1 / E with logits
+near zero, for which the last matrix of an expert makes up, E times the dense one.
 
 Source: A. Komatsuzaki et al., "Sparse upcycling" (2023).
 """
@@ -31,14 +32,22 @@ class UpcycledWeights(Checkpoint):
         metadata: Metadata of a run at step 0 whose model is the mixture.
         has_experts: Whether each layer has experts.
         num_experts: Number of experts of such a layer.
+        factor: Factor of the last matrix of each expert.
         added: Tensors that the dense model does not have, the routers', by name in the model.
     """
 
     def __init__(
-        self, source: Checkpoint, metadata: dict[str, Any], *, has_experts: tuple[bool, ...], num_experts: int, added: Mapping[str, Tensor]
+        self,
+        source: Checkpoint,
+        metadata: dict[str, Any],
+        *,
+        has_experts: tuple[bool, ...],
+        num_experts: int,
+        factor: int = 1,
+        added: Mapping[str, Tensor],
     ):
         super().__init__(source.path, source.manifest.model_copy(update={"step": 0, "metadata": metadata}))
-        self._source, self._num_experts = source, num_experts
+        self._source, self._num_experts, self._factor = source, num_experts, factor
         self._added = {MODEL_PREFIX + name: value for name, value in added.items()}
         self._dense_names: dict[str, str] = {}
         for name in source.tensor_names:
@@ -65,7 +74,8 @@ class UpcycledWeights(Checkpoint):
             found = self._added[name][slices_of(region)].clone()
         elif self._is_of_experts(name):
             dense = self._source.read_region(self._dense_names[name], Region(region.offsets[1:], region.shape[1:]))
-            found = dense.expand(region.shape[0], *dense.shape).contiguous()
+            scaled = dense * self._factor if name.endswith(".down") else dense
+            found = scaled.expand(region.shape[0], *dense.shape).contiguous()
         else:
             return self._source.read_region(self._dense_names[name], region, into=into, for_the_last_time=for_the_last_time)
         return found if into is None else into.copy_(found)

@@ -193,11 +193,15 @@ class Stage:
         return self._engines[key]
 
     def _form(self, microbatches: Sequence[Microbatch]) -> MessageForm:
-        """The form of the residual stream between chunks: [B, T, D], or with several tensor-parallel ranks the own tokens [n, D]."""
+        """The form of the residual stream between chunks: [B, T, D], or with several tensor-parallel ranks the own tokens [n, D].
+
+        Where blocks add the embedding's output, it travels with the stream [2, ...].
+        """
         model = self.chunks[0]
         width, num_ranks = model.section.d_model, self.mesh.tp.size
+        streams = (model.section.num_streams,) if model.section.num_streams > 1 else ()
         shapes = tuple(
-            (*each.tokens.shape, width) if num_ranks == 1 else (each.tokens.numel() // num_ranks, width) for each in microbatches
+            (*streams, *each.tokens.shape, width) if num_ranks == 1 else (*streams, each.tokens.numel() // num_ranks, width) for each in microbatches
         )
         return MessageForm(shapes, model.dtype, self.device)
 

@@ -28,7 +28,7 @@ from tests.model.small import LENGTH, VARIANTS, random_tokens, scaled_down
 COVERING = {
     "delta-chain-both", "gate-channel-linear-chain-decay", "decay-floor-delta-chain-both", "score-lorentz-chain-both", "windows", "hybrid-delta",
     "recurrence-alone", "positions-in-turns", "transformer-grouped", "transformer-one-head-of-keys", "experts-sigmoid-1-phase8",
-    "experts-in-turns", "low-rank", "silu-and-skip-beside-a-window",
+    "experts-in-turns", "low-rank", "silu-and-skip-beside-a-window", "embedding-scalars", "embedding-scalars-transformer",
 }  # fmt: skip
 GENERATING = {"delta-chain-both", "score-lorentz-chain-both", "windows", "hybrid-delta", "transformer-grouped", "experts-sigmoid-1-phase8"}
 LENGTHS = (LENGTH, 11)  # of the two rows

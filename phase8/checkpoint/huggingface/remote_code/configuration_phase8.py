@@ -40,6 +40,7 @@ _DEFAULTS: dict[str, Any] = {
     "first_dense_layers": 0,
     "router_score": "softmax",  # or sigmoid
     "routed_scaling_factor": 1.0,
+    "embedding_scalars": False,
     "rotary": True,
     "rope_base": 10000.0,
     "rotary_scaling": {"type": "none"},  # or linear, llama3; rope_scaling in phase8, which transformers reads otherwise

@@ -24,7 +24,27 @@ from .operations_phase8 import Piece, rotary_angles
 # Earlier releases of transformers call the cache past_key_values, in outputs and arguments.
 CACHE = "cache" if "cache" in CausalLMOutputWithPast.__dataclass_fields__ else "past_key_values"
 # Weights with which the model computes in fp32, whatever its dtype, by a component of their name.
-IN_FP32 = ("norm", "mixer_norm", "feed_forward_norm", "qk_norm", "scalars", "decay_bias", "gate_bias", "skip", "chain", "score", "router")
+IN_FP32 = (
+    "norm", "mixer_norm", "feed_forward_norm", "qk_norm", "scalars", "decay_bias", "gate_bias", "skip", "chain", "score", "router",
+    "embedding_scalar",
+)  # fmt: skip
+
+
+class EmbeddingScalar(nn.Module):
+    """The learned number s of a block whose input is x + s * e, where e is the output of the embedding."""
+
+    def __init__(self):
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(1))
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Sets the number to zero, with which the block is one without it."""
+        nn.init.zeros_(self.weight)
+
+    def forward(self, x: Tensor, embedded: Tensor) -> Tensor:
+        """The block's input [B, T, D]."""
+        return torch.addcmul(x, embedded, self.weight.to(x.dtype))
 
 
 class Phase8Block(GradientCheckpointingLayer):
@@ -37,14 +57,16 @@ class Phase8Block(GradientCheckpointingLayer):
 
     def __init__(self, config: Phase8Config, layer: int):
         super().__init__()
+        self.embedding_scalar = EmbeddingScalar() if config.embedding_scalars else None
         self.mixer_norm = RMSNorm(config.d_model, eps=config.norm_eps)
         self.mixer = Mixer(config, layer)
         self.feed_forward_norm = RMSNorm(config.d_model, eps=config.norm_eps)
         rank = config.low_rank_rank if config.ffn == "low_rank_swiglu" else 0
         self.feed_forward = MixtureOfExperts(config) if config.has_experts(layer) else SwiGLU(config, inner=config.ffn_size, rank=rank)
 
-    def forward(self, x: Tensor, piece: Piece, state: LayerState | None) -> Tensor:
-        """Applies the block to the stream [B, T, D], and advances the state."""
+    def forward(self, x: Tensor, piece: Piece, state: LayerState | None, embedded: Tensor) -> Tensor:
+        """Applies the block to the stream [B, T, D], and advances the state; `embedded` is the output of the embedding."""
+        x = x if self.embedding_scalar is None else self.embedding_scalar(x, embedded)
         x = x + self.mixer(self.mixer_norm(x), piece, state)
         return x + self.feed_forward(self.feed_forward_norm(x))
 
@@ -137,10 +159,10 @@ class Phase8Model(Phase8PreTrainedModel):
         _check_positions(position_ids, order, mask)
         piece = self._piece(num_columns, None if mask is None else mask.sum(1), cache, x.device)
         x = x if order is None else x.take_along_dim(order[..., None], dim=1)
-        streams = []
+        streams, embedded = [], x
         for layer, block in enumerate(self.layers):
             streams.append(x)
-            x = block(x, piece, None if cache is None else cache.layers[layer])
+            x = block(x, piece, None if cache is None else cache.layers[layer], embedded)
         x = self.norm(x)
         if cache is not None:
             cache.advance(num_columns, piece.lengths, piece.seen)
