@@ -187,12 +187,29 @@ def _plain(parameter: DTensor, axis: Axis) -> nn.Parameter:
     return plain
 
 
-def hold_parts(deepspeed: ModuleType, module: nn.Module, config: dict[str, Any], mpu: TensorParallelUnit | None) -> None:
-    """Frees all of a module's parameters but this rank's pieces, which lie where stage 3 keeps them; in stages 1 and 2 does nothing."""
-    if config["zero_optimization"]["stage"] == 3:
-        group = None if mpu is None else mpu.get_data_parallel_group()
-        dtype = next(module.parameters()).dtype
-        deepspeed.zero.Init(module, group, config_dict_or_path=config, mem_efficient_linear=False, dtype=dtype, mpu=mpu)
+def hold_parts(
+    deepspeed: ModuleType, module: nn.Module, config: dict[str, Any], mpu: TensorParallelUnit | None, *, swapper: Any | None = None
+) -> Any | None:
+    """Frees all of a module's parameters but this rank's pieces, which lie where stage 3 keeps them; in stages 1 and 2 does nothing.
+
+    Args:
+        deepspeed: DeepSpeed.
+        module: Module whose parameters are whole.
+        config: DeepSpeed's config.
+        mpu: What DeepSpeed knows of tensor parallelism.
+        swapper: What the last call for the same model returned; a new one would delete the files of the modules before.
+
+    Returns:
+        What writes parameters to a disk; None: nothing does.
+    """
+    if config["zero_optimization"]["stage"] != 3:
+        return None
+    group = None if mpu is None else mpu.get_data_parallel_group()
+    dtype = next(module.parameters()).dtype
+    init = deepspeed.zero.Init(
+        module, group, config_dict_or_path=config, mem_efficient_linear=False, dtype=dtype, mpu=mpu, param_swapper=swapper
+    )
+    return init.param_swapper
 
 
 def register_outside_blocks(deepspeed: ModuleType, root: nn.Module, blocks: nn.Module) -> None:

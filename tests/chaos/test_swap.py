@@ -22,7 +22,7 @@ COMPILED = 900.0  # the library of DeepSpeed, with the other core busy
 # Smaller buffers than those of this width DeepSpeed does not offload.
 CONFIG = """
 run: {{output_dir: {directory}/runs}}
-model: {{d_model: 256, num_layers: 2, num_heads: 4, vocab_size: 61, sequence_length: 24, ffn_size: 1024, local_window_size: 6}}
+model: {{d_model: 256, num_layers: 2, num_heads: 4, vocab_size: 61, sequence_length: 24, ffn_size: 2048, local_window_size: 6}}
 data: {{train: {directory}/train}}
 precision: {{dtype: fp32}}
 optim: {{learning_rate: 1e-3, warmup_steps: 3}}

@@ -91,6 +91,7 @@ class DeepSpeedEngine:
         specs, decayed_names = {name: (parameter.shape, spec) for name, parameter, spec in iterate_specs(model)}, decayed_parameter_names(model)
         shapes: dict[str, torch.Size] = {}
         divided: dict[str, DTensor] = {}
+        swapper = None
         # One block after the other, so that the memory of a device holds what it has to hold in training and no more.
         for prefix, part in (*((f"blocks.{layer}", block) for layer, block in model.blocks.items()), ("", model)):
             materialise(part, device=device, axis=mesh.tp)
@@ -100,7 +101,7 @@ class DeepSpeedEngine:
             if is_bf16:
                 for parameter in own.values():
                     parameter.data = parameter.data.to(torch.bfloat16)
-            hold_parts(deepspeed, part, theirs, mpu)
+            swapper = hold_parts(deepspeed, part, theirs, mpu, swapper=swapper)
         root = LossSum(model)
         register_outside_blocks(deepspeed, root, model.blocks)
         compile_modules([model], config, are_calls_hooked=True)
