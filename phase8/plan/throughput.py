@@ -42,7 +42,7 @@ TURNS_EXPONENT = 8
 HOST_LINK_RATE = 47e9
 # Bytes/s of an NVMe disk for each GPU; assumed, not measured.
 NVME_RATE = 6e9
-# The share of offloaded parameters that nothing is computed beside: embedding and head, the first block, and what rounds and copies the others.
+# The share of offloaded parameters, or their gradients, that travels beside nothing: embedding and head, the first block, and what copies the others.
 ARRIVING_ALONE = 0.15
 # A layer that is recomputed whole takes the time of two forwards, and of a backward that takes as long as two more.
 FORWARD_SHARE = 0.25
@@ -169,7 +169,7 @@ def _optimizer_seconds(work: StepWork, stage: StageWork, gpu: Gpu, host_ratio: f
     is_offloaded, size = work.zero.offload_optimizer != "none", _element_bytes(work)
     update = device_cost(stage.update, _rates(work, gpu), element_bytes=size, is_offloaded=is_offloaded)
     sent = sum(number * size / _link_rate(axis, stage.grid, gpu) for axis, number in stage.update.muon.sent)
-    return _slower(update, work, host_ratio) + sent + (_offloading_seconds(work, stage) if is_offloaded else 0.0)
+    return _slower(update, work, host_ratio) + sent + (_offloading_seconds(work, stage, gpu) if is_offloaded else 0.0)
 
 
 def _exchange_seconds(each: Collectives, work: StepWork, grid: Grid, gpu: Gpu, rates: Rates) -> float:
@@ -199,21 +199,36 @@ def _link_rate(axis: AxisName, grid: Grid, gpu: Gpu) -> float:
 
 def _fetching_seconds(work: StepWork, stage: StageWork, gpu_seconds: float) -> float:
     """Seconds in which a microbatch waits for parameters from the host, which arrive while forward and backward compute, once for each."""
+    return sum(_arriving_seconds(work, stage, share * gpu_seconds) for share in (FORWARD_SHARE, 1 - FORWARD_SHARE))
+
+
+def _arriving_seconds(work: StepWork, stage: StageWork, computing_seconds: float) -> float:
+    """Seconds in which a forward or a backward that computes so long waits for parameters from the host."""
     if work.zero.offload_params == "none":
         return 0.0
-    arriving = stage.update.num_updated * FP32_BYTES / (NVME_RATE if work.zero.offload_params == "nvme" else HOST_LINK_RATE)
-    return sum(ARRIVING_ALONE * arriving + max(0.0, arriving - share * gpu_seconds) for share in (FORWARD_SHARE, 1 - FORWARD_SHARE))
+    rate = NVME_RATE if work.zero.offload_params == "nvme" else HOST_LINK_RATE
+    return _exposed(stage.update.num_updated * FP32_BYTES / rate, computing_seconds)
 
 
-def _offloading_seconds(work: StepWork, stage: StageWork) -> float:
+def _exposed(travelling_seconds: float, beside_seconds: float) -> float:
+    """Seconds that blocks travel while nothing else happens, beside work of a length."""
+    return ARRIVING_ALONE * travelling_seconds + max(0.0, travelling_seconds - beside_seconds)
+
+
+def _offloading_seconds(work: StepWork, stage: StageWork, gpu: Gpu) -> float:
     """Seconds of a step in which gradients go to the host, parameters there are updated, and those that do not stay there come back.
 
     Muon orthogonalises on the device, so directions come there and back besides.
     """
-    transfers = 2 if work.zero.offload_params == "none" else 1
-    num_added = work.shape.num_microbatches - 1 if work.zero.offload_gradients else 0
+    leaving = stage.update.num_updated * FP32_BYTES / HOST_LINK_RATE
+    if work.zero.offload_params == "none":
+        leaving *= 2  # what was updated comes back
+    elif work.zero.engine == "fsdp":
+        # Block by block in the last backward, against the direction in which parameters arrive.
+        computing = (1 - FORWARD_SHARE) * _microbatch_cost(work, stage, _rates(work, gpu)).gpu
+        leaving = _exposed(leaving, computing + _arriving_seconds(work, stage, computing))
     # The sum so far comes back in the direction in which parameters arrive; the new one goes the other way meanwhile.
-    copied = stage.update.num_updated * (transfers + num_added) * FP32_BYTES + stage.update.muon.num_parts * 2 * _element_bytes(work)
+    num_added = work.shape.num_microbatches - 1 if work.zero.offload_gradients else 0
+    copied = stage.update.num_updated * num_added * FP32_BYTES + stage.update.muon.num_parts * 2 * _element_bytes(work) + sent_bytes(stage.update)
     moved = host_bytes(stage.update)
-    copied += sent_bytes(stage.update)
-    return copied / HOST_LINK_RATE + moved / HOST_MEMORY_RATE + (moved / NVME_RATE if work.zero.offload_optimizer == "nvme" else 0.0)
+    return leaving + copied / HOST_LINK_RATE + moved / HOST_MEMORY_RATE + (moved / NVME_RATE if work.zero.offload_optimizer == "nvme" else 0.0)
