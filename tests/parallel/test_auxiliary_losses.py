@@ -35,8 +35,8 @@ class LoudBlock(model.Block):
         super().__init__(section, layer, **options)
         self.layer = layer
 
-    def forward(self, x, angles, starts=None, state=None):
-        x, state, _ = super().forward(x, angles, starts, state)
+    def forward(self, x, angles, starts=None, state=None, embedded=None):
+        x, state, _ = super().forward(x, angles, starts, state, embedded)
         square = 0.1 * x.square().mean(-1).sum()
         return x, state, {"square": square, "fourth": (x**4).mean(-1).sum()} if self.layer < 2 else {"square": square}
 
