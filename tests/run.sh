@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Sets up .venv and runs every check: lint, types, import contracts, tests, three at a time for two cores, since some wait. Arguments go to pytest.
+# Sets up .venv and runs every check: lint, types, import contracts, tests, four at a time for two cores, since many wait. Arguments go to pytest.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 bash launch/setup_environment.sh test
@@ -10,6 +10,6 @@ bash launch/setup_environment.sh test
 .venv/bin/lint-imports
 .venv/bin/python -m compileall -qq -x checkpoint/released phase8 tests
 code=0
-.venv/bin/python -m pytest -n 3 "$@" || code=$?
+.venv/bin/python -m pytest -n 4 "$@" || code=$?
 wait "$types" || { echo "error: mypy has found what is listed above." >&2; code=1; }
 exit "$code"
