@@ -285,7 +285,7 @@ def test_the_scripts_set_an_environment_up_once_and_call_every_check(tmp_path):
     code, calls = call("launch/setup_environment.sh", "test")
     requirements = f"{pip}--no-deps --requirement {tmp_path}/tests/harness_requirements.txt"
     assert code == 0 and calls[1:3] == [f"{pip}torch==2.13.0 --editable {tmp_path}[test]", requirements]
-    compiled, tested = "python -m compileall -qq -x checkpoint/released phase8 tests", "python -m pytest -n 3 -m gpu"
+    compiled, tested = "python -m compileall -qq -x checkpoint/released phase8 tests", "python -m pytest -n 4 -m gpu"
     checks = ["ruff check .", "mypy ", "lint-imports ", compiled, tested]
     code, calls = call("tests/run.sh", "-m", "gpu")
     assert (code, sorted(calls)) == (0, sorted(checks))
