@@ -112,13 +112,18 @@ class DecodingLoop:
         self._drawn = torch.zeros(most_at_once, batch_size, dtype=torch.int64, device=device)
         self._column = torch.zeros(1, dtype=torch.int64, device=device)
         self._checksum = torch.zeros((), device=device)
-        self._longest = 0  # largest position of a sequence, in a row that is in use or not
+        self._positions_on_host = [0] * batch_size  # of a row that is not in use, too
         self._num_eager_steps, self._graph = 0, None
 
     @property
     def device(self) -> torch.device:
         """Device of the model."""
         return self._step.head.weight.device
+
+    @property
+    def _longest(self) -> int:
+        """Largest position of a row, which becomes smaller where another sequence takes the place of the longest one."""
+        return max(self._positions_on_host)
 
     @torch.inference_mode()
     def admit(self, rows: Sequence[int], prompts: Tensor, seeds: Sequence[int]) -> Drawn:
@@ -131,6 +136,8 @@ class DecodingLoop:
         """
         decoder = Decoder(self._model, len(prompts))
         logits = decoder.feed(prompts.to(self.device))[:, : self._num_ids]
+        for row in rows:
+            self._positions_on_host[row] = decoder.num_tokens
         self._make_room(decoder.num_tokens)
         at = torch.tensor(list(rows), device=self.device)
         for state, step, read in zip(self._states, self._step.blocks, decoder.states, strict=True):
@@ -140,7 +147,6 @@ class DecodingLoop:
         self._checksum.add_(logits.sum())
         drawn = draw_tokens(logits.expand(len(at), -1), self._seeds[at], self._position[at], self._options)
         self._tokens[at] = drawn
-        self._longest = max(self._longest, decoder.num_tokens)
         return self._on_the_way(drawn[None])
 
     @torch.inference_mode()
@@ -154,7 +160,7 @@ class DecodingLoop:
         self._column.zero_()
         for _ in range(num_tokens):
             self._take_step()
-            self._longest += 1
+            self._positions_on_host = [position + 1 for position in self._positions_on_host]
         return self._on_the_way(self._drawn[:num_tokens])
 
     def _take_step(self) -> None:

@@ -5,6 +5,7 @@ import torch
 
 from phase8.config.model_section import ModelSection
 from phase8.generate import decode
+from phase8.generate.continuations import Request, continue_prompts
 from phase8.generate.decode import Decoder, DecodingLoop
 from phase8.generate.sampling import SamplingOptions
 from phase8.model import mixer
@@ -138,6 +139,16 @@ def test_the_likeliest_tokens_are_those_of_the_whole_and_a_transformer_gets_room
         with torch.no_grad():
             assert model.logits(model(tokens)[0][:, -1]).argmax().item() == token
         tokens = torch.cat((tokens, torch.tensor([[token]])), 1)
+
+
+def test_a_transformer_has_room_for_its_longest_sequence_not_for_all_that_rows_have_seen(monkeypatch):
+    monkeypatch.setattr(decode, "_CAPACITY_STEP", 4)
+    model = perturbed_model(scaled_down(ModelSection(block="transformer")))
+    loop = DecodingLoop(model, batch_size=2, options=GREEDY, num_ids=61)
+    found = {}
+    requests = [Request(number, (1, 2, 3), seed=0) for number in range(30)]
+    continue_prompts(loop, requests, max_tokens=9, take=lambda number, token: found.setdefault(number, []).append(token) is None)
+    assert loop._step.capacity == 16 and found == {number: found[0] for number in range(30)}  # twice the room for 8, where 12 are needed
 
 
 def test_state_is_written_in_place_and_weights_are_held_once():
