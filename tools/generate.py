@@ -23,7 +23,7 @@ from functools import partial
 from typing import TYPE_CHECKING
 
 from phase8.config.arguments import add_device_option, path_argument
-from phase8.data.utf8 import lone_surrogate
+from phase8.data.utf8 import BYTE_ORDER_MARK, lone_surrogate
 from phase8.errors import ConfigError
 from phase8.imports import imports_that_stay
 from phase8.terminal import output_is_the_product, run_door, warn
@@ -144,13 +144,15 @@ class _Output:
 
 def _typed() -> Iterator[str]:
     """Prompts that are typed, or come through a pipe, until the input ends."""
-    stream = sys.stdin
+    stream, is_first = sys.stdin, True
     while stream is not None:
         if stream.isatty():
             print("> ", end="", flush=True, file=sys.stderr)
         line = stream.readline()
         if not line:
             return
+        if is_first:
+            line, is_first = line.removeprefix(BYTE_ORDER_MARK.decode()), False
         if lone_surrogate(line):
             warn("that line is not UTF-8 and is passed over")
         elif line.strip():

@@ -8,6 +8,8 @@ import sys
 from pathlib import Path
 from typing import NamedTuple
 
+from phase8.data.input_files import JSON_LINES_SUFFIXES
+from phase8.data.utf8 import BYTE_ORDER_MARK
 from phase8.errors import DataError
 
 _LINE_END = re.compile(r"\r\n|\r|\n")  # str.splitlines also ends lines within texts, at U+2028 for example
@@ -25,14 +27,15 @@ class Prompt(NamedTuple):
 def read_prompts(path: Path) -> list[Prompt]:
     """The prompts of a file, or of standard input where the path is `-`; blank lines are left out.
 
-    The file has JSON lines if its first line is a JSON object.
+    The file has JSON lines if its name says so (`.jsonl`), or if its first line is a JSON object.
 
     Raises:
         DataError: It cannot be read, holds no prompt, or a line of JSON has none, or an option of the command.
     """
     name = "standard input" if path == Path("-") else str(path)
     try:
-        text = sys.stdin.buffer.read().decode() if path == Path("-") else path.read_text(encoding="utf-8")
+        content = sys.stdin.buffer.read() if path == Path("-") else path.read_bytes()
+        text = content.removeprefix(BYTE_ORDER_MARK).decode()
     except OSError as error:
         raise DataError(f"--batch-file: cannot read {name}: {error.strerror}.") from error
     except UnicodeDecodeError as error:
@@ -40,15 +43,17 @@ def read_prompts(path: Path) -> list[Prompt]:
     lines = [(number, line) for number, line in enumerate(_LINE_END.split(text), start=1) if line.strip()]
     if not lines:
         raise DataError(f"--batch-file: {name} holds no prompt; it needs one on each line.")
-    if not isinstance(_parsed(lines[0][1]), dict):
+    is_named_so = path.suffix.lower() in JSON_LINES_SUFFIXES
+    if not is_named_so and not isinstance(_parsed(lines[0][1]), dict):
         return [Prompt(line, number) for number, line in lines]
-    return [Prompt(_prompt_of(line, f"--batch-file: line {number} of {name}"), number) for number, line in lines]
+    model = f"the lines of a {path.suffix} file are" if is_named_so else "the first one is"
+    return [Prompt(_prompt_of(line, f"--batch-file: line {number} of {name}", model), number) for number, line in lines]
 
 
-def _prompt_of(line: str, place: str) -> str:
+def _prompt_of(line: str, place: str, model: str) -> str:
     record = _parsed(line)
     if not isinstance(record, dict):
-        raise DataError(f"{place} is not a JSON object, as the first one is.")
+        raise DataError(f"{place} is not a JSON object, as {model}.")
     if not isinstance(record.get("prompt"), str):
         raise DataError(f'{place} has no text under the key "prompt".')
     if options := sorted(_OPTIONS.intersection(record)):

@@ -145,8 +145,8 @@ def test_prompts_come_from_standard_input(trained, generated_here, monkeypatch, 
     expected = [generated_here(*options, "--prompt", prompt)[1] for prompt in ("def ma", "pass")]
     monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(text.encode())))
     assert generated_here(*options, "--batch-file", "-")[1] == f"[prompt 1, sample 1]\n{expected[0]}[prompt 2, sample 1]\n{expected[1]}"
-    # A byte that is not UTF-8 reaches Python as a lone surrogate; the lines around it are continued.
-    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(b"def ma\n \n\xff\npass"), errors="surrogateescape"))
+    # A byte that is not UTF-8 reaches Python as a lone surrogate; the lines around it are continued. A byte order mark is no part of a line.
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(b"\xef\xbb\xbfdef ma\n \n\xff\npass"), errors="surrogateescape"))
     told = []
     monkeypatch.setattr(terminal, "tell", told.append)
     typed = generated_here(*options, "--interactive")[1]
@@ -167,6 +167,7 @@ def test_prompts_come_from_standard_input(trained, generated_here, monkeypatch, 
         (("--batch-file", "key.jsonl"), 3, 'line 2 of key.jsonl has no text under the key "prompt"'),
         (("--batch-file", "more.jsonl"), 3, 'line 3 of more.jsonl has the key "max_tokens", but --max-tokens applies to all prompts'),
         (("--batch-file", "first.jsonl"), 3, 'line 1 of first.jsonl has no text under the key "prompt"'),
+        (("--batch-file", "comma.jsonl"), 3, "line 1 of comma.jsonl is not a JSON object"),
     ],
 )
 def test_bad_input_is_one_sentence_before_anything_is_loaded(generated_here, tmp_path, monkeypatch, options, code, sentence):
@@ -174,6 +175,7 @@ def test_bad_input_is_one_sentence_before_anything_is_loaded(generated_here, tmp
     for name, content in {
         "empty.txt": b" \n\n", "latin.txt": b"a\xe9", "text.jsonl": b'{"prompt": "a"}\n\nb\n', "key.jsonl": b'{"prompt": "a"}\n{"prompt": 3}\n',
         "first.jsonl": b'{"text": "a"}\n', "more.jsonl": b'{"prompt": "a"}\n\n{"prompt": "y", "max_tokens": 3}\n',
+        "comma.jsonl": b'{"prompt": "a",}\n{"prompt": "y"}\n',
     }.items():  # fmt: skip
         (tmp_path / name).write_bytes(content)
     found, output, error = generated_here("--checkpoint", tmp_path / "none", *options)
@@ -185,6 +187,14 @@ def test_lines_of_a_batch_file_end_as_lines_of_a_file_do(tmp_path):
     assert read_prompts(tmp_path / "p.jsonl") == [Prompt("a\u2028b", 1), Prompt("c\x85", 3)]
     (tmp_path / "p.txt").write_bytes(b"a\x0cb\n \n c \n")
     assert read_prompts(tmp_path / "p.txt") == [Prompt("a\x0cb", 1), Prompt(" c ", 3)]
+
+
+def test_a_byte_order_mark_is_no_part_of_the_first_prompt(tmp_path, monkeypatch):
+    for name, content in {"p.txt": "a\nb\n", "p.jsonl": '{"prompt": "a"}\n{"prompt": "b"}\n'}.items():
+        (tmp_path / name).write_bytes(b"\xef\xbb\xbf" + content.encode())
+        assert read_prompts(tmp_path / name) == [Prompt("a", 1), Prompt("b", 2)]
+        monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO((tmp_path / name).read_bytes())))
+        assert read_prompts(Path("-")) == [Prompt("a", 1), Prompt("b", 2)]
 
 
 def test_another_tokenizer_is_said(trained, tmp_path, generated_here, monkeypatch):
