@@ -8,11 +8,11 @@
 
 Every token is predicted once. --data names .bin/.idx pairs that the tokenizer of the model has made (one whose record names another
 tokenizer is refused); their windows follow each other across documents, as in training. --held-out reads in the same way what the training
-run of the checkpoint was evaluated on. --text names files or directories that
-tools/prepare_data.py can read; each document is read by itself, after an end-of-document token. A window has the length of the training
-unless --length says otherwise; the last one reaches back, so that it is full. With --stride S every window predicts S tokens more than the
-one before and has the rest as context. --sequences N takes N windows of --data as an evaluation during training does: evenly spread, the
-same ones every time; with --held-out they are those of the evaluations of its training.
+run of the checkpoint was evaluated on. --text names files or directories that tools/prepare_data.py can read; each document is read by itself,
+after an end-of-document token, or the one that begins texts of a model made elsewhere. A window has the length of the training unless --length
+says otherwise; the last one reaches back, so that it is full. With --stride S every window predicts S tokens more than the one before and has the
+rest as context. --sequences N takes N windows of --data as an evaluation during training does: evenly spread, the same ones every time; with
+--held-out they are those of the evaluations of its training.
 
 The bytes of a text are those of its UTF-8. Those of a pair are known if its record names the model's tokenizer and this one rewrites no text;
 otherwise bits per byte are `unknown` (null in JSON). Under torchrun each rank holds the whole model and reads its share; the result is that of
@@ -125,15 +125,18 @@ def _sources(
     parsed: argparse.Namespace, section: DataSection, checkpoint: Checkpoint, *, vocab_size: int, show: Show, say: Callable[[str], None]
 ) -> list[Source]:
     from phase8.evaluate.sources import held_out_sources, open_pairs, read_text_sources
+    from phase8.generate.text import text_begin
 
     if parsed.text is None:
         tokenizer = _tokenizer_if_any(parsed, section, checkpoint, vocab_size=vocab_size, say=say)
         if parsed.held_out:
             return held_out_sources(_held_out_data(checkpoint, show), tokenizer, resets=section.reset_at_document_boundaries)
         return open_pairs(parsed.data, tokenizer, section, vocab_size=vocab_size, on_progress=show)
+    tokenizer = _tokenizer(parsed, section, checkpoint, vocab_size=vocab_size, say=say)
     return read_text_sources(
         parsed.text,
-        _tokenizer(parsed, section, checkpoint, vocab_size=vocab_size, say=say),
+        tokenizer,
+        begin_id=next(iter(text_begin(tokenizer, section)), tokenizer.eod_id),
         json_key="text" if parsed.json_key is None else parsed.json_key,
         document_separator=parsed.document_separator,
         on_progress=partial(show, "tokenizing"),

@@ -62,7 +62,7 @@ def _generate(arguments: argparse.Namespace) -> None:
         from phase8.generate.prompts import Prompt, read_prompts
         from phase8.generate.restore import choose_tokenizer, hold_in_compute_dtype, restore_model
         from phase8.generate.sampling import SamplingOptions
-        from phase8.generate.text import TextWriter, prompt_tokens
+        from phase8.generate.text import TextWriter, prompt_tokens, text_begin
         from phase8.train.device import select_device
 
     options = SamplingOptions(arguments.temperature, arguments.top_k, arguments.top_p, arguments.seed)
@@ -74,6 +74,7 @@ def _generate(arguments: argparse.Namespace) -> None:
         hold_in_compute_dtype(model)
     vocab_size, eod_token = model.section.vocab_size, arguments.eod_token or data.eod_token
     tokenizer = choose_tokenizer(checkpoint, arguments.tokenizer, vocab_size=vocab_size, eod_token=eod_token, on_message=warn)
+    begin = text_begin(tokenizer, data)
     batch_size = min(arguments.batch_size, len(prompts) * arguments.num_samples)
     limits = {"max_tokens": arguments.max_tokens, "stops": arguments.stop, "batch_size": batch_size}
     fewer = (f"a --batch-size below {batch_size}",) if batch_size > 1 else ()
@@ -81,8 +82,7 @@ def _generate(arguments: argparse.Namespace) -> None:
     with memory_errors(f"{one_or_more} continued", device, (*fewer, "shorter prompts", "a smaller --max-tokens", FEWER_BITS, *elsewhere)):
         output = _Output(arguments, TextWriter(model, tokenizer, options=options, **limits))
         for some in ([Prompt(text)] for text in _typed()) if arguments.interactive else [prompts]:
-            after_document_end = not data.reset_at_document_boundaries
-            output.continue_prompts(some, [prompt_tokens(tokenizer, prompt.text, after_document_end=after_document_end) for prompt in some])
+            output.continue_prompts(some, [prompt_tokens(tokenizer, prompt.text, begin=begin) for prompt in some])
     output.tell_speed()
 
 

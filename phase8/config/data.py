@@ -16,12 +16,15 @@ MOST_PREFETCHED = 1024
 def data_problems(config: RunConfig) -> Iterator[str]:
     """The problems of the data and their loader, one sentence each."""
     data = config.data
+    pieces = (("eod_token", data.eod_token), ("begin_token", data.begin_token))
     if data.train is None:
-        for name, value in (("validation", data.validation), ("tokenizer", data.tokenizer), ("eod_token", data.eod_token)):
+        for name, value in (("validation", data.validation), ("tokenizer", data.tokenizer), *pieces):
             if value is not None:
                 yield f"data.{name} is {describe_value(value)}, but data.train is null and the embedded corpus brings its own; set data.train too."
-    elif data.eod_token is not None and data.tokenizer is None:
-        yield f"data.eod_token is {describe_value(data.eod_token)}, but data.tokenizer is null; give the tokenizer with this piece, or leave it null."
+    elif data.tokenizer is None:
+        for name, value in pieces:
+            if value is not None:
+                yield f"data.{name} is {describe_value(value)}, but data.tokenizer is null; give the tokenizer with this piece, or leave it null."
     if isinstance(data.num_workers, int) and data.num_workers > MOST_LOADER_WORKERS:
         yield (
             f"data.num_workers is {data.num_workers}, but every rank starts as many processes, and {MOST_LOADER_WORKERS} is the most that is "

@@ -62,6 +62,9 @@ class DataSection(Section):
     validation: PathText | Blend | None = key(None, "the same for evaluation; null: none (embedded corpus: its fixed held-out split)")
     tokenizer: PathText | None = key(None, "sentencepiece .model or Hugging Face tokenizer.json; copied into checkpoints, needed to generate")
     eod_token: Text | None = key(None, "piece of the tokenizer between documents; null: the one it names itself")
+    begin_token: Text | None = key(
+        None, "piece before a text to continue or to evaluate, of a model made elsewhere that knows one; null: eod_token, as documents are packed"
+    )
     cache_dir: PathText = key(".cache/phase8", "where the embedded corpus and the ids of other projects' data are kept")
     reset_at_document_boundaries: bool = key(False, "packed documents do not see each other: state, window and loss stop at the boundary")
     allow_fingerprint_change: bool = key(False, "train although data, order or tokenizer are not the checkpoint's, or the data not the tokenizer's")

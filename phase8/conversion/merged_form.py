@@ -17,6 +17,7 @@ from phase8.conversion.options import ConversionOptions
 from phase8.data.fast_tokenizer import fast_tokenizer
 from phase8.data.tokenizer import SentencePieceTokenizer
 from phase8.generate.restore import restore_tokenizer
+from phase8.generate.text import text_begin
 
 
 def merged_form(source: Checkpoint, config: RunConfig, options: ConversionOptions) -> ConsolidatedForm:
@@ -41,6 +42,7 @@ def _exported_tokenizer(source: Checkpoint, config: RunConfig) -> ExportedTokeni
         fast=fast_tokenizer(content),
         num_ids=tokenizer.vocab_size,
         end=(tokenizer.eod_token, tokenizer.eod_id),
+        begin=None if (begin := config.data.begin_token) is None else (begin, *text_begin(tokenizer, config.data)),
         padding=(tokenizer.piece_of(pad_id), pad_id),
         unknown=None if tokenizer.unknown_id is None else tokenizer.piece_of(tokenizer.unknown_id),
     )

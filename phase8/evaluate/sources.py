@@ -3,9 +3,9 @@
 | | `--data` | `--text` |
 |---|---|---|
 | a source is | a pair, or all pairs that a pattern matches | a file or a directory |
-| read together are | all its tokens, across documents, as in training | the tokens of a document, after an end-of-document token |
+| read together are | all its tokens, across documents, as in training | the tokens of a document, after the token that begins a text |
 | refused are | pairs whose record names another tokenizer, as in training | inputs that hold no text |
-| the first token | is not predicted, since nothing is before it | is predicted from the end-of-document token |
+| the first token | is not predicted, since nothing is before it | is predicted from the token before it |
 | bytes are those | of each token, if the pair's record names the tokenizer and this one rewrites no text | of the texts, if no token is unknown |
 
 A text is predicted without an end-of-document token behind it, so that tokens and bytes are those of the text alone.
@@ -148,6 +148,7 @@ def read_text_sources(
     inputs: Sequence[Path],
     tokenizer: Tokenizer,
     *,
+    begin_id: int | None = None,
     json_key: str,
     document_separator: str | None,
     on_progress: Callable[[int, int], None],
@@ -158,6 +159,7 @@ def read_text_sources(
     Args:
         inputs: Files and directories, each a source.
         tokenizer: The tokenizer of the model.
+        begin_id: The token before each document; None: that of the end of a document.
         json_key: Key of the text in JSON lines; the column in Parquet.
         document_separator: Content of the lines between the documents of a text file; None: a file is one document.
         on_progress: Called with the number of bytes that were tokenised and that there are.
@@ -185,13 +187,13 @@ def read_text_sources(
             on_progress(done, total)
         if not tokens:
             raise DataError(f"--text: {path} holds no text; give a file or directory with some")
-        sources.append(_of_texts(name, tokens, text_bytes, tokenizer))
+        sources.append(_of_texts(name, tokens, text_bytes, tokenizer, begin_id=tokenizer.eod_id if begin_id is None else begin_id))
     return sources
 
 
-def _of_texts(name: str, texts: Sequence[np.ndarray], text_bytes: int, tokenizer: Tokenizer) -> Source:
-    end = np.array([tokenizer.eod_id], texts[0].dtype)
-    stream = np.concatenate([part for text in texts for part in (end, text)])
+def _of_texts(name: str, texts: Sequence[np.ndarray], text_bytes: int, tokenizer: Tokenizer, *, begin_id: int) -> Source:
+    begin = np.array([begin_id], texts[0].dtype)
+    stream = np.concatenate([part for text in texts for part in (begin, text)])
     has_unknown = tokenizer.unknown_id is not None and bool((stream == tokenizer.unknown_id).any())
     firsts = np.cumsum([0, *(text.size + 1 for text in texts)])
     documents = [Range(int(first), text.size) for first, text in zip(firsts, texts, strict=False)]

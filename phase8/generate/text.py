@@ -8,8 +8,10 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from phase8.accelerator import records_steps
+from phase8.config.schema import DataSection
 from phase8.data.streaming_decoder import StreamingDecoder
 from phase8.data.tokenizer import Tokenizer
+from phase8.errors import DataError
 from phase8.generate.continuations import Request, continue_prompts
 from phase8.generate.decode import DecodingLoop
 from phase8.generate.sampling import SamplingOptions
@@ -19,16 +21,33 @@ AT_ONCE_ON_GPU = 8  # tokens that a GPU draws without a word from the host
 Reason = Literal["end_of_document", "stop", "max_tokens"]
 
 
-def prompt_tokens(tokenizer: Tokenizer, prompt: str, *, after_document_end: bool) -> list[int]:
-    """Token ids that the model reads before it generates.
+def text_begin(tokenizer: Tokenizer, data: DataSection) -> list[int]:
+    """Token ids before every text: of models made elsewhere their own; else the end of a document, unless those after it did not see it in training.
+
+    Args:
+        tokenizer: Tokenizer of the model.
+        data: Settings of the data with which the model was trained.
+
+    Raises:
+        DataError: The tokenizer has no such piece.
+    """
+    if data.begin_token is None:
+        return [] if data.reset_at_document_boundaries else [tokenizer.eod_id]
+    found = next((i for i in range(tokenizer.vocab_size) if tokenizer.piece_of(i) == data.begin_token), None)
+    if found is None:
+        raise DataError(f"the tokenizer {tokenizer.path} has no piece {data.begin_token!r}, which begins texts of the model; give the model's own")
+    return [found]
+
+
+def prompt_tokens(tokenizer: Tokenizer, prompt: str, *, begin: Sequence[int]) -> list[int]:
+    """Token ids that the model reads before it generates: at least one.
 
     Args:
         tokenizer: Tokenizer of the model.
         prompt: May be empty.
-        after_document_end: Begin with the end-of-document token: in training, packed documents follow one.
+        begin: Token ids before it.
     """
-    tokens = tokenizer.encode(prompt)
-    return [tokenizer.eod_id, *tokens] if after_document_end or not tokens else tokens
+    return [*begin, *tokenizer.encode(prompt)] or [tokenizer.eod_id]
 
 
 @dataclass

@@ -11,7 +11,7 @@ from phase8.config.schema import RunConfig
 from phase8.data.tokenizer import Tokenizer
 from phase8.generate.memory import memory_errors
 from phase8.generate.sampling import SamplingOptions
-from phase8.generate.text import continued_text, prompt_tokens
+from phase8.generate.text import continued_text, prompt_tokens, text_begin
 from phase8.model.model import LanguageModel
 
 _REMEDIES = ("a shorter observe.sample_prompt", "a smaller observe.sample_tokens", "observe.sample_at_evaluations=false to write none before the end")
@@ -31,7 +31,7 @@ def sample_text(whole_model: Callable[[], LanguageModel], tokenizer: Tokenizer, 
     """
     observe = config.observe
     prompt = observe.sample_prompt or ""
-    tokens = prompt_tokens(tokenizer, prompt, after_document_end=not config.data.reset_at_document_boundaries)
+    tokens = prompt_tokens(tokenizer, prompt, begin=text_begin(tokenizer, config.data))
     options = SamplingOptions(seed=config.train.seed)
     # Compiled blocks would be compiled once more, for the prompt.
     stance = torch.compiler.set_stance("force_eager") if config.train.compile.enabled else nullcontext()

@@ -19,7 +19,8 @@ KEYS = {**dict(iterate_keys()), **{f"data.train[].{name}": field for name, field
 PATH_KEYS = [name for name, field in iterate_keys() if describe_type(field).startswith("a path")]
 # What is neither a path nor a number nor one of several words. A key or an option that is none of these is a path.
 TEXT_KEYS = {
-    "run.name", "data.eod_token", "data.split", "observe.sample_prompt", "observe.project", "observe.wandb_entity", "train.compile.backend",
+    "run.name", "data.eod_token", "data.begin_token", "data.split", "observe.sample_prompt", "observe.project", "observe.wandb_entity",
+    "train.compile.backend",
 }  # fmt: skip
 TEXT_OPTIONS = {
     "--set", "--prompt", "--json-key", "--variants", "--define", "--layouts", "--schedule",

@@ -193,6 +193,10 @@ RULES = {
         ["data.train=mine", "data.eod_token=</s>"],
         "data.eod_token is '</s>', but data.tokenizer is null; give the tokenizer with this piece, or leave it null.",
     ),
+    "beginning of texts without tokenizer": (
+        ["data.train=mine", "data.begin_token=<s>"],
+        "data.begin_token is '<s>', but data.tokenizer is null; give the tokenizer with this piece, or leave it null.",
+    ),
     "end of document without data": (
         ["data.eod_token=</s>"],
         "data.eod_token is '</s>', but data.train is null and the embedded corpus brings its own; set data.train too.",

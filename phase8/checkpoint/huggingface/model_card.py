@@ -27,7 +27,7 @@ def model_card(metadata: RunMetadata, *, num_parameters: int, differences: Seque
     lines = ["---", "library_name: transformers", "pipeline_tag: text-generation", "tags:", "- phase8", "---", ""]
     lines += [f"# {escaped(metadata.config.run.name)}", "", *_description(metadata, num_parameters), ""]
     lines += ["| training | |", "|---|---|", *(f"| {name} | {value} |" for name, value in _training(metadata)), ""]
-    lines += ["```python", *_usage(not differences, has_tokenizer), "```", "", *_remarks(metadata.config.model, differences, has_tokenizer)]
+    lines += ["```python", *_usage(not differences, has_tokenizer), "```", "", *_remarks(metadata, differences, has_tokenizer)]
     lines += ["", "## Model", "```json", _shown_model(metadata.config.model), "```", ""]
     return "\n".join(lines).encode("ascii", "backslashreplace")
 
@@ -78,14 +78,16 @@ def _usage(is_llama: bool, has_tokenizer: bool) -> list[str]:
     ]
 
 
-def _remarks(model: ModelSection, differences: Sequence[str], has_tokenizer: bool) -> Iterator[str]:
+def _remarks(metadata: RunMetadata, differences: Sequence[str], has_tokenizer: bool) -> Iterator[str]:
+    model, begin = metadata.config.model, metadata.config.data.begin_token
     if differences:
         state = "keys and values of all tokens" if model.block == "transformer" else "a state of constant size"
         yield f"It differs from a Llama by {' and '.join(map(escaped, differences))}, so its code, plain PyTorch, lies beside the weights."
         yield f"Generation keeps {state}. Masked tokens are as if they were not there."
     if has_tokenizer:
+        added = "no token" if begin is None else f"{escaped(begin)} before a text"
         yield (
-            "The tokenizer adds no token, and special pieces inside a text are text, as in training; with `split_special_tokens=False` they are "
+            f"The tokenizer adds {added}, and special pieces inside a text are text, as in training; with `split_special_tokens=False` they are "
             "special. In training, the end-of-document token stood between documents."
         )
     if model.ffn == "moe":

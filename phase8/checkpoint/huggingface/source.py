@@ -23,6 +23,7 @@ from phase8.checkpoint.huggingface.config import model_section_of
 from phase8.checkpoint.huggingface.llama import llama_name, llama_tensors
 from phase8.checkpoint.huggingface.phase8_model import MODEL_TYPE, exported_name, own_name, section_of, stays_in_fp32
 from phase8.checkpoint.huggingface.repeats import require_repeat
+from phase8.checkpoint.huggingface.text_settings import RESETS, text_settings
 from phase8.checkpoint.manifest import FILE_NAME_PATTERN, TENSOR_FILE_SUFFIX
 from phase8.checkpoint.step_directories import INDEX_NAME, WEIGHTS_CONFIG_NAME, WEIGHTS_NAME
 from phase8.checkpoint.untrusted import shown, shown_name
@@ -63,8 +64,9 @@ def open_hugging_face(directory: Path, config: dict[str, Any]) -> WeightFiles:
     is_bf16 = {found[key].file.tensors[key].dtype for _, key in map(places.__getitem__, names)} == {"BF16"}  # every weight that may be
     ours: dict[str, Any] = {"model": model.model_dump(mode="json"), "precision": {"dtype": "bf16" if is_bf16 else "fp32"}}
     tokenizer = _tokenizer_of(directory)
-    if is_own and tokenizer is not None and isinstance(end := _tokenizer_config(directory).get("eos_token"), str):
-        ours["data"] = {"eod_token": end}  # a run may have named another one than the tokenizer does
+    ours["data"] = {} if tokenizer is None else text_settings(tokenizer, _tokenizer_config(directory))
+    if config.get(RESETS) is True:
+        ours["data"][RESETS] = True
     try:
         return weights_of(directory, files, places, config=ours, tokenizer=tokenizer, form="hf")
     except ValidationError:

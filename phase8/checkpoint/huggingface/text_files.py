@@ -8,6 +8,7 @@ from typing import Any
 
 from phase8.checkpoint.huggingface.phase8_model import CODE
 from phase8.checkpoint.huggingface.source import CONVERTED_FROM, TOKENIZER_CONFIG_NAME
+from phase8.checkpoint.huggingface.text_settings import post_processor
 from phase8.config.model_section import ModelSection
 
 GENERATION_CONFIG_NAME = "generation_config.json"
@@ -24,6 +25,7 @@ class ExportedTokenizer:
         fast: Content of a `tokenizer.json` that encodes as it does; None: there is none, and `TOKENIZER_CODE` runs the sentencepiece model.
         num_ids: Number of token ids that text may become.
         end: Piece and id of the end of a document, which in training also stood before each document.
+        begin: Piece and id before every text, of a model made elsewhere; None: a text begins with itself.
         padding: Piece and id for places without text.
         unknown: Piece of the unknown token; None: there is none.
     """
@@ -32,13 +34,14 @@ class ExportedTokenizer:
     fast: bytes | None
     num_ids: int
     end: tuple[str, int]
+    begin: tuple[str, int] | None
     padding: tuple[str, int]
     unknown: str | None
 
     @property
     def ids(self) -> dict[str, int]:
         """The special token ids, under the keys of transformers' configs."""
-        return {"bos_token_id": self.end[1], "eos_token_id": self.end[1], "pad_token_id": self.padding[1]}
+        return {"bos_token_id": (self.begin or self.end)[1], "eos_token_id": self.end[1], "pad_token_id": self.padding[1]}
 
 
 def text_files(model: ModelSection, tokenizer: ExportedTokenizer | None) -> dict[str, bytes]:
@@ -52,10 +55,13 @@ def text_files(model: ModelSection, tokenizer: ExportedTokenizer | None) -> dict
         return {GENERATION_CONFIG_NAME: _as_json({})}
     # The embedding may be longer than the vocabulary; ids beyond have never been trained.
     beyond = list(range(tokenizer.num_ids, model.vocab_size))
+    fast = {TOKENIZER_CODE.name: TOKENIZER_CODE.read_bytes()}
+    if tokenizer.fast is not None:
+        fast = {FAST_TOKENIZER_NAME: _with_begin(tokenizer.fast, tokenizer.begin)}
     return {
         GENERATION_CONFIG_NAME: _as_json(tokenizer.ids | ({"suppress_tokens": beyond} if beyond else {})),
         TOKENIZER_CONFIG_NAME: _as_json(_tokenizer_config(model, tokenizer)),
-        **({TOKENIZER_CODE.name: TOKENIZER_CODE.read_bytes()} if tokenizer.fast is None else {FAST_TOKENIZER_NAME: tokenizer.fast}),
+        **fast,
         **({} if tokenizer.sentencepiece is None else {SENTENCEPIECE_NAME: tokenizer.sentencepiece}),
     }
 
@@ -67,7 +73,8 @@ def _tokenizer_config(model: ModelSection, tokenizer: ExportedTokenizer) -> dict
         kind = {"tokenizer_class": "PreTrainedTokenizerFast"}
     return {
         **kind,
-        "bos_token": tokenizer.end[0],
+        "bos_token": (tokenizer.begin or tokenizer.end)[0],
+        **({} if tokenizer.begin is None else {"add_bos_token": True}),
         "eos_token": tokenizer.end[0],
         "pad_token": tokenizer.padding[0],
         "unk_token": tokenizer.unknown,
@@ -78,6 +85,11 @@ def _tokenizer_config(model: ModelSection, tokenizer: ExportedTokenizer) -> dict
         **({"model_max_length": model.sequence_length} if model.block == "transformer" else {}),
         **({} if tokenizer.fast is None or tokenizer.sentencepiece is None else {CONVERTED_FROM: SENTENCEPIECE_NAME}),
     }
+
+
+def _with_begin(fast: bytes, begin: tuple[str, int] | None) -> bytes:
+    """A `tokenizer.json` that puts the piece before every text."""
+    return fast if begin is None else _as_json(json.loads(fast) | {"post_processor": post_processor(*begin)})
 
 
 def _as_json(content: dict[str, Any]) -> bytes:
