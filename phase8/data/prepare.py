@@ -31,7 +31,7 @@ from phase8.data.tokenizer import load_tokenizer
 from phase8.data.tokenizer_file import tokenizer_digest
 from phase8.data.tokenizer_training import train_sentencepiece
 from phase8.data.utf8 import num_encoded_bytes
-from phase8.durable import staged_directory, staged_file
+from phase8.durable import staged_directory, staged_file, storage_errors
 from phase8.errors import ConfigError, DataError
 
 OnProgress = Callable[[str, int, int], None]
@@ -127,6 +127,8 @@ def _prepare(options: PrepareOptions, sources: list[Source], layout: Layout, on_
     check_unchanged(sources)
     num_empty = sum(found.num_empty for found in counts) + _num_empty_files(sources)
     _check_splits(counts, options.rules, num_empty)
+    with storage_errors(layout.record):
+        layout.record.unlink(missing_ok=True)  # it must never describe the pairs that are replaced now
     splits = {name: _merge(shards, name, layout.split(name), dtype, maker, on_progress) for name in options.rules.splits}
     if options.tokenizer is None:
         with staged_file(layout.tokenizer) as partial:

@@ -270,6 +270,30 @@ def test_killed_while_publishing_nothing_half_written_is_left(inputs: Path, tmp_
     assert content(tmp_path / "out") == content(tmp_path / "undisturbed")
 
 
+def test_what_a_stopped_preparation_has_replaced_is_made_again_with_the_options_of_before(inputs: Path, tmp_path: Path, tokenizer_path: Path):
+    """Pairs of other options may have as many documents and tokens as those that an earlier record describes."""
+    prepared = options(inputs, tmp_path / "out" / "mine", train_tokenizer=False, vocab_size=None, tokenizer=tokenizer_path)
+    prepare(prepared)
+    train = tmp_path / "out" / "mine_train_text_document.bin"
+    before, names = train.read_bytes(), ("a00.txt", "a01.txt")
+    texts = [(inputs / name).read_bytes() for name in names]
+
+    def replace_inputs(new: list[bytes]) -> None:
+        for name, text in zip(names, new, strict=True):
+            (inputs / name).write_bytes(text)
+
+    def stop(stage: str, completed: int, total: int) -> None:
+        if stage == "writing validation":
+            raise KeyboardInterrupt
+
+    replace_inputs(texts[::-1])
+    with pytest.raises(KeyboardInterrupt):
+        prepare(prepared, on_progress=stop)
+    assert train.read_bytes() != before
+    replace_inputs(texts)
+    assert not prepare(prepared).is_reused and train.read_bytes() == before
+
+
 def test_only_changed_shards_are_made_again_after_a_kill(inputs: Path, tmp_path: Path, tokenizer_path: Path):
     prepared = options(inputs, tmp_path / "out" / "x", tokenizer=tokenizer_path, train_tokenizer=False, vocab_size=None, shard_bytes=2000)
     events: list[str] = []
