@@ -62,7 +62,7 @@ def _generate(arguments: argparse.Namespace) -> None:
         from phase8.generate.prompts import Prompt, read_prompts
         from phase8.generate.restore import choose_tokenizer, hold_in_compute_dtype, restore_model
         from phase8.generate.sampling import SamplingOptions
-        from phase8.generate.text import TextWriter, prompt_tokens, text_begin
+        from phase8.generate.text import TextWriter, about_length, prompt_tokens, text_begin
         from phase8.train.device import select_device
 
     options = SamplingOptions(arguments.temperature, arguments.top_k, arguments.top_p, arguments.seed)
@@ -82,7 +82,10 @@ def _generate(arguments: argparse.Namespace) -> None:
     with memory_errors(f"{one_or_more} continued", device, (*fewer, "shorter prompts", "a smaller --max-tokens", FEWER_BITS, *elsewhere)):
         output = _Output(arguments, TextWriter(model, tokenizer, options=options, **limits))
         for some in ([Prompt(text)] for text in _typed()) if arguments.interactive else [prompts]:
-            output.continue_prompts(some, [prompt_tokens(tokenizer, prompt.text, begin=begin) for prompt in some])
+            tokens = [prompt_tokens(tokenizer, prompt.text, begin=begin) for prompt in some]
+            if (sentence := about_length(model.section, tokens, max_tokens=arguments.max_tokens)) is not None:
+                warn(sentence)
+            output.continue_prompts(some, tokens)
     output.tell_speed()
 
 

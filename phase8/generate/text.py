@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from phase8.accelerator import records_steps
+from phase8.config.model_section import ModelSection
 from phase8.config.schema import DataSection
 from phase8.data.streaming_decoder import StreamingDecoder
 from phase8.data.tokenizer import Tokenizer
@@ -48,6 +49,23 @@ def prompt_tokens(tokenizer: Tokenizer, prompt: str, *, begin: Sequence[int]) ->
         begin: Token ids before it.
     """
     return [*begin, *tokenizer.encode(prompt)] or [tokenizer.eod_id]
+
+
+def about_length(section: ModelSection, prompts: Iterable[Sequence[int]], *, max_tokens: int) -> str | None:
+    """A sentence if a transformer would go beyond the positions that it was trained on; None for the Phase 8 block, whose window moves along.
+
+    Args:
+        section: Section of the model.
+        prompts: Token ids of each prompt.
+        max_tokens: Largest number of tokens of a continuation.
+    """
+    longest = max(map(len, prompts)) + max_tokens
+    if section.block != "transformer" or longest <= section.sequence_length:
+        return None
+    return (
+        f"prompt and continuation may have {longest:,} tokens, but this transformer was trained on sequences of {section.sequence_length:,}; its "
+        "text may make no sense beyond that"
+    )
 
 
 @dataclass

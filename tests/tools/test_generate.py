@@ -197,6 +197,18 @@ def test_a_byte_order_mark_is_no_part_of_the_first_prompt(tmp_path, monkeypatch)
         assert read_prompts(Path("-")) == [Prompt("a", 1), Prompt("b", 2)]
 
 
+def test_a_transformer_beyond_its_training_is_said(trained, trained_transformer, generated_here, monkeypatch):
+    told = []
+    monkeypatch.setattr(terminal, "tell", told.append)
+    length = restore.restore_model(trained, device=torch.device("cpu"))[0].section.sequence_length
+    for run, most in ((trained, length), (trained_transformer, length - 1), (trained_transformer, length)):
+        assert generated_here("--checkpoint", run, "--prompt", "", "--max-tokens", most, "--device", "cpu")[0] == 0
+    assert [sentence for sentence in told if "tok/s" not in sentence] == [
+        f"prompt and continuation may have {length + 1} tokens, but this transformer was trained on sequences of {length}; its text may make no "
+        "sense beyond that\n"
+    ]
+
+
 def test_another_tokenizer_is_said(trained, tmp_path, generated_here, monkeypatch):
     said = []
     monkeypatch.setattr("phase8.terminal.tell", said.append)
