@@ -21,6 +21,16 @@ _CAPACITY_STEP = 256  # the least room that a transformer's keys and values get
 _EAGER_STEPS = 2  # what libraries choose at a first call, and kernels that are compiled then, cannot be recorded
 
 
+def require_finite(checksum: Tensor) -> None:
+    """Refuses a model by a sum of its logits, of which the largest would be no prediction.
+
+    Raises:
+        CheckpointError: Some logits were not finite; the weights may be arbitrary numbers.
+    """
+    if not checksum.isfinite():
+        raise CheckpointError("the model computes logits that are not finite, so its weights are damaged or diverged; use an earlier checkpoint")
+
+
 class Decoder:
     """Reads sequences piece by piece with carried state.
 
@@ -74,8 +84,7 @@ class Drawn:
         """
         if self.arrived is not None:
             self.arrived.synchronize()
-        if not self.checksum.isfinite():
-            raise CheckpointError("the model computes logits that are not finite, so its weights are damaged or diverged; use an earlier checkpoint")
+        require_finite(self.checksum)
         return self.tokens.tolist()
 
 

@@ -14,6 +14,7 @@ import numpy as np
 import torch
 
 from phase8.errors import OutOfMemoryError
+from phase8.generate.decode import require_finite
 from phase8.model.model import LanguageModel
 from phase8.recall.tasks import Task
 from phase8.recall.write import random_generator
@@ -60,7 +61,9 @@ def greedy_predictions(model: LanguageModel, device: torch.device) -> Predict:
             hidden, _ = model(torch.from_numpy(tokens).to(device))
             before = torch.from_numpy(answers - 1).to(device)
             at_answers = hidden.gather(1, before[..., None].expand(-1, -1, hidden.shape[-1]))
-            return model.logits(at_answers).argmax(-1).cpu().numpy()
+            logits = model.logits(at_answers)
+            require_finite(logits.sum())
+            return logits.argmax(-1).cpu().numpy()
         except torch.OutOfMemoryError as error:
             raise OutOfMemoryError(f"sequences of {tokens.shape[1]} tokens do not fit into the memory of {device}; give shorter --lengths") from error
 

@@ -9,6 +9,7 @@ import torch
 from phase8.config.model_section import ModelSection
 from phase8.data.indexed import IndexedDataset
 from phase8.data.loader import open_dataset
+from phase8.errors import CheckpointError
 from phase8.model.model import build_model
 from phase8.model.parameters import initialise
 from phase8.recall.evaluate import evaluate_recall, greedy_predictions, recall_table
@@ -26,6 +27,16 @@ def test_an_oracle_recalls_everything(task):
     found = evaluate_recall(task, look_up, lengths=[64, 150], num_sequences=20, seed=1)
     assert [(result.size, result.length) for result in found] == [(size, length) for size in task.sizes for length in (64, 150)]
     assert {(result.answer_ratio, result.sequence_ratio, result.num_sequences) for result in found} == {(1.0, 1.0, 20)}
+
+
+def test_a_model_whose_logits_are_not_finite_has_no_recall():
+    """The largest of such logits is the id of the first that is not finite."""
+    model = build_model(ModelSection(d_model=24, num_layers=1, num_heads=2, vocab_size=128), dtype=torch.float32, device=torch.device("cpu"))
+    initialise(model, seed=1)
+    with torch.no_grad():
+        model.norm.weight[3] = float("nan")
+    with pytest.raises(CheckpointError, match="computes logits that are not finite"):
+        evaluate_recall(MQAR, greedy_predictions(model, torch.device("cpu")), lengths=[64], num_sequences=2, seed=1)
 
 
 def test_a_guesser_is_right_by_chance():
