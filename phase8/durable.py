@@ -48,6 +48,8 @@ def staged_file(destination: Path) -> Iterator[Path]:
     """
     partial = partial_name(destination)
     with storage_errors(destination):
+        if not is_regular_or_free(destination):
+            raise _InTheWayError(errno.EINVAL, "it is a device, a pipe or a socket, whose place a file would take; choose another place")
         destination.parent.mkdir(parents=True, exist_ok=True)
         try:
             yield partial
@@ -57,6 +59,15 @@ def staged_file(destination: Path) -> Iterator[Path]:
         finally:
             with suppress(OSError):  # whatever prevents writing it may prevent removing it
                 partial.unlink(missing_ok=True)
+
+
+def is_regular_or_free(path: Path) -> bool:
+    """Whether a file may take the place of what has this name, directly or through a link: not of a device such as /dev/null, nor of a pipe."""
+    try:
+        mode = path.stat().st_mode
+    except OSError:
+        return True  # nothing is there, or the writer finds the reason
+    return stat.S_ISREG(mode) or stat.S_ISDIR(mode)
 
 
 @contextmanager

@@ -6,7 +6,7 @@ from contextlib import suppress
 import pytest
 
 from phase8.data.staging import exclusive_lock
-from phase8.durable import open_for_appending, open_lock_file, replace_file, storage_errors
+from phase8.durable import is_regular_or_free, open_for_appending, open_lock_file, replace_file, storage_errors
 from phase8.errors import StorageError
 
 
@@ -58,6 +58,19 @@ def test_what_is_in_the_way_under_a_known_name_is_neither_followed_nor_waited_fo
     with suppress(OSError, StorageError):
         write(path)
     assert [entry.read_text() for entry in target.parent.iterdir()] == ["content"] * (obstacle == "link")
+
+
+@pytest.mark.parametrize("is_link", [False, True])
+def test_a_pipe_or_a_device_is_not_replaced_by_a_file(is_link, tmp_path):
+    """As /dev/null would be, by a superuser, and /dev/stdout, which is a link."""
+    os.mkfifo(tmp_path / "pipe")
+    path = tmp_path / ("link" if is_link else "pipe")
+    if is_link:
+        path.symlink_to("pipe")
+    with pytest.raises(StorageError) as refusal:
+        replace_file(path, b"new")
+    assert str(refusal.value) == f"cannot write {path}: it is a device, a pipe or a socket, whose place a file would take; choose another place"
+    assert path.is_fifo() and path.is_symlink() == is_link and not is_regular_or_free(path) and is_regular_or_free(tmp_path / "new")
 
 
 @pytest.mark.parametrize("opened", [open_lock_file, open_for_appending])

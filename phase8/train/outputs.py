@@ -9,6 +9,7 @@ from pathlib import Path
 
 from phase8.checkpoint.step_directories import MANIFEST_NAME, WEIGHTS_CONFIG_NAME
 from phase8.data.input_files import is_read
+from phase8.durable import is_regular_or_free
 from phase8.errors import ConfigError
 from phase8.paths import real_path
 from phase8.train.run_directory import RunDirectory
@@ -34,10 +35,14 @@ def require_own_output(output: Path | None, *, inputs: Iterable[Path] = (), pair
         pairs: Prefixes of `.bin/.idx` pairs that are read, or patterns of them.
 
     Raises:
-        ConfigError: It is such a file.
+        ConfigError: It is such a file, or no file at all.
     """
     if output is None:
         return
+    if not is_regular_or_free(output):
+        raise ConfigError(
+            f"--output is {output}, a device, a pipe or a socket, whose place a file would take; give a file, and have standard output redirected"
+        )
     place = real_path(output)
     for path in (*inputs, *_files_of(pairs)):
         if place == real_path(path) or (os.path.isfile(place) and _is_in(place, path)):

@@ -58,6 +58,18 @@ def test_what_training_wrote_is_kept(files, output, owner):
     assert str(caught.value) == f"--output is {files / output}, which belongs to {owner.format(files)}; give another file."
 
 
+def test_a_pipe_or_a_device_is_refused_before_any_work(files):
+    os.mkfifo(files / "pipe")
+    (files / "out").symlink_to("pipe")
+    for name in ("pipe", "out"):
+        with pytest.raises(ConfigError) as caught:
+            check(files, name)
+        assert str(caught.value) == (
+            f"--output is {files / name}, a device, a pipe or a socket, whose place a file would take; "
+            "give a file, and have standard output redirected"
+        )
+
+
 @pytest.mark.parametrize(
     ("output", "read"),
     [
