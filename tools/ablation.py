@@ -65,6 +65,7 @@ def _ablate() -> int:
         count_variant_parameters,
         current_study,
         joined_study,
+        overridden_settings,
         record_study,
     )
     from phase8.train.datasets import open_run_data
@@ -73,6 +74,8 @@ def _ablate() -> int:
     device = select_device(arguments.device)
     variants = choose_variants(arguments.variants, arguments.define)
     check_shared_settings(config, settings, variants)
+    for key, names in overridden_settings(settings, variants).items():
+        _say(f"{key} of --set has no effect on {', '.join(names)}, which set it themselves; --define makes a variant with another value")
     rates, num_steps = arguments.learning_rates, arguments.learning_rate_steps
     check_search(rates, num_steps=num_steps, settings=settings, variants=variants)
     search = plan_search(arguments.config, settings, variants, rates, num_steps=num_steps, seed=arguments.seeds[0], output=output)

@@ -151,7 +151,7 @@ def _held_out_data(checkpoint: Checkpoint, show: Show) -> SequenceDataset:
 
     metadata = run_metadata(checkpoint)
     if metadata.validation_fingerprint is None:
-        raise CheckpointError(f"{checkpoint.path} records no held-out data, as a training run with data.validation or data.split does; give --data")
+        raise CheckpointError(f"{checkpoint.path} records no held-out data, which a checkpoint of training does if the run had any; give --data")
     data = open_run_data(metadata.config, on_progress=show)
     if data.validation is None or data.validation_fingerprint is None:
         raise CheckpointError(f"{checkpoint.path} records held-out data, but its config names none; give --data")

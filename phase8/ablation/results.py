@@ -15,7 +15,7 @@ from typing import Any
 from phase8.ablation.chart import positions_png, validation_png
 from phase8.ablation.learning_rates import markdown_table, search_lines, searched
 from phase8.ablation.runs import Record
-from phase8.ablation.study import REFERENCE, Study
+from phase8.ablation.study import Study, reference_of
 from phase8.data.staging import write_json
 from phase8.durable import replace_file
 from phase8.terminal import ESCAPED
@@ -33,7 +33,7 @@ class Summary:
         losses: Final validation loss by seed; None: not finite.
         mean: Mean of the losses; None: one is not finite.
         spread: Largest minus smallest.
-        difference: Relative to `REFERENCE`, over the seeds of both, as a ratio; None: there is no such seed.
+        difference: Relative to the reference, over the seeds of both, as a ratio; None: there is no such seed.
         difference_seeds: The number of these seeds.
         tokens_per_second: Median over the runs.
     """
@@ -60,28 +60,30 @@ def write_results(study: Study, records: Sequence[Record], output: Path) -> str:
         StorageError: It cannot be written.
     """
     runs = _compared(study, records)
-    summaries = summarise(runs)
+    reference = reference_of(study.variants)
+    summaries = summarise(runs, reference)
     search = search_lines(study, records)
     positions = {name: by_seed for name, found in runs.items() if (by_seed := {r.seed: _by_position(r) for r in found if r.positions})}
     parts = [[_conditions(study, [record for found in runs.values() for record in found] or records)]]
     if runs:
-        parts += [[*_table_lines(summaries), "", _legend(study, runs)], ["![Held-out loss against tokens and against seconds](curves.png)"]]
+        parts += [[*_table_lines(summaries, reference), "", _legend(study, runs, reference)]]
+        parts += [["![Held-out loss against tokens and against seconds](curves.png)"]]
         curves = {name: {record.seed: dict(record.curve) for record in found} for name, found in runs.items()}
         speeds = {name: summary.tokens_per_second for name, summary in summaries.items() if summary.tokens_per_second is not None}
-        replace_file(output / "curves.png", validation_png(curves, reference=REFERENCE, speeds=speeds))
+        replace_file(output / "curves.png", validation_png(curves, reference=reference, speeds=speeds))
     if positions:
         parts += [_position_lines(runs), ["![Held-out loss by position in the sequence](positions.png)"]]
-        replace_file(output / "positions.png", positions_png(positions, reference=REFERENCE))
+        replace_file(output / "positions.png", positions_png(positions, reference=reference))
     table = "\n\n".join("\n".join(part) for part in [*parts, *([search] if search else [])]) + "\n"
     replace_file(output / "table.md", table.encode(errors=ESCAPED))
     write_json(output / "results.json", _tree(study, runs, summaries, records))
     return table
 
 
-def summarise(runs: Mapping[str, Sequence[Record]]) -> dict[str, Summary]:
-    """Summarises each variant over its seeds."""
+def summarise(runs: Mapping[str, Sequence[Record]], reference: str) -> dict[str, Summary]:
+    """Summarises each variant over its seeds, beside the reference."""
     losses = {name: {record.seed: record.validation_loss for record in found} for name, found in runs.items()}
-    return {name: _summary(found, losses[name], losses.get(REFERENCE, {})) for name, found in runs.items()}
+    return {name: _summary(found, losses[name], losses.get(reference, {})) for name, found in runs.items()}
 
 
 def _compared(study: Study, records: Sequence[Record]) -> dict[str, list[Record]]:
@@ -93,10 +95,10 @@ def _compared(study: Study, records: Sequence[Record]) -> dict[str, list[Record]
     return {name: sorted(found, key=lambda record: record.seed) for name, found in runs.items() if found}
 
 
-def _table_lines(summaries: Mapping[str, Summary]) -> list[str]:
+def _table_lines(summaries: Mapping[str, Summary], reference: str) -> list[str]:
     """The table of losses over the seeds, as Markdown."""
     seeds = sorted({seed for summary in summaries.values() for seed in summary.losses})
-    head = ["variant", "parameters", "tokens", *(f"seed {seed}" for seed in seeds), "mean", "spread", f"against {REFERENCE}", "tok/s"]
+    head = ["variant", "parameters", "tokens", *(f"seed {seed}" for seed in seeds), "mean", "spread", f"against {reference}", "tok/s"]
     rows = [
         [
             name,
@@ -105,7 +107,7 @@ def _table_lines(summaries: Mapping[str, Summary]) -> list[str]:
             *(_loss(summary.losses[seed]) if seed in summary.losses else NOTHING for seed in seeds),
             _loss(summary.mean),
             NOTHING if len(summary.losses) < 2 or summary.spread is None else f"{summary.spread:.4f}",
-            _difference(name, summary),
+            _difference(summary, is_reference=name == reference),
             NOTHING if summary.tokens_per_second is None else f"{summary.tokens_per_second:,.0f}",
         ]
         for name, summary in summaries.items()
@@ -152,8 +154,8 @@ def _loss(loss: float | None) -> str:
     return "not finite" if loss is None else f"{loss:.4f}"
 
 
-def _difference(name: str, summary: Summary) -> str:
-    if name == REFERENCE or summary.difference is None:
+def _difference(summary: Summary, *, is_reference: bool) -> str:
+    if is_reference or summary.difference is None:
         return NOTHING
     partial = "" if summary.difference_seeds == len(summary.losses) else f" ({summary.difference_seeds} of {len(summary.losses)} seeds)"
     return f"{100 * summary.difference:+.2f} %{partial}"
@@ -171,7 +173,7 @@ def _conditions(study: Study, records: Sequence[Record]) -> str:
     )
 
 
-def _legend(study: Study, runs: Mapping[str, Sequence[Record]]) -> str:
+def _legend(study: Study, runs: Mapping[str, Sequence[Record]], reference: str) -> str:
     records = [record for found in runs.values() for record in found]
     rates = ", ".join(f"{name} {study.learning_rates[name]:g}" for name in runs if name in study.learning_rates)
     skipped = _skipped(records)
@@ -180,7 +182,7 @@ def _legend(study: Study, runs: Mapping[str, Sequence[Record]]) -> str:
     jobs = " or ".join(_distinct(str(record.jobs) for record in records))
     return (
         "Loss on held-out data after the last step, nats per token. Spread: largest minus smallest over the seeds. "
-        f"Against {REFERENCE}: mean over the seeds of both of the relative difference. "
+        f"Against {reference}: mean over the seeds of both of the relative difference. "
         f"tok/s: median over a run's steps, with at most {jobs} runs side by side on the device."
     ) + "".join(remarks)
 
@@ -198,7 +200,7 @@ def _tree(
         "config_hash": study.digest,
         "config": study.config,
         "data": study.data,
-        "reference": REFERENCE,
+        "reference": reference_of(study.variants),
         "variants": {
             name: {**asdict(summary), "settings": study.variants[name], "runs": [asdict(record) for record in runs[name]]}
             for name, summary in summaries.items()

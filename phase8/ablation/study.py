@@ -10,7 +10,7 @@ import difflib
 import hashlib
 import json
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -154,6 +154,19 @@ def check_shared_settings(config: RunConfig, settings: Sequence[str], variants: 
         raise ConfigError(problems)
 
 
+def overridden_settings(settings: Sequence[str], variants: Mapping[str, Settings]) -> dict[str, list[str]]:
+    """Keys of `--set` that have no effect on some variants, which set them themselves, with the names of these."""
+    own = {name: {setting.partition("=")[0] for setting in changes} for name, changes in variants.items()}
+    given = dict.fromkeys(setting.partition("=")[0] for setting in settings)
+    return {key: names for key in given if (names := [name for name, keys in own.items() if key in keys])}
+
+
+def reference_of(names: Iterable[str]) -> str:
+    """The variant that the others are compared with: `REFERENCE`, or the first one where it is not among them."""
+    present = list(names)
+    return REFERENCE if REFERENCE in present else present[0]
+
+
 def count_variant_parameters(config_path: Path, settings: Sequence[str], variants: Mapping[str, Settings]) -> dict[str, int]:
     """Counts the parameters of each variant without allocating any."""
     return {name: count_parameters(shapes_only(load_config(config_path, [*settings, *changes]))) for name, changes in variants.items()}
@@ -165,13 +178,13 @@ def check_sizes(num_parameters: Mapping[str, int]) -> None:
     Raises:
         ConfigError: A variant differs by more than `SIZE_TOLERANCE` from `REFERENCE` or, without it, from the first variant.
     """
-    base = REFERENCE if REFERENCE in num_parameters else next(iter(num_parameters))
+    base = reference_of(num_parameters)
     least, most = (round(num_parameters[base] * (1 + sign * SIZE_TOLERANCE)) for sign in (-1, 1))
     outside = [f"{name} has {count:,}" for name, count in num_parameters.items() if not least <= count <= most]
     if outside:
         raise ConfigError(
             f"variants differ in their number of parameters: {', '.join(outside)}, but {least:,} to {most:,} are allowed, {SIZE_TOLERANCE:.0%} "
-            f"around {base}; change a width, or compare them all the same with --any-size."
+            f"around {base}; give a variant another width with --define, or compare them all the same with --any-size."
         )
 
 

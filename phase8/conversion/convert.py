@@ -52,7 +52,10 @@ def convert(options: ConversionOptions, *, on_progress: OnProgress) -> str:
             is_import = True
         if options.format == "phase8":
             copy = _reshard(source, config, options, on_progress, dtype=torch.float32 if is_import else None)  # master weights are fp32
-            return f"{copy.path}: step {copy.step}, {len(copy.tensor_names)} tensors in {len(copy.manifest.files)} files, equal to {origin}"
+            relation = "equal to" if options.upcycle_experts is None else "whose experts begin as the feed-forward of"
+            num_files = len(copy.manifest.files)
+            held = f"{len(copy.tensor_names)} tensors in {num_files} file{'' if num_files == 1 else 's'}"
+            return f"{copy.path}: step {copy.step}, {held}, {relation} {origin}"
         dtype = {None: None, "bf16": torch.bfloat16, "fp32": torch.float32}[options.dtype]
         form = merged_form(source, config, options)
         path = consolidate(source, options.destination, form=form, dtype=dtype, on_progress=on_progress)

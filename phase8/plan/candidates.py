@@ -18,7 +18,7 @@ from phase8.accelerator import has_kernels, is_accelerator, records_steps
 from phase8.config.auto import AUTO, automatic_keys, with_values
 from phase8.config.batch import batch_shape, run_topology
 from phase8.config.dotted import values_of
-from phase8.config.schema import RunConfig
+from phase8.config.schema import RunConfig, ZeroSection
 from phase8.config.validate import find_problems
 from phase8.plan.memory import MemoryPlan, usable_bytes
 from phase8.plan.prediction import predict_step, recorded_where_it_pays
@@ -238,8 +238,18 @@ def how_to_fit(config: RunConfig, nearest: Candidate) -> str:
 def remedy_for(config: RunConfig, settled: RunConfig, facts: Device, *, world_size: int, planned_bytes: int) -> str:
     """What to change, in words, where a config with its `auto` settings settled needs `planned_bytes`, which is too much."""
     nearest = nearest_that_fits(config, facts, world_size=world_size, below_bytes=planned_bytes)
-    general = "make the model smaller, use more ranks with zero.stage=3, or offload with zero.offload_optimizer=cpu"
-    return general if nearest is None else how_to_fit(settled, nearest)
+    return _general_remedy(settled.zero) if nearest is None else how_to_fit(settled, nearest)
+
+
+def _general_remedy(zero: ZeroSection) -> str:
+    """What makes a model fit for which no microbatch and no recomputation does: what its config does not ask for yet."""
+    others = "make the model smaller, or use more ranks with zero.stage=3"
+    if zero.engine == "deepspeed" or zero.offload_gradients:
+        return others
+    wanted = "zero.stage=3 zero.offload_optimizer=cpu zero.offload_params=cpu"
+    if zero.offload_params != "none":
+        wanted = "zero.offload_gradients=true"
+    return f"offload with {wanted} (tools/plan.py suggest finds the fastest layout that fits), {others}"
 
 
 def nothing_fits(config: RunConfig, smallest: Candidate, facts: Device, *, world_size: int) -> str:

@@ -24,7 +24,9 @@ from phase8.ablation.study import (
     count_variant_parameters,
     current_study,
     joined_study,
+    overridden_settings,
     record_study,
+    reference_of,
 )
 from phase8.config.describe import iterate_keys
 from phase8.config.load import config_to_mapping, load_config
@@ -398,12 +400,23 @@ def test_means_spreads_and_differences_over_the_seeds_of_both():
         REFERENCE: [record(REFERENCE, 1, 2.0), record(REFERENCE, 2, 2.0)],
         "transformer": [record("transformer", 1, None), record("transformer", 2, 2.1)],
     }
-    ours, theirs, broken = summarise(runs).values()
+    ours, theirs, broken = summarise(runs, REFERENCE).values()
     assert ours.mean == pytest.approx(12.7 / 3) and ours.spread == pytest.approx(7.2) and ours.tokens_per_second == 6
     assert ours.difference == pytest.approx(-0.075) and ours.difference_seeds == 2
     assert (theirs.mean, theirs.spread, theirs.difference) == (2.0, 0.0, 0.0)
     assert (broken.mean, broken.spread) == (None, None) and broken.difference == pytest.approx(0.05) and broken.difference_seeds == 1
-    assert summarise({"transformer": runs["transformer"]})["transformer"].difference is None
+    assert summarise({"transformer": runs["transformer"]}, REFERENCE)["transformer"].difference is None
+
+
+def test_without_the_reference_the_first_variant_is_compared_with():
+    assert reference_of(["phase8", REFERENCE]) == REFERENCE and reference_of(["phase8", "transformer"]) == "phase8"
+    runs = {"phase8": [record("phase8", 1, 2.0)], "transformer": [record("transformer", 1, 2.1)]}
+    assert summarise(runs, "phase8")["transformer"].difference == pytest.approx(0.05)
+
+
+def test_settings_that_some_variants_set_themselves_are_named():
+    variants = {"phase8": ("model.ffn_size=1320", "model.block=phase8"), "transformer": ("model.block=transformer",)}
+    assert overridden_settings(["model.ffn_size=192", "train.seed=3"], variants) == {"model.ffn_size": ["phase8"]}
 
 
 def test_the_table_the_figures_and_the_picture(tiny, tmp_path):

@@ -16,8 +16,10 @@ from phase8.checkpoint.step_directories import step_directory_name
 from phase8.config.auto import automatic_keys
 from phase8.config.batch import run_topology
 from phase8.config.load import load_config
+from phase8.config.schema import ZeroSection
 from phase8.distributed.mesh import build_mesh
 from phase8.errors import OutOfMemoryError
+from phase8.plan import candidates
 from phase8.plan.candidates import Device
 from phase8.train import device, memory_limits, tuning
 from phase8.train.build import build_engine
@@ -206,8 +208,21 @@ def test_several_ranks_say_what_the_next_best_by_plan_would_have_made(tiny):
 
 
 def test_nothing_fits_is_one_sentence(tiny, mesh, trials):
-    with pytest.raises(OutOfMemoryError, match=r"no settings fit into the 0.0 GiB that are free on a GPU: .* GiB by plan; make the model smaller"):
+    with pytest.raises(OutOfMemoryError, match=r"no settings fit into the 0.0 GiB that are free on a GPU: .* GiB by plan; offload with zero"):
         choose(tiny, mesh, facts=replace(GPU, memory_bytes=1 << 20))
+
+
+@pytest.mark.parametrize(
+    ("zero", "words"),
+    [
+        (ZeroSection(), "offload with zero.stage=3 zero.offload_optimizer=cpu zero.offload_params=cpu ("),
+        (ZeroSection(stage=1, offload_optimizer="cpu"), "offload with zero.stage=3 zero.offload_optimizer=cpu zero.offload_params=cpu ("),
+        (ZeroSection(stage=3, offload_optimizer="cpu", offload_params="cpu"), "offload with zero.offload_gradients=true ("),
+        (ZeroSection(stage=3, offload_optimizer="cpu", offload_params="cpu", offload_gradients=True), "make the model smaller, or"),
+    ],
+)
+def test_the_remedy_names_what_a_config_does_not_ask_for_yet(zero, words):
+    assert candidates._general_remedy(zero).startswith(words)
 
 
 def test_a_cpu_follows_a_rule_and_its_checkpoints_tell_it(tiny):
