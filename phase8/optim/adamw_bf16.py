@@ -168,7 +168,8 @@ class AdamWBf16(BesideAdamW):
         passage: Passage | None = None
         for group in self._own_groups:
             parts = [part for part in group["params"] if part.grad is not None]
-            device = updating_device(parts[0]) if parts else None
+            some = next((part for part in parts if part.numel()), None)  # a rank may have nothing of a small matrix
+            device = None if some is None else updating_device(some)
             scalars = None if device is None else self._scalars(group["lr"], device)
             if device is not None and passage is None and parts[0].device.type == CPU:
                 passage = Passage(device, largest=max(part.numel() for each in self._own_groups for part in each["params"]))

@@ -57,7 +57,7 @@ class Passage:
             changed: Contiguous tensors in host memory of equally many elements; they have their new values after `finish`.
             read: The same, which are only read.
         """
-        flat = [tensor.reshape(-1) for tensor in (*changed, *read)]
+        flat = [tensor.reshape(-1) for tensor in (*changed, *read) if tensor.numel()]
         for pieces in zip(*(tensor.split(self._room) for tensor in flat), strict=True):
             self._take_piece(compute, pieces, num_changed=len(changed))
 
