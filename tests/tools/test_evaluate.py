@@ -80,7 +80,7 @@ def test_held_out_data_that_are_gone_or_unknown_are_refused(tiny, tmp_path, caps
     assert load_door("reshard_checkpoint").main([str(run.directory.path), str(tmp_path / "weights"), "--format", "consolidated"]) == 0
     capsys.readouterr()
     code, output, errors = evaluate(capsys, "--checkpoint", tmp_path / "weights", "--held-out")
-    assert (code, output) == (4, "") and f"error: {tmp_path / 'weights'} records no held-out data, as a training run" in errors
+    assert (code, output) == (4, "") and f"error: {tmp_path / 'weights'} records no held-out data, which a checkpoint of training does" in errors
 
 
 def test_every_form_of_a_model_gives_the_same_result(trained, tmp_path, capsys):
