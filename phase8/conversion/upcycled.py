@@ -16,7 +16,8 @@ from phase8.model.model import build_model
 from phase8.model.parameters import first_buffers, first_value, iterate_specs
 
 DEFAULT_TOP_K = 2
-# Of the first weights of a router that chooses a single expert: scores are then 1 / E but for a few thousandths, and choices those of larger weights.
+# Standard deviation of the first weights of a router that chooses a single expert, over that of others: scores are then 1 / E but for a few
+# thousandths, and choices are those of larger weights.
 _ROUTER_SCALE = 2**-10
 
 

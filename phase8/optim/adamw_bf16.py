@@ -170,26 +170,26 @@ class AdamWBf16(BesideAdamW):
             parts = [part for part in group["params"] if part.grad is not None]
             some = next((part for part in parts if part.numel()), None)  # a rank may have nothing of a small matrix
             device = None if some is None else updating_device(some)
-            scalars = None if device is None else self._scalars(group["lr"], device)
+            scalars_at = None if device is None else self._scalars(group["lr"], device)
             if device is not None and passage is None and parts[0].device.type == CPU:
                 passage = Passage(device, largest=max(part.numel() for each in self._own_groups for part in each["params"]))
             for part in parts:
                 state = self._counted_state(part, None if passage is None else device)
-                if scalars is None:
+                if scalars_at is None:
                     self._update_in_pieces(part.detach(), part.grad, (state["exp_avg"], state["exp_avg_sq"]), state["step"], group)
                 else:
-                    self._update_at_once(part.detach(), part.grad, state, scalars, group, passage)
+                    self._update_at_once(part.detach(), part.grad, state, scalars_at, group, passage)
                 if self.found_inf is not None:
                     state["step"] -= self.found_inf
         if passage is not None:
             passage.finish()
 
-    def _scalars(self, rate: float | Tensor, device: torch.device) -> Scalars:
-        """The numbers of the step on a device, without the number of the step, which each parameter counts."""
+    def _scalars(self, rate: float | Tensor, device: torch.device) -> Callable[..., Scalars]:
+        """What makes the numbers of the step on a device, given `step`, which each parameter counts."""
         scale, found_inf = (None if number is None else number.to(device) for number in (self.grad_scale, self.found_inf))
         # A tensor, by which compiled code does not change from step to step.
         rate = rate if isinstance(rate, Tensor) else torch.full((), rate, device=device)
-        return Scalars(rate, torch.empty(()), scale, found_inf)
+        return functools.partial(Scalars, rate=rate, scale=scale, found_inf=found_inf)
 
     def _counted_state(self, part: nn.Parameter, device: torch.device | None) -> dict[str, Tensor]:
         """The state of a parameter, which is made at its first step, with this step counted.
@@ -208,14 +208,20 @@ class AdamWBf16(BesideAdamW):
         return state
 
     def _update_at_once(
-        self, part: Tensor, gradient: Tensor, state: Mapping[str, Tensor], scalars: Scalars, group: dict[str, Any], passage: Passage | None
+        self,
+        part: Tensor,
+        gradient: Tensor,
+        state: Mapping[str, Tensor],
+        scalars_at: Callable[..., Scalars],
+        group: dict[str, Any],
+        passage: Passage | None,
     ) -> None:
         run = compiled_update(Rule(tuple(group["betas"]), group["eps"], group["weight_decay"]), self.widen, self.shorten)
         if passage is None:
             moments = state["exp_avg"].view(-1), state["exp_avg_sq"].view(-1)
-            run(part.view(-1), gradient.reshape(-1), moments, scalars._replace(step=state["step"]))
+            run(part.view(-1), gradient.reshape(-1), moments, scalars_at(step=state["step"]))
             return
-        scalars = scalars._replace(step=torch.full((), state["step"].item(), device=scalars.rate.device))
+        scalars = scalars_at(step=torch.full((), state["step"].item(), device=passage.device))
 
         def compute(weights: Tensor, first: Tensor, second: Tensor, gradients: Tensor) -> None:
             run(weights, gradients, (first, second), scalars)

@@ -43,7 +43,7 @@ class Passage:
     """
 
     def __init__(self, device: torch.device, *, largest: int):
-        self._device, self._has_streams = device, accelerator.locks_pages(device.type)
+        self.device, self._has_streams = device, accelerator.locks_pages(device.type)
         self._room = min(PIECE, largest)
         self._there, self._back = (accelerator.new_stream(device), accelerator.new_stream(device)) if self._has_streams else (None, None)
         self._places: list[_Place] = []
@@ -86,19 +86,19 @@ class Passage:
     def _next_place(self, pieces: Sequence[Tensor]) -> _Place:
         """The place whose piece was sent back longest ago."""
         if not self._places:
-            self._places = [_Place(pieces, self._room, self._device) for _ in range(_NUM_PLACES)]
+            self._places = [_Place(pieces, self._room, self.device) for _ in range(_NUM_PLACES)]
             self._follow(self._there, self._current())  # what had this memory before may still be computed with
         self._num_pieces += 1
         return self._places[self._num_pieces % _NUM_PLACES]
 
     def _current(self) -> torch.Stream | None:
-        return accelerator.current_stream(self._device) if self._has_streams else None
+        return accelerator.current_stream(self.device) if self._has_streams else None
 
     @staticmethod
     def _follow(later: torch.Stream | None, earlier: torch.Stream | None) -> None:
         """Lets one stream wait for what is queued to another."""
         if later is not None and earlier is not None:
-            later.wait_event(earlier.record_event())
+            later.wait_stream(earlier)
 
     @staticmethod
     def _on(stream: torch.Stream | None) -> AbstractContextManager[None]:

@@ -284,7 +284,7 @@ def _settings(config: RunConfig, *, world_size: int, device: Device, compiles: b
         return [] if find_problems(each, world_size=world_size) else [each]
 
     def of_some_layers(size: int) -> list[list[_Setting]]:
-        # Of distances with which as many layers are recomputed, the smallest spreads them best.
+        # The smallest of the distances with which as many layers are recomputed spreads them best.
         intervals = {math.ceil(config.model.num_layers / every): every for every in _INTERVALS}.values()
         families = [[each for every in intervals for each in settled(size, way, every=every)] for way in _OF_SOME_LAYERS]
         return [predicted(family) for family in families if family]

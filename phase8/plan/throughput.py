@@ -105,10 +105,11 @@ def step_seconds(work: StepWork, gpu: Gpu, *, host_ratio: float = 1.0) -> float:
     rates, microbatch, once = _rates(work, gpu), [], []
     for stage in work.stages:
         cost = _microbatch_cost(work, stage, rates)
-        cost = cost.plus(Cost(_fetching_seconds(work, stage, cost.gpu)))
+        computing = cost.gpu
+        cost = cost.plus(Cost(_fetching_seconds(work, stage, computing)))
         microbatch.append(_slower(cost, work, host_ratio))
         exchanged = sum(_exchange_seconds(each, work, stage.grid, gpu, rates) for each in stage.collectives)
-        once.append(_optimizer_seconds(work, stage, gpu, host_ratio) + exchanged)
+        once.append(_optimizer_seconds(work, stage, gpu, host_ratio, computing) + exchanged)
     P, V = work.pipeline.num_stages, work.pipeline.num_chunks
     seconds = max(microbatch) * (work.shape.num_microbatches + (P - 1) / V)
     return seconds / (PIPELINE_SHARE if P > 1 else 1.0) + max(once)
@@ -116,7 +117,8 @@ def step_seconds(work: StepWork, gpu: Gpu, *, host_ratio: float = 1.0) -> float:
 
 def optimizer_seconds(work: StepWork, gpu: Gpu, *, host_ratio: float = 1.0) -> float:
     """Predicted seconds of the optimizer in a step, on the stage where it takes longest; arguments as of `step_seconds`."""
-    return max(_optimizer_seconds(work, stage, gpu, host_ratio) for stage in work.stages)
+    rates = _rates(work, gpu)
+    return max(_optimizer_seconds(work, stage, gpu, host_ratio, _microbatch_cost(work, stage, rates).gpu) for stage in work.stages)
 
 
 def _rates(work: StepWork, gpu: Gpu) -> Rates:
@@ -164,12 +166,12 @@ def _beside_copies(gpu_seconds: float, batch: Microbatch) -> float:
     return max(gpu_seconds * FORWARD_SHARE, copied) + max(gpu_seconds * (1 - FORWARD_SHARE), copied)
 
 
-def _optimizer_seconds(work: StepWork, stage: StageWork, gpu: Gpu, host_ratio: float) -> float:
-    """Seconds of a step in which weights are updated, with what is exchanged and copied for that alone."""
+def _optimizer_seconds(work: StepWork, stage: StageWork, gpu: Gpu, host_ratio: float, gpu_seconds: float) -> float:
+    """Seconds of a step in which weights are updated, with what is exchanged and copied for that alone; the GPU computes a microbatch so long."""
     is_offloaded, size = work.zero.offload_optimizer != "none", _element_bytes(work)
     update = device_cost(stage.update, _rates(work, gpu), element_bytes=size, is_offloaded=is_offloaded)
     sent = sum(number * size / _link_rate(axis, stage.grid, gpu) for axis, number in stage.update.muon.sent)
-    return _slower(update, work, host_ratio) + sent + (_offloading_seconds(work, stage, gpu) if is_offloaded else 0.0)
+    return _slower(update, work, host_ratio) + sent + (_offloading_seconds(work, stage, gpu_seconds) if is_offloaded else 0.0)
 
 
 def _exchange_seconds(each: Collectives, work: StepWork, grid: Grid, gpu: Gpu, rates: Rates) -> float:
@@ -215,7 +217,7 @@ def _exposed(travelling_seconds: float, beside_seconds: float) -> float:
     return ARRIVING_ALONE * travelling_seconds + max(0.0, travelling_seconds - beside_seconds)
 
 
-def _offloading_seconds(work: StepWork, stage: StageWork, gpu: Gpu) -> float:
+def _offloading_seconds(work: StepWork, stage: StageWork, gpu_seconds: float) -> float:
     """Seconds of a step in which gradients go to the host, parameters there are updated, and those that do not stay there come back.
 
     Muon orthogonalises on the device, so directions come there and back besides.
@@ -225,7 +227,7 @@ def _offloading_seconds(work: StepWork, stage: StageWork, gpu: Gpu) -> float:
         leaving *= 2  # what was updated comes back
     elif work.zero.engine == "fsdp":
         # Block by block in the last backward, against the direction in which parameters arrive.
-        computing = (1 - FORWARD_SHARE) * _microbatch_cost(work, stage, _rates(work, gpu)).gpu
+        computing = (1 - FORWARD_SHARE) * gpu_seconds
         leaving = _exposed(leaving, computing + _arriving_seconds(work, stage, computing))
     # The sum so far comes back in the direction in which parameters arrive; the new one goes the other way meanwhile.
     num_added = work.shape.num_microbatches - 1 if work.zero.offload_gradients else 0

@@ -40,7 +40,7 @@ def test_what_the_kernel_of_bottlenecks_is_not_made_for_is_left_to_a_product():
 
 @pytest.mark.parametrize(("length", "stride", "is_kernel"), [(2**26 - 1, 16, True), (2**26, 16, False), (2**25, 64, False)])
 def test_the_scan_counts_places_in_32_bits(length, stride, is_kernel, monkeypatch):
-    """Of a g without gaps, or of a potential of 16 heads that steps over other channels."""
+    """The places are those of a g without gaps, or of a potential of 16 heads that steps over other channels."""
     monkeypatch.setattr(green_scan, "uses_triton", lambda x: True)
     potential = torch.empty_strided((1, length, 16), (0, stride, 1), device="meta")
     assert green_scan._takes_triton(potential) == is_kernel

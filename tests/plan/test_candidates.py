@@ -121,8 +121,8 @@ def of_two(gib, *settings, **options):
     return max(found, key=lambda each: each.config.train.micro_batch_size)
 
 
-# Of four layers. A microbatch of 16 sequences needs 17 GiB, 15 if one mixer in four is recomputed, 13.2 with one layer in four, 13 with every second
-# mixer, 9.4 with every second layer, 9 with all mixers, and 1.8 with all layers.
+# The model has four layers. A microbatch of 16 sequences needs 17 GiB, 15 if one mixer in four is recomputed, 13.2 with one layer in four, 13 with
+# every second mixer, 9.4 with every second layer, 9 with all mixers, and 1.8 with all layers.
 @pytest.mark.parametrize(
     ("gib", "way"),
     [
