@@ -185,12 +185,17 @@ def num_cache_flushes(device: torch.device) -> int | None:
 
 
 def give_back_memory(device_type: str | None) -> None:
-    """Gives memory that torch keeps for later tensors back to the accelerator; None, or a CPU: there is nothing to give back."""
+    """Gives memory that torch keeps for later tensors back to the accelerator, and page-locked memory to the host; None, or a CPU: there is none."""
     if device_type is None or not is_accelerator(device_type):
         return
     module = torch.get_device_module(device_type)
     if hasattr(module, "empty_cache"):
         module.empty_cache()
+    if locks_pages(device_type):  # torch keeps as much as was ever in use at once, such as offloaded weights and their gradients
+        if hasattr(torch.accelerator, "empty_host_cache"):
+            torch.accelerator.empty_host_cache()
+        else:  # torch 2.11
+            torch._C._host_emptyCache()
 
 
 Memory = Literal["device", "page-locked", "host"]

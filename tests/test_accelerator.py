@@ -76,7 +76,6 @@ def test_backends_of_collectives_are_those_that_torch_names():
         (lambda: accelerator.free_and_total_bytes(GPU), "mem_get_info", (GPU,)),
         (lambda: accelerator.peak_bytes(GPU), "max_memory_allocated", (GPU,)),
         (lambda: accelerator.reset_peak(GPU), "reset_peak_memory_stats", (GPU,)),
-        (lambda: accelerator.give_back_memory("cuda"), "empty_cache", ()),
         (lambda: accelerator.generator_state(GPU), "get_rng_state", (GPU,)),
         (lambda: accelerator.set_generator_state(GPU, torch.empty(0)), "set_rng_state", (torch.empty(0), GPU)),
         (lambda: accelerator.count("cuda"), "device_count", ()),
@@ -145,6 +144,31 @@ def test_an_error_in_a_recording_is_raised_as_it_is(monkeypatch):
     assert streams == ["the usual one", "that of the recording", "the usual one"]
     with pytest.raises(RuntimeError, match="unjoined"), accelerator.recording(None):
         pass
+
+
+@pytest.mark.gpu
+def test_page_locked_memory_goes_back_to_the_host_with_that_of_a_gpu():
+    """Else a trial of offloaded settings would leave no room on the host for the run itself."""
+
+    def held():
+        return torch.cuda.host_memory_stats()["allocated_bytes.current"]
+
+    accelerator.give_back_memory("cuda")
+    before, offloaded = held(), torch.ones(1 << 24).to("cuda").to("cpu", non_blocking=True)
+    torch.cuda.synchronize()
+    assert held() - before >= offloaded.nbytes
+    del offloaded
+    accelerator.give_back_memory("cuda")
+    assert held() == before
+
+
+def test_page_locked_memory_is_given_back_where_torch_locks_pages(monkeypatch):
+    given_back = []
+    monkeypatch.setattr(torch.accelerator, "empty_host_cache", lambda: given_back.append("pages"), raising=False)  # torch 2.12 and later
+    monkeypatch.setattr(torch.cuda, "empty_cache", lambda: given_back.append("device"))
+    accelerator.give_back_memory("cuda")
+    accelerator.give_back_memory("cpu")
+    assert given_back == ["device", "pages"]
 
 
 @pytest.mark.gpu

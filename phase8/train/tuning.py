@@ -4,7 +4,7 @@
 |---|---|
 | a run that resumes on the same device and ranks | it keeps its settings, so its steps stay the same bit for bit |
 | a cached choice for such a run (`data.cache_dir/tuning`) | it is used |
-| one process on a GPU, `train.tuning: measure` | the best few candidates that fit by plan are tried, unless one has no rival and long steps |
+| one process on a GPU, `train.tuning: measure` | the best few candidates that fit by plan are tried, unless one has no rival and takes long |
 | several ranks, or `train.tuning: plan` | the best by plan is taken: a trial that runs out of memory on one rank would leave the rest waiting |
 | a CPU, or `train.tuning: off` | a fixed rule applies |
 """
@@ -43,7 +43,7 @@ _MOST_TRIALS = 3
 # Candidates are tried if their predicted time is within this ratio of the best.
 _WORTH_A_TRIAL = 1.08
 _LONG_ENOUGH_TO_COMPILE_SECONDS = 120.0  # in a shorter run, compilation would take more time than it saves
-# Where the steps of a trial would take longer, by their prediction, a candidate without a rival is taken untried.
+# Where a trial would take longer, by its prediction, a candidate without a rival is taken untried.
 _WORTH_A_TRIAL_OF_ONE_SECONDS = 30.0
 _UNLIMITED = 1 << 60
 COPIES: dict[str, Any] = {"checkpoint.asynchronous": True}  # among refused values: the host has no room for copies of what is saved
@@ -204,7 +204,8 @@ class _Search:
         if self.is_long(None):
             best, *others = candidates = self.candidates(compiles=True)
             has_rival = any(other.step_seconds <= best.step_seconds * _WORTH_A_TRIAL for other in others)
-            if not has_rival and trial_seconds(best.config, best.step_seconds) > _WORTH_A_TRIAL_OF_ONE_SECONDS:
+            host_bytes = plan_on(self._facts, best.config, world_size=1).host_bytes
+            if not has_rival and trial_seconds(best.config, best.step_seconds, host_bytes=host_bytes) > _WORTH_A_TRIAL_OF_ONE_SECONDS:
                 return _by_plan(candidates, self._facts, 1, ", which finds nothing as fast")
             self._try(candidates, compiles=True, most=_MOST_TRIALS)
         else:
@@ -283,8 +284,7 @@ def _parse(value: object, config: RunConfig) -> Chosen | None:
         settled = with_settings(config, value["values"], source="record")
     except ConfigError:
         return None
-    texts = [value.get(name) for name in ("device", "reason")]
-    world_size = value.get("world_size")
+    texts, world_size = [value.get(name) for name in ("device", "reason")], value.get("world_size")
     if automatic_keys(settled) or not all(isinstance(text, str) for text in texts) or type(world_size) is not int:
         return None
     return Chosen(values_of(settled, tuple(value["values"])), str(texts[0]), world_size, str(texts[1]))

@@ -77,10 +77,16 @@ def test_the_fastest_that_was_tried_is_taken(tiny, mesh, trials):
     assert "300 tok/s measured" in chosen.reason and "next best: micro batch 4" in chosen.reason
 
 
-@pytest.mark.parametrize(("step_seconds", "has_rival", "is_tried"), [(100.0, False, False), (100.0, True, True), (1.0, False, True)])
-def test_a_candidate_without_a_rival_is_taken_untried_if_its_steps_are_long(tiny, mesh, trials, monkeypatch, step_seconds, has_rival, is_tried):
+@pytest.mark.parametrize(
+    ("step_seconds", "host_gib", "has_rival", "is_tried"),
+    [(100.0, 0, False, False), (100.0, 0, True, True), (1.0, 0, False, True), (1.0, 90, False, False), (1.0, 1, False, True)],
+)
+def test_a_candidate_without_a_rival_is_taken_untried_if_its_trial_is_long(
+    tiny, mesh, trials, monkeypatch, step_seconds, host_gib, has_rival, is_tried
+):
     _, made = trials
-    find = tuning.find_candidates
+    find, plan = tuning.find_candidates, tuning.plan_on
+    monkeypatch.setattr(tuning, "plan_on", lambda *arguments, **others: replace(plan(*arguments, **others), host_bytes=host_gib << 30))
 
     def found(config, **others):
         best, second, *_ = find(config, **others)
