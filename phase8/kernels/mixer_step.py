@@ -13,12 +13,11 @@ from phase8.kernels.reference import mixer_step as reference
 def _runs_on_gpu(qkv: Tensor, constants: MixerConstants) -> bool:
     """Whether the kernel computes these layers.
 
-    It knows neither the Lorentz score nor the chain, nor SiLU of gates and values, nor a skip of the recurrence, nor a convolution of keys that
-    several heads share: the programs of those heads would read inputs that one of them has moved up.
+    It knows neither the Lorentz score nor the chain, nor a convolution of keys that several heads share: the programs of those heads would read
+    inputs that one of them has moved up.
     """
     path, head_size = constants.global_path, qkv.shape[1] // (constants.num_heads + 2 * constants.num_key_heads)
-    has_more = constants.has_silu_of_values or (path is not None and (path.decay_and_gate.has_silu or path.skip is not None))
-    is_known = constants.beta is None and (path is None or path.chain is None) and not has_more and head_size <= MAX_STEP_HEAD_SIZE
+    is_known = constants.beta is None and (path is None or path.chain is None) and head_size <= MAX_STEP_HEAD_SIZE
     is_alone = constants.num_heads == constants.num_key_heads or constants.taps is None
     return is_known and is_alone and uses_triton(qkv) and qkv.element_size() <= 4
 

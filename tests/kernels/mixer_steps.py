@@ -29,6 +29,9 @@ class StepCase:
     rank: int = 5  # of the gate per channel
     delta: bool = False
     floor: float | None = None
+    silu_values: bool = False
+    silu_gate: bool = False
+    skip: bool = False
     positions: tuple[int, ...] = (3, 20)
 
     def __str__(self):
@@ -64,7 +67,7 @@ class Steps:
         path = self.constants.global_path
         if path is not None:
             gates = replace(path.decay_and_gate, **{name: to(vars(path.decay_and_gate)[name], wide) for name in ("decay_bias", "gate_bias")})
-            path = GlobalConstants(gates, None, to(path.norm_weight, wide))
+            path = GlobalConstants(gates, None, to(path.norm_weight, wide), to(path.skip, wide))
         constants = self.constants
         taps, scale, gate_up = to(constants.taps, wide), to(constants.scale, wide), to(constants.gate_up, dtype)
         constants = replace(constants, taps=taps, scale=scale, gate_up=gate_up, global_path=path)
@@ -99,12 +102,15 @@ def draw_step(case: StepCase, dtype: torch.dtype, *, steps: int) -> Steps:
         )
         for _ in range(steps)
     ]
-    gates = DecayAndGate(draw(case.heads, dtype=wide), draw(case.heads, dtype=wide), case.floor, case.head_size if case.delta else None)
+    delta_size = case.head_size if case.delta else None
+    gates = DecayAndGate(draw(case.heads, dtype=wide), draw(case.heads, dtype=wide), case.floor, delta_size, has_silu=case.silu_gate)
     constants = MixerConstants(
         taps=draw(case.taps, row) if case.taps > 1 else None,
         scale=1 + draw(case.heads + case.num_key_heads, dtype=wide).abs() if case.scaled else None,
         beta=None,
-        global_path=GlobalConstants(gates, None, draw(case.heads, case.head_size, dtype=wide)) if has_path else None,
+        global_path=GlobalConstants(
+            gates, None, draw(case.heads, case.head_size, dtype=wide), draw(case.heads, dtype=wide) if case.skip else None
+        ) if has_path else None,
         gate_up=draw(width, case.rank) * case.rank**-0.5 if has_path and case.channels else None,
         window=case.window,
         global_tokens=case.global_tokens,
@@ -113,6 +119,7 @@ def draw_step(case: StepCase, dtype: torch.dtype, *, steps: int) -> Steps:
         has_silu=case.silu,
         has_rotary=case.rotary,
         eps=1e-5,
+        has_silu_of_values=case.silu_values,
     )
     slots = (case.batch, case.global_tokens + case.window, case.num_key_heads, case.head_size)
     state = MixerStepState(

@@ -68,17 +68,3 @@ def test_shared_keys_with_a_convolution_take_the_plain_operations(key_heads, tap
     monkeypatch.setattr(dispatch, "uses_triton", lambda x: True)
     qkv, _, _, constants, *_ = draw_step(StepCase(key_heads=key_heads, taps=taps, global_path=None), torch.float32, steps=1).arguments(0)
     assert dispatch._runs_on_gpu(qkv.float(), constants) is expected
-
-
-@pytest.mark.parametrize("part", ["values", "gate", "skip"])
-def test_what_the_kernel_does_not_know_takes_the_plain_operations(part, monkeypatch):
-    monkeypatch.setattr(dispatch, "uses_triton", lambda x: True)
-    qkv, _, _, constants, *_ = draw_step(StepCase(), torch.float32, steps=1).arguments(0)
-    assert dispatch._runs_on_gpu(qkv.float(), constants)
-    path, heads = constants.global_path, torch.ones(StepCase().heads)
-    changed = {
-        "values": {"has_silu_of_values": True},
-        "gate": {"global_path": replace(path, decay_and_gate=replace(path.decay_and_gate, has_silu=True))},
-        "skip": {"global_path": replace(path, skip=heads)},
-    }
-    assert not dispatch._runs_on_gpu(qkv.float(), replace(constants, **changed[part]))

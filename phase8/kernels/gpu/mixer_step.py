@@ -59,7 +59,7 @@ def mixer_step(
         place.cos, place.sin, given(constants.scale), given(state.keys), given(state.values), place.position,
         given(scalars), 0 if scalars is None else scalars.stride(0), given(channels), 0 if channels is None else channels.stride(0),
         given(constants.gate_up), given(None if decay_and_gate is None else decay_and_gate.decay_bias),
-        given(None if decay_and_gate is None else decay_and_gate.gate_bias),
+        given(None if decay_and_gate is None else decay_and_gate.gate_bias), given(None if path is None else path.skip),
         given(None if path is None else path.norm_weight), given(state.memory), out, parts, state.arrivals,
         window, constants.global_tokens, head_size**-0.5, constants.eps,
         0.0 if decay_and_gate is None or decay_and_gate.decay_floor is None else decay_and_gate.decay_floor,
@@ -69,7 +69,8 @@ def mixer_step(
         SCALE=constants.scale is not None, GLOBALS=constants.global_tokens > 0, RANK=rank, BLOCK_R=block_of_rank,
         TILE_R=min(tiling.gate_tile, block_of_rank), SILU=constants.has_silu, SCALARS=0 if scalars is None else scalars.shape[1] // num_heads,
         DELTA=decay_and_gate is not None and decay_and_gate.delta_size is not None,
-        FLOOR=decay_and_gate is not None and decay_and_gate.decay_floor is not None,
+        FLOOR=decay_and_gate is not None and decay_and_gate.decay_floor is not None, SILU_VALUES=constants.has_silu_of_values,
+        SILU_GATE=decay_and_gate is not None and decay_and_gate.has_silu, SKIP=path is not None and path.skip is not None,
         num_warps=tiling.num_warps, maxnreg=tiling.max_registers, **overlap_options(qkv.device),
     )  # fmt: skip
     return out
@@ -83,12 +84,13 @@ def _num_processors(device: torch.device) -> int:
 @triton.jit
 def _step_kernel(
     qkv, qkv_stride, before, taps, cosines, sines, scale, keys, values, positions,
-    scalars, scalars_stride, channels, channels_stride, gate_up, decay_bias, gate_bias, norm_weight, memory, out, parts, arrivals,
+    scalars, scalars_stride, channels, channels_stride, gate_up, decay_bias, gate_bias, skip, norm_weight, memory, out, parts, arrivals,
     window, global_tokens, score_scale, eps, decay_floor,
     NUM_HEADS: tl.constexpr, KEY_HEADS: tl.constexpr, HEAD_SIZE: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_J: tl.constexpr, ROWS: tl.constexpr,
     BLOCK_V: tl.constexpr, BLOCK_P: tl.constexpr, WINDOW_PARTS: tl.constexpr, MEMORY_PARTS: tl.constexpr, IS_WHOLE: tl.constexpr,
     TAPS: tl.constexpr, ROTARY: tl.constexpr, SCALE: tl.constexpr, GLOBALS: tl.constexpr, RANK: tl.constexpr, BLOCK_R: tl.constexpr,
-    TILE_R: tl.constexpr, SILU: tl.constexpr, SCALARS: tl.constexpr, DELTA: tl.constexpr, FLOOR: tl.constexpr, OVERLAPS: tl.constexpr,
+    TILE_R: tl.constexpr, SILU: tl.constexpr, SCALARS: tl.constexpr, DELTA: tl.constexpr, FLOOR: tl.constexpr,
+    SILU_VALUES: tl.constexpr, SILU_GATE: tl.constexpr, SKIP: tl.constexpr, OVERLAPS: tl.constexpr,
 ):  # fmt: skip
     part, head, row = tl.program_id(0), tl.program_id(1), tl.cast(tl.program_id(2), tl.int64)
     WIDTH: tl.constexpr = NUM_HEADS * HEAD_SIZE
@@ -115,9 +117,10 @@ def _step_kernel(
     if IS_WHOLE:
         y = both_paths(
             x, before, taps, to_key, cosines, sines, scale + head, scale + NUM_HEADS + key_head, keys + slots, values + slots,
-            positions + row, is_writer, scalars, channels, gate_up, decay_bias + head, gate_bias + head, norm_weight, memory,
+            positions + row, is_writer, scalars, channels, gate_up, decay_bias + head, gate_bias + head, skip + head, norm_weight, memory,
             window, global_tokens, score_scale, eps, decay_floor, TYPE, ROW, KEY_WIDTH, HEAD_SIZE, BLOCK_K, BLOCK_J, ROWS, TAPS,
-            WINDOW_PARTS > 0, ROTARY, SCALE, GLOBALS, MEMORY_PARTS > 0, SILU, RANK, BLOCK_R, TILE_R, SCALARS, DELTA, FLOOR, OVERLAPS,
+            WINDOW_PARTS > 0, ROTARY, SCALE, GLOBALS, MEMORY_PARTS > 0, SILU, RANK, BLOCK_R, TILE_R, SCALARS, DELTA, FLOOR,
+            SILU_VALUES, SILU_GATE, SKIP, OVERLAPS,
         )  # fmt: skip
         tl.store(out, y.to(TYPE), mask=inside)
     else:
@@ -125,9 +128,10 @@ def _step_kernel(
         if MEMORY_PARTS > 0:  # noqa: SIM102  (a constant decides what is compiled)
             if part < MEMORY_PARTS:
                 columns_of_memory(
-                    x, before, taps, scalars, channels, gate_up, decay_bias + head, gate_bias + head, memory,
+                    x, before, taps, scalars, channels, gate_up, decay_bias + head, gate_bias + head, skip + head, memory,
                     parts + WINDOW_PARTS * (HEAD_SIZE + 2), part * BLOCK_V, score_scale, eps, decay_floor,
-                    TYPE, WIDTH, HEAD_SIZE, BLOCK_K, BLOCK_V, ROWS, TAPS, SILU, RANK, BLOCK_R, TILE_R, SCALARS, DELTA, FLOOR, OVERLAPS,
+                    TYPE, WIDTH, HEAD_SIZE, BLOCK_K, BLOCK_V, ROWS, TAPS, SILU, RANK, BLOCK_R, TILE_R, SCALARS, DELTA, FLOOR,
+                    SILU_VALUES, SILU_GATE, SKIP, OVERLAPS,
                 )  # fmt: skip
         if WINDOW_PARTS > 0:  # noqa: SIM102
             if part >= MEMORY_PARTS:

@@ -102,6 +102,12 @@ def normalised(inputs, row, eps, TYPE: tl.constexpr, HEAD_SIZE: tl.constexpr, SI
 
 
 @triton.jit
+def values_of_memory(v, TYPE: tl.constexpr, SILU_VALUES: tl.constexpr):
+    """Values that the global path reads, rounded as they are stored, fp32."""
+    return (v * tl.sigmoid(v)).to(TYPE).to(tl.float32) if SILU_VALUES else v
+
+
+@triton.jit
 def scaled(inputs, row, length, key_length, eps, TYPE: tl.constexpr, HEAD_SIZE: tl.constexpr, SCALE: tl.constexpr):
     """Query and key of the window in their lengths, rounded as they are stored, fp32 [K]."""
     if SCALE:
@@ -231,9 +237,14 @@ def load_up(gate_up, column, inside_columns, begin, RANK: tl.constexpr, TILE_R: 
 
 
 @triton.jit
+def _opened(logits, SILU_GATE: tl.constexpr):
+    return logits * tl.sigmoid(logits) if SILU_GATE else tl.sigmoid(logits)
+
+
+@triton.jit
 def gates_of(
     up, scalars, channels, gate_up, gate_bias, column, inside_columns,
-    TYPE: tl.constexpr, RANK: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_V: tl.constexpr, TILE_R: tl.constexpr,
+    TYPE: tl.constexpr, RANK: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_V: tl.constexpr, TILE_R: tl.constexpr, SILU_GATE: tl.constexpr,
 ):  # fmt: skip
     """The gates of some columns [columns], with the first tile of the second weight of a gate per channel, in tiles that registers have room for."""
     if RANK > 0:
@@ -244,9 +255,9 @@ def gates_of(
             rank = begin + tl.arange(0, TILE_R)
             bottleneck = tl.load(channels + rank, mask=rank < RANK, other=0.0).to(TYPE).to(tl.float32)
             products += up.to(tl.float32) * bottleneck[None, :]
-        return tl.sigmoid(tl.sum(products, 1).to(TYPE).to(tl.float32) + gate_bias)
+        return _opened(tl.sum(products, 1).to(TYPE).to(tl.float32) + gate_bias, SILU_GATE)
     else:
-        return tl.zeros((BLOCK_V,), tl.float32) + tl.sigmoid(tl.load(scalars + 1) + gate_bias)
+        return tl.zeros((BLOCK_V,), tl.float32) + _opened(tl.load(scalars + 1) + gate_bias, SILU_GATE)
 
 
 @triton.jit

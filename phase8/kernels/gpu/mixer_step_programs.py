@@ -28,6 +28,7 @@ from phase8.kernels.gpu.mixer_step_parts import (
     scaled,
     slots_of_part,
     turned,
+    values_of_memory,
     with_token,
 )
 from phase8.kernels.gpu.overlap import await_results
@@ -36,11 +37,11 @@ from phase8.kernels.gpu.overlap import await_results
 @triton.jit
 def both_paths(
     x, before, taps, to_key, cosines, sines, scale, key_scale, keys, values, positions, is_writer,
-    scalars, channels, gate_up, decay_bias, gate_bias, norm_weight, memory, window, global_tokens, score_scale, eps, decay_floor,
+    scalars, channels, gate_up, decay_bias, gate_bias, skip, norm_weight, memory, window, global_tokens, score_scale, eps, decay_floor,
     TYPE: tl.constexpr, ROW: tl.constexpr, KEY_WIDTH: tl.constexpr, HEAD_SIZE: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_J: tl.constexpr,
     ROWS: tl.constexpr, TAPS: tl.constexpr, WINDOW: tl.constexpr, ROTARY: tl.constexpr, SCALE: tl.constexpr, GLOBALS: tl.constexpr,
     MEMORY: tl.constexpr, SILU: tl.constexpr, RANK: tl.constexpr, BLOCK_R: tl.constexpr, TILE_R: tl.constexpr, SCALARS: tl.constexpr,
-    DELTA: tl.constexpr, FLOOR: tl.constexpr, OVERLAPS: tl.constexpr,
+    DELTA: tl.constexpr, FLOOR: tl.constexpr, SILU_VALUES: tl.constexpr, SILU_GATE: tl.constexpr, SKIP: tl.constexpr, OVERLAPS: tl.constexpr,
 ):  # fmt: skip
     """The sum of both paths of a head [K], fp32; it writes all of the state.
 
@@ -50,7 +51,7 @@ def both_paths(
     inside = channel < HEAD_SIZE
     if MEMORY:
         state = load_memory(memory, channel, inside, channel, inside, HEAD_SIZE)
-        decay_offset, gate_offset = tl.load(decay_bias), tl.load(gate_bias)
+        decay_offset, gate_offset, share = tl.load(decay_bias), tl.load(gate_bias), tl.load(skip) if SKIP else 0.0
     if WINDOW:
         position = tl.cast(tl.load(positions), tl.int32)
         begin, end = slots_of_part(position, 0, window, global_tokens, 1, BLOCK_J)
@@ -76,8 +77,10 @@ def both_paths(
     move_up(x, before, HEAD_SIZE, BLOCK_K, KEY_WIDTH, TAPS)
     sum_of_paths = tl.zeros((BLOCK_K,), tl.float32)
     if MEMORY:
-        written, read = recall(state, q, k, v, qk, decay, rate, score_scale, DELTA)
+        own = values_of_memory(v, TYPE, SILU_VALUES)
+        written, read = recall(state, q, k, own, qk, decay, rate, score_scale, DELTA)
         remember(state, memory, channel, inside, channel, inside, k, written, decay, HEAD_SIZE)
+        read += share * own
     if WINDOW:
         key = load_slots(keys, begin, end, position, channel, inside, window, global_tokens, BLOCK_J, KEY_WIDTH, GLOBALS)
         value = load_slots(values, begin, end, position, channel, inside, window, global_tokens, BLOCK_J, KEY_WIDTH, GLOBALS)
@@ -85,7 +88,7 @@ def both_paths(
         weight_of_norm, up = tl.load(norm_weight + channel, mask=inside, other=0.0), load_up(gate_up, channel, inside, 0, RANK, TILE_R)
     tl.debug_barrier()  # behind which the compiler would otherwise move these loads: it does so with what is needed late
     if MEMORY:
-        gate = gates_of(up, scalars, channels, gate_up, gate_offset, channel, inside, TYPE, RANK, BLOCK_R, BLOCK_K, TILE_R)
+        gate = gates_of(up, scalars, channels, gate_up, gate_offset, channel, inside, TYPE, RANK, BLOCK_R, BLOCK_K, TILE_R, SILU_GATE)
         sum_of_paths += gated(read, gate, weight_of_norm, eps, TYPE, HEAD_SIZE)
     if WINDOW:
         largest, total, y = attended(
@@ -137,17 +140,17 @@ def part_of_window(
 
 @triton.jit
 def columns_of_memory(
-    x, before, taps, scalars, channels, gate_up, decay_bias, gate_bias, memory, read_out, first, score_scale, eps, decay_floor,
+    x, before, taps, scalars, channels, gate_up, decay_bias, gate_bias, skip, memory, read_out, first, score_scale, eps, decay_floor,
     TYPE: tl.constexpr, WIDTH: tl.constexpr, HEAD_SIZE: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_V: tl.constexpr, ROWS: tl.constexpr,
     TAPS: tl.constexpr, SILU: tl.constexpr, RANK: tl.constexpr, BLOCK_R: tl.constexpr, TILE_R: tl.constexpr, SCALARS: tl.constexpr,
-    DELTA: tl.constexpr, FLOOR: tl.constexpr, OVERLAPS: tl.constexpr,
+    DELTA: tl.constexpr, FLOOR: tl.constexpr, SILU_VALUES: tl.constexpr, SILU_GATE: tl.constexpr, SKIP: tl.constexpr, OVERLAPS: tl.constexpr,
 ):  # fmt: skip
     """Leaves what the query reads of some columns of the memory, and their gates; it writes the columns."""
     channel, column = tl.arange(0, BLOCK_K), first + tl.arange(0, BLOCK_V)
     inside, inside_columns = channel < HEAD_SIZE, column < HEAD_SIZE
     state = load_memory(memory, channel, inside, column, inside_columns, HEAD_SIZE)
     up = load_up(gate_up, column, inside_columns, 0, RANK, TILE_R)
-    decay_offset, gate_offset = tl.load(decay_bias), tl.load(gate_bias)
+    decay_offset, gate_offset, share = tl.load(decay_bias), tl.load(gate_bias), tl.load(skip) if SKIP else 0.0
     row = tl.arange(0, ROWS)[:, None]  # query, key, nothing
     at, mask, at_v = row * WIDTH + channel[None, :], (row < 2) & inside[None, :], 2 * WIDTH + column
     earlier, last_tap = convolved_before(before, taps, at, mask, 3 * WIDTH, TAPS)
@@ -156,12 +159,13 @@ def columns_of_memory(
         await_results()
     inputs, v = convolved(x, at, mask, earlier, last_tap, TYPE), convolved(x, at_v, inside_columns, earlier_v, last_tap_v, TYPE)
     decay, rate = decay_of(tl.load(scalars) + decay_offset, decay_floor, FLOOR), rate_of(scalars, HEAD_SIZE, SCALARS, DELTA)
-    gate = gates_of(up, scalars, channels, gate_up, gate_offset, column, inside_columns, TYPE, RANK, BLOCK_R, BLOCK_V, TILE_R)
+    gate = gates_of(up, scalars, channels, gate_up, gate_offset, column, inside_columns, TYPE, RANK, BLOCK_R, BLOCK_V, TILE_R, SILU_GATE)
     q, k = normalised(inputs, row, eps, TYPE, HEAD_SIZE, SILU)
     qk = tl.sum(q * k, 0)
+    v = values_of_memory(v, TYPE, SILU_VALUES)
     written, read = recall(state, q, k, v, qk, decay, rate, score_scale, DELTA)
     remember(state, memory, channel, inside, column, inside_columns, k, written, decay, HEAD_SIZE)
-    tl.store(read_out + column, read, mask=inside_columns)
+    tl.store(read_out + column, read + share * v, mask=inside_columns)
     tl.store(read_out + HEAD_SIZE + column, gate, mask=inside_columns)
 
 
