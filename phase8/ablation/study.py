@@ -63,6 +63,7 @@ VARIANTS: Mapping[str, Settings] = {
     "transformer+conv+norm": _transformer(taps=4, norm="true"),
     "transformer+conv+norm+embedding": (*_transformer(taps=4, norm="true"), "model.embedding_scalars=true"),
     "phase8": (*_phase8("dot", chain="none", options=_DEFAULT), "model.ffn_size=1320"),
+    "phase8+silu": (*_phase8("dot", chain="none", options=_OF_PAPERS), "model.global_gate_activation=silu", "model.ffn_size=1320"),
     "phase8+embedding": (*_phase8("dot", chain="none", options=_DEFAULT), "model.ffn_size=1320", "model.embedding_scalars=true"),
     "phase8+delta": (*_phase8("dot", chain="none", global_path="delta", options=_DEFAULT), "model.ffn_size=1320"),
     "window": _phase8("dot", chain="none", global_path="none"),
