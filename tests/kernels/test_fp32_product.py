@@ -7,7 +7,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from phase8.kernels import fp32_product as module
-from phase8.kernels.fp32_product import FEWEST_MULTIPLICATIONS, fp32_product
+from phase8.kernels.fp32_product import FEWEST_MULTIPLICATIONS, fp32_product, takes_products
 from phase8.precision.formats import OPERAND_DTYPE
 
 needs_onednn = pytest.mark.skipif(not torch.backends.mkldnn.is_available(), reason="this torch has no oneDNN")
@@ -59,6 +59,7 @@ def test_small_products_and_other_dtypes_are_torchs_own(monkeypatch, shape, dtyp
     left, right = numbers(rows, inner, dtype=dtype), numbers(inner, columns, dtype=dtype)
     with Products() as products:
         assert torch.equal(fp32_product(left, right), left @ right)
+    assert takes_products(left) is (dtype is torch.float32)
     assert products.names == ["mm", "mm"]
 
 
