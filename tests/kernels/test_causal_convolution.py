@@ -20,6 +20,12 @@ def test_equals_conv1d_padded_on_the_left(length, taps):
     torch.testing.assert_close(y, F.conv1d(F.pad(x.transpose(1, 2), (taps - 1, 0)), weight[:, None], groups=6).transpose(1, 2))
 
 
+def test_channels_stay_side_by_side():
+    """What follows reads the channels of a token, which on a CPU takes several times as long where they are apart in memory."""
+    x, weight = problem(63, 4)
+    assert causal_convolution(x, weight)[0].is_contiguous()
+
+
 def test_identity_taps_change_nothing():
     x, weight = problem(10, 4)
     weight.zero_()[:, -1] = 1

@@ -140,3 +140,14 @@ def test_memory_is_linear_in_the_length():
         return max(sizes)
 
     assert largest(512) <= 2.1 * largest(256)
+
+
+@pytest.mark.parametrize("packed", [False, True])
+def test_dot_scores_are_never_in_memory_on_a_cpu(packed):
+    """torch's own attention keeps queries, keys and values for backward, none as large as the scores of all windows."""
+    sizes, length, heads, head_size, window = [], 64, 4, 2, 32
+    q, k, v = (torch.randn(1, length, heads, head_size, requires_grad=True) for _ in range(3))
+    starts = torch.arange(length)[None] == 40 if packed else None
+    with torch.autograd.graph.saved_tensors_hooks(lambda x: sizes.append(x.numel()) or x, lambda x: x):
+        kernel.window_attention(q, k, v, window=window, global_tokens=0, starts=starts)
+    assert max(sizes) < heads * length * 2 * window

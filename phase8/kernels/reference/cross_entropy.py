@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from phase8.kernels.dtypes import at_least_fp32
+from phase8.kernels.fp32_product import fp32_product
 
 IGNORED_TARGET = -100
 CHUNK_TOKENS = 1024
@@ -62,14 +63,14 @@ def linear_cross_entropy_gradients(
     dweight = weight.new_zeros(weight.shape) if needs_dweight else None
     loss = at_least_fp32(hidden.new_zeros(()))
     for rows in _chunks(hidden.shape[0], chunk_tokens):
-        logits = at_least_fp32(hidden[rows] @ head.T)
+        logits = at_least_fp32(fp32_product(hidden[rows], head.T))
         log_probabilities = F.log_softmax(logits, dim=-1)
         loss += F.nll_loss(log_probabilities, targets[rows], ignore_index=IGNORED_TARGET, reduction="sum")
         dlogits = _gradient_of_logits(log_probabilities, targets[rows]).to(hidden.dtype)
         if dhidden is not None:
-            torch.mm(dlogits, head, out=dhidden[rows])
+            dhidden[rows] = fp32_product(dlogits, head)
         if dweight is not None:
-            dweight += dlogits.T @ hidden[rows]
+            dweight += fp32_product(dlogits.T, hidden[rows])
     return loss, dhidden, dweight
 
 

@@ -55,7 +55,8 @@ def window_attention(
         y [B, T, H, K] in the dtype of v, and the state to carry on (None without `state`).
     """
     seen = visible_keys(k, v, global_tokens=global_tokens, starts=starts, state=state)
-    y, _, _ = _attend(_Blocks(q.shape[1], seen, window), q, beta)
+    blocks = _Blocks(q.shape[1], seen, window)
+    y = _attend_by_dot(blocks, q) if beta is None else _attend(blocks, q, beta)[0]
     return y, None if state is None else seen.carried(window, q.shape[1])
 
 
@@ -69,6 +70,18 @@ def attend(q: Tensor, seen: VisibleKeys, beta: Tensor | None, window: int) -> tu
     y, scores, weights = _attend(blocks, q, beta)
     log_sum = scores.amax(-1) - weights.amax(-1).log()
     return y, blocks.to_queries(log_sum.transpose(2, 3))
+
+
+def _attend_by_dot(blocks: _Blocks, q: Tensor) -> Tensor:
+    """Output [B, T, H, K] of the `dot` score by torch's own attention, to which every block is a sequence."""
+    seen = blocks.seen
+    queries = blocks.of_queries(at_least_fp32(q))
+    keys = blocks.of_keys(at_least_fp32(seen.keys), at_least_fp32(seen.global_keys))
+    values = blocks.of_keys(at_least_fp32(seen.values), at_least_fp32(seen.global_values))
+    visible = blocks.visible().expand(len(q), *(-1,) * 4)
+    sequences = (x.flatten(0, 1).transpose(1, 2) for x in (queries, keys, values))
+    y = F.scaled_dot_product_attention(*sequences, attn_mask=visible.flatten(0, 1))
+    return blocks.to_queries(y.transpose(1, 2).unflatten(0, queries.shape[:2])).to(seen.values.dtype)
 
 
 def _attend(blocks: _Blocks, q: Tensor, beta: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
@@ -209,7 +222,7 @@ class _Blocks:
             parts = [spans[:, :-1], spans[:, 1:]]
         if self.num_globals:
             parts.append(shared[:, None].expand(-1, self.num_blocks, *shared.shape[1:]))
-        return torch.cat(parts, dim=2)
+        return torch.cat(parts, dim=2) if len(parts) > 1 else parts[0]
 
     def to_keys(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """The adjoint of `of_keys`: [B, N, J, ...] -> sums [B, P + T, ...] and [B, G, ...]."""
