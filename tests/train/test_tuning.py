@@ -299,9 +299,9 @@ def test_more_than_the_host_has_is_refused_before_anything_is_taken(tiny, monkey
         (15, 80, (), "set zero.offload_optimizer=none zero.offload_params=none or zero.engine=deepspeed "
          "zero.offload_optimizer=nvme zero.offload_params=nvme zero.nvme_path=DIRECTORY."),
         (15, 12, (), "set zero.engine=deepspeed zero.offload_optimizer=nvme zero.offload_params=nvme zero.nvme_path=DIRECTORY."),
-        (10, 12, ("zero.engine=deepspeed",), "set zero.offload_optimizer=nvme zero.offload_params=nvme zero.nvme_path=DIRECTORY."),
+        (11, 12, ("zero.engine=deepspeed",), "set zero.offload_optimizer=nvme zero.offload_params=nvme zero.nvme_path=DIRECTORY."),
         (10, 12, ("optim.name=muon",), "use a host with more memory, or a smaller model or batch."),
-        (8, 80, ("optim.state_dtype=fp8", "zero.offload_gradients=true"), "set zero.offload_optimizer=none zero.offload_params=none "
+        (11, 80, ("optim.state_dtype=fp8", "zero.offload_gradients=true"), "set zero.offload_optimizer=none zero.offload_params=none "
          "zero.offload_gradients=false or zero.engine=deepspeed zero.offload_optimizer=nvme zero.offload_params=nvme zero.offload_gradients=false "
          "zero.nvme_path=DIRECTORY optim.state_dtype=fp32."),
         (0, 80, ("optim.state_dtype=fp8",), "set zero.offload_optimizer=none zero.offload_params=none."),
