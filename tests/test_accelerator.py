@@ -21,12 +21,20 @@ CAPABILITIES = ("has_kernels", "records_steps", "multiplies_fp8", "reaches_peers
 
 @pytest.mark.parametrize(
     ("name", "found", "there"),
-    [("xpu", None, "cpu only"), ("cuda", None, "cpu only"), ("mps", "cuda", "cpu and cuda"), ("cuda:1", "cuda", "cpu and cuda")],
+    [("xpu", None, "cpu only"), ("cuda", None, "cpu only"), ("mps", "cuda", "cpu and cuda"), ("cuda:1", "xpu", "cpu and xpu")],
 )
 def test_a_device_that_is_not_there_is_refused_with_those_that_are(monkeypatch, name, found, there):
     monkeypatch.setattr(accelerator, "present", lambda: found)
     with pytest.raises(ConfigError, match=f"--device is {name}, but torch finds {there} on this machine; use --device {found or 'cpu'}, or install"):
         select_device(name)
+
+
+def test_the_number_of_a_device_is_refused(monkeypatch):
+    monkeypatch.setattr(accelerator, "present", lambda: "cuda")
+    for name in ("cuda:1", "cpu:0"):
+        sentence = f"--device is {name}, but a type without a number is needed, since each process takes the device of its place; use {name[:-2]}."
+        with pytest.raises(ConfigError, match=f"^{re.escape(sentence)}$"):
+            select_device(name)
 
 
 @pytest.mark.parametrize(

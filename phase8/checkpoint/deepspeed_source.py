@@ -1,4 +1,4 @@
-"""Checkpoints that DeepSpeed itself wrote, turned into consolidated weights: those of ZeRO 1 to 3, and universal ones.
+"""Checkpoints that DeepSpeed itself wrote, turned into consolidated weights: those with and without ZeRO, and universal ones.
 
 They are pickles, which can run any code when they are read, so nothing here is called unless somebody says that their origin is trusted. The state
 of the optimizer is not read.
@@ -51,7 +51,7 @@ def consolidate_deepspeed(directory: Path, destination: Path, config: Mapping[st
     """
     step = _step(directory)
     assert step is not None  # `is_deepspeed` says so
-    weights = _universal(step) if list(step.glob(_UNIVERSAL)) else _of_zero(step)
+    weights = _universal(step) if list(step.glob(_UNIVERSAL)) else _without_zero(step) or _of_zero(step)
     for wrapper in _WRAPPERS:
         if all(name.startswith(wrapper) for name in weights):
             weights = {name.removeprefix(wrapper): value for name, value in weights.items()}
@@ -68,6 +68,17 @@ def _step(directory: Path) -> Path | None:
         return step if list(step.glob(_STATES)) or list(step.glob(_UNIVERSAL)) else None
     except OSError:  # what `latest` names is no name of a directory
         return None
+
+
+def _without_zero(step: Path) -> dict[str, Tensor] | None:
+    """The weights of a checkpoint without ZeRO, as the model had them; None: it is another."""
+    files = list(step.glob("*_states.pt"))
+    states = _read(files[0]) if [path.name for path in files] == ["mp_rank_00_model_states.pt"] else None
+    if not isinstance(states, dict) or "param_shapes" not in states or states["param_shapes"] is not None:
+        return None
+    if not isinstance(weights := states.get("module"), dict) or not all(isinstance(weight, Tensor) for weight in weights.values()):
+        raise CheckpointCorruptError(f"{files[0]} holds no weights, so it is damaged or of another kind; use another checkpoint.")
+    return dict(weights)
 
 
 def _of_zero(step: Path) -> dict[str, Tensor]:

@@ -289,9 +289,10 @@ def _zero(config: RunConfig, world_size: int) -> Iterator[str]:
     elif zero.copy_engine_gather and zero.offload_params != "none":
         yield f"zero.copy_engine_gather is true, but zero.offload_params is {zero.offload_params}, which no GPU shares; set one of them back."
     if zero.offload_params != "none" and (zero.stage != 3 or zero.offload_optimizer == "none"):
+        places = "cpu or nvme" if zero.offload_params == "nvme" else "cpu"
         yield (
-            f"zero.offload_params is {zero.offload_params}, which needs zero.stage 3 and zero.offload_optimizer cpu, but they are {zero.stage} and "
-            f"{zero.offload_optimizer}; set them, or set offload_params to none."
+            f"zero.offload_params is {zero.offload_params}, which needs zero.stage 3 and zero.offload_optimizer {places}, but they are {zero.stage} "
+            f"and {zero.offload_optimizer}; set them, or set offload_params to none."
         )
     if zero.offload_gradients and zero.engine == "deepspeed":
         yield "zero.offload_gradients is true, but zero.engine is deepspeed, which sums gradients where the optimizer is; leave it false."

@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-import math
-
 from phase8.checkpoint.huggingface.export import hugging_face_form
 from phase8.checkpoint.huggingface.text_files import ExportedTokenizer
 from phase8.checkpoint.load import Checkpoint
 from phase8.checkpoint.model_source import tokenizer_of
 from phase8.checkpoint.reshard.reshard import ConsolidatedForm
 from phase8.checkpoint.run_metadata import run_metadata
-from phase8.checkpoint.state import MODEL_PREFIX
 from phase8.config.load import config_to_mapping
 from phase8.config.schema import RunConfig
 from phase8.conversion.options import ConversionOptions
@@ -18,15 +15,16 @@ from phase8.data.fast_tokenizer import fast_tokenizer
 from phase8.data.tokenizer import SentencePieceTokenizer
 from phase8.generate.restore import restore_tokenizer
 from phase8.generate.text import text_begin
+from phase8.plan.whole_config import num_parameters
 
 
 def merged_form(source: Checkpoint, config: RunConfig, options: ConversionOptions) -> ConsolidatedForm:
     """The form that the options ask for."""
     if options.format == "consolidated":
         return ConsolidatedForm(config_to_mapping(config))
-    num_parameters = sum(math.prod(source.entry(name).shape) for name in source.tensor_names if name.startswith(MODEL_PREFIX))
     dtype = "bfloat16" if options.dtype == "bf16" else "float32"
-    return hugging_face_form(run_metadata(source), _exported_tokenizer(source, config), dtype=dtype, num_parameters=num_parameters)
+    count = num_parameters(RunConfig(model=config.model))
+    return hugging_face_form(run_metadata(source), _exported_tokenizer(source, config), dtype=dtype, num_parameters=count)
 
 
 def _exported_tokenizer(source: Checkpoint, config: RunConfig) -> ExportedTokenizer | None:

@@ -24,6 +24,8 @@ DeepSpeed computes with copies of the parameters in the compute dtype (c bytes a
 | master weights and optimizer (of AdamW) | 12 P | 12 P | 12 P |
 | gradients | c W | 4 P, and c (R and two blocks) on their way | as stage 2 |
 | buckets in which gradients are summed | two | two | two |
+
+What it offloads takes more on the host than it leaves on the device (`deepspeed_host.py`).
 """
 
 from __future__ import annotations
@@ -34,6 +36,7 @@ from itertools import chain
 from typing import NamedTuple
 
 from phase8.pipeline_parallel.schedules import Action, Kind
+from phase8.plan.deepspeed_host import DeepSpeedBuffers, deepspeed_host_bytes, page_locked_bytes
 
 FP32_BYTES = 4
 # Share of a GPU's nominal memory that driver and context of a process take.
@@ -41,8 +44,6 @@ DRIVER_BYTES = 1 << 30
 # Plans are within 2 % of what tensors hold at once; the allocator cannot use its last gaps.
 USABLE_SHARE = 0.97
 GAPS_BYTES = 256 << 20
-# Page-locked buffers in which DeepSpeed holds what is on its way from or to NVMe: flat buffers (weights, gradients, two moments), and parameters.
-_SWAP_BUFFERS = (4, 5)
 # Blocks of a recording serve nothing else. Together with the above this exceeds the 0.66 to 1.05 GiB beyond tensors measured on an H100.
 RECORDING_BYTES = 768 << 20
 
@@ -86,24 +87,6 @@ class MemoryPlan:
     def total_bytes(self) -> int:
         """All kinds on the device together: the planned peak."""
         return self.weights_bytes + self.gradients_bytes + self.optimizer_bytes + self.activations_bytes + self.libraries_bytes
-
-
-class DeepSpeedBuffers(NamedTuple):
-    """Sizes of DeepSpeed's copies and buffers.
-
-    Args:
-        element_bytes: Bytes of a number in the compute dtype.
-        bucket: Numbers in a bucket.
-        group: Numbers of a flat buffer, which are on their way between NVMe and host together.
-        swaps_optimizer: Whether the optimizer's states and the gradients are on NVMe.
-        swaps_params: Whether parameters are.
-    """
-
-    element_bytes: int
-    bucket: int
-    group: int = 0
-    swaps_optimizer: bool = False
-    swaps_params: bool = False
 
 
 @dataclass(frozen=True)
@@ -275,10 +258,15 @@ def _plan_of_deepspeed(
     passing = 2 * size * min(buffers.bucket, whole) + (0 if sums_whole else size * in_use)
     on_host = 0
     if division.offload_optimizer:
-        on_host += _SWAP_BUFFERS[0] * FP32_BYTES * min(buffers.group, part) if buffers.swaps_optimizer else masters + states + FP32_BYTES * part
-    if division.offload_params:
-        largest = max(number for each in held for number in each.whole)
-        on_host += size * (_SWAP_BUFFERS[1] * largest if buffers.swaps_params else part)
+        on_host = deepspeed_host_bytes(
+            buffers,
+            part,
+            stage=division.zero_stage,
+            state_bytes=states,
+            largest=max(number for each in held for number in each.whole),
+            offload_params=division.offload_params,
+            pins_memory=division.pins_memory,
+        )
     saved = masters + states if division.copies_state else 0
     return MemoryPlan(
         weights_bytes=copies + (0 if division.offload_optimizer else masters),
@@ -302,11 +290,6 @@ def _host_bytes(held: Sequence[Held], division: Division) -> int:
     # A new sum of a block's gradients arrives while the one before is read.
     passing = max(sum(page_locked_bytes(number * FP32_BYTES) for number in each.part) for each in held) if division.offload_gradients else 0
     return copies + 2 * kept + state_bytes + (passing if is_pinned and division.accumulates else 0)
-
-
-def page_locked_bytes(num_bytes: int) -> int:
-    """The memory that a page-locked tensor takes: the next power of two."""
-    return 1 << max(num_bytes - 1, 0).bit_length()
 
 
 def peak_offloaded_bytes(actions: Sequence[Action], chunks: Sequence[ChunkActivations]) -> int:

@@ -23,16 +23,15 @@ from phase8.pipeline_parallel.schedules import build_schedule
 from phase8.plan.activations import ActivationBytes, bytes_within_budget, trace_activations
 from phase8.plan.chunks import chunk_parameters
 from phase8.plan.communication import Chunk, messages_of_stage
+from phase8.plan.deepspeed_host import DeepSpeedBuffers, page_locked_bytes
 from phase8.plan.expert_memory import expert_activation_bytes
 from phase8.plan.kept_states import kept_of_exchanges, states_of_slices
 from phase8.plan.memory import (
     FP32_BYTES,
     ChunkActivations,
-    DeepSpeedBuffers,
     Division,
     Held,
     MemoryPlan,
-    page_locked_bytes,
     peak_activation_bytes,
     peak_offloaded_bytes,
     plan_memory,

@@ -23,11 +23,14 @@ def device_type(name: str) -> str:
     """The type of device for `--device`: `auto` takes the GPU if there is one, and an accelerator of another kind is named, as torch names its type.
 
     Raises:
-        ConfigError: torch finds no such device on this machine.
+        ConfigError: torch finds no such device on this machine, or the name has the number of one.
     """
     found = accelerator.present()
     if name == "auto":
         return found if found is not None and accelerator.has_kernels(found) else accelerator.CPU
+    kind, colon, _ = name.partition(":")
+    if colon and kind in (accelerator.CPU, found):
+        raise ConfigError(f"--device is {name}, but a type without a number is needed, since each process takes the device of its place; use {kind}.")
     if name not in (accelerator.CPU, found):
         there = "cpu only" if found is None else f"cpu and {found}"
         raise ConfigError(

@@ -3,20 +3,30 @@
 from __future__ import annotations
 
 import gc
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
+from typing import Any
 
 from phase8 import accelerator
+from phase8.config.dotted import replaced, value_of
 from phase8.config.schema import RunConfig
+from phase8.config.validate import find_problems
 from phase8.errors import OutOfMemoryError
 from phase8.memory_errors import told_by
 from phase8.plan.candidates import Device, how_to_fit, nearest_that_fits, plan_on
+from phase8.plan.memory import MemoryPlan
 from phase8.processes.host_memory import available_bytes
 from phase8.train.restart import resume_own_run
 from phase8.train.run_directory import RunDirectory
 from phase8.train.tuning import COPIES, Chosen
 
 _GIB = 2**30
+_SHORT_MOMENTS: dict[str, Any] = {"optim.state_dtype": "fp8"}
+_ON_DISK: dict[str, Any] = {
+    "zero.engine": "deepspeed", "zero.offload_optimizer": "nvme", "zero.offload_params": "nvme", "zero.offload_gradients": False,
+    "zero.nvme_path": "DIRECTORY", "optim.state_dtype": "fp32",
+}  # fmt: skip
+_NOTHING_OFFLOADED: dict[str, Any] = {"zero.offload_optimizer": "none", "zero.offload_params": "none", "zero.offload_gradients": False}
 
 
 def require_host_memory(config: RunConfig, facts: Device, *, world_size: int, ranks_of_host: int) -> None:
@@ -31,22 +41,29 @@ def require_host_memory(config: RunConfig, facts: Device, *, world_size: int, ra
     Raises:
         OutOfMemoryError: The plan exceeds what is available.
     """
-    plan, available = plan_on(facts, config, world_size=world_size), available_bytes()
-    # A model on the host itself needs at least its weights, their gradients and the optimizer's state; what a CPU keeps for backward is not planned
-    # so well that a run should be refused for it.
-    computes = not accelerator.is_accelerator(facts.type)
-    state = plan.weights_bytes + plan.gradients_bytes + plan.optimizer_bytes if computes else 0
-    planned = ranks_of_host * (plan.host_bytes + state)
+    available = available_bytes()
+    planned = ranks_of_host * _state_on_host(plan_on(facts, config, world_size=world_size), facts)
     if available is None or planned <= available:
         return
     ranks = f" of the {ranks_of_host} ranks here" if ranks_of_host > 1 else ""
-    what = "weights, gradients and optimizer" if computes else "copies and what is offloaded"
+    what = "copies and what is offloaded" if accelerator.is_accelerator(facts.type) else "weights, gradients and optimizer"
+    remedy = _how_to_need_less_of_the_host(config, facts, world_size=world_size, kind="", most_bytes=available // ranks_of_host)
     raise OutOfMemoryError(
         f"the host has too little memory: {planned / _GIB:.1f} GiB{ranks} are planned for {what}, and "
-        f"{available / _GIB:.1f} GiB are available, {(planned - available) / _GIB:.1f} GiB too little; {_how_to_need_less_of_the_host(config, '')}.",
+        f"{available / _GIB:.1f} GiB are available, {(planned - available) / _GIB:.1f} GiB too little; {remedy}.",
         None,
         has_begun=False,
     )
+
+
+def _state_on_host(plan: MemoryPlan, facts: Device) -> int:
+    """Bytes that a rank keeps in host memory.
+
+    A model on the host itself needs at least its weights, their gradients and the optimizer's state; what a CPU keeps for backward is not planned so
+    well that a run should be refused for it.
+    """
+    computes = not accelerator.is_accelerator(facts.type)
+    return plan.host_bytes + (plan.weights_bytes + plan.gradients_bytes + plan.optimizer_bytes if computes else 0)
 
 
 def memory_errors(config: RunConfig, chosen: Chosen, facts: Device, *, world_size: int, has_begun: bool) -> AbstractContextManager[None]:
@@ -130,19 +147,34 @@ def _device_sentence(config: RunConfig, facts: Device, world_size: int) -> str:
 
 
 def _host_sentence(config: RunConfig, facts: Device, world_size: int, kind: str) -> str:
-    plan, remedy = plan_on(facts, config, world_size=world_size), _how_to_need_less_of_the_host(config, kind)
+    plan = plan_on(facts, config, world_size=world_size)
+    remedy = _how_to_need_less_of_the_host(config, facts, world_size=world_size, kind=kind, most_bytes=_state_on_host(plan, facts) - 1)
     planned, what = plan.host_bytes, "copies and what is offloaded"
     if not accelerator.is_accelerator(facts.type):
         planned, what = plan.host_bytes + plan.total_bytes, "the run"
     return f"the host has too little {kind}memory; {planned / _GIB:.1f} GiB a rank are planned for {what}: {remedy}."
 
 
-def _how_to_need_less_of_the_host(config: RunConfig, kind: str) -> str:
+def _how_to_need_less_of_the_host(config: RunConfig, facts: Device, *, world_size: int, kind: str, most_bytes: int) -> str:
+    """What to do; of changes of the optimizer's state and its place those alone after which a rank keeps at most `most_bytes` in host memory."""
     remedies = [
         *(["checkpoint.asynchronous=false (copies of weights and optimizer)"] if config.checkpoint.asynchronous else []),
         *(["data.pin_memory=false"] if kind and config.data.pin_memory else []),
         *(["fewer data.num_workers"] if config.data.num_workers else []),
         *(["train.offload_activations=none"] if config.train.offload_activations != "none" else []),
-        *(["zero.offload_optimizer=none"] if config.zero.offload_optimizer != "none" else []),
+        *_smaller_states(config, facts, world_size=world_size, most_bytes=most_bytes),
     ]
     return f"set {' or '.join(remedies)}" if remedies else "use a host with more memory, or a smaller model or batch"
+
+
+def _smaller_states(config: RunConfig, facts: Device, *, world_size: int, most_bytes: int) -> Iterator[str]:
+    """Overrides with which host and device have enough memory: moments of fewer bits, nothing offloaded, or what is offloaded on a disk."""
+    is_offloaded = accelerator.is_accelerator(facts.type) and config.zero.offload_optimizer == "cpu"
+    for values in (_SHORT_MOMENTS, _NOTHING_OFFLOADED, *([_ON_DISK] if is_offloaded else [])):
+        changed = {name: value for name, value in values.items() if value_of(config, name) != value}
+        candidate = replaced(config, changed)
+        if not changed or find_problems(candidate, world_size=world_size):
+            continue
+        plan = plan_on(facts, candidate, world_size=world_size)
+        if _state_on_host(plan, facts) <= most_bytes and not (facts.is_limited and plan.total_bytes > facts.memory_bytes):
+            yield " ".join(f"{name}={str(value).lower() if isinstance(value, bool) else value}" for name, value in changed.items())

@@ -32,8 +32,9 @@ def require_async_io() -> None:
     """
     if not importlib.import_module("deepspeed.ops.op_builder").AsyncIOBuilder().is_compatible(verbose=False):
         raise ConfigError(
-            "zero.offload_optimizer is nvme, but what DeepSpeed reads and writes with cannot be compiled here; install a C++ compiler, ninja and "
-            "the headers of libaio (apt install g++ ninja-build libaio-dev; dnf install gcc-c++ ninja-build libaio-devel), or set it to cpu."
+            "zero.nvme_path is given, but what DeepSpeed reads and writes there with cannot be compiled here; install a C++ compiler, ninja and the "
+            "headers of libaio (apt install g++ ninja-build libaio-dev; dnf install gcc-c++ ninja-build libaio-devel), or set zero.offload_optimizer "
+            "and zero.offload_params to cpu and zero.nvme_path to null."
         )
 
 

@@ -6,6 +6,7 @@ from importlib.util import find_spec
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from phase8.checkpoint.deepspeed_source import consolidate_deepspeed, is_deepspeed
 from phase8.errors import CheckpointCorruptError, CheckpointError, OutOfMemoryError
@@ -53,6 +54,18 @@ def read(directory, tmp_path):
 def test_a_whole_one_is_read(step, tmp_path):
     destination = read(step[0], tmp_path)
     assert json.loads((destination / "config.json").read_text()) == {} and (destination / "model.safetensors").exists()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_one_without_zero_is_read(tmp_path, dtype):
+    (directory := tmp_path / "global_step1").mkdir()
+    states = model_states() | {"param_shapes": None, "shared_params": None, "module": OrderedDict({"module.layer.weight": WEIGHT.to(dtype)})}
+    torch.save(states, directory / MODEL_STATES)
+    found = load_file(read(directory, tmp_path) / "model.safetensors")
+    assert list(found) == ["layer.weight"] and torch.equal(found["layer.weight"], WEIGHT)
+    torch.save(states | {"module": {"module.layer.weight": [1, 2]}}, directory / MODEL_STATES)
+    with pytest.raises(CheckpointCorruptError, match=rf"{MODEL_STATES} holds no weights"):
+        consolidate_deepspeed(directory, tmp_path / "destination", {})
 
 
 DAMAGES = {

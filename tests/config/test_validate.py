@@ -227,6 +227,11 @@ RULES = {
         "zero.offload_params is cpu, which needs zero.stage 3 and zero.offload_optimizer cpu, but they are 3 and none; "
         "set them, or set offload_params to none.",
     ),
+    "parameters offloaded to a disk alone": (
+        ["zero.engine=deepspeed", "zero.stage=3", "zero.offload_params=nvme", "zero.nvme_path=disk"],
+        "zero.offload_params is nvme, which needs zero.stage 3 and zero.offload_optimizer cpu or nvme, but they are 3 and none; "
+        "set them, or set offload_params to none.",
+    ),
     "deepspeed": (
         ["zero.engine=deepspeed"],
         "zero.engine is deepspeed, but zero.stage is 0, and DeepSpeed divides from stage 1 on; choose a stage, or set zero.engine to fsdp.",

@@ -26,6 +26,8 @@ from phase8.distributed.mesh import build_mesh
 from phase8.distributed.placement import collected
 from phase8.errors import ConfigError
 from phase8.kernels.backends import select_kernels
+from phase8.plan.rank_memory import fullest
+from phase8.plan.whole_config import plan_stages
 from phase8.precision.policy import set_matmul_precision
 from phase8.train import build
 from phase8.train.engine.protocol import WEIGHT
@@ -47,6 +49,7 @@ NUM_STEPS = 2
 # An epsilon of the size of the gradients: without it AdamW makes a full step of every gradient that is nothing but rounding.
 FP32 = ("precision.dtype=fp32", "optim.eps=1e-3")
 DEEPSPEED = "zero.engine=deepspeed"
+OPTIMIZER = "zero.offload_optimizer=cpu"
 FULL = "train.recompute=full"
 CASES = {
     "one rank zero 3": ("default", ranks(stage=3)),
@@ -280,6 +283,30 @@ def test_swap_directories_are_empty_and_go_with_the_process(tmp_path):
     assert "931322574.62 GiB will be offloaded to" in ended.stdout and not list(tmp_path.iterdir())
 
 
+def host_bytes(settings):
+    """Of an engine: bytes of all tensors that DeepSpeed offloaded, and bytes of them by the plan."""
+    engine, config = new_engine(settings, 1)
+    step(engine, config, 0)
+    zero = engine._zero
+    masters = zero.single_partition_of_fp32_groups if config.zero.stage < 3 else zero.fp32_partitioned_groups_flat
+    tensors = [*masters, *(master.grad for master in masters if master.grad is not None)]
+    tensors += [value for state in zero.optimizer.state.values() for value in state.values()]
+    if config.zero.stage < 3:
+        tensors += zero.param_buffer_of_bit16_for_cpu_offload_groups
+    else:
+        tensors += [zero.grad_partitions_flat_buffer, *(zero.param_groups_fp16_flat_cpu_memory if config.zero.offload_params == "cpu" else ())]
+    storages = {each.untyped_storage().data_ptr(): each.untyped_storage().nbytes() for each in tensors}
+    planned = fullest(plan_stages(config, world_size=1, device_type="cpu")).memory.host_bytes
+    return sum(storages.values()), planned
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize("settings", [("zero.stage=2", OPTIMIZER), ("zero.stage=3", OPTIMIZER), OFFLOADED], ids=["2", "3", "3 parameters"])
+def test_what_is_offloaded_takes_the_host_memory_that_is_planned(pool, settings, precision):
+    ((found, planned),) = pool.run(host_bytes, (f"precision.dtype={precision}", DEEPSPEED, *settings), world_size=1, timeout_seconds=120.0)
+    assert found == pytest.approx(planned, rel=0.02)
+
+
 @pytest.mark.full
 def test_what_is_offloaded_to_nvme_is_what_is_offloaded_to_the_host(pool, tmp_path):
     """DeepSpeed compiles for two minutes first. Smaller buffers than this it does not offload."""
@@ -323,7 +350,7 @@ def test_what_cannot_be_compiled_is_refused(monkeypatch):
     monkeypatch.setattr("deepspeed.ops.op_builder.AsyncIOBuilder.is_compatible", lambda self, verbose: True)
     require_async_io()
     monkeypatch.setattr("deepspeed.ops.op_builder.AsyncIOBuilder.is_compatible", lambda self, verbose: False)
-    with pytest.raises(ConfigError, match=r"apt install g\+\+ ninja-build libaio-dev"):
+    with pytest.raises(ConfigError, match=r"^zero\.nvme_path is given, .*apt install g\+\+ ninja-build libaio-dev.* and zero\.nvme_path to null\.$"):
         require_async_io()
 
 

@@ -3,6 +3,7 @@ from dataclasses import replace
 import pytest
 
 from phase8.pipeline_parallel.schedules import build_schedule
+from phase8.plan.deepspeed_host import DeepSpeedBuffers, deepspeed_host_bytes
 from phase8.plan.memory import ChunkActivations, Division, Held, MemoryPlan, free_bytes, peak_activation_bytes, plan_memory, usable_bytes
 
 
@@ -119,6 +120,21 @@ def test_what_is_offloaded_lies_on_the_host():
     summed_there = Division(is_divided=True, zero_stage=3, offload_optimizer=True, offload_params=True, offload_gradients=True, pins_memory=True)
     assert plan(summed_there).host_bytes == pinned.host_bytes + 64 + 64  # of the largest block, whose new sum arrives while the old one is read
     assert plan(replace(summed_there, accumulates=False)).host_bytes == pinned.host_bytes
+
+
+@pytest.mark.parametrize(
+    ("stage", "offload_params", "swapped", "expected"),
+    [
+        (2, False, {}, 2 * 512 + 8 * 100 + 256),  # masters and gradients, two moments, parameters in bf16
+        (3, False, {}, 400 + 8 * 100 + 512 + 256 + 256),  # masters, moments, sums, gradients of groups of 60 and 40
+        (3, True, {}, 400 + 8 * 100 + 512 + 256 + 256 + 256),
+        (3, True, {"swaps_optimizer": True, "swaps_params": True}, 4 * 4 * 60 + 512 + 5 * 2 * 25),  # sums are not on NVMe
+    ],
+)
+def test_what_deepspeed_offloads_is_page_locked_in_powers_of_two(stage, offload_params, swapped, expected):
+    buffers = DeepSpeedBuffers(element_bytes=2, bucket=0, group=60, **swapped)
+    own = {"state_bytes": 800, "largest": 25, "offload_params": offload_params}
+    assert deepspeed_host_bytes(buffers, 100, stage=stage, **own, pins_memory=True) == expected
 
 
 def test_copies_that_are_saved_aside_lie_on_the_host_too():

@@ -81,7 +81,7 @@ def test_transformers_computes_the_same_logits(tmp_path, settings):
         ("model.local_qk_norm=true", "a norm of queries and keys (model.local_qk_norm)"),
         ("model.embedding_scalars=true", "blocks that add the embedding (model.embedding_scalars)"),
         ("model.rotary=[true,false]", "layers without positions (model.rotary)"),
-        ("model.low_rank_rank=4", "model.low_rank_rank 4 with model.ffn swiglu"),
+        ("model.low_rank_rank=4", "matrices of rank 4 (model.low_rank_rank), so"),
         ("model.block=phase8", "model.block phase8"),
     ],
 )

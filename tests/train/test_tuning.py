@@ -13,7 +13,7 @@ from rich.console import Console
 
 from phase8.checkpoint.load import list_checkpoints, open_checkpoint
 from phase8.checkpoint.step_directories import step_directory_name
-from phase8.config.auto import automatic_keys
+from phase8.config.auto import automatic_keys, without_auto
 from phase8.config.batch import run_topology
 from phase8.config.load import load_config
 from phase8.config.schema import ZeroSection
@@ -290,11 +290,37 @@ def test_more_than_the_host_has_is_refused_before_anything_is_taken(tiny, monkey
         prepare(tiny, "run.name=wide", "model.d_model=192", "model.ffn_size=14000")
     settings = ("run.name=large", "zero.stage=3", "zero.offload_optimizer=cpu", "zero.offload_params=cpu", "model.d_model=192")
     settings = (*settings, "model.ffn_size=40000")
-    sentence = r"too little memory: 1\.3 GiB are planned .*, and 0\.1 GiB are available, 1\.3 GiB too little; set zero\.offload_optimizer=none\."
+    sentence = r"too little memory: 1\.3 GiB are planned .*, and 0\.1 GiB are available, 1\.3 GiB too little; use a host with more memory, or .*"
     with pytest.raises(OutOfMemoryError, match=sentence) as caught:
         prepare(tiny, *settings)
     dist.destroy_process_group()  # of one rank, for offloaded parameters: tests after this one are without any
     assert caught.value.exit_code == 9 and caught.value.values is None and not (tiny.parent / "runs" / "large" / "config.yaml").exists()
+
+
+@pytest.mark.parametrize(
+    ("host_gib", "device_gib", "settings", "remedy"),
+    [
+        (22, 80, (), "set optim.state_dtype=fp8 or zero.offload_optimizer=none zero.offload_params=none or zero.engine=deepspeed "
+         "zero.offload_optimizer=nvme zero.offload_params=nvme zero.nvme_path=DIRECTORY."),
+        (15, 80, (), "set zero.offload_optimizer=none zero.offload_params=none or zero.engine=deepspeed "
+         "zero.offload_optimizer=nvme zero.offload_params=nvme zero.nvme_path=DIRECTORY."),
+        (15, 12, (), "set zero.engine=deepspeed zero.offload_optimizer=nvme zero.offload_params=nvme zero.nvme_path=DIRECTORY."),
+        (11, 12, ("zero.engine=deepspeed",), "set zero.offload_optimizer=nvme zero.offload_params=nvme zero.nvme_path=DIRECTORY."),
+        (10, 12, ("optim.name=muon",), "use a host with more memory, or a smaller model or batch."),
+        (11, 80, ("optim.state_dtype=fp8", "zero.offload_gradients=true"), "set zero.offload_optimizer=none zero.offload_params=none "
+         "zero.offload_gradients=false or zero.engine=deepspeed zero.offload_optimizer=nvme zero.offload_params=nvme zero.offload_gradients=false "
+         "zero.nvme_path=DIRECTORY optim.state_dtype=fp32."),
+        (0, 80, ("optim.state_dtype=fp8",), "set zero.offload_optimizer=none zero.offload_params=none."),
+    ],
+)  # fmt: skip
+def test_a_host_with_too_little_memory_is_told_what_fits_it_and_the_device(monkeypatch, host_gib, device_gib, settings, remedy):
+    monkeypatch.setattr(memory_limits, "available_bytes", lambda: host_gib << 30)
+    offloaded = ("zero.stage=3", "zero.offload_optimizer=cpu", "zero.offload_params=cpu", "train.micro_batch_size=1", "train.recompute=full")
+    config = without_auto(load_config(ROOT / "configs/phase8_1b.yaml", [*offloaded, *settings]))
+    device = replace(GPU, memory_bytes=device_gib << 30, total_bytes=device_gib << 30)
+    with pytest.raises(OutOfMemoryError) as caught:
+        memory_limits.require_host_memory(config, device, world_size=1, ranks_of_host=1)
+    assert str(caught.value).partition("too little; ")[2] == remedy
 
 
 @pytest.mark.parametrize(("available", "expected"), [(None, True), (100e9, True), (20e9, False)])

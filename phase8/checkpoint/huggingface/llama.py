@@ -46,8 +46,10 @@ def reasons_against(model: ModelSection) -> Iterator[str]:
         yield "blocks that add the embedding (model.embedding_scalars)"
     if not all(model.has_rotary):
         yield "layers without positions (model.rotary)"
-    if model.low_rank_rank or model.ffn != "swiglu":
-        yield f"model.low_rank_rank {model.low_rank_rank} with model.ffn {model.ffn}"
+    if model.low_rank_rank:
+        yield f"matrices of rank {model.low_rank_rank} (model.low_rank_rank)"
+    if model.ffn != "swiglu":
+        yield f"model.ffn {model.ffn}"
 
 
 def llama_name(name: str) -> str:

@@ -48,7 +48,8 @@ def _training(metadata: RunMetadata) -> Iterator[tuple[str, str]]:
     config, position = metadata.config, metadata.position
     if metadata.data_fingerprint is not None and metadata.data_fingerprint["sources"]:
         sources = metadata.data_fingerprint["sources"]
-        yield "data", ", ".join(f"{escaped(source['name'])} (weight {source['weight']:.4g})" for source in sources)
+        names = ", ".join(f"{escaped(source['name'])} (weight {source['weight']:.4g})" for source in sources)
+        yield "data", "Python's standard library, the embedded corpus" if config.data.train is None else names
     if position is not None and position.step:
         yield "steps", f"{position.step:,}"
         yield "tokens", f"{position.tokens_seen:,}"

@@ -259,6 +259,9 @@ def test_what_it_cannot_do_it_says(tmp_path):
         other.generate(tokens[:1], prompt_lookup_num_tokens=2, **GREEDY)
     with pytest.raises(ValueError, match="exactly one of input_ids and inputs_embeds"):
         other()
+    for call in (other, other.generate):
+        with pytest.raises(ValueError, match="the input has no token"):
+            call(tokens[:, :0])
     cache = other(tokens).cache
     other.train()
     other.gradient_checkpointing_enable()

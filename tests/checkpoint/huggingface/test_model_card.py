@@ -8,11 +8,13 @@ from hypothesis import strategies as st
 
 from phase8.checkpoint.huggingface.model_card import escaped
 from phase8.config.model_section import ModelSection
-from phase8.config.schema import OptimSection, RunSection
+from phase8.config.schema import DataSection, OptimSection, RunSection
 from tests.checkpoint.huggingface.exported import exported
 from tests.model.small import scaled_down
 
 EVIL = "a\n# b\r<script>x</script> | [c](http://d) `e` ![f](g) \u2028&amp; \\ ../../etc"
+
+OWN = DataSection(train="web")
 
 
 def metadata(name: str) -> dict:
@@ -26,8 +28,8 @@ def metadata(name: str) -> dict:
 
 def test_what_it_says(tmp_path):
     section = scaled_down(ModelSection(ffn="moe"))
-    _, directory = exported(
-        tmp_path, section, metadata=metadata("web.train"), run=RunSection(name="first_run"), optim=OptimSection(learning_rate=0.002)
+    model, directory = exported(
+        tmp_path, section, metadata=metadata("web.train"), run=RunSection(name="first_run"), optim=OptimSection(learning_rate=0.002), data=OWN
     )
     card = (directory / "README.md").read_text()
     front, body = card.removeprefix("---\n").split("\n---\n", 1)
@@ -39,14 +41,21 @@ def test_what_it_says(tmp_path):
         "sequence length": "29 tokens", "sequences in a step": "2",
         "optimizer": "adamw, learning rate 0.002, cosine", "precision": "bf16",
     }  # fmt: skip
-    assert "# first\\_run" in body and "trust_remote_code=True" in body and "Experts drop no token" in body and '"num_experts": 4' in body
+    assert f"with {sum(parameter.numel() for parameter in model.parameters()):,} parameters" in body  # the router's buffers are none
+    assert "# first\\_run" in body and " and model\\.ffn moe, so its code" in body
+    assert "trust_remote_code=True" in body and "Experts drop no token" in body and '"num_experts": 4' in body
 
 
 def test_names_of_data_are_text(tmp_path):
-    _, directory = exported(tmp_path, scaled_down(ModelSection()), metadata=metadata(EVIL))
+    _, directory = exported(tmp_path, scaled_down(ModelSection()), metadata=metadata(EVIL), data=OWN)
     rows = [line for line in (directory / "README.md").read_text().splitlines() if line.startswith("| data")]
     assert len(rows) == 1 and "script\\&gt;" not in rows[0]
     assert rows[0] == f"| data | {escaped(EVIL)} (weight 0.25), books (weight 0.75) |" and rows[0].isascii()
+
+
+def test_the_embedded_corpus_is_named(tmp_path):
+    _, directory = exported(tmp_path, scaled_down(ModelSection()), metadata=metadata("train"))
+    assert "| data | Python's standard library, the embedded corpus |\n" in (directory / "README.md").read_text()
 
 
 @given(st.text())

@@ -144,6 +144,9 @@ class Phase8Model(Phase8PreTrainedModel):
         """
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("exactly one of input_ids and inputs_embeds is needed")
+        given = input_ids if inputs_embeds is None else inputs_embeds
+        if given.shape[1] == 0:
+            raise ValueError("the input has no token; give at least one, such as the one that ends a document, with which texts begin too")
         x = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
         cache = past_key_values if cache is None else cache
         use_cache = (self.config.use_cache and not self.training) if use_cache is None else use_cache
