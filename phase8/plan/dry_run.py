@@ -12,7 +12,7 @@ from phase8.config.batch import batch_shape, run_topology
 from phase8.config.schema import RunConfig
 from phase8.config.validate import MODEL_SECTIONS, find_problems, refuse_problems
 from phase8.config.without_effect import facts_without_effect
-from phase8.errors import ConfigError, OutOfMemoryError
+from phase8.errors import ConfigError, OutOfMemoryError, TopologyError
 from phase8.observe.banner import print_banner
 from phase8.plan.cost_facts import Fact, batch_fact, communication_fact, memory_facts, model_facts, speed_fact
 from phase8.plan.missing_inputs import missing_inputs
@@ -45,6 +45,8 @@ def dry_run(config: RunConfig, *, world_size: int, console: Console) -> None:
     for describe in (_topology_facts, _batch_facts, _model_facts, optimizer, memory, _communication_facts, speed):
         try:
             facts += describe(config, world_size)
+        except TopologyError:  # it is among the problems, with the world sizes that suit the rest of the config
+            continue
         except ConfigError as error:
             problems += [problem for problem in error.problems if problem not in problems]
     missing = missing_inputs(config.data, initialise_from=config.checkpoint.initialise_from)
