@@ -1,5 +1,6 @@
 import io
 import re
+from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
@@ -9,7 +10,7 @@ from rich.console import Console
 from phase8.config.load import load_config
 from phase8.config.schema import RunConfig
 from phase8.config.validate import find_problems
-from phase8.errors import ConfigError
+from phase8.errors import ConfigError, OutOfMemoryError
 from phase8.model.model import build_model
 from phase8.model.parameters import initialise
 from phase8.plan.cost_facts import communication_fact, memory_facts
@@ -72,6 +73,23 @@ def test_the_optimizer_has_its_share_of_a_step_where_the_config_can_run(small):
 def test_explicit_settings_without_room_are_said_and_are_no_problem(small):
     facts, problems = facts_and_problems(small("train.device_memory_gib=0.0001"))
     assert problems == [] and facts["no room"].startswith("pipeline stage 0 needs ") and "more than the 0.0 GiB that are free on" in facts["no room"]
+
+
+@pytest.mark.parametrize(
+    ("limit", "settings"),
+    [
+        ("0.001", ()),
+        ("0.001", ("train.tuning=plan", "train.micro_batch_size=auto")),
+        ("0.13", ("train.tuning=plan", "train.micro_batch_size=auto")),  # as large as the smallest plan, without the room that is left free
+    ],
+)
+def test_what_does_not_fit_has_no_predicted_speed(small, limit, settings):
+    output = io.StringIO()
+    with nullcontext() if not settings else pytest.raises(OutOfMemoryError, match="no settings fit into"):
+        dry_run(small(f"train.device_memory_gib={limit}", *settings), world_size=1, console=Console(file=output))
+    facts = dict(re.split(r"\s{2,}", line.strip(), maxsplit=1) for line in output.getvalue().splitlines()[1:])
+    assert facts["predicted speed"] == "none, because the run does not fit into the memory of the GPU" and "planned memory per rank" in facts
+    assert facts["optimizer"] == "adamw, learning rate 0.0006, moments in fp32"
 
 
 def test_keys_without_effect_are_said_and_are_no_problem(small):
