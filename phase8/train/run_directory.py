@@ -64,8 +64,13 @@ class RunDirectory:
         The lock file lies next to the directory, so that renaming the run does not move it.
 
         Raises:
-            StorageError: Another process trains in the directory, or the lock file cannot be written.
+            StorageError: Another process trains in the directory, a file has its name or that of a parent, or the lock file cannot be written.
         """
+        if (file := next((each for each in (self.path, *self.path.parents) if os.path.exists(each) and not os.path.isdir(each)), None)) is not None:
+            raise StorageError(
+                f"run.output_dir is {self.path.parent} and run.name is {self.path.name}, but {file} is a file, and the run needs a directory there; "
+                "choose other names, or move the file."
+            )
         place = real_path(self.path)
         path = place.with_name(f".{place.name}.lock")
         missing = [directory for directory in path.parents if not directory.exists()]

@@ -130,7 +130,9 @@ def test_4_checkpoint_of_another_model(call):
 
 def test_5_storage(call, tmp_path):
     (tmp_path / "file").write_text("")
-    assert_one_error(call(f"run.output_dir={tmp_path}/file"), 5, "cannot write")
+    for directory, name in ((f"{tmp_path}/file", "tiny"), (f"{tmp_path}/file/inside", "tiny"), (tmp_path, "file")):
+        sentence = f"run.output_dir is {directory} and run.name is {name}, but {tmp_path}/file is a file, and the run needs a directory there; "
+        assert_one_error(call(f"run.output_dir={directory}", f"run.name={name}"), 5, sentence)
 
 
 def test_5_the_disk_is_full_at_the_last_save(call, monkeypatch):
