@@ -32,6 +32,7 @@ from contextlib import contextmanager
 from functools import partial
 from typing import TYPE_CHECKING
 
+import phase8.early_interrupt  # noqa: F401  # first: later imports take time
 from phase8.config.arguments import add_device_option, path_argument
 from phase8.errors import CheckpointError, ConfigError, DataError, Phase8Error
 from phase8.imports import imports_that_stay

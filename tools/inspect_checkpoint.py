@@ -22,6 +22,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+import phase8.early_interrupt  # noqa: F401  # first: later imports take time
 from phase8.checkpoint.load import Checkpoint, find_checkpoint, is_saved_run, open_checkpoint
 from phase8.checkpoint.model_source import open_model
 from phase8.checkpoint.quantization import require_as_trained

@@ -152,15 +152,24 @@ def interrupt():
     os.kill(os.getpid(), signal.SIGINT)
 
 
-def assert_interrupted(result, num_lines):
+NOT_SAVED = "nothing was saved, and there is no checkpoint yet"
+
+
+def assert_interrupted(result, num_lines, sentence=NOT_SAVED):
     code, output, errors = result
-    assert code == 130 and errors.endswith("interrupted: nothing was saved since the last checkpoint\n"), result
+    assert code == 130 and errors.endswith(f"interrupted: {sentence}\n"), result
     assert errors.strip().count("\n") == num_lines - 1 and "Traceback" not in output + errors
 
 
 def test_130_interrupted_before_training(call, monkeypatch):
     monkeypatch.setattr(build, "open_run_data", lambda *_, **__: interrupt())
     assert_interrupted(call(), 1)
+
+
+def test_130_interrupted_with_a_checkpoint(call, monkeypatch):
+    call("train.stop_at_step=2")
+    monkeypatch.setattr(build, "open_run_data", lambda *_, **__: interrupt())
+    assert_interrupted(call(), 1, "nothing was saved since the last checkpoint")
 
 
 def test_130_interrupted_twice(call, monkeypatch, tmp_path):
