@@ -276,6 +276,7 @@ def _defined(name: str, rest: Sequence[str], known: Mapping[str, Settings]) -> S
 
 def _known_settings(name: str, known: Mapping[str, Settings], *, option: str) -> Settings:
     if name not in known:
-        (nearest,) = difflib.get_close_matches(name, known, n=1, cutoff=0)
-        raise ConfigError(f"{option}: unknown variant {name}; did you mean {nearest}? There are {', '.join(known)}.")
+        near = difflib.get_close_matches(name, known, n=1)
+        hint = f"did you mean {near[0]}? There are" if near else "there are"
+        raise ConfigError(f"{option}: unknown variant {name}; {hint} {', '.join(known)}.")
     return known[name]
