@@ -15,6 +15,7 @@ import shlex
 import sys
 from pathlib import Path
 
+import phase8.early_interrupt  # noqa: F401  # first: later imports take time
 from phase8.config.arguments import add_device_option, path_argument, require_world_size, resume_argument
 from phase8.config.describe import describe_schema
 from phase8.config.load import load_config
@@ -27,7 +28,7 @@ DEFAULT_CONFIG = Path(__file__).resolve().parent.parent / "configs" / "quickstar
 
 def main() -> int:
     """Runs the command line and returns the exit code."""
-    return run_door(_run, interrupted="interrupted: nothing was saved since the last checkpoint")
+    return run_door(_run)
 
 
 def _run() -> int:
@@ -76,7 +77,8 @@ def _train(arguments: argparse.Namespace) -> None:
         share_cores(config.zero, world, device)
     limits = Limits(timeout_seconds=config.parallel.timeout_seconds)
     directory = run_directory(config.run)
-    with running(world, device_type=device.type, limits=limits, hang_directory=directory.path / "hang") as watch:
+    watched = running(world, device_type=device.type, limits=limits, hang_directory=directory.path / "hang")
+    with watched as watch, directory.tell_interrupts():
         console = make_console(quiet=world.rank != 0)
         agents = {agent for agent in gather_texts(world.agent) if agent is not None}
         resume = resume_after_restart(arguments.resume, directory, agents=agents)

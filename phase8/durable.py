@@ -35,8 +35,18 @@ def storage_errors(path: Path) -> Iterator[None]:
     except _InTheWayError as error:
         raise StorageError(f"cannot write {path}: {error.strerror}") from error
     except OSError as error:
+        if (file := _file_in_the_way(error)) is not None:
+            raise StorageError(f"cannot write {path}: {file} is a file, but a directory is needed there; move it, or choose another place") from error
         reason = error.strerror or str(error)
         raise StorageError(f"cannot write {path}: {reason}; free space there, allow writing, or choose another place") from error
+
+
+def _file_in_the_way(error: OSError) -> Path | None:
+    """The file that has the name of a directory, if that is what an error is about."""
+    if not isinstance(error, FileExistsError | NotADirectoryError) or not isinstance(error.filename, str | os.PathLike):
+        return None
+    place = Path(error.filename)
+    return next((each for each in (place, *place.parents) if os.path.exists(each) and not os.path.isdir(each)), None)
 
 
 @contextmanager

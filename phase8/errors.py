@@ -128,3 +128,9 @@ class OutOfMemoryError(Phase8Error):
 def describe_error(error: Phase8Error) -> str:
     """The lines that a door prints to stderr, one for each problem."""
     return "\n".join(f"error: {line}" for line in str(error).splitlines())
+
+
+def first_few(differences: Sequence[str], *, separator: str = "; ", most: int = 3) -> str:
+    """The first of some differences as a part of a sentence, with the number of those that are left out."""
+    more = len(differences) - most
+    return separator.join(differences[:most]) + (f"{separator}and {more} more" if more > 0 else "")

@@ -141,7 +141,7 @@ def run_door(work: Callable[[], int], *, interrupted: str = "interrupted") -> in
 
     Args:
         work: Reads the arguments, does what they ask, and returns the exit code.
-        interrupted: The message after Ctrl-C.
+        interrupted: The message after Ctrl-C, where the `KeyboardInterrupt` has none.
     """
     with lasting_streams():
         try:
@@ -151,8 +151,8 @@ def run_door(work: Callable[[], int], *, interrupted: str = "interrupted") -> in
         except Phase8Error as error:
             sys.stderr.write(f"{describe_error(error)}\n")
             return error.exit_code
-        except KeyboardInterrupt:
-            sys.stderr.write(f"{interrupted}\n")
+        except KeyboardInterrupt as interrupt:
+            sys.stderr.write(f"{interrupt}\n" if str(interrupt) else f"{interrupted}\n")
             return EXIT_INTERRUPTED
 
 

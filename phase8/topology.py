@@ -18,13 +18,15 @@ shard x ep. Code that sums, counts or compares over ranks loops over one of thes
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from enum import StrEnum
 
 from phase8.errors import TopologyError
 
 AXES = ("pp", "dp", "cp", "tp")
+# A remedy looks no farther than this many multiples of the degrees for a world size.
+_FARTHEST = 16_384
 
 
 class AxisName(StrEnum):
@@ -139,21 +141,35 @@ class Topology:
 
 
 def build_topology(
-    *, world_size: int, pipeline_parallel_size: int, context_parallel_size: int, tensor_parallel_size: int, expert_parallel_size: int = 1
+    *,
+    world_size: int,
+    pipeline_parallel_size: int,
+    context_parallel_size: int,
+    tensor_parallel_size: int,
+    expert_parallel_size: int = 1,
+    suits: Callable[[int], bool] = lambda world_size: True,
 ) -> Topology:
     """The topology of a world; data_parallel_size is inferred.
+
+    Args:
+        world_size: Number of ranks.
+        pipeline_parallel_size: Degree of pp.
+        context_parallel_size: Degree of cp.
+        tensor_parallel_size: Degree of tp.
+        expert_parallel_size: Number of ranks along ep.
+        suits: Whether all else suits another world size; an error names sizes that do, if there are any.
 
     Raises:
         TopologyError: The degrees do not divide the world, or expert_parallel_size does not divide data_parallel_size.
     """
     model_ranks = pipeline_parallel_size * context_parallel_size * tensor_parallel_size
     if world_size < 1 or world_size % model_ranks:
-        below = max(world_size, 0) // model_ranks * model_ranks
-        nearest = f"{below} or {below + model_ranks}" if below else f"{model_ranks}"
+        nearest = _nearest(world_size, model_ranks, suits) or _nearest(world_size, model_ranks, lambda each: True)
+        planned = " or ".join(f"--world-size {each}" for each in nearest)
         raise TopologyError(
             f"world size {world_size} is not a positive multiple of parallel.tensor_parallel_size {tensor_parallel_size} x "
             f"parallel.context_parallel_size {context_parallel_size} x parallel.pipeline_parallel_size {pipeline_parallel_size} "
-            f"= {model_ranks}; start {nearest} processes or change the degrees."
+            f"= {model_ranks}; start {' or '.join(map(str, nearest))} processes ({planned} plans for them) or change the degrees."
         )
     data_parallel_size = world_size // model_ranks
     if data_parallel_size % expert_parallel_size:
@@ -162,3 +178,11 @@ def build_topology(
             f"(world size {world_size} / {model_ranks}); choose a divisor."
         )
     return Topology(pipeline_parallel_size, data_parallel_size, context_parallel_size, tensor_parallel_size, expert_parallel_size)
+
+
+def _nearest(world_size: int, model_ranks: int, suits: Callable[[int], bool]) -> list[int]:
+    """The nearest multiples of `model_ranks` below and above a world size that suit; those that are not there are left out."""
+    below = max(world_size, 0) // model_ranks
+    ways = (range(below, max(below - _FARTHEST, 0), -1), range(below + 1, below + 1 + _FARTHEST))
+    found = [next((count * model_ranks for count in counts if suits(count * model_ranks)), None) for counts in ways]
+    return [each for each in found if each is not None]

@@ -84,3 +84,12 @@ def test_a_link_or_a_pipe_in_the_way_is_called_one_and_is_to_be_removed(opened, 
         with pytest.raises(StorageError) as refusal, storage_errors(tmp_path / name):
             opened(tmp_path / name)
         assert str(refusal.value) == f"cannot write {tmp_path}/{name}: {reason}"
+
+
+@pytest.mark.parametrize("name", ["file/a", "file/a/b", "file"])
+def test_a_file_in_the_place_of_a_directory_is_named(name, tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(StorageError) as refusal, storage_errors(tmp_path / "output"):
+        (tmp_path / name).mkdir(parents=True, exist_ok=True)
+    sentence = f"cannot write {tmp_path}/output: {tmp_path}/file is a file, but a directory is needed there; move it, or choose another place"
+    assert str(refusal.value) == sentence

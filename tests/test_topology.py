@@ -122,12 +122,20 @@ def test_a_misfit_names_the_nearest_sizes_that_fit(world_size, tensor, context, 
     with pytest.raises(TopologyError) as caught:
         build_topology(world_size=world_size, **degrees(tensor, context, pipeline))
     below, above = [size for size in fitting if size < world_size][-1:], [size for size in fitting if size > world_size][:1]
-    nearest = " or ".join(map(str, below + above))
+    nearest, planned = (" or ".join(f"{option}{size}" for size in below + above) for option in ("", "--world-size "))
     assert caught.value.problems == [
         f"world size {world_size} is not a positive multiple of parallel.tensor_parallel_size {tensor} x parallel.context_parallel_size {context} x "
-        f"parallel.pipeline_parallel_size {pipeline} = {model_ranks}; start {nearest} processes or change the degrees."
+        f"parallel.pipeline_parallel_size {pipeline} = {model_ranks}; start {nearest} processes ({planned} plans for them) or change the degrees."
     ]
     assert caught.value.exit_code == 2
+
+
+@pytest.mark.parametrize(("suiting", "named"), [({2, 12, 48}, (12, 48)), ({48}, (48,)), ({2}, (2,)), (set(), (20, 22))])
+def test_a_misfit_names_sizes_that_suit_the_rest_of_a_config_or_else_multiples(suiting, named):
+    with pytest.raises(TopologyError) as caught:
+        build_topology(world_size=21, **degrees(tensor=2), suits=lambda size: size in suiting)
+    sizes, planned = " or ".join(map(str, named)), " or ".join(f"--world-size {size}" for size in named)
+    assert str(caught.value).endswith(f" = 2; start {sizes} processes ({planned} plans for them) or change the degrees.")
 
 
 def test_experts_must_divide_the_data_parallel_ranks():

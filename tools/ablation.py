@@ -29,6 +29,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import phase8.early_interrupt  # noqa: F401  # first: later imports take time
 from phase8.config.arguments import add_device_option, path_argument
 from phase8.config.load import load_config
 from phase8.errors import ConfigError

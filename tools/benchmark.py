@@ -26,6 +26,7 @@ from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
+import phase8.early_interrupt  # noqa: F401  # first: later imports take time
 from phase8.config.arguments import add_device_option, path_argument
 from phase8.config.load import config_to_mapping, load_config
 from phase8.errors import ConfigError

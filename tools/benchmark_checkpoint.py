@@ -23,6 +23,7 @@ import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 
+import phase8.early_interrupt  # noqa: F401  # first: later imports take time
 from phase8.checkpoint.load import open_checkpoint
 from phase8.checkpoint.save import save_checkpoint
 from phase8.checkpoint.state import flat_state, restore_state

@@ -26,6 +26,7 @@ from pathlib import Path
 
 from rich.progress import TextColumn, TimeElapsedColumn
 
+import phase8.early_interrupt  # noqa: F401  # first: later imports take time
 from phase8.config.arguments import path_argument
 from phase8.data.collect.collect import Collection, collect
 from phase8.data.collect.roots import KINDS, default_roots

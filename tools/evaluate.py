@@ -32,8 +32,9 @@ from contextlib import contextmanager
 from functools import partial
 from typing import TYPE_CHECKING
 
+import phase8.early_interrupt  # noqa: F401  # first: later imports take time
 from phase8.config.arguments import add_device_option, path_argument
-from phase8.errors import CheckpointError, ConfigError, DataError, Phase8Error
+from phase8.errors import CheckpointError, ConfigError, DataError, Phase8Error, first_few
 from phase8.imports import imports_that_stay
 from phase8.processes.bootstrap import World, world_from_environment
 from phase8.terminal import output_is_the_product, run_door, warn
@@ -157,7 +158,7 @@ def _held_out_data(checkpoint: Checkpoint, show: Show) -> SequenceDataset:
         raise CheckpointError(f"{checkpoint.path} records held-out data, but its config names none; give --data")
     differences = describe_fingerprint_difference(metadata.validation_fingerprint, data.validation_fingerprint)
     if differences:
-        raise DataError(f"--held-out: the data are not those of the training: {'; '.join(differences)}; restore them, or name others with --data")
+        raise DataError(f"--held-out: the data are not those of the training: {first_few(differences)}; restore them, or name others with --data")
     return data.validation
 
 

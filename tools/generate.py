@@ -22,6 +22,7 @@ from collections.abc import Iterator
 from functools import partial
 from typing import TYPE_CHECKING
 
+import phase8.early_interrupt  # noqa: F401  # first: later imports take time
 from phase8.config.arguments import add_device_option, path_argument
 from phase8.data.utf8 import BYTE_ORDER_MARK, lone_surrogate
 from phase8.errors import ConfigError

@@ -22,13 +22,15 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+import phase8.early_interrupt  # noqa: F401  # first: later imports take time
 from phase8.checkpoint.load import Checkpoint, find_checkpoint, is_saved_run, open_checkpoint
 from phase8.checkpoint.model_source import open_model
-from phase8.checkpoint.quantization import require_as_trained
+from phase8.checkpoint.quantization import quantization_of
 from phase8.checkpoint.reshard.compare import TensorDifference, compare_checkpoints
 from phase8.checkpoint.run_metadata import run_metadata
 from phase8.checkpoint.step_directories import holds_weights_only
 from phase8.checkpoint.untrusted import shortened
+from phase8.checkpoint.weight_files import WeightFiles
 from phase8.config.arguments import path_argument
 from phase8.errors import CheckpointError
 from phase8.terminal import make_console, output_is_the_product, run_door
@@ -60,28 +62,22 @@ def _inspect(arguments: Sequence[str] | None) -> int:
 
 
 def _open(path: Path) -> Checkpoint:
-    """The checkpoint that a path stands for; weights alone are refused with what can be inspected instead."""
-    if holds_weights_only(path) and not is_saved_run(path):
-        made = f"one that tools/reshard_checkpoint.py {path} DST makes of them" if _are_as_trained(path) else ""
-        raise CheckpointError(
-            f"{path} holds weights alone (consolidated, quantised, or a model of Hugging Face's form), but only checkpoints of training are "
-            f"inspected; give the one that they are from{' or ' if made else ''}{made}"
-        )
-    return open_checkpoint(find_checkpoint(path))
-
-
-def _are_as_trained(path: Path) -> bool:
-    """Whether weights alone can be read and do not have few bits, so that a checkpoint can be made of them."""
-    try:
-        require_as_trained(open_model(path))
-    except CheckpointError:
-        return False
-    return True
+    """The checkpoint that a path stands for, or quantised weights; other weights alone are refused with what can be inspected instead."""
+    if not holds_weights_only(path) or is_saved_run(path):
+        return open_checkpoint(find_checkpoint(path))
+    weights = open_model(path)
+    if quantization_of(weights) is not None:
+        return weights
+    raise CheckpointError(
+        f"{path} holds weights alone (consolidated, or a model of Hugging Face's form), but only checkpoints of training and quantised weights are "
+        f"inspected; give the checkpoint that they are from or one that tools/reshard_checkpoint.py {path} DST makes of them"
+    )
 
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("checkpoint", type=path_argument, metavar="DIR", help="a checkpoint, a checkpoints directory or a run directory (its newest)")
+    what = "a checkpoint, a checkpoints directory or a run directory (its newest), or quantised weights"
+    parser.add_argument("checkpoint", type=path_argument, metavar="DIR", help=what)
     parser.add_argument("--verify", action="store_true", help="compare every byte with its checksum")
     parser.add_argument("--diff", type=path_argument, metavar="OTHER", help="compare the tensors with those of another checkpoint")
     parser.add_argument("--json", action="store_true", help="one JSON object instead of tables")
@@ -113,8 +109,11 @@ def _show_checkpoint(checkpoint: Checkpoint, *, as_json: bool, verified: bool) -
 def _summary_table(checkpoint: Checkpoint, *, total_bytes: int, verified: bool) -> Table:
     """Step, size and the metadata that are short enough to read: position, versions, the sections of the config."""
     table = Table(show_header=False, title=Text(str(checkpoint.path)), title_justify="left")
-    table.add_row("step", f"{checkpoint.step:,}")
-    table.add_row("checksums", "all verified" if verified else "manifest verified; --verify checks every byte")
+    if isinstance(checkpoint, WeightFiles):
+        table.add_row("checksums", "none, as weights alone have no manifest; " + ("every byte was read" if verified else "--verify reads every byte"))
+    else:
+        table.add_row("step", f"{checkpoint.step:,}")
+        table.add_row("checksums", "all verified" if verified else "manifest verified; --verify checks every byte")
     table.add_row("size", f"{total_bytes:,} bytes in {len(checkpoint.manifest.files)} tensor files")
     table.add_row("attachments", shortened(", ".join(_attachments(checkpoint))) or "none")
     if (problem := _problem(checkpoint)) is not None:

@@ -35,6 +35,7 @@ from collections.abc import Callable, Sequence
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
+import phase8.early_interrupt  # noqa: F401  # first: later imports take time
 from phase8.config.arguments import path_argument, require_world_size
 from phase8.durable import replace_file
 from phase8.errors import ConfigError, OutOfMemoryError

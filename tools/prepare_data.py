@@ -18,6 +18,7 @@ import sys
 
 from rich.progress import TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
+import phase8.early_interrupt  # noqa: F401  # first: later imports take time
 from phase8.config.arguments import path_argument, prefix_argument
 from phase8.data.lost_text import LostText
 from phase8.data.made_with import made_with

@@ -13,6 +13,7 @@ from collections.abc import Sequence
 
 from rich.progress import DownloadColumn, TimeRemainingColumn, TransferSpeedColumn
 
+import phase8.early_interrupt  # noqa: F401  # first: later imports take time
 from phase8.config.arguments import path_argument
 from phase8.errors import ConfigError
 from phase8.imports import imports_that_stay

@@ -16,6 +16,7 @@ import argparse
 import sys
 from collections.abc import Sequence
 
+import phase8.early_interrupt  # noqa: F401  # first: later imports take time
 from phase8.config.arguments import add_device_option, path_argument
 from phase8.errors import ConfigError
 from phase8.imports import imports_that_stay

@@ -13,6 +13,7 @@ import argparse
 import sys
 from pathlib import Path
 
+import phase8.early_interrupt  # noqa: F401  # first: later imports take time
 from phase8.config.arguments import path_argument
 from phase8.errors import ConfigError
 from phase8.terminal import run_door, warn

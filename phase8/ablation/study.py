@@ -21,7 +21,7 @@ from phase8.config.schema import RunConfig
 from phase8.data.fingerprint import data_fingerprint
 from phase8.data.fingerprint_difference import content_of, describe_fingerprint_difference
 from phase8.data.staging import read_json, write_json
-from phase8.errors import ConfigError, DataError
+from phase8.errors import ConfigError, DataError, first_few
 from phase8.plan.whole_config import count_parameters, shapes_only
 from phase8.train.datasets import RunData
 
@@ -228,11 +228,11 @@ def joined_study(study: Study, output: Path) -> Study:
         if earlier.get(name, settings) != settings
     ]
     if different:
-        raise ConfigError(f"{output} holds an ablation of another config: {'; '.join(different)}; choose another --output.")
+        raise ConfigError(f"{output} holds an ablation of another config: {first_few(different)}; choose another --output.")
     for split, fingerprint in study.data.items():
         sentences = describe_fingerprint_difference(tree["data"][split], fingerprint)
         if sentences:
-            raise DataError(f"{output} holds an ablation on other data.{split}: {'; '.join(sentences)}; restore them or choose another --output.")
+            raise DataError(f"{output} holds an ablation on other data.{split}: {first_few(sentences)}; restore them or choose another --output.")
     return Study(study.config, study.data, {**earlier, **study.variants}, tree.get("learning_rates", {}))
 
 
@@ -277,6 +277,7 @@ def _defined(name: str, rest: Sequence[str], known: Mapping[str, Settings]) -> S
 
 def _known_settings(name: str, known: Mapping[str, Settings], *, option: str) -> Settings:
     if name not in known:
-        (nearest,) = difflib.get_close_matches(name, known, n=1, cutoff=0)
-        raise ConfigError(f"{option}: unknown variant {name}; did you mean {nearest}? There are {', '.join(known)}.")
+        near = difflib.get_close_matches(name, known, n=1)
+        hint = f"did you mean {near[0]}? There are" if near else "there are"
+        raise ConfigError(f"{option}: unknown variant {name}; {hint} {', '.join(known)}.")
     return known[name]

@@ -20,12 +20,11 @@ from phase8.checkpoint.load import Checkpoint
 from phase8.checkpoint.tensor_file import DTYPE_NAMES, DTYPES
 from phase8.checkpoint.untrusted import shortened, shown
 from phase8.distributed.placement import held_part, is_held_once, own_region, placed_like
-from phase8.errors import CheckpointCorruptError, CheckpointError, CheckpointMismatchError
+from phase8.errors import CheckpointCorruptError, CheckpointError, CheckpointMismatchError, first_few
 from phase8.optim.state import ParameterState, StateTensor, declared_by
 
 MODEL_PREFIX = "model."
 OPTIMIZER_PREFIX = "optimizer."
-_MAX_LISTED_DIFFERENCES = 5
 # State shaped like a parameter may be stored in one of these and kept in another (`optim.state_dtype`).
 _ONE_FOR_THE_OTHER = {"F32", "BF16"}
 
@@ -143,9 +142,7 @@ def require_fit(checkpoint: Checkpoint, model: nn.Module, optimizer: torch.optim
 
 def _require_none(differences: list[str], checkpoint: Checkpoint) -> None:
     if differences:
-        more = len(differences) - _MAX_LISTED_DIFFERENCES
-        listed = "; ".join(differences[:_MAX_LISTED_DIFFERENCES]) + (f"; and {more} more" if more > 0 else "")
-        raise CheckpointMismatchError(f"{checkpoint.path} does not fit this model: {listed}; use the config it was saved with")
+        raise CheckpointMismatchError(f"{checkpoint.path} does not fit this model: {first_few(differences)}; use the config it was saved with")
 
 
 def _overwrite(target: Tensor, checkpoint: Checkpoint, name: str) -> None:

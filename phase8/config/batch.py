@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 from phase8.config.describe import describe_value
@@ -32,8 +33,13 @@ def count_token_ranks(parallel: ParallelSection, *, world_size: int) -> int:
     return max(world_size // (parallel.tensor_parallel_size * parallel.pipeline_parallel_size), 1)
 
 
-def run_topology(parallel: ParallelSection, *, world_size: int) -> Topology:
+def run_topology(parallel: ParallelSection, *, world_size: int, suits: Callable[[int], bool] = lambda world_size: True) -> Topology:
     """The rank grid of a config on a number of processes.
+
+    Args:
+        parallel: Section with the degrees.
+        world_size: Number of processes.
+        suits: As for `build_topology`.
 
     Raises:
         TopologyError: The degrees do not fit the number of processes.
@@ -44,6 +50,7 @@ def run_topology(parallel: ParallelSection, *, world_size: int) -> Topology:
         context_parallel_size=parallel.context_parallel_size,
         tensor_parallel_size=parallel.tensor_parallel_size,
         expert_parallel_size=parallel.expert_parallel_size,
+        suits=suits,
     )
 
 

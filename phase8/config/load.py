@@ -30,7 +30,7 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
 
     Args:
         path: YAML file with the sections of `schema.py`; or the name of a config that comes with phase8, if there is no such file.
-        overrides: `section.key=value` strings; the value is read as the key's type.
+        overrides: `section.key=value` strings; the value is read as the key's type. A text needs no quotes; some around it are taken as in YAML.
 
     Paths are expanded, see `phase8/paths.py`.
 
@@ -153,11 +153,20 @@ def _apply_override(tree: dict[str, Any], override: str) -> str:
 
 
 def _override_value(field: FieldInfo, text: str) -> Any:
-    """Parses the value of an override: text for a key that takes text; otherwise YAML, or text if it is no YAML."""
+    """Parses the value of an override: text for a key that takes text, without YAML's quotes around it; otherwise YAML, or text if it is no YAML."""
     if str in alternatives(field.annotation) and text not in ("null", "~"):
         is_list = entry_section(field) is not None and text.startswith(("[", "{"))  # a bare entry gets an error that asks for a list
-        return read_yaml(text) if is_list else text
+        return read_yaml(text) if is_list else _unquoted(text)
     try:
         return read_yaml(text)
     except yaml.YAMLError:
         return text
+
+
+def _unquoted(text: str) -> str:
+    """A text as YAML reads it if it is in quotes as a whole, otherwise as it is: what looks like a number, a list or a comment is text."""
+    try:
+        value = read_yaml(text) if text.startswith(('"', "'")) else text
+    except yaml.YAMLError:  # "Yes," she said: a text that begins with a quotation
+        return text
+    return value if isinstance(value, str) else text

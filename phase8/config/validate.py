@@ -279,9 +279,11 @@ def _slices(config: RunConfig) -> Iterator[str]:
 def _zero(config: RunConfig, world_size: int) -> Iterator[str]:
     zero, parallel = config.zero, config.parallel
     num_token_ranks = count_token_ranks(parallel, world_size=world_size)
+    # Otherwise the topology is refused, with the world sizes that suit.
+    is_divided = world_size % (parallel.tensor_parallel_size * parallel.context_parallel_size * parallel.pipeline_parallel_size) == 0
     if zero.shard_size is not None and zero.stage == 0:
         yield f"zero.shard_size is {zero.shard_size}, but zero.stage is 0 and shards nothing; leave it null or choose a stage."
-    elif zero.shard_size is not None and num_token_ranks % zero.shard_size:
+    elif zero.shard_size is not None and is_divided and num_token_ranks % zero.shard_size:
         which = "the data-parallel size" if parallel.context_parallel_size == 1 else "the data-parallel size times parallel.context_parallel_size,"
         yield f"zero.shard_size {zero.shard_size} does not divide {which} {num_token_ranks}; choose a divisor."
     if zero.copy_engine_gather and zero.stage == 0:
@@ -305,8 +307,12 @@ def _zero(config: RunConfig, world_size: int) -> Iterator[str]:
 
 def _batch_and_pipeline(config: RunConfig, world_size: int) -> Iterator[str]:
     num_microbatches = None
+
+    def suits(other: int) -> bool:
+        return not [*_zero(config, other), *expert_problems(config, other), *_batch_and_pipeline(config, other)]
+
     try:
-        topology = run_topology(config.parallel, world_size=world_size)
+        topology = run_topology(config.parallel, world_size=world_size, suits=suits)
         num_microbatches = batch_shape(config.train, config.parallel, data_parallel_size=topology.data_parallel_size).num_microbatches
     except ConfigError as error:
         yield from error.problems

@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-_SHAPE = {"num_tokens": "number of tokens", "bin_bytes": "size of .bin in bytes", "idx_sha256": "hash of .idx"}
-_CONTENT = ("bin_sha256", "content")
+_SHAPE = {"num_tokens": "number of tokens", "bin_bytes": "size of .bin in bytes"}
+_CONTENT = {"idx_sha256": ".idx", "bin_sha256": ".bin", "content": ".bin"}
+_HASH_DIGITS = 12  # enough to tell two hashes apart
 
 
 def describe_fingerprint_difference(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
@@ -61,7 +62,8 @@ def _file_differences(was: dict[str, Any], now: dict[str, Any]) -> list[str]:
         sentences.append(f"the documents of data.split were {_range(was)} and are {_range(now)}")
     if not sentences:  # otherwise the content differs as well
         compared = [field for field in _CONTENT if field in was and field in now and was[field] != now[field]]
-        sentences += [f"the hash of .bin was {was[field]} and is {now[field]}" for field in compared[:1]]
+        hashes = [(_CONTENT[field], *(str(each[field])[:_HASH_DIGITS] for each in (was, now))) for field in compared[:1]]
+        sentences += [f"the hash of {what} was {before} and is {after}" for what, before, after in hashes]
     return sentences
 
 

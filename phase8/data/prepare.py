@@ -57,6 +57,7 @@ def prepare(options: PrepareOptions, *, on_progress: OnProgress | None = None) -
     if problems := options.problems():
         raise ConfigError(problems)
     sources, left_out = find_sources(options.inputs)
+    _check_number(sources, options.rules)
     layout = Layout(options)
     made_from = _made_from(options, sources)
     with exclusive_lock(layout.lock, wait=False):
@@ -126,7 +127,11 @@ def _prepare(options: PrepareOptions, sources: list[Source], layout: Layout, on_
     counts = _tokenise(shards, options.num_workers, on_progress)
     check_unchanged(sources)
     num_empty = sum(found.num_empty for found in counts) + _num_empty_files(sources)
-    _check_splits(counts, options.rules, num_empty)
+    try:
+        _check_splits(counts, options.rules, num_empty)
+    except DataError:
+        shutil.rmtree(layout.work, ignore_errors=True)  # no options that would do go on with these shards
+        raise
     with storage_errors(layout.record):
         layout.record.unlink(missing_ok=True)  # it must never describe the pairs that are replaced now
     splits = {name: _merge(shards, name, layout.split(name), dtype, maker, on_progress) for name in options.rules.splits}
@@ -213,8 +218,21 @@ def _check_splits(counts: list[ShardCounts], rules: DocumentRules, num_empty: in
         if number == 0:
             raise DataError(
                 f"none of the {total} documents fell into the {name} split with --validation-fraction {rules.validation_fraction}; "
-                "give more documents (a text file is one) or another fraction"
+                "give more documents (a text file is one, or many with --document-separator) or another fraction"
             )
+
+
+def _check_number(sources: list[Source], rules: DocumentRules) -> None:
+    """Refuses a single text file for two splits at once, not after it has been tokenised: it is one document."""
+    documents = [source for source in sources if source.size_bytes or source.is_compressed]
+    if len(documents) != 1 or len(rules.splits) == 1 or rules.document_separator is not None:
+        return
+    (source,) = documents
+    if not (source.is_json_lines or source.is_parquet):
+        raise DataError(
+            f"{source.path} is one document, as a text file is, but --validation-fraction {rules.validation_fraction} needs at least two; give "
+            "--document-separator LINE, the line that stands between its documents, or more files, or leave the fraction out"
+        )
 
 
 def _merge(shards: list[Shard], name: str, prefix: Path, dtype: np.dtype, maker: MadeWith, on_progress: OnProgress) -> PreparedSplit:

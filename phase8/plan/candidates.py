@@ -20,12 +20,11 @@ from phase8.config.batch import batch_shape, run_topology
 from phase8.config.dotted import values_of
 from phase8.config.schema import RunConfig, ZeroSection
 from phase8.config.validate import find_problems
+from phase8.observe.formatting import format_bytes
 from phase8.plan.memory import MemoryPlan, usable_bytes
 from phase8.plan.prediction import predict_step, recorded_where_it_pays
 from phase8.plan.rank_memory import fullest
 from phase8.plan.whole_config import plan_stages
-
-_GIB = 2**30
 
 # Larger microbatches are no faster.
 MOST_TOKENS = 131_072
@@ -58,6 +57,7 @@ class Device:
         memory_bytes: Memory that the run may use; ignored on a CPU.
         total_bytes: Memory that the device has; 0: unknown.
         can_compile: Whether torch.compile finds what it needs.
+        limit_gib: `train.device_memory_gib` where that is less than what is free; None: the run may use what is free.
     """
 
     type: str
@@ -65,6 +65,13 @@ class Device:
     memory_bytes: int
     total_bytes: int
     can_compile: bool = True
+    limit_gib: float | None = None
+
+    @property
+    def room(self) -> str:
+        """The memory that the run may use, in words: `79.2 GiB that are free on a GPU`."""
+        where = f"are free on {self.name}" if self.limit_gib is None else f"train.device_memory_gib {self.limit_gib:g} leaves on {self.name}"
+        return f"{format_bytes(self.memory_bytes)} that {where}"
 
     @property
     def is_limited(self) -> bool:
@@ -76,7 +83,8 @@ class Device:
         if limit_gib is None:
             return self
         limit = int(limit_gib * 2**30)
-        return replace(self, memory_bytes=min(self.memory_bytes, limit), total_bytes=min(self.total_bytes, limit))
+        limit_gib = limit_gib if limit < self.memory_bytes else None
+        return replace(self, memory_bytes=min(self.memory_bytes, limit), total_bytes=min(self.total_bytes, limit), limit_gib=limit_gib)
 
 
 @dataclass(frozen=True)
@@ -232,7 +240,7 @@ def how_to_fit(config: RunConfig, nearest: Candidate) -> str:
     before = values_of(config, _STEP_KEYS)
     overrides = " ".join(f"{name}={value}" for name, value in nearest.values.items() if before[name] != value)
     otherwise = "" if config.train.tuning == "off" else ", or leave these keys auto"
-    return f"{overrides} fits with {nearest.planned_bytes / _GIB:.1f} GiB{otherwise}"
+    return f"{overrides} fits with {format_bytes(nearest.planned_bytes)}{otherwise}"
 
 
 def remedy_for(config: RunConfig, settled: RunConfig, facts: Device, *, world_size: int, planned_bytes: int) -> str:
@@ -254,11 +262,13 @@ def _general_remedy(zero: ZeroSection) -> str:
 
 def nothing_fits(config: RunConfig, smallest: Candidate, facts: Device, *, world_size: int) -> str:
     """A sentence about a device whose memory not even the smallest candidate of a config fits into: what is missing, and what to change."""
-    needed = f"{smallest} needs {smallest.planned_bytes / _GIB:.1f} GiB by plan"
+    needed = f"{smallest} needs {format_bytes(smallest.planned_bytes)} by plan"
     if not facts.is_limited:
         return f"no other settings are left for {facts.name}: {needed}; make the model, its sequences or its batch smaller."
     remedy = remedy_for(config, smallest.config, facts, world_size=world_size, planned_bytes=smallest.planned_bytes)
-    return f"no settings fit into the {facts.memory_bytes / _GIB:.1f} GiB that are free on {facts.name}: {needed}; {remedy}."
+    if smallest.planned_bytes <= facts.memory_bytes:  # all of the memory would do, but not the part that a plan may fill
+        needed += f", of which {format_bytes(usable_bytes(facts.memory_bytes, is_recorded=smallest.config.train.cuda_graphs is True))} may be planned"
+    return f"no settings fit into the {facts.room}: {needed}; {remedy}."
 
 
 def _settings(config: RunConfig, *, world_size: int, device: Device, compiles: bool) -> Iterator[_OfSize]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import cache, partial
 
 from rich.console import Console
@@ -12,15 +12,18 @@ from phase8.config.batch import batch_shape, run_topology
 from phase8.config.schema import RunConfig
 from phase8.config.validate import MODEL_SECTIONS, find_problems, refuse_problems
 from phase8.config.without_effect import facts_without_effect
-from phase8.errors import ConfigError, OutOfMemoryError
+from phase8.errors import ConfigError, OutOfMemoryError, TopologyError
 from phase8.observe.banner import print_banner
 from phase8.plan.cost_facts import Fact, batch_fact, communication_fact, memory_facts, model_facts, speed_fact
 from phase8.plan.missing_inputs import missing_inputs
 from phase8.plan.optimizer_work import optimizer_fact
 from phase8.plan.prediction import ASSUMED_GPU, StepPrediction, predict_step
+from phase8.plan.rank_memory import StageMemory
 from phase8.plan.run_communication import plan_run_communication
 from phase8.plan.settle import lacking_room, own_gpu, planned_gpu, settle
 from phase8.plan.whole_config import num_parameters, plan_stages
+
+_Plan = tuple[Sequence[StageMemory], str | None]
 
 
 def dry_run(config: RunConfig, *, world_size: int, console: Console) -> None:
@@ -39,12 +42,15 @@ def dry_run(config: RunConfig, *, world_size: int, console: Console) -> None:
         config, too_large = settled.config, settled.too_large
         facts += [] if settled.chosen is None else [("settings", settled.chosen)]
     # Each part is printed if the config allows it: a topology that does not fit must not hide the size of the model.
-    memory = partial(_memory_facts, tells_room=too_large is None)  # otherwise the sentence about that ends the dry run
-    predict = cache(partial(predict_step, config, world_size, own_gpu() or ASSUMED_GPU))
+    plan = cache(partial(_planned, config, world_size))
+    memory = partial(_memory_facts, plan=plan, tells_room=too_large is None)  # otherwise the sentence about that ends the dry run
+    predict = cache(partial(_predicted, config, world_size, plan=plan, has_room=too_large is None))
     optimizer, speed = (partial(each, predict=predict) for each in (_optimizer_facts, _speed_facts))
     for describe in (_topology_facts, _batch_facts, _model_facts, optimizer, memory, _communication_facts, speed):
         try:
             facts += describe(config, world_size)
+        except TopologyError:  # it is among the problems, with the world sizes that suit the rest of the config
+            continue
         except ConfigError as error:
             problems += [problem for problem in error.problems if problem not in problems]
     missing = missing_inputs(config.data, initialise_from=config.checkpoint.initialise_from)
@@ -75,22 +81,33 @@ def _model_facts(config: RunConfig, world_size: int) -> list[Fact]:
     return model_facts(config.model, num_parameters=num_parameters(config))
 
 
-def _optimizer_facts(config: RunConfig, world_size: int, *, predict: Callable[[], StepPrediction]) -> list[Fact]:
+def _planned(config: RunConfig, world_size: int) -> _Plan:
+    """The plan of every stage, and the stages that need more than the GPU has, in words; None: there are none."""
+    refuse_problems(config, about=MODEL_SECTIONS)
+    device = planned_gpu(config)
+    planned = plan_stages(config, world_size=world_size, device_type=accelerator.GPU, device_bytes=device.total_bytes)
+    return planned, lacking_room(planned, device)
+
+
+def _predicted(config: RunConfig, world_size: int, *, plan: Callable[[], _Plan], has_room: bool) -> StepPrediction | None:
+    """The predicted step; None where it does not fit into the memory of the GPU, since it cannot run."""
+    return predict_step(config, world_size, own_gpu() or ASSUMED_GPU) if has_room and plan()[1] is None else None
+
+
+def _optimizer_facts(config: RunConfig, world_size: int, *, predict: Callable[[], StepPrediction | None]) -> list[Fact]:
     """The optimizer, with its predicted share of a step where the config can run; plain-torch references are not predicted."""
     refuse_problems(config, about=MODEL_SECTIONS)
     share = None
     if config.train.kernels != "reference" and not find_problems(config, world_size=world_size):
         predicted = predict()
-        share = predicted.optimizer_seconds / predicted.seconds
+        share = None if predicted is None else predicted.optimizer_seconds / predicted.seconds
     return [optimizer_fact(config.optim, config.zero, config.model, share=share)]
 
 
-def _memory_facts(config: RunConfig, world_size: int, *, tells_room: bool) -> list[Fact]:
-    refuse_problems(config, about=MODEL_SECTIONS)
-    device = planned_gpu(config)
-    planned = plan_stages(config, world_size=world_size, device_type=accelerator.GPU, device_bytes=device.total_bytes)
-    lacking = lacking_room(planned, device) if tells_room else None
-    return memory_facts(planned) + ([] if lacking is None else [("no room", f"{lacking}; `tools/plan.py check` names settings that fit")])
+def _memory_facts(config: RunConfig, world_size: int, *, plan: Callable[[], _Plan], tells_room: bool) -> list[Fact]:
+    planned, lacking = plan()
+    is_told = tells_room and lacking is not None
+    return memory_facts(planned) + ([("no room", f"{lacking}; `tools/plan.py check` names settings that fit")] if is_told else [])
 
 
 def _communication_facts(config: RunConfig, world_size: int) -> list[Fact]:
@@ -103,11 +120,13 @@ def _communication_facts(config: RunConfig, world_size: int) -> list[Fact]:
     return [communication_fact(*max(plans, key=lambda plan: sum(each.sent_bytes(plan[1].size(each.axis)) for each in plan[0])))]
 
 
-def _speed_facts(config: RunConfig, world_size: int, *, predict: Callable[[], StepPrediction]) -> list[Fact]:
+def _speed_facts(config: RunConfig, world_size: int, *, predict: Callable[[], StepPrediction | None]) -> list[Fact]:
     """Predicted speed on this machine's GPU, or on an H100 if it has no known GPU. Plain-torch references are not predicted."""
     if config.train.kernels == "reference":
         return []
     own, predicted = own_gpu(), predict()
+    if predicted is None:
+        return [("predicted speed", "none, because the run does not fit into the memory of the GPU")]
     missing = "this machine has no GPU" if own is None else f"{own} is not known"
     return [
         speed_fact(

@@ -9,6 +9,7 @@ from phase8 import accelerator
 from phase8.config.auto import automatic_keys, without_auto
 from phase8.config.schema import RunConfig
 from phase8.observe.devices import find_gpu
+from phase8.observe.formatting import format_bytes
 from phase8.plan.candidates import Device, find_candidates, nothing_fits, smallest_candidate
 from phase8.plan.memory import free_bytes
 from phase8.plan.prediction import ASSUMED_GPU, assumed_gpu
@@ -46,7 +47,7 @@ def settle(config: RunConfig, *, world_size: int) -> Settled:
     if found:
         return Settled(without_auto(found[0].config), device, f"{found[0]}, by plan")
     smallest = smallest_candidate(config, world_size=world_size, device=device)
-    chosen = f"nothing fits into {device.memory_bytes / 2**30:.1f} GiB, by plan"
+    chosen = f"nothing fits into {format_bytes(device.memory_bytes)}, by plan"
     return Settled(without_auto(smallest.config), device, chosen, nothing_fits(config, smallest, device, world_size=world_size))
 
 
@@ -56,10 +57,7 @@ def lacking_room(planned: Sequence[StageMemory], device: Device) -> str | None:
     if not needed:
         return None
     stages = "pipeline stage {} needs" if len(needed) == 1 else "pipeline stages {} need up to"
-    return (
-        f"{stages.format(', '.join(map(str, needed)))} {max(needed.values()) / 2**30:.1f} GiB by plan, more than the "
-        f"{device.memory_bytes / 2**30:.1f} GiB that are free on {device.name}"
-    )
+    return f"{stages.format(', '.join(map(str, needed)))} {format_bytes(max(needed.values()))} by plan, more than the {device.room}"
 
 
 def planned_gpu(config: RunConfig) -> Device:

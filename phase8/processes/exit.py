@@ -76,7 +76,7 @@ def own_message(error: BaseException, *, rank: int) -> str:
     if isinstance(error, Phase8Error):
         return "".join(f"rank {rank}: {line}\n" for line in describe_error(error).splitlines())
     if isinstance(error, KeyboardInterrupt):
-        return "interrupted: nothing was saved since the last checkpoint\n"
+        return f"{str(error) or 'interrupted'}\n"
     if isinstance(error, SystemExit):
         return f"rank {rank}: {summary(error)}\n"
     return f"rank {rank}: {''.join(traceback.format_exception(error))}"

@@ -13,6 +13,7 @@ from phase8.config.schema import RunConfig
 from phase8.config.validate import find_problems
 from phase8.errors import OutOfMemoryError
 from phase8.memory_errors import told_by
+from phase8.observe.formatting import format_bytes
 from phase8.plan.candidates import Device, how_to_fit, nearest_that_fits, plan_on
 from phase8.plan.memory import MemoryPlan
 from phase8.processes.host_memory import available_bytes
@@ -20,7 +21,6 @@ from phase8.train.restart import resume_own_run
 from phase8.train.run_directory import RunDirectory
 from phase8.train.tuning import COPIES, Chosen
 
-_GIB = 2**30
 _SHORT_MOMENTS: dict[str, Any] = {"optim.state_dtype": "fp8"}
 _ON_DISK: dict[str, Any] = {
     "zero.engine": "deepspeed", "zero.offload_optimizer": "nvme", "zero.offload_params": "nvme", "zero.offload_gradients": False,
@@ -49,8 +49,8 @@ def require_host_memory(config: RunConfig, facts: Device, *, world_size: int, ra
     what = "copies and what is offloaded" if accelerator.is_accelerator(facts.type) else "weights, gradients and optimizer"
     remedy = _how_to_need_less_of_the_host(config, facts, world_size=world_size, kind="", most_bytes=available // ranks_of_host)
     raise OutOfMemoryError(
-        f"the host has too little memory: {planned / _GIB:.1f} GiB{ranks} are planned for {what}, and "
-        f"{available / _GIB:.1f} GiB are available, {(planned - available) / _GIB:.1f} GiB too little; {remedy}.",
+        f"the host has too little memory: {format_bytes(planned)}{ranks} are planned for {what}, and {format_bytes(available)} are available, "
+        f"{format_bytes(planned - available)} too little; {remedy}.",
         None,
         has_begun=False,
     )
@@ -140,10 +140,10 @@ def _device_sentence(config: RunConfig, facts: Device, world_size: int) -> str:
     remedy = "make the model smaller, or use more ranks with zero.stage=3"
     if nearest is not None:
         remedy = how_to_fit(config, nearest)
-    return (
-        f"out of memory on {facts.name}: the run needs {planned / _GIB:.1f} GiB by plan, and {facts.memory_bytes / _GIB:.1f} of "
-        f"{facts.total_bytes / _GIB:.1f} GiB were free when it started; {remedy}."
-    )
+    room = f"{format_bytes(facts.memory_bytes)} of {format_bytes(facts.total_bytes)} were free when it started"
+    if facts.limit_gib is not None:
+        room = f"train.device_memory_gib {facts.limit_gib:g} left it {format_bytes(facts.memory_bytes)}"
+    return f"out of memory on {facts.name}: the run needs {format_bytes(planned)} by plan, and {room}; {remedy}."
 
 
 def _host_sentence(config: RunConfig, facts: Device, world_size: int, kind: str) -> str:
@@ -152,7 +152,7 @@ def _host_sentence(config: RunConfig, facts: Device, world_size: int, kind: str)
     planned, what = plan.host_bytes, "copies and what is offloaded"
     if not accelerator.is_accelerator(facts.type):
         planned, what = plan.host_bytes + plan.total_bytes, "the run"
-    return f"the host has too little {kind}memory; {planned / _GIB:.1f} GiB a rank are planned for {what}: {remedy}."
+    return f"the host has too little {kind}memory; {format_bytes(planned)} a rank are planned for {what}: {remedy}."
 
 
 def _how_to_need_less_of_the_host(config: RunConfig, facts: Device, *, world_size: int, kind: str, most_bytes: int) -> str:

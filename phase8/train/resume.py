@@ -21,7 +21,7 @@ from phase8.config.model_section import ModelSection
 from phase8.config.schema import RunConfig
 from phase8.data.fingerprint_difference import describe_fingerprint_difference
 from phase8.data.order_history import OrderHistory, changed, history_of
-from phase8.errors import CheckpointMismatchError, ConfigError
+from phase8.errors import CheckpointMismatchError, ConfigError, first_few
 from phase8.optim.schedule import learning_rate
 from phase8.train.datasets import RunData
 from phase8.train.engine.protocol import TrainingEngine
@@ -212,7 +212,8 @@ def _check_model(path: Path, saved: ModelSection, current: ModelSection) -> None
     """Refuses a checkpoint of another model; only keys that the model's block reads are compared."""
     different = model_differences(saved, current)
     if different:
-        listed = ", ".join(f"model.{name} was {_as_written(was)} and is {_as_written(now)}" for name, (was, now) in different.items())
+        keys = [f"model.{name} was {_as_written(was)} and is {_as_written(now)}" for name, (was, now) in different.items()]
+        listed = first_few(keys, separator=", ")
         remedy = ", or begin a new run with its weights by checkpoint.initialise_from" if different.keys() <= WITHOUT_SHAPE else ""
         raise CheckpointMismatchError(
             f"{path} is a checkpoint of another model: {listed}; use its config, another run.name, or --resume none{remedy}."
@@ -257,6 +258,6 @@ def _changed_tokenizer(path: Path, attached: Mapping[str, bytes], current: Mappi
 def _check_data(path: Path, differences: list[str]) -> None:
     if differences:
         raise CheckpointMismatchError(
-            f"{path} was trained on other data or in another order of samples: {'; '.join(differences)}; restore what was changed, "
+            f"{path} was trained on other data or in another order of samples: {first_few(differences)}; restore what was changed, "
             "or accept the change with --set data.allow_fingerprint_change=true."
         )

@@ -12,10 +12,11 @@ from pathlib import Path
 
 import yaml
 
+from phase8.checkpoint.load import list_checkpoints
 from phase8.config.load import config_to_mapping
 from phase8.config.schema import RunConfig, RunSection
 from phase8.durable import open_lock_file, replace_file, storage_errors
-from phase8.errors import StorageError
+from phase8.errors import CheckpointError, StorageError
 from phase8.paths import real_path
 
 
@@ -64,8 +65,13 @@ class RunDirectory:
         The lock file lies next to the directory, so that renaming the run does not move it.
 
         Raises:
-            StorageError: Another process trains in the directory, or the lock file cannot be written.
+            StorageError: Another process trains in the directory, a file has its name or that of a parent, or the lock file cannot be written.
         """
+        if (file := next((each for each in (self.path, *self.path.parents) if os.path.exists(each) and not os.path.isdir(each)), None)) is not None:
+            raise StorageError(
+                f"run.output_dir is {self.path.parent} and run.name is {self.path.name}, but {file} is a file, and the run needs a directory there; "
+                "choose other names, or move the file."
+            )
         place = real_path(self.path)
         path = place.with_name(f".{place.name}.lock")
         missing = [directory for directory in path.parents if not directory.exists()]
@@ -101,6 +107,18 @@ class RunDirectory:
                         f"another process is training in {self.path}; wait until it has finished or choose another run.name."
                     ) from None
                 os.close(descriptor)  # the last owner removed the file after it was opened here
+
+    @contextmanager
+    def tell_interrupts(self) -> Iterator[None]:
+        """A context manager that gives a `KeyboardInterrupt` a sentence: whether there is a checkpoint to go on from."""
+        try:
+            yield
+        except KeyboardInterrupt:
+            saved = False
+            with suppress(CheckpointError):
+                saved = bool(list_checkpoints(self.checkpoints))
+            since = " since the last checkpoint" if saved else ", and there is no checkpoint yet"
+            raise KeyboardInterrupt(f"interrupted: nothing was saved{since}") from None
 
     def exists(self) -> bool:
         """Whether a run of this name has written anything."""

@@ -31,7 +31,7 @@ from phase8.data.staging import read_json, write_json
 from phase8.distributed.collectives import broadcast_text, gather_texts
 from phase8.distributed.mesh import Mesh
 from phase8.errors import ConfigError, OutOfMemoryError, Phase8Error
-from phase8.observe.formatting import format_count
+from phase8.observe.formatting import format_bytes, format_count
 from phase8.plan.candidates import Candidate, Device, find_candidates, nothing_fits, plan_on, smallest_candidate
 from phase8.plan.prediction import predict_step
 from phase8.train.device import host_settings
@@ -227,7 +227,7 @@ class _Search:
             self._say(f"trying {candidate} ...")
             trial = self._try_settings(candidate.config)
             if isinstance(trial, Trial):
-                self._say(f"  {format_count(trial.tokens_per_second)} tok/s, {trial.peak_bytes / 2**30:.1f} GiB ({trial.seconds:.0f} s)")
+                self._say(f"  {format_count(trial.tokens_per_second)} tok/s, {format_bytes(trial.peak_bytes)} ({trial.seconds:.0f} s)")
                 self._found.append((trial, candidate))
                 continue
             self._say(f"  {trial}")
@@ -246,7 +246,7 @@ def _by_plan(candidates: Sequence[Candidate], facts: Device, world_size: int, re
 
 def _fastest(found: Sequence[tuple[Trial, Candidate]], facts: Device) -> Chosen:
     (best, chosen), *others = sorted(found, key=lambda each: -each[0].tokens_per_second)
-    reason = f"{chosen}: {format_count(best.tokens_per_second)} tok/s measured, {best.peak_bytes / 2**30:.1f} of {facts.memory_bytes / 2**30:.1f} GiB"
+    reason = f"{chosen}: {format_count(best.tokens_per_second)} tok/s measured, {format_bytes(best.peak_bytes)} of {format_bytes(facts.memory_bytes)}"
     if others:
         reason += f"; next best: {others[0][1]}, {format_count(others[0][0].tokens_per_second)} tok/s"
     return Chosen(values_of(chosen.config, _CHOSEN_KEYS), facts.name, 1, reason)

@@ -171,7 +171,8 @@ def test_a_defined_variant_begins_as_another_one():
     ("names", "definitions", "text"),
     [
         (["window+globl"], [], "--variants: unknown variant window+globl; did you mean window+global?"),
-        (["x"], [], "did you mean"),
+        (["nosuch"], [], "--variants: unknown variant nosuch; there are "),
+        (["x"], [], "--variants: unknown variant x; there are "),
         (["transformer", "transformer"], [], "--variants names transformer 2 times"),
         (["a"], [["a", "transfomer", "model.ffn_size=4"]], "--define a: unknown variant transfomer; did you mean transformer?"),
         (["a"], [["a"]], "--define a needs"),

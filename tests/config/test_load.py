@@ -9,7 +9,7 @@ from pydantic import ValidationError
 from phase8.config.describe import describe_type, describe_value, iterate_keys
 from phase8.config.load import config_from_mapping, config_to_mapping, load_config
 from phase8.config.rope_scaling import RopeScaling
-from phase8.config.schema import RunConfig
+from phase8.config.schema import DataSource, RunConfig
 from phase8.errors import ConfigError
 
 SECTIONS = "run, model, data, parallel, zero, precision, optim, train, checkpoint, observe"
@@ -224,6 +224,17 @@ OVERRIDES = {
     "data.train=~": None,
     "data.train=on": "on",
     "data.train=data/mine": "data/mine",
+    'data.train="x y"': "x y",
+    "data.train='x y'": "x y",
+    'data.train="null"': "null",
+    """data.train='it''s "x"'""": 'it\'s "x"',
+    'data.train=[{path: "x y", weight: 1}]': (DataSource(path="x y", weight=1),),
+    'run.name="007"': "007",
+    'observe.sample_prompt="two\\nlines"': "two\nlines",
+    'observe.sample_prompt="Yes," she said, "no."': '"Yes," she said, "no."',
+    "observe.sample_prompt='tis: so": "'tis: so",
+    "observe.sample_prompt=say 'x'": "say 'x'",
+    'observe.sample_prompt="a": b': '"a": b',
     "observe.sample_prompt=def main(": "def main(",
     "observe.sample_prompt=[1": "[1",
     "train.num_steps=200": 200,

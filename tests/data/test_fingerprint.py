@@ -51,7 +51,7 @@ def test_other_tokens_of_the_same_shape_are_other_data(tmp_path):
     old, new = fingerprint(write(tmp_path / "a", 1)), fingerprint(write(tmp_path / "b", 2))
     assert old["sources"][0]["idx_sha256"] == new["sources"][0]["idx_sha256"]
     (sentence,) = describe_fingerprint_difference(old, new)
-    assert sentence.startswith("source 0 (a, now b): the hash of .bin was ") and old["sources"][0]["bin_sha256"] in sentence
+    assert sentence.startswith("source 0 (a, now b): the hash of .bin was ") and sentence.endswith(f" and is {new['sources'][0]['bin_sha256'][:12]}")
     for path in ("a", "b"):
         record_path(tmp_path / path).unlink()
     (sentence,) = describe_fingerprint_difference(old, fingerprint(tmp_path / "b"))
@@ -85,7 +85,7 @@ def test_older_fingerprints_are_compared_by_what_they_hold(tmp_path):
     new = fingerprint(write(tmp_path / "a", 1))
     assert describe_fingerprint_difference(as_older_releases_wrote(new), new) == []
     other = fingerprint(write(tmp_path / "b", 1, num_documents=5))
-    assert len(describe_fingerprint_difference(as_older_releases_wrote(other), new)) == 3
+    assert len(describe_fingerprint_difference(as_older_releases_wrote(other), new)) == 2
 
 
 @pytest.mark.parametrize("num_documents", [4, 5], ids=["one shape", "two shapes"])

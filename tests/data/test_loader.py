@@ -284,7 +284,7 @@ def test_fingerprint_is_json_and_describes_what_changed(tmp_path, blend):
     [sentence] = describe_fingerprint_difference(old, data_fingerprint(opened(blend)))
     assert "source 1 (code, now code): the hash of .idx was" in sentence
     write(tmp_path / "code", [91], first_token=1000)
-    assert len(describe_fingerprint_difference(old, data_fingerprint(opened(blend)))) == 3
+    assert len(describe_fingerprint_difference(old, data_fingerprint(opened(blend)))) == 2
 
 
 def test_moved_data_are_the_same_data(tmp_path, prefix):

@@ -464,15 +464,29 @@ def test_empty_files_and_documents_with_nul_bytes_are_counted(inputs: Path, tmp_
     assert again == dataclasses.replace(report, is_reused=True)
 
 
-def test_a_split_without_a_document_is_refused(tmp_path: Path, tokenizer_path: Path):
+def test_a_split_without_a_document_is_refused_and_leaves_nothing(tmp_path: Path, tokenizer_path: Path):
     path = tmp_path / "a.txt"
     path.write_text("a")
-    given = {"train_tokenizer": False, "vocab_size": None, "tokenizer": tokenizer_path}
-    with pytest.raises(DataError, match=r"none of the 1 documents fell into the validation split with --validation-fraction 0\.2"):
-        prepare(options(path, tmp_path / "x", **given))
-    path.write_text("ab")
-    with pytest.raises(DataError, match="none of the 1 documents fell into the train split"):
-        prepare(options(path, tmp_path / "x", **given | {"rules": DocumentRules(validation_fraction=0.999)}))
+    for fraction, split in ((0.2, "validation"), (0.999, "train")):
+        path.write_text("a" if split == "validation" else "ab")
+        rules = DocumentRules(validation_fraction=fraction, document_separator="---")
+        message = rf"none of the 1 documents fell into the {split} split with .* {fraction}; .* or many with --document-separator\)"
+        with pytest.raises(DataError, match=message):
+            prepare(options(path, tmp_path / "x", train_tokenizer=False, vocab_size=None, tokenizer=tokenizer_path, rules=rules))
+        assert list(tmp_path.iterdir()) == [path]
+
+
+def test_a_single_text_file_cannot_be_split_and_that_is_said_before_any_work(tmp_path: Path):
+    path, empty = tmp_path / "a.txt", tmp_path / "empty.txt"
+    path.write_text("text\n" * 1000)
+    empty.touch()
+    sentence = rf"{path} is one document, .* but --validation-fraction 0\.2 needs at least two; give --document-separator LINE"
+    with pytest.raises(DataError, match=sentence):
+        prepare(options(tmp_path, tmp_path / "x"), on_progress=lambda *_: pytest.fail("work began"))
+    assert {*tmp_path.iterdir()} == {path, empty}
+    for rules in (DocumentRules(), DocumentRules(validation_fraction=0.2, document_separator="text")):  # these get as far as training the tokenizer
+        with pytest.raises(DataError, match=r"no text to train|cannot be trained"):
+            prepare(options(tmp_path, tmp_path / "x", rules=rules))
 
 
 def test_an_input_that_changes_meanwhile_is_not_published(inputs: Path, tmp_path: Path):

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import hashlib
+import itertools
 import json
 import os
 import sys
 import textwrap
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import sentencepiece
@@ -308,6 +310,31 @@ def test_streaming_holds_back_a_character_until_it_is_whole(exact: Tokenizer):
     decoder = StreamingDecoder(exact)
     assert [decoder.feed(i) for i in ids] == ["a", "", "", "", "😀", "b"]
     assert decoder.flush() == ""
+
+
+@pytest.mark.parametrize(
+    ("begin", "endless"), [*itertools.product(["", "a", " ", "😀"], ["\n", " ", "\t"]), ("a", END_OF_DOCUMENT), ("😀", END_OF_DOCUMENT)]
+)
+@pytest.mark.parametrize("kind", ["exact", "hugging_face", "llama_like"])
+def test_streaming_decodes_few_ids_for_each_of_endless_spaces(request, monkeypatch, kind: str, begin: str, endless: str):
+    tokenizer: Tokenizer = request.getfixturevalue(kind)
+    ids = [*tokenizer.encode(begin), *(tokenizer.encode(endless) if endless != END_OF_DOCUMENT else [tokenizer.eod_id]) * 200]
+    ids += tokenizer.encode("b")
+    num_decoded, decode = [], type(tokenizer).decode
+    monkeypatch.setattr(type(tokenizer), "decode", lambda self, ids: num_decoded.append(len(ids)) or decode(self, ids))
+    decoder = StreamingDecoder(tokenizer)
+    text = "".join(decoder.feed(i) for i in ids)
+    assert text == decode(tokenizer, ids) and max(num_decoded) < 20
+
+
+def test_streaming_keeps_spaces_on_which_later_ones_depend():
+    def decode(ids):
+        """Of spaces (0) that follow each other every second is a tab."""
+        return "".join("a" if i else "\t" if number % 2 else " " for i, run in itertools.groupby(ids) for number, _ in enumerate(run))
+
+    ids = [1, *[0] * 9, 1, 0]
+    decoder = StreamingDecoder(SimpleNamespace(decode=decode))
+    assert "".join(map(decoder.feed, ids)) == decode(ids) == "a \t \t \t \t a "
 
 
 def test_streaming_flush_shows_the_incomplete_rest_and_starts_afresh(exact: Tokenizer):

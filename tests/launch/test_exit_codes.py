@@ -130,7 +130,9 @@ def test_4_checkpoint_of_another_model(call):
 
 def test_5_storage(call, tmp_path):
     (tmp_path / "file").write_text("")
-    assert_one_error(call(f"run.output_dir={tmp_path}/file"), 5, "cannot write")
+    for directory, name in ((f"{tmp_path}/file", "tiny"), (f"{tmp_path}/file/inside", "tiny"), (tmp_path, "file")):
+        sentence = f"run.output_dir is {directory} and run.name is {name}, but {tmp_path}/file is a file, and the run needs a directory there; "
+        assert_one_error(call(f"run.output_dir={directory}", f"run.name={name}"), 5, sentence)
 
 
 def test_5_the_disk_is_full_at_the_last_save(call, monkeypatch):
@@ -150,15 +152,24 @@ def interrupt():
     os.kill(os.getpid(), signal.SIGINT)
 
 
-def assert_interrupted(result, num_lines):
+NOT_SAVED = "nothing was saved, and there is no checkpoint yet"
+
+
+def assert_interrupted(result, num_lines, sentence=NOT_SAVED):
     code, output, errors = result
-    assert code == 130 and errors.endswith("interrupted: nothing was saved since the last checkpoint\n"), result
+    assert code == 130 and errors.endswith(f"interrupted: {sentence}\n"), result
     assert errors.strip().count("\n") == num_lines - 1 and "Traceback" not in output + errors
 
 
 def test_130_interrupted_before_training(call, monkeypatch):
     monkeypatch.setattr(build, "open_run_data", lambda *_, **__: interrupt())
     assert_interrupted(call(), 1)
+
+
+def test_130_interrupted_with_a_checkpoint(call, monkeypatch):
+    call("train.stop_at_step=2")
+    monkeypatch.setattr(build, "open_run_data", lambda *_, **__: interrupt())
+    assert_interrupted(call(), 1, "nothing was saved since the last checkpoint")
 
 
 def test_130_interrupted_twice(call, monkeypatch, tmp_path):

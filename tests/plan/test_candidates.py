@@ -174,6 +174,11 @@ def test_what_no_graph_can_hold_is_not_recorded(settings):
     assert candidates and not any(candidate.config.train.cuda_graphs for candidate in candidates)
 
 
+def test_the_room_of_a_device_is_what_is_free_or_what_the_config_leaves_of_it():
+    assert GPU.room == GPU.limited_to(None).room == GPU.limited_to(8).room == GPU.limited_to(100).room == "8 GiB that are free on a GPU"
+    assert GPU.limited_to(0.5).room == "512 MiB that train.device_memory_gib 0.5 leaves on a GPU"
+
+
 def test_a_cpu_takes_few_tokens_at_once_and_nothing_special():
     cpu = Device("cpu", "CPU", 0, 0, can_compile=False)
     (candidate,) = found(device=cpu)

@@ -1,5 +1,6 @@
 import io
 import re
+from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
@@ -8,7 +9,8 @@ from rich.console import Console
 
 from phase8.config.load import load_config
 from phase8.config.schema import RunConfig
-from phase8.errors import ConfigError
+from phase8.config.validate import find_problems
+from phase8.errors import ConfigError, OutOfMemoryError
 from phase8.model.model import build_model
 from phase8.model.parameters import initialise
 from phase8.plan.cost_facts import communication_fact, memory_facts
@@ -70,7 +72,25 @@ def test_the_optimizer_has_its_share_of_a_step_where_the_config_can_run(small):
 
 def test_explicit_settings_without_room_are_said_and_are_no_problem(small):
     facts, problems = facts_and_problems(small("train.device_memory_gib=0.0001"))
-    assert problems == [] and facts["no room"].startswith("pipeline stage 0 needs ") and "more than the 0.0 GiB that are free on" in facts["no room"]
+    assert problems == [] and facts["no room"].startswith("pipeline stage 0 needs ")
+    assert "more than the 105 KiB that train.device_memory_gib 0.0001 leaves on " in facts["no room"]
+
+
+@pytest.mark.parametrize(
+    ("limit", "settings"),
+    [
+        ("0.001", ()),
+        ("0.001", ("train.tuning=plan", "train.micro_batch_size=auto")),
+        ("0.13", ("train.tuning=plan", "train.micro_batch_size=auto")),  # as large as the smallest plan, without the room that is left free
+    ],
+)
+def test_what_does_not_fit_has_no_predicted_speed(small, limit, settings):
+    output = io.StringIO()
+    with nullcontext() if not settings else pytest.raises(OutOfMemoryError, match="no settings fit into"):
+        dry_run(small(f"train.device_memory_gib={limit}", *settings), world_size=1, console=Console(file=output))
+    facts = dict(re.split(r"\s{2,}", line.strip(), maxsplit=1) for line in output.getvalue().splitlines()[1:])
+    assert facts["predicted speed"] == "none, because the run does not fit into the memory of the GPU" and "planned memory per rank" in facts
+    assert facts["optimizer"] == "adamw, learning rate 0.0006, moments in fp32"
 
 
 def test_keys_without_effect_are_said_and_are_no_problem(small):
@@ -163,8 +183,19 @@ def test_a_topology_that_does_not_fit_hides_nothing_else(small):
     assert list(facts) == ["model", "parameters", "FLOPs/token", "optimizer"]
     assert [problem for problem in problems if not problem.startswith("parallel.tensor_parallel_size 3 does not divide")] == [
         "world size 8 is not a positive multiple of parallel.tensor_parallel_size 3 x parallel.context_parallel_size 1 x "
-        "parallel.pipeline_parallel_size 1 = 3; start 6 or 9 processes or change the degrees.",
+        "parallel.pipeline_parallel_size 1 = 3; start 6 or 9 processes (--world-size 6 or --world-size 9 plans for them) or change the degrees.",
     ]
+
+
+@pytest.mark.parametrize("path", SHIPPED, ids=[path.stem for path in SHIPPED])
+def test_a_shipped_config_on_one_process_says_on_how_many_it_can_be_planned(path):
+    config = load_config(path)
+    problems = find_problems(config)
+    assert len(problems) == (config.parallel.tensor_parallel_size * config.parallel.context_parallel_size > 1)
+    for problem in problems:
+        (named,) = re.findall(r"; start (\d+) processes \(--world-size \1 plans for them\) or change the degrees\.$", problem)
+        assert find_problems(config, world_size=int(named)) == []
+        assert facts_and_problems(config)[1] == problems
 
 
 def test_a_batch_that_does_not_fit_hides_nothing_else(small):

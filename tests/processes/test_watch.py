@@ -245,6 +245,7 @@ def test_a_word_for_the_launcher_is_left_where_it_can_be(tmp_path):
 
 
 def test_every_problem_of_a_config_is_told_with_the_rank():
+    assert [own_message(KeyboardInterrupt(*words), rank=3) for words in ((), ("interrupted: why",))] == ["interrupted\n", "interrupted: why\n"]
     assert own_message(ConfigError(["a is 1.", "b is 2."]), rank=3) == "rank 3: error: a is 1.\nrank 3: error: b is 2.\n"
 
 

@@ -133,16 +133,16 @@ def test_explicit_settings_are_obeyed_and_a_stage_without_room_is_named(door, sm
     assert result["settings"] is None
     (planned,) = plan_stages(load_config(small, EXPLICIT), world_size=2, device_type="cuda", device_bytes=2**30)
     assert [stage["total_bytes"] for stage in result["stages"]] == [planned.memory.total_bytes]
-    needed = f"{planned.memory.total_bytes / 2**30:.1f} GiB by plan, more than the 1.0 GiB that are free on "
+    needed = f"{format_bytes(planned.memory.total_bytes)} by plan, more than the 1 GiB that train.device_memory_gib 1 leaves on "
     assert sentence.startswith(f"pipeline stage 0 needs {needed}")
-    override = re.search(r"; train\.micro_batch_size=(\d+) fits with [\d.]+ GiB, or leave these keys auto\.$", sentence)
+    override = re.search(r"; train\.micro_batch_size=(\d+) fits with [\d.]+ MiB, or leave these keys auto\.$", sentence)
     assert check(door, small, 2, *EXPLICIT, f"train.micro_batch_size={override[1]}")[0]["too_large"] is None
 
 
 def test_every_stage_without_room_is_named(door, small):
     sentence, result = too_large(door, small, 2, *EXPLICIT, "train.micro_batch_size=16", "parallel.pipeline_parallel_size=2")
     most = max(stage["total_bytes"] for stage in result["stages"])
-    assert sentence.startswith(f"pipeline stages 0, 1 need up to {most / 2**30:.1f} GiB by plan, ")
+    assert sentence.startswith(f"pipeline stages 0, 1 need up to {format_bytes(most)} by plan, ")
 
 
 def test_without_tuning_no_settings_are_chosen_and_auto_is_no_advice(door, small):
@@ -153,8 +153,8 @@ def test_without_tuning_no_settings_are_chosen_and_auto_is_no_advice(door, small
 
 def test_where_nothing_fits_the_smallest_settings_are_planned(door, small):
     sentence, result = too_large(door, small, 1, *AUTOMATIC, "train.device_memory_gib=0.1")
-    assert result["settings"] == "nothing fits into 0.1 GiB, by plan"
-    assert sentence.startswith("no settings fit into the 0.1 GiB that are free on ") and len(result["stages"]) == 1
+    assert result["settings"] == "nothing fits into 102 MiB, by plan"
+    assert sentence.startswith("no settings fit into the 102 MiB that train.device_memory_gib 0.1 leaves on ") and len(result["stages"]) == 1
 
 
 def test_another_number_than_planned_is_a_bug(door, small, monkeypatch):

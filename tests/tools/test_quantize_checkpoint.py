@@ -3,6 +3,7 @@
 import functools
 import json
 import math
+import re
 import sys
 
 import pytest
@@ -167,6 +168,21 @@ def trained_as(tmp_path_factory):
 @pytest.fixture
 def trained(trained_as):
     return trained_as("dense")
+
+
+def test_quantised_weights_are_inspected_and_evaluated_on_text(door, trained, tmp_path, capsys):
+    _, run = trained
+    assert door.main([str(run), str(tmp_path / "q"), *FOUR]) == 0
+    (tmp_path / "text.txt").write_text("def main(): pass\n" * 50)
+    inspect = load_door("inspect_checkpoint")
+    capsys.readouterr()
+    assert inspect.main([str(tmp_path / "q"), "--verify"]) == 0
+    out, errors = capsys.readouterr()
+    assert errors == "" and "│ format=int4  group=" in out and "every byte was read" in out and "step" not in out.splitlines()[2]
+    assert re.search(r"│ model\.blocks\.0\.\S+ +│ U8 ", out)
+    assert inspect.main([str(tmp_path / "q"), "--diff", str(tmp_path / "q")]) == 0
+    assert load_door("evaluate").main(["--checkpoint", str(tmp_path / "q"), "--text", str(tmp_path / "text.txt"), "--device", "cpu", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out.partition("\n")[2])["total"]["bits_per_byte"] > 0
 
 
 @pytest.mark.parametrize("options", [(), ("--dynamic",), FOUR])

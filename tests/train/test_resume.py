@@ -174,6 +174,18 @@ def test_other_data_are_refused_unless_allowed(tiny, tmp_path):
         assert run.position.step == 5 and said == ([sentence] if sentence else [])
 
 
+def test_many_differences_are_one_short_sentence(tiny, tmp_path):
+    train_tiny(tiny, "train.stop_at_step=2")
+    write_documents(tmp_path / "other", num_documents=300, seed=7)
+    data = (f"data.train={tmp_path}/other", "train.seed=1", "data.reset_at_document_boundaries=true")
+    sentence = r"samples: source 0 \(train, now other\): the number of tokens was \d+ and is \d+; [^;]*; [^;]*; and 1 more; restore .*=true\.$"
+    with pytest.raises(CheckpointMismatchError, match=sentence):
+        prepare(tiny, *data)
+    model = ("model.num_heads=2", "model.ffn_size=48", "model.global_tokens=2", "model.local_window_size=5")
+    with pytest.raises(CheckpointMismatchError, match=r"of another model: model\.[^;]* was [^;]*, and 2 more; use its config"):
+        prepare(tiny, *model)
+
+
 def test_a_blend_that_changes_goes_on_where_its_sources_were(tiny, tmp_path):
     """Learning is as good as off, so that losses are those of samples. Stopping once more, or going back to before the change, changes nothing."""
     more, web = tmp_path / "more", tmp_path / "web"

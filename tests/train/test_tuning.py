@@ -214,8 +214,12 @@ def test_several_ranks_say_what_the_next_best_by_plan_would_have_made(tiny):
 
 
 def test_nothing_fits_is_one_sentence(tiny, mesh, trials):
-    with pytest.raises(OutOfMemoryError, match=r"no settings fit into the 0.0 GiB that are free on a GPU: .* GiB by plan; offload with zero"):
+    with pytest.raises(OutOfMemoryError, match=r"no settings fit into the 1 MiB that are free on a GPU: .* MiB by plan; offload with zero"):
         choose(tiny, mesh, facts=replace(GPU, memory_bytes=1 << 20))
+    with pytest.raises(OutOfMemoryError, match=r"into the 102 MiB that train.device_memory_gib 0.1 leaves on a GPU: .* needs 1\d\d MiB"):
+        choose(tiny, mesh, facts=GPU.limited_to(0.1))
+    with pytest.raises(OutOfMemoryError, match=r"into the 205 MiB .* needs 1\d\d MiB by plan, of which 0 B may be planned; offload"):
+        choose(tiny, mesh, facts=GPU.limited_to(0.2))
 
 
 @pytest.mark.parametrize(
@@ -262,8 +266,8 @@ def raise_out_of_memory():
 @pytest.mark.parametrize(
     ("error", "sentence"),
     [
-        (torch.OutOfMemoryError("CUDA out of memory."), r"out of memory on a GPU: the run needs \S+ GiB by plan, and 8.0 of 8.0 GiB were free"),
-        (MemoryError(), r"the host has too little memory; 0.0 GiB a rank are planned"),
+        (torch.OutOfMemoryError("CUDA out of memory."), r"out of memory on a GPU: the run needs \S+ MiB by plan, and 8 GiB of 8 GiB were free"),
+        (MemoryError(), r"the host has too little memory; 0 B a rank are planned"),
         (RuntimeError("[enforce fail at alloc_cpu.cpp:118] DefaultCPUAllocator: can't allocate memory"), "the host has too little memory"),
         (RuntimeError("CUDA error: out of memory"), "the host has too little page-locked memory"),
     ],
@@ -273,6 +277,13 @@ def test_too_little_memory_is_one_sentence(tiny, mesh, trials, error, sentence):
     with pytest.raises(OutOfMemoryError, match=sentence) as caught, memory_errors(config, chosen, GPU, world_size=1, has_begun=True):
         raise error
     assert "\n" not in str(caught.value) and caught.value.exit_code == 9 and caught.value.values == chosen.values
+
+
+def test_the_limit_that_a_config_sets_is_named_where_memory_runs_out(tiny, mesh, trials):
+    config, chosen = choose(tiny, mesh)
+    sentence = r"needs \S+ MiB by plan, and train.device_memory_gib 0.5 left it 512 MiB; "
+    with pytest.raises(OutOfMemoryError, match=sentence), memory_errors(config, chosen, GPU.limited_to(0.5), world_size=1, has_begun=True):
+        raise torch.OutOfMemoryError("CUDA out of memory.")
 
 
 def test_settings_that_nothing_tunes_are_not_tried_again(tiny, mesh, trials):
@@ -286,11 +297,11 @@ def test_settings_that_nothing_tunes_are_not_tried_again(tiny, mesh, trials):
 def test_more_than_the_host_has_is_refused_before_anything_is_taken(tiny, monkeypatch):
     monkeypatch.setattr(memory_limits, "available_bytes", lambda: 64 << 20)
     prepare(tiny)  # has some KiB of weights, gradients and optimizer on a CPU, and nothing else in host memory
-    with pytest.raises(OutOfMemoryError, match=r"0\.2 GiB are planned for weights, gradients and optimizer, and 0\.1 GiB are available"):
+    with pytest.raises(OutOfMemoryError, match=r"252 MiB are planned for weights, gradients and optimizer, and 64 MiB are available"):
         prepare(tiny, "run.name=wide", "model.d_model=192", "model.ffn_size=14000")
     settings = ("run.name=large", "zero.stage=3", "zero.offload_optimizer=cpu", "zero.offload_params=cpu", "model.d_model=192")
     settings = (*settings, "model.ffn_size=40000")
-    sentence = r"too little memory: 1\.3 GiB are planned .*, and 0\.1 GiB are available, 1\.3 GiB too little; use a host with more memory, or .*"
+    sentence = r"too little memory: 1\.3\d GiB are planned .*, and 64 MiB are available, 1\.2\d GiB too little; use a host with more memory, or .*"
     with pytest.raises(OutOfMemoryError, match=sentence) as caught:
         prepare(tiny, *settings)
     dist.destroy_process_group()  # of one rank, for offloaded parameters: tests after this one are without any
