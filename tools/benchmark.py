@@ -271,7 +271,8 @@ def _add_parallel(parser: argparse.ArgumentParser) -> None:
         nargs="+",
         default=LAYOUTS,
         metavar="NAME",
-        help="parts joined by -: one, tpN, ppN, cpN, dpN, epN; gpipe, 1f1b, interleaved, chunksN; zeroN, shardN, offload; microN (all of two GPUs)",
+        help="parts joined by -: one, tpN, ppN, cpN, dpN, epN; gpipe, 1f1b, interleaved, chunksN; zeroN, shardN, offload, nvme, deepspeed; microN "
+        "(all of two GPUs)",
     )
     parser.add_argument("--sequences-per-rank", type=int, default=8, metavar="N", help="sequences of a step for each rank (8)")
     parser.add_argument("--timeout", type=float, default=240.0, metavar="SECONDS", help="for each layout, its start included (240)")

@@ -9,6 +9,8 @@
 | `chunks4` | chunks per stage |
 | `zero3`, `shard2` | ZeRO stage, and how many ranks share one copy |
 | `offload` | the optimizer in host memory; with `zero3` parameters and gradients too |
+| `deepspeed` | DeepSpeed's engine in the place of FSDP's |
+| `nvme` | DeepSpeed's engine with the optimizer under `zero.nvme_path`; with `zero3` parameters in host memory |
 | `async` | tensor-parallel ranks exchange tokens while they compute |
 | `copy` | FSDP gathers blocks by copy engines |
 | `graph` | the step is one CUDA graph |
@@ -30,7 +32,7 @@ from phase8.config.schema import ParallelSection, RunConfig, ZeroSection
 from phase8.errors import ConfigError
 from phase8.pipeline_parallel.schedules import SCHEDULES, bubble_ratio
 
-ONE, OFFLOAD, ASYNC, COPY, GRAPH = "one", "offload", "async", "copy", "graph"
+ONE, OFFLOAD, NVME, DEEPSPEED, ASYNC, COPY, GRAPH = "one", "offload", "nvme", "deepspeed", "async", "copy", "graph"
 DEGREES = {"tp": "parallel.tensor_parallel_size", "pp": "parallel.pipeline_parallel_size", "cp": "parallel.context_parallel_size", "dp": None}
 NUMBERS = {
     "zero": "zero.stage",
@@ -110,7 +112,8 @@ def layout_config(config: RunConfig, layout: Layout, *, sequences_per_rank: int)
     config = without_auto(config)
     micro_batch_size = config.train.micro_batch_size or sequences_per_rank
     batch = {"train.micro_batch_size": micro_batch_size, "train.global_batch_size": sequences_per_rank * layout.world_size}
-    changed = with_settings(config, {**_RESET, **batch, **layout.settings})
+    disk = {"zero.nvme_path": config.zero.nvme_path} if layout.settings.get("zero.offload_optimizer") == NVME else {}
+    changed = with_settings(config, {**_RESET, **batch, **disk, **layout.settings})
     topology = run_topology(changed.parallel, world_size=layout.world_size)
     batch_shape(changed.train, changed.parallel, data_parallel_size=topology.data_parallel_size)
     return changed
@@ -137,6 +140,8 @@ def _read_part(part: str, *, layout: str) -> tuple[str, dict[str, object]]:
         COPY: (COPY, {"zero.copy_engine_gather": True}),
         GRAPH: (GRAPH, {"train.cuda_graphs": True}),
         OFFLOAD: (OFFLOAD, {"zero.offload_optimizer": "cpu"}),
+        DEEPSPEED: (DEEPSPEED, {"zero.engine": "deepspeed"}),
+        NVME: (OFFLOAD, {"zero.engine": "deepspeed", "zero.offload_optimizer": "nvme"}),
         **{schedule: ("a schedule", {"parallel.pipeline_schedule": schedule}) for schedule in SCHEDULES},
     }
     if part in simple:

@@ -61,6 +61,11 @@ def changed_keys(name, tiny, *overrides, sequences_per_rank=4):
         ),
         ("one-zero3-offload", 1, {"zero.stage": 3, "zero.offload_optimizer": "cpu", "zero.offload_params": "cpu"}),
         ("dp2-offload-zero1", 2, {"zero.stage": 1, "zero.offload_optimizer": "cpu"}),
+        ("one-zero2-deepspeed", 1, {"zero.stage": 2, "zero.engine": "deepspeed"}),
+        (
+            "one-zero3-nvme", 1,
+            {"zero.stage": 3, "zero.engine": "deepspeed", "zero.offload_optimizer": "nvme", "zero.offload_params": "cpu"},
+        ),
     ],
 )
 def test_the_parts_of_a_name_are_config_keys(name, world_size, settings):
@@ -71,7 +76,7 @@ def test_the_parts_of_a_name_are_config_keys(name, world_size, settings):
 @pytest.mark.parametrize(
     ("name", "sentence"),
     [
-        ("tp2-zero", "--layouts: 'tp2-zero' has the part 'zero', but the parts are one, async, copy, graph, offload, gpipe, "),
+        ("tp2-zero", "--layouts: 'tp2-zero' has the part 'zero', but the parts are one, async, copy, graph, offload, deepspeed, nvme, gpipe, "),
         ("tp0", "--layouts: 'tp0' has the part 'tp0'"),
         ("xtp2", "--layouts: 'xtp2' has the part 'xtp2'"),
         ("", "--layouts: '' has the part ''"),
@@ -100,6 +105,8 @@ def test_the_layout_alone_says_how_ranks_divide_the_work(tiny):
     assert topology.degrees == {"pp": 2, "dp": 1, "cp": 1, "tp": 1} and shape.global_batch_size == 8
     assert (config.zero.stage, config.zero.offload_optimizer, config.zero.offload_params) == (0, "none", "none")
     assert config.parallel.pipeline_schedule == "1f1b" and config.model == tiny_config(tiny).model
+    nvme, _, _ = changed_keys("one-zero1-nvme", tiny, "zero.nvme_path=/disk")
+    assert (nvme.zero.nvme_path, nvme.zero.offload_params) == ("/disk", "none")
     _, _, shape = changed_keys("tp2", tiny, "train.micro_batch_size=null")
     assert (shape.micro_batch_size, shape.num_microbatches) == (4, 2)
     with pytest.raises(ConfigError, match=r"train\.global_batch_size 5 is not"):
