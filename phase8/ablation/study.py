@@ -61,9 +61,13 @@ VARIANTS: Mapping[str, Settings] = {
     "transformer": _transformer(taps=1),
     "transformer+conv": _transformer(taps=4),
     "transformer+conv+norm": _transformer(taps=4, norm="true"),
+    "transformer+conv+norm+values": (*_transformer(taps=4, norm="true"), "model.value_activation=silu"),
     "transformer+conv+norm+embedding": (*_transformer(taps=4, norm="true"), "model.embedding_scalars=true"),
     "phase8": (*_phase8("dot", chain="none", options=_DEFAULT), "model.ffn_size=1320"),
     "phase8+silu": (*_phase8("dot", chain="none", options=_OF_PAPERS), "model.global_gate_activation=silu", "model.ffn_size=1320"),
+    "phase8+values": (
+        *_phase8("dot", chain="none", options=_DEFAULT), "model.global_gate_activation=silu", "model.value_activation=silu", "model.ffn_size=1320",
+    ),
     "phase8+embedding": (*_phase8("dot", chain="none", options=_DEFAULT), "model.ffn_size=1320", "model.embedding_scalars=true"),
     "phase8+delta": (*_phase8("dot", chain="none", global_path="delta", options=_DEFAULT), "model.ffn_size=1320"),
     "window": _phase8("dot", chain="none", global_path="none"),

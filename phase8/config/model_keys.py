@@ -11,7 +11,7 @@ FIRST_VALUES = frozenset({"memory_tokens", "init_std"})
 # Keys that change the computation, but neither number nor shapes of the weights.
 WITHOUT_SHAPE = FIRST_VALUES | {
     "sequence_length", "rotary", "rope_base", "rope_scaling", "norm_eps", "local_window_size", "global_tokens", "decay_floor", "global_activation",
-    "global_gate_activation",
+    "global_gate_activation", "value_activation",
     "top_k", "capacity_factor", "router_score", "routed_scaling_factor", "balance_loss_weight", "router_z_loss_weight", "router_bias_rate",
 }  # fmt: skip
 # Keys that only the Phase 8 block reads.

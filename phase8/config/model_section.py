@@ -83,6 +83,9 @@ class ModelSection(Section):
         "activation of the global path's queries and keys, between convolution and normalisation; silu_with_values: of the values that it reads, "
         "too; null: silu",
     )
+    value_activation: Literal["none", "silu"] = key(
+        "none", "activation of the values, after the convolution: of both paths, or of the transformer's attention"
+    )
     decay_floor: NegativeFloat | None = key(
         None, "lowest logarithm of the global path's decay, which is the floor times a sigmoid, -5 for example; null: minus a softplus, without floor"
     )
@@ -200,6 +203,11 @@ class ModelSection(Section):
     def has_silu_of_values(self) -> bool:
         """Whether the values that the global path reads go through SiLU; those of the window do not."""
         return self.has_global_path and self.global_activation == "silu_with_values"
+
+    @property
+    def has_silu_of_all_values(self) -> bool:
+        """Whether the values that every path reads go through SiLU."""
+        return self.value_activation == "silu"
 
     @property
     def scalars_per_head(self) -> int:

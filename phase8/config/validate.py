@@ -94,6 +94,8 @@ def model_problems(model: ModelSection) -> Iterator[str]:
         yield f"model.local_qk_norm is true, but model.score is {model.score}, which has lengths of its own; set model.local_qk_norm to false."
     if model.global_path == "none":
         yield from _without_path(model)
+    if model.value_activation == "silu" and model.has_silu_of_values:
+        yield "model.value_activation is silu, and model.global_activation silu_with_values adds a second one; set model.global_activation to silu."
     yield from model_expert_problems(model)
     if model.ffn == "low_rank_swiglu" and model.low_rank_rank == 0:
         yield "model.ffn is low_rank_swiglu, but model.low_rank_rank is 0; set a rank of at least 1 or use ffn: swiglu."

@@ -93,6 +93,7 @@ class MixerConstants:
         has_rotary: Whether queries and keys of the window have rotary positions.
         eps: Summand of the mean squares.
         has_silu_of_values: Whether the values that the global path reads go through SiLU.
+        has_silu_of_all_values: Whether those of the window do, too.
     """
 
     taps: Tensor | None
@@ -108,6 +109,7 @@ class MixerConstants:
     has_rotary: bool
     eps: float
     has_silu_of_values: bool = False
+    has_silu_of_all_values: bool = False
 
 
 @dataclass(frozen=True)

@@ -102,6 +102,7 @@ class Phase8Mixer(nn.Module):
         self.score = LorentzScore(model.num_heads) if model.score == "lorentz" and self.window > 0 else None
         self.qk_norm = QueryKeyNorm(model.num_heads, model.head_width, eps=model.norm_eps) if model.has_qk_norm and self.window > 0 else None
         self.has_silu, self.has_silu_of_values = model.has_silu, model.has_silu_of_values
+        self.has_silu_of_all_values = model.has_silu_of_all_values
         self.global_path = GlobalPath(model, axis=axis, number_format=number_format, context=context) if model.has_global_path else None
         self.out = row_linear(inner, width, rank=rank, std=0.0, axis=axis, number_format=number_format)
 
@@ -151,6 +152,7 @@ class Phase8Mixer(nn.Module):
             has_rotary=has_rotary,
             eps=self.eps,
             has_silu_of_values=self.has_silu_of_values,
+            has_silu_of_all_values=self.has_silu_of_all_values,
         )
         return MixerStep(project, constants, self.out.prepared(dtype))
 
@@ -186,6 +188,8 @@ class Phase8Mixer(nn.Module):
         finish = self._begin_inputs(x, angles, starts, own_starts, state)
         projections = None if self.global_path is None else self.global_path.begin(x)
         inputs, convolution = finish()
+        if self.has_silu_of_all_values:
+            inputs = inputs._replace(v=F.silu(inputs.v))
         paths, window, path, prepared = [], None, None, None
         window_before = self._window_before(inputs, starts, state)
         if self.global_path is not None and projections is not None:

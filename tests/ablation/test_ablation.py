@@ -111,9 +111,10 @@ def test_no_two_variants_are_the_same_and_each_block_states_all_its_keys():
     assert len(set(VARIANTS.values())) == len(VARIANTS) and REFERENCE in VARIANTS
     for block in ("transformer", "phase8"):
         stated = [{s.partition("=")[0] for s in settings} for settings in VARIANTS.values() if f"model.block={block}" in settings]
-        # Hybrids have windows and parts of their own, gates per channel a narrower feed-forward, and two variants embedding scalars; the others have
-        # those of the config.
-        own = {"model.embedding_scalars", "model.local_window_size", "model.ffn_size", "model.global_gate_activation", "model.global_skip"}
+        # Hybrids have windows and parts of their own, gates per channel a narrower feed-forward, some variants embedding scalars or activations; the
+        # others have those of the config.
+        own = {"embedding_scalars", "value_activation", "local_window_size", "ffn_size", "global_gate_activation", "global_skip"}
+        own = {f"model.{name}" for name in own}
         assert len({frozenset(keys - own) for keys in stated}) == 1
 
 

@@ -118,6 +118,10 @@ RULES = {
         ["model.global_path=none", "model.global_gate_activation=silu"],
         "model.global_gate_activation is silu, but model.global_path is none and has no gate; set model.global_gate_activation to sigmoid.",
     ),
+    "two activations of values": (
+        ["model.value_activation=silu", "model.global_activation=silu_with_values"],
+        "model.value_activation is silu, and model.global_activation silu_with_values adds a second one; set model.global_activation to silu.",
+    ),
     "skip without a path": (
         ["model.global_path=none", "model.global_skip=true"],
         "model.global_skip is true, but model.global_path is none and adds nothing; set model.global_skip to false.",

@@ -18,6 +18,7 @@ SMALL = [
     StepCase(heads=4, key_heads=1, taps=1, global_path=None, scaled=False, positions=(2, 9)),
     StepCase(silu=True, silu_values=True, silu_gate=True), StepCase(silu_values=True, silu_gate=True, channels=False, delta=True),
     StepCase(silu=True, silu_values=True, silu_gate=True, skip=True, window=0), StepCase(skip=True, head_size=12),
+    StepCase(silu_all_values=True, skip=True), StepCase(heads=4, key_heads=2, taps=1, global_path=None, silu_all_values=True),
 ]  # fmt: skip
 LARGE = [
     StepCase(batch=3, heads=16, head_size=128, window=2048, positions=(1, 2047, 90_000)),
@@ -163,7 +164,7 @@ def kernel(tiling, **changes):
         "NUM_HEADS": 16, "KEY_HEADS": 16, "HEAD_SIZE": 128, "BLOCK_K": 128, "TAPS": 4, "BLOCK_J": tiling.slots, "ROWS": max(4, tiling.num_warps),
         "BLOCK_V": columns, "BLOCK_P": window_parts, "WINDOW_PARTS": window_parts, "MEMORY_PARTS": 128 // columns, "IS_WHOLE": tiling.is_whole,
         "ROTARY": True, "SCALE": True, "GLOBALS": False, "RANK": 128, "BLOCK_R": 128, "TILE_R": tiling.gate_tile, "SILU": True, "SCALARS": 1,
-        "DELTA": False, "FLOOR": False, "SILU_VALUES": False, "SILU_GATE": False, "SKIP": False, "OVERLAPS": True,
+        "DELTA": False, "FLOOR": False, "SILU_VALUES": False, "SILU_ALL_VALUES": False, "SILU_GATE": False, "SKIP": False, "OVERLAPS": True,
     }  # fmt: skip
     options = {"maxnreg": tiling.max_registers}
     return OfflineKernel(
@@ -172,7 +173,7 @@ def kernel(tiling, **changes):
 
 
 DELTA = {"DELTA": True, "SCALARS": 2, "GLOBALS": True, "global_tokens": 4}
-MAMBA2 = {"SILU_VALUES": True, "SILU_GATE": True, "SKIP": True}
+MAMBA2 = {"SILU_VALUES": True, "SILU_ALL_VALUES": True, "SILU_GATE": True, "SKIP": True}
 SHARED_KEYS = {"NUM_HEADS": 32, "KEY_HEADS": 8, "TAPS": 1, "MEMORY_PARTS": 0, "OVERLAPS": False}
 FEW_BYTES = 32  # of a thread, written once and read at the end
 

@@ -69,6 +69,7 @@ def mixer(section, layer, p, x):
         shifted = [torch.cat((torch.zeros_like(qkv[:j]), qkv[: length - j])) for j in range(taps.shape[1])]
         qkv = sum(shifted[j][:length] * taps[:, -1 - j] for j in range(taps.shape[1]))
     q, k, v = (part.reshape(length, -1, size) for part in qkv.split([heads * size, heads // shared * size, heads // shared * size], dim=-1))
+    v = F.silu(v) if section.value_activation == "silu" else v
     k, v = (torch.stack([part[:, h // shared] for h in range(heads)], dim=1) for part in (k, v))
     if section.block == "transformer":
         return linear(p, "mixer.out", torch.cat([softmax_attention(section, q, k, v, h, None, rotary, p) for h in range(heads)], dim=-1))

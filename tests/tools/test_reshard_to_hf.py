@@ -79,6 +79,7 @@ def test_transformers_computes_the_same_logits(tmp_path, settings):
     [
         ("model.convolution_size=4", "a convolution of 4 taps"),
         ("model.local_qk_norm=true", "a norm of queries and keys (model.local_qk_norm)"),
+        ("model.value_activation=silu", "an activation of values (model.value_activation)"),
         ("model.embedding_scalars=true", "blocks that add the embedding (model.embedding_scalars)"),
         ("model.rotary=[true,false]", "layers without positions (model.rotary)"),
         ("model.low_rank_rank=4", "matrices of rank 4 (model.low_rank_rank), so"),

@@ -26,7 +26,7 @@ CODE_FILES = tuple(CODE / f"{name}_phase8.py" for name in ("cache", "configurati
 # What a user of transformers looks for under another name, or what has another meaning under ours.
 _RENAMED = {"tie_embeddings": "tie_word_embeddings", "top_k": "num_experts_per_tok", "rope_scaling": "rotary_scaling"}
 # What exports of earlier releases lack; their models have the default.
-_LATER_KEYS = frozenset({"embedding_scalars", "global_gate_activation", "global_skip"})
+_LATER_KEYS = frozenset({"embedding_scalars", "global_gate_activation", "global_skip", "value_activation"})
 _OUTSIDE = {"embedding": "model.embed_tokens", "norm": "model.norm", "head": "lm_head"}
 _LAYER = re.compile(r"blocks\.([0-9]+)\.(.+)")
 _EXPORTED_LAYER = re.compile(r"model\.layers\.(0|[1-9][0-9]{0,8})\.([a-z_.]+)")

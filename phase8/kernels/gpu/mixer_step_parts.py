@@ -102,9 +102,9 @@ def normalised(inputs, row, eps, TYPE: tl.constexpr, HEAD_SIZE: tl.constexpr, SI
 
 
 @triton.jit
-def values_of_memory(v, TYPE: tl.constexpr, SILU_VALUES: tl.constexpr):
-    """Values that the global path reads, rounded as they are stored, fp32."""
-    return (v * tl.sigmoid(v)).to(TYPE).to(tl.float32) if SILU_VALUES else v
+def silu_of_values(v, TYPE: tl.constexpr, SILU: tl.constexpr):
+    """Values after their activation, rounded as they are stored, fp32."""
+    return (v * tl.sigmoid(v)).to(TYPE).to(tl.float32) if SILU else v
 
 
 @triton.jit

@@ -38,6 +38,7 @@ def mixer_step(
     num_heads, num_key_heads = constants.num_heads, constants.num_key_heads
     inputs = _convolved(qkv, constants.taps, state.convolution).unflatten(1, (num_heads + 2 * num_key_heads, -1))
     qk, v = inputs[:, :-num_key_heads], inputs[:, -num_key_heads:]
+    v = F.silu(v) if constants.has_silu_of_all_values else v
     y = None
     if constants.window and state.keys is not None and state.values is not None:
         q, k = _local(qk, constants, place).split((num_heads, num_key_heads), dim=1)

@@ -29,6 +29,7 @@ COVERING = {
     "delta-chain-both", "gate-channel-linear-chain-decay", "decay-floor-delta-chain-both", "score-lorentz-chain-both", "windows", "hybrid-delta",
     "recurrence-alone", "positions-in-turns", "transformer-grouped", "transformer-one-head-of-keys", "experts-sigmoid-1-phase8",
     "experts-in-turns", "low-rank", "silu-and-skip-beside-a-window", "embedding-scalars", "embedding-scalars-transformer",
+    "values-low-rank-delta",
 }  # fmt: skip
 GENERATING = {"delta-chain-both", "score-lorentz-chain-both", "windows", "hybrid-delta", "transformer-grouped", "experts-sigmoid-1-phase8"}
 LENGTHS = (LENGTH, 11)  # of the two rows

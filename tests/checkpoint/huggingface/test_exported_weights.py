@@ -143,7 +143,7 @@ def test_what_is_no_model_of_ours_is_refused_and_nothing_is_written(tmp_path, ca
 
 def test_an_export_of_an_earlier_release_lacks_keys_that_came_later(tmp_path):
     model, directory = exported(tmp_path, scaled_down(ModelSection()))
-    changed_config(embedding_scalars="left out", global_skip="left out", global_gate_activation="left out")(directory)
+    changed_config(embedding_scalars="left out", global_skip="left out", global_gate_activation="left out", value_activation="left out")(directory)
     assert run(directory, tmp_path / "back") == 0
     section = run_metadata(open_checkpoint(tmp_path / "back")).config.model
     assert keys_in_effect(section) == keys_in_effect(model.section) and not section.embedding_scalars

@@ -27,6 +27,7 @@ _DEFAULTS: dict[str, Any] = {
     "global_gate_activation": "sigmoid",  # or silu
     "global_skip": False,
     "global_activation": "silu",  # or none, silu_with_values
+    "value_activation": "none",  # or silu
     "decay_floor": None,
     "memory_tokens": [2.0, 500.0],
     "convolution_size": 4,

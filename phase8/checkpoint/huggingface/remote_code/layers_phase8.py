@@ -184,6 +184,7 @@ class Mixer(nn.Module):
         self.q, self.k, self.v = (linear(width, size, rank=rank, std=config.init_std) for size in self.widths)
         self.convolution = ShortConvolution(config) if config.convolution_size > 1 else None
         is_hyperbolic = config.block == "phase8" and config.score == "lorentz"
+        self.has_silu_of_values = config.value_activation == "silu"
         self.score = LorentzScore(config.num_heads, eps=eps) if is_hyperbolic and self.window != 0 else None
         self.qk_norm = QueryKeyNorm(config.key_heads, eps=eps) if config.local_qk_norm and self.window != 0 else None
         self.global_path = GlobalPath(config) if config.has_global_path(layer) else None
@@ -194,6 +195,7 @@ class Mixer(nn.Module):
         qkv = torch.cat((self.q(x), self.k(x), self.v(x)), dim=-1)
         qkv = qkv if self.convolution is None else self.convolution(qkv, piece, state)
         q, k, v = (part.unflatten(-1, (-1, self.head_size)) for part in qkv.split(self.widths, dim=-1))
+        v = F.silu(v) if self.has_silu_of_values else v
         paths = []
         if self.window != 0:
             paths.append(self._attend(q, k, v, piece, state))
