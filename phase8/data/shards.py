@@ -189,11 +189,13 @@ def make_shard(shard: Shard, *, on_bytes: OnBytes = ignore_progress) -> ShardCou
         on_bytes: Called often with the input bytes that were tokenised so far.
 
     Raises:
-        DataError: Something is not a document and `skip_invalid` is off, or an input cannot be read.
+        DataError: Something is not a document and `skip_invalid` is off, an input cannot be read, or the tokenizer was changed.
         StorageError: The place cannot be written.
     """
     rules = shard.rules
     tokenizer = load_tokenizer(shard.tokenizer, eod_token=rules.eod_token)
+    if tokenizer.sha256 != shard.tokenizer_sha256:  # shards of two tokenizers would become one pair
+        raise DataError(f"the tokenizer {shard.tokenizer} was changed while it was being used; run again when nothing writes to it")
     invalid, lost = InvalidInputs(skip=rules.skip_invalid), LostTextCounter(tokenizer)
     dtype = best_dtype(tokenizer.vocab_size)
     end = np.array([tokenizer.eod_id] if rules.append_eod else [], dtype)
