@@ -14,9 +14,9 @@ says otherwise; the last one reaches back, so that it is full. With --stride S e
 rest as context. --sequences N takes N windows of --data as an evaluation during training does: evenly spread, the same ones every time; with
 --held-out they are those of the evaluations of its training.
 
-The bytes of a text are those of its UTF-8. Those of a pair are known if its record names the model's tokenizer and this one rewrites no text;
-otherwise bits per byte are `unknown` (null in JSON). Under torchrun each rank holds the whole model and reads its share; the result is that of
-one process.
+The bytes of a text are those of its UTF-8, known if its tokens hold all of it. Those of a pair are known if its record names the model's
+tokenizer and this one rewrites no text; otherwise bits per byte are `unknown` (null in JSON). Under torchrun each rank holds the whole model
+and reads its share; the result is that of one process.
 
 Progress goes to standard error, the result to standard output. Exit codes as in launch/pretrain.py.
 """

@@ -6,7 +6,9 @@ import math
 import numpy as np
 import pytest
 import sentencepiece
+import tokenizers
 import torch
+from tokenizers import models
 
 from phase8.data.indexed import IndexedWriter
 from phase8.data.made_with import made_with
@@ -204,6 +206,19 @@ def test_texts_with_unknown_tokens_have_no_known_bytes(model, characters, tmp_pa
         (tmp_path / name).write_text(text)
     results = measure(model, texts([tmp_path / "known", tmp_path / "unknown"], characters))
     assert [result.num_bytes for result in results] == [3, None, None]
+
+
+@pytest.mark.parametrize("unknown", [None, "<|endoftext|>"])
+def test_bytes_of_a_text_are_known_only_if_its_tokens_hold_all_of_it(model, unknown, tmp_path):
+    """Characters that the tokenizer dropped counted as bytes, though nobody had predicted them; and an end of a document as unknown text."""
+    algorithm = models.BPE(vocab={"a": 0, "b": 1, " ": 2, "<|endoftext|>": 3}, merges=[], unk_token=unknown)
+    characters = tokenizers.Tokenizer(algorithm)
+    characters.add_special_tokens(["<|endoftext|>"])
+    characters.save(str(tmp_path / "tokenizer.json"))
+    (tmp_path / "whole").write_text("ab ab")
+    (tmp_path / "dropped.jsonl").write_text('{"text": "ab ab"}\n' + ('{"text": "日本"}\n{"text": "ab 日本 ab"}\n' if unknown is None else ""))
+    results = measure(model, texts([tmp_path / "whole", tmp_path / "dropped.jsonl"], load_tokenizer(tmp_path / "tokenizer.json")))
+    assert [result.num_bytes for result in results] == ([5, None, None] if unknown is None else [5, 5, 10])
 
 
 def test_neither_batches_nor_the_order_of_sources_matter(model, prefixes):
