@@ -64,8 +64,11 @@ class _Sums:
         """Adds the losses [B, T] of predictions at consecutive positions, those that count, of pieces of the sources [B]."""
         positions = torch.arange(first_position, first_position + losses.shape[1], device=losses.device)
         places = sources[:, None] * self._num_ranges + torch.bucketize(positions, self._inner_bounds, right=True)
-        self.losses.index_add_(0, places[is_counted], losses[is_counted].double())
-        self.counts.index_add_(0, places[is_counted], torch.ones_like(places[is_counted]))
+        places = places[is_counted]
+        of_losses = torch.zeros_like(self.losses).index_add_(0, places, losses[is_counted].double())
+        of_counts = torch.zeros_like(self.counts).index_add_(0, places, torch.ones_like(places))
+        self.losses += of_losses  # no memory is needed any more: what does not fit must not be counted in part
+        self.counts += of_counts
 
     def add_bytes(self, source: int, bytes_of_tokens: np.ndarray) -> None:
         """Adds the bytes of predicted tokens of a source, -1 where they are not known."""
@@ -137,8 +140,9 @@ def _add_batch(sums: _Sums, model: LanguageModel, sources: Sequence[Source], bat
     rows = torch.tensor([piece.source for piece in batch], device=forward.device)
     tokens, targets, starts = (None if each is None else each.to(forward.device) for each in (tokens, targets, starts))
     found = torch.cat(list(_losses(model, tokens, targets, starts, length=forward.length)), dim=1)
-    sums.add(found, targets != IGNORED_TARGET, sources=rows, first_position=0)
-    counted = (targets != IGNORED_TARGET).cpu().numpy()
+    is_counted = targets != IGNORED_TARGET
+    counted = is_counted.cpu().numpy()
+    sums.add(found, is_counted, sources=rows, first_position=0)
     for row, piece in enumerate(batch):
         table = sources[piece.source].bytes_per_id
         if table is not None:

@@ -247,6 +247,22 @@ def test_a_batch_that_does_not_fit_is_halved_and_nothing_counted_twice(model, pr
         measure(model, pairs(prefixes), batch_size=8, adjustable=False)
 
 
+@pytest.mark.parametrize("name", ["bucketize", "ones_like"])
+def test_a_batch_that_ran_out_of_memory_at_its_end_is_not_counted_twice(model, prefixes, monkeypatch, name):
+    """Its losses were added before the memory for its counts was there, and again by its halves."""
+    expected, original = measure(model, pairs(prefixes)), getattr(torch, name)
+
+    def fails_once(*arguments, **options):
+        monkeypatch.setattr(torch, name, original)
+        raise torch.OutOfMemoryError
+
+    monkeypatch.setattr(torch, name, fails_once)
+    found = measure(model, pairs(prefixes), batch_size=8)
+    assert getattr(torch, name) is original
+    assert [result.num_tokens for result in found] == [result.num_tokens for result in expected]
+    assert [result.loss for result in found] == pytest.approx([result.loss for result in expected], rel=1e-6)
+
+
 def test_parts_of_the_logits_add_up(model, prefixes, monkeypatch):
     expected = measure(model, pairs(prefixes))
     monkeypatch.setattr(score, "_LOGITS_AT_ONCE", 100 * VOCABULARY)
