@@ -96,7 +96,7 @@ def open_pairs(
             raise DataError(f"--data: {stream.prefix} holds {stream.num_tokens} tokens, but a prediction takes two; prepare it from more text")
         if tokenizer is not None and not section.allow_fingerprint_change:  # as in training
             check_tokenizer(stream.pairs, tokenizer, wording=_WORDING)
-        for pair in (pair for pair in stream.pairs if pair.num_tokens):
+        for pair in stream.pairs:
             check_token_ids(pair, vocab_size=vocab_size, cache_dir=Path(section.cache_dir), on_progress=on_progress)
     return _of_streams(streams, [1] * len(streams), tokenizer, resets=section.reset_at_document_boundaries)
 
