@@ -33,6 +33,7 @@ from functools import partial
 from typing import TYPE_CHECKING
 
 from phase8.config.arguments import add_device_option, path_argument
+from phase8.data.documents import separator_problem
 from phase8.errors import CheckpointError, ConfigError, DataError, Phase8Error
 from phase8.imports import imports_that_stay
 from phase8.processes.bootstrap import World, world_from_environment
@@ -212,6 +213,8 @@ def _check(parsed: argparse.Namespace) -> None:
         problems.append(f"{' and '.join(together)} are different ways to read the tokens; give one of them")
     if parsed.text is None and parsed.document_separator is not None:
         problems.append("--document-separator is for --text: pairs know where their documents begin; leave it out")
+    elif (problem := separator_problem(parsed.document_separator)) is not None:
+        problems.append(problem)
     if parsed.text is None and parsed.json_key is not None:
         problems.append("--json-key is for --text: pairs hold tokens; leave it out")
     if problems:
