@@ -212,7 +212,7 @@ def make_shard(shard: Shard, *, on_bytes: OnBytes = ignore_progress) -> ShardCou
                 except DataError as error:
                     invalid(error)
                     continue
-                lost.add(_pieces(text), tokens[: tokens.size - end.size])
+                lost.add(document_pieces(text), tokens[: tokens.size - end.size])
                 if tokens.size == end.size:
                     num_empty += 1
                     continue
@@ -255,14 +255,15 @@ def encode_document(
     """
     dtype = best_dtype(tokenizer.vocab_size)
     encoded, num_characters = [np.empty(0, dtype)], 0
-    for piece in _pieces(text):
+    for piece in document_pieces(text):
         encoded.append(np.array(tokenizer.encode(piece), dtype))
         num_characters += len(piece)
         on_part(num_characters / len(text))
     return np.concatenate(encoded if end is None else [*encoded, end])
 
 
-def _pieces(text: str) -> Iterator[str]:
+def document_pieces(text: str) -> Iterator[str]:
+    """The pieces of a document that are encoded one after the other, of four million characters at most."""
     start = 0
     while start < len(text):
         end = start + _PIECE_CHARACTERS

@@ -27,7 +27,7 @@ from phase8.data.input_files import find_sources
 from phase8.data.loader import SequenceDataset
 from phase8.data.lost_text import LostTextCounter
 from phase8.data.made_with import Wording, check_tokenizer
-from phase8.data.shards import DocumentRules, encode_document, read_texts
+from phase8.data.shards import DocumentRules, document_pieces, encode_document, read_texts
 from phase8.data.sources import open_sources, source_names
 from phase8.data.streams import TokenStream
 from phase8.data.token_ids import OnProgress, check_token_ids
@@ -185,7 +185,7 @@ def read_text_sources(
             if encoded.size:
                 tokens.append(encoded)
                 text_bytes += num_encoded_bytes(text)
-            counter.add([text], encoded)
+            counter.add(document_pieces(text), encoded)
             on_progress(done, total)
         if not tokens:
             raise DataError(f"--text: {path} holds no text; give a file or directory with some")
