@@ -17,10 +17,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from phase8.distributed.collectives import ALONE, Axis, maximum_over, sum_over
-from phase8.errors import OutOfMemoryError
+from phase8.errors import DataError, OutOfMemoryError
 from phase8.evaluate.pieces import SHAPE_STEP, Piece, batches
 from phase8.evaluate.results import TOTAL, SourceResult, position_bounds, source_result
-from phase8.evaluate.sources import Source
+from phase8.evaluate.sources import Source, digest_of
 from phase8.kernels.reference.cross_entropy import IGNORED_TARGET
 from phase8.model.model import LanguageModel
 
@@ -105,9 +105,10 @@ def evaluate(
         The result of each source and, of several, that of all predictions together.
 
     Raises:
-        DataError: The data cannot be read.
+        DataError: The data cannot be read, or ranks have other data under the same names.
         OutOfMemoryError: The pieces of a batch, or one alone where the batch can be made smaller, do not fit into the device's memory.
     """
+    _require_same(sources, pieces, ranks)
     bounds = position_bounds(max(piece.length for piece in pieces))
     sums = _Sums(len(sources), bounds, forward.device)
     # A plan of memory may give every rank another number, but batches must be the same ones.
@@ -131,6 +132,16 @@ def evaluate(
             done += sum(piece.length for piece in part)
             on_progress(done, total)
     return _results(sources, pieces, sums, bounds, ranks)
+
+
+def _require_same(sources: Sequence[Source], pieces: Sequence[Piece], ranks: Axis) -> None:
+    """Refuses, on every rank, what is not the same on all: each would take its share of something else."""
+    if ranks.size == 1:
+        return
+    digest = digest_of(sources, pieces)
+    largest, smallest = maximum_over(torch.tensor([digest, -digest]), ranks).abs().tolist()
+    if largest != smallest:
+        raise DataError("the ranks do not read the same tokens: hosts hold other data under the same names; copy the same files to every host")
 
 
 @torch.inference_mode()

@@ -13,6 +13,7 @@ A text is predicted without an end-of-document token behind it, so that tokens a
 
 from __future__ import annotations
 
+import hashlib
 import itertools
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -34,10 +35,11 @@ from phase8.data.token_ids import OnProgress, check_token_ids
 from phase8.data.tokenizer import Tokenizer
 from phase8.data.utf8 import num_encoded_bytes
 from phase8.errors import DataError
-from phase8.evaluate.pieces import Range
+from phase8.evaluate.pieces import Piece, Range
 
 _WHOLE_FILES = 1 << 62
 _CHUNK_TOKENS = 1 << 24
+_NUM_SAMPLES, _SAMPLE_TOKENS = 256, 1 << 12
 _WORDING = Wording(
     named="the evaluation's",
     other_tokenizer="give pairs that it has made, or name the tokenizer of these with --tokenizer if its ids mean the same",
@@ -70,6 +72,16 @@ class Source:
     text_bytes: int | None = None
     bytes_per_id: np.ndarray | None = None
     weight: int = 1
+
+
+def digest_of(sources: Sequence[Source], pieces: Sequence[Piece]) -> int:
+    """A number below 2^56 of what is read: the pieces, and tokens from all over the sources. Other hosts may hold others under the same names."""
+    found = hashlib.sha256(np.array(pieces, np.int64).tobytes())
+    for source in sources:
+        size = min(_SAMPLE_TOKENS, source.num_tokens)
+        for place in sorted({i * (source.num_tokens - size) // (_NUM_SAMPLES - 1) for i in range(_NUM_SAMPLES)}):
+            found.update(source.read(place, size).astype(np.int64).tobytes())
+    return int.from_bytes(found.digest()[:7], "big")
 
 
 def open_pairs(
