@@ -14,9 +14,9 @@ says otherwise; the last one reaches back, so that it is full. With --stride S e
 rest as context. --sequences N takes N windows of --data as an evaluation during training does: evenly spread, the same ones every time; with
 --held-out they are those of the evaluations of its training.
 
-The bytes of a text are those of its UTF-8. Those of a pair are known if its record names the model's tokenizer and this one rewrites no text;
-otherwise bits per byte are `unknown` (null in JSON). Under torchrun each rank holds the whole model and reads its share; the result is that of
-one process.
+The bytes of a text are those of its UTF-8, known if its tokens hold all of it. Those of a pair are known if its record names the model's
+tokenizer and this one rewrites no text; otherwise bits per byte are `unknown` (null in JSON). Under torchrun each rank holds the whole model
+and reads its share; the result is that of one process.
 
 Progress goes to standard error, the result to standard output. Exit codes as in launch/pretrain.py.
 """
@@ -34,6 +34,7 @@ from typing import TYPE_CHECKING
 
 import phase8.early_interrupt  # noqa: F401  # first: later imports take time
 from phase8.config.arguments import add_device_option, path_argument
+from phase8.data.documents import separator_problem
 from phase8.errors import CheckpointError, ConfigError, DataError, Phase8Error, first_few
 from phase8.imports import imports_that_stay
 from phase8.processes.bootstrap import World, world_from_environment
@@ -213,6 +214,8 @@ def _check(parsed: argparse.Namespace) -> None:
         problems.append(f"{' and '.join(together)} are different ways to read the tokens; give one of them")
     if parsed.text is None and parsed.document_separator is not None:
         problems.append("--document-separator is for --text: pairs know where their documents begin; leave it out")
+    elif (problem := separator_problem(parsed.document_separator)) is not None:
+        problems.append(problem)
     if parsed.text is None and parsed.json_key is not None:
         problems.append("--json-key is for --text: pairs hold tokens; leave it out")
     if problems:

@@ -50,6 +50,13 @@ def cut_shards(sources: Iterable[Source], shard_bytes: int, *, document_separato
     return [*shards, tuple(current)] if current else shards
 
 
+def separator_problem(separator: str | None) -> str | None:
+    """A sentence about a document separator that no line can hold, so that a file would silently be one document; None: it can be used."""
+    if separator is None or (separator.strip() and separator == separator.strip() and len(separator.splitlines()) == 1):
+        return None
+    return f"--document-separator is {separator!r}; it must be what one line holds, with something in it and no space around it"
+
+
 def spread(items: Sequence[T]) -> list[T]:
     """The items in a fixed order in which every prefix is spread evenly over the sequence."""
     return [items[i] for i in sorted(range(len(items)), key=lambda i: i * _FIBONACCI_HASH % 2**32)]

@@ -163,11 +163,12 @@ def _write_durably(path: Path, write: Callable[[BinaryIO], object]) -> None:
 class IndexedDataset:
     """A `.bin/.idx` pair opened for reading: the index in memory, the tokens in the open file.
 
-    Pickling keeps the path only, so a loader worker opens (and checks) the files anew.
+    Pickling keeps the path only, so a spawned loader worker opens (and checks) the files anew; another `.bin` that it finds there is not read.
 
     Args:
         prefix: Path without `.bin` / `.idx`.
         dialect: The project that wrote the pair, needed only where the type of the tokens would be ambiguous.
+        identity: What `.bin` has to be, as in `TokenFile`.
 
     Attributes:
         dtype: Type of the tokens in the file.
@@ -180,7 +181,7 @@ class IndexedDataset:
         IndexedFormatError: The files are damaged, foreign, or do not fit each other; the message names the check that failed.
     """
 
-    def __init__(self, prefix: str | Path, *, dialect: Dialect | None = None):
+    def __init__(self, prefix: str | Path, *, dialect: Dialect | None = None, identity: tuple[int, int] | None = None):
         self.prefix = str(prefix)
         self.dialect = dialect
         if dialect is not None and dialect not in DIALECTS:
@@ -189,7 +190,7 @@ class IndexedDataset:
             raise DataError(f"the data path {self.prefix!r} holds a null byte; give the path of the pair without .bin / .idx")
         self.bin_path, self.idx_path = _path(prefix, ".bin"), _path(prefix, ".idx")
         try:
-            self._file = TokenFile(self.bin_path)
+            self._file = TokenFile(self.bin_path, identity=identity)
             self.bin_bytes = self._file.num_bytes
             index = read_index(self.idx_path, bin_bytes=self.bin_bytes, dialect=dialect)
         except OSError as error:
@@ -203,7 +204,7 @@ class IndexedDataset:
         self._document_starts = index.token_offsets[index.document_index[:-1]]
 
     def __reduce__(self) -> tuple[object, ...]:
-        return _reopen, (self.prefix, self.dialect)
+        return _reopen, (self.prefix, self.dialect, self._file.identity)
 
     def sequence(self, i: int) -> np.ndarray:
         """Tokens of sequence `i`, read-only."""
@@ -264,8 +265,8 @@ class IndexedDataset:
             raise DataError(f"{self.prefix}: tokens {start} to {start + count} were asked for; there are {self.num_tokens}")
 
 
-def _reopen(prefix: str, dialect: Dialect | None) -> IndexedDataset:
-    return IndexedDataset(prefix, dialect=dialect)
+def _reopen(prefix: str, dialect: Dialect | None, identity: tuple[int, int]) -> IndexedDataset:
+    return IndexedDataset(prefix, dialect=dialect, identity=identity)
 
 
 def _path(prefix: str | Path, suffix: str) -> Path:

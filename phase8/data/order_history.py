@@ -68,6 +68,8 @@ def changed(history: OrderHistory, before: dict[str, Any], now: dict[str, Any], 
         now: Fingerprint of the data from then on, with the same sequence length.
         num_samples: Number of samples that the run has read.
     """
+    if num_samples == 0:
+        return OrderHistory()  # the run begins with the blend, and a record tells nothing else
     known = list(_delivered(history, before["sources"], num_samples))
     key, draws = 1 + max((each.draws.key for each in known), default=-1), []
     for source in now["sources"]:

@@ -11,6 +11,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from phase8.data.documents import separator_problem
 from phase8.data.lost_text import LostText
 from phase8.data.shard_pool import worker_problems
 from phase8.data.shards import DocumentRules
@@ -58,9 +59,8 @@ class PrepareOptions:
             found.append(f"--validation-fraction is {self.rules.validation_fraction}; it must be at least 0 and below 1")
         if not self.rules.json_key or "/" in self.rules.json_key:
             found.append(f"--json-key is {self.rules.json_key!r}; it becomes part of file names, so it must not be empty or hold a slash")
-        separator = self.rules.document_separator
-        if separator is not None and (not separator.strip() or separator != separator.strip() or len(separator.splitlines()) > 1):
-            found.append(f"--document-separator is {separator!r}; it must be what one line holds, with something in it and no space around it")
+        if (problem := separator_problem(self.rules.document_separator)) is not None:
+            found.append(problem)
         if not self.inputs:
             found.append("there is no input; give files or directories")
         return found

@@ -189,11 +189,13 @@ def make_shard(shard: Shard, *, on_bytes: OnBytes = ignore_progress) -> ShardCou
         on_bytes: Called often with the input bytes that were tokenised so far.
 
     Raises:
-        DataError: Something is not a document and `skip_invalid` is off, or an input cannot be read.
+        DataError: Something is not a document and `skip_invalid` is off, an input cannot be read, or the tokenizer was changed.
         StorageError: The place cannot be written.
     """
     rules = shard.rules
     tokenizer = load_tokenizer(shard.tokenizer, eod_token=rules.eod_token)
+    if tokenizer.sha256 != shard.tokenizer_sha256:  # shards of two tokenizers would become one pair
+        raise DataError(f"the tokenizer {shard.tokenizer} was changed while it was being used; run again when nothing writes to it")
     invalid, lost = InvalidInputs(skip=rules.skip_invalid), LostTextCounter(tokenizer)
     dtype = best_dtype(tokenizer.vocab_size)
     end = np.array([tokenizer.eod_id] if rules.append_eod else [], dtype)
@@ -210,7 +212,7 @@ def make_shard(shard: Shard, *, on_bytes: OnBytes = ignore_progress) -> ShardCou
                 except DataError as error:
                     invalid(error)
                     continue
-                lost.add(_pieces(text), tokens[: tokens.size - end.size])
+                lost.add(document_pieces(text), tokens[: tokens.size - end.size])
                 if tokens.size == end.size:
                     num_empty += 1
                     continue
@@ -253,14 +255,15 @@ def encode_document(
     """
     dtype = best_dtype(tokenizer.vocab_size)
     encoded, num_characters = [np.empty(0, dtype)], 0
-    for piece in _pieces(text):
+    for piece in document_pieces(text):
         encoded.append(np.array(tokenizer.encode(piece), dtype))
         num_characters += len(piece)
         on_part(num_characters / len(text))
     return np.concatenate(encoded if end is None else [*encoded, end])
 
 
-def _pieces(text: str) -> Iterator[str]:
+def document_pieces(text: str) -> Iterator[str]:
+    """The pieces of a document that are encoded one after the other, of four million characters at most."""
     start = 0
     while start < len(text):
         end = start + _PIECE_CHARACTERS

@@ -21,26 +21,35 @@ class TokenFile:
 
     Threads and forked processes may read it at the same time, because every read gives its position.
 
+    Args:
+        path: The file.
+        identity: What another process has opened under the name: every read of another file is refused. None: any file is read.
+
     Attributes:
         num_bytes: Size when it was opened.
+        identity: Device and inode, which tell it from a file that replaces it while a process has it open.
 
     Raises:
         DataError: It is no regular file.
         OSError: It cannot be opened.
     """
 
-    def __init__(self, path: Path):
+    def __init__(self, path: Path, *, identity: tuple[int, int] | None = None):
         self.path = path
         self._descriptor = open_regular_file(path)
         weakref.finalize(self, os.close, self._descriptor).atexit = False  # threads may still read while Python ends
-        self.num_bytes = os.fstat(self._descriptor).st_size
+        found = os.fstat(self._descriptor)
+        self.num_bytes, self.identity = found.st_size, (found.st_dev, found.st_ino)
+        self._is_other = identity not in (None, self.identity)
 
     def read(self, start: int, count: int, dtype: np.dtype) -> np.ndarray:
         """`count` tokens of a type from token `start` on, read-only.
 
         Raises:
-            DataError: The file has become shorter, or cannot be read.
+            DataError: The file has become shorter, cannot be read, or is not the one that it has to be.
         """
+        if self._is_other:
+            raise DataError(f"{self.path} was replaced by another file while a run reads it; put the old one back, or begin again with the new one")
         offset, remaining, pieces = int(start) * dtype.itemsize, int(count) * dtype.itemsize, []
         while remaining:
             try:

@@ -29,7 +29,7 @@ def check_token_ids(pair: IndexedDataset, *, vocab_size: int, cache_dir: Path, o
     """Refuses a pair with an id outside the vocabulary.
 
     Args:
-        pair: A pair with at least one token.
+        pair: A pair; one without tokens, as a pattern may match, has no such id.
         vocab_size: `model.vocab_size`.
         cache_dir: Directory where the result of reading all tokens is cached, if it can be written.
         on_progress: Called with stage, tokens read and tokens in all, where reading takes more than a moment.
@@ -37,6 +37,8 @@ def check_token_ids(pair: IndexedDataset, *, vocab_size: int, cache_dir: Path, o
     Raises:
         DataError: An id is outside the vocabulary; the message names the first.
     """
+    if pair.num_tokens == 0:
+        return
     smallest, largest = _recorded_range(pair) or _cached_range(pair, cache_dir, on_progress)
     if smallest >= 0 and largest < vocab_size:
         return

@@ -88,7 +88,7 @@ class Tokenizer(ABC):
 
     @cached_property
     def bytes_per_id(self) -> np.ndarray | None:
-        """UTF-8 bytes of the text behind each id, 0 for special tokens and -1 for the unknown one; None where the tokenizer rewrites text.
+        """UTF-8 bytes of the text behind each id, 0 for special tokens and -1 where texts differ; None where the tokenizer rewrites text.
 
         Shape:
             int64 [vocab_size].
@@ -274,7 +274,8 @@ class HuggingFaceTokenizer(Tokenizer):
         for piece, i in self._tokenizer.get_vocab(with_added_tokens=False).items():
             counts[i] = len(piece)  # a character for each byte
         for i, token in self._tokenizer.get_added_tokens_decoder().items():
-            counts[i] = 0 if token.special else len(token.content.encode())
+            takes_spaces = token.lstrip or token.rstrip  # any number of them
+            counts[i] = 0 if token.special else -1 if takes_spaces else len(token.content.encode())
         return counts
 
     @cached_property

@@ -17,10 +17,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from phase8.distributed.collectives import ALONE, Axis, maximum_over, sum_over
-from phase8.errors import OutOfMemoryError
+from phase8.errors import DataError, OutOfMemoryError
 from phase8.evaluate.pieces import SHAPE_STEP, Piece, batches
 from phase8.evaluate.results import TOTAL, SourceResult, position_bounds, source_result
-from phase8.evaluate.sources import Source
+from phase8.evaluate.sources import Source, digest_of
 from phase8.kernels.reference.cross_entropy import IGNORED_TARGET
 from phase8.model.model import LanguageModel
 
@@ -64,8 +64,11 @@ class _Sums:
         """Adds the losses [B, T] of predictions at consecutive positions, those that count, of pieces of the sources [B]."""
         positions = torch.arange(first_position, first_position + losses.shape[1], device=losses.device)
         places = sources[:, None] * self._num_ranges + torch.bucketize(positions, self._inner_bounds, right=True)
-        self.losses.index_add_(0, places[is_counted], losses[is_counted].double())
-        self.counts.index_add_(0, places[is_counted], torch.ones_like(places[is_counted]))
+        places = places[is_counted]
+        of_losses = torch.zeros_like(self.losses).index_add_(0, places, losses[is_counted].double())
+        of_counts = torch.zeros_like(self.counts).index_add_(0, places, torch.ones_like(places))
+        self.losses += of_losses  # no memory is needed any more: what does not fit must not be counted in part
+        self.counts += of_counts
 
     def add_bytes(self, source: int, bytes_of_tokens: np.ndarray) -> None:
         """Adds the bytes of predicted tokens of a source, -1 where they are not known."""
@@ -102,9 +105,10 @@ def evaluate(
         The result of each source and, of several, that of all predictions together.
 
     Raises:
-        DataError: The data cannot be read.
+        DataError: The data cannot be read, or ranks have other data under the same names.
         OutOfMemoryError: The pieces of a batch, or one alone where the batch can be made smaller, do not fit into the device's memory.
     """
+    _require_same(sources, pieces, ranks)
     bounds = position_bounds(max(piece.length for piece in pieces))
     sums = _Sums(len(sources), bounds, forward.device)
     # A plan of memory may give every rank another number, but batches must be the same ones.
@@ -130,6 +134,16 @@ def evaluate(
     return _results(sources, pieces, sums, bounds, ranks)
 
 
+def _require_same(sources: Sequence[Source], pieces: Sequence[Piece], ranks: Axis) -> None:
+    """Refuses, on every rank, what is not the same on all: each would take its share of something else."""
+    if ranks.size == 1:
+        return
+    digest = digest_of(sources, pieces)
+    largest, smallest = maximum_over(torch.tensor([digest, -digest]), ranks).abs().tolist()
+    if largest != smallest:
+        raise DataError("the ranks do not read the same tokens: hosts hold other data under the same names; copy the same files to every host")
+
+
 @torch.inference_mode()
 def _add_batch(sums: _Sums, model: LanguageModel, sources: Sequence[Source], batch: Sequence[Piece], forward: Forward) -> None:
     """Adds the losses of a batch; nothing is added where it does not fit into memory."""
@@ -137,8 +151,9 @@ def _add_batch(sums: _Sums, model: LanguageModel, sources: Sequence[Source], bat
     rows = torch.tensor([piece.source for piece in batch], device=forward.device)
     tokens, targets, starts = (None if each is None else each.to(forward.device) for each in (tokens, targets, starts))
     found = torch.cat(list(_losses(model, tokens, targets, starts, length=forward.length)), dim=1)
-    sums.add(found, targets != IGNORED_TARGET, sources=rows, first_position=0)
-    counted = (targets != IGNORED_TARGET).cpu().numpy()
+    is_counted = targets != IGNORED_TARGET
+    counted = is_counted.cpu().numpy()
+    sums.add(found, is_counted, sources=rows, first_position=0)
     for row, piece in enumerate(batch):
         table = sources[piece.source].bytes_per_id
         if table is not None:

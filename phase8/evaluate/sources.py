@@ -6,13 +6,14 @@
 | read together are | all its tokens, across documents, as in training | the tokens of a document, after the token that begins a text |
 | refused are | pairs whose record names another tokenizer, as in training | inputs that hold no text |
 | the first token | is not predicted, since nothing is before it | is predicted from the token before it |
-| bytes are those | of each token, if the pair's record names the tokenizer and this one rewrites no text | of the texts, if no token is unknown |
+| bytes are those | of each token, if the pair's record names the tokenizer and this one rewrites no text | of the texts, if tokens hold all of them |
 
 A text is predicted without an end-of-document token behind it, so that tokens and bytes are those of the text alone.
 """
 
 from __future__ import annotations
 
+import hashlib
 import itertools
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -25,18 +26,20 @@ from phase8.config.schema import DataSection, DataSource
 from phase8.data.documents import cut_shards
 from phase8.data.input_files import find_sources
 from phase8.data.loader import SequenceDataset
+from phase8.data.lost_text import LostTextCounter
 from phase8.data.made_with import Wording, check_tokenizer
-from phase8.data.shards import DocumentRules, encode_document, read_texts
+from phase8.data.shards import DocumentRules, document_pieces, encode_document, read_texts
 from phase8.data.sources import open_sources, source_names
 from phase8.data.streams import TokenStream
 from phase8.data.token_ids import OnProgress, check_token_ids
 from phase8.data.tokenizer import Tokenizer
 from phase8.data.utf8 import num_encoded_bytes
 from phase8.errors import DataError
-from phase8.evaluate.pieces import Range
+from phase8.evaluate.pieces import Piece, Range
 
 _WHOLE_FILES = 1 << 62
 _CHUNK_TOKENS = 1 << 24
+_NUM_SAMPLES, _SAMPLE_TOKENS = 256, 1 << 12
 _WORDING = Wording(
     named="the evaluation's",
     other_tokenizer="give pairs that it has made, or name the tokenizer of these with --tokenizer if its ids mean the same",
@@ -71,6 +74,16 @@ class Source:
     weight: int = 1
 
 
+def digest_of(sources: Sequence[Source], pieces: Sequence[Piece]) -> int:
+    """A number below 2^56 of what is read: the pieces, and tokens from all over the sources. Other hosts may hold others under the same names."""
+    found = hashlib.sha256(np.array(pieces, np.int64).tobytes())
+    for source in sources:
+        size = min(_SAMPLE_TOKENS, source.num_tokens)
+        for place in sorted({i * (source.num_tokens - size) // (_NUM_SAMPLES - 1) for i in range(_NUM_SAMPLES)}):
+            found.update(source.read(place, size).astype(np.int64).tobytes())
+    return int.from_bytes(found.digest()[:7], "big")
+
+
 def open_pairs(
     prefixes: Sequence[Path], tokenizer: Tokenizer | None, section: DataSection, *, vocab_size: int, on_progress: OnProgress
 ) -> list[Source]:
@@ -95,7 +108,7 @@ def open_pairs(
             raise DataError(f"--data: {stream.prefix} holds {stream.num_tokens} tokens, but a prediction takes two; prepare it from more text")
         if tokenizer is not None and not section.allow_fingerprint_change:  # as in training
             check_tokenizer(stream.pairs, tokenizer, wording=_WORDING)
-        for pair in (pair for pair in stream.pairs if pair.num_tokens):
+        for pair in stream.pairs:
             check_token_ids(pair, vocab_size=vocab_size, cache_dir=Path(section.cache_dir), on_progress=on_progress)
     return _of_streams(streams, [1] * len(streams), tokenizer, resets=section.reset_at_document_boundaries)
 
@@ -177,24 +190,26 @@ def read_text_sources(
     done, total = 0, sum(file.size_bytes for files in found for file in files)
     rules, sources = DocumentRules(json_key=json_key, document_separator=document_separator), []
     for name, path, files in zip(source_names([str(path) for path in inputs]), inputs, found, strict=True):
-        tokens, text_bytes = [], 0
+        tokens, text_bytes, counter = [], 0, LostTextCounter(tokenizer)
         spans = itertools.chain.from_iterable(cut_shards(files, _WHOLE_FILES))
         for text, source_bytes in read_texts(spans, rules, _refuse):
             encoded, done = encode_document(text, tokenizer), done + source_bytes
             if encoded.size:
                 tokens.append(encoded)
                 text_bytes += num_encoded_bytes(text)
+            counter.add(document_pieces(text), encoded)
             on_progress(done, total)
         if not tokens:
             raise DataError(f"--text: {path} holds no text; give a file or directory with some")
-        sources.append(_of_texts(name, tokens, text_bytes, tokenizer, begin_id=tokenizer.eod_id if begin_id is None else begin_id))
+        is_whole = not (counter.total.num_unknown or counter.total.num_dropped)
+        begin = tokenizer.eod_id if begin_id is None else begin_id
+        sources.append(_of_texts(name, tokens, text_bytes if is_whole else None, begin_id=begin))
     return sources
 
 
-def _of_texts(name: str, texts: Sequence[np.ndarray], text_bytes: int, tokenizer: Tokenizer, *, begin_id: int) -> Source:
+def _of_texts(name: str, texts: Sequence[np.ndarray], text_bytes: int | None, *, begin_id: int) -> Source:
     begin = np.array([begin_id], texts[0].dtype)
     stream = np.concatenate([part for text in texts for part in (begin, text)])
-    has_unknown = tokenizer.unknown_id is not None and bool((stream == tokenizer.unknown_id).any())
     firsts = np.cumsum([0, *(text.size + 1 for text in texts)])
     documents = [Range(int(first), text.size) for first, text in zip(firsts, texts, strict=False)]
     return Source(
@@ -204,7 +219,7 @@ def _of_texts(name: str, texts: Sequence[np.ndarray], text_bytes: int, tokenizer
         starts=None,
         ranges=lambda: documents,
         documents=lambda: documents,
-        text_bytes=None if has_unknown else text_bytes,
+        text_bytes=text_bytes,
     )
 
 

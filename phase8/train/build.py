@@ -30,7 +30,7 @@ from phase8.plan.cost_facts import memory_fact
 from phase8.plan.whole_config import count_parameters, shapes_only
 from phase8.precision.policy import require_matrix_units, set_matmul_precision
 from phase8.train.changed_keys import ChangedKey, changed_keys
-from phase8.train.datasets import RunData, open_run_data
+from phase8.train.datasets import RunData, check_same_data, open_run_data
 from phase8.train.device import limit_memory, require_determinism, this_device
 from phase8.train.engine.deepspeed import build_deepspeed_engine
 from phase8.train.engine.fsdp import build_fsdp_engine
@@ -265,7 +265,7 @@ def _build_mesh(config: RunConfig, device: torch.device, world_size: int) -> Mes
 
 
 def _open_data(config: RunConfig, console: Console, mesh: Mesh) -> RunData:
-    """Opens the data. The first rank opens them first and prepares files that are made once; every other rank waits until it has."""
+    """Opens the data. The first rank opens them first and prepares files that are made once; every other rank waits, and must find the same data."""
     is_main = mesh.rank == 0
 
     def open_them() -> RunData:
@@ -277,8 +277,11 @@ def _open_data(config: RunConfig, console: Console, mesh: Mesh) -> RunData:
         )
 
     data = open_them() if is_main else None
-    broadcast_text("prepared")
-    return open_them() if data is None else data
+    of_first = broadcast_text(None if data is None else data.fingerprints)
+    if data is None:
+        data = open_them()
+        check_same_data(data, of_first, rank=mesh.rank)
+    return data
 
 
 def _attachments(data: RunData) -> dict[str, bytes]:

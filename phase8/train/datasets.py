@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,6 +11,7 @@ from phase8.config.schema import DataSource, RunConfig
 from phase8.config.split import split_shares
 from phase8.data.corpus import prepare_embedded_corpus
 from phase8.data.fingerprint import data_fingerprint
+from phase8.data.fingerprint_difference import describe_fingerprint_difference
 from phase8.data.loader import SequenceDataset, open_dataset
 from phase8.data.made_with import check_tokenizer
 from phase8.data.sources import pairs_by_pattern_in_both, source_names
@@ -40,6 +42,11 @@ class RunData:
     fingerprint: dict[str, object]
     validation_fingerprint: dict[str, object] | None
     description: str
+
+    @property
+    def fingerprints(self) -> str:
+        """The fingerprints of training and held-out sequences, as text for other ranks."""
+        return json.dumps([self.fingerprint, self.validation_fingerprint])
 
     def epochs(self, samples_consumed: int) -> dict[str, float]:
         """Epochs that each source of the training data has delivered, by its name, after this many samples."""
@@ -88,6 +95,22 @@ def open_run_data(
         for pair in pairs.values():
             check_token_ids(pair, vocab_size=config.model.vocab_size, cache_dir=Path(config.data.cache_dir), on_progress=on_progress)
     return RunData(sequences, held_out, tokenizer, references, fingerprint, of_held_out, _describe(config, sequences))
+
+
+def check_same_data(own: RunData, of_first: str, *, rank: int) -> None:
+    """Refuses data of a rank that are not those of the first rank, whose windows have other numbers: some would come twice, others never.
+
+    Args:
+        own: Data of the rank.
+        of_first: `RunData.fingerprints` of the first rank.
+        rank: Number of the rank.
+
+    Raises:
+        DataError: They differ.
+    """
+    for first, here in zip(json.loads(of_first), (own.fingerprint, own.validation_fingerprint), strict=True):
+        if first is not None and here is not None and (differences := describe_fingerprint_difference(first, here)):
+            raise DataError(f"the data on the host of rank {rank} are not those of rank 0: {differences[0]}; copy the same files to every host")
 
 
 def _open(config: RunConfig, data: str | Sequence[DataSource], own_slice: SequenceSlice, *, key: str) -> SequenceDataset:

@@ -17,6 +17,7 @@ from hypothesis import strategies as st
 from phase8.data.documents import cut_shards
 from phase8.data.input_files import find_sources
 from phase8.data.shards import DocumentRules, Shard, finished_counts, make_shard
+from phase8.data.tokenizer_file import tokenizer_digest
 from phase8.data.tokenizer_training import train_sentencepiece
 from tests.checkpoint.fuzzing import Tally, Watch, fuzz, mutated_bytes, mutated_json
 
@@ -33,7 +34,8 @@ def shard(tmp_path_factory: pytest.TempPathFactory) -> Shard:
     tokenizer = train_sentencepiece(texts, place / "out" / "t.model", vocab_size=300)
     (spans,) = cut_shards(find_sources([place])[0], 1 << 30)
     rules = DocumentRules(validation_fraction=0.3)
-    committed = Shard(directory=place / "out" / "shard", spans=spans, tokenizer=tokenizer, tokenizer_sha256="0", rules=rules)
+    digest = tokenizer_digest(tokenizer)
+    committed = Shard(directory=place / "out" / "shard", spans=spans, tokenizer=tokenizer, tokenizer_sha256=digest, rules=rules)
     make_shard(committed)
     assert finished_counts(committed) is not None
     return committed

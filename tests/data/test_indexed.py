@@ -154,6 +154,16 @@ def test_pickle_keeps_the_path_not_the_tokens(tmp_path):
     assert pickle.loads(data).tokens(49999, 1).tolist() == [49999]
 
 
+def test_a_pair_that_was_replaced_is_not_read_by_a_process_that_opens_it_anew(tmp_path):
+    """A spawned loader worker read tokens of the new pair in the windows of the old one, and nobody noticed."""
+    dataset = IndexedDataset(write(tmp_path / "a", [[[1, 2]], [[3]]]))
+    data = pickle.dumps(dataset)
+    write(tmp_path / "a", [[[4, 5]], [[6]]])
+    assert dataset.tokens(0, 3).tolist() == [1, 2, 3]
+    with pytest.raises(DataError, match=r"a\.bin was replaced by another file while a run reads it; put the old one back, or begin again with the"):
+        pickle.loads(data).tokens(0, 3)
+
+
 def test_fingerprint_changes_with_either_file(tmp_path):
     first = IndexedDataset(write(tmp_path / "a", [[[1, 2]], [[3]]])).fingerprint()
     assert first == IndexedDataset(write(tmp_path / "b", [[[1, 2]], [[3]]])).fingerprint()

@@ -67,8 +67,16 @@ def test_a_run_whose_blend_stays_has_no_history():
     ]
 
 
+def test_a_run_that_has_read_nothing_begins_with_its_blend():
+    """Its data sets had other numbers until the first checkpoint than after it, which does not record them: windows came twice or never."""
+    before, now = BLENDS[0][0], fingerprint(web=1, books=1)
+    history = changed(OrderHistory(), before, now, num_samples=0)
+    assert history_of(history.record) == history
+    assert [order_of(now, history).locate(n) for n in range(20)] == [order_of(now, OrderHistory()).locate(n) for n in range(20)]
+
+
 def test_what_never_delivered_a_sample_is_forgotten():
     before, now = BLENDS[2][0], fingerprint(books=1)
-    history = changed(OrderHistory(), before, now, num_samples=0)
-    assert history.left == () and history.draws[0].drawn == 0
+    history = changed(OrderHistory(), before, now, num_samples=1)
+    assert [each.source["idx_sha256"] for each in history.left] == ["web"] and history.draws[0].drawn == 0
     assert [each.source["idx_sha256"] for each in changed(OrderHistory(), before, now, num_samples=9).left] == ["web", "code"]

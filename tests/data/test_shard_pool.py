@@ -19,6 +19,7 @@ from phase8.data.documents import cut_shards
 from phase8.data.input_files import find_sources
 from phase8.data.shard_pool import make_shards
 from phase8.data.shards import DocumentRules, Shard, ShardCounts
+from phase8.data.tokenizer_file import tokenizer_digest
 from phase8.data.tokenizer_training import train_sentencepiece
 from phase8.errors import DataError
 
@@ -32,10 +33,10 @@ def make_inputs(directory: Path) -> list[Shard]:
     for i, text in enumerate(texts):
         (inputs / f"{i:02d}.txt").write_text(text)
     tokenizer = train_sentencepiece(texts, directory / "t.model", vocab_size=300)
-    cut = cut_shards(find_sources([inputs])[0], 1000)
+    cut, digest = cut_shards(find_sources([inputs])[0], 1000), tokenizer_digest(tokenizer)
     assert len(cut) >= 6
     return [
-        Shard(directory=directory / "work" / f"shard-{i}", spans=spans, tokenizer=tokenizer, tokenizer_sha256="0", rules=DocumentRules())
+        Shard(directory=directory / "work" / f"shard-{i}", spans=spans, tokenizer=tokenizer, tokenizer_sha256=digest, rules=DocumentRules())
         for i, spans in enumerate(cut)
     ]
 

@@ -32,7 +32,8 @@ def shard_of(directory: Path, tokenizer: Tokenizer, texts: list[str], **rules: o
     for i, text in enumerate(texts):
         (directory / f"{i:03d}.txt").write_bytes(text.encode())
     (spans,) = cut_shards(find_sources([directory])[0], 1 << 30)
-    return Shard(directory=directory / "out" / "shard", spans=spans, tokenizer=tokenizer.path, tokenizer_sha256="0", rules=DocumentRules(**rules))
+    digest = tokenizer.sha256
+    return Shard(directory=directory / "out" / "shard", spans=spans, tokenizer=tokenizer.path, tokenizer_sha256=digest, rules=DocumentRules(**rules))
 
 
 def stored_texts(prefix: Path, tokenizer: Tokenizer) -> list[str]:
@@ -122,6 +123,17 @@ def test_a_shard_counts_only_when_whole_and_made_from_the_same(tmp_path: Path, t
         assert finished_counts(shard) is None
 
 
+def test_a_tokenizer_that_is_replaced_meanwhile_is_refused(tmp_path: Path, tokenizer: Tokenizer):
+    """Its ids were written beside those of the one before, in a shard that says that it is of that one."""
+    shard = dataclasses.replace(shard_of(tmp_path, tokenizer, TEXTS[:5]), tokenizer=tmp_path / "replaced.model")
+    shard.tokenizer.write_bytes(tokenizer.path.read_bytes())
+    make_shard(shard)
+    train_sentencepiece(["other words"], shard.tokenizer, vocab_size=280)
+    with pytest.raises(DataError, match=r"replaced\.model was changed while it was being used; run again when nothing writes to it"):
+        make_shard(dataclasses.replace(shard, directory=tmp_path / "next"))
+    assert not (tmp_path / "next").exists()
+
+
 class WordTokenizer(Tokenizer):
     """As quick as a tokenizer can be: an id for every four characters."""
 
@@ -158,7 +170,7 @@ def test_a_huge_document_is_in_memory_a_few_times_and_progress_goes_on_inside_it
     num_documents = 1 if name == "a.txt" else 2
     (spans,) = cut_shards(find_sources([path])[0], 1 << 30, document_separator=separator)
     rules = DocumentRules(validation_fraction=1e-9, document_separator=separator)
-    shard = Shard(directory=tmp_path / "out" / "shard", spans=spans, tokenizer=tokenizer.path, tokenizer_sha256="0", rules=rules)
+    shard = Shard(directory=tmp_path / "out" / "shard", spans=spans, tokenizer=tokenizer.path, tokenizer_sha256=WordTokenizer().sha256, rules=rules)
     del text, content
     seen: list[int] = []
     tracemalloc.start()

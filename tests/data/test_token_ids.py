@@ -48,6 +48,13 @@ def test_the_first_id_outside_the_vocabulary_is_named(tmp_path, foreign):
         check(tmp_path / "a", 61)
 
 
+@pytest.mark.parametrize("foreign", [False, True])
+def test_a_pair_without_tokens_has_no_id_outside(tmp_path, scans, foreign):
+    """A pattern of a run's data may match one; it ended the run in a traceback."""
+    check(write(tmp_path / "a", [], foreign=foreign), 5)
+    assert scans == []
+
+
 def test_what_our_writer_recorded_is_not_read_again(tmp_path, scans):
     check(write(tmp_path / "a", [3, 4], foreign=False), 5)
     assert scans == [] and not (tmp_path / "cache").exists()

@@ -124,6 +124,16 @@ def test_a_tokenizer_that_rewrites_text_does_not_tell_the_bytes_of_its_ids(llama
         assert load_tokenizer(tmp_path / "tokenizer.json").bytes_per_id is None
 
 
+def test_a_token_that_takes_the_spaces_beside_it_has_no_known_bytes(tmp_path: Path):
+    """Its own characters were counted, whatever number of spaces it stood for."""
+    plain = tokenizers.Tokenizer.from_file(str(byte_level_tokenizer(tmp_path / "tokenizer.json")))
+    plain.add_tokens([tokenizers.AddedToken("<l>", lstrip=True), tokenizers.AddedToken("<r>", rstrip=True), tokenizers.AddedToken("<n>")])
+    plain.save(str(tmp_path / "tokenizer.json"))
+    tokenizer = load_tokenizer(tmp_path / "tokenizer.json")
+    assert len(tokenizer.encode("   <l>")) == len(tokenizer.encode("<r>   ")) == 1
+    assert [tokenizer.bytes_per_id[tokenizer.encode(text)].tolist() for text in ("<l>", "<r>", "<n>")] == [[-1], [-1], [3]]
+
+
 def test_a_space_that_only_the_tokenizer_puts_in_front_makes_bytes_unknown(tmp_path: Path):
     with (tmp_path / "t.model").open("wb") as file:
         sentencepiece.SentencePieceTrainer.train(

@@ -6,7 +6,9 @@ import math
 import numpy as np
 import pytest
 import sentencepiece
+import tokenizers
 import torch
+from tokenizers import models
 
 from phase8.data.indexed import IndexedWriter
 from phase8.data.made_with import made_with
@@ -206,6 +208,19 @@ def test_texts_with_unknown_tokens_have_no_known_bytes(model, characters, tmp_pa
     assert [result.num_bytes for result in results] == [3, None, None]
 
 
+@pytest.mark.parametrize("unknown", [None, "<|endoftext|>"])
+def test_bytes_of_a_text_are_known_only_if_its_tokens_hold_all_of_it(model, unknown, tmp_path):
+    """Characters that the tokenizer dropped counted as bytes, though nobody had predicted them; and an end of a document as unknown text."""
+    algorithm = models.BPE(vocab={"a": 0, "b": 1, " ": 2, "<|endoftext|>": 3}, merges=[], unk_token=unknown)
+    characters = tokenizers.Tokenizer(algorithm)
+    characters.add_special_tokens(["<|endoftext|>"])
+    characters.save(str(tmp_path / "tokenizer.json"))
+    (tmp_path / "whole").write_text("ab ab")
+    (tmp_path / "dropped.jsonl").write_text('{"text": "ab ab"}\n' + ('{"text": "日本"}\n{"text": "ab 日本 ab"}\n' if unknown is None else ""))
+    results = measure(model, texts([tmp_path / "whole", tmp_path / "dropped.jsonl"], load_tokenizer(tmp_path / "tokenizer.json")))
+    assert [result.num_bytes for result in results] == ([5, None, None] if unknown is None else [5, 5, 10])
+
+
 def test_neither_batches_nor_the_order_of_sources_matter(model, prefixes):
     expected = measure(model, pairs(prefixes), batch_size=1)
     for found in (measure(model, pairs(prefixes), batch_size=7), measure(model, pairs(prefixes[::-1]), batch_size=3)):
@@ -230,6 +245,22 @@ def test_a_batch_that_does_not_fit_is_halved_and_nothing_counted_twice(model, pr
     assert [result.loss for result in found] == pytest.approx([result.loss for result in expected], rel=1e-6)
     with pytest.raises(OutOfMemoryError, match="7 sequences of 70 tokens do not fit into the device's memory; give a smaller --batch-size"):
         measure(model, pairs(prefixes), batch_size=8, adjustable=False)
+
+
+@pytest.mark.parametrize("name", ["bucketize", "ones_like"])
+def test_a_batch_that_ran_out_of_memory_at_its_end_is_not_counted_twice(model, prefixes, monkeypatch, name):
+    """Its losses were added before the memory for its counts was there, and again by its halves."""
+    expected, original = measure(model, pairs(prefixes)), getattr(torch, name)
+
+    def fails_once(*arguments, **options):
+        monkeypatch.setattr(torch, name, original)
+        raise torch.OutOfMemoryError
+
+    monkeypatch.setattr(torch, name, fails_once)
+    found = measure(model, pairs(prefixes), batch_size=8)
+    assert getattr(torch, name) is original
+    assert [result.num_tokens for result in found] == [result.num_tokens for result in expected]
+    assert [result.loss for result in found] == pytest.approx([result.loss for result in expected], rel=1e-6)
 
 
 def test_parts_of_the_logits_add_up(model, prefixes, monkeypatch):

@@ -117,6 +117,7 @@ def test_ranks_of_torchrun_print_the_result_of_one_process_once(trained, tmp_pat
         (["--text", "x", "--sequences", "4"], "--sequences takes some windows of --data or --held-out, but a --text is read as a whole"),
         (["--data", "x", "--stride", "4", "--carry-state"], "--stride and --carry-state are different ways to read the tokens; give one of them"),
         (["--data", "x", "--document-separator", "%"], "--document-separator is for --text"),
+        (["--text", "x", "--document-separator", " % "], "--document-separator is ' % '; it must be what one line holds, with something"),
         (["--held-out", "--document-separator", "%"], "--document-separator is for --text"),
         (["--data", "x", "--json-key", "text"], "--json-key is for --text: pairs hold tokens; leave it out"),
     ],

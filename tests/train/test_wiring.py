@@ -15,6 +15,7 @@ import weakref
 from dataclasses import replace
 from multiprocessing.connection import wait
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -37,7 +38,8 @@ from phase8.model.parameters import decayed_parameter_names
 from phase8.model.recomputation import recomputed
 from phase8.observe.metrics import MetricsWriter
 from phase8.optim.schedule import learning_rate
-from phase8.train import loop, sample, saver, trainer
+from phase8.shared_sequence import WHOLE
+from phase8.train import build, loop, sample, saver, trainer
 from phase8.train.datasets import open_run_data
 from phase8.train.engine import fsdp
 from phase8.train.loop import train
@@ -434,6 +436,23 @@ def test_a_token_outside_the_vocabulary_is_found_before_the_first_step(tiny, tmp
     config = tiny_config(tiny, f"data.train={tmp_path}/bad", f"data.cache_dir={tmp_path}/unused")
     open_run_data(config, on_progress=lambda *_: None, check_ids=False)  # as every rank but the first opens them
     assert not (tmp_path / "unused").exists()
+
+
+@pytest.mark.parametrize("key", ["data.train", "data.validation"])
+def test_ranks_whose_hosts_hold_other_data_do_not_train_together(tiny, tmp_path, key, monkeypatch):
+    """Each read the windows of its own files: some came twice in an epoch, others never, and no rank noticed."""
+    said = []
+    monkeypatch.setattr(build, "broadcast_text", lambda text: said.append(text) or said[0])
+
+    def opened(rank, seed):
+        write_documents(tmp_path / "host", num_documents=40, seed=seed)
+        return build._open_data(tiny_config(tiny, f"{key}={tmp_path}/host"), Console(quiet=True), SimpleNamespace(rank=rank, own_slice=WHOLE))
+
+    first = opened(0, 0)
+    assert opened(1, 0).fingerprint == first.fingerprint
+    with pytest.raises(DataError, match=r"^the data on the host of rank 3 are not those of rank 0: source 0 \(host, now host\): the .* every host$"):
+        opened(3, 1)
+    assert said == [first.fingerprints, None, None]
 
 
 @pytest.mark.parametrize("key", ["data.train", "data.validation"])

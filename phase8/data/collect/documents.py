@@ -111,7 +111,7 @@ def _docstrings_below(node: ast.AST) -> Iterator[str]:
         if text is not None:
             yield text
     for child in ast.iter_child_nodes(node):
-        if isinstance(child, ast.stmt):  # no docstring is below an expression
+        if not isinstance(child, ast.expr):  # no docstring is below an expression, but one may be below a handler of exceptions or a case
             yield from _docstrings_below(child)
 
 

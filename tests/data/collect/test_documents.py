@@ -34,6 +34,12 @@ def test_docstrings_of_a_module_its_classes_and_functions_in_order():
     assert docstrings(source) == "Module.\n\nClass.\n\nMore.\n\nMethod."
 
 
+@pytest.mark.parametrize("head", ["try:\n    pass\nexcept E:", "try:\n    pass\nfinally:", "match x:\n  case 1:", "with a as b:"])
+def test_docstrings_below_any_statement_are_found(head):
+    """Those of a function that a handler of `ImportError` defines were left out."""
+    assert docstrings(f'{head}\n    def f():\n        "Function."\n') == "Function."
+
+
 def test_a_document_has_no_trailing_spaces(tmp_path):
     (tmp_path / "a.txt").write_bytes(b"\xef\xbb\xbf\n\nfirst  \r\n  second\t\n" + LONG.encode() + b"\n\n")
     assert document_of("prose", tmp_path / "a.txt") == f"first\n  second\n{LONG.rstrip()}"
