@@ -27,6 +27,7 @@ TOPOLOGIES = {
     "dp4 zero 1": ranks(dp=4, stage=1),
     "tp2": ranks(tp=2),
     "tp2 dp2 zero 3": ranks(tp=2, dp=2, stage=3),
+    "tp2 dp3 zero 3": ranks(tp=2, dp=3, stage=3, more=("train.global_batch_size=6",)),  # the vocabulary's parts of parts differ in size
     "pp2 dp2 zero 0": ranks(pp=2, dp=2),
     "dp4 zero 3 in pairs": ranks(dp=4, stage=3, more=("zero.shard_size=2",)),
     "dp2 zero 3 offloaded": ranks(dp=2, more=OFFLOADED),
@@ -62,7 +63,7 @@ ANY = TOPOLOGIES | WITH_EXPERTS | WITH_MUON | WITH_SHORT_MOMENTS | WITH_FP8_MOME
 # test_the_next_loss_is_that_of_one_process; interleaved stages need more layers, and tests/parallel/test_resharded.py loads into them.
 RING_SETTINGS = ("model.num_layers=2",)
 RINGS = {
-    "dense": ["one", "pp2 dp2 zero 0", "dp4 zero 1", "tp2 dp2 zero 3", "dp4 zero 3 in pairs", "dp2 zero 3 offloaded", "cp2 tp2 zero 3"],
+    "dense": ["one", "pp2 dp2 zero 0", "dp4 zero 1", "tp2 dp2 zero 3", "dp4 zero 3 in pairs", "tp2 dp3 zero 3", "dp2 zero 3 offloaded", "cp2 tp2 zero 3"],
     "experts": list(WITH_EXPERTS),
     "muon": list(WITH_MUON),
     "bf16 moments": list(WITH_SHORT_MOMENTS),
