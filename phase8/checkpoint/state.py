@@ -273,8 +273,6 @@ def _optimizer_differences(
         declared = None if where is None else where.state.tensor(key)
         if where is None:
             yield f"{shortened(name)} is the state of no parameter here"
-        elif name in existing:
-            yield from _entry_differences(checkpoint, name, existing[name])
         elif declared is not None:
             yield from _declared_differences(checkpoint, name, declared, where)
     with_state = {parameter_name for parameter_name, _ in stored.values()}
@@ -290,7 +288,7 @@ def _optimizer_differences(
 
 
 def _declared_differences(checkpoint: Checkpoint, name: str, declared: StateTensor, where: _Optimized) -> Iterator[str]:
-    """Differences between stored state and the declaration of state that the optimizer has not made yet."""
+    """Differences between stored state and the declaration of state, which the optimizer may not have made yet."""
     entry = checkpoint.entry(name)
     shape = list(where.whole.shape if declared.shape is None else declared.shape)
     dtype = _dtype_of(declared, where)
