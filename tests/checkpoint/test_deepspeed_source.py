@@ -55,6 +55,12 @@ def test_a_whole_one_is_read(step, tmp_path):
     assert json.loads((destination / "config.json").read_text()) == {} and (destination / "model.safetensors").exists()
 
 
+def test_a_huge_file_of_the_name_is_not_read_into_memory(tmp_path):
+    with (tmp_path / "latest").open("wb") as file:
+        file.truncate(2**40)
+    assert not is_deepspeed(tmp_path)
+
+
 DAMAGES = {
     "empty": lambda path: path.write_bytes(b""),
     "truncated": lambda path: path.write_bytes(path.read_bytes()[:-200]),
