@@ -63,7 +63,9 @@ ANY = TOPOLOGIES | WITH_EXPERTS | WITH_MUON | WITH_SHORT_MOMENTS | WITH_FP8_MOME
 # test_the_next_loss_is_that_of_one_process; interleaved stages need more layers, and tests/parallel/test_resharded.py loads into them.
 RING_SETTINGS = ("model.num_layers=2",)
 RINGS = {
-    "dense": ["one", "pp2 dp2 zero 0", "dp4 zero 1", "tp2 dp2 zero 3", "dp4 zero 3 in pairs", "tp2 dp3 zero 3", "dp2 zero 3 offloaded", "cp2 tp2 zero 3"],
+    "dense": [
+        "one", "pp2 dp2 zero 0", "dp4 zero 1", "tp2 dp2 zero 3", "dp4 zero 3 in pairs", "tp2 dp3 zero 3", "dp2 zero 3 offloaded", "cp2 tp2 zero 3",
+    ],
     "experts": list(WITH_EXPERTS),
     "muon": list(WITH_MUON),
     "bf16 moments": list(WITH_SHORT_MOMENTS),
