@@ -72,10 +72,12 @@ def restore_state(
     is_part: bool = False,
     widen: bool = False,
 ) -> None:
-    """Loads a checkpoint's tensors into a model and its optimizer; changes nothing when it fails.
+    """Loads a checkpoint's tensors into a model and its optimizer; a checkpoint that does not fit changes nothing.
 
-    Existing tensors are overwritten in place, one after the other, so at most one of them is in memory twice. Optimizer state that does
-    not exist yet is created on its parameter's device, scalars on the device where torch's optimizers keep them.
+    Existing tensors are overwritten in place, one after the other, so at most one of them is in memory twice. Every byte is read once and
+    checked on the way: a checkpoint that is found to be damaged may leave some of them overwritten, so nobody may train before another one is
+    restored, which overwrites all. Optimizer state that does not exist yet is created on its parameter's device, scalars on the device where
+    torch's optimizers keep them.
 
     Args:
         checkpoint: Checkpoint to read.
@@ -87,7 +89,7 @@ def restore_state(
 
     Raises:
         CheckpointMismatchError: Names, shapes or dtypes differ; the first few are listed.
-        CheckpointCorruptError: Bytes of the checkpoint are damaged, or a part of a parameter's optimizer state is missing.
+        CheckpointCorruptError: Bytes of the checkpoint are damaged, or a part of a parameter's optimizer state is missing, which is found first.
     """
     in_place = _model_tensors(model)
     differences = list(_model_differences(checkpoint, in_place, is_part=is_part, widen=widen))
@@ -102,7 +104,6 @@ def restore_state(
         in_place |= {name: tensor for name, tensor in existing.items() if name in stored}
     _require_none(differences, checkpoint)
 
-    # All that can fail comes first: new tensors are read (and kept), and the bytes that will overwrite existing ones are verified.
     created = {}
     for name, (parameter_name, key) in stored.items():
         if name not in in_place:
@@ -111,8 +112,6 @@ def restore_state(
             value = _read_own(checkpoint, name, where.whole) if declared.shape is None else checkpoint.read(name)
             dtype = DTYPES.get(_dtype_of(declared, where) or "", value.dtype)
             created[name] = value.to(where.counter_device if declared.is_scalar else where.part.device, dtype)
-    for name, target in in_place.items():
-        checkpoint.verify_region(name, own_region(target))
     with torch.no_grad():
         for name, target in in_place.items():
             _overwrite(target, checkpoint, name)
