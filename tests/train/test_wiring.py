@@ -407,7 +407,7 @@ def test_a_damaged_tokenizer_in_a_checkpoint_is_found_on_resume(tiny, tokenizer,
 @pytest.mark.parametrize("name", ["vocabulary", "small.model (copy)", "small.safetensors", "small.json"])
 def test_a_tokenizer_goes_with_checkpoints_whatever_its_file_is_called(tiny, tokenizer, tmp_path, name):
     shutil.copy(tokenizer, tmp_path / name)
-    run = train_tiny(tiny, f"data.tokenizer={tmp_path / name}", "model.vocab_size=300", "train.num_steps=1")
+    run = train_tiny(tiny, f"data.tokenizer={tmp_path / name}", "model.vocab_size=300", "train.num_steps=4")
     (newest,) = list_checkpoints(run.directory.checkpoints)
     assert tokenizer_of(open_checkpoint(newest)) == newest / "tokenizer.model"
 
