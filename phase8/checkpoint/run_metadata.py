@@ -54,7 +54,7 @@ _Loss = Annotated[float, Field(allow_inf_nan=False)]
 
 
 def _file_name(value: Any) -> str:
-    """The name of a file, which need not be UTF-8: Python has lone surrogates in its place, which pydantic takes for no string."""
+    """The name of a file, which need not be UTF-8: Python has lone surrogates in its place, and a string with them has no length for pydantic."""
     if type(value) is not str or len(value) > _LONGEST_NAME:
         raise ValueError(f"a string of at most {_LONGEST_NAME} characters is needed")
     return value
