@@ -24,6 +24,7 @@ from phase8.durable import replace_file, staged_file
 from phase8.errors import CheckpointCorruptError, CheckpointError, CheckpointMismatchError, OutOfMemoryError
 
 _LATEST = "latest"
+_LONGEST_NAME = 4096  # of a path, in bytes
 _STATES = "*_model_states.pt"
 _UNIVERSAL = "zero/*/fp32.pt"
 # What DeepSpeed looks for in its files, by their names.
@@ -62,11 +63,13 @@ def consolidate_deepspeed(directory: Path, destination: Path, config: Mapping[st
 
 def _step(directory: Path) -> Path | None:
     """The directory with the files of a step."""
-    latest = directory / _LATEST
-    step = directory / latest.read_text(errors="replace").strip() if latest.is_file() else directory
+    latest, step = directory / _LATEST, directory
     try:
+        if latest.is_file():
+            with latest.open("rb") as file:
+                step = directory / file.read(_LONGEST_NAME).decode(errors="replace").strip()
         return step if list(step.glob(_STATES)) or list(step.glob(_UNIVERSAL)) else None
-    except OSError:  # what `latest` names is no name of a directory
+    except OSError:  # `latest` cannot be read, or what it names is no name of a directory
         return None
 
 

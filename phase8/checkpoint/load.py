@@ -35,7 +35,6 @@ class Checkpoint:
         self._entries = in_present_form(manifest.tensors)
         self._slices = manifest.slices_by_file()
         self._files: dict[str, TensorFile] = {}
-        self._verified: set[tuple[str, str]] = set()  # file and key
 
     @property
     def step(self) -> int:
@@ -98,17 +97,6 @@ class Checkpoint:
                 target.copy_(block[there])
         return tensor
 
-    def verify_region(self, name: str, region: RegionLike) -> None:
-        """Checks the bytes that `read_region` would read, in constant memory, unless this object has already read or checked them.
-
-        Raises:
-            CheckpointCorruptError: Bytes are missing or altered.
-            CheckpointMismatchError: There is no such tensor.
-        """
-        for part in self._slices_in(name, region):
-            if (part.file, part.key) not in self._verified:
-                self._check_slice(name, part, self._file(part.file).checksum(part.key))
-
     def verify(self) -> None:
         """Checks every byte of every file, in constant memory.
 
@@ -146,7 +134,6 @@ class Checkpoint:
             raise CheckpointCorruptError(
                 f"{self.path / part.file} is altered: tensor {shown_name(name)} has checksum {checksum}, not {part.checksum}; use another checkpoint"
             )
-        self._verified.add((part.file, part.key))
 
     def _slices_in(self, name: str, region: RegionLike) -> list[Slice]:
         """The slices that overlap a region."""

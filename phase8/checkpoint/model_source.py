@@ -35,6 +35,6 @@ def open_model(directory: Path) -> Checkpoint:
 
 
 def tokenizer_of(checkpoint: Checkpoint) -> Path | None:
-    """The tokenizer stored with a model, its bytes checked; None without one."""
-    name = next((name for name in checkpoint.manifest.attachments if name.startswith("tokenizer.")), None)
+    """The tokenizer stored with a model, its bytes checked; None without one. Earlier releases kept no suffix where its file had none."""
+    name = next((name for name in checkpoint.manifest.attachments if name.partition(".")[0] == "tokenizer"), None)
     return None if name is None else checkpoint.attachment(name)

@@ -16,8 +16,8 @@ from phase8.errors import CheckpointCorruptError, StorageError
 def apply_retention(root: Path, *, keep_last: int, keep_every_n_steps: int | None, known_good: Path | None = None) -> list[Path]:
     """Removes checkpoints that are no longer kept, and leftovers of dead writers and interrupted removals; returns the removed paths.
 
-    The `keep_last` newest are kept, those of every n-th step, and in any case one that is intact: `known_good`, or the newest that
-    passes a full verification. A directory is renamed before anything in it is deleted.
+    The `keep_last` newest are kept, `known_good` with as many before it, those of every n-th step, and in any case one that is intact:
+    `known_good`, or the newest that passes a full verification. A directory is renamed before anything in it is deleted.
 
     Args:
         root: The `checkpoints` directory of a run.
@@ -31,9 +31,11 @@ def apply_retention(root: Path, *, keep_last: int, keep_every_n_steps: int | Non
     with _removal_errors(root):
         directories = list_checkpoints(root)
         kept = set(directories[:keep_last])
+        if known_good in directories:  # newer ones are those that the run has passed over as damaged
+            kept |= set(directories[directories.index(known_good) :][:keep_last])
         if keep_every_n_steps is not None:
             kept |= {directory for directory in directories if step_of(directory.name) % keep_every_n_steps == 0}
-        removed = [directory for directory in directories if directory not in kept and directory != known_good]
+        removed = [directory for directory in directories if directory not in kept]
         if removed and known_good not in directories:
             removed = _spare_newest_good(root, removed)
         for directory in removed:

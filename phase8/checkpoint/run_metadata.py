@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, NoReturn
 
-from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag, ValidationError
+from pydantic import AfterValidator, BaseModel, ConfigDict, Discriminator, Field, Tag, ValidationError
 
 from phase8.checkpoint.load import Checkpoint
 from phase8.checkpoint.model_sizes import sizes_problem
@@ -41,6 +41,7 @@ _MOST = 2**63 - 1
 _MOST_READ = 2**53
 _LONGEST_SEQUENCE = 2**31 - 1  # the schema's bound, `TokenCount`
 _MOST_LOSSES = 1024
+_LONGEST_NAME = 4096
 _BEFORE_THE_KEY = {"global_path": "linear", "local_qk_norm": False, "global_gate": "scalar", "global_activation": "none"}
 _KEYS = {name for name, _ in iterate_keys()}
 _SECTIONS = {name.rpartition(".")[0] for name in _KEYS}
@@ -48,9 +49,18 @@ _SECTIONS = {name.rpartition(".")[0] for name in _KEYS}
 Count = Annotated[int, Field(ge=0, le=_MOST)]
 ReadCount = Annotated[int, Field(ge=0, le=_MOST_READ)]
 PositiveCount = Annotated[int, Field(ge=1, le=_MOST)]
-Name = Annotated[str, Field(max_length=4096)]
 Weight = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 _Loss = Annotated[float, Field(allow_inf_nan=False)]
+
+
+def _file_name(value: Any) -> str:
+    """The name of a file, which need not be UTF-8: Python has lone surrogates in its place, and a string with them has no length for pydantic."""
+    if type(value) is not str or len(value) > _LONGEST_NAME:
+        raise ValueError(f"a string of at most {_LONGEST_NAME} characters is needed")
+    return value
+
+
+Name = Annotated[Any, AfterValidator(_file_name)]
 
 
 class _Record(BaseModel):

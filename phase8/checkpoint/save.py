@@ -14,12 +14,14 @@ import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch import Tensor
 from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, MetadataIndex, TensorProperties
+from torch.distributed.checkpoint.planner import TensorWriteData, WriteItem, WriteItemType
 
 from phase8.checkpoint.manifest import FILE_NAME_PATTERN, MAX_STEP, TENSOR_FILE_SUFFIX, TENSOR_NAME_PATTERN, json_problem
 from phase8.checkpoint.step_directories import MANIFEST_NAME, step_directory_name
 from phase8.checkpoint.tensor_file import DTYPE_NAMES, MAX_DIMS, RESERVED_KEY
 from phase8.checkpoint.writer import CheckpointWriter, group_of, key_of
-from phase8.distributed.placement import held_part
+from phase8.distributed.placement import held_part, own_region
 from phase8.errors import CheckpointError, Phase8Error, StorageError
 
 DEFAULT_MAX_FILE_BYTES = 4 * 2**30
@@ -67,7 +69,7 @@ def save_checkpoint(
 
 
 class _Planner(dcp.DefaultSavePlanner):
-    """torch's planner, which refuses on every rank what cannot be stored on one."""
+    """torch's planner, which refuses on every rank what cannot be stored on one. `own_region` says what a rank has of a tensor."""
 
     def __init__(self, writer: CheckpointWriter):
         super().__init__(flatten_state_dict=False, flatten_sharded_tensors=False)
@@ -76,7 +78,19 @@ class _Planner(dcp.DefaultSavePlanner):
     def create_local_plan(self) -> dcp.SavePlan:
         writer = self._writer
         _check_savable(step=writer.step, tensors=self.state_dict, metadata=writer.metadata, attachments=writer.attachments)
-        return super().create_local_plan()
+        return dcp.SavePlan([_write_item(name, tensor) for name, tensor in self.state_dict.items()])
+
+    def lookup_object(self, index: MetadataIndex) -> Tensor:
+        """The part of a tensor that this rank has, which is one."""
+        return held_part(self.state_dict[index.fqn])
+
+
+def _write_item(name: str, tensor: Tensor) -> WriteItem:
+    """What this rank has of a tensor."""
+    region = own_region(tensor)
+    chunk = ChunkStorageMetadata(torch.Size(region.offsets), torch.Size(region.shape))
+    data = TensorWriteData(chunk, TensorProperties.create_from_tensor(held_part(tensor)), tensor.size())
+    return WriteItem(MetadataIndex(name, chunk.offsets), WriteItemType.SHARD, tensor_data=data)
 
 
 def _first_failure(error: CheckpointException) -> BaseException:

@@ -71,10 +71,12 @@ def restore_state(
     is_part: bool = False,
     widen: bool = False,
 ) -> None:
-    """Loads a checkpoint's tensors into a model and its optimizer; changes nothing when it fails.
+    """Loads a checkpoint's tensors into a model and its optimizer; a checkpoint that does not fit changes nothing.
 
-    Existing tensors are overwritten in place, one after the other, so at most one of them is in memory twice. Optimizer state that does
-    not exist yet is created on its parameter's device, scalars on the device where torch's optimizers keep them.
+    Existing tensors are overwritten in place, one after the other, so at most one of them is in memory twice. Every byte is read once and
+    checked on the way: a checkpoint that is found to be damaged may leave some of them overwritten, so nobody may train before another one is
+    restored, which overwrites all. Optimizer state that does not exist yet is created on its parameter's device, scalars on the device where
+    torch's optimizers keep them.
 
     Args:
         checkpoint: Checkpoint to read.
@@ -86,7 +88,7 @@ def restore_state(
 
     Raises:
         CheckpointMismatchError: Names, shapes or dtypes differ; the first few are listed.
-        CheckpointCorruptError: Bytes of the checkpoint are damaged, or a part of a parameter's optimizer state is missing.
+        CheckpointCorruptError: Bytes of the checkpoint are damaged, or a part of a parameter's optimizer state is missing, which is found first.
     """
     in_place = _model_tensors(model)
     differences = list(_model_differences(checkpoint, in_place, is_part=is_part, widen=widen))
@@ -101,7 +103,6 @@ def restore_state(
         in_place |= {name: tensor for name, tensor in existing.items() if name in stored}
     _require_none(differences, checkpoint)
 
-    # All that can fail comes first: new tensors are read (and kept), and the bytes that will overwrite existing ones are verified.
     created = {}
     for name, (parameter_name, key) in stored.items():
         if name not in in_place:
@@ -110,8 +111,6 @@ def restore_state(
             value = _read_own(checkpoint, name, where.whole) if declared.shape is None else checkpoint.read(name)
             dtype = DTYPES.get(_dtype_of(declared, where) or "", value.dtype)
             created[name] = value.to(where.counter_device if declared.is_scalar else where.part.device, dtype)
-    for name, target in in_place.items():
-        checkpoint.verify_region(name, own_region(target))
     with torch.no_grad():
         for name, target in in_place.items():
             _overwrite(target, checkpoint, name)
@@ -270,8 +269,6 @@ def _optimizer_differences(
         declared = None if where is None else where.state.tensor(key)
         if where is None:
             yield f"{shortened(name)} is the state of no parameter here"
-        elif name in existing:
-            yield from _entry_differences(checkpoint, name, existing[name])
         elif declared is not None:
             yield from _declared_differences(checkpoint, name, declared, where)
     with_state = {parameter_name for parameter_name, _ in stored.values()}
@@ -287,7 +284,7 @@ def _optimizer_differences(
 
 
 def _declared_differences(checkpoint: Checkpoint, name: str, declared: StateTensor, where: _Optimized) -> Iterator[str]:
-    """Differences between stored state and the declaration of state that the optimizer has not made yet."""
+    """Differences between stored state and the declaration of state, which the optimizer may not have made yet."""
     entry = checkpoint.entry(name)
     shape = list(where.whole.shape if declared.shape is None else declared.shape)
     dtype = _dtype_of(declared, where)

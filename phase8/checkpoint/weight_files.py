@@ -18,7 +18,6 @@ from phase8.checkpoint.manifest import FORMAT, FORMAT_VERSION, AttachmentEntry, 
 from phase8.checkpoint.state import MODEL_PREFIX
 from phase8.checkpoint.tensor_file import TensorFile, open_for_reading
 from phase8.checkpoint.untrusted import printable, shown, strict_json
-from phase8.division import whole_region
 from phase8.errors import CheckpointCorruptError
 
 STORED_DTYPES = ("F32", "BF16", "F16")
@@ -77,7 +76,8 @@ class WeightFiles(Checkpoint):
             CheckpointCorruptError: Bytes are missing or have changed.
         """
         for name, entry in self.manifest.tensors.items():
-            self.verify_region(name, whole_region(entry.shape))
+            (part,) = entry.slices
+            self._check_slice(name, part, self._files[part.file].checksum(part.key))
         for name in self.manifest.attachments:
             self.attachment(name)
 

@@ -10,10 +10,10 @@ from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Placement
 from torch.distributed.tensor._dtensor_spec import DTensorSpec, TensorMeta
-from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
+from torch.distributed.tensor.placement_types import _StridedShard
 
 from phase8.distributed.mesh import Mesh
-from phase8.division import Region, whole_region
+from phase8.division import Place, Region, region_of_rank, whole_region
 from phase8.topology import STAGE, AxisName
 
 
@@ -58,11 +58,20 @@ def is_held_once(whole: Tensor) -> bool:
 
 
 def own_region(whole: Tensor) -> Region:
-    """The region of a tensor that this rank holds."""
+    """The region of a tensor that this rank holds.
+
+    FSDP2 divides what tensor parallelism has left of a dim, and calls that a strided shard. Torch's own arithmetic for it is wrong by some rows
+    where the parts of tensor-parallel ranks have different sizes, as those of a vocabulary may.
+    """
+    region = whole_region(whole.shape)
     if not isinstance(whole, DTensor):
-        return whole_region(whole.shape)
-    shape, offsets = compute_local_shape_and_global_offset(whole.shape, whole.device_mesh, whole.placements)
-    return Region([min(offset, size) for offset, size in zip(offsets, whole.shape, strict=True)], list(shape))
+        return region
+    mesh, place = whole.device_mesh, whole.device_mesh.get_coordinate()
+    assert place is not None  # no rank has tensors of other ranks
+    axes = [axis for axis, placement in enumerate(whole.placements) if not placement.is_replicate()]
+    for axis in sorted(axes, key=lambda axis: isinstance(whole.placements[axis], _StridedShard)):
+        region = region_of_rank(region, whole.placements[axis].dim, Place(mesh.size(axis), place[axis]))
+    return region
 
 
 @torch.no_grad()

@@ -18,6 +18,7 @@ from phase8.config.batch import BatchShape, batch_shape, run_topology
 from phase8.config.schema import RunConfig
 from phase8.config.validate import validate
 from phase8.config.without_effect import facts_without_effect
+from phase8.data.tokenizer import SentencePieceTokenizer
 from phase8.distributed.collectives import broadcast_text, gather_texts
 from phase8.distributed.mesh import Mesh, build_mesh
 from phase8.errors import DataError
@@ -285,12 +286,12 @@ def _open_data(config: RunConfig, console: Console, mesh: Mesh) -> RunData:
 
 
 def _attachments(data: RunData) -> dict[str, bytes]:
-    """The files that checkpoints carry. They are read once, so a save does not depend on what happens to a file later."""
+    """The files that checkpoints carry, under names of their kind: that of the file may be any. Read once, they may go before a save."""
     if data.tokenizer is None:
         return {}
     path = data.tokenizer.path
     try:
-        return {f"tokenizer{path.suffix}": path.read_bytes()}
+        return {"tokenizer.model" if isinstance(data.tokenizer, SentencePieceTokenizer) else "tokenizer.json": path.read_bytes()}
     except OSError as error:
         raise DataError(f"cannot read the tokenizer {path}: {error.strerror}; make it readable") from error
 

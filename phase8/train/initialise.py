@@ -61,7 +61,7 @@ def initialise_run(
 
     Args:
         config: Config of the run.
-        engine: Engine with its first weights; unchanged if this fails.
+        engine: Engine with its first weights; some may be overwritten if this fails.
         tokenizer: Tokenizer of the run's data.
         directory: Directory of the run; nothing is written there.
         resume: As for `build_run`.

@@ -68,6 +68,12 @@ def test_one_without_zero_is_read(tmp_path, dtype):
         consolidate_deepspeed(directory, tmp_path / "destination", {})
 
 
+def test_a_huge_file_of_the_name_is_not_read_into_memory(tmp_path):
+    with (tmp_path / "latest").open("wb") as file:
+        file.truncate(2**40)
+    assert not is_deepspeed(tmp_path)
+
+
 DAMAGES = {
     "empty": lambda path: path.write_bytes(b""),
     "truncated": lambda path: path.write_bytes(path.read_bytes()[:-200]),

@@ -68,6 +68,13 @@ def test_a_checkpoint_just_saved_below_newer_steps_stays(root: Path, save_sample
     assert steps(root) == [50, 15]
 
 
+def test_damaged_newer_steps_take_no_place_of_the_checkpoints_that_a_run_saves(root: Path, save_sample):
+    """A run that has passed over 40 and 50 goes on from 30, and needs as many checkpoints to go back to as any other."""
+    for step in (31, 32, 33):
+        apply_retention(root, keep_last=2, keep_every_n_steps=None, known_good=save_sample(root, step))
+        assert steps(root) == [50, 40, step, step - 1]
+
+
 def test_a_known_good_checkpoint_spares_the_reading_of_others(root: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr("phase8.checkpoint.retention.newest_good_checkpoint", lambda *_, **__: pytest.fail("was read"))
     apply_retention(root, keep_last=1, keep_every_n_steps=None, known_good=root / "step-0000000050")

@@ -34,6 +34,11 @@ def test_they_are_a_checkpoint_without_a_past(weights):
     checkpoint.verify()
 
 
+def test_a_tokenizer_without_a_suffix_as_earlier_releases_attached_it_is_found(tmp_path):
+    path = save_checkpoint(tmp_path, step=1, tensors={}, metadata={}, attachments={"notes.txt": b"none", "tokenizer": b"words"})
+    assert tokenizer_of(open_checkpoint(path)).read_bytes() == b"words"
+
+
 def test_bytes_that_change_between_two_looks_are_found(weights):
     checkpoint = open_model(weights)
     checkpoint.verify()

@@ -158,6 +158,12 @@ def test_a_run_may_go_on_with_the_other_dtype(tmp_path):
             found, expected = resumed.state[getattr(other, name)], optimizer.state[getattr(model, name)]
             assert found["exp_avg"].dtype == (kept if name == "matrix" else torch.float32) and found["step"] == 1
             torch.testing.assert_close(found["exp_avg"].float(), expected["exp_avg"].float(), rtol=0.005, atol=0)
+        once = {name: tensor.clone() for name, tensor in flat_state(other, resumed).items()}
+        for parameter in other.parameters():
+            parameter.grad = noise(*parameter.shape, seed=6)
+        resumed.step()
+        restore_state(open_checkpoint(saved), other, resumed)  # a rollback before the next save
+        assert all(torch.equal(tensor, once[name]) for name, tensor in flat_state(other, resumed).items())
 
 
 def test_a_counter_of_another_dtype_is_refused(tmp_path):

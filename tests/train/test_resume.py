@@ -1,6 +1,7 @@
 import gc
 import io
 import multiprocessing
+import os
 import shutil
 
 import numpy as np
@@ -144,6 +145,16 @@ def test_weights_without_a_past_are_named_and_the_ways_to_use_them(tiny):
     consolidate(checkpoint, weights_only, form=form, dtype=None, on_progress=lambda *_: None)
     with pytest.raises(CheckpointError, match=r"holds weights alone .* checkpoint.initialise_from=.* tools/reshard_checkpoint.py"):
         prepare(tiny, resume=str(weights_only))
+
+
+def test_a_run_goes_on_whose_data_have_names_that_are_no_utf8(tiny, tmp_path):
+    for name in (b"part-\xff", b"part-a"):
+        write_documents(tmp_path / os.fsdecode(name), num_documents=30, seed=3)
+    data = f"data.train={tmp_path}/part-*"
+    train_tiny(tiny, data, "train.stop_at_step=5")
+    run = prepare(tiny, data)
+    assert run.position.step == 5
+    assert [pair["name"] for pair in run.data.fingerprint["sources"][0]["files"]] == ["part-a", "part-\udcff"]
 
 
 def test_a_batch_that_follows_from_the_ranks_does_not_change_by_itself(tiny):

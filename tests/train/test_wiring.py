@@ -25,6 +25,7 @@ from rich.console import Console
 from torch._functorch import config as functorch_config
 
 from phase8.checkpoint.load import list_checkpoints, open_checkpoint
+from phase8.checkpoint.model_source import tokenizer_of
 from phase8.data.indexed import IndexedWriter
 from phase8.data.made_with import made_with
 from phase8.data.pair_record import record_path
@@ -403,6 +404,14 @@ def test_a_damaged_tokenizer_in_a_checkpoint_is_found_on_resume(tiny, tokenizer,
     attached.write_bytes(attached.read_bytes()[:-1] + b"\xff")
     assert prepare(tiny, *settings, console=console).position.step == 5
     assert "step-0000000010 is damaged and passed over" in console.file.getvalue()
+
+
+@pytest.mark.parametrize("name", ["vocabulary", "small.model (copy)", "small.safetensors", "small.json"])
+def test_a_tokenizer_goes_with_checkpoints_whatever_its_file_is_called(tiny, tokenizer, tmp_path, name):
+    shutil.copy(tokenizer, tmp_path / name)
+    run = train_tiny(tiny, f"data.tokenizer={tmp_path / name}", "model.vocab_size=300", "train.num_steps=4")
+    (newest,) = list_checkpoints(run.directory.checkpoints)
+    assert tokenizer_of(open_checkpoint(newest)) == newest / "tokenizer.model"
 
 
 def full_disk(*_, **__):

@@ -55,13 +55,6 @@ class QuantizedWeights(Checkpoint):
             found = self._source.read_region(name, region, for_the_last_time=for_the_last_time).to(self._dtype(name))
         return found if into is None else into.copy_(found)
 
-    def verify_region(self, name: str, region: RegionLike) -> None:
-        """Checks the bytes that `read_region` would read."""
-        if name in self._made:
-            name, _ = self._made[name]
-            region = self._rows_of(name, region.offsets[0], region.shape[0])
-        self._source.verify_region(name, region)
-
     def verify(self) -> None:
         """Checks every byte of the original."""
         self._source.verify()

@@ -80,13 +80,6 @@ class UpcycledWeights(Checkpoint):
             return self._source.read_region(self._dense_names[name], region, into=into, for_the_last_time=for_the_last_time)
         return found if into is None else into.copy_(found)
 
-    def verify_region(self, name: str, region: RegionLike) -> None:
-        """Checks the bytes that `read_region` would read."""
-        if name not in self._added:
-            of_experts = self._is_of_experts(name)
-            own = Region(region.offsets[1:], region.shape[1:]) if of_experts else region
-            self._source.verify_region(self._dense_names[name], own)
-
     def verify(self) -> None:
         """Checks every byte of the dense model."""
         self._source.verify()

@@ -158,7 +158,10 @@ class TrainingEngine(Protocol):
         """The bytes of this rank's part of each tensor of `state`, including tensors that the optimizer has not made yet."""
 
     def restore(self, checkpoint: Checkpoint, *, weights_only: bool = False) -> None:
-        """Loads a checkpoint's tensors into weights and optimizer; changes nothing when it fails.
+        """Loads a checkpoint's tensors into weights and optimizer; one that does not fit changes nothing.
+
+        Every byte is read once and checked on the way, so after a damaged checkpoint some tensors may be overwritten: the caller restores another
+        one, which overwrites all, or ends the run.
 
         Args:
             checkpoint: Checkpoint from which this rank reads its parts.
