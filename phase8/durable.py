@@ -42,10 +42,12 @@ def storage_errors(path: Path) -> Iterator[None]:
 
 
 def _file_in_the_way(error: OSError) -> Path | None:
-    """The file that has the name of a directory, if that is what an error is about."""
+    """The file that has the name of a directory, if that is what an error is about, and not a partial file that had to be a new one."""
     if not isinstance(error, FileExistsError | NotADirectoryError) or not isinstance(error.filename, str | os.PathLike):
         return None
     place = Path(error.filename)
+    if place.suffix == ".partial":
+        return None
     return next((each for each in (place, *place.parents) if os.path.exists(each) and not os.path.isdir(each)), None)
 
 

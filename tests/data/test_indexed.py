@@ -387,7 +387,7 @@ def test_bin_is_renamed_before_idx_and_never_beside_an_older_idx(tmp_path, monke
 
 def test_place_that_cannot_be_made_is_a_storage_error(tmp_path):
     (tmp_path / "file").write_text("")
-    with pytest.raises(StorageError, match="allow writing, or choose another place"), IndexedWriter(tmp_path / "file" / "x", dtype=np.dtype("u1")):
+    with pytest.raises(StorageError, match="file is a file, but a directory is"), IndexedWriter(tmp_path / "file" / "x", dtype=np.dtype("u1")):
         pass
 
 
