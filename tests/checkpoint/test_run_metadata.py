@@ -18,7 +18,7 @@ from phase8.checkpoint.model_sizes import sizes_problem
 from phase8.checkpoint.run_metadata import OF_A_RUN, StoredPosition, run_metadata, stored_config
 from phase8.config.load import config_to_mapping
 from phase8.config.model_section import ModelSection
-from phase8.errors import CheckpointCorruptError, CheckpointError, CheckpointMismatchError
+from phase8.errors import CheckpointError, CheckpointMismatchError
 from phase8.generate.restore import restore_model
 from phase8.model.model import build_model
 from phase8.train.resume import Position, restore_run
