@@ -211,14 +211,7 @@ def run_metadata(checkpoint: Checkpoint, *, needed: Sequence[str] = OF_A_MODEL) 
     missing = [key for key in ("config", *needed) if found.get(key) is None]
     if missing:
         raise CheckpointError(f"{path} holds no {missing[0]}, which a training run records; give a checkpoint written by launch/pretrain.py.")
-    if not isinstance(found["config"], dict):
-        _refuse(path, f"config is {shown(found['config'])}, but an object of sections is needed")
-    if isinstance(model := found["config"].get("model"), dict) and (later := model.keys() - ModelSection.model_fields.keys()):
-        _refuse_later_key(path, f"model.{min(later)}")
-    try:
-        config = stored_config(found["config"])
-    except ConfigError as error:
-        _refuse(path, error.problems[0].removesuffix("."))
+    config = _config_of(found["config"], path)
     try:
         metadata = _Metadata.model_validate(found)
     except ValidationError as error:
@@ -255,6 +248,17 @@ def run_metadata(checkpoint: Checkpoint, *, needed: Sequence[str] = OF_A_MODEL) 
         random_state=metadata.random_state,
         losses=metadata.losses,
     )
+
+
+def _config_of(tree: Any, path: Path) -> RunConfig:
+    if not isinstance(tree, dict):
+        _refuse(path, f"config is {shown(tree)}, but an object of sections is needed")
+    if isinstance(model := tree.get("model"), dict) and (later := model.keys() - ModelSection.model_fields.keys()):
+        _refuse_later_key(path, f"model.{min(later)}")
+    try:
+        return stored_config(tree)
+    except ConfigError as error:
+        _refuse(path, error.problems[0].removesuffix("."))
 
 
 def stored_config(tree: dict[str, Any]) -> RunConfig:
@@ -313,8 +317,8 @@ def _history_problem(metadata: _Metadata, history: _OrderHistory) -> str | None:
 
 def _refuse_later_key(path: Path, name: str) -> NoReturn:
     raise CheckpointMismatchError(
-        f"{path}: its metadata cannot be used: unknown key {printable(shortened(name))}, which a later release may know; use that release, or another "
-        "checkpoint"
+        f"{path}: its metadata cannot be used: unknown key {printable(shortened(name))}, which a later release may know; use that release, or "
+        "another checkpoint"
     )
 
 
