@@ -71,7 +71,7 @@ class CheckpointCorruptError(CheckpointError):
 
 
 class CheckpointMismatchError(CheckpointError):
-    """A good checkpoint that belongs to another model or other data."""
+    """A good checkpoint that belongs to another model, to other data or to a later release."""
 
 
 class StorageError(Phase8Error):

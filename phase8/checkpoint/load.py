@@ -219,7 +219,8 @@ def open_checkpoint(directory: Path) -> Checkpoint:
 
     Raises:
         CheckpointCorruptError: A file is damaged, missing or does not belong.
-        CheckpointError: There is no such directory, or its format is of a newer version.
+        CheckpointMismatchError: Its format is of a newer version.
+        CheckpointError: There is no such directory.
     """
     if not os.path.isdir(directory):  # unlike Path.is_dir, False when a parent may not be entered
         raise CheckpointError(f"there is no checkpoint directory {directory}; tools/inspect_checkpoint.py on its parent shows the newest")
@@ -274,7 +275,7 @@ def newest_good_checkpoint(
 
     Raises:
         CheckpointCorruptError: There are checkpoints and all are damaged.
-        CheckpointMismatchError: `check` found an intact checkpoint that belongs to another model or other data.
+        CheckpointMismatchError: An intact checkpoint belongs to another model, to other data or to a later release.
     """
     directories = list_checkpoints(root)
     for directory in directories:

@@ -19,7 +19,7 @@ from phase8.checkpoint.coverage import coverage_problem
 from phase8.checkpoint.step_directories import MANIFEST_NAME
 from phase8.checkpoint.tensor_file import DTYPES, MAX_DIMS
 from phase8.checkpoint.untrusted import printable, shortened, shown, shown_name, strict_json
-from phase8.errors import CheckpointCorruptError, CheckpointError
+from phase8.errors import CheckpointCorruptError, CheckpointMismatchError
 
 FORMAT = "phase8-checkpoint"
 FORMAT_VERSION = 1
@@ -124,14 +124,14 @@ def parse_manifest(data: bytes, path: Path) -> Manifest:
 
     Raises:
         CheckpointCorruptError: It is damaged or breaks a rule.
-        CheckpointError: It is intact but of a newer format.
+        CheckpointMismatchError: It is intact but of a newer format.
     """
     document = _parse_json(data, path)
     if document.get("format") != FORMAT:
         _refuse(path, f"format is {shown(document.get('format'))}, a checkpoint has {FORMAT!r}")
     version = document.get("format_version")
     if type(version) is int and version > FORMAT_VERSION:
-        raise CheckpointError(
+        raise CheckpointMismatchError(
             f"{path}: format_version {version} is newer than this installation of phase8 can read ({FORMAT_VERSION}); install a newer phase8"
         )
     try:

@@ -10,7 +10,7 @@ from pathlib import Path
 from phase8.checkpoint.load import list_checkpoints, newest_good_checkpoint
 from phase8.checkpoint.step_directories import clear_leftovers, rename_for_removal, step_of
 from phase8.durable import fsync_path
-from phase8.errors import CheckpointCorruptError, StorageError
+from phase8.errors import CheckpointError, StorageError
 
 
 def apply_retention(root: Path, *, keep_last: int, keep_every_n_steps: int | None, known_good: Path | None = None) -> list[Path]:
@@ -49,7 +49,7 @@ def apply_retention(root: Path, *, keep_last: int, keep_every_n_steps: int | Non
 def _spare_newest_good(root: Path, candidates: list[Path]) -> list[Path]:
     try:
         good = newest_good_checkpoint(root, on_damaged=lambda path, error: None)  # damage is reported by the next resume
-    except CheckpointCorruptError:
+    except CheckpointError:  # none is, or that cannot be told
         return []
     return [directory for directory in candidates if good is not None and directory != good.path]
 

@@ -7,7 +7,7 @@ Types, ranges, and consistency with the sizes of the tensors are checked here, b
 | a key of the model that an earlier release did not write | has the value that every model had by then (`_BEFORE_THE_KEY`), or else its default |
 | another key that an earlier release did not write | has its default |
 | an unknown key of `config` outside the model section | is dropped, since it only concerned training |
-| an unknown key of `config.model` or of `position` | is refused: ignoring it could misread weights or data |
+| an unknown key of `config.model` or of `position` | is refused, and no older checkpoint takes its place: ignoring it could misread weights or data |
 | an unknown key of `data_fingerprint` or `validation_fingerprint` | is kept, since it is compared with that of the data |
 """
 
@@ -28,9 +28,10 @@ from phase8.checkpoint.state import MODEL_PREFIX
 from phase8.checkpoint.untrusted import printable, shortened, shown
 from phase8.config.describe import iterate_keys
 from phase8.config.load import config_from_mapping
+from phase8.config.model_section import ModelSection
 from phase8.config.schema import RunConfig
 from phase8.config.values import SequenceCount
-from phase8.errors import CheckpointCorruptError, CheckpointError, ConfigError
+from phase8.errors import CheckpointCorruptError, CheckpointError, CheckpointMismatchError, ConfigError
 
 OF_A_MODEL = ("config",)
 OF_A_RUN = ("config", "position", "data_fingerprint", "random_state")
@@ -203,18 +204,14 @@ def run_metadata(checkpoint: Checkpoint, *, needed: Sequence[str] = OF_A_MODEL) 
 
     Raises:
         CheckpointError: A needed key is missing.
+        CheckpointMismatchError: A key that only a later release can know.
         CheckpointCorruptError: A value that no run records, or sizes that contradict the tensors.
     """
     found, path = checkpoint.metadata, checkpoint.path
     missing = [key for key in ("config", *needed) if found.get(key) is None]
     if missing:
         raise CheckpointError(f"{path} holds no {missing[0]}, which a training run records; give a checkpoint written by launch/pretrain.py.")
-    if not isinstance(found["config"], dict):
-        _refuse(path, f"config is {shown(found['config'])}, but an object of sections is needed")
-    try:
-        config = stored_config(found["config"])
-    except ConfigError as error:
-        _refuse(path, error.problems[0].removesuffix("."))
+    config = _config_of(found["config"], path)
     try:
         metadata = _Metadata.model_validate(found)
     except ValidationError as error:
@@ -222,6 +219,8 @@ def run_metadata(checkpoint: Checkpoint, *, needed: Sequence[str] = OF_A_MODEL) 
         *places, name = (str(place) for place in first["loc"] if place not in _KINDS_OF_SOURCE)
         if first["type"] == "missing":
             _refuse(path, f"{'.'.join(places)} lacks {name}")
+        if first["type"] == "extra_forbidden":
+            _refuse_later_key(path, ".".join([*places, name]))
         _refuse(path, f"{'.'.join([*places, name])} is {shown(first['input'])}: {first['msg']}")
     if metadata.position is not None and (problem := _position_problem(metadata.position, checkpoint.step)) is not None:
         _refuse(path, problem)
@@ -249,6 +248,17 @@ def run_metadata(checkpoint: Checkpoint, *, needed: Sequence[str] = OF_A_MODEL) 
         random_state=metadata.random_state,
         losses=metadata.losses,
     )
+
+
+def _config_of(tree: Any, path: Path) -> RunConfig:
+    if not isinstance(tree, dict):
+        _refuse(path, f"config is {shown(tree)}, but an object of sections is needed")
+    if isinstance(model := tree.get("model"), dict) and (later := model.keys() - ModelSection.model_fields.keys()):
+        _refuse_later_key(path, f"model.{min(later)}")
+    try:
+        return stored_config(tree)
+    except ConfigError as error:
+        _refuse(path, error.problems[0].removesuffix("."))
 
 
 def stored_config(tree: dict[str, Any]) -> RunConfig:
@@ -303,6 +313,13 @@ def _history_problem(metadata: _Metadata, history: _OrderHistory) -> str | None:
         return f"order_history.draws has {len(history.draws)} entries, but data_fingerprint has {len(metadata.data_fingerprint.sources)} sources"
     keys = [draws.key for draws in (*history.draws, *(left.draws for left in history.left))]
     return None if len(set(keys)) == len(keys) else "order_history has the same key twice"
+
+
+def _refuse_later_key(path: Path, name: str) -> NoReturn:
+    raise CheckpointMismatchError(
+        f"{path}: its metadata cannot be used: unknown key {printable(shortened(name))}, which a later release may know; use that release, or "
+        "another checkpoint"
+    )
 
 
 def _refuse(path: Path, problem: str) -> NoReturn:

@@ -178,7 +178,6 @@ DAMAGES: dict[str, tuple[Callable[[Path, Trained], Any], str]] = {
     "weights of another step": (of_another_step(MODEL), f"{MODEL} is altered"),
     "moments of another run": (of_another_run(OPTIMIZER), f"{OPTIMIZER} is altered"),
     "manifest of another run": (of_another_run(MANIFEST), "is altered"),
-    "future format": (change(lambda document: document.update(format_version=99)), "format_version 99 is newer"),
     "other format": (change(lambda document: document.update(format="other")), "format is 'other'"),
     "tensor left out": (change(lambda document: document["tensors"].popitem()), "lacks optimizer."),
     "checksum of another tensor": (change(give_another_checksum), f"{MODEL} is altered: tensor 'model.head.weight'"),
@@ -229,6 +228,24 @@ def test_a_good_checkpoint_of_another_run_is_no_damage_and_not_passed_over(choic
     before = tree(run)
     with pytest.raises(CheckpointMismatchError, match=r"train\.seed was 2 and is 1234"):
         resume(trained, run, "auto" if choice == "auto" else str(newest))
+    assert tree(run) == before
+
+
+LATER = {
+    "format": (lambda document: document.update(format_version=99), "format_version 99 is newer"),
+    "model": (lambda document: document["metadata"]["config"]["model"].update(of_tomorrow=1), r"unknown key model\.of_tomorrow"),
+    "position": (lambda document: document["metadata"]["position"].update(of_tomorrow=1), r"unknown key position\.of_tomorrow"),
+}
+
+
+@pytest.mark.parametrize("name", LATER)
+def test_a_checkpoint_of_a_later_release_is_not_passed_over(name: str, trained: Trained, run: Path):
+    """An older one in its place would have its steps taken again, and their saves would replace it."""
+    edit, message = LATER[name]
+    change(edit)(run / "checkpoints" / "step-0000000010", trained)
+    before = tree(run)
+    with pytest.raises(CheckpointMismatchError, match=message):
+        resume(trained, run)
     assert tree(run) == before
 
 

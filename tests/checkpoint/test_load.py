@@ -149,9 +149,10 @@ def test_a_directory_or_pipe_in_place_of_a_file_is_refused(newest: Path):
     assert "not a regular file" in str(assert_refused(newest))
 
 
-def test_a_newer_format_is_passed_over_by_name(newest: Path, sign):
+def test_a_newer_format_is_named_and_not_passed_over(newest: Path, sign):
     sign_again(newest, lambda document: document.update(format_version=2), sign)
-    assert "format_version 2 is newer" in str(assert_refused(newest))
+    with pytest.raises(CheckpointMismatchError, match="format_version 2 is newer"):
+        newest_good_checkpoint(newest.parent, on_damaged=lambda path, error: pytest.fail(str(path)))
 
 
 @pytest.mark.parametrize("name", ["/etc/hostname", "../step-0000000001/model-00000.safetensors", "..", ".", "a/b.safetensors", "a\0.safetensors"])

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import json
 import os
 import shutil
 from pathlib import Path
@@ -59,6 +60,14 @@ def test_nothing_is_removed_when_none_is_good(root: Path):
         damage(root, step)
     assert apply_retention(root, keep_last=1, keep_every_n_steps=None) == []
     assert len(steps(root)) == 5
+
+
+def test_nothing_is_removed_where_the_newest_is_of_a_later_release(root: Path, sign):
+    path = root / "step-0000000050" / "manifest.json"
+    document = json.loads(path.read_bytes())
+    del document["checksum"]
+    path.write_bytes(sign(document | {"format_version": 2}))
+    assert apply_retention(root, keep_last=1, keep_every_n_steps=None) == []
 
 
 def test_a_checkpoint_just_saved_below_newer_steps_stays(root: Path, save_sample):
