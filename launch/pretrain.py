@@ -21,6 +21,7 @@ from phase8.config.describe import describe_schema
 from phase8.config.load import load_config
 from phase8.errors import ConfigError
 from phase8.imports import imports_that_stay
+from phase8.processes.bootstrap import World, world_from_environment
 from phase8.terminal import make_console, output_is_the_product, run_door
 
 DEFAULT_CONFIG = Path(__file__).resolve().parent.parent / "configs" / "quickstart.yaml"
@@ -59,7 +60,6 @@ def _train(arguments: argparse.Namespace) -> None:
         from phase8.config.validate import validate
         from phase8.distributed.collectives import gather_texts
         from phase8.observe.banner import print_line
-        from phase8.processes.bootstrap import world_from_environment
         from phase8.processes.exit import one_voice
         from phase8.processes.watch import Limits, running
         from phase8.train.build import build_run
@@ -86,18 +86,22 @@ def _train(arguments: argparse.Namespace) -> None:
         def attempt(refused: list[dict[str, object]], resume: str) -> None:
             ranks = {"world_size": world.world_size, "ranks_of_host": world.local_world_size}
             run = build_run(config, device=device, resume=resume, console=console, **ranks, agents=agents, refused=refused)
-            train(run, resume_command=_resume_command(), report=lambda step, doing: watch.report(step=step, doing=doing))
+            train(run, resume_command=_resume_command(world), report=lambda step, doing: watch.report(step=step, doing=doing))
 
         retry_with_less_memory(attempt, directory, resume=resume, is_alone=world.world_size == 1, say=lambda text: print_line(text, console))
 
 
-def _resume_command() -> str:
-    """The command line that continues this run from its newest checkpoint."""
-    words = [sys.executable, *sys.argv]
+def _resume_command(world: World) -> str:
+    """The command line that continues this run from its newest checkpoint on as many ranks."""
+    words = list(sys.argv)
     if "--resume" in words:
         position = words.index("--resume")
         del words[position : position + 2]
-    return shlex.join(word for word in words if not word.startswith("--resume="))
+    is_torchrun_of_one_host = world.launcher == "torchrun" and world.world_size == world.local_world_size
+    torchrun = ["-m", "torch.distributed.run", f"--nproc_per_node={world.world_size}"] if is_torchrun_of_one_host else []
+    command = shlex.join([sys.executable, *torchrun, *(word for word in words if not word.startswith("--resume="))])
+    others = "" if world.world_size == 1 or torchrun else f"  # started as before, in {world.world_size} processes"
+    return command + others
 
 
 def _parser() -> argparse.ArgumentParser:

@@ -9,6 +9,9 @@ variants and seeds may be added to the same output directory; the table shows al
 the charts curves.png and positions.png; results.json; runs/, logs/ and positions/ of the single runs; records/ and study.json, which alone
 make a finished run count. What every run gets from its variant, its seed and --output, --set cannot name.
 
+Variants are made for configs/ablation_30m.yaml, whose widths they set; the variant `config` is the config as it is, for seeds of your own model
+and for variants of it (--define NAME config a.b=c).
+
     python tools/ablation.py --variants transformer+conv+norm phase8 --learning-rates 1e-3 2e-3 4e-3 --seeds 1 2 3 --output runs/ablation
 
 --learning-rates first trains each variant with each rate and the first seed, and then its seeds with the rate of the lowest held-out loss,
@@ -88,7 +91,7 @@ def _ablate() -> int:
         check_sizes(num_parameters)
     record_study(study, output)
     for variant in variants:
-        _say(f"{variant}: {num_parameters[variant]:,} parameters, {' '.join(study.variants[variant])}")
+        _say(f"{variant}: {num_parameters[variant]:,} parameters, {' '.join(study.variants[variant]) or 'as the config says'}")
     return _train(arguments, study, list(variants), search, num_parameters=num_parameters, device=device)
 
 

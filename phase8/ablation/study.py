@@ -15,8 +15,11 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+import yaml
+
 from phase8.config.describe import describe_value
-from phase8.config.load import config_to_mapping, load_config
+from phase8.config.load import config_to_mapping, load_config, with_settings
+from phase8.config.model_keys import keys_in_effect
 from phase8.config.schema import RunConfig
 from phase8.data.fingerprint import data_fingerprint
 from phase8.data.fingerprint_difference import content_of, describe_fingerprint_difference
@@ -35,6 +38,7 @@ _UNCOMPARED_SECTIONS = ("run", "data", "checkpoint", "observe")
 _UNCOMPARED_KEYS = ("train.seed", "train.stop_at_step")
 # Keys that each run gets from the study, and what sets them.
 _SET_BY_STUDY = {"train.seed": "--seeds", "run.name": "--variants and --seeds", "run.output_dir": "--output"}
+AS_CONFIGURED = "config"  # the variant that changes nothing
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9.+-]*")  # no underscore: it stands for + in the names of runs
 
 Settings = tuple[str, ...]  # `section.key=value`, as --set takes them
@@ -90,6 +94,8 @@ VARIANTS: Mapping[str, Settings] = {
     "lorentz+global+chain": _phase8("lorentz", chain="both"),
 }
 
+_KEYS_OF_VARIANTS = frozenset(setting.partition("=")[0] for settings in VARIANTS.values() for setting in settings)
+
 
 @dataclass(frozen=True)
 class Study:
@@ -100,12 +106,14 @@ class Study:
         data: Fingerprints of the training and of the held-out data.
         variants: Settings of every variant by name, those of earlier commands included.
         learning_rates: Learning rate of every variant for which one was searched.
+        unset: Keys that other variants set and at least one of these reads from the config, with their values there.
     """
 
     config: dict[str, Any]
     data: dict[str, dict[str, Any]]
     variants: dict[str, Settings]
     learning_rates: dict[str, float] = field(default_factory=dict)
+    unset: dict[str, Any] = field(default_factory=dict)
 
     @property
     def digest(self) -> str:
@@ -118,13 +126,13 @@ def choose_variants(names: Sequence[str], definitions: Sequence[Sequence[str]]) 
     """The settings of the named variants.
 
     Args:
-        names: Names from `VARIANTS` or `definitions`, each once.
+        names: `AS_CONFIGURED`, names from `VARIANTS` or `definitions`, each once.
         definitions: New variants: name, the variant it begins as, and what it changes about the model or the optimizer.
 
     Raises:
         ConfigError: A name is unknown, given twice, or defined in a way that cannot be compared.
     """
-    known = dict(VARIANTS)
+    known = {AS_CONFIGURED: Settings(), **VARIANTS}
     for name, *rest in definitions:
         known[name] = _defined(name, rest, known)
     repeated = [name for name in dict.fromkeys(names) if names.count(name) > 1]
@@ -203,7 +211,7 @@ def current_study(config: RunConfig, data: RunData, variants: Mapping[str, Setti
         key, value = ("data.validation", "null") if data.validation is None else ("train.evaluate_every_n_steps", "0")
         raise ConfigError(f"{key} is {value}, but an ablation compares losses on held-out data; set it.")
     fingerprints = {"train": data_fingerprint(data.train), "validation": data_fingerprint(data.validation)}
-    return Study(_compared_keys(config), fingerprints, dict(variants))
+    return Study(_compared_keys(config), fingerprints, dict(variants), unset=_unset_keys(config, variants))
 
 
 def joined_study(study: Study, output: Path) -> Study:
@@ -217,14 +225,20 @@ def joined_study(study: Study, output: Path) -> Study:
     if not path.exists():
         return study
     tree = read_json(path)
-    # Studies of earlier releases searched no learning rates.
-    if not isinstance(tree, dict) or {"learning_rates": {}, **tree}.keys() != asdict(study).keys():
+    # Studies of earlier releases searched no learning rates, and did not record what variants read from the config.
+    tree = {"learning_rates": {}, "unset": {}, **tree} if isinstance(tree, dict) else {}
+    if tree.keys() != asdict(study).keys():
         raise ConfigError(f"{path} is not the record of an ablation; choose another --output.")
     earlier = {name: tuple(map(_present_spelling, settings)) for name, settings in tree["variants"].items()}
     different = [
         f"{key} was {describe_value(tree['config'].get(key))} and is {describe_value(study.config.get(key))}"
         for key in {**tree["config"], **study.config}
         if tree["config"].get(key) != study.config.get(key)
+    ]
+    different += [
+        f"{key} was {describe_value(tree['unset'][key])} and is {describe_value(value)}"
+        for key, value in study.unset.items()
+        if tree["unset"].get(key, value) != value
     ]
     different += [
         f"{name} was {' '.join(earlier[name])} and is {' '.join(settings)}"
@@ -237,7 +251,7 @@ def joined_study(study: Study, output: Path) -> Study:
         sentences = describe_fingerprint_difference(tree["data"][split], fingerprint)
         if sentences:
             raise DataError(f"{output} holds an ablation on other data.{split}: {first_few(sentences)}; restore them or choose another --output.")
-    return Study(study.config, study.data, {**earlier, **study.variants}, tree.get("learning_rates", {}))
+    return Study(study.config, study.data, {**earlier, **study.variants}, tree["learning_rates"], {**tree["unset"], **study.unset})
 
 
 def _present_spelling(setting: str) -> str:
@@ -255,8 +269,18 @@ def _compared_keys(config: RunConfig) -> dict[str, Any]:
     tree = config_to_mapping(config)
     keys = _flat({name: section for name, section in tree.items() if name not in _UNCOMPARED_SECTIONS})
     keys["data.reset_at_document_boundaries"] = config.data.reset_at_document_boundaries
-    own = {setting.partition("=")[0] for settings in VARIANTS.values() for setting in settings}
-    return {name: value for name, value in keys.items() if name not in _UNCOMPARED_KEYS and name not in own}
+    return {name: value for name, value in keys.items() if name not in _UNCOMPARED_KEYS and name not in _KEYS_OF_VARIANTS}
+
+
+def _unset_keys(config: RunConfig, variants: Mapping[str, Settings]) -> dict[str, Any]:
+    """Keys of `VARIANTS` that a variant reads and leaves to the config, with their values there, by dotted name."""
+    unset = set[str]()
+    for settings in variants.values():
+        own = {key: yaml.safe_load(value) for key, _, value in (setting.partition("=") for setting in settings)}
+        blocks = {key: value for key, value in own.items() if key in ("model.block", "model.global_path")}  # they decide what is read
+        read = keys_in_effect(with_settings(config, blocks).model)
+        unset |= {key for key in _KEYS_OF_VARIANTS - own.keys() if key.removeprefix("model.") in read}
+    return {key: value for key, value in _flat(config_to_mapping(config)).items() if key in unset}
 
 
 def _flat(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:

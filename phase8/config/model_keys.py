@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import json
+import shlex
+from collections.abc import Iterator
 from typing import Any
 
 from phase8.config.model_section import ModelSection
@@ -53,3 +56,23 @@ def model_differences(was: ModelSection, now: ModelSection) -> dict[str, tuple[A
         for name in ("moe_every_n_layers", "first_dense_layers"):
             different.pop(name, None)
     return different
+
+
+def settings_towards(was: ModelSection, now: ModelSection) -> list[str]:
+    """Settings, as the arguments of `--set`, with which one model computes like another; its sequences keep their length.
+
+    Args:
+        was: The model to become.
+        now: The model that the settings change.
+    """
+    before, after = was.model_dump(mode="json"), now.model_dump(mode="json")
+    names = [name for name in keys_in_effect(was) if name not in FIRST_VALUES | {"sequence_length"}]
+    return [setting for name in names for setting in _settings(f"model.{name}", before[name], after[name])]
+
+
+def _settings(key: str, was: Any, now: Any) -> Iterator[str]:
+    if isinstance(was, dict):
+        for name, value in was.items():
+            yield from _settings(f"{key}.{name}", value, now[name])
+    elif was != now:
+        yield shlex.quote(f"{key}={was if isinstance(was, str) else json.dumps(was, separators=(',', ':'))}")

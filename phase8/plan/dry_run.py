@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Sequence
 from functools import cache, partial
 
@@ -12,6 +13,7 @@ from phase8.config.batch import batch_shape, run_topology
 from phase8.config.schema import RunConfig
 from phase8.config.validate import MODEL_SECTIONS, find_problems, refuse_problems
 from phase8.config.without_effect import facts_without_effect
+from phase8.data.fitting_tokenizer import load_fitting_tokenizer
 from phase8.errors import ConfigError, OutOfMemoryError, TopologyError
 from phase8.observe.banner import print_banner
 from phase8.plan.cost_facts import Fact, batch_fact, communication_fact, memory_facts, model_facts, speed_fact
@@ -32,6 +34,7 @@ def dry_run(config: RunConfig, *, world_size: int, console: Console) -> None:
     Raises:
         ConfigError: The config cannot run; raised after everything that can be printed has been.
         OutOfMemoryError: No settings fit into the memory of the GPU; raised after everything, too.
+        DataError: The tokenizer is here, and cannot be used or has more ids than the model; raised after everything, too.
     """
     problems = find_problems(config, world_size=world_size)
     facts, ineffective = list[Fact](), list[Fact]()
@@ -60,6 +63,13 @@ def dry_run(config: RunConfig, *, world_size: int, console: Console) -> None:
         raise ConfigError(problems)
     if too_large is not None:
         raise OutOfMemoryError(too_large)
+    _check_tokenizer(config)
+
+
+def _check_tokenizer(config: RunConfig) -> None:
+    data = config.data
+    if data.train is not None and data.tokenizer is not None and os.path.exists(data.tokenizer):
+        load_fitting_tokenizer(data.tokenizer, eod_token=data.eod_token, vocab_size=config.model.vocab_size)
 
 
 def _topology_facts(config: RunConfig, world_size: int) -> list[Fact]:

@@ -12,11 +12,12 @@ from phase8.config.split import split_shares
 from phase8.data.corpus import prepare_embedded_corpus
 from phase8.data.fingerprint import data_fingerprint
 from phase8.data.fingerprint_difference import describe_fingerprint_difference
+from phase8.data.fitting_tokenizer import load_fitting_tokenizer
 from phase8.data.loader import SequenceDataset, open_dataset
 from phase8.data.made_with import check_tokenizer
 from phase8.data.sources import pairs_by_pattern_in_both, source_names
 from phase8.data.token_ids import check_token_ids
-from phase8.data.tokenizer import Tokenizer, load_tokenizer
+from phase8.data.tokenizer import Tokenizer
 from phase8.errors import DataError
 from phase8.shared_sequence import WHOLE, SequenceSlice
 
@@ -75,12 +76,8 @@ def open_run_data(
         corpus = prepare_embedded_corpus(config.data.cache_dir, vocab_size=config.model.vocab_size, on_progress=on_progress)
         train, validation, tokenizer_path = str(corpus.train_prefix), str(corpus.validation_prefix), corpus.tokenizer_path
         references = {"unigram entropy": corpus.unigram_entropy_nats}
-    tokenizer = None if tokenizer_path is None else load_tokenizer(Path(tokenizer_path), eod_token=config.data.eod_token)
-    if tokenizer is not None and tokenizer.vocab_size > config.model.vocab_size:
-        raise DataError(
-            f"tokenizer {tokenizer_path} has {tokenizer.vocab_size} ids, but model.vocab_size is {config.model.vocab_size}; "
-            f"set model.vocab_size to {tokenizer.vocab_size} or more."
-        )
+    eod_token, vocab_size = config.data.eod_token, config.model.vocab_size
+    tokenizer = None if tokenizer_path is None else load_fitting_tokenizer(tokenizer_path, eod_token=eod_token, vocab_size=vocab_size)
     sequences = _open(config, train, own_slice, key="data.train")
     held_out = None if validation is None else _open(config, validation, own_slice, key="data.validation")
     if held_out is not None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,10 +14,11 @@ from phase8.checkpoint.run_metadata import run_metadata
 from phase8.checkpoint.state import require_fit
 from phase8.checkpoint.weight_files import WeightFiles
 from phase8.config.describe import describe_value
-from phase8.config.model_keys import FIRST_VALUES, model_differences
+from phase8.config.model_keys import FIRST_VALUES, WITHOUT_SHAPE, model_differences, settings_towards
+from phase8.config.model_section import ModelSection
 from phase8.config.schema import RunConfig
 from phase8.data.tokenizer import Tokenizer
-from phase8.errors import CheckpointError, CheckpointMismatchError
+from phase8.errors import CheckpointError, CheckpointMismatchError, first_few
 from phase8.generate.restore import about_another_tokenizer
 from phase8.plan.whole_config import shapes_only
 from phase8.train.engine.protocol import TrainingEngine
@@ -25,10 +26,8 @@ from phase8.train.restore import restore_together
 from phase8.train.run_directory import RunDirectory
 
 _Differences = Mapping[str, tuple[Any, Any]]  # key of the model section -> value in the other model, value in the run
-# Weights of a model with other heads have the same shapes, but compute something else.
-_OF_SHAPES = ("num_heads", "head_size")
-# Whether the head has weights depends on a key, and does not show in their names.
-_OF_HEAD = "tie_embeddings"
+# Weights of a model with other heads may have the same shapes, but compute something else; a head that is tied does not show in the names of weights.
+_OF_SAME_SHAPES = ("num_heads", "head_size", "tie_embeddings")
 
 
 @dataclass(frozen=True)
@@ -77,8 +76,9 @@ def initialise_run(
 
     def restore(checkpoint: Checkpoint) -> None:
         require_as_trained(checkpoint)
-        different = model_differences(run_metadata(checkpoint).config.model, config.model)
-        _check_fit(checkpoint, config, different)
+        saved = run_metadata(checkpoint).config.model
+        different = model_differences(saved, config.model)
+        _check_fit(checkpoint, config, saved, different)
         differences.extend(_model_sentences(different))
         differences.extend(_tokenizer_sentences(checkpoint, tokenizer))
         engine.restore(checkpoint, weights_only=True)
@@ -94,21 +94,31 @@ def initialise_run(
     return Origin(checkpoint.path, None if isinstance(checkpoint, WeightFiles) else checkpoint.step, tuple(differences))
 
 
-def _check_fit(checkpoint: Checkpoint, config: RunConfig, different: _Differences) -> None:
+def _check_fit(checkpoint: Checkpoint, config: RunConfig, saved: ModelSection, different: _Differences) -> None:
     """Refuses weights of another model; the result is the same on every rank, whatever part of the weights it needs.
 
     Raises:
         CheckpointMismatchError: Names, shapes or heads differ.
     """
-    _refuse_keys(checkpoint, different, (_OF_HEAD,))
-    require_fit(checkpoint, shapes_only(config), widen=True)
-    _refuse_keys(checkpoint, different, _OF_SHAPES)
+    explained = {name: values for name, values in different.items() if name not in WITHOUT_SHAPE}
+    if any(name in explained for name in _OF_SAME_SHAPES):
+        raise _another_model(checkpoint, config, saved, explained)
+    try:
+        require_fit(checkpoint, shapes_only(config), widen=True)
+    except CheckpointMismatchError:
+        if not explained:
+            raise
+        raise _another_model(checkpoint, config, saved, explained) from None
 
 
-def _refuse_keys(checkpoint: Checkpoint, different: _Differences, names: Sequence[str]) -> None:
-    found = [f"model.{name} was {' and is '.join(map(describe_value, different[name]))}" for name in names if name in different]
-    if found:
-        raise CheckpointMismatchError(f"{checkpoint.path} is of another model: {', '.join(found)}; use the config it was saved with")
+def _another_model(checkpoint: Checkpoint, config: RunConfig, saved: ModelSection, different: _Differences) -> CheckpointMismatchError:
+    """The error about keys that give the run's model another shape, with the settings that give it the shape of the weights."""
+    keys = [f"model.{name} was {describe_value(was)} and is {describe_value(now)}" for name, (was, now) in different.items()]
+    mixture = f", or begin with a mixture that `tools/reshard_checkpoint.py {checkpoint.path} DST --upcycle-experts {config.model.num_experts}` makes"
+    return CheckpointMismatchError(
+        f"{checkpoint.path} is of another model: {first_few(keys, separator=', ')}; the run has its shape with "
+        f"--set {' '.join(settings_towards(saved, config.model))}{mixture if saved.ffn == 'swiglu' and config.model.ffn == 'moe' else ''}"
+    )
 
 
 def _model_sentences(different: _Differences) -> Iterator[str]:

@@ -19,6 +19,7 @@ from phase8.ablation.runs import Machine, Record, RunProcesses, read_records, re
 from phase8.ablation.study import (
     REFERENCE,
     VARIANTS,
+    check_shared_settings,
     check_sizes,
     choose_variants,
     count_variant_parameters,
@@ -232,6 +233,40 @@ def test_a_study_that_says_the_global_path_as_earlier_releases_did_goes_on(tiny,
     assert joined_study(study_of(tiny, ["window", "window+delta"]), tmp_path).variants == {
         name: VARIANTS[name] for name in ("window", "window+global", "window+delta")
     }
+
+
+def test_the_config_as_it_is_can_be_a_variant_and_begin_others(tiny, tmp_path):
+    own = ("model.score=lorentz", "model.ffn_size=48")
+    runs = plan(tiny, tmp_path, names=["config", "wide"], seeds=(1,), settings=own, definitions=[["wide", "config", "model.ffn_size=64"]])
+    assert [(run.config.model.score, run.config.model.ffn_size) for run in runs] == [("lorentz", 48), ("lorentz", 64)]
+    variants = choose_variants(["config"], [])
+    assert variants == {"config": ()}
+    check_shared_settings(load_config(tiny, own), own, variants)  # nothing of it is without effect
+
+
+@pytest.mark.parametrize(
+    ("names", "other", "said"),
+    [
+        ((["transformer"], ["transformer"]), "model.ffn_size=48", "model.ffn_size was 40 and is 48"),
+        ((["config"], ["config"]), "model.global_path=none", "model.global_path was 'linear' and is 'none'"),
+        ((["window+global"], ["lorentz"]), "model.local_window_size=5", "model.local_window_size was 6 and is 5"),
+        ((["transformer"], ["transformer"]), "model.local_window_size=5", None),  # it has no window
+        ((["phase8"], ["phase8"]), "model.ffn_size=48", None),  # it sets this width itself
+    ],
+)
+def test_what_variants_read_from_the_config_stays_in_an_output_directory(tiny, tmp_path, names, other, said):
+    first, second = (study_of(tiny, chosen, "model.ffn_size=40", *settings) for chosen, settings in zip(names, ((), (other,)), strict=True))
+    record_study(first, tmp_path)
+    if said is None:
+        record_study(joined_study(second, tmp_path), tmp_path)
+        assert joined_study(first, tmp_path).variants.keys() == first.variants.keys()
+        return
+    with pytest.raises(ConfigError, match=f"{said}; choose another --output"):
+        joined_study(second, tmp_path)
+    tree = json.loads((tmp_path / "study.json").read_text())
+    del tree["unset"]  # earlier releases did not record them
+    (tmp_path / "study.json").write_text(json.dumps(tree))
+    assert joined_study(second, tmp_path).unset == second.unset
 
 
 def test_other_configs_variants_and_data_are_refused(tiny, tmp_path):

@@ -152,7 +152,7 @@ def test_training_that_is_stopped_saves_on_all_ranks_and_goes_on_as_if_undisturb
     assert code in codes and "error: " not in errors and "SIGKILL" not in errors, errors
     # Rank 0 is the one that speaks, if it was signalled itself; torchrun signals all ranks once it knows.
     assert errors.count("all ranks stop after this step") <= 1 and "Ctrl-C again" not in errors
-    (step,) = re.findall(r"saved at step (\d+); go on with:", output)
+    (step,) = re.findall(r"saved at step (\d+); go on with:\n  \S+ -m torch.distributed.run --nproc_per_node=2 \S+pretrain.py --config", output)
     assert len(training.figures(name)) == int(step) == training.saved_steps(name)[-1] < 24
     assert training.in_this_process(name) == int(step)
     training.assert_same(name, alone, num_steps=24)

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 from phase8.config.describe import iterate_keys
+from phase8.processes.bootstrap import World
 
 ROOT = Path(__file__).parents[2]
 DOOR = ROOT / "launch" / "pretrain.py"
@@ -180,4 +181,17 @@ def test_options_are_not_abbreviated(call, arguments):
 )
 def test_the_resume_command_goes_on_from_the_newest_checkpoint(door, monkeypatch, arguments, command):
     monkeypatch.setattr(sys, "argv", ["launch/pretrain.py", *arguments])
-    assert door._resume_command() == f"{sys.executable} launch/pretrain.py {command}"
+    assert door._resume_command(World()) == f"{sys.executable} launch/pretrain.py {command}"
+
+
+@pytest.mark.parametrize(
+    ("world", "launcher", "end"),
+    [
+        (World(world_size=2, local_world_size=2, launcher="torchrun"), "-m torch.distributed.run --nproc_per_node=2 ", ""),
+        (World(world_size=16, local_world_size=8, launcher="torchrun"), "", "  # started as before, in 16 processes"),
+        (World(world_size=2, local_world_size=2, launcher="mpirun"), "", "  # started as before, in 2 processes"),
+    ],
+)
+def test_the_resume_command_starts_as_many_ranks(door, monkeypatch, world, launcher, end):
+    monkeypatch.setattr(sys, "argv", ["launch/pretrain.py", "--set", "run.name=x"])
+    assert door._resume_command(world) == f"{sys.executable} {launcher}launch/pretrain.py --set run.name=x{end}"

@@ -10,7 +10,8 @@ from rich.console import Console
 from phase8.config.load import load_config
 from phase8.config.schema import RunConfig
 from phase8.config.validate import find_problems
-from phase8.errors import ConfigError, OutOfMemoryError
+from phase8.data.tokenizer_training import train_sentencepiece
+from phase8.errors import ConfigError, DataError, OutOfMemoryError
 from phase8.model.model import build_model
 from phase8.model.parameters import initialise
 from phase8.plan.cost_facts import communication_fact, memory_facts
@@ -105,9 +106,11 @@ def test_what_a_run_would_not_find_is_said_and_is_no_problem(small, tmp_path):
         dry_run(small(*overrides), world_size=1, console=Console(file=output))
         return [line.strip() for line in output.getvalue().splitlines() if "missing here" in line]
 
-    for name in ("a.bin", "a.idx", "b.bin", "t.model"):
+    for name in ("a.bin", "a.idx", "b.bin"):
         (tmp_path / name).touch()
-    assert missing() == missing(f"data.train={tmp_path}/a", f"data.tokenizer={tmp_path}/t.model") == []
+    train_sentencepiece(["def main(): pass\n"] * 50, tmp_path / "t.model", vocab_size=280)
+    tokenized = (f"data.train={tmp_path}/a", f"data.tokenizer={tmp_path}/t.model")
+    assert missing() == missing(*tokenized, "model.vocab_size=280") == []
     train, validation, tokenizer, weights = missing(
         f"data.train=[{{path: {tmp_path}/a, weight: 1}}, {{path: {tmp_path}/none, weight: 1}}]", f"data.validation={tmp_path}/*c",
         f"data.tokenizer={tmp_path}/none.model", f"checkpoint.initialise_from={tmp_path}/run",
@@ -116,6 +119,8 @@ def test_what_a_run_would_not_find_is_said_and_is_no_problem(small, tmp_path):
     assert "make the pair with tools/prepare_data.py" in train and f"data.validation: no .bin/.idx pair matches {tmp_path}/*c; " in validation
     assert f"data.tokenizer: {tmp_path}/none.model is missing; " in tokenizer and tokenizer.endswith("tools/prepare_data.py --train-tokenizer")
     assert f"checkpoint.initialise_from: {tmp_path}/run is missing; " in weights
+    with pytest.raises(DataError, match=r"t.model has 280 ids, but model.vocab_size is 256; set model.vocab_size to 280 or more"):
+        missing(*tokenized, "model.vocab_size=256")
     (half,) = missing(f"data.train={tmp_path}/b")
     assert f"data.train: {tmp_path}/b.bin exists, but {tmp_path}/b.idx" in half
 
