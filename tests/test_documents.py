@@ -52,7 +52,7 @@ NOT_RUN = {
 BY_BEGINNING = {
     "torchrun --nproc_per_node=2 --no-python phase8-pretrain ": "It needs the wheel; tests/test_wheel.py runs it.",
     "torchrun --nproc_per_node=2 -m phase8.doors.launch.pretrain ": "It needs the wheel; tests/test_wheel.py runs it.",
-    "lm_eval ": "It downloads tasks; tests/tools/test_evaluation_harness.py compares what it finds with tools/evaluate.py.",
+    "lm_eval ": "It downloads tasks; tests/tools/test_harness_task.py runs it with one of its own.",
     "python tools/benchmark.py parallel --config configs/phase8_1b.yaml --layouts LAYOUT ": "docs/howto/many_gpus.md runs it with fewer options.",
     "python tools/ablation.py ": "It starts a process for each run; tests/tools/test_ablation.py trains variants of tiny models.",
 }

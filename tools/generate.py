@@ -77,7 +77,7 @@ def _generate(arguments: argparse.Namespace) -> None:
     tokenizer = choose_tokenizer(checkpoint, arguments.tokenizer, vocab_size=vocab_size, eod_token=eod_token, on_message=warn)
     begin = text_begin(tokenizer, data)
     batch_size = min(arguments.batch_size, len(prompts) * arguments.num_samples)
-    limits = {"max_tokens": arguments.max_tokens, "stops": arguments.stop, "batch_size": batch_size}
+    limits = {"max_tokens": arguments.max_tokens, "stops": arguments.stop, "end_ids": data.end_ids or (), "batch_size": batch_size}
     fewer = (f"a --batch-size below {batch_size}",) if batch_size > 1 else ()
     one_or_more = f"{batch_size} sequences were" if batch_size > 1 else "a sequence was"
     with memory_errors(f"{one_or_more} continued", device, (*fewer, "shorter prompts", "a smaller --max-tokens", FEWER_BITS, *elsewhere)):

@@ -24,6 +24,7 @@ _shown.maxstring = _shown.maxother = 200
 
 # Names of keys in other projects (Megatron-LM, Hugging Face, nanoGPT, torchtitan), where the spelling alone would not lead to the key.
 FOREIGN_NAMES = {
+    "data.end_ids": "eos_token_id eos_token_ids stop_token_ids",
     "data.num_workers": "dataloader_num_workers workers",
     "data.tokenizer": "tokenizer_model tokenizer_path vocab_file",
     "data.train": "data_path train_data train_data_path dataset dataset_path data_dir",

@@ -53,6 +53,7 @@ class DataSource(Section):
 
 
 Blend = Annotated[tuple[DataSource, ...], Field(min_length=1, strict=False)]
+TokenIds = Annotated[tuple[NonNegativeInt, ...], Field(min_length=1, strict=False)]
 
 
 class DataSection(Section):
@@ -65,6 +66,9 @@ class DataSection(Section):
     begin_token: Text | None = key(
         None, "piece before a text to continue or to evaluate, of a model made elsewhere that knows one; null: eod_token, as documents are packed"
     )
+    end_ids: TokenIds | None = key(None, "token ids that end a text to continue, of a model made elsewhere, beside eod_token; null: none")
+    begin_id: NonNegativeInt | None = key(None, "token id that begins a text, of a model made elsewhere without a tokenizer; kept for an export")
+    padding_id: NonNegativeInt | None = key(None, "the same for places without text")
     cache_dir: PathText = key(".cache/phase8", "where the embedded corpus and the ids of other projects' data are kept")
     reset_at_document_boundaries: bool = key(False, "packed documents do not see each other: state, window and loss stop at the boundary")
     allow_fingerprint_change: bool = key(False, "train although data, order or tokenizer are not the checkpoint's, or the data not the tokenizer's")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence, Set
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -74,7 +74,7 @@ class Continuation:
 
     Args:
         text: Text so far, without the stop text.
-        tokens: Token ids so far, without that of the end of the document.
+        tokens: Token ids so far, without the one that ends it.
         reason: What ended it; None: nothing yet.
         seconds: Time from the start of its prompt to its last token.
     """
@@ -121,6 +121,7 @@ class TextWriter:
         options: Sampling options.
         max_tokens: Largest number of tokens of a continuation.
         stops: Texts that end a continuation and are not part of it.
+        end_ids: Token ids that end one, beside that of the end of a document.
         batch_size: Sequences side by side.
     """
 
@@ -132,8 +133,10 @@ class TextWriter:
         options: SamplingOptions,
         max_tokens: int,
         stops: Sequence[str] = (),
+        end_ids: Iterable[int] = (),
         batch_size: int = 1,
     ):
+        self._end_ids = frozenset((tokenizer.eod_id, *end_ids))
         self._tokenizer, self._options, self._max_tokens, self._stops = tokenizer, options, max_tokens, tuple(stops)
         at_once = AT_ONCE_ON_GPU if records_steps(model.head_weight.device.type) else 1
         self._loop = DecodingLoop(model, batch_size=batch_size, options=options, num_ids=tokenizer.vocab_size, most_at_once=at_once)
@@ -164,7 +167,7 @@ class TextWriter:
             for place, prompt in enumerate(prompts):
                 for sample in range(num_samples):
                     number = place * num_samples + sample
-                    open_ones[number] = _Open(self._tokenizer, self._stops)
+                    open_ones[number] = _Open(self._tokenizer, self._stops, self._end_ids)
                     yield Request(number, tuple(prompt), (self._options.seed + sample) % 2**63)
 
         def take(number: int, token: int) -> bool:
@@ -186,14 +189,14 @@ class TextWriter:
 class _Open:
     """A continuation that has not ended."""
 
-    def __init__(self, tokenizer: Tokenizer, stops: Sequence[str]):
-        self.found, self._eod_id = Continuation(), tokenizer.eod_id
+    def __init__(self, tokenizer: Tokenizer, stops: Sequence[str], end_ids: Set[int]):
+        self.found, self._end_ids = Continuation(), end_ids
         self._decoder, self._end, self._begin = StreamingDecoder(tokenizer), TextEnd(stops), time.perf_counter()
 
     def take(self, token: int, max_tokens: int) -> str:
         """Takes a token, and returns the text that can be handed out."""
         piece, is_stopped = "", False
-        if token == self._eod_id:
+        if token in self._end_ids:
             self.found.reason = "end_of_document"
         else:
             self.found.tokens.append(token)
@@ -210,9 +213,11 @@ class _Open:
         return piece
 
 
-def continued_text(model: LanguageModel, tokenizer: Tokenizer, prompt: Sequence[int], *, max_tokens: int, options: SamplingOptions) -> str:
+def continued_text(
+    model: LanguageModel, tokenizer: Tokenizer, prompt: Sequence[int], *, max_tokens: int, options: SamplingOptions, end_ids: Iterable[int] = ()
+) -> str:
     """The continuation of a prompt, until the document ends or `max_tokens` are generated."""
     found: list[Continuation] = []
-    writer = TextWriter(model, tokenizer, options=options, max_tokens=max_tokens)
+    writer = TextWriter(model, tokenizer, options=options, max_tokens=max_tokens, end_ids=end_ids)
     writer.write([prompt], on_end=lambda _, continuation: found.append(continuation))
     return found[0].text

@@ -42,6 +42,7 @@ SDPA = "torch scaled_dot_product_attention"
 # there are.
 GROUPED = "torch's grouped product"
 _GROUPED_ALIGNED_BYTES, _GROUPED_GENERATIONS = 16, (9, 10)
+ONEDNN = "oneDNN"
 _MAKER_OF_MKL = "GenuineIntel"
 _NOT_NVIDIA = "the Triton kernels are written for NVIDIA GPUs"
 
@@ -83,10 +84,22 @@ def keeps_for_backward(x: Tensor) -> bool:
 
 
 @functools.cache
+def fp32_backend() -> Backend:
+    """The library that multiplies large fp32 matrices on a CPU."""
+    if not torch.backends.mkl.is_available():
+        return Backend("torch's own library", "this torch has no MKL")
+    if not torch.backends.mkldnn.is_available():
+        return Backend("MKL", "this torch has no oneDNN")
+    if (capability := torch.backends.cpu.get_cpu_capability()) != "AVX512":
+        return Backend("MKL", f"torch uses {capability} of this processor, not AVX512")
+    if _MAKER_OF_MKL in _processor():
+        return Backend("MKL", "the processor is its maker's")
+    return Backend(ONEDNN, "MKL leaves half of AVX-512 idle on processors of other makers than its own")
+
+
 def prefers_onednn() -> bool:
-    """Whether oneDNN multiplies fp32 matrices faster than MKL, which leaves half of AVX-512 idle on processors of other makers than its own."""
-    libraries = torch.backends.mkl.is_available() and torch.backends.mkldnn.is_available()
-    return libraries and torch.backends.cpu.get_cpu_capability() == "AVX512" and _MAKER_OF_MKL not in _processor()
+    """Whether oneDNN multiplies fp32 matrices faster than MKL."""
+    return fp32_backend().name == ONEDNN
 
 
 def _processor() -> str:

@@ -10,7 +10,7 @@ from phase8.accelerator import records_steps
 from phase8.config.batch import BatchShape
 from phase8.config.pipeline import pipeline_of
 from phase8.config.schema import PrecisionSection, RunConfig, ZeroSection
-from phase8.kernels.backends import apex_hint, attention_backend, kernel_backend
+from phase8.kernels.backends import ONEDNN, apex_hint, attention_backend, fp32_backend, kernel_backend
 from phase8.kernels.limits import MAX_HEAD_SIZE
 from phase8.plan.cost_facts import Fact, batch_fact, model_facts
 from phase8.plan.optimizer_work import optimizer_fact
@@ -86,8 +86,15 @@ def implementation_facts(config: RunConfig, *, device: torch.device) -> list[Fac
         recurrence = {"delta": ", gated delta rule", "linear": ", gated linear recurrence", "none": ""}[model.global_path]
         mixer = f"{implementation} ({model.score} window{recurrence}): {backend.reason}"
     facts = [("mixer", mixer), ("loss", f"{implementation}: {backend.reason}")]
+    if device.type == "cpu" and backend.name != "triton" and compute_dtype(config.precision) == torch.float32:
+        facts.append(("products of fp32", _fp32_products(compiles=config.train.compile.enabled is True)))
     if any(model.has_experts):
         found = experts_backend(config, device)
         facts.append(("products of experts", f"{found.name} ({found.reason})"))
     name, words = optimizer_fact(config.optim, config.zero, model)
     return [*facts, (name, words if hint is None else f"{words}, torch's fused AdamW; {hint}")]
+
+
+def _fp32_products(*, compiles: bool) -> str:
+    found = fp32_backend()
+    return f"{found.name}{', MKL in linear layers of compiled blocks' if compiles and found.name == ONEDNN else ''} ({found.reason})"

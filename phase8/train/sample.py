@@ -32,8 +32,8 @@ def sample_text(whole_model: Callable[[], LanguageModel], tokenizer: Tokenizer, 
     observe = config.observe
     prompt = observe.sample_prompt or ""
     tokens = prompt_tokens(tokenizer, prompt, begin=text_begin(tokenizer, config.data))
-    options = SamplingOptions(seed=config.train.seed)
+    options, end_ids = SamplingOptions(seed=config.train.seed), config.data.end_ids or ()
     # Compiled blocks would be compiled once more, for the prompt.
     stance = torch.compiler.set_stance("force_eager") if config.train.compile.enabled else nullcontext()
     with memory_errors("a sample was written", device, _REMEDIES), stance:
-        return prompt + continued_text(whole_model(), tokenizer, tokens, max_tokens=observe.sample_tokens, options=options)
+        return prompt + continued_text(whole_model(), tokenizer, tokens, max_tokens=observe.sample_tokens, options=options, end_ids=end_ids)

@@ -205,6 +205,18 @@ RULES = {
         ["data.eod_token=</s>"],
         "data.eod_token is '</s>', but data.train is null and the embedded corpus brings its own; set data.train too.",
     ),
+    "ends of texts without data": (
+        ["data.end_ids=[3,5]"],
+        "data.end_ids is (3, 5), but data.train is null and the embedded corpus brings its own; set data.train too.",
+    ),
+    "an end of texts that the model does not have": (
+        ["data.train=mine", "data.end_ids=[3,16384]"],
+        "data.end_ids has the token id 16384, but model.vocab_size is 16384; leave it out, or give a smaller one.",
+    ),
+    "padding that the model does not have": (
+        ["data.train=mine", "data.padding_id=20000"],
+        "data.padding_id has the token id 20000, but model.vocab_size is 16384; leave it out, or give a smaller one.",
+    ),
     "prompt without tokenizer": (
         ["data.train=mine", "observe.sample_prompt=Once"],
         "observe.sample_prompt is set, but data.tokenizer is null; give the tokenizer of the data, or leave the prompt null.",

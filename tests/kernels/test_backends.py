@@ -14,6 +14,7 @@ from phase8.kernels.backends import (
     apex_hint,
     attention_backend,
     choose_flash_attention,
+    fp32_backend,
     installed_flash_attention,
     kernel_backend,
     prefers_onednn,
@@ -208,11 +209,11 @@ def test_no_apex_no_hint():
 @pytest.mark.parametrize(
     ("libraries", "capability", "processor", "expected"),
     [
-        (("mkl", "mkldnn"), "AVX512", "vendor_id : AuthenticAMD", True),
-        (("mkl", "mkldnn"), "AVX512", "vendor_id : GenuineIntel", False),
-        (("mkl", "mkldnn"), "AVX2", "vendor_id : AuthenticAMD", False),
-        (("mkl",), "AVX512", "vendor_id : AuthenticAMD", False),
-        (("mkldnn",), "AVX512", "vendor_id : AuthenticAMD", False),
+        (("mkl", "mkldnn"), "AVX512", "vendor_id : AuthenticAMD", ("oneDNN", "MKL leaves half of AVX-512 idle")),
+        (("mkl", "mkldnn"), "AVX512", "vendor_id : GenuineIntel", ("MKL", "the processor is its maker's")),
+        (("mkl", "mkldnn"), "AVX2", "vendor_id : AuthenticAMD", ("MKL", "torch uses AVX2 of this processor")),
+        (("mkl",), "AVX512", "vendor_id : AuthenticAMD", ("MKL", "this torch has no oneDNN")),
+        (("mkldnn",), "AVX512", "vendor_id : AuthenticAMD", ("torch's own library", "this torch has no MKL")),
     ],
 )
 def test_onednn_multiplies_where_mkl_leaves_vector_units_idle(monkeypatch, libraries, capability, processor, expected):
@@ -220,4 +221,7 @@ def test_onednn_multiplies_where_mkl_leaves_vector_units_idle(monkeypatch, libra
         monkeypatch.setattr(getattr(torch.backends, name), "is_available", lambda name=name: name in libraries)
     monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: capability)
     monkeypatch.setattr(backends, "_processor", lambda: processor)
-    assert prefers_onednn.__wrapped__() is expected
+    monkeypatch.setattr(backends, "fp32_backend", fp32_backend.__wrapped__)  # it remembers what it has found
+    name, reason = expected
+    assert fp32_backend.__wrapped__().name == name and fp32_backend.__wrapped__().reason.startswith(reason)
+    assert prefers_onednn() is (name == "oneDNN")

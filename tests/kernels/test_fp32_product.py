@@ -8,6 +8,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from phase8.kernels import fp32_product as module
 from phase8.kernels.fp32_product import FEWEST_MULTIPLICATIONS, fp32_product, takes_products
+from phase8.kernels.reference.grouped_product import grouped_product, grouped_product_backward
 from phase8.precision.formats import OPERAND_DTYPE
 
 needs_onednn = pytest.mark.skipif(not torch.backends.mkldnn.is_available(), reason="this torch has no oneDNN")
@@ -81,6 +82,22 @@ def test_a_linear_layer_and_its_gradients_are_those_of_torch(by_onednn):
     assert products.names.count("mkldnn_linear") == (3 if by_onednn else 0)
     for ours, theirs in zip((found, *gradients), (expected, *torch.autograd.grad(expected, (x, weight), grad)), strict=True):
         torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-4)
+
+
+@pytest.mark.parametrize("groups", [1, 2])
+def test_the_products_of_experts_and_their_gradients_are_those_of_float64(by_onednn, groups):
+    rows, inner, columns = LARGE
+    ends = torch.tensor([rows, 2 * rows][:groups], dtype=torch.int32)
+    arguments = [numbers(groups * rows + 3, inner), numbers(groups, columns, inner)]
+    dy = numbers(groups * rows + 3, columns)
+    exact = [each.double().requires_grad_() for each in arguments]
+    y = grouped_product(*exact, ends)
+    expected = (y, *torch.autograd.grad(y, exact, dy.double()))
+    with Products() as products:
+        found = grouped_product(*arguments, ends), *grouped_product_backward(dy, *arguments, ends)
+    assert products.names == [("mkldnn_linear" if by_onednn else "mm")] * 3 * groups
+    for ours, theirs in zip(found, expected, strict=True):
+        torch.testing.assert_close(ours.double(), theirs, rtol=1e-5, atol=1e-4)
 
 
 @needs_onednn

@@ -1,7 +1,6 @@
 import io
 import re
 from contextlib import nullcontext
-from pathlib import Path
 
 import pytest
 import torch
@@ -14,12 +13,15 @@ from phase8.data.tokenizer_training import train_sentencepiece
 from phase8.errors import ConfigError, DataError, OutOfMemoryError
 from phase8.model.model import build_model
 from phase8.model.parameters import initialise
+from phase8.observe.formatting import format_bytes
 from phase8.plan.cost_facts import communication_fact, memory_facts
 from phase8.plan.dry_run import dry_run
 from phase8.plan.run_communication import plan_run_communication
 from phase8.plan.whole_config import count_parameters, plan_stages, shapes_only
+from phase8.zero.swap import swapped_bytes
+from tests.documented_commands import ROOT, commands_of, config_of
 
-SHIPPED = sorted((Path(__file__).parents[2] / "configs").glob("*.yaml"))
+SHIPPED = sorted((ROOT / "configs").glob("*.yaml"))
 SMALL = """
 run: {name: small}
 model: {d_model: 32, num_layers: 3, num_heads: 2, vocab_size: 64, sequence_length: 48, local_window_size: 16, global_tokens: 4}
@@ -317,3 +319,14 @@ def test_memory_needs_a_model_and_ranks_that_fit(small):
     facts, problems = facts_and_problems(small("parallel.pipeline_parallel_size=4", "train.micro_batch_size=1"), world_size=4)
     assert not [name for name in facts if name.startswith(("planned memory", "stage"))]
     assert len(problems) == 1 and problems[0].startswith("model.num_layers 3 is below parallel.pipeline_parallel_size 4")
+
+
+def test_the_page_of_small_gpus_says_what_ten_billion_parameters_on_a_disk_need():
+    page = (ROOT / "docs/howto/small_gpus.md").read_text(encoding="utf-8")
+    (command,) = (each for each in commands_of(page) if "zero.offload_params=nvme" in each.words)
+    config = config_of(command)
+    facts, problems = facts_and_problems(config)
+    assert problems == []
+    (host,) = re.findall(r"on the host ([\d.]+ GiB)$", facts["planned memory per rank"])
+    disk = swapped_bytes(config.zero, count_parameters(shapes_only(config)), is_bf16=True)
+    assert f"{host} of host memory by plan" in page and f"{format_bytes(disk)} of the disk" in page

@@ -41,6 +41,16 @@ def test_references_are_named_with_the_reason(lines):
     assert found["loss"] == "plain torch references: train.kernels is reference"
 
 
+@pytest.mark.parametrize(("compiled", "words"), [("false", ""), ("true", ", MKL in linear layers of compiled blocks")])
+def test_the_library_that_multiplies_fp32_on_a_cpu_is_named(lines, monkeypatch, compiled, words):
+    reference, settings = Backend("reference", "no GPU"), (f"train.compile.enabled={compiled}", "precision.dtype=fp32")
+    monkeypatch.setattr(run_facts, "fp32_backend", lambda: Backend("oneDNN", "because"))
+    assert lines(reference, *settings)["products of fp32"] == f"oneDNN{words} (because)"
+    monkeypatch.setattr(run_facts, "fp32_backend", lambda: Backend("MKL", "because"))
+    assert lines(reference, *settings)["products of fp32"] == "MKL (because)"
+    assert "products of fp32" not in lines(reference, "precision.dtype=bf16") and "products of fp32" not in lines(TRITON, *settings)
+
+
 def test_heads_too_wide_for_the_kernels_are_named(lines):
     assert "head size 258 is above 256" in lines(TRITON, "model.head_size=258")["mixer"]
     assert "head size" not in lines(TRITON, "model.head_size=256")["mixer"]

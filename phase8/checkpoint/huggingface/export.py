@@ -5,7 +5,7 @@ from __future__ import annotations
 from phase8.checkpoint.huggingface.llama import llama_config, llama_name, reasons_against
 from phase8.checkpoint.huggingface.model_card import MODEL_CARD_NAME, model_card
 from phase8.checkpoint.huggingface.phase8_model import CODE_FILES, exported_config, exported_name, stays_in_fp32
-from phase8.checkpoint.huggingface.text_files import ExportedTokenizer, text_files
+from phase8.checkpoint.huggingface.text_files import ExportedTokenizer, special_ids, text_files
 from phase8.checkpoint.huggingface.text_settings import RESETS
 from phase8.checkpoint.reshard.reshard import ConsolidatedForm
 from phase8.checkpoint.run_metadata import RunMetadata
@@ -24,10 +24,10 @@ def hugging_face_form(metadata: RunMetadata, tokenizer: ExportedTokenizer | None
     """
     model = metadata.config.model
     differences = list(reasons_against(model))
-    added: dict[str, object] = {**(dict.fromkeys(("bos_token_id", "eos_token_id", "pad_token_id")) if tokenizer is None else tokenizer.ids)}
-    added |= {RESETS: True} if metadata.config.data.reset_at_document_boundaries else {}
+    ids = special_ids(metadata.config.data, tokenizer)
+    added = ids | ({RESETS: True} if metadata.config.data.reset_at_document_boundaries else {})
     card = model_card(metadata, num_parameters=num_parameters, differences=differences, has_tokenizer=tokenizer is not None)
-    files = text_files(model, tokenizer) | {MODEL_CARD_NAME: card}
+    files = text_files(model, tokenizer, ids) | {MODEL_CARD_NAME: card}
     if not differences:
         return ConsolidatedForm(llama_config(model, dtype=dtype) | added, llama_name, files=files, max_file_bytes=MAX_FILE_BYTES)
     return ConsolidatedForm(

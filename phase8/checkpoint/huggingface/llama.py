@@ -121,6 +121,4 @@ def llama_config(model: ModelSection, *, dtype: str) -> dict[str, object]:
         "mlp_bias": False,
         "tie_word_embeddings": model.tie_embeddings,
         "torch_dtype": dtype,
-        "bos_token_id": None,
-        "eos_token_id": None,
     }

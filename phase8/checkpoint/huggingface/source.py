@@ -7,6 +7,7 @@
 | `model.safetensors.index.json` and `*.safetensors` | which of several files has which of them |
 | `tokenizer.json` or `tokenizer.model` | becomes the attachment |
 | `tokenizer_config.json` | may say that the former was made of the latter, which is the attachment then |
+| `generation_config.json` | the token ids that end a text |
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ from phase8.checkpoint.huggingface.config import model_section_of
 from phase8.checkpoint.huggingface.llama import llama_name, llama_tensors
 from phase8.checkpoint.huggingface.phase8_model import MODEL_TYPE, exported_name, own_name, section_of, stays_in_fp32
 from phase8.checkpoint.huggingface.repeats import require_repeat
-from phase8.checkpoint.huggingface.text_settings import RESETS, text_settings
+from phase8.checkpoint.huggingface.text_settings import RESETS, id_settings, text_settings
 from phase8.checkpoint.manifest import FILE_NAME_PATTERN, TENSOR_FILE_SUFFIX
 from phase8.checkpoint.step_directories import INDEX_NAME, WEIGHTS_CONFIG_NAME, WEIGHTS_NAME
 from phase8.checkpoint.untrusted import shown, shown_name
@@ -33,7 +34,7 @@ from phase8.errors import CheckpointCorruptError, CheckpointMismatchError
 
 _PICKLES = ("pytorch_model.bin", "pytorch_model.bin.index.json")
 _TOKENIZERS = ("tokenizer.json", "tokenizer.model")  # transformers prefers the first one too
-TOKENIZER_CONFIG_NAME = "tokenizer_config.json"
+TOKENIZER_CONFIG_NAME, GENERATION_CONFIG_NAME = "tokenizer_config.json", "generation_config.json"
 CONVERTED_FROM = "converted_from"  # its key for the name of the file of which tokenizer.json was made
 
 
@@ -64,7 +65,9 @@ def open_hugging_face(directory: Path, config: dict[str, Any]) -> WeightFiles:
     is_bf16 = {found[key].file.tensors[key].dtype for _, key in map(places.__getitem__, names)} == {"BF16"}  # every weight that may be
     ours: dict[str, Any] = {"model": model.model_dump(mode="json"), "precision": {"dtype": "bf16" if is_bf16 else "fp32"}}
     tokenizer = _tokenizer_of(directory)
-    ours["data"] = {} if tokenizer is None else text_settings(tokenizer, _tokenizer_config(directory))
+    ours["data"] = {} if tokenizer is None else text_settings(tokenizer, _object(directory, TOKENIZER_CONFIG_NAME))
+    generation = _object(directory, GENERATION_CONFIG_NAME)
+    ours["data"] |= id_settings({directory / GENERATION_CONFIG_NAME: generation, path: config}, vocab_size=model.vocab_size)
     if config.get(RESETS) is True:
         ours["data"][RESETS] = True
     try:
@@ -77,14 +80,14 @@ def _tokenizer_of(directory: Path) -> Path | None:
     """The file of the tokenizer; of two, the one of which the other was made."""
     found = [regular(directory / name) for name in _TOKENIZERS if os.path.lexists(directory / name)]
     if len(found) > 1:
-        original = _tokenizer_config(directory).get(CONVERTED_FROM)
+        original = _object(directory, TOKENIZER_CONFIG_NAME).get(CONVERTED_FROM)
         found = [path for path in found if path.name == original] or found
     return found[0] if found else None
 
 
-def _tokenizer_config(directory: Path) -> dict[str, Any]:
-    """Content of tokenizer_config.json; empty without one."""
-    path = directory / TOKENIZER_CONFIG_NAME
+def _object(directory: Path, name: str) -> dict[str, Any]:
+    """Content of a JSON file; empty without the file."""
+    path = directory / name
     return read_object(regular(path)) if os.path.lexists(path) else {}
 
 

@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
 from phase8.checkpoint.huggingface.phase8_model import CODE
-from phase8.checkpoint.huggingface.source import CONVERTED_FROM, TOKENIZER_CONFIG_NAME
-from phase8.checkpoint.huggingface.text_settings import post_processor
+from phase8.checkpoint.huggingface.source import CONVERTED_FROM, GENERATION_CONFIG_NAME, TOKENIZER_CONFIG_NAME
+from phase8.checkpoint.huggingface.text_settings import BEGIN_ID, END_ID, PADDING_ID, post_processor
 from phase8.config.model_section import ModelSection
+from phase8.config.schema import DataSection
 
-GENERATION_CONFIG_NAME = "generation_config.json"
 FAST_TOKENIZER_NAME, SENTENCEPIECE_NAME = "tokenizer.json", "tokenizer.model"
 TOKENIZER_CODE = CODE / "tokenization_phase8.py"
 
@@ -38,28 +39,38 @@ class ExportedTokenizer:
     padding: tuple[str, int]
     unknown: str | None
 
-    @property
-    def ids(self) -> dict[str, int]:
-        """The special token ids, under the keys of transformers' configs."""
-        return {"bos_token_id": (self.begin or self.end)[1], "eos_token_id": self.end[1], "pad_token_id": self.padding[1]}
+
+def special_ids(data: DataSection, tokenizer: ExportedTokenizer | None) -> dict[str, Any]:
+    """The special token ids under the keys of transformers' configs; None: there is none.
+
+    Args:
+        data: What the section says of a model made elsewhere.
+        tokenizer: Tokenizer of the model; None: it has none.
+    """
+    ends, begin, padding = list(data.end_ids or ()), data.begin_id, data.padding_id
+    if tokenizer is not None:
+        begin, padding = (tokenizer.begin or tokenizer.end)[1], tokenizer.padding[1]
+        ends += [] if tokenizer.end[1] in ends else [tokenizer.end[1]]
+    return {BEGIN_ID: begin, END_ID: ends if len(ends) > 1 else next(iter(ends), None), PADDING_ID: padding}
 
 
-def text_files(model: ModelSection, tokenizer: ExportedTokenizer | None) -> dict[str, bytes]:
+def text_files(model: ModelSection, tokenizer: ExportedTokenizer | None, ids: Mapping[str, Any]) -> dict[str, bytes]:
     """Content of the files of tokenizer and generation, by name.
 
     Args:
         model: Section of the model.
         tokenizer: Its tokenizer; None: it has none.
+        ids: Its `special_ids`.
     """
     if tokenizer is None:
-        return {GENERATION_CONFIG_NAME: _as_json({})}
+        return {GENERATION_CONFIG_NAME: _as_json({key: value for key, value in ids.items() if value is not None})}
     # The embedding may be longer than the vocabulary; ids beyond have never been trained.
     beyond = list(range(tokenizer.num_ids, model.vocab_size))
     fast = {TOKENIZER_CODE.name: TOKENIZER_CODE.read_bytes()}
     if tokenizer.fast is not None:
         fast = {FAST_TOKENIZER_NAME: _with_begin(tokenizer.fast, tokenizer.begin)}
     return {
-        GENERATION_CONFIG_NAME: _as_json(tokenizer.ids | ({"suppress_tokens": beyond} if beyond else {})),
+        GENERATION_CONFIG_NAME: _as_json({**ids, **({"suppress_tokens": beyond} if beyond else {})}),
         TOKENIZER_CONFIG_NAME: _as_json(_tokenizer_config(model, tokenizer)),
         **fast,
         **({} if tokenizer.sentencepiece is None else {SENTENCEPIECE_NAME: tokenizer.sentencepiece}),

@@ -5,8 +5,9 @@ from __future__ import annotations
 from itertools import pairwise
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
+
+from phase8.kernels.fp32_product import fp32_product
 
 
 def grouped_product(rows: Tensor, weight: Tensor, ends: Tensor) -> Tensor:
@@ -21,8 +22,8 @@ def grouped_product(rows: Tensor, weight: Tensor, ends: Tensor) -> Tensor:
         Products [S, F].
     """
     if len(weight) == 1:
-        return F.linear(_until(ends, rows), weight[0])
-    products = [F.linear(rows[begin:end], each) for (begin, end), each in zip(_groups(ends), weight.unbind(), strict=True)]
+        return fp32_product(_until(ends, rows), weight[0].T)
+    products = [fp32_product(rows[begin:end], each.T) for (begin, end), each in zip(_groups(ends), weight.unbind(), strict=True)]
     return _filled_up(torch.cat(products), len(rows))
 
 
@@ -30,10 +31,10 @@ def grouped_product_backward(dy: Tensor, rows: Tensor, weight: Tensor, ends: Ten
     """Gradients of rows [S, D], zero after the last group, and of the weights [E, F, D], zero where a group is empty; from that of the products."""
     if len(weight) == 1:
         dy, rows = _until(ends, dy), _until(ends, rows)
-        return dy @ weight[0], (dy.T @ rows)[None]
+        return fp32_product(dy, weight[0]), fp32_product(dy.T, rows)[None]
     groups = _groups(ends)
-    drows = torch.cat([dy[begin:end] @ each for (begin, end), each in zip(groups, weight.unbind(), strict=True)])
-    return _filled_up(drows, len(rows)), torch.stack([dy[begin:end].T @ rows[begin:end] for begin, end in groups])
+    drows = torch.cat([fp32_product(dy[begin:end], each) for (begin, end), each in zip(groups, weight.unbind(), strict=True)])
+    return _filled_up(drows, len(rows)), torch.stack([fp32_product(dy[begin:end].T, rows[begin:end]) for begin, end in groups])
 
 
 def _until(end: Tensor, rows: Tensor) -> Tensor:
