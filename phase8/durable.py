@@ -46,9 +46,8 @@ def _file_in_the_way(error: OSError) -> Path | None:
     if not isinstance(error, FileExistsError | NotADirectoryError) or not isinstance(error.filename, str | os.PathLike):
         return None
     place = Path(error.filename)
-    if place.suffix == ".partial":
-        return None
-    return next((each for each in (place, *place.parents) if os.path.exists(each) and not os.path.isdir(each)), None)
+    on_the_way = (each for each in (place, *place.parents) if each.suffix != ".partial")
+    return next((each for each in on_the_way if os.path.exists(each) and not os.path.isdir(each)), None)
 
 
 @contextmanager
