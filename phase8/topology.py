@@ -169,7 +169,8 @@ def build_topology(
         raise TopologyError(
             f"world size {world_size} is not a positive multiple of parallel.tensor_parallel_size {tensor_parallel_size} x "
             f"parallel.context_parallel_size {context_parallel_size} x parallel.pipeline_parallel_size {pipeline_parallel_size} "
-            f"= {model_ranks}; start {' or '.join(map(str, nearest))} processes ({planned} plans for them) or change the degrees."
+            f"= {model_ranks}; start {' or '.join(map(str, nearest))} processes (torchrun --nproc_per_node starts them, {planned} plans for them) "
+            "or change the degrees."
         )
     data_parallel_size = world_size // model_ranks
     if data_parallel_size % expert_parallel_size:

@@ -125,7 +125,8 @@ def test_a_misfit_names_the_nearest_sizes_that_fit(world_size, tensor, context, 
     nearest, planned = (" or ".join(f"{option}{size}" for size in below + above) for option in ("", "--world-size "))
     assert caught.value.problems == [
         f"world size {world_size} is not a positive multiple of parallel.tensor_parallel_size {tensor} x parallel.context_parallel_size {context} x "
-        f"parallel.pipeline_parallel_size {pipeline} = {model_ranks}; start {nearest} processes ({planned} plans for them) or change the degrees."
+        f"parallel.pipeline_parallel_size {pipeline} = {model_ranks}; start {nearest} processes (torchrun --nproc_per_node starts them, {planned} "
+        "plans for them) or change the degrees."
     ]
     assert caught.value.exit_code == 2
 
@@ -135,7 +136,8 @@ def test_a_misfit_names_sizes_that_suit_the_rest_of_a_config_or_else_multiples(s
     with pytest.raises(TopologyError) as caught:
         build_topology(world_size=21, **degrees(tensor=2), suits=lambda size: size in suiting)
     sizes, planned = " or ".join(map(str, named)), " or ".join(f"--world-size {size}" for size in named)
-    assert str(caught.value).endswith(f" = 2; start {sizes} processes ({planned} plans for them) or change the degrees.")
+    said = f" = 2; start {sizes} processes (torchrun --nproc_per_node starts them, {planned} plans for them) or change the degrees."
+    assert str(caught.value).endswith(said)
 
 
 def test_experts_must_divide_the_data_parallel_ranks():

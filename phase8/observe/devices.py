@@ -96,9 +96,11 @@ def find_gpu(device_name: str) -> Gpu | None:
     """The GPU of that name; None: it is not in the table.
 
     Args:
-        device_name: As torch reports it, or the bare name in any case: `h100`, `rtx 4090`.
+        device_name: As torch reports it, or the bare name in any case: `h100`, `rtx 4090`, `rtx4090`, `4090`.
     """
     name = re.sub(r"^(NVIDIA |Tesla |GeForce )*", "", device_name, flags=re.IGNORECASE)
+    if short := re.fullmatch(r"(?:RTX)?[ _-]?(\d0\d0)(?:[ _-]?(Ti))?", name, flags=re.IGNORECASE):
+        name = " ".join(("RTX", *filter(None, short.groups())))
     return next((gpu for gpu in _GPUS if re.fullmatch(gpu.name, name, flags=re.IGNORECASE)), None)
 
 

@@ -15,7 +15,8 @@ NEVER_FITS = {
     "a world size that does not fit": (
         ("parallel.tensor_parallel_size=4",),
         ["world size 2 is not a positive multiple of parallel.tensor_parallel_size 4 x parallel.context_parallel_size 1 x "
-         "parallel.pipeline_parallel_size 1 = 4; start 4 processes (--world-size 4 plans for them) or change the degrees."],
+         "parallel.pipeline_parallel_size 1 = 4; start 4 processes (torchrun --nproc_per_node starts them, "
+         "--world-size 4 plans for them) or change the degrees."],
     ),
     "uneven heads": (
         ("parallel.tensor_parallel_size=2", "model.num_heads=3"),

@@ -56,6 +56,8 @@ def test_a_format_without_a_figure_is_unknown():
 
 def test_the_bare_name_in_any_case_finds_a_gpu_too():
     assert find_gpu("h100") == find_gpu("NVIDIA H100 80GB HBM3") and find_gpu("rtx 4090") == find_gpu("NVIDIA GeForce RTX 4090")
+    assert {find_gpu(name) for name in ("rtx4090", "RTX-4090", "4090")} == {find_gpu("NVIDIA GeForce RTX 4090")}
+    assert find_gpu("3080ti") == find_gpu("RTX 3080 Ti") != find_gpu("3080") is not None and find_gpu("4090d") is None
     assert find_gpu("a100") == find_gpu("NVIDIA A100-SXM4-80GB") != find_gpu("NVIDIA A100-SXM4-40GB")
 
 

@@ -190,7 +190,8 @@ def test_a_topology_that_does_not_fit_hides_nothing_else(small):
     assert list(facts) == ["model", "parameters", "FLOPs/token", "optimizer"]
     assert [problem for problem in problems if not problem.startswith("parallel.tensor_parallel_size 3 does not divide")] == [
         "world size 8 is not a positive multiple of parallel.tensor_parallel_size 3 x parallel.context_parallel_size 1 x "
-        "parallel.pipeline_parallel_size 1 = 3; start 6 or 9 processes (--world-size 6 or --world-size 9 plans for them) or change the degrees.",
+        "parallel.pipeline_parallel_size 1 = 3; start 6 or 9 processes (torchrun --nproc_per_node starts them, --world-size 6 or "
+        "--world-size 9 plans for them) or change the degrees.",
     ]
 
 
@@ -200,7 +201,7 @@ def test_a_shipped_config_on_one_process_says_on_how_many_it_can_be_planned(path
     problems = find_problems(config)
     assert len(problems) == (config.parallel.tensor_parallel_size * config.parallel.context_parallel_size > 1)
     for problem in problems:
-        (named,) = re.findall(r"; start (\d+) processes \(--world-size \1 plans for them\) or change the degrees\.$", problem)
+        (named,) = re.findall(r"; start (\d+) processes \(torchrun .*, --world-size \1 plans for them\) or change the degrees\.$", problem)
         assert find_problems(config, world_size=int(named)) == []
         assert facts_and_problems(config)[1] == problems
 
