@@ -12,7 +12,6 @@ from pathlib import Path
 
 import yaml
 
-from phase8.checkpoint.load import list_checkpoints
 from phase8.config.load import config_to_mapping
 from phase8.config.schema import RunConfig, RunSection
 from phase8.durable import open_lock_file, replace_file, storage_errors
@@ -114,6 +113,8 @@ class RunDirectory:
         try:
             yield
         except KeyboardInterrupt:
+            from phase8.checkpoint.load import list_checkpoints  # it imports torch, which commands that only plan do without
+
             saved = False
             with suppress(CheckpointError):
                 saved = bool(list_checkpoints(self.checkpoints))

@@ -206,7 +206,7 @@ class WorkDuringExchanges(TorchDispatchMode):
             self.products[name].append(counter)
         elif name == "wait_tensor":
             self._pending.pop(args[0].untyped_storage()._cdata)
-        elif name in ("mm", "bmm") or space == "phase8":
+        elif name in ("mm", "bmm", "mkldnn_linear") or name.startswith("_scaled_dot_product") or space == "phase8":
             for counter in self._pending.values():
                 counter[0] += 1
         return result

@@ -48,7 +48,7 @@ class LiveBytes(TorchDispatchMode):
             return NotImplemented  # first DTensor: it becomes operators on plain tensors
         result = func(*args, **(kwargs or {}))
         for tensor in tree_leaves(result):
-            if isinstance(tensor, torch.Tensor):
+            if isinstance(tensor, torch.Tensor) and tensor.layout == torch.strided:  # what a product copies for oneDNN has no storage, and is small
                 storage = tensor.untyped_storage()
                 if storage._cdata not in self._storages or self._storages[storage._cdata].expired():
                     self._at_most += storage.nbytes() - self._sizes.get(storage._cdata, 0)

@@ -139,7 +139,7 @@ SPOILT = {
     "the newest, and the one before is past the end": (lambda runs: damage(runs, 10), ["train.num_steps=4"], "auto", ConfigError),
     "checkpoints are no directory": (lambda runs: make_a_file(runs / "k/checkpoints"), [], "auto", CheckpointError),
     "superseded is no directory": (lambda runs: (runs / "k/superseded").touch(), [], STEP_5, StorageError),
-    "the run is no directory": (lambda runs: make_a_file(runs / "k"), [], "auto", CheckpointError),
+    "the run is no directory": (lambda runs: make_a_file(runs / "k"), [], "auto", StorageError),
     "the parent is no directory": (lambda runs: (runs / "file").touch(), ["run.output_dir={runs}/file"], "auto", StorageError),
     "the record of steps": (spoil_record, [], "auto", StorageError),
     "the record of agents": (lambda runs: (runs / "k/launchers.json").write_text("{"), [], "auto", StorageError),

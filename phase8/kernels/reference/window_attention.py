@@ -56,7 +56,9 @@ def window_attention(
     """
     seen = visible_keys(k, v, global_tokens=global_tokens, starts=starts, state=state)
     blocks = _Blocks(q.shape[1], seen, window)
-    y = _attend_by_dot(blocks, q) if beta is None else _attend(blocks, q, beta)[0]
+    # What is compiled or exported has the plain operations: in torch's joint graph of forward and backward, gradients of its attention are wrong.
+    is_traced = torch.compiler.is_compiling()
+    y = _attend_by_dot(blocks, q) if beta is None and not is_traced else _attend(blocks, q, beta)[0]
     return y, None if state is None else seen.carried(window, q.shape[1])
 
 
