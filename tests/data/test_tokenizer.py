@@ -339,7 +339,7 @@ def test_streaming_decodes_few_ids_for_each_of_endless_spaces(request, monkeypat
 
 def test_streaming_keeps_spaces_on_which_later_ones_depend():
     def decode(ids):
-        """Of spaces (0) that follow each other every second is a tab."""
+        """Every second one of the spaces (0) that follow each other is a tab."""
         return "".join("a" if i else "\t" if number % 2 else " " for i, run in itertools.groupby(ids) for number, _ in enumerate(run))
 
     ids = [1, *[0] * 9, 1, 0]

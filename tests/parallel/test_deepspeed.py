@@ -284,7 +284,7 @@ def test_swap_directories_are_empty_and_go_with_the_process(tmp_path):
 
 
 def host_bytes(settings):
-    """Of an engine: bytes of all tensors that DeepSpeed offloaded, and bytes of them by the plan."""
+    """Returns the bytes of all tensors that the engine of DeepSpeed offloads, and their bytes by the plan."""
     engine, config = new_engine(settings, 1)
     step(engine, config, 0)
     zero = engine._zero
