@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import json
 import os
 import re
@@ -25,6 +26,7 @@ from phase8.terminal import tell
 # Signals that ask a process to end, sent by schedulers, launchers, a closing terminal, or Slurm before the time limit (`--signal=USR1`).
 END_SIGNALS = (signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1)
 FLUSH_SECONDS = 1.0
+_PARENT_DEATH_SIGNAL = 1  # PR_SET_PDEATHSIG of linux/prctl.h
 STILL_SECONDS = 20.0  # on a busy file system, ranks finish importing Python modules seconds apart
 _BACKEND_ERROR = re.compile(r"gloo|nccl|pair closure", re.IGNORECASE)  # gloo raises plain RuntimeErrors
 
@@ -110,6 +112,16 @@ def leave(exit_code: int) -> NoReturn:
     """Ends the process without waiting for its other threads."""
     within(FLUSH_SECONDS, _flush)
     os._exit(exit_code)
+
+
+def end_with_launcher() -> None:
+    """Has the kernel kill this process when the launcher that started it ends; on other systems than Linux nothing does.
+
+    The watch ends a rank whose launcher is gone, but it is a thread: a rank that holds the interpreter's lock while it waits for its device would
+    wait forever for ranks that have ended, and keep its memory there.
+    """
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(_PARENT_DEATH_SIGNAL, signal.SIGKILL)
 
 
 def within(seconds: float, work: Callable[[], None]) -> None:

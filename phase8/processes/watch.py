@@ -14,6 +14,7 @@ second and reads those of other ranks. The other ends the process if the first i
 | no rank moves for the time-out | rank 0 reads all positions and names the rank that is behind; every rank writes a hang record; all exit with 7 |
 | rank 0 is silent or lost | the rank that found the failure prints the reason instead |
 | the store is gone | the host of rank 0 is lost: one rank of each host says so; all exit with 7 |
+| torchrun is killed | the kernel kills its ranks, also one that holds the interpreter's lock; ranks of other hosts have lost a host |
 | SIGTERM, SIGHUP, SIGUSR1 | a failure after which the launcher signals gets time to be reported; then the rank exits with 128 + number |
 
 The training loop has its own handlers of these signals, which finish the step and save. A rank that ends because of another one uses
@@ -40,6 +41,7 @@ import torch.distributed as dist
 from phase8.errors import CommunicationError
 from phase8.processes.bootstrap import World
 from phase8.processes.exit import (
+    end_with_launcher,
     exit_code_of,
     first_line,
     heeded_end_signals,
@@ -147,6 +149,8 @@ class Watch:
         self._move_to(Position(step, doing, ordinal=self._position.ordinal + 1 if step == self._position.step else 1))
 
     def __enter__(self) -> Watch:
+        if self.world.launcher == "torchrun":
+            end_with_launcher()
         self._send_beat()
         for thread in self._threads:
             thread.start()

@@ -34,7 +34,8 @@ def misbehave(how, begun):
         os.kill(os.getpid(), signal.SIGKILL)
     if how == "stop":
         os.kill(os.getpid(), signal.SIGSTOP)
-    if how == "hold":  # as in the launch of a kernel behind a full queue: PyDLL keeps the interpreter's lock
+    if how == "hold":  # as the launch of a kernel behind a full queue does: PyDLL keeps the interpreter's lock
+        begun.touch()
         ctypes.PyDLL(None).sleep(3600)
     if how == "hang":
         begun.touch()

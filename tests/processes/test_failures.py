@@ -191,6 +191,15 @@ def test_a_silent_rank_is_found_by_the_time_out_and_not_before(tmp_path, how, si
     assert len(list((tmp_path / "hang").glob("rank-*.stack.txt"))) == len(others)
 
 
+@pytest.mark.skipif(sys.platform != "linux", reason="only Linux kills the children of a process that ends")
+def test_ranks_end_with_torchrun_also_one_that_holds_the_interpreters_lock(tmp_path):
+    run = launched.Launched(launched.torchrun_command(SCRIPT, "hold", 1, tmp_path / "hang", 60.0, num_processes=2))
+    begun = tmp_path / "hang.begun"
+    run.wait_until(begun.exists)
+    run.process.kill()
+    run.end(timeout_seconds=30.0)  # no process is left
+
+
 def test_the_end_of_the_host_of_the_store_ends_the_others(tmp_path):
     processes = start_two_that_hang(tmp_path)
     processes[0].kill()
