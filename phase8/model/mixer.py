@@ -188,8 +188,6 @@ class Phase8Mixer(nn.Module):
         finish = self._begin_inputs(x, angles, starts, own_starts, state)
         projections = None if self.global_path is None else self.global_path.begin(x)
         inputs, convolution = finish()
-        if self.has_silu_of_all_values:
-            inputs = inputs._replace(v=F.silu(inputs.v))
         paths, window, path, prepared = [], None, None, None
         window_before = self._window_before(inputs, starts, state)
         if self.global_path is not None and projections is not None:
@@ -223,18 +221,16 @@ class Phase8Mixer(nn.Module):
         # Either gives queries and keys of the window a length; without both they keep theirs.
         lengths = self.score if self.score is not None else self.qk_norm
         taps, radius = self.convolution.taps, None if lengths is None else lengths.radius
+        fixed = {"eps": self.eps, "silu": self.has_silu, "silu_values": self.has_silu_of_all_values, "starts": own_starts}
         if self._takes_bottlenecks(x, state):
             bottlenecks = self.qkv.bottlenecks(x)
             bottlenecks = bottlenecks.reshape(-1, len(angles), bottlenecks.shape[-1])
             ups = [local(linear.up.weight) for linear in (self.q, self.k, self.v)]
-            fixed = {"num_heads": self.num_heads, "eps": self.eps, "silu": self.has_silu, "starts": own_starts}
-            return lambda: (low_rank_mixer_inputs(bottlenecks, ups, taps, angles, radius, **fixed), None)
+            return lambda: (low_rank_mixer_inputs(bottlenecks, ups, taps, angles, radius, num_heads=self.num_heads, **fixed), None)
         qkv = self.qkv(x)
         before = self._inputs_before(qkv.reshape(-1, len(angles), qkv.shape[-1]), starts, state)
         qkv = qkv.reshape(-1, len(angles), 3, self.num_heads, self.head_size)
-        return lambda: mixer_inputs(
-            qkv, taps, angles, radius, eps=self.eps, silu=self.has_silu, starts=own_starts, initial_state=before()
-        )  # fmt: skip
+        return lambda: mixer_inputs(qkv, taps, angles, radius, **fixed, initial_state=before())
 
     def _takes_bottlenecks(self, x: Tensor, state: MixerState | None) -> bool:
         """Whether q, k and v are computed where the inputs of both paths are: they are of low rank, of whole sequences and of sizes that can be.
