@@ -50,7 +50,6 @@ BLOCKS = {
     "tied": ("model.tie_embeddings=true",),
     "embedding scalars": ("model.embedding_scalars=true", "model.num_layers=4", "model.tie_embeddings=true", "model.init_std=0.3"),
     "values": ("model.value_activation=silu", "model.global_gate_activation=silu", "model.init_std=0.3"),
-    "values, low-rank": ("model.value_activation=silu", "model.low_rank_rank=5", "model.init_std=0.3"),
     "values, transformer": ("model.value_activation=silu", "model.block=transformer", "model.init_std=0.3"),
     "embedding scalars, transformer": ("model.embedding_scalars=true", "model.block=transformer", "model.num_layers=3", "model.init_std=0.3"),
     "deep": ("model.num_layers=5",),
