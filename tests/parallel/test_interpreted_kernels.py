@@ -23,13 +23,12 @@ MODEL = (
     "model.ffn_size=16", "model.local_window_size=20", "train.global_batch_size=2", "train.seed=3", "precision.dtype=fp32",
     "optim.learning_rate=1e-3", "optim.eps=1e-3", "optim.gradient_clip_norm=1.0", "train.micro_batch_size=2",
 )  # fmt: skip
-MODELS = BLOCKS | {"values, low-rank": (*BLOCKS["values"], "model.low_rank_rank=5")}
 SLICES = ("train.recompute=slices", "train.recompute_slice_tokens=64")
 CASES = {
     "default cp2": ("default", ranks(cp=2)),
     "delta cp2": ("delta", ranks(cp=2)),
     "values cp2": ("values", ranks(cp=2)),
-    "values tp2, low-rank": ("values, low-rank", ranks(tp=2)),
+    "values tp2": ("values", ranks(tp=2)),
     "whole tp2": ("whole", ranks(tp=2)),
     "low-rank tp2": ("low-rank", ranks(tp=2)),
     "low-rank cp2": ("low-rank", ranks(cp=2)),
@@ -60,7 +59,7 @@ def train(settings, num_steps, world_size, interpreted):
 @pytest.mark.parametrize("case", [pytest.param(name, marks=() if name in QUICK else pytest.mark.full) for name in CASES])
 def test_ranks_equal_one_process(pool, case):
     block, (world_size, settings) = CASES[case]
-    block = (*MODELS[block], *(key for key in settings if key.startswith("train.global_batch_size")))
+    block = (*BLOCKS[block], *(key for key in settings if key.startswith("train.global_batch_size")))
     found = pool.run(train, (*block, *settings), 1, world_size, True, world_size=world_size, timeout_seconds=240)[0]
     found = difference(found, train(block, 1, 1, False), train(block, 0, 1, False))
     assert found.within(TOLERANCE["fp32"]), found
