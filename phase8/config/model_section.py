@@ -18,6 +18,7 @@ from phase8.config.values import (
     NonNegativeInt,
     OptionalWidth,
     PositiveFloat,
+    SiluOfValues,
     TapCount,
     TokenCount,
     Width,
@@ -200,14 +201,11 @@ class ModelSection(Section):
         return self.has_global_path and self.global_activation != "none"
 
     @property
-    def has_silu_of_values(self) -> bool:
-        """Whether the values that the global path reads go through SiLU; those of the window do not."""
-        return self.has_global_path and self.global_activation == "silu_with_values"
-
-    @property
-    def has_silu_of_all_values(self) -> bool:
-        """Whether the values that every path reads go through SiLU."""
-        return self.value_activation == "silu"
+    def silu_of_values(self) -> SiluOfValues:
+        """Which values go through SiLU."""
+        if self.value_activation == "silu":
+            return "all"
+        return "global" if self.has_global_path and self.global_activation == "silu_with_values" else "none"
 
     @property
     def scalars_per_head(self) -> int:

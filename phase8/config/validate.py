@@ -94,7 +94,7 @@ def model_problems(model: ModelSection) -> Iterator[str]:
         yield f"model.local_qk_norm is true, but model.score is {model.score}, which has lengths of its own; set model.local_qk_norm to false."
     if model.global_path == "none":
         yield from _without_path(model)
-    if model.value_activation == "silu" and model.has_silu_of_values:
+    if model.value_activation == "silu" and model.has_global_path and model.global_activation == "silu_with_values":
         yield "model.value_activation is silu, and model.global_activation silu_with_values adds a second one; set model.global_activation to silu."
     yield from model_expert_problems(model)
     if model.ffn == "low_rank_swiglu" and model.low_rank_rank == 0:

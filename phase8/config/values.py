@@ -105,5 +105,7 @@ Seconds = Annotated[PositiveFloat, at_most(10**9)]
 Text = Annotated[str, BeforeValidator(_as_spelled)]
 # What the global path computes, by its name.
 GlobalPathName = Annotated[Literal["delta", "linear", "none"], BeforeValidator(_named_global_path)]
+# Which values pass SiLU: none, those that the global path reads, or those of every path.
+SiluOfValues = Literal["none", "global", "all"]
 # `~` and environment variables are expanded, as in a shell.
 PathText = Annotated[Text, AS_PATH]

@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from phase8.config.values import SiluOfValues
 from phase8.kernels.decay_and_gate import DecayAndGate
 from phase8.kernels.window_ring import RingPlace, ring_place
 
@@ -92,8 +93,7 @@ class MixerConstants:
         has_silu: Whether queries and keys of the global path go through SiLU.
         has_rotary: Whether queries and keys of the window have rotary positions.
         eps: Summand of the mean squares.
-        has_silu_of_values: Whether the values that the global path reads go through SiLU.
-        has_silu_of_all_values: Whether those of the window do, too.
+        silu_of_values: Which values go through SiLU.
     """
 
     taps: Tensor | None
@@ -108,8 +108,7 @@ class MixerConstants:
     has_silu: bool
     has_rotary: bool
     eps: float
-    has_silu_of_values: bool = False
-    has_silu_of_all_values: bool = False
+    silu_of_values: SiluOfValues = "none"
 
 
 @dataclass(frozen=True)

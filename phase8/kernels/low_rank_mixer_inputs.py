@@ -26,13 +26,14 @@ def low_rank_mixer_inputs(
     num_heads: int,
     eps: float,
     silu: bool = False,
+    silu_values: bool = False,
     starts: Tensor | None = None,
 ) -> MixerInputs:
     """Products, convolution, rotation and normalisation; arguments and results as in the reference of the same name.
 
     `limits.takes_bottlenecks` says for which sizes.
     """
-    return MixerInputs(*_forward(bottlenecks, ups, taps, angles, radius, starts, num_heads, eps, silu))
+    return MixerInputs(*_forward(bottlenecks, ups, taps, angles, radius, starts, num_heads, eps, silu, silu_values))
 
 
 @torch.library.custom_op("phase8::low_rank_mixer_inputs", mutates_args=())
@@ -46,14 +47,15 @@ def _forward(
     num_heads: int,
     eps: float,
     silu: bool,
+    silu_values: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     if uses_triton(bottlenecks) and bottlenecks.dtype != torch.float64:
         from phase8.kernels.gpu.low_rank_mixer_inputs import prepare
 
-        return prepare(bottlenecks, ups, taps, angles, radius, starts, num_heads, eps, silu)
+        return prepare(bottlenecks, ups, taps, angles, radius, starts, num_heads, eps, silu, silu_values)
     inputs = reference.low_rank_mixer_inputs(
-        bottlenecks, ups, taps, angles, radius, num_heads=num_heads, eps=eps, silu=silu, starts=starts
-    )  # fmt: skip
+        bottlenecks, ups, taps, angles, radius, num_heads=num_heads, eps=eps, silu=silu, silu_values=silu_values, starts=starts
+    )
     return tuple(x.clone(memory_format=torch.contiguous_format) for x in inputs)
 
 
@@ -69,6 +71,7 @@ def _backward(
     num_heads: int,
     eps: float,
     silu: bool,
+    silu_values: bool,
 ) -> tuple[Tensor, Tensor]:
     """Gradients of the bottlenecks, and in one row, since an operator may not return views of one tensor, those of the weights in fp32 or wider.
 
@@ -77,10 +80,11 @@ def _backward(
     if uses_triton(bottlenecks) and bottlenecks.dtype != torch.float64:
         from phase8.kernels.gpu.low_rank_mixer_inputs_backward import prepare_backward
 
-        return prepare_backward(gradients, bottlenecks, ups, taps, angles, radius, starts, num_heads, eps, silu)
+        return prepare_backward(gradients, bottlenecks, ups, taps, angles, radius, starts, num_heads, eps, silu, silu_values)
     dbottlenecks, dups, dtaps, dradius = reference.low_rank_mixer_inputs_backward(
-        MixerInputs(*gradients), bottlenecks, ups, taps, angles, radius, num_heads=num_heads, eps=eps, silu=silu, starts=starts
-    )
+        MixerInputs(*gradients), bottlenecks, ups, taps, angles, radius,
+        num_heads=num_heads, eps=eps, silu=silu, silu_values=silu_values, starts=starts,
+    )  # fmt: skip
     dradii = None if dradius is None else torch.stack((dradius, torch.zeros_like(dradius)))
     return dbottlenecks, torch.cat([at_least_fp32(x).flatten() for x in (*dups, dtaps, dradii) if x is not None])
 
@@ -106,18 +110,18 @@ def _sizes(ups: list[Tensor], taps: Tensor | None, radius: Tensor | None) -> lis
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    bottlenecks, ups, *tensors, ctx.num_heads, ctx.eps, ctx.silu = inputs
-    ctx.save_for_backward(bottlenecks, *ups, *tensors)
+    bottlenecks, ups, taps, angles, radius, starts, ctx.num_heads, *ctx.fixed = inputs
+    ctx.save_for_backward(bottlenecks, *ups, taps, angles, radius, starts)
 
 
 def _autograd(ctx: Any, *gradients: Tensor) -> tuple[Tensor | list[Tensor] | None, ...]:
     bottlenecks, q, k, v, taps, angles, radius, starts = ctx.saved_tensors
     ups = [q, k, v]
-    dbottlenecks, row = _backward(list(gradients), bottlenecks, ups, taps, angles, radius, starts, ctx.num_heads, ctx.eps, ctx.silu)
+    dbottlenecks, row = _backward(list(gradients), bottlenecks, ups, taps, angles, radius, starts, ctx.num_heads, *ctx.fixed)
     *dups, dtaps, dradii = row.split(_sizes(ups, taps, radius))
     dups = [gradient.view(up.shape).to(up.dtype) for gradient, up in zip(dups, ups, strict=True)]
     of_taps = None if taps is None else dtaps.view(taps.shape).to(taps.dtype)
-    return dbottlenecks, dups, of_taps, None, None if radius is None else dradii.view(2, -1).sum(0).to(radius.dtype), None, None, None, None
+    return dbottlenecks, dups, of_taps, None, None if radius is None else dradii.view(2, -1).sum(0).to(radius.dtype), None, None, None, None, None
 
 
 _forward.register_autograd(_autograd, setup_context=_setup_context)

@@ -26,12 +26,15 @@ def _forward(
     initial_state: Tensor | None,
     eps: float,
     silu: bool,
+    silu_values: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     if uses_triton(qkv) and qkv.dtype != torch.float64:
         from phase8.kernels.gpu.mixer_inputs import prepare
 
-        return prepare(qkv, weight, angles, radius, starts, initial_state, eps, silu)
-    inputs, _ = reference.mixer_inputs(qkv, weight, angles, radius, eps=eps, silu=silu, starts=starts, initial_state=initial_state)
+        return prepare(qkv, weight, angles, radius, starts, initial_state, eps, silu, silu_values)
+    inputs, _ = reference.mixer_inputs(
+        qkv, weight, angles, radius, eps=eps, silu=silu, silu_values=silu_values, starts=starts, initial_state=initial_state
+    )
     return tuple(x.clone(memory_format=torch.contiguous_format) for x in inputs)
 
 
@@ -46,14 +49,16 @@ def _backward(
     initial_state: Tensor | None,
     eps: float,
     silu: bool,
+    silu_values: bool,
 ) -> list[Tensor]:
     if uses_triton(qkv) and qkv.dtype != torch.float64:
         from phase8.kernels.gpu.mixer_inputs_backward import prepare_backward
 
-        return prepare_backward(gradients, qkv, weight, angles, radius, starts, initial_state, eps, silu)
+        return prepare_backward(gradients, qkv, weight, angles, radius, starts, initial_state, eps, silu, silu_values)
     found = reference.mixer_inputs_backward(
-        MixerInputs(*gradients), qkv, weight, angles, radius, eps=eps, silu=silu, starts=starts, initial_state=initial_state
-    )
+        MixerInputs(*gradients), qkv, weight, angles, radius,
+        eps=eps, silu=silu, silu_values=silu_values, starts=starts, initial_state=initial_state,
+    )  # fmt: skip
     return [x.contiguous() for x in found if x is not None]
 
 
@@ -80,19 +85,19 @@ def _(
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    *tensors, ctx.eps, ctx.silu = inputs
-    ctx.save_for_backward(*tensors)
+    qkv, weight, angles, radius, starts, initial_state, *ctx.fixed = inputs
+    ctx.save_for_backward(qkv, weight, angles, radius, starts, initial_state)
 
 
 def _autograd(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
     qkv, weight, angles, radius, starts, initial_state = ctx.saved_tensors
-    found = iter(_backward(list(gradients), qkv, weight, angles, radius, starts, initial_state, ctx.eps, ctx.silu))
+    found = iter(_backward(list(gradients), qkv, weight, angles, radius, starts, initial_state, *ctx.fixed))
     dqkv, dinitial = next(found), None
     if initial_state is not None:
         num_before = initial_state.shape[1]
         dqkv, dinitial = dqkv[:, num_before:], dqkv[:, :num_before].flatten(2)
     dweight = None if weight is None else next(found)
-    return dqkv, dweight, None, None if radius is None else next(found), None, dinitial, None, None
+    return dqkv, dweight, None, None if radius is None else next(found), None, dinitial, None, None, None
 
 
 _forward.register_autograd(_autograd, setup_context=_setup_context)
@@ -106,14 +111,14 @@ def mixer_inputs(
     *,
     eps: float,
     silu: bool = False,
+    silu_values: bool = False,
     starts: Tensor | None = None,
     initial_state: Tensor | None = None,
 ) -> tuple[MixerInputs, Tensor]:
     """Convolution, rotation and normalisation; arguments and results as in the reference of the same name."""
     is_short = initial_state is not None and qkv.shape[1] < SHORTEST_PIECE
-    if keeps_for_backward(qkv) or is_short:
-        return reference.mixer_inputs(qkv, weight, angles, radius, eps=eps, silu=silu, starts=starts, initial_state=initial_state)
-    return _by_operator(qkv, weight, angles, radius, eps=eps, silu=silu, starts=starts, initial_state=initial_state)
+    run = reference.mixer_inputs if keeps_for_backward(qkv) or is_short else _by_operator
+    return run(qkv, weight, angles, radius, eps=eps, silu=silu, silu_values=silu_values, starts=starts, initial_state=initial_state)
 
 
 def _by_operator(
@@ -124,14 +129,15 @@ def _by_operator(
     *,
     eps: float,
     silu: bool,
+    silu_values: bool,
     starts: Tensor | None,
     initial_state: Tensor | None,
 ) -> tuple[MixerInputs, Tensor]:
     num_carried = 0 if weight is None else weight.shape[1] - 1
     last = qkv.flatten(2)[:, max(0, qkv.shape[1] - num_carried) :]
     if initial_state is None or weight is None:
-        return MixerInputs(*_forward(qkv, weight, angles, radius, starts, None, eps, silu)), last
+        return MixerInputs(*_forward(qkv, weight, angles, radius, starts, None, eps, silu, silu_values)), last
     initial_state = initial_state.to(qkv.dtype)
     last = torch.cat((initial_state, last), dim=1)[:, last.shape[1] :]
     carried = last if starts is None else inputs_to_carry(last, starts)
-    return MixerInputs(*_forward(qkv, weight, angles, radius, starts, initial_state.contiguous(), eps, silu)), carried
+    return MixerInputs(*_forward(qkv, weight, angles, radius, starts, initial_state.contiguous(), eps, silu, silu_values)), carried

@@ -86,7 +86,7 @@ class CausalAttention(nn.Module):
             keys, model.convolution_taps, num_ranks=axis.size, head_size=model.head_width, queries_per_key=model.queries_per_key
         )
         self.qk_norm = QueryKeyNorm(model.key_value_heads, model.head_width, eps=model.norm_eps) if model.has_qk_norm else None
-        self.eps, self.has_silu_of_all_values = model.norm_eps, model.has_silu_of_all_values
+        self.eps, self.silu_of_values = model.norm_eps, model.silu_of_values
         std = model.init_std / math.sqrt(2 * model.num_layers)
         self.out = row_linear(inner, width, rank=rank, std=std, axis=axis, number_format=number_format)
 
@@ -127,7 +127,7 @@ class CausalAttention(nn.Module):
             has_silu=False,
             has_rotary=has_rotary,
             eps=self.eps,
-            has_silu_of_all_values=self.has_silu_of_all_values,
+            silu_of_values=self.silu_of_values,
         )
         return MixerStep(SeparateProjections(self.qkv.prepared(dtype)), constants, self.out.prepared(dtype))
 
@@ -143,7 +143,7 @@ class CausalAttention(nn.Module):
             before = None if self.convolution.taps is None else self.earlier.last_inputs(qkv, self.convolution.num_taps - 1, starts)()
         qkv, convolution = self.convolution(qkv, own_starts, before)
         q, k, v = (part.unflatten(-1, (-1, self.head_size)) for part in qkv.split(self.widths, dim=-1))
-        if self.has_silu_of_all_values:
+        if self.silu_of_values == "all":
             v = F.silu(v)
         if self.qk_norm is not None:
             q, k = self.qk_norm(q), self.qk_norm(k)

@@ -101,8 +101,7 @@ class Phase8Mixer(nn.Module):
         self.convolution = ShortConvolution(inner, model.convolution_taps, num_ranks=axis.size, head_size=model.head_width)
         self.score = LorentzScore(model.num_heads) if model.score == "lorentz" and self.window > 0 else None
         self.qk_norm = QueryKeyNorm(model.num_heads, model.head_width, eps=model.norm_eps) if model.has_qk_norm and self.window > 0 else None
-        self.has_silu, self.has_silu_of_values = model.has_silu, model.has_silu_of_values
-        self.has_silu_of_all_values = model.has_silu_of_all_values
+        self.has_silu, self.silu_of_values = model.has_silu, model.silu_of_values
         self.global_path = GlobalPath(model, axis=axis, number_format=number_format, context=context) if model.has_global_path else None
         self.out = row_linear(inner, width, rank=rank, std=0.0, axis=axis, number_format=number_format)
 
@@ -151,8 +150,7 @@ class Phase8Mixer(nn.Module):
             has_silu=self.has_silu,
             has_rotary=has_rotary,
             eps=self.eps,
-            has_silu_of_values=self.has_silu_of_values,
-            has_silu_of_all_values=self.has_silu_of_all_values,
+            silu_of_values=self.silu_of_values,
         )
         return MixerStep(project, constants, self.out.prepared(dtype))
 
@@ -188,12 +186,10 @@ class Phase8Mixer(nn.Module):
         finish = self._begin_inputs(x, angles, starts, own_starts, state)
         projections = None if self.global_path is None else self.global_path.begin(x)
         inputs, convolution = finish()
-        if self.has_silu_of_all_values:
-            inputs = inputs._replace(v=F.silu(inputs.v))
         paths, window, path, prepared = [], None, None, None
         window_before = self._window_before(inputs, starts, state)
         if self.global_path is not None and projections is not None:
-            own = inputs._replace(v=F.silu(inputs.v)) if self.has_silu_of_values else inputs
+            own = inputs._replace(v=F.silu(inputs.v)) if self.silu_of_values == "global" else inputs
             prepared = self.global_path.prepare(projections, own, own_starts, None if state is None else state.global_path)
         if self.window > 0:
             y, window = self._attend(inputs, own_starts, window_before())
@@ -223,18 +219,16 @@ class Phase8Mixer(nn.Module):
         # Either gives queries and keys of the window a length; without both they keep theirs.
         lengths = self.score if self.score is not None else self.qk_norm
         taps, radius = self.convolution.taps, None if lengths is None else lengths.radius
+        fixed = {"eps": self.eps, "silu": self.has_silu, "silu_values": self.silu_of_values == "all", "starts": own_starts}
         if self._takes_bottlenecks(x, state):
             bottlenecks = self.qkv.bottlenecks(x)
             bottlenecks = bottlenecks.reshape(-1, len(angles), bottlenecks.shape[-1])
             ups = [local(linear.up.weight) for linear in (self.q, self.k, self.v)]
-            fixed = {"num_heads": self.num_heads, "eps": self.eps, "silu": self.has_silu, "starts": own_starts}
-            return lambda: (low_rank_mixer_inputs(bottlenecks, ups, taps, angles, radius, **fixed), None)
+            return lambda: (low_rank_mixer_inputs(bottlenecks, ups, taps, angles, radius, num_heads=self.num_heads, **fixed), None)
         qkv = self.qkv(x)
         before = self._inputs_before(qkv.reshape(-1, len(angles), qkv.shape[-1]), starts, state)
         qkv = qkv.reshape(-1, len(angles), 3, self.num_heads, self.head_size)
-        return lambda: mixer_inputs(
-            qkv, taps, angles, radius, eps=self.eps, silu=self.has_silu, starts=own_starts, initial_state=before()
-        )  # fmt: skip
+        return lambda: mixer_inputs(qkv, taps, angles, radius, **fixed, initial_state=before())
 
     def _takes_bottlenecks(self, x: Tensor, state: MixerState | None) -> bool:
         """Whether q, k and v are computed where the inputs of both paths are: they are of low rank, of whole sequences and of sizes that can be.

@@ -126,7 +126,7 @@ def test_hybrids_have_the_parts_of_their_papers():
     for run, path, has_skip in zip(runs, ("delta", "linear"), (False, True), strict=True):
         model = run.config.model
         assert (model.global_path, model.global_skip) == (path, has_skip) and model.window_sizes == (0, 2048) * 4
-        assert model.has_silu and model.has_silu_of_values and model.has_channel_gate and model.global_gate_activation == "silu"
+        assert model.has_silu and model.silu_of_values == "global" and model.has_channel_gate and model.global_gate_activation == "silu"
         assert model.convolution_taps == 4 and model.chain == "none"
 
 

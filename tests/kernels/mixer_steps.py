@@ -29,8 +29,7 @@ class StepCase:
     rank: int = 5  # of the gate per channel
     delta: bool = False
     floor: float | None = None
-    silu_values: bool = False
-    silu_all_values: bool = False
+    silu_values: str = "none"
     silu_gate: bool = False
     skip: bool = False
     positions: tuple[int, ...] = (3, 20)
@@ -120,8 +119,7 @@ def draw_step(case: StepCase, dtype: torch.dtype, *, steps: int) -> Steps:
         has_silu=case.silu,
         has_rotary=case.rotary,
         eps=1e-5,
-        has_silu_of_values=case.silu_values,
-        has_silu_of_all_values=case.silu_all_values,
+        silu_of_values=case.silu_values,
     )
     slots = (case.batch, case.global_tokens + case.window, case.num_key_heads, case.head_size)
     state = MixerStepState(

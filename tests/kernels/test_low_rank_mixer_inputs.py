@@ -9,16 +9,16 @@ from phase8.kernels.reference.mixer_inputs import MixerInputs, mixer_inputs
 from phase8.kernels.rotary import rotary_angles
 
 EPS = 1e-5
-# length, heads, head size, rank, taps (0: no convolution), radius given, documents, SiLU
+# length, heads, head size, rank, taps (0: no convolution), radius given, documents, SiLU, SiLU of values
 CASES = [
-    (21, 2, 8, 3, 4, True, False, True), (17, 3, 12, 5, 4, False, True, False), (1, 1, 4, 1, 3, True, False, False),
-    (9, 1, 6, 2, 0, False, True, True),
+    (21, 2, 8, 3, 4, True, False, True, False), (17, 3, 12, 5, 4, False, True, False, True), (1, 1, 4, 1, 3, True, False, False, False),
+    (9, 1, 6, 2, 0, False, True, True, True),
 ]  # fmt: skip
 
 
 def problem(case, batch=2):
     """Arguments of the forward up to `radius`, options, and gradients of the five results; fp64."""
-    length, heads, head_size, rank, num_taps, with_radius, packed, silu = case
+    length, heads, head_size, rank, num_taps, with_radius, packed, silu, silu_values = case
     generator = torch.Generator().manual_seed(0)
 
     def draw(*shape):
@@ -30,7 +30,7 @@ def problem(case, batch=2):
     radius = (1 + draw(heads).abs()).requires_grad_() if with_radius else None
     angles = rotary_angles(length, head_size, base=1e4, first_position=0, device=torch.device("cpu"))
     starts = torch.rand(batch, length, generator=generator) < 0.2 if packed else None
-    options = {"num_heads": heads, "eps": EPS, "silu": silu, "starts": starts}
+    options = {"num_heads": heads, "eps": EPS, "silu": silu, "silu_values": silu_values, "starts": starts}
     return [bottlenecks, ups, taps, angles, radius], options, [draw(batch, length, heads, head_size) for _ in MixerInputs._fields]
 
 
@@ -51,7 +51,7 @@ def test_each_of_q_k_and_v_comes_from_its_own_bottleneck(case):
     bottlenecks, ups, taps, angles, radius = arguments
     q, k, v = (torch.einsum("btr,cr->btc", bottlenecks[..., i * case[3] : (i + 1) * case[3]], ups[i]) for i in range(3))
     qkv = torch.stack((q, k, v), dim=2).unflatten(3, (case[1], case[2]))
-    expected, _ = mixer_inputs(qkv, taps, angles, radius, eps=EPS, silu=options["silu"], starts=options["starts"])
+    expected, _ = mixer_inputs(qkv, taps, angles, radius, eps=EPS, **{name: options[name] for name in ("silu", "silu_values", "starts")})
     torch.testing.assert_close(low_rank_mixer_inputs(*arguments, **options), expected)
 
 
@@ -86,6 +86,6 @@ def test_gradients_of_the_operator_are_those_of_the_reference(case):
 @pytest.mark.parametrize("case", CASES)
 def test_opcheck(case):
     arguments, options, gradients = problem(case)
-    rest = (options["starts"], options["num_heads"], EPS, options["silu"])
+    rest = (options["starts"], options["num_heads"], EPS, options["silu"], options["silu_values"])
     torch.library.opcheck(kernel._forward, (*arguments, *rest))
     torch.library.opcheck(kernel._backward, (gradients, *detached(arguments), *rest))

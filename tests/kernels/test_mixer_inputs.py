@@ -7,7 +7,8 @@ from phase8.kernels.rotary import rotary_angles
 
 EPS = 1e-5
 both_beginnings = pytest.mark.parametrize("continued", [False, True], ids=["begun", "continued"])
-both_activations = pytest.mark.parametrize("silu", [False, True], ids=["none", "silu"])
+ACTIVATIONS = [{"silu": silu, "silu_values": values} for silu in (False, True) for values in (False, True)]
+all_activations = pytest.mark.parametrize("activations", ACTIVATIONS, ids=["none", "values", "silu", "both"])
 # length, heads, head size, taps (0: no convolution), radius given, documents
 CASES = [(21, 2, 8, 4, True, False), (17, 3, 12, 4, False, True), (1, 1, 4, 3, True, False), (5, 2, 16, 1, True, True), (9, 1, 6, 0, False, False)]
 
@@ -39,74 +40,75 @@ def detached(arguments):
     return [None if x is None else x.detach() for x in arguments]
 
 
-@both_activations
+@all_activations
 @pytest.mark.parametrize("case", CASES)
-def test_lengths_and_angles_are_those_of_the_definition(case, silu):
+def test_lengths_and_angles_are_those_of_the_definition(case, activations):
     """In complex numbers: a rotation multiplies channel i + i' K/2 by e^(i angle)."""
     (qkv, weight, angles, radius), starts, _ = problem((*case[:3], 0, *case[4:]))
-    inputs, _ = mixer_inputs(qkv, weight, angles, radius, eps=0.0, silu=silu, starts=starts)
+    inputs, _ = mixer_inputs(qkv, weight, angles, radius, eps=0.0, **activations, starts=starts)
     for part, local, shared in ((0, inputs.local_q, inputs.global_q), (1, inputs.local_k, inputs.global_k)):
         x = qkv[:, :, part]
-        active = x / (1 + torch.exp(-x)) if silu else x
+        active = x / (1 + torch.exp(-x)) if activations["silu"] else x
         torch.testing.assert_close(shared, active * case[2] ** 0.5 / active.norm(dim=-1, keepdim=True))
         turned = torch.complex(*x.chunk(2, dim=-1)) * torch.polar(torch.ones_like(angles), angles)[:, None]
         turned = torch.cat((turned.real, turned.imag), dim=-1)
         if radius is not None:
             turned = turned / turned.norm(dim=-1, keepdim=True) * radius[:, None]
         torch.testing.assert_close(local, turned, rtol=1e-6, atol=1e-6)  # angles are fp32
-    assert torch.equal(inputs.v, qkv[:, :, 2])
+    v = qkv[:, :, 2]
+    torch.testing.assert_close(inputs.v, v / (1 + torch.exp(-v)) if activations["silu_values"] else v)
 
 
-@both_activations
+@all_activations
 @both_beginnings
 @pytest.mark.parametrize("case", CASES)
-def test_backward_is_that_of_autograd(case, continued, silu):
+def test_backward_is_that_of_autograd(case, continued, activations):
     arguments, starts, gradients = problem(case)
     before = projections_before(case) if continued else None
-    inputs, _ = mixer_inputs(*arguments, eps=EPS, silu=silu, starts=starts, initial_state=before)
+    inputs, _ = mixer_inputs(*arguments, eps=EPS, **activations, starts=starts, initial_state=before)
     wanted = [x for x in (*arguments, before) if x is not None and x.requires_grad]
     expected = [*torch.autograd.grad(inputs, wanted, gradients, allow_unused=True, materialize_grads=True)]  # one tap reads nothing before
     if before is not None:  # the projections before and those of the piece are one tensor
         expected[0] = torch.cat((expected.pop().unflatten(2, expected[0].shape[2:]), expected[0]), dim=1)
         before = before.detach()
-    found = mixer_inputs_backward(MixerInputs(*gradients), *detached(arguments), eps=EPS, silu=silu, starts=starts, initial_state=before)
+    found = mixer_inputs_backward(MixerInputs(*gradients), *detached(arguments), eps=EPS, **activations, starts=starts, initial_state=before)
     for ours, theirs in zip([x for x in found if x is not None], expected, strict=True):
         torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-6)  # angles are fp32, so a turn back is not quite the inverse
 
 
-@both_activations
+@all_activations
 @pytest.mark.parametrize("pieces", [[1] * 12, [2, 1, 9], [5, 7]])
-def test_pieces_with_carried_state_equal_the_whole(pieces, silu):
+def test_pieces_with_carried_state_equal_the_whole(pieces, activations):
     (qkv, weight, angles, radius), _, _ = problem((12, 2, 8, 4, True, False))
     state, outputs, begin = torch.zeros(2, 3, 48, dtype=torch.float64), [], 0
     for size in pieces:
         piece = slice(begin, begin + size)
-        inputs, state = kernel.mixer_inputs(qkv[:, piece], weight, angles[piece], radius, eps=EPS, silu=silu, initial_state=state)
+        inputs, state = kernel.mixer_inputs(qkv[:, piece], weight, angles[piece], radius, eps=EPS, **activations, initial_state=state)
         outputs.append(inputs)
         begin += size
-    whole, _ = kernel.mixer_inputs(qkv, weight, angles, radius, eps=EPS, silu=silu)
+    whole, _ = kernel.mixer_inputs(qkv, weight, angles, radius, eps=EPS, **activations)
     for ours, theirs in zip(map(torch.cat, zip(*outputs, strict=True), [1] * 5), whole, strict=True):
         torch.testing.assert_close(ours, theirs)
 
 
-@both_activations
+@all_activations
 @pytest.mark.parametrize("packed", [False, True])
 @pytest.mark.parametrize("length", [12, 2, 1])
-def test_the_operator_takes_a_piece_as_plain_torch_does(length, packed, silu):
+def test_the_operator_takes_a_piece_as_plain_torch_does(length, packed, activations):
     case = (length, 2, 8, 4, True, packed)
     (qkv, weight, angles, radius), starts, gradients = problem(case)
     state = projections_before(case)
     results = []
     for function in (kernel._by_operator, mixer_inputs):
-        inputs, carried = function(qkv, weight, angles, radius, eps=EPS, silu=silu, starts=starts, initial_state=state)
+        inputs, carried = function(qkv, weight, angles, radius, eps=EPS, **activations, starts=starts, initial_state=state)
         results.append((inputs, carried, torch.autograd.grad(inputs, [qkv, weight, radius, state], gradients)))
     torch.testing.assert_close(*results, rtol=1e-5, atol=1e-6)  # as above
 
 
-@both_activations
+@all_activations
 @pytest.mark.parametrize("case", CASES)
-def test_opcheck(case, silu):
+def test_opcheck(case, activations):
     arguments, starts, gradients = problem(case)
-    before = projections_before(case) if silu else None
-    torch.library.opcheck(kernel._forward, (*arguments, starts, before, EPS, silu))
-    torch.library.opcheck(kernel._backward, (gradients, *detached(arguments), starts, *detached([before]), EPS, silu))
+    before = projections_before(case) if activations["silu"] else None
+    torch.library.opcheck(kernel._forward, (*arguments, starts, before, EPS, *activations.values()))
+    torch.library.opcheck(kernel._backward, (gradients, *detached(arguments), starts, *detached([before]), EPS, *activations.values()))

@@ -16,15 +16,17 @@ SMALL = [
     StepCase(window=5, global_tokens=3, positions=(2, 40)), StepCase(delta=True, channels=False, silu=True, positions=(5, 6)),
     StepCase(heads=6, key_heads=2, taps=1, global_path=None, global_tokens=2),
     StepCase(heads=4, key_heads=1, taps=1, global_path=None, scaled=False, positions=(2, 9)),
-    StepCase(silu=True, silu_values=True, silu_gate=True), StepCase(silu_values=True, silu_gate=True, channels=False, delta=True),
-    StepCase(silu=True, silu_values=True, silu_gate=True, skip=True, window=0), StepCase(skip=True, head_size=12),
-    StepCase(silu_all_values=True, skip=True), StepCase(heads=4, key_heads=2, taps=1, global_path=None, silu_all_values=True),
+    StepCase(silu=True, silu_values="global", silu_gate=True), StepCase(silu_values="global", silu_gate=True, channels=False, delta=True),
+    StepCase(silu=True, silu_values="global", silu_gate=True, skip=True, window=0), StepCase(skip=True, head_size=12),
+    StepCase(silu_values="all", skip=True), StepCase(heads=4, key_heads=2, taps=1, global_path=None, silu_values="all"),
 ]  # fmt: skip
 LARGE = [
     StepCase(batch=3, heads=16, head_size=128, window=2048, positions=(1, 2047, 90_000)),
     StepCase(batch=2, heads=8, head_size=64, window=300, global_tokens=4, delta=True, positions=(299, 301)),
     StepCase(batch=1, heads=5, head_size=96, window=128, floor=-5.0, positions=(131_072,)),
-    StepCase(batch=2, heads=16, head_size=128, window=128, rank=128, silu=True, silu_values=True, silu_gate=True, skip=True, positions=(127, 400)),
+    StepCase(
+        batch=2, heads=16, head_size=128, window=128, rank=128, silu=True, silu_values="global", silu_gate=True, skip=True, positions=(127, 400)
+    ),
     StepCase(batch=2, heads=32, key_heads=8, head_size=128, window=4096, taps=1, global_path=None, scaled=False, positions=(1500, 4095)),
 ]
 TILES = [  # of which windows have several
@@ -164,7 +166,7 @@ def kernel(tiling, **changes):
         "NUM_HEADS": 16, "KEY_HEADS": 16, "HEAD_SIZE": 128, "BLOCK_K": 128, "TAPS": 4, "BLOCK_J": tiling.slots, "ROWS": max(4, tiling.num_warps),
         "BLOCK_V": columns, "BLOCK_P": window_parts, "WINDOW_PARTS": window_parts, "MEMORY_PARTS": 128 // columns, "IS_WHOLE": tiling.is_whole,
         "ROTARY": True, "SCALE": True, "GLOBALS": False, "RANK": 128, "BLOCK_R": 128, "TILE_R": tiling.gate_tile, "SILU": True, "SCALARS": 1,
-        "DELTA": False, "FLOOR": False, "SILU_VALUES": False, "SILU_ALL_VALUES": False, "SILU_GATE": False, "SKIP": False, "OVERLAPS": True,
+        "DELTA": False, "FLOOR": False, "SILU_VALUES": "none", "SILU_GATE": False, "SKIP": False, "OVERLAPS": True,
     }  # fmt: skip
     options = {"maxnreg": tiling.max_registers}
     return OfflineKernel(
@@ -173,7 +175,7 @@ def kernel(tiling, **changes):
 
 
 DELTA = {"DELTA": True, "SCALARS": 2, "GLOBALS": True, "global_tokens": 4}
-MAMBA2 = {"SILU_VALUES": True, "SILU_ALL_VALUES": True, "SILU_GATE": True, "SKIP": True}
+MAMBA2 = {"SILU_VALUES": "global", "SILU_GATE": True, "SKIP": True}
 SHARED_KEYS = {"NUM_HEADS": 32, "KEY_HEADS": 8, "TAPS": 1, "MEMORY_PARTS": 0, "OVERLAPS": False}
 FEW_BYTES = 32  # of a thread, written once and read at the end
 
@@ -183,6 +185,7 @@ def compiled():
     whole = next(tiling for tiling in CHOSEN if tiling.is_whole)
     kernels = {(tiling, "linear"): kernel(tiling) for tiling in CHOSEN} | {(tiling, "delta"): kernel(tiling, **DELTA) for tiling in CHOSEN}
     kernels |= {(tiling, "linear with SiLU and a skip"): kernel(tiling, **MAMBA2) for tiling in CHOSEN}
+    kernels[whole, "linear with SiLU of all values"] = kernel(whole, **MAMBA2 | {"SILU_VALUES": "all"})
     kernels[whole, "shared keys"] = kernel(whole, **SHARED_KEYS)
     found = compile_offline({str(key): value for key, value in kernels.items()})
     return {key: found[str(key)] for key in kernels}

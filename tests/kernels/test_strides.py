@@ -34,12 +34,12 @@ def state():
 
 def of_mixer_inputs():
     before = drawn(NUM_SEQUENCES, 3, 3 * HEADS * SIZE)
-    return sequences(3, HEADS, SIZE), drawn(3 * HEADS * SIZE, 4), drawn(LENGTH, SIZE // 2), drawn(HEADS).abs(), starts(), before, 1e-5, True
+    return sequences(3, HEADS, SIZE), drawn(3 * HEADS * SIZE, 4), drawn(LENGTH, SIZE // 2), drawn(HEADS).abs(), starts(), before, 1e-5, True, True
 
 
 def of_low_rank_mixer_inputs():
     ups = [drawn(HEADS * SIZE, 4) for _ in range(3)]
-    return sequences(12), ups, drawn(3 * HEADS * SIZE, 4), drawn(LENGTH, SIZE // 2), drawn(HEADS).abs(), starts(), HEADS, 1e-5, True
+    return sequences(12), ups, drawn(3 * HEADS * SIZE, 4), drawn(LENGTH, SIZE // 2), drawn(HEADS).abs(), starts(), HEADS, 1e-5, True, True
 
 
 def of_window_attention():

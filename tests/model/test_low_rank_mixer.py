@@ -18,8 +18,10 @@ KINDS = {
     "lorentz": {"score": "lorentz", "chain": "both"},
     "dot, one tap": {"score": "dot", "chain": "none", "convolution_size": 1, "global_activation": "none"},
     "window alone": {"global_path": "none"},
+    "values": {"value_activation": "silu", "score": "dot"},
     "feed-forward too": {"ffn": "low_rank_swiglu", "global_path": "delta"},
 }
+values_or_not = pytest.mark.parametrize("kind", ["default", "values"])
 
 
 class Count(TorchDispatchMode):
@@ -65,17 +67,19 @@ def test_loss_and_gradients_are_the_same_either_way(kind, packed, inside):
 
 
 @pytest.mark.parametrize("mode", ["selective", "full"])
-def test_recomputation_changes_no_bit(mode, inside):
+@values_or_not
+def test_recomputation_changes_no_bit(kind, mode, inside):
     inside(True)
-    plain, recomputed = made("default"), made("default")
+    plain, recomputed = made(kind), made(kind)
     apply_recomputation(recomputed, mode)
     torch.testing.assert_close(loss_and_gradients(recomputed, None), loss_and_gradients(plain, None), rtol=0, atol=0)
 
 
-def test_compiled_blocks_have_no_graph_break(inside):
+@values_or_not
+def test_compiled_blocks_have_no_graph_break(kind, inside):
     inside(True)
     torch.compiler.reset()  # of one function only so many graphs are made, and other tests of the process have made some
-    plain, compiled = made("default"), made("default")
+    plain, compiled = made(kind), made(kind)
     for layer in compiled.blocks.values():
         layer.compile(fullgraph=True, backend="aot_eager")
     torch.testing.assert_close(loss_and_gradients(compiled, None), loss_and_gradients(plain, None), rtol=1e-5, atol=1e-5)

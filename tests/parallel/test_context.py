@@ -26,7 +26,7 @@ BLOCKS = {
     "globals": {"global_tokens": 5, "local_window_size": 3},
     "options": {
         "global_path": "delta", "global_gate": "channel", "local_qk_norm": True, "global_activation": "silu", "decay_floor": -5.0,
-        "rotary": (True, False),
+        "rotary": (True, False), "value_activation": "silu",
     },
     "transformer": {"block": "transformer", "convolution_size": 4},
     "transformer without convolution": {"block": "transformer", "local_qk_norm": True},

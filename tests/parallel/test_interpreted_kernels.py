@@ -27,6 +27,8 @@ SLICES = ("train.recompute=slices", "train.recompute_slice_tokens=64")
 CASES = {
     "default cp2": ("default", ranks(cp=2)),
     "delta cp2": ("delta", ranks(cp=2)),
+    "values cp2": ("values", ranks(cp=2)),
+    "values tp2": ("values", ranks(tp=2)),
     "whole tp2": ("whole", ranks(tp=2)),
     "low-rank tp2": ("low-rank", ranks(tp=2)),
     "low-rank cp2": ("low-rank", ranks(cp=2)),

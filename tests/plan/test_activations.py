@@ -103,6 +103,13 @@ def test_low_rank_q_k_and_v_are_not_kept_where_an_operator_computes_them():
     assert outside.block - inside.block == pytest.approx(2 * numbers, rel=0.05)
 
 
+@pytest.mark.parametrize("changes", [{}, {"convolution_size": 1}, {"head_size": 32, "low_rank_rank": 8}], ids=["default", "one tap", "low-rank"])
+def test_values_that_pass_silu_keep_nothing_more_where_an_operator_activates_them(changes):
+    case = {"dtype": torch.bfloat16, "micro_batch_size": 2, "packed": False, "device_type": "cuda"}
+    plain, active = (trace_activations(ModelSection(**SHAPE, **changes, value_activation=each), **case) for each in ("none", "silu"))
+    assert active == plain
+
+
 def test_recomputation_keeps_less():
     traced = trace_activations(ModelSection(**SHAPE), dtype=torch.float32, micro_batch_size=2, packed=False, device_type="cpu")
     assert traced.block > 2 * traced.block_without_mixer > 2 * traced.block_input

@@ -162,6 +162,20 @@ def test_the_cache_is_flushed_and_everything_enqueued_before_a_run_starts(measur
     assert events == ["run"] * measure.WARMUP_RUNS + ["flush", "sleep", "event", "run", "event"] * 2 + ["synchronize"]
 
 
+@pytest.mark.parametrize(("door", "shape"), [("mixer_inputs", [1, 20, 2, 8]), ("low_rank_mixer_inputs", [1, 20, 2, 8, 4])])
+def test_values_pass_silu_in_the_operator_and_after_it(door, shape, measure, monkeypatch):
+    """What is timed side by side is the same."""
+    monkeypatch.setattr(torch, "compile", lambda function, dynamic: function)
+    make = runpy.run_path(str(BENCH / f"{door}.py"))["_cases"]
+    for flag, peer in ((False, []), (True, ["phase8, then SiLU"])):
+        found = list(make(argparse.Namespace(shape=shape, tiles="chosen", silu_values=flag), CPU))
+        for group in {case.group for case in found}:
+            cases = {case.name: case.run() for case in found if case.group == group}
+            assert [name for name in cases if name.startswith("phase8")] == ["phase8", *peer]
+            for name in peer:
+                torch.testing.assert_close([*cases[name]], [*cases["phase8"]], rtol=0.05, atol=0.05 * max(x.abs().max().item() for x in cases[name]))
+
+
 @pytest.mark.parametrize("door", sorted(path.name for path in BENCH.glob("*.py") if path.name != "measure.py"))
 def test_doors_refuse_in_one_sentence_without_a_gpu(door, measure, monkeypatch, capfd):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)

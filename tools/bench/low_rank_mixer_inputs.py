@@ -2,6 +2,7 @@
 
     python tools/bench/low_rank_mixer_inputs.py
     python tools/bench/low_rank_mixer_inputs.py --shape 256 512 8 64 16 --tiles all
+    python tools/bench/low_rank_mixer_inputs.py --silu-values
 
 Floor: bottlenecks read once and the five results written once; in backward, bottlenecks and the five gradients read once and the gradient of the
 bottlenecks written once.
@@ -42,15 +43,16 @@ def main() -> int:
     options = parser(__doc__)
     options.add_argument("--shape", nargs=5, type=int, metavar=("B", "T", "H", "K", "R"), help=f"(default: each of {SHAPES})")
     options.add_argument("--tiles", choices=("chosen", "all"), default="chosen", help="all: other tiles than those chosen too (default: chosen)")
+    options.add_argument("--silu-values", action="store_true", help="values pass SiLU: in the kernel, and in an operation after it")
     return run_door(lambda: benchmark("low_rank_mixer_inputs", options.parse_args(), _cases))
 
 
 def _cases(arguments: argparse.Namespace, device: torch.device) -> Iterator[Case]:
     for shape in [arguments.shape] if arguments.shape else SHAPES:
-        yield from _cases_of(shape, device, with_all_tiles=arguments.tiles == "all")
+        yield from _cases_of(shape, device, with_all_tiles=arguments.tiles == "all", silu_values=arguments.silu_values)
 
 
-def _cases_of(shape: list[int], device: torch.device, *, with_all_tiles: bool) -> Iterator[Case]:
+def _cases_of(shape: list[int], device: torch.device, *, with_all_tiles: bool, silu_values: bool) -> Iterator[Case]:
     batch, length, heads, head_size, rank = shape
     generator = torch.Generator(device).manual_seed(0)
 
@@ -64,11 +66,15 @@ def _cases_of(shape: list[int], device: torch.device, *, with_all_tiles: bool) -
     angles = rotary_angles(length, head_size, base=1e4, first_position=0, device=device)
     inputs = [bottlenecks, *ups, taps, radius]
     gradients = [draw(batch, length, heads, head_size).bfloat16() for _ in MixerInputs._fields]
-    ours = partial(low_rank_mixer_inputs, bottlenecks, ups, taps, angles, radius, num_heads=heads, eps=EPS, silu=True)
-    separate = partial(torch.compile(_separately, dynamic=False), bottlenecks, ups, taps, angles, radius, heads)
+    plain = partial(low_rank_mixer_inputs, bottlenecks, ups, taps, angles, radius, num_heads=heads, eps=EPS, silu=True)
+    ours = partial(plain, silu_values=silu_values)
+    others = {"product, mixer_inputs": partial(torch.compile(_separately, dynamic=False), bottlenecks, ups, taps, angles, radius, heads, silu_values)}
+    if silu_values:
+        others["phase8, then SiLU"] = partial(_then_silu, plain)
     both = partial(_both, inputs, gradients)
-    for found, expected in zip(both(ours), both(separate), strict=True):
-        require_close("low_rank_mixer_inputs", found, expected, tolerance=TOLERANCE)
+    for other in others.values():
+        for found, expected in zip(both(ours), both(other), strict=True):
+            require_close("low_rank_mixer_inputs", found, expected, tolerance=TOLERANCE)
     once, part_bytes = bottlenecks.numel() * bottlenecks.element_size(), gradients[0].numel() * gradients[0].element_size()
     for label, run, num_bytes, tiles in (
         ("forward", _forward, once + 5 * part_bytes, FORWARD_TILES),
@@ -76,19 +82,26 @@ def _cases_of(shape: list[int], device: torch.device, *, with_all_tiles: bool) -
     ):
         group = f"{' x '.join(map(str, shape))}, {label}"
         yield Case(group, "phase8", partial(run, ours), num_bytes=num_bytes)
-        yield Case(group, "product, mixer_inputs", partial(run, separate), num_bytes=num_bytes)
+        for name, other in others.items():
+            yield Case(group, name, partial(run, other), num_bytes=num_bytes)
         for changes in tiles if with_all_tiles else []:
             name = " ".join(f"{key}={value}" for key, value in changes.items())
             yield Case(group, name, partial(_with_tiles, changes, partial(run, ours)), num_bytes=num_bytes)
 
 
 def _separately(
-    bottlenecks: Tensor, ups: list[Tensor], taps: Tensor, angles: Tensor, radius: Tensor, num_heads: int
+    bottlenecks: Tensor, ups: list[Tensor], taps: Tensor, angles: Tensor, radius: Tensor, num_heads: int, silu_values: bool
 ) -> MixerInputs:  # fmt: skip
     """What a model does for which the operator is not made."""
     projected = F.linear(bottlenecks, torch.block_diag(*(up.to(bottlenecks.dtype) for up in ups)))
     qkv = projected.unflatten(2, (3, num_heads, -1))
-    return mixer_inputs(qkv, taps, angles, radius, eps=EPS, silu=True)[0]
+    return mixer_inputs(qkv, taps, angles, radius, eps=EPS, silu=True, silu_values=silu_values)[0]
+
+
+def _then_silu(function: Callable[[], MixerInputs]) -> MixerInputs:
+    """The operator without SiLU of values and an operation after it, which reads and writes them once more and keeps what it reads."""
+    inputs = function()
+    return inputs._replace(v=F.silu(inputs.v))
 
 
 def _with_tiles(changes: dict[str, int], run: Callable[[], object]) -> object:

@@ -2,6 +2,7 @@
 
     python tools/bench/mixer_inputs.py
     python tools/bench/mixer_inputs.py --shape 4 4096 16 128
+    python tools/bench/mixer_inputs.py --silu-values
 
 Floor: the projections read once and the five results written once; in backward, the projections and the five gradients read once and the
 gradient of the projections written once.
@@ -15,6 +16,7 @@ from collections.abc import Callable, Iterator
 from functools import partial
 
 import torch
+import torch.nn.functional as F
 from measure import Case, benchmark, parser, require_close
 from torch import Tensor
 
@@ -31,6 +33,7 @@ def main() -> int:
     """Runs the command line and returns the exit code."""
     options = parser(__doc__)
     options.add_argument("--shape", nargs=4, type=int, default=[4, 4096, 16, 128], metavar=("B", "T", "H", "K"), help="(default: 4 4096 16 128)")
+    options.add_argument("--silu-values", action="store_true", help="values pass SiLU: in the kernel, and in an operation after it")
     return run_door(lambda: benchmark("mixer_inputs", options.parse_args(), _cases))
 
 
@@ -43,18 +46,30 @@ def _cases(arguments: argparse.Namespace, device: torch.device) -> Iterator[Case
     part_bytes = qkv.numel() * qkv.element_size() // 3
     for radius in (torch.full((heads,), 4.0, device=device, requires_grad=True), None):
         inputs = [x for x in (qkv, weight, radius) if x is not None]
-        ours = partial(_results, mixer_inputs, qkv, weight, angles, radius)
-        compiled = partial(_results, torch.compile(reference.mixer_inputs, dynamic=False), qkv, weight, angles, radius)
-        for found, expected in zip(_both(inputs, ours), _both(inputs, compiled), strict=True):
-            require_close("mixer_inputs", found, expected, tolerance=TOLERANCE)
+        functions = {"phase8": mixer_inputs, "compiled reference": torch.compile(reference.mixer_inputs, dynamic=False)}
+        if arguments.silu_values:
+            functions["phase8, then SiLU"] = _then_silu
+        arranged = (qkv, weight, angles, radius)
+        runs = {name: partial(_results, function, *arranged, silu_values=arguments.silu_values) for name, function in functions.items()}
+        for other in [*runs.values()][1:]:
+            for found, expected in zip(_both(inputs, runs["phase8"]), _both(inputs, other), strict=True):
+                require_close("mixer_inputs", found, expected, tolerance=TOLERANCE)
         score = "dot" if radius is None else "lorentz"
         for label, run, parts in (("forward", _forward, 3 + 5), ("forward+backward", partial(_both, inputs), 8 + 3 + 5 + 3)):
-            for name, function in (("phase8", ours), ("compiled reference", compiled)):
+            for name, function in runs.items():
                 yield Case(f"{score}, {label}", name, partial(run, function), num_bytes=parts * part_bytes)
 
 
-def _results(function: Callable[..., tuple[reference.MixerInputs, Tensor]], *arguments: Tensor | None) -> reference.MixerInputs:
-    return function(*arguments, eps=EPS)[0]
+def _results(
+    function: Callable[..., tuple[reference.MixerInputs, Tensor]], *arguments: Tensor | None, silu_values: bool
+) -> reference.MixerInputs:  # fmt: skip
+    return function(*arguments, eps=EPS, silu_values=silu_values)[0]
+
+
+def _then_silu(*arguments: Tensor | None, eps: float, silu_values: bool) -> tuple[reference.MixerInputs, Tensor]:
+    """The operator without SiLU of values and an operation after it, which reads and writes them once more and keeps what it reads."""
+    inputs, state = mixer_inputs(*arguments, eps=eps)
+    return inputs._replace(v=F.silu(inputs.v)), state
 
 
 def _forward(function: Callable[[], reference.MixerInputs]) -> reference.MixerInputs:

@@ -44,7 +44,7 @@ def reasons_against(model: ModelSection) -> Iterator[str]:
         yield "a norm of queries and keys (model.local_qk_norm)"
     if model.embedding_scalars:
         yield "blocks that add the embedding (model.embedding_scalars)"
-    if model.has_silu_of_all_values:
+    if model.silu_of_values != "none":
         yield "an activation of values (model.value_activation)"
     if not all(model.has_rotary):
         yield "layers without positions (model.rotary)"

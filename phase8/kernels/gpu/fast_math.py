@@ -59,3 +59,10 @@ def sigmoid(x, FAST: tl.constexpr):
         return tl.inline_asm_elementwise("rcp.approx.ftz.f32 $0, $1;", "=f,f", [below], dtype=tl.float32, is_pure=True, pack=1)
     else:
         return tl.sigmoid(x)
+
+
+@triton.jit
+def silu_slope(x, FAST: tl.constexpr):
+    """Derivative of x sigmoid(x)."""
+    share = sigmoid(x, FAST)
+    return share + x * share * (1.0 - share)

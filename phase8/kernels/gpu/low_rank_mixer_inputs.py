@@ -16,7 +16,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from phase8.kernels.gpu.fast_math import has_fast_math, tensor_core_precision
+from phase8.kernels.gpu.fast_math import has_fast_math, sigmoid, tensor_core_precision
 from phase8.kernels.gpu.gated_linear_attention import num_processors
 from phase8.kernels.gpu.layout import contiguous
 from phase8.kernels.gpu.mixer_inputs import store_normalised
@@ -61,13 +61,13 @@ def choose_tiles(num_tokens: int, num_heads: int, rank: int, device: torch.devic
 
 def prepare(
     bottlenecks: Tensor, ups: list[Tensor], taps: Tensor | None, angles: Tensor, radius: Tensor | None, starts: Tensor | None,
-    num_heads: int, eps: float, silu: bool,
+    num_heads: int, eps: float, silu: bool, silu_values: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """Computes the reference `low_rank_mixer_inputs`."""
     bottlenecks = bottlenecks.contiguous()
     batch, length, _ = bottlenecks.shape
     tiles = choose_tiles(batch * length, num_heads, ups[0].shape[1], bottlenecks.device)
-    shared = constants(ups, taps, radius, starts, num_heads, silu)
+    shared = constants(ups, taps, radius, starts, num_heads, silu, silu_values)
     shape = (batch, length, num_heads, shared["HEAD_SIZE"])
     outputs = tuple(torch.empty(shape, dtype=bottlenecks.dtype, device=bottlenecks.device) for _ in range(5))
     num_programs = triton.cdiv(length, tiles.tokens) * triton.cdiv(batch, tiles.steps)
@@ -80,7 +80,7 @@ def prepare(
 
 
 def constants(
-    ups: list[Tensor], taps: Tensor | None, radius: Tensor | None, starts: Tensor | None, num_heads: int, silu: bool
+    ups: list[Tensor], taps: Tensor | None, radius: Tensor | None, starts: Tensor | None, num_heads: int, silu: bool, silu_values: bool
 ) -> dict[str, object]:
     """Compile-time constants of the kernels of this operation."""
     width, rank = ups[0].shape
@@ -94,6 +94,7 @@ def constants(
         "BLOCK_TAPS": triton.next_power_of_2(num_taps),
         "RADIUS": radius is not None,
         "SILU": silu,
+        "SILU_VALUES": silu_values,
         "DOCUMENTS": starts is not None,
         "FAST": has_fast_math(),
         "PRECISION": tensor_core_precision(),
@@ -168,8 +169,8 @@ def load_seen(x, token, age, RANK: tl.constexpr, BLOCK_R: tl.constexpr, TAPS: tl
 def _forward_kernel(
     bottlenecks, folded, cosines, sines, radius, starts, local_q, local_k, global_q, global_k, v, batch, length, eps,
     NUM_HEADS: tl.constexpr, HEAD_SIZE: tl.constexpr, RANK: tl.constexpr, BLOCK_R: tl.constexpr, TAPS: tl.constexpr, BLOCK_TAPS: tl.constexpr,
-    RADIUS: tl.constexpr, SILU: tl.constexpr, DOCUMENTS: tl.constexpr, FAST: tl.constexpr, PRECISION: tl.constexpr, BLOCK_N: tl.constexpr,
-    STEPS: tl.constexpr, EVEN: tl.constexpr,
+    RADIUS: tl.constexpr, SILU: tl.constexpr, SILU_VALUES: tl.constexpr, DOCUMENTS: tl.constexpr, FAST: tl.constexpr, PRECISION: tl.constexpr,
+    BLOCK_N: tl.constexpr, STEPS: tl.constexpr, EVEN: tl.constexpr,
 ):  # fmt: skip
     HALF: tl.constexpr = HEAD_SIZE // 2
     WIDTH: tl.constexpr = NUM_HEADS * HEAD_SIZE
@@ -199,6 +200,8 @@ def _forward_kernel(
             low = tl.dot(seen, tl.trans(weights[part][0]), input_precision=PRECISION)
             high = tl.dot(seen, tl.trans(weights[part][1]), input_precision=PRECISION)
             if part == 2:
+                if SILU_VALUES:
+                    low, high = low * sigmoid(low, FAST), high * sigmoid(high, FAST)
                 tl.store(v + out, low.to(v.dtype.element_ty), mask=mask)
                 tl.store(v + out + HALF, high.to(v.dtype.element_ty), mask=mask)
             else:

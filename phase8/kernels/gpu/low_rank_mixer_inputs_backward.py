@@ -14,7 +14,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from phase8.kernels.gpu.fast_math import sigmoid
+from phase8.kernels.gpu.fast_math import sigmoid, silu_slope
 from phase8.kernels.gpu.gated_linear_attention import num_processors
 from phase8.kernels.gpu.layout import contiguous
 from phase8.kernels.gpu.low_rank_mixer_inputs import choose_tiles, constants, fold, load_ages, load_folded, load_seen
@@ -25,13 +25,13 @@ SUMMED_TOKENS = 64
 
 def prepare_backward(
     gradients: list[Tensor], bottlenecks: Tensor, ups: list[Tensor], taps: Tensor | None, angles: Tensor, radius: Tensor | None,
-    starts: Tensor | None, num_heads: int, eps: float, silu: bool,
+    starts: Tensor | None, num_heads: int, eps: float, silu: bool, silu_values: bool,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """Gradients of the bottlenecks, and those of the weights in one row: the three up weights, the taps, and of the radius those by q and by k."""
     bottlenecks = bottlenecks.contiguous()
     batch, length, _ = bottlenecks.shape
     tiles = choose_tiles(batch * length, num_heads, ups[0].shape[1], bottlenecks.device)
-    shared = constants(ups, taps, radius, starts, num_heads, silu)
+    shared = constants(ups, taps, radius, starts, num_heads, silu, silu_values)
     num_tokens, rank, num_taps, device = batch * length, shared["RANK"], shared["TAPS"], bottlenecks.device
     piece = _piece_tokens(length, num_tokens * 3 * num_heads // tiles.rows, tiles.programs * num_processors(device))
     num_streams = batch * triton.cdiv(length, piece)
@@ -73,8 +73,8 @@ def _backward_kernel(
     bottlenecks, folded, up_q, up_k, up_v, taps, cosines, sines, radius, starts, dlocal_q, dlocal_k, dglobal_q, dglobal_k, dv, by_head, owed, sums,
     num_streams, batch, length, piece, num_sums, eps,
     NUM_HEADS: tl.constexpr, HEAD_SIZE: tl.constexpr, RANK: tl.constexpr, BLOCK_R: tl.constexpr, TAPS: tl.constexpr, BLOCK_TAPS: tl.constexpr,
-    RADIUS: tl.constexpr, SILU: tl.constexpr, DOCUMENTS: tl.constexpr, FAST: tl.constexpr, PRECISION: tl.constexpr, CONVOLUTION: tl.constexpr,
-    ROWS: tl.constexpr, STAGES: tl.constexpr, EVEN: tl.constexpr, ALIGNED: tl.constexpr,
+    RADIUS: tl.constexpr, SILU: tl.constexpr, SILU_VALUES: tl.constexpr, DOCUMENTS: tl.constexpr, FAST: tl.constexpr, PRECISION: tl.constexpr,
+    CONVOLUTION: tl.constexpr, ROWS: tl.constexpr, STAGES: tl.constexpr, EVEN: tl.constexpr, ALIGNED: tl.constexpr,
 ):  # fmt: skip
     part = tl.program_id(2)
     sums += tl.cast(tl.program_id(1), tl.int64) * num_sums
@@ -91,7 +91,7 @@ def _backward_kernel(
         _walk(
             bottlenecks, folded, up_v, taps, cosines, sines, radius, starts, dv, dv, by_head, owed, sums, part,
             num_streams, batch, length, piece, eps, NUM_HEADS, HEAD_SIZE, RANK, BLOCK_R, TAPS, BLOCK_TAPS,
-            False, False, False, DOCUMENTS, FAST, PRECISION, CONVOLUTION, ROWS, STAGES, EVEN, ALIGNED,
+            False, False, SILU_VALUES, DOCUMENTS, FAST, PRECISION, CONVOLUTION, ROWS, STAGES, EVEN, ALIGNED,
         )  # fmt: skip
 
 
@@ -103,7 +103,7 @@ def _walk(
     NORMALISED: tl.constexpr, RADIUS: tl.constexpr, SILU: tl.constexpr, DOCUMENTS: tl.constexpr, FAST: tl.constexpr, PRECISION: tl.constexpr,
     CONVOLUTION: tl.constexpr, ROWS: tl.constexpr, STAGES: tl.constexpr, EVEN: tl.constexpr, ALIGNED: tl.constexpr,
 ):  # fmt: skip
-    """Walks through the pieces of some streams for one head, which is either normalised and rotated, or values."""
+    """Walks through the pieces of some streams for one head, which is either normalised and rotated, or values; SILU is that of either."""
     HALF: tl.constexpr = HEAD_SIZE // 2
     WIDTH: tl.constexpr = NUM_HEADS * HEAD_SIZE
     COLUMNS: tl.constexpr = BLOCK_TAPS * BLOCK_R
@@ -151,6 +151,9 @@ def _walk(
             )  # fmt: skip
             if RADIUS:
                 dradius += row_dscale
+        elif SILU:
+            dlow *= silu_slope(tl.dot(seen, tl.trans(weight_low), input_precision=PRECISION), FAST)
+            dhigh *= silu_slope(tl.dot(seen, tl.trans(weight_high), input_precision=PRECISION), FAST)
         dlow, dhigh = dlow.to(seen.dtype), dhigh.to(seen.dtype)
         dlow_sum = tl.dot(tl.trans(seen), dlow, dlow_sum, input_precision=PRECISION)
         dhigh_sum = tl.dot(tl.trans(seen), dhigh, dhigh_sum, input_precision=PRECISION)

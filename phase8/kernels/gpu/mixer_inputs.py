@@ -39,6 +39,7 @@ def prepare(
     initial_state: Tensor | None,
     eps: float,
     silu: bool,
+    silu_values: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Computes the reference `mixer_inputs`."""
     batch, length, _, num_heads, head_size = qkv.shape
@@ -46,13 +47,13 @@ def prepare(
     tokens = tile_tokens()
     _prepare_kernel[(triton.cdiv(length, tokens), num_heads, batch)](
         *read_tensors(qkv, weight, angles, radius, starts, initial_state), *outputs, length, eps,
-        **constants(qkv, weight, radius, starts, initial_state, silu), BLOCK_T=tokens, num_warps=NUM_WARPS,
+        **constants(qkv, weight, radius, starts, initial_state, silu, silu_values), BLOCK_T=tokens, num_warps=NUM_WARPS,
     )  # fmt: skip
     return outputs
 
 
 def constants(
-    qkv: Tensor, weight: Tensor | None, radius: Tensor | None, starts: Tensor | None, initial_state: Tensor | None, silu: bool
+    qkv: Tensor, weight: Tensor | None, radius: Tensor | None, starts: Tensor | None, initial_state: Tensor | None, silu: bool, silu_values: bool
 ) -> dict[str, object]:
     """Compile-time constants of the kernels of this operation."""
     _, _, _, num_heads, head_size = qkv.shape
@@ -64,6 +65,7 @@ def constants(
         "CONVOLUTION": weight is not None,
         "RADIUS": radius is not None,
         "SILU": silu,
+        "SILU_VALUES": silu_values,
         "DOCUMENTS": starts is not None,
         "CONTINUED": initial_state is not None,
         "FAST": has_fast_math(),
@@ -107,7 +109,8 @@ def convolved_half(
 def _prepare_kernel(
     qkv, weight, cosines, sines, radius, starts, initial, local_q, local_k, global_q, global_k, v, length, eps,
     NUM_HEADS: tl.constexpr, HEAD_SIZE: tl.constexpr, BLOCK_HALF: tl.constexpr, TAPS: tl.constexpr, CONVOLUTION: tl.constexpr,
-    RADIUS: tl.constexpr, SILU: tl.constexpr, DOCUMENTS: tl.constexpr, CONTINUED: tl.constexpr, FAST: tl.constexpr, BLOCK_T: tl.constexpr,
+    RADIUS: tl.constexpr, SILU: tl.constexpr, SILU_VALUES: tl.constexpr, DOCUMENTS: tl.constexpr, CONTINUED: tl.constexpr, FAST: tl.constexpr,
+    BLOCK_T: tl.constexpr,
 ):  # fmt: skip
     head, batch = tl.program_id(1), tl.cast(tl.program_id(2), tl.int64)
     token = tl.program_id(0) * BLOCK_T + tl.arange(0, BLOCK_T)
@@ -129,6 +132,8 @@ def _prepare_kernel(
             x, weight, starts, initial, token, channel + HALF, inside, length, 3 * WIDTH, TAPS, CONVOLUTION, DOCUMENTS, CONTINUED
         )  # fmt: skip
         if part == 2:
+            if SILU_VALUES:
+                low, high = low * sigmoid(low, FAST), high * sigmoid(high, FAST)
             tl.store(v + out, low.to(v.dtype.element_ty), mask=mask)
             tl.store(v + out + HALF, high.to(v.dtype.element_ty), mask=mask)
         else:

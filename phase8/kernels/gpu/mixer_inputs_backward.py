@@ -17,7 +17,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from phase8.kernels.gpu.fast_math import sigmoid
+from phase8.kernels.gpu.fast_math import sigmoid, silu_slope
 from phase8.kernels.gpu.layout import contiguous
 from phase8.kernels.gpu.mixer_inputs import constants, read_tensors
 
@@ -29,11 +29,11 @@ STAGES = 3
 
 def prepare_backward(
     gradients: list[Tensor], qkv: Tensor, weight: Tensor | None, angles: Tensor, radius: Tensor | None, starts: Tensor | None,
-    initial_state: Tensor | None, eps: float, silu: bool,
+    initial_state: Tensor | None, eps: float, silu: bool, silu_values: bool,
 ) -> list[Tensor]:
     """Gradients of qkv, with those of the projections before it in front, and of weight and radius if they exist."""
     batch, length, _, num_heads, _ = qkv.shape
-    shared = constants(qkv, weight, radius, starts, initial_state, silu)
+    shared = constants(qkv, weight, radius, starts, initial_state, silu, silu_values)
     heads, num_warps = _heads_of_a_program(num_heads, shared["BLOCK_HALF"])
     piece = 8 if triton.knobs.runtime.interpret else PIECE_TOKENS
     num_pieces = triton.cdiv(length, piece)
@@ -64,8 +64,8 @@ def _heads_of_a_program(num_heads: int, block_half: int) -> tuple[int, int]:
 def _backward_kernel(
     qkv, weight, cosines, sines, radius, starts, initial, dlocal_q, dlocal_k, dglobal_q, dglobal_k, dv, dqkv, dtaps_parts, dradius_parts, length,
     eps, NUM_HEADS: tl.constexpr, HEAD_SIZE: tl.constexpr, BLOCK_HALF: tl.constexpr, TAPS: tl.constexpr, CONVOLUTION: tl.constexpr,
-    RADIUS: tl.constexpr, SILU: tl.constexpr, DOCUMENTS: tl.constexpr, CONTINUED: tl.constexpr, FAST: tl.constexpr, HEADS: tl.constexpr,
-    PIECE: tl.constexpr, TOKENS: tl.constexpr, STAGES: tl.constexpr,
+    RADIUS: tl.constexpr, SILU: tl.constexpr, SILU_VALUES: tl.constexpr, DOCUMENTS: tl.constexpr, CONTINUED: tl.constexpr, FAST: tl.constexpr,
+    HEADS: tl.constexpr, PIECE: tl.constexpr, TOKENS: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     part = tl.program_id(0) // (NUM_HEADS // HEADS)
     if part < 2:
@@ -79,7 +79,7 @@ def _backward_kernel(
     else:
         _walk(
             qkv, weight, cosines, sines, radius, starts, initial, dv, dv, dqkv, dtaps_parts, dradius_parts, part, length, eps,
-            NUM_HEADS, HEAD_SIZE, BLOCK_HALF, TAPS, CONVOLUTION, False, False, False, DOCUMENTS, CONTINUED, FAST, HEADS, PIECE, TOKENS, STAGES,
+            NUM_HEADS, HEAD_SIZE, BLOCK_HALF, TAPS, CONVOLUTION, False, False, SILU_VALUES, DOCUMENTS, CONTINUED, FAST, HEADS, PIECE, TOKENS, STAGES,
         )  # fmt: skip
 
 
@@ -90,7 +90,7 @@ def _walk(
     NORMALISED: tl.constexpr, RADIUS: tl.constexpr, SILU: tl.constexpr, DOCUMENTS: tl.constexpr, CONTINUED: tl.constexpr, FAST: tl.constexpr,
     HEADS: tl.constexpr, PIECE: tl.constexpr, TOKENS: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
-    """Walks over a piece of the sequence for some heads, which are either normalised and rotated, or values."""
+    """Walks over a piece of the sequence for some heads, which are either normalised and rotated, or values; SILU is that of either."""
     HALF: tl.constexpr = HEAD_SIZE // 2
     WIDTH: tl.constexpr = NUM_HEADS * HEAD_SIZE
     batch, begin = tl.cast(tl.program_id(2), tl.int64), tl.program_id(1) * PIECE
@@ -183,6 +183,9 @@ def _advance(
                 _convolved(seen_low, taps_low, TAPS), _convolved(seen_high, taps_high, TAPS), dlow, dhigh, *dglobals[index],
                 scale, eps, HEAD_SIZE, RADIUS, SILU, FAST,
             )  # fmt: skip
+        elif SILU:
+            dlow *= silu_slope(_convolved(seen_low, taps_low, TAPS), FAST)
+            dhigh *= silu_slope(_convolved(seen_high, taps_high, TAPS), FAST)
         if BEHIND:
             dlow, dhigh = tl.where(there, dlow, 0.0), tl.where(there, dhigh, 0.0)
         else:

@@ -70,7 +70,7 @@ def mixer_step(
         TILE_R=min(tiling.gate_tile, block_of_rank), SILU=constants.has_silu, SCALARS=0 if scalars is None else scalars.shape[1] // num_heads,
         DELTA=decay_and_gate is not None and decay_and_gate.delta_size is not None,
         FLOOR=decay_and_gate is not None and decay_and_gate.decay_floor is not None,
-        SILU_VALUES=constants.has_silu_of_values, SILU_ALL_VALUES=constants.has_silu_of_all_values,
+        SILU_VALUES=constants.silu_of_values,
         SILU_GATE=decay_and_gate is not None and decay_and_gate.has_silu, SKIP=path is not None and path.skip is not None,
         num_warps=tiling.num_warps, maxnreg=tiling.max_registers, **overlap_options(qkv.device),
     )  # fmt: skip
@@ -91,7 +91,7 @@ def _step_kernel(
     BLOCK_V: tl.constexpr, BLOCK_P: tl.constexpr, WINDOW_PARTS: tl.constexpr, MEMORY_PARTS: tl.constexpr, IS_WHOLE: tl.constexpr,
     TAPS: tl.constexpr, ROTARY: tl.constexpr, SCALE: tl.constexpr, GLOBALS: tl.constexpr, RANK: tl.constexpr, BLOCK_R: tl.constexpr,
     TILE_R: tl.constexpr, SILU: tl.constexpr, SCALARS: tl.constexpr, DELTA: tl.constexpr, FLOOR: tl.constexpr,
-    SILU_VALUES: tl.constexpr, SILU_ALL_VALUES: tl.constexpr, SILU_GATE: tl.constexpr, SKIP: tl.constexpr, OVERLAPS: tl.constexpr,
+    SILU_VALUES: tl.constexpr, SILU_GATE: tl.constexpr, SKIP: tl.constexpr, OVERLAPS: tl.constexpr,
 ):  # fmt: skip
     part, head, row = tl.program_id(0), tl.program_id(1), tl.cast(tl.program_id(2), tl.int64)
     WIDTH: tl.constexpr = NUM_HEADS * HEAD_SIZE
@@ -121,7 +121,7 @@ def _step_kernel(
             positions + row, is_writer, scalars, channels, gate_up, decay_bias + head, gate_bias + head, skip + head, norm_weight, memory,
             window, global_tokens, score_scale, eps, decay_floor, TYPE, ROW, KEY_WIDTH, HEAD_SIZE, BLOCK_K, BLOCK_J, ROWS, TAPS,
             WINDOW_PARTS > 0, ROTARY, SCALE, GLOBALS, MEMORY_PARTS > 0, SILU, RANK, BLOCK_R, TILE_R, SCALARS, DELTA, FLOOR,
-            SILU_VALUES, SILU_ALL_VALUES, SILU_GATE, SKIP, OVERLAPS,
+            SILU_VALUES, SILU_GATE, SKIP, OVERLAPS,
         )  # fmt: skip
         tl.store(out, y.to(TYPE), mask=inside)
     else:
@@ -132,14 +132,14 @@ def _step_kernel(
                     x, before, taps, scalars, channels, gate_up, decay_bias + head, gate_bias + head, skip + head, memory,
                     parts + WINDOW_PARTS * (HEAD_SIZE + 2), part * BLOCK_V, score_scale, eps, decay_floor,
                     TYPE, WIDTH, HEAD_SIZE, BLOCK_K, BLOCK_V, ROWS, TAPS, SILU, RANK, BLOCK_R, TILE_R, SCALARS, DELTA, FLOOR,
-                    SILU_VALUES, SILU_ALL_VALUES, SILU_GATE, SKIP, OVERLAPS,
+                    SILU_VALUES, SILU_GATE, SKIP, OVERLAPS,
                 )  # fmt: skip
         if WINDOW_PARTS > 0:  # noqa: SIM102
             if part >= MEMORY_PARTS:
                 part_of_window(
                     x, before, taps, to_key, cosines, sines, scale + head, scale + NUM_HEADS + key_head, keys + slots, values + slots,
                     positions + row, parts, part - MEMORY_PARTS, is_writer, window, global_tokens, score_scale, eps,
-                    TYPE, ROW, KEY_WIDTH, HEAD_SIZE, BLOCK_K, BLOCK_J, ROWS, WINDOW_PARTS, TAPS, ROTARY, SCALE, GLOBALS, SILU_ALL_VALUES, OVERLAPS,
+                    TYPE, ROW, KEY_WIDTH, HEAD_SIZE, BLOCK_K, BLOCK_J, ROWS, WINDOW_PARTS, TAPS, ROTARY, SCALE, GLOBALS, SILU_VALUES, OVERLAPS,
                 )  # fmt: skip
         tl.debug_barrier()  # all threads have written before one of them says so
         if tl.atomic_add(arrivals + lane, 1) == WINDOW_PARTS + MEMORY_PARTS - 1:

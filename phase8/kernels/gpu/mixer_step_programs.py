@@ -41,8 +41,8 @@ def both_paths(
     TYPE: tl.constexpr, ROW: tl.constexpr, KEY_WIDTH: tl.constexpr, HEAD_SIZE: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_J: tl.constexpr,
     ROWS: tl.constexpr, TAPS: tl.constexpr, WINDOW: tl.constexpr, ROTARY: tl.constexpr, SCALE: tl.constexpr, GLOBALS: tl.constexpr,
     MEMORY: tl.constexpr, SILU: tl.constexpr, RANK: tl.constexpr, BLOCK_R: tl.constexpr, TILE_R: tl.constexpr, SCALARS: tl.constexpr,
-    DELTA: tl.constexpr, FLOOR: tl.constexpr, SILU_VALUES: tl.constexpr, SILU_ALL_VALUES: tl.constexpr,
-    SILU_GATE: tl.constexpr, SKIP: tl.constexpr, OVERLAPS: tl.constexpr,
+    DELTA: tl.constexpr, FLOOR: tl.constexpr, SILU_VALUES: tl.constexpr, SILU_GATE: tl.constexpr,
+    SKIP: tl.constexpr, OVERLAPS: tl.constexpr,
 ):  # fmt: skip
     """The sum of both paths of a head [K], fp32; it writes all of the state.
 
@@ -68,7 +68,7 @@ def both_paths(
         decay, rate = decay_of(tl.load(scalars) + decay_offset, decay_floor, FLOOR), rate_of(scalars, HEAD_SIZE, SCALARS, DELTA)
         q, k = normalised(inputs, row, eps, TYPE, HEAD_SIZE, SILU)
         qk = tl.sum(q * k, 0)
-    v = silu_of_values(tl.sum(tl.where(row == 2, inputs, 0.0), 0), TYPE, SILU_ALL_VALUES)
+    v = silu_of_values(tl.sum(tl.where(row == 2, inputs, 0.0), 0), TYPE, SILU_VALUES == "all")
     if WINDOW:
         near = turned(inputs, channel, cosine, sine, HEAD_SIZE, ROTARY)
         near_q, near_k = scaled(near, row, length, key_length, eps, TYPE, HEAD_SIZE, SCALE)
@@ -78,7 +78,7 @@ def both_paths(
     move_up(x, before, HEAD_SIZE, BLOCK_K, KEY_WIDTH, TAPS)
     sum_of_paths = tl.zeros((BLOCK_K,), tl.float32)
     if MEMORY:
-        own = silu_of_values(v, TYPE, SILU_VALUES)
+        own = silu_of_values(v, TYPE, SILU_VALUES == "global")
         written, read = recall(state, q, k, own, qk, decay, rate, score_scale, DELTA)
         remember(state, memory, channel, inside, channel, inside, k, written, decay, HEAD_SIZE)
         read += share * own
@@ -107,7 +107,7 @@ def part_of_window(
     window, global_tokens, score_scale, eps,
     TYPE: tl.constexpr, ROW: tl.constexpr, KEY_WIDTH: tl.constexpr, HEAD_SIZE: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_J: tl.constexpr,
     ROWS: tl.constexpr, PARTS: tl.constexpr, TAPS: tl.constexpr, ROTARY: tl.constexpr, SCALE: tl.constexpr, GLOBALS: tl.constexpr,
-    SILU_ALL_VALUES: tl.constexpr, OVERLAPS: tl.constexpr,
+    SILU_VALUES: tl.constexpr, OVERLAPS: tl.constexpr,
 ):  # fmt: skip
     """Leaves a part of the window's softmax; the first part has the token itself, and writes it to its slots."""
     channel = tl.arange(0, BLOCK_K)
@@ -126,7 +126,7 @@ def part_of_window(
     inputs = convolved(x, at, mask, earlier, last_tap, TYPE)
     near = turned(inputs, channel, cosine, sine, HEAD_SIZE, ROTARY)
     q, k = scaled(near, row, length, key_length, eps, TYPE, HEAD_SIZE, SCALE)
-    v = silu_of_values(tl.sum(tl.where(row == 2, inputs, 0.0), 0), TYPE, SILU_ALL_VALUES)
+    v = silu_of_values(tl.sum(tl.where(row == 2, inputs, 0.0), 0), TYPE, SILU_VALUES == "all")
     keep_token(keys, values, k, v, position, is_writer & is_first, channel, inside, window, global_tokens, TYPE, KEY_WIDTH, GLOBALS)
     score = tl.where(is_first, tl.sum(q * k, 0) * score_scale, NO_SCORE)
     largest, total, y = attended(
@@ -144,8 +144,8 @@ def columns_of_memory(
     x, before, taps, scalars, channels, gate_up, decay_bias, gate_bias, skip, memory, read_out, first, score_scale, eps, decay_floor,
     TYPE: tl.constexpr, WIDTH: tl.constexpr, HEAD_SIZE: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_V: tl.constexpr, ROWS: tl.constexpr,
     TAPS: tl.constexpr, SILU: tl.constexpr, RANK: tl.constexpr, BLOCK_R: tl.constexpr, TILE_R: tl.constexpr, SCALARS: tl.constexpr,
-    DELTA: tl.constexpr, FLOOR: tl.constexpr, SILU_VALUES: tl.constexpr, SILU_ALL_VALUES: tl.constexpr,
-    SILU_GATE: tl.constexpr, SKIP: tl.constexpr, OVERLAPS: tl.constexpr,
+    DELTA: tl.constexpr, FLOOR: tl.constexpr, SILU_VALUES: tl.constexpr, SILU_GATE: tl.constexpr,
+    SKIP: tl.constexpr, OVERLAPS: tl.constexpr,
 ):  # fmt: skip
     """Leaves what the query reads of some columns of the memory, and their gates; it writes the columns."""
     channel, column = tl.arange(0, BLOCK_K), first + tl.arange(0, BLOCK_V)
@@ -164,7 +164,7 @@ def columns_of_memory(
     gate = gates_of(up, scalars, channels, gate_up, gate_offset, column, inside_columns, TYPE, RANK, BLOCK_R, BLOCK_V, TILE_R, SILU_GATE)
     q, k = normalised(inputs, row, eps, TYPE, HEAD_SIZE, SILU)
     qk = tl.sum(q * k, 0)
-    v = silu_of_values(v, TYPE, SILU_VALUES or SILU_ALL_VALUES)
+    v = silu_of_values(v, TYPE, SILU_VALUES != "none")
     written, read = recall(state, q, k, v, qk, decay, rate, score_scale, DELTA)
     remember(state, memory, channel, inside, column, inside_columns, k, written, decay, HEAD_SIZE)
     tl.store(read_out + column, read + share * v, mask=inside_columns)

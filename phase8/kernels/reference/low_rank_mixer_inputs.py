@@ -23,6 +23,7 @@ def low_rank_mixer_inputs(
     num_heads: int,
     eps: float,
     silu: bool = False,
+    silu_values: bool = False,
     starts: Tensor | None = None,
 ) -> MixerInputs:
     """Products with the up weights, then convolution, rotation and normalisation.
@@ -36,12 +37,14 @@ def low_rank_mixer_inputs(
         num_heads: H.
         eps: Added to the mean squares.
         silu: Whether queries and keys of the global path pass through SiLU before they are normalised.
+        silu_values: Whether values pass through SiLU.
         starts: True where a token begins a document, whose convolution sees nothing before it [B, T]; None: nowhere.
 
     Returns:
         The inputs.
     """
-    return mixer_inputs(_projected(bottlenecks, ups, num_heads), taps, angles, radius, eps=eps, silu=silu, starts=starts)[0]
+    qkv = _projected(bottlenecks, ups, num_heads)
+    return mixer_inputs(qkv, taps, angles, radius, eps=eps, silu=silu, silu_values=silu_values, starts=starts)[0]
 
 
 def _projected(bottlenecks: Tensor, ups: list[Tensor], num_heads: int) -> Tensor:
@@ -61,12 +64,15 @@ def low_rank_mixer_inputs_backward(
     num_heads: int,
     eps: float,
     silu: bool,
+    silu_values: bool,
     starts: Tensor | None,
 ) -> tuple[Tensor, list[Tensor], Tensor | None, Tensor | None]:
     """Gradients of bottlenecks, up weights, taps and radius, without autograd; arguments as in the forward."""
     wide, ups_wide = at_least_fp32(bottlenecks), [at_least_fp32(up) for up in ups]
     qkv = _projected(wide, ups_wide, num_heads)
-    dqkv, dtaps, dradius = mixer_inputs_backward(gradients, qkv, taps, angles, radius, eps=eps, silu=silu, starts=starts)
+    dqkv, dtaps, dradius = mixer_inputs_backward(
+        gradients, qkv, taps, angles, radius, eps=eps, silu=silu, silu_values=silu_values, starts=starts
+    )
     parts = [part.flatten(0, 1) for part in dqkv.flatten(3).unbind(2)]
     dbottlenecks = torch.cat([part @ up for part, up in zip(parts, ups_wide, strict=True)], dim=-1).to(bottlenecks.dtype)
     dups = [(part.T @ h.flatten(0, 1)).to(up.dtype) for part, h, up in zip(parts, wide.chunk(3, dim=-1), ups, strict=True)]

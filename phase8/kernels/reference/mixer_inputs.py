@@ -2,7 +2,7 @@
 
 With c the causal convolution of the projections: the global path reads n = c / rms(c) as queries and keys, or the same of silu(c); the local
 path reads them turned by their position, as they are (`dot` score) or scaled to a length of their head (`lorentz`, or a norm of queries and
-keys); both read the same values c.
+keys); both read the same values, c or silu(c).
 
 Shapes: B batch, T tokens, H heads, K head size; 3: queries, keys, values.
 """
@@ -46,6 +46,7 @@ def mixer_inputs(
     *,
     eps: float,
     silu: bool = False,
+    silu_values: bool = False,
     starts: Tensor | None = None,
     initial_state: Tensor | None = None,
 ) -> tuple[MixerInputs, Tensor]:
@@ -58,6 +59,7 @@ def mixer_inputs(
         radius: Length to which local queries and keys are scaled, per head [H]; None: they keep their length.
         eps: Added to the mean squares.
         silu: Whether queries and keys of the global path pass through SiLU before they are normalised.
+        silu_values: Whether values pass through SiLU.
         starts: True where a token begins a document, whose convolution sees nothing before it [B, T]; None: nowhere.
         initial_state: The taps - 1 projections before the first token [B, taps - 1, 3 H K]; None: 0.
 
@@ -69,7 +71,7 @@ def mixer_inputs(
     q, k, v = convolved.unflatten(2, qkv.shape[2:]).unbind(2)
     global_q, global_k = (F.rms_norm(F.silu(part) if silu else part, part.shape[-1:], eps=eps) for part in (q, k))
     local_q, local_k = (_turned(part, angles, radius, eps) for part in (q, k))
-    return MixerInputs(local_q, local_k, global_q, global_k, v), state
+    return MixerInputs(local_q, local_k, global_q, global_k, F.silu(v) if silu_values else v), state
 
 
 def _turned(x: Tensor, angles: Tensor, radius: Tensor | None, eps: float) -> Tensor:
@@ -90,6 +92,7 @@ def mixer_inputs_backward(
     *,
     eps: float,
     silu: bool = False,
+    silu_values: bool = False,
     starts: Tensor | None,
     initial_state: Tensor | None = None,
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
@@ -99,10 +102,11 @@ def mixer_inputs_backward(
     """
     x = qkv.flatten(2)
     convolved = x if weight is None else causal_convolution(x, weight, starts, initial_state)[0]
-    q, k, _ = at_least_fp32(convolved).unflatten(2, qkv.shape[2:]).unbind(2)
+    q, k, v = at_least_fp32(convolved).unflatten(2, qkv.shape[2:]).unbind(2)
     dlocal_q, dlocal_k, dglobal_q, dglobal_k, dv = (at_least_fp32(gradient) for gradient in gradients)
     dq, dradius_q = _backward_of_one(q, dlocal_q, dglobal_q, angles, radius, eps=eps, silu=silu)
     dk, dradius_k = _backward_of_one(k, dlocal_k, dglobal_k, angles, radius, eps=eps, silu=silu)
+    dv = dv * _silu_slope(v) if silu_values else dv
     dconvolved = torch.stack((dq, dk, dv), dim=2).flatten(2)
     dradius = None if radius is None else (dradius_q + dradius_k).to(radius.dtype)
     if weight is None:
@@ -123,8 +127,7 @@ def _backward_of_one(
     dradius: Tensor | float = 0.0
     dnormal = dglobal
     if silu:
-        sigmoid = torch.sigmoid(x)
-        dx_global = _before_normalisation(x * sigmoid, dglobal, eps) * (sigmoid * (1 + x * (1 - sigmoid)))
+        dx_global = _before_normalisation(F.silu(x), dglobal, eps) * _silu_slope(x)
         dnormal = torch.zeros_like(dglobal)
     if radius is not None:
         scale = x.shape[-1] ** -0.5
@@ -134,6 +137,11 @@ def _backward_of_one(
     if silu:
         dx = dx + dx_global
     return dx if radius is not None else dx + turned_back, dradius
+
+
+def _silu_slope(x: Tensor) -> Tensor:
+    sigmoid = torch.sigmoid(x)
+    return sigmoid * (1 + x * (1 - sigmoid))
 
 
 def _before_normalisation(x: Tensor, dnormal: Tensor, eps: float) -> Tensor:

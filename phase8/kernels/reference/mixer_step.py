@@ -38,7 +38,7 @@ def mixer_step(
     num_heads, num_key_heads = constants.num_heads, constants.num_key_heads
     inputs = _convolved(qkv, constants.taps, state.convolution).unflatten(1, (num_heads + 2 * num_key_heads, -1))
     qk, v = inputs[:, :-num_key_heads], inputs[:, -num_key_heads:]
-    v = F.silu(v) if constants.has_silu_of_all_values else v
+    v = F.silu(v) if constants.silu_of_values == "all" else v
     y = None
     if constants.window and state.keys is not None and state.values is not None:
         q, k = _local(qk, constants, place).split((num_heads, num_key_heads), dim=1)
@@ -46,7 +46,7 @@ def mixer_step(
         y = ring_attention_step(q, k, v, state.keys, state.values, ring, constants.beta)
     if constants.global_path is not None and scalars is not None:
         q, k = normalised(F.silu(qk) if constants.has_silu else qk, constants.eps).chunk(2, dim=1)
-        own = F.silu(v) if constants.has_silu_of_values else v
+        own = F.silu(v) if constants.silu_of_values == "global" else v
         gates = None if channels is None or constants.gate_up is None else F.linear(channels.to(v.dtype), constants.gate_up).view(v.shape)
         summand = _global(scalars.unflatten(1, (num_heads, -1)), gates, (q, k, own), constants.global_path, state, constants.eps)
         y = summand.to(v.dtype) if y is None else y + summand.to(v.dtype)
