@@ -20,6 +20,8 @@ MAX_ROWS = 60
 MAX_NAME_CHARACTERS = 120
 # What names of kernels and copies that move numbers between ranks contain: those of NCCL, and of copies from one GPU to another.
 EXCHANGES = ("nccl", "memcpy ptop")
+# A CUDA graph runs every kernel in a stream of its own, of hundreds; groups of ranks have fewer.
+MAX_STREAMS = 8
 
 
 @dataclass(frozen=True)
@@ -43,14 +45,14 @@ class ExchangeTime:
 
     Args:
         name: Name of the kernel.
-        stream: Number of the stream: each group of ranks has its own.
+        stream: Number of the stream: each group of ranks has its own. None: all streams together, of a step that is one CUDA graph.
         seconds_per_step: Time in which they run, waiting for other ranks included.
         exposed_seconds: The part of it in which nothing else runs; several exchanges share it equally.
         calls_per_step: Number of them.
     """
 
     name: str
-    stream: int
+    stream: int | None
     seconds_per_step: float
     exposed_seconds: float
     calls_per_step: float
@@ -153,13 +155,17 @@ def shares(spans: Iterable[Span]) -> tuple[float, float, float, float]:
 
 def exchange_times(spans: Sequence[Span], *, num_steps: int) -> list[ExchangeTime]:
     """Divides what exchanges leave exposed among them, the largest part first."""
-    calls = Counter((name, stream) for name, stream, *_ in spans if _is_exchange(name))
-    seconds: Counter[tuple[str, int]] = Counter()
-    exposed: Counter[tuple[str, int]] = Counter()
+    calls: Counter[tuple[str, int | None]] = Counter((name, stream) for name, stream, *_ in spans if _is_exchange(name))
+    num_streams = Counter(name for name, _ in calls)
+    seconds: Counter[tuple[str, int | None]] = Counter()
+    exposed: Counter[tuple[str, int | None]] = Counter()
     for passed, others, exchanges in _intervals(spans):
         for each in exchanges:
             seconds[each] += passed
             exposed[each] += 0.0 if others else passed / len(exchanges)
+    for counter in (calls, seconds, exposed):
+        for name, stream in [each for each in counter if num_streams[each[0]] > MAX_STREAMS]:
+            counter[name, None] += counter.pop((name, stream))
     times = [ExchangeTime(*each, seconds[each], exposed[each], count / num_steps) for each, count in calls.items()]
     return sorted(times, key=lambda each: -each.exposed_seconds)
 
@@ -193,7 +199,8 @@ def _exchange_lines(exchanges: Sequence[ExchangeTime]) -> list[str]:
     return [
         head,
         *(
-            f"{1e3 * each.seconds_per_step:9.3f} {1e3 * each.exposed_seconds:9.3f} {each.calls_per_step:10.1f} {each.stream:6d}"
+            f"{1e3 * each.seconds_per_step:9.3f} {1e3 * each.exposed_seconds:9.3f} {each.calls_per_step:10.1f} "
+            f"{'all' if each.stream is None else each.stream:>6}"
             f"  {each.name[:MAX_NAME_CHARACTERS]}"
             for each in exchanges
         ),

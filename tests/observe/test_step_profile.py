@@ -10,6 +10,7 @@ from rich.console import Console
 from phase8.errors import StorageError
 from phase8.observe.step_profile import (
     MAX_ROWS,
+    MAX_STREAMS,
     ExchangeTime,
     KernelTime,
     StepProfile,
@@ -85,6 +86,16 @@ def test_exchanges_of_two_groups_share_what_they_leave_exposed_together(tmp_path
     head, first, second = (tmp_path / "table.txt").read_text().splitlines()[3:6]
     assert head.split() == ["ms/step", "exposed", "calls/step", "stream", "exchange"]
     assert first.split() == ["3000.000", "2000.000", "0.5", "13", "nccl", "gather"] and second.split()[1] == "1000.000"
+
+
+def test_streams_of_a_cuda_graph_are_one_row(tmp_path):
+    """A graph gives each of its kernels a stream: nine sums in turn, two of them beside a product, and a gather in a stream of its own."""
+    sums = [("nccl sum", 100 + i, i, i + 1) for i in range(MAX_STREAMS + 1)]
+    found = exchange_times([*sums, ("gemm", 7, 0, 2), ("nccl gather", 8, 20, 22)], num_steps=1)
+    assert found == [ExchangeTime("nccl sum", None, 9, 7, 9), ExchangeTime("nccl gather", 8, 2, 2, 1)]
+    write_profile(tmp_path / "table.txt", StepProfile([], exchanges=found), title="title")
+    assert (tmp_path / "table.txt").read_text().splitlines()[4].split() == ["9000.000", "7000.000", "9.0", "all", "nccl", "sum"]
+    assert len(exchange_times(sums[:MAX_STREAMS], num_steps=1)) == MAX_STREAMS
 
 
 def test_a_run_records_the_step_that_it_was_asked_for(tiny):
