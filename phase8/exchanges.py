@@ -137,13 +137,24 @@ def scattered(numbers_per_token: int, *, is_wide: bool = False) -> Exchanges:
 _MOST_GROUPS = 4
 
 
-def groups_of_experts(num_own: int) -> int:
-    """The number of groups, equally large, one after the other of which a rank exchanges and computes, so that rows travel beside products.
+def groups_of_rows(num_own: int, num_sequences: int) -> tuple[int, int]:
+    """The groups of rows, equally large, one after the other of which a rank exchanges and computes, so that rows travel beside products.
+
+    Experts are divided first, because a group of sequences adds to the gradients of the same weights.
 
     Args:
         num_own: Number of experts of a rank.
+        num_sequences: Number of sequences of a microbatch.
+
+    Returns:
+        The number of groups of experts, and the number of groups of sequences into which the rows of each of them are divided.
     """
-    return next(count for count in range(min(num_own, _MOST_GROUPS), 0, -1) if num_own % count == 0)
+    of_experts = _largest_divisor(num_own, _MOST_GROUPS)
+    return of_experts, _largest_divisor(num_sequences, _MOST_GROUPS // of_experts)
+
+
+def _largest_divisor(number: int, most: int) -> int:
+    return next(count for count in range(min(number, most), 0, -1) if number % count == 0)
 
 
 def _dual(forward: Operation, backward: Operation, numbers_per_token: int, is_wide: bool) -> Exchanges:

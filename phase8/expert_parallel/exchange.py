@@ -5,7 +5,7 @@ compute the rows of all ranks together and send them back; backward goes the sam
 
 | slots | rows that travel | what the host has to know |
 |---|---|---|
-| padded (`slots.padded_slots`) | as many for each expert, empty ones too; those of one group of experts beside products of another | nothing |
+| padded (`slots.padded_slots`) | as many for each expert, empty ones too; those of one group of rows beside products of another | nothing |
 | compact (`slots.compact_slots`) | those that are filled | how many, so it waits for the router |
 
 Only filled slots are computed in both cases: the ranks tell each other how many there are.
@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from phase8.distributed.collectives import Axis, begin_to_exchange, exchange_tokens, start_exchange
-from phase8.exchanges import groups_of_experts
+from phase8.exchanges import groups_of_rows
 from phase8.expert_parallel.slots import Slots, inverse, moved
 
 # Maps rows [S, D] and the ends of each expert's rows to the rows that the experts make of them.
@@ -56,14 +56,16 @@ def computed_where_experts_are(
 
 def _padded(rows: Tensor, filled: Tensor, experts: DivideExperts, axis: Axis, beside: Beside) -> tuple[Tensor, Tensor | None]:
     num_own = len(filled) // axis.size
-    num_groups = groups_of_experts(num_own)
+    expert_groups, sequence_groups = groups_of_rows(num_own, filled.shape[1])
+    num_groups = expert_groups * sequence_groups
     shares = [len(rows) // num_groups // axis.size] * axis.size
     told = start_exchange(filled, [num_own] * axis.size, [num_own] * axis.size, axis)
     arriving = [begin_to_exchange(of_group, shares, shares, axis) for of_group in rows.chunk(num_groups)]
     result = beside()
     filled_by_rank = told().view(axis.size, num_own, -1)
+    filled_groups = [each for of_sequences in filled_by_rank.chunk(sequence_groups, dim=2) for each in of_sequences.chunk(expert_groups, dim=1)]
     returning = []
-    for compute, arrived, of_group in zip(experts(num_groups), arriving, filled_by_rank.chunk(num_groups, dim=1), strict=True):
+    for compute, arrived, of_group in zip(experts(expert_groups) * sequence_groups, arriving, filled_groups, strict=True):
         computed = _computed_where_filled(arrived(), of_group, compute)
         returning.append(begin_to_exchange(computed, shares, shares, axis))
     return torch.cat([returned() for returned in returning]), result

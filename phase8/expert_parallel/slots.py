@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from phase8.exchanges import groups_of_experts
+from phase8.exchanges import groups_of_rows
 from phase8.kernels.running_sum import running_sum
 
 
@@ -26,13 +26,14 @@ class Slots:
     Args:
         slot: Slot of each choice; S: the choice is dropped [N, k].
         choice: Number of the choice (token * k + place among its choices) in each slot; N k: the slot is empty [S].
-        ends: For each expert, in the order of the rows, the end of its rows, int32 [E]; rows from the last end on belong to no expert.
+        ends: For each expert, in the order of the rows, the end of its rows, int32 [E]; rows from the last end on belong to no expert. None: there
+            are gaps.
         filled: Number of slots that each expert fills of those it has for each sequence, the first ones [E, B]; None: there are no gaps.
     """
 
     slot: Tensor
     choice: Tensor
-    ends: Tensor
+    ends: Tensor | None = None
     filled: Tensor | None = None
 
     @property
@@ -71,13 +72,15 @@ def compact_slots(chosen: Tensor, is_kept: Tensor | None, num_experts: int) -> S
     ends = so_far[-1].cumsum(0)
     begins = ends - so_far[-1]
     places = begins[chosen] + so_far.gather(1, chosen.view(-1, 1)).view(chosen.shape) - 1
-    return _slots(places if is_kept is None else places.where(is_kept, chosen.numel()), chosen.numel(), ends)
+    slot = places if is_kept is None else places.where(is_kept, chosen.numel())
+    return Slots(slot, inverse(slot.flatten(), chosen.numel()), ends=ends.int())
 
 
 def padded_slots(chosen: Tensor, places: Tensor, counts: Tensor, capacity: int, *, num_ranks: int = 1) -> Slots:
     """The same number of slots for each expert and sequence, whatever was chosen; a choice whose place is beyond them is dropped.
 
-    Rows are in the order in which they travel: those of every rank's first group of experts, those of every rank's second one, and so on.
+    Rows are in the order in which they travel: of the first group of sequences those of every rank's first group of experts, those of every rank's
+    second one, and so on, then those of the second group of sequences.
 
     Args:
         chosen: Experts of each token [B, T, k].
@@ -90,21 +93,18 @@ def padded_slots(chosen: Tensor, places: Tensor, counts: Tensor, capacity: int, 
     num_slots = num_experts * batch * capacity
     sequence = torch.arange(batch, device=chosen.device).view(-1, 1, 1)
     own = num_experts // num_ranks
-    in_group = own // groups_of_experts(own)
+    expert_groups, sequence_groups = groups_of_rows(own, batch)
+    experts, sequences = own // expert_groups, batch // sequence_groups  # of a group
     rank, number = chosen // own, chosen % own
-    travelling = (number // in_group * num_ranks + rank) * in_group + number % in_group
-    slot = (travelling * batch + sequence) * capacity + places
-    ends = torch.arange(1, num_experts + 1, device=chosen.device) * (batch * capacity)
-    return _slots(slot.where(places < capacity, num_slots).flatten(0, 1), num_slots, ends, counts.T.clamp(max=capacity).long())
+    travelling = (number // experts * num_ranks + rank) * experts + number % experts
+    block = (sequence // sequences * num_experts + travelling) * sequences + sequence % sequences
+    slot = (block * capacity + places).where(places < capacity, num_slots).flatten(0, 1)
+    return Slots(slot, inverse(slot.flatten(), num_slots), filled=counts.T.clamp(max=capacity).long())
 
 
 def _is_of_expert(chosen: Tensor, num_experts: int) -> Tensor:
     """Whether each choice is that of each expert [..., E]."""
     return chosen[..., None] == torch.arange(num_experts, device=chosen.device)
-
-
-def _slots(slot: Tensor, num_slots: int, ends: Tensor, filled: Tensor | None = None) -> Slots:
-    return Slots(slot, inverse(slot.flatten(), num_slots), ends.int(), filled)
 
 
 def inverse(target: Tensor, size: int) -> Tensor:

@@ -39,7 +39,7 @@ from functools import cached_property
 
 from phase8.config.model_section import ModelSection
 from phase8.division import DividedShape, Place, padded_size
-from phase8.exchanges import AnyExchange, ExpertExchange, Operation, RingExchange, SliceExchange, groups_of_experts
+from phase8.exchanges import AnyExchange, ExpertExchange, Operation, RingExchange, SliceExchange, groups_of_rows
 from phase8.plan.memory import FP32_BYTES
 from phase8.shared_sequence import num_sent, wanted_tokens
 from phase8.topology import EVERYBODY, HOLDERS, LOSS, TOKENS, AxisName
@@ -287,7 +287,7 @@ def _rows_of_experts(model: ModelSection, exchange: ExpertExchange, repeats: int
     axis, is_counted = AxisName(exchange.axis), model.has_counted_rows(context_parallel_size=grid.context)
     num_tokens = step.micro_batch_size * model.sequence_length // grid.context
     rows = round(num_tokens * model.rows_per_token(model.sequence_length, is_padded=not is_counted))
-    groups = 1 if is_counted else groups_of_experts(exchange.num_experts // grid.expert)
+    groups = 1 if is_counted else math.prod(groups_of_rows(exchange.num_experts // grid.expert, step.micro_batch_size))
     yield Collectives(axis, exchange.operation, repeats * groups, repeats * rows * exchange.numbers_per_row * step.compute_bytes)
     if exchange.tells_counts:
         num_counts = exchange.num_experts * (1 if is_counted else step.micro_batch_size)

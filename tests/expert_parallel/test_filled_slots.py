@@ -1,8 +1,11 @@
 """Experts compute the rows in filled slots alone, those of one expert after those of the other."""
 
+import itertools
+
 import pytest
 import torch
 
+from phase8.exchanges import groups_of_rows
 from phase8.expert_parallel.exchange import _computed_where_filled
 from phase8.expert_parallel.slots import padded_slots, places_in_sequence
 from phase8.kernels.grouped_product import grouped_product
@@ -52,6 +55,28 @@ def test_padded_slots_know_how_many_of_them_are_filled():
     slots = padded_slots(chosen, places, counts, 2, num_ranks=2)
     assert slots.filled.tolist() == [[2, 0], [2, 1], [1, 2], [0, 2]]
     assert slots.filled.sum() == (slots.choice < chosen.numel()).sum() == slots.is_kept.sum()
+
+
+@pytest.mark.parametrize(
+    ("experts", "sequences", "groups"),
+    [(4, 4, (4, 1)), (2, 4, (2, 2)), (2, 3, (2, 1)), (1, 4, (1, 4)), (1, 6, (1, 3)), (3, 2, (3, 1)), (8, 1, (4, 1))],
+)
+def test_rows_of_few_experts_are_grouped_by_sequences_too(experts, sequences, groups):
+    assert groups_of_rows(experts, sequences) == groups
+
+
+def test_rows_are_in_the_order_in_which_they_travel():
+    """Two ranks with two experts each, four sequences: the first and the second expert of every rank for two sequences, then for two others."""
+    num_ranks, num_experts, batch, capacity = 2, 4, 4, 3
+    chosen = torch.rand(batch, 5, num_experts, generator=torch.Generator().manual_seed(0)).argsort(-1)[..., :2]
+    places, counts = places_in_sequence(chosen, num_experts)
+    slots = padded_slots(chosen, places, counts, capacity, num_ranks=num_ranks)
+    order = [(s, rank * 2 + e) for first in (0, 2) for e in (0, 1) for rank in (0, 1) for s in (first, first + 1)]
+    expected = [[[] for _ in range(num_experts)] for _ in range(batch)]
+    for sequence, token, choice in itertools.product(range(batch), range(5), range(2)):
+        expected[sequence][chosen[sequence, token, choice]].append((sequence * 5 + token) * 2 + choice)
+    empty = [chosen.numel()] * capacity
+    assert slots.choice.view(-1, capacity).tolist() == [(expected[s][e] + empty)[:capacity] for s, e in order]
 
 
 @pytest.mark.gpu

@@ -62,20 +62,22 @@ def test_equals_one_process(pool, name, side, top_k):
     assert unused == {"one rank": 2, "one expert": 3 if top_k == 1 else 0, "never one": 1}[side] or top_k == 1
 
 
-def products_during_exchanges(settings):
+def products_during_exchanges(settings, num_sequences):
     config = without_auto(load_config(os.devnull, [*MODEL, *BLOCKS["experts"], *settings]))
     train_state = new_train_state(config, 2, device_type="cpu", dtype=torch.float32)
     (layer,) = [module for module in train_state.stage.module.modules() if isinstance(module, MixtureOfExperts)][:1]
-    x = torch.randn(1, config.model.sequence_length, config.model.d_model, requires_grad=True)
+    x = torch.randn(num_sequences, config.model.sequence_length, config.model.d_model, requires_grad=True)
     with WorkDuringExchanges() as during:
         layer(x, config.model.sequence_length)[0].square().sum().backward()
     return [number for (number,) in during.products["all_to_all_single"]]
 
 
-def test_rows_of_one_expert_travel_beside_the_products_of_another(pool):
-    """Each of a rank's two experts has its rows sent to it and back, and gradients in the same way: of four exchanges two are beside products.
+@pytest.mark.parametrize(("num_sequences", "num_groups"), [(1, 2), (2, 4)])
+def test_rows_of_one_group_travel_beside_the_products_of_another(pool, num_sequences, num_groups):
+    """Groups are the rows for one of a rank's two experts, of one of two sequences. Each has rows sent to it and back, and gradients in the same way.
 
-    Before them ranks tell each other how many rows there are.
+    Of its exchanges the first and the last have nothing beside them. Before them ranks tell each other how many rows there are.
     """
-    for numbers in pool.run(products_during_exchanges, ranks(dp=2, ep=2)[1], world_size=2):
-        assert [number > 0 for number in numbers] == [False, *([False, True, True, False] * 2)]
+    for numbers in pool.run(products_during_exchanges, ranks(dp=2, ep=2)[1], num_sequences, world_size=2):
+        of_direction = [False, *[True] * (2 * num_groups - 2), False]
+        assert [number > 0 for number in numbers] == [False, *of_direction, *of_direction]
