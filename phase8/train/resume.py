@@ -22,6 +22,7 @@ from phase8.config.schema import RunConfig
 from phase8.data.fingerprint_difference import describe_fingerprint_difference
 from phase8.data.order_history import OrderHistory, changed, history_of
 from phase8.errors import CheckpointMismatchError, ConfigError, first_few
+from phase8.generate.restore import about_another_tokenizer
 from phase8.optim.schedule import learning_rate
 from phase8.train.datasets import RunData
 from phase8.train.engine.protocol import TrainingEngine
@@ -133,7 +134,7 @@ def _continued(history: OrderHistory, before: dict[str, Any], data: RunData, pos
 
 
 def what_changes_mean(checkpoint: Checkpoint, config: RunConfig, data: RunData, position: Position) -> Iterator[str]:
-    """What changes mean, in sentences, that no key of the config tells alone: of data, whose samples follow, of held-out data, and of the schedule.
+    """What changes mean, in sentences, that no key tells alone: of data, whose samples follow, of their tokenizer, held-out data, and the schedule.
 
     Args:
         checkpoint: Checkpoint from which the run continues.
@@ -151,6 +152,8 @@ def what_changes_mean(checkpoint: Checkpoint, config: RunConfig, data: RunData, 
             f"samples go on with number {position.samples_consumed:,} in the order of the data as they are now, as if they had been so from the "
             "beginning: some windows come again and others are left out, and epochs count as if it had been so"
         )
+    if data.tokenizer is not None and (sentence := about_another_tokenizer(checkpoint, data.tokenizer, of="the run")) is not None:
+        yield sentence
     if metadata.config.train.seed != config.train.seed:
         yield "samples come in the order of another seed: of the epochs that have begun some windows come again, and others are left out"
     if metadata.validation_fingerprint is not None and data.validation_fingerprint is not None:
