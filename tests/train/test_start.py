@@ -295,6 +295,22 @@ def test_other_data_under_the_path_of_the_evaluations_are_said(tiny, tmp_path):
     assert "  evaluations are on other data, whose losses do not compare with those before: source 0 (held_out, now held_out): the number" in start()
 
 
+def test_what_changes_mean_is_recorded_beside_the_keys(tiny, tmp_path):
+    """A report of the run would else compare what does not compare, and say nothing."""
+    train_tiny(tiny, "train.stop_at_step=10")
+    write_documents(tmp_path / "other", num_documents=200, seed=7)
+    changes = (f"data.train={tmp_path / 'other'}", "data.allow_fingerprint_change=true", "train.evaluation_sequences=3", "train.num_steps=12")
+    run = train_tiny(tiny, *changes)
+    found = [record for record in records(run) if str(record.get("event")).endswith("_changed")]
+    events = [(record["event"], record["message"]) for record in found if "message" in record]
+    rate = next(record["learning_rate"] for record in records(run) if record["step"] == 11 and "loss" in record)
+    assert events == [
+        ("data_changed", "data: other begins"),
+        ("evaluations_changed", "losses of evaluations do not compare with those before: train.evaluation_sequences was 4 and is 3"),
+        ("schedule_changed", f"the learning rate of step 11 is {rate:.3g}, after 0.00673 in step 10"),
+    ]
+
+
 LONGER = {
     "cosine": ([], "the learning rate of step 5 is 0.00689, after 0.001 in step 4"),
     "constant": (["optim.schedule=constant"], None),
