@@ -16,8 +16,8 @@ and for variants of it (--define NAME config a.b=c).
 
 --learning-rates first trains each variant with each rate and the first seed, and then its seeds with the rate of the lowest held-out loss,
 which the page shows beside the others. A rate with which training diverges (exit code 6) has lost. Runs that try a rate are those of the
-first seed, so the best is not repeated; with --learning-rate-steps N they take N steps, warmup and decay included, and are not. Later
-commands without --learning-rates keep what was found.
+first seed, so the best is not repeated; with --learning-rate-steps N they take N steps, warmup and decay included, and are not. Rates that
+earlier commands tried with that seed and as many steps count too. Later commands without --learning-rates keep what was found.
 
 Exit codes: 0 all runs are finished; that of the first run that failed (1 if a signal killed it); 130 stopped before all were finished;
 2 to 5 as for launch/pretrain.py.
@@ -105,7 +105,7 @@ def _train(
     device: torch.device,
 ) -> int:
     """Trains what is not finished, first the search for learning rates, and returns the exit code."""
-    from phase8.ablation.learning_rates import best_rates, describe_choice
+    from phase8.ablation.learning_rates import best_rates, describe_choice, losses_by_rate
     from phase8.ablation.planned_runs import plan_runs
     from phase8.ablation.results import write_results
     from phase8.ablation.runs import Machine, RunProcesses, read_records, record_path
@@ -126,11 +126,12 @@ def _train(
 
     missing = train(search, "runs of the search for learning rates") if search else []
     if search:
-        best = best_rates(search, read_records(output))
+        losses = losses_by_rate(search, read_records(output))
+        best = best_rates(losses)
         study = replace(study, learning_rates=study.learning_rates | best)
         record_study(study, output)
         for variant, rate in best.items():
-            _say(describe_choice(variant, rate, arguments.learning_rates))
+            _say(describe_choice(variant, rate, losses[variant]))
         names = list(best)
     if not processes.is_stopping:
         variants = {name: study.variants[name] for name in names}

@@ -13,6 +13,7 @@ them in data.train, with data.reset_at_document_boundaries=true. The table goes 
 from __future__ import annotations
 
 import argparse
+import shlex
 import sys
 from collections.abc import Sequence
 
@@ -64,7 +65,7 @@ def _write(parsed: argparse.Namespace) -> None:
         )
     for split, prefix in prefixes.items():
         print(f"{prefix}.bin/.idx: {num_sequences[split]:,} sequences of {parsed.length} tokens")
-    pairs = " ".join(f"data.{split}={prefix}" for split, prefix in prefixes.items())
+    pairs = shlex.join(f"data.{split}={prefix}" for split, prefix in prefixes.items())
     print(f"train on it with: --set {pairs} model.vocab_size={parsed.vocab_size} model.sequence_length={parsed.length}")
 
 

@@ -48,30 +48,49 @@ def check_search(rates: Sequence[float], *, num_steps: int | None, settings: Seq
         raise ConfigError(problems)
 
 
-def best_rates(search: Sequence[PlannedRun], records: Iterable[Record]) -> dict[str, float]:
-    """The rate with the lowest loss of each variant all of whose runs of the search are finished.
+def losses_by_rate(search: Sequence[PlannedRun], records: Sequence[Record]) -> dict[str, dict[float, float | None]]:
+    """Losses by rate of each variant all of whose runs of the search are finished; None: not finite.
+
+    Rates that earlier commands searched with the same seed and steps are among them: who adds rates to a search wants the best of all.
+
+    Args:
+        search: Runs of this command's search.
+        records: Records of all finished runs.
+    """
+    losses: dict[str, dict[float, float | None]] = {}
+    for variant in dict.fromkeys(run.variant for run in search):
+        asked = {run.learning_rate: (variant, run.seed, run.search_steps) for run in search if run.variant == variant}
+        places = set(asked.values())
+        found = {
+            record.learning_rate: record.validation_loss
+            for record in records
+            if (record.variant, record.seed, record.search_steps) in places and (record.is_search or record.learning_rate in asked)
+        }
+        if asked.keys() <= found.keys():
+            losses[variant] = {rate: loss for rate, loss in found.items() if rate is not None}
+    return losses
+
+
+def best_rates(losses: Mapping[str, Mapping[float, float | None]]) -> dict[str, float]:
+    """The rate with the lowest loss of each variant of `losses_by_rate`.
 
     Raises:
         DivergenceError: No rate of a variant gave a finite loss.
     """
-    losses = {(record.variant, record.seed, record.learning_rate, record.search_steps): record.validation_loss for record in records}
     best = {}
-    for variant in dict.fromkeys(run.variant for run in search):
-        own = {run.learning_rate: (variant, run.seed, run.learning_rate, run.search_steps) for run in search if run.variant == variant}
-        if not all(place in losses for place in own.values()):
-            continue
-        found = {rate: losses[place] for rate, place in own.items()}
-        finite = {rate: loss for rate, loss in found.items() if rate is not None and loss is not None}
+    for variant, found in losses.items():
+        finite = {rate: loss for rate, loss in found.items() if loss is not None}
         if not finite:
-            raise DivergenceError(f"{variant} has no finite loss with any of --learning-rates {_listed(found)}; name smaller ones")
+            raise DivergenceError(f"{variant} has no finite loss with any learning rate that was tried ({_listed(sorted(found))}); name smaller ones")
         best[variant] = min(finite, key=finite.__getitem__)
     return best
 
 
-def describe_choice(variant: str, rate: float, rates: Sequence[float]) -> str:
+def describe_choice(variant: str, rate: float, rates: Iterable[float]) -> str:
     """A line about the choice, which says if the best rate is at an end of those that were tried."""
-    ends = {min(rates): "smallest", max(rates): "largest"}
-    remark = f", the {ends[rate]} of {_listed(rates)}: a {ends[rate][:-3]}er one may be better" if rate in ends else f" of {_listed(rates)}"
+    tried = sorted(rates)
+    ends = {tried[0]: "smallest", tried[-1]: "largest"}
+    remark = f", the {ends[rate]} of {_listed(tried)}: a {ends[rate][:-3]}er one may be better" if rate in ends else f" of {_listed(tried)}"
     return f"{variant}: learning rate {rate:g}{remark}"
 
 
@@ -80,7 +99,7 @@ def searched(records: Iterable[Record]) -> list[Record]:
     return [record for record in records if record.is_search]
 
 
-def search_lines(study: Study, records: Iterable[Record]) -> list[str]:
+def search_lines(study: Study, records: Sequence[Record]) -> list[str]:
     """The table of a search, with what it says, as Markdown; empty without a search."""
     tried = searched(records)
     rates = sorted({record.learning_rate for record in tried})
@@ -88,7 +107,7 @@ def search_lines(study: Study, records: Iterable[Record]) -> list[str]:
         return []
     rows = []
     for variant, seed, steps in dict.fromkeys((record.variant, record.seed, record.search_steps) for record in tried):
-        losses = {r.learning_rate: r.validation_loss for r in tried if (r.variant, r.seed, r.search_steps) == (variant, seed, steps)}
+        losses = {r.learning_rate: r.validation_loss for r in records if (r.variant, r.seed, r.search_steps) == (variant, seed, steps)}
         cells = ["-" if rate not in losses else "not finite" if losses[rate] is None else f"{losses[rate]:.4f}" for rate in rates]
         is_chosen = [rate == study.learning_rates.get(variant) and rate in losses for rate in rates]
         marked = [f"**{cell}**" if chosen else cell for cell, chosen in zip(cells, is_chosen, strict=True)]
@@ -102,5 +121,5 @@ def markdown_table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> list[s
     return ["| " + " | ".join(cells) + " |" for cells in (head, ["---", *["---:"] * (len(head) - 1)], *rows)]
 
 
-def _listed(rates: Iterable[float | None]) -> str:
-    return ", ".join(f"{rate:g}" for rate in rates if rate is not None)
+def _listed(rates: Iterable[float]) -> str:
+    return ", ".join(f"{rate:g}" for rate in rates)

@@ -66,7 +66,7 @@ def write_results(study: Study, records: Sequence[Record], output: Path) -> str:
     positions = {name: by_seed for name, found in runs.items() if (by_seed := {r.seed: _by_position(r) for r in found if r.positions})}
     parts = [[_conditions(study, [record for found in runs.values() for record in found] or records)]]
     if runs:
-        parts += [[*_table_lines(summaries, reference), "", _legend(study, runs, reference)]]
+        parts += [[*_table_lines(summaries, reference), "", _legend(study, runs, records, reference=reference)]]
         parts += [["![Held-out loss against tokens and against seconds](curves.png)"]]
         curves = {name: {record.seed: dict(record.curve) for record in found} for name, found in runs.items()}
         speeds = {name: summary.tokens_per_second for name, summary in summaries.items() if summary.tokens_per_second is not None}
@@ -173,13 +173,14 @@ def _conditions(study: Study, records: Sequence[Record]) -> str:
     )
 
 
-def _legend(study: Study, runs: Mapping[str, Sequence[Record]], reference: str) -> str:
-    records = [record for found in runs.values() for record in found]
+def _legend(study: Study, runs: Mapping[str, Sequence[Record]], records: Sequence[Record], *, reference: str) -> str:
+    compared = [record for found in runs.values() for record in found]
     rates = ", ".join(f"{name} {study.learning_rates[name]:g}" for name in runs if name in study.learning_rates)
-    skipped = _skipped(records)
+    skipped, left_out = _skipped(compared), _left_out(compared, records)
     remarks = [f"\nPeak learning rates that were found: {rates}."] if rates else []
     remarks += [f"\nSteps skipped because loss or gradient was not finite: {skipped}."] if skipped else []
-    jobs = " or ".join(_distinct(str(record.jobs) for record in records))
+    remarks += [f"\nLeft out, because they were trained with another peak learning rate: {left_out}."] if left_out else []
+    jobs = " or ".join(_distinct(str(record.jobs) for record in compared))
     return (
         "Loss on held-out data after the last step, nats per token. Spread: largest minus smallest over the seeds. "
         f"Against {reference}: mean over the seeds of both of the relative difference. "
@@ -190,6 +191,13 @@ def _legend(study: Study, runs: Mapping[str, Sequence[Record]], reference: str) 
 def _skipped(records: Sequence[Record]) -> str:
     """The number of skipped steps in words; empty if there were none."""
     return ", ".join(f"{record.variant} seed {record.seed}: {record.skipped_steps}" for record in records if record.skipped_steps)
+
+
+def _left_out(compared: Sequence[Record], records: Sequence[Record]) -> str:
+    """The whole runs beside a search that are not compared, in words; empty if all are."""
+    left_out = [record for record in records if record.search_steps is None and not record.is_search and record not in compared]
+    rates = ("that of the config" if record.learning_rate is None else f"{record.learning_rate:g}" for record in left_out)
+    return ", ".join(f"{record.variant} seed {record.seed} with {rate}" for record, rate in zip(left_out, rates, strict=True))
 
 
 def _tree(

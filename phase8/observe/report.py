@@ -19,7 +19,7 @@ from phase8.observe.metrics import read_metrics
 from phase8.observe.page import Charts, Fold, Overview, Tile, card, facts_table, page, samples, table
 from phase8.observe.routing import RoutingHistory
 from phase8.observe.routing_chart import EVEN, FEWER, MORE, draw_load
-from phase8.observe.run_events import RunEvents
+from phase8.observe.run_events import EVALUATIONS_CHANGED, RunEvents
 from phase8.paths import real_path
 from phase8.terminal import ESCAPED
 
@@ -116,7 +116,7 @@ def headline(history: History, events: RunEvents) -> list[Tile]:
     mfu = median(history.mfu)
     return [
         Tile("Training loss", _or_dash(last_finite(smooth(history.loss)), format_loss), "nats per token, smoothed"),
-        _validation_tile(history, events.reference_losses),
+        _validation_tile(history, events),
         Tile("Tokens", _or_dash(last_finite(history.tokens), format_count), f"up to step {int(history.steps[-1]):,}" if history.steps.size else ""),
         Tile("Time in steps", format_seconds(total_seconds), "without evaluations and saves" if mfu is None else f"{waiting} waiting for data"),
         Tile("Throughput", _or_dash(median(history.tokens_per_second), lambda rate: f"{format_count(rate)} tok/s"), "median"),
@@ -130,13 +130,17 @@ def headline(history: History, events: RunEvents) -> list[Tile]:
     ]
 
 
-def _validation_tile(history: History, reference_losses: Mapping[str, float]) -> Tile:
-    if not np.isfinite(history.validation_loss).any():
-        return Tile("Best validation loss", "–", "no evaluation")
-    best = int(np.nanargmin(history.validation_loss))
-    loss = float(history.validation_loss[best])
-    note = f"step {int(history.validation_steps[best]):,}"
-    for name, reference in list(reference_losses.items())[:1]:
+def _validation_tile(history: History, events: RunEvents) -> Tile:
+    """The best of the evaluations that compare with the latest ones."""
+    changed_at = max(events.steps.get(EVALUATIONS_CHANGED, (-1,)))
+    comparable = np.where(history.validation_steps > changed_at, history.validation_loss, np.nan)
+    since = "" if changed_at < 0 else f", of those after step {changed_at:,}"
+    if not np.isfinite(comparable).any():
+        return Tile("Best validation loss", "–", f"no evaluation{since}")
+    best = int(np.nanargmin(comparable))
+    loss = float(comparable[best])
+    note = f"step {int(history.validation_steps[best]):,}{since}"
+    for name, reference in list(events.reference_losses.items())[:1]:
         note += f", {abs(reference - loss):.2f} {'below' if loss < reference else 'above'} {name}"
     return Tile("Best validation loss", format_loss(loss), note)
 

@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 
 from phase8.observe.formatting import format_seconds
 
+EVALUATIONS_CHANGED = "evaluations_changed"  # losses of evaluations from here on do not compare with those before
 _MAX_CHARACTERS = 300
 _WORTH_A_ROW = 1.1  # times the median rank
 # Shown elsewhere, or summed up.

@@ -30,7 +30,7 @@ from phase8.plan.candidates import Device, plan_on
 from phase8.plan.cost_facts import memory_fact
 from phase8.plan.whole_config import count_parameters, shapes_only
 from phase8.precision.policy import require_matrix_units, set_matmul_precision
-from phase8.train.changed_keys import ChangedKey, changed_keys
+from phase8.train.changed_keys import ChangedKey, Consequence, changed_keys
 from phase8.train.datasets import RunData, check_same_data, open_run_data
 from phase8.train.device import limit_memory, require_determinism, this_device
 from phase8.train.engine.deepspeed import build_deepspeed_engine
@@ -64,7 +64,7 @@ class Run:
         machine: Facts about the device, measured before the run allocated anything.
         chosen: Values chosen for the `auto` settings of the config.
         origin: Source of the first weights; None: they come from the seed, or the run continues from a checkpoint.
-        changed_keys: Config keys that differ from those of the checkpoint from which the run continues.
+        changes: What differs from the checkpoint from which the run continues; what changes mean is known on the first rank.
         stop_step: Last step that this process takes.
         shape: Shape of the batch.
         facts: Facts that banner and report show.
@@ -86,7 +86,7 @@ class Run:
     machine: Device
     chosen: Chosen
     origin: Origin | None
-    changed_keys: list[ChangedKey]
+    changes: list[ChangedKey | Consequence]
     stop_step: int
     shape: BatchShape
     facts: list[tuple[str, str]]
@@ -226,7 +226,7 @@ def _decide(
         machine=machine,
         chosen=chosen,
         origin=origin,
-        changed_keys=[],
+        changes=[],
         stop_step=0,
         shape=shape,
         facts=facts,
@@ -314,7 +314,7 @@ def _go_on(run: Run, resume: str) -> Choice:
         run.attachments = attached_to(checkpoint)  # the run keeps the tokenizer of the checkpoint
     is_own = run.directory.owns(checkpoint.path) and step_of(checkpoint.path.name) is not None  # `auto` finds no copy of another name
     run.saved_step = run.position.step if is_own else None
-    run.changed_keys = changed_keys(saved, run.config)
+    run.changes = [*changed_keys(saved, run.config)]
     return choice
 
 
@@ -324,11 +324,9 @@ def _say_beginning(run: Run, restored: Checkpoint | None) -> None:
         run.say("\n  ".join([str(run.origin), *run.origin.differences]))
     if restored is not None:
         run.say(f"resumed from {restored.path} (step {run.position.step}, {run.position.tokens_seen:,} tokens seen)")
-    for change in run.changed_keys:
+        run.changes += what_changes_mean(restored, run.config, run.data, run.position)
+    for change in run.changes:
         run.say(f"  {change}")
-    if restored is not None:
-        for sentence in what_changes_mean(restored, run.config, run.data, run.position):
-            run.say(f"  {sentence}")
     step = run.config.observe.profile_at_step
     if step is None or run.directory.profile(step=step, rank=0).exists():
         return

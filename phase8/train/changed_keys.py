@@ -1,4 +1,4 @@
-"""Config keys whose values differ from those of the checkpoint from which a run continues: each is shown and recorded in one line."""
+"""What differs from the checkpoint from which a run continues, config keys and what no key tells alone: each is shown and recorded in one line."""
 
 from __future__ import annotations
 
@@ -44,9 +44,35 @@ class ChangedKey:
         return f"{self.name}: {_in_words(self.old)} -> {_in_words(self.new)}{effect}"
 
     @property
+    def event(self) -> str:
+        """Kind of the event in the metrics of the run."""
+        return "config_changed"
+
+    @property
     def record(self) -> dict[str, str | int | float | None]:
-        """Fields of the event in the metrics of the run."""
+        """Fields of that event."""
         return {"key": self.name, "old": _scalar(self.old), "new": _scalar(self.new)}
+
+
+@dataclass(frozen=True)
+class Consequence:
+    """What changes mean.
+
+    Args:
+        event: Kind of the event in the metrics of the run.
+        sentence: What is shown.
+    """
+
+    event: str
+    sentence: str
+
+    def __str__(self) -> str:
+        return self.sentence
+
+    @property
+    def record(self) -> dict[str, str | int | float | None]:
+        """Fields of the event."""
+        return {"message": self.sentence}
 
 
 def changed_keys(saved: RunConfig, config: RunConfig) -> list[ChangedKey]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 from phase8.data.loader import build_loader, evaluation_microbatches
@@ -13,6 +13,8 @@ from phase8.data.sources import source_names
 from phase8.observe.metrics import SourceLoss
 from phase8.train.build import Run
 from phase8.train.unreadable import read_together
+
+ROUNDS_TOGETHER = 32  # microbatches of a rank in a piece, between which a rank can say that it lives, or that it was asked to stop
 
 
 @dataclass(frozen=True)
@@ -60,8 +62,14 @@ class HeldOutData:
         """Ends the workers that wait for the next evaluation."""
         self._loader.close()
 
-    def evaluate(self) -> Evaluation:
+    def evaluate(self, goes_on: Callable[[], bool] = lambda: True) -> Evaluation | None:
         """Measures the losses of the present weights; every rank takes part.
+
+        Args:
+            goes_on: Function that is called between pieces, on all ranks at once, and tells all of them whether to go on.
+
+        Returns:
+            The losses; None: it was not to go on.
 
         Raises:
             DataError: The data cannot be read.
@@ -71,7 +79,12 @@ class HeldOutData:
         batches = read_together(lambda: list(self._microbatches()))
         sources, first = [], 0
         for name, weight, num_sequences, num_rounds in zip(self._names, blend.weights, self._num_sequences, self._num_rounds, strict=True):
-            loss, num_tokens = self._run.engine.evaluate(batches[first : first + num_rounds])
+            pieces = []
+            for begin in range(first, first + num_rounds, ROUNDS_TOGETHER):
+                if begin > 0 and not goes_on():
+                    return None
+                pieces.append(self._run.engine.evaluate(batches[begin : min(begin + ROUNDS_TOGETHER, first + num_rounds)]))
+            loss, num_tokens = _together(pieces)
             sources.append(SourceLoss(name=name, weight=weight, loss=loss, num_tokens=num_tokens, num_sequences=num_sequences))
             first += num_rounds
         return Evaluation(weighted_loss(sources), sum(source.num_tokens for source in sources), tuple(sources))
@@ -81,6 +94,14 @@ class HeldOutData:
         for num_own, num_rounds in zip(self._num_own, self._num_rounds, strict=True):
             for index, microbatch in enumerate(itertools.islice(microbatches, num_rounds)):
                 yield microbatch if index < num_own else microbatch.without_targets()
+
+
+def _together(pieces: Sequence[tuple[float, int]]) -> tuple[float, int]:
+    """The mean loss of pieces and their number of predicted tokens; a single piece keeps every bit of its loss."""
+    num_tokens = sum(count for _, count in pieces)
+    if len(pieces) == 1:
+        return pieces[0]
+    return math.fsum(loss * count for loss, count in pieces) / max(num_tokens, 1), num_tokens
 
 
 def weighted_loss(sources: Sequence[SourceLoss]) -> float:

@@ -170,5 +170,5 @@ def _record_beginning(trainer: Trainer, run: Run, rollback: dict[str, str | int]
     if rollback is not None:
         trainer.record_event("rollback", **rollback)
     else:
-        for change in run.changed_keys:
-            trainer.record_event("config_changed", **change.record)
+        for change in run.changes:
+            trainer.record_event(change.event, **change.record)

@@ -11,7 +11,7 @@ import torch
 
 from phase8.checkpoint.load import Checkpoint
 from phase8.checkpoint.random_state import capture_random_state, check_random_state, restore_random_state
-from phase8.checkpoint.run_metadata import OF_A_RUN, run_metadata
+from phase8.checkpoint.run_metadata import OF_A_RUN, RunMetadata, run_metadata
 from phase8.config.batch import batch_shape
 from phase8.config.describe import describe_value
 from phase8.config.dotted import value_of
@@ -22,7 +22,10 @@ from phase8.config.schema import RunConfig
 from phase8.data.fingerprint_difference import describe_fingerprint_difference
 from phase8.data.order_history import OrderHistory, changed, history_of
 from phase8.errors import CheckpointMismatchError, ConfigError, first_few
+from phase8.generate.restore import about_another_tokenizer
+from phase8.observe.run_events import EVALUATIONS_CHANGED
 from phase8.optim.schedule import learning_rate
+from phase8.train.changed_keys import Consequence
 from phase8.train.datasets import RunData
 from phase8.train.engine.protocol import TrainingEngine
 
@@ -132,8 +135,8 @@ def _continued(history: OrderHistory, before: dict[str, Any], data: RunData, pos
     return changed(history, before, now, num_samples=position.samples_consumed)
 
 
-def what_changes_mean(checkpoint: Checkpoint, config: RunConfig, data: RunData, position: Position) -> Iterator[str]:
-    """What changes mean, in sentences, that no key of the config tells alone: of data, whose samples follow, of held-out data, and of the schedule.
+def what_changes_mean(checkpoint: Checkpoint, config: RunConfig, data: RunData, position: Position) -> Iterator[Consequence]:
+    """What changes mean, where no key tells it alone: of data, whose samples follow, of their tokenizer, held-out data, and the schedule.
 
     Args:
         checkpoint: Checkpoint from which the run continues.
@@ -142,6 +145,18 @@ def what_changes_mean(checkpoint: Checkpoint, config: RunConfig, data: RunData, 
         position: Position of the checkpoint.
     """
     metadata = run_metadata(checkpoint, needed=OF_A_RUN)
+    for sentence in _other_samples(metadata, config, data, position):
+        yield Consequence("data_changed", sentence)
+    if data.tokenizer is not None and (sentence := about_another_tokenizer(checkpoint, data.tokenizer, of="the run")) is not None:
+        yield Consequence("data_changed", sentence)
+    if (sentence := _other_evaluations(metadata, config, data)) is not None:
+        yield Consequence(EVALUATIONS_CHANGED, sentence)
+    if (sentence := _another_schedule(metadata.config, config, position.step)) is not None:
+        yield Consequence("schedule_changed", sentence)
+
+
+def _other_samples(metadata: RunMetadata, config: RunConfig, data: RunData, position: Position) -> Iterator[str]:
+    """How samples go on, in sentences, where they are not those that would have followed."""
     is_changed = bool(describe_fingerprint_difference(metadata.data_fingerprint, data.fingerprint))
     if is_changed and data.train.order.begin == position.samples_consumed:
         epochs = data.epochs(position.samples_consumed).items()
@@ -153,12 +168,20 @@ def what_changes_mean(checkpoint: Checkpoint, config: RunConfig, data: RunData, 
         )
     if metadata.config.train.seed != config.train.seed:
         yield "samples come in the order of another seed: of the epochs that have begun some windows come again, and others are left out"
-    if metadata.validation_fingerprint is not None and data.validation_fingerprint is not None:
-        differences = describe_fingerprint_difference(metadata.validation_fingerprint, data.validation_fingerprint)
-        if differences:
-            yield f"evaluations are on other data, whose losses do not compare with those before: {differences[0]}"
-    if (sentence := _another_schedule(metadata.config, config, position.step)) is not None:
-        yield sentence
+
+
+def _other_evaluations(metadata: RunMetadata, config: RunConfig, data: RunData) -> str | None:
+    """A sentence if losses of evaluations do not compare with those before; None: they do, or that is unknown."""
+    before, now = metadata.validation_fingerprint, data.validation_fingerprint
+    if before is None or now is None:
+        return None
+    if differences := describe_fingerprint_difference(before, now):
+        return f"evaluations are on other data, whose losses do not compare with those before: {differences[0]}"
+    for key in ("train.evaluation_sequences", "data.reset_at_document_boundaries"):
+        was, value = value_of(metadata.config, key), value_of(config, key)
+        if was != value:
+            return f"losses of evaluations do not compare with those before: {key} was {describe_value(was)} and is {describe_value(value)}"
+    return None
 
 
 def _another_schedule(saved: RunConfig, config: RunConfig, step: int) -> str | None:

@@ -14,7 +14,7 @@ from phase8.checkpoint.background import BackgroundSaver
 from phase8.checkpoint.load import list_checkpoints
 from phase8.checkpoint.retention import apply_retention
 from phase8.checkpoint.save import save_checkpoint
-from phase8.checkpoint.step_directories import step_of
+from phase8.checkpoint.step_directories import step_directory_name, step_of
 from phase8.distributed.collectives import gather_texts
 from phase8.errors import CheckpointError
 from phase8.observe.metrics import MetricsWriter
@@ -48,7 +48,7 @@ class Saver:
             self._background.prepare(run.engine.state_sizes())
 
     def save(self, *, must_succeed: bool) -> None:
-        """Writes a checkpoint of the current step and applies the retention policy; may return while a background save is running.
+        """Writes a checkpoint of the current step, with the retention policy before and after; may return while a background save is running.
 
         Args:
             must_succeed: Whether to return only when the checkpoint is on the disk, and to raise on failure. Otherwise a failure is
@@ -61,6 +61,8 @@ class Saver:
         self.hear(wait=True)  # only one save runs at a time
         if self.saved_step == step:
             return
+        if self.saved_step is not None:  # what a killed save left, or a lower `keep_last` no longer keeps, may take the room of this one
+            self._retain(self._run.directory.checkpoints / step_directory_name(self.saved_step))
         saved: Path | None = None
         if must_succeed:
             saved = self._planned_save()(tensors=self._run.engine.state())
@@ -153,7 +155,7 @@ class Saver:
             self._record(lambda metrics: metrics.log_event(step, event.replace(" ", "_"), reason=reason))
 
     def _has_saved(self, step: int, saved: Path) -> None:
-        run, checkpoint = self._run, self._run.config.checkpoint
+        run = self._run
         self.saved_step = step
         if not run.is_main:
             return
@@ -161,13 +163,19 @@ class Saver:
         self._say(f"step {step:,}  saved; training stood still for {stall:.2f} s")
         fields = {"checkpoint_step": step, "checkpoint_stall_seconds": stall, "time": now(), "epochs": run.data.epochs(run.position.samples_consumed)}
         self._record(lambda metrics: metrics.log_event(run.position.step, "checkpoint", **fields))
-        with self._survived("retention failed"):
-            apply_retention(
-                run.directory.checkpoints,
-                keep_last=checkpoint.keep_last,
-                keep_every_n_steps=checkpoint.keep_every_n_steps,
-                known_good=saved,
-            )
+        self._retain(saved)
+
+    def _retain(self, known_good: Path) -> None:
+        """Removes, on the first rank, checkpoints that are no longer kept and leftovers of killed processes."""
+        checkpoint = self._run.config.checkpoint
+        if self._run.is_main:
+            with self._survived("retention failed"):
+                apply_retention(
+                    self._run.directory.checkpoints,
+                    keep_last=checkpoint.keep_last,
+                    keep_every_n_steps=checkpoint.keep_every_n_steps,
+                    known_good=known_good,
+                )
 
 
 @contextmanager

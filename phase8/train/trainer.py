@@ -13,6 +13,7 @@ from phase8.accelerator import give_back_memory
 from phase8.closing import Tolerated
 from phase8.data.loader import build_loader, microbatch_sample_numbers
 from phase8.data.microbatch import Microbatch, stand_in
+from phase8.distributed.collectives import gather_texts
 from phase8.errors import DataError, DivergenceError, StorageError
 from phase8.model.flops import training_flops_per_token
 from phase8.observe.memory import peak_memory_bytes, reset_peak_memory
@@ -97,7 +98,8 @@ class Trainer:
             if asked_to_stop and not is_last:
                 return True  # somebody waits for this process to end, so an evaluation that is due now is left out
             if is_last or _is_due(position.step, config.train.evaluate_every_n_steps):
-                self.evaluate()
+                if self.evaluate(None if is_last else stop):
+                    return True
                 if config.observe.sample_at_evaluations and not is_last:
                     self.sample()
             if not is_last and _is_due(position.step, config.checkpoint.every_n_steps):
@@ -132,13 +134,27 @@ class Trainer:
             check_replicas(self.run.engine, step=step)
             self.compared_step = step
 
-    def evaluate(self) -> None:
-        """Measures and records the loss on the held-out sequences, if there are any."""
+    def evaluate(self, stop: StopRequest | None) -> bool:
+        """Measures and records the loss on the held-out sequences, if there are any.
+
+        Args:
+            stop: What leaves the evaluation out when any rank is asked to stop; None: nothing, since no later start would make up for it.
+
+        Returns:
+            Whether it was left out.
+        """
         step = self.run.position.step
         if self.held_out is None:
-            return
+            return False
+
+        def goes_on() -> bool:
+            self.report(step, "evaluation")
+            return stop is None or not any(gather_texts(stop.received, self.run.host_group))
+
         self.report(step, "evaluation")
-        found = self.held_out.evaluate()
+        found = self.held_out.evaluate(goes_on)
+        if found is None:
+            return True
         self._record(
             lambda metrics: metrics.log_evaluation(
                 step, validation_loss=found.loss, validation_tokens=found.num_tokens, sources=found.sources
@@ -146,6 +162,7 @@ class Trainer:
         )
         self.progress.evaluation(step, found.loss, found.sources)
         self.saver.losses.validation = step, found.loss
+        return False
 
     def sample(self) -> str | None:
         """Records a text sample of the present weights; every rank takes part. Returns it on the first rank; a failure there is only reported."""

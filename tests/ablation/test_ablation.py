@@ -12,7 +12,7 @@ import pytest
 
 from phase8.ablation import chart
 from phase8.ablation.chart import positions_png, validation_png
-from phase8.ablation.learning_rates import best_rates, check_search, describe_choice
+from phase8.ablation.learning_rates import best_rates, check_search, describe_choice, losses_by_rate
 from phase8.ablation.planned_runs import plan_runs, plan_search
 from phase8.ablation.results import summarise, write_results
 from phase8.ablation.runs import Machine, Record, RunProcesses, read_records, record_path
@@ -578,7 +578,7 @@ def test_the_best_rate_has_the_lowest_loss_of_all_finished_ones(stub, tiny):
         (stub.plans / run.name).write_text("finish")
     (stub.plans / "window_global-lr0.002-seed1").write_text("crash")
     processes = stub.train(search)
-    assert processes.failures == [5] and best_rates(search, read_records(stub.output)) == {"transformer": 0.012}
+    assert processes.failures == [5] and best_rates(losses_by_rate(search, read_records(stub.output))) == {"transformer": 0.012}
     (stub.plans / "window_global-lr0.002-seed1").write_text("diverge")
     (stub.plans / "window_global-lr0.012-seed1").write_text("diverge")
     record_path(search[3], stub.output).unlink()
@@ -587,11 +587,29 @@ def test_the_best_rate_has_the_lowest_loss_of_all_finished_ones(stub, tiny):
     diverged = found["window+global", 0.002]
     assert (diverged.validation_loss, diverged.tokens, diverged.curve, diverged.positions) == (None, 96 * 12, [[960, 7.008]], None)
     assert found["transformer", 0.012].positions == [[0, 8, 7.0], [8, 24, None]] and found["transformer", 0.012].is_search
-    assert best_rates(search, found.values()) == {"transformer": 0.012, "window+global": 0.05}
+    assert best_rates(losses_by_rate(search, list(found.values()))) == {"transformer": 0.012, "window+global": 0.05}
     none = [replace(record, validation_loss=None) for record in found.values()]
-    with pytest.raises(DivergenceError, match=r"transformer has no finite loss with any of --learning-rates 0.05, 0.012, 0.002; name smaller"):
-        best_rates(search, none)
+    with pytest.raises(DivergenceError, match=r"transformer has no finite loss with any learning rate that was tried \(0.002, 0.012, 0.05\); name"):
+        best_rates(losses_by_rate(search, none))
 
+
+def test_rates_of_earlier_searches_with_the_same_seed_and_steps_count_too(tiny, tmp_path):
+    one = choose_variants(["transformer"], [])
+    whole, short = (plan_search(tiny, [], one, [0.05, 0.012], num_steps=steps, seed=1, output=tmp_path) for steps in (None, 7))
+    own = [record("transformer", 1, loss, learning_rate=rate, is_search=True) for rate, loss in ((0.05, 2.2), (0.012, 2.1))]
+    earlier = record("transformer", 1, 2.0, learning_rate=0.002, is_search=True)
+    others = [
+        record("transformer", 2, 1.0, learning_rate=0.3, is_search=True),
+        record("transformer", 1, 1.0, learning_rate=0.4, search_steps=7, is_search=True),
+        record("window", 1, 1.0, learning_rate=0.5, is_search=True),
+        record("transformer", 1, 1.0),
+        record("transformer", 1, 1.0, learning_rate=0.6),
+    ]
+    assert losses_by_rate(whole, [earlier, *own, *others]) == {"transformer": {0.002: 2.0, 0.05: 2.2, 0.012: 2.1}}
+    assert best_rates(losses_by_rate(whole, [earlier, *own, *others])) == {"transformer": 0.002}
+    assert losses_by_rate(whole, [earlier, own[0], *others]) == losses_by_rate(short, [earlier, *own, *others]) == {}  # they are not finished
+    trained = replace(own[1], is_search=False)  # as a run that no search asked for then
+    assert losses_by_rate(whole, [own[0], trained, *others]) == {"transformer": {0.05: 2.2, 0.012: 2.1}}
 
 def test_a_run_that_diverges_outside_a_search_has_failed(stub):
     stub.behave(transformer_seed1="diverge")
@@ -608,7 +626,7 @@ def test_shortened_runs_are_not_measured_by_position(stub, tiny):
 
 
 def test_the_choice_says_whether_it_is_at_an_end():
-    assert describe_choice("a", 0.002, [0.001, 0.004, 0.002]) == "a: learning rate 0.002 of 0.001, 0.004, 0.002"
+    assert describe_choice("a", 0.002, [0.001, 0.004, 0.002]) == "a: learning rate 0.002 of 0.001, 0.002, 0.004"
     assert describe_choice("a", 0.004, [0.001, 0.004]).endswith("0.004, the largest of 0.001, 0.004: a larger one may be better")
     assert describe_choice("a", 0.001, [0.001, 0.004]).endswith("the smallest of 0.001, 0.004: a smaller one may be better")
 
@@ -640,6 +658,11 @@ def test_the_page_shows_the_search_and_compares_the_runs_with_the_rate_that_was_
     assert "peak learning rate 0.01 where none was searched;" in text and "Peak learning rates that were found: window+global 0.002." in text
     tree = json.loads((tmp_path / "results.json").read_text())
     assert tree["learning_rates"] == {"window+global": 0.002} and len(tree["search"]) == 4
+    assert "Left out" not in text
+    old = [record("window+global", 3, 2.1), record("window+global", 4, 2.2, learning_rate=0.004)]
+    text = write_results(study, [*tried, short, *others, *old], tmp_path)
+    left_out = "window+global seed 3 with that of the config, window+global seed 4 with 0.004"
+    assert f"Left out, because they were trained with another peak learning rate: {left_out}." in text
     assert write_results(replace(study, learning_rates={}), [short], tmp_path).count("![") == 0  # before the first choice
 
 

@@ -110,6 +110,21 @@ def test_the_headline_sums_up_the_run(trained):
     assert (tiles["Skipped steps"].value, tiles["Skipped steps"].is_warning) == ("1", True)
 
 
+def test_the_best_loss_is_one_that_compares_with_the_last(trained, make_step):
+    """On other held-out data, or more of them, an earlier evaluation may have been easier."""
+    said = "evaluations are on other data"
+    with MetricsWriter(trained, resume_step=60) as writer:
+        writer.log_event(60, "evaluations_changed", message=said)
+    assert (tiles_of(trained)["Best validation loss"].value, tiles_of(trained)["Best validation loss"].note) == (
+        "–", "no evaluation, of those after step 60",
+    )  # fmt: skip
+    with MetricsWriter(trained, resume_step=60) as writer:
+        writer.log_step(make_step(61))
+        writer.log_evaluation(61, validation_loss=5.5, validation_tokens=1024)
+    tile, (page, _) = tiles_of(trained)["Best validation loss"], report(trained)
+    assert (tile.value, tile.note) == ("5.500", "step 61, of those after step 60, 1.21 below unigram entropy") and said in page.text
+
+
 def test_the_page_holds_figures_charts_events_facts_and_samples(trained):
     with MetricsWriter(trained, resume_step=60) as writer:
         writer.log_event(60, "settings", **{"train.recompute": "none", "reason": "by plan"})

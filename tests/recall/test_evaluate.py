@@ -1,6 +1,7 @@
 """Accuracy of recall: all of it for an oracle, chance for a guesser, and a checkpoint from the command line."""
 
 import json
+import shlex
 
 import numpy as np
 import pytest
@@ -92,8 +93,8 @@ def test_from_data_to_a_table_by_the_command_line(tiny, tmp_path, capsys):
     recall = load_door("recall")
     shared = ["--task", "mqar", "--pairs", "2", "4"]
     options = ["--length", "40", "--tokens", "400", "--validation-sequences", "8", "--vocab-size", "100"]
-    assert recall.main(["data", *shared, *options, "--output", str(tmp_path)]) == 0
-    settings = capsys.readouterr().out.split("--set ")[1].split()
+    assert recall.main(["data", *shared, *options, "--output", str(tmp_path / "two words")]) == 0
+    settings = shlex.split(capsys.readouterr().out.split("--set ")[1])
     assert settings[2:] == ["model.vocab_size=100", "model.sequence_length=40"]
     run = train_tiny(tiny, *settings, "train.num_steps=4")
     options = ["--checkpoint", str(run.directory.path), "--lengths", "40", "64", "--sequences", "3", "--output", str(tmp_path / "found.json")]

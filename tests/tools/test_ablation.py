@@ -121,7 +121,7 @@ def test_learning_rates_are_searched_first_and_the_best_trains_the_seeds(stubbed
     records = sorted(path.stem for path in (tmp_path / "out" / "records").iterdir())
     assert records == ["transformer-lr0.012-seed1", "transformer-lr0.012-seed2", "transformer-lr0.05-seed1"]
     assert "2 runs of the search for learning rates, 0 of them finished earlier" in messages
-    assert "transformer: learning rate 0.012, the smallest of 0.05, 0.012: a smaller one may be better" in messages
+    assert "transformer: learning rate 0.012, the smallest of 0.012, 0.05: a smaller one may be better" in messages
     assert "2 runs, 1 of them finished earlier" in messages  # the best one of the search is that of the first seed
     assert "| transformer | 1 | all | **6.0020** | 6.0400 |" in table and "Peak learning rates that were found: transformer 0.012." in table
     assert "| transformer | 0 | " not in table and "6.0020 | 6.0020 | 6.0020 | 0.0000 |" in table
@@ -130,11 +130,11 @@ def test_learning_rates_are_searched_first_and_the_best_trains_the_seeds(stubbed
     assert (code, again) == (0, table) and "started" not in messages
     code, again, messages = stubbed("--seeds", 2)  # what was found stays
     assert (code, again) == (0, table) and "1 runs, 1 of them finished earlier" in messages
-    code, again, messages = stubbed("--learning-rates", 0.002, 0.05)  # a new search decides anew
-    assert code == 0 and "transformer: learning rate 0.002, the smallest of 0.002, 0.05" in messages
-    assert "| transformer | 1 | all | **6.0080** | 6.0020 | 6.0400 |" in again
-    code, again, messages = stubbed("--learning-rates", 0.05, 0.012, "--any-size", variants=("transformer+conv",))  # that of another variant does not
-    assert code == 0 and "Peak learning rates that were found: transformer 0.002, transformer+conv 0.012." in again
+    code, again, messages = stubbed("--learning-rates", 0.002, 0.05)  # rates that were tried before count beside those of a new search
+    assert code == 0 and "transformer: learning rate 0.012 of 0.002, 0.012, 0.05\n" in messages
+    assert "| transformer | 1 | all | 6.0080 | **6.0020** | 6.0400 |" in again
+    code, again, messages = stubbed("--learning-rates", 0.05, 0.012, "--any-size", variants=("transformer+conv",))  # for a variant of its own
+    assert code == 0 and "Peak learning rates that were found: transformer 0.012, transformer+conv 0.012." in again
 
 
 def test_a_search_with_fewer_steps_repeats_the_best_run_with_all_of_them(stubbed, tmp_path):
@@ -161,7 +161,7 @@ def test_no_learning_rate_that_trains_is_a_divergence(stubbed, tmp_path):
     diverging = {f"transformer_lr{rate}_seed1": "diverge" for rate in ("0_012", "0_05")}
     code, table, messages = stubbed("--learning-rates", 0.012, 0.05, **diverging)
     assert (code, table) == (6, "")
-    assert "error: transformer has no finite loss with any of --learning-rates 0.012, 0.05; name smaller ones" in messages
+    assert "error: transformer has no finite loss with any learning rate that was tried (0.012, 0.05); name smaller ones" in messages
 
 
 def test_a_stop_in_the_search_begins_no_other_run(stubbed, monkeypatch):

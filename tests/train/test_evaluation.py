@@ -2,14 +2,18 @@
 
 import io
 import math
+import signal
 
 import numpy as np
 import pytest
 import yaml
 from rich.console import Console
 
+from phase8.checkpoint.load import list_checkpoints
 from phase8.data.indexed import IndexedWriter
 from phase8.observe.metrics import SourceLoss
+from phase8.train import evaluation
+from phase8.train.engine import fsdp
 from phase8.train.evaluation import HeldOutData, weighted_loss
 from phase8.train.loop import train
 from tests.train.tiny_run import prepare, records, train_tiny, write_config
@@ -55,6 +59,39 @@ def test_the_loss_of_a_source_is_that_of_the_source_alone(tiny):
     for name in ("few", "many"):
         alone = prepare(tiny, f"data.validation={tiny.parent / name}", f"run.name={name}", "train.evaluation_sequences=20")
         assert HeldOutData(alone).evaluate().loss == pytest.approx(together[name], rel=1e-6)
+
+
+def test_a_long_evaluation_comes_in_pieces_between_which_it_may_end(tiny, monkeypatch):
+    whole, calls = HeldOutData(prepare(tiny)).evaluate(), []
+    monkeypatch.setattr(evaluation, "ROUNDS_TOGETHER", 3)  # of 2 and 10 microbatches: one piece and four
+
+    def goes_on():
+        calls.append(None)
+        return len(calls) < stops_at
+
+    run, stops_at = prepare(tiny, "run.name=pieces"), 9
+    pieces = HeldOutData(run).evaluate(goes_on)
+    assert pieces.loss == pytest.approx(whole.loss, rel=1e-12) and pieces.num_tokens == whole.num_tokens and len(calls) == 4
+    stops_at = 6
+    assert HeldOutData(run).evaluate(goes_on) is None and len(calls) == 6
+
+
+@pytest.mark.parametrize("step", [10, 20])
+def test_a_stop_during_an_evaluation_leaves_it_out_but_for_the_last(tiny, monkeypatch, step):
+    """Whoever asks does not wait for ever before he kills, and steps since the last save would be lost."""
+    monkeypatch.setattr(evaluation, "ROUNDS_TOGETHER", 3)
+    run, original, places = prepare(tiny, "train.evaluate_every_n_steps=10", "checkpoint.every_n_steps=100"), fsdp.FsdpEngine.evaluate, []
+
+    def evaluate(self, microbatches):
+        if run.position.step == step and places.count((step, "evaluation")) == 2:
+            signal.raise_signal(signal.SIGTERM)
+        return original(self, microbatches)
+
+    monkeypatch.setattr(fsdp.FsdpEngine, "evaluate", evaluate)
+    train(run, resume_command="", report=lambda step, doing: places.append((step, doing)))
+    assert run.position.step == step and [path.name for path in list_checkpoints(run.directory.checkpoints)] == [f"step-{step:010d}"]
+    assert [record["step"] for record in records(run) if "validation_loss" in record] == ([10, 20] if step == 20 else [])
+    assert places.count((step, "evaluation")) == (5 if step == 20 else 3)  # the watch over hangs hears of every piece
 
 
 def test_unequal_weights_count(tiny):

@@ -13,6 +13,7 @@ from rich.console import Console
 from phase8.checkpoint.background import BackgroundSaver
 from phase8.checkpoint.load import list_checkpoints, open_checkpoint
 from phase8.checkpoint.run_metadata import run_metadata
+from phase8.checkpoint.step_directories import SAVING_PREFIX
 from phase8.data.tokenizer_training import train_sentencepiece
 from phase8.errors import CheckpointError, OutOfMemoryError, StorageError
 from phase8.train import saver
@@ -204,6 +205,23 @@ def test_a_failure_of_retention_is_told_whatever_it_is(tiny, monkeypatch):
     train(run, resume_command="")
     (event,) = [record for record in records(run) if record.get("event") == "retention_failed"]
     assert "cannot be listed" in event["reason"]
+
+
+def test_what_is_no_longer_kept_makes_room_before_the_next_save(tiny, monkeypatch):
+    """On a full disk a save would fail again and again beside what it would remove afterwards."""
+    original, found = saver.save_checkpoint, []
+
+    def save(root, **rest):
+        found.append(sorted(path.name for path in root.iterdir()))
+        (root / f"{SAVING_PREFIX}step-0000000099-00000000").mkdir()  # what another process, killed by now, was writing
+        return original(root, **rest)
+
+    train(prepare(tiny, *EACH, "train.stop_at_step=10"), resume_command="")
+    monkeypatch.setattr(saver, "save_checkpoint", save)
+    run = prepare(tiny, "checkpoint.every_n_steps=5", "checkpoint.keep_last=1")
+    train(run, resume_command="")
+    assert found == [["step-0000000010"], ["step-0000000015"]]
+    assert [path.name for path in run.directory.checkpoints.iterdir()] == ["step-0000000020"]
 
 
 def test_a_step_whose_save_failed_aside_is_saved_again_at_the_end(tiny, monkeypatch):

@@ -12,6 +12,7 @@ from rich.console import Console
 
 from phase8.checkpoint.load import list_checkpoints, open_checkpoint
 from phase8.checkpoint.run_metadata import stored_config
+from phase8.checkpoint.step_directories import SAVING_PREFIX
 from phase8.config.load import config_from_mapping, config_to_mapping
 from phase8.data.tokenizer_training import train_sentencepiece
 from phase8.errors import CheckpointCorruptError, CheckpointError, CheckpointMismatchError, CommunicationError, ConfigError, DataError, StorageError
@@ -192,6 +193,18 @@ def test_what_makes_way_is_told(start, runs):
     assert [path.name for path in (runs / "k.1" / "checkpoints").iterdir()] and not list((runs / "k" / "checkpoints").iterdir())
 
 
+@pytest.mark.parametrize("resume", ["auto", "none"])
+def test_what_a_killed_save_left_goes_before_anything_is_written(start, runs, monkeypatch, resume):
+    """It may be all that fills the disk, and a run that is set aside would keep it."""
+    left, found = runs / "k" / "checkpoints" / f"{SAVING_PREFIX}step-0000000015-00000000", []
+    left.mkdir()
+    (left / "model-00000.safetensors").write_bytes(b"1")
+    original = RunDirectory.record
+    monkeypatch.setattr(RunDirectory, "record", lambda *arguments: (found.append(left.exists()), original(*arguments)))
+    start(resume=resume)
+    assert found == [False] and not list(runs.rglob(f"{SAVING_PREFIX}*"))
+
+
 def attached(run):
     return {open_checkpoint(path).step: list(open_checkpoint(path).manifest.attachments) for path in list_checkpoints(run.directory.checkpoints)}
 
@@ -200,8 +213,11 @@ def test_a_tokenizer_of_the_same_content_may_have_another_name(start, trained, t
     assert start(f"data.tokenizer={shutil.copy(trained / 'first.model', tmp_path / 'renamed.model')}").position.step == 10
 
 
-def test_another_tokenizer_is_accepted_when_asked_for(start, trained, runs):
-    run = start(f"data.tokenizer={trained}/second.model", "data.allow_fingerprint_change=true")
+def test_another_tokenizer_is_accepted_when_asked_for(start, trained, runs, tmp_path):
+    path = shutil.copy(trained / "second.model", tmp_path / "first.model")  # a tokenizer made anew may have the place of the old one
+    said, console = f"that of the run, {path}, is another: an id may mean other text", Console(file=io.StringIO(), width=500)
+    run = start(f"data.tokenizer={path}", "data.allow_fingerprint_change=true", console=console)
+    assert said in console.file.getvalue()
     assert run.position.step == 10 and (runs / "k" / "tokenizer.model").read_bytes() == (trained / "second.model").read_bytes()
 
 
@@ -277,6 +293,22 @@ def test_other_data_under_the_path_of_the_evaluations_are_said(tiny, tmp_path):
     assert "evaluations are on" not in start()
     write_documents(held_out, num_documents=21, seed=1)
     assert "  evaluations are on other data, whose losses do not compare with those before: source 0 (held_out, now held_out): the number" in start()
+
+
+def test_what_changes_mean_is_recorded_beside_the_keys(tiny, tmp_path):
+    """A report of the run would else compare what does not compare, and say nothing."""
+    train_tiny(tiny, "train.stop_at_step=10")
+    write_documents(tmp_path / "other", num_documents=200, seed=7)
+    changes = (f"data.train={tmp_path / 'other'}", "data.allow_fingerprint_change=true", "train.evaluation_sequences=3", "train.num_steps=12")
+    run = train_tiny(tiny, *changes)
+    found = [record for record in records(run) if str(record.get("event")).endswith("_changed")]
+    events = [(record["event"], record["message"]) for record in found if "message" in record]
+    rate = next(record["learning_rate"] for record in records(run) if record["step"] == 11 and "loss" in record)
+    assert events == [
+        ("data_changed", "data: other begins"),
+        ("evaluations_changed", "losses of evaluations do not compare with those before: train.evaluation_sequences was 4 and is 3"),
+        ("schedule_changed", f"the learning rate of step 11 is {rate:.3g}, after 0.00673 in step 10"),
+    ]
 
 
 LONGER = {
