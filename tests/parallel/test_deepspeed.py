@@ -241,6 +241,24 @@ def test_a_step_that_must_not_count_changes_nothing(pool, stage, how):
     assert next_norm == pool.run(two_steps, stage, world_size=2)[0][1]  # no gradient is left over
 
 
+def take_a_step_without_finite_gradients(stage, dtype):
+    engine, config = new_engine((f"precision.dtype={dtype}", DEEPSPEED, f"zero.stage={stage}"), 2)
+    first = step(engine, config, 0)
+    before = whole_tensors(engine)
+    (model,) = engine._stage.chunks
+    hook = model.get_parameter("blocks.0.mixer_norm.weight").register_hook(lambda gradient: gradient * math.inf)
+    spoiled = step(engine, config, 1)
+    hook.remove()
+    unchanged = all(torch.equal(tensor, before[name]) for name, tensor in whole_tensors(engine).items())
+    return first.skipped, spoiled.skipped, math.isfinite(spoiled.loss), math.isfinite(spoiled.grad_norm), unchanged, step(engine, config, 2).skipped
+
+
+@pytest.mark.parametrize(("stage", "dtype"), [(2, "bf16"), (3, "bf16"), pytest.param(2, "fp32", marks=pytest.mark.full), (3, "fp32")])
+def test_a_step_whose_gradients_alone_are_not_finite_is_skipped_and_said_to_be(pool, stage, dtype):
+    found = pool.run(take_a_step_without_finite_gradients, stage, dtype, world_size=2)
+    assert found == [(False, True, True, False, True, False)] * 2
+
+
 def copies(stage, tensor_ranks):
     settings = (*FP32, DEEPSPEED, f"zero.stage={stage}", f"parallel.tensor_parallel_size={tensor_ranks}")
     engine, _ = new_engine(settings, 2)

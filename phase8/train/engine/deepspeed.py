@@ -153,6 +153,7 @@ class DeepSpeedEngine:
         self._may_count = bool(sums.may_count(numbers))
         if self._look is not None:
             self._look(self._state.gradients())
+        self._norm = math.nan  # of gradients in bf16 that are not all finite, stages 1 and 2 take none
         self._engine.step()
         counts = torch.tensor(self._may_count and math.isfinite(self._norm), device=self.device)
         if sums.routing is not None:
@@ -209,8 +210,8 @@ class DeepSpeedEngine:
 
         def norm() -> Any:
             found = original()
-            total = torch.stack([torch.as_tensor(each).float() for each in found]).norm() if is_divided else found
-            self._norm = float(total) if float(total) >= 0 else math.nan
+            norms = torch.stack([torch.as_tensor(each).float() for each in (found if is_divided else [found])])
+            self._norm = float(norms.norm()) if bool((norms >= 0).all()) else math.nan  # DeepSpeed writes -1 for a norm that is not finite
             if self._may_count:
                 return found
             return [torch.full_like(torch.as_tensor(each), math.nan) for each in found] if is_divided else math.nan
