@@ -11,6 +11,7 @@ from contextlib import nullcontext
 from importlib.util import find_spec
 from pathlib import Path
 from types import SimpleNamespace
+from unittest.mock import patch
 
 import pytest
 import torch
@@ -29,7 +30,7 @@ from phase8.kernels.backends import select_kernels
 from phase8.plan.rank_memory import fullest
 from phase8.plan.whole_config import plan_stages
 from phase8.precision.policy import set_matmul_precision
-from phase8.train import build
+from phase8.train import build, device
 from phase8.train.engine.protocol import WEIGHT
 from phase8.train.loop import train
 from phase8.zero import async_io
@@ -257,6 +258,22 @@ def take_a_step_without_finite_gradients(stage, dtype):
 def test_a_step_whose_gradients_alone_are_not_finite_is_skipped_and_said_to_be(pool, stage, dtype):
     found = pool.run(take_a_step_without_finite_gradients, stage, dtype, world_size=2)
     assert found == [(False, True, True, False, True, False)] * 2
+
+
+def places_without_torchrun(host, number):
+    """A job under mpirun: what DeepSpeed finds in the environment."""
+    rank = dist.get_rank()
+    with patch.dict(os.environ), patch.object(device.platform, "node", lambda: host.format(rank)):
+        os.environ.pop("LOCAL_RANK", None)
+        device.name_device_for_deepspeed(torch.device("cpu") if number is None else torch.device("cuda", number))
+        return os.environ["LOCAL_RANK"]
+
+
+@pytest.mark.parametrize(
+    ("host", "number", "expected"), [("one", None, ["0", "1", "2"]), ("host {}", None, ["0", "0", "0"]), ("one", 5, ["5", "5", "5"])]
+)
+def test_deepspeed_is_told_the_place_on_the_host_where_the_launcher_does_not(pool, host, number, expected):
+    assert pool.run(places_without_torchrun, host, number, world_size=3) == expected
 
 
 def copies(stage, tensor_ranks):
