@@ -158,6 +158,19 @@ def test_the_choice_is_remembered_for_such_a_run_and_for_no_other(tiny, mesh, tr
         num_trials = len(made)
 
 
+def test_a_remembered_choice_brings_no_settings_of_the_host_with_it(tiny, mesh, trials, monkeypatch):
+    """Neither those that another run was given, nor those of a host with another number of cores or less memory."""
+    _, made = trials
+    first, _ = choose(tiny, mesh, "data.num_workers=7", "checkpoint.asynchronous=true")
+    number = len(made)
+    again, chosen = choose(tiny, mesh)
+    assert len(made) == number and again.train == first.train  # it is remembered
+    assert (again.data.num_workers, again.data.pin_memory, again.checkpoint.asynchronous) == (1, True, False)
+    monkeypatch.setattr(tuning, "host_settings", lambda config, device_type: HOST | {"data.num_workers": 0})
+    assert choose(tiny, mesh)[0].data.num_workers == 0 and len(made) == number
+    assert chosen.values["data.num_workers"] == 1  # checkpoints record what the run has
+
+
 def tiny_config_of(first, *, seed):
     config, _ = first
     return config.model_copy(update={"train": config.train.model_copy(update={"seed": seed})})
