@@ -104,7 +104,7 @@ class Saver:
             except SaveFailure as failure:
                 self._background = None
                 background.close()
-                self._say(f"step {self._run.position.step}: nothing can be copied to be saved in the background, so training waits for saves: {failure}")
+                self._say(f"step {self._run.position.step}: no room for copies to save in the background, so training waits for saves: {failure}")
             else:
                 background.start(copies, lambda copies: save(tensors=copies))
                 return None

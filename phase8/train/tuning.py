@@ -132,7 +132,7 @@ def _choose(
         return Chosen(values_of(config, _CHOSEN_KEYS), facts.name, world_size, "of the host")
     cache = _cache_file(config, facts, world_size)
     if (found := _read_cache(cache, config)) is not None and not refused:
-        return replace(found, values=found.values | values_of(config, tuple(host)))  # a run of other host settings, or on another host, may have made it
+        return replace(found, values=found.values | values_of(config, tuple(host)))  # found on another host, or with others given
     search = _Search(config, mesh, try_settings, facts, refused, say)
     if not has_kernels(facts.type) or world_size > 1 or config.train.tuning == "plan":
         return _by_plan(search.candidates(compiles=search.is_long(None)), facts, world_size)

@@ -7,6 +7,7 @@ import os
 import re
 import subprocess
 import sys
+import weakref
 from contextlib import nullcontext
 from importlib.util import find_spec
 from pathlib import Path
@@ -33,6 +34,7 @@ from phase8.precision.policy import set_matmul_precision
 from phase8.train import build, device
 from phase8.train.engine.protocol import WEIGHT
 from phase8.train.loop import train
+from phase8.train.trial import Trial, run_trial
 from phase8.zero import async_io
 from phase8.zero.async_io import load_async_io, require_async_io
 from phase8.zero.deepspeed import import_deepspeed
@@ -258,6 +260,26 @@ def take_a_step_without_finite_gradients(stage, dtype):
 def test_a_step_whose_gradients_alone_are_not_finite_is_skipped_and_said_to_be(pool, stage, dtype):
     found = pool.run(take_a_step_without_finite_gradients, stage, dtype, world_size=2)
     assert found == [(False, True, True, False, True, False)] * 2
+
+
+def memory_after_a_trial(settings):
+    """A job: whether what an engine held is there after the trial for which it was built."""
+    config, held, build_noted = without_auto(load_config(os.devnull, [*MODEL, *FP32, DEEPSPEED, *settings])), [], build.build_engine
+    new_engine((*FP32, DEEPSPEED, *settings), 1)[0].end()  # sets the process up
+
+    def noted(*arguments, **options):
+        engine = build_noted(*arguments, **options)
+        held.extend(weakref.ref(each) for each in (engine, engine._zero, engine._state._flats[0].untyped_storage()))
+        return engine
+
+    mesh = build_mesh(run_topology(config.parallel, world_size=1), device_type="cpu", shard_size=1)
+    found = run_trial(config, mesh=mesh, device=torch.device("cpu"), build_engine=noted)
+    return isinstance(found, Trial), [reference() is not None for reference in held]
+
+
+@pytest.mark.parametrize("settings", [("zero.stage=2",), ("zero.stage=3", OPTIMIZER, "zero.offload_params=cpu")], ids=["2", "3 offloaded"])
+def test_a_trial_leaves_nothing_of_its_engine(pool, settings):
+    assert pool.run(memory_after_a_trial, settings, world_size=1) == [(True, [False] * 3)]
 
 
 def places_without_torchrun(host, number):

@@ -255,7 +255,7 @@ def test_without_room_for_copies_training_waits_for_saves(tiny, monkeypatch, cap
     train(run, resume_command="")
     assert saved_tensors(run).keys() == {5, 10, 15, 20} and len(taken) == 2  # prepared, and at the first save
     said = [line for line in capsys.readouterr().out.splitlines() if "training waits for saves" in line]
-    assert said == ["step 5: nothing can be copied to be saved in the background, so training waits for saves: MemoryError"]
+    assert said == ["step 5: no room for copies to save in the background, so training waits for saves: MemoryError"]
     assert not any(record.get("event") == "checkpoint_failed" for record in records(run))
 
 

@@ -37,6 +37,7 @@ from phase8.zero.async_io import load_async_io, require_async_io
 from phase8.zero.deepspeed import (
     TensorParallelUnit,
     deepspeed_config,
+    free_engine,
     hold_parts,
     import_deepspeed,
     make_plain,
@@ -191,6 +192,10 @@ class DeepSpeedEngine:
 
     def close(self) -> None:
         """Does nothing: DeepSpeed keeps its buffers for the next update."""
+
+    def end(self) -> None:
+        """Frees what DeepSpeed would keep until the process ends."""
+        free_engine(self._engine)
 
     def _backward(self, outputs: tuple[Tensor, ...], _: tuple[Tensor | None, ...]) -> None:
         """Adds the gradients of the loss and of the auxiliary losses to those that DeepSpeed holds."""
