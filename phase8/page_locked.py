@@ -51,7 +51,7 @@ def locked(tensor: Tensor, device: torch.device) -> Tensor:
         return tensor
     if tensor.nbytes < _OWN_PAGES:
         return tensor.pin_memory()
-    if _locks(memory := tensor.view(-1)):
+    if _locks(memory := tensor.detach()):  # a view would hold its tensor, which then lived for ever
         weakref.finalize(tensor, accelerator.unlock_pages, memory)
     return tensor
 

@@ -70,5 +70,6 @@ class BackgroundSaver:
         return saving.result()
 
     def close(self) -> None:
-        """Waits for the running save."""
+        """Waits for the running save, and frees the memory of the copies."""
         self._thread.shutdown(wait=True)
+        self._copies.free()

@@ -43,6 +43,10 @@ class HostCopies:
         accelerator.synchronize(self._device)
         return copies
 
+    def free(self) -> None:
+        """Gives the memory back; copies that somebody still has keep theirs."""
+        self._slabs.clear()
+
     def _places(self, sizes: Iterable[int]) -> list[Tensor]:
         """Assigns each tensor its bytes, one after the other; allocates the slabs that are missing."""
         places, slab, begin = [], 0, 0

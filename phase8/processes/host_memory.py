@@ -1,11 +1,27 @@
-"""The memory of this host, as Linux reports it, and as much of it as the control group of this process may use."""
+"""The memory of this host, as Linux reports it, and as much of it as the control groups of this process may use."""
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
+from typing import NamedTuple
 
 MEMORY_OF_HOST = Path("/proc/meminfo")
 CONTROL_GROUP = Path("/sys/fs/cgroup")
+OWN_GROUPS = Path("/proc/self/cgroup")
+
+
+class _Names(NamedTuple):
+    """The files of a control group, and the key of the page cache that makes room in the last of them."""
+
+    limit: str
+    current: str
+    statistics: str
+    page_cache: str
+
+
+_VERSION_1 = _Names("memory.limit_in_bytes", "memory.usage_in_bytes", "memory.stat", "total_inactive_file")
+_VERSION_2 = _Names("memory.max", "memory.current", "memory.stat", "inactive_file")
 
 
 def used_bytes() -> int | None:
@@ -29,9 +45,25 @@ def _of_host() -> dict[str, int] | None:
 
 
 def _left_to_control_group() -> int | None:
-    """The limit of version 2 less what the group holds, without its page cache; None: there is no limit."""
-    limit, current, statistics = (CONTROL_GROUP / f"memory.{name}" for name in ("max", "current", "stat"))
+    """What the control groups leave in which this process is, each within the next, without their page cache; None: none has a limit."""
+    amounts = [amount for directory, names in _control_groups() if (amount := _left_to(directory, names)) is not None]
+    return min(amounts, default=None)
+
+
+def _control_groups() -> Iterator[tuple[Path, _Names]]:
+    """The directories of these groups. In a container, the group that appears as the outermost one may be its own, whatever the process is told."""
+    lines = OWN_GROUPS.read_text().splitlines() if OWN_GROUPS.exists() else ["0::/"]
+    for _, controllers, path in (line.split(":", 2) for line in lines):
+        if controllers == "" or "memory" in controllers.split(","):
+            top, names = (CONTROL_GROUP, _VERSION_2) if controllers == "" else (CONTROL_GROUP / "memory", _VERSION_1)
+            own = top / path.lstrip("/")
+            yield from ((directory, names) for directory in (own, *own.parents) if directory.is_relative_to(top) and ".." not in directory.parts)
+
+
+def _left_to(directory: Path, names: _Names) -> int | None:
+    """What a control group leaves; None: it has no limit."""
+    limit, current, statistics = (directory / name for name in names[:3])
     if not limit.exists() or (largest := limit.read_text().strip()) == "max":
         return None
-    cached = next((int(line.split()[1]) for line in statistics.read_text().splitlines() if line.startswith("inactive_file ")), 0)
+    cached = next((int(line.split()[1]) for line in statistics.read_text().splitlines() if line.startswith(f"{names.page_cache} ")), 0)
     return max(int(largest) - int(current.read_text()) + cached, 0)

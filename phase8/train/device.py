@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import os
+import platform
 import shutil
 
 import torch
+import torch.distributed as dist
 
 from phase8 import accelerator
 from phase8.config.schema import RunConfig, ZeroSection
+from phase8.distributed.collectives import gather_texts
 from phase8.errors import ConfigError
 from phase8.plan.candidates import Device
 from phase8.plan.whole_config import count_parameters, shapes_only
@@ -61,9 +64,14 @@ def this_device(device: torch.device, config: RunConfig) -> Device:
 
 
 def name_device_for_deepspeed(device: torch.device) -> None:
-    """Names the type of device, and the place of this process where no launcher did, in the environment, where DeepSpeed looks for them."""
+    """Names the type of device, and the place of this process on its host where torchrun did not, in the environment, where DeepSpeed looks for them.
+
+    A collective of all ranks.
+    """
     os.environ.setdefault("DS_ACCELERATOR", device.type)
-    os.environ.setdefault("LOCAL_RANK", "0")
+    hosts = gather_texts(platform.node())
+    place = hosts[: dist.get_rank()].count(platform.node()) if device.index is None else device.index
+    os.environ.setdefault("LOCAL_RANK", str(place))
 
 
 def limit_memory(device: torch.device, limit_gib: float | None) -> None:

@@ -100,11 +100,17 @@ class Saver:
     def _save_or_begin_to(self) -> Path | None:
         """Writes a checkpoint and returns its path, or begins a save in the background and returns None."""
         save, background = self._planned_save(), self._background
-        if background is None:
-            return save(tensors=self._on_all_ranks(self._run.engine.state))
-        copies = self._on_all_ranks(lambda: background.copy(self._run.engine.state()))
-        background.start(copies, lambda copies: save(tensors=copies))
-        return None
+        if background is not None:
+            try:
+                copies = self._on_all_ranks(lambda: background.copy(self._run.engine.state()))
+            except SaveFailure as failure:
+                self._background = None
+                background.close()
+                self._say(f"step {self._run.position.step}: no room for copies to save in the background, so training waits for saves: {failure}")
+            else:
+                background.start(copies, lambda copies: save(tensors=copies))
+                return None
+        return save(tensors=self._on_all_ranks(self._run.engine.state))
 
     def _planned_save(self) -> partial[Path]:
         """The call that saves this step, except for its tensors. All other arguments are evaluated now, so it reads no state that changes later."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Iterable, Iterator
 from contextlib import AbstractContextManager, ExitStack, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -156,12 +156,17 @@ def recorded_settings(asked: str, directory: RunDirectory, *, is_first: bool) ->
     """
     found: object = None
     if is_first and asked != "none":
-        try:
-            paths = list_checkpoints(directory.checkpoints)[:1] if asked == "auto" else [find_checkpoint(Path(asked))]
-            found = open_checkpoint(paths[0]).metadata.get("settings") if paths else None
-        except CheckpointError:  # `restore_asked` reports it
-            found = None
+        with suppress(CheckpointError):  # `restore_asked` reports it
+            paths = list_checkpoints(directory.checkpoints) if asked == "auto" else [find_checkpoint(Path(asked))]
+            found = next(_settings_in(paths), None)
     return json.loads(broadcast_text(json.dumps(found)) or "null")
+
+
+def _settings_in(paths: Iterable[Path]) -> Iterator[object]:
+    """The settings that checkpoints record, of those that can be opened: the run goes on from the first of these."""
+    for path in paths:
+        with suppress(CheckpointError):
+            yield open_checkpoint(path).metadata.get("settings")
 
 
 def check_place(choice: Choice, directory: RunDirectory, *, agents: Collection[str]) -> None:

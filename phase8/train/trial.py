@@ -13,7 +13,7 @@ from functools import partial
 import torch
 
 from phase8.accelerator import give_back_memory
-from phase8.config.batch import batch_shape
+from phase8.config.batch import BatchShape, batch_shape
 from phase8.config.schema import RunConfig
 from phase8.data.microbatch import Microbatch, stand_in
 from phase8.distributed.mesh import Mesh
@@ -81,21 +81,10 @@ def _try(config: RunConfig, mesh: Mesh, device: torch.device, build_engine: Buil
     reset_peak_memory(device)
     try:
         engine = build_engine(config, mesh=mesh, device=device)
-        microbatch = _random_microbatch(config, shape.micro_batch_size, mesh, device)
-
-        def step_seconds(num_microbatches: int) -> float:
-            with closing(engine):
-                seconds = _median_step_seconds(engine, [microbatch] * num_microbatches)
-                engine.evaluate([microbatch])  # an evaluation needs memory in addition to that of a recording
-                return seconds
-
-        fewest = 1 if mesh.pp.size == 1 else shape.num_microbatches
-        most = min(shape.num_microbatches, max(MOST_MICROBATCHES, fewest))
-        seconds = step_seconds(most)
-        if shape.num_microbatches > most:
-            _give_back_memory(device)  # frees the recording: a run has only one
-            one = step_seconds(fewest)
-            seconds = one + (shape.num_microbatches - fewest) * (seconds - one) / (most - fewest)
+        try:
+            seconds = _whole_step_seconds(engine, config, shape)
+        finally:
+            engine.end()
     except torch.OutOfMemoryError:
         return OUT_OF_MEMORY
     except RuntimeError as error:
@@ -104,6 +93,27 @@ def _try(config: RunConfig, mesh: Mesh, device: torch.device, build_engine: Buil
         return f"cannot be compiled ({type(error).__name__}: {str(error).splitlines()[0] if str(error) else 'no message'})"
     tokens = shape.global_batch_size * config.model.sequence_length
     return Trial(seconds, tokens / seconds, peak_memory_bytes(device), time.perf_counter() - begin)
+
+
+def _whole_step_seconds(engine: TrainingEngine, config: RunConfig, shape: BatchShape) -> float:
+    """The duration of a step of all microbatches."""
+    mesh, device = engine.mesh, engine.device
+    microbatch = _random_microbatch(config, shape.micro_batch_size, mesh, device)
+
+    def step_seconds(num_microbatches: int) -> float:
+        with closing(engine):
+            seconds = _median_step_seconds(engine, [microbatch] * num_microbatches)
+            engine.evaluate([microbatch])  # an evaluation needs memory in addition to that of a recording
+            return seconds
+
+    fewest = 1 if mesh.pp.size == 1 else shape.num_microbatches
+    most = min(shape.num_microbatches, max(MOST_MICROBATCHES, fewest))
+    seconds = step_seconds(most)
+    if shape.num_microbatches == most:
+        return seconds
+    _give_back_memory(device)  # frees the recording: a run has only one
+    one = step_seconds(fewest)
+    return one + (shape.num_microbatches - fewest) * (seconds - one) / (most - fewest)
 
 
 def _give_back_memory(device: torch.device) -> None:

@@ -125,14 +125,14 @@ def _choose(
     config: RunConfig, mesh: Mesh, try_settings: _Try, facts: Device, refused: Sequence[dict[str, Any]], say: Callable[[str], None]
 ) -> Chosen:
     """The choice of this rank for all ranks."""
-    world_size = mesh.topology.world_size
-    config = with_values(config, host_settings(config, facts.type))
+    world_size, host = mesh.topology.world_size, host_settings(config, facts.type)
+    config = with_values(config, host)
     automatic = automatic_keys(config)
     if not automatic:
         return Chosen(values_of(config, _CHOSEN_KEYS), facts.name, world_size, "of the host")
     cache = _cache_file(config, facts, world_size)
     if (found := _read_cache(cache, config)) is not None and not refused:
-        return found
+        return replace(found, values=found.values | values_of(config, tuple(host)))  # found on another host, or with others given
     search = _Search(config, mesh, try_settings, facts, refused, say)
     if not has_kernels(facts.type) or world_size > 1 or config.train.tuning == "plan":
         return _by_plan(search.candidates(compiles=search.is_long(None)), facts, world_size)

@@ -228,3 +228,16 @@ def register_outside_blocks(deepspeed: ModuleType, root: nn.Module, blocks: nn.M
             deepspeed.zero.register_external_parameter(root, parameter)
 
 
+def free_engine(engine: Any) -> None:
+    """Removes an engine of DeepSpeed from all places that live as long as the process, so that its memory is freed with the last reference.
+
+    Stage 3 keeps the root of every engine in a list, and arguments of a method, among them its object, in a cache.
+    """
+    engine.destroy()
+    roots = importlib.import_module("deepspeed.runtime.zero.parameter_offload").FWD_MODULE_STACK
+    roots[:] = [root for root in roots if root is not engine.module]
+    coordinator = importlib.import_module("deepspeed.runtime.zero.partitioned_param_coordinator").PartitionedParameterCoordinator
+    method = coordinator._PartitionedParameterCoordinator__params_to_release
+    for wrapped in (cell.cell_contents for cell in method.__closure__ or ()):
+        if hasattr(wrapped, "cache_clear"):
+            wrapped.cache_clear()

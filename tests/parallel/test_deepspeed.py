@@ -7,10 +7,12 @@ import os
 import re
 import subprocess
 import sys
+import weakref
 from contextlib import nullcontext
 from importlib.util import find_spec
 from pathlib import Path
 from types import SimpleNamespace
+from unittest.mock import patch
 
 import pytest
 import torch
@@ -29,9 +31,10 @@ from phase8.kernels.backends import select_kernels
 from phase8.plan.rank_memory import fullest
 from phase8.plan.whole_config import plan_stages
 from phase8.precision.policy import set_matmul_precision
-from phase8.train import build
+from phase8.train import build, device
 from phase8.train.engine.protocol import WEIGHT
 from phase8.train.loop import train
+from phase8.train.trial import Trial, run_trial
 from phase8.zero import async_io
 from phase8.zero.async_io import load_async_io, require_async_io
 from phase8.zero.deepspeed import import_deepspeed
@@ -239,6 +242,60 @@ def test_a_step_that_must_not_count_changes_nothing(pool, stage, how):
     first, skipped, unreadable, norm, unchanged, next_norm = pool.run(skip_a_step, stage, how, world_size=2)[0]
     assert not first and skipped and unchanged and math.isfinite(norm) and unreadable == ("unreadable" in how)
     assert next_norm == pool.run(two_steps, stage, world_size=2)[0][1]  # no gradient is left over
+
+
+def take_a_step_without_finite_gradients(stage, dtype):
+    engine, config = new_engine((f"precision.dtype={dtype}", DEEPSPEED, f"zero.stage={stage}"), 2)
+    first = step(engine, config, 0)
+    before = whole_tensors(engine)
+    (model,) = engine._stage.chunks
+    hook = model.get_parameter("blocks.0.mixer_norm.weight").register_hook(lambda gradient: gradient * math.inf)
+    spoiled = step(engine, config, 1)
+    hook.remove()
+    unchanged = all(torch.equal(tensor, before[name]) for name, tensor in whole_tensors(engine).items())
+    return first.skipped, spoiled.skipped, math.isfinite(spoiled.loss), math.isfinite(spoiled.grad_norm), unchanged, step(engine, config, 2).skipped
+
+
+@pytest.mark.parametrize(("stage", "dtype"), [(2, "bf16"), (3, "bf16"), pytest.param(2, "fp32", marks=pytest.mark.full), (3, "fp32")])
+def test_a_step_whose_gradients_alone_are_not_finite_is_skipped_and_said_to_be(pool, stage, dtype):
+    found = pool.run(take_a_step_without_finite_gradients, stage, dtype, world_size=2)
+    assert found == [(False, True, True, False, True, False)] * 2
+
+
+def memory_after_a_trial(settings):
+    """A job: whether what an engine held is there after the trial for which it was built."""
+    config, held, build_noted = without_auto(load_config(os.devnull, [*MODEL, *FP32, DEEPSPEED, *settings])), [], build.build_engine
+    new_engine((*FP32, DEEPSPEED, *settings), 1)[0].end()  # sets the process up
+
+    def noted(*arguments, **options):
+        engine = build_noted(*arguments, **options)
+        held.extend(weakref.ref(each) for each in (engine, engine._zero, engine._state._flats[0].untyped_storage()))
+        return engine
+
+    mesh = build_mesh(run_topology(config.parallel, world_size=1), device_type="cpu", shard_size=1)
+    found = run_trial(config, mesh=mesh, device=torch.device("cpu"), build_engine=noted)
+    return isinstance(found, Trial), [reference() is not None for reference in held]
+
+
+@pytest.mark.parametrize("settings", [("zero.stage=2",), ("zero.stage=3", OPTIMIZER, "zero.offload_params=cpu")], ids=["2", "3 offloaded"])
+def test_a_trial_leaves_nothing_of_its_engine(pool, settings):
+    assert pool.run(memory_after_a_trial, settings, world_size=1) == [(True, [False] * 3)]
+
+
+def places_without_torchrun(host, number):
+    """A job under mpirun: what DeepSpeed finds in the environment."""
+    rank = dist.get_rank()
+    with patch.dict(os.environ), patch.object(device.platform, "node", lambda: host.format(rank)):
+        os.environ.pop("LOCAL_RANK", None)
+        device.name_device_for_deepspeed(torch.device("cpu") if number is None else torch.device("cuda", number))
+        return os.environ["LOCAL_RANK"]
+
+
+@pytest.mark.parametrize(
+    ("host", "number", "expected"), [("one", None, ["0", "1", "2"]), ("host {}", None, ["0", "0", "0"]), ("one", 5, ["5", "5", "5"])]
+)
+def test_deepspeed_is_told_the_place_on_the_host_where_the_launcher_does_not(pool, host, number, expected):
+    assert pool.run(places_without_torchrun, host, number, world_size=3) == expected
 
 
 def copies(stage, tensor_ranks):

@@ -1,11 +1,15 @@
 """Page-locked host memory: its tensors do not overlap, and a GPU copies to it beside other work."""
 
 import gc
+import weakref
 
 import pytest
 import torch
+from torch import nn
 
-from phase8 import accelerator
+from phase8 import accelerator, page_locked
+from phase8.config.schema import OptimSection
+from phase8.optim.adamw_fp8 import AdamWFp8
 from phase8.page_locked import PageLocked
 
 
@@ -54,6 +58,37 @@ def test_no_kernel_raises_the_error_of_pages_that_cannot_be_locked(monkeypatch, 
     assert runtime.last_error == 0
     assert "cannot be page-locked (error 712)" in capfd.readouterr().err
     assert memory.tensors["a"].fill_(1).sum() == 15
+
+
+@pytest.fixture
+def calls(monkeypatch):
+    """What a GPU, played here, is asked to lock and to unlock, by address."""
+    found = {"lock": [], "unlock": []}
+    monkeypatch.setattr(accelerator, "locks_pages", lambda device_type: device_type == "cuda")
+    monkeypatch.setattr(accelerator, "lock_pages", lambda memory: found["lock"].append(memory.data_ptr()) or 0)
+    monkeypatch.setattr(accelerator, "unlock_pages", lambda memory: found["unlock"].append(memory.data_ptr()))
+    monkeypatch.setattr(page_locked, "_OWN_PAGES", 1000)
+    return found
+
+
+def test_a_large_tensor_is_locked_where_it_is_and_freed_with_its_pages(calls):
+    tensor = torch.zeros(100, 10)
+    assert page_locked.locked(tensor, torch.device("cuda")) is tensor and calls == {"lock": [tensor.data_ptr()], "unlock": []}
+    storage = weakref.ref(tensor.untyped_storage())
+    del tensor
+    gc.collect()
+    assert calls["unlock"] == calls["lock"] and storage() is None
+
+
+def test_moments_in_host_memory_are_freed_with_their_optimizer(calls):
+    """As after a trial of settings, whose moments would lie beside those of the run for as long as it trains."""
+    weights = nn.Parameter(torch.zeros(100, 20))
+    optimizer = AdamWFp8({"w": weights}, OptimSection(learning_rate=1e-3, state_dtype="fp8"), decayed_names=["w"])
+    optimizer._counted_state(weights, torch.device("cuda"))
+    assert len(calls["lock"]) == 2 and calls["unlock"] == []
+    del optimizer
+    gc.collect()
+    assert sorted(calls["unlock"]) == sorted(calls["lock"])
 
 
 @pytest.mark.gpu

@@ -1,8 +1,10 @@
 """Checkpoints written aside while training goes on."""
 
+import math
 import re
 import threading
 import time
+import weakref
 from pathlib import Path
 
 import pytest
@@ -11,6 +13,7 @@ import torch.distributed as dist
 from rich.console import Console
 
 from phase8.checkpoint.background import BackgroundSaver
+from phase8.checkpoint.host_copies import HostCopies
 from phase8.checkpoint.load import list_checkpoints, open_checkpoint
 from phase8.checkpoint.run_metadata import run_metadata
 from phase8.checkpoint.step_directories import SAVING_PREFIX
@@ -19,6 +22,7 @@ from phase8.errors import CheckpointError, OutOfMemoryError, StorageError
 from phase8.train import saver
 from phase8.train.engine import fsdp
 from phase8.train.loop import train
+from tests.train.faults.test_anomaly import spoil
 from tests.train.tiny_run import losses, prepare, records, train_tiny, weights
 
 ASIDE = "checkpoint.asynchronous=true"
@@ -237,6 +241,40 @@ def test_a_step_whose_save_failed_aside_is_saved_again_at_the_end(tiny, monkeypa
     run = prepare(tiny, ASIDE, "train.stop_at_step=3", "checkpoint.every_n_steps=2")
     train(run, resume_command="")
     assert tried == [2, 3] and saved_tensors(run).keys() == {3}
+
+
+def test_a_rollback_frees_the_memory_of_copies_before_others_are_made(tiny, monkeypatch):
+    """Nothing waits for the garbage collector: a host that has room for the copies of a run may have none for twice as many."""
+    taken, take = [], HostCopies._take
+
+    def noted(copies, num_bytes):
+        alive = sum(reference() is not None for reference, _ in taken)
+        slab = take(copies, num_bytes)
+        taken.append((weakref.ref(slab), alive))
+        return slab
+
+    monkeypatch.setattr(HostCopies, "_take", noted)
+    run = prepare(tiny, *EACH, ASIDE, "train.anomaly.policy=rollback")
+    spoil(run, 12 * 4, factor=math.nan)
+    train(run, resume_command="")
+    assert [alive for _, alive in taken] == [0, 0] and run.position.total_skipped == 1
+
+
+def test_without_room_for_copies_training_waits_for_saves(tiny, monkeypatch, capsys):
+    """On each rank, if one has no room; before, such a run saved nothing until its end."""
+    taken = []
+
+    def take(copies, num_bytes):
+        taken.append(num_bytes)
+        raise MemoryError
+
+    monkeypatch.setattr(HostCopies, "_take", take)
+    run = prepare(tiny, *EACH, ASIDE, console=Console(width=500))
+    train(run, resume_command="")
+    assert saved_tensors(run).keys() == {5, 10, 15, 20} and len(taken) == 2  # prepared, and at the first save
+    said = [line for line in capsys.readouterr().out.splitlines() if "training waits for saves" in line]
+    assert said == ["step 5: no room for copies to save in the background, so training waits for saves: MemoryError"]
+    assert not any(record.get("event") == "checkpoint_failed" for record in records(run))
 
 
 def test_copies_do_not_follow_their_tensors():

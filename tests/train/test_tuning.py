@@ -12,7 +12,7 @@ import torch.distributed as dist
 from rich.console import Console
 
 from phase8.checkpoint.load import list_checkpoints, open_checkpoint
-from phase8.checkpoint.step_directories import step_directory_name
+from phase8.checkpoint.step_directories import MANIFEST_NAME, step_directory_name
 from phase8.config.auto import automatic_keys, without_auto
 from phase8.config.batch import run_topology
 from phase8.config.load import load_config
@@ -158,6 +158,19 @@ def test_the_choice_is_remembered_for_such_a_run_and_for_no_other(tiny, mesh, tr
         num_trials = len(made)
 
 
+def test_a_remembered_choice_brings_no_settings_of_the_host_with_it(tiny, mesh, trials, monkeypatch):
+    """Neither those that another run was given, nor those of a host with another number of cores or less memory."""
+    _, made = trials
+    first, _ = choose(tiny, mesh, "data.num_workers=7", "checkpoint.asynchronous=true")
+    number = len(made)
+    again, chosen = choose(tiny, mesh)
+    assert len(made) == number and again.train == first.train  # it is remembered
+    assert (again.data.num_workers, again.data.pin_memory, again.checkpoint.asynchronous) == (1, True, False)
+    monkeypatch.setattr(tuning, "host_settings", lambda config, device_type: HOST | {"data.num_workers": 0})
+    assert choose(tiny, mesh)[0].data.num_workers == 0 and len(made) == number
+    assert chosen.values["data.num_workers"] == 1  # checkpoints record what the run has
+
+
 def tiny_config_of(first, *, seed):
     config, _ = first
     return config.model_copy(update={"train": config.train.model_copy(update={"seed": seed})})
@@ -245,6 +258,17 @@ def test_a_cpu_follows_a_rule_and_its_checkpoints_tell_it(tiny):
     resumed = prepare(tiny, *FREE, console=console)
     assert resumed.chosen.values == run.chosen.values and "as the run began" in console.file.getvalue()
     assert [record["event"] for record in records(run) if record.get("event") == "settings"] == ["settings"]
+
+
+def test_settings_are_those_of_the_checkpoint_from_which_a_run_goes_on(tiny):
+    """The newest one may be passed over, since it is damaged."""
+    run = train_tiny(tiny, *FREE, "train.stop_at_step=10")
+    newest, before = list_checkpoints(run.directory.checkpoints)
+    (newest / MANIFEST_NAME).write_bytes(b"damaged")
+    console = Console(file=io.StringIO(), width=200)
+    resumed = prepare(tiny, *FREE, console=console)
+    assert resumed.position.step == open_checkpoint(before).step == 5
+    assert resumed.chosen.values == run.chosen.values and "as the run began" in console.file.getvalue()
 
 
 def test_automatic_settings_train_as_explicit_ones(tiny):

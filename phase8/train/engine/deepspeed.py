@@ -37,6 +37,7 @@ from phase8.zero.async_io import load_async_io, require_async_io
 from phase8.zero.deepspeed import (
     TensorParallelUnit,
     deepspeed_config,
+    free_engine,
     hold_parts,
     import_deepspeed,
     make_plain,
@@ -153,6 +154,7 @@ class DeepSpeedEngine:
         self._may_count = bool(sums.may_count(numbers))
         if self._look is not None:
             self._look(self._state.gradients())
+        self._norm = math.nan  # of gradients in bf16 that are not all finite, stages 1 and 2 take none
         self._engine.step()
         counts = torch.tensor(self._may_count and math.isfinite(self._norm), device=self.device)
         if sums.routing is not None:
@@ -191,6 +193,10 @@ class DeepSpeedEngine:
     def close(self) -> None:
         """Does nothing: DeepSpeed keeps its buffers for the next update."""
 
+    def end(self) -> None:
+        """Frees what DeepSpeed would keep until the process ends."""
+        free_engine(self._engine)
+
     def _backward(self, outputs: tuple[Tensor, ...], _: tuple[Tensor | None, ...]) -> None:
         """Adds the gradients of the loss and of the auxiliary losses to those that DeepSpeed holds."""
         self._num_backwards_left -= 1
@@ -209,8 +215,8 @@ class DeepSpeedEngine:
 
         def norm() -> Any:
             found = original()
-            total = torch.stack([torch.as_tensor(each).float() for each in found]).norm() if is_divided else found
-            self._norm = float(total) if float(total) >= 0 else math.nan
+            norms = torch.stack([torch.as_tensor(each).float() for each in (found if is_divided else [found])])
+            self._norm = float(norms.norm()) if bool((norms >= 0).all()) else math.nan  # DeepSpeed writes -1 for a norm that is not finite
             if self._may_count:
                 return found
             return [torch.full_like(torch.as_tensor(each), math.nan) for each in found] if is_divided else math.nan

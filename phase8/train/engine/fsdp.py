@@ -144,6 +144,10 @@ class FsdpEngine:
             captured, self._captured = self._captured, None
             captured.close()
 
+    def end(self) -> None:
+        """Frees the recorded step; all else goes with the last reference."""
+        self.close()
+
     @property
     def _buffers(self) -> dict[str, Tensor]:
         """The buffers of this stage, of which every rank of the stage has a copy."""

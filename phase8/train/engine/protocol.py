@@ -7,6 +7,7 @@
 | `replicas` | the comparison of copies that several ranks hold |
 | `whole_model` | the sample at the end of a run |
 | `watch_gradients` | the benchmark |
+| `end` | trials of settings, after which the run builds another engine |
 """
 
 from __future__ import annotations
@@ -188,6 +189,9 @@ class TrainingEngine(Protocol):
 
     def close(self) -> None:
         """Frees memory that only updates need, such as a recorded step; weights and optimizer stay. A later update allocates it again."""
+
+    def end(self) -> None:
+        """Makes all memory of the engine go with the last reference to it; nothing of it may be used any more."""
 
 
 class BuildEngine(Protocol):

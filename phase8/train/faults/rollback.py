@@ -46,7 +46,7 @@ def roll_back(run: Run, anomaly: Anomaly) -> dict[str, str | int]:
         )
     restored.samples_consumed = left_out.stop
     restored.total_skipped = abandoned.total_skipped
-    run.position = restored
+    run.position, run.saved_step = restored, None  # the checkpoint does not leave the samples out
     run.say(f"{anomaly}; back to step {restored.step}, samples {left_out.start}..{left_out.stop - 1} are left out")
     return {
         "from_step": anomaly.step,

@@ -1,6 +1,8 @@
 """Steps that must not count: found, left out, and followed by what the policy says."""
 
 import math
+import os
+import signal
 import statistics
 
 import numpy as np
@@ -13,7 +15,7 @@ from phase8.checkpoint.load import list_checkpoints, open_checkpoint
 from phase8.config.schema import AnomalySection
 from phase8.data.indexed import IndexedWriter
 from phase8.errors import DivergenceError
-from phase8.train import trainer
+from phase8.train import loop, trainer
 from phase8.train.engine.protocol import StepResult
 from phase8.train.faults.anomaly import MIN_SPIKE_HISTORY, SPIKE_WINDOW, RollbackAsked, largest_loss, take_note
 from phase8.train.loop import train
@@ -200,3 +202,20 @@ def test_a_rollback_is_remembered_across_a_resume(tiny):
     resumed = prepare(tiny, "train.anomaly.policy=rollback")
     assert (resumed.position.step, resumed.position.samples_consumed, resumed.position.total_skipped) == (15, 72, 1)
     assert len(events(run, "rollback")) == 1
+
+
+def test_a_stop_right_after_a_rollback_saves_that_the_samples_are_left_out(tiny, monkeypatch):
+    """The checkpoint from which the process began is that of the same step, but does not leave them out."""
+    train_tiny(tiny, "train.stop_at_step=10")
+    run, record = prepare(tiny, "train.anomaly.policy=rollback"), loop._record_beginning
+
+    def record_and_stop(trainer, run, rollback):
+        record(trainer, run, rollback)
+        if rollback is not None:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    monkeypatch.setattr(loop, "_record_beginning", record_and_stop)
+    spoil(run, 12 * 4, factor=math.nan)
+    train(run, resume_command="")
+    resumed = prepare(tiny)
+    assert (resumed.position.step, resumed.position.samples_consumed, resumed.position.rollbacks_in_a_row) == (10, 13 * 4, 1)
