@@ -52,7 +52,7 @@ def gradients_of_both(axis, stage, budget, model, backend):
     for compiled in (False, True):
         if compiled:
             for block in train_state.model.blocks.values():
-                block.compile(fullgraph=axis != "expert", backend=backend)  # FSDP gathers shared experts between two graphs
+                block.compile(fullgraph=axis != "expert" and not set(TRANSFORMER) <= set(model), backend=backend)  # as rules of the config allow
         loss = train_state.model.loss_sum(batch.tokens, batch.targets, batch.starts)
         loss.backward()
         results.append((loss.item(), gathered({name: p.grad for name, p in train_state.model.named_parameters()}, keep=True)))
@@ -63,6 +63,7 @@ def gradients_of_both(axis, stage, budget, model, backend):
 
 
 DELTA = ("model.global_path=delta",)
+TRANSFORMER = ("model.block=transformer",)
 EXPERTS = ("model.ffn=moe", "model.num_experts=4", "model.expert_ffn_size=16", "model.shared_experts=1")
 DROPLESS = "model.capacity_factor=null"
 CHAIN = ("model.chain=both", "model.global_tokens=2")
@@ -88,10 +89,12 @@ INDUCTOR, PARTITION = "inductor", "aot_eager_decomp_partition"  # with the same 
         ),
         ("expert", 3, 1.0, (*EXPERTS, DROPLESS), PARTITION),
         pytest.param("context", 0, 1.0, CHAIN, PARTITION, marks=pytest.mark.full),
-        ("context", 0, 1.0, ("model.block=transformer",), PARTITION),
+        ("context", 0, 1.0, TRANSFORMER, PARTITION),
         # Each rank that shares sequences compiles what its own slice needs; no other rank may wait for what it leaves out.
         ("context", 0, 1.0, (*CHAIN, "train.recompute=full"), PARTITION),
         ("context", 0, 1.0, (*DELTA, "train.recompute=selective"), PARTITION),
+        ("context", 0, 1.0, (*TRANSFORMER, "train.recompute=full"), PARTITION),
+        ("context", 0, 1.0, (*TRANSFORMER, "model.convolution_size=4", "train.recompute=selective"), PARTITION),
         *(
             pytest.param(*case, INDUCTOR, marks=pytest.mark.full)
             for case in (
