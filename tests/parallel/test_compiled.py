@@ -7,6 +7,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from torch._dynamo import config as dynamo_config
 from torch._functorch import config as functorch_config
 from torch._inductor import config as inductor_config
 from torch._inductor.utils import run_and_get_code
@@ -73,6 +74,7 @@ OPTIONS = (
 )  # fmt: skip
 
 
+EAGERLY = ("train.compile.enabled=true", "train.compile.backend=eager")  # traced only
 INDUCTOR, PARTITION = "inductor", "aot_eager_decomp_partition"  # with the same graphs, of which the second one makes no code
 
 
@@ -107,6 +109,25 @@ INDUCTOR, PARTITION = "inductor", "aot_eager_decomp_partition"  # with the same 
 def test_compiled_blocks_have_the_gradients_of_eager_ones(pool, axis, stage, budget, model, backend):
     difference, loss, eager_loss = pool.run(gradients_of_both, axis, stage, budget, model, backend, world_size=2, timeout_seconds=300)[0]
     assert difference < 1e-4 and loss == pytest.approx(eager_loss, rel=1e-6)
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        ("model.rotary=[true,false]", "train.recompute=selective", "train.recompute_every_n_layers=3"),
+        ("train.recompute=slices", "train.recompute_slice_tokens=7"),
+    ],
+)
+@dynamo_config.patch(fail_on_recompile_limit_hit=True, recompile_limit=8)  # as torch has it
+def test_every_form_of_a_block_is_compiled(settings):
+    train_state, batch = divided_model("data", 0, ("model.num_layers=4", *settings), num_ranks=1)
+    compile_modules(train_state.stage.chunks, without_auto(load_config(os.devnull, [*SETTINGS, "model.num_layers=4", *settings, *EAGERLY])))
+    for size in (2, 1):  # evaluations have smaller microbatches
+        tokens, targets, starts = (x[:size] for x in (batch.tokens, batch.targets, batch.starts))
+        train_state.model.loss_sum(tokens, targets, starts).backward()
+        with torch.no_grad():
+            train_state.model.loss_sum(tokens, targets, starts)
+    torch.compiler.reset()
 
 
 def kept_alive(settings):
