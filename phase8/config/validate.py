@@ -261,7 +261,7 @@ def _context_parallel(config: RunConfig) -> Iterator[str]:
         )
     if model.block == "transformer" and config.train.compile.fullgraph:
         yield (
-            f"train.compile.fullgraph is true with parallel.context_parallel_size {num_slices}, but the transformer's ring attention is not "
+            f"train.compile.fullgraph is true with parallel.context_parallel_size {num_slices}, but the exchange of the transformer's keys is not "
             "compiled; set it to false."
         )
 

@@ -64,8 +64,8 @@ def draw_tokens(logits: Tensor, seeds: Tensor, position: Tensor, options: Sampli
     """
     if options.temperature == 0:
         return logits.argmax(-1)
-    # Relative to the largest, so that a tiny temperature cannot overflow.
-    below = (logits.amax(-1, keepdim=True) - logits) / options.temperature
+    # Relative to the largest, so that a tiny temperature cannot overflow; one that fp32, or its reciprocal, does not hold would divide 0 by 0.
+    below = (logits.amax(-1, keepdim=True) - logits) / max(options.temperature, torch.finfo(logits.dtype).tiny)
     if options.top_k == 0 and options.top_p == 1:
         ids = torch.arange(below.shape[-1], device=below.device).expand_as(below)
         probabilities = (-below).softmax(-1)

@@ -75,8 +75,10 @@ class CausalAttention(nn.Module):
     def __init__(self, model: ModelSection, *, axis: Axis, number_format: NumberFormat, context: Axis = ALONE):
         super().__init__()
         self.earlier = EarlierSlices(context) if context.size > 1 else None
-        # It is not compiled: torch's loop over the ranks looks at their numbers.
+        # Neither is compiled: torch's loop over the ranks looks at their numbers; and the compiler would leave the fetch out of the first slice's
+        # recomputation, which gets no keys by it, so that the other ranks would wait for that rank.
         self.ring = torch.compiler.disable(ring_attention)
+        self.all_keys = None if self.earlier is None else torch.compiler.disable(self.earlier.all_keys)
         width, inner, keys, rank = model.d_model, model.attention_width, model.key_value_width, model.low_rank_rank
         self.num_key_heads, self.head_size = model.key_value_heads // axis.size, model.head_width
         self.widths = [size // axis.size for size in (inner, keys, keys)]  # of q, k and v on this rank
@@ -152,8 +154,8 @@ class CausalAttention(nn.Module):
         if self.earlier is not None and documents is None:
             y = self.ring(*(part.transpose(1, 2) for part in (q, k, v)), self.earlier.axis)
             return self.out(y.transpose(1, 2).flatten(2)), None
-        if self.earlier is not None and starts is not None:
-            keys, values, earlier_documents = self.earlier.all_keys(k, v, starts)
+        if self.all_keys is not None and starts is not None:
+            keys, values, earlier_documents = self.all_keys(k, v, starts)
             k, v, documents = torch.cat((keys, k), 1), torch.cat((values, v), 1), torch.cat((earlier_documents, documents), 1)
         if state is not None:
             k, v = torch.cat((state.keys, k), 1), torch.cat((state.values, v), 1)

@@ -428,7 +428,7 @@ def test_what_does_not_go_with_tensor_parallelism(tmp_path, settings, sentence):
         ),
         (
             ["model.block=transformer", "train.compile.fullgraph=true"],
-            "train.compile.fullgraph is true with parallel.context_parallel_size 4, but the transformer's ring attention is not compiled; "
+            "train.compile.fullgraph is true with parallel.context_parallel_size 4, but the exchange of the transformer's keys is not compiled; "
             "set it to false.",
         ),
         (

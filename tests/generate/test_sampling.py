@@ -30,6 +30,7 @@ def test_top_k_and_top_p_exclude_unlikely_tokens():
     assert ids(temperature=1.0, top_p=0.8) == {1, 3}
     assert ids(temperature=1.0, top_p=1e-6) == {1}
     assert ids(temperature=1e-30) == {1}
+    assert ids(temperature=1e-300, top_p=1.0) == {1}
 
 
 @pytest.mark.parametrize("limits", [{"top_p": 1.0}, {"top_p": 0.999999}, {"top_p": 1.0, "top_k": 5}, {"top_p": 1.0, "top_k": 9}])

@@ -7,6 +7,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from torch._dynamo import config as dynamo_config
 from torch._functorch import config as functorch_config
 from torch._inductor import config as inductor_config
 from torch._inductor.utils import run_and_get_code
@@ -52,7 +53,7 @@ def gradients_of_both(axis, stage, budget, model, backend):
     for compiled in (False, True):
         if compiled:
             for block in train_state.model.blocks.values():
-                block.compile(fullgraph=axis != "expert", backend=backend)  # FSDP gathers shared experts between two graphs
+                block.compile(fullgraph=axis != "expert" and not set(TRANSFORMER) <= set(model), backend=backend)  # as rules of the config allow
         loss = train_state.model.loss_sum(batch.tokens, batch.targets, batch.starts)
         loss.backward()
         results.append((loss.item(), gathered({name: p.grad for name, p in train_state.model.named_parameters()}, keep=True)))
@@ -63,6 +64,7 @@ def gradients_of_both(axis, stage, budget, model, backend):
 
 
 DELTA = ("model.global_path=delta",)
+TRANSFORMER = ("model.block=transformer",)
 EXPERTS = ("model.ffn=moe", "model.num_experts=4", "model.expert_ffn_size=16", "model.shared_experts=1")
 DROPLESS = "model.capacity_factor=null"
 CHAIN = ("model.chain=both", "model.global_tokens=2")
@@ -72,6 +74,7 @@ OPTIONS = (
 )  # fmt: skip
 
 
+EAGERLY = ("train.compile.enabled=true", "train.compile.backend=eager")  # traced only
 INDUCTOR, PARTITION = "inductor", "aot_eager_decomp_partition"  # with the same graphs, of which the second one makes no code
 
 
@@ -88,10 +91,12 @@ INDUCTOR, PARTITION = "inductor", "aot_eager_decomp_partition"  # with the same 
         ),
         ("expert", 3, 1.0, (*EXPERTS, DROPLESS), PARTITION),
         pytest.param("context", 0, 1.0, CHAIN, PARTITION, marks=pytest.mark.full),
-        ("context", 0, 1.0, ("model.block=transformer",), PARTITION),
+        ("context", 0, 1.0, TRANSFORMER, PARTITION),
         # Each rank that shares sequences compiles what its own slice needs; no other rank may wait for what it leaves out.
         ("context", 0, 1.0, (*CHAIN, "train.recompute=full"), PARTITION),
         ("context", 0, 1.0, (*DELTA, "train.recompute=selective"), PARTITION),
+        ("context", 0, 1.0, (*TRANSFORMER, "train.recompute=full"), PARTITION),
+        ("context", 0, 1.0, (*TRANSFORMER, "model.convolution_size=4", "train.recompute=selective"), PARTITION),
         *(
             pytest.param(*case, INDUCTOR, marks=pytest.mark.full)
             for case in (
@@ -104,6 +109,25 @@ INDUCTOR, PARTITION = "inductor", "aot_eager_decomp_partition"  # with the same 
 def test_compiled_blocks_have_the_gradients_of_eager_ones(pool, axis, stage, budget, model, backend):
     difference, loss, eager_loss = pool.run(gradients_of_both, axis, stage, budget, model, backend, world_size=2, timeout_seconds=300)[0]
     assert difference < 1e-4 and loss == pytest.approx(eager_loss, rel=1e-6)
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        ("model.rotary=[true,false]", "train.recompute=selective", "train.recompute_every_n_layers=3"),
+        ("train.recompute=slices", "train.recompute_slice_tokens=7"),
+    ],
+)
+@dynamo_config.patch(fail_on_recompile_limit_hit=True, recompile_limit=8)  # as torch has it
+def test_every_form_of_a_block_is_compiled(settings):
+    train_state, batch = divided_model("data", 0, ("model.num_layers=4", *settings), num_ranks=1)
+    compile_modules(train_state.stage.chunks, without_auto(load_config(os.devnull, [*SETTINGS, "model.num_layers=4", *settings, *EAGERLY])))
+    for size in (2, 1):  # evaluations have smaller microbatches
+        tokens, targets, starts = (x[:size] for x in (batch.tokens, batch.targets, batch.starts))
+        train_state.model.loss_sum(tokens, targets, starts).backward()
+        with torch.no_grad():
+            train_state.model.loss_sum(tokens, targets, starts)
+    torch.compiler.reset()
 
 
 def kept_alive(settings):

@@ -16,8 +16,8 @@ from phase8.train.engine.source_order import in_source_order
 
 # Maps modes of the config to torch.compile's modes without CUDA graphs, which train.cuda_graphs records instead.
 COMPILE_MODES = {"default": "default", "max-autotune": "max-autotune-no-cudagraphs"}
-# With and without gradients, of one size and of any, with states and without.
-_FORMS_OF_A_LAYER = 8
+# With and without gradients, of one size and of any, without a state, with an empty one, and with one whose window is full or not yet.
+_FORMS_OF_A_LAYER = 16
 
 
 def compile_modules(chunks: Sequence[LanguageModel], config: RunConfig, *, are_calls_hooked: bool = False) -> None:
@@ -46,7 +46,7 @@ def compile_modules(chunks: Sequence[LanguageModel], config: RunConfig, *, are_c
     inductor_config.reorder_for_compute_comm_overlap = exchanges
     inductor_config.reorder_for_compute_comm_overlap_passes = [in_source_order]
     # All blocks share their code; above the limit torch.compile would leave the others uncompiled.
-    dynamo_config.recompile_limit = max(dynamo_config.recompile_limit, _FORMS_OF_A_LAYER * len(set(config.model.layer_kinds)))
+    dynamo_config.recompile_limit = max(dynamo_config.recompile_limit, _FORMS_OF_A_LAYER * _count_kinds(config))
     options: dict[str, Any] = {"mode": COMPILE_MODES[train.compile.mode], "fullgraph": train.compile.fullgraph}
     if train.compile.backend is not None:
         options["backend"] = _known(train.compile.backend)
@@ -55,6 +55,14 @@ def compile_modules(chunks: Sequence[LanguageModel], config: RunConfig, *, are_c
             module.forward = torch.compile(module.forward, **options)
         else:
             module.compile(**options)
+
+
+def _count_kinds(config: RunConfig) -> int:
+    """The number of kinds of layers, which differ in window, experts, rotary positions, number format or recomputation and are compiled each."""
+    model, layers = config.model, range(config.model.num_layers)
+    is_fp8 = (layer in config.precision.fp8_layers(model.num_layers) for layer in layers)
+    is_recomputed = (layer % config.train.recompute_every_n_layers == 0 for layer in layers)
+    return len(set(zip(model.layer_kinds, model.has_rotary, is_fp8, is_recomputed, strict=True)))
 
 
 def _known(backend: str) -> str:
