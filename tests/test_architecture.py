@@ -182,6 +182,12 @@ def test_names_say_what_a_file_does():
     assert [relative(path) for path in TREES if VAGUE_NAMES & {path.stem, path.parent.name}] == []
 
 
+def test_the_mark_of_a_space_is_written_as_an_escape():
+    """It looks like an underscore; `SPACE_MARK` of phase8/data/tokenizer_file.py is its name."""
+    sources = (path for folder in ("phase8", "tools", "launch", "tests") for path in sorted((ROOT / folder).rglob("*.py")))
+    assert [relative(path) for path in sources if "\u2581" in path.read_text(encoding="utf-8")] == []
+
+
 def test_only_doors_and_observe_print():
     quiet = [path for path in LIBRARY if not is_below(path, "phase8/observe")]
     assert places((path, call) for path, call in nodes(ast.Call, quiet) if called_name(call) == "print") == []
