@@ -39,7 +39,7 @@ import phase8.early_interrupt  # noqa: F401  # first: later imports take time
 from phase8.config.arguments import path_argument, require_world_size
 from phase8.durable import replace_file
 from phase8.errors import ConfigError, OutOfMemoryError
-from phase8.observe.formatting import format_bytes, format_ratio, format_seconds
+from phase8.formatting import format_bytes, format_ratio, format_seconds
 from phase8.observe.schedule_text import Box, timeline_text
 from phase8.pipeline_parallel.lowering import lower
 from phase8.pipeline_parallel.schedules import SCHEDULES, Schedule, bubble_ratio, build_schedule, peak_activations

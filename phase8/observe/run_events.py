@@ -7,7 +7,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
-from phase8.observe.formatting import format_seconds
+from phase8.formatting import format_seconds
 
 _MAX_CHARACTERS = 300
 _WORTH_A_ROW = 1.1  # times the median rank

@@ -19,8 +19,8 @@ from phase8.config.dotted import replaced, values_of
 from phase8.config.schema import RunConfig
 from phase8.config.validate import find_problems
 from phase8.errors import ConfigError
+from phase8.formatting import format_bytes
 from phase8.observe.devices import Gpu
-from phase8.observe.formatting import format_bytes
 from phase8.plan.candidates import Device
 from phase8.plan.layouts import PLACES, RECOMPUTATIONS, layout_in_words, layouts, microbatches, offloaded, settings_of
 from phase8.plan.memory import free_bytes, usable_bytes
