@@ -253,7 +253,7 @@ def test_errors_are_tolerated_at_ends_only():
 
 def test_the_whole_config_is_named_only_where_everything_meets():
     """Below train, functions receive their own section, but for what the planner answers of a whole config and what a checkpoint records of a run."""
-    names = ("candidates", "dry_run", "layouts", "prediction", "run_communication", "settle", "suggest", "whole_config")
+    names = ("candidates", "divided_batch", "dry_run", "layouts", "prediction", "run_communication", "settle", "suggest", "whole_config")
     answers = tuple(f"phase8/plan/{name}.py" for name in names)
     packages = ("phase8/config", "phase8/train", "phase8/benchmark", "phase8/ablation", "phase8/conversion", "launch", "tools")
     allowed = (*packages, *answers, "phase8/checkpoint/run_metadata.py")
