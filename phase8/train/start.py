@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Callable, Collection
-from contextlib import AbstractContextManager, ExitStack
+from contextlib import AbstractContextManager, ExitStack, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -14,7 +14,7 @@ from phase8.checkpoint.load import Checkpoint, find_checkpoint, is_saved_run, li
 from phase8.checkpoint.model_source import open_model
 from phase8.checkpoint.quantization import require_as_trained
 from phase8.checkpoint.run_metadata import run_metadata
-from phase8.checkpoint.step_directories import MANIFEST_NAME, holds_weights_only, step_of
+from phase8.checkpoint.step_directories import MANIFEST_NAME, clear_leftovers, holds_weights_only, step_of
 from phase8.config.schema import RunConfig
 from phase8.distributed.collectives import broadcast_text
 from phase8.durable import staged_directory, storage_errors
@@ -203,6 +203,9 @@ def make_way(
     Raises:
         StorageError: A file cannot be written after all.
     """
+    if not choice.sets_run_aside:
+        with suppress(OSError):  # what killed processes left; retention tries again, and says so
+            clear_leftovers(directory.checkpoints)
     with ExitStack() as stack:
         new = RunDirectory(stack.enter_context(staged_directory(real_path(directory.path)))) if choice.sets_run_aside else directory
         new.create()
