@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from phase8 import accelerator
+from phase8.formatting import format_bytes
 from phase8.terminal import warn
 
 _ALIGNMENT = 256  # bytes
@@ -60,5 +61,5 @@ def _locks(memory: Tensor) -> bool:
     """Locks the pages of a tensor if the system allows it."""
     error = accelerator.lock_pages(memory)
     if error != 0:
-        warn(f"{memory.nbytes / 2**30:.1f} GiB of host memory for what is offloaded cannot be page-locked (error {error}): copies will be slow.")
+        warn(f"{format_bytes(memory.nbytes)} of host memory for what is offloaded cannot be page-locked (error {error}): copies will be slow.")
     return error == 0

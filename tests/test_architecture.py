@@ -182,6 +182,12 @@ def test_names_say_what_a_file_does():
     assert [relative(path) for path in TREES if VAGUE_NAMES & {path.stem, path.parent.name}] == []
 
 
+def test_the_mark_of_a_space_is_written_as_an_escape():
+    """It looks like an underscore; `SPACE_MARK` of phase8/data/tokenizer_file.py is its name."""
+    sources = (path for folder in ("phase8", "tools", "launch", "tests") for path in sorted((ROOT / folder).rglob("*.py")))
+    assert [relative(path) for path in sources if "\u2581" in path.read_text(encoding="utf-8")] == []
+
+
 def test_only_doors_and_observe_print():
     quiet = [path for path in LIBRARY if not is_below(path, "phase8/observe")]
     assert places((path, call) for path, call in nodes(ast.Call, quiet) if called_name(call) == "print") == []
@@ -247,7 +253,7 @@ def test_errors_are_tolerated_at_ends_only():
 
 def test_the_whole_config_is_named_only_where_everything_meets():
     """Below train, functions receive their own section, but for what the planner answers of a whole config and what a checkpoint records of a run."""
-    names = ("candidates", "dry_run", "layouts", "prediction", "run_communication", "settle", "suggest", "whole_config")
+    names = ("candidates", "divided_batch", "dry_run", "layouts", "prediction", "run_communication", "settle", "suggest", "whole_config")
     answers = tuple(f"phase8/plan/{name}.py" for name in names)
     packages = ("phase8/config", "phase8/train", "phase8/benchmark", "phase8/ablation", "phase8/conversion", "launch", "tools")
     allowed = (*packages, *answers, "phase8/checkpoint/run_metadata.py")

@@ -33,7 +33,7 @@ from phase8.config.load import load_config
 from phase8.distributed.mesh import build_mesh
 from phase8.distributed.placement import held_part
 from phase8.errors import ConfigError
-from phase8.observe.formatting import format_bytes
+from phase8.formatting import format_bytes
 from phase8.terminal import run_door
 from phase8.topology import Topology
 from phase8.train.engine.train_state import TrainState, build_train_state

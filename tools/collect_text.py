@@ -12,7 +12,8 @@
 
 Each document is written once, without trailing spaces, in the order of a hash of its text: the order mixes all places, and a text of
 --limit-bytes is a sample of the whole. Files that are unreadable, binary, not UTF-8, very large, very short, of very long lines or mostly
-numbers are left out and counted. --prepare runs tools/prepare_data.py on the result: a tokenizer, and 2 % of the documents held out by a hash.
+numbers are left out and counted. A file of another text that is there already, and what was prepared from it, is replaced with --overwrite only.
+--prepare runs tools/prepare_data.py on the result: a tokenizer, and 2 % of the documents held out by a hash.
 """
 
 from __future__ import annotations
@@ -56,6 +57,7 @@ def _run(arguments: list[str] | None) -> int:
             parsed.output,
             limit_bytes=parsed.limit_bytes,
             num_workers=parsed.workers,
+            overwrite=parsed.overwrite,
             on_progress=lambda *amounts: display.show(*amounts, in_bytes=True),
         )
     _print(collection)
@@ -89,7 +91,7 @@ def _print(collection: Collection) -> None:
 def _command(parsed: argparse.Namespace, collection: Collection) -> list[str]:
     """The command line that turns the text into tokens."""
     options = ["--output-prefix", parsed.output / parsed.kind, "--train-tokenizer", "--vocab-size", parsed.vocab_size]
-    options += ["--validation-fraction", parsed.validation_fraction, "--workers", parsed.workers]
+    options += ["--validation-fraction", parsed.validation_fraction, "--workers", parsed.workers, *["--overwrite"] * parsed.overwrite]
     return [sys.executable, str(ROOT / "tools" / "prepare_data.py"), collection.path, *map(str, options)]
 
 
@@ -103,6 +105,7 @@ def _parser() -> argparse.ArgumentParser:
         "--workers", type=int, default=os.cpu_count() or 1, metavar="N", help="processes that read and tokenise (default: one per CPU, %(default)s)"
     )
     parser.add_argument("--prepare", action="store_true", help="run tools/prepare_data.py on the text, instead of printing the command")
+    parser.add_argument("--overwrite", action="store_true", help="replace another text that is there, and what was prepared from it")
     parser.add_argument("--vocab-size", type=int, default=8192, metavar="N", help="vocabulary of the tokenizer (default: %(default)s)")
     parser.add_argument("--validation-fraction", type=float, default=0.02, metavar="X", help="share held out (default: %(default)s)")
     return parser

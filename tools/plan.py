@@ -15,7 +15,8 @@ A check builds what the run would build, on a process group that only pretends t
 are those that a rank keeps between steps, the memory is the planned peak of its GPU: this machine's, or an H100. Settings that are `auto` are those
 that a run would choose by plan, explicit ones are obeyed; a stage that needs more than the GPU has is named.
 
-A suggestion keeps model, batch and precision, compiles the blocks, and chooses layout, microbatch, recomputation and CUDA graph. Where nothing
+A suggestion keeps model, batch and precision, compiles the blocks, and chooses layout, microbatch, recomputation and CUDA graph. Layouts whose
+data-parallel ranks cannot divide the batch are left out, which is said with the nearest batch; where all would be, it has that batch. Where nothing
 fits, it also puts optimizer, parameters, sums of gradients and, of long sequences, inputs of layers into host memory (the column host, for each
 GPU), but for keys that the config sets. How the predicted speed compares with measured ones is in docs/performance.md. Of --memory and
 train.device_memory_gib the smaller counts.
@@ -39,7 +40,7 @@ import phase8.early_interrupt  # noqa: F401  # first: later imports take time
 from phase8.config.arguments import path_argument, require_world_size
 from phase8.durable import replace_file
 from phase8.errors import ConfigError, OutOfMemoryError
-from phase8.observe.formatting import format_bytes, format_ratio, format_seconds
+from phase8.formatting import format_bytes, format_ratio, format_seconds
 from phase8.observe.schedule_text import Box, timeline_text
 from phase8.pipeline_parallel.lowering import lower
 from phase8.pipeline_parallel.schedules import SCHEDULES, Schedule, bubble_ratio, build_schedule, peak_activations
@@ -147,7 +148,7 @@ def _suggest(arguments: argparse.Namespace, show: Callable[[str], None]) -> dict
     require_world_size(arguments.world_size)
     # Imported late: schedules need no torch.
     from phase8.config.load import load_config
-    from phase8.plan.suggest import price_of_offloading, suggest
+    from phase8.plan.suggest import layouts_left_out, price_of_offloading, suggest
 
     gpu = _gpu(arguments.gpu)
     whole_gib = gpu.memory_gib if arguments.memory is None else arguments.memory
@@ -162,8 +163,9 @@ def _suggest(arguments: argparse.Namespace, show: Callable[[str], None]) -> dict
     for line in _table([head, *(_suggestion_row(each, has_host=has_host) for each in found)], left=1):
         show(line)
     best = found[0]
-    if (price := price_of_offloading(best, config, gpu)) is not None:
-        show(f"\n{price}")
+    left_out, price = layouts_left_out(best, config, gpu), price_of_offloading(best, config, gpu)
+    for sentence in filter(None, (left_out, price)):
+        show(f"\n{sentence}")
     settings = " ".join(f"{name}={value if isinstance(value, str) else json.dumps(value)}" for name, value in best.changes(config).items())
     seconds = best.prediction.seconds * config.train.num_steps
     show(f"\nthe first: {f'--set {settings}' if settings else 'the config as it is'}")
@@ -173,6 +175,7 @@ def _suggest(arguments: argparse.Namespace, show: Callable[[str], None]) -> dict
         "world_size": arguments.world_size,
         "gpu": arguments.gpu,
         "memory_gib": memory_gib,
+        "left_out": left_out,
         "price_of_offloading": price,
         "suggestions": [
             {

@@ -6,7 +6,8 @@ Text and source files are one document each (or many, with --document-separator)
 compressed (.gz, .zst). Rows of .parquet files are one document each, with their text in the column --json-key. Of a directory all text,
 source, .jsonl and .parquet files are read, in order of their path; symbolic links are followed, hidden names and Python's caches are left
 out and counted. Run the same command again after an interruption (or a kill -9): it goes on with what is missing, and the output is the
-same, byte for byte, as without it.
+same, byte for byte, as without it. Finished data are recognised: the same command does nothing then, and another one that would replace
+them is refused, unless --overwrite is given. Exit codes are those of phase8/errors.py: 2 for such a refusal.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ from rich.progress import TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 import phase8.early_interrupt  # noqa: F401  # first: later imports take time
 from phase8.config.arguments import path_argument, prefix_argument
+from phase8.data.earlier_output import refuse_pair
 from phase8.data.lost_text import LostText
 from phase8.data.made_with import made_with
 from phase8.data.muse import MuseReport, import_muse
@@ -39,6 +41,7 @@ def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("inputs", nargs="*", type=path_argument, metavar="INPUT", help="text, source, .jsonl or .parquet file, or a directory")
     parser.add_argument("--output-prefix", type=prefix_argument, required=True, metavar="P", help="begin of every path that is written")
     parser.add_argument("--json-key", default="text", metavar="KEY", help="where a JSON line or a Parquet row holds its text (default: text)")
+    parser.add_argument("--overwrite", action="store_true", help="replace data that are there, made from other inputs or with other options")
     foreign = parser.add_argument_group("data that are tokens already, instead of inputs")
     foreign.add_argument(
         "--import-muse", type=path_argument, metavar="PREFIX", help="convert the MUSE pair PREFIX.bin/.idx (ResNet-BK), made with --tokenizer"
@@ -201,6 +204,7 @@ def options_of(parsed: argparse.Namespace) -> PrepareOptions:
         ),
         shard_bytes=parsed.shard_bytes,
         num_workers=parsed.workers,
+        overwrite=parsed.overwrite,
     )
 
 
@@ -245,8 +249,11 @@ def import_raw_file(parsed: argparse.Namespace, tokenizer: Tokenizer | None) -> 
 
 
 def destination_of(parsed: argparse.Namespace) -> str:
-    """Prefix of the pair that an import writes."""
-    return f"{parsed.output_prefix}_{parsed.json_key}_document"
+    """Prefix of the pair that an import writes; one that is there is refused unless it may be overwritten."""
+    prefix = f"{parsed.output_prefix}_{parsed.json_key}_document"
+    if not parsed.overwrite:
+        refuse_pair(prefix)
+    return prefix
 
 
 if __name__ == "__main__":

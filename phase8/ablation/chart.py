@@ -12,8 +12,8 @@ from matplotlib.figure import Figure
 from matplotlib.layout_engine import ConstrainedLayoutEngine
 from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter
 
+from phase8.formatting import format_count
 from phase8.observe.charts import LIGHT, style_axes
-from phase8.observe.formatting import format_count
 from phase8.observe.history import Series
 
 # The colours of Okabe and Ito, which most people with colour blindness can tell apart; their yellow is too pale on white and left out.

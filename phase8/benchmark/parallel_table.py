@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 
 from phase8.benchmark.parallel import LayoutSpeed
-from phase8.observe.formatting import format_bytes, format_seconds
+from phase8.formatting import format_bytes, format_seconds
 
 NOTHING = "-"
 LAYOUTS_HEADER = (

@@ -8,7 +8,7 @@ from phase8.accelerator import is_accelerator
 from phase8.benchmark.blocks import BLOCKS, LengthSpeed, speed_ratio
 from phase8.benchmark.ladder import RungSpeed, total_gain
 from phase8.benchmark.throughput import Measurement, Throughput
-from phase8.observe.formatting import format_bytes, format_count, format_ratio, format_seconds
+from phase8.formatting import format_bytes, format_count, format_ratio, format_seconds
 
 NOTHING = "-"
 LADDER_HEADER = (

@@ -150,25 +150,45 @@ def clear_leftovers(root: Path) -> list[Path]:
     A `.saving-` directory belongs to a dead writer exactly when its lock can be taken. Where the file system has no locks it is
     not touched.
     """
-    with os.scandir(root) as entries:
-        directories = [root / entry.name for entry in entries if entry.is_dir(follow_symlinks=False)]
     removed = []
-    for directory in sorted(directories):
-        if directory.name.startswith(REMOVING_PREFIX):
-            shutil.rmtree(directory)
-            removed.append(directory)
-        elif directory.name.startswith(SAVING_PREFIX) and _remove_if_writer_is_dead(directory):
-            removed.append(directory)
+    for directory in _possible_leftovers(root):
+        with _unless_its_writer_lives(directory) as is_left:
+            if is_left:
+                shutil.rmtree(directory)
+                removed.append(directory)
     return removed
 
 
-def _remove_if_writer_is_dead(directory: Path) -> bool:
+def leftover_directories(root: Path) -> list[Path]:
+    """What `clear_leftovers` would remove; nothing where the directory is missing or cannot be listed."""
+    found = []
+    try:
+        for directory in _possible_leftovers(root):
+            with _unless_its_writer_lives(directory) as is_left:
+                found += [directory] * is_left
+    except OSError:
+        return []
+    return found
+
+
+def _possible_leftovers(root: Path) -> list[Path]:
+    with os.scandir(root) as entries:
+        names = [entry.name for entry in entries if entry.is_dir(follow_symlinks=False)]
+    return [root / name for name in sorted(names) if name.startswith((REMOVING_PREFIX, SAVING_PREFIX))]
+
+
+@contextmanager
+def _unless_its_writer_lives(directory: Path) -> Iterator[bool]:
+    """A context manager for a possible leftover: whether it is one. A directory that is being saved is locked meanwhile."""
+    if directory.name.startswith(REMOVING_PREFIX):
+        yield True
+        return
     try:
         lock = _lock(directory, wait=False)
     except OSError:
-        return False  # its writer holds it, it has disappeared, or the file system has no locks
+        yield False  # its writer holds it, it has disappeared, or the file system has no locks
+        return
     try:
-        shutil.rmtree(directory)
+        yield True
     finally:
         os.close(lock)
-    return True

@@ -11,7 +11,7 @@ from phase8.config.model_section import ModelSection
 
 # Keys that only affect initial weights; they do not matter for weights that are loaded.
 FIRST_VALUES = frozenset({"memory_tokens", "init_std"})
-# Keys that change the computation, but neither number nor shapes of the weights.
+# Keys that change the computation, but neither number nor shapes of the weights; windows that a layer gets or loses do, see `shape_differences`.
 WITHOUT_SHAPE = FIRST_VALUES | {
     "sequence_length", "rotary", "rope_base", "rope_scaling", "norm_eps", "local_window_size", "global_tokens", "decay_floor", "global_activation",
     "global_gate_activation", "value_activation",
@@ -56,6 +56,13 @@ def model_differences(was: ModelSection, now: ModelSection) -> dict[str, tuple[A
         for name in ("moe_every_n_layers", "first_dense_layers"):
             different.pop(name, None)
     return different
+
+
+def shape_differences(was: ModelSection, now: ModelSection) -> dict[str, tuple[Any, Any]]:
+    """The part of `model_differences` that may decide which weights there are and their shapes."""
+    gets_or_loses = any((before == 0) != (after == 0) for before, after in zip(was.window_sizes, now.window_sizes, strict=False))
+    without_shape = WITHOUT_SHAPE - {"local_window_size"} if gets_or_loses else WITHOUT_SHAPE
+    return {name: values for name, values in model_differences(was, now).items() if name not in without_shape}
 
 
 def settings_towards(was: ModelSection, now: ModelSection) -> list[str]:

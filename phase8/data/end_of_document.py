@@ -12,12 +12,15 @@ from pathlib import Path
 from typing import Any
 
 from phase8.data.protobuf import LENGTH_DELIMITED, varint
+from phase8.data.tokenizer_file import SPACE_MARK
 from phase8.errors import DataError
 
 END_OF_DOCUMENT = "<|endoftext|>"
 
+# With fullwidth bars; the words are parted by sentencepiece's mark of a space.
+_OF_DEEPSEEK = f"<\uff5cend{SPACE_MARK}of{SPACE_MARK}sentence\uff5c>"
 # Names of the end-of-document token in common models.
-KNOWN_PIECES = (END_OF_DOCUMENT, "<|end_of_text|>", "</s>", "<eos>", "[EOS]", "<｜end▁of▁sentence｜>")
+KNOWN_PIECES = (END_OF_DOCUMENT, "<|end_of_text|>", "</s>", "<eos>", "[EOS]", _OF_DEEPSEEK)
 # U+FFFE is not a character, so no valid text contains a piece with this name.
 _UNWRITTEN = "\ufffe"
 # Fields of sentencepiece's ModelProto and SentencePiece.

@@ -13,8 +13,8 @@ from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
 from phase8.data.protobuf import fields
+from phase8.data.tokenizer_file import SPACE_MARK
 
-_SPACE_MARK = "\u2581"
 # Fields of sentencepiece's messages.
 _PIECES, _TRAINER, _NORMALIZER = 1, 2, 3
 _PIECE, _SCORE, _TYPE = 1, 2, 3
@@ -68,7 +68,7 @@ def _converted(model: bytes) -> bytes | None:
 
 def _piece(message: dict[int, Any]) -> _Piece:
     kind = message.get(_TYPE, _NORMAL)
-    return _Piece(message[_PIECE].decode().replace(_SPACE_MARK, " "), message.get(_SCORE, 0.0), kind)
+    return _Piece(message[_PIECE].decode().replace(SPACE_MARK, " "), message.get(_SCORE, 0.0), kind)
 
 
 def _leaves_text(trainer: dict[int, Any], normalizer: dict[int, Any]) -> bool:

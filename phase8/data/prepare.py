@@ -18,6 +18,7 @@ from pathlib import Path
 import numpy as np
 
 from phase8.data.documents import cut_shards, spread
+from phase8.data.earlier_output import refuse_earlier_output
 from phase8.data.indexed import IndexedDataset, IndexedWriter, best_dtype
 from phase8.data.input_files import Source, Span, check_unchanged, find_sources
 from phase8.data.lost_text import stored_lost_text
@@ -50,7 +51,7 @@ def prepare(options: PrepareOptions, *, on_progress: OnProgress | None = None) -
         on_progress: Called with stage, amount done and amount in all; while `TOKENIZING` these are bytes of the inputs.
 
     Raises:
-        ConfigError: The options are invalid.
+        ConfigError: The options are invalid, or data of other inputs or options are there and may not be replaced.
         DataError: There is no input, an input or the tokenizer is bad, or another process writes the same output. Committed shards are kept.
         StorageError: The output cannot be written.
     """
@@ -63,6 +64,7 @@ def prepare(options: PrepareOptions, *, on_progress: OnProgress | None = None) -
     with exclusive_lock(layout.lock, wait=False):
         report = _finished_report(options, layout, made_from)
         if report is None:
+            refuse_earlier_output(options, layout, made_from)
             layout.sweep()
             try:
                 report = _prepare(options, sources, layout, on_progress or _silent)
@@ -132,6 +134,7 @@ def _prepare(options: PrepareOptions, sources: list[Source], layout: Layout, on_
     except DataError:
         shutil.rmtree(layout.work, ignore_errors=True)  # no options that would do go on with these shards
         raise
+    write_json(layout.publishing, _made_from(options, sources))
     with storage_errors(layout.record):
         layout.record.unlink(missing_ok=True)  # it must never describe the pairs that are replaced now
     splits = {name: _merge(shards, name, layout.split(name), dtype, maker, on_progress) for name in options.rules.splits}

@@ -32,6 +32,7 @@ class PrepareOptions:
         rules: Treatment of a document.
         shard_bytes: Input bytes per shard; at most this much work per worker is lost when a run is killed.
         num_workers: Processes that tokenise.
+        overwrite: Replace data that were prepared there from other inputs or with other options.
     """
 
     inputs: tuple[Path, ...]
@@ -43,6 +44,7 @@ class PrepareOptions:
     rules: DocumentRules = field(default_factory=DocumentRules)
     shard_bytes: int = 16 << 20
     num_workers: int = 1
+    overwrite: bool = False
 
     def problems(self) -> list[str]:
         """The problems of the options, one sentence each."""
@@ -150,16 +152,27 @@ class Layout:
     """The paths of a preparation."""
 
     def __init__(self, options: PrepareOptions):
-        self._prefix, self._rules = options.output_prefix, options.rules
+        self._prefix, self._rules, self._trains_tokenizer = options.output_prefix, options.rules, options.train_tokenizer
         whole = f"{options.output_prefix}_{options.rules.json_key}"
         self.work = Path(f"{whole}.preparing")
+        self.publishing = self.work / "publishing.json"  # what the pairs are made from that take their places now
         self.lock = Path(f"{whole}.lock")
         self.record = Path(f"{whole}_prepared.json")
         self.tokenizer = Path(f"{whole}_tokenizer.model")
 
     def split(self, name: str) -> Path:
         """Prefix of the pair of a split."""
-        infix = f"_{name}" if self._rules.validation_fraction else ""
+        return self._pair(f"_{name}" if self._rules.validation_fraction else "")
+
+    def replaced(self) -> list[Path]:
+        """The files that the preparation replaces if they are there: tokens, and a tokenizer that it trains."""
+        return [*(Path(f"{self.split(name)}.bin") for name in self._rules.splits), *([self.tokenizer] if self._trains_tokenizer else [])]
+
+    def everything(self) -> list[Path]:
+        """The files that a preparation with this prefix may have written, whatever its options were."""
+        return [*(Path(f"{self._pair(infix)}.bin") for infix in ("", "_train", "_validation")), self.tokenizer]
+
+    def _pair(self, infix: str) -> Path:
         return Path(f"{self._prefix}{infix}_{self._rules.json_key}_document")
 
     def sweep(self) -> None:

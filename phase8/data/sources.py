@@ -13,7 +13,7 @@ from phase8.data.streams import TokenStream
 from phase8.errors import DataError
 from phase8.paths import real_path
 
-_ENDINGS = (".bin", ".idx")
+ENDINGS = (".bin", ".idx")
 
 
 def open_sources(entries: Sequence[DataSource], *, key: str, ignore_sequence_modes: bool) -> list[TokenStream]:
@@ -90,7 +90,7 @@ def _prefixes(path: str, key: str) -> list[str]:
     prefix = _without_ending(path)
     if not glob.has_magic(prefix) or "\0" in prefix or _is_named(prefix):
         return [prefix]
-    matches = {match[: -len(ending)] for ending in _ENDINGS for match in glob.glob(f"{prefix}{ending}", recursive=True)}
+    matches = {match[: -len(ending)] for ending in ENDINGS for match in glob.glob(f"{prefix}{ending}", recursive=True)}
     if not matches:
         raise DataError(f"{key}: no .bin/.idx pair matches {prefix}; correct the pattern, or make pairs with tools/prepare_data.py")
     return sorted(matches)
@@ -98,17 +98,17 @@ def _prefixes(path: str, key: str) -> list[str]:
 
 def _without_ending(path: str) -> str:
     """The prefix of a pair, which may be given with a suffix."""
-    return path[:-4] if path.endswith(_ENDINGS) and not _is_named(path) else path
+    return path[:-4] if path.endswith(ENDINGS) and not _is_named(path) else path
 
 
 def _is_named(prefix: str) -> bool:
     """Whether at least one file of a pair has exactly this name."""
-    return any(os.path.lexists(f"{prefix}{ending}") for ending in _ENDINGS)
+    return any(os.path.lexists(f"{prefix}{ending}") for ending in ENDINGS)
 
 
 def _check_files(prefix: str, key: str) -> None:
     """Refuses a pair that lacks a file, with an error that fits the case."""
-    missing = [ending for ending in _ENDINGS if not _exists(f"{prefix}{ending}")]
+    missing = [ending for ending in ENDINGS if not _exists(f"{prefix}{ending}")]
     for path in (f"{prefix}{ending}" for ending in missing):
         if os.path.islink(path):
             raise DataError(f"{key}: {path} is a symbolic link to {os.readlink(path)}, which does not exist; put the file there or correct the link")

@@ -19,11 +19,10 @@ import numpy as np
 import sentencepiece
 
 from phase8.data.end_of_document import KNOWN_PIECES, choose_end_of_document, hugging_face_without, sentencepiece_without
-from phase8.data.tokenizer_file import parse_tokenizer_json, read_tokenizer_file
+from phase8.data.tokenizer_file import SPACE_MARK, parse_tokenizer_json, read_tokenizer_file
 from phase8.data.utf8 import lone_surrogate
 from phase8.errors import DataError
 
-_SPACE_MARK = "\u2581"
 # Options of a Hugging Face model that make it give other ids for the same text at every call.
 _RANDOMNESS = ("dropout", "alpha", "nbest_size")
 # Names of the token for places without text in common models.
@@ -168,7 +167,7 @@ class SentencePieceTokenizer(Tokenizer):
             ids = {piece: i for piece, i in ids.items() if self._processor.id_to_piece(i) == piece}  # unknown pieces have the id of <unk>
             control = {piece for piece, i in ids.items() if self._processor.is_control(i)}
             eod_id = choose_end_of_document(ids, path, named=eod_token, own_words=[control])
-        self._space_mark_ids = [self._processor.piece_to_id(f"<0x{byte:02X}>") for byte in _SPACE_MARK.encode()]
+        self._space_mark_ids = [self._processor.piece_to_id(f"<0x{byte:02X}>") for byte in SPACE_MARK.encode()]
         has_bytes = all(self._processor.is_byte(i) for i in self._space_mark_ids)
         size, unknown_id, pad_id = self._processor.vocab_size(), self._processor.unk_id(), self._processor.pad_id()
         if pad_id < 0:  # a text spelled in bytes has no unknown part
@@ -176,7 +175,7 @@ class SentencePieceTokenizer(Tokenizer):
         super().__init__(
             path, model, vocab_size=size, eod_id=eod_id, eod_token=self.piece_of(eod_id), unknown_id=unknown_id, pad_id=pad_id
         )
-        adds_space = any(_SPACE_MARK in piece for piece in self._processor.encode("a", out_type=str))
+        adds_space = any(SPACE_MARK in piece for piece in self._processor.encode("a", out_type=str))
         # A model that rewrites spaces anyway is used unchanged.
         keeps_spaces = not adds_space and self._processor.decode(self._processor.encode("  a  ")) == "  a  "
         self._spell_space_mark = has_bytes and keeps_spaces
@@ -187,11 +186,11 @@ class SentencePieceTokenizer(Tokenizer):
 
     def _encode(self, text: str, *, without_eod: bool) -> list[int]:
         processor = self._without_eod if without_eod else self._processor
-        if _SPACE_MARK not in text or not self._spell_space_mark:
+        if SPACE_MARK not in text or not self._spell_space_mark:
             return processor.encode(text)
         # As a character of the text, U+2581 would be decoded to a space; spelled in bytes it is decoded to itself.
         ids: list[int] = []
-        for i, part in enumerate(text.split(_SPACE_MARK)):
+        for i, part in enumerate(text.split(SPACE_MARK)):
             ids += (self._space_mark_ids if i else []) + processor.encode(part)
         return ids
 
@@ -205,7 +204,7 @@ class SentencePieceTokenizer(Tokenizer):
 
     def _bytes_per_id(self) -> list[int]:
         pieces = self._processor
-        sizes = [len(pieces.id_to_piece(i).replace(_SPACE_MARK, " ").encode()) for i in range(self.vocab_size)]
+        sizes = [len(pieces.id_to_piece(i).replace(SPACE_MARK, " ").encode()) for i in range(self.vocab_size)]
         return [1 if pieces.is_byte(i) else 0 if pieces.is_control(i) or pieces.is_unused(i) else size for i, size in enumerate(sizes)]
 
     @cached_property

@@ -11,6 +11,8 @@ from typing import Any
 from phase8.errors import DataError
 from phase8.paths import why_unreadable
 
+# The character that stands for a space in the pieces of sentencepiece, and in text that is given to it.
+SPACE_MARK = "\u2581"
 # The largest published tokenizers are about 40 MB.
 MAX_BYTES = 1 << 29
 

@@ -12,11 +12,12 @@ import sentencepiece
 
 from phase8.data.end_of_document import END_OF_DOCUMENT
 from phase8.data.tokenizer import check_unicode
+from phase8.data.tokenizer_file import SPACE_MARK
 from phase8.durable import staged_file
 from phase8.errors import DataError
 
 # The trainer drops sentences with NUL or U+2585 (its mark of unknown characters) and takes U+2581 for a space.
-_NOT_TRAINABLE = re.compile("[\0\u2581\u2585]+")
+_NOT_TRAINABLE = re.compile(f"[\0{SPACE_MARK}\u2585]+")
 _TRAINING_SENTENCE_CHARACTERS = 1 << 20
 _TOO_FEW = 4  # below 256 bytes in any case, and enough for the trainer itself to report the problem
 _SMALLEST_VOCABULARY = re.compile(r"smaller than required_chars\. \d+ vs (\d+)")

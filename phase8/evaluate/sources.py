@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import hashlib
 import itertools
+import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -29,7 +30,7 @@ from phase8.data.loader import SequenceDataset
 from phase8.data.lost_text import LostTextCounter
 from phase8.data.made_with import Wording, check_tokenizer
 from phase8.data.shards import DocumentRules, document_pieces, encode_document, read_texts
-from phase8.data.sources import open_sources, source_names
+from phase8.data.sources import ENDINGS, missing_pairs, open_sources, source_names
 from phase8.data.streams import TokenStream
 from phase8.data.token_ids import OnProgress, check_token_ids
 from phase8.data.tokenizer import Tokenizer
@@ -97,11 +98,13 @@ def open_pairs(
         on_progress: Called with stage, tokens read and tokens in all, where all ids have to be read.
 
     Raises:
-        DataError: A file is missing, another tokenizer made a pair, a source has too few tokens for a prediction, or an id is outside the
-            vocabulary.
+        DataError: A file is missing or is no pair, another tokenizer made a pair, a source has too few tokens for a prediction, or an id is
+            outside the vocabulary.
         IndexedFormatError: A damaged or foreign pair.
     """
     entries = [DataSource(path=str(prefix), weight=1) for prefix in prefixes]
+    for prefix, entry in zip(prefixes, entries, strict=True):
+        _refuse_text(prefix, entry)
     streams = open_sources(entries, key="--data", ignore_sequence_modes=section.ignore_sequence_modes)
     for stream in streams:
         if stream.num_tokens < 2:
@@ -111,6 +114,16 @@ def open_pairs(
         for pair in stream.pairs:
             check_token_ids(pair, vocab_size=vocab_size, cache_dir=Path(section.cache_dir), on_progress=on_progress)
     return _of_streams(streams, [1] * len(streams), tokenizer, resets=section.reset_at_document_boundaries)
+
+
+def _refuse_text(path: Path, entry: DataSource) -> None:
+    """Refuses a file, or a directory without pairs, where the name of a pair is expected."""
+    kind = "a file" if os.path.isfile(path) else "a directory without pairs" if os.path.isdir(path) and not any(path.glob("*.idx")) else None
+    if kind is not None and missing_pairs([entry], key="--data") and path.suffix not in ENDINGS:
+        raise DataError(
+            f"--data: {path} is {kind}, but --data names .bin/.idx pairs without their ending; read text with --text {path}, or make a pair with "
+            "tools/prepare_data.py (--import-raw for raw token ids)"
+        )
 
 
 def held_out_sources(dataset: SequenceDataset, tokenizer: Tokenizer | None, *, resets: bool) -> list[Source]:
@@ -179,10 +192,12 @@ def read_text_sources(
         on_message: Called with a sentence about what of each directory is not read.
 
     Raises:
-        DataError: An input cannot be read, is not text, or holds none.
+        DataError: An input cannot be read, is not text or names a pair, or holds none.
     """
     found = []
     for path in inputs:
+        if not os.path.exists(path) and not missing_pairs([DataSource(path=str(path), weight=1)], key="--text"):
+            raise DataError(f"--text: {path} names .bin/.idx pairs, which hold tokens; read them with --data {path}")
         files, left_out = find_sources([path])
         found.append(files)
         if left_out.sentence is not None:

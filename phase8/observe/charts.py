@@ -13,7 +13,7 @@ from matplotlib.figure import Figure
 from matplotlib.layout_engine import ConstrainedLayoutEngine
 from matplotlib.ticker import FuncFormatter, MaxNLocator
 
-from phase8.observe.formatting import format_count
+from phase8.formatting import format_count
 from phase8.observe.history import History, loss_limits, smooth, thin_out
 
 _MAX_POINTS = 1600

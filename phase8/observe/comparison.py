@@ -12,8 +12,8 @@ import yaml
 
 from phase8.config.yaml_text import read_yaml
 from phase8.durable import replace_file
+from phase8.formatting import format_count
 from phase8.observe.curves import Chart, Curve, Span, limits_from_zero
-from phase8.observe.formatting import format_count
 from phase8.observe.history import Series, loss_limits, smooth
 from phase8.observe.page import Charts, Fold, Overview, card, page, table
 from phase8.observe.report import RecordedRun, format_loss, headline, memory_chart, read_run

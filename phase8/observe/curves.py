@@ -13,7 +13,7 @@ from typing import Literal
 
 import numpy as np
 
-from phase8.observe.formatting import format_count
+from phase8.formatting import format_count
 from phase8.observe.history import Places, Series, smooth, thin_out
 
 AXES = ("tokens", "steps", "seconds")

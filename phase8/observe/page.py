@@ -10,6 +10,7 @@ function takes as HTML says so. The page is one file and its policy allows no re
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from html import escape
@@ -23,6 +24,8 @@ from phase8.observe.curves import AXES, Chart, Curve, Mark, Span, draw, readings
 
 _PAGE = Path(__file__).with_name("report.html")
 _SMALL_IN_TWO_COLUMNS = 4
+_LONGEST_WORD = 24  # characters; a cell of a table with more of them, or with several words, may be broken anywhere but in its numbers
+_NUMBER = re.compile(r"(?<![^\s(])\d[\d.,:+-]*\d")  # dates and times, too; what is a part of a path or name is no number
 _MARKS = {"restart": "restart", "rollback": "rollback", "skipped": "skipped step"}
 
 
@@ -114,7 +117,7 @@ def page(title: str, subtitle: Iterable[str], *, tiles: Sequence[Tile], overview
     """
     return Template(_PAGE.read_text(encoding="utf-8")).substitute(
         title=escape(title),
-        subtitle="".join(f'<p title="{escape(line)}">{escape(line)}</p>' for line in subtitle if line),
+        subtitle="".join(f'<p title="{escape(line)}">{_text(line)}</p>' for line in subtitle if line),
         tiles=f'<section class="card tiles" aria-label="Headline figures">{"".join(map(_tile, tiles))}</section>' if tiles else "",
         overview=_overview(overview),
         folds="\n".join(_fold(fold) for fold in folds if fold.cards),
@@ -129,7 +132,7 @@ def card(heading: str, content: str, *, remark: str = "") -> str:
 
 def facts_table(facts: Mapping[str, str]) -> str:
     """A table of names and values, as HTML."""
-    rows = "\n".join(f'<tr><th scope="row">{_breakable(name)}</th><td>{escape(value)}</td></tr>' for name, value in facts.items())
+    rows = "\n".join(f'<tr><th scope="row">{_breakable(name)}</th><td>{_text(value)}</td></tr>' for name, value in facts.items())
     return f'<table class="facts">\n{rows}\n</table>'
 
 
@@ -143,9 +146,9 @@ def table(columns: Sequence[str], rows: Iterable[Sequence[str]], *, colours: Seq
     """
     head = "".join(f'<th scope="col">{escape(column)}</th>' for column in columns)
     marks = [f'<i class="swatch" style="background:var(--{colour})"></i>' for colour in colours]
-    cells = [[f"<td>{escape(text)}</td>" for text in row] for row in rows]
+    cells = [[_cell(text) for text in row] for row in rows]
     for mark, row in zip(marks, cells, strict=False):
-        row[0] = row[0].replace("<td>", f"<td>{mark}", 1)
+        row[0] = row[0].replace(">", f">{mark}", 1)
     body = "\n".join(f"<tr>{''.join(row)}</tr>" for row in cells)
     return f'<div class="scroll"><table>\n<thead><tr>{head}</tr></thead>\n<tbody>\n{body}\n</tbody></table></div>'
 
@@ -172,6 +175,17 @@ def _fold(fold: Fold) -> str:
 def _heading(text: str, remark: str) -> str:
     """A heading as HTML; where there is no room for the remark, it is cut off, and shown in whole by a pointer that rests on it."""
     return f'<h2 title="{escape(remark)}">{escape(text)} <small>{escape(remark)}</small></h2>'
+
+
+def _text(text: str) -> str:
+    """A text as HTML that is not broken within its numbers."""
+    return _NUMBER.sub(r'<span class="number">\g<0></span>', escape(text))
+
+
+def _cell(text: str) -> str:
+    """A cell of a table, as HTML."""
+    is_word = len(text) <= _LONGEST_WORD and not re.search(r"\s", text)
+    return f"<td>{escape(text)}</td>" if is_word else f'<td class="words">{_text(text)}</td>'
 
 
 def _breakable(name: str) -> str:

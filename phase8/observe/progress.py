@@ -23,7 +23,7 @@ from rich.table import Table
 from rich.text import Text
 
 from phase8.closing import Tolerated
-from phase8.observe.formatting import format_bytes, format_count, format_epochs, format_ratio, format_seconds
+from phase8.formatting import format_bytes, format_count, format_epochs, format_ratio, format_seconds
 from phase8.observe.metrics import SourceLoss, StepMetrics
 from phase8.observe.pace import RemainingTime, Throughput
 from phase8.terminal import warn

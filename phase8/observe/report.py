@@ -12,8 +12,8 @@ import numpy as np
 
 from phase8.durable import replace_file, storage_errors
 from phase8.errors import ConfigError
+from phase8.formatting import format_bytes, format_count, format_ratio, format_seconds
 from phase8.observe.curves import Chart, Curve, Mark, Span, limits_from_zero
-from phase8.observe.formatting import format_bytes, format_count, format_ratio, format_seconds
 from phase8.observe.history import History, Places, Series, last_finite, loss_limits, median, smooth
 from phase8.observe.metrics import read_metrics
 from phase8.observe.page import Charts, Fold, Overview, Tile, card, facts_table, page, samples, table

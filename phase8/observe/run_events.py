@@ -7,7 +7,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
-from phase8.observe.formatting import format_seconds
+from phase8.formatting import format_seconds
 
 EVALUATIONS_CHANGED = "evaluations_changed"  # losses of evaluations from here on do not compare with those before
 _MAX_CHARACTERS = 300

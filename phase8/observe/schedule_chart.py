@@ -20,8 +20,8 @@ from matplotlib.layout_engine import ConstrainedLayoutEngine
 from matplotlib.patches import Patch, Rectangle
 from matplotlib.ticker import FixedFormatter, FixedLocator, MaxNLocator
 
+from phase8.formatting import format_count
 from phase8.observe.charts import LIGHT, style_axes
-from phase8.observe.formatting import format_count
 from phase8.observe.schedule_text import Box
 
 # Colours from the first to the last chunk: mixed between a dark and a light end.

@@ -20,7 +20,7 @@ from phase8.config.batch import batch_shape, run_topology
 from phase8.config.dotted import values_of
 from phase8.config.schema import RunConfig, ZeroSection
 from phase8.config.validate import find_problems
-from phase8.observe.formatting import format_bytes
+from phase8.formatting import format_bytes
 from phase8.plan.memory import MemoryPlan, usable_bytes
 from phase8.plan.prediction import predict_step, recorded_where_it_pays
 from phase8.plan.rank_memory import fullest

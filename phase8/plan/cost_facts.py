@@ -7,8 +7,8 @@ from collections.abc import Sequence
 from phase8.config.batch import BatchShape
 from phase8.config.model_section import ModelSection
 from phase8.exchanges import Operation
+from phase8.formatting import format_bytes, format_count, format_flops, format_ratio, format_seconds
 from phase8.model.flops import forward_flops_per_token, training_flops_per_token
-from phase8.observe.formatting import format_bytes, format_count, format_flops, format_ratio, format_seconds
 from phase8.plan.communication import Collectives, Grid
 from phase8.plan.memory import MemoryPlan
 from phase8.plan.rank_memory import StageMemory, fullest

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from phase8.config.model_section import ModelSection
 from phase8.config.schema import OptimSection, ZeroSection
 from phase8.division import DividedShape
-from phase8.observe.formatting import format_flops, format_ratio
+from phase8.formatting import format_flops, format_ratio
 from phase8.optim.muon import NUM_ITERATIONS, has_heads, shape_apart
 from phase8.optim.state import declared_for, is_orthogonalised
 from phase8.plan.chunks import chunk_parameters

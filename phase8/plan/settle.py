@@ -8,8 +8,8 @@ from dataclasses import dataclass
 from phase8 import accelerator
 from phase8.config.auto import automatic_keys, without_auto
 from phase8.config.schema import RunConfig
+from phase8.formatting import format_bytes
 from phase8.observe.devices import find_gpu
-from phase8.observe.formatting import format_bytes
 from phase8.plan.candidates import Device, find_candidates, nothing_fits, smallest_candidate
 from phase8.plan.memory import free_bytes
 from phase8.plan.prediction import ASSUMED_GPU, assumed_gpu

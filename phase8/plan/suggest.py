@@ -19,9 +19,10 @@ from phase8.config.dotted import replaced, values_of
 from phase8.config.schema import RunConfig
 from phase8.config.validate import find_problems
 from phase8.errors import ConfigError
+from phase8.formatting import format_bytes
 from phase8.observe.devices import Gpu
-from phase8.observe.formatting import format_bytes
 from phase8.plan.candidates import Device
+from phase8.plan.divided_batch import about_batch, nearest_batch
 from phase8.plan.layouts import PLACES, RECOMPUTATIONS, layout_in_words, layouts, microbatches, offloaded, settings_of
 from phase8.plan.memory import free_bytes, usable_bytes
 from phase8.plan.prediction import StepPrediction, predict_step, recorded_where_it_pays
@@ -66,8 +67,8 @@ class Suggestion:
 def suggest(config: RunConfig, *, world_size: int, gpu: Gpu, memory_bytes: int, most: int = 10) -> list[Suggestion]:
     """The fastest layouts that fit, the best first; only some for each division into tensor, pipeline and data ranks.
 
-    Where none fits, optimizer, parameters, sums of gradients, and inputs of layers of long sequences go to host memory, as far as the config says
-    nothing about them.
+    Where no layout can divide the batch among its data-parallel ranks, the batch is the nearest that one can divide. Where none fits, optimizer,
+    parameters, sums of gradients, and inputs of layers of long sequences go to host memory, as far as the config says nothing about them.
 
     Args:
         config: Model, batch and precision; layout, microbatch and recomputation are replaced.
@@ -80,6 +81,9 @@ def suggest(config: RunConfig, *, world_size: int, gpu: Gpu, memory_bytes: int, 
         ConfigError: No layout can run, or none fits.
     """
     config = _with_batch(config, world_size)
+    own = _Search([config], world_size, gpu, memory_bytes)
+    if not own.can_run and (batch := nearest_batch(own.layouts(), world_size=world_size)) is not None:
+        config = replaced(config, {"train.global_batch_size": batch})
     searches = []
     for configs in ([config], offloaded(config)):
         if configs:
@@ -105,6 +109,20 @@ def price_of_offloading(best: Suggestion, before: RunConfig, gpu: Gpu) -> str | 
     if speed > NO_SLOWER * whole.tokens_per_second:
         return f"{fact}; what travels does so beside computation, so the first is predicted to be no slower"
     return f"{fact}, and steps are slower: with room on the GPUs the first would make {whole.tokens_per_second:,.0f} tok/s instead of {speed:,.0f}"
+
+
+def layouts_left_out(best: Suggestion, before: RunConfig, gpu: Gpu) -> str | None:
+    """A sentence about layouts whose data-parallel ranks cannot divide the original config's batch; None: nothing was left out for that.
+
+    Args:
+        best: A suggestion.
+        before: The original config.
+        gpu: Kind of GPU.
+    """
+    config = _with_batch(before, best.world_size)
+    assert config.train.global_batch_size is not None
+    all_layouts = layouts(config, world_size=best.world_size, has_peer_memory=gpu.link >= PEER_LINK)
+    return about_batch(best.config, config.train.global_batch_size, all_layouts, world_size=best.world_size)
 
 
 def _with_batch(config: RunConfig, world_size: int) -> RunConfig:
@@ -188,14 +206,23 @@ class _Search:
         return sorted(found, key=lambda each: (-each.prediction.tokens_per_second, each.config.zero.stage))
 
     def _predicted(self) -> Iterator[_Candidate]:
-        for layout in self._layouts():
-            for settled in microbatches(layout, world_size=self._world_size):
-                best = _Candidate(*recorded_where_it_pays(settled, self._world_size, self._gpu))
-                yield best
-                if settled.train.recompute == "full" and best.config.train.cuda_graphs:  # it needs less memory
-                    yield _Candidate(settled, predict_step(settled, self._world_size, self._gpu))
+        for settled in self._settled():
+            best = _Candidate(*recorded_where_it_pays(settled, self._world_size, self._gpu))
+            yield best
+            if settled.train.recompute == "full" and best.config.train.cuda_graphs:  # it needs less memory
+                yield _Candidate(settled, predict_step(settled, self._world_size, self._gpu))
 
-    def _layouts(self) -> Iterator[RunConfig]:
+    @property
+    def can_run(self) -> bool:
+        """Whether there is a candidate."""
+        return any(True for _ in self._settled())
+
+    def _settled(self) -> Iterator[RunConfig]:
+        for layout in self.layouts():
+            yield from microbatches(layout, world_size=self._world_size)
+
+    def layouts(self) -> Iterator[RunConfig]:
+        """Every layout, before microbatch and recomputation are chosen."""
         for config in self._configs:
             yield from layouts(config, world_size=self._world_size, has_peer_memory=self._gpu.link >= PEER_LINK)
 
@@ -255,5 +282,5 @@ class _Search:
         """What is wrong with a config that has no candidate: its own problems, or else those of the layout that has fewest."""
         found = find_problems(self._config, world_size=self._world_size)
         settings = {"train.micro_batch_size": 1, "train.recompute": "full", "train.recompute_every_n_layers": 1, "train.cuda_graphs": False}
-        each = [find_problems(replaced(layout, settings), world_size=self._world_size) for layout in self._layouts()]
+        each = [find_problems(replaced(layout, settings), world_size=self._world_size) for layout in self.layouts()]
         return found or min((problems for problems in each if problems), key=len)

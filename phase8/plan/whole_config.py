@@ -45,6 +45,22 @@ def num_parameters(config: RunConfig) -> int:
     return sum(times * math.prod(parameter.shape) for parameter, times in whole.counted_parameters)
 
 
+def checkpoint_bytes(config: RunConfig) -> int:
+    """Bytes of the tensors of a checkpoint, from all ranks: weights, buffers and the optimizer's state, each once.
+
+    Raises:
+        ConfigError: No model can be built from the config.
+    """
+    model, declare = shapes_only(config), declared_for(config.optim)
+    tensors = {id(tensor): tensor.nbytes for tensor in model.state_dict(keep_vars=True).values()}
+    states = (
+        state.num_bytes(parameter.numel(), parameter_bytes=parameter.element_size())
+        for name, parameter in model.named_parameters()
+        for state in declare(name, parameter.shape).tensors
+    )
+    return sum(tensors.values()) + sum(states)
+
+
 def plan_stages(config: RunConfig, *, world_size: int, device_type: str, device_bytes: int | None = None) -> tuple[StageMemory, ...]:
     """The memory of each pipeline stage.
 

@@ -33,6 +33,7 @@ from phase8.precision.policy import require_matrix_units, set_matmul_precision
 from phase8.train.changed_keys import ChangedKey, Consequence, changed_keys
 from phase8.train.datasets import RunData, check_same_data, open_run_data
 from phase8.train.device import limit_memory, require_determinism, this_device
+from phase8.train.disk_room import require_room
 from phase8.train.engine.deepspeed import build_deepspeed_engine
 from phase8.train.engine.fsdp import build_fsdp_engine
 from phase8.train.engine.protocol import TrainingEngine
@@ -237,6 +238,8 @@ def _decide(
     )
     choice = _go_on(run, resume)
     run.stop_step = check_stop(config, run.position)
+    if run.is_main and not run.is_complete:
+        run.facts += require_room(config, directory, choice, step=run.position.step, stop_step=run.stop_step)
     return run, choice
 
 
@@ -271,10 +274,7 @@ def _open_data(config: RunConfig, console: Console, mesh: Mesh) -> RunData:
 
     def open_them() -> RunData:
         return open_run_data(
-            config,
-            on_progress=lambda stage, done, total: _print_stage(console, stage, done),
-            check_ids=is_main,
-            own_slice=mesh.own_slice,
+            config, on_progress=lambda stage, done, total: _print_stage(console, stage, done), check_ids=is_main, own_slice=mesh.own_slice
         )
 
     data = open_them() if is_main else None
@@ -302,9 +302,7 @@ def _go_on(run: Run, resume: str) -> Choice:
 
     def restore(checkpoint: Checkpoint) -> None:
         nonlocal saved
-        run.position, saved = restore_run(
-            checkpoint, run.config, data=run.data, attachments=run.attachments, engine=run.engine
-        )
+        run.position, saved = restore_run(checkpoint, run.config, data=run.data, attachments=run.attachments, engine=run.engine)
 
     checkpoint = restore_asked(resume, run.directory, restore, is_first=run.is_main, on_message=run.say)
     choice = choice_of(resume, run.directory, checkpoint) if run.is_main else Choice()

@@ -14,7 +14,7 @@ from phase8.checkpoint.run_metadata import run_metadata
 from phase8.checkpoint.state import require_fit
 from phase8.checkpoint.weight_files import WeightFiles
 from phase8.config.describe import describe_value
-from phase8.config.model_keys import FIRST_VALUES, WITHOUT_SHAPE, model_differences, settings_towards
+from phase8.config.model_keys import FIRST_VALUES, model_differences, settings_towards, shape_differences
 from phase8.config.model_section import ModelSection
 from phase8.config.schema import RunConfig
 from phase8.data.tokenizer import Tokenizer
@@ -78,7 +78,7 @@ def initialise_run(
         require_as_trained(checkpoint)
         saved = run_metadata(checkpoint).config.model
         different = model_differences(saved, config.model)
-        _check_fit(checkpoint, config, saved, different)
+        _check_fit(checkpoint, config, saved)
         differences.extend(_model_sentences(different))
         differences.extend(_tokenizer_sentences(checkpoint, tokenizer))
         engine.restore(checkpoint, weights_only=True)
@@ -94,13 +94,13 @@ def initialise_run(
     return Origin(checkpoint.path, None if isinstance(checkpoint, WeightFiles) else checkpoint.step, tuple(differences))
 
 
-def _check_fit(checkpoint: Checkpoint, config: RunConfig, saved: ModelSection, different: _Differences) -> None:
+def _check_fit(checkpoint: Checkpoint, config: RunConfig, saved: ModelSection) -> None:
     """Refuses weights of another model; the result is the same on every rank, whatever part of the weights it needs.
 
     Raises:
         CheckpointMismatchError: Names, shapes or heads differ.
     """
-    explained = {name: values for name, values in different.items() if name not in WITHOUT_SHAPE}
+    explained = shape_differences(saved, config.model)
     if any(name in explained for name in _OF_SAME_SHAPES):
         raise _another_model(checkpoint, config, saved, explained)
     try:

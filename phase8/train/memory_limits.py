@@ -12,8 +12,8 @@ from phase8.config.dotted import replaced, value_of
 from phase8.config.schema import RunConfig
 from phase8.config.validate import find_problems
 from phase8.errors import OutOfMemoryError
+from phase8.formatting import format_bytes
 from phase8.memory_errors import told_by
-from phase8.observe.formatting import format_bytes
 from phase8.plan.candidates import Device, how_to_fit, nearest_that_fits, plan_on
 from phase8.plan.memory import MemoryPlan
 from phase8.processes.host_memory import available_bytes

@@ -16,7 +16,7 @@ from phase8.config.batch import batch_shape
 from phase8.config.describe import describe_value
 from phase8.config.dotted import value_of
 from phase8.config.load import config_to_mapping
-from phase8.config.model_keys import WITHOUT_SHAPE, model_differences
+from phase8.config.model_keys import model_differences, shape_differences
 from phase8.config.model_section import ModelSection
 from phase8.config.schema import RunConfig
 from phase8.data.fingerprint_difference import describe_fingerprint_difference
@@ -237,7 +237,7 @@ def _check_model(path: Path, saved: ModelSection, current: ModelSection) -> None
     if different:
         keys = [f"model.{name} was {_as_written(was)} and is {_as_written(now)}" for name, (was, now) in different.items()]
         listed = first_few(keys, separator=", ")
-        remedy = ", or begin a new run with its weights by checkpoint.initialise_from" if different.keys() <= WITHOUT_SHAPE else ""
+        remedy = ", or begin a new run with its weights by checkpoint.initialise_from" if not shape_differences(saved, current) else ""
         raise CheckpointMismatchError(
             f"{path} is a checkpoint of another model: {listed}; use its config, another run.name, or --resume none{remedy}."
         )

@@ -179,8 +179,13 @@ def check_writable(*directories: Path) -> None:
         StorageError: A directory cannot be written.
     """
     for directory in directories:
-        nearest = real_path(directory)
-        while not os.path.lexists(nearest):
-            nearest = nearest.parent
-        with storage_errors(directory), tempfile.TemporaryFile(dir=nearest):
+        with storage_errors(directory), tempfile.TemporaryFile(dir=nearest_existing(directory)):
             pass
+
+
+def nearest_existing(directory: Path) -> Path:
+    """A directory itself, or the nearest of its parents that exists."""
+    nearest = real_path(directory)
+    while not os.path.lexists(nearest):
+        nearest = nearest.parent
+    return nearest

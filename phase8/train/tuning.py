@@ -31,7 +31,7 @@ from phase8.data.staging import read_json, write_json
 from phase8.distributed.collectives import broadcast_text, gather_texts
 from phase8.distributed.mesh import Mesh
 from phase8.errors import ConfigError, OutOfMemoryError, Phase8Error
-from phase8.observe.formatting import format_bytes, format_count
+from phase8.formatting import format_bytes, format_count
 from phase8.plan.candidates import Candidate, Device, find_candidates, nothing_fits, plan_on, smallest_candidate
 from phase8.plan.prediction import predict_step
 from phase8.train.device import host_settings

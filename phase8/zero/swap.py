@@ -12,6 +12,7 @@ import torch.distributed as dist
 
 from phase8.config.schema import ZeroSection
 from phase8.errors import StorageError
+from phase8.formatting import format_bytes
 
 
 class Swap(NamedTuple):
@@ -58,7 +59,7 @@ def fresh_swap_directory(parent: Path, name: str, *, num_bytes: int) -> Path:
         if (free := shutil.disk_usage(parent).free) < needed:
             shutil.rmtree(directory, ignore_errors=True)
             raise StorageError(
-                f"zero.nvme_path: {needed / 2**30:.2f} GiB will be offloaded to {parent}, which has {free / 2**30:.2f} GiB free; make room there, "
+                f"zero.nvme_path: {format_bytes(needed)} will be offloaded to {parent}, which has {format_bytes(free)} free; make room there, "
                 "or name a directory on a larger disk."
             )
         atexit.register(shutil.rmtree, directory, ignore_errors=True)

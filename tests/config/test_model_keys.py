@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from phase8.config.model_keys import keys_in_effect, model_differences
+from phase8.config.model_keys import WITHOUT_SHAPE, keys_in_effect, model_differences, shape_differences
 from phase8.config.model_section import ModelSection
 from phase8.config.rope_scaling import RopeScaling
 from phase8.model.model import build_model
@@ -77,3 +77,35 @@ def test_the_keys_in_effect_are_those_that_the_model_reads(settings):
 )
 def test_models_differ_by_what_both_read_and_not_by_how_it_is_written(was, now, different):
     assert model_differences(ModelSection(**SMALL | was), ModelSection(**SMALL | now)) == different
+
+
+OTHER_VALUES = {
+    "sequence_length": 48, "rotary": (True, False), "rope_base": 5.0, "rope_scaling": LINEAR, "norm_eps": 0.1, "local_window_size": (12, 3),
+    "global_tokens": 2, "decay_floor": -5.0, "global_activation": "silu_with_values", "global_gate_activation": "silu", "value_activation": "silu",
+    "top_k": 1, "capacity_factor": None, "router_score": "sigmoid", "routed_scaling_factor": 2.0, "balance_loss_weight": 0.0,
+    "router_z_loss_weight": 0.0, "router_bias_rate": 0.1, "memory_tokens": (3.0, 4.0), "init_std": 0.1,
+}  # fmt: skip
+
+
+def shapes(section):
+    model = build_model(section, dtype=torch.float32, device=torch.device("meta"))
+    return {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+
+
+@pytest.mark.parametrize("name", sorted(WITHOUT_SHAPE))
+@pytest.mark.parametrize("common", [{"ffn": "moe"}, {"score": "lorentz"}], ids=str)
+def test_keys_without_shape_change_no_shape(common, name):
+    was, now = ModelSection(**SMALL | common), ModelSection(**SMALL | common | {name: OTHER_VALUES[name]})
+    assert shapes(was) == shapes(now) and shape_differences(was, now) == {}
+
+
+@pytest.mark.parametrize("common", [{}, {"score": "lorentz"}, {"global_path": "delta"}], ids=str)
+@pytest.mark.parametrize(("was", "now"), [(6, 0), (0, 6), (6, (0, 6)), ((0, 6), (6, 0))])
+def test_windows_that_layers_get_or_lose_change_the_weights(common, was, now):
+    before, after = (ModelSection(**SMALL | common | {"local_window_size": window}) for window in (was, now))
+    assert shapes(before) != shapes(after) and shape_differences(before, after).keys() == {"local_window_size"}
+
+
+def test_windows_of_other_sizes_beside_layers_without_one_change_no_weights():
+    before, after = (ModelSection(**SMALL | {"local_window_size": (0, window)}) for window in (6, 3))
+    assert shapes(before) == shapes(after) and shape_differences(before, after) == {} != model_differences(before, after)

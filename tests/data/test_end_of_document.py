@@ -17,6 +17,7 @@ from tokenizers import Tokenizer as Library
 from tokenizers.decoders import ByteLevel, Metaspace, WordPiece
 
 from phase8.data.tokenizer import Tokenizer, load_tokenizer
+from phase8.data.tokenizer_file import SPACE_MARK
 from phase8.data.tokenizer_training import train_sentencepiece
 from phase8.errors import DataError
 
@@ -111,7 +112,7 @@ def added_single_word(path: Path) -> Path:
 
 
 def unigram(path: Path) -> Path:
-    pieces = [*characters("▁", "\n"), "</s>"]
+    pieces = [*characters(SPACE_MARK, "\n"), "</s>"]
     library = Library(models.Unigram([(piece, -8.0 if len(piece) == 1 else -1.0) for piece in pieces], unk_id=0))
     library.pre_tokenizer, library.decoder = (kind(prepend_scheme="never") for kind in (pre_tokenizers.Metaspace, Metaspace))
     library.save(str(path))
@@ -120,13 +121,13 @@ def unigram(path: Path) -> Path:
 
 def prefixed_bpe(path: Path) -> Path:
     """BPE as of a sentencepiece model, with bytes."""
-    vocabulary = characters("▁", "\n", *(left + right for left, right in MERGES))
+    vocabulary = characters(SPACE_MARK, "\n", *(left + right for left, right in MERGES))
     vocabulary |= {f"<0x{byte:02X}>": len(vocabulary) + byte for byte in range(256)}
     library = Library(models.BPE(vocabulary, MERGES, byte_fallback=True, unk_token="[UNK]"))
-    library.normalizer = normalizers.Replace(" ", "▁")
+    library.normalizer = normalizers.Replace(" ", SPACE_MARK)
     path.write_text(library.to_str(), encoding="utf-8")
     content = json.loads(path.read_text(encoding="utf-8"))
-    replace, fuse = {"type": "Replace", "pattern": {"String": "▁"}, "content": " "}, {"type": "Fuse"}
+    replace, fuse = {"type": "Replace", "pattern": {"String": SPACE_MARK}, "content": " "}, {"type": "Fuse"}
     content["decoder"] = {"type": "Sequence", "decoders": [replace, {"type": "ByteFallback"}, fuse]}
     path.write_text(json.dumps(content))
     return path
@@ -174,7 +175,7 @@ def test_other_text_keeps_the_ids_of_the_library(make: Callable[[Path], Path], l
 
 @pytest.mark.parametrize("make", EXACT, ids=lambda make: make.__name__)
 @settings(max_examples=40, deadline=None)
-@given(parts=st.lists(st.sampled_from(["</s>", "<", "/", "s", ">", "b", " ", "\n", "</", "s>", "é", "▁"]), max_size=12))
+@given(parts=st.lists(st.sampled_from(["</s>", "<", "/", "s", ">", "b", " ", "\n", "</", "s>", "é", SPACE_MARK]), max_size=12))
 def test_no_text_gives_the_end_of_a_document(make: Callable[[Path], Path], loaded: Callable, parts: list[str]):
     tokenizer = loaded(make)
     assert tokenizer.eod_id not in tokenizer.encode("".join(parts))

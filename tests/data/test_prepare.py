@@ -21,7 +21,7 @@ import zstandard
 from tokenizers import Tokenizer as Library
 from tokenizers import models, pre_tokenizers
 
-from phase8.data.indexed import IndexedDataset
+from phase8.data.indexed import IndexedDataset, IndexedWriter
 from phase8.data.input_files import find_sources
 from phase8.data.lost_text import LostText
 from phase8.data.pair_record import MadeWith
@@ -69,6 +69,11 @@ def options(inputs: Path, prefix: Path, **changes: object) -> PrepareOptions:
 def content(directory: Path) -> dict[str, bytes]:
     """Bytes of everything but the record, which holds paths."""
     return {path.name: path.read_bytes() for path in directory.iterdir() if not path.name.endswith("_prepared.json")}
+
+
+def all_files(directory: Path) -> dict[str, bytes]:
+    """Bytes of everything."""
+    return {path.name: path.read_bytes() for path in directory.iterdir()}
 
 
 def stored_texts(prefix: str, tokenizer_path: Path) -> list[str]:
@@ -175,9 +180,13 @@ def test_a_finished_preparation_is_not_done_again(inputs: Path, tmp_path: Path):
         *("output damaged", "output altered", "output missing", "tokenizer lost"),
     ],
 )
-def test_what_changed_is_prepared_again(inputs: Path, tmp_path: Path, change: str):
+def test_what_changed_is_prepared_again_where_it_may_be_overwritten(inputs: Path, tmp_path: Path, change: str):
     old = prepare(options(inputs, tmp_path / "out" / "x"))
     changes: dict[str, object] = {}
+    refusal = {
+        "input": f"{inputs}/a00.txt was changed", "input of equal size and time": f"{inputs}/b.jsonl was changed",
+        "new input": f"{inputs}/z.txt is new", "rules": "--append-eod was true and is false", "tokenizer": "--vocab-size was 300 and is 301",
+    }.get(change)  # fmt: skip
     if change == "input":
         (inputs / "a00.txt").write_text("something else")
     elif change == "input of equal size and time":
@@ -202,12 +211,53 @@ def test_what_changed_is_prepared_again(inputs: Path, tmp_path: Path, change: st
         (tmp_path / "out" / "x_validation_text_document.idx").unlink()
     else:
         (tmp_path / "out" / "x_text_tokenizer.model").write_bytes(b"")
+    if refusal is not None:  # what is damaged or lost is made again without being asked for
+        before = all_files(tmp_path / "out")
+        sentence = rf"x, but .*x_train_text_document\.bin exists, prepared with other inputs or options: {re.escape(refusal)}; give .* --overwrite\.$"
+        with pytest.raises(ConfigError, match=sentence):
+            prepare(options(inputs, tmp_path / "out" / "x", **changes))
+        assert all_files(tmp_path / "out") == before
+        changes["overwrite"] = True
     new = prepare(options(inputs, tmp_path / "out" / "x", **changes))
     assert not new.is_reused
     prepare(options(inputs, tmp_path / "fresh" / "x", **changes))
     assert content(tmp_path / "out") == content(tmp_path / "fresh")
     if change.startswith(("output", "tokenizer lost")):
         assert dataclasses.replace(new, is_reused=False) == old
+
+
+def test_all_that_differs_is_named(inputs: Path, tmp_path: Path, tokenizer_path: Path):
+    prepare(options(inputs, tmp_path / "x"))
+    (inputs / "a00.txt").rename(inputs / "a000.txt")
+    others = {"tokenizer": tokenizer_path, "train_tokenizer": False, "vocab_size": None, "rules": DocumentRules()}
+    with pytest.raises(ConfigError) as caught:  # of another split, whose pairs have other names: the record would no longer describe those there
+        prepare(options(inputs, tmp_path / "x", **others))
+    assert f"{tmp_path}/x_train_text_document.bin exists" in str(caught.value)
+    named = ["a000.txt is new", "a00.txt is missing", "--validation-fraction was 0.2 and is 0.0", "and 1 more"]
+    assert all(difference in str(caught.value) for difference in named)
+
+
+def test_pairs_of_which_no_record_tells_are_kept(inputs: Path, tmp_path: Path):
+    prefix = tmp_path / "x_train_text_document"
+    for path in (prefix, tmp_path / "y_text_document"):
+        with IndexedWriter(path, dtype=np.dtype(np.uint16)) as writer:
+            writer.add_document(np.array([1, 2]))
+    for record in (None, "[]", "{"):
+        if record is not None:
+            (tmp_path / "x_text_prepared.json").write_text(record)
+        with pytest.raises(ConfigError, match=r"x_train_text_document\.bin exists, and no record says what it was made from; give another"):
+            prepare(options(inputs, tmp_path / "x"))
+    assert not prepare(options(inputs, tmp_path / "y")).is_reused  # the pair there has a name that no split has
+    prepare(options(inputs, tmp_path / "x", overwrite=True))
+    assert IndexedDataset(prefix).num_documents > 1 and prepare(options(inputs, tmp_path / "x")).is_reused
+
+
+@pytest.mark.parametrize("made_from", [{}, {"sources": [7], "rules": [], "tokenizer": {"sha256": 1}}, {"sources": {}, "rules": {"x": 1}}], ids=str)
+def test_records_of_another_form_refuse_in_a_sentence(inputs: Path, tmp_path: Path, made_from: dict[str, object]):
+    prepare(options(inputs, tmp_path / "x"))
+    (tmp_path / "x_text_prepared.json").write_text(json.dumps({"made_from": made_from}))
+    with pytest.raises(ConfigError, match=r"exists, prepared with other inputs or options: another release of phase8 made it.*; give another"):
+        prepare(options(inputs, tmp_path / "x"))
 
 
 KILLED_RUN = """
@@ -288,10 +338,12 @@ def test_what_a_stopped_preparation_has_replaced_is_made_again_with_the_options_
 
     replace_inputs(texts[::-1])
     with pytest.raises(KeyboardInterrupt):
-        prepare(prepared, on_progress=stop)
+        prepare(dataclasses.replace(prepared, overwrite=True), on_progress=stop)
     assert train.read_bytes() != before
     replace_inputs(texts)
-    assert not prepare(prepared).is_reused and train.read_bytes() == before
+    with pytest.raises(ConfigError, match=r"a00\.txt was changed, .*a01\.txt was changed; give another"):
+        prepare(prepared)
+    assert not prepare(dataclasses.replace(prepared, overwrite=True)).is_reused and train.read_bytes() == before
 
 
 def test_only_changed_shards_are_made_again_after_a_kill(inputs: Path, tmp_path: Path, tokenizer_path: Path):
@@ -403,6 +455,10 @@ def test_a_record_without_losses_is_not_a_finished_preparation(tmp_path: Path, e
         record["made_from"]["format_version"] = 1
         del record["made_from"]["rules"]["eod_token"]
     path.write_text(json.dumps(record))
+    if earlier == "of format 1":
+        with pytest.raises(ConfigError, match="prepared with other inputs or options: another release of phase8 made it; give"):
+            prepare(prepared)
+        prepared = dataclasses.replace(prepared, overwrite=True)
     assert not prepare(prepared).is_reused
     assert prepare(prepared).is_reused
 
@@ -428,7 +484,8 @@ def test_data_without_ends_of_documents_fit_every_end_of_document(tmp_path: Path
     report = prepare(of_words(tmp_path, "fox dog", append_eod=False))
     made = IndexedDataset(tmp_path / "out" / "x_text_document").record.made_with
     assert made == MadeWith(tokenizer_sha256=report.tokenizer_sha256, eod_id=None, eod_token=None)
-    assert not prepare(of_words(tmp_path, "fox dog", "fox <end>", eod_token="</s>")).is_reused
+    other = of_words(tmp_path, "fox dog", "fox <end>", eod_token="</s>")
+    assert not prepare(dataclasses.replace(other, overwrite=True)).is_reused
 
 
 @pytest.mark.parametrize(

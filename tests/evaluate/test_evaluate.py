@@ -13,6 +13,7 @@ from tokenizers import models
 from phase8.data.indexed import IndexedWriter
 from phase8.data.made_with import made_with
 from phase8.data.tokenizer import load_tokenizer
+from phase8.data.tokenizer_file import SPACE_MARK
 from phase8.data.tokenizer_training import train_sentencepiece
 from phase8.errors import ConfigError, DataError, OutOfMemoryError
 from phase8.evaluate import score
@@ -154,7 +155,7 @@ def write_pair(prefix, tokenizer, documents, *, named=True, eod_id=None):
 
 
 def test_bytes_of_a_pair_are_those_of_its_predicted_tokens(model, tokenizer, tmp_path):
-    documents = [SENTENCE, SENTENCE * 3, "日本 ▁ \t end"]
+    documents = [SENTENCE, SENTENCE * 3, f"日本 {SPACE_MARK} \t end"]
     prefix = write_pair(tmp_path / "pair", tokenizer, documents)
     first = len(tokenizer.decode(tokenizer.encode(SENTENCE)[:1]).encode())
     (whole,) = measure(model, pairs([prefix], tokenizer=tokenizer))

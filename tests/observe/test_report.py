@@ -6,6 +6,7 @@ import re
 import shutil
 import subprocess
 import sys
+from html import unescape
 from html.parser import HTMLParser
 from io import BytesIO
 
@@ -167,17 +168,57 @@ def test_what_there_is_takes_the_room_of_what_there_is_not(tmp_path, make_step):
     assert "fold" not in [value for name, value in page.attributes if name == "class"]
 
 
+def shown_by_a_browser(page, directory, width, height, measure):
+    """What a script measures in a window that shows the page."""
+    (directory / "measured.html").write_text(page.replace("</body>", f"<script>{measure}</script></body>"), encoding="utf-8")
+    options = ["--headless=new", "--no-sandbox", "--disable-gpu", f"--user-data-dir={directory / 'profile'}", f"--window-size={width},{height}"]
+    command = ["chromium", *options, "--dump-dom", (directory / "measured.html").as_uri()]
+    shown = subprocess.run(command, capture_output=True, text=True, timeout=120).stdout
+    return json.loads(unescape(re.search(r'data-found="([^"]*)"', shown)[1]))
+
+
 @pytest.mark.skipif(shutil.which("chromium") is None, reason="needs chromium")
 @pytest.mark.parametrize(("width", "height"), [(1440, 900), (1280, 720), (500, 800)])
 def test_a_browser_shows_it_on_one_screen_and_narrow_ones_scroll_down_only(trained, tmp_path, width, height):
     page = write_report(trained).read_text(encoding="utf-8")
-    measure = "const e = document.documentElement; e.dataset.found = [e.scrollWidth, innerWidth, e.scrollHeight, innerHeight];"
-    (tmp_path / "measured.html").write_text(page.replace("</body>", f"<script>{measure}</script></body>"), encoding="utf-8")
-    options = ["--headless=new", "--no-sandbox", "--disable-gpu", f"--user-data-dir={tmp_path / 'profile'}", f"--window-size={width},{height}"]
-    command = ["chromium", *options, "--dump-dom", (tmp_path / "measured.html").as_uri()]
-    shown = subprocess.run(command, capture_output=True, text=True, timeout=120).stdout
-    page_width, window_width, page_height, window_height = map(int, re.search(r'data-found="([\d,]+)"', shown)[1].split(","))
+    measure = "const e = document.documentElement; e.dataset.found = JSON.stringify([e.scrollWidth, innerWidth, e.scrollHeight, innerHeight]);"
+    page_width, window_width, page_height, window_height = shown_by_a_browser(page, tmp_path, width, height, measure)
     assert page_width <= window_width and (page_height <= window_height) == (width > 1000)
+
+
+# Numbers that stand in more than one line, and how much wider the page is than its window; a frame is as narrow as it is made, a window is not.
+BROKEN_NUMBERS = """
+const frame = document.createElement("iframe");
+frame.srcdoc = PAGE, frame.style = "border: 0; height: 900px; width: WIDTHpx";
+document.body.replaceChildren(frame);
+frame.onload = () => {
+  const page = frame.contentDocument, texts = page.createTreeWalker(page.body, NodeFilter.SHOW_TEXT), broken = [];
+  page.querySelectorAll("script").forEach(each => each.remove());
+  while (texts.nextNode()) {
+    for (const number of texts.currentNode.textContent.matchAll(/\\d[\\d.,:-]*\\d/g)) {
+      const range = page.createRange();
+      range.setStart(texts.currentNode, number.index);
+      range.setEnd(texts.currentNode, number.index + number[0].length);
+      const lines = new Set([...range.getClientRects()].map(box => Math.round(box.top)));
+      if (lines.size > 1) broken.push(number[0]);
+    }
+  }
+  const { scrollWidth, clientWidth } = page.documentElement;
+  document.documentElement.dataset.found = JSON.stringify([broken, scrollWidth - clientWidth]);
+};
+"""
+
+
+@pytest.mark.skipif(shutil.which("chromium") is None, reason="needs chromium")
+@pytest.mark.parametrize("width", [280, 390, 1000])
+def test_no_screen_is_so_narrow_that_a_number_is_broken(trained, tmp_path, make_step, width):
+    with MetricsWriter(trained, resume_step=60) as writer:
+        writer.log_step(make_step(61, data_wait_seconds=0.17))  # above its chart, at the right
+        writer.log_event(61, "settings", **{"train.micro_batch_size": 1_048_576, "reason": "measured"})
+        writer.log_event(61, "checkpoint", checkpoint_stall_seconds=0.25, time=START["time"], epochs={"a source of a name that is long": 1.25})
+    framed = json.dumps(write_report(trained).read_text(encoding="utf-8")).replace("</", "<\\/")
+    measure = BROKEN_NUMBERS.replace("WIDTH", str(width)).replace("PAGE", framed)
+    assert shown_by_a_browser("<body></body>", tmp_path, max(width, 500), 900, measure) == [[], 0]
 
 
 def test_a_pointer_reads_the_values_of_every_curve_on_every_axis(trained):

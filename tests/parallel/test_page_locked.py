@@ -56,7 +56,7 @@ def test_no_kernel_raises_the_error_of_pages_that_cannot_be_locked(monkeypatch, 
         patch.setattr(torch.Tensor, "fill_", runtime.launch)
         memory = PageLocked(likes())
     assert runtime.last_error == 0
-    assert "cannot be page-locked (error 712)" in capfd.readouterr().err
+    assert "1.51 KiB of host memory for what is offloaded cannot be page-locked (error 712)" in capfd.readouterr().err
     assert memory.tensors["a"].fill_(1).sum() == 15
 
 

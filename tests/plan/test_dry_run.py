@@ -11,9 +11,9 @@ from phase8.config.schema import RunConfig
 from phase8.config.validate import find_problems
 from phase8.data.tokenizer_training import train_sentencepiece
 from phase8.errors import ConfigError, DataError, OutOfMemoryError
+from phase8.formatting import format_bytes
 from phase8.model.model import build_model
 from phase8.model.parameters import initialise
-from phase8.observe.formatting import format_bytes
 from phase8.plan.cost_facts import communication_fact, memory_facts
 from phase8.plan.dry_run import dry_run
 from phase8.plan.run_communication import plan_run_communication

@@ -4,6 +4,7 @@ from types import SimpleNamespace
 
 import pytest
 
+from phase8.config.batch import run_topology
 from phase8.config.load import load_config
 from phase8.config.validate import find_problems
 from phase8.errors import ConfigError
@@ -12,7 +13,7 @@ from phase8.plan import suggest as module
 from phase8.plan.layouts import layout_in_words, layouts, microbatches, offloaded, settings_of
 from phase8.plan.memory import free_bytes, usable_bytes
 from phase8.plan.prediction import predict_step
-from phase8.plan.suggest import Suggestion, price_of_offloading, suggest
+from phase8.plan.suggest import Suggestion, layouts_left_out, price_of_offloading, suggest
 
 GIB = 2**30
 FIXED_BYTES = 3 * GIB  # optimizer and parameters of the model `large`, each
@@ -130,9 +131,42 @@ def test_where_a_recording_has_no_room_the_step_is_not_recorded(config, planned)
     assert best.planned_bytes == GIB // 2 and best.config.train.cuda_graphs is False
 
 
-def test_ranks_that_divide_nothing_are_refused(config, planned):
-    with pytest.raises(ConfigError, match=r"train.global_batch_size 64 is not a multiple of the data-parallel size 11"):
-        suggest(config(), world_size=11, gpu=H100, memory_bytes=80 * GIB)
+@pytest.mark.parametrize(("asked", "batch"), [(64, 66), (60, 55), (4, 11), (11, 11)])
+def test_a_batch_that_no_layout_divides_becomes_the_nearest(config, planned, asked, batch):
+    before = config(f"train.global_batch_size={asked}")
+    best, *_ = suggest(before, world_size=11, gpu=H100, memory_bytes=80 * GIB)
+    assert best.config.train.global_batch_size == batch and not find_problems(best.config, world_size=11)
+    assert best.changes(before).get("train.global_batch_size", asked) == batch
+    sentence = (
+        f"no layout of 11 GPUs can divide a batch of {asked} sequences among its data-parallel ranks: these have train.global_batch_size {batch}, "
+        "the nearest that one can divide"
+    )
+    assert layouts_left_out(best, before, H100) == (None if asked == batch else sentence)
+
+
+@pytest.mark.parametrize(("asked", "batch", "sizes"), [(1, 2, {2}), (7, 8, {2, 4, 8})])
+def test_the_nearest_of_all_layouts_is_taken(config, planned, asked, batch, sizes):
+    before = config(f"train.global_batch_size={asked}", "model.num_heads=2")  # at most 2 tensor-parallel ranks times 6 stages
+    found = suggest(before, world_size=24, gpu=H100, memory_bytes=80 * GIB)
+    assert {run_topology(each.config.parallel, world_size=24).data_parallel_size for each in found} == sizes
+    assert {each.config.train.global_batch_size for each in found} == {batch}
+
+
+def test_layouts_that_cannot_divide_the_batch_are_named_with_the_nearest_that_all_can(config, planned):
+    before = config()
+    best, *_ = suggest(before, world_size=12, gpu=H100, memory_bytes=80 * GIB)
+    assert best.config.train.global_batch_size == 64
+    assert layouts_left_out(best, before, H100) == (
+        "left out are layouts of 3, 6 or 12 data-parallel ranks, which cannot divide a batch of 64 sequences; with train.global_batch_size=60, the "
+        "nearest that all can divide, they are compared, too"
+    )
+    assert layouts_left_out(*(suggest(config(), world_size=8, gpu=H100, memory_bytes=80 * GIB)[:1]), before, H100) is None
+
+
+def test_layouts_that_could_not_run_anyway_are_not_named(config, planned):
+    before = config("model.num_layers=2", "model.num_heads=2", "train.global_batch_size=3")
+    best, *_ = suggest(before, world_size=6, gpu=H100, memory_bytes=80 * GIB)
+    assert layouts_left_out(best, before, H100).startswith("left out are layouts of 6 data-parallel ranks, ")  # not 2: no head is for 3 ranks
 
 
 def test_the_real_planner_agrees_with_the_search(config):

@@ -31,6 +31,26 @@ def test_collects_and_prepares(sources, tmp_path):
     assert sum(split.num_documents for split in splits) == 80
 
 
+def test_a_text_that_is_there_is_recognised_and_another_one_not_replaced(sources, tmp_path):
+    options = ["--output", tmp_path, "--workers", "1", "--prepare", "--vocab-size", "300", "--validation-fraction", "0.2", "--roots", sources]
+
+    def collect(*more):
+        command = [sys.executable, ROOT / "tools/collect_text.py", "python", *options, *more]
+        return subprocess.run(list(map(str, command)), env={"PYTHONPATH": str(ROOT)}, capture_output=True, text=True)
+
+    assert collect().returncode == 0
+    kept = tmp_path / "python.jsonl", tmp_path / "python_train_text_document.bin"
+    before = [(path.stat().st_ctime_ns, path.stat().st_ino, path.read_bytes()) for path in kept]
+    again = collect()
+    assert again.returncode == 0 and "already prepared from the same inputs" in again.stdout, again.stderr
+    (sources / "new.py").write_text("def another():\n    return 'a text that is long enough to be kept'\n" * 3)
+    refused = collect()
+    assert refused.returncode == 2 and f"error: --output has {kept[0]}, which holds another text than is collected now; give" in refused.stderr
+    assert [(path.stat().st_ctime_ns, path.stat().st_ino, path.read_bytes()) for path in kept] == before
+    replaced = collect("--overwrite")
+    assert replaced.returncode == 0 and "81 documents" in replaced.stdout, replaced.stderr
+
+
 def test_prints_the_command_that_prepares(sources, tmp_path, capsys):
     assert load_door("collect_text").main(["python", "--output", str(tmp_path), "--workers", "1", "--roots", str(sources)]) == 0
     assert "tools/prepare_data.py" in capsys.readouterr().out

@@ -129,11 +129,16 @@ def test_options_that_contradict_each_other_are_refused_before_anything_is_read(
 
 def test_what_cannot_be_read_has_its_exit_code(trained, tmp_path, capsys):
     run, directory = trained
-    checkpoint = ("--checkpoint", run.directory.path)
+    checkpoint, book = ("--checkpoint", run.directory.path), tmp_path / "book.txt"
+    book.write_text(TEXT)
     for code, arguments, sentence in (
         (4, ["--checkpoint", tmp_path, "--data", directory / "validation"], str(tmp_path)),
         (3, [*checkpoint, "--data", tmp_path / "nothing"], "nothing.bin and"),
+        (3, [*checkpoint, "--data", book], f"{book} is a file, but --data names .bin/.idx pairs without their ending; read text with --text {book}"),
+        (3, [*checkpoint, "--data", tmp_path], f"{tmp_path} is a directory without pairs, but --data names .bin/.idx pairs"),
+        (3, [*checkpoint, "--data", directory], f"{directory} is a directory; name a pair in it without its ending"),
         (3, [*checkpoint, "--text", tmp_path / "nothing.txt"], "cannot read the input"),
+        (3, [*checkpoint, "--text", directory / "validation"], f"names .bin/.idx pairs, which hold tokens; read them with --data {directory}/"),
         (3, [*checkpoint, "--text", tmp_path / "x", "--tokenizer", tmp_path / "none.model"], "cannot read the tokenizer"),
         (3, [*checkpoint, "--data", directory / "validation", "--eod-token", "nope"], "has no piece 'nope'"),
         (2, [*checkpoint, "--data", directory / "validation", "--stride", "25"], "--stride is 25, but a window has 24 tokens"),

@@ -12,7 +12,7 @@ import torch.distributed as dist
 from rich.console import Console
 
 from phase8.config.load import load_config
-from phase8.observe.formatting import format_bytes
+from phase8.formatting import format_bytes
 from phase8.plan.dry_run import dry_run
 from phase8.plan.whole_config import plan_stages
 from tests.tools.doors import load_door

@@ -51,12 +51,21 @@ def test_a_table_and_the_line_of_the_first(door):
     assert run.startswith("its 1,000 steps take ")
 
 
+def test_what_the_batch_leaves_out_stands_below_the_table(door):
+    code, text, errors = door("--world-size", 6)
+    *_, blank, sentence, end, _, _ = text.splitlines()
+    assert (code, errors, blank, end) == (0, "", "", "") and sentence.startswith("left out are layouts of 3 or 6 data-parallel ranks, which cannot")
+    code, out, text = door("--world-size", 11, "--json")
+    result = json.loads(out)
+    assert code == 0 and result["left_out"] in text and result["suggestions"][0]["set"]["train.global_batch_size"] == 66
+
+
 def test_json_has_numbers_and_settings(door):
     code, out, text = door("--world-size", 2, "--memory", 40, "--json")
     result = json.loads(out)
     assert code == 0 and text.startswith("small on 2 GPUs (h100, 40 GiB)")
     assert (result["run"], result["world_size"], result["gpu"], result["memory_gib"]) == ("small", 2, "h100", 40)
-    assert result["price_of_offloading"] is None and "host" not in text
+    assert result["price_of_offloading"] is None and result["left_out"] is None and "host" not in text
     best = result["suggestions"][0]
     assert best["planned_bytes"] == 2**30 and best["tokens_per_second"] * best["step_seconds"] == pytest.approx(64 * 256)
     assert best["set"]["train.compile.enabled"] is True

@@ -80,6 +80,13 @@ def test_a_whole_preparation_from_the_command_line(inputs: Path, tmp_path: Path)
     assert again.stdout.splitlines() == ["already prepared from the same inputs with the same options; nothing to do", *lines]
     assert again.stderr == ""
 
+    refused = run(*arguments[:-1])  # with the end of a document
+    assert (refused.returncode, refused.stdout, refused.stderr.count("\n")) == (2, "", 1)
+    assert "prepared with other inputs or options: --append-eod was false and is true; give another --output-prefix, or " in refused.stderr
+    assert train.num_tokens == IndexedDataset(f"{prefix}_train_content_document").num_tokens
+    assert run(*arguments[:-1], "--overwrite").returncode == 0
+    assert train.num_tokens < IndexedDataset(f"{prefix}_train_content_document").num_tokens
+
 
 def test_skipped_and_empty_documents_are_reported(tokenizer_path: Path, tmp_path: Path):
     path = tmp_path / "a.jsonl"
@@ -229,4 +236,10 @@ def test_muse_data_is_imported(tokenizer_path: Path, tmp_path: Path):
         f"documents that end in the end-of-document token {tokenizer.eod_id}: 1",
     ]
     assert f"data.train={prefix}_text_document data.tokenizer={tokenizer_path} model.vocab_size=300" in result.stdout
-    assert run("--import-muse", tmp_path / "absent", "--tokenizer", tokenizer_path, "--output-prefix", prefix).returncode == 3
+    arguments = ["--import-muse", tmp_path / "train", "--tokenizer", tokenizer_path, "--output-prefix", prefix]
+    refused = run(*arguments)
+    assert (refused.returncode, refused.stdout) == (2, "") and f"leads to {prefix}_text_document.bin, which exists; give another" in refused.stderr
+    assert run(*arguments, "--overwrite").returncode == 0
+    Path(f"{prefix}_text_document.idx").unlink()  # as a kill between the two files leaves it
+    assert run(*arguments).returncode == 0
+    assert run("--import-muse", tmp_path / "absent", "--tokenizer", tokenizer_path, "--output-prefix", tmp_path / "other").returncode == 3

@@ -163,6 +163,16 @@ def test_a_run_of_another_shape_begins_with_the_settings_that_the_error_has(sour
     assert run.origin.differences == () and all(torch.equal(value, weights(trained)[name]) for name, value in weights(run).items())
 
 
+@pytest.mark.parametrize("windows", ["0", "[0,6]"])
+def test_windows_that_layers_lose_are_named_by_their_key(source, windows):
+    if TRANSFORMER in source[1]:
+        pytest.skip("its attention has no window")
+    now = re.escape(windows.replace(",", ", "))
+    said = f"model.local_window_size was 6 and is {now}; the run has its shape with --set model.local_window_size=6$"
+    with pytest.raises(CheckpointMismatchError, match=f"^checkpoint.initialise_from: .* is of another model: {said}"):
+        begin(source, f"model.local_window_size={windows}", name="never")
+
+
 @pytest.mark.parametrize("resume", ["auto", "none"])
 @pytest.mark.parametrize(("make", "settings", "sentence"), BAD.values(), ids=BAD)
 def test_weights_that_cannot_be_are_one_sentence_and_nothing_is_written(source, tmp_path, make, settings, sentence, resume):

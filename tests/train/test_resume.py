@@ -118,6 +118,15 @@ def test_checkpoint_of_another_model_is_refused(tiny):
     assert prepare(tiny, "model.global_path=true").position.step == 5
 
 
+def test_windows_that_layers_lose_are_of_another_model_whose_weights_no_run_begins_with(tiny):
+    train_tiny(tiny, "train.stop_at_step=2")
+    with pytest.raises(CheckpointMismatchError, match=r"window_size was 6 and is 5; .* --resume none, or begin .* checkpoint.initialise_from"):
+        prepare(tiny, "model.local_window_size=5")
+    for windows in ("0", "[0,6]"):
+        with pytest.raises(CheckpointMismatchError, match=r"local_window_size was 6 and is .*0.*; .* or --resume none\.$"):
+            prepare(tiny, f"model.local_window_size={windows}")
+
+
 def test_state_of_another_optimizer_is_refused_by_the_key(tiny):
     train_tiny(tiny, "train.stop_at_step=5")
     for change in ("optim.name was adamw and is muon", "optim.state_dtype was fp32 and is fp8"):

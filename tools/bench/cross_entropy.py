@@ -22,9 +22,9 @@ import torch.nn.functional as F
 from measure import Case, benchmark, parser, require_close
 from torch import Tensor
 
+from phase8.formatting import format_bytes
 from phase8.kernels.cross_entropy import linear_cross_entropy
 from phase8.kernels.reference import cross_entropy as reference
-from phase8.observe.formatting import format_bytes
 from phase8.terminal import run_door
 
 SIZES = ((32768, 131072, 2048), (16384, 32000, 2048), (8192, 50257, 512))

@@ -20,8 +20,8 @@ import torch
 from torch import Tensor
 
 from phase8.errors import Phase8Error
+from phase8.formatting import format_bytes
 from phase8.kernels.backends import kernel_backend, select_kernels
-from phase8.observe.formatting import format_bytes
 from phase8.terminal import output_is_the_product
 
 ROOT = Path(__file__).resolve().parents[2]

@@ -25,6 +25,7 @@ from phase8.config.auto import without_auto
 from phase8.config.load import load_config
 from phase8.config.schema import RunConfig
 from phase8.distributed.mesh import build_mesh
+from phase8.formatting import format_bytes
 from phase8.kernels.backends import select_kernels
 from phase8.kernels.toolchain import without_architectures
 from phase8.model.model import LanguageModel
@@ -91,7 +92,7 @@ def _run() -> int:
             print(f"step {len(seconds)}: {seconds[-1]:.2f} s, loss {loss.item():.3f}", flush=True)
     rate = micro * count * num_ranks * config.model.sequence_length / statistics.median(seconds[SLOW_STEPS:] or seconds[-1:])
     if rank == 0:
-        peaks = f"device peak {torch.cuda.max_memory_allocated() / 2**30:.1f} GiB, host peak of a rank {_host_peak_bytes() / 2**30:.1f} GiB"
+        peaks = f"device peak {format_bytes(torch.cuda.max_memory_allocated())}, host peak of a rank {format_bytes(_host_peak_bytes())}"
         where = f"stage {arguments.stage}, offloaded to {arguments.offload}, {num_ranks} ranks"
         print(f"plain DeepSpeed {deepspeed.__version__}, {where}: {rate:,.0f} tok/s, {peaks}")
     dist.destroy_process_group()

@@ -23,8 +23,8 @@ from phase8.data.collect.documents import NotADocumentError, document_of
 from phase8.data.collect.roots import FoundFile, find_files
 from phase8.data.shard_pool import exit_with_parent, sigint_blocked
 from phase8.data.staging import write_json
-from phase8.durable import staged_file
-from phase8.errors import DataError
+from phase8.durable import staged_file, storage_errors
+from phase8.errors import ConfigError, DataError
 
 OnProgress = Callable[[str, int, int], None]
 
@@ -69,9 +69,16 @@ class _Line(NamedTuple):
 
 
 def collect(
-    kind: str, roots: Sequence[Path], output: Path, *, limit_bytes: int | None = None, num_workers: int = 1, on_progress: OnProgress
+    kind: str,
+    roots: Sequence[Path],
+    output: Path,
+    *,
+    limit_bytes: int | None = None,
+    num_workers: int = 1,
+    overwrite: bool = False,
+    on_progress: OnProgress,
 ) -> Collection:
-    """Writes `<output>/<kind>.jsonl` with all documents of a kind below some directories.
+    """Writes `<output>/<kind>.jsonl` with all documents of a kind below some directories; a file that holds them already stays as it is.
 
     Args:
         kind: `python`, `c` or `prose`.
@@ -79,9 +86,11 @@ def collect(
         output: Directory of the result.
         limit_bytes: Bytes of text to write at most; None: everything.
         num_workers: Processes that read.
+        overwrite: Replace a file that holds another text.
         on_progress: Called with stage, stored bytes read and stored bytes in all.
 
     Raises:
+        ConfigError: The file holds another text and may not be replaced.
         DataError: There is no document, or a process was killed.
         StorageError: The output cannot be written.
     """
@@ -101,8 +110,11 @@ def collect(
     if not chosen:
         raise DataError(f"--limit-bytes is {limit_bytes}, which is less than the first document has; give more")
     destination = output / f"{kind}.jsonl"
-    with staged_file(destination) as partial, partial.open("xb") as file:
-        file.writelines(line.line for line in chosen)
+    if not _holds(destination, chosen):
+        if destination.exists() and not overwrite:
+            raise ConfigError(f"--output has {destination}, which holds another text than is collected now; give another --output, or --overwrite.")
+        with staged_file(destination) as partial, partial.open("xb") as file:
+            file.writelines(line.line for line in chosen)
     collection = Collection(
         path=str(destination),
         roots=[str(root) for root in roots],
@@ -115,6 +127,15 @@ def collect(
     )
     write_json(output / f"{kind}_collected.json", asdict(collection))
     return collection
+
+
+def _holds(path: Path, lines: Sequence[_Line]) -> bool:
+    """Whether a file consists of these lines; what was prepared from it is recognised by the file, so it is not written again."""
+    with storage_errors(path):
+        if not path.is_file() or path.stat().st_size != sum(len(line.line) for line in lines):
+            return False
+        with path.open("rb") as file:
+            return all(file.read(len(line.line)) == line.line for line in lines)
 
 
 def _up_to(limit_bytes: int | None, lines: Iterable[_Line]) -> Iterator[_Line]:

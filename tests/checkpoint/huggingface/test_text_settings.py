@@ -13,7 +13,7 @@ import transformers
 from phase8.checkpoint.huggingface.text_settings import text_settings
 from phase8.checkpoint.load import open_checkpoint
 from phase8.config.model_section import ModelSection
-from phase8.config.schema import DataSection
+from phase8.config.schema import DataSection, PrecisionSection
 from phase8.data.tokenizer import load_tokenizer
 from phase8.errors import DataError
 from phase8.generate.text import prompt_tokens, text_begin
@@ -104,7 +104,8 @@ def test_documents_that_do_not_see_each_other_do_not_when_they_come_back(tmp_pat
     content, taps = byte_level(adds_tokens=False), {"convolution_size": 1, "local_qk_norm": False} if block == "transformer" else {}
     section = scaled_down(ModelSection(block=block, **taps), vocab_size=400)
     data = DataSection(reset_at_document_boundaries=True)
-    _, directory = exported(tmp_path, section, attachments={"tokenizer.json": content}, data=data)
+    precision = PrecisionSection(dtype="fp32")  # in which exported models compute
+    _, directory = exported(tmp_path, section, attachments={"tokenizer.json": content}, data=data, precision=precision)
     assert tool(directory, "--seed", "5") == tool(tmp_path / "c", "--seed", "5")
     assert run(directory, tmp_path / "back") == 0
     assert open_checkpoint(tmp_path / "back").metadata["config"]["data"]["reset_at_document_boundaries"] is True

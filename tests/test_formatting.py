@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import pytest
 
-from phase8.observe.formatting import format_bytes, format_count, format_epochs, format_flops, format_ratio, format_seconds
+from phase8.formatting import format_bytes, format_count, format_epochs, format_flops, format_ratio, format_seconds
 
 
 @pytest.mark.parametrize(
