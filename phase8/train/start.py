@@ -208,7 +208,7 @@ def make_way(
     Raises:
         StorageError: A file cannot be written after all.
     """
-    if directory.checkpoints.is_dir() and not choice.sets_run_aside:  # what a killed save left may be all that fills the disk
+    if directory.checkpoints.is_dir():  # what a killed save left may be all that fills the disk
         with suppress(OSError):  # what cannot be removed is told by the first save, which tries again
             clear_leftovers(directory.checkpoints)
     with ExitStack() as stack:
