@@ -25,13 +25,16 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
+from torch.utils.checkpoint import SAC_IGNORED_OPS, CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
 from phase8.distributed.collectives import EXCHANGES, Axis
 from phase8.model.block import Block, BlockOutput, BlockState, Run, call
 from phase8.model.host_copies import HostCopies
 from phase8.model.model import LanguageModel
 
+# Operations that begin and end a span for the profiler. FSDP has a span more in a recomputation than in the forward where it gathers experts inside a
+# block, because their module comes first there and counts as the root; torch takes an operation that the forward lacked for an error.
+_SPANS = frozenset({torch.ops.profiler._record_function_enter_new.default, torch.ops.profiler._record_function_exit._RecordFunction})
 # Makes the context in which the input of a recomputed block, or a slice of it, is kept.
 Keep = Callable[[Tensor], AbstractContextManager[Any]]
 
@@ -91,6 +94,7 @@ def _without_exchanges(context: Axis) -> Run:
     slice fetches from before it, so that the other ranks would wait for it forever.
     """
     group = context.group.group_name
+    SAC_IGNORED_OPS.update(_SPANS)
 
     def policy(_: object, operation: object, *arguments: object, **__: object) -> CheckpointPolicy:
         return CheckpointPolicy.MUST_SAVE if operation in EXCHANGES and arguments[-1] == group else CheckpointPolicy.MUST_RECOMPUTE

@@ -133,6 +133,7 @@ QUICK = {
     "ep2 tp2 zero 3, accumulation": ("experts", ranks(dp=2, tp=2, ep=2, stage=3, more=("train.micro_batch_size=1",))),
     "ep2 pp2, one dense layer": ("experts-dropless", ranks(dp=2, pp=2, ep=2, more=("model.num_layers=4", "model.first_dense_layers=1"))),
     "ep2 cp2 dp2 zero 3, recomputation": ("experts", ranks(dp=2, cp=2, ep=2, stage=3, more=("train.recompute=full",))),
+    "ep2 cp2 zero 0, recomputation": ("experts", ranks(dp=2, cp=2, ep=2, more=("train.recompute=full",))),
     "tp2 dp2 zero 3 offloaded inputs": ("whole", ranks(tp=2, dp=2, stage=3, more=INPUTS_OFFLOADED)),
     "pp2 cp2 offloaded inputs": ("deep-tied", ranks(pp=2, cp=2, more=(*INTERLEAVED, *INPUTS_OFFLOADED))),
     "tp2 dp2 zero 3, bf16 moments": ("bf16 moments", ranks(tp=2, dp=2, stage=3)),
