@@ -67,7 +67,7 @@ def prepare(options: PrepareOptions, *, on_progress: OnProgress | None = None) -
             refuse_earlier_output(options, layout, made_from)
             layout.sweep()
             try:
-                report = _prepare(options, sources, layout, on_progress or _silent)
+                report = _prepare(options, sources, layout, made_from, on_progress or _silent)
             finally:
                 with suppress(OSError):  # the finished shards are kept for the next run
                     layout.work.rmdir()
@@ -116,9 +116,9 @@ def _prepared_split(written: IndexedDataset) -> PreparedSplit:
     return PreparedSplit(prefix=written.prefix, num_documents=written.num_documents, num_tokens=written.num_tokens)
 
 
-def _prepare(options: PrepareOptions, sources: list[Source], layout: Layout, on_progress: OnProgress) -> PrepareReport:
+def _prepare(options: PrepareOptions, sources: list[Source], layout: Layout, made_from: dict[str, object], on_progress: OnProgress) -> PrepareReport:
     cut = cut_shards(sources, options.shard_bytes, document_separator=options.rules.document_separator)
-    tokenizer_path = options.tokenizer or _trained_tokenizer(options, sources, cut, layout, on_progress)
+    tokenizer_path = options.tokenizer or _trained_tokenizer(options, cut, layout, made_from, on_progress)
     tokenizer = load_tokenizer(tokenizer_path, eod_token=options.rules.eod_token)
     dtype = best_dtype(tokenizer.vocab_size)
     maker = made_with(tokenizer, eod_id=tokenizer.eod_id if options.rules.append_eod else None)
@@ -134,7 +134,7 @@ def _prepare(options: PrepareOptions, sources: list[Source], layout: Layout, on_
     except DataError:
         shutil.rmtree(layout.work, ignore_errors=True)  # no options that would do go on with these shards
         raise
-    write_json(layout.publishing, _made_from(options, sources))
+    write_json(layout.publishing, made_from)
     with storage_errors(layout.record):
         layout.record.unlink(missing_ok=True)  # it must never describe the pairs that are replaced now
     splits = {name: _merge(shards, name, layout.split(name), dtype, maker, on_progress) for name in options.rules.splits}
@@ -157,8 +157,10 @@ def _prepare(options: PrepareOptions, sources: list[Source], layout: Layout, on_
     )
 
 
-def _trained_tokenizer(options: PrepareOptions, sources: list[Source], cut: list[tuple[Span, ...]], layout: Layout, on_progress: OnProgress) -> Path:
-    directory, made_from = layout.work / "tokenizer", _made_from(options, sources)
+def _trained_tokenizer(
+    options: PrepareOptions, cut: list[tuple[Span, ...]], layout: Layout, made_from: dict[str, object], on_progress: OnProgress
+) -> Path:
+    directory = layout.work / "tokenizer"
     if read_json(directory / "record.json") != made_from:
         on_progress("training the tokenizer", 0, 1)
         with staged_directory(directory) as partial:

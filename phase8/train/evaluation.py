@@ -98,9 +98,9 @@ class HeldOutData:
 
 def _together(pieces: Sequence[tuple[float, int]]) -> tuple[float, int]:
     """The mean loss of pieces and their number of predicted tokens; a single piece keeps every bit of its loss."""
-    num_tokens = sum(count for _, count in pieces)
     if len(pieces) == 1:
         return pieces[0]
+    num_tokens = sum(count for _, count in pieces)
     return math.fsum(loss * count for loss, count in pieces) / max(num_tokens, 1), num_tokens
 
 
